@@ -1,0 +1,111 @@
+//! Errors that say the next step. Floor 0.
+//!
+//! Invariant: library code returns these and never panics on input. Each message names the file, tensor, row or key
+//! that is wrong and what to change; the variant decides the exit code of the command line (see [`Error::exit_code`]).
+
+use std::path::{Path, PathBuf};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A wrong command line or run file. All problems of one file are reported at once, one a line.
+    #[error("{0}")]
+    Config(String),
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    /// A model folder (config.json, weights, tokenizer) that cannot be used as it is.
+    #[error("{}: {message}", path.display())]
+    Model { path: PathBuf, message: String },
+    /// A data file, or a row of it (lines count from 1).
+    #[error("{}{}: {message}", path.display(), line.map(|l| format!(":{l}")).unwrap_or_default())]
+    Data { path: PathBuf, line: Option<usize>, message: String },
+    /// An op was called with shapes, dtypes or values that it does not take.
+    #[error("{op}: {message}")]
+    Op { op: &'static str, message: String },
+    /// The device failed, or is not there.
+    #[error("{0}")]
+    Device(String),
+    /// A device allocation did not fit. The message lists the largest blocks and what to change.
+    #[error("{0}")]
+    OutOfMemory(String),
+    /// A run stopped because of what it computed (NaN, a divergence).
+    #[error("{0}")]
+    Run(String),
+    /// A checkpoint that fails its checksums or belongs to another run.
+    #[error("{}: {message}", path.display())]
+    Checkpoint { path: PathBuf, message: String },
+    /// Stopped by a signal after a clean checkpoint.
+    #[error("{0}")]
+    Interrupted(String),
+}
+
+impl Error {
+    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Error::Io { path: path.as_ref().to_path_buf(), source }
+    }
+
+    pub fn model(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Error::Model { path: path.as_ref().to_path_buf(), message: message.into() }
+    }
+
+    pub fn data(path: impl AsRef<Path>, line: Option<usize>, message: impl Into<String>) -> Self {
+        Error::Data { path: path.as_ref().to_path_buf(), line, message: message.into() }
+    }
+
+    pub fn op(op: &'static str, message: impl Into<String>) -> Self {
+        Error::Op { op, message: message.into() }
+    }
+
+    pub fn checkpoint(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Error::Checkpoint { path: path.as_ref().to_path_buf(), message: message.into() }
+    }
+
+    /// 1: a run failed; 2: bad usage or config; 130: interrupted after a clean checkpoint.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Error::Config(_) => 2,
+            Error::Interrupted(_) => 130,
+            _ => 1,
+        }
+    }
+}
+
+/// The known name nearest to `name` (by edit distance), for "did you mean" in messages. None if nothing is near.
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .into_iter()
+        .map(|k| (edit_distance(name, k), k))
+        .filter(|(d, k)| *d <= 1 + k.len().min(name.len()) / 3)
+        .min()
+        .map(|(_, k)| k)
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let substitute = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = substitute.min(row[j] + 1).min(row[j + 1] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nearest_finds_a_typo_and_refuses_a_stranger() {
+        let keys = ["learning_rate", "max_length", "seed"];
+        assert_eq!(nearest("learning_rte", keys), Some("learning_rate"));
+        assert_eq!(nearest("sead", keys), Some("seed"));
+        assert_eq!(nearest("gradient_checkpointing", keys), None);
+    }
+}
