@@ -1,1 +1,3 @@
+//! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
+mod ops;

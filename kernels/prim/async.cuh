@@ -1,0 +1,29 @@
+// Asynchronous copies from global to shared memory (cp.async, sm_80 and newer). In the shim they land at their wait.
+#pragma once
+#include "prim/block.cuh"
+
+// 16 bytes; only the first `valid` (0 to 16) are read, the rest becomes zero. Both addresses are 16-byte aligned.
+DEVICE void copy_async16(void* shared, const void* global, int valid) {
+#ifdef __CUDACC__
+  unsigned s = (unsigned)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(s), "l"(global), "r"(valid) : "memory");
+#else
+  shim::async_copy(shared, global, 16, (unsigned)valid);
+#endif
+}
+DEVICE void copy_commit() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  shim::async_commit();
+#endif
+}
+// Waits until at most N of this thread's newest groups are still in flight. Other threads see the data after a barrier.
+template <int N>
+DEVICE void copy_wait() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#else
+  shim::async_wait(N);
+#endif
+}

@@ -1,0 +1,50 @@
+// How a kernel is declared. One source, two compilers: nvcc makes a GPU kernel of it, the host C++ compiler (through
+// shim/shim.h) a function that runs the same body on a CPU.
+//
+//   KERNEL(name, D=64,128)(const real* x, float* y, int n) { ... }
+//
+// build.rs reads the signature and writes (a) the `extern "C" __global__` instances name_64_f32, name_128_bf16, ...,
+// (b) their CPU entry points and (c) a typed Rust launcher. What stands in the signature:
+//   const T* x       input            T* y            output: every element that is promised is written
+//   INOUT(T) y       read and written SCRATCH(T) s    work space, contents undefined before and after
+//   MAYBE(const T) b input that may be null           MAYBE(T) y  output that may be null
+// Scalars are sizes and constants. Whatever changes from step to step comes through a pointer, so that a step can be
+// captured as a graph.
+//
+// Three kinds, by what the threads of a block share:
+//   KERNEL_FLAT  nothing. On the CPU the body is inlined into a loop over threadIdx.
+//   KERNEL_WARP  warp collectives of prim/warp.cuh, no barrier, no shared memory. On the CPU a warp is *one* thread
+//                whose packs are 32 times as wide (LANES 1, WV = 32 V), so the compiler vectorises; the sums are taken
+//                in the order of the 32 lanes, so both give the same bits. The strict CPU mode runs 32 real lanes.
+//   KERNEL       everything: barriers, shared memory, mma, async copies. On the CPU each thread is a fiber.
+// HOT in the attribute list marks a kernel whose spills fail the build check. THREADS=n is its largest block.
+#pragma once
+
+#define INOUT(T) T*
+#define SCRATCH(T) T*
+#define MAYBE(T) T*
+
+#ifdef __CUDACC__
+#define KERNEL(name, ...) template <int D> __device__ __forceinline__ void name
+#define KERNEL_FLAT(name, ...) KERNEL(name)
+#define KERNEL_WARP(name, ...) KERNEL(name)
+#define DEVICE static __device__ __forceinline__
+#define LANES 32
+#elif defined(TEMPER_STRICT)
+#define KERNEL(name, ...) template <int D> static inline void name
+#define KERNEL_FLAT(name, ...) KERNEL(name)
+#define KERNEL_WARP(name, ...) KERNEL(name)
+#define DEVICE static inline __attribute__((always_inline))
+#define LANES 32
+#else
+#define KERNEL(name, ...) template <int D> static inline void name
+#define KERNEL_FLAT(name, ...) template <int D> inline __attribute__((always_inline)) void name##_t<D>::body
+#define KERNEL_WARP(name, ...) KERNEL_FLAT(name)
+#define DEVICE static inline __attribute__((always_inline))
+#define LANES 1
+#endif
+
+// Where a thread stands. FLAT: its index in the grid. WARP: its warp's index in the grid, and its lane.
+#define FLAT_INDEX ((long long)blockIdx.x * blockDim.x + threadIdx.x)
+#define WARP_INDEX ((long long)blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES)
+#define LANE (int)(LANES == 1 ? 0 : threadIdx.x % LANES)

@@ -1,0 +1,82 @@
+// Packs: the V (flat) or WV (warp) consecutive values that one thread moves at once, as floats in registers.
+// V reals are 16 bytes, so on the GPU each load and store below is one 128-bit access when the pack is whole and
+// aligned (row starts and lengths are multiples of V in every real model); a ragged end takes the element path.
+#pragma once
+#include "prim/real.cuh"
+
+constexpr int V = 16 / (int)sizeof(real);
+constexpr int WV = LANES == 1 ? 32 * V : V;  // a warp moves 32 V values; on the CPU its single lane moves them all
+
+template <int N>
+struct Pack {
+  float v[N];
+};
+typedef Pack<V> FlatPack;
+typedef Pack<WV> WarpPack;
+
+#ifdef __CUDACC__
+template <class T>
+DEVICE bool aligned16(const T* p) { return ((unsigned long long)p & 15) == 0; }
+#endif
+
+// The first min(n, N) values at p; the rest reads as `fill`.
+template <int N, class T>
+DEVICE Pack<N> load(const T* p, long long n, float fill = 0.f) {
+  Pack<N> r;
+#ifdef __CUDACC__
+  constexpr int W = 16 / sizeof(T);  // values in 128 bits
+  if (N % W == 0 && n >= N && aligned16(p)) {
+#pragma unroll
+    for (int i = 0; i < N; i += W) {
+      uint4 u = *reinterpret_cast<const uint4*>(p + i);
+      const T* e = reinterpret_cast<const T*>(&u);
+#pragma unroll
+      for (int j = 0; j < W; ++j) r.v[i + j] = to_float(e[j]);
+    }
+    return r;
+  }
+#else
+  if (n >= N) {
+    for (int i = 0; i < N; ++i) r.v[i] = to_float(p[i]);
+    return r;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < N; ++i) r.v[i] = i < n ? to_float(p[i]) : fill;
+  return r;
+}
+
+DEVICE void assign(float& d, float v) { d = v; }
+DEVICE void assign(bf16& d, float v) { d = to_bf16(v); }
+
+// Stores the first min(n, N) values; with `accumulate` adds them to what is there.
+template <int N, class T>
+DEVICE void store(T* p, Pack<N> r, long long n, bool accumulate = false) {
+  if (accumulate) {
+    Pack<N> old = load<N>((const T*)p, n);
+#pragma unroll
+    for (int i = 0; i < N; ++i) r.v[i] += old.v[i];
+  }
+#ifdef __CUDACC__
+  constexpr int W = 16 / sizeof(T);
+  if (N % W == 0 && n >= N && aligned16(p)) {
+#pragma unroll
+    for (int i = 0; i < N; i += W) {
+      uint4 u;
+      T* e = reinterpret_cast<T*>(&u);
+#pragma unroll
+      for (int j = 0; j < W; ++j) assign(e[j], r.v[i + j]);
+      *reinterpret_cast<uint4*>(p + i) = u;
+    }
+    return;
+  }
+#else
+  if (n >= N) {
+    for (int i = 0; i < N; ++i) assign(p[i], r.v[i]);
+    return;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i < n) assign(p[i], r.v[i]);
+}

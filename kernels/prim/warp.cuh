@@ -1,0 +1,85 @@
+// Warp collectives. All 32 lanes take part, always: a collective under divergence is an error that the shim reports.
+// With LANES 1 (KERNEL_WARP on the CPU) the one thread holds what 32 lanes would hold, lane after lane, and the sums
+// below are taken in the lanes' order: first each lane's own values from left to right, then the butterfly.
+#pragma once
+#include "prim/vec.cuh"
+
+#if LANES == 32
+template <class T>
+DEVICE T shfl_xor(T v, int mask) {
+#ifdef __CUDACC__
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+#else
+  return shim::shfl_xor(v, mask);
+#endif
+}
+template <class T>
+DEVICE T shfl(T v, int lane) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xffffffffu, v, lane);
+#else
+  return shim::shfl(v, lane);
+#endif
+}
+DEVICE void warp_sync() {
+#ifdef __CUDACC__
+  __syncwarp();
+#else
+  shim::warp_sync();
+#endif
+}
+DEVICE float warp_sum(float v) {
+#pragma unroll
+  for (int m = 16; m > 0; m >>= 1) v += shfl_xor(v, m);
+  return v;
+}
+DEVICE float warp_max(float v) {
+#pragma unroll
+  for (int m = 16; m > 0; m >>= 1) v = fmaxf(v, shfl_xor(v, m));
+  return v;
+}
+#endif
+
+// Sum over all values of the warp's packs.
+DEVICE float pack_sum(const WarpPack& p) {
+#if LANES == 32
+  float s = p.v[0];
+#pragma unroll
+  for (int j = 1; j < V; ++j) s += p.v[j];
+  return warp_sum(s);
+#else
+  float lane[32];
+  for (int l = 0; l < 32; ++l) lane[l] = p.v[l * V];
+  for (int j = 1; j < V; ++j)
+    for (int l = 0; l < 32; ++l) lane[l] += p.v[l * V + j];
+  for (int m = 16; m > 0; m >>= 1)
+    for (int l = 0; l < m; ++l) lane[l] += lane[l + m];
+  return lane[0];
+#endif
+}
+
+DEVICE float pack_max(const WarpPack& p) {
+#if LANES == 32
+  float s = p.v[0];
+#pragma unroll
+  for (int j = 1; j < V; ++j) s = fmaxf(s, p.v[j]);
+  return warp_max(s);
+#else
+  float lane[32];
+  for (int l = 0; l < 32; ++l) lane[l] = p.v[l];
+  for (int j = 1; j < V; ++j)
+    for (int l = 0; l < 32; ++l) lane[l] = lane[l] > p.v[j * 32 + l] ? lane[l] : p.v[j * 32 + l];
+  for (int m = 16; m > 0; m >>= 1)
+    for (int l = 0; l < m; ++l) lane[l] = lane[l] > lane[l + m] ? lane[l] : lane[l + m];
+  return lane[0];
+#endif
+}
+
+// The values of a row of n that this lane holds in the pack that starts at column i: `p + i + WCOL`, `n - i - WCOL`.
+#define WCOL (LANE * V)
+constexpr int WARP_STEP = 32 * V;  // columns that a warp covers at once
+
+template <class T>
+DEVICE WarpPack load_row(const T* row, int i, int n, float fill = 0.f) {
+  return load<WV>(row + i, (long long)n - i, fill);
+}

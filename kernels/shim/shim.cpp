@@ -1,0 +1,362 @@
+// The fiber runtime behind shim.h: one Worker an OS thread, holding the stacks, the shared memory and the state of the
+// block that is running. See shim.h for what it promises.
+#include "shim/shim.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <sys/mman.h>
+
+__thread shim::Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// --- switching stacks: the callee-saved registers of the platform, nothing else ---
+extern "C" void temper_shim_switch(void** save_sp, void* load_sp) asm("temper_shim_switch");
+#if defined(__x86_64__)
+asm(R"(
+.text
+.globl temper_shim_switch
+temper_shim_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+static const int SAVED_WORDS = 6;
+#elif defined(__aarch64__)
+asm(R"(
+.text
+.globl temper_shim_switch
+.p2align 2
+temper_shim_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp, #0]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #0]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+)");
+#else
+#error "the shim switches stacks on x86-64 and aarch64 only"
+#endif
+
+namespace shim {
+namespace {
+
+const unsigned MAX_THREADS = 1024;
+const size_t STACK_BYTES = 128 << 10;
+const size_t GUARD_BYTES = 16 << 10;
+const size_t RED_ZONE = 256;
+const unsigned MAX_COPIES = 64;
+const unsigned short POISON = 0x7ff7;  // NaN as a bf16, and twice over as a float
+
+enum State : unsigned char { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
+
+struct Copy {
+  void* dst;
+  const void* src;
+  unsigned bytes, valid, group;
+};
+
+struct Fiber {
+  void* sp;
+  State state;
+  const char* at;  // name of the collective it waits in
+  void* data;
+  unsigned groups, copies;  // async copy groups committed; copies pending
+  Copy pending[MAX_COPIES];
+};
+
+struct Worker {
+  char* stacks = nullptr;
+  Fiber* fibers = nullptr;
+  unsigned char* shared = nullptr;
+  size_t shared_cap = 0;
+  void* scheduler = nullptr;
+  const Launch* launch = nullptr;
+  Body body = nullptr;
+  void* arg = nullptr;
+  unsigned threads = 0, current = 0, at_barrier = 0, done = 0;
+  unsigned arrived[MAX_THREADS / 32];           // lanes of each warp that wait in its collective
+  const char* collective[MAX_THREADS / 32];     // which one that is
+  bool failed = false;
+};
+
+__thread Worker* worker;
+
+void fail(const char* text) {
+  Worker& w = *worker;
+  if (!w.failed) snprintf(w.launch->error, w.launch->error_bytes, "block (%u,%u,%u): %s", blockIdx.x, blockIdx.y, blockIdx.z, text);
+  w.failed = true;
+}
+
+void to_scheduler(State s) {
+  Worker& w = *worker;
+  Fiber& f = w.fibers[w.current];
+  f.state = s;
+  temper_shim_switch(&f.sp, w.scheduler);
+}
+
+// The first frame of every fiber. A fiber that has ended is never switched to again.
+void fiber_main() {
+  Worker& w = *worker;
+  w.body(w.arg);
+  Fiber& f = w.fibers[w.current];
+  if (f.copies && w.launch->strict) fail("a thread ended with async copies that it never waited for");
+  to_scheduler(DONE);
+}
+
+void prepare(Fiber& f, char* stack) {
+  void** top = (void**)(stack + STACK_BYTES) - 2;  // 16-byte aligned
+#if defined(__x86_64__)
+  *--top = nullptr;  // the return address fiber_main would see: keeps the ABI's alignment at its entry
+  *--top = (void*)fiber_main;
+  top -= SAVED_WORDS;
+  memset(top, 0, SAVED_WORDS * sizeof(void*));
+#else
+  top -= 20;
+  memset(top, 0, 20 * sizeof(void*));
+  top[11] = (void*)fiber_main;  // x30
+#endif
+  f.sp = top;
+  f.state = READY;
+  f.at = nullptr;
+  f.groups = f.copies = 0;
+}
+
+uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+void permutation(unsigned* order, unsigned n, uint64_t seed, bool shuffle) {
+  for (unsigned i = 0; i < n; ++i) order[i] = i;
+  if (!shuffle) return;
+  for (unsigned i = n; i > 1; --i) {
+    unsigned j = mix(seed + i) % i, t = order[i - 1];
+    order[i - 1] = order[j];
+    order[j] = t;
+  }
+}
+
+void set_thread(const Launch& l, unsigned t) {
+  threadIdx = {t % l.block[0], t / l.block[0] % l.block[1], t / l.block[0] / l.block[1]};
+}
+
+// Names who waits where, for a block that cannot go on.
+void report_deadlock() {
+  Worker& w = *worker;
+  char text[768];
+  int n = snprintf(text, sizeof text, "deadlock:");
+  for (unsigned t = 0; t < w.threads && n < 640;) {
+    Fiber& f = w.fibers[t];
+    unsigned e = t;
+    while (e < w.threads && w.fibers[e].state == f.state && w.fibers[e].at == f.at) ++e;
+    const char* what = f.state == DONE ? "ended" : f.state == AT_BARRIER ? "wait at a block barrier" : f.at;
+    n += snprintf(text + n, sizeof text - n, " threads %u-%u %s%s;", t, e - 1, f.state == AT_COLLECTIVE ? "wait in " : "", what);
+    t = e;
+  }
+  fail(text);
+}
+
+void run_block(const Launch& l, uint64_t block) {
+  Worker& w = *worker;
+  w.at_barrier = w.done = 0;
+  memset(w.arrived, 0, sizeof w.arrived);
+  for (unsigned t = 0; t < w.threads; ++t) prepare(w.fibers[t], w.stacks + t * (STACK_BYTES + GUARD_BYTES) + GUARD_BYTES);
+  if (l.strict) {
+    unsigned short* s = (unsigned short*)w.shared;
+    for (size_t i = 0; i < (l.shared_bytes + RED_ZONE) / 2; ++i) s[i] = POISON;
+  }
+  unsigned order[MAX_THREADS];
+  permutation(order, w.threads, l.seed + block * 7919, l.strict);
+  while (w.done < w.threads && !w.failed) {
+    bool progress = false;
+    for (unsigned i = 0; i < w.threads && !w.failed; ++i) {
+      Fiber& f = w.fibers[order[i]];
+      if (f.state != READY) continue;
+      progress = true;
+      w.current = order[i];
+      set_thread(l, order[i]);
+      temper_shim_switch(&w.scheduler, f.sp);
+      if (f.state == DONE) ++w.done;
+    }
+    if (!progress && !w.failed && w.done < w.threads) report_deadlock();
+  }
+  if (l.strict && !w.failed)
+    for (size_t i = l.shared_bytes / 2; i < (l.shared_bytes + RED_ZONE) / 2; ++i)
+      if (((unsigned short*)w.shared)[i] != POISON) {
+        fail("a write past the end of shared memory; is the launch's shared size too small?");
+        break;
+      }
+}
+
+Worker& this_worker(const Launch& l) {
+  if (!worker) worker = new Worker();
+  Worker& w = *worker;
+  if (!w.stacks) {
+    size_t each = STACK_BYTES + GUARD_BYTES;
+    w.stacks = (char*)mmap(nullptr, MAX_THREADS * each, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (w.stacks == (char*)MAP_FAILED) abort();
+    for (unsigned i = 0; i < MAX_THREADS; ++i) mprotect(w.stacks + i * each, GUARD_BYTES, PROT_NONE);
+    w.fibers = new Fiber[MAX_THREADS];
+  }
+  if (w.shared_cap < l.shared_bytes + RED_ZONE) {
+    free(w.shared);
+    w.shared_cap = (l.shared_bytes + RED_ZONE + 1023) / 1024 * 1024;
+    w.shared = (unsigned char*)aligned_alloc(1024, w.shared_cap);
+  }
+  w.launch = &l;
+  w.failed = false;
+  gridDim = {l.grid[0], l.grid[1], l.grid[2]};
+  blockDim = {l.block[0], l.block[1], l.block[2]};
+  return w;
+}
+
+void set_block_index(const Launch& l, uint64_t b) {
+  FlatThread t;
+  set_block(t, l, b);
+  blockIdx = t.blockIdx;
+}
+
+}  // namespace
+
+void run_fibers(const Launch& l, Body body, void* arg) {
+  Worker& w = this_worker(l);
+  w.body = body;
+  w.arg = arg;
+  w.threads = l.block[0] * l.block[1] * l.block[2];
+  for (uint64_t b = l.block_begin; b < l.block_end && !w.failed; ++b) {
+    set_block_index(l, b);
+    run_block(l, b);
+  }
+}
+
+void run_permuted(const Launch& l, Body body, void* arg) {
+  this_worker(l);
+  unsigned n = l.block[0] * l.block[1] * l.block[2], order[MAX_THREADS];
+  for (uint64_t b = l.block_begin; b < l.block_end; ++b) {
+    set_block_index(l, b);
+    permutation(order, n, l.seed + b * 7919, true);
+    for (unsigned i = 0; i < n; ++i) {
+      set_thread(l, order[i]);
+      body(arg);
+    }
+  }
+}
+
+void block_barrier() {
+  Worker& w = *worker;
+  if (++w.at_barrier < w.threads) {
+    to_scheduler(AT_BARRIER);
+    return;
+  }
+  w.at_barrier = 0;
+  for (unsigned t = 0; t < w.threads; ++t)
+    if (w.fibers[t].state == AT_BARRIER) w.fibers[t].state = READY;
+}
+
+int lane_id() { return (int)(worker->current % 32); }
+
+void warp_collective(const char* name, void* mine, WarpCompute compute) {
+  Worker& w = *worker;
+  unsigned first = w.current / 32 * 32, lanes = w.threads - first < 32 ? w.threads - first : 32;
+  Fiber& me = w.fibers[w.current];
+  me.data = mine;
+  me.at = name;
+  if (lanes < 32) {
+    fail("a warp collective in a block whose size is not a multiple of 32");
+    to_scheduler(AT_COLLECTIVE);
+  }
+  const char*& current = w.collective[first / 32];
+  if (w.arrived[first / 32] == 0) current = name;
+  if (current != name && strcmp(current, name) != 0) {
+    char text[160];
+    snprintf(text, sizeof text, "divergent collectives in one warp: thread %u is in %s, others are in %s", w.current, name, current);
+    fail(text);
+    to_scheduler(AT_COLLECTIVE);
+  }
+  if (++w.arrived[first / 32] < 32) {
+    to_scheduler(AT_COLLECTIVE);
+    return;
+  }
+  w.arrived[first / 32] = 0;
+  void* data[32];
+  for (unsigned i = 0; i < 32; ++i) data[i] = w.fibers[first + i].data;
+  compute(data);
+  for (unsigned t = first; t < first + 32; ++t)
+    if (w.fibers[t].state == AT_COLLECTIVE) w.fibers[t].state = READY;
+}
+
+void shuffle(ShuffleLane* mine) {
+  warp_collective("a shuffle", mine, [](void* const* lanes) {
+    unsigned long long in[32];
+    for (int i = 0; i < 32; ++i) in[i] = ((ShuffleLane*)lanes[i])->value;
+    for (int i = 0; i < 32; ++i) ((ShuffleLane*)lanes[i])->value = in[((ShuffleLane*)lanes[i])->source];
+  });
+}
+
+void warp_sync() {
+  warp_collective("a warp sync", nullptr, [](void* const*) {});
+}
+
+unsigned char* shared_memory() { return worker->shared; }
+
+void async_copy(void* dst, const void* src, unsigned bytes, unsigned valid) {
+  Fiber& f = worker->fibers[worker->current];
+  if (f.copies == MAX_COPIES) {
+    fail("more than 64 async copies pending in one thread");
+    to_scheduler(AT_BARRIER);
+  }
+  f.pending[f.copies++] = {dst, src, bytes, valid, f.groups};
+}
+
+void async_commit() { ++worker->fibers[worker->current].groups; }
+
+void async_wait(int left) {
+  Fiber& f = worker->fibers[worker->current];
+  unsigned kept = 0;
+  for (unsigned i = 0; i < f.copies; ++i) {
+    Copy& c = f.pending[i];
+    if ((int)(f.groups - c.group) > left) {
+      memcpy(c.dst, c.src, c.valid);
+      memset((char*)c.dst + c.valid, 0, c.bytes - c.valid);
+    } else {
+      f.pending[kept++] = c;
+    }
+  }
+  f.copies = kept;
+}
+
+}  // namespace shim

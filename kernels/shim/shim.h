@@ -1,0 +1,107 @@
+// CUDA on a CPU, for the host compiler only: what a kernel finds when it is compiled by g++ or clang++.
+//
+// FLAT and WARP kernels run as loops. A KERNEL runs each thread of a block as a fiber on the calling OS thread;
+// a fiber gives way only at a barrier or a warp collective. A collective is computed once, by the last lane to arrive.
+// Strict mode (tests, `temper check`) runs lanes in an order permuted by the seed, poisons shared memory, and turns
+// into errors: divergent collectives, barriers that some threads skip, deadlocks, writes past shared memory, async
+// copies that nothing waited for. What passes here can still fail on a GPU: the memory model is not emulated.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define __device__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+
+namespace shim {
+
+struct Dim3 {
+  unsigned x, y, z;
+};
+
+// One call runs the blocks [block_begin, block_end) of a grid on this OS thread. Mirrors `device/cpu.rs`.
+struct Launch {
+  void* const* args;
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  unsigned strict;
+  uint64_t seed;
+  uint64_t block_begin, block_end;
+  char* error;  // a message here makes the launch fail
+  size_t error_bytes;
+};
+
+inline float as_float(unsigned u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline unsigned as_bits(float f) {
+  unsigned u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+// What a KERNEL_FLAT or KERNEL_WARP body is a member of: its indices are plain members, so that the thread loop inlines.
+struct FlatThread {
+  Dim3 threadIdx, blockIdx, blockDim, gridDim;
+};
+
+inline void set_block(FlatThread& t, const Launch& l, uint64_t b) {
+  t.gridDim = {l.grid[0], l.grid[1], l.grid[2]};
+  t.blockIdx = {(unsigned)(b % l.grid[0]), (unsigned)(b / l.grid[0] % l.grid[1]), (unsigned)(b / l.grid[0] / l.grid[1])};
+}
+
+// --- fibers (shim.cpp) ---
+typedef void (*Body)(void*);
+void run_fibers(const Launch& l, Body body, void* arg);
+void run_permuted(const Launch& l, Body body, void* arg);  // FLAT kernels in strict mode: one thread after another
+
+template <class F>
+void fibers(const Launch& l, F f) {
+  run_fibers(l, [](void* p) { (*(F*)p)(); }, &f);
+}
+template <class F>
+void permuted(const Launch& l, F f) {
+  run_permuted(l, [](void* p) { (*(F*)p)(); }, &f);
+}
+
+// A collective of the 32 lanes of a warp. `compute` gets the 32 lanes' data pointers, in lane order.
+typedef void (*WarpCompute)(void* const* lanes);
+void warp_collective(const char* name, void* mine, WarpCompute compute);
+void block_barrier();
+unsigned char* shared_memory();
+
+// Async copies of this thread land when it waits for their group, not before.
+void async_copy(void* dst, const void* src, unsigned bytes, unsigned valid_bytes);
+void async_commit();
+void async_wait(int newest_groups_left_in_flight);
+
+struct ShuffleLane {
+  unsigned long long value;
+  int source;
+};
+void shuffle(ShuffleLane* mine);
+
+template <class T>
+T shfl(T v, int lane) {
+  static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
+  ShuffleLane s = {0, lane & 31};
+  memcpy(&s.value, &v, sizeof(T));
+  shuffle(&s);
+  memcpy(&v, &s.value, sizeof(T));
+  return v;
+}
+int lane_id();
+template <class T>
+T shfl_xor(T v, int mask) {
+  return shfl(v, lane_id() ^ mask);
+}
+void warp_sync();
+
+}  // namespace shim
+
+extern __thread shim::Dim3 threadIdx, blockIdx, blockDim, gridDim;

@@ -1,0 +1,257 @@
+//! The self-check: every registered op case on a device, against its f64 reference. Floor 6.
+//!
+//! Invariant: `temper check`, the tests and CI run this same code, on whatever device they are given.
+//!
+//! Tolerances, and why. Forward, bf16: FlashAttention's rule, the error against the f64 oracle is at most twice that of
+//! the naive peer (the same reference, rounding to bf16 wherever the kernel stores), plus one bf16 rounding of the
+//! largest value. Forward, f32: relative L2 error at most 2e-6. Gradients, f32: relative L2 distance from f64 central
+//! differences at most 1e-5; bf16: 2 x roundings x 2^-9, where `roundings` counts the bf16 stores on the longest path.
+
+use std::sync::Arc;
+
+use crate::cx::Cx;
+use crate::device::{DType, Device};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, F64, Kind, Rng, Round, Variant, registry};
+use crate::tape::{ParamGrads, Tape};
+use crate::tensor::{Id, Tensor};
+
+/// What one case of one op showed.
+pub struct Outcome {
+    pub op: &'static str,
+    pub case: String,
+    pub dtype: DType,
+    pub variant: &'static str,
+    /// Error over tolerance, the largest of all outputs and gradients: at most 1 passes.
+    pub ratio: f64,
+    /// None if it passed.
+    pub failure: Option<String>,
+}
+
+/// Runs every case of every registered op whose name contains `filter`.
+pub fn check_ops(device: &Arc<dyn Device>, filter: &str, mut each: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+    let mut all = Vec::new();
+    for entry in registry().into_iter().filter(|e| e.name.contains(filter)) {
+        for variant in entry.variants {
+            for &dtype in variant.dtypes {
+                let mut rng = Rng(0x7e57);
+                for (i, case) in (entry.cases)(&mut rng).iter().enumerate() {
+                    let mut measured = Measured::default();
+                    let result = check_case(device, case, dtype, variant, 1000 + i as u64, &mut measured);
+                    let failure = match result {
+                        Err(e) => Some(e.to_string()),
+                        Ok(()) => measured.failure.clone(),
+                    };
+                    let case = case.label.clone();
+                    let outcome =
+                        Outcome { op: entry.name, case, dtype, variant: variant.name, ratio: measured.ratio, failure };
+                    each(&outcome);
+                    all.push(outcome);
+                }
+            }
+        }
+    }
+    Ok(all)
+}
+
+#[derive(Default)]
+struct Measured {
+    ratio: f64,
+    failure: Option<String>,
+}
+
+impl Measured {
+    fn add(&mut self, what: String, error: f64, tolerance: f64) {
+        let ratio = if error.is_finite() { error / tolerance } else { f64::INFINITY };
+        self.ratio = self.ratio.max(ratio);
+        if ratio > 1.0 && self.failure.is_none() {
+            self.failure = Some(format!("{what}: error {error:.3e}, tolerance {tolerance:.3e}"));
+        }
+    }
+}
+
+fn check_case(
+    device: &Arc<dyn Device>,
+    case: &Case,
+    dtype: DType,
+    variant: &Variant,
+    seed: u64,
+    measured: &mut Measured,
+) -> Result<()> {
+    let mut cx = Cx::new(device.clone(), dtype)?;
+    (cx.matmul, cx.attention) = (variant.matmul, variant.attention);
+    cx.set_rng(7, 3, 0)?;
+    // The oracle sees the values that the device sees.
+    let stored: Vec<F64> = case.inputs.iter().map(|a| quantise(a, dtype)).collect();
+    let oracle = case.op.reference(Round::None, &stored);
+    let peer = case.op.reference(if dtype == DType::BF16 { Round::Bf16 } else { Round::F32 }, &stored);
+
+    let tensors = upload(&mut cx, case, &stored, dtype)?;
+    let refs: Vec<&Tensor> = tensors.iter().collect();
+    cx.tape = Some(Tape::default());
+    let outputs = cx.apply_dyn(case.op.clone(), &refs)?;
+    if outputs.len() != oracle.len() {
+        return Err(Error::Run(format!("{} outputs, its reference has {}", outputs.len(), oracle.len())));
+    }
+    for (i, (out, want)) in outputs.iter().zip(&oracle).enumerate() {
+        if case.skip.contains(&i) {
+            continue;
+        }
+        let got = host(out)?;
+        if case.exact {
+            let wrong = got.iter().zip(&peer[i].data).filter(|(a, b)| a != b).count();
+            measured.add(format!("output {i}: {wrong} values differ, exact ones expected"), wrong as f64, 0.5);
+        } else if dtype == DType::BF16 {
+            let largest = max_abs(&want.data);
+            let slack = largest * 2f64.powi(-8) + 1e-12;
+            let tolerance = 2.0 * max_difference(&peer[i].data, &want.data) + slack;
+            measured.add(format!("output {i}"), max_difference(&got, &want.data), tolerance);
+        } else {
+            measured.add(format!("output {i}"), relative_l2(&got, &want.data), 2e-6);
+        }
+    }
+    let upstream: Vec<F64> = {
+        let mut rng = Rng(seed);
+        oracle.iter().map(|o| rng.array(&o.shape, 1.0)).collect()
+    };
+    check_gradients(&mut cx, case, &stored, &tensors, &outputs, &upstream, dtype, seed, measured)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn check_gradients(
+    cx: &mut Cx,
+    case: &Case,
+    stored: &[F64],
+    tensors: &[Tensor],
+    outputs: &[Tensor],
+    upstream: &[F64],
+    dtype: DType,
+    seed: u64,
+    measured: &mut Measured,
+) -> Result<()> {
+    if !case.inputs.iter().any(|a| a.grad) {
+        return Ok(());
+    }
+    let mut seeds = Vec::new();
+    let mut weights = Vec::new();
+    for (out, up) in outputs.iter().zip(upstream) {
+        if !matches!(out.dtype(), DType::F32 | DType::BF16) {
+            weights.push(F64::zeros(&up.shape));
+            continue;
+        }
+        let values: Vec<f32> = up.data.iter().map(|v| *v as f32).collect();
+        let grad = Tensor::from_f32(&cx.pool, "upstream", out.dtype(), out.shape(), &values)?;
+        weights.push(F64::new(&up.shape, host(&grad)?));
+        seeds.push((out.clone(), grad));
+    }
+    let tolerance = if dtype == DType::BF16 { 2.0 * case.roundings * 2f64.powi(-9) } else { 1e-5 };
+    // The gradient of a value is found by an identity op in front of it: `watch` is a parameter set of its own, f32.
+    cx.backward(seeds)?;
+    for set in &mut cx.param_grads {
+        set.finish()?;
+    }
+    let mut rng = Rng(seed ^ 0xd1ff);
+    for (i, arg) in case.inputs.iter().enumerate().filter(|(_, a)| a.grad) {
+        let Id::Param { index, .. } = tensors[i].id() else { continue };
+        let slot = cx.param_grads[0].slots[index as usize].clone();
+        let got = host(&slot.ok_or_else(|| Error::Run(format!("no gradient buffer for input {i}")))?)?;
+        let n = arg.value.data.len();
+        let mut ours = Vec::new();
+        let mut theirs = Vec::new();
+        let coordinates: Vec<usize> = if n <= 64 { (0..n).collect() } else { (0..64).map(|_| rng.below(n)).collect() };
+        for c in coordinates {
+            let mut v = vec![0.0; n];
+            v[c] = 1.0;
+            ours.push(got[c]);
+            theirs.push(directional(case, stored, &weights, i, &v));
+        }
+        for _ in 0..8 {
+            let v: Vec<f64> = (0..n).map(|_| rng.normal()).collect();
+            let norm = v.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let v: Vec<f64> = v.iter().map(|x| x / norm).collect();
+            ours.push(got.iter().zip(&v).map(|(g, v)| g * v).sum());
+            theirs.push(directional(case, stored, &weights, i, &v));
+        }
+        // Where the exact gradient cancels to nothing, rounding of the terms remains: scale by the upstream then.
+        let scale = l2(&theirs).max(1e-3 * l2(&weights.iter().flat_map(|w| w.data.clone()).collect::<Vec<_>>()));
+        let error = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt() / scale.max(1e-30);
+        measured.add(format!("gradient of input {i}"), error, tolerance);
+    }
+    Ok(())
+}
+
+/// d/dt of sum(weights * f(x + t v)) at 0, by a five-point central difference in f64.
+fn directional(case: &Case, x: &[F64], weights: &[F64], i: usize, v: &[f64]) -> f64 {
+    let h = 1e-4;
+    let at = |t: f64| -> f64 {
+        let mut moved = x.to_vec();
+        moved[i].data.iter_mut().zip(v).for_each(|(a, b)| *a += t * b);
+        let y = case.op.reference(Round::None, &moved);
+        y.iter().zip(weights).map(|(y, w)| y.data.iter().zip(&w.data).map(|(a, b)| a * b).sum::<f64>()).sum()
+    };
+    (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h)
+}
+
+/// Inputs on the device. Those whose gradient is checked become parameters of set 0; a value's gradient would be of the
+/// storage dtype, so it is read through an f32 slot behind an identity (see `Watch`).
+fn upload(cx: &mut Cx, case: &Case, stored: &[F64], dtype: DType) -> Result<Vec<Tensor>> {
+    let mut slots = Vec::new();
+    let mut tensors = Vec::new();
+    for (arg, value) in case.inputs.iter().zip(stored) {
+        let real: Vec<f32> = value.data.iter().map(|v| *v as f32).collect();
+        let mut t = match arg.kind {
+            Kind::Real => Tensor::from_f32(&cx.pool, "case input", dtype, &value.shape, &real)?,
+            Kind::Float => Tensor::from_f32(&cx.pool, "case input", DType::F32, &value.shape, &real)?,
+            Kind::Int => {
+                let ints: Vec<i32> = value.data.iter().map(|v| *v as i32).collect();
+                Tensor::from_host(&cx.pool, "case input", DType::I32, &value.shape, &ints)?
+            }
+        };
+        if arg.grad {
+            t = t.with_id(Id::Param { set: 0, index: slots.len() as u32 });
+            // A parameter's gradient is f32; an activation's has the storage dtype.
+            let kind = if arg.param || arg.kind == Kind::Float { DType::F32 } else { dtype };
+            slots.push(Some(Tensor::new(&cx.pool, "case gradient", kind, &value.shape)?));
+        }
+        tensors.push(t);
+    }
+    cx.param_grads = vec![ParamGrads::new(slots)];
+    Ok(tensors)
+}
+
+fn quantise(arg: &Arg, dtype: DType) -> F64 {
+    let round = match (arg.kind, dtype) {
+        (Kind::Real, DType::BF16) => Round::Bf16,
+        (Kind::Real | Kind::Float, _) => Round::F32,
+        (Kind::Int, _) => Round::None,
+    };
+    F64::from_fn(&arg.value.shape, |i| round.at(arg.value.data[i]))
+}
+
+fn host(t: &Tensor) -> Result<Vec<f64>> {
+    Ok(match t.dtype() {
+        DType::I32 => t.to_vec::<i32>()?.into_iter().map(f64::from).collect(),
+        DType::U32 => t.to_vec::<u32>()?.into_iter().map(f64::from).collect(),
+        DType::U8 => t.to_vec::<u8>()?.into_iter().map(f64::from).collect(),
+        _ => t.to_f32()?.into_iter().map(f64::from).collect(),
+    })
+}
+
+fn max_abs(a: &[f64]) -> f64 {
+    a.iter().fold(0.0, |m, v| m.max(v.abs()))
+}
+
+fn max_difference(a: &[f64], b: &[f64]) -> f64 {
+    let worst =
+        a.iter().zip(b).fold(0.0f64, |m, (x, y)| if (x - y).is_nan() { f64::NAN } else { m.max((x - y).abs()) });
+    if a.iter().any(|v| v.is_nan()) { f64::NAN } else { worst }
+}
+
+fn l2(a: &[f64]) -> f64 {
+    a.iter().map(|v| v * v).sum::<f64>().sqrt()
+}
+
+fn relative_l2(a: &[f64], b: &[f64]) -> f64 {
+    let d: Vec<f64> = a.iter().zip(b).map(|(x, y)| x - y).collect();
+    l2(&d) / l2(b).max(1e-30)
+}

@@ -1,0 +1,332 @@
+//! The CPU device: kernels run through the shim on all cores, matrix products through `matrixmultiply`.
+//!
+//! Invariant: results do not depend on the number of threads. Blocks are independent, so each worker runs a fixed range
+//! of them; a matrix product is cut into row chunks whose bits do not depend on the cut.
+
+use std::alloc::{Layout as MemoryLayout, alloc, dealloc};
+use std::ffi::c_void;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{CpuLaunch, DType, Device, Gemm, KernelDef, Launch, Layout, Mark, MemoryInfo};
+use crate::error::{Error, Result};
+
+const ALIGN: usize = 256;
+/// Bytes before and after each allocation in strict mode that no kernel may touch.
+const RED_ZONE: usize = 512;
+/// NaN as a bf16, and twice over as an f32: what memory holds before its first write in strict mode.
+pub const POISON: u16 = 0x7ff7;
+
+pub struct Cpu {
+    strict: bool,
+    seed: u64,
+    launches: AtomicU64,
+    /// Live allocations (address, bytes), kept in strict mode to check their red zones.
+    live: Mutex<Vec<(u64, usize)>>,
+    marks: Mutex<Vec<Instant>>,
+}
+
+impl Cpu {
+    pub fn new() -> Self {
+        Cpu { strict: false, seed: 0, launches: AtomicU64::new(0), live: Mutex::default(), marks: Mutex::default() }
+    }
+
+    /// The checking mode: 32 real lanes a warp in an order permuted by `seed`, poisoned memory, red zones. Slow.
+    pub fn strict(seed: u64) -> Self {
+        Cpu { strict: true, seed, ..Cpu::new() }
+    }
+
+    fn pad(&self) -> usize {
+        if self.strict { RED_ZONE } else { 0 }
+    }
+
+    /// After a strict launch: did anything write outside a buffer?
+    fn check_red_zones(&self, kernel: &str) -> Result<()> {
+        for &(address, bytes) in self.live.lock().unwrap_or_else(|e| e.into_inner()).iter() {
+            for (start, side) in [(address - RED_ZONE as u64, "before"), (address + bytes as u64, "past the end of")] {
+                // SAFETY: the zone belongs to a live allocation of `alloc`.
+                let zone = unsafe { std::slice::from_raw_parts(start as *const u8, RED_ZONE) };
+                if zone.iter().any(|b| *b != 0xa5) {
+                    // SAFETY: as above; repaired so that the next launch is judged by itself.
+                    unsafe { std::ptr::write_bytes(start as *mut u8, 0xa5, RED_ZONE) };
+                    return Err(Error::Device(format!("{kernel} wrote {side} a buffer of {bytes} bytes")));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Raw arguments on their way to worker threads: read-only there, and they outlive the launch.
+struct Args(*const *mut c_void);
+// SAFETY: the pointed-to list is only read, and `launch` does not return before the workers have.
+unsafe impl Sync for Args {}
+
+impl Device for Cpu {
+    fn name(&self) -> String {
+        let mode = if self.strict { ", strict" } else { "" };
+        format!("cpu ({} threads{mode})", rayon::current_num_threads())
+    }
+
+    fn is_cuda(&self) -> bool {
+        false
+    }
+
+    fn is_strict(&self) -> bool {
+        self.strict
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        let all = bytes + 2 * self.pad();
+        let layout = MemoryLayout::from_size_align(all.max(1), ALIGN)
+            .map_err(|_| Error::OutOfMemory(format!("{bytes} bytes is not a size the CPU can allocate")))?;
+        // SAFETY: the layout is not empty.
+        let base = unsafe { alloc(layout) };
+        if base.is_null() {
+            return Err(Error::OutOfMemory(format!("the CPU could not allocate {bytes} bytes")));
+        }
+        let address = base as u64 + self.pad() as u64;
+        if self.strict {
+            // SAFETY: all three ranges lie in the new allocation.
+            unsafe {
+                std::ptr::write_bytes(base, 0xa5, RED_ZONE);
+                std::ptr::write_bytes((address + bytes as u64) as *mut u8, 0xa5, RED_ZONE);
+                self.fill_poison(address, bytes);
+            }
+            self.live.lock().unwrap_or_else(|e| e.into_inner()).push((address, bytes));
+        }
+        Ok(address)
+    }
+
+    unsafe fn free(&self, address: u64, bytes: usize) {
+        self.live.lock().unwrap_or_else(|e| e.into_inner()).retain(|(a, _)| *a != address);
+        let all = (bytes + 2 * self.pad()).max(1);
+        if let Ok(layout) = MemoryLayout::from_size_align(all, ALIGN) {
+            // SAFETY: the caller's promise, with the layout of `alloc`.
+            unsafe { dealloc((address - self.pad() as u64) as *mut u8, layout) };
+        }
+    }
+
+    unsafe fn upload(&self, dst: u64, src: &[u8]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst as *mut u8, src.len()) };
+        Ok(())
+    }
+
+    unsafe fn download(&self, dst: &mut [u8], src: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst.as_mut_ptr(), dst.len()) };
+        Ok(())
+    }
+
+    unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst as *mut u8, bytes) };
+        Ok(())
+    }
+
+    unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::write_bytes(dst as *mut u8, byte, bytes) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: &KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()> {
+        if at.block == 0 || at.block > kernel.threads {
+            return Err(Error::Device(format!(
+                "{}: a block of {} threads; it takes 1 to {}",
+                kernel.name, at.block, kernel.threads
+            )));
+        }
+        let blocks = at.grid.iter().map(|g| u64::from(*g)).product::<u64>();
+        let entry = if self.strict { kernel.strict } else { kernel.cpu };
+        let number = self.launches.fetch_add(1, Ordering::Relaxed);
+        let args = Args(args.as_ptr());
+        let args = &args;
+        let run = |begin: u64, end: u64| -> Result<()> {
+            let mut error = [0u8; 1024];
+            let launch = CpuLaunch {
+                args: args.0,
+                grid: at.grid,
+                block: [at.block, 1, 1],
+                shared_bytes: at.shared,
+                strict: u32::from(self.strict),
+                seed: self.seed.wrapping_mul(0x9e37_79b9).wrapping_add(number),
+                block_begin: begin,
+                block_end: end,
+                error: error.as_mut_ptr(),
+                error_bytes: error.len(),
+            };
+            // SAFETY: the caller's promise about `args`; `launch` outlives the call.
+            unsafe { entry(&launch) };
+            match error.iter().position(|b| *b == 0) {
+                Some(0) | None => Ok(()),
+                Some(n) => Err(Error::Device(format!("{}: {}", kernel.name, String::from_utf8_lossy(&error[..n])))),
+            }
+        };
+        let workers = rayon::current_num_threads() as u64;
+        // A few ranges a worker evens out blocks of unequal cost; results do not depend on the cut.
+        let ranges = (workers * 4).min(blocks);
+        if ranges <= 1 || workers == 1 {
+            run(0, blocks)?;
+        } else {
+            (0..ranges).into_par_iter().try_for_each(|r| run(blocks * r / ranges, blocks * (r + 1) / ranges))?;
+        }
+        if self.strict { self.check_red_zones(kernel.name) } else { Ok(()) }
+    }
+
+    unsafe fn gemm(&self, g: &Gemm) -> Result<bool> {
+        // SAFETY: the caller's promise.
+        unsafe { gemm(g) };
+        Ok(true)
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn memory(&self) -> Result<MemoryInfo> {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let field = |name: &str| -> Option<usize> {
+            let line = text.lines().find(|l| l.starts_with(name))?;
+            line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib * 1024)
+        };
+        let total = field("MemTotal:").unwrap_or(usize::MAX / 2);
+        Ok(MemoryInfo { free: field("MemAvailable:").unwrap_or(total), total })
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        let mut marks = self.marks.lock().unwrap_or_else(|e| e.into_inner());
+        marks.push(Instant::now());
+        Ok(marks.len() - 1)
+    }
+
+    fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
+        let mut marks = self.marks.lock().unwrap_or_else(|e| e.into_inner());
+        let ms = match (marks.get(from), marks.get(to)) {
+            (Some(a), Some(b)) => b.duration_since(*a).as_secs_f32() * 1e3,
+            _ => return Err(Error::Device("elapsed_ms: a mark that was already spent".into())),
+        };
+        if to + 1 == marks.len() {
+            marks.clear();
+        }
+        Ok(ms)
+    }
+}
+
+impl Cpu {
+    /// # Safety
+    /// The range is live.
+    unsafe fn fill_poison(&self, address: u64, bytes: usize) {
+        let pattern = POISON.to_le_bytes();
+        for i in 0..bytes {
+            // SAFETY: the caller's promise.
+            unsafe { *((address + i as u64) as *mut u8) = pattern[i & 1] };
+        }
+    }
+}
+
+/// Rows a worker takes at once. Fixed, so that the cut does not depend on the machine.
+const ROW_CHUNK: usize = 128;
+
+/// # Safety
+/// The operands lie in live memory.
+unsafe fn gemm(g: &Gemm) {
+    let (m, n, k) = (g.m, g.n, g.k);
+    // bf16 operands are widened whole: bf16 on the CPU is for checks, not for speed.
+    let (a_rows, a_cols) = if g.layout == Layout::TN { (k, m) } else { (m, k) };
+    let (b_rows, b_cols) = if g.layout == Layout::NT { (n, k) } else { (k, n) };
+    // SAFETY: the caller's promise.
+    let (a, b) = unsafe { (Operand::new(g.a, a_rows, a_cols), Operand::new(g.b, b_rows, b_cols)) };
+    let (rsa, csa) = if g.layout == Layout::TN { (1, a.stride) } else { (a.stride, 1) };
+    let (rsb, csb) = if g.layout == Layout::NT { (1, b.stride) } else { (b.stride, 1) };
+    let (c_address, c_dtype, ldc) = g.c;
+    // SAFETY: the caller's promise.
+    let bias = g.bias.map(|(address, dtype)| unsafe { Operand::new((address, dtype, n), 1, n) });
+    // SAFETY: n values, by the caller's promise.
+    let bias = bias.as_ref().map(|b| unsafe { std::slice::from_raw_parts(b.pointer(), n) });
+    let chunks = m.div_ceil(ROW_CHUNK);
+    (0..chunks).into_par_iter().for_each(|chunk| {
+        let (r0, r1) = (chunk * ROW_CHUNK, ((chunk + 1) * ROW_CHUNK).min(m));
+        let rows = r1 - r0;
+        // SAFETY: rows r0..r1 of A and C, all of B; the chunks of C do not overlap.
+        unsafe {
+            let pa = a.pointer().add(r0 * rsa);
+            let sgemm = |beta: f32, c: *mut f32, stride: usize| {
+                matrixmultiply::sgemm(
+                    rows,
+                    k,
+                    n,
+                    1.0,
+                    pa,
+                    rsa as isize,
+                    csa as isize,
+                    b.pointer(),
+                    rsb as isize,
+                    csb as isize,
+                    beta,
+                    c,
+                    stride as isize,
+                    1,
+                )
+            };
+            if c_dtype == DType::F32 {
+                let c = (c_address as *mut f32).add(r0 * ldc);
+                sgemm(if g.accumulate { 1.0 } else { 0.0 }, c, ldc);
+                for r in 0..if bias.is_some() { rows } else { 0 } {
+                    let out = std::slice::from_raw_parts_mut(c.add(r * ldc), n);
+                    out.iter_mut().zip(bias.unwrap_or(&[])).for_each(|(o, b)| *o += b);
+                }
+                return;
+            }
+            let mut wide = vec![0f32; rows * n];
+            sgemm(0.0, wide.as_mut_ptr(), n);
+            for r in 0..rows {
+                let out = std::slice::from_raw_parts_mut((c_address as *mut bf16).add((r0 + r) * ldc), n);
+                for (i, (o, v)) in out.iter_mut().zip(&wide[r * n..(r + 1) * n]).enumerate() {
+                    let v = v + bias.map_or(0.0, |b| b[i]);
+                    *o = bf16::from_f32(if g.accumulate { o.to_f32() + v } else { v });
+                }
+            }
+        }
+    });
+}
+
+struct Operand {
+    wide: Vec<f32>,
+    address: u64,
+    stride: usize,
+}
+
+impl Operand {
+    /// # Safety
+    /// `rows` rows of `cols` elements, `stride` apart, are live at the address.
+    unsafe fn new((address, dtype, stride): (u64, DType, usize), rows: usize, cols: usize) -> Self {
+        if dtype != DType::BF16 {
+            return Operand { wide: Vec::new(), address, stride };
+        }
+        let mut wide = vec![0f32; rows * cols];
+        for (r, row) in wide.chunks_exact_mut(cols.max(1)).enumerate() {
+            // SAFETY: the caller's promise.
+            let src = unsafe { std::slice::from_raw_parts((address as *const bf16).add(r * stride), cols) };
+            for (o, v) in row.iter_mut().zip(src) {
+                *o = v.to_f32();
+            }
+        }
+        Operand { wide, address: 0, stride: cols }
+    }
+
+    fn pointer(&self) -> *const f32 {
+        if self.address == 0 { self.wide.as_ptr() } else { self.address as *const f32 }
+    }
+}

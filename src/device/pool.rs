@@ -1,0 +1,249 @@
+//! Named device memory: a caching, best-fit, coalescing allocator over large slabs.
+//!
+//! Invariant: the same sequence of requests gives the same addresses, so a step that repeats can be captured; and the
+//! pool always knows what each byte in use was asked for, so that an out-of-memory error can name the largest blocks.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::Device;
+use crate::error::{Error, Result};
+
+const GRAIN: usize = 256;
+
+pub struct Pool {
+    device: Arc<dyn Device>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Slabs by address: bytes.
+    slabs: BTreeMap<u64, usize>,
+    /// Free ranges by address: bytes.
+    free: BTreeMap<u64, usize>,
+    /// Bytes in use by name.
+    live: BTreeMap<String, usize>,
+    in_use: usize,
+    peak: usize,
+    /// What was in use at the peak.
+    at_peak: Vec<(String, usize)>,
+}
+
+/// Memory from a [`Pool`]; goes back when the last handle is dropped.
+pub struct Block {
+    address: u64,
+    bytes: usize,
+    name: String,
+    pool: Arc<Pool>,
+}
+
+impl Block {
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.pool.device
+    }
+}
+
+impl Pool {
+    pub fn new(device: Arc<dyn Device>) -> Arc<Pool> {
+        Arc::new(Pool { device, state: Mutex::default() })
+    }
+
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// `bytes` of device memory under `name` (the high-water list adds up equal names). Contents are undefined.
+    pub fn alloc(self: &Arc<Pool>, name: &str, bytes: usize) -> Result<Arc<Block>> {
+        let size = bytes.max(1).next_multiple_of(GRAIN);
+        let mut state = self.lock();
+        // In strict mode each block is an allocation of its own, with its own red zones.
+        let address = if self.device.is_strict() {
+            self.device.alloc(bytes)?
+        } else {
+            match state.take(size) {
+                Some(address) => address,
+                None => {
+                    self.grow(&mut state, size, name)?;
+                    state.take(size).ok_or_else(|| Error::Device("pool: a new slab has no room".into()))?
+                }
+            }
+        };
+        *state.live.entry(name.to_string()).or_default() += size;
+        state.in_use += size;
+        if state.in_use > state.peak {
+            state.peak = state.in_use;
+            state.at_peak = state.live.iter().map(|(n, b)| (n.clone(), *b)).collect();
+        }
+        Ok(Arc::new(Block { address, bytes, name: name.to_string(), pool: self.clone() }))
+    }
+
+    /// Bytes in use now, and the most there have been.
+    pub fn in_use(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.in_use, state.peak)
+    }
+
+    /// What was in use at the peak, largest first.
+    pub fn high_water(&self) -> Vec<(String, usize)> {
+        let mut list = self.lock().at_peak.clone();
+        list.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
+        list
+    }
+
+    /// Starts a new high-water list from what is in use now.
+    pub fn reset_peak(&self) {
+        let mut state = self.lock();
+        state.peak = state.in_use;
+        state.at_peak = state.live.iter().map(|(n, b)| (n.clone(), *b)).collect();
+    }
+
+    fn grow(&self, state: &mut State, size: usize, name: &str) -> Result<()> {
+        // Slabs of 32 MiB, or the request rounded up to 2 MiB: few calls to the driver, little waste.
+        let slab = size.next_multiple_of(2 << 20).max(32 << 20);
+        let (address, slab) = match self.device.alloc(slab) {
+            Ok(address) => (address, slab),
+            Err(_) => match self.device.alloc(size) {
+                Ok(address) => (address, size),
+                Err(cause) => return Err(Error::OutOfMemory(self.out_of_memory(state, size, name, &cause))),
+            },
+        };
+        state.slabs.insert(address, slab);
+        state.release(address, slab);
+        Ok(())
+    }
+
+    fn out_of_memory(&self, state: &State, size: usize, name: &str, cause: &Error) -> String {
+        let mut list: Vec<(&String, &usize)> = state.live.iter().collect();
+        list.sort_by(|a, b| b.1.cmp(a.1));
+        let mut text = format!(
+            "out of memory: \"{name}\" needs {} more beside {} in use ({cause}). The largest blocks:",
+            mebibytes(size),
+            mebibytes(state.in_use)
+        );
+        for (name, bytes) in list.iter().take(10) {
+            text += &format!("\n  {:>12}  {name}", mebibytes(**bytes));
+        }
+        text + "\nTo need less: lower per_device_train_batch_size (and raise gradient_accumulation_steps to keep the \
+                step's size), lower max_length, or set gradient_checkpointing=true."
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl State {
+    /// The smallest free range that fits, lowest address first.
+    fn take(&mut self, size: usize) -> Option<u64> {
+        let (&address, &bytes) = self
+            .free
+            .iter()
+            .filter(|(_, bytes)| **bytes >= size)
+            .min_by_key(|(address, bytes)| (**bytes, **address))?;
+        self.free.remove(&address);
+        if bytes > size {
+            self.free.insert(address + size as u64, bytes - size);
+        }
+        Some(address)
+    }
+
+    /// Gives a range back and joins it with its free neighbours in the same slab.
+    fn release(&mut self, mut address: u64, mut bytes: usize) {
+        let slab = self.slabs.range(..=address).next_back().map(|(a, b)| (*a, a + *b as u64)).unwrap_or((address, 0));
+        if let Some((&before, &size)) = self.free.range(..address).next_back() {
+            if before + size as u64 == address && before >= slab.0 {
+                self.free.remove(&before);
+                (address, bytes) = (before, bytes + size);
+            }
+        }
+        let end = address + bytes as u64;
+        if end < slab.1 {
+            if let Some(size) = self.free.remove(&end) {
+                bytes += size;
+            }
+        }
+        self.free.insert(address, bytes);
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let size = self.bytes.max(1).next_multiple_of(GRAIN);
+        let mut state = self.pool.lock();
+        state.in_use -= size;
+        if let Some(bytes) = state.live.get_mut(&self.name) {
+            *bytes -= size;
+            if *bytes == 0 {
+                state.live.remove(&self.name);
+            }
+        }
+        if self.pool.device.is_strict() {
+            // SAFETY: this was the last handle of an allocation made by `alloc` with the same size.
+            unsafe { self.pool.device.free(self.address, self.bytes) };
+        } else {
+            state.release(self.address, size);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let slabs = std::mem::take(&mut self.lock().slabs);
+        for (address, bytes) in slabs {
+            // SAFETY: each Block holds the pool, so none is left.
+            unsafe { self.device.free(address, bytes) };
+        }
+    }
+}
+
+/// "12.3 MiB": how the project prints sizes.
+pub fn mebibytes(bytes: usize) -> String {
+    let mib = bytes as f64 / (1 << 20) as f64;
+    if mib >= 1024.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Cpu;
+
+    #[test]
+    fn freed_neighbours_join_and_addresses_repeat() {
+        let pool = Pool::new(Arc::new(Cpu::new()));
+        let round = || {
+            let a = pool.alloc("a", 1000).unwrap();
+            let b = pool.alloc("b", 5000).unwrap();
+            let c = pool.alloc("c", 70).unwrap();
+            (a.address(), b.address(), c.address())
+        };
+        assert_eq!(round(), round());
+        let state = pool.lock();
+        assert_eq!(state.free.len(), 1, "all ranges joined again");
+        assert_eq!(state.in_use, 0);
+    }
+
+    #[test]
+    fn the_high_water_list_names_what_was_in_use_at_the_peak() {
+        let pool = Pool::new(Arc::new(Cpu::new()));
+        let _a = pool.alloc("weights", 10_000).unwrap();
+        {
+            let _b = pool.alloc("logits", 1 << 20).unwrap();
+        }
+        let _c = pool.alloc("small", 10).unwrap();
+        assert_eq!(pool.high_water()[0], ("logits".to_string(), 1 << 20));
+        assert!(pool.in_use().1 > pool.in_use().0);
+    }
+}

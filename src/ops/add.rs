@@ -1,0 +1,77 @@
+//! `y = a + b`, and the plain element-wise helpers that other ops use for their gradients. Floor 2.
+//!
+//! Invariant: one rounding, when the result is stored. Kernels: `kernels/add.cu`.
+
+use crate::cx::Cx;
+use crate::device::{DType, Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// `a + b`, both [.., n] real and of one shape.
+pub fn add(cx: &mut Cx, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    cx.apply1(Add, &[a, b])
+}
+
+#[derive(Debug)]
+pub struct Add;
+
+impl Op for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        if x[0].shape() != x[1].shape() || !x[0].is_contiguous() || !x[1].is_contiguous() {
+            return Err(Error::op("add", format!("{:?} and {:?} differ in shape or are strided", x[0], x[1])));
+        }
+        let y = cx.real("add", x[0].shape())?;
+        kernels::add_fwd(&*cx.device, flat(&y), y.out(), x[0], x[1], y.numel() as i64)?;
+        Ok(Fwd { outputs: vec![y], saved: vec![] })
+    }
+
+    fn backward(&self, cx: &mut Cx, _node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        if let Some(dy) = &dy[0] {
+            g.give(cx, 0, dy.clone())?;
+            g.give(cx, 1, dy.clone())?;
+        }
+        Ok(())
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        vec![F64::from_fn(&x[0].shape, |i| round.at(x[0].data[i] + x[1].data[i]))]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, x[0].bytes())
+    }
+}
+
+/// `slot = grad`, or `slot += grad`; any of F32 and BF16, converted.
+pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Result<()> {
+    let n = slot.numel() as i64;
+    let acc = i32::from(accumulate);
+    if slot.dtype() == grad.dtype() {
+        return kernels::axpy(&*cx.device, flat(slot), slot.out(), grad, 1.0, n, acc);
+    }
+    if slot.dtype() == DType::F32 {
+        return kernels::to_float_copy(&*cx.device, flat(grad), slot.out(), grad, n, acc);
+    }
+    Err(Error::op("add_into", format!("{grad:?} into {slot:?}")))
+}
+
+/// A thread for each 16 bytes of `t`.
+pub(crate) fn flat(t: &Tensor) -> Launch {
+    Launch::flat(t.numel().div_ceil(16 / t.dtype().size()))
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    [vec![1], vec![7], vec![33, 5], vec![1000]]
+        .into_iter()
+        .map(|shape| {
+            let inputs = vec![Arg::real(rng.array(&shape, 1.0)), Arg::real(rng.array(&shape, 1.0))];
+            Case::new(format!("{shape:?}"), Add, inputs)
+        })
+        .collect()
+}

@@ -1,0 +1,173 @@
+//! The matrix product of a linear layer, and the raw product that other ops build on. Floor 2.
+//!
+//! Invariant: which kernel runs depends on (N, K, dtype) and the context's choice, never on M: a row's bits do not depend
+//! on its batch. Math and numerics of the engine's own kernel: `kernels/matmul.cu`.
+
+use crate::cx::{Cx, MatmulChoice};
+use crate::device::{DType, Gemm, Launch, Layout, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols, partials};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] (an HF `weight`), bias [n]; y [m, n] real.
+/// Errors if the inner dimensions differ.
+pub fn linear(cx: &mut Cx, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match bias {
+        Some(b) => cx.apply1(Linear { bias: true }, &[x, w, b]),
+        None => cx.apply1(Linear { bias: false }, &[x, w]),
+    }
+}
+
+#[derive(Debug)]
+pub struct Linear {
+    pub bias: bool,
+}
+
+impl Op for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (a, w) = (x[0], x[1]);
+        expect_cols("linear", "weight", w, a.cols(), "do the weights belong to this config.json?")?;
+        let bias = self.bias.then(|| x[2]);
+        if let Some(b) = bias {
+            expect_cols("linear", "bias", b, w.row_count(), "do the weights belong to this config.json?")?;
+        }
+        let y = cx.real("linear", &[a.row_count(), w.row_count()])?;
+        product(cx, Layout::NT, &y, a, w, bias, false)?;
+        let saved = if need.tape { vec![a.clone(), w.clone()] } else { vec![] };
+        Ok(Fwd { outputs: vec![y], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let Some(dy) = &dy[0] else { return Ok(()) };
+        let (a, w) = (&node.saved[0], &node.saved[1]);
+        if let Some((da, accumulate)) = g.slot(0)? {
+            product(cx, Layout::NN, &da, dy, w, None, accumulate)?;
+        }
+        if let Some((dw, accumulate)) = g.slot(1)? {
+            product(cx, Layout::TN, &dw, dy, a, None, accumulate)?;
+        }
+        if self.bias {
+            if let Some((db, accumulate)) = g.slot(2)? {
+                column_sums(cx, &db, dy, accumulate)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        let (a, w) = (&x[0], &x[1]);
+        let mut y = F64::zeros(&[a.row_count(), w.row_count()]);
+        for r in 0..a.row_count() {
+            for c in 0..w.row_count() {
+                let dot: f64 = a.row(r).iter().zip(w.row(c)).map(|(p, q)| p * q).sum();
+                y.row_mut(r)[c] = round.at(dot + if self.bias { x[2].data[c] } else { 0.0 });
+            }
+        }
+        vec![y]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        let (m, n, k) = (x[0].row_count(), x[1].row_count(), x[0].cols());
+        Cost { flops: 2.0 * (m * n * k) as f64, ..Cost::memory(x, m * n * x[0].dtype().size()) }
+    }
+}
+
+/// `c = op(a) op(b) (+ bias)`, or `c += ...`; c real or f32, operands and bias of the storage dtype. Not on the tape.
+pub fn product(
+    cx: &Cx,
+    layout: Layout,
+    c: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    bias: Option<&Tensor>,
+    accumulate: bool,
+) -> Result<()> {
+    let (m, k) = if layout == Layout::TN { (a.cols(), a.row_count()) } else { (a.row_count(), a.cols()) };
+    let (n, kb) = if layout == Layout::NT { (b.row_count(), b.cols()) } else { (b.cols(), b.row_count()) };
+    if k != kb || c.row_count() != m || c.cols() != n {
+        return Err(Error::op("matmul", format!("{layout:?} product of {a:?} and {b:?} into {c:?}")));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let gemm = Gemm {
+        layout,
+        m,
+        n,
+        k,
+        a: (a.address(), a.dtype(), a.stride()),
+        b: (b.address(), b.dtype(), b.stride()),
+        c: (c.address(), c.dtype(), c.stride()),
+        bias: bias.map(|t| (t.address(), t.dtype())),
+        accumulate,
+    };
+    // SAFETY: the tensors lie in live memory by construction, and the sizes were checked.
+    if cx.matmul == MatmulChoice::Auto && unsafe { cx.device.gemm(&gemm)? } {
+        return Ok(());
+    }
+    // Tile and shared memory of `kernels/matmul.cu`: 128 x 128 with three stages of 2 x 8 KiB, or 64 x 64.
+    let (tile, shared) = if a.dtype() == DType::BF16 { (128, 3 * 2 * 8192) } else { (64, 2 * 16 * 68 * 4) };
+    let at = Launch::blocks([n.div_ceil(tile), m.div_ceil(tile), 1], 256, shared);
+    let kernel = match layout {
+        Layout::NT => kernels::matmul_nt,
+        Layout::NN => kernels::matmul_nn,
+        Layout::TN => kernels::matmul_tn,
+    };
+    // A real C takes the instance D = 0, a float C of a bf16 product D = 1; in f32 both are the same type.
+    let float_out = c.dtype() != a.dtype();
+    let (real, float) = if float_out { (None, Some(c.out())) } else { (Some(c.out()), None) };
+    let (lda, ldb, ldc) = (a.stride() as i32, b.stride() as i32, c.stride() as i32);
+    kernel(
+        &*cx.device,
+        at,
+        usize::from(float_out),
+        real,
+        float,
+        a,
+        b,
+        bias,
+        m as i32,
+        n as i32,
+        k as i32,
+        lda,
+        ldb,
+        ldc,
+        i32::from(accumulate),
+    )
+}
+
+/// `out[c] (+)= sum_r x[r, c]` in f32, in a fixed order.
+pub fn column_sums(cx: &Cx, out: &Tensor, x: &Tensor, accumulate: bool) -> Result<()> {
+    let (rows, cols) = (x.row_count(), x.cols());
+    let partial = partials(cx, rows, cols)?;
+    let (chunks, step) = (rows.div_ceil(64), 32 * 16 / x.dtype().size());
+    let at = Launch::warps(chunks * cols.div_ceil(step));
+    kernels::column_sums(&*cx.device, at, partial.out(), x, rows as i32, cols as i32, x.stride() as i32)?;
+    let at = Launch::flat(cols);
+    kernels::sum_partials(&*cx.device, at, out.out(), &partial, chunks as i32, cols as i32, i32::from(accumulate))
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (m, n, k, bias) in [
+        (1, 1, 1, false),
+        (5, 3, 7, true),
+        (64, 48, 32, false),
+        (70, 136, 40, true),
+        (33, 17, 100, false),
+        (130, 24, 72, true),
+    ] {
+        let mut inputs =
+            vec![Arg::real(rng.array(&[m, k], 1.0)), Arg::param(rng.array(&[n, k], (k as f64).powf(-0.5)))];
+        if bias {
+            inputs.push(Arg::param(rng.array(&[n], 0.5)));
+        }
+        cases.push(Case::new(format!("m {m} n {n} k {k}{}", if bias { " bias" } else { "" }), Linear { bias }, inputs));
+    }
+    cases
+}

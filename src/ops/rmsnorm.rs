@@ -1,0 +1,190 @@
+//! Root mean square norm, plain and with the residual addition before it. Floor 2.
+//!
+//! Invariant: a row's result depends on that row alone. Math, numerics and source: `kernels/rmsnorm.cu`.
+
+use crate::cx::Cx;
+use crate::device::{Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols, partials};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w [d]; y as x. Error if w is not as wide as x.
+pub fn rmsnorm(cx: &mut Cx, x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
+    cx.apply1(RmsNorm { eps }, &[x, w])
+}
+
+/// The residual stream's step: `s = x + residual`, `y = norm(s)`. Returns (y, s), both as x.
+pub fn add_rmsnorm(cx: &mut Cx, x: &Tensor, residual: &Tensor, w: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+    let mut out = cx.apply(AddRmsNorm { eps }, &[x, residual, w])?;
+    match (out.pop(), out.pop()) {
+        (Some(s), Some(y)) => Ok((y, s)),
+        _ => Err(Error::op("add_rmsnorm", "gave no outputs")),
+    }
+}
+
+#[derive(Debug)]
+pub struct RmsNorm {
+    pub eps: f32,
+}
+
+#[derive(Debug)]
+pub struct AddRmsNorm {
+    pub eps: f32,
+}
+
+const HINT: &str = "is hidden_size in config.json right?";
+
+impl Op for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rmsnorm"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (x, w) = (x[0], x[1]);
+        expect_cols("rmsnorm", "weight", w, x.cols(), HINT)?;
+        let (y, rstd) = (cx.real("rmsnorm", x.shape())?, cx.float("rstd", &[x.row_count()])?);
+        let (rows, d) = (x.row_count() as i32, x.cols() as i32);
+        kernels::rmsnorm_fwd(
+            &*cx.device,
+            Launch::warps(x.row_count()),
+            y.out(),
+            None,
+            rstd.out(),
+            x,
+            None,
+            w,
+            rows,
+            d,
+            self.eps,
+        )?;
+        let saved = if need.tape { vec![x.clone(), w.clone(), rstd] } else { vec![] };
+        Ok(Fwd { outputs: vec![y], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let Some(dy) = &dy[0] else { return Ok(()) };
+        let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
+        if let Some((dx, accumulate)) = g.slot(0)? {
+            let (rows, d) = (s.row_count() as i32, s.cols() as i32);
+            let at = Launch::warps(s.row_count());
+            kernels::rmsnorm_bwd(&*cx.device, at, dx.out(), dy, None, s, w, rstd, rows, d, i32::from(accumulate))?;
+        }
+        weight_gradient(cx, g, 1, dy, s, rstd)
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        vec![norm(round, &x[0], &x[1], self.eps)]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, x[0].bytes())
+    }
+}
+
+impl Op for AddRmsNorm {
+    fn name(&self) -> &'static str {
+        "add_rmsnorm"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (x, residual, w) = (x[0], x[1], x[2]);
+        expect_cols("add_rmsnorm", "weight", w, x.cols(), HINT)?;
+        if x.shape() != residual.shape() {
+            return Err(Error::op("add_rmsnorm", format!("{x:?} and residual {residual:?} differ in shape")));
+        }
+        let (y, s) = (cx.real("rmsnorm", x.shape())?, cx.real("residual", x.shape())?);
+        let rstd = cx.float("rstd", &[x.row_count()])?;
+        let (rows, d) = (x.row_count() as i32, x.cols() as i32);
+        let at = Launch::warps(x.row_count());
+        kernels::rmsnorm_fwd(
+            &*cx.device,
+            at,
+            y.out(),
+            Some(s.out()),
+            rstd.out(),
+            x,
+            Some(residual),
+            w,
+            rows,
+            d,
+            self.eps,
+        )?;
+        let saved = if need.tape { vec![s.clone(), w.clone(), rstd] } else { vec![] };
+        Ok(Fwd { outputs: vec![y, s], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
+        let Some(up) = &dy[0] else {
+            // Only the residual stream goes on: both inputs get its gradient.
+            if let Some(ds) = &dy[1] {
+                g.give(cx, 0, ds.clone())?;
+                g.give(cx, 1, ds.clone())?;
+            }
+            return Ok(());
+        };
+        if g.wants(0) || g.wants(1) {
+            let ds = cx.real("activation gradients", s.shape())?;
+            let (rows, d) = (s.row_count() as i32, s.cols() as i32);
+            let at = Launch::warps(s.row_count());
+            kernels::rmsnorm_bwd(&*cx.device, at, ds.out(), up, dy[1].as_ref(), s, w, rstd, rows, d, 0)?;
+            g.give(cx, 0, ds.clone())?;
+            g.give(cx, 1, ds)?;
+        }
+        weight_gradient(cx, g, 2, up, s, rstd)
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        let s = F64::from_fn(&x[0].shape, |i| round.at(x[0].data[i] + x[1].data[i]));
+        vec![norm(round, &s, &x[2], self.eps), s]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, 2 * x[0].bytes())
+    }
+}
+
+fn weight_gradient(cx: &mut Cx, g: &mut Grads, i: usize, dy: &Tensor, s: &Tensor, rstd: &Tensor) -> Result<()> {
+    let Some((dw, accumulate)) = g.slot(i)? else { return Ok(()) };
+    let (rows, d) = (s.row_count(), s.cols());
+    let partial = partials(cx, rows, d)?;
+    let (chunks, step) = (rows.div_ceil(64), 32 * 16 / s.dtype().size());
+    let at = Launch::warps(chunks * d.div_ceil(step));
+    kernels::rmsnorm_dw(&*cx.device, at, partial.out(), dy, s, rstd, rows as i32, d as i32)?;
+    kernels::sum_partials(
+        &*cx.device,
+        Launch::flat(d),
+        dw.out(),
+        &partial,
+        chunks as i32,
+        d as i32,
+        i32::from(accumulate),
+    )
+}
+
+fn norm(round: Round, s: &F64, w: &F64, eps: f32) -> F64 {
+    let mut y = F64::zeros(&s.shape);
+    for r in 0..s.row_count() {
+        let row = s.row(r);
+        let rstd = 1.0 / (row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64 + f64::from(eps)).sqrt();
+        for (j, o) in y.row_mut(r).iter_mut().enumerate() {
+            *o = round.at(w.data[j] * round.at(row[j] * rstd));
+        }
+    }
+    y
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (rows, d) in [(1, 5), (3, 7), (70, 64), (130, 96), (5, 300), (2, 1031)] {
+        let x = rng.array(&[rows, d], 1.5);
+        let w = F64::from_fn(&[d], |_| 1.0 + 0.3 * rng.normal());
+        let r = rng.array(&[rows, d], 1.0);
+        let inputs = vec![Arg::real(x.clone()), Arg::param(w.clone())];
+        cases.push(Case::new(format!("rows {rows} d {d}"), RmsNorm { eps: 1e-5 }, inputs));
+        let inputs = vec![Arg::real(x), Arg::real(r), Arg::param(w)];
+        cases.push(Case::new(format!("residual rows {rows} d {d}"), AddRmsNorm { eps: 1e-6 }, inputs));
+    }
+    cases
+}

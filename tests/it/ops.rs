@@ -1,0 +1,28 @@
+//! Every registered op case on the CPU device, fast and strict.
+
+use std::sync::Arc;
+
+use temper::check::check_ops;
+use temper::device::{Device, cpu::Cpu};
+
+fn all_pass(device: Arc<dyn Device>) {
+    let outcomes = check_ops(&device, "", |_| {}).unwrap();
+    let failures: Vec<String> = outcomes
+        .iter()
+        .filter_map(|o| {
+            o.failure.as_ref().map(|f| format!("{} {} {} {}: {f}", o.op, o.variant, o.dtype.name(), o.case))
+        })
+        .collect();
+    assert!(outcomes.len() > 20, "the registry is not empty");
+    assert!(failures.is_empty(), "{} of {} cases fail:\n{}", failures.len(), outcomes.len(), failures.join("\n"));
+}
+
+#[test]
+fn every_op_case_passes_on_the_cpu() {
+    all_pass(Arc::new(Cpu::new()));
+}
+
+#[test]
+fn every_op_case_passes_on_the_strict_cpu() {
+    all_pass(Arc::new(Cpu::strict(1)));
+}
