@@ -112,7 +112,12 @@ fn check_case(
     }
     let upstream: Vec<F64> = {
         let mut rng = Rng(seed);
-        oracle.iter().map(|o| rng.array(&o.shape, 1.0)).collect()
+        let constant = |i: usize| case.upstream.get(i).copied().flatten();
+        let one = |(i, o): (usize, &F64)| match constant(i) {
+            Some(c) => F64::from_fn(&o.shape, |_| c),
+            None => rng.array(&o.shape, 1.0),
+        };
+        oracle.iter().enumerate().map(one).collect()
     };
     check_gradients(&mut cx, case, &stored, &tensors, &outputs, &upstream, dtype, seed, measured)
 }

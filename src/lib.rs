@@ -4,5 +4,6 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod ops;
+pub mod rng;
 pub mod tape;
 pub mod tensor;
