@@ -1,2 +1,4 @@
 pub mod data;
 pub mod error;
+pub mod fsio;
+pub mod tensor;
