@@ -84,6 +84,62 @@ pub fn fsync_dir(dir: impl AsRef<Path>) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, e))
 }
 
+/// A folder that is filled beside its place, under `.NAME.temper-tmp`, and then moved there; dropped before, it goes.
+#[derive(Debug)]
+pub struct AtomicDir {
+    path: PathBuf,
+    tmp: PathBuf,
+}
+
+impl AtomicDir {
+    /// Makes the temporary folder (and the parents of `path`). A leftover of an interrupted save is removed.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let Some(name) = path.file_name() else {
+            return Err(Error::model(path, "cannot be written: give a folder with a name"));
+        };
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(".temper-tmp");
+        let tmp = parent(&path).join(hidden);
+        if tmp.is_dir() {
+            std::fs::remove_dir_all(&tmp).map_err(|e| Error::io(&tmp, e))?;
+        }
+        std::fs::create_dir_all(&tmp).map_err(|e| Error::io(&tmp, e))?;
+        Ok(Self { path, tmp })
+    }
+
+    /// Where to write the files; each of them through [`AtomicFile`], so that it is synced.
+    pub fn tmp(&self) -> &Path {
+        &self.tmp
+    }
+
+    /// Moves the folder into place. Where a folder of that name exists, its other files stay and the new ones replace
+    /// theirs one by one, `last` at the end.
+    pub fn commit(self, last: &str) -> Result<()> {
+        fsync_dir(&self.tmp)?;
+        if !self.path.exists() {
+            std::fs::rename(&self.tmp, &self.path).map_err(|e| Error::io(&self.path, e))?;
+            return fsync_dir(parent(&self.path));
+        }
+        let listing = std::fs::read_dir(&self.tmp).and_then(|d| d.collect::<std::io::Result<Vec<_>>>());
+        let mut names: Vec<OsString> =
+            listing.map_err(|e| Error::io(&self.tmp, e))?.into_iter().map(|e| e.file_name()).collect();
+        names.sort_by_key(|name| (name == last, name.clone()));
+        for name in names {
+            let to = self.path.join(&name);
+            std::fs::rename(self.tmp.join(&name), &to).map_err(|e| Error::io(&to, e))?;
+        }
+        fsync_dir(&self.path)
+    }
+}
+
+impl Drop for AtomicDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.tmp); // gone already after a commit by rename
+    }
+}
+
 /// Reads a whole file; the error carries its path.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     std::fs::read(path.as_ref()).map_err(|e| Error::io(path, e))
@@ -126,6 +182,25 @@ mod tests {
     fn an_error_names_the_path() {
         let error = atomic_write("/nonexistent/folder/x", b"").unwrap_err().to_string();
         assert!(error.starts_with("/nonexistent/folder/x.tmp"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_is_moved_whole_and_keeps_strangers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/out");
+        let save = |text: &[u8]| {
+            let out = AtomicDir::create(&path).unwrap();
+            atomic_write(out.tmp().join("config.json"), text).unwrap();
+            out
+        };
+        drop(save(b"dropped"));
+        assert!(!path.exists());
+        save(b"one").commit("config.json").unwrap();
+        std::fs::write(path.join("metrics.jsonl"), "x").unwrap();
+        save(b"two").commit("config.json").unwrap();
+        assert_eq!(std::fs::read(path.join("config.json")).unwrap(), b"two");
+        assert!(path.join("metrics.jsonl").exists());
+        assert_eq!(std::fs::read_dir(dir.path().join("deep")).unwrap().count(), 1);
     }
 
     #[test]
