@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::families::{self, Family, Switch, WindowRule};
 use super::fields::Fields;
-use super::rope::RopeConfig;
+use super::rope::{RopeConfig, RopeKind, inv_freq};
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
 use crate::tensor::safetensors::HostDtype;
@@ -101,7 +101,7 @@ impl ModelConfig {
             mlp_bias: switch(&mut f, family.mlp_bias),
             qk_norm: family.qk_norm,
             sliding_window: sliding_window(&mut f, family.window, num_layers),
-            rope: RopeConfig { theta: 1e4, kind: super::rope::RopeKind::Default },
+            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
             attention_dropout: f.number("attention_dropout", "from 0 to 1", |x| (0.0..1.0).contains(&x)).unwrap_or(0.0)
                 as f32,
             initializer_range: f
@@ -174,7 +174,7 @@ impl ModelConfig {
             mlp_bias: false,
             qk_norm: false,
             sliding_window: vec![None; layers],
-            rope: RopeConfig { theta: 1e4, kind: super::rope::RopeKind::Default },
+            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
             attention_dropout: 0.0,
             initializer_range: 0.02,
             bos: Some(1),
@@ -232,6 +232,9 @@ impl ModelConfig {
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             problems.push(format!("head_dim {} is not even; rope turns pairs", self.head_dim));
+        }
+        if inv_freq(&self.rope, self.head_dim).iter().any(|f| !f.is_finite()) {
+            problems.push(format!("rope settings give frequencies that are not finite: {:?}", self.rope));
         }
     }
 }

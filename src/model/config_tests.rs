@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::rope::RopeKind;
+use crate::model::rope::rope_table;
 
 fn base(model_type: &str) -> Map<String, Value> {
     let family = families::find(model_type).unwrap();
@@ -160,4 +160,71 @@ fn a_fresh_llama_equals_its_own_json() {
     let fresh = ModelConfig::llama(96, 32, 48, 2, 4, 2, 128, true);
     assert_eq!(ModelConfig::from_json("config.json", fresh.raw.clone()).unwrap(), fresh);
     assert_eq!(fresh.to_json(HostDtype::F32), fresh.raw);
+}
+
+#[test]
+fn no_value_of_any_key_makes_the_reader_panic() {
+    let rope = |kind: &str| {
+        json!({ "rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32, "attention_factor": 1.0, "beta_fast": 32, "beta_slow": 1,
+                "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": true, "partial_rotary_factor": 1.0 })
+    };
+    let odd = [
+        json!(null),
+        json!(true),
+        json!(0),
+        json!(-1),
+        json!(1),
+        json!(7),
+        json!(0.5),
+        json!(1e-300),
+        json!(1e300),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(""),
+        json!("x"),
+        json!([]),
+        json!([null, -1, 1e99, "x"]),
+        json!({}),
+        json!({ "rope_type": {}, "factor": [] }),
+    ];
+    let (mut good, mut bad) = (0, 0);
+    for kind in ["default", "linear", "llama3", "yarn"] {
+        for family in families::FAMILIES {
+            let mut map = base(family.model_type);
+            let more = json!({ "head_dim": 8, "max_position_embeddings": 64, "sliding_window": 8, "use_sliding_window": true,
+                "max_window_layers": 1, "layer_types": ["full_attention", "full_attention", "full_attention"],
+                "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "attention_bias": true,
+                "mlp_bias": true, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "dtype": "float32",
+                "torch_dtype": "float32", "rope_theta": 1e4, "initializer_range": 0.02, "attention_dropout": 0.0,
+                "quantization_config": null, "original_max_position_embeddings": 32, "rope_scaling": null });
+            map.extend(more.as_object().unwrap().clone());
+            map.insert("rope_parameters".into(), rope(kind));
+            let mut variants = Vec::new();
+            for value in &odd {
+                for key in map.keys() {
+                    let mut changed = map.clone();
+                    changed.insert(key.clone(), value.clone());
+                    variants.push(changed);
+                }
+                for key in map["rope_parameters"].as_object().unwrap().keys() {
+                    let mut changed = map.clone();
+                    changed["rope_parameters"][key.as_str()] = value.clone();
+                    variants.push(changed);
+                }
+            }
+            for raw in variants {
+                match ModelConfig::from_json("config.json", raw) {
+                    Ok(config) => {
+                        good += 1;
+                        families::expected_params(&config);
+                        rope_table(&config.rope, config.head_dim, 2);
+                        config.to_json(HostDtype::F16);
+                    }
+                    Err(_) => bad += 1,
+                }
+            }
+        }
+    }
+    assert!(good > 1000 && bad > 1000, "{good} {bad}");
 }

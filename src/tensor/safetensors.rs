@@ -5,6 +5,7 @@
 
 mod write;
 
+use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -276,10 +277,11 @@ impl SafeFolder {
         let shard = self.shards.len();
         let mut twice = Vec::new();
         for (name, entry) in entries_of(&header, shard, data) {
-            if self.entries.contains_key(&name) {
-                twice.push(name);
-            } else {
-                self.entries.insert(name, entry);
+            match self.entries.entry(name) {
+                Slot::Vacant(slot) => {
+                    slot.insert(entry);
+                }
+                Slot::Occupied(slot) => twice.push(slot.key().clone()),
             }
         }
         if let Some(first) = twice.first() {

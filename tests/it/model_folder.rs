@@ -267,3 +267,19 @@ fn bad_folders_are_clear_errors() {
     std::fs::write(dir.path().join("model.safetensors"), &whole).unwrap();
     assert!(load().contains("shape: model.embed_tokens.weight is [96, 64], config.json means [96, 32]"), "{}", load());
 }
+
+/// By hand: `TEMPER_SAVED=/tmp/saved cargo test writes_folders -- --ignored`, then check_saved.py on each.
+#[test]
+#[ignore = "writes folders for tests/fixtures/check_saved.py"]
+fn writes_folders_for_transformers() {
+    let root = PathBuf::from(std::env::var_os("TEMPER_SAVED").expect("TEMPER_SAVED names a folder to write to"));
+    for case in CASES {
+        let config = load_config(fixture(case)).unwrap();
+        let all = weights(&fixture(case), &config).unwrap();
+        let dtype = config.dtype.unwrap();
+        write_folder(root.join(case), &config, &[], None, dtype, &mut |s| Ok(all[&s.name].2.clone())).unwrap();
+    }
+    let fresh = ModelConfig::llama(96, 32, 48, 2, 2, 1, 128, true);
+    let mut values = |spec: &temper::model::families::ParamSpec| HostDtype::F32.encode(&vec![0.5; spec.len()]);
+    write_folder(root.join("fresh"), &fresh, &[], None, HostDtype::F32, &mut values).unwrap();
+}
