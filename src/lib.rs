@@ -3,6 +3,8 @@ pub mod cx;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod fsio;
+pub mod model;
 pub mod ops;
 pub mod rng;
 pub mod tape;
