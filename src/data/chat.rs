@@ -65,6 +65,7 @@ impl ChatTemplate {
         let broken = |e: minijinja::Error| {
             Error::model(origin, format!("chat template: {}; correct it, or take the model's own template", said(&e)))
         };
+        let source = &source.replace("\r\n", "\n").replace('\r', "\n"); // as Jinja2's lexer does
         let (rewritten, blocks) = generation_tag::rewrite(source);
         let mut env = Environment::new();
         env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(broken)?);
@@ -111,7 +112,7 @@ impl ChatTemplate {
             return (String::new(), String::new());
         }
         let taken = if self.marker_taken { 1 } else { 0 } + occurrences(context.values());
-        // a run of markers longer than any in the input: at most `taken` of them can stand together
+        // longer than any run that the input itself can make, unless the template repeats it on purpose
         let run = MARKER.to_string().repeat(taken + 1);
         (format!("{run}<"), format!("{run}>"))
     }
