@@ -30,7 +30,9 @@ pub fn train_bpe<'a>(
 ) -> Result<TrainedBpe> {
     if vocab_size < 256 + special_tokens.len() {
         let least = 256 + special_tokens.len();
-        return Err(Error::Config(format!("vocab_size={vocab_size} is below {least}: 256 bytes and the special tokens")));
+        return Err(Error::Config(format!(
+            "vocab_size={vocab_size} is below {least}: 256 bytes and the special tokens"
+        )));
     }
     let texts: Vec<&str> = texts.collect();
     let special = special_tokens.iter().map(|t| AddedToken::from(t.to_string(), true)).collect();
@@ -90,7 +92,8 @@ mod tests {
 
     #[test]
     fn training_twice_gives_the_same_bytes() {
-        let texts: Vec<String> = (0..200).map(|i| format!("Tom has {i} apples and buys {} more.", i * 7 % 13)).collect();
+        let texts: Vec<String> =
+            (0..200).map(|i| format!("Tom has {i} apples and buys {} more.", i * 7 % 13)).collect();
         let train = || train_bpe(texts.iter().map(String::as_str), 400, &["<|end|>"]).unwrap().json().to_string();
         assert_eq!(train(), train());
         assert!(train_bpe(std::iter::empty(), 256, &["<|end|>"]).is_err());

@@ -78,7 +78,13 @@ impl Clock {
             'M' => two(self.minute),
             'S' => two(self.second),
             'p' => if self.hour < 12 { "AM" } else { "PM" }.to_string(),
-            'j' => if padded { format!("{day_of_year:03}") } else { day_of_year.to_string() },
+            'j' => {
+                if padded {
+                    format!("{day_of_year:03}")
+                } else {
+                    day_of_year.to_string()
+                }
+            }
             'B' => self.month_name().to_string(),
             'b' | 'h' => self.month_name()[..3].to_string(),
             'A' => self.weekday().to_string(),
@@ -102,7 +108,17 @@ impl Clock {
 
     fn month_name(&self) -> &'static str {
         let names = [
-            "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+            "January",
+            "February",
+            "March",
+            "April",
+            "May",
+            "June",
+            "July",
+            "August",
+            "September",
+            "October",
+            "November",
             "December",
         ];
         names[(self.month as usize - 1) % 12]
@@ -358,7 +374,9 @@ mod tests {
     #[test]
     fn floats_print_as_python_prints_them() {
         let cases = [(1.0, "1.0"), (1e-5, "1e-05"), (1e16, "1e+16"), (1e15, "1000000000000000.0"), (0.0001, "0.0001")];
-        for (x, text) in cases.into_iter().chain([(1e22, "1e+22"), (-0.0, "-0.0"), (123.456, "123.456"), (5e-324, "5e-324")]) {
+        for (x, text) in
+            cases.into_iter().chain([(1e22, "1e+22"), (-0.0, "-0.0"), (123.456, "123.456"), (5e-324, "5e-324")])
+        {
             assert_eq!(float(x), text);
         }
     }

@@ -210,7 +210,9 @@ pub fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>> {
 
 fn broken(path: &Path, why: &str) -> Error {
     let why: String = why.chars().take(200).collect();
-    let message = format!("not a tokenizer that can be read ({why}); download the file again, or save it again with transformers");
+    let message = format!(
+        "not a tokenizer that can be read ({why}); download the file again, or save it again with transformers"
+    );
     Error::model(path, message)
 }
 
@@ -345,7 +347,9 @@ mod tests {
             std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
             Tokenizer::load(dir.path()).map(|_| ()).unwrap_err().to_string()
         };
-        for text in ["", "{", "[]", "{\"version\":\"1.0\",\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[\"a b\"]}}"] {
+        for text in
+            ["", "{", "[]", "{\"version\":\"1.0\",\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[\"a b\"]}}"]
+        {
             assert!(said(text).contains("tokenizer.json: not a tokenizer that can be read"), "{}", said(text));
         }
         let empty = tempfile::tempdir().unwrap();

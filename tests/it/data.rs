@@ -42,7 +42,8 @@ fn compare_renders(all: &Value, template: &Value, source: &str, counts: &mut Ren
         let at = format!("{} {} p={} t={} k={}", template["name"], case["c"], case["p"], case["t"], case["k"]);
         match (got, want) {
             (Ok(got), Some(want)) => {
-                let spans: Vec<Value> = got.generation_spans.iter().map(|s| serde_json::json!([s.start, s.end])).collect();
+                let spans: Vec<Value> =
+                    got.generation_spans.iter().map(|s| serde_json::json!([s.start, s.end])).collect();
                 if got.text != want {
                     counts.differ.push(format!("{at}\n--- want\n{want}\n--- got\n{}", got.text));
                 } else if &Value::Array(spans.clone()) != &case["s"] {
@@ -52,7 +53,9 @@ fn compare_renders(all: &Value, template: &Value, source: &str, counts: &mut Ren
                 }
             }
             (Err(_), None) => counts.both_raise += 1,
-            (Ok(_), None) if case["e"].as_str().unwrap().contains("'NoneType' object is not iterable") => counts.lenient += 1,
+            (Ok(_), None) if case["e"].as_str().unwrap().contains("'NoneType' object is not iterable") => {
+                counts.lenient += 1
+            }
             (Ok(got), None) => counts.differ.push(format!("{at}: should raise {}, gave\n{}", case["e"], got.text)),
             (Err(e), Some(_)) => counts.differ.push(format!("{at}: raised {e}")),
         }
