@@ -190,7 +190,11 @@ impl<'a> Maker<'a> {
         options: &'a SftOptions,
     ) -> Result<Maker<'a>> {
         let text_field = options.dataset_text_field.as_str();
-        let format = Format::detect(first, text_field)?;
+        // SFT learns from every completion, good or bad: a label beside it is not asked for
+        let format = match Format::detect(first, text_field)? {
+            Format::Unpaired => Format::PromptCompletion,
+            other => other,
+        };
         if let Some(eos) = &options.eos_token
             && tokenizer.token_to_id(eos).is_none()
         {

@@ -6,6 +6,12 @@ use std::sync::Arc;
 use serde_json::Value;
 use temper::data::chat::{ChatTemplate, RenderOptions};
 use temper::data::jinja::Clock;
+use temper::data::order::Sampling;
+use temper::data::packing::{PackingStrategy, pack};
+use temper::data::rows::{Row, read_rows};
+use temper::data::sft::{SftExample, SftOptions, SftStats, TruncationMode, prepare};
+use temper::data::tokenizer::Tokenizer;
+use temper::data::{bpe, order};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -93,4 +99,216 @@ fn trl_templates_render_as_in_transformers() {
         println!("==== {differ}");
     }
     assert!(counts.differ.is_empty());
+}
+
+fn strategy(name: &Value) -> PackingStrategy {
+    match name.as_str() {
+        Some("bfd_split") => PackingStrategy::BfdSplit,
+        Some("wrapped") => PackingStrategy::Wrapped,
+        _ => PackingStrategy::Bfd,
+    }
+}
+
+#[test]
+fn packs_equal_those_of_trl() {
+    let cases = json(&fixture("sft/packs.json"));
+    let cases = cases.as_array().unwrap();
+    for case in cases {
+        let lengths: Vec<usize> = serde_json::from_value(case["lengths"].clone()).unwrap();
+        let max = case["max"].as_u64().unwrap() as usize;
+        let got: Vec<Vec<usize>> = pack(strategy(&case["strategy"]), &lengths, max)
+            .into_iter()
+            .map(|pack| pack.into_iter().flat_map(|(e, tokens)| [e, tokens.start, tokens.len()]).collect())
+            .collect();
+        // where no token is left, TRL fails
+        let Ok(want) = serde_json::from_value::<Vec<Vec<usize>>>(case["packs"].clone()) else {
+            assert!(got.is_empty(), "{}", case["packs"]);
+            continue;
+        };
+        // one piece that goes on from another may be written as one
+        let first = got.iter().zip(&want).position(|(a, b)| a != b);
+        assert!(got == want, "{} max {max}, {} lengths: pack {first:?}", case["strategy"], lengths.len());
+    }
+    assert_eq!(cases.len(), 30);
+}
+
+fn options(config: &Value) -> SftOptions {
+    let mut o = SftOptions::default();
+    for (key, value) in config.as_object().unwrap() {
+        match key.as_str() {
+            "max_length" => o.max_length = value.as_u64().map(|n| n as usize),
+            "truncation_mode" => o.truncation_mode = TruncationMode::KeepEnd,
+            "assistant_only_loss" => o.assistant_only_loss = true,
+            "completion_only_loss" => o.completion_only_loss = value.as_bool(),
+            "packing" => o.packing = Some(strategy(&config["packing_strategy"])),
+            _ => {}
+        }
+    }
+    o
+}
+
+fn sft(kind: &str, options: &SftOptions) -> (Vec<SftExample>, SftStats) {
+    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
+    let template = ChatTemplate::of(&tokenizer).unwrap();
+    let rows = read_rows(&[fixture(&format!("sft/{kind}.jsonl"))]).unwrap();
+    prepare(&rows, &tokenizer, Some(&template), 320, options).unwrap()
+}
+
+#[test]
+fn ids_and_masks_equal_those_of_trl() {
+    let runs = json(&fixture("sft/tokens.json"));
+    let mut compared = 0;
+    for (name, run) in runs.as_object().unwrap() {
+        let options = options(&run["config"]);
+        let (examples, stats) = sft(run["rows"].as_str().unwrap(), &options);
+        let mut got: Vec<(Vec<u32>, Vec<bool>, Vec<usize>)> = Vec::new();
+        match options.packing {
+            None => got.extend(examples.into_iter().map(|e| (e.input_ids, e.target_mask, Vec::new()))),
+            Some(strategy) => {
+                let lengths: Vec<usize> = examples.iter().map(|e| e.input_ids.len()).collect();
+                for pack in pack(strategy, &lengths, options.max_length.unwrap()) {
+                    let pieces = || pack.iter().map(|(e, tokens)| (&examples[*e], tokens.clone()));
+                    let ids = pieces().flat_map(|(e, t)| e.input_ids[t].to_vec()).collect();
+                    let mask = pieces().flat_map(|(e, t)| e.target_mask[t].to_vec()).collect();
+                    let lengths = pack.iter().map(|(_, t)| t.len()).collect();
+                    got.push((ids, mask, if strategy.isolates() { lengths } else { Vec::new() }));
+                }
+            }
+        }
+        assert_eq!(got.len() as u64, run["total"].as_u64().unwrap(), "{name}: examples, {stats}");
+        for (i, want) in run["examples"].as_array().unwrap().iter().enumerate() {
+            let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
+            let runs: Vec<(usize, u8)> = serde_json::from_value(want["mask"].clone()).unwrap();
+            let mask: Vec<bool> = runs.iter().flat_map(|(n, bit)| vec![*bit == 1; *n]).collect();
+            let lengths: Vec<usize> =
+                want.get("seq_lengths").map_or(vec![], |l| serde_json::from_value(l.clone()).unwrap());
+            assert_eq!(got[i], (ids, mask, lengths), "{name}: example {i}");
+            compared += 1;
+        }
+    }
+    println!("{compared} examples equal");
+    assert!(compared > 200);
+}
+
+#[test]
+fn stats_say_what_was_cut_and_dropped() {
+    let short = SftOptions { max_length: Some(21), ..SftOptions::default() };
+    let (examples, stats) = sft("prompt_completion", &short);
+    assert_eq!(stats.rows, 48);
+    assert_eq!(stats.examples + stats.dropped_no_target, 48);
+    assert!(stats.truncated > 0 && stats.dropped_no_target > 0 && stats.prefix_mismatches > 0, "{stats:?}");
+    let said = stats.to_string();
+    for part in ["48 rows read", "cut at max_length=21", "because no target was left", "End prompts where a token ends"]
+    {
+        assert!(said.contains(part), "{said}");
+    }
+    assert!(examples.iter().all(|e| e.input_ids.len() <= 21 && e.target_mask.len() == e.input_ids.len()));
+    let (all, stats) = sft("text", &SftOptions::default());
+    assert_eq!((all.len(), stats.target_tokens), (48, stats.tokens - 48));
+}
+
+#[test]
+fn rows_that_cannot_be_trained_on_are_errors() {
+    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
+    let template = ChatTemplate::of(&tokenizer).unwrap();
+    let rows = |kind: &str| read_rows(&[fixture(&format!("sft/{kind}.jsonl"))]).unwrap();
+    let said = |rows: &[Row], vocab, o: &SftOptions| {
+        prepare(rows, &tokenizer, Some(&template), vocab, o).unwrap_err().to_string()
+    };
+    let default = SftOptions::default();
+    let beyond = said(&rows("text"), 260, &default);
+    assert!(
+        beyond.contains("text.jsonl:1: token ") && beyond.contains("beyond the model's vocabulary of 260"),
+        "{beyond}"
+    );
+    let tiny = SftOptions { max_length: Some(3), ..default.clone() };
+    let nothing = said(&rows("prompt_completion"), 320, &tiny);
+    assert!(
+        nothing.contains("truncation to max_length=3 removed every loss target of all 48 rows; raise max_length"),
+        "{nothing}"
+    );
+    let strict = SftOptions { on_truncation: temper::data::sft::OnTruncation::Error, ..tiny };
+    assert!(said(&rows("text"), 320, &strict).contains("text.jsonl:1: has "));
+    let assistant = SftOptions { assistant_only_loss: true, ..default.clone() };
+    assert!(said(&rows("text"), 320, &assistant).contains("needs conversations"));
+    let plain = ChatTemplate::new("{{ messages[0].content }}", tokenizer.dir(), tokenizer.special_tokens()).unwrap();
+    let e = prepare(&rows("messages"), &tokenizer, Some(&plain), 320, &assistant).unwrap_err().to_string();
+    assert!(e.contains("{% generation %}"), "{e}");
+    let e = prepare(&rows("messages"), &tokenizer, None, 320, &default).unwrap_err().to_string();
+    assert!(e.contains("has no chat template"), "{e}");
+    let mut mixed = rows("messages");
+    mixed.extend(rows("text"));
+    let e = said(&mixed, 320, &default);
+    assert!(e.contains("text.jsonl:1: has no field \"messages\" (it has \"text\")"), "{e}");
+    let eos = SftOptions { eos_token: Some("<nope>".into()), ..default };
+    assert!(said(&rows("text"), 320, &eos).contains("eos_token=\"<nope>\" is not in the vocabulary"));
+}
+
+#[test]
+fn the_tokenizer_fixture_loads_whole() {
+    let t = Tokenizer::load(&fixture("sft/model")).unwrap();
+    assert_eq!(
+        (t.vocab_size(), t.eos_token(), t.pad_token(), t.bos_token()),
+        (320, Some("<|im_end|>"), Some("<|endoftext|>"), None)
+    );
+    assert_eq!((t.eos_id(), t.pad_id(), t.files().len()), (Some(2), Some(0), 3));
+    assert_eq!(order::epoch_order(Sampling::Sequential, 3, 0, 0), [0, 1, 2]);
+}
+
+/// Writes what transformers is to load when TEMPER_BPE_OUT names a folder; see make_sft.py --load.
+#[test]
+fn a_trained_tokenizer_is_a_folder() {
+    let kept = std::env::var("TEMPER_BPE_OUT").ok();
+    let dir = tempfile::tempdir().unwrap();
+    let dir = kept.as_deref().map_or(dir.path(), Path::new);
+    let texts: Vec<String> = read_rows(&[fixture("sft/text.jsonl")])
+        .unwrap()
+        .iter()
+        .map(|r| r.string("text").unwrap().to_string())
+        .collect();
+    let trained = bpe::train_bpe(texts.iter().map(String::as_str), 350, &["<|end|>", "<|pad|>"]).unwrap();
+    trained.write(dir, "<|end|>", "<|pad|>", Some("{{ messages[0].content }}{{ eos_token }}")).unwrap();
+    let t = Tokenizer::load(dir).unwrap();
+    let lines: Vec<String> =
+        texts.iter().map(|x| serde_json::to_string(&t.encode(x, true).unwrap()).unwrap()).collect();
+    std::fs::write(dir.join("ids.jsonl"), lines.join("\n")).unwrap();
+    for text in &texts {
+        assert_eq!(&t.decode(&t.encode(text, true).unwrap(), true).unwrap(), text);
+    }
+    assert_eq!(t.encode("2719", false).unwrap().len(), 4);
+}
+
+#[test]
+fn parquet_rows_equal_json_rows() {
+    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
+    let template = ChatTemplate::of(&tokenizer).unwrap();
+    let parquet = read_rows(&[fixture("sft/messages.parquet")]).unwrap();
+    let lines = read_rows(&[fixture("sft/messages.jsonl")]).unwrap();
+    assert_eq!(
+        (parquet.len(), parquet[3].line, parquet[3].get("id"), parquet[3].get("tools")),
+        (9, 4, Some(&3.into()), None)
+    );
+    let make = |rows: &[Row]| prepare(rows, &tokenizer, Some(&template), 320, &SftOptions::default()).unwrap();
+    assert_eq!(make(&parquet), make(&lines[..9]));
+}
+
+#[test]
+fn broken_parquet_files_never_panic() {
+    let good = std::fs::read(fixture("sft/messages.parquet")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bad.parquet");
+    for i in 0..400 {
+        let mut bad = good.clone();
+        let draws = order::philox4x32([i, 0, 0, 0], [5, 0]);
+        let at = |d: u32| d as usize % good.len();
+        match i % 3 {
+            0 => bad.truncate(at(draws[0])),
+            1 => draws.iter().for_each(|d| bad[at(*d)] ^= 1 << (d >> 29)),
+            _ => bad[at(draws[1])] = draws[2] as u8,
+        }
+        std::fs::write(&path, bad).unwrap();
+        if let Err(e) = read_rows(&[path.clone()]) {
+            assert!(e.to_string().contains("bad.parquet"), "{e}");
+        }
+    }
 }
