@@ -87,6 +87,8 @@ pub struct SftStats {
     pub tokens: usize,         // of the kept examples
     pub target_tokens: usize,  // that count in the loss: never the first of a sequence
     pub longest: usize,        // before truncation
+    pub eos_token: Option<String>,
+    pub rows_with_eos: usize, // where EOS is a target: from these the model learns to stop
     pub prefix_mismatches: usize,
     pub mismatch: Option<String>, // the end of the first prompt that is not a prefix
 }
@@ -113,6 +115,8 @@ pub fn prepare(
     let made: Vec<Result<Tokens>> = rows.par_iter().map(|row| maker.tokens(row)).collect();
 
     let mut stats = SftStats { rows: rows.len(), max_length: options.max_length, ..SftStats::default() };
+    let eos = maker.eos.and_then(|eos| tokenizer.token_to_id(eos));
+    stats.eos_token = maker.eos.map(str::to_string);
     let mut examples = Vec::with_capacity(rows.len());
     for (row, tokens) in made.into_iter().enumerate() {
         let Tokens { mut ids, mut mask, mismatch } = tokens?;
@@ -153,6 +157,8 @@ pub fn prepare(
         }
         stats.tokens += ids.len();
         stats.target_tokens += mask.iter().skip(1).filter(|t| **t).count();
+        stats.rows_with_eos +=
+            usize::from(ids.iter().zip(&mask).skip(1).any(|(id, target)| *target && Some(*id) == eos));
         examples.push(SftExample { input_ids: ids, target_mask: mask, row });
     }
     stats.examples = examples.len();
@@ -367,6 +373,13 @@ impl fmt::Display for SftStats {
             write!(f, ", {} kept without a target (packing does)", self.kept_no_target)?;
         }
         write!(f, ".")?;
+        if let (Some(eos), 0) = (&self.eos_token, self.rows_with_eos) {
+            write!(
+                f,
+                " No loss target is the EOS token {eos:?}, so the model does not learn to stop: end the assistant's turn \
+                 with it in the chat template (inside the generation block), or set eos_token to the token that ends a turn."
+            )?;
+        }
         if let Some(end) = &self.mismatch {
             let n = self.prefix_mismatches;
             write!(

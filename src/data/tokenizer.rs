@@ -10,6 +10,9 @@ use serde_json::{Map, Value};
 use super::panics::caught;
 use crate::error::{Error, Result};
 
+/// First character of a token and the one after its last.
+pub type CharSpan = (usize, usize);
+
 /// A loaded tokenizer. Cheap to share between threads by reference.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -60,7 +63,7 @@ impl Tokenizer {
 
     /// Ids with the span of CHARACTERS (not bytes) that each token covers. Tokens that share one character have the
     /// same span; added special tokens have an empty one.
-    pub fn encode_offsets(&self, text: &str, add_special: bool) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
+    pub fn encode_offsets(&self, text: &str, add_special: bool) -> Result<(Vec<u32>, Vec<CharSpan>)> {
         let encoding = self.inner.encode_char_offsets(text, add_special).map_err(|e| self.failed("encode", &*e))?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }

@@ -52,7 +52,7 @@ fn compare_renders(all: &Value, template: &Value, source: &str, counts: &mut Ren
                     got.generation_spans.iter().map(|s| serde_json::json!([s.start, s.end])).collect();
                 if got.text != want {
                     counts.differ.push(format!("{at}\n--- want\n{want}\n--- got\n{}", got.text));
-                } else if &Value::Array(spans.clone()) != &case["s"] {
+                } else if Value::Array(spans.clone()) != case["s"] {
                     counts.differ.push(format!("{at}: spans want {} got {spans:?}", case["s"]));
                 } else {
                     counts.equal += 1;
@@ -178,8 +178,7 @@ fn ids_and_masks_equal_those_of_trl() {
         assert_eq!(got.len() as u64, run["total"].as_u64().unwrap(), "{name}: examples, {stats}");
         for (i, want) in run["examples"].as_array().unwrap().iter().enumerate() {
             let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
-            let runs: Vec<(usize, u8)> = serde_json::from_value(want["mask"].clone()).unwrap();
-            let mask: Vec<bool> = runs.iter().flat_map(|(n, bit)| vec![*bit == 1; *n]).collect();
+            let mask = unrolled(&want["mask"]);
             let lengths: Vec<usize> =
                 want.get("seq_lengths").map_or(vec![], |l| serde_json::from_value(l.clone()).unwrap());
             assert_eq!(got[i], (ids, mask, lengths), "{name}: example {i}");
@@ -188,6 +187,52 @@ fn ids_and_masks_equal_those_of_trl() {
     }
     println!("{compared} examples equal");
     assert!(compared > 200);
+}
+
+fn unrolled(runs: &Value) -> Vec<bool> {
+    let runs: Vec<(usize, u8)> = serde_json::from_value(runs.clone()).unwrap();
+    runs.iter().flat_map(|(n, bit)| vec![*bit == 1; *n]).collect()
+}
+
+#[test]
+fn assistant_masks_equal_those_of_transformers_inside_tokens() {
+    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
+    let fixture = json(&fixture("sft/masks.json"));
+    let options = SftOptions { assistant_only_loss: true, ..SftOptions::default() };
+    for case in fixture["masks"].as_array().unwrap() {
+        let source = case["template"].as_str().unwrap();
+        let template = ChatTemplate::new(source, tokenizer.dir(), tokenizer.special_tokens()).unwrap();
+        let Value::Object(value) = serde_json::json!({"messages": case["messages"]}) else { unreachable!() };
+        let row = Row { value, file: Path::new("masks").into(), line: 1 };
+        let want: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        let mask: Vec<u8> = serde_json::from_value(case["mask"].clone()).unwrap();
+        let (got, _) = prepare(&[row], &tokenizer, Some(&template), 320, &options).unwrap();
+        let bits: Vec<u8> = got[0].target_mask.iter().map(|b| u8::from(*b)).collect();
+        assert_eq!((&got[0].input_ids, bits), (&want, mask), "{source} {}", case["messages"]);
+    }
+}
+
+#[test]
+fn a_bos_post_processor_acts_as_in_trl() {
+    let masks = json(&fixture("sft/masks.json"));
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(fixture("sft/model").join(name), dir.path().join(name)).unwrap();
+    }
+    let path = dir.path().join("tokenizer.json");
+    let mut text = json(&path);
+    text["post_processor"] = masks["post_processor"].clone();
+    std::fs::write(&path, text.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    for kind in ["text", "prompt_completion"] {
+        let rows = read_rows(&[fixture(&format!("sft/{kind}.jsonl"))]).unwrap();
+        let (got, _) = prepare(&rows[..6], &tokenizer, None, 320, &SftOptions::default()).unwrap();
+        for (got, want) in got.iter().zip(masks["with_bos"][kind].as_array().unwrap()) {
+            let ids: Vec<u32> = serde_json::from_value(want[0].clone()).unwrap();
+            assert_eq!((&got.input_ids, &got.target_mask), (&ids, &unrolled(&want[1])), "{kind} {}", got.row);
+            assert_eq!(ids[0], 1);
+        }
+    }
 }
 
 #[test]
@@ -203,7 +248,10 @@ fn stats_say_what_was_cut_and_dropped() {
         assert!(said.contains(part), "{said}");
     }
     assert!(examples.iter().all(|e| e.input_ids.len() <= 21 && e.target_mask.len() == e.input_ids.len()));
+    assert_eq!(stats.rows_with_eos, 0);
+    assert!(said.contains("No loss target is the EOS token \"<|im_end|>\""), "{said}");
     let (all, stats) = sft("text", &SftOptions::default());
+    assert_eq!(stats.rows_with_eos, 48);
     assert_eq!((all.len(), stats.target_tokens), (48, stats.tokens - 48));
 }
 
@@ -307,7 +355,7 @@ fn broken_parquet_files_never_panic() {
             _ => bad[at(draws[1])] = draws[2] as u8,
         }
         std::fs::write(&path, bad).unwrap();
-        if let Err(e) = read_rows(&[path.clone()]) {
+        if let Err(e) = read_rows(std::slice::from_ref(&path)) {
             assert!(e.to_string().contains("bad.parquet"), "{e}");
         }
     }
