@@ -17,6 +17,7 @@
 
 pub mod bpe;
 pub mod chat;
+mod folder;
 pub mod format;
 mod generation_tag;
 pub mod jinja;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::folder;
 use super::panics::caught;
 use crate::error::{Error, Result};
 
@@ -38,16 +39,17 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| broken(&path, &e.to_string()))?;
         inner.with_padding(None);
 
-        let config = read_json_object(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
-        let special_file = read_json_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
-        let special = special_tokens(&special_file, &config);
+        let config = folder::read_json_object(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+        let special_file = folder::read_json_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let special = folder::special_tokens(&special_file, &config);
+        add_tokens(&mut inner, &special, &config, &path)?;
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
-        let mut tokenizer = Tokenizer {
+        let tokenizer = Tokenizer {
             inner,
             dir: dir.to_path_buf(),
             special,
-            chat_template: find_chat_template(dir, &config)?,
-            files: tokenizer_files(dir),
+            chat_template: folder::find_chat_template(dir, &config)?,
+            files: folder::tokenizer_files(dir),
             vocab_size,
         };
         tokenizer.check_special(&path)?;
@@ -139,7 +141,7 @@ impl Tokenizer {
     }
 
     /// A named special token that the vocabulary lacks would silently become ordinary text.
-    fn check_special(&mut self, path: &Path) -> Result<()> {
+    fn check_special(&self, path: &Path) -> Result<()> {
         for key in ["eos_token", "bos_token"] {
             if let Some(token) = self.named(key)
                 && self.token_to_id(token).is_none()
@@ -198,17 +200,37 @@ impl DecodeStream<'_> {
     }
 }
 
-/// The object in a JSON file; None if there is no such file.
-pub fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>> {
-    if !path.is_file() {
-        return Ok(None);
+/// Tokens that tokenizer_config.json names and `added_tokens` of tokenizer.json leaves out: transformers adds them, so
+/// that their text is one token wherever it stands.
+fn add_tokens(
+    inner: &mut tokenizers::Tokenizer,
+    special: &Map<String, Value>,
+    config: &Map<String, Value>,
+    path: &Path,
+) -> Result<()> {
+    let known = |inner: &tokenizers::Tokenizer, text: &str| inner.get_added_vocabulary().get_vocab().contains_key(text);
+    for (id, mut token) in folder::added_tokens(config) {
+        if known(inner, &token.content) {
+            continue;
+        }
+        token.special |= special.values().any(|s| s.as_str() == Some(&token.content));
+        let text = token.content.clone();
+        inner.add_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
+        if inner.token_to_id(&text) != Some(id) {
+            let message = format!(
+                "tokenizer_config.json gives token {text:?} the id {id}, which does not follow from this file; \
+                 save the tokenizer again with transformers"
+            );
+            return Err(Error::model(path, message));
+        }
     }
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-    match serde_json::from_str(text.trim_start_matches('\u{FEFF}')) {
-        Ok(Value::Object(map)) => Ok(Some(map)),
-        Ok(_) => Err(Error::model(path, "must be a JSON object; copy the file again from the model's repository")),
-        Err(e) => Err(Error::model(path, format!("not valid JSON ({e}); copy the file again from the model's source"))),
+    for text in special.values().filter_map(Value::as_str) {
+        if !known(inner, text) && inner.token_to_id(text).is_some() {
+            let token = tokenizers::AddedToken::from(text, true);
+            inner.add_special_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
+        }
     }
+    Ok(())
 }
 
 fn broken(path: &Path, why: &str) -> Error {
@@ -228,78 +250,6 @@ fn missing_tokenizer(dir: &Path) -> String {
         ),
         None => "has no tokenizer.json; copy it from the model's repository".to_string(),
     }
-}
-
-const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-
-/// Named special tokens as strings: tokenizer_config.json wins over special_tokens_map.json.
-fn special_tokens(file: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {
-    let mut out = Map::new();
-    for source in [file, config] {
-        for key in NAMED {
-            if let Some(token) = source.get(key).and_then(token_text) {
-                out.insert(key.to_string(), Value::String(token.to_string()));
-            }
-        }
-        // transformers 5 keeps a model's own named tokens (image_token ...) here
-        for key in ["extra_special_tokens", "model_specific_special_tokens"] {
-            for (name, value) in source.get(key).and_then(Value::as_object).into_iter().flatten() {
-                if let Some(token) = token_text(value) {
-                    out.insert(name.clone(), Value::String(token.to_string()));
-                }
-            }
-        }
-    }
-    out
-}
-
-/// A token is written as a string, or as an object with `content`.
-fn token_text(value: &Value) -> Option<&str> {
-    value.as_str().or_else(|| value.get("content")?.as_str())
-}
-
-/// chat_template.jinja, then `chat_template` in tokenizer_config.json (a string, or a list of named ones), then the
-/// folder of extra templates, then the old chat_template.json.
-fn find_chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
-    for path in [dir.join("chat_template.jinja"), dir.join("additional_chat_templates").join("default.jinja")] {
-        let inline = config.get("chat_template").is_some_and(|t| !t.is_null());
-        if path.is_file() && (!inline || path.ends_with("chat_template.jinja")) {
-            return Ok(Some(std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?));
-        }
-    }
-    let old = read_json_object(&dir.join("chat_template.json"))?;
-    let entry = config.get("chat_template").or_else(|| old.as_ref()?.get("chat_template"));
-    Ok(match entry {
-        Some(Value::String(source)) => Some(source.clone()),
-        Some(Value::Array(named)) => {
-            let source = |t: &Value| t.get("template").and_then(Value::as_str).map(str::to_string);
-            let default = named.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
-            default.or(named.first()).and_then(source)
-        }
-        _ => None,
-    })
-}
-
-fn tokenizer_files(dir: &Path) -> Vec<PathBuf> {
-    let names = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "tokenizer.model",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    ];
-    let mut files: Vec<PathBuf> = names.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
-    if let Ok(entries) = std::fs::read_dir(dir.join("additional_chat_templates")) {
-        let mut extra: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
-        extra.sort();
-        files.extend(extra);
-    }
-    files
 }
 
 #[cfg(test)]

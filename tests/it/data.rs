@@ -236,6 +236,27 @@ fn a_bos_post_processor_acts_as_in_trl() {
 }
 
 #[test]
+fn tokens_that_only_the_config_names_are_tokens() {
+    let loose = &json(&fixture("sft/masks.json"))["loose"];
+    let dir = tempfile::tempdir().unwrap();
+    let mut tokenizer = json(&fixture("sft/model/tokenizer.json"));
+    tokenizer["added_tokens"] = serde_json::json!([]);
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let mut config = json(&fixture("sft/model/tokenizer_config.json"));
+    config["added_tokens_decoder"] = loose["config"]["added_tokens_decoder"].clone();
+    std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    let t = Tokenizer::load(dir.path()).unwrap();
+    for (i, text) in loose["texts"].as_array().unwrap().iter().enumerate() {
+        let want: Vec<u32> = serde_json::from_value(loose["ids"][i].clone()).unwrap();
+        assert_eq!(t.encode(text.as_str().unwrap(), true).unwrap(), want, "{text}");
+        assert_eq!(t.decode(&want, true).unwrap(), loose["decoded"][i].as_str().unwrap());
+    }
+    config["added_tokens_decoder"] = serde_json::json!({"400": {"content": "<far>"}});
+    std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    assert!(Tokenizer::load(dir.path()).map(|_| ()).unwrap_err().to_string().contains("\"<far>\" the id 400"));
+}
+
+#[test]
 fn stats_say_what_was_cut_and_dropped() {
     let short = SftOptions { max_length: Some(21), ..SftOptions::default() };
     let (examples, stats) = sft("prompt_completion", &short);
