@@ -120,8 +120,8 @@ impl ChatTemplate {
 
 const NAME: &str = "chat_template";
 const MARKER: char = '\u{FDD0}';
-/// Instructions a render may take: some seconds at most. A 1,000-message conversation needs under a million.
-const FUEL: u64 = 50_000_000;
+/// Work a render may do (instructions, and text that it copies): two seconds at most.
+const FUEL: u64 = 10_000_000;
 const RECURSION: usize = 200;
 pub const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \
      or give rows with plain text";
@@ -201,8 +201,20 @@ mod tests {
         assert!(render(loops, json!([])).unwrap_err().to_string().contains("ran for too long"));
         let recursion = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}";
         assert!(render(recursion, json!([])).is_err());
+        let doubling = "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}";
+        assert!(render(doubling, json!([])).is_err());
+        assert!(render("{{ 'aaaaaaaaaa' * 100000000000 }}", json!([])).is_err());
         assert!(template("{% for %}").is_err());
         assert!(template("{% generation %}").is_err());
+    }
+
+    #[test]
+    fn a_long_conversation_is_within_the_limits() {
+        let source = "{% set ns = namespace(n=0) %}{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c | tojson }}\
+                      {% endfor %}{% set ns.n = ns.n + 1 %}{{ '<' + m.role + '>' + m.content.strip() }}{% endfor %}";
+        let message = json!({"role": "user", "content": "word ".repeat(1000), "tool_calls": [{"a": [1, 2, 3]}]});
+        let text = render(source, Value::Array(vec![message; 4000])).unwrap().text;
+        assert!(text.len() > 20_000_000);
     }
 
     #[test]
