@@ -3,3 +3,4 @@
 mod data;
 mod model_folder;
 mod ops;
+mod score;
