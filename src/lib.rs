@@ -1,11 +1,15 @@
 pub mod check;
+pub mod config;
 pub mod cx;
 pub mod data;
 pub mod device;
 pub mod error;
 pub mod fsio;
+pub mod methods;
 pub mod model;
 pub mod ops;
+pub mod optim;
 pub mod rng;
 pub mod tape;
 pub mod tensor;
+pub mod train;

@@ -4,3 +4,4 @@ mod data;
 mod model_folder;
 mod ops;
 mod score;
+mod sft;
