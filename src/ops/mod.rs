@@ -4,6 +4,7 @@
 //! docs are loops over the registry. Ops are the only callers of kernels.
 
 pub mod add;
+pub mod attention;
 pub mod matmul;
 pub mod rmsnorm;
 
@@ -201,6 +202,7 @@ pub const DEFAULT: Variant = Variant {
     attention: AttentionChoice::Auto,
 };
 const OWN_MATMUL: Variant = Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
+const LIGHT: Variant = Variant { name: "light", attention: AttentionChoice::Light, ..DEFAULT };
 
 pub struct Entry {
     pub name: &'static str,
@@ -217,6 +219,9 @@ pub fn registry() -> Vec<Entry> {
         entry("add", &["add"], add::cases, &[DEFAULT]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("matmul", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("attention", &["attention"], attention::cases, &[LIGHT]),
+        entry("attention_paged", &["attention"], attention::paged_cases, &[LIGHT]),
+        entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),
     ]
 }
 

@@ -1,3 +1,4 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
+mod attention;
 mod ops;
