@@ -232,7 +232,10 @@ impl AttentionPaged {
         expect_cols("attention_paged", "cache", cache, 2 * shape.kv_heads * shape.head_dim, hint)?;
         let rows = qkv.row_count();
         if sequence.numel() != rows || position.numel() != rows || !cache.is_contiguous() {
-            return Err(Error::op("attention_paged", format!("{qkv:?}, sequences {sequence:?}, positions {position:?}")));
+            return Err(Error::op(
+                "attention_paged",
+                format!("{qkv:?}, sequences {sequence:?}, positions {position:?}"),
+            ));
         }
         let out = cx.real("attention", &[rows, shape.heads * shape.head_dim])?;
         kernels::attention_paged_fwd(

@@ -36,7 +36,7 @@ pub(super) struct Tables {
     pub segments: Tensor,
     /// I32: the segments that have a segment as their prefix.
     pub children: Tensor,
-    /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before them come first.
+    /// Read by the tensor-core family. I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before them come first.
     pub query_tiles: Tensor,
     /// The same, in the order of the queries that see them.
     pub key_tiles: Tensor,
@@ -65,14 +65,19 @@ impl AttnPlan {
         let (mut rows, mut pairs) = (0, 0.0);
         for (i, s) in segments.iter().enumerate() {
             if s.start != rows || s.len == 0 {
-                return wrong(i, format!("starts at row {} with {} rows, expected row {rows} and some", s.start, s.len));
+                return wrong(
+                    i,
+                    format!("starts at row {} with {} rows, expected row {rows} and some", s.start, s.len),
+                );
             }
             rows += s.len;
             let mut before = 0;
             if let Some(p) = s.prefix {
                 match segments.get(p) {
                     Some(prefix) if p != i && prefix.prefix.is_none() => before = prefix.len,
-                    Some(_) => return wrong(i, format!("its prefix {p} has a prefix itself; only one level is allowed")),
+                    Some(_) => {
+                        return wrong(i, format!("its prefix {p} has a prefix itself; only one level is allowed"));
+                    }
                     None => return wrong(i, format!("its prefix {p} is not there, there are {}", segments.len())),
                 }
             }

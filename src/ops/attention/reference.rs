@@ -4,8 +4,8 @@
 
 use std::sync::Arc;
 
-use super::{AttnPlan, AttnShape, Segment};
 use super::{Attention, AttentionPaged, KvAppend};
+use super::{AttnPlan, AttnShape, Segment};
 use crate::ops::{Arg, Case, F64, Kind, Rng, Round};
 
 /// Softmax over the scores of one query and the weighted sum of the values. `seen` gives the rows of k and v that the
