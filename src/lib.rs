@@ -1,4 +1,5 @@
 pub mod check;
+pub mod config;
 pub mod cx;
 pub mod data;
 pub mod device;

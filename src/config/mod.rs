@@ -1,0 +1,366 @@
+//! Run files: TOML, any key of which can be given on the command line as `key=value`. Floor 0.
+//!
+//! Invariant: a key is one documented field of a section. Its name, type, default and doc in `--help-keys`, in the
+//! parser and in the resolved file all come from that field, so they cannot drift.
+//!
+//! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and [`SftConfig`]. [`load`] reads
+//! file and command line, checks everything and reports all problems at once.
+
+mod foreign;
+mod generate;
+mod sft;
+mod training;
+pub mod value;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use crate::error::{Error, Result, nearest};
+use crate::fsio;
+use foreign::Fate;
+use value::Given;
+
+pub use generate::GenerateConfig;
+pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
+pub use training::{
+    AttentionChoice, Compat, DeviceChoice, Dtype, MatmulChoice, Optim, Recompute, Sampling, Schedule, TrainingConfig,
+    When,
+};
+pub use value::Amount;
+
+/// A key: what `--help-keys` prints and the parser goes by.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Key {
+    pub name: &'static str,
+    pub kind: String,
+    pub value: toml::Value, // the section's value: of a default section, the default
+    pub doc: String,
+}
+
+/// A struct whose fields are keys; see [`section!`].
+pub trait Section {
+    /// Its keys with their values, in the order of the fields.
+    fn keys(&self) -> Vec<Key>;
+    /// Sets a key; None if it is not of this section, an error that says what was expected.
+    fn set(&mut self, key: &str, given: &Given) -> Option<Result<(), String>>;
+    /// Says what is out of range or contradicts itself.
+    fn check(&self, report: &mut Report);
+}
+
+/// Declares a section: the struct, its defaults, its keys. The struct gives `fn rules(&self, &mut Report)` itself.
+macro_rules! section {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[doc = $doc:literal])+ pub $key:ident: $ty:ty = $default:expr,)+ }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)+ }
+        impl Default for $name {
+            fn default() -> Self { Self { $($key: $default,)+ } }
+        }
+        impl $crate::config::Section for $name {
+            fn keys(&self) -> Vec<$crate::config::Key> {
+                vec![$($crate::config::key(stringify!($key), concat!($($doc),+), &self.$key)),+]
+            }
+            fn set(&mut self, key: &str, given: &$crate::config::value::Given) -> Option<Result<(), String>> {
+                match key { $(stringify!($key) => Some($crate::config::value::Value::read(given).map(|v| self.$key = v)),)+ _ => None }
+            }
+            fn check(&self, report: &mut $crate::config::Report) { self.rules(report) }
+        }
+    };
+}
+pub(crate) use section;
+
+pub(crate) fn key<T: value::Value>(name: &'static str, doc: &str, value: &T) -> Key {
+    Key { name, kind: T::kind(), value: value.written(), doc: doc.trim().to_string() }
+}
+
+/// Where a key was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    File(String), // path:line
+    CommandLine,
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Source::File(place) => f.write_str(place),
+            Source::CommandLine => f.write_str("command line"),
+        }
+    }
+}
+
+/// What was found while a configuration was read: problems are reported together, notes are printed.
+#[derive(Debug, Default)]
+pub struct Report {
+    given: BTreeMap<String, Source>,
+    problems: Vec<String>,
+    notes: Vec<String>,
+    idle: BTreeMap<&'static str, &'static str>, // key, why it has no effect
+    overruled: BTreeSet<&'static str>,
+}
+
+impl Report {
+    pub fn problem(&mut self, message: String) {
+        self.problems.push(message);
+    }
+
+    pub fn note(&mut self, message: String) {
+        self.notes.push(message);
+    }
+
+    pub fn must(&mut self, holds: bool, message: impl FnOnce() -> String) {
+        if !holds {
+            self.problem(message());
+        }
+    }
+
+    pub fn at_least(&mut self, key: &str, value: usize, least: usize) {
+        self.must(value >= least, || format!("{key} = {value}: must be at least {least}"));
+    }
+
+    pub fn was_given(&self, key: &str) -> bool {
+        self.given.contains_key(key)
+    }
+
+    /// `key` has no effect, because of what the key `cause` is set to. If it was given nevertheless, that is a
+    /// contradiction; but a command line overrules a file, with a note.
+    pub fn idle(&mut self, key: &'static str, cause: &str, why: &'static str) {
+        self.idle.insert(key, why);
+        match (self.given.get(key), self.given.get(cause)) {
+            (Some(Source::File(place)), Some(Source::CommandLine)) => {
+                self.notes.push(format!("{place}: {key} has no effect: {why} (command line)"));
+                self.overruled.insert(key);
+            }
+            (Some(place), _) => self.problems.push(format!("{place}: {key} is given but has no effect: {why}")),
+            (None, _) => {}
+        }
+    }
+}
+
+/// Reads `file` (if any), then `overrides` (`key=value`), into `sections`, and checks them. Returns notes to print.
+/// Errors: a file that cannot be read; else one [`Error::Config`] with every problem, one a line.
+pub fn load(sections: &mut [&mut dyn Section], file: Option<&Path>, overrides: &[String]) -> Result<Vec<String>> {
+    let mut report = Report::default();
+    let defaults: Vec<Key> = sections.iter().flat_map(|s| s.keys()).collect();
+    let mut items = Vec::new();
+    if let Some(path) = file {
+        read_file(path, &mut items)?;
+    }
+    for text in overrides {
+        match text.split_once('=') {
+            Some((key, value)) => {
+                items.push((key.trim().into(), Given::Text(value.trim().into()), Source::CommandLine));
+            }
+            None => report.problem(format!("command line: {text:?} is not of the form key=value")),
+        }
+    }
+    let mut meant = Vec::new();
+    for (key, given, source) in items {
+        apply(sections, &defaults, key, given, source, &mut meant, &mut report);
+    }
+    for (key, given, source, why) in meant {
+        stand_in(sections, key, given, source, why, &mut report);
+    }
+    for section in sections.iter() {
+        section.check(&mut report);
+    }
+    if !report.problems.is_empty() {
+        return Err(Error::Config(report.problems.join("\n")));
+    }
+    for key in report.overruled {
+        if let Some(default) = defaults.iter().find(|k| k.name == key) {
+            let given = Given::File(default.value.clone());
+            sections.iter_mut().for_each(|s| {
+                s.set(key, &given);
+            });
+        }
+    }
+    Ok(report.notes)
+}
+
+/// The resolved file: every key, loadable again to the same values. `head` goes before it as a comment.
+pub fn to_toml(head: &str, sections: &[&dyn Section]) -> String {
+    let mut report = Report::default();
+    sections.iter().for_each(|s| s.check(&mut report));
+    let mut out: String = head.lines().map(|line| format!("# {line}\n")).collect();
+    for key in sections.iter().flat_map(|s| s.keys()) {
+        match report.idle.get(key.name) {
+            Some(why) => out += &format!("# {} = {}  # no effect: {why}\n", key.name, key.value),
+            None => out += &format!("{} = {}\n", key.name, key.value),
+        }
+    }
+    out
+}
+
+/// What `--help-keys` prints: name, type, default, doc of every key.
+pub fn help(sections: &[&dyn Section]) -> String {
+    let keys = sections.iter().flat_map(|s| s.keys());
+    keys.map(|k| format!("{} = {}    ({})\n    {}\n", k.name, k.value, k.kind, k.doc)).collect()
+}
+
+/// The same as a Markdown table, for the docs.
+pub fn markdown(sections: &[&dyn Section]) -> String {
+    let rows = sections.iter().flat_map(|s| s.keys()).map(|k| {
+        let kind = k.kind.replace('|', "\\|");
+        format!("| `{}` | {kind} | `{}` | {} |\n", k.name, k.value, k.doc)
+    });
+    std::iter::once("| key | type | default | |\n|---|---|---|---|\n".to_string()).chain(rows).collect()
+}
+
+/// Keys that a resumed run may change: they change no number of the run that they resume.
+const FREE_ON_RESUME: &[&str] = &[
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "compat",
+];
+
+/// Compares the resolved file of the run that is resumed with `sections`: one line for each key whose change would make
+/// the resumed run another one than the uninterrupted run. Empty: go on. Errors: `old` is not a run file.
+pub fn changes(old: &str, sections: &[&dyn Section]) -> Result<Vec<String>> {
+    let old: toml::Table = toml::from_str(old).map_err(|e| Error::Config(format!("config.toml: {e}")))?;
+    let keys = sections.iter().flat_map(|s| s.keys()).filter(|k| !FREE_ON_RESUME.contains(&k.name));
+    Ok(keys
+        .filter_map(|k| {
+            let before = old.get(k.name)?;
+            (*before != k.value).then(|| format!("{}: was {before}, is now {}", k.name, k.value))
+        })
+        .collect())
+}
+
+type Item = (String, Given, Source);
+
+fn read_file(path: &Path, items: &mut Vec<Item>) -> Result<()> {
+    let bytes = fsio::read(path)?;
+    let shown = path.display();
+    let text = std::str::from_utf8(&bytes).map_err(|e| Error::Config(format!("{shown}: is not UTF-8 text ({e})")))?;
+    let table: toml::Table = toml::from_str(text).map_err(|e| {
+        let other = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        let hint = if other { "\na run file is TOML: `learning_rate = 2e-5` on a line of its own" } else { "" };
+        Error::Config(format!("{shown}: {}{hint}", e.to_string().trim_end()))
+    })?;
+    for (key, value) in table {
+        let line = text.lines().position(|line| is_line_of(line, &key));
+        let place = line.map_or_else(|| shown.to_string(), |n| format!("{shown}:{}", n + 1));
+        items.push((key, Given::File(value), Source::File(place)));
+    }
+    Ok(())
+}
+
+/// Whether a line of a run file gives `key`. Only top-level keys are looked for, so this is exact but inside of
+/// multi-line strings, where it can name a wrong line in a message.
+fn is_line_of(line: &str, key: &str) -> bool {
+    let line = line.trim_start().trim_start_matches(['[', '"', '\'']);
+    line.strip_prefix(key)
+        .is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ', '\t']).starts_with(['=', ']', '.']))
+}
+
+fn apply(
+    sections: &mut [&mut dyn Section],
+    known: &[Key],
+    key: String,
+    given: Given,
+    source: Source,
+    meant: &mut Vec<(&'static str, Given, Source, &'static str)>,
+    report: &mut Report,
+) {
+    let shown = given.shown();
+    match sections.iter_mut().find_map(|s| s.set(&key, &given)) {
+        Some(Ok(())) => {
+            report.given.insert(key, source);
+        }
+        Some(Err(expected)) => report.problem(format!("{source}: {key} = {shown}: expected {expected}")),
+        None => match foreign::fate(&key, &given) {
+            Some(Fate::Means(ours, value, why)) => meant.push((ours, Given::Text(value), source, why)),
+            Some(Fate::NoEffect(why)) => report.note(format!("{source}: {key} = {shown} has no effect: {why}")),
+            Some(Fate::Refused(message)) => report.problem(format!("{source}: {key} = {shown}: {message}")),
+            None if matches!(given, Given::File(toml::Value::Table(_))) => {
+                report.problem(format!("{source}: [{key}]: a run file has no tables; its keys stand at the top"));
+            }
+            None => {
+                let near = nearest(&key.replace('-', "_"), known.iter().map(|k| k.name));
+                let hint = near.map_or_else(|| "--help-keys lists the keys".into(), |n| format!("did you mean {n}?"));
+                report.problem(format!("{source}: unknown key {key}; {hint}"));
+            }
+        },
+    }
+}
+
+/// Sets the key of ours that a foreign one stands for, unless that was given, too: then they must agree.
+fn stand_in(
+    sections: &mut [&mut dyn Section],
+    key: &'static str,
+    given: Given,
+    source: Source,
+    why: &str,
+    report: &mut Report,
+) {
+    let value_now =
+        |sections: &[&mut dyn Section]| sections.iter().flat_map(|s| s.keys()).find(|k| k.name == key).map(|k| k.value);
+    let before = value_now(sections);
+    match sections.iter_mut().find_map(|s| s.set(key, &given)) {
+        Some(Ok(())) => {
+            let after = value_now(sections);
+            let shown = |value: &Option<toml::Value>| value.as_ref().map(|v| v.to_string()).unwrap_or_default();
+            match report.given.get(key) {
+                Some(_) if before == after => {}
+                Some(Source::CommandLine) if source != Source::CommandLine => {
+                    let message = format!("{source}: {why} has no effect: {key} = {} (command line)", shown(&before));
+                    report.note(message);
+                    let given = before.map(Given::File);
+                    sections.iter_mut().zip(given.iter().cycle()).for_each(|(s, given)| {
+                        s.set(key, given);
+                    });
+                }
+                Some(other) if *other == source || source != Source::CommandLine => {
+                    let (now, was) = (shown(&after), shown(&before));
+                    report.problem(format!("{source}: {why} means {key} = {now}, but {other} says {key} = {was}"));
+                }
+                _ => {
+                    report.note(format!("{source}: {key} = {} ({why})", shown(&after)));
+                    report.given.insert(key.into(), source);
+                }
+            }
+        }
+        Some(Err(expected)) => {
+            report.problem(format!("{source}: {key} = {}: expected {expected} ({why})", given.shown()));
+        }
+        None => report.note(format!("{source}: {why} has no effect: this command has no key {key}")),
+    }
+}
+
+/// What `temper sft` runs on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SftRun {
+    pub training: TrainingConfig,
+    pub sft: SftConfig,
+}
+
+impl Default for SftRun {
+    /// TRL's defaults for SFT: its learning rate is not HF's.
+    fn default() -> Self {
+        SftRun { training: TrainingConfig { learning_rate: 2e-5, ..Default::default() }, sft: SftConfig::default() }
+    }
+}
+
+impl SftRun {
+    /// [`load`] over the defaults of SFT. Returns notes to print.
+    pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
+        let mut run = Self::default();
+        let notes = load(&mut [&mut run.training, &mut run.sft], file, overrides)?;
+        Ok((run, notes))
+    }
+
+    pub fn sections(&self) -> [&dyn Section; 2] {
+        [&self.training, &self.sft]
+    }
+
+    pub fn to_toml(&self, head: &str) -> String {
+        to_toml(head, &self.sections())
+    }
+}

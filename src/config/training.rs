@@ -1,0 +1,218 @@
+//! The keys that every training run has: TRL's over HF's `TrainingArguments`. Floor 0.
+//!
+//! Invariant: names and defaults that change the numbers are those of trl 1.16.0 over transformers 5.17; a key of ours
+//! says so in its doc.
+
+use super::value::{Amount, words};
+use super::{Report, section};
+
+words! {
+    pub enum Schedule {
+        Linear = "linear",
+        Cosine = "cosine",
+        Constant = "constant",
+        ConstantWithWarmup = "constant_with_warmup",
+    }
+}
+
+words! {
+    pub enum When {
+        No = "no",
+        Steps = "steps",
+        Epoch = "epoch",
+    }
+}
+
+words! {
+    /// `adamw_torch_fused` and `adamw_torch` are HF's names for the same arithmetic.
+    pub enum Optim {
+        /// Float master weights and moments.
+        Adamw = "adamw" | "adamw_torch_fused" | "adamw_torch",
+        /// No master weights: bfloat16 weights, stochastically rounded.
+        AdamwBf16 = "adamw_bf16",
+    }
+}
+
+words! {
+    pub enum Dtype {
+        Auto = "auto",
+        Float32 = "float32" | "fp32" | "f32",
+        Bfloat16 = "bfloat16" | "bf16",
+    }
+}
+
+words! {
+    pub enum DeviceChoice {
+        Auto = "auto",
+        Cuda = "cuda",
+        Cpu = "cpu",
+    }
+}
+
+words! {
+    /// Recomputing activations in the backward pass.
+    pub enum Recompute {
+        Auto = "auto",
+        On = "true",
+        Off = "false",
+    }
+}
+
+words! {
+    pub enum Sampling {
+        Random = "random",
+        Sequential = "sequential",
+    }
+}
+
+words! {
+    pub enum MatmulChoice {
+        Auto = "auto",
+        Own = "own",
+    }
+}
+
+words! {
+    pub enum AttentionChoice {
+        Auto = "auto",
+        Light = "light",
+        TensorCore = "tensor_core",
+    }
+}
+
+words! {
+    pub enum Compat {
+        Trl1_16 = "trl-1.16.0",
+    }
+}
+
+section! {
+    /// Keys common to all methods.
+    pub struct TrainingConfig {
+        /// Peak learning rate of AdamW. Each method has its own default (SFT: 2e-5).
+        pub learning_rate: f64 = 5e-5,
+        /// Rows in a step batch; it defines every normaliser. What fits in memory at once is chosen apart from it.
+        pub per_device_train_batch_size: usize = 8,
+        /// Rows in an evaluation batch.
+        pub per_device_eval_batch_size: usize = 8,
+        /// Step batches whose gradients are added up before an optimizer step.
+        pub gradient_accumulation_steps: usize = 1,
+        /// Passes over the data, if max_steps does not say otherwise. May be fractional.
+        pub num_train_epochs: f64 = 3.0,
+        /// Optimizer steps of the run; -1: as many as num_train_epochs gives.
+        pub max_steps: i64 = -1,
+        /// How the learning rate moves after the warmup.
+        pub lr_scheduler_type: Schedule = Schedule::Linear,
+        /// Steps of linear warmup from 0, or below 1 a share of the run's steps (rounded up).
+        pub warmup_steps: Amount = Amount::Count(0),
+        /// Decoupled weight decay. Biases and norm weights have none.
+        pub weight_decay: f64 = 0.0,
+        /// Decay rate of AdamW's first moment.
+        pub adam_beta1: f64 = 0.9,
+        /// Decay rate of AdamW's second moment.
+        pub adam_beta2: f64 = 0.999,
+        /// Added to the root of the second moment.
+        pub adam_epsilon: f64 = 1e-8,
+        /// The gradient is scaled down to this global L2 norm; 0: never.
+        pub max_grad_norm: f64 = 1.0,
+        /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic rounding.
+        pub optim: Optim = Optim::Adamw,
+        /// Seed of everything random: data order, dropout, sampling, new weights.
+        pub seed: u64 = 42,
+        /// random: a new permutation every epoch; sequential: the file's order.
+        pub train_sampling_strategy: Sampling = Sampling::Random,
+        /// Steps between two log lines, or below 1 a share of the run's steps.
+        pub logging_steps: Amount = Amount::Count(10),
+        /// When a checkpoint is written. The end of a run always leaves the final model.
+        pub save_strategy: When = When::Steps,
+        /// Steps between two checkpoints, or below 1 a share of the run's steps.
+        pub save_steps: Amount = Amount::Count(500),
+        /// Checkpoints that are kept; older ones are deleted once a newer one is on disk. none: all.
+        pub save_total_limit: Option<usize> = None,
+        /// When the evaluation rows are scored.
+        pub eval_strategy: When = When::No,
+        /// Steps between two evaluations, or below 1 a share of the run's steps. none: logging_steps.
+        pub eval_steps: Option<Amount> = None,
+        /// Ours. Rows split off for evaluation where no --eval-data is given, or below 1 a share of the rows.
+        pub eval_rows: Amount = Amount::Count(0),
+        /// Recompute activations in the backward pass. Changes memory and speed, not one bit of the result. auto: as the
+        /// memory plan needs it (TRL: true).
+        pub gradient_checkpointing: Recompute = Recompute::Auto,
+        /// Ours. Number type of the forward and backward pass. auto: bfloat16 on a GPU, float32 on a CPU.
+        pub dtype: Dtype = Dtype::Auto,
+        /// Ours. auto: the GPU if there is one.
+        pub device: DeviceChoice = DeviceChoice::Auto,
+        /// Ours. own: the engine's kernels only; auto: the library's matrix products where they are faster.
+        pub matmul: MatmulChoice = MatmulChoice::Auto,
+        /// Ours. Family of attention kernels. auto: tensor_core for bfloat16 on a GPU, else light.
+        pub attention: AttentionChoice = AttentionChoice::Auto,
+        /// Ours. Whose defaults this file was written against; written into every resolved file.
+        pub compat: Compat = Compat::Trl1_16,
+    }
+}
+
+impl TrainingConfig {
+    /// Steps of the run: max_steps, or what the epochs give.
+    pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
+        match u64::try_from(self.max_steps) {
+            Ok(steps) if steps > 0 => steps,
+            _ => (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64,
+        }
+    }
+
+    fn rules(&self, report: &mut Report) {
+        report.at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1);
+        report.at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1);
+        report.at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1);
+        for (key, value) in [
+            ("learning_rate", self.learning_rate),
+            ("weight_decay", self.weight_decay),
+            ("adam_epsilon", self.adam_epsilon),
+            ("max_grad_norm", self.max_grad_norm),
+        ] {
+            report.must(value >= 0.0, || format!("{key} = {value}: must not be negative"));
+        }
+        for (key, value) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
+            report.must((0.0..1.0).contains(&value), || format!("{key} = {value}: must be at least 0 and below 1"));
+        }
+        let epochs = self.num_train_epochs;
+        report.must(epochs > 0.0, || format!("num_train_epochs = {epochs}: must be above 0"));
+        let steps = self.max_steps;
+        report.must(steps == -1 || steps > 0, || {
+            format!("max_steps = {steps}: must be above 0, or -1 to go by num_train_epochs")
+        });
+        if steps > 0 && report.was_given("num_train_epochs") {
+            report.note(format!("num_train_epochs has no effect: max_steps = {steps}"));
+        }
+        report.must(!self.logging_steps.is_zero(), || "logging_steps = 0: must be at least 1".into());
+        report.must(!self.save_steps.is_zero(), || {
+            "save_steps = 0: must be at least 1; save_strategy = \"no\" writes no checkpoints".into()
+        });
+        report.must(self.save_total_limit != Some(0), || {
+            "save_total_limit = 0: must be at least 1; \"none\" keeps all checkpoints".into()
+        });
+        if self.save_strategy != When::Steps {
+            report.idle("save_steps", "save_strategy", "save_strategy is not \"steps\"");
+        }
+        if self.save_strategy == When::No {
+            report.idle("save_total_limit", "save_strategy", "save_strategy is \"no\"");
+        }
+        report.must(self.eval_steps.is_none_or(|s| !s.is_zero()), || "eval_steps = 0: must be at least 1".into());
+        if self.eval_strategy != When::Steps {
+            report.idle("eval_steps", "eval_strategy", "eval_strategy is not \"steps\"");
+        }
+        if self.eval_strategy == When::No && !self.eval_rows.is_zero() {
+            report.idle("eval_rows", "eval_strategy", "eval_strategy is \"no\"");
+        }
+        if self.lr_scheduler_type == Schedule::Constant && !self.warmup_steps.is_zero() {
+            report.idle(
+                "warmup_steps",
+                "lr_scheduler_type",
+                "lr_scheduler_type is \"constant\"; constant_with_warmup has one",
+            );
+        }
+        if self.optim == Optim::AdamwBf16 && self.dtype == Dtype::Float32 {
+            report.problem("optim = \"adamw_bf16\" keeps its weights in bfloat16; dtype is float32".into());
+        }
+    }
+}
