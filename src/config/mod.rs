@@ -18,7 +18,7 @@ use std::path::Path;
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
 use foreign::Fate;
-use value::{Given, Value as _};
+use value::Given;
 
 pub use generate::GenerateConfig;
 pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
@@ -208,8 +208,17 @@ pub fn markdown(sections: &[&dyn Section]) -> String {
 }
 
 /// Keys that a resumed run may change: they change no number of the run that they resume.
-const FREE_ON_RESUME: &[&str] =
-    &["logging_steps", "save_strategy", "save_steps", "save_total_limit", "gradient_checkpointing", "compat"];
+const FREE_ON_RESUME: &[&str] = &[
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "compat",
+];
 
 /// Compares the resolved file of the run that is resumed with `sections`: one line for each key whose change would make
 /// the resumed run another one than the uninterrupted run. Empty: go on. Errors: `old` is not a run file.
@@ -247,7 +256,8 @@ fn read_file(path: &Path, items: &mut Vec<Item>) -> Result<()> {
 /// multi-line strings, where it can name a wrong line in a message.
 fn is_line_of(line: &str, key: &str) -> bool {
     let line = line.trim_start().trim_start_matches(['[', '"', '\'']);
-    line.strip_prefix(key).is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ', '\t']).starts_with(['=', ']', '.']))
+    line.strip_prefix(key)
+        .is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ', '\t']).starts_with(['=', ']', '.']))
 }
 
 fn apply(
@@ -290,22 +300,29 @@ fn stand_in(
     why: &str,
     report: &mut Report,
 ) {
-    let value_now = |sections: &[&mut dyn Section]| {
-        sections.iter().flat_map(|s| s.keys()).find(|k| k.name == key).map(|k| k.value)
-    };
+    let value_now =
+        |sections: &[&mut dyn Section]| sections.iter().flat_map(|s| s.keys()).find(|k| k.name == key).map(|k| k.value);
     let before = value_now(sections);
     match sections.iter_mut().find_map(|s| s.set(key, &given)) {
         Some(Ok(())) => {
             let after = value_now(sections);
-            match (report.given.get(key), before, after) {
-                (Some(other), Some(before), Some(after)) if before != after => {
-                    let message = format!("{source}: {why} means {key} = {after}, but {other} says {key} = {before}");
-                    report.problem(message);
+            let shown = |value: &Option<toml::Value>| value.as_ref().map(|v| v.to_string()).unwrap_or_default();
+            match report.given.get(key) {
+                Some(_) if before == after => {}
+                Some(Source::CommandLine) if source != Source::CommandLine => {
+                    let message = format!("{source}: {why} has no effect: {key} = {} (command line)", shown(&before));
+                    report.note(message);
+                    let given = before.map(Given::File);
+                    sections.iter_mut().zip(given.iter().cycle()).for_each(|(s, given)| {
+                        s.set(key, given);
+                    });
                 }
-                (Some(_), ..) => {}
-                (None, _, after) => {
-                    let shown = after.map(|v| v.to_string()).unwrap_or_default();
-                    report.note(format!("{source}: {key} = {shown} ({why})"));
+                Some(other) if *other == source || source != Source::CommandLine => {
+                    let (now, was) = (shown(&after), shown(&before));
+                    report.problem(format!("{source}: {why} means {key} = {now}, but {other} says {key} = {was}"));
+                }
+                _ => {
+                    report.note(format!("{source}: {key} = {} ({why})", shown(&after)));
                     report.given.insert(key.into(), source);
                 }
             }

@@ -205,7 +205,11 @@ impl TrainingConfig {
             report.idle("eval_rows", "eval_strategy", "eval_strategy is \"no\"");
         }
         if self.lr_scheduler_type == Schedule::Constant && !self.warmup_steps.is_zero() {
-            report.idle("warmup_steps", "lr_scheduler_type", "lr_scheduler_type is \"constant\"; constant_with_warmup has one");
+            report.idle(
+                "warmup_steps",
+                "lr_scheduler_type",
+                "lr_scheduler_type is \"constant\"; constant_with_warmup has one",
+            );
         }
         if self.optim == Optim::AdamwBf16 && self.dtype == Dtype::Float32 {
             report.problem("optim = \"adamw_bf16\" keeps its weights in bfloat16; dtype is float32".into());
