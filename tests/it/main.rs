@@ -1,3 +1,5 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
 mod ops;
+mod prim;
+mod shim;
