@@ -95,8 +95,11 @@ pub fn run_case(device: &Arc<dyn Device>, case: &Case, dtype: DType, variant: &V
     };
     let mut rng = Rng(seed);
     let mut seeds = Vec::new();
-    for out in &outputs {
-        let up = rng.array(out.shape(), 1.0);
+    for (i, out) in outputs.iter().enumerate() {
+        let up = match case.upstream.get(i).copied().flatten() {
+            Some(constant) => F64::from_fn(out.shape(), |_| constant),
+            None => rng.array(out.shape(), 1.0),
+        };
         if !matches!(out.dtype(), DType::F32 | DType::BF16) {
             run.upstream.push(F64::zeros(&up.shape));
             continue;

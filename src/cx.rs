@@ -41,7 +41,7 @@ pub struct Cx {
     pub tape: Option<Tape>,
     /// Gradient buffers by parameter set.
     pub param_grads: Vec<ParamGrads>,
-    /// U32 [4] on the device: seed low, seed high, step, micro-step. Read by every random kernel.
+    /// I32 [4] on the device: seed low, seed high, step, micro-step. Read by every random kernel.
     pub rng: Tensor,
     next_site: u32,
 }
@@ -49,7 +49,7 @@ pub struct Cx {
 impl Cx {
     pub fn new(device: Arc<dyn Device>, dtype: DType) -> Result<Cx> {
         let pool = Pool::new(device.clone());
-        let rng = Tensor::from_host(&pool, "rng key", DType::U32, &[4], &[0u32; 4])?;
+        let rng = Tensor::from_host(&pool, "rng key", DType::I32, &[4], &[0u32; 4])?;
         Ok(Cx {
             device,
             pool,

@@ -30,18 +30,21 @@
 #define KERNEL_FLAT(name, ...) KERNEL(name)
 #define KERNEL_WARP(name, ...) KERNEL(name)
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 #define LANES 32
 #elif defined(TEMPER_STRICT)
 #define KERNEL(name, ...) template <int D> static inline void name
 #define KERNEL_FLAT(name, ...) KERNEL(name)
 #define KERNEL_WARP(name, ...) KERNEL(name)
 #define DEVICE static inline __attribute__((always_inline))
+#define DEVICE_MEMBER inline __attribute__((always_inline))
 #define LANES 32
 #else
 #define KERNEL(name, ...) template <int D> static inline void name
 #define KERNEL_FLAT(name, ...) template <int D> inline __attribute__((always_inline)) void name##_t<D>::body
 #define KERNEL_WARP(name, ...) KERNEL_FLAT(name)
 #define DEVICE static inline __attribute__((always_inline))
+#define DEVICE_MEMBER inline __attribute__((always_inline))
 #define LANES 1
 #endif
 

@@ -3,9 +3,16 @@
 //! Invariant: forward and backward are born together, with a naive f64 reference. Tests, `temper check`, benches and the
 //! docs are loops over the registry. Ops are the only callers of kernels.
 
+pub mod activation;
+pub mod adamw;
 pub mod add;
+pub mod attention;
+pub mod dropout;
+pub mod embedding;
+pub mod head;
 pub mod matmul;
 pub mod rmsnorm;
+pub mod rope;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -175,13 +182,23 @@ pub struct Case {
     pub exact: bool,
     /// Outputs to leave out of the comparison (argmax among near ties, say): indices.
     pub skip: Vec<usize>,
+    /// Upstream gradient of each output: a constant where the op asks for one, else random. Empty: all random.
+    pub upstream: Vec<Option<f64>>,
     /// bf16 rounding points on the longest path from an input to a gradient: scales the gradient tolerance.
     pub roundings: f64,
 }
 
 impl Case {
     pub fn new(label: impl Into<String>, op: impl Op + 'static, inputs: Vec<Arg>) -> Case {
-        Case { label: label.into(), op: Arc::new(op), inputs, exact: false, skip: Vec::new(), roundings: 4.0 }
+        Case {
+            label: label.into(),
+            op: Arc::new(op),
+            inputs,
+            exact: false,
+            skip: Vec::new(),
+            upstream: Vec::new(),
+            roundings: 4.0,
+        }
     }
 }
 
@@ -214,9 +231,17 @@ pub struct Entry {
 pub fn registry() -> Vec<Entry> {
     let entry = |name, kernels, cases, variants| Entry { name, kernels, cases, variants };
     vec![
+        entry("activation", &["activation"], activation::plain_cases, &[DEFAULT]),
+        entry("adamw", &["adamw"], adamw::cases, &[DEFAULT]),
         entry("add", &["add"], add::cases, &[DEFAULT]),
+        entry("dropout", &["dropout"], dropout::cases, &[DEFAULT]),
+        entry("embedding", &["embedding"], embedding::cases, &[DEFAULT]),
+        entry("gather_rows", &["embedding"], embedding::gather_cases, &[DEFAULT]),
+        entry("glu", &["activation"], activation::cases, &[DEFAULT]),
+        entry("head", &["head", "matmul"], head::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
-        entry("matmul", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
     ]
 }
 

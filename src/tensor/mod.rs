@@ -3,6 +3,8 @@
 //! Invariant: a [`Tensor`] is a block, an offset, a dtype, a shape and a row stride; its last dimension is contiguous.
 //! Cloning one clones a handle. The memory goes back to the pool when the last view of it is dropped.
 
+pub mod safetensors;
+
 use std::fmt;
 use std::sync::Arc;
 

@@ -1,5 +1,8 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
+mod data;
+mod model_folder;
 mod ops;
 mod prim;
+mod score;
 mod shim;

@@ -1,0 +1,23 @@
+// Dropout.
+//
+// Math     y = x / (1 - p) where u >= p, else 0; u uniform in (0, 1) from Philox, one number a value
+//          (Srivastava et al., 2014). Backward is the same on dy: the numbers are drawn again, nothing is saved.
+// Shapes   x, y flat n real; key [4] int: seed low, seed high, step, micro-step
+// Plan     a thread owns 4 values, one Philox call.
+// Numerics float, one rounding when stored.
+// Cost     2 n sizeof(real) bytes. GPU: not measured yet.
+#include "prim/rng.cuh"
+#include "prim/vec.cuh"
+
+KERNEL_FLAT(dropout)(real* y, const real* x, const int* key, int site, float p, long long n, int accumulate) {
+  const long long i = FLAT_INDEX * 4;
+  if (i >= n) return;
+  // Counter: which four values, then (step, micro-step) and the site with the use's tag in the top byte.
+  const Philox r = philox((unsigned)key[0], (unsigned)key[1], (unsigned)(i / 4), (unsigned)key[2], (unsigned)key[3], (unsigned)site | 0x01000000u);
+  const unsigned u[4] = {r.x, r.y, r.z, r.w};
+  const float scale = 1.f / (1.f - p);
+  Pack<4> v = load<4>(x + i, n - i);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v.v[j] = uniform(u[j]) >= p ? v.v[j] * scale : 0.f;
+  store(y + i, v, n - i, accumulate);
+}

@@ -1,0 +1,109 @@
+// Rotary position embedding on q and k, with the optional norm of each head before it (Qwen3's qk-norm).
+//
+// Math     n = wq * h, h = x * rstd, rstd = 1/sqrt(mean(x^2) + eps) over a head (if normed; else n = x)
+//          y1 = n1 cos - n2 sin, y2 = n2 cos + n1 sin for the halves n1, n2 of a head   (Su et al., RoFormer, 2021;
+//          halves as in GPT-NeoX and transformers' rotate_half); v is copied
+// Shapes   x, y [rows, (heads + 2 kv) * dim] real, q|k|v side by side; cos, sin [positions, dim/2] float;
+//          position [rows] int; wq, wk [dim] real; rstd [rows, heads + kv] float
+// Plan     rope_apply: a thread owns V pairs (or V values of v) of one head. Norm statistics and the normed backward: a
+//          warp owns a head. dw: a warp sums 64 heads, sum_partials adds the partials.
+// Numerics float; h and n are rounded to real (as transformers does), y when stored. The backward rotates by -angle.
+// Cost     2 (heads + 2 kv) dim sizeof(real) bytes a row. GPU: not measured yet.
+#include "prim/warp.cuh"
+
+// rstd of each q and k head
+KERNEL_WARP(head_rstd)(float* rstd, const real* x, int rows, int heads, int kv, int dim, float eps) {
+  const long long item = WARP_INDEX;
+  const int normed = heads + kv;
+  if (item >= (long long)rows * normed) return;
+  const real* p = x + item / normed * (heads + 2 * kv) * dim + item % normed * dim;
+  WarpPack square = {};
+  for (int i = WCOL; i < dim; i += WARP_STEP) {
+    WarpPack v = load_row(p, i, dim);
+#pragma unroll
+    for (int j = 0; j < WV; ++j) square.v[j] = fmaf(v.v[j], v.v[j], square.v[j]);
+  }
+  const float scale = 1.f / sqrtf(pack_sum(square) / (float)dim + eps);
+  if (LANE == 0) rstd[item] = scale;
+}
+
+// y = rotated (and normed, with rstd) x. sign -1 rotates back. D=1: add to y.
+KERNEL_FLAT(rope_apply, D=0,1)(real* y, const real* x, const float* cosine, const float* sine, const int* position,
+                               MAYBE(const float) rstd, MAYBE(const real) wq, MAYBE(const real) wk, int rows, int heads,
+                               int kv, int dim, float sign) {
+  const int half = dim / 2, packs = (half + V - 1) / V, all = heads + 2 * kv;
+  const long long item = FLAT_INDEX;
+  if (item >= (long long)rows * all * packs) return;
+  const int i = (int)(item % packs) * V, head = (int)(item / packs % all);
+  const long long row = item / packs / all, at = (row * all + head) * dim;
+  const int n = half - i;
+  FlatPack a = load<V>(x + at + i, n), b = load<V>(x + at + half + i, n);
+  if (head < heads + kv) {
+    if (rstd) {
+      const float scale = rstd[row * (heads + kv) + head];
+      const real* w = head < heads ? wq : wk;
+      FlatPack wa = load<V>(w + i, n), wb = load<V>(w + half + i, n);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        a.v[j] = round_real(wa.v[j] * round_real(a.v[j] * scale));
+        b.v[j] = round_real(wb.v[j] * round_real(b.v[j] * scale));
+      }
+    }
+    const long long p = (long long)position[row] * half + i;
+    FlatPack c = load<V>(cosine + p, n), s = load<V>(sine + p, n);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float first = fmaf(a.v[j], c.v[j], -(b.v[j] * s.v[j] * sign));
+      b.v[j] = fmaf(b.v[j], c.v[j], a.v[j] * s.v[j] * sign);
+      a.v[j] = first;
+    }
+  }
+  store(y + at + i, a, n, D == 1);
+  store(y + at + half + i, b, n, D == 1);
+}
+
+// dx of the normed heads, in place: on entry d holds the gradient of n (already rotated back), for q and k
+KERNEL_WARP(head_norm_bwd)(INOUT(real) d, const real* x, const float* rstd, const real* wq, const real* wk, int rows,
+                           int heads, int kv, int dim) {
+  const long long item = WARP_INDEX;
+  const int normed = heads + kv, head = (int)(item % normed);
+  if (item >= (long long)rows * normed) return;
+  const long long at = item / normed * (heads + 2 * kv) * dim + (long long)head * dim;
+  const real* w = head < heads ? wq : wk;
+  const float scale = rstd[item];
+  WarpPack dot = {};
+  for (int i = WCOL; i < dim; i += WARP_STEP) {
+    WarpPack e = load_row(d + at, i, dim), g = load_row(w, i, dim), h = load_row(x + at, i, dim);
+#pragma unroll
+    for (int j = 0; j < WV; ++j) dot.v[j] = fmaf(e.v[j] * g.v[j], h.v[j] * scale, dot.v[j]);
+  }
+  const float mean = pack_sum(dot) / (float)dim;
+  for (int i = WCOL; i < dim; i += WARP_STEP) {
+    WarpPack e = load_row(d + at, i, dim), g = load_row(w, i, dim), h = load_row(x + at, i, dim);
+#pragma unroll
+    for (int j = 0; j < WV; ++j) e.v[j] = scale * (e.v[j] * g.v[j] - h.v[j] * scale * mean);
+    store(d + at + i, e, dim - i);
+  }
+}
+
+// partial[chunk] = sum of d * h over 64 of the (row, head) pairs of q (first 0, count heads) or k (first heads, count kv)
+KERNEL_WARP(head_norm_dw)(float* partial, const real* d, const real* x, const float* rstd, int rows, int heads, int kv,
+                          int dim, int first, int count) {
+  const int steps = (dim + WARP_STEP - 1) / WARP_STEP;
+  const long long warp = WARP_INDEX, items = (long long)rows * count;
+  const long long chunk = warp / steps;
+  const int i = (int)(warp % steps) * WARP_STEP + WCOL;
+  if (chunk * 64 >= items) return;
+  const long long end = chunk * 64 + 64 < items ? chunk * 64 + 64 : items;
+  WarpPack acc = {};
+  for (long long item = chunk * 64; item < end; ++item) {
+    const long long row = item / count;
+    const int head = first + (int)(item % count);
+    const long long at = row * (heads + 2 * kv) * dim + (long long)head * dim;
+    const float scale = rstd[row * (heads + kv) + head];
+    WarpPack e = load_row(d + at, i, dim), h = load_row(x + at, i, dim);
+#pragma unroll
+    for (int j = 0; j < WV; ++j) acc.v[j] = fmaf(e.v[j], h.v[j] * scale, acc.v[j]);
+  }
+  store(partial + chunk * dim + i, acc, dim - i);
+}

@@ -1,0 +1,380 @@
+//! config.json: read in its v4 and v5 forms, checked as a whole, written back with only what changed. Floor 3.
+//!
+//! Invariant: a `ModelConfig` agrees with what transformers 5.17 would make of the same file, or it is an error that
+//! lists every problem of the file.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::families::{self, Family, Switch, WindowRule};
+use super::fields::Fields;
+use super::rope::{RopeConfig, RopeKind, inv_freq};
+use crate::error::{Error, Result, nearest};
+use crate::fsio;
+use crate::tensor::safetensors::HostDtype;
+
+const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far from overflow
+const MAX_LAYERS: usize = 10_000;
+
+/// The function between gate and product in the MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HiddenAct {
+    Silu,
+    Gelu,     // with erf
+    GeluTanh, // `gelu_pytorch_tanh` and `gelu_new` are one formula
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    pub family: &'static Family,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize, // q is [num_heads * head_dim], which need not be hidden_size
+    pub max_position_embeddings: usize,
+    pub rms_norm_eps: f32,
+    pub hidden_act: HiddenAct,
+    pub tie_word_embeddings: bool,
+    pub qkv_bias: bool,
+    pub o_bias: bool,
+    pub mlp_bias: bool,
+    pub qk_norm: bool,
+    /// [num_layers]. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of them with its own.
+    pub sliding_window: Vec<Option<usize>>,
+    pub rope: RopeConfig,
+    pub attention_dropout: f32,
+    pub initializer_range: f32,
+    pub bos: Option<u32>,
+    pub eos: Vec<u32>,
+    pub pad: Option<u32>,
+    pub dtype: Option<HostDtype>, // of the folder, if it says
+    pub raw: Map<String, Value>,  // config.json as read
+}
+
+impl ModelConfig {
+    /// Reads `dir/config.json`.
+    pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
+        let path = dir.as_ref().join("config.json");
+        if !path.exists() {
+            return Err(Error::model(dir, "has no config.json: give a Hugging Face model folder"));
+        }
+        let raw: Map<String, Value> = serde_json::from_slice(&fsio::read(&path)?)
+            .map_err(|e| Error::model(&path, format!("is not a JSON object: {e}")))?;
+        Self::from_json(&path, raw)
+    }
+
+    /// Checks the map of a config.json; `path` is for messages, which list all problems at once.
+    pub fn from_json(path: impl AsRef<Path>, raw: Map<String, Value>) -> Result<Self> {
+        let mut f = Fields::new(&raw, "");
+        let Some(family) = family(&mut f) else {
+            return Err(Error::model(path, f.problems.join("; ")));
+        };
+        let hidden_size = f.required_size("hidden_size", MAX_SIZE);
+        let num_layers = f.required_size("num_hidden_layers", MAX_LAYERS);
+        let num_heads = f.required_size("num_attention_heads", MAX_SIZE);
+        let num_kv_heads = match family.default_kv_heads {
+            Some(n) if !f.is_null("num_key_value_heads") => f.size("num_key_value_heads", MAX_SIZE).unwrap_or(n),
+            _ => f.size("num_key_value_heads", MAX_SIZE).unwrap_or(num_heads),
+        };
+        let head_dim = f.size("head_dim", 1 << 16).or(family.default_head_dim).unwrap_or(hidden_size / num_heads);
+        let max_position_embeddings =
+            f.size("max_position_embeddings", 1 << 40).unwrap_or(family.default_max_positions);
+        let mut config = ModelConfig {
+            family,
+            vocab_size: f.required_size("vocab_size", MAX_SIZE),
+            hidden_size,
+            intermediate_size: f.required_size("intermediate_size", MAX_SIZE),
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            max_position_embeddings,
+            rms_norm_eps: f.number("rms_norm_eps", "a number of at least 0", |x| x >= 0.0).unwrap_or(1e-6) as f32,
+            hidden_act: hidden_act(&mut f),
+            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(false),
+            qkv_bias: switch(&mut f, family.qkv_bias),
+            o_bias: switch(&mut f, family.o_bias),
+            mlp_bias: switch(&mut f, family.mlp_bias),
+            qk_norm: family.qk_norm,
+            sliding_window: sliding_window(&mut f, family.window, num_layers),
+            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
+            attention_dropout: f.number("attention_dropout", "from 0 to 1", |x| (0.0..1.0).contains(&x)).unwrap_or(0.0)
+                as f32,
+            initializer_range: f
+                .number("initializer_range", "from 0 to 1", |x| (0.0..=1.0).contains(&x))
+                .unwrap_or(0.02) as f32,
+            bos: one_id(&mut f, "bos_token_id", family.default_bos),
+            eos: eos_ids(&mut f, family.default_eos),
+            pad: one_id(&mut f, "pad_token_id", None),
+            dtype: dtype(&mut f),
+            raw: Map::new(),
+        };
+        if f.value("quantization_config").is_some() {
+            f.problem("quantization_config: quantised weights are not read; use the folder that they were made from");
+        }
+        let mut problems = f.problems;
+        config.rope = RopeConfig::parse(&raw, max_position_embeddings, &mut problems);
+        problems.dedup();
+        if problems.is_empty() {
+            config.contradictions(&raw, &mut problems);
+        }
+        if !problems.is_empty() {
+            let lines = problems.join("\n  ");
+            return Err(Error::model(path, if problems.len() == 1 { lines } else { format!("\n  {lines}") }));
+        }
+        config.raw = raw;
+        Ok(config)
+    }
+
+    /// A new Llama with the usual settings (rope theta 10000, eps 1e-5, silu, no biases), whose [`raw`](Self::raw)
+    /// transformers loads. Sizes are the caller's: heads must divide hidden, kv_heads must divide heads.
+    #[allow(clippy::too_many_arguments)]
+    pub fn llama(
+        vocab: usize,
+        hidden: usize,
+        intermediate: usize,
+        layers: usize,
+        heads: usize,
+        kv_heads: usize,
+        max_positions: usize,
+        tie: bool,
+    ) -> Self {
+        let family = families::find("llama").unwrap_or(families::FAMILIES[0]);
+        let head_dim = hidden / heads.max(1);
+        let raw = json!({
+            "architectures": [family.architecture], "attention_bias": false, "attention_dropout": 0.0,
+            "bos_token_id": 1, "dtype": "float32", "eos_token_id": 2, "head_dim": head_dim, "hidden_act": "silu",
+            "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": intermediate,
+            "max_position_embeddings": max_positions, "mlp_bias": false, "model_type": family.model_type,
+            "num_attention_heads": heads, "num_hidden_layers": layers, "num_key_value_heads": kv_heads,
+            "pad_token_id": null, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+            "rope_parameters": { "rope_theta": 10000.0, "rope_type": "default" }, "rope_scaling": null,
+            "rope_theta": 10000.0, "tie_word_embeddings": tie, "torch_dtype": "float32", "use_cache": true,
+            "vocab_size": vocab
+        });
+        ModelConfig {
+            family,
+            vocab_size: vocab,
+            hidden_size: hidden,
+            intermediate_size: intermediate,
+            num_layers: layers,
+            num_heads: heads,
+            num_kv_heads: kv_heads,
+            head_dim,
+            max_position_embeddings: max_positions,
+            rms_norm_eps: 1e-5,
+            hidden_act: HiddenAct::Silu,
+            tie_word_embeddings: tie,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            sliding_window: vec![None; layers],
+            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
+            attention_dropout: 0.0,
+            initializer_range: 0.02,
+            bos: Some(1),
+            eos: vec![2],
+            pad: None,
+            dtype: Some(HostDtype::F32),
+            raw: raw.as_object().cloned().unwrap_or_default(),
+        }
+    }
+
+    /// The config.json to save: [`raw`](Self::raw), with what differs from it by now (vocab_size, tying, bos, eos,
+    /// pad), with `dtype`, and with rope and dtype under both their v4 and v5 names, so that either generation of
+    /// readers loads it. Nothing else is touched.
+    pub fn to_json(&self, dtype: HostDtype) -> Map<String, Value> {
+        let mut out = self.raw.clone();
+        let before = Self::from_json("config.json", self.raw.clone()).ok();
+        let changed = |same: fn(&Self, &Self) -> bool| before.as_ref().is_none_or(|b| !same(b, self));
+        let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
+        if changed(|a, b| a.vocab_size == b.vocab_size) {
+            set("vocab_size", json!(self.vocab_size));
+        }
+        if changed(|a, b| a.tie_word_embeddings == b.tie_word_embeddings) {
+            set("tie_word_embeddings", json!(self.tie_word_embeddings));
+        }
+        if changed(|a, b| a.bos == b.bos) {
+            set("bos_token_id", json!(self.bos));
+        }
+        if changed(|a, b| a.pad == b.pad) {
+            set("pad_token_id", json!(self.pad));
+        }
+        if changed(|a, b| a.eos == b.eos) {
+            let eos = match self.eos.as_slice() {
+                [] => Value::Null,
+                [one] => json!(one),
+                many => json!(many),
+            };
+            set("eos_token_id", eos);
+        }
+        if let Some(name) = dtype.torch_name() {
+            set("dtype", json!(name));
+            set("torch_dtype", json!(name));
+        }
+        both_ropes(&mut out, self.rope.theta);
+        out
+    }
+
+    fn contradictions(&self, raw: &Map<String, Value>, problems: &mut Vec<String>) {
+        let (hidden, heads, kv) = (self.hidden_size, self.num_heads, self.num_kv_heads);
+        let given = self.family.default_head_dim.is_some() || raw.get("head_dim").is_some_and(|v| !v.is_null());
+        if !hidden.is_multiple_of(heads) && (self.family.heads_divide_hidden || !given) {
+            problems.push(format!("hidden_size {hidden} is not a multiple of num_attention_heads {heads}"));
+        }
+        if !heads.is_multiple_of(kv) {
+            problems.push(format!("num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}"));
+        }
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+            problems.push(format!("head_dim {} is not even; rope turns pairs", self.head_dim));
+        }
+        if inv_freq(&self.rope, self.head_dim).iter().any(|f| !f.is_finite()) {
+            problems.push(format!("rope settings give frequencies that are not finite: {:?}", self.rope));
+        }
+    }
+}
+
+fn family(f: &mut Fields) -> Option<&'static Family> {
+    let model_type = f.string("model_type");
+    let architecture = f.array("architectures").and_then(|a| a.first()).and_then(Value::as_str);
+    if !f.problems.is_empty() {
+        return None;
+    }
+    let supported = families::supported();
+    let Some(name) = model_type.or(architecture) else {
+        f.problem(format!("has neither model_type nor architectures; supported are {supported}"));
+        return None;
+    };
+    let Some(family) = families::find(name) else {
+        let known = families::FAMILIES.iter().map(|f| f.model_type);
+        let hint = nearest(name, known).map(|n| format!(" (is {n} meant?)")).unwrap_or_default();
+        f.problem(format!("model_type {name:?} is not supported{hint}; supported are {supported}"));
+        return None;
+    };
+    match architecture {
+        Some(a) if a != family.architecture => {
+            let message = "is not supported here; the causal language model of this family is";
+            f.problem(format!("architecture {a:?} {message} {}", family.architecture));
+            None
+        }
+        _ => Some(family),
+    }
+}
+
+fn switch(f: &mut Fields, switch: Switch) -> bool {
+    match switch {
+        Switch::Never => false,
+        Switch::Always => true,
+        Switch::Key(key) => f.boolean(key).unwrap_or(false),
+    }
+}
+
+fn hidden_act(f: &mut Fields) -> HiddenAct {
+    match f.string("hidden_act") {
+        None | Some("silu" | "swish") => HiddenAct::Silu,
+        Some("gelu" | "gelu_python") => HiddenAct::Gelu,
+        Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh") => HiddenAct::GeluTanh,
+        Some(other) => {
+            f.problem(format!("hidden_act is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"));
+            HiddenAct::Silu
+        }
+    }
+}
+
+fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option<usize>> {
+    let layers = layers.min(MAX_LAYERS);
+    match rule {
+        WindowRule::Ignored => vec![None; layers],
+        WindowRule::Every { default } => {
+            let window = if f.is_null("sliding_window") { None } else { Some(default) };
+            vec![f.size("sliding_window", usize::MAX).or(window); layers]
+        }
+        WindowRule::Listed { default, default_full_layers } => {
+            let on = f.boolean("use_sliding_window").unwrap_or(false) && !f.is_null("sliding_window");
+            let window = f.size("sliding_window", usize::MAX).unwrap_or(default);
+            let Some(types) = f.array("layer_types") else {
+                let full = match f.value("max_window_layers").map(|v| (v, v.as_u64())) {
+                    None => default_full_layers,
+                    Some((_, Some(n))) => usize::try_from(n).unwrap_or(usize::MAX),
+                    Some((v, None)) => f.wrong("max_window_layers", v, "an integer of at least 0").unwrap_or(0),
+                };
+                return (0..layers).map(|i| (on && i >= full).then_some(window)).collect();
+            };
+            if types.len() != layers {
+                f.problem(format!("layer_types has {} entries, num_hidden_layers is {layers}", types.len()));
+            }
+            let sliding: Vec<bool> = types.iter().map(|t| t == "sliding_attention").collect();
+            if let Some(other) = types.iter().find(|t| *t != "sliding_attention" && *t != "full_attention") {
+                f.problem(format!("layer_types has {other}; supported are full_attention and sliding_attention"));
+            }
+            if sliding.contains(&true) && !on {
+                f.problem("layer_types has sliding_attention, but use_sliding_window or sliding_window is off");
+            }
+            sliding.into_iter().map(|s| s.then_some(window)).collect()
+        }
+    }
+}
+
+/// An id, negative ones (an old way to say none) and null being none; `default` only where the key is absent.
+fn one_id(f: &mut Fields, key: &str, default: Option<u32>) -> Option<u32> {
+    match f.value(key) {
+        None => default.filter(|_| !f.is_null(key)),
+        Some(value) => id(f, key, value),
+    }
+}
+
+fn eos_ids(f: &mut Fields, default: Option<u32>) -> Vec<u32> {
+    match f.value("eos_token_id") {
+        Some(Value::Array(ids)) => ids.iter().filter_map(|v| id(f, "eos_token_id", v)).collect(),
+        _ => one_id(f, "eos_token_id", default).into_iter().collect(),
+    }
+}
+
+fn id(f: &mut Fields, key: &str, value: &Value) -> Option<u32> {
+    match value.as_i64() {
+        Some(n) if n < 0 => None,
+        n => n.and_then(|n| u32::try_from(n).ok()).or_else(|| f.wrong(key, value, "a token id")),
+    }
+}
+
+fn dtype(f: &mut Fields) -> Option<HostDtype> {
+    let key = if f.value("dtype").is_some() { "dtype" } else { "torch_dtype" };
+    let name = f.string(key)?;
+    let dtype = HostDtype::from_torch_name(name);
+    if dtype.is_none() && name != "auto" {
+        f.problem(format!("{key} is {name:?}; supported are float32, float16, bfloat16"));
+    }
+    dtype
+}
+
+/// Adds whichever of `rope_theta` + `rope_scaling` (v4) and `rope_parameters` (v5) is not there yet.
+fn both_ropes(out: &mut Map<String, Value>, theta: f64) {
+    let filled = |v: Option<&Value>| v.and_then(Value::as_object).filter(|m| !m.is_empty()).cloned();
+    let (old, new) = (filled(out.get("rope_scaling")), filled(out.get("rope_parameters")));
+    out.entry("rope_theta").or_insert(json!(theta));
+    if old.is_none() {
+        let mut scaling = new.clone().unwrap_or_default();
+        scaling.shift_remove("rope_theta");
+        let kind = scaling.get("rope_type").or(scaling.get("type"));
+        let plain = kind.is_none_or(|k| k == "default");
+        out.insert("rope_scaling".into(), if plain { Value::Null } else { Value::Object(scaling) });
+    }
+    if new.is_none() {
+        let mut parameters = old.unwrap_or_default();
+        if let Some(kind) = parameters.shift_remove("type") {
+            parameters.entry("rope_type").or_insert(kind);
+        }
+        parameters.entry("rope_type").or_insert(json!("default"));
+        parameters.entry("rope_theta").or_insert(json!(theta));
+        out.insert("rope_parameters".into(), Value::Object(parameters));
+    }
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

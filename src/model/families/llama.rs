@@ -1,0 +1,21 @@
+//! Llama 2 and 3.x, SmolLM2, and the many folders that call themselves `llama`. Floor 3.
+//!
+//! Invariant: this is the decoder without switches; biases come only where config.json asks for them.
+
+use super::{Family, Switch, WindowRule};
+
+pub const FAMILY: Family = Family {
+    model_type: "llama",
+    architecture: "LlamaForCausalLM",
+    qkv_bias: Switch::Key("attention_bias"),
+    o_bias: Switch::Key("attention_bias"),
+    mlp_bias: Switch::Key("mlp_bias"),
+    qk_norm: false,
+    window: WindowRule::Ignored,
+    heads_divide_hidden: true,
+    default_kv_heads: None,
+    default_head_dim: None,
+    default_max_positions: 2048,
+    default_bos: Some(1),
+    default_eos: Some(2),
+};

@@ -1,0 +1,21 @@
+//! Mistral 7B and its kin. Floor 3.
+//!
+//! Invariant: one window for all layers, or none; no biases.
+
+use super::{Family, Switch, WindowRule};
+
+pub const FAMILY: Family = Family {
+    model_type: "mistral",
+    architecture: "MistralForCausalLM",
+    qkv_bias: Switch::Never,
+    o_bias: Switch::Never,
+    mlp_bias: Switch::Never,
+    qk_norm: false,
+    window: WindowRule::Every { default: 4096 },
+    heads_divide_hidden: false,
+    default_kv_heads: Some(8),
+    default_head_dim: None,
+    default_max_positions: 131072,
+    default_bos: Some(1),
+    default_eos: Some(2),
+};

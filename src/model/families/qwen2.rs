@@ -1,0 +1,21 @@
+//! Qwen2 and Qwen2.5. Floor 3.
+//!
+//! Invariant: q, k and v always have a bias, o never.
+
+use super::{Family, Switch, WindowRule};
+
+pub const FAMILY: Family = Family {
+    model_type: "qwen2",
+    architecture: "Qwen2ForCausalLM",
+    qkv_bias: Switch::Always,
+    o_bias: Switch::Never,
+    mlp_bias: Switch::Never,
+    qk_norm: false,
+    window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
+    heads_divide_hidden: false,
+    default_kv_heads: Some(32),
+    default_head_dim: None,
+    default_max_positions: 32768,
+    default_bos: None,
+    default_eos: None,
+};

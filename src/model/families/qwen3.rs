@@ -1,0 +1,21 @@
+//! Qwen3, the dense ones. Floor 3.
+//!
+//! Invariant: q and k are RMS-normed per head, over head_dim, before rope; head_dim is free of hidden_size / heads.
+
+use super::{Family, Switch, WindowRule};
+
+pub const FAMILY: Family = Family {
+    model_type: "qwen3",
+    architecture: "Qwen3ForCausalLM",
+    qkv_bias: Switch::Key("attention_bias"),
+    o_bias: Switch::Key("attention_bias"),
+    mlp_bias: Switch::Never,
+    qk_norm: true,
+    window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
+    heads_divide_hidden: false,
+    default_kv_heads: Some(32),
+    default_head_dim: Some(128),
+    default_max_positions: 32768,
+    default_bos: None,
+    default_eos: None,
+};

@@ -1,0 +1,179 @@
+//! Weights of a model folder in, a model folder out. Floor 3.
+//!
+//! Invariant: [`load_weights`] gives every expected parameter once, with the shape its spec says and finite values, or
+//! an error that lists all that is wrong; [`write_folder`] leaves a whole folder or the one that was there.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::config::ModelConfig;
+use super::families::{ParamSpec, Role, expected_params};
+use crate::error::{Error, Result};
+use crate::fsio::{self, AtomicDir};
+use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec, TensorView};
+
+const EMBED: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Files that belong to a tokenizer, old and new.
+const TOKENIZER_FILES: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+];
+
+/// config.json as the weights bear it out: where it ties the head but the folder holds a head that differs from the
+/// embedding, the two are two parameters (transformers does the same). Use this, not [`ModelConfig::load`], to train.
+pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
+    let mut config = ModelConfig::load(&dir)?;
+    if config.tie_word_embeddings {
+        let weights = SafeFolder::open(&dir)?;
+        if let (Some(embed), Some(head)) = (weights.get(EMBED), weights.get(HEAD)) {
+            config.tie_word_embeddings = same(&embed, &head);
+        }
+    }
+    Ok(config)
+}
+
+/// Gives each expected parameter to `sink`, in arena order, straight from the mapped file: the sink copies it to where
+/// it lives. Names, shapes and dtypes are all compared before the first call; NaN and infinities are looked for tensor
+/// by tensor. `rotary_emb.inv_freq` leftovers, and a head equal to the embedding it is tied to, are passed over.
+pub fn load_weights(
+    dir: impl AsRef<Path>,
+    config: &ModelConfig,
+    sink: &mut dyn FnMut(&ParamSpec, &TensorView) -> Result<()>,
+) -> Result<()> {
+    let dir = dir.as_ref();
+    let weights = SafeFolder::open(dir)?;
+    let specs = expected_params(config);
+    let problems = compare(&weights, config, &specs);
+    if !problems.is_empty() {
+        let message = format!(
+            "holds weights that do not fit its config.json; is it the one that belongs to them?\n  {}",
+            problems.join("\n  ")
+        );
+        return Err(Error::model(dir, message));
+    }
+    for spec in &specs {
+        let Some(view) = find(&weights, config, spec) else {
+            return Err(Error::model(dir, format!("{} is missing", spec.name)));
+        };
+        check_finite(
+            view.path,
+            spec,
+            view.dtype,
+            view.bytes,
+            "download the folder again, or use an earlier checkpoint",
+        )?;
+        sink(spec, &view)?;
+    }
+    Ok(())
+}
+
+/// Writes a folder that transformers loads: model.safetensors in `dtype`, config.json ([`ModelConfig::to_json`]),
+/// generation_config.json if given, and the tokenizer files byte for byte. `bytes_of` gives each expected parameter's
+/// values, row-major little-endian in `dtype` ([`HostDtype::encode`]); one tensor is held at a time.
+/// All is written to a temporary sibling and moved into place at the end: see [`AtomicDir::commit`].
+/// Errors: NaN or infinities, wrong lengths, IO; what was in `dir` before stays.
+pub fn write_folder(
+    dir: impl AsRef<Path>,
+    config: &ModelConfig,
+    tokenizer_files: &[PathBuf],
+    generation_config: Option<Map<String, Value>>,
+    dtype: HostDtype,
+    bytes_of: &mut dyn FnMut(&ParamSpec) -> Result<Vec<u8>>,
+) -> Result<()> {
+    let out = AtomicDir::create(&dir)?;
+    let specs = expected_params(config);
+    let tensors: Vec<TensorSpec> =
+        specs.iter().map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() }).collect();
+    safetensors::write(out.tmp().join("model.safetensors"), &tensors, &[("format", "pt")], &mut |i, _| {
+        let Some(spec) = specs.get(i) else { return Ok(Vec::new()) };
+        let bytes = bytes_of(spec)?;
+        check_finite(dir.as_ref(), spec, dtype, &bytes, "nothing was written")?;
+        Ok(bytes)
+    })?;
+    for file in tokenizer_files {
+        let Some(name) = file.file_name() else { continue };
+        fsio::atomic_write(out.tmp().join(name), &fsio::read(file)?)?;
+    }
+    if let Some(map) = generation_config {
+        fsio::atomic_write(out.tmp().join("generation_config.json"), &pretty(map))?;
+    }
+    fsio::atomic_write(out.tmp().join("config.json"), &pretty(config.to_json(dtype)))?;
+    out.commit("config.json")
+}
+
+/// The tokenizer files that `dir` has, for [`write_folder`].
+pub fn tokenizer_files(dir: impl AsRef<Path>) -> Vec<PathBuf> {
+    TOKENIZER_FILES.iter().map(|name| dir.as_ref().join(name)).filter(|path| path.is_file()).collect()
+}
+
+/// generation_config.json of `dir`, if it has one.
+pub fn generation_config(dir: impl AsRef<Path>) -> Result<Option<Map<String, Value>>> {
+    let path = dir.as_ref().join("generation_config.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let map = serde_json::from_slice(&fsio::read(&path)?);
+    map.map(Some).map_err(|e| Error::model(path, format!("is not a JSON object: {e}")))
+}
+
+/// The stored tensor of a parameter. A tied embedding may be stored under the head's name alone.
+fn find<'a>(weights: &'a SafeFolder, config: &ModelConfig, spec: &ParamSpec) -> Option<TensorView<'a>> {
+    let tied = spec.role == Role::Embed && config.tie_word_embeddings;
+    weights.get(&spec.name).or_else(|| weights.get(HEAD).filter(|_| tied))
+}
+
+fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut expected: std::collections::BTreeSet<&str> = specs.iter().map(|s| s.name.as_str()).collect();
+    for spec in specs {
+        let Some(view) = find(weights, config, spec) else {
+            let hint = if spec.role == Role::Head { " (tie_word_embeddings is false)" } else { "" };
+            problems.push(format!("missing: {} {:?}{hint}", spec.name, spec.shape));
+            continue;
+        };
+        if view.shape != spec.shape {
+            problems.push(format!("shape: {} is {:?}, config.json means {:?}", spec.name, view.shape, spec.shape));
+        }
+        if let HostDtype::Other(_) = view.dtype {
+            problems.push(format!("dtype: {} is {}, read are F32, F16, BF16", spec.name, view.dtype.name()));
+        }
+    }
+    if config.tie_word_embeddings {
+        expected.insert(HEAD);
+        if let (Some(embed), Some(head)) = (weights.get(EMBED), weights.get(HEAD))
+            && !same(&embed, &head)
+        {
+            problems.push(format!("tied: {HEAD} differs from {EMBED}; set tie_word_embeddings to false"));
+        }
+    }
+    let unexpected = weights.names().filter(|n| !expected.contains(n) && !n.ends_with("rotary_emb.inv_freq"));
+    problems.extend(unexpected.map(|name| format!("unexpected: {name}")));
+    problems
+}
+
+fn same(a: &TensorView, b: &TensorView) -> bool {
+    a.dtype == b.dtype && a.shape == b.shape && a.bytes == b.bytes
+}
+
+fn check_finite(path: &Path, spec: &ParamSpec, dtype: HostDtype, bytes: &[u8], next: &str) -> Result<()> {
+    let Some(i) = safetensors::first_non_finite(dtype, bytes) else { return Ok(()) };
+    let row = spec.shape.last().copied().unwrap_or(1).max(1);
+    let at = if spec.shape.len() == 2 { format!("[{}, {}]", i / row, i % row) } else { format!("[{i}]") };
+    Err(Error::model(path, format!("{} is NaN or infinite at {at} (value {i}); {next}", spec.name)))
+}
+
+fn pretty(map: Map<String, Value>) -> Vec<u8> {
+    let mut text = format!("{:#}", Value::Object(map)).into_bytes();
+    text.push(b'\n');
+    text
+}

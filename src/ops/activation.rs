@@ -1,0 +1,171 @@
+//! Activations: gated (SwiGLU and its gelu siblings) and plain. Floor 2.
+//!
+//! Invariant: element-wise. Math: `kernels/activation.cu`.
+
+use crate::cx::Cx;
+use crate::device::{Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::add::flat;
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// The kernels' template argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    Silu = 0,
+    /// `gelu_pytorch_tanh`, `gelu_new`
+    GeluTanh = 1,
+    /// By the error function.
+    Gelu = 2,
+}
+
+/// `y = act(g) * u` for the halves g|u of each row: x [n, 2 f] real; y [n, f]. Error if the width is odd.
+pub fn glu(cx: &mut Cx, x: &Tensor, act: Act) -> Result<Tensor> {
+    cx.apply1(Glu { act }, &[x])
+}
+
+/// `y = act(x)`, any shape.
+pub fn activation(cx: &mut Cx, x: &Tensor, act: Act) -> Result<Tensor> {
+    cx.apply1(Activation { act }, &[x])
+}
+
+#[derive(Debug)]
+pub struct Glu {
+    pub act: Act,
+}
+
+#[derive(Debug)]
+pub struct Activation {
+    pub act: Act,
+}
+
+impl Op for Glu {
+    fn name(&self) -> &'static str {
+        "glu"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (rows, f) = (x[0].row_count(), x[0].cols() / 2);
+        if x[0].cols() % 2 != 0 {
+            return Err(Error::op("glu", format!("{:?} has no two halves", x[0])));
+        }
+        let y = cx.real("glu", &[rows, f])?;
+        kernels::glu_fwd(
+            &*cx.device,
+            rows_of_packs(rows, f, &y),
+            self.act as usize,
+            y.out(),
+            x[0],
+            rows as i32,
+            f as i32,
+        )?;
+        Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
+        let (rows, f) = (dy.row_count(), dy.cols());
+        let at = rows_of_packs(rows, f, dy);
+        kernels::glu_bwd(
+            &*cx.device,
+            at,
+            self.act as usize,
+            dx.out(),
+            dy,
+            &node.saved[0],
+            rows as i32,
+            f as i32,
+            i32::from(acc),
+        )
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        let f = x[0].cols() / 2;
+        let mut y = F64::zeros(&[x[0].row_count(), f]);
+        for r in 0..x[0].row_count() {
+            for j in 0..f {
+                y.row_mut(r)[j] = round.at(value(self.act, x[0].row(r)[j]) * x[0].row(r)[f + j]);
+            }
+        }
+        vec![y]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, x[0].bytes() / 2)
+    }
+}
+
+impl Op for Activation {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let y = cx.real("activation", x[0].shape())?;
+        kernels::act_fwd(&*cx.device, flat(&y), self.act as usize, y.out(), x[0], y.numel() as i64)?;
+        Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
+        let n = dy.numel() as i64;
+        kernels::act_bwd(&*cx.device, flat(dy), self.act as usize, dx.out(), dy, &node.saved[0], n, i32::from(acc))
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        vec![F64::from_fn(&x[0].shape, |i| round.at(value(self.act, x[0].data[i])))]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, x[0].bytes())
+    }
+}
+
+fn rows_of_packs(rows: usize, f: usize, t: &Tensor) -> Launch {
+    Launch::flat(rows * f.div_ceil(16 / t.dtype().size()))
+}
+
+fn value(act: Act, x: f64) -> f64 {
+    match act {
+        Act::Silu => x / (1.0 + (-x).exp()),
+        Act::GeluTanh => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh()),
+        Act::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+    }
+}
+
+/// erf by its Maclaurin series where that converges well, else by the continued fraction of erfc.
+fn erf(x: f64) -> f64 {
+    let a = x.abs();
+    if a < 2.5 {
+        let (mut term, mut sum) = (a, a);
+        for n in 1..80 {
+            term *= -a * a / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        return x.signum() * sum * 2.0 / std::f64::consts::PI.sqrt();
+    }
+    let mut c = a;
+    for n in (1..120).rev() {
+        c = a + f64::from(n) / 2.0 / c;
+    }
+    x.signum() * (1.0 - (-a * a).exp() / (c * std::f64::consts::PI.sqrt()))
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for act in [Act::Silu, Act::GeluTanh, Act::Gelu] {
+        for (rows, f) in [(2, 9), (5, 37), (16, 64)] {
+            let x = Arg::real(rng.array(&[rows, 2 * f], 2.0));
+            cases.push(Case::new(format!("{act:?} rows {rows} f {f}"), Glu { act }, vec![x]));
+        }
+    }
+    cases
+}
+
+pub fn plain_cases(rng: &mut Rng) -> Vec<Case> {
+    [Act::Silu, Act::GeluTanh, Act::Gelu]
+        .into_iter()
+        .map(|act| Case::new(format!("{act:?}"), Activation { act }, vec![Arg::real(rng.array(&[7, 45], 2.0))]))
+        .collect()
+}

@@ -1,0 +1,165 @@
+//! Token embedding, and the selection of rows (those that have a target, before the head). Floor 2.
+//!
+//! Invariant: the backward adds the places of a token in order, so it is deterministic. Kernels: `kernels/embedding.cu`.
+
+use crate::cx::Cx;
+use crate::device::{Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// Token ids on the device, with the places of each distinct token: what the backward needs, sorted on the host.
+#[derive(Clone)]
+pub struct TokenIndex {
+    pub ids: Tensor,
+    unique: Tensor,
+    starts: Tensor,
+    order: Tensor,
+}
+
+impl TokenIndex {
+    /// `ids` must lie below the vocabulary: the caller (the batch) has checked them.
+    pub fn new(cx: &Cx, ids: &[u32]) -> Result<TokenIndex> {
+        let ints: Vec<i32> = ids.iter().map(|i| *i as i32).collect();
+        let [unique, starts, order] = sorted_places(&ints);
+        Ok(TokenIndex {
+            ids: cx.ints("token ids", &ints)?,
+            unique: cx.ints("token index", &unique)?,
+            starts: cx.ints("token index", &starts)?,
+            order: cx.ints("token index", &order)?,
+        })
+    }
+}
+
+fn sorted_places(ids: &[i32]) -> [Vec<i32>; 3] {
+    let mut order: Vec<i32> = (0..ids.len() as i32).collect();
+    order.sort_by_key(|i| ids[*i as usize]); // stable: places stay in order
+    let (mut unique, mut starts) = (Vec::new(), Vec::new());
+    for (at, place) in order.iter().enumerate() {
+        let id = ids[*place as usize];
+        if unique.last() != Some(&id) {
+            unique.push(id);
+            starts.push(at as i32);
+        }
+    }
+    starts.push(ids.len() as i32);
+    [unique, starts, order]
+}
+
+/// `y[i] = w[ids[i]]`: w [vocab, d] real; y [n, d] real.
+pub fn embedding(cx: &mut Cx, w: &Tensor, index: &TokenIndex) -> Result<Tensor> {
+    cx.apply1(Embedding, &[w, &index.ids, &index.unique, &index.starts, &index.order])
+}
+
+/// `y[i] = x[index[i]]`: x [n, d] real, index I32 [m] without repetition and in range; y [m, d].
+pub fn gather_rows(cx: &mut Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    cx.apply1(GatherRows, &[x, index])
+}
+
+#[derive(Debug)]
+pub struct Embedding;
+
+#[derive(Debug)]
+pub struct GatherRows;
+
+impl Op for Embedding {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let y = gathered(cx, x[0], x[1])?;
+        let saved = if need.tape { x[2..5].iter().map(|t| (*t).clone()).collect() } else { vec![] };
+        Ok(Fwd { outputs: vec![y], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let (Some(dy), Some((dw, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
+        if !accumulate {
+            dw.zero()?;
+        }
+        let (unique, starts, order) = (&node.saved[0], &node.saved[1], &node.saved[2]);
+        let (u, d) = (unique.numel(), dy.cols());
+        let at = Launch::warps(u * d.div_ceil(32 * 16 / dy.dtype().size()));
+        kernels::embedding_bwd(&*cx.device, at, dw.out(), dy, unique, starts, order, u as i32, d as i32)
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        vec![gather_reference(&x[0], &x[1])]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost { bytes: 2.0 * (x[1].numel() * x[0].cols() * x[0].dtype().size()) as f64, flops: 0.0 }
+    }
+}
+
+impl Op for GatherRows {
+    fn name(&self) -> &'static str {
+        "gather_rows"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let y = gathered(cx, x[0], x[1])?;
+        Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[1].clone()] } else { vec![] } })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
+        if !accumulate {
+            dx.zero()?;
+        }
+        let (n, d) = (dy.row_count(), dy.cols());
+        if dx.dtype() != dy.dtype() {
+            return Err(Error::op("gather_rows", "the selected rows of a parameter have no gradient here"));
+        }
+        kernels::scatter_rows(&*cx.device, Launch::warps(n), dx.out(), dy, &node.saved[0], n as i32, d as i32)
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        vec![gather_reference(&x[0], &x[1])]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost { bytes: 2.0 * (x[1].numel() * x[0].cols() * x[0].dtype().size()) as f64, flops: 0.0 }
+    }
+}
+
+fn gathered(cx: &Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    let (n, d) = (index.numel(), x.cols());
+    let y = cx.real("gathered rows", &[n, d])?;
+    kernels::gather_rows(&*cx.device, Launch::warps(n), y.out(), x, index, n as i32, d as i32)?;
+    Ok(y)
+}
+
+fn gather_reference(x: &F64, index: &F64) -> F64 {
+    let mut y = F64::zeros(&[index.data.len(), x.cols()]);
+    for i in 0..index.data.len() {
+        y.row_mut(i).copy_from_slice(x.row(index.index(i)));
+    }
+    y
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (vocab, d, n) in [(3, 5, 1), (20, 64, 50), (7, 300, 33)] {
+        let ids: Vec<i32> = (0..n).map(|_| rng.below(vocab) as i32).collect();
+        let [unique, starts, order] = sorted_places(&ids);
+        let w = Arg::param(rng.array(&[vocab, d], 1.0));
+        let inputs = vec![w, Arg::ints(&ids), Arg::ints(&unique), Arg::ints(&starts), Arg::ints(&order)];
+        cases.push(Case { exact: true, ..Case::new(format!("vocab {vocab} d {d} n {n}"), Embedding, inputs) });
+    }
+    cases
+}
+
+pub fn gather_cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (rows, d, index) in [(4, 5, vec![2]), (30, 300, vec![0, 3, 4, 17, 29]), (9, 64, (0..9).collect())] {
+        let inputs = vec![Arg::real(rng.array(&[rows, d], 1.0)), Arg::ints(&index)];
+        cases.push(Case {
+            exact: true,
+            ..Case::new(format!("{} of {rows} rows, d {d}", index.len()), GatherRows, inputs)
+        });
+    }
+    cases
+}

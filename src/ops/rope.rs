@@ -1,0 +1,232 @@
+//! Rotary position embedding on a row of q|k|v, with the optional norm of q and k heads before it. Floor 2.
+//!
+//! Invariant: a row's result depends on that row and its position alone. Math and numerics: `kernels/rope.cu`.
+
+use crate::cx::Cx;
+use crate::device::{DType, Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// Angles of every position: cosine and sine, each F32 [positions, head_dim / 2] (scaling factors included).
+#[derive(Clone)]
+pub struct RopeTable {
+    pub cosine: Tensor,
+    pub sine: Tensor,
+}
+
+/// Weights of the norm of each q head and each k head, [head_dim] each, and its eps.
+pub struct QkNorm<'a> {
+    pub q: &'a Tensor,
+    pub k: &'a Tensor,
+    pub eps: f32,
+}
+
+/// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 [n]; v is copied.
+/// Errors if the widths do not fit or the table is too short for the batch (the batch checks its positions).
+pub fn rope(
+    cx: &mut Cx,
+    qkv: &Tensor,
+    table: &RopeTable,
+    position: &Tensor,
+    heads: usize,
+    kv_heads: usize,
+    norm: Option<QkNorm>,
+) -> Result<Tensor> {
+    let op = Rope { heads, kv_heads, eps: norm.as_ref().map(|n| n.eps) };
+    match norm {
+        Some(n) => cx.apply1(op, &[qkv, &table.cosine, &table.sine, position, n.q, n.k]),
+        None => cx.apply1(op, &[qkv, &table.cosine, &table.sine, position]),
+    }
+}
+
+#[derive(Debug)]
+pub struct Rope {
+    pub heads: usize,
+    pub kv_heads: usize,
+    /// Some: q and k heads are normed first.
+    pub eps: Option<f32>,
+}
+
+impl Rope {
+    fn apply(&self, cx: &Cx, y: &Tensor, x: &Tensor, saved: &Saved, sign: f32, accumulate: bool) -> Result<()> {
+        let dim = x.cols() / (self.heads + 2 * self.kv_heads);
+        let v = 16 / x.dtype().size();
+        let items = x.row_count() * (self.heads + 2 * self.kv_heads) * (dim / 2).div_ceil(v);
+        let norm = if sign > 0.0 { saved.norm } else { None };
+        let (rstd, wq, wk) = match norm {
+            Some((rstd, wq, wk)) => (Some(rstd), Some(wq), Some(wk)),
+            None => (None, None, None),
+        };
+        kernels::rope_apply(
+            &*cx.device,
+            Launch::flat(items),
+            usize::from(accumulate),
+            y.out(),
+            x,
+            saved.cosine,
+            saved.sine,
+            saved.position,
+            rstd,
+            wq,
+            wk,
+            x.row_count() as i32,
+            self.heads as i32,
+            self.kv_heads as i32,
+            dim as i32,
+            sign,
+        )
+    }
+}
+
+struct Saved<'a> {
+    cosine: &'a Tensor,
+    sine: &'a Tensor,
+    position: &'a Tensor,
+    /// rstd, wq, wk
+    norm: Option<(&'a Tensor, &'a Tensor, &'a Tensor)>,
+}
+
+impl Op for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let qkv = x[0];
+        let all = self.heads + 2 * self.kv_heads;
+        let dim = qkv.cols() / all;
+        if qkv.cols() != all * dim || dim % 2 != 0 || x[1].cols() != dim / 2 || x[3].numel() != qkv.row_count() {
+            return Err(Error::op(
+                "rope",
+                format!(
+                    "{qkv:?} with {} + 2 x {} heads, table {:?}, {} positions",
+                    self.heads,
+                    self.kv_heads,
+                    x[1],
+                    x[3].numel()
+                ),
+            ));
+        }
+        let rstd = match self.eps {
+            None => None,
+            Some(eps) => {
+                let (rows, normed) = (qkv.row_count(), self.heads + self.kv_heads);
+                let rstd = cx.float("rstd", &[rows, normed])?;
+                let at = Launch::warps(rows * normed);
+                let (h, k) = (self.heads as i32, self.kv_heads as i32);
+                kernels::head_rstd(&*cx.device, at, rstd.out(), qkv, rows as i32, h, k, dim as i32, eps)?;
+                Some(rstd)
+            }
+        };
+        let y = cx.real("rope", qkv.shape())?;
+        let norm = rstd.as_ref().map(|r| (r, x[4], x[5]));
+        self.apply(cx, &y, qkv, &Saved { cosine: x[1], sine: x[2], position: x[3], norm }, 1.0, false)?;
+        let mut saved = vec![];
+        if need.tape {
+            saved.extend([x[1].clone(), x[2].clone(), x[3].clone()]);
+            if let Some(rstd) = rstd {
+                saved.extend([rstd, x[4].clone(), x[5].clone(), qkv.clone()]);
+            }
+        }
+        Ok(Fwd { outputs: vec![y], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let Some(dy) = &dy[0] else { return Ok(()) };
+        let s = &node.saved;
+        let saved = Saved { cosine: &s[0], sine: &s[1], position: &s[2], norm: None };
+        if self.eps.is_none() {
+            let Some((dx, accumulate)) = g.slot(0)? else { return Ok(()) };
+            return self.apply(cx, &dx, dy, &saved, -1.0, accumulate);
+        }
+        let (rstd, wq, wk, x) = (&s[3], &s[4], &s[5], &s[6]);
+        let back = cx.real("activation gradients", x.shape())?;
+        self.apply(cx, &back, dy, &saved, -1.0, false)?;
+        let (rows, dim) = (x.row_count(), x.cols() / (self.heads + 2 * self.kv_heads));
+        let (r, h, k, d) = (rows as i32, self.heads as i32, self.kv_heads as i32, dim as i32);
+        for (input, first, count) in [(4, 0, self.heads), (5, self.heads, self.kv_heads)] {
+            let Some((dw, accumulate)) = g.slot(input)? else { continue };
+            let chunks = (rows * count).div_ceil(64).max(1);
+            let partial = cx.scratch("partial sums", DType::F32, &[chunks, dim])?;
+            let at = Launch::warps(chunks * dim.div_ceil(32 * 16 / x.dtype().size()));
+            kernels::head_norm_dw(
+                &*cx.device,
+                at,
+                partial.out(),
+                &back,
+                x,
+                rstd,
+                r,
+                h,
+                k,
+                d,
+                first as i32,
+                count as i32,
+            )?;
+            let at = Launch::flat(dim);
+            kernels::sum_partials(&*cx.device, at, dw.out(), &partial, chunks as i32, d, i32::from(accumulate))?;
+        }
+        if g.wants(0) {
+            let at = Launch::warps(rows * (self.heads + self.kv_heads));
+            kernels::head_norm_bwd(&*cx.device, at, back.out(), x, rstd, wq, wk, r, h, k, d)?;
+            g.give(cx, 0, back)?;
+        }
+        Ok(())
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        let all = self.heads + 2 * self.kv_heads;
+        let dim = x[0].cols() / all;
+        let half = dim / 2;
+        let mut y = x[0].clone();
+        for r in 0..y.row_count() {
+            let p = x[3].index(r);
+            for head in 0..self.heads + self.kv_heads {
+                let row = &mut y.row_mut(r)[head * dim..(head + 1) * dim];
+                if let Some(eps) = self.eps {
+                    let w = if head < self.heads { &x[4] } else { &x[5] };
+                    let rstd = 1.0 / (row.iter().map(|v| v * v).sum::<f64>() / dim as f64 + f64::from(eps)).sqrt();
+                    row.iter_mut().enumerate().for_each(|(j, v)| *v = round.at(w.data[j] * round.at(*v * rstd)));
+                }
+                for j in 0..half {
+                    let (c, s) = (x[1].row(p)[j], x[2].row(p)[j]);
+                    let (a, b) = (row[j], row[half + j]);
+                    row[j] = round.at(a * c - b * s);
+                    row[half + j] = round.at(b * c + a * s);
+                }
+            }
+        }
+        vec![y]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost { bytes: 2.0 * x[0].bytes() as f64, flops: 0.0 }
+    }
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (rows, heads, kv, dim, norm) in
+        [(3, 2, 1, 16, false), (40, 4, 2, 32, false), (5, 3, 3, 6, false), (37, 4, 2, 64, true), (3, 2, 2, 24, true)]
+    {
+        let positions = 50;
+        let angle = F64::from_fn(&[positions, dim / 2], |i| {
+            (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
+        });
+        let cosine = F64::from_fn(&angle.shape, |i| angle.data[i].cos());
+        let sine = F64::from_fn(&angle.shape, |i| angle.data[i].sin());
+        let place: Vec<i32> = (0..rows).map(|_| rng.below(positions) as i32).collect();
+        let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
+        let mut inputs = vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&place)];
+        if norm {
+            inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
+            inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
+        }
+        let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
+        let label = format!("rows {rows} heads {heads}/{kv} dim {dim}{}", if norm { " normed" } else { "" });
+        cases.push(Case::new(label, op, inputs));
+    }
+    cases
+}

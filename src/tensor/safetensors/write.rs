@@ -1,0 +1,82 @@
+//! The writer: header first, then one tensor at a time. Floor 1.
+//!
+//! Invariant: never more than one tensor in memory, and the file appears under its name only when it is whole.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::HostDtype;
+use crate::error::{Error, Result};
+use crate::fsio::{AtomicFile, Written};
+
+/// A tensor to be written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorSpec {
+    pub name: String,
+    pub dtype: HostDtype, // F32, F16 or BF16
+    pub shape: Vec<usize>,
+}
+
+/// Writes `path` from `tensors`, asking `bytes_of(i, &tensors[i])` for the little-endian values of each in turn.
+/// Wider dtypes come first in the file, so that every tensor is aligned to its dtype; else the given order is kept,
+/// and so is the order of the calls. `metadata` is customarily `[("format", "pt")]`.
+/// Errors: a name twice, a dtype that is not written, a callback that gives another number of bytes, and IO; the file
+/// that was there before stays as it was.
+pub fn write(
+    path: impl AsRef<Path>,
+    tensors: &[TensorSpec],
+    metadata: &[(&str, &str)],
+    bytes_of: &mut dyn FnMut(usize, &TensorSpec) -> Result<Vec<u8>>,
+) -> Result<Written> {
+    let path = path.as_ref();
+    let (header, order) = header(path, tensors, metadata)?;
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    for (i, tensor, expected) in order {
+        let bytes = bytes_of(i, tensor)?;
+        if bytes.len() != expected {
+            let message = format!("{}: {} bytes were given, its shape needs {expected}", tensor.name, bytes.len());
+            return Err(Error::model(path, message));
+        }
+        file.write_all(&bytes)?;
+    }
+    file.commit()
+}
+
+type Order<'a> = Vec<(usize, &'a TensorSpec, usize)>; // index, tensor, bytes
+
+fn header<'a>(path: &Path, tensors: &'a [TensorSpec], metadata: &[(&str, &str)]) -> Result<(Vec<u8>, Order<'a>)> {
+    let mut order: Order = Vec::with_capacity(tensors.len());
+    let mut seen = BTreeSet::new();
+    for (i, tensor) in tensors.iter().enumerate() {
+        let name = &tensor.name;
+        if name == "__metadata__" || !seen.insert(name) {
+            return Err(Error::model(path, format!("{name}: two tensors cannot have one name")));
+        }
+        let size = tensor.dtype.size().and_then(|s| tensor.shape.iter().try_fold(s, |n, d| n.checked_mul(*d)));
+        let Some(size) = size else {
+            let message = format!("{name}: {} {:?} cannot be written", tensor.dtype.name(), tensor.shape);
+            return Err(Error::model(path, message));
+        };
+        order.push((i, tensor, size));
+    }
+    order.sort_by_key(|(_, tensor, _)| std::cmp::Reverse(tensor.dtype.size())); // stable
+    let mut map = Map::new();
+    if !metadata.is_empty() {
+        let pairs = metadata.iter().map(|(k, v)| (k.to_string(), Value::from(*v)));
+        map.insert("__metadata__".into(), Value::Object(pairs.collect()));
+    }
+    let mut at = 0usize;
+    for (_, tensor, size) in &order {
+        let end = at.saturating_add(*size);
+        let entry = json!({ "dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [at, end] });
+        map.insert(tensor.name.clone(), entry);
+        at = end;
+    }
+    let mut text = Value::Object(map).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    Ok((text, order))
+}
