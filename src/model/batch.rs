@@ -47,7 +47,8 @@ impl Batch {
                 return Err(Error::op("batch", format!("sequence {s} is empty")));
             }
             if let Some(id) = sequence.ids.iter().find(|id| **id as usize >= vocab) {
-                let message = format!("sequence {s} holds token {id}, the vocabulary has {vocab}; is it the model's tokenizer?");
+                let message =
+                    format!("sequence {s} holds token {id}, the vocabulary has {vocab}; is it the model's tokenizer?");
                 return Err(Error::op("batch", message));
             }
             let start = ids.len();

@@ -4,5 +4,7 @@ mod attention;
 mod data;
 mod model_folder;
 mod ops;
+mod prim;
 mod score;
 mod sft;
+mod shim;
