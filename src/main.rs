@@ -1,1 +1,5 @@
-fn main() {}
+//! The binary: `temper COMMAND`. See `temper --help`.
+
+fn main() {
+    std::process::exit(temper::cli::main());
+}

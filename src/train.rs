@@ -151,7 +151,10 @@ impl Trainer {
                 let values = self.model.params.view_of(&arena, spec, *offset).and_then(|t| t.to_f32());
                 if let Ok(values) = values {
                     if let Some(i) = values.iter().position(|v| !v.is_finite()) {
-                        text += &format!("\nThe first bad tensor is the {what} {} (value {i} is {}).", spec.name, values[i]);
+                        text += &format!(
+                            "\nThe first bad tensor is the {what} {} (value {i} is {}).",
+                            spec.name, values[i]
+                        );
                         named = true;
                         break;
                     }

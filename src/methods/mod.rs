@@ -30,7 +30,13 @@ pub trait Method {
     fn eval_rows(&self) -> usize;
 
     /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up in `cx.param_grads`.
-    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro_batches: &[&[usize]], checkpoint: bool) -> Result<StepReport>;
+    fn step(
+        &mut self,
+        cx: &mut Cx,
+        model: &Decoder,
+        micro_batches: &[&[usize]],
+        checkpoint: bool,
+    ) -> Result<StepReport>;
 
     /// Loss and metrics over the whole evaluation set, `batch` rows at a time; names without the `eval_` in front.
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<(&'static str, f64)>>;

@@ -90,7 +90,13 @@ impl Method for Sft {
         self.eval.len()
     }
 
-    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro_batches: &[&[usize]], checkpoint: bool) -> Result<StepReport> {
+    fn step(
+        &mut self,
+        cx: &mut Cx,
+        model: &Decoder,
+        micro_batches: &[&[usize]],
+        checkpoint: bool,
+    ) -> Result<StepReport> {
         let targets: usize = micro_batches.iter().flat_map(|m| m.iter()).map(|r| self.train[*r].targets()).sum();
         let weight = 1.0 / targets.max(1) as f32;
         let one = Tensor::from_host(&cx.pool, "loss", DType::F32, &[1], &[1f32])?;
@@ -217,7 +223,8 @@ fn rows(examples: &[SftExample], source: &[Row], options: &SftOptions) -> Result
         let mut sequences: Vec<(Vec<u32>, Vec<bool>)> = Vec::new();
         let mut sources: Vec<String> = Vec::new();
         for (example, range) in pack {
-            let e = examples.get(example).ok_or_else(|| Error::Run("packing named an example that is not there".into()))?;
+            let e =
+                examples.get(example).ok_or_else(|| Error::Run("packing named an example that is not there".into()))?;
             let (ids, mask) = (&e.input_ids[range.clone()], &e.target_mask[range]);
             match sequences.last_mut().filter(|_| !strategy.isolates()) {
                 Some(last) => {

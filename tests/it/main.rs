@@ -2,6 +2,7 @@
 
 mod attention;
 mod data;
+mod generate;
 mod model_folder;
 mod ops;
 mod prim;

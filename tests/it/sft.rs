@@ -33,14 +33,17 @@ pub fn trainer(rows: &str, keys: &[String], recompute: bool) -> (Trainer, Sft) {
 
 /// The common settings of the fixture's runs, then those of one run.
 fn keys(config: &Value) -> Vec<String> {
-    let common = ["learning_rate=1e-3", "per_device_train_batch_size=4", "train_sampling_strategy=sequential", "max_steps=20"];
+    let common =
+        ["learning_rate=1e-3", "per_device_train_batch_size=4", "train_sampling_strategy=sequential", "max_steps=20"];
     let mut keys: Vec<String> = Vec::new();
     for (key, value) in config.as_object().unwrap() {
         let text = value.as_str().map(str::to_string).unwrap_or_else(|| value.to_string());
         keys.push(format!("{key}={text}"));
     }
     let given: Vec<String> = keys.iter().map(|k| k.split('=').next().unwrap().to_string()).collect();
-    keys.extend(common.iter().filter(|c| !given.iter().any(|g| g == c.split('=').next().unwrap())).map(|c| c.to_string()));
+    keys.extend(
+        common.iter().filter(|c| !given.iter().any(|g| g == c.split('=').next().unwrap())).map(|c| c.to_string()),
+    );
     keys
 }
 
@@ -51,7 +54,8 @@ fn relative(a: f64, b: f64) -> f64 {
 #[test]
 fn every_run_has_trls_losses_and_gradient_norms() {
     let all: Value = serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap();
-    let runs: Vec<(&String, &Value)> = all.as_object().unwrap().iter().filter(|(_, r)| r.get("loss").is_some()).collect();
+    let runs: Vec<(&String, &Value)> =
+        all.as_object().unwrap().iter().filter(|(_, r)| r.get("loss").is_some()).collect();
     assert_eq!(runs.len(), 20);
     let mut report = String::new();
     let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
@@ -69,7 +73,12 @@ fn every_run_has_trls_losses_and_gradient_norms() {
             rate = rate.max((step.learning_rate - want("learning_rate")).abs() / 1e-3);
             assert_eq!(tokens as f64, want("num_tokens"), "{name} step {i}: num_tokens");
             assert!((mean(&step, "mean_token_accuracy") - want("mean_token_accuracy")).abs() < 1e-6, "{name} step {i}");
-            assert!((step.epoch - want("epoch")).abs() < 1e-9, "{name} step {i}: epoch {} {}", step.epoch, want("epoch"));
+            assert!(
+                (step.epoch - want("epoch")).abs() < 1e-9,
+                "{name} step {i}: epoch {} {}",
+                step.epoch,
+                want("epoch")
+            );
         }
         report += &format!("{name}: loss {loss:.1e}, grad_norm {norm:.1e}, entropy {entropy:.1e}, lr {rate:.1e}\n");
         (worst_loss, worst_norm) = (worst_loss.max(loss), worst_norm.max(norm));
@@ -91,7 +100,8 @@ fn bits(trainer: &Trainer) -> Vec<u32> {
 
 #[test]
 fn the_same_run_twice_and_with_checkpointing_has_the_same_bits() {
-    let keys: Vec<String> = ["learning_rate=1e-3", "per_device_train_batch_size=4", "max_steps=5"].map(String::from).into();
+    let keys: Vec<String> =
+        ["learning_rate=1e-3", "per_device_train_batch_size=4", "max_steps=5"].map(String::from).into();
     let run = |recompute: bool| {
         let (mut trainer, mut sft) = trainer("messages", &keys, recompute);
         let losses: Vec<u32> = (0..5).map(|_| trainer.step(&mut sft).unwrap().loss.to_bits()).collect();

@@ -1,0 +1,52 @@
+//! `temper check`: the self-check on the user's own device. Floor 7.
+
+use crate::check::check_ops;
+use crate::error::{Error, Result};
+use crate::{device, device::cpu::Cpu};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Run every op case on a device against its f64 reference and print a table
+#[derive(clap::Args)]
+pub struct Args {
+    /// auto, cuda or cpu
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// only ops whose name contains this
+    #[arg(long, default_value = "")]
+    op: String,
+    /// CPU only: 32 real lanes a warp in an order permuted by this seed, poisoned memory, red zones
+    #[arg(long)]
+    strict: Option<u64>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let device = match args.strict {
+        Some(seed) => Arc::new(Cpu::strict(seed)),
+        None => device::open(&args.device)?,
+    };
+    println!("device: {}", device.name());
+    println!("{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance", "op", "variant", "dtype", "cases", "failed");
+    let outcomes = check_ops(&device, &args.op, |_| {})?;
+    let mut table: BTreeMap<(&str, &str, &str), (usize, usize, f64)> = BTreeMap::new();
+    for o in &outcomes {
+        let row = table.entry((o.op, o.variant, o.dtype.name())).or_default();
+        *row = (row.0 + 1, row.1 + usize::from(o.failure.is_some()), row.2.max(o.ratio));
+    }
+    for ((op, variant, dtype), (cases, failed, ratio)) in &table {
+        println!("{op:<18} {variant:<12} {dtype:<9} {cases:>6} {failed:>7}  {ratio:.3}");
+    }
+    let failures: Vec<_> = outcomes.iter().filter(|o| o.failure.is_some()).collect();
+    for o in &failures {
+        println!("FAILED {} {} {} {}: {}", o.op, o.variant, o.dtype.name(), o.case, o.failure.as_deref().unwrap_or(""));
+    }
+    println!("{} passed, {} failed", outcomes.len() - failures.len(), failures.len());
+    if outcomes.is_empty() {
+        return Err(Error::Config(format!("no op's name contains \"{}\"", args.op)));
+    }
+    if failures.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Run(format!("{} op cases fail on this device", failures.len())))
+    }
+}

@@ -1,0 +1,99 @@
+//! The command line: thin. Floor 7.
+//!
+//! Invariant: a command parses, calls the library, prints. Exit codes: 0 done, 1 a run failed, 2 bad usage or config,
+//! 130 interrupted after a clean checkpoint.
+
+mod check;
+mod generate;
+mod score;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+
+use crate::cx::Cx;
+use crate::device::{self, DType, Device};
+use crate::error::{Error, Result};
+
+#[derive(Parser)]
+#[command(
+    name = "temper",
+    version,
+    about = "Post-training of language models, one set of CUDA kernels on a GPU or any CPU"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(generate::Args),
+    Score(score::Args),
+    Check(check::Args),
+}
+
+/// Where to run and in which storage type.
+#[derive(clap::Args, Clone)]
+pub struct Where {
+    /// auto, cuda or cpu; auto takes the GPU where there is one
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU
+    #[arg(long, default_value = "auto")]
+    pub dtype: String,
+}
+
+impl Where {
+    /// The device, announced on stderr, and a context on it.
+    pub fn open(&self) -> Result<Cx> {
+        let device = device::open(&self.device)?;
+        let dtype = storage(&self.dtype, &device)?;
+        eprintln!("device: {}, {}", device.name(), dtype.name());
+        Cx::new(device, dtype)
+    }
+}
+
+/// The storage type that a `dtype` key means on a device.
+pub fn storage(dtype: &str, device: &Arc<dyn Device>) -> Result<DType> {
+    match dtype {
+        "auto" => Ok(if device.is_cuda() { DType::BF16 } else { DType::F32 }),
+        "float32" => Ok(DType::F32),
+        "bfloat16" => Ok(DType::BF16),
+        other => Err(Error::Config(format!("dtype is auto, float32 or bfloat16, not \"{other}\""))),
+    }
+}
+
+/// Opens `--output`, or standard output.
+fn sink(path: &Option<PathBuf>) -> Result<Box<dyn std::io::Write>> {
+    match path {
+        Some(path) => Ok(Box::new(std::fs::File::create(path).map_err(|e| Error::io(path, e))?)),
+        None => Ok(Box::new(std::io::stdout().lock())),
+    }
+}
+
+/// Runs the command line and returns the exit code.
+pub fn main() -> i32 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let code = if e.use_stderr() { 2 } else { 0 };
+            // A closed pipe while help is printed is no error of ours.
+            let _ = e.print();
+            return code;
+        }
+    };
+    let result = match cli.command {
+        Command::Generate(args) => generate::run(args),
+        Command::Score(args) => score::run(args),
+        Command::Check(args) => check::run(args),
+    };
+    match result {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("error: {e}");
+            e.exit_code()
+        }
+    }
+}
