@@ -96,10 +96,15 @@ impl Tape {
     /// One line a node: op, input and output shapes, bytes held.
     pub fn describe(&self) -> String {
         let mut text = String::new();
-        let mut total = 0;
+        // Nodes share what they hold (one's output is the next one's input): the total counts each address once.
+        let mut unique: HashMap<u64, usize> = HashMap::new();
+        let mut keep = |t: &Tensor| {
+            let bytes = unique.entry(t.address()).or_default();
+            *bytes = t.bytes().max(*bytes);
+        };
         for (i, node) in self.nodes.iter().enumerate() {
             let held: usize = node.saved.iter().map(|t| t.bytes()).sum();
-            total += held;
+            node.saved.iter().for_each(&mut keep);
             let shapes: Vec<String> = node
                 .inputs
                 .iter()
@@ -124,10 +129,11 @@ impl Tape {
         }
         for (s, segment) in self.segments.iter().enumerate() {
             let held: usize = segment.boundary.values().map(|t| t.bytes()).sum();
-            total += held;
+            segment.boundary.values().for_each(&mut keep);
             let _ = writeln!(text, "segment {s} keeps {held} bytes at its entry");
         }
-        let _ = writeln!(text, "{} nodes hold {total} bytes", self.nodes.len());
+        let total: usize = unique.values().sum();
+        let _ = writeln!(text, "{} nodes hold {total} bytes, shared ones counted once", self.nodes.len());
         text
     }
 

@@ -3,8 +3,10 @@
 //! Invariant: a command parses, calls the library, prints. Exit codes: 0 done, 1 a run failed, 2 bad usage or config,
 //! 130 interrupted after a clean checkpoint.
 
+mod bench;
 mod check;
 mod generate;
+mod inspect;
 mod score;
 
 use std::path::PathBuf;
@@ -32,6 +34,8 @@ enum Command {
     Generate(generate::Args),
     Score(score::Args),
     Check(check::Args),
+    Bench(bench::Args),
+    Inspect(inspect::Args),
 }
 
 /// Where to run and in which storage type.
@@ -88,6 +92,8 @@ pub fn main() -> i32 {
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Check(args) => check::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Inspect(args) => inspect::run(args),
     };
     match result {
         Ok(()) => 0,

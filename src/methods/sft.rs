@@ -67,6 +67,12 @@ impl Sft {
         Sft { train: sequences.into_iter().enumerate().map(row).collect(), eval: Vec::new(), longest }
     }
 
+    /// All training rows as one batch: for `temper inspect tape`.
+    pub fn whole_batch(&self, cx: &Cx, model: &Decoder) -> Result<Batch> {
+        let all: Vec<usize> = (0..self.train.len()).collect();
+        self.batch(cx, model, &self.train, &all)
+    }
+
     fn batch(&self, cx: &Cx, model: &Decoder, set: &[TrainRow], rows: &[usize]) -> Result<Batch> {
         let sequences: Vec<Sequence> = rows
             .iter()

@@ -53,6 +53,27 @@ pub fn head_logps(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f
     }
 }
 
+/// log p(target) of rows whose logits are at hand: F32 [n], the same bits as [`head_logps`]'. Not on the tape.
+pub fn token_logps(cx: &Cx, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
+    let (n, vocab) = (logits.row_count(), logits.cols());
+    let (logp, lse) = (cx.float("head rows", &[n])?, cx.float("head rows", &[n])?);
+    let at = Launch::warps(n);
+    kernels::head_stats(
+        &*cx.device,
+        at,
+        logp.out(),
+        lse.out(),
+        None,
+        None,
+        logits,
+        target,
+        n as i32,
+        vocab as i32,
+        1.0,
+    )?;
+    Ok(logp)
+}
+
 /// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 512 MiB on a GPU.
 fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
     let bytes = if cx.device.is_cuda() { 512 << 20 } else { 4 << 20 };

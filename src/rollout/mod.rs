@@ -6,12 +6,11 @@
 pub mod sample;
 
 use crate::cx::Cx;
-use crate::device::{Launch, kernels};
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::kv::{CachedSequence, KvCache, PAGE};
 use crate::ops::embedding::gather_rows;
-use crate::tensor::Tensor;
+use crate::ops::head::token_logps;
 use sample::Sampling;
 
 /// Why a completion ended.
@@ -123,33 +122,12 @@ fn step(cx: &mut Cx, model: &Decoder, cache: &KvCache, running: &mut [Running], 
         .zip(rows.chunks_exact(vocab))
         .map(|(r, row)| options.sampling.draw(row, r.number, r.completion.ids.len()))
         .collect();
-    let logps = log_probs(cx, &logits, &chosen)?;
+    let target = cx.ints("targets", &chosen.iter().map(|t| *t as i32).collect::<Vec<_>>())?;
+    let logps = token_logps(cx, &logits, &target)?.to_f32()?;
     for ((r, token), logp) in running.iter_mut().zip(chosen).zip(logps) {
         r.completion.ids.push(token);
         r.completion.logps.push(logp);
         r.pending.push(token);
     }
     Ok(())
-}
-
-/// The head's own kernel, so that these are the trainer's log-probs.
-fn log_probs(cx: &Cx, logits: &Tensor, chosen: &[u32]) -> Result<Vec<f32>> {
-    let n = logits.row_count();
-    let target = cx.ints("targets", &chosen.iter().map(|t| *t as i32).collect::<Vec<_>>())?;
-    let (logp, lse) = (cx.float("head rows", &[n])?, cx.float("head rows", &[n])?);
-    let vocab = logits.cols() as i32;
-    kernels::head_stats(
-        &*cx.device,
-        Launch::warps(n),
-        logp.out(),
-        lse.out(),
-        None,
-        None,
-        logits,
-        &target,
-        n as i32,
-        vocab,
-        1.0,
-    )?;
-    logp.to_f32()
 }

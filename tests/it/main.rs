@@ -3,6 +3,7 @@
 mod attention;
 mod data;
 mod generate;
+mod house;
 mod model_folder;
 mod ops;
 mod prim;

@@ -1,0 +1,285 @@
+//! `temper bench`: what this device reaches, beside its own measured ceilings. Floor 7.
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::cli::Where;
+use crate::config::SftRun;
+use crate::cx::{Cx, MatmulChoice};
+use crate::device::{DType, Layout};
+use crate::error::{Error, Result};
+use crate::methods::sft::Sft;
+use crate::model::config::ModelConfig;
+use crate::model::decoder::Decoder;
+use crate::ops::matmul::product;
+use crate::ops::{Rng, activation, attention, head, rmsnorm, rope};
+use crate::rollout::sample::Sampling;
+use crate::rollout::{Options, generate};
+use crate::tensor::Tensor;
+use crate::train::Trainer;
+
+/// Time ops against measured ceilings, a training step, or decoding, on random weights of a real shape
+#[derive(clap::Args)]
+pub struct Args {
+    /// ops, train or decode
+    what: String,
+    /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b
+    #[arg(long, default_value = "quickstart")]
+    shape: String,
+    /// rows of a micro-batch (train), sequences (decode)
+    #[arg(long, default_value_t = 16)]
+    batch: usize,
+    /// tokens of a row
+    #[arg(long, default_value_t = 128)]
+    length: usize,
+    /// timed repetitions, of which the median counts
+    #[arg(long, default_value_t = 10)]
+    repeat: usize,
+    /// auto or own: which matrix product
+    #[arg(long, default_value = "auto")]
+    matmul: String,
+    /// recompute each layer's activations on the way back
+    #[arg(long)]
+    recompute: bool,
+    /// one JSON object on standard output
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    on: Where,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let mut cx = args.on.open()?;
+    cx.matmul = match args.matmul.as_str() {
+        "auto" => MatmulChoice::Auto,
+        "own" => MatmulChoice::Own,
+        other => return Err(Error::Config(format!("matmul is auto or own, not \"{other}\""))),
+    };
+    let mut result = match args.what.as_str() {
+        "ops" => ops(&mut cx, &args)?,
+        "train" => train(cx, &args)?,
+        "decode" => decode(&mut cx, &args)?,
+        other => return Err(Error::Config(format!("temper bench ops, train or decode, not \"{other}\""))),
+    };
+    if let Value::Object(map) = &mut result {
+        map.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
+        map.insert("shape".into(), json!(args.shape));
+    }
+    println!("{}", if args.json { result.to_string() } else { readable(&result) });
+    Ok(())
+}
+
+/// A model of a known shape with random weights: (hidden, intermediate, layers, heads, kv heads, head_dim, vocab, tied).
+pub fn preset(name: &str) -> Result<ModelConfig> {
+    let (family, [hidden, mlp, layers, heads, kv, dim, vocab], tied) = match name {
+        "quickstart" => ("llama", [128, 384, 4, 4, 2, 32, 512], true),
+        "smollm2-135m" => ("llama", [576, 1536, 30, 9, 3, 64, 49152], true),
+        "qwen2.5-0.5b" => ("qwen2", [896, 4864, 24, 14, 2, 64, 151_936], true),
+        "qwen3-0.6b" => ("qwen3", [1024, 3072, 28, 16, 8, 128, 151_936], true),
+        "llama-3.2-1b" => ("llama", [2048, 8192, 16, 32, 8, 64, 128_256], true),
+        "qwen2.5-1.5b" => ("qwen2", [1536, 8960, 28, 12, 2, 128, 151_936], true),
+        other => return Err(Error::Config(format!("no shape is called \"{other}\"; see temper bench --help"))),
+    };
+    let map = json!({
+        "model_type": family, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": dim, "vocab_size": vocab,
+        "tie_word_embeddings": tied, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu",
+    });
+    match map {
+        Value::Object(map) => ModelConfig::from_json(name, map),
+        _ => Err(Error::Config("a preset is an object".into())),
+    }
+}
+
+fn train(cx: Cx, args: &Args) -> Result<Value> {
+    let model = Decoder::new(&cx, 0, preset(&args.shape)?, args.length)?;
+    model.params.initialise(0.02, 1)?;
+    let (params, vocab) = (model.params.count(), model.config.vocab_size);
+    let flops = flops_per_token(&model.config, params, args.length);
+    let mut rng = Rng(5);
+    let rows: Vec<_> = (0..args.batch)
+        .map(|_| ((0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>(), vec![true; args.length]))
+        .collect();
+    let mut sft = Sft::from_sequences(rows);
+    let keys = [format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
+    let device = cx.device.clone();
+    let (name, dtype) = (device.name(), cx.dtype.name());
+    let (run, _) = SftRun::load(None, &keys)?;
+    let mut trainer = Trainer::new(cx, model, run.training, args.batch, args.recompute)?;
+    let mut times = Vec::new();
+    for i in 0..args.repeat + 3 {
+        let start = Instant::now();
+        trainer.step(&mut sft)?;
+        device.sync()?;
+        if i >= 3 {
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    let seconds = median(times);
+    let tokens = (args.batch * args.length) as f64;
+    Ok(json!({
+        "bench": "train", "device": name, "dtype": dtype, "parameters": params, "batch": args.batch, "length": args.length,
+        "seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
+        "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute,
+    }))
+}
+
+/// 6 N_matmul + 6 L heads head_dim T (causal), N_matmul with the head and without the look-up (PaLM's convention).
+pub fn flops_per_token(config: &ModelConfig, params: usize, length: usize) -> f64 {
+    let lookup = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
+    let attention = config.num_layers * config.num_heads * config.head_dim * length;
+    6.0 * ((params - lookup) as f64 + attention as f64)
+}
+
+fn decode(cx: &mut Cx, args: &Args) -> Result<Value> {
+    let mut model = Decoder::new(cx, 0, preset(&args.shape)?, args.length)?;
+    model.params.initialise(0.02, 1)?;
+    let mut rng = Rng(6);
+    let vocab = model.config.vocab_size;
+    let prompt = (args.length / 4).max(1);
+    let prompts: Vec<Vec<u32>> =
+        (0..args.batch).map(|_| (0..prompt).map(|_| rng.below(vocab) as u32).collect()).collect();
+    let options = Options {
+        max_new_tokens: args.length - prompt,
+        sampling: Sampling::greedy(),
+        stop: Vec::new(),
+        batch: args.batch,
+    };
+    let start = Instant::now();
+    generate(cx, &mut model, &prompts, &options, |_, _| {})?;
+    let seconds = start.elapsed().as_secs_f64();
+    let tokens = args.batch * options.max_new_tokens;
+    Ok(json!({
+        "bench": "decode", "device": cx.device.name(), "dtype": cx.dtype.name(), "batch": args.batch, "prompt": prompt,
+        "new_tokens": options.max_new_tokens, "seconds": seconds, "tokens_per_second": tokens as f64 / seconds,
+    }))
+}
+
+fn ops(cx: &mut Cx, args: &Args) -> Result<Value> {
+    let config = preset(&args.shape)?;
+    let n = args.batch * args.length;
+    let (d, f, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
+    let (h, k) = (config.num_heads, config.num_kv_heads);
+    let mut rng = Rng(9);
+    let real = |cx: &Cx, rng: &mut Rng, shape: &[usize]| upload(cx, rng, shape);
+    let side = if cx.device.is_cuda() { 8192 } else { 1024 };
+    let (a, b) = (real(cx, &mut rng, &[side, side])?, real(cx, &mut rng, &[side, side])?);
+    let c = cx.real("bench", &[side, side])?;
+    let gemm = time(cx, args.repeat, |cx| product(cx, Layout::NT, &c, &a, &b, None, false))?;
+    let ceiling = 2.0 * (side as f64).powi(3) / gemm;
+    let big = if cx.device.is_cuda() { 1 << 29 } else { 1 << 26 };
+    let (p, q) = (cx.float("bench", &[big / 4])?, cx.float("bench", &[big / 4])?);
+    p.zero()?;
+    let copy = time(cx, args.repeat, |_| q.copy_from(&p))?;
+    let bandwidth = 2.0 * big as f64 / copy;
+    drop((a, b, c, p, q));
+
+    let x = real(cx, &mut rng, &[n, d])?;
+    let w = real(cx, &mut rng, &[d])?;
+    let qkv = real(cx, &mut rng, &[n, (h + 2 * k) * dim])?;
+    let gate_up = real(cx, &mut rng, &[n, 2 * f])?;
+    let w_up = real(cx, &mut rng, &[2 * f, d])?;
+    let w_head = real(cx, &mut rng, &[config.vocab_size, d])?;
+    let plan = attention::AttnPlan::sequences(cx, &vec![args.length; args.batch])?;
+    let (cosine, sine) = crate::model::rope::rope_table(&config.rope, dim, args.length);
+    let table = rope::RopeTable {
+        cosine: Tensor::from_host(&cx.pool, "bench", DType::F32, &[args.length, dim / 2], &cosine)?,
+        sine: Tensor::from_host(&cx.pool, "bench", DType::F32, &[args.length, dim / 2], &sine)?,
+    };
+    let positions: Vec<i32> = (0..n).map(|i| (i % args.length) as i32).collect();
+    let positions = cx.ints("bench", &positions)?;
+    let targets: Vec<i32> = (0..n).map(|_| rng.below(config.vocab_size) as i32).collect();
+    let targets = cx.ints("bench", &targets)?;
+    let shape = attention::AttnShape {
+        heads: h,
+        kv_heads: k,
+        head_dim: dim,
+        scale: (dim as f32).powf(-0.5),
+        softcap: None,
+        window: None,
+    };
+    let size = cx.dtype.size() as f64;
+    let (n_f, d_f, f_f) = (n as f64, d as f64, f as f64);
+    let pairs = args.batch as f64 * (args.length * (args.length + 1) / 2) as f64;
+    let mut rows = Vec::new();
+    let mut add = |name: &str, seconds: f64, bytes: f64, flops: f64| {
+        rows.push(json!({
+            "op": name, "microseconds": seconds * 1e6, "gb_per_second": bytes / seconds / 1e9,
+            "of_bandwidth": bytes / seconds / bandwidth, "gflops": flops / seconds / 1e9, "of_matmul": flops / seconds / ceiling,
+        }));
+    };
+    let r = args.repeat;
+    let t = time(cx, r, |cx| rmsnorm::rmsnorm(cx, &x, &w, 1e-5).map(drop))?;
+    add("rmsnorm", t, 2.0 * n_f * d_f * size, 0.0);
+    let t = time(cx, r, |cx| rope::rope(cx, &qkv, &table, &positions, h, k, None).map(drop))?;
+    add("rope", t, 2.0 * qkv.bytes() as f64, 0.0);
+    let t = time(cx, r, |cx| attention::attention(cx, &qkv, &plan, shape).map(drop))?;
+    add("attention", t, qkv.bytes() as f64, 4.0 * pairs * (h * dim) as f64);
+    let t = time(cx, r, |cx| activation::glu(cx, &gate_up, activation::Act::Silu).map(drop))?;
+    add("glu", t, 3.0 * n_f * f_f * size, 0.0);
+    let t = time(cx, r, |cx| product(cx, Layout::NT, &gate_up, &x, &w_up, None, false))?;
+    add("linear gate_up", t, (x.bytes() + w_up.bytes() + gate_up.bytes()) as f64, 4.0 * n_f * d_f * f_f);
+    let t = time(cx, r, |cx| head::head_logps(cx, &x, &w_head, &targets, 1.0).map(drop))?;
+    let vocab = config.vocab_size as f64;
+    add("head logps", t, 12.0 * n_f * vocab, 2.0 * n_f * d_f * vocab);
+    Ok(json!({
+        "bench": "ops", "device": cx.device.name(), "dtype": cx.dtype.name(), "tokens": n,
+        "ceiling_matmul_tflops": ceiling / 1e12, "ceiling_copy_gb_per_second": bandwidth / 1e9, "ops": rows,
+    }))
+}
+
+fn upload(cx: &Cx, rng: &mut Rng, shape: &[usize]) -> Result<Tensor> {
+    // Random data: zeros draw less power and time too well.
+    let numel: usize = shape.iter().product();
+    let block: Vec<f32> = (0..numel.min(1 << 16)).map(|_| rng.normal() as f32 * 0.1).collect();
+    let values: Vec<f32> = block.iter().copied().cycle().take(numel).collect();
+    Tensor::from_f32(&cx.pool, "bench", cx.dtype, shape, &values)
+}
+
+/// Median seconds of one call, by the device's own marks.
+fn time(cx: &mut Cx, repeat: usize, mut f: impl FnMut(&mut Cx) -> Result<()>) -> Result<f64> {
+    for _ in 0..2 {
+        f(cx)?;
+    }
+    cx.device.sync()?;
+    let mut times = Vec::new();
+    for _ in 0..repeat.max(1) {
+        let from = cx.device.mark()?;
+        f(cx)?;
+        let to = cx.device.mark()?;
+        times.push(f64::from(cx.device.elapsed_ms(from, to)?) / 1e3);
+    }
+    Ok(median(times))
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn readable(result: &Value) -> String {
+    let mut text = String::new();
+    for (key, value) in result.as_object().into_iter().flatten() {
+        match value {
+            Value::Array(rows) => {
+                for row in rows {
+                    let line: Vec<String> =
+                        row.as_object().into_iter().flatten().map(|(k, v)| format!("{k} {}", short(v))).collect();
+                    text += &format!("  {}\n", line.join("  "));
+                }
+            }
+            v => text += &format!("{key}: {}\n", short(v)),
+        }
+    }
+    text
+}
+
+fn short(v: &Value) -> String {
+    match v {
+        Value::String(s) => s.clone(),
+        Value::Number(n) if n.is_f64() => format!("{:.4}", n.as_f64().unwrap_or(f64::NAN)),
+        other => other.to_string(),
+    }
+}

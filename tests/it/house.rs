@@ -1,0 +1,118 @@
+//! The house's rules that a program can check: floors, who calls kernels, where `unsafe` stands.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, out);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            out.push(path);
+        }
+    }
+}
+
+fn all() -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    sources(Path::new("src"), &mut files);
+    files.sort();
+    let name = |p: &PathBuf| p.strip_prefix("src").unwrap().to_str().unwrap().to_string();
+    files.iter().map(|p| (name(p), std::fs::read_to_string(p).unwrap())).collect()
+}
+
+/// Floors as the table in src/lib.rs says them.
+fn floors() -> BTreeMap<String, u32> {
+    let text = std::fs::read_to_string("src/lib.rs").unwrap();
+    let mut floors = BTreeMap::new();
+    for line in text.lines().filter(|l| l.starts_with("//! | ") && l[6..].starts_with(|c: char| c.is_ascii_digit())) {
+        let mut cells = line.trim_start_matches("//! |").split('|').map(str::trim);
+        let floor: u32 = cells.next().unwrap().parse().unwrap();
+        for module in cells.next().unwrap().split(',') {
+            floors.insert(module.trim().trim_matches(|c| "[]`".contains(c)).to_string(), floor);
+        }
+    }
+    floors
+}
+
+#[test]
+fn modules_use_their_own_floor_and_those_below() {
+    let floors = floors();
+    let declared: Vec<String> = std::fs::read_to_string("src/lib.rs")
+        .unwrap()
+        .lines()
+        .filter_map(|l| l.strip_prefix("pub mod ").and_then(|l| l.strip_suffix(';')).map(str::to_string))
+        .collect();
+    for module in &declared {
+        assert!(floors.contains_key(module), "{module} has no floor in the table of src/lib.rs");
+    }
+    let mut wrong = Vec::new();
+    for (file, text) in all() {
+        let module = file.split(['/', '.']).next().unwrap().to_string();
+        let Some(own) = floors.get(&module) else { continue };
+        for (n, line) in text.lines().enumerate() {
+            if line.trim_start().starts_with("//") {
+                continue;
+            }
+            for used in line.split("crate::").skip(1) {
+                let names = used.trim_start_matches('{');
+                for name in names.split([',', '{', '}', ';']) {
+                    let name: String = name.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                    if floors.get(&name).is_some_and(|f| f > own) {
+                        wrong.push(format!("{file}:{}: floor {own} uses {name} of floor {}", n + 1, floors[&name]));
+                    }
+                    if !used.starts_with('{') {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn only_ops_call_kernels() {
+    for (file, text) in all() {
+        let allowed = file.starts_with("ops/") || file.starts_with("device/") || file == "cli/inspect.rs";
+        assert!(allowed || !text.contains("kernels::"), "{file} calls a kernel; that is an op's work");
+    }
+}
+
+#[test]
+fn unsafe_stands_only_at_devices_and_says_why() {
+    // Mapping a file is unsafe by nature (another process may cut it); libc calls of checkpoints have no safe wrapper.
+    let places = ["device/", "ops/matmul.rs", "tensor/", "checkpoint/", "tape.rs", "signals.rs"];
+    for (file, text) in all() {
+        let lines: Vec<&str> = text.lines().collect();
+        for (n, line) in lines.iter().enumerate() {
+            let code = line.split("//").next().unwrap();
+            if !code.contains("unsafe {") && !code.contains("unsafe impl") {
+                continue;
+            }
+            assert!(places.iter().any(|p| file.starts_with(p)), "{file}:{}: unsafe outside of the devices", n + 1);
+            let said = lines[n.saturating_sub(6)..=n].iter().any(|l| l.contains("SAFETY:"));
+            assert!(said, "{file}:{}: unsafe without // SAFETY:", n + 1);
+        }
+    }
+}
+
+#[test]
+fn every_kernel_file_has_the_five_parts_of_its_head() {
+    for entry in std::fs::read_dir("kernels").unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "cu") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let head: Vec<&str> = text.lines().take(60).collect();
+        for part in ["Math", "Shapes", "Plan", "Numerics", "Cost"] {
+            assert!(head.iter().any(|l| l.starts_with("//") && l.contains(part)), "{}: no {part}", path.display());
+        }
+        assert!(!text.contains("atomicAdd"), "{}: float atomics depend on the schedule", path.display());
+        for line in text.lines().filter(|l| l.starts_with("#include")) {
+            assert!(line.contains("\"prim/"), "{}: {line}: kernels include prim/ only", path.display());
+        }
+    }
+}
