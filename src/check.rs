@@ -70,6 +70,61 @@ impl Measured {
     }
 }
 
+/// What one case of one op gave on a device.
+pub struct CaseRun {
+    pub outputs: Vec<Vec<f64>>,
+    /// By input; None where no gradient was asked for.
+    pub gradients: Vec<Option<Vec<f64>>>,
+    /// The upstream gradients as the device saw them.
+    upstream: Vec<F64>,
+}
+
+/// Runs a case forward and, where some input wants a gradient, backward from a random upstream gradient.
+pub fn run_case(device: &Arc<dyn Device>, case: &Case, dtype: DType, variant: &Variant, seed: u64) -> Result<CaseRun> {
+    let mut cx = Cx::new(device.clone(), dtype)?;
+    (cx.matmul, cx.attention) = (variant.matmul, variant.attention);
+    cx.set_rng(7, 3, 0)?;
+    let tensors = upload(&mut cx, case, dtype)?;
+    let refs: Vec<&Tensor> = tensors.iter().collect();
+    cx.tape = Some(Tape::default());
+    let outputs = cx.apply_dyn(case.op.clone(), &refs)?;
+    let mut run = CaseRun {
+        outputs: outputs.iter().map(host).collect::<Result<_>>()?,
+        gradients: vec![None; tensors.len()],
+        upstream: Vec::new(),
+    };
+    let mut rng = Rng(seed);
+    let mut seeds = Vec::new();
+    for (i, out) in outputs.iter().enumerate() {
+        let up = match case.upstream.get(i).copied().flatten() {
+            Some(constant) => F64::from_fn(out.shape(), |_| constant),
+            None => rng.array(out.shape(), 1.0),
+        };
+        if !matches!(out.dtype(), DType::F32 | DType::BF16) {
+            run.upstream.push(F64::zeros(&up.shape));
+            continue;
+        }
+        let values: Vec<f32> = up.data.iter().map(|v| *v as f32).collect();
+        let grad = Tensor::from_f32(&cx.pool, "upstream", out.dtype(), out.shape(), &values)?;
+        run.upstream.push(F64::new(&up.shape, host(&grad)?));
+        seeds.push((out.clone(), grad));
+    }
+    if !case.inputs.iter().any(|a| a.grad) {
+        return Ok(run);
+    }
+    // The gradient of a value is found by an identity op in front of it: `watch` is a parameter set of its own, f32.
+    cx.backward(seeds)?;
+    for set in &mut cx.param_grads {
+        set.finish()?;
+    }
+    for (i, t) in tensors.iter().enumerate().filter(|(i, _)| case.inputs[*i].grad) {
+        let Id::Param { index, .. } = t.id() else { continue };
+        let slot = cx.param_grads[0].slots[index as usize].clone();
+        run.gradients[i] = Some(host(&slot.ok_or_else(|| Error::Run(format!("no gradient buffer for input {i}")))?)?);
+    }
+    Ok(run)
+}
+
 fn check_case(
     device: &Arc<dyn Device>,
     case: &Case,
@@ -78,26 +133,21 @@ fn check_case(
     seed: u64,
     measured: &mut Measured,
 ) -> Result<()> {
-    let mut cx = Cx::new(device.clone(), dtype)?;
-    (cx.matmul, cx.attention) = (variant.matmul, variant.attention);
-    cx.set_rng(7, 3, 0)?;
     // The oracle sees the values that the device sees.
     let stored: Vec<F64> = case.inputs.iter().map(|a| quantise(a, dtype)).collect();
     let oracle = case.op.reference(Round::None, &stored);
     let peer = case.op.reference(if dtype == DType::BF16 { Round::Bf16 } else { Round::F32 }, &stored);
-
-    let tensors = upload(&mut cx, case, &stored, dtype)?;
-    let refs: Vec<&Tensor> = tensors.iter().collect();
-    cx.tape = Some(Tape::default());
-    let outputs = cx.apply_dyn(case.op.clone(), &refs)?;
-    if outputs.len() != oracle.len() {
-        return Err(Error::Run(format!("{} outputs, its reference has {}", outputs.len(), oracle.len())));
+    let run = run_case(device, case, dtype, variant, seed)?;
+    if run.outputs.len() != oracle.len() {
+        return Err(Error::Run(format!("{} outputs, its reference has {}", run.outputs.len(), oracle.len())));
     }
-    for (i, (out, want)) in outputs.iter().zip(&oracle).enumerate() {
+    for (i, (got, want)) in run.outputs.iter().zip(&oracle).enumerate() {
         if case.skip.contains(&i) {
             continue;
         }
-        let got = host(out)?;
+        if got.len() != want.data.len() {
+            return Err(Error::Run(format!("output {i} has {} values, its reference {}", got.len(), want.data.len())));
+        }
         if case.exact {
             let wrong = got.iter().zip(&peer[i].data).filter(|(a, b)| a != b).count();
             measured.add(format!("output {i}: {wrong} values differ, exact ones expected"), wrong as f64, 0.5);
@@ -105,62 +155,21 @@ fn check_case(
             let largest = max_abs(&want.data);
             let slack = largest * 2f64.powi(-8) + 1e-12;
             let tolerance = 2.0 * max_difference(&peer[i].data, &want.data) + slack;
-            measured.add(format!("output {i}"), max_difference(&got, &want.data), tolerance);
+            measured.add(format!("output {i}"), max_difference(got, &want.data), tolerance);
         } else {
-            measured.add(format!("output {i}"), relative_l2(&got, &want.data), 2e-6);
+            measured.add(format!("output {i}"), relative_l2(got, &want.data), 2e-6);
         }
     }
-    let upstream: Vec<F64> = {
-        let mut rng = Rng(seed);
-        let constant = |i: usize| case.upstream.get(i).copied().flatten();
-        let one = |(i, o): (usize, &F64)| match constant(i) {
-            Some(c) => F64::from_fn(&o.shape, |_| c),
-            None => rng.array(&o.shape, 1.0),
-        };
-        oracle.iter().enumerate().map(one).collect()
-    };
-    check_gradients(&mut cx, case, &stored, &tensors, &outputs, &upstream, dtype, seed, measured)
+    check_gradients(case, &stored, &run, dtype, seed, measured);
+    Ok(())
 }
 
-#[allow(clippy::too_many_arguments)]
-fn check_gradients(
-    cx: &mut Cx,
-    case: &Case,
-    stored: &[F64],
-    tensors: &[Tensor],
-    outputs: &[Tensor],
-    upstream: &[F64],
-    dtype: DType,
-    seed: u64,
-    measured: &mut Measured,
-) -> Result<()> {
-    if !case.inputs.iter().any(|a| a.grad) {
-        return Ok(());
-    }
-    let mut seeds = Vec::new();
-    let mut weights = Vec::new();
-    for (out, up) in outputs.iter().zip(upstream) {
-        if !matches!(out.dtype(), DType::F32 | DType::BF16) {
-            weights.push(F64::zeros(&up.shape));
-            continue;
-        }
-        let values: Vec<f32> = up.data.iter().map(|v| *v as f32).collect();
-        let grad = Tensor::from_f32(&cx.pool, "upstream", out.dtype(), out.shape(), &values)?;
-        weights.push(F64::new(&up.shape, host(&grad)?));
-        seeds.push((out.clone(), grad));
-    }
+fn check_gradients(case: &Case, stored: &[F64], run: &CaseRun, dtype: DType, seed: u64, measured: &mut Measured) {
+    let weights = &run.upstream;
     let tolerance = if dtype == DType::BF16 { 2.0 * case.roundings * 2f64.powi(-9) } else { 1e-5 };
-    // The gradient of a value is found by an identity op in front of it: `watch` is a parameter set of its own, f32.
-    cx.backward(seeds)?;
-    for set in &mut cx.param_grads {
-        set.finish()?;
-    }
     let mut rng = Rng(seed ^ 0xd1ff);
-    for (i, arg) in case.inputs.iter().enumerate().filter(|(_, a)| a.grad) {
-        let Id::Param { index, .. } = tensors[i].id() else { continue };
-        let slot = cx.param_grads[0].slots[index as usize].clone();
-        let got = host(&slot.ok_or_else(|| Error::Run(format!("no gradient buffer for input {i}")))?)?;
-        let n = arg.value.data.len();
+    for (i, got) in run.gradients.iter().enumerate().filter_map(|(i, g)| Some((i, g.as_ref()?))) {
+        let n = case.inputs[i].value.data.len();
         let mut ours = Vec::new();
         let mut theirs = Vec::new();
         let coordinates: Vec<usize> = if n <= 64 { (0..n).collect() } else { (0..64).map(|_| rng.below(n)).collect() };
@@ -168,21 +177,20 @@ fn check_gradients(
             let mut v = vec![0.0; n];
             v[c] = 1.0;
             ours.push(got[c]);
-            theirs.push(directional(case, stored, &weights, i, &v));
+            theirs.push(directional(case, stored, weights, i, &v));
         }
         for _ in 0..8 {
             let v: Vec<f64> = (0..n).map(|_| rng.normal()).collect();
             let norm = v.iter().map(|x| x * x).sum::<f64>().sqrt();
             let v: Vec<f64> = v.iter().map(|x| x / norm).collect();
             ours.push(got.iter().zip(&v).map(|(g, v)| g * v).sum());
-            theirs.push(directional(case, stored, &weights, i, &v));
+            theirs.push(directional(case, stored, weights, i, &v));
         }
         // Where the exact gradient cancels to nothing, rounding of the terms remains: scale by the upstream then.
         let scale = l2(&theirs).max(1e-3 * l2(&weights.iter().flat_map(|w| w.data.clone()).collect::<Vec<_>>()));
         let error = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt() / scale.max(1e-30);
         measured.add(format!("gradient of input {i}"), error, tolerance);
     }
-    Ok(())
 }
 
 /// d/dt of sum(weights * f(x + t v)) at 0, by a five-point central difference in f64.
@@ -199,10 +207,11 @@ fn directional(case: &Case, x: &[F64], weights: &[F64], i: usize, v: &[f64]) -> 
 
 /// Inputs on the device. Those whose gradient is checked become parameters of set 0; a value's gradient would be of the
 /// storage dtype, so it is read through an f32 slot behind an identity (see `Watch`).
-fn upload(cx: &mut Cx, case: &Case, stored: &[F64], dtype: DType) -> Result<Vec<Tensor>> {
+fn upload(cx: &mut Cx, case: &Case, dtype: DType) -> Result<Vec<Tensor>> {
     let mut slots = Vec::new();
     let mut tensors = Vec::new();
-    for (arg, value) in case.inputs.iter().zip(stored) {
+    for arg in &case.inputs {
+        let value = &quantise(arg, dtype);
         let real: Vec<f32> = value.data.iter().map(|v| *v as f32).collect();
         let mut t = match arg.kind {
             Kind::Real => Tensor::from_f32(&cx.pool, "case input", dtype, &value.shape, &real)?,

@@ -16,7 +16,8 @@
 //   KERNEL_WARP  warp collectives of prim/warp.cuh, no barrier, no shared memory. On the CPU a warp is *one* thread
 //                whose packs are 32 times as wide (LANES 1, WV = 32 V), so the compiler vectorises; the sums are taken
 //                in the order of the 32 lanes, so both give the same bits. The strict CPU mode runs 32 real lanes.
-//   KERNEL       everything: barriers, shared memory, mma, async copies. On the CPU each thread is a fiber.
+//   KERNEL       everything: barriers, shared memory, mma, async copies. On the CPU each thread is a fiber. Its lane is
+//                threadIdx.x % 32; LANE, WCOL and the packs' collectives belong to KERNEL_WARP.
 // HOT in the attribute list marks a kernel whose spills fail the build check. THREADS=n is its largest block.
 #pragma once
 
@@ -29,18 +30,21 @@
 #define KERNEL_FLAT(name, ...) KERNEL(name)
 #define KERNEL_WARP(name, ...) KERNEL(name)
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 #define LANES 32
 #elif defined(TEMPER_STRICT)
 #define KERNEL(name, ...) template <int D> static inline void name
 #define KERNEL_FLAT(name, ...) KERNEL(name)
 #define KERNEL_WARP(name, ...) KERNEL(name)
 #define DEVICE static inline __attribute__((always_inline))
+#define DEVICE_MEMBER inline __attribute__((always_inline))
 #define LANES 32
 #else
 #define KERNEL(name, ...) template <int D> static inline void name
 #define KERNEL_FLAT(name, ...) template <int D> inline __attribute__((always_inline)) void name##_t<D>::body
 #define KERNEL_WARP(name, ...) KERNEL_FLAT(name)
 #define DEVICE static inline __attribute__((always_inline))
+#define DEVICE_MEMBER inline __attribute__((always_inline))
 #define LANES 1
 #endif
 

@@ -1,5 +1,6 @@
 // exp, log, tanh, erf of our own: one source means one result on every device, and the host compiler can vectorise them.
-// Accuracy (checked against f64 in tests/it/prim.rs): exp 1 ulp, log 1 ulp, tanh and sigmoid 3 ulp, erf 2e-7 absolute.
+// Accuracy, measured against f64 over all binades (tests/it/prim.rs holds them to it): exp 1.1 ulp, log 0.9 ulp, tanh 1.4
+// ulp, sigmoid 2.5 ulp, erf 2e-7 absolute and inside |x| < 1 2.1 ulp. The sign of a zero is not kept.
 #pragma once
 #include "prim/kernel.cuh"
 
@@ -68,7 +69,11 @@ DEVICE float log_f(float x) {
   return x >= 0.f ? y : x - x + bits_to_float(0x7fc00000);
 }
 
-DEVICE float sigmoid_f(float x) { return 1.f / (1.f + exp_f(-x)); }
+// 1 / (1 + e^-x), by e^-|x|: nothing overflows, and the small values of negative x keep their bits.
+DEVICE float sigmoid_f(float x) {
+  float e = exp_f(x < 0.f ? x : -x);
+  return (x < 0.f ? e : 1.f) / (1.f + e);
+}
 
 // tanh by e^2|x|; near 0, where that cancels, by its odd polynomial.
 DEVICE float tanh_f(float x) {

@@ -83,6 +83,7 @@ DEVICE void ldmatrix4(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(s) : "memory");
 #else
+  shim::expect_shared16("ldmatrix4", row);
   LdmatrixLane m = {r, row};
   shim::warp_collective(TRANS ? "ldmatrix4.trans" : "ldmatrix4", &m, ldmatrix_of_warp<TRANS>);
 #endif

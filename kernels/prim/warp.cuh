@@ -4,7 +4,8 @@
 #pragma once
 #include "prim/vec.cuh"
 
-#if LANES == 32
+// In a KERNEL: one lane's view. A KERNEL_WARP has `pack_sum` and `pack_max` instead (its fast CPU build has no lanes, so
+// the names below do not compile there).
 template <class T>
 DEVICE T shfl_xor(T v, int mask) {
 #ifdef __CUDACC__
@@ -38,7 +39,6 @@ DEVICE float warp_max(float v) {
   for (int m = 16; m > 0; m >>= 1) v = fmaxf(v, shfl_xor(v, m));
   return v;
 }
-#endif
 
 // Sum over all values of the warp's packs.
 DEVICE float pack_sum(const WarpPack& p) {
@@ -58,17 +58,18 @@ DEVICE float pack_sum(const WarpPack& p) {
 #endif
 }
 
+// Largest of all values of the warp's packs; a NaN counts as absent, -inf if there is nothing else.
 DEVICE float pack_max(const WarpPack& p) {
 #if LANES == 32
-  float s = p.v[0];
+  float s = -__builtin_huge_valf();
 #pragma unroll
-  for (int j = 1; j < V; ++j) s = fmaxf(s, p.v[j]);
+  for (int j = 0; j < V; ++j) s = p.v[j] > s ? p.v[j] : s;
   return warp_max(s);
 #else
   float lane[32];
-  for (int l = 0; l < 32; ++l) lane[l] = p.v[l];
-  for (int j = 1; j < V; ++j)
-    for (int l = 0; l < 32; ++l) lane[l] = lane[l] > p.v[j * 32 + l] ? lane[l] : p.v[j * 32 + l];
+  for (int l = 0; l < 32; ++l) lane[l] = -__builtin_huge_valf();
+  for (int j = 0; j < V; ++j)
+    for (int l = 0; l < 32; ++l) lane[l] = p.v[j * 32 + l] > lane[l] ? p.v[j * 32 + l] : lane[l];
   for (int m = 16; m > 0; m >>= 1)
     for (int l = 0; l < m; ++l) lane[l] = lane[l] > lane[l + m] ? lane[l] : lane[l + m];
   return lane[0];

@@ -131,7 +131,11 @@ void fiber_main() {
   Worker& w = *worker;
   w.body(w.arg);
   Fiber& f = w.fibers[w.current];
-  if (f.copies && w.launch->strict) fail("a thread ended with async copies that it never waited for");
+  if (f.copies && w.launch->strict) {
+    char text[120];
+    snprintf(text, sizeof text, "thread %u ended with %u async copies that it never waited for", w.current, f.copies);
+    fail(text);
+  }
   to_scheduler(DONE);
 }
 
@@ -177,14 +181,30 @@ void set_thread(const Launch& l, unsigned t) {
 // Names who waits where, for a block that cannot go on.
 void report_deadlock() {
   Worker& w = *worker;
+  unsigned collective = 0, ended = 0;
+  for (unsigned t = 0; t < w.threads; ++t) {
+    collective += w.fibers[t].state == AT_COLLECTIVE;
+    ended += w.fibers[t].state == DONE;
+  }
+  const char* kind = w.at_barrier + ended == w.threads   ? "a block barrier that some threads skip:"
+                     : collective + ended == w.threads ? "a warp collective that some lanes skip:"
+                                                       : "deadlock:";
   char text[768];
-  int n = snprintf(text, sizeof text, "deadlock:");
-  for (unsigned t = 0; t < w.threads && n < 640;) {
+  int n = snprintf(text, sizeof text, "%s", kind);
+  for (unsigned t = 0; t < w.threads;) {
     Fiber& f = w.fibers[t];
-    unsigned e = t;
-    while (e < w.threads && w.fibers[e].state == f.state && w.fibers[e].at == f.at) ++e;
-    const char* what = f.state == DONE ? "ended" : f.state == AT_BARRIER ? "wait at a block barrier" : f.at;
-    n += snprintf(text + n, sizeof text - n, " threads %u-%u %s%s;", t, e - 1, f.state == AT_COLLECTIVE ? "wait in " : "", what);
+    unsigned e = t + 1;
+    while (e < w.threads && w.fibers[e].state == f.state && (f.state != AT_COLLECTIVE || w.fibers[e].at == f.at)) ++e;
+    if (n > 640) {
+      snprintf(text + n, sizeof text - n, " and so on");
+      break;
+    }
+    const char* what = f.state == DONE ? "ended" : f.state == AT_BARRIER ? "at a block barrier" : f.at;
+    if (e - t == 1)
+      n += snprintf(text + n, sizeof text - n, "%s thread %u %s", t ? "," : "", t, f.state == AT_COLLECTIVE ? "in " : "");
+    else
+      n += snprintf(text + n, sizeof text - n, "%s threads %u-%u %s", t ? "," : "", t, e - 1, f.state == AT_COLLECTIVE ? "in " : "");
+    n += snprintf(text + n, sizeof text - n, "%s", what);
     t = e;
   }
   fail(text);
@@ -302,8 +322,9 @@ void warp_collective(const char* name, void* mine, WarpCompute compute) {
   const char*& current = w.collective[first / 32];
   if (w.arrived[first / 32] == 0) current = name;
   if (current != name && strcmp(current, name) != 0) {
-    char text[160];
-    snprintf(text, sizeof text, "divergent collectives in one warp: thread %u is in %s, others are in %s", w.current, name, current);
+    char text[200];
+    snprintf(text, sizeof text, "divergent collectives in warp %u (threads %u-%u): thread %u is in %s, others are in %s", first / 32,
+             first, first + 31, w.current, name, current);
     fail(text);
     to_scheduler(AT_COLLECTIVE);
   }
@@ -333,8 +354,28 @@ void warp_sync() {
 
 unsigned char* shared_memory() { return worker->shared; }
 
+void expect_shared16(const char* what, const void* p) {
+  Worker& w = *worker;
+  if (!w.launch->strict) return;
+  const unsigned char* at = (const unsigned char*)p;
+  const bool inside = at >= w.shared && at + 16 <= w.shared + w.launch->shared_bytes;
+  if (inside && (size_t)p % 16 == 0) return;
+  char text[200];
+  snprintf(text, sizeof text, "%s of thread %u at byte %lld of shared memory (the launch has %u): %s", what, w.current,
+           (long long)(at - w.shared), w.launch->shared_bytes, inside ? "not a multiple of 16" : "outside");
+  fail(text);
+  to_scheduler(AT_BARRIER);
+}
+
 void async_copy(void* dst, const void* src, unsigned bytes, unsigned valid) {
   Fiber& f = worker->fibers[worker->current];
+  expect_shared16("an async copy", dst);
+  if (worker->launch->strict && (size_t)src % 16) {
+    char text[120];
+    snprintf(text, sizeof text, "an async copy of thread %u from an address that is not a multiple of 16", worker->current);
+    fail(text);
+    to_scheduler(AT_BARRIER);
+  }
   if (f.copies == MAX_COPIES) {
     fail("more than 64 async copies pending in one thread");
     to_scheduler(AT_BARRIER);

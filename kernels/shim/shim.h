@@ -4,7 +4,7 @@
 // a fiber gives way only at a barrier or a warp collective. A collective is computed once, by the last lane to arrive.
 // Strict mode (tests, `temper check`) runs lanes in an order permuted by the seed, poisons shared memory, and turns
 // into errors: divergent collectives, barriers that some threads skip, deadlocks, writes past shared memory, async
-// copies that nothing waited for. What passes here can still fail on a GPU: the memory model is not emulated.
+// copies that nothing waited for or that are misaligned (kernels/shim/planted.cu has one of each). What passes here can still fail on a GPU: the memory model is not emulated.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -46,8 +46,18 @@ inline unsigned as_bits(float f) {
 }
 
 // What a KERNEL_FLAT or KERNEL_WARP body is a member of: its indices are plain members, so that the thread loop inlines.
+// What such a body does not have is deleted here, so that its use does not compile instead of failing at run time.
 struct FlatThread {
   Dim3 threadIdx, blockIdx, blockDim, gridDim;
+  template <class T>
+  static T shfl(T, int) = delete;
+  template <class T>
+  static T shfl_xor(T, int) = delete;
+  static float warp_sum(float) = delete;
+  static float warp_max(float) = delete;
+  static void warp_sync() = delete;
+  static void block_sync() = delete;
+  static unsigned char* shared_base() = delete;
 };
 
 inline void set_block(FlatThread& t, const Launch& l, uint64_t b) {
@@ -74,6 +84,9 @@ typedef void (*WarpCompute)(void* const* lanes);
 void warp_collective(const char* name, void* mine, WarpCompute compute);
 void block_barrier();
 unsigned char* shared_memory();
+
+// Strict mode: 16 bytes at p lie in the launch's shared memory, at a multiple of 16, as ldmatrix and cp.async want it.
+void expect_shared16(const char* what, const void* p);
 
 // Async copies of this thread land when it waits for their group, not before.
 void async_copy(void* dst, const void* src, unsigned bytes, unsigned valid_bytes);

@@ -1,1 +1,29 @@
+//! From a folder and a data file to token rows. Floor 4.
+//!
+//! Invariant: the same files, options and seed give the same examples in the same order on every machine, and a row
+//! that cannot be used is an error or a counted drop, never a silent change.
+//!
+//! | module | what it gives |
+//! |---|---|
+//! | [`tokenizer`] | text to ids and back, special tokens, the files a model writer copies |
+//! | [`bpe`] | trains a small byte-level BPE and writes it as a folder |
+//! | [`chat`] | renders a model's chat template, with the spans of `{% generation %}` |
+//! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
+//! | [`rows`] | rows of jsonl, json and parquet files, each with its file and line |
+//! | [`format`] | TRL's dataset types, detected and checked |
+//! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
+//! | [`packing`] | which sequences share a row |
+//! | [`order`] | the order of rows as a function of (seed, epoch) |
 
+pub mod bpe;
+pub mod chat;
+mod folder;
+pub mod format;
+mod generation_tag;
+pub mod jinja;
+pub mod order;
+pub mod packing;
+mod panics;
+pub mod rows;
+pub mod sft;
+pub mod tokenizer;

@@ -50,9 +50,9 @@ impl Cpu {
             for (start, side) in [(address - RED_ZONE as u64, "before"), (address + bytes as u64, "past the end of")] {
                 // SAFETY: the zone belongs to a live allocation of `alloc`.
                 let zone = unsafe { std::slice::from_raw_parts(start as *const u8, RED_ZONE) };
-                if zone.iter().any(|b| *b != 0xa5) {
+                if zone.chunks(2).any(|pair| pair != POISON.to_le_bytes()) {
                     // SAFETY: as above; repaired so that the next launch is judged by itself.
-                    unsafe { std::ptr::write_bytes(start as *mut u8, 0xa5, RED_ZONE) };
+                    unsafe { self.fill_poison(start, RED_ZONE) };
                     return Err(Error::Device(format!("{kernel} wrote {side} a buffer of {bytes} bytes")));
                 }
             }
@@ -99,9 +99,10 @@ impl Device for Cpu {
         if self.strict {
             // SAFETY: all three ranges lie in the new allocation.
             unsafe {
-                std::ptr::write_bytes(base, 0xa5, RED_ZONE);
-                std::ptr::write_bytes((address + bytes as u64) as *mut u8, 0xa5, RED_ZONE);
+                // The zones hold the poison too: what a kernel reads there shows up as NaN.
+                self.fill_poison(base as u64, RED_ZONE);
                 self.fill_poison(address, bytes);
+                self.fill_poison(address + bytes as u64, RED_ZONE);
             }
             self.live.lock().unwrap_or_else(|e| e.into_inner()).push((address, bytes));
         }

@@ -3,9 +3,13 @@
 //! Invariant: a [`config::ModelConfig`] that exists is consistent: its numbers divide where they must, its family is
 //! known, and [`families::expected_params`] of it names every tensor with its shape.
 
+pub mod batch;
 pub mod config;
+pub mod decoder;
 pub mod families;
 mod fields;
 pub mod folder;
 pub mod hub;
+pub mod kv;
+pub mod params;
 pub mod rope;

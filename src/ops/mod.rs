@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod adamw;
 pub mod add;
+pub mod attention;
 pub mod dropout;
 pub mod embedding;
 pub mod head;
@@ -217,6 +218,7 @@ pub const DEFAULT: Variant = Variant {
     attention: AttentionChoice::Auto,
 };
 const OWN_MATMUL: Variant = Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
+const LIGHT: Variant = Variant { name: "light", attention: AttentionChoice::Light, ..DEFAULT };
 
 pub struct Entry {
     pub name: &'static str,
@@ -241,6 +243,9 @@ pub fn registry() -> Vec<Entry> {
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
+        entry("attention", &["attention"], attention::cases, &[LIGHT]),
+        entry("attention_paged", &["attention"], attention::paged_cases, &[LIGHT]),
+        entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),
     ]
 }
 

@@ -1,5 +1,12 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
+mod attention;
+mod checkpoint;
 mod config;
+mod data;
 mod model_folder;
 mod ops;
+mod prim;
+mod score;
+mod sft;
+mod shim;

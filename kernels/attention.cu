@@ -1,0 +1,293 @@
+// Causal attention over packed sequences, the light family: a thread a row, any dtype, no shared memory.
+//
+// Math     s = scale q.k;  s = c tanh(s / c) with a softcap;  key t is seen by position p if p - w < t <= p
+//          m' = max(m, s);  a = e^(m - m');  l = a l + sum e^(s - m');  o = a o + sum e^(s - m') v;  out = o / l
+//          lse = m + log l.  Backward: P = e^(s - lse), delta = dO.out, dS = P (dO.v - delta) (1 - (s/c)^2) scale,
+//          dq = sum dS k, dk = sum dS q, dv = sum P dO  (Dao et al., "FlashAttention", 2022; "FlashAttention-2", 2023)
+// Shapes   qkv, dqkv [rows, ld] real: q [heads, D] | k [kv_heads, D] | v [kv_heads, D];  out, dout [rows, heads D] real;
+//          lse, delta [rows, heads] float;  segments [n, 6] int: start, length, start and length of the prefix, first and
+//          past-the-last place in `children`;  cache [slots, 2 kv_heads D] real, 64 slots a page
+// Plan     attention_fwd, attention_dq: a thread a (row, head); attention_dkv: a thread a (key row, kv head). The threads
+//          of a block share a kv head and neighbouring rows, so they read the same keys. 64 keys (or queries) a step:
+//          scores, then 64 exponentials at once, then the sums. This is what CPUs run; on a GPU it is for checks.
+// Numerics All in float; a dot product is 16 lanes' chains of fmaf and a tree; out is rounded when stored. A row is one
+//          chain over the blocks of 64 positions of its own sequence, from position 0: the same bits in training, in
+//          prefill chunks and in decode. Keys that are not seen are not read.
+// Cost     4 D flops a (query, key) pair forward, 14 D executed backward. One EPYC core with AVX2: see docs of the bench.
+#include "prim/attend.cuh"
+
+constexpr int QB = 64;  // keys (or, for dk and dv, queries) a step
+
+// a.b by 16 chains over the columns and a tree.
+template <int D>
+DEVICE float dot(const float* a, const real* b) {
+  float lane[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) lane[i] = a[i] * to_float(b[i]);
+#pragma unroll
+  for (int d = 16; d < D; d += 16)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) lane[i] = fmaf(a[d + i], to_float(b[d + i]), lane[i]);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) lane[i] += lane[i + 8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) lane[i] += lane[i + 4];
+  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+}
+
+// o += sum of w[j] x[at[j]] over j in [from, to), in that order, in column chunks that stay in registers.
+template <int D>
+DEVICE void add_rows(float* o, const float* w, const real* x, const long long* at, int from, int to) {
+  constexpr int C = D % 64 == 0 ? 64 : D;
+#pragma unroll
+  for (int c = 0; c < D; c += C) {
+    float acc[C];
+#pragma unroll
+    for (int i = 0; i < C; ++i) acc[i] = o[c + i];
+    for (int j = from; j < to; ++j) {
+      const real* row = x + at[j] + c;
+      const float f = w[j];
+#pragma unroll
+      for (int i = 0; i < C; ++i) acc[i] = fmaf(f, to_float(row[i]), acc[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < C; ++i) o[c + i] = acc[i];
+  }
+}
+
+template <int D>
+DEVICE void load_floats(float* to, const real* from) {
+#pragma unroll
+  for (int i = 0; i < D; ++i) to[i] = to_float(from[i]);
+}
+
+template <int D>
+DEVICE void store_reals(real* to, const float* from, float factor, int accumulate) {
+  if (accumulate)
+#pragma unroll
+    for (int i = 0; i < D; ++i) to[i] = to_real(fmaf(from[i], factor, to_float(to[i])));
+  else
+#pragma unroll
+    for (int i = 0; i < D; ++i) to[i] = to_real(from[i] * factor);
+}
+
+DEVICE float max_of(const float* s) {
+  float lane[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) lane[i] = s[i];
+#pragma unroll
+  for (int j = 16; j < QB; j += 16)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) lane[i] = max2(lane[i], s[j + i]);
+#pragma unroll
+  for (int w = 8; w > 0; w >>= 1)
+#pragma unroll
+    for (int i = 0; i < w; ++i) lane[i] = max2(lane[i], lane[i + w]);
+  return lane[0];
+}
+
+DEVICE float sum_of(const float* s) {
+  float lane[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) lane[i] = s[i];
+#pragma unroll
+  for (int j = 16; j < QB; j += 16)
+#pragma unroll
+    for (int i = 0; i < 16; ++i) lane[i] += s[j + i];
+#pragma unroll
+  for (int w = 8; w > 0; w >>= 1)
+#pragma unroll
+    for (int i = 0; i < w; ++i) lane[i] += lane[i + w];
+  return lane[0];
+}
+
+// One row of one head: `keys` gives the place of each position's k (and v) row.
+template <int D, class Keys>
+DEVICE void attend(real* out, float* lse, const real* q_row, const real* k, const real* v, const Keys& keys, int position,
+                   float scale, float softcap, int window) {
+  float q[D], o[D], s[QB];
+  long long at[QB];
+  load_floats<D>(q, q_row);
+#pragma unroll
+  for (int i = 0; i < D; ++i) o[i] = 0.f;
+  float m = NEG_INF, l = 0.f;
+  const int first = first_seen(position, window);
+  for (int block = first / QB * QB; block <= position; block += QB) {
+    const int from = max_int(first - block, 0), to = min_int(position + 1 - block, QB);
+    for (int j = 0; j < QB; ++j) s[j] = NEG_INF;
+    for (int j = from; j < to; ++j) at[j] = keys.at(block + j);
+    for (int j = from; j < to; ++j) s[j] = dot<D>(q, k + at[j]) * scale;
+    if (softcap > 0.f)
+      for (int j = 0; j < QB; ++j) s[j] = s[j] == NEG_INF ? NEG_INF : softcap * tanh_f(s[j] / softcap);
+    const float m_new = max2(m, max_of(s));
+    const float base = m_new == NEG_INF ? 0.f : m_new;
+    const float alpha = exp_f(m - base);
+    for (int j = 0; j < QB; ++j) s[j] = exp_f(s[j] - base);
+    l = fmaf(l, alpha, sum_of(s));
+    m = m_new;
+#pragma unroll
+    for (int i = 0; i < D; ++i) o[i] *= alpha;
+    add_rows<D>(o, s, v, at, from, to);
+  }
+  store_reals<D>(out, o, 1.f / l, 0);
+  if (lse) *lse = m + log_f(l);
+}
+
+// out and lse of each row and head of a packed batch.
+KERNEL_FLAT(attention_fwd, D=16,32,64,80,96,128,256)(real* out, MAYBE(float) lse, const real* qkv,
+                                                     const int* row_segment, const int* segments, int rows, int ld, int heads, int kv_heads,
+                                                     float scale, float softcap, int window) {
+  const long long index = FLAT_INDEX;
+  if (index >= (long long)rows * heads) return;
+  const int group = heads / kv_heads;
+  const int row = (int)(index / group % rows);
+  const int kv_head = (int)(index / group / rows), head = kv_head * group + (int)(index % group);
+  const SegmentKeys keys(segments, row_segment[row], ld);
+  const real* k = qkv + (heads + kv_head) * D;
+  attend<D>(out + ((long long)row * heads + head) * D, lse ? lse + (long long)row * heads + head : lse,
+            qkv + (long long)row * ld + head * D, k, k + kv_heads * D, keys, keys.position(row), scale, softcap, window);
+}
+
+// The same for rows whose keys and values (their own included) lie in the cache. A row of sequence -1 is padding.
+KERNEL_FLAT(attention_paged_fwd, D=16,32,64,80,96,128,256)(real* out, const real* qkv, const real* cache,
+                                                           const int* page_table, const int* row_sequence,
+                                                           const int* row_position, int rows, int ld, int heads,
+                                                           int kv_heads, int max_pages, float scale, float softcap,
+                                                           int window) {
+  const long long index = FLAT_INDEX;
+  if (index >= (long long)rows * heads) return;
+  const int group = heads / kv_heads;
+  const int row = (int)(index / group % rows);
+  const int kv_head = (int)(index / group / rows), head = kv_head * group + (int)(index % group);
+  real* o = out + ((long long)row * heads + head) * D;
+  const int sequence = row_sequence[row];
+  if (sequence < 0) {
+#pragma unroll
+    for (int i = 0; i < D; ++i) o[i] = to_real(0.f);
+    return;
+  }
+  const PagedKeys keys = {page_table + (long long)sequence * max_pages, 2 * kv_heads * D};
+  const real* k = cache + kv_head * D;
+  attend<D>(o, (float*)0, qkv + (long long)row * ld + head * D, k, k + kv_heads * D, keys, row_position[row], scale, softcap,
+            window);
+}
+
+// delta = dout . out of each row and head.
+KERNEL_FLAT(attention_delta, D=16,32,64,80,96,128,256)(float* delta, const real* dout, const real* out, int count) {
+  const long long index = FLAT_INDEX;
+  if (index >= count) return;
+  float o[D];
+  load_floats<D>(o, out + index * D);
+  delta[index] = dot<D>(o, dout + index * D);
+}
+
+// From 64 scores q.k (times scale) and dO.v: s becomes P, ds the gradient of q.k. Places outside [from, to) become 0.
+DEVICE void score_gradients(float* s, float* ds, const float* lse, const float* delta, int from, int to, float scale,
+                            float softcap) {
+  float slope[QB];
+  for (int j = 0; j < QB; ++j) slope[j] = scale;
+  if (softcap > 0.f)
+    for (int j = 0; j < QB; ++j) {
+      const float t = tanh_f(s[j] / softcap);
+      s[j] = softcap * t;
+      slope[j] = scale * fmaf(-t, t, 1.f);
+    }
+  for (int j = 0; j < QB; ++j) {
+    const float p = exp_f(s[j] - lse[j]);
+    s[j] = j >= from && j < to ? p : 0.f;
+    ds[j] = s[j] * (ds[j] - delta[j]) * slope[j];
+  }
+}
+
+// The q columns of dqkv.
+KERNEL_FLAT(attention_dq, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const real* dout, const real* qkv, const float* lse,
+                                                    const float* delta, const int* row_segment, const int* segments,
+                                                    int rows, int ld, int heads, int kv_heads, float scale, float softcap,
+                                                    int window, int accumulate) {
+  const long long index = FLAT_INDEX;
+  if (index >= (long long)rows * heads) return;
+  const int group = heads / kv_heads;
+  const int row = (int)(index / group % rows);
+  const int kv_head = (int)(index / group / rows), head = kv_head * group + (int)(index % group);
+  const SegmentKeys keys(segments, row_segment[row], ld);
+  const int position = keys.position(row), first = first_seen(position, window);
+  const real* k = qkv + (heads + kv_head) * D;
+  const real* v = k + kv_heads * D;
+  float q[D], up[D], dq[D], s[QB], ds[QB], lse_of[QB], delta_of[QB];
+  long long at[QB];
+  load_floats<D>(q, qkv + (long long)row * ld + head * D);
+  load_floats<D>(up, dout + ((long long)row * heads + head) * D);
+#pragma unroll
+  for (int i = 0; i < D; ++i) dq[i] = 0.f;
+  for (int j = 0; j < QB; ++j) {
+    lse_of[j] = lse[(long long)row * heads + head];
+    delta_of[j] = delta[(long long)row * heads + head];
+    s[j] = ds[j] = 0.f;
+  }
+  for (int block = first / QB * QB; block <= position; block += QB) {
+    const int from = max_int(first - block, 0), to = min_int(position + 1 - block, QB);
+    for (int j = from; j < to; ++j) at[j] = keys.at(block + j);
+    for (int j = from; j < to; ++j) s[j] = dot<D>(q, k + at[j]) * scale;
+    for (int j = from; j < to; ++j) ds[j] = dot<D>(up, v + at[j]);
+    score_gradients(s, ds, lse_of, delta_of, from, to, scale, softcap);
+    add_rows<D>(dq, ds, k, at, from, to);
+  }
+  store_reals<D>(dqkv + (long long)row * ld + head * D, dq, 1.f, accumulate);
+}
+
+// The k and v columns of dqkv. The queries that see a key: those of its own segment, then those of the segments that
+// have it as their prefix, head after head.
+KERNEL_FLAT(attention_dkv, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const real* dout, const real* qkv,
+                                                     const float* lse, const float* delta, const int* row_segment,
+                                                     const int* segments, const int* children, int rows, int ld, int heads,
+                                                     int kv_heads, float scale, float softcap, int window, int accumulate) {
+  const long long index = FLAT_INDEX;
+  if (index >= (long long)rows * kv_heads) return;
+  const int row = (int)(index % rows), kv_head = (int)(index / rows), group = heads / kv_heads;
+  const int segment = row_segment[row];
+  const int position = SegmentKeys(segments, segment, ld).position(row);
+  const int column = (heads + kv_head) * D;
+  float k[D], v[D], dk[D], dv[D], s[QB], ds[QB], lse_of[QB], delta_of[QB];
+  long long at[QB], up_at[QB];
+  load_floats<D>(k, qkv + (long long)row * ld + column);
+  load_floats<D>(v, qkv + (long long)row * ld + column + kv_heads * D);
+#pragma unroll
+  for (int i = 0; i < D; ++i) dk[i] = dv[i] = 0.f;
+  for (int j = 0; j < QB; ++j) s[j] = ds[j] = lse_of[j] = delta_of[j] = 0.f;
+  const int child_end = segments[segment * 6 + 5];
+  for (int c = segments[segment * 6 + 4] - 1; c < child_end; ++c) {
+    const bool own = c < segments[segment * 6 + 4];
+    const QueryRange range(segments, own ? segment : children[c], position, window, own ? row : -1);
+    for (int g = 0; g < group; ++g) {
+      const int head = kv_head * group + g;
+      for (int block = range.from; block < range.to; block += QB) {
+        const int count = min_int(range.to - block, QB);
+        for (int j = 0; j < count; ++j) {
+          const long long r = block + j;
+          at[j] = r * ld;
+          up_at[j] = r * heads * D;
+          lse_of[j] = lse[r * heads + head];
+          delta_of[j] = delta[r * heads + head];
+        }
+        for (int j = 0; j < count; ++j) s[j] = dot<D>(k, qkv + head * D + at[j]) * scale;
+        for (int j = 0; j < count; ++j) ds[j] = dot<D>(v, dout + head * D + up_at[j]);
+        score_gradients(s, ds, lse_of, delta_of, 0, count, scale, softcap);
+        add_rows<D>(dv, s, dout + head * D, up_at, 0, count);
+        add_rows<D>(dk, ds, qkv + head * D, at, 0, count);
+      }
+    }
+  }
+  store_reals<D>(dqkv + (long long)row * ld + column, dk, 1.f, accumulate);
+  store_reals<D>(dqkv + (long long)row * ld + column + kv_heads * D, dv, 1.f, accumulate);
+}
+
+// Copies the k and v of each row to its slot of the cache; slot -1: nowhere. A thread V values.
+KERNEL_FLAT(kv_append)(INOUT(real) cache, const real* qkv, const int* slots, int rows, int ld, int offset, int width) {
+  const int packs = width / V;
+  const long long index = FLAT_INDEX;
+  if (index >= (long long)rows * packs) return;
+  const int row = (int)(index / packs), column = (int)(index % packs) * V;
+  const int slot = slots[row];
+  if (slot < 0) return;
+  store(cache + (long long)slot * width + column, load<V>(qkv + (long long)row * ld + offset + column, V), V);
+}

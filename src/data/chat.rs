@@ -1,0 +1,225 @@
+//! Renders a model's chat template as transformers does. Floor 4.
+//!
+//! Invariant: text and generation spans equal those of `apply_chat_template`, or rendering is an error; a hostile
+//! template ends in an error after a bounded amount of work.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, UndefinedBehavior};
+use serde_json::{Map, Value};
+
+use super::generation_tag;
+use super::jinja::{self, Clock};
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+/// A compiled chat template.
+pub struct ChatTemplate {
+    env: Environment<'static>,
+    origin: PathBuf,
+    special: Map<String, Value>,
+    blocks: usize,
+    marker_taken: bool, // the template's own text holds a marker character
+}
+
+/// What a render may be given besides the messages.
+#[derive(Clone, Copy, Default)]
+pub struct RenderOptions<'a> {
+    pub tools: Option<&'a Value>, // a list of JSON schemas
+    pub add_generation_prompt: bool,
+    pub kwargs: Option<&'a Map<String, Value>>, // chat_template_kwargs; they win over the special tokens
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rendered {
+    pub text: String,
+    pub generation_spans: Vec<Range<usize>>, // in CHARACTERS of `text`, as transformers counts
+}
+
+impl ChatTemplate {
+    /// Compiles `source`. `origin` is the file that errors name; `special` holds `bos_token`, `eos_token` ...
+    pub fn new(source: &str, origin: &Path, special: &Map<String, Value>) -> Result<ChatTemplate> {
+        ChatTemplate::with_clock(source, origin, special, Arc::new(Clock::now))
+    }
+
+    /// The template of a tokenizer's folder; an error says what to do when it has none.
+    pub fn of(tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+        match tokenizer.chat_template() {
+            Some(source) => ChatTemplate::new(source, tokenizer.dir(), tokenizer.special_tokens()),
+            None => Err(Error::model(tokenizer.dir(), NO_TEMPLATE)),
+        }
+    }
+
+    /// As [`ChatTemplate::new`] with the clock that `strftime_now` reads. (transformers reads local time, this crate's
+    /// default clock UTC.)
+    pub fn with_clock(
+        source: &str,
+        origin: &Path,
+        special: &Map<String, Value>,
+        clock: Arc<dyn Fn() -> Clock + Send + Sync>,
+    ) -> Result<ChatTemplate> {
+        let broken = |e: minijinja::Error| {
+            Error::model(origin, format!("chat template: {}; correct it, or take the model's own template", said(&e)))
+        };
+        let source = &source.replace("\r\n", "\n").replace('\r', "\n"); // as Jinja2's lexer does
+        let (rewritten, blocks) = generation_tag::rewrite(source);
+        let mut env = Environment::new();
+        env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(broken)?);
+        env.set_undefined_behavior(UndefinedBehavior::Lenient);
+        env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        env.set_fuel(Some(FUEL));
+        env.set_recursion_limit(RECURSION);
+        jinja::install(&mut env, clock);
+        env.add_template_owned(NAME, rewritten).map_err(broken)?;
+        let marker_taken = source.contains(MARKER);
+        Ok(ChatTemplate { env, origin: origin.to_path_buf(), special: special.clone(), blocks, marker_taken })
+    }
+
+    /// Whether the template marks what the assistant says with `{% generation %}`.
+    pub fn has_generation(&self) -> bool {
+        self.blocks > 0
+    }
+
+    /// Renders a list of messages (`role`, `content`, ...).
+    pub fn render(&self, messages: &Value, options: RenderOptions) -> Result<Rendered> {
+        let mut context = self.special.clone();
+        context.insert("messages".into(), messages.clone());
+        context.insert("tools".into(), options.tools.cloned().unwrap_or(Value::Null));
+        context.insert("documents".into(), Value::Null);
+        context.insert("add_generation_prompt".into(), Value::Bool(options.add_generation_prompt));
+        for (key, value) in options.kwargs.into_iter().flatten() {
+            context.insert(key.clone(), value.clone());
+        }
+        let (open, close) = self.markers(&context);
+        context.insert(generation_tag::OPEN.into(), Value::String(open.clone()));
+        context.insert(generation_tag::CLOSE.into(), Value::String(close.clone()));
+        let text = self
+            .env
+            .get_template(NAME)
+            .and_then(|t| t.render(minijinja::Value::from(Serde(&context))))
+            .map_err(|e| Error::model(&self.origin, format!("chat template: {}", said(&e))))?;
+        Ok(take_spans(&text, &open, &close))
+    }
+
+    /// Two strings that occur nowhere in what is rendered. U+FDD0 is a noncharacter, so the first pair will do unless
+    /// someone means harm.
+    fn markers(&self, context: &Map<String, Value>) -> (String, String) {
+        if self.blocks == 0 {
+            return (String::new(), String::new());
+        }
+        let taken = if self.marker_taken { 1 } else { 0 } + occurrences(context.values());
+        // longer than any run that the input itself can make, unless the template repeats it on purpose
+        let run = MARKER.to_string().repeat(taken + 1);
+        (format!("{run}<"), format!("{run}>"))
+    }
+}
+
+const NAME: &str = "chat_template";
+const MARKER: char = '\u{FDD0}';
+/// Work a render may do (instructions, and text that it copies): two seconds at most.
+const FUEL: u64 = 10_000_000;
+const RECURSION: usize = 200;
+pub const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \
+     or give rows with plain text";
+
+/// How many marker characters the strings of the context hold.
+fn occurrences<'a>(values: impl Iterator<Item = &'a Value>) -> usize {
+    values
+        .map(|v| match v {
+            Value::String(s) => s.matches(MARKER).count(),
+            Value::Array(items) => occurrences(items.iter()),
+            Value::Object(map) => {
+                map.keys().map(|k| k.matches(MARKER).count()).sum::<usize>() + occurrences(map.values())
+            }
+            _ => 0,
+        })
+        .sum()
+}
+
+/// Removes the markers and turns them into spans of characters.
+fn take_spans(marked: &str, open: &str, close: &str) -> Rendered {
+    if open.is_empty() || !marked.contains(MARKER) {
+        return Rendered { text: marked.to_string(), generation_spans: Vec::new() };
+    }
+    let mut text = String::with_capacity(marked.len());
+    let (mut chars, mut starts, mut generation_spans) = (0, Vec::new(), Vec::new());
+    let mut rest = marked;
+    while let Some(c) = rest.chars().next() {
+        if let Some(after) = rest.strip_prefix(open) {
+            starts.push(chars);
+            rest = after;
+        } else if let Some(after) = rest.strip_prefix(close) {
+            generation_spans.extend(starts.pop().map(|s| s..chars));
+            rest = after;
+        } else {
+            text.push(c);
+            chars += 1;
+            rest = &rest[c.len_utf8()..];
+        }
+    }
+    Rendered { text, generation_spans }
+}
+
+/// The message of a template error with its line, on one line.
+fn said(error: &minijinja::Error) -> String {
+    let what = match error.kind() {
+        minijinja::ErrorKind::OutOfFuel => "ran for too long (an endless or enormous loop?)".to_string(),
+        kind => error.detail().map_or_else(|| kind.to_string(), str::to_string),
+    };
+    error.line().map_or(what.clone(), |line| format!("{what} (line {line})"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn template(source: &str) -> Result<ChatTemplate> {
+        ChatTemplate::new(source, Path::new("m"), &Map::new())
+    }
+
+    fn render(source: &str, messages: Value) -> Result<Rendered> {
+        template(source)?.render(&messages, RenderOptions::default())
+    }
+
+    #[test]
+    fn spans_count_characters_and_forged_markers_stay_text() {
+        let source = "{% for m in messages %}é{% generation %}{{ m.content }}{% endgeneration %}.\n{% endfor %}";
+        let content = "日\u{FDD0}<\u{FDD0}\u{FDD0}>本";
+        let r = render(source, json!([{"content": content}, {"content": ""}])).unwrap();
+        assert_eq!(r.text, format!("é{content}.\né.\n"));
+        assert_eq!(r.generation_spans, vec![1..8, 11..11]);
+    }
+
+    #[test]
+    fn hostile_templates_end_in_an_error() {
+        let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
+        assert!(render(loops, json!([])).unwrap_err().to_string().contains("ran for too long"));
+        let recursion = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}";
+        assert!(render(recursion, json!([])).is_err());
+        let doubling = "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}";
+        assert!(render(doubling, json!([])).is_err());
+        assert!(render("{{ 'aaaaaaaaaa' * 100000000000 }}", json!([])).is_err());
+        assert!(template("{% for %}").is_err());
+        assert!(template("{% generation %}").is_err());
+    }
+
+    #[test]
+    fn a_long_conversation_is_within_the_limits() {
+        let source = "{% set ns = namespace(n=0) %}{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c | tojson }}\
+                      {% endfor %}{% set ns.n = ns.n + 1 %}{{ '<' + m.role + '>' + m.content.strip() }}{% endfor %}";
+        let message = json!({"role": "user", "content": "word ".repeat(1000), "tool_calls": [{"a": [1, 2, 3]}]});
+        let text = render(source, Value::Array(vec![message; 4000])).unwrap().text;
+        assert!(text.len() > 20_000_000);
+    }
+
+    #[test]
+    fn a_raised_exception_keeps_its_message() {
+        let e = render("a\n{{ raise_exception('roles must alternate') }}", json!([])).unwrap_err().to_string();
+        assert_eq!(e, "m: chat template: roles must alternate (line 2)");
+    }
+}

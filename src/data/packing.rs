@@ -1,0 +1,139 @@
+//! Which sequences share a row, by TRL's three strategies. Floor 4.
+//!
+//! Invariant: the packs, and their order, are those of TRL 1.16.0's `pack_dataset`, which packs batches of 1,000
+//! examples one by one. No token is in two packs.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+/// TRL's `packing_strategy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PackingStrategy {
+    /// Best fit, longest first. A sequence beyond the limit loses its end.
+    #[default]
+    Bfd,
+    /// As `Bfd`, but a sequence beyond the limit is cut into pieces that are packed as sequences of their own.
+    BfdSplit,
+    /// All tokens end to end, cut every `max_len`. A pack is ONE sequence: positions run on and attention crosses from
+    /// example to example.
+    Wrapped,
+}
+
+impl PackingStrategy {
+    /// Whether every piece is a sequence of its own: its positions start at 0, and it sees no other piece.
+    pub fn isolates(self) -> bool {
+        self != PackingStrategy::Wrapped
+    }
+}
+
+/// A pack: (example, its tokens), in order.
+pub type Pack = Vec<(usize, Range<usize>)>;
+
+pub fn pack(strategy: PackingStrategy, lengths: &[usize], max_len: usize) -> Vec<Pack> {
+    match strategy {
+        PackingStrategy::Bfd => pack_bfd(lengths, max_len),
+        PackingStrategy::BfdSplit => pack_bfd_split(lengths, max_len),
+        PackingStrategy::Wrapped => pack_wrapped(lengths, max_len),
+    }
+}
+
+pub fn pack_bfd(lengths: &[usize], max_len: usize) -> Vec<Pack> {
+    best_fit(lengths, max_len, |i, n| vec![(i, 0..n.min(max_len))])
+}
+
+pub fn pack_bfd_split(lengths: &[usize], max_len: usize) -> Vec<Pack> {
+    best_fit(lengths, max_len, |i, n| {
+        (0..n).step_by(max_len).map(|start| (i, start..(start + max_len).min(n))).collect()
+    })
+}
+
+pub fn pack_wrapped(lengths: &[usize], max_len: usize) -> Vec<Pack> {
+    let mut packs: Vec<Pack> = Vec::new();
+    if max_len == 0 {
+        return packs;
+    }
+    for (batch, lengths) in lengths.chunks(BATCH).enumerate() {
+        let mut room = 0;
+        for (i, &n) in lengths.iter().enumerate() {
+            let mut start = 0;
+            while start < n {
+                if room == 0 {
+                    packs.push(Vec::new());
+                    room = max_len;
+                }
+                let take = room.min(n - start);
+                if let Some(pack) = packs.last_mut() {
+                    pack.push((batch * BATCH + i, start..start + take));
+                }
+                start += take;
+                room -= take;
+            }
+        }
+    }
+    packs
+}
+
+/// `datasets.map(batched=True)` works on this many examples at a time.
+const BATCH: usize = 1000;
+
+fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> Pack) -> Vec<Pack> {
+    let mut packs = Vec::new();
+    if max_len == 0 {
+        return packs;
+    }
+    for (batch, lengths) in lengths.chunks(BATCH).enumerate() {
+        let whole = lengths.iter().enumerate().filter(|(_, n)| **n > 0);
+        let mut pieces: Pack = whole.flat_map(|(i, n)| split(batch * BATCH + i, *n)).collect();
+        pieces.sort_by_key(|(_, tokens)| std::cmp::Reverse(tokens.len())); // stable: ties keep their order
+        let first = packs.len();
+        // packs with room, by room left; those with equal room take turns, the oldest first
+        let mut open: BTreeMap<usize, VecDeque<usize>> = BTreeMap::new();
+        for piece in pieces {
+            let need = piece.1.len();
+            let fit = open.range(need..).next().map(|(&room, _)| room);
+            let (at, room) = match fit.and_then(|room| Some((open.get_mut(&room)?.pop_front()?, room))) {
+                Some((at, room)) => {
+                    if open.get(&room).is_some_and(VecDeque::is_empty) {
+                        open.remove(&room);
+                    }
+                    (at, room)
+                }
+                None => {
+                    packs.push(Vec::new());
+                    (packs.len() - 1, max_len)
+                }
+            };
+            debug_assert!(at >= first);
+            packs[at].push(piece);
+            if room > need {
+                open.entry(room - need).or_default().push_back(at);
+            }
+        }
+    }
+    packs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_is_packed_once() {
+        let lengths: Vec<usize> = (0..2500).map(|i| i * 7919 % 61).collect();
+        for strategy in [PackingStrategy::Bfd, PackingStrategy::BfdSplit, PackingStrategy::Wrapped] {
+            let packs = pack(strategy, &lengths, 40);
+            let mut seen: Vec<Vec<bool>> = lengths.iter().map(|n| vec![false; *n]).collect();
+            for pack in &packs {
+                assert!(pack.iter().map(|(_, t)| t.len()).sum::<usize>() <= 40);
+                for (i, tokens) in pack {
+                    assert!(seen[*i][tokens.clone()].iter().all(|s| !s));
+                    seen[*i][tokens.clone()].fill(true);
+                }
+            }
+            let kept: usize = seen.iter().flatten().filter(|s| **s).count();
+            let cut = strategy == PackingStrategy::Bfd;
+            assert_eq!(kept, lengths.iter().map(|n| if cut { *n.min(&40) } else { *n }).sum::<usize>());
+        }
+        assert!(pack_bfd(&[0, 0], 4).is_empty() && pack_wrapped(&[], 4).is_empty());
+    }
+}

@@ -1,0 +1,339 @@
+//! Text to token ids and back, from a model folder's `tokenizer.json` and `tokenizer_config.json`. Floor 4.
+//!
+//! Invariant: ids are those of the Hugging Face tokenizer; the file's own truncation and padding settings are switched
+//! off, so a text is never cut here, and a broken file is an error, never a panic.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::folder;
+use super::panics::caught;
+use crate::error::{Error, Result};
+
+/// First character of a token and the one after its last.
+pub type CharSpan = (usize, usize);
+
+/// A loaded tokenizer. Cheap to share between threads by reference.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    dir: PathBuf,
+    special: Map<String, Value>,
+    chat_template: Option<String>,
+    files: Vec<PathBuf>,
+    vocab_size: usize,
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of a model folder.
+    pub fn load(dir: &Path) -> Result<Tokenizer> {
+        let path = dir.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(Error::model(dir, missing_tokenizer(dir)));
+        }
+        let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+        let parsed = caught(|| tokenizers::Tokenizer::from_bytes(&bytes))
+            .map_err(|panic| broken(&path, &panic))?
+            .map_err(|e| broken(&path, &e.to_string()))?;
+        let mut inner = parsed;
+        inner.with_truncation(None).map_err(|e| broken(&path, &e.to_string()))?;
+        inner.with_padding(None);
+
+        let config = folder::read_json_object(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+        let special_file = folder::read_json_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let special = folder::special_tokens(&special_file, &config);
+        add_tokens(&mut inner, &special, &config, &path)?;
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
+        let tokenizer = Tokenizer {
+            inner,
+            dir: dir.to_path_buf(),
+            special,
+            chat_template: folder::find_chat_template(dir, &config)?,
+            files: folder::tokenizer_files(dir),
+            vocab_size,
+        };
+        tokenizer.check_special(&path)?;
+        Ok(tokenizer)
+    }
+
+    /// Ids of `text`. `add_special` adds what the post-processor adds (BOS for Llama); a rendered chat template wants
+    /// `false`, since it writes its own.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.failed("encode", &*e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Ids with the span of CHARACTERS (not bytes) that each token covers. Tokens that share one character have the
+    /// same span; added special tokens have an empty one.
+    pub fn encode_offsets(&self, text: &str, add_special: bool) -> Result<(Vec<u32>, Vec<CharSpan>)> {
+        let encoding = self.inner.encode_char_offsets(text, add_special).map_err(|e| self.failed("encode", &*e))?;
+        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+    }
+
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special).map_err(|e| self.failed("decode", &*e))
+    }
+
+    /// Decodes a growing list of ids piece by piece, for printing while sampling.
+    pub fn stream(&self, skip_special: bool) -> DecodeStream<'_> {
+        DecodeStream { tokenizer: self, skip_special, ids: Vec::new(), start: 0, end: 0 }
+    }
+
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The largest id plus one. A model may have more rows than this (padding), never fewer.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    pub fn eos_token(&self) -> Option<&str> {
+        self.named("eos_token")
+    }
+
+    pub fn eos_id(&self) -> Option<u32> {
+        self.token_to_id(self.eos_token()?)
+    }
+
+    pub fn bos_token(&self) -> Option<&str> {
+        self.named("bos_token")
+    }
+
+    pub fn bos_id(&self) -> Option<u32> {
+        self.token_to_id(self.bos_token()?)
+    }
+
+    pub fn pad_token(&self) -> Option<&str> {
+        self.named("pad_token")
+    }
+
+    pub fn pad_id(&self) -> Option<u32> {
+        self.token_to_id(self.pad_token()?)
+    }
+
+    /// The variables a chat template sees: `bos_token`, `eos_token`, and the other named special tokens.
+    pub fn special_tokens(&self) -> &Map<String, Value> {
+        &self.special
+    }
+
+    /// The source of the folder's chat template, if it has one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// Every tokenizer file of the folder: a model writer copies these byte for byte.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// The folder it was read from.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn named(&self, key: &str) -> Option<&str> {
+        self.special.get(key).and_then(Value::as_str)
+    }
+
+    /// A named special token that the vocabulary lacks would silently become ordinary text.
+    fn check_special(&self, path: &Path) -> Result<()> {
+        for key in ["eos_token", "bos_token"] {
+            if let Some(token) = self.named(key)
+                && self.token_to_id(token).is_none()
+            {
+                let message = format!(
+                    "tokenizer_config.json names {key} {token:?}, which the vocabulary of this file does not have; \
+                     copy both files from the same model, or correct {key}"
+                );
+                return Err(Error::model(path, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&self, what: &str, error: &dyn std::fmt::Display) -> Error {
+        Error::model(self.dir.join("tokenizer.json"), format!("could not {what}: {error}"))
+    }
+}
+
+/// See [`Tokenizer::stream`]. Text comes out as soon as its characters are whole.
+pub struct DecodeStream<'a> {
+    tokenizer: &'a Tokenizer,
+    skip_special: bool,
+    ids: Vec<u32>,
+    start: usize, // the window that is decoded begins here, so that a leading space keeps its context
+    end: usize,   // ids before this one have been given out
+}
+
+impl DecodeStream<'_> {
+    /// Adds an id; returns the new text, empty while a character is incomplete.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let text = self.window()?;
+        if text.ends_with('\u{FFFD}') { Ok(String::new()) } else { Ok(self.advance(text)) }
+    }
+
+    /// What is left, incomplete characters included.
+    pub fn finish(mut self) -> Result<String> {
+        let text = self.window()?;
+        Ok(self.advance(text))
+    }
+
+    /// The text of the window beyond what was given out.
+    fn window(&self) -> Result<String> {
+        let given = self.tokenizer.decode(&self.ids[self.start..self.end], self.skip_special)?;
+        let all = self.tokenizer.decode(&self.ids[self.start..], self.skip_special)?;
+        Ok(all.strip_prefix(given.as_str()).unwrap_or_default().to_string())
+    }
+
+    fn advance(&mut self, text: String) -> String {
+        if !text.is_empty() {
+            self.start = self.end;
+            self.end = self.ids.len();
+        }
+        text
+    }
+}
+
+/// Tokens that tokenizer_config.json names and `added_tokens` of tokenizer.json leaves out: transformers adds them, so
+/// that their text is one token wherever it stands.
+fn add_tokens(
+    inner: &mut tokenizers::Tokenizer,
+    special: &Map<String, Value>,
+    config: &Map<String, Value>,
+    path: &Path,
+) -> Result<()> {
+    let known = |inner: &tokenizers::Tokenizer, text: &str| inner.get_added_vocabulary().get_vocab().contains_key(text);
+    for (id, mut token) in folder::added_tokens(config) {
+        if known(inner, &token.content) {
+            continue;
+        }
+        token.special |= special.values().any(|s| s.as_str() == Some(&token.content));
+        let text = token.content.clone();
+        inner.add_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
+        if inner.token_to_id(&text) != Some(id) {
+            let message = format!(
+                "tokenizer_config.json gives token {text:?} the id {id}, which does not follow from this file; \
+                 save the tokenizer again with transformers"
+            );
+            return Err(Error::model(path, message));
+        }
+    }
+    for text in special.values().filter_map(Value::as_str) {
+        if !known(inner, text) && inner.token_to_id(text).is_some() {
+            let token = tokenizers::AddedToken::from(text, true);
+            inner.add_special_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
+        }
+    }
+    Ok(())
+}
+
+fn broken(path: &Path, why: &str) -> Error {
+    let why: String = why.chars().take(200).collect();
+    let message = format!(
+        "not a tokenizer that can be read ({why}); download the file again, or save it again with transformers"
+    );
+    Error::model(path, message)
+}
+
+fn missing_tokenizer(dir: &Path) -> String {
+    let sentencepiece = ["tokenizer.model", "spiece.model", "vocab.json"].iter().find(|f| dir.join(f).is_file());
+    match sentencepiece {
+        Some(f) => format!(
+            "has {f} but no tokenizer.json; convert it once with transformers: \
+             AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        ),
+        None => "has no tokenizer.json; copy it from the model's repository".to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::bpe;
+
+    fn tiny(dir: &Path) -> Tokenizer {
+        let texts = ["one two three two one", "naïve 日本語 🙂 one two"];
+        let trained = bpe::train_bpe(texts.into_iter(), 300, &["<|end|>", "<|pad|>"]).unwrap();
+        trained.write(dir, "<|end|>", "<|pad|>", Some("{{ messages[0].content }}")).unwrap();
+        Tokenizer::load(dir).unwrap()
+    }
+
+    #[test]
+    fn text_survives_encode_and_decode() {
+        let dir = tempfile::tempdir().unwrap();
+        let t = tiny(dir.path());
+        for text in ["one two", "  日本語\n\t🙂🙂 x<|end|>", ""] {
+            assert_eq!(t.decode(&t.encode(text, false).unwrap(), false).unwrap(), text);
+        }
+        assert_eq!((t.eos_token(), t.pad_token(), t.bos_id()), (Some("<|end|>"), Some("<|pad|>"), None));
+        assert_eq!(t.encode("<|end|>", false).unwrap(), vec![t.eos_id().unwrap()]);
+        assert_eq!(t.chat_template(), Some("{{ messages[0].content }}"));
+        assert_eq!(t.files().len(), 3);
+        assert!(t.vocab_size() > 256 && t.vocab_size() <= 300);
+    }
+
+    #[test]
+    fn a_stream_gives_the_same_text_as_one_decode() {
+        let dir = tempfile::tempdir().unwrap();
+        let t = tiny(dir.path());
+        let text = "naïve 🙂🙂 日本語 one two";
+        let mut stream = t.stream(true);
+        let mut out = String::new();
+        for id in t.encode(text, false).unwrap() {
+            let piece = stream.push(id).unwrap();
+            assert!(!piece.contains('\u{FFFD}'));
+            out += &piece;
+        }
+        assert_eq!(out + &stream.finish().unwrap(), text);
+    }
+
+    #[test]
+    fn a_broken_file_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = |text: &str| {
+            std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
+            Tokenizer::load(dir.path()).map(|_| ()).unwrap_err().to_string()
+        };
+        for text in
+            ["", "{", "[]", "{\"version\":\"1.0\",\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[\"a b\"]}}"]
+        {
+            assert!(said(text).contains("tokenizer.json: not a tokenizer that can be read"), "{}", said(text));
+        }
+        let empty = tempfile::tempdir().unwrap();
+        assert!(Tokenizer::load(empty.path()).map(|_| ()).unwrap_err().to_string().contains("no tokenizer.json"));
+    }
+
+    #[test]
+    fn mutated_files_never_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        tiny(dir.path());
+        let path = dir.path().join("tokenizer.json");
+        let good = std::fs::read(&path).unwrap();
+        let mut state = 9u64;
+        let mut next = |n: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % n
+        };
+        for _ in 0..300 {
+            let mut bad = good.clone();
+            for _ in 0..1 + next(4) {
+                let at = next(bad.len());
+                match next(3) {
+                    0 => bad[at] = b"0123456789\"{}[],:null-"[next(22)],
+                    1 => drop(bad.drain(at..(at + 1 + next(40)).min(bad.len()))),
+                    _ => bad.insert(at, b"9\"}x"[next(4)]),
+                }
+            }
+            std::fs::write(&path, bad).unwrap();
+            if let Ok(t) = Tokenizer::load(dir.path()) {
+                let _ = t.encode("one 🙂 two", true);
+            }
+        }
+    }
+}

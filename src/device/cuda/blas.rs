@@ -1,0 +1,389 @@
+//! cuBLASLt, the one library seam: plain matrix products with one algorithm fixed for each shape.
+//!
+//! Invariant: a product's bits are a function of its operands and its [`Key`]. The heuristic is asked once a key, split-K
+//! is allowed only with reductions in a fixed order, f32 never becomes TF32. The algorithm does depend on m. So an exact
+//! context must not come here for forward (NT) products, whose kernel is chosen by (n, k, dtype) alone: the caller
+//! decides (`ops::matmul` asks only when the context is not exact); backward products may always come.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::cublaslt::result::{self as lt, CublasError};
+use cudarc::cublaslt::sys;
+use cudarc::driver::result as driver;
+use cudarc::driver::sys::CUstream;
+
+use crate::device::{DType, Gemm, Layout};
+use crate::error::{Error, Result};
+
+const WORKSPACE: usize = 32 << 20;
+
+pub struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: u64,
+    version: usize,
+    /// None: the library has no algorithm for this key.
+    plans: Mutex<HashMap<Key, Option<Plan>>>,
+}
+
+/// All that the choice of an algorithm may depend on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    layout: Layout,
+    m: usize,
+    n: usize,
+    k: usize,
+    strides: [usize; 3],
+    input: DType,
+    output: DType,
+    bias: Option<DType>,
+    accumulate: bool,
+    /// Of A, B and C: the largest power of two, to 256, that divides the address.
+    aligned: [u32; 3],
+    bias_aligned: u32,
+}
+
+/// One operand as the column-major library sees it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Matrix {
+    rows: usize,
+    cols: usize,
+    ld: usize,
+    transpose: bool,
+}
+
+/// A row-major matrix is the column-major one of its transpose. So C^T = op(B)^T op(A)^T is asked for: B comes first,
+/// A second, and D is C^T, n x m.
+fn columns(layout: Layout, (m, n, k): (usize, usize, usize), [lda, ldb, ldc]: [usize; 3]) -> [Matrix; 3] {
+    let matrix = |rows, cols, ld, transpose| Matrix { rows, cols, ld, transpose };
+    // Stored [rows, cols] row-major = cols x rows column-major.
+    let first = match layout {
+        Layout::NT => matrix(k, n, ldb, true),
+        Layout::NN | Layout::TN => matrix(n, k, ldb, false),
+    };
+    let second = match layout {
+        Layout::NT | Layout::NN => matrix(k, m, lda, false),
+        Layout::TN => matrix(m, k, lda, true),
+    };
+    [first, second, matrix(n, m, ldc, false)]
+}
+
+fn aligned(address: u64) -> u32 {
+    1 << address.trailing_zeros().min(8)
+}
+
+fn data_type(dtype: DType) -> sys::cudaDataType {
+    if dtype == DType::BF16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F }
+}
+
+fn failed(what: &'static str) -> impl Fn(CublasError) -> Error {
+    move |e| Error::Device(format!("cuBLASLt, {what}: {e:?}. TEMPER_CUBLASLT=none runs without the library."))
+}
+
+/// Descriptors and the algorithm of one key.
+struct Plan {
+    product: sys::cublasLtMatmulDesc_t,
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+// SAFETY: plain heap objects of the library, used under the lock only.
+unsafe impl Send for Plan {}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: created in `Plan::new`, destroyed once; null where creation stopped halfway.
+        unsafe {
+            for layout in self.layouts.into_iter().filter(|l| !l.is_null()) {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+            if !self.product.is_null() {
+                let _ = lt::destroy_matmul_desc(self.product);
+            }
+        }
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: created once, destroyed once.
+        let _ = unsafe { lt::destroy_matmul_pref(self.0) };
+    }
+}
+
+impl Preference {
+    fn set<T: Copy>(&self, what: sys::cublasLtMatmulPreferenceAttributes_t, value: T) -> Result<(), CublasError> {
+        // SAFETY: the library copies `size_of::<T>()` bytes; each call below passes the documented type.
+        unsafe { lt::set_matmul_pref_attribute(self.0, what, (&raw const value).cast(), size_of::<T>()) }
+    }
+}
+
+impl Plan {
+    fn set<T: Copy>(&self, what: sys::cublasLtMatmulDescAttributes_t, value: T) -> Result<(), CublasError> {
+        // SAFETY: as in `Preference::set`.
+        unsafe { lt::set_matmul_desc_attribute(self.product, what, (&raw const value).cast(), size_of::<T>()) }
+    }
+
+    fn new(handle: sys::cublasLtHandle_t, key: &Key, bias: u64) -> Result<Plan, CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t::*;
+        use sys::cublasLtMatmulPreferenceAttributes_t::*;
+        use sys::cublasLtReductionScheme_t::*;
+        let operands = columns(key.layout, (key.m, key.n, key.k), key.strides);
+        // COMPUTE_32F: float products and float sums; TF32 has a compute type of its own, which nothing here asks for.
+        let product =
+            lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)?;
+        let algorithm = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
+        let mut plan = Plan { product, layouts: [std::ptr::null_mut(); 3], algorithm };
+        // cublasOperation_t, which the bindings lack: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
+        let op = |m: &Matrix| i32::from(m.transpose);
+        plan.set(CUBLASLT_MATMUL_DESC_TRANSA, op(&operands[0]))?;
+        plan.set(CUBLASLT_MATMUL_DESC_TRANSB, op(&operands[1]))?;
+        if let Some(dtype) = key.bias {
+            plan.set(CUBLASLT_MATMUL_DESC_EPILOGUE, sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+            plan.set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, data_type(dtype))?;
+            plan.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
+        }
+        for (i, (m, dtype)) in operands.iter().zip([key.input, key.input, key.output]).enumerate() {
+            plan.layouts[i] = lt::create_matrix_layout(data_type(dtype), m.rows as u64, m.cols as u64, m.ld as i64)?;
+        }
+        let preference = Preference(lt::create_matmul_pref()?);
+        preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
+        // Split-K: COMPUTE_TYPE sums float parts from the workspace in a step of its own; INPLACE adds them one after the
+        // other in C's type, which is no loss for a float C only. Neither uses atomics. NONE is always allowed.
+        let schemes = match key.output {
+            DType::F32 => CUBLASLT_REDUCTION_SCHEME_INPLACE as u32 | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
+            _ => CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
+        };
+        preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes)?;
+        // The library's A is our B.
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.aligned[1])?;
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.aligned[0])?;
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.aligned[2])?;
+        preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.aligned[2])?;
+        let [a, b, c] = plan.layouts;
+        // SAFETY: live descriptors.
+        let found = unsafe { lt::get_matmul_algo_heuristic(handle, plan.product, a, b, c, c, preference.0)? };
+        plan.algorithm = found.algo;
+        Ok(plan)
+    }
+}
+
+/// True for what the library says when it has nothing for a shape: the engine's own kernel runs then.
+fn unsupported(e: &CublasError) -> bool {
+    use sys::cublasStatus_t::*;
+    matches!(e.0, CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_INVALID_VALUE | CUBLAS_STATUS_ARCH_MISMATCH)
+}
+
+impl Blas {
+    /// None if the library is not there. Called with the context bound.
+    pub fn new() -> Result<Option<Blas>> {
+        if !load_library() {
+            return Ok(None);
+        }
+        // SAFETY: the library is there; this function takes nothing.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        // 12 and 13 have the same calls and struct sizes; others are unknown.
+        if !(120_000..140_000).contains(&version) {
+            return Ok(None);
+        }
+        let handle = lt::create_handle().map_err(failed("start"))?;
+        let mut blas = Blas { handle, workspace: 0, version, plans: Mutex::default() };
+        // SAFETY: new memory, freed in `Drop`.
+        blas.workspace = unsafe { driver::malloc_sync(WORKSPACE) }
+            .map_err(|e| Error::OutOfMemory(format!("cuBLASLt's workspace of 32 MiB: {e:?}")))?;
+        Ok(Some(blas))
+    }
+
+    pub fn version(&self) -> String {
+        format!("{}.{}.{}", self.version / 10_000, self.version / 100 % 100, self.version % 100)
+    }
+
+    /// # Safety
+    /// The operands lie in live device memory, the stream is that of the bound context.
+    pub unsafe fn run(&self, g: &Gemm, stream: CUstream) -> Result<bool> {
+        let ((a, input, lda), (b, other, ldb), (c, output, ldc)) = (g.a, g.b, g.c);
+        let float = |d: DType| d == DType::F32 || d == DType::BF16;
+        let pair = input == other && float(input) && float(output) && (output == input || output == DType::F32);
+        if !pair || g.m == 0 || g.n == 0 || g.k == 0 {
+            return Ok(false);
+        }
+        let bias = g.bias.map_or(0, |b| b.0);
+        let key = Key {
+            layout: g.layout,
+            m: g.m,
+            n: g.n,
+            k: g.k,
+            strides: [lda, ldb, ldc],
+            input,
+            output,
+            bias: g.bias.map(|b| b.1),
+            accumulate: g.accumulate,
+            aligned: [aligned(a), aligned(b), aligned(c)],
+            bias_aligned: aligned(bias),
+        };
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if !plans.contains_key(&key) {
+            let plan = match Plan::new(self.handle, &key, bias) {
+                Ok(plan) => Some(plan),
+                Err(e) if unsupported(&e) => None,
+                Err(e) => return Err(failed("choosing an algorithm")(e)),
+            };
+            plans.insert(key, plan);
+        }
+        let Some(Some(plan)) = plans.get(&key) else { return Ok(false) };
+        if key.bias.is_some() {
+            let what = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+            plan.set(what, bias).map_err(failed("bias"))?;
+        }
+        let (one, beta) = (1f32, if g.accumulate { 1f32 } else { 0f32 });
+        let [first, second, d] = plan.layouts;
+        // SAFETY: the caller's promise; B is the library's first operand (see `columns`), D is written over C.
+        let ran = unsafe {
+            lt::matmul(
+                self.handle,
+                plan.product,
+                (&raw const one).cast(),
+                (&raw const beta).cast(),
+                b as *const c_void,
+                first,
+                a as *const c_void,
+                second,
+                c as *const c_void,
+                d,
+                c as *mut c_void,
+                d,
+                &plan.algorithm,
+                self.workspace as *mut c_void,
+                WORKSPACE,
+                stream.cast(),
+            )
+        };
+        match ran {
+            Ok(()) => Ok(true),
+            // Said before anything runs: the key has no algorithm after all.
+            Err(e) if unsupported(&e) => {
+                plans.insert(key, None);
+                Ok(false)
+            }
+            Err(e) => Err(failed("matrix product")(e)),
+        }
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        // SAFETY: the stream was waited for; nothing uses the workspace or the handle any more.
+        unsafe {
+            if self.workspace != 0 {
+                let _ = driver::free_sync(self.workspace);
+            }
+            let _ = lt::destroy_handle(self.handle);
+        }
+    }
+}
+
+/// cudarc opens the library by name only. A library that is already open under its soname (libcublasLt.so.13) is found
+/// that way too, wherever it lies: so one from a known folder is opened here first. `TEMPER_CUBLASLT` is the file or its
+/// folder, `none` for no library at all; without it LD_LIBRARY_PATH and the system's folders count, then the Python
+/// environment's wheels.
+fn load_library() -> bool {
+    let wish = std::env::var_os("TEMPER_CUBLASLT");
+    if wish.as_ref().is_some_and(|w| w == "none") {
+        return false;
+    }
+    // SAFETY: only tries to open the library.
+    let present = || unsafe { sys::is_culib_present() };
+    let folders: Vec<PathBuf> = match &wish {
+        Some(path) => vec![PathBuf::from(path)],
+        None if present() => return true,
+        None => wheel_folders(),
+    };
+    let opened = folders.iter().flat_map(|f| candidates(f)).any(|path| open(&path));
+    (opened || wish.is_none()) && present()
+}
+
+fn candidates(place: &Path) -> Vec<PathBuf> {
+    if place.is_dir() {
+        ["libcublasLt.so.13", "libcublasLt.so.12"].iter().map(|n| place.join(n)).collect()
+    } else {
+        vec![place.to_path_buf()]
+    }
+}
+
+/// `site-packages/nvidia/cu13/lib` (CUDA 13 wheels) and `site-packages/nvidia/cublas/lib` (12) of the active environment.
+fn wheel_folders() -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    for root in ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(std::env::var_os) {
+        for python in std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten().flatten() {
+            let nvidia = python.path().join("site-packages/nvidia");
+            folders.extend([nvidia.join("cu13/lib"), nvidia.join("cublas/lib")]);
+        }
+    }
+    folders.push("/usr/local/cuda/lib64".into());
+    folders
+}
+
+fn open(path: &Path) -> bool {
+    let Some(name) = path.is_file().then(|| CString::new(path.as_os_str().as_encoded_bytes()).ok()).flatten() else {
+        return false;
+    };
+    // SAFETY: a NUL-terminated path of a file that is there. The handle is kept for the life of the process.
+    !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Element (r, c) of what the library sees after the operation.
+    fn seen(m: &Matrix, data: &[f64], r: usize, c: usize) -> f64 {
+        let (r, c) = if m.transpose { (c, r) } else { (r, c) };
+        assert!(r < m.rows && c < m.cols && m.ld >= m.rows);
+        data[c * m.ld + r]
+    }
+
+    #[test]
+    fn the_column_major_view_of_each_layout_is_the_row_major_product() {
+        for layout in [Layout::NT, Layout::NN, Layout::TN] {
+            for (m, n, k) in [(3, 5, 4), (1, 7, 2), (6, 1, 5)] {
+                let (a_rows, a_cols) = if layout == Layout::TN { (k, m) } else { (m, k) };
+                let (b_rows, b_cols) = if layout == Layout::NT { (n, k) } else { (k, n) };
+                let strides = [a_cols + 3, b_cols + 1, n + 2];
+                let a: Vec<f64> = (0..a_rows * strides[0]).map(|i| (i * 7 % 13) as f64).collect();
+                let b: Vec<f64> = (0..b_rows * strides[1]).map(|i| (i * 5 % 11) as f64).collect();
+                let [first, second, d] = columns(layout, (m, n, k), strides);
+                assert_eq!((d.rows, d.cols, d.transpose), (n, m, false));
+                for row in 0..m {
+                    for col in 0..n {
+                        let at = |i: usize| {
+                            let p =
+                                if layout == Layout::TN { a[i * strides[0] + row] } else { a[row * strides[0] + i] };
+                            let q =
+                                if layout == Layout::NT { b[col * strides[1] + i] } else { b[i * strides[1] + col] };
+                            p * q
+                        };
+                        let want: f64 = (0..k).map(at).sum();
+                        let got: f64 = (0..k).map(|i| seen(&first, &b, col, i) * seen(&second, &a, i, row)).sum();
+                        assert_eq!(got, want, "{layout:?} {m} {n} {k}");
+                        assert_eq!(row * strides[2] + col, row * d.ld + col, "C is written where it belongs");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn alignment_is_capped_at_256() {
+        assert_eq!([aligned(0x1000), aligned(0x1010), aligned(2), aligned(1), aligned(0)], [256, 16, 2, 1, 256]);
+    }
+
+    #[test]
+    fn no_library_is_not_an_error() {
+        assert_eq!(candidates(Path::new("/nowhere/libcublasLt.so.13")).len(), 1);
+        assert!(!open(Path::new("/nowhere/libcublasLt.so.13")));
+    }
+}

@@ -1,0 +1,246 @@
+//! Supervised fine-tuning: the negative log-likelihood of the target tokens.
+//!
+//! loss = -(1/T) sum over the targets t of the step batch of log p(t | tokens before it), T their number over all
+//! micro-batches of the optimizer step (the first token of a sequence is never a target). The gradient of a batch of 8 is
+//! that of 8 batches of 1 accumulated, up to rounding. TRL 1.16.0 (`loss_type="nll"`) normalises in the same way.
+//! Metrics: `entropy` and `mean_token_accuracy`, means over the targets of a micro-batch.
+//!
+//! Floor 5. Invariant: packing changes which rows are computed together, never what a sequence sees.
+
+use std::path::Path;
+
+use crate::config::SftConfig;
+use crate::cx::Cx;
+use crate::data::chat::ChatTemplate;
+use crate::data::packing::{PackingStrategy, pack};
+use crate::data::rows::Row;
+use crate::data::sft::{SftExample, SftOptions, SftStats, prepare};
+use crate::data::tokenizer::Tokenizer;
+use crate::device::DType;
+use crate::error::{Error, Result};
+use crate::methods::{Method, StepReport};
+use crate::model::batch::{Batch, Sequence};
+use crate::model::decoder::Decoder;
+use crate::ops::head::{HeadOut, head_loss};
+use crate::tape::Tape;
+use crate::tensor::Tensor;
+
+/// One row of the step batch: a sequence, or a pack of several that do not see each other.
+struct TrainRow {
+    sequences: Vec<(Vec<u32>, Vec<bool>)>,
+    source: String,
+}
+
+pub struct Sft {
+    train: Vec<TrainRow>,
+    eval: Vec<TrainRow>,
+    /// Longest sequence of either set.
+    pub longest: usize,
+}
+
+impl Sft {
+    /// Tokenises, truncates and packs. Returns the statistics of the training rows, to be printed.
+    pub fn new(
+        config: &SftConfig,
+        tokenizer: &Tokenizer,
+        template: Option<&ChatTemplate>,
+        vocab: usize,
+        train: &[Row],
+        eval: &[Row],
+    ) -> Result<(Sft, SftStats)> {
+        let options = options(config);
+        let (examples, stats) = prepare(train, tokenizer, template, vocab, &options)?;
+        let train = rows(&examples, train, &options)?;
+        let eval = if eval.is_empty() {
+            Vec::new()
+        } else {
+            rows(&prepare(eval, tokenizer, template, vocab, &options)?.0, eval, &options)?
+        };
+        let longest = train.iter().chain(&eval).flat_map(|r| &r.sequences).map(|s| s.0.len()).max().unwrap_or(1);
+        Ok((Sft { train, eval, longest }, stats))
+    }
+
+    /// For pretraining on token streams and for tests: sequences with their masks, one a row.
+    pub fn from_sequences(sequences: Vec<(Vec<u32>, Vec<bool>)>) -> Sft {
+        let longest = sequences.iter().map(|s| s.0.len()).max().unwrap_or(1);
+        let row = |(i, s)| TrainRow { sequences: vec![s], source: format!("row {}", i + 1) };
+        Sft { train: sequences.into_iter().enumerate().map(row).collect(), eval: Vec::new(), longest }
+    }
+
+    fn batch(&self, cx: &Cx, model: &Decoder, set: &[TrainRow], rows: &[usize]) -> Result<Batch> {
+        let sequences: Vec<Sequence> = rows
+            .iter()
+            .flat_map(|r| &set[*r].sequences)
+            .map(|(ids, mask)| Sequence { ids, target: Some(mask) })
+            .collect();
+        Batch::new(cx, &sequences, model.config.vocab_size)
+    }
+}
+
+impl Method for Sft {
+    fn name(&self) -> &'static str {
+        "sft"
+    }
+
+    fn rows(&self) -> usize {
+        self.train.len()
+    }
+
+    fn eval_rows(&self) -> usize {
+        self.eval.len()
+    }
+
+    fn step(
+        &mut self,
+        cx: &mut Cx,
+        model: &Decoder,
+        micro_batches: &[&[usize]],
+        checkpoint: bool,
+    ) -> Result<StepReport> {
+        let targets: usize = micro_batches.iter().flat_map(|m| m.iter()).map(|r| self.train[*r].targets()).sum();
+        let weight = 1.0 / targets.max(1) as f32;
+        let one = Tensor::from_host(&cx.pool, "loss", DType::F32, &[1], &[1f32])?;
+        let mut outs = Vec::new();
+        let mut tokens = 0;
+        for rows in micro_batches {
+            let batch = self.batch(cx, model, &self.train, rows)?;
+            tokens += batch.rows;
+            if batch.target_ids.is_empty() {
+                continue;
+            }
+            cx.tape = Some(Tape::default());
+            let (loss, out) = nll(cx, model, &batch, weight, checkpoint)?;
+            cx.backward(vec![(loss.clone(), one.clone())])?;
+            outs.push((loss, out, batch));
+        }
+        // Everything was launched; only now wait for the figures.
+        let mut report = StepReport { loss: 0.0, tokens, metrics: Vec::new() };
+        for (loss, out, batch) in &outs {
+            report.loss += loss.to_f32()?[0];
+            report.metrics.extend(metrics(out, batch)?);
+        }
+        Ok(report)
+    }
+
+    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<(&'static str, f64)>> {
+        let (mut nll_sum, mut count) = (0f64, 0usize);
+        let mut sums: Vec<(&'static str, f64, usize)> = Vec::new();
+        let rows: Vec<usize> = (0..self.eval.len()).collect();
+        for rows in rows.chunks(batch.max(1)) {
+            let batch = self.batch(cx, model, &self.eval, rows)?;
+            if batch.target_ids.is_empty() {
+                continue;
+            }
+            let (_, out) = nll(cx, model, &batch, 1.0, false)?;
+            nll_sum -= out.logp.to_f32()?.iter().map(|l| f64::from(*l)).sum::<f64>();
+            count += batch.target_ids.len();
+            for (name, value) in metrics(&out, &batch)? {
+                match sums.iter_mut().find(|s| s.0 == name) {
+                    Some(s) => (s.1, s.2) = (s.1 + value, s.2 + 1),
+                    None => sums.push((name, value, 1)),
+                }
+            }
+        }
+        let mut all = vec![("loss", nll_sum / count.max(1) as f64)];
+        all.extend(sums.into_iter().map(|(name, sum, n)| (name, sum / n as f64)));
+        Ok(all)
+    }
+
+    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
+        let batch = self.batch(cx, model, &self.train, &[row])?;
+        if batch.target_ids.is_empty() {
+            return Ok(0.0);
+        }
+        let (loss, _) = nll(cx, model, &batch, 1.0 / batch.target_ids.len() as f32, false)?;
+        Ok(loss.to_f32()?[0])
+    }
+
+    fn row_source(&self, row: usize) -> String {
+        self.train[row].source.clone()
+    }
+}
+
+impl TrainRow {
+    fn targets(&self) -> usize {
+        self.sequences.iter().map(|(_, mask)| mask.iter().skip(1).filter(|t| **t).count()).sum()
+    }
+}
+
+/// `-weight * sum of log-probs` of the batch's targets.
+fn nll(cx: &mut Cx, model: &Decoder, batch: &Batch, weight: f32, checkpoint: bool) -> Result<(Tensor, HeadOut)> {
+    let hidden = model.target_hidden(cx, batch, checkpoint)?;
+    let n = batch.target_ids.len();
+    let weights = Tensor::from_host(&cx.pool, "loss weights", DType::F32, &[n], &vec![weight; n])?;
+    head_loss(cx, &hidden, &model.head, &batch.targets, &weights, 1.0)
+}
+
+fn metrics(out: &HeadOut, batch: &Batch) -> Result<[(&'static str, f64); 2]> {
+    let n = batch.target_ids.len() as f64;
+    let entropy = out.entropy.to_f32()?.iter().map(|e| f64::from(*e)).sum::<f64>() / n;
+    let best = out.best.to_vec::<i32>()?;
+    let right = best.iter().zip(&batch.target_ids).filter(|(b, t)| **b as u32 == **t).count();
+    Ok([("entropy", entropy), ("mean_token_accuracy", right as f64 / n)])
+}
+
+fn options(config: &SftConfig) -> SftOptions {
+    use crate::{config, data};
+    SftOptions {
+        max_length: config.max_length,
+        truncation_mode: match config.truncation_mode {
+            config::TruncationMode::KeepStart => data::sft::TruncationMode::KeepStart,
+            config::TruncationMode::KeepEnd => data::sft::TruncationMode::KeepEnd,
+        },
+        on_truncation: match config.on_truncation {
+            config::OnTruncation::Truncate => data::sft::OnTruncation::Truncate,
+            config::OnTruncation::Drop => data::sft::OnTruncation::Drop,
+            config::OnTruncation::Error => data::sft::OnTruncation::Error,
+        },
+        dataset_text_field: config.dataset_text_field.clone(),
+        completion_only_loss: config.completion_only_loss,
+        assistant_only_loss: config.assistant_only_loss,
+        eos_token: config.eos_token.clone(),
+        packing: config.packing.then_some(match config.packing_strategy {
+            config::PackingStrategy::Bfd => PackingStrategy::Bfd,
+            config::PackingStrategy::BfdSplit => PackingStrategy::BfdSplit,
+            config::PackingStrategy::Wrapped => PackingStrategy::Wrapped,
+        }),
+    }
+}
+
+/// Examples to rows of the step batch: one each, or packs.
+fn rows(examples: &[SftExample], source: &[Row], options: &SftOptions) -> Result<Vec<TrainRow>> {
+    let name = |e: &SftExample| source.get(e.row).map(place).unwrap_or_default();
+    let (Some(strategy), Some(max_length)) = (options.packing, options.max_length) else {
+        let row = |e: &SftExample| TrainRow {
+            sequences: vec![(e.input_ids.clone(), e.target_mask.clone())],
+            source: name(e),
+        };
+        return Ok(examples.iter().map(row).collect());
+    };
+    let lengths: Vec<usize> = examples.iter().map(|e| e.input_ids.len()).collect();
+    let mut rows = Vec::new();
+    for pack in pack(strategy, &lengths, max_length) {
+        let mut sequences: Vec<(Vec<u32>, Vec<bool>)> = Vec::new();
+        let mut sources: Vec<String> = Vec::new();
+        for (example, range) in pack {
+            let e =
+                examples.get(example).ok_or_else(|| Error::Run("packing named an example that is not there".into()))?;
+            let (ids, mask) = (&e.input_ids[range.clone()], &e.target_mask[range]);
+            match sequences.last_mut().filter(|_| !strategy.isolates()) {
+                Some(last) => {
+                    last.0.extend_from_slice(ids);
+                    last.1.extend_from_slice(mask);
+                }
+                None => sequences.push((ids.to_vec(), mask.to_vec())),
+            }
+            sources.push(name(e));
+        }
+        sources.dedup();
+        rows.push(TrainRow { sequences, source: sources.join(" + ") });
+    }
+    Ok(rows)
+}
+
+fn place(row: &Row) -> String {
+    format!("{}:{}", <Path as AsRef<Path>>::as_ref(&row.file).display(), row.line)
+}

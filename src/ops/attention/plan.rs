@@ -1,0 +1,153 @@
+//! Which rows of a packed batch see which: made on the host once a batch, shared by all layers. Floor 2.
+//!
+//! Invariant: every table comes from the segments alone, and segments cover the rows in order, without gap or overlap.
+
+use std::sync::{Arc, OnceLock};
+
+use crate::cx::Cx;
+use crate::device::DType;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally all rows of its
+/// prefix segment, then its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    pub start: usize,
+    pub len: usize,
+    /// Index of the segment whose rows come first. It has no prefix itself.
+    pub prefix: Option<usize>,
+}
+
+#[derive(Debug)]
+pub struct AttnPlan {
+    pub segments: Vec<Segment>,
+    pub rows: usize,
+    /// Pairs of a query and a key that it sees (no window): 4 D flops each in a forward, 10 D in a backward.
+    pub pairs: f64,
+    tables: OnceLock<Tables>,
+}
+
+/// The index tables that kernels read.
+pub(super) struct Tables {
+    /// I32 [rows].
+    pub row_segment: Tensor,
+    /// I32 [n, 6]: start, length, start and length of the prefix, the range in `children`.
+    pub segments: Tensor,
+    /// I32: the segments that have a segment as their prefix.
+    pub children: Tensor,
+    /// Read by the tensor-core family. I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before them come first.
+    pub query_tiles: Tensor,
+    /// The same, in the order of the queries that see them.
+    pub key_tiles: Tensor,
+}
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}, {:?}", self.row_segment, self.segments)
+    }
+}
+
+/// Rows of one tile of the tensor-core kernels.
+pub(super) const TILE: usize = 64;
+
+impl AttnPlan {
+    /// Checks the segments and uploads the tables. Errors name the segment that is wrong.
+    pub fn new(cx: &Cx, segments: &[Segment]) -> Result<Arc<AttnPlan>> {
+        let plan = AttnPlan::on_host(segments)?;
+        plan.tables(cx)?;
+        Ok(plan)
+    }
+
+    /// As `new`, but the tables are uploaded at the first use.
+    pub fn on_host(segments: &[Segment]) -> Result<Arc<AttnPlan>> {
+        let wrong = |i: usize, what: String| Err(Error::op("attention", format!("segment {i}: {what}")));
+        let (mut rows, mut pairs) = (0, 0.0);
+        for (i, s) in segments.iter().enumerate() {
+            if s.start != rows || s.len == 0 {
+                return wrong(
+                    i,
+                    format!("starts at row {} with {} rows, expected row {rows} and some", s.start, s.len),
+                );
+            }
+            rows += s.len;
+            let mut before = 0;
+            if let Some(p) = s.prefix {
+                match segments.get(p) {
+                    Some(prefix) if p != i && prefix.prefix.is_none() => before = prefix.len,
+                    Some(_) => {
+                        return wrong(i, format!("its prefix {p} has a prefix itself; only one level is allowed"));
+                    }
+                    None => return wrong(i, format!("its prefix {p} is not there, there are {}", segments.len())),
+                }
+            }
+            pairs += s.len as f64 * (before as f64 + (s.len as f64 + 1.0) / 2.0);
+        }
+        if rows == 0 || rows > i32::MAX as usize / 2 {
+            return Err(Error::op("attention", format!("a batch of {rows} rows")));
+        }
+        Ok(Arc::new(AttnPlan { segments: segments.to_vec(), rows, pairs, tables: OnceLock::new() }))
+    }
+
+    /// Packed sequences of these lengths, nothing shared.
+    pub fn sequences(cx: &Cx, lengths: &[usize]) -> Result<Arc<AttnPlan>> {
+        let mut start = 0;
+        let segment = |&len: &usize| {
+            start += len;
+            Segment { start: start - len, len, prefix: None }
+        };
+        AttnPlan::new(cx, &lengths.iter().map(segment).collect::<Vec<_>>())
+    }
+
+    /// Rows that stand before a segment's own in its sequence.
+    pub fn before(&self, segment: usize) -> usize {
+        self.segments[segment].prefix.map_or(0, |p| self.segments[p].len)
+    }
+
+    pub(super) fn tables(&self, cx: &Cx) -> Result<&Tables> {
+        if let Some(tables) = self.tables.get() {
+            return Ok(tables);
+        }
+        let made = self.upload(cx)?;
+        Ok(self.tables.get_or_init(|| made))
+    }
+
+    fn upload(&self, cx: &Cx) -> Result<Tables> {
+        let n = self.segments.len();
+        let mut of_prefix: Vec<Vec<i32>> = vec![Vec::new(); n];
+        for (i, s) in self.segments.iter().enumerate() {
+            if let Some(p) = s.prefix {
+                of_prefix[p].push(i as i32);
+            }
+        }
+        let (mut row_segment, mut table, mut children) = (Vec::with_capacity(self.rows), Vec::new(), Vec::new());
+        let (mut by_keys, mut by_queries) = (Vec::new(), Vec::new());
+        for (i, s) in self.segments.iter().enumerate() {
+            row_segment.resize(s.start + s.len, i as i32);
+            let prefix_start = s.prefix.map_or(0, |p| self.segments[p].start);
+            let first_child = children.len();
+            children.extend(&of_prefix[i]);
+            table.extend([s.start, s.len, prefix_start, self.before(i), first_child, children.len()].map(|v| v as i32));
+            let in_children: usize = of_prefix[i].iter().map(|c| self.segments[*c as usize].len).sum();
+            for first in (0..s.len).step_by(TILE) {
+                by_keys.push((self.before(i) + first, i as i32, first as i32));
+                by_queries.push((s.len - first + in_children, i as i32, first as i32));
+            }
+        }
+        children.push(-1); // never read: a table is not empty
+        let order = |mut tiles: Vec<(usize, i32, i32)>| -> Vec<i32> {
+            tiles.sort_by_key(|t| (std::cmp::Reverse(t.0), t.1, t.2));
+            tiles.iter().flat_map(|t| [t.1, t.2]).collect()
+        };
+        let ints = |name: &str, data: &[i32], cols: usize| {
+            Tensor::from_host(&cx.pool, name, DType::I32, &[data.len() / cols, cols], data)
+        };
+        Ok(Tables {
+            row_segment: cx.ints("attention rows", &row_segment)?,
+            segments: ints("attention segments", &table, 6)?,
+            children: cx.ints("attention children", &children)?,
+            query_tiles: ints("attention query tiles", &order(by_keys), 2)?,
+            key_tiles: ints("attention key tiles", &order(by_queries), 2)?,
+        })
+    }
+}

@@ -1,0 +1,100 @@
+//! The optimizer's state over a parameter arena, and learning-rate schedules. Floor 4.
+//!
+//! Invariant: moments, master weights and gradients have the parameter arena's layout, so a step is one launch for each
+//! weight-decay group, and nothing in it depends on host data but a small upload.
+
+pub mod schedule;
+
+use crate::cx::Cx;
+use crate::device::DType;
+use crate::error::Result;
+use crate::model::params::ParamSet;
+use crate::ops::adamw::{AdamW, Slice, adamw, hyper, norm_and_clip};
+use crate::tensor::Tensor;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWConfig {
+    pub beta1: f32,
+    pub beta2: f32,
+    pub eps: f32,
+    pub weight_decay: f32,
+    /// Gradient clipping; 0: none.
+    pub max_grad_norm: f32,
+    /// bf16 only: no float master, stochastic rounding.
+    pub stochastic: bool,
+}
+
+pub struct Optimizer {
+    pub config: AdamWConfig,
+    /// F32 [len] beside bf16 weights; None where the weights are f32 themselves, or rounded stochastically.
+    pub master: Option<Tensor>,
+    pub m: Tensor,
+    pub v: Tensor,
+    pub grad: Tensor,
+    hyper: Tensor,
+}
+
+impl Optimizer {
+    /// Zero moments; the master starts as the weights are now. Registers the gradient arena as set `params.set` of `cx`.
+    pub fn new(cx: &mut Cx, params: &ParamSet, config: AdamWConfig) -> Result<Optimizer> {
+        let (grad, slots) = params.gradients(cx)?;
+        while cx.param_grads.len() <= params.set as usize {
+            cx.param_grads.push(Default::default());
+        }
+        cx.param_grads[params.set as usize] = slots;
+        let zeros = |name| -> Result<Tensor> {
+            let t = Tensor::new(&cx.pool, name, DType::F32, &[params.len])?;
+            t.zero()?;
+            Ok(t)
+        };
+        let master = if cx.dtype == DType::BF16 && !config.stochastic {
+            let master = zeros("master weights")?;
+            crate::ops::add::add_into(cx, &master, &params.weights, false)?;
+            Some(master)
+        } else {
+            None
+        };
+        Ok(Optimizer { config, master, m: zeros("adam moments")?, v: zeros("adam moments")?, grad, hyper: hyper(cx)? })
+    }
+
+    /// The float values of the parameters, where there are any: the master, or f32 weights.
+    pub fn float_weights<'a>(&'a self, params: &'a ParamSet) -> Option<&'a Tensor> {
+        match (&self.master, params.weights.dtype()) {
+            (Some(master), _) => Some(master),
+            (None, DType::F32) => Some(&params.weights),
+            _ => None,
+        }
+    }
+
+    /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the device. Returns the norm
+    /// (before clipping); nothing is applied yet, so a step that is not finite can be refused.
+    pub fn measure(&self, cx: &mut Cx, set: u32, learning_rate: f64, t: u64) -> Result<f32> {
+        cx.param_grads[set as usize].finish()?;
+        let power = |beta: f32| 1.0 - f64::from(beta).powf(t as f64);
+        let (c1, c2) = (power(self.config.beta1), power(self.config.beta2).sqrt());
+        self.hyper.upload(&[learning_rate as f32, c1 as f32, c2 as f32, 0.0, 1.0, 0.0, 0.0, 0.0])?;
+        norm_and_clip(cx, &self.hyper, &self.grad, self.config.max_grad_norm)?;
+        Ok(self.hyper.to_f32()?[3])
+    }
+
+    /// Applies the step that was measured.
+    pub fn apply(&self, cx: &Cx, params: &ParamSet) -> Result<()> {
+        let groups = [(0, params.decayed, self.config.weight_decay, 0), (params.decayed, params.len, 0.0, 1)];
+        for (from, to, weight_decay, group) in groups {
+            if from == to {
+                continue;
+            }
+            let weight = params.weights.rows(from, to)?;
+            let master = match (&self.master, self.config.stochastic && cx.dtype == DType::BF16) {
+                (Some(master), _) => Some(master.rows(from, to)?),
+                (None, false) => Some(weight.clone()),
+                (None, true) => None,
+            };
+            let (m, v, grad) = (self.m.rows(from, to)?, self.v.rows(from, to)?, self.grad.rows(from, to)?);
+            let slice = Slice { master: master.as_ref(), weight: &weight, m: &m, v: &v, grad: &grad };
+            let c = &self.config;
+            adamw(cx, &AdamW { beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay, group }, &slice, &self.hyper)?;
+        }
+        Ok(())
+    }
+}
