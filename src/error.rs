@@ -62,6 +62,13 @@ impl Error {
         Error::Checkpoint { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
+    /// Whether a disk, a quota or a file-size limit was exceeded: what was saved before is untouched, and a run can go on
+    /// and try again later.
+    pub fn is_no_space(&self) -> bool {
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        matches!(self, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+    }
+
     /// 1: a run failed; 2: bad usage or config; 130: interrupted after a clean checkpoint.
     pub fn exit_code(&self) -> i32 {
         match self {

@@ -5,13 +5,13 @@
 //!
 //! | floor | module | what it gives |
 //! |---|---|---|
-//! | 0 | [`error`], [`config`], [`fsio`], [`rng`] | errors that say the next step, run files, durable files, Philox |
+//! | 0 | [`error`], [`config`], [`fsio`], [`rng`], [`signals`] | errors that say the next step, run files, durable files, Philox |
 //! | 1 | [`device`], [`tensor`] | the CPU (shim) and CUDA devices, named memory, views, safetensors |
 //! | 2 | [`ops`], [`tape`], [`cx`] | every op with its backward and its f64 reference; recording; the context |
 //! | 3 | [`model`] | Hugging Face folders, one decoder, parameters in one arena, the paged cache |
 //! | 4 | [`data`], [`optim`], [`rollout`] | rows to tokens and masks; AdamW and schedules; generation |
 //! | 5 | [`methods`] | objectives, one file each |
-//! | 6 | [`train`], [`check`] | the loop, durable state, the run log, the self-check |
+//! | 6 | [`train`], [`checkpoint`], [`log`], [`check`] | the loop, durable state, the run log, the self-check |
 //! | 7 | [`cli`] | the commands |
 //!
 //! Two data paths. A training step: config -> `train` -> parameters (safetensors, mapped) -> `data` (rows, template and
@@ -19,6 +19,7 @@
 //! AdamW -> log, checkpoint. Generation: `rollout` -> the same decoder over a page table, no tape -> sample.
 
 pub mod check;
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod cx;
@@ -26,12 +27,14 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod fsio;
+pub mod log;
 pub mod methods;
 pub mod model;
 pub mod ops;
 pub mod optim;
 pub mod rng;
 pub mod rollout;
+pub mod signals;
 pub mod tape;
 pub mod tensor;
 pub mod train;

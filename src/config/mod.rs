@@ -97,6 +97,8 @@ pub struct Report {
     notes: Vec<String>,
     idle: BTreeMap<&'static str, &'static str>, // key, why it has no effect
     overruled: BTreeSet<&'static str>,
+    at_default: BTreeSet<&'static str>,
+    no_effect: BTreeMap<&'static str, Vec<String>>, // why, "key = value" ...
 }
 
 impl Report {
@@ -123,13 +125,16 @@ impl Report {
     }
 
     /// `key` has no effect, because of what the key `cause` is set to. If it was given nevertheless, that is a
-    /// contradiction; but a command line overrules a file, with a note.
+    /// contradiction; but a command line overrules a file, and a default value does no harm: then it is a note.
     pub fn idle(&mut self, key: &'static str, cause: &str, why: &'static str) {
         self.idle.insert(key, why);
         match (self.given.get(key), self.given.get(cause)) {
             (Some(Source::File(place)), Some(Source::CommandLine)) => {
                 self.notes.push(format!("{place}: {key} has no effect: {why} (command line)"));
                 self.overruled.insert(key);
+            }
+            (Some(place), _) if self.at_default.contains(key) => {
+                self.notes.push(format!("{place}: {key} has no effect: {why}"));
             }
             (Some(place), _) => self.problems.push(format!("{place}: {key} is given but has no effect: {why}")),
             (None, _) => {}
@@ -161,6 +166,8 @@ pub fn load(sections: &mut [&mut dyn Section], file: Option<&Path>, overrides: &
     for (key, given, source, why) in meant {
         stand_in(sections, key, given, source, why, &mut report);
     }
+    let now = sections.iter().flat_map(|s| s.keys());
+    report.at_default = now.zip(&defaults).filter(|(k, d)| k.value == d.value).map(|(k, _)| k.name).collect();
     for section in sections.iter() {
         section.check(&mut report);
     }
@@ -175,6 +182,7 @@ pub fn load(sections: &mut [&mut dyn Section], file: Option<&Path>, overrides: &
             });
         }
     }
+    report.notes.extend(report.no_effect.iter().map(|(why, keys)| format!("no effect: {} ({why})", keys.join(", "))));
     Ok(report.notes)
 }
 
@@ -277,7 +285,7 @@ fn apply(
         Some(Err(expected)) => report.problem(format!("{source}: {key} = {shown}: expected {expected}")),
         None => match foreign::fate(&key, &given) {
             Some(Fate::Means(ours, value, why)) => meant.push((ours, Given::Text(value), source, why)),
-            Some(Fate::NoEffect(why)) => report.note(format!("{source}: {key} = {shown} has no effect: {why}")),
+            Some(Fate::NoEffect(why)) => report.no_effect.entry(why).or_default().push(format!("{key} = {shown}")),
             Some(Fate::Refused(message)) => report.problem(format!("{source}: {key} = {shown}: {message}")),
             None if matches!(given, Given::File(toml::Value::Table(_))) => {
                 report.problem(format!("{source}: [{key}]: a run file has no tables; its keys stand at the top"));

@@ -1,6 +1,8 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
 mod attention;
+mod checkpoint;
+mod config;
 mod data;
 mod generate;
 mod house;

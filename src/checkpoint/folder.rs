@@ -1,0 +1,184 @@
+//! The output folder of a run: one run at a time, and never one run's files under another's. Floor 6.
+//!
+//! Invariant: nothing that a run wrote is deleted before the run that replaces it has something durable. `--overwrite`
+//! moves it into `.overwritten-N.del`, which [`RunFolder::discard_overwritten`] removes.
+
+use std::path::{Path, PathBuf};
+
+use super::disk::Lock;
+use super::{Found, Search, entries, latest, list};
+use crate::error::{Error, Result};
+use crate::fsio;
+
+/// An output folder that this process holds. The lock is released when it is dropped.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    resume: Option<Found>,
+    notes: Vec<String>,
+    _lock: Option<Lock>,
+}
+
+/// Makes `dir` if need be, locks it, removes what interrupted saves left, and decides what the run starts from.
+///
+/// - neither flag: `dir` must hold no run (config.toml, metrics.jsonl, checkpoint-N, weights);
+/// - `overwrite`: an old run's files are moved into `.overwritten-N.del` (other people's files stay where they are);
+/// - `resume`: `dir` must hold a checkpoint that verifies; newer broken ones are named in [`RunFolder::notes`].
+///
+/// Errors: both flags; another process writes into `dir`; the cases above, each with what was found and what to do.
+pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> Result<RunFolder> {
+    let path = dir.as_ref().to_path_buf();
+    let shown = path.display().to_string();
+    if overwrite && resume {
+        return Err(Error::Config("--overwrite and --resume exclude each other: give one of them".into()));
+    }
+    if resume && !path.is_dir() {
+        return Err(Error::Config(format!("{shown}: is not a folder: --resume goes on with a run that lies there")));
+    }
+    std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+    let lock = Lock::take(&path)?;
+    let mut folder = RunFolder { path, resume: None, notes: Vec::new(), _lock: lock };
+    if folder._lock.is_none() {
+        folder.notes.push(format!("{shown}: this file system has no locks; see that only one run writes here"));
+    }
+    folder.clean()?;
+    let held = folder.held()?;
+    if resume {
+        folder.find_checkpoint(&held)?;
+    } else if !held.is_empty() && overwrite {
+        folder.move_away(&held)?;
+    } else if !held.is_empty() {
+        return Err(Error::Config(format!(
+            "{shown}: already holds a run ({}); give another --output, --resume to go on with it, or --overwrite",
+            some(&held)
+        )));
+    }
+    Ok(folder)
+}
+
+impl RunFolder {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The checkpoint to go on from, if the run was asked to resume.
+    pub fn resume(&self) -> Option<&Found> {
+        self.resume.as_ref()
+    }
+
+    /// What a person should be told: checkpoints that were skipped, files that were moved.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Removes what `--overwrite` moved away. Call it when the new run has a checkpoint or its final model on disk.
+    pub fn discard_overwritten(&self) -> Result<()> {
+        for (_, path) in overwritten(&self.path)? {
+            std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+        }
+        Ok(())
+    }
+
+    /// Removes `checkpoint-N.tmp` and `checkpoint-N.del`. Safe under the lock: nobody is writing them.
+    fn clean(&self) -> Result<()> {
+        for (name, path) in entries(&self.path)? {
+            let stale = name.strip_suffix(".tmp").or_else(|| name.strip_suffix(".del"));
+            if stale.is_some_and(|stem| stem.starts_with("checkpoint-")) {
+                std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What shows that a run lies here.
+    fn held(&self) -> Result<Vec<String>> {
+        let mut held: Vec<String> = entries(&self.path)?.into_iter().map(|(name, _)| name).collect();
+        held.retain(|name| {
+            let checkpoint = name.starts_with("checkpoint-");
+            checkpoint || name == "config.toml" || name == "metrics.jsonl" || is_weights(name)
+        });
+        held.sort();
+        Ok(held)
+    }
+
+    fn find_checkpoint(&mut self, held: &[String]) -> Result<()> {
+        let Search { found, skipped } = latest(&self.path)?;
+        let skipped: Vec<String> = skipped.iter().map(|(p, why)| format!("{}: {why}", p.display())).collect();
+        let shown = self.path.display();
+        if found.is_none() {
+            let mut message = format!("{shown}: nothing to resume: no checkpoint-N that verifies");
+            message += &if !skipped.is_empty() {
+                format!("; broken ones:\n{}", skipped.join("\n"))
+            } else if held.is_empty() {
+                "; the folder holds no run".into()
+            } else {
+                format!("; found only {}. Was the run stopped before its first checkpoint?", some(held))
+            };
+            for (name, _) in overwritten(&self.path)? {
+                message += &format!("\nThe run that --overwrite replaced lies in {name}");
+            }
+            return Err(Error::Config(message));
+        }
+        self.notes.extend(skipped.into_iter().map(|s| format!("skipped {s}")));
+        self.resume = found;
+        Ok(())
+    }
+
+    fn move_away(&mut self, held: &[String]) -> Result<()> {
+        if !held.iter().any(|name| name == "config.toml" || name == "metrics.jsonl") && list(&self.path)?.is_empty() {
+            return Err(Error::Config(format!(
+                "{}: holds a model ({}) but no run of temper; --overwrite does not touch it: give another --output",
+                self.path.display(),
+                some(held)
+            )));
+        }
+        let free = (1u32..).map(|n| self.path.join(format!(".overwritten-{n}.del"))).find(|p| !p.exists());
+        let Some(aside) = free else { return Ok(()) }; // never: u32 folders
+        std::fs::create_dir(&aside).map_err(|e| Error::io(&aside, e))?;
+        for (name, path) in entries(&self.path)? {
+            if name.starts_with("checkpoint-") || is_weights(&name) || RUN_FILES.contains(&name.as_str()) {
+                std::fs::rename(&path, aside.join(&name)).map_err(|e| Error::io(&path, e))?;
+            }
+        }
+        fsio::fsync_dir(&self.path)?;
+        let name = aside.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.notes.push(format!("the old run was moved to {name}; it is deleted once this one has saved something"));
+        Ok(())
+    }
+}
+
+/// What a run leaves beside checkpoints and weights.
+const RUN_FILES: &[&str] = &[
+    "config.toml",
+    "metrics.jsonl",
+    "trainer_state.json",
+    "completions.jsonl",
+    "report.html",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+];
+
+fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
+}
+
+fn overwritten(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut all = entries(dir)?;
+    all.retain(|(name, _)| name.starts_with(".overwritten-") && name.ends_with(".del"));
+    Ok(all)
+}
+
+/// The first few names of a list.
+fn some(names: &[String]) -> String {
+    let shown = names.iter().take(4).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if names.len() > 4 { format!("{shown}, and {} more", names.len() - 4) } else { shown }
+}
