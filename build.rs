@@ -205,6 +205,11 @@ impl Kernel {
         self.params.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
+    /// Bytes of each argument.
+    fn arg_sizes(&self) -> Vec<u8> {
+        self.params.iter().map(|p| if p.role == Role::Scalar && p.ty != "long long" { 4 } else { 8 }).collect()
+    }
+
     fn c_args(&self) -> String {
         self.params.iter().map(|p| p.name.clone()).collect::<Vec<_>>().join(", ")
     }
@@ -441,8 +446,8 @@ fn launcher(s: &mut String, file: &KernelFile, k: &Kernel, all: &mut Vec<String>
             writeln!(
                 s,
                 "unsafe extern \"C\" {{ fn {symbol}(l: *const CpuLaunch); fn {symbol}_strict(l: *const CpuLaunch); }}\n\
-                 static {upper}: KernelDef = KernelDef {{ name: \"{symbol}\", image: &IMAGE_{image}, threads: {}, hot: {}, cpu: {symbol}, strict: {symbol}_strict }};",
-                k.threads, k.hot
+                 static {upper}: KernelDef = KernelDef {{ name: \"{symbol}\", image: &IMAGE_{image}, threads: {}, hot: {}, args: &{:?}, cpu: {symbol}, strict: {symbol}_strict }};",
+                k.threads, k.hot, k.arg_sizes()
             )
             .unwrap();
             table.push(format!("(DType::{dtype}, {d}, &{upper})"));

@@ -5,14 +5,15 @@
 
 use std::alloc::{Layout as MemoryLayout, alloc, dealloc};
 use std::ffi::c_void;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{CpuLaunch, DType, Device, Gemm, KernelDef, Launch, Layout, Mark, MemoryInfo};
+use super::{CpuLaunch, DType, Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo};
+use super::{capturing, no_graph, place};
 use crate::error::{Error, Result};
 
 const ALIGN: usize = 256;
@@ -28,11 +29,48 @@ pub struct Cpu {
     /// Live allocations (address, bytes), kept in strict mode to check their red zones.
     live: Mutex<Vec<(u64, usize)>>,
     marks: Mutex<Vec<Instant>>,
+    capturing: AtomicBool,
+    recorded: Mutex<Vec<Step>>,
+    graphs: Mutex<Vec<Option<Arc<Vec<Step>>>>>,
+}
+
+/// One piece of recorded work.
+enum Step {
+    Launch { kernel: &'static KernelDef, at: Launch, args: Vec<u64> },
+    Gemm(Gemm),
+    Copy { dst: u64, src: u64, bytes: usize },
+    Fill { dst: u64, byte: u8, bytes: usize },
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl Cpu {
     pub fn new() -> Self {
-        Cpu { strict: false, seed: 0, launches: AtomicU64::new(0), live: Mutex::default(), marks: Mutex::default() }
+        Cpu {
+            strict: false,
+            seed: 0,
+            launches: AtomicU64::new(0),
+            live: Mutex::default(),
+            marks: Mutex::default(),
+            capturing: AtomicBool::new(false),
+            recorded: Mutex::default(),
+            graphs: Mutex::default(),
+        }
+    }
+
+    /// Keeps the step for later if a capture is on.
+    fn record(&self, step: impl FnOnce() -> Step) -> bool {
+        let on = self.capturing.load(Ordering::Acquire);
+        if on {
+            lock(&self.recorded).push(step());
+        }
+        on
+    }
+
+    fn not_while_capturing(&self, what: &str) -> Result<()> {
+        if self.capturing.load(Ordering::Acquire) { Err(capturing(what)) } else { Ok(()) }
     }
 
     /// The checking mode: 32 real lanes a warp in an order permuted by `seed`, poisoned memory, red zones. Slow.
@@ -119,35 +157,54 @@ impl Device for Cpu {
     }
 
     unsafe fn upload(&self, dst: u64, src: &[u8]) -> Result<()> {
+        self.not_while_capturing("upload")?;
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst as *mut u8, src.len()) };
         Ok(())
     }
 
     unsafe fn download(&self, dst: &mut [u8], src: u64) -> Result<()> {
+        self.not_while_capturing("download")?;
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst.as_mut_ptr(), dst.len()) };
         Ok(())
     }
 
     unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
+        if self.record(|| Step::Copy { dst, src, bytes }) {
+            return Ok(());
+        }
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst as *mut u8, bytes) };
         Ok(())
     }
 
     unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
+        if self.record(|| Step::Fill { dst, byte, bytes }) {
+            return Ok(());
+        }
         // SAFETY: the caller's promise.
         unsafe { std::ptr::write_bytes(dst as *mut u8, byte, bytes) };
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()> {
+    unsafe fn launch(&self, kernel: &'static KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()> {
         if at.block == 0 || at.block > kernel.threads {
             return Err(Error::Device(format!(
                 "{}: a block of {} threads; it takes 1 to {}",
                 kernel.name, at.block, kernel.threads
             )));
+        }
+        let copied = || {
+            let mut copies = vec![0u64; kernel.args.len()];
+            for ((copy, arg), size) in copies.iter_mut().zip(args.iter()).zip(kernel.args) {
+                // SAFETY: the caller's promise: the argument has the size that the signature says, at most 8 bytes.
+                unsafe { std::ptr::copy_nonoverlapping(arg.cast::<u8>(), (&raw mut *copy).cast(), usize::from(*size)) };
+            }
+            Step::Launch { kernel, at, args: copies }
+        };
+        if self.record(copied) {
+            return Ok(());
         }
         let blocks = at.grid.iter().map(|g| u64::from(*g)).product::<u64>();
         let entry = if self.strict { kernel.strict } else { kernel.cpu };
@@ -187,13 +244,16 @@ impl Device for Cpu {
     }
 
     unsafe fn gemm(&self, g: &Gemm) -> Result<bool> {
+        if self.record(|| Step::Gemm(*g)) {
+            return Ok(true);
+        }
         // SAFETY: the caller's promise.
         unsafe { gemm(g) };
         Ok(true)
     }
 
     fn sync(&self) -> Result<()> {
-        Ok(())
+        self.not_while_capturing("sync")
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
@@ -207,6 +267,7 @@ impl Device for Cpu {
     }
 
     fn mark(&self) -> Result<Mark> {
+        self.not_while_capturing("mark")?;
         let mut marks = self.marks.lock().unwrap_or_else(|e| e.into_inner());
         marks.push(Instant::now());
         Ok(marks.len() - 1)
@@ -222,6 +283,54 @@ impl Device for Cpu {
             marks.clear();
         }
         Ok(ms)
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        if self.strict {
+            // Its memory goes back at once and not to a pool, so a recorded temporary would be gone.
+            return Err(Error::Device("the strict CPU mode does not capture graphs: use the fast one".into()));
+        }
+        self.not_while_capturing("begin_capture")?;
+        lock(&self.recorded).clear();
+        self.capturing.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Graph> {
+        if !self.capturing.swap(false, Ordering::AcqRel) {
+            return Err(Error::Device("end_capture without begin_capture".into()));
+        }
+        let steps = std::mem::take(&mut *lock(&self.recorded));
+        Ok(place(&mut lock(&self.graphs), Arc::new(steps)))
+    }
+
+    unsafe fn replay(&self, graph: Graph) -> Result<()> {
+        self.not_while_capturing("replay")?;
+        let steps = lock(&self.graphs).get(graph).cloned().flatten().ok_or_else(|| no_graph(graph))?;
+        for step in steps.iter() {
+            // SAFETY: as at the recorded call, by the caller's promise; the copied arguments outlive the launch.
+            unsafe {
+                match step {
+                    Step::Launch { kernel, at, args } => {
+                        let mut pointers: Vec<*mut c_void> =
+                            args.iter().map(|a| (&raw const *a).cast_mut().cast()).collect();
+                        self.launch(kernel, *at, &mut pointers)?;
+                    }
+                    Step::Gemm(g) => {
+                        self.gemm(g)?;
+                    }
+                    Step::Copy { dst, src, bytes } => self.copy(*dst, *src, *bytes)?,
+                    Step::Fill { dst, byte, bytes } => self.fill(*dst, *byte, *bytes)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&self, graph: Graph) {
+        if let Some(slot) = lock(&self.graphs).get_mut(graph) {
+            *slot = None;
+        }
     }
 }
 
@@ -329,5 +438,47 @@ impl Operand {
 
     fn pointer(&self) -> *const f32 {
         if self.address == 0 { self.wide.as_ptr() } else { self.address as *const f32 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Pool;
+    use crate::tensor::Tensor;
+
+    const N: usize = 64;
+
+    fn input() -> Vec<f32> {
+        (0..N).map(|i| i as f32 + 0.5).collect()
+    }
+
+    #[test]
+    fn a_captured_list_replays_with_the_values_that_memory_has_then() {
+        let pool = Pool::new(Arc::new(Cpu::new()));
+        let device = &**pool.device();
+        let x = Tensor::from_host(&pool, "x", DType::F32, &[N], &input()).unwrap();
+        let y = Tensor::from_host(&pool, "y", DType::F32, &[N], &[7f32; N]).unwrap();
+        let z = Tensor::from_host(&pool, "z", DType::F32, &[N], &[7f32; N]).unwrap();
+        device.begin_capture().unwrap();
+        y.zero().unwrap();
+        for scale in [2.0f32, 3.0] {
+            crate::device::kernels::axpy(device, Launch::flat(N), y.out(), &x, scale, N as i64, 1).unwrap();
+        }
+        z.copy_from(&y).unwrap();
+        assert!(x.upload(&input()).unwrap_err().to_string().contains("upload while a graph is captured"));
+        assert!(z.to_vec::<f32>().unwrap_err().to_string().contains("download"));
+        let graph = device.end_capture().unwrap();
+        assert_eq!(z.to_vec::<f32>().unwrap(), [7f32; N], "recorded, not run");
+        for factor in [1.0f32, 10.0] {
+            x.upload(&input().iter().map(|v| factor * v).collect::<Vec<_>>()).unwrap();
+            // SAFETY: x, y and z are live.
+            unsafe { device.replay(graph) }.unwrap();
+            assert_eq!(z.to_vec::<f32>().unwrap(), input().iter().map(|v| 5.0 * factor * v).collect::<Vec<_>>());
+        }
+        device.forget(graph);
+        // SAFETY: there is nothing to run.
+        assert!(unsafe { device.replay(graph) }.unwrap_err().to_string().contains("does not have"));
+        assert!(Cpu::strict(0).begin_capture().is_err());
     }
 }

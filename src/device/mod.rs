@@ -102,6 +102,8 @@ pub struct KernelDef {
     pub threads: u32,
     /// Spills are a build failure.
     pub hot: bool,
+    /// Bytes of each argument.
+    pub args: &'static [u8],
     pub cpu: CpuEntry,
     pub strict: CpuEntry,
 }
@@ -142,6 +144,9 @@ pub struct Gemm {
 /// A point in a device's stream, for timing.
 pub type Mark = usize;
 
+/// A recorded list of work: a CUDA graph on the GPU, the list itself on the CPU. Belongs to the device that made it.
+pub type Graph = usize;
+
 pub trait Device: Send + Sync {
     /// "cpu (2 threads)", "NVIDIA H200 (sm_90)": printed at start and put into results.
     fn name(&self) -> String;
@@ -171,7 +176,7 @@ pub trait Device: Send + Sync {
     unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()>;
     /// # Safety
     /// `args` match the kernel's signature, and its pointers are live for as long as the kernel runs.
-    unsafe fn launch(&self, kernel: &KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()>;
+    unsafe fn launch(&self, kernel: &'static KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()>;
     /// The library's matrix product, if this device has one for these dtypes: Ok(false) means it has not.
     /// # Safety
     /// The operands lie in live device memory.
@@ -184,6 +189,38 @@ pub trait Device: Send + Sync {
     fn mark(&self) -> Result<Mark>;
     /// Milliseconds between two marks; waits for the later one. Both marks are spent.
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32>;
+
+    /// From here to `end_capture`, launches, products, copies and fills are recorded and not run. What talks to the host
+    /// (upload, download, sync, mark) is an error meanwhile. Run the same work once before: what is loaded or chosen at
+    /// first use should be there. Scalars are recorded by value, so whatever changes from step to step lies in memory.
+    fn begin_capture(&self) -> Result<()>;
+    /// Errors if anything since `begin_capture` failed; recording is over in any case.
+    fn end_capture(&self) -> Result<Graph>;
+    /// Runs what was recorded, in its order.
+    /// # Safety
+    /// All memory that the recorded work touches is live, and nothing else needs what it overwrites: a temporary that was
+    /// given back to the pool since may belong to someone else now.
+    unsafe fn replay(&self, graph: Graph) -> Result<()>;
+    /// Ends a graph; its number may be given out again.
+    fn forget(&self, graph: Graph);
+}
+
+fn capturing(what: &str) -> Error {
+    Error::Device(format!("{what} while a graph is captured: it must come before begin_capture or after end_capture"))
+}
+
+fn no_graph(graph: Graph) -> Error {
+    Error::Device(format!("replay of graph {graph}, which this device does not have"))
+}
+
+/// Puts `value` into the first free slot.
+fn place<T>(slots: &mut Vec<Option<T>>, value: T) -> usize {
+    let slot = slots.iter().position(Option::is_none).unwrap_or(slots.len());
+    if slot == slots.len() {
+        slots.push(None);
+    }
+    slots[slot] = Some(value);
+    slot
 }
 
 /// `auto` takes the GPU where there is one and says nothing of the rest; `cuda` never falls back.

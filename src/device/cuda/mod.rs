@@ -9,12 +9,13 @@ mod blas;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
 
-use super::{Device, Gemm, KernelDef, Launch, Mark, MemoryInfo, kernels};
+use super::{Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing, kernels, no_graph, place};
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
 use blas::Blas;
@@ -40,8 +41,15 @@ pub struct Cuda {
     code: Mutex<Code>,
     ring: Mutex<Ring>,
     marks: Mutex<Vec<Option<Event>>>,
+    capturing: AtomicBool,
+    graphs: Mutex<Vec<Option<Recorded>>>,
     blas: Option<Blas>,
 }
+
+/// An instantiated graph. Used under the lock only: a graph must not be launched from two threads at once.
+struct Recorded(sys::CUgraphExec);
+// SAFETY: a handle that any thread may use under the context.
+unsafe impl Send for Recorded {}
 
 // SAFETY: the driver API is thread safe; each call binds the context to its thread, and what is not thread safe (the
 // ring, the caches, cuBLASLt's descriptors) lies behind a mutex.
@@ -232,6 +240,8 @@ impl Cuda {
                 pending: [false; SEGMENTS],
             }),
             marks: Mutex::default(),
+            capturing: AtomicBool::new(false),
+            graphs: Mutex::default(),
             blas: None,
         };
         cuda.bind()?;
@@ -260,6 +270,14 @@ impl Cuda {
     fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained until `Drop`.
         unsafe { result::ctx::set_current(self.context) }.map_err(failed("binding the GPU to this thread"))
+    }
+
+    /// Binds, and refuses what cannot be part of a graph.
+    fn bind_for(&self, what: &str) -> Result<()> {
+        if self.capturing.load(Ordering::Acquire) {
+            return Err(capturing(what));
+        }
+        self.bind()
     }
 
     /// An error of asynchronous work: it belongs to something before, most likely the last kernel.
@@ -388,7 +406,7 @@ impl Device for Cuda {
     unsafe fn upload(&self, dst: u64, src: &[u8]) -> Result<()> {
         // Through pinned memory: `src` may go as soon as this returns, while a copy straight from pageable memory is only
         // documented to be "possibly" synchronous. The copy out of the ring is ordered by the stream like everything else.
-        self.bind()?;
+        self.bind_for("upload")?;
         let late = |e| self.late("upload", e);
         let mut ring = lock(&self.ring);
         let mut done = 0;
@@ -425,7 +443,7 @@ impl Device for Cuda {
         if dst.is_empty() {
             return Ok(());
         }
-        self.bind()?;
+        self.bind_for("download")?;
         // SAFETY: the caller's promise; `dst` is not read before the stream has been waited for.
         unsafe { result::memcpy_dtoh_async(dst, src, self.stream) }.map_err(|e| self.late("download", e))?;
         self.sync()
@@ -449,7 +467,7 @@ impl Device for Cuda {
         unsafe { result::memset_d8_async(dst, byte, bytes, self.stream) }.map_err(|e| self.late("fill", e))
     }
 
-    unsafe fn launch(&self, kernel: &KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()> {
+    unsafe fn launch(&self, kernel: &'static KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()> {
         if at.block == 0 || at.block > kernel.threads {
             return Err(Error::Device(format!(
                 "{}: a block of {} threads; it takes 1 to {}",
@@ -480,7 +498,7 @@ impl Device for Cuda {
     }
 
     fn sync(&self) -> Result<()> {
-        self.bind()?;
+        self.bind_for("sync")?;
         // SAFETY: our stream.
         unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.late("the GPU reports", e))
     }
@@ -492,7 +510,7 @@ impl Device for Cuda {
     }
 
     fn mark(&self) -> Result<Mark> {
-        self.bind()?;
+        self.bind_for("mark")?;
         // Default flags: an event with timing.
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| self.late("mark", e))?;
         // SAFETY: a new event, our stream.
@@ -501,17 +519,11 @@ impl Device for Cuda {
             let _ = unsafe { result::event::destroy(event) };
             return Err(self.late("mark", e));
         }
-        let mut marks = lock(&self.marks);
-        let slot = marks.iter().position(Option::is_none).unwrap_or(marks.len());
-        if slot == marks.len() {
-            marks.push(None);
-        }
-        marks[slot] = Some(Event(event));
-        Ok(slot)
+        Ok(place(&mut lock(&self.marks), Event(event)))
     }
 
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
-        self.bind()?;
+        self.bind_for("elapsed_ms")?;
         let mut marks = lock(&self.marks);
         let mut take = |i: Mark| marks.get_mut(i).and_then(Option::take);
         let pair = (take(from), take(to));
@@ -531,6 +543,54 @@ impl Device for Cuda {
         }
         ms
     }
+
+    fn begin_capture(&self) -> Result<()> {
+        self.bind_for("begin_capture")?;
+        // Relaxed: modules that load at their first launch and pool slabs may still be allocated meanwhile. Nothing else
+        // runs on this device, so there is no other thread's call to guard against.
+        // SAFETY: our stream, which is not the legacy one.
+        unsafe { result::stream::begin_capture(self.stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED) }
+            .map_err(|e| self.late("begin_capture", e))?;
+        self.capturing.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Graph> {
+        if !self.capturing.swap(false, Ordering::AcqRel) {
+            return Err(Error::Device("end_capture without begin_capture".into()));
+        }
+        self.bind()?;
+        // SAFETY: our stream, which captures.
+        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("capturing a graph"))?;
+        if graph.is_null() {
+            return Err(Error::Device("capturing a graph: the capture was invalidated by an error before".into()));
+        }
+        // SAFETY: a new graph; the executable one does not need it.
+        let recorded = unsafe {
+            let recorded = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            recorded.map_err(failed("instantiating a graph"))?
+        };
+        Ok(place(&mut lock(&self.graphs), Recorded(recorded)))
+    }
+
+    unsafe fn replay(&self, graph: Graph) -> Result<()> {
+        self.bind_for("replay")?;
+        let graphs = lock(&self.graphs);
+        let Some(Some(recorded)) = graphs.get(graph) else { return Err(no_graph(graph)) };
+        // SAFETY: the caller's promise; the graph is ours and live.
+        unsafe { result::graph::launch(recorded.0, self.stream) }.map_err(|e| self.late("replay of a graph", e))?;
+        lock(&self.code).last = "a replayed graph";
+        Ok(())
+    }
+
+    fn forget(&self, graph: Graph) {
+        let taken = lock(&self.graphs).get_mut(graph).and_then(Option::take);
+        if let (Some(recorded), Ok(())) = (taken, self.bind()) {
+            // SAFETY: taken out of the list, so this is its last use; the driver lets a replay in flight end first.
+            let _ = unsafe { result::graph::exec_destroy(recorded.0) };
+        }
+    }
 }
 
 impl Drop for Cuda {
@@ -545,6 +605,9 @@ impl Drop for Cuda {
                 let _ = result::stream::synchronize(self.stream);
             }
             self.blas = None;
+            for recorded in self.graphs.get_mut().unwrap_or_else(|e| e.into_inner()).iter().flatten() {
+                let _ = result::graph::exec_destroy(recorded.0);
+            }
             let ring = self.ring.get_mut().unwrap_or_else(|e| e.into_inner());
             let marks = self.marks.get_mut().unwrap_or_else(|e| e.into_inner());
             for event in ring.events.iter().chain(marks.iter().flatten()).filter(|e| !e.0.is_null()) {
