@@ -4,7 +4,7 @@
 #pragma once
 #include "prim/vec.cuh"
 
-#if LANES == 32
+// The three below are for a KERNEL, whose warps have 32 lanes everywhere, and where LANES is 32.
 template <class T>
 DEVICE T shfl_xor(T v, int mask) {
 #ifdef __CUDACC__
@@ -28,6 +28,7 @@ DEVICE void warp_sync() {
   shim::warp_sync();
 #endif
 }
+#if LANES == 32
 DEVICE float warp_sum(float v) {
 #pragma unroll
   for (int m = 16; m > 0; m >>= 1) v += shfl_xor(v, m);

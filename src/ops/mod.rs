@@ -203,6 +203,8 @@ pub const DEFAULT: Variant = Variant {
 };
 const OWN_MATMUL: Variant = Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
 const LIGHT: Variant = Variant { name: "light", attention: AttentionChoice::Light, ..DEFAULT };
+const TENSOR_CORE: Variant =
+    Variant { name: "tensor core", dtypes: &[DType::BF16], attention: AttentionChoice::TensorCore, ..DEFAULT };
 
 pub struct Entry {
     pub name: &'static str,
@@ -219,8 +221,8 @@ pub fn registry() -> Vec<Entry> {
         entry("add", &["add"], add::cases, &[DEFAULT]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("matmul", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
-        entry("attention", &["attention"], attention::cases, &[LIGHT]),
-        entry("attention_paged", &["attention"], attention::paged_cases, &[LIGHT]),
+        entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
+        entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),
         entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),
     ]
 }
