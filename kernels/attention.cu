@@ -10,48 +10,58 @@
 // Plan     attention_fwd, attention_dq: a thread a (row, head); attention_dkv: a thread a (key row, kv head). The threads
 //          of a block share a kv head and neighbouring rows, so they read the same keys. 64 keys (or queries) a step:
 //          scores, then 64 exponentials at once, then the sums. This is what CPUs run; on a GPU it is for checks.
-// Numerics All in float; a dot product is 16 lanes' chains of fmaf and a tree; out is rounded when stored. A row is one
+// Numerics All in float; a dot product is 16 chains of fmaf and a tree; out is rounded when stored. A row is one
 //          chain over the blocks of 64 positions of its own sequence, from position 0: the same bits in training, in
 //          prefill chunks and in decode. Keys that are not seen are not read.
 // Cost     4 D flops a (query, key) pair forward, 14 D executed backward. One EPYC core with AVX2: see docs of the bench.
 #include "prim/attend.cuh"
+#include "prim/lanes.cuh"
 
 constexpr int QB = 64;  // keys (or, for dk and dv, queries) a step
 
-// a.b by 16 chains over the columns and a tree.
+// a.b by 16 chains over the columns; the tree over them is sum8's.
 template <int D>
-DEVICE float dot(const float* a, const real* b) {
-  float lane[16];
+DEVICE F8 dot_lanes(const float* a, const real* b) {
+  F8 even = mul8(load8(a), load8(b)), odd = mul8(load8(a + 8), load8(b + 8));
 #pragma unroll
-  for (int i = 0; i < 16; ++i) lane[i] = a[i] * to_float(b[i]);
-#pragma unroll
-  for (int d = 16; d < D; d += 16)
-#pragma unroll
-    for (int i = 0; i < 16; ++i) lane[i] = fmaf(a[d + i], to_float(b[d + i]), lane[i]);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) lane[i] += lane[i + 8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) lane[i] += lane[i + 4];
-  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+  for (int d = 16; d < D; d += 16) {
+    even = fma8(load8(a + d), load8(b + d), even);
+    odd = fma8(load8(a + d + 8), load8(b + d + 8), odd);
+  }
+  return add8(even, odd);
+}
+
+// s[j] = a . x[at[j]] for j in [from, to). On the CPU the trees are taken for all 64 at once, vectorised.
+template <int D>
+DEVICE void dots(float* s, const float* a, const real* x, const long long* at, int from, int to) {
+#ifdef __CUDACC__
+  for (int j = from; j < to; ++j) s[j] = sum8(dot_lanes<D>(a, x + at[j]));
+#else
+  float lanes[QB * 8];
+  for (int j = from; j < to; ++j) store8(lanes + j * 8, dot_lanes<D>(a, x + at[j]));
+  for (int j = from; j < to; ++j) {
+    const float* l = lanes + j * 8;
+    s[j] = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
+  }
+#endif
 }
 
 // o += sum of w[j] x[at[j]] over j in [from, to), in that order, in column chunks that stay in registers.
 template <int D>
 DEVICE void add_rows(float* o, const float* w, const real* x, const long long* at, int from, int to) {
   constexpr int C = D % 64 == 0 ? 64 : D;
-#pragma unroll
   for (int c = 0; c < D; c += C) {
-    float acc[C];
+    F8 acc[C / 8];
 #pragma unroll
-    for (int i = 0; i < C; ++i) acc[i] = o[c + i];
+    for (int i = 0; i < C / 8; ++i) acc[i] = load8(o + c + i * 8);
     for (int j = from; j < to; ++j) {
       const real* row = x + at[j] + c;
-      const float f = w[j];
+      const F8 f = splat8(w[j]);
 #pragma unroll
-      for (int i = 0; i < C; ++i) acc[i] = fmaf(f, to_float(row[i]), acc[i]);
+      for (int i = 0; i < C / 8; ++i) acc[i] = fma8(f, load8(row + i * 8), acc[i]);
     }
 #pragma unroll
-    for (int i = 0; i < C; ++i) o[c + i] = acc[i];
+    for (int i = 0; i < C / 8; ++i) store8(o + c + i * 8, acc[i]);
   }
 }
 
@@ -72,33 +82,17 @@ DEVICE void store_reals(real* to, const float* from, float factor, int accumulat
 }
 
 DEVICE float max_of(const float* s) {
-  float lane[16];
+  F8 m = load8(s);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) lane[i] = s[i];
-#pragma unroll
-  for (int j = 16; j < QB; j += 16)
-#pragma unroll
-    for (int i = 0; i < 16; ++i) lane[i] = max2(lane[i], s[j + i]);
-#pragma unroll
-  for (int w = 8; w > 0; w >>= 1)
-#pragma unroll
-    for (int i = 0; i < w; ++i) lane[i] = max2(lane[i], lane[i + w]);
-  return lane[0];
+  for (int j = 8; j < QB; j += 8) m = max8(m, load8(s + j));
+  return largest8(m);
 }
 
 DEVICE float sum_of(const float* s) {
-  float lane[16];
+  F8 sum = load8(s);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) lane[i] = s[i];
-#pragma unroll
-  for (int j = 16; j < QB; j += 16)
-#pragma unroll
-    for (int i = 0; i < 16; ++i) lane[i] += s[j + i];
-#pragma unroll
-  for (int w = 8; w > 0; w >>= 1)
-#pragma unroll
-    for (int i = 0; i < w; ++i) lane[i] += lane[i + w];
-  return lane[0];
+  for (int j = 8; j < QB; j += 8) sum = add8(sum, load8(s + j));
+  return sum8(sum);
 }
 
 // One row of one head: `keys` gives the place of each position's k (and v) row.
@@ -116,7 +110,8 @@ DEVICE void attend(real* out, float* lse, const real* q_row, const real* k, cons
     const int from = max_int(first - block, 0), to = min_int(position + 1 - block, QB);
     for (int j = 0; j < QB; ++j) s[j] = NEG_INF;
     for (int j = from; j < to; ++j) at[j] = keys.at(block + j);
-    for (int j = from; j < to; ++j) s[j] = dot<D>(q, k + at[j]) * scale;
+    dots<D>(s, q, k, at, from, to);
+    for (int j = 0; j < QB; ++j) s[j] *= scale;
     if (softcap > 0.f)
       for (int j = 0; j < QB; ++j) s[j] = s[j] == NEG_INF ? NEG_INF : softcap * tanh_f(s[j] / softcap);
     const float m_new = max2(m, max_of(s));
@@ -178,14 +173,17 @@ KERNEL_FLAT(attention_delta, D=16,32,64,80,96,128,256)(float* delta, const real*
   if (index >= count) return;
   float o[D];
   load_floats<D>(o, out + index * D);
-  delta[index] = dot<D>(o, dout + index * D);
+  delta[index] = sum8(dot_lanes<D>(o, dout + index * D));
 }
 
-// From 64 scores q.k (times scale) and dO.v: s becomes P, ds the gradient of q.k. Places outside [from, to) become 0.
+// From 64 scores q.k and dO.v: s becomes P, ds the gradient of q.k. Places outside [from, to) become 0.
 DEVICE void score_gradients(float* s, float* ds, const float* lse, const float* delta, int from, int to, float scale,
                             float softcap) {
   float slope[QB];
-  for (int j = 0; j < QB; ++j) slope[j] = scale;
+  for (int j = 0; j < QB; ++j) {
+    s[j] *= scale;
+    slope[j] = scale;
+  }
   if (softcap > 0.f)
     for (int j = 0; j < QB; ++j) {
       const float t = tanh_f(s[j] / softcap);
@@ -227,8 +225,8 @@ KERNEL_FLAT(attention_dq, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const real
   for (int block = first / QB * QB; block <= position; block += QB) {
     const int from = max_int(first - block, 0), to = min_int(position + 1 - block, QB);
     for (int j = from; j < to; ++j) at[j] = keys.at(block + j);
-    for (int j = from; j < to; ++j) s[j] = dot<D>(q, k + at[j]) * scale;
-    for (int j = from; j < to; ++j) ds[j] = dot<D>(up, v + at[j]);
+    dots<D>(s, q, k, at, from, to);
+    dots<D>(ds, up, v, at, from, to);
     score_gradients(s, ds, lse_of, delta_of, from, to, scale, softcap);
     add_rows<D>(dq, ds, k, at, from, to);
   }
@@ -269,8 +267,8 @@ KERNEL_FLAT(attention_dkv, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const rea
           lse_of[j] = lse[r * heads + head];
           delta_of[j] = delta[r * heads + head];
         }
-        for (int j = 0; j < count; ++j) s[j] = dot<D>(k, qkv + head * D + at[j]) * scale;
-        for (int j = 0; j < count; ++j) ds[j] = dot<D>(v, dout + head * D + up_at[j]);
+        dots<D>(s, k, qkv + head * D, at, 0, count);
+        dots<D>(ds, v, dout + head * D, up_at, 0, count);
         score_gradients(s, ds, lse_of, delta_of, 0, count, scale, softcap);
         add_rows<D>(dv, s, dout + head * D, up_at, 0, count);
         add_rows<D>(dk, ds, qkv + head * D, at, 0, count);

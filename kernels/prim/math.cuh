@@ -42,6 +42,21 @@ DEVICE float exp_f(float x) {
   return x == x ? y : x;
 }
 
+// 2^x, for a softmax to base 2: 2 ulp; below -126 it is 0 (no denormals), above 127 it stays there; NaN stays NaN.
+DEVICE float exp2_f(float x) {
+  float c = min2(127.f, max2(-126.f, x));
+  float n = c + 12582912.f;  // round to nearest even: the integer lies in the low bits
+  float f = c - (n - 12582912.f);
+  float p = 1.32186723e-3f;
+  p = fmaf(p, f, 9.67169832e-3f);
+  p = fmaf(p, f, 5.55089302e-2f);
+  p = fmaf(p, f, 2.40222380e-1f);
+  p = fmaf(p, f, 6.93146884e-1f);
+  p = fmaf(p, f, 1.f);
+  float y = p * bits_to_float((int)((unsigned)float_to_bits(n) - 0x4b400000u + 127u) << 23);
+  return x < -126.f ? 0.f : y;
+}
+
 // log x for x > 0; log 0 = -inf; NaN for x < 0 or NaN.
 DEVICE float log_f(float x) {
   bool tiny = x < 1.17549435e-38f;

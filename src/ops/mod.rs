@@ -219,6 +219,8 @@ pub const DEFAULT: Variant = Variant {
 };
 const OWN_MATMUL: Variant = Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
 const LIGHT: Variant = Variant { name: "light", attention: AttentionChoice::Light, ..DEFAULT };
+const TENSOR_CORE: Variant =
+    Variant { name: "tensor core", dtypes: &[DType::BF16], attention: AttentionChoice::TensorCore, ..DEFAULT };
 
 pub struct Entry {
     pub name: &'static str,
@@ -243,8 +245,8 @@ pub fn registry() -> Vec<Entry> {
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
-        entry("attention", &["attention"], attention::cases, &[LIGHT]),
-        entry("attention_paged", &["attention"], attention::paged_cases, &[LIGHT]),
+        entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
+        entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),
         entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),
     ]
 }

@@ -14,6 +14,8 @@ use temper::tensor::{Id, Tensor};
 const LIGHT: [(AttentionChoice, DType); 2] =
     [(AttentionChoice::Light, DType::F32), (AttentionChoice::Light, DType::BF16)];
 
+const ALL: [(AttentionChoice, DType); 3] = [LIGHT[0], LIGHT[1], (AttentionChoice::TensorCore, DType::BF16)];
+
 fn context((choice, dtype): (AttentionChoice, DType)) -> Cx {
     let mut cx = Cx::new(Arc::new(Cpu::new()), dtype).unwrap();
     cx.attention = choice;
@@ -93,14 +95,14 @@ fn shapes() -> [AttnShape; 3] {
 
 #[test]
 fn attention_decode_equals_training() {
-    for kind in LIGHT {
+    for kind in ALL {
         shapes().into_iter().for_each(|s| paged_equals_training(kind, s, |_| 1));
     }
 }
 
 #[test]
 fn attention_prefill_in_chunks_equals_training() {
-    for kind in LIGHT {
+    for kind in ALL {
         shapes().into_iter().for_each(|s| paged_equals_training(kind, s, |rng| rng.below(90)));
     }
 }
@@ -131,7 +133,7 @@ fn sharing_changes_no_bits(kind: (AttentionChoice, DType), s: AttnShape) {
 
 #[test]
 fn attention_of_a_shared_prompt_equals_unpacked() {
-    for kind in LIGHT {
+    for kind in ALL {
         shapes().into_iter().for_each(|s| sharing_changes_no_bits(kind, s));
     }
 }
@@ -156,7 +158,7 @@ fn gradient_error(kind: (AttentionChoice, DType), s: AttnShape, of: &[(usize, Op
 #[test]
 fn attention_gradients_of_long_segments() {
     let shared = [(70, None), (61, Some(0)), (1, Some(0)), (66, Some(0)), (130, None)];
-    for kind in LIGHT {
+    for kind in ALL {
         let limit = if kind.1 == DType::F32 { 2e-6 } else { 6e-3 };
         for s in shapes().into_iter().chain([shape(2, 1, 80), shape(2, 1, 128), shape(1, 1, 256)]) {
             let error = gradient_error(kind, s, &shared);

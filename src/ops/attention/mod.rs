@@ -3,13 +3,14 @@
 //! Invariant: a row's bits depend on its own sequence alone, and are the same in training, prefill and decode.
 //! Math, numerics and source: `kernels/attention.cu` (any dtype) and `kernels/attention_mma.cu` (bf16, tensor cores).
 
+mod launch;
 mod plan;
 pub mod reference;
 
 use std::sync::Arc;
 
 use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::device::{Launch, kernels};
 use crate::error::{Error, Result};
 use crate::ops::{Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
 use crate::tape::{Grads, Node};
@@ -136,24 +137,7 @@ impl Op for Attention {
         let t = self.plan.tables(cx)?;
         let out = cx.real("attention", &[self.plan.rows, shape.heads * shape.head_dim])?;
         let lse = if need.tape { Some(cx.float("attention lse", &[self.plan.rows, shape.heads])?) } else { None };
-        let (rows, ld) = (self.plan.rows as i32, qkv.stride() as i32);
-        kernels::attention_fwd(
-            &*cx.device,
-            Launch::flat(self.plan.rows * shape.heads),
-            n.d,
-            out.out(),
-            lse.as_ref().map(Tensor::out),
-            qkv,
-            &t.row_segment,
-            &t.segments,
-            rows,
-            ld,
-            n.heads,
-            n.kv_heads,
-            n.scale,
-            n.softcap,
-            n.window,
-        )?;
+        launch::forward(cx, &n, &out, lse.as_ref(), qkv, &self.plan)?;
         let saved = lse.map_or(Vec::new(), |lse| vec![qkv.clone(), out.clone(), lse]);
         Ok(Fwd { outputs: vec![out], saved })
     }
@@ -162,55 +146,11 @@ impl Op for Attention {
         let Some(dout) = &dy[0] else { return Ok(()) };
         let Some((dqkv, accumulate)) = g.slot(0)? else { return Ok(()) };
         let (qkv, out, lse) = (&node.saved[0], &node.saved[1], &node.saved[2]);
-        let (n, t, shape) = (self.shape.numbers("attention", qkv)?, self.plan.tables(cx)?, &self.shape);
-        let delta = cx.scratch("attention delta", DType::F32, lse.shape())?;
-        let (rows, ld, accumulate) = (self.plan.rows as i32, qkv.stride() as i32, i32::from(accumulate));
         if dqkv.stride() != qkv.stride() || !dout.is_contiguous() {
             return Err(Error::op("attention", format!("a gradient {dqkv:?} of {qkv:?} that is laid out otherwise")));
         }
-        let at = Launch::flat(lse.numel());
-        kernels::attention_delta(&*cx.device, at, n.d, delta.out(), dout, out, lse.numel() as i32)?;
-        kernels::attention_dq(
-            &*cx.device,
-            at,
-            n.d,
-            dqkv.out(),
-            dout,
-            qkv,
-            lse,
-            &delta,
-            &t.row_segment,
-            &t.segments,
-            rows,
-            ld,
-            n.heads,
-            n.kv_heads,
-            n.scale,
-            n.softcap,
-            n.window,
-            accumulate,
-        )?;
-        kernels::attention_dkv(
-            &*cx.device,
-            Launch::flat(self.plan.rows * shape.kv_heads),
-            n.d,
-            dqkv.out(),
-            dout,
-            qkv,
-            lse,
-            &delta,
-            &t.row_segment,
-            &t.segments,
-            &t.children,
-            rows,
-            ld,
-            n.heads,
-            n.kv_heads,
-            n.scale,
-            n.softcap,
-            n.window,
-            accumulate,
-        )
+        let n = self.shape.numbers("attention", qkv)?;
+        launch::backward(cx, &n, &dqkv, dout, [qkv, out, lse], &self.plan, accumulate)
     }
 
     fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
@@ -238,25 +178,7 @@ impl AttentionPaged {
             ));
         }
         let out = cx.real("attention", &[rows, shape.heads * shape.head_dim])?;
-        kernels::attention_paged_fwd(
-            &*cx.device,
-            Launch::flat(rows * shape.heads),
-            n.d,
-            out.out(),
-            qkv,
-            cache,
-            page_table,
-            sequence,
-            position,
-            rows as i32,
-            qkv.stride() as i32,
-            n.heads,
-            n.kv_heads,
-            page_table.cols() as i32,
-            n.scale,
-            n.softcap,
-            n.window,
-        )?;
+        launch::paged(cx, &n, &out, x)?;
         Ok(out)
     }
 }

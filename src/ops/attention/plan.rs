@@ -36,7 +36,7 @@ pub(super) struct Tables {
     pub segments: Tensor,
     /// I32: the segments that have a segment as their prefix.
     pub children: Tensor,
-    /// Read by the tensor-core family. I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before them come first.
+    /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before them come first.
     pub query_tiles: Tensor,
     /// The same, in the order of the queries that see them.
     pub key_tiles: Tensor,

@@ -1,0 +1,63 @@
+// Eight floats side by side, for kernels where a thread walks along rows alone (KERNEL_FLAT): one SIMD register on a CPU,
+// eight registers on a GPU. Compilers unroll short loops over arrays before they would vectorise them; this they cannot.
+// Every operation is lane by lane, and the sums below have one order, so both give the same bits.
+#pragma once
+#include "prim/math.cuh"
+#include "prim/real.cuh"
+
+#ifdef __CUDACC__
+struct F8 {
+  float v[8];
+  __device__ __forceinline__ float& operator[](int i) { return v[i]; }
+  __device__ __forceinline__ float operator[](int i) const { return v[i]; }
+};
+#define EACH_LANE(expression) \
+  F8 r; \
+  _Pragma("unroll") for (int i = 0; i < 8; ++i) r[i] = expression; \
+  return r;
+DEVICE F8 splat8(float a) { EACH_LANE(a) }
+DEVICE F8 add8(F8 a, F8 b) { EACH_LANE(a[i] + b[i]) }
+DEVICE F8 mul8(F8 a, F8 b) { EACH_LANE(a[i] * b[i]) }
+DEVICE F8 max8(F8 a, F8 b) { EACH_LANE(max2(a[i], b[i])) }
+DEVICE F8 fma8(F8 a, F8 b, F8 c) { EACH_LANE(fmaf(a[i], b[i], c[i])) }
+DEVICE F8 load8(const float* p) { EACH_LANE(p[i]) }
+DEVICE F8 load8(const bf16* p) { EACH_LANE(to_float(p[i])) }
+DEVICE void store8(float* p, F8 a) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) p[i] = a[i];
+}
+#else
+typedef float F8 __attribute__((vector_size(32)));
+DEVICE F8 splat8(float a) { return a - (F8){}; }
+DEVICE F8 add8(F8 a, F8 b) { return a + b; }
+DEVICE F8 mul8(F8 a, F8 b) { return a * b; }
+DEVICE F8 max8(F8 a, F8 b) { return a > b ? a : b; }
+DEVICE F8 fma8(F8 a, F8 b, F8 c) {
+#if defined(__clang__) && __has_builtin(__builtin_elementwise_fma)
+  return __builtin_elementwise_fma(a, b, c);
+#elif defined(__FMA__)
+  return __builtin_ia32_vfmaddps256(a, b, c);
+#else
+  for (int i = 0; i < 8; ++i) c[i] = fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+DEVICE F8 load8(const float* p) {
+  F8 r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+DEVICE F8 load8(const bf16* p) {
+  typedef unsigned short U16x8 __attribute__((vector_size(16)));
+  typedef unsigned U32x8 __attribute__((vector_size(32)));
+  U16x8 u;
+  memcpy(&u, p, sizeof u);
+  return (F8)(__builtin_convertvector(u, U32x8) << 16);
+}
+DEVICE void store8(float* p, F8 a) { memcpy(p, &a, sizeof a); }
+#endif
+
+DEVICE float sum8(F8 a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
+DEVICE float largest8(F8 a) {
+  return max2(max2(max2(a[0], a[4]), max2(a[2], a[6])), max2(max2(a[1], a[5]), max2(a[3], a[7])));
+}
