@@ -8,6 +8,7 @@ mod check;
 mod generate;
 mod inspect;
 mod score;
+mod train;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,6 +32,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Supervised fine-tuning: rows of text, prompt + completion, or messages
+    Sft(train::Args),
+    /// Language modelling on text rows, packed; makes weights at random for a folder that has only a config
+    Pretrain(train::Args),
     Generate(generate::Args),
     Score(score::Args),
     Check(check::Args),
@@ -89,6 +94,8 @@ pub fn main() -> i32 {
         }
     };
     let result = match cli.command {
+        Command::Sft(args) => train::run(args, train::Kind::Sft),
+        Command::Pretrain(args) => train::run(args, train::Kind::Pretrain),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Check(args) => check::run(args),

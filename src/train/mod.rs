@@ -4,6 +4,9 @@
 //! the optimizer and the step number: rows, random numbers and learning rate follow from the number. So a resumed run
 //! equals an uninterrupted one, bit for bit.
 
+pub mod run;
+pub mod state;
+
 use std::collections::BTreeMap;
 
 use crate::config::{Sampling, TrainingConfig};
@@ -66,6 +69,10 @@ impl StepPlan {
         };
         let total_steps = config.total_steps(steps_per_epoch);
         Ok(StepPlan { rows, batch, accumulation, sampling, seed: config.seed, steps_per_epoch, total_steps })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
     }
 
     /// The micro-batches of step `number` (from 0). The last of an epoch may be smaller, as in HF's Trainer.

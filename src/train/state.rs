@@ -1,0 +1,177 @@
+//! A trainer's whole state as files, and back. Floor 6.
+//!
+//! Invariant: what is read back has the bits that were written. model.safetensors is in the folder's own dtype; where
+//! that is narrower than what is trained, the float values stand in optimizer.safetensors beside the moments.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{Means, Trainer};
+use crate::checkpoint::CheckpointWriter;
+use crate::device::DType;
+use crate::error::{Error, Result};
+use crate::fsio;
+use crate::model::families::ParamSpec;
+use crate::model::folder::{self, write_folder};
+use crate::tensor::Tensor;
+use crate::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec};
+
+/// What a run carries beside the trainer: counters of the log.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RunState {
+    pub num_tokens: u64,
+    pub means: Means,
+}
+
+/// What a written model folder needs beside the weights.
+#[derive(Clone, Debug, Default)]
+pub struct FolderParts {
+    pub tokenizer_files: Vec<std::path::PathBuf>,
+    pub generation_config: Option<serde_json::Map<String, Value>>,
+    pub dtype: Option<HostDtype>,
+}
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+impl Trainer {
+    /// The model as a folder that transformers loads, in the dtype of the folder that it came from (else float32).
+    pub fn write_model(&self, dir: &Path, parts: &FolderParts) -> Result<()> {
+        let dtype = parts.dtype.unwrap_or(HostDtype::F32);
+        let (config, files) = (&self.model.config, &parts.tokenizer_files);
+        write_folder(dir, config, files, parts.generation_config.clone(), dtype, &mut |spec| {
+            dtype.encode(&self.values(self.trained(), spec)?)
+        })
+    }
+
+    /// Adds model, optimizer and counters to a checkpoint.
+    pub fn write_state(&self, writer: &mut CheckpointWriter, parts: &FolderParts, run: &RunState) -> Result<()> {
+        let dtype = parts.dtype.unwrap_or(HostDtype::F32);
+        let specs: Vec<&ParamSpec> = self.model.params.specs.iter().map(|(s, _)| s).collect();
+        let model: Vec<TensorSpec> =
+            specs.iter().map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() }).collect();
+        writer.add_safetensors(MODEL, &model, &[("format", "pt")], &mut |i, _| {
+            dtype.encode(&self.values(self.trained(), specs[i])?)
+        })?;
+        let mut arenas = vec![("m", &self.optimizer.m), ("v", &self.optimizer.v)];
+        if dtype != HostDtype::F32 {
+            if let Some(float) = self.optimizer.float_weights(&self.model.params) {
+                arenas.push(("master", float));
+            }
+        }
+        let mut tensors = Vec::new();
+        let mut sources = Vec::new();
+        for (name, arena) in arenas {
+            for spec in &specs {
+                let name = format!("{name}.{}", spec.name);
+                tensors.push(TensorSpec { name, dtype: HostDtype::F32, shape: spec.shape.clone() });
+                sources.push((arena, *spec));
+            }
+        }
+        writer.add_safetensors(OPTIMIZER, &tensors, &[], &mut |i, _| {
+            HostDtype::F32.encode(&self.values(sources[i].0, sources[i].1)?)
+        })?;
+        let config = format!("{:#}\n", Value::Object(self.model.config.to_json(dtype)));
+        writer.add_file("config.json", config.as_bytes())?;
+        for file in &parts.tokenizer_files {
+            if let Some(name) = file.file_name().and_then(|n| n.to_str()) {
+                writer.add_file(name, &fsio::read(file)?)?;
+            }
+        }
+        let state = json!({
+            "step": self.done, "num_tokens": run.num_tokens, "seed": self.config.seed, "rows": self.plan.rows(),
+            "means": run.means.state(), "temper": env!("CARGO_PKG_VERSION"), "device": self.cx.device.name(),
+            "dtype": self.cx.dtype.name(),
+        });
+        writer.add_file(STATE, format!("{state:#}\n").as_bytes())
+    }
+
+    /// Takes up a checkpoint written by [`Trainer::write_state`]: weights, moments, step number. The trainer was made
+    /// from the same config and data; a checkpoint of other rows or of another storage type is refused.
+    pub fn read_state(&mut self, dir: &Path) -> Result<RunState> {
+        let path = dir.join(STATE);
+        let state: Value =
+            serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
+        let number = |key: &str| {
+            state[key].as_u64().ok_or_else(|| Error::checkpoint(&path, format!("has no \"{key}\"")))
+        };
+        if number("rows")? != self.plan.rows() as u64 {
+            let message = format!("was trained on {} rows, the data has {}", number("rows")?, self.plan.rows());
+            return Err(Error::checkpoint(dir, message + "; give the same --data and keys to resume"));
+        }
+        if state["dtype"].as_str() != Some(self.cx.dtype.name()) {
+            let message = format!("was trained in {}, this run is in {}", state["dtype"], self.cx.dtype.name());
+            return Err(Error::checkpoint(dir, message + "; resume on the same kind of device, or set dtype"));
+        }
+        let weights = SafeFolder::open_file(dir.join(MODEL))?;
+        let optimizer = SafeFolder::open_file(dir.join(OPTIMIZER))?;
+        let mut values = Vec::new();
+        let mut read = |from: &SafeFolder, name: &str, len: usize| -> Result<Vec<f32>> {
+            let view = from.get(name).ok_or_else(|| Error::checkpoint(from.path(), format!("{name} is missing")))?;
+            if view.len() != len {
+                return Err(Error::checkpoint(from.path(), format!("{name} has {} values, not {len}", view.len())));
+            }
+            values.resize(len, 0.0);
+            view.to_f32_into(&mut values)?;
+            Ok(std::mem::take(&mut values))
+        };
+        let params = &self.model.params;
+        for (spec, offset) in &params.specs {
+            let len = spec.len();
+            for (name, arena) in [("m", &self.optimizer.m), ("v", &self.optimizer.v)] {
+                let moment = read(&optimizer, &format!("{name}.{}", spec.name), len)?;
+                params.view_of(arena, spec, *offset)?.upload(&moment)?;
+            }
+            let master = format!("master.{}", spec.name);
+            let float = match optimizer.get(&master) {
+                Some(_) => read(&optimizer, &master, len)?,
+                None => read(&weights, &spec.name, len)?,
+            };
+            if let Some(arena) = &self.optimizer.master {
+                params.view_of(arena, spec, *offset)?.upload(&float)?;
+            }
+            params.store(spec, *offset, &float)?;
+        }
+        self.done = number("step")?;
+        let means = serde_json::from_value(state["means"].clone())
+            .map_err(|e| Error::checkpoint(&path, format!("\"means\": {e}")))?;
+        Ok(RunState { num_tokens: number("num_tokens")?, means: Means::from_state(means) })
+    }
+
+    /// About how many bytes a checkpoint has.
+    pub fn state_bytes(&self, parts: &FolderParts) -> u64 {
+        let size = parts.dtype.and_then(HostDtype::size).unwrap_or(4);
+        let master = if size == 4 { 0 } else { 4 };
+        (self.model.params.count() * (size + 8 + master)) as u64
+    }
+
+    /// The arena whose values are trained: float where there is one.
+    fn trained(&self) -> &Tensor {
+        self.optimizer.float_weights(&self.model.params).unwrap_or(&self.model.params.weights)
+    }
+
+    fn values(&self, arena: &Tensor, spec: &ParamSpec) -> Result<Vec<f32>> {
+        let found = self.model.params.specs.iter().find(|(s, _)| s.name == spec.name);
+        let (spec, offset) = found.ok_or_else(|| Error::op("params", format!("{} has no place", spec.name)))?;
+        self.model.params.view_of(arena, spec, *offset)?.to_f32()
+    }
+}
+
+/// What [`Trainer::write_model`] needs to write a folder like `dir`.
+pub fn parts_of(dir: &Path, dtype: Option<HostDtype>) -> Result<FolderParts> {
+    Ok(FolderParts {
+        tokenizer_files: folder::tokenizer_files(dir),
+        generation_config: folder::generation_config(dir)?,
+        dtype: dtype.filter(|d| matches!(d, HostDtype::F32 | HostDtype::F16 | HostDtype::BF16)),
+    })
+}
+
+/// Bytes of one micro-batch's activations without recomputation: what the tape keeps of each token (DESIGN: rmsnorm and
+/// linear inputs, q|k|v, the attention's output, gate|up and their product), and the logits chunk does not grow.
+pub fn activation_bytes(config: &crate::model::config::ModelConfig, dtype: DType, tokens: usize) -> usize {
+    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let layer = 4 * config.hidden_size + 2 * q + 2 * kv + 3 * config.intermediate_size;
+    tokens * (config.num_layers * layer + 3 * config.hidden_size) * dtype.size()
+}
