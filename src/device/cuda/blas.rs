@@ -6,6 +6,7 @@
 //! decides (`ops::matmul` asks only when the context is not exact); backward products may always come.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -225,15 +226,15 @@ impl Blas {
             bias_aligned: aligned(bias),
         };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if !plans.contains_key(&key) {
-            let plan = match Plan::new(self.handle, &key, bias) {
-                Ok(plan) => Some(plan),
-                Err(e) if unsupported(&e) => None,
+        let plan = match plans.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => match Plan::new(self.handle, &key, bias) {
+                Ok(plan) => new.insert(Some(plan)),
+                Err(e) if unsupported(&e) => new.insert(None),
                 Err(e) => return Err(failed("choosing an algorithm")(e)),
-            };
-            plans.insert(key, plan);
-        }
-        let Some(Some(plan)) = plans.get(&key) else { return Ok(false) };
+            },
+        };
+        let Some(plan) = plan else { return Ok(false) };
         if key.bias.is_some() {
             let what = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             plan.set(what, bias).map_err(failed("bias"))?;
