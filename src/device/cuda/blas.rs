@@ -1,9 +1,10 @@
 //! cuBLASLt, the one library seam: plain matrix products with one algorithm fixed for each shape.
 //!
 //! Invariant: a product's bits are a function of its operands and its [`Key`]. The heuristic is asked once a key, split-K
-//! is allowed only with reductions in a fixed order, f32 never becomes TF32. The algorithm does depend on m. So an exact
-//! context must not come here for forward (NT) products, whose kernel is chosen by (n, k, dtype) alone: the caller
-//! decides (`ops::matmul` asks only when the context is not exact); backward products may always come.
+//! is allowed only with reductions in a fixed order, f32 never becomes TF32. The algorithm does depend on m. So forward
+//! (NT) products may come here only when the context is not exact: an exact one chooses by (n, k, dtype) alone, and so
+//! takes the engine's own kernel. The caller decides (`ops::matmul`, by `MatmulChoice`); backward products may always
+//! come.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
