@@ -466,7 +466,7 @@ fn launcher(s: &mut String, file: &KernelFile, k: &Kernel, all: &mut Vec<String>
     for line in k.doc.lines() {
         writeln!(s, "/// {line}").unwrap();
     }
-    writeln!(s, "#[allow(clippy::too_many_arguments)]").unwrap();
+    writeln!(s, "#[allow(clippy::too_many_arguments, clippy::unnecessary_literal_unwrap)]").unwrap();
     let mut sig = format!("pub fn {}(dev: &dyn Device, at: Launch", k.name);
     if !k.d.is_empty() {
         sig += ", D: usize";

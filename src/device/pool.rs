@@ -163,17 +163,18 @@ impl State {
     /// Gives a range back and joins it with its free neighbours in the same slab.
     fn release(&mut self, mut address: u64, mut bytes: usize) {
         let slab = self.slabs.range(..=address).next_back().map(|(a, b)| (*a, a + *b as u64)).unwrap_or((address, 0));
-        if let Some((&before, &size)) = self.free.range(..address).next_back() {
-            if before + size as u64 == address && before >= slab.0 {
-                self.free.remove(&before);
-                (address, bytes) = (before, bytes + size);
-            }
+        if let Some((&before, &size)) = self.free.range(..address).next_back()
+            && before + size as u64 == address
+            && before >= slab.0
+        {
+            self.free.remove(&before);
+            (address, bytes) = (before, bytes + size);
         }
         let end = address + bytes as u64;
-        if end < slab.1 {
-            if let Some(size) = self.free.remove(&end) {
-                bytes += size;
-            }
+        if end < slab.1
+            && let Some(size) = self.free.remove(&end)
+        {
+            bytes += size;
         }
         self.free.insert(address, bytes);
     }

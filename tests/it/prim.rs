@@ -51,7 +51,7 @@ fn worst(which: i32, x: &[f32], f: impl Fn(f64) -> f64) -> (f64, f32) {
     let mut worst = (0.0, 0.0);
     for (x, y) in x.iter().zip(&y) {
         let error = ulps(*y, f(f64::from(*x)));
-        if !(error <= worst.0) {
+        if error > worst.0 || error.is_nan() {
             worst = (error, *x);
         }
     }

@@ -1,11 +1,13 @@
 //! cuBLASLt, the one library seam: plain matrix products with one algorithm fixed for each shape.
 //!
 //! Invariant: a product's bits are a function of its operands and its [`Key`]. The heuristic is asked once a key, split-K
-//! is allowed only with reductions in a fixed order, f32 never becomes TF32. The algorithm does depend on m. So an exact
-//! context must not come here for forward (NT) products, whose kernel is chosen by (n, k, dtype) alone: the caller
-//! decides (`ops::matmul` asks only when the context is not exact); backward products may always come.
+//! is allowed only with reductions in a fixed order, f32 never becomes TF32. The algorithm does depend on m. So forward
+//! (NT) products may come here only when the context is not exact: an exact one chooses by (n, k, dtype) alone, and so
+//! takes the engine's own kernel. The caller decides (`ops::matmul`, by `MatmulChoice`); backward products may always
+//! come.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -225,15 +227,15 @@ impl Blas {
             bias_aligned: aligned(bias),
         };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if !plans.contains_key(&key) {
-            let plan = match Plan::new(self.handle, &key, bias) {
-                Ok(plan) => Some(plan),
-                Err(e) if unsupported(&e) => None,
+        let plan = match plans.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => match Plan::new(self.handle, &key, bias) {
+                Ok(plan) => new.insert(Some(plan)),
+                Err(e) if unsupported(&e) => new.insert(None),
                 Err(e) => return Err(failed("choosing an algorithm")(e)),
-            };
-            plans.insert(key, plan);
-        }
-        let Some(Some(plan)) = plans.get(&key) else { return Ok(false) };
+            },
+        };
+        let Some(plan) = plan else { return Ok(false) };
         if key.bias.is_some() {
             let what = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             plan.set(what, bias).map_err(failed("bias"))?;
