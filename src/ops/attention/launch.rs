@@ -156,7 +156,7 @@ pub(super) fn backward(
             window,
             accumulate,
         )?;
-        let (step, parts) = (if n.d <= 80 { 64 } else { 32 }, if n.d <= 128 { 1 } else { 2 });
+        let (step, parts) = (if n.d > 80 || n.d == 32 { 32 } else { 64 }, if n.d <= 128 { 1 } else { 2 });
         let at = blocks(t.key_tiles.row_count() * k as usize * parts, 2 * (TILE + step), n.d);
         let tiles = &t.key_tiles;
         return kernels::attention_mma_dkv(

@@ -134,7 +134,6 @@ impl Op for Attention {
         if qkv.row_count() != self.plan.rows {
             return Err(Error::op("attention", format!("{qkv:?} and a plan of {} rows", self.plan.rows)));
         }
-        let t = self.plan.tables(cx)?;
         let out = cx.real("attention", &[self.plan.rows, shape.heads * shape.head_dim])?;
         let lse = if need.tape { Some(cx.float("attention lse", &[self.plan.rows, shape.heads])?) } else { None };
         launch::forward(cx, &n, &out, lse.as_ref(), qkv, &self.plan)?;
@@ -166,7 +165,7 @@ impl Op for Attention {
 
 impl AttentionPaged {
     fn run(&self, cx: &Cx, x: &[&Tensor]) -> Result<Tensor> {
-        let (qkv, cache, page_table, sequence, position) = (x[0], x[1], x[2], x[3], x[4]);
+        let (qkv, cache, sequence, position) = (x[0], x[1], x[3], x[4]);
         let (n, shape) = (self.shape.numbers("attention_paged", qkv)?, &self.shape);
         let hint = "a cache row is k | v of one token";
         expect_cols("attention_paged", "cache", cache, 2 * shape.kv_heads * shape.head_dim, hint)?;
