@@ -13,9 +13,17 @@
 // Numerics All in float; a dot product is 16 chains of fmaf and a tree; out is rounded when stored. A row is one
 //          chain over the blocks of 64 positions of its own sequence, from position 0: the same bits in training, in
 //          prefill chunks and in decode. Keys that are not seen are not read.
-// Cost     4 D flops a (query, key) pair forward, 14 D executed backward. One EPYC core with AVX2: see docs of the bench.
+// Cost     4 D flops a (query, key) pair forward, 14 D executed backward (10 D counted). Two threads of an AVX2 EPYC, f32, D 64:
+//          25 GFLOP/s forward, 17 backward; `cargo test attention_speed -- --nocapture` prints this machine's.
 #include "prim/attend.cuh"
 #include "prim/lanes.cuh"
+
+// On a GPU unrolled columns would only cost minutes of ptxas: what matters there is attention_mma.cu.
+#ifdef __CUDACC__
+#define COLUMNS_UNROLL _Pragma("unroll 1")
+#else
+#define COLUMNS_UNROLL
+#endif
 
 constexpr int QB = 64;  // keys (or, for dk and dv, queries) a step
 
@@ -23,7 +31,7 @@ constexpr int QB = 64;  // keys (or, for dk and dv, queries) a step
 template <int D>
 DEVICE F8 dot_lanes(const float* a, const real* b) {
   F8 even = mul8(load8(a), load8(b)), odd = mul8(load8(a + 8), load8(b + 8));
-#pragma unroll
+COLUMNS_UNROLL
   for (int d = 16; d < D; d += 16) {
     even = fma8(load8(a + d), load8(b + d), even);
     odd = fma8(load8(a + d + 8), load8(b + d + 8), odd);
@@ -52,32 +60,32 @@ DEVICE void add_rows(float* o, const float* w, const real* x, const long long* a
   constexpr int C = D % 64 == 0 ? 64 : D;
   for (int c = 0; c < D; c += C) {
     F8 acc[C / 8];
-#pragma unroll
+COLUMNS_UNROLL
     for (int i = 0; i < C / 8; ++i) acc[i] = load8(o + c + i * 8);
     for (int j = from; j < to; ++j) {
       const real* row = x + at[j] + c;
       const F8 f = splat8(w[j]);
-#pragma unroll
+COLUMNS_UNROLL
       for (int i = 0; i < C / 8; ++i) acc[i] = fma8(f, load8(row + i * 8), acc[i]);
     }
-#pragma unroll
+COLUMNS_UNROLL
     for (int i = 0; i < C / 8; ++i) store8(o + c + i * 8, acc[i]);
   }
 }
 
 template <int D>
 DEVICE void load_floats(float* to, const real* from) {
-#pragma unroll
+COLUMNS_UNROLL
   for (int i = 0; i < D; ++i) to[i] = to_float(from[i]);
 }
 
 template <int D>
 DEVICE void store_reals(real* to, const float* from, float factor, int accumulate) {
   if (accumulate)
-#pragma unroll
+COLUMNS_UNROLL
     for (int i = 0; i < D; ++i) to[i] = to_real(fmaf(from[i], factor, to_float(to[i])));
   else
-#pragma unroll
+COLUMNS_UNROLL
     for (int i = 0; i < D; ++i) to[i] = to_real(from[i] * factor);
 }
 
@@ -102,7 +110,7 @@ DEVICE void attend(real* out, float* lse, const real* q_row, const real* k, cons
   float q[D], o[D], s[QB];
   long long at[QB];
   load_floats<D>(q, q_row);
-#pragma unroll
+COLUMNS_UNROLL
   for (int i = 0; i < D; ++i) o[i] = 0.f;
   float m = NEG_INF, l = 0.f;
   const int first = first_seen(position, window);
@@ -120,7 +128,7 @@ DEVICE void attend(real* out, float* lse, const real* q_row, const real* k, cons
     for (int j = 0; j < QB; ++j) s[j] = exp_f(s[j] - base);
     l = fmaf(l, alpha, sum_of(s));
     m = m_new;
-#pragma unroll
+COLUMNS_UNROLL
     for (int i = 0; i < D; ++i) o[i] *= alpha;
     add_rows<D>(o, s, v, at, from, to);
   }
@@ -157,7 +165,7 @@ KERNEL_FLAT(attention_paged_fwd, D=16,32,64,80,96,128,256)(real* out, const real
   real* o = out + ((long long)row * heads + head) * D;
   const int sequence = row_sequence[row];
   if (sequence < 0) {
-#pragma unroll
+COLUMNS_UNROLL
     for (int i = 0; i < D; ++i) o[i] = to_real(0.f);
     return;
   }
@@ -215,7 +223,7 @@ KERNEL_FLAT(attention_dq, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const real
   long long at[QB];
   load_floats<D>(q, qkv + (long long)row * ld + head * D);
   load_floats<D>(up, dout + ((long long)row * heads + head) * D);
-#pragma unroll
+COLUMNS_UNROLL
   for (int i = 0; i < D; ++i) dq[i] = 0.f;
   for (int j = 0; j < QB; ++j) {
     lse_of[j] = lse[(long long)row * heads + head];
@@ -249,7 +257,7 @@ KERNEL_FLAT(attention_dkv, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const rea
   long long at[QB], up_at[QB];
   load_floats<D>(k, qkv + (long long)row * ld + column);
   load_floats<D>(v, qkv + (long long)row * ld + column + kv_heads * D);
-#pragma unroll
+COLUMNS_UNROLL
   for (int i = 0; i < D; ++i) dk[i] = dv[i] = 0.f;
   for (int j = 0; j < QB; ++j) s[j] = ds[j] = lse_of[j] = delta_of[j] = 0.f;
   const int child_end = segments[segment * 6 + 5];

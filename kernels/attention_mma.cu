@@ -20,17 +20,19 @@ constexpr int ROWS = 64;  // of a block, and positions of a forward step
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 // Eight values of padding a row: an odd number of 16-byte chunks, so that eight rows of one ldmatrix hit all banks.
-constexpr int stride_of(int d) { return d + 8; }
+template <int D>
+constexpr int STRIDE = D + 8;
 
 // Starts the copy of N rows of D values; row i lies at base + offset(i), and is zeros where that is negative.
 template <int D, int N, class Offset>
 DEVICE void fetch_rows(bf16* tile, const bf16* base, const Offset& offset) {
   static_assert(N * D / 8 % 128 == 0, "128 threads take whole turns");
-#pragma unroll
-  for (int i = 0; i < N * D / 8 / 128; ++i) {
+  constexpr int TURNS = N * D / 8 / 128, UNROLL = TURNS <= 5 ? TURNS : 4;  // all addresses at once would cost registers
+#pragma unroll UNROLL
+  for (int i = 0; i < TURNS; ++i) {
     const int c = (int)threadIdx.x + i * 128, r = c / (D / 8), col = c % (D / 8) * 8;
     const long long at = offset(r);
-    copy_async16(tile + r * stride_of(D) + col, base + (at < 0 ? 0 : at + col), at < 0 ? 0 : 16);
+    copy_async16(tile + r * STRIDE<D> + col, base + (at < 0 ? 0 : at + col), at < 0 ? 0 : 16);
   }
 }
 
@@ -45,11 +47,11 @@ DEVICE void scores(float (&acc)[N / 8][4], const bf16* a, const bf16* b) {
 #pragma unroll
   for (int kk = 0; kk < D; kk += 16) {
     unsigned fa[4];
-    ldmatrix4<false>(fa, a + (half + r) * stride_of(D) + kk + upper);
+    ldmatrix4<false>(fa, a + (half + r) * STRIDE<D> + kk + upper);
 #pragma unroll
     for (int j = 0; j < N / 8; j += 2) {
       unsigned fb[4];
-      ldmatrix4<false>(fb, b + (j * 8 + upper + r) * stride_of(D) + kk + half);
+      ldmatrix4<false>(fb, b + (j * 8 + upper + r) * STRIDE<D> + kk + half);
       mma_bf16(acc[j], fa, {fb[0], fb[1]});
       mma_bf16(acc[j + 1], fa, {fb[2], fb[3]});
     }
@@ -67,7 +69,7 @@ DEVICE void weighted_rows(float (&acc)[D / 8][4], const float (&w)[N / 8][4], co
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
       unsigned fb[4];
-      ldmatrix4<true>(fb, b + (kk * 16 + half + r) * stride_of(D) + j * 8 + upper);
+      ldmatrix4<true>(fb, b + (kk * 16 + half + r) * STRIDE<D> + j * 8 + upper);
       mma_bf16(acc[j], fa, {fb[0], fb[1]});
       mma_bf16(acc[j + 1], fa, {fb[2], fb[3]});
     }
@@ -121,14 +123,16 @@ template <int D, class Rows, class Keys>
 DEVICE void forward(real* out, float* lse, const real* q, const real* k, const real* v, const Rows& rows, const Keys& keys,
                     int from, int to, int ld, int heads, float scale, float softcap, int window) {
   bf16* sq = (bf16*)shared_base();
-  bf16* sk = sq + ROWS * stride_of(D);
-  bf16* sv = sk + ROWS * stride_of(D);
+  bf16* sk = sq + ROWS * STRIDE<D>;
+  bf16* sv = sk + ROWS * STRIDE<D>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int position[2], first[2];
+  int position[2], first[2], place[2];  // place: row and head in out, -1 if there is no row
   float m[2], l[2], o[D / 8][4];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    position[h] = rows.position(warp * 16 + lane / 4 + h * 8);
+    const int i = warp * 16 + lane / 4 + h * 8, row = rows.row(i);
+    place[h] = row < 0 ? -1 : row * heads + rows.head(i);
+    position[h] = rows.position(i);
     first[h] = first_seen(position[h], window);
     m[h] = NEG_INF;
     l[h] = 0.f;
@@ -144,7 +148,7 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
     fetch_rows<D, ROWS>(sv, v, [&](int i) { return block + i < to ? keys.at(block + i) : -1ll; });
     copy_commit();
     float s[ROWS / 8][4];
-    scores<D, ROWS>(s, sq + warp * 16 * stride_of(D), sk);
+    scores<D, ROWS>(s, sq + warp * 16 * STRIDE<D>, sk);
     copy_wait<0>();
     block_sync();
     const int next = block + ROWS;
@@ -198,13 +202,12 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float sum = row_sum(l[h]), inverse = sum > 0.f ? 1.f / sum : 0.f;
-    const int i = warp * 16 + lane / 4 + h * 8, row = rows.row(i);
-    if (row < 0) continue;
-    const long long place = (long long)row * heads + rows.head(i);
-    if (lse && lane % 4 == 0) lse[place] = m[h] * LN_2 + log_f(sum);
+    if (place[h] < 0) continue;
+    if (lse && lane % 4 == 0) lse[place[h]] = m[h] * LN_2 + log_f(sum);
+    real* to_row = out + (long long)place[h] * D + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
-      store_pair(out + place * D + j * 8 + lane % 4 * 2, o[j][2 * h] * inverse, o[j][2 * h + 1] * inverse, 0);
+      store_pair(to_row + j * 8, o[j][2 * h] * inverse, o[j][2 * h + 1] * inverse, 0);
   }
 }
 
@@ -225,7 +228,7 @@ template <int D, bool WANT_K, bool WANT_V>
 DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const float* lse, const float* delta,
                           const int* segments, const int* children, int segment, int first, int kv_head, int ld, int heads,
                           int kv_heads, float scale, float softcap, int window, int accumulate) {
-  constexpr int N = D <= 80 ? 64 : 32, S = stride_of(D);
+  constexpr int N = D > 80 || D == 32 ? 32 : 64, S = STRIDE<D>;
   bf16* sk = (bf16*)shared_base();
   bf16* sv = sk + ROWS * S;
   bf16* sq = sv + ROWS * S;  // lse and delta of a row lie in its padding
@@ -358,7 +361,7 @@ KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, HOT)(INOUT(real)
                                                                      int heads, int kv_heads, float scale, float softcap,
                                                                      int window, int accumulate) {
 #ifdef REAL_BF16
-  constexpr int N = D <= 128 ? 64 : 32, S = stride_of(D);
+  constexpr int N = D <= 128 ? 64 : 32, S = STRIDE<D>;
   bf16* sq = (bf16*)shared_base();
   bf16* sdo = sq + ROWS * S;
   bf16* sk = sdo + ROWS * S;
