@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::disk::Lock;
-use super::{Found, Search, entries, latest, list};
+use super::{Found, Search, entries, latest, list, step_of};
 use crate::error::{Error, Result};
 use crate::fsio;
 
@@ -83,7 +83,7 @@ impl RunFolder {
     fn clean(&self) -> Result<()> {
         for (name, path) in entries(&self.path)? {
             let stale = name.strip_suffix(".tmp").or_else(|| name.strip_suffix(".del"));
-            if stale.is_some_and(|stem| stem.starts_with("checkpoint-")) {
+            if stale.and_then(step_of).is_some() && path.is_dir() {
                 std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
             }
         }

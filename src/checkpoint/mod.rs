@@ -14,6 +14,7 @@ mod disk;
 mod folder;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -99,15 +100,13 @@ impl CheckpointWriter {
     /// Makes it durable under its name and returns that.
     pub fn finish(mut self) -> Result<PathBuf> {
         for (name, path) in entries(&self.tmp)? {
-            if !self.files.contains_key(&name) {
-                let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
-                if !file.metadata().is_ok_and(|m| m.is_file()) {
-                    return Err(Error::checkpoint(path, "is not a file; a checkpoint is flat"));
-                }
-                file.sync_all().map_err(|e| Error::io(&path, e))?;
-                let written = checksum(&path)?;
-                self.files.insert(name, written);
+            let Entry::Vacant(slot) = self.files.entry(name) else { continue };
+            let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
+            if !file.metadata().is_ok_and(|m| m.is_file()) {
+                return Err(Error::checkpoint(path, "is not a file; a checkpoint is flat"));
             }
+            file.sync_all().map_err(|e| Error::io(&path, e))?;
+            slot.insert(checksum(&path)?);
         }
         fsio::atomic_write(self.tmp.join(MANIFEST), manifest(self.step, &self.files).as_bytes())?;
         fsio::fsync_dir(&self.tmp)?;
@@ -230,13 +229,18 @@ pub fn checkpoint_path(output_dir: &Path, step: u64) -> PathBuf {
 pub fn list(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut all: Vec<(u64, PathBuf)> = Vec::new();
     for (name, path) in entries(output_dir)? {
-        let digits = name.strip_prefix("checkpoint-").filter(|d| d.bytes().all(|b| b.is_ascii_digit()));
-        if let Some(step) = digits.and_then(|d| d.parse().ok()).filter(|_| path.is_dir()) {
+        if let Some(step) = step_of(&name).filter(|_| path.is_dir()) {
             all.push((step, path));
         }
     }
     all.sort();
     Ok(all)
+}
+
+/// The N of `checkpoint-N`.
+fn step_of(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("checkpoint-")?;
+    digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
 }
 
 /// Names and paths in a folder; empty if there is no such folder. Names that are not UTF-8 are not ours.
