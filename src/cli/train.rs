@@ -117,13 +117,22 @@ pub fn run(args: Args, kind: Kind) -> Result<()> {
     let flops = crate::cli::bench::flops_per_token(&model.config, model.params.count(), sft.longest);
     let peak = peak_flops(&cx.device.name());
     let rows = sft.rows();
-    eprintln!("{} parameters, {} rows a step", model.params.count(), run.training.per_device_train_batch_size * run.training.gradient_accumulation_steps);
+    eprintln!(
+        "{} parameters, {} rows a step",
+        model.params.count(),
+        run.training.per_device_train_batch_size * run.training.gradient_accumulation_steps
+    );
     let mut trainer = Trainer::new(cx, model, run.training.clone(), rows, recompute)?;
     let whole = Run {
         folder: &folder,
         parts: parts_of(&dir, dtype)?,
         stop: Stop::on_signals()?,
-        config_toml: run.to_toml(&format!("temper {} --model {model_name} --data {}", name(kind), shown(&args.data), model_name = model_arg(&args))),
+        config_toml: run.to_toml(&format!(
+            "temper {} --model {model_name} --data {}",
+            name(kind),
+            shown(&args.data),
+            model_name = model_arg(&args)
+        )),
         peak_flops: peak,
         flops_per_token: flops,
     };

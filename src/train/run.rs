@@ -55,10 +55,8 @@ impl Run<'_> {
             if self.stop.requested() {
                 self.save(trainer, &state, &log)?;
                 log.finish();
-                let message = format!(
-                    "stopped after step {} of {total}; go on with the same command and --resume",
-                    trainer.done
-                );
+                let message =
+                    format!("stopped after step {} of {total}; go on with the same command and --resume", trainer.done);
                 return Err(Error::Interrupted(message));
             }
             let step = trainer.step(method)?;
@@ -75,7 +73,14 @@ impl Run<'_> {
     }
 
     /// Logs, evaluates and saves where a step asks for it.
-    fn take(&self, trainer: &mut Trainer, method: &mut dyn Method, step: &Step, state: &mut RunState, log: &mut RunLog) -> Result<()> {
+    fn take(
+        &self,
+        trainer: &mut Trainer,
+        method: &mut dyn Method,
+        step: &Step,
+        state: &mut RunState,
+        log: &mut RunLog,
+    ) -> Result<()> {
         let total = trainer.plan.total_steps;
         state.num_tokens += step.tokens as u64;
         state.means.add("loss", f64::from(step.loss));

@@ -94,9 +94,8 @@ impl Trainer {
         let path = dir.join(STATE);
         let state: Value =
             serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
-        let number = |key: &str| {
-            state[key].as_u64().ok_or_else(|| Error::checkpoint(&path, format!("has no \"{key}\"")))
-        };
+        let number =
+            |key: &str| state[key].as_u64().ok_or_else(|| Error::checkpoint(&path, format!("has no \"{key}\"")));
         if number("rows")? != self.plan.rows() as u64 {
             let message = format!("was trained on {} rows, the data has {}", number("rows")?, self.plan.rows());
             return Err(Error::checkpoint(dir, message + "; give the same --data and keys to resume"));

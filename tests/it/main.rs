@@ -9,6 +9,7 @@ mod house;
 mod model_folder;
 mod ops;
 mod prim;
+mod runs;
 mod score;
 mod sft;
 mod shim;

@@ -1,0 +1,227 @@
+//! Whole runs through the binary: interrupted, resumed, refused.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use temper::checkpoint::{CheckpointWriter, checkpoint_path};
+use temper::methods::Method;
+use temper::train::Trainer;
+use temper::train::state::{FolderParts, RunState};
+
+use crate::sft::trainer;
+
+const MODEL: &str = "tests/fixtures/sft/model";
+
+fn command(out: &Path, keys: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
+    command.args(["sft", "--model", MODEL, "--data", "tests/fixtures/sft/messages.jsonl", "--output"]);
+    command.arg(out).args(keys).stdin(Stdio::null());
+    command
+}
+
+fn temper(out: &Path, keys: &[&str]) -> Output {
+    command(out, keys).output().unwrap()
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn spawn(out: &Path, keys: &[&str]) -> Child {
+    command(out, keys).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+fn weights(out: &Path) -> Vec<u8> {
+    std::fs::read(out.join("model.safetensors")).unwrap()
+}
+
+/// metrics.jsonl without the fields that hold times or depend on them.
+fn metrics(out: &Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let line = |l: &str| {
+        let mut value: serde_json::Value = serde_json::from_str(l).unwrap();
+        let map = value.as_object_mut().unwrap();
+        for key in ["tokens_per_second", "peak_memory", "mfu"] {
+            map.remove(key);
+        }
+        value
+    };
+    text.lines().map(line).collect()
+}
+
+/// Every value of the state that training goes on from, bit for bit.
+fn bits(trainer: &Trainer) -> [Vec<u32>; 3] {
+    [&trainer.model.params.weights, &trainer.optimizer.m, &trainer.optimizer.v].map(|t| t.to_vec::<u32>().unwrap())
+}
+
+#[test]
+fn resumed_at_any_of_fifty_steps_equals_uninterrupted() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys: Vec<String> = ["learning_rate=1e-3", "per_device_train_batch_size=2", "max_steps=50", "weight_decay=0.1"]
+        .map(String::from)
+        .into();
+    let parts = FolderParts::default();
+    let (mut whole, mut sft) = trainer("prompt_completion", &keys, false);
+    for step in 1..=50u64 {
+        whole.step(&mut sft).unwrap();
+        let mut writer = CheckpointWriter::new(dir.path(), step, 0).unwrap();
+        whole.write_state(&mut writer, &parts, &RunState::default()).unwrap();
+        writer.finish().unwrap();
+    }
+    let expected = bits(&whole);
+    for step in 1..50 {
+        let (mut resumed, mut sft) = trainer("prompt_completion", &keys, false);
+        resumed.read_state(&checkpoint_path(dir.path(), step)).unwrap();
+        assert_eq!(resumed.done, step);
+        while resumed.done < 50 {
+            resumed.step(&mut sft).unwrap();
+        }
+        assert!(bits(&resumed) == expected, "resumed at step {step}: other bits than the uninterrupted run");
+    }
+}
+
+#[test]
+fn a_run_killed_again_and_again_ends_as_the_uninterrupted_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = [
+        "max_steps=60",
+        "save_steps=3",
+        "save_total_limit=2",
+        "logging_steps=5",
+        "learning_rate=1e-3",
+        "per_device_train_batch_size=4",
+    ];
+    let (whole, killed): (PathBuf, PathBuf) = (dir.path().join("whole"), dir.path().join("killed"));
+    let output = temper(&whole, &keys);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let mut kills = 0;
+    let mut first = true;
+    loop {
+        let mut with_resume: Vec<&str> = keys.to_vec();
+        if !first {
+            with_resume.push("--resume");
+        }
+        let mut child = spawn(&killed, &with_resume);
+        let start = Instant::now();
+        let limit = Duration::from_millis(120 + 70 * (kills % 5));
+        let ended = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break Some(status);
+            }
+            // Only kill once there is something to resume from.
+            let checkpoint = std::fs::read_dir(&killed).is_ok_and(|d| {
+                d.flatten().any(|e| e.path().join("MANIFEST").exists() && e.path().extension().is_none())
+            });
+            if start.elapsed() > limit && checkpoint && kills < 6 {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                kills += 1;
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(3));
+        };
+        first = false;
+        if let Some(status) = ended {
+            assert_eq!(status.code(), Some(0), "the last run ends well");
+            break;
+        }
+    }
+    assert!(kills >= 1, "the run was killed at least once");
+    assert!(weights(&whole) == weights(&killed), "after {kills} kills: other weights");
+    assert_eq!(metrics(&whole), metrics(&killed));
+    let again = temper(&killed, &[&keys[..], &["--resume"]].concat());
+    assert_eq!(again.status.code(), Some(0), "{}", text(&again));
+    assert!(text(&again).contains("finished"), "resuming a finished run says so: {}", text(&again));
+    assert!(weights(&whole) == weights(&killed), "and changes nothing");
+}
+
+#[test]
+fn sigterm_ends_a_run_with_a_checkpoint_and_130() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let keys = ["max_steps=100000", "save_strategy=steps", "learning_rate=1e-3"];
+    let mut child = spawn(&out, &keys);
+    let start = Instant::now();
+    while !out.join("metrics.jsonl").exists() && start.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let found = temper::checkpoint::latest(&out).unwrap().found;
+    assert!(found.is_some_and(|f| f.step > 0), "a checkpoint was written");
+}
+
+#[test]
+fn what_cannot_run_says_what_to_do_and_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let short = ["max_steps=2", "logging_steps=1"];
+    assert_eq!(temper(&out, &short).status.code(), Some(0));
+    let before = weights(&out);
+
+    let refused = temper(&out, &short);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused).contains("--resume") && text(&refused).contains("--overwrite"), "{}", text(&refused));
+    assert!(before == weights(&out));
+
+    let typo = temper(&dir.path().join("x"), &["learning_rte=1", "per_device_train_batch_size=0"]);
+    assert_eq!(typo.status.code(), Some(2));
+    let message = text(&typo);
+    assert!(message.contains("learning_rate") && message.contains("per_device_train_batch_size"), "{message}");
+
+    let changed = temper(&out, &["max_steps=4", "learning_rate=0.5", "--resume"]);
+    assert_eq!(changed.status.code(), Some(2), "{}", text(&changed));
+    assert!(text(&changed).contains("learning_rate"), "{}", text(&changed));
+
+    let cuda = temper(&dir.path().join("y"), &["device=cuda"]);
+    assert_eq!(cuda.status.code(), Some(1), "{}", text(&cuda));
+    assert!(
+        text(&cuda).to_lowercase().contains("nvcc") || text(&cuda).to_lowercase().contains("driver"),
+        "{}",
+        text(&cuda)
+    );
+}
+
+#[test]
+fn a_divergence_stops_the_run_and_names_tensor_and_rows() {
+    let keys: Vec<String> =
+        ["learning_rate=1e38", "lr_scheduler_type=constant", "max_grad_norm=0", "max_steps=9"].map(String::from).into();
+    let (mut trainer, mut sft) = trainer("messages", &keys, false);
+    let mut error = String::new();
+    for _ in 0..9 {
+        if let Err(e) = trainer.step(&mut sft) {
+            error = e.to_string();
+            break;
+        }
+    }
+    assert!(error.contains("first bad tensor") && error.contains("messages.jsonl:"), "{error}");
+    let row = sft.row_source(0);
+    assert!(row.ends_with("messages.jsonl:1"), "{row}");
+}
+
+#[test]
+fn nan_weights_are_refused_at_load_and_nan_rows_do_not_exist() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(MODEL).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let out = dir.path().join("out");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
+    command
+        .args(["sft", "--data", "tests/fixtures/sft/messages.jsonl", "--model"])
+        .arg(dir.path())
+        .arg("--output")
+        .arg(&out);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("NaN") || text(&output).contains("nan"), "{}", text(&output));
+}
