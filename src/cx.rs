@@ -110,10 +110,10 @@ impl Cx {
         let inputs: Vec<bool> = x.iter().map(|t| self.tape.is_some() && wants(t)).collect();
         let need = Need { tape: inputs.contains(&true), inputs };
         let mut fwd = op.forward(self, x, &need)?;
-        if need.tape {
-            if let Some(tape) = self.tape.as_mut() {
-                tape.push(op, x, &need, &mut fwd.outputs, fwd.saved);
-            }
+        if need.tape
+            && let Some(tape) = self.tape.as_mut()
+        {
+            tape.push(op, x, &need, &mut fwd.outputs, fwd.saved);
         }
         Ok(fwd.outputs)
     }

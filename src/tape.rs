@@ -156,12 +156,12 @@ impl Tape {
             }
         }
         while let Some(mut node) = self.nodes.pop() {
-            if let Some(s) = node.segment {
-                if self.segments[s].dropped {
-                    self.nodes.push(node);
-                    self.recompute(cx, s)?;
-                    node = self.nodes.pop().ok_or_else(|| Error::Device("tape: an empty segment".into()))?;
-                }
+            if let Some(s) = node.segment
+                && self.segments[s].dropped
+            {
+                self.nodes.push(node);
+                self.recompute(cx, s)?;
+                node = self.nodes.pop().ok_or_else(|| Error::Device("tape: an empty segment".into()))?;
             }
             let dy: Vec<Option<Tensor>> = node.outputs.iter().map(|v| values.remove(v)).collect();
             if dy.iter().all(Option::is_none) {
@@ -263,8 +263,17 @@ impl Grads<'_> {
             Id::Constant => Ok(None),
             Id::Param { set, index } => Ok(self.params.get_mut(set as usize).and_then(|p| p.slot(index))),
             Id::Value(v) => {
-                if let Some(t) = self.values.get(&v) {
-                    return Ok(Some((t.clone(), true)));
+                if let Some(t) = self.values.remove(&v) {
+                    // A gradient that was given may be another value's too: whoever adds to it gets a copy of its own.
+                    let own = if t.is_unique() {
+                        t
+                    } else {
+                        let copy = Tensor::new(&self.pool, "activation gradients", input.dtype, &input.shape)?;
+                        copy.copy_from(&t)?;
+                        copy
+                    };
+                    self.values.insert(v, own.clone());
+                    return Ok(Some((own, true)));
                 }
                 let t = Tensor::new(&self.pool, "activation gradients", input.dtype, &input.shape)?;
                 self.values.insert(v, t.clone());
@@ -277,15 +286,42 @@ impl Grads<'_> {
     pub fn give(&mut self, cx: &mut Cx, i: usize, grad: Tensor) -> Result<()> {
         let input = &self.inputs[i];
         let grad = grad.reshape(&input.shape)?;
-        if let (true, Id::Value(v)) = (input.needs_grad, input.id) {
-            if !self.values.contains_key(&v) {
-                self.values.insert(v, grad);
-                return Ok(());
-            }
+        if let (true, Id::Value(v)) = (input.needs_grad, input.id)
+            && let std::collections::hash_map::Entry::Vacant(e) = self.values.entry(v)
+        {
+            e.insert(grad);
+            return Ok(());
         }
         match self.slot(i)? {
             Some((slot, accumulate)) => crate::ops::add::add_into(cx, &slot, &grad, accumulate),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Cpu;
+    use crate::ops::add::add;
+
+    #[test]
+    fn a_gradient_that_two_values_share_is_copied_before_one_adds_to_it() {
+        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+        let grad = |cx: &Cx| Tensor::new(&cx.pool, "grad", DType::F32, &[1]).unwrap();
+        cx.param_grads = vec![ParamGrads::new(vec![Some(grad(&cx)), Some(grad(&cx))])];
+        let param = |cx: &Cx, index| {
+            Tensor::from_f32(&cx.pool, "p", DType::F32, &[1], &[1.0]).unwrap().with_id(Id::Param { set: 0, index })
+        };
+        let (p, q) = (param(&cx, 0), param(&cx, 1));
+        cx.tape = Some(Tape::default());
+        let a = add(&mut cx, &p, &p).unwrap(); // a = 2p
+        let b = add(&mut cx, &q, &q).unwrap(); // b = 2q
+        let s = add(&mut cx, &a, &b).unwrap(); // s = 2p + 2q
+        let t = add(&mut cx, &s, &a).unwrap(); // t = 4p + 2q
+        let one = Tensor::from_f32(&cx.pool, "one", DType::F32, &[1], &[1.0]).unwrap();
+        cx.backward(vec![(t, one)]).unwrap();
+        let got: Vec<f32> = cx.param_grads[0].slots.iter().map(|s| s.as_ref().unwrap().to_f32().unwrap()[0]).collect();
+        assert_eq!(got, [4.0, 2.0]);
     }
 }

@@ -47,7 +47,7 @@ impl Op for Glu {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         let (rows, f) = (x[0].row_count(), x[0].cols() / 2);
-        if x[0].cols() % 2 != 0 {
+        if !x[0].cols().is_multiple_of(2) {
             return Err(Error::op("glu", format!("{:?} has no two halves", x[0])));
         }
         let y = cx.real("glu", &[rows, f])?;

@@ -51,10 +51,10 @@ impl Op for Linear {
         if let Some((dw, accumulate)) = g.slot(1)? {
             product(cx, Layout::TN, &dw, dy, a, None, accumulate)?;
         }
-        if self.bias {
-            if let Some((db, accumulate)) = g.slot(2)? {
-                column_sums(cx, &db, dy, accumulate)?;
-            }
+        if self.bias
+            && let Some((db, accumulate)) = g.slot(2)?
+        {
+            column_sums(cx, &db, dy, accumulate)?;
         }
         Ok(())
     }

@@ -97,7 +97,11 @@ impl Op for Rope {
         let qkv = x[0];
         let all = self.heads + 2 * self.kv_heads;
         let dim = qkv.cols() / all;
-        if qkv.cols() != all * dim || dim % 2 != 0 || x[1].cols() != dim / 2 || x[3].numel() != qkv.row_count() {
+        if qkv.cols() != all * dim
+            || !dim.is_multiple_of(2)
+            || x[1].cols() != dim / 2
+            || x[3].numel() != qkv.row_count()
+        {
             return Err(Error::op(
                 "rope",
                 format!(

@@ -247,6 +247,11 @@ impl Tensor {
         self.block.name()
     }
 
+    /// True if no other handle shares the memory.
+    pub fn is_unique(&self) -> bool {
+        Arc::strong_count(&self.block) == 1
+    }
+
     pub fn device(&self) -> &Arc<dyn Device> {
         self.block.device()
     }

@@ -156,15 +156,13 @@ impl Trainer {
             specs.sort_by_key(|(s, _)| (s.role >= crate::model::families::Role::FinalNorm, s.layer, s.role));
             for (spec, offset) in specs {
                 let values = self.model.params.view_of(&arena, spec, *offset).and_then(|t| t.to_f32());
-                if let Ok(values) = values {
-                    if let Some(i) = values.iter().position(|v| !v.is_finite()) {
-                        text += &format!(
-                            "\nThe first bad tensor is the {what} {} (value {i} is {}).",
-                            spec.name, values[i]
-                        );
-                        named = true;
-                        break;
-                    }
+                if let Ok(values) = values
+                    && let Some(i) = values.iter().position(|v| !v.is_finite())
+                {
+                    text +=
+                        &format!("\nThe first bad tensor is the {what} {} (value {i} is {}).", spec.name, values[i]);
+                    named = true;
+                    break;
                 }
             }
             if named {

@@ -56,10 +56,10 @@ impl Trainer {
             dtype.encode(&self.values(self.trained(), specs[i])?)
         })?;
         let mut arenas = vec![("m", &self.optimizer.m), ("v", &self.optimizer.v)];
-        if dtype != HostDtype::F32 {
-            if let Some(float) = self.optimizer.float_weights(&self.model.params) {
-                arenas.push(("master", float));
-            }
+        if dtype != HostDtype::F32
+            && let Some(float) = self.optimizer.float_weights(&self.model.params)
+        {
+            arenas.push(("master", float));
         }
         let mut tensors = Vec::new();
         let mut sources = Vec::new();
