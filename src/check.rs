@@ -79,12 +79,23 @@ pub struct CaseRun {
     upstream: Vec<F64>,
 }
 
-/// Runs a case forward and, where some input wants a gradient, backward from a random upstream gradient.
-pub fn run_case(device: &Arc<dyn Device>, case: &Case, dtype: DType, variant: &Variant, seed: u64) -> Result<CaseRun> {
+/// A context with the variant's choices, and the case's inputs on the device.
+pub fn prepare_case(
+    device: &Arc<dyn Device>,
+    case: &Case,
+    dtype: DType,
+    variant: &Variant,
+) -> Result<(Cx, Vec<Tensor>)> {
     let mut cx = Cx::new(device.clone(), dtype)?;
     (cx.matmul, cx.attention) = (variant.matmul, variant.attention);
     cx.set_rng(7, 3, 0)?;
     let tensors = upload(&mut cx, case, dtype)?;
+    Ok((cx, tensors))
+}
+
+/// Runs a case forward and, where some input wants a gradient, backward from a random upstream gradient.
+pub fn run_case(device: &Arc<dyn Device>, case: &Case, dtype: DType, variant: &Variant, seed: u64) -> Result<CaseRun> {
+    let (mut cx, tensors) = prepare_case(device, case, dtype, variant)?;
     let refs: Vec<&Tensor> = tensors.iter().collect();
     cx.tape = Some(Tape::default());
     let outputs = cx.apply_dyn(case.op.clone(), &refs)?;

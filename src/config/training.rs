@@ -91,7 +91,7 @@ section! {
     pub struct TrainingConfig {
         /// Peak learning rate of AdamW. Each method has its own default (SFT: 2e-5).
         pub learning_rate: f64 = 5e-5,
-        /// Rows in a step batch; it defines every normaliser. What fits in memory at once is chosen apart from it.
+        /// Rows of a micro-batch; times gradient_accumulation_steps they make the step batch, which every normaliser goes by.
         pub per_device_train_batch_size: usize = 8,
         /// Rows in an evaluation batch.
         pub per_device_eval_batch_size: usize = 8,

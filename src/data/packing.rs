@@ -6,19 +6,11 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
-/// TRL's `packing_strategy`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PackingStrategy {
-    /// Best fit, longest first. A sequence beyond the limit loses its end.
-    #[default]
-    Bfd,
-    /// As `Bfd`, but a sequence beyond the limit is cut into pieces that are packed as sequences of their own.
-    BfdSplit,
-    /// All tokens end to end, cut every `max_len`. A pack is ONE sequence: positions run on and attention crosses from
-    /// example to example.
-    Wrapped,
-}
+pub use crate::config::PackingStrategy;
 
+/// `Bfd`: best fit, longest first; a sequence beyond the limit loses its end. `BfdSplit`: such a sequence is cut into pieces
+/// that are packed as sequences of their own. `Wrapped`: all tokens end to end, cut every `max_len`; a pack is ONE
+/// sequence, positions run on and attention crosses from example to example.
 impl PackingStrategy {
     /// Whether every piece is a sequence of its own: its positions start at 0, and it sees no other piece.
     pub fn isolates(self) -> bool {

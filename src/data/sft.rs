@@ -29,22 +29,7 @@ pub struct SftExample {
     pub row: usize, // index of the source row
 }
 
-/// TRL's `truncation_mode`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TruncationMode {
-    #[default]
-    KeepStart,
-    KeepEnd,
-}
-
-/// What happens to a row longer than `max_length`. TRL cuts it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnTruncation {
-    #[default]
-    Truncate,
-    Drop,
-    Error,
-}
+pub use crate::config::{OnTruncation, TruncationMode};
 
 /// TRL's names and defaults.
 #[derive(Clone, Debug)]

@@ -12,7 +12,7 @@ use std::path::Path;
 use crate::config::SftConfig;
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
-use crate::data::packing::{PackingStrategy, pack};
+use crate::data::packing::pack;
 use crate::data::rows::Row;
 use crate::data::sft::{SftExample, SftOptions, SftStats, prepare};
 use crate::data::tokenizer::Tokenizer;
@@ -189,27 +189,15 @@ fn metrics(out: &HeadOut, batch: &Batch) -> Result<[(&'static str, f64); 2]> {
 }
 
 fn options(config: &SftConfig) -> SftOptions {
-    use crate::{config, data};
     SftOptions {
         max_length: config.max_length,
-        truncation_mode: match config.truncation_mode {
-            config::TruncationMode::KeepStart => data::sft::TruncationMode::KeepStart,
-            config::TruncationMode::KeepEnd => data::sft::TruncationMode::KeepEnd,
-        },
-        on_truncation: match config.on_truncation {
-            config::OnTruncation::Truncate => data::sft::OnTruncation::Truncate,
-            config::OnTruncation::Drop => data::sft::OnTruncation::Drop,
-            config::OnTruncation::Error => data::sft::OnTruncation::Error,
-        },
+        truncation_mode: config.truncation_mode,
+        on_truncation: config.on_truncation,
         dataset_text_field: config.dataset_text_field.clone(),
         completion_only_loss: config.completion_only_loss,
         assistant_only_loss: config.assistant_only_loss,
         eos_token: config.eos_token.clone(),
-        packing: config.packing.then_some(match config.packing_strategy {
-            config::PackingStrategy::Bfd => PackingStrategy::Bfd,
-            config::PackingStrategy::BfdSplit => PackingStrategy::BfdSplit,
-            config::PackingStrategy::Wrapped => PackingStrategy::Wrapped,
-        }),
+        packing: config.packing.then_some(config.packing_strategy),
     }
 }
 

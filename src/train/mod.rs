@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use crate::config::{Sampling, TrainingConfig};
 use crate::cx::Cx;
-use crate::data::order::{self, epoch_order};
+use crate::data::order::epoch_order;
 use crate::error::{Error, Result};
 use crate::methods::Method;
 use crate::model::decoder::Decoder;
@@ -50,7 +50,7 @@ pub struct StepPlan {
     rows: usize,
     batch: usize,
     accumulation: usize,
-    sampling: order::Sampling,
+    sampling: Sampling,
     seed: u64,
     pub steps_per_epoch: u64,
     pub total_steps: u64,
@@ -63,10 +63,7 @@ impl StepPlan {
         }
         let (batch, accumulation) = (config.per_device_train_batch_size, config.gradient_accumulation_steps);
         let steps_per_epoch = rows.div_ceil(batch).div_ceil(accumulation) as u64;
-        let sampling = match config.train_sampling_strategy {
-            Sampling::Random => order::Sampling::Random,
-            Sampling::Sequential => order::Sampling::Sequential,
-        };
+        let sampling = config.train_sampling_strategy;
         let total_steps = config.total_steps(steps_per_epoch);
         Ok(StepPlan { rows, batch, accumulation, sampling, seed: config.seed, steps_per_epoch, total_steps })
     }

@@ -368,7 +368,7 @@ fn broken_parquet_files_never_panic() {
     let path = dir.path().join("bad.parquet");
     for i in 0..400 {
         let mut bad = good.clone();
-        let draws = order::philox4x32([i, 0, 0, 0], [5, 0]);
+        let draws = temper::rng::philox([5, 0], [i, 0, 0, 0]);
         let at = |d: u32| d as usize % good.len();
         match i % 3 {
             0 => bad.truncate(at(draws[0])),

@@ -116,3 +116,11 @@ fn every_kernel_file_has_the_five_parts_of_its_head() {
         }
     }
 }
+
+#[test]
+fn the_docs_table_of_keys_is_the_programs() {
+    let run = temper::config::SftRun::default();
+    let table = temper::config::markdown(&run.sections());
+    let docs = std::fs::read_to_string("docs/sft.md").unwrap();
+    assert!(docs.contains(table.trim()), "docs/sft.md: replace the table of keys by:\n{table}");
+}
