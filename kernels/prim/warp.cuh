@@ -29,7 +29,6 @@ DEVICE void warp_sync() {
   shim::warp_sync();
 #endif
 }
-#if LANES == 32
 DEVICE float warp_sum(float v) {
 #pragma unroll
   for (int m = 16; m > 0; m >>= 1) v += shfl_xor(v, m);
