@@ -12,7 +12,7 @@
 //! | 4 | [`data`], [`optim`], [`rollout`] | rows to tokens and masks; AdamW and schedules; generation |
 //! | 5 | [`methods`] | objectives, one file each |
 //! | 6 | [`train`], [`checkpoint`], [`log`], [`check`] | the loop, durable state, the run log, the self-check |
-//! | 7 | [`cli`] | the commands |
+//! | 7 | [`cli`], [`quickstart`] | the commands; the ladder on data and a model made on the spot |
 //!
 //! Two data paths. A training step: config -> `train` -> parameters (safetensors, mapped) -> `data` (rows, template and
 //! mask, packing) -> `model::batch` -> `model::decoder` -> `ops::head` -> a method's loss -> `tape` backward -> clip ->
@@ -32,6 +32,7 @@ pub mod methods;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod quickstart;
 pub mod rng;
 pub mod rollout;
 pub mod signals;

@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod generate;
 mod inspect;
+mod quickstart;
 mod score;
 mod train;
 
@@ -41,6 +42,7 @@ enum Command {
     Check(check::Args),
     Bench(bench::Args),
     Inspect(inspect::Args),
+    Quickstart(quickstart::Args),
 }
 
 /// Where to run and in which storage type.
@@ -101,6 +103,7 @@ pub fn main() -> i32 {
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Quickstart(args) => quickstart::run(args),
     };
     match result {
         Ok(()) => 0,

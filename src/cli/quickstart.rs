@@ -1,0 +1,44 @@
+//! `temper quickstart`: the whole ladder on data and a model made on the spot. Floor 7.
+
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+use crate::quickstart::{self, Options, Scale};
+
+/// Train a small model from nothing: tokenizer, pretraining, SFT, with held-out questions before and after
+#[derive(clap::Args)]
+pub struct Args {
+    /// where everything is written
+    #[arg(long, default_value = "temper-quickstart")]
+    output: PathBuf,
+    /// replace the run that --output holds
+    #[arg(long)]
+    overwrite: bool,
+    /// of the data, the weights and the order of rows
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// auto, cuda or cpu; auto takes the GPU where there is one
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// CPU threads; all cores if absent
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    if let Some(threads) = args.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        pool.map_err(|e| Error::Config(format!("--threads {threads}: {e}")))?;
+    }
+    let begin = std::time::Instant::now();
+    let cx = quickstart::open(&args.device)?;
+    let options = Options { output: args.output, overwrite: args.overwrite, seed: args.seed, scale: Scale::full() };
+    let outcome = quickstart::run(cx, &options)?;
+    println!("\n{outcome}");
+    let out = options.output.display();
+    println!("{:.1} s in all; written to {out}. Ask the model something:", begin.elapsed().as_secs_f64());
+    println!(
+        "  temper generate --model {out}/sft --chat --prompt \"Tom has 7 cups. Mia gives Tom 5 cups. How many cups does Tom have?\" temperature=0"
+    );
+    Ok(())
+}

@@ -1,0 +1,446 @@
+//! The quickstart's data: arithmetic and small word problems with worked answers, made on the spot. Floor 7.
+//!
+//! Invariants: a row is a function of (seed, set, row number). What is asked of the held-out set is never trained on: a
+//! [`Problem`]'s *key* is its operands together with its wording, the split is a hash of the key, and neither a story
+//! nor a question of a held-out key is in the other sets, whatever names and things it is told with. Operands of a
+//! held-out key do occur in other wordings and in bare facts ("7 + 5 = 12."): the test is to put the two together.
+
+use crate::rng::philox;
+
+/// What is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Add,
+    Subtract,
+    Share,
+    Compare,
+    Next,
+    Words,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 6] = [Kind::Add, Kind::Subtract, Kind::Share, Kind::Compare, Kind::Next, Kind::Words];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Add => "add",
+            Kind::Subtract => "subtract",
+            Kind::Share => "share",
+            Kind::Compare => "compare",
+            Kind::Next => "next",
+            Kind::Words => "words",
+        }
+    }
+
+    /// Share of a set in percent. Later rungs of the ladder bring kinds and mixes of their own.
+    fn percent(self) -> u32 {
+        match self {
+            Kind::Add => 32,
+            Kind::Subtract => 32,
+            Kind::Share => 8,
+            Kind::Compare => 12,
+            Kind::Next => 10,
+            Kind::Words => 6,
+        }
+    }
+}
+
+/// A question with its worked answer, and the same story told with its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    pub kind: Kind,
+    /// Operands and wording: what the split goes by.
+    pub key: String,
+    /// "Tom has 7 cups. Mia gives Tom 5 cups. How many cups does Tom have?"
+    pub question: String,
+    /// "7 + 5 = 12."
+    pub work: String,
+    /// "12"
+    pub answer: String,
+    /// "Tom has 7 cups. Mia gives Tom 5 cups. 7 + 5 = 12. Tom has 12 cups."
+    pub told: String,
+}
+
+impl Problem {
+    /// What the assistant says: the work, and the answer in the one form that [`answer_of`] reads.
+    pub fn reply(&self) -> String {
+        let work = if self.work.is_empty() { String::new() } else { format!("{} ", self.work) };
+        format!("{work}The answer is {}.", self.answer)
+    }
+
+    pub fn held_out(&self) -> bool {
+        held_out(&self.key)
+    }
+}
+
+/// Whether a key is kept for the test: one in eight, whatever the seed.
+fn held_out(key: &str) -> bool {
+    crc32fast::hash(key.as_bytes()) % 8 == 0
+}
+
+/// The last "The answer is X." of a reply.
+pub fn answer_of(reply: &str) -> Option<&str> {
+    let (_, tail) = reply.rsplit_once("The answer is ")?;
+    tail.split_once('.').map(|(answer, _)| answer.trim())
+}
+
+/// Exact match.
+pub fn is_right(reply: &str, answer: &str) -> bool {
+    answer_of(reply) == Some(answer)
+}
+
+/// `rows` lines of plain text: facts, countings, lists and told stories. No question, and no "The answer is".
+pub fn pretraining(seed: u64, rows: usize) -> Vec<String> {
+    (0..rows).map(|row| pretraining_row(&mut Dice::new(seed, Set::Pretraining, row))).collect()
+}
+
+/// `rows` problems to train on.
+pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
+    (0..rows)
+        .map(|row| {
+            let mut dice = Dice::new(seed, Set::Training, row);
+            let kind = draw_kind(&mut dice);
+            seek(&mut dice, kind, false)
+        })
+        .collect()
+}
+
+/// `rows` problems of held-out keys, each question once, the kinds in the shares of the training set.
+pub fn held_out_problems(seed: u64, rows: usize) -> Vec<Problem> {
+    let mut problems: Vec<Problem> = Vec::with_capacity(rows);
+    let mut at = 0;
+    while problems.len() < rows {
+        let mut dice = Dice::new(seed, Set::HeldOut, at);
+        let kind = draw_kind(&mut dice);
+        let problem = seek(&mut dice, kind, true);
+        if problems.iter().all(|p| p.question != problem.question) {
+            problems.push(problem);
+        }
+        at += 1;
+    }
+    problems
+}
+
+/// Who draws: the sets have streams of their own.
+#[derive(Clone, Copy)]
+enum Set {
+    Pretraining = 0,
+    Training = 1,
+    HeldOut = 2,
+}
+
+/// Numbers of one row, from Philox: key (seed), counter (row, set, draw).
+struct Dice {
+    key: [u32; 2],
+    counter: [u32; 4],
+}
+
+impl Dice {
+    fn new(seed: u64, set: Set, row: usize) -> Dice {
+        Dice { key: [seed as u32, (seed >> 32) as u32], counter: [row as u32, set as u32, 0, 0x0500_0000] }
+    }
+
+    /// From 0 to n - 1.
+    fn below(&mut self, n: usize) -> usize {
+        self.counter[2] += 1;
+        (u64::from(philox(self.key, self.counter)[0]) * n.max(1) as u64 >> 32) as usize
+    }
+
+    /// From low to high, both included.
+    fn from(&mut self, low: usize, high: usize) -> usize {
+        low + self.below(high + 1 - low)
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+
+    /// n different ones.
+    fn pick_n<T: Copy + PartialEq>(&mut self, of: &[T], n: usize) -> Vec<T> {
+        let mut out: Vec<T> = Vec::with_capacity(n);
+        while out.len() < n.min(of.len()) {
+            let one = self.pick(of);
+            if !out.contains(&one) {
+                out.push(one);
+            }
+        }
+        out
+    }
+}
+
+const NAMES: [&str; 10] = ["Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Ida", "Max", "Eva"];
+/// Their plurals end in s.
+const THINGS: [&str; 10] = ["cup", "pen", "key", "hat", "egg", "book", "card", "coin", "shell", "stone"];
+
+fn draw_kind(dice: &mut Dice) -> Kind {
+    let mut at = dice.below(100) as u32;
+    for kind in Kind::ALL {
+        if at < kind.percent() {
+            return kind;
+        }
+        at -= kind.percent();
+    }
+    Kind::Add
+}
+
+/// Problems of a kind until one is on the wanted side of the split.
+fn seek(dice: &mut Dice, kind: Kind, held_out: bool) -> Problem {
+    loop {
+        let problem = problem(dice, kind);
+        if problem.held_out() == held_out {
+            return problem;
+        }
+    }
+}
+
+fn pretraining_row(dice: &mut Dice) -> String {
+    match dice.below(10) {
+        0..=4 => (0..6).map(|_| fact(dice)).collect::<Vec<_>>().join(" "),
+        5 => {
+            let step = dice.from(1, 3);
+            let (start, down) = (dice.from(1, 20), dice.below(2) == 1);
+            let numbers = counting(start, step, down, 6);
+            let listed = numbers.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+            format!("Count {}: {listed}.", if down { "down" } else { "up" })
+        }
+        _ => {
+            let kind = draw_kind(dice);
+            seek(dice, kind, false).told
+        }
+    }
+}
+
+/// A line of the tables.
+fn fact(dice: &mut Dice) -> String {
+    match dice.below(10) {
+        0..=3 => {
+            let (a, b) = addends(dice);
+            format!("{a} + {b} = {}.", a + b)
+        }
+        4..=7 => {
+            let (a, b) = minuend(dice);
+            format!("{a} - {b} = {}.", a - b)
+        }
+        8 => {
+            let (a, b) = dividend(dice);
+            format!("{a} / {b} = {}.", a / b)
+        }
+        _ => {
+            let (a, b) = unequal(dice);
+            format!("{} is more than {}.", a.max(b), a.min(b))
+        }
+    }
+}
+
+/// a + b is 20 at most, both at least 1.
+fn addends(dice: &mut Dice) -> (usize, usize) {
+    let sum = dice.from(2, 20);
+    let a = dice.from(1, sum - 1);
+    (a, sum - a)
+}
+
+/// 1 <= b <= a <= 20.
+fn minuend(dice: &mut Dice) -> (usize, usize) {
+    let a = dice.from(1, 20);
+    (a, dice.from(1, a))
+}
+
+/// a is b times something, 20 at most; b from 2 to 5.
+fn dividend(dice: &mut Dice) -> (usize, usize) {
+    let b = dice.from(2, 5);
+    (b * dice.from(1, 20 / b), b)
+}
+
+fn unequal(dice: &mut Dice) -> (usize, usize) {
+    let a = dice.from(1, 20);
+    let b = dice.from(1, 19);
+    (a, if b >= a { b + 1 } else { b })
+}
+
+/// Up to `n` numbers from 0 to 20.
+fn counting(start: usize, step: usize, down: bool, n: usize) -> Vec<usize> {
+    let at = |i: usize| if down { start.checked_sub(i * step) } else { Some(start + i * step).filter(|v| *v <= 20) };
+    (0..n).map_while(at).collect()
+}
+
+/// "1 cup", "5 cups".
+fn count(n: usize, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
+}
+
+fn problem(dice: &mut Dice, kind: Kind) -> Problem {
+    match kind {
+        Kind::Add => add(dice),
+        Kind::Subtract => subtract(dice),
+        Kind::Share => share(dice),
+        Kind::Compare => compare(dice),
+        Kind::Next => next(dice),
+        Kind::Words => words(dice),
+    }
+}
+
+/// A problem whose story, question and ending are given; `told` puts the work where the question stood.
+fn worded(kind: Kind, key: String, story: &str, question: &str, work: String, answer: String, end: &str) -> Problem {
+    let join = |parts: &[&str]| parts.iter().filter(|p| !p.is_empty()).copied().collect::<Vec<_>>().join(" ");
+    Problem { kind, key, question: join(&[story, question]), told: join(&[story, &work, end]), work, answer }
+}
+
+fn add(dice: &mut Dice) -> Problem {
+    let (wording, (a, b)) = (dice.below(7), addends(dice));
+    let (people, thing) = (dice.pick_n(&NAMES, 2), dice.pick(&THINGS));
+    let (n, m, c) = (people[0], people[1], a + b);
+    let (ca, cb, cc) = (count(a, thing), count(b, thing), count(c, thing));
+    let (story, question, end) = match wording {
+        0 => (
+            format!("{n} has {ca}. {m} gives {n} {cb}."),
+            format!("How many {thing}s does {n} have?"),
+            format!("{n} has {cc}."),
+        ),
+        1 => (
+            format!("{n} has {ca} and {m} has {cb}."),
+            format!("How many {thing}s do they have?"),
+            format!("They have {cc}."),
+        ),
+        2 => (
+            format!("A box has {ca}. {n} puts in {cb}."),
+            format!("How many {thing}s are in the box?"),
+            format!("The box has {cc}."),
+        ),
+        3 => (
+            format!("{n} finds {ca}. Then {n} finds {cb}."),
+            format!("How many {thing}s does {n} find?"),
+            format!("{n} finds {cc}."),
+        ),
+        4 => (String::new(), format!("What is {a} + {b}?"), String::new()),
+        5 => (String::new(), format!("What is {a} plus {b}?"), String::new()),
+        _ => (String::new(), format!("Add {b} to {a}."), String::new()),
+    };
+    worded(
+        Kind::Add,
+        format!("add {wording} {a} {b}"),
+        &story,
+        &question,
+        format!("{a} + {b} = {c}."),
+        c.to_string(),
+        &end,
+    )
+}
+
+fn subtract(dice: &mut Dice) -> Problem {
+    let (wording, (a, b)) = (dice.below(7), minuend(dice));
+    let (people, thing) = (dice.pick_n(&NAMES, 2), dice.pick(&THINGS));
+    let (n, m, c) = (people[0], people[1], a - b);
+    let (ca, cb, cc) = (count(a, thing), count(b, thing), count(c, thing));
+    let left = format!("How many {thing}s does {n} have?");
+    let (story, question, end) = match wording {
+        0 => (format!("{n} has {ca}. {n} gives {m} {cb}."), left, format!("{n} has {cc}.")),
+        1 => (format!("{n} has {ca}. {n} loses {cb}."), left, format!("{n} has {cc}.")),
+        2 => (
+            format!("A box has {ca}. {n} takes out {cb}."),
+            format!("How many {thing}s are in the box?"),
+            format!("The box has {cc}."),
+        ),
+        3 => (
+            format!("{n} has {ca} and {m} has {cb}."),
+            format!("How many more {thing}s does {n} have than {m}?"),
+            format!("{n} has {c} more than {m}."),
+        ),
+        4 => (String::new(), format!("What is {a} - {b}?"), String::new()),
+        5 => (String::new(), format!("What is {a} minus {b}?"), String::new()),
+        _ => (String::new(), format!("Take {b} from {a}."), String::new()),
+    };
+    let work = format!("{a} - {b} = {c}.");
+    worded(Kind::Subtract, format!("subtract {wording} {a} {b}"), &story, &question, work, c.to_string(), &end)
+}
+
+fn share(dice: &mut Dice) -> Problem {
+    let (wording, (a, b)) = (dice.below(3), dividend(dice));
+    let (n, thing, c) = (dice.pick(&NAMES), dice.pick(&THINGS), a / b);
+    let (story, question, end) = match wording {
+        0 => (
+            format!("{n} has {}. {n} shares the {thing}s between {b} boxes.", count(a, thing)),
+            format!("How many {thing}s are in a box?"),
+            format!("A box has {}.", count(c, thing)),
+        ),
+        1 => (String::new(), format!("What is {a} / {b}?"), String::new()),
+        _ => (
+            format!("{b} boxes share {}.", count(a, thing)),
+            format!("How many {thing}s are in a box?"),
+            format!("A box has {}.", count(c, thing)),
+        ),
+    };
+    let work = format!("{a} / {b} = {c}.");
+    worded(Kind::Share, format!("share {wording} {a} {b}"), &story, &question, work, c.to_string(), &end)
+}
+
+fn compare(dice: &mut Dice) -> Problem {
+    let (wording, (a, b)) = (dice.below(4), unequal(dice));
+    let (people, thing) = (dice.pick_n(&NAMES, 2), dice.pick(&THINGS));
+    let (more, less) = (a.max(b), a.min(b));
+    let (richer, poorer) = if a > b { (people[0], people[1]) } else { (people[1], people[0]) };
+    let story = format!("{} has {} and {} has {}.", people[0], count(a, thing), people[1], count(b, thing));
+    let (story, question, answer, end) = match wording {
+        0 => (String::new(), format!("Which is more, {a} or {b}?"), more.to_string(), String::new()),
+        1 => (String::new(), format!("Which is less, {a} or {b}?"), less.to_string(), String::new()),
+        2 => (story, format!("Who has more {thing}s?"), richer.to_string(), format!("{richer} has more.")),
+        _ => (story, format!("Who has less {thing}s?"), poorer.to_string(), format!("{poorer} has less.")),
+    };
+    let work = format!("{more} is more than {less}.");
+    worded(Kind::Compare, format!("compare {wording} {a} {b}"), &story, &question, work, answer, &end)
+}
+
+fn next(dice: &mut Dice) -> Problem {
+    let (wording, step, down) = (dice.below(2), dice.from(1, 3), dice.below(2) == 1);
+    let last = if down { dice.from(step, 20 - 2 * step) } else { dice.from(2 * step, 20 - step) };
+    let (first, answer) = if down { (last + 2 * step, last - step) } else { (last - 2 * step, last + step) };
+    let shown = counting(first, step, down, 3).iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let question = match wording {
+        0 => format!("What comes next: {shown}?"),
+        _ => format!("Count on: {shown}."),
+    };
+    let work = format!("{last} {} {step} = {answer}.", if down { '-' } else { '+' });
+    let end = format!("Count {}: {shown}, {answer}.", if down { "down" } else { "up" });
+    worded(Kind::Next, format!("next {wording} {first} {step} {down}"), "", &question, work, answer.to_string(), &end)
+}
+
+fn words(dice: &mut Dice) -> Problem {
+    let (wording, list) = (dice.below(2), dice.pick_n(&THINGS, 3));
+    let back: Vec<&str> = list.iter().rev().copied().collect();
+    let (how, answer) = if wording == 0 { ("again", list.join(", ")) } else { ("backwards", back.join(", ")) };
+    let shown = list.join(", ");
+    let question = format!("Say it {how}: {shown}.");
+    let end = format!("{shown}, and {how}: {answer}.");
+    worded(Kind::Words, format!("words {wording} {shown}"), "", &question, String::new(), answer, &end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_checker_takes_the_last_answer_and_nothing_else() {
+        assert!(is_right("7 + 5 = 12. The answer is 12.", "12"));
+        assert!(is_right("The answer is 3. No: The answer is 12.", "12"));
+        for wrong in ["", "12", "The answer is 1", "The answer is 112.", "The answer is 12", "the answer is 12."] {
+            assert!(!is_right(wrong, "12"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn work_is_true_and_replies_are_right() {
+        for p in training(3, 2000).iter().chain(&held_out_problems(3, 200)) {
+            assert!(is_right(&p.reply(), &p.answer), "{p:?}");
+            let parts: Vec<&str> = p.work.trim_end_matches('.').split(' ').collect();
+            if let [a, op, b, "=", c] = parts[..] {
+                let [a, b, c] = [a, b, c].map(|v| v.parse::<i32>().unwrap());
+                let value = match op {
+                    "+" => a + b,
+                    "-" => a - b,
+                    _ => a / b,
+                };
+                assert_eq!(value, c, "{p:?}");
+                assert!((0..=20).contains(&c) && a <= 20 && b <= 20, "{p:?}");
+            }
+        }
+    }
+}
