@@ -1,12 +1,13 @@
 //! `temper check`: the self-check on the user's own device. Floor 7.
 
 use crate::check::check_ops;
+use crate::check::model::check_model;
 use crate::error::{Error, Result};
 use crate::{device, device::cpu::Cpu};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Run every op case on a device against its f64 reference and print a table
+/// Run every op case on a device against its f64 reference, then exactness and a short training, and print a table
 #[derive(clap::Args)]
 pub struct Args {
     /// auto, cuda or cpu
@@ -27,7 +28,10 @@ pub fn run(args: Args) -> Result<()> {
     };
     println!("device: {}", device.name());
     println!("{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance", "op", "variant", "dtype", "cases", "failed");
-    let outcomes = check_ops(&device, &args.op, |_| {})?;
+    let mut outcomes = check_ops(&device, &args.op, |_| {})?;
+    if args.op.is_empty() {
+        outcomes.extend(check_model(&device, |_| {})?);
+    }
     let mut table: BTreeMap<(&str, &str, &str), (usize, usize, f64)> = BTreeMap::new();
     for o in &outcomes {
         let row = table.entry((o.op, o.variant, o.dtype.name())).or_default();
@@ -44,9 +48,5 @@ pub fn run(args: Args) -> Result<()> {
     if outcomes.is_empty() {
         return Err(Error::Config(format!("no op's name contains \"{}\"", args.op)));
     }
-    if failures.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Run(format!("{} op cases fail on this device", failures.len())))
-    }
+    if failures.is_empty() { Ok(()) } else { Err(Error::Run(format!("{} cases fail on this device", failures.len()))) }
 }

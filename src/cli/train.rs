@@ -100,6 +100,10 @@ pub fn run(args: Args, kind: Kind) -> Result<()> {
         config = crate::model::config::ModelConfig::load(&dir);
     }
     let config = config?;
+    if config.attention_dropout > 0.0 {
+        let p = config.attention_dropout;
+        eprintln!("note: config.json has attention_dropout {p}; temper trains without dropout on attention weights");
+    }
     let (mut sft, stats) = Sft::new(&run.sft, &tokenizer, template.as_ref(), config.vocab_size, &rows, &eval)?;
     eprintln!("{stats}");
     let dtype = config.dtype;

@@ -7,6 +7,8 @@
 //! largest value. Forward, f32: relative L2 error at most 2e-6. Gradients, f32: relative L2 distance from f64 central
 //! differences at most 1e-5; bf16: 2 x roundings x 2^-9, where `roundings` counts the bf16 stores on the longest path.
 
+pub mod model;
+
 use std::sync::Arc;
 
 use crate::cx::Cx;

@@ -1,0 +1,98 @@
+//! The self-check of the whole: a small random model on the user's own device. Floor 6.
+//!
+//! Invariant: nothing is read from disk, so it runs wherever the binary does. On a GPU the engine's own matrix product is
+//! used: exactness is promised for it.
+
+use std::sync::Arc;
+
+use super::Outcome;
+use crate::config::SftRun;
+use crate::cx::{Cx, MatmulChoice};
+use crate::device::{DType, Device};
+use crate::error::Result;
+use crate::methods::sft::Sft;
+use crate::model::batch::Sequence;
+use crate::model::config::ModelConfig;
+use crate::model::decoder::Decoder;
+use crate::ops::Rng;
+use crate::rollout::sample::Sampling;
+use crate::rollout::{Options, generate};
+use crate::train::Trainer;
+
+const VOCAB: usize = 96;
+
+/// Rollout log-probs against the trainer's; a short training twice, and with recomputation; that it learns.
+pub fn check_model(device: &Arc<dyn Device>, mut each: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+    let mut all = Vec::new();
+    for dtype in [DType::F32, DType::BF16] {
+        let mut add = |op: &'static str, case: &str, failure: Option<String>| {
+            let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
+            let outcome = Outcome { op, case: case.to_string(), dtype, variant: "", ratio, failure };
+            each(&outcome);
+            all.push(outcome);
+        };
+        add("rollout", "log-probs are the trainer's, bit for bit", differ("log-probs", rollout(device, dtype)?));
+        let (first, last, weights) = train(device, dtype, false)?;
+        let falls = last < 0.7 * first;
+        add("training", "the loss falls", (!falls).then(|| format!("from {first} to {last} in 12 steps")));
+        let again = train(device, dtype, false)?;
+        add("training", "twice the same bits", differ("weights", again.2 == weights));
+        let recomputed = train(device, dtype, true)?;
+        add("training", "recomputation changes no bit", differ("weights", recomputed.2 == weights));
+    }
+    Ok(all)
+}
+
+fn differ(what: &str, equal: bool) -> Option<String> {
+    (!equal).then(|| format!("the {what} differ"))
+}
+
+fn model(device: &Arc<dyn Device>, dtype: DType) -> Result<(Cx, Decoder)> {
+    let mut cx = Cx::new(device.clone(), dtype)?;
+    if device.is_cuda() {
+        cx.matmul = MatmulChoice::Own;
+    }
+    let model = Decoder::new(&cx, 0, ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true), 128)?;
+    model.params.initialise(0.1, 11)?;
+    Ok((cx, model))
+}
+
+fn tokens(rng: &mut Rng, n: usize) -> Vec<u32> {
+    (0..n).map(|_| rng.below(VOCAB) as u32).collect()
+}
+
+fn rollout(device: &Arc<dyn Device>, dtype: DType) -> Result<bool> {
+    let (mut cx, mut model) = model(device, dtype)?;
+    let mut rng = Rng(3);
+    let prompts: Vec<Vec<u32>> = [3, 70, 12].iter().map(|n| tokens(&mut rng, *n)).collect();
+    let sampling = Sampling { temperature: 1.0, seed: 5, ..Sampling::greedy() };
+    let options = Options { max_new_tokens: 20, sampling, stop: Vec::new(), batch: 2 };
+    let completions = generate(&mut cx, &mut model, &prompts, &options, |_, _| {})?;
+    for (prompt, completion) in prompts.iter().zip(&completions) {
+        let ids: Vec<u32> = prompt.iter().chain(&completion.ids).copied().collect();
+        let target: Vec<bool> = (0..ids.len()).map(|i| i >= prompt.len()).collect();
+        let scored = model.logps(&mut cx, &[Sequence { ids: &ids, target: Some(&target) }])?;
+        if scored[0].iter().map(|l| l.to_bits()).ne(completion.logps.iter().map(|l| l.to_bits())) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// First and last loss of 12 steps over 6 rows, and the bytes of the weights after them.
+fn train(device: &Arc<dyn Device>, dtype: DType, recompute: bool) -> Result<(f32, f32, Vec<u8>)> {
+    let (cx, model) = model(device, dtype)?;
+    let mut rng = Rng(4);
+    let rows: Vec<_> = [20, 33, 7, 64, 65, 18].iter().map(|n| (tokens(&mut rng, *n), vec![true; *n])).collect();
+    let mut sft = Sft::from_sequences(rows);
+    let keys = ["learning_rate=1e-2", "per_device_train_batch_size=3", "gradient_accumulation_steps=2", "max_steps=12"];
+    let (run, _) = SftRun::load(None, &keys.map(String::from))?;
+    let mut trainer = Trainer::new(cx, model, run.training, 6, recompute)?;
+    let mut losses = Vec::new();
+    for _ in 0..12 {
+        losses.push(trainer.step(&mut sft)?.loss);
+    }
+    let weights = &trainer.model.params.weights;
+    let bytes = weights.view(0, DType::U8, &[weights.bytes()])?.to_vec::<u8>()?;
+    Ok((losses[0], losses[11], bytes))
+}
