@@ -313,7 +313,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
 #endif
 
 // out and lse of 64 rows of one head.
-KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, HOT)(real* out, MAYBE(float) lse, const real* qkv,
+KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, HOT)(real* out, MAYBE(float) lse, const real* qkv,
                                                                       const int* query_tiles, const int* segments, int ld,
                                                                       int heads, int kv_heads, float scale, float softcap,
                                                                       int window) {
