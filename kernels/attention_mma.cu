@@ -87,8 +87,9 @@ DEVICE void clear(float (&acc)[N][4]) {
 // Two neighbouring values of a gradient.
 DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
   if (accumulate) {
-    a += to_float(to[0]);
-    b += to_float(to[1]);
+    const unsigned old = *(const unsigned*)to;
+    a += bits_to_float((int)(old << 16));
+    b += bits_to_float((int)(old & 0xffff0000u));
   }
   *(unsigned*)to = pack_bf16(a, b);
 }
