@@ -18,18 +18,20 @@
 #include "prim/attend.cuh"
 #include "prim/lanes.cuh"
 
-// On a GPU unrolled columns would only cost minutes of ptxas: what matters there is attention_mma.cu.
+// On a GPU unrolled loops would only cost minutes of nvcc: what matters there is attention_mma.cu.
 #ifdef __CUDACC__
 #define COLUMNS_UNROLL _Pragma("unroll 1")
+#define STEP_UNROLL _Pragma("unroll 1")
 #else
 #define COLUMNS_UNROLL
+#define STEP_UNROLL
 #endif
 
 constexpr int QB = 64;  // keys (or, for dk and dv, queries) a step
 
 // a.b by 16 chains over the columns; the tree over them is sum8's.
-template <int D>
-DEVICE F8 dot_lanes(const float* a, const real* b) {
+template <int D, class A>
+DEVICE F8 dot_lanes(const A* a, const real* b) {
   F8 even = mul8(load8(a), load8(b)), odd = mul8(load8(a + 8), load8(b + 8));
 COLUMNS_UNROLL
   for (int d = 16; d < D; d += 16) {
@@ -43,6 +45,7 @@ COLUMNS_UNROLL
 template <int D>
 DEVICE void dots(float* s, const float* a, const real* x, const long long* at, int from, int to) {
 #ifdef __CUDACC__
+#pragma unroll 1
   for (int j = from; j < to; ++j) s[j] = sum8(dot_lanes<D>(a, x + at[j]));
 #else
   float lanes[QB * 8];
@@ -58,10 +61,12 @@ DEVICE void dots(float* s, const float* a, const real* x, const long long* at, i
 template <int D>
 DEVICE void add_rows(float* o, const float* w, const real* x, const long long* at, int from, int to) {
   constexpr int C = D % 64 == 0 ? 64 : D;
+STEP_UNROLL
   for (int c = 0; c < D; c += C) {
     F8 acc[C / 8];
 COLUMNS_UNROLL
     for (int i = 0; i < C / 8; ++i) acc[i] = load8(o + c + i * 8);
+STEP_UNROLL
     for (int j = from; j < to; ++j) {
       const real* row = x + at[j] + c;
       const F8 f = splat8(w[j]);
@@ -91,14 +96,14 @@ COLUMNS_UNROLL
 
 DEVICE float max_of(const float* s) {
   F8 m = load8(s);
-#pragma unroll
+STEP_UNROLL
   for (int j = 8; j < QB; j += 8) m = max8(m, load8(s + j));
   return largest8(m);
 }
 
 DEVICE float sum_of(const float* s) {
   F8 sum = load8(s);
-#pragma unroll
+STEP_UNROLL
   for (int j = 8; j < QB; j += 8) sum = add8(sum, load8(s + j));
   return sum8(sum);
 }
@@ -116,15 +121,20 @@ COLUMNS_UNROLL
   const int first = first_seen(position, window);
   for (int block = first / QB * QB; block <= position; block += QB) {
     const int from = max_int(first - block, 0), to = min_int(position + 1 - block, QB);
+STEP_UNROLL
     for (int j = 0; j < QB; ++j) s[j] = NEG_INF;
+STEP_UNROLL
     for (int j = from; j < to; ++j) at[j] = keys.at(block + j);
     dots<D>(s, q, k, at, from, to);
+STEP_UNROLL
     for (int j = 0; j < QB; ++j) s[j] *= scale;
     if (softcap > 0.f)
+STEP_UNROLL
       for (int j = 0; j < QB; ++j) s[j] = s[j] == NEG_INF ? NEG_INF : softcap * tanh_f(s[j] / softcap);
     const float m_new = max2(m, max_of(s));
     const float base = m_new == NEG_INF ? 0.f : m_new;
     const float alpha = exp_f(m - base);
+STEP_UNROLL
     for (int j = 0; j < QB; ++j) s[j] = exp_f(s[j] - base);
     l = fmaf(l, alpha, sum_of(s));
     m = m_new;
@@ -175,29 +185,30 @@ COLUMNS_UNROLL
             window);
 }
 
-// delta = dout . out of each row and head.
-KERNEL_FLAT(attention_delta, D=16,32,64,80,96,128,256)(float* delta, const real* dout, const real* out, int count) {
+// delta = dout . out of each row and head, for both families.
+KERNEL_FLAT(attention_delta, D=16,32,64,80,96,128,256, HOT)(float* delta, const real* dout, const real* out, int count) {
   const long long index = FLAT_INDEX;
   if (index >= count) return;
-  float o[D];
-  load_floats<D>(o, out + index * D);
-  delta[index] = sum8(dot_lanes<D>(o, dout + index * D));
+  delta[index] = sum8(dot_lanes<D>(out + index * D, dout + index * D));
 }
 
 // From 64 scores q.k and dO.v: s becomes P, ds the gradient of q.k. Places outside [from, to) become 0.
 DEVICE void score_gradients(float* s, float* ds, const float* lse, const float* delta, int from, int to, float scale,
                             float softcap) {
   float slope[QB];
+STEP_UNROLL
   for (int j = 0; j < QB; ++j) {
     s[j] *= scale;
     slope[j] = scale;
   }
   if (softcap > 0.f)
+STEP_UNROLL
     for (int j = 0; j < QB; ++j) {
       const float t = tanh_f(s[j] / softcap);
       s[j] = softcap * t;
       slope[j] = scale * fmaf(-t, t, 1.f);
     }
+STEP_UNROLL
   for (int j = 0; j < QB; ++j) {
     const float p = exp_f(s[j] - lse[j]);
     s[j] = j >= from && j < to ? p : 0.f;
@@ -225,6 +236,7 @@ KERNEL_FLAT(attention_dq, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const real
   load_floats<D>(up, dout + ((long long)row * heads + head) * D);
 COLUMNS_UNROLL
   for (int i = 0; i < D; ++i) dq[i] = 0.f;
+STEP_UNROLL
   for (int j = 0; j < QB; ++j) {
     lse_of[j] = lse[(long long)row * heads + head];
     delta_of[j] = delta[(long long)row * heads + head];
@@ -232,6 +244,7 @@ COLUMNS_UNROLL
   }
   for (int block = first / QB * QB; block <= position; block += QB) {
     const int from = max_int(first - block, 0), to = min_int(position + 1 - block, QB);
+STEP_UNROLL
     for (int j = from; j < to; ++j) at[j] = keys.at(block + j);
     dots<D>(s, q, k, at, from, to);
     dots<D>(ds, up, v, at, from, to);
@@ -259,6 +272,7 @@ KERNEL_FLAT(attention_dkv, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const rea
   load_floats<D>(v, qkv + (long long)row * ld + column + kv_heads * D);
 COLUMNS_UNROLL
   for (int i = 0; i < D; ++i) dk[i] = dv[i] = 0.f;
+STEP_UNROLL
   for (int j = 0; j < QB; ++j) s[j] = ds[j] = lse_of[j] = delta_of[j] = 0.f;
   const int child_end = segments[segment * 6 + 5];
   for (int c = segments[segment * 6 + 4] - 1; c < child_end; ++c) {
@@ -268,6 +282,7 @@ COLUMNS_UNROLL
       const int head = kv_head * group + g;
       for (int block = range.from; block < range.to; block += QB) {
         const int count = min_int(range.to - block, QB);
+STEP_UNROLL
         for (int j = 0; j < count; ++j) {
           const long long r = block + j;
           at[j] = r * ld;

@@ -87,8 +87,9 @@ DEVICE void clear(float (&acc)[N][4]) {
 // Two neighbouring values of a gradient.
 DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
   if (accumulate) {
-    a += to_float(to[0]);
-    b += to_float(to[1]);
+    const unsigned old = *(const unsigned*)to;
+    a += bits_to_float((int)(old << 16));
+    b += bits_to_float((int)(old & 0xffff0000u));
   }
   *(unsigned*)to = pack_bf16(a, b);
 }
@@ -313,7 +314,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
 #endif
 
 // out and lse of 64 rows of one head.
-KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, HOT)(real* out, MAYBE(float) lse, const real* qkv,
+KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, HOT)(real* out, MAYBE(float) lse, const real* qkv,
                                                                       const int* query_tiles, const int* segments, int ld,
                                                                       int heads, int kv_heads, float scale, float softcap,
                                                                       int window) {

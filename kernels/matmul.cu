@@ -11,6 +11,7 @@
 // Cost     2 m n k flops; (m k + k n + m n) x sizeof bytes. GPU: not measured yet.
 #include "prim/async.cuh"
 #include "prim/mma.cuh"
+#include "prim/vec.cuh"
 
 enum Trans { NT, NN, TN };
 
@@ -44,6 +45,26 @@ DEVICE void load_tile(bf16* tile, const bf16* src, int ld, int row0, int col0, i
     } else {
       for (int j = 0; j < 8; ++j) dst[j] = j < valid ? from[j] : to_bf16(0.f);
     }
+  }
+}
+
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T x, y;
+};
+
+// Stores x and, if `two`, y beside it; in one access if `paired`, the address being a multiple of both values' bytes.
+template <class T>
+DEVICE void store_two(T* to, float x, float y, bool two, bool paired, bool accumulate) {
+  if (two && paired) {
+    Two<T> old = {};
+    if (accumulate) old = *(const Two<T>*)to;
+    assign(old.x, accumulate ? to_float(old.x) + x : x);
+    assign(old.y, accumulate ? to_float(old.y) + y : y);
+    *(Two<T>*)to = old;
+  } else {
+    assign(to[0], accumulate ? to_float(to[0]) + x : x);
+    if (two) assign(to[1], accumulate ? to_float(to[1]) + y : y);
   }
 }
 
@@ -119,21 +140,28 @@ DEVICE void product(real* c, float* cf, const real* a, const real* b, const real
     }
   }
   copy_wait<0>();
+  // A lane has two neighbouring values of a row; they are stored as one where the address allows.
+  const bool paired = FLOAT_OUT ? (((unsigned long long)cf >> 2 | (unsigned)ldc) & 1) == 0
+                                : (((unsigned long long)c >> 1 | (unsigned)ldc) & 1) == 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = m0 + wm + i * 16 + lane / 4 + e / 2 * 8, col = n0 + wn + j * 8 + lane % 4 * 2 + e % 2;
+      for (int h = 0; h < 2; ++h) {
+        const int row = m0 + wm + i * 16 + lane / 4 + h * 8, col = n0 + wn + j * 8 + lane % 4 * 2;
         if (row >= m || col >= n) continue;
-        float v = acc[i][j][e];
-        if (bias) v += to_float(bias[col]);
         const long long at = (long long)row * ldc + col;
+        const bool two = col + 1 < n;
+        float x = acc[i][j][2 * h], y = acc[i][j][2 * h + 1];
+        if (bias) {
+          x += to_float(bias[col]);
+          if (two) y += to_float(bias[col + 1]);
+        }
         if (FLOAT_OUT)
-          cf[at] = accumulate ? cf[at] + v : v;
+          store_two(cf + at, x, y, two, paired, accumulate);
         else
-          c[at] = to_real(accumulate ? to_float(c[at]) + v : v);
+          store_two(c + at, x, y, two, paired, accumulate);
       }
 }
 #else

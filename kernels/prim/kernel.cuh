@@ -19,6 +19,8 @@
 //   KERNEL       everything: barriers, shared memory, mma, async copies. On the CPU each thread is a fiber. Its lane is
 //                threadIdx.x % 32; LANE, WCOL and the packs' collectives belong to KERNEL_WARP.
 // HOT in the attribute list marks a kernel whose spills fail the build check. THREADS=n is its largest block.
+// BLOCKS=d:n asks ptxas to leave registers for n blocks a multiprocessor in the instance of D=d (left alone it aims at a
+// number of registers of its own choice, for which it may spill).
 #pragma once
 
 #define INOUT(T) T*

@@ -3,7 +3,7 @@
 // Every operation is lane by lane, and the sums below have one order, so both give the same bits.
 #pragma once
 #include "prim/math.cuh"
-#include "prim/real.cuh"
+#include "prim/vec.cuh"
 
 #ifdef __CUDACC__
 struct F8 {
@@ -21,7 +21,10 @@ DEVICE F8 mul8(F8 a, F8 b) { EACH_LANE(a[i] * b[i]) }
 DEVICE F8 max8(F8 a, F8 b) { EACH_LANE(max2(a[i], b[i])) }
 DEVICE F8 fma8(F8 a, F8 b, F8 c) { EACH_LANE(fmaf(a[i], b[i], c[i])) }
 DEVICE F8 load8(const float* p) { EACH_LANE(p[i]) }
-DEVICE F8 load8(const bf16* p) { EACH_LANE(to_float(p[i])) }
+DEVICE F8 load8(const bf16* p) {  // one access of 128 bits where the address allows
+  const Pack<8> pack = load<8>(p, 8);
+  EACH_LANE(pack.v[i])
+}
 DEVICE void store8(float* p, F8 a) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) p[i] = a[i];
