@@ -38,7 +38,7 @@ pub fn run(args: Args) -> Result<()> {
     let out = options.output.display();
     println!("{:.1} s in all; written to {out}. Ask the model something:", begin.elapsed().as_secs_f64());
     println!(
-        "  temper generate --model {out}/sft --chat --prompt \"Tom has 7 cups. Mia gives Tom 5 cups. How many cups does Tom have?\" temperature=0"
+        "  temper generate --model {out}/sft --chat --prompt \"Tom has 7 cups. Tom gets 5 cups more from Mia. How many cups does Tom have?\" temperature=0"
     );
     Ok(())
 }

@@ -21,12 +21,13 @@ pub struct TrainedBpe {
     json: String,
 }
 
-/// Trains on `texts` up to `vocab_size` tokens: the special ones first, then the 256 bytes, then merges. Each digit is
-/// a token of its own, so that numbers have one spelling.
+/// Trains on `texts` up to `vocab_size` tokens: the special ones first, then the 256 bytes, then merges. With
+/// `split_digits` each digit is a token of its own, as in the large families; without, frequent numbers become one token.
 pub fn train_bpe<'a>(
     texts: impl Iterator<Item = &'a str>,
     vocab_size: usize,
     special_tokens: &[&str],
+    split_digits: bool,
 ) -> Result<TrainedBpe> {
     if vocab_size < 256 + special_tokens.len() {
         let least = 256 + special_tokens.len();
@@ -44,8 +45,9 @@ pub fn train_bpe<'a>(
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build()
         .into();
+    // Numbers stand apart from what is around them in either case.
     let splits: Vec<PreTokenizerWrapper> =
-        vec![Digits::new(true).into(), ByteLevel::default().add_prefix_space(false).into()];
+        vec![Digits::new(split_digits).into(), ByteLevel::default().add_prefix_space(false).into()];
     let trained = caught(|| -> tokenizers::Result<String> {
         let mut tokenizer = Tokenizer::new(BPE::default());
         tokenizer
@@ -94,8 +96,8 @@ mod tests {
     fn training_twice_gives_the_same_bytes() {
         let texts: Vec<String> =
             (0..200).map(|i| format!("Tom has {i} apples and buys {} more.", i * 7 % 13)).collect();
-        let train = || train_bpe(texts.iter().map(String::as_str), 400, &["<|end|>"]).unwrap().json().to_string();
+        let train = || train_bpe(texts.iter().map(String::as_str), 400, &["<|end|>"], true).unwrap().json().to_string();
         assert_eq!(train(), train());
-        assert!(train_bpe(std::iter::empty(), 256, &["<|end|>"]).is_err());
+        assert!(train_bpe(std::iter::empty(), 256, &["<|end|>"], true).is_err());
     }
 }

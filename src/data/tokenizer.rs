@@ -259,7 +259,7 @@ mod tests {
 
     fn tiny(dir: &Path) -> Tokenizer {
         let texts = ["one two three two one", "naïve 日本語 🙂 one two"];
-        let trained = bpe::train_bpe(texts.into_iter(), 300, &["<|end|>", "<|pad|>"]).unwrap();
+        let trained = bpe::train_bpe(texts.into_iter(), 300, &["<|end|>", "<|pad|>"], true).unwrap();
         trained.write(dir, "<|end|>", "<|pad|>", Some("{{ messages[0].content }}")).unwrap();
         Tokenizer::load(dir).unwrap()
     }

@@ -3,7 +3,7 @@
 //! Invariants: a row is a function of (seed, set, row number). What is asked of the held-out set is never trained on: a
 //! [`Problem`]'s *key* is its operands together with its wording, the split is a hash of the key, and neither a story
 //! nor a question of a held-out key is in the other sets, whatever names and things it is told with. Operands of a
-//! held-out key do occur in other wordings and in bare facts ("7 + 5 = 12."): the test is to put the two together.
+//! held-out key do occur in other wordings and in bare facts ("7+5=12."): the test is to put the two together.
 
 use crate::rng::philox;
 
@@ -13,34 +13,28 @@ pub enum Kind {
     Add,
     Subtract,
     Share,
-    Compare,
     Next,
-    Words,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 6] = [Kind::Add, Kind::Subtract, Kind::Share, Kind::Compare, Kind::Next, Kind::Words];
+    pub const ALL: [Kind; 4] = [Kind::Add, Kind::Subtract, Kind::Share, Kind::Next];
 
     pub fn name(self) -> &'static str {
         match self {
             Kind::Add => "add",
             Kind::Subtract => "subtract",
             Kind::Share => "share",
-            Kind::Compare => "compare",
             Kind::Next => "next",
-            Kind::Words => "words",
         }
     }
 
     /// Share of a set in percent. Later rungs of the ladder bring kinds and mixes of their own.
     fn percent(self) -> u32 {
         match self {
-            Kind::Add => 32,
-            Kind::Subtract => 32,
-            Kind::Share => 8,
-            Kind::Compare => 12,
+            Kind::Add => 40,
+            Kind::Subtract => 40,
+            Kind::Share => 10,
             Kind::Next => 10,
-            Kind::Words => 6,
         }
     }
 }
@@ -51,13 +45,13 @@ pub struct Problem {
     pub kind: Kind,
     /// Operands and wording: what the split goes by.
     pub key: String,
-    /// "Tom has 7 cups. Mia gives Tom 5 cups. How many cups does Tom have?"
+    /// "Tom has 7 cups. Tom gets 5 cups more from Mia. How many cups does Tom have?"
     pub question: String,
-    /// "7 + 5 = 12."
+    /// "7+5=12."
     pub work: String,
     /// "12"
     pub answer: String,
-    /// "Tom has 7 cups. Mia gives Tom 5 cups. 7 + 5 = 12. Tom has 12 cups."
+    /// "Tom has 7 cups. Tom gets 5 cups more from Mia. 7+5=12. Tom has 12 cups."
     pub told: String,
 }
 
@@ -75,7 +69,7 @@ impl Problem {
 
 /// Whether a key is kept for the test: one in eight, whatever the seed.
 fn held_out(key: &str) -> bool {
-    crc32fast::hash(key.as_bytes()) % 8 == 0
+    crc32fast::hash(key.as_bytes()).is_multiple_of(8)
 }
 
 /// The last "The answer is X." of a reply.
@@ -143,7 +137,7 @@ impl Dice {
     /// From 0 to n - 1.
     fn below(&mut self, n: usize) -> usize {
         self.counter[2] += 1;
-        (u64::from(philox(self.key, self.counter)[0]) * n.max(1) as u64 >> 32) as usize
+        ((u64::from(philox(self.key, self.counter)[0]) * n.max(1) as u64) >> 32) as usize
     }
 
     /// From low to high, both included.
@@ -194,15 +188,16 @@ fn seek(dice: &mut Dice, kind: Kind, held_out: bool) -> Problem {
 }
 
 fn pretraining_row(dice: &mut Dice) -> String {
-    match dice.below(10) {
-        0..=4 => (0..6).map(|_| fact(dice)).collect::<Vec<_>>().join(" "),
-        5 => {
+    match dice.below(20) {
+        0..=6 => (0..10).map(|_| fact(dice)).collect::<Vec<_>>().join(" "),
+        7 | 8 => {
             let step = dice.from(1, 3);
-            let (start, down) = (dice.from(1, 20), dice.below(2) == 1);
-            let numbers = counting(start, step, down, 6);
+            let (start, down) = (dice.from(0, 20), dice.below(2) == 1);
+            let numbers = counting(start, step, down, 8);
             let listed = numbers.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
             format!("Count {}: {listed}.", if down { "down" } else { "up" })
         }
+        9..=12 => echo(dice),
         _ => {
             let kind = draw_kind(dice);
             seek(dice, kind, false).told
@@ -210,24 +205,33 @@ fn pretraining_row(dice: &mut Dice) -> String {
     }
 }
 
+/// A list said three times: copying is what every answer begins with. Four things and more, names and numbers among
+/// them, so never the three things of a question.
+fn echo(dice: &mut Dice) -> String {
+    let n = dice.from(4, 6);
+    let one = |dice: &mut Dice| match dice.below(3) {
+        0 => dice.pick(&NAMES).to_string(),
+        1 => dice.pick(&THINGS).to_string(),
+        _ => dice.from(0, 20).to_string(),
+    };
+    let list = (0..n).map(|_| one(dice)).collect::<Vec<_>>().join(", ");
+    format!("{list}. {list}. {list}.")
+}
+
 /// A line of the tables.
 fn fact(dice: &mut Dice) -> String {
     match dice.below(10) {
         0..=3 => {
             let (a, b) = addends(dice);
-            format!("{a} + {b} = {}.", a + b)
+            format!("{a}+{b}={}.", a + b)
         }
-        4..=7 => {
+        4..=8 => {
             let (a, b) = minuend(dice);
-            format!("{a} - {b} = {}.", a - b)
-        }
-        8 => {
-            let (a, b) = dividend(dice);
-            format!("{a} / {b} = {}.", a / b)
+            format!("{a}-{b}={}.", a - b)
         }
         _ => {
-            let (a, b) = unequal(dice);
-            format!("{} is more than {}.", a.max(b), a.min(b))
+            let (a, b) = dividend(dice);
+            format!("{a}/{b}={}.", a / b)
         }
     }
 }
@@ -251,12 +255,6 @@ fn dividend(dice: &mut Dice) -> (usize, usize) {
     (b * dice.from(1, 20 / b), b)
 }
 
-fn unequal(dice: &mut Dice) -> (usize, usize) {
-    let a = dice.from(1, 20);
-    let b = dice.from(1, 19);
-    (a, if b >= a { b + 1 } else { b })
-}
-
 /// Up to `n` numbers from 0 to 20.
 fn counting(start: usize, step: usize, down: bool, n: usize) -> Vec<usize> {
     let at = |i: usize| if down { start.checked_sub(i * step) } else { Some(start + i * step).filter(|v| *v <= 20) };
@@ -273,9 +271,7 @@ fn problem(dice: &mut Dice, kind: Kind) -> Problem {
         Kind::Add => add(dice),
         Kind::Subtract => subtract(dice),
         Kind::Share => share(dice),
-        Kind::Compare => compare(dice),
         Kind::Next => next(dice),
-        Kind::Words => words(dice),
     }
 }
 
@@ -292,7 +288,7 @@ fn add(dice: &mut Dice) -> Problem {
     let (ca, cb, cc) = (count(a, thing), count(b, thing), count(c, thing));
     let (story, question, end) = match wording {
         0 => (
-            format!("{n} has {ca}. {m} gives {n} {cb}."),
+            format!("{n} has {ca}. {n} gets {cb} more from {m}."),
             format!("How many {thing}s does {n} have?"),
             format!("{n} has {cc}."),
         ),
@@ -311,19 +307,11 @@ fn add(dice: &mut Dice) -> Problem {
             format!("How many {thing}s does {n} find?"),
             format!("{n} finds {cc}."),
         ),
-        4 => (String::new(), format!("What is {a} + {b}?"), String::new()),
+        4 => (String::new(), format!("What is {a}+{b}?"), String::new()),
         5 => (String::new(), format!("What is {a} plus {b}?"), String::new()),
         _ => (String::new(), format!("Add {b} to {a}."), String::new()),
     };
-    worded(
-        Kind::Add,
-        format!("add {wording} {a} {b}"),
-        &story,
-        &question,
-        format!("{a} + {b} = {c}."),
-        c.to_string(),
-        &end,
-    )
+    worded(Kind::Add, format!("add {wording} {a} {b}"), &story, &question, format!("{a}+{b}={c}."), c.to_string(), &end)
 }
 
 fn subtract(dice: &mut Dice) -> Problem {
@@ -333,7 +321,7 @@ fn subtract(dice: &mut Dice) -> Problem {
     let (ca, cb, cc) = (count(a, thing), count(b, thing), count(c, thing));
     let left = format!("How many {thing}s does {n} have?");
     let (story, question, end) = match wording {
-        0 => (format!("{n} has {ca}. {n} gives {m} {cb}."), left, format!("{n} has {cc}.")),
+        0 => (format!("{n} has {ca}. {n} gives away {cb}."), left, format!("{n} has {cc}.")),
         1 => (format!("{n} has {ca}. {n} loses {cb}."), left, format!("{n} has {cc}.")),
         2 => (
             format!("A box has {ca}. {n} takes out {cb}."),
@@ -345,11 +333,11 @@ fn subtract(dice: &mut Dice) -> Problem {
             format!("How many more {thing}s does {n} have than {m}?"),
             format!("{n} has {c} more than {m}."),
         ),
-        4 => (String::new(), format!("What is {a} - {b}?"), String::new()),
+        4 => (String::new(), format!("What is {a}-{b}?"), String::new()),
         5 => (String::new(), format!("What is {a} minus {b}?"), String::new()),
         _ => (String::new(), format!("Take {b} from {a}."), String::new()),
     };
-    let work = format!("{a} - {b} = {c}.");
+    let work = format!("{a}-{b}={c}.");
     worded(Kind::Subtract, format!("subtract {wording} {a} {b}"), &story, &question, work, c.to_string(), &end)
 }
 
@@ -362,55 +350,29 @@ fn share(dice: &mut Dice) -> Problem {
             format!("How many {thing}s are in a box?"),
             format!("A box has {}.", count(c, thing)),
         ),
-        1 => (String::new(), format!("What is {a} / {b}?"), String::new()),
+        1 => (String::new(), format!("What is {a}/{b}?"), String::new()),
         _ => (
             format!("{b} boxes share {}.", count(a, thing)),
             format!("How many {thing}s are in a box?"),
             format!("A box has {}.", count(c, thing)),
         ),
     };
-    let work = format!("{a} / {b} = {c}.");
+    let work = format!("{a}/{b}={c}.");
     worded(Kind::Share, format!("share {wording} {a} {b}"), &story, &question, work, c.to_string(), &end)
 }
 
-fn compare(dice: &mut Dice) -> Problem {
-    let (wording, (a, b)) = (dice.below(4), unequal(dice));
-    let (people, thing) = (dice.pick_n(&NAMES, 2), dice.pick(&THINGS));
-    let (more, less) = (a.max(b), a.min(b));
-    let (richer, poorer) = if a > b { (people[0], people[1]) } else { (people[1], people[0]) };
-    let story = format!("{} has {} and {} has {}.", people[0], count(a, thing), people[1], count(b, thing));
-    let (story, question, answer, end) = match wording {
-        0 => (String::new(), format!("Which is more, {a} or {b}?"), more.to_string(), String::new()),
-        1 => (String::new(), format!("Which is less, {a} or {b}?"), less.to_string(), String::new()),
-        2 => (story, format!("Who has more {thing}s?"), richer.to_string(), format!("{richer} has more.")),
-        _ => (story, format!("Who has less {thing}s?"), poorer.to_string(), format!("{poorer} has less.")),
-    };
-    let work = format!("{more} is more than {less}.");
-    worded(Kind::Compare, format!("compare {wording} {a} {b}"), &story, &question, work, answer, &end)
-}
-
 fn next(dice: &mut Dice) -> Problem {
-    let (wording, step, down) = (dice.below(2), dice.from(1, 3), dice.below(2) == 1);
-    let last = if down { dice.from(step, 20 - 2 * step) } else { dice.from(2 * step, 20 - step) };
-    let (first, answer) = if down { (last + 2 * step, last - step) } else { (last - 2 * step, last + step) };
-    let shown = counting(first, step, down, 3).iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let (wording, before) = (dice.below(2), dice.below(2) == 1);
+    let a = if before { dice.from(1, 20) } else { dice.from(0, 19) };
+    let answer = if before { a - 1 } else { a + 1 };
+    let side = if before { "before" } else { "after" };
     let question = match wording {
-        0 => format!("What comes next: {shown}?"),
-        _ => format!("Count on: {shown}."),
+        0 => format!("Which number comes {side} {a}?"),
+        _ => format!("Count on from {a}, one {}.", if before { "down" } else { "up" }),
     };
-    let work = format!("{last} {} {step} = {answer}.", if down { '-' } else { '+' });
-    let end = format!("Count {}: {shown}, {answer}.", if down { "down" } else { "up" });
-    worded(Kind::Next, format!("next {wording} {first} {step} {down}"), "", &question, work, answer.to_string(), &end)
-}
-
-fn words(dice: &mut Dice) -> Problem {
-    let (wording, list) = (dice.below(2), dice.pick_n(&THINGS, 3));
-    let back: Vec<&str> = list.iter().rev().copied().collect();
-    let (how, answer) = if wording == 0 { ("again", list.join(", ")) } else { ("backwards", back.join(", ")) };
-    let shown = list.join(", ");
-    let question = format!("Say it {how}: {shown}.");
-    let end = format!("{shown}, and {how}: {answer}.");
-    worded(Kind::Words, format!("words {wording} {shown}"), "", &question, String::new(), answer, &end)
+    let work = format!("{a}{}1={answer}.", if before { '-' } else { '+' });
+    let end = format!("{answer} comes {side} {a}.");
+    worded(Kind::Next, format!("next {wording} {side} {a}"), "", &question, work, answer.to_string(), &end)
 }
 
 #[cfg(test)]
@@ -419,7 +381,7 @@ mod tests {
 
     #[test]
     fn the_checker_takes_the_last_answer_and_nothing_else() {
-        assert!(is_right("7 + 5 = 12. The answer is 12.", "12"));
+        assert!(is_right("7+5=12. The answer is 12.", "12"));
         assert!(is_right("The answer is 3. No: The answer is 12.", "12"));
         for wrong in ["", "12", "The answer is 1", "The answer is 112.", "The answer is 12", "the answer is 12."] {
             assert!(!is_right(wrong, "12"), "{wrong}");
@@ -430,12 +392,12 @@ mod tests {
     fn work_is_true_and_replies_are_right() {
         for p in training(3, 2000).iter().chain(&held_out_problems(3, 200)) {
             assert!(is_right(&p.reply(), &p.answer), "{p:?}");
-            let parts: Vec<&str> = p.work.trim_end_matches('.').split(' ').collect();
-            if let [a, op, b, "=", c] = parts[..] {
+            let Some((left, c)) = p.work.trim_end_matches('.').split_once('=') else { continue };
+            if let Some((a, b)) = left.split_once(['+', '-', '/']) {
                 let [a, b, c] = [a, b, c].map(|v| v.parse::<i32>().unwrap());
-                let value = match op {
-                    "+" => a + b,
-                    "-" => a - b,
+                let value = match left {
+                    sum if sum.contains('+') => a + b,
+                    difference if difference.contains('-') => a - b,
                     _ => a / b,
                 };
                 assert_eq!(value, c, "{p:?}");

@@ -23,16 +23,17 @@ use crate::data::rows::read_rows;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::fsio;
-use crate::log::{Metric, RunLog};
 use crate::methods::Method;
 use crate::methods::sft::Sft;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::model::folder::{tokenizer_files, write_folder};
 use crate::rollout::sample::Sampling;
 use crate::rollout::{self, generate};
+use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
-use crate::train::{Means, Trainer};
+use crate::train::Trainer;
+use crate::train::run::Run;
+use crate::train::state::parts_of;
 use data::{Kind, Problem};
 
 /// ChatML with the assistant's words marked, so that `assistant_only_loss` finds them.
@@ -72,11 +73,11 @@ impl Scale {
             heads: 4,
             kv_heads: 2,
             pretraining_rows: 8000,
-            sft_rows: 4000,
+            sft_rows: 9000,
             held_out: 240,
             pretrain: keys(&[
                 "learning_rate=3e-3",
-                "per_device_train_batch_size=8",
+                "per_device_train_batch_size=4",
                 "max_length=128",
                 "packing=true",
                 "num_train_epochs=1",
@@ -85,10 +86,11 @@ impl Scale {
                 "adam_beta2=0.98",
                 "weight_decay=0.01",
                 "logging_steps=50",
+                "save_strategy=no",
             ]),
             sft: keys(&[
                 "learning_rate=2e-3",
-                "per_device_train_batch_size=8",
+                "per_device_train_batch_size=4",
                 "max_length=128",
                 "packing=true",
                 "assistant_only_loss=true",
@@ -96,7 +98,9 @@ impl Scale {
                 "warmup_steps=10",
                 "lr_scheduler_type=linear",
                 "adam_beta2=0.98",
+                "weight_decay=0.05",
                 "logging_steps=50",
+                "save_strategy=no",
             ]),
         }
     }
@@ -210,7 +214,7 @@ fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Vec<Problem>> {
     let replies: Vec<String> = training.iter().map(|p| format!("{} {}", p.question, p.reply())).collect();
     let roles = ["user", "assistant"].iter().cycle().take(2 * training.len()).copied();
     let all = texts.iter().chain(&replies).map(String::as_str).chain(roles);
-    let bpe = train_bpe(all, scale.vocab, &SPECIAL)?;
+    let bpe = train_bpe(all, scale.vocab, &SPECIAL, false)?;
     let start = out.join("start");
     bpe.write(&start, EOS, PAD, Some(TEMPLATE))?;
     let tokenizer = Tokenizer::load(&start)?;
@@ -280,49 +284,18 @@ fn train(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
         trainer.model.params.count(),
         run.training.per_device_train_batch_size
     );
-    fsio::atomic_write(dir.join("config.toml"), run.to_toml(&command).as_bytes())?;
-    let mut log = RunLog::create(dir, None, total)?;
-    let (mut means, mut tokens, mut loss) = (Means::default(), 0u64, f64::NAN);
-    let every = run.training.logging_steps.of(total).max(1);
-    while trainer.done < total {
-        let step = trainer.step(&mut sft)?;
-        tokens += step.tokens as u64;
-        means.add("loss", f64::from(step.loss));
-        step.metrics.iter().for_each(|(name, value)| means.add(name, *value));
-        log.step(step.number, tokens);
-        if step.number % every != 0 && step.number != total {
-            continue;
-        }
-        let taken = means.take();
-        loss = taken.iter().find(|m| m.0 == "loss").map_or(loss, |m| m.1);
-        let mut metrics: Vec<(&str, Metric)> = vec![
-            ("loss", loss.into()),
-            ("grad_norm", f64::from(step.grad_norm).into()),
-            ("learning_rate", step.learning_rate.into()),
-        ];
-        metrics.extend(taken.iter().filter(|m| m.0 != "loss").map(|m| (m.0.as_str(), m.1.into())));
-        metrics.push(("num_tokens", tokens.into()));
-        metrics.push(("epoch", step.epoch.into()));
-        metrics.push(("tokens_per_second", log.tokens_per_second().into()));
-        log.log(step.number, &metrics)?;
-    }
-    save(&trainer, dir, &rung.model)?;
-    rung.folder.discard_overwritten()?;
-    log.sync()?;
-    log.finish();
+    let whole = Run {
+        folder: &rung.folder,
+        parts: parts_of(&rung.model, Some(HostDtype::F32))?,
+        stop: Stop::default(),
+        config_toml: run.to_toml(&command),
+        peak_flops: None,
+        flops_per_token: 0.0,
+    };
+    let summary = whole.train(&mut trainer, &mut sft)?;
     let seconds = begin.elapsed().as_secs_f64();
-    Ok((trainer.cx, RungReport { name: rung.name, steps: total, tokens, seconds, loss }))
-}
-
-/// The trained weights as a folder that transformers loads, with the tokenizer of `from`.
-fn save(trainer: &Trainer, dir: &Path, from: &Path) -> Result<()> {
-    let params = &trainer.model.params;
-    let arena = trainer.optimizer.float_weights(params).unwrap_or(&params.weights);
-    write_folder(dir, &trainer.model.config, &tokenizer_files(from), None, HostDtype::F32, &mut |spec| {
-        let place = params.specs.iter().find(|(s, _)| s.name == spec.name);
-        let values = place.map(|(s, offset)| params.view_of(arena, s, *offset)?.to_f32()).transpose()?;
-        HostDtype::F32.encode(&values.unwrap_or_default())
-    })
+    let report = RungReport { name: rung.name, steps: total, tokens: summary.num_tokens, seconds, loss: summary.loss };
+    Ok((trainer.cx, report))
 }
 
 /// Puts every problem to a model through its chat template, greedily.

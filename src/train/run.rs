@@ -27,9 +27,17 @@ pub struct Run<'a> {
     pub flops_per_token: f64,
 }
 
+/// What a finished run can say of itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    pub num_tokens: u64,
+    /// As last logged; NaN if the run had nothing left to do.
+    pub loss: f64,
+}
+
 impl Run<'_> {
     /// Trains to the end, or to a signal (then [`Error::Interrupted`], after a checkpoint). Writes the final model.
-    pub fn train(&self, trainer: &mut Trainer, method: &mut dyn Method) -> Result<()> {
+    pub fn train(&self, trainer: &mut Trainer, method: &mut dyn Method) -> Result<Summary> {
         let dir = self.folder.path();
         let mut state = RunState::default();
         let resumed = match self.folder.resume() {
@@ -68,8 +76,10 @@ impl Run<'_> {
         }
         self.folder.discard_overwritten()?;
         log.sync()?;
+        let losses = log.history().iter().rev().filter_map(|line| line.get("loss").and_then(serde_json::Value::as_f64));
+        let summary = Summary { num_tokens: state.num_tokens, loss: losses.into_iter().next().unwrap_or(f64::NAN) };
         log.finish();
-        Ok(())
+        Ok(summary)
     }
 
     /// Logs, evaluates and saves where a step asks for it.

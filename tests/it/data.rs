@@ -335,7 +335,7 @@ fn a_trained_tokenizer_is_a_folder() {
         .iter()
         .map(|r| r.string("text").unwrap().to_string())
         .collect();
-    let trained = bpe::train_bpe(texts.iter().map(String::as_str), 350, &["<|end|>", "<|pad|>"]).unwrap();
+    let trained = bpe::train_bpe(texts.iter().map(String::as_str), 350, &["<|end|>", "<|pad|>"], true).unwrap();
     trained.write(dir, "<|end|>", "<|pad|>", Some("{{ messages[0].content }}{{ eos_token }}")).unwrap();
     let t = Tokenizer::load(dir).unwrap();
     let lines: Vec<String> =

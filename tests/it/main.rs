@@ -9,6 +9,7 @@ mod house;
 mod model_folder;
 mod ops;
 mod prim;
+mod quickstart;
 mod runs;
 mod score;
 mod sft;

@@ -3,16 +3,17 @@
 //! Invariant: results do not depend on the number of threads. Blocks are independent, so each worker runs a fixed range
 //! of them; a matrix product is cut into row chunks whose bits do not depend on the cut.
 
+mod gemm;
+
 use std::alloc::{Layout as MemoryLayout, alloc, dealloc};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use half::bf16;
 use rayon::prelude::*;
 
-use super::{CpuLaunch, DType, Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo};
+use super::{CpuLaunch, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo};
 use super::{capturing, no_graph, place};
 use crate::error::{Error, Result};
 
@@ -248,7 +249,7 @@ impl Device for Cpu {
             return Ok(true);
         }
         // SAFETY: the caller's promise.
-        unsafe { gemm(g) };
+        unsafe { gemm::gemm(g) };
         Ok(true)
     }
 
@@ -346,104 +347,10 @@ impl Cpu {
     }
 }
 
-/// Rows a worker takes at once. Fixed, so that the cut does not depend on the machine.
-const ROW_CHUNK: usize = 128;
-
-/// # Safety
-/// The operands lie in live memory.
-unsafe fn gemm(g: &Gemm) {
-    let (m, n, k) = (g.m, g.n, g.k);
-    // bf16 operands are widened whole: bf16 on the CPU is for checks, not for speed.
-    let (a_rows, a_cols) = if g.layout == Layout::TN { (k, m) } else { (m, k) };
-    let (b_rows, b_cols) = if g.layout == Layout::NT { (n, k) } else { (k, n) };
-    // SAFETY: the caller's promise.
-    let (a, b) = unsafe { (Operand::new(g.a, a_rows, a_cols), Operand::new(g.b, b_rows, b_cols)) };
-    let (rsa, csa) = if g.layout == Layout::TN { (1, a.stride) } else { (a.stride, 1) };
-    let (rsb, csb) = if g.layout == Layout::NT { (1, b.stride) } else { (b.stride, 1) };
-    let (c_address, c_dtype, ldc) = g.c;
-    // SAFETY: the caller's promise.
-    let bias = g.bias.map(|(address, dtype)| unsafe { Operand::new((address, dtype, n), 1, n) });
-    // SAFETY: n values, by the caller's promise.
-    let bias = bias.as_ref().map(|b| unsafe { std::slice::from_raw_parts(b.pointer(), n) });
-    let chunks = m.div_ceil(ROW_CHUNK);
-    (0..chunks).into_par_iter().for_each(|chunk| {
-        let (r0, r1) = (chunk * ROW_CHUNK, ((chunk + 1) * ROW_CHUNK).min(m));
-        let rows = r1 - r0;
-        // SAFETY: rows r0..r1 of A and C, all of B; the chunks of C do not overlap.
-        unsafe {
-            let pa = a.pointer().add(r0 * rsa);
-            let sgemm = |beta: f32, c: *mut f32, stride: usize| {
-                matrixmultiply::sgemm(
-                    rows,
-                    k,
-                    n,
-                    1.0,
-                    pa,
-                    rsa as isize,
-                    csa as isize,
-                    b.pointer(),
-                    rsb as isize,
-                    csb as isize,
-                    beta,
-                    c,
-                    stride as isize,
-                    1,
-                )
-            };
-            if c_dtype == DType::F32 {
-                let c = (c_address as *mut f32).add(r0 * ldc);
-                sgemm(if g.accumulate { 1.0 } else { 0.0 }, c, ldc);
-                for r in 0..if bias.is_some() { rows } else { 0 } {
-                    let out = std::slice::from_raw_parts_mut(c.add(r * ldc), n);
-                    out.iter_mut().zip(bias.unwrap_or(&[])).for_each(|(o, b)| *o += b);
-                }
-                return;
-            }
-            let mut wide = vec![0f32; rows * n];
-            sgemm(0.0, wide.as_mut_ptr(), n);
-            for r in 0..rows {
-                let out = std::slice::from_raw_parts_mut((c_address as *mut bf16).add((r0 + r) * ldc), n);
-                for (i, (o, v)) in out.iter_mut().zip(&wide[r * n..(r + 1) * n]).enumerate() {
-                    let v = v + bias.map_or(0.0, |b| b[i]);
-                    *o = bf16::from_f32(if g.accumulate { o.to_f32() + v } else { v });
-                }
-            }
-        }
-    });
-}
-
-struct Operand {
-    wide: Vec<f32>,
-    address: u64,
-    stride: usize,
-}
-
-impl Operand {
-    /// # Safety
-    /// `rows` rows of `cols` elements, `stride` apart, are live at the address.
-    unsafe fn new((address, dtype, stride): (u64, DType, usize), rows: usize, cols: usize) -> Self {
-        if dtype != DType::BF16 {
-            return Operand { wide: Vec::new(), address, stride };
-        }
-        let mut wide = vec![0f32; rows * cols];
-        for (r, row) in wide.chunks_exact_mut(cols.max(1)).enumerate() {
-            // SAFETY: the caller's promise.
-            let src = unsafe { std::slice::from_raw_parts((address as *const bf16).add(r * stride), cols) };
-            for (o, v) in row.iter_mut().zip(src) {
-                *o = v.to_f32();
-            }
-        }
-        Operand { wide, address: 0, stride: cols }
-    }
-
-    fn pointer(&self) -> *const f32 {
-        if self.address == 0 { self.wide.as_ptr() } else { self.address as *const f32 }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::DType;
     use crate::device::Pool;
     use crate::tensor::Tensor;
 

@@ -1,0 +1,113 @@
+//! The quickstart's ladder, much shorter, end to end; its data; its checker.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::Value;
+use temper::cx::Cx;
+use temper::data::tokenizer::Tokenizer;
+use temper::device::{DType, cpu::Cpu};
+use temper::quickstart::data::{self, is_right};
+use temper::quickstart::{self, Options, Outcome, Scale};
+
+fn tiny() -> Scale {
+    let keys = |more: &str| {
+        let common =
+            "learning_rate=2e-3 per_device_train_batch_size=2 max_length=96 packing=true max_steps=6 logging_steps=2";
+        common.split(' ').chain(more.split(' ')).map(str::to_string).collect()
+    };
+    Scale {
+        vocab: 400,
+        hidden: 32,
+        intermediate: 64,
+        layers: 2,
+        heads: 2,
+        kv_heads: 1,
+        pretraining_rows: 200,
+        sft_rows: 100,
+        held_out: 12,
+        pretrain: keys("warmup_steps=2"),
+        sft: keys("assistant_only_loss=true"),
+    }
+}
+
+fn ladder(dir: &Path, overwrite: bool) -> temper::error::Result<Outcome> {
+    let cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    quickstart::run(cx, &Options { output: dir.to_path_buf(), overwrite, seed: 5, scale: tiny() })
+}
+
+fn lines(path: impl AsRef<Path>) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[test]
+fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (a, b) = (tmp.path().join("a"), tmp.path().join("b"));
+    let outcome = ladder(&a, false).unwrap();
+    assert_eq!(outcome.rungs.iter().map(|r| (r.name, r.steps)).collect::<Vec<_>>(), [("pretrained", 6), ("sft", 6)]);
+    assert_eq!(outcome.scores.len(), 2);
+    let text = outcome.to_string();
+    assert!(text.contains("exact match") && text.contains("tokens/s"), "{text}");
+    for rung in ["pretrained", "sft"] {
+        let dir = a.join(rung);
+        for file in ["config.json", "config.toml", "model.safetensors", "tokenizer.json", "chat_template.jinja"] {
+            assert!(dir.join(file).is_file(), "{rung}/{file}");
+        }
+        let metrics = lines(dir.join("metrics.jsonl"));
+        assert_eq!(metrics.len(), 3);
+        for key in ["step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"] {
+            assert!(metrics[0][key].is_number(), "{rung}: {key}");
+        }
+    }
+    // Digits are tokens of their own, a turn's head is three tokens.
+    let tokenizer = Tokenizer::load(&a.join("sft")).unwrap();
+    assert_eq!(tokenizer.encode("12", false).unwrap().len(), 2);
+    assert_eq!(tokenizer.encode("<|im_start|>assistant\n", false).unwrap().len(), 3);
+
+    // A folder that holds a run is refused; --overwrite replaces it by the same bits.
+    let refused = ladder(&a, false).unwrap_err().to_string();
+    assert!(refused.contains("--overwrite"), "{refused}");
+    let bits = |dir: &Path| std::fs::read(dir.join("sft/model.safetensors")).unwrap();
+    let first = bits(&a);
+    ladder(&a, true).unwrap();
+    ladder(&b, false).unwrap();
+    assert!(first == bits(&a) && first == bits(&b), "the same seed gave other bits");
+    for file in ["pretrain.jsonl", "sft.jsonl", "heldout.jsonl"] {
+        assert!(!lines(a.join("data").join(file)).is_empty());
+        let read = |dir: &Path| std::fs::read(dir.join("data").join(file)).unwrap();
+        assert!(read(&a) == read(&b), "{file}");
+    }
+}
+
+#[test]
+fn held_out_questions_are_nowhere_in_the_training_data() {
+    for seed in [42, 1, 2] {
+        let scale = Scale::full();
+        let texts = data::pretraining(seed, scale.pretraining_rows);
+        let training = data::training(seed, scale.sft_rows);
+        let asked = data::held_out_problems(seed, scale.held_out);
+        assert!(asked.len() >= 200);
+        let questions: BTreeSet<&str> = training.iter().map(|p| p.question.as_str()).collect();
+        let keys: BTreeSet<&str> = training.iter().map(|p| p.key.as_str()).collect();
+        let different: BTreeSet<&str> = asked.iter().map(|p| p.question.as_str()).collect();
+        assert_eq!(different.len(), asked.len(), "a question is asked twice");
+        let all = texts.join("\n");
+        assert!(!all.contains('?') && !all.contains("The answer is"), "the pretraining text has no questions");
+        for p in &asked {
+            assert!(p.held_out() && !keys.contains(p.key.as_str()), "{p:?}");
+            assert!(!questions.contains(p.question.as_str()) && !all.contains(&p.question), "{p:?}");
+            assert!(!all.contains(&p.told) || p.told == p.work, "told in the pretraining text: {p:?}");
+        }
+    }
+}
+
+#[test]
+fn only_the_last_answer_counts() {
+    assert!(is_right("7+5=12. The answer is 12.", "12"));
+    assert!(is_right("The answer is 3. The answer is 12.", "12"));
+    assert!(!is_right("The answer is 12. The answer is 3.", "12"));
+    assert!(!is_right("7+5=12.", "12"));
+}
