@@ -366,12 +366,12 @@ fn next(dice: &mut Dice) -> Problem {
     let a = if before { dice.from(1, 20) } else { dice.from(0, 19) };
     let answer = if before { a - 1 } else { a + 1 };
     let side = if before { "before" } else { "after" };
-    let question = match wording {
-        0 => format!("Which number comes {side} {a}?"),
-        _ => format!("Count on from {a}, one {}.", if before { "down" } else { "up" }),
+    let way = if before { "down" } else { "up" };
+    let (question, end) = match wording {
+        0 => (format!("Which number comes {side} {a}?"), format!("{answer} comes {side} {a}.")),
+        _ => (format!("Count on from {a}, one {way}."), format!("One {way} from {a} is {answer}.")),
     };
     let work = format!("{a}{}1={answer}.", if before { '-' } else { '+' });
-    let end = format!("{answer} comes {side} {a}.");
     worded(Kind::Next, format!("next {wording} {side} {a}"), "", &question, work, answer.to_string(), &end)
 }
 
