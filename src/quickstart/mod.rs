@@ -73,7 +73,7 @@ impl Scale {
             heads: 4,
             kv_heads: 2,
             pretraining_rows: 8000,
-            sft_rows: 9000,
+            sft_rows: 14000,
             held_out: 240,
             pretrain: keys(&[
                 "learning_rate=3e-3",
