@@ -10,9 +10,11 @@ pub mod attention;
 pub mod dropout;
 pub mod embedding;
 pub mod head;
+pub mod lora;
 pub mod matmul;
 pub mod rmsnorm;
 pub mod rope;
+pub mod scale;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -243,8 +245,10 @@ pub fn registry() -> Vec<Entry> {
         entry("glu", &["activation"], activation::cases, &[DEFAULT]),
         entry("head", &["head", "matmul"], head::cases, &[DEFAULT, OWN_MATMUL]),
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("lora_linear", &["matmul", "scale", "reduce"], lora::cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
+        entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
         entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),
         entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),
