@@ -234,18 +234,59 @@ fn build_cpu(out: &Path, files: &[KernelFile]) {
     if env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64" {
         build.flag("-march=x86-64-v3");
     }
+    // What every unit includes: if it changes, all are compiled again; else only those whose own text changed.
+    let shared: String =
+        ["kernels/prim", "kernels/shim"].iter().flat_map(|dir| sorted(dir)).map(|p| text(&p)).collect();
+    let mut units: Vec<(PathBuf, String)> = vec![("kernels/shim/shim.cpp".into(), String::new())];
     for file in files {
         for (real, _) in REALS {
             for strict in [false, true] {
                 let name = format!("{}_{real}{}", file.stem, if strict { "_strict" } else { "" });
                 let path = out.join(format!("{name}.cpp"));
-                write_if_changed(&path, &cpu_source(file, real, strict, &name));
-                build.file(path);
+                let source = cpu_source(file, real, strict, &name);
+                write_if_changed(&path, &source);
+                units.push((path, source + &text(&file.path)));
             }
         }
     }
-    build.file("kernels/shim/shim.cpp");
+    let compiler = format!("{:?}", build.get_compiler().to_command());
+    let stamp = |unit: &(PathBuf, String)| {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let mut hash = DefaultHasher::new();
+        (&compiler, &shared, &unit.1).hash(&mut hash);
+        format!("{:x}", hash.finish())
+    };
+    let stem = |unit: &(PathBuf, String)| unit.0.file_stem().unwrap().to_str().unwrap().to_string();
+    // OUT/NAME.o and the stamp of what it was made from, OUT/NAME.stamp.
+    let object = |name: &str| out.join(format!("{name}.o"));
+    let fresh = |unit: &&(PathBuf, String)| {
+        let old = fs::read_to_string(out.join(format!("{}.stamp", stem(unit))));
+        old.is_ok_and(|old| old == stamp(unit)) && object(&stem(unit)).exists()
+    };
+    let stale: Vec<&(PathBuf, String)> = units.iter().filter(|u| !fresh(u)).collect();
+    let mut compile = build.clone();
+    compile.files(stale.iter().map(|u| &u.0));
+    let made = if stale.is_empty() { Vec::new() } else { compile.compile_intermediates() };
+    for (unit, from) in stale.iter().zip(made) {
+        fs::rename(from, object(&stem(unit))).unwrap();
+        fs::write(out.join(format!("{}.stamp", stem(unit))), stamp(unit)).unwrap();
+    }
+    for unit in &units {
+        build.object(object(&stem(unit)));
+    }
     build.compile("temper_kernels");
+}
+
+/// The files of a folder, in order of their names.
+fn sorted(dir: &str) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.retain(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h" || e == "cpp"));
+    paths.sort();
+    paths
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).unwrap()
 }
 
 fn cpu_source(file: &KernelFile, real: &str, strict: bool, namespace: &str) -> String {

@@ -12,8 +12,8 @@
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 
-// logp, lse and (if asked) entropy and the arg max (the lowest of equals) of each row
-KERNEL_WARP(head_stats, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(int) best, const float* logits,
+// logp, lse and (if asked) entropy, log sum_j p_j^2 and the arg max (the lowest of equals) of each row
+KERNEL_WARP(head_stats, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(float) square, MAYBE(int) best, const float* logits,
                              const int* target, int rows, int vocab, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
@@ -44,6 +44,19 @@ KERNEL_WARP(head_stats, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYB
     lse[row] = m + log_s;
     logp[row] = (t - m) - log_s;
     if (entropy) entropy[row] = log_s - centered;
+  }
+  if (square) {
+    WarpPack squares = {};
+    for (int i = WCOL; i < vocab; i += WARP_STEP) {
+      WarpPack v = load_row(l, i, vocab, NEG_INF);
+#pragma unroll
+      for (int j = 0; j < WV; ++j) {
+        const float e = exp_f(fmaf(v.v[j], scale, -m));
+        squares.v[j] = fmaf(e, e, squares.v[j]);
+      }
+    }
+    const float s2 = pack_sum(squares);
+    if (LANE == 0) square[row] = log_f(s2) - 2.f * log_s;
   }
   if (best) {
     WarpPack first;

@@ -18,6 +18,7 @@ use crate::rollout::sample::Sampling;
 use crate::rollout::{Options, generate};
 use crate::tensor::Tensor;
 use crate::train::Trainer;
+use crate::train::run::flops_per_token;
 
 /// Time ops against measured ceilings, a training step, or decoding, on random weights of a real shape
 #[derive(clap::Args)]
@@ -124,13 +125,6 @@ fn train(cx: Cx, args: &Args) -> Result<Value> {
         "seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
         "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute,
     }))
-}
-
-/// 6 N_matmul + 6 L heads head_dim T (causal), N_matmul with the head and without the look-up (PaLM's convention).
-pub fn flops_per_token(config: &ModelConfig, params: usize, length: usize) -> f64 {
-    let lookup = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
-    let attention = config.num_layers * config.num_heads * config.head_dim * length;
-    6.0 * ((params - lookup) as f64 + attention as f64)
 }
 
 fn decode(cx: &mut Cx, args: &Args) -> Result<Value> {

@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod generate;
 mod inspect;
+mod merge;
 mod quickstart;
 mod score;
 mod train;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
+use crate::config::SftConfig;
 use crate::cx::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
@@ -42,6 +44,7 @@ enum Command {
     Check(check::Args),
     Bench(bench::Args),
     Inspect(inspect::Args),
+    Merge(merge::Args),
     Quickstart(quickstart::Args),
 }
 
@@ -96,13 +99,14 @@ pub fn main() -> i32 {
         }
     };
     let result = match cli.command {
-        Command::Sft(args) => train::run(args, train::Kind::Sft),
-        Command::Pretrain(args) => train::run(args, train::Kind::Pretrain),
+        Command::Sft(args) => train::run::<SftConfig>(args),
+        Command::Pretrain(args) => train::pretrain(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Merge(args) => merge::run(args),
         Command::Quickstart(args) => quickstart::run(args),
     };
     match result {

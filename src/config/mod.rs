@@ -344,30 +344,43 @@ fn stand_in(
     }
 }
 
-/// What `temper sft` runs on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SftRun {
-    pub training: TrainingConfig,
-    pub sft: SftConfig,
-}
+/// The keys of one method, and the defaults of the common keys that TRL gives it.
+pub trait MethodSection: Section + Clone + Default {
+    /// The command: `sft`.
+    const NAME: &'static str;
 
-impl Default for SftRun {
-    /// TRL's defaults for SFT: its learning rate is not HF's.
-    fn default() -> Self {
-        SftRun { training: TrainingConfig { learning_rate: 2e-5, ..Default::default() }, sft: SftConfig::default() }
+    /// The common keys at this method's defaults.
+    fn training() -> TrainingConfig {
+        TrainingConfig::default()
     }
 }
 
-impl SftRun {
-    /// [`load`] over the defaults of SFT. Returns notes to print.
+/// What a training command runs on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MethodRun<M> {
+    pub training: TrainingConfig,
+    pub peft: PeftConfig,
+    pub method: M,
+}
+
+pub type SftRun = MethodRun<SftConfig>;
+
+impl<M: MethodSection> Default for MethodRun<M> {
+    fn default() -> Self {
+        MethodRun { training: M::training(), peft: PeftConfig::default(), method: M::default() }
+    }
+}
+
+impl<M: MethodSection> MethodRun<M> {
+    /// [`load`] over the method's defaults. Returns notes to print.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
         let mut run = Self::default();
-        let notes = load(&mut [&mut run.training, &mut run.sft], file, overrides)?;
+        let notes = load(&mut [&mut run.training, &mut run.peft, &mut run.method], file, overrides)?;
         Ok((run, notes))
     }
 
-    pub fn sections(&self) -> [&dyn Section; 2] {
-        [&self.training, &self.sft]
+    pub fn sections(&self) -> [&dyn Section; 3] {
+        [&self.training, &self.peft, &self.method]
     }
 
     pub fn to_toml(&self, head: &str) -> String {

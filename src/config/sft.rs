@@ -3,7 +3,7 @@
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
 use super::value::words;
-use super::{Report, section};
+use super::{MethodSection, Report, TrainingConfig, section};
 
 words! {
     pub enum TruncationMode {
@@ -59,6 +59,14 @@ section! {
         pub eos_token: Option<String> = None,
         /// A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
         pub chat_template_path: Option<String> = None,
+    }
+}
+
+impl MethodSection for SftConfig {
+    const NAME: &'static str = "sft";
+
+    fn training() -> TrainingConfig {
+        TrainingConfig { learning_rate: 2e-5, ..Default::default() }
     }
 }
 

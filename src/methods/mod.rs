@@ -5,9 +5,19 @@
 
 pub mod sft;
 
+use std::borrow::Cow;
+
+use crate::config::{MethodSection, TrainingConfig};
 use crate::cx::Cx;
+use crate::data::chat::ChatTemplate;
+use crate::data::rows::Row;
+use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
+use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
+
+/// A metric's name, TRL's, and its value.
+pub type Metric = (Cow<'static, str>, f64);
 
 /// What one optimizer step of a method showed.
 pub struct StepReport {
@@ -15,19 +25,49 @@ pub struct StepReport {
     pub loss: f32,
     /// Tokens that went through the model.
     pub tokens: usize,
-    /// Metrics under TRL's names: a value for each micro-batch, of which the log takes the plain mean, as TRL does.
-    pub metrics: Vec<(&'static str, f64)>,
+    /// A value for each micro-batch, of which the log takes the plain mean, as TRL does.
+    pub metrics: Vec<Metric>,
+}
+
+/// What a method makes its rows of.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    pub tokenizer: &'a Tokenizer,
+    pub template: Option<&'a ChatTemplate>,
+    pub model: &'a ModelConfig,
+    pub train: &'a [Row],
+    pub eval: &'a [Row],
+}
+
+/// The keys of a method make the method.
+pub trait Recipe: MethodSection {
+    /// What the model must be; a folder of another task gets a new score.
+    const TASK: Task = Task::CausalLm;
+
+    /// A chat template to use in the place of the model's.
+    fn chat_template_path(&self) -> Option<&str> {
+        None
+    }
+
+    /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and line.
+    fn method(&self, training: &TrainingConfig, source: &Source) -> Result<(Box<dyn Method>, String)>;
 }
 
 /// A training objective over a fixed set of rows.
 pub trait Method {
-    fn name(&self) -> &'static str;
-
     /// Rows of the training set.
     fn rows(&self) -> usize;
 
     /// Rows of the evaluation set.
     fn eval_rows(&self) -> usize;
+
+    /// Tokens of the longest sequence of either set.
+    fn longest(&self) -> usize;
+
+    /// Called once, before the first step and before a checkpoint is read, with the model as it starts: for references.
+    fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
+        Ok(())
+    }
 
     /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up in `cx.param_grads`.
     fn step(
@@ -38,12 +78,46 @@ pub trait Method {
         checkpoint: bool,
     ) -> Result<StepReport>;
 
+    /// Called after the parameters have changed, with the number of steps done.
+    fn stepped(&mut self, _cx: &mut Cx, _model: &Decoder, _done: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// Loss and metrics over the whole evaluation set, `batch` rows at a time; names without the `eval_` in front.
-    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<(&'static str, f64)>>;
+    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>>;
 
     /// The loss of one training row alone, to find the rows behind a NaN.
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32>;
 
     /// Where a training row comes from: `file:line`, for messages.
     fn row_source(&self, row: usize) -> String;
+
+    /// What a run carries beside model and optimizer, as files of a checkpoint.
+    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        Ok(Vec::new())
+    }
+
+    /// Takes up what [`Method::state`] gave, from a checkpoint's folder.
+    fn restore(&mut self, _cx: &mut Cx, _dir: &std::path::Path) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Plain means over batches of an evaluation, by name.
+#[derive(Default)]
+pub struct Averages(Vec<(Cow<'static, str>, f64, usize)>);
+
+impl Averages {
+    pub fn add(&mut self, metrics: impl IntoIterator<Item = Metric>) {
+        for (name, value) in metrics {
+            match self.0.iter_mut().find(|s| s.0 == name) {
+                Some(s) => (s.1, s.2) = (s.1 + value, s.2 + 1),
+                None => self.0.push((name, value, 1)),
+            }
+        }
+    }
+
+    pub fn take(self) -> Vec<Metric> {
+        self.0.into_iter().map(|(name, sum, n)| (name, sum / n as f64)).collect()
+    }
 }

@@ -9,7 +9,7 @@
 
 use std::path::Path;
 
-use crate::config::SftConfig;
+use crate::config::{SftConfig, TrainingConfig};
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
 use crate::data::packing::pack;
@@ -18,7 +18,7 @@ use crate::data::sft::{SftExample, SftOptions, SftStats, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::methods::{Method, StepReport};
+use crate::methods::{Averages, Method, Metric, Recipe, Source, StepReport};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_loss};
@@ -83,9 +83,21 @@ impl Sft {
     }
 }
 
+impl Recipe for SftConfig {
+    fn chat_template_path(&self) -> Option<&str> {
+        self.chat_template_path.as_deref()
+    }
+
+    fn method(&self, _training: &TrainingConfig, source: &Source) -> Result<(Box<dyn Method>, String)> {
+        let Source { tokenizer, template, model, train, eval } = *source;
+        let (sft, stats) = Sft::new(self, tokenizer, template, model.vocab_size, train, eval)?;
+        Ok((Box::new(sft), stats.to_string()))
+    }
+}
+
 impl Method for Sft {
-    fn name(&self) -> &'static str {
-        "sft"
+    fn longest(&self) -> usize {
+        self.longest
     }
 
     fn rows(&self) -> usize {
@@ -128,9 +140,9 @@ impl Method for Sft {
         Ok(report)
     }
 
-    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<(&'static str, f64)>> {
+    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>> {
         let (mut nll_sum, mut count) = (0f64, 0usize);
-        let mut sums: Vec<(&'static str, f64, usize)> = Vec::new();
+        let mut averages = Averages::default();
         let rows: Vec<usize> = (0..self.eval.len()).collect();
         for rows in rows.chunks(batch.max(1)) {
             let batch = self.batch(cx, model, &self.eval, rows)?;
@@ -140,15 +152,10 @@ impl Method for Sft {
             let (_, out) = nll(cx, model, &batch, 1.0, false)?;
             nll_sum -= out.logp.to_f32()?.iter().map(|l| f64::from(*l)).sum::<f64>();
             count += batch.target_ids.len();
-            for (name, value) in metrics(&out, &batch)? {
-                match sums.iter_mut().find(|s| s.0 == name) {
-                    Some(s) => (s.1, s.2) = (s.1 + value, s.2 + 1),
-                    None => sums.push((name, value, 1)),
-                }
-            }
+            averages.add(metrics(&out, &batch)?);
         }
-        let mut all = vec![("loss", nll_sum / count.max(1) as f64)];
-        all.extend(sums.into_iter().map(|(name, sum, n)| (name, sum / n as f64)));
+        let mut all = vec![("loss".into(), nll_sum / count.max(1) as f64)];
+        all.extend(averages.take());
         Ok(all)
     }
 
@@ -180,12 +187,12 @@ fn nll(cx: &mut Cx, model: &Decoder, batch: &Batch, weight: f32, checkpoint: boo
     head_loss(cx, &hidden, &model.head, &batch.targets, &weights, 1.0)
 }
 
-fn metrics(out: &HeadOut, batch: &Batch) -> Result<[(&'static str, f64); 2]> {
+fn metrics(out: &HeadOut, batch: &Batch) -> Result<[Metric; 2]> {
     let n = batch.target_ids.len() as f64;
     let entropy = out.entropy.to_f32()?.iter().map(|e| f64::from(*e)).sum::<f64>() / n;
     let best = out.best.to_vec::<i32>()?;
     let right = best.iter().zip(&batch.target_ids).filter(|(b, t)| **b as u32 == **t).count();
-    Ok([("entropy", entropy), ("mean_token_accuracy", right as f64 / n)])
+    Ok([("entropy".into(), entropy), ("mean_token_accuracy".into(), right as f64 / n)])
 }
 
 fn options(config: &SftConfig) -> SftOptions {

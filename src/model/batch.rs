@@ -35,46 +35,105 @@ pub struct Batch {
     pub target_ids: Vec<u32>,
 }
 
+/// A prompt and what may follow it: completions that share its rows, computed once.
+#[derive(Clone, Debug)]
+pub struct Group<'a> {
+    /// Not empty.
+    pub prompt: &'a [u32],
+    /// What follows; `target` is of these tokens, and the first of them can be one.
+    pub completions: Vec<Sequence<'a>>,
+}
+
 impl Batch {
     /// Packs the sequences. Errors: an empty sequence, or a token id that `vocab` does not hold.
     pub fn new(cx: &Cx, sequences: &[Sequence], vocab: usize) -> Result<Batch> {
-        let mut ids = Vec::new();
-        let mut positions = Vec::new();
-        let mut segments = Vec::new();
-        let (mut rows, mut targets, mut targets_of) = (Vec::new(), Vec::new(), Vec::new());
-        for (s, sequence) in sequences.iter().enumerate() {
-            if sequence.ids.is_empty() {
-                return Err(Error::op("batch", format!("sequence {s} is empty")));
-            }
-            if let Some(id) = sequence.ids.iter().find(|id| **id as usize >= vocab) {
-                let message =
-                    format!("sequence {s} holds token {id}, the vocabulary has {vocab}; is it the model's tokenizer?");
-                return Err(Error::op("batch", message));
-            }
-            let start = ids.len();
-            let before = targets.len();
-            for i in 1..sequence.ids.len() {
-                if sequence.target.is_none_or(|t| t[i]) {
-                    rows.push((start + i - 1) as i32);
-                    targets.push(sequence.ids[i]);
-                }
-            }
-            targets_of.push(targets.len() - before);
-            ids.extend_from_slice(sequence.ids);
-            positions.extend(0..sequence.ids.len() as i32);
-            segments.push(Segment { start, len: sequence.ids.len(), prefix: None });
+        let mut build = Builder::default();
+        for sequence in sequences {
+            build.segment(sequence.ids, None, 0)?;
+            build.targets(&sequence.ids[1..], sequence.target.map(|t| &t[1..]), sequence.ids.len());
         }
-        let target_ints: Vec<i32> = targets.iter().map(|t| *t as i32).collect();
+        build.finish(cx, vocab)
+    }
+
+    /// Packs groups: each prompt but its last token once, then every completion with that token before it, which sees the
+    /// prompt and itself. The same log-probs as prompt + completion each on its own, in fewer rows. `targets_of` has one
+    /// entry a completion. Errors: as [`Batch::new`], or an empty prompt.
+    pub fn grouped(cx: &Cx, groups: &[Group], vocab: usize) -> Result<Batch> {
+        let mut build = Builder::default();
+        let mut own = Vec::new();
+        for group in groups {
+            let Some((last, before)) = group.prompt.split_last() else {
+                return Err(Error::op("batch", "a prompt is empty; give at least a BOS token"));
+            };
+            let prefix = match before {
+                [] => None,
+                _ => Some(build.segment(before, None, 0)?),
+            };
+            for completion in &group.completions {
+                own.clear();
+                own.push(*last);
+                own.extend_from_slice(completion.ids);
+                build.segment(&own, prefix, before.len())?;
+                build.targets(completion.ids, completion.target, own.len());
+            }
+        }
+        build.finish(cx, vocab)
+    }
+}
+
+#[derive(Default)]
+struct Builder {
+    ids: Vec<u32>,
+    positions: Vec<i32>,
+    segments: Vec<Segment>,
+    rows: Vec<i32>,
+    targets: Vec<u32>,
+    targets_of: Vec<usize>,
+    longest: usize,
+}
+
+impl Builder {
+    /// Adds rows whose first stands at `position` of its sequence; returns the segment's number.
+    fn segment(&mut self, ids: &[u32], prefix: Option<usize>, position: usize) -> Result<usize> {
+        if ids.is_empty() {
+            return Err(Error::op("batch", format!("sequence {} is empty", self.targets_of.len())));
+        }
+        self.segments.push(Segment { start: self.ids.len(), len: ids.len(), prefix });
+        self.ids.extend_from_slice(ids);
+        let end = position + ids.len();
+        self.positions.extend(position as i32..end as i32);
+        self.longest = self.longest.max(end);
+        Ok(self.segments.len() - 1)
+    }
+
+    /// The targets of the segment added last, of `len` rows: `tokens` are its rows from the second on.
+    fn targets(&mut self, tokens: &[u32], mask: Option<&[bool]>, len: usize) {
+        let (start, before) = (self.ids.len() - len, self.targets.len());
+        for (i, token) in tokens.iter().enumerate() {
+            if mask.is_none_or(|m| m[i]) {
+                self.rows.push((start + i) as i32);
+                self.targets.push(*token);
+            }
+        }
+        self.targets_of.push(self.targets.len() - before);
+    }
+
+    fn finish(self, cx: &Cx, vocab: usize) -> Result<Batch> {
+        if let Some(id) = self.ids.iter().find(|id| **id as usize >= vocab) {
+            let message = format!("token {id}, the vocabulary has {vocab}; is it the model's tokenizer?");
+            return Err(Error::op("batch", message));
+        }
+        let target_ints: Vec<i32> = self.targets.iter().map(|t| *t as i32).collect();
         Ok(Batch {
-            tokens: TokenIndex::new(cx, &ids)?,
-            positions: cx.ints("positions", &positions)?,
-            plan: AttnPlan::new(cx, &segments)?,
-            target_rows: cx.ints("target rows", &rows)?,
+            tokens: TokenIndex::new(cx, &self.ids)?,
+            positions: cx.ints("positions", &self.positions)?,
+            plan: AttnPlan::new(cx, &self.segments)?,
+            target_rows: cx.ints("target rows", &self.rows)?,
             targets: cx.ints("targets", &target_ints)?,
-            rows: ids.len(),
-            longest: sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0),
-            targets_of,
-            target_ids: targets,
+            rows: self.ids.len(),
+            longest: self.longest,
+            targets_of: self.targets_of,
+            target_ids: self.targets,
         })
     }
 }

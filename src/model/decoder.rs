@@ -19,8 +19,8 @@ use crate::model::params::{ParamSet, initial};
 use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged, kv_append};
-use crate::ops::embedding::{embedding, gather_rows};
 use crate::ops::dropout::dropout;
+use crate::ops::embedding::{embedding, gather_rows};
 use crate::ops::head::head_logps;
 use crate::ops::lora::lora_linear;
 use crate::ops::matmul::{linear, product};
@@ -81,13 +81,7 @@ impl Decoder {
 
     /// As [`Decoder::load`], with a config that may give the folder another task: a score that the folder does not hold is
     /// new, normal(0, initializer_range).
-    pub fn load_as(
-        cx: &Cx,
-        set: u32,
-        dir: impl AsRef<Path>,
-        config: ModelConfig,
-        positions: usize,
-    ) -> Result<Decoder> {
+    pub fn load_as(cx: &Cx, set: u32, dir: impl AsRef<Path>, config: ModelConfig, positions: usize) -> Result<Decoder> {
         let decoder = Decoder::new(cx, set, config, positions)?;
         for (i, (spec, _)) in decoder.params.specs.iter().enumerate() {
             if spec.role == Role::Score {
@@ -156,7 +150,11 @@ impl Decoder {
         }
         let embed = need(None, Role::Embed)?;
         let head = match config.task {
-            Task::CausalLm => unit(None, Role::Head)?.unwrap_or_else(|| embed.clone()),
+            // A tied head is the model's own embedding, also where the adapter trains a copy of that (as in PEFT).
+            Task::CausalLm => match unit(None, Role::Head)? {
+                Some(head) => head,
+                None => params.required(None, Role::Embed)?,
+            },
             _ => need(None, Role::Score)?,
         };
         let score_bias = unit(None, Role::ScoreBias)?;

@@ -109,8 +109,7 @@ impl ParamSet {
         let weights = Tensor::new(&cx.pool, "weights", cx.dtype, &[len])?;
         weights.zero()?;
         let tuning = vec![Tuning::default(); placed.len()];
-        let mut params =
-            ParamSet { set, specs: placed, unit_of, tuning, units, by_key, weights, len, state_len: 0 };
+        let mut params = ParamSet { set, specs: placed, unit_of, tuning, units, by_key, weights, len, state_len: 0 };
         params.tune(|_| Tuning::default());
         Ok(params)
     }

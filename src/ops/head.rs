@@ -21,6 +21,8 @@ pub struct HeadOut {
     pub entropy: Tensor,
     /// I32 [n]: the most likely token
     pub best: Tensor,
+    /// log of the sum of the squared probabilities, where it was asked for (WPO)
+    pub log_square: Option<Tensor>,
 }
 
 /// `loss = -sum_i weight[i] logp[i]` F32 [1], and the rows' figures. x [n, d] real, w [vocab, d] real, target I32 [n] below
@@ -37,7 +39,7 @@ pub fn head_loss(
     let chunk = chunk_rows(cx, w);
     let out = cx.apply(HeadLoss { scale, chunk }, &[x, w, target, weight])?;
     match <[Tensor; 4]>::try_from(out) {
-        Ok([loss, logp, entropy, best]) => Ok((loss, HeadOut { logp, entropy, best })),
+        Ok([loss, logp, entropy, best]) => Ok((loss, HeadOut { logp, entropy, best, log_square: None })),
         Err(_) => Err(Error::op("head_loss", "gave no outputs")),
     }
 }
@@ -45,11 +47,25 @@ pub fn head_loss(
 /// Log-prob, entropy and arg max of each row; gradients flow to x and w from upstreams of logp and entropy.
 /// Arguments as for [`head_loss`].
 pub fn head_logps(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32) -> Result<HeadOut> {
+    logps(cx, x, w, target, scale, false)
+}
+
+/// As [`head_logps`], with `log_square` (which carries no gradient).
+pub fn head_squares(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32) -> Result<HeadOut> {
+    logps(cx, x, w, target, scale, true)
+}
+
+fn logps(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32, square: bool) -> Result<HeadOut> {
     let chunk = chunk_rows(cx, w);
-    let out = cx.apply(HeadLogps { scale, chunk }, &[x, w, target])?;
-    match <[Tensor; 3]>::try_from(out) {
-        Ok([logp, entropy, best]) => Ok(HeadOut { logp, entropy, best }),
-        Err(_) => Err(Error::op("head_logps", "gave no outputs")),
+    let out = cx.apply(HeadLogps { scale, chunk, square }, &[x, w, target])?;
+    match &out[..] {
+        [logp, entropy, best, rest @ ..] => Ok(HeadOut {
+            logp: logp.clone(),
+            entropy: entropy.clone(),
+            best: best.clone(),
+            log_square: rest.first().cloned(),
+        }),
+        _ => Err(Error::op("head_logps", "gave no outputs")),
     }
 }
 
@@ -63,6 +79,7 @@ pub fn token_logps(cx: &Cx, logits: &Tensor, target: &Tensor) -> Result<Tensor> 
         at,
         logp.out(),
         lse.out(),
+        None,
         None,
         None,
         logits,
@@ -90,6 +107,8 @@ pub struct HeadLoss {
 pub struct HeadLogps {
     pub scale: f32,
     pub chunk: usize,
+    /// Give log sum p^2, too.
+    pub square: bool,
 }
 
 /// Buffers of one pass over the rows.
@@ -97,16 +116,18 @@ struct Pass {
     logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
+    square: Option<Tensor>,
     best: Tensor,
     logits: Tensor,
 }
 
 impl Pass {
-    fn new(cx: &Cx, rows: usize, vocab: usize, chunk: usize) -> Result<Pass> {
+    fn new(cx: &Cx, rows: usize, vocab: usize, chunk: usize, square: bool) -> Result<Pass> {
         Ok(Pass {
             logp: cx.float("head rows", &[rows])?,
             lse: cx.float("head rows", &[rows])?,
             entropy: cx.float("head rows", &[rows])?,
+            square: if square { Some(cx.float("head rows", &[rows])?) } else { None },
             best: Tensor::new(&cx.pool, "head rows", DType::I32, &[rows])?,
             logits: cx.float("logits chunk", &[chunk.min(rows.max(1)), vocab])?,
         })
@@ -125,12 +146,14 @@ impl Pass {
         let (from, to) = rows;
         let logits = self.logits.rows(0, to - from)?;
         product(cx, Layout::NT, &logits, &x.rows(from, to)?, w, None, false)?;
+        let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
         kernels::head_stats(
             &*cx.device,
             Launch::warps(to - from),
             self.logp.rows(from, to)?.out(),
             self.lse.rows(from, to)?.out(),
             Some(self.entropy.rows(from, to)?.out()),
+            square.as_ref().map(|s| s.out()),
             Some(self.best.rows(from, to)?.out()),
             &logits,
             &target.rows(from, to)?,
@@ -163,7 +186,7 @@ impl Op for HeadLoss {
         check("head_loss", x)?;
         let (h, w, target, weight) = (x[0], x[1], x[2], x[3]);
         let (rows, vocab) = (h.row_count(), w.row_count());
-        let pass = Pass::new(cx, rows, vocab, self.chunk)?;
+        let pass = Pass::new(cx, rows, vocab, self.chunk, false)?;
         let loss = cx.float("loss", &[1])?;
         let upstream = cx.float("head rows", &[rows])?;
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
@@ -207,7 +230,7 @@ impl Op for HeadLoss {
     }
 
     fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        let [logp, entropy, best] = rows_reference(round, x, self.scale);
+        let [logp, entropy, best, _] = rows_reference(round, x, self.scale);
         let loss = -x[3].data.iter().zip(&logp.data).map(|(w, l)| w * l).sum::<f64>();
         vec![F64::new(&[1], vec![loss]), logp, entropy, best]
     }
@@ -224,7 +247,7 @@ impl Op for HeadLogps {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         check("head_logps", x)?;
-        let pass = Pass::new(cx, x[0].row_count(), x[1].row_count(), self.chunk)?;
+        let pass = Pass::new(cx, x[0].row_count(), x[1].row_count(), self.chunk, self.square)?;
         for range in chunks(x[0].row_count(), self.chunk) {
             pass.forward(cx, x[0], x[1], x[2], range, self.scale)?;
         }
@@ -233,7 +256,9 @@ impl Op for HeadLogps {
         } else {
             vec![]
         };
-        Ok(Fwd { outputs: vec![pass.logp, pass.entropy, pass.best], saved })
+        let mut outputs = vec![pass.logp, pass.entropy, pass.best];
+        outputs.extend(pass.square);
+        Ok(Fwd { outputs, saved })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
@@ -270,7 +295,9 @@ impl Op for HeadLogps {
     }
 
     fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        rows_reference(round, x, self.scale).into()
+        let mut out = Vec::from(rows_reference(round, x, self.scale));
+        out.truncate(if self.square { 4 } else { 3 });
+        out
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -311,9 +338,9 @@ fn head_cost(x: &[&Tensor], products: f64) -> Cost {
     Cost { flops: products * 2.0 * (m * n * k) as f64, ..Cost::memory(x, 12 * m * n) }
 }
 
-fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 3] {
+fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 4] {
     let (rows, vocab) = (x[0].row_count(), x[1].row_count());
-    let mut out = [F64::zeros(&[rows]), F64::zeros(&[rows]), F64::zeros(&[rows])];
+    let mut out = [(); 4].map(|()| F64::zeros(&[rows]));
     for r in 0..rows {
         let logits: Vec<f64> = (0..vocab)
             .map(|j| f64::from(scale) * x[0].row(r).iter().zip(x[1].row(j)).map(|(a, b)| a * b).sum::<f64>())
@@ -323,6 +350,7 @@ fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 3] {
         out[0].data[r] = logits[x[2].index(r)] - lse;
         out[1].data[r] = lse - logits.iter().map(|l| (l - lse).exp() * l).sum::<f64>();
         out[2].data[r] = logits.iter().position(|l| *l == top).unwrap_or(0) as f64;
+        out[3].data[r] = logits.iter().map(|l| (2.0 * (l - lse)).exp()).sum::<f64>().ln();
     }
     out
 }
@@ -339,8 +367,13 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let mut with_weight = inputs.clone();
         with_weight.push(Arg::float(weight));
         // The arg max of near ties may differ: it is compared where it decides nothing else, in tests of its own.
-        let case = Case::new(label.clone(), HeadLogps { scale, chunk }, inputs);
-        cases.push(Case { skip: vec![2], upstream: vec![None, None, Some(0.0)], ..case });
+        for square in [false, true] {
+            let label = format!("{label}{}", if square { " square" } else { "" });
+            let case = Case::new(label, HeadLogps { scale, chunk, square }, inputs.clone());
+            // What has no gradient gets no upstream.
+            let upstream = [None, None, Some(0.0), Some(0.0)][..if square { 4 } else { 3 }].to_vec();
+            cases.push(Case { skip: vec![2], upstream, ..case });
+        }
         let case = Case::new(label, HeadLoss { scale, chunk }, with_weight);
         cases.push(Case { skip: vec![3], upstream: vec![Some(1.0), Some(0.0), Some(0.0), Some(0.0)], ..case });
     }

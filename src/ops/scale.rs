@@ -21,8 +21,7 @@ pub fn scale_columns(
 ) -> Result<Tensor> {
     let starts = scales.iter().map(|s| s.0).collect();
     let op = ScaleColumns { starts, norm: norm.is_some(), bias: bias.is_some() };
-    let inputs: Vec<&Tensor> =
-        std::iter::once(x).chain(norm).chain(bias).chain(scales.iter().map(|s| &s.1)).collect();
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(norm).chain(bias).chain(scales.iter().map(|s| &s.1)).collect();
     cx.apply1(op, &inputs)
 }
 

@@ -50,7 +50,8 @@ impl Optimizer {
         let master = if cx.dtype == DType::BF16 && !config.stochastic {
             let master = zeros("master weights")?;
             for r in params.ranges() {
-                let (to, from) = (master.rows(r.state, r.state + r.len)?, params.weights.rows(r.weight, r.weight + r.len)?);
+                let (to, from) =
+                    (master.rows(r.state, r.state + r.len)?, params.weights.rows(r.weight, r.weight + r.len)?);
                 crate::ops::add::add_into(cx, &to, &from, false)?;
             }
             Some(master)

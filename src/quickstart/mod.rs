@@ -23,17 +23,13 @@ use crate::data::rows::read_rows;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::fsio;
-use crate::methods::Method;
-use crate::methods::sft::Sft;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{self, generate};
 use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
-use crate::train::Trainer;
-use crate::train::run::Run;
-use crate::train::state::parts_of;
+use crate::train::job::{Job, execute};
 use data::{Kind, Problem};
 
 /// ChatML with the assistant's words marked, so that `assistant_only_loss` finds them.
@@ -264,40 +260,22 @@ fn train(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
     );
     eprintln!("\n{}: the same by hand (into another --output):\n  {command}", rung.name);
     let (run, _) = SftRun::load(None, &rung.keys)?;
-    let tokenizer = Tokenizer::load(&rung.model)?;
-    let template = ChatTemplate::of(&tokenizer)?;
-    let config = ModelConfig::load(&rung.model)?;
     let rows = read_rows(std::slice::from_ref(&rung.data))?;
-    let (mut sft, stats) = Sft::new(&run.sft, &tokenizer, Some(&template), config.vocab_size, &rows, &[])?;
-    eprintln!("{stats}");
-    let model = if rung.fresh {
-        let std = config.initializer_range;
-        let model = Decoder::new(&cx, 0, config, sft.longest)?;
-        model.params.initialise(std, run.training.seed)?;
-        model
-    } else {
-        Decoder::load(&cx, 0, &rung.model, sft.longest)?
-    };
-    let packs = sft.rows();
-    let mut trainer = Trainer::new(cx, model, run.training.clone(), packs, false)?;
-    let total = trainer.plan.total_steps;
-    eprintln!(
-        "{} parameters, {total} steps of {} packs",
-        trainer.model.params.count(),
-        run.training.per_device_train_batch_size
-    );
-    let whole = Run {
+    let job = Job {
+        run: &run,
+        model: &rung.model,
+        adapter: None,
+        fresh: rung.fresh,
+        train: &rows,
+        eval: &[],
         folder: &rung.folder,
-        parts: parts_of(&rung.model, Some(HostDtype::F32))?,
+        command: &command,
         stop: Stop::default(),
-        config_toml: run.to_toml(&command),
-        peak_flops: None,
-        flops_per_token: 0.0,
     };
-    let summary = whole.train(&mut trainer, &mut sft)?;
+    let (cx, total, summary) = execute(cx, &job)?;
     let seconds = begin.elapsed().as_secs_f64();
     let report = RungReport { name: rung.name, steps: total, tokens: summary.num_tokens, seconds, loss: summary.loss };
-    Ok((trainer.cx, report))
+    Ok((cx, report))
 }
 
 /// Puts every problem to a model through its chat template, greedily.

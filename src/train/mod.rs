@@ -4,6 +4,7 @@
 //! the optimizer and the step number: rows, random numbers and learning rate follow from the number. So a resumed run
 //! equals an uninterrupted one, bit for bit.
 
+pub mod job;
 pub mod run;
 pub mod state;
 
@@ -13,7 +14,7 @@ use crate::config::{Sampling, TrainingConfig};
 use crate::cx::Cx;
 use crate::data::order::epoch_order;
 use crate::error::{Error, Result};
-use crate::methods::Method;
+use crate::methods::{Method, Metric};
 use crate::model::decoder::Decoder;
 use crate::optim::{AdamWConfig, Optimizer, schedule};
 
@@ -29,7 +30,7 @@ pub struct Step {
     /// Of this step.
     pub learning_rate: f64,
     pub tokens: usize,
-    pub metrics: Vec<(&'static str, f64)>,
+    pub metrics: Vec<Metric>,
 }
 
 /// Model, optimizer and method of one run, and how far it is.
@@ -131,8 +132,9 @@ impl Trainer {
             return Err(self.not_finite(method, report.loss, grad_norm, &micro_batches));
         }
         self.optimizer.apply(&self.cx, self.model.trained())?;
-        self.model.refresh(&mut self.cx)?;
+        self.model.refresh(&self.cx)?;
         self.done += 1;
+        method.stepped(&mut self.cx, &self.model, self.done)?;
         Ok(Step {
             number: self.done,
             epoch: self.plan.epoch(self.done),

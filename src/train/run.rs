@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::log::{Metric, RunLog};
 use crate::methods::Method;
+use crate::model::config::ModelConfig;
 use crate::signals::Stop;
 
 /// Everything of a run that is not the trainer.
@@ -43,6 +44,7 @@ impl Run<'_> {
         let resumed = match self.folder.resume() {
             Some(found) => {
                 state = trainer.read_state(&found.path)?;
+                method.restore(&mut trainer.cx, &found.path)?;
                 Some(trainer.done)
             }
             None => None,
@@ -61,7 +63,7 @@ impl Run<'_> {
         }
         while trainer.done < total {
             if self.stop.requested() {
-                self.save(trainer, &state, &log)?;
+                self.save(trainer, method, &state, &log)?;
                 log.finish();
                 let message =
                     format!("stopped after step {} of {total}; go on with the same command and --resume", trainer.done);
@@ -72,7 +74,7 @@ impl Run<'_> {
         }
         trainer.write_model(dir, &self.parts)?;
         if trainer.config.save_strategy != When::No && resumed != Some(total) {
-            self.save(trainer, &state, &log)?;
+            self.save(trainer, method, &state, &log)?;
         }
         self.folder.discard_overwritten()?;
         log.sync()?;
@@ -135,11 +137,11 @@ impl Run<'_> {
             When::Steps => every(trainer.config.save_steps),
             When::Epoch => epoch_ends,
         };
-        if save && !last { self.save(trainer, state, log) } else { Ok(()) }
+        if save && !last { self.save(trainer, method, state, log) } else { Ok(()) }
     }
 
     /// Writes checkpoint-N. Where the disk is full the run goes on with the older one, and says so.
-    fn save(&self, trainer: &Trainer, state: &RunState, log: &RunLog) -> Result<()> {
+    fn save(&self, trainer: &Trainer, method: &dyn Method, state: &RunState, log: &RunLog) -> Result<()> {
         let (dir, step) = (self.folder.path(), trainer.done);
         if checkpoint::is_saved(dir, step) {
             return Ok(());
@@ -148,6 +150,9 @@ impl Run<'_> {
         let write = || -> Result<()> {
             let mut writer = CheckpointWriter::new(dir, step, trainer.state_bytes(&self.parts))?;
             trainer.write_state(&mut writer, &self.parts, state)?;
+            for (name, bytes) in method.state()? {
+                writer.add_file(&name, &bytes)?;
+            }
             let more = [("train_batch_size", json!(trainer.config.per_device_train_batch_size))];
             writer.add_file("trainer_state.json", &log.trainer_state(step, trainer.plan.epoch(step), &more))?;
             writer.finish()?;
@@ -168,4 +173,11 @@ impl Run<'_> {
 pub fn peak_flops(device: &str) -> Option<f64> {
     let known = [("H100", 989e12), ("H200", 989e12), ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12)];
     known.iter().find(|(name, _)| device.contains(name)).map(|(_, flops)| *flops)
+}
+
+/// 6 N_matmul + 6 L heads head_dim T (causal), N_matmul with the head and without the look-up (PaLM's convention).
+pub fn flops_per_token(config: &ModelConfig, params: usize, length: usize) -> f64 {
+    let lookup = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
+    let attention = config.num_layers * config.num_heads * config.head_dim * length;
+    6.0 * ((params - lookup) as f64 + attention as f64)
 }

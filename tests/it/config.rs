@@ -88,8 +88,8 @@ fn the_command_line_overrides_the_file() {
     assert_eq!(run.training.gradient_checkpointing, Recompute::On);
     assert_eq!(run.training.warmup_steps, Amount::Share(0.1));
     assert_eq!(run.training.save_total_limit, Some(3));
-    assert_eq!((run.sft.max_length, run.sft.packing_strategy), (None, PackingStrategy::BfdSplit));
-    assert_eq!(run.sft.eos_token.as_deref(), Some("<|end|>"));
+    assert_eq!((run.method.max_length, run.method.packing_strategy), (None, PackingStrategy::BfdSplit));
+    assert_eq!(run.method.eos_token.as_deref(), Some("<|end|>"));
 }
 
 #[test]

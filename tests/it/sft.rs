@@ -26,7 +26,7 @@ pub fn trainer(rows: &str, keys: &[String], recompute: bool) -> (Trainer, Sft) {
     let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer).unwrap());
     let model = Decoder::load(&cx, 0, fixture("model"), 512).unwrap();
     let rows = read_rows(&[fixture(&format!("{rows}.jsonl"))]).unwrap();
-    let (sft, _) = Sft::new(&run.sft, &tokenizer, template.as_ref(), model.config.vocab_size, &rows, &[]).unwrap();
+    let (sft, _) = Sft::new(&run.method, &tokenizer, template.as_ref(), model.config.vocab_size, &rows, &[]).unwrap();
     let rows = temper::methods::Method::rows(&sft);
     (Trainer::new(cx, model, run.training, rows, recompute).unwrap(), sft)
 }

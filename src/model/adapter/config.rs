@@ -97,7 +97,13 @@ impl AdapterConfig {
             other => return Err(Error::Config(format!("peft_type = {other:?}: no such adapter is built in here"))),
         };
         let modules_to_save = keys.lora_modules_to_save.clone().unwrap_or_default();
-        Ok(AdapterConfig { kind, modules_to_save, base: base.into(), task: model.task.peft_name().into(), raw: Map::new() })
+        Ok(AdapterConfig {
+            kind,
+            modules_to_save,
+            base: base.into(),
+            task: model.task.peft_name().into(),
+            raw: Map::new(),
+        })
     }
 
     /// Reads `dir/adapter_config.json`.

@@ -24,8 +24,11 @@ impl Adapter {
     pub fn load(cx: &Cx, set: u32, dir: &Path, model: &ModelConfig, base: &ParamSet) -> Result<Adapter> {
         let config = AdapterConfig::load(dir)?;
         if config.task != model.task.peft_name() {
-            let message =
-                format!("is for {}, the model is {}; give the model that it was trained on", config.task, model.task.peft_name());
+            let message = format!(
+                "is for {}, the model is {}; give the model that it was trained on",
+                config.task,
+                model.task.peft_name()
+            );
             return Err(Error::model(dir, message));
         }
         let adapter = Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
@@ -46,10 +49,8 @@ impl Adapter {
                     let near = near.map(|n| format!("; the file has {n}")).unwrap_or_default();
                     problems.push(format!("missing: {} {:?}{near}", spec.name, spec.shape));
                 }
-                Some(view) if view.shape != spec.shape => problems.push(format!(
-                    "shape: {} is {:?}, for this model it is {:?}",
-                    spec.name, view.shape, spec.shape
-                )),
+                Some(view) if view.shape != spec.shape => problems
+                    .push(format!("shape: {} is {:?}, for this model it is {:?}", spec.name, view.shape, spec.shape)),
                 Some(_) => {}
             }
         }
@@ -118,7 +119,9 @@ pub fn write(
     safetensors::write(out.tmp().join(WEIGHTS), &tensors, &[("format", "pt")], &mut |at, _| {
         let values = values(saved[at].1)?;
         match values.iter().position(|v| !v.is_finite()) {
-            Some(i) => Err(Error::model(dir, format!("{} is NaN or infinite at value {i}; nothing was written", saved[at].0))),
+            Some(i) => {
+                Err(Error::model(dir, format!("{} is NaN or infinite at value {i}; nothing was written", saved[at].0)))
+            }
             None => HostDtype::F32.encode(&values),
         }
     })?;

@@ -3,7 +3,7 @@
 //! Invariant: values are a function of (seed, parameter, index) and, where a method asks for it, of the base's weights.
 
 use super::config::Kind;
-use super::{Adapter, PREFIX};
+use super::{Adapter, base_name};
 use crate::cx::Cx;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
@@ -53,7 +53,10 @@ impl Adapter {
             let (Role::Magnitude(proj), Some(layer)) = (spec.role, spec.layer) else { continue };
             let site = self.site(layer, proj.leader());
             let segment = site.and_then(|s| {
-                let at = s.output_scales.iter().position(|(_, v)| Some(v.address()) == self.params.weight_view(p).ok().map(|t| t.address()))?;
+                let at = s
+                    .output_scales
+                    .iter()
+                    .position(|(_, v)| Some(v.address()) == self.params.weight_view(p).ok().map(|t| t.address()))?;
                 Some((s.norm.as_ref()?, s.output_scales[at].0))
             });
             let Some((norm, from)) = segment else {
@@ -68,8 +71,9 @@ impl Adapter {
 
 /// The base's values of a module that the adapter trains whole.
 fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> {
-    let name = name.strip_prefix(PREFIX).unwrap_or(name);
-    let stored = if name == "lm_head.weight" && model.tie_word_embeddings { "model.embed_tokens.weight" } else { name };
+    let name = base_name(name);
+    let tied = name == "lm_head.weight" && model.tie_word_embeddings;
+    let stored = if tied { "model.embed_tokens.weight" } else { name.as_str() };
     let found = base.specs.iter().position(|(s, _)| s.name == stored);
     let i = found.ok_or_else(|| Error::op("adapter", format!("the model has no {stored}")))?;
     base.weight_view(i)?.to_f32()

@@ -7,6 +7,7 @@
 pub mod config;
 pub mod folder;
 mod init;
+pub mod merge;
 pub mod target;
 
 use crate::config::LoraBias;
@@ -53,6 +54,11 @@ pub struct LoraSite {
     pub dropout: f32,
 }
 
+/// The name in the base of what an adapter keeps a copy of.
+pub fn base_name(name: &str) -> String {
+    name.strip_prefix(PREFIX).unwrap_or(name).replace(".base_layer.", ".")
+}
+
 /// The four groups of a block that share an input.
 pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
 
@@ -68,7 +74,14 @@ pub fn members(leader: Proj) -> &'static [Proj] {
 
 impl Adapter {
     /// A new adapter over `base`, with the values it starts from. Biases and modules to save are copied from the base.
-    pub fn new(cx: &Cx, set: u32, config: AdapterConfig, model: &ModelConfig, base: &ParamSet, seed: u64) -> Result<Adapter> {
+    pub fn new(
+        cx: &Cx,
+        set: u32,
+        config: AdapterConfig,
+        model: &ModelConfig,
+        base: &ParamSet,
+        seed: u64,
+    ) -> Result<Adapter> {
         let adapter = Adapter::zeros(cx, set, config, model)?;
         adapter.initialise(cx, model, base, seed)?;
         Ok(adapter)
@@ -96,13 +109,12 @@ impl Adapter {
             // A unit of biases is copied whole; only those of layers with LoRA are trained.
             Kind::Lora(c) if c.bias == LoraBias::LoraOnly => {
                 let b = self.params.specs.iter().filter(|(s, _)| matches!(s.role, Role::LoraB(_)));
-                Some(b.map(|(s, _)| s.name.replace(".lora_B.weight", ".bias")).collect())
+                Some(b.map(|(s, _)| s.name.replace(".lora_B.weight", ".base_layer.bias")).collect())
             }
             _ => None,
         };
         self.params.tune(|spec| Tuning {
-            trainable: !spec.role.is_bias()
-                || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name)),
+            trainable: !spec.role.is_bias() || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name)),
             lr_scale: if matches!(spec.role, Role::LoraB(_)) || spec.shape.len() == 1 { ratio } else { 1.0 },
         });
         Ok(())
@@ -161,7 +173,8 @@ impl Adapter {
             }
             site.output_scales.extend(unit(Role::Magnitude(*proj))?.map(|s| (from, s)));
             if let Some(vector) = unit(Role::Ia3(*proj))? {
-                if vector.numel() == cols && !self.scales_input(*proj) {
+                let vector = vector.reshape(&[vector.numel()])?;
+                if !self.scales_input(*proj) {
                     site.output_scales.push((from, vector));
                 } else {
                     site.input_scale = Some(vector);
@@ -265,7 +278,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
                 }
                 second.push(ParamSpec {
                     name: format!("{PREFIX}{}.ia3_l", module_name((layer, proj))),
-                    shape: vec![if feeds { input } else { out }],
+                    shape: if feeds { vec![1, input] } else { vec![out, 1] },
                     role: Role::Ia3(proj),
                     layer: Some(layer),
                 });
@@ -277,7 +290,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     for name in &config.modules_to_save {
         let is = |spec: &&ParamSpec| {
             let module = spec.name.strip_suffix(".weight").or(spec.name.strip_suffix(".bias")).unwrap_or(&spec.name);
-            module == name || module.ends_with(&format!(".{name}"))
+            module.ends_with(name.as_str()) // as PEFT matches: "norm" is every norm
         };
         let mut found: Vec<ParamSpec> = base.iter().filter(is).cloned().collect();
         if name == "lm_head" && model.tie_word_embeddings {
@@ -294,7 +307,9 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             return Err(Error::Config(message));
         }
         if found.iter().any(|s| Proj::ALL.iter().any(|p| p.role() == s.role)) {
-            return Err(Error::Config(format!("modules_to_save: {name} is a projection; give it LoRA, or train fully")));
+            return Err(Error::Config(format!(
+                "modules_to_save: {name} is a projection; give it LoRA, or train fully"
+            )));
         }
         copies.extend(found);
     }
@@ -314,7 +329,11 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     }
     copies.dedup_by(|a, b| a.name == b.name);
     for spec in &mut copies {
-        spec.name = format!("{PREFIX}{}", spec.name);
+        // PEFT wraps a layer that it adapts: its own bias is one level down.
+        let module = spec.name.trim_end_matches(".bias");
+        let wrapped = second.iter().any(|b| b.name == format!("{PREFIX}{module}.lora_B.weight"));
+        let name = if wrapped { format!("{module}.base_layer.bias") } else { spec.name.clone() };
+        spec.name = format!("{PREFIX}{name}");
     }
     first.extend(second);
     first.extend(copies);

@@ -82,6 +82,11 @@ pub fn by_pattern(patterns: &[(String, f64)], module: &str) -> Result<Option<f64
     Ok(None)
 }
 
+/// A regular expression that may match anywhere in a parameter's name.
+pub fn search(pattern: &str) -> Result<Regex> {
+    Regex::new(pattern).map_err(|e| Error::Config(format!("{pattern}: {e}")))
+}
+
 /// A regular expression that must match the whole text.
 pub fn whole(pattern: &str) -> Result<Regex, regex::Error> {
     Regex::new(&format!("^(?:{pattern})$"))

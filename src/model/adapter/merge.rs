@@ -1,0 +1,83 @@
+//! An adapter folded into the weights of its base. Floor 3.
+//!
+//! Invariant: merging is done in f32, and the merged model is the adapted one up to the rounding of what is stored.
+
+use super::{LEADERS, base_name, members, merged, proj_shape};
+use crate::cx::Cx;
+use crate::error::{Error, Result};
+use crate::model::config::{ModelConfig, Task};
+use crate::model::decoder::Decoder;
+use crate::model::families::{ParamSpec, Proj, Role};
+
+/// The config of the merged model: a head of its own, where the adapter parts a tied one from its embedding.
+pub fn merged_config(model: &Decoder) -> ModelConfig {
+    let mut config = model.config.clone();
+    let brings = |role| model.adapter.as_ref().is_some_and(|a| matches!(a.params.unit(None, role), Ok(Some(_))));
+    if config.task == Task::CausalLm && (brings(Role::Head) || brings(Role::Embed)) {
+        config.tie_word_embeddings = false;
+    }
+    config
+}
+
+/// The merged values of one of the merged model's parameters, f32. The context is f32. Errors: a model without an adapter.
+pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f32>> {
+    let Some(adapter) = &model.adapter else { return Err(Error::op("merge", "the model has no adapter")) };
+    if let Some(i) = adapter.params.specs.iter().position(|(s, _)| base_name(&s.name) == spec.name) {
+        return adapter.params.weight_view(i)?.to_f32();
+    }
+    let stored = match spec.role {
+        // A head that is no longer tied, because the embedding alone was trained, is the old embedding.
+        Role::Head if model.config.tie_word_embeddings => "model.embed_tokens.weight",
+        _ => spec.name.as_str(),
+    };
+    let found = model.params.specs.iter().position(|(s, _)| s.name == stored);
+    let i = found.ok_or_else(|| Error::op("merge", format!("{} has no place", spec.name)))?;
+    let mut values = model.params.weight_view(i)?.to_f32()?;
+    let (Some(layer), Some((proj, bias))) = (spec.layer, projection(spec.role)) else { return Ok(values) };
+    let Some(site) = adapter.site(layer, proj.leader()) else { return Ok(values) };
+    let (rows, cols) = proj_shape(&model.config, proj);
+    let from: usize =
+        members(proj.leader()).iter().take_while(|p| **p != proj).map(|p| proj_shape(&model.config, *p).0).sum();
+    if let (false, Some(lora)) = (bias, &site.lora)
+        && let Some(at) = lora.pairs.segments.iter().position(|s| s.from == from)
+    {
+        let w = model.params.weight_view(i)?;
+        values = merged(cx, &w, lora, &lora.pairs.segments[at], &lora.pairs.b[at])?.to_f32()?;
+    }
+    if let (false, Some(vector)) = (bias, &site.input_scale) {
+        let scale = vector.to_f32()?;
+        values.chunks_exact_mut(cols).for_each(|row| row.iter_mut().zip(&scale).for_each(|(v, s)| *v *= s));
+    }
+    for (start, vector) in site.output_scales.iter().filter(|(start, _)| *start == from) {
+        // DoRA's magnitude leaves the bias alone, IA3's vector does not.
+        if bias && site.norm.is_some() {
+            continue;
+        }
+        let mut scale = vector.to_f32()?;
+        if let Some(norm) = &site.norm {
+            let norm = norm.rows(*start, start + rows)?.to_f32()?;
+            scale.iter_mut().zip(norm).for_each(|(s, n)| *s /= n);
+        }
+        let width = if bias { 1 } else { cols };
+        values.chunks_exact_mut(width).zip(scale).for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
+    }
+    Ok(values)
+}
+
+/// The projection of a weight's or a bias's role, and whether it is the bias.
+fn projection(role: Role) -> Option<(Proj, bool)> {
+    let bias = match role {
+        Role::QBias => Some(Proj::Q),
+        Role::KBias => Some(Proj::K),
+        Role::VBias => Some(Proj::V),
+        Role::OBias => Some(Proj::O),
+        Role::GateBias => Some(Proj::Gate),
+        Role::UpBias => Some(Proj::Up),
+        Role::DownBias => Some(Proj::Down),
+        _ => None,
+    };
+    match bias {
+        Some(proj) => Some((proj, true)),
+        None => LEADERS.iter().flat_map(|l| members(*l)).find(|p| p.role() == role).map(|p| (*p, false)),
+    }
+}

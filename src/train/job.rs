@@ -1,0 +1,180 @@
+//! A whole training job: from a model folder, rows and keys to a trained folder. Floor 6.
+//!
+//! Invariant: every command and every rung of the quickstart goes through here; what differs is the method's
+//! [`Recipe`] and its keys.
+
+use std::path::Path;
+
+use super::Trainer;
+use super::run::{Run, Summary, flops_per_token, peak_flops};
+use super::state::{activation_bytes, parts_of};
+use crate::checkpoint::RunFolder;
+use crate::config::{MethodRun, PeftConfig, Recompute, TrainingConfig};
+use crate::cx::Cx;
+use crate::data::chat::ChatTemplate;
+use crate::data::rows::Row;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::fsio;
+use crate::methods::{Recipe, Source};
+use crate::model::adapter::Adapter;
+use crate::model::adapter::config::{AdapterConfig, pairs};
+use crate::model::adapter::target::search;
+use crate::model::config::{ModelConfig, Task};
+use crate::model::decoder::Decoder;
+use crate::model::folder;
+use crate::model::params::Tuning;
+use crate::signals::Stop;
+
+pub struct Job<'a, M> {
+    pub run: &'a MethodRun<M>,
+    pub model: &'a Path,
+    /// An adapter to go on with.
+    pub adapter: Option<&'a Path>,
+    /// New weights where the folder has none.
+    pub fresh: bool,
+    pub train: &'a [Row],
+    pub eval: &'a [Row],
+    pub folder: &'a RunFolder,
+    /// What config.toml says the run was started with.
+    pub command: &'a str,
+    pub stop: Stop,
+}
+
+/// Runs a job to its end. The context comes back for the next. Errors: see [`Run::train`]; also everything that does not
+/// fit together, before the first step.
+pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
+    let (run, dir) = (job.run, job.model);
+    let tokenizer = Tokenizer::load(dir)?;
+    let template = chat_template(job.run.method.chat_template_path(), &tokenizer)?;
+    let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };
+    let dtype = config.dtype;
+    config.task = task::<M>(dir, config.task)?;
+    if config.attention_dropout > 0.0 {
+        let p = config.attention_dropout;
+        eprintln!("note: config.json has attention_dropout {p}; temper trains without dropout on attention weights");
+    }
+    let source =
+        Source { tokenizer: &tokenizer, template: template.as_ref(), model: &config, train: job.train, eval: job.eval };
+    let (mut method, stats) = run.method.method(&run.training, &source)?;
+    eprintln!("{stats}");
+    let longest = method.longest();
+    let model = if job.fresh {
+        eprintln!("{} holds no weights: they are made at random from seed {}", dir.display(), run.training.seed);
+        let model = Decoder::new(&cx, 0, config, longest)?;
+        model.params.initialise(model.config.initializer_range, run.training.seed)?;
+        model
+    } else {
+        Decoder::load_as(&cx, 0, dir, config, longest)?
+    };
+    let model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
+    let training = &run.training;
+    let tokens = training.per_device_train_batch_size * longest;
+    let recompute = recompute(training, &cx, &model, tokens)?;
+    let flops = flops_per_token(&model.config, model.params.count(), longest);
+    let peak = peak_flops(&cx.device.name());
+    let (trained, base) = (model.trained().trained_count(), model.params.count());
+    let all = base + model.adapter.as_ref().map_or(0, |a| a.params.count());
+    eprintln!(
+        "trainable params: {trained} || all params: {all} || trainable%: {:.4}; {} rows a step",
+        100.0 * trained as f64 / all.max(1) as f64,
+        training.per_device_train_batch_size * training.gradient_accumulation_steps
+    );
+    let mut trainer = Trainer::new(cx, model, training.clone(), method.rows(), recompute)?;
+    method.attach(&mut trainer.cx, &trainer.model)?;
+    let whole = Run {
+        folder: job.folder,
+        parts: parts_of(dir, dtype)?,
+        stop: job.stop.clone(),
+        config_toml: run.to_toml(job.command),
+        peak_flops: peak,
+        flops_per_token: flops,
+    };
+    let summary = whole.train(&mut trainer, &mut *method)?;
+    Ok((trainer.cx, trainer.plan.total_steps, summary))
+}
+
+/// The task that the method trains for, on a folder of task `own`.
+fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
+    match (M::TASK, own) {
+        (wanted, own) if wanted == own => Ok(own),
+        // A language model becomes a classifier: its score is new.
+        (wanted, Task::CausalLm) => Ok(wanted),
+        (wanted, own) => {
+            let message = format!("temper {} trains {wanted:?}, the folder holds {own:?}", M::NAME);
+            Err(Error::model(dir, message))
+        }
+    }
+}
+
+/// Says what of a model is trained: an adapter, all of it, or all but what is frozen.
+pub fn prepare(
+    cx: &Cx,
+    mut model: Decoder,
+    keys: &PeftConfig,
+    from: Option<&Path>,
+    dir: &Path,
+    seed: u64,
+) -> Result<Decoder> {
+    if keys.load_in_4bit || keys.load_in_8bit {
+        return Err(Error::Config(
+            "load_in_4bit, load_in_8bit: quantised bases are not wired into training yet".into(),
+        ));
+    }
+    if from.is_some() || keys.use_peft {
+        let mut adapter = match from {
+            Some(from) => Adapter::load(cx, 1, from, &model.config, &model.params)?,
+            None => {
+                let config = AdapterConfig::from_keys(keys, &model.config, &dir.display().to_string())?;
+                Adapter::new(cx, 1, config, &model.config, &model.params, seed)?
+            }
+        };
+        adapter.tune(keys.loraplus_lr_ratio)?;
+        return model.with_adapter(Some(adapter));
+    }
+    let patterns = |items: &[String]| items.iter().map(|p| search(p)).collect::<Result<Vec<_>>>();
+    let freeze = patterns(keys.freeze.as_deref().unwrap_or(&[]))?;
+    let rates = pairs("lr_multipliers", &keys.lr_multipliers)?;
+    let names: Vec<String> = rates.iter().map(|r| r.0.clone()).collect();
+    let rate_patterns = patterns(&names)?;
+    for (pattern, text) in freeze.iter().chain(&rate_patterns).zip(keys.freeze.iter().flatten().chain(&names)) {
+        if !model.params.specs.iter().any(|(s, _)| pattern.is_match(&s.name)) {
+            let some = model.params.specs.iter().map(|(s, _)| s.name.as_str()).nth(1).unwrap_or_default();
+            let message =
+                format!("freeze, lr_multipliers: \"{text}\" matches no parameter; they are named like {some}");
+            return Err(Error::Config(message));
+        }
+    }
+    model.params.tune(|spec| Tuning {
+        trainable: !freeze.iter().any(|p| p.is_match(&spec.name)),
+        lr_scale: rate_patterns.iter().position(|p| p.is_match(&spec.name)).map_or(1.0, |i| rates[i].1 as f32),
+    });
+    if model.params.trained_count() == 0 {
+        return Err(Error::Config("freeze: nothing is left to train".into()));
+    }
+    Ok(model)
+}
+
+/// The model's chat template, or the one at `path`.
+pub fn chat_template(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+    if let Some(path) = path {
+        let path = Path::new(path);
+        let source = String::from_utf8_lossy(&fsio::read(path)?).into_owned();
+        return Ok(Some(ChatTemplate::new(&source, path, tokenizer.special_tokens())?));
+    }
+    tokenizer.chat_template().map(|_| ChatTemplate::of(tokenizer)).transpose()
+}
+
+/// `auto` recomputes where the activations of a micro-batch would take more than half of the memory that is free.
+fn recompute(training: &TrainingConfig, cx: &Cx, model: &Decoder, tokens: usize) -> Result<bool> {
+    Ok(match training.gradient_checkpointing {
+        Recompute::On => true,
+        Recompute::Off => false,
+        Recompute::Auto => {
+            let need = activation_bytes(&model.config, cx.dtype, tokens);
+            let on = need > cx.device.memory()?.free / 2;
+            eprintln!("activations of a micro-batch: about {} MiB; gradient_checkpointing={on}", need >> 20);
+            on
+        }
+    })
+}
