@@ -1,0 +1,147 @@
+//! The preference losses: from log-probs summed over sequences to one loss. Floor 2.
+//!
+//! Invariant: everything here is F32 in every build, and a loss is a weighted sum over pairs (or sequences) whose weights
+//! the caller gives (1 / pairs, over gradient accumulation): no loss knows how many micro-batches a step has. A pair's
+//! numbers lie together: [n, 2], the chosen first. Math: `kernels/preference.cu`.
+//!
+//! The way to a loss: the head's log-probs [tokens] -> [`segment_sums`] -> [sequences] -> one of the ops below. Rewards and
+//! other figures come with the loss and carry no gradient.
+
+mod dpo;
+mod pairs;
+mod reference;
+mod unpaired;
+
+pub use dpo::{Divergence, Dpo, DpoIn, DpoLoss, dpo};
+pub use pairs::{BradleyTerry, Cpo, CpoLoss, Orpo, bradley_terry, cpo, orpo};
+pub use unpaired::{RunningMean, Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
+
+use crate::cx::Cx;
+use crate::device::{DType, Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// Sums of `weights x values` over segments: values, weights F32 [n]; `starts` I32 [s + 1], ascending, the last at most n:
+/// segment k is `starts[k]..starts[k + 1]`. Returns F32 [s]; gradients flow to `values` alone.
+pub fn segment_sums(cx: &mut Cx, values: &Tensor, weights: &Tensor, starts: &Tensor) -> Result<Tensor> {
+    cx.apply1(SegmentSums, &[values, weights, starts])
+}
+
+#[derive(Debug)]
+pub struct SegmentSums;
+
+impl Op for SegmentSums {
+    fn name(&self) -> &'static str {
+        "segment_sums"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (values, weights, starts) = (x[0], x[1], x[2]);
+        if values.numel() != weights.numel() || starts.numel() < 2 {
+            let message = format!("{values:?} needs as many weights ({weights:?}), and {starts:?} a start and an end");
+            return Err(Error::op("segment_sums", message));
+        }
+        let segments = starts.numel() - 1;
+        let sums = cx.float("sequence sums", &[segments])?;
+        let at = Launch::warps(segments);
+        kernels::segment_sums_fwd(&*cx.device, at, sums.out(), values, Some(weights), starts, segments as i32)?;
+        let saved = if need.tape { vec![weights.clone(), starts.clone()] } else { vec![] };
+        Ok(Fwd { outputs: vec![sums], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
+        let (weights, starts) = (&node.saved[0], &node.saved[1]);
+        let (segments, n) = (dy.numel() as i32, dx.numel());
+        let at = Launch::flat(n);
+        kernels::segment_sums_bwd(
+            &*cx.device,
+            at,
+            dx.out(),
+            dy,
+            Some(weights),
+            starts,
+            segments,
+            n as i32,
+            i32::from(accumulate),
+        )
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let segment = |k: usize| x[2].index(k)..x[2].index(k + 1);
+        let sum = |k: usize| segment(k).map(|i| x[0].data[i] * x[1].data[i]).sum();
+        vec![F64::from_fn(&[x[2].data.len() - 1], sum)]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, 4 * x[2].numel())
+    }
+}
+
+/// Checks the inputs of a loss over pairs and gives their number.
+fn pair_count(op: &'static str, pairs: &[(&str, &Tensor)], singles: &[(&str, &Tensor)]) -> Result<usize> {
+    let n = pairs[0].1.numel() / 2;
+    for (what, t) in pairs {
+        if t.shape() != [n, 2] || n == 0 || t.dtype() != DType::F32 {
+            return Err(Error::op(
+                op,
+                format!("{what} {t:?} is not F32 [{n}, 2]: the chosen's number, the rejected's"),
+            ));
+        }
+    }
+    for (what, t) in singles {
+        if t.numel() != n {
+            return Err(Error::op(op, format!("{what} {t:?} has not one number for each of {n} pairs")));
+        }
+    }
+    Ok(n)
+}
+
+/// Adds a loss up: sum of `each`, plus `factor x nll x sum of pair_weight`. Returns it and the gradient of `nll`.
+fn totals(cx: &Cx, each: &Tensor, weight: &Tensor, nll: Option<&Tensor>, factor: f32) -> Result<(Tensor, Tensor)> {
+    let (loss, dnll) = (cx.float("loss", &[1])?, cx.float("loss", &[1])?);
+    let n = each.numel() as i32;
+    let at = Launch::warps(1);
+    kernels::pair_totals(&*cx.device, at, loss.out(), Some(dnll.out()), each, weight, nll, n, factor)?;
+    Ok((loss, dnll))
+}
+
+/// The gradient of input `i`: the loss's upstream times what the forward kept.
+fn give_scaled(cx: &Cx, g: &mut Grads, i: usize, kept: &Tensor, upstream: &Tensor) -> Result<()> {
+    let Some((out, accumulate)) = g.slot(i)? else { return Ok(()) };
+    let n = kept.numel();
+    let at = Launch::flat(n);
+    kernels::scaled_by_upstream(&*cx.device, at, out.out(), kept, upstream, n as i32, i32::from(accumulate))
+}
+
+pub fn segment_cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (n, starts) in [(1, vec![0, 1]), (40, vec![0, 7, 7, 12, 40]), (700, vec![3, 300, 301, 690])] {
+        let weights = F64::from_fn(&[n], |_| [0.0, 1.0, 0.5][rng.below(3)]);
+        let values = Arg { grad: true, ..Arg::float(rng.array(&[n], 2.0)) };
+        let inputs = vec![values, Arg::float(weights), Arg::ints(&starts)];
+        cases.push(Case::new(format!("n {n} segments {}", starts.len() - 1), SegmentSums, inputs));
+    }
+    cases
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = dpo::cases(rng);
+    cases.extend(unpaired::cases(rng));
+    cases.extend(pairs::cases(rng));
+    cases
+}
+
+/// What the cases of a loss over pairs share: log-probs of completions of some length, and the lengths.
+fn pair_inputs(rng: &mut Rng, n: usize, spread: f64) -> (F64, F64, F64) {
+    let lens = F64::from_fn(&[n, 2], |_| (2 + rng.below(30)) as f64);
+    let logps = F64::from_fn(&[n, 2], |i| -2.5 * lens.data[i] + spread * rng.normal());
+    let weight = F64::from_fn(&[n], |_| (0.5 + rng.uniform()) / n as f64);
+    (logps, lens, weight)
+}
+
+fn with_grad(value: F64) -> Arg {
+    Arg { grad: true, ..Arg::float(value) }
+}
