@@ -17,7 +17,7 @@ DEVICE float expm1_f(float x) {
 // log(1 + e^x) = -log sigmoid(-x)
 DEVICE float softplus_f(float x) {
   const float e = exp_f(x < 0.f ? x : -x);
-  return max2(x, 0.f) + log1p_f(e) + (x - x);  // (x - x): NaN stays NaN through max2
+  return max2(x, 0.f) + log1p_f(e);  // NaN comes through e
 }
 
 // log(1 - e^x) for x < 0 (Maechler, "Accurately computing log(1 - exp(-|a|))", 2012)

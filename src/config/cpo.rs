@@ -37,7 +37,7 @@ section! {
         pub on_truncation: OnTruncation = OnTruncation::Truncate,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,
-        /// A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
+        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
         pub chat_template_path: Option<String> = None,
     }
 }

@@ -15,9 +15,9 @@ section! {
         /// Ours. A pair longer than max_length is dropped (truncate does the same: a cut answer has another worth); error
         /// names the row.
         pub on_truncation: OnTruncation = OnTruncation::Drop,
-        /// Rows with steps: what stands behind each step, and carries its label.
+        /// Ours, of TRL's former PRMConfig. Rows with steps: what stands behind each step, and carries its label.
         pub step_separator: String = "\n".into(),
-        /// Rows with steps: only the last step's label counts in training.
+        /// Ours, of TRL's former PRMConfig. Rows with steps: only the last step's label counts in training.
         pub train_on_last_step_only: bool = false,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,

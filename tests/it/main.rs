@@ -8,6 +8,7 @@ mod generate;
 mod house;
 mod model_folder;
 mod ops;
+mod preference_config;
 mod preference_data;
 mod prim;
 mod quickstart;

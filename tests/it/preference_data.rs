@@ -46,7 +46,6 @@ fn sequence(v: &Value) -> Sequence {
     Sequence { input_ids: ids(&v["ids"]), target_mask }
 }
 
-/// What the fixture stores of a completion that ends in a cut is the whole row's only where nothing was cut.
 #[test]
 fn every_trainers_rows_have_trls_ids_and_masks() {
     let text = std::fs::read_to_string(fixture("tokens.json")).unwrap();

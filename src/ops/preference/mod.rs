@@ -145,3 +145,71 @@ fn pair_inputs(rng: &mut Rng, n: usize, spread: f64) -> (F64, F64, F64) {
 fn with_grad(value: F64) -> Arg {
     Arg { grad: true, ..Arg::float(value) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::DpoLoss;
+    use crate::device::cpu::Cpu;
+
+    fn float(cx: &Cx, shape: &[usize], values: &[f32]) -> Tensor {
+        Tensor::from_f32(&cx.pool, "test", DType::F32, shape, values).unwrap()
+    }
+
+    fn loss_of(losses: &[(DpoLoss, f32)], logps: &[f32], reference: &[f32]) -> (f32, Vec<f32>) {
+        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+        let n = logps.len() / 2;
+        let shape = [n, 2];
+        let (logps, reference) = (float(&cx, &shape, logps), float(&cx, &shape, reference));
+        let (lens, weight) = (float(&cx, &shape, &vec![5.0; 2 * n]), float(&cx, &[n], &vec![1.0 / n as f32; n]));
+        let op = Dpo {
+            losses: losses.to_vec(),
+            divergence: Divergence::ReverseKl,
+            beta: 0.1,
+            label_smoothing: 0.0,
+            discopop_tau: 0.05,
+        };
+        let x = DpoIn { logps: &logps, reference: &reference, lens: &lens, weight: &weight, nll: None, aligned: None };
+        let (loss, rewards) = dpo(&mut cx, op, &x).unwrap();
+        (loss.to_f32().unwrap()[0], rewards.to_f32().unwrap())
+    }
+
+    #[test]
+    fn a_policy_that_is_its_reference_has_a_loss_of_exactly_ln_2() {
+        let logps = [-31.25, -40.5, -7.125, -3.0, -100.3, -99.9, -0.1, -55.0];
+        let (loss, rewards) = loss_of(&[(DpoLoss::Sigmoid, 1.0)], &logps, &logps);
+        assert_eq!(loss, std::f32::consts::LN_2);
+        assert_eq!(rewards, [0.0; 8]);
+    }
+
+    #[test]
+    fn far_from_the_reference_losses_grow_like_a_line_and_nan_stays_nan() {
+        let far = |d: f32| loss_of(&[(DpoLoss::Sigmoid, 1.0)], &[d, 0.0], &[0.0, 0.0]).0;
+        assert_eq!(far(-1e6), 1e5);
+        assert_eq!(far(1e6), 0.0);
+        assert!(far(f32::NAN).is_nan());
+        for loss in [DpoLoss::Aot, DpoLoss::AotUnpaired] {
+            let (loss, _) = loss_of(&[(loss, 1.0)], &[f32::NAN, 0.0, 1.0, 2.0], &[0.0; 4]);
+            assert!(loss.is_nan());
+        }
+    }
+
+    #[test]
+    fn a_list_without_its_nll_is_refused() {
+        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+        let (pairs, single) = (float(&cx, &[1, 2], &[0.0, 0.0]), float(&cx, &[1], &[1.0]));
+        let x = DpoIn { logps: &pairs, reference: &pairs, lens: &pairs, weight: &single, nll: None, aligned: None };
+        let op = |loss| Dpo {
+            losses: vec![(loss, 1.0)],
+            divergence: Divergence::ReverseKl,
+            beta: 0.1,
+            label_smoothing: 0.0,
+            discopop_tau: 0.05,
+        };
+        assert!(dpo(&mut cx, op(DpoLoss::Sft), &x).unwrap_err().to_string().contains("come together"));
+        let x = DpoIn { lens: &single, ..x };
+        assert!(dpo(&mut cx, op(DpoLoss::Sigmoid), &x).unwrap_err().to_string().contains("is not F32 [1, 2]"));
+    }
+}
