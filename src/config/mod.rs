@@ -6,9 +6,15 @@
 //! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and [`SftConfig`]. [`load`] reads
 //! file and command line, checks everything and reports all problems at once.
 
+mod cpo;
+mod distill;
+mod dpo;
 mod foreign;
 mod generate;
+mod kto;
+mod orpo;
 mod peft;
+mod reward;
 mod sft;
 mod training;
 pub mod value;
@@ -21,8 +27,14 @@ use crate::fsio;
 use foreign::Fate;
 use value::Given;
 
+pub use cpo::{CpoConfig, CpoLossType};
+pub use distill::DistillConfig;
+pub use dpo::{DpoConfig, DpoLoss, FDivergence};
 pub use generate::GenerateConfig;
+pub use kto::{KtoConfig, KtoLoss};
+pub use orpo::OrpoConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
+pub use reward::RewardConfig;
 pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
 pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, MatmulChoice, Optim, Recompute, Sampling, Schedule, TrainingConfig,

@@ -12,6 +12,7 @@
 //! | [`rows`] | rows of jsonl, json and parquet files, each with its file and line |
 //! | [`format`] | TRL's dataset types, detected and checked |
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
+//! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |
 //! | [`packing`] | which sequences share a row |
 //! | [`order`] | the order of rows as a function of (seed, epoch) |
 
@@ -24,6 +25,7 @@ pub mod jinja;
 pub mod order;
 pub mod packing;
 mod panics;
+pub mod preference;
 pub mod rows;
 pub mod sft;
 pub mod tokenizer;

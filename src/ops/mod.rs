@@ -12,6 +12,7 @@ pub mod embedding;
 pub mod head;
 pub mod lora;
 pub mod matmul;
+pub mod preference;
 pub mod rmsnorm;
 pub mod rope;
 pub mod scale;
@@ -246,6 +247,8 @@ pub fn registry() -> Vec<Entry> {
         entry("head", &["head", "matmul"], head::cases, &[DEFAULT, OWN_MATMUL]),
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
         entry("lora_linear", &["matmul", "scale", "reduce"], lora::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("preference", &["preference"], preference::cases, &[DEFAULT]),
+        entry("segment_sums", &["preference"], preference::segment_cases, &[DEFAULT]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),

@@ -9,6 +9,8 @@ mod house;
 mod model_folder;
 mod ops;
 mod peft;
+mod preference_config;
+mod preference_data;
 mod prim;
 mod quickstart;
 mod runs;

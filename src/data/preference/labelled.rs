@@ -1,0 +1,134 @@
+//! Single completions with a label, for KTO and BCO. Floor 4.
+//!
+//! Invariant: prompt and completion are kept apart and whole, because KTO's KL estimate puts a completion behind another
+//! row's prompt; [`Labelled::sequence`] and [`mismatched`] cut what they put together.
+
+use rayon::prelude::*;
+
+use super::encode::{Encoder, pair};
+use super::{OnTruncation, PreferenceOptions, PreferenceStats, Sequence, TruncationMode};
+use crate::data::chat::ChatTemplate;
+use crate::data::format::{Content, Example, Format, Sample};
+use crate::data::rows::Row;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::Result;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Labelled {
+    pub prompt: Vec<u32>,
+    pub completion: Vec<u32>,
+    pub label: bool,
+    pub row: usize,
+}
+
+impl Labelled {
+    /// The row's own sequence, cut at the end.
+    pub fn sequence(&self, max_length: Option<usize>) -> Sequence {
+        joined(&self.prompt, &self.completion, max_length)
+    }
+}
+
+fn joined(prompt: &[u32], completion: &[u32], max_length: Option<usize>) -> Sequence {
+    let mut sequence = Sequence::new(prompt, completion);
+    sequence.cut(max_length.unwrap_or(usize::MAX), TruncationMode::KeepStart);
+    sequence
+}
+
+/// KTO's mismatched sequences: inside each batch of `batch` examples, prompt i with completion i - 1, the first with the
+/// last.
+pub fn mismatched(examples: &[Labelled], batch: usize, max_length: Option<usize>) -> Vec<Sequence> {
+    let rotate = |chunk: &[Labelled]| -> Vec<Sequence> {
+        let before = |i: usize| &chunk[(i + chunk.len() - 1) % chunk.len()].completion;
+        (0..chunk.len()).map(|i| joined(&chunk[i].prompt, before(i), max_length)).collect()
+    };
+    examples.chunks(batch.max(1)).flat_map(rotate).collect()
+}
+
+/// Rows that TRL takes apart at once when it unpairs: the chosen of so many rows come before their rejected.
+const UNPAIR: usize = 1000;
+
+/// Tokenises rows of prompt, completion and label; rows of pairs become two examples each, in TRL's order.
+pub fn labelled(
+    rows: &[Row],
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    vocab: usize,
+    options: &PreferenceOptions,
+) -> Result<(Vec<Labelled>, PreferenceStats)> {
+    let mut stats = PreferenceStats::new(rows, options)?;
+    let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
+    let paired = rows[0].has("chosen") || rows[0].has("rejected");
+    let made: Vec<Result<Vec<Made>>> = rows
+        .par_iter()
+        .map(|row| if paired { both(&encoder, row) } else { Ok(vec![single(&encoder, row)?]) })
+        .collect();
+    let made: Vec<Vec<Made>> = made.into_iter().collect::<Result<_>>()?;
+    let mut order: Vec<(usize, Made)> = Vec::new();
+    for (chunk, made) in made.chunks(UNPAIR).enumerate() {
+        let sides = if paired { 2 } else { 1 };
+        for side in 0..sides {
+            order.extend(made.iter().enumerate().map(|(i, m)| (chunk * UNPAIR + i, m[side].clone())));
+        }
+    }
+    let mut examples = Vec::with_capacity(order.len());
+    for (row, made) in order {
+        stats.mismatched(made.mismatch);
+        let n = made.prompt.len() + made.completion.len();
+        let full = options.max_length.is_some_and(|limit| made.prompt.len() >= limit);
+        if full && options.on_truncation == OnTruncation::Truncate {
+            stats.longest = stats.longest.max(n);
+            stats.dropped_no_target += 1;
+            stats.dropped(&rows[row]);
+            continue;
+        }
+        if !stats.admit(&rows[row], n, options, true)? {
+            continue;
+        }
+        let example = Labelled { prompt: made.prompt, completion: made.completion, label: made.label, row };
+        stats.count(&example.sequence(options.max_length));
+        examples.push(example);
+    }
+    let stats = stats.finish(examples.len(), rows)?;
+    Ok((examples, stats))
+}
+
+#[derive(Clone)]
+struct Made {
+    prompt: Vec<u32>,
+    completion: Vec<u32>,
+    label: bool,
+    mismatch: Option<String>,
+}
+
+fn single(encoder: &Encoder, row: &Row) -> Result<Made> {
+    for field in ["prompt", "completion", "label"] {
+        row.need(field)?;
+    }
+    let example = Format::Unpaired.parse(row, "text")?;
+    match &example.sample {
+        Sample::Unpaired { prompt, completion, label } => made(encoder, row, &example, prompt, completion, *label),
+        _ => Err(row.error("is no row with a label; give \"prompt\", \"completion\" and \"label\"")),
+    }
+}
+
+fn both(encoder: &Encoder, row: &Row) -> Result<Vec<Made>> {
+    let pair = pair(row, true)?;
+    let Some(prompt) = &pair.prompt else { return Err(row.error("has no prompt")) };
+    Ok(vec![
+        made(encoder, row, &pair.example, prompt, &pair.chosen, true)?,
+        made(encoder, row, &pair.example, prompt, &pair.rejected, false)?,
+    ])
+}
+
+fn made(
+    encoder: &Encoder,
+    row: &Row,
+    example: &Example,
+    prompt: &Content,
+    completion: &Content,
+    label: bool,
+) -> Result<Made> {
+    let (ids, whole) = encoder.prompt_and_whole(row, example, prompt, completion)?;
+    let (same, mismatch) = encoder.shared(row, &ids, &[&whole])?;
+    Ok(Made { prompt: ids[..same].to_vec(), completion: whole[same..].to_vec(), label, mismatch })
+}

@@ -1,0 +1,195 @@
+//! Preference rows to token ids and completion masks, as TRL 1.16.0 makes them. Floor 4.
+//!
+//! Invariant: for rows that TRL takes, ids and masks are TRL's, trainer by trainer ([`PairStyle`]); what is cut or dropped
+//! is counted; a row that prefers nothing, lacks a side or has no prompt is an error with its file and line.
+//!
+//! | rows | function | for |
+//! |---|---|---|
+//! | (prompt,) chosen, rejected (, margin) | [`pairs`] | DPO, ORPO, CPO, reward models |
+//! | prompt, completion, label; or pairs, taken apart | [`labelled`] | KTO, BCO |
+//! | prompt, completions, labels | [`steps`] | process reward models |
+
+mod encode;
+mod labelled;
+mod pairs;
+mod steps;
+
+use std::fmt;
+
+pub use crate::config::{OnTruncation, TruncationMode};
+use crate::error::{Error, Result};
+pub use labelled::{Labelled, labelled, mismatched};
+pub use pairs::{PairExample, PairStyle, pairs};
+pub use steps::{StepExample, StepOptions, steps};
+
+use super::rows::Row;
+
+/// TRL's names and defaults.
+#[derive(Clone, Debug)]
+pub struct PreferenceOptions {
+    pub max_length: Option<usize>,
+    pub truncation_mode: TruncationMode,
+    pub on_truncation: OnTruncation,
+    /// None: the tokenizer's.
+    pub eos_token: Option<String>,
+}
+
+impl Default for PreferenceOptions {
+    fn default() -> Self {
+        PreferenceOptions {
+            max_length: Some(1024),
+            truncation_mode: TruncationMode::KeepStart,
+            on_truncation: OnTruncation::Truncate,
+            eos_token: None,
+        }
+    }
+}
+
+/// A prompt with its completion.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sequence {
+    pub input_ids: Vec<u32>,
+    /// True at completion tokens. As in TRL, the first token may be marked (where truncation left no prompt); it has no
+    /// log-prob, since nothing stands before it, but counts in a completion's length.
+    pub target_mask: Vec<bool>,
+}
+
+impl Sequence {
+    fn new(prompt: &[u32], completion: &[u32]) -> Sequence {
+        let target_mask = (0..prompt.len() + completion.len()).map(|i| i >= prompt.len()).collect();
+        Sequence { input_ids: [prompt, completion].concat(), target_mask }
+    }
+
+    fn cut(&mut self, limit: usize, mode: TruncationMode) {
+        let over = self.input_ids.len().saturating_sub(limit);
+        if mode == TruncationMode::KeepEnd {
+            self.input_ids.drain(..over);
+            self.target_mask.drain(..over);
+        }
+        self.input_ids.truncate(limit);
+        self.target_mask.truncate(limit);
+    }
+
+    /// Tokens that have a log-prob and are the completion's.
+    pub fn targets(&self) -> usize {
+        self.target_mask.iter().skip(1).filter(|t| **t).count()
+    }
+
+    /// Tokens of the completion, as TRL counts them for averages.
+    pub fn completion_tokens(&self) -> usize {
+        self.target_mask.iter().filter(|t| **t).count()
+    }
+}
+
+/// What was done to the rows; `Display` says it in a paragraph.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PreferenceStats {
+    pub rows: usize,
+    pub examples: usize,
+    pub max_length: Option<usize>,
+    pub truncated: usize,         // kept, but cut at max_length
+    pub dropped_too_long: usize,  // by on_truncation=drop, and by reward models always
+    pub dropped_no_target: usize, // the prompt alone fills max_length
+    pub tokens: usize,            // of the kept examples
+    pub target_tokens: usize,
+    pub longest: usize, // sequence before truncation
+    pub prefix_mismatches: usize,
+    pub mismatch: Option<String>,      // the end of the first prompt that is no prefix
+    pub first_dropped: Option<String>, // FILE:LINE of the first row that was dropped
+}
+
+impl PreferenceStats {
+    fn new(rows: &[Row], options: &PreferenceOptions) -> Result<PreferenceStats> {
+        if rows.is_empty() {
+            return Err(Error::Run("there are no rows to train on".to_string()));
+        }
+        if options.max_length == Some(0) {
+            return Err(Error::Config(
+                "max_length=0 leaves no tokens; give a length, or none for no limit".to_string(),
+            ));
+        }
+        Ok(PreferenceStats { rows: rows.len(), max_length: options.max_length, ..PreferenceStats::default() })
+    }
+
+    fn mismatched(&mut self, end: Option<String>) {
+        if let Some(end) = end {
+            self.prefix_mismatches += 1;
+            self.mismatch.get_or_insert(end);
+        }
+    }
+
+    fn dropped(&mut self, row: &Row) {
+        self.first_dropped.get_or_insert_with(|| format!("{}:{}", row.file.display(), row.line));
+    }
+
+    /// What becomes of a row with a sequence of `n` tokens: false if it is dropped. `cuts`: TRL would cut it.
+    fn admit(&mut self, row: &Row, n: usize, options: &PreferenceOptions, cuts: bool) -> Result<bool> {
+        self.longest = self.longest.max(n);
+        let Some(limit) = options.max_length.filter(|limit| n > *limit) else { return Ok(true) };
+        match options.on_truncation {
+            OnTruncation::Error => Err(row.error(format!(
+                "has {n} tokens, more than max_length={limit}; raise max_length, or set on_truncation=truncate or drop"
+            ))),
+            OnTruncation::Truncate if cuts => {
+                self.truncated += 1;
+                Ok(true)
+            }
+            OnTruncation::Truncate | OnTruncation::Drop => {
+                self.dropped_too_long += 1;
+                self.dropped(row);
+                Ok(false)
+            }
+        }
+    }
+
+    fn count(&mut self, sequence: &Sequence) {
+        self.tokens += sequence.input_ids.len();
+        self.target_tokens += sequence.targets();
+    }
+
+    /// An error if nothing is left.
+    fn finish(mut self, examples: usize, rows: &[Row]) -> Result<PreferenceStats> {
+        self.examples = examples;
+        if examples > 0 {
+            return Ok(self);
+        }
+        let limit = self.max_length.unwrap_or(0);
+        let message = format!(
+            "max_length={limit} leaves nothing of all {} rows; raise max_length (the longest sequence has {} tokens)",
+            self.rows, self.longest
+        );
+        Err(Error::data(&rows[0].file, None, message))
+    }
+}
+
+impl fmt::Display for PreferenceStats {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let rows = if self.rows == 1 { "row" } else { "rows" };
+        write!(f, "{} {rows} read, {} examples: {} tokens, ", self.rows, self.examples, self.tokens)?;
+        write!(f, "{} of them in completions. The longest sequence has {} tokens", self.target_tokens, self.longest)?;
+        match self.max_length {
+            Some(limit) => write!(f, "; {} rows were cut at max_length={limit}", self.truncated)?,
+            None => write!(f, "; nothing is cut")?,
+        }
+        if self.dropped_too_long > 0 {
+            write!(f, ", {} dropped as too long", self.dropped_too_long)?;
+        }
+        if self.dropped_no_target > 0 {
+            write!(f, ", {} dropped because their prompt fills max_length", self.dropped_no_target)?;
+        }
+        if let Some(place) = &self.first_dropped {
+            write!(f, " (the first: {place})")?;
+        }
+        write!(f, ".")?;
+        if let Some(end) = &self.mismatch {
+            write!(
+                f,
+                " In {} rows the tokens of the prompt alone do not begin those of prompt and completion, so the model trains \
+                 on another context than it will see; the first such prompt ends in {end:?}. End prompts where a token \
+                 ends, or use a template that renders a prompt the same way with and without an answer.",
+                self.prefix_mismatches
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,229 @@
+//! Pairs of a chosen and a rejected completion. Floor 4.
+//!
+//! Invariant: the two sides of an example begin with the same `shared` tokens, none of which is a target, so that a packed
+//! pair may compute them once.
+
+use rayon::prelude::*;
+
+use super::encode::{Encoder, Pair, common, mixed, pair};
+use super::{OnTruncation, PreferenceOptions, PreferenceStats, Sequence, TruncationMode};
+use crate::data::chat::ChatTemplate;
+use crate::data::format::Content;
+use crate::data::rows::{Row, kind};
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+/// Whose tokens: TRL's trainers differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PairStyle {
+    /// DPOTrainer: the completion begins where prompt and whole part; EOS ends plain texts; both modes of truncation.
+    Dpo,
+    /// ORPOTrainer and CPOTrainer: no special tokens but BOS and EOS, which stand around every row, conversations too; at
+    /// most the prompt's last token may merge into the completion; cut at the end.
+    Orpo,
+    /// RewardTrainer: whole sequences, no mask; a pair with a side longer than max_length is dropped, never cut.
+    Reward,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct PairExample {
+    pub chosen: Sequence,
+    pub rejected: Sequence,
+    /// Leading tokens that both sides share and that are targets of neither.
+    pub shared: usize,
+    /// The row's `margin`; None if the rows have none.
+    pub margin: Option<f32>,
+    pub row: usize,
+}
+
+/// A row before truncation.
+struct Made {
+    chosen: Sequence,
+    rejected: Sequence,
+    margin: Option<f32>,
+    mismatch: Option<String>,
+}
+
+/// Tokenises preference rows. `vocab` is the number of rows of the model's embedding. Margins are read where the first row
+/// has one; then every row must.
+pub fn pairs(
+    rows: &[Row],
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    vocab: usize,
+    style: PairStyle,
+    options: &PreferenceOptions,
+) -> Result<(Vec<PairExample>, PreferenceStats)> {
+    let mut stats = PreferenceStats::new(rows, options)?;
+    let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
+    let margins = rows[0].has("margin");
+    let make = |row: &Row| -> Result<Made> {
+        let margin = if margins { Some(margin(row)?) } else { None };
+        let (chosen, rejected, mismatch) = match style {
+            PairStyle::Dpo => dpo(&encoder, row)?,
+            PairStyle::Orpo => orpo(&encoder, row)?,
+            PairStyle::Reward => reward(&encoder, row)?,
+        };
+        Ok(Made { chosen, rejected, margin, mismatch })
+    };
+    let made: Vec<Result<Made>> = rows.par_iter().map(make).collect();
+    let mut examples = Vec::with_capacity(rows.len());
+    for (row, made) in made.into_iter().enumerate() {
+        let Made { mut chosen, mut rejected, margin, mismatch } = made?;
+        stats.mismatched(mismatch);
+        let longest = chosen.input_ids.len().max(rejected.input_ids.len());
+        let long = options.max_length.is_some_and(|limit| longest > limit);
+        // a prompt that fills max_length leaves no completion at the start, whatever else would be done
+        let prompt = |s: &Sequence| s.input_ids.len() - s.completion_tokens();
+        let fills = |limit: usize| prompt(&chosen).max(prompt(&rejected)) >= limit;
+        let mode = if style == PairStyle::Dpo { options.truncation_mode } else { TruncationMode::KeepStart };
+        let full = long && mode == TruncationMode::KeepStart && options.max_length.is_some_and(fills);
+        if full && style != PairStyle::Reward && options.on_truncation == OnTruncation::Truncate {
+            stats.longest = stats.longest.max(longest);
+            stats.dropped_no_target += 1;
+            stats.dropped(&rows[row]);
+            continue;
+        }
+        if !stats.admit(&rows[row], longest, options, style != PairStyle::Reward)? {
+            continue;
+        }
+        if let Some(limit) = options.max_length {
+            chosen.cut(limit, mode);
+            rejected.cut(limit, mode);
+        }
+        let free = |s: &Sequence| s.target_mask.iter().take_while(|t| !**t).count();
+        let shared = common(&chosen.input_ids, &rejected.input_ids).min(free(&chosen)).min(free(&rejected));
+        stats.count(&chosen);
+        stats.count(&rejected);
+        examples.push(PairExample { chosen, rejected, shared, margin, row });
+    }
+    let stats = stats.finish(examples.len(), rows)?;
+    Ok((examples, stats))
+}
+
+fn margin(row: &Row) -> Result<f32> {
+    let Some(value) = row.get("margin") else {
+        return Err(row.error(
+            "has no \"margin\", or one that is null or NaN, where the first row has a number; give every row one or none",
+        ));
+    };
+    let number = value.as_f64().ok_or_else(|| {
+        let found = value.as_str().map_or(kind(value).to_string(), |s| format!("the string {s:?}"));
+        row.error(format!("field \"margin\" must be a finite number, found {found}"))
+    })?;
+    match (number as f32).is_finite() {
+        true => Ok(number as f32),
+        false => Err(row.error(format!("margin {number} is not a finite number; give one below 3e38"))),
+    }
+}
+
+type Sides = (Sequence, Sequence, Option<String>);
+
+fn with_prompt(row: &Row) -> Result<(Pair, Content)> {
+    let pair = pair(row, true)?;
+    match pair.prompt.clone() {
+        Some(prompt) => Ok((pair, prompt)),
+        None => Err(row.error("has no prompt")),
+    }
+}
+
+fn dpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
+    let (pair, prompt) = with_prompt(row)?;
+    let (ids, chosen) = encoder.prompt_and_whole(row, &pair.example, &prompt, &pair.chosen)?;
+    let (_, rejected) = encoder.prompt_and_whole(row, &pair.example, &prompt, &pair.rejected)?;
+    let (same, mismatch) = encoder.shared(row, &ids, &[&chosen, &rejected])?;
+    let side = |whole: &[u32]| Sequence::new(&ids[..same], &whole[same..]);
+    Ok((side(&chosen), side(&rejected), mismatch))
+}
+
+fn reward(encoder: &Encoder, row: &Row) -> Result<Sides> {
+    let pair = pair(row, false)?;
+    let whole = |answer: &Content| -> Result<Sequence> {
+        let ids = match (&pair.prompt, answer) {
+            (None, Content::Text(text)) => encoder.text(row, &encoder.with_eos(text), true)?,
+            (Some(Content::Text(prompt)), Content::Text(text)) => {
+                encoder.text(row, &format!("{prompt}{}", encoder.with_eos(text)), true)?
+            }
+            (None, Content::Chat(talk)) => {
+                encoder.text(row, &encoder.rendered(row, &pair.example, talk, false)?, false)?
+            }
+            (Some(Content::Chat(prompt)), Content::Chat(talk)) => {
+                let talk = [prompt.as_slice(), talk].concat();
+                encoder.text(row, &encoder.rendered(row, &pair.example, &talk, false)?, false)?
+            }
+            _ => return Err(mixed(row)),
+        };
+        Ok(Sequence { target_mask: vec![false; ids.len()], input_ids: ids })
+    };
+    Ok((whole(&pair.chosen)?, whole(&pair.rejected)?, None))
+}
+
+/// Prompt and answers as texts; of a conversation, the prompt is what all three renderings begin with.
+fn texts(encoder: &Encoder, row: &Row, pair: &Pair, prompt: &Content) -> Result<[String; 3]> {
+    match (prompt, &pair.chosen, &pair.rejected) {
+        (Content::Text(prompt), Content::Text(chosen), Content::Text(rejected)) => {
+            Ok([prompt.clone(), chosen.clone(), rejected.clone()])
+        }
+        (Content::Chat(prompt), Content::Chat(chosen), Content::Chat(rejected)) => {
+            if prompt.last().and_then(|m| m.get("role")?.as_str()) == Some("assistant") {
+                return Err(row.error(
+                    "its prompt ends with the assistant's turn; end prompts with the user's (or a tool's) message",
+                ));
+            }
+            let before: Vec<char> = encoder.rendered(row, &pair.example, prompt, true)?.chars().collect();
+            let whole = |answer: &[serde_json::Value]| -> Result<Vec<char>> {
+                let talk = [prompt.as_slice(), answer].concat();
+                Ok(encoder.rendered(row, &pair.example, &talk, false)?.chars().collect())
+            };
+            let (chosen, rejected) = (whole(chosen)?, whole(rejected)?);
+            let at = common(&before, &chosen).min(common(&before, &rejected));
+            let text = |c: &[char]| c.iter().collect::<String>();
+            Ok([text(&before[..at]), text(&chosen[at..]), text(&rejected[at..])])
+        }
+        _ => Err(mixed(row)),
+    }
+}
+
+fn orpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
+    let (pair, prompt) = with_prompt(row)?;
+    let [prompt, chosen, rejected] = texts(encoder, row, &pair, &prompt)?;
+    let ids = encoder.text(row, &prompt, false)?;
+    let side = |answer: &str| -> Result<(Vec<u32>, Vec<u32>)> {
+        let whole = encoder.text(row, &format!("{prompt}{answer}"), false)?;
+        if whole.len() < ids.len() {
+            return Err(no_prefix(row));
+        }
+        // a last token that merges with the answer's first belongs to the answer
+        let at = if whole[..ids.len()] == ids[..] { ids.len() } else { ids.len() - 1 };
+        Ok((whole[..at].to_vec(), whole[at..].to_vec()))
+    };
+    let (chosen, rejected) = (side(&chosen)?, side(&rejected)?);
+    let differ = chosen.0.iter().zip(&rejected.0).filter(|(a, b)| a != b).count();
+    if differ > 1 {
+        return Err(no_prefix(row));
+    }
+    let merged = chosen.0.len().min(rejected.0.len()) < ids.len();
+    let mismatch = match merged {
+        true => Some(encoder.tokenizer.decode(&ids[ids.len() - 1..], false)?),
+        false => None,
+    };
+    let finish = |(mut prompt, mut answer): (Vec<u32>, Vec<u32>)| {
+        if let Some(bos) = encoder.tokenizer.bos_id()
+            && prompt.first() != Some(&bos)
+        {
+            prompt.insert(0, bos);
+        }
+        if answer.last() != Some(&encoder.eos_id) {
+            answer.push(encoder.eos_id);
+        }
+        Sequence::new(&prompt, &answer)
+    };
+    Ok((finish(chosen), finish(rejected), mismatch))
+}
+
+fn no_prefix(row: &Row) -> Error {
+    row.error(
+        "the tokens of the prompt do not begin those of prompt and completion: the prompt is no prefix; end it where a \
+         token ends",
+    )
+}

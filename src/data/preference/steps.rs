@@ -1,0 +1,114 @@
+//! Solutions in steps with a label each, for process reward models. Floor 4.
+//!
+//! Invariant: a step's label stands on the last token of the separator behind the step. Steps are tokenised one by one,
+//! without special tokens; BOS stands before the prompt where the tokenizer has one. (TRL dropped its PRMTrainer before
+//! 1.16.0; this is what it did last.)
+
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::encode::Encoder;
+use super::{PreferenceOptions, PreferenceStats, Sequence};
+use crate::data::rows::{Row, kind};
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepOptions {
+    pub step_separator: String,
+    pub train_on_last_step_only: bool,
+}
+
+impl Default for StepOptions {
+    fn default() -> Self {
+        StepOptions { step_separator: "\n".to_string(), train_on_last_step_only: false }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepExample {
+    pub input_ids: Vec<u32>,
+    /// Positions with a label, ascending.
+    pub labels: Vec<(usize, bool)>,
+    pub row: usize,
+}
+
+/// Tokenises rows of a prompt, a list of completions (the steps) and a list of labels.
+pub fn steps(
+    rows: &[Row],
+    tokenizer: &Tokenizer,
+    vocab: usize,
+    how: &StepOptions,
+    options: &PreferenceOptions,
+) -> Result<(Vec<StepExample>, PreferenceStats)> {
+    let mut stats = PreferenceStats::new(rows, options)?;
+    let encoder = Encoder::new(tokenizer, None, vocab, options.eos_token.as_deref())?;
+    if tokenizer.encode(&how.step_separator, false)?.is_empty() {
+        let message = format!("step_separator={:?} has no token for the labels to stand on", how.step_separator);
+        return Err(Error::Config(message));
+    }
+    let made: Vec<Result<StepExample>> =
+        rows.par_iter().enumerate().map(|(i, row)| one(&encoder, row, i, how)).collect();
+    let mut examples = Vec::with_capacity(rows.len());
+    for made in made {
+        let mut example = made?;
+        let row = &rows[example.row];
+        if !stats.admit(row, example.input_ids.len(), options, true)? {
+            continue;
+        }
+        let limit = options.max_length.unwrap_or(usize::MAX);
+        example.input_ids.truncate(limit);
+        example.labels.retain(|(at, _)| *at < limit);
+        if example.labels.is_empty() {
+            stats.truncated -= 1;
+            stats.dropped_no_target += 1;
+            stats.dropped(row);
+            continue;
+        }
+        let mut mask = vec![false; example.input_ids.len()];
+        example.labels.iter().for_each(|(at, _)| mask[*at] = true);
+        stats.count(&Sequence { input_ids: example.input_ids.clone(), target_mask: mask });
+        examples.push(example);
+    }
+    let stats = stats.finish(examples.len(), rows)?;
+    Ok((examples, stats))
+}
+
+fn one(encoder: &Encoder, row: &Row, index: usize, how: &StepOptions) -> Result<StepExample> {
+    let mut ids = encoder.text(row, row.string("prompt")?, false)?;
+    if let Some(bos) = encoder.tokenizer.bos_id() {
+        ids.insert(0, bos);
+    }
+    let (steps, marks) = (list(row, "completions")?, list(row, "labels")?);
+    if steps.len() != marks.len() || steps.is_empty() {
+        return Err(row.error(format!(
+            "has {} completions and {} labels; give each step one label, and at least one step",
+            steps.len(),
+            marks.len()
+        )));
+    }
+    let separator = encoder.text(row, &how.step_separator, false)?;
+    let mut labels = Vec::with_capacity(steps.len());
+    for (i, (step, mark)) in steps.iter().zip(marks).enumerate() {
+        let step = step.as_str().ok_or_else(|| row.wrong(&format!("completions[{i}]"), "a string", step))?;
+        ids.extend(encoder.text(row, step, false)?);
+        ids.extend(&separator);
+        let mark = match mark {
+            Value::Bool(b) => *b,
+            Value::Number(n) if n.as_f64() == Some(0.0) => false,
+            Value::Number(n) if n.as_f64() == Some(1.0) => true,
+            other => return Err(row.wrong(&format!("labels[{i}]"), "true or false", other)),
+        };
+        if !how.train_on_last_step_only || i + 1 == steps.len() {
+            labels.push((ids.len() - 1, mark));
+        }
+    }
+    Ok(StepExample { input_ids: ids, labels, row: index })
+}
+
+fn list<'a>(row: &'a Row, field: &str) -> Result<&'a [Value]> {
+    match row.need(field)? {
+        Value::Array(items) => Ok(items),
+        other => Err(row.error(format!("field {field:?} must be a list, found {}", kind(other)))),
+    }
+}

@@ -1,0 +1,234 @@
+//! Losses of pairs without a reference: ORPO, the CPO family (SimPO, AlphaPO), Bradley-Terry. Floor 2.
+//!
+//! Invariant: as for the DPO family: weighted sums over pairs, gradients made with the loss.
+
+use super::{give_scaled, pair_count, pair_inputs, reference, totals, with_grad};
+use crate::cx::Cx;
+use crate::device::{Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// `nll - beta LS(log odds)`.
+#[derive(Clone, Debug)]
+pub struct Orpo {
+    pub beta: f32,
+}
+
+/// logps, lens F32 [n, 2]: sums and token counts of the completions; weight F32 [n]; nll F32 [1], the mean NLL of the
+/// chosen sequences' tokens (prompts too). Returns the loss [1], the rewards [n, 2], and [n, 2] LS(log odds) and log odds.
+pub fn orpo(cx: &mut Cx, op: Orpo, x: [&Tensor; 4]) -> Result<[Tensor; 3]> {
+    let out = cx.apply(op, &x)?;
+    out.try_into().map_err(|_| Error::op("orpo", "gave no outputs"))
+}
+
+/// TRL's `loss_type`; the numbers are the kernel's. AlphaPO is SimPO with an alpha.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CpoLoss {
+    Sigmoid = 0,
+    Hinge = 1,
+    Ipo = 2,
+    Simpo = 3,
+}
+
+#[derive(Clone, Debug)]
+pub struct Cpo {
+    pub loss: CpoLoss,
+    pub beta: f32,
+    pub label_smoothing: f32,
+    pub simpo_gamma: f32,
+    pub alpha: f32,
+    /// The weight of `nll`.
+    pub cpo_alpha: f32,
+}
+
+/// As [`orpo`]; nll is of the chosen completions alone. Returns the loss [1] and the rewards [n, 2].
+pub fn cpo(cx: &mut Cx, op: Cpo, x: [&Tensor; 4]) -> Result<(Tensor, Tensor)> {
+    let mut out = cx.apply(op, &x)?;
+    match (out.pop(), out.pop()) {
+        (Some(rewards), Some(loss)) => Ok((loss, rewards)),
+        _ => Err(Error::op("cpo", "gave no outputs")),
+    }
+}
+
+/// `-LS(s_w - s_l - margin) + center (s_w + s_l)^2`.
+#[derive(Clone, Debug)]
+pub struct BradleyTerry {
+    pub center_rewards_coefficient: f32,
+}
+
+/// scores F32 [n, 2]; weight F32 [n]; margin F32 [n]. Returns the loss [1].
+pub fn bradley_terry(
+    cx: &mut Cx,
+    op: BradleyTerry,
+    scores: &Tensor,
+    weight: &Tensor,
+    margin: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mut inputs = vec![scores, weight];
+    inputs.extend(margin);
+    cx.apply1(op, &inputs)
+}
+
+impl Op for Orpo {
+    fn name(&self) -> &'static str {
+        "orpo"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (logps, lens, weight, nll) = (x[0], x[1], x[2], x[3]);
+        let n = pair_count("orpo", &[("logps", logps), ("lens", lens)], &[("weight", weight)])?;
+        let each = cx.float("pair losses", &[n])?;
+        let [grad, rewards] = [cx.float("pair gradients", &[n, 2])?, cx.float("rewards", &[n, 2])?];
+        let odds = cx.float("log odds", &[n, 2])?;
+        kernels::orpo_pairs(
+            &*cx.device,
+            Launch::flat(n),
+            each.out(),
+            grad.out(),
+            rewards.out(),
+            odds.out(),
+            logps,
+            lens,
+            weight,
+            n as i32,
+            self.beta,
+        )?;
+        let (loss, dnll) = totals(cx, &each, weight, Some(nll), 1.0)?;
+        let saved = if need.tape { vec![grad, dnll] } else { vec![] };
+        Ok(Fwd { outputs: vec![loss, rewards, odds], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        loss_and_nll(cx, node, dy, g)
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        reference::orpo(self, x)
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, 4 + 2 * x[0].bytes())
+    }
+}
+
+impl Op for Cpo {
+    fn name(&self) -> &'static str {
+        "cpo"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (logps, lens, weight, nll) = (x[0], x[1], x[2], x[3]);
+        let n = pair_count("cpo", &[("logps", logps), ("lens", lens)], &[("weight", weight)])?;
+        let each = cx.float("pair losses", &[n])?;
+        let [grad, rewards] = [cx.float("pair gradients", &[n, 2])?, cx.float("rewards", &[n, 2])?];
+        kernels::cpo_pairs(
+            &*cx.device,
+            Launch::flat(n),
+            each.out(),
+            grad.out(),
+            rewards.out(),
+            logps,
+            lens,
+            weight,
+            n as i32,
+            self.loss as i32,
+            self.beta,
+            self.label_smoothing,
+            self.simpo_gamma,
+            self.alpha,
+        )?;
+        let (loss, dnll) = totals(cx, &each, weight, Some(nll), self.cpo_alpha)?;
+        Ok(Fwd { outputs: vec![loss, rewards], saved: if need.tape { vec![grad, dnll] } else { vec![] } })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        loss_and_nll(cx, node, dy, g)
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        reference::cpo(self, x)
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, 4 + x[0].bytes())
+    }
+}
+
+impl Op for BradleyTerry {
+    fn name(&self) -> &'static str {
+        "bradley_terry"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let margin = x.get(2).copied();
+        let mut singles = vec![("weight", x[1])];
+        singles.extend(margin.map(|m| ("margin", m)));
+        let n = pair_count("bradley_terry", &[("scores", x[0])], &singles)?;
+        let (each, grad) = (cx.float("pair losses", &[n])?, cx.float("pair gradients", &[n, 2])?);
+        let center = self.center_rewards_coefficient;
+        let at = Launch::flat(n);
+        kernels::bradley_terry_pairs(&*cx.device, at, each.out(), grad.out(), x[0], margin, x[1], n as i32, center)?;
+        let (loss, _) = totals(cx, &each, x[1], None, 0.0)?;
+        Ok(Fwd { outputs: vec![loss], saved: if need.tape { vec![grad] } else { vec![] } })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        match &dy[0] {
+            Some(dy) => give_scaled(cx, g, 0, &node.saved[0], dy),
+            None => Ok(()),
+        }
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        reference::bradley_terry(self, x)
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, 4)
+    }
+}
+
+fn loss_and_nll(cx: &Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    let Some(dy) = &dy[0] else { return Ok(()) };
+    give_scaled(cx, g, 0, &node.saved[0], dy)?;
+    give_scaled(cx, g, 3, &node.saved[1], dy)
+}
+
+pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let nll = || with_grad(F64::new(&[1], vec![1.75]));
+    for (n, beta, mean) in [(1, 0.1f32, 1.0), (4, 0.25, 0.02), (37, 1.0, 0.3)] {
+        let (_, lens, weight) = pair_inputs(rng, n, 1.0);
+        // near 0 too, where 1 - p cancels
+        let logps = F64::from_fn(&[n, 2], |i| -lens.data[i] * mean * (0.05 + rng.uniform()));
+        let inputs = vec![with_grad(logps), Arg::float(lens), Arg::float(weight), nll()];
+        let case = Case::new(format!("orpo n {n} beta {beta} mean {mean}"), Orpo { beta }, inputs);
+        cases.push(Case { upstream: vec![None, Some(0.0), Some(0.0)], ..case });
+    }
+    for loss in [CpoLoss::Sigmoid, CpoLoss::Hinge, CpoLoss::Ipo, CpoLoss::Simpo] {
+        for (n, beta, e, alpha, cpo_alpha) in
+            [(5, 0.1f32, 0.0f32, 0.0f32, 1.0f32), (37, 2.0, 0.1, 0.25, 0.5), (4, 1.0, 0.0, -0.5, 0.0)]
+        {
+            let (mut logps, lens, weight) = pair_inputs(rng, n, 2.0);
+            if loss == CpoLoss::Sigmoid || loss == CpoLoss::Hinge {
+                logps.data.iter_mut().for_each(|l| *l *= 0.05); // sums: e^{-alpha r} of long ones is beyond any use
+            }
+            let op = Cpo { loss, beta, label_smoothing: e, simpo_gamma: 0.5, alpha, cpo_alpha };
+            let label = format!("{op:?} n {n}");
+            let inputs = vec![with_grad(logps), Arg::float(lens), Arg::float(weight), nll()];
+            cases.push(Case { upstream: vec![None, Some(0.0)], ..Case::new(label, op, inputs) });
+        }
+    }
+    for (n, center, margin) in [(1, 0.0f32, false), (6, 0.01, true), (40, 0.0, true)] {
+        let (scores, margins) = (rng.array(&[n, 2], 2.0), F64::from_fn(&[n], |_| rng.uniform()));
+        let mut inputs = vec![with_grad(scores), Arg::float(F64::from_fn(&[n], |_| rng.uniform() / n as f64))];
+        if margin {
+            inputs.push(Arg::float(margins));
+        }
+        let op = BradleyTerry { center_rewards_coefficient: center };
+        cases.push(Case::new(format!("bradley-terry n {n} center {center} margin {margin}"), op, inputs));
+    }
+    cases
+}
