@@ -14,6 +14,7 @@ mod generate;
 mod kto;
 mod orpo;
 mod peft;
+mod prm;
 mod reward;
 mod sft;
 mod training;
@@ -34,6 +35,7 @@ pub use generate::GenerateConfig;
 pub use kto::{KtoConfig, KtoLoss};
 pub use orpo::OrpoConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
+pub use prm::PrmConfig;
 pub use reward::RewardConfig;
 pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
 pub use training::{

@@ -11,6 +11,7 @@ mod ops;
 mod peft;
 mod preference_config;
 mod preference_data;
+mod preferences;
 mod prim;
 mod quickstart;
 mod runs;
