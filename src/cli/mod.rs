@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{CpoConfig, DpoConfig, KtoConfig, OrpoConfig, PrmConfig, RewardConfig, SftConfig};
+use crate::config::{CpoConfig, DistillConfig, DpoConfig, KtoConfig, OrpoConfig, PrmConfig, RewardConfig, SftConfig};
 use crate::cx::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
@@ -51,6 +51,8 @@ enum Command {
     Orpo(train::Args),
     /// Contrastive preference optimisation, SimPO, AlphaPO: pairs, without a reference
     Cpo(train::Args),
+    /// Distillation from a teacher's distributions
+    Distill(train::Args),
     Generate(generate::Args),
     Score(score::Args),
     Check(check::Args),
@@ -119,6 +121,7 @@ pub fn main() -> i32 {
         Command::Kto(args) => train::run::<KtoConfig>(args),
         Command::Orpo(args) => train::run::<OrpoConfig>(args),
         Command::Cpo(args) => train::run::<CpoConfig>(args),
+        Command::Distill(args) => train::run::<DistillConfig>(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Check(args) => check::run(args),

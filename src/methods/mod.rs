@@ -5,6 +5,7 @@
 
 pub mod completions;
 pub mod cpo;
+pub mod distill;
 pub mod dpo;
 pub mod kto;
 pub mod objective;

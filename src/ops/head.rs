@@ -107,7 +107,7 @@ pub fn token_logps(cx: &Cx, logits: &Tensor, target: &Tensor) -> Result<Tensor> 
 }
 
 /// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 512 MiB on a GPU.
-fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
+pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
     let bytes = if cx.device.is_cuda() { 512 << 20 } else { 4 << 20 };
     (bytes / 4 / w.row_count().max(1)).clamp(32, 16384)
 }
@@ -180,7 +180,7 @@ impl Pass {
     }
 }
 
-fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..rows.div_ceil(chunk)).map(move |i| (i * chunk, ((i + 1) * chunk).min(rows)))
 }
 

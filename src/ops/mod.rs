@@ -7,6 +7,7 @@ pub mod activation;
 pub mod adamw;
 pub mod add;
 pub mod attention;
+pub mod distill;
 pub mod dropout;
 pub mod embedding;
 pub mod head;
@@ -240,6 +241,7 @@ pub fn registry() -> Vec<Entry> {
         entry("activation", &["activation"], activation::plain_cases, &[DEFAULT]),
         entry("adamw", &["adamw"], adamw::cases, &[DEFAULT]),
         entry("add", &["add"], add::cases, &[DEFAULT]),
+        entry("distill", &["distill", "matmul", "preference"], distill::cases, &[DEFAULT, OWN_MATMUL]),
         entry("dropout", &["dropout"], dropout::cases, &[DEFAULT]),
         entry("embedding", &["embedding"], embedding::cases, &[DEFAULT]),
         entry("gather_rows", &["embedding"], embedding::gather_cases, &[DEFAULT]),

@@ -17,7 +17,10 @@ use temper::methods::{Method, Recipe, Source};
 use temper::model::config::Task;
 use temper::model::decoder::Decoder;
 use temper::model::folder;
+use temper::ops::distill::{DistillIn, distill};
+use temper::tape::{ParamGrads, Tape};
 use temper::tensor::safetensors::HostDtype;
+use temper::tensor::{Id, Tensor};
 use temper::train::{Step, Trainer};
 
 const MODEL: &str = "tests/fixtures/sft/model";
@@ -79,6 +82,8 @@ fn keys(config: &Value, dir: &Path) -> Vec<String> {
             other => other.to_string(),
         };
         match key.as_str() {
+            // Ours says that alphapo has none.
+            "cpo_alpha" if config["loss_type"] == "alphapo" => {}
             "other_reference" => keys.push(format!("ref_model={}", other_reference(dir).display())),
             _ => keys.push(format!("{key}={text}")),
         }
@@ -165,6 +170,10 @@ fn compare<M: Recipe>(name: &str, run: &Value) -> Worst {
     worst
 }
 
+/// Runs whose later steps carry more than rounding: a TRL run from weights shaken by 6e-8 differs from TRL's own by 7e-6
+/// here (`make_preferences.py noise`), since its gradients of 100 turn every rounding into an eighth of a step.
+const DRIFTS: [(&str, f64); 1] = [("dpo_sppo_hard", 3e-5)];
+
 fn every_run<M: Recipe>(methods: &[&str], count: usize, loss: f64) {
     let all = losses();
     let runs: Vec<(&String, &Value)> =
@@ -181,7 +190,8 @@ fn every_run<M: Recipe>(methods: &[&str], count: usize, loss: f64) {
             "{name}: loss {:.1e} (first 5: {:.1e}), grad_norm {:.1e}, metrics {:.2} of their tolerance ({})\n",
             w.loss, w.early, w.norm, w.metric, w.name
         );
-        if !(w.loss <= loss && w.norm <= 1e-3 && w.metric <= 1.0) {
+        let drift = DRIFTS.iter().find(|(n, _)| n == name).map_or(loss, |(_, d)| *d);
+        if !(w.early <= loss && w.loss <= drift && w.norm <= 1e-3 && w.metric <= 1.0) {
             bad.push(line.clone());
         }
         report += &line;
@@ -275,4 +285,66 @@ fn a_pair_that_shares_its_prompt_has_the_gradients_of_the_pair_apart() {
         println!("{name}: relative L2 {relative:.1e}, losses {a} and {b}");
         assert!(relative <= 2e-6 && relative > 0.0, "{name}: {relative:.2e}"); // 0 would mean that nothing was shared
     }
+}
+
+#[test]
+fn distillation_has_the_divergences_and_gradients_of_f64() {
+    let all: Value = serde_json::from_slice(&std::fs::read(fixture("distill.json")).unwrap()).unwrap();
+    let matrix = |v: &Value| -> (Vec<usize>, Vec<f64>) {
+        let rows = v.as_array().unwrap();
+        let flat: Vec<f64> = match rows[0].as_array() {
+            Some(_) => rows.iter().flat_map(|r| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap())).collect(),
+            None => rows.iter().map(|x| x.as_f64().unwrap()).collect(),
+        };
+        let mut shape = vec![rows.len()];
+        shape.extend(rows[0].as_array().map(Vec::len));
+        (shape, flat)
+    };
+    let (mut worst, mut worst_row, mut worst_gradient) = (0f64, 0f64, 0f64);
+    for case in all["cases"].as_array().unwrap() {
+        let mut cx = cpu();
+        let tensor = |cx: &Cx, name: &str| {
+            let (shape, data) = matrix(&all[name]);
+            let data: Vec<f32> = data.iter().map(|v| *v as f32).collect();
+            Tensor::from_f32(&cx.pool, "test", DType::F32, &shape, &data).unwrap()
+        };
+        let names = ["student", "student_head"];
+        let grads: Vec<Tensor> = names
+            .iter()
+            .map(|n| cx.float("grad", &matrix(&all[*n]).0).unwrap())
+            .inspect(|t| t.zero().unwrap())
+            .collect();
+        let student = tensor(&cx, "student").with_id(Id::Param { set: 0, index: 0 });
+        let head = tensor(&cx, "student_head").with_id(Id::Param { set: 0, index: 1 });
+        let (teacher, teacher_head, weight) =
+            (tensor(&cx, "teacher"), tensor(&cx, "teacher_head"), tensor(&cx, "weight"));
+        cx.param_grads = vec![ParamGrads::new(vec![Some(grads[0].clone()), Some(grads[1].clone())])];
+        cx.tape = Some(Tape::default());
+        let x = DistillIn {
+            student: &student,
+            student_head: &head,
+            teacher: &teacher,
+            teacher_head: &teacher_head,
+            weight: &weight,
+        };
+        let (beta, temperature) = (case["beta"].as_f64().unwrap() as f32, case["temperature"].as_f64().unwrap());
+        let (loss, rows) = distill(&mut cx, &x, beta, (1.0 / temperature) as f32).unwrap();
+        let one = Tensor::from_f32(&cx.pool, "one", DType::F32, &[1], &[1.0]).unwrap();
+        cx.backward(vec![(loss.clone(), one)]).unwrap();
+        let want = case["loss"].as_f64().unwrap();
+        worst = worst.max((f64::from(loss.to_f32().unwrap()[0]) / want - 1.0).abs());
+        for (g, w) in rows.to_f32().unwrap().iter().zip(matrix(&case["rows"]).1) {
+            worst_row = worst_row.max((f64::from(*g) / w - 1.0).abs());
+        }
+        for (grad, name) in grads.iter().zip(["d_student", "d_student_head"]) {
+            let (_, want) = matrix(&case[name]);
+            let got = grad.to_f32().unwrap();
+            let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
+            let off = got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt();
+            worst_gradient = worst_gradient.max(off / norm);
+        }
+    }
+    println!("losses {worst:.1e}, rows {worst_row:.1e}, gradients {worst_gradient:.1e} (relative L2)");
+    // A gradient is a difference of two probabilities that were each rounded: twice the loss's figure.
+    assert!(worst <= 1e-6 && worst_gradient <= 2e-6, "{worst:.2e} {worst_gradient:.2e}");
 }

@@ -1,0 +1,176 @@
+//! Distillation: a divergence of the student's distribution from the teacher's over the whole vocabulary. Floor 2.
+//!
+//! Invariant: memory is one chunk of logits of each model, whatever the vocabulary times the number of rows; a row's
+//! divergence does not depend on the chunk. Gradients are made while the chunk is there. Math: `kernels/distill.cu`.
+
+use crate::cx::Cx;
+use crate::device::{Launch, Layout, kernels};
+use crate::error::{Error, Result};
+use crate::ops::head::{chunk_rows, chunks};
+use crate::ops::matmul::product;
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
+use crate::tape::{Grads, Node};
+use crate::tensor::{Id, Tensor};
+
+/// The student's rows and head, the teacher's rows and head, a weight F32 [n] each row.
+pub struct DistillIn<'a> {
+    /// [n, d] real
+    pub student: &'a Tensor,
+    /// [vocab, d] real
+    pub student_head: &'a Tensor,
+    /// [n, e] real: e need not be d
+    pub teacher: &'a Tensor,
+    /// [vocab, e] real
+    pub teacher_head: &'a Tensor,
+    pub weight: &'a Tensor,
+}
+
+/// `loss = sum_i weight[i] D_i` F32 [1], and D F32 [n]: at `beta` 0 KL(teacher, student), at 1 KL(student, teacher), between
+/// them the generalised Jensen-Shannon divergence; logits are scaled by `scale` (1 / temperature). Only `loss` carries a
+/// gradient, for the student, and its upstream must be 1.
+pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Tensor, Tensor)> {
+    let op = Distill { beta, scale, chunk: chunk_rows(cx, x.student_head) };
+    let mut out = cx.apply(op, &[x.student, x.student_head, x.teacher, x.teacher_head, x.weight])?;
+    match (out.pop(), out.pop()) {
+        (Some(rows), Some(loss)) => Ok((loss, rows)),
+        _ => Err(Error::op("distill", "gave no outputs")),
+    }
+}
+
+#[derive(Debug)]
+pub struct Distill {
+    pub beta: f32,
+    pub scale: f32,
+    pub chunk: usize,
+}
+
+fn check(x: &[&Tensor]) -> Result<()> {
+    expect_cols("distill", "the student's head", x[1], x[0].cols(), "is hidden_size in config.json right?")?;
+    expect_cols("distill", "the teacher's head", x[3], x[2].cols(), "is hidden_size in its config.json right?")?;
+    if x[1].row_count() != x[3].row_count() {
+        let message = format!("{:?} and {:?}: student and teacher need one vocabulary", x[1], x[3]);
+        return Err(Error::op("distill", message));
+    }
+    if x[2].row_count() != x[0].row_count() || x[4].numel() != x[0].row_count() {
+        let message = format!("{:?} needs as many rows of the teacher ({:?}) and weights ({:?})", x[0], x[2], x[4]);
+        return Err(Error::op("distill", message));
+    }
+    Ok(())
+}
+
+impl Op for Distill {
+    fn name(&self) -> &'static str {
+        "distill"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        check(x)?;
+        let (hs, ws, ht, wt, weight) = (x[0], x[1], x[2], x[3], x[4]);
+        let (rows, vocab) = (hs.row_count(), ws.row_count());
+        let size = self.chunk.min(rows.max(1));
+        let (student, teacher) = (cx.float("logits chunk", &[size, vocab])?, cx.float("logits chunk", &[size, vocab])?);
+        let (each, stats) = (cx.float("head rows", &[rows])?, cx.float("head rows", &[size, 5])?);
+        let wants = |i: usize| need.inputs.get(i) == Some(&true);
+        let dx = if wants(0) { Some(cx.real("activation gradients", hs.shape())?) } else { None };
+        let mut dw = match (wants(1), ws.id()) {
+            (true, Id::Param { set, index }) => cx.param_grads[set as usize].slot(index),
+            (true, _) => return Err(Error::op("distill", "the student's head is no parameter")),
+            _ => None,
+        };
+        let dlogits = if need.tape { Some(cx.real("dlogits chunk", &[size, vocab])?) } else { None };
+        for (from, to) in chunks(rows, self.chunk) {
+            let n = to - from;
+            let (s, t, st) = (student.rows(0, n)?, teacher.rows(0, n)?, stats.rows(0, n)?);
+            let h = hs.rows(from, to)?;
+            product(cx, Layout::NT, &s, &h, ws, None, false)?;
+            product(cx, Layout::NT, &t, &ht.rows(from, to)?, wt, None, false)?;
+            let (at, count, width) = (Launch::warps(n), n as i32, vocab as i32);
+            let values = each.rows(from, to)?;
+            kernels::distill_rows(
+                &*cx.device,
+                at,
+                values.out(),
+                st.out(),
+                &s,
+                &t,
+                count,
+                width,
+                self.beta,
+                self.scale,
+            )?;
+            let Some(dlogits) = &dlogits else { continue };
+            let (dl, w) = (dlogits.rows(0, n)?, weight.rows(from, to)?);
+            kernels::distill_grad(&*cx.device, at, dl.out(), &s, &t, &st, &w, count, width, self.beta, self.scale)?;
+            if let Some(dx) = &dx {
+                product(cx, Layout::NN, &dx.rows(from, to)?, &dl, ws, None, false)?;
+            }
+            if let Some((dw, accumulate)) = &mut dw {
+                product(cx, Layout::TN, dw, &dl, &h, None, *accumulate)?;
+                *accumulate = true;
+            }
+        }
+        let loss = cx.float("loss", &[1])?;
+        let starts = cx.ints("starts", &[0, rows as i32])?;
+        kernels::segment_sums_fwd(&*cx.device, Launch::warps(1), loss.out(), &each, Some(weight), &starts, 1)?;
+        Ok(Fwd { outputs: vec![loss, each], saved: dx.into_iter().collect() })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        if dy[0].is_none() {
+            return Err(Error::op("distill", "only the loss carries a gradient"));
+        }
+        match node.saved.first() {
+            Some(dx) => g.give(cx, 0, dx.clone()),
+            None => Ok(()),
+        }
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let b = f64::from(self.beta);
+        let logs = |h: &F64, w: &F64, r: usize| -> Vec<f64> {
+            let dot = |j: usize| h.row(r).iter().zip(w.row(j)).map(|(a, b)| a * b).sum::<f64>() * f64::from(self.scale);
+            let logits: Vec<f64> = (0..w.row_count()).map(dot).collect();
+            let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let lse = top + logits.iter().map(|l| (l - top).exp()).sum::<f64>().ln();
+            logits.iter().map(|l| l - lse).collect()
+        };
+        let kl = |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+        let rows = F64::from_fn(&[x[0].row_count()], |r| {
+            let (s, t) = (logs(&x[0], &x[1], r), logs(&x[2], &x[3], r));
+            let m: Vec<f64> = s.iter().zip(&t).map(|(s, t)| ((1.0 - b) * s.exp() + b * t.exp()).ln()).collect();
+            match b {
+                0.0 => kl(&t, &s),
+                1.0 => kl(&s, &t),
+                _ => b * kl(&t, &m) + (1.0 - b) * kl(&s, &m),
+            }
+        });
+        let loss = rows.data.iter().zip(&x[4].data).map(|(d, w)| d * w).sum();
+        vec![F64::new(&[1], vec![loss]), rows]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        let (m, n, k, e) = (x[0].row_count(), x[1].row_count(), x[0].cols(), x[2].cols());
+        Cost { flops: 2.0 * (m * n) as f64 * (3 * k + e) as f64, ..Cost::memory(x, 12 * m * n) }
+    }
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for beta in [0.0f32, 0.1, 0.5, 0.9, 1.0] {
+        for (rows, d, e, vocab, chunk, scale) in
+            [(1, 4, 4, 3, 32, 1.0f32), (33, 16, 24, 130, 16, 1.0), (9, 24, 8, 1031, 4, 0.7)]
+        {
+            let inputs = vec![
+                Arg::real(rng.array(&[rows, d], 1.0)),
+                Arg::param(rng.array(&[vocab, d], 0.7)),
+                Arg::real(rng.array(&[rows, e], 1.0)).no_grad(),
+                Arg::real(rng.array(&[vocab, e], 0.7)).no_grad(),
+                Arg::float(F64::from_fn(&[rows], |_| rng.uniform())),
+            ];
+            let label = format!("beta {beta} rows {rows} d {d} e {e} vocab {vocab} chunk {chunk} scale {scale}");
+            let case = Case::new(label, Distill { beta, scale, chunk }, inputs);
+            cases.push(Case { upstream: vec![Some(1.0), Some(0.0)], ..case });
+        }
+    }
+    cases
+}
