@@ -1,27 +1,37 @@
-//! `temper score`: per-token log-probs, one JSON line out for each row in. Floor 7.
+//! `temper score`: what a model says of rows, one JSON line out for each row in. Floor 7.
+//!
+//! Invariant: a language model gives log-probs of tokens, a reward model one score of the row, a process reward model the
+//! probability that a step which ended at the token is right, for each token.
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::cli::{Where, sink};
+use crate::cli::{Where, open_model, sink};
 use crate::config::SftConfig;
+use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::batch::Sequence;
+use crate::methods::reward::one_score;
+use crate::model::batch::{Batch, Sequence};
+use crate::model::config::Task;
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
+use crate::ops::embedding::gather_rows;
 
-/// Log-probs of every row's tokens: a row has input_ids, text, prompt + completion, or messages
+/// Log-probs of every row's tokens, or a reward model's scores: a row has input_ids, text, prompt + completion, or messages
 #[derive(clap::Args)]
 pub struct Args {
     /// model folder, or a hub name in the local cache
     #[arg(long)]
     model: String,
+    /// adapter folder
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// .jsonl, .json or .parquet files
     #[arg(long, num_args = 1.., required = true)]
     data: Vec<PathBuf>,
@@ -39,7 +49,10 @@ pub fn run(args: Args) -> Result<()> {
     let dir = resolve_model(&args.model)?;
     let rows = read_rows(&args.data)?;
     let mut cx = args.on.open()?;
-    let mut model = Decoder::load(&cx, 0, &dir, 1)?;
+    let mut model = open_model(&cx, &dir, args.adapter.as_deref())?;
+    if let Task::SequenceClassification { .. } = model.config.task {
+        one_score(&model.config)?;
+    }
     let vocab = model.config.vocab_size;
     let examples = tokenise(&rows, &dir, vocab)?;
     model.ensure_positions(&cx, examples.iter().map(|e| e.0.len()).max().unwrap_or(1))?;
@@ -54,14 +67,38 @@ pub fn run(args: Args) -> Result<()> {
         }
         let sequences: Vec<Sequence> =
             examples[start..end].iter().map(|(ids, mask)| Sequence { ids, target: mask.as_deref() }).collect();
-        for logps in model.logps(&mut cx, &sequences)? {
-            let sum: f64 = logps.iter().map(|l| f64::from(*l)).sum();
-            let line = json!({ "logps": logps, "sum": sum });
+        for line in lines(&mut cx, &model, &sequences)? {
             writeln!(out, "{line}").map_err(|e| Error::io(args.output.clone().unwrap_or("stdout".into()), e))?;
         }
         start = end;
     }
     Ok(())
+}
+
+fn lines(cx: &mut Cx, model: &Decoder, sequences: &[Sequence]) -> Result<Vec<Value>> {
+    let ends = sequences.iter().scan(0, |end, s| {
+        *end += s.ids.len();
+        Some(*end)
+    });
+    let ends: Vec<usize> = ends.collect();
+    if model.config.task == Task::CausalLm {
+        let line = |logps: Vec<f32>| {
+            let sum: f64 = logps.iter().map(|l| f64::from(*l)).sum();
+            json!({ "logps": logps, "sum": sum })
+        };
+        return Ok(model.logps(cx, sequences)?.into_iter().map(line).collect());
+    }
+    let batch = Batch::new(cx, sequences, model.config.vocab_size)?;
+    let hidden = model.hidden(cx, &batch, false)?;
+    if let Task::SequenceClassification { .. } = model.config.task {
+        let last: Vec<i32> = ends.iter().map(|end| *end as i32 - 1).collect();
+        let last = gather_rows(cx, &hidden, &cx.ints("last tokens", &last)?)?;
+        return Ok(model.scores(cx, &last)?.to_f32()?.into_iter().map(|score| json!({ "score": score })).collect());
+    }
+    let scores = model.scores(cx, &hidden)?.to_f32()?;
+    let right: Vec<f32> = scores.chunks_exact(2).map(|s| 1.0 / (1.0 + (s[0] - s[1]).exp())).collect();
+    let row = |(s, end): (&Sequence, usize)| json!({ "scores": right[end - s.ids.len()..end] });
+    Ok(sequences.iter().zip(ends).map(row).collect())
 }
 
 type Ids = (Vec<u32>, Option<Vec<bool>>);

@@ -219,16 +219,21 @@ pub fn to_toml(head: &str, sections: &[&dyn Section]) -> String {
 /// What `--help-keys` prints: name, type, default, doc of every key.
 pub fn help(sections: &[&dyn Section]) -> String {
     let keys = sections.iter().flat_map(|s| s.keys());
-    keys.map(|k| format!("{} = {}    ({})\n    {}\n", k.name, k.value, k.kind, k.doc)).collect()
+    keys.map(|k| format!("{} = {}    ({})\n    {}\n", k.name, one_line(&k.value), k.kind, k.doc)).collect()
 }
 
 /// The same as a Markdown table, for the docs.
 pub fn markdown(sections: &[&dyn Section]) -> String {
     let rows = sections.iter().flat_map(|s| s.keys()).map(|k| {
         let kind = k.kind.replace('|', "\\|");
-        format!("| `{}` | {kind} | `{}` | {} |\n", k.name, k.value, k.doc)
+        format!("| `{}` | {kind} | `{}` | {} |\n", k.name, one_line(&k.value), k.doc)
     });
     std::iter::once("| key | type | default | |\n|---|---|---|---|\n".to_string()).chain(rows).collect()
+}
+
+/// A value as it can be given; TOML itself would write a text with a line break over several lines.
+fn one_line(value: &toml::Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), |text| format!("{text:?}"))
 }
 
 /// Keys that a resumed run may change: they change no number of the run that they resume.

@@ -110,6 +110,13 @@ fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
         (wanted, own) if wanted == own => Ok(own),
         // A language model becomes a classifier: its score is new.
         (wanted, Task::CausalLm) => Ok(wanted),
+        (Task::SequenceClassification { labels: 1 }, Task::SequenceClassification { labels }) => {
+            let message = format!(
+                "has {labels} labels (num_labels, the names in id2label); a reward model has 1: start from a language model, \
+                 or from a reward model"
+            );
+            Err(Error::model(dir.join("config.json"), message))
+        }
         (wanted, own) => {
             let message = format!("temper {} trains {wanted:?}, the folder holds {own:?}", M::NAME);
             Err(Error::model(dir, message))

@@ -118,9 +118,25 @@ fn every_kernel_file_has_the_five_parts_of_its_head() {
 }
 
 #[test]
-fn the_docs_table_of_keys_is_the_programs() {
-    let run = temper::config::SftRun::default();
-    let table = temper::config::markdown(&run.sections());
-    let docs = std::fs::read_to_string("docs/sft.md").unwrap();
-    assert!(docs.contains(table.trim()), "docs/sft.md: replace the table of keys by:\n{table}");
+fn the_docs_tables_of_keys_are_the_programs() {
+    use temper::config::*;
+    let (sft, dpo, kto) = (SftRun::default(), DpoConfig::default(), KtoConfig::default());
+    let (orpo, cpo, distill) = (OrpoConfig::default(), CpoConfig::default(), DistillConfig::default());
+    let (reward, prm) = (RewardConfig::default(), PrmConfig::default());
+    // The keys that all commands share stand in sft.md, before its own.
+    let pages: [(&str, &[&dyn Section]); 8] = [
+        ("sft", &[&sft.training, &sft.method]),
+        ("dpo", &[&dpo]),
+        ("reward", &[&reward]),
+        ("reward", &[&prm]),
+        ("kto", &[&kto]),
+        ("orpo", &[&orpo]),
+        ("cpo", &[&cpo]),
+        ("distill", &[&distill]),
+    ];
+    for (page, sections) in pages {
+        let (table, path) = (markdown(sections), format!("docs/{page}.md"));
+        let docs = std::fs::read_to_string(&path).unwrap();
+        assert!(docs.contains(table.trim()), "{path}: replace the table of keys by:\n{table}");
+    }
 }

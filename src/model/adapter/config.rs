@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::config::{LoraBias, PeftConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::model::config::ModelConfig;
+use crate::model::config::{ModelConfig, Task};
 
 /// Which modules an adapter is put on.
 #[derive(Clone, Debug, PartialEq)]
@@ -96,7 +96,11 @@ impl AdapterConfig {
             }
             other => return Err(Error::Config(format!("peft_type = {other:?}: no such adapter is built in here"))),
         };
-        let modules_to_save = keys.lora_modules_to_save.clone().unwrap_or_default();
+        let mut modules_to_save = keys.lora_modules_to_save.clone().unwrap_or_default();
+        // A classifier's score is new, so it is trained in full, as PEFT does it for these tasks.
+        if model.task != Task::CausalLm && !modules_to_save.iter().any(|m| m == "score") {
+            modules_to_save.push("score".into());
+        }
         Ok(AdapterConfig {
             kind,
             modules_to_save,
