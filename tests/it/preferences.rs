@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
-use temper::config::{CpoConfig, DpoConfig, KtoConfig, MethodRun, OrpoConfig, RewardConfig};
+use temper::config::{CpoConfig, DpoConfig, KtoConfig, MethodRun, OrpoConfig, PrmConfig, RewardConfig};
 use temper::cx::Cx;
 use temper::data::chat::ChatTemplate;
 use temper::data::rows::{Row, read_rows};
@@ -14,6 +14,7 @@ use temper::device::{DType, cpu::Cpu};
 use temper::methods::dpo::Dpo;
 use temper::methods::objective::Batched;
 use temper::methods::{Method, Recipe, Source};
+use temper::model::batch::{Batch, Sequence};
 use temper::model::config::Task;
 use temper::model::decoder::Decoder;
 use temper::model::folder;
@@ -529,4 +530,30 @@ fn what_cannot_be_compared_or_scored_is_refused_with_the_reason() {
         let (ok, text) = temper(&args);
         assert!(!ok && text.contains(part), "{args:?}\n{text}");
     }
+}
+
+#[test]
+fn a_process_reward_models_loss_is_the_cross_entropy_of_its_labels() {
+    let (dir, rows) = (tempfile::tempdir().unwrap(), read_rows(&[fixture("steps.jsonl")]).unwrap());
+    let keys = ["per_device_train_batch_size=3", "train_sampling_strategy=sequential", "max_steps=1"].map(String::from);
+    let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
+    let options = temper::data::preference::PreferenceOptions::default();
+    let (examples, _) = temper::data::preference::steps(&rows, &tokenizer, 320, &Default::default(), &options).unwrap();
+    let mut cx = cpu();
+    let model = model::<PrmConfig>(&cx);
+    let (mut sum, mut count) = (0f64, 0);
+    for e in &examples[..3] {
+        let batch = Batch::new(&cx, &[Sequence { ids: &e.input_ids, target: None }], 320).unwrap();
+        let hidden = model.hidden(&mut cx, &batch, false).unwrap();
+        let scores = model.scores(&mut cx, &hidden).unwrap().to_f32().unwrap();
+        for (at, right) in &e.labels {
+            let s = [2 * at, 2 * at + 1].map(|i| f64::from(scores[i]));
+            sum -= s[usize::from(*right)] - (s[0].exp() + s[1].exp()).ln();
+            count += 1;
+        }
+    }
+    let (mut trainer, mut method) = start::<PrmConfig>(&rows, &[], &keys, dir.path());
+    let step = trainer.step(&mut *method).unwrap();
+    let want = sum / f64::from(count);
+    assert!((f64::from(step.loss) / want - 1.0).abs() < 1e-6, "{} for {want}", step.loss);
 }
