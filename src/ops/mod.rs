@@ -11,6 +11,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod head;
 pub mod matmul;
+pub mod policy;
 pub mod rmsnorm;
 pub mod rope;
 
@@ -217,6 +218,8 @@ pub const DEFAULT: Variant = Variant {
     matmul: MatmulChoice::Auto,
     attention: AttentionChoice::Auto,
 };
+/// For ops that know float only.
+const ONE_DTYPE: Variant = Variant { dtypes: &[DType::F32], ..DEFAULT };
 const OWN_MATMUL: Variant = Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
 const LIGHT: Variant = Variant { name: "light", attention: AttentionChoice::Light, ..DEFAULT };
 const TENSOR_CORE: Variant =
@@ -243,6 +246,7 @@ pub fn registry() -> Vec<Entry> {
         entry("glu", &["activation"], activation::cases, &[DEFAULT]),
         entry("head", &["head", "matmul"], head::cases, &[DEFAULT, OWN_MATMUL]),
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("policy", &["policy"], policy::cases, &[ONE_DTYPE]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),

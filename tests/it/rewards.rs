@@ -77,7 +77,7 @@ fn rewards_add_up_and_a_row_that_none_scores_has_none() {
 fn a_command_is_started_once_and_sees_every_row() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
-    let spec = shell("n=$((n + 1)); echo \"{\\\"id\\\": $id, \\\"reward\\\": $n}\"; printf '%s\\n' \"$line\" >> LOG")
+    let spec = shell("n=$((n + 1)); printf '%s\\n' \"$line\" >> LOG; echo \"{\\\"id\\\": $id, \\\"reward\\\": $n}\"")
         .replace("LOG", log.to_str().unwrap());
     let mut reward = Reward::parse(&spec).unwrap();
     let b = batch(&["a", "b", "c"], json!({"level": [1, 2, 3]}));
