@@ -8,6 +8,7 @@ mod numeric;
 mod schema;
 mod spec;
 mod text;
+pub mod weights;
 mod worker;
 
 use serde_json::{Map, Value};

@@ -8,6 +8,7 @@ mod generate;
 mod house;
 mod model_folder;
 mod ops;
+mod policy;
 mod prim;
 mod quickstart;
 mod rewards;
