@@ -11,6 +11,7 @@ mod ops;
 mod policy;
 mod prim;
 mod quickstart;
+mod report;
 mod rewards;
 mod runs;
 mod score;
