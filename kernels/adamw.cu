@@ -5,7 +5,7 @@
 //          p = p (1 - lr wd) - (lr / (1 - b1^t)) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 //          (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019; the order of operations is PyTorch's)
 // Shapes   p, m, v, g flat n float; w flat n real, the weights that kernels read
-//          hyper [8] float on the device: lr, 1 - b1^t, sqrt(1 - b2^t), norm, clip factor; key as in dropout.cu
+//          hyper [8] float on the device: lr (times lr_scale, the group's), 1 - b1^t, sqrt(1 - b2^t), norm, clip factor; key as in dropout.cu
 // Plan     norm: a warp sums 8192 squares, one warp sums the partials. Update: a thread owns V values.
 // Numerics float. D=0: a float master p, w is p rounded to nearest. D=1: no master; w itself is the parameter and is
 //          rounded stochastically, up with the probability of the dropped fraction (Philox by index and step, so the
@@ -49,10 +49,11 @@ KERNEL_WARP(norm_and_clip)(INOUT(float) hyper, const float* partial, int chunks,
 }
 
 KERNEL_FLAT(adamw, D=0,1)(MAYBE(float) p, INOUT(real) w, INOUT(float) m, INOUT(float) v, const float* g, const float* hyper,
-                          const int* key, long long n, float beta1, float beta2, float eps, float weight_decay, int group) {
+                          const int* key, long long n, float beta1, float beta2, float eps, float weight_decay,
+                          float lr_scale, int group) {
   const long long i = FLAT_INDEX * V;
   if (i >= n) return;
-  const float lr = hyper[0], correction1 = hyper[1], correction2 = hyper[2], clip = hyper[4];
+  const float lr = hyper[0] * lr_scale, correction1 = hyper[1], correction2 = hyper[2], clip = hyper[4];
   const float step = lr / correction1, keep = 1.f - lr * weight_decay;
   FlatPack x = D == 0 ? load<V>(p + i, n - i) : load<V>(w + i, n - i);
   FlatPack a = load<V>(m + i, n - i), b = load<V>(v + i, n - i), d = load<V>(g + i, n - i);

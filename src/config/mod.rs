@@ -8,6 +8,7 @@
 
 mod foreign;
 mod generate;
+mod peft;
 mod sft;
 mod training;
 pub mod value;
@@ -21,6 +22,7 @@ use foreign::Fate;
 use value::Given;
 
 pub use generate::GenerateConfig;
+pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
 pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
 pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, MatmulChoice, Optim, Recompute, Sampling, Schedule, TrainingConfig,

@@ -25,9 +25,48 @@ pub enum HiddenAct {
     GeluTanh, // `gelu_pytorch_tanh` and `gelu_new` are one formula
 }
 
+/// What stands on the last hidden state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// A distribution over the vocabulary.
+    CausalLm,
+    /// `labels` scores of a whole sequence, read at its last token: a reward model has one.
+    SequenceClassification { labels: usize },
+    /// `labels` scores of each token, with a bias: a process reward model has two.
+    TokenClassification { labels: usize },
+}
+
+impl Task {
+    /// PEFT's task_type.
+    pub fn peft_name(self) -> &'static str {
+        match self {
+            Task::CausalLm => "CAUSAL_LM",
+            Task::SequenceClassification { .. } => "SEQ_CLS",
+            Task::TokenClassification { .. } => "TOKEN_CLS",
+        }
+    }
+
+    /// What `architectures` ends with.
+    fn suffix(self) -> &'static str {
+        match self {
+            Task::CausalLm => "ForCausalLM",
+            Task::SequenceClassification { .. } => "ForSequenceClassification",
+            Task::TokenClassification { .. } => "ForTokenClassification",
+        }
+    }
+
+    pub fn labels(self) -> Option<usize> {
+        match self {
+            Task::CausalLm => None,
+            Task::SequenceClassification { labels } | Task::TokenClassification { labels } => Some(labels),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     pub family: &'static Family,
+    pub task: Task,
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -70,7 +109,7 @@ impl ModelConfig {
     /// Checks the map of a config.json; `path` is for messages, which list all problems at once.
     pub fn from_json(path: impl AsRef<Path>, raw: Map<String, Value>) -> Result<Self> {
         let mut f = Fields::new(&raw, "");
-        let Some(family) = family(&mut f) else {
+        let Some((family, task)) = family(&mut f) else {
             return Err(Error::model(path, f.problems.join("; ")));
         };
         let hidden_size = f.required_size("hidden_size", MAX_SIZE);
@@ -85,6 +124,7 @@ impl ModelConfig {
             f.size("max_position_embeddings", 1 << 40).unwrap_or(family.default_max_positions);
         let mut config = ModelConfig {
             family,
+            task,
             vocab_size: f.required_size("vocab_size", MAX_SIZE),
             hidden_size,
             intermediate_size: f.required_size("intermediate_size", MAX_SIZE),
@@ -158,6 +198,7 @@ impl ModelConfig {
         });
         ModelConfig {
             family,
+            task: Task::CausalLm,
             vocab_size: vocab,
             hidden_size: hidden,
             intermediate_size: intermediate,
@@ -193,6 +234,15 @@ impl ModelConfig {
         let before = Self::from_json("config.json", self.raw.clone()).ok();
         let changed = |same: fn(&Self, &Self) -> bool| before.as_ref().is_none_or(|b| !same(b, self));
         let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
+        if changed(|a, b| a.task == b.task) {
+            let base = self.family.architecture.trim_end_matches("ForCausalLM");
+            set("architectures", json!([format!("{base}{}", self.task.suffix())]));
+            if let Some(n) = self.task.labels() {
+                let names = (0..n).map(|i| (i.to_string(), json!(format!("LABEL_{i}"))));
+                set("id2label", Value::Object(names.collect()));
+                set("label2id", Value::Object((0..n).map(|i| (format!("LABEL_{i}"), json!(i))).collect()));
+            }
+        }
         if changed(|a, b| a.vocab_size == b.vocab_size) {
             set("vocab_size", json!(self.vocab_size));
         }
@@ -239,7 +289,7 @@ impl ModelConfig {
     }
 }
 
-fn family(f: &mut Fields) -> Option<&'static Family> {
+fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
     let model_type = f.string("model_type");
     let architecture = f.array("architectures").and_then(|a| a.first()).and_then(Value::as_str);
     if !f.problems.is_empty() {
@@ -256,13 +306,25 @@ fn family(f: &mut Fields) -> Option<&'static Family> {
         f.problem(format!("model_type {name:?} is not supported{hint}; supported are {supported}"));
         return None;
     };
-    match architecture {
-        Some(a) if a != family.architecture => {
-            let message = "is not supported here; the causal language model of this family is";
-            f.problem(format!("architecture {a:?} {message} {}", family.architecture));
+    let base = family.architecture.trim_end_matches("ForCausalLM");
+    let labels = labels(f);
+    let tasks = [Task::CausalLm, Task::SequenceClassification { labels }, Task::TokenClassification { labels }];
+    let Some(a) = architecture else { return Some((family, Task::CausalLm)) };
+    match tasks.into_iter().find(|t| format!("{base}{}", t.suffix()) == a) {
+        Some(task) => Some((family, task)),
+        None => {
+            let names: Vec<String> = tasks.iter().map(|t| format!("{base}{}", t.suffix())).collect();
+            f.problem(format!("architecture {a:?} is not supported here; of this family are {}", names.join(", ")));
             None
         }
-        _ => Some(family),
+    }
+}
+
+/// transformers' `num_labels`: as many as `id2label` names, else 2.
+fn labels(f: &mut Fields) -> usize {
+    match f.value("id2label").and_then(Value::as_object) {
+        Some(names) => names.len().max(1),
+        None => f.size("num_labels", 1 << 16).unwrap_or(2),
     }
 }
 

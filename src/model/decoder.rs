@@ -9,48 +9,61 @@ use std::sync::Arc;
 use crate::cx::Cx;
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
+use crate::model::adapter::{Adapter, Site};
 use crate::model::batch::{Batch, Sequence};
-use crate::model::config::{HiddenAct, ModelConfig};
-use crate::model::families::{Role, expected_params};
+use crate::model::config::{HiddenAct, ModelConfig, Task};
+use crate::model::families::{Proj, Role, expected_params};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
-use crate::model::params::ParamSet;
+use crate::model::params::{ParamSet, initial};
 use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged, kv_append};
+use crate::ops::dropout::dropout;
 use crate::ops::embedding::{embedding, gather_rows};
 use crate::ops::head::head_logps;
+use crate::ops::lora::lora_linear;
 use crate::ops::matmul::{linear, product};
 use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
+use crate::ops::scale::scale_columns;
 use crate::tensor::Tensor;
 
+#[derive(Clone)]
 pub struct Decoder {
     pub config: ModelConfig,
+    /// The model's own weights. With an adapter they are frozen: see [`Decoder::trained`].
     pub params: ParamSet,
+    pub adapter: Option<Adapter>,
     embed: Tensor,
     layers: Vec<Layer>,
     final_norm: Tensor,
-    /// [vocab, hidden]: the embedding itself where it is tied.
+    /// [vocab, hidden]: the embedding itself where it is tied. Of a classifier: its score.
     pub head: Tensor,
+    score_bias: Option<Tensor>,
     table: RopeTable,
     positions: usize,
 }
 
+#[derive(Clone)]
 struct Layer {
     input_norm: Tensor,
-    qkv: Tensor,
-    qkv_bias: Option<Tensor>,
+    qkv: Projection,
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
-    o: Tensor,
-    o_bias: Option<Tensor>,
+    o: Projection,
     post_norm: Tensor,
-    gate_up: Tensor,
-    gate_up_bias: Option<Tensor>,
-    down: Tensor,
-    down_bias: Option<Tensor>,
+    gate_up: Projection,
+    down: Projection,
     shape: AttnShape,
+}
+
+/// A linear layer (of projections that share their input), with what an adapter adds to it.
+#[derive(Clone)]
+struct Projection {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    site: Option<Site>,
 }
 
 /// Where a forward's keys and values are.
@@ -63,17 +76,26 @@ impl Decoder {
     /// Reads a Hugging Face folder; `positions` is the longest sequence that will be asked for (it can grow).
     pub fn load(cx: &Cx, set: u32, dir: impl AsRef<Path>, positions: usize) -> Result<Decoder> {
         let config = folder::load_config(&dir)?;
+        Decoder::load_as(cx, set, dir, config, positions)
+    }
+
+    /// As [`Decoder::load`], with a config that may give the folder another task: a score that the folder does not hold is
+    /// new, normal(0, initializer_range).
+    pub fn load_as(cx: &Cx, set: u32, dir: impl AsRef<Path>, config: ModelConfig, positions: usize) -> Result<Decoder> {
         let decoder = Decoder::new(cx, set, config, positions)?;
+        for (i, (spec, _)) in decoder.params.specs.iter().enumerate() {
+            if spec.role == Role::Score {
+                decoder.params.store(i, &initial(spec, i, decoder.config.initializer_range, 0))?;
+            }
+        }
         let mut values = Vec::new();
-        let mut at = 0;
         folder::load_weights(&dir, &decoder.config, &mut |spec, view| {
             // One tensor at a time passes through the host: never a second copy of the model.
             values.resize(view.len(), 0.0);
             view.to_f32_into(&mut values)?;
-            let found = decoder.params.specs.iter().find(|(s, _)| s.name == spec.name);
-            let (spec, offset) = found.ok_or_else(|| Error::model(&dir, format!("{} has no place", spec.name)))?;
-            at += 1;
-            decoder.params.store(spec, *offset, &values)
+            let found = decoder.params.specs.iter().position(|(s, _)| s.name == spec.name);
+            let i = found.ok_or_else(|| Error::model(&dir, format!("{} has no place", spec.name)))?;
+            decoder.params.store(i, &values)
         })?;
         Ok(decoder)
     }
@@ -81,22 +103,41 @@ impl Decoder {
     /// A decoder with zero weights; [`ParamSet::initialise`] or a load fills them.
     pub fn new(cx: &Cx, set: u32, config: ModelConfig, positions: usize) -> Result<Decoder> {
         let params = ParamSet::new(cx, set, expected_params(&config))?;
+        let table = upload_table(cx, &config, positions)?;
+        Decoder::wire(config, params, None, table, positions)
+    }
+
+    /// Puts the pieces together: the adapter's copies of modules stand before the model's own.
+    fn wire(
+        config: ModelConfig,
+        params: ParamSet,
+        adapter: Option<Adapter>,
+        table: RopeTable,
+        positions: usize,
+    ) -> Result<Decoder> {
+        let unit = |layer, role| -> Result<Option<Tensor>> {
+            let own = adapter.as_ref().map(|a| a.params.unit(layer, role)).transpose()?.flatten();
+            if own.is_some() { Ok(own) } else { params.unit(layer, role) }
+        };
+        let need = |layer, role| {
+            unit(layer, role)?.ok_or_else(|| Error::op("decoder", format!("no {role:?} in layer {layer:?}")))
+        };
         let mut layers = Vec::new();
         for i in 0..config.num_layers {
             let l = Some(i);
+            let projection = |leader: Proj, bias| -> Result<Projection> {
+                let site = adapter.as_ref().and_then(|a| a.site(i, leader)).cloned();
+                Ok(Projection { weight: need(l, leader.role())?, bias: unit(l, bias)?, site })
+            };
             layers.push(Layer {
-                input_norm: params.required(l, Role::InputNorm)?,
-                qkv: params.required(l, Role::Q)?,
-                qkv_bias: params.unit(l, Role::QBias)?,
-                q_norm: params.unit(l, Role::QNorm)?,
-                k_norm: params.unit(l, Role::KNorm)?,
-                o: params.required(l, Role::O)?,
-                o_bias: params.unit(l, Role::OBias)?,
-                post_norm: params.required(l, Role::PostNorm)?,
-                gate_up: params.required(l, Role::Gate)?,
-                gate_up_bias: params.unit(l, Role::GateBias)?,
-                down: params.required(l, Role::Down)?,
-                down_bias: params.unit(l, Role::DownBias)?,
+                input_norm: need(l, Role::InputNorm)?,
+                qkv: projection(Proj::Q, Role::QBias)?,
+                q_norm: unit(l, Role::QNorm)?,
+                k_norm: unit(l, Role::KNorm)?,
+                o: projection(Proj::O, Role::OBias)?,
+                post_norm: need(l, Role::PostNorm)?,
+                gate_up: projection(Proj::Gate, Role::GateBias)?,
+                down: projection(Proj::Down, Role::DownBias)?,
                 shape: AttnShape {
                     heads: config.num_heads,
                     kv_heads: config.num_kv_heads,
@@ -107,11 +148,46 @@ impl Decoder {
                 },
             });
         }
-        let embed = params.required(None, Role::Embed)?;
-        let head = params.unit(None, Role::Head)?.unwrap_or_else(|| embed.clone());
-        let final_norm = params.required(None, Role::FinalNorm)?;
-        let table = upload_table(cx, &config, positions)?;
-        Ok(Decoder { config, params, embed, layers, final_norm, head, table, positions })
+        let embed = need(None, Role::Embed)?;
+        let head = match config.task {
+            Task::CausalLm => unit(None, Role::Head)?.unwrap_or_else(|| embed.clone()),
+            _ => need(None, Role::Score)?,
+        };
+        let score_bias = unit(None, Role::ScoreBias)?;
+        let final_norm = need(None, Role::FinalNorm)?;
+        Ok(Decoder { config, params, adapter, embed, layers, final_norm, head, score_bias, table, positions })
+    }
+
+    /// The model with an adapter on it (or, with None, without the one that it has).
+    pub fn with_adapter(self, adapter: Option<Adapter>) -> Result<Decoder> {
+        Decoder::wire(self.config, self.params, adapter, self.table, self.positions)
+    }
+
+    /// The parameters that training updates: the adapter's where there is one, else the model's.
+    pub fn trained(&self) -> &ParamSet {
+        self.adapter.as_ref().map_or(&self.params, |a| &a.params)
+    }
+
+    /// Brings what is derived from the parameters up to date; call it after they have changed.
+    pub fn refresh(&self, cx: &Cx) -> Result<()> {
+        self.adapter.as_ref().map_or(Ok(()), |a| a.refresh(cx, &self.params))
+    }
+
+    /// The model as it is now, for good: what a preference or RL method holds its policy against. Where the adapter starts
+    /// at zero this is the base itself, without a second copy; else a frozen copy of what is trained, as set `set`.
+    pub fn reference(&self, cx: &Cx, set: u32) -> Result<Decoder> {
+        match &self.adapter {
+            Some(a) if a.starts_at_zero() => self.clone().with_adapter(None),
+            Some(a) => {
+                let copy = a.deep_copy(cx, set, &self.config)?;
+                copy.refresh(cx, &self.params)?;
+                self.clone().with_adapter(Some(copy))
+            }
+            None => {
+                let params = self.params.deep_copy(cx, set)?;
+                Decoder::wire(self.config.clone(), params, None, self.table.clone(), self.positions)
+            }
+        }
     }
 
     /// Makes the rope table cover sequences of `n` tokens.
@@ -171,6 +247,11 @@ impl Decoder {
         self.run(cx, x, &step.positions, Keys::Cache(cache, step), false)
     }
 
+    /// Scores of a classifier's hidden rows: [rows, labels] real.
+    pub fn scores(&self, cx: &mut Cx, hidden: &Tensor) -> Result<Tensor> {
+        linear(cx, hidden, &self.head, self.score_bias.as_ref())
+    }
+
     /// Logits of hidden rows, F32 [rows, vocab].
     pub fn logits(&self, cx: &Cx, hidden: &Tensor) -> Result<Tensor> {
         let logits = cx.float("logits", &[hidden.row_count(), self.head.row_count()])?;
@@ -217,7 +298,7 @@ impl Decoder {
             None => (rmsnorm(cx, &stream, &layer.input_norm, eps)?, stream),
         };
         let shape = layer.shape;
-        let qkv = linear(cx, &normed, &layer.qkv, layer.qkv_bias.as_ref())?;
+        let qkv = layer.qkv.apply(cx, &normed)?;
         drop(normed);
         let norm = match (&layer.q_norm, &layer.k_norm) {
             (Some(q), Some(k)) => Some(QkNorm { q, k, eps }),
@@ -233,10 +314,10 @@ impl Decoder {
             }
         };
         drop(qkv);
-        let attended = linear(cx, &mixed, &layer.o, layer.o_bias.as_ref())?;
+        let attended = layer.o.apply(cx, &mixed)?;
         drop(mixed);
         let (normed, stream) = add_rmsnorm(cx, &attended, &stream, &layer.post_norm, eps)?;
-        let gate_up = linear(cx, &normed, &layer.gate_up, layer.gate_up_bias.as_ref())?;
+        let gate_up = layer.gate_up.apply(cx, &normed)?;
         let act = match self.config.hidden_act {
             HiddenAct::Silu => Act::Silu,
             HiddenAct::Gelu => Act::Gelu,
@@ -244,8 +325,34 @@ impl Decoder {
         };
         let gated = glu(cx, &gate_up, act)?;
         drop(gate_up);
-        let out = linear(cx, &gated, &layer.down, layer.down_bias.as_ref())?;
+        let out = layer.down.apply(cx, &gated)?;
         Ok((stream, out))
+    }
+}
+
+impl Projection {
+    /// x [rows, in] -> [rows, out]. Dropout of an adapter runs on the tape only: it is training.
+    fn apply(&self, cx: &mut Cx, x: &Tensor) -> Result<Tensor> {
+        let Some(site) = &self.site else { return linear(cx, x, &self.weight, self.bias.as_ref()) };
+        let scaled = match &site.input_scale {
+            Some(vector) => Some(scale_columns(cx, x, &[(0, vector.clone())], None, None)?),
+            None => None,
+        };
+        let x = scaled.as_ref().unwrap_or(x);
+        // DoRA scales the product without its bias; IA3 scales the whole output, as PEFT does.
+        let bias_after = if site.norm.is_some() { self.bias.as_ref() } else { None };
+        let bias = if site.norm.is_some() { None } else { self.bias.as_ref() };
+        let y = match &site.lora {
+            Some(lora) => {
+                let dropped = if cx.tape.is_some() { dropout(cx, x, lora.dropout)? } else { x.clone() };
+                lora_linear(cx, x, &dropped, &self.weight, bias, &lora.pairs)?
+            }
+            None => linear(cx, x, &self.weight, bias)?,
+        };
+        if site.output_scales.is_empty() {
+            return Ok(y);
+        }
+        scale_columns(cx, &y, &site.output_scales, site.norm.as_ref(), bias_after)
     }
 }
 

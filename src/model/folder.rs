@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Task};
 use super::families::{ParamSpec, Role, expected_params};
 use crate::error::{Error, Result};
 use crate::fsio::{self, AtomicDir};
@@ -33,7 +33,7 @@ const TOKENIZER_FILES: &[&str] = &[
 /// embedding, the two are two parameters (transformers does the same). Use this, not [`ModelConfig::load`], to train.
 pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
     let mut config = ModelConfig::load(&dir)?;
-    if config.tie_word_embeddings {
+    if config.tie_word_embeddings && config.task == Task::CausalLm {
         let weights = SafeFolder::open(&dir)?;
         if let (Some(embed), Some(head)) = (weights.get(EMBED), weights.get(HEAD)) {
             config.tie_word_embeddings = same(&embed, &head);
@@ -43,7 +43,7 @@ pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
 }
 
 /// Gives each expected parameter to `sink`, in arena order, straight from the mapped file: the sink copies it to where
-/// it lives. Names, shapes and dtypes are all compared before the first call; NaN and infinities are looked for tensor
+/// it lives. Where `config` was given another task than the folder's, its score is not there: the caller makes it. Names, shapes and dtypes are all compared before the first call; NaN and infinities are looked for tensor
 /// by tensor. `rotary_emb.inv_freq` leftovers, and a head equal to the embedding it is tied to, are passed over.
 pub fn load_weights(
     dir: impl AsRef<Path>,
@@ -63,6 +63,9 @@ pub fn load_weights(
     }
     for spec in &specs {
         let Some(view) = find(&weights, config, spec) else {
+            if is_new(config, spec) {
+                continue;
+            }
             return Err(Error::model(dir, format!("{} is missing", spec.name)));
         };
         check_finite(
@@ -137,6 +140,9 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
     let mut expected: std::collections::BTreeSet<&str> = specs.iter().map(|s| s.name.as_str()).collect();
     for spec in specs {
         let Some(view) = find(weights, config, spec) else {
+            if is_new(config, spec) {
+                continue;
+            }
             let hint = if spec.role == Role::Head { " (tie_word_embeddings is false)" } else { "" };
             problems.push(format!("missing: {} {:?}{hint}", spec.name, spec.shape));
             continue;
@@ -148,7 +154,9 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
             problems.push(format!("dtype: {} is {}, read are F32, F16, BF16", spec.name, view.dtype.name()));
         }
     }
-    if config.tie_word_embeddings {
+    if config.task != Task::CausalLm {
+        expected.insert(HEAD);
+    } else if config.tie_word_embeddings {
         expected.insert(HEAD);
         if let (Some(embed), Some(head)) = (weights.get(EMBED), weights.get(HEAD))
             && !same(&embed, &head)
@@ -159,6 +167,12 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
     let unexpected = weights.names().filter(|n| !expected.contains(n) && !n.ends_with("rotary_emb.inv_freq"));
     problems.extend(unexpected.map(|name| format!("unexpected: {name}")));
     problems
+}
+
+/// A score on a folder of another task: new weights.
+fn is_new(config: &ModelConfig, spec: &ParamSpec) -> bool {
+    let own = ModelConfig::from_json("config.json", config.raw.clone()).map(|c| c.task);
+    matches!(spec.role, Role::Score | Role::ScoreBias) && own.is_ok_and(|t| t != config.task)
 }
 
 fn same(a: &TensorView, b: &TensorView) -> bool {

@@ -3,6 +3,7 @@
 //! Invariant: a [`config::ModelConfig`] that exists is consistent: its numbers divide where they must, its family is
 //! known, and [`families::expected_params`] of it names every tensor with its shape.
 
+pub mod adapter;
 pub mod batch;
 pub mod config;
 pub mod decoder;

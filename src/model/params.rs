@@ -1,7 +1,7 @@
 //! A set of parameters in one arena. Floor 3.
 //!
 //! Invariant: the arena holds the parameters that weight decay applies to first, then biases and norms, so an optimizer
-//! step is two launches. q|k|v and gate|up lie side by side: a *unit* is what one kernel reads as one matrix, and it is
+//! step of a whole model is two launches. What is not trained has no gradient and no moments. q|k|v and gate|up lie side by side: a *unit* is what one kernel reads as one matrix, and it is
 //! what the tape and the gradient arena know; Hugging Face's names are views of the same memory.
 
 use std::collections::HashMap;
@@ -17,23 +17,57 @@ use crate::tensor::{Id, Tensor};
 /// Elements between the starts of units: 256 bytes of bf16, so that every row start is 128-bit aligned.
 const ALIGN: usize = 128;
 
+#[derive(Clone)]
 pub struct ParamSet {
     /// Which set of the tape this is.
     pub set: u32,
     /// Hugging Face's parameters, in arena order, with their offsets in elements.
     pub specs: Vec<(ParamSpec, usize)>,
+    /// By parameter: the unit that it is part of, and how it is trained.
+    unit_of: Vec<usize>,
+    tuning: Vec<Tuning>,
     units: Vec<Unit>,
     by_key: HashMap<(Option<usize>, Role), usize>,
     /// The weights that kernels read, [len] of the storage dtype.
     pub weights: Tensor,
-    /// Elements of the arena, and how many of them, at its start, weight decay applies to.
+    /// Elements of the weights' arena.
     pub len: usize,
-    pub decayed: usize,
+    /// Elements of the arenas of what training needs beside the weights (gradients, moments, master): units that hold
+    /// something trainable, in the order of the weights.
+    pub state_len: usize,
 }
 
+#[derive(Clone)]
 struct Unit {
     offset: usize,
     shape: Vec<usize>,
+    /// Where it lies in a state arena; None where nothing of it is trained.
+    state: Option<usize>,
+}
+
+/// How a parameter is trained.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tuning {
+    pub trainable: bool,
+    /// Its learning rate, as a share of the run's.
+    pub lr_scale: f32,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning { trainable: true, lr_scale: 1.0 }
+    }
+}
+
+/// A stretch of parameters that one optimizer launch updates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TrainRange {
+    /// First element in the weights' arena and in the state arenas.
+    pub weight: usize,
+    pub state: usize,
+    pub len: usize,
+    pub decays: bool,
+    pub lr_scale: f32,
 }
 
 impl ParamSet {
@@ -42,14 +76,14 @@ impl ParamSet {
         let (first, second): (Vec<_>, Vec<_>) = specs.into_iter().partition(|s| s.role.decays());
         let boundary = first.len();
         let mut placed: Vec<(ParamSpec, usize)> = Vec::new();
+        let mut unit_of = Vec::new();
         let mut units: Vec<Unit> = Vec::new();
         let mut by_key = HashMap::new();
-        let (mut end, mut decayed) = (0usize, 0);
+        let mut end = 0usize;
         for (i, spec) in first.into_iter().chain(second).enumerate() {
             let key = (spec.layer, unit_role(spec.role));
             if i == boundary {
                 end = end.next_multiple_of(ALIGN);
-                decayed = end;
             }
             match by_key.get(&key) {
                 Some(&u) => {
@@ -58,11 +92,13 @@ impl ParamSet {
                         return Err(Error::op("params", format!("{} does not lie beside its unit", spec.name)));
                     }
                     unit.shape[0] += spec.shape[0];
+                    unit_of.push(u);
                 }
                 None => {
                     end = end.next_multiple_of(ALIGN);
                     by_key.insert(key, units.len());
-                    units.push(Unit { offset: end, shape: spec.shape.clone() });
+                    unit_of.push(units.len());
+                    units.push(Unit { offset: end, shape: spec.shape.clone(), state: None });
                 }
             }
             let offset = end;
@@ -70,12 +106,83 @@ impl ParamSet {
             placed.push((spec, offset));
         }
         let len = end.next_multiple_of(ALIGN);
-        if placed.len() == boundary {
-            decayed = len;
-        }
         let weights = Tensor::new(&cx.pool, "weights", cx.dtype, &[len])?;
         weights.zero()?;
-        Ok(ParamSet { set, specs: placed, units, by_key, weights, len, decayed })
+        let tuning = vec![Tuning::default(); placed.len()];
+        let mut params = ParamSet { set, specs: placed, unit_of, tuning, units, by_key, weights, len, state_len: 0 };
+        params.tune(|_| Tuning::default());
+        Ok(params)
+    }
+
+    /// Says how each parameter is trained, and lays out the state arenas for it.
+    pub fn tune(&mut self, how: impl Fn(&ParamSpec) -> Tuning) {
+        self.tuning = self.specs.iter().map(|(spec, _)| how(spec)).collect();
+        let mut trained = vec![false; self.units.len()];
+        for (u, tuning) in self.unit_of.iter().zip(&self.tuning) {
+            trained[*u] |= tuning.trainable;
+        }
+        let mut end = 0usize;
+        for (unit, trained) in self.units.iter_mut().zip(trained) {
+            unit.state = trained.then(|| end.next_multiple_of(ALIGN));
+            if let Some(start) = unit.state {
+                end = start + unit.shape.iter().product::<usize>();
+            }
+        }
+        self.state_len = end.next_multiple_of(ALIGN);
+    }
+
+    /// How parameter `i` of `specs` is trained.
+    pub fn tuning(&self, i: usize) -> Tuning {
+        self.tuning[i]
+    }
+
+    /// What the optimizer updates, in as few stretches as weight decay and learning rates allow.
+    pub fn ranges(&self) -> Vec<TrainRange> {
+        let mut ranges: Vec<TrainRange> = Vec::new();
+        for (i, (spec, offset)) in self.specs.iter().enumerate() {
+            let (Some(state), true) = (self.state_offset(i), self.tuning[i].trainable) else { continue };
+            let (decays, lr_scale) = (spec.role.decays(), self.tuning[i].lr_scale);
+            if let Some(last) = ranges.last_mut()
+                && (last.decays, last.lr_scale) == (decays, lr_scale)
+                && offset - last.weight == state - last.state
+                && self.specs[..i].iter().zip(&self.tuning).all(|((_, at), t)| *at < last.weight || t.trainable)
+            {
+                // The gap of an alignment between them is zero in every arena and stays so.
+                last.len = offset + spec.len() - last.weight;
+                continue;
+            }
+            ranges.push(TrainRange { weight: *offset, state, len: spec.len(), decays, lr_scale });
+        }
+        ranges
+    }
+
+    /// Where parameter `i` lies in a state arena; None where its unit is not trained.
+    fn state_offset(&self, i: usize) -> Option<usize> {
+        let unit = &self.units[self.unit_of[i]];
+        unit.state.map(|state| state + self.specs[i].1 - unit.offset)
+    }
+
+    /// A view of a state arena (gradients, moments, master) for parameter `i`; None where it is not trained.
+    pub fn state_view(&self, arena: &Tensor, i: usize) -> Result<Option<Tensor>> {
+        let Some(offset) = self.state_offset(i) else { return Ok(None) };
+        let size = arena.dtype().size();
+        arena.view(offset * size, arena.dtype(), &self.specs[i].0.shape).map(Some)
+    }
+
+    /// A view of the weights for parameter `i`.
+    pub fn weight_view(&self, i: usize) -> Result<Tensor> {
+        let (spec, offset) = &self.specs[i];
+        self.view_of(&self.weights, spec, *offset)
+    }
+
+    /// Indices of the parameters that are trained.
+    pub fn trained(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.specs.len()).filter(|i| self.tuning[*i].trainable)
+    }
+
+    /// Values of what is trained: PEFT's "trainable params".
+    pub fn trained_count(&self) -> usize {
+        self.trained().map(|i| self.specs[i].0.len()).sum()
     }
 
     /// The unit that holds a role, as the tape knows it; None if this model has none.
@@ -91,18 +198,35 @@ impl ParamSet {
         self.unit(layer, role)?.ok_or_else(|| Error::op("params", format!("no {role:?} in layer {layer:?}")))
     }
 
-    /// A view of an arena of this layout (weights, master, moments, gradients) for one Hugging Face parameter.
-    pub fn view_of(&self, arena: &Tensor, spec: &ParamSpec, offset: usize) -> Result<Tensor> {
+    /// A view of an arena laid out as the weights are, for one Hugging Face parameter.
+    fn view_of(&self, arena: &Tensor, spec: &ParamSpec, offset: usize) -> Result<Tensor> {
         arena.view(offset * arena.dtype().size(), arena.dtype(), &spec.shape)
     }
 
-    /// An f32 gradient arena of this layout (zeroed: the gaps between units stay zero) and its slots by unit.
+    /// An f32 gradient arena (zeroed: the gaps between units stay zero) and its slots by unit.
     pub fn gradients(&self, cx: &Cx) -> Result<(Tensor, ParamGrads)> {
-        let arena = Tensor::new(&cx.pool, "parameter gradients", DType::F32, &[self.len])?;
+        let arena = Tensor::new(&cx.pool, "parameter gradients", DType::F32, &[self.state_len])?;
         arena.zero()?;
-        let slot = |u: &Unit| arena.view(u.offset * 4, DType::F32, &u.shape).map(Some);
+        let slot = |u: &Unit| u.state.map(|state| arena.view(state * 4, DType::F32, &u.shape)).transpose();
         let slots = self.units.iter().map(slot).collect::<Result<Vec<_>>>()?;
         Ok((arena, ParamGrads::new(slots)))
+    }
+
+    /// Zeros the gradients of frozen parameters that share a unit with trained ones, so that they count in no norm.
+    pub fn clear_frozen(&self, arena: &Tensor) -> Result<()> {
+        for (i, tuning) in self.tuning.iter().enumerate() {
+            if let (false, Some(view)) = (tuning.trainable, self.state_view(arena, i)?) {
+                view.zero()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of the weights in memory of its own, as set `set`: a frozen model, a reference.
+    pub fn deep_copy(&self, cx: &Cx, set: u32) -> Result<ParamSet> {
+        let weights = Tensor::new(&cx.pool, "reference weights", self.weights.dtype(), &[self.len])?;
+        weights.copy_from(&self.weights)?;
+        Ok(ParamSet { set, weights, ..self.clone() })
     }
 
     pub fn count(&self) -> usize {
@@ -112,22 +236,15 @@ impl ParamSet {
     /// transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros for biases. Values are a
     /// function of (seed, parameter, index).
     pub fn initialise(&self, std: f32, seed: u64) -> Result<()> {
-        for (p, (spec, offset)) in self.specs.iter().enumerate() {
-            let values: Vec<f32> = if spec.role.is_norm() {
-                vec![1.0; spec.len()]
-            } else if spec.role.is_bias() {
-                vec![0.0; spec.len()]
-            } else {
-                normals(seed, p as u32, spec.len()).into_iter().map(|v| v * std).collect()
-            };
-            self.store(spec, *offset, &values)?;
+        for (p, (spec, _)) in self.specs.iter().enumerate() {
+            self.store(p, &initial(spec, p, std, seed))?;
         }
         Ok(())
     }
 
-    /// Writes one parameter's values, rounded to the storage dtype.
-    pub fn store(&self, spec: &ParamSpec, offset: usize, values: &[f32]) -> Result<()> {
-        let view = self.view_of(&self.weights, spec, offset)?;
+    /// Writes the values of parameter `i`, rounded to the storage dtype.
+    pub fn store(&self, i: usize, values: &[f32]) -> Result<()> {
+        let view = self.weight_view(i)?;
         match self.weights.dtype() {
             DType::BF16 => {
                 let half: Vec<half::bf16> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
@@ -138,18 +255,40 @@ impl ParamSet {
     }
 }
 
-fn unit_role(role: Role) -> Role {
+/// transformers' initial values of one parameter, the `p`th of its set.
+pub fn initial(spec: &ParamSpec, p: usize, std: f32, seed: u64) -> Vec<f32> {
+    if spec.role.is_norm() {
+        vec![1.0; spec.len()]
+    } else if spec.role.is_bias() {
+        vec![0.0; spec.len()]
+    } else {
+        normals(seed, p as u32, spec.len()).into_iter().map(|v| v * std).collect()
+    }
+}
+
+/// The first of the roles that lie side by side as one unit.
+pub fn unit_role(role: Role) -> Role {
     match role {
         Role::K | Role::V => Role::Q,
         Role::KBias | Role::VBias => Role::QBias,
         Role::Up => Role::Gate,
         Role::UpBias => Role::GateBias,
+        Role::LoraA(p) => Role::LoraA(p.leader()),
         other => other,
     }
 }
 
+/// Uniforms in (0, 1) from Philox.
+pub(crate) fn uniforms(seed: u64, stream: u32, n: usize) -> Vec<f32> {
+    let key = [seed as u32, (seed >> 32) as u32];
+    let four = |i: usize| philox(key, [i as u32, (i >> 32) as u32, stream, 0x0301_0000]).map(uniform);
+    let mut out: Vec<f32> = (0..n.div_ceil(4)).flat_map(four).collect();
+    out.truncate(n);
+    out
+}
+
 /// Standard normals from Philox by Box and Muller.
-fn normals(seed: u64, stream: u32, n: usize) -> Vec<f32> {
+pub(crate) fn normals(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut out = Vec::with_capacity(n + 3);
     for i in 0..n.div_ceil(4) {

@@ -17,6 +17,8 @@ pub struct AdamW {
     pub beta2: f32,
     pub eps: f32,
     pub weight_decay: f32,
+    /// The group's learning rate as a share of the step's.
+    pub lr_scale: f32,
     /// Tells groups apart in the random key of stochastic rounding.
     pub group: i32,
 }
@@ -67,6 +69,7 @@ pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
         group.beta2,
         group.eps,
         group.weight_decay,
+        group.lr_scale,
         group.group,
     )
 }
@@ -96,7 +99,7 @@ impl Op for AdamWStep {
     fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let c = |v: f32| f64::from(v);
         let (b1, b2) = (c(self.0.beta1), c(self.0.beta2));
-        let (lr, c1, c2, clip) = (x[4].data[0], x[4].data[1], x[4].data[2], x[4].data[4]);
+        let (lr, c1, c2, clip) = (x[4].data[0] * c(self.0.lr_scale), x[4].data[1], x[4].data[2], x[4].data[4]);
         let mut out = vec![x[0].clone(), x[0].clone(), x[1].clone(), x[2].clone()];
         for i in 0..x[0].data.len() {
             let g = clip * x[3].data[i];
@@ -117,7 +120,7 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
     [1, 37, 300]
         .into_iter()
         .map(|n| {
-            let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, group: 0 };
+            let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, lr_scale: 0.5, group: 0 };
             let square = F64::from_fn(&[n], |_| rng.uniform() * 1e-2);
             let hyper = F64::new(&[8], vec![1e-3, 0.271, 0.0547, 2.0, 0.5, 0.0, 0.0, 0.0]);
             let arrays = [rng.array(&[n], 1.0), rng.array(&[n], 0.1), square, rng.array(&[n], 1.0), hyper];

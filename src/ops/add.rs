@@ -61,6 +61,14 @@ pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Resu
     Err(Error::op("add_into", format!("{grad:?} into {slot:?}")))
 }
 
+/// `y += s x`; both contiguous, of one dtype and size. Not on the tape.
+pub fn axpy(cx: &Cx, y: &Tensor, x: &Tensor, s: f32) -> Result<()> {
+    if y.numel() != x.numel() || y.dtype() != x.dtype() {
+        return Err(Error::op("axpy", format!("{x:?} onto {y:?}")));
+    }
+    kernels::axpy(&*cx.device, flat(y), y.out(), x, s, y.numel() as i64, 1)
+}
+
 /// A thread for each 16 bytes of `t`.
 pub(crate) fn flat(t: &Tensor) -> Launch {
     Launch::flat(t.numel().div_ceil(16 / t.dtype().size()))

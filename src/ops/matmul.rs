@@ -38,17 +38,22 @@ impl Op for Linear {
         }
         let y = cx.real("linear", &[a.row_count(), w.row_count()])?;
         product(cx, Layout::NT, &y, a, w, bias, false)?;
-        let saved = if need.tape { vec![a.clone(), w.clone()] } else { vec![] };
+        let mut saved = Vec::new();
+        if need.tape {
+            saved.push(w.clone());
+            if need.inputs[1] {
+                saved.push(a.clone()); // a frozen weight needs no input
+            }
+        }
         Ok(Fwd { outputs: vec![y], saved })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
-        let (a, w) = (&node.saved[0], &node.saved[1]);
         if let Some((da, accumulate)) = g.slot(0)? {
-            product(cx, Layout::NN, &da, dy, w, None, accumulate)?;
+            product(cx, Layout::NN, &da, dy, &node.saved[0], None, accumulate)?;
         }
-        if let Some((dw, accumulate)) = g.slot(1)? {
+        if let (Some(a), Some((dw, accumulate))) = (node.saved.get(1), g.slot(1)?) {
             product(cx, Layout::TN, &dw, dy, a, None, accumulate)?;
         }
         if self.bias

@@ -10,10 +10,12 @@ pub mod attention;
 pub mod dropout;
 pub mod embedding;
 pub mod head;
+pub mod lora;
 pub mod matmul;
 pub mod policy;
 pub mod rmsnorm;
 pub mod rope;
+pub mod scale;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -246,9 +248,11 @@ pub fn registry() -> Vec<Entry> {
         entry("glu", &["activation"], activation::cases, &[DEFAULT]),
         entry("head", &["head", "matmul"], head::cases, &[DEFAULT, OWN_MATMUL]),
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("lora_linear", &["matmul", "scale", "reduce"], lora::cases, &[DEFAULT, OWN_MATMUL]),
         entry("policy", &["policy"], policy::cases, &[ONE_DTYPE]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
+        entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
         entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),
         entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),

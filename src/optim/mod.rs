@@ -1,7 +1,7 @@
 //! The optimizer's state over a parameter arena, and learning-rate schedules. Floor 4.
 //!
-//! Invariant: moments, master weights and gradients have the parameter arena's layout, so a step is one launch for each
-//! weight-decay group, and nothing in it depends on host data but a small upload.
+//! Invariant: moments, master weights and gradients have one layout, that of what is trained, so a step is one launch for
+//! each stretch of one weight decay and learning rate, and nothing in it depends on host data but a small upload.
 
 pub mod schedule;
 
@@ -26,7 +26,7 @@ pub struct AdamWConfig {
 
 pub struct Optimizer {
     pub config: AdamWConfig,
-    /// F32 [len] beside bf16 weights; None where the weights are f32 themselves, or rounded stochastically.
+    /// F32 [state_len] beside bf16 weights; None where the weights are f32 themselves, or rounded stochastically.
     pub master: Option<Tensor>,
     pub m: Tensor,
     pub v: Tensor,
@@ -43,13 +43,17 @@ impl Optimizer {
         }
         cx.param_grads[params.set as usize] = slots;
         let zeros = |name| -> Result<Tensor> {
-            let t = Tensor::new(&cx.pool, name, DType::F32, &[params.len])?;
+            let t = Tensor::new(&cx.pool, name, DType::F32, &[params.state_len])?;
             t.zero()?;
             Ok(t)
         };
         let master = if cx.dtype == DType::BF16 && !config.stochastic {
             let master = zeros("master weights")?;
-            crate::ops::add::add_into(cx, &master, &params.weights, false)?;
+            for r in params.ranges() {
+                let (to, from) =
+                    (master.rows(r.state, r.state + r.len)?, params.weights.rows(r.weight, r.weight + r.len)?);
+                crate::ops::add::add_into(cx, &to, &from, false)?;
+            }
             Some(master)
         } else {
             None
@@ -57,19 +61,22 @@ impl Optimizer {
         Ok(Optimizer { config, master, m: zeros("adam moments")?, v: zeros("adam moments")?, grad, hyper: hyper(cx)? })
     }
 
-    /// The float values of the parameters, where there are any: the master, or f32 weights.
-    pub fn float_weights<'a>(&'a self, params: &'a ParamSet) -> Option<&'a Tensor> {
-        match (&self.master, params.weights.dtype()) {
-            (Some(master), _) => Some(master),
-            (None, DType::F32) => Some(&params.weights),
-            _ => None,
+    /// The trained values of parameter `i`: the float master's where there is one, else the weights'.
+    pub fn values(&self, params: &ParamSet, i: usize) -> Result<Vec<f32>> {
+        match &self.master {
+            Some(master) => match params.state_view(master, i)? {
+                Some(view) if params.tuning(i).trainable => view.to_f32(),
+                _ => params.weight_view(i)?.to_f32(),
+            },
+            None => params.weight_view(i)?.to_f32(),
         }
     }
 
     /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the device. Returns the norm
     /// (before clipping); nothing is applied yet, so a step that is not finite can be refused.
-    pub fn measure(&self, cx: &mut Cx, set: u32, learning_rate: f64, t: u64) -> Result<f32> {
-        cx.param_grads[set as usize].finish()?;
+    pub fn measure(&self, cx: &mut Cx, params: &ParamSet, learning_rate: f64, t: u64) -> Result<f32> {
+        cx.param_grads[params.set as usize].finish()?;
+        params.clear_frozen(&self.grad)?;
         let power = |beta: f32| 1.0 - f64::from(beta).powf(t as f64);
         let (c1, c2) = (power(self.config.beta1), power(self.config.beta2).sqrt());
         self.hyper.upload(&[learning_rate as f32, c1 as f32, c2 as f32, 0.0, 1.0, 0.0, 0.0, 0.0])?;
@@ -79,21 +86,27 @@ impl Optimizer {
 
     /// Applies the step that was measured.
     pub fn apply(&self, cx: &Cx, params: &ParamSet) -> Result<()> {
-        let groups = [(0, params.decayed, self.config.weight_decay, 0), (params.decayed, params.len, 0.0, 1)];
-        for (from, to, weight_decay, group) in groups {
-            if from == to {
-                continue;
-            }
-            let weight = params.weights.rows(from, to)?;
+        for (group, r) in params.ranges().into_iter().enumerate() {
+            let weight = params.weights.rows(r.weight, r.weight + r.len)?;
+            let state = |arena: &Tensor| arena.rows(r.state, r.state + r.len);
             let master = match (&self.master, self.config.stochastic && cx.dtype == DType::BF16) {
-                (Some(master), _) => Some(master.rows(from, to)?),
+                (Some(master), _) => Some(state(master)?),
                 (None, false) => Some(weight.clone()),
                 (None, true) => None,
             };
-            let (m, v, grad) = (self.m.rows(from, to)?, self.v.rows(from, to)?, self.grad.rows(from, to)?);
+            let (m, v, grad) = (state(&self.m)?, state(&self.v)?, state(&self.grad)?);
             let slice = Slice { master: master.as_ref(), weight: &weight, m: &m, v: &v, grad: &grad };
             let c = &self.config;
-            adamw(cx, &AdamW { beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay, group }, &slice, &self.hyper)?;
+            let weight_decay = if r.decays { c.weight_decay } else { 0.0 };
+            let constants = AdamW {
+                beta1: c.beta1,
+                beta2: c.beta2,
+                eps: c.eps,
+                weight_decay,
+                lr_scale: r.lr_scale,
+                group: group as i32,
+            };
+            adamw(cx, &constants, &slice, &self.hyper)?;
         }
         Ok(())
     }

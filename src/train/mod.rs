@@ -95,7 +95,7 @@ impl Trainer {
         let plan = StepPlan::new(&config, rows)?;
         let optimizer = Optimizer::new(
             &mut cx,
-            &model.params,
+            model.trained(),
             AdamWConfig {
                 beta1: config.adam_beta1 as f32,
                 beta2: config.adam_beta2 as f32,
@@ -122,15 +122,16 @@ impl Trainer {
         let micro_batches = self.plan.micro_batches(number);
         let refs: Vec<&[usize]> = micro_batches.iter().map(Vec::as_slice).collect();
         self.cx.set_rng(self.config.seed, number as u32, 0)?;
-        let set = self.model.params.set;
+        let set = self.model.trained().set;
         self.cx.param_grads[set as usize].reset();
         let report = method.step(&mut self.cx, &self.model, &refs, self.recompute)?;
         let learning_rate = self.learning_rate(number);
-        let grad_norm = self.optimizer.measure(&mut self.cx, set, learning_rate, number + 1)?;
+        let grad_norm = self.optimizer.measure(&mut self.cx, self.model.trained(), learning_rate, number + 1)?;
         if !report.loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(method, report.loss, grad_norm, &micro_batches));
         }
-        self.optimizer.apply(&self.cx, &self.model.params)?;
+        self.optimizer.apply(&self.cx, self.model.trained())?;
+        self.model.refresh(&mut self.cx)?;
         self.done += 1;
         Ok(Step {
             number: self.done,
@@ -145,19 +146,25 @@ impl Trainer {
 
     fn not_finite(&mut self, method: &mut dyn Method, loss: f32, norm: f32, micro_batches: &[Vec<usize>]) -> Error {
         let mut text = format!("step {}: loss {loss}, gradient norm {norm}; nothing was updated.", self.done + 1);
-        let arenas = [("weight", self.model.params.weights.clone()), ("gradient of", self.optimizer.grad.clone())];
+        let params = self.model.trained();
+        // In the forward's order: embedding, layers, final norm, head.
+        let mut order: Vec<usize> = (0..params.specs.len()).collect();
+        order.sort_by_key(|i| {
+            let spec = &params.specs[*i].0;
+            (spec.role >= crate::model::families::Role::FinalNorm && spec.layer.is_none(), spec.layer, spec.role)
+        });
         let mut named = false;
-        for (what, arena) in arenas {
-            // In the forward's order: embedding, layers, final norm, head.
-            let mut specs: Vec<_> = self.model.params.specs.iter().collect();
-            specs.sort_by_key(|(s, _)| (s.role >= crate::model::families::Role::FinalNorm, s.layer, s.role));
-            for (spec, offset) in specs {
-                let values = self.model.params.view_of(&arena, spec, *offset).and_then(|t| t.to_f32());
-                if let Ok(values) = values
-                    && let Some(i) = values.iter().position(|v| !v.is_finite())
+        for what in ["weight", "gradient of"] {
+            for i in &order {
+                let view = match what {
+                    "weight" => params.weight_view(*i).map(Some),
+                    _ => params.state_view(&self.optimizer.grad, *i),
+                };
+                if let Ok(Some(Ok(values))) = view.map(|v| v.map(|t| t.to_f32()))
+                    && let Some(at) = values.iter().position(|v| !v.is_finite())
                 {
-                    text +=
-                        &format!("\nThe first bad tensor is the {what} {} (value {i} is {}).", spec.name, values[i]);
+                    let name = &params.specs[*i].0.name;
+                    text += &format!("\nThe first bad tensor is the {what} {name} (value {at} is {}).", values[at]);
                     named = true;
                     break;
                 }

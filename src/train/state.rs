@@ -12,7 +12,7 @@ use crate::checkpoint::CheckpointWriter;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::model::families::ParamSpec;
+use crate::model::adapter;
 use crate::model::folder::{self, write_folder};
 use crate::tensor::Tensor;
 use crate::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec};
@@ -37,44 +37,66 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 
 impl Trainer {
-    /// The model as a folder that transformers loads, in the dtype of the folder that it came from (else float32).
+    /// What was trained as a folder: a whole model that transformers loads, in the dtype of the folder that it came from
+    /// (else float32), or an adapter that peft loads.
     pub fn write_model(&self, dir: &Path, parts: &FolderParts) -> Result<()> {
+        let files = &parts.tokenizer_files;
+        if let Some(adapter) = &self.model.adapter {
+            return adapter::folder::write(dir, adapter, files, &mut |i| self.optimizer.values(&adapter.params, i));
+        }
         let dtype = parts.dtype.unwrap_or(HostDtype::F32);
-        let (config, files) = (&self.model.config, &parts.tokenizer_files);
-        write_folder(dir, config, files, parts.generation_config.clone(), dtype, &mut |spec| {
-            dtype.encode(&self.values(self.trained(), spec)?)
+        write_folder(dir, &self.model.config, files, parts.generation_config.clone(), dtype, &mut |spec| {
+            let params = &self.model.params;
+            let i = params.specs.iter().position(|(s, _)| s.name == spec.name);
+            let i = i.ok_or_else(|| Error::op("params", format!("{} has no place", spec.name)))?;
+            dtype.encode(&self.optimizer.values(params, i)?)
         })
     }
 
     /// Adds model, optimizer and counters to a checkpoint.
     pub fn write_state(&self, writer: &mut CheckpointWriter, parts: &FolderParts, run: &RunState) -> Result<()> {
-        let dtype = parts.dtype.unwrap_or(HostDtype::F32);
-        let specs: Vec<&ParamSpec> = self.model.params.specs.iter().map(|(s, _)| s).collect();
-        let model: Vec<TensorSpec> =
-            specs.iter().map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() }).collect();
-        writer.add_safetensors(MODEL, &model, &[("format", "pt")], &mut |i, _| {
-            dtype.encode(&self.values(self.trained(), specs[i])?)
+        let params = self.model.trained();
+        let dtype = self.saved_dtype(parts);
+        let (file, saved) = match &self.model.adapter {
+            Some(adapter) => (adapter::folder::WEIGHTS, adapter.saved()),
+            None => (MODEL, params.specs.iter().enumerate().map(|(i, (s, _))| (s.name.clone(), i)).collect()),
+        };
+        let tensor = |name: &str, i: usize, dtype| TensorSpec {
+            name: name.to_string(),
+            dtype,
+            shape: params.specs[i].0.shape.clone(),
+        };
+        let model: Vec<TensorSpec> = saved.iter().map(|(name, i)| tensor(name, *i, dtype)).collect();
+        writer.add_safetensors(file, &model, &[("format", "pt")], &mut |at, _| {
+            dtype.encode(&self.optimizer.values(params, saved[at].1)?)
         })?;
-        let mut arenas = vec![("m", &self.optimizer.m), ("v", &self.optimizer.v)];
-        if dtype != HostDtype::F32
-            && let Some(float) = self.optimizer.float_weights(&self.model.params)
-        {
-            arenas.push(("master", float));
-        }
         let mut tensors = Vec::new();
-        let mut sources = Vec::new();
+        let mut sources: Vec<(Option<&Tensor>, usize)> = Vec::new();
+        let mut arenas = vec![("m", Some(&self.optimizer.m)), ("v", Some(&self.optimizer.v))];
+        if dtype != HostDtype::F32 {
+            arenas.push(("master", None));
+        }
         for (name, arena) in arenas {
-            for spec in &specs {
-                let name = format!("{name}.{}", spec.name);
-                tensors.push(TensorSpec { name, dtype: HostDtype::F32, shape: spec.shape.clone() });
-                sources.push((arena, *spec));
+            for i in params.trained() {
+                tensors.push(tensor(&format!("{name}.{}", params.specs[i].0.name), i, HostDtype::F32));
+                sources.push((arena, i));
             }
         }
-        writer.add_safetensors(OPTIMIZER, &tensors, &[], &mut |i, _| {
-            HostDtype::F32.encode(&self.values(sources[i].0, sources[i].1)?)
+        writer.add_safetensors(OPTIMIZER, &tensors, &[], &mut |at, _| {
+            let (arena, i) = sources[at];
+            let values = match arena {
+                Some(arena) => params.state_view(arena, i)?.map(|t| t.to_f32()).transpose()?.unwrap_or_default(),
+                None => self.optimizer.values(params, i)?,
+            };
+            HostDtype::F32.encode(&values)
         })?;
-        let config = format!("{:#}\n", Value::Object(self.model.config.to_json(dtype)));
-        writer.add_file("config.json", config.as_bytes())?;
+        match &self.model.adapter {
+            Some(adapter) => writer.add_file(adapter::folder::CONFIG, &adapter.config_bytes())?,
+            None => {
+                let config = format!("{:#}\n", Value::Object(self.model.config.to_json(dtype)));
+                writer.add_file("config.json", config.as_bytes())?;
+            }
+        }
         for file in &parts.tokenizer_files {
             if let Some(name) = file.file_name().and_then(|n| n.to_str()) {
                 writer.add_file(name, &fsio::read(file)?)?;
@@ -104,7 +126,8 @@ impl Trainer {
             let message = format!("was trained in {}, this run is in {}", state["dtype"], self.cx.dtype.name());
             return Err(Error::checkpoint(dir, message + "; resume on the same kind of device, or set dtype"));
         }
-        let weights = SafeFolder::open_file(dir.join(MODEL))?;
+        let file = if self.model.adapter.is_some() { adapter::folder::WEIGHTS } else { MODEL };
+        let weights = SafeFolder::open_file(dir.join(file))?;
         let optimizer = SafeFolder::open_file(dir.join(OPTIMIZER))?;
         let mut values = Vec::new();
         let mut read = |from: &SafeFolder, name: &str, len: usize| -> Result<Vec<f32>> {
@@ -116,23 +139,28 @@ impl Trainer {
             view.to_f32_into(&mut values)?;
             Ok(std::mem::take(&mut values))
         };
-        let params = &self.model.params;
-        for (spec, offset) in &params.specs {
-            let len = spec.len();
-            for (name, arena) in [("m", &self.optimizer.m), ("v", &self.optimizer.v)] {
-                let moment = read(&optimizer, &format!("{name}.{}", spec.name), len)?;
-                params.view_of(arena, spec, *offset)?.upload(&moment)?;
+        let params = self.model.trained();
+        for i in params.trained() {
+            let (name, len) = (&params.specs[i].0.name, params.specs[i].0.len());
+            for (moment, arena) in [("m", &self.optimizer.m), ("v", &self.optimizer.v)] {
+                let values = read(&optimizer, &format!("{moment}.{name}"), len)?;
+                if let Some(view) = params.state_view(arena, i)? {
+                    view.upload(&values)?;
+                }
             }
-            let master = format!("master.{}", spec.name);
+            let master = format!("master.{name}");
             let float = match optimizer.get(&master) {
                 Some(_) => read(&optimizer, &master, len)?,
-                None => read(&weights, &spec.name, len)?,
+                None => read(&weights, name, len)?,
             };
-            if let Some(arena) = &self.optimizer.master {
-                params.view_of(arena, spec, *offset)?.upload(&float)?;
+            if let Some(arena) = &self.optimizer.master
+                && let Some(view) = params.state_view(arena, i)?
+            {
+                view.upload(&float)?;
             }
-            params.store(spec, *offset, &float)?;
+            params.store(i, &float)?;
         }
+        self.model.refresh(&self.cx)?;
         self.done = number("step")?;
         let means = serde_json::from_value(state["means"].clone())
             .map_err(|e| Error::checkpoint(&path, format!("\"means\": {e}")))?;
@@ -141,20 +169,15 @@ impl Trainer {
 
     /// About how many bytes a checkpoint has.
     pub fn state_bytes(&self, parts: &FolderParts) -> u64 {
-        let size = parts.dtype.and_then(HostDtype::size).unwrap_or(4);
-        let master = if size == 4 { 0 } else { 4 };
-        (self.model.params.count() * (size + 8 + master)) as u64
+        let dtype = self.saved_dtype(parts);
+        let master = if dtype == HostDtype::F32 { 0 } else { 4 };
+        let params = self.model.trained();
+        (params.count() * dtype.size().unwrap_or(4) + params.trained_count() * (8 + master)) as u64
     }
 
-    /// The arena whose values are trained: float where there is one.
-    fn trained(&self) -> &Tensor {
-        self.optimizer.float_weights(&self.model.params).unwrap_or(&self.model.params.weights)
-    }
-
-    fn values(&self, arena: &Tensor, spec: &ParamSpec) -> Result<Vec<f32>> {
-        let found = self.model.params.specs.iter().find(|(s, _)| s.name == spec.name);
-        let (spec, offset) = found.ok_or_else(|| Error::op("params", format!("{} has no place", spec.name)))?;
-        self.model.params.view_of(arena, spec, *offset)?.to_f32()
+    /// Adapters are saved in float32, as peft trains them.
+    fn saved_dtype(&self, parts: &FolderParts) -> HostDtype {
+        if self.model.adapter.is_some() { HostDtype::F32 } else { parts.dtype.unwrap_or(HostDtype::F32) }
     }
 }
 

@@ -8,7 +8,7 @@ mod mistral;
 mod qwen2;
 mod qwen3;
 
-use crate::model::config::ModelConfig;
+use crate::model::config::{ModelConfig, Task};
 
 /// All families, the order in which errors list them.
 pub const FAMILIES: &[&Family] = &[&llama::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY, &mistral::FAMILY];
@@ -82,17 +82,96 @@ pub enum Role {
     DownBias,
     FinalNorm,
     Head,
+    /// The score of a reward model, [labels, hidden], in the place of the head; of a token classifier, with a bias.
+    Score,
+    ScoreBias,
+    // What adapters add (`model::adapter`), by the projection that they belong to.
+    LoraA(Proj),
+    LoraB(Proj),
+    Magnitude(Proj),
+    Ia3(Proj),
+    Prompt,
+    Bottleneck(Place, Part),
+}
+
+/// The projections of a block, by Hugging Face's names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Proj {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+impl Proj {
+    pub const ALL: [Proj; 7] = [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down];
+
+    /// The module's name in a block.
+    pub fn module(self) -> &'static str {
+        match self {
+            Proj::Q => "self_attn.q_proj",
+            Proj::K => "self_attn.k_proj",
+            Proj::V => "self_attn.v_proj",
+            Proj::O => "self_attn.o_proj",
+            Proj::Gate => "mlp.gate_proj",
+            Proj::Up => "mlp.up_proj",
+            Proj::Down => "mlp.down_proj",
+        }
+    }
+
+    pub fn role(self) -> Role {
+        match self {
+            Proj::Q => Role::Q,
+            Proj::K => Role::K,
+            Proj::V => Role::V,
+            Proj::O => Role::O,
+            Proj::Gate => Role::Gate,
+            Proj::Up => Role::Up,
+            Proj::Down => Role::Down,
+        }
+    }
+
+    /// Whose input it shares: q, k and v read one input, so do gate and up.
+    pub fn leader(self) -> Proj {
+        match self {
+            Proj::K | Proj::V => Proj::Q,
+            Proj::Up => Proj::Gate,
+            other => other,
+        }
+    }
+}
+
+/// Where a bottleneck adapter sits in a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Place {
+    Attention,
+    Mlp,
+}
+
+/// The parameters of a bottleneck adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    Down,
+    DownBias,
+    Up,
+    UpBias,
+    Norm,
+    NormBias,
 }
 
 impl Role {
     pub fn is_norm(self) -> bool {
         use Role::*;
-        matches!(self, InputNorm | QNorm | KNorm | PostNorm | FinalNorm)
+        matches!(self, InputNorm | QNorm | KNorm | PostNorm | FinalNorm | Bottleneck(_, Part::Norm))
     }
 
     pub fn is_bias(self) -> bool {
         use Role::*;
-        matches!(self, QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias)
+        matches!(self, QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias | ScoreBias)
+            || matches!(self, Bottleneck(_, Part::DownBias | Part::UpBias | Part::NormBias))
     }
 
     /// Whether weight decay applies: transformers' Trainer spares biases and norms.
@@ -167,8 +246,14 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
         layer(config.mlp_bias, Role::DownBias, "mlp.down_proj.bias", &[hidden]);
     }
     push(None, Role::FinalNorm, "model.norm.weight", &[hidden]);
-    if !config.tie_word_embeddings {
-        push(None, Role::Head, "lm_head.weight", &[vocab, hidden]);
+    match config.task {
+        Task::CausalLm if config.tie_word_embeddings => {}
+        Task::CausalLm => push(None, Role::Head, "lm_head.weight", &[vocab, hidden]),
+        Task::SequenceClassification { labels } => push(None, Role::Score, "score.weight", &[labels, hidden]),
+        Task::TokenClassification { labels } => {
+            push(None, Role::Score, "score.weight", &[labels, hidden]);
+            push(None, Role::ScoreBias, "score.bias", &[labels]);
+        }
     }
     specs
 }

@@ -1,0 +1,276 @@
+//! What an adapter is: PEFT's `adapter_config.json` in, the same out. Floor 3.
+//!
+//! Invariant: [`AdapterConfig::to_json`] of what was read is what was read, but for the fields that are set on saving.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::config::{LoraBias, PeftConfig, PeftType};
+use crate::error::{Error, Result};
+use crate::fsio;
+use crate::model::config::ModelConfig;
+
+/// Which modules an adapter is put on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Targets {
+    /// Module names, or their ends.
+    Names(Vec<String>),
+    /// A regular expression over whole module names.
+    Pattern(String),
+    /// Every projection of the blocks.
+    AllLinear,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    pub r: usize,
+    pub alpha: f64,
+    pub dropout: f32,
+    pub targets: Targets,
+    /// Pattern and rank, pattern and alpha: the first whose pattern ends the module's name counts.
+    pub rank_pattern: Vec<(String, f64)>,
+    pub alpha_pattern: Vec<(String, f64)>,
+    pub use_rslora: bool,
+    pub use_dora: bool,
+    pub bias: LoraBias,
+    pub layers: Option<Vec<usize>>,
+    /// PEFT's `init_lora_weights`: true, false, gaussian, pissa, pissa_niter_N.
+    pub init: String,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ia3Config {
+    pub targets: Targets,
+    pub feedforward: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kind {
+    Lora(LoraConfig),
+    Ia3(Ia3Config),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterConfig {
+    pub kind: Kind,
+    pub modules_to_save: Vec<String>,
+    /// `base_model_name_or_path`
+    pub base: String,
+    /// PEFT's task_type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS.
+    pub task: String,
+    /// As read; empty for a new adapter.
+    pub raw: Map<String, Value>,
+}
+
+impl AdapterConfig {
+    /// A new adapter as the keys say.
+    pub fn from_keys(keys: &PeftConfig, model: &ModelConfig, base: &str) -> Result<AdapterConfig> {
+        let targets = |default: &[&str]| match &keys.lora_target_modules {
+            None => Targets::Names(default.iter().map(|s| s.to_string()).collect()),
+            Some(list) => match &list[..] {
+                [one] if one == "all-linear" => Targets::AllLinear,
+                [one] if one.contains(['^', '$', '*', '+', '?', '(', '[', '|', '\\']) => Targets::Pattern(one.clone()),
+                names => Targets::Names(names.to_vec()),
+            },
+        };
+        let kind = match keys.peft_type {
+            PeftType::Lora => Kind::Lora(LoraConfig {
+                r: keys.lora_r,
+                alpha: keys.lora_alpha,
+                dropout: keys.lora_dropout as f32,
+                targets: targets(&["q_proj", "v_proj"]),
+                rank_pattern: pairs("rank_pattern", &keys.rank_pattern)?,
+                alpha_pattern: pairs("alpha_pattern", &keys.alpha_pattern)?,
+                use_rslora: keys.use_rslora,
+                use_dora: keys.use_dora,
+                bias: keys.bias,
+                layers: keys.layers_to_transform.clone(),
+                init: keys.init_lora_weights.clone(),
+            }),
+            PeftType::Ia3 => {
+                // PEFT's own table: Qwen scales q where Llama scales k.
+                let first = if model.family.model_type.starts_with("qwen") { "q_proj" } else { "k_proj" };
+                let feedforward = keys.feedforward_modules.clone().unwrap_or_else(|| vec!["down_proj".into()]);
+                Kind::Ia3(Ia3Config { targets: targets(&[first, "v_proj", "down_proj"]), feedforward })
+            }
+            other => return Err(Error::Config(format!("peft_type = {other:?}: no such adapter is built in here"))),
+        };
+        let modules_to_save = keys.lora_modules_to_save.clone().unwrap_or_default();
+        Ok(AdapterConfig {
+            kind,
+            modules_to_save,
+            base: base.into(),
+            task: model.task.peft_name().into(),
+            raw: Map::new(),
+        })
+    }
+
+    /// Reads `dir/adapter_config.json`.
+    pub fn load(dir: &Path) -> Result<AdapterConfig> {
+        let path = dir.join("adapter_config.json");
+        if !path.exists() {
+            return Err(Error::model(dir, "has no adapter_config.json: give a PEFT adapter folder"));
+        }
+        let raw: Map<String, Value> = serde_json::from_slice(&fsio::read(&path)?)
+            .map_err(|e| Error::model(&path, format!("is not a JSON object: {e}")))?;
+        Self::from_json(&path, raw)
+    }
+
+    pub fn from_json(path: &Path, raw: Map<String, Value>) -> Result<AdapterConfig> {
+        let wrong = |message: String| Error::model(path, message);
+        let text = |key: &str| raw.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
+        let on = |key: &str| raw.get(key).and_then(Value::as_bool).unwrap_or(false);
+        let list = |key: &str| -> Result<Vec<String>> {
+            match raw.get(key) {
+                None | Some(Value::Null) => Ok(Vec::new()),
+                Some(Value::String(one)) => Ok(vec![one.clone()]),
+                Some(Value::Array(items)) if items.iter().all(Value::is_string) => {
+                    Ok(items.iter().filter_map(Value::as_str).map(String::from).collect())
+                }
+                Some(other) => Err(wrong(format!("{key} must be a list of names, not {other}"))),
+            }
+        };
+        let targets = match raw.get("target_modules") {
+            Some(Value::String(s)) if s == "all-linear" => Targets::AllLinear,
+            Some(Value::String(s)) => Targets::Pattern(s.clone()),
+            _ => Targets::Names(list("target_modules")?),
+        };
+        let patterns = |key: &str| -> Result<Vec<(String, f64)>> {
+            let Some(map) = raw.get(key).and_then(Value::as_object) else { return Ok(Vec::new()) };
+            let pair = |(k, v): (&String, &Value)| v.as_f64().map(|v| (k.clone(), v));
+            map.iter().map(|p| pair(p).ok_or_else(|| wrong(format!("{key}: {} is no number", p.1)))).collect()
+        };
+        let peft = text("peft_type");
+        let kind = match peft.as_str() {
+            "LORA" => {
+                for (key, least) in [("fan_in_fan_out", false), ("use_qalora", false), ("lora_bias", false)] {
+                    if on(key) != least {
+                        return Err(wrong(format!("{key} = true is not supported here")));
+                    }
+                }
+                for key in ["layer_replication", "trainable_token_indices", "target_parameters", "use_bdlora"] {
+                    if raw.get(key).is_some_and(|v| !v.is_null() && *v != json!([]) && *v != json!(false)) {
+                        return Err(wrong(format!("{key} is set; it is not supported here")));
+                    }
+                }
+                let r = raw.get("r").and_then(Value::as_u64).unwrap_or(8) as usize;
+                if r == 0 {
+                    return Err(wrong("r = 0: an adapter of rank 0 learns nothing".into()));
+                }
+                let layers = match raw.get("layers_to_transform") {
+                    Some(Value::Array(items)) => {
+                        Some(items.iter().filter_map(Value::as_u64).map(|v| v as usize).collect())
+                    }
+                    Some(Value::Number(n)) => Some(vec![n.as_u64().unwrap_or(0) as usize]),
+                    _ => None,
+                };
+                let init = match raw.get("init_lora_weights") {
+                    Some(Value::Bool(b)) => b.to_string(),
+                    Some(Value::String(s)) => s.clone(),
+                    _ => "true".into(),
+                };
+                Kind::Lora(LoraConfig {
+                    r,
+                    alpha: raw.get("lora_alpha").and_then(Value::as_f64).unwrap_or(8.0),
+                    dropout: raw.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0) as f32,
+                    targets,
+                    rank_pattern: patterns("rank_pattern")?,
+                    alpha_pattern: patterns("alpha_pattern")?,
+                    use_rslora: on("use_rslora"),
+                    use_dora: on("use_dora"),
+                    bias: match text("bias").as_str() {
+                        "" | "none" => LoraBias::None,
+                        "all" => LoraBias::All,
+                        "lora_only" => LoraBias::LoraOnly,
+                        other => return Err(wrong(format!("bias = \"{other}\": none, all or lora_only"))),
+                    },
+                    layers,
+                    init,
+                })
+            }
+            "IA3" => Kind::Ia3(Ia3Config { targets, feedforward: list("feedforward_modules")? }),
+            other => {
+                return Err(wrong(format!("peft_type \"{other}\" is not supported here; LORA and IA3 are")));
+            }
+        };
+        let task = match text("task_type") {
+            t if t.is_empty() => "CAUSAL_LM".into(),
+            t => t,
+        };
+        Ok(AdapterConfig {
+            kind,
+            modules_to_save: list("modules_to_save")?,
+            base: text("base_model_name_or_path"),
+            task,
+            raw,
+        })
+    }
+
+    /// adapter_config.json as PEFT 0.19 writes and reads it.
+    pub fn to_json(&self) -> Map<String, Value> {
+        let mut out = self.raw.clone();
+        let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
+        let targets = |t: &Targets| match t {
+            Targets::Names(names) => json!(names),
+            Targets::Pattern(p) => json!(p),
+            Targets::AllLinear => json!("all-linear"),
+        };
+        set("base_model_name_or_path", json!(self.base));
+        set("inference_mode", json!(true));
+        set("task_type", json!(self.task));
+        set("peft_version", json!("0.19.1"));
+        let save = if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) };
+        set("modules_to_save", save);
+        match &self.kind {
+            Kind::Lora(c) => {
+                let map = |p: &[(String, f64)]| {
+                    Value::Object(p.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>())
+                };
+                set("peft_type", json!("LORA"));
+                set("r", json!(c.r));
+                set("lora_alpha", number(c.alpha));
+                set("lora_dropout", json!(f64::from(c.dropout)));
+                set("target_modules", targets(&c.targets));
+                set("rank_pattern", map(&c.rank_pattern));
+                set("alpha_pattern", map(&c.alpha_pattern));
+                set("use_rslora", json!(c.use_rslora));
+                set("use_dora", json!(c.use_dora));
+                set("layers_to_transform", json!(c.layers));
+                set("fan_in_fan_out", json!(false));
+                let bias = match c.bias {
+                    LoraBias::None => "none",
+                    LoraBias::All => "all",
+                    LoraBias::LoraOnly => "lora_only",
+                };
+                set("bias", json!(bias));
+                set("init_lora_weights", c.init.parse::<bool>().map_or_else(|_| json!(c.init), |b| json!(b)));
+            }
+            Kind::Ia3(c) => {
+                set("peft_type", json!("IA3"));
+                set("target_modules", targets(&c.targets));
+                set("feedforward_modules", json!(c.feedforward));
+                set("fan_in_fan_out", json!(false));
+                set("init_ia3_weights", json!(true));
+            }
+        }
+        out
+    }
+}
+
+/// A whole number as JSON's integer: PEFT's `r` and alphas are ints.
+fn number(v: f64) -> Value {
+    if v.fract() == 0.0 && v.abs() < 9e15 { json!(v as i64) } else { json!(v) }
+}
+
+/// `pattern=value` items.
+pub fn pairs(key: &str, items: &Option<Vec<String>>) -> Result<Vec<(String, f64)>> {
+    let parse = |item: &String| {
+        let (pattern, value) = item.rsplit_once('=')?;
+        value.trim().parse::<f64>().ok().map(|v| (pattern.trim().to_string(), v))
+    };
+    let items = items.iter().flatten();
+    items
+        .map(|i| parse(i).ok_or_else(|| Error::Config(format!("{key}: \"{i}\" is not of the form pattern=number"))))
+        .collect()
+}

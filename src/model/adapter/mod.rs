@@ -1,0 +1,330 @@
+//! Adapters: parameters of their own beside a frozen model. Floor 3.
+//!
+//! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (its arena, gradients and moments are its
+//! own) and a [`Site`] for each group of projections that share an input; the decoder asks the site, and knows no kind.
+//! Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's set.
+
+pub mod config;
+pub mod folder;
+mod init;
+pub mod target;
+
+use crate::config::LoraBias;
+use crate::cx::Cx;
+use crate::device::Layout;
+use crate::error::{Error, Result, nearest};
+use crate::model::config::ModelConfig;
+use crate::model::families::{ParamSpec, Proj, Role, expected_params};
+use crate::model::params::{ParamSet, Tuning};
+use crate::ops::add::add_into;
+use crate::ops::lora::{Pairs, Segment};
+use crate::ops::matmul::product;
+use crate::ops::scale::{constant, row_norms};
+use crate::tensor::Tensor;
+use config::{AdapterConfig, Kind, LoraConfig};
+use target::{bound, by_pattern, module_name};
+
+/// PEFT's prefix of every name.
+pub const PREFIX: &str = "base_model.model.";
+
+#[derive(Clone)]
+pub struct Adapter {
+    pub config: AdapterConfig,
+    pub params: ParamSet,
+    sites: Vec<[Site; 4]>,
+}
+
+/// What an adapter adds to projections that share an input.
+#[derive(Clone, Default)]
+pub struct Site {
+    /// IA3 on the input: one vector [k].
+    pub input_scale: Option<Tensor>,
+    pub lora: Option<LoraSite>,
+    /// IA3 on outputs, DoRA's magnitudes: first column and vector.
+    pub output_scales: Vec<(usize, Tensor)>,
+    /// F32 [n]: DoRA's lengths of the rows of W + s B A, as of the last [`Adapter::refresh`]; 1 where there is no LoRA.
+    pub norm: Option<Tensor>,
+}
+
+#[derive(Clone)]
+pub struct LoraSite {
+    pub pairs: Pairs,
+    pub scales: Vec<f32>,
+    pub dropout: f32,
+}
+
+/// The four groups of a block that share an input.
+pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
+
+/// The projections of a group, in the order in which they lie side by side.
+pub fn members(leader: Proj) -> &'static [Proj] {
+    match leader {
+        Proj::Q => &[Proj::Q, Proj::K, Proj::V],
+        Proj::Gate => &[Proj::Gate, Proj::Up],
+        Proj::O => &[Proj::O],
+        _ => &[Proj::Down],
+    }
+}
+
+impl Adapter {
+    /// A new adapter over `base`, with the values it starts from. Biases and modules to save are copied from the base.
+    pub fn new(
+        cx: &Cx,
+        set: u32,
+        config: AdapterConfig,
+        model: &ModelConfig,
+        base: &ParamSet,
+        seed: u64,
+    ) -> Result<Adapter> {
+        let adapter = Adapter::zeros(cx, set, config, model)?;
+        adapter.initialise(cx, model, base, seed)?;
+        Ok(adapter)
+    }
+
+    /// The adapter's parameters laid out, all zero but for copies, which a load or [`Adapter::new`] fills.
+    fn zeros(cx: &Cx, set: u32, config: AdapterConfig, model: &ModelConfig) -> Result<Adapter> {
+        let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
+        let mut adapter = Adapter { config, params, sites: Vec::new() };
+        adapter.tune(None)?;
+        for layer in 0..model.num_layers {
+            let mut sites: [Site; 4] = Default::default();
+            for (site, leader) in sites.iter_mut().zip(LEADERS) {
+                *site = adapter.build_site(cx, layer, leader, model)?;
+            }
+            adapter.sites.push(sites);
+        }
+        Ok(adapter)
+    }
+
+    /// Sets learning rates: LoRA+'s ratio for B (and vectors, as PEFT groups them).
+    pub fn tune(&mut self, loraplus_lr_ratio: Option<f64>) -> Result<()> {
+        let ratio = loraplus_lr_ratio.unwrap_or(1.0) as f32;
+        let trained_biases: Option<Vec<String>> = match &self.config.kind {
+            // A unit of biases is copied whole; only those of layers with LoRA are trained.
+            Kind::Lora(c) if c.bias == LoraBias::LoraOnly => {
+                let b = self.params.specs.iter().filter(|(s, _)| matches!(s.role, Role::LoraB(_)));
+                Some(b.map(|(s, _)| s.name.replace(".lora_B.weight", ".bias")).collect())
+            }
+            _ => None,
+        };
+        self.params.tune(|spec| Tuning {
+            trainable: !spec.role.is_bias() || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name)),
+            lr_scale: if matches!(spec.role, Role::LoraB(_)) || spec.shape.len() == 1 { ratio } else { 1.0 },
+        });
+        Ok(())
+    }
+
+    pub fn site(&self, layer: usize, leader: Proj) -> Option<&Site> {
+        let at = LEADERS.iter().position(|l| *l == leader)?;
+        self.sites.get(layer).map(|s| &s[at])
+    }
+
+    /// Whether the model with the adapter is the model without it, as the adapter was new: then the reference of a
+    /// preference or RL method is the adapter switched off.
+    pub fn starts_at_zero(&self) -> bool {
+        let plain = match &self.config.kind {
+            Kind::Lora(c) => c.init == "true" || c.init == "gaussian",
+            Kind::Ia3(_) => true,
+        };
+        plain && self.config.raw.is_empty()
+    }
+
+    pub fn dropout(&self) -> f32 {
+        match &self.config.kind {
+            Kind::Lora(c) => c.dropout,
+            Kind::Ia3(_) => 0.0,
+        }
+    }
+
+    /// Makes what is derived from the values: DoRA's row lengths. Call it whenever values or the base have changed.
+    pub fn refresh(&self, cx: &Cx, base: &ParamSet) -> Result<()> {
+        for (layer, sites) in self.sites.iter().enumerate() {
+            for (site, leader) in sites.iter().zip(LEADERS) {
+                let (Some(norm), Some(lora)) = (&site.norm, &site.lora) else { continue };
+                let weight = base.required(Some(layer), leader.role())?;
+                for (segment, b) in lora.pairs.segments.iter().zip(&lora.pairs.b) {
+                    let w = weight.rows(segment.from, segment.from + segment.cols)?;
+                    let whole = merged(cx, &w, lora, segment, b)?;
+                    norm.rows(segment.from, segment.from + segment.cols)?.copy_from(&row_norms(cx, &whole)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn build_site(&self, cx: &Cx, layer: usize, leader: Proj, model: &ModelConfig) -> Result<Site> {
+        let mut site = Site::default();
+        let unit = |role| self.params.unit(Some(layer), role);
+        let mut from = 0;
+        let (mut segments, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+        for proj in members(leader) {
+            let (cols, _) = proj_shape(model, *proj);
+            if let (Some(pair), Kind::Lora(config)) = (unit(Role::LoraB(*proj))?, &self.config.kind) {
+                let rank = pair.cols();
+                segments.push(Segment { from, cols, rank_from: scales.len(), rank });
+                scales.extend(vec![scale(config, (layer, *proj), rank)?; rank]);
+                b.push(pair);
+            }
+            site.output_scales.extend(unit(Role::Magnitude(*proj))?.map(|s| (from, s)));
+            if let Some(vector) = unit(Role::Ia3(*proj))? {
+                if vector.numel() == cols && !self.scales_input(*proj) {
+                    site.output_scales.push((from, vector));
+                } else {
+                    site.input_scale = Some(vector);
+                }
+            }
+            from += cols;
+        }
+        if let (Some(a), Kind::Lora(config)) = (unit(Role::LoraA(leader))?, &self.config.kind) {
+            let scale = constant(cx, &scales)?;
+            if config.use_dora {
+                site.norm = Some(constant(cx, &vec![1.0; from])?);
+            }
+            site.lora = Some(LoraSite { pairs: Pairs { a, b, segments, scale }, scales, dropout: config.dropout });
+        }
+        Ok(site)
+    }
+
+    fn scales_input(&self, proj: Proj) -> bool {
+        match &self.config.kind {
+            Kind::Ia3(c) => c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str())),
+            Kind::Lora(_) => false,
+        }
+    }
+
+    /// The adapter with values of its own, as set `set`: a reference that stays.
+    pub fn deep_copy(&self, cx: &Cx, set: u32, model: &ModelConfig) -> Result<Adapter> {
+        let copy = Adapter::zeros(cx, set, self.config.clone(), model)?;
+        copy.params.weights.copy_from(&self.params.weights)?;
+        Ok(copy)
+    }
+}
+
+/// W + s B A of a segment's rows, F32: what a merge writes and DoRA measures.
+pub fn merged(cx: &Cx, w: &Tensor, lora: &LoraSite, segment: &Segment, b: &Tensor) -> Result<Tensor> {
+    let whole = cx.float("merged weight", w.shape())?;
+    add_into(cx, &whole, w, false)?;
+    let rank = (segment.rank_from, segment.rank_from + segment.rank);
+    let a = lora.pairs.a.rows(rank.0, rank.1)?;
+    let delta = cx.float("merged weight", w.shape())?;
+    product(cx, Layout::NN, &delta, b, &a, None, false)?;
+    let s = lora.scales.get(segment.rank_from).copied().unwrap_or(1.0);
+    crate::ops::add::axpy(cx, &whole, &delta, s)?;
+    Ok(whole)
+}
+
+/// alpha / r, or alpha / sqrt(r).
+fn scale(config: &LoraConfig, module: target::Module, rank: usize) -> Result<f32> {
+    let alpha = by_pattern(&config.alpha_pattern, &module_name(module))?.unwrap_or(config.alpha);
+    let r = rank as f64;
+    Ok((alpha / if config.use_rslora { r.sqrt() } else { r }) as f32)
+}
+
+/// [out, in] of a projection.
+pub fn proj_shape(model: &ModelConfig, proj: Proj) -> (usize, usize) {
+    let (hidden, mlp) = (model.hidden_size, model.intermediate_size);
+    let (q, kv) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
+    match proj {
+        Proj::Q => (q, hidden),
+        Proj::K | Proj::V => (kv, hidden),
+        Proj::O => (hidden, q),
+        Proj::Gate | Proj::Up => (mlp, hidden),
+        Proj::Down => (hidden, mlp),
+    }
+}
+
+/// Every parameter of an adapter under PEFT's names, in arena order: all A, then all B and vectors, then copies.
+pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec<ParamSpec>> {
+    let mut first = Vec::new();
+    let mut second = Vec::new();
+    let mut bias = LoraBias::None;
+    match &config.kind {
+        Kind::Lora(c) => {
+            bias = c.bias;
+            for (layer, proj) in bound(&c.targets, c.layers.as_deref(), model)? {
+                let name = module_name((layer, proj));
+                let (out, input) = proj_shape(model, proj);
+                let rank = by_pattern(&c.rank_pattern, &name)?.map_or(c.r, |r| r as usize);
+                if rank == 0 {
+                    return Err(Error::Config(format!("{name}: rank 0 learns nothing; give at least 1")));
+                }
+                let spec = |part: &str, role, shape: &[usize]| ParamSpec {
+                    name: format!("{PREFIX}{name}.{part}"),
+                    shape: shape.to_vec(),
+                    role,
+                    layer: Some(layer),
+                };
+                first.push(spec("lora_A.weight", Role::LoraA(proj), &[rank, input]));
+                second.push(spec("lora_B.weight", Role::LoraB(proj), &[out, rank]));
+                if c.use_dora {
+                    second.push(spec("lora_magnitude_vector", Role::Magnitude(proj), &[out]));
+                }
+            }
+        }
+        Kind::Ia3(c) => {
+            for (layer, proj) in bound(&c.targets, None, model)? {
+                let (out, input) = proj_shape(model, proj);
+                let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
+                if feeds && members(proj.leader()).len() > 1 {
+                    let message = "shares its input with its neighbours; scale its output, not its input";
+                    return Err(Error::Config(format!("feedforward_modules: {} {message}", proj.module())));
+                }
+                second.push(ParamSpec {
+                    name: format!("{PREFIX}{}.ia3_l", module_name((layer, proj))),
+                    shape: vec![if feeds { input } else { out }],
+                    role: Role::Ia3(proj),
+                    layer: Some(layer),
+                });
+            }
+        }
+    }
+    let base = expected_params(model);
+    let mut copies: Vec<ParamSpec> = Vec::new();
+    for name in &config.modules_to_save {
+        let is = |spec: &&ParamSpec| {
+            let module = spec.name.strip_suffix(".weight").or(spec.name.strip_suffix(".bias")).unwrap_or(&spec.name);
+            module == name || module.ends_with(&format!(".{name}"))
+        };
+        let mut found: Vec<ParamSpec> = base.iter().filter(is).cloned().collect();
+        if name == "lm_head" && model.tie_word_embeddings {
+            // PEFT's copy of a tied head is a parameter of its own.
+            let shape = vec![model.vocab_size, model.hidden_size];
+            found.push(ParamSpec { name: "lm_head.weight".into(), shape, role: Role::Head, layer: None });
+        }
+        if found.is_empty() {
+            let mut modules: Vec<&str> = base.iter().filter_map(|s| s.name.rsplit('.').nth(1)).collect();
+            modules.sort();
+            modules.dedup();
+            let near = nearest(name, modules.iter().copied()).map(|n| format!("; did you mean {n}?"));
+            let message = format!("modules_to_save: the model has no module {name}{}", near.unwrap_or_default());
+            return Err(Error::Config(message));
+        }
+        if found.iter().any(|s| Proj::ALL.iter().any(|p| p.role() == s.role)) {
+            return Err(Error::Config(format!(
+                "modules_to_save: {name} is a projection; give it LoRA, or train fully"
+            )));
+        }
+        copies.extend(found);
+    }
+    if bias != LoraBias::None {
+        let adapted = |s: &ParamSpec| {
+            let module = s.name.trim_end_matches(".bias");
+            second.iter().any(|b| b.name == format!("{PREFIX}{module}.lora_B.weight"))
+        };
+        // Units are copied whole: q, k and v lie side by side.
+        let wanted: Vec<(Option<usize>, Role)> = base
+            .iter()
+            .filter(|s| s.role.is_bias() && (bias == LoraBias::All || adapted(s)))
+            .map(|s| (s.layer, crate::model::params::unit_role(s.role)))
+            .collect();
+        let in_unit = |s: &&ParamSpec| wanted.contains(&(s.layer, crate::model::params::unit_role(s.role)));
+        copies.extend(base.iter().filter(|s| s.role.is_bias()).filter(in_unit).cloned());
+    }
+    copies.dedup_by(|a, b| a.name == b.name);
+    for spec in &mut copies {
+        spec.name = format!("{PREFIX}{}", spec.name);
+    }
+    first.extend(second);
+    first.extend(copies);
+    Ok(first)
+}

@@ -1,0 +1,178 @@
+//! A factor for each column, learned for some of them: IA3's vectors, DoRA's magnitudes. Floor 2.
+//!
+//! Invariant: columns that no segment names pass unchanged. Math and sources: `kernels/scale.cu`.
+
+use crate::cx::Cx;
+use crate::device::{DType, Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::matmul::column_sums;
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols, partials};
+use crate::tape::{Grads, Node};
+use crate::tensor::Tensor;
+
+/// `y = c x (+ bias)`, c[j] = s[j] / norm[j] for the columns that a vector of `scales` covers, else 1: x [rows, cols]
+/// real; `scales`: (first column, s [n] real); norm F32 [cols], a constant to the gradient; bias [cols] real; y as x.
+pub fn scale_columns(
+    cx: &mut Cx,
+    x: &Tensor,
+    scales: &[(usize, Tensor)],
+    norm: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let starts = scales.iter().map(|s| s.0).collect();
+    let op = ScaleColumns { starts, norm: norm.is_some(), bias: bias.is_some() };
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(norm).chain(bias).chain(scales.iter().map(|s| &s.1)).collect();
+    cx.apply1(op, &inputs)
+}
+
+/// The length of each row of w F32 [rows, cols]: F32 [rows]. Not on the tape.
+pub fn row_norms(cx: &Cx, w: &Tensor) -> Result<Tensor> {
+    let rows = w.row_count();
+    let norm = cx.float("row norms", &[rows])?;
+    kernels::row_norms(&*cx.device, Launch::warps(rows), norm.out(), w, rows as i32, w.cols() as i32)?;
+    Ok(norm)
+}
+
+#[derive(Debug)]
+pub struct ScaleColumns {
+    pub starts: Vec<usize>,
+    pub norm: bool,
+    pub bias: bool,
+}
+
+impl ScaleColumns {
+    /// The optional inputs and where the vectors begin.
+    fn split<'a, T>(&self, x: &'a [T]) -> (Option<&'a T>, Option<&'a T>, usize) {
+        let bias = 1 + usize::from(self.norm);
+        (self.norm.then(|| &x[1]), self.bias.then(|| &x[bias]), bias + usize::from(self.bias))
+    }
+}
+
+/// `y (+)= c x (+ bias)`; c F32 [cols]. Not on the tape.
+pub(crate) fn scaled(cx: &Cx, y: &Tensor, x: &Tensor, c: &Tensor, bias: Option<&Tensor>, add: bool) -> Result<()> {
+    let (rows, cols) = (x.row_count(), x.cols());
+    let at = Launch::flat(rows * cols.div_ceil(16 / x.dtype().size()));
+    kernels::scale_columns(&*cx.device, at, y.out(), x, c, bias, rows as i32, cols as i32, i32::from(add))
+}
+
+impl Op for ScaleColumns {
+    fn name(&self) -> &'static str {
+        "scale_columns"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+        let (norm, bias, first) = self.split(x);
+        let cols = x[0].cols();
+        if let Some(norm) = norm {
+            expect_cols("scale_columns", "norm", norm, cols, "it has one value a column")?;
+        }
+        let c = cx.float("column factors", &[cols])?;
+        kernels::column_factor(&*cx.device, Launch::flat(cols), c.out(), None, None, cols as i32)?;
+        for (start, s) in self.starts.iter().zip(&x[first..]) {
+            let end = start + s.numel();
+            if end > cols {
+                let message = format!("a vector for columns {start}..{end}, the rows have {cols}");
+                return Err(Error::op("scale_columns", message));
+            }
+            let norm = norm.map(|n| n.rows(*start, end)).transpose()?;
+            let c = c.rows(*start, end)?;
+            let n = s.numel();
+            kernels::column_factor(&*cx.device, Launch::flat(n), c.out(), Some(s), norm.as_ref(), n as i32)?;
+        }
+        let y = cx.real("scaled", x[0].shape())?;
+        scaled(cx, &y, x[0], &c, bias.copied(), false)?;
+        let mut saved = Vec::new();
+        if need.tape {
+            saved.push(c);
+            if need.inputs[first..].contains(&true) {
+                saved.push(x[0].clone());
+                saved.extend(norm.map(|n| (*n).clone()));
+            }
+        }
+        Ok(Fwd { outputs: vec![y], saved })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let Some(dy) = &dy[0] else { return Ok(()) };
+        let (_, _, first) = self.split(&node.inputs);
+        if let Some((dx, accumulate)) = g.slot(0)? {
+            scaled(cx, &dx, dy, &node.saved[0], None, accumulate)?;
+        }
+        if self.bias
+            && let Some((db, accumulate)) = g.slot(first - 1)?
+        {
+            column_sums(cx, &db, dy, accumulate)?;
+        }
+        let Some(x) = node.saved.get(1) else { return Ok(()) };
+        let (rows, cols) = (dy.row_count(), dy.cols());
+        let (partial, dc) = (partials(cx, rows, cols)?, cx.float("column factors", &[cols])?);
+        let (chunks, step) = (rows.div_ceil(64), 32 * 16 / dy.dtype().size());
+        let at = Launch::warps(chunks * cols.div_ceil(step));
+        kernels::column_dots(&*cx.device, at, partial.out(), dy, x, rows as i32, cols as i32)?;
+        kernels::sum_partials(&*cx.device, Launch::flat(cols), dc.out(), &partial, chunks as i32, cols as i32, 0)?;
+        for (i, start) in self.starts.iter().enumerate() {
+            let n: usize = node.inputs[first + i].shape.iter().product();
+            let Some((ds, accumulate)) = g.slot(first + i)? else { continue };
+            let dc = dc.rows(*start, start + n)?;
+            let norm = node.saved.get(2).map(|norm| norm.rows(*start, start + n)).transpose()?;
+            let at = Launch::flat(n);
+            kernels::column_factor_grad(
+                &*cx.device,
+                at,
+                ds.out(),
+                &dc,
+                norm.as_ref(),
+                n as i32,
+                i32::from(accumulate),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        let (norm, bias, first) = self.split(x);
+        let cols = x[0].cols();
+        let mut c = vec![1.0; cols];
+        for (start, s) in self.starts.iter().zip(&x[first..]) {
+            for (j, v) in s.data.iter().enumerate() {
+                c[start + j] = v / norm.map_or(1.0, |n| n.data[start + j]);
+            }
+        }
+        let value = |i: usize| c[i % cols] * x[0].data[i] + bias.map_or(0.0, |b| b.data[i % cols]);
+        vec![F64::from_fn(&x[0].shape, |i| round.at(value(i)))]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, x[0].bytes())
+    }
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (rows, cols, spans, norm, bias) in [
+        (3, 7, vec![(0, 7)], false, false),
+        (70, 48, vec![(16, 16), (32, 16)], false, true),
+        (130, 96, vec![(0, 64), (64, 32)], true, true),
+        (5, 300, vec![(100, 33)], true, false),
+    ] {
+        let mut inputs = vec![Arg::real(rng.array(&[rows, cols], 1.0))];
+        if norm {
+            inputs.push(Arg::float(F64::from_fn(&[cols], |_| 0.5 + rng.uniform())));
+        }
+        if bias {
+            inputs.push(Arg::param(rng.array(&[cols], 0.5)));
+        }
+        for (_, n) in &spans {
+            inputs.push(Arg::param(F64::from_fn(&[*n], |_| 1.0 + 0.3 * rng.normal())));
+        }
+        let starts = spans.iter().map(|s| s.0).collect();
+        let label = format!("rows {rows} cols {cols} spans {spans:?}{}", if norm { " norm" } else { "" });
+        cases.push(Case::new(label, ScaleColumns { starts, norm, bias }, inputs));
+    }
+    cases
+}
+
+/// A constant vector on the device.
+pub fn constant(cx: &Cx, values: &[f32]) -> Result<Tensor> {
+    Tensor::from_host(&cx.pool, "column factors", DType::F32, &[values.len()], values)
+}
