@@ -12,6 +12,7 @@ pub mod embedding;
 pub mod head;
 pub mod lora;
 pub mod matmul;
+pub mod policy;
 pub mod preference;
 pub mod rmsnorm;
 pub mod rope;
@@ -220,6 +221,8 @@ pub const DEFAULT: Variant = Variant {
     matmul: MatmulChoice::Auto,
     attention: AttentionChoice::Auto,
 };
+/// For ops that know float only.
+const ONE_DTYPE: Variant = Variant { dtypes: &[DType::F32], ..DEFAULT };
 const OWN_MATMUL: Variant = Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
 const LIGHT: Variant = Variant { name: "light", attention: AttentionChoice::Light, ..DEFAULT };
 const TENSOR_CORE: Variant =
@@ -249,6 +252,7 @@ pub fn registry() -> Vec<Entry> {
         entry("lora_linear", &["matmul", "scale", "reduce"], lora::cases, &[DEFAULT, OWN_MATMUL]),
         entry("preference", &["preference"], preference::cases, &[DEFAULT]),
         entry("segment_sums", &["preference"], preference::segment_cases, &[DEFAULT]),
+        entry("policy", &["policy"], policy::cases, &[ONE_DTYPE]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),
