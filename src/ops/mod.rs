@@ -13,6 +13,7 @@ pub mod head;
 pub mod matmul;
 pub mod rmsnorm;
 pub mod rope;
+pub mod sample;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -245,6 +246,7 @@ pub fn registry() -> Vec<Entry> {
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
+        entry("sample", &["sample"], sample::cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
         entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),
         entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),
