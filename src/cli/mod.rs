@@ -4,6 +4,7 @@
 //! 130 interrupted after a clean checkpoint.
 
 mod bench;
+mod chat;
 mod check;
 mod generate;
 mod inspect;
@@ -38,6 +39,7 @@ enum Command {
     /// Language modelling on text rows, packed; makes weights at random for a folder that has only a config
     Pretrain(train::Args),
     Generate(generate::Args),
+    Chat(chat::Args),
     Score(score::Args),
     Check(check::Args),
     Bench(bench::Args),
@@ -99,6 +101,7 @@ pub fn main() -> i32 {
         Command::Sft(args) => train::run(args, train::Kind::Sft),
         Command::Pretrain(args) => train::run(args, train::Kind::Pretrain),
         Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),

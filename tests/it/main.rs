@@ -10,6 +10,7 @@ mod model_folder;
 mod ops;
 mod prim;
 mod quickstart;
+mod rollout;
 mod runs;
 mod score;
 mod sft;
