@@ -50,14 +50,20 @@ fn requests(rng: &mut Rng, groups: usize, n: usize) -> Vec<Request> {
 }
 
 /// One random way of running the same requests; completions by (request, member).
-fn run(cx: &mut Cx, model: &mut Decoder, sampling: &Sampling, requests: &[Request], rng: &mut Rng) -> (Vec<Completion>, usize) {
+fn run(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    sampling: &Sampling,
+    requests: &[Request],
+    rng: &mut Rng,
+) -> (Vec<Completion>, usize) {
     let mut options = EngineOptions::new(40, sampling.clone(), vec![5, 17], 3 + rng.below(30));
     options.max_step_tokens = 1 + rng.below(200);
     options.pages = Some(4 + rng.below(40));
     let mut engine = Engine::new(cx, model, options, 200).unwrap();
     // Requests come in any order; their numbers go with them.
     let mut order: Vec<usize> = (0..requests.len()).collect();
-    order.sort_by_key(|_| rng.bits());
+    (1..order.len()).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
     for i in &order {
         engine.submit(&requests[*i]).unwrap();
     }
@@ -117,14 +123,17 @@ fn a_groups_prompt_is_prefilled_once_and_truncated_log_probs_are_of_what_was_dra
     let all = engine.generate(&mut cx, &model, &[request]).unwrap();
     let counts = engine.counts;
     assert_eq!((counts.shared, counts.tokens_out), (15 * 129, 16 * 5));
-    assert_eq!(counts.tokens_in, 130 + 15 + 16 * 4, "the prompt once, its last token for each sibling, then the others");
+    assert_eq!(
+        counts.tokens_in,
+        130 + 15 + 16 * 4,
+        "the prompt once, its last token for each sibling, then the others"
+    );
     for c in &all {
         for i in 0..c.ids.len() {
             // The distribution by the definition, from the trainer's log-probs of every token at this place.
             let context: Vec<u32> = prompt.iter().chain(&c.ids[..i]).copied().collect();
-            let logits: Vec<f64> = (0..VOCAB as u32)
-                .map(|t| f64::from(trained(&mut cx, &model, &context, &[t], 1.0).0[0]))
-                .collect();
+            let logits: Vec<f64> =
+                (0..VOCAB as u32).map(|t| f64::from(trained(&mut cx, &model, &context, &[t], 1.0).0[0])).collect();
             // log-probs are logits but for a constant, which a repetition penalty would not leave out.
             let shift = logit_shift(&mut cx, &model, &context, &logits);
             let logits: Vec<f64> = logits.iter().map(|l| l + shift).collect();
@@ -139,8 +148,7 @@ fn a_groups_prompt_is_prefilled_once_and_truncated_log_probs_are_of_what_was_dra
 }
 
 fn logit_shift(cx: &mut Cx, model: &Decoder, context: &[u32], logps: &[f64]) -> f64 {
-    let batch =
-        temper::model::batch::Batch::new(cx, &[Sequence { ids: context, target: None }], VOCAB).unwrap();
+    let batch = temper::model::batch::Batch::new(cx, &[Sequence { ids: context, target: None }], VOCAB).unwrap();
     let hidden = model.hidden(cx, &batch, false).unwrap();
     let last = hidden.rows(context.len() - 1, context.len()).unwrap();
     let logits = model.logits(cx, &last).unwrap().to_f32().unwrap();
