@@ -39,7 +39,7 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// num_generations
     pub n: usize,
-    /// Number of its first completion for the random draws; the others follow.
+    /// Number of its first completion for the random draws, below 2^31; the others follow.
     pub number: u32,
 }
 
@@ -190,6 +190,10 @@ impl Engine {
         if request.prompt.is_empty() {
             return Err(Error::op("rollout", format!("prompt {index} has no tokens; give at least a BOS token")));
         }
+        if request.number as usize + request.n > i32::MAX as usize {
+            let message = format!("sequence number {} is past 2^31: count from 0 and change the seed", request.number);
+            return Err(Error::op("rollout", message));
+        }
         let total = request.prompt.len() + self.options.max_new_tokens;
         if total > self.longest {
             let message = format!("prompt {index} and its completion are {total} tokens; at most {}", self.longest);
@@ -249,7 +253,7 @@ impl Engine {
             row += *take as i32;
             if s.cached.len + take == s.tokens.len() {
                 ends.push(row - 1);
-                who.extend([s.number as i32 & i32::MAX, s.completion.ids.len() as i32, s.place as i32]);
+                who.extend([s.number as i32, s.completion.ids.len() as i32, s.place as i32]);
             }
         }
         (ends, who)
@@ -259,31 +263,29 @@ impl Engine {
     fn accept(&mut self, draws: &[Draw]) -> Result<Stepped> {
         let mut stepped = Stepped::default();
         let mut draws = draws.iter();
-        let mut still = Vec::with_capacity(self.running.len());
-        for mut s in std::mem::take(&mut self.running) {
-            if s.cached.len < s.tokens.len() {
-                still.push(s);
-                continue;
-            }
+        for s in self.running.iter_mut().filter(|s| s.cached.len == s.tokens.len()) {
             let d = draws.next().ok_or_else(|| Error::op("rollout", "fewer draws than sequences"))?;
             s.push(d);
-            self.counts.tokens_out += 1;
             stepped.tokens.push((s.completion.request, s.completion.member, d.token));
-            let c = &mut s.completion;
             let said = match &self.options.stop_strings {
-                Some(strings) => strings.reached(&c.ids)?,
+                Some(strings) => strings.reached(&s.completion.ids)?,
                 None => false,
             };
             if said || self.options.stop.contains(&d.token) {
-                c.finish = Finish::Stop;
-            } else if c.ids.len() < self.options.max_new_tokens {
-                still.push(s);
-                continue;
+                s.end = Some(Finish::Stop);
+            } else if s.completion.ids.len() >= self.options.max_new_tokens {
+                s.end = Some(Finish::Length);
             }
+        }
+        self.counts.tokens_out += stepped.tokens.len();
+        let (ended, still): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.running).into_iter().partition(|s| s.end.is_some());
+        self.running = still;
+        for mut s in ended {
             self.leave(&mut s);
+            s.completion.finish = s.end.unwrap_or(Finish::Length);
             stepped.done.push(s.completion);
         }
-        self.running = still;
         Ok(stepped)
     }
 }

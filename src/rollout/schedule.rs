@@ -19,6 +19,7 @@ pub(super) struct Sequence {
     /// Its row among the running ones' device state.
     pub place: usize,
     pub completion: Completion,
+    pub end: Option<Finish>,
 }
 
 impl Sequence {
@@ -34,7 +35,7 @@ impl Sequence {
             finish: Finish::Length,
         };
         let cached = CachedSequence::default();
-        Sequence { number, tokens: prompt.to_vec(), prompt: prompt.len(), cached, place: 0, completion }
+        Sequence { number, tokens: prompt.to_vec(), prompt: prompt.len(), cached, place: 0, completion, end: None }
     }
 
     /// Tokens that are not in the cache.

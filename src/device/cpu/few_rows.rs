@@ -94,9 +94,9 @@ unsafe fn row_block<const R: usize, const C: usize>(p: &Product, a: &[f32], row:
 unsafe fn tile<const R: usize, const C: usize>(p: &Product, a: &[f32], row: usize, column: usize) {
     use std::arch::x86_64::{_mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps};
     let wide = p.m.next_multiple_of(8);
-    let mut total = [[_mm256_setzero_ps(); R]; C];
+    let mut total = [[_mm256_setzero_ps(); C]; R];
     for start in (0..p.k).step_by(PIECE) {
-        let mut sum = [[_mm256_setzero_ps(); R]; C];
+        let mut sum = [[_mm256_setzero_ps(); C]; R];
         for i in start..(start + PIECE).min(p.k) {
             // SAFETY: i < k, and rows and columns are those of the product.
             unsafe {
@@ -105,27 +105,25 @@ unsafe fn tile<const R: usize, const C: usize>(p: &Product, a: &[f32], row: usiz
                 for (j, b) in b.iter_mut().enumerate() {
                     *b = _mm256_broadcast_ss(&*(p.b as *const f32).add((column + j) * p.ldb + i));
                 }
-                for r in 0..R {
+                for (r, sums) in sum.iter_mut().enumerate() {
                     let x = _mm256_loadu_ps(lanes.add(8 * r));
-                    for j in 0..C {
-                        sum[j][r] = _mm256_fmadd_ps(x, b[j], sum[j][r]);
-                    }
+                    sums.iter_mut().zip(b).for_each(|(s, b)| *s = _mm256_fmadd_ps(x, b, *s));
                 }
             }
         }
         // The first piece is added to 0, as the library's is.
-        for j in 0..C {
-            for r in 0..R {
-                total[j][r] = _mm256_add_ps(total[j][r], sum[j][r]);
-            }
+        for (totals, sums) in total.iter_mut().zip(&sum) {
+            totals.iter_mut().zip(sums).for_each(|(t, s)| *t = _mm256_add_ps(*t, *s));
         }
     }
-    for (j, total) in total.iter().enumerate() {
-        // SAFETY: a register is eight floats.
-        let values: &[[f32; 8]; R] = unsafe { &*total.as_ptr().cast() };
-        for (r, value) in values.as_flattened().iter().enumerate().take(p.m - row) {
-            // SAFETY: an element of c that this call owns.
-            unsafe { *(p.c as *mut f32).add((row + r) * p.ldc + column + j) = *value };
+    for (r, totals) in total.iter().enumerate() {
+        for (j, register) in totals.iter().enumerate() {
+            // SAFETY: a register is eight floats.
+            let values: [f32; 8] = unsafe { std::mem::transmute(*register) };
+            for (i, value) in values.iter().enumerate().take((p.m - row).saturating_sub(8 * r)) {
+                // SAFETY: an element of c that this call owns.
+                unsafe { *(p.c as *mut f32).add((row + 8 * r + i) * p.ldc + column + j) = *value };
+            }
         }
     }
 }
