@@ -101,6 +101,12 @@ fn exact(dtype: DType) {
         assert!(again == first, "another batch composition, prefill chunking, page layout and order");
     }
     assert!(preempted > 20, "{preempted} preemptions: the case was to have many");
+    // What was seen goes along when a sequence starts again.
+    let sampling = Sampling { top_p: 0.9, repetition_penalty: 1.3, ..sampling };
+    let few = &requests[..10];
+    let (first, _) = run(&mut cx, &mut model, &sampling, few, &mut rng);
+    let (again, _) = run(&mut cx, &mut model, &sampling, few, &mut rng);
+    assert!(again == first && first.len() == 80);
 }
 
 #[test]
