@@ -4,6 +4,7 @@
 //! 130 interrupted after a clean checkpoint.
 
 mod bench;
+mod chat;
 mod check;
 mod generate;
 mod inspect;
@@ -40,6 +41,7 @@ enum Command {
     /// Language modelling on text rows, packed; makes weights at random for a folder that has only a config
     Pretrain(train::Args),
     Generate(generate::Args),
+    Chat(chat::Args),
     Score(score::Args),
     Check(check::Args),
     Bench(bench::Args),
@@ -102,6 +104,7 @@ pub fn main() -> i32 {
         Command::Sft(args) => train::run::<SftConfig>(args),
         Command::Pretrain(args) => train::pretrain(args),
         Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),

@@ -16,6 +16,7 @@ pub mod policy;
 pub mod preference;
 pub mod rmsnorm;
 pub mod rope;
+pub mod sample;
 pub mod scale;
 
 use std::fmt::Debug;
@@ -256,6 +257,7 @@ pub fn registry() -> Vec<Entry> {
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),
+        entry("sample", &["sample"], sample::cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
         entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),
         entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),

@@ -16,6 +16,7 @@ mod prim;
 mod quickstart;
 mod report;
 mod rewards;
+mod rollout;
 mod runs;
 mod score;
 mod sft;
