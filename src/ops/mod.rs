@@ -11,6 +11,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod head;
 pub mod matmul;
+pub mod quant;
 pub mod rmsnorm;
 pub mod rope;
 
@@ -243,6 +244,8 @@ pub fn registry() -> Vec<Entry> {
         entry("glu", &["activation"], activation::cases, &[DEFAULT]),
         entry("head", &["head", "matmul"], head::cases, &[DEFAULT, OWN_MATMUL]),
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("quantise", &["quant"], quant::cases, &[DEFAULT]),
+        entry("quant_linear", &["quant", "matmul", "reduce"], quant::linear_cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),

@@ -9,6 +9,7 @@ mod house;
 mod model_folder;
 mod ops;
 mod prim;
+mod quant;
 mod quickstart;
 mod runs;
 mod score;
