@@ -3,7 +3,7 @@
 // Math     NF4: a = max |x| of a block of 64; code = the entry of a map of 16 values nearest to x / a; x' = map[code] a
 //          Double quantisation: offset = mean of all a; a - offset in blocks of 256, by a map of 256 values:
 //          a' = map8[code8] a2 + offset   (Dettmers et al., "QLoRA", 2023)
-//          int8: a = max |x| of a row, code = round(x 127 / a), x' = code a / 127   (Dettmers et al., "LLM.int8()", 2022)
+//          int8: a = max |x| of a row, code = round(x (127 (1 / a))), x' = code a / 127   (Dettmers et al., "LLM.int8()", 2022)
 // Shapes   x flat n real (int8: [rows, cols]); codes (n + 1) / 2 bytes, the even value in the high half (int8: n bytes, two's
 //          complement); absmax n / 64 float, or as many codes8 with absmax2 n / 64 / 256 float and offset [1] float
 // Plan     Quantising happens once, at load: a thread owns a block. Dequantising stands beside each product: a thread owns
@@ -138,7 +138,7 @@ KERNEL_WARP(int8_quantise)(unsigned char* codes, float* absmax, const real* x, i
   }
   const float a = pack_max(most);
   if (LANE == 0) absmax[row] = a;
-  const float scale = a > 0.f ? 127.f / a : 0.f;
+  const float scale = a > 0.f ? 1.f / a * 127.f : 0.f;
   for (int i = WCOL; i < cols; i += WARP_STEP) {
     WarpPack v = load_row(from, i, cols);
     int c[WV];

@@ -5,11 +5,13 @@
 
 pub mod activation;
 pub mod adamw;
+pub mod adamw8;
 pub mod add;
 pub mod attention;
 pub mod dropout;
 pub mod embedding;
 pub mod head;
+pub mod lora_kernels;
 pub mod matmul;
 pub mod quant;
 pub mod rmsnorm;
@@ -237,6 +239,7 @@ pub fn registry() -> Vec<Entry> {
     vec![
         entry("activation", &["activation"], activation::plain_cases, &[DEFAULT]),
         entry("adamw", &["adamw"], adamw::cases, &[DEFAULT]),
+        entry("adamw8", &["adamw8", "quant"], adamw8::cases, &[DEFAULT]),
         entry("add", &["add"], add::cases, &[DEFAULT]),
         entry("dropout", &["dropout"], dropout::cases, &[DEFAULT]),
         entry("embedding", &["embedding"], embedding::cases, &[DEFAULT]),

@@ -4,6 +4,7 @@
 //! weight-decay group, and nothing in it depends on host data but a small upload.
 
 pub mod schedule;
+pub mod state;
 
 use crate::cx::Cx;
 use crate::device::DType;

@@ -6,6 +6,7 @@ mod config;
 mod data;
 mod generate;
 mod house;
+mod lora_kernels;
 mod model_folder;
 mod ops;
 mod prim;

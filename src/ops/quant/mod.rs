@@ -9,6 +9,7 @@ mod stored;
 mod weight;
 
 pub use linear::{QuantLinear, cases as linear_cases, quant_linear};
+pub(crate) use reference::blockwise_reference;
 pub use reference::cases;
 pub use weight::{QuantWeight, Scales, Scheme, Segment};
 

@@ -26,7 +26,7 @@ fn nearest(map: &[f32], v: f32) -> u8 {
 }
 
 /// Codes and largest magnitudes in blocks; the last block, if it is not whole, is divided where others are multiplied.
-fn blockwise(x: &[f32], map: &[f32], block: usize) -> (Vec<u8>, Vec<f32>) {
+pub(crate) fn blockwise_reference(x: &[f32], map: &[f32], block: usize) -> (Vec<u8>, Vec<f32>) {
     let (mut codes, mut absmax) = (Vec::new(), Vec::new());
     for part in x.chunks(block) {
         let whole = part.len() == block;
@@ -77,14 +77,14 @@ fn quantise(x: &[f32], rows: usize, scheme: Scheme) -> Host {
             let (mut codes, mut absmax) = (Vec::new(), Vec::new());
             for row in x.chunks(x.len() / rows) {
                 let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-                let scale = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+                let scale = if largest > 0.0 { 1.0 / largest * 127.0 } else { 0.0 };
                 codes.extend(row.iter().map(|v| (v * scale).round_ties_even() as i8 as u8));
                 absmax.push(largest);
             }
             Host { codes, scales: HostScales::Float(absmax) }
         }
         Scheme::Nf4 { double } => {
-            let (mut values, absmax) = blockwise(x, &NF4, BLOCK4);
+            let (mut values, absmax) = blockwise_reference(x, &NF4, BLOCK4);
             values.resize(values.len().next_multiple_of(2), nearest(&NF4, 0.0));
             let codes = values.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect();
             if !double {
@@ -92,7 +92,7 @@ fn quantise(x: &[f32], rows: usize, scheme: Scheme) -> Host {
             }
             let offset = mean(&absmax);
             let shifted: Vec<f32> = absmax.iter().map(|a| a - offset).collect();
-            let (codes8, absmax) = blockwise(&shifted, &dynamic_map(true), BLOCK8);
+            let (codes8, absmax) = blockwise_reference(&shifted, &dynamic_map(true), BLOCK8);
             Host { codes, scales: HostScales::Nested { codes: codes8, absmax, offset } }
         }
     }
