@@ -91,10 +91,13 @@ KERNEL(lora_nn, HOT)(real* dx, const real* dy, const real* w, const real* dt, co
   const Matrix left(dy, lddy, m, n), right(w, ldw, n, k), low(dt, lddt, m, ranks), down(a, lda, ranks, k);
   Sums acc;
   multiply<NN>(acc, steps + steps_of(ranks), [&](int step, real* ta, real* tb) {
-    const bool base = step < steps;
-    const int at = (base ? step : step - steps) * BK;
-    load_tile<true>(ta, base ? left : low, m0, at);
-    load_tile<false>(tb, base ? right : down, k0, at);
+    if (step < steps) {
+      load_tile<true>(ta, left, m0, step * BK);
+      load_tile<false>(tb, right, k0, step * BK);
+    } else {
+      load_tile<true>(ta, low, m0, (step - steps) * BK);
+      load_tile<false>(tb, down, k0, (step - steps) * BK);
+    }
   });
   const Target<real> to(dx, nullptr, m, k, lddx, accumulate);
   each_pair(acc, m0, k0, [&](int row, int col, float u, float v) { to.put(row, col, u, v); });

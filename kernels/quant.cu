@@ -16,7 +16,7 @@
 #include "prim/quant.cuh"
 #include "prim/warp.cuh"
 
-// A thread a block of 64. D=64: 4-bit codes.
+// A thread a block of 64.
 KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, const float* map, long long n) {
   const long long block = FLAT_INDEX, start = block * 64;
   if (start >= n) return;

@@ -83,15 +83,8 @@ impl Op for AdamW8Step {
         p.copy_from(x[0])?;
         let (m, m_absmax) = blockwise8_quantise(cx, x[1], None, &maps.m)?;
         let (v, v_absmax) = blockwise8_quantise(cx, x[2], None, &maps.v)?;
-        let slice = Slice8 {
-            master: Some(&p),
-            weight: &w,
-            m: &m,
-            v: &v,
-            m_absmax: &m_absmax,
-            v_absmax: &v_absmax,
-            grad: x[3],
-        };
+        let slice =
+            Slice8 { master: Some(&p), weight: &w, m: &m, v: &v, m_absmax: &m_absmax, v_absmax: &v_absmax, grad: x[3] };
         adamw8(cx, &self.0, &slice, &maps, x[4])?;
         let m_values = blockwise8_dequantise(cx, &m, &m_absmax, &maps.m)?;
         let v_values = blockwise8_dequantise(cx, &v, &v_absmax, &maps.v)?;

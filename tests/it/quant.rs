@@ -79,9 +79,11 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
     for device in [Cpu::new(), Cpu::strict(1)] {
         let cx = Cx::new(Arc::new(device), DType::F32).unwrap();
         for case in fixture()["weights"].as_array().unwrap() {
-            let shape: Vec<usize> = case["shape"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as usize).collect();
+            let shape: Vec<usize> =
+                case["shape"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as usize).collect();
             let dtype = if case["dtype"] == "bfloat16" { DType::BF16 } else { DType::F32 };
-            let values = source(shape[0] * shape[1], case["seed"].as_u64().unwrap() as u32, case["scale"].as_f64().unwrap());
+            let values =
+                source(shape[0] * shape[1], case["seed"].as_u64().unwrap() as u32, case["scale"].as_f64().unwrap());
             let x = Tensor::from_f32(&cx.pool, "x", dtype, &shape, &values).unwrap();
             let label = format!("{shape:?} {}", dtype.name());
             let values = |w: &QuantWeight, prefix: &str| {
@@ -100,7 +102,9 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
 
             let double = weight(Scheme::Nf4 { double: true });
             same_codes(&double.segments[0].codes, &case["codes"], &label);
-            let Scales::Nested { codes, absmax, offset } = &double.segments[0].scales else { panic!("{label}: floats") };
+            let Scales::Nested { codes, absmax, offset } = &double.segments[0].scales else {
+                panic!("{label}: floats")
+            };
             assert_eq!(bits_of(offset), [case["offset"].as_u64().unwrap() as u32], "{label}: offset");
             same_codes(codes, &case["codes8"], &label);
             assert_eq!(bits_of(absmax), bits(&case["absmax2"]), "{label}");

@@ -57,15 +57,11 @@ impl QuantWeight {
     /// (`name.absmax`, ...). Error for other formats, block sizes and maps than NF4's with 64 and 256.
     pub fn from_stored(cx: &Cx, names: &[&str], find: impl Fn(&str) -> Result<Vec<u8>>) -> Result<QuantWeight> {
         let (nf4, dynamic) = maps(cx)?;
-        let mut weight = QuantWeight {
-            scheme: Scheme::Nf4 { double: true },
-            shape: [0, 0],
-            segments: Vec::new(),
-            nf4,
-            dynamic,
-        };
+        let mut weight =
+            QuantWeight { scheme: Scheme::Nf4 { double: true }, shape: [0, 0], segments: Vec::new(), nf4, dynamic };
         for (i, name) in names.iter().enumerate() {
-            let bad = |what: String| Error::op("quantise", format!("{name}: {what}; quantise the float weights instead"));
+            let bad =
+                |what: String| Error::op("quantise", format!("{name}: {what}; quantise the float weights instead"));
             let state: Value = serde_json::from_slice(&find(&format!("{name}.{STATE}"))?)
                 .map_err(|e| bad(format!("{STATE} is not JSON: {e}")))?;
             let number = |v: &Value, key: &str| v.as_u64().ok_or_else(|| bad(format!("no {key}"))).map(|v| v as usize);
