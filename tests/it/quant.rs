@@ -109,6 +109,12 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
             same_codes(codes, &case["codes8"], &label);
             assert_eq!(bits_of(absmax), bits(&case["absmax2"]), "{label}");
             values(&double, "double");
+            let stored = double.stored(0, "w", dtype).unwrap();
+            let mut keys: Vec<&str> = stored.iter().skip(1).map(|s| &s.0[2..]).collect();
+            keys.sort();
+            assert_eq!(Value::from(keys), case["stored"], "{label}");
+            let state: Value = serde_json::from_slice(&stored[stored.len() - 1].3).unwrap();
+            assert_eq!(state, case["state"], "{label}");
 
             if case.get("int8").is_some() {
                 let int8 = weight(Scheme::Int8);
