@@ -5,15 +5,19 @@
 
 pub mod activation;
 pub mod adamw;
+pub mod adamw8;
 pub mod add;
 pub mod attention;
 pub mod dropout;
 pub mod embedding;
 pub mod head;
 pub mod lora;
+pub mod lora_kernels;
+pub mod matmul;
 pub mod matmul;
 pub mod policy;
 pub mod preference;
+pub mod quant;
 pub mod rmsnorm;
 pub mod rope;
 pub mod sample;
@@ -243,6 +247,7 @@ pub fn registry() -> Vec<Entry> {
     vec![
         entry("activation", &["activation"], activation::plain_cases, &[DEFAULT]),
         entry("adamw", &["adamw"], adamw::cases, &[DEFAULT]),
+        entry("adamw8", &["adamw8", "quant"], adamw8::cases, &[DEFAULT]),
         entry("add", &["add"], add::cases, &[DEFAULT]),
         entry("dropout", &["dropout"], dropout::cases, &[DEFAULT]),
         entry("embedding", &["embedding"], embedding::cases, &[DEFAULT]),
@@ -254,6 +259,8 @@ pub fn registry() -> Vec<Entry> {
         entry("preference", &["preference"], preference::cases, &[DEFAULT]),
         entry("segment_sums", &["preference"], preference::segment_cases, &[DEFAULT]),
         entry("policy", &["policy"], policy::cases, &[ONE_DTYPE]),
+        entry("quantise", &["quant"], quant::cases, &[DEFAULT]),
+        entry("quant_linear", &["quant", "matmul", "reduce"], quant::linear_cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),

@@ -4,6 +4,7 @@
 //! each stretch of one weight decay and learning rate, and nothing in it depends on host data but a small upload.
 
 pub mod schedule;
+pub mod state;
 
 use crate::cx::Cx;
 use crate::device::DType;
