@@ -3,6 +3,11 @@
 //! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer step), never by the chunk
 //! of rows that fits in memory; it knows the model, never a kernel.
 
+pub mod grpo;
+pub mod online;
+pub mod ppo;
+pub mod reinforce;
+pub mod rloo;
 pub mod sft;
 
 use std::borrow::Cow;
@@ -69,6 +74,16 @@ pub trait Method {
         Ok(())
     }
 
+    /// Where a method fills its micro-batches itself: how many an epoch has. Then a step's "rows" are their numbers.
+    fn micro_batches(&self) -> Option<usize> {
+        None
+    }
+
+    /// Called before [`Method::step`] with the step's number, from 0.
+    fn begin(&mut self, _number: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up in `cx.param_grads`.
     fn step(
         &mut self,
@@ -77,6 +92,11 @@ pub trait Method {
         micro_batches: &[&[usize]],
         checkpoint: bool,
     ) -> Result<StepReport>;
+
+    /// What was generated since it was last asked for, a line each for completions.jsonl.
+    fn take_completions(&mut self) -> Vec<serde_json::Value> {
+        Vec::new()
+    }
 
     /// Called after the parameters have changed, with the number of steps done.
     fn stepped(&mut self, _cx: &mut Cx, _model: &Decoder, _done: u64) -> Result<()> {
