@@ -15,6 +15,7 @@ mod kto;
 mod online;
 mod orpo;
 mod peft;
+mod prm;
 mod reward;
 mod sft;
 mod training;
@@ -39,6 +40,7 @@ pub use online::{
 };
 pub use orpo::OrpoConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
+pub use prm::PrmConfig;
 pub use reward::RewardConfig;
 pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
 pub use training::{

@@ -8,9 +8,19 @@ pub mod online;
 pub mod ppo;
 pub mod reinforce;
 pub mod rloo;
+pub mod completions;
+pub mod cpo;
+pub mod dpo;
+pub mod kto;
+pub mod objective;
+pub mod orpo;
+pub mod prm;
+pub mod reference;
+pub mod reward;
 pub mod sft;
 
 use std::borrow::Cow;
+use std::path::Path;
 
 use crate::config::{MethodSection, TrainingConfig};
 use crate::cx::Cx;
@@ -42,6 +52,8 @@ pub struct Source<'a> {
     pub model: &'a ModelConfig,
     pub train: &'a [Row],
     pub eval: &'a [Row],
+    /// The run's folder, for what is worth keeping from one run to the next.
+    pub output: &'a Path,
 }
 
 /// The keys of a method make the method.
@@ -52,6 +64,11 @@ pub trait Recipe: MethodSection {
     /// A chat template to use in the place of the model's.
     fn chat_template_path(&self) -> Option<&str> {
         None
+    }
+
+    /// Whether dropout is off, also in an adapter that asks for it.
+    fn disable_dropout(&self) -> bool {
+        false
     }
 
     /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and line.
@@ -118,7 +135,7 @@ pub trait Method {
     }
 
     /// Takes up what [`Method::state`] gave, from a checkpoint's folder.
-    fn restore(&mut self, _cx: &mut Cx, _dir: &std::path::Path) -> Result<()> {
+    fn restore(&mut self, _cx: &mut Cx, _dir: &Path) -> Result<()> {
         Ok(())
     }
 }
