@@ -9,8 +9,7 @@
 // Numerics Logits are float, also in a bf16 build: half-precision logits cost accuracy where it matters most. Sums in
 //          float in a fixed order; dlogits is rounded when stored. The gradient of H as it stands has no cancellation.
 // Cost     12 vocab bytes a row read, sizeof(real) vocab written. GPU: not measured yet.
-#include "prim/math.cuh"
-#include "prim/warp.cuh"
+#include "prim/row.cuh"
 
 // logp, lse and (if asked) entropy, log sum_j p_j^2 and the arg max (the lowest of equals) of each row
 KERNEL_WARP(head_stats, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(float) square, MAYBE(int) best, const float* logits,
@@ -18,32 +17,12 @@ KERNEL_WARP(head_stats, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYB
   const long long row = WARP_INDEX;
   if (row >= rows) return;
   const float* l = logits + row * vocab;
-  WarpPack top;
-#pragma unroll
-  for (int j = 0; j < WV; ++j) top.v[j] = NEG_INF;
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
-    WarpPack v = load_row(l, i, vocab, NEG_INF);
-#pragma unroll
-    for (int j = 0; j < WV; ++j) top.v[j] = max2(top.v[j], v.v[j]);
-  }
-  const float m = pack_max(top) * scale;
-  WarpPack sum = {}, mean = {};
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
-    WarpPack v = load_row(l, i, vocab, NEG_INF);
-#pragma unroll
-    for (int j = 0; j < WV; ++j) {
-      const float d = fmaf(v.v[j], scale, -m), e = exp_f(d);
-      sum.v[j] += e;
-      mean.v[j] = fmaf(e, max2(d, -200.f), mean.v[j]);  // e is 0 long before; keeps 0 x inf out
-    }
-  }
-  const float s = pack_sum(sum), log_s = log_f(s);
-  const float t = target ? l[target[row]] * scale : 0.f;
-  const float centered = pack_sum(mean) / s;
+  const RowFigures f = row_figures(l, vocab, row_max(l, vocab), scale);
+  const float t = target ? l[target[row]] : 0.f;
   if (LANE == 0) {
-    lse[row] = m + log_s;
-    logp[row] = (t - m) - log_s;
-    if (entropy) entropy[row] = log_s - centered;
+    lse[row] = f.top + f.log_sum;
+    logp[row] = f.logp(t, scale);
+    if (entropy) entropy[row] = f.entropy();
   }
   if (square) {
     WarpPack squares = {};
@@ -51,25 +30,16 @@ KERNEL_WARP(head_stats, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYB
       WarpPack v = load_row(l, i, vocab, NEG_INF);
 #pragma unroll
       for (int j = 0; j < WV; ++j) {
-        const float e = exp_f(fmaf(v.v[j], scale, -m));
+        const float e = exp_f(fmaf(v.v[j], scale, -f.top));
         squares.v[j] = fmaf(e, e, squares.v[j]);
       }
     }
     const float s2 = pack_sum(squares);
-    if (LANE == 0) square[row] = log_f(s2) - 2.f * log_s;
+    if (LANE == 0) square[row] = log_f(s2) - 2.f * f.log_sum;
   }
   if (best) {
-    WarpPack first;
-#pragma unroll
-    for (int j = 0; j < WV; ++j) first.v[j] = -16777216.f;
-    for (int i = WCOL; i < vocab; i += WARP_STEP) {
-      WarpPack v = load_row(l, i, vocab, NEG_INF);
-#pragma unroll
-      for (int j = 0; j < WV; ++j)
-        first.v[j] = max2(first.v[j], v.v[j] * scale == m && i + j < vocab ? -(float)(i + j) : -16777216.f);
-    }
-    const float b = pack_max(first);
-    if (LANE == 0) best[row] = (int)-b;
+    const int first = row_first(l, vocab, f.top, scale);
+    if (LANE == 0) best[row] = first;
   }
 }
 

@@ -9,9 +9,9 @@
 //! | 1 | [`device`], [`tensor`] | the CPU (shim) and CUDA devices, named memory, views, safetensors |
 //! | 2 | [`ops`], [`tape`], [`cx`] | every op with its backward and its f64 reference; recording; the context |
 //! | 3 | [`model`] | Hugging Face folders, one decoder, parameters in one arena, the paged cache |
-//! | 4 | [`data`], [`optim`], [`rollout`] | rows to tokens and masks; AdamW and schedules; generation |
+//! | 4 | [`data`], [`optim`], [`rollout`], [`rewards`] | rows to tokens and masks; AdamW and schedules; generation; scores |
 //! | 5 | [`methods`] | objectives, one file each |
-//! | 6 | [`train`], [`checkpoint`], [`log`], [`check`] | the loop, durable state, the run log, the self-check |
+//! | 6 | [`train`], [`checkpoint`], [`log`], [`check`], [`report`] | the loop, durable state, the run log, the self-check, the page |
 //! | 7 | [`cli`], [`quickstart`] | the commands; the ladder on data and a model made on the spot |
 //!
 //! Two data paths. A training step: config -> `train` -> parameters (safetensors, mapped) -> `data` (rows, template and
@@ -33,6 +33,8 @@ pub mod model;
 pub mod ops;
 pub mod optim;
 pub mod quickstart;
+pub mod report;
+pub mod rewards;
 pub mod rng;
 pub mod rollout;
 pub mod signals;

@@ -16,7 +16,7 @@ use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
 use crate::ops::Rng;
 use crate::rollout::sample::Sampling;
-use crate::rollout::{Options, generate};
+use crate::rollout::{Engine, EngineOptions, Request};
 use crate::train::Trainer;
 
 const VOCAB: usize = 96;
@@ -66,9 +66,15 @@ fn rollout(device: &Arc<dyn Device>, dtype: DType) -> Result<bool> {
     let mut rng = Rng(3);
     let prompts: Vec<Vec<u32>> = [3, 70, 12].iter().map(|n| tokens(&mut rng, *n)).collect();
     let sampling = Sampling { temperature: 1.0, seed: 5, ..Sampling::greedy() };
-    let options = Options { max_new_tokens: 20, sampling, stop: Vec::new(), batch: 2 };
-    let completions = generate(&mut cx, &mut model, &prompts, &options, |_, _| {})?;
-    for (prompt, completion) in prompts.iter().zip(&completions) {
+    // Groups of two that share their prompt's pages, prompts in pieces, and too few pages for all.
+    let mut options = EngineOptions::new(20, sampling, Vec::new(), 5);
+    (options.max_step_tokens, options.pages) = (17, Some(4));
+    let mut engine = Engine::new(&cx, &mut model, options, 90)?;
+    let requests: Vec<Request> =
+        (0..).zip(&prompts).map(|(i, p)| Request { prompt: p.clone(), n: 2, number: 2 * i }).collect();
+    let completions = engine.generate(&mut cx, &model, &requests)?;
+    for completion in &completions {
+        let prompt = &prompts[completion.request];
         let ids: Vec<u32> = prompt.iter().chain(&completion.ids).copied().collect();
         let target: Vec<bool> = (0..ids.len()).map(|i| i >= prompt.len()).collect();
         let scored = model.logps(&mut cx, &[Sequence { ids: &ids, target: Some(&target) }])?;

@@ -1,7 +1,8 @@
 //! `temper generate`: sample from a model folder. Floor 7.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -16,7 +17,8 @@ use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::rollout::sample::Sampling;
-use crate::rollout::{Finish, Options, generate};
+use crate::rollout::stop::StopStrings;
+use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
 /// Completions for a prompt, or for every row of a file (prompt: string or messages; or input_ids)
 #[derive(clap::Args)]
@@ -38,9 +40,12 @@ pub struct Args {
     /// sequences decoded at once
     #[arg(long, default_value_t = 32)]
     batch: usize,
+    /// tokens that go in at once: longer prompts are prefilled in pieces
+    #[arg(long, default_value_t = 2048)]
+    step_tokens: usize,
     #[command(flatten)]
     on: Where,
-    /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, seed
+    /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty, stop (texts), n, seed
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
 }
@@ -51,40 +56,29 @@ pub fn run(args: Args) -> Result<()> {
         eprintln!("note: {note}");
     }
     let dir = resolve_model(&args.model)?;
-    let tokenizer = Tokenizer::load(&dir)?;
+    let tokenizer = Arc::new(Tokenizer::load(&dir)?);
     let mut cx = args.on.open()?;
     let mut model = Decoder::load(&cx, 0, &dir, 1)?;
     let vocab = model.config.vocab_size;
-    let mut stop = model.config.eos.clone();
-    stop.extend(tokenizer.eos_id());
-    if let Some(map) = folder::generation_config(&dir)? {
-        stop.extend(eos_ids(map.get("eos_token_id")));
-    }
     let rows = read_rows_or_prompt(&args)?;
-    let prompts = rows
-        .iter()
-        .map(|row| if row.has("input_ids") { input_ids(row, vocab) } else { prompt_ids(row, &tokenizer) })
-        .collect::<Result<Vec<_>>>()?;
-    let options = Options {
-        max_new_tokens: keys.max_new_tokens,
-        sampling: Sampling {
-            temperature: keys.temperature,
-            top_k: keys.top_k,
-            top_p: keys.top_p,
-            min_p: keys.min_p,
-            seed: keys.seed,
-        },
-        stop,
-        batch: args.batch,
-    };
-    let completions = generate(&mut cx, &mut model, &prompts, &options, |_, _| {})?;
+    let mut requests = Vec::new();
+    for (i, row) in rows.iter().enumerate() {
+        let prompt = if row.has("input_ids") { input_ids(row, vocab)? } else { prompt_ids(row, &tokenizer)? };
+        requests.push(Request { prompt, n: keys.n, number: (i * keys.n) as u32 });
+    }
+    let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0) + keys.max_new_tokens;
+    let batch = args.batch.clamp(1, (rows.len() * keys.n).max(1));
+    let mut options = engine_options(&keys, &model, &tokenizer, &dir, batch)?;
+    options.max_step_tokens = args.step_tokens.max(1);
+    let mut engine = Engine::new(&cx, &mut model, options, longest)?;
+    let completions = engine.generate(&mut cx, &model, &requests)?;
     let mut out = sink(&args.output)?;
-    for (row, completion) in rows.into_iter().zip(completions) {
+    for completion in completions {
         let text = tokenizer.decode(&completion.ids, true)?;
         let line = if args.prompt.is_some() && args.output.is_none() {
             text
         } else {
-            let mut value = row.value;
+            let mut value = rows[completion.request].value.clone();
             value.insert("completion".into(), json!(text));
             value.insert("completion_ids".into(), json!(completion.ids));
             value.insert("logps".into(), json!(completion.logps));
@@ -95,6 +89,32 @@ pub fn run(args: Args) -> Result<()> {
         writeln!(out, "{line}").map_err(|e| Error::io(args.output.clone().unwrap_or("stdout".into()), e))?;
     }
     Ok(())
+}
+
+/// The keys as an engine takes them, with all that ends a text of this model.
+pub(super) fn engine_options(
+    keys: &GenerateConfig,
+    model: &Decoder,
+    tokenizer: &Arc<Tokenizer>,
+    dir: &Path,
+    batch: usize,
+) -> Result<EngineOptions> {
+    let sampling = Sampling {
+        temperature: keys.temperature,
+        top_k: keys.top_k,
+        top_p: keys.top_p,
+        min_p: keys.min_p,
+        repetition_penalty: keys.repetition_penalty,
+        seed: keys.seed,
+    };
+    let mut stop = model.config.eos.clone();
+    stop.extend(tokenizer.eos_id());
+    if let Some(map) = folder::generation_config(dir)? {
+        stop.extend(eos_ids(map.get("eos_token_id")));
+    }
+    let mut options = EngineOptions::new(keys.max_new_tokens, sampling, stop, batch);
+    options.stop_strings = StopStrings::new(&keys.stop, tokenizer);
+    Ok(options)
 }
 
 fn read_rows_or_prompt(args: &Args) -> Result<Vec<Row>> {

@@ -4,6 +4,7 @@
 //! 130 interrupted after a clean checkpoint.
 
 mod bench;
+mod chat;
 mod check;
 mod generate;
 mod inspect;
@@ -17,7 +18,10 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{CpoConfig, DistillConfig, DpoConfig, KtoConfig, OrpoConfig, PrmConfig, RewardConfig, SftConfig};
+use crate::config::{
+    CpoConfig, DistillConfig, DpoConfig, GrpoConfig, KtoConfig, OrpoConfig, PpoConfig, PrmConfig, ReinforceConfig,
+    RewardConfig, RlooConfig, SftConfig,
+};
 use crate::cx::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
@@ -58,7 +62,16 @@ enum Command {
     Cpo(train::Args),
     /// Distillation from a teacher's distributions
     Distill(train::Args),
+    /// Group relative policy optimisation: prompts and rewards
+    Grpo(train::Args),
+    /// REINFORCE leave-one-out
+    Rloo(train::Args),
+    /// REINFORCE++ and ReMax
+    Reinforce(train::Args),
+    /// Proximal policy optimisation, with a value model
+    Ppo(train::Args),
     Generate(generate::Args),
+    Chat(chat::Args),
     Score(score::Args),
     Check(check::Args),
     Bench(bench::Args),
@@ -143,7 +156,12 @@ pub fn main() -> i32 {
         Command::Orpo(args) => train::run::<OrpoConfig>(args),
         Command::Cpo(args) => train::run::<CpoConfig>(args),
         Command::Distill(args) => train::run::<DistillConfig>(args),
+        Command::Grpo(args) => train::run::<GrpoConfig>(args),
+        Command::Rloo(args) => train::run::<RlooConfig>(args),
+        Command::Reinforce(args) => train::run::<ReinforceConfig>(args),
+        Command::Ppo(args) => train::run::<PpoConfig>(args),
         Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),

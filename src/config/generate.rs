@@ -18,6 +18,12 @@ section! {
         pub top_p: f64 = 1.0,
         /// Only tokens with at least this share of the most probable one's probability; 0: all.
         pub min_p: f64 = 0.0,
+        /// Logits of tokens that prompt and completion have are divided by it (negative ones multiplied); 1: off.
+        pub repetition_penalty: f64 = 1.0,
+        /// Texts that end a completion.
+        pub stop: Vec<String> = Vec::new(),
+        /// Completions of each prompt.
+        pub n: usize = 1,
         /// Seed of the draws.
         pub seed: u64 = 42,
     }
@@ -26,6 +32,9 @@ section! {
 impl GenerateConfig {
     fn rules(&self, report: &mut Report) {
         report.at_least("max_new_tokens", self.max_new_tokens, 1);
+        report.at_least("n", self.n, 1);
+        let penalty = self.repetition_penalty;
+        report.must(penalty > 0.0, || format!("repetition_penalty = {penalty}: must be above 0; 1 is off"));
         let (t, top_p, min_p) = (self.temperature, self.top_p, self.min_p);
         report.must(t >= 0.0, || format!("temperature = {t}: must not be negative; 0 is greedy"));
         report.must(top_p > 0.0 && top_p <= 1.0, || format!("top_p = {top_p}: must be above 0 and at most 1"));

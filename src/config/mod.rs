@@ -12,6 +12,7 @@ mod dpo;
 mod foreign;
 mod generate;
 mod kto;
+mod online;
 mod orpo;
 mod peft;
 mod prm;
@@ -33,6 +34,10 @@ pub use distill::DistillConfig;
 pub use dpo::{DpoConfig, DpoLoss, FDivergence};
 pub use generate::GenerateConfig;
 pub use kto::{KtoConfig, KtoLoss};
+pub use online::{
+    GrpoConfig, GrpoKeys, GrpoLoss, ImportanceLevel, KlEstimatorChoice, Online, OnlineConfig, PpoConfig, PpoKeys,
+    ReinforceConfig, ReinforceKeys, RewardAggregation, RlooConfig, RlooKeys, ScaleRewards, ValueModel,
+};
 pub use orpo::OrpoConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
 pub use prm::PrmConfig;

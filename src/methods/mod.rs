@@ -7,12 +7,17 @@ pub mod completions;
 pub mod cpo;
 pub mod distill;
 pub mod dpo;
+pub mod grpo;
 pub mod kto;
 pub mod objective;
+pub mod online;
 pub mod orpo;
+pub mod ppo;
 pub mod prm;
 pub mod reference;
+pub mod reinforce;
 pub mod reward;
+pub mod rloo;
 pub mod sft;
 
 use std::borrow::Cow;
@@ -87,6 +92,16 @@ pub trait Method {
         Ok(())
     }
 
+    /// Where a method fills its micro-batches itself: how many an epoch has. Then a step's "rows" are their numbers.
+    fn micro_batches(&self) -> Option<usize> {
+        None
+    }
+
+    /// Called before [`Method::step`] with the step's number, from 0.
+    fn begin(&mut self, _number: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up in `cx.param_grads`.
     fn step(
         &mut self,
@@ -95,6 +110,11 @@ pub trait Method {
         micro_batches: &[&[usize]],
         checkpoint: bool,
     ) -> Result<StepReport>;
+
+    /// What was generated since it was last asked for, a line each for completions.jsonl.
+    fn take_completions(&mut self) -> Vec<serde_json::Value> {
+        Vec::new()
+    }
 
     /// Called after the parameters have changed, with the number of steps done.
     fn stepped(&mut self, _cx: &mut Cx, _model: &Decoder, _done: u64) -> Result<()> {

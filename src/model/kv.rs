@@ -1,13 +1,14 @@
 //! The paged cache of keys and values. Floor 3.
 //!
 //! Invariant: a page is 64 rows, the attention kernels' key block; page tables say where a sequence's positions lie, so
-//! a cache never moves and sequences can share pages.
+//! a cache never moves and sequences can share pages. Only a page that one sequence holds is written.
 
 use crate::cx::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
 use crate::ops::embedding::TokenIndex;
+use crate::rng::philox;
 use crate::tensor::Tensor;
 
 /// Rows (tokens) a page.
@@ -16,11 +17,12 @@ pub const PAGE: usize = 64;
 pub struct KvCache {
     /// One a layer: [pages * 64, 2 * kv_heads * head_dim] real, k|v of a token in a row.
     pub layers: Vec<Tensor>,
-    pages: usize,
+    /// How many sequences hold each page.
+    holders: Vec<u32>,
     free: Vec<i32>,
 }
 
-/// The device arrays of one step: some new tokens of some sequences.
+/// The device arrays of one step: some new tokens of some sequences. One upload.
 pub struct KvStep {
     pub tokens: TokenIndex,
     /// I32 [n]: position of each token in its sequence.
@@ -31,11 +33,13 @@ pub struct KvStep {
     pub slots: Tensor,
     /// I32 [sequences, max pages]
     pub page_table: Tensor,
+    /// What the caller sent along, I32.
+    pub extra: Vec<Tensor>,
     pub longest: usize,
 }
 
 /// A sequence in the cache: its pages and how many tokens they hold.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct CachedSequence {
     pub pages: Vec<i32>,
     pub len: usize,
@@ -46,7 +50,7 @@ impl KvCache {
         let width = 2 * config.num_kv_heads * config.head_dim;
         let layer = |_| Tensor::new(&cx.pool, "kv cache", cx.dtype, &[pages * PAGE, width]);
         let layers = (0..config.num_layers).map(layer).collect::<Result<Vec<_>>>()?;
-        Ok(KvCache { layers, pages, free: (0..pages as i32).rev().collect() })
+        Ok(KvCache { layers, holders: vec![0; pages], free: (0..pages as i32).rev().collect() })
     }
 
     /// Makes room for `tokens` more tokens; false (and nothing taken) if the pages run out.
@@ -55,26 +59,76 @@ impl KvCache {
         if need > self.free.len() {
             return false;
         }
-        sequence.pages.extend(self.free.drain(self.free.len() - need..).rev());
+        for page in self.free.drain(self.free.len() - need..).rev() {
+            self.holders[page as usize] = 1;
+            sequence.pages.push(page);
+        }
         true
     }
 
-    /// Gives a sequence's pages back.
+    /// A second sequence with the first `tokens` tokens of `from`: whole pages are shared, the rest of the last one is
+    /// copied (at most 63 rows a layer are moved; computing them again would be a forward of as many tokens). None if
+    /// there is no page for the copy.
+    pub fn fork(&mut self, from: &CachedSequence, tokens: usize) -> Result<Option<CachedSequence>> {
+        let (whole, rest) = (tokens / PAGE, tokens % PAGE);
+        let mut new = CachedSequence { pages: from.pages[..whole].to_vec(), len: whole * PAGE };
+        new.pages.iter().for_each(|page| self.holders[*page as usize] += 1);
+        if !self.reserve(&mut new, rest) {
+            self.release(&mut new);
+            return Ok(None);
+        }
+        for layer in self.layers.iter().filter(|_| rest > 0) {
+            let rows = |s: &CachedSequence| {
+                let first = s.pages[whole] as usize * PAGE;
+                layer.rows(first, first + rest)
+            };
+            rows(&new)?.copy_from(&rows(from)?)?;
+        }
+        new.len = tokens;
+        Ok(Some(new))
+    }
+
+    /// Gives a sequence's pages back; those that others hold stay theirs.
     pub fn release(&mut self, sequence: &mut CachedSequence) {
-        self.free.extend(sequence.pages.drain(..).rev());
+        for page in sequence.pages.drain(..).rev() {
+            let holders = &mut self.holders[page as usize];
+            *holders -= 1;
+            if *holders == 0 {
+                self.free.push(page);
+            }
+        }
         sequence.len = 0;
     }
 
     pub fn pages(&self) -> usize {
-        self.pages
+        self.holders.len()
     }
 
-    /// A step that appends `new[i]` to `sequences[i]` (room was reserved); their lengths grow.
-    pub fn step(&self, cx: &Cx, sequences: &mut [&mut CachedSequence], new: &[&[u32]], vocab: usize) -> Result<KvStep> {
-        let (mut ids, mut positions, mut rows, mut slots) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    pub fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Puts the free pages into a random order: results do not depend on it, which is what tests do with this.
+    pub fn shuffle(&mut self, seed: u64) {
+        let key = [seed as u32, (seed >> 32) as u32];
+        self.free.sort_by_key(|page| philox(key, [*page as u32, 0, 0, 0]));
+    }
+
+    /// A step that appends `new[i]` to `sequences[i]` (room was reserved); their lengths grow. `extra` is uploaded along.
+    pub fn step(
+        &self,
+        cx: &Cx,
+        sequences: &mut [&mut CachedSequence],
+        new: &[&[u32]],
+        vocab: usize,
+        extra: &[&[i32]],
+    ) -> Result<KvStep> {
+        let n: usize = new.iter().map(|t| t.len()).sum();
         let width = sequences.iter().map(|s| s.pages.len()).max().unwrap_or(1).max(1);
-        let mut table = vec![0i32; sequences.len() * width];
-        let mut longest = 0;
+        // tokens | positions | row sequences | slots | page table | extra
+        let mut all = vec![0i32; 4 * n + sequences.len() * width];
+        let (rows, table) = all.split_at_mut(4 * n);
+        let (mut at, mut longest) = (0, 0);
         for (s, (sequence, tokens)) in sequences.iter_mut().zip(new).enumerate() {
             table[s * width..s * width + sequence.pages.len()].copy_from_slice(&sequence.pages);
             for &token in *tokens {
@@ -85,20 +139,30 @@ impl KvCache {
                 let Some(page) = sequence.pages.get(sequence.len / PAGE) else {
                     return Err(Error::op("kv_step", "no page was reserved"));
                 };
-                ids.push(token);
-                positions.push(sequence.len as i32);
-                rows.push(s as i32);
-                slots.push(page * PAGE as i32 + (sequence.len % PAGE) as i32);
+                rows[at] = token as i32;
+                rows[n + at] = sequence.len as i32;
+                rows[2 * n + at] = s as i32;
+                rows[3 * n + at] = page * PAGE as i32 + (sequence.len % PAGE) as i32;
                 sequence.len += 1;
+                at += 1;
             }
             longest = longest.max(sequence.len);
         }
+        extra.iter().for_each(|e| all.extend_from_slice(e));
+        let uploaded = cx.ints("step", &all)?;
+        let mut byte = 0;
+        let mut part = |shape: &[usize]| {
+            let view = uploaded.view(byte, DType::I32, shape);
+            byte += 4 * shape.iter().product::<usize>();
+            view
+        };
         Ok(KvStep {
-            tokens: TokenIndex::new(cx, &ids)?,
-            positions: cx.ints("positions", &positions)?,
-            row_sequence: cx.ints("row sequences", &rows)?,
-            slots: cx.ints("kv slots", &slots)?,
-            page_table: Tensor::from_host(&cx.pool, "page table", DType::I32, &[sequences.len(), width], &table)?,
+            tokens: TokenIndex::for_generation(part(&[n])?)?,
+            positions: part(&[n])?,
+            row_sequence: part(&[n])?,
+            slots: part(&[n])?,
+            page_table: part(&[sequences.len(), width])?,
+            extra: extra.iter().map(|e| part(&[e.len()])).collect::<Result<_>>()?,
             longest,
         })
     }

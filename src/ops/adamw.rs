@@ -8,6 +8,7 @@ use crate::device::{DType, Launch, kernels};
 use crate::error::{Error, Result};
 use crate::ops::add::flat;
 use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::rng::philox;
 use crate::tensor::Tensor;
 
 /// The constants of a parameter group.
@@ -47,15 +48,19 @@ pub fn norm_and_clip(cx: &Cx, hyper: &Tensor, grad: &Tensor, max_norm: f32) -> R
     kernels::norm_and_clip(&*cx.device, Launch::warps(1), hyper.out(), &partial, chunks as i32, max_norm)
 }
 
-/// One AdamW step of a range.
+/// One AdamW step of a range. Moments are F32, or BF16 and then rounded by chance.
 pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
     let n = s.weight.numel();
     if [s.m, s.v, s.grad].iter().any(|t| t.numel() != n) {
         return Err(Error::op("adamw", format!("{:?} and its moments or gradient differ in length", s.weight)));
     }
-    kernels::adamw(
+    let (kernel, at): (fn(_, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _) -> _, _) = match s.m.dtype() {
+        DType::BF16 => (kernels::adamw_bf16, Launch::flat(n.div_ceil(8))),
+        _ => (kernels::adamw, flat(s.weight)),
+    };
+    kernel(
         &*cx.device,
-        flat(s.weight),
+        at,
         usize::from(s.master.is_none()),
         s.master.map(|t| t.out()),
         s.weight.out(),
@@ -72,6 +77,25 @@ pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
         group.lr_scale,
         group.group,
     )
+}
+
+/// The step in f32, operation for operation: (parameter, m, v). For references that must agree in bits.
+pub(crate) fn exact_step(c: &AdamW, hyper: &[f64], x: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
+    let h = |i: usize| hyper[i] as f32;
+    let lr = h(0) * c.lr_scale;
+    let e = g * h(4);
+    let m = c.beta1.mul_add(m, (1.0 - c.beta1) * e);
+    let v = c.beta2.mul_add(v, (1.0 - c.beta2) * e * e);
+    let x = x * (1.0 - lr * c.weight_decay);
+    ((-(lr / h(1))).mul_add(m / (v.sqrt() / h(2) + c.eps), x), m, v)
+}
+
+/// f32 to bf16, up with the probability of the dropped bits: the noise of value `i` is 16 bits of Philox.
+fn by_chance(x: f32, key: &F64, i: usize, group: i32, kind: u32) -> f64 {
+    let k = |j: usize| key.data[j] as i32 as u32;
+    let words = philox([k(0), k(1)], [(i / 8) as u32, k(2), group as u32, kind]);
+    let noise = words[i % 8 / 2] >> (16 * (i % 2)) & 0xffff;
+    f64::from(f32::from_bits((x.to_bits() + noise) & 0xffff_0000))
 }
 
 /// The op form, for the registry: inputs p (float), m, v, g, hyper; outputs p, w, m, v.
@@ -116,16 +140,65 @@ impl Op for AdamWStep {
     }
 }
 
+/// As [`AdamWStep`] with moments in BF16; inputs p, m, v, g, hyper, key. Compared bit for bit.
+#[derive(Debug)]
+struct Bf16Step(AdamW);
+
+impl Op for Bf16Step {
+    fn name(&self) -> &'static str {
+        "adamw_bf16"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        cx.rng.copy_from(x[5])?;
+        let half = |t: &Tensor| Tensor::from_f32(&cx.pool, "adamw case", DType::BF16, t.shape(), &t.to_f32()?);
+        let (p, w) = (cx.float("adamw case", x[0].shape())?, cx.real("adamw case", x[0].shape())?);
+        p.copy_from(x[0])?;
+        let (m, v) = (half(x[1])?, half(x[2])?);
+        adamw(cx, &self.0, &Slice { master: Some(&p), weight: &w, m: &m, v: &v, grad: x[3] }, x[4])?;
+        Ok(Fwd { outputs: vec![p, w, m, v], saved: vec![] })
+    }
+
+    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        let mut out = vec![x[0].clone(), x[0].clone(), x[1].clone(), x[2].clone()];
+        for i in 0..x[0].data.len() {
+            let at = |j: usize| x[j].data[i] as f32;
+            let half = |j: usize| Round::Bf16.at(x[j].data[i]) as f32;
+            let (p, m, v) = exact_step(&self.0, &x[4].data, at(0), half(1), half(2), at(3));
+            out[0].data[i] = f64::from(p);
+            out[1].data[i] = round.at(f64::from(p));
+            out[2].data[i] = by_chance(m, &x[5], i, self.0.group, 0x0300_0000);
+            out[3].data[i] = by_chance(v, &x[5], i, self.0.group, 0x0400_0000);
+        }
+        out
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost { bytes: (20 * x[0].numel()) as f64, flops: 0.0 }
+    }
+}
+
+/// p, m, v, g, hyper of a step in its middle.
+pub(crate) fn case_inputs(rng: &mut Rng, n: usize) -> Vec<Arg> {
+    let square = F64::from_fn(&[n], |_| rng.uniform() * 1e-2);
+    let hyper = F64::new(&[8], vec![1e-3, 0.271, 0.0547, 2.0, 0.5, 0.0, 0.0, 0.0]);
+    let arrays = [rng.array(&[n], 1.0), rng.array(&[n], 0.1), square, rng.array(&[n], 1.0), hyper];
+    arrays.into_iter().map(Arg::float).collect()
+}
+
+pub(crate) const CASE: AdamW =
+    AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, lr_scale: 0.5, group: 0 };
+
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    [1, 37, 300]
-        .into_iter()
-        .map(|n| {
-            let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, lr_scale: 0.5, group: 0 };
-            let square = F64::from_fn(&[n], |_| rng.uniform() * 1e-2);
-            let hyper = F64::new(&[8], vec![1e-3, 0.271, 0.0547, 2.0, 0.5, 0.0, 0.0, 0.0]);
-            let arrays = [rng.array(&[n], 1.0), rng.array(&[n], 0.1), square, rng.array(&[n], 1.0), hyper];
-            let inputs = arrays.into_iter().map(Arg::float).collect();
-            Case::new(format!("n {n}"), AdamWStep(group), inputs)
-        })
-        .collect()
+    let lengths = [1, 37, 300];
+    let mut cases: Vec<Case> =
+        lengths.iter().map(|&n| Case::new(format!("n {n}"), AdamWStep(CASE), case_inputs(rng, n))).collect();
+    for n in lengths {
+        let mut inputs = case_inputs(rng, n);
+        inputs.push(Arg::ints(&[11, 5, 3, 0]));
+        let mut case = Case::new(format!("n {n} bf16 moments"), Bf16Step(AdamW { group: 1, ..CASE }), inputs);
+        case.exact = true;
+        cases.push(case);
+    }
+    cases
 }

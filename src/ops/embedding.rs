@@ -30,6 +30,12 @@ impl TokenIndex {
             order: cx.ints("token index", &order)?,
         })
     }
+
+    /// For a forward without a tape: nothing is sorted, and a backward is an error.
+    pub fn for_generation(ids: Tensor) -> Result<TokenIndex> {
+        let none = ids.view(0, ids.dtype(), &[0])?;
+        Ok(TokenIndex { ids, unique: none.clone(), starts: none.clone(), order: none })
+    }
 }
 
 fn sorted_places(ids: &[i32]) -> [Vec<i32>; 3] {
@@ -76,6 +82,9 @@ impl Op for Embedding {
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dw, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
+        if node.saved[2].numel() != dy.row_count() {
+            return Err(Error::op("embedding", "these token ids were made for generation: no gradient flows to them"));
+        }
         if !accumulate {
             dw.zero()?;
         }

@@ -115,8 +115,7 @@ pub fn product(
     if cx.matmul == MatmulChoice::Auto && unsafe { cx.device.gemm(&gemm)? } {
         return Ok(());
     }
-    // Tile and shared memory of `kernels/matmul.cu`: 128 x 128 with three stages of 2 x 8 KiB, or 64 x 64.
-    let (tile, shared) = if a.dtype() == DType::BF16 { (128, 3 * 2 * 8192) } else { (64, 2 * 16 * 68 * 4) };
+    let (tile, shared) = tile(a.dtype());
     let at = Launch::blocks([n.div_ceil(tile), m.div_ceil(tile), 1], 256, shared);
     let kernel = match layout {
         Layout::NT => kernels::matmul_nt,
@@ -144,6 +143,11 @@ pub fn product(
         ldc,
         i32::from(accumulate),
     )
+}
+
+/// Side of the tile of `kernels/prim/tile.cuh`, and its shared memory: 128 with three stages of 2 x 8 KiB, or 64.
+pub(crate) fn tile(dtype: DType) -> (usize, usize) {
+    if dtype == DType::BF16 { (128, 3 * 2 * 8192) } else { (64, 2 * 16 * 68 * 4) }
 }
 
 /// `out[c] (+)= sum_r x[r, c]` in f32, in a fixed order.

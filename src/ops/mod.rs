@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod adamw;
+pub mod adamw8;
 pub mod add;
 pub mod attention;
 pub mod distill;
@@ -12,10 +13,14 @@ pub mod dropout;
 pub mod embedding;
 pub mod head;
 pub mod lora;
+pub mod lora_kernels;
 pub mod matmul;
+pub mod policy;
 pub mod preference;
+pub mod quant;
 pub mod rmsnorm;
 pub mod rope;
+pub mod sample;
 pub mod scale;
 
 use std::fmt::Debug;
@@ -221,6 +226,8 @@ pub const DEFAULT: Variant = Variant {
     matmul: MatmulChoice::Auto,
     attention: AttentionChoice::Auto,
 };
+/// For ops that know float only.
+const ONE_DTYPE: Variant = Variant { dtypes: &[DType::F32], ..DEFAULT };
 const OWN_MATMUL: Variant = Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
 const LIGHT: Variant = Variant { name: "light", attention: AttentionChoice::Light, ..DEFAULT };
 const TENSOR_CORE: Variant =
@@ -240,6 +247,7 @@ pub fn registry() -> Vec<Entry> {
     vec![
         entry("activation", &["activation"], activation::plain_cases, &[DEFAULT]),
         entry("adamw", &["adamw"], adamw::cases, &[DEFAULT]),
+        entry("adamw8", &["adamw8", "quant"], adamw8::cases, &[DEFAULT]),
         entry("add", &["add"], add::cases, &[DEFAULT]),
         entry("distill", &["distill", "matmul", "preference"], distill::cases, &[DEFAULT, OWN_MATMUL]),
         entry("dropout", &["dropout"], dropout::cases, &[DEFAULT]),
@@ -251,9 +259,13 @@ pub fn registry() -> Vec<Entry> {
         entry("lora_linear", &["matmul", "scale", "reduce"], lora::cases, &[DEFAULT, OWN_MATMUL]),
         entry("preference", &["preference"], preference::cases, &[DEFAULT]),
         entry("segment_sums", &["preference"], preference::segment_cases, &[DEFAULT]),
+        entry("policy", &["policy"], policy::cases, &[ONE_DTYPE]),
+        entry("quantise", &["quant"], quant::cases, &[DEFAULT]),
+        entry("quant_linear", &["quant", "matmul", "reduce"], quant::linear_cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),
+        entry("sample", &["sample"], sample::cases, &[DEFAULT]),
         entry("to_float", &["add"], add::to_float_cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
         entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),

@@ -1,36 +1,296 @@
 //! Generation: the trainer's forward over a paged cache, one step at a time. Floor 4.
 //!
 //! Invariant: a sequence's tokens and log-probs depend on its prompt, its number and the seed alone, not on what else is
-//! in the batch; its log-probs are the trainer's, bit for bit (one forward, one set of weights).
+//! in the batch, on how prefills are cut, on which pages it got or on whether it had to start again; its log-probs are
+//! the trainer's, bit for bit (one forward, one set of weights).
 
 pub mod sample;
+mod schedule;
+pub mod stop;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::cx::Cx;
+use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::kv::{CachedSequence, KvCache, PAGE};
 use crate::ops::embedding::gather_rows;
-use crate::ops::head::token_logps;
-use sample::Sampling;
+use crate::ops::sample::{sample as draw, seen_words};
+use crate::tensor::Tensor;
+use sample::{Draw, Sampling};
+use schedule::Sequence;
+use stop::StopStrings;
 
 /// Why a completion ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// An end token, which is the completion's last.
+    /// An end token or a stop string; the completion's last token is of it.
     Stop,
     /// max_new_tokens.
     Length,
 }
 
+/// A prompt and how many completions it is to have: a group, which shares the prompt's pages.
 #[derive(Clone, Debug)]
+pub struct Request {
+    /// Not empty.
+    pub prompt: Vec<u32>,
+    /// num_generations
+    pub n: usize,
+    /// Number of its first completion for the random draws, below 2^31; the others follow.
+    pub number: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
+    /// Which request, and which of its completions.
+    pub request: usize,
+    pub member: usize,
     pub ids: Vec<u32>,
     /// log p of each token under the model's full distribution at temperature 1.
     pub logps: Vec<f32>,
+    /// The same at the sampling temperature (logits / temperature): what a trainer's ratio uses.
+    pub logps_scaled: Vec<f32>,
+    /// Under the distribution that it was drawn from, after penalty and truncation.
+    pub logps_truncated: Vec<f32>,
+    /// Entropy of the full distribution at the sampling temperature, before each token.
+    pub entropies: Vec<f32>,
     pub finish: Finish,
 }
 
-/// How to generate.
+/// How an [`Engine`] generates.
+#[derive(Clone)]
+pub struct EngineOptions {
+    pub max_new_tokens: usize,
+    pub sampling: Sampling,
+    /// Tokens that end a completion.
+    pub stop: Vec<u32>,
+    pub stop_strings: Option<StopStrings>,
+    /// Sequences decoded at once.
+    pub max_sequences: usize,
+    /// Tokens that go in at once: a longer prompt is prefilled in pieces.
+    pub max_step_tokens: usize,
+    /// Pages of 64 tokens in the cache; None: so many that no sequence ever has to wait for one.
+    pub pages: Option<usize>,
+}
+
+impl EngineOptions {
+    pub fn new(max_new_tokens: usize, sampling: Sampling, stop: Vec<u32>, max_sequences: usize) -> EngineOptions {
+        let max_sequences = max_sequences.max(1);
+        let max_step_tokens = 2048.max(max_sequences);
+        EngineOptions {
+            max_new_tokens,
+            sampling,
+            stop,
+            stop_strings: None,
+            max_sequences,
+            max_step_tokens,
+            pages: None,
+        }
+    }
+}
+
+/// What happened, all in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub steps: usize,
+    /// Tokens that went through the model, and those that came out.
+    pub tokens_in: usize,
+    pub tokens_out: usize,
+    /// Prompt tokens that were taken from a sibling's pages.
+    pub shared: usize,
+    pub preempted: usize,
+}
+
+/// What a step gave.
+#[derive(Default)]
+pub struct Stepped {
+    /// (request, member, token) of each token drawn.
+    pub tokens: Vec<(usize, usize, u32)>,
+    pub done: Vec<Completion>,
+}
+
+pub struct Engine {
+    pub options: EngineOptions,
+    pub counts: Counts,
+    cache: KvCache,
+    longest: usize,
+    vocab: usize,
+    /// I32 [2]
+    seed: Tensor,
+    /// I32 [max_sequences, words]: a bit for each token that a running sequence has; only for a repetition penalty.
+    seen: Option<Tensor>,
+    free_places: Vec<usize>,
+    waiting: VecDeque<Sequence>,
+    /// Oldest first.
+    running: Vec<Sequence>,
+    requests: usize,
+}
+
+impl Engine {
+    /// An engine for sequences (prompt and completion) of at most `longest` tokens. Error: a cache that cannot hold one.
+    pub fn new(cx: &Cx, model: &mut Decoder, options: EngineOptions, longest: usize) -> Result<Engine> {
+        model.ensure_positions(cx, longest)?;
+        let each = longest.div_ceil(PAGE).max(1);
+        let pages = options.pages.unwrap_or(options.max_sequences * each);
+        if pages < each || options.max_step_tokens == 0 || options.max_sequences == 0 {
+            let message = format!("{pages} pages, sequences of up to {each}: raise the pages or lower max_new_tokens");
+            return Err(Error::op("rollout", message));
+        }
+        let vocab = model.config.vocab_size;
+        let shape = [options.max_sequences, seen_words(vocab)];
+        let seen = options.sampling.penalises().then(|| Tensor::new(&cx.pool, "seen tokens", DType::I32, &shape));
+        let seed = options.sampling.seed;
+        Ok(Engine {
+            cache: KvCache::new(cx, &model.config, pages)?,
+            longest,
+            vocab,
+            seed: cx.ints("sampling seed", &[seed as i32, (seed >> 32) as i32])?,
+            seen: seen.transpose()?,
+            free_places: (0..options.max_sequences).rev().collect(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            requests: 0,
+            counts: Counts::default(),
+            options,
+        })
+    }
+
+    /// Another seed for what is drawn from now on.
+    pub fn set_seed(&mut self, seed: u64) -> Result<()> {
+        self.options.sampling.seed = seed;
+        self.seed.upload(&[seed as u32, (seed >> 32) as u32])
+    }
+
+    /// Hands pages out in another order from now on: for tests, results do not depend on it.
+    pub fn shuffle_pages(&mut self, seed: u64) {
+        self.cache.shuffle(seed);
+    }
+
+    /// Completes every request; completions come in the order of the requests, a group's side by side.
+    pub fn generate(&mut self, cx: &mut Cx, model: &Decoder, requests: &[Request]) -> Result<Vec<Completion>> {
+        self.abort();
+        requests.iter().try_for_each(|r| self.submit(r).map(drop))?;
+        let mut all = Vec::new();
+        while self.has_work() {
+            all.extend(self.step(cx, model)?.done);
+        }
+        all.sort_by_key(|c| (c.request, c.member));
+        Ok(all)
+    }
+
+    /// Queues a request and returns its number (counted from the last time that the engine had nothing to do).
+    pub fn submit(&mut self, request: &Request) -> Result<usize> {
+        if !self.has_work() {
+            self.requests = 0;
+        }
+        let index = self.requests;
+        if request.prompt.is_empty() {
+            return Err(Error::op("rollout", format!("prompt {index} has no tokens; give at least a BOS token")));
+        }
+        if request.number as usize + request.n > i32::MAX as usize {
+            let message = format!("sequence number {} is past 2^31: count from 0 and change the seed", request.number);
+            return Err(Error::op("rollout", message));
+        }
+        let total = request.prompt.len() + self.options.max_new_tokens;
+        if total > self.longest {
+            let message = format!("prompt {index} and its completion are {total} tokens; at most {}", self.longest);
+            return Err(Error::op("rollout", message + "; shorten it or lower max_new_tokens"));
+        }
+        let prompt: Arc<[u32]> = request.prompt.as_slice().into();
+        for member in 0..request.n {
+            let number = request.number.wrapping_add(member as u32);
+            self.waiting.push_back(Sequence::new(index, member, number, &prompt));
+        }
+        self.requests += 1;
+        Ok(index)
+    }
+
+    pub fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || !self.running.is_empty()
+    }
+
+    /// Forgets everything that was submitted and is not done.
+    pub fn abort(&mut self) {
+        while let Some(mut sequence) = self.running.pop() {
+            self.leave(&mut sequence);
+        }
+        self.waiting.clear();
+    }
+
+    /// One step: tokens go in (prompts in pieces, one token of each sequence that decodes), one token comes out of each
+    /// sequence whose tokens are all in. One upload, one download.
+    pub fn step(&mut self, cx: &mut Cx, model: &Decoder) -> Result<Stepped> {
+        let takes = self.schedule()?;
+        let (ends, who) = self.who_draws(&takes);
+        let mut new: Vec<&[u32]> = Vec::with_capacity(takes.len());
+        let mut cached: Vec<&mut CachedSequence> = Vec::with_capacity(takes.len());
+        for (s, take) in self.running.iter_mut().zip(&takes) {
+            new.push(&s.tokens[s.cached.len..s.cached.len + take]);
+            cached.push(&mut s.cached);
+        }
+        let kv = self.cache.step(cx, &mut cached, &new, self.vocab, &[&ends, &who])?;
+        let mut hidden = model.cached(cx, &self.cache, &kv)?;
+        self.counts.steps += 1;
+        self.counts.tokens_in += hidden.row_count();
+        if ends.is_empty() {
+            return Ok(Stepped::default());
+        }
+        if ends.len() < hidden.row_count() {
+            hidden = gather_rows(cx, &hidden, &kv.extra[0])?;
+        }
+        let logits = model.logits(cx, &hidden)?;
+        let draws = draw(cx, &self.options.sampling, &logits, &kv.extra[1], &self.seed, self.seen.as_ref())?;
+        self.accept(&draws.download()?)
+    }
+
+    /// The rows (of this step) that predict, and (number, position, place) of each.
+    fn who_draws(&self, takes: &[usize]) -> (Vec<i32>, Vec<i32>) {
+        let (mut ends, mut who, mut row) = (Vec::new(), Vec::new(), 0);
+        for (s, take) in self.running.iter().zip(takes) {
+            row += *take as i32;
+            if s.cached.len + take == s.tokens.len() {
+                ends.push(row - 1);
+                who.extend([s.number as i32, s.completion.ids.len() as i32, s.place as i32]);
+            }
+        }
+        (ends, who)
+    }
+
+    /// Gives each draw to its sequence; those that end leave.
+    fn accept(&mut self, draws: &[Draw]) -> Result<Stepped> {
+        let mut stepped = Stepped::default();
+        let mut draws = draws.iter();
+        for s in self.running.iter_mut().filter(|s| s.cached.len == s.tokens.len()) {
+            let d = draws.next().ok_or_else(|| Error::op("rollout", "fewer draws than sequences"))?;
+            s.push(d);
+            stepped.tokens.push((s.completion.request, s.completion.member, d.token));
+            let said = match &self.options.stop_strings {
+                Some(strings) => strings.reached(&s.completion.ids)?,
+                None => false,
+            };
+            if said || self.options.stop.contains(&d.token) {
+                s.end = Some(Finish::Stop);
+            } else if s.completion.ids.len() >= self.options.max_new_tokens {
+                s.end = Some(Finish::Length);
+            }
+        }
+        self.counts.tokens_out += stepped.tokens.len();
+        let (ended, still): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.running).into_iter().partition(|s| s.end.is_some());
+        self.running = still;
+        for mut s in ended {
+            self.leave(&mut s);
+            s.completion.finish = s.end.unwrap_or(Finish::Length);
+            stepped.done.push(s.completion);
+        }
+        Ok(stepped)
+    }
+}
+
+/// How [`generate`] does it.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub max_new_tokens: usize,
@@ -41,16 +301,8 @@ pub struct Options {
     pub batch: usize,
 }
 
-struct Running {
-    number: usize,
-    cached: CachedSequence,
-    /// Tokens not yet in the cache: the prompt at first, then the last token.
-    pending: Vec<u32>,
-    completion: Completion,
-}
-
-/// Completes every prompt (none empty). `done` hears of each completion as it ends: (prompt number, completion).
-/// Prompts wait for room: at most `options.batch` run at once, and as many pages are taken as the longest of them need.
+/// One completion of every prompt (none empty), by an engine made for them. `done` hears of each completion as it ends:
+/// (prompt number, completion).
 pub fn generate(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -58,76 +310,20 @@ pub fn generate(
     options: &Options,
     mut done: impl FnMut(usize, &Completion),
 ) -> Result<Vec<Completion>> {
-    if let Some(empty) = prompts.iter().position(Vec::is_empty) {
-        return Err(Error::op("generate", format!("prompt {empty} has no tokens; give at least a BOS token")));
-    }
-    let total = |p: &Vec<u32>| p.len() + options.max_new_tokens;
-    let longest = prompts.iter().map(total).max().unwrap_or(0);
-    model.ensure_positions(cx, longest)?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + options.max_new_tokens;
     let batch = options.batch.clamp(1, prompts.len().max(1));
-    let mut cache = KvCache::new(cx, &model.config, batch * longest.div_ceil(PAGE))?;
+    let engine = EngineOptions::new(options.max_new_tokens, options.sampling.clone(), options.stop.clone(), batch);
+    let mut engine = Engine::new(cx, model, engine, longest)?;
+    for (i, prompt) in prompts.iter().enumerate() {
+        engine.submit(&Request { prompt: prompt.clone(), n: 1, number: i as u32 })?;
+    }
     let mut results: Vec<Option<Completion>> = vec![None; prompts.len()];
-    let mut running: Vec<Running> = Vec::new();
-    let mut next = 0;
-    while next < prompts.len() || !running.is_empty() {
-        while running.len() < batch && next < prompts.len() {
-            let mut cached = CachedSequence::default();
-            if !cache.reserve(&mut cached, total(&prompts[next])) {
-                break;
-            }
-            let completion = Completion { ids: Vec::new(), logps: Vec::new(), finish: Finish::Length };
-            running.push(Running { number: next, cached, pending: prompts[next].clone(), completion });
-            next += 1;
-        }
-        step(cx, model, &cache, &mut running, options)?;
-        let mut i = 0;
-        while i < running.len() {
-            let c = &mut running[i].completion;
-            if c.ids.last().is_some_and(|t| options.stop.contains(t)) {
-                c.finish = Finish::Stop;
-            } else if c.ids.len() < options.max_new_tokens {
-                i += 1;
-                continue;
-            }
-            let mut ended = running.remove(i);
-            cache.release(&mut ended.cached);
-            done(ended.number, &ended.completion);
-            results[ended.number] = Some(ended.completion);
+    while engine.has_work() {
+        for completion in engine.step(cx, model)?.done {
+            done(completion.request, &completion);
+            let place = completion.request;
+            results[place] = Some(completion);
         }
     }
     Ok(results.into_iter().flatten().collect())
-}
-
-/// One step: every running sequence's pending tokens go in, one token comes out of each.
-fn step(cx: &mut Cx, model: &Decoder, cache: &KvCache, running: &mut [Running], options: &Options) -> Result<()> {
-    let pending: Vec<Vec<u32>> = running.iter_mut().map(|r| std::mem::take(&mut r.pending)).collect();
-    let tokens: Vec<&[u32]> = pending.iter().map(Vec::as_slice).collect();
-    let mut cached: Vec<&mut CachedSequence> = running.iter_mut().map(|r| &mut r.cached).collect();
-    let kv = cache.step(cx, &mut cached, &tokens, model.config.vocab_size)?;
-    let mut hidden = model.cached(cx, cache, &kv)?;
-    if hidden.row_count() > running.len() {
-        // Only the last token of each sequence predicts.
-        let ends = tokens.iter().scan(0, |at, t| {
-            *at += t.len() as i32;
-            Some(*at - 1)
-        });
-        let ends = cx.ints("last rows", &ends.collect::<Vec<_>>())?;
-        hidden = gather_rows(cx, &hidden, &ends)?;
-    }
-    let logits = model.logits(cx, &hidden)?;
-    let rows = logits.to_f32()?;
-    let vocab = logits.cols();
-    let chosen: Vec<u32> = running
-        .iter()
-        .zip(rows.chunks_exact(vocab))
-        .map(|(r, row)| options.sampling.draw(row, r.number, r.completion.ids.len()))
-        .collect();
-    let target = cx.ints("targets", &chosen.iter().map(|t| *t as i32).collect::<Vec<_>>())?;
-    let logps = token_logps(cx, &logits, &target)?.to_f32()?;
-    for ((r, token), logp) in running.iter_mut().zip(chosen).zip(logps) {
-        r.completion.ids.push(token);
-        r.completion.logps.push(logp);
-        r.pending.push(token);
-    }
-    Ok(())
 }

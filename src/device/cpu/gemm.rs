@@ -5,6 +5,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
+use super::few_rows;
 use crate::device::{DType, Gemm, Layout};
 
 /// Rows a worker takes at once: a row's bits do not depend on the cut, its speed does, since every chunk packs all of B.
@@ -25,6 +26,11 @@ pub unsafe fn gemm(g: &Gemm) {
     let (b_rows, b_cols) = if g.layout == Layout::NT { (n, k) } else { (k, n) };
     // SAFETY: the caller's promise.
     let (a, b) = unsafe { (Operand::new(g.a, a_rows, a_cols), Operand::new(g.b, b_rows, b_cols)) };
+    let plain = g.layout == Layout::NT && g.c.1 == DType::F32 && !g.accumulate && g.bias.is_none();
+    if plain && m <= few_rows::FEW && few_rows::available() {
+        // SAFETY: the caller's promise.
+        return unsafe { decode(g, &a, &b) };
+    }
     let (rsb, csb) = if g.layout == Layout::NT { (1, b.stride) } else { (b.stride, 1) };
     // SAFETY: the caller's promise.
     let turned = (csb != 1 && n * k <= TURN_LIMIT).then(|| unsafe { transposed(b.pointer(), csb, n, k) });
@@ -92,6 +98,24 @@ pub unsafe fn gemm(g: &Gemm) {
                 }
             }
         }
+    });
+}
+
+/// A forward product of few rows: the columns are cut among the workers.
+///
+/// # Safety
+/// As [`gemm`], C is float, and the machine can.
+unsafe fn decode(g: &Gemm, a: &Operand, b: &Operand) {
+    let (m, n, k) = (g.m, g.n, g.k);
+    // SAFETY: the caller's promise.
+    let lanes = unsafe { few_rows::lanes(a.pointer(), a.stride, m, k) };
+    let p = few_rows::Product { m, k, b: b.pointer() as u64, ldb: b.stride, c: g.c.0, ldc: g.c.2 };
+    // A worker's share in whole tiles; a product that takes microseconds is not worth waking anybody.
+    let workers = if m * n * k < 1 << 17 { 1 } else { rayon::current_num_threads() };
+    let share = n.div_ceil(workers).next_multiple_of(12);
+    (0..n.div_ceil(share)).into_par_iter().for_each(|i| {
+        // SAFETY: the columns of the shares do not overlap.
+        unsafe { few_rows::columns(&p, &lanes, i * share, ((i + 1) * share).min(n)) };
     });
 }
 
@@ -174,7 +198,17 @@ mod tests {
 
     #[test]
     fn a_rows_bits_do_not_depend_on_the_rows_beside_it_nor_on_turned_operands() {
-        let shapes = [(1, 7, 5), (3, 33, 17), (64, 96, 128), (250, 130, 300), (777, 65, 40), (130, 1100, 270)];
+        let shapes = [
+            (1, 7, 5),
+            (3, 33, 17),
+            (13, 50, 700),
+            (20, 31, 257),
+            (33, 19, 512),
+            (64, 96, 128),
+            (250, 130, 300),
+            (777, 65, 40),
+            (130, 1100, 270),
+        ];
         for (case, (m, n, k)) in shapes.into_iter().enumerate() {
             for layout in [Layout::NT, Layout::NN, Layout::TN] {
                 let (a, b) = (values(m * k, case as u32), values(k * n, 100 + case as u32));

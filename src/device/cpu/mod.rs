@@ -3,6 +3,7 @@
 //! Invariant: results do not depend on the number of threads. Blocks are independent, so each worker runs a fixed range
 //! of them; a matrix product is cut into row chunks whose bits do not depend on the cut.
 
+mod few_rows;
 mod gemm;
 
 use std::alloc::{Layout as MemoryLayout, alloc, dealloc};

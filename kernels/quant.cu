@@ -1,0 +1,165 @@
+// Weights in 4 and 8 bits: NF4 in blocks of 64 with or without double quantisation, and int8 by rows.
+//
+// Math     NF4: a = max |x| of a block of 64; code = the entry of a map of 16 values nearest to x / a; x' = map[code] a
+//          Double quantisation: offset = mean of all a; a - offset in blocks of 256, by a map of 256 values:
+//          a' = map8[code8] a2 + offset   (Dettmers et al., "QLoRA", 2023)
+//          int8: a = max |x| of a row, code = round(x (127 (1 / a))), x' = code a / 127   (Dettmers et al., "LLM.int8()", 2022)
+// Shapes   x flat n real (int8: [rows, cols]); codes (n + 1) / 2 bytes, the even value in the high half (int8: n bytes, two's
+//          complement); absmax n / 64 float, or as many codes8 with absmax2 n / 64 / 256 float and offset [1] float
+// Plan     Quantising happens once, at load: a thread owns a block. Dequantising stands beside each product: a thread owns
+//          8 values, 4 bytes of codes and one scale; the map of 16 values lies in one cache line.
+// Numerics float, operation for operation what bitsandbytes' reference in PyTorch does, so codes and scales have its bits:
+//          a whole block is multiplied by 1 / a, the last one, if it is not whole, divided by a (which is then at least
+//          1e-38). absmax_mean adds in the order of PyTorch's sum with vectors of 8 on one thread: 4 x 8 columns, each in
+//          a cascade of four levels. x' is rounded once, when stored.
+// Cost     dequantise: n / 2 + 4 n / 64 bytes read (double: n / 64), n sizeof(real) written. GPU: not measured yet.
+#include "prim/quant.cuh"
+#include "prim/warp.cuh"
+
+// A thread a block of 64.
+KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, const float* map, long long n) {
+  const long long block = FLAT_INDEX, start = block * 64;
+  if (start >= n) return;
+  const int count = (int)(n - start < 64 ? n - start : 64);
+  float a = 0.f;
+  for (int i = 0; i < count; ++i) a = max2(a, fabsf(to_float(x[start + i])));
+  if (count < 64) a = max2(a, 1e-38f);
+  absmax[block] = a;
+  const float scale = code_scale(a);
+  for (int i = 0; i < count; i += 2) {
+    int pair[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float v = i + j < count ? to_float(x[start + i + j]) : 0.f;
+      pair[j] = nearest_code<16>(map, clamp_one(count < 64 ? v / a : v * scale));
+    }
+    codes[(start + i) / 2] = (unsigned char)(pair[0] << 4 | pair[1]);
+  }
+}
+
+// absmax, or codes8 with map8, absmax2 and offset, gives the scales.
+KERNEL_FLAT(nf4_dequantise, HOT)(real* y, const unsigned char* codes, const float* map, MAYBE(const float) absmax,
+                                 MAYBE(const unsigned char) codes8, MAYBE(const float) map8, MAYBE(const float) absmax2,
+                                 MAYBE(const float) offset, long long n) {
+  const long long i = FLAT_INDEX * 8;
+  if (i >= n) return;
+  const long long block = i / 64;
+  float a;
+  if (codes8) {
+    const float product = map8[codes8[block]] * absmax2[block / 256];
+    a = product + offset[0];
+  } else {
+    a = absmax[block];
+  }
+  int bytes[4];
+  load_codes<4>(bytes, codes + i / 2, (n - i + 1) / 2);
+  Pack<8> v;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v.v[j] = map[j % 2 ? bytes[j / 2] & 15 : bytes[j / 2] >> 4] * a;
+  store(y + i, v, n - i);
+}
+
+// A thread a block of 256 of x (less offset, if there is one), by a sorted map of 256 values.
+KERNEL_FLAT(blockwise8_quantise)(unsigned char* codes, float* absmax, const float* x, MAYBE(const float) offset,
+                                 const float* map, long long n) {
+  const long long block = FLAT_INDEX, start = block * 256;
+  if (start >= n) return;
+  const int count = (int)(n - start < 256 ? n - start : 256);
+  const float shift = offset ? offset[0] : 0.f;
+  float a = 0.f;
+  for (int i = 0; i < count; ++i) a = max2(a, fabsf(x[start + i] - shift));
+  if (count < 256) a = max2(a, 1e-38f);
+  absmax[block] = a;
+  const float scale = code_scale(a);
+  for (int i = 0; i < count; ++i) {
+    const float v = x[start + i] - shift;
+    codes[start + i] = (unsigned char)nearest_code<256>(map, clamp_one(count < 256 ? v / a : v * scale));
+  }
+}
+
+KERNEL_FLAT(blockwise8_dequantise)(float* y, const unsigned char* codes, const float* absmax, const float* map, long long n) {
+  const long long i = FLAT_INDEX;
+  if (i >= n) return;
+  y[i] = map[codes[i]] * absmax[i / 256];
+}
+
+// mean[0] = the mean of x. One warp; lane 8 k + v adds up the values 32 r + 8 k + v (below 8 values: lane k the values
+// 4 r + k).
+KERNEL(absmax_mean, THREADS=32)(float* mean, const float* x, int n) {
+  const int lane = threadIdx.x, wide = n >= 8 ? 8 : 1, columns = 4 * wide, rows = n / columns;
+  int power = 0;
+  while (1 << power < rows) ++power;
+  power = power / 4 < 4 ? 4 : power / 4;
+  const int step = 1 << power;
+  float level[4] = {0.f, 0.f, 0.f, 0.f};
+  if (lane < columns) {
+    int r = 0;
+    while (r + step <= rows) {
+      for (int j = 0; j < step; ++j, ++r) level[0] += x[r * columns + lane];
+#pragma unroll
+      for (int j = 1; j < 4; ++j) {
+        level[j] += level[j - 1];
+        level[j - 1] = 0.f;
+        if (r & (step - 1) << (j * power)) break;
+      }
+    }
+    for (; r < rows; ++r) level[0] += x[r * columns + lane];
+#pragma unroll
+    for (int j = 1; j < 4; ++j) level[0] += level[j];
+    // Whole vectors that no row of columns holds go to the first column.
+    if (lane < wide)
+      for (int k = rows * columns + lane; k < n / wide * wide; k += wide) level[0] += x[k];
+  }
+  float column = level[0];
+#pragma unroll
+  for (int k = 1; k < 4; ++k) {
+    const float other = shfl(level[0], (lane + k * wide) % 32);
+    column += other;
+  }
+  float total = 0.f;
+  for (int k = n / wide * wide; k < n; ++k) total += x[k];
+  for (int v = 0; v < 8; ++v) {
+    const float other = shfl(column, v);
+    if (v < wide) total += other;
+  }
+  if (lane == 0) mean[0] = total / (float)n;
+}
+
+// A warp a row of x.
+KERNEL_WARP(int8_quantise)(unsigned char* codes, float* absmax, const real* x, int rows, int cols) {
+  const long long row = WARP_INDEX;
+  if (row >= rows) return;
+  const real* from = x + row * cols;
+  WarpPack most = {};
+  for (int i = WCOL; i < cols; i += WARP_STEP) {
+    WarpPack v = load_row(from, i, cols);
+#pragma unroll
+    for (int j = 0; j < WV; ++j) most.v[j] = max2(most.v[j], fabsf(v.v[j]));
+  }
+  const float a = pack_max(most);
+  if (LANE == 0) absmax[row] = a;
+  const float scale = a > 0.f ? 1.f / a * 127.f : 0.f;
+  for (int i = WCOL; i < cols; i += WARP_STEP) {
+    WarpPack v = load_row(from, i, cols);
+    int c[WV];
+#pragma unroll
+    for (int j = 0; j < WV; ++j) c[j] = (int)rintf(v.v[j] * scale) & 255;
+    store_codes<WV>(codes + row * cols + i, c, cols - i);
+  }
+}
+
+KERNEL_FLAT(int8_dequantise, HOT)(real* y, const unsigned char* codes, const float* absmax, int rows, int cols) {
+  const long long packs = (cols + 7) / 8, row = FLAT_INDEX / packs;
+  const int i = (int)(FLAT_INDEX % packs) * 8;
+  if (row >= rows) return;
+  const float a = absmax[row];
+  int c[8];
+  load_codes<8>(c, codes + row * cols + i, cols - i);
+  Pack<8> v;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float signed_code = (float)(c[j] >= 128 ? c[j] - 256 : c[j]);
+    v.v[j] = signed_code * a * 7.874015718698502e-3f;
+  }
+  store(y + row * cols + i, v, cols - i);
+}

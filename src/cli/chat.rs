@@ -1,0 +1,110 @@
+//! `temper chat`: a conversation with a model folder over standard input. Floor 7.
+//!
+//! Invariant: what the model sees is its own chat template over the whole conversation, as in training.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::cli::Where;
+use crate::cli::generate::engine_options;
+use crate::config::{self, GenerateConfig};
+use crate::cx::Cx;
+use crate::data::chat::{ChatTemplate, RenderOptions};
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::model::decoder::Decoder;
+use crate::model::hub::resolve_model;
+use crate::rollout::{Engine, EngineOptions, Request};
+
+/// Talk to a model folder: a line in, a reply out; /reset forgets the conversation, /quit ends it
+#[derive(clap::Args)]
+pub struct Args {
+    /// model folder, or a hub name in the local cache
+    #[arg(long)]
+    model: String,
+    /// what the model is told first
+    #[arg(long)]
+    system: Option<String>,
+    #[command(flatten)]
+    on: Where,
+    /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty, stop (texts), seed
+    #[arg(value_name = "KEY=VALUE")]
+    keys: Vec<String>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let mut keys = GenerateConfig::default();
+    for note in config::load(&mut [&mut keys], None, &args.keys)? {
+        eprintln!("note: {note}");
+    }
+    if keys.n != 1 {
+        return Err(Error::Config(format!("n = {}: a chat has one reply; leave n out", keys.n)));
+    }
+    let dir = resolve_model(&args.model)?;
+    let tokenizer = Arc::new(Tokenizer::load(&dir)?);
+    let template = ChatTemplate::of(&tokenizer)?;
+    let mut cx = args.on.open()?;
+    let mut model = Decoder::load(&cx, 0, &dir, 1)?;
+    let options = engine_options(&keys, &model, &tokenizer, &dir, 1)?;
+    let start: Vec<Value> = args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
+    let mut messages = start.clone();
+    let mut turn = 0;
+    let (shows, mut input) = (std::io::stdin().is_terminal(), std::io::stdin().lock());
+    loop {
+        if shows {
+            say("> ")?;
+        }
+        let mut line = String::new();
+        if input.read_line(&mut line).map_err(|e| Error::io("stdin", e))? == 0 {
+            return Ok(());
+        }
+        match line.trim() {
+            "" => continue,
+            "/quit" => return Ok(()),
+            "/reset" => {
+                messages.clone_from(&start);
+                continue;
+            }
+            text => messages.push(json!({ "role": "user", "content": text })),
+        }
+        let render = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+        let text = template.render(&Value::Array(messages.clone()), render)?.text;
+        let request = Request { prompt: tokenizer.encode(&text, false)?, n: 1, number: turn };
+        let reply = reply(&mut cx, &mut model, &options, &tokenizer, &request)?;
+        messages.push(json!({ "role": "assistant", "content": reply }));
+        turn += 1;
+    }
+}
+
+/// Streams a reply to standard output, and returns it.
+fn reply(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    options: &EngineOptions,
+    tokenizer: &Tokenizer,
+    request: &Request,
+) -> Result<String> {
+    let longest = request.prompt.len() + options.max_new_tokens;
+    let mut engine = Engine::new(cx, model, options.clone(), longest)?;
+    engine.submit(request)?;
+    let mut stream = tokenizer.stream(true);
+    let mut all = String::new();
+    while engine.has_work() {
+        for (_, _, token) in engine.step(cx, model)?.tokens {
+            let text = stream.push(token)?;
+            say(&text)?;
+            all += &text;
+        }
+    }
+    let rest = stream.finish()?;
+    say(&rest)?;
+    say("\n")?;
+    Ok(all + &rest)
+}
+
+fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io("stdout", e))
+}

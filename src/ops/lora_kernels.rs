@@ -1,0 +1,248 @@
+//! Launches of the fused low-rank kernels, for `ops::lora`. Not on the tape. Floor 2.
+//!
+//! Invariant: shapes are checked here, so the kernels may trust them. Math and numerics: `kernels/lora.cu`.
+
+use crate::cx::Cx;
+use crate::device::{DType, Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::matmul::tile;
+use crate::tensor::Tensor;
+
+/// Columns `start..end` of a unit's output have the adapter B `b` [end - start, rank], contiguous.
+#[derive(Clone, Copy)]
+pub struct Segment<'a> {
+    pub b: &'a Tensor,
+    pub start: usize,
+    pub end: usize,
+}
+
+impl Segment<'_> {
+    fn rank(&self) -> usize {
+        self.b.cols()
+    }
+}
+
+/// As the kernels take them: start, end and rank of three segments, absent ones empty.
+fn bounds(name: &'static str, segments: &[Segment], n: usize, ranks: usize) -> Result<[[i32; 3]; 3]> {
+    let mut out = [[0; 3]; 3];
+    let mut free = 0;
+    for (i, s) in segments.iter().enumerate().take(3) {
+        let fits = s.b.shape() == [s.end.saturating_sub(s.start), s.rank()] && s.b.is_contiguous();
+        if !fits || s.start < free || s.end > n {
+            let what = format!("adapter {:?} for columns {}..{} of {n}", s.b, s.start, s.end);
+            return Err(Error::op(name, format!("{what}: ordered, apart from one another, [columns, rank]")));
+        }
+        free = s.end;
+        out[i] = [s.start as i32, s.end as i32, s.rank() as i32];
+    }
+    let sum: usize = segments.iter().map(Segment::rank).sum();
+    if segments.is_empty() || segments.len() > 3 || sum != ranks {
+        let what = format!("{} segments with ranks of {sum} in all, beside {ranks} columns", segments.len());
+        return Err(Error::op(name, format!("{what}: one to three, whose ranks add up to the columns")));
+    }
+    Ok(out)
+}
+
+fn expect(name: &'static str, t: &Tensor, rows: usize, cols: usize) -> Result<()> {
+    if t.row_count() == rows && t.cols() == cols {
+        return Ok(());
+    }
+    Err(Error::op(name, format!("{t:?} where [{rows}, {cols}] is expected")))
+}
+
+fn grid(dtype: DType, rows: usize, cols: usize, z: usize) -> Launch {
+    let (tile, shared) = tile(dtype);
+    Launch::blocks([cols.div_ceil(tile), rows.div_ceil(tile), z], 256, shared)
+}
+
+/// `y = x w^T (+ bias) + t Bd^T`: x [m, k], w [n, k], t [m, R]; y [m, n]. Columns outside of all segments get no such term.
+pub fn lora_nt(
+    cx: &Cx,
+    y: &Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    t: &Tensor,
+    segments: &[Segment],
+) -> Result<()> {
+    let (m, n, k, ranks) = (x.row_count(), w.row_count(), x.cols(), t.cols());
+    let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_nt", segments, n, ranks)?;
+    expect("lora_nt", y, m, n)?;
+    expect("lora_nt", w, n, k)?;
+    expect("lora_nt", t, m, ranks)?;
+    if m == 0 {
+        return Ok(());
+    }
+    let b = |i: usize| segments.get(i).map(|s| s.b);
+    kernels::lora_nt(
+        &*cx.device,
+        grid(x.dtype(), m, n, 1),
+        y.out(),
+        x,
+        w,
+        bias,
+        t,
+        segments[0].b,
+        b(1),
+        b(2),
+        m as i32,
+        n as i32,
+        k as i32,
+        ranks as i32,
+        x.stride() as i32,
+        w.stride() as i32,
+        y.stride() as i32,
+        t.stride() as i32,
+        s0,
+        e0,
+        r0,
+        s1,
+        e1,
+        r1,
+        s2,
+        e2,
+        r2,
+    )
+}
+
+/// `dx (+)= dy w + dt a`: dy [m, n], w [n, k], dt [m, R], a [R, k] (all segments' A, one below the other); dx [m, k].
+pub fn lora_nn(cx: &Cx, dx: &Tensor, dy: &Tensor, w: &Tensor, dt: &Tensor, a: &Tensor, accumulate: bool) -> Result<()> {
+    let (m, n, k, ranks) = (dy.row_count(), dy.cols(), w.cols(), dt.cols());
+    expect("lora_nn", dx, m, k)?;
+    expect("lora_nn", w, n, k)?;
+    expect("lora_nn", dt, m, ranks)?;
+    expect("lora_nn", a, ranks, k)?;
+    if m == 0 {
+        return Ok(());
+    }
+    kernels::lora_nn(
+        &*cx.device,
+        grid(dy.dtype(), m, k, 1),
+        dx.out(),
+        dy,
+        w,
+        dt,
+        a,
+        m as i32,
+        n as i32,
+        k as i32,
+        ranks as i32,
+        dy.stride() as i32,
+        w.stride() as i32,
+        dx.stride() as i32,
+        dt.stride() as i32,
+        a.stride() as i32,
+        i32::from(accumulate),
+    )
+}
+
+/// `dt_i = scales_i dy_i b_i` for all segments in one launch: dy [m, n]; dt [m, R].
+pub fn lora_dt(cx: &Cx, dt: &Tensor, dy: &Tensor, segments: &[Segment], scales: &[f32]) -> Result<()> {
+    let (m, n) = (dy.row_count(), dy.cols());
+    let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_dt", segments, n, dt.cols())?;
+    expect("lora_dt", dt, m, dt.cols())?;
+    if scales.len() != segments.len() {
+        return Err(Error::op("lora_dt", format!("{} scales for {} segments", scales.len(), segments.len())));
+    }
+    if m == 0 {
+        return Ok(());
+    }
+    let b = |i: usize| segments.get(i).map(|s| s.b);
+    let scale = |i: usize| scales.get(i).copied().unwrap_or(0.0);
+    let widest = segments.iter().map(Segment::rank).max().unwrap_or(0);
+    kernels::lora_dt(
+        &*cx.device,
+        grid(dy.dtype(), m, widest, segments.len()),
+        dt.out(),
+        dy,
+        segments[0].b,
+        b(1),
+        b(2),
+        m as i32,
+        dy.stride() as i32,
+        dt.stride() as i32,
+        s0,
+        e0,
+        r0,
+        s1,
+        e1,
+        r1,
+        s2,
+        e2,
+        r2,
+        scale(0),
+        scale(1),
+        scale(2),
+    )
+}
+
+/// A gradient buffer (F32, contiguous) and whether to add to what is there.
+pub type Slot<'a> = Option<(&'a Tensor, bool)>;
+
+/// What [`lora_grads`] reads: x [m, k], dt and t [m, R], dy [m, n].
+#[derive(Clone, Copy)]
+pub struct Read<'a> {
+    pub x: &'a Tensor,
+    pub dt: &'a Tensor,
+    pub dy: &'a Tensor,
+    pub t: &'a Tensor,
+}
+
+/// `da (+)= dt^T x` [R, k] and `db_i (+)= dy_i^T t_i` [end - start, rank], those that are given, in one launch.
+pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]) -> Result<()> {
+    let (m, k, n, ranks) = (r.x.row_count(), r.x.cols(), r.dy.cols(), r.dt.cols());
+    let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_grads", segments, n, ranks)?;
+    expect("lora_grads", r.dt, m, ranks)?;
+    expect("lora_grads", r.dy, m, n)?;
+    expect("lora_grads", r.t, m, ranks)?;
+    if db.len() != segments.len() {
+        return Err(Error::op("lora_grads", format!("{} gradients for {} segments", db.len(), segments.len())));
+    }
+    let (tile, shared) = tile(r.x.dtype());
+    let (mut tiles, mut accumulate) = (0, 0);
+    if let Some((t, add)) = da {
+        expect("lora_grads", t, ranks, k)?;
+        tiles += ranks.div_ceil(tile) * k.div_ceil(tile);
+        accumulate |= i32::from(add);
+    }
+    for (i, (slot, s)) in db.iter().zip(segments).enumerate() {
+        if let Some((t, add)) = slot {
+            expect("lora_grads", t, s.end - s.start, s.rank())?;
+            tiles += (s.end - s.start).div_ceil(tile) * s.rank().div_ceil(tile);
+            accumulate |= i32::from(*add) << (i + 1);
+        }
+    }
+    if tiles == 0 {
+        return Ok(());
+    }
+    let out = |i: usize| db.get(i).copied().flatten().map(|(t, _)| t.out());
+    kernels::lora_grads(
+        &*cx.device,
+        Launch::blocks([tiles, 1, 1], 256, shared),
+        da.map(|(t, _)| t.out()),
+        out(0),
+        out(1),
+        out(2),
+        r.x,
+        r.dt,
+        r.dy,
+        r.t,
+        m as i32,
+        k as i32,
+        ranks as i32,
+        r.x.stride() as i32,
+        r.dt.stride() as i32,
+        r.dy.stride() as i32,
+        r.t.stride() as i32,
+        s0,
+        e0,
+        r0,
+        s1,
+        e1,
+        r1,
+        s2,
+        e2,
+        r2,
+        accumulate,
+    )
+}

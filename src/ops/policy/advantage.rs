@@ -1,0 +1,124 @@
+//! Generalised advantage estimation and masked whitening on the device. Floor 2.
+//!
+//! Invariant: neither has a gradient; a sequence's advantages depend on that sequence alone, whitening on all tokens whose
+//! mask is not 0. Math: `kernels/policy.cu`.
+
+use super::same_length;
+use crate::cx::Cx;
+use crate::device::{Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::tensor::Tensor;
+
+/// Advantages and returns, F32 [n], of token rewards and values F32 [n]; `starts` I32 [sequences + 1] from 0 to n.
+pub fn gae(
+    cx: &mut Cx,
+    rewards: &Tensor,
+    values: &Tensor,
+    starts: &Tensor,
+    gamma: f32,
+    lam: f32,
+) -> Result<(Tensor, Tensor)> {
+    let mut out = cx.apply(Gae { gamma, lam }, &[rewards, values, starts])?;
+    match (out.pop(), out.pop()) {
+        (Some(returns), Some(advantages)) => Ok((advantages, returns)),
+        _ => Err(Error::op("gae", "gave no outputs")),
+    }
+}
+
+/// `x` with mean 0 (its own mean unless `shift_mean`) and variance 1 where `mask` is not 0, and 0 elsewhere; F32 [n].
+pub fn whiten(cx: &mut Cx, x: &Tensor, mask: &Tensor, shift_mean: bool) -> Result<Tensor> {
+    cx.apply1(Whiten { shift_mean }, &[x, mask])
+}
+
+#[derive(Debug)]
+struct Gae {
+    gamma: f32,
+    lam: f32,
+}
+
+#[derive(Debug)]
+struct Whiten {
+    shift_mean: bool,
+}
+
+impl Op for Gae {
+    fn name(&self) -> &'static str {
+        "gae"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        same_length("gae", x[0], [x[1]])?;
+        let n = x[0].numel();
+        let (advantage, returns) = (cx.float("advantages", &[n])?, cx.float("returns", &[n])?);
+        let sequences = x[2].numel().saturating_sub(1);
+        let at = Launch::flat(sequences);
+        let (a, r) = (advantage.out(), returns.out());
+        kernels::gae(&*cx.device, at, a, r, x[0], x[1], x[2], sequences as i32, self.gamma, self.lam)?;
+        Ok(Fwd { outputs: vec![advantage, returns], saved: vec![] })
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let (gamma, lam) = (f64::from(self.gamma), f64::from(self.lam));
+        let (reward, value, starts) = (&x[0].data, &x[1].data, &x[2].data);
+        let mut advantage = F64::zeros(&x[0].shape);
+        for s in 0..starts.len() - 1 {
+            let (from, to) = (starts[s] as usize, starts[s + 1] as usize);
+            let error = |t: usize| reward[t] - value[t] + if t + 1 < to { gamma * value[t + 1] } else { 0.0 };
+            for t in from..to {
+                advantage.data[t] = (t..to).map(|u| (gamma * lam).powi((u - t) as i32) * error(u)).sum();
+            }
+        }
+        let returns = F64::from_fn(&x[0].shape, |t| advantage.data[t] + value[t]);
+        vec![advantage, returns]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, 2 * x[0].bytes())
+    }
+}
+
+impl Op for Whiten {
+    fn name(&self) -> &'static str {
+        "whiten"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        same_length("whiten", x[0], [x[1]])?;
+        let n = x[0].numel();
+        let (y, moments) = (cx.float("whitened", &[n])?, cx.float("moments", &[3])?);
+        kernels::masked_moments(&*cx.device, Launch::warps(1), moments.out(), x[0], x[1], n as i32)?;
+        let (at, shift) = (Launch::flat(n.div_ceil(4)), i32::from(self.shift_mean));
+        kernels::whiten(&*cx.device, at, y.out(), x[0], x[1], &moments, n as i64, shift)?;
+        Ok(Fwd { outputs: vec![y], saved: vec![] })
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let inside: Vec<f64> = x[0].data.iter().zip(&x[1].data).filter(|(_, m)| **m != 0.0).map(|(v, _)| *v).collect();
+        let n = inside.len() as f64;
+        let mean = inside.iter().sum::<f64>() / n.max(1.0);
+        let variance = inside.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        let add = if self.shift_mean { 0.0 } else { mean };
+        let one = |i: usize| (x[0].data[i] - mean) / (variance + 1e-8).sqrt() + add;
+        vec![F64::from_fn(&x[0].shape, |i| if x[1].data[i] != 0.0 { one(i) } else { 0.0 })]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, x[0].bytes())
+    }
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for lengths in [&[1usize][..], &[7, 0, 90, 1], &[300]] {
+        let n = lengths.iter().sum();
+        let mut starts = vec![0];
+        lengths.iter().for_each(|l| starts.push(starts[starts.len() - 1] + *l as i32));
+        let inputs = vec![Arg::float(rng.array(&[n], 0.5)), Arg::float(rng.array(&[n], 1.0)), Arg::ints(&starts)];
+        cases.push(Case::new(format!("gae of {} sequences", lengths.len()), Gae { gamma: 0.99, lam: 0.95 }, inputs));
+        let mask = F64::from_fn(&[n], |i| if i > 0 && rng.below(4) == 0 { 0.0 } else { 1.0 });
+        let inputs = vec![Arg::float(rng.array(&[n], 3.0)), Arg::float(mask)];
+        cases.push(Case::new(format!("whiten {n}"), Whiten { shift_mean: n != 98 }, inputs));
+    }
+    cases
+}

@@ -1,0 +1,292 @@
+//! Drawing tokens on the device, with what is known of each: its log-probs and the entropy. Floor 2.
+//!
+//! Invariant: a draw is a function of (seed, sequence number, position, logits, the sequence's own tokens): no state, no
+//! dependence on neighbours. Log-probs have the bits of the head's. Math: `kernels/sample.cu`.
+
+use crate::cx::Cx;
+use crate::device::{DType, Launch, kernels};
+use crate::error::{Error, Result};
+use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::rng::{philox, uniform};
+use crate::tensor::Tensor;
+
+/// Sampling keys under their usual names; they apply in transformers' order: repetition_penalty, temperature, top_k,
+/// top_p, min_p.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0: the most likely token, always.
+    pub temperature: f64,
+    /// Keep the k most likely; 0: all.
+    pub top_k: usize,
+    /// Keep the smallest set of most likely tokens whose probability reaches this; 1: all.
+    pub top_p: f64,
+    /// Drop tokens less likely than this share of the most likely one; 0: none.
+    pub min_p: f64,
+    /// Positive logits of tokens that the sequence has (prompt included) are divided by it, negative ones multiplied; 1: off.
+    pub repetition_penalty: f64,
+    pub seed: u64,
+}
+
+impl Sampling {
+    pub fn greedy() -> Sampling {
+        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+    }
+
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
+    /// The factor of the logits: what [`head_logps`](crate::ops::head::head_logps) takes to give `logp_scaled`.
+    pub fn scale(&self) -> f32 {
+        if self.is_greedy() { 1.0 } else { (1.0 / self.temperature) as f32 }
+    }
+
+    pub fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0
+    }
+
+    /// Whether the distribution that is drawn from is another than the model's at this temperature.
+    pub fn truncates(&self) -> bool {
+        self.is_greedy() || self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 || self.penalises()
+    }
+
+    /// The distribution that is drawn from: a probability for each token; `seen` are the tokens that the sequence has.
+    pub fn distribution(&self, logits: &[f64], seen: &[u32]) -> Vec<f64> {
+        let mut z = logits.to_vec();
+        let mut distinct = seen.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        for t in distinct {
+            let l = &mut z[t as usize];
+            *l = if *l < 0.0 { *l * self.repetition_penalty } else { *l / self.repetition_penalty };
+        }
+        let top = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let n = z.len();
+        if self.is_greedy() {
+            let first = z.iter().position(|l| *l == top).unwrap_or(0);
+            return (0..n).map(|i| f64::from(u8::from(i == first))).collect();
+        }
+        let mut p: Vec<f64> = z.iter().map(|l| ((l - top) / self.temperature).exp()).collect();
+        // A value is kept while what is strictly above it is not enough: all of equal values, or none.
+        let mut keep_while = |enough: &dyn Fn(&[f64], f64) -> bool| {
+            let all = p.clone();
+            p.iter_mut().filter(|v| enough(&all, **v)).for_each(|v| *v = 0.0);
+        };
+        if self.top_k > 0 && self.top_k < n {
+            keep_while(&|all, v| all.iter().filter(|a| **a > v).count() >= self.top_k);
+        }
+        if self.top_p < 1.0 {
+            keep_while(&|all, v| {
+                let above: f64 = all.iter().filter(|a| **a > v).sum();
+                above >= self.top_p * all.iter().sum::<f64>()
+            });
+        }
+        keep_while(&|_, v| v < self.min_p);
+        let sum: f64 = p.iter().sum();
+        p.iter().map(|v| v / sum).collect()
+    }
+}
+
+/// What a step draws: one block, so that it is one download.
+pub struct Draws {
+    block: Tensor,
+    rows: usize,
+}
+
+/// A token and what is known of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    pub token: u32,
+    /// Under the model's distribution at temperature 1.
+    pub logp: f32,
+    /// Under the model's distribution at the sampling temperature: what a trainer's ratio uses.
+    pub logp_scaled: f32,
+    /// Under the distribution that it was drawn from.
+    pub logp_truncated: f32,
+    /// Of the model's distribution at the sampling temperature, nats.
+    pub entropy: f32,
+}
+
+impl Draws {
+    /// The one download of a step. Waits for the device.
+    pub fn download(&self) -> Result<Vec<Draw>> {
+        let (words, n) = (self.block.to_vec::<u32>()?, self.rows);
+        let float = |column: usize, i: usize| f32::from_bits(words[column * n + i]);
+        let draw = |i: usize| Draw {
+            token: words[i],
+            logp: float(1, i),
+            logp_scaled: float(2, i),
+            logp_truncated: float(3, i),
+            entropy: float(4, i),
+        };
+        Ok((0..n).map(draw).collect())
+    }
+}
+
+/// Draws a token from each row of `logits` F32 [n, vocab]. `who` I32 [n, 3]: sequence number (-1: padding), position in
+/// its completion, row of `seen`. `seed` I32 [2]. `seen` I32 [rows, vocab / 32 rounded up]: a bit for each token that a
+/// sequence has, to which the draw is added; wanted if the sampling penalises repetition.
+pub fn sample(
+    cx: &mut Cx,
+    sampling: &Sampling,
+    logits: &Tensor,
+    who: &Tensor,
+    seed: &Tensor,
+    seen: Option<&Tensor>,
+) -> Result<Draws> {
+    let op = Sample { sampling: sampling.clone() };
+    let mut x = vec![logits, who, seed];
+    x.extend(seen.filter(|_| sampling.penalises()));
+    let block = op.run(cx, &x)?;
+    Ok(Draws { block, rows: logits.row_count() })
+}
+
+/// Bits of a row of `seen`.
+pub fn seen_words(vocab: usize) -> usize {
+    vocab.div_ceil(32)
+}
+
+#[derive(Debug)]
+pub struct Sample {
+    pub sampling: Sampling,
+}
+
+impl Sample {
+    /// I32 [5, n]: tokens, then the bits of four rows of floats.
+    fn run(&self, cx: &Cx, x: &[&Tensor]) -> Result<Tensor> {
+        let (logits, who, seed, s) = (x[0], x[1], x[2], &self.sampling);
+        let (n, vocab) = (logits.row_count(), logits.cols());
+        let words = seen_words(vocab);
+        if who.numel() != 3 * n || seed.numel() != 2 || !logits.is_contiguous() {
+            return Err(Error::op("sample", format!("{logits:?}, who {who:?}, seed {seed:?}")));
+        }
+        let seen = match (s.penalises(), x.get(3)) {
+            (false, _) => None,
+            (true, Some(seen)) if seen.cols() == words => Some(*seen),
+            (true, seen) => {
+                let message = format!("repetition_penalty needs a row of {words} words a sequence, not {seen:?}");
+                return Err(Error::op("sample", message));
+            }
+        };
+        let work = seen.map(|_| cx.float("penalised logits", logits.shape())).transpose()?;
+        let block = Tensor::new(&cx.pool, "draws", DType::I32, &[5, n])?;
+        let column = |i: usize| block.view(4 * i * n, if i == 0 { DType::I32 } else { DType::F32 }, &[n]);
+        kernels::sample(
+            &*cx.device,
+            Launch::warps(n),
+            column(0)?.out(),
+            column(1)?.out(),
+            column(2)?.out(),
+            column(3)?.out(),
+            column(4)?.out(),
+            seen.map(Tensor::out),
+            work.as_ref().map(Tensor::out),
+            logits,
+            who,
+            seed,
+            n as i32,
+            vocab as i32,
+            words as i32,
+            i32::from(s.is_greedy()),
+            s.scale(),
+            s.top_k.min(vocab) as i32,
+            s.top_p as f32,
+            s.min_p as f32,
+            s.repetition_penalty as f32,
+        )?;
+        Ok(block)
+    }
+}
+
+impl Op for Sample {
+    fn name(&self) -> &'static str {
+        "sample"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        let block = self.run(cx, x)?;
+        let n = x[0].row_count();
+        let mut outputs = vec![block.view(0, DType::I32, &[n])?];
+        for i in 1..5 {
+            outputs.push(block.view(4 * i * n, DType::F32, &[n])?);
+        }
+        outputs.extend(x.get(3).map(|seen| (*seen).clone()));
+        Ok(Fwd { outputs, saved: vec![] })
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let (n, vocab) = (x[0].row_count(), x[0].cols());
+        let mut out: Vec<F64> = (0..5).map(|_| F64::zeros(&[n])).collect();
+        let mut seen = x.get(3).cloned();
+        let key = [x[2].data[0] as i32 as u32, x[2].data[1] as i32 as u32];
+        let log_softmax = |l: &[f64], scale: f64| -> Vec<f64> {
+            let top = l.iter().copied().fold(f64::NEG_INFINITY, f64::max) * scale;
+            let lse = top + l.iter().map(|v| (v * scale - top).exp()).sum::<f64>().ln();
+            l.iter().map(|v| v * scale - lse).collect()
+        };
+        for r in 0..n {
+            let who = &x[1].data[3 * r..3 * r + 3];
+            if who[0] < 0.0 {
+                continue;
+            }
+            let has = |bits: &F64, t: usize| (bits.row(who[2] as usize)[t / 32] as i32 >> (t % 32)) & 1 == 1;
+            let tokens: Vec<u32> =
+                seen.iter().flat_map(|s| (0..vocab).filter(|t| has(s, *t))).map(|t| t as u32).collect();
+            let p = self.sampling.distribution(x[0].row(r), &tokens);
+            let counter = [who[1] as u32, who[0] as u32, 0, 0x0400_0000];
+            let u = f64::from(uniform(philox(key, counter)[0]));
+            let mut below = 0.0;
+            let passes = |v: &f64| {
+                below += v;
+                below > u
+            };
+            let last = p.iter().rposition(|v| *v > 0.0).unwrap_or(0);
+            let token = p.iter().position(passes).unwrap_or(last);
+            let scaled = log_softmax(x[0].row(r), f64::from(self.sampling.scale()));
+            out[0].data[r] = token as f64;
+            out[1].data[r] = log_softmax(x[0].row(r), 1.0)[token];
+            out[2].data[r] = scaled[token];
+            out[3].data[r] = p[token].ln();
+            out[4].data[r] = -scaled.iter().map(|l| l.exp() * l).sum::<f64>();
+            if let Some(seen) = &mut seen {
+                let word = &mut seen.row_mut(who[2] as usize)[token / 32];
+                *word = f64::from(*word as i32 | (1u32 << (token % 32)) as i32);
+            }
+        }
+        out.extend(seen);
+        out
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(&x[..1], 20 * x[0].row_count())
+    }
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let plain = Sampling { temperature: 1.0, ..Sampling::greedy() };
+    let mut cases = Vec::new();
+    for (rows, vocab, sampling) in [
+        (3, 5, Sampling::greedy()),
+        (33, 130, plain.clone()),
+        (9, 1031, Sampling { temperature: 0.7, ..plain.clone() }),
+        (9, 513, Sampling { temperature: 1.5, top_k: 20, ..plain.clone() }),
+        (9, 300, Sampling { top_p: 0.8, ..plain.clone() }),
+        (9, 97, Sampling { min_p: 0.2, ..plain.clone() }),
+        (9, 300, Sampling { repetition_penalty: 1.4, ..Sampling::greedy() }),
+        (17, 300, Sampling { temperature: 0.8, top_k: 40, top_p: 0.9, min_p: 0.05, repetition_penalty: 1.3, seed: 0 }),
+    ] {
+        let logits = Arg::float(rng.array(&[rows, vocab], 2.0));
+        let who: Vec<i32> =
+            (0..rows as i32).flat_map(|r| [if r == 2 { -1 } else { 100 + r }, r * 7, rows as i32 - 1 - r]).collect();
+        let seed: Vec<i32> = vec![rng.bits() as i32, rng.bits() as i32];
+        let mut inputs = vec![logits, Arg::ints(&who), Arg::ints(&seed)];
+        if sampling.penalises() {
+            let words = seen_words(vocab);
+            let mut seen = Arg::ints(&[]);
+            seen.value = F64::from_fn(&[rows, words], |_| f64::from(rng.bits() as i32 & rng.bits() as i32));
+            inputs.push(seen);
+        }
+        cases.push(Case::new(format!("rows {rows} vocab {vocab} {sampling:?}"), Sample { sampling }, inputs));
+    }
+    cases
+}

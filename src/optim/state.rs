@@ -1,0 +1,146 @@
+//! The moments of AdamW over a parameter arena, in the precision that was asked for. Floor 4.
+//!
+//! Invariant: `new` gives zeros; a step touches one of the ranges that `new` was given, whole; what `named_tensors` names is
+//! all that a resumed run needs.
+
+use crate::cx::Cx;
+use crate::device::DType;
+use crate::error::{Error, Result};
+use crate::ops::adamw::{AdamW, Slice, adamw};
+use crate::ops::adamw8::{Maps, Slice8, adamw8};
+use crate::ops::quant::BLOCK8;
+use crate::tensor::Tensor;
+
+/// How moments are stored: `optim` in a run file chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MomentKind {
+    F32,
+    /// BF16, rounded by chance.
+    Bf16,
+    /// 8-bit codes with a float for each block of 256 (`adamw_8bit`).
+    Blockwise8,
+}
+
+pub enum Moments {
+    F32 { m: Tensor, v: Tensor },
+    Bf16 { m: Tensor, v: Tensor },
+    Blockwise8(Box<Blockwise8>),
+}
+
+/// `m` and `v` are codes in the arena's layout; scales lie range after range, each range in blocks of its own.
+pub struct Blockwise8 {
+    pub m: Tensor,
+    pub v: Tensor,
+    pub m_absmax: Tensor,
+    pub v_absmax: Tensor,
+    maps: Maps,
+    ranges: Vec<(usize, usize)>,
+}
+
+/// The part of the arena that a step updates, beside its moments.
+pub struct Target<'a> {
+    /// As in [`Slice`]: the float master, the weights that kernels read, the gradient, all of the range alone.
+    pub master: Option<&'a Tensor>,
+    pub weight: &'a Tensor,
+    pub grad: &'a Tensor,
+}
+
+impl Moments {
+    /// Zero moments of an arena of `len` values. `ranges` are what [`Moments::step`] will be called with: from, to.
+    pub fn new(cx: &Cx, len: usize, ranges: &[(usize, usize)], kind: MomentKind) -> Result<Moments> {
+        let zeros = |dtype, n: usize| -> Result<Tensor> {
+            let t = Tensor::new(&cx.pool, "adam moments", dtype, &[n])?;
+            t.zero()?;
+            Ok(t)
+        };
+        Ok(match kind {
+            MomentKind::F32 => Moments::F32 { m: zeros(DType::F32, len)?, v: zeros(DType::F32, len)? },
+            MomentKind::Bf16 => Moments::Bf16 { m: zeros(DType::BF16, len)?, v: zeros(DType::BF16, len)? },
+            MomentKind::Blockwise8 => {
+                let mut end = 0;
+                for &(from, to) in ranges {
+                    if from < end || to < from || to > len {
+                        return Err(Error::op(
+                            "adamw8",
+                            format!("ranges {ranges:?} do not ascend within {len} values"),
+                        ));
+                    }
+                    end = to;
+                }
+                let blocks = ranges.iter().map(|r| blocks(*r)).sum();
+                Moments::Blockwise8(Box::new(Blockwise8 {
+                    m: zeros(DType::U8, len)?,
+                    v: zeros(DType::U8, len)?,
+                    m_absmax: zeros(DType::F32, blocks)?,
+                    v_absmax: zeros(DType::F32, blocks)?,
+                    maps: Maps::new(cx)?,
+                    ranges: ranges.to_vec(),
+                }))
+            }
+        })
+    }
+
+    pub fn kind(&self) -> MomentKind {
+        match self {
+            Moments::F32 { .. } => MomentKind::F32,
+            Moments::Bf16 { .. } => MomentKind::Bf16,
+            Moments::Blockwise8(_) => MomentKind::Blockwise8,
+        }
+    }
+
+    /// Bytes that moments of `len` values in one range take (maps aside): for the memory plan.
+    pub fn planned_bytes(len: usize, kind: MomentKind) -> usize {
+        match kind {
+            MomentKind::F32 => 8 * len,
+            MomentKind::Bf16 => 4 * len,
+            MomentKind::Blockwise8 => 2 * (len + 4 * blocks((0, len))),
+        }
+    }
+
+    /// One AdamW step of the range `from..to`; `hyper` as [`crate::ops::adamw::hyper`] gives it.
+    pub fn step(&self, cx: &Cx, group: &AdamW, range: (usize, usize), at: &Target, hyper: &Tensor) -> Result<()> {
+        let (from, to) = range;
+        match self {
+            Moments::F32 { m, v } | Moments::Bf16 { m, v } => {
+                let (m, v) = (m.rows(from, to)?, v.rows(from, to)?);
+                let slice = Slice { master: at.master, weight: at.weight, m: &m, v: &v, grad: at.grad };
+                adamw(cx, group, &slice, hyper)
+            }
+            Moments::Blockwise8(s) => {
+                let place = s.ranges.iter().position(|r| *r == range).ok_or_else(|| {
+                    Error::op("adamw8", format!("a step of {range:?}: the moments were made for {:?}", s.ranges))
+                })?;
+                let first: usize = s.ranges[..place].iter().map(|r| blocks(*r)).sum();
+                let end = first + blocks(range);
+                let slice = Slice8 {
+                    master: at.master,
+                    weight: at.weight,
+                    m: &s.m.rows(from, to)?,
+                    v: &s.v.rows(from, to)?,
+                    m_absmax: &s.m_absmax.rows(first, end)?,
+                    v_absmax: &s.v_absmax.rows(first, end)?,
+                    grad: at.grad,
+                };
+                adamw8(cx, group, &slice, &s.maps, hyper)
+            }
+        }
+    }
+
+    /// What a checkpoint keeps, by name: dtype and shape are the tensors'. To restore, upload into them.
+    pub fn named_tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Moments::F32 { m, v } | Moments::Bf16 { m, v } => vec![("m", m), ("v", v)],
+            Moments::Blockwise8(s) => {
+                vec![("m", &s.m), ("v", &s.v), ("m_absmax", &s.m_absmax), ("v_absmax", &s.v_absmax)]
+            }
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.named_tensors().iter().map(|(_, t)| t.bytes()).sum()
+    }
+}
+
+fn blocks((from, to): (usize, usize)) -> usize {
+    (to - from).div_ceil(BLOCK8)
+}

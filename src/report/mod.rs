@@ -1,0 +1,206 @@
+//! `report.html`: one page that tells a run, or a ladder of runs. Floor 6.
+//!
+//! Invariant: the page is one file that asks the network for nothing; what is in it was read from the output folder
+//! (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or given, never made up: a file that is absent leaves its section out.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::fsio;
+
+pub const FILE: &str = "report.html";
+/// What was given for a page, so that `temper report` can write it again.
+const INPUT: &str = "report.json";
+/// Lines of metrics and of completions that a page takes; above, metrics are thinned and the page says so.
+const MOST_LINES: usize = 3000;
+const MOST_SAMPLES: usize = 300;
+
+/// What the folder does not say by itself.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReportInput {
+    /// Empty: the folder's name.
+    pub title: String,
+    pub notes: Vec<String>,
+    pub table: Option<Table>,
+    pub masks: Vec<MaskRow>,
+}
+
+/// A table of figures before and after.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Table {
+    pub caption: String,
+    pub columns: Vec<String>,
+    pub rows: Vec<Vec<String>>,
+}
+
+/// A row of training data, token by token; `mask` is true where the loss is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaskRow {
+    pub tokens: Vec<String>,
+    pub mask: Vec<bool>,
+}
+
+/// One run of a ladder: its output folder, and what is said of it.
+#[derive(Clone, Debug)]
+pub struct Rung {
+    pub name: String,
+    pub dir: PathBuf,
+    pub input: ReportInput,
+}
+
+/// Writes `dir/report.html` of the run in `dir`, and `dir/report.json` with what was given. Returns the page's path.
+pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
+    let dir = dir.as_ref();
+    let name = dir.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned());
+    let title = if input.title.is_empty() { name.clone() } else { input.title.clone() };
+    let text = serde_json::to_vec_pretty(input).map_err(|e| Error::Run(format!("{INPUT}: {e}")))?;
+    fsio::atomic_write(dir.join(INPUT), &text)?;
+    let run = Rung { name, dir: dir.to_path_buf(), input: input.clone() };
+    page(dir, &title, None, &[run])
+}
+
+/// What [`write`] was given when it wrote the page of `dir`; the default where there is none.
+pub fn read_input(dir: impl AsRef<Path>) -> Result<ReportInput> {
+    let path = dir.as_ref().join(INPUT);
+    if !path.is_file() {
+        return Ok(ReportInput::default());
+    }
+    serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))
+}
+
+/// Writes `dir/report.html` with all `rungs`, one after the other, below the ladder's own table.
+pub fn write_ladder(dir: impl AsRef<Path>, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Result<PathBuf> {
+    page(dir.as_ref(), title, table, rungs)
+}
+
+fn page(dir: &Path, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Result<PathBuf> {
+    let runs = rungs.iter().map(run).collect::<Result<Vec<_>>>()?;
+    let data = json!({ "title": title, "table": table, "runs": runs });
+    // in a script element only `</` and `<!--` could end the data; escaped, the page is closed to what models write
+    let data = data.to_string().replace('<', "\\u003c");
+    let escaped = title.replace('&', "&amp;").replace('<', "&lt;");
+    let parts = [
+        ("@TITLE@", escaped.as_str()),
+        ("@CSS@", include_str!("page.css")),
+        ("@JS@", include_str!("page.js")),
+        ("@DATA@", data.as_str()),
+    ];
+    let mut rest = include_str!("page.html");
+    let mut html = String::with_capacity(data.len() + 40_000);
+    // filled from left to right, so that what stands in a part is never taken for a place
+    while let Some((at, (place, text))) =
+        parts.iter().filter_map(|p| Some((rest.find(p.0)?, *p))).min_by_key(|(at, _)| *at)
+    {
+        html.push_str(&rest[..at]);
+        html.push_str(text);
+        rest = &rest[at + place.len()..];
+    }
+    html.push_str(rest);
+    let path = dir.join(FILE);
+    fsio::atomic_write(&path, html.as_bytes())?;
+    Ok(path)
+}
+
+fn run(rung: &Rung) -> Result<Value> {
+    for (i, row) in rung.input.masks.iter().enumerate() {
+        let (tokens, mask) = (row.tokens.len(), row.mask.len());
+        if tokens != mask {
+            return Err(Error::Run(format!("report: mask row {i} has {tokens} tokens and {mask} mask values")));
+        }
+    }
+    let mut notes = rung.input.notes.clone();
+    let (series, thinned) = series(&lines(&rung.dir.join("metrics.jsonl"))?);
+    if thinned > 1 {
+        notes.push(format!("The curves show one of {thinned} logged steps."));
+    }
+    let completions = lines(&rung.dir.join("completions.jsonl"))?;
+    let samples: Vec<Value> = spread(completions.len()).map(|i| sample(&completions[i])).collect();
+    if samples.len() < completions.len() {
+        notes.push(format!("{} of {} recorded completions are shown.", samples.len(), completions.len()));
+    }
+    let config = rung.dir.join("config.toml");
+    let config = config.is_file().then(|| fsio::read(&config)).transpose()?;
+    Ok(json!({
+        "name": rung.name, "notes": notes, "table": rung.input.table, "series": series, "samples": samples,
+        "masks": rung.input.masks, "config": config.map(|c| String::from_utf8_lossy(&c).into_owned()),
+    }))
+}
+
+/// JSON objects of a file of lines, as far as it is whole; none where there is no file.
+fn lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
+    if !path.is_file() {
+        return Ok(Vec::new());
+    }
+    let bytes = fsio::read(path)?;
+    let mut out = Vec::new();
+    let all: Vec<&[u8]> = bytes.split(|b| *b == b'\n').filter(|l| !l.is_empty()).collect();
+    for (n, line) in all.iter().enumerate() {
+        match serde_json::from_slice(line) {
+            Ok(object) => out.push(object),
+            Err(_) if n + 1 == all.len() => {} // a run that is still writing, or was killed
+            Err(e) => return Err(Error::data(path, Some(n + 1), format!("no JSON object: {e}"))),
+        }
+    }
+    Ok(out)
+}
+
+/// `[name, [[step, value or null], ..]]` of each numeric metric, in the order in which they first appear.
+fn series(lines: &[Map<String, Value>]) -> (Vec<Value>, usize) {
+    let every = lines.len().div_ceil(MOST_LINES).max(1);
+    let mut order: Vec<&str> = Vec::new();
+    let mut points: BTreeMap<&str, Vec<(f64, Option<f64>)>> = BTreeMap::new();
+    for (n, line) in lines.iter().enumerate() {
+        let Some(step) = line.get("step").and_then(Value::as_f64) else { continue };
+        // lines of an evaluation have other keys: they are few and stay
+        let training = line.contains_key("learning_rate");
+        if training && n % every != 0 && n + 1 != lines.len() {
+            continue;
+        }
+        for (key, value) in line.iter().filter(|(k, _)| k.as_str() != "step") {
+            if value.is_number() || value.is_null() {
+                let of = points.entry(key).or_insert_with(|| {
+                    order.push(key);
+                    Vec::new()
+                });
+                of.push((step, value.as_f64()));
+            }
+        }
+    }
+    let known = |name: &&str| points[*name].iter().any(|p| p.1.is_some());
+    (order.iter().copied().filter(known).map(|name| json!([name, points[name]])).collect(), every)
+}
+
+/// Rows evenly over the run, the last one included.
+fn spread(n: usize) -> impl Iterator<Item = usize> {
+    let shown = n.min(MOST_SAMPLES);
+    (0..shown).map(move |i| if n == shown { i } else { (i + 1) * n / shown - 1 })
+}
+
+/// Prompt, completion, step, and all numbers of the line: rewards first as they stand there, `rewards` flattened.
+fn sample(line: &Map<String, Value>) -> Value {
+    let mut chips: Vec<(String, Value)> = Vec::new();
+    let shown = |v: &Value| v.is_number() || v.is_null() || v.is_boolean();
+    for (key, value) in line {
+        match value {
+            Value::Object(inner) => {
+                let numbers = inner.iter().filter(|(_, v)| shown(v));
+                chips.extend(numbers.map(|(name, v)| (format!("{key}/{name}"), v.clone())));
+            }
+            v if shown(v) => chips.push((key.clone(), v.clone())),
+            Value::String(s) if !matches!(key.as_str(), "prompt" | "completion") && s.chars().count() <= 40 => {
+                chips.push((key.clone(), value.clone()));
+            }
+            _ => {}
+        }
+    }
+    let get = |key: &str| line.get(key).cloned().unwrap_or(Value::Null);
+    json!({ "step": get("step"), "prompt": get("prompt"), "completion": get("completion"), "reward": get("reward"),
+        "chips": chips })
+}

@@ -1,0 +1,230 @@
+//! Rewards of online RL: built-in verifiers, an external command, a Python worker; their weighted sum. Floor 4.
+//!
+//! Invariant: a reward gives one number, or `None` (not applicable), for each completion, in the order of the batch; a
+//! reward that cannot is an error that names the row. Aggregation and `None` follow TRL 1.16.0.
+
+pub mod advantage;
+pub mod model;
+mod numeric;
+mod schema;
+mod spec;
+mod text;
+pub mod weights;
+mod worker;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+pub use schema::Schema;
+pub use worker::Worker;
+
+/// What a batch of completions is scored from: one entry a completion in each list.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// A string, or a list of messages.
+    pub prompts: Vec<Value>,
+    /// A string, or a list of messages.
+    pub completions: Vec<Value>,
+    pub completion_ids: Vec<Vec<u32>>,
+    /// All further columns of the dataset, repeated for each generation.
+    pub columns: Map<String, Value>,
+}
+
+impl Batch {
+    pub fn len(&self) -> usize {
+        self.completions.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.completions.is_empty()
+    }
+
+    /// Every list has one entry a completion; says which one has not.
+    pub fn check(&self) -> Result<()> {
+        let n = self.len();
+        let mut lengths = vec![("prompts".to_string(), self.prompts.len())];
+        lengths.push(("completion_ids".into(), self.completion_ids.len()));
+        for (name, column) in &self.columns {
+            lengths.push((name.clone(), column.as_array().map_or(0, Vec::len)));
+        }
+        match lengths.iter().find(|(_, l)| *l != n) {
+            Some((name, l)) => Err(Error::Run(format!("rewards: {n} completions, but {name} has {l} entries"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The cell of a column; `Null` where there is none.
+    fn cell(&self, column: &str, row: usize) -> &Value {
+        self.columns.get(column).and_then(|c| c.get(row)).unwrap_or(&Value::Null)
+    }
+
+    /// The text that a verifier reads: the string, or the content of the last assistant message.
+    pub fn completion_text(&self, row: usize) -> String {
+        text::of(&self.completions[row])
+    }
+}
+
+/// One reward, with its name in metrics and its weight in the sum.
+#[derive(Debug)]
+pub struct Reward {
+    pub name: String,
+    pub weight: f64,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    ExactMatch { column: Option<String> },
+    NumericMatch { column: Option<String> },
+    Regex { pattern: Box<fancy_regex::Regex> },
+    ThinkFormat,
+    JsonSchema { schema: Schema },
+    Length { min: usize, max: usize },
+    SoftOverlong { max_completion_len: usize, soft_punish_cache: usize },
+    Repetition { ngram_size: usize, max_penalty: f64 },
+    Worker(Box<Worker>),
+}
+
+/// Columns that hold the right answer where a verifier is not told which one does.
+const ANSWER_COLUMNS: [&str; 4] = ["answer", "solution", "ground_truth", "reference"];
+
+impl Reward {
+    /// The score of each completion; `None` where this reward does not apply to the row.
+    pub fn score(&mut self, batch: &Batch) -> Result<Vec<Option<f64>>> {
+        batch.check()?;
+        if let Kind::Worker(worker) = &mut self.kind {
+            return worker.score(&self.name, batch);
+        }
+        (0..batch.len()).map(|row| self.verify(batch, row)).collect()
+    }
+
+    fn verify(&self, batch: &Batch, row: usize) -> Result<Option<f64>> {
+        let truth = |yes: bool| Some(f64::from(u8::from(yes)));
+        let text = || batch.completion_text(row);
+        Ok(match &self.kind {
+            Kind::ExactMatch { column } => {
+                let answers = self.answers(batch, column.as_deref(), row)?;
+                let text = text();
+                if answers.is_empty() { None } else { truth(answers.iter().any(|a| a.trim() == text.trim())) }
+            }
+            Kind::NumericMatch { column } => {
+                let answers = self.answers(batch, column.as_deref(), row)?;
+                let gold: Vec<f64> = answers.iter().filter_map(|a| numeric::answer(a)).collect();
+                match (gold.is_empty(), numeric::answer(&text())) {
+                    (true, _) => None, // as TRL: a row whose truth cannot be read is skipped
+                    (false, None) => truth(false),
+                    (false, Some(got)) => truth(gold.iter().any(|g| numeric::same(*g, got))),
+                }
+            }
+            Kind::Regex { pattern } => truth(pattern.is_match(&text()).map_err(|e| {
+                let name = &self.name;
+                Error::Run(format!("reward `{name}`, row {row}: the pattern gave up ({e}); make it simpler"))
+            })?),
+            Kind::ThinkFormat => truth(text::has_think_format(&text())),
+            Kind::JsonSchema { schema } => truth(text::json(&text()).is_some_and(|v| schema.accepts(&v))),
+            Kind::Length { min, max } => truth((*min..=*max).contains(&batch.completion_ids[row].len())),
+            Kind::SoftOverlong { max_completion_len, soft_punish_cache } => {
+                Some(text::soft_overlong(batch.completion_ids[row].len(), *max_completion_len, *soft_punish_cache))
+            }
+            Kind::Repetition { ngram_size, max_penalty } => {
+                Some(text::repetition(&batch.completion_ids[row], *ngram_size, *max_penalty))
+            }
+            Kind::Worker(_) => return Err(Error::Run("a worker scores whole batches".into())),
+        })
+    }
+
+    /// The right answers of a row; none where the cell is null, which skips the row.
+    fn answers(&self, batch: &Batch, column: Option<&str>, row: usize) -> Result<Vec<String>> {
+        let columns = &batch.columns;
+        let found = match column {
+            Some(name) => columns.contains_key(name).then_some(name),
+            None => ANSWER_COLUMNS.into_iter().find(|c| columns.contains_key(*c)),
+        };
+        let Some(found) = found else {
+            let wanted = column.map_or_else(|| format!("one of {}", ANSWER_COLUMNS.join(", ")), str::to_string);
+            let has = columns.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let name = &self.name;
+            return Err(Error::Config(format!(
+                "reward `{name}` needs the column {wanted}; the data has [{has}]. Name it: `{name}:column=NAME`"
+            )));
+        };
+        Ok(match batch.cell(found, row) {
+            Value::Null => Vec::new(),
+            Value::Array(list) => list.iter().map(text::plain).collect(),
+            one => vec![text::plain(one)],
+        })
+    }
+}
+
+/// Several rewards and their weighted sum.
+#[derive(Debug)]
+pub struct Rewards {
+    pub list: Vec<Reward>,
+}
+
+/// What the rewards of a batch were.
+#[derive(Clone, Debug, Default)]
+pub struct Scores {
+    pub names: Vec<String>,
+    pub weights: Vec<f64>,
+    /// By reward, then by completion.
+    pub each: Vec<Vec<Option<f64>>>,
+}
+
+impl Rewards {
+    /// One reward a spec (see [`Reward::parse`]); `weights` as TRL's `reward_weights`: one a reward, or none at all.
+    pub fn parse(specs: &[String], weights: Option<&[f64]>) -> Result<Rewards> {
+        let mut list = specs.iter().map(|s| Reward::parse(s)).collect::<Result<Vec<_>>>()?;
+        if list.is_empty() {
+            return Err(Error::Config(format!("no reward is given; known ones: {}", spec::known())));
+        }
+        if let Some(weights) = weights {
+            if weights.len() != list.len() {
+                let (w, r) = (weights.len(), list.len());
+                return Err(Error::Config(format!("reward_weights has {w} values for {r} rewards; give one each")));
+            }
+            list.iter_mut().zip(weights).for_each(|(r, w)| r.weight = *w);
+        }
+        Rewards::new(list)
+    }
+
+    /// Two rewards of one name get numbers, so that metrics keep them apart.
+    pub fn new(mut list: Vec<Reward>) -> Result<Rewards> {
+        for i in 1..list.len() {
+            let same = list[..i].iter().filter(|r| r.name == list[i].name).count();
+            if same > 0 {
+                list[i].name = format!("{}_{}", list[i].name, same + 1);
+            }
+        }
+        Ok(Rewards { list })
+    }
+
+    pub fn score(&mut self, batch: &Batch) -> Result<Scores> {
+        let mut scores = Scores::default();
+        for reward in &mut self.list {
+            scores.each.push(reward.score(batch)?);
+            scores.names.push(reward.name.clone());
+            scores.weights.push(reward.weight);
+        }
+        Ok(scores)
+    }
+}
+
+impl Scores {
+    /// `sum_k w_k r_k` over the rewards that apply to a row; `None` where none does: such a completion is in no baseline
+    /// and gets advantage 0.
+    pub fn total(&self) -> Vec<Option<f64>> {
+        let n = self.each.first().map_or(0, Vec::len);
+        let row = |i: usize| {
+            let mut terms = self.each.iter().zip(&self.weights).filter_map(|(r, w)| Some(w * r[i]?)).peekable();
+            terms.peek().is_some().then(|| terms.sum())
+        };
+        (0..n).map(row).collect()
+    }
+
+    /// Rows that no reward scored.
+    pub fn unscorable(&self) -> Vec<usize> {
+        self.total().iter().enumerate().filter(|(_, r)| r.is_none()).map(|(i, _)| i).collect()
+    }
+}

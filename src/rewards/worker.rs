@@ -1,0 +1,264 @@
+//! A reward that another program computes: JSON lines over stdin and stdout, started once.
+//!
+//! Invariant: an answer belongs to a row by its id, and answers come in the order of the rows; whatever else happens (end,
+//! silence, garbage, another id) is said with the row and what was read, the program is started again and gets the rows it
+//! still owes, at most `restarts` times a run. Then the run stops.
+//!
+//! A row: `{"id": 7, "index": 0, "batch": 4, "prompt": .., "completion": .., "completion_ids": [..], "columns": {..}}`.
+//! Its answer: `{"id": 7, "reward": 0.5}`, `null` to skip; `{"id": 7, "error": "why"}` ends the run. Ids count from 0 over
+//! the whole run, `index` of `batch` says where a row stands, for programs that score a batch at once.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use super::Batch;
+use crate::error::{Error, Result};
+
+/// Runs a user's Python function behind the same lines.
+const PYTHON: &str = include_str!("worker.py");
+const STDERR_LINES: usize = 12;
+
+#[derive(Debug)]
+pub struct Worker {
+    argv: Vec<String>,
+    timeout: Duration,
+    /// How many more times it may be started again.
+    restarts: usize,
+    next_id: u64,
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    to: Sender<String>,
+    from: Receiver<std::io::Result<String>>,
+    stderr: Arc<Mutex<VecDeque<String>>>,
+}
+
+/// Why an exchange ended before all rows had their answers.
+enum Fault {
+    /// Worth another start.
+    Restart(String),
+    Stop(String),
+}
+
+impl Worker {
+    /// A shell command.
+    pub fn command(command: &str, timeout: Duration, restarts: usize) -> Worker {
+        Worker::new(vec!["sh".into(), "-c".into(), command.into()], timeout, restarts)
+    }
+
+    /// `def function(prompts, completions, **columns)` of a file, as TRL calls it.
+    pub fn python(python: &str, file: &str, function: &str, timeout: Duration, restarts: usize) -> Worker {
+        let argv = [python, "-u", "-c", PYTHON, file, function].map(str::to_string).to_vec();
+        Worker::new(argv, timeout, restarts)
+    }
+
+    fn new(argv: Vec<String>, timeout: Duration, restarts: usize) -> Worker {
+        Worker { argv, timeout, restarts, next_id: 0, running: None }
+    }
+
+    pub fn score(&mut self, name: &str, batch: &Batch) -> Result<Vec<Option<f64>>> {
+        let mut rewards = Vec::with_capacity(batch.len());
+        while rewards.len() < batch.len() {
+            let Err(fault) = self.exchange(batch, &mut rewards) else { continue };
+            let row = rewards.len();
+            let (what, again) = match fault {
+                Fault::Restart(what) => (what, self.restarts > 0),
+                Fault::Stop(what) => (what, false),
+            };
+            let said = self.end();
+            let message = format!("reward `{name}`, row {row} of {}: {what}{said}", batch.len());
+            if !again {
+                return Err(Error::Run(format!(
+                    "{message}\nThe program was `{}`. Mend it and resume the run from its last checkpoint.",
+                    self.shown()
+                )));
+            }
+            self.restarts -= 1;
+            eprintln!("warning: {message}\nIt is started again ({} restarts are left).", self.restarts);
+        }
+        Ok(rewards)
+    }
+
+    /// Sends the rows that have no answer yet and reads their answers.
+    fn exchange(&mut self, batch: &Batch, rewards: &mut Vec<Option<f64>>) -> std::result::Result<(), Fault> {
+        if self.running.is_none() {
+            self.running = Some(start(&self.argv).map_err(Fault::Stop)?);
+        }
+        let Some(running) = &mut self.running else { return Err(Fault::Stop("it is not running".into())) };
+        let first = rewards.len();
+        let id_of_first = self.next_id;
+        self.next_id += (batch.len() - first) as u64;
+        for row in first..batch.len() {
+            let id = id_of_first + (row - first) as u64;
+            let line = request(batch, row, id, (row - first, batch.len() - first));
+            // A writer that has ended shows as an end of the answers, which says more.
+            let _ = running.to.send(line);
+        }
+        for row in first..batch.len() {
+            rewards.push(running.answer(id_of_first + (row - first) as u64, self.timeout)?);
+        }
+        Ok(())
+    }
+
+    /// Ends the program; what it last said on stderr.
+    fn end(&mut self) -> String {
+        let Some(mut running) = self.running.take() else { return String::new() };
+        running.kill();
+        let lines = match running.stderr.lock() {
+            Ok(lines) => lines.iter().cloned().collect::<Vec<_>>().join("\n  "),
+            Err(_) => String::new(),
+        };
+        if lines.is_empty() { lines } else { format!("\nIts last words on stderr:\n  {lines}") }
+    }
+
+    fn shown(&self) -> String {
+        match self.argv.as_slice() {
+            [_, _, _, _, file, function] => format!("{}:{}", file, function),
+            argv => argv.last().cloned().unwrap_or_default(),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Some(running) = &mut self.running {
+            running.kill();
+        }
+    }
+}
+
+fn request(batch: &Batch, row: usize, id: u64, (index, of): (usize, usize)) -> String {
+    let columns: Map<String, Value> =
+        batch.columns.keys().map(|name| (name.clone(), batch.cell(name, row).clone())).collect();
+    let line = json!({
+        "id": id, "index": index, "batch": of, "prompt": batch.prompts[row], "completion": batch.completions[row],
+        "completion_ids": batch.completion_ids[row], "columns": columns,
+    });
+    format!("{line}\n")
+}
+
+fn start(argv: &[String]) -> std::result::Result<Running, String> {
+    let Some((program, arguments)) = argv.split_first() else { return Err("no program is given".into()) };
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        // a group of its own: it ends with its children, and Ctrl-C reaches the run first, which then ends it
+        .process_group(0)
+        .spawn()
+        .map_err(|e| format!("`{program}` does not start ({e}); is it installed and on PATH?"))?;
+    let (Some(mut stdin), Some(stdout), Some(errors)) = (child.stdin.take(), child.stdout.take(), child.stderr.take())
+    else {
+        return Err("its pipes are missing".into());
+    };
+    let (to, lines) = channel::<String>();
+    let (tell, from) = channel();
+    // Threads, because a program may write before it has read everything: neither side may wait for the other.
+    thread::spawn(move || {
+        for line in lines {
+            if stdin.write_all(line.as_bytes()).and_then(|()| stdin.flush()).is_err() {
+                return;
+            }
+        }
+    });
+    thread::spawn(move || {
+        for line in BufReader::new(stdout).lines() {
+            if tell.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    let stderr = Arc::new(Mutex::new(VecDeque::new()));
+    let kept = stderr.clone();
+    thread::spawn(move || {
+        for line in BufReader::new(errors).lines().map_while(std::result::Result::ok) {
+            let Ok(mut lines) = kept.lock() else { return };
+            if lines.len() == STDERR_LINES {
+                lines.pop_front();
+            }
+            lines.push_back(line);
+        }
+    });
+    Ok(Running { child, to, from, stderr })
+}
+
+impl Running {
+    /// The reward of row `id`; empty lines are passed over.
+    fn answer(&mut self, id: u64, timeout: Duration) -> std::result::Result<Option<f64>, Fault> {
+        let until = Instant::now() + timeout;
+        let line = loop {
+            match self.from.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Ok(line)) if line.trim().is_empty() => {}
+                Ok(Ok(line)) => break line,
+                Ok(Err(e)) => return Err(Fault::Restart(format!("its answer cannot be read: {e}"))),
+                Err(RecvTimeoutError::Timeout) => {
+                    let seconds = timeout.as_secs_f64();
+                    return Err(Fault::Restart(format!("no answer for id {id} within {seconds} s (key `timeout`)")));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Fault::Restart(format!("it ended {} before the answer for id {id}", self.status())));
+                }
+            }
+        };
+        let got = shortened(&line);
+        let wanted = format!("expected {{\"id\": {id}, \"reward\": NUMBER or null}}, got {got}");
+        let Ok(Value::Object(answer)) = serde_json::from_str::<Value>(&line) else {
+            return Err(Fault::Restart(wanted));
+        };
+        match answer.get("id").and_then(Value::as_u64) {
+            Some(other) if other == id => {}
+            Some(_) => return Err(Fault::Restart(format!("answers come in the order of the rows: {wanted}"))),
+            None => return Err(Fault::Restart(wanted)),
+        }
+        if let Some(error) = answer.get("error") {
+            let text = error.as_str().map_or_else(|| error.to_string(), str::to_string);
+            return Err(Fault::Stop(format!("it says: {text}")));
+        }
+        match answer.get("reward") {
+            Some(Value::Null) => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(f64::from(u8::from(*b)))),
+            Some(Value::Number(n)) => Ok(n.as_f64()),
+            _ => Err(Fault::Restart(wanted)),
+        }
+    }
+
+    /// How the program ended; its stderr is read to the end, or for a moment if a child of it lives on.
+    fn status(&mut self) -> String {
+        for _ in 0..20 {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                thread::sleep(Duration::from_millis(20)); // lets the thread that reads stderr catch up
+                return format!("({status})");
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        "(its stdout is closed)".into()
+    }
+
+    fn kill(&mut self) {
+        // std kills one process only; the shell's `kill` reaches the group without a line of unsafe code
+        let group = format!("kill -KILL -{}", self.child.id());
+        let _ = Command::new("sh").args(["-c", &group]).stderr(Stdio::null()).status();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn shortened(line: &str) -> String {
+    const MOST: usize = 200;
+    match line.char_indices().nth(MOST) {
+        Some((at, _)) => format!("`{}...` ({} bytes)", &line[..at], line.len()),
+        None => format!("`{line}`"),
+    }
+}
