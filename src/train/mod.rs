@@ -10,12 +10,13 @@ pub mod state;
 
 use std::collections::BTreeMap;
 
-use crate::config::{Sampling, TrainingConfig};
+use crate::config::{Optim, Sampling, TrainingConfig};
 use crate::cx::Cx;
 use crate::data::order::epoch_order;
 use crate::error::{Error, Result};
 use crate::methods::{Method, Metric};
 use crate::model::decoder::Decoder;
+use crate::optim::state::MomentKind;
 use crate::optim::{AdamWConfig, Optimizer, schedule};
 
 /// What one optimizer step gave.
@@ -103,7 +104,8 @@ impl Trainer {
                 eps: config.adam_epsilon as f32,
                 weight_decay: config.weight_decay as f32,
                 max_grad_norm: config.max_grad_norm as f32,
-                stochastic: config.optim == crate::config::Optim::AdamwBf16,
+                stochastic: matches!(config.optim, Optim::AdamwBf16 | Optim::AdamwBf16Moments),
+                moments: moment_kind(config.optim),
             },
         )?;
         Ok(Trainer { cx, model, optimizer, config, plan, done: 0, recompute })
@@ -190,6 +192,15 @@ impl Trainer {
         }
         text += "\nNext: lower learning_rate or max_grad_norm, look at those rows, or resume from the last checkpoint.";
         Error::Run(text)
+    }
+}
+
+/// How `optim` stores moments.
+pub fn moment_kind(optim: Optim) -> MomentKind {
+    match optim {
+        Optim::Adamw | Optim::AdamwBf16 => MomentKind::F32,
+        Optim::AdamwBf16Moments => MomentKind::Bf16,
+        Optim::Adamw8bit => MomentKind::Blockwise8,
     }
 }
 
