@@ -39,6 +39,15 @@ pub struct Source<'a> {
     pub eval: &'a [Row],
 }
 
+/// What the memory plan must know of a method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Sequences of a row: 2 of a pair.
+    pub sequences: usize,
+    /// It holds its policy against a model that stays as it was: see [`Decoder::reference`].
+    pub reference: bool,
+}
+
 /// The keys of a method make the method.
 pub trait Recipe: MethodSection {
     /// What the model must be; a folder of another task gets a new score.
@@ -47,6 +56,11 @@ pub trait Recipe: MethodSection {
     /// A chat template to use in the place of the model's.
     fn chat_template_path(&self) -> Option<&str> {
         None
+    }
+
+    /// What a micro-batch takes beside its rows, for the memory plan.
+    fn footprint(&self) -> Footprint {
+        Footprint { sequences: 1, reference: false }
     }
 
     /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and line.

@@ -6,10 +6,11 @@
 use std::path::Path;
 
 use super::Trainer;
+use super::plan::{self, Ask};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
-use super::state::{activation_bytes, parts_of};
+use super::state::parts_of;
 use crate::checkpoint::RunFolder;
-use crate::config::{MethodRun, PeftConfig, Recompute, TrainingConfig};
+use crate::config::{MethodRun, PeftConfig, TrainingConfig};
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
@@ -24,6 +25,7 @@ use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::params::Tuning;
+use crate::ops::quant::Scheme;
 use crate::signals::Stop;
 
 pub struct Job<'a, M> {
@@ -59,18 +61,29 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     let (mut method, stats) = run.method.method(&run.training, &source)?;
     eprintln!("{stats}");
     let longest = method.longest();
+    let ask = Ask {
+        model: &config,
+        dir,
+        adapter: job.adapter,
+        peft: run.peft.clone(),
+        training: TrainingConfig {
+            per_device_train_batch_size: run.training.per_device_train_batch_size.min(method.rows()),
+            ..run.training.clone()
+        },
+        length: longest,
+        footprint: run.method.footprint(),
+    };
+    let available = plan::available(&cx)?;
+    let plan = plan::fit(&cx, &ask, available)?;
+    eprintln!("{}", plan.table(&ask, available));
     let model = if job.fresh {
         eprintln!("{} holds no weights: they are made at random from seed {}", dir.display(), run.training.seed);
-        let model = Decoder::new(&cx, 0, config, longest)?;
-        model.params.initialise(model.config.initializer_range, run.training.seed)?;
-        model
+        Decoder::random(&cx, 0, config, longest, scheme(&run.peft), run.training.seed)?
     } else {
-        Decoder::load_as(&cx, 0, dir, config, longest)?
+        Decoder::load_stored(&cx, 0, dir, config, longest, scheme(&run.peft))?
     };
     let model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
     let training = &run.training;
-    let tokens = training.per_device_train_batch_size * longest;
-    let recompute = recompute(training, &cx, &model, tokens)?;
     let flops = flops_per_token(&model.config, model.params.count(), longest);
     let peak = peak_flops(&cx.device.name());
     let (trained, base) = (model.trained().trained_count(), model.params.count());
@@ -80,7 +93,7 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         100.0 * trained as f64 / all.max(1) as f64,
         training.per_device_train_batch_size * training.gradient_accumulation_steps
     );
-    let mut trainer = Trainer::new(cx, model, training.clone(), method.rows(), recompute)?;
+    let mut trainer = Trainer::new(cx, model, training.clone(), method.rows(), plan.recompute)?;
     method.attach(&mut trainer.cx, &trainer.model)?;
     let whole = Run {
         folder: job.folder,
@@ -107,6 +120,15 @@ fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
     }
 }
 
+/// How a frozen base is stored; None: in the storage dtype.
+pub fn scheme(keys: &PeftConfig) -> Option<Scheme> {
+    match (keys.load_in_4bit, keys.load_in_8bit) {
+        (true, _) => Some(Scheme::Nf4 { double: keys.use_bnb_nested_quant }),
+        (_, true) => Some(Scheme::Int8),
+        _ => None,
+    }
+}
+
 /// Says what of a model is trained: an adapter, all of it, or all but what is frozen.
 pub fn prepare(
     cx: &Cx,
@@ -116,11 +138,6 @@ pub fn prepare(
     dir: &Path,
     seed: u64,
 ) -> Result<Decoder> {
-    if keys.load_in_4bit || keys.load_in_8bit {
-        return Err(Error::Config(
-            "load_in_4bit, load_in_8bit: quantised bases are not wired into training yet".into(),
-        ));
-    }
     if from.is_some() || keys.use_peft {
         let mut adapter = match from {
             Some(from) => Adapter::load(cx, 1, from, &model.config, &model.params)?,
@@ -163,18 +180,4 @@ pub fn chat_template(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option
         return Ok(Some(ChatTemplate::new(&source, path, tokenizer.special_tokens())?));
     }
     tokenizer.chat_template().map(|_| ChatTemplate::of(tokenizer)).transpose()
-}
-
-/// `auto` recomputes where the activations of a micro-batch would take more than half of the memory that is free.
-fn recompute(training: &TrainingConfig, cx: &Cx, model: &Decoder, tokens: usize) -> Result<bool> {
-    Ok(match training.gradient_checkpointing {
-        Recompute::On => true,
-        Recompute::Off => false,
-        Recompute::Auto => {
-            let need = activation_bytes(&model.config, cx.dtype, tokens);
-            let on = need > cx.device.memory()?.free / 2;
-            eprintln!("activations of a micro-batch: about {} MiB; gradient_checkpointing={on}", need >> 20);
-            on
-        }
-    })
 }

@@ -5,6 +5,7 @@
 //! equals an uninterrupted one, bit for bit.
 
 pub mod job;
+pub mod plan;
 pub mod run;
 pub mod state;
 

@@ -229,11 +229,3 @@ pub fn parts_of(dir: &Path, dtype: Option<HostDtype>) -> Result<FolderParts> {
         dtype: dtype.filter(|d| matches!(d, HostDtype::F32 | HostDtype::F16 | HostDtype::BF16)),
     })
 }
-
-/// Bytes of one micro-batch's activations without recomputation: what the tape keeps of each token (DESIGN: rmsnorm and
-/// linear inputs, q|k|v, the attention's output, gate|up and their product), and the logits chunk does not grow.
-pub fn activation_bytes(config: &crate::model::config::ModelConfig, dtype: DType, tokens: usize) -> usize {
-    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    let layer = 4 * config.hidden_size + 2 * q + 2 * kv + 3 * config.intermediate_size;
-    tokens * (config.num_layers * layer + 3 * config.hidden_size) * dtype.size()
-}

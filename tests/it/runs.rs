@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use temper::device::DType;
 use temper::checkpoint::{CheckpointWriter, checkpoint_path};
+use temper::device::DType;
 use temper::methods::Method;
 use temper::train::Trainer;
 use temper::train::state::{FolderParts, RunState};
@@ -64,13 +64,21 @@ fn every_kind_of_optimizer_state_resumes_bit_for_bit_and_learns() {
     let mut ends = Vec::new();
     for (optim, bytes_per_value) in [("adamw", 8.0), ("adamw_bf16_moments", 4.0), ("adamw_8bit", 2.0 + 8.0 / 256.0)] {
         let dir = tempfile::tempdir().unwrap();
-        let keys: Vec<String> =
-            [&format!("optim={optim}"), "learning_rate=1e-3", "per_device_train_batch_size=2", "max_steps=10", "weight_decay=0.1"]
-                .map(String::from)
-                .into();
+        let keys: Vec<String> = [
+            &format!("optim={optim}"),
+            "learning_rate=1e-3",
+            "per_device_train_batch_size=2",
+            "max_steps=10",
+            "weight_decay=0.1",
+        ]
+        .map(String::from)
+        .into();
         let (mut whole, mut sft) = trainer("prompt_completion", &keys, false);
         let bytes = whole.optimizer.moments.bytes() as f64;
-        assert!((bytes / (whole.model.params.state_len as f64 * bytes_per_value) - 1.0).abs() < 0.01, "{optim}: {bytes}");
+        assert!(
+            (bytes / (whole.model.params.state_len as f64 * bytes_per_value) - 1.0).abs() < 0.01,
+            "{optim}: {bytes}"
+        );
         let mut losses = Vec::new();
         for step in 1..=10u64 {
             losses.push(whole.step(&mut sft).unwrap().loss);
