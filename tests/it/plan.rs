@@ -18,7 +18,7 @@ use temper::train::plan::{Ask, Plan, fit};
 fn shapes() -> [(ModelConfig, usize, usize); 2] {
     [
         (ModelConfig::llama(300, 64, 160, 3, 4, 2, 256, true), 4, 96),
-        (ModelConfig::llama(1000, 256, 704, 3, 4, 2, 256, false), 1, 8),
+        (ModelConfig::llama(500, 256, 704, 2, 4, 2, 256, false), 1, 8),
     ]
 }
 
@@ -76,8 +76,8 @@ fn the_plan_is_within_five_per_cent_of_the_high_water_mark() {
         for (keys, recompute) in runs {
             let run = run(keys, rows);
             for (dtype, matmul) in [(DType::F32, MatmulChoice::Auto), (DType::BF16, MatmulChoice::Own)] {
-                // The shim's own bf16 products are slow: one run of each kind is enough there.
-                if dtype == DType::BF16 && (length > 8 || keys.contains("dora")) {
+                // The shim's own bf16 products are slow: the low-rank ones and a dequantised weight are enough there.
+                if dtype == DType::BF16 && (length > 8 || !keys.starts_with(LORA) || recompute) {
                     continue;
                 }
                 let mut cx = cpu(dtype);
