@@ -9,7 +9,6 @@ use crate::cx::Cx;
 use crate::device::blank::Blank;
 use crate::device::{Device, MemoryInfo, kernels};
 use crate::error::{Error, Result};
-use crate::methods::Recipe;
 use crate::methods::sft::Sft;
 use crate::model::decoder::Decoder;
 use crate::model::folder;
@@ -147,6 +146,7 @@ fn memory(args: &Args, dir: &Path) -> Result<()> {
     let Some(length) = args.length.or(run.method.max_length) else {
         return Err(Error::Config("max_length is none: say --length, the tokens of the longest row".into()));
     };
+    let batch = run.training.per_device_train_batch_size;
     let ask = Ask {
         model: &model,
         dir,
@@ -154,9 +154,11 @@ fn memory(args: &Args, dir: &Path) -> Result<()> {
         peft: run.peft,
         training: run.training,
         length,
-        footprint: run.method.footprint(),
+        tokens: batch * length,
+        reference: false,
     };
-    let available = plan::available(&cx)?;
+    // A GPU that is not here has all of its memory free.
+    let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;
     let plan = plan::fit(&cx, &ask, available)?;
     println!("{}", plan.table(&ask, available));
     if args.blocks {

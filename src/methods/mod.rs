@@ -3,9 +3,24 @@
 //! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer step), never by the chunk
 //! of rows that fits in memory; it knows the model, never a kernel.
 
+pub mod grpo;
+pub mod online;
+pub mod ppo;
+pub mod reinforce;
+pub mod rloo;
+pub mod completions;
+pub mod cpo;
+pub mod dpo;
+pub mod kto;
+pub mod objective;
+pub mod orpo;
+pub mod prm;
+pub mod reference;
+pub mod reward;
 pub mod sft;
 
 use std::borrow::Cow;
+use std::path::Path;
 
 use crate::config::{MethodSection, TrainingConfig};
 use crate::cx::Cx;
@@ -37,6 +52,8 @@ pub struct Source<'a> {
     pub model: &'a ModelConfig,
     pub train: &'a [Row],
     pub eval: &'a [Row],
+    /// The run's folder, for what is worth keeping from one run to the next.
+    pub output: &'a Path,
 }
 
 /// What the memory plan must know of a method.
@@ -63,6 +80,11 @@ pub trait Recipe: MethodSection {
         Footprint { sequences: 1, reference: false }
     }
 
+    /// Whether dropout is off, also in an adapter that asks for it.
+    fn disable_dropout(&self) -> bool {
+        false
+    }
+
     /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and line.
     fn method(&self, training: &TrainingConfig, source: &Source) -> Result<(Box<dyn Method>, String)>;
 }
@@ -78,8 +100,23 @@ pub trait Method {
     /// Tokens of the longest sequence of either set.
     fn longest(&self) -> usize;
 
+    /// Tokens of the widest micro-batch of `rows` rows, as one sequence of each.
+    fn widest(&self, rows: usize) -> usize {
+        rows * self.longest()
+    }
+
     /// Called once, before the first step and before a checkpoint is read, with the model as it starts: for references.
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
+        Ok(())
+    }
+
+    /// Where a method fills its micro-batches itself: how many an epoch has. Then a step's "rows" are their numbers.
+    fn micro_batches(&self) -> Option<usize> {
+        None
+    }
+
+    /// Called before [`Method::step`] with the step's number, from 0.
+    fn begin(&mut self, _number: u64) -> Result<()> {
         Ok(())
     }
 
@@ -91,6 +128,11 @@ pub trait Method {
         micro_batches: &[&[usize]],
         checkpoint: bool,
     ) -> Result<StepReport>;
+
+    /// What was generated since it was last asked for, a line each for completions.jsonl.
+    fn take_completions(&mut self) -> Vec<serde_json::Value> {
+        Vec::new()
+    }
 
     /// Called after the parameters have changed, with the number of steps done.
     fn stepped(&mut self, _cx: &mut Cx, _model: &Decoder, _done: u64) -> Result<()> {
@@ -112,7 +154,7 @@ pub trait Method {
     }
 
     /// Takes up what [`Method::state`] gave, from a checkpoint's folder.
-    fn restore(&mut self, _cx: &mut Cx, _dir: &std::path::Path) -> Result<()> {
+    fn restore(&mut self, _cx: &mut Cx, _dir: &Path) -> Result<()> {
         Ok(())
     }
 }

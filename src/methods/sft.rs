@@ -7,8 +7,6 @@
 //!
 //! Floor 5. Invariant: packing changes which rows are computed together, never what a sequence sees.
 
-use std::path::Path;
-
 use crate::config::{SftConfig, TrainingConfig};
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
@@ -89,7 +87,7 @@ impl Recipe for SftConfig {
     }
 
     fn method(&self, _training: &TrainingConfig, source: &Source) -> Result<(Box<dyn Method>, String)> {
-        let Source { tokenizer, template, model, train, eval } = *source;
+        let Source { tokenizer, template, model, train, eval, .. } = *source;
         let (sft, stats) = Sft::new(self, tokenizer, template, model.vocab_size, train, eval)?;
         Ok((Box::new(sft), stats.to_string()))
     }
@@ -102,6 +100,12 @@ impl Method for Sft {
 
     fn rows(&self) -> usize {
         self.train.len()
+    }
+
+    fn widest(&self, rows: usize) -> usize {
+        let mut tokens: Vec<usize> = self.train.iter().map(|r| r.sequences.iter().map(|s| s.0.len()).sum()).collect();
+        tokens.sort_unstable_by_key(|n| std::cmp::Reverse(*n));
+        tokens.iter().take(rows).sum()
     }
 
     fn eval_rows(&self) -> usize {
@@ -210,7 +214,7 @@ fn options(config: &SftConfig) -> SftOptions {
 
 /// Examples to rows of the step batch: one each, or packs.
 fn rows(examples: &[SftExample], source: &[Row], options: &SftOptions) -> Result<Vec<TrainRow>> {
-    let name = |e: &SftExample| source.get(e.row).map(place).unwrap_or_default();
+    let name = |e: &SftExample| source.get(e.row).map(Row::place).unwrap_or_default();
     let (Some(strategy), Some(max_length)) = (options.packing, options.max_length) else {
         let row = |e: &SftExample| TrainRow {
             sequences: vec![(e.input_ids.clone(), e.target_mask.clone())],
@@ -240,8 +244,4 @@ fn rows(examples: &[SftExample], source: &[Row], options: &SftOptions) -> Result
         rows.push(TrainRow { sequences, source: sources.join(" + ") });
     }
     Ok(rows)
-}
-
-fn place(row: &Row) -> String {
-    format!("{}:{}", <Path as AsRef<Path>>::as_ref(&row.file).display(), row.line)
 }

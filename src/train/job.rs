@@ -5,12 +5,12 @@
 
 use std::path::Path;
 
-use super::Trainer;
 use super::plan::{self, Ask};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
 use super::state::parts_of;
+use super::{StepPlan, Trainer};
 use crate::checkpoint::RunFolder;
-use crate::config::{MethodRun, PeftConfig, TrainingConfig};
+use crate::config::{MethodRun, PeftConfig};
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
@@ -56,22 +56,31 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         let p = config.attention_dropout;
         eprintln!("note: config.json has attention_dropout {p}; temper trains without dropout on attention weights");
     }
-    let source =
-        Source { tokenizer: &tokenizer, template: template.as_ref(), model: &config, train: job.train, eval: job.eval };
+    let source = Source {
+        tokenizer: &tokenizer,
+        template: template.as_ref(),
+        model: &config,
+        train: job.train,
+        eval: job.eval,
+        output: job.folder.path(),
+    };
     let (mut method, stats) = run.method.method(&run.training, &source)?;
     eprintln!("{stats}");
     let longest = method.longest();
+    let footprint = run.method.footprint();
+    let mut peft = run.peft.clone();
+    if run.method.disable_dropout() {
+        peft.lora_dropout = 0.0;
+    }
     let ask = Ask {
         model: &config,
         dir,
         adapter: job.adapter,
-        peft: run.peft.clone(),
-        training: TrainingConfig {
-            per_device_train_batch_size: run.training.per_device_train_batch_size.min(method.rows()),
-            ..run.training.clone()
-        },
+        peft,
+        training: run.training.clone(),
         length: longest,
-        footprint: run.method.footprint(),
+        tokens: method.widest(run.training.per_device_train_batch_size) * footprint.sequences,
+        reference: footprint.reference,
     };
     let available = plan::available(&cx)?;
     let plan = plan::fit(&cx, &ask, available)?;
@@ -82,7 +91,13 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     } else {
         Decoder::load_stored(&cx, 0, dir, config, longest, scheme(&run.peft))?
     };
-    let model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
+    let mut model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
+    if run.method.disable_dropout()
+        && let Some(mut adapter) = model.adapter.take()
+    {
+        adapter.disable_dropout();
+        model = model.with_adapter(Some(adapter))?;
+    }
     let training = &run.training;
     let flops = flops_per_token(&model.config, model.params.count(), longest);
     let peak = peak_flops(&cx.device.name());
@@ -93,7 +108,11 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         100.0 * trained as f64 / all.max(1) as f64,
         training.per_device_train_batch_size * training.gradient_accumulation_steps
     );
-    let mut trainer = Trainer::new(cx, model, training.clone(), method.rows(), plan.recompute)?;
+    let steps = match method.micro_batches() {
+        Some(n) => StepPlan::online(training, n)?,
+        None => StepPlan::new(training, method.rows())?,
+    };
+    let mut trainer = Trainer::with_plan(cx, model, training.clone(), steps, plan.recompute)?;
     method.attach(&mut trainer.cx, &trainer.model)?;
     let whole = Run {
         folder: job.folder,

@@ -12,7 +12,6 @@ use crate::config::{Optim, PeftConfig, Recompute, TrainingConfig};
 use crate::cx::Cx;
 use crate::device::{Device, blank::Blank, mebibytes};
 use crate::error::{Error, Result};
-use crate::methods::Footprint;
 use crate::methods::sft::Sft;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
@@ -26,9 +25,11 @@ pub struct Ask<'a> {
     pub adapter: Option<&'a Path>,
     pub peft: PeftConfig,
     pub training: TrainingConfig,
-    /// Tokens of a row: each of a micro-batch is taken to be as long as the longest.
+    /// Tokens of the longest sequence, and of all of a micro-batch.
     pub length: usize,
-    pub footprint: Footprint,
+    pub tokens: usize,
+    /// The method holds its policy against a model that stays: see [`Decoder::reference`].
+    pub reference: bool,
 }
 
 /// What will be in use at the peak.
@@ -56,13 +57,17 @@ impl Plan {
         // Initial values take host time and no memory: the plan's are the plainest.
         let peft = PeftConfig { init_lora_weights: "true".into(), ..ask.peft.clone() };
         let model = prepare(&cx, base, &peft, ask.adapter, ask.dir, 0)?;
-        let reference = if ask.footprint.reference { Some(model.reference(&cx, 2)?) } else { None };
+        let reference = if ask.reference { Some(model.reference(&cx, 2)?) } else { None };
+        // Sequences as long as they get, and a shorter one for the rest of the tokens.
+        let length = ask.length.max(2);
+        let mut lengths = vec![length; ask.tokens / length];
+        lengths.extend(Some(ask.tokens % length).filter(|rest| *rest > 1 || ask.tokens < length).map(|n| n.max(2)));
         let mut training = ask.training.clone();
-        training.per_device_train_batch_size *= ask.footprint.sequences;
-        let rows = training.per_device_train_batch_size * training.gradient_accumulation_steps;
+        training.per_device_train_batch_size = lengths.len();
+        let rows = lengths.len() * training.gradient_accumulation_steps;
         let vocab = ask.model.vocab_size.max(1);
-        let row = || ((0..ask.length).map(|i| (i % vocab) as u32).collect(), vec![true; ask.length]);
-        let mut sft = Sft::from_sequences((0..rows).map(|_| row()).collect());
+        let row = |n: usize| ((0..n).map(|i| (i % vocab) as u32).collect(), vec![true; n]);
+        let mut sft = Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
         let mut trainer = Trainer::new(cx, model, training, rows, recompute)?;
         trainer.step(&mut sft)?;
         drop(reference);
@@ -81,10 +86,9 @@ impl Plan {
 
     /// The table that is printed before a run.
     pub fn table(&self, ask: &Ask, available: usize) -> String {
-        let (rows, length) = (ask.training.per_device_train_batch_size * ask.footprint.sequences, ask.length);
         let mut text = format!(
-            "memory plan, micro-batches of {rows} x {length} tokens, gradient_checkpointing={}:\n",
-            self.recompute
+            "memory plan, micro-batches of at most {} tokens, gradient_checkpointing={}:\n",
+            ask.tokens, self.recompute
         );
         for (part, bytes) in &self.parts {
             text += &format!("{:>14}  {part}\n", mebibytes(*bytes));
@@ -144,13 +148,14 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
             let t = &mut a.training;
             (t.per_device_train_batch_size, t.gradient_accumulation_steps) =
                 (t.per_device_train_batch_size / 2, t.gradient_accumulation_steps * 2);
+            a.tokens = a.tokens.div_ceil(2);
             t.per_device_train_batch_size > 0
         }),
         ("gradient_checkpointing=true".into(), |a| {
             std::mem::replace(&mut a.training.gradient_checkpointing, Recompute::On) == Recompute::Off
         }),
         (format!("max_length={}", ask.length / 2), |a| {
-            a.length /= 2;
+            (a.length, a.tokens) = (a.length / 2, a.tokens.div_ceil(2));
             a.length >= 2
         }),
         ("optim=adamw_8bit".into(), |a| std::mem::replace(&mut a.training.optim, Optim::Adamw8bit) != Optim::Adamw8bit),
@@ -174,17 +179,17 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
     let mut together = Vec::new();
     for (keys, change) in &changes {
         let mut one = ask.clone();
-        if change(&mut one) {
-            let recompute = plan.recompute || one.training.gradient_checkpointing == Recompute::On;
-            let peak = Plan::new(cx, &one, recompute)?.peak;
-            text += &format!(
-                "\n{:>14}  with {keys}{}",
-                mebibytes(peak),
-                if peak <= available { "" } else { " (not enough)" }
-            );
+        if !change(&mut one) {
+            continue;
         }
-        let before = all.clone();
-        if change(&mut all) { together.push(keys.as_str()) } else { all = before }
+        let recompute = plan.recompute || one.training.gradient_checkpointing == Recompute::On;
+        let peak = Plan::new(cx, &one, recompute)?.peak;
+        if peak < plan.peak {
+            let enough = if peak <= available { "" } else { " (not enough)" };
+            text += &format!("\n{:>14}  with {keys}{enough}", mebibytes(peak));
+            change(&mut all);
+            together.push(keys.as_str());
+        }
     }
     let peak = Plan::new(cx, &all, true)?.peak;
     text += &format!("\n{:>14}  with all of them: {}", mebibytes(peak), together.join(" "));

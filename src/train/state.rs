@@ -91,7 +91,7 @@ impl Trainer {
             tensors.push(TensorSpec { name: name.to_string(), dtype: stored(t.dtype())?, shape: t.shape().to_vec() });
         }
         writer.add_safetensors(OPTIMIZER, &tensors, &[], &mut |at, _| {
-            let Some(&(arena, i)) = sources.get(at) else { return raw(whole[at - sources.len()].1) };
+            let Some(&(arena, i)) = sources.get(at) else { return whole[at - sources.len()].1.to_bytes() };
             let values = match arena {
                 Some(arena) => params.state_view(arena, i)?.map(|t| t.to_f32()).transpose()?.unwrap_or_default(),
                 None => self.optimizer.values(params, i)?,
@@ -214,11 +214,6 @@ fn stored(dtype: DType) -> Result<HostDtype> {
         DType::U8 => Ok(HostDtype::Other(safetensors::Dtype::U8)),
         other => Err(Error::op("checkpoint", format!("an arena of {}", other.name()))),
     }
-}
-
-/// The bytes of a contiguous tensor as they lie.
-fn raw(t: &Tensor) -> Result<Vec<u8>> {
-    t.view(0, DType::U8, &[t.bytes()])?.to_vec::<u8>()
 }
 
 /// What [`Trainer::write_model`] needs to write a folder like `dir`.

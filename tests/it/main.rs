@@ -14,6 +14,7 @@ mod plan;
 mod policy;
 mod preference_config;
 mod preference_data;
+mod preferences;
 mod prim;
 mod qlora;
 mod quant;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use temper::config::SftRun;
 use temper::cx::{Cx, MatmulChoice};
 use temper::device::{DType, cpu::Cpu};
-use temper::methods::Footprint;
 use temper::methods::sft::Sft;
 use temper::model::config::ModelConfig;
 use temper::model::decoder::Decoder;
@@ -31,9 +30,9 @@ fn run(keys: &str, batch: usize) -> SftRun {
 }
 
 fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> Ask<'a> {
-    let footprint = Footprint { sequences: 1, reference: false };
     let (peft, training) = (run.peft.clone(), run.training.clone());
-    Ask { model, dir: Path::new("model"), adapter: None, peft, training, length, footprint }
+    let tokens = training.per_device_train_batch_size * length;
+    Ask { model, dir: Path::new("model"), adapter: None, peft, training, length, tokens, reference: false }
 }
 
 fn cpu(dtype: DType) -> Cx {

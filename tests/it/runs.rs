@@ -5,7 +5,6 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use temper::checkpoint::{CheckpointWriter, checkpoint_path};
-use temper::device::DType;
 use temper::methods::Method;
 use temper::train::Trainer;
 use temper::train::state::{FolderParts, RunState};
@@ -55,7 +54,7 @@ fn metrics(out: &Path) -> Vec<serde_json::Value> {
 fn bits(trainer: &Trainer) -> Vec<Vec<u8>> {
     let moments = trainer.optimizer.moments.named_tensors();
     let all = std::iter::once(&trainer.model.params.weights).chain(moments.into_iter().map(|(_, t)| t));
-    all.map(|t| t.view(0, DType::U8, &[t.bytes()]).unwrap().to_vec().unwrap()).collect()
+    all.map(|t| t.to_bytes().unwrap()).collect()
 }
 
 #[test]

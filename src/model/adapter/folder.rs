@@ -33,6 +33,7 @@ impl Adapter {
         }
         let adapter = Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
         let file = SafeFolder::open_file(dir.join(WEIGHTS))?;
+        adapter.copy_biases(model, base)?;
         adapter.read_values(&file, dir)?;
         adapter.refresh(cx, base)?;
         Ok(adapter)

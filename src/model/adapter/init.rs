@@ -47,6 +47,14 @@ impl Adapter {
         self.set_magnitudes()
     }
 
+    /// Biases that are not trained, but lie in a unit with some that are, are the base's: no file holds them.
+    pub(super) fn copy_biases(&self, model: &ModelConfig, base: &ParamSet) -> Result<()> {
+        for (p, (spec, _)) in self.params.specs.iter().enumerate().filter(|(_, (s, _))| s.role.is_bias()) {
+            self.params.store(p, &copied(base, &spec.name, model)?)?;
+        }
+        Ok(())
+    }
+
     /// DoRA starts with the magnitude of what it decomposes.
     fn set_magnitudes(&self) -> Result<()> {
         for (p, (spec, _)) in self.params.specs.iter().enumerate() {
