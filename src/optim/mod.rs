@@ -6,6 +6,7 @@
 pub mod schedule;
 pub mod state;
 
+use crate::config::{Optim, TrainingConfig};
 use crate::cx::Cx;
 use crate::device::DType;
 use crate::error::Result;
@@ -25,6 +26,25 @@ pub struct AdamWConfig {
     /// bf16 only: no float master, stochastic rounding.
     pub stochastic: bool,
     pub moments: MomentKind,
+}
+
+impl AdamWConfig {
+    /// As a run's keys say.
+    pub fn of(keys: &TrainingConfig) -> AdamWConfig {
+        AdamWConfig {
+            beta1: keys.adam_beta1 as f32,
+            beta2: keys.adam_beta2 as f32,
+            eps: keys.adam_epsilon as f32,
+            weight_decay: keys.weight_decay as f32,
+            max_grad_norm: keys.max_grad_norm as f32,
+            stochastic: matches!(keys.optim, Optim::AdamwBf16 | Optim::AdamwBf16Moments),
+            moments: match keys.optim {
+                Optim::Adamw | Optim::AdamwBf16 => MomentKind::F32,
+                Optim::AdamwBf16Moments => MomentKind::Bf16,
+                Optim::Adamw8bit => MomentKind::Blockwise8,
+            },
+        }
+    }
 }
 
 pub struct Optimizer {
@@ -70,6 +90,36 @@ impl Optimizer {
             },
             None => params.weight_view(i)?.to_f32(),
         }
+    }
+
+    /// Everything that a resumed run needs of these parameters, in a fixed order: for models that a method trains beside
+    /// the run's own.
+    pub fn dump(&self, params: &ParamSet) -> Result<Vec<Vec<u8>>> {
+        let mut all = Vec::new();
+        for i in params.trained() {
+            all.push(bytemuck::cast_slice(&self.values(params, i)?).to_vec());
+        }
+        for (_, moment) in self.moments.named_tensors() {
+            all.push(moment.to_bytes()?);
+        }
+        Ok(all)
+    }
+
+    /// Takes up what [`Optimizer::dump`] gave; `next` hands out its parts in their order.
+    pub fn restore<'a>(&self, params: &ParamSet, next: &mut dyn FnMut() -> Result<&'a [u8]>) -> Result<()> {
+        for i in params.trained() {
+            let values: Vec<f32> = bytemuck::pod_collect_to_vec(next()?);
+            if let Some(master) = &self.master
+                && let Some(view) = params.state_view(master, i)?
+            {
+                view.upload(&values)?;
+            }
+            params.store(i, &values)?;
+        }
+        for (_, moment) in self.moments.named_tensors() {
+            moment.upload(next()?)?;
+        }
+        Ok(())
     }
 
     /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the device. Returns the norm

@@ -11,13 +11,12 @@ pub mod state;
 
 use std::collections::BTreeMap;
 
-use crate::config::{Optim, Sampling, TrainingConfig};
+use crate::config::{Sampling, TrainingConfig};
 use crate::cx::Cx;
 use crate::data::order::epoch_order;
 use crate::error::{Error, Result};
 use crate::methods::{Method, Metric};
 use crate::model::decoder::Decoder;
-use crate::optim::state::MomentKind;
 use crate::optim::{AdamWConfig, Optimizer, schedule};
 
 /// What one optimizer step gave.
@@ -117,19 +116,7 @@ impl Trainer {
         plan: StepPlan,
         recompute: bool,
     ) -> Result<Trainer> {
-        let optimizer = Optimizer::new(
-            &mut cx,
-            model.trained(),
-            AdamWConfig {
-                beta1: config.adam_beta1 as f32,
-                beta2: config.adam_beta2 as f32,
-                eps: config.adam_epsilon as f32,
-                weight_decay: config.weight_decay as f32,
-                max_grad_norm: config.max_grad_norm as f32,
-                stochastic: matches!(config.optim, Optim::AdamwBf16 | Optim::AdamwBf16Moments),
-                moments: moment_kind(config.optim),
-            },
-        )?;
+        let optimizer = Optimizer::new(&mut cx, model.trained(), AdamWConfig::of(&config))?;
         Ok(Trainer { cx, model, optimizer, config, plan, done: 0, recompute })
     }
 
@@ -215,15 +202,6 @@ impl Trainer {
         }
         text += "\nNext: lower learning_rate or max_grad_norm, look at those rows, or resume from the last checkpoint.";
         Error::Run(text)
-    }
-}
-
-/// How `optim` stores moments.
-pub fn moment_kind(optim: Optim) -> MomentKind {
-    match optim {
-        Optim::Adamw | Optim::AdamwBf16 => MomentKind::F32,
-        Optim::AdamwBf16Moments => MomentKind::Bf16,
-        Optim::Adamw8bit => MomentKind::Blockwise8,
     }
 }
 

@@ -171,7 +171,7 @@ impl<O: Objective> Policy<O> {
             }
         }
         let begin = Instant::now();
-        let reference = match &self.world.reference {
+        let reference = match self.world.reference.model() {
             Some(reference) if self.objective.wants_reference() => {
                 Some(self.world.logps(cx, reference, &rollouts, self.batch)?)
             }
@@ -377,8 +377,8 @@ impl<O: Objective> Method for Policy<O> {
         Ok(report)
     }
 
-    fn stepped(&mut self, cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
-        self.world.sync(cx, model, done)
+    fn stepped(&mut self, _cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
+        self.world.reference.stepped(model, done)
     }
 
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, _batch: usize) -> Result<Vec<Metric>> {
@@ -416,10 +416,13 @@ impl<O: Objective> Method for Policy<O> {
             })
             .collect();
         let text = json!({ "generation": self.generation, "samples": samples }).to_string();
-        Ok(vec![(STATE.into(), text.into_bytes())])
+        let mut files = self.world.reference.state()?;
+        files.push((STATE.into(), text.into_bytes()));
+        Ok(files)
     }
 
     fn restore(&mut self, _cx: &mut Cx, dir: &std::path::Path) -> Result<()> {
+        self.world.reference.restore(dir)?;
         let path = dir.join(STATE);
         let state: Value =
             serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
