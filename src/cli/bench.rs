@@ -1,5 +1,6 @@
 //! `temper bench`: what this device reaches, beside its own measured ceilings. Floor 7.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -18,6 +19,7 @@ use crate::rollout::sample::Sampling;
 use crate::rollout::{Options, generate};
 use crate::tensor::Tensor;
 use crate::train::Trainer;
+use crate::train::job::{prepare, scheme};
 use crate::train::run::flops_per_token;
 
 /// Time ops against measured ceilings, a training step, or decoding, on random weights of a real shape
@@ -37,6 +39,12 @@ pub struct Args {
     /// timed repetitions, of which the median counts
     #[arg(long, default_value_t = 10)]
     repeat: usize,
+    /// train: LoRA of this rank on all seven projections, no dropout, in the place of full fine-tuning
+    #[arg(long)]
+    lora: Option<usize>,
+    /// train, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested) or 8 bits (int8)
+    #[arg(long, requires = "lora")]
+    base: Option<String>,
     /// auto or own: which matrix product
     #[arg(long, default_value = "auto")]
     matmul: String,
@@ -95,8 +103,23 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
 }
 
 fn train(cx: Cx, args: &Args) -> Result<Value> {
-    let model = Decoder::new(&cx, 0, preset(&args.shape)?, args.length)?;
-    model.params.initialise(0.02, 1)?;
+    let mut keys = vec![format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
+    if let Some(rank) = args.lora {
+        let lora = ["use_peft=true", "lora_target_modules=all-linear", "lora_dropout=0"];
+        keys.extend(lora.map(String::from));
+        keys.push(format!("lora_r={rank}"));
+    }
+    match args.base.as_deref() {
+        None => {}
+        Some("nf4") => keys.push("load_in_4bit=true".into()),
+        Some("nf4-nested") => keys.extend(["load_in_4bit=true".into(), "use_bnb_nested_quant=true".into()]),
+        Some("int8") => keys.push("load_in_8bit=true".into()),
+        Some(other) => return Err(Error::Config(format!("--base is nf4, nf4-nested or int8, not \"{other}\""))),
+    }
+    let (run, _) = SftRun::load(None, &keys)?;
+    let base = Decoder::random(&cx, 0, preset(&args.shape)?, args.length, scheme(&run.peft), 1)?;
+    let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
+    let trained = model.trained().trained_count();
     let (params, vocab) = (model.params.count(), model.config.vocab_size);
     let flops = flops_per_token(&model.config, params, args.length);
     let mut rng = Rng(5);
@@ -104,10 +127,8 @@ fn train(cx: Cx, args: &Args) -> Result<Value> {
         .map(|_| ((0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>(), vec![true; args.length]))
         .collect();
     let mut sft = Sft::from_sequences(rows);
-    let keys = [format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
     let device = cx.device.clone();
     let (name, dtype) = (device.name(), cx.dtype.name());
-    let (run, _) = SftRun::load(None, &keys)?;
     let mut trainer = Trainer::new(cx, model, run.training, args.batch, args.recompute)?;
     let mut times = Vec::new();
     for i in 0..args.repeat + 3 {
@@ -124,6 +145,7 @@ fn train(cx: Cx, args: &Args) -> Result<Value> {
         "bench": "train", "device": name, "dtype": dtype, "parameters": params, "batch": args.batch, "length": args.length,
         "seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
         "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute,
+        "trained_parameters": trained, "lora_r": args.lora, "base": args.base, "matmul": args.matmul,
     }))
 }
 

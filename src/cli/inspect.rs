@@ -1,33 +1,52 @@
 //! `temper inspect`: what a folder means, what the tape records, which kernels are built. Floor 7.
 
-use crate::cli::Where;
-use crate::device::kernels;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::cli::{Where, launches, storage};
+use crate::config::SftRun;
+use crate::cx::Cx;
+use crate::device::blank::Blank;
+use crate::device::{Device, MemoryInfo, kernels};
 use crate::error::{Error, Result};
-use crate::methods::Method;
 use crate::methods::sft::Sft;
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::ops::Rng;
 use crate::tape::Tape;
+use crate::train::plan::{self, Ask};
 
-/// Print a model's config and parameters, the tape of a training step with the bytes each node holds, or the kernels
+/// Print a model's config and parameters, the tape of a training step with the bytes each node holds, what a run will hold
+/// in memory, the launches of a layer, or the kernels
 #[derive(clap::Args)]
 pub struct Args {
-    /// config, tape, memory or kernels
+    /// config, tape, memory, launches or kernels
     what: String,
-    /// model folder, or a hub name in the local cache (config, tape, memory)
+    /// model folder, or a hub name in the local cache (config, tape, memory, launches)
     #[arg(long)]
     model: Option<String>,
-    /// tape, memory: rows of the batch
+    /// tape: rows of the batch
     #[arg(long, default_value_t = 2)]
     batch: usize,
-    /// tape, memory: tokens of a row
-    #[arg(long, default_value_t = 64)]
-    length: usize,
-    /// tape, memory: recompute each layer's activations on the way back
+    /// tokens of a row; tape: 64, memory: max_length
+    #[arg(long)]
+    length: Option<usize>,
+    /// tape: recompute each layer's activations on the way back
     #[arg(long)]
     recompute: bool,
+    /// memory: an adapter folder that the run would go on with
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// memory: plan for a GPU with this many GiB, which need not be here
+    #[arg(long)]
+    gpu_gib: Option<usize>,
+    /// memory: also list every block by its allocator's name
+    #[arg(long)]
+    blocks: bool,
+    /// memory: any key of the run file
+    #[arg(value_name = "KEY=VALUE")]
+    keys: Vec<String>,
     #[command(flatten)]
     on: Where,
 }
@@ -55,12 +74,16 @@ pub fn run(args: Args) -> Result<()> {
     let dir = resolve_model(model)?;
     match args.what.as_str() {
         "config" => config(&dir),
-        "tape" | "memory" => step(&args, &dir),
-        other => Err(Error::Config(format!("temper inspect config, tape, memory or kernels, not \"{other}\""))),
+        "tape" => tape(&args, &dir),
+        "memory" => memory(&args, &dir),
+        "launches" => launches::print(&folder::load_config(&dir)?),
+        other => {
+            Err(Error::Config(format!("temper inspect config, tape, memory, launches or kernels, not \"{other}\"")))
+        }
     }
 }
 
-fn config(dir: &std::path::Path) -> Result<()> {
+fn config(dir: &Path) -> Result<()> {
     let config = folder::load_config(dir)?;
     let specs = crate::model::families::expected_params(&config);
     println!("{} ({})", config.family.architecture, config.family.model_type);
@@ -85,31 +108,63 @@ fn config(dir: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-/// Records the forward of a step over random tokens, prints it, runs its backward, and prints the memory at the peak.
-fn step(args: &Args, dir: &std::path::Path) -> Result<()> {
+/// Records the forward of a step over random tokens and prints it.
+fn tape(args: &Args, dir: &Path) -> Result<()> {
     let mut cx = args.on.open()?;
-    let model = Decoder::load(&cx, 0, dir, args.length)?;
-    let (arena, slots) = model.params.gradients(&cx)?;
+    let length = args.length.unwrap_or(64);
+    let model = Decoder::load(&cx, 0, dir, length)?;
+    let (_arena, slots) = model.params.gradients(&cx)?;
     cx.param_grads = vec![slots];
     let mut rng = Rng(1);
-    let mut row = || (0..args.length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();
-    let rows: Vec<_> = (0..args.batch).map(|_| (row(), vec![true; args.length])).collect();
-    let mut sft = Sft::from_sequences(rows);
-    if args.what == "tape" {
-        let batch = sft.whole_batch(&cx, &model)?;
-        cx.tape = Some(Tape::default());
-        model.target_hidden(&mut cx, &batch, args.recompute)?;
-        if let Some(tape) = cx.tape.take() {
-            print!("{}", tape.describe());
-        }
-        return Ok(());
+    let mut row = || (0..length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();
+    let rows: Vec<_> = (0..args.batch).map(|_| (row(), vec![true; length])).collect();
+    let batch = Sft::from_sequences(rows).whole_batch(&cx, &model)?;
+    cx.tape = Some(Tape::default());
+    model.target_hidden(&mut cx, &batch, args.recompute)?;
+    if let Some(tape) = cx.tape.take() {
+        print!("{}", tape.describe());
     }
-    let all: Vec<usize> = (0..args.batch).collect();
-    sft.step(&mut cx, &model, &[&all], args.recompute)?;
-    drop(arena);
-    println!("at the peak of one step (no optimizer), {} bytes:", cx.pool.in_use().1);
-    for (name, bytes) in cx.pool.high_water() {
-        println!("{bytes:>14}  {name}");
+    Ok(())
+}
+
+/// What `temper sft` with these keys would hold at its peak, planned without running it.
+fn memory(args: &Args, dir: &Path) -> Result<()> {
+    let (run, notes) = SftRun::load(None, &args.keys)?;
+    for note in notes {
+        eprintln!("note: {note}");
+    }
+    let cx = match args.gpu_gib {
+        Some(gib) => {
+            let memory = MemoryInfo { free: gib << 30, total: gib << 30 };
+            let device: Arc<dyn Device> = Arc::new(Blank::new(&format!("a GPU of {gib} GiB"), true, true, memory));
+            let dtype = storage(&args.on.dtype, &device)?;
+            Cx::new(device, dtype)?
+        }
+        None => args.on.open()?,
+    };
+    let model = folder::load_config(dir)?;
+    let Some(length) = args.length.or(run.method.max_length) else {
+        return Err(Error::Config("max_length is none: say --length, the tokens of the longest row".into()));
+    };
+    let batch = run.training.per_device_train_batch_size;
+    let ask = Ask {
+        model: &model,
+        dir,
+        adapter: args.adapter.as_deref(),
+        peft: run.peft,
+        training: run.training,
+        length,
+        tokens: batch * length,
+        reference: false,
+    };
+    // A GPU that is not here has all of its memory free.
+    let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;
+    let plan = plan::fit(&cx, &ask, available)?;
+    println!("{}", plan.table(&ask, available));
+    if args.blocks {
+        for (name, bytes) in &plan.blocks {
+            println!("{bytes:>14}  {name}");
+        }
     }
     Ok(())
 }

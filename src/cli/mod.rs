@@ -8,6 +8,7 @@ mod chat;
 mod check;
 mod generate;
 mod inspect;
+mod launches;
 mod merge;
 mod quickstart;
 mod score;

@@ -30,6 +30,10 @@ words! {
         Adamw = "adamw" | "adamw_torch_fused" | "adamw_torch",
         /// No master weights: bfloat16 weights, stochastically rounded.
         AdamwBf16 = "adamw_bf16",
+        /// As adamw_bf16 where weights are bfloat16, and moments in bfloat16 too, stochastically rounded.
+        AdamwBf16Moments = "adamw_bf16_moments",
+        /// Float master weights; moments in 8-bit codes, a scale for each 256.
+        Adamw8bit = "adamw_8bit" | "adamw_bnb_8bit",
     }
 }
 
@@ -115,7 +119,7 @@ section! {
         pub adam_epsilon: f64 = 1e-8,
         /// The gradient is scaled down to this global L2 norm; 0: never.
         pub max_grad_norm: f64 = 1.0,
-        /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic rounding.
+        /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic rounding; adamw_8bit: moments in 8 bits; adamw_bf16_moments: moments in bfloat16, and weights as adamw_bf16's where they are bfloat16.
         pub optim: Optim = Optim::Adamw,
         /// Seed of everything random: data order, dropout, sampling, new weights.
         pub seed: u64 = 42,

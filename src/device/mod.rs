@@ -3,6 +3,7 @@
 //! Invariant: one kernel source runs on every device, and a launch either runs whole or returns an error that names the
 //! kernel. `cpu` runs kernels through the shim (`kernels/shim/`), `cuda` through the driver API, loaded at run time.
 
+pub mod blank;
 pub mod cpu;
 pub mod cuda;
 pub mod kernels;
@@ -12,7 +13,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-pub use pool::{Block, Pool};
+pub use pool::{Block, Pool, mebibytes};
 
 /// Element types of device memory. `F64`-like host types never reach a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -181,6 +182,8 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// The operands lie in live device memory.
     unsafe fn gemm(&self, g: &Gemm) -> Result<bool>;
+    /// Whether there is such a library at all.
+    fn has_gemm(&self) -> bool;
 
     /// Waits for all work, and returns errors that it left behind.
     fn sync(&self) -> Result<()>;

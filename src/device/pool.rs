@@ -96,6 +96,12 @@ impl Pool {
         (state.in_use, state.peak)
     }
 
+    /// Bytes that the pool has taken from the device and nobody uses.
+    pub fn cached(&self) -> usize {
+        let state = self.lock();
+        state.free.values().sum()
+    }
+
     /// What was in use at the peak, largest first.
     pub fn high_water(&self) -> Vec<(String, usize)> {
         let mut list = self.lock().at_peak.clone();

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::methods::completions::{Ask, PairRows, floats, forward, reward_figures, sides, token_count};
 use crate::methods::dpo::chosen_nll;
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, Method, Metric, Recipe, Source};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{self, CpoLoss};
 
@@ -106,6 +106,10 @@ impl Objective for Cpo {
 impl Recipe for CpoConfig {
     fn chat_template_path(&self) -> Option<&str> {
         self.chat_template_path.as_deref()
+    }
+
+    fn footprint(&self) -> Footprint {
+        Footprint { sequences: 2, reference: false }
     }
 
     fn disable_dropout(&self) -> bool {

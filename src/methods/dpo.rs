@@ -29,7 +29,7 @@ use crate::error::Result;
 use crate::methods::completions::{Ask, Forward, PairRows, floats, forward, reward_figures, sides, sums, token_count};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
 use crate::methods::reference::{Reference, ReferenceKeys};
-use crate::methods::{Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, Method, Metric, Recipe, Source};
 use crate::model::decoder::Decoder;
 use crate::ops::add::axpy;
 use crate::ops::preference::{self, Divergence, DpoIn};
@@ -241,6 +241,10 @@ impl Objective for Dpo {
 impl Recipe for DpoConfig {
     fn chat_template_path(&self) -> Option<&str> {
         self.chat_template_path.as_deref()
+    }
+
+    fn footprint(&self) -> Footprint {
+        Footprint { sequences: 2, reference: !self.reference_free && !self.precompute_ref_log_probs }
     }
 
     fn disable_dropout(&self) -> bool {

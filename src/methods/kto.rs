@@ -22,7 +22,7 @@ use crate::fsio;
 use crate::methods::completions::{Ask, floats, forward};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
 use crate::methods::reference::{Reference, ReferenceKeys};
-use crate::methods::{Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, Method, Metric, Recipe, Source};
 use crate::model::batch::{self, Batch};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
@@ -308,6 +308,11 @@ impl Objective for Kto {
 impl Recipe for KtoConfig {
     fn chat_template_path(&self) -> Option<&str> {
         self.chat_template_path.as_deref()
+    }
+
+    fn footprint(&self) -> Footprint {
+        // A row and, for KTO's baseline, one with another's completion.
+        Footprint { sequences: 2, reference: !self.precompute_ref_log_probs }
     }
 
     fn disable_dropout(&self) -> bool {

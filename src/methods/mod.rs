@@ -57,6 +57,15 @@ pub struct Source<'a> {
     pub output: &'a Path,
 }
 
+/// What the memory plan must know of a method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Sequences of a row: 2 of a pair.
+    pub sequences: usize,
+    /// It holds its policy against a model that stays as it was: see [`Decoder::reference`].
+    pub reference: bool,
+}
+
 /// The keys of a method make the method.
 pub trait Recipe: MethodSection {
     /// What the model must be; a folder of another task gets a new score.
@@ -65,6 +74,11 @@ pub trait Recipe: MethodSection {
     /// A chat template to use in the place of the model's.
     fn chat_template_path(&self) -> Option<&str> {
         None
+    }
+
+    /// What a micro-batch takes beside its rows, for the memory plan.
+    fn footprint(&self) -> Footprint {
+        Footprint { sequences: 1, reference: false }
     }
 
     /// Whether dropout is off, also in an adapter that asks for it.
@@ -86,6 +100,11 @@ pub trait Method {
 
     /// Tokens of the longest sequence of either set.
     fn longest(&self) -> usize;
+
+    /// Tokens of the widest micro-batch of `rows` rows, as one sequence of each.
+    fn widest(&self, rows: usize) -> usize {
+        rows * self.longest()
+    }
 
     /// Called once, before the first step and before a checkpoint is read, with the model as it starts: for references.
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::data::preference::{PairStyle, PreferenceOptions};
 use crate::error::Result;
 use crate::methods::completions::{Ask, PairRows, floats, forward, reward_figures, sides, sums, token_count};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, Method, Metric, Recipe, Source};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::preference;
@@ -105,6 +105,10 @@ impl Objective for Orpo {
 impl Recipe for OrpoConfig {
     fn chat_template_path(&self) -> Option<&str> {
         self.chat_template_path.as_deref()
+    }
+
+    fn footprint(&self) -> Footprint {
+        Footprint { sequences: 2, reference: false }
     }
 
     fn disable_dropout(&self) -> bool {

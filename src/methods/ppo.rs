@@ -380,14 +380,7 @@ impl Critic {
 
     /// From the reward model where there is one, else from the policy's base with a score of zero.
     fn new(cx: &mut Cx, model: &Decoder, world: &World, keys: &PpoKeys, training: &TrainingConfig) -> Result<Critic> {
-        let config = AdamWConfig {
-            beta1: training.adam_beta1 as f32,
-            beta2: training.adam_beta2 as f32,
-            eps: training.adam_epsilon as f32,
-            weight_decay: training.weight_decay as f32,
-            max_grad_norm: training.max_grad_norm as f32,
-            stochastic: training.optim == crate::config::Optim::AdamwBf16,
-        };
+        let config = AdamWConfig::of(training);
         if keys.value_model == ValueModel::Shared {
             let hidden = model.config.hidden_size;
             let spec =

@@ -14,7 +14,7 @@ use crate::data::preference::{PairStyle, PreferenceOptions};
 use crate::error::{Error, Result};
 use crate::methods::completions::{PairRows, floats, token_count};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, Method, Metric, Recipe, Source};
 use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
 use crate::ops::add::to_float;
@@ -113,6 +113,10 @@ impl Recipe for RewardConfig {
 
     fn chat_template_path(&self) -> Option<&str> {
         self.chat_template_path.as_deref()
+    }
+
+    fn footprint(&self) -> Footprint {
+        Footprint { sequences: 2, reference: false }
     }
 
     fn disable_dropout(&self) -> bool {

@@ -102,6 +102,12 @@ impl Method for Sft {
         self.train.len()
     }
 
+    fn widest(&self, rows: usize) -> usize {
+        let mut tokens: Vec<usize> = self.train.iter().map(|r| r.sequences.iter().map(|s| s.0.len()).sum()).collect();
+        tokens.sort_unstable_by_key(|n| std::cmp::Reverse(*n));
+        tokens.iter().take(rows).sum()
+    }
+
     fn eval_rows(&self) -> usize {
         self.eval.len()
     }

@@ -22,8 +22,9 @@ use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged, kv_
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::{embedding, gather_rows};
 use crate::ops::head::head_logps;
-use crate::ops::lora::lora_linear;
+use crate::ops::lora::{Base, lora_linear};
 use crate::ops::matmul::{linear, product};
+use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
 use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::scale::scale_columns;
@@ -61,9 +62,25 @@ struct Layer {
 /// A linear layer (of projections that share their input), with what an adapter adds to it.
 #[derive(Clone)]
 struct Projection {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     site: Option<Site>,
+}
+
+#[derive(Clone)]
+enum Weight {
+    Dense(Tensor),
+    /// Frozen.
+    Quantised(Arc<QuantWeight>),
+}
+
+impl Weight {
+    fn apply(&self, cx: &mut Cx, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match self {
+            Weight::Dense(w) => linear(cx, x, w, bias),
+            Weight::Quantised(w) => quant_linear(cx, x, w, bias),
+        }
+    }
 }
 
 /// Where a forward's keys and values are.
@@ -82,27 +99,60 @@ impl Decoder {
     /// As [`Decoder::load`], with a config that may give the folder another task: a score that the folder does not hold is
     /// new, normal(0, initializer_range).
     pub fn load_as(cx: &Cx, set: u32, dir: impl AsRef<Path>, config: ModelConfig, positions: usize) -> Result<Decoder> {
-        let decoder = Decoder::new(cx, set, config, positions)?;
-        for (i, (spec, _)) in decoder.params.specs.iter().enumerate() {
+        Decoder::load_stored(cx, set, dir, config, positions, None)
+    }
+
+    /// As [`Decoder::load_as`]; with a scheme, linear layers are quantised as they are read, and held so.
+    pub fn load_stored(
+        cx: &Cx,
+        set: u32,
+        dir: impl AsRef<Path>,
+        config: ModelConfig,
+        positions: usize,
+        scheme: Option<Scheme>,
+    ) -> Result<Decoder> {
+        let mut params = ParamSet::stored(cx, set, expected_params(&config), scheme)?;
+        for (i, (spec, _)) in params.specs.iter().enumerate() {
             if spec.role == Role::Score {
-                decoder.params.store(i, &initial(spec, i, decoder.config.initializer_range, 0))?;
+                params.store(i, &initial(spec, i, config.initializer_range, 0))?;
             }
         }
         let mut values = Vec::new();
-        folder::load_weights(&dir, &decoder.config, &mut |spec, view| {
+        folder::load_weights(&dir, &config, &mut |spec, view| {
             // One tensor at a time passes through the host: never a second copy of the model.
             values.resize(view.len(), 0.0);
             view.to_f32_into(&mut values)?;
-            let found = decoder.params.specs.iter().position(|(s, _)| s.name == spec.name);
-            let i = found.ok_or_else(|| Error::model(&dir, format!("{} has no place", spec.name)))?;
-            decoder.params.store(i, &values)
+            params.put(cx, &spec.name, &values)
         })?;
-        Ok(decoder)
+        let table = upload_table(cx, &config, positions)?;
+        Decoder::wire(config, params, None, table, positions)
     }
 
     /// A decoder with zero weights; [`ParamSet::initialise`] or a load fills them.
     pub fn new(cx: &Cx, set: u32, config: ModelConfig, positions: usize) -> Result<Decoder> {
-        let params = ParamSet::new(cx, set, expected_params(&config))?;
+        Decoder::zeros(cx, set, config, positions, None)
+    }
+
+    /// As [`Decoder::new`]; see [`Decoder::load_stored`] for `scheme`.
+    pub fn zeros(cx: &Cx, set: u32, config: ModelConfig, positions: usize, scheme: Option<Scheme>) -> Result<Decoder> {
+        let mut params = ParamSet::stored(cx, set, expected_params(&config), scheme)?;
+        params.zero_quantised(cx)?;
+        let table = upload_table(cx, &config, positions)?;
+        Decoder::wire(config, params, None, table, positions)
+    }
+
+    /// A decoder with transformers' initial values, a function of `seed`; see [`Decoder::load_stored`] for `scheme`.
+    pub fn random(
+        cx: &Cx,
+        set: u32,
+        config: ModelConfig,
+        positions: usize,
+        scheme: Option<Scheme>,
+        seed: u64,
+    ) -> Result<Decoder> {
+        let mut params = ParamSet::stored(cx, set, expected_params(&config), scheme)?;
+        params.initialise(config.initializer_range, seed)?;
+        params.initialise_quantised(cx, config.initializer_range, seed)?;
         let table = upload_table(cx, &config, positions)?;
         Decoder::wire(config, params, None, table, positions)
     }
@@ -127,7 +177,11 @@ impl Decoder {
             let l = Some(i);
             let projection = |leader: Proj, bias| -> Result<Projection> {
                 let site = adapter.as_ref().and_then(|a| a.site(i, leader)).cloned();
-                Ok(Projection { weight: need(l, leader.role())?, bias: unit(l, bias)?, site })
+                let weight = match params.quantised(l, leader.role()) {
+                    Some(quantised) => Weight::Quantised(quantised.clone()),
+                    None => Weight::Dense(need(l, leader.role())?),
+                };
+                Ok(Projection { weight, bias: unit(l, bias)?, site })
             };
             layers.push(Layer {
                 input_norm: need(l, Role::InputNorm)?,
@@ -337,7 +391,7 @@ impl Decoder {
 impl Projection {
     /// x [rows, in] -> [rows, out]. Dropout of an adapter runs on the tape only: it is training.
     fn apply(&self, cx: &mut Cx, x: &Tensor) -> Result<Tensor> {
-        let Some(site) = &self.site else { return linear(cx, x, &self.weight, self.bias.as_ref()) };
+        let Some(site) = &self.site else { return self.weight.apply(cx, x, self.bias.as_ref()) };
         let scaled = match &site.input_scale {
             Some(vector) => Some(scale_columns(cx, x, &[(0, vector.clone())], None, None)?),
             None => None,
@@ -348,10 +402,15 @@ impl Projection {
         let bias = if site.norm.is_some() { None } else { self.bias.as_ref() };
         let y = match &site.lora {
             Some(lora) => {
-                let dropped = if cx.tape.is_some() { dropout(cx, x, lora.dropout)? } else { x.clone() };
-                lora_linear(cx, x, &dropped, &self.weight, bias, &lora.pairs)?
+                let drops = cx.tape.is_some() && lora.dropout > 0.0;
+                let dropped = if drops { Some(dropout(cx, x, lora.dropout)?) } else { None };
+                let base = match &self.weight {
+                    Weight::Dense(w) => Base::Dense(w),
+                    Weight::Quantised(w) => Base::Quantised(w),
+                };
+                lora_linear(cx, x, dropped.as_ref(), base, bias, &lora.pairs)?
             }
-            None => linear(cx, x, &self.weight, bias)?,
+            None => self.weight.apply(cx, x, bias)?,
         };
         if site.output_scales.is_empty() {
             return Ok(y);

@@ -1,15 +1,19 @@
 //! A set of parameters in one arena. Floor 3.
 //!
 //! Invariant: the arena holds the parameters that weight decay applies to first, then biases and norms, so an optimizer
-//! step of a whole model is two launches. What is not trained has no gradient and no moments. q|k|v and gate|up lie side by side: a *unit* is what one kernel reads as one matrix, and it is
-//! what the tape and the gradient arena know; Hugging Face's names are views of the same memory.
+//! step of a whole model is two launches. What is not trained has no gradient and no moments. q|k|v and gate|up lie side by
+//! side: a *unit* is what one kernel reads as one matrix, and it is what the tape and the gradient arena know; Hugging
+//! Face's names are views of the same memory. The linear units of a quantised base have no place in the arena: they are
+//! held as [`QuantWeight`]s alone, and are frozen.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::cx::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::model::families::{ParamSpec, Role};
+use crate::model::families::{ParamSpec, Proj, Role};
+use crate::ops::quant::{QuantWeight, Scheme};
 use crate::rng::{philox, uniform};
 use crate::tape::ParamGrads;
 use crate::tensor::{Id, Tensor};
@@ -35,6 +39,16 @@ pub struct ParamSet {
     /// Elements of the arenas of what training needs beside the weights (gradients, moments, master): units that hold
     /// something trainable, in the order of the weights.
     pub state_len: usize,
+    quantised: Option<Quantised>,
+}
+
+/// What of a base is held in few bits.
+#[derive(Clone)]
+struct Quantised {
+    scheme: Scheme,
+    /// Hugging Face's parameters that lie outside of the arena, q, k, v in that order.
+    specs: Vec<ParamSpec>,
+    units: HashMap<(Option<usize>, Role), Arc<QuantWeight>>,
 }
 
 #[derive(Clone)]
@@ -73,6 +87,14 @@ pub struct TrainRange {
 impl ParamSet {
     /// Lays out and allocates; contents are zero until loaded.
     pub fn new(cx: &Cx, set: u32, specs: Vec<ParamSpec>) -> Result<ParamSet> {
+        ParamSet::stored(cx, set, specs, None)
+    }
+
+    /// As [`ParamSet::new`]; with a scheme, linear units get no memory here: [`ParamSet::put`] gives each its quantised form.
+    pub fn stored(cx: &Cx, set: u32, specs: Vec<ParamSpec>, scheme: Option<Scheme>) -> Result<ParamSet> {
+        let linear = |s: &ParamSpec| Proj::ALL.iter().any(|p| p.role() == s.role);
+        let (outside, specs): (Vec<_>, Vec<_>) = specs.into_iter().partition(|s| scheme.is_some() && linear(s));
+        let quantised = scheme.map(|scheme| Quantised { scheme, specs: outside, units: HashMap::new() });
         let (first, second): (Vec<_>, Vec<_>) = specs.into_iter().partition(|s| s.role.decays());
         let boundary = first.len();
         let mut placed: Vec<(ParamSpec, usize)> = Vec::new();
@@ -106,10 +128,12 @@ impl ParamSet {
             placed.push((spec, offset));
         }
         let len = end.next_multiple_of(ALIGN);
-        let weights = Tensor::new(&cx.pool, "weights", cx.dtype, &[len])?;
+        let name = if set == 0 { "weights" } else { "adapter weights" };
+        let weights = Tensor::new(&cx.pool, name, cx.dtype, &[len])?;
         weights.zero()?;
         let tuning = vec![Tuning::default(); placed.len()];
-        let mut params = ParamSet { set, specs: placed, unit_of, tuning, units, by_key, weights, len, state_len: 0 };
+        let mut params =
+            ParamSet { set, specs: placed, unit_of, tuning, units, by_key, weights, len, state_len: 0, quantised };
         params.tune(|_| Tuning::default());
         Ok(params)
     }
@@ -229,8 +253,67 @@ impl ParamSet {
         Ok(ParamSet { set, weights, ..self.clone() })
     }
 
+    /// All values, those that are held quantised among them.
     pub fn count(&self) -> usize {
-        self.specs.iter().map(|(s, _)| s.len()).sum()
+        let outside = self.quantised.iter().flat_map(|q| &q.specs);
+        self.specs.iter().map(|(s, _)| s).chain(outside).map(ParamSpec::len).sum()
+    }
+
+    /// The unit that holds a role where it is quantised.
+    pub fn quantised(&self, layer: Option<usize>, role: Role) -> Option<&Arc<QuantWeight>> {
+        self.quantised.as_ref()?.units.get(&(layer, unit_role(role)))
+    }
+
+    /// The values of a linear unit, whatever it is held in: the arena's own memory, or a copy that was dequantised.
+    pub fn dense(&self, cx: &Cx, layer: Option<usize>, role: Role) -> Result<Tensor> {
+        let Some(weight) = self.quantised(layer, role) else { return self.required(layer, role) };
+        let w = cx.real("dequantised weight", &weight.shape)?;
+        weight.dequantise_into(cx, &w)?;
+        Ok(w)
+    }
+
+    /// Writes the values of a parameter by its name: rounded to the storage dtype, or quantised from that. The parts of a
+    /// quantised unit come in their order.
+    pub fn put(&mut self, cx: &Cx, name: &str, values: &[f32]) -> Result<()> {
+        if let Some(i) = self.specs.iter().position(|(s, _)| s.name == name) {
+            return self.store(i, values);
+        }
+        let outside = self.quantised.iter().flat_map(|q| &q.specs).find(|s| s.name == name).cloned();
+        let spec = outside.ok_or_else(|| Error::op("params", format!("{name} has no place")))?;
+        let dense = Tensor::from_f32(&cx.pool, "weight to quantise", cx.dtype, &spec.shape, values)?;
+        self.quantise(cx, &spec, &dense)
+    }
+
+    fn quantise(&mut self, cx: &Cx, spec: &ParamSpec, dense: &Tensor) -> Result<()> {
+        let Some(q) = &mut self.quantised else { return Ok(()) };
+        let part = QuantWeight::from_tensor(cx, dense, &[spec.shape[0]], q.scheme)?;
+        let key = (spec.layer, unit_role(spec.role));
+        let whole = match q.units.remove(&key) {
+            Some(before) => QuantWeight::beside(&before, part)?,
+            None => part,
+        };
+        q.units.insert(key, Arc::new(whole));
+        Ok(())
+    }
+
+    /// Gives every quantised unit the value zero.
+    pub fn zero_quantised(&mut self, cx: &Cx) -> Result<()> {
+        let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
+        for spec in &specs {
+            let dense = cx.real("weight to quantise", &spec.shape)?;
+            dense.zero()?;
+            self.quantise(cx, spec, &dense)?;
+        }
+        Ok(())
+    }
+
+    /// Gives every quantised unit transformers' initial values, as [`ParamSet::initialise`] does for the arena.
+    pub fn initialise_quantised(&mut self, cx: &Cx, std: f32, seed: u64) -> Result<()> {
+        let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
+        for (i, spec) in specs.iter().enumerate() {
+            self.put(cx, &spec.name, &initial(spec, self.specs.len() + i, std, seed))?;
+        }
+        Ok(())
     }
 
     /// transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros for biases. Values are a

@@ -6,24 +6,31 @@
 //! Adaptation of Large Language Models", 2021; s = alpha / r, or alpha / sqrt(r): Kalajdzievski, "rsLoRA", 2023).
 //!
 //! Invariant: projections that share an input (q|k|v, gate|up) share one narrow product t, whose A lie one after the
-//! other as one matrix. A frozen base saves nothing: only xd and t [rows, sum of ranks] are kept. W is never changed.
+//! other as one matrix. A frozen base saves nothing: only xd and t [rows, sum of ranks] are kept. W is never changed; one
+//! that is quantised is dequantised right beside each product, into scratch. Without a library for products the low-rank
+//! terms ride along in the engine's own kernels (`kernels/lora.cu`): the choice does not depend on the number of rows.
 
-use crate::cx::Cx;
+use std::sync::Arc;
+
+use crate::cx::{Cx, MatmulChoice};
 use crate::device::Layout;
 use crate::error::{Error, Result};
+use crate::ops::lora_kernels::{self as own, Read, lora_dt, lora_grads, lora_nn, lora_nt};
 use crate::ops::matmul::{column_sums, product};
+use crate::ops::quant::{QuantWeight, values_of};
 use crate::ops::scale::scaled;
 use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
 use crate::tape::{Grads, Node};
 use crate::tensor::Tensor;
 
-/// One projection's pair: which columns of y it adds to, which columns of t it reads.
+/// One projection's pair: which columns of y it adds to, which columns of t it reads, and its s.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Segment {
     pub from: usize,
     pub cols: usize,
     pub rank_from: usize,
     pub rank: usize,
+    pub scale: f32,
 }
 
 /// The pairs of the projections that share an input.
@@ -38,19 +45,33 @@ pub struct Pairs {
     pub scale: Tensor,
 }
 
-/// See the module. x, xd [m, k] real, w [n, k], bias [n]; y [m, n] real. `xd` may be x itself.
+/// The weight that the pairs stand beside, [n, k].
+#[derive(Clone, Copy)]
+pub enum Base<'a> {
+    Dense(&'a Tensor),
+    Quantised(&'a Arc<QuantWeight>),
+}
+
+/// See the module. x [m, k] real, base [n, k], bias [n]; y [m, n] real. `xd` is x after dropout, None where there is none.
 /// Errors if the inner dimensions differ, or a pair does not fit its segment.
 pub fn lora_linear(
     cx: &mut Cx,
     x: &Tensor,
-    xd: &Tensor,
-    w: &Tensor,
+    xd: Option<&Tensor>,
+    base: Base,
     bias: Option<&Tensor>,
     pairs: &Pairs,
 ) -> Result<Tensor> {
-    let op = LoraLinear { bias: bias.is_some(), segments: pairs.segments.clone() };
-    let mut inputs = vec![x, xd, w, &pairs.scale, &pairs.a];
+    let (dense, quantised) = match base {
+        Base::Dense(w) => (Some(w), None),
+        Base::Quantised(w) => (None, Some(w.clone())),
+    };
+    let segments = pairs.segments.clone();
+    let op = LoraLinear { bias: bias.is_some(), dropped: xd.is_some(), segments, quantised };
+    let mut inputs = vec![x, &pairs.scale, &pairs.a];
     inputs.extend(&pairs.b);
+    inputs.extend(xd);
+    inputs.extend(dense);
     inputs.extend(bias);
     cx.apply1(op, &inputs)
 }
@@ -58,18 +79,49 @@ pub fn lora_linear(
 #[derive(Debug)]
 pub struct LoraLinear {
     pub bias: bool,
+    /// xd is an input of its own.
+    pub dropped: bool,
     pub segments: Vec<Segment>,
+    /// The weight, where it is none of the inputs.
+    pub quantised: Option<Arc<QuantWeight>>,
 }
 
-/// Where the B begin among the inputs: x, xd, w, scale, A, B ..., bias.
-const B: usize = 5;
+/// Where the inputs are: x, scale, A, B ..., xd, w, bias, of which the last three may be missing.
+const SCALE: usize = 1;
+const A: usize = 2;
+const B: usize = 3;
 
 impl LoraLinear {
+    fn xd(&self) -> usize {
+        if self.dropped { B + self.segments.len() } else { 0 }
+    }
+
+    fn w(&self) -> Option<usize> {
+        self.quantised.is_none().then(|| B + self.segments.len() + usize::from(self.dropped))
+    }
+
+    fn bias(&self) -> Option<usize> {
+        let w = usize::from(self.quantised.is_none());
+        self.bias.then(|| B + self.segments.len() + usize::from(self.dropped) + w)
+    }
+
+    /// [n, k]
+    fn shape(&self, x: &[&Tensor]) -> [usize; 2] {
+        match (&self.quantised, self.w()) {
+            (Some(q), _) => q.shape,
+            (None, w) => w.map_or([0, 0], |w| [x[w].row_count(), x[w].cols()]),
+        }
+    }
+
     fn check(&self, x: &[&Tensor]) -> Result<()> {
-        let (k, n, ranks) = (x[0].cols(), x[2].row_count(), x[4].row_count());
-        expect_cols("lora", "weight", x[2], k, "do the weights belong to this config.json?")?;
-        expect_cols("lora", "A", x[4], k, "was the adapter made for this model?")?;
-        expect_cols("lora", "scale", x[3], ranks, "one value a row of A")?;
+        let (k, [n, wide], ranks) = (x[0].cols(), self.shape(x), x[A].row_count());
+        if wide != k {
+            let message =
+                format!("the weight has {wide} columns, its input {k}; do the weights belong to this config.json?");
+            return Err(Error::op("lora", message));
+        }
+        expect_cols("lora", "A", x[A], k, "was the adapter made for this model?")?;
+        expect_cols("lora", "scale", x[SCALE], ranks, "one value a row of A")?;
         for (s, b) in self.segments.iter().zip(&x[B..]) {
             if b.row_count() != s.cols || b.cols() != s.rank || s.from + s.cols > n || s.rank_from + s.rank > ranks {
                 return Err(Error::op("lora", format!("B {b:?} does not fit {s:?} of {n} columns and {ranks} ranks")));
@@ -77,6 +129,29 @@ impl LoraLinear {
         }
         Ok(())
     }
+
+    /// The weight as a product reads it.
+    fn weight(&self, cx: &Cx, dense: Option<&Tensor>) -> Result<Tensor> {
+        match (&self.quantised, dense) {
+            (Some(q), _) => {
+                let w = cx.real("dequantised weight", &q.shape)?;
+                q.dequantise_into(cx, &w)?;
+                Ok(w)
+            }
+            (None, Some(w)) => Ok(w.clone()),
+            (None, None) => Err(Error::op("lora", "no weight")),
+        }
+    }
+
+    fn own_segments<'a>(&self, b: impl Iterator<Item = &'a Tensor>) -> Vec<own::Segment<'a>> {
+        let place = |(s, b): (&Segment, &'a Tensor)| own::Segment { b, start: s.from, end: s.from + s.cols };
+        self.segments.iter().zip(b).map(place).collect()
+    }
+}
+
+/// Whether the engine's own products run, into which the low-rank terms are fused.
+fn fused(cx: &Cx) -> bool {
+    cx.matmul == MatmulChoice::Own || !cx.device.has_gemm()
 }
 
 impl Op for LoraLinear {
@@ -86,23 +161,32 @@ impl Op for LoraLinear {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         self.check(x)?;
-        let (rows, n, ranks) = (x[0].row_count(), x[2].row_count(), x[4].row_count());
-        let bias = self.bias.then(|| x[B + self.segments.len()]);
+        let (rows, [n, _], ranks) = (x[0].row_count(), self.shape(x), x[A].row_count());
+        let (xd, bias, dense) = (x[self.xd()], self.bias().map(|i| x[i]), self.w().map(|i| x[i]));
+        let b = x[B..B + self.segments.len()].iter().copied();
         let y = cx.real("linear", &[rows, n])?;
-        let narrow = cx.real("lora", &[rows, ranks])?;
-        product(cx, Layout::NT, &narrow, x[1], x[4], None, false)?;
         let t = cx.real("lora", &[rows, ranks])?;
-        scaled(cx, &t, &narrow, x[3], None, false)?;
-        product(cx, Layout::NT, &y, x[0], x[2], bias, false)?;
-        for (s, b) in self.segments.iter().zip(&x[B..]) {
-            let (y, t) = (y.columns(s.from, s.from + s.cols)?, t.columns(s.rank_from, s.rank_from + s.rank)?);
-            product(cx, Layout::NT, &y, &t, b, None, true)?;
+        {
+            let narrow = cx.real("lora", &[rows, ranks])?;
+            product(cx, Layout::NT, &narrow, xd, x[A], None, false)?;
+            scaled(cx, &t, &narrow, x[SCALE], None, false)?;
+        }
+        let w = self.weight(cx, dense)?;
+        if fused(cx) {
+            lora_nt(cx, &y, x[0], &w, bias, &t, &self.own_segments(b.clone()))?;
+        } else {
+            product(cx, Layout::NT, &y, x[0], &w, bias, false)?;
+            for (s, b) in self.segments.iter().zip(b.clone()) {
+                let (y, t) = (y.columns(s.from, s.from + s.cols)?, t.columns(s.rank_from, s.rank_from + s.rank)?);
+                product(cx, Layout::NT, &y, &t, b, None, true)?;
+            }
         }
         let mut saved = Vec::new();
         if need.tape {
-            saved.extend([x[1].clone(), x[2].clone(), x[3].clone(), x[4].clone(), t]);
-            saved.extend(x[B..B + self.segments.len()].iter().map(|b| (*b).clone()));
-            if need.inputs[2] {
+            saved.extend([xd.clone(), x[SCALE].clone(), x[A].clone(), t]);
+            saved.extend(b.cloned());
+            saved.extend(dense.cloned());
+            if self.w().is_some_and(|w| need.inputs[w]) {
                 saved.push(x[0].clone());
             }
         }
@@ -111,10 +195,15 @@ impl Op for LoraLinear {
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
-        let [xd, w, scale, a, t, rest @ ..] = &node.saved[..] else { return Ok(()) };
-        let (b, x) = rest.split_at(self.segments.len());
+        let [xd, scale, a, t, rest @ ..] = &node.saved[..] else { return Ok(()) };
+        let (b, rest) = rest.split_at(self.segments.len());
+        let (dense, x) = if self.quantised.is_some() { (None, rest.first()) } else { (rest.first(), rest.get(1)) };
+        let fused = fused(cx);
         let dt = cx.real("lora", t.shape())?;
-        if g.wants(1) || g.wants(4) {
+        if fused {
+            let scales: Vec<f32> = self.segments.iter().map(|s| s.scale).collect();
+            lora_dt(cx, &dt, dy, &self.own_segments(b.iter()), &scales)?;
+        } else {
             let narrow = cx.real("lora", t.shape())?;
             for (s, b) in self.segments.iter().zip(b) {
                 let to = narrow.columns(s.rank_from, s.rank_from + s.rank)?;
@@ -123,25 +212,44 @@ impl Op for LoraLinear {
             scaled(cx, &dt, &narrow, scale, None, false)?;
         }
         if let Some((dx, accumulate)) = g.slot(0)? {
-            product(cx, Layout::NN, &dx, dy, w, None, accumulate)?;
-        }
-        if let Some((dxd, accumulate)) = g.slot(1)? {
-            product(cx, Layout::NN, &dxd, &dt, a, None, accumulate)?;
-        }
-        if let Some((da, accumulate)) = g.slot(4)? {
-            product(cx, Layout::TN, &da, &dt, xd, None, accumulate)?;
-        }
-        for (i, s) in self.segments.iter().enumerate() {
-            if let Some((db, accumulate)) = g.slot(B + i)? {
-                let (dy, t) = (dy.columns(s.from, s.from + s.cols)?, t.columns(s.rank_from, s.rank_from + s.rank)?);
-                product(cx, Layout::TN, &db, &dy, &t, None, accumulate)?;
+            let w = self.weight(cx, dense)?;
+            match (fused, self.dropped) {
+                (true, false) => lora_nn(cx, &dx, dy, &w, &dt, a, accumulate)?,
+                (_, true) => product(cx, Layout::NN, &dx, dy, &w, None, accumulate)?,
+                (false, false) => {
+                    product(cx, Layout::NN, &dx, dy, &w, None, accumulate)?;
+                    product(cx, Layout::NN, &dx, &dt, a, None, true)?;
+                }
             }
         }
-        if let (Some((dw, accumulate)), Some(x)) = (g.slot(2)?, x.first()) {
+        if self.dropped
+            && let Some((dxd, accumulate)) = g.slot(self.xd())?
+        {
+            product(cx, Layout::NN, &dxd, &dt, a, None, accumulate)?;
+        }
+        let da = g.slot(A)?;
+        let db = (0..b.len()).map(|i| g.slot(B + i)).collect::<Result<Vec<_>>>()?;
+        if fused {
+            let db: Vec<own::Slot> = db.iter().map(|s| s.as_ref().map(|(t, add)| (t, *add))).collect();
+            let read = Read { x: xd, dt: &dt, dy, t };
+            lora_grads(cx, da.as_ref().map(|(t, add)| (t, *add)), &db, &read, &self.own_segments(b.iter()))?;
+        } else {
+            if let Some((da, accumulate)) = &da {
+                product(cx, Layout::TN, da, &dt, xd, None, *accumulate)?;
+            }
+            for (s, db) in self.segments.iter().zip(&db) {
+                let Some((db, accumulate)) = db else { continue };
+                let (dy, t) = (dy.columns(s.from, s.from + s.cols)?, t.columns(s.rank_from, s.rank_from + s.rank)?);
+                product(cx, Layout::TN, db, &dy, &t, None, *accumulate)?;
+            }
+        }
+        if let (Some(w), Some(x)) = (self.w(), x)
+            && let Some((dw, accumulate)) = g.slot(w)?
+        {
             product(cx, Layout::TN, &dw, dy, x, None, accumulate)?;
         }
-        if self.bias
-            && let Some((db, accumulate)) = g.slot(B + self.segments.len())?
+        if let Some(bias) = self.bias()
+            && let Some((db, accumulate)) = g.slot(bias)?
         {
             column_sums(cx, &db, dy, accumulate)?;
         }
@@ -150,15 +258,23 @@ impl Op for LoraLinear {
 
     fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let dot = |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(a, b)| a * b).sum::<f64>();
-        let (rows, n) = (x[0].row_count(), x[2].row_count());
+        let w = match &self.quantised {
+            // A weight that cannot be read back gives no outputs, which no check takes for a result.
+            Some(q) => match values_of(q, round) {
+                Ok(w) => w,
+                Err(_) => return vec![],
+            },
+            None => x[self.w().unwrap_or_default()].clone(),
+        };
+        let (rows, n, xd) = (x[0].row_count(), w.row_count(), &x[self.xd()]);
         let mut y = F64::zeros(&[rows, n]);
         for r in 0..rows {
-            let t: Vec<f64> = (0..x[4].row_count())
-                .map(|i| round.at(x[3].data[i] * round.at(dot(x[1].row(r), x[4].row(i)))))
+            let t: Vec<f64> = (0..x[A].row_count())
+                .map(|i| round.at(x[SCALE].data[i] * round.at(dot(xd.row(r), x[A].row(i)))))
                 .collect();
             for c in 0..n {
-                let bias = if self.bias { x[B + self.segments.len()].data[c] } else { 0.0 };
-                y.row_mut(r)[c] = round.at(dot(x[0].row(r), x[2].row(c)) + bias);
+                let bias = self.bias().map_or(0.0, |b| x[b].data[c]);
+                y.row_mut(r)[c] = round.at(dot(x[0].row(r), w.row(c)) + bias);
             }
             for (s, b) in self.segments.iter().zip(&x[B..]) {
                 for c in 0..s.cols {
@@ -171,9 +287,12 @@ impl Op for LoraLinear {
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        let (m, n, k, ranks) = (x[0].row_count(), x[2].row_count(), x[0].cols(), x[4].row_count());
+        let (m, [n, k], ranks) = (x[0].row_count(), self.shape(x), x[A].row_count());
         let narrow: usize = self.segments.iter().map(|s| s.cols * s.rank).sum();
-        Cost { flops: 2.0 * (m * (n * k + ranks * k + narrow)) as f64, ..Cost::memory(x, m * n * x[0].dtype().size()) }
+        // A quantised weight is read in its own storage, then written and read as the storage dtype.
+        let weight = self.quantised.as_ref().map_or(0, |q| q.bytes() + 2 * n * k * x[0].dtype().size());
+        let moved = weight + m * n * x[0].dtype().size();
+        Cost { flops: 2.0 * (m * (n * k + ranks * k + narrow)) as f64, ..Cost::memory(x, moved) }
     }
 }
 
@@ -185,29 +304,35 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         (70, 40, 32, &[(8, 16, 4), (32, 8, 3)], true, true),
         (130, 64, 48, &[(0, 64, 16)], false, true),
     ];
-    for (m, n, k, pairs, bias, apart) in spans {
+    for (m, n, k, pairs, bias, dropped) in spans {
         let x = rng.array(&[m, k], 1.0);
         let (mut segments, mut rank_from) = (Vec::new(), 0);
         for &(from, cols, rank) in pairs {
-            segments.push(Segment { from, cols, rank_from, rank });
+            let scale = if rank_from % 2 == 0 { 2.0 } else { 0.7 };
+            segments.push(Segment { from, cols, rank_from, rank, scale });
             rank_from += rank;
         }
         let small = (k as f64).powf(-0.5);
-        // Where x and xd are one tensor on the tape their gradients add up; here they are two inputs.
-        let xd = if apart { rng.array(&[m, k], 1.0) } else { x.clone() };
+        let scales: Vec<f64> = segments.iter().flat_map(|s| vec![f64::from(s.scale); s.rank]).collect();
         let mut inputs = vec![
             Arg::real(x),
-            Arg::real(xd),
-            Arg::param(rng.array(&[n, k], small)),
-            Arg::float(F64::from_fn(&[rank_from], |i| if i % 2 == 0 { 2.0 } else { 0.7 })),
+            Arg::float(F64::new(&[rank_from], scales)),
             Arg::param(rng.array(&[rank_from, k], small)),
         ];
         inputs.extend(segments.iter().map(|s| Arg::param(rng.array(&[s.cols, s.rank], 0.5))));
+        if dropped {
+            inputs.push(Arg::real(rng.array(&[m, k], 1.0)));
+        }
+        inputs.push(Arg::param(rng.array(&[n, k], small)));
         if bias {
             inputs.push(Arg::param(rng.array(&[n], 0.5)));
         }
-        let label = format!("m {m} n {n} k {k} pairs {pairs:?}{}", if bias { " bias" } else { "" });
-        cases.push(Case::new(label, LoraLinear { bias, segments }, inputs));
+        let label = format!(
+            "m {m} n {n} k {k} pairs {pairs:?}{}{}",
+            if bias { " bias" } else { "" },
+            if dropped { " dropped" } else { "" }
+        );
+        cases.push(Case::new(label, LoraLinear { bias, dropped, segments, quantised: None }, inputs));
     }
     cases
 }

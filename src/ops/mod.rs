@@ -256,7 +256,7 @@ pub fn registry() -> Vec<Entry> {
         entry("glu", &["activation"], activation::cases, &[DEFAULT]),
         entry("head", &["head", "matmul"], head::cases, &[DEFAULT, OWN_MATMUL]),
         entry("linear", &["matmul", "reduce"], matmul::cases, &[DEFAULT, OWN_MATMUL]),
-        entry("lora_linear", &["matmul", "scale", "reduce"], lora::cases, &[DEFAULT, OWN_MATMUL]),
+        entry("lora_linear", &["lora", "matmul", "scale", "reduce"], lora::cases, &[DEFAULT, OWN_MATMUL]),
         entry("preference", &["preference"], preference::cases, &[DEFAULT]),
         entry("segment_sums", &["preference"], preference::segment_cases, &[DEFAULT]),
         entry("policy", &["policy"], policy::cases, &[ONE_DTYPE]),

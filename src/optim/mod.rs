@@ -6,12 +6,14 @@
 pub mod schedule;
 pub mod state;
 
+use crate::config::{Optim, TrainingConfig};
 use crate::cx::Cx;
 use crate::device::DType;
 use crate::error::Result;
 use crate::model::params::ParamSet;
-use crate::ops::adamw::{AdamW, Slice, adamw, hyper, norm_and_clip};
+use crate::ops::adamw::{AdamW, hyper, norm_and_clip};
 use crate::tensor::Tensor;
+use state::{MomentKind, Moments, Target};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
@@ -23,14 +25,33 @@ pub struct AdamWConfig {
     pub max_grad_norm: f32,
     /// bf16 only: no float master, stochastic rounding.
     pub stochastic: bool,
+    pub moments: MomentKind,
+}
+
+impl AdamWConfig {
+    /// As a run's keys say.
+    pub fn of(keys: &TrainingConfig) -> AdamWConfig {
+        AdamWConfig {
+            beta1: keys.adam_beta1 as f32,
+            beta2: keys.adam_beta2 as f32,
+            eps: keys.adam_epsilon as f32,
+            weight_decay: keys.weight_decay as f32,
+            max_grad_norm: keys.max_grad_norm as f32,
+            stochastic: matches!(keys.optim, Optim::AdamwBf16 | Optim::AdamwBf16Moments),
+            moments: match keys.optim {
+                Optim::Adamw | Optim::AdamwBf16 => MomentKind::F32,
+                Optim::AdamwBf16Moments => MomentKind::Bf16,
+                Optim::Adamw8bit => MomentKind::Blockwise8,
+            },
+        }
+    }
 }
 
 pub struct Optimizer {
     pub config: AdamWConfig,
     /// F32 [state_len] beside bf16 weights; None where the weights are f32 themselves, or rounded stochastically.
     pub master: Option<Tensor>,
-    pub m: Tensor,
-    pub v: Tensor,
+    pub moments: Moments,
     pub grad: Tensor,
     hyper: Tensor,
 }
@@ -43,13 +64,9 @@ impl Optimizer {
             cx.param_grads.push(Default::default());
         }
         cx.param_grads[params.set as usize] = slots;
-        let zeros = |name| -> Result<Tensor> {
-            let t = Tensor::new(&cx.pool, name, DType::F32, &[params.state_len])?;
-            t.zero()?;
-            Ok(t)
-        };
         let master = if cx.dtype == DType::BF16 && !config.stochastic {
-            let master = zeros("master weights")?;
+            let master = Tensor::new(&cx.pool, "master weights", DType::F32, &[params.state_len])?;
+            master.zero()?;
             for r in params.ranges() {
                 let (to, from) =
                     (master.rows(r.state, r.state + r.len)?, params.weights.rows(r.weight, r.weight + r.len)?);
@@ -59,7 +76,9 @@ impl Optimizer {
         } else {
             None
         };
-        Ok(Optimizer { config, master, m: zeros("adam moments")?, v: zeros("adam moments")?, grad, hyper: hyper(cx)? })
+        let ranges: Vec<(usize, usize)> = params.ranges().iter().map(|r| (r.state, r.state + r.len)).collect();
+        let moments = Moments::new(cx, params.state_len, &ranges, config.moments)?;
+        Ok(Optimizer { config, master, moments, grad, hyper: hyper(cx)? })
     }
 
     /// The trained values of parameter `i`: the float master's where there is one, else the weights'.
@@ -80,8 +99,8 @@ impl Optimizer {
         for i in params.trained() {
             all.push(bytemuck::cast_slice(&self.values(params, i)?).to_vec());
         }
-        for moment in [&self.m, &self.v] {
-            all.push(bytemuck::cast_slice(&moment.to_vec::<f32>()?).to_vec());
+        for (_, moment) in self.moments.named_tensors() {
+            all.push(moment.to_bytes()?);
         }
         Ok(all)
     }
@@ -97,8 +116,8 @@ impl Optimizer {
             }
             params.store(i, &values)?;
         }
-        for moment in [&self.m, &self.v] {
-            moment.upload(&bytemuck::pod_collect_to_vec::<u8, f32>(next()?))?;
+        for (_, moment) in self.moments.named_tensors() {
+            moment.upload(next()?)?;
         }
         Ok(())
     }
@@ -125,8 +144,8 @@ impl Optimizer {
                 (None, false) => Some(weight.clone()),
                 (None, true) => None,
             };
-            let (m, v, grad) = (state(&self.m)?, state(&self.v)?, state(&self.grad)?);
-            let slice = Slice { master: master.as_ref(), weight: &weight, m: &m, v: &v, grad: &grad };
+            let grad = state(&self.grad)?;
+            let target = Target { master: master.as_ref(), weight: &weight, grad: &grad };
             let c = &self.config;
             let weight_decay = if r.decays { c.weight_decay } else { 0.0 };
             let constants = AdamW {
@@ -137,7 +156,7 @@ impl Optimizer {
                 lr_scale: r.lr_scale,
                 group: group as i32,
             };
-            adamw(cx, &constants, &slice, &self.hyper)?;
+            self.moments.step(cx, &constants, (r.state, r.state + r.len), &target, &self.hyper)?;
         }
         Ok(())
     }

@@ -115,6 +115,11 @@ impl Tensor {
         Ok(out)
     }
 
+    /// The bytes of a contiguous tensor as they lie; [`Tensor::upload`] takes them back.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        self.view(0, DType::U8, &[self.bytes()])?.to_vec()
+    }
+
     /// F32 or BF16 values as f32.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         match self.dtype {

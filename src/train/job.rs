@@ -5,11 +5,12 @@
 
 use std::path::Path;
 
+use super::plan::{self, Ask};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
-use super::state::{activation_bytes, parts_of};
+use super::state::parts_of;
 use super::{StepPlan, Trainer};
 use crate::checkpoint::RunFolder;
-use crate::config::{MethodRun, PeftConfig, Recompute, TrainingConfig};
+use crate::config::{MethodRun, PeftConfig};
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
@@ -24,6 +25,7 @@ use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::params::Tuning;
+use crate::ops::quant::Scheme;
 use crate::signals::Stop;
 
 pub struct Job<'a, M> {
@@ -65,13 +67,29 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     let (mut method, stats) = run.method.method(&run.training, &source)?;
     eprintln!("{stats}");
     let longest = method.longest();
+    let footprint = run.method.footprint();
+    let mut peft = run.peft.clone();
+    if run.method.disable_dropout() {
+        peft.lora_dropout = 0.0;
+    }
+    let ask = Ask {
+        model: &config,
+        dir,
+        adapter: job.adapter,
+        peft,
+        training: run.training.clone(),
+        length: longest,
+        tokens: method.widest(run.training.per_device_train_batch_size) * footprint.sequences,
+        reference: footprint.reference,
+    };
+    let available = plan::available(&cx)?;
+    let plan = plan::fit(&cx, &ask, available)?;
+    eprintln!("{}", plan.table(&ask, available));
     let model = if job.fresh {
         eprintln!("{} holds no weights: they are made at random from seed {}", dir.display(), run.training.seed);
-        let model = Decoder::new(&cx, 0, config, longest)?;
-        model.params.initialise(model.config.initializer_range, run.training.seed)?;
-        model
+        Decoder::random(&cx, 0, config, longest, scheme(&run.peft), run.training.seed)?
     } else {
-        Decoder::load_as(&cx, 0, dir, config, longest)?
+        Decoder::load_stored(&cx, 0, dir, config, longest, scheme(&run.peft))?
     };
     let mut model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
     if run.method.disable_dropout()
@@ -81,8 +99,6 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         model = model.with_adapter(Some(adapter))?;
     }
     let training = &run.training;
-    let tokens = training.per_device_train_batch_size * longest;
-    let recompute = recompute(training, &cx, &model, tokens)?;
     let flops = flops_per_token(&model.config, model.params.count(), longest);
     let peak = peak_flops(&cx.device.name());
     let (trained, base) = (model.trained().trained_count(), model.params.count());
@@ -92,11 +108,11 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         100.0 * trained as f64 / all.max(1) as f64,
         training.per_device_train_batch_size * training.gradient_accumulation_steps
     );
-    let plan = match method.micro_batches() {
+    let steps = match method.micro_batches() {
         Some(n) => StepPlan::online(training, n)?,
         None => StepPlan::new(training, method.rows())?,
     };
-    let mut trainer = Trainer::with_plan(cx, model, training.clone(), plan, recompute)?;
+    let mut trainer = Trainer::with_plan(cx, model, training.clone(), steps, plan.recompute)?;
     method.attach(&mut trainer.cx, &trainer.model)?;
     let whole = Run {
         folder: job.folder,
@@ -130,6 +146,15 @@ fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
     }
 }
 
+/// How a frozen base is stored; None: in the storage dtype.
+pub fn scheme(keys: &PeftConfig) -> Option<Scheme> {
+    match (keys.load_in_4bit, keys.load_in_8bit) {
+        (true, _) => Some(Scheme::Nf4 { double: keys.use_bnb_nested_quant }),
+        (_, true) => Some(Scheme::Int8),
+        _ => None,
+    }
+}
+
 /// Says what of a model is trained: an adapter, all of it, or all but what is frozen.
 pub fn prepare(
     cx: &Cx,
@@ -139,11 +164,6 @@ pub fn prepare(
     dir: &Path,
     seed: u64,
 ) -> Result<Decoder> {
-    if keys.load_in_4bit || keys.load_in_8bit {
-        return Err(Error::Config(
-            "load_in_4bit, load_in_8bit: quantised bases are not wired into training yet".into(),
-        ));
-    }
     if from.is_some() || keys.use_peft {
         let mut adapter = match from {
             Some(from) => Adapter::load(cx, 1, from, &model.config, &model.params)?,
@@ -186,18 +206,4 @@ pub fn chat_template(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option
         return Ok(Some(ChatTemplate::new(&source, path, tokenizer.special_tokens())?));
     }
     tokenizer.chat_template().map(|_| ChatTemplate::of(tokenizer)).transpose()
-}
-
-/// `auto` recomputes where the activations of a micro-batch would take more than half of the memory that is free.
-fn recompute(training: &TrainingConfig, cx: &Cx, model: &Decoder, tokens: usize) -> Result<bool> {
-    Ok(match training.gradient_checkpointing {
-        Recompute::On => true,
-        Recompute::Off => false,
-        Recompute::Auto => {
-            let need = activation_bytes(&model.config, cx.dtype, tokens);
-            let on = need > cx.device.memory()?.free / 2;
-            eprintln!("activations of a micro-batch: about {} MiB; gradient_checkpointing={on}", need >> 20);
-            on
-        }
-    })
 }

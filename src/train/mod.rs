@@ -5,6 +5,7 @@
 //! equals an uninterrupted one, bit for bit.
 
 pub mod job;
+pub mod plan;
 pub mod run;
 pub mod state;
 
@@ -115,18 +116,7 @@ impl Trainer {
         plan: StepPlan,
         recompute: bool,
     ) -> Result<Trainer> {
-        let optimizer = Optimizer::new(
-            &mut cx,
-            model.trained(),
-            AdamWConfig {
-                beta1: config.adam_beta1 as f32,
-                beta2: config.adam_beta2 as f32,
-                eps: config.adam_epsilon as f32,
-                weight_decay: config.weight_decay as f32,
-                max_grad_norm: config.max_grad_norm as f32,
-                stochastic: config.optim == crate::config::Optim::AdamwBf16,
-            },
-        )?;
+        let optimizer = Optimizer::new(&mut cx, model.trained(), AdamWConfig::of(&config))?;
         Ok(Trainer { cx, model, optimizer, config, plan, done: 0, recompute })
     }
 

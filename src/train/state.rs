@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::adapter;
 use crate::model::folder::{self, write_folder};
+use crate::optim::state::Moments;
 use crate::tensor::Tensor;
 use crate::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec};
 
@@ -72,7 +73,11 @@ impl Trainer {
         })?;
         let mut tensors = Vec::new();
         let mut sources: Vec<(Option<&Tensor>, usize)> = Vec::new();
-        let mut arenas = vec![("m", Some(&self.optimizer.m)), ("v", Some(&self.optimizer.v))];
+        let whole = self.whole_arenas();
+        let mut arenas: Vec<(&str, Option<&Tensor>)> = Vec::new();
+        if let Moments::F32 { m, v } = &self.optimizer.moments {
+            arenas.extend([("m", Some(m)), ("v", Some(v))]);
+        }
         if dtype != HostDtype::F32 {
             arenas.push(("master", None));
         }
@@ -82,8 +87,11 @@ impl Trainer {
                 sources.push((arena, i));
             }
         }
+        for (name, t) in &whole {
+            tensors.push(TensorSpec { name: name.to_string(), dtype: stored(t.dtype())?, shape: t.shape().to_vec() });
+        }
         writer.add_safetensors(OPTIMIZER, &tensors, &[], &mut |at, _| {
-            let (arena, i) = sources[at];
+            let Some(&(arena, i)) = sources.get(at) else { return whole[at - sources.len()].1.to_bytes() };
             let values = match arena {
                 Some(arena) => params.state_view(arena, i)?.map(|t| t.to_f32()).transpose()?.unwrap_or_default(),
                 None => self.optimizer.values(params, i)?,
@@ -139,10 +147,19 @@ impl Trainer {
             view.to_f32_into(&mut values)?;
             Ok(std::mem::take(&mut values))
         };
+        for (name, t) in self.whole_arenas() {
+            let view = optimizer.get(name).filter(|v| v.bytes.len() == t.bytes());
+            let message = || format!("has no arena {name} of {} bytes; resume with the run's own optim", t.bytes());
+            t.upload(view.ok_or_else(|| Error::checkpoint(optimizer.path(), message()))?.bytes)?;
+        }
         let params = self.model.trained();
+        let mut arenas: Vec<(&str, &Tensor)> = Vec::new();
+        if let Moments::F32 { m, v } = &self.optimizer.moments {
+            arenas.extend([("m", m), ("v", v)]);
+        }
         for i in params.trained() {
             let (name, len) = (&params.specs[i].0.name, params.specs[i].0.len());
-            for (moment, arena) in [("m", &self.optimizer.m), ("v", &self.optimizer.v)] {
+            for &(moment, arena) in &arenas {
                 let values = read(&optimizer, &format!("{moment}.{name}"), len)?;
                 if let Some(view) = params.state_view(arena, i)? {
                     view.upload(&values)?;
@@ -172,12 +189,30 @@ impl Trainer {
         let dtype = self.saved_dtype(parts);
         let master = if dtype == HostDtype::F32 { 0 } else { 4 };
         let params = self.model.trained();
-        (params.count() * dtype.size().unwrap_or(4) + params.trained_count() * (8 + master)) as u64
+        let moments = self.optimizer.moments.bytes();
+        (params.count() * dtype.size().unwrap_or(4) + params.trained_count() * master + moments) as u64
+    }
+
+    /// Moments that are saved as whole arenas, as they lie: those whose scales span parameters.
+    fn whole_arenas(&self) -> Vec<(&'static str, &Tensor)> {
+        match &self.optimizer.moments {
+            Moments::F32 { .. } => Vec::new(),
+            other => other.named_tensors(),
+        }
     }
 
     /// Adapters are saved in float32, as peft trains them.
     fn saved_dtype(&self, parts: &FolderParts) -> HostDtype {
         if self.model.adapter.is_some() { HostDtype::F32 } else { parts.dtype.unwrap_or(HostDtype::F32) }
+    }
+}
+
+fn stored(dtype: DType) -> Result<HostDtype> {
+    match dtype {
+        DType::F32 => Ok(HostDtype::F32),
+        DType::BF16 => Ok(HostDtype::BF16),
+        DType::U8 => Ok(HostDtype::Other(safetensors::Dtype::U8)),
+        other => Err(Error::op("checkpoint", format!("an arena of {}", other.name()))),
     }
 }
 
@@ -188,12 +223,4 @@ pub fn parts_of(dir: &Path, dtype: Option<HostDtype>) -> Result<FolderParts> {
         generation_config: folder::generation_config(dir)?,
         dtype: dtype.filter(|d| matches!(d, HostDtype::F32 | HostDtype::F16 | HostDtype::BF16)),
     })
-}
-
-/// Bytes of one micro-batch's activations without recomputation: what the tape keeps of each token (DESIGN: rmsnorm and
-/// linear inputs, q|k|v, the attention's output, gate|up and their product), and the logits chunk does not grow.
-pub fn activation_bytes(config: &crate::model::config::ModelConfig, dtype: DType, tokens: usize) -> usize {
-    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    let layer = 4 * config.hidden_size + 2 * q + 2 * kv + 3 * config.intermediate_size;
-    tokens * (config.num_layers * layer + 3 * config.hidden_size) * dtype.size()
 }

@@ -26,7 +26,7 @@ fn losses() -> Value {
     serde_json::from_slice(&std::fs::read("tests/fixtures/peft/losses.json").unwrap()).unwrap()
 }
 
-fn cpu() -> Cx {
+pub fn cpu() -> Cx {
     Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap()
 }
 
@@ -39,17 +39,17 @@ fn model(cx: &Cx, base: &str, name: &str, keys: &[String]) -> (Decoder, SftRun) 
     (prepare(cx, decoder, &run.peft, Some(&adapter), &dir, 42).unwrap(), run)
 }
 
-fn logps(cx: &mut Cx, model: &Decoder, ids: &Value) -> Vec<f64> {
+pub fn logps(cx: &mut Cx, model: &Decoder, ids: &Value) -> Vec<f64> {
     let rows: Vec<Vec<u32>> = serde_json::from_value(ids.clone()).unwrap();
     let sequences: Vec<Sequence> = rows.iter().map(|ids| Sequence { ids, target: None }).collect();
     model.logps(cx, &sequences).unwrap().concat().into_iter().map(f64::from).collect()
 }
 
-fn flat(v: &Value) -> Vec<f64> {
+pub fn flat(v: &Value) -> Vec<f64> {
     v.as_array().unwrap().iter().flat_map(|r| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap())).collect()
 }
 
-fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
+pub fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
@@ -63,7 +63,7 @@ fn keys(all: &Value, run: &Value) -> Vec<String> {
     keys
 }
 
-fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, Sft) {
+pub fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, Sft) {
     let dir = fixtures().join("sft/model");
     let tokenizer = Tokenizer::load(&dir).unwrap();
     let template = ChatTemplate::of(&tokenizer).unwrap();

@@ -254,6 +254,10 @@ impl Device for Cpu {
         Ok(true)
     }
 
+    fn has_gemm(&self) -> bool {
+        true
+    }
+
     fn sync(&self) -> Result<()> {
         self.not_while_capturing("sync")
     }

@@ -497,6 +497,10 @@ impl Device for Cuda {
         Ok(ran)
     }
 
+    fn has_gemm(&self) -> bool {
+        self.blas.is_some()
+    }
+
     fn sync(&self) -> Result<()> {
         self.bind_for("sync")?;
         // SAFETY: our stream.

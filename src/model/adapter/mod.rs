@@ -147,7 +147,7 @@ impl Adapter {
         for (layer, sites) in self.sites.iter().enumerate() {
             for (site, leader) in sites.iter().zip(LEADERS) {
                 let (Some(norm), Some(lora)) = (&site.norm, &site.lora) else { continue };
-                let weight = base.required(Some(layer), leader.role())?;
+                let weight = base.dense(cx, Some(layer), leader.role())?;
                 for (segment, b) in lora.pairs.segments.iter().zip(&lora.pairs.b) {
                     let w = weight.rows(segment.from, segment.from + segment.cols)?;
                     let whole = merged(cx, &w, lora, segment, b)?;
@@ -167,8 +167,9 @@ impl Adapter {
             let (cols, _) = proj_shape(model, *proj);
             if let (Some(pair), Kind::Lora(config)) = (unit(Role::LoraB(*proj))?, &self.config.kind) {
                 let rank = pair.cols();
-                segments.push(Segment { from, cols, rank_from: scales.len(), rank });
-                scales.extend(vec![scale(config, (layer, *proj), rank)?; rank]);
+                let scale = scale(config, (layer, *proj), rank)?;
+                segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
+                scales.extend(vec![scale; rank]);
                 b.push(pair);
             }
             site.output_scales.extend(unit(Role::Magnitude(*proj))?.map(|s| (from, s)));

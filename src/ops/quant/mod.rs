@@ -9,8 +9,8 @@ mod stored;
 mod weight;
 
 pub use linear::{QuantLinear, cases as linear_cases, quant_linear};
-pub(crate) use reference::blockwise_reference;
 pub use reference::cases;
+pub(crate) use reference::{blockwise_reference, values_of};
 pub use weight::{QuantWeight, Scales, Scheme, Segment};
 
 use crate::cx::Cx;

@@ -129,7 +129,7 @@ pub(super) fn dequantised(round: Round, w: &F64, segment_rows: &[usize], scheme:
 }
 
 /// The values of a weight on a device.
-pub(super) fn values_of(w: &QuantWeight, round: Round) -> Result<F64> {
+pub(crate) fn values_of(w: &QuantWeight, round: Round) -> Result<F64> {
     let mut values = Vec::new();
     for s in &w.segments {
         let scales = match &s.scales {

@@ -71,6 +71,16 @@ impl QuantWeight {
         Ok(QuantWeight { scheme, shape: [n, k], segments, nf4, dynamic })
     }
 
+    /// The rows of `a`, then those of `b`, as one weight of all their segments.
+    pub fn beside(a: &QuantWeight, b: QuantWeight) -> Result<QuantWeight> {
+        if a.scheme != b.scheme || a.shape[1] != b.shape[1] {
+            return Err(Error::op("quantise", format!("{:?} beside {:?}: other columns or schemes", a.shape, b.shape)));
+        }
+        let segments = a.segments.iter().cloned().chain(b.segments).collect();
+        let shape = [a.shape[0] + b.shape[0], a.shape[1]];
+        Ok(QuantWeight { scheme: a.scheme, shape, segments, nf4: a.nf4.clone(), dynamic: a.dynamic.clone() })
+    }
+
     /// Bytes held: codes, scales, maps.
     pub fn bytes(&self) -> usize {
         let scales = |s: &Scales| match s {

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use safetensors::Dtype;
+
 use super::HostDtype;
 use crate::error::{Error, Result};
 use crate::fsio::{AtomicFile, Written};
@@ -15,7 +17,7 @@ use crate::fsio::{AtomicFile, Written};
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorSpec {
     pub name: String,
-    pub dtype: HostDtype, // F32, F16 or BF16
+    pub dtype: HostDtype, // F32, F16 or BF16; Other(U8) for codes
     pub shape: Vec<usize>,
 }
 
@@ -56,7 +58,8 @@ fn header<'a>(path: &Path, tensors: &'a [TensorSpec], metadata: &[(&str, &str)])
         if name == "__metadata__" || !seen.insert(name) {
             return Err(Error::model(path, format!("{name}: two tensors cannot have one name")));
         }
-        let size = tensor.dtype.size().and_then(|s| tensor.shape.iter().try_fold(s, |n, d| n.checked_mul(*d)));
+        let bytes = if tensor.dtype == HostDtype::Other(Dtype::U8) { Some(1) } else { tensor.dtype.size() };
+        let size = bytes.and_then(|s| tensor.shape.iter().try_fold(s, |n, d| n.checked_mul(*d)));
         let Some(size) = size else {
             let message = format!("{name}: {} {:?} cannot be written", tensor.dtype.name(), tensor.shape);
             return Err(Error::model(path, message));

@@ -1,0 +1,200 @@
+//! The memory plan: what a run will hold on its device, known before it starts. Floor 6.
+//!
+//! Invariant: nothing is modelled twice. The plan is a step of the run itself on [`Blank`], a device that computes nothing,
+//! and what the pool then says of its peak; so a change of an op, of the tape or of the optimizer is in the plan already.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::Trainer;
+use super::job::{prepare, scheme};
+use crate::config::{Optim, PeftConfig, Recompute, TrainingConfig};
+use crate::cx::Cx;
+use crate::device::{Device, blank::Blank, mebibytes};
+use crate::error::{Error, Result};
+use crate::methods::sft::Sft;
+use crate::model::config::ModelConfig;
+use crate::model::decoder::Decoder;
+
+/// What is asked of a plan: the run's own keys, and how long its rows are.
+#[derive(Clone)]
+pub struct Ask<'a> {
+    pub model: &'a ModelConfig,
+    /// The model's folder, which an adapter's config names.
+    pub dir: &'a Path,
+    pub adapter: Option<&'a Path>,
+    pub peft: PeftConfig,
+    pub training: TrainingConfig,
+    /// Tokens of the longest sequence, and of all of a micro-batch.
+    pub length: usize,
+    pub tokens: usize,
+    /// The method holds its policy against a model that stays: see [`Decoder::reference`].
+    pub reference: bool,
+}
+
+/// What will be in use at the peak.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    pub recompute: bool,
+    pub peak: usize,
+    /// What the peak is made of, largest first: what it is, bytes.
+    pub parts: Vec<(&'static str, usize)>,
+    /// As the allocator names it.
+    pub blocks: Vec<(String, usize)>,
+}
+
+impl Plan {
+    /// The plan of `ask` on a device that stands for `cx`'s, with its dtype and its choices of kernels.
+    pub fn new(cx: &Cx, ask: &Ask, recompute: bool) -> Result<Plan> {
+        Plan::on(Arc::new(Blank::like(&*cx.device)?), cx, ask, recompute)
+    }
+
+    /// As [`Plan::new`], on a device that need not be there; dtype and choices are those of `like`.
+    pub fn on(device: Arc<dyn Device>, like: &Cx, ask: &Ask, recompute: bool) -> Result<Plan> {
+        let mut cx = Cx::new(device, like.dtype)?;
+        (cx.matmul, cx.attention) = (like.matmul, like.attention);
+        let base = Decoder::zeros(&cx, 0, ask.model.clone(), ask.length, scheme(&ask.peft))?;
+        // Initial values take host time and no memory: the plan's are the plainest.
+        let peft = PeftConfig { init_lora_weights: "true".into(), ..ask.peft.clone() };
+        let model = prepare(&cx, base, &peft, ask.adapter, ask.dir, 0)?;
+        let reference = if ask.reference { Some(model.reference(&cx, 2)?) } else { None };
+        // Sequences as long as they get, and a shorter one for the rest of the tokens.
+        let length = ask.length.max(2);
+        let mut lengths = vec![length; ask.tokens / length];
+        lengths.extend(Some(ask.tokens % length).filter(|rest| *rest > 1 || ask.tokens < length).map(|n| n.max(2)));
+        let mut training = ask.training.clone();
+        training.per_device_train_batch_size = lengths.len();
+        let rows = lengths.len() * training.gradient_accumulation_steps;
+        let vocab = ask.model.vocab_size.max(1);
+        let row = |n: usize| ((0..n).map(|i| (i % vocab) as u32).collect(), vec![true; n]);
+        let mut sft = Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
+        let mut trainer = Trainer::new(cx, model, training, rows, recompute)?;
+        trainer.step(&mut sft)?;
+        drop(reference);
+        let (peak, blocks) = (trainer.cx.pool.in_use().1, trainer.cx.pool.high_water());
+        let mut parts: Vec<(&'static str, usize)> = Vec::new();
+        for (name, bytes) in &blocks {
+            let part = part(name);
+            match parts.iter_mut().find(|p| p.0 == part) {
+                Some(p) => p.1 += bytes,
+                None => parts.push((part, *bytes)),
+            }
+        }
+        parts.sort_by_key(|p| std::cmp::Reverse(p.1));
+        Ok(Plan { recompute, peak, parts, blocks })
+    }
+
+    /// The table that is printed before a run.
+    pub fn table(&self, ask: &Ask, available: usize) -> String {
+        let mut text = format!(
+            "memory plan, micro-batches of at most {} tokens, gradient_checkpointing={}:\n",
+            ask.tokens, self.recompute
+        );
+        for (part, bytes) in &self.parts {
+            text += &format!("{:>14}  {part}\n", mebibytes(*bytes));
+        }
+        text + &format!("{:>14}  at the peak; {} are available", mebibytes(self.peak), mebibytes(available))
+    }
+}
+
+/// Which line of the table a block belongs to.
+fn part(block: &str) -> &'static str {
+    match block {
+        "weights" => "weights",
+        "adapter weights" => "adapter",
+        "reference weights" => "reference",
+        "parameter gradients" => "gradients",
+        "adam moments" | "master weights" | "optimizer scalars" => "optimizer state",
+        "logits chunk" | "dlogits chunk" | "head rows" => "head chunk",
+        "activation gradients" => "activation gradients",
+        "dequantised weight" | "weight to quantise" => "a dequantised weight",
+        "partial sums" | "column factors" | "attention delta" => "scratch",
+        "rope table" => "rope table",
+        name if name.starts_with("nf4") || name.starts_with("int8") || name.starts_with("8-bit") => "quantised weights",
+        _ => "activations",
+    }
+}
+
+/// Bytes that a run on `cx` may take: what the device has free, and what its pool holds unused.
+pub fn available(cx: &Cx) -> Result<usize> {
+    Ok(cx.device.memory()?.free.saturating_add(cx.pool.cached()))
+}
+
+/// Plans the run: `gradient_checkpointing=auto` turns on where it does not fit without, a tenth kept for what the pool
+/// cannot use. Errors: a run that does not fit in `available` bytes, with what would make it.
+pub fn fit(cx: &Cx, ask: &Ask, available: usize) -> Result<Plan> {
+    let plan = match ask.training.gradient_checkpointing {
+        Recompute::On => Plan::new(cx, ask, true)?,
+        Recompute::Off => Plan::new(cx, ask, false)?,
+        Recompute::Auto => {
+            let plan = Plan::new(cx, ask, false)?;
+            if plan.peak > available / 10 * 9 { Plan::new(cx, ask, true)? } else { plan }
+        }
+    };
+    if plan.peak <= available {
+        return Ok(plan);
+    }
+    Err(Error::OutOfMemory(refusal(cx, ask, &plan, available)?))
+}
+
+/// A change of keys that takes less memory: what to write, and what it makes of the run.
+type Change = (String, fn(&mut Ask) -> bool);
+
+fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> {
+    let keys = &ask.training;
+    let (half, double) = (keys.per_device_train_batch_size / 2, keys.gradient_accumulation_steps * 2);
+    let changes: [Change; 6] = [
+        (format!("per_device_train_batch_size={half} gradient_accumulation_steps={double}"), |a| {
+            let t = &mut a.training;
+            (t.per_device_train_batch_size, t.gradient_accumulation_steps) =
+                (t.per_device_train_batch_size / 2, t.gradient_accumulation_steps * 2);
+            a.tokens = a.tokens.div_ceil(2);
+            t.per_device_train_batch_size > 0
+        }),
+        ("gradient_checkpointing=true".into(), |a| {
+            std::mem::replace(&mut a.training.gradient_checkpointing, Recompute::On) == Recompute::Off
+        }),
+        (format!("max_length={}", ask.length / 2), |a| {
+            (a.length, a.tokens) = (a.length / 2, a.tokens.div_ceil(2));
+            a.length >= 2
+        }),
+        ("optim=adamw_8bit".into(), |a| std::mem::replace(&mut a.training.optim, Optim::Adamw8bit) != Optim::Adamw8bit),
+        ("use_peft=true lora_target_modules=all-linear".into(), |a| {
+            let full = !a.peft.use_peft && a.adapter.is_none();
+            if full {
+                a.peft.use_peft = true;
+                a.peft.lora_target_modules = Some(vec!["all-linear".into()]);
+                (a.peft.freeze, a.peft.lr_multipliers) = (None, None);
+            }
+            full
+        }),
+        ("load_in_4bit=true".into(), |a| {
+            let dense = a.peft.use_peft && scheme(&a.peft).is_none();
+            a.peft.load_in_4bit |= dense;
+            dense
+        }),
+    ];
+    let mut text = format!("the run does not fit.\n{}\nWhat would change it:", plan.table(ask, available));
+    let mut all = ask.clone();
+    let mut together = Vec::new();
+    for (keys, change) in &changes {
+        let mut one = ask.clone();
+        if !change(&mut one) {
+            continue;
+        }
+        let recompute = plan.recompute || one.training.gradient_checkpointing == Recompute::On;
+        let peak = Plan::new(cx, &one, recompute)?.peak;
+        if peak < plan.peak {
+            let enough = if peak <= available { "" } else { " (not enough)" };
+            text += &format!("\n{:>14}  with {keys}{enough}", mebibytes(peak));
+            change(&mut all);
+            together.push(keys.as_str());
+        }
+    }
+    let peak = Plan::new(cx, &all, true)?.peak;
+    text += &format!("\n{:>14}  with all of them: {}", mebibytes(peak), together.join(" "));
+    if peak > available {
+        text += " (not enough: take a smaller model or a larger device)";
+    }
+    Ok(text)
+}
