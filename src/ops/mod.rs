@@ -14,7 +14,6 @@ pub mod head;
 pub mod lora;
 pub mod lora_kernels;
 pub mod matmul;
-pub mod matmul;
 pub mod policy;
 pub mod preference;
 pub mod quant;
