@@ -22,23 +22,19 @@ pub enum MomentKind {
 }
 
 pub enum Moments {
-    F32 {
-        m: Tensor,
-        v: Tensor,
-    },
-    Bf16 {
-        m: Tensor,
-        v: Tensor,
-    },
-    /// `m` and `v` are codes in the arena's layout; scales lie range after range, each range in blocks of its own.
-    Blockwise8 {
-        m: Tensor,
-        v: Tensor,
-        m_absmax: Tensor,
-        v_absmax: Tensor,
-        maps: Maps,
-        ranges: Vec<(usize, usize)>,
-    },
+    F32 { m: Tensor, v: Tensor },
+    Bf16 { m: Tensor, v: Tensor },
+    Blockwise8(Box<Blockwise8>),
+}
+
+/// `m` and `v` are codes in the arena's layout; scales lie range after range, each range in blocks of its own.
+pub struct Blockwise8 {
+    pub m: Tensor,
+    pub v: Tensor,
+    pub m_absmax: Tensor,
+    pub v_absmax: Tensor,
+    maps: Maps,
+    ranges: Vec<(usize, usize)>,
 }
 
 /// The part of the arena that a step updates, beside its moments.
@@ -72,14 +68,14 @@ impl Moments {
                     end = to;
                 }
                 let blocks = ranges.iter().map(|r| blocks(*r)).sum();
-                Moments::Blockwise8 {
+                Moments::Blockwise8(Box::new(Blockwise8 {
                     m: zeros(DType::U8, len)?,
                     v: zeros(DType::U8, len)?,
                     m_absmax: zeros(DType::F32, blocks)?,
                     v_absmax: zeros(DType::F32, blocks)?,
                     maps: Maps::new(cx)?,
                     ranges: ranges.to_vec(),
-                }
+                }))
             }
         })
     }
@@ -88,7 +84,7 @@ impl Moments {
         match self {
             Moments::F32 { .. } => MomentKind::F32,
             Moments::Bf16 { .. } => MomentKind::Bf16,
-            Moments::Blockwise8 { .. } => MomentKind::Blockwise8,
+            Moments::Blockwise8(_) => MomentKind::Blockwise8,
         }
     }
 
@@ -110,22 +106,22 @@ impl Moments {
                 let slice = Slice { master: at.master, weight: at.weight, m: &m, v: &v, grad: at.grad };
                 adamw(cx, group, &slice, hyper)
             }
-            Moments::Blockwise8 { m, v, m_absmax, v_absmax, maps, ranges } => {
-                let place = ranges.iter().position(|r| *r == range).ok_or_else(|| {
-                    Error::op("adamw8", format!("a step of {range:?}: the moments were made for {ranges:?}"))
+            Moments::Blockwise8(s) => {
+                let place = s.ranges.iter().position(|r| *r == range).ok_or_else(|| {
+                    Error::op("adamw8", format!("a step of {range:?}: the moments were made for {:?}", s.ranges))
                 })?;
-                let first: usize = ranges[..place].iter().map(|r| blocks(*r)).sum();
+                let first: usize = s.ranges[..place].iter().map(|r| blocks(*r)).sum();
                 let end = first + blocks(range);
                 let slice = Slice8 {
                     master: at.master,
                     weight: at.weight,
-                    m: &m.rows(from, to)?,
-                    v: &v.rows(from, to)?,
-                    m_absmax: &m_absmax.rows(first, end)?,
-                    v_absmax: &v_absmax.rows(first, end)?,
+                    m: &s.m.rows(from, to)?,
+                    v: &s.v.rows(from, to)?,
+                    m_absmax: &s.m_absmax.rows(first, end)?,
+                    v_absmax: &s.v_absmax.rows(first, end)?,
                     grad: at.grad,
                 };
-                adamw8(cx, group, &slice, maps, hyper)
+                adamw8(cx, group, &slice, &s.maps, hyper)
             }
         }
     }
@@ -134,8 +130,8 @@ impl Moments {
     pub fn named_tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Moments::F32 { m, v } | Moments::Bf16 { m, v } => vec![("m", m), ("v", v)],
-            Moments::Blockwise8 { m, v, m_absmax, v_absmax, .. } => {
-                vec![("m", m), ("v", v), ("m_absmax", m_absmax), ("v_absmax", v_absmax)]
+            Moments::Blockwise8(s) => {
+                vec![("m", &s.m), ("v", &s.v), ("m_absmax", &s.m_absmax), ("v_absmax", &s.v_absmax)]
             }
         }
     }

@@ -49,10 +49,10 @@ fn mean(x: &[f32]) -> f32 {
         for r in 0..rows {
             level[0] += x[r * 4 * wide + c];
             let done = r + 1;
-            if done % (1 << power) == 0 {
+            if done & ((1 << power) - 1) == 0 {
                 for j in 1..4 {
                     level[j] += std::mem::take(&mut level[j - 1]);
-                    if (done >> (j as u32 * power)) % (1 << power) != 0 {
+                    if (done >> (j as u32 * power)) & ((1 << power) - 1) != 0 {
                         break;
                     }
                 }
@@ -107,10 +107,10 @@ fn dequantise(h: &Host, rows: usize, cols: usize, scheme: Scheme) -> Vec<f32> {
         }
     };
     let value = |i: usize| match scheme {
-        Scheme::Int8 => f32::from(h.codes[i] as i8) * scales[i / cols] * 7.874_015_7e-3,
+        Scheme::Int8 => f32::from(h.codes[i] as i8) * scales[i / cols] * 7.874_016e-3,
         Scheme::Nf4 { .. } => {
             let byte = h.codes[i / 2];
-            NF4[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })] * scales[i / BLOCK4]
+            NF4[usize::from(if i & 1 == 0 { byte >> 4 } else { byte & 15 })] * scales[i / BLOCK4]
         }
     };
     (0..rows * cols).map(value).collect()
