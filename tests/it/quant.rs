@@ -181,6 +181,7 @@ fn steps_of_8_bit_adamw_are_bitsandbytes() {
         beta2: 0.999,
         eps: 1e-8,
         weight_decay: f["weight_decay"].as_f64().unwrap() as f32,
+        lr_scale: 1.0,
         group: 0,
     };
     for (t, want) in f["steps"].as_array().unwrap().iter().enumerate() {
@@ -220,7 +221,7 @@ fn moments_of_every_kind_go_on_from_a_checkpoint_bit_for_bit() {
     let ranges = [(0, 300), (300, n)];
     for kind in [MomentKind::F32, MomentKind::Bf16, MomentKind::Blockwise8] {
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::BF16).unwrap();
-        let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, group: 0 };
+        let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, lr_scale: 1.0, group: 0 };
         let hyper = adamw::hyper(&cx).unwrap();
         hyper.upload(&[1e-2f32, 0.1, 0.03, 0.0, 1.0, 0.0, 0.0, 0.0]).unwrap();
         let new = |cx: &Cx| Moments::new(cx, n, &ranges, kind).unwrap();
@@ -268,7 +269,7 @@ fn moments_in_bf16_follow_their_mean_by_chance() {
     let n = 4096;
     let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
     let moments = Moments::new(&cx, n, &[(0, n)], MomentKind::Bf16).unwrap();
-    let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, group: 0 };
+    let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lr_scale: 1.0, group: 0 };
     let hyper = adamw::hyper(&cx).unwrap();
     let ones = Tensor::from_f32(&cx.pool, "g", DType::F32, &[n], &vec![1.0; n]).unwrap();
     let p = Tensor::from_f32(&cx.pool, "p", DType::F32, &[n], &vec![0.0; n]).unwrap();
