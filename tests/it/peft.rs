@@ -18,20 +18,20 @@ use temper::model::decoder::Decoder;
 use temper::train::Trainer;
 use temper::train::job::prepare;
 
-fn fixtures() -> &'static Path {
+pub fn fixtures() -> &'static Path {
     Path::new("tests/fixtures")
 }
 
-fn losses() -> Value {
+pub fn losses() -> Value {
     serde_json::from_slice(&std::fs::read("tests/fixtures/peft/losses.json").unwrap()).unwrap()
 }
 
-fn cpu() -> Cx {
+pub fn cpu() -> Cx {
     Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap()
 }
 
 /// The base with an adapter of the fixture on it, as `temper sft --adapter` makes it.
-fn model(cx: &Cx, base: &str, name: &str, keys: &[String]) -> (Decoder, SftRun) {
+pub fn model(cx: &Cx, base: &str, name: &str, keys: &[String]) -> (Decoder, SftRun) {
     let (run, _) = SftRun::load(None, keys).unwrap();
     let dir = fixtures().join(base);
     let decoder = Decoder::load(cx, 0, &dir, 512).unwrap();
@@ -39,19 +39,20 @@ fn model(cx: &Cx, base: &str, name: &str, keys: &[String]) -> (Decoder, SftRun) 
     (prepare(cx, decoder, &run.peft, Some(&adapter), &dir, 42).unwrap(), run)
 }
 
-fn logps(cx: &mut Cx, model: &Decoder, ids: &Value) -> Vec<f64> {
+pub fn logps(cx: &mut Cx, model: &Decoder, ids: &Value) -> Vec<f64> {
     let rows: Vec<Vec<u32>> = serde_json::from_value(ids.clone()).unwrap();
     let sequences: Vec<Sequence> = rows.iter().map(|ids| Sequence { ids, target: None }).collect();
     model.logps(cx, &sequences).unwrap().concat().into_iter().map(f64::from).collect()
 }
 
-fn flat(v: &Value) -> Vec<f64> {
+pub fn flat(v: &Value) -> Vec<f64> {
     v.as_array().unwrap().iter().flat_map(|r| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap())).collect()
 }
 
-fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
+/// Relative to b where that is above 1: these models' log-probs go down to -30.
+pub fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+    a.iter().zip(b).map(|(a, b)| (a - b).abs() / b.abs().max(1.0)).fold(0.0, f64::max)
 }
 
 fn keys(all: &Value, run: &Value) -> Vec<String> {
@@ -63,7 +64,7 @@ fn keys(all: &Value, run: &Value) -> Vec<String> {
     keys
 }
 
-fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, Sft) {
+pub fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, Sft) {
     let dir = fixtures().join("sft/model");
     let tokenizer = Tokenizer::load(&dir).unwrap();
     let template = ChatTemplate::of(&tokenizer).unwrap();
@@ -120,7 +121,7 @@ fn untrained_copies(decoder: &Decoder) -> u64 {
 
 #[test]
 fn an_adapter_that_is_written_reads_back_with_the_same_bits() {
-    for name in ["lora_patterns", "lora_saves_head", "lora_bias_lora_only", "dora", "ia3"] {
+    for name in ["lora_patterns", "lora_saves_head", "lora_bias_lora_only", "dora", "ia3", "prompt_text"] {
         let mut cx = cpu();
         let base = losses()["runs"][name]["base"].as_str().unwrap().to_string();
         let (decoder, _) = model(&cx, &base, name, &[]);
@@ -163,6 +164,13 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
         (vec!["use_peft=true", "rank_pattern=q_proj=0"], "rank 0"),
         (vec!["use_peft=true", "lora_modules_to_save=embed_token"], "did you mean embed_tokens?"),
         (vec!["lora_r=8"], "use_peft is false"),
+        (vec!["use_peft=true", "init_lora_weights=pissa"], "lora_dropout=0"),
+        (vec!["use_peft=true", "init_lora_weights=pissa", "lora_dropout=0", "lora_r=64"], "rank 64 of a"),
+        (vec!["use_peft=true", "init_lora_weights=svd"], "pissa_niter_N"),
+        (vec!["use_peft=true", "peft_type=prompt_tuning", "num_virtual_tokens=0"], "an empty prompt"),
+        (vec!["use_peft=true", "peft_type=prompt_tuning", "lora_target_modules=q_proj"], "neither lora nor ia3"),
+        (vec!["use_peft=true", "peft_type=seq_bn", "non_linearity=tan"], "relu, swish, gelu"),
+        (vec!["use_peft=true", "reduction_factor=4"], "no bottleneck adapter"),
         (vec!["freeze=layers.9"], "matches no parameter"),
         (vec!["freeze=."], "nothing is left to train"),
     ] {
