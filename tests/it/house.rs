@@ -120,7 +120,10 @@ fn every_kernel_file_has_the_five_parts_of_its_head() {
 #[test]
 fn the_docs_table_of_keys_is_the_programs() {
     let run = temper::config::SftRun::default();
-    let table = temper::config::markdown(&run.sections());
-    let docs = std::fs::read_to_string("docs/sft.md").unwrap();
-    assert!(docs.contains(table.trim()), "docs/sft.md: replace the table of keys by:\n{table}");
+    let own: [&dyn temper::config::Section; 2] = [&run.training, &run.method];
+    for (page, sections) in [("docs/sft.md", &own[..]), ("docs/peft.md", &[&run.peft])] {
+        let table = temper::config::markdown(sections);
+        let docs = std::fs::read_to_string(page).unwrap();
+        assert!(docs.contains(table.trim()), "{page}: replace the table of keys by:\n{table}");
+    }
 }
