@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 
 const METRICS: &str = "metrics.jsonl";
+const COMPLETIONS: &str = "completions.jsonl";
 
 /// A logged value. Integers stay integers (`num_tokens`).
 #[derive(Clone, Debug, PartialEq)]
@@ -46,6 +47,8 @@ impl From<&str> for Metric {
 pub struct RunLog {
     path: PathBuf,
     file: File,
+    /// completions.jsonl, from the first completion on.
+    completions: Option<File>,
     history: Vec<Map<String, Value>>,
     bar: Option<ProgressBar>,
     total: u64,
@@ -66,8 +69,17 @@ impl RunLog {
         fsio::atomic_write(&path, text.as_bytes())?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
         let first = resume_from_step.unwrap_or(0);
+        let samples = output_dir.as_ref().join(COMPLETIONS);
+        if samples.exists() {
+            let kept = match resume_from_step {
+                Some(step) => kept(&samples, step)?,
+                None => Vec::new(),
+            };
+            let text: String = kept.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
+            fsio::atomic_write(&samples, text.as_bytes())?;
+        }
         let bar = std::io::stderr().is_terminal().then(|| bar(first, total_steps));
-        Ok(Self { path, file, history, bar, total: total_steps, pace: Pace::start(first) })
+        Ok(Self { path, file, completions: None, history, bar, total: total_steps, pace: Pace::start(first) })
     }
 
     /// Logs `metrics` of a step: a line of the file, a line on stdout. A key that stands twice counts once, the last.
@@ -80,6 +92,27 @@ impl RunLog {
         let shown = if self.bar.is_some() { shown } else { format!("{step}/{} {shown}", self.total) };
         self.print(&mut std::io::stdout(), &shown);
         Ok(())
+    }
+
+    /// Appends what was generated in a step to completions.jsonl.
+    pub fn completions(&mut self, step: u64, lines: Vec<Value>) -> Result<()> {
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let path = self.path.with_file_name(COMPLETIONS);
+        let mut text = String::new();
+        for mut line in lines {
+            line["step"] = step.into();
+            text += &format!("{line}\n");
+        }
+        let file = match &mut self.completions {
+            Some(file) => file,
+            None => {
+                let open = OpenOptions::new().create(true).append(true).open(&path);
+                self.completions.insert(open.map_err(|e| Error::io(&path, e))?)
+            }
+        };
+        file.write_all(text.as_bytes()).map_err(|e| Error::io(&path, e))
     }
 
     /// Moves the progress bar; `tokens` is what the run has trained on so far.
@@ -112,7 +145,11 @@ impl RunLog {
 
     /// Everything logged so far is on disk: call it before a checkpoint is finished.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(|e| Error::io(&self.path, e))
+        self.file.sync_all().map_err(|e| Error::io(&self.path, e))?;
+        match &self.completions {
+            Some(file) => file.sync_all().map_err(|e| Error::io(&self.path, e)),
+            None => Ok(()),
+        }
     }
 
     /// All lines, those before a resume included.

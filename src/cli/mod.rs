@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::SftConfig;
+use crate::config::{CpoConfig, DpoConfig, KtoConfig, OrpoConfig, PrmConfig, RewardConfig, SftConfig};
 use crate::cx::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
@@ -40,6 +40,18 @@ enum Command {
     Sft(train::Args),
     /// Language modelling on text rows, packed; makes weights at random for a folder that has only a config
     Pretrain(train::Args),
+    /// Direct preference optimisation: pairs of a chosen and a rejected answer
+    Dpo(train::Args),
+    /// A reward model, of pairs; starts from a language model
+    Reward(train::Args),
+    /// A process reward model, of solutions with a label for each step
+    Prm(train::Args),
+    /// KTO and BCO: single answers labelled good or bad
+    Kto(train::Args),
+    /// Odds-ratio preference optimisation: pairs, without a reference
+    Orpo(train::Args),
+    /// Contrastive preference optimisation, SimPO, AlphaPO: pairs, without a reference
+    Cpo(train::Args),
     Generate(generate::Args),
     Chat(chat::Args),
     Score(score::Args),
@@ -103,6 +115,12 @@ pub fn main() -> i32 {
     let result = match cli.command {
         Command::Sft(args) => train::run::<SftConfig>(args),
         Command::Pretrain(args) => train::pretrain(args),
+        Command::Dpo(args) => train::run::<DpoConfig>(args),
+        Command::Reward(args) => train::run::<RewardConfig>(args),
+        Command::Prm(args) => train::run::<PrmConfig>(args),
+        Command::Kto(args) => train::run::<KtoConfig>(args),
+        Command::Orpo(args) => train::run::<OrpoConfig>(args),
+        Command::Cpo(args) => train::run::<CpoConfig>(args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),

@@ -4,7 +4,7 @@
 
 use super::dpo::length_rules;
 use super::value::words;
-use super::{OnTruncation, Report, section};
+use super::{MethodSection, OnTruncation, Report, TrainingConfig, section};
 
 words! {
     pub enum CpoLossType {
@@ -39,6 +39,14 @@ section! {
         pub disable_dropout: bool = true,
         /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
         pub chat_template_path: Option<String> = None,
+    }
+}
+
+impl MethodSection for CpoConfig {
+    const NAME: &'static str = "cpo";
+
+    fn training() -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
 use super::dpo::length_rules;
-use super::{OnTruncation, Report, TruncationMode, section};
+use super::{MethodSection, OnTruncation, Report, TrainingConfig, TruncationMode, section};
 
 section! {
     /// Keys of `temper distill`, beside the common ones.
@@ -25,6 +25,14 @@ section! {
         pub disable_dropout: bool = true,
         /// A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
         pub chat_template_path: Option<String> = None,
+    }
+}
+
+impl MethodSection for DistillConfig {
+    const NAME: &'static str = "distill";
+
+    fn training() -> TrainingConfig {
+        TrainingConfig { learning_rate: 2e-5, ..Default::default() }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
 use super::value::words;
-use super::{OnTruncation, Report, TruncationMode, section};
+use super::{MethodSection, OnTruncation, Report, TrainingConfig, TruncationMode, section};
 
 words! {
     /// In the order of the kernel's numbers (`kernels/preference.cu`).
@@ -80,6 +80,14 @@ section! {
         pub disable_dropout: bool = true,
         /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
         pub chat_template_path: Option<String> = None,
+    }
+}
+
+impl MethodSection for DpoConfig {
+    const NAME: &'static str = "dpo";
+
+    fn training() -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
     }
 }
 

@@ -125,8 +125,6 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("deepspeed", &[], "a run has one GPU; leave it out"),
     ("fsdp", &["", "[]"], "a run has one GPU; leave it out"),
     ("fsdp_config", &["{}"], "a run has one GPU; leave it out"),
-    ("use_peft", &["false"], "this command trains full weights; leave it out"),
-    ("load_in_4bit", &["false"], "weights are trained as they are; leave it out"),
     ("load_in_8bit", &["false"], "weights are trained as they are; leave it out"),
     ("model_init_kwargs", &["{}"], "give dtype and attention as keys of their own"),
     ("dataset_kwargs", &["{}"], "leave it out"),

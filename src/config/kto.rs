@@ -4,7 +4,7 @@
 
 use super::dpo::{length_rules, reference_rules};
 use super::value::words;
-use super::{OnTruncation, Report, section};
+use super::{MethodSection, OnTruncation, Report, Sampling, TrainingConfig, section};
 
 words! {
     pub enum KtoLoss {
@@ -45,6 +45,14 @@ section! {
         pub disable_dropout: bool = true,
         /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
         pub chat_template_path: Option<String> = None,
+    }
+}
+
+impl MethodSection for KtoConfig {
+    const NAME: &'static str = "kto";
+
+    fn training() -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, train_sampling_strategy: Sampling::Sequential, ..Default::default() }
     }
 }
 

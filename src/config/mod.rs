@@ -12,8 +12,10 @@ mod dpo;
 mod foreign;
 mod generate;
 mod kto;
+mod online;
 mod orpo;
 mod peft;
+mod prm;
 mod reward;
 mod sft;
 mod training;
@@ -32,8 +34,13 @@ pub use distill::DistillConfig;
 pub use dpo::{DpoConfig, DpoLoss, FDivergence};
 pub use generate::GenerateConfig;
 pub use kto::{KtoConfig, KtoLoss};
+pub use online::{
+    GrpoConfig, GrpoKeys, GrpoLoss, ImportanceLevel, KlEstimatorChoice, Online, OnlineConfig, PpoConfig, PpoKeys,
+    ReinforceConfig, ReinforceKeys, RewardAggregation, RlooConfig, RlooKeys, ScaleRewards, ValueModel,
+};
 pub use orpo::OrpoConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
+pub use prm::PrmConfig;
 pub use reward::RewardConfig;
 pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
 pub use training::{

@@ -3,7 +3,7 @@
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
 use super::dpo::length_rules;
-use super::{OnTruncation, Report, section};
+use super::{MethodSection, OnTruncation, Report, TrainingConfig, section};
 
 section! {
     /// Keys of `temper orpo`, beside the common ones.
@@ -18,6 +18,14 @@ section! {
         pub disable_dropout: bool = true,
         /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
         pub chat_template_path: Option<String> = None,
+    }
+}
+
+impl MethodSection for OrpoConfig {
+    const NAME: &'static str = "orpo";
+
+    fn training() -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
     }
 }
 

@@ -1,9 +1,9 @@
-//! Keys of reward models: TRL's `RewardConfig`, and its former `PRMConfig`. Floor 0.
+//! Keys of reward models: TRL's `RewardConfig`. Floor 0.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
 use super::dpo::length_rules;
-use super::{OnTruncation, Report, section};
+use super::{MethodSection, OnTruncation, Report, TrainingConfig, section};
 
 section! {
     /// Keys of `temper reward`, beside the common ones.
@@ -15,10 +15,6 @@ section! {
         /// Ours. A pair longer than max_length is dropped (truncate does the same: a cut answer has another worth); error
         /// names the row.
         pub on_truncation: OnTruncation = OnTruncation::Drop,
-        /// Ours, of TRL's former PRMConfig. Rows with steps: what stands behind each step, and carries its label.
-        pub step_separator: String = "\n".into(),
-        /// Ours, of TRL's former PRMConfig. Rows with steps: only the last step's label counts in training.
-        pub train_on_last_step_only: bool = false,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,
         /// The token that ends a row. none: the tokenizer's.
@@ -28,14 +24,19 @@ section! {
     }
 }
 
+impl MethodSection for RewardConfig {
+    const NAME: &'static str = "reward";
+
+    fn training() -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-4, ..Default::default() }
+    }
+}
+
 impl RewardConfig {
     fn rules(&self, report: &mut Report) {
         if let Some(c) = self.center_rewards_coefficient {
             report.must(c >= 0.0, || format!("center_rewards_coefficient = {c}: must not be below 0"));
         }
-        report.must(!self.step_separator.is_empty(), || {
-            "step_separator = \"\": a step's label stands on its last token, so it needs one".into()
-        });
         length_rules(self.max_length, report);
         if self.max_length.is_none() {
             report.idle("on_truncation", "max_length", "max_length is \"none\"");

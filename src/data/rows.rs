@@ -25,6 +25,11 @@ impl Row {
         Error::data(&self.file, Some(self.line), message)
     }
 
+    /// `file:line`.
+    pub fn place(&self) -> String {
+        format!("{}:{}", self.file.display(), self.line)
+    }
+
     pub fn has(&self, field: &str) -> bool {
         self.value.contains_key(field)
     }

@@ -3,9 +3,24 @@
 //! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer step), never by the chunk
 //! of rows that fits in memory; it knows the model, never a kernel.
 
+pub mod grpo;
+pub mod online;
+pub mod ppo;
+pub mod reinforce;
+pub mod rloo;
+pub mod completions;
+pub mod cpo;
+pub mod dpo;
+pub mod kto;
+pub mod objective;
+pub mod orpo;
+pub mod prm;
+pub mod reference;
+pub mod reward;
 pub mod sft;
 
 use std::borrow::Cow;
+use std::path::Path;
 
 use crate::config::{MethodSection, TrainingConfig};
 use crate::cx::Cx;
@@ -37,6 +52,8 @@ pub struct Source<'a> {
     pub model: &'a ModelConfig,
     pub train: &'a [Row],
     pub eval: &'a [Row],
+    /// The run's folder, for what is worth keeping from one run to the next.
+    pub output: &'a Path,
 }
 
 /// The keys of a method make the method.
@@ -47,6 +64,11 @@ pub trait Recipe: MethodSection {
     /// A chat template to use in the place of the model's.
     fn chat_template_path(&self) -> Option<&str> {
         None
+    }
+
+    /// Whether dropout is off, also in an adapter that asks for it.
+    fn disable_dropout(&self) -> bool {
+        false
     }
 
     /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and line.
@@ -69,6 +91,16 @@ pub trait Method {
         Ok(())
     }
 
+    /// Where a method fills its micro-batches itself: how many an epoch has. Then a step's "rows" are their numbers.
+    fn micro_batches(&self) -> Option<usize> {
+        None
+    }
+
+    /// Called before [`Method::step`] with the step's number, from 0.
+    fn begin(&mut self, _number: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up in `cx.param_grads`.
     fn step(
         &mut self,
@@ -77,6 +109,11 @@ pub trait Method {
         micro_batches: &[&[usize]],
         checkpoint: bool,
     ) -> Result<StepReport>;
+
+    /// What was generated since it was last asked for, a line each for completions.jsonl.
+    fn take_completions(&mut self) -> Vec<serde_json::Value> {
+        Vec::new()
+    }
 
     /// Called after the parameters have changed, with the number of steps done.
     fn stepped(&mut self, _cx: &mut Cx, _model: &Decoder, _done: u64) -> Result<()> {
@@ -98,7 +135,7 @@ pub trait Method {
     }
 
     /// Takes up what [`Method::state`] gave, from a checkpoint's folder.
-    fn restore(&mut self, _cx: &mut Cx, _dir: &std::path::Path) -> Result<()> {
+    fn restore(&mut self, _cx: &mut Cx, _dir: &Path) -> Result<()> {
         Ok(())
     }
 }

@@ -7,8 +7,6 @@
 //!
 //! Floor 5. Invariant: packing changes which rows are computed together, never what a sequence sees.
 
-use std::path::Path;
-
 use crate::config::{SftConfig, TrainingConfig};
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
@@ -89,7 +87,7 @@ impl Recipe for SftConfig {
     }
 
     fn method(&self, _training: &TrainingConfig, source: &Source) -> Result<(Box<dyn Method>, String)> {
-        let Source { tokenizer, template, model, train, eval } = *source;
+        let Source { tokenizer, template, model, train, eval, .. } = *source;
         let (sft, stats) = Sft::new(self, tokenizer, template, model.vocab_size, train, eval)?;
         Ok((Box::new(sft), stats.to_string()))
     }
@@ -212,7 +210,7 @@ fn options(config: &SftConfig) -> SftOptions {
 
 /// Examples to rows of the step batch: one each, or packs.
 fn rows(examples: &[SftExample], source: &[Row], options: &SftOptions) -> Result<Vec<TrainRow>> {
-    let name = |e: &SftExample| source.get(e.row).map(place).unwrap_or_default();
+    let name = |e: &SftExample| source.get(e.row).map(Row::place).unwrap_or_default();
     let (Some(strategy), Some(max_length)) = (options.packing, options.max_length) else {
         let row = |e: &SftExample| TrainRow {
             sequences: vec![(e.input_ids.clone(), e.target_mask.clone())],
@@ -242,8 +240,4 @@ fn rows(examples: &[SftExample], source: &[Row], options: &SftOptions) -> Result
         rows.push(TrainRow { sequences, source: sources.join(" + ") });
     }
     Ok(rows)
-}
-
-fn place(row: &Row) -> String {
-    format!("{}:{}", <Path as AsRef<Path>>::as_ref(&row.file).display(), row.line)
 }

@@ -238,8 +238,9 @@ impl Decoder {
             return Err(Error::op("decoder", message));
         }
         if batch.vocab.virtuals != self.vocab().virtuals {
-            let message = format!("a batch for {:?}, the model has {:?}", batch.vocab, self.vocab());
-            return Err(Error::op("decoder", message + "; make it with the model's vocab()"));
+            let (theirs, ours) = (batch.vocab.virtuals, self.vocab().virtuals);
+            let message = format!("a batch behind {theirs} virtual tokens, the model's prompt has {ours}");
+            return Err(Error::op("decoder", message + "; this method takes no prompt tuning: use another peft_type"));
         }
         let x = self.embed(cx, &batch.tokens)?;
         self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan), checkpoint)

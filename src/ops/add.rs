@@ -48,6 +48,52 @@ impl Op for Add {
     }
 }
 
+/// `x` as F32, on the tape.
+pub fn to_float(cx: &mut Cx, x: &Tensor) -> Result<Tensor> {
+    cx.apply1(ToFloat, &[x])
+}
+
+#[derive(Debug)]
+pub struct ToFloat;
+
+impl Op for ToFloat {
+    fn name(&self) -> &'static str {
+        "to_float"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        if !x[0].is_contiguous() {
+            return Err(Error::op("to_float", format!("{:?} is strided", x[0])));
+        }
+        let y = cx.float("to_float", x[0].shape())?;
+        add_into(cx, &y, x[0], false)?;
+        Ok(Fwd { outputs: vec![y], saved: vec![] })
+    }
+
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+        let Some(dy) = &dy[0] else { return Ok(()) };
+        if node.inputs[0].dtype == DType::F32 {
+            return g.give(cx, 0, dy.clone());
+        }
+        let dx = cx.real("to_float", dy.shape())?;
+        kernels::to_real_copy(&*cx.device, flat(&dx), dx.out(), dy, dx.numel() as i64)?;
+        g.give(cx, 0, dx)
+    }
+
+    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        vec![x[0].clone()]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, 4 * x[0].numel())
+    }
+}
+
+pub fn to_float_cases(rng: &mut Rng) -> Vec<Case> {
+    let shapes = [vec![1], vec![33, 5], vec![1000]];
+    shapes.map(|s| Case::new(format!("{s:?}"), ToFloat, vec![Arg::real(rng.array(&s, 1.0))])).into()
+}
+
 /// `slot = grad`, or `slot += grad`; any of F32 and BF16, converted.
 pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Result<()> {
     let n = slot.numel() as i64;

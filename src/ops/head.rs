@@ -8,6 +8,7 @@
 use crate::cx::Cx;
 use crate::device::{DType, Launch, Layout, kernels};
 use crate::error::{Error, Result};
+use crate::ops::add::axpy;
 use crate::ops::matmul::product;
 use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
 use crate::tape::{Grads, Node};
@@ -67,6 +68,20 @@ fn logps(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32, squar
         }),
         _ => Err(Error::op("head_logps", "gave no outputs")),
     }
+}
+
+/// The mean of each row's logits over the vocabulary, F32 [n]: a row times the mean row of the head. Not on the tape.
+pub fn mean_logits(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let (n, vocab) = (x.row_count(), w.row_count());
+    let ones = Tensor::from_f32(&cx.pool, "ones", w.dtype(), &[1, vocab], &vec![1.0; vocab])?;
+    let sum = cx.real("sum of the head", &[1, w.cols()])?;
+    product(cx, Layout::NN, &sum, &ones, w, None, false)?;
+    let sums = cx.float("mean logits", &[n, 1])?;
+    product(cx, Layout::NT, &sums, x, &sum, None, false)?;
+    let mean = cx.float("mean logits", &[n])?;
+    mean.zero()?;
+    axpy(cx, &mean, &sums.reshape(&[n])?, 1.0 / vocab as f32)?;
+    Ok(mean)
 }
 
 /// log p(target) of rows whose logits are at hand: F32 [n], the same bits as [`head_logps`]'. Not on the tape.

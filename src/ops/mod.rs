@@ -266,6 +266,7 @@ pub fn registry() -> Vec<Entry> {
         entry("rope", &["rope", "reduce"], rope::cases, &[DEFAULT]),
         entry("scale_columns", &["scale", "reduce"], scale::cases, &[DEFAULT]),
         entry("sample", &["sample"], sample::cases, &[DEFAULT]),
+        entry("to_float", &["add"], add::to_float_cases, &[DEFAULT]),
         entry("attention", &["attention", "attention_mma"], attention::cases, &[LIGHT, TENSOR_CORE]),
         entry("attention_paged", &["attention", "attention_mma"], attention::paged_cases, &[LIGHT, TENSOR_CORE]),
         entry("kv_append", &["attention"], attention::append_cases, &[DEFAULT]),

@@ -4,6 +4,7 @@
 //! reward that cannot is an error that names the row. Aggregation and `None` follow TRL 1.16.0.
 
 pub mod advantage;
+pub mod model;
 mod numeric;
 mod schema;
 mod spec;

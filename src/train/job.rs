@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::Trainer;
+use super::{StepPlan, Trainer};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
 use super::state::{activation_bytes, parts_of};
 use crate::checkpoint::RunFolder;
@@ -54,8 +54,14 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         let p = config.attention_dropout;
         eprintln!("note: config.json has attention_dropout {p}; temper trains without dropout on attention weights");
     }
-    let source =
-        Source { tokenizer: &tokenizer, template: template.as_ref(), model: &config, train: job.train, eval: job.eval };
+    let source = Source {
+        tokenizer: &tokenizer,
+        template: template.as_ref(),
+        model: &config,
+        train: job.train,
+        eval: job.eval,
+        output: job.folder.path(),
+    };
     let (mut method, stats) = run.method.method(&run.training, &source)?;
     eprintln!("{stats}");
     let longest = method.longest();
@@ -67,7 +73,11 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     } else {
         Decoder::load_as(&cx, 0, dir, config, longest)?
     };
-    let model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
+    let mut model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
+    if let (true, Some(mut adapter)) = (run.method.disable_dropout(), model.adapter.take()) {
+        adapter.disable_dropout();
+        model = model.with_adapter(Some(adapter))?;
+    }
     let training = &run.training;
     let tokens = training.per_device_train_batch_size * longest;
     let recompute = recompute(training, &cx, &model, tokens)?;
@@ -80,7 +90,11 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         100.0 * trained as f64 / all.max(1) as f64,
         training.per_device_train_batch_size * training.gradient_accumulation_steps
     );
-    let mut trainer = Trainer::new(cx, model, training.clone(), method.rows(), recompute)?;
+    let plan = match method.micro_batches() {
+        Some(n) => StepPlan::online(training, n)?,
+        None => StepPlan::new(training, method.rows())?,
+    };
+    let mut trainer = Trainer::with_plan(cx, model, training.clone(), plan, recompute)?;
     method.attach(&mut trainer.cx, &trainer.model)?;
     let whole = Run {
         folder: job.folder,

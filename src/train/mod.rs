@@ -69,6 +69,16 @@ impl StepPlan {
         Ok(StepPlan { rows, batch, accumulation, sampling, seed: config.seed, steps_per_epoch, total_steps })
     }
 
+    /// A plan whose rows are micro-batches that the method itself fills, `micro_batches` an epoch: online methods.
+    pub fn online(config: &TrainingConfig, micro_batches: usize) -> Result<StepPlan> {
+        let own = TrainingConfig {
+            per_device_train_batch_size: 1,
+            train_sampling_strategy: Sampling::Sequential,
+            ..config.clone()
+        };
+        StepPlan::new(&own, micro_batches)
+    }
+
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -92,8 +102,19 @@ impl StepPlan {
 }
 
 impl Trainer {
-    pub fn new(mut cx: Cx, model: Decoder, config: TrainingConfig, rows: usize, recompute: bool) -> Result<Trainer> {
+    /// A trainer over `rows` rows.
+    pub fn new(cx: Cx, model: Decoder, config: TrainingConfig, rows: usize, recompute: bool) -> Result<Trainer> {
         let plan = StepPlan::new(&config, rows)?;
+        Trainer::with_plan(cx, model, config, plan, recompute)
+    }
+
+    pub fn with_plan(
+        mut cx: Cx,
+        model: Decoder,
+        config: TrainingConfig,
+        plan: StepPlan,
+        recompute: bool,
+    ) -> Result<Trainer> {
         let optimizer = Optimizer::new(
             &mut cx,
             model.trained(),
@@ -125,6 +146,7 @@ impl Trainer {
         self.cx.set_rng(self.config.seed, number as u32, 0)?;
         let set = self.model.trained().set;
         self.cx.param_grads[set as usize].reset();
+        method.begin(number)?;
         let report = method.step(&mut self.cx, &self.model, &refs, self.recompute)?;
         let learning_rate = self.learning_rate(number);
         let grad_norm = self.optimizer.measure(&mut self.cx, self.model.trained(), learning_rate, number + 1)?;

@@ -69,7 +69,19 @@ impl Run<'_> {
                     format!("stopped after step {} of {total}; go on with the same command and --resume", trainer.done);
                 return Err(Error::Interrupted(message));
             }
-            let step = trainer.step(method)?;
+            let step = match trainer.step(method) {
+                Ok(step) => step,
+                Err(e) => {
+                    // Nothing of the step was applied: what was done before it can be gone on with.
+                    if trainer.done > 0 && trainer.config.save_strategy != When::No {
+                        self.save(trainer, method, &state, &log)?;
+                        log.warn(&format!("checkpoint-{} holds the steps before the error", trainer.done));
+                    }
+                    log.finish();
+                    return Err(e);
+                }
+            };
+            log.completions(step.number, method.take_completions())?;
             self.take(trainer, method, &step, &mut state, &mut log)?;
         }
         trainer.write_model(dir, &self.parts)?;

@@ -14,6 +14,7 @@ mod peft;
 mod policy;
 mod preference_config;
 mod preference_data;
+mod preferences;
 mod prim;
 mod quant;
 mod quickstart;

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::config::{AdapterConfig, Kind};
-use super::init::copied;
 use super::{Adapter, bottleneck};
 use crate::cx::Cx;
 use crate::error::{Error, Result, nearest};
@@ -88,10 +87,7 @@ impl Adapter {
             return Err(Error::model(dir, message));
         }
         let adapter = Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
-        for (p, (spec, _)) in adapter.params.specs.iter().enumerate().filter(|(_, (s, _))| s.is_base_bias()) {
-            // What the file does not hold is not trained: it is the base's.
-            adapter.params.store(p, &copied(base, &spec.name, model)?)?;
-        }
+        adapter.copy_biases(model, base)?;
         adapter.set_principal(base, 0, false)?;
         let file = SafeFolder::open_file(dir.join(adapter.weights_file()))?;
         adapter.read_values(&file, dir)?;

@@ -80,6 +80,14 @@ impl Adapter {
         Ok(())
     }
 
+    /// Biases that are not trained, but lie in a unit with some that are, are the base's: no file holds them.
+    pub(super) fn copy_biases(&self, model: &ModelConfig, base: &ParamSet) -> Result<()> {
+        for (p, (spec, _)) in self.params.specs.iter().enumerate().filter(|(_, (s, _))| s.is_base_bias()) {
+            self.params.store(p, &copied(base, &spec.name, model)?)?;
+        }
+        Ok(())
+    }
+
     /// DoRA starts with the magnitude of what it decomposes.
     fn set_magnitudes(&self) -> Result<()> {
         for (p, (spec, _)) in self.params.specs.iter().enumerate() {
@@ -103,7 +111,7 @@ impl Adapter {
 }
 
 /// The base's values of a module that the adapter trains whole.
-pub(super) fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> {
+fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> {
     let name = base_name(name);
     let tied = name == "lm_head.weight" && model.tie_word_embeddings;
     let stored = if tied { "model.embed_tokens.weight" } else { name.as_str() };

@@ -229,6 +229,11 @@ impl Adapter {
         }
     }
 
+    /// Drops nothing in training; the config keeps what it says.
+    pub fn disable_dropout(&mut self) {
+        self.sites.iter_mut().flatten().filter_map(|s| s.lora.as_mut()).for_each(|l| l.dropout = 0.0);
+    }
+
     /// The adapter with values of its own, as set `set`: a reference that stays.
     pub fn deep_copy(&self, cx: &Cx, set: u32, model: &ModelConfig) -> Result<Adapter> {
         let copy = Adapter::zeros(cx, set, self.config.clone(), model)?;
