@@ -18,7 +18,10 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{CpoConfig, DpoConfig, KtoConfig, OrpoConfig, PrmConfig, RewardConfig, SftConfig};
+use crate::config::{
+    CpoConfig, DpoConfig, GrpoConfig, KtoConfig, OrpoConfig, PpoConfig, PrmConfig, ReinforceConfig, RewardConfig,
+    RlooConfig, SftConfig,
+};
 use crate::cx::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
@@ -52,6 +55,14 @@ enum Command {
     Orpo(train::Args),
     /// Contrastive preference optimisation, SimPO, AlphaPO: pairs, without a reference
     Cpo(train::Args),
+    /// Group relative policy optimisation: prompts and rewards
+    Grpo(train::Args),
+    /// REINFORCE leave-one-out
+    Rloo(train::Args),
+    /// REINFORCE++ and ReMax
+    Reinforce(train::Args),
+    /// Proximal policy optimisation, with a value model
+    Ppo(train::Args),
     Generate(generate::Args),
     Chat(chat::Args),
     Score(score::Args),
@@ -121,6 +132,10 @@ pub fn main() -> i32 {
         Command::Kto(args) => train::run::<KtoConfig>(args),
         Command::Orpo(args) => train::run::<OrpoConfig>(args),
         Command::Cpo(args) => train::run::<CpoConfig>(args),
+        Command::Grpo(args) => train::run::<GrpoConfig>(args),
+        Command::Rloo(args) => train::run::<RlooConfig>(args),
+        Command::Reinforce(args) => train::run::<ReinforceConfig>(args),
+        Command::Ppo(args) => train::run::<PpoConfig>(args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),

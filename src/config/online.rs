@@ -244,8 +244,6 @@ section! {
         pub num_ppo_epochs: usize = 4,
         /// Mini-batches that a pass is cut into, an optimizer step each.
         pub num_mini_batches: usize = 1,
-        /// Prompts of a generation. none: one optimizer step's micro-batches, times num_mini_batches.
-        pub rollout_batch_size: Option<usize> = None,
         /// Weight of the KL divergence in the token rewards.
         pub kl_coef: f64 = 0.05,
         /// k1: log pi - log ref; k3: the unbiased one that is never negative.
@@ -364,7 +362,8 @@ impl MethodSection for ReinforceConfig {
 
 impl Default for PpoConfig {
     fn default() -> Self {
-        let online = OnlineConfig { num_generations: 1, temperature: 0.7, max_completion_length: 53, ..Default::default() };
+        let online =
+            OnlineConfig { num_generations: 1, temperature: 0.7, max_completion_length: 53, ..Default::default() };
         Online { online, own: PpoKeys::default() }
     }
 }

@@ -3,20 +3,20 @@
 //! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer step), never by the chunk
 //! of rows that fits in memory; it knows the model, never a kernel.
 
-pub mod grpo;
-pub mod online;
-pub mod ppo;
-pub mod reinforce;
-pub mod rloo;
 pub mod completions;
 pub mod cpo;
 pub mod dpo;
+pub mod grpo;
 pub mod kto;
 pub mod objective;
+pub mod online;
 pub mod orpo;
+pub mod ppo;
 pub mod prm;
 pub mod reference;
+pub mod reinforce;
 pub mod reward;
+pub mod rloo;
 pub mod sft;
 
 use std::borrow::Cow;

@@ -43,7 +43,8 @@ impl Objective for Reinforce {
             let draw = act.generation | 1 << 56;
             let greedy = act.world.generate(act.cx, act.model, Set::Train, &prompts, 1, draw, true)?;
             let baseline = act.world.score(act.cx, Set::Train, &greedy)?.total();
-            let advantages = scores.total().iter().enumerate().map(|(i, r)| match (r, baseline[i / n]) {
+            let total = scores.total();
+            let advantages = total.iter().enumerate().map(|(i, r)| match (r, baseline[i / n]) {
                 (Some(r), Some(b)) => r - b,
                 _ => 0.0,
             });

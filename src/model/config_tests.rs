@@ -112,7 +112,10 @@ fn contradictions_and_strangers_are_told_apart() {
     assert!(stranger.contains("\"gpt2\" is not supported") && stranger.contains("qwen3 (Qwen3ForCausalLM)"));
     assert!(error("llama", json!({ "model_type": "qwen" })).contains("is qwen2 meant?"));
     let head = error("qwen2", json!({ "architectures": ["Qwen2ForQuestionAnswering"] }));
-    assert!(head.contains("Qwen2ForQuestionAnswering") && head.contains("of this family are Qwen2ForCausalLM"), "{head}");
+    assert!(
+        head.contains("Qwen2ForQuestionAnswering") && head.contains("of this family are Qwen2ForCausalLM"),
+        "{head}"
+    );
     let empty = ModelConfig::from_json("config.json", Map::new()).unwrap_err().to_string();
     assert!(empty.contains("neither model_type nor architectures"), "{empty}");
     assert!(error("llama", json!({ "quantization_config": { "bits": 4 } })).contains("quantised"));

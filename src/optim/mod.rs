@@ -73,6 +73,36 @@ impl Optimizer {
         }
     }
 
+    /// Everything that a resumed run needs of these parameters, in a fixed order: for models that a method trains beside
+    /// the run's own.
+    pub fn dump(&self, params: &ParamSet) -> Result<Vec<Vec<u8>>> {
+        let mut all = Vec::new();
+        for i in params.trained() {
+            all.push(bytemuck::cast_slice(&self.values(params, i)?).to_vec());
+        }
+        for moment in [&self.m, &self.v] {
+            all.push(bytemuck::cast_slice(&moment.to_vec::<f32>()?).to_vec());
+        }
+        Ok(all)
+    }
+
+    /// Takes up what [`Optimizer::dump`] gave; `next` hands out its parts in their order.
+    pub fn restore<'a>(&self, params: &ParamSet, next: &mut dyn FnMut() -> Result<&'a [u8]>) -> Result<()> {
+        for i in params.trained() {
+            let values: Vec<f32> = bytemuck::pod_collect_to_vec(next()?);
+            if let Some(master) = &self.master
+                && let Some(view) = params.state_view(master, i)?
+            {
+                view.upload(&values)?;
+            }
+            params.store(i, &values)?;
+        }
+        for moment in [&self.m, &self.v] {
+            moment.upload(&bytemuck::pod_collect_to_vec::<u8, f32>(next()?))?;
+        }
+        Ok(())
+    }
+
     /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the device. Returns the norm
     /// (before clipping); nothing is applied yet, so a step that is not finite can be refused.
     pub fn measure(&self, cx: &mut Cx, params: &ParamSet, learning_rate: f64, t: u64) -> Result<f32> {

@@ -31,7 +31,8 @@ impl RewardModel {
     pub fn load(cx: &Cx, set: u32, dir: &Path) -> Result<RewardModel> {
         let model = Decoder::load(cx, set, dir, 1)?;
         if model.config.task != (Task::SequenceClassification { labels: 1 }) {
-            let message = "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
+            let message =
+                "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
             return Err(Error::model(dir, message));
         }
         let tokenizer = Tokenizer::load(dir)?;
@@ -46,7 +47,9 @@ impl RewardModel {
 
     /// The score of each completion, read at its last token.
     pub fn score(&mut self, cx: &mut Cx, rows: &Rows) -> Result<Vec<f32>> {
-        let ids = (0..rows.len()).map(|i| self.ids(&rows.prompts[i], &rows.completion_text(i))).collect::<Result<Vec<_>>>()?;
+        let ids = (0..rows.len())
+            .map(|i| self.ids(&rows.prompts[i], &rows.completion_text(i)))
+            .collect::<Result<Vec<_>>>()?;
         self.model.ensure_positions(cx, ids.iter().map(Vec::len).max().unwrap_or(1))?;
         let mut scores = Vec::with_capacity(ids.len());
         let mut from = 0;
@@ -80,7 +83,10 @@ impl RewardModel {
         match prompt {
             Value::Array(messages) => {
                 let Some(template) = &self.template else {
-                    return Err(Error::model(self.tokenizer.dir(), "has no chat template, the prompts are conversations"));
+                    return Err(Error::model(
+                        self.tokenizer.dir(),
+                        "has no chat template, the prompts are conversations",
+                    ));
                 };
                 let mut messages = messages.clone();
                 messages.push(json!({ "role": "assistant", "content": completion }));

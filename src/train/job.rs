@@ -5,9 +5,9 @@
 
 use std::path::Path;
 
-use super::{StepPlan, Trainer};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
 use super::state::{activation_bytes, parts_of};
+use super::{StepPlan, Trainer};
 use crate::checkpoint::RunFolder;
 use crate::config::{MethodRun, PeftConfig, Recompute, TrainingConfig};
 use crate::cx::Cx;
@@ -74,7 +74,9 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         Decoder::load_as(&cx, 0, dir, config, longest)?
     };
     let mut model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
-    if let (true, Some(mut adapter)) = (run.method.disable_dropout(), model.adapter.take()) {
+    if run.method.disable_dropout()
+        && let Some(mut adapter) = model.adapter.take()
+    {
         adapter.disable_dropout();
         model = model.with_adapter(Some(adapter))?;
     }

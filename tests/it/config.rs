@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use temper::config::{
-    Amount, Dtype, GenerateConfig, PackingStrategy, Recompute, SftRun, TrainingConfig, When, changes, help, load,
-    markdown,
+    Amount, Dtype, GenerateConfig, PackingStrategy, Recompute, Section, SftRun, TrainingConfig, When, changes, help,
+    load, markdown,
 };
 use temper::error::Error;
 

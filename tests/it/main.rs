@@ -9,6 +9,7 @@ mod generate;
 mod house;
 mod lora_kernels;
 mod model_folder;
+mod online;
 mod ops;
 mod peft;
 mod policy;

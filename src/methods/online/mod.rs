@@ -20,6 +20,7 @@ use crate::data::order::epoch_order;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::methods::reference::{Reference, ReferenceKeys};
 use crate::methods::{Metric, Source};
 use crate::model::batch::{Batch, Group, Sequence};
 use crate::model::decoder::Decoder;
@@ -30,8 +31,7 @@ use crate::rewards::{self, Rewards, Scores};
 use crate::rollout::sample::Sampling;
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
-/// Set numbers of the models beside the policy (0) and its adapter (1).
-pub const REFERENCE: u32 = 2;
+/// Set numbers of the models beside the policy (0), its adapter (1) and the reference (2).
 pub const VALUE: u32 = 3;
 pub const REWARD: u32 = 4;
 
@@ -68,7 +68,7 @@ pub struct World {
     rewards: Rewards,
     pub reward_model: Option<RewardModel>,
     engine: Option<Engine>,
-    pub reference: Option<Decoder>,
+    pub reference: Reference,
     order: Order,
     seed: u64,
     stop: Vec<u32>,
@@ -99,7 +99,9 @@ impl World {
         stop.extend(source.tokenizer.eos_id());
         stop.dedup();
         if stop.is_empty() {
-            return Err(Error::Config("neither config.json nor the tokenizer names an EOS token; no completion would end".into()));
+            return Err(Error::Config(
+                "neither config.json nor the tokenizer names an EOS token; no completion would end".into(),
+            ));
         }
         Ok(World {
             keys: keys.clone(),
@@ -109,7 +111,7 @@ impl World {
             rewards,
             reward_model: None,
             engine: None,
-            reference: None,
+            reference: Reference::default(),
             order: training.train_sampling_strategy,
             seed: training.seed,
             stop,
@@ -152,7 +154,10 @@ impl World {
         // The engine only makes sure that positions are covered, and they are.
         self.engine = Some(Engine::new(cx, &mut model.clone(), options, self.longest())?);
         if needed {
-            self.reference = Some(model.reference(cx, REFERENCE)?);
+            let sync = (keys.sync_ref_model).then_some((keys.ref_model_mixup_alpha, keys.ref_model_sync_steps as u64));
+            self.reference = Reference::new(ReferenceKeys { sync, longest: self.longest(), ..Default::default() });
+            // Nothing is computed beforehand: the completions are not there yet.
+            self.reference.attach(cx, model, 0, |_, _| Ok(Vec::new()))?;
         }
         if let Some(dir) = &self.keys.reward_model {
             self.reward_model = Some(RewardModel::load(cx, REWARD, Path::new(dir))?);
@@ -230,10 +235,12 @@ impl World {
             completion_ids: Vec::new(),
             columns: Map::new(),
         };
-        let names = rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_else(Vec::new);
+        let names =
+            rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_else(Vec::new);
         for name in names {
             let cells = rollouts.iter().map(|r| prompts[r.prompt].columns.get(&name).cloned().unwrap_or(Value::Null));
-            batch.columns.insert(name, Value::Array(cells.collect()));
+            let cells = Value::Array(cells.collect());
+            batch.columns.insert(name, cells);
         }
         for r in rollouts {
             let prompt = &prompts[r.prompt].value;
@@ -354,20 +361,7 @@ impl World {
     /// The time split since it was last asked for.
     pub fn take_seconds(&mut self) -> Vec<Metric> {
         let s = std::mem::take(&mut self.seconds);
-        vec![
-            ("time/generate".into(), s.generate),
-            ("time/score".into(), s.score),
-            ("time/train".into(), s.train),
-        ]
-    }
-
-    /// Moves the reference towards the policy where the run asks for it.
-    pub fn sync(&self, cx: &Cx, model: &Decoder, done: u64) -> Result<()> {
-        let due = self.keys.sync_ref_model && done.is_multiple_of(self.keys.ref_model_sync_steps.max(1) as u64);
-        match &self.reference {
-            Some(reference) if due => reference.mix(cx, model, self.keys.ref_model_mixup_alpha as f32),
-            _ => Ok(()),
-        }
+        vec![("time/generate".into(), s.generate), ("time/score".into(), s.score), ("time/train".into(), s.train)]
     }
 
     /// Mean rewards over the evaluation prompts, one completion each.

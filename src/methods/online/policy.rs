@@ -171,7 +171,7 @@ impl<O: Objective> Policy<O> {
             }
         }
         let begin = Instant::now();
-        let reference = match &self.world.reference {
+        let reference = match self.world.reference.model() {
             Some(reference) if self.objective.wants_reference() => {
                 Some(self.world.logps(cx, reference, &rollouts, self.batch)?)
             }
@@ -214,7 +214,14 @@ impl<O: Objective> Policy<O> {
     }
 
     /// Loss and figures of one micro-batch; with `train`, its backward.
-    fn micro(&self, cx: &mut Cx, model: &Decoder, part: usize, checkpoint: bool, train: bool) -> Result<(f32, Vec<Metric>, usize)> {
+    fn micro(
+        &self,
+        cx: &mut Cx,
+        model: &Decoder,
+        part: usize,
+        checkpoint: bool,
+        train: bool,
+    ) -> Result<(f32, Vec<Metric>, usize)> {
         let samples = &self.buffer[part * self.batch..(part + 1) * self.batch];
         let rows: Vec<(usize, &[u32])> = samples.iter().map(|s| (s.rollout.prompt, s.rollout.ids.as_slice())).collect();
         let lengths: Vec<usize> = rows.iter().map(|r| r.1.len()).collect();
@@ -232,8 +239,7 @@ impl<O: Objective> Policy<O> {
         let n = mask.len();
         let floats = |values: &[f32]| Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[values.len()], values);
         let old: Vec<f32> = samples.iter().flat_map(|s| s.rollout.logps.iter().copied()).collect();
-        let advantage: Vec<f32> =
-            samples.iter().flat_map(|s| vec![s.advantage as f32; s.rollout.ids.len()]).collect();
+        let advantage: Vec<f32> = samples.iter().flat_map(|s| vec![s.advantage as f32; s.rollout.ids.len()]).collect();
         let mut factor: Option<Vec<f32>> = None;
         if let Some(threshold) = options.off_policy_mask_threshold {
             let now = out.logp.to_f32()?;
@@ -248,8 +254,8 @@ impl<O: Objective> Policy<O> {
             });
         }
         let loss = self.objective.loss();
-        let reference: Option<Vec<f32>> = (loss.beta != 0.0)
-            .then(|| samples.iter().flat_map(|s| s.reference.iter().flatten().copied()).collect());
+        let reference: Option<Vec<f32>> =
+            (loss.beta != 0.0).then(|| samples.iter().flat_map(|s| s.reference.iter().flatten().copied()).collect());
         let starts: Vec<i32> = std::iter::once(0)
             .chain(lengths.iter().scan(0, |at, l| {
                 *at += *l as i32;
@@ -285,7 +291,8 @@ impl<O: Objective> Policy<O> {
                 // - coef * mean entropy / accumulation
                 let up = -(options.entropy_coef / count / self.accumulation as f64) as f32;
                 let ups: Vec<f32> = mask.iter().map(|m| if *m { up } else { 0.0 }).collect();
-                seeds.push((out.entropy.clone(), Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[n], &ups)?));
+                seeds
+                    .push((out.entropy.clone(), Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[n], &ups)?));
             }
             cx.backward(seeds)?;
         }
@@ -352,7 +359,9 @@ impl<O: Objective> Method for Policy<O> {
             let (g, part) = self.place(*k);
             if self.generation != Some(g) {
                 if !k.is_multiple_of(self.served()) {
-                    return Err(Error::Run(format!("the completions of generation {g} are not there; resume from an earlier checkpoint")));
+                    return Err(Error::Run(format!(
+                        "the completions of generation {g} are not there; resume from an earlier checkpoint"
+                    )));
                 }
                 self.fill(cx, model, g)?;
                 report.metrics.append(&mut self.pending);
@@ -368,8 +377,8 @@ impl<O: Objective> Method for Policy<O> {
         Ok(report)
     }
 
-    fn stepped(&mut self, cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
-        self.world.sync(cx, model, done)
+    fn stepped(&mut self, _cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
+        self.world.reference.stepped(model, done)
     }
 
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, _batch: usize) -> Result<Vec<Metric>> {
@@ -407,10 +416,13 @@ impl<O: Objective> Method for Policy<O> {
             })
             .collect();
         let text = json!({ "generation": self.generation, "samples": samples }).to_string();
-        Ok(vec![(STATE.into(), text.into_bytes())])
+        let mut files = self.world.reference.state()?;
+        files.push((STATE.into(), text.into_bytes()));
+        Ok(files)
     }
 
     fn restore(&mut self, _cx: &mut Cx, dir: &std::path::Path) -> Result<()> {
+        self.world.reference.restore(dir)?;
         let path = dir.join(STATE);
         let state: Value =
             serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
