@@ -12,7 +12,7 @@ use temper::cx::Cx;
 use temper::device::{DType, cpu::Cpu};
 use temper::methods::sft::Sft;
 use temper::model::adapter::{Adapter, folder};
-use temper::model::batch::Sequence;
+use temper::model::batch::{Batch, Sequence, Vocab};
 use temper::model::decoder::Decoder;
 use temper::rollout::sample::Sampling;
 use temper::rollout::{Engine, EngineOptions, Request};
@@ -130,6 +130,46 @@ fn what_is_generated_behind_a_tuned_prompt_has_the_trainers_log_probs() {
     assert!(engine.step(&mut cx, &plain).err().unwrap().to_string().contains("made for"));
     let ids = &losses()["ids"];
     assert!(largest_difference(&logps(&mut cx, &plain, ids), &logps(&mut cx, &decoder, ids)) > 0.01);
+}
+
+#[test]
+fn behind_a_prompt_the_first_token_is_a_target_where_its_mask_says_so() {
+    let cx = cpu();
+    let ids = [5u32, 6, 7, 8];
+    let rows = |target: Option<&[bool]>, virtuals| {
+        let batch = Batch::new(&cx, &[Sequence { ids: &ids, target }], Vocab { tokens: 10, virtuals }).unwrap();
+        (batch.rows, batch.target_rows.to_vec::<i32>().unwrap(), batch.target_ids)
+    };
+    let mask = [true, false, true, true];
+    assert_eq!(rows(Some(&mask), 3), (7, vec![2, 4, 5], vec![5, 7, 8]));
+    assert_eq!(rows(None, 3), (7, vec![3, 4, 5], vec![6, 7, 8]));
+    assert_eq!(rows(Some(&mask), 0), (4, vec![1, 2], vec![7, 8]));
+    assert!(Batch::new(&cx, &[Sequence { ids: &[10], target: None }], Vocab { tokens: 10, virtuals: 3 }).is_err());
+}
+
+#[test]
+fn dpo_of_a_tuned_prompt_starts_at_its_own_reference() {
+    let tmp = tempfile::tempdir().unwrap();
+    for kind in ["prompt_tuning", "seq_bn"] {
+        let out = tmp.path().join(kind);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
+        command.args([
+            "dpo",
+            "--model",
+            "tests/fixtures/sft/model",
+            "--data",
+            "tests/fixtures/preferences/plain.jsonl",
+            "--output",
+        ]);
+        command.arg(&out).args(["use_peft=true", "max_steps=3", "logging_steps=1", "learning_rate=1e-2"]);
+        let output = command.arg(format!("peft_type={kind}")).output().unwrap();
+        assert!(output.status.success(), "{kind}: {}", String::from_utf8_lossy(&output.stderr));
+        let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
+        // At its reference every margin is 0.
+        assert!((losses[0] - 2f64.ln()).abs() < 1e-6 && losses[2] != losses[0], "{kind}: {losses:?}");
+    }
 }
 
 #[test]
