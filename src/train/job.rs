@@ -86,7 +86,7 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     let flops = flops_per_token(&model.config, model.params.count(), longest);
     let peak = peak_flops(&cx.device.name());
     let (trained, base) = (model.trained().trained_count(), model.params.count());
-    let all = base + model.adapter.as_ref().map_or(0, |a| a.params.count());
+    let all = base + model.adapter.as_ref().map_or(0, Adapter::count);
     eprintln!(
         "trainable params: {trained} || all params: {all} || trainable%: {:.4}; {} rows a step",
         100.0 * trained as f64 / all.max(1) as f64,

@@ -153,6 +153,12 @@ impl Adapter {
         plain && self.config.raw.is_empty()
     }
 
+    /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
+    pub fn count(&self) -> usize {
+        let specs = self.params.specs.iter().map(|(s, _)| s);
+        specs.filter(|s| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_))).map(|s| s.len()).sum()
+    }
+
     pub fn dropout(&self) -> f32 {
         match &self.config.kind {
             Kind::Lora(c) => c.dropout,
