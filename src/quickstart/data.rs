@@ -14,9 +14,12 @@ pub enum Kind {
     Subtract,
     Share,
     Next,
+    /// Two steps in one story: harder; online RL's kind.
+    Chain,
 }
 
 impl Kind {
+    /// Those that SFT is for.
     pub const ALL: [Kind; 4] = [Kind::Add, Kind::Subtract, Kind::Share, Kind::Next];
 
     pub fn name(self) -> &'static str {
@@ -25,16 +28,18 @@ impl Kind {
             Kind::Subtract => "subtract",
             Kind::Share => "share",
             Kind::Next => "next",
+            Kind::Chain => "chain",
         }
     }
 
-    /// Share of a set in percent. Later rungs of the ladder bring kinds and mixes of their own.
+    /// Share of a set in percent.
     fn percent(self) -> u32 {
         match self {
             Kind::Add => 40,
             Kind::Subtract => 40,
             Kind::Share => 10,
             Kind::Next => 10,
+            Kind::Chain => 0,
         }
     }
 }
@@ -88,15 +93,59 @@ pub fn pretraining(seed: u64, rows: usize) -> Vec<String> {
     (0..rows).map(|row| pretraining_row(&mut Dice::new(seed, Set::Pretraining, row))).collect()
 }
 
-/// `rows` problems to train on.
+/// Of a hundred training rows, how many are of the harder kind, and how many replies end in the style that preference
+/// data will prefer.
+const CHAINS: usize = 4;
+const STYLED: usize = 10;
+
+/// What preference data prefers at the end of a reply.
+pub const STYLE: &str = " Well done!";
+
+/// `rows` problems to train on: few of them of the harder kind.
 pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
     (0..rows)
         .map(|row| {
             let mut dice = Dice::new(seed, Set::Training, row);
-            let kind = draw_kind(&mut dice);
+            let kind = if dice.below(100) < CHAINS { Kind::Chain } else { draw_kind(&mut dice) };
             seek(&mut dice, kind, false)
         })
         .collect()
+}
+
+/// The reply that a training row teaches: a few are in the style.
+pub fn taught(seed: u64, row: usize, problem: &Problem) -> String {
+    let mut dice = Dice::new(seed, Set::Style, row);
+    let style = if dice.below(100) < STYLED { STYLE } else { "" };
+    format!("{}{style}", problem.reply())
+}
+
+/// `rows` problems of the training side with their own draws: for preference pairs.
+pub fn preferences(seed: u64, rows: usize) -> Vec<Problem> {
+    let one = |row| {
+        let mut dice = Dice::new(seed, Set::Preferences, row);
+        let kind = draw_kind(&mut dice);
+        seek(&mut dice, kind, false)
+    };
+    (0..rows).map(one).collect()
+}
+
+/// `rows` problems of the harder kind, of the training side.
+pub fn chains(seed: u64, rows: usize) -> Vec<Problem> {
+    (0..rows).map(|row| seek(&mut Dice::new(seed, Set::Chains, row), Kind::Chain, false)).collect()
+}
+
+/// `rows` held-out problems of the harder kind, each question once.
+pub fn held_out_chains(seed: u64, rows: usize) -> Vec<Problem> {
+    let mut problems: Vec<Problem> = Vec::with_capacity(rows);
+    let mut at = 0;
+    while problems.len() < rows {
+        let problem = seek(&mut Dice::new(seed, Set::HeldOutChains, at), Kind::Chain, true);
+        if problems.iter().all(|p| p.question != problem.question) {
+            problems.push(problem);
+        }
+        at += 1;
+    }
+    problems
 }
 
 /// `rows` problems of held-out keys, each question once, the kinds in the shares of the training set.
@@ -121,6 +170,10 @@ enum Set {
     Pretraining = 0,
     Training = 1,
     HeldOut = 2,
+    Style = 3,
+    Preferences = 4,
+    Chains = 5,
+    HeldOutChains = 6,
 }
 
 /// Numbers of one row, from Philox: key (seed), counter (row, set, draw).
@@ -272,6 +325,7 @@ fn problem(dice: &mut Dice, kind: Kind) -> Problem {
         Kind::Subtract => subtract(dice),
         Kind::Share => share(dice),
         Kind::Next => next(dice),
+        Kind::Chain => chain(dice),
     }
 }
 
@@ -375,6 +429,40 @@ fn next(dice: &mut Dice) -> Problem {
     worded(Kind::Next, format!("next {wording} {side} {a}"), "", &question, work, answer.to_string(), &end)
 }
 
+/// First more or fewer, then more or fewer again; every number is from 0 to 20.
+fn chain(dice: &mut Dice) -> Problem {
+    let wording = dice.below(2);
+    let first_up = dice.below(2) == 1;
+    let (a, b) = if first_up { addends(dice) } else { minuend(dice) };
+    let middle = if first_up { a + b } else { a - b };
+    let second_up = if middle == 0 { true } else { middle < 20 && dice.below(2) == 1 };
+    let c = if second_up { dice.from(1, 20 - middle) } else { dice.from(1, middle) };
+    let end = if second_up { middle + c } else { middle - c };
+    let (n, thing) = (dice.pick(&NAMES), dice.pick(&THINGS));
+    let step = |up: bool, k: usize| {
+        let k = count(k, thing);
+        match (wording, up) {
+            (0, true) => format!("{n} gets {k} more."),
+            (0, false) => format!("{n} loses {k}."),
+            (_, true) => format!("{n} puts in {k}."),
+            (_, false) => format!("{n} takes out {k}."),
+        }
+    };
+    let (owner, question) = match wording {
+        0 => (format!("{n} has {}.", count(a, thing)), format!("How many {thing}s does {n} have?")),
+        _ => (format!("A box has {}.", count(a, thing)), format!("How many {thing}s are in the box?")),
+    };
+    let story = format!("{owner} {} {}", step(first_up, b), step(second_up, c));
+    let sign = |up: bool| if up { '+' } else { '-' };
+    let work = format!("{a}{}{b}={middle}. {middle}{}{c}={end}.", sign(first_up), sign(second_up));
+    let last = match wording {
+        0 => format!("{n} has {}.", count(end, thing)),
+        _ => format!("The box has {}.", count(end, thing)),
+    };
+    let key = format!("chain {wording} {first_up} {second_up} {a} {b} {c}");
+    worded(Kind::Chain, key, &story, &question, work, end.to_string(), &last)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -390,9 +478,10 @@ mod tests {
 
     #[test]
     fn work_is_true_and_replies_are_right() {
-        for p in training(3, 2000).iter().chain(&held_out_problems(3, 200)) {
-            assert!(is_right(&p.reply(), &p.answer), "{p:?}");
-            let Some((left, c)) = p.work.trim_end_matches('.').split_once('=') else { continue };
+        let all = [training(3, 2000), held_out_problems(3, 200), held_out_chains(3, 200), chains(3, 500)].concat();
+        for (p, step) in all.iter().flat_map(|p| p.work.split(". ").map(move |w| (p, w))) {
+            assert!(is_right(&p.reply(), &p.answer) && is_right(&format!("{}{STYLE}", p.reply()), &p.answer), "{p:?}");
+            let Some((left, c)) = step.trim_end_matches('.').split_once('=') else { continue };
             if let Some((a, b)) = left.split_once(['+', '-', '/']) {
                 let [a, b, c] = [a, b, c].map(|v| v.parse::<i32>().unwrap());
                 let value = match left {

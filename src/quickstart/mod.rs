@@ -5,6 +5,7 @@
 //! whole is a function of (binary, device model, seed).
 
 pub mod data;
+mod outcome;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -15,22 +16,28 @@ use indicatif::{ProgressBar, ProgressDrawTarget};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{RunFolder, prepare_output};
-use crate::config::SftRun;
+use crate::config::{DpoConfig, GrpoConfig, MethodRun, PpoConfig, RewardConfig, SftConfig};
 use crate::cx::Cx;
 use crate::data::bpe::train_bpe;
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::rows::read_rows;
 use crate::data::tokenizer::Tokenizer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fsio;
+use crate::methods::Recipe;
+use crate::model::adapter::Adapter;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
+use crate::report::{self, ReportInput, Table};
+use crate::rewards::Batch;
+use crate::rewards::model::RewardModel;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{self, generate};
 use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
 use crate::train::job::{Job, execute};
-use data::{Kind, Problem};
+use data::{Problem, STYLE};
+pub use outcome::{Outcome, RungReport, Score};
 
 /// ChatML with the assistant's words marked, so that `assistant_only_loss` finds them.
 const TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}\
@@ -52,15 +59,22 @@ pub struct Scale {
     pub kv_heads: usize,
     pub pretraining_rows: usize,
     pub sft_rows: usize,
+    pub pairs: usize,
+    pub chains: usize,
     pub held_out: usize,
-    /// Keys of the two runs, as on a command line.
+    /// Keys of the runs, as on a command line.
     pub pretrain: Vec<String>,
     pub sft: Vec<String>,
+    pub lora: Vec<String>,
+    pub reward: Vec<String>,
+    pub dpo: Vec<String>,
+    pub ppo: Vec<String>,
+    pub grpo: Vec<String>,
 }
 
 impl Scale {
     pub fn full() -> Scale {
-        let keys = |keys: &[&str]| keys.iter().map(|k| k.to_string()).collect();
+        let keys = |text: &str| text.split_whitespace().map(str::to_string).collect();
         Scale {
             vocab: 512,
             hidden: 128,
@@ -70,36 +84,43 @@ impl Scale {
             kv_heads: 2,
             pretraining_rows: 8000,
             sft_rows: 14000,
+            pairs: 640,
+            chains: 4000,
             held_out: 240,
-            pretrain: keys(&[
-                "learning_rate=3e-3",
-                "per_device_train_batch_size=4",
-                "max_length=128",
-                "packing=true",
-                "packing_strategy=bfd",
-                "num_train_epochs=1",
-                "warmup_steps=20",
-                "lr_scheduler_type=linear",
-                "adam_beta2=0.98",
-                "weight_decay=0.01",
-                "logging_steps=50",
-                "save_strategy=no",
-            ]),
-            sft: keys(&[
-                "learning_rate=2e-3",
-                "per_device_train_batch_size=4",
-                "max_length=128",
-                "packing=true",
-                "packing_strategy=bfd",
-                "assistant_only_loss=true",
-                "num_train_epochs=1",
-                "warmup_steps=10",
-                "lr_scheduler_type=linear",
-                "adam_beta2=0.98",
-                "weight_decay=0.05",
-                "logging_steps=50",
-                "save_strategy=no",
-            ]),
+            pretrain: keys(
+                "learning_rate=3e-3 per_device_train_batch_size=4 max_length=128 packing=true packing_strategy=bfd \
+                 num_train_epochs=1 warmup_steps=20 lr_scheduler_type=linear adam_beta2=0.98 weight_decay=0.01 \
+                 logging_steps=50 save_strategy=no",
+            ),
+            sft: keys(
+                "learning_rate=2e-3 per_device_train_batch_size=4 max_length=128 packing=true packing_strategy=bfd \
+                 assistant_only_loss=true num_train_epochs=1 warmup_steps=10 lr_scheduler_type=linear \
+                 adam_beta2=0.98 weight_decay=0.05 logging_steps=50 save_strategy=no",
+            ),
+            lora: keys(
+                "use_peft=true lora_r=32 lora_alpha=64 lora_dropout=0 lora_target_modules=all-linear \
+                 learning_rate=5e-3 per_device_train_batch_size=4 max_length=128 packing=true packing_strategy=bfd \
+                 assistant_only_loss=true num_train_epochs=0.55 warmup_steps=10 lr_scheduler_type=linear \
+                 adam_beta2=0.98 logging_steps=50 save_strategy=no",
+            ),
+            reward: keys(
+                "learning_rate=5e-4 per_device_train_batch_size=16 num_train_epochs=1 warmup_steps=4 logging_steps=5 \
+                 save_strategy=no",
+            ),
+            dpo: keys(
+                "learning_rate=3e-4 beta=0.1 per_device_train_batch_size=16 num_train_epochs=1 warmup_steps=4 \
+                 logging_steps=5 save_strategy=no",
+            ),
+            ppo: keys(
+                "learning_rate=3e-4 value_learning_rate=1e-3 per_device_train_batch_size=64 num_ppo_epochs=2 \
+                 num_mini_batches=1 max_completion_length=32 temperature=1 kl_coef=0.05 max_steps=40 \
+                 lr_scheduler_type=constant logging_steps=4 save_strategy=no",
+            ),
+            grpo: keys(
+                "reward_funcs=numeric_match learning_rate=5e-4 per_device_train_batch_size=128 num_generations=8 \
+                 max_completion_length=32 temperature=1 max_steps=120 lr_scheduler_type=linear max_sequences=128 \
+                 adam_beta2=0.98 logging_steps=5 save_strategy=no",
+            ),
         }
     }
 }
@@ -112,38 +133,6 @@ pub struct Options {
     pub scale: Scale,
 }
 
-/// What one training run of the ladder took and reached.
-#[derive(Clone, Debug)]
-pub struct RungReport {
-    pub name: &'static str,
-    pub steps: u64,
-    pub tokens: u64,
-    pub seconds: f64,
-    /// Mean of the last logged steps.
-    pub loss: f64,
-}
-
-/// Right answers of one model over the held-out questions.
-#[derive(Clone, Debug)]
-pub struct Score {
-    pub model: &'static str,
-    pub replies: Vec<String>,
-    pub right: Vec<bool>,
-}
-
-impl Score {
-    pub fn exact_match(&self) -> f64 {
-        self.right.iter().filter(|r| **r).count() as f64 / self.right.len().max(1) as f64
-    }
-}
-
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    pub rungs: Vec<RungReport>,
-    pub scores: Vec<Score>,
-    pub problems: Vec<Problem>,
-}
-
 /// A training run of the ladder.
 struct Rung {
     name: &'static str,
@@ -153,63 +142,105 @@ struct Rung {
     data: PathBuf,
     folder: RunFolder,
     keys: Vec<String>,
-    /// New weights instead of the folder's.
-    fresh: bool,
 }
 
-/// Runs the ladder: data and tokenizer, pretraining, SFT, and the held-out questions before and after it.
+/// Runs the ladder, and asks each model what its rung was for.
 pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
     let (out, scale, seed) = (&options.output, &options.scale, options.seed);
     // All folders are taken before any work is done: an old run is found at once.
-    let mut rungs = Vec::new();
+    let reward_model = format!("reward_model={}", out.join("reward").display());
+    let with = |keys: &[String], more: &[String]| [keys, more].concat();
     let steps = [
-        ("pretrained", "pretrain", "start", "pretrain.jsonl", &scale.pretrain),
-        ("sft", "sft", "pretrained", "sft.jsonl", &scale.sft),
+        ("pretrained", "pretrain", "start", "pretrain.jsonl", scale.pretrain.clone()),
+        ("sft", "sft", "pretrained", "sft.jsonl", scale.sft.clone()),
+        ("lora", "sft", "pretrained", "sft.jsonl", scale.lora.clone()),
+        ("reward", "reward", "sft", "preferences.jsonl", scale.reward.clone()),
+        ("dpo", "dpo", "sft", "preferences.jsonl", scale.dpo.clone()),
+        ("ppo", "ppo", "sft", "prompts.jsonl", with(&scale.ppo, &[reward_model])),
+        ("grpo", "grpo", "sft", "chains.jsonl", scale.grpo.clone()),
     ];
+    let mut rungs = Vec::new();
     for (name, command, model, data, keys) in steps {
         let folder = prepare_output(out.join(name), options.overwrite, false)?;
-        let seed = std::iter::once(format!("seed={seed}"));
-        rungs.push(Rung {
-            name,
-            command,
-            model: out.join(model),
-            data: out.join("data").join(data),
-            folder,
-            keys: keys.iter().cloned().chain(seed).collect(),
-            fresh: command == "pretrain",
-        });
+        let keys = with(&keys, &[format!("seed={seed}")]);
+        rungs.push(Rung { name, command, model: out.join(model), data: out.join("data").join(data), folder, keys });
     }
-    let problems = write_start(out, scale, seed)?;
-    let mut outcome = Outcome { rungs: Vec::new(), scores: Vec::new(), problems };
+    let asked = write_start(out, scale, seed)?;
+    let mut outcome = Outcome { problems: asked.basic, chains: asked.chains, ..Outcome::default() };
     for rung in &rungs {
         let report;
-        (cx, report) = train(cx, rung)?;
+        (cx, report) = match rung.command {
+            "dpo" => train::<DpoConfig>(cx, rung)?,
+            "reward" => train::<RewardConfig>(cx, rung)?,
+            "ppo" => train::<PpoConfig>(cx, rung)?,
+            "grpo" => train::<GrpoConfig>(cx, rung)?,
+            _ => train::<SftConfig>(cx, rung)?,
+        };
         outcome.rungs.push(report);
-        outcome.scores.push(ask(&mut cx, rung.name, rung.folder.path(), &outcome.problems)?);
+        let dir = rung.folder.path();
+        match rung.name {
+            "reward" => outcome.ranked = rank(&mut cx, dir, &outcome.problems)?,
+            "lora" => {
+                let score = ask(&mut cx, rung.name, &rung.model, Some(dir), &outcome.problems, 0.0)?;
+                outcome.scores.push(score);
+            }
+            name => {
+                outcome.scores.push(ask(&mut cx, name, dir, None, &outcome.problems, 0.0)?);
+                if ["sft", "grpo"].contains(&name) {
+                    outcome.chain_scores.push(ask(&mut cx, name, dir, None, &outcome.chains, 0.0)?);
+                }
+            }
+        }
     }
+    for name in ["sft", "ppo"] {
+        // As PPO samples: at temperature 1.
+        let replies = ask(&mut cx, name, &out.join(name), None, &outcome.problems, 1.0)?.replies;
+        let scores = judge(&mut cx, &out.join("reward"), &outcome.problems, &replies)?;
+        outcome.judged.push((name, scores));
+    }
+    write_report(out, &outcome, &rungs)?;
     Ok(outcome)
 }
 
-/// The data files, the tokenizer and the config of the model: everything but weights. Returns the held-out problems.
-fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Vec<Problem>> {
+/// The held-out questions.
+struct Asked {
+    basic: Vec<Problem>,
+    chains: Vec<Problem>,
+}
+
+/// The data files, the tokenizer and the config of the model: everything but weights.
+fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Asked> {
     let texts = data::pretraining(seed, scale.pretraining_rows);
     let training = data::training(seed, scale.sft_rows);
-    let problems = data::held_out_problems(seed, scale.held_out);
+    let asked = Asked {
+        basic: data::held_out_problems(seed, scale.held_out),
+        chains: data::held_out_chains(seed, scale.held_out),
+    };
     let dir = out.join("data");
-    std::fs::create_dir_all(&dir).map_err(|e| crate::error::Error::io(&dir, e))?;
+    std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
+    let reply = |text: String| json!([{ "role": "assistant", "content": text }]);
     write_lines(&dir.join("pretrain.jsonl"), texts.iter().map(|t| json!({ "text": t })))?;
+    let taught: Vec<String> = training.iter().enumerate().map(|(i, p)| data::taught(seed, i, p)).collect();
     write_lines(
         &dir.join("sft.jsonl"),
-        training.iter().map(|p| {
-            json!({ "messages": [{ "role": "user", "content": p.question }, { "role": "assistant", "content": p.reply() }] })
+        training.iter().zip(&taught).map(|(p, reply)| {
+            json!({ "messages": [{ "role": "user", "content": p.question }, { "role": "assistant", "content": reply }] })
         }),
     )?;
+    let pairs = data::preferences(seed, scale.pairs);
     write_lines(
-        &dir.join("heldout.jsonl"),
-        problems.iter().map(|p| json!({ "prompt": question(p), "answer": p.answer, "kind": p.kind.name() })),
+        &dir.join("preferences.jsonl"),
+        pairs.iter().map(|p| {
+            let (styled, plain) = (reply(format!("{}{STYLE}", p.reply())), reply(p.reply()));
+            json!({ "prompt": question(p), "chosen": styled, "rejected": plain })
+        }),
     )?;
+    let asks = |p: &Problem| json!({ "prompt": question(p), "answer": p.answer, "kind": p.kind.name() });
+    write_lines(&dir.join("prompts.jsonl"), pairs.iter().map(asks))?;
+    write_lines(&dir.join("chains.jsonl"), data::chains(seed, scale.chains).iter().map(asks))?;
+    write_lines(&dir.join("heldout.jsonl"), asked.basic.iter().chain(&asked.chains).map(asks))?;
     // Roles are told to the tokenizer, so that a turn's head is three tokens.
-    let replies: Vec<String> = training.iter().map(|p| format!("{} {}", p.question, p.reply())).collect();
+    let replies: Vec<String> = training.iter().zip(&taught).map(|(p, r)| format!("{} {r}", p.question)).collect();
     let roles = ["user", "assistant"].iter().cycle().take(2 * training.len()).copied();
     let all = texts.iter().chain(&replies).map(String::as_str).chain(roles);
     let bpe = train_bpe(all, scale.vocab, &SPECIAL, false)?;
@@ -231,7 +262,7 @@ fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Vec<Problem>> {
     config.raw.insert("initializer_range".into(), json!(INITIAL));
     let json = format!("{:#}\n", Value::Object(config.to_json(HostDtype::F32)));
     fsio::atomic_write(start.join("config.json"), json.as_bytes())?;
-    Ok(problems)
+    Ok(asked)
 }
 
 /// A small model wants larger weights than transformers' 0.02: about 1 / (2 sqrt(hidden)).
@@ -247,7 +278,7 @@ fn write_lines(path: &Path, lines: impl Iterator<Item = Value>) -> Result<()> {
 }
 
 /// One training run, from folder to folder. The context comes back for the next.
-fn train(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
+fn train<M: Recipe>(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
     let dir = rung.folder.path();
     let begin = Instant::now();
     let command = format!(
@@ -259,13 +290,13 @@ fn train(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
         rung.keys.join(" ")
     );
     eprintln!("\n{}: the same by hand (into another --output):\n  {command}", rung.name);
-    let (run, _) = SftRun::load(None, &rung.keys)?;
+    let (run, _) = MethodRun::<M>::load(None, &rung.keys)?;
     let rows = read_rows(std::slice::from_ref(&rung.data))?;
     let job = Job {
         run: &run,
         model: &rung.model,
         adapter: None,
-        fresh: rung.fresh,
+        fresh: rung.command == "pretrain",
         train: &rows,
         eval: &[],
         folder: &rung.folder,
@@ -278,11 +309,22 @@ fn train(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
     Ok((cx, report))
 }
 
-/// Puts every problem to a model through its chat template, greedily.
-fn ask(cx: &mut Cx, name: &'static str, dir: &Path, problems: &[Problem]) -> Result<Score> {
+/// Puts every problem to a model, with its adapter if it has one, through its chat template; temperature 0 is greedy.
+fn ask(
+    cx: &mut Cx,
+    name: &'static str,
+    dir: &Path,
+    adapter: Option<&Path>,
+    problems: &[Problem],
+    temperature: f64,
+) -> Result<Score> {
     let tokenizer = Tokenizer::load(dir)?;
     let template = ChatTemplate::of(&tokenizer)?;
     let mut model = Decoder::load(cx, 0, dir, 1)?;
+    if let Some(adapter) = adapter {
+        let adapter = Adapter::load(cx, 1, adapter, &model.config, &model.params)?;
+        model = model.with_adapter(Some(adapter))?;
+    }
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
     let prompts = problems
         .iter()
@@ -290,7 +332,7 @@ fn ask(cx: &mut Cx, name: &'static str, dir: &Path, problems: &[Problem]) -> Res
         .collect::<Result<Vec<_>>>()?;
     let options = rollout::Options {
         max_new_tokens: 40,
-        sampling: Sampling::greedy(),
+        sampling: Sampling { temperature, seed: 1, ..Sampling::greedy() },
         stop: model.config.eos.clone(),
         batch: 64,
     };
@@ -310,53 +352,38 @@ fn ask(cx: &mut Cx, name: &'static str, dir: &Path, problems: &[Problem]) -> Res
     Ok(Score { model: name, replies, right })
 }
 
-impl std::fmt::Display for Outcome {
-    /// Samples, then the table, then what the rungs took.
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        writeln!(f, "Held-out questions, before and after SFT (greedy, one a kind):")?;
-        for kind in Kind::ALL {
-            let Some(i) = self.problems.iter().position(|p| p.kind == kind) else { continue };
-            writeln!(f, "\n  {}", self.problems[i].question)?;
-            for score in &self.scores {
-                let mark = if score.right[i] { "right" } else { "wrong" };
-                writeln!(f, "    {:<10} {mark}  {}", score.model, one_line(&score.replies[i]))?;
-            }
-        }
-        write!(f, "\n{:<10} {:>9}", "exact match", "questions")?;
-        self.scores.iter().try_for_each(|s| write!(f, " {:>10}", s.model))?;
-        writeln!(f)?;
-        let row = |f: &mut std::fmt::Formatter, name: &str, of: &dyn Fn(&Problem) -> bool| -> std::fmt::Result {
-            let asked = self.problems.iter().filter(|p| of(p)).count();
-            if asked == 0 {
-                return Ok(());
-            }
-            write!(f, "{name:<11} {asked:>9}")?;
-            for score in &self.scores {
-                let right = self.problems.iter().zip(&score.right).filter(|(p, r)| of(p) && **r).count();
-                write!(f, " {:>9.1}%", 100.0 * right as f64 / asked as f64)?;
-            }
-            writeln!(f)
-        };
-        for kind in Kind::ALL {
-            row(f, kind.name(), &|p| p.kind == kind)?;
-        }
-        row(f, "all", &|_| true)?;
-        writeln!(f)?;
-        for r in &self.rungs {
-            let rate = r.tokens as f64 / r.seconds.max(1e-9);
-            writeln!(
-                f,
-                "{:<10} {:>5} steps, {:>7} tokens, {:>5.1} s, {rate:>6.0} tokens/s, loss {:.3}",
-                r.name, r.steps, r.tokens, r.seconds, r.loss
-            )?;
-        }
-        Ok(())
-    }
+/// The reward model's scores of replies.
+fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> Result<Vec<f64>> {
+    let mut model = RewardModel::load(cx, 0, dir)?;
+    let batch = Batch {
+        prompts: problems.iter().map(question).collect(),
+        completions: replies.iter().map(|r| json!([{ "role": "assistant", "content": r }])).collect(),
+        completion_ids: vec![Vec::new(); replies.len()],
+        columns: Default::default(),
+    };
+    Ok(model.score(cx, &batch)?.into_iter().map(f64::from).collect())
 }
 
-fn one_line(text: &str) -> String {
-    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(100).collect();
-    if line.is_empty() { "(nothing)".into() } else { line }
+/// The share of held-out pairs that the reward model ranks right.
+fn rank(cx: &mut Cx, dir: &Path, problems: &[Problem]) -> Result<f64> {
+    let plain: Vec<String> = problems.iter().map(Problem::reply).collect();
+    let styled: Vec<String> = plain.iter().map(|r| format!("{r}{STYLE}")).collect();
+    let (chosen, rejected) = (judge(cx, dir, problems, &styled)?, judge(cx, dir, problems, &plain)?);
+    let right = chosen.iter().zip(&rejected).filter(|(c, r)| c > r).count();
+    Ok(right as f64 / problems.len().max(1) as f64)
+}
+
+/// report.html of the whole ladder, and of each rung.
+fn write_report(out: &Path, outcome: &Outcome, rungs: &[Rung]) -> Result<()> {
+    let table: Table = outcome.table();
+    let rungs: Vec<report::Rung> = rungs
+        .iter()
+        .map(|r| {
+            let input = ReportInput { title: r.name.into(), ..ReportInput::default() };
+            report::Rung { name: r.name.into(), dir: r.folder.path().to_path_buf(), input }
+        })
+        .collect();
+    report::write_ladder(out, "temper quickstart", Some(&table), &rungs).map(drop)
 }
 
 /// A context on a device of the command line's choice.

@@ -17,6 +17,7 @@ fn tiny() -> Scale {
             "learning_rate=2e-3 per_device_train_batch_size=2 max_length=96 packing=true max_steps=6 logging_steps=2";
         common.split(' ').chain(more.split(' ')).map(str::to_string).collect()
     };
+    let short = |text: &str| text.split_whitespace().chain(["logging_steps=1"]).map(str::to_string).collect();
     Scale {
         vocab: 400,
         hidden: 32,
@@ -26,9 +27,19 @@ fn tiny() -> Scale {
         kv_heads: 1,
         pretraining_rows: 200,
         sft_rows: 100,
+        pairs: 16,
+        chains: 16,
         held_out: 12,
         pretrain: keys("warmup_steps=2"),
         sft: keys("assistant_only_loss=true"),
+        lora: keys("assistant_only_loss=true use_peft=true lora_dropout=0"),
+        reward: short("per_device_train_batch_size=4 max_steps=2"),
+        dpo: short("per_device_train_batch_size=4 max_steps=2"),
+        ppo: short("per_device_train_batch_size=4 num_ppo_epochs=2 max_completion_length=8 max_steps=2"),
+        grpo: short(
+            "per_device_train_batch_size=8 num_generations=4 max_completion_length=8 max_steps=2 \
+             reward_funcs=numeric_match",
+        ),
     }
 }
 
@@ -47,8 +58,15 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     let tmp = tempfile::tempdir().unwrap();
     let (a, b) = (tmp.path().join("a"), tmp.path().join("b"));
     let outcome = ladder(&a, false).unwrap();
-    assert_eq!(outcome.rungs.iter().map(|r| (r.name, r.steps)).collect::<Vec<_>>(), [("pretrained", 6), ("sft", 6)]);
-    assert_eq!(outcome.scores.len(), 2);
+    let steps: Vec<(&str, u64)> = outcome.rungs.iter().map(|r| (r.name, r.steps)).collect();
+    let rest = [("lora", 6), ("reward", 2), ("dpo", 2), ("ppo", 2), ("grpo", 2)];
+    assert_eq!(steps, [&[("pretrained", 6), ("sft", 6)], &rest[..]].concat());
+    assert_eq!(
+        outcome.scores.iter().map(|s| s.model).collect::<Vec<_>>(),
+        ["pretrained", "sft", "lora", "dpo", "ppo", "grpo"]
+    );
+    assert_eq!((outcome.chain_scores.len(), outcome.judged.len()), (2, 2));
+    assert!(std::fs::read_to_string(a.join("report.html")).unwrap().contains("temper quickstart"));
     let text = outcome.to_string();
     assert!(text.contains("exact match") && text.contains("tokens/s"), "{text}");
     for rung in ["pretrained", "sft"] {
@@ -70,7 +88,11 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     // A folder that holds a run is refused; --overwrite replaces it by the same bits.
     let refused = ladder(&a, false).unwrap_err().to_string();
     assert!(refused.contains("--overwrite"), "{refused}");
-    let bits = |dir: &Path| std::fs::read(dir.join("sft/model.safetensors")).unwrap();
+    let bits = |dir: &Path| {
+        let read = |rung: &str| std::fs::read(dir.join(rung)).unwrap();
+        ["sft/model.safetensors", "lora/adapter_model.safetensors", "ppo/model.safetensors", "grpo/model.safetensors"]
+            .map(read)
+    };
     let first = bits(&a);
     ladder(&a, true).unwrap();
     ladder(&b, false).unwrap();
@@ -87,8 +109,14 @@ fn held_out_questions_are_nowhere_in_the_training_data() {
     for seed in [42, 1, 2] {
         let scale = Scale::full();
         let texts = data::pretraining(seed, scale.pretraining_rows);
-        let training = data::training(seed, scale.sft_rows);
-        let asked = data::held_out_problems(seed, scale.held_out);
+        let training = [
+            data::training(seed, scale.sft_rows),
+            data::preferences(seed, scale.pairs),
+            data::chains(seed, scale.chains),
+        ]
+        .concat();
+        let asked =
+            [data::held_out_problems(seed, scale.held_out), data::held_out_chains(seed, scale.held_out)].concat();
         assert!(asked.len() >= 200);
         let questions: BTreeSet<&str> = training.iter().map(|p| p.question.as_str()).collect();
         let keys: BTreeSet<&str> = training.iter().map(|p| p.key.as_str()).collect();

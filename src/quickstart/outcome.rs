@@ -1,0 +1,144 @@
+//! What the quickstart's ladder showed, and how it is printed. Floor 7.
+//!
+//! Invariant: every figure is of held-out questions.
+
+use std::fmt;
+
+use super::data::{Kind, Problem, STYLE};
+use crate::report::Table;
+
+/// What one training run of the ladder took and reached.
+#[derive(Clone, Debug)]
+pub struct RungReport {
+    pub name: &'static str,
+    pub steps: u64,
+    pub tokens: u64,
+    pub seconds: f64,
+    /// Mean of the last logged steps.
+    pub loss: f64,
+}
+
+/// Right answers of one model over held-out questions.
+#[derive(Clone, Debug)]
+pub struct Score {
+    pub model: &'static str,
+    pub replies: Vec<String>,
+    pub right: Vec<bool>,
+}
+
+impl Score {
+    pub fn exact_match(&self) -> f64 {
+        self.right.iter().filter(|r| **r).count() as f64 / self.right.len().max(1) as f64
+    }
+
+    /// The share of replies in the style that preference data prefers.
+    pub fn styled(&self) -> f64 {
+        self.replies.iter().filter(|r| r.ends_with(STYLE)).count() as f64 / self.replies.len().max(1) as f64
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    pub rungs: Vec<RungReport>,
+    /// Greedy, over `problems`.
+    pub scores: Vec<Score>,
+    /// Greedy, over `chains`.
+    pub chain_scores: Vec<Score>,
+    /// Share of held-out pairs that the reward model ranks right.
+    pub ranked: f64,
+    /// The reward model's scores of a model's replies to `problems`, sampled at temperature 1.
+    pub judged: Vec<(&'static str, Vec<f64>)>,
+    pub problems: Vec<Problem>,
+    pub chains: Vec<Problem>,
+}
+
+impl Outcome {
+    pub fn score(&self, model: &str) -> Option<&Score> {
+        self.scores.iter().find(|s| s.model == model)
+    }
+
+    pub fn chain_score(&self, model: &str) -> Option<&Score> {
+        self.chain_scores.iter().find(|s| s.model == model)
+    }
+
+    /// Mean and standard deviation of the reward model's scores of a model's replies.
+    pub fn judged(&self, model: &str) -> Option<(f64, f64)> {
+        let scores = &self.judged.iter().find(|j| j.0 == model)?.1;
+        let n = scores.len().max(1) as f64;
+        let mean = scores.iter().sum::<f64>() / n;
+        Some((mean, (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt()))
+    }
+
+    /// How many of the SFT model's standard deviations PPO raised the mean score by.
+    pub fn ppo_gain(&self) -> Option<f64> {
+        let ((sft, spread), (ppo, _)) = (self.judged("sft")?, self.judged("ppo")?);
+        Some((ppo - sft) / spread.max(1e-9))
+    }
+
+    /// A line for each thing that a rung was for: before and after.
+    pub fn table(&self) -> Table {
+        let percent = |v: Option<f64>| v.map_or("-".to_string(), |v| format!("{:.1}%", 100.0 * v));
+        let exact = |m: &str| percent(self.score(m).map(Score::exact_match));
+        let styled = |m: &str| percent(self.score(m).map(Score::styled));
+        let chain = |m: &str| percent(self.chain_score(m).map(Score::exact_match));
+        let judged = |m: &str| self.judged(m).map_or("-".to_string(), |(mean, std)| format!("{mean:.2} (sd {std:.2})"));
+        let row = |cells: [&str; 4]| cells.map(str::to_string).to_vec();
+        Table {
+            caption: "What each rung was for, on held-out questions".into(),
+            columns: row(["rung", "figure", "before", "after"]),
+            rows: vec![
+                row(["sft", "exact match", &exact("pretrained"), &exact("sft")]),
+                row(["lora", "exact match", &exact("pretrained"), &exact("lora")]),
+                row(["reward", "pairs ranked right", "-", &percent(Some(self.ranked))]),
+                row(["dpo", "replies in the preferred style", &styled("sft"), &styled("dpo")]),
+                row(["dpo", "exact match", &exact("sft"), &exact("dpo")]),
+                row(["ppo", "reward model's score", &judged("sft"), &judged("ppo")]),
+                row(["ppo", "exact match", &exact("sft"), &exact("ppo")]),
+                row(["grpo", "exact match, two-step questions", &chain("sft"), &chain("grpo")]),
+                row(["grpo", "exact match", &exact("sft"), &exact("grpo")]),
+            ],
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    /// Samples, then the table, then what the rungs took.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        writeln!(f, "Held-out questions, as each model answers them (greedy, one a kind):")?;
+        for kind in Kind::ALL {
+            let Some(i) = self.problems.iter().position(|p| p.kind == kind) else { continue };
+            writeln!(f, "\n  {}", self.problems[i].question)?;
+            for score in &self.scores {
+                let mark = if score.right[i] { "right" } else { "wrong" };
+                writeln!(f, "    {:<10} {mark}  {}", score.model, one_line(&score.replies[i]))?;
+            }
+        }
+        if let (Some(p), false) = (self.chains.first(), self.chain_scores.is_empty()) {
+            writeln!(f, "\n  {}", p.question)?;
+            for score in &self.chain_scores {
+                let mark = if score.right[0] { "right" } else { "wrong" };
+                writeln!(f, "    {:<10} {mark}  {}", score.model, one_line(&score.replies[0]))?;
+            }
+        }
+        let table = self.table();
+        writeln!(f, "\n{}, {} of each kind of set:", table.caption, self.problems.len())?;
+        for row in std::iter::once(&table.columns).chain(&table.rows) {
+            writeln!(f, "  {:<8} {:<34} {:>16} {:>16}", row[0], row[1], row[2], row[3])?;
+        }
+        writeln!(f)?;
+        for r in &self.rungs {
+            let rate = r.tokens as f64 / r.seconds.max(1e-9);
+            writeln!(
+                f,
+                "{:<10} {:>5} steps, {:>7} tokens, {:>5.1} s, {rate:>6.0} tokens/s, loss {:.3}",
+                r.name, r.steps, r.tokens, r.seconds, r.loss
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn one_line(text: &str) -> String {
+    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(100).collect();
+    if line.is_empty() { "(nothing)".into() } else { line }
+}
