@@ -2,7 +2,8 @@
 //
 // Math     gated: y = act(g) * u for the halves g|u of a row;  dg = dy u act'(g), du = dy act(g)
 //          plain: y = act(x);  dx = dy act'(x)
-//          act (D): 0 silu x S(x); 1 gelu by tanh, x/2 (1 + tanh(sqrt(2/pi)(x + 0.044715 x^3))); 2 gelu x/2 (1 + erf(x/sqrt 2))
+//          act (D): 0 silu x S(x); 1 gelu by tanh, x/2 (1 + tanh(sqrt(2/pi)(x + 0.044715 x^3))); 2 gelu x/2 (1 + erf(x/sqrt 2));
+//          3 relu max(x, 0), with derivative 0 at 0
 //          (Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks & Gimpel, GELU, 2016)
 // Shapes   gated: x [rows, 2 f] real, y [rows, f];  plain: flat n
 // Plan     a thread owns V values.
@@ -23,6 +24,9 @@ DEVICE void activate(float x, float& y, float& dy) {
     const float t = tanh_f(k * fmaf(c * x * x, x, x));
     y = 0.5f * x * (1.f + t);
     dy = 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * k * fmaf(3.f * c * x, x, 1.f);
+  } else if (ACT == 3) {
+    y = x > 0.f ? x : 0.f;
+    dy = x > 0.f ? 1.f : 0.f;
   } else {
     const float e = 0.5f * (1.f + erf_f(x * 0.7071067811865476f));
     y = x * e;
@@ -64,7 +68,7 @@ KERNEL_FLAT(glu_bwd, D=0,1,2)(real* dx, const real* dy, const real* x, int rows,
   store(dx + row * 2 * f + f + i, u, n, accumulate);
 }
 
-KERNEL_FLAT(act_fwd, D=0,1,2)(real* y, const real* x, long long n) {
+KERNEL_FLAT(act_fwd, D=0,1,2,3)(real* y, const real* x, long long n) {
   const long long i = FLAT_INDEX * V;
   if (i >= n) return;
   FlatPack p = load<V>(x + i, n - i);
@@ -77,7 +81,7 @@ KERNEL_FLAT(act_fwd, D=0,1,2)(real* y, const real* x, long long n) {
   store(y + i, p, n - i);
 }
 
-KERNEL_FLAT(act_bwd, D=0,1,2)(real* dx, const real* dy, const real* x, long long n, int accumulate) {
+KERNEL_FLAT(act_bwd, D=0,1,2,3)(real* dx, const real* dy, const real* x, long long n, int accumulate) {
   const long long i = FLAT_INDEX * V;
   if (i >= n) return;
   FlatPack p = load<V>(x + i, n - i), d = load<V>(dy + i, n - i);

@@ -26,8 +26,8 @@ KERNEL_WARP(scatter_rows)(INOUT(real) x, const real* dy, const int* index, int n
   for (int c = WCOL; c < d; c += WARP_STEP) store(to + c, load_row(dy + i * d, c, d), d - c, true);
 }
 
-// dw[unique[u]] += sum of dy over the places order[starts[u] .. starts[u+1]]
-KERNEL_WARP(embedding_bwd)(INOUT(float) dw, const real* dy, const int* unique, const int* starts, const int* order, int u, int d) {
+// dw[unique[u] - shift] += sum of dy over the places order[starts[u] .. starts[u+1]]
+KERNEL_WARP(embedding_bwd)(INOUT(float) dw, const real* dy, const int* unique, const int* starts, const int* order, int u, int d, int shift) {
   const int steps = (d + WARP_STEP - 1) / WARP_STEP;
   const long long warp = WARP_INDEX;
   const int t = (int)(warp / steps), c = (int)(warp % steps) * WARP_STEP + WCOL;
@@ -38,5 +38,5 @@ KERNEL_WARP(embedding_bwd)(INOUT(float) dw, const real* dy, const int* unique, c
 #pragma unroll
     for (int j = 0; j < WV; ++j) acc.v[j] += v.v[j];
   }
-  store(dw + (long long)unique[t] * d + c, acc, d - c, true);
+  store(dw + (long long)(unique[t] - shift) * d + c, acc, d - c, true);
 }

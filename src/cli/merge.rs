@@ -7,7 +7,7 @@ use crate::cx::Cx;
 use crate::device::{self, DType};
 use crate::error::{Error, Result};
 use crate::model::adapter::Adapter;
-use crate::model::adapter::merge::{merged_config, merged_values};
+use crate::model::adapter::merge::{mergeable, merged_config, merged_values};
 use crate::model::batch::Sequence;
 use crate::model::decoder::Decoder;
 use crate::model::folder::write_folder;
@@ -45,6 +45,7 @@ pub fn run(args: Args) -> Result<()> {
     let cx = Cx::new(device::open("cpu")?, DType::F32)?;
     let base = Decoder::load(&cx, 0, &dir, 64)?;
     let adapter = Adapter::load(&cx, 1, &args.adapter, &base.config, &base.params)?;
+    mergeable(&adapter)?;
     let own = base.config.dtype.unwrap_or(HostDtype::F32);
     let model = base.with_adapter(Some(adapter))?;
     let dtype = match args.dtype.as_deref() {

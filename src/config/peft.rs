@@ -137,5 +137,26 @@ impl PeftConfig {
                 report.idle(key, "peft_type", "peft_type is not lora");
             }
         }
+        let targeted = lora || self.peft_type == PeftType::Ia3;
+        let bottleneck = matches!(self.peft_type, PeftType::SeqBn | PeftType::DoubleSeqBn | PeftType::ParBn);
+        for (keys, on, why) in [
+            (
+                &["layers_to_transform", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio"][..],
+                lora,
+                "peft_type is not lora",
+            ),
+            (&["feedforward_modules"], self.peft_type == PeftType::Ia3, "peft_type is not ia3"),
+            (&["lora_target_modules", "lora_modules_to_save"], targeted, "peft_type is neither lora nor ia3"),
+            (
+                &["num_virtual_tokens", "prompt_tuning_init_text"],
+                self.peft_type == PeftType::PromptTuning,
+                "peft_type is not prompt_tuning",
+            ),
+            (&["reduction_factor", "non_linearity"], bottleneck, "peft_type is no bottleneck adapter"),
+        ] {
+            if self.use_peft && !on {
+                keys.iter().for_each(|key| report.idle(key, "peft_type", why));
+            }
+        }
     }
 }

@@ -9,7 +9,7 @@ use crate::device::DType;
 use crate::error::Result;
 use crate::methods::objective::Set;
 use crate::methods::{Metric, Source};
-use crate::model::batch::{self, Batch, Group};
+use crate::model::batch::{self, Batch, Group, Vocab};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_logps, head_squares, mean_logits};
 use crate::ops::preference::segment_sums;
@@ -20,7 +20,6 @@ pub struct PairRows {
     train: Vec<PairExample>,
     eval: Vec<PairExample>,
     places: Vec<String>,
-    pub vocab: usize,
     /// Compute the prompt of a pair once. Off: the same numbers up to rounding, slower; for tests.
     pub share_prompts: bool,
 }
@@ -34,7 +33,7 @@ impl PairRows {
             rows => pairs(rows, tokenizer, template, model.vocab_size, style, options)?.0,
         };
         let places = train.iter().map(|e| source.train[e.row].place()).collect();
-        Ok((PairRows { train, eval, places, vocab: model.vocab_size, share_prompts: true }, stats))
+        Ok((PairRows { train, eval, places, share_prompts: true }, stats))
     }
 
     pub fn of(&self, set: Set) -> &[PairExample] {
@@ -57,8 +56,8 @@ impl PairRows {
         sides.map(|s| s.input_ids.len()).max().unwrap_or(1)
     }
 
-    /// The pairs as one packed batch, and the row of each side's last token.
-    pub fn batch(&self, cx: &Cx, pairs: &[&PairExample]) -> Result<(Batch, Vec<i32>)> {
+    /// The pairs as one packed batch for a model of `vocab`, and the row of each side's last token (without virtual tokens).
+    pub fn batch(&self, cx: &Cx, vocab: Vocab, pairs: &[&PairExample]) -> Result<(Batch, Vec<i32>)> {
         let (mut groups, mut ends): (Vec<Group>, Vec<i32>) = (Vec::new(), Vec::new());
         let mut row = 0;
         for e in pairs {
@@ -77,7 +76,7 @@ impl PairRows {
                 groups.push(Group { prompt: &part[0].input_ids[..at], completions });
             }
         }
-        Ok((Batch::grouped(cx, &groups, self.vocab)?, ends))
+        Ok((Batch::grouped(cx, &groups, vocab)?, ends))
     }
 }
 

@@ -74,7 +74,7 @@ impl Objective for Cpo {
     ) -> Result<Option<Shot>> {
         let pairs = self.pairs.pick(set, rows);
         let (n, tokens) = (pairs.len(), token_count(&pairs));
-        let (batch, _) = self.pairs.batch(cx, &pairs)?;
+        let (batch, _) = self.pairs.batch(cx, model.vocab(), &pairs)?;
         if batch.target_ids.is_empty() {
             return Ok(None);
         }

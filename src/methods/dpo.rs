@@ -109,7 +109,7 @@ impl Dpo {
     }
 
     fn sums(&self, cx: &mut Cx, model: &Decoder, pairs: &[&PairExample]) -> Result<Tensor> {
-        let (batch, _) = self.pairs.batch(cx, pairs)?;
+        let (batch, _) = self.pairs.batch(cx, model.vocab(), pairs)?;
         Ok(forward(cx, model, &batch, &self.token_weights(pairs), Ask::default())?.sums)
     }
 }
@@ -190,7 +190,7 @@ impl Objective for Dpo {
     ) -> Result<Option<Shot>> {
         let pairs = self.pairs.pick(set, rows);
         let (n, tokens) = (pairs.len(), token_count(&pairs));
-        let (batch, _) = self.pairs.batch(cx, &pairs)?;
+        let (batch, _) = self.pairs.batch(cx, model.vocab(), &pairs)?;
         if batch.target_ids.is_empty() {
             return Ok(None);
         }

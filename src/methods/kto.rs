@@ -23,7 +23,7 @@ use crate::methods::completions::{Ask, floats, forward};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
 use crate::methods::reference::{Reference, ReferenceKeys};
 use crate::methods::{Footprint, Method, Metric, Recipe, Source};
-use crate::model::batch::{self, Batch};
+use crate::model::batch::{self, Batch, Vocab};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
 use crate::tensor::{Id, Tensor};
@@ -42,7 +42,6 @@ pub struct Kto {
     sets: [Rows; 2],
     places: Vec<String>,
     op: Unpaired,
-    vocab: usize,
     reference: Reference,
     batch: usize,
     /// Of bco, F32 [2]: mean and count.
@@ -105,7 +104,7 @@ impl Kto {
             undesirable_weight: config.undesirable_weight as f32,
         };
         let batch = config.precompute_ref_batch_size.unwrap_or(training.per_device_train_batch_size);
-        let kto = Kto { sets, places, op, vocab: model.vocab_size, reference, batch, delta: None };
+        let kto = Kto { sets, places, op, reference, batch, delta: None };
         Ok((kto, text))
     }
 
@@ -125,7 +124,7 @@ impl Kto {
             return floats(cx, &values);
         }
         match self.reference.model() {
-            Some(model) => sums(cx, model, sequences, self.vocab),
+            Some(model) => sums(cx, model, sequences),
             None => Err(Error::op("kto", "has no reference; attach comes before the first step")),
         }
     }
@@ -150,15 +149,15 @@ impl Kto {
     }
 }
 
-fn packed(cx: &Cx, sequences: &[&Sequence], vocab: usize) -> Result<Batch> {
+fn packed(cx: &Cx, sequences: &[&Sequence], vocab: Vocab) -> Result<Batch> {
     let sequences: Vec<batch::Sequence> =
         sequences.iter().map(|s| batch::Sequence { ids: &s.input_ids, target: Some(&s.target_mask) }).collect();
     Batch::new(cx, &sequences, vocab)
 }
 
 /// Log-probs of each sequence's completion, F32 [n], off the tape.
-fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&Sequence], vocab: usize) -> Result<Tensor> {
-    let batch = packed(cx, sequences, vocab)?;
+fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&Sequence]) -> Result<Tensor> {
+    let batch = packed(cx, sequences, model.vocab())?;
     if batch.target_ids.is_empty() {
         return floats(cx, &vec![0.0; sequences.len()]);
     }
@@ -211,7 +210,7 @@ impl Objective for Kto {
         let attached = reference.attach(cx, model, digest(&all), |cx, model| {
             let mut values = Vec::with_capacity(all.len());
             for sequences in all.chunks(self.batch.max(1)) {
-                values.extend(sums(cx, model, sequences, self.vocab)?.to_f32()?);
+                values.extend(sums(cx, model, sequences)?.to_f32()?);
             }
             Ok(values)
         });
@@ -235,7 +234,7 @@ impl Objective for Kto {
         let own: Vec<&Sequence> = rows.iter().map(|r| &of.own[*r]).collect();
         let n = own.len();
         let tokens = own.iter().map(|s| s.input_ids.len()).sum();
-        let batch = packed(cx, &own, self.vocab)?;
+        let batch = packed(cx, &own, model.vocab())?;
         if batch.target_ids.is_empty() {
             return Ok(None);
         }
@@ -245,7 +244,7 @@ impl Objective for Kto {
             false => {
                 let sequences: Vec<&Sequence> = rows.iter().map(|r| &of.crossed[*r]).collect();
                 let theirs = self.reference_sums(cx, start + of.own.len(), rows, &sequences)?;
-                Some((sums(cx, model, &sequences, self.vocab)?, theirs))
+                Some((sums(cx, model, &sequences)?, theirs))
             }
         };
         pass.begin(cx);

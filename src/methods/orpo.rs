@@ -71,7 +71,7 @@ impl Objective for Orpo {
             chosen.extend(vec![false; e.rejected.targets()]);
             lens.extend([e.chosen.targets() as f32, e.rejected.targets() as f32]);
         }
-        let batch = Batch::new(cx, &sequences, self.pairs.vocab)?;
+        let batch = Batch::new(cx, &sequences, model.vocab())?;
         if batch.target_ids.is_empty() {
             return Ok(None);
         }

@@ -77,7 +77,7 @@ impl Objective for Reward {
     ) -> Result<Option<Shot>> {
         let pairs = self.pairs.pick(set, rows);
         let (n, tokens) = (pairs.len(), token_count(&pairs));
-        let (batch, ends) = self.pairs.batch(cx, &pairs)?;
+        let (batch, ends) = self.pairs.batch(cx, model.vocab(), &pairs)?;
         pass.begin(cx);
         let hidden = model.hidden(cx, &batch, pass.checkpoint)?;
         let last = gather_rows(cx, &hidden, &cx.ints("last tokens", &ends)?)?;

@@ -77,7 +77,7 @@ impl Sft {
             .flat_map(|r| &set[*r].sequences)
             .map(|(ids, mask)| Sequence { ids, target: Some(mask) })
             .collect();
-        Batch::new(cx, &sequences, model.config.vocab_size)
+        Batch::new(cx, &sequences, model.vocab())
     }
 }
 
@@ -178,6 +178,8 @@ impl Method for Sft {
 }
 
 impl TrainRow {
+    /// What the loss is divided by. Behind a tuned prompt a first token that is a target adds to the loss and does not count
+    /// here: transformers counts labels from the second on.
     fn targets(&self) -> usize {
         self.sequences.iter().map(|(_, mask)| mask.iter().skip(1).filter(|t| **t).count()).sum()
     }

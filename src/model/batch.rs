@@ -15,8 +15,45 @@ use crate::tensor::Tensor;
 #[derive(Clone, Copy, Debug)]
 pub struct Sequence<'a> {
     pub ids: &'a [u32],
-    /// As long as `ids`; the first token is never a target, nothing predicts it. None: all the others are.
+    /// As long as `ids`. The first token is a target only behind a learned prompt: else nothing predicts it. None: all but
+    /// the first are.
     pub target: Option<&'a [bool]>,
+}
+
+/// The ids that a model takes: its tokens and, after them, the rows of a learned prompt, which go before every sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vocab {
+    pub tokens: usize,
+    /// Virtual tokens: 0 without prompt tuning.
+    pub virtuals: usize,
+}
+
+impl Vocab {
+    pub fn total(self) -> usize {
+        self.tokens + self.virtuals
+    }
+
+    /// `ids` with the prompt before them.
+    pub fn prompted(self, ids: &[u32]) -> Vec<u32> {
+        (self.tokens as u32..self.total() as u32).chain(ids.iter().copied()).collect()
+    }
+
+    fn check(self, ids: &[u32]) -> Result<()> {
+        match ids.iter().find(|id| **id as usize >= self.tokens) {
+            None => Ok(()),
+            Some(id) => {
+                let message = format!("token {id}, the vocabulary has {}; is it the model's tokenizer?", self.tokens);
+                Err(Error::op("batch", message))
+            }
+        }
+    }
+}
+
+/// A model without a prompt.
+impl From<usize> for Vocab {
+    fn from(tokens: usize) -> Vocab {
+        Vocab { tokens, virtuals: 0 }
+    }
 }
 
 pub struct Batch {
@@ -33,6 +70,7 @@ pub struct Batch {
     /// For each sequence, how many targets it has.
     pub targets_of: Vec<usize>,
     pub target_ids: Vec<u32>,
+    pub vocab: Vocab,
 }
 
 /// A prompt and what may follow it: completions that share its rows, computed once.
@@ -45,10 +83,22 @@ pub struct Group<'a> {
 }
 
 impl Batch {
-    /// Packs the sequences. Errors: an empty sequence, or a token id that `vocab` does not hold.
-    pub fn new(cx: &Cx, sequences: &[Sequence], vocab: usize) -> Result<Batch> {
+    /// Packs the sequences, each behind the learned prompt if there is one. `vocab` is the model's. Errors: an empty
+    /// sequence, or a token id that the vocabulary does not hold.
+    pub fn new(cx: &Cx, sequences: &[Sequence], vocab: impl Into<Vocab>) -> Result<Batch> {
+        let vocab = vocab.into();
         let mut build = Builder::default();
         for sequence in sequences {
+            vocab.check(sequence.ids)?;
+            if vocab.virtuals > 0 && !sequence.ids.is_empty() {
+                build.segment(&vocab.prompted(sequence.ids), None, 0)?;
+                match sequence.target {
+                    // The last of the prompt predicts the first token, which counts where the mask says so.
+                    Some(mask) => build.targets(sequence.ids, Some(mask), sequence.ids.len() + 1),
+                    None => build.targets(&sequence.ids[1..], None, sequence.ids.len()),
+                }
+                continue;
+            }
             build.segment(sequence.ids, None, 0)?;
             build.targets(&sequence.ids[1..], sequence.target.map(|t| &t[1..]), sequence.ids.len());
         }
@@ -58,18 +108,22 @@ impl Batch {
     /// Packs groups: each prompt but its last token once, then every completion with that token before it, which sees the
     /// prompt and itself. The same log-probs as prompt + completion each on its own, in fewer rows. `targets_of` has one
     /// entry a completion. Errors: as [`Batch::new`], or an empty prompt.
-    pub fn grouped(cx: &Cx, groups: &[Group], vocab: usize) -> Result<Batch> {
+    pub fn grouped(cx: &Cx, groups: &[Group], vocab: impl Into<Vocab>) -> Result<Batch> {
+        let vocab = vocab.into();
         let mut build = Builder::default();
         let mut own = Vec::new();
         for group in groups {
+            vocab.check(group.prompt)?;
             let Some((last, before)) = group.prompt.split_last() else {
                 return Err(Error::op("batch", "a prompt is empty; give at least a BOS token"));
             };
-            let prefix = match before {
+            let before = vocab.prompted(before);
+            let prefix = match &before[..] {
                 [] => None,
-                _ => Some(build.segment(before, None, 0)?),
+                before => Some(build.segment(before, None, 0)?),
             };
             for completion in &group.completions {
+                vocab.check(completion.ids)?;
                 own.clear();
                 own.push(*last);
                 own.extend_from_slice(completion.ids);
@@ -118,11 +172,7 @@ impl Builder {
         self.targets_of.push(self.targets.len() - before);
     }
 
-    fn finish(self, cx: &Cx, vocab: usize) -> Result<Batch> {
-        if let Some(id) = self.ids.iter().find(|id| **id as usize >= vocab) {
-            let message = format!("token {id}, the vocabulary has {vocab}; is it the model's tokenizer?");
-            return Err(Error::op("batch", message));
-        }
+    fn finish(self, cx: &Cx, vocab: Vocab) -> Result<Batch> {
         let target_ints: Vec<i32> = self.targets.iter().map(|t| *t as i32).collect();
         Ok(Batch {
             tokens: TokenIndex::new(cx, &self.ids)?,
@@ -134,6 +184,7 @@ impl Builder {
             longest: self.longest,
             targets_of: self.targets_of,
             target_ids: self.targets,
+            vocab,
         })
     }
 }

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use crate::cx::Cx;
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
+use crate::model::adapter::bottleneck::Bottleneck;
 use crate::model::adapter::{Adapter, Site};
-use crate::model::batch::{Batch, Sequence};
+use crate::model::batch::{Batch, Sequence, Vocab};
 use crate::model::config::{HiddenAct, ModelConfig, Task};
-use crate::model::families::{Proj, Role, expected_params};
+use crate::model::families::{Place, Proj, Role, expected_params};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
 use crate::model::params::{ParamSet, initial};
@@ -20,10 +21,11 @@ use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged, kv_append};
 use crate::ops::dropout::dropout;
-use crate::ops::embedding::{embedding, gather_rows};
+use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
 use crate::ops::head::head_logps;
 use crate::ops::lora::{Base, lora_linear};
 use crate::ops::matmul::{linear, product};
+use crate::ops::prompt::prompt_embedding;
 use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
 use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
@@ -37,6 +39,8 @@ pub struct Decoder {
     pub params: ParamSet,
     pub adapter: Option<Adapter>,
     embed: Tensor,
+    /// [virtual tokens, hidden]: prompt tuning's rows, before every sequence.
+    prompt: Option<Tensor>,
     layers: Vec<Layer>,
     final_norm: Tensor,
     /// [vocab, hidden]: the embedding itself where it is tied. Of a classifier: its score.
@@ -53,9 +57,11 @@ struct Layer {
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
     o: Projection,
+    after_attention: Option<Bottleneck>,
     post_norm: Tensor,
     gate_up: Projection,
     down: Projection,
+    after_mlp: Option<Bottleneck>,
     shape: AttnShape,
 }
 
@@ -189,9 +195,11 @@ impl Decoder {
                 q_norm: unit(l, Role::QNorm)?,
                 k_norm: unit(l, Role::KNorm)?,
                 o: projection(Proj::O, Role::OBias)?,
+                after_attention: adapter.as_ref().and_then(|a| a.bottleneck(i, Place::Attention)).cloned(),
                 post_norm: need(l, Role::PostNorm)?,
                 gate_up: projection(Proj::Gate, Role::GateBias)?,
                 down: projection(Proj::Down, Role::DownBias)?,
+                after_mlp: adapter.as_ref().and_then(|a| a.bottleneck(i, Place::Mlp)).cloned(),
                 shape: AttnShape {
                     heads: config.num_heads,
                     kv_heads: config.num_kv_heads,
@@ -213,7 +221,8 @@ impl Decoder {
         };
         let score_bias = unit(None, Role::ScoreBias)?;
         let final_norm = need(None, Role::FinalNorm)?;
-        Ok(Decoder { config, params, adapter, embed, layers, final_norm, head, score_bias, table, positions })
+        let prompt = unit(None, Role::Prompt)?;
+        Ok(Decoder { config, params, adapter, embed, prompt, layers, final_norm, head, score_bias, table, positions })
     }
 
     /// The model with an adapter on it (or, with None, without the one that it has).
@@ -248,6 +257,24 @@ impl Decoder {
         }
     }
 
+    /// The ids it takes: tokens and, with prompt tuning, virtual tokens after them.
+    pub fn vocab(&self) -> Vocab {
+        let virtuals = self.prompt.as_ref().map_or(0, Tensor::row_count);
+        Vocab { tokens: self.config.vocab_size, virtuals }
+    }
+
+    /// Longest sequence that the rope table covers, virtual tokens included.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    fn embed(&self, cx: &mut Cx, tokens: &TokenIndex) -> Result<Tensor> {
+        match &self.prompt {
+            Some(prompt) => prompt_embedding(cx, &self.embed, prompt, tokens),
+            None => embedding(cx, &self.embed, tokens),
+        }
+    }
+
     /// Makes the rope table cover sequences of `n` tokens.
     pub fn ensure_positions(&mut self, cx: &Cx, n: usize) -> Result<()> {
         if n > self.positions {
@@ -264,7 +291,12 @@ impl Decoder {
             let message = format!("a sequence of {} tokens; the rope table covers {}", batch.longest, self.positions);
             return Err(Error::op("decoder", message));
         }
-        let x = embedding(cx, &self.embed, &batch.tokens)?;
+        if batch.vocab.virtuals != self.vocab().virtuals {
+            let (theirs, ours) = (batch.vocab.virtuals, self.vocab().virtuals);
+            let message = format!("a batch behind {theirs} virtual tokens, the model's prompt has {ours}");
+            return Err(Error::op("decoder", message + "; this method takes no prompt tuning: use another peft_type"));
+        }
+        let x = self.embed(cx, &batch.tokens)?;
         self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan), checkpoint)
     }
 
@@ -279,7 +311,7 @@ impl Decoder {
 
     /// Log-probs of the targets of each sequence, in order (all tokens but the first, where no mask is given). No tape.
     pub fn logps(&self, cx: &mut Cx, sequences: &[Sequence]) -> Result<Vec<Vec<f32>>> {
-        let batch = Batch::new(cx, sequences, self.config.vocab_size)?;
+        let batch = Batch::new(cx, sequences, self.vocab())?;
         if batch.target_ids.is_empty() {
             return Ok(vec![Vec::new(); sequences.len()]);
         }
@@ -301,7 +333,11 @@ impl Decoder {
             let message = format!("a sequence of {} tokens; the rope table covers {}", step.longest, self.positions);
             return Err(Error::op("decoder", message));
         }
-        let x = embedding(cx, &self.embed, &step.tokens)?;
+        if step.vocab != self.vocab().total() {
+            let message = format!("a step for {} ids, the model has {:?}", step.vocab, self.vocab());
+            return Err(Error::op("decoder", message + "; give the engine the model that it was made for"));
+        }
+        let x = self.embed(cx, &step.tokens)?;
         self.run(cx, x, &step.positions, Keys::Cache(cache, step), false)
     }
 
@@ -372,7 +408,10 @@ impl Decoder {
             }
         };
         drop(qkv);
-        let attended = layer.o.apply(cx, &mixed)?;
+        let mut attended = layer.o.apply(cx, &mixed)?;
+        if let Some(adapter) = &layer.after_attention {
+            attended = adapter.apply(cx, &attended, &stream)?;
+        }
         drop(mixed);
         let (normed, stream) = add_rmsnorm(cx, &attended, &stream, &layer.post_norm, eps)?;
         let gate_up = layer.gate_up.apply(cx, &normed)?;
@@ -383,7 +422,10 @@ impl Decoder {
         };
         let gated = glu(cx, &gate_up, act)?;
         drop(gate_up);
-        let out = layer.down.apply(cx, &gated)?;
+        let mut out = layer.down.apply(cx, &gated)?;
+        if let Some(adapter) = &layer.after_mlp {
+            out = adapter.apply(cx, &out, &stream)?;
+        }
         Ok((stream, out))
     }
 }

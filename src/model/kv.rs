@@ -36,6 +36,8 @@ pub struct KvStep {
     /// What the caller sent along, I32.
     pub extra: Vec<Tensor>,
     pub longest: usize,
+    /// Token ids lie below this.
+    pub vocab: usize,
 }
 
 /// A sequence in the cache: its pages and how many tokens they hold.
@@ -164,6 +166,7 @@ impl KvCache {
             page_table: part(&[sequences.len(), width])?,
             extra: extra.iter().map(|e| part(&[e.len()])).collect::<Result<_>>()?,
             longest,
+            vocab,
         })
     }
 }

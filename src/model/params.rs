@@ -356,7 +356,7 @@ pub fn unit_role(role: Role) -> Role {
         Role::KBias | Role::VBias => Role::QBias,
         Role::Up => Role::Gate,
         Role::UpBias => Role::GateBias,
-        Role::LoraA(p) => Role::LoraA(p.leader()),
+        Role::LoraA(p) | Role::InitialA(p) => Role::LoraA(p.leader()),
         other => other,
     }
 }

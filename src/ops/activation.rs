@@ -18,6 +18,8 @@ pub enum Act {
     GeluTanh = 1,
     /// By the error function.
     Gelu = 2,
+    /// Plain only: no gated unit has it.
+    Relu = 3,
 }
 
 /// `y = act(g) * u` for the halves g|u of each row: x [n, 2 f] real; y [n, f]. Error if the width is odd.
@@ -130,6 +132,7 @@ fn value(act: Act, x: f64) -> f64 {
     match act {
         Act::Silu => x / (1.0 + (-x).exp()),
         Act::GeluTanh => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh()),
+        Act::Relu => x.max(0.0),
         Act::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
     }
 }
@@ -164,7 +167,7 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
 }
 
 pub fn plain_cases(rng: &mut Rng) -> Vec<Case> {
-    [Act::Silu, Act::GeluTanh, Act::Gelu]
+    [Act::Silu, Act::GeluTanh, Act::Gelu, Act::Relu]
         .into_iter()
         .map(|act| Case::new(format!("{act:?}"), Activation { act }, vec![Arg::real(rng.array(&[7, 45], 2.0))]))
         .collect()

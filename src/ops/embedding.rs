@@ -2,6 +2,8 @@
 //!
 //! Invariant: the backward adds the places of a token in order, so it is deterministic. Kernels: `kernels/embedding.cu`.
 
+use std::sync::Arc;
+
 use crate::cx::Cx;
 use crate::device::{Launch, kernels};
 use crate::error::{Error, Result};
@@ -13,13 +15,15 @@ use crate::tensor::Tensor;
 #[derive(Clone)]
 pub struct TokenIndex {
     pub ids: Tensor,
-    unique: Tensor,
-    starts: Tensor,
-    order: Tensor,
+    pub(crate) unique: Tensor,
+    pub(crate) starts: Tensor,
+    pub(crate) order: Tensor,
+    /// The distinct ids, ascending, on the host.
+    distinct: Arc<[i32]>,
 }
 
 impl TokenIndex {
-    /// `ids` must lie below the vocabulary: the caller (the batch) has checked them.
+    /// `ids` must lie below the vocabulary (and the virtual tokens after it): the caller (the batch) has checked them.
     pub fn new(cx: &Cx, ids: &[u32]) -> Result<TokenIndex> {
         let ints: Vec<i32> = ids.iter().map(|i| *i as i32).collect();
         let [unique, starts, order] = sorted_places(&ints);
@@ -28,17 +32,23 @@ impl TokenIndex {
             unique: cx.ints("token index", &unique)?,
             starts: cx.ints("token index", &starts)?,
             order: cx.ints("token index", &order)?,
+            distinct: unique.into(),
         })
     }
 
     /// For a forward without a tape: nothing is sorted, and a backward is an error.
     pub fn for_generation(ids: Tensor) -> Result<TokenIndex> {
         let none = ids.view(0, ids.dtype(), &[0])?;
-        Ok(TokenIndex { ids, unique: none.clone(), starts: none.clone(), order: none })
+        Ok(TokenIndex { ids, unique: none.clone(), starts: none.clone(), order: none, distinct: Arc::new([]) })
+    }
+
+    /// How many of the distinct ids lie below `vocab`.
+    pub(crate) fn distinct_below(&self, vocab: usize) -> usize {
+        self.distinct.partition_point(|id| (*id as usize) < vocab)
     }
 }
 
-fn sorted_places(ids: &[i32]) -> [Vec<i32>; 3] {
+pub(crate) fn sorted_places(ids: &[i32]) -> [Vec<i32>; 3] {
     let mut order: Vec<i32> = (0..ids.len() as i32).collect();
     order.sort_by_key(|i| ids[*i as usize]); // stable: places stay in order
     let (mut unique, mut starts) = (Vec::new(), Vec::new());
@@ -89,9 +99,7 @@ impl Op for Embedding {
             dw.zero()?;
         }
         let (unique, starts, order) = (&node.saved[0], &node.saved[1], &node.saved[2]);
-        let (u, d) = (unique.numel(), dy.cols());
-        let at = Launch::warps(u * d.div_ceil(32 * 16 / dy.dtype().size()));
-        kernels::embedding_bwd(&*cx.device, at, dw.out(), dy, unique, starts, order, u as i32, d as i32)
+        sum_places(cx, &dw, dy, unique, starts, order, 0)
     }
 
     fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
@@ -132,6 +140,21 @@ impl Op for GatherRows {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost { bytes: 2.0 * (x[1].numel() * x[0].cols() * x[0].dtype().size()) as f64, flops: 0.0 }
     }
+}
+
+/// `dw[id - shift] += dy` at every place of each distinct id, in order.
+pub(crate) fn sum_places(
+    cx: &Cx,
+    dw: &Tensor,
+    dy: &Tensor,
+    unique: &Tensor,
+    starts: &Tensor,
+    order: &Tensor,
+    shift: usize,
+) -> Result<()> {
+    let (u, d) = (unique.numel(), dy.cols());
+    let at = Launch::warps(u * d.div_ceil(32 * 16 / dy.dtype().size()));
+    kernels::embedding_bwd(&*cx.device, at, dw.out(), dy, unique, starts, order, u as i32, d as i32, shift as i32)
 }
 
 fn gathered(cx: &Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {

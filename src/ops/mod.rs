@@ -17,6 +17,7 @@ pub mod lora_kernels;
 pub mod matmul;
 pub mod policy;
 pub mod preference;
+pub mod prompt;
 pub mod quant;
 pub mod rmsnorm;
 pub mod rope;
@@ -260,6 +261,7 @@ pub fn registry() -> Vec<Entry> {
         entry("preference", &["preference"], preference::cases, &[DEFAULT]),
         entry("segment_sums", &["preference"], preference::segment_cases, &[DEFAULT]),
         entry("policy", &["policy"], policy::cases, &[ONE_DTYPE]),
+        entry("prompt_embedding", &["prompt", "embedding"], prompt::cases, &[DEFAULT]),
         entry("quantise", &["quant"], quant::cases, &[DEFAULT]),
         entry("quant_linear", &["quant", "matmul", "reduce"], quant::linear_cases, &[DEFAULT, OWN_MATMUL]),
         entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, &[DEFAULT]),

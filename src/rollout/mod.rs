@@ -14,6 +14,7 @@ use std::sync::Arc;
 use crate::cx::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
+use crate::model::batch::Vocab;
 use crate::model::decoder::Decoder;
 use crate::model::kv::{CachedSequence, KvCache, PAGE};
 use crate::ops::embedding::gather_rows;
@@ -117,7 +118,8 @@ pub struct Engine {
     pub counts: Counts,
     cache: KvCache,
     longest: usize,
-    vocab: usize,
+    /// With the virtual tokens of a tuned prompt: every sequence starts with them.
+    vocab: Vocab,
     /// I32 [2]
     seed: Tensor,
     /// I32 [max_sequences, words]: a bit for each token that a running sequence has; only for a repetition penalty.
@@ -132,15 +134,15 @@ pub struct Engine {
 impl Engine {
     /// An engine for sequences (prompt and completion) of at most `longest` tokens. Error: a cache that cannot hold one.
     pub fn new(cx: &Cx, model: &mut Decoder, options: EngineOptions, longest: usize) -> Result<Engine> {
-        model.ensure_positions(cx, longest)?;
-        let each = longest.div_ceil(PAGE).max(1);
+        let vocab = model.vocab();
+        model.ensure_positions(cx, longest + vocab.virtuals)?;
+        let each = (longest + vocab.virtuals).div_ceil(PAGE).max(1);
         let pages = options.pages.unwrap_or(options.max_sequences * each);
         if pages < each || options.max_step_tokens == 0 || options.max_sequences == 0 {
             let message = format!("{pages} pages, sequences of up to {each}: raise the pages or lower max_new_tokens");
             return Err(Error::op("rollout", message));
         }
-        let vocab = model.config.vocab_size;
-        let shape = [options.max_sequences, seen_words(vocab)];
+        let shape = [options.max_sequences, seen_words(vocab.tokens)];
         let seen = options.sampling.penalises().then(|| Tensor::new(&cx.pool, "seen tokens", DType::I32, &shape));
         let seed = options.sampling.seed;
         Ok(Engine {
@@ -199,7 +201,11 @@ impl Engine {
             let message = format!("prompt {index} and its completion are {total} tokens; at most {}", self.longest);
             return Err(Error::op("rollout", message + "; shorten it or lower max_new_tokens"));
         }
-        let prompt: Arc<[u32]> = request.prompt.as_slice().into();
+        if let Some(id) = request.prompt.iter().find(|id| **id as usize >= self.vocab.tokens) {
+            let message = format!("token {id}; the vocabulary has {}; is it the model's tokenizer?", self.vocab.tokens);
+            return Err(Error::op("rollout", message));
+        }
+        let prompt: Arc<[u32]> = self.vocab.prompted(&request.prompt).into();
         for member in 0..request.n {
             let number = request.number.wrapping_add(member as u32);
             self.waiting.push_back(Sequence::new(index, member, number, &prompt));
@@ -231,7 +237,7 @@ impl Engine {
             new.push(&s.tokens[s.cached.len..s.cached.len + take]);
             cached.push(&mut s.cached);
         }
-        let kv = self.cache.step(cx, &mut cached, &new, self.vocab, &[&ends, &who])?;
+        let kv = self.cache.step(cx, &mut cached, &new, self.vocab.total(), &[&ends, &who])?;
         let mut hidden = model.cached(cx, &self.cache, &kv)?;
         self.counts.steps += 1;
         self.counts.tokens_in += hidden.row_count();

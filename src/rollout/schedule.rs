@@ -131,7 +131,10 @@ impl Engine {
         (s.cached, s.place) = (cached, place);
         if let Some(seen) = &self.seen {
             let mut words = vec![0u32; seen.cols()];
-            s.tokens.iter().for_each(|t| words[*t as usize / 32] |= 1 << (t % 32));
+            s.tokens
+                .iter()
+                .filter(|t| (**t as usize) < self.vocab.tokens)
+                .for_each(|t| words[*t as usize / 32] |= 1 << (t % 32));
             seen.rows(place, place + 1)?.upload(&words)?;
         }
         self.running.push(s);

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::{Recipe, Source};
 use crate::model::adapter::Adapter;
-use crate::model::adapter::config::{AdapterConfig, pairs};
+use crate::model::adapter::config::{AdapterConfig, Kind, pairs};
 use crate::model::adapter::target::search;
 use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
@@ -102,7 +102,7 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     let flops = flops_per_token(&model.config, model.params.count(), longest);
     let peak = peak_flops(&cx.device.name());
     let (trained, base) = (model.trained().trained_count(), model.params.count());
-    let all = base + model.adapter.as_ref().map_or(0, |a| a.params.count());
+    let all = base + model.adapter.as_ref().map_or(0, Adapter::count);
     eprintln!(
         "trainable params: {trained} || all params: {all} || trainable%: {:.4}; {} rows a step",
         100.0 * trained as f64 / all.max(1) as f64,
@@ -168,12 +168,17 @@ pub fn prepare(
         let mut adapter = match from {
             Some(from) => Adapter::load(cx, 1, from, &model.config, &model.params)?,
             None => {
-                let config = AdapterConfig::from_keys(keys, &model.config, &dir.display().to_string())?;
+                let mut config = AdapterConfig::from_keys(keys, &model.config, &dir.display().to_string())?;
+                if let (Kind::Prompt(prompt), Some(text)) = (&mut config.kind, &keys.prompt_tuning_init_text) {
+                    prompt.init_ids = Tokenizer::load(dir)?.encode(text, true)?;
+                }
                 Adapter::new(cx, 1, config, &model.config, &model.params, seed)?
             }
         };
         adapter.tune(keys.loraplus_lr_ratio)?;
-        return model.with_adapter(Some(adapter));
+        let mut model = model.with_adapter(Some(adapter))?;
+        model.ensure_positions(cx, model.positions() + model.vocab().virtuals)?;
+        return Ok(model);
     }
     let patterns = |items: &[String]| items.iter().map(|p| search(p)).collect::<Result<Vec<_>>>();
     let freeze = patterns(keys.freeze.as_deref().unwrap_or(&[]))?;

@@ -13,7 +13,9 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::adapter;
+use crate::model::adapter::folder::Saved;
 use crate::model::folder::{self, write_folder};
+use crate::model::params::ParamSet;
 use crate::optim::state::Moments;
 use crate::tensor::Tensor;
 use crate::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec};
@@ -59,17 +61,18 @@ impl Trainer {
         let params = self.model.trained();
         let dtype = self.saved_dtype(parts);
         let (file, saved) = match &self.model.adapter {
-            Some(adapter) => (adapter::folder::WEIGHTS, adapter.saved()),
-            None => (MODEL, params.specs.iter().enumerate().map(|(i, (s, _))| (s.name.clone(), i)).collect()),
+            Some(adapter) => (adapter.weights_file(), adapter.saved()),
+            None => (MODEL, whole(params)),
         };
         let tensor = |name: &str, i: usize, dtype| TensorSpec {
             name: name.to_string(),
             dtype,
             shape: params.specs[i].0.shape.clone(),
         };
-        let model: Vec<TensorSpec> = saved.iter().map(|(name, i)| tensor(name, *i, dtype)).collect();
+        let model: Vec<TensorSpec> =
+            saved.iter().map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() }).collect();
         writer.add_safetensors(file, &model, &[("format", "pt")], &mut |at, _| {
-            dtype.encode(&self.optimizer.values(params, saved[at].1)?)
+            dtype.encode(&saved[at].join(&mut |i| self.optimizer.values(params, i))?)
         })?;
         let mut tensors = Vec::new();
         let mut sources: Vec<(Option<&Tensor>, usize)> = Vec::new();
@@ -134,7 +137,10 @@ impl Trainer {
             let message = format!("was trained in {}, this run is in {}", state["dtype"], self.cx.dtype.name());
             return Err(Error::checkpoint(dir, message + "; resume on the same kind of device, or set dtype"));
         }
-        let file = if self.model.adapter.is_some() { adapter::folder::WEIGHTS } else { MODEL };
+        let (file, saved) = match &self.model.adapter {
+            Some(adapter) => (adapter.weights_file(), adapter.saved()),
+            None => (MODEL, whole(&self.model.params)),
+        };
         let weights = SafeFolder::open_file(dir.join(file))?;
         let optimizer = SafeFolder::open_file(dir.join(OPTIMIZER))?;
         let mut values = Vec::new();
@@ -153,6 +159,19 @@ impl Trainer {
             t.upload(view.ok_or_else(|| Error::checkpoint(optimizer.path(), message()))?.bytes)?;
         }
         let params = self.model.trained();
+        let of_model = |read: &mut dyn FnMut(&SafeFolder, &str, usize) -> Result<Vec<f32>>, i: usize| {
+            let Some(saved) = saved.iter().find(|s| s.holds(i)) else {
+                return Err(Error::checkpoint(dir, format!("{} has no place", params.specs[i].0.name)));
+            };
+            let values = read(&weights, &saved.name, saved.numel())?;
+            Ok(saved.split(&values).into_iter().find(|p| p.0 == i).map(|p| p.1).unwrap_or_default())
+        };
+        // What an adapter holds without training it: PiSSA's pairs as they started.
+        if self.model.adapter.is_some() {
+            for i in (0..params.specs.len()).filter(|i| saved.iter().any(|s| s.holds(*i))) {
+                params.store(i, &of_model(&mut read, i)?)?;
+            }
+        }
         let mut arenas: Vec<(&str, &Tensor)> = Vec::new();
         if let Moments::F32 { m, v } = &self.optimizer.moments {
             arenas.extend([("m", m), ("v", v)]);
@@ -168,7 +187,7 @@ impl Trainer {
             let master = format!("master.{name}");
             let float = match optimizer.get(&master) {
                 Some(_) => read(&optimizer, &master, len)?,
-                None => read(&weights, name, len)?,
+                None => of_model(&mut read, i)?,
             };
             if let Some(arena) = &self.optimizer.master
                 && let Some(view) = params.state_view(arena, i)?
@@ -214,6 +233,11 @@ fn stored(dtype: DType) -> Result<HostDtype> {
         DType::U8 => Ok(HostDtype::Other(safetensors::Dtype::U8)),
         other => Err(Error::op("checkpoint", format!("an arena of {}", other.name()))),
     }
+}
+
+/// The parameters of a model, one a tensor.
+fn whole(params: &ParamSet) -> Vec<Saved> {
+    params.specs.iter().enumerate().map(|(i, (s, _))| Saved::whole(&s.name, &s.shape, i)).collect()
 }
 
 /// What [`Trainer::write_model`] needs to write a folder like `dir`.

@@ -124,8 +124,9 @@ fn the_docs_tables_of_keys_are_the_programs() {
     let (orpo, cpo, distill) = (OrpoConfig::default(), CpoConfig::default(), DistillConfig::default());
     let (reward, prm) = (RewardConfig::default(), PrmConfig::default());
     // The keys that all commands share stand in sft.md, before its own.
-    let pages: [(&str, &[&dyn Section]); 8] = [
+    let pages: [(&str, &[&dyn Section]); 9] = [
         ("sft", &[&sft.training, &sft.method]),
+        ("peft", &[&sft.peft]),
         ("dpo", &[&dpo]),
         ("reward", &[&reward]),
         ("reward", &[&prm]),

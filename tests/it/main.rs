@@ -1,5 +1,6 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
+mod adapters;
 mod attention;
 mod checkpoint;
 mod config;

@@ -293,7 +293,7 @@ impl World {
             }
             last = Some(*prompt);
         }
-        Batch::grouped(cx, &groups, model.config.vocab_size)
+        Batch::grouped(cx, &groups, model.vocab())
     }
 
     /// What logits are multiplied by: 1 / temperature, as the sampler does.

@@ -1,4 +1,4 @@
-//! What an adapter is: PEFT's `adapter_config.json` in, the same out. Floor 3.
+//! What an adapter is: PEFT's `adapter_config.json` (or adapter-hub's) in, the same out. Floor 3.
 //!
 //! Invariant: [`AdapterConfig::to_json`] of what was read is what was read, but for the fields that are set on saving.
 
@@ -6,6 +6,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::bottleneck::BottleneckConfig;
+use super::pissa::rounds;
 use crate::config::{LoraBias, PeftConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -45,10 +47,47 @@ pub struct Ia3Config {
     pub feedforward: Vec<String>,
 }
 
+impl LoraConfig {
+    /// PiSSA: how many rounds of subspace iteration, None for an exact decomposition. None: another initialisation.
+    pub fn pissa(&self) -> Option<Option<usize>> {
+        rounds(&self.init)
+    }
+
+    /// What a PiSSA adapter is saved as: plain LoRA of twice the rank, with the same scale (PEFT's conversion).
+    fn saved(&self) -> LoraConfig {
+        if self.pissa().is_none() {
+            return self.clone();
+        }
+        let twice = |p: &[(String, f64)], by: f64| p.iter().map(|(k, v)| (k.clone(), v * by)).collect();
+        let by = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        LoraConfig {
+            r: 2 * self.r,
+            alpha: by * self.alpha,
+            rank_pattern: twice(&self.rank_pattern, 2.0),
+            alpha_pattern: twice(&self.alpha_pattern, by),
+            init: "true".into(),
+            ..self.clone()
+        }
+    }
+}
+
+/// Prompt tuning: rows before every sequence's embeddings.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptConfig {
+    pub tokens: usize,
+    /// token_dim, num_attention_heads, num_layers: PEFT keeps them.
+    pub model: [usize; 3],
+    pub init_text: Option<String>,
+    /// The text's tokens, whose embeddings a new prompt starts as, repeated or cut. Empty: normal(0, 1).
+    pub init_ids: Vec<u32>,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
     Lora(LoraConfig),
     Ia3(Ia3Config),
+    Prompt(PromptConfig),
+    Bottleneck(BottleneckConfig),
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -75,7 +114,7 @@ impl AdapterConfig {
             },
         };
         let kind = match keys.peft_type {
-            PeftType::Lora => Kind::Lora(LoraConfig {
+            PeftType::Lora => Kind::Lora(checked(LoraConfig {
                 r: keys.lora_r,
                 alpha: keys.lora_alpha,
                 dropout: keys.lora_dropout as f32,
@@ -87,14 +126,30 @@ impl AdapterConfig {
                 bias: keys.bias,
                 layers: keys.layers_to_transform.clone(),
                 init: keys.init_lora_weights.clone(),
-            }),
+            })?),
             PeftType::Ia3 => {
                 // PEFT's own table: Qwen scales q where Llama scales k.
                 let first = if model.family.model_type.starts_with("qwen") { "q_proj" } else { "k_proj" };
                 let feedforward = keys.feedforward_modules.clone().unwrap_or_else(|| vec!["down_proj".into()]);
                 Kind::Ia3(Ia3Config { targets: targets(&[first, "v_proj", "down_proj"]), feedforward })
             }
-            other => return Err(Error::Config(format!("peft_type = {other:?}: no such adapter is built in here"))),
+            PeftType::PromptTuning if model.task != Task::CausalLm => {
+                return Err(Error::Config("peft_type = prompt_tuning: for language models alone; use lora".into()));
+            }
+            PeftType::PromptTuning => {
+                if keys.num_virtual_tokens == 0 {
+                    return Err(Error::Config("num_virtual_tokens = 0: an empty prompt learns nothing".into()));
+                }
+                Kind::Prompt(PromptConfig {
+                    tokens: keys.num_virtual_tokens,
+                    model: [model.hidden_size, model.num_heads, model.num_layers],
+                    init_text: keys.prompt_tuning_init_text.clone(),
+                    init_ids: Vec::new(),
+                })
+            }
+            PeftType::SeqBn | PeftType::DoubleSeqBn | PeftType::ParBn => {
+                Kind::Bottleneck(BottleneckConfig::from_keys(keys, model)?)
+            }
         };
         let mut modules_to_save = keys.lora_modules_to_save.clone().unwrap_or_default();
         // A classifier's score is new, so it is trained in full, as PEFT does it for these tasks.
@@ -114,7 +169,10 @@ impl AdapterConfig {
     pub fn load(dir: &Path) -> Result<AdapterConfig> {
         let path = dir.join("adapter_config.json");
         if !path.exists() {
-            return Err(Error::model(dir, "has no adapter_config.json: give a PEFT adapter folder"));
+            return Err(Error::model(
+                dir,
+                "has no adapter_config.json: give the folder of an adapter (PEFT's or adapter-hub's)",
+            ));
         }
         let raw: Map<String, Value> = serde_json::from_slice(&fsio::read(&path)?)
             .map_err(|e| Error::model(&path, format!("is not a JSON object: {e}")))?;
@@ -123,6 +181,12 @@ impl AdapterConfig {
 
     pub fn from_json(path: &Path, raw: Map<String, Value>) -> Result<AdapterConfig> {
         let wrong = |message: String| Error::model(path, message);
+        if !raw.contains_key("peft_type") {
+            let config = BottleneckConfig::from_json(path, &raw)?;
+            let base = raw.get("model_name").and_then(Value::as_str).unwrap_or_default().into();
+            let task = Task::CausalLm.peft_name().into();
+            return Ok(AdapterConfig { kind: Kind::Bottleneck(config), modules_to_save: Vec::new(), base, task, raw });
+        }
         let text = |key: &str| raw.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
         let on = |key: &str| raw.get(key).and_then(Value::as_bool).unwrap_or(false);
         let list = |key: &str| -> Result<Vec<String>> {
@@ -174,7 +238,7 @@ impl AdapterConfig {
                     Some(Value::String(s)) => s.clone(),
                     _ => "true".into(),
                 };
-                Kind::Lora(LoraConfig {
+                let config = LoraConfig {
                     r,
                     alpha: raw.get("lora_alpha").and_then(Value::as_f64).unwrap_or(8.0),
                     dropout: raw.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0) as f32,
@@ -191,11 +255,31 @@ impl AdapterConfig {
                     },
                     layers,
                     init,
-                })
+                };
+                if config.pissa().is_some_and(|rounds| rounds.is_some()) {
+                    return Err(wrong(format!(
+                        "init_lora_weights = {}: its values belong to a residual that was drawn at random; have peft save \
+                         it with path_initial_model_for_weight_conversion",
+                        config.init
+                    )));
+                }
+                Kind::Lora(checked(config).map_err(|e| wrong(e.to_string()))?)
             }
             "IA3" => Kind::Ia3(Ia3Config { targets, feedforward: list("feedforward_modules")? }),
+            "PROMPT_TUNING" => {
+                let number = |key: &str| raw.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
+                let tokens = number("num_virtual_tokens");
+                if tokens == 0 {
+                    return Err(wrong("num_virtual_tokens is missing or 0".into()));
+                }
+                let init_text = raw.get("prompt_tuning_init_text").and_then(Value::as_str).map(String::from);
+                let model = ["token_dim", "num_attention_heads", "num_layers"].map(number);
+                Kind::Prompt(PromptConfig { tokens, model, init_text, init_ids: Vec::new() })
+            }
             other => {
-                return Err(wrong(format!("peft_type \"{other}\" is not supported here; LORA and IA3 are")));
+                return Err(wrong(format!(
+                    "peft_type \"{other}\" is not supported here; LORA, IA3 and PROMPT_TUNING are"
+                )));
             }
         };
         let task = match text("task_type") {
@@ -213,6 +297,9 @@ impl AdapterConfig {
 
     /// adapter_config.json as PEFT 0.19 writes and reads it.
     pub fn to_json(&self) -> Map<String, Value> {
+        if let Kind::Bottleneck(c) = &self.kind {
+            return c.to_json(self);
+        }
         let mut out = self.raw.clone();
         let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
         let targets = |t: &Targets| match t {
@@ -228,6 +315,7 @@ impl AdapterConfig {
         set("modules_to_save", save);
         match &self.kind {
             Kind::Lora(c) => {
+                let c = c.saved();
                 let map = |p: &[(String, f64)]| {
                     Value::Object(p.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>())
                 };
@@ -257,9 +345,37 @@ impl AdapterConfig {
                 set("fan_in_fan_out", json!(false));
                 set("init_ia3_weights", json!(true));
             }
+            Kind::Prompt(c) => {
+                set("peft_type", json!("PROMPT_TUNING"));
+                set("num_virtual_tokens", json!(c.tokens));
+                let init = if c.init_text.is_some() { "TEXT" } else { "RANDOM" };
+                set("prompt_tuning_init", json!(init));
+                set("prompt_tuning_init_text", json!(c.init_text));
+                set("tokenizer_name_or_path", c.init_text.as_ref().map_or(Value::Null, |_| json!(self.base)));
+                set("num_transformer_submodules", json!(1));
+                for (key, value) in ["token_dim", "num_attention_heads", "num_layers"].iter().zip(c.model) {
+                    set(key, json!(value));
+                }
+            }
+            Kind::Bottleneck(_) => {}
         }
         out
     }
+}
+
+/// Refuses an initialisation that there is not, and what PiSSA does not go with.
+fn checked(config: LoraConfig) -> Result<LoraConfig> {
+    let init = &config.init;
+    if config.pissa().is_none() && !["true", "false", "gaussian"].contains(&init.as_str()) {
+        let message = format!("init_lora_weights = {init}: true, false, gaussian, pissa or pissa_niter_N");
+        return Err(Error::Config(message));
+    }
+    if config.pissa().is_some() && (config.dropout > 0.0 || config.use_dora) {
+        let message = "init_lora_weights = pissa goes with lora_dropout=0 and without use_dora: the part that is taken out \
+                       of the weight must see the input as the weight does";
+        return Err(Error::Config(message.into()));
+    }
+    Ok(config)
 }
 
 /// A whole number as JSON's integer: PEFT's `r` and alphas are ints.

@@ -1,4 +1,5 @@
-//! PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, in and out. Floor 3.
+//! Adapter folders: `adapter_config.json` and the weights (PEFT's `adapter_model.safetensors`, adapter-hub's
+//! `adapter.safetensors`), in and out. Floor 3.
 //!
 //! Invariant: a folder that is read fits the model (names, shapes, finite values) or is an error that lists all that is
 //! wrong; [`write`] leaves a whole folder or the one that was there.
@@ -7,17 +8,71 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Adapter;
-use super::config::AdapterConfig;
+use super::config::{AdapterConfig, Kind};
+use super::{Adapter, bottleneck};
 use crate::cx::Cx;
 use crate::error::{Error, Result, nearest};
 use crate::fsio::{self, AtomicDir};
 use crate::model::config::ModelConfig;
+use crate::model::families::{ParamSpec, Role};
 use crate::model::params::ParamSet;
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec};
 
-pub const WEIGHTS: &str = "adapter_model.safetensors";
+const WEIGHTS: &str = "adapter_model.safetensors";
 pub const CONFIG: &str = "adapter_config.json";
+
+/// A tensor of an adapter's file: one parameter, or PiSSA's two joined, by rows or by columns.
+pub struct Saved {
+    pub name: String,
+    pub shape: Vec<usize>,
+    /// Parameters and their widths.
+    pieces: Vec<(usize, usize)>,
+    by_columns: bool,
+}
+
+impl Saved {
+    pub fn whole(name: &str, shape: &[usize], i: usize) -> Saved {
+        let width = shape.last().copied().unwrap_or(1);
+        Saved { name: name.into(), shape: shape.to_vec(), pieces: vec![(i, width)], by_columns: false }
+    }
+
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn holds(&self, i: usize) -> bool {
+        self.pieces.iter().any(|p| p.0 == i)
+    }
+
+    /// The tensor, from its parameters' values.
+    pub fn join(&self, values: &mut dyn FnMut(usize) -> Result<Vec<f32>>) -> Result<Vec<f32>> {
+        let parts = self.pieces.iter().map(|(i, _)| values(*i)).collect::<Result<Vec<_>>>()?;
+        if !self.by_columns {
+            return Ok(parts.concat());
+        }
+        let row = |r: usize| parts.iter().zip(&self.pieces).flat_map(move |(v, (_, w))| &v[r * w..(r + 1) * w]);
+        Ok((0..self.shape[0]).flat_map(row).copied().collect())
+    }
+
+    /// The parameters' values, from the tensor's.
+    pub fn split(&self, values: &[f32]) -> Vec<(usize, Vec<f32>)> {
+        let mut parts: Vec<(usize, Vec<f32>)> = self.pieces.iter().map(|p| (p.0, Vec::new())).collect();
+        let mut rest = values;
+        if !self.by_columns {
+            let each = values.len() / parts.len();
+            parts.iter_mut().zip(values.chunks(each)).for_each(|(p, v)| p.1.extend(v));
+            return parts;
+        }
+        while !rest.is_empty() {
+            for (part, (_, width)) in parts.iter_mut().zip(&self.pieces) {
+                let (row, tail) = rest.split_at((*width).min(rest.len()));
+                part.1.extend(row);
+                rest = tail;
+            }
+        }
+        parts
+    }
+}
 
 impl Adapter {
     /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with near names.
@@ -32,8 +87,9 @@ impl Adapter {
             return Err(Error::model(dir, message));
         }
         let adapter = Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
-        let file = SafeFolder::open_file(dir.join(WEIGHTS))?;
         adapter.copy_biases(model, base)?;
+        adapter.set_principal(base, 0, false)?;
+        let file = SafeFolder::open_file(dir.join(adapter.weights_file()))?;
         adapter.read_values(&file, dir)?;
         adapter.refresh(cx, base)?;
         Ok(adapter)
@@ -42,9 +98,10 @@ impl Adapter {
     fn read_values(&self, file: &SafeFolder, dir: &Path) -> Result<()> {
         let mut problems = Vec::new();
         let names: Vec<&str> = file.names().collect();
-        for (spec, _) in &self.params.specs {
+        let in_file = |spec: &&(ParamSpec, usize)| !matches!(spec.0.role, Role::InitialA(_) | Role::InitialB(_));
+        for (spec, _) in self.params.specs.iter().filter(in_file) {
             match file.get(&spec.name) {
-                None if spec.role.is_bias() => {} // a bias that is not trained is the base's
+                None if spec.is_base_bias() => {} // a bias that is not trained is the base's
                 None => {
                     let near = nearest(&spec.name, names.iter().copied());
                     let near = near.map(|n| format!("; the file has {n}")).unwrap_or_default();
@@ -87,11 +144,36 @@ impl Adapter {
         Ok(())
     }
 
-    /// What of the adapter goes into its file: name and index of a parameter. A bias that is not trained stays out.
-    pub fn saved(&self) -> Vec<(String, usize)> {
-        let specs = self.params.specs.iter().enumerate();
-        let kept = specs.filter(|(i, (spec, _))| !spec.role.is_bias() || self.params.tuning(*i).trainable);
-        kept.map(|(i, (spec, _))| (spec.name.clone(), i)).collect()
+    /// What of the adapter goes into its file. A bias that is not trained stays out; PiSSA's pairs are joined, which makes
+    /// them a plain LoRA on the base as it is.
+    pub fn saved(&self) -> Vec<Saved> {
+        let mut all: Vec<Saved> = Vec::new();
+        for (i, (spec, _)) in self.params.specs.iter().enumerate() {
+            let (first, by_columns) = match spec.role {
+                Role::InitialA(p) => (Role::LoraA(p), false),
+                Role::InitialB(p) => (Role::LoraB(p), true),
+                _ if spec.role.is_bias() && !self.params.tuning(i).trainable => continue,
+                _ => {
+                    all.push(Saved::whole(&spec.name, &spec.shape, i));
+                    continue;
+                }
+            };
+            let is_first = |(s, _): &(ParamSpec, usize)| (s.layer, s.role) == (spec.layer, first);
+            let j = self.params.specs.iter().position(is_first);
+            if let Some(saved) = all.iter_mut().find(|s| j.is_some_and(|j| s.holds(j))) {
+                saved.pieces.push((i, spec.shape[1]));
+                saved.by_columns = by_columns;
+                saved.shape[usize::from(by_columns)] += spec.shape[usize::from(by_columns)];
+            }
+        }
+        all
+    }
+
+    pub fn weights_file(&self) -> &'static str {
+        match self.config.kind {
+            Kind::Bottleneck(_) => bottleneck::WEIGHTS,
+            _ => WEIGHTS,
+        }
     }
 
     /// adapter_config.json as bytes.
@@ -111,18 +193,15 @@ pub fn write(
     let saved = adapter.saved();
     let tensors: Vec<TensorSpec> = saved
         .iter()
-        .map(|(name, i)| TensorSpec {
-            name: name.clone(),
-            dtype: HostDtype::F32,
-            shape: adapter.params.specs[*i].0.shape.clone(),
-        })
+        .map(|s| TensorSpec { name: s.name.clone(), dtype: HostDtype::F32, shape: s.shape.clone() })
         .collect();
-    safetensors::write(out.tmp().join(WEIGHTS), &tensors, &[("format", "pt")], &mut |at, _| {
-        let values = values(saved[at].1)?;
+    safetensors::write(out.tmp().join(adapter.weights_file()), &tensors, &[("format", "pt")], &mut |at, _| {
+        let values = saved[at].join(values)?;
         match values.iter().position(|v| !v.is_finite()) {
-            Some(i) => {
-                Err(Error::model(dir, format!("{} is NaN or infinite at value {i}; nothing was written", saved[at].0)))
-            }
+            Some(i) => Err(Error::model(
+                dir,
+                format!("{} is NaN or infinite at value {i}; nothing was written", saved[at].name),
+            )),
             None => HostDtype::F32.encode(&values),
         }
     })?;

@@ -1,55 +1,88 @@
-//! The values an adapter starts from: PEFT's initialisations. Floor 3.
+//! The values an adapter starts from: PEFT's initialisations, and adapter-hub's. Floor 3.
 //!
 //! Invariant: values are a function of (seed, parameter, index) and, where a method asks for it, of the base's weights.
 
 use super::config::Kind;
+use super::pissa::principal;
 use super::{Adapter, base_name};
 use crate::cx::Cx;
 use crate::error::{Error, Result};
 use crate::model::config::ModelConfig;
-use crate::model::families::Role;
+use crate::model::families::{Part, Role};
 use crate::model::params::{ParamSet, normals, uniforms};
 
 impl Adapter {
     pub(super) fn initialise(&self, cx: &Cx, model: &ModelConfig, base: &ParamSet, seed: u64) -> Result<()> {
         let init = match &self.config.kind {
             Kind::Lora(c) => c.init.as_str(),
-            Kind::Ia3(_) => "true",
+            Kind::Bottleneck(c) => c.init.as_str(),
+            Kind::Ia3(_) | Kind::Prompt(_) => "true",
         };
-        if !["true", "false", "gaussian"].contains(&init) {
-            return Err(Error::Config(format!("init_lora_weights = {init}: true, false or gaussian")));
-        }
+        let scaled = |p: usize, n: usize, by: f32| normals(seed, p as u32, n).into_iter().map(|v| v * by).collect();
         for (p, (spec, _)) in self.params.specs.iter().enumerate() {
             let n = spec.len();
+            // kaiming_uniform(a = sqrt(5)): uniform within 1 / sqrt(fan_in)
+            let kaiming = || {
+                let bound = (spec.shape[1] as f32).powf(-0.5);
+                uniforms(seed, p as u32, n).into_iter().map(|u| (2.0 * u - 1.0) * bound).collect()
+            };
             let values = match spec.role {
-                // kaiming_uniform(a = sqrt(5)): uniform within 1 / sqrt(fan_in)
-                Role::LoraA(_) if init != "gaussian" => {
-                    let bound = (spec.shape[1] as f32).powf(-0.5);
-                    uniforms(seed, p as u32, n).into_iter().map(|u| (2.0 * u - 1.0) * bound).collect()
-                }
-                Role::LoraA(_) => {
-                    let std = 1.0 / spec.shape[0] as f32;
-                    normals(seed, p as u32, n).into_iter().map(|v| v * std).collect()
-                }
-                Role::LoraB(_) if init == "false" => {
-                    let bound = (spec.shape[1] as f32).powf(-0.5);
-                    uniforms(seed, p as u32, n).into_iter().map(|u| (2.0 * u - 1.0) * bound).collect()
-                }
+                Role::LoraA(_) if init != "gaussian" => kaiming(),
+                Role::LoraA(_) => scaled(p, n, 1.0 / spec.shape[0] as f32),
+                Role::LoraB(_) if init == "false" => kaiming(),
                 Role::LoraB(_) => vec![0.0; n],
+                // PiSSA's are set below.
+                Role::InitialA(_) | Role::InitialB(_) => vec![0.0; n],
                 Role::Ia3(_) => vec![1.0; n],
                 // DoRA: the rows' lengths of W + s B A, set below.
                 Role::Magnitude(_) => vec![1.0; n],
+                Role::Prompt => match &self.config.kind {
+                    Kind::Prompt(c) if !c.init_ids.is_empty() => embeddings(base, &c.init_ids, n)?,
+                    _ => normals(seed, p as u32, n), // as torch fills an Embedding
+                },
+                Role::Bottleneck(_, Part::Down) if init == "mam_adapter" => kaiming(),
+                Role::Bottleneck(_, Part::Up) if init == "mam_adapter" => vec![0.0; n],
+                Role::Bottleneck(_, Part::Down | Part::Up) => scaled(p, n, 0.02),
+                Role::Bottleneck(..) => vec![0.0; n],
                 _ => copied(base, &spec.name, model)?,
             };
             self.params.store(p, &values)?;
         }
+        self.set_principal(base, seed, true)?;
         self.refresh(cx, base)?;
         self.set_magnitudes()
     }
 
+    /// PiSSA: the pair that is taken out of each weight and, for a new adapter, the one that is trained from there.
+    pub(super) fn set_principal(&self, base: &ParamSet, seed: u64, trained: bool) -> Result<()> {
+        let Kind::Lora(config) = &self.config.kind else { return Ok(()) };
+        let Some(rounds) = config.pissa() else { return Ok(()) };
+        let place = |layer, role| {
+            let found = self.params.specs.iter().position(|(s, _)| (s.layer, s.role) == (layer, role));
+            found.ok_or_else(|| Error::op("pissa", format!("no {role:?} in layer {layer:?}")))
+        };
+        for (p, (spec, _)) in self.params.specs.iter().enumerate() {
+            let (Role::InitialA(proj), Some(layer)) = (spec.role, spec.layer) else { continue };
+            let weight = base.specs.iter().position(|(s, _)| (s.layer, s.role) == (spec.layer, proj.role()));
+            let weight = weight.ok_or_else(|| Error::op("pissa", format!("the model has no {proj:?}")))?;
+            let view = base.weight_view(weight)?;
+            let (shape, rank) = ((view.row_count(), view.cols()), spec.shape[0]);
+            let scale = super::scale(config, (layer, proj), rank)?;
+            let (a, mut b) = principal(&view.to_f32()?, shape, rank, scale, rounds, (seed, p as u32))?;
+            self.params.store(p, &a)?;
+            self.params.store(place(spec.layer, Role::InitialB(proj))?, &b)?;
+            if trained {
+                b.iter_mut().for_each(|v| *v = -*v);
+                self.params.store(place(spec.layer, Role::LoraA(proj))?, &a)?;
+                self.params.store(place(spec.layer, Role::LoraB(proj))?, &b)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Biases that are not trained, but lie in a unit with some that are, are the base's: no file holds them.
     pub(super) fn copy_biases(&self, model: &ModelConfig, base: &ParamSet) -> Result<()> {
-        for (p, (spec, _)) in self.params.specs.iter().enumerate().filter(|(_, (s, _))| s.role.is_bias()) {
+        for (p, (spec, _)) in self.params.specs.iter().enumerate().filter(|(_, (s, _))| s.is_base_bias()) {
             self.params.store(p, &copied(base, &spec.name, model)?)?;
         }
         Ok(())
@@ -85,4 +118,14 @@ fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> 
     let found = base.specs.iter().position(|(s, _)| s.name == stored);
     let i = found.ok_or_else(|| Error::op("adapter", format!("the model has no {stored}")))?;
     base.weight_view(i)?.to_f32()
+}
+
+/// `n` values: the embeddings of `ids`, again from the first after the last.
+fn embeddings(base: &ParamSet, ids: &[u32], n: usize) -> Result<Vec<f32>> {
+    let table = base.required(None, Role::Embed)?;
+    let mut values = Vec::with_capacity(n);
+    for id in ids.iter().cycle().take(n / table.cols()) {
+        values.extend(table.rows(*id as usize, *id as usize + 1)?.to_f32()?);
+    }
+    Ok(values)
 }

@@ -2,12 +2,23 @@
 //!
 //! Invariant: merging is done in f32, and the merged model is the adapted one up to the rounding of what is stored.
 
-use super::{LEADERS, base_name, members, merged, proj_shape};
+use super::config::Kind;
+use super::{Adapter, LEADERS, base_name, members, merged, proj_shape};
 use crate::cx::Cx;
 use crate::error::{Error, Result};
 use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
 use crate::model::families::{ParamSpec, Proj, Role};
+
+/// Errors for a kind of adapter that no weight of the base can hold.
+pub fn mergeable(adapter: &Adapter) -> Result<()> {
+    let why = match adapter.config.kind {
+        Kind::Lora(_) | Kind::Ia3(_) => return Ok(()),
+        Kind::Prompt(_) => "a tuned prompt is rows before the sequence, and part of no weight",
+        Kind::Bottleneck(_) => "a bottleneck adapter is a layer with a non-linearity, and part of no weight",
+    };
+    Err(Error::Config(format!("merge: {why}; use the adapter's folder as it is, beside its base")))
+}
 
 /// The config of the merged model: a head of its own, where the adapter parts a tied one from its embedding.
 pub fn merged_config(model: &Decoder) -> ModelConfig {
@@ -38,11 +49,13 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
     let (rows, cols) = proj_shape(&model.config, proj);
     let from: usize =
         members(proj.leader()).iter().take_while(|p| **p != proj).map(|p| proj_shape(&model.config, *p).0).sum();
-    if let (false, Some(lora)) = (bias, &site.lora)
-        && let Some(at) = lora.pairs.segments.iter().position(|s| s.from == from)
-    {
-        let w = model.params.weight_view(i)?;
-        values = merged(cx, &w, lora, &lora.pairs.segments[at], &lora.pairs.b[at])?.to_f32()?;
+    if let (false, Some(lora)) = (bias, &site.lora) {
+        let mut w = model.params.weight_view(i)?;
+        // PiSSA has two segments over the same columns.
+        for (segment, b) in lora.pairs.segments.iter().zip(&lora.pairs.b).filter(|(s, _)| s.from == from) {
+            w = merged(cx, &w, lora, segment, b)?;
+        }
+        values = w.to_f32()?;
     }
     if let (false, Some(vector)) = (bias, &site.input_scale) {
         let scale = vector.to_f32()?;

@@ -4,10 +4,12 @@
 //! own) and a [`Site`] for each group of projections that share an input; the decoder asks the site, and knows no kind.
 //! Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's set.
 
+pub mod bottleneck;
 pub mod config;
 pub mod folder;
 mod init;
 pub mod merge;
+mod pissa;
 pub mod target;
 
 use crate::config::LoraBias;
@@ -15,13 +17,14 @@ use crate::cx::Cx;
 use crate::device::Layout;
 use crate::error::{Error, Result, nearest};
 use crate::model::config::ModelConfig;
-use crate::model::families::{ParamSpec, Proj, Role, expected_params};
+use crate::model::families::{ParamSpec, Place, Proj, Role, expected_params};
 use crate::model::params::{ParamSet, Tuning};
 use crate::ops::add::add_into;
 use crate::ops::lora::{Pairs, Segment};
 use crate::ops::matmul::product;
 use crate::ops::scale::{constant, row_norms};
 use crate::tensor::Tensor;
+use bottleneck::Bottleneck;
 use config::{AdapterConfig, Kind, LoraConfig};
 use target::{bound, by_pattern, module_name};
 
@@ -33,6 +36,8 @@ pub struct Adapter {
     pub config: AdapterConfig,
     pub params: ParamSet,
     sites: Vec<[Site; 4]>,
+    /// By layer: after attention, after the MLP.
+    bottlenecks: Vec<[Option<Bottleneck>; 2]>,
 }
 
 /// What an adapter adds to projections that share an input.
@@ -90,7 +95,7 @@ impl Adapter {
     /// The adapter's parameters laid out, all zero but for copies, which a load or [`Adapter::new`] fills.
     fn zeros(cx: &Cx, set: u32, config: AdapterConfig, model: &ModelConfig) -> Result<Adapter> {
         let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
-        let mut adapter = Adapter { config, params, sites: Vec::new() };
+        let mut adapter = Adapter { config, params, sites: Vec::new(), bottlenecks: Vec::new() };
         adapter.tune(None)?;
         for layer in 0..model.num_layers {
             let mut sites: [Site; 4] = Default::default();
@@ -98,6 +103,11 @@ impl Adapter {
                 *site = adapter.build_site(cx, layer, leader, model)?;
             }
             adapter.sites.push(sites);
+            if let Kind::Bottleneck(config) = &adapter.config.kind {
+                let wire = |place| Bottleneck::wire(cx, config, &adapter.params, layer, place);
+                let both = [wire(Place::Attention)?, wire(Place::Mlp)?];
+                adapter.bottlenecks.push(both);
+            }
         }
         Ok(adapter)
     }
@@ -114,7 +124,8 @@ impl Adapter {
             _ => None,
         };
         self.params.tune(|spec| Tuning {
-            trainable: !spec.role.is_bias() || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name)),
+            trainable: !matches!(spec.role, Role::InitialA(_) | Role::InitialB(_))
+                && (!spec.role.is_bias() || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name))),
             lr_scale: if matches!(spec.role, Role::LoraB(_)) || spec.shape.len() == 1 { ratio } else { 1.0 },
         });
         Ok(())
@@ -125,20 +136,33 @@ impl Adapter {
         self.sites.get(layer).map(|s| &s[at])
     }
 
+    /// The bottleneck adapter at a place, if there is one.
+    pub fn bottleneck(&self, layer: usize, place: Place) -> Option<&Bottleneck> {
+        self.bottlenecks.get(layer).and_then(|b| b[usize::from(place == Place::Mlp)].as_ref())
+    }
+
     /// Whether the model with the adapter is the model without it, as the adapter was new: then the reference of a
     /// preference or RL method is the adapter switched off.
     pub fn starts_at_zero(&self) -> bool {
         let plain = match &self.config.kind {
-            Kind::Lora(c) => c.init == "true" || c.init == "gaussian",
+            Kind::Lora(c) => c.init != "false",
             Kind::Ia3(_) => true,
+            Kind::Prompt(_) => false,
+            Kind::Bottleneck(c) => c.init == "mam_adapter",
         };
         plain && self.config.raw.is_empty()
+    }
+
+    /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
+    pub fn count(&self) -> usize {
+        let specs = self.params.specs.iter().map(|(s, _)| s);
+        specs.filter(|s| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_))).map(|s| s.len()).sum()
     }
 
     pub fn dropout(&self) -> f32 {
         match &self.config.kind {
             Kind::Lora(c) => c.dropout,
-            Kind::Ia3(_) => 0.0,
+            _ => 0.0,
         }
     }
 
@@ -183,6 +207,19 @@ impl Adapter {
             }
             from += cols;
         }
+        from = 0;
+        for proj in members(leader) {
+            // PiSSA: what stays as it was is more ranks, behind all that are trained.
+            let (cols, _) = proj_shape(model, *proj);
+            if let (Some(pair), Kind::Lora(config)) = (unit(Role::InitialB(*proj))?, &self.config.kind) {
+                let rank = pair.cols();
+                let scale = scale(config, (layer, *proj), rank)?;
+                segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
+                scales.extend(vec![scale; rank]);
+                b.push(pair);
+            }
+            from += cols;
+        }
         if let (Some(a), Kind::Lora(config)) = (unit(Role::LoraA(leader))?, &self.config.kind) {
             let scale = constant(cx, &scales)?;
             if config.use_dora {
@@ -196,7 +233,7 @@ impl Adapter {
     fn scales_input(&self, proj: Proj) -> bool {
         match &self.config.kind {
             Kind::Ia3(c) => c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str())),
-            Kind::Lora(_) => false,
+            _ => false,
         }
     }
 
@@ -269,11 +306,22 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
                 };
                 first.push(spec("lora_A.weight", Role::LoraA(proj), &[rank, input]));
                 second.push(spec("lora_B.weight", Role::LoraB(proj), &[out, rank]));
+                if c.pissa().is_some() {
+                    first.push(spec("lora_A.initial", Role::InitialA(proj), &[rank, input]));
+                    second.push(spec("lora_B.initial", Role::InitialB(proj), &[out, rank]));
+                }
                 if c.use_dora {
                     second.push(spec("lora_magnitude_vector", Role::Magnitude(proj), &[out]));
                 }
             }
         }
+        Kind::Prompt(c) => second.push(ParamSpec {
+            name: "prompt_embeddings".into(),
+            shape: vec![c.tokens, model.hidden_size],
+            role: Role::Prompt,
+            layer: None,
+        }),
+        Kind::Bottleneck(c) => second.extend(c.params(model)),
         Kind::Ia3(c) => {
             for (layer, proj) in bound(&c.targets, None, model)? {
                 let (out, input) = proj_shape(model, proj);
@@ -291,6 +339,12 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             }
         }
     }
+    // The A of projections that share an input are one matrix: those that are trained, then PiSSA's that are not.
+    first.sort_by_key(|s: &ParamSpec| match s.role {
+        Role::LoraA(p) => (s.layer, p.leader(), false),
+        Role::InitialA(p) => (s.layer, p.leader(), true),
+        _ => (s.layer, Proj::Q, false),
+    });
     let base = expected_params(model);
     let mut copies: Vec<ParamSpec> = Vec::new();
     for name in &config.modules_to_save {

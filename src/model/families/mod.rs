@@ -88,6 +88,9 @@ pub enum Role {
     // What adapters add (`model::adapter`), by the projection that they belong to.
     LoraA(Proj),
     LoraB(Proj),
+    /// PiSSA: the pair as it started, B negated. It takes out of the base what A and B start as.
+    InitialA(Proj),
+    InitialB(Proj),
     Magnitude(Proj),
     Ia3(Proj),
     Prompt,
@@ -190,6 +193,11 @@ pub struct ParamSpec {
 }
 
 impl ParamSpec {
+    /// A bias of the model's own, or an adapter's copy of one.
+    pub fn is_base_bias(&self) -> bool {
+        self.role.is_bias() && !matches!(self.role, Role::Bottleneck(..))
+    }
+
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }

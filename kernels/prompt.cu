@@ -1,0 +1,18 @@
+// Token embedding with a learned prompt: rows of a second table for the ids past the vocabulary.
+//
+// Math     y[i] = w[ids[i]] for ids[i] < vocab, else p[ids[i] - vocab]
+//          dw, dp: embedding_bwd (kernels/embedding.cu) over the distinct ids of each table
+//          (Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021)
+// Shapes   w [vocab, d], p [virtual tokens, d] real; ids [n] int; y [n, d] real
+// Plan     a warp copies one row.
+// Numerics moves are exact.
+// Cost     2 n d sizeof(real). GPU: not measured yet.
+#include "prim/warp.cuh"
+
+KERNEL_WARP(prompt_gather)(real* y, const real* w, const real* p, const int* ids, int n, int vocab, int d) {
+  const long long i = WARP_INDEX;
+  if (i >= n) return;
+  const int id = ids[i];
+  const real* from = id < vocab ? w + (long long)id * d : p + (long long)(id - vocab) * d;
+  for (int c = WCOL; c < d; c += WARP_STEP) store(y + i * d + c, load_row(from, c, d), d - c);
+}

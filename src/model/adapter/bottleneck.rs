@@ -1,0 +1,258 @@
+//! Bottleneck adapters: a narrow pair of layers after attention, after the MLP, or beside it. Floor 3.
+//!
+//! out = stream + branch + s (act(z D^T + d) U^T + u), where `branch` is what attention or the MLP adds to the stream, and
+//! z is (adapter-hub's names in brackets)
+//!   the branch (`double_seq_bn`: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019),
+//!   branch + stream (`seq_bn`: Pfeiffer et al., "AdapterFusion", 2020: after the MLP alone), or
+//!   the stream (`par_bn`: He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", 2021).
+//! These are the sums of the `adapters` library, 1.3.0, on a decoder whose norms come first: it passes no norm on.
+//!
+//! Invariant: an `adapter_config.json` whose keys ask for more than this is refused; folders are adapter-hub's, with
+//! `adapter.safetensors` (its `use_safetensors=True`).
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::config::AdapterConfig;
+use crate::config::{PeftConfig, PeftType};
+use crate::cx::Cx;
+use crate::error::{Error, Result};
+use crate::model::config::{ModelConfig, Task};
+use crate::model::families::{ParamSpec, Part, Place, Role};
+use crate::model::params::ParamSet;
+use crate::ops::activation::{Act, activation};
+use crate::ops::add::add;
+use crate::ops::matmul::linear;
+use crate::ops::scale::scale_columns;
+use crate::tensor::Tensor;
+
+/// adapter-hub's file of weights.
+pub const WEIGHTS: &str = "adapter.safetensors";
+
+/// What an adapter reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reads {
+    Branch,
+    Sum,
+    Stream,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct BottleneckConfig {
+    /// The adapter's name, part of its parameters' names.
+    pub name: String,
+    pub attention: bool,
+    pub mlp: bool,
+    pub reads: Reads,
+    pub reduction_factor: f64,
+    /// As adapter-hub names it.
+    pub non_linearity: String,
+    pub act: Act,
+    pub scaling: f64,
+    /// `init_weights`: bert (normal of 0.02) or mam_adapter (up is zero).
+    pub init: String,
+    /// What the folder says of its model: hidden_size, model_class, model_type.
+    pub model: (usize, String, String),
+}
+
+impl BottleneckConfig {
+    pub fn from_keys(keys: &PeftConfig, model: &ModelConfig) -> Result<BottleneckConfig> {
+        let (name, attention, reads, factor, non_linearity, scaling, init) = match keys.peft_type {
+            PeftType::DoubleSeqBn => ("double_seq_bn", true, Reads::Branch, 16.0, "swish", 1.0, "bert"),
+            PeftType::ParBn => ("par_bn", false, Reads::Stream, 2.0, "relu", 4.0, "mam_adapter"),
+            _ => ("seq_bn", false, Reads::Sum, 16.0, "relu", 1.0, "bert"),
+        };
+        if model.task != Task::CausalLm {
+            return Err(Error::Config(format!("peft_type = {name}: for language models alone; use lora")));
+        }
+        let non_linearity = keys.non_linearity.clone().unwrap_or(non_linearity.into());
+        let act = act(&non_linearity).map_err(|e| Error::Config(format!("non_linearity: {e}")))?;
+        let reduction_factor = keys.reduction_factor.unwrap_or(factor);
+        if reduction_factor.is_nan() || reduction_factor <= 0.0 {
+            return Err(Error::Config(format!("reduction_factor = {reduction_factor}: must be above 0")));
+        }
+        let (name, init) = (name.into(), init.into());
+        Ok(BottleneckConfig {
+            name,
+            attention,
+            mlp: true,
+            reads,
+            reduction_factor,
+            non_linearity,
+            act,
+            scaling,
+            init,
+            model: (model.hidden_size, model.family.architecture.into(), model.family.model_type.into()),
+        })
+    }
+
+    /// Reads adapter-hub's adapter_config.json.
+    pub fn from_json(path: &Path, raw: &Map<String, Value>) -> Result<BottleneckConfig> {
+        let wrong = |message: String| Error::model(path, message);
+        let config = raw.get("config").and_then(Value::as_object).cloned().unwrap_or_default();
+        let on = |key: &str, default: bool| config.get(key).and_then(Value::as_bool).unwrap_or(default);
+        for (key, plain) in [
+            ("original_ln_after", true),
+            ("residual_before_ln", true),
+            ("ln_before", false),
+            ("ln_after", false),
+            ("use_gating", false),
+            ("phm_layer", false),
+            ("cross_adapter", false),
+        ] {
+            if config.get(key).is_some_and(|v| *v != json!(plain)) {
+                return Err(wrong(format!("{key} = {}: only {plain} is supported here", config[key])));
+            }
+        }
+        for key in ["inv_adapter", "leave_out", "dropout", "stochastic_depth"] {
+            let none = [Value::Null, json!([]), json!(0.0), json!(0)];
+            if config.get(key).is_some_and(|v| !none.contains(v)) {
+                return Err(wrong(format!("{key} = {} is not supported here", config[key])));
+            }
+        }
+        let number = |key: &str, default: f64| match config.get(key) {
+            None => Ok(default),
+            Some(v) => v.as_f64().filter(|v| *v > 0.0).ok_or_else(|| wrong(format!("{key} = {v}: give one number"))),
+        };
+        let text = |key: &str| config.get(key).and_then(Value::as_str);
+        let non_linearity = text("non_linearity")
+            .ok_or_else(|| wrong("is neither a PEFT config (it has no peft_type) nor a bottleneck adapter's".into()))?;
+        let reads = match (on("is_parallel", false), on("original_ln_before", false)) {
+            (true, _) => Reads::Stream,
+            (false, true) => Reads::Sum,
+            (false, false) => Reads::Branch,
+        };
+        Ok(BottleneckConfig {
+            name: raw.get("name").and_then(Value::as_str).unwrap_or("default").into(),
+            attention: on("mh_adapter", false),
+            mlp: on("output_adapter", true),
+            reads,
+            reduction_factor: number("reduction_factor", 16.0)?,
+            non_linearity: non_linearity.into(),
+            act: act(non_linearity).map_err(wrong)?,
+            scaling: number("scaling", 1.0)?,
+            init: text("init_weights").unwrap_or("bert").into(),
+            model: (
+                raw.get("hidden_size").and_then(Value::as_u64).unwrap_or(0) as usize,
+                raw.get("model_class").and_then(Value::as_str).unwrap_or_default().into(),
+                raw.get("model_type").and_then(Value::as_str).unwrap_or_default().into(),
+            ),
+        })
+    }
+
+    /// adapter-hub's adapter_config.json.
+    pub fn to_json(&self, adapter: &AdapterConfig) -> Map<String, Value> {
+        let whole = |v: f64| if v.fract() == 0.0 { json!(v as i64) } else { json!(v) };
+        let mut out = adapter.raw.clone();
+        let config = json!({
+            "adapter_residual_before_ln": false, "cross_adapter": false, "dropout": 0.0,
+            "init_weights": self.init, "init_weights_seed": null, "inv_adapter": null,
+            "inv_adapter_reduction_factor": null, "is_parallel": self.reads == Reads::Stream, "leave_out": [],
+            "ln_after": false, "ln_before": false, "mh_adapter": self.attention, "non_linearity": self.non_linearity,
+            "original_ln_after": true, "original_ln_before": self.reads == Reads::Sum, "output_adapter": self.mlp,
+            "phm_layer": false, "reduction_factor": whole(self.reduction_factor), "residual_before_ln": true,
+            "scaling": self.scaling, "stochastic_depth": 0.0, "use_gating": false,
+        });
+        for (key, value) in [
+            ("config", config),
+            ("hidden_size", json!(self.model.0)),
+            ("model_class", json!(self.model.1)),
+            ("model_name", json!(adapter.base)),
+            ("model_type", json!(self.model.2)),
+            ("name", json!(self.name)),
+            ("version", json!("adapters.1.3.0")),
+        ] {
+            out.insert(key.into(), value);
+        }
+        out
+    }
+
+    /// Every parameter, under adapter-hub's names.
+    pub fn params(&self, model: &ModelConfig) -> Vec<ParamSpec> {
+        let hidden = model.hidden_size;
+        let narrow = ((hidden as f64 / self.reduction_factor).floor() as usize).max(1);
+        let places =
+            [(Place::Attention, "attention_adapters", self.attention), (Place::Mlp, "output_adapters", self.mlp)];
+        let mut specs = Vec::new();
+        for layer in 0..model.num_layers {
+            for (place, module, _) in places.iter().filter(|p| p.2) {
+                for (part, name, shape) in [
+                    (Part::Down, "adapter_down.0.weight", vec![narrow, hidden]),
+                    (Part::Up, "adapter_up.weight", vec![hidden, narrow]),
+                    (Part::DownBias, "adapter_down.0.bias", vec![narrow]),
+                    (Part::UpBias, "adapter_up.bias", vec![hidden]),
+                ] {
+                    let name = format!("model.layers.{layer}.{module}.adapters.{}.{name}", self.name);
+                    specs.push(ParamSpec { name, shape, role: Role::Bottleneck(*place, part), layer: Some(layer) });
+                }
+            }
+        }
+        specs
+    }
+}
+
+fn act(name: &str) -> Result<Act, String> {
+    match name {
+        "relu" => Ok(Act::Relu),
+        "swish" | "silu" => Ok(Act::Silu),
+        "gelu" => Ok(Act::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" => Ok(Act::GeluTanh),
+        other => Err(format!("\"{other}\" is not supported; relu, swish, gelu and gelu_new are")),
+    }
+}
+
+/// One adapter in its place.
+#[derive(Clone)]
+pub struct Bottleneck {
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    reads: Reads,
+    act: Act,
+    /// Where it is not 1.
+    scale: Option<Tensor>,
+}
+
+impl Bottleneck {
+    pub(super) fn wire(
+        cx: &Cx,
+        config: &BottleneckConfig,
+        params: &ParamSet,
+        layer: usize,
+        place: Place,
+    ) -> Result<Option<Bottleneck>> {
+        let part = |part| params.unit(Some(layer), Role::Bottleneck(place, part));
+        let (Some(down), Some(down_bias)) = (part(Part::Down)?, part(Part::DownBias)?) else { return Ok(None) };
+        let (Some(up), Some(up_bias)) = (part(Part::Up)?, part(Part::UpBias)?) else { return Ok(None) };
+        let scale = match config.scaling {
+            1.0 => None,
+            s => {
+                let n = up.row_count();
+                Some(Tensor::from_f32(&cx.pool, "adapter scale", cx.dtype, &[n], &vec![s as f32; n])?)
+            }
+        };
+        Ok(Some(Bottleneck { down, down_bias, up, up_bias, reads: config.reads, act: config.act, scale }))
+    }
+
+    /// What is added to the stream in the place of `branch`.
+    pub fn apply(&self, cx: &mut Cx, branch: &Tensor, stream: &Tensor) -> Result<Tensor> {
+        let sum = match self.reads {
+            Reads::Sum => Some(add(cx, branch, stream)?),
+            _ => None,
+        };
+        let z = match (&sum, self.reads) {
+            (Some(sum), _) => sum,
+            (None, Reads::Stream) => stream,
+            (None, _) => branch,
+        };
+        let narrow = linear(cx, z, &self.down, Some(&self.down_bias))?;
+        let narrow = activation(cx, &narrow, self.act)?;
+        let mut up = linear(cx, &narrow, &self.up, Some(&self.up_bias))?;
+        if let Some(scale) = &self.scale {
+            up = scale_columns(cx, &up, &[(0, scale.clone())], None, None)?;
+        }
+        add(cx, branch, &up)
+    }
+}
