@@ -143,23 +143,13 @@ impl Trainer {
         };
         let weights = SafeFolder::open_file(dir.join(file))?;
         let optimizer = SafeFolder::open_file(dir.join(OPTIMIZER))?;
-        let mut values = Vec::new();
-        let mut read = |from: &SafeFolder, name: &str, len: usize| -> Result<Vec<f32>> {
-            let view = from.get(name).ok_or_else(|| Error::checkpoint(from.path(), format!("{name} is missing")))?;
-            if view.len() != len {
-                return Err(Error::checkpoint(from.path(), format!("{name} has {} values, not {len}", view.len())));
-            }
-            values.resize(len, 0.0);
-            view.to_f32_into(&mut values)?;
-            Ok(std::mem::take(&mut values))
-        };
         for (name, t) in self.whole_arenas() {
             let view = optimizer.get(name).filter(|v| v.bytes.len() == t.bytes());
             let message = || format!("has no arena {name} of {} bytes; resume with the run's own optim", t.bytes());
             t.upload(view.ok_or_else(|| Error::checkpoint(optimizer.path(), message()))?.bytes)?;
         }
         let params = self.model.trained();
-        let of_model = |read: &mut dyn FnMut(&SafeFolder, &str, usize) -> Result<Vec<f32>>, i: usize| {
+        let of_model = |i: usize| {
             let Some(saved) = saved.iter().find(|s| s.holds(i)) else {
                 return Err(Error::checkpoint(dir, format!("{} has no place", params.specs[i].0.name)));
             };
@@ -169,7 +159,7 @@ impl Trainer {
         // What an adapter holds without training it: PiSSA's pairs as they started.
         if self.model.adapter.is_some() {
             for i in (0..params.specs.len()).filter(|i| saved.iter().any(|s| s.holds(*i))) {
-                params.store(i, &of_model(&mut read, i)?)?;
+                params.store(i, &of_model(i)?)?;
             }
         }
         let mut arenas: Vec<(&str, &Tensor)> = Vec::new();
@@ -187,7 +177,7 @@ impl Trainer {
             let master = format!("master.{name}");
             let float = match optimizer.get(&master) {
                 Some(_) => read(&optimizer, &master, len)?,
-                None => of_model(&mut read, i)?,
+                None => of_model(i)?,
             };
             if let Some(arena) = &self.optimizer.master
                 && let Some(view) = params.state_view(arena, i)?
@@ -233,6 +223,17 @@ fn stored(dtype: DType) -> Result<HostDtype> {
         DType::U8 => Ok(HostDtype::Other(safetensors::Dtype::U8)),
         other => Err(Error::op("checkpoint", format!("an arena of {}", other.name()))),
     }
+}
+
+/// The values of a tensor of a checkpoint.
+fn read(from: &SafeFolder, name: &str, len: usize) -> Result<Vec<f32>> {
+    let view = from.get(name).ok_or_else(|| Error::checkpoint(from.path(), format!("{name} is missing")))?;
+    if view.len() != len {
+        return Err(Error::checkpoint(from.path(), format!("{name} has {} values, not {len}", view.len())));
+    }
+    let mut values = vec![0.0; len];
+    view.to_f32_into(&mut values)?;
+    Ok(values)
 }
 
 /// The parameters of a model, one a tensor.

@@ -284,7 +284,7 @@ fn adapters_resume_with_the_same_bits() {
         let bits = |t: &Trainer| -> Vec<Vec<u32>> {
             let moments = t.optimizer.moments.named_tensors();
             let all = std::iter::once(&t.model.trained().weights).chain(moments.into_iter().map(|(_, t)| t));
-            all.map(|t: &Tensor| t.to_vec::<u32>().unwrap()).into()
+            all.map(|t: &Tensor| t.to_vec::<u32>().unwrap()).collect()
         };
         let tmp = tempfile::tempdir().unwrap();
         let (mut whole, mut sft) = start();
