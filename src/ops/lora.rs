@@ -298,13 +298,14 @@ impl Op for LoraLinear {
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    let spans: [(usize, usize, usize, &[(usize, usize, usize)], bool, bool); 4] = [
-        (3, 5, 7, &[(0, 5, 2)], false, false),
-        (33, 48, 24, &[(0, 32, 8), (32, 8, 8), (40, 8, 8)], true, false),
-        (70, 40, 32, &[(8, 16, 4), (32, 8, 3)], true, true),
-        (130, 64, 48, &[(0, 64, 16)], false, true),
+    type Three = (usize, usize, usize); // m, n, k; or of a pair: from, columns, rank
+    let shapes: [(Three, &[Three], bool, bool); 4] = [
+        ((3, 5, 7), &[(0, 5, 2)], false, false),
+        ((33, 48, 24), &[(0, 32, 8), (32, 8, 8), (40, 8, 8)], true, false),
+        ((70, 40, 32), &[(8, 16, 4), (32, 8, 3)], true, true),
+        ((130, 64, 48), &[(0, 64, 16)], false, true),
     ];
-    for (m, n, k, pairs, bias, dropped) in spans {
+    for ((m, n, k), pairs, bias, dropped) in shapes {
         let x = rng.array(&[m, k], 1.0);
         let (mut segments, mut rank_from) = (Vec::new(), 0);
         for &(from, cols, rank) in pairs {
