@@ -172,7 +172,7 @@ fn a_folder_without_weights_says_what_was_looked_for() {
     let error = SafeFolder::open(dir.path()).unwrap_err().to_string();
     assert!(error.contains("looked for model.safetensors and model.safetensors.index.json"), "{error}");
     assert!(error.contains("save_pretrained()"), "{error}");
-    assert!(SafeFolder::open("/nonexistent").unwrap_err().to_string().contains("is not a folder"));
+    assert!(SafeFolder::open(dir.path().join("missing")).unwrap_err().to_string().contains("is not a folder"));
 }
 
 #[test]
