@@ -442,8 +442,9 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
     assert_eq!(full, scores(&["--model", whole.to_str().unwrap(), "--batch-tokens", "1"]));
     let adapted = scores(&["--model", MODEL, "--adapter", lora.to_str().unwrap()]);
     assert!(adapted.iter().all(|s| s.is_finite()) && adapted != full, "{adapted:?}");
-    let (ok, text) = temper(&["dpo", "--model", whole.to_str().unwrap(), "--data", PLAIN, "--output", "/nonexistent"]);
-    assert!(!ok && !text.is_empty());
+    let (model, out) = (whole.to_str().unwrap(), dir.path().join("dpo"));
+    let (ok, text) = temper(&["dpo", "--model", model, "--data", PLAIN, "--output", out.to_str().unwrap()]);
+    assert!(!ok && text.contains("temper dpo trains CausalLm, the folder holds SequenceClassification"), "{text}");
 }
 
 #[test]
