@@ -3,12 +3,13 @@
 //! Invariant: what the model sees is its own chat template over the whole conversation, as in training.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::cli::Where;
 use crate::cli::generate::engine_options;
+use crate::cli::{Where, open_model};
 use crate::config::{self, GenerateConfig};
 use crate::cx::Cx;
 use crate::data::chat::{ChatTemplate, RenderOptions};
@@ -24,6 +25,9 @@ pub struct Args {
     /// model folder, or a hub name in the local cache
     #[arg(long)]
     model: String,
+    /// adapter folder
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// what the model is told first
     #[arg(long)]
     system: Option<String>,
@@ -46,7 +50,7 @@ pub fn run(args: Args) -> Result<()> {
     let tokenizer = Arc::new(Tokenizer::load(&dir)?);
     let template = ChatTemplate::of(&tokenizer)?;
     let mut cx = args.on.open()?;
-    let mut model = Decoder::load(&cx, 0, &dir, 1)?;
+    let mut model = open_model(&cx, &dir, args.adapter.as_deref())?;
     let options = engine_options(&keys, &model, &tokenizer, &dir, 1)?;
     let start: Vec<Value> = args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
     let mut messages = start.clone();

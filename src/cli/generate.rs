@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::cli::score::input_ids;
-use crate::cli::{Where, sink};
+use crate::cli::{Where, open_model, sink};
 use crate::config::{self, GenerateConfig};
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::rows::{Row, read_rows};
@@ -26,6 +26,9 @@ pub struct Args {
     /// model folder, or a hub name in the local cache
     #[arg(long)]
     model: String,
+    /// adapter folder
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// a prompt; the completion is printed
     #[arg(long, conflicts_with = "data")]
     prompt: Option<String>,
@@ -58,7 +61,7 @@ pub fn run(args: Args) -> Result<()> {
     let dir = resolve_model(&args.model)?;
     let tokenizer = Arc::new(Tokenizer::load(&dir)?);
     let mut cx = args.on.open()?;
-    let mut model = Decoder::load(&cx, 0, &dir, 1)?;
+    let mut model = open_model(&cx, &dir, args.adapter.as_deref())?;
     let vocab = model.config.vocab_size;
     let rows = read_rows_or_prompt(&args)?;
     let mut requests = Vec::new();

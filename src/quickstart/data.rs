@@ -95,7 +95,7 @@ pub fn pretraining(seed: u64, rows: usize) -> Vec<String> {
 
 /// Of a hundred training rows, how many are of the harder kind, and how many replies end in the style that preference
 /// data will prefer.
-const CHAINS: usize = 4;
+const CHAINS: usize = 1;
 const STYLED: usize = 10;
 
 /// What preference data prefers at the end of a reply.

@@ -83,7 +83,7 @@ impl Scale {
             heads: 4,
             kv_heads: 2,
             pretraining_rows: 8000,
-            sft_rows: 14000,
+            sft_rows: 22000,
             pairs: 640,
             chains: 4000,
             held_out: 240,
@@ -108,8 +108,8 @@ impl Scale {
                  save_strategy=no",
             ),
             dpo: keys(
-                "learning_rate=3e-4 beta=0.1 per_device_train_batch_size=16 num_train_epochs=1 warmup_steps=4 \
-                 logging_steps=5 save_strategy=no",
+                "learning_rate=4e-4 beta=0.1 loss_type=sigmoid,sft per_device_train_batch_size=16 num_train_epochs=1 \
+                 warmup_steps=4 logging_steps=5 save_strategy=no",
             ),
             ppo: keys(
                 "learning_rate=3e-4 value_learning_rate=1e-3 per_device_train_batch_size=64 num_ppo_epochs=2 \
@@ -117,8 +117,8 @@ impl Scale {
                  lr_scheduler_type=constant logging_steps=4 save_strategy=no",
             ),
             grpo: keys(
-                "reward_funcs=numeric_match learning_rate=5e-4 per_device_train_batch_size=128 num_generations=8 \
-                 max_completion_length=32 temperature=1 max_steps=120 lr_scheduler_type=linear max_sequences=128 \
+                "reward_funcs=numeric_match learning_rate=2e-4 per_device_train_batch_size=128 num_generations=8 \
+                 max_completion_length=32 temperature=1 max_steps=160 lr_scheduler_type=linear max_sequences=128 \
                  adam_beta2=0.98 logging_steps=5 save_strategy=no",
             ),
         }

@@ -137,7 +137,10 @@ fn every_method_raises_a_plain_reward() {
     gain::<ReinforceConfig>("reinforce++", &["num_generations=2"]);
     gain::<ReinforceConfig>("remax", &["num_generations=1", "greedy_baseline=true"]);
     gain::<PpoConfig>("ppo", &["num_ppo_epochs=2", "kl_coef=0.01", "max_steps=120"]);
-    gain::<PpoConfig>("ppo, shared trunk", &["num_ppo_epochs=2", "kl_coef=0.01", "value_model=shared", "max_steps=120"]);
+    gain::<PpoConfig>(
+        "ppo, shared trunk",
+        &["num_ppo_epochs=2", "kl_coef=0.01", "value_model=shared", "max_steps=120"],
+    );
 }
 
 fn refused<M: Recipe>(keys: &[&str]) -> String {

@@ -179,6 +179,7 @@ impl World {
     }
 
     /// `n` completions of each prompt of `set`, side by side. Draws follow from (seed, `draw`).
+    #[allow(clippy::too_many_arguments)]
     pub fn generate(
         &mut self,
         cx: &mut Cx,
@@ -235,8 +236,7 @@ impl World {
             completion_ids: Vec::new(),
             columns: Map::new(),
         };
-        let names =
-            rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_else(Vec::new);
+        let names = rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_default();
         for name in names {
             let cells = rollouts.iter().map(|r| prompts[r.prompt].columns.get(&name).cloned().unwrap_or(Value::Null));
             let cells = Value::Array(cells.collect());
