@@ -11,6 +11,7 @@ mod inspect;
 mod launches;
 mod merge;
 mod quickstart;
+mod report;
 mod score;
 mod train;
 
@@ -78,6 +79,7 @@ enum Command {
     Bench(bench::Args),
     Inspect(inspect::Args),
     Merge(merge::Args),
+    Report(report::Args),
     Quickstart(quickstart::Args),
 }
 
@@ -168,6 +170,7 @@ pub fn main() -> i32 {
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Report(args) => report::run(args),
         Command::Quickstart(args) => quickstart::run(args),
     };
     match result {

@@ -16,7 +16,7 @@ use crate::data::sft::{SftExample, SftOptions, SftStats, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::methods::{Averages, Method, Metric, Recipe, Source, StepReport};
+use crate::methods::{Averages, MASKS, MaskedIds, Method, Metric, Recipe, Source, StepReport};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_loss};
@@ -170,6 +170,10 @@ impl Method for Sft {
         }
         let (loss, _) = nll(cx, model, &batch, 1.0 / batch.target_ids.len() as f32, false)?;
         Ok(loss.to_f32()?[0])
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.train.iter().flat_map(|r| &r.sequences).take(MASKS).cloned().collect()
     }
 
     fn row_source(&self, row: usize) -> String {
