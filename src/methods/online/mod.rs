@@ -236,7 +236,8 @@ impl World {
             completion_ids: Vec::new(),
             columns: Map::new(),
         };
-        let names = rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_default();
+        let names: Vec<String> =
+            rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_default();
         for name in names {
             let cells = rollouts.iter().map(|r| prompts[r.prompt].columns.get(&name).cloned().unwrap_or(Value::Null));
             let cells = Value::Array(cells.collect());
