@@ -14,7 +14,7 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use crate::config::{OnlineConfig, Sampling as Order, TrainingConfig};
-use crate::cx::Cx;
+use crate::cx::{Cx, MatmulChoice};
 use crate::data::chat::RenderOptions;
 use crate::data::order::epoch_order;
 use crate::data::rows::Row;
@@ -134,6 +134,11 @@ impl World {
                 "lora_dropout = {dropout}: online RL runs without dropout, or the trainer's log-probs would not be the \
                  sampler's; set lora_dropout=0"
             )));
+        }
+        if cx.device.is_cuda() && cx.matmul == MatmulChoice::Auto {
+            // The library may choose another kernel for another number of rows; the engine's own does not.
+            eprintln!("note: matmul=own, so that the sampler's log-probs are the trainer's bit for bit");
+            cx.matmul = MatmulChoice::Own;
         }
         let keys = &self.keys;
         let sampling = Sampling {
