@@ -376,7 +376,7 @@ fn trained(method: &str, data: &str, out: &Path, keys: &[&str]) -> String {
 fn last_log(out: &Path, key: &str) -> f64 {
     let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
-    lines.filter_map(|l| l[key].as_f64()).last().unwrap_or_else(|| panic!("no {key} in {text}"))
+    lines.filter_map(|l| l[key].as_f64()).next_back().unwrap_or_else(|| panic!("no {key} in {text}"))
 }
 
 #[test]

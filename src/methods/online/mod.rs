@@ -14,7 +14,7 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use crate::config::{OnlineConfig, Sampling as Order, TrainingConfig};
-use crate::cx::Cx;
+use crate::cx::{Cx, MatmulChoice};
 use crate::data::chat::RenderOptions;
 use crate::data::order::epoch_order;
 use crate::data::rows::Row;
@@ -135,6 +135,11 @@ impl World {
                  sampler's; set lora_dropout=0"
             )));
         }
+        if cx.device.is_cuda() && cx.matmul == MatmulChoice::Auto {
+            // The library may choose another kernel for another number of rows; the engine's own does not.
+            eprintln!("note: matmul=own, so that the sampler's log-probs are the trainer's bit for bit");
+            cx.matmul = MatmulChoice::Own;
+        }
         let keys = &self.keys;
         let sampling = Sampling {
             temperature: keys.temperature,
@@ -236,7 +241,8 @@ impl World {
             completion_ids: Vec::new(),
             columns: Map::new(),
         };
-        let names = rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_default();
+        let names: Vec<String> =
+            rollouts.first().map(|r| prompts[r.prompt].columns.keys().cloned().collect()).unwrap_or_default();
         for name in names {
             let cells = rollouts.iter().map(|r| prompts[r.prompt].columns.get(&name).cloned().unwrap_or(Value::Null));
             let cells = Value::Array(cells.collect());
