@@ -6,6 +6,8 @@
 mod bench;
 mod chat;
 mod check;
+mod data;
+mod eval;
 mod generate;
 mod inspect;
 mod launches;
@@ -75,6 +77,8 @@ enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
     Score(score::Args),
+    Eval(eval::Args),
+    Data(data::Args),
     Check(check::Args),
     Bench(bench::Args),
     Inspect(inspect::Args),
@@ -166,6 +170,8 @@ pub fn main() -> i32 {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Data(args) => data::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),

@@ -10,6 +10,7 @@ mod cpo;
 mod distill;
 mod dpo;
 mod foreign;
+mod eval;
 mod generate;
 mod kto;
 mod online;
@@ -32,6 +33,7 @@ use value::Given;
 pub use cpo::{CpoConfig, CpoLossType};
 pub use distill::DistillConfig;
 pub use dpo::{DpoConfig, DpoLoss, FDivergence};
+pub use eval::EvalConfig;
 pub use generate::GenerateConfig;
 pub use kto::{KtoConfig, KtoLoss};
 pub use online::{

@@ -205,7 +205,8 @@ fn metrics(out: &HeadOut, batch: &Batch) -> Result<[Metric; 2]> {
     Ok([("entropy".into(), entropy), ("mean_token_accuracy".into(), right as f64 / n)])
 }
 
-fn options(config: &SftConfig) -> SftOptions {
+/// The keys as [`prepare`] takes them.
+pub fn options(config: &SftConfig) -> SftOptions {
     SftOptions {
         max_length: config.max_length,
         truncation_mode: config.truncation_mode,
