@@ -60,7 +60,11 @@ pub fn run(args: Args) -> Result<()> {
     for example in shown.iter().take(args.rows) {
         let place = rows[example.row].place();
         let targets = example.target_mask.iter().skip(1).filter(|t| **t).count();
-        println!("{place}: {} tokens, {targets} loss targets\n{}\n", example.input_ids.len(), marked(&tokenizer, example, colour)?);
+        println!(
+            "{place}: {} tokens, {targets} loss targets\n{}\n",
+            example.input_ids.len(),
+            marked(&tokenizer, example, colour)?
+        );
     }
     println!("{}", histogram(&uncut, options.max_length));
     println!("{}", ends(&tokenizer, &uncut, options.eos_token.as_deref())?);

@@ -75,7 +75,9 @@ pub fn run(args: Args) -> Result<()> {
     }
     if draws.n > 1 && draws.temperature == 0.0 {
         let n = draws.n;
-        return Err(Error::Config(format!("n = {n} with temperature = 0: all {n} would be the same; set temperature=1")));
+        return Err(Error::Config(format!(
+            "n = {n} with temperature = 0: all {n} would be the same; set temperature=1"
+        )));
     }
     let dir = resolve_model(&args.model)?;
     let rows = read_rows(&args.data)?;
@@ -127,9 +129,8 @@ fn answers(
     let mut rewards = Rewards::parse(&keys.reward_funcs, None)?;
     let tokenizer = Arc::new(Tokenizer::load(dir)?);
     let n = draws.n;
-    let request = |(i, row): (usize, &Row)| {
-        Ok(Request { prompt: prompt_ids(row, &tokenizer)?, n, number: (i * n) as u32 })
-    };
+    let request =
+        |(i, row): (usize, &Row)| Ok(Request { prompt: prompt_ids(row, &tokenizer)?, n, number: (i * n) as u32 });
     let requests = rows.iter().enumerate().map(request).collect::<Result<Vec<_>>>()?;
     let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0) + draws.max_new_tokens;
     let options = engine_options(draws, model, &tokenizer, dir, batch.clamp(1, rows.len() * n))?;

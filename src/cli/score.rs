@@ -130,11 +130,7 @@ pub(super) fn tokenise(rows: &[Row], dir: &Path, vocab: usize, text_field: &str)
     }
     let tokenizer = Tokenizer::load(dir)?;
     let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer)).transpose()?;
-    let options = SftOptions {
-        max_length: None,
-        dataset_text_field: text_field.into(),
-        ..SftOptions::default()
-    };
+    let options = SftOptions { max_length: None, dataset_text_field: text_field.into(), ..SftOptions::default() };
     let (examples, stats) = prepare(rows, &tokenizer, template.as_ref(), vocab, &options)?;
     if examples.len() != rows.len() {
         return Err(Error::Run(format!(

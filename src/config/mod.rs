@@ -9,8 +9,8 @@
 mod cpo;
 mod distill;
 mod dpo;
-mod foreign;
 mod eval;
+mod foreign;
 mod generate;
 mod kto;
 mod online;
