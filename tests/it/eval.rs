@@ -125,7 +125,7 @@ fn pairs_are_ranked_as_the_reward_run_ranks_them() {
         "max_length=none",
     ]);
     let metrics = std::fs::read_to_string(Path::new(model).join("metrics.jsonl")).unwrap();
-    let last: Value = metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).last().unwrap();
+    let last: Value = metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).next_back().unwrap();
     let found = eval(dir.path(), model, pairs, &[]);
     assert_eq!(found["figures"]["accuracy"]["value"], last["eval_accuracy"], "{last}");
     // a shared prompt is computed once in the run: other blocks of the same sums
