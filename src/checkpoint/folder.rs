@@ -154,6 +154,7 @@ const RUN_FILES: &[&str] = &[
     "trainer_state.json",
     "completions.jsonl",
     "report.html",
+    "report.json",
     "config.json",
     "generation_config.json",
     "adapter_config.json",

@@ -133,7 +133,7 @@ fn read_rows_or_prompt(args: &Args) -> Result<Vec<Row>> {
 }
 
 /// A string as it is, with the tokenizer's own special tokens; messages through the chat template.
-fn prompt_ids(row: &Row, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+pub(super) fn prompt_ids(row: &Row, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     match row.need("prompt")? {
         Value::String(text) => tokenizer.encode(text, true),
         Value::Array(items) => {

@@ -6,11 +6,14 @@
 mod bench;
 mod chat;
 mod check;
+mod data;
+mod eval;
 mod generate;
 mod inspect;
 mod launches;
 mod merge;
 mod quickstart;
+mod report;
 mod score;
 mod train;
 
@@ -74,10 +77,13 @@ enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
     Score(score::Args),
+    Eval(eval::Args),
+    Data(data::Args),
     Check(check::Args),
     Bench(bench::Args),
     Inspect(inspect::Args),
     Merge(merge::Args),
+    Report(report::Args),
     Quickstart(quickstart::Args),
 }
 
@@ -164,10 +170,13 @@ pub fn main() -> i32 {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Data(args) => data::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Report(args) => report::run(args),
         Command::Quickstart(args) => quickstart::run(args),
     };
     match result {

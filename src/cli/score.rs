@@ -4,7 +4,8 @@
 //! probability that a step which ended at the token is right, for each token.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -54,33 +55,54 @@ pub fn run(args: Args) -> Result<()> {
         one_score(&model.config)?;
     }
     let vocab = model.config.vocab_size;
-    let examples = tokenise(&rows, &dir, vocab)?;
+    let examples = tokenise(&rows, &dir, vocab, &SftConfig::default().dataset_text_field)?;
     model.ensure_positions(&cx, examples.iter().map(|e| e.0.len()).max().unwrap_or(1))?;
     let mut out = sink(&args.output)?;
-    let mut start = 0;
-    while start < examples.len() {
-        let mut end = start + 1;
-        let mut tokens = examples[start].0.len();
-        while end < examples.len() && tokens + examples[end].0.len() <= args.batch_tokens {
-            tokens += examples[end].0.len();
-            end += 1;
-        }
+    let lengths: Vec<usize> = examples.iter().map(|e| e.0.len()).collect();
+    for range in batches(&lengths, args.batch_tokens) {
         let sequences: Vec<Sequence> =
-            examples[start..end].iter().map(|(ids, mask)| Sequence { ids, target: mask.as_deref() }).collect();
+            examples[range].iter().map(|(ids, mask)| Sequence { ids, target: mask.as_deref() }).collect();
         for line in lines(&mut cx, &model, &sequences)? {
             writeln!(out, "{line}").map_err(|e| Error::io(args.output.clone().unwrap_or("stdout".into()), e))?;
         }
-        start = end;
     }
     Ok(())
 }
 
-fn lines(cx: &mut Cx, model: &Decoder, sequences: &[Sequence]) -> Result<Vec<Value>> {
+/// Ranges of sequences that go through the model at once: at most `limit` tokens, or one sequence.
+pub(super) fn batches(lengths: &[usize], limit: usize) -> Vec<Range<usize>> {
+    let (mut all, mut start) = (Vec::new(), 0);
+    while start < lengths.len() {
+        let (mut end, mut tokens) = (start + 1, lengths[start]);
+        while end < lengths.len() && tokens + lengths[end] <= limit {
+            tokens += lengths[end];
+            end += 1;
+        }
+        all.push(start..end);
+        start = end;
+    }
+    all
+}
+
+/// A reward model's score of each sequence, read at its last token.
+pub(super) fn sequence_scores(cx: &mut Cx, model: &Decoder, sequences: &[Sequence]) -> Result<Vec<f32>> {
+    let batch = Batch::new(cx, sequences, model.config.vocab_size)?;
+    let hidden = model.hidden(cx, &batch, false)?;
+    let last: Vec<i32> = ends(sequences).iter().map(|end| *end as i32 - 1).collect();
+    let last = gather_rows(cx, &hidden, &cx.ints("last tokens", &last)?)?;
+    model.scores(cx, &last)?.to_f32()
+}
+
+/// Where each sequence ends in the batch.
+fn ends(sequences: &[Sequence]) -> Vec<usize> {
     let ends = sequences.iter().scan(0, |end, s| {
         *end += s.ids.len();
         Some(*end)
     });
-    let ends: Vec<usize> = ends.collect();
+    ends.collect()
+}
+
+fn lines(cx: &mut Cx, model: &Decoder, sequences: &[Sequence]) -> Result<Vec<Value>> {
     if model.config.task == Task::CausalLm {
         let line = |logps: Vec<f32>| {
             let sum: f64 = logps.iter().map(|l| f64::from(*l)).sum();
@@ -88,33 +110,27 @@ fn lines(cx: &mut Cx, model: &Decoder, sequences: &[Sequence]) -> Result<Vec<Val
         };
         return Ok(model.logps(cx, sequences)?.into_iter().map(line).collect());
     }
+    if let Task::SequenceClassification { .. } = model.config.task {
+        return Ok(sequence_scores(cx, model, sequences)?.into_iter().map(|score| json!({ "score": score })).collect());
+    }
     let batch = Batch::new(cx, sequences, model.config.vocab_size)?;
     let hidden = model.hidden(cx, &batch, false)?;
-    if let Task::SequenceClassification { .. } = model.config.task {
-        let last: Vec<i32> = ends.iter().map(|end| *end as i32 - 1).collect();
-        let last = gather_rows(cx, &hidden, &cx.ints("last tokens", &last)?)?;
-        return Ok(model.scores(cx, &last)?.to_f32()?.into_iter().map(|score| json!({ "score": score })).collect());
-    }
     let scores = model.scores(cx, &hidden)?.to_f32()?;
     let right: Vec<f32> = scores.chunks_exact(2).map(|s| 1.0 / (1.0 + (s[0] - s[1]).exp())).collect();
     let row = |(s, end): (&Sequence, usize)| json!({ "scores": right[end - s.ids.len()..end] });
-    Ok(sequences.iter().zip(ends).map(row).collect())
+    Ok(sequences.iter().zip(ends(sequences)).map(row).collect())
 }
 
 type Ids = (Vec<u32>, Option<Vec<bool>>);
 
 /// Rows with `input_ids` as they are (all tokens but the first are targets); others as SFT would tokenise them.
-fn tokenise(rows: &[Row], dir: &std::path::Path, vocab: usize) -> Result<Vec<Ids>> {
+pub(super) fn tokenise(rows: &[Row], dir: &Path, vocab: usize, text_field: &str) -> Result<Vec<Ids>> {
     if rows.iter().all(|r| r.has("input_ids")) {
         return rows.iter().map(|row| Ok((input_ids(row, vocab)?, None))).collect();
     }
     let tokenizer = Tokenizer::load(dir)?;
     let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer)).transpose()?;
-    let options = SftOptions {
-        max_length: None,
-        dataset_text_field: SftConfig::default().dataset_text_field,
-        ..SftOptions::default()
-    };
+    let options = SftOptions { max_length: None, dataset_text_field: text_field.into(), ..SftOptions::default() };
     let (examples, stats) = prepare(rows, &tokenizer, template.as_ref(), vocab, &options)?;
     if examples.len() != rows.len() {
         return Err(Error::Run(format!(

@@ -9,6 +9,7 @@
 mod cpo;
 mod distill;
 mod dpo;
+mod eval;
 mod foreign;
 mod generate;
 mod kto;
@@ -32,6 +33,7 @@ use value::Given;
 pub use cpo::{CpoConfig, CpoLossType};
 pub use distill::DistillConfig;
 pub use dpo::{DpoConfig, DpoLoss, FDivergence};
+pub use eval::EvalConfig;
 pub use generate::GenerateConfig;
 pub use kto::{KtoConfig, KtoLoss};
 pub use online::{

@@ -79,6 +79,18 @@ impl Tokenizer {
         DecodeStream { tokenizer: self, skip_special, ids: Vec::new(), start: 0, end: 0 }
     }
 
+    /// The text of each id, special tokens included; together they are the whole text. A character of several tokens
+    /// stands at its last one.
+    pub fn pieces(&self, ids: &[u32]) -> Result<Vec<String>> {
+        let mut stream = self.stream(false);
+        let mut pieces = ids.iter().map(|id| stream.push(*id)).collect::<Result<Vec<_>>>()?;
+        let rest = stream.finish()?;
+        if let Some(last) = pieces.last_mut() {
+            last.push_str(&rest);
+        }
+        Ok(pieces)
+    }
+
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }

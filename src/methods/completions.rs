@@ -8,7 +8,7 @@ use crate::data::preference::{PairExample, PairStyle, PreferenceOptions, Prefere
 use crate::device::DType;
 use crate::error::Result;
 use crate::methods::objective::Set;
-use crate::methods::{Metric, Source};
+use crate::methods::{MASKS, MaskedIds, Metric, Source};
 use crate::model::batch::{self, Batch, Group, Vocab};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_logps, head_squares, mean_logits};
@@ -49,6 +49,12 @@ impl PairRows {
 
     pub fn place(&self, row: usize) -> String {
         self.places[row].clone()
+    }
+
+    /// Of the first pairs: chosen, then rejected.
+    pub fn masks(&self) -> Vec<MaskedIds> {
+        let sides = self.train.iter().flat_map(|e| [&e.chosen, &e.rejected]);
+        sides.take(MASKS).map(|s| (s.input_ids.clone(), s.target_mask.clone())).collect()
     }
 
     pub fn longest(&self) -> usize {

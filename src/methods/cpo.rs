@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::methods::completions::{Ask, PairRows, floats, forward, reward_figures, sides, token_count};
 use crate::methods::dpo::chosen_nll;
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Footprint, Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{self, CpoLoss};
 
@@ -57,6 +57,10 @@ impl Objective for Cpo {
 
     fn longest(&self) -> usize {
         self.pairs.longest()
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.pairs.masks()
     }
 
     fn source(&self, row: usize) -> String {

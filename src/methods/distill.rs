@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::methods::completions::floats;
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
 use crate::methods::reference::load;
-use crate::methods::{Method, Recipe, Source};
+use crate::methods::{MASKS, MaskedIds, Method, Recipe, Source};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::distill::{DistillIn, distill};
@@ -70,6 +70,10 @@ impl Objective for Distill {
 
     fn longest(&self) -> usize {
         self.sets.iter().flatten().map(|e| e.input_ids.len()).max().unwrap_or(1)
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.sets[0].iter().take(MASKS).map(|e| (e.input_ids.clone(), e.target_mask.clone())).collect()
     }
 
     fn source(&self, row: usize) -> String {

@@ -29,7 +29,7 @@ use crate::error::Result;
 use crate::methods::completions::{Ask, Forward, PairRows, floats, forward, reward_figures, sides, sums, token_count};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
 use crate::methods::reference::{Reference, ReferenceKeys};
-use crate::methods::{Footprint, Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
 use crate::model::decoder::Decoder;
 use crate::ops::add::axpy;
 use crate::ops::preference::{self, Divergence, DpoIn};
@@ -158,6 +158,10 @@ impl Objective for Dpo {
 
     fn longest(&self) -> usize {
         self.pairs.longest()
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.pairs.masks()
     }
 
     fn source(&self, row: usize) -> String {

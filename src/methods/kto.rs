@@ -22,7 +22,7 @@ use crate::fsio;
 use crate::methods::completions::{Ask, floats, forward};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
 use crate::methods::reference::{Reference, ReferenceKeys};
-use crate::methods::{Footprint, Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, MASKS, MaskedIds, Method, Metric, Recipe, Source};
 use crate::model::batch::{self, Batch, Vocab};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
@@ -195,6 +195,10 @@ impl Objective for Kto {
 
     fn longest(&self) -> usize {
         self.all().iter().map(|s| s.input_ids.len()).max().unwrap_or(1)
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.sets[0].own.iter().take(MASKS).map(|s| (s.input_ids.clone(), s.target_mask.clone())).collect()
     }
 
     fn source(&self, row: usize) -> String {

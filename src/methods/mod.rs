@@ -35,6 +35,12 @@ use crate::model::decoder::Decoder;
 /// A metric's name, TRL's, and its value.
 pub type Metric = (Cow<'static, str>, f64);
 
+/// A sequence, and which of its tokens are loss targets.
+pub type MaskedIds = (Vec<u32>, Vec<bool>);
+
+/// How many sequences [`Method::masks`] gives.
+pub const MASKS: usize = 4;
+
 /// What one optimizer step of a method showed.
 pub struct StepReport {
     /// The step's loss, as its gradient was taken.
@@ -132,6 +138,11 @@ pub trait Method {
 
     /// What was generated since it was last asked for, a line each for completions.jsonl.
     fn take_completions(&mut self) -> Vec<serde_json::Value> {
+        Vec::new()
+    }
+
+    /// Some training sequences, true where the loss is: for the report. None where training rows are not sequences.
+    fn masks(&self) -> Vec<MaskedIds> {
         Vec::new()
     }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::cx::Cx;
 use crate::device::DType;
 use crate::error::Result;
-use crate::methods::{Averages, Method, Metric, StepReport};
+use crate::methods::{Averages, MaskedIds, Method, Metric, StepReport};
 use crate::model::decoder::Decoder;
 use crate::tape::Tape;
 use crate::tensor::Tensor;
@@ -62,6 +62,9 @@ pub trait Objective {
     fn weight(&self, _set: Set, _row: usize) -> f64 {
         1.0
     }
+
+    /// See [`Method::masks`].
+    fn masks(&self) -> Vec<MaskedIds>;
 
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
         Ok(())
@@ -166,6 +169,10 @@ impl<O: Objective> Method for Batched<O> {
 
     fn row_source(&self, row: usize) -> String {
         self.0.source(row)
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.0.masks()
     }
 
     fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {

@@ -14,7 +14,7 @@ use crate::data::preference::{PairStyle, PreferenceOptions};
 use crate::error::Result;
 use crate::methods::completions::{Ask, PairRows, floats, forward, reward_figures, sides, sums, token_count};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Footprint, Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::preference;
@@ -43,6 +43,10 @@ impl Objective for Orpo {
 
     fn longest(&self) -> usize {
         self.pairs.longest()
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.pairs.masks()
     }
 
     fn source(&self, row: usize) -> String {

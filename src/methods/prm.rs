@@ -13,7 +13,7 @@ use crate::data::preference::{PreferenceOptions, StepExample, StepOptions, steps
 use crate::error::Result;
 use crate::methods::completions::{floats, sums};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Method, Metric, Recipe, Source};
+use crate::methods::{MASKS, MaskedIds, Method, Metric, Recipe, Source};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::config::Task;
 use crate::model::decoder::Decoder;
@@ -63,6 +63,11 @@ impl Objective for Prm {
 
     fn longest(&self) -> usize {
         self.sets.iter().flatten().map(|e| e.input_ids.len()).max().unwrap_or(1)
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        let mask = |e: &StepExample| (0..e.input_ids.len()).map(|i| e.labels.iter().any(|l| l.0 == i)).collect();
+        self.sets[0].iter().take(MASKS).map(|e| (e.input_ids.clone(), mask(e))).collect()
     }
 
     fn source(&self, row: usize) -> String {

@@ -14,7 +14,7 @@ use crate::data::preference::{PairStyle, PreferenceOptions};
 use crate::error::{Error, Result};
 use crate::methods::completions::{PairRows, floats, token_count};
 use crate::methods::objective::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Footprint, Method, Metric, Recipe, Source};
+use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
 use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
 use crate::ops::add::to_float;
@@ -60,6 +60,15 @@ impl Objective for Reward {
 
     fn longest(&self) -> usize {
         self.pairs.longest()
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        // what is scored is the last token
+        let last = |(ids, _): MaskedIds| {
+            let mask = (1..=ids.len()).map(|i| i == ids.len()).collect();
+            (ids, mask)
+        };
+        self.pairs.masks().into_iter().map(last).collect()
     }
 
     fn source(&self, row: usize) -> String {

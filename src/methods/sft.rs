@@ -16,7 +16,7 @@ use crate::data::sft::{SftExample, SftOptions, SftStats, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::methods::{Averages, Method, Metric, Recipe, Source, StepReport};
+use crate::methods::{Averages, MASKS, MaskedIds, Method, Metric, Recipe, Source, StepReport};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_loss};
@@ -172,6 +172,10 @@ impl Method for Sft {
         Ok(loss.to_f32()?[0])
     }
 
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.train.iter().flat_map(|r| &r.sequences).take(MASKS).cloned().collect()
+    }
+
     fn row_source(&self, row: usize) -> String {
         self.train[row].source.clone()
     }
@@ -201,7 +205,8 @@ fn metrics(out: &HeadOut, batch: &Batch) -> Result<[Metric; 2]> {
     Ok([("entropy".into(), entropy), ("mean_token_accuracy".into(), right as f64 / n)])
 }
 
-fn options(config: &SftConfig) -> SftOptions {
+/// The keys as [`prepare`] takes them.
+pub fn options(config: &SftConfig) -> SftOptions {
     SftOptions {
         max_length: config.max_length,
         truncation_mode: config.truncation_mode,

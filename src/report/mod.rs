@@ -4,6 +4,8 @@
 //! (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or given, never made up: a file that is absent leaves its section out.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +17,8 @@ use crate::fsio;
 pub const FILE: &str = "report.html";
 /// What was given for a page, so that `temper report` can write it again.
 const INPUT: &str = "report.json";
+const LADDER: &str = "ladder.json";
+const METRICS: &str = "metrics.jsonl";
 /// Lines of metrics and of completions that a page takes; above, metrics are thinned and the page says so.
 const MOST_LINES: usize = 3000;
 const MOST_SAMPLES: usize = 300;
@@ -48,17 +52,27 @@ pub struct MaskRow {
 }
 
 /// One run of a ladder: its output folder, and what is said of it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rung {
     pub name: String,
     pub dir: PathBuf,
     pub input: ReportInput,
 }
 
+/// What [`write_ladder`] was given; folders inside of the ladder's by their relative path.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ladder {
+    title: String,
+    table: Option<Table>,
+    rungs: Vec<Rung>,
+}
+
 /// Writes `dir/report.html` of the run in `dir`, and `dir/report.json` with what was given. Returns the page's path.
 pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
     let dir = dir.as_ref();
-    let name = dir.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned());
+    let name = name_of(dir);
     let title = if input.title.is_empty() { name.clone() } else { input.title.clone() };
     let text = serde_json::to_vec_pretty(input).map_err(|e| Error::Run(format!("{INPUT}: {e}")))?;
     fsio::atomic_write(dir.join(INPUT), &text)?;
@@ -75,9 +89,48 @@ pub fn read_input(dir: impl AsRef<Path>) -> Result<ReportInput> {
     serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))
 }
 
-/// Writes `dir/report.html` with all `rungs`, one after the other, below the ladder's own table.
+/// Writes `dir/report.html` with all `rungs`, one after the other, below the ladder's own table, and `dir/ladder.json` with
+/// what was given. A rung without masks shows those of its own page.
 pub fn write_ladder(dir: impl AsRef<Path>, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Result<PathBuf> {
-    page(dir.as_ref(), title, table, rungs)
+    let dir = dir.as_ref();
+    let inside = |rung: &Rung| Rung {
+        dir: rung.dir.strip_prefix(dir).map_or_else(|_| rung.dir.clone(), Path::to_path_buf),
+        ..rung.clone()
+    };
+    let ladder = Ladder { title: title.into(), table: table.cloned(), rungs: rungs.iter().map(inside).collect() };
+    let text = serde_json::to_vec_pretty(&ladder).map_err(|e| Error::Run(format!("{LADDER}: {e}")))?;
+    fsio::atomic_write(dir.join(LADDER), &text)?;
+    page(dir, title, table, rungs)
+}
+
+/// Writes the page of a folder again: of a run, of a ladder, or of all runs that lie in the folder.
+pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
+    let dir = dir.as_ref();
+    let is_run = |dir: &Path| dir.join(METRICS).is_file();
+    if is_run(dir) {
+        return write(dir, &read_input(dir)?);
+    }
+    let path = dir.join(LADDER);
+    if path.is_file() {
+        let bytes = fsio::read(&path)?;
+        let mut ladder: Ladder =
+            serde_json::from_slice(&bytes).map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))?;
+        ladder.rungs.iter_mut().for_each(|rung| rung.dir = dir.join(&rung.dir)); // an absolute one stays as it is
+        return page(dir, &ladder.title, ladder.table.as_ref(), &ladder.rungs);
+    }
+    let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
+    let mut runs: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|path| is_run(path)).collect();
+    runs.sort();
+    if runs.is_empty() {
+        let message = format!("holds no run: neither it nor a folder in it has {METRICS}; name a run's --output");
+        return Err(Error::data(dir, None, message));
+    }
+    let rung = |path: &PathBuf| Ok(Rung { name: name_of(path), dir: path.clone(), input: read_input(path)? });
+    page(dir, &name_of(dir), None, &runs.iter().map(rung).collect::<Result<Vec<_>>>()?)
+}
+
+fn name_of(dir: &Path) -> String {
+    dir.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned())
 }
 
 fn page(dir: &Path, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Result<PathBuf> {
@@ -109,27 +162,30 @@ fn page(dir: &Path, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Resul
 }
 
 fn run(rung: &Rung) -> Result<Value> {
-    for (i, row) in rung.input.masks.iter().enumerate() {
+    let masks = match rung.input.masks.is_empty() {
+        true => read_input(&rung.dir)?.masks,
+        false => rung.input.masks.clone(),
+    };
+    for (i, row) in masks.iter().enumerate() {
         let (tokens, mask) = (row.tokens.len(), row.mask.len());
         if tokens != mask {
             return Err(Error::Run(format!("report: mask row {i} has {tokens} tokens and {mask} mask values")));
         }
     }
     let mut notes = rung.input.notes.clone();
-    let (series, thinned) = series(&lines(&rung.dir.join("metrics.jsonl"))?);
+    let (series, thinned) = series(&lines(&rung.dir.join(METRICS))?);
     if thinned > 1 {
         notes.push(format!("The curves show one of {thinned} logged steps."));
     }
-    let completions = lines(&rung.dir.join("completions.jsonl"))?;
-    let samples: Vec<Value> = spread(completions.len()).map(|i| sample(&completions[i])).collect();
-    if samples.len() < completions.len() {
-        notes.push(format!("{} of {} recorded completions are shown.", samples.len(), completions.len()));
+    let (samples, recorded) = samples(&rung.dir.join("completions.jsonl"))?;
+    if samples.len() < recorded {
+        notes.push(format!("{} of {recorded} recorded completions are shown.", samples.len()));
     }
     let config = rung.dir.join("config.toml");
     let config = config.is_file().then(|| fsio::read(&config)).transpose()?;
     Ok(json!({
         "name": rung.name, "notes": notes, "table": rung.input.table, "series": series, "samples": samples,
-        "masks": rung.input.masks, "config": config.map(|c| String::from_utf8_lossy(&c).into_owned()),
+        "masks": masks, "config": config.map(|c| String::from_utf8_lossy(&c).into_owned()),
     }))
 }
 
@@ -175,6 +231,37 @@ fn series(lines: &[Map<String, Value>]) -> (Vec<Value>, usize) {
     }
     let known = |name: &&str| points[*name].iter().any(|p| p.1.is_some());
     (order.iter().copied().filter(known).map(|name| json!([name, points[name]])).collect(), every)
+}
+
+/// Completions evenly over the run, and how many there are. A long run's file is too large to hold: its lines are found
+/// first, and only those that are shown are read.
+fn samples(path: &Path) -> Result<(Vec<Value>, usize)> {
+    if !path.is_file() {
+        return Ok((Vec::new(), 0));
+    }
+    let failed = |e| Error::io(path, e);
+    let mut file = BufReader::with_capacity(1 << 20, File::open(path).map_err(failed)?);
+    let (mut starts, mut at) = (Vec::new(), 0u64);
+    loop {
+        let n = file.skip_until(b'\n').map_err(failed)?;
+        if n == 0 {
+            break;
+        }
+        starts.push(at);
+        at += n as u64;
+    }
+    let mut samples = Vec::new();
+    for i in spread(starts.len()) {
+        file.seek(SeekFrom::Start(starts[i])).map_err(failed)?;
+        let mut line = Vec::new();
+        file.read_until(b'\n', &mut line).map_err(failed)?;
+        match serde_json::from_slice(&line) {
+            Ok(object) => samples.push(sample(&object)),
+            Err(_) if i + 1 == starts.len() => drop(starts.pop()), // cut short, as above
+            Err(e) => return Err(Error::data(path, Some(i + 1), format!("no JSON object: {e}"))),
+        }
+    }
+    Ok((samples, starts.len()))
 }
 
 /// Rows evenly over the run, the last one included.

@@ -17,7 +17,7 @@ use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::methods::{Recipe, Source};
+use crate::methods::{MaskedIds, Recipe, Source};
 use crate::model::adapter::Adapter;
 use crate::model::adapter::config::{AdapterConfig, Kind, pairs};
 use crate::model::adapter::target::search;
@@ -26,6 +26,7 @@ use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::params::Tuning;
 use crate::ops::quant::Scheme;
+use crate::report::MaskRow;
 use crate::signals::Stop;
 
 pub struct Job<'a, M> {
@@ -121,9 +122,25 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         config_toml: run.to_toml(job.command),
         peak_flops: peak,
         flops_per_token: flops,
+        masks: method.masks().iter().map(|row| mask_row(&tokenizer, row)).collect::<Result<Vec<_>>>()?,
     };
     let summary = whole.train(&mut trainer, &mut *method)?;
     Ok((trainer.cx, trainer.plan.total_steps, summary))
+}
+
+/// Tokens of a row that the report shows, at most.
+const SHOWN: usize = 2048;
+
+fn mask_row(tokenizer: &Tokenizer, (ids, mask): &MaskedIds) -> Result<MaskRow> {
+    let n = ids.len().min(SHOWN);
+    // nothing stands before the first token: it is never a target
+    let mut row = MaskRow { tokens: tokenizer.pieces(&ids[..n])?, mask: mask[..n].to_vec() };
+    row.mask.iter_mut().take(1).for_each(|first| *first = false);
+    if n < ids.len() {
+        row.tokens.push(format!(" [{} more tokens]", ids.len() - n));
+        row.mask.push(false);
+    }
+    Ok(row)
 }
 
 /// The task that the method trains for, on a folder of task `own`.

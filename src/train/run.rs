@@ -14,6 +14,7 @@ use crate::fsio;
 use crate::log::{Metric, RunLog};
 use crate::methods::Method;
 use crate::model::config::ModelConfig;
+use crate::report::{self, MaskRow, ReportInput};
 use crate::signals::Stop;
 
 /// Everything of a run that is not the trainer.
@@ -26,6 +27,8 @@ pub struct Run<'a> {
     /// Peak flop/s of the device, if known, and a token's flops: for `mfu`.
     pub peak_flops: Option<f64>,
     pub flops_per_token: f64,
+    /// Some training rows, for report.html.
+    pub masks: Vec<MaskRow>,
 }
 
 /// What a finished run can say of itself.
@@ -64,6 +67,7 @@ impl Run<'_> {
         while trainer.done < total {
             if self.stop.requested() {
                 self.save(trainer, method, &state, &log)?;
+                self.page(&log);
                 log.finish();
                 let message =
                     format!("stopped after step {} of {total}; go on with the same command and --resume", trainer.done);
@@ -77,6 +81,7 @@ impl Run<'_> {
                         self.save(trainer, method, &state, &log)?;
                         log.warn(&format!("checkpoint-{} holds the steps before the error", trainer.done));
                     }
+                    self.page(&log);
                     log.finish();
                     return Err(e);
                 }
@@ -90,6 +95,7 @@ impl Run<'_> {
         }
         self.folder.discard_overwritten()?;
         log.sync()?;
+        self.page(&log);
         let losses = log.history().iter().rev().filter_map(|line| line.get("loss").and_then(serde_json::Value::as_f64));
         let summary = Summary { num_tokens: state.num_tokens, loss: losses.into_iter().next().unwrap_or(f64::NAN) };
         log.finish();
@@ -150,6 +156,15 @@ impl Run<'_> {
             When::Epoch => epoch_ends,
         };
         if save && !last { self.save(trainer, method, state, log) } else { Ok(()) }
+    }
+
+    /// Writes report.html of the whole run, resumed or not. A page that cannot be written ends no run.
+    fn page(&self, log: &RunLog) {
+        let dir = self.folder.path();
+        let input = report::read_input(dir).map(|kept| ReportInput { masks: self.masks.clone(), ..kept });
+        if let Err(e) = input.and_then(|input| report::write(dir, &input)) {
+            log.warn(&format!("{} was not written: {e}", report::FILE));
+        }
     }
 
     /// Writes checkpoint-N. Where the disk is full the run goes on with the older one, and says so.

@@ -5,6 +5,7 @@ mod attention;
 mod checkpoint;
 mod config;
 mod data;
+mod eval;
 mod generate;
 mod house;
 mod lora_kernels;

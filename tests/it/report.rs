@@ -179,3 +179,104 @@ fn a_folder_that_cannot_be_read_says_which_line() {
     bad.masks[0].mask.pop();
     assert!(report::write(dir.path(), &bad).unwrap_err().to_string().contains("11 tokens and 10 mask values"));
 }
+
+/// An SFT run through the binary.
+fn sft(out: &Path, keys: &[&str]) -> std::process::Command {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_temper"));
+    command.args([
+        "sft",
+        "--model",
+        "tests/fixtures/sft/model",
+        "--data",
+        "tests/fixtures/sft/prompt_completion.jsonl",
+    ]);
+    command.arg("--output").arg(out).args(["device=cpu", "save_steps=3", "logging_steps=1", "max_steps=6"]).args(keys);
+    command
+}
+
+#[test]
+fn every_run_writes_its_page_and_a_resumed_one_the_page_of_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    assert!(sft(&out, &[]).output().unwrap().status.success());
+    let (_, whole) = data(&out.join("report.html"));
+    let run = &whole["runs"][0];
+    let loss = |run: &Value| run["series"].as_array().unwrap().iter().find(|s| s[0] == "loss").unwrap()[1].clone();
+    assert_eq!(loss(run).as_array().unwrap().len(), 6);
+    assert!(run["config"].as_str().unwrap().contains("max_steps = 6"));
+    let row = &run["masks"][0];
+    let joined = |of: bool| -> String {
+        let tokens = row["tokens"].as_array().unwrap().iter().zip(row["mask"].as_array().unwrap());
+        tokens.filter(|(_, m)| **m == json!(of)).map(|(t, _)| t.as_str().unwrap()).collect()
+    };
+    assert_eq!(joined(false), "Ana had 21 stones and lost 2. How many are left?\n");
+    assert_eq!(joined(true), "21 - 2 = 19. The answer is 19.<|im_end|>");
+    // as if it had been killed between the checkpoint of step 3 and its end
+    std::fs::remove_dir_all(out.join("checkpoint-6")).unwrap();
+    std::fs::remove_file(out.join("report.html")).unwrap();
+    assert!(sft(&out, &["--resume"]).output().unwrap().status.success());
+    let (_, resumed) = data(&out.join("report.html"));
+    assert_eq!(loss(&resumed["runs"][0]), loss(run));
+    assert_eq!(resumed["runs"][0]["masks"], run["masks"]);
+}
+
+#[test]
+fn a_page_that_cannot_be_written_ends_no_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    std::fs::create_dir_all(out.join("report.html")).unwrap(); // a folder where the file goes
+    let output = sft(&out, &[]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && said.contains("warning: report.html was not written"), "{said}");
+    assert!(out.join("model.safetensors").is_file());
+}
+
+#[test]
+fn the_command_writes_pages_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let again = |path: &Path| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_temper"));
+        let output = command.arg("report").arg(path).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    for name in ["first", "second"] {
+        grpo_run(&dir.path().join(name), 5);
+    }
+    report::write(dir.path().join("second"), &input()).unwrap();
+    let (code, said) = again(dir.path());
+    assert!(code == Some(0) && said.trim().ends_with("report.html"), "{said}");
+    let (_, page) = data(&dir.path().join("report.html"));
+    assert_eq!((&page["runs"][0]["name"], &page["runs"][1]["masks"][0]["mask"][9]), (&json!("first"), &json!(true)));
+    // a ladder's page is the same again, wherever its folder went
+    let rungs = ["second", "first"].map(|name| Rung {
+        name: name.into(),
+        dir: dir.path().join(name),
+        input: ReportInput::default(),
+    });
+    let path = report::write_ladder(dir.path(), "two", input().table.as_ref(), &rungs).unwrap();
+    let ladder = std::fs::read_to_string(&path).unwrap();
+    let moved = tempfile::tempdir().unwrap();
+    let moved = moved.path().join("moved");
+    std::fs::rename(dir.keep(), &moved).unwrap();
+    std::fs::remove_file(moved.join("report.html")).unwrap();
+    assert_eq!(again(&moved).0, Some(0));
+    assert!(std::fs::read_to_string(moved.join("report.html")).unwrap() == ladder);
+    std::fs::remove_file(moved.join("ladder.json")).unwrap();
+    let (code, said) = again(&moved.join("first/absent"));
+    assert!(code == Some(1) && said.contains("absent"), "{said}");
+    std::fs::create_dir(moved.join("first/empty")).unwrap();
+    let (code, said) = again(&moved.join("first/empty"));
+    assert!(code == Some(1) && said.contains("holds no run"), "{said}");
+}
+
+#[test]
+fn of_many_completions_some_are_shown_and_the_page_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let line = |i: usize| format!("{}\n", json!({ "step": i, "prompt": "p", "completion": "c", "reward": 1.0 }));
+    let text: String = (1..=1000).map(line).collect();
+    std::fs::write(dir.path().join("completions.jsonl"), text + "{\"step\": 1001, \"pro").unwrap();
+    let (_, data) = data(&report::write(dir.path(), &ReportInput::default()).unwrap());
+    let samples = data["runs"][0]["samples"].as_array().unwrap();
+    assert_eq!((samples.len(), &samples[298]["step"]), (299, &json!(997)));
+    assert!(data["runs"][0]["notes"][0].as_str().unwrap().starts_with("299 of 1000"), "{data}");
+}

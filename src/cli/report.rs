@@ -1,0 +1,18 @@
+//! `temper report`: a run's page again. Floor 7.
+
+use std::path::PathBuf;
+
+use crate::error::Result;
+use crate::report;
+
+/// Write report.html of a run's folder again (a run that is killed writes none), or of a folder of runs
+#[derive(clap::Args)]
+pub struct Args {
+    /// a run's --output, a quickstart's, or a folder that holds runs
+    dir: PathBuf,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    println!("{}", report::again(&args.dir)?.display());
+    Ok(())
+}
