@@ -100,7 +100,7 @@ impl Scale {
             lora: keys(
                 "use_peft=true lora_r=64 lora_alpha=64 lora_dropout=0 lora_target_modules=all-linear \
                  learning_rate=2e-3 per_device_train_batch_size=4 max_length=128 packing=true packing_strategy=bfd \
-                 assistant_only_loss=true num_train_epochs=0.4 warmup_steps=10 lr_scheduler_type=linear \
+                 assistant_only_loss=true num_train_epochs=0.36 warmup_steps=10 lr_scheduler_type=linear \
                  adam_beta2=0.98 logging_steps=50 save_strategy=no",
             ),
             reward: keys(
