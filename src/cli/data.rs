@@ -6,6 +6,7 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
+use crate::cli::part_keys;
 use crate::config::{MethodRun, SftConfig};
 use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{SftExample, SftOptions, prepare};
@@ -39,7 +40,8 @@ pub struct Args {
 /// Dropped rows that are named.
 const NAMED: usize = 10;
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    part_keys(&mut args.data, &mut args.keys);
     let (run, notes) = MethodRun::<SftConfig>::load(args.config.as_deref(), &args.keys)?;
     for note in notes {
         eprintln!("note: {note}");

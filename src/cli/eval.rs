@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::generate::{engine_options, prompt_ids};
 use crate::cli::score::{batches, sequence_scores, tokenise};
-use crate::cli::{Where, open_model};
+use crate::cli::{Where, open_model, part_keys};
 use crate::config::{self, EvalConfig, GenerateConfig, Section};
 use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
@@ -67,7 +67,8 @@ struct Figure {
 /// The figures, and a line for each row.
 type Found = (Vec<Figure>, Vec<Value>);
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    part_keys(&mut args.data, &mut args.keys);
     let mut keys = EvalConfig::default();
     let mut draws = GenerateConfig { temperature: 0.0, ..GenerateConfig::default() };
     for note in config::load(&mut [&mut keys, &mut draws], None, &args.keys)? {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::cli::score::input_ids;
-use crate::cli::{Where, open_model, sink};
+use crate::cli::{Where, open_model, part_keys, sink};
 use crate::config::{self, GenerateConfig};
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::rows::{Row, read_rows};
@@ -53,7 +53,8 @@ pub struct Args {
     keys: Vec<String>,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    part_keys(&mut args.data, &mut args.keys);
     let mut keys = GenerateConfig::default();
     for note in config::load(&mut [&mut keys], None, &args.keys)? {
         eprintln!("note: {note}");

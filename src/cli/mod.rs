@@ -134,6 +134,14 @@ fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {
     model.with_adapter(Some(adapter))
 }
 
+/// A list of files takes all that stands behind it, the keys too: what has a `=` and is no file is a key.
+fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
+    let is_key = |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));
+    let (found, rest): (Vec<PathBuf>, Vec<PathBuf>) = std::mem::take(files).into_iter().partition(is_key);
+    *files = rest;
+    keys.splice(0..0, found.iter().map(|key| key.display().to_string()));
+}
+
 /// Opens `--output`, or standard output.
 fn sink(path: &Option<PathBuf>) -> Result<Box<dyn std::io::Write>> {
     match path {

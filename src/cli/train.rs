@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::prepare_output;
-use crate::cli::storage;
+use crate::cli::{part_keys, storage};
 use crate::config::{self, AttentionChoice, DeviceChoice, Dtype, MatmulChoice, MethodRun, SftConfig, TrainingConfig};
 use crate::cx::{self, Cx};
 use crate::data::rows::{Row, read_rows};
@@ -54,6 +54,7 @@ pub struct Args {
 
 /// `temper pretrain`: SFT over every token of `text` rows, in packs, with weights made at random where a folder has none.
 pub fn pretrain(mut args: Args) -> Result<()> {
+    part_keys(&mut args.data, &mut args.keys);
     // Defaults of a pretraining run; a run file or the command line overrides them.
     let defaults = ["packing=true", "packing_strategy=wrapped", "learning_rate=3e-4", "num_train_epochs=1"];
     let given = |key: &str| args.config.is_some() || args.keys.iter().any(|k| k.starts_with(&format!("{key}=")));
@@ -68,7 +69,9 @@ pub fn run<M: Recipe>(args: Args) -> Result<()> {
     train::<M>(args, M::NAME, false)
 }
 
-fn train<M: Recipe>(args: Args, name: &str, fresh: bool) -> Result<()> {
+fn train<M: Recipe>(mut args: Args, name: &str, fresh: bool) -> Result<()> {
+    part_keys(&mut args.data, &mut args.keys);
+    part_keys(&mut args.eval_data, &mut args.keys);
     if args.help_keys {
         print!("{}", config::help(&MethodRun::<M>::default().sections()));
         return Ok(());

@@ -203,6 +203,7 @@ fn sigterm_ends_a_run_with_a_checkpoint_and_130() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     let found = temper::checkpoint::latest(&out).unwrap().found;
     assert!(found.is_some_and(|f| f.step > 0), "a checkpoint was written");
+    assert!(out.join("report.html").is_file(), "and the page so far");
 }
 
 #[test]
