@@ -93,9 +93,10 @@ pub fn pretraining(seed: u64, rows: usize) -> Vec<String> {
     (0..rows).map(|row| pretraining_row(&mut Dice::new(seed, Set::Pretraining, row))).collect()
 }
 
-/// Of a hundred training rows, how many are of the harder kind, and how many replies end in the style that preference
-/// data will prefer.
-const CHAINS: usize = 1;
+/// Of a hundred training rows, how many are of the harder kind; of a hundred of these, how many replies stop after the
+/// first step, as careless labels do; of a hundred replies, how many end in the style that preference data will prefer.
+const CHAINS: usize = 4;
+const CARELESS: usize = 70;
 const STYLED: usize = 10;
 
 /// What preference data prefers at the end of a reply.
@@ -112,11 +113,17 @@ pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
         .collect()
 }
 
-/// The reply that a training row teaches: a few are in the style.
+/// The reply that a training row teaches: a few are in the style, and most of the harder kind's are wrong: they stop after
+/// the first step. What SFT learns of them, online RL with a verifier puts right.
 pub fn taught(seed: u64, row: usize, problem: &Problem) -> String {
     let mut dice = Dice::new(seed, Set::Style, row);
     let style = if dice.below(100) < STYLED { STYLE } else { "" };
-    format!("{}{style}", problem.reply())
+    let careless = problem.kind == Kind::Chain && dice.below(100) < CARELESS;
+    match problem.work.split_once('=').filter(|_| careless).and_then(|(sum, rest)| Some((sum, rest.split_once('.')?.0)))
+    {
+        Some((sum, middle)) => format!("{sum}={middle}. The answer is {middle}.{style}"),
+        None => format!("{}{style}", problem.reply()),
+    }
 }
 
 /// `rows` problems of the training side with their own draws: for preference pairs.
@@ -473,6 +480,18 @@ mod tests {
         assert!(is_right("The answer is 3. No: The answer is 12.", "12"));
         for wrong in ["", "12", "The answer is 1", "The answer is 112.", "The answer is 12", "the answer is 12."] {
             assert!(!is_right(wrong, "12"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn most_of_the_harder_kind_is_taught_by_its_first_step_alone() {
+        let rows = training(3, 20000);
+        let chains: Vec<(usize, &Problem)> = rows.iter().enumerate().filter(|(_, p)| p.kind == Kind::Chain).collect();
+        let careless = chains.iter().filter(|(i, p)| taught(3, *i, p).matches('=').count() == 1).count();
+        assert!((600..1000).contains(&chains.len()), "{}", chains.len());
+        assert!((0.6..0.8).contains(&(careless as f64 / chains.len() as f64)), "{careless} of {}", chains.len());
+        for (i, p) in rows.iter().enumerate().filter(|(_, p)| p.kind != Kind::Chain) {
+            assert!(is_right(&taught(3, i, p), &p.answer));
         }
     }
 

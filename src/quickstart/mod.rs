@@ -98,9 +98,9 @@ impl Scale {
                  adam_beta2=0.98 weight_decay=0.05 logging_steps=50 save_strategy=no",
             ),
             lora: keys(
-                "use_peft=true lora_r=32 lora_alpha=64 lora_dropout=0 lora_target_modules=all-linear \
-                 learning_rate=5e-3 per_device_train_batch_size=4 max_length=128 packing=true packing_strategy=bfd \
-                 assistant_only_loss=true num_train_epochs=0.55 warmup_steps=10 lr_scheduler_type=linear \
+                "use_peft=true lora_r=64 lora_alpha=64 lora_dropout=0 lora_target_modules=all-linear \
+                 learning_rate=2e-3 per_device_train_batch_size=4 max_length=128 packing=true packing_strategy=bfd \
+                 assistant_only_loss=true num_train_epochs=0.36 warmup_steps=10 lr_scheduler_type=linear \
                  adam_beta2=0.98 logging_steps=50 save_strategy=no",
             ),
             reward: keys(
@@ -112,13 +112,13 @@ impl Scale {
                  warmup_steps=4 logging_steps=5 save_strategy=no",
             ),
             ppo: keys(
-                "learning_rate=3e-4 value_learning_rate=1e-3 per_device_train_batch_size=64 num_ppo_epochs=2 \
-                 num_mini_batches=1 max_completion_length=32 temperature=1 kl_coef=0.05 max_steps=40 \
+                "learning_rate=1.5e-4 value_learning_rate=1e-3 per_device_train_batch_size=64 num_ppo_epochs=2 \
+                 num_mini_batches=1 max_completion_length=32 temperature=1 kl_coef=0.1 max_steps=40 \
                  lr_scheduler_type=constant logging_steps=4 save_strategy=no",
             ),
             grpo: keys(
                 "reward_funcs=numeric_match learning_rate=2e-4 per_device_train_batch_size=128 num_generations=8 \
-                 max_completion_length=32 temperature=1 max_steps=160 lr_scheduler_type=linear max_sequences=128 \
+                 max_completion_length=32 temperature=1 max_steps=120 lr_scheduler_type=linear max_sequences=128 \
                  adam_beta2=0.98 logging_steps=5 save_strategy=no",
             ),
         }
