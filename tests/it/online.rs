@@ -157,6 +157,56 @@ fn every_method_raises_a_plain_reward() {
 }
 
 #[test]
+fn a_generation_serves_the_steps_that_its_keys_say() {
+    // Per TRL: per_device_train_batch_size x steps_per_generation completions, steps_per_generation x num_iterations
+    // micro-batches; two micro-batches are a step here.
+    for (keys, completions, steps) in [
+        (["steps_per_generation=2", "num_iterations=1"], 8, 1),
+        (["steps_per_generation=2", "num_iterations=2"], 8, 2),
+        (["steps_per_generation=4", "num_iterations=1"], 16, 2),
+        (["steps_per_generation=4", "num_iterations=3"], 16, 6),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let all = [&[LETTERS, "num_generations=4"][..], &keys].concat();
+        let log = run::<GrpoConfig>(&dir.path().join("out"), &all, false, DType::F32).unwrap();
+        let made: Vec<usize> =
+            (0..log.len()).filter(|i| log[*i]["reward"].is_f64() || log[*i]["reward"].is_i64()).collect();
+        assert_eq!(made, (0..6).step_by(steps).collect::<Vec<_>>(), "{keys:?}");
+        let text = std::fs::read_to_string(dir.path().join("out/completions.jsonl")).unwrap();
+        let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(lines.len(), made.len() * completions, "{keys:?}");
+        for group in lines.chunks(4) {
+            assert!(group.iter().all(|l| l["prompt"] == group[0]["prompt"]), "{keys:?}");
+            let sum: f64 = group.iter().map(|l| l["advantage"].as_f64().unwrap()).sum();
+            assert!(sum.abs() < 1e-9, "advantages of a group add up to rounding of 4 doubles: {sum}");
+        }
+    }
+}
+
+#[test]
+fn masks_dynamic_sampling_and_a_moving_reference_do_what_they_say() {
+    let grpo = |keys: &[&str]| {
+        let dir = tempfile::tempdir().unwrap();
+        let all = [&[LETTERS, "num_generations=4"][..], keys].concat();
+        run::<GrpoConfig>(&dir.path().join("out"), &all, false, DType::F32).unwrap()
+    };
+    let of = |log: &[Value], name: &str| log.iter().map(|l| l[name].as_f64().unwrap()).collect::<Vec<_>>();
+    // Three tokens: next to nothing ends, so next to nothing is learnt.
+    let masked = grpo(&["mask_truncated_completions=true", "max_completion_length=3"]);
+    let (cut, norms) = (of(&masked, "completions/clipped_ratio"), of(&masked, "grad_norm"));
+    assert!(cut.contains(&1.0), "{cut:?}");
+    assert!(cut.iter().zip(&norms).all(|(c, n)| *c < 1.0 || *n == 0.0), "{cut:?} {norms:?}");
+    assert!(of(&grpo(&["max_completion_length=3"]), "grad_norm").iter().any(|n| *n > 0.0));
+    let flat = |keys: &[&str]| of(&grpo(keys), "frac_reward_zero_std").iter().sum::<f64>();
+    let (plain, dynamic) = (flat(&[]), flat(&["dynamic_sampling=3"]));
+    assert!(dynamic < plain, "{dynamic} is not below {plain}");
+    // A reference that becomes the policy after each step is never left.
+    let sync = ["beta=0.1", "sync_ref_model=true", "ref_model_mixup_alpha=1", "ref_model_sync_steps=1"];
+    assert!(of(&grpo(&sync), "kl").iter().all(|k| *k == 0.0));
+    assert!(of(&grpo(&sync[..1]), "kl").iter().any(|k| *k > 0.0));
+}
+
+#[test]
 fn online_dpo_starts_at_its_reference_and_drops_ties() {
     let dir = tempfile::tempdir().unwrap();
     let log = run::<OnlineDpoConfig>(&dir.path().join("out"), &[LETTERS], false, DType::F32).unwrap();
@@ -172,7 +222,7 @@ fn online_dpo_starts_at_its_reference_and_drops_ties() {
     let tied = run::<OnlineDpoConfig>(&dir.path().join("tied"), &flat, false, DType::F32).unwrap();
     assert_eq!(tied[0]["ties_dropped"].as_f64(), Some(8.0));
     assert_eq!((tied[0]["loss"].as_f64(), tied[0]["grad_norm"].as_f64()), (Some(0.0), Some(0.0)));
-    let keys = [flat[0], flat[1], "missing_eos_penalty=1", "gradient_accumulation_steps=4"];
+    let keys = [flat[0], flat[1], "missing_eos_penalty=1", "gradient_accumulation_steps=12", "max_new_tokens=60"];
     let penalised = run::<OnlineDpoConfig>(&dir.path().join("eos"), &keys, false, DType::F32).unwrap();
     let text = std::fs::read_to_string(dir.path().join("eos/completions.jsonl")).unwrap();
     let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
