@@ -23,8 +23,8 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 
 use crate::config::{
-    CpoConfig, DistillConfig, DpoConfig, GrpoConfig, KtoConfig, OrpoConfig, PpoConfig, PrmConfig, ReinforceConfig,
-    RewardConfig, RlooConfig, SftConfig,
+    CpoConfig, DistillConfig, DpoConfig, GkdConfig, GrpoConfig, KtoConfig, OnlineDpoConfig, OrpoConfig, PpoConfig,
+    PrmConfig, ReinforceConfig, RewardConfig, RlooConfig, SftConfig,
 };
 use crate::cx::Cx;
 use crate::device::{self, DType, Device};
@@ -74,6 +74,10 @@ enum Command {
     Reinforce(train::Args),
     /// Proximal policy optimisation, with a value model
     Ppo(train::Args),
+    /// Online DPO: two completions of a prompt, ranked by rewards
+    OnlineDpo(train::Args),
+    /// On-policy distillation from a teacher (GKD)
+    Gkd(train::Args),
     Generate(generate::Args),
     Chat(chat::Args),
     Score(score::Args),
@@ -175,6 +179,8 @@ pub fn main() -> i32 {
         Command::Rloo(args) => train::run::<RlooConfig>(args),
         Command::Reinforce(args) => train::run::<ReinforceConfig>(args),
         Command::Ppo(args) => train::run::<PpoConfig>(args),
+        Command::OnlineDpo(args) => train::run::<OnlineDpoConfig>(args),
+        Command::Gkd(args) => train::run::<GkdConfig>(args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),

@@ -14,6 +14,7 @@ mod foreign;
 mod generate;
 mod kto;
 mod online;
+mod onpolicy;
 mod orpo;
 mod peft;
 mod prm;
@@ -40,6 +41,7 @@ pub use online::{
     GrpoConfig, GrpoKeys, GrpoLoss, ImportanceLevel, KlEstimatorChoice, Online, OnlineConfig, PpoConfig, PpoKeys,
     ReinforceConfig, ReinforceKeys, RewardAggregation, RlooConfig, RlooKeys, ScaleRewards, ValueModel,
 };
+pub use onpolicy::{GkdConfig, OnlineDpoConfig, OnlineDpoLoss};
 pub use orpo::OrpoConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
 pub use prm::PrmConfig;

@@ -123,8 +123,11 @@ fn the_docs_tables_of_keys_are_the_programs() {
     let (sft, dpo, kto) = (SftRun::default(), DpoConfig::default(), KtoConfig::default());
     let (orpo, cpo, distill) = (OrpoConfig::default(), CpoConfig::default(), DistillConfig::default());
     let (reward, prm) = (RewardConfig::default(), PrmConfig::default());
+    let (online, grpo, rloo) = (OnlineConfig::default(), GrpoKeys::default(), RlooKeys::default());
+    let (reinforce, ppo) = (ReinforceKeys::default(), PpoKeys::default());
+    let (online_dpo, gkd) = (OnlineDpoConfig::default(), GkdConfig::default());
     // The keys that all commands share stand in sft.md, before its own.
-    let pages: [(&str, &[&dyn Section]); 9] = [
+    let pages: [(&str, &[&dyn Section]); 16] = [
         ("sft", &[&sft.training, &sft.method]),
         ("peft", &[&sft.peft]),
         ("dpo", &[&dpo]),
@@ -134,6 +137,14 @@ fn the_docs_tables_of_keys_are_the_programs() {
         ("orpo", &[&orpo]),
         ("cpo", &[&cpo]),
         ("distill", &[&distill]),
+        // The keys of all online methods stand in grpo.md, once.
+        ("grpo", &[&online]),
+        ("grpo", &[&grpo]),
+        ("grpo", &[&rloo]),
+        ("grpo", &[&reinforce]),
+        ("ppo", &[&ppo]),
+        ("online-dpo", &[&online_dpo]),
+        ("gkd", &[&gkd]),
     ];
     for (page, sections) in pages {
         let (table, path) = (markdown(sections), format!("docs/{page}.md"));

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use temper::checkpoint::prepare_output;
-use temper::config::{GrpoConfig, MethodRun, PpoConfig, ReinforceConfig, RlooConfig};
+use temper::config::{
+    GkdConfig, GrpoConfig, MethodRun, OnlineDpoConfig, PpoConfig, ReinforceConfig, RlooConfig, SftConfig,
+};
 use temper::cx::Cx;
 use temper::data::rows::read_rows;
 use temper::device::{DType, cpu::Cpu};
@@ -24,7 +26,7 @@ fn prompts(dir: &Path) -> PathBuf {
     let text = std::fs::read_to_string("tests/fixtures/sft/prompt_completion.jsonl").unwrap();
     let lines = text.lines().map(|line| {
         let row: Value = serde_json::from_str(line).unwrap();
-        format!("{}\n", json!({ "prompt": row["prompt"], "answer": "a" }))
+        format!("{}\n", json!({ "prompt": row["prompt"], "completion": row["completion"], "answer": "a" }))
     });
     std::fs::write(&path, lines.collect::<String>()).unwrap();
     path
@@ -36,12 +38,16 @@ fn run<M: Recipe>(out: &Path, keys: &[&str], resume: bool, dtype: DType) -> Resu
         "per_device_train_batch_size=4",
         "gradient_accumulation_steps=2",
         "learning_rate=1e-3",
-        "max_completion_length=12",
         "logging_steps=1",
         "max_steps=6",
         "save_steps=3",
     ];
-    let keys: Vec<String> = common.iter().chain(keys).map(|k| k.to_string()).collect();
+    let length = match M::NAME {
+        "online-dpo" | "gkd" => "max_new_tokens=12",
+        "sft" => "max_length=64",
+        _ => "max_completion_length=12",
+    };
+    let keys: Vec<String> = common.iter().chain(&[length]).chain(keys).map(|k| k.to_string()).collect();
     let (run, _) = MethodRun::<M>::load(None, &keys)?;
     let dir = tempfile::tempdir().unwrap();
     let rows = read_rows(&[prompts(dir.path())])?;
@@ -62,6 +68,9 @@ fn run<M: Recipe>(out: &Path, keys: &[&str], resume: bool, dtype: DType) -> Resu
     let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     Ok(text.lines().map(|l| serde_json::from_str(l).unwrap()).collect())
 }
+
+/// The student's own weights: at the first step there is nothing to learn.
+const TEACHER: &str = "teacher_model_name_or_path=tests/fixtures/sft/model";
 
 const LETTERS: &str = "reward_funcs=regex:^[a-z ]";
 
@@ -114,6 +123,8 @@ fn online_runs_resumed_equal_uninterrupted_ones_also_within_a_generation() {
     resumes::<PpoConfig>("ppo, shared trunk", &[LETTERS, "num_ppo_epochs=2", "value_model=shared", "target_kl=0.5"]);
     resumes::<RlooConfig>("rloo", &[LETTERS, "num_generations=2"]);
     resumes::<ReinforceConfig>("reinforce++", &[LETTERS, "num_generations=2", "beta=0.01"]);
+    resumes::<OnlineDpoConfig>("online dpo", &[LETTERS]);
+    resumes::<GkdConfig>("gkd", &[TEACHER]);
 }
 
 #[test]
@@ -136,11 +147,131 @@ fn every_method_raises_a_plain_reward() {
     gain::<RlooConfig>("rloo", &["num_generations=4"]);
     gain::<ReinforceConfig>("reinforce++", &["num_generations=2"]);
     gain::<ReinforceConfig>("remax", &["num_generations=1", "greedy_baseline=true"]);
+    gain::<OnlineDpoConfig>("online dpo", &["gradient_accumulation_steps=4"]);
+    gain::<OnlineDpoConfig>("online dpo, ipo", &["gradient_accumulation_steps=4", "loss_type=ipo"]);
     gain::<PpoConfig>("ppo", &["num_ppo_epochs=2", "kl_coef=0.01", "max_steps=120"]);
     gain::<PpoConfig>(
         "ppo, shared trunk",
         &["num_ppo_epochs=2", "kl_coef=0.01", "value_model=shared", "max_steps=120"],
     );
+}
+
+#[test]
+fn a_generation_serves_the_steps_that_its_keys_say() {
+    // Per TRL: per_device_train_batch_size x steps_per_generation completions, steps_per_generation x num_iterations
+    // micro-batches; two micro-batches are a step here.
+    for (keys, completions, steps) in [
+        (["steps_per_generation=2", "num_iterations=1"], 8, 1),
+        (["steps_per_generation=2", "num_iterations=2"], 8, 2),
+        (["steps_per_generation=4", "num_iterations=1"], 16, 2),
+        (["steps_per_generation=4", "num_iterations=3"], 16, 6),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let all = [&[LETTERS, "num_generations=4"][..], &keys].concat();
+        let log = run::<GrpoConfig>(&dir.path().join("out"), &all, false, DType::F32).unwrap();
+        let made: Vec<usize> =
+            (0..log.len()).filter(|i| log[*i]["reward"].is_f64() || log[*i]["reward"].is_i64()).collect();
+        assert_eq!(made, (0..6).step_by(steps).collect::<Vec<_>>(), "{keys:?}");
+        let text = std::fs::read_to_string(dir.path().join("out/completions.jsonl")).unwrap();
+        let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(lines.len(), made.len() * completions, "{keys:?}");
+        for group in lines.chunks(4) {
+            assert!(group.iter().all(|l| l["prompt"] == group[0]["prompt"]), "{keys:?}");
+            let sum: f64 = group.iter().map(|l| l["advantage"].as_f64().unwrap()).sum();
+            assert!(sum.abs() < 1e-9, "advantages of a group add up to rounding of 4 doubles: {sum}");
+        }
+    }
+}
+
+#[test]
+fn masks_dynamic_sampling_and_a_moving_reference_do_what_they_say() {
+    let grpo = |keys: &[&str]| {
+        let dir = tempfile::tempdir().unwrap();
+        let all = [&[LETTERS, "num_generations=4"][..], keys].concat();
+        run::<GrpoConfig>(&dir.path().join("out"), &all, false, DType::F32).unwrap()
+    };
+    let of = |log: &[Value], name: &str| log.iter().map(|l| l[name].as_f64().unwrap()).collect::<Vec<_>>();
+    // Three tokens: next to nothing ends, so next to nothing is learnt.
+    let masked = grpo(&["mask_truncated_completions=true", "max_completion_length=3"]);
+    let (cut, norms) = (of(&masked, "completions/clipped_ratio"), of(&masked, "grad_norm"));
+    assert!(cut.contains(&1.0), "{cut:?}");
+    assert!(cut.iter().zip(&norms).all(|(c, n)| *c < 1.0 || *n == 0.0), "{cut:?} {norms:?}");
+    assert!(of(&grpo(&["max_completion_length=3"]), "grad_norm").iter().any(|n| *n > 0.0));
+    let flat = |keys: &[&str]| of(&grpo(keys), "frac_reward_zero_std").iter().sum::<f64>();
+    let (plain, dynamic) = (flat(&[]), flat(&["dynamic_sampling=3"]));
+    assert!(dynamic < plain, "{dynamic} is not below {plain}");
+    // A reference that becomes the policy after each step is never left.
+    let sync = ["beta=0.1", "sync_ref_model=true", "ref_model_mixup_alpha=1", "ref_model_sync_steps=1"];
+    assert!(of(&grpo(&sync), "kl").iter().all(|k| *k == 0.0));
+    assert!(of(&grpo(&sync[..1]), "kl").iter().any(|k| *k > 0.0));
+}
+
+#[test]
+fn online_dpo_starts_at_its_reference_and_drops_ties() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = run::<OnlineDpoConfig>(&dir.path().join("out"), &[LETTERS], false, DType::F32).unwrap();
+    let value = |i: usize, name: &str| log[i][name].as_f64().unwrap_or_else(|| panic!("{name}: {:?}", log[i]));
+    assert!(value(0, "ties_dropped") < 8.0, "the first step has a pair");
+    assert_eq!(value(0, "loss") as f32, std::f32::consts::LN_2);
+    for name in ["rewards/margins", "objective/kl", "rewards/chosen"] {
+        assert_eq!(value(0, name), 0.0, "{name}");
+    }
+    assert!((1..6).any(|i| value(i, "objective/kl") != 0.0), "the policy has moved");
+    // Completions that do not end lose: with a reward that never differs, the penalty alone makes pairs.
+    let flat = ["reward_funcs=length:max=99", "max_steps=1"];
+    let tied = run::<OnlineDpoConfig>(&dir.path().join("tied"), &flat, false, DType::F32).unwrap();
+    assert_eq!(tied[0]["ties_dropped"].as_f64(), Some(8.0));
+    assert_eq!((tied[0]["loss"].as_f64(), tied[0]["grad_norm"].as_f64()), (Some(0.0), Some(0.0)));
+    let keys = [flat[0], flat[1], "missing_eos_penalty=1", "gradient_accumulation_steps=12", "max_new_tokens=60"];
+    let penalised = run::<OnlineDpoConfig>(&dir.path().join("eos"), &keys, false, DType::F32).unwrap();
+    let text = std::fs::read_to_string(dir.path().join("eos/completions.jsonl")).unwrap();
+    let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let mut pairs = 0;
+    for pair in lines.chunks(2) {
+        let ended = |i: usize| pair[i]["finished"] == true;
+        let place = |i: usize| pair[i]["advantage"].as_f64().unwrap();
+        let wanted = f64::from(i8::from(ended(0)) - i8::from(ended(1)));
+        assert_eq!((place(0), place(1)), (wanted, -wanted), "{pair:?}");
+        pairs += usize::from(wanted != 0.0);
+    }
+    assert!(pairs > 0, "no pair of an ended and a cut completion");
+    assert_eq!(penalised[0]["ties_dropped"].as_f64(), Some((lines.len() / 2 - pairs) as f64));
+}
+
+#[test]
+fn gkd_draws_the_student_towards_its_teacher() {
+    let dir = tempfile::tempdir().unwrap();
+    let teacher = dir.path().join("teacher");
+    let keys = ["learning_rate=5e-3", "max_steps=40", "save_steps=1000"];
+    run::<SftConfig>(&teacher, &keys, false, DType::F32).unwrap();
+    let named = format!("teacher_model_name_or_path={}", teacher.display());
+    let gkd = |name: &str, keys: &[&str]| {
+        let all: Vec<&str> = [named.as_str(), "learning_rate=5e-3", "max_steps=40", "save_steps=1000"]
+            .into_iter()
+            .chain(keys.iter().copied())
+            .collect();
+        run::<GkdConfig>(&dir.path().join(name), &all, false, DType::F32).unwrap()
+    };
+    let mean = |log: &[Value]| log.iter().map(|l| l["loss"].as_f64().unwrap()).sum::<f64>() / log.len() as f64;
+    for (name, keys) in [
+        ("reverse KL, the student's rows", &["lmbda=1", "beta=1"][..]),
+        ("JSD, the data's rows", &["lmbda=0"]),
+        ("forward KL, the teacher's rows", &["lmbda=0", "beta=0", "seq_kd=true"]),
+    ] {
+        let log = gkd(name, keys);
+        let (first, last) = (mean(&log[..3]), mean(&log[log.len() - 5..]));
+        println!("{name}: {first:.4} -> {last:.4}");
+        assert!(last < 0.5 * first, "{name}: {first} -> {last}");
+        let share = if name.contains("student") { 1.0 } else { 0.0 };
+        assert!(log.iter().all(|l| l["on_policy"].as_f64() == Some(share)), "{name}");
+    }
+    // At lmbda 0.5 the draws go both ways.
+    let log = gkd("mixed", &["max_steps=12"]);
+    let share = log.iter().map(|l| l["on_policy"].as_f64().unwrap()).sum::<f64>() / log.len() as f64;
+    assert!((0.2..0.8).contains(&share), "{share}");
+    // A teacher that is the student: nothing to learn, exactly.
+    let same = run::<GkdConfig>(&dir.path().join("same"), &[TEACHER, "lmbda=1", "max_steps=1"], false, DType::F32);
+    assert!(same.unwrap()[0]["loss"].as_f64().unwrap().abs() < 1e-6, "rounding of a difference of equal numbers");
 }
 
 fn refused<M: Recipe>(keys: &[&str]) -> String {
@@ -159,6 +290,9 @@ fn what_cannot_be_right_is_refused_with_the_next_step() {
         ("set lora_dropout=0", refused::<GrpoConfig>(&[LETTERS, "use_peft=true", "num_generations=4"])),
         ("at least 2", refused::<RlooConfig>(&[LETTERS, "num_generations=1"])),
         ("is no reward model", refused::<PpoConfig>(&["reward_model=tests/fixtures/sft/model"])),
+        ("name the teacher's folder", refused::<GkdConfig>(&[])),
+        ("no reward", refused::<OnlineDpoConfig>(&[])),
+        ("beta: one number above 0", refused::<OnlineDpoConfig>(&[LETTERS, "beta=0"])),
         ("importance_sampling_level=sequence", refused::<GrpoConfig>(&[LETTERS, "loss_type=luspo"])),
     ] {
         assert!(text.contains(said), "{said}: {text}");

@@ -140,6 +140,22 @@ impl World {
             eprintln!("note: matmul=own, so that the sampler's log-probs are the trainer's bit for bit");
             cx.matmul = MatmulChoice::Own;
         }
+        self.engine = Some(self.sampler(cx, model)?);
+        if needed {
+            let keys = &self.keys;
+            let sync = keys.sync_ref_model.then_some((keys.ref_model_mixup_alpha, keys.ref_model_sync_steps as u64));
+            self.reference = Reference::new(ReferenceKeys { sync, longest: self.longest(), ..Default::default() });
+            // Nothing is computed beforehand: the completions are not there yet.
+            self.reference.attach(cx, model, 0, |_, _| Ok(Vec::new()))?;
+        }
+        if let Some(dir) = &self.keys.reward_model {
+            self.reward_model = Some(RewardModel::load(cx, REWARD, Path::new(dir))?);
+        }
+        Ok(())
+    }
+
+    /// A sampler with the run's keys, and a cache for `model`.
+    pub fn sampler(&self, cx: &Cx, model: &Decoder) -> Result<Engine> {
         let keys = &self.keys;
         let sampling = Sampling {
             temperature: keys.temperature,
@@ -157,17 +173,12 @@ impl World {
         }
         let options = EngineOptions::new(keys.max_completion_length, sampling, self.stop.clone(), keys.max_sequences);
         // The engine only makes sure that positions are covered, and they are.
-        self.engine = Some(Engine::new(cx, &mut model.clone(), options, self.longest())?);
-        if needed {
-            let sync = (keys.sync_ref_model).then_some((keys.ref_model_mixup_alpha, keys.ref_model_sync_steps as u64));
-            self.reference = Reference::new(ReferenceKeys { sync, longest: self.longest(), ..Default::default() });
-            // Nothing is computed beforehand: the completions are not there yet.
-            self.reference.attach(cx, model, 0, |_, _| Ok(Vec::new()))?;
-        }
-        if let Some(dir) = &self.keys.reward_model {
-            self.reward_model = Some(RewardModel::load(cx, REWARD, Path::new(dir))?);
-        }
-        Ok(())
+        Engine::new(cx, &mut model.clone(), options, self.longest())
+    }
+
+    /// Exchanges the sampler for one of another model, and back.
+    pub fn swap_sampler(&mut self, other: &mut Option<Engine>) {
+        std::mem::swap(&mut self.engine, other);
     }
 
     /// The prompts of a generation: `count` of them, in the order of the epoch that the generation is in.
