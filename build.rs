@@ -1,8 +1,10 @@
-//! Builds the kernels twice from one source: for the CPU with the host C++ compiler (always), for the GPU with nvcc
-//! (when found), and generates the typed Rust launchers from the kernels' signatures. Nothing is written outside OUT_DIR.
+//! Builds the kernels twice from one source: for the CPU with the host C++ compiler (always), for
+//! the GPU with nvcc (when found), and generates the typed Rust launchers from the kernels'
+//! signatures. Nothing is written outside OUT_DIR.
 //!
-//! Environment: `NVCC` or `CUDA_HOME` says where nvcc is (`NVCC=none` builds without), `TEMPER_CUDA_ARCHS` the GPU
-//! targets (default `sm_80,sm_90a,sm_120` plus compute_80 PTX), `TEMPER_PTXAS_REPORT` a file for ptxas' resource lines.
+//! Environment: `NVCC` or `CUDA_HOME` says where nvcc is (`NVCC=none` builds without),
+//! `TEMPER_CUDA_ARCHS` the GPU targets (default `sm_80,sm_90a,sm_120` plus compute_80 PTX),
+//! `TEMPER_PTXAS_REPORT` a file for ptxas' resource lines.
 
 use std::env;
 use std::fmt::Write as _;
@@ -24,7 +26,8 @@ fn main() {
     }
     let mut files: Vec<KernelFile> = Vec::new();
     for (folder, gpu) in [("kernels", true), ("kernels/shim", false)] {
-        let mut paths: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+        let mut paths: Vec<PathBuf> =
+            fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
         paths.retain(|p| p.extension().is_some_and(|e| e == "cu"));
         paths.sort();
         files.extend(paths.iter().map(|p| KernelFile::parse(p, gpu)));
@@ -88,7 +91,8 @@ impl KernelFile {
             if start > 0 && text.as_bytes()[start - 1] != b'\n' {
                 continue; // a mention in a comment or a macro, not a definition
             }
-            let place = || format!("{}:{}", path.display(), text[..start].matches('\n').count() + 1);
+            let place =
+                || format!("{}:{}", path.display(), text[..start].matches('\n').count() + 1);
             let rest = &text[start..];
             let (kind, rest) = if let Some(r) = rest.strip_prefix("KERNEL_FLAT(") {
                 (Kind::Flat, r)
@@ -99,12 +103,17 @@ impl KernelFile {
             } else {
                 panic!("{}: not KERNEL(..), KERNEL_FLAT(..) or KERNEL_WARP(..)", place());
             };
-            let close = rest.find(')').unwrap_or_else(|| panic!("{}: unclosed attributes", place()));
+            let close =
+                rest.find(')').unwrap_or_else(|| panic!("{}: unclosed attributes", place()));
             let (name, d, threads, blocks, hot) = attributes(&rest[..close], &place());
             let after = rest[close + 1..].trim_start();
-            let params = after.strip_prefix('(').unwrap_or_else(|| panic!("{}: parameters expected", place()));
-            let end = matching_paren(params).unwrap_or_else(|| panic!("{}: unclosed parameters", place()));
-            let params = split_params(&params[..end]).iter().map(|p| parse_param(p, &place())).collect();
+            let params = after
+                .strip_prefix('(')
+                .unwrap_or_else(|| panic!("{}: parameters expected", place()));
+            let end = matching_paren(params)
+                .unwrap_or_else(|| panic!("{}: unclosed parameters", place()));
+            let params =
+                split_params(&params[..end]).iter().map(|p| parse_param(p, &place())).collect();
             let doc = doc_above(&text[..start]);
             kernels.push(Kernel { name, kind, d, threads, blocks, hot, params, doc });
         }
@@ -113,7 +122,8 @@ impl KernelFile {
 }
 
 fn attributes(text: &str, place: &str) -> (String, Vec<u32>, u32, Option<(u32, u32)>, bool) {
-    let (mut name, mut d, mut threads, mut blocks, mut hot) = (String::new(), Vec::new(), 256, None, false);
+    let (mut name, mut d, mut threads, mut blocks, mut hot) =
+        (String::new(), Vec::new(), 256, None, false);
     let mut in_d = false;
     for (i, part) in text.split(',').map(str::trim).enumerate() {
         if i == 0 {
@@ -125,7 +135,8 @@ fn attributes(text: &str, place: &str) -> (String, Vec<u32>, u32, Option<(u32, u
             threads = v.parse().unwrap_or_else(|_| panic!("{place}: THREADS={v}"));
             in_d = false;
         } else if let Some(v) = part.strip_prefix("BLOCKS=") {
-            let pair = v.split_once(':').and_then(|(d, n)| Some((d.parse().ok()?, n.parse().ok()?)));
+            let pair =
+                v.split_once(':').and_then(|(d, n)| Some((d.parse().ok()?, n.parse().ok()?)));
             blocks = Some(pair.unwrap_or_else(|| panic!("{place}: BLOCKS={v}, not BLOCKS=D:n")));
             in_d = false;
         } else if part == "HOT" {
@@ -156,15 +167,22 @@ fn matching_paren(text: &str) -> Option<usize> {
 }
 
 fn split_params(text: &str) -> Vec<String> {
-    let text: String = text.lines().map(|l| l.split("//").next().unwrap_or("")).collect::<Vec<_>>().join(" ");
-    text.split(',').map(|p| p.split_whitespace().collect::<Vec<_>>().join(" ")).filter(|p| !p.is_empty()).collect()
+    let text: String =
+        text.lines().map(|l| l.split("//").next().unwrap_or("")).collect::<Vec<_>>().join(" ");
+    text.split(',')
+        .map(|p| p.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|p| !p.is_empty())
+        .collect()
 }
 
 fn parse_param(text: &str, place: &str) -> Param {
-    let (ty, name) = text.rsplit_once([' ', '*']).unwrap_or_else(|| panic!("{place}: parameter {text}"));
+    let (ty, name) =
+        text.rsplit_once([' ', '*']).unwrap_or_else(|| panic!("{place}: parameter {text}"));
     let pointer = text.contains('*');
     let ty = ty.trim().trim_end_matches('*').trim();
-    let marked = |m: &str| ty.strip_prefix(m).and_then(|r| r.strip_prefix('(')).and_then(|r| r.strip_suffix(')'));
+    let marked = |m: &str| {
+        ty.strip_prefix(m).and_then(|r| r.strip_prefix('(')).and_then(|r| r.strip_suffix(')'))
+    };
     let (role, ty) = if let Some(inner) = marked("MAYBE") {
         match inner.strip_prefix("const ") {
             Some(t) => (Role::MaybeIn, t),
@@ -212,7 +230,10 @@ impl Kernel {
 
     /// Bytes of each argument.
     fn arg_sizes(&self) -> Vec<u8> {
-        self.params.iter().map(|p| if p.role == Role::Scalar && p.ty != "long long" { 4 } else { 8 }).collect()
+        self.params
+            .iter()
+            .map(|p| if p.role == Role::Scalar && p.ty != "long long" { 4 } else { 8 })
+            .collect()
     }
 
     fn c_args(&self) -> String {
@@ -225,18 +246,27 @@ impl Kernel {
 fn build_cpu(out: &Path, files: &[KernelFile]) {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(3).warnings(false).include("kernels").debug(false);
-    // Never native, never contracted: one source, one result, on every machine and in every cargo profile.
-    for flag in
-        ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-unknown-pragmas", "-Wno-attributes"]
-    {
+    // Never native, never contracted: one source, one result, on every machine and in every cargo
+    // profile.
+    for flag in [
+        "-ffp-contract=off",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-Wno-unknown-pragmas",
+        "-Wno-attributes",
+    ] {
         build.flag_if_supported(flag);
     }
     if env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64" {
         build.flag("-march=x86-64-v3");
     }
-    // What every unit includes: if it changes, all are compiled again; else only those whose own text changed.
-    let shared: String =
-        ["kernels/prim", "kernels/shim"].iter().flat_map(|dir| sorted(dir)).map(|p| text(&p)).collect();
+    // What every unit includes: if it changes, all are compiled again; else only those whose own
+    // text changed.
+    let shared: String = ["kernels/prim", "kernels/shim"]
+        .iter()
+        .flat_map(|dir| sorted(dir))
+        .map(|p| text(&p))
+        .collect();
     let mut units: Vec<(PathBuf, String)> = vec![("kernels/shim/shim.cpp".into(), String::new())];
     for file in files {
         for (real, _) in REALS {
@@ -325,7 +355,9 @@ fn cpu_source(file: &KernelFile, real: &str, strict: bool, namespace: &str) -> S
                 (Kind::Fiber, _) | (Kind::Warp, true) => {
                     writeln!(s, "  shim::fibers(*l, [=] {{ {name}<{d}>({args}); }});").unwrap()
                 }
-                (Kind::Flat, true) => writeln!(s, "  shim::permuted(*l, [=] {{ {name}<{d}>({args}); }});").unwrap(),
+                (Kind::Flat, true) => {
+                    writeln!(s, "  shim::permuted(*l, [=] {{ {name}<{d}>({args}); }});").unwrap()
+                }
                 (Kind::Flat | Kind::Warp, false) => {
                     let lanes = if k.kind == Kind::Warp { 32 } else { 1 };
                     writeln!(
@@ -348,10 +380,13 @@ fn cpu_source(file: &KernelFile, real: &str, strict: bool, namespace: &str) -> S
 
 // --- the GPU build ---
 
-/// A third of the size, for drivers of CUDA 12.4 and later; compilers before 12.8 do not know the option.
+/// A third of the size, for drivers of CUDA 12.4 and later; compilers before 12.8 do not know the
+/// option.
 fn smaller(nvcc: &Path) -> Option<&'static str> {
     let help = Command::new(nvcc).arg("--help").output().ok()?;
-    String::from_utf8_lossy(&help.stdout).contains("--compress-mode").then_some("--compress-mode=size")
+    String::from_utf8_lossy(&help.stdout)
+        .contains("--compress-mode")
+        .then_some("--compress-mode=size")
 }
 
 /// Per file and dtype, the fatbin's path; None where there is no GPU build of it.
@@ -371,7 +406,8 @@ fn build_gpu(out: &Path, files: &[KernelFile]) -> Images {
     for arch in archs.split(',').map(str::trim).filter(|a| !a.is_empty()) {
         flags.push(format!("-gencode=arch={},code={arch}", arch.replace("sm_", "compute_")));
     }
-    let jobs: Vec<(usize, usize)> = (0..files.len()).filter(|i| files[*i].gpu).flat_map(|i| [(i, 0), (i, 1)]).collect();
+    let jobs: Vec<(usize, usize)> =
+        (0..files.len()).filter(|i| files[*i].gpu).flat_map(|i| [(i, 0), (i, 1)]).collect();
     let images: Mutex<Images> = Mutex::new(none());
     let report = Mutex::new(String::new());
     let defects = Mutex::new(Vec::new());
@@ -381,7 +417,8 @@ fn build_gpu(out: &Path, files: &[KernelFile]) -> Images {
         for _ in 0..workers {
             scope.spawn(|| {
                 while let Some(&(i, r)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let (image, log, spills) = compile_fatbin(out, &nvcc, &flags, &files[i], REALS[r].0);
+                    let (image, log, spills) =
+                        compile_fatbin(out, &nvcc, &flags, &files[i], REALS[r].0);
                     images.lock().unwrap()[i][r] = Some(image);
                     report.lock().unwrap().push_str(&log);
                     defects.lock().unwrap().extend(spills);
@@ -423,12 +460,14 @@ fn compile_fatbin(
     (image, log, defects)
 }
 
-/// The spills of HOT kernels: ptxas names a kernel and its target, then says what it spills. The f32 twins of the
-/// tensor-core kernels are for checks and are not hot.
+/// The spills of HOT kernels: ptxas names a kernel and its target, then says what it spills. The
+/// f32 twins of the tensor-core kernels are for checks and are not hot.
 fn hot_spills(log: &str, file: &KernelFile, real: &str) -> Vec<String> {
     let hot = |symbol: &str| {
         real == "bf16"
-            && file.kernels.iter().any(|k| k.hot && k.instances().iter().any(|(_, s)| symbol == format!("{s}_{real}")))
+            && file.kernels.iter().any(|k| {
+                k.hot && k.instances().iter().any(|(_, s)| symbol == format!("{s}_{real}"))
+            })
     };
     let mut defects = Vec::new();
     let (mut symbol, mut target) = ("", "");
@@ -477,7 +516,8 @@ fn find_nvcc() -> Option<PathBuf> {
     if let Ok(home) = env::var("CUDA_HOME") {
         places.push(PathBuf::from(home).join("bin/nvcc"));
     }
-    places.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|p| p.join("nvcc")));
+    places
+        .extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|p| p.join("nvcc")));
     places.push("/usr/local/cuda/bin/nvcc".into());
     // `pip install --target target/cuda-wheels nvidia-cuda-nvcc ...` (see .ci/run)
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
@@ -503,15 +543,23 @@ fn launchers(files: &[KernelFile], images: &Images) -> String {
                 None => "&[]".into(),
             };
             let name = format!("{}_{real}", file.stem).to_uppercase();
-            writeln!(s, "static IMAGE_{name}: Image = Image {{ name: \"{}_{real}\", bytes: {bytes} }};", file.stem)
-                .unwrap();
+            writeln!(
+                s,
+                "static IMAGE_{name}: Image = Image {{ name: \"{}_{real}\", bytes: {bytes} }};",
+                file.stem
+            )
+            .unwrap();
         }
         for k in &file.kernels {
             launcher(&mut s, file, k, &mut all);
         }
     }
-    writeln!(s, "/// Every kernel instance of this build.\npub static ALL: &[&KernelDef] = &[{}];", all.join(", "))
-        .unwrap();
+    writeln!(
+        s,
+        "/// Every kernel instance of this build.\npub static ALL: &[&KernelDef] = &[{}];",
+        all.join(", ")
+    )
+    .unwrap();
     s
 }
 
@@ -519,7 +567,8 @@ fn launcher(s: &mut String, file: &KernelFile, k: &Kernel, all: &mut Vec<String>
     let mut table = Vec::new();
     for (real, dtype) in REALS {
         for (d, symbol) in k.instances() {
-            let (symbol, image) = (format!("{symbol}_{real}"), format!("{}_{real}", file.stem).to_uppercase());
+            let (symbol, image) =
+                (format!("{symbol}_{real}"), format!("{}_{real}", file.stem).to_uppercase());
             let upper = symbol.to_uppercase();
             writeln!(
                 s,
@@ -544,7 +593,8 @@ fn launcher(s: &mut String, file: &KernelFile, k: &Kernel, all: &mut Vec<String>
     for line in k.doc.lines() {
         writeln!(s, "/// {line}").unwrap();
     }
-    writeln!(s, "#[allow(clippy::too_many_arguments, clippy::unnecessary_literal_unwrap)]").unwrap();
+    writeln!(s, "#[allow(clippy::too_many_arguments, clippy::unnecessary_literal_unwrap)]")
+        .unwrap();
     let mut sig = format!("pub fn {}(dev: &dyn Device, at: Launch", k.name);
     if !k.d.is_empty() {
         sig += ", D: usize";
@@ -565,7 +615,8 @@ fn launcher(s: &mut String, file: &KernelFile, k: &Kernel, all: &mut Vec<String>
     }
     let d = if k.d.is_empty() { "0" } else { "D" };
     writeln!(s, "    let real = {real}.unwrap_or(DType::F32);").unwrap();
-    writeln!(s, "    let def = select(\"{}\", real, {d}, &[{}])?;", k.name, table.join(", ")).unwrap();
+    writeln!(s, "    let def = select(\"{}\", real, {d}, &[{}])?;", k.name, table.join(", "))
+        .unwrap();
     for p in &k.params {
         let dtype = rust_dtype(&p.ty);
         let n = &p.name;
@@ -585,7 +636,8 @@ fn launcher(s: &mut String, file: &KernelFile, k: &Kernel, all: &mut Vec<String>
             Role::Scalar => writeln!(s, "    let mut {n} = {n};").unwrap(),
         }
     }
-    let args: Vec<String> = k.params.iter().map(|p| format!("(&raw mut {}).cast()", p.name)).collect();
+    let args: Vec<String> =
+        k.params.iter().map(|p| format!("(&raw mut {}).cast()", p.name)).collect();
     writeln!(
         s,
         "    // SAFETY: the argument list was generated from the kernel's own signature, and each dtype was checked above.\n    \

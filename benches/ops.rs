@@ -6,7 +6,8 @@ use std::sync::Arc;
 use criterion::{Criterion, criterion_group, criterion_main};
 use temper::check::prepare_case;
 use temper::device::{DType, Device, cpu::Cpu};
-use temper::ops::{Rng, registry};
+use temper::ops::case::Rng;
+use temper::ops::registry::registry;
 
 fn ops(c: &mut Criterion) {
     let device: Arc<dyn Device> = Arc::new(Cpu::new());
@@ -21,8 +22,9 @@ fn ops(c: &mut Criterion) {
                 Err(e) => panic!("{} {}: {e}", entry.name, case.label),
             };
             let inputs: Vec<_> = inputs.iter().collect();
-            group
-                .bench_function(case.label.as_str(), |b| b.iter(|| cx.apply_dyn(case.op.clone(), &inputs).map(|_| ())));
+            group.bench_function(case.label.as_str(), |b| {
+                b.iter(|| cx.apply_dyn(case.op.clone(), &inputs).map(|_| ()))
+            });
         }
         group.finish();
     }

@@ -1,4 +1,4 @@
-// Causal attention over packed sequences, the light family: a thread a row, any dtype, no shared memory.
+// Causal attention over packed sequences, the simt family: a thread a row, any dtype, no shared memory.
 //
 // Math     s = scale q.k;  s = c tanh(s / c) with a softcap;  key t is seen by position p if p - w < t <= p
 //          m' = max(m, s);  a = e^(m - m');  l = a l + sum e^(s - m');  o = a o + sum e^(s - m') v;  out = o / l

@@ -1,7 +1,8 @@
-//! Errors that say the next step. Floor 0.
+//! Errors that say the next step. Layer 0.
 //!
-//! Invariant: library code returns these and never panics on input. Each message names the file, tensor, row or key
-//! that is wrong and what to change; the variant decides the exit code of the command line (see [`Error::exit_code`]).
+//! Invariant: library code returns these and never panics on input. Each message names the file,
+//! tensor, row or key that is wrong and what to change; the variant decides the exit code of the
+//! command line (see [`Error::exit_code`]).
 
 use std::path::{Path, PathBuf};
 
@@ -62,8 +63,8 @@ impl Error {
         Error::Checkpoint { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
-    /// Whether a disk, a quota or a file-size limit was exceeded: what was saved before is untouched, and a run can go on
-    /// and try again later.
+    /// Whether a disk, a quota or a file-size limit was exceeded: what was saved before is
+    /// untouched, and a run can go on and try again later.
     pub fn is_no_space(&self) -> bool {
         use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         matches!(self, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
@@ -79,7 +80,8 @@ impl Error {
     }
 }
 
-/// The known name nearest to `name` (by edit distance), for "did you mean" in messages. None if nothing is near.
+/// The known name nearest to `name` (by edit distance), for "did you mean" in messages. None if
+/// nothing is near.
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     known
         .into_iter()

@@ -1,7 +1,8 @@
-//! Files that are either whole or absent. Floor 0.
+//! Files that are either whole or absent. Layer 0.
 //!
-//! Invariant: a file under its final name has all its bytes, on disk, not only in the page cache: whatever is saved is
-//! written beside its place under `NAME.tmp`, synced, renamed, and the folder that holds it is synced.
+//! Invariant: a file under its final name has all its bytes, on disk, not only in the page cache:
+//! whatever is saved is written beside its place under `NAME.tmp`, synced, renamed, and the folder
+//! that holds it is synced.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -17,7 +18,8 @@ pub struct Written {
     pub crc32: u32,
 }
 
-/// A file being written under `NAME.tmp`. [`commit`](Self::commit) gives it its name; dropped before, it disappears.
+/// A file being written under `NAME.tmp`. [`commit`](Self::commit) gives it its name; dropped
+/// before, it disappears.
 #[derive(Debug)]
 pub struct AtomicFile {
     path: PathBuf,
@@ -49,7 +51,8 @@ impl AtomicFile {
         Ok(())
     }
 
-    /// Syncs, renames, syncs the folder. On an error the old file of that name, if any, is untouched.
+    /// Syncs, renames, syncs the folder. On an error the old file of that name, if any, is
+    /// untouched.
     pub fn commit(mut self) -> Result<Written> {
         if let Some(file) = self.file.take() {
             let done = file.sync_all().and_then(|()| std::fs::rename(&self.tmp, &self.path));
@@ -84,7 +87,8 @@ pub fn fsync_dir(dir: impl AsRef<Path>) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, e))
 }
 
-/// A folder that is filled beside its place, under `.NAME.temper-tmp`, and then moved there; dropped before, it goes.
+/// A folder that is filled beside its place, under `.NAME.temper-tmp`, and then moved there;
+/// dropped before, it goes.
 #[derive(Debug)]
 pub struct AtomicDir {
     path: PathBuf,
@@ -92,7 +96,8 @@ pub struct AtomicDir {
 }
 
 impl AtomicDir {
-    /// Makes the temporary folder (and the parents of `path`). A leftover of an interrupted save is removed.
+    /// Makes the temporary folder (and the parents of `path`). A leftover of an interrupted save is
+    /// removed.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let Some(name) = path.file_name() else {
@@ -114,17 +119,21 @@ impl AtomicDir {
         &self.tmp
     }
 
-    /// Moves the folder into place. Where a folder of that name exists, its other files stay and the new ones replace
-    /// theirs one by one, `last` at the end.
+    /// Moves the folder into place. Where a folder of that name exists, its other files stay and
+    /// the new ones replace theirs one by one, `last` at the end.
     pub fn commit(self, last: &str) -> Result<()> {
         fsync_dir(&self.tmp)?;
         if !self.path.exists() {
             std::fs::rename(&self.tmp, &self.path).map_err(|e| Error::io(&self.path, e))?;
             return fsync_dir(parent(&self.path));
         }
-        let listing = std::fs::read_dir(&self.tmp).and_then(|d| d.collect::<std::io::Result<Vec<_>>>());
-        let mut names: Vec<OsString> =
-            listing.map_err(|e| Error::io(&self.tmp, e))?.into_iter().map(|e| e.file_name()).collect();
+        let listing =
+            std::fs::read_dir(&self.tmp).and_then(|d| d.collect::<std::io::Result<Vec<_>>>());
+        let mut names: Vec<OsString> = listing
+            .map_err(|e| Error::io(&self.tmp, e))?
+            .into_iter()
+            .map(|e| e.file_name())
+            .collect();
         names.sort_by_key(|name| (name == last, name.clone()));
         for name in names {
             let to = self.path.join(&name);

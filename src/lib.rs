@@ -1,32 +1,37 @@
-//! temper: post-training of language models with one set of hand-written CUDA kernels, on a GPU or on any CPU.
+//! temper: post-training of language models with one set of hand-written CUDA kernels, on a GPU or
+//! on any CPU.
 //!
-//! The map of the house, by floors. A module uses its own floor and those below; a test reads `use crate::` and fails
-//! otherwise.
+//! The map of the code, by layers. A module uses its own layer and those below; no two files import
+//! each other outside `autograd/`; a test checks both.
 //!
-//! | floor | module | what it gives |
+//! | layer | module | what it gives |
 //! |---|---|---|
-//! | 0 | [`error`], [`config`], [`fsio`], [`rng`], [`signals`] | errors that say the next step, run files, durable files, Philox |
-//! | 1 | [`device`], [`tensor`] | the CPU (shim) and CUDA devices, named memory, views, safetensors |
-//! | 2 | [`ops`], [`tape`], [`cx`] | every op with its backward and its f64 reference; recording; the context |
-//! | 3 | [`model`] | Hugging Face folders, one decoder, parameters in one arena, the paged cache |
-//! | 4 | [`data`], [`optim`], [`rollout`], [`rewards`] | rows to tokens and masks; AdamW and schedules; generation; scores |
-//! | 5 | [`methods`] | objectives, one file each |
-//! | 6 | [`train`], [`checkpoint`], [`log`], [`check`], [`report`] | the loop, durable state, the run log, the self-check, the page |
-//! | 7 | [`cli`], [`quickstart`] | the commands; the ladder on data and a model made on the spot |
+//! | 0 | [`error`], [`fsio`], [`rng`], [`signals`] | errors that name the next step, durable files, Philox, Ctrl-C |
+//! | 1 | [`config`], [`device`], [`tensor`] | run files; the CPU (shim), CUDA and dry-run devices; views, safetensors |
+//! | 2 | [`kernels`] | launchers and constants generated from `kernels/*.cu` |
+//! | 3 | [`autograd`] | the context, the tape, the trait of an op, oracle arithmetic |
+//! | 4 | [`ops`] | every op with its backward and its f64 oracle; the registry |
+//! | 5 | [`model`] | Hugging Face folders, one decoder, parameters in one arena, adapters, the paged cache |
+//! | 6 | [`data`], [`optim`], [`rollout`], [`rewards`] | rows to tokens and masks; AdamW; generation; scores |
+//! | 7 | [`methods`] | training objectives, one file each |
+//! | 8 | [`train`], [`checkpoint`], [`log`], [`check`], [`report`] | the loop, durable state, the run log, the self-check, the page |
+//! | 9 | [`cli`], [`quickstart`] | the commands; the pipeline on data and a model made from nothing |
 //!
-//! Two data paths. A training step: config -> `train` -> parameters (safetensors, mapped) -> `data` (rows, template and
-//! mask, packing) -> `model::batch` -> `model::decoder` -> `ops::head` -> a method's loss -> `tape` backward -> clip ->
-//! AdamW -> log, checkpoint. Generation: `rollout` -> the same decoder over a page table, no tape -> sample.
+//! Two data paths. A training step: config -> `train` -> parameters (safetensors, mapped) -> `data`
+//! (rows, template and mask, packing) -> `model::batch` -> `model::decoder` -> `ops::head` -> a
+//! method's loss -> `tape` backward -> clip -> AdamW -> log, checkpoint. Generation: `rollout` ->
+//! the same decoder over a page table, no tape -> sample.
 
+pub mod autograd;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
-pub mod cx;
 pub mod data;
 pub mod device;
 pub mod error;
 pub mod fsio;
+pub mod kernels;
 pub mod log;
 pub mod methods;
 pub mod model;
@@ -38,6 +43,5 @@ pub mod rewards;
 pub mod rng;
 pub mod rollout;
 pub mod signals;
-pub mod tape;
 pub mod tensor;
 pub mod train;

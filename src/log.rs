@@ -1,6 +1,8 @@
-//! What a run says: `metrics.jsonl`, lines and a progress bar on the terminal, `trainer_state.json`. Floor 6.
+//! What a run says: `metrics.jsonl`, lines and a progress bar on the terminal,
+//! `trainer_state.json`. Layer 8.
 //!
-//! Invariant: a number is never replaced by another. NaN is printed as `nan` and written as `null` beside `"nan": true`.
+//! Invariant: a number is never replaced by another. NaN is printed as `nan` and written as `null`
+//! beside `"nan": true`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Write};
@@ -56,16 +58,22 @@ pub struct RunLog {
 }
 
 impl RunLog {
-    /// Begins `output_dir/metrics.jsonl`. With `resume_from_step`, its lines up to that step stay and later ones (and a
-    /// line that was cut short) go, so that the file becomes that of an uninterrupted run, timing fields apart.
-    /// `total_steps` is for the progress bar, which is shown when stderr is a terminal.
-    pub fn create(output_dir: impl AsRef<Path>, resume_from_step: Option<u64>, total_steps: u64) -> Result<Self> {
+    /// Begins `output_dir/metrics.jsonl`. With `resume_from_step`, its lines up to that step stay
+    /// and later ones (and a line that was cut short) go, so that the file becomes that of an
+    /// uninterrupted run, timing fields apart. `total_steps` is for the progress bar, which is
+    /// shown when stderr is a terminal.
+    pub fn create(
+        output_dir: impl AsRef<Path>,
+        resume_from_step: Option<u64>,
+        total_steps: u64,
+    ) -> Result<Self> {
         let path = output_dir.as_ref().join(METRICS);
         let history = match resume_from_step {
             Some(step) => kept(&path, step)?,
             None => Vec::new(),
         };
-        let text: String = history.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
+        let text: String =
+            history.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
         fsio::atomic_write(&path, text.as_bytes())?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
         let first = resume_from_step.unwrap_or(0);
@@ -75,21 +83,32 @@ impl RunLog {
                 Some(step) => kept(&samples, step)?,
                 None => Vec::new(),
             };
-            let text: String = kept.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
+            let text: String =
+                kept.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
             fsio::atomic_write(&samples, text.as_bytes())?;
         }
         let bar = std::io::stderr().is_terminal().then(|| bar(first, total_steps));
-        Ok(Self { path, file, completions: None, history, bar, total: total_steps, pace: Pace::start(first) })
+        Ok(Self {
+            path,
+            file,
+            completions: None,
+            history,
+            bar,
+            total: total_steps,
+            pace: Pace::start(first),
+        })
     }
 
-    /// Logs `metrics` of a step: a line of the file, a line on stdout. A key that stands twice counts once, the last.
+    /// Logs `metrics` of a step: a line of the file, a line on stdout. A key that stands twice
+    /// counts once, the last.
     pub fn log(&mut self, step: u64, metrics: &[(&str, Metric)]) -> Result<()> {
         let line = to_json(step, metrics);
         let text = format!("{}\n", Value::Object(line.clone()));
         self.file.write_all(text.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
         self.history.push(line);
         let shown = shown(metrics);
-        let shown = if self.bar.is_some() { shown } else { format!("{step}/{} {shown}", self.total) };
+        let shown =
+            if self.bar.is_some() { shown } else { format!("{step}/{} {shown}", self.total) };
         self.print(&mut std::io::stdout(), &shown);
         Ok(())
     }
@@ -157,7 +176,8 @@ impl RunLog {
         &self.history
     }
 
-    /// `trainer_state.json` in HF's form, which plot tools read. `more` adds or replaces keys (`train_batch_size` ...).
+    /// `trainer_state.json` in HF's form, which plot tools read. `more` adds or replaces keys
+    /// (`train_batch_size` ...).
     pub fn trainer_state(&self, step: u64, epoch: f64, more: &[(&str, Value)]) -> Vec<u8> {
         let mut state = Map::new();
         for (key, value) in [
@@ -169,7 +189,10 @@ impl RunLog {
             ("is_hyper_param_search", false.into()),
             ("is_local_process_zero", true.into()),
             ("is_world_process_zero", true.into()),
-            ("log_history", Value::Array(self.history.iter().cloned().map(Value::Object).collect())),
+            (
+                "log_history",
+                Value::Array(self.history.iter().cloned().map(Value::Object).collect()),
+            ),
             ("max_steps", self.total.into()),
         ] {
             state.insert(key.into(), value);
@@ -228,7 +251,8 @@ impl Pace {
 }
 
 fn bar(first: u64, total: u64) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr()).with_position(first);
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr())
+        .with_position(first);
     let template = "{percent:>3}% [{bar:30}] {pos}/{len}  {elapsed}<{eta}  {msg}";
     let bar = match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style.progress_chars("=> ")),
@@ -238,15 +262,20 @@ fn bar(first: u64, total: u64) -> ProgressBar {
     bar
 }
 
-/// Lines of a metrics file up to `step`, in order. A line that is no JSON ends it: a killed run's last one.
+/// Lines of a metrics file up to `step`, in order. A line that is no JSON ends it: a killed run's
+/// last one.
 fn kept(path: &Path, step: u64) -> Result<Vec<Map<String, Value>>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::io(path, e)),
     };
-    let lines = bytes.split(|b| *b == b'\n').map_while(|line| serde_json::from_slice::<Map<String, Value>>(line).ok());
-    Ok(lines.filter(|line| line.get("step").and_then(Value::as_u64).is_some_and(|s| s <= step)).collect())
+    let lines = bytes
+        .split(|b| *b == b'\n')
+        .map_while(|line| serde_json::from_slice::<Map<String, Value>>(line).ok());
+    Ok(lines
+        .filter(|line| line.get("step").and_then(Value::as_u64).is_some_and(|s| s <= step))
+        .collect())
 }
 
 fn to_json(step: u64, metrics: &[(&str, Metric)]) -> Map<String, Value> {
@@ -311,7 +340,8 @@ fn significant(v: f64) -> String {
 
 fn thousands(v: f64) -> String {
     let digits = format!("{v:.0}");
-    let grouped = digits.as_bytes().rchunks(3).rev().map(|c| String::from_utf8_lossy(c).into_owned());
+    let grouped =
+        digits.as_bytes().rchunks(3).rev().map(|c| String::from_utf8_lossy(c).into_owned());
     grouped.collect::<Vec<_>>().join(",")
 }
 
@@ -344,7 +374,8 @@ mod tests {
 
     #[test]
     fn nan_is_written_as_null_and_said() {
-        let metrics = [("loss", Metric::Float(f64::NAN)), ("num_tokens", 7.into()), ("lr", 0.5.into())];
+        let metrics =
+            [("loss", Metric::Float(f64::NAN)), ("num_tokens", 7.into()), ("lr", 0.5.into())];
         let line = Value::Object(to_json(3, &metrics)).to_string();
         assert_eq!(line, r#"{"step":3,"loss":null,"num_tokens":7,"lr":0.5,"nan":true}"#);
         assert_eq!(shown(&metrics), "{'loss': nan, 'num_tokens': 7, 'lr': 0.5}");
@@ -357,11 +388,20 @@ mod tests {
             let mut log = RunLog::create(dir.path(), resume, 6).unwrap();
             for step in steps {
                 log.step(step, step * 10);
-                log.log(step, &[("loss", (1.0 / step as f64).into()), ("num_tokens", (step * 10).into())]).unwrap();
+                log.log(
+                    step,
+                    &[("loss", (1.0 / step as f64).into()), ("num_tokens", (step * 10).into())],
+                )
+                .unwrap();
             }
             log.sync().unwrap();
-            let state: Value = serde_json::from_slice(&log.trainer_state(6, 1.0, &[("save_steps", 2.into())])).unwrap();
-            assert_eq!(state["log_history"].as_array().unwrap().len() as u64, 6.min(log.history().len() as u64));
+            let state: Value =
+                serde_json::from_slice(&log.trainer_state(6, 1.0, &[("save_steps", 2.into())]))
+                    .unwrap();
+            assert_eq!(
+                state["log_history"].as_array().unwrap().len() as u64,
+                6.min(log.history().len() as u64)
+            );
             log.finish();
             std::fs::read_to_string(dir.path().join(METRICS)).unwrap()
         };

@@ -1,6 +1,7 @@
-//! Ctrl-C and SIGTERM end a run with a clean checkpoint; a second one ends it at once. Floor 0.
+//! Ctrl-C and SIGTERM end a run with a clean checkpoint; a second one ends it at once. Layer 0.
 //!
-//! Invariant: the first signal only sets a flag, which the training loop looks at between micro-batches.
+//! Invariant: the first signal only sets a flag, which the training loop looks at between
+//! micro-batches.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,14 +18,17 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Watches SIGINT and SIGTERM from here on. The second signal exits with 130 without waiting for anything.
+    /// Watches SIGINT and SIGTERM from here on. The second signal exits with 130 without waiting
+    /// for anything.
     pub fn on_signals() -> Result<Stop> {
         let stop = Stop::default();
         for signal in [SIGINT, SIGTERM] {
-            // In this order: the first signal finds the flag unset, passes the shutdown by, and sets it.
+            // In this order: the first signal finds the flag unset, passes the shutdown by, and
+            // sets it.
             let registered = flag::register_conditional_shutdown(signal, 130, stop.flag.clone())
                 .and_then(|_| flag::register(signal, stop.flag.clone()));
-            registered.map_err(|e| Error::Run(format!("signal {signal} cannot be watched: {e}")))?;
+            registered
+                .map_err(|e| Error::Run(format!("signal {signal} cannot be watched: {e}")))?;
         }
         Ok(stop)
     }

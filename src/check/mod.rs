@@ -1,21 +1,23 @@
-//! The self-check: every registered op case on a device, against its f64 reference. Floor 6.
+//! The self-check: every registered op case on a device, against its f64 reference. Layer 8.
 //!
-//! Invariant: `temper check`, the tests and CI run this same code, on whatever device they are given.
+//! Invariant: `temper check`, the tests and CI run this same code, on whatever device they are
+//! given.
 //!
-//! Tolerances, and why. Forward, bf16: FlashAttention's rule, the error against the f64 oracle is at most twice that of
-//! the naive peer (the same reference, rounding to bf16 wherever the kernel stores), plus one bf16 rounding of the
-//! largest value. Forward, f32: relative L2 error at most 2e-6. Gradients, f32: relative L2 distance from f64 central
-//! differences at most 1e-5; bf16: 2 x roundings x 2^-9, where `roundings` counts the bf16 stores on the longest path.
+//! Tolerances, and why. Forward, bf16: FlashAttention's rule, the error against the f64 oracle is
+//! at most twice that of the naive peer (the same reference, rounding to bf16 wherever the kernel
+//! stores), plus one bf16 rounding of the largest value. Forward, f32: relative L2 error at most
+//! 2e-6. Gradients, f32: relative L2 distance from f64 central differences at most 1e-5; bf16: 2 x
+//! roundings x 2^-9, where `roundings` counts the bf16 stores on the longest path.
 
 pub mod model;
 
 use std::sync::Arc;
 
-use crate::cx::Cx;
+use crate::autograd::{Cx, F64, ParamGrads, Round, Tape};
 use crate::device::{DType, Device};
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, F64, Kind, Rng, Round, Variant, registry};
-use crate::tape::{ParamGrads, Tape};
+use crate::ops::case::{Arg, Case, Kind, Rng, Variant};
+use crate::ops::registry::registry;
 use crate::tensor::{Id, Tensor};
 
 /// What one case of one op showed.
@@ -31,7 +33,11 @@ pub struct Outcome {
 }
 
 /// Runs every case of every registered op whose name contains `filter`.
-pub fn check_ops(device: &Arc<dyn Device>, filter: &str, mut each: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+pub fn check_ops(
+    device: &Arc<dyn Device>,
+    filter: &str,
+    mut each: impl FnMut(&Outcome),
+) -> Result<Vec<Outcome>> {
     let mut all = Vec::new();
     for entry in registry().into_iter().filter(|e| e.name.contains(filter)) {
         for variant in entry.variants {
@@ -39,14 +45,21 @@ pub fn check_ops(device: &Arc<dyn Device>, filter: &str, mut each: impl FnMut(&O
                 let mut rng = Rng(0x7e57);
                 for (i, case) in (entry.cases)(&mut rng).iter().enumerate() {
                     let mut measured = Measured::default();
-                    let result = check_case(device, case, dtype, variant, 1000 + i as u64, &mut measured);
+                    let result =
+                        check_case(device, case, dtype, variant, 1000 + i as u64, &mut measured);
                     let failure = match result {
                         Err(e) => Some(e.to_string()),
                         Ok(()) => measured.failure.clone(),
                     };
                     let case = case.label.clone();
-                    let outcome =
-                        Outcome { op: entry.name, case, dtype, variant: variant.name, ratio: measured.ratio, failure };
+                    let outcome = Outcome {
+                        op: entry.name,
+                        case,
+                        dtype,
+                        variant: variant.name,
+                        ratio: measured.ratio,
+                        failure,
+                    };
                     each(&outcome);
                     all.push(outcome);
                 }
@@ -95,8 +108,15 @@ pub fn prepare_case(
     Ok((cx, tensors))
 }
 
-/// Runs a case forward and, where some input wants a gradient, backward from a random upstream gradient.
-pub fn run_case(device: &Arc<dyn Device>, case: &Case, dtype: DType, variant: &Variant, seed: u64) -> Result<CaseRun> {
+/// Runs a case forward and, where some input wants a gradient, backward from a random upstream
+/// gradient.
+pub fn run_case(
+    device: &Arc<dyn Device>,
+    case: &Case,
+    dtype: DType,
+    variant: &Variant,
+    seed: u64,
+) -> Result<CaseRun> {
     let (mut cx, tensors) = prepare_case(device, case, dtype, variant)?;
     let refs: Vec<&Tensor> = tensors.iter().collect();
     cx.tape = Some(Tape::default());
@@ -125,7 +145,8 @@ pub fn run_case(device: &Arc<dyn Device>, case: &Case, dtype: DType, variant: &V
     if !case.inputs.iter().any(|a| a.grad) {
         return Ok(run);
     }
-    // The gradient of a value is found by an identity op in front of it: `watch` is a parameter set of its own, f32.
+    // The gradient of a value is found by an identity op in front of it: `watch` is a parameter set
+    // of its own, f32.
     cx.backward(seeds)?;
     for set in &mut cx.param_grads {
         set.finish()?;
@@ -133,7 +154,9 @@ pub fn run_case(device: &Arc<dyn Device>, case: &Case, dtype: DType, variant: &V
     for (i, t) in tensors.iter().enumerate().filter(|(i, _)| case.inputs[*i].grad) {
         let Id::Param { index, .. } = t.id() else { continue };
         let slot = cx.param_grads[0].slots[index as usize].clone();
-        run.gradients[i] = Some(host(&slot.ok_or_else(|| Error::Run(format!("no gradient buffer for input {i}")))?)?);
+        run.gradients[i] = Some(host(
+            &slot.ok_or_else(|| Error::Run(format!("no gradient buffer for input {i}")))?,
+        )?);
     }
     Ok(run)
 }
@@ -148,22 +171,34 @@ fn check_case(
 ) -> Result<()> {
     // The oracle sees the values that the device sees.
     let stored: Vec<F64> = case.inputs.iter().map(|a| quantise(a, dtype)).collect();
-    let oracle = case.op.reference(Round::None, &stored);
-    let peer = case.op.reference(if dtype == DType::BF16 { Round::Bf16 } else { Round::F32 }, &stored);
+    let oracle = case.op.oracle(Round::None, &stored);
+    let peer = case.op.oracle(if dtype == DType::BF16 { Round::Bf16 } else { Round::F32 }, &stored);
     let run = run_case(device, case, dtype, variant, seed)?;
     if run.outputs.len() != oracle.len() {
-        return Err(Error::Run(format!("{} outputs, its reference has {}", run.outputs.len(), oracle.len())));
+        return Err(Error::Run(format!(
+            "{} outputs, its reference has {}",
+            run.outputs.len(),
+            oracle.len()
+        )));
     }
     for (i, (got, want)) in run.outputs.iter().zip(&oracle).enumerate() {
         if case.skip.contains(&i) {
             continue;
         }
         if got.len() != want.data.len() {
-            return Err(Error::Run(format!("output {i} has {} values, its reference {}", got.len(), want.data.len())));
+            return Err(Error::Run(format!(
+                "output {i} has {} values, its reference {}",
+                got.len(),
+                want.data.len()
+            )));
         }
         if case.exact {
             let wrong = got.iter().zip(&peer[i].data).filter(|(a, b)| a != b).count();
-            measured.add(format!("output {i}: {wrong} values differ, exact ones expected"), wrong as f64, 0.5);
+            measured.add(
+                format!("output {i}: {wrong} values differ, exact ones expected"),
+                wrong as f64,
+                0.5,
+            );
         } else if dtype == DType::BF16 {
             let largest = max_abs(&want.data);
             let slack = largest * 2f64.powi(-8) + 1e-12;
@@ -177,7 +212,14 @@ fn check_case(
     Ok(())
 }
 
-fn check_gradients(case: &Case, stored: &[F64], run: &CaseRun, dtype: DType, seed: u64, measured: &mut Measured) {
+fn check_gradients(
+    case: &Case,
+    stored: &[F64],
+    run: &CaseRun,
+    dtype: DType,
+    seed: u64,
+    measured: &mut Measured,
+) {
     let weights = &run.upstream;
     let tolerance = if dtype == DType::BF16 { 2.0 * case.roundings * 2f64.powi(-9) } else { 1e-5 };
     let mut rng = Rng(seed ^ 0xd1ff);
@@ -185,7 +227,8 @@ fn check_gradients(case: &Case, stored: &[F64], run: &CaseRun, dtype: DType, see
         let n = case.inputs[i].value.data.len();
         let mut ours = Vec::new();
         let mut theirs = Vec::new();
-        let coordinates: Vec<usize> = if n <= 64 { (0..n).collect() } else { (0..64).map(|_| rng.below(n)).collect() };
+        let coordinates: Vec<usize> =
+            if n <= 64 { (0..n).collect() } else { (0..64).map(|_| rng.below(n)).collect() };
         for c in coordinates {
             let mut v = vec![0.0; n];
             v[c] = 1.0;
@@ -199,9 +242,12 @@ fn check_gradients(case: &Case, stored: &[F64], run: &CaseRun, dtype: DType, see
             ours.push(got.iter().zip(&v).map(|(g, v)| g * v).sum());
             theirs.push(directional(case, stored, weights, i, &v));
         }
-        // Where the exact gradient cancels to nothing, rounding of the terms remains: scale by the upstream then.
-        let scale = l2(&theirs).max(1e-3 * l2(&weights.iter().flat_map(|w| w.data.clone()).collect::<Vec<_>>()));
-        let error = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt() / scale.max(1e-30);
+        // Where the exact gradient cancels to nothing, rounding of the terms remains: scale by the
+        // upstream then.
+        let scale = l2(&theirs)
+            .max(1e-3 * l2(&weights.iter().flat_map(|w| w.data.clone()).collect::<Vec<_>>()));
+        let error = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
+            / scale.max(1e-30);
         measured.add(format!("gradient of input {i}"), error, tolerance);
     }
 }
@@ -212,14 +258,18 @@ fn directional(case: &Case, x: &[F64], weights: &[F64], i: usize, v: &[f64]) -> 
     let at = |t: f64| -> f64 {
         let mut moved = x.to_vec();
         moved[i].data.iter_mut().zip(v).for_each(|(a, b)| *a += t * b);
-        let y = case.op.reference(Round::None, &moved);
-        y.iter().zip(weights).map(|(y, w)| y.data.iter().zip(&w.data).map(|(a, b)| a * b).sum::<f64>()).sum()
+        let y = case.op.oracle(Round::None, &moved);
+        y.iter()
+            .zip(weights)
+            .map(|(y, w)| y.data.iter().zip(&w.data).map(|(a, b)| a * b).sum::<f64>())
+            .sum()
     };
     (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h)
 }
 
-/// Inputs on the device. Those whose gradient is checked become parameters of set 0; a value's gradient would be of the
-/// storage dtype, so it is read through an f32 slot behind an identity (see `Watch`).
+/// Inputs on the device. Those whose gradient is checked become parameters of set 0; a value's
+/// gradient would be of the storage dtype, so it is read through an f32 slot behind an identity
+/// (see `Watch`).
 fn upload(cx: &mut Cx, case: &Case, dtype: DType) -> Result<Vec<Tensor>> {
     let mut slots = Vec::new();
     let mut tensors = Vec::new();
@@ -228,7 +278,9 @@ fn upload(cx: &mut Cx, case: &Case, dtype: DType) -> Result<Vec<Tensor>> {
         let real: Vec<f32> = value.data.iter().map(|v| *v as f32).collect();
         let mut t = match arg.kind {
             Kind::Real => Tensor::from_f32(&cx.pool, "case input", dtype, &value.shape, &real)?,
-            Kind::Float => Tensor::from_f32(&cx.pool, "case input", DType::F32, &value.shape, &real)?,
+            Kind::Float => {
+                Tensor::from_f32(&cx.pool, "case input", DType::F32, &value.shape, &real)?
+            }
             Kind::Int => {
                 let ints: Vec<i32> = value.data.iter().map(|v| *v as i32).collect();
                 Tensor::from_host(&cx.pool, "case input", DType::I32, &value.shape, &ints)?
@@ -269,8 +321,10 @@ fn max_abs(a: &[f64]) -> f64 {
 }
 
 fn max_difference(a: &[f64], b: &[f64]) -> f64 {
-    let worst =
-        a.iter().zip(b).fold(0.0f64, |m, (x, y)| if (x - y).is_nan() { f64::NAN } else { m.max((x - y).abs()) });
+    let worst = a
+        .iter()
+        .zip(b)
+        .fold(0.0f64, |m, (x, y)| if (x - y).is_nan() { f64::NAN } else { m.max((x - y).abs()) });
     if a.iter().any(|v| v.is_nan()) { f64::NAN } else { worst }
 }
 

@@ -1,43 +1,56 @@
-//! The self-check of the whole: a small random model on the user's own device. Floor 6.
+//! The self-check of the whole: a small random model on the user's own device. Layer 8.
 //!
-//! Invariant: nothing is read from disk, so it runs wherever the binary does. On a GPU the engine's own matrix product is
-//! used: exactness is promised for it.
+//! Invariant: nothing is read from disk, so it runs wherever the binary does. On a GPU the engine's
+//! own matrix product is used: exactness is promised for it.
 
 use std::sync::Arc;
 
 use super::Outcome;
-use crate::config::SftRun;
-use crate::cx::{Cx, MatmulChoice};
+use crate::autograd::{Cx, Recompute};
+use crate::config::{MatmulChoice, SftRun};
 use crate::device::{DType, Device};
 use crate::error::Result;
-use crate::methods::sft::Sft;
+use crate::methods::offline::sft::Sft;
 use crate::model::batch::Sequence;
-use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
-use crate::ops::Rng;
+use crate::model::layout::ModelConfig;
+use crate::ops::case::Rng;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{Engine, EngineOptions, Request};
 use crate::train::Trainer;
 
 const VOCAB: usize = 96;
 
-/// Rollout log-probs against the trainer's; a short training twice, and with recomputation; that it learns.
-pub fn check_model(device: &Arc<dyn Device>, mut each: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+/// Rollout log-probs against the trainer's; a short training twice, and with recomputation; that it
+/// learns.
+pub fn check_model(
+    device: &Arc<dyn Device>,
+    mut each: impl FnMut(&Outcome),
+) -> Result<Vec<Outcome>> {
     let mut all = Vec::new();
     for dtype in [DType::F32, DType::BF16] {
         let mut add = |op: &'static str, case: &str, failure: Option<String>| {
             let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
-            let outcome = Outcome { op, case: case.to_string(), dtype, variant: "", ratio, failure };
+            let outcome =
+                Outcome { op, case: case.to_string(), dtype, variant: "", ratio, failure };
             each(&outcome);
             all.push(outcome);
         };
-        add("rollout", "log-probs are the trainer's, bit for bit", differ("log-probs", rollout(device, dtype)?));
-        let (first, last, weights) = train(device, dtype, false)?;
+        add(
+            "rollout",
+            "log-probs are the trainer's, bit for bit",
+            differ("log-probs", rollout(device, dtype)?),
+        );
+        let (first, last, weights) = train(device, dtype, Recompute::Off)?;
         let falls = last < 0.7 * first;
-        add("training", "the loss falls", (!falls).then(|| format!("from {first} to {last} in 12 steps")));
-        let again = train(device, dtype, false)?;
+        add(
+            "training",
+            "the loss falls",
+            (!falls).then(|| format!("from {first} to {last} in 12 steps")),
+        );
+        let again = train(device, dtype, Recompute::Off)?;
         add("training", "twice the same bits", differ("weights", again.2 == weights));
-        let recomputed = train(device, dtype, true)?;
+        let recomputed = train(device, dtype, Recompute::Layers)?;
         add("training", "recomputation changes no bit", differ("weights", recomputed.2 == weights));
     }
     Ok(all)
@@ -70,8 +83,10 @@ fn rollout(device: &Arc<dyn Device>, dtype: DType) -> Result<bool> {
     let mut options = EngineOptions::new(20, sampling, Vec::new(), 5);
     (options.max_step_tokens, options.pages) = (17, Some(4));
     let mut engine = Engine::new(&cx, &mut model, options, 90)?;
-    let requests: Vec<Request> =
-        (0..).zip(&prompts).map(|(i, p)| Request { prompt: p.clone(), n: 2, number: 2 * i }).collect();
+    let requests: Vec<Request> = (0..)
+        .zip(&prompts)
+        .map(|(i, p)| Request { prompt: p.clone(), n: 2, number: 2 * i })
+        .collect();
     let completions = engine.generate(&mut cx, &model, &requests)?;
     for completion in &completions {
         let prompt = &prompts[completion.request];
@@ -86,14 +101,25 @@ fn rollout(device: &Arc<dyn Device>, dtype: DType) -> Result<bool> {
 }
 
 /// First and last loss of 12 steps over 6 rows, and the bytes of the weights after them.
-fn train(device: &Arc<dyn Device>, dtype: DType, recompute: bool) -> Result<(f32, f32, Vec<u8>)> {
-    let (cx, model) = model(device, dtype)?;
+fn train(
+    device: &Arc<dyn Device>,
+    dtype: DType,
+    recompute: Recompute,
+) -> Result<(f32, f32, Vec<u8>)> {
+    let (mut cx, model) = model(device, dtype)?;
+    cx.recompute = recompute;
     let mut rng = Rng(4);
-    let rows: Vec<_> = [20, 33, 7, 64, 65, 18].iter().map(|n| (tokens(&mut rng, *n), vec![true; *n])).collect();
+    let rows: Vec<_> =
+        [20, 33, 7, 64, 65, 18].iter().map(|n| (tokens(&mut rng, *n), vec![true; *n])).collect();
     let mut sft = Sft::from_sequences(rows);
-    let keys = ["learning_rate=1e-2", "per_device_train_batch_size=3", "gradient_accumulation_steps=2", "max_steps=12"];
+    let keys = [
+        "learning_rate=1e-2",
+        "per_device_train_batch_size=3",
+        "gradient_accumulation_steps=2",
+        "max_steps=12",
+    ];
     let (run, _) = SftRun::load(None, &keys.map(String::from))?;
-    let mut trainer = Trainer::new(cx, model, run.training, 6, recompute)?;
+    let mut trainer = Trainer::new(cx, model, run.training, 6)?;
     let mut losses = Vec::new();
     for _ in 0..12 {
         losses.push(trainer.step(&mut sft)?.loss);

@@ -1,4 +1,5 @@
-//! The two things about a disk that std does not say: who holds a folder, and how much is free. Floor 6.
+//! The two things about a disk that std does not say: who holds a folder, and how much is free.
+//! Layer 8.
 //!
 //! Invariant: a lock lives as long as its process at most; a killed run leaves none behind.
 
@@ -22,7 +23,8 @@ impl Lock {
     pub fn take(dir: &Path) -> Result<Option<Lock>> {
         let path = dir.join(".lock");
         let io = |e| Error::io(&path, e);
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+        let open =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.map_err(io)?;
         // SAFETY: the descriptor is open for the whole call; flock touches no memory of ours.
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
@@ -50,7 +52,8 @@ impl Lock {
 pub fn free_bytes(dir: &Path) -> Option<u64> {
     let path = std::ffi::CString::new(dir.as_os_str().as_bytes()).ok()?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
-    // SAFETY: `path` ends with NUL and `stat` has room for the struct, which is plain numbers, zero being valid.
+    // SAFETY: `path` ends with NUL and `stat` has room for the struct, which is plain numbers, zero
+    // being valid.
     let stat = unsafe {
         if libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) != 0 {
             return None;

@@ -1,7 +1,9 @@
-//! The output folder of a run: one run at a time, and never one run's files under another's. Floor 6.
+//! The output folder of a run: one run at a time, and never one run's files under another's. Layer
+//! 8.
 //!
-//! Invariant: nothing that a run wrote is deleted before the run that replaces it has something durable. `--overwrite`
-//! moves it into `.overwritten-N.del`, which [`RunFolder::discard_overwritten`] removes.
+//! Invariant: nothing that a run wrote is deleted before the run that replaces it has something
+//! durable. `--overwrite` moves it into `.overwritten-N.del`, which
+//! [`RunFolder::discard_overwritten`] removes.
 
 use std::path::{Path, PathBuf};
 
@@ -19,27 +21,37 @@ pub struct RunFolder {
     _lock: Option<Lock>,
 }
 
-/// Makes `dir` if need be, locks it, removes what interrupted saves left, and decides what the run starts from.
+/// Makes `dir` if need be, locks it, removes what interrupted saves left, and decides what the run
+/// starts from.
 ///
 /// - neither flag: `dir` must hold no run (config.toml, metrics.jsonl, checkpoint-N, weights);
-/// - `overwrite`: an old run's files are moved into `.overwritten-N.del` (other people's files stay where they are);
-/// - `resume`: `dir` must hold a checkpoint that verifies; newer broken ones are named in [`RunFolder::notes`].
+/// - `overwrite`: an old run's files are moved into `.overwritten-N.del` (other people's files stay
+///   where they are);
+/// - `resume`: `dir` must hold a checkpoint that verifies; newer broken ones are named in
+///   [`RunFolder::notes`].
 ///
-/// Errors: both flags; another process writes into `dir`; the cases above, each with what was found and what to do.
+/// Errors: both flags; another process writes into `dir`; the cases above, each with what was found
+/// and what to do.
 pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> Result<RunFolder> {
     let path = dir.as_ref().to_path_buf();
     let shown = path.display().to_string();
     if overwrite && resume {
-        return Err(Error::Config("--overwrite and --resume exclude each other: give one of them".into()));
+        return Err(Error::Config(
+            "--overwrite and --resume exclude each other: give one of them".into(),
+        ));
     }
     if resume && !path.is_dir() {
-        return Err(Error::Config(format!("{shown}: is not a folder: --resume goes on with a run that lies there")));
+        return Err(Error::Config(format!(
+            "{shown}: is not a folder: --resume goes on with a run that lies there"
+        )));
     }
     std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
     let lock = Lock::take(&path)?;
     let mut folder = RunFolder { path, resume: None, notes: Vec::new(), _lock: lock };
     if folder._lock.is_none() {
-        folder.notes.push(format!("{shown}: this file system has no locks; see that only one run writes here"));
+        folder.notes.push(format!(
+            "{shown}: this file system has no locks; see that only one run writes here"
+        ));
     }
     folder.clean()?;
     let held = folder.held()?;
@@ -71,7 +83,8 @@ impl RunFolder {
         &self.notes
     }
 
-    /// Removes what `--overwrite` moved away. Call it when the new run has a checkpoint or its final model on disk.
+    /// Removes what `--overwrite` moved away. Call it when the new run has a checkpoint or its
+    /// final model on disk.
     pub fn discard_overwritten(&self) -> Result<()> {
         for (_, path) in overwritten(&self.path)? {
             std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
@@ -79,7 +92,8 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Removes `checkpoint-N.tmp` and `checkpoint-N.del`. Safe under the lock: nobody is writing them.
+    /// Removes `checkpoint-N.tmp` and `checkpoint-N.del`. Safe under the lock: nobody is writing
+    /// them.
     fn clean(&self) -> Result<()> {
         for (name, path) in entries(&self.path)? {
             let stale = name.strip_suffix(".tmp").or_else(|| name.strip_suffix(".del"));
@@ -92,7 +106,8 @@ impl RunFolder {
 
     /// What shows that a run lies here.
     fn held(&self) -> Result<Vec<String>> {
-        let mut held: Vec<String> = entries(&self.path)?.into_iter().map(|(name, _)| name).collect();
+        let mut held: Vec<String> =
+            entries(&self.path)?.into_iter().map(|(name, _)| name).collect();
         held.retain(|name| {
             let checkpoint = name.starts_with("checkpoint-");
             checkpoint || name == "config.toml" || name == "metrics.jsonl" || is_weights(name)
@@ -103,7 +118,8 @@ impl RunFolder {
 
     fn find_checkpoint(&mut self, held: &[String]) -> Result<()> {
         let Search { found, skipped } = latest(&self.path)?;
-        let skipped: Vec<String> = skipped.iter().map(|(p, why)| format!("{}: {why}", p.display())).collect();
+        let skipped: Vec<String> =
+            skipped.iter().map(|(p, why)| format!("{}: {why}", p.display())).collect();
         let shown = self.path.display();
         if found.is_none() {
             let mut message = format!("{shown}: nothing to resume: no checkpoint-N that verifies");
@@ -112,7 +128,10 @@ impl RunFolder {
             } else if held.is_empty() {
                 "; the folder holds no run".into()
             } else {
-                format!("; found only {}. Was the run stopped before its first checkpoint?", some(held))
+                format!(
+                    "; found only {}. Was the run stopped before its first checkpoint?",
+                    some(held)
+                )
             };
             for (name, _) in overwritten(&self.path)? {
                 message += &format!("\nThe run that --overwrite replaced lies in {name}");
@@ -125,24 +144,32 @@ impl RunFolder {
     }
 
     fn move_away(&mut self, held: &[String]) -> Result<()> {
-        if !held.iter().any(|name| name == "config.toml" || name == "metrics.jsonl") && list(&self.path)?.is_empty() {
+        if !held.iter().any(|name| name == "config.toml" || name == "metrics.jsonl")
+            && list(&self.path)?.is_empty()
+        {
             return Err(Error::Config(format!(
                 "{}: holds a model ({}) but no run of temper; --overwrite does not touch it: give another --output",
                 self.path.display(),
                 some(held)
             )));
         }
-        let free = (1u32..).map(|n| self.path.join(format!(".overwritten-{n}.del"))).find(|p| !p.exists());
+        let free =
+            (1u32..).map(|n| self.path.join(format!(".overwritten-{n}.del"))).find(|p| !p.exists());
         let Some(aside) = free else { return Ok(()) }; // never: u32 folders
         std::fs::create_dir(&aside).map_err(|e| Error::io(&aside, e))?;
         for (name, path) in entries(&self.path)? {
-            if name.starts_with("checkpoint-") || is_weights(&name) || RUN_FILES.contains(&name.as_str()) {
+            if name.starts_with("checkpoint-")
+                || is_weights(&name)
+                || RUN_FILES.contains(&name.as_str())
+            {
                 std::fs::rename(&path, aside.join(&name)).map_err(|e| Error::io(&path, e))?;
             }
         }
         fsio::fsync_dir(&self.path)?;
         let name = aside.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        self.notes.push(format!("the old run was moved to {name}; it is deleted once this one has saved something"));
+        self.notes.push(format!(
+            "the old run was moved to {name}; it is deleted once this one has saved something"
+        ));
         Ok(())
     }
 }

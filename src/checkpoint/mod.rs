@@ -1,13 +1,15 @@
-//! Checkpoints: written whole or not at all, verified before they are read. Floor 6.
+//! Checkpoints: written whole or not at all, verified before they are read. Layer 8.
 //!
-//! Invariant: a folder named `checkpoint-N` was complete and on disk when it got that name, and what is read back is
-//! what was written: every file's length and CRC-32 stand in its `MANIFEST`, whose last line is the CRC of the manifest.
-//! No checkpoint is deleted before a newer one is durable.
+//! Invariant: a folder named `checkpoint-N` was complete and on disk when it got that name, and
+//! what is read back is what was written: every file's length and CRC-32 stand in its `MANIFEST`,
+//! whose last line is the CRC of the manifest. No checkpoint is deleted before a newer one is
+//! durable.
 //!
 //! ```text
 //! checkpoint-20.tmp/   being written: each file fsynced, then MANIFEST, then the folder
 //! checkpoint-20/       renamed into place, the parent fsynced
-//! checkpoint-10.del/   on its way out: renamed first, so that no half-deleted folder has a checkpoint's name
+//! checkpoint-10.del/   on its way out: renamed first, so that no half-deleted folder has a
+//! checkpoint's name
 //! ```
 
 mod disk;
@@ -41,8 +43,8 @@ pub struct CheckpointWriter {
 
 impl CheckpointWriter {
     /// Begins `output_dir/checkpoint-STEP.tmp`. `bytes` is about how large it will be (0: unknown).
-    /// Errors: less than 1.2 x `bytes` are free ([`Error::is_no_space`]); a good checkpoint of that step is there
-    /// ([`is_saved`] tells). A broken one of that step is moved out of the way.
+    /// Errors: less than 1.2 x `bytes` are free ([`Error::is_no_space`]); a good checkpoint of that
+    /// step is there ([`is_saved`] tells). A broken one of that step is moved out of the way.
     pub fn new(output_dir: impl AsRef<Path>, step: u64, bytes: u64) -> Result<Self> {
         let output = output_dir.as_ref().to_path_buf();
         let path = checkpoint_path(&output, step);
@@ -55,7 +57,10 @@ impl CheckpointWriter {
                     gib(needed),
                     gib(free)
                 );
-                return Err(Error::io(path, std::io::Error::new(std::io::ErrorKind::StorageFull, message)));
+                return Err(Error::io(
+                    path,
+                    std::io::Error::new(std::io::ErrorKind::StorageFull, message),
+                ));
             }
         }
         if path.exists() {
@@ -72,8 +77,8 @@ impl CheckpointWriter {
         Ok(Self { output, tmp, step, files: BTreeMap::new(), done: false })
     }
 
-    /// The folder to write into, for what writes files by itself (a model folder); [`finish`](Self::finish) takes up
-    /// whatever lies in it.
+    /// The folder to write into, for what writes files by itself (a model folder);
+    /// [`finish`](Self::finish) takes up whatever lies in it.
     pub fn dir(&self) -> &Path {
         &self.tmp
     }
@@ -120,7 +125,10 @@ impl CheckpointWriter {
     fn place(&self, name: &str) -> Result<PathBuf> {
         let plain = Path::new(name).file_name().is_some_and(|n| n == name) && !name.contains('\n');
         if !plain || name == MANIFEST || self.files.contains_key(name) {
-            return Err(Error::checkpoint(&self.tmp, format!("{name:?} cannot be a file's name here, or is taken")));
+            return Err(Error::checkpoint(
+                &self.tmp,
+                format!("{name:?} cannot be a file's name here, or is taken"),
+            ));
         }
         Ok(self.tmp.join(name))
     }
@@ -158,7 +166,9 @@ pub fn latest(output_dir: impl AsRef<Path>) -> Result<Search> {
                 break;
             }
             Ok(manifest) => {
-                search.skipped.push((path, format!("its MANIFEST is that of step {}", manifest.step)));
+                search
+                    .skipped
+                    .push((path, format!("its MANIFEST is that of step {}", manifest.step)));
             }
             Err(Error::Checkpoint { message, .. }) => search.skipped.push((path, message)),
             Err(e) => search.skipped.push((path, e.to_string())),
@@ -186,7 +196,9 @@ pub fn verify(path: impl AsRef<Path>) -> Result<Manifest> {
     let bytes = match std::fs::read(path.join(MANIFEST)) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(wrong("has no MANIFEST: its save was cut short, or another tool wrote it".into()));
+            return Err(wrong(
+                "has no MANIFEST: its save was cut short, or another tool wrote it".into(),
+            ));
         }
         Err(e) => return Err(Error::io(path.join(MANIFEST), e)),
     };
@@ -208,9 +220,14 @@ pub fn verify(path: impl AsRef<Path>) -> Result<Manifest> {
     if problems.is_empty() { Ok(manifest) } else { Err(wrong(problems.join("; "))) }
 }
 
-/// Deletes the oldest checkpoints but `limit` (None: none is deleted), after `step` has been saved. That one stays
-/// whatever the limit, and so do those of later steps, which are another run's or broken. Returns what was deleted.
-pub fn prune(output_dir: impl AsRef<Path>, limit: Option<usize>, step: u64) -> Result<Vec<PathBuf>> {
+/// Deletes the oldest checkpoints but `limit` (None: none is deleted), after `step` has been saved.
+/// That one stays whatever the limit, and so do those of later steps, which are another run's or
+/// broken. Returns what was deleted.
+pub fn prune(
+    output_dir: impl AsRef<Path>,
+    limit: Option<usize>,
+    step: u64,
+) -> Result<Vec<PathBuf>> {
     let Some(limit) = limit else { return Ok(Vec::new()) };
     let mut old = list(output_dir.as_ref())?;
     old.retain(|(n, _)| *n < step);
@@ -243,7 +260,8 @@ fn step_of(name: &str) -> Option<u64> {
     digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
 }
 
-/// Names and paths in a folder; empty if there is no such folder. Names that are not UTF-8 are not ours.
+/// Names and paths in a folder; empty if there is no such folder. Names that are not UTF-8 are not
+/// ours.
 fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let listing = match std::fs::read_dir(dir) {
         Ok(listing) => listing.collect::<std::io::Result<Vec<_>>>(),
@@ -251,7 +269,10 @@ fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
         Err(e) => Err(e),
     };
     let listing = listing.map_err(|e| Error::io(dir, e))?;
-    Ok(listing.into_iter().filter_map(|e| Some((e.file_name().into_string().ok()?, e.path()))).collect())
+    Ok(listing
+        .into_iter()
+        .filter_map(|e| Some((e.file_name().into_string().ok()?, e.path())))
+        .collect())
 }
 
 /// Renames to `.del`, then removes.
@@ -290,7 +311,8 @@ fn parse(bytes: &[u8]) -> Option<Manifest> {
     for line in lines {
         let (crc, rest) = line.split_once(' ')?;
         let (bytes, name) = rest.split_once(' ')?;
-        let written = Written { bytes: bytes.parse().ok()?, crc32: u32::from_str_radix(crc, 16).ok()? };
+        let written =
+            Written { bytes: bytes.parse().ok()?, crc32: u32::from_str_radix(crc, 16).ok()? };
         files.insert(name.to_string(), written);
     }
     Some(Manifest { step, files })
@@ -325,7 +347,8 @@ mod tests {
     #[test]
     fn a_manifest_reads_back_and_takes_no_other_form() {
         let files = [("a b.json", 3, 0xabcdef01), ("model.safetensors", 1 << 40, 7)];
-        let files = files.map(|(name, bytes, crc32)| (name.to_string(), Written { bytes, crc32 })).into();
+        let files =
+            files.map(|(name, bytes, crc32)| (name.to_string(), Written { bytes, crc32 })).into();
         let text = manifest(12, &files);
         assert_eq!(parse(text.as_bytes()), Some(Manifest { step: 12, files }));
         for bit in 0..text.len() * 8 {

@@ -1,28 +1,30 @@
-//! `temper bench`: what this device reaches, beside its own measured ceilings. Floor 7.
+//! `temper bench`: what this device reaches, beside its own measured ceilings. Layer 9.
 
 use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::autograd::{Cx, Recompute};
 use crate::cli::Where;
-use crate::config::SftRun;
-use crate::cx::{Cx, MatmulChoice};
+use crate::config::{MatmulChoice, SftRun};
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
-use crate::methods::sft::Sft;
-use crate::model::config::ModelConfig;
+use crate::methods::offline::sft::Sft;
 use crate::model::decoder::Decoder;
+use crate::model::layout::ModelConfig;
+use crate::ops::case::Rng;
 use crate::ops::matmul::product;
-use crate::ops::{Rng, activation, attention, head, rmsnorm, rope};
+use crate::ops::{activation, attention, head, rmsnorm, rope};
 use crate::rollout::sample::Sampling;
 use crate::rollout::{Options, generate};
 use crate::tensor::Tensor;
 use crate::train::Trainer;
-use crate::train::job::{prepare, scheme};
 use crate::train::run::flops_per_token;
+use crate::train::tuning::{prepare, scheme};
 
-/// Time ops against measured ceilings, a training step, or decoding, on random weights of a real shape
+/// Time ops against measured ceilings, a training step, or decoding, on random weights of a real
+/// shape
 #[derive(clap::Args)]
 pub struct Args {
     /// ops, train or decode
@@ -39,10 +41,12 @@ pub struct Args {
     /// timed repetitions, of which the median counts
     #[arg(long, default_value_t = 10)]
     repeat: usize,
-    /// train: LoRA of this rank on all seven projections, no dropout, in the place of full fine-tuning
+    /// train: LoRA of this rank on all seven projections, no dropout, in the place of full
+    /// fine-tuning
     #[arg(long)]
     lora: Option<usize>,
-    /// train, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested) or 8 bits (int8)
+    /// train, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested)
+    /// or 8 bits (int8)
     #[arg(long, requires = "lora")]
     base: Option<String>,
     /// auto or own: which matrix product
@@ -69,7 +73,11 @@ pub fn run(args: Args) -> Result<()> {
         "ops" => ops(&mut cx, &args)?,
         "train" => train(cx, &args)?,
         "decode" => decode(&mut cx, &args)?,
-        other => return Err(Error::Config(format!("temper bench ops, train or decode, not \"{other}\""))),
+        other => {
+            return Err(Error::Config(format!(
+                "temper bench ops, train or decode, not \"{other}\""
+            )));
+        }
     };
     if let Value::Object(map) = &mut result {
         map.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
@@ -79,7 +87,8 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// A model of a known shape with random weights: (hidden, intermediate, layers, heads, kv heads, head_dim, vocab, tied).
+/// A model of a known shape with random weights: (hidden, intermediate, layers, heads, kv heads,
+/// head_dim, vocab, tied).
 pub fn preset(name: &str) -> Result<ModelConfig> {
     let (family, [hidden, mlp, layers, heads, kv, dim, vocab], tied) = match name {
         "quickstart" => ("llama", [128, 384, 4, 4, 2, 32, 512], true),
@@ -88,7 +97,11 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
         "qwen3-0.6b" => ("qwen3", [1024, 3072, 28, 16, 8, 128, 151_936], true),
         "llama-3.2-1b" => ("llama", [2048, 8192, 16, 32, 8, 64, 128_256], true),
         "qwen2.5-1.5b" => ("qwen2", [1536, 8960, 28, 12, 2, 128, 151_936], true),
-        other => return Err(Error::Config(format!("no shape is called \"{other}\"; see temper bench --help"))),
+        other => {
+            return Err(Error::Config(format!(
+                "no shape is called \"{other}\"; see temper bench --help"
+            )));
+        }
     };
     let map = json!({
         "model_type": family, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
@@ -102,8 +115,9 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
     }
 }
 
-fn train(cx: Cx, args: &Args) -> Result<Value> {
-    let mut keys = vec![format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
+fn train(mut cx: Cx, args: &Args) -> Result<Value> {
+    let mut keys =
+        vec![format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
     if let Some(rank) = args.lora {
         let lora = ["use_peft=true", "lora_target_modules=all-linear", "lora_dropout=0"];
         keys.extend(lora.map(String::from));
@@ -112,9 +126,15 @@ fn train(cx: Cx, args: &Args) -> Result<Value> {
     match args.base.as_deref() {
         None => {}
         Some("nf4") => keys.push("load_in_4bit=true".into()),
-        Some("nf4-nested") => keys.extend(["load_in_4bit=true".into(), "use_bnb_nested_quant=true".into()]),
+        Some("nf4-nested") => {
+            keys.extend(["load_in_4bit=true".into(), "use_bnb_nested_quant=true".into()])
+        }
         Some("int8") => keys.push("load_in_8bit=true".into()),
-        Some(other) => return Err(Error::Config(format!("--base is nf4, nf4-nested or int8, not \"{other}\""))),
+        Some(other) => {
+            return Err(Error::Config(format!(
+                "--base is nf4, nf4-nested or int8, not \"{other}\""
+            )));
+        }
     }
     let (run, _) = SftRun::load(None, &keys)?;
     let base = Decoder::random(&cx, 0, preset(&args.shape)?, args.length, scheme(&run.peft), 1)?;
@@ -124,12 +144,20 @@ fn train(cx: Cx, args: &Args) -> Result<Value> {
     let flops = flops_per_token(&model.config, params, args.length);
     let mut rng = Rng(5);
     let rows: Vec<_> = (0..args.batch)
-        .map(|_| ((0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>(), vec![true; args.length]))
+        .map(|_| {
+            (
+                (0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>(),
+                vec![true; args.length],
+            )
+        })
         .collect();
     let mut sft = Sft::from_sequences(rows);
     let device = cx.device.clone();
     let (name, dtype) = (device.name(), cx.dtype.name());
-    let mut trainer = Trainer::new(cx, model, run.training, args.batch, args.recompute)?;
+    if args.recompute {
+        cx.recompute = Recompute::Layers;
+    }
+    let mut trainer = Trainer::new(cx, model, run.training, args.batch)?;
     let mut times = Vec::new();
     for i in 0..args.repeat + 3 {
         let start = Instant::now();
@@ -236,7 +264,12 @@ fn ops(cx: &mut Cx, args: &Args) -> Result<Value> {
     let t = time(cx, r, |cx| activation::glu(cx, &gate_up, activation::Act::Silu).map(drop))?;
     add("glu", t, 3.0 * n_f * f_f * size, 0.0);
     let t = time(cx, r, |cx| product(cx, Layout::NT, &gate_up, &x, &w_up, None, false))?;
-    add("linear gate_up", t, (x.bytes() + w_up.bytes() + gate_up.bytes()) as f64, 4.0 * n_f * d_f * f_f);
+    add(
+        "linear gate_up",
+        t,
+        (x.bytes() + w_up.bytes() + gate_up.bytes()) as f64,
+        4.0 * n_f * d_f * f_f,
+    );
     let t = time(cx, r, |cx| head::head_logps(cx, &x, &w_head, &targets, 1.0).map(drop))?;
     let vocab = config.vocab_size as f64;
     add("head logps", t, 12.0 * n_f * vocab, 2.0 * n_f * d_f * vocab);
@@ -281,8 +314,12 @@ fn readable(result: &Value) -> String {
         match value {
             Value::Array(rows) => {
                 for row in rows {
-                    let line: Vec<String> =
-                        row.as_object().into_iter().flatten().map(|(k, v)| format!("{k} {}", short(v))).collect();
+                    let line: Vec<String> = row
+                        .as_object()
+                        .into_iter()
+                        .flatten()
+                        .map(|(k, v)| format!("{k} {}", short(v)))
+                        .collect();
                     text += &format!("  {}\n", line.join("  "));
                 }
             }

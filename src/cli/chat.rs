@@ -1,6 +1,7 @@
-//! `temper chat`: a conversation with a model folder over standard input. Floor 7.
+//! `temper chat`: a conversation with a model folder over standard input. Layer 9.
 //!
-//! Invariant: what the model sees is its own chat template over the whole conversation, as in training.
+//! Invariant: what the model sees is its own chat template over the whole conversation, as in
+//! training.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::PathBuf;
@@ -8,10 +9,10 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use crate::autograd::Cx;
 use crate::cli::generate::engine_options;
 use crate::cli::{Where, open_model};
 use crate::config::{self, GenerateConfig};
-use crate::cx::Cx;
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -33,7 +34,8 @@ pub struct Args {
     system: Option<String>,
     #[command(flatten)]
     on: Where,
-    /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty, stop (texts), seed
+    /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
+    /// stop (texts), seed
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
 }
@@ -52,7 +54,8 @@ pub fn run(args: Args) -> Result<()> {
     let mut cx = args.on.open()?;
     let mut model = open_model(&cx, &dir, args.adapter.as_deref())?;
     let options = engine_options(&keys, &model, &tokenizer, &dir, 1)?;
-    let start: Vec<Value> = args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
+    let start: Vec<Value> =
+        args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
     let mut messages = start.clone();
     let mut turn = 0;
     let (shows, mut input) = (std::io::stdin().is_terminal(), std::io::stdin().lock());

@@ -1,13 +1,15 @@
-//! `temper check`: the self-check on the user's own device. Floor 7.
+//! `temper check`: the self-check on the user's own device. Layer 9.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::check::check_ops;
 use crate::check::model::check_model;
 use crate::error::{Error, Result};
 use crate::{device, device::cpu::Cpu};
-use std::collections::BTreeMap;
-use std::sync::Arc;
 
-/// Run every op case on a device against its f64 reference, then exactness and a short training, and print a table
+/// Run every op case on a device against its f64 reference, then exactness and a short training,
+/// and print a table
 #[derive(clap::Args)]
 pub struct Args {
     /// auto, cuda or cpu
@@ -27,7 +29,10 @@ pub fn run(args: Args) -> Result<()> {
         None => device::open(&args.device)?,
     };
     println!("device: {}", device.name());
-    println!("{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance", "op", "variant", "dtype", "cases", "failed");
+    println!(
+        "{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance",
+        "op", "variant", "dtype", "cases", "failed"
+    );
     let mut outcomes = check_ops(&device, &args.op, |_| {})?;
     if args.op.is_empty() {
         outcomes.extend(check_model(&device, |_| {})?);
@@ -42,11 +47,22 @@ pub fn run(args: Args) -> Result<()> {
     }
     let failures: Vec<_> = outcomes.iter().filter(|o| o.failure.is_some()).collect();
     for o in &failures {
-        println!("FAILED {} {} {} {}: {}", o.op, o.variant, o.dtype.name(), o.case, o.failure.as_deref().unwrap_or(""));
+        println!(
+            "FAILED {} {} {} {}: {}",
+            o.op,
+            o.variant,
+            o.dtype.name(),
+            o.case,
+            o.failure.as_deref().unwrap_or("")
+        );
     }
     println!("{} passed, {} failed", outcomes.len() - failures.len(), failures.len());
     if outcomes.is_empty() {
         return Err(Error::Config(format!("no op's name contains \"{}\"", args.op)));
     }
-    if failures.is_empty() { Ok(()) } else { Err(Error::Run(format!("{} cases fail on this device", failures.len()))) }
+    if failures.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Run(format!("{} cases fail on this device", failures.len())))
+    }
 }

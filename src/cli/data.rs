@@ -1,7 +1,7 @@
-//! `temper data`: what SFT makes of rows, before it trains on them. Floor 7.
+//! `temper data`: what SFT makes of rows, before it trains on them. Layer 9.
 //!
-//! Invariant: tokens, masks and counts are those of `temper sft` with the same keys; every row that it would drop is named
-//! with its reason.
+//! Invariant: tokens, masks and counts are those of `temper sft` with the same keys; every row that
+//! it would drop is named with its reason.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -12,12 +12,13 @@ use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{SftExample, SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
-use crate::methods::sft::options;
-use crate::model::config::ModelConfig;
+use crate::methods::offline::sft::options;
 use crate::model::hub::resolve_model;
+use crate::model::layout::ModelConfig;
 use crate::train::job::chat_template;
 
-/// What `temper sft` would make of rows: loss mask, lengths, EOS and BOS, what is cut or dropped and why
+/// What `temper sft` would make of rows: loss mask, lengths, EOS and BOS, what is cut or dropped
+/// and why
 #[derive(clap::Args)]
 pub struct Args {
     /// model folder (no weights needed), or a hub name in the local cache
@@ -107,7 +108,8 @@ fn histogram(examples: &[SftExample], max_length: Option<usize>) -> String {
         at(0.9),
         at(0.99)
     );
-    let count = |low: usize, high: usize| lengths.iter().filter(|n| (low..=high).contains(*n)).count();
+    let count =
+        |low: usize, high: usize| lengths.iter().filter(|n| (low..=high).contains(*n)).count();
     let mut bars = Vec::new();
     let (mut low, mut high) = (0, 8);
     while low <= longest {
@@ -117,15 +119,22 @@ fn histogram(examples: &[SftExample], max_length: Option<usize>) -> String {
     let most = bars.iter().map(|b| b.2).max().unwrap_or(1).max(1);
     let first = bars.iter().position(|b| b.2 > 0).unwrap_or(0);
     for (low, high, n) in &bars[first..] {
-        let cut = max_length.is_some_and(|limit| (*low..=*high).contains(&limit) && limit < longest);
+        let cut =
+            max_length.is_some_and(|limit| (*low..=*high).contains(&limit) && limit < longest);
         let mark = if cut { "  <- max_length" } else { "" };
-        text += &format!("{low:>8} to {high:>7} {n:>8} {}{mark}\n", "#".repeat((n * 40).div_ceil(most)));
+        text += &format!(
+            "{low:>8} to {high:>7} {n:>8} {}{mark}\n",
+            "#".repeat((n * 40).div_ceil(most))
+        );
     }
     if let Some(limit) = max_length {
         let over: Vec<usize> = lengths.iter().filter(|n| **n > limit).map(|n| n - limit).collect();
         let (lost, all) = (over.iter().sum::<usize>(), lengths.iter().sum::<usize>().max(1));
         let percent = 100.0 * lost as f64 / all as f64;
-        text += &format!("max_length={limit}: {} rows are longer, by {lost} tokens ({percent:.1}%)\n", over.len());
+        text += &format!(
+            "max_length={limit}: {} rows are longer, by {lost} tokens ({percent:.1}%)\n",
+            over.len()
+        );
     }
     text
 }
@@ -137,12 +146,18 @@ fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Re
     let mut text = String::new();
     match eos.or(tokenizer.eos_token()).map(|token| (token, tokenizer.token_to_id(token))) {
         Some((token, Some(id))) => {
-            let learnt = |e: &SftExample| e.input_ids.iter().zip(&e.target_mask).skip(1).any(|(i, t)| *t && *i == id);
+            let learnt = |e: &SftExample| {
+                e.input_ids.iter().zip(&e.target_mask).skip(1).any(|(i, t)| *t && *i == id)
+            };
             let twice = |e: &SftExample| e.input_ids.windows(2).any(|w| w == [id, id]);
             text += &format!("EOS {token:?}: a loss target in {} of {n} rows", count(&learnt));
             match count(&twice) {
                 0 => {}
-                doubled => text += &format!("; twice in a row in {doubled}: it stands in the data, and is added"),
+                doubled => {
+                    text += &format!(
+                        "; twice in a row in {doubled}: it stands in the data, and is added"
+                    )
+                }
             }
         }
         _ => text += "EOS: the tokenizer names none; a model does not learn to stop",
@@ -155,7 +170,8 @@ fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Re
     let doubled = count(&|e| e.input_ids.starts_with(&[id, id]));
     text += &format!("BOS {token:?}: begins {begins} of {n} rows");
     if doubled > 0 {
-        text += &format!("; {doubled} begin with two: take it out of the data or of the chat template");
+        text +=
+            &format!("; {doubled} begin with two: take it out of the data or of the chat template");
     }
     if begins < n && tokenizer.encode("", true)?.first() == Some(&id) {
         text += "; the tokenizer puts it before plain text, so rows without it look other than in pretraining: let the \
@@ -165,7 +181,12 @@ fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Re
 }
 
 /// The rows that are not trained on, each with its reason.
-fn dropped(rows: &[Row], uncut: &[SftExample], kept: &[SftExample], options: &SftOptions) -> String {
+fn dropped(
+    rows: &[Row],
+    uncut: &[SftExample],
+    kept: &[SftExample],
+    options: &SftOptions,
+) -> String {
     let mut lengths = vec![None; rows.len()];
     uncut.iter().for_each(|e| lengths[e.row] = Some(e.input_ids.len()));
     let mut there = vec![false; rows.len()];
@@ -175,10 +196,14 @@ fn dropped(rows: &[Row], uncut: &[SftExample], kept: &[SftExample], options: &Sf
     for i in gone.iter().take(NAMED) {
         let why = match (lengths[*i], options.max_length) {
             (None, _) => "no token of it is a loss target".to_string(),
-            (Some(n), Some(limit)) if options.on_truncation == crate::data::sft::OnTruncation::Drop && n > limit => {
+            (Some(n), Some(limit))
+                if options.on_truncation == crate::data::sft::OnTruncation::Drop && n > limit =>
+            {
                 format!("{n} tokens, more than max_length={limit}, and on_truncation=drop")
             }
-            (Some(n), Some(limit)) => format!("{n} tokens: cut at max_length={limit}, no loss target is left"),
+            (Some(n), Some(limit)) => {
+                format!("{n} tokens: cut at max_length={limit}, no loss target is left")
+            }
             (Some(n), None) => format!("{n} tokens, none of them a loss target"),
         };
         text += &format!("\n  {}: {why}", rows[*i].place());

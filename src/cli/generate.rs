@@ -1,4 +1,4 @@
-//! `temper generate`: sample from a model folder. Floor 7.
+//! `temper generate`: sample from a model folder. Layer 9.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,8 @@ pub struct Args {
     step_tokens: usize,
     #[command(flatten)]
     on: Where,
-    /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty, stop (texts), n, seed
+    /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
+    /// stop (texts), n, seed
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
 }
@@ -67,7 +68,11 @@ pub fn run(mut args: Args) -> Result<()> {
     let rows = read_rows_or_prompt(&args)?;
     let mut requests = Vec::new();
     for (i, row) in rows.iter().enumerate() {
-        let prompt = if row.has("input_ids") { input_ids(row, vocab)? } else { prompt_ids(row, &tokenizer)? };
+        let prompt = if row.has("input_ids") {
+            input_ids(row, vocab)?
+        } else {
+            prompt_ids(row, &tokenizer)?
+        };
         requests.push(Request { prompt, n: keys.n, number: (i * keys.n) as u32 });
     }
     let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0) + keys.max_new_tokens;
@@ -90,7 +95,8 @@ pub fn run(mut args: Args) -> Result<()> {
             value.insert("finish_reason".into(), json!(reason));
             Value::Object(value).to_string()
         };
-        writeln!(out, "{line}").map_err(|e| Error::io(args.output.clone().unwrap_or("stdout".into()), e))?;
+        writeln!(out, "{line}")
+            .map_err(|e| Error::io(args.output.clone().unwrap_or("stdout".into()), e))?;
     }
     Ok(())
 }
@@ -128,7 +134,8 @@ fn read_rows_or_prompt(args: &Args) -> Result<Vec<Row>> {
         }
         return read_rows(&args.data);
     };
-    let prompt = if args.chat { json!([{ "role": "user", "content": prompt }]) } else { json!(prompt) };
+    let prompt =
+        if args.chat { json!([{ "role": "user", "content": prompt }]) } else { json!(prompt) };
     let value = [("prompt".to_string(), prompt)].into_iter().collect();
     Ok(vec![Row { value, file: std::path::Path::new("--prompt").into(), line: 1 }])
 }
@@ -140,8 +147,10 @@ pub(super) fn prompt_ids(row: &Row, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         Value::Array(items) => {
             let messages = Value::Array(row.checked_messages("prompt", items)?);
             let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-            let text =
-                ChatTemplate::of(tokenizer)?.render(&messages, options).map_err(|e| row.error(e.to_string()))?.text;
+            let text = ChatTemplate::of(tokenizer)?
+                .render(&messages, options)
+                .map_err(|e| row.error(e.to_string()))?
+                .text;
             tokenizer.encode(&text, false)
         }
         other => Err(row.wrong("prompt", "a string or a list of messages", other)),

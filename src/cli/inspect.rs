@@ -1,24 +1,24 @@
-//! `temper inspect`: what a folder means, what the tape records, which kernels are built. Floor 7.
+//! `temper inspect`: what a folder means, what the tape records, which kernels are built. Layer 9.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::autograd::{Cx, Recompute, Tape};
 use crate::cli::{Where, launches, storage};
 use crate::config::SftRun;
-use crate::cx::Cx;
-use crate::device::blank::Blank;
-use crate::device::{Device, MemoryInfo, kernels};
+use crate::device::dry_run::DryRun;
+use crate::device::{Device, MemoryInfo};
 use crate::error::{Error, Result};
-use crate::methods::sft::Sft;
+use crate::kernels;
+use crate::methods::offline::sft::Sft;
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
-use crate::ops::Rng;
-use crate::tape::Tape;
+use crate::ops::case::Rng;
 use crate::train::plan::{self, Ask};
 
-/// Print a model's config and parameters, the tape of a training step with the bytes each node holds, what a run will hold
-/// in memory, the launches of a layer, or the kernels
+/// Print a model's config and parameters, the tape of a training step with the bytes each node
+/// holds, what a run will hold in memory, the launches of a layer, or the kernels
 #[derive(clap::Args)]
 pub struct Args {
     /// config, tape, memory, launches or kernels
@@ -77,15 +77,15 @@ pub fn run(args: Args) -> Result<()> {
         "tape" => tape(&args, &dir),
         "memory" => memory(&args, &dir),
         "launches" => launches::print(&folder::load_config(&dir)?),
-        other => {
-            Err(Error::Config(format!("temper inspect config, tape, memory, launches or kernels, not \"{other}\"")))
-        }
+        other => Err(Error::Config(format!(
+            "temper inspect config, tape, memory, launches or kernels, not \"{other}\""
+        ))),
     }
 }
 
 fn config(dir: &Path) -> Result<()> {
     let config = folder::load_config(dir)?;
-    let specs = crate::model::families::expected_params(&config);
+    let specs = crate::model::layout::expected_params(&config);
     println!("{} ({})", config.family.architecture, config.family.model_type);
     println!(
         "vocabulary {}, hidden {}, intermediate {}, layers {}, heads {} (kv {}), head_dim {}",
@@ -104,7 +104,11 @@ fn config(dir: &Path) -> Result<()> {
     for spec in &specs {
         println!("{:<56} {:?}", spec.name, spec.shape);
     }
-    println!("{} parameters in {} tensors", specs.iter().map(|s| s.len()).sum::<usize>(), specs.len());
+    println!(
+        "{} parameters in {} tensors",
+        specs.iter().map(|s| s.len()).sum::<usize>(),
+        specs.len()
+    );
     Ok(())
 }
 
@@ -116,11 +120,15 @@ fn tape(args: &Args, dir: &Path) -> Result<()> {
     let (_arena, slots) = model.params.gradients(&cx)?;
     cx.param_grads = vec![slots];
     let mut rng = Rng(1);
-    let mut row = || (0..length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();
+    let mut row =
+        || (0..length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();
     let rows: Vec<_> = (0..args.batch).map(|_| (row(), vec![true; length])).collect();
     let batch = Sft::from_sequences(rows).whole_batch(&cx, &model)?;
     cx.tape = Some(Tape::default());
-    model.target_hidden(&mut cx, &batch, args.recompute)?;
+    if args.recompute {
+        cx.recompute = Recompute::Layers;
+    }
+    model.target_hidden(&mut cx, &batch)?;
     if let Some(tape) = cx.tape.take() {
         print!("{}", tape.describe());
     }
@@ -136,7 +144,8 @@ fn memory(args: &Args, dir: &Path) -> Result<()> {
     let cx = match args.gpu_gib {
         Some(gib) => {
             let memory = MemoryInfo { free: gib << 30, total: gib << 30 };
-            let device: Arc<dyn Device> = Arc::new(Blank::new(&format!("a GPU of {gib} GiB"), true, true, memory));
+            let device: Arc<dyn Device> =
+                Arc::new(DryRun::new(&format!("a GPU of {gib} GiB"), true, true, memory));
             let dtype = storage(&args.on.dtype, &device)?;
             Cx::new(device, dtype)?
         }
@@ -144,7 +153,9 @@ fn memory(args: &Args, dir: &Path) -> Result<()> {
     };
     let model = folder::load_config(dir)?;
     let Some(length) = args.length.or(run.method.max_length) else {
-        return Err(Error::Config("max_length is none: say --length, the tokens of the longest row".into()));
+        return Err(Error::Config(
+            "max_length is none: say --length, the tokens of the longest row".into(),
+        ));
     };
     let batch = run.training.per_device_train_batch_size;
     let ask = Ask {

@@ -1,22 +1,22 @@
-//! `temper inspect launches`: how many kernels a layer takes, forward and backward. Floor 7.
+//! `temper inspect launches`: how many kernels a layer takes, forward and backward. Layer 9.
 //!
-//! Invariant: counted, not told: the step runs on a device that computes nothing, with one layer more and one less.
+//! Invariant: counted, not told: the step runs on a device that computes nothing, with one layer
+//! more and one less.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::config::SftRun;
-use crate::cx::{Cx, MatmulChoice};
-use crate::device::{DType, MemoryInfo, blank::Blank};
+use crate::autograd::{Cx, Tape};
+use crate::config::{MatmulChoice, SftRun};
+use crate::device::{DType, MemoryInfo, dry_run::DryRun};
 use crate::error::Result;
-use crate::methods::sft::Sft;
-use crate::model::config::ModelConfig;
+use crate::methods::offline::sft::Sft;
 use crate::model::decoder::Decoder;
-use crate::tape::Tape;
+use crate::model::layout::ModelConfig;
 use crate::tensor::Tensor;
 use crate::train::Trainer;
-use crate::train::job::{prepare, scheme};
+use crate::train::tuning::{prepare, scheme};
 
 type Counts = BTreeMap<String, usize>;
 
@@ -28,7 +28,8 @@ pub struct Mode {
 }
 
 const LORA: &[&str] = &["use_peft=true", "lora_dropout=0", "lora_target_modules=all-linear"];
-const QLORA: &[&str] = &["use_peft=true", "lora_dropout=0", "lora_target_modules=all-linear", "load_in_4bit=true"];
+const QLORA: &[&str] =
+    &["use_peft=true", "lora_dropout=0", "lora_target_modules=all-linear", "load_in_4bit=true"];
 
 pub const MODES: [Mode; 5] = [
     Mode { name: "full, library products", keys: &[], matmul: MatmulChoice::Auto },
@@ -42,29 +43,31 @@ pub const MODES: [Mode; 5] = [
 pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(Counts, Counts)> {
     let (few, more) = (step(config, mode, 2)?, step(config, mode, 3)?);
     let less = |more: Counts, few: &Counts| -> Counts {
-        let rest = more.into_iter().map(|(name, n)| (n - few.get(&name).copied().unwrap_or(0), name));
+        let rest =
+            more.into_iter().map(|(name, n)| (n - few.get(&name).copied().unwrap_or(0), name));
         rest.filter(|(n, _)| *n > 0).map(|(n, name)| (name, n)).collect()
     };
     Ok((less(more.0, &few.0), less(more.1, &few.1)))
 }
 
 fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Counts)> {
-    let device = Arc::new(Blank::new("a GPU", true, true, MemoryInfo { free: 0, total: 0 }));
+    let device = Arc::new(DryRun::new("a GPU", true, true, MemoryInfo { free: 0, total: 0 }));
     let mut cx = Cx::new(device.clone(), DType::BF16)?;
     cx.matmul = mode.matmul;
     let mut config = config.clone();
     config.num_layers = layers;
     config.sliding_window = vec![None; layers];
-    let (run, _) = SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
+    let (run, _) =
+        SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
     let base = Decoder::zeros(&cx, 0, config, 64, scheme(&run.peft))?;
     let model = prepare(&cx, base, &run.peft, None, Path::new("model"), 0)?;
     let sft = Sft::from_sequences(vec![(vec![0; 64], vec![true; 64])]);
-    let mut trainer = Trainer::new(cx, model, run.training, 1, false)?;
+    let mut trainer = Trainer::new(cx, model, run.training, 1)?;
     let (cx, model) = (&mut trainer.cx, &trainer.model);
     let batch = sft.whole_batch(cx, model)?;
     device.take_launches();
     cx.tape = Some(Tape::default());
-    let hidden = model.target_hidden(cx, &batch, false)?;
+    let hidden = model.target_hidden(cx, &batch)?;
     let forward = device.take_launches();
     let upstream = Tensor::new(&cx.pool, "upstream", hidden.dtype(), hidden.shape())?;
     cx.backward(vec![(hidden, upstream)])?;
@@ -73,7 +76,9 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Cou
 
 /// Prints the table, and what each count is made of.
 pub fn print(config: &ModelConfig) -> Result<()> {
-    println!("launches of one layer of a bf16 training step on a GPU, rank 16 on all seven projections, no dropout:\n");
+    println!(
+        "launches of one layer of a bf16 training step on a GPU, rank 16 on all seven projections, no dropout:\n"
+    );
     println!("{:<30} {:>8} {:>9} {:>6}", "", "forward", "backward", "both");
     let mut details = String::new();
     for mode in &MODES {

@@ -1,9 +1,9 @@
-//! `temper merge`: an adapter folded into its base, as a model folder. Floor 7.
+//! `temper merge`: an adapter folded into its base, as a model folder. Layer 9.
 
 use std::path::PathBuf;
 
+use crate::autograd::Cx;
 use crate::checkpoint::prepare_output;
-use crate::cx::Cx;
 use crate::device::{self, DType};
 use crate::error::{Error, Result};
 use crate::model::adapter::Adapter;
@@ -12,11 +12,12 @@ use crate::model::batch::Sequence;
 use crate::model::decoder::Decoder;
 use crate::model::folder::write_folder;
 use crate::model::hub::resolve_model;
-use crate::ops::Rng;
+use crate::ops::case::Rng;
 use crate::tensor::safetensors::HostDtype;
 use crate::train::state::parts_of;
 
-/// Merge an adapter into its base, in float32, and check the folder's log-probs before it counts as done
+/// Merge an adapter into its base, in float32, and check the folder's log-probs before it counts as
+/// done
 #[derive(clap::Args)]
 pub struct Args {
     /// model folder, or a hub name in the local cache
@@ -36,8 +37,9 @@ pub struct Args {
     dtype: Option<String>,
 }
 
-/// Log-probs of the merged folder differ from the adapter's by rounding alone. f32: sums of at most some thousand terms in
-/// another order. Stored in bf16: every weight is off by up to 2^-9 of itself, as the base's own are.
+/// Log-probs of the merged folder differ from the adapter's by rounding alone. f32: sums of at most
+/// some thousand terms in another order. Stored in bf16: every weight is off by up to 2^-9 of
+/// itself, as the base's own are.
 const TOLERANCE: [(HostDtype, f32); 2] = [(HostDtype::F32, 1e-4), (HostDtype::BF16, 0.5)];
 
 pub fn run(args: Args) -> Result<()> {
@@ -52,24 +54,39 @@ pub fn run(args: Args) -> Result<()> {
         None => own,
         Some("float32") => HostDtype::F32,
         Some("bfloat16") => HostDtype::BF16,
-        Some(other) => return Err(Error::Config(format!("--dtype is float32 or bfloat16, not {other}"))),
+        Some(other) => {
+            return Err(Error::Config(format!("--dtype is float32 or bfloat16, not {other}")));
+        }
     };
     let out = prepare_output(&args.output, args.overwrite, false)?;
     let parts = parts_of(&dir, Some(dtype))?;
     let config = merged_config(&model);
     let values = &mut |spec: &_| dtype.encode(&merged_values(&cx, &model, spec)?);
-    write_folder(out.path(), &config, &parts.tokenizer_files, parts.generation_config, dtype, values)?;
+    write_folder(
+        out.path(),
+        &config,
+        &parts.tokenizer_files,
+        parts.generation_config,
+        dtype,
+        values,
+    )?;
     let off = difference(cx, &model, out.path())?;
     let limit = TOLERANCE.iter().find(|(d, _)| *d == dtype).map_or(TOLERANCE[1].1, |t| t.1);
     if off.is_nan() || off > limit {
-        let _ = std::fs::rename(out.path().join("model.safetensors"), out.path().join("model.safetensors.failed"));
+        let _ = std::fs::rename(
+            out.path().join("model.safetensors"),
+            out.path().join("model.safetensors.failed"),
+        );
         return Err(Error::Run(format!(
             "the merged folder's log-probs are off by {off:.2e} (limit {limit:.0e}); its weights were renamed to \
              model.safetensors.failed. Try --dtype float32, and check that --model is the adapter's base"
         )));
     }
     out.discard_overwritten()?;
-    eprintln!("log-probs differ by {off:.1e} at most from the adapter's; wrote {}", args.output.display());
+    eprintln!(
+        "log-probs differ by {off:.1e} at most from the adapter's; wrote {}",
+        args.output.display()
+    );
     Ok(())
 }
 
@@ -77,9 +94,14 @@ pub fn run(args: Args) -> Result<()> {
 fn difference(mut cx: Cx, model: &Decoder, dir: &std::path::Path) -> Result<f32> {
     let merged = Decoder::load(&cx, 2, dir, 64)?;
     let mut rng = Rng(9);
-    let rows: Vec<Vec<u32>> =
-        (0..4).map(|_| (0..48).map(|_| rng.below(model.config.vocab_size) as u32).collect()).collect();
+    let rows: Vec<Vec<u32>> = (0..4)
+        .map(|_| (0..48).map(|_| rng.below(model.config.vocab_size) as u32).collect())
+        .collect();
     let sequences: Vec<Sequence> = rows.iter().map(|ids| Sequence { ids, target: None }).collect();
-    let (a, b) = (model.logps(&mut cx, &sequences)?.concat(), merged.logps(&mut cx, &sequences)?.concat());
-    Ok(a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, |m, d| if d.is_nan() { d } else { d.max(m) }))
+    let (a, b) =
+        (model.logps(&mut cx, &sequences)?.concat(), merged.logps(&mut cx, &sequences)?.concat());
+    Ok(a.iter()
+        .zip(&b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |m, d| if d.is_nan() { d } else { d.max(m) }))
 }

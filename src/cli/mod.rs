@@ -1,7 +1,7 @@
-//! The command line: thin. Floor 7.
+//! The command line: thin. Layer 9.
 //!
-//! Invariant: a command parses, calls the library, prints. Exit codes: 0 done, 1 a run failed, 2 bad usage or config,
-//! 130 interrupted after a clean checkpoint.
+//! Invariant: a command parses, calls the library, prints. Exit codes: 0 done, 1 a run failed, 2
+//! bad usage or config, 130 interrupted after a clean checkpoint.
 
 mod bench;
 mod chat;
@@ -22,18 +22,18 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
+use crate::autograd::Cx;
 use crate::config::{
-    CpoConfig, DistillConfig, DpoConfig, GkdConfig, GrpoConfig, KtoConfig, OnlineDpoConfig, OrpoConfig, PpoConfig,
-    PrmConfig, ReinforceConfig, RewardConfig, RlooConfig, SftConfig,
+    CpoConfig, DistillConfig, DpoConfig, GkdConfig, GrpoConfig, KtoConfig, OnlineDpoConfig,
+    OrpoConfig, PpoConfig, PrmConfig, ReinforceConfig, RewardConfig, RlooConfig, SftConfig,
 };
-use crate::cx::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
 use crate::model::adapter::Adapter;
 use crate::model::adapter::config::AdapterConfig;
-use crate::model::config::Task;
 use crate::model::decoder::Decoder;
 use crate::model::folder;
+use crate::model::layout::Task;
 
 #[derive(Parser)]
 #[command(
@@ -50,7 +50,8 @@ struct Cli {
 enum Command {
     /// Supervised fine-tuning: rows of text, prompt + completion, or messages
     Sft(train::Args),
-    /// Language modelling on text rows, packed; makes weights at random for a folder that has only a config
+    /// Language modelling on text rows, packed; makes weights at random for a folder that has only
+    /// a config
     Pretrain(train::Args),
     /// Direct preference optimisation: pairs of a chosen and a rejected answer
     Dpo(train::Args),
@@ -122,13 +123,15 @@ pub fn storage(dtype: &str, device: &Arc<dyn Device>) -> Result<DType> {
     }
 }
 
-/// A model folder with an adapter on it where one is given. The adapter of a classifier brings the score that its base, a
-/// language model, has not.
+/// A model folder with an adapter on it where one is given. The adapter of a classifier brings the
+/// score that its base, a language model, has not.
 fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {
     let mut config = folder::load_config(dir)?;
     let Some(adapter) = adapter else { return Decoder::load_as(cx, 0, dir, config, 1) };
     let task = AdapterConfig::load(adapter)?.task;
-    for wanted in [Task::SequenceClassification { labels: 1 }, Task::TokenClassification { labels: 2 }] {
+    for wanted in
+        [Task::SequenceClassification { labels: 1 }, Task::TokenClassification { labels: 2 }]
+    {
         if config.task == Task::CausalLm && task == wanted.peft_name() {
             config.task = wanted;
         }
@@ -138,10 +141,13 @@ fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {
     model.with_adapter(Some(adapter))
 }
 
-/// A list of files takes all that stands behind it, the keys too: what has a `=` and is no file is a key.
+/// A list of files takes all that stands behind it, the keys too: what has a `=` and is no file is
+/// a key.
 fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
-    let is_key = |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));
-    let (found, rest): (Vec<PathBuf>, Vec<PathBuf>) = std::mem::take(files).into_iter().partition(is_key);
+    let is_key =
+        |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));
+    let (found, rest): (Vec<PathBuf>, Vec<PathBuf>) =
+        std::mem::take(files).into_iter().partition(is_key);
     *files = rest;
     keys.splice(0..0, found.iter().map(|key| key.display().to_string()));
 }

@@ -1,11 +1,12 @@
-//! `temper quickstart`: the whole ladder on data and a model made on the spot. Floor 7.
+//! `temper quickstart`: the whole ladder on data and a model made on the spot. Layer 9.
 
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 use crate::quickstart::{self, Options, Scale};
 
-/// Train a small model from nothing: tokenizer, pretraining, SFT, with held-out questions before and after
+/// Train a small model from nothing: tokenizer, pretraining, SFT, with held-out questions before
+/// and after
 #[derive(clap::Args)]
 pub struct Args {
     /// where everything is written
@@ -32,11 +33,19 @@ pub fn run(args: Args) -> Result<()> {
     }
     let begin = std::time::Instant::now();
     let cx = quickstart::open(&args.device)?;
-    let options = Options { output: args.output, overwrite: args.overwrite, seed: args.seed, scale: Scale::full() };
+    let options = Options {
+        output: args.output,
+        overwrite: args.overwrite,
+        seed: args.seed,
+        scale: Scale::full(),
+    };
     let outcome = quickstart::run(cx, &options)?;
     println!("\n{outcome}");
     let out = options.output.display();
-    println!("{:.1} s in all; written to {out}. Ask the model something:", begin.elapsed().as_secs_f64());
+    println!(
+        "{:.1} s in all; written to {out}. Ask the model something:",
+        begin.elapsed().as_secs_f64()
+    );
     println!(
         "  temper generate --model {out}/sft --chat --prompt \"Tom has 7 cups. Tom gets 5 cups more from Mia. How many cups does Tom have?\" temperature=0"
     );

@@ -1,11 +1,12 @@
-//! `temper report`: a run's page again. Floor 7.
+//! `temper report`: a run's page again. Layer 9.
 
 use std::path::PathBuf;
 
 use crate::error::Result;
 use crate::report;
 
-/// Write report.html of a run's folder again (a run that is killed writes none), or of a folder of runs
+/// Write report.html of a run's folder again (a run that is killed writes none), or of a folder of
+/// runs
 #[derive(clap::Args)]
 pub struct Args {
     /// a run's --output, a quickstart's, or a folder that holds runs

@@ -1,7 +1,8 @@
-//! `temper score`: what a model says of rows, one JSON line out for each row in. Floor 7.
+//! `temper score`: what a model says of rows, one JSON line out for each row in. Layer 9.
 //!
-//! Invariant: a language model gives log-probs of tokens, a reward model one score of the row, a process reward model the
-//! probability that a step which ended at the token is right, for each token.
+//! Invariant: a language model gives log-probs of tokens, a reward model one score of the row, a
+//! process reward model the probability that a step which ended at the token is right, for each
+//! token.
 
 use std::io::Write;
 use std::ops::Range;
@@ -9,22 +10,23 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::autograd::Cx;
 use crate::cli::{Where, open_model, sink};
 use crate::config::SftConfig;
-use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::methods::reward::one_score;
+use crate::methods::offline::reward::one_score;
 use crate::model::batch::{Batch, Sequence};
-use crate::model::config::Task;
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
+use crate::model::layout::Task;
 use crate::ops::embedding::gather_rows;
 
-/// Log-probs of every row's tokens, or a reward model's scores: a row has input_ids, text, prompt + completion, or messages
+/// Log-probs of every row's tokens, or a reward model's scores: a row has input_ids, text, prompt +
+/// completion, or messages
 #[derive(clap::Args)]
 pub struct Args {
     /// model folder, or a hub name in the local cache
@@ -60,10 +62,13 @@ pub fn run(args: Args) -> Result<()> {
     let mut out = sink(&args.output)?;
     let lengths: Vec<usize> = examples.iter().map(|e| e.0.len()).collect();
     for range in batches(&lengths, args.batch_tokens) {
-        let sequences: Vec<Sequence> =
-            examples[range].iter().map(|(ids, mask)| Sequence { ids, target: mask.as_deref() }).collect();
+        let sequences: Vec<Sequence> = examples[range]
+            .iter()
+            .map(|(ids, mask)| Sequence { ids, target: mask.as_deref() })
+            .collect();
         for line in lines(&mut cx, &model, &sequences)? {
-            writeln!(out, "{line}").map_err(|e| Error::io(args.output.clone().unwrap_or("stdout".into()), e))?;
+            writeln!(out, "{line}")
+                .map_err(|e| Error::io(args.output.clone().unwrap_or("stdout".into()), e))?;
         }
     }
     Ok(())
@@ -85,9 +90,13 @@ pub(super) fn batches(lengths: &[usize], limit: usize) -> Vec<Range<usize>> {
 }
 
 /// A reward model's score of each sequence, read at its last token.
-pub(super) fn sequence_scores(cx: &mut Cx, model: &Decoder, sequences: &[Sequence]) -> Result<Vec<f32>> {
+pub(super) fn sequence_scores(
+    cx: &mut Cx,
+    model: &Decoder,
+    sequences: &[Sequence],
+) -> Result<Vec<f32>> {
     let batch = Batch::new(cx, sequences, model.config.vocab_size)?;
-    let hidden = model.hidden(cx, &batch, false)?;
+    let hidden = model.hidden(cx, &batch)?;
     let last: Vec<i32> = ends(sequences).iter().map(|end| *end as i32 - 1).collect();
     let last = gather_rows(cx, &hidden, &cx.ints("last tokens", &last)?)?;
     model.scores(cx, &last)?.to_f32()
@@ -111,26 +120,40 @@ fn lines(cx: &mut Cx, model: &Decoder, sequences: &[Sequence]) -> Result<Vec<Val
         return Ok(model.logps(cx, sequences)?.into_iter().map(line).collect());
     }
     if let Task::SequenceClassification { .. } = model.config.task {
-        return Ok(sequence_scores(cx, model, sequences)?.into_iter().map(|score| json!({ "score": score })).collect());
+        return Ok(sequence_scores(cx, model, sequences)?
+            .into_iter()
+            .map(|score| json!({ "score": score }))
+            .collect());
     }
     let batch = Batch::new(cx, sequences, model.config.vocab_size)?;
-    let hidden = model.hidden(cx, &batch, false)?;
+    let hidden = model.hidden(cx, &batch)?;
     let scores = model.scores(cx, &hidden)?.to_f32()?;
-    let right: Vec<f32> = scores.chunks_exact(2).map(|s| 1.0 / (1.0 + (s[0] - s[1]).exp())).collect();
+    let right: Vec<f32> =
+        scores.chunks_exact(2).map(|s| 1.0 / (1.0 + (s[0] - s[1]).exp())).collect();
     let row = |(s, end): (&Sequence, usize)| json!({ "scores": right[end - s.ids.len()..end] });
     Ok(sequences.iter().zip(ends(sequences)).map(row).collect())
 }
 
 type Ids = (Vec<u32>, Option<Vec<bool>>);
 
-/// Rows with `input_ids` as they are (all tokens but the first are targets); others as SFT would tokenise them.
-pub(super) fn tokenise(rows: &[Row], dir: &Path, vocab: usize, text_field: &str) -> Result<Vec<Ids>> {
+/// Rows with `input_ids` as they are (all tokens but the first are targets); others as SFT would
+/// tokenise them.
+pub(super) fn tokenise(
+    rows: &[Row],
+    dir: &Path,
+    vocab: usize,
+    text_field: &str,
+) -> Result<Vec<Ids>> {
     if rows.iter().all(|r| r.has("input_ids")) {
         return rows.iter().map(|row| Ok((input_ids(row, vocab)?, None))).collect();
     }
     let tokenizer = Tokenizer::load(dir)?;
     let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer)).transpose()?;
-    let options = SftOptions { max_length: None, dataset_text_field: text_field.into(), ..SftOptions::default() };
+    let options = SftOptions {
+        max_length: None,
+        dataset_text_field: text_field.into(),
+        ..SftOptions::default()
+    };
     let (examples, stats) = prepare(rows, &tokenizer, template.as_ref(), vocab, &options)?;
     if examples.len() != rows.len() {
         return Err(Error::Run(format!(
@@ -152,6 +175,9 @@ pub fn input_ids(row: &Row, vocab: usize) -> Result<Vec<u32>> {
     match ids {
         Some(ids) if !ids.is_empty() => Ok(ids),
         Some(_) => Err(row.error("field \"input_ids\" is empty")),
-        None => Err(row.error(format!("field \"input_ids\" must hold token ids from 0 to {}", vocab - 1))),
+        None => {
+            Err(row
+                .error(format!("field \"input_ids\" must hold token ids from 0 to {}", vocab - 1)))
+        }
     }
 }

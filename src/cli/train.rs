@@ -1,13 +1,13 @@
-//! The training commands: one run each, from a model folder and rows to a folder. Floor 7.
+//! The training commands: one run each, from a model folder and rows to a folder. Layer 9.
 //!
 //! Invariant: what a method is stands in its recipe; here are the arguments that all of them take.
 
 use std::path::{Path, PathBuf};
 
+use crate::autograd::Cx;
 use crate::checkpoint::prepare_output;
 use crate::cli::{part_keys, storage};
-use crate::config::{self, AttentionChoice, DeviceChoice, Dtype, MatmulChoice, MethodRun, SftConfig, TrainingConfig};
-use crate::cx::{self, Cx};
+use crate::config::{self, DeviceChoice, Dtype, MethodRun, SftConfig, TrainingConfig};
 use crate::data::rows::{Row, read_rows};
 use crate::device::{self, DType};
 use crate::error::{Error, Result};
@@ -52,15 +52,23 @@ pub struct Args {
     keys: Vec<String>,
 }
 
-/// `temper pretrain`: SFT over every token of `text` rows, in packs, with weights made at random where a folder has none.
+/// `temper pretrain`: SFT over every token of `text` rows, in packs, with weights made at random
+/// where a folder has none.
 pub fn pretrain(mut args: Args) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     // Defaults of a pretraining run; a run file or the command line overrides them.
-    let defaults = ["packing=true", "packing_strategy=wrapped", "learning_rate=3e-4", "num_train_epochs=1"];
-    let given = |key: &str| args.config.is_some() || args.keys.iter().any(|k| k.starts_with(&format!("{key}=")));
+    let defaults =
+        ["packing=true", "packing_strategy=wrapped", "learning_rate=3e-4", "num_train_epochs=1"];
+    let given = |key: &str| {
+        args.config.is_some() || args.keys.iter().any(|k| k.starts_with(&format!("{key}=")))
+    };
     let missing = defaults.iter().filter(|d| !given(d.split('=').next().unwrap_or_default()));
     args.keys = missing.map(|d| d.to_string()).chain(args.keys.iter().cloned()).collect();
-    let fresh = args.model.as_deref().and_then(|m| resolve_model(m).ok()).is_some_and(|dir| !has_weights(&dir));
+    let fresh = args
+        .model
+        .as_deref()
+        .and_then(|m| resolve_model(m).ok())
+        .is_some_and(|dir| !has_weights(&dir));
     train::<SftConfig>(args, "pretrain", fresh)
 }
 
@@ -91,7 +99,8 @@ fn train<M: Recipe>(mut args: Args, name: &str, fresh: bool) -> Result<()> {
     }
     let mut rows = read_rows(&args.data)?;
     let eval = eval_rows(&args, &run.training, &mut rows)?;
-    let adapter = args.adapter.as_ref().map(|a| format!(" --adapter {}", a.display())).unwrap_or_default();
+    let adapter =
+        args.adapter.as_ref().map(|a| format!(" --adapter {}", a.display())).unwrap_or_default();
     let job = Job {
         run: &run,
         model: &dir,
@@ -125,15 +134,8 @@ fn open(training: &TrainingConfig) -> Result<Cx> {
     };
     eprintln!("device: {}, {}", device.name(), dtype.name());
     let mut cx = Cx::new(device, dtype)?;
-    cx.matmul = match training.matmul {
-        MatmulChoice::Auto => cx::MatmulChoice::Auto,
-        MatmulChoice::Own => cx::MatmulChoice::Own,
-    };
-    cx.attention = match training.attention {
-        AttentionChoice::Auto => cx::AttentionChoice::Auto,
-        AttentionChoice::Light => cx::AttentionChoice::Light,
-        AttentionChoice::TensorCore => cx::AttentionChoice::TensorCore,
-    };
+    cx.matmul = training.matmul;
+    cx.attention = training.attention;
     Ok(cx)
 }
 
@@ -163,7 +165,10 @@ fn eval_rows(args: &Args, training: &TrainingConfig, rows: &mut Vec<Row>) -> Res
     }
     let n = training.eval_rows.of(rows.len() as u64) as usize;
     if n >= rows.len() && n > 0 {
-        return Err(Error::Config(format!("eval_rows = {n} leaves no row of {} to train on", rows.len())));
+        return Err(Error::Config(format!(
+            "eval_rows = {n} leaves no row of {} to train on",
+            rows.len()
+        )));
     }
     Ok(rows.split_off(rows.len() - n))
 }

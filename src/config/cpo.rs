@@ -1,4 +1,4 @@
-//! Keys of contrastive preference optimisation, SimPO and AlphaPO: TRL's `CPOConfig`. Floor 0.
+//! Keys of contrastive preference optimisation, SimPO and AlphaPO: TRL's `CPOConfig`. Layer 1.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
@@ -37,7 +37,8 @@ section! {
         pub on_truncation: OnTruncation = OnTruncation::Truncate,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,
-        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
+        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the
+        /// model's.
         pub chat_template_path: Option<String> = None,
     }
 }
@@ -59,7 +60,8 @@ impl CpoConfig {
     fn rules(&self, report: &mut Report) {
         report.must(self.beta > 0.0, || format!("beta = {}: must be above 0", self.beta));
         let e = self.label_smoothing;
-        report.must((0.0..1.0).contains(&e), || format!("label_smoothing = {e}: must be in [0, 1)"));
+        report
+            .must((0.0..1.0).contains(&e), || format!("label_smoothing = {e}: must be in [0, 1)"));
         if matches!(self.loss_type, CpoLossType::Hinge | CpoLossType::Ipo) {
             report.idle("label_smoothing", "loss_type", "hinge and ipo have no label smoothing");
         }

@@ -1,4 +1,5 @@
-//! Keys of distillation from a teacher over rows that are there: what TRL's `GKDConfig` has of it. Floor 0.
+//! Keys of distillation from a teacher over rows that are there: what TRL's `GKDConfig` has of it.
+//! Layer 1.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
@@ -10,8 +11,8 @@ section! {
     pub struct DistillConfig {
         /// The folder of the teacher, of the same vocabulary.
         pub teacher_model_name_or_path: Option<String> = None,
-        /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the generalised Jensen-Shannon
-        /// divergence.
+        /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the
+        /// generalised Jensen-Shannon divergence.
         pub beta: f64 = 0.5,
         /// Both distributions are softened by it.
         pub temperature: f64 = 0.9,
@@ -38,8 +39,12 @@ impl MethodSection for DistillConfig {
 
 impl DistillConfig {
     fn rules(&self, report: &mut Report) {
-        report.must((0.0..=1.0).contains(&self.beta), || format!("beta = {}: must be in [0, 1]", self.beta));
-        report.must(self.temperature > 0.0, || format!("temperature = {}: must be above 0", self.temperature));
+        report.must((0.0..=1.0).contains(&self.beta), || {
+            format!("beta = {}: must be in [0, 1]", self.beta)
+        });
+        report.must(self.temperature > 0.0, || {
+            format!("temperature = {}: must be above 0", self.temperature)
+        });
         length_rules(self.max_length, report);
         if self.max_length.is_none() {
             report.idle("truncation_mode", "max_length", "max_length is \"none\"");

@@ -1,4 +1,4 @@
-//! Keys of direct preference optimisation: TRL's `DPOConfig`. Floor 0.
+//! Keys of direct preference optimisation: TRL's `DPOConfig`. Layer 1.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
@@ -44,7 +44,8 @@ section! {
         pub loss_type: Vec<DpoLoss> = vec![DpoLoss::Sigmoid],
         /// A weight for each loss of the list. none: 1 each.
         pub loss_weights: Option<Vec<f64>> = None,
-        /// Share of wrong labels: of exo_pair above 0, of robust, aot and aot_unpaired below 0.5. Others do not use it.
+        /// Share of wrong labels: of exo_pair above 0, of robust, aot and aot_unpaired below 0.5.
+        /// Others do not use it.
         pub label_smoothing: f64 = 0.0,
         /// The divergence from the reference model that is held down.
         pub f_divergence_type: FDivergence = FDivergence::ReverseKl,
@@ -78,7 +79,8 @@ section! {
         pub on_truncation: OnTruncation = OnTruncation::Truncate,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,
-        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
+        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the
+        /// model's.
         pub chat_template_path: Option<String> = None,
     }
 }
@@ -109,7 +111,8 @@ impl DpoConfig {
             });
         }
         let e = self.label_smoothing;
-        report.must((0.0..1.0).contains(&e), || format!("label_smoothing = {e}: must be in [0, 1)"));
+        report
+            .must((0.0..1.0).contains(&e), || format!("label_smoothing = {e}: must be in [0, 1)"));
         report.must(!has(DpoLoss::ExoPair) || e > 0.0, || {
             "loss_type exo_pair takes the logarithm of label_smoothing: set it above 0 (the paper: 1e-3)".into()
         });
@@ -127,10 +130,16 @@ impl DpoConfig {
             report.idle("discopop_tau", "loss_type", "discopop is not in loss_type");
         }
         if self.f_divergence_type != FDivergence::Alpha {
-            report.idle("f_alpha_divergence_coef", "f_divergence_type", "f_divergence_type is not alpha_divergence");
+            report.idle(
+                "f_alpha_divergence_coef",
+                "f_divergence_type",
+                "f_divergence_type is not alpha_divergence",
+            );
         }
         if let Some(alpha) = self.ld_alpha {
-            report.must((0.0..=1.0).contains(&alpha), || format!("ld_alpha = {alpha}: must be in [0, 1]"));
+            report.must((0.0..=1.0).contains(&alpha), || {
+                format!("ld_alpha = {alpha}: must be in [0, 1]")
+            });
         }
         report.must(!(self.reference_free && self.ref_model.is_some()), || {
             "reference_free = true and ref_model: give one of them".into()
@@ -139,14 +148,23 @@ impl DpoConfig {
             "sync_ref_model = true changes the reference, so precompute_ref_log_probs = true would go stale; unset one"
                 .into()
         });
-        reference_rules(self.sync_ref_model, self.ref_model_mixup_alpha, self.ref_model_sync_steps, report);
+        reference_rules(
+            self.sync_ref_model,
+            self.ref_model_mixup_alpha,
+            self.ref_model_sync_steps,
+            report,
+        );
         if self.reference_free {
             for key in ["precompute_ref_log_probs", "sync_ref_model"] {
                 report.idle(key, "reference_free", "reference_free is true");
             }
         }
         if !self.precompute_ref_log_probs {
-            report.idle("precompute_ref_batch_size", "precompute_ref_log_probs", "precompute_ref_log_probs is false");
+            report.idle(
+                "precompute_ref_batch_size",
+                "precompute_ref_log_probs",
+                "precompute_ref_log_probs is false",
+            );
         }
         length_rules(self.max_length, report);
         if self.max_length.is_none() {
@@ -158,7 +176,9 @@ impl DpoConfig {
 
 /// What DPO and KTO ask of a reference that follows the policy.
 pub(super) fn reference_rules(sync: bool, alpha: f64, steps: usize, report: &mut Report) {
-    report.must((0.0..=1.0).contains(&alpha), || format!("ref_model_mixup_alpha = {alpha}: must be in [0, 1]"));
+    report.must((0.0..=1.0).contains(&alpha), || {
+        format!("ref_model_mixup_alpha = {alpha}: must be in [0, 1]")
+    });
     report.at_least("ref_model_sync_steps", steps, 1);
     if !sync {
         report.idle("ref_model_mixup_alpha", "sync_ref_model", "sync_ref_model is false");

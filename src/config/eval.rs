@@ -1,6 +1,7 @@
-//! Keys of `temper eval`, beside those of sampling. Floor 0.
+//! Keys of `temper eval`, beside those of sampling. Layer 1.
 //!
-//! Invariant: what a completion is measured by has the names and the spelling that online RL's rewards have.
+//! Invariant: what a completion is measured by has the names and the spelling that online RL's
+//! rewards have.
 
 use super::{Report, section};
 

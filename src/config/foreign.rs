@@ -1,7 +1,9 @@
-//! Keys of TRL and transformers that are no keys of ours, so that people can bring their configs. Floor 0.
+//! Keys of TRL and transformers that are no keys of ours, so that people can bring their configs.
+//! Layer 1.
 //!
-//! Invariant: such a key is never dropped silently. It becomes a key of ours, or a note that it has no effect; one that
-//! would change the numbers, if it were obeyed, is an error unless its value is neutral.
+//! Invariant: such a key is never dropped silently. It becomes a key of ours, or a note that it has
+//! no effect; one that would change the numbers, if it were obeyed, is an error unless its value is
+//! neutral.
 
 use super::value::Given;
 
@@ -23,7 +25,8 @@ pub fn fate(key: &str, given: &Given) -> Option<Fate> {
         return Some(Fate::NoEffect(why));
     }
     let (_, neutral, message) = MATTERS.iter().find(|(k, ..)| *k == key)?;
-    let neutral = given.is_none() || neutral.contains(&given.shown().trim_matches('"').to_lowercase().as_str());
+    let neutral = given.is_none()
+        || neutral.contains(&given.shown().trim_matches('"').to_lowercase().as_str());
     Some(if neutral { Fate::NoEffect("it is off here too") } else { Fate::Refused(message) })
 }
 
@@ -33,15 +36,21 @@ fn meaning(key: &str, given: &Given) -> Option<Fate> {
     match (key, shown.trim_matches('"')) {
         ("bf16", "true") => means("dtype", "bfloat16", "bf16 = true"),
         ("bf16", "false") => means("dtype", "float32", "bf16 = false"),
-        ("torch_dtype", _) if !given.is_none() => means("dtype", shown.trim_matches('"'), "torch_dtype is dtype here"),
+        ("torch_dtype", _) if !given.is_none() => {
+            means("dtype", shown.trim_matches('"'), "torch_dtype is dtype here")
+        }
         ("use_cpu" | "no_cuda", "true") => means("device", "cpu", "use_cpu = true"),
-        ("warmup_ratio", _) if !given.is_none() => {
-            means("warmup_steps", shown.trim_matches('"'), "transformers 5 has warmup_ratio in warmup_steps")
-        }
+        ("warmup_ratio", _) if !given.is_none() => means(
+            "warmup_steps",
+            shown.trim_matches('"'),
+            "transformers 5 has warmup_ratio in warmup_steps",
+        ),
         ("do_sample", "false") => means("temperature", "0", "do_sample = false"),
-        ("evaluation_strategy", _) => {
-            means("eval_strategy", shown.trim_matches('"'), "evaluation_strategy is eval_strategy now")
-        }
+        ("evaluation_strategy", _) => means(
+            "eval_strategy",
+            shown.trim_matches('"'),
+            "evaluation_strategy is eval_strategy now",
+        ),
         _ => None,
     }
 }
@@ -54,9 +63,18 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["use_cpu", "no_cuda"], "device says where the run is"),
     (&["warmup_ratio", "do_sample"], "it is off"),
     (&["output_dir", "overwrite_output_dir"], "--output DIR says where the run is written"),
-    (&["report_to", "run_name", "logging_dir", "project", "trackio_space_id"], "metrics.jsonl holds every logged step"),
-    (&["log_level", "log_level_replica", "log_on_each_node", "disable_tqdm"], "the log has one form"),
-    (&["logging_first_step", "include_num_input_tokens_seen", "skip_memory_metrics"], "the log has one form"),
+    (
+        &["report_to", "run_name", "logging_dir", "project", "trackio_space_id"],
+        "metrics.jsonl holds every logged step",
+    ),
+    (
+        &["log_level", "log_level_replica", "log_on_each_node", "disable_tqdm"],
+        "the log has one form",
+    ),
+    (
+        &["logging_first_step", "include_num_input_tokens_seen", "skip_memory_metrics"],
+        "the log has one form",
+    ),
     (&["logging_nan_inf_filter"], "NaN is logged as nan and never replaced"),
     (
         &[
@@ -72,13 +90,25 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     ),
     (&["remove_unused_columns", "label_names"], "fields that are not used are left out anyway"),
     (
-        &["use_liger_kernel", "liger_kernel_config", "torch_compile", "torch_compile_backend", "torch_compile_mode"],
+        &[
+            "use_liger_kernel",
+            "liger_kernel_config",
+            "torch_compile",
+            "torch_compile_backend",
+            "torch_compile_mode",
+        ],
         "the kernels are fused as they are",
     ),
     (&["attn_implementation"], "attention says which kernels"),
-    (&["gradient_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps"], "the memory plan decides"),
+    (
+        &["gradient_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps"],
+        "the memory plan decides",
+    ),
     (&["padding_free", "pad_to_multiple_of", "pad_token"], "there is no padding"),
-    (&["average_tokens_across_devices", "accelerator_config", "ddp_timeout", "ddp_backend"], "a run has one GPU"),
+    (
+        &["average_tokens_across_devices", "accelerator_config", "ddp_timeout", "ddp_backend"],
+        "a run has one GPU",
+    ),
     (&["save_on_each_node", "local_rank", "ddp_find_unused_parameters"], "a run has one GPU"),
     (&["save_safetensors", "enable_jit_checkpoint"], "always so here"),
     (&["full_determinism"], "every run is deterministic"),
@@ -92,13 +122,28 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         ],
         "a run has one GPU",
     ),
-    (&["batch_eval_metrics", "include_for_metrics", "eval_do_concat_batches"], "the loss is the evaluation's metric"),
-    (&["hub_always_push", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token"], "temper does not upload"),
+    (
+        &["batch_eval_metrics", "include_for_metrics", "eval_do_concat_batches"],
+        "the loss is the evaluation's metric",
+    ),
+    (
+        &["hub_always_push", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token"],
+        "temper does not upload",
+    ),
     (&["trackio_bucket_id", "trackio_static_space_id"], "metrics.jsonl holds every logged step"),
-    (&["length_column_name", "debug", "restore_callback_states_from_checkpoint"], "nothing here reads it"),
+    (
+        &["length_column_name", "debug", "restore_callback_states_from_checkpoint"],
+        "nothing here reads it",
+    ),
     (&["trust_remote_code"], "no code of a model folder is ever run"),
-    (&["use_cache", "do_train", "do_eval", "do_predict", "prediction_loss_only"], "the command says what is done"),
-    (&["eval_accumulation_steps", "metric_for_best_model", "greater_is_better"], "nothing here reads it"),
+    (
+        &["use_cache", "do_train", "do_eval", "do_predict", "prediction_loss_only"],
+        "the command says what is done",
+    ),
+    (
+        &["eval_accumulation_steps", "metric_for_best_model", "greater_is_better"],
+        "nothing here reads it",
+    ),
 ];
 
 /// Keys that would change the run: (key, neutral values beside none, what to do).
@@ -110,14 +155,22 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("optim_target_modules", &[], "GaLore and APOLLO are not built; leave it out"),
     ("data_seed", &["42"], "the order of rows comes from seed; leave it out"),
     ("dataloader_drop_last", &["false"], "the last, smaller batch is trained on; leave it out"),
-    ("auto_find_batch_size", &["false"], "what fits in memory is found without changing the batch; leave it out"),
+    (
+        "auto_find_batch_size",
+        &["false"],
+        "what fits in memory is found without changing the batch; leave it out",
+    ),
     ("shuffle_dataset", &["false"], "train_sampling_strategy = \"random\" shuffles; leave it out"),
     ("eval_packing", &[], "evaluation rows are treated as training rows; leave it out"),
     ("logging_strategy", &["steps"], "give logging_steps"),
     ("load_best_model_at_end", &["false"], "the last model is the result; leave it out"),
     ("eval_delay", &["0", "0.0"], "evaluation begins at once; leave it out"),
     ("eval_on_start", &["false"], "evaluation goes by eval_strategy; leave it out"),
-    ("save_only_model", &["false"], "a checkpoint always has what a resumed run needs; leave it out"),
+    (
+        "save_only_model",
+        &["false"],
+        "a checkpoint always has what a resumed run needs; leave it out",
+    ),
     ("ignore_data_skip", &["false"], "a resumed run goes on where it stopped; leave it out"),
     ("resume_from_checkpoint", &["false"], "give --resume on the command line"),
     ("push_to_hub", &["false"], "temper does not upload: run `hf upload` when the run is done"),
@@ -128,7 +181,11 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("load_in_8bit", &["false"], "weights are trained as they are; leave it out"),
     ("model_init_kwargs", &["{}"], "give dtype and attention as keys of their own"),
     ("dataset_kwargs", &["{}"], "leave it out"),
-    ("router_aux_loss_coef", &["0", "0.0", "0.001"], "mixtures of experts are not built; leave it out"),
+    (
+        "router_aux_loss_coef",
+        &["0", "0.0", "0.001"],
+        "mixtures of experts are not built; leave it out",
+    ),
     ("repetition_penalty", &["1", "1.0"], "it would change the distribution; leave it out"),
     ("num_beams", &["1"], "completions are sampled, or greedy with temperature = 0"),
     ("model_name_or_path", &[], "give --model on the command line"),
@@ -142,7 +199,8 @@ mod tests {
 
     #[test]
     fn a_foreign_key_stands_in_one_list() {
-        let mut all: Vec<&str> = NO_EFFECT.iter().flat_map(|(keys, _)| keys.iter().copied()).collect();
+        let mut all: Vec<&str> =
+            NO_EFFECT.iter().flat_map(|(keys, _)| keys.iter().copied()).collect();
         all.extend(MATTERS.iter().map(|(key, ..)| *key));
         let count = all.len();
         all.sort_unstable();

@@ -1,4 +1,5 @@
-//! Keys of training from single labelled completions: TRL's `KTOConfig`, and what BCO adds. Floor 0.
+//! Keys of training from single labelled completions: TRL's `KTOConfig`, and what BCO adds. Layer
+//! 1.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
@@ -17,7 +18,8 @@ words! {
 section! {
     /// Keys of `temper kto`, beside the common ones.
     pub struct KtoConfig {
-        /// kto; apo_zero_unpaired: no KL estimate; bco (a trainer of its own in TRL): against the running mean reward.
+        /// kto; apo_zero_unpaired: no KL estimate; bco (a trainer of its own in TRL): against the
+        /// running mean reward.
         pub loss_type: KtoLoss = KtoLoss::Kto,
         /// Strength of the pull to the reference model.
         pub beta: f64 = 0.1,
@@ -43,7 +45,8 @@ section! {
         pub on_truncation: OnTruncation = OnTruncation::Truncate,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,
-        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
+        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the
+        /// model's.
         pub chat_template_path: Option<String> = None,
     }
 }
@@ -52,25 +55,39 @@ impl MethodSection for KtoConfig {
     const NAME: &'static str = "kto";
 
     fn training() -> TrainingConfig {
-        TrainingConfig { learning_rate: 1e-6, train_sampling_strategy: Sampling::Sequential, ..Default::default() }
+        TrainingConfig {
+            learning_rate: 1e-6,
+            train_sampling_strategy: Sampling::Sequential,
+            ..Default::default()
+        }
     }
 }
 
 impl KtoConfig {
     fn rules(&self, report: &mut Report) {
         report.must(self.beta > 0.0, || format!("beta = {}: must be above 0", self.beta));
-        for (key, weight) in
-            [("desirable_weight", self.desirable_weight), ("undesirable_weight", self.undesirable_weight)]
-        {
+        for (key, weight) in [
+            ("desirable_weight", self.desirable_weight),
+            ("undesirable_weight", self.undesirable_weight),
+        ] {
             report.must(weight >= 0.0, || format!("{key} = {weight}: must not be below 0"));
         }
         report.must(!(self.sync_ref_model && self.precompute_ref_log_probs), || {
             "sync_ref_model = true changes the reference, so precompute_ref_log_probs = true would go stale; unset one"
                 .into()
         });
-        reference_rules(self.sync_ref_model, self.ref_model_mixup_alpha, self.ref_model_sync_steps, report);
+        reference_rules(
+            self.sync_ref_model,
+            self.ref_model_mixup_alpha,
+            self.ref_model_sync_steps,
+            report,
+        );
         if !self.precompute_ref_log_probs {
-            report.idle("precompute_ref_batch_size", "precompute_ref_log_probs", "precompute_ref_log_probs is false");
+            report.idle(
+                "precompute_ref_batch_size",
+                "precompute_ref_log_probs",
+                "precompute_ref_log_probs is false",
+            );
         }
         length_rules(self.max_length, report);
         if self.max_length.is_none() {

@@ -1,10 +1,12 @@
-//! Run files: TOML, any key of which can be given on the command line as `key=value`. Floor 0.
+//! Run files: TOML, any key of which can be given on the command line as `key=value`. Layer 1.
 //!
-//! Invariant: a key is one documented field of a section. Its name, type, default and doc in `--help-keys`, in the
-//! parser and in the resolved file all come from that field, so they cannot drift.
+//! Invariant: a key is one documented field of a section. Its name, type, default and doc in
+//! `--help-keys`, in the parser and in the resolved file all come from that field, so they cannot
+//! drift.
 //!
-//! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and [`SftConfig`]. [`load`] reads
-//! file and command line, checks everything and reports all problems at once.
+//! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and
+//! [`SftConfig`]. [`load`] reads file and command line, checks everything and reports all problems
+//! at once.
 
 mod cpo;
 mod distill;
@@ -26,10 +28,11 @@ pub mod value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use crate::error::{Error, Result, nearest};
-use crate::fsio;
 use foreign::Fate;
 use value::Given;
+
+use crate::error::{Error, Result, nearest};
+use crate::fsio;
 
 pub use cpo::{CpoConfig, CpoLossType};
 pub use distill::DistillConfig;
@@ -38,8 +41,9 @@ pub use eval::EvalConfig;
 pub use generate::GenerateConfig;
 pub use kto::{KtoConfig, KtoLoss};
 pub use online::{
-    GrpoConfig, GrpoKeys, GrpoLoss, ImportanceLevel, KlEstimatorChoice, Online, OnlineConfig, PpoConfig, PpoKeys,
-    ReinforceConfig, ReinforceKeys, RewardAggregation, RlooConfig, RlooKeys, ScaleRewards, ValueModel,
+    GrpoConfig, GrpoKeys, GrpoLoss, ImportanceLevel, KlEstimatorChoice, Online, OnlineConfig,
+    PpoConfig, PpoKeys, ReinforceConfig, ReinforceKeys, RewardAggregation, RlooConfig, RlooKeys,
+    ScaleRewards, ValueModel,
 };
 pub use onpolicy::{GkdConfig, OnlineDpoConfig, OnlineDpoLoss};
 pub use orpo::OrpoConfig;
@@ -48,8 +52,8 @@ pub use prm::PrmConfig;
 pub use reward::RewardConfig;
 pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
 pub use training::{
-    AttentionChoice, Compat, DeviceChoice, Dtype, MatmulChoice, Optim, Recompute, Sampling, Schedule, TrainingConfig,
-    When,
+    AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, MatmulChoice, Optim,
+    Sampling, Schedule, TrainingConfig, When,
 };
 pub use value::Amount;
 
@@ -72,7 +76,8 @@ pub trait Section {
     fn check(&self, report: &mut Report);
 }
 
-/// Declares a section: the struct, its defaults, its keys. The struct gives `fn rules(&self, &mut Report)` itself.
+/// Declares a section: the struct, its defaults, its keys. The struct gives `fn rules(&self, &mut
+/// Report)` itself.
 macro_rules! section {
     ($(#[$meta:meta])* pub struct $name:ident { $($(#[doc = $doc:literal])+ pub $key:ident: $ty:ty = $default:expr,)+ }) => {
         $(#[$meta])*
@@ -114,7 +119,8 @@ impl std::fmt::Display for Source {
     }
 }
 
-/// What was found while a configuration was read: problems are reported together, notes are printed.
+/// What was found while a configuration was read: problems are reported together, notes are
+/// printed.
 #[derive(Debug, Default)]
 pub struct Report {
     given: BTreeMap<String, Source>,
@@ -149,8 +155,9 @@ impl Report {
         self.given.contains_key(key)
     }
 
-    /// `key` has no effect, because of what the key `cause` is set to. If it was given nevertheless, that is a
-    /// contradiction; but a command line overrules a file, and a default value does no harm: then it is a note.
+    /// `key` has no effect, because of what the key `cause` is set to. If it was given
+    /// nevertheless, that is a contradiction; but a command line overrules a file, and a default
+    /// value does no harm: then it is a note.
     pub fn idle(&mut self, key: &'static str, cause: &str, why: &'static str) {
         self.idle.insert(key, why);
         match (self.given.get(key), self.given.get(cause)) {
@@ -161,15 +168,22 @@ impl Report {
             (Some(place), _) if self.at_default.contains(key) => {
                 self.notes.push(format!("{place}: {key} has no effect: {why}"));
             }
-            (Some(place), _) => self.problems.push(format!("{place}: {key} is given but has no effect: {why}")),
+            (Some(place), _) => {
+                self.problems.push(format!("{place}: {key} is given but has no effect: {why}"))
+            }
             (None, _) => {}
         }
     }
 }
 
-/// Reads `file` (if any), then `overrides` (`key=value`), into `sections`, and checks them. Returns notes to print.
-/// Errors: a file that cannot be read; else one [`Error::Config`] with every problem, one a line.
-pub fn load(sections: &mut [&mut dyn Section], file: Option<&Path>, overrides: &[String]) -> Result<Vec<String>> {
+/// Reads `file` (if any), then `overrides` (`key=value`), into `sections`, and checks them. Returns
+/// notes to print. Errors: a file that cannot be read; else one [`Error::Config`] with every
+/// problem, one a line.
+pub fn load(
+    sections: &mut [&mut dyn Section],
+    file: Option<&Path>,
+    overrides: &[String],
+) -> Result<Vec<String>> {
     let mut report = Report::default();
     let defaults: Vec<Key> = sections.iter().flat_map(|s| s.keys()).collect();
     let mut items = Vec::new();
@@ -179,7 +193,11 @@ pub fn load(sections: &mut [&mut dyn Section], file: Option<&Path>, overrides: &
     for text in overrides {
         match text.split_once('=') {
             Some((key, value)) => {
-                items.push((key.trim().into(), Given::Text(value.trim().into()), Source::CommandLine));
+                items.push((
+                    key.trim().into(),
+                    Given::Text(value.trim().into()),
+                    Source::CommandLine,
+                ));
             }
             None => report.problem(format!("command line: {text:?} is not of the form key=value")),
         }
@@ -192,7 +210,8 @@ pub fn load(sections: &mut [&mut dyn Section], file: Option<&Path>, overrides: &
         stand_in(sections, key, given, source, why, &mut report);
     }
     let now = sections.iter().flat_map(|s| s.keys());
-    report.at_default = now.zip(&defaults).filter(|(k, d)| k.value == d.value).map(|(k, _)| k.name).collect();
+    report.at_default =
+        now.zip(&defaults).filter(|(k, d)| k.value == d.value).map(|(k, _)| k.name).collect();
     for section in sections.iter() {
         section.check(&mut report);
     }
@@ -207,11 +226,17 @@ pub fn load(sections: &mut [&mut dyn Section], file: Option<&Path>, overrides: &
             });
         }
     }
-    report.notes.extend(report.no_effect.iter().map(|(why, keys)| format!("no effect: {} ({why})", keys.join(", "))));
+    report.notes.extend(
+        report
+            .no_effect
+            .iter()
+            .map(|(why, keys)| format!("no effect: {} ({why})", keys.join(", "))),
+    );
     Ok(report.notes)
 }
 
-/// The resolved file: every key, loadable again to the same values. `head` goes before it as a comment.
+/// The resolved file: every key, loadable again to the same values. `head` goes before it as a
+/// comment.
 pub fn to_toml(head: &str, sections: &[&dyn Section]) -> String {
     let mut report = Report::default();
     sections.iter().for_each(|s| s.check(&mut report));
@@ -228,7 +253,8 @@ pub fn to_toml(head: &str, sections: &[&dyn Section]) -> String {
 /// What `--help-keys` prints: name, type, default, doc of every key.
 pub fn help(sections: &[&dyn Section]) -> String {
     let keys = sections.iter().flat_map(|s| s.keys());
-    keys.map(|k| format!("{} = {}    ({})\n    {}\n", k.name, one_line(&k.value), k.kind, k.doc)).collect()
+    keys.map(|k| format!("{} = {}    ({})\n    {}\n", k.name, one_line(&k.value), k.kind, k.doc))
+        .collect()
 }
 
 /// The same as a Markdown table, for the docs.
@@ -237,7 +263,9 @@ pub fn markdown(sections: &[&dyn Section]) -> String {
         let kind = k.kind.replace('|', "\\|");
         format!("| `{}` | {kind} | `{}` | {} |\n", k.name, one_line(&k.value), k.doc)
     });
-    std::iter::once("| key | type | default | |\n|---|---|---|---|\n".to_string()).chain(rows).collect()
+    std::iter::once("| key | type | default | |\n|---|---|---|---|\n".to_string())
+        .chain(rows)
+        .collect()
 }
 
 /// A value as it can be given; TOML itself would write a text with a line break over several lines.
@@ -258,10 +286,12 @@ const FREE_ON_RESUME: &[&str] = &[
     "compat",
 ];
 
-/// Compares the resolved file of the run that is resumed with `sections`: one line for each key whose change would make
-/// the resumed run another one than the uninterrupted run. Empty: go on. Errors: `old` is not a run file.
+/// Compares the resolved file of the run that is resumed with `sections`: one line for each key
+/// whose change would make the resumed run another one than the uninterrupted run. Empty: go on.
+/// Errors: `old` is not a run file.
 pub fn changes(old: &str, sections: &[&dyn Section]) -> Result<Vec<String>> {
-    let old: toml::Table = toml::from_str(old).map_err(|e| Error::Config(format!("config.toml: {e}")))?;
+    let old: toml::Table =
+        toml::from_str(old).map_err(|e| Error::Config(format!("config.toml: {e}")))?;
     let keys = sections.iter().flat_map(|s| s.keys()).filter(|k| !FREE_ON_RESUME.contains(&k.name));
     Ok(keys
         .filter_map(|k| {
@@ -276,10 +306,15 @@ type Item = (String, Given, Source);
 fn read_file(path: &Path, items: &mut Vec<Item>) -> Result<()> {
     let bytes = fsio::read(path)?;
     let shown = path.display();
-    let text = std::str::from_utf8(&bytes).map_err(|e| Error::Config(format!("{shown}: is not UTF-8 text ({e})")))?;
+    let text = std::str::from_utf8(&bytes)
+        .map_err(|e| Error::Config(format!("{shown}: is not UTF-8 text ({e})")))?;
     let table: toml::Table = toml::from_str(text).map_err(|e| {
         let other = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
-        let hint = if other { "\na run file is TOML: `learning_rate = 2e-5` on a line of its own" } else { "" };
+        let hint = if other {
+            "\na run file is TOML: `learning_rate = 2e-5` on a line of its own"
+        } else {
+            ""
+        };
         Error::Config(format!("{shown}: {}{hint}", e.to_string().trim_end()))
     })?;
     for (key, value) in table {
@@ -290,12 +325,13 @@ fn read_file(path: &Path, items: &mut Vec<Item>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a line of a run file gives `key`. Only top-level keys are looked for, so this is exact but inside of
-/// multi-line strings, where it can name a wrong line in a message.
+/// Whether a line of a run file gives `key`. Only top-level keys are looked for, so this is exact
+/// but inside of multi-line strings, where it can name a wrong line in a message.
 fn is_line_of(line: &str, key: &str) -> bool {
     let line = line.trim_start().trim_start_matches(['[', '"', '\'']);
-    line.strip_prefix(key)
-        .is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ', '\t']).starts_with(['=', ']', '.']))
+    line.strip_prefix(key).is_some_and(|rest| {
+        rest.trim_start_matches(['"', '\'', ' ', '\t']).starts_with(['=', ']', '.'])
+    })
 }
 
 fn apply(
@@ -312,24 +348,38 @@ fn apply(
         Some(Ok(())) => {
             report.given.insert(key, source);
         }
-        Some(Err(expected)) => report.problem(format!("{source}: {key} = {shown}: expected {expected}")),
+        Some(Err(expected)) => {
+            report.problem(format!("{source}: {key} = {shown}: expected {expected}"))
+        }
         None => match foreign::fate(&key, &given) {
-            Some(Fate::Means(ours, value, why)) => meant.push((ours, Given::Text(value), source, why)),
-            Some(Fate::NoEffect(why)) => report.no_effect.entry(why).or_default().push(format!("{key} = {shown}")),
-            Some(Fate::Refused(message)) => report.problem(format!("{source}: {key} = {shown}: {message}")),
+            Some(Fate::Means(ours, value, why)) => {
+                meant.push((ours, Given::Text(value), source, why))
+            }
+            Some(Fate::NoEffect(why)) => {
+                report.no_effect.entry(why).or_default().push(format!("{key} = {shown}"))
+            }
+            Some(Fate::Refused(message)) => {
+                report.problem(format!("{source}: {key} = {shown}: {message}"))
+            }
             None if matches!(given, Given::File(toml::Value::Table(_))) => {
-                report.problem(format!("{source}: [{key}]: a run file has no tables; its keys stand at the top"));
+                report.problem(format!(
+                    "{source}: [{key}]: a run file has no tables; its keys stand at the top"
+                ));
             }
             None => {
                 let near = nearest(&key.replace('-', "_"), known.iter().map(|k| k.name));
-                let hint = near.map_or_else(|| "--help-keys lists the keys".into(), |n| format!("did you mean {n}?"));
+                let hint = near.map_or_else(
+                    || "--help-keys lists the keys".into(),
+                    |n| format!("did you mean {n}?"),
+                );
                 report.problem(format!("{source}: unknown key {key}; {hint}"));
             }
         },
     }
 }
 
-/// Sets the key of ours that a foreign one stands for, unless that was given, too: then they must agree.
+/// Sets the key of ours that a foreign one stands for, unless that was given, too: then they must
+/// agree.
 fn stand_in(
     sections: &mut [&mut dyn Section],
     key: &'static str,
@@ -338,17 +388,23 @@ fn stand_in(
     why: &str,
     report: &mut Report,
 ) {
-    let value_now =
-        |sections: &[&mut dyn Section]| sections.iter().flat_map(|s| s.keys()).find(|k| k.name == key).map(|k| k.value);
+    let value_now = |sections: &[&mut dyn Section]| {
+        sections.iter().flat_map(|s| s.keys()).find(|k| k.name == key).map(|k| k.value)
+    };
     let before = value_now(sections);
     match sections.iter_mut().find_map(|s| s.set(key, &given)) {
         Some(Ok(())) => {
             let after = value_now(sections);
-            let shown = |value: &Option<toml::Value>| value.as_ref().map(|v| v.to_string()).unwrap_or_default();
+            let shown = |value: &Option<toml::Value>| {
+                value.as_ref().map(|v| v.to_string()).unwrap_or_default()
+            };
             match report.given.get(key) {
                 Some(_) if before == after => {}
                 Some(Source::CommandLine) if source != Source::CommandLine => {
-                    let message = format!("{source}: {why} has no effect: {key} = {} (command line)", shown(&before));
+                    let message = format!(
+                        "{source}: {why} has no effect: {key} = {} (command line)",
+                        shown(&before)
+                    );
                     report.note(message);
                     let given = before.map(Given::File);
                     sections.iter_mut().zip(given.iter().cycle()).for_each(|(s, given)| {
@@ -357,7 +413,9 @@ fn stand_in(
                 }
                 Some(other) if *other == source || source != Source::CommandLine => {
                     let (now, was) = (shown(&after), shown(&before));
-                    report.problem(format!("{source}: {why} means {key} = {now}, but {other} says {key} = {was}"));
+                    report.problem(format!(
+                        "{source}: {why} means {key} = {now}, but {other} says {key} = {was}"
+                    ));
                 }
                 _ => {
                     report.note(format!("{source}: {key} = {} ({why})", shown(&after)));
@@ -366,9 +424,14 @@ fn stand_in(
             }
         }
         Some(Err(expected)) => {
-            report.problem(format!("{source}: {key} = {}: expected {expected} ({why})", given.shown()));
+            report.problem(format!(
+                "{source}: {key} = {}: expected {expected} ({why})",
+                given.shown()
+            ));
         }
-        None => report.note(format!("{source}: {why} has no effect: this command has no key {key}")),
+        None => {
+            report.note(format!("{source}: {why} has no effect: this command has no key {key}"))
+        }
     }
 }
 
@@ -403,7 +466,8 @@ impl<M: MethodSection> MethodRun<M> {
     /// [`load`] over the method's defaults. Returns notes to print.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
         let mut run = Self::default();
-        let notes = load(&mut [&mut run.training, &mut run.peft, &mut run.method], file, overrides)?;
+        let notes =
+            load(&mut [&mut run.training, &mut run.peft, &mut run.method], file, overrides)?;
         Ok((run, notes))
     }
 

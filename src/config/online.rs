@@ -1,6 +1,8 @@
-//! Keys of online RL: TRL's `GRPOConfig` and `RLOOConfig`, and for PPO those that TRL had before it dropped it. Floor 0.
+//! Keys of online RL: TRL's `GRPOConfig` and `RLOOConfig`, and for PPO those that TRL had before it
+//! dropped it. Layer 1.
 //!
-//! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's; a key of ours says so.
+//! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's; a key
+//! of ours says so.
 
 use super::value::{Given, words};
 use super::{Key, MethodSection, Report, Section, TrainingConfig, section};
@@ -60,7 +62,9 @@ words! {
 section! {
     /// Keys that every online method has.
     pub struct OnlineConfig {
-        /// Ours (TRL: reward_funcs of a trainer). Rewards: exact_match, numeric_match, regex:PATTERN, think_format, json_schema:FILE, length, soft_overlong, repetition, command:CMD, python:FILE.py:FUNC; docs/rewards.md.
+        /// Ours (TRL: reward_funcs of a trainer). Rewards: exact_match, numeric_match,
+        /// regex:PATTERN, think_format, json_schema:FILE, length, soft_overlong, repetition,
+        /// command:CMD, python:FILE.py:FUNC; docs/rewards.md.
         pub reward_funcs: Vec<String> = Vec::new(),
         /// A weight for each reward (reward_funcs first, then reward_model). none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,
@@ -109,10 +113,16 @@ impl OnlineConfig {
         report.at_least("max_completion_length", self.max_completion_length, 1);
         report.at_least("num_iterations", self.num_iterations, 1);
         report.at_least("max_sequences", self.max_sequences, 1);
-        report.must(self.steps_per_generation != Some(0), || "steps_per_generation = 0: must be at least 1".into());
+        report.must(self.steps_per_generation != Some(0), || {
+            "steps_per_generation = 0: must be at least 1".into()
+        });
         let (t, top_p) = (self.temperature, self.top_p);
-        report.must(t > 0.0, || format!("temperature = {t}: must be above 0, the policy must explore"));
-        report.must(top_p > 0.0 && top_p <= 1.0, || format!("top_p = {top_p}: must be above 0 and at most 1"));
+        report.must(t > 0.0, || {
+            format!("temperature = {t}: must be above 0, the policy must explore")
+        });
+        report.must(top_p > 0.0 && top_p <= 1.0, || {
+            format!("top_p = {top_p}: must be above 0 and at most 1")
+        });
         report.must(self.beta >= 0.0, || format!("beta = {}: must not be negative", self.beta));
         report.must(!self.reward_funcs.is_empty() || self.reward_model.is_some(), || {
             "no reward: give reward_funcs=NAME,... or reward_model=DIR; docs/rewards.md lists them".into()
@@ -120,13 +130,17 @@ impl OnlineConfig {
         let rewards = self.reward_funcs.len() + usize::from(self.reward_model.is_some());
         if let Some(weights) = &self.reward_weights {
             let n = weights.len();
-            report.must(n == rewards, || format!("reward_weights has {n} values for {rewards} rewards; give one each"));
+            report.must(n == rewards, || {
+                format!("reward_weights has {n} values for {rewards} rewards; give one each")
+            });
         }
         if !self.sync_ref_model {
             report.idle("ref_model_mixup_alpha", "sync_ref_model", "sync_ref_model is false");
             report.idle("ref_model_sync_steps", "sync_ref_model", "sync_ref_model is false");
         }
-        report.must(!self.sync_ref_model || self.beta > 0.0, || "sync_ref_model needs a reference: set beta".into());
+        report.must(!self.sync_ref_model || self.beta > 0.0, || {
+            "sync_ref_model needs a reference: set beta".into()
+        });
     }
 }
 
@@ -143,7 +157,8 @@ section! {
         pub delta: Option<f64> = None,
         /// A ratio for each token, or one for the sequence (GSPO).
         pub importance_sampling_level: ImportanceLevel = ImportanceLevel::Token,
-        /// What advantages are divided by: the standard deviation of the group, of the batch, or nothing.
+        /// What advantages are divided by: the standard deviation of the group, of the batch, or
+        /// nothing.
         pub scale_rewards: ScaleRewards = ScaleRewards::Group,
         /// Several rewards: summed first, or normalised one by one first (GDPO).
         pub multi_objective_aggregation: RewardAggregation = RewardAggregation::SumThenNormalize,
@@ -165,9 +180,11 @@ section! {
         pub top_entropy_quantile: f64 = 1.0,
         /// Weight of the mean token entropy, which is added to what is maximised.
         pub entropy_coef: f64 = 0.0,
-        /// Sequences of negative advantage that the policy has left by more than this are dropped. none: none are.
+        /// Sequences of negative advantage that the policy has left by more than this are dropped.
+        /// none: none are.
         pub off_policy_mask_threshold: Option<f64> = None,
-        /// Ours (DAPO). Groups whose rewards do not differ are generated anew for other prompts, this many times at most.
+        /// Ours (DAPO). Groups whose rewards do not differ are generated anew for other prompts,
+        /// this many times at most.
         pub dynamic_sampling: usize = 0,
     }
 }
@@ -175,8 +192,12 @@ section! {
 impl GrpoKeys {
     fn rules(&self, report: &mut Report) {
         let q = self.top_entropy_quantile;
-        report.must(q > 0.0 && q <= 1.0, || format!("top_entropy_quantile = {q}: must be above 0 and at most 1"));
-        report.must((0.0..1.0).contains(&self.epsilon), || format!("epsilon = {}: must be below 1", self.epsilon));
+        report.must(q > 0.0 && q <= 1.0, || {
+            format!("top_entropy_quantile = {q}: must be above 0 and at most 1")
+        });
+        report.must((0.0..1.0).contains(&self.epsilon), || {
+            format!("epsilon = {}: must be below 1", self.epsilon)
+        });
         if self.loss_type != GrpoLoss::Sapo {
             report.idle("sapo_temperature_pos", "loss_type", "loss_type is not sapo");
             report.idle("sapo_temperature_neg", "loss_type", "loss_type is not sapo");
@@ -209,9 +230,10 @@ section! {
 
 impl RlooKeys {
     fn rules(&self, report: &mut Report) {
-        report.must(self.reward_clip_range.as_ref().is_none_or(|r| r.len() == 2 && r[0] < r[1]), || {
-            "reward_clip_range: two numbers, the lower first".into()
-        });
+        report.must(
+            self.reward_clip_range.as_ref().is_none_or(|r| r.len() == 2 && r[0] < r[1]),
+            || "reward_clip_range: two numbers, the lower first".into(),
+        );
     }
 }
 
@@ -248,7 +270,8 @@ section! {
         pub kl_coef: f64 = 0.05,
         /// k1: log pi - log ref; k3: the unbiased one that is never negative.
         pub kl_estimator: KlEstimatorChoice = KlEstimatorChoice::K1,
-        /// Ours (Ziegler et al.). Steer kl_coef so that a sequence's KL is this. none: kl_coef is fixed.
+        /// Ours (Ziegler et al.). Steer kl_coef so that a sequence's KL is this. none: kl_coef is
+        /// fixed.
         pub target_kl: Option<f64> = None,
         /// Ours. Episodes over which a steered kl_coef moves.
         pub kl_horizon: f64 = 10000.0,
@@ -279,7 +302,9 @@ impl PpoKeys {
     fn rules(&self, report: &mut Report) {
         report.at_least("num_ppo_epochs", self.num_ppo_epochs, 1);
         report.at_least("num_mini_batches", self.num_mini_batches, 1);
-        report.must((0.0..=1.0).contains(&self.gamma), || format!("gamma = {}: from 0 to 1", self.gamma));
+        report.must((0.0..=1.0).contains(&self.gamma), || {
+            format!("gamma = {}: from 0 to 1", self.gamma)
+        });
         report.must((0.0..=1.0).contains(&self.lam), || format!("lam = {}: from 0 to 1", self.lam));
         report.must(self.cliprange > 0.0, || "cliprange: must be above 0".into());
     }
@@ -362,8 +387,12 @@ impl MethodSection for ReinforceConfig {
 
 impl Default for PpoConfig {
     fn default() -> Self {
-        let online =
-            OnlineConfig { num_generations: 1, temperature: 0.7, max_completion_length: 53, ..Default::default() };
+        let online = OnlineConfig {
+            num_generations: 1,
+            temperature: 0.7,
+            max_completion_length: 53,
+            ..Default::default()
+        };
         Online { online, own: PpoKeys::default() }
     }
 }

@@ -1,10 +1,15 @@
-//! Keys of `temper online-dpo` and `temper gkd`, whose generation has names of its own in TRL (`max_new_tokens`). Floor 0.
+//! Keys of `temper online-dpo` and `temper gkd`, whose generation has names of its own in TRL
+//! (`max_new_tokens`). Layer 1.
 //!
-//! Invariant: as for [`TrainingConfig`]: names and defaults are TRL's, of `OnlineDPOConfig` and `GKDConfig`.
+//! Invariant: as for [`TrainingConfig`]: names and defaults are TRL's, of `OnlineDPOConfig` and
+//! `GKDConfig`.
 
 use super::dpo::length_rules;
 use super::value::words;
-use super::{MethodSection, OnTruncation, OnlineConfig, Report, Section, TrainingConfig, TruncationMode, section};
+use super::{
+    MethodSection, OnTruncation, OnlineConfig, Report, Section, TrainingConfig, TruncationMode,
+    section,
+};
 
 words! {
     pub enum OnlineDpoLoss {
@@ -16,7 +21,8 @@ words! {
 section! {
     /// Keys of `temper online-dpo`, beside the common ones.
     pub struct OnlineDpoConfig {
-        /// Ours (TRL: reward_funcs of a trainer). Rewards, by which the two completions of a prompt are ranked; docs/rewards.md lists them.
+        /// Ours (TRL: reward_funcs of a trainer). Rewards, by which the two completions of a prompt
+        /// are ranked; docs/rewards.md lists them.
         pub reward_funcs: Vec<String> = Vec::new(),
         /// A weight for each reward (reward_funcs first, then reward_model). none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,
@@ -36,7 +42,8 @@ section! {
         pub repetition_penalty: f64 = 1.0,
         /// Taken off the reward of a completion that did not end. none: nothing.
         pub missing_eos_penalty: Option<f64> = None,
-        /// Strength of the pull to the reference model; a list has one for each epoch, the last one stays.
+        /// Strength of the pull to the reference model; a list has one for each epoch, the last one
+        /// stays.
         pub beta: Vec<f64> = vec![0.1],
         /// The loss of a pair.
         pub loss_type: OnlineDpoLoss = OnlineDpoLoss::Sigmoid,
@@ -44,7 +51,8 @@ section! {
         pub log_completions: bool = false,
         /// Ours. Sequences decoded at once.
         pub max_sequences: usize = 64,
-        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
+        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the
+        /// model's.
         pub chat_template_path: Option<String> = None,
     }
 }
@@ -91,11 +99,14 @@ section! {
     pub struct GkdConfig {
         /// The folder of the teacher, of the same vocabulary.
         pub teacher_model_name_or_path: Option<String> = None,
-        /// The probability that a micro-batch has the student's own completions; else it has the data's.
+        /// The probability that a micro-batch has the student's own completions; else it has the
+        /// data's.
         pub lmbda: f64 = 0.5,
-        /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the generalised Jensen-Shannon divergence.
+        /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the
+        /// generalised Jensen-Shannon divergence.
         pub beta: f64 = 0.5,
-        /// Of the sampling. TRL's loss does not use it either: both distributions are compared as they are.
+        /// Of the sampling. TRL's loss does not use it either: both distributions are compared as
+        /// they are.
         pub temperature: f64 = 0.9,
         /// Tokens of a generated completion at most.
         pub max_new_tokens: usize = 128,
@@ -133,9 +144,13 @@ impl GkdConfig {
 
     fn rules(&self, report: &mut Report) {
         for (key, value) in [("lmbda", self.lmbda), ("beta", self.beta)] {
-            report.must((0.0..=1.0).contains(&value), || format!("{key} = {value}: must be in [0, 1]"));
+            report.must((0.0..=1.0).contains(&value), || {
+                format!("{key} = {value}: must be in [0, 1]")
+            });
         }
-        report.must(self.temperature > 0.0, || format!("temperature = {}: must be above 0", self.temperature));
+        report.must(self.temperature > 0.0, || {
+            format!("temperature = {}: must be above 0", self.temperature)
+        });
         report.at_least("max_new_tokens", self.max_new_tokens, 1);
         report.at_least("max_sequences", self.max_sequences, 1);
         length_rules(self.max_length, report);

@@ -1,4 +1,4 @@
-//! Keys of odds-ratio preference optimisation: TRL's `ORPOConfig`. Floor 0.
+//! Keys of odds-ratio preference optimisation: TRL's `ORPOConfig`. Layer 1.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
@@ -16,7 +16,8 @@ section! {
         pub on_truncation: OnTruncation = OnTruncation::Truncate,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,
-        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the model's.
+        /// Ours. A Jinja file, or a folder with a tokenizer, whose chat template replaces the
+        /// model's.
         pub chat_template_path: Option<String> = None,
     }
 }

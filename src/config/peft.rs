@@ -1,7 +1,7 @@
-//! Keys of what is trained: all of the model, parts of it, or an adapter beside it. Floor 0.
+//! Keys of what is trained: all of the model, parts of it, or an adapter beside it. Layer 1.
 //!
-//! Invariant: names and defaults are those of trl 1.16.0's `ModelConfig`, and of peft 0.19.1 where TRL has no key; a key
-//! of ours says so in its doc.
+//! Invariant: names and defaults are those of trl 1.16.0's `ModelConfig`, and of peft 0.19.1 where
+//! TRL has no key; a key of ours says so in its doc.
 
 use super::value::words;
 use super::{Report, section};
@@ -37,7 +37,8 @@ section! {
     pub struct PeftConfig {
         /// Train an adapter; the model's own weights stay as they are.
         pub use_peft: bool = false,
-        /// Ours. The kind of adapter: LoRA, IA3, prompt tuning, or a bottleneck adapter (seq_bn: Pfeiffer, double_seq_bn: Houlsby, par_bn: parallel).
+        /// Ours. The kind of adapter: LoRA, IA3, prompt tuning, or a bottleneck adapter (seq_bn:
+        /// Pfeiffer, double_seq_bn: Houlsby, par_bn: parallel).
         pub peft_type: PeftType = PeftType::Lora,
         /// Rank of LoRA's matrices.
         pub lora_r: usize = 16,
@@ -45,9 +46,11 @@ section! {
         pub lora_alpha: f64 = 32.0,
         /// Dropout on LoRA's input. Projections that share an input share its mask.
         pub lora_dropout: f64 = 0.05,
-        /// Names of the projections, all-linear, or a regular expression (text with one of ^ $ * + ? ( [ |) over whole module names. none: the family's default (LoRA: q_proj, v_proj).
+        /// Names of the projections, all-linear, or a regular expression (text with one of ^ $ * +
+        /// ? ( [ |) over whole module names. none: the family's default (LoRA: q_proj, v_proj).
         pub lora_target_modules: Option<Vec<String>> = None,
-        /// Modules that are trained whole beside the adapter, and saved with it: embed_tokens, lm_head, score, norm.
+        /// Modules that are trained whole beside the adapter, and saved with it: embed_tokens,
+        /// lm_head, score, norm.
         pub lora_modules_to_save: Option<Vec<String>> = None,
         /// Scale by lora_alpha / sqrt(lora_r).
         pub use_rslora: bool = false,
@@ -65,7 +68,8 @@ section! {
         pub init_lora_weights: String = "true".into(),
         /// LoRA+: B's learning rate over A's. none: one rate.
         pub loraplus_lr_ratio: Option<f64> = None,
-        /// PEFT's, for IA3. Which of the targets scale their input, not their output. none: down_proj.
+        /// PEFT's, for IA3. Which of the targets scale their input, not their output. none:
+        /// down_proj.
         pub feedforward_modules: Option<Vec<String>> = None,
         /// PEFT's. Length of a prompt that is tuned.
         pub num_virtual_tokens: usize = 20,
@@ -73,11 +77,14 @@ section! {
         pub prompt_tuning_init_text: Option<String> = None,
         /// adapter-hub's. Hidden size over bottleneck size. none: the kind's (16; par_bn: 2).
         pub reduction_factor: Option<f64> = None,
-        /// adapter-hub's. relu, swish or gelu. none: the kind's (seq_bn, par_bn: relu; double_seq_bn: swish).
+        /// adapter-hub's. relu, swish or gelu. none: the kind's (seq_bn, par_bn: relu;
+        /// double_seq_bn: swish).
         pub non_linearity: Option<String> = None,
-        /// Ours. Patterns (regular expressions over parameter names) of what a full run does not train.
+        /// Ours. Patterns (regular expressions over parameter names) of what a full run does not
+        /// train.
         pub freeze: Option<Vec<String>> = None,
-        /// Ours. Other learning rates for some parameters of a full run: pattern=factor, ... the first that matches counts.
+        /// Ours. Other learning rates for some parameters of a full run: pattern=factor, ... the
+        /// first that matches counts.
         pub lr_multipliers: Option<Vec<String>> = None,
         /// Hold the frozen base weights in 4 bits (QLoRA).
         pub load_in_4bit: bool = false,
@@ -94,13 +101,23 @@ impl PeftConfig {
     fn rules(&self, report: &mut Report) {
         let lora = self.use_peft && self.peft_type == PeftType::Lora;
         if lora {
-            report.must(self.lora_r >= 1, || "lora_r = 0: an adapter of rank 0 learns nothing; give at least 1".into());
-            report.must(self.lora_alpha > 0.0, || format!("lora_alpha = {}: must be above 0", self.lora_alpha));
+            report.must(self.lora_r >= 1, || {
+                "lora_r = 0: an adapter of rank 0 learns nothing; give at least 1".into()
+            });
+            report.must(self.lora_alpha > 0.0, || {
+                format!("lora_alpha = {}: must be above 0", self.lora_alpha)
+            });
         }
         let p = self.lora_dropout;
-        report.must((0.0..1.0).contains(&p), || format!("lora_dropout = {p}: must be at least 0 and below 1"));
-        report.must(self.loraplus_lr_ratio.is_none_or(|r| r > 0.0), || "loraplus_lr_ratio: must be above 0".into());
-        report.must(!(self.load_in_4bit && self.load_in_8bit), || "load_in_4bit and load_in_8bit: choose one".into());
+        report.must((0.0..1.0).contains(&p), || {
+            format!("lora_dropout = {p}: must be at least 0 and below 1")
+        });
+        report.must(self.loraplus_lr_ratio.is_none_or(|r| r > 0.0), || {
+            "loraplus_lr_ratio: must be above 0".into()
+        });
+        report.must(!(self.load_in_4bit && self.load_in_8bit), || {
+            "load_in_4bit and load_in_8bit: choose one".into()
+        });
         if !self.use_peft {
             for key in [
                 "peft_type",
@@ -130,15 +147,28 @@ impl PeftConfig {
             });
         } else {
             report.idle("freeze", "use_peft", "use_peft is true: the base is frozen whole");
-            report.idle("lr_multipliers", "use_peft", "use_peft is true; loraplus_lr_ratio sets LoRA+'s");
+            report.idle(
+                "lr_multipliers",
+                "use_peft",
+                "use_peft is true; loraplus_lr_ratio sets LoRA+'s",
+            );
         }
         if self.use_peft && !lora {
-            for key in ["lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"] {
+            for key in [
+                "lora_r",
+                "lora_alpha",
+                "lora_dropout",
+                "use_rslora",
+                "use_dora",
+                "bias",
+                "init_lora_weights",
+            ] {
                 report.idle(key, "peft_type", "peft_type is not lora");
             }
         }
         let targeted = lora || self.peft_type == PeftType::Ia3;
-        let bottleneck = matches!(self.peft_type, PeftType::SeqBn | PeftType::DoubleSeqBn | PeftType::ParBn);
+        let bottleneck =
+            matches!(self.peft_type, PeftType::SeqBn | PeftType::DoubleSeqBn | PeftType::ParBn);
         for (keys, on, why) in [
             (
                 &["layers_to_transform", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio"][..],
@@ -146,13 +176,21 @@ impl PeftConfig {
                 "peft_type is not lora",
             ),
             (&["feedforward_modules"], self.peft_type == PeftType::Ia3, "peft_type is not ia3"),
-            (&["lora_target_modules", "lora_modules_to_save"], targeted, "peft_type is neither lora nor ia3"),
+            (
+                &["lora_target_modules", "lora_modules_to_save"],
+                targeted,
+                "peft_type is neither lora nor ia3",
+            ),
             (
                 &["num_virtual_tokens", "prompt_tuning_init_text"],
                 self.peft_type == PeftType::PromptTuning,
                 "peft_type is not prompt_tuning",
             ),
-            (&["reduction_factor", "non_linearity"], bottleneck, "peft_type is no bottleneck adapter"),
+            (
+                &["reduction_factor", "non_linearity"],
+                bottleneck,
+                "peft_type is no bottleneck adapter",
+            ),
         ] {
             if self.use_peft && !on {
                 keys.iter().for_each(|key| report.idle(key, "peft_type", why));

@@ -1,6 +1,7 @@
-//! Keys of process reward models: TRL's former `PRMConfig` (1.16.0 has none). Floor 0.
+//! Keys of process reward models: TRL's former `PRMConfig` (1.16.0 has none). Layer 1.
 //!
-//! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are those that TRL had.
+//! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are those that
+//! TRL had.
 
 use super::dpo::length_rules;
 use super::{MethodSection, OnTruncation, Report, TrainingConfig, section};

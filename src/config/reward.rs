@@ -1,4 +1,4 @@
-//! Keys of reward models: TRL's `RewardConfig`. Floor 0.
+//! Keys of reward models: TRL's `RewardConfig`. Layer 1.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
@@ -12,8 +12,8 @@ section! {
         pub center_rewards_coefficient: Option<f64> = None,
         /// Tokens of a prompt with a completion at most. none: no limit.
         pub max_length: Option<usize> = Some(1024),
-        /// Ours. A pair longer than max_length is dropped (truncate does the same: a cut answer has another worth); error
-        /// names the row.
+        /// Ours. A pair longer than max_length is dropped (truncate does the same: a cut answer has
+        /// another worth); error names the row.
         pub on_truncation: OnTruncation = OnTruncation::Drop,
         /// Switch the model's dropout off.
         pub disable_dropout: bool = true,
@@ -35,7 +35,9 @@ impl MethodSection for RewardConfig {
 impl RewardConfig {
     fn rules(&self, report: &mut Report) {
         if let Some(c) = self.center_rewards_coefficient {
-            report.must(c >= 0.0, || format!("center_rewards_coefficient = {c}: must not be below 0"));
+            report.must(c >= 0.0, || {
+                format!("center_rewards_coefficient = {c}: must not be below 0")
+            });
         }
         length_rules(self.max_length, report);
         if self.max_length.is_none() {

@@ -1,4 +1,4 @@
-//! Keys of supervised fine-tuning: TRL's `SFTConfig`. Floor 0.
+//! Keys of supervised fine-tuning: TRL's `SFTConfig`. Layer 1.
 //!
 //! Invariant: as for [`TrainingConfig`](super::TrainingConfig): names and defaults are TRL's.
 
@@ -43,9 +43,11 @@ section! {
         pub truncation_mode: TruncationMode = TruncationMode::KeepStart,
         /// Ours. What happens to a row longer than max_length (TRL: truncate). error names the row.
         pub on_truncation: OnTruncation = OnTruncation::Truncate,
-        /// Put several rows into one sequence of max_length; they do not see each other (but: wrapped).
+        /// Put several rows into one sequence of max_length; they do not see each other (but:
+        /// wrapped).
         pub packing: bool = false,
-        /// bfd: best fit, long rows lose their end; bfd_split: long rows are split; wrapped: cut anywhere.
+        /// bfd: best fit, long rows lose their end; bfd_split: long rows are split; wrapped: cut
+        /// anywhere.
         pub packing_strategy: PackingStrategy = PackingStrategy::Bfd,
         /// Loss on the completion only. none: yes for prompt-completion rows, no for others.
         pub completion_only_loss: Option<bool> = None,
@@ -78,12 +80,19 @@ impl SftConfig {
             ));
         }
         if self.packing && self.max_length.is_none() {
-            report.problem("packing = true needs max_length, the length of a pack; it is \"none\"".into());
+            report.problem(
+                "packing = true needs max_length, the length of a pack; it is \"none\"".into(),
+            );
         }
         if self.packing && self.truncation_mode == TruncationMode::KeepEnd {
-            report.problem("truncation_mode = \"keep_end\" and packing = true: packing cuts from the end only".into());
+            report.problem(
+                "truncation_mode = \"keep_end\" and packing = true: packing cuts from the end only"
+                    .into(),
+            );
         }
-        if self.packing && self.packing_strategy != PackingStrategy::Bfd && self.on_truncation != OnTruncation::Truncate
+        if self.packing
+            && self.packing_strategy != PackingStrategy::Bfd
+            && self.on_truncation != OnTruncation::Truncate
         {
             report.problem(
                 "on_truncation: this packing_strategy never drops a long row, it splits it; leave it at \"truncate\""

@@ -1,7 +1,7 @@
-//! The keys that every training run has: TRL's over HF's `TrainingArguments`. Floor 0.
+//! The keys that every training run has: TRL's over HF's `TrainingArguments`. Layer 1.
 //!
-//! Invariant: names and defaults that change the numbers are those of trl 1.16.0 over transformers 5.17; a key of ours
-//! says so in its doc.
+//! Invariant: names and defaults that change the numbers are those of trl 1.16.0 over transformers
+//! 5.17; a key of ours says so in its doc.
 
 use super::value::{Amount, words};
 use super::{Report, section};
@@ -30,7 +30,8 @@ words! {
         Adamw = "adamw" | "adamw_torch_fused" | "adamw_torch",
         /// No master weights: bfloat16 weights, stochastically rounded.
         AdamwBf16 = "adamw_bf16",
-        /// As adamw_bf16 where weights are bfloat16, and moments in bfloat16 too, stochastically rounded.
+        /// As adamw_bf16 where weights are bfloat16, and moments in bfloat16 too, stochastically
+        /// rounded.
         AdamwBf16Moments = "adamw_bf16_moments",
         /// Float master weights; moments in 8-bit codes, a scale for each 256.
         Adamw8bit = "adamw_8bit" | "adamw_bnb_8bit",
@@ -55,7 +56,7 @@ words! {
 
 words! {
     /// Recomputing activations in the backward pass.
-    pub enum Recompute {
+    pub enum GradientCheckpointing {
         Auto = "auto",
         On = "true",
         Off = "false",
@@ -79,7 +80,7 @@ words! {
 words! {
     pub enum AttentionChoice {
         Auto = "auto",
-        Light = "light",
+        Simt = "simt" | "light",
         TensorCore = "tensor_core",
     }
 }
@@ -95,7 +96,8 @@ section! {
     pub struct TrainingConfig {
         /// Peak learning rate of AdamW. Each method has its own default (SFT: 2e-5).
         pub learning_rate: f64 = 5e-5,
-        /// Rows of a micro-batch; times gradient_accumulation_steps they make the step batch, which every normaliser goes by.
+        /// Rows of a micro-batch; times gradient_accumulation_steps they make the step batch, which
+        /// every normaliser goes by.
         pub per_device_train_batch_size: usize = 8,
         /// Rows in an evaluation batch.
         pub per_device_eval_batch_size: usize = 8,
@@ -119,7 +121,9 @@ section! {
         pub adam_epsilon: f64 = 1e-8,
         /// The gradient is scaled down to this global L2 norm; 0: never.
         pub max_grad_norm: f64 = 1.0,
-        /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic rounding; adamw_8bit: moments in 8 bits; adamw_bf16_moments: moments in bfloat16, and weights as adamw_bf16's where they are bfloat16.
+        /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic
+        /// rounding; adamw_8bit: moments in 8 bits; adamw_bf16_moments: moments in bfloat16, and
+        /// weights as adamw_bf16's where they are bfloat16.
         pub optim: Optim = Optim::Adamw,
         /// Seed of everything random: data order, dropout, sampling, new weights.
         pub seed: u64 = 42,
@@ -131,24 +135,29 @@ section! {
         pub save_strategy: When = When::Steps,
         /// Steps between two checkpoints, or below 1 a share of the run's steps.
         pub save_steps: Amount = Amount::Count(500),
-        /// Checkpoints that are kept; older ones are deleted once a newer one is on disk. none: all.
+        /// Checkpoints that are kept; older ones are deleted once a newer one is on disk. none:
+        /// all.
         pub save_total_limit: Option<usize> = None,
         /// When the evaluation rows are scored.
         pub eval_strategy: When = When::No,
-        /// Steps between two evaluations, or below 1 a share of the run's steps. none: logging_steps.
+        /// Steps between two evaluations, or below 1 a share of the run's steps. none:
+        /// logging_steps.
         pub eval_steps: Option<Amount> = None,
-        /// Ours. Rows split off for evaluation where no --eval-data is given, or below 1 a share of the rows.
+        /// Ours. Rows split off for evaluation where no --eval-data is given, or below 1 a share of
+        /// the rows.
         pub eval_rows: Amount = Amount::Count(0),
-        /// Recompute activations in the backward pass. Changes memory and speed, not one bit of the result. auto: as the
-        /// memory plan needs it (TRL: true).
-        pub gradient_checkpointing: Recompute = Recompute::Auto,
-        /// Ours. Number type of the forward and backward pass. auto: bfloat16 on a GPU, float32 on a CPU.
+        /// Recompute activations in the backward pass. Changes memory and speed, not
+        /// one bit of the result. auto: as the memory plan needs it (TRL: true).
+        pub gradient_checkpointing: GradientCheckpointing = GradientCheckpointing::Auto,
+        /// Ours. Number type of the forward and backward pass. auto: bfloat16 on a GPU, float32 on
+        /// a CPU.
         pub dtype: Dtype = Dtype::Auto,
         /// Ours. auto: the GPU if there is one.
         pub device: DeviceChoice = DeviceChoice::Auto,
-        /// Ours. own: the engine's kernels only; auto: the library's matrix products where they are faster.
+        /// Ours. own: the engine's kernels only; auto: the library's matrix products where they are
+        /// faster.
         pub matmul: MatmulChoice = MatmulChoice::Auto,
-        /// Ours. Family of attention kernels. auto: tensor_core for bfloat16 on a GPU, else light.
+        /// Ours. Family of attention kernels. auto: tensor_core for bfloat16 on a GPU, else simt.
         pub attention: AttentionChoice = AttentionChoice::Auto,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
@@ -177,7 +186,9 @@ impl TrainingConfig {
             report.must(value >= 0.0, || format!("{key} = {value}: must not be negative"));
         }
         for (key, value) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
-            report.must((0.0..1.0).contains(&value), || format!("{key} = {value}: must be at least 0 and below 1"));
+            report.must((0.0..1.0).contains(&value), || {
+                format!("{key} = {value}: must be at least 0 and below 1")
+            });
         }
         let epochs = self.num_train_epochs;
         report.must(epochs > 0.0, || format!("num_train_epochs = {epochs}: must be above 0"));
@@ -188,9 +199,11 @@ impl TrainingConfig {
         if steps > 0 && report.was_given("num_train_epochs") {
             report.note(format!("num_train_epochs has no effect: max_steps = {steps}"));
         }
-        report.must(!self.logging_steps.is_zero(), || "logging_steps = 0: must be at least 1".into());
+        report
+            .must(!self.logging_steps.is_zero(), || "logging_steps = 0: must be at least 1".into());
         report.must(!self.save_steps.is_zero(), || {
-            "save_steps = 0: must be at least 1; save_strategy = \"no\" writes no checkpoints".into()
+            "save_steps = 0: must be at least 1; save_strategy = \"no\" writes no checkpoints"
+                .into()
         });
         report.must(self.save_total_limit != Some(0), || {
             "save_total_limit = 0: must be at least 1; \"none\" keeps all checkpoints".into()
@@ -201,7 +214,9 @@ impl TrainingConfig {
         if self.save_strategy == When::No {
             report.idle("save_total_limit", "save_strategy", "save_strategy is \"no\"");
         }
-        report.must(self.eval_steps.is_none_or(|s| !s.is_zero()), || "eval_steps = 0: must be at least 1".into());
+        report.must(self.eval_steps.is_none_or(|s| !s.is_zero()), || {
+            "eval_steps = 0: must be at least 1".into()
+        });
         if self.eval_strategy != When::Steps {
             report.idle("eval_steps", "eval_strategy", "eval_strategy is not \"steps\"");
         }
@@ -216,7 +231,9 @@ impl TrainingConfig {
             );
         }
         if self.optim == Optim::AdamwBf16 && self.dtype == Dtype::Float32 {
-            report.problem("optim = \"adamw_bf16\" keeps its weights in bfloat16; dtype is float32".into());
+            report.problem(
+                "optim = \"adamw_bf16\" keeps its weights in bfloat16; dtype is float32".into(),
+            );
         }
     }
 }

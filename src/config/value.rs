@@ -1,4 +1,4 @@
-//! What the value of a key may be, in TOML and on the command line. Floor 0.
+//! What the value of a key may be, in TOML and on the command line. Layer 1.
 //!
 //! Invariant: `read(written(v)) == v` for every value, so the resolved file loads back as it is.
 
@@ -95,7 +95,10 @@ impl Value for u64 {
         "integer".into()
     }
     fn read(given: &Given) -> Result<Self, String> {
-        given.integer().and_then(|i| u64::try_from(i).ok()).ok_or_else(|| "a whole number, not negative".into())
+        given
+            .integer()
+            .and_then(|i| u64::try_from(i).ok())
+            .ok_or_else(|| "a whole number, not negative".into())
     }
     fn written(&self) -> Toml {
         Toml::Integer(i64::try_from(*self).unwrap_or(i64::MAX)) // `read` gave at most i64::MAX
@@ -107,7 +110,10 @@ impl Value for usize {
         "integer".into()
     }
     fn read(given: &Given) -> Result<Self, String> {
-        given.integer().and_then(|i| usize::try_from(i).ok()).ok_or_else(|| "a whole number, not negative".into())
+        given
+            .integer()
+            .and_then(|i| usize::try_from(i).ok())
+            .ok_or_else(|| "a whole number, not negative".into())
     }
     fn written(&self) -> Toml {
         Toml::Integer(i64::try_from(*self).unwrap_or(i64::MAX))
@@ -171,9 +177,14 @@ impl<T: Value> Value for Vec<T> {
             Given::File(Toml::Array(items)) => items.iter().cloned().map(Given::File).collect(),
             Given::File(_) => vec![given.clone()],
             Given::Text(text) if text.trim().is_empty() => Vec::new(),
-            Given::Text(text) => text.split(',').map(|item| Given::Text(item.trim().to_string())).collect(),
+            Given::Text(text) => {
+                text.split(',').map(|item| Given::Text(item.trim().to_string())).collect()
+            }
         };
-        items.iter().map(|item| T::read(item).map_err(|expected| format!("a list, each of it {expected}"))).collect()
+        items
+            .iter()
+            .map(|item| T::read(item).map_err(|expected| format!("a list, each of it {expected}")))
+            .collect()
     }
     fn written(&self) -> Toml {
         Toml::Array(self.iter().map(Value::written).collect())
@@ -220,7 +231,8 @@ impl Value for Amount {
     }
 }
 
-/// An enum whose variants are words of the run file; the first word is the one that is written, others are aliases.
+/// An enum whose variants are words of the run file; the first word is the one that is written,
+/// others are aliases.
 macro_rules! words {
     ($(#[$meta:meta])* pub enum $name:ident { $($(#[$vmeta:meta])* $variant:ident = $word:literal $(| $alias:literal)*,)+ }) => {
         $(#[$meta])*
@@ -247,8 +259,10 @@ pub(crate) fn choose<T: Copy>(given: &Given, choices: &[(&[&str], T)]) -> Result
     let word = given.word().unwrap_or_default();
     let found = choices.iter().find(|(words, _)| words.contains(&word.as_str()));
     found.map(|(_, choice)| *choice).ok_or_else(|| {
-        let words: Vec<&str> = choices.iter().filter_map(|(words, _)| words.first().copied()).collect();
-        let hint = crate::error::nearest(&word, words.iter().copied()).map(|w| format!("; did you mean {w}?"));
+        let words: Vec<&str> =
+            choices.iter().filter_map(|(words, _)| words.first().copied()).collect();
+        let hint = crate::error::nearest(&word, words.iter().copied())
+            .map(|w| format!("; did you mean {w}?"));
         format!("one of {}{}", words.join(", "), hint.unwrap_or_default())
     })
 }

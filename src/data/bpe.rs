@@ -1,4 +1,5 @@
-//! Trains a small byte-level BPE tokenizer and writes it as a folder that transformers loads. Floor 4.
+//! Trains a small byte-level BPE tokenizer and writes it as a folder that transformers loads. Layer
+//! 6.
 //!
 //! Invariant: the same texts give the same files, byte for byte.
 
@@ -21,8 +22,9 @@ pub struct TrainedBpe {
     json: String,
 }
 
-/// Trains on `texts` up to `vocab_size` tokens: the special ones first, then the 256 bytes, then merges. With
-/// `split_digits` each digit is a token of its own, as in the large families; without, frequent numbers become one token.
+/// Trains on `texts` up to `vocab_size` tokens: the special ones first, then the 256 bytes, then
+/// merges. With `split_digits` each digit is a token of its own, as in the large families; without,
+/// frequent numbers become one token.
 pub fn train_bpe<'a>(
     texts: impl Iterator<Item = &'a str>,
     vocab_size: usize,
@@ -69,8 +71,15 @@ impl TrainedBpe {
         &self.json
     }
 
-    /// Writes tokenizer.json, tokenizer_config.json and, if there is a template, chat_template.jinja into `dir`.
-    pub fn write(&self, dir: &Path, eos: &str, pad: &str, chat_template: Option<&str>) -> Result<()> {
+    /// Writes tokenizer.json, tokenizer_config.json and, if there is a template,
+    /// chat_template.jinja into `dir`.
+    pub fn write(
+        &self,
+        dir: &Path,
+        eos: &str,
+        pad: &str,
+        chat_template: Option<&str>,
+    ) -> Result<()> {
         let config = json!({
             "clean_up_tokenization_spaces": false,
             "eos_token": eos,
@@ -96,7 +105,12 @@ mod tests {
     fn training_twice_gives_the_same_bytes() {
         let texts: Vec<String> =
             (0..200).map(|i| format!("Tom has {i} apples and buys {} more.", i * 7 % 13)).collect();
-        let train = || train_bpe(texts.iter().map(String::as_str), 400, &["<|end|>"], true).unwrap().json().to_string();
+        let train = || {
+            train_bpe(texts.iter().map(String::as_str), 400, &["<|end|>"], true)
+                .unwrap()
+                .json()
+                .to_string()
+        };
         assert_eq!(train(), train());
         assert!(train_bpe(std::iter::empty(), 256, &["<|end|>"], true).is_err());
     }

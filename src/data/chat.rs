@@ -1,7 +1,7 @@
-//! Renders a model's chat template as transformers does. Floor 4.
+//! Renders a model's chat template as transformers does. Layer 6.
 //!
-//! Invariant: text and generation spans equal those of `apply_chat_template`, or rendering is an error; a hostile
-//! template ends in an error after a bounded amount of work.
+//! Invariant: text and generation spans equal those of `apply_chat_template`, or rendering is an
+//! error; a hostile template ends in an error after a bounded amount of work.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -41,7 +41,8 @@ pub struct Rendered {
 }
 
 impl ChatTemplate {
-    /// Compiles `source`. `origin` is the file that errors name; `special` holds `bos_token`, `eos_token` ...
+    /// Compiles `source`. `origin` is the file that errors name; `special` holds `bos_token`,
+    /// `eos_token` ...
     pub fn new(source: &str, origin: &Path, special: &Map<String, Value>) -> Result<ChatTemplate> {
         ChatTemplate::with_clock(source, origin, special, Arc::new(Clock::now))
     }
@@ -54,8 +55,8 @@ impl ChatTemplate {
         }
     }
 
-    /// As [`ChatTemplate::new`] with the clock that `strftime_now` reads. (transformers reads local time, this crate's
-    /// default clock UTC.)
+    /// As [`ChatTemplate::new`] with the clock that `strftime_now` reads. (transformers reads local
+    /// time, this crate's default clock UTC.)
     pub fn with_clock(
         source: &str,
         origin: &Path,
@@ -63,12 +64,24 @@ impl ChatTemplate {
         clock: Arc<dyn Fn() -> Clock + Send + Sync>,
     ) -> Result<ChatTemplate> {
         let broken = |e: minijinja::Error| {
-            Error::model(origin, format!("chat template: {}; correct it, or take the model's own template", said(&e)))
+            Error::model(
+                origin,
+                format!(
+                    "chat template: {}; correct it, or take the model's own template",
+                    said(&e)
+                ),
+            )
         };
         let source = &source.replace("\r\n", "\n").replace('\r', "\n"); // as Jinja2's lexer does
         let (rewritten, blocks) = generation_tag::rewrite(source);
         let mut env = Environment::new();
-        env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(broken)?);
+        env.set_syntax(
+            SyntaxConfig::builder()
+                .trim_blocks(true)
+                .lstrip_blocks(true)
+                .build()
+                .map_err(broken)?,
+        );
         env.set_undefined_behavior(UndefinedBehavior::Lenient);
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         env.set_fuel(Some(FUEL));
@@ -76,7 +89,13 @@ impl ChatTemplate {
         jinja::install(&mut env, clock);
         env.add_template_owned(NAME, rewritten).map_err(broken)?;
         let marker_taken = source.contains(MARKER);
-        Ok(ChatTemplate { env, origin: origin.to_path_buf(), special: special.clone(), blocks, marker_taken })
+        Ok(ChatTemplate {
+            env,
+            origin: origin.to_path_buf(),
+            special: special.clone(),
+            blocks,
+            marker_taken,
+        })
     }
 
     /// Whether the template marks what the assistant says with `{% generation %}`.
@@ -105,14 +124,15 @@ impl ChatTemplate {
         Ok(take_spans(&text, &open, &close))
     }
 
-    /// Two strings that occur nowhere in what is rendered. U+FDD0 is a noncharacter, so the first pair will do unless
-    /// someone means harm.
+    /// Two strings that occur nowhere in what is rendered. U+FDD0 is a noncharacter, so the first
+    /// pair will do unless someone means harm.
     fn markers(&self, context: &Map<String, Value>) -> (String, String) {
         if self.blocks == 0 {
             return (String::new(), String::new());
         }
         let taken = if self.marker_taken { 1 } else { 0 } + occurrences(context.values());
-        // longer than any run that the input itself can make, unless the template repeats it on purpose
+        // longer than any run that the input itself can make, unless the template repeats it on
+        // purpose
         let run = MARKER.to_string().repeat(taken + 1);
         (format!("{run}<"), format!("{run}>"))
     }
@@ -133,7 +153,8 @@ fn occurrences<'a>(values: impl Iterator<Item = &'a Value>) -> usize {
             Value::String(s) => s.matches(MARKER).count(),
             Value::Array(items) => occurrences(items.iter()),
             Value::Object(map) => {
-                map.keys().map(|k| k.matches(MARKER).count()).sum::<usize>() + occurrences(map.values())
+                map.keys().map(|k| k.matches(MARKER).count()).sum::<usize>()
+                    + occurrences(map.values())
             }
             _ => 0,
         })
@@ -167,7 +188,9 @@ fn take_spans(marked: &str, open: &str, close: &str) -> Rendered {
 /// The message of a template error with its line, on one line.
 fn said(error: &minijinja::Error) -> String {
     let what = match error.kind() {
-        minijinja::ErrorKind::OutOfFuel => "ran for too long (an endless or enormous loop?)".to_string(),
+        minijinja::ErrorKind::OutOfFuel => {
+            "ran for too long (an endless or enormous loop?)".to_string()
+        }
         kind => error.detail().map_or_else(|| kind.to_string(), str::to_string),
     };
     error.line().map_or(what.clone(), |line| format!("{what} (line {line})"))
@@ -219,7 +242,9 @@ mod tests {
 
     #[test]
     fn a_raised_exception_keeps_its_message() {
-        let e = render("a\n{{ raise_exception('roles must alternate') }}", json!([])).unwrap_err().to_string();
+        let e = render("a\n{{ raise_exception('roles must alternate') }}", json!([]))
+            .unwrap_err()
+            .to_string();
         assert_eq!(e, "m: chat template: roles must alternate (line 2)");
     }
 }

@@ -1,4 +1,5 @@
-//! What a tokenizer's folder says besides tokenizer.json: special tokens, added tokens, the chat template. Floor 4.
+//! What a tokenizer's folder says besides tokenizer.json: special tokens, added tokens, the chat
+//! template. Layer 6.
 //!
 //! Invariant: where two files say different things, the one that transformers prefers wins.
 
@@ -17,13 +18,22 @@ pub fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     match serde_json::from_str(text.trim_start_matches('\u{FEFF}')) {
         Ok(Value::Object(map)) => Ok(Some(map)),
-        Ok(_) => Err(Error::model(path, "must be a JSON object; copy the file again from the model's repository")),
-        Err(e) => Err(Error::model(path, format!("not valid JSON ({e}); copy the file again from the model's source"))),
+        Ok(_) => Err(Error::model(
+            path,
+            "must be a JSON object; copy the file again from the model's repository",
+        )),
+        Err(e) => Err(Error::model(
+            path,
+            format!("not valid JSON ({e}); copy the file again from the model's source"),
+        )),
     }
 }
 
 /// Named special tokens as strings: tokenizer_config.json wins over special_tokens_map.json.
-pub fn special_tokens(file: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {
+pub fn special_tokens(
+    file: &Map<String, Value>,
+    config: &Map<String, Value>,
+) -> Map<String, Value> {
     let mut out = Map::new();
     for source in [file, config] {
         for key in NAMED {
@@ -48,10 +58,13 @@ fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// chat_template.jinja, then `chat_template` in tokenizer_config.json (a string, or a list of named ones), then the
-/// folder of extra templates, then the old chat_template.json.
+/// chat_template.jinja, then `chat_template` in tokenizer_config.json (a string, or a list of named
+/// ones), then the folder of extra templates, then the old chat_template.json.
 pub fn find_chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
-    for path in [dir.join("chat_template.jinja"), dir.join("additional_chat_templates").join("default.jinja")] {
+    for path in [
+        dir.join("chat_template.jinja"),
+        dir.join("additional_chat_templates").join("default.jinja"),
+    ] {
         let inline = config.get("chat_template").is_some_and(|t| !t.is_null());
         if path.is_file() && (!inline || path.ends_with("chat_template.jinja")) {
             return Ok(Some(std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?));
@@ -63,7 +76,8 @@ pub fn find_chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Opt
         Some(Value::String(source)) => Some(source.clone()),
         Some(Value::Array(named)) => {
             let source = |t: &Value| t.get("template").and_then(Value::as_str).map(str::to_string);
-            let default = named.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
+            let default =
+                named.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
             default.or(named.first()).and_then(source)
         }
         _ => None,
@@ -84,9 +98,11 @@ pub fn tokenizer_files(dir: &Path) -> Vec<PathBuf> {
         "vocab.txt",
         "merges.txt",
     ];
-    let mut files: Vec<PathBuf> = names.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
+    let mut files: Vec<PathBuf> =
+        names.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
     if let Ok(entries) = std::fs::read_dir(dir.join("additional_chat_templates")) {
-        let mut extra: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
+        let mut extra: Vec<PathBuf> =
+            entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
         extra.sort();
         files.extend(extra);
     }
@@ -102,15 +118,20 @@ pub fn added_tokens(config: &Map<String, Value>) -> Vec<(u32, AddedToken)> {
             single_word: flag("single_word"),
             lstrip: flag("lstrip"),
             rstrip: flag("rstrip"),
-            normalized: token.get("normalized").and_then(Value::as_bool).unwrap_or(!flag("special")),
+            normalized: token
+                .get("normalized")
+                .and_then(Value::as_bool)
+                .unwrap_or(!flag("special")),
             special: flag("special"),
         };
         Some((id.parse().ok()?, added))
     };
     let decoder = config.get("added_tokens_decoder").and_then(Value::as_object);
-    let mut tokens: Vec<(u32, AddedToken)> = decoder.into_iter().flatten().filter_map(entry).collect();
+    let mut tokens: Vec<(u32, AddedToken)> =
+        decoder.into_iter().flatten().filter_map(entry).collect();
     tokens.sort_by_key(|(id, _)| *id);
     tokens
 }
 
-const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+const NAMED: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];

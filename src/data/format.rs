@@ -1,7 +1,8 @@
-//! TRL's dataset types: what kind of rows a file holds, and each row checked against it. Floor 4.
+//! TRL's dataset types: what kind of rows a file holds, and each row checked against it. Layer 6.
 //!
-//! Invariant: the first row decides the type for all rows; a row that does not fit is an error with its file and line.
-//! ShareGPT and Alpaca rows are converted, so the rest of the crate sees only TRL's types.
+//! Invariant: the first row decides the type for all rows; a row that does not fit is an error with
+//! its file and line. ShareGPT and Alpaca rows are converted, so the rest of the crate sees only
+//! TRL's types.
 
 use serde_json::{Map, Value, json};
 
@@ -80,7 +81,8 @@ impl Format {
             _ if has("instruction") && has("output") => Format::Alpaca,
             _ if has("prompt") => Format::PromptOnly,
             _ => {
-                let known = row.value.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
+                let known =
+                    row.value.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
                 return Err(row.error(format!(
                     "fields {known} fit no known kind of row; give {text_field:?}, \"messages\", \"prompt\" and \
                      \"completion\", or \"chosen\" and \"rejected\" (or set dataset_text_field)"
@@ -93,7 +95,9 @@ impl Format {
     pub fn parse(self, row: &Row, text_field: &str) -> Result<Example> {
         let sample = match self {
             Format::Text => Sample::Text(row.string(text_field)?.to_string()),
-            Format::Messages => Sample::Messages(filled(row, "messages", row.messages("messages")?)?),
+            Format::Messages => {
+                Sample::Messages(filled(row, "messages", row.messages("messages")?)?)
+            }
             Format::ShareGpt => Sample::Messages(filled(row, "conversations", share_gpt(row)?)?),
             Format::Alpaca => alpaca(row)?,
             Format::PromptCompletion => {
@@ -103,7 +107,8 @@ impl Format {
             Format::PromptOnly => Sample::PromptOnly { prompt: content(row, "prompt")? },
             Format::Preference => {
                 let (chosen, rejected) = pair(row, "chosen", "rejected")?;
-                let prompt = if row.has("prompt") { Some(pair(row, "prompt", "chosen")?.0) } else { None };
+                let prompt =
+                    if row.has("prompt") { Some(pair(row, "prompt", "chosen")?.0) } else { None };
                 Sample::Preference { prompt, chosen, rejected }
             }
             Format::Unpaired => {
@@ -122,7 +127,9 @@ fn content(row: &Row, field: &str) -> Result<Content> {
         Value::Array(items) if items.first().is_some_and(|m| m.get("from").is_some()) => {
             Ok(Content::Chat(filled(row, field, from_value(row, field, items)?)?))
         }
-        Value::Array(items) => Ok(Content::Chat(filled(row, field, row.checked_messages(field, items)?)?)),
+        Value::Array(items) => {
+            Ok(Content::Chat(filled(row, field, row.checked_messages(field, items)?)?))
+        }
         other => Err(row.wrong(field, "a string or a list of messages", other)),
     }
 }
@@ -132,7 +139,11 @@ fn pair(row: &Row, a: &str, b: &str) -> Result<(Content, Content)> {
     let (x, y) = (content(row, a)?, content(row, b)?);
     if x.is_chat() != y.is_chat() {
         let name = |c: &Content| if c.is_chat() { "a list of messages" } else { "a string" };
-        let message = format!("{a:?} is {} and {b:?} is {}; make both strings or both messages", name(&x), name(&y));
+        let message = format!(
+            "{a:?} is {} and {b:?} is {}; make both strings or both messages",
+            name(&x),
+            name(&y)
+        );
         return Err(row.error(message));
     }
     Ok((x, y))
@@ -140,14 +151,19 @@ fn pair(row: &Row, a: &str, b: &str) -> Result<(Content, Content)> {
 
 fn filled(row: &Row, field: &str, messages: Vec<Value>) -> Result<Vec<Value>> {
     match messages.is_empty() {
-        true => Err(row.error(format!("field {field:?} is an empty list; a conversation needs a message"))),
+        true => {
+            Err(row
+                .error(format!("field {field:?} is an empty list; a conversation needs a message")))
+        }
         false => Ok(messages),
     }
 }
 
 fn share_gpt(row: &Row) -> Result<Vec<Value>> {
     match row.need("conversations")? {
-        Value::Array(items) if items.first().is_some_and(|m| m.get("role").is_some()) => row.messages("conversations"),
+        Value::Array(items) if items.first().is_some_and(|m| m.get("role").is_some()) => {
+            row.messages("conversations")
+        }
         Value::Array(items) => from_value(row, "conversations", items),
         other => Err(row.wrong("conversations", "a list of messages", other)),
     }
@@ -157,7 +173,11 @@ fn share_gpt(row: &Row) -> Result<Vec<Value>> {
 fn from_value(row: &Row, field: &str, items: &[Value]) -> Result<Vec<Value>> {
     let convert = |(i, item): (usize, &Value)| {
         let Value::Object(message) = item else {
-            return Err(row.wrong(&format!("{field}[{i}]"), "an object with \"from\" and \"value\"", item));
+            return Err(row.wrong(
+                &format!("{field}[{i}]"),
+                "an object with \"from\" and \"value\"",
+                item,
+            ));
         };
         let mut out = Map::new();
         for (key, value) in message {
@@ -191,23 +211,29 @@ fn alpaca(row: &Row) -> Result<Sample> {
         prompt.insert(0, json!({"role": "system", "content": row.string("system")?}));
     }
     let completion = vec![json!({"role": "assistant", "content": row.string("output")?})];
-    Ok(Sample::PromptCompletion { prompt: Content::Chat(prompt), completion: Content::Chat(completion) })
+    Ok(Sample::PromptCompletion {
+        prompt: Content::Chat(prompt),
+        completion: Content::Chat(completion),
+    })
 }
 
 /// A list of JSON schemas, or the same as a JSON string.
 fn tools(row: &Row) -> Result<Option<Value>> {
     let parsed = match row.get("tools") {
         None => return Ok(None),
-        Some(Value::String(text)) => {
-            serde_json::from_str(text).map_err(|e| row.error(format!("field \"tools\" is not valid JSON: {e}")))?
-        }
+        Some(Value::String(text)) => serde_json::from_str(text)
+            .map_err(|e| row.error(format!("field \"tools\" is not valid JSON: {e}")))?,
         Some(other) => other.clone(),
     };
     match &parsed {
         Value::Null => Ok(None),
         Value::Array(items) if items.iter().all(Value::is_object) => Ok(Some(parsed)),
-        Value::Array(_) => Err(row.error("field \"tools\" must be a list of JSON schemas (objects)")),
-        other => Err(row.wrong("tools", "a list of JSON schemas, or that list as a JSON string", other)),
+        Value::Array(_) => {
+            Err(row.error("field \"tools\" must be a list of JSON schemas (objects)"))
+        }
+        other => {
+            Err(row.wrong("tools", "a list of JSON schemas, or that list as a JSON string", other))
+        }
     }
 }
 
@@ -215,9 +241,10 @@ fn template_kwargs(row: &Row) -> Result<Map<String, Value>> {
     match row.get("chat_template_kwargs") {
         None => Ok(Map::new()),
         Some(Value::Object(map)) => Ok(map.clone()),
-        Some(other) => {
-            Err(row.error(format!("field \"chat_template_kwargs\" must be an object, found {}", kind(other))))
-        }
+        Some(other) => Err(row.error(format!(
+            "field \"chat_template_kwargs\" must be an object, found {}",
+            kind(other)
+        ))),
     }
 }
 
@@ -245,7 +272,10 @@ mod tests {
             (format!(r#"{{"messages":{chat},"tools":"[]"}}"#), Format::Messages),
             (r#"{"prompt":"a","completion":"b"}"#.to_string(), Format::PromptCompletion),
             (format!(r#"{{"prompt":{chat}}}"#), Format::PromptOnly),
-            (format!(r#"{{"prompt":{chat},"chosen":{chat},"rejected":{chat}}}"#), Format::Preference),
+            (
+                format!(r#"{{"prompt":{chat},"chosen":{chat},"rejected":{chat}}}"#),
+                Format::Preference,
+            ),
             (r#"{"chosen":"a","rejected":"b"}"#.to_string(), Format::Preference),
             (r#"{"prompt":"a","completion":"b","label":true}"#.to_string(), Format::Unpaired),
         ];
@@ -256,21 +286,32 @@ mod tests {
 
     #[test]
     fn share_gpt_and_alpaca_become_trl_types() {
-        let (_, e) = parse(r#"{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"b"}]}"#).unwrap();
+        let (_, e) =
+            parse(r#"{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"b"}]}"#)
+                .unwrap();
         let a = json!({"role":"user","content":"a"});
         let b = json!({"role":"assistant","content":"b"});
         assert_eq!(e.sample, Sample::Messages(vec![a, b.clone()]));
         let (_, e) = parse(r#"{"instruction":"a","input":"c","output":"b"}"#).unwrap();
         let (prompt, completion) = (vec![json!({"role":"user","content":"a\n\nc"})], vec![b]);
-        let want = Sample::PromptCompletion { prompt: Content::Chat(prompt), completion: Content::Chat(completion) };
+        let want = Sample::PromptCompletion {
+            prompt: Content::Chat(prompt),
+            completion: Content::Chat(completion),
+        };
         assert_eq!(e.sample, want);
     }
 
     #[test]
     fn mistakes_are_told_with_their_place() {
-        assert!(said(r#"{"promt":"a"}"#).starts_with("r.jsonl:2: fields \"promt\" fit no known kind of row"));
+        assert!(
+            said(r#"{"promt":"a"}"#)
+                .starts_with("r.jsonl:2: fields \"promt\" fit no known kind of row")
+        );
         let number = said(r#"{"prompt":3,"completion":"b"}"#);
-        assert_eq!(number, "r.jsonl:2: field \"prompt\" must be a string or a list of messages, found a number");
+        assert_eq!(
+            number,
+            "r.jsonl:2: field \"prompt\" must be a string or a list of messages, found a number"
+        );
         assert!(
             said(r#"{"prompt":"a","completion":[{"role":"assistant"}]}"#)
                 .contains("make both strings or both messages")
@@ -279,6 +320,9 @@ mod tests {
         assert!(said(r#"{"messages":"a"}"#).contains("must be a list of messages, found a string"));
         assert!(said(r#"{"messages":[{"content":"a"}]}"#).contains("has no \"role\""));
         assert!(said(r#"{"text":"a","tools":"[1]"}"#).contains("must be a list of JSON schemas"));
-        assert!(said(r#"{"prompt":"a","completion":"b","label":1}"#).contains("must be true or false, found a number"));
+        assert!(
+            said(r#"{"prompt":"a","completion":"b","label":1}"#)
+                .contains("must be true or false, found a number")
+        );
     }
 }

@@ -1,6 +1,8 @@
-//! Rewrites `{% generation %}` blocks, which minijinja does not know, into blocks that leave markers. Floor 4.
+//! Rewrites `{% generation %}` blocks, which minijinja does not know, into blocks that leave
+//! markers. Layer 6.
 //!
-//! Invariant: apart from the markers the rewritten template renders what Jinja2 renders, whitespace control included.
+//! Invariant: apart from the markers the rewritten template renders what Jinja2 renders, whitespace
+//! control included.
 
 /// The template variables that hold the markers at render time.
 pub const OPEN: &str = "__temper_open";
@@ -8,9 +10,10 @@ pub const CLOSE: &str = "__temper_close";
 
 /// The rewritten source, and how many generation blocks it has.
 ///
-/// `{% generation %}` becomes `{% with %}{{ open }}{% set x = 0 %}` and its end `{% set x = 0 %}{{ close }}{% endwith %}`.
-/// The outer tags keep the `-` and `+` of the original and are themselves blocks, so that the lexer trims around them
-/// as around the original; `with` gives the scope that Jinja2's call block has.
+/// `{% generation %}` becomes `{% with %}{{ open }}{% set x = 0 %}` and its end `{% set x = 0 %}{{
+/// close }}{% endwith %}`. The outer tags keep the `-` and `+` of the original and are themselves
+/// blocks, so that the lexer trims around them as around the original; `with` gives the scope that
+/// Jinja2's call block has.
 pub fn rewrite(source: &str) -> (String, usize) {
     let mut out = String::with_capacity(source.len() + 64);
     let mut rest = source;
@@ -35,10 +38,14 @@ pub fn rewrite(source: &str) -> (String, usize) {
         match block.name {
             "generation" => {
                 blocks += 1;
-                out.push_str(&format!("{{%{left} with %}}{{{{ {OPEN} }}}}{{% set __temper = 0 {right}%}}"));
+                out.push_str(&format!(
+                    "{{%{left} with %}}{{{{ {OPEN} }}}}{{% set __temper = 0 {right}%}}"
+                ));
             }
             "endgeneration" => {
-                out.push_str(&format!("{{%{left} set __temper = 0 %}}{{{{ {CLOSE} }}}}{{% endwith {right}%}}"));
+                out.push_str(&format!(
+                    "{{%{left} set __temper = 0 %}}{{{{ {CLOSE} }}}}{{% endwith {right}%}}"
+                ));
             }
             "raw" => {
                 let raw = raw_end(rest).unwrap_or(rest.len());

@@ -1,6 +1,8 @@
-//! What Python and Jinja2 do and minijinja does not: `str()`, `json.dumps`, `strftime`, and a few tests. Floor 4.
+//! What Python and Jinja2 do and minijinja does not: `str()`, `json.dumps`, `strftime`, and a few
+//! tests. Layer 6.
 //!
-//! Invariant: a value prints as Python prints it, since what is printed becomes the prompt a model was trained on.
+//! Invariant: a value prints as Python prints it, since what is printed becomes the prompt a model
+//! was trained on.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -126,7 +128,8 @@ impl Clock {
 
     fn weekday(&self) -> &'static str {
         let years = self.year - 1; // 0001-01-01 was a Monday
-        let days = years * 365 + years.div_euclid(4) - years.div_euclid(100) + years.div_euclid(400);
+        let days =
+            years * 365 + years.div_euclid(4) - years.div_euclid(100) + years.div_euclid(400);
         let names = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
         names[(days + i64::from(self.day_of_year()) - 1).rem_euclid(7) as usize]
     }
@@ -139,7 +142,10 @@ pub fn install(env: &mut Environment<'static>, clock: Arc<dyn Fn() -> Clock + Se
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: Value| str_of(&value));
     env.add_test("iterable", |value: Value| {
-        matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable)
+        matches!(
+            value.kind(),
+            ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable
+        )
     });
     env.add_function("raise_exception", |message: String| -> Result<String, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -203,7 +209,9 @@ fn repr_string(text: &str, out: &mut String) {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             c if c == quote => out.extend(['\\', c]),
-            c if (c as u32) < 0x20 || (0x7F..0xA1).contains(&(c as u32)) => _ = write!(out, "\\x{:02x}", c as u32),
+            c if (c as u32) < 0x20 || (0x7F..0xA1).contains(&(c as u32)) => {
+                _ = write!(out, "\\x{:02x}", c as u32)
+            }
             c => out.push(c),
         }
     }
@@ -248,7 +256,8 @@ fn tojson(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Erro
         },
         None => None,
     };
-    let (mut item, mut key) = (if indent.is_some() { "," } else { ", " }.to_string(), ": ".to_string());
+    let (mut item, mut key) =
+        (if indent.is_some() { "," } else { ", " }.to_string(), ": ".to_string());
     if let Some(pair) = argument(2, "separators")? {
         item = pair.get_item_by_index(0)?.as_str().unwrap_or(", ").to_string();
         key = pair.get_item_by_index(1)?.as_str().unwrap_or(": ").to_string();
@@ -307,7 +316,9 @@ impl Json {
                     self.between(i, depth + 1);
                     match key.kind() {
                         ValueKind::None => self.string("null"),
-                        ValueKind::Bool => self.string(if key.is_true() { "true" } else { "false" }),
+                        ValueKind::Bool => {
+                            self.string(if key.is_true() { "true" } else { "false" })
+                        }
                         _ => self.string(&str_of(key)),
                     }
                     self.out.push_str(&self.key.clone());
@@ -316,7 +327,10 @@ impl Json {
                 self.close(keys.is_empty(), depth, '}');
             }
             kind => {
-                return Err(Error::new(ErrorKind::InvalidOperation, format!("{kind} has no JSON form (tojson)")));
+                return Err(Error::new(
+                    ErrorKind::InvalidOperation,
+                    format!("{kind} has no JSON form (tojson)"),
+                ));
             }
         }
         Ok(())
@@ -373,10 +387,19 @@ mod tests {
 
     #[test]
     fn floats_print_as_python_prints_them() {
-        let cases = [(1.0, "1.0"), (1e-5, "1e-05"), (1e16, "1e+16"), (1e15, "1000000000000000.0"), (0.0001, "0.0001")];
-        for (x, text) in
-            cases.into_iter().chain([(1e22, "1e+22"), (-0.0, "-0.0"), (123.456, "123.456"), (5e-324, "5e-324")])
-        {
+        let cases = [
+            (1.0, "1.0"),
+            (1e-5, "1e-05"),
+            (1e16, "1e+16"),
+            (1e15, "1000000000000000.0"),
+            (0.0001, "0.0001"),
+        ];
+        for (x, text) in cases.into_iter().chain([
+            (1e22, "1e+22"),
+            (-0.0, "-0.0"),
+            (123.456, "123.456"),
+            (5e-324, "5e-324"),
+        ]) {
             assert_eq!(float(x), text);
         }
     }
@@ -385,7 +408,10 @@ mod tests {
     fn the_clock_is_right_on_known_days() {
         let c = Clock::from_unix(1741529107);
         assert_eq!(c, Clock { year: 2025, month: 3, day: 9, hour: 14, minute: 5, second: 7 });
-        assert_eq!(c.strftime("%A %d %b %Y %-d %I%p %j %y %%"), "Sunday 09 Mar 2025 9 02PM 068 25 %");
+        assert_eq!(
+            c.strftime("%A %d %b %Y %-d %I%p %j %y %%"),
+            "Sunday 09 Mar 2025 9 02PM 068 25 %"
+        );
         assert_eq!(Clock::from_unix(951782399).strftime("%F %T %a"), "2000-02-28 23:59:59 Mon");
         assert_eq!(Clock::from_unix(-1).strftime("%F %j"), "1969-12-31 365");
     }

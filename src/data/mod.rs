@@ -1,7 +1,7 @@
-//! From a folder and a data file to token rows. Floor 4.
+//! From a folder and a data file to token rows. Layer 6.
 //!
-//! Invariant: the same files, options and seed give the same examples in the same order on every machine, and a row
-//! that cannot be used is an error or a counted drop, never a silent change.
+//! Invariant: the same files, options and seed give the same examples in the same order on every
+//! machine, and a row that cannot be used is an error or a counted drop, never a silent change.
 //!
 //! | module | what it gives |
 //! |---|---|

@@ -1,7 +1,7 @@
-//! The order of rows as a function of (seed, epoch). Floor 4.
+//! The order of rows as a function of (seed, epoch). Layer 6.
 //!
-//! Invariant: no state. The row at a position is known from (seed, epoch, position) alone, so a resumed run needs only
-//! the position.
+//! Invariant: no state. The row at a position is known from (seed, epoch, position) alone, so a
+//! resumed run needs only the position.
 
 use crate::rng::philox;
 
@@ -15,7 +15,8 @@ pub fn epoch_order(sampling: Sampling, rows: usize, seed: u64, epoch: u32) -> Ve
     }
 }
 
-/// A permutation of `0..n` by Fisher and Yates, its draws from Philox: key = seed, counter = (i, epoch, stream).
+/// A permutation of `0..n` by Fisher and Yates, its draws from Philox: key = seed, counter = (i,
+/// epoch, stream).
 pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut order: Vec<usize> = (0..n).collect();
@@ -37,7 +38,8 @@ mod tests {
 
     #[test]
     fn every_epoch_visits_every_row_once_in_its_own_order() {
-        let mut orders: Vec<Vec<usize>> = (0..3).map(|epoch| epoch_order(Sampling::Random, 1000, 42, epoch)).collect();
+        let mut orders: Vec<Vec<usize>> =
+            (0..3).map(|epoch| epoch_order(Sampling::Random, 1000, 42, epoch)).collect();
         assert_eq!(orders[0], permutation(1000, 42, 0));
         assert_ne!(orders[0], orders[1]);
         assert_ne!(orders[0], permutation(1000, 43, 0));

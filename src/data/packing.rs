@@ -1,18 +1,20 @@
-//! Which sequences share a row, by TRL's three strategies. Floor 4.
+//! Which sequences share a row, by TRL's three strategies. Layer 6.
 //!
-//! Invariant: the packs, and their order, are those of TRL 1.16.0's `pack_dataset`, which packs batches of 1,000
-//! examples one by one. No token is in two packs.
+//! Invariant: the packs, and their order, are those of TRL 1.16.0's `pack_dataset`, which packs
+//! batches of 1,000 examples one by one. No token is in two packs.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 pub use crate::config::PackingStrategy;
 
-/// `Bfd`: best fit, longest first; a sequence beyond the limit loses its end. `BfdSplit`: such a sequence is cut into pieces
-/// that are packed as sequences of their own. `Wrapped`: all tokens end to end, cut every `max_len`; a pack is ONE
-/// sequence, positions run on and attention crosses from example to example.
+/// `Bfd`: best fit, longest first; a sequence beyond the limit loses its end. `BfdSplit`: such a
+/// sequence is cut into pieces that are packed as sequences of their own. `Wrapped`: all tokens end
+/// to end, cut every `max_len`; a pack is ONE sequence, positions run on and attention crosses from
+/// example to example.
 impl PackingStrategy {
-    /// Whether every piece is a sequence of its own: its positions start at 0, and it sees no other piece.
+    /// Whether every piece is a sequence of its own: its positions start at 0, and it sees no other
+    /// piece.
     pub fn isolates(self) -> bool {
         self != PackingStrategy::Wrapped
     }
@@ -83,18 +85,19 @@ fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> P
         for piece in pieces {
             let need = piece.1.len();
             let fit = open.range(need..).next().map(|(&room, _)| room);
-            let (at, room) = match fit.and_then(|room| Some((open.get_mut(&room)?.pop_front()?, room))) {
-                Some((at, room)) => {
-                    if open.get(&room).is_some_and(VecDeque::is_empty) {
-                        open.remove(&room);
+            let (at, room) =
+                match fit.and_then(|room| Some((open.get_mut(&room)?.pop_front()?, room))) {
+                    Some((at, room)) => {
+                        if open.get(&room).is_some_and(VecDeque::is_empty) {
+                            open.remove(&room);
+                        }
+                        (at, room)
                     }
-                    (at, room)
-                }
-                None => {
-                    packs.push(Vec::new());
-                    (packs.len() - 1, max_len)
-                }
-            };
+                    None => {
+                        packs.push(Vec::new());
+                        (packs.len() - 1, max_len)
+                    }
+                };
             debug_assert!(at >= first);
             packs[at].push(piece);
             if room > need {
@@ -112,7 +115,8 @@ mod tests {
     #[test]
     fn every_token_is_packed_once() {
         let lengths: Vec<usize> = (0..2500).map(|i| i * 7919 % 61).collect();
-        for strategy in [PackingStrategy::Bfd, PackingStrategy::BfdSplit, PackingStrategy::Wrapped] {
+        for strategy in [PackingStrategy::Bfd, PackingStrategy::BfdSplit, PackingStrategy::Wrapped]
+        {
             let packs = pack(strategy, &lengths, 40);
             let mut seen: Vec<Vec<bool>> = lengths.iter().map(|n| vec![false; *n]).collect();
             for pack in &packs {
@@ -124,7 +128,10 @@ mod tests {
             }
             let kept: usize = seen.iter().flatten().filter(|s| **s).count();
             let cut = strategy == PackingStrategy::Bfd;
-            assert_eq!(kept, lengths.iter().map(|n| if cut { *n.min(&40) } else { *n }).sum::<usize>());
+            assert_eq!(
+                kept,
+                lengths.iter().map(|n| if cut { *n.min(&40) } else { *n }).sum::<usize>()
+            );
         }
         assert!(pack_bfd(&[0, 0], 4).is_empty() && pack_wrapped(&[], 4).is_empty());
     }

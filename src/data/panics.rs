@@ -1,6 +1,7 @@
-//! Turns a panic of a parsing library into an error. Floor 4.
+//! Turns a panic of a parsing library into an error. Layer 6.
 //!
-//! Invariant: the panic message of the guarded call is not printed; every other thread's panics are printed as before.
+//! Invariant: the panic message of the guarded call is not printed; every other thread's panics are
+//! printed as before.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -39,6 +40,9 @@ mod tests {
         assert_eq!(caught(|| 3), Ok(3));
         let n = 7;
         assert_eq!(caught(|| -> i32 { panic!("bad {n}") }), Err("bad 7".to_string()));
-        assert_eq!(caught(|| -> i32 { caught(|| -> i32 { panic!("inner") }).unwrap_err().len() as i32 }), Ok(5));
+        assert_eq!(
+            caught(|| -> i32 { caught(|| -> i32 { panic!("inner") }).unwrap_err().len() as i32 }),
+            Ok(5)
+        );
     }
 }

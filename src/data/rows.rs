@@ -1,7 +1,8 @@
-//! Rows of `.jsonl`, `.json` and `.parquet` files. Floor 4.
+//! Rows of `.jsonl`, `.json` and `.parquet` files. Layer 6.
 //!
-//! Invariant: a row knows its file and line, so that whatever is wrong with it later can be said with its place. A
-//! null field counts as absent, since `datasets` writes nulls for fields that a row does not have.
+//! Invariant: a row knows its file and line, so that whatever is wrong with it later can be said
+//! with its place. A null field counts as absent, since `datasets` writes nulls for fields that a
+//! row does not have.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -84,7 +85,13 @@ impl Row {
             }
             match message.get("content") {
                 None | Some(Value::Null | Value::String(_) | Value::Array(_)) => {}
-                Some(other) => return Err(self.wrong(&format!("{at}.content"), "a string or a list of parts", other)),
+                Some(other) => {
+                    return Err(self.wrong(
+                        &format!("{at}.content"),
+                        "a string or a list of parts",
+                        other,
+                    ));
+                }
             }
             let mut message = message.clone();
             // a null content says "none"; templates ask for it
@@ -111,12 +118,26 @@ pub fn read_rows(paths: &[PathBuf]) -> Result<Vec<Row>> {
             }
             Some("parquet") => read_parquet(path, &mut rows)?,
             _ if path.is_dir() => {
-                return Err(Error::data(path, None, "is a folder; name the .jsonl, .json or .parquet files in it"));
+                return Err(Error::data(
+                    path,
+                    None,
+                    "is a folder; name the .jsonl, .json or .parquet files in it",
+                ));
             }
-            _ => return Err(Error::data(path, None, "unknown kind of file; give .jsonl, .json or .parquet")),
+            _ => {
+                return Err(Error::data(
+                    path,
+                    None,
+                    "unknown kind of file; give .jsonl, .json or .parquet",
+                ));
+            }
         }
         if rows.len() == before {
-            return Err(Error::data(path, None, "has no rows; give a file with one JSON object a line"));
+            return Err(Error::data(
+                path,
+                None,
+                "has no rows; give a file with one JSON object a line",
+            ));
         }
     }
     Ok(rows)
@@ -139,7 +160,11 @@ fn read_text(path: &Path) -> Result<String> {
     let text = String::from_utf8(bytes).map_err(|e| {
         let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
         let line = 1 + good.iter().filter(|b| **b == b'\n').count();
-        Error::data(path, Some(line), "is not UTF-8 text; convert the file, e.g. with iconv -t UTF-8")
+        Error::data(
+            path,
+            Some(line),
+            "is not UTF-8 text; convert the file, e.g. with iconv -t UTF-8",
+        )
     })?;
     Ok(text.strip_prefix('\u{FEFF}').map(str::to_string).unwrap_or(text))
 }
@@ -151,7 +176,8 @@ fn read_lines(path: &Path, text: &str, rows: &mut Vec<Row>) -> Result<()> {
             continue;
         }
         let value: Value = serde_json::from_str(line).map_err(|e| {
-            let message = format!("not valid JSON ({}); each line must be one JSON object", plain(&e));
+            let message =
+                format!("not valid JSON ({}); each line must be one JSON object", plain(&e));
             Error::data(path, Some(i + 1), message)
         })?;
         rows.push(to_row(value, &file, i + 1)?);
@@ -161,8 +187,9 @@ fn read_lines(path: &Path, text: &str, rows: &mut Vec<Row>) -> Result<()> {
 
 fn read_array(path: &Path, text: &str, rows: &mut Vec<Row>) -> Result<()> {
     let file: Arc<Path> = path.into();
-    let items: Vec<Value> = serde_json::from_str(text)
-        .map_err(|e| Error::data(path, Some(e.line()), format!("not valid JSON ({})", plain(&e))))?;
+    let items: Vec<Value> = serde_json::from_str(text).map_err(|e| {
+        Error::data(path, Some(e.line()), format!("not valid JSON ({})", plain(&e)))
+    })?;
     for (i, value) in items.into_iter().enumerate() {
         rows.push(to_row(value, &file, i + 1)?);
     }
@@ -198,7 +225,11 @@ fn to_row(value: Value, file: &Arc<Path>, line: usize) -> Result<Row> {
             value.retain(|_, v| !v.is_null());
             Ok(Row { value, file: file.clone(), line })
         }
-        other => Err(Error::data(file, Some(line), format!("a row must be a JSON object, found {}", kind(&other)))),
+        other => Err(Error::data(
+            file,
+            Some(line),
+            format!("a row must be a JSON object, found {}", kind(&other)),
+        )),
     }
 }
 
@@ -231,14 +262,24 @@ mod tests {
         assert!(said("a.jsonl", b"\n  \n").starts_with("a.jsonl: has no rows"));
         assert!(said("a.json", b"[]").starts_with("a.json: has no rows"));
         let broken = said("a.jsonl", b"{\"text\":\"a\"}\n\n{\"text\":");
-        assert!(broken.starts_with("a.jsonl:3: not valid JSON (EOF while parsing a value at column 8)"), "{broken}");
+        assert!(
+            broken.starts_with("a.jsonl:3: not valid JSON (EOF while parsing a value at column 8)"),
+            "{broken}"
+        );
         assert_eq!(said("a.jsonl", b"[1]"), "a.jsonl:1: a row must be a JSON object, found a list");
-        assert_eq!(said("a.json", b"[{}, 3]"), "a.json:2: a row must be a JSON object, found a number");
+        assert_eq!(
+            said("a.json", b"[{}, 3]"),
+            "a.json:2: a row must be a JSON object, found a number"
+        );
         assert!(said("a.jsonl", b"{}\n\xff\xfe").starts_with("a.jsonl:2: is not UTF-8"));
         assert!(said("a.csv", b"x").contains("give .jsonl, .json or .parquet"));
-        assert!(said("a.parquet", b"PAR1").contains("a.parquet: not a parquet file that can be read"));
+        assert!(
+            said("a.parquet", b"PAR1").contains("a.parquet: not a parquet file that can be read")
+        );
         assert!(said("a.jsonl", "[".repeat(100_000).as_bytes()).contains("recursion limit"));
-        assert!(read_rows(&["none.jsonl".into()]).unwrap_err().to_string().starts_with("none.jsonl: "));
+        assert!(
+            read_rows(&["none.jsonl".into()]).unwrap_err().to_string().starts_with("none.jsonl: ")
+        );
     }
 
     #[test]
@@ -249,7 +290,8 @@ mod tests {
         std::fs::write(&b, "[{\"z\":1,\"a\":null},\n{\"z\":2}]").unwrap();
         std::fs::write(&c, "{\"z\":1}\n{\"z\":2}\n").unwrap();
         let rows = read_rows(&[a, b, c]).unwrap();
-        let values: Vec<String> = rows.iter().map(|r| serde_json::to_string(&r.value).unwrap()).collect();
+        let values: Vec<String> =
+            rows.iter().map(|r| serde_json::to_string(&r.value).unwrap()).collect();
         assert_eq!(values, ["{\"z\":1}", "{\"z\":2}"].repeat(3));
         assert_eq!(rows.iter().map(|r| r.line).collect::<Vec<_>>(), [1, 3, 1, 2, 1, 2]);
     }
@@ -264,9 +306,22 @@ mod tests {
             "rows.jsonl:17: field \"prompt\" must be a string, found a number"
         );
         assert!(r.string("promt").unwrap_err().to_string().contains("did you mean \"prompt\"?"));
-        assert!(r.bool("label").unwrap_err().to_string().contains("must be true or false, found a string"));
-        assert!(r.messages("messages").unwrap_err().to_string().contains("\"messages[1]\" must be a message"));
+        assert!(
+            r.bool("label")
+                .unwrap_err()
+                .to_string()
+                .contains("must be true or false, found a string")
+        );
+        assert!(
+            r.messages("messages")
+                .unwrap_err()
+                .to_string()
+                .contains("\"messages[1]\" must be a message")
+        );
         let r = row(r#"{"messages": [{"role": "user", "content": null, "tool_calls": null}]}"#);
-        assert_eq!(Value::Array(r.messages("messages").unwrap()).to_string(), r#"[{"role":"user","content":null}]"#);
+        assert_eq!(
+            Value::Array(r.messages("messages").unwrap()).to_string(),
+            r#"[{"role":"user","content":null}]"#
+        );
     }
 }

@@ -1,11 +1,12 @@
-//! Rows to token ids and loss masks, as TRL 1.16.0's SFTTrainer makes them. Floor 4.
+//! Rows to token ids and loss masks, as TRL 1.16.0's SFTTrainer makes them. Layer 6.
 //!
-//! Invariant: for rows that TRL takes, ids and mask are TRL's. What is cut or dropped is counted; what would make the
-//! loss meaningless (no targets at all, ids beyond the vocabulary) is an error.
+//! Invariant: for rows that TRL takes, ids and mask are TRL's. What is cut or dropped is counted;
+//! what would make the loss meaningless (no targets at all, ids beyond the vocabulary) is an error.
 //!
-//! The rules: a plain text or completion gets the EOS token at its end unless it ends with it; a conversation gets
-//! only what its template writes. A prompt is tokenised alone (a conversation with the generation prompt) and together
-//! with its completion; the completion starts where the two differ.
+//! The rules: a plain text or completion gets the EOS token at its end unless it ends with it; a
+//! conversation gets only what its template writes. A prompt is tokenised alone (a conversation
+//! with the generation prompt) and together with its completion; the completion starts where the
+//! two differ.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -23,8 +24,9 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SftExample {
     pub input_ids: Vec<u32>,
-    /// True where the token is a loss target. The first token of a sequence has nothing before it and is never one,
-    /// whatever its bit: whoever builds batches leaves it out (its bit matters when `wrapped` packing moves it).
+    /// True where the token is a loss target. The first token of a sequence has nothing before it
+    /// and is never one, whatever its bit: whoever builds batches leaves it out (its bit matters
+    /// when `wrapped` packing moves it).
     pub target_mask: Vec<bool>,
     pub row: usize, // index of the source row
 }
@@ -90,16 +92,23 @@ pub fn prepare(
         return Err(Error::Run("there are no rows to train on".to_string()));
     };
     let maker = Maker::new(first, tokenizer, template, vocab, options)?;
-    let limit = if options.packing.is_none_or(|p| p == PackingStrategy::Bfd) { options.max_length } else { None };
+    let limit = if options.packing.is_none_or(|p| p == PackingStrategy::Bfd) {
+        options.max_length
+    } else {
+        None
+    };
     if options.packing.is_some() && options.max_length.is_none() {
         return Err(Error::Config("packing needs max_length, the length of a pack".to_string()));
     }
     if options.max_length == Some(0) {
-        return Err(Error::Config("max_length=0 leaves no tokens; give a length, or none for no limit".to_string()));
+        return Err(Error::Config(
+            "max_length=0 leaves no tokens; give a length, or none for no limit".to_string(),
+        ));
     }
     let made: Vec<Result<Tokens>> = rows.par_iter().map(|row| maker.tokens(row)).collect();
 
-    let mut stats = SftStats { rows: rows.len(), max_length: options.max_length, ..SftStats::default() };
+    let mut stats =
+        SftStats { rows: rows.len(), max_length: options.max_length, ..SftStats::default() };
     let eos = maker.eos.and_then(|eos| tokenizer.token_to_id(eos));
     stats.eos_token = maker.eos.map(str::to_string);
     let mut examples = Vec::with_capacity(rows.len());
@@ -142,8 +151,9 @@ pub fn prepare(
         }
         stats.tokens += ids.len();
         stats.target_tokens += mask.iter().skip(1).filter(|t| **t).count();
-        stats.rows_with_eos +=
-            usize::from(ids.iter().zip(&mask).skip(1).any(|(id, target)| *target && Some(*id) == eos));
+        stats.rows_with_eos += usize::from(
+            ids.iter().zip(&mask).skip(1).any(|(id, target)| *target && Some(*id) == eos),
+        );
         examples.push(SftExample { input_ids: ids, target_mask: mask, row });
     }
     stats.examples = examples.len();
@@ -189,7 +199,10 @@ impl<'a> Maker<'a> {
         if let Some(eos) = &options.eos_token
             && tokenizer.token_to_id(eos).is_none()
         {
-            let message = format!("eos_token={eos:?} is not in the vocabulary of {}", tokenizer.dir().display());
+            let message = format!(
+                "eos_token={eos:?} is not in the vocabulary of {}",
+                tokenizer.dir().display()
+            );
             return Err(Error::Config(message));
         }
         if options.assistant_only_loss {
@@ -233,12 +246,20 @@ impl<'a> Maker<'a> {
                 let (ids, mask) = self.chat(row, &example, messages.clone(), false)?;
                 Tokens { ids, mask, mismatch: None }
             }
-            Sample::PromptCompletion { prompt: Content::Text(prompt), completion: Content::Text(completion) } => {
+            Sample::PromptCompletion {
+                prompt: Content::Text(prompt),
+                completion: Content::Text(completion),
+            } => {
                 let start = self.tokenizer.encode(prompt, true)?;
-                let ids = self.tokenizer.encode(&format!("{prompt}{}", self.with_eos(completion)?), true)?;
+                let ids = self
+                    .tokenizer
+                    .encode(&format!("{prompt}{}", self.with_eos(completion)?), true)?;
                 self.after(start, vec![true; ids.len()], ids)?
             }
-            Sample::PromptCompletion { prompt: Content::Chat(prompt), completion: Content::Chat(completion) } => {
+            Sample::PromptCompletion {
+                prompt: Content::Chat(prompt),
+                completion: Content::Chat(completion),
+            } => {
                 let (start, _) = self.chat(row, &example, prompt.clone(), true)?;
                 let whole = prompt.iter().chain(completion).cloned().collect();
                 let (ids, mask) = self.chat(row, &example, whole, false)?;
@@ -281,21 +302,31 @@ impl<'a> Maker<'a> {
             Some(eos) if text.ends_with(eos) => Ok(text.into()),
             Some(eos) => Ok(format!("{text}{eos}").into()),
             None => {
-                let message = "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
+                let message =
+                    "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
                 Err(Error::model(self.tokenizer.dir().join("tokenizer_config.json"), message))
             }
         }
     }
 
     /// A conversation and the mask of its targets: all of it, or what the assistant says.
-    fn chat(&self, row: &Row, example: &Example, messages: Vec<Value>, prompt: bool) -> Result<(Vec<u32>, Vec<bool>)> {
-        let template = self.template.ok_or_else(|| Error::model(self.tokenizer.dir(), NO_TEMPLATE))?;
+    fn chat(
+        &self,
+        row: &Row,
+        example: &Example,
+        messages: Vec<Value>,
+        prompt: bool,
+    ) -> Result<(Vec<u32>, Vec<bool>)> {
+        let template =
+            self.template.ok_or_else(|| Error::model(self.tokenizer.dir(), NO_TEMPLATE))?;
         let options = RenderOptions {
             tools: example.tools.as_ref(),
             add_generation_prompt: prompt,
             kwargs: Some(&example.template_kwargs),
         };
-        let rendered = template.render(&Value::Array(messages), options).map_err(|e| row.error(e.to_string()))?;
+        let rendered = template
+            .render(&Value::Array(messages), options)
+            .map_err(|e| row.error(e.to_string()))?;
         if !self.assistant_only || prompt {
             let ids = self.tokenizer.encode(&rendered.text, false)?;
             let mask = vec![true; ids.len()];
@@ -305,7 +336,8 @@ impl<'a> Maker<'a> {
         let mut mask = vec![false; ids.len()];
         let token_at = |c: usize| spans.iter().position(|(start, end)| (*start..*end).contains(&c));
         for span in rendered.generation_spans {
-            // as transformers: the first token that holds a character; no last token means up to the end
+            // as transformers: the first token that holds a character; no last token means up to
+            // the end
             let Some(start) = token_at(span.start) else { break };
             let end = match span.end.checked_sub(1).and_then(token_at) {
                 None | Some(0) => ids.len(),
@@ -316,7 +348,8 @@ impl<'a> Maker<'a> {
             }
         }
         if !mask.contains(&true) {
-            let message = "assistant_only_loss=true, and the assistant says nothing here; remove the row";
+            let message =
+                "assistant_only_loss=true, and the assistant says nothing here; remove the row";
             return Err(row.error(message));
         }
         Ok((ids, mask))
@@ -330,7 +363,9 @@ fn nothing_left(stats: &SftStats) -> String {
             "truncation to max_length={limit} removed every loss target of all {rows} rows; raise max_length (the longest \
              row has {longest} tokens)"
         ),
-        _ => format!("none of the {rows} rows has a token to learn from; are the completions empty?"),
+        _ => {
+            format!("none of the {rows} rows has a token to learn from; are the completions empty?")
+        }
     }
 }
 

@@ -1,7 +1,9 @@
-//! Text to token ids and back, from a model folder's `tokenizer.json` and `tokenizer_config.json`. Floor 4.
+//! Text to token ids and back, from a model folder's `tokenizer.json` and `tokenizer_config.json`.
+//! Layer 6.
 //!
-//! Invariant: ids are those of the Hugging Face tokenizer; the file's own truncation and padding settings are switched
-//! off, so a text is never cut here, and a broken file is an error, never a panic.
+//! Invariant: ids are those of the Hugging Face tokenizer; the file's own truncation and padding
+//! settings are switched off, so a text is never cut here, and a broken file is an error, never a
+//! panic.
 
 use std::path::{Path, PathBuf};
 
@@ -39,8 +41,10 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| broken(&path, &e.to_string()))?;
         inner.with_padding(None);
 
-        let config = folder::read_json_object(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
-        let special_file = folder::read_json_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let config =
+            folder::read_json_object(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+        let special_file =
+            folder::read_json_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
         let special = folder::special_tokens(&special_file, &config);
         add_tokens(&mut inner, &special, &config, &path)?;
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
@@ -56,17 +60,25 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Ids of `text`. `add_special` adds what the post-processor adds (BOS for Llama); a rendered chat template wants
-    /// `false`, since it writes its own.
+    /// Ids of `text`. `add_special` adds what the post-processor adds (BOS for Llama); a rendered
+    /// chat template wants `false`, since it writes its own.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.failed("encode", &*e))?;
+        let encoding =
+            self.inner.encode_fast(text, add_special).map_err(|e| self.failed("encode", &*e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Ids with the span of CHARACTERS (not bytes) that each token covers. Tokens that share one character have the
-    /// same span; added special tokens have an empty one.
-    pub fn encode_offsets(&self, text: &str, add_special: bool) -> Result<(Vec<u32>, Vec<CharSpan>)> {
-        let encoding = self.inner.encode_char_offsets(text, add_special).map_err(|e| self.failed("encode", &*e))?;
+    /// Ids with the span of CHARACTERS (not bytes) that each token covers. Tokens that share one
+    /// character have the same span; added special tokens have an empty one.
+    pub fn encode_offsets(
+        &self,
+        text: &str,
+        add_special: bool,
+    ) -> Result<(Vec<u32>, Vec<CharSpan>)> {
+        let encoding = self
+            .inner
+            .encode_char_offsets(text, add_special)
+            .map_err(|e| self.failed("encode", &*e))?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }
 
@@ -79,8 +91,8 @@ impl Tokenizer {
         DecodeStream { tokenizer: self, skip_special, ids: Vec::new(), start: 0, end: 0 }
     }
 
-    /// The text of each id, special tokens included; together they are the whole text. A character of several tokens
-    /// stands at its last one.
+    /// The text of each id, special tokens included; together they are the whole text. A character
+    /// of several tokens stands at its last one.
     pub fn pieces(&self, ids: &[u32]) -> Result<Vec<String>> {
         let mut stream = self.stream(false);
         let mut pieces = ids.iter().map(|id| stream.push(*id)).collect::<Result<Vec<_>>>()?;
@@ -128,7 +140,8 @@ impl Tokenizer {
         self.token_to_id(self.pad_token()?)
     }
 
-    /// The variables a chat template sees: `bos_token`, `eos_token`, and the other named special tokens.
+    /// The variables a chat template sees: `bos_token`, `eos_token`, and the other named special
+    /// tokens.
     pub fn special_tokens(&self) -> &Map<String, Value> {
         &self.special
     }
@@ -212,15 +225,17 @@ impl DecodeStream<'_> {
     }
 }
 
-/// Tokens that tokenizer_config.json names and `added_tokens` of tokenizer.json leaves out: transformers adds them, so
-/// that their text is one token wherever it stands.
+/// Tokens that tokenizer_config.json names and `added_tokens` of tokenizer.json leaves out:
+/// transformers adds them, so that their text is one token wherever it stands.
 fn add_tokens(
     inner: &mut tokenizers::Tokenizer,
     special: &Map<String, Value>,
     config: &Map<String, Value>,
     path: &Path,
 ) -> Result<()> {
-    let known = |inner: &tokenizers::Tokenizer, text: &str| inner.get_added_vocabulary().get_vocab().contains_key(text);
+    let known = |inner: &tokenizers::Tokenizer, text: &str| {
+        inner.get_added_vocabulary().get_vocab().contains_key(text)
+    };
     for (id, mut token) in folder::added_tokens(config) {
         if known(inner, &token.content) {
             continue;
@@ -254,7 +269,8 @@ fn broken(path: &Path, why: &str) -> Error {
 }
 
 fn missing_tokenizer(dir: &Path) -> String {
-    let sentencepiece = ["tokenizer.model", "spiece.model", "vocab.json"].iter().find(|f| dir.join(f).is_file());
+    let sentencepiece =
+        ["tokenizer.model", "spiece.model", "vocab.json"].iter().find(|f| dir.join(f).is_file());
     match sentencepiece {
         Some(f) => format!(
             "has {f} but no tokenizer.json; convert it once with transformers: \
@@ -271,7 +287,8 @@ mod tests {
 
     fn tiny(dir: &Path) -> Tokenizer {
         let texts = ["one two three two one", "naïve 日本語 🙂 one two"];
-        let trained = bpe::train_bpe(texts.into_iter(), 300, &["<|end|>", "<|pad|>"], true).unwrap();
+        let trained =
+            bpe::train_bpe(texts.into_iter(), 300, &["<|end|>", "<|pad|>"], true).unwrap();
         trained.write(dir, "<|end|>", "<|pad|>", Some("{{ messages[0].content }}")).unwrap();
         Tokenizer::load(dir).unwrap()
     }
@@ -283,7 +300,10 @@ mod tests {
         for text in ["one two", "  日本語\n\t🙂🙂 x<|end|>", ""] {
             assert_eq!(t.decode(&t.encode(text, false).unwrap(), false).unwrap(), text);
         }
-        assert_eq!((t.eos_token(), t.pad_token(), t.bos_id()), (Some("<|end|>"), Some("<|pad|>"), None));
+        assert_eq!(
+            (t.eos_token(), t.pad_token(), t.bos_id()),
+            (Some("<|end|>"), Some("<|pad|>"), None)
+        );
         assert_eq!(t.encode("<|end|>", false).unwrap(), vec![t.eos_id().unwrap()]);
         assert_eq!(t.chat_template(), Some("{{ messages[0].content }}"));
         assert_eq!(t.files().len(), 3);
@@ -312,13 +332,26 @@ mod tests {
             std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
             Tokenizer::load(dir.path()).map(|_| ()).unwrap_err().to_string()
         };
-        for text in
-            ["", "{", "[]", "{\"version\":\"1.0\",\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[\"a b\"]}}"]
-        {
-            assert!(said(text).contains("tokenizer.json: not a tokenizer that can be read"), "{}", said(text));
+        for text in [
+            "",
+            "{",
+            "[]",
+            "{\"version\":\"1.0\",\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[\"a b\"]}}",
+        ] {
+            assert!(
+                said(text).contains("tokenizer.json: not a tokenizer that can be read"),
+                "{}",
+                said(text)
+            );
         }
         let empty = tempfile::tempdir().unwrap();
-        assert!(Tokenizer::load(empty.path()).map(|_| ()).unwrap_err().to_string().contains("no tokenizer.json"));
+        assert!(
+            Tokenizer::load(empty.path())
+                .map(|_| ())
+                .unwrap_err()
+                .to_string()
+                .contains("no tokenizer.json")
+        );
     }
 
     #[test]

@@ -1,18 +1,19 @@
-//! Devices: an allocator and a launcher each; they know no op. Floor 1.
+//! Devices: an allocator and a launcher each; they know no op. Layer 1.
 //!
-//! Invariant: one kernel source runs on every device, and a launch either runs whole or returns an error that names the
-//! kernel. `cpu` runs kernels through the shim (`kernels/shim/`), `cuda` through the driver API, loaded at run time.
+//! Invariant: one kernel source runs on every device, and a launch either runs whole or returns an
+//! error that names the kernel. `cpu` runs kernels through the shim (`kernels/shim/`), `cuda`
+//! through the driver API, loaded at run time.
 
-pub mod blank;
 pub mod cpu;
 pub mod cuda;
-pub mod kernels;
+pub mod dry_run;
 mod pool;
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+
 pub use pool::{Block, Pool, mebibytes};
 
 /// Element types of device memory. `F64`-like host types never reach a device.
@@ -58,13 +59,21 @@ impl Launch {
 
     /// One thread for each of `n` items, for `KERNEL_FLAT` kernels that start with `FLAT_INDEX`.
     pub fn flat(n: usize) -> Self {
-        Launch { grid: [(n.div_ceil(Self::THREADS as usize)).max(1) as u32, 1, 1], block: Self::THREADS, shared: 0 }
+        Launch {
+            grid: [(n.div_ceil(Self::THREADS as usize)).max(1) as u32, 1, 1],
+            block: Self::THREADS,
+            shared: 0,
+        }
     }
 
     /// One warp for each of `n` items, for `KERNEL_WARP` kernels that start with `WARP_INDEX`.
     pub fn warps(n: usize) -> Self {
         let per_block = (Self::THREADS / 32) as usize;
-        Launch { grid: [n.div_ceil(per_block).max(1) as u32, 1, 1], block: Self::THREADS, shared: 0 }
+        Launch {
+            grid: [n.div_ceil(per_block).max(1) as u32, 1, 1],
+            block: Self::THREADS,
+            shared: 0,
+        }
     }
 
     pub fn blocks(grid: [usize; 3], block: u32, shared: usize) -> Self {
@@ -145,7 +154,8 @@ pub struct Gemm {
 /// A point in a device's stream, for timing.
 pub type Mark = usize;
 
-/// A recorded list of work: a CUDA graph on the GPU, the list itself on the CPU. Belongs to the device that made it.
+/// A recorded list of work: a CUDA graph on the GPU, the list itself on the CPU. Belongs to the
+/// device that made it.
 pub type Graph = usize;
 
 pub trait Device: Send + Sync {
@@ -176,9 +186,16 @@ pub trait Device: Send + Sync {
     /// The range lies in live device memory.
     unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()>;
     /// # Safety
-    /// `args` match the kernel's signature, and its pointers are live for as long as the kernel runs.
-    unsafe fn launch(&self, kernel: &'static KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()>;
-    /// The library's matrix product, if this device has one for these dtypes: Ok(false) means it has not.
+    /// `args` match the kernel's signature, and its pointers are live for as long as the kernel
+    /// runs.
+    unsafe fn launch(
+        &self,
+        kernel: &'static KernelDef,
+        at: Launch,
+        args: &mut [*mut c_void],
+    ) -> Result<()>;
+    /// The library's matrix product, if this device has one for these dtypes: Ok(false) means it
+    /// has not.
     /// # Safety
     /// The operands lie in live device memory.
     unsafe fn gemm(&self, g: &Gemm) -> Result<bool>;
@@ -193,23 +210,27 @@ pub trait Device: Send + Sync {
     /// Milliseconds between two marks; waits for the later one. Both marks are spent.
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32>;
 
-    /// From here to `end_capture`, launches, products, copies and fills are recorded and not run. What talks to the host
-    /// (upload, download, sync, mark) is an error meanwhile. Run the same work once before: what is loaded or chosen at
-    /// first use should be there. Scalars are recorded by value, so whatever changes from step to step lies in memory.
+    /// From here to `end_capture`, launches, products, copies and fills are recorded and not run.
+    /// What talks to the host (upload, download, sync, mark) is an error meanwhile. Run the same
+    /// work once before: what is loaded or chosen at first use should be there. Scalars are
+    /// recorded by value, so whatever changes from step to step lies in memory.
     fn begin_capture(&self) -> Result<()>;
     /// Errors if anything since `begin_capture` failed; recording is over in any case.
     fn end_capture(&self) -> Result<Graph>;
     /// Runs what was recorded, in its order.
     /// # Safety
-    /// All memory that the recorded work touches is live, and nothing else needs what it overwrites: a temporary that was
-    /// given back to the pool since may belong to someone else now.
+    /// All memory that the recorded work touches is live, and nothing else needs what it
+    /// overwrites: a temporary that was given back to the pool since may belong to someone else
+    /// now.
     unsafe fn replay(&self, graph: Graph) -> Result<()>;
     /// Ends a graph; its number may be given out again.
     fn forget(&self, graph: Graph);
 }
 
 fn capturing(what: &str) -> Error {
-    Error::Device(format!("{what} while a graph is captured: it must come before begin_capture or after end_capture"))
+    Error::Device(format!(
+        "{what} while a graph is captured: it must come before begin_capture or after end_capture"
+    ))
 }
 
 fn no_graph(graph: Graph) -> Error {

@@ -1,7 +1,8 @@
 //! Named device memory: a caching, best-fit, coalescing allocator over large slabs.
 //!
-//! Invariant: the same sequence of requests gives the same addresses, so a step that repeats can be captured; and the
-//! pool always knows what each byte in use was asked for, so that an out-of-memory error can name the largest blocks.
+//! Invariant: the same sequence of requests gives the same addresses, so a step that repeats can be
+//! captured; and the pool always knows what each byte in use was asked for, so that an
+//! out-of-memory error can name the largest blocks.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -65,7 +66,8 @@ impl Pool {
         &self.device
     }
 
-    /// `bytes` of device memory under `name` (the high-water list adds up equal names). Contents are undefined.
+    /// `bytes` of device memory under `name` (the high-water list adds up equal names). Contents
+    /// are undefined.
     pub fn alloc(self: &Arc<Pool>, name: &str, bytes: usize) -> Result<Arc<Block>> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
         let mut state = self.lock();
@@ -77,7 +79,9 @@ impl Pool {
                 Some(address) => address,
                 None => {
                     self.grow(&mut state, size, name)?;
-                    state.take(size).ok_or_else(|| Error::Device("pool: a new slab has no room".into()))?
+                    state
+                        .take(size)
+                        .ok_or_else(|| Error::Device("pool: a new slab has no room".into()))?
                 }
             }
         };
@@ -117,13 +121,16 @@ impl Pool {
     }
 
     fn grow(&self, state: &mut State, size: usize, name: &str) -> Result<()> {
-        // Slabs of 32 MiB, or the request rounded up to 2 MiB: few calls to the driver, little waste.
+        // Slabs of 32 MiB, or the request rounded up to 2 MiB: few calls to the driver, little
+        // waste.
         let slab = size.next_multiple_of(2 << 20).max(32 << 20);
         let (address, slab) = match self.device.alloc(slab) {
             Ok(address) => (address, slab),
             Err(_) => match self.device.alloc(size) {
                 Ok(address) => (address, size),
-                Err(cause) => return Err(Error::OutOfMemory(self.out_of_memory(state, size, name, &cause))),
+                Err(cause) => {
+                    return Err(Error::OutOfMemory(self.out_of_memory(state, size, name, &cause)));
+                }
             },
         };
         state.slabs.insert(address, slab);
@@ -168,7 +175,12 @@ impl State {
 
     /// Gives a range back and joins it with its free neighbours in the same slab.
     fn release(&mut self, mut address: u64, mut bytes: usize) {
-        let slab = self.slabs.range(..=address).next_back().map(|(a, b)| (*a, a + *b as u64)).unwrap_or((address, 0));
+        let slab = self
+            .slabs
+            .range(..=address)
+            .next_back()
+            .map(|(a, b)| (*a, a + *b as u64))
+            .unwrap_or((address, 0));
         if let Some((&before, &size)) = self.free.range(..address).next_back()
             && before + size as u64 == address
             && before >= slab.0

@@ -1,38 +1,23 @@
-//! Objectives: one file each, whose doc is the method. Floor 5.
+//! Objectives: one file each, whose doc is the method. Layer 7.
 //!
-//! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer step), never by the chunk
-//! of rows that fits in memory; it knows the model, never a kernel.
+//! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer
+//! step), never by the chunk of rows that fits in memory; it knows the model, never a kernel.
 
-pub mod completions;
-pub mod cpo;
-pub mod distill;
-pub mod dpo;
-pub mod gkd;
-pub mod grpo;
-pub mod kto;
-pub mod objective;
+pub mod offline;
 pub mod online;
-pub mod online_dpo;
-pub mod orpo;
-pub mod ppo;
-pub mod prm;
 pub mod reference;
-pub mod reinforce;
-pub mod reward;
-pub mod rloo;
-pub mod sft;
 
 use std::borrow::Cow;
 use std::path::Path;
 
+use crate::autograd::Cx;
 use crate::config::{MethodSection, TrainingConfig};
-use crate::cx::Cx;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
-use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
+use crate::model::layout::{ModelConfig, Task};
 
 /// A metric's name, TRL's, and its value.
 pub type Metric = (Cow<'static, str>, f64);
@@ -94,8 +79,13 @@ pub trait Recipe: MethodSection {
         false
     }
 
-    /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and line.
-    fn method(&self, training: &TrainingConfig, source: &Source) -> Result<(Box<dyn Method>, String)>;
+    /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and
+    /// line.
+    fn method(
+        &self,
+        training: &TrainingConfig,
+        source: &Source,
+    ) -> Result<(Box<dyn Method>, String)>;
 }
 
 /// A training objective over a fixed set of rows.
@@ -114,12 +104,14 @@ pub trait Method {
         rows * self.longest()
     }
 
-    /// Called once, before the first step and before a checkpoint is read, with the model as it starts: for references.
+    /// Called once, before the first step and before a checkpoint is read, with the model as it
+    /// starts: for references.
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
         Ok(())
     }
 
-    /// Where a method fills its micro-batches itself: how many an epoch has. Then a step's "rows" are their numbers.
+    /// Where a method fills its micro-batches itself: how many an epoch has. Then a step's "rows"
+    /// are their numbers.
     fn micro_batches(&self) -> Option<usize> {
         None
     }
@@ -129,13 +121,13 @@ pub trait Method {
         Ok(())
     }
 
-    /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up in `cx.param_grads`.
+    /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up
+    /// in `cx.param_grads`.
     fn step(
         &mut self,
         cx: &mut Cx,
         model: &Decoder,
         micro_batches: &[&[usize]],
-        checkpoint: bool,
     ) -> Result<StepReport>;
 
     /// What was generated since it was last asked for, a line each for completions.jsonl.
@@ -143,7 +135,8 @@ pub trait Method {
         Vec::new()
     }
 
-    /// Some training sequences, true where the loss is: for the report. None where training rows are not sequences.
+    /// Some training sequences, true where the loss is: for the report. None where training rows
+    /// are not sequences.
     fn masks(&self) -> Vec<MaskedIds> {
         Vec::new()
     }
@@ -153,7 +146,8 @@ pub trait Method {
         Ok(())
     }
 
-    /// Loss and metrics over the whole evaluation set, `batch` rows at a time; names without the `eval_` in front.
+    /// Loss and metrics over the whole evaluation set, `batch` rows at a time; names without the
+    /// `eval_` in front.
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>>;
 
     /// The loss of one training row alone, to find the rows behind a NaN.

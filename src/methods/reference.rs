@@ -1,11 +1,13 @@
-//! The model that a policy is held against: the base under an adapter, a second folder, or the initial weights. Floor 5.
+//! The model that a policy is held against: the base under an adapter, a second folder, or the
+//! initial weights. Layer 7.
 //!
-//! Invariant: the reference changes in [`Reference::stepped`] alone, and only where `sync_ref_model` says so. Log-probs
-//! kept on disk are named after the weights, the rows and the kind of device that gave them, so a stale file is never read.
+//! Invariant: the reference changes in [`Reference::stepped`] alone, and only where
+//! `sync_ref_model` says so. Log-probs kept on disk are named after the weights, the rows and the
+//! kind of device that gave them, so a stale file is never read.
 
 use std::path::{Path, PathBuf};
 
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::decoder::Decoder;
@@ -13,7 +15,8 @@ use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::model::params::ParamSet;
 
-/// The tape's number of a reference's parameters: they have no gradients. 0 is the policy, 1 its adapter.
+/// The tape's number of a reference's parameters: they have no gradients. 0 is the policy, 1 its
+/// adapter.
 const SET: u32 = 2;
 const STATE: &str = "reference.f32";
 
@@ -53,8 +56,9 @@ impl Reference {
         self.stored.as_deref()
     }
 
-    /// Takes the reference from the policy as it starts, or from its folder. Where log-probs are computed beforehand,
-    /// `compute` gives them, of rows whose digest is `rows`, unless the disk has them.
+    /// Takes the reference from the policy as it starts, or from its folder. Where log-probs are
+    /// computed beforehand, `compute` gives them, of rows whose digest is `rows`, unless the disk
+    /// has them.
     pub fn attach(
         &mut self,
         cx: &mut Cx,
@@ -66,8 +70,7 @@ impl Reference {
             return Ok(());
         }
         if self.keys.sync.is_some() && policy.adapter.is_some() {
-            let message =
-                "sync_ref_model = true: the reference of an adapter is the base, which stays; train all weights";
+            let message = "sync_ref_model = true: the reference of an adapter is the base, which stays; train all weights";
             return Err(Error::Config(message.into()));
         }
         let other = match &self.keys.folder {
@@ -97,7 +100,9 @@ impl Reference {
 
     /// Moves the reference towards the policy where it is time to.
     pub fn stepped(&mut self, policy: &Decoder, done: u64) -> Result<()> {
-        let (Some((alpha, every)), Some(model)) = (self.keys.sync, &self.model) else { return Ok(()) };
+        let (Some((alpha, every)), Some(model)) = (self.keys.sync, &self.model) else {
+            return Ok(());
+        };
         if !done.is_multiple_of(every) {
             return Ok(());
         }
@@ -126,7 +131,8 @@ impl Reference {
         let path = dir.join(STATE);
         let values = read_floats(&path)?;
         if values.len() != model.params.count() {
-            let message = format!("has {} values, the model {}", values.len(), model.params.count());
+            let message =
+                format!("has {} values, the model {}", values.len(), model.params.count());
             return Err(Error::checkpoint(&path, message));
         }
         let mut rest = values.as_slice();
@@ -139,12 +145,21 @@ impl Reference {
     }
 }
 
-/// A frozen model of `policy`'s vocabulary, from the folder (or hub name) that the key `key` names, as set `set`.
-pub fn load(cx: &Cx, policy: &Decoder, name: &str, key: &str, longest: usize, set: u32) -> Result<Decoder> {
+/// A frozen model of `policy`'s vocabulary, from the folder (or hub name) that the key `key` names,
+/// as set `set`.
+pub fn load(
+    cx: &Cx,
+    policy: &Decoder,
+    name: &str,
+    key: &str,
+    longest: usize,
+    set: u32,
+) -> Result<Decoder> {
     let dir = resolve_model(name)?;
     let config = folder::load_config(&dir)?;
     if config.task != policy.config.task {
-        let message = format!("{key}: holds {:?}, the model is {:?}", config.task, policy.config.task);
+        let message =
+            format!("{key}: holds {:?}, the model is {:?}", config.task, policy.config.task);
         return Err(Error::model(&dir, message));
     }
     if config.vocab_size != policy.config.vocab_size {
@@ -158,7 +173,8 @@ pub fn load(cx: &Cx, policy: &Decoder, name: &str, key: &str, longest: usize, se
     Decoder::load_as(cx, set, &dir, config, longest)
 }
 
-/// A digest of everything that a model's log-probs follow from: its weights, storage type and kind of device.
+/// A digest of everything that a model's log-probs follow from: its weights, storage type and kind
+/// of device.
 fn weights_digest(cx: &Cx, model: &Decoder) -> Result<u32> {
     let mut crc = crc32fast::Hasher::new();
     crc.update(format!("{} {} {:?}", cx.device.name(), cx.dtype.name(), model.config).as_bytes());
@@ -178,7 +194,10 @@ fn weights_digest(cx: &Cx, model: &Decoder) -> Result<u32> {
 fn read_floats(path: &Path) -> Result<Vec<f32>> {
     let bytes = fsio::read(path)?;
     match bytes.len() % 4 {
-        0 => Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+        0 => Ok(bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect()),
         _ => Err(Error::checkpoint(path, format!("has {} bytes, no whole numbers", bytes.len()))),
     }
 }

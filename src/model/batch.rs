@@ -1,26 +1,28 @@
-//! A packed batch: sequences one after the other, no padding. Floor 3.
+//! A packed batch: sequences one after the other, no padding. Layer 5.
 //!
-//! Invariant: all counts are made here, on the host; no kernel's output shape depends on device data. Token ids were
-//! checked against the vocabulary.
+//! Invariant: all counts are made here, on the host; no kernel's output shape depends on device
+//! data. Token ids were checked against the vocabulary.
 
 use std::sync::Arc;
 
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::error::{Error, Result};
 use crate::ops::attention::{AttnPlan, Segment};
 use crate::ops::embedding::TokenIndex;
 use crate::tensor::Tensor;
 
-/// One sequence of a batch: its tokens, and for each whether it is a target (a token whose log-prob counts).
+/// One sequence of a batch: its tokens, and for each whether it is a target (a token whose log-prob
+/// counts).
 #[derive(Clone, Copy, Debug)]
 pub struct Sequence<'a> {
     pub ids: &'a [u32],
-    /// As long as `ids`. The first token is a target only behind a learned prompt: else nothing predicts it. None: all but
-    /// the first are.
+    /// As long as `ids`. The first token is a target only behind a learned prompt: else nothing
+    /// predicts it. None: all but the first are.
     pub target: Option<&'a [bool]>,
 }
 
-/// The ids that a model takes: its tokens and, after them, the rows of a learned prompt, which go before every sequence.
+/// The ids that a model takes: its tokens and, after them, the rows of a learned prompt, which go
+/// before every sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vocab {
     pub tokens: usize,
@@ -42,7 +44,10 @@ impl Vocab {
         match ids.iter().find(|id| **id as usize >= self.tokens) {
             None => Ok(()),
             Some(id) => {
-                let message = format!("token {id}, the vocabulary has {}; is it the model's tokenizer?", self.tokens);
+                let message = format!(
+                    "token {id}, the vocabulary has {}; is it the model's tokenizer?",
+                    self.tokens
+                );
                 Err(Error::op("batch", message))
             }
         }
@@ -83,8 +88,8 @@ pub struct Group<'a> {
 }
 
 impl Batch {
-    /// Packs the sequences, each behind the learned prompt if there is one. `vocab` is the model's. Errors: an empty
-    /// sequence, or a token id that the vocabulary does not hold.
+    /// Packs the sequences, each behind the learned prompt if there is one. `vocab` is the model's.
+    /// Errors: an empty sequence, or a token id that the vocabulary does not hold.
     pub fn new(cx: &Cx, sequences: &[Sequence], vocab: impl Into<Vocab>) -> Result<Batch> {
         let vocab = vocab.into();
         let mut build = Builder::default();
@@ -93,7 +98,8 @@ impl Batch {
             if vocab.virtuals > 0 && !sequence.ids.is_empty() {
                 build.segment(&vocab.prompted(sequence.ids), None, 0)?;
                 match sequence.target {
-                    // The last of the prompt predicts the first token, which counts where the mask says so.
+                    // The last of the prompt predicts the first token, which counts where the mask
+                    // says so.
                     Some(mask) => build.targets(sequence.ids, Some(mask), sequence.ids.len() + 1),
                     None => build.targets(&sequence.ids[1..], None, sequence.ids.len()),
                 }
@@ -105,9 +111,10 @@ impl Batch {
         build.finish(cx, vocab)
     }
 
-    /// Packs groups: each prompt but its last token once, then every completion with that token before it, which sees the
-    /// prompt and itself. The same log-probs as prompt + completion each on its own, in fewer rows. `targets_of` has one
-    /// entry a completion. Errors: as [`Batch::new`], or an empty prompt.
+    /// Packs groups: each prompt but its last token once, then every completion with that token
+    /// before it, which sees the prompt and itself. The same log-probs as prompt + completion each
+    /// on its own, in fewer rows. `targets_of` has one entry a completion. Errors: as
+    /// [`Batch::new`], or an empty prompt.
     pub fn grouped(cx: &Cx, groups: &[Group], vocab: impl Into<Vocab>) -> Result<Batch> {
         let vocab = vocab.into();
         let mut build = Builder::default();
@@ -160,7 +167,8 @@ impl Builder {
         Ok(self.segments.len() - 1)
     }
 
-    /// The targets of the segment added last, of `len` rows: `tokens` are its rows from the second on.
+    /// The targets of the segment added last, of `len` rows: `tokens` are its rows from the second
+    /// on.
     fn targets(&mut self, tokens: &[u32], mask: Option<&[bool]>, len: usize) {
         let (start, before) = (self.ids.len() - len, self.targets.len());
         for (i, token) in tokens.iter().enumerate() {

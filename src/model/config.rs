@@ -1,14 +1,16 @@
-//! config.json: read in its v4 and v5 forms, checked as a whole, written back with only what changed. Floor 3.
+//! config.json: read in its v4 and v5 forms, checked as a whole, written back with only what
+//! changed. Layer 5.
 //!
-//! Invariant: a `ModelConfig` agrees with what transformers 5.17 would make of the same file, or it is an error that
-//! lists every problem of the file.
+//! Invariant: a `ModelConfig` agrees with what transformers 5.17 would make of the same file, or it
+//! is an error that lists every problem of the file.
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::families::{self, Family, Switch, WindowRule};
+use super::families;
 use super::fields::Fields;
+use super::layout::{Family, HiddenAct, ModelConfig, Switch, Task, WindowRule};
 use super::rope::{RopeConfig, RopeKind, inv_freq};
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
@@ -16,83 +18,6 @@ use crate::tensor::safetensors::HostDtype;
 
 const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far from overflow
 const MAX_LAYERS: usize = 10_000;
-
-/// The function between gate and product in the MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HiddenAct {
-    Silu,
-    Gelu,     // with erf
-    GeluTanh, // `gelu_pytorch_tanh` and `gelu_new` are one formula
-}
-
-/// What stands on the last hidden state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Task {
-    /// A distribution over the vocabulary.
-    CausalLm,
-    /// `labels` scores of a whole sequence, read at its last token: a reward model has one.
-    SequenceClassification { labels: usize },
-    /// `labels` scores of each token, with a bias: a process reward model has two.
-    TokenClassification { labels: usize },
-}
-
-impl Task {
-    /// PEFT's task_type.
-    pub fn peft_name(self) -> &'static str {
-        match self {
-            Task::CausalLm => "CAUSAL_LM",
-            Task::SequenceClassification { .. } => "SEQ_CLS",
-            Task::TokenClassification { .. } => "TOKEN_CLS",
-        }
-    }
-
-    /// What `architectures` ends with.
-    fn suffix(self) -> &'static str {
-        match self {
-            Task::CausalLm => "ForCausalLM",
-            Task::SequenceClassification { .. } => "ForSequenceClassification",
-            Task::TokenClassification { .. } => "ForTokenClassification",
-        }
-    }
-
-    pub fn labels(self) -> Option<usize> {
-        match self {
-            Task::CausalLm => None,
-            Task::SequenceClassification { labels } | Task::TokenClassification { labels } => Some(labels),
-        }
-    }
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub struct ModelConfig {
-    pub family: &'static Family,
-    pub task: Task,
-    pub vocab_size: usize,
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_layers: usize,
-    pub num_heads: usize,
-    pub num_kv_heads: usize,
-    pub head_dim: usize, // q is [num_heads * head_dim], which need not be hidden_size
-    pub max_position_embeddings: usize,
-    pub rms_norm_eps: f32,
-    pub hidden_act: HiddenAct,
-    pub tie_word_embeddings: bool,
-    pub qkv_bias: bool,
-    pub o_bias: bool,
-    pub mlp_bias: bool,
-    pub qk_norm: bool,
-    /// [num_layers]. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of them with its own.
-    pub sliding_window: Vec<Option<usize>>,
-    pub rope: RopeConfig,
-    pub attention_dropout: f32,
-    pub initializer_range: f32,
-    pub bos: Option<u32>,
-    pub eos: Vec<u32>,
-    pub pad: Option<u32>,
-    pub dtype: Option<HostDtype>, // of the folder, if it says
-    pub raw: Map<String, Value>,  // config.json as read
-}
 
 impl ModelConfig {
     /// Reads `dir/config.json`.
@@ -116,10 +41,15 @@ impl ModelConfig {
         let num_layers = f.required_size("num_hidden_layers", MAX_LAYERS);
         let num_heads = f.required_size("num_attention_heads", MAX_SIZE);
         let num_kv_heads = match family.default_kv_heads {
-            Some(n) if !f.is_null("num_key_value_heads") => f.size("num_key_value_heads", MAX_SIZE).unwrap_or(n),
+            Some(n) if !f.is_null("num_key_value_heads") => {
+                f.size("num_key_value_heads", MAX_SIZE).unwrap_or(n)
+            }
             _ => f.size("num_key_value_heads", MAX_SIZE).unwrap_or(num_heads),
         };
-        let head_dim = f.size("head_dim", 1 << 16).or(family.default_head_dim).unwrap_or(hidden_size / num_heads);
+        let head_dim = f
+            .size("head_dim", 1 << 16)
+            .or(family.default_head_dim)
+            .unwrap_or(hidden_size / num_heads);
         let max_position_embeddings =
             f.size("max_position_embeddings", 1 << 40).unwrap_or(family.default_max_positions);
         let mut config = ModelConfig {
@@ -133,7 +63,9 @@ impl ModelConfig {
             num_kv_heads,
             head_dim,
             max_position_embeddings,
-            rms_norm_eps: f.number("rms_norm_eps", "a number of at least 0", |x| x >= 0.0).unwrap_or(1e-6) as f32,
+            rms_norm_eps: f
+                .number("rms_norm_eps", "a number of at least 0", |x| x >= 0.0)
+                .unwrap_or(1e-6) as f32,
             hidden_act: hidden_act(&mut f),
             tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(false),
             qkv_bias: switch(&mut f, family.qkv_bias),
@@ -142,8 +74,9 @@ impl ModelConfig {
             qk_norm: family.qk_norm,
             sliding_window: sliding_window(&mut f, family.window, num_layers),
             rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
-            attention_dropout: f.number("attention_dropout", "from 0 to 1", |x| (0.0..1.0).contains(&x)).unwrap_or(0.0)
-                as f32,
+            attention_dropout: f
+                .number("attention_dropout", "from 0 to 1", |x| (0.0..1.0).contains(&x))
+                .unwrap_or(0.0) as f32,
             initializer_range: f
                 .number("initializer_range", "from 0 to 1", |x| (0.0..=1.0).contains(&x))
                 .unwrap_or(0.02) as f32,
@@ -164,14 +97,18 @@ impl ModelConfig {
         }
         if !problems.is_empty() {
             let lines = problems.join("\n  ");
-            return Err(Error::model(path, if problems.len() == 1 { lines } else { format!("\n  {lines}") }));
+            return Err(Error::model(
+                path,
+                if problems.len() == 1 { lines } else { format!("\n  {lines}") },
+            ));
         }
         config.raw = raw;
         Ok(config)
     }
 
-    /// A new Llama with the usual settings (rope theta 10000, eps 1e-5, silu, no biases), whose [`raw`](Self::raw)
-    /// transformers loads. Sizes are the caller's: heads must divide hidden, kv_heads must divide heads.
+    /// A new Llama with the usual settings (rope theta 10000, eps 1e-5, silu, no biases), whose
+    /// [`raw`](Self::raw) transformers loads. Sizes are the caller's: heads must divide hidden,
+    /// kv_heads must divide heads.
     #[allow(clippy::too_many_arguments)]
     pub fn llama(
         vocab: usize,
@@ -226,13 +163,14 @@ impl ModelConfig {
         }
     }
 
-    /// The config.json to save: [`raw`](Self::raw), with what differs from it by now (vocab_size, tying, bos, eos,
-    /// pad), with `dtype`, and with rope and dtype under both their v4 and v5 names, so that either generation of
-    /// readers loads it. Nothing else is touched.
+    /// The config.json to save: [`raw`](Self::raw), with what differs from it by now (vocab_size,
+    /// tying, bos, eos, pad), with `dtype`, and with rope and dtype under both their v4 and v5
+    /// names, so that either generation of readers loads it. Nothing else is touched.
     pub fn to_json(&self, dtype: HostDtype) -> Map<String, Value> {
         let mut out = self.raw.clone();
         let before = Self::from_json("config.json", self.raw.clone()).ok();
-        let changed = |same: fn(&Self, &Self) -> bool| before.as_ref().is_none_or(|b| !same(b, self));
+        let changed =
+            |same: fn(&Self, &Self) -> bool| before.as_ref().is_none_or(|b| !same(b, self));
         let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
         if changed(|a, b| a.task == b.task) {
             let base = self.family.architecture.trim_end_matches("ForCausalLM");
@@ -240,7 +178,10 @@ impl ModelConfig {
             if let Some(n) = self.task.labels() {
                 let names = (0..n).map(|i| (i.to_string(), json!(format!("LABEL_{i}"))));
                 set("id2label", Value::Object(names.collect()));
-                set("label2id", Value::Object((0..n).map(|i| (format!("LABEL_{i}"), json!(i))).collect()));
+                set(
+                    "label2id",
+                    Value::Object((0..n).map(|i| (format!("LABEL_{i}"), json!(i))).collect()),
+                );
             }
         }
         if changed(|a, b| a.vocab_size == b.vocab_size) {
@@ -273,18 +214,26 @@ impl ModelConfig {
 
     fn contradictions(&self, raw: &Map<String, Value>, problems: &mut Vec<String>) {
         let (hidden, heads, kv) = (self.hidden_size, self.num_heads, self.num_kv_heads);
-        let given = self.family.default_head_dim.is_some() || raw.get("head_dim").is_some_and(|v| !v.is_null());
+        let given = self.family.default_head_dim.is_some()
+            || raw.get("head_dim").is_some_and(|v| !v.is_null());
         if !hidden.is_multiple_of(heads) && (self.family.heads_divide_hidden || !given) {
-            problems.push(format!("hidden_size {hidden} is not a multiple of num_attention_heads {heads}"));
+            problems.push(format!(
+                "hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+            ));
         }
         if !heads.is_multiple_of(kv) {
-            problems.push(format!("num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}"));
+            problems.push(format!(
+                "num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}"
+            ));
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             problems.push(format!("head_dim {} is not even; rope turns pairs", self.head_dim));
         }
         if inv_freq(&self.rope, self.head_dim).iter().any(|f| !f.is_finite()) {
-            problems.push(format!("rope settings give frequencies that are not finite: {:?}", self.rope));
+            problems.push(format!(
+                "rope settings give frequencies that are not finite: {:?}",
+                self.rope
+            ));
         }
     }
 }
@@ -308,13 +257,21 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
     };
     let base = family.architecture.trim_end_matches("ForCausalLM");
     let labels = labels(f);
-    let tasks = [Task::CausalLm, Task::SequenceClassification { labels }, Task::TokenClassification { labels }];
+    let tasks = [
+        Task::CausalLm,
+        Task::SequenceClassification { labels },
+        Task::TokenClassification { labels },
+    ];
     let Some(a) = architecture else { return Some((family, Task::CausalLm)) };
     match tasks.into_iter().find(|t| format!("{base}{}", t.suffix()) == a) {
         Some(task) => Some((family, task)),
         None => {
-            let names: Vec<String> = tasks.iter().map(|t| format!("{base}{}", t.suffix())).collect();
-            f.problem(format!("architecture {a:?} is not supported here; of this family are {}", names.join(", ")));
+            let names: Vec<String> =
+                tasks.iter().map(|t| format!("{base}{}", t.suffix())).collect();
+            f.problem(format!(
+                "architecture {a:?} is not supported here; of this family are {}",
+                names.join(", ")
+            ));
             None
         }
     }
@@ -342,7 +299,9 @@ fn hidden_act(f: &mut Fields) -> HiddenAct {
         Some("gelu" | "gelu_python") => HiddenAct::Gelu,
         Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh") => HiddenAct::GeluTanh,
         Some(other) => {
-            f.problem(format!("hidden_act is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"));
+            f.problem(format!(
+                "hidden_act is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"
+            ));
             HiddenAct::Silu
         }
     }
@@ -357,22 +316,32 @@ fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option
             vec![f.size("sliding_window", usize::MAX).or(window); layers]
         }
         WindowRule::Listed { default, default_full_layers } => {
-            let on = f.boolean("use_sliding_window").unwrap_or(false) && !f.is_null("sliding_window");
+            let on =
+                f.boolean("use_sliding_window").unwrap_or(false) && !f.is_null("sliding_window");
             let window = f.size("sliding_window", usize::MAX).unwrap_or(default);
             let Some(types) = f.array("layer_types") else {
                 let full = match f.value("max_window_layers").map(|v| (v, v.as_u64())) {
                     None => default_full_layers,
                     Some((_, Some(n))) => usize::try_from(n).unwrap_or(usize::MAX),
-                    Some((v, None)) => f.wrong("max_window_layers", v, "an integer of at least 0").unwrap_or(0),
+                    Some((v, None)) => {
+                        f.wrong("max_window_layers", v, "an integer of at least 0").unwrap_or(0)
+                    }
                 };
                 return (0..layers).map(|i| (on && i >= full).then_some(window)).collect();
             };
             if types.len() != layers {
-                f.problem(format!("layer_types has {} entries, num_hidden_layers is {layers}", types.len()));
+                f.problem(format!(
+                    "layer_types has {} entries, num_hidden_layers is {layers}",
+                    types.len()
+                ));
             }
             let sliding: Vec<bool> = types.iter().map(|t| t == "sliding_attention").collect();
-            if let Some(other) = types.iter().find(|t| *t != "sliding_attention" && *t != "full_attention") {
-                f.problem(format!("layer_types has {other}; supported are full_attention and sliding_attention"));
+            if let Some(other) =
+                types.iter().find(|t| *t != "sliding_attention" && *t != "full_attention")
+            {
+                f.problem(format!(
+                    "layer_types has {other}; supported are full_attention and sliding_attention"
+                ));
             }
             if sliding.contains(&true) && !on {
                 f.problem("layer_types has sliding_attention, but use_sliding_window or sliding_window is off");
@@ -382,7 +351,8 @@ fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option
     }
 }
 
-/// An id, negative ones (an old way to say none) and null being none; `default` only where the key is absent.
+/// An id, negative ones (an old way to say none) and null being none; `default` only where the key
+/// is absent.
 fn one_id(f: &mut Fields, key: &str, default: Option<u32>) -> Option<u32> {
     match f.value(key) {
         None => default.filter(|_| !f.is_null(key)),
@@ -414,9 +384,11 @@ fn dtype(f: &mut Fields) -> Option<HostDtype> {
     dtype
 }
 
-/// Adds whichever of `rope_theta` + `rope_scaling` (v4) and `rope_parameters` (v5) is not there yet.
+/// Adds whichever of `rope_theta` + `rope_scaling` (v4) and `rope_parameters` (v5) is not there
+/// yet.
 fn both_ropes(out: &mut Map<String, Value>, theta: f64) {
-    let filled = |v: Option<&Value>| v.and_then(Value::as_object).filter(|m| !m.is_empty()).cloned();
+    let filled =
+        |v: Option<&Value>| v.and_then(Value::as_object).filter(|m| !m.is_empty()).cloned();
     let (old, new) = (filled(out.get("rope_scaling")), filled(out.get("rope_parameters")));
     out.entry("rope_theta").or_insert(json!(theta));
     if old.is_none() {

@@ -25,7 +25,10 @@ fn error(model_type: &str, more: Value) -> String {
 #[test]
 fn absent_keys_mean_what_transformers_means() {
     let llama = with("llama", json!({})).unwrap();
-    assert_eq!((llama.head_dim, llama.bos, llama.eos.as_slice(), llama.pad), (8, Some(1), [2].as_slice(), None));
+    assert_eq!(
+        (llama.head_dim, llama.bos, llama.eos.as_slice(), llama.pad),
+        (8, Some(1), [2].as_slice(), None)
+    );
     assert_eq!((llama.rms_norm_eps, llama.max_position_embeddings), (1e-6, 2048));
     assert!(!llama.tie_word_embeddings && !llama.qkv_bias && llama.dtype.is_none());
     let qwen2 = with("qwen2", json!({})).unwrap();
@@ -51,7 +54,10 @@ fn windows_follow_each_familys_rule() {
     let on = json!({ "sliding_window": 16, "use_sliding_window": true, "max_window_layers": 1 });
     assert_eq!(window("qwen2", on.clone()), [None, Some(16), Some(16)]);
     assert_eq!(window("qwen3", on), [None, Some(16), Some(16)]);
-    assert_eq!(window("qwen3", json!({ "sliding_window": 16, "use_sliding_window": true })), [None; 3]);
+    assert_eq!(
+        window("qwen3", json!({ "sliding_window": 16, "use_sliding_window": true })),
+        [None; 3]
+    );
     let listed = json!({ "sliding_window": 16, "use_sliding_window": true,
                          "layer_types": ["sliding_attention", "full_attention", "full_attention"] });
     assert_eq!(window("qwen3", listed), [Some(16), None, None]);
@@ -67,13 +73,22 @@ fn ids_may_be_a_number_a_list_or_null() {
     assert!(with("llama", json!({ "eos_token_id": null })).unwrap().eos.is_empty());
     let none = with("llama", json!({ "bos_token_id": null, "pad_token_id": -1 })).unwrap();
     assert_eq!((none.bos, none.pad), (None, None));
-    assert!(error("llama", json!({ "bos_token_id": "x" })).contains("bos_token_id is \"x\"; it must be a token id"));
+    assert!(
+        error("llama", json!({ "bos_token_id": "x" }))
+            .contains("bos_token_id is \"x\"; it must be a token id")
+    );
 }
 
 #[test]
 fn both_names_of_dtype_and_of_gelu_are_read() {
-    assert_eq!(with("llama", json!({ "torch_dtype": "bfloat16" })).unwrap().dtype, Some(HostDtype::BF16));
-    assert_eq!(with("llama", json!({ "dtype": "torch.float16" })).unwrap().dtype, Some(HostDtype::F16));
+    assert_eq!(
+        with("llama", json!({ "torch_dtype": "bfloat16" })).unwrap().dtype,
+        Some(HostDtype::BF16)
+    );
+    assert_eq!(
+        with("llama", json!({ "dtype": "torch.float16" })).unwrap().dtype,
+        Some(HostDtype::F16)
+    );
     let both = json!({ "dtype": "float32", "torch_dtype": "bfloat16" });
     assert_eq!(with("llama", both).unwrap().dtype, Some(HostDtype::F32));
     for (name, act) in [("gelu", HiddenAct::Gelu), ("gelu_new", HiddenAct::GeluTanh)] {
@@ -104,16 +119,26 @@ fn all_problems_of_a_config_come_at_once() {
 
 #[test]
 fn contradictions_and_strangers_are_told_apart() {
-    assert!(error("llama", json!({ "hidden_size": 33 })).contains("hidden_size 33 is not a multiple of num_att"));
-    assert!(error("llama", json!({ "num_key_value_heads": 3 })).contains("num_attention_heads 4 is not a multiple"));
+    assert!(
+        error("llama", json!({ "hidden_size": 33 }))
+            .contains("hidden_size 33 is not a multiple of num_att")
+    );
+    assert!(
+        error("llama", json!({ "num_key_value_heads": 3 }))
+            .contains("num_attention_heads 4 is not a multiple")
+    );
     assert!(error("qwen3", json!({ "head_dim": 15 })).contains("head_dim 15 is not even"));
     assert!(with("qwen3", json!({ "hidden_size": 33 })).is_ok());
     let stranger = error("llama", json!({ "model_type": "gpt2" }));
-    assert!(stranger.contains("\"gpt2\" is not supported") && stranger.contains("qwen3 (Qwen3ForCausalLM)"));
+    assert!(
+        stranger.contains("\"gpt2\" is not supported")
+            && stranger.contains("qwen3 (Qwen3ForCausalLM)")
+    );
     assert!(error("llama", json!({ "model_type": "qwen" })).contains("is qwen2 meant?"));
     let head = error("qwen2", json!({ "architectures": ["Qwen2ForQuestionAnswering"] }));
     assert!(
-        head.contains("Qwen2ForQuestionAnswering") && head.contains("of this family are Qwen2ForCausalLM"),
+        head.contains("Qwen2ForQuestionAnswering")
+            && head.contains("of this family are Qwen2ForCausalLM"),
         "{head}"
     );
     let empty = ModelConfig::from_json("config.json", Map::new()).unwrap_err().to_string();
@@ -132,7 +157,10 @@ fn what_is_saved_changes_only_what_changed() {
     }
     assert_eq!(out["torch_dtype"], "bfloat16");
     assert_eq!(out["dtype"], "bfloat16");
-    assert_eq!(out["rope_parameters"], json!({ "factor": 2.0, "rope_type": "linear", "rope_theta": 5e5 }));
+    assert_eq!(
+        out["rope_parameters"],
+        json!({ "factor": 2.0, "rope_type": "linear", "rope_theta": 5e5 })
+    );
     config.eos = vec![2, 9];
     config.pad = Some(0);
     config.vocab_size = 100;
@@ -220,7 +248,7 @@ fn no_value_of_any_key_makes_the_reader_panic() {
                 match ModelConfig::from_json("config.json", raw) {
                     Ok(config) => {
                         good += 1;
-                        families::expected_params(&config);
+                        crate::model::layout::expected_params(&config);
                         rope_table(&config.rope, config.head_dim, 2);
                         config.to_json(HostDtype::F16);
                     }

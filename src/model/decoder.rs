@@ -1,21 +1,20 @@
-//! The decoder: the one forward that training, scoring and generation share. Floor 3.
+//! The decoder: the one forward that training, scoring and generation share. Layer 5.
 //!
-//! Invariant: a row's result depends on its own sequence alone, and has the same bits whether it is computed in a packed
-//! batch, in a prefill or one token at a time over a page table.
+//! Invariant: a row's result depends on its own sequence alone, and has the same bits whether it is
+//! computed in a packed batch, in a prefill or one token at a time over a page table.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::cx::Cx;
+use crate::autograd::{Cx, Recompute};
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
 use crate::model::adapter::{Adapter, Site};
 use crate::model::batch::{Batch, Sequence, Vocab};
-use crate::model::config::{HiddenAct, ModelConfig, Task};
-use crate::model::families::{Place, Proj, Role, expected_params};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
+use crate::model::layout::{HiddenAct, ModelConfig, Place, Proj, Role, Task, expected_params};
 use crate::model::params::{ParamSet, initial};
 use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
@@ -96,19 +95,27 @@ enum Keys<'a> {
 }
 
 impl Decoder {
-    /// Reads a Hugging Face folder; `positions` is the longest sequence that will be asked for (it can grow).
+    /// Reads a Hugging Face folder; `positions` is the longest sequence that will be asked for (it
+    /// can grow).
     pub fn load(cx: &Cx, set: u32, dir: impl AsRef<Path>, positions: usize) -> Result<Decoder> {
         let config = folder::load_config(&dir)?;
         Decoder::load_as(cx, set, dir, config, positions)
     }
 
-    /// As [`Decoder::load`], with a config that may give the folder another task: a score that the folder does not hold is
-    /// new, normal(0, initializer_range).
-    pub fn load_as(cx: &Cx, set: u32, dir: impl AsRef<Path>, config: ModelConfig, positions: usize) -> Result<Decoder> {
+    /// As [`Decoder::load`], with a config that may give the folder another task: a score that the
+    /// folder does not hold is new, normal(0, initializer_range).
+    pub fn load_as(
+        cx: &Cx,
+        set: u32,
+        dir: impl AsRef<Path>,
+        config: ModelConfig,
+        positions: usize,
+    ) -> Result<Decoder> {
         Decoder::load_stored(cx, set, dir, config, positions, None)
     }
 
-    /// As [`Decoder::load_as`]; with a scheme, linear layers are quantised as they are read, and held so.
+    /// As [`Decoder::load_as`]; with a scheme, linear layers are quantised as they are read, and
+    /// held so.
     pub fn load_stored(
         cx: &Cx,
         set: u32,
@@ -140,14 +147,21 @@ impl Decoder {
     }
 
     /// As [`Decoder::new`]; see [`Decoder::load_stored`] for `scheme`.
-    pub fn zeros(cx: &Cx, set: u32, config: ModelConfig, positions: usize, scheme: Option<Scheme>) -> Result<Decoder> {
+    pub fn zeros(
+        cx: &Cx,
+        set: u32,
+        config: ModelConfig,
+        positions: usize,
+        scheme: Option<Scheme>,
+    ) -> Result<Decoder> {
         let mut params = ParamSet::stored(cx, set, expected_params(&config), scheme)?;
         params.zero_quantised(cx)?;
         let table = upload_table(cx, &config, positions)?;
         Decoder::wire(config, params, None, table, positions)
     }
 
-    /// A decoder with transformers' initial values, a function of `seed`; see [`Decoder::load_stored`] for `scheme`.
+    /// A decoder with transformers' initial values, a function of `seed`; see
+    /// [`Decoder::load_stored`] for `scheme`.
     pub fn random(
         cx: &Cx,
         set: u32,
@@ -176,7 +190,8 @@ impl Decoder {
             if own.is_some() { Ok(own) } else { params.unit(layer, role) }
         };
         let need = |layer, role| {
-            unit(layer, role)?.ok_or_else(|| Error::op("decoder", format!("no {role:?} in layer {layer:?}")))
+            unit(layer, role)?
+                .ok_or_else(|| Error::op("decoder", format!("no {role:?} in layer {layer:?}")))
         };
         let mut layers = Vec::new();
         for i in 0..config.num_layers {
@@ -195,7 +210,10 @@ impl Decoder {
                 q_norm: unit(l, Role::QNorm)?,
                 k_norm: unit(l, Role::KNorm)?,
                 o: projection(Proj::O, Role::OBias)?,
-                after_attention: adapter.as_ref().and_then(|a| a.bottleneck(i, Place::Attention)).cloned(),
+                after_attention: adapter
+                    .as_ref()
+                    .and_then(|a| a.bottleneck(i, Place::Attention))
+                    .cloned(),
                 post_norm: need(l, Role::PostNorm)?,
                 gate_up: projection(Proj::Gate, Role::GateBias)?,
                 down: projection(Proj::Down, Role::DownBias)?,
@@ -212,7 +230,8 @@ impl Decoder {
         }
         let embed = need(None, Role::Embed)?;
         let head = match config.task {
-            // A tied head is the model's own embedding, also where the adapter trains a copy of that (as in PEFT).
+            // A tied head is the model's own embedding, also where the adapter trains a copy of
+            // that (as in PEFT).
             Task::CausalLm => match unit(None, Role::Head)? {
                 Some(head) => head,
                 None => params.required(None, Role::Embed)?,
@@ -222,7 +241,19 @@ impl Decoder {
         let score_bias = unit(None, Role::ScoreBias)?;
         let final_norm = need(None, Role::FinalNorm)?;
         let prompt = unit(None, Role::Prompt)?;
-        Ok(Decoder { config, params, adapter, embed, prompt, layers, final_norm, head, score_bias, table, positions })
+        Ok(Decoder {
+            config,
+            params,
+            adapter,
+            embed,
+            prompt,
+            layers,
+            final_norm,
+            head,
+            score_bias,
+            table,
+            positions,
+        })
     }
 
     /// The model with an adapter on it (or, with None, without the one that it has).
@@ -240,8 +271,9 @@ impl Decoder {
         self.adapter.as_ref().map_or(Ok(()), |a| a.refresh(cx, &self.params))
     }
 
-    /// The model as it is now, for good: what a preference or RL method holds its policy against. Where the adapter starts
-    /// at zero this is the base itself, without a second copy; else a frozen copy of what is trained, as set `set`.
+    /// The model as it is now, for good: what a preference or RL method holds its policy against.
+    /// Where the adapter starts at zero this is the base itself, without a second copy; else a
+    /// frozen copy of what is trained, as set `set`.
     pub fn reference(&self, cx: &Cx, set: u32) -> Result<Decoder> {
         match &self.adapter {
             Some(a) if a.starts_at_zero() => self.clone().with_adapter(None),
@@ -284,38 +316,46 @@ impl Decoder {
         Ok(())
     }
 
-    /// Final hidden states of every row (after the last norm): [rows, hidden] real. With `checkpoint`, each layer is a
-    /// segment of the tape that is computed again on the way back.
-    pub fn hidden(&self, cx: &mut Cx, batch: &Batch, checkpoint: bool) -> Result<Tensor> {
+    /// Final hidden states of every row (after the last norm): [rows, hidden] real. With
+    /// `checkpoint`, each layer is a segment of the tape that is computed again on the way back.
+    pub fn hidden(&self, cx: &mut Cx, batch: &Batch) -> Result<Tensor> {
         if batch.longest > self.positions {
-            let message = format!("a sequence of {} tokens; the rope table covers {}", batch.longest, self.positions);
+            let message = format!(
+                "a sequence of {} tokens; the rope table covers {}",
+                batch.longest, self.positions
+            );
             return Err(Error::op("decoder", message));
         }
         if batch.vocab.virtuals != self.vocab().virtuals {
             let (theirs, ours) = (batch.vocab.virtuals, self.vocab().virtuals);
-            let message = format!("a batch behind {theirs} virtual tokens, the model's prompt has {ours}");
-            return Err(Error::op("decoder", message + "; this method takes no prompt tuning: use another peft_type"));
+            let message =
+                format!("a batch behind {theirs} virtual tokens, the model's prompt has {ours}");
+            return Err(Error::op(
+                "decoder",
+                message + "; this method takes no prompt tuning: use another peft_type",
+            ));
         }
         let x = self.embed(cx, &batch.tokens)?;
-        self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan), checkpoint)
+        self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan))
     }
 
     /// Hidden states of the rows that predict a target: [targets, hidden].
-    pub fn target_hidden(&self, cx: &mut Cx, batch: &Batch, checkpoint: bool) -> Result<Tensor> {
-        let hidden = self.hidden(cx, batch, checkpoint)?;
+    pub fn target_hidden(&self, cx: &mut Cx, batch: &Batch) -> Result<Tensor> {
+        let hidden = self.hidden(cx, batch)?;
         if batch.target_rows.numel() == batch.rows {
             return Ok(hidden);
         }
         gather_rows(cx, &hidden, &batch.target_rows)
     }
 
-    /// Log-probs of the targets of each sequence, in order (all tokens but the first, where no mask is given). No tape.
+    /// Log-probs of the targets of each sequence, in order (all tokens but the first, where no mask
+    /// is given). No tape.
     pub fn logps(&self, cx: &mut Cx, sequences: &[Sequence]) -> Result<Vec<Vec<f32>>> {
         let batch = Batch::new(cx, sequences, self.vocab())?;
         if batch.target_ids.is_empty() {
             return Ok(vec![Vec::new(); sequences.len()]);
         }
-        let hidden = self.target_hidden(cx, &batch, false)?;
+        let hidden = self.target_hidden(cx, &batch)?;
         let all = head_logps(cx, &hidden, &self.head, &batch.targets, 1.0)?.logp.to_f32()?;
         let mut rest = all.as_slice();
         let mut rows = Vec::with_capacity(sequences.len());
@@ -330,15 +370,22 @@ impl Decoder {
     /// One step over the cache: appends the step's tokens, returns their hidden states. No tape.
     pub fn cached(&self, cx: &mut Cx, cache: &KvCache, step: &KvStep) -> Result<Tensor> {
         if step.longest > self.positions {
-            let message = format!("a sequence of {} tokens; the rope table covers {}", step.longest, self.positions);
+            let message = format!(
+                "a sequence of {} tokens; the rope table covers {}",
+                step.longest, self.positions
+            );
             return Err(Error::op("decoder", message));
         }
         if step.vocab != self.vocab().total() {
-            let message = format!("a step for {} ids, the model has {:?}", step.vocab, self.vocab());
-            return Err(Error::op("decoder", message + "; give the engine the model that it was made for"));
+            let message =
+                format!("a step for {} ids, the model has {:?}", step.vocab, self.vocab());
+            return Err(Error::op(
+                "decoder",
+                message + "; give the engine the model that it was made for",
+            ));
         }
         let x = self.embed(cx, &step.tokens)?;
-        self.run(cx, x, &step.positions, Keys::Cache(cache, step), false)
+        self.run(cx, x, &step.positions, Keys::Cache(cache, step))
     }
 
     /// Scores of a classifier's hidden rows: [rows, labels] real.
@@ -353,17 +400,17 @@ impl Decoder {
         Ok(logits)
     }
 
-    fn run(&self, cx: &mut Cx, x: Tensor, positions: &Tensor, keys: Keys, checkpoint: bool) -> Result<Tensor> {
+    fn run(&self, cx: &mut Cx, x: Tensor, positions: &Tensor, keys: Keys) -> Result<Tensor> {
         let eps = self.config.rms_norm_eps;
         let mut stream = x;
         let mut branch: Option<Tensor> = None;
         for (i, layer) in self.layers.iter().enumerate() {
-            if let (true, Some(tape)) = (checkpoint, cx.tape.as_mut()) {
+            if let (Recompute::Layers, Some(tape)) = (cx.recompute, cx.tape.as_mut()) {
                 tape.begin_segment();
             }
             let (s, b) = self.layer(cx, i, layer, stream, branch, positions, &keys)?;
             (stream, branch) = (s, Some(b));
-            if let (true, Some(tape)) = (checkpoint, cx.tape.as_mut()) {
+            if let (Recompute::Layers, Some(tape)) = (cx.recompute, cx.tape.as_mut()) {
                 tape.end_segment();
             }
         }
@@ -373,8 +420,9 @@ impl Decoder {
         }
     }
 
-    /// One block. `branch` is what the block before has computed and not yet added to the stream: the addition is fused
-    /// with the norm that follows it. Returns (stream, branch) in the same sense.
+    /// One block. `branch` is what the block before has computed and not yet added to the stream:
+    /// the addition is fused with the norm that follows it. Returns (stream, branch) in the same
+    /// sense.
     #[allow(clippy::too_many_arguments)]
     fn layer(
         &self,
@@ -403,8 +451,24 @@ impl Decoder {
             Keys::Batch(plan) => attention(cx, &qkv, plan, shape)?,
             Keys::Cache(cache, step) => {
                 let cache = &cache.layers[i];
-                kv_append(cx, &qkv, cache, &step.slots, shape.kv_heads, shape.head_dim, shape.heads)?;
-                attention_paged(cx, &qkv, cache, &step.page_table, &step.row_sequence, &step.positions, shape)?
+                kv_append(
+                    cx,
+                    &qkv,
+                    cache,
+                    &step.slots,
+                    shape.kv_heads,
+                    shape.head_dim,
+                    shape.heads,
+                )?;
+                attention_paged(
+                    cx,
+                    &qkv,
+                    cache,
+                    &step.page_table,
+                    &step.row_sequence,
+                    &step.positions,
+                    shape,
+                )?
             }
         };
         drop(qkv);

@@ -1,6 +1,7 @@
-//! Typed access to a JSON object that collects problems instead of stopping at the first. Floor 3.
+//! Typed access to a JSON object that collects problems instead of stopping at the first. Layer 5.
 //!
-//! Invariant: every value that has the wrong type or range leaves one line in `problems`, naming its key.
+//! Invariant: every value that has the wrong type or range leaves one line in `problems`, naming
+//! its key.
 
 use serde_json::{Map, Value};
 
@@ -28,7 +29,8 @@ impl<'a> Fields<'a> {
     /// An integer from `1` to `max`.
     pub fn size(&mut self, key: &str, max: usize) -> Option<usize> {
         let value = self.value(key)?;
-        match value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=max).contains(n)) {
+        match value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=max).contains(n))
+        {
             Some(n) => Some(n),
             None => self.wrong(key, value, &format!("an integer from 1 to {max}")),
         }

@@ -1,14 +1,15 @@
-//! Weights of a model folder in, a model folder out. Floor 3.
+//! Weights of a model folder in, a model folder out. Layer 5.
 //!
-//! Invariant: [`load_weights`] gives every expected parameter once, with the shape its spec says and finite values, or
-//! an error that lists all that is wrong; [`write_folder`] leaves a whole folder or the one that was there.
+//! Invariant: [`load_weights`] gives every expected parameter once, with the shape its spec says
+//! and finite values, or an error that lists all that is wrong; [`write_folder`] leaves a whole
+//! folder or the one that was there.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::config::{ModelConfig, Task};
-use super::families::{ParamSpec, Role, expected_params};
+use super::layout::{ModelConfig, Task};
+use super::layout::{ParamSpec, Role, expected_params};
 use crate::error::{Error, Result};
 use crate::fsio::{self, AtomicDir};
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec, TensorView};
@@ -29,8 +30,9 @@ const TOKENIZER_FILES: &[&str] = &[
     "tokenizer.model",
 ];
 
-/// config.json as the weights bear it out: where it ties the head but the folder holds a head that differs from the
-/// embedding, the two are two parameters (transformers does the same). Use this, not [`ModelConfig::load`], to train.
+/// config.json as the weights bear it out: where it ties the head but the folder holds a head that
+/// differs from the embedding, the two are two parameters (transformers does the same). Use this,
+/// not [`ModelConfig::load`], to train.
 pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
     let mut config = ModelConfig::load(&dir)?;
     if config.tie_word_embeddings && config.task == Task::CausalLm {
@@ -42,9 +44,11 @@ pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Gives each expected parameter to `sink`, in arena order, straight from the mapped file: the sink copies it to where
-/// it lives. Where `config` was given another task than the folder's, its score is not there: the caller makes it. Names, shapes and dtypes are all compared before the first call; NaN and infinities are looked for tensor
-/// by tensor. `rotary_emb.inv_freq` leftovers, and a head equal to the embedding it is tied to, are passed over.
+/// Gives each expected parameter to `sink`, in arena order, straight from the mapped file: the sink
+/// copies it to where it lives. Where `config` was given another task than the folder's, its score
+/// is not there: the caller makes it. Names, shapes and dtypes are all compared before the first
+/// call; NaN and infinities are looked for tensor by tensor. `rotary_emb.inv_freq` leftovers, and a
+/// head equal to the embedding it is tied to, are passed over.
 pub fn load_weights(
     dir: impl AsRef<Path>,
     config: &ModelConfig,
@@ -80,11 +84,12 @@ pub fn load_weights(
     Ok(())
 }
 
-/// Writes a folder that transformers loads: model.safetensors in `dtype`, config.json ([`ModelConfig::to_json`]),
-/// generation_config.json if given, and the tokenizer files byte for byte. `bytes_of` gives each expected parameter's
-/// values, row-major little-endian in `dtype` ([`HostDtype::encode`]); one tensor is held at a time.
-/// All is written to a temporary sibling and moved into place at the end: see [`AtomicDir::commit`].
-/// Errors: NaN or infinities, wrong lengths, IO; what was in `dir` before stays.
+/// Writes a folder that transformers loads: model.safetensors in `dtype`, config.json
+/// ([`ModelConfig::to_json`]), generation_config.json if given, and the tokenizer files byte for
+/// byte. `bytes_of` gives each expected parameter's values, row-major little-endian in `dtype`
+/// ([`HostDtype::encode`]); one tensor is held at a time. All is written to a temporary sibling and
+/// moved into place at the end: see [`AtomicDir::commit`]. Errors: NaN or infinities, wrong
+/// lengths, IO; what was in `dir` before stays.
 pub fn write_folder(
     dir: impl AsRef<Path>,
     config: &ModelConfig,
@@ -95,14 +100,21 @@ pub fn write_folder(
 ) -> Result<()> {
     let out = AtomicDir::create(&dir)?;
     let specs = expected_params(config);
-    let tensors: Vec<TensorSpec> =
-        specs.iter().map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() }).collect();
-    safetensors::write(out.tmp().join("model.safetensors"), &tensors, &[("format", "pt")], &mut |i, _| {
-        let Some(spec) = specs.get(i) else { return Ok(Vec::new()) };
-        let bytes = bytes_of(spec)?;
-        check_finite(dir.as_ref(), spec, dtype, &bytes, "nothing was written")?;
-        Ok(bytes)
-    })?;
+    let tensors: Vec<TensorSpec> = specs
+        .iter()
+        .map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() })
+        .collect();
+    safetensors::write(
+        out.tmp().join("model.safetensors"),
+        &tensors,
+        &[("format", "pt")],
+        &mut |i, _| {
+            let Some(spec) = specs.get(i) else { return Ok(Vec::new()) };
+            let bytes = bytes_of(spec)?;
+            check_finite(dir.as_ref(), spec, dtype, &bytes, "nothing was written")?;
+            Ok(bytes)
+        },
+    )?;
     for file in tokenizer_files {
         let Some(name) = file.file_name() else { continue };
         fsio::atomic_write(out.tmp().join(name), &fsio::read(file)?)?;
@@ -116,7 +128,11 @@ pub fn write_folder(
 
 /// The tokenizer files that `dir` has, for [`write_folder`].
 pub fn tokenizer_files(dir: impl AsRef<Path>) -> Vec<PathBuf> {
-    TOKENIZER_FILES.iter().map(|name| dir.as_ref().join(name)).filter(|path| path.is_file()).collect()
+    TOKENIZER_FILES
+        .iter()
+        .map(|name| dir.as_ref().join(name))
+        .filter(|path| path.is_file())
+        .collect()
 }
 
 /// generation_config.json of `dir`, if it has one.
@@ -130,14 +146,19 @@ pub fn generation_config(dir: impl AsRef<Path>) -> Result<Option<Map<String, Val
 }
 
 /// The stored tensor of a parameter. A tied embedding may be stored under the head's name alone.
-fn find<'a>(weights: &'a SafeFolder, config: &ModelConfig, spec: &ParamSpec) -> Option<TensorView<'a>> {
+fn find<'a>(
+    weights: &'a SafeFolder,
+    config: &ModelConfig,
+    spec: &ParamSpec,
+) -> Option<TensorView<'a>> {
     let tied = spec.role == Role::Embed && config.tie_word_embeddings;
     weights.get(&spec.name).or_else(|| weights.get(HEAD).filter(|_| tied))
 }
 
 fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> Vec<String> {
     let mut problems = Vec::new();
-    let mut expected: std::collections::BTreeSet<&str> = specs.iter().map(|s| s.name.as_str()).collect();
+    let mut expected: std::collections::BTreeSet<&str> =
+        specs.iter().map(|s| s.name.as_str()).collect();
     for spec in specs {
         let Some(view) = find(weights, config, spec) else {
             if is_new(config, spec) {
@@ -148,10 +169,17 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
             continue;
         };
         if view.shape != spec.shape {
-            problems.push(format!("shape: {} is {:?}, config.json means {:?}", spec.name, view.shape, spec.shape));
+            problems.push(format!(
+                "shape: {} is {:?}, config.json means {:?}",
+                spec.name, view.shape, spec.shape
+            ));
         }
         if let HostDtype::Other(_) = view.dtype {
-            problems.push(format!("dtype: {} is {}, read are F32, F16, BF16", spec.name, view.dtype.name()));
+            problems.push(format!(
+                "dtype: {} is {}, read are F32, F16, BF16",
+                spec.name,
+                view.dtype.name()
+            ));
         }
     }
     if config.task != Task::CausalLm {
@@ -161,10 +189,13 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
         if let (Some(embed), Some(head)) = (weights.get(EMBED), weights.get(HEAD))
             && !same(&embed, &head)
         {
-            problems.push(format!("tied: {HEAD} differs from {EMBED}; set tie_word_embeddings to false"));
+            problems.push(format!(
+                "tied: {HEAD} differs from {EMBED}; set tie_word_embeddings to false"
+            ));
         }
     }
-    let unexpected = weights.names().filter(|n| !expected.contains(n) && !n.ends_with("rotary_emb.inv_freq"));
+    let unexpected =
+        weights.names().filter(|n| !expected.contains(n) && !n.ends_with("rotary_emb.inv_freq"));
     problems.extend(unexpected.map(|name| format!("unexpected: {name}")));
     problems
 }
@@ -179,10 +210,20 @@ fn same(a: &TensorView, b: &TensorView) -> bool {
     a.dtype == b.dtype && a.shape == b.shape && a.bytes == b.bytes
 }
 
-fn check_finite(path: &Path, spec: &ParamSpec, dtype: HostDtype, bytes: &[u8], next: &str) -> Result<()> {
+fn check_finite(
+    path: &Path,
+    spec: &ParamSpec,
+    dtype: HostDtype,
+    bytes: &[u8],
+    next: &str,
+) -> Result<()> {
     let Some(i) = safetensors::first_non_finite(dtype, bytes) else { return Ok(()) };
     let row = spec.shape.last().copied().unwrap_or(1).max(1);
-    let at = if spec.shape.len() == 2 { format!("[{}, {}]", i / row, i % row) } else { format!("[{i}]") };
+    let at = if spec.shape.len() == 2 {
+        format!("[{}, {}]", i / row, i % row)
+    } else {
+        format!("[{i}]")
+    };
     Err(Error::model(path, format!("{} is NaN or infinite at {at} (value {i}); {next}", spec.name)))
 }
 

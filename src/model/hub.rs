@@ -1,15 +1,20 @@
-//! `--model NAME`: a folder, or a hub model that lies in the local Hugging Face cache. Floor 3.
+//! `--model NAME`: a folder, or a hub model that lies in the local Hugging Face cache. Layer 5.
 //!
-//! Invariant: nothing is downloaded; where something is missing, the error prints the command that downloads it.
+//! Invariant: nothing is downloaded; where something is missing, the error prints the command that
+//! downloads it.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// The folder that `arg` means: itself if it is a folder, else the cached snapshot of the hub model of that name.
-/// Errors: neither; a file; a snapshot without config.json.
+/// The folder that `arg` means: itself if it is a folder, else the cached snapshot of the hub model
+/// of that name. Errors: neither; a file; a snapshot without config.json.
 pub fn resolve_model(arg: &str) -> Result<PathBuf> {
-    resolve_in(arg, cache_dir(&|key| std::env::var_os(key).filter(|v| !v.is_empty()).map(PathBuf::from)).as_deref())
+    resolve_in(
+        arg,
+        cache_dir(&|key| std::env::var_os(key).filter(|v| !v.is_empty()).map(PathBuf::from))
+            .as_deref(),
+    )
 }
 
 fn resolve_in(arg: &str, cache: Option<&Path>) -> Result<PathBuf> {
@@ -18,14 +23,23 @@ fn resolve_in(arg: &str, cache: Option<&Path>) -> Result<PathBuf> {
         return Ok(path.to_path_buf());
     }
     if path.exists() {
-        return Err(Error::model(path, "is a file; give the folder that holds config.json and the weights"));
+        return Err(Error::model(
+            path,
+            "is a file; give the folder that holds config.json and the weights",
+        ));
     }
     if !is_hub_id(arg) {
-        return Err(Error::model(path, "does not exist; give a model folder, or a hub name such as ORG/NAME"));
+        return Err(Error::model(
+            path,
+            "does not exist; give a model folder, or a hub name such as ORG/NAME",
+        ));
     }
     let download = format!("hf download {arg}");
     let Some(cache) = cache else {
-        return Err(Error::model(path, format!("is not a folder, and HOME is not set to find a cache: {download}")));
+        return Err(Error::model(
+            path,
+            format!("is not a folder, and HOME is not set to find a cache: {download}"),
+        ));
     };
     let repo = cache.join(format!("models--{}", arg.replace('/', "--")));
     let Some(snapshot) = snapshot(&repo) else {
@@ -52,7 +66,8 @@ fn snapshot(repo: &Path) -> Option<PathBuf> {
         let plain = !commit.is_empty() && commit.bytes().all(|b| b.is_ascii_alphanumeric());
         return Some(snapshots.join(commit)).filter(|p| plain && p.is_dir());
     }
-    let mut all = std::fs::read_dir(snapshots).ok()?.flatten().map(|e| e.path()).filter(|p| p.is_dir());
+    let mut all =
+        std::fs::read_dir(snapshots).ok()?.flatten().map(|e| e.path()).filter(|p| p.is_dir());
     all.next().filter(|_| all.next().is_none())
 }
 
@@ -87,7 +102,10 @@ mod tests {
         std::fs::create_dir_all(repo.join("refs")).unwrap();
         std::fs::write(repo.join("refs/main"), "abc123\n").unwrap();
         let partial = resolve_in("org/tiny-1.5", Some(dir.path())).unwrap_err().to_string();
-        assert!(partial.contains("has no config.json") && partial.contains("hf download org/tiny-1.5"), "{partial}");
+        assert!(
+            partial.contains("has no config.json") && partial.contains("hf download org/tiny-1.5"),
+            "{partial}"
+        );
         std::fs::write(snapshot.join("config.json"), "{}").unwrap();
         assert_eq!(resolve_in("org/tiny-1.5", Some(dir.path())).unwrap(), snapshot);
         let folder = dir.path().to_str().unwrap();
@@ -112,7 +130,10 @@ mod tests {
         };
         assert_eq!(env(&["HOME", "HF_HOME", "HF_HUB_CACHE"]), Some("/HF_HUB_CACHE".into()));
         assert_eq!(env(&["HOME", "HF_HOME"]), Some("/HF_HOME/hub".into()));
-        assert_eq!(env(&["HOME", "XDG_CACHE_HOME"]), Some("/XDG_CACHE_HOME/huggingface/hub".into()));
+        assert_eq!(
+            env(&["HOME", "XDG_CACHE_HOME"]),
+            Some("/XDG_CACHE_HOME/huggingface/hub".into())
+        );
         assert_eq!(env(&["HOME"]), Some("/HOME/.cache/huggingface/hub".into()));
         assert_eq!(env(&[]), None);
     }

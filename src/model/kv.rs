@@ -1,12 +1,13 @@
-//! The paged cache of keys and values. Floor 3.
+//! The paged cache of keys and values. Layer 5.
 //!
-//! Invariant: a page is 64 rows, the attention kernels' key block; page tables say where a sequence's positions lie, so
-//! a cache never moves and sequences can share pages. Only a page that one sequence holds is written.
+//! Invariant: a page is 64 rows, the attention kernels' key block; page tables say where a
+//! sequence's positions lie, so a cache never moves and sequences can share pages. Only a page that
+//! one sequence holds is written.
 
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::model::config::ModelConfig;
+use crate::model::layout::ModelConfig;
 use crate::ops::embedding::TokenIndex;
 use crate::rng::philox;
 use crate::tensor::Tensor;
@@ -68,9 +69,9 @@ impl KvCache {
         true
     }
 
-    /// A second sequence with the first `tokens` tokens of `from`: whole pages are shared, the rest of the last one is
-    /// copied (at most 63 rows a layer are moved; computing them again would be a forward of as many tokens). None if
-    /// there is no page for the copy.
+    /// A second sequence with the first `tokens` tokens of `from`: whole pages are shared, the rest
+    /// of the last one is copied (at most 63 rows a layer are moved; computing them again would be
+    /// a forward of as many tokens). None if there is no page for the copy.
     pub fn fork(&mut self, from: &CachedSequence, tokens: usize) -> Result<Option<CachedSequence>> {
         let (whole, rest) = (tokens / PAGE, tokens % PAGE);
         let mut new = CachedSequence { pages: from.pages[..whole].to_vec(), len: whole * PAGE };
@@ -110,13 +111,15 @@ impl KvCache {
         self.free.len()
     }
 
-    /// Puts the free pages into a random order: results do not depend on it, which is what tests do with this.
+    /// Puts the free pages into a random order: results do not depend on it, which is what tests do
+    /// with this.
     pub fn shuffle(&mut self, seed: u64) {
         let key = [seed as u32, (seed >> 32) as u32];
         self.free.sort_by_key(|page| philox(key, [*page as u32, 0, 0, 0]));
     }
 
-    /// A step that appends `new[i]` to `sequences[i]` (room was reserved); their lengths grow. `extra` is uploaded along.
+    /// A step that appends `new[i]` to `sequences[i]` (room was reserved); their lengths grow.
+    /// `extra` is uploaded along.
     pub fn step(
         &self,
         cx: &Cx,
@@ -135,7 +138,9 @@ impl KvCache {
             table[s * width..s * width + sequence.pages.len()].copy_from_slice(&sequence.pages);
             for &token in *tokens {
                 if token as usize >= vocab {
-                    let message = format!("token {token}; the vocabulary has {vocab}; is it the model's tokenizer?");
+                    let message = format!(
+                        "token {token}; the vocabulary has {vocab}; is it the model's tokenizer?"
+                    );
                     return Err(Error::op("kv_step", message));
                 }
                 let Some(page) = sequence.pages.get(sequence.len / PAGE) else {

@@ -1,7 +1,8 @@
-//! Model folders: what a Hugging Face folder says, checked, as one decoder needs it. Floor 3.
+//! Model folders: what a Hugging Face folder says, checked, as one decoder needs it. Layer 5.
 //!
-//! Invariant: a [`config::ModelConfig`] that exists is consistent: its numbers divide where they must, its family is
-//! known, and [`families::expected_params`] of it names every tensor with its shape.
+//! Invariant: a [`layout::ModelConfig`] that exists is consistent: its numbers divide where they
+//! must, its family is known, and [`layout::expected_params`] of it names every tensor with its
+//! shape.
 
 pub mod adapter;
 pub mod batch;
@@ -12,5 +13,6 @@ mod fields;
 pub mod folder;
 pub mod hub;
 pub mod kv;
+pub mod layout;
 pub mod params;
 pub mod rope;

@@ -1,24 +1,25 @@
-//! A set of parameters in one arena. Floor 3.
+//! A set of parameters in one arena. Layer 5.
 //!
-//! Invariant: the arena holds the parameters that weight decay applies to first, then biases and norms, so an optimizer
-//! step of a whole model is two launches. What is not trained has no gradient and no moments. q|k|v and gate|up lie side by
-//! side: a *unit* is what one kernel reads as one matrix, and it is what the tape and the gradient arena know; Hugging
-//! Face's names are views of the same memory. The linear units of a quantised base have no place in the arena: they are
-//! held as [`QuantWeight`]s alone, and are frozen.
+//! Invariant: the arena holds the parameters that weight decay applies to first, then biases and
+//! norms, so an optimizer step of a whole model is two launches. What is not trained has no
+//! gradient and no moments. q|k|v and gate|up lie side by side: a *unit* is what one kernel reads
+//! as one matrix, and it is what the tape and the gradient arena know; Hugging Face's names are
+//! views of the same memory. The linear units of a quantised base have no place in the arena: they
+//! are held as [`QuantWeight`]s alone, and are frozen.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::cx::Cx;
+use crate::autograd::{Cx, ParamGrads};
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::model::families::{ParamSpec, Proj, Role};
+use crate::model::layout::{ParamSpec, Proj, Role};
 use crate::ops::quant::{QuantWeight, Scheme};
 use crate::rng::{philox, uniform};
-use crate::tape::ParamGrads;
 use crate::tensor::{Id, Tensor};
 
-/// Elements between the starts of units: 256 bytes of bf16, so that every row start is 128-bit aligned.
+/// Elements between the starts of units: 256 bytes of bf16, so that every row start is 128-bit
+/// aligned.
 const ALIGN: usize = 128;
 
 #[derive(Clone)]
@@ -36,8 +37,8 @@ pub struct ParamSet {
     pub weights: Tensor,
     /// Elements of the weights' arena.
     pub len: usize,
-    /// Elements of the arenas of what training needs beside the weights (gradients, moments, master): units that hold
-    /// something trainable, in the order of the weights.
+    /// Elements of the arenas of what training needs beside the weights (gradients, moments,
+    /// master): units that hold something trainable, in the order of the weights.
     pub state_len: usize,
     quantised: Option<Quantised>,
 }
@@ -90,11 +91,19 @@ impl ParamSet {
         ParamSet::stored(cx, set, specs, None)
     }
 
-    /// As [`ParamSet::new`]; with a scheme, linear units get no memory here: [`ParamSet::put`] gives each its quantised form.
-    pub fn stored(cx: &Cx, set: u32, specs: Vec<ParamSpec>, scheme: Option<Scheme>) -> Result<ParamSet> {
+    /// As [`ParamSet::new`]; with a scheme, linear units get no memory here: [`ParamSet::put`]
+    /// gives each its quantised form.
+    pub fn stored(
+        cx: &Cx,
+        set: u32,
+        specs: Vec<ParamSpec>,
+        scheme: Option<Scheme>,
+    ) -> Result<ParamSet> {
         let linear = |s: &ParamSpec| Proj::ALL.iter().any(|p| p.role() == s.role);
-        let (outside, specs): (Vec<_>, Vec<_>) = specs.into_iter().partition(|s| scheme.is_some() && linear(s));
-        let quantised = scheme.map(|scheme| Quantised { scheme, specs: outside, units: HashMap::new() });
+        let (outside, specs): (Vec<_>, Vec<_>) =
+            specs.into_iter().partition(|s| scheme.is_some() && linear(s));
+        let quantised =
+            scheme.map(|scheme| Quantised { scheme, specs: outside, units: HashMap::new() });
         let (first, second): (Vec<_>, Vec<_>) = specs.into_iter().partition(|s| s.role.decays());
         let boundary = first.len();
         let mut placed: Vec<(ParamSpec, usize)> = Vec::new();
@@ -111,7 +120,10 @@ impl ParamSet {
                 Some(&u) => {
                     let unit: &mut Unit = &mut units[u];
                     if unit.offset + unit.shape.iter().product::<usize>() != end {
-                        return Err(Error::op("params", format!("{} does not lie beside its unit", spec.name)));
+                        return Err(Error::op(
+                            "params",
+                            format!("{} does not lie beside its unit", spec.name),
+                        ));
                     }
                     unit.shape[0] += spec.shape[0];
                     unit_of.push(u);
@@ -132,8 +144,18 @@ impl ParamSet {
         let weights = Tensor::new(&cx.pool, name, cx.dtype, &[len])?;
         weights.zero()?;
         let tuning = vec![Tuning::default(); placed.len()];
-        let mut params =
-            ParamSet { set, specs: placed, unit_of, tuning, units, by_key, weights, len, state_len: 0, quantised };
+        let mut params = ParamSet {
+            set,
+            specs: placed,
+            unit_of,
+            tuning,
+            units,
+            by_key,
+            weights,
+            len,
+            state_len: 0,
+            quantised,
+        };
         params.tune(|_| Tuning::default());
         Ok(params)
     }
@@ -164,12 +186,17 @@ impl ParamSet {
     pub fn ranges(&self) -> Vec<TrainRange> {
         let mut ranges: Vec<TrainRange> = Vec::new();
         for (i, (spec, offset)) in self.specs.iter().enumerate() {
-            let (Some(state), true) = (self.state_offset(i), self.tuning[i].trainable) else { continue };
+            let (Some(state), true) = (self.state_offset(i), self.tuning[i].trainable) else {
+                continue;
+            };
             let (decays, lr_scale) = (spec.role.decays(), self.tuning[i].lr_scale);
             if let Some(last) = ranges.last_mut()
                 && (last.decays, last.lr_scale) == (decays, lr_scale)
                 && offset - last.weight == state - last.state
-                && self.specs[..i].iter().zip(&self.tuning).all(|((_, at), t)| *at < last.weight || t.trainable)
+                && self.specs[..i]
+                    .iter()
+                    .zip(&self.tuning)
+                    .all(|((_, at), t)| *at < last.weight || t.trainable)
             {
                 // The gap of an alignment between them is zero in every arena and stays so.
                 last.len = offset + spec.len() - last.weight;
@@ -186,7 +213,8 @@ impl ParamSet {
         unit.state.map(|state| state + self.specs[i].1 - unit.offset)
     }
 
-    /// A view of a state arena (gradients, moments, master) for parameter `i`; None where it is not trained.
+    /// A view of a state arena (gradients, moments, master) for parameter `i`; None where it is not
+    /// trained.
     pub fn state_view(&self, arena: &Tensor, i: usize) -> Result<Option<Tensor>> {
         let Some(offset) = self.state_offset(i) else { return Ok(None) };
         let size = arena.dtype().size();
@@ -213,13 +241,18 @@ impl ParamSet {
     pub fn unit(&self, layer: Option<usize>, role: Role) -> Result<Option<Tensor>> {
         let Some(&index) = self.by_key.get(&(layer, unit_role(role))) else { return Ok(None) };
         let unit = &self.units[index];
-        let view = self.weights.view(unit.offset * self.weights.dtype().size(), self.weights.dtype(), &unit.shape)?;
+        let view = self.weights.view(
+            unit.offset * self.weights.dtype().size(),
+            self.weights.dtype(),
+            &unit.shape,
+        )?;
         Ok(Some(view.with_id(Id::Param { set: self.set, index: index as u32 })))
     }
 
     /// As [`ParamSet::unit`], for roles that every decoder has.
     pub fn required(&self, layer: Option<usize>, role: Role) -> Result<Tensor> {
-        self.unit(layer, role)?.ok_or_else(|| Error::op("params", format!("no {role:?} in layer {layer:?}")))
+        self.unit(layer, role)?
+            .ok_or_else(|| Error::op("params", format!("no {role:?} in layer {layer:?}")))
     }
 
     /// A view of an arena laid out as the weights are, for one Hugging Face parameter.
@@ -231,12 +264,14 @@ impl ParamSet {
     pub fn gradients(&self, cx: &Cx) -> Result<(Tensor, ParamGrads)> {
         let arena = Tensor::new(&cx.pool, "parameter gradients", DType::F32, &[self.state_len])?;
         arena.zero()?;
-        let slot = |u: &Unit| u.state.map(|state| arena.view(state * 4, DType::F32, &u.shape)).transpose();
+        let slot =
+            |u: &Unit| u.state.map(|state| arena.view(state * 4, DType::F32, &u.shape)).transpose();
         let slots = self.units.iter().map(slot).collect::<Result<Vec<_>>>()?;
         Ok((arena, ParamGrads::new(slots)))
     }
 
-    /// Zeros the gradients of frozen parameters that share a unit with trained ones, so that they count in no norm.
+    /// Zeros the gradients of frozen parameters that share a unit with trained ones, so that they
+    /// count in no norm.
     pub fn clear_frozen(&self, arena: &Tensor) -> Result<()> {
         for (i, tuning) in self.tuning.iter().enumerate() {
             if let (false, Some(view)) = (tuning.trainable, self.state_view(arena, i)?) {
@@ -248,7 +283,8 @@ impl ParamSet {
 
     /// A copy of the weights in memory of its own, as set `set`: a frozen model, a reference.
     pub fn deep_copy(&self, cx: &Cx, set: u32) -> Result<ParamSet> {
-        let weights = Tensor::new(&cx.pool, "reference weights", self.weights.dtype(), &[self.len])?;
+        let weights =
+            Tensor::new(&cx.pool, "reference weights", self.weights.dtype(), &[self.len])?;
         weights.copy_from(&self.weights)?;
         Ok(ParamSet { set, weights, ..self.clone() })
     }
@@ -264,7 +300,8 @@ impl ParamSet {
         self.quantised.as_ref()?.units.get(&(layer, unit_role(role)))
     }
 
-    /// The values of a linear unit, whatever it is held in: the arena's own memory, or a copy that was dequantised.
+    /// The values of a linear unit, whatever it is held in: the arena's own memory, or a copy that
+    /// was dequantised.
     pub fn dense(&self, cx: &Cx, layer: Option<usize>, role: Role) -> Result<Tensor> {
         let Some(weight) = self.quantised(layer, role) else { return self.required(layer, role) };
         let w = cx.real("dequantised weight", &weight.shape)?;
@@ -272,15 +309,17 @@ impl ParamSet {
         Ok(w)
     }
 
-    /// Writes the values of a parameter by its name: rounded to the storage dtype, or quantised from that. The parts of a
-    /// quantised unit come in their order.
+    /// Writes the values of a parameter by its name: rounded to the storage dtype, or quantised
+    /// from that. The parts of a quantised unit come in their order.
     pub fn put(&mut self, cx: &Cx, name: &str, values: &[f32]) -> Result<()> {
         if let Some(i) = self.specs.iter().position(|(s, _)| s.name == name) {
             return self.store(i, values);
         }
-        let outside = self.quantised.iter().flat_map(|q| &q.specs).find(|s| s.name == name).cloned();
+        let outside =
+            self.quantised.iter().flat_map(|q| &q.specs).find(|s| s.name == name).cloned();
         let spec = outside.ok_or_else(|| Error::op("params", format!("{name} has no place")))?;
-        let dense = Tensor::from_f32(&cx.pool, "weight to quantise", cx.dtype, &spec.shape, values)?;
+        let dense =
+            Tensor::from_f32(&cx.pool, "weight to quantise", cx.dtype, &spec.shape, values)?;
         self.quantise(cx, &spec, &dense)
     }
 
@@ -307,7 +346,8 @@ impl ParamSet {
         Ok(())
     }
 
-    /// Gives every quantised unit transformers' initial values, as [`ParamSet::initialise`] does for the arena.
+    /// Gives every quantised unit transformers' initial values, as [`ParamSet::initialise`] does
+    /// for the arena.
     pub fn initialise_quantised(&mut self, cx: &Cx, std: f32, seed: u64) -> Result<()> {
         let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
         for (i, spec) in specs.iter().enumerate() {
@@ -316,8 +356,8 @@ impl ParamSet {
         Ok(())
     }
 
-    /// transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros for biases. Values are a
-    /// function of (seed, parameter, index).
+    /// transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros for
+    /// biases. Values are a function of (seed, parameter, index).
     pub fn initialise(&self, std: f32, seed: u64) -> Result<()> {
         for (p, (spec, _)) in self.specs.iter().enumerate() {
             self.store(p, &initial(spec, p, std, seed))?;
@@ -330,7 +370,8 @@ impl ParamSet {
         let view = self.weight_view(i)?;
         match self.weights.dtype() {
             DType::BF16 => {
-                let half: Vec<half::bf16> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
+                let half: Vec<half::bf16> =
+                    values.iter().map(|v| half::bf16::from_f32(*v)).collect();
                 view.upload(&half)
             }
             _ => view.upload(values),
@@ -364,7 +405,8 @@ pub fn unit_role(role: Role) -> Role {
 /// Uniforms in (0, 1) from Philox.
 pub(crate) fn uniforms(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
-    let four = |i: usize| philox(key, [i as u32, (i >> 32) as u32, stream, 0x0301_0000]).map(uniform);
+    let four =
+        |i: usize| philox(key, [i as u32, (i >> 32) as u32, stream, 0x0301_0000]).map(uniform);
     let mut out: Vec<f32> = (0..n.div_ceil(4)).flat_map(four).collect();
     out.truncate(n);
     out
@@ -375,7 +417,8 @@ pub(crate) fn normals(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut out = Vec::with_capacity(n + 3);
     for i in 0..n.div_ceil(4) {
-        let u = philox(key, [i as u32, (i >> 32) as u32, stream, 0x0300_0000]).map(|b| f64::from(uniform(b)));
+        let u = philox(key, [i as u32, (i >> 32) as u32, stream, 0x0300_0000])
+            .map(|b| f64::from(uniform(b)));
         for (a, b) in [(u[0], u[1]), (u[2], u[3])] {
             let (r, angle) = ((-2.0 * a.ln()).sqrt(), std::f64::consts::TAU * b);
             out.extend([(r * angle.cos()) as f32, (r * angle.sin()) as f32]);

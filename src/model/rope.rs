@@ -1,10 +1,12 @@
-//! Rotary position tables: default, linear, llama3 and yarn. Floor 3.
+//! Rotary position tables: default, linear, llama3 and yarn. Layer 5.
 //!
-//! Invariant: the angle is made the way transformers makes it, `f32(position) * inv_freq` in f32, so that the tables
-//! agree for every position and not only for small ones. Powers, cosines and sines are rounded correctly (through
-//! f64); PyTorch's vector library is off by one ulp in about one power of a hundred, which is the only difference.
+//! Invariant: the angle is made the way transformers makes it, `f32(position) * inv_freq` in f32,
+//! so that the tables agree for every position and not only for small ones. Powers, cosines and
+//! sines are rounded correctly (through f64); PyTorch's vector library is off by one ulp in about
+//! one power of a hundred, which is the only difference.
 //!
-//! The decoder rotates halves: of a head `x = [a, b]`, position p gives `[a cos - b sin, b cos + a sin]`.
+//! The decoder rotates halves: of a head `x = [a, b]`, position p gives `[a cos - b sin, b cos + a
+//! sin]`.
 
 use std::f64::consts::PI;
 
@@ -27,7 +29,8 @@ pub enum RopeKind {
     Linear {
         factor: f64,
     },
-    /// Long wavelengths divided by `factor`, short ones kept, a ramp between `original / low` and `original / high`.
+    /// Long wavelengths divided by `factor`, short ones kept, a ramp between `original / low` and
+    /// `original / high`.
     Llama3 {
         factor: f64,
         low_freq_factor: f64,
@@ -46,16 +49,23 @@ pub enum RopeKind {
 }
 
 impl RopeConfig {
-    /// From a config.json with v4 keys (`rope_theta`, `rope_scaling`) or v5 keys (`rope_parameters`). Where both are
-    /// there, a non-empty `rope_scaling` wins, as in transformers. Problems go to `problems`.
-    pub fn parse(raw: &Map<String, Value>, max_positions: usize, problems: &mut Vec<String>) -> Self {
+    /// From a config.json with v4 keys (`rope_theta`, `rope_scaling`) or v5 keys
+    /// (`rope_parameters`). Where both are there, a non-empty `rope_scaling` wins, as in
+    /// transformers. Problems go to `problems`.
+    pub fn parse(
+        raw: &Map<String, Value>,
+        max_positions: usize,
+        problems: &mut Vec<String>,
+    ) -> Self {
         let mut top = Fields::new(raw, "");
         let empty = Map::new();
         let (name, map) = parameters(&mut top).unwrap_or(("rope_parameters.", &empty));
         let mut f = Fields::new(map, name);
         let positive = "a number above 0";
         let theta = f.number("rope_theta", positive, |x| x > 0.0);
-        let theta = theta.or_else(|| top.number("rope_theta", positive, |x| x > 0.0)).unwrap_or(DEFAULT_THETA);
+        let theta = theta
+            .or_else(|| top.number("rope_theta", positive, |x| x > 0.0))
+            .unwrap_or(DEFAULT_THETA);
         for partial in [
             f.number("partial_rotary_factor", positive, |_| true),
             top.number("partial_rotary_factor", positive, |_| true),
@@ -78,7 +88,9 @@ impl RopeConfig {
             "llama3" => llama3(&mut f, original),
             "yarn" => yarn(&mut f, original, max_positions as f64, theta),
             other => {
-                f.problem(format!("{name}rope_type is \"{other}\"; supported are default, linear, llama3, yarn"));
+                f.problem(format!(
+                    "{name}rope_type is \"{other}\"; supported are default, linear, llama3, yarn"
+                ));
                 RopeKind::Default
             }
         };
@@ -100,7 +112,8 @@ impl RopeConfig {
 pub fn inv_freq(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
     let dim = head_dim as f32;
     let base = f64::from(config.theta as f32);
-    let powers: Vec<f32> = (0..head_dim / 2).map(|i| base.powf(f64::from((2 * i) as f32 / dim)) as f32).collect();
+    let powers: Vec<f32> =
+        (0..head_dim / 2).map(|i| base.powf(f64::from((2 * i) as f32 / dim)) as f32).collect();
     let plain = powers.iter().map(|p| 1.0 / p);
     match config.kind {
         RopeKind::Default => plain.collect(),
@@ -118,15 +131,24 @@ pub fn inv_freq(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
                     } else if wavelength < shortest {
                         f
                     } else {
-                        let smooth = ((1.0 / wavelength) * original_max_positions as f32 - low) / width;
+                        let smooth =
+                            ((1.0 / wavelength) * original_max_positions as f32 - low) / width;
                         (1.0 - smooth) * f / factor + smooth * f
                     }
                 })
                 .collect()
         }
-        RopeKind::Yarn { factor, original_max_positions, beta_fast, beta_slow, truncate, .. } => {
-            let (low, high) =
-                yarn_range(head_dim, config.theta, original_max_positions, beta_fast, beta_slow, truncate);
+        RopeKind::Yarn {
+            factor, original_max_positions, beta_fast, beta_slow, truncate, ..
+        } => {
+            let (low, high) = yarn_range(
+                head_dim,
+                config.theta,
+                original_max_positions,
+                beta_fast,
+                beta_slow,
+                truncate,
+            );
             let (start, width) = (low as f32, (high - low) as f32);
             let ramp = (0..head_dim / 2).map(|i| ((i as f32 - start) / width).clamp(0.0, 1.0));
             powers
@@ -141,7 +163,8 @@ pub fn inv_freq(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
     }
 }
 
-/// (cos, sin), each row-major [positions, head_dim / 2], with yarn's attention factor multiplied in.
+/// (cos, sin), each row-major [positions, head_dim / 2], with yarn's attention factor multiplied
+/// in.
 pub fn rope_table(config: &RopeConfig, head_dim: usize, positions: usize) -> (Vec<f32>, Vec<f32>) {
     let inv_freq = inv_freq(config, head_dim);
     let factor = config.attention_factor() as f32;
@@ -173,7 +196,8 @@ fn required(f: &mut Fields, key: &str) -> f64 {
 
 fn llama3(f: &mut Fields, original_max_positions: f64) -> RopeKind {
     let factor = required(f, "factor");
-    let (low_freq_factor, high_freq_factor) = (required(f, "low_freq_factor"), required(f, "high_freq_factor"));
+    let (low_freq_factor, high_freq_factor) =
+        (required(f, "low_freq_factor"), required(f, "high_freq_factor"));
     if f.problems.is_empty() && high_freq_factor <= low_freq_factor {
         f.problem(format!("rope: high_freq_factor {high_freq_factor} must be above low_freq_factor {low_freq_factor}"));
     }
@@ -182,7 +206,8 @@ fn llama3(f: &mut Fields, original_max_positions: f64) -> RopeKind {
 
 fn yarn(f: &mut Fields, original_max_positions: f64, max_positions: f64, theta: f64) -> RopeKind {
     let positive = "a number above 0";
-    let factor = f.number("factor", positive, |x| x > 0.0).unwrap_or(max_positions / original_max_positions);
+    let factor =
+        f.number("factor", positive, |x| x > 0.0).unwrap_or(max_positions / original_max_positions);
     let number = |f: &mut Fields, key: &str| f.number(key, "a number of at least 0", |x| x >= 0.0);
     let truthy = |x: Option<f64>| x.filter(|x| *x != 0.0);
     let mscale = truthy(number(f, "mscale")).zip(truthy(number(f, "mscale_all_dim")));
@@ -197,11 +222,26 @@ fn yarn(f: &mut Fields, original_max_positions: f64, max_positions: f64, theta: 
     if theta <= 1.0 {
         f.problem(format!("rope_theta is {theta}; yarn needs more than 1"));
     }
-    RopeKind::Yarn { factor, original_max_positions, attention_factor, beta_fast, beta_slow, truncate }
+    RopeKind::Yarn {
+        factor,
+        original_max_positions,
+        attention_factor,
+        beta_fast,
+        beta_slow,
+        truncate,
+    }
 }
 
-/// The dimensions between which yarn's ramp runs: those that turn `fast` and `slow` times over the original length.
-fn yarn_range(head_dim: usize, theta: f64, original: f64, fast: f64, slow: f64, truncate: bool) -> (f64, f64) {
+/// The dimensions between which yarn's ramp runs: those that turn `fast` and `slow` times over the
+/// original length.
+fn yarn_range(
+    head_dim: usize,
+    theta: f64,
+    original: f64,
+    fast: f64,
+    slow: f64,
+    truncate: bool,
+) -> (f64, f64) {
     let dim = head_dim as f64;
     let turning = |turns: f64| dim * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
     let (mut low, mut high) = (turning(fast), turning(slow));
@@ -234,10 +274,12 @@ mod tests {
 
     #[test]
     fn tables_equal_those_of_transformers() {
-        let cases: Vec<Case> = serde_json::from_str(include_str!("../../tests/fixtures/rope.json")).unwrap();
+        let cases: Vec<Case> =
+            serde_json::from_str(include_str!("../../tests/fixtures/rope.json")).unwrap();
         assert_eq!(cases.len(), 14);
         for case in cases {
-            let (config, problems) = parse(serde_json::json!({ "rope_parameters": case.rope_parameters }));
+            let (config, problems) =
+                parse(serde_json::json!({ "rope_parameters": case.rope_parameters }));
             assert!(problems.is_empty(), "{problems:?}");
             let got = inv_freq(&config, case.head_dim);
             let half = case.head_dim / 2;
@@ -249,14 +291,25 @@ mod tests {
                 off += usize::from(ulps != 0);
                 assert!(ulps <= 1, "{config:?}: inv_freq[{i}] {got} {want}");
                 for (row, position) in case.positions.iter().enumerate() {
-                    // 1e-6, and where the frequency itself is an ulp off, what that does to the angle
-                    let slack = 1e-6 + if ulps != 0 { 1.2e-7 * *position as f32 * want } else { 0.0 };
+                    // 1e-6, and where the frequency itself is an ulp off, what that does to the
+                    // angle
+                    let slack =
+                        1e-6 + if ulps != 0 { 1.2e-7 * *position as f32 * want } else { 0.0 };
                     let (at, wanted) = (position * half + i, row * half + i);
-                    assert!((cos[at] - case.cos[wanted]).abs() <= slack, "{config:?}: cos at {position}, {i}");
-                    assert!((sin[at] - case.sin[wanted]).abs() <= slack, "{config:?}: sin at {position}, {i}");
+                    assert!(
+                        (cos[at] - case.cos[wanted]).abs() <= slack,
+                        "{config:?}: cos at {position}, {i}"
+                    );
+                    assert!(
+                        (sin[at] - case.sin[wanted]).abs() <= slack,
+                        "{config:?}: sin at {position}, {i}"
+                    );
                 }
             }
-            assert!(off * 30 <= half, "{config:?}: {off} of {half} frequencies differ in the last bit");
+            assert!(
+                off * 30 <= half,
+                "{config:?}: {off} of {half} frequencies differ in the last bit"
+            );
         }
     }
 
@@ -267,9 +320,13 @@ mod tests {
         assert_eq!(old, RopeConfig { theta: 5e5, kind: RopeKind::Linear { factor: 2.0 } });
         let new = serde_json::json!({ "rope_type": "linear", "factor": 2.0, "rope_theta": 5e5 });
         assert_eq!(parse(serde_json::json!({ "rope_parameters": new })).0, old);
-        let both = serde_json::json!({ "rope_theta": 1.0, "rope_scaling": null, "rope_parameters": new });
+        let both =
+            serde_json::json!({ "rope_theta": 1.0, "rope_scaling": null, "rope_parameters": new });
         assert_eq!(parse(both).0, old);
-        assert_eq!(parse(serde_json::json!({})).0, RopeConfig { theta: 1e4, kind: RopeKind::Default });
+        assert_eq!(
+            parse(serde_json::json!({})).0,
+            RopeConfig { theta: 1e4, kind: RopeKind::Default }
+        );
     }
 
     #[test]
@@ -277,8 +334,13 @@ mod tests {
         let bad = serde_json::json!({ "rope_parameters": { "rope_type": "dynamic", "rope_theta": -1, "partial_rotary_factor": 0.5 } });
         let (_, problems) = parse(bad);
         assert_eq!(problems.len(), 3, "{problems:?}");
-        assert!(problems.iter().any(|p| p.contains("\"dynamic\"; supported are default, linear, llama3, yarn")));
-        let (_, problems) = parse(serde_json::json!({ "rope_scaling": { "rope_type": "llama3", "factor": 8 } }));
+        assert!(
+            problems
+                .iter()
+                .any(|p| p.contains("\"dynamic\"; supported are default, linear, llama3, yarn"))
+        );
+        let (_, problems) =
+            parse(serde_json::json!({ "rope_scaling": { "rope_type": "llama3", "factor": 8 } }));
         assert_eq!(problems.len(), 2, "{problems:?}");
     }
 }

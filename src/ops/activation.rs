@@ -1,13 +1,12 @@
-//! Activations: gated (SwiGLU and its gelu siblings) and plain. Floor 2.
+//! Activations: gated (SwiGLU and its gelu siblings) and plain. Layer 4.
 //!
 //! Invariant: element-wise. Math: `kernels/activation.cu`.
 
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, flat};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::add::flat;
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
 /// The kernels' template argument.
@@ -22,7 +21,8 @@ pub enum Act {
     Relu = 3,
 }
 
-/// `y = act(g) * u` for the halves g|u of each row: x [n, 2 f] real; y [n, f]. Error if the width is odd.
+/// `y = act(g) * u` for the halves g|u of each row: x [n, 2 f] real; y [n, f]. Error if the width
+/// is odd.
 pub fn glu(cx: &mut Cx, x: &Tensor, act: Act) -> Result<Tensor> {
     cx.apply1(Glu { act }, &[x])
 }
@@ -65,7 +65,13 @@ impl Op for Glu {
         Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let (rows, f) = (dy.row_count(), dy.cols());
         let at = rows_of_packs(rows, f, dy);
@@ -82,7 +88,7 @@ impl Op for Glu {
         )
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let f = x[0].cols() / 2;
         let mut y = F64::zeros(&[x[0].row_count(), f]);
         for r in 0..x[0].row_count() {
@@ -105,17 +111,39 @@ impl Op for Activation {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         let y = cx.real("activation", x[0].shape())?;
-        kernels::act_fwd(&*cx.device, flat(&y), self.act as usize, y.out(), x[0], y.numel() as i64)?;
+        kernels::act_fwd(
+            &*cx.device,
+            flat(&y),
+            self.act as usize,
+            y.out(),
+            x[0],
+            y.numel() as i64,
+        )?;
         Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let n = dy.numel() as i64;
-        kernels::act_bwd(&*cx.device, flat(dy), self.act as usize, dx.out(), dy, &node.saved[0], n, i32::from(acc))
+        kernels::act_bwd(
+            &*cx.device,
+            flat(dy),
+            self.act as usize,
+            dx.out(),
+            dy,
+            &node.saved[0],
+            n,
+            i32::from(acc),
+        )
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         vec![F64::from_fn(&x[0].shape, |i| round.at(value(self.act, x[0].data[i])))]
     }
 
@@ -131,7 +159,10 @@ fn rows_of_packs(rows: usize, f: usize, t: &Tensor) -> Launch {
 fn value(act: Act, x: f64) -> f64 {
     match act {
         Act::Silu => x / (1.0 + (-x).exp()),
-        Act::GeluTanh => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh()),
+        Act::GeluTanh => {
+            0.5 * x
+                * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
+        }
         Act::Relu => x.max(0.0),
         Act::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
     }
@@ -169,6 +200,12 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
 pub fn plain_cases(rng: &mut Rng) -> Vec<Case> {
     [Act::Silu, Act::GeluTanh, Act::Gelu, Act::Relu]
         .into_iter()
-        .map(|act| Case::new(format!("{act:?}"), Activation { act }, vec![Arg::real(rng.array(&[7, 45], 2.0))]))
+        .map(|act| {
+            Case::new(
+                format!("{act:?}"),
+                Activation { act },
+                vec![Arg::real(rng.array(&[7, 45], 2.0))],
+            )
+        })
         .collect()
 }

@@ -1,13 +1,13 @@
-//! State writers of the optimizer: gradient norm, clipping, AdamW. Floor 2.
+//! State writers of the optimizer: gradient norm, clipping, AdamW. Layer 4.
 //!
-//! Invariant: what changes from step to step (learning rate, bias corrections, clip factor) is read from device memory.
-//! Math, order of operations and sources: `kernels/adamw.cu`.
+//! Invariant: what changes from step to step (learning rate, bias corrections, clip factor) is read
+//! from device memory. Math, order of operations and sources: `kernels/adamw.cu`.
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::ops::add::flat;
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::rng::philox;
 use crate::tensor::Tensor;
 
@@ -24,8 +24,9 @@ pub struct AdamW {
     pub group: i32,
 }
 
-/// One range of an arena: float master (None: `weight` itself is the parameter, stochastically rounded), the weights that
-/// kernels read, both moments and the gradient; all contiguous and of one length.
+/// One range of an arena: float master (None: `weight` itself is the parameter, stochastically
+/// rounded), the weights that kernels read, both moments and the gradient; all contiguous and of
+/// one length.
 pub struct Slice<'a> {
     pub master: Option<&'a Tensor>,
     pub weight: &'a Tensor,
@@ -34,30 +35,49 @@ pub struct Slice<'a> {
     pub grad: &'a Tensor,
 }
 
-/// Device scalars of a step, F32 [8]: lr, 1 - beta1^t, sqrt(1 - beta2^t), gradient norm, clip factor.
+/// Device scalars of a step, F32 [8]: lr, 1 - beta1^t, sqrt(1 - beta2^t), gradient norm, clip
+/// factor.
 pub fn hyper(cx: &Cx) -> Result<Tensor> {
-    Tensor::from_host(&cx.pool, "optimizer scalars", DType::F32, &[8], &[0f32, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    Tensor::from_host(
+        &cx.pool,
+        "optimizer scalars",
+        DType::F32,
+        &[8],
+        &[0f32, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+    )
 }
 
-/// Writes the L2 norm of `grad` (any length) and the clip factor for `max_norm` (0: no clipping) into `hyper[3..5]`.
+/// Writes the L2 norm of `grad` (any length) and the clip factor for `max_norm` (0: no clipping)
+/// into `hyper[3..5]`.
 pub fn norm_and_clip(cx: &Cx, hyper: &Tensor, grad: &Tensor, max_norm: f32) -> Result<()> {
     let n = grad.numel();
     let chunks = n.div_ceil(8192).max(1);
     let partial = cx.scratch("partial sums", DType::F32, &[chunks])?;
     kernels::square_sums(&*cx.device, Launch::warps(chunks), partial.out(), grad, n as i64)?;
-    kernels::norm_and_clip(&*cx.device, Launch::warps(1), hyper.out(), &partial, chunks as i32, max_norm)
+    kernels::norm_and_clip(
+        &*cx.device,
+        Launch::warps(1),
+        hyper.out(),
+        &partial,
+        chunks as i32,
+        max_norm,
+    )
 }
 
 /// One AdamW step of a range. Moments are F32, or BF16 and then rounded by chance.
 pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
     let n = s.weight.numel();
     if [s.m, s.v, s.grad].iter().any(|t| t.numel() != n) {
-        return Err(Error::op("adamw", format!("{:?} and its moments or gradient differ in length", s.weight)));
+        return Err(Error::op(
+            "adamw",
+            format!("{:?} and its moments or gradient differ in length", s.weight),
+        ));
     }
-    let (kernel, at): (fn(_, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _) -> _, _) = match s.m.dtype() {
-        DType::BF16 => (kernels::adamw_bf16, Launch::flat(n.div_ceil(8))),
-        _ => (kernels::adamw, flat(s.weight)),
-    };
+    let (kernel, at): (fn(_, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _) -> _, _) =
+        match s.m.dtype() {
+            DType::BF16 => (kernels::adamw_bf16, Launch::flat(n.div_ceil(8))),
+            _ => (kernels::adamw, flat(s.weight)),
+        };
     kernel(
         &*cx.device,
         at,
@@ -79,8 +99,16 @@ pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
     )
 }
 
-/// The step in f32, operation for operation: (parameter, m, v). For references that must agree in bits.
-pub(crate) fn exact_step(c: &AdamW, hyper: &[f64], x: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
+/// The step in f32, operation for operation: (parameter, m, v). For references that must agree in
+/// bits.
+pub(crate) fn exact_step(
+    c: &AdamW,
+    hyper: &[f64],
+    x: f32,
+    m: f32,
+    v: f32,
+    g: f32,
+) -> (f32, f32, f32) {
     let h = |i: usize| hyper[i] as f32;
     let lr = h(0) * c.lr_scale;
     let e = g * h(4);
@@ -90,7 +118,8 @@ pub(crate) fn exact_step(c: &AdamW, hyper: &[f64], x: f32, m: f32, v: f32, g: f3
     ((-(lr / h(1))).mul_add(m / (v.sqrt() / h(2) + c.eps), x), m, v)
 }
 
-/// f32 to bf16, up with the probability of the dropped bits: the noise of value `i` is 16 bits of Philox.
+/// f32 to bf16, up with the probability of the dropped bits: the noise of value `i` is 16 bits of
+/// Philox.
 fn by_chance(x: f32, key: &F64, i: usize, group: i32, kind: u32) -> f64 {
     let k = |j: usize| key.data[j] as i32 as u32;
     let words = philox([k(0), k(1)], [(i / 8) as u32, k(2), group as u32, kind]);
@@ -120,17 +149,20 @@ impl Op for AdamWStep {
         Ok(Fwd { outputs: vec![p, w, m, v], saved: vec![] })
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let c = |v: f32| f64::from(v);
         let (b1, b2) = (c(self.0.beta1), c(self.0.beta2));
-        let (lr, c1, c2, clip) = (x[4].data[0] * c(self.0.lr_scale), x[4].data[1], x[4].data[2], x[4].data[4]);
+        let (lr, c1, c2, clip) =
+            (x[4].data[0] * c(self.0.lr_scale), x[4].data[1], x[4].data[2], x[4].data[4]);
         let mut out = vec![x[0].clone(), x[0].clone(), x[1].clone(), x[2].clone()];
         for i in 0..x[0].data.len() {
             let g = clip * x[3].data[i];
             let m = b1 * x[1].data[i] + c(1.0 - self.0.beta1) * g;
             let v = b2 * x[2].data[i] + c(1.0 - self.0.beta2) * g * g;
-            let p = x[0].data[i] * (1.0 - lr * c(self.0.weight_decay)) - lr / c1 * m / (v.sqrt() / c2 + c(self.0.eps));
-            (out[0].data[i], out[1].data[i], out[2].data[i], out[3].data[i]) = (p, round.at(p), m, v);
+            let p = x[0].data[i] * (1.0 - lr * c(self.0.weight_decay))
+                - lr / c1 * m / (v.sqrt() / c2 + c(self.0.eps));
+            (out[0].data[i], out[1].data[i], out[2].data[i], out[3].data[i]) =
+                (p, round.at(p), m, v);
         }
         out
     }
@@ -151,15 +183,22 @@ impl Op for Bf16Step {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         cx.rng.copy_from(x[5])?;
-        let half = |t: &Tensor| Tensor::from_f32(&cx.pool, "adamw case", DType::BF16, t.shape(), &t.to_f32()?);
+        let half = |t: &Tensor| {
+            Tensor::from_f32(&cx.pool, "adamw case", DType::BF16, t.shape(), &t.to_f32()?)
+        };
         let (p, w) = (cx.float("adamw case", x[0].shape())?, cx.real("adamw case", x[0].shape())?);
         p.copy_from(x[0])?;
         let (m, v) = (half(x[1])?, half(x[2])?);
-        adamw(cx, &self.0, &Slice { master: Some(&p), weight: &w, m: &m, v: &v, grad: x[3] }, x[4])?;
+        adamw(
+            cx,
+            &self.0,
+            &Slice { master: Some(&p), weight: &w, m: &m, v: &v, grad: x[3] },
+            x[4],
+        )?;
         Ok(Fwd { outputs: vec![p, w, m, v], saved: vec![] })
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let mut out = vec![x[0].clone(), x[0].clone(), x[1].clone(), x[2].clone()];
         for i in 0..x[0].data.len() {
             let at = |j: usize| x[j].data[i] as f32;
@@ -191,12 +230,15 @@ pub(crate) const CASE: AdamW =
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let lengths = [1, 37, 300];
-    let mut cases: Vec<Case> =
-        lengths.iter().map(|&n| Case::new(format!("n {n}"), AdamWStep(CASE), case_inputs(rng, n))).collect();
+    let mut cases: Vec<Case> = lengths
+        .iter()
+        .map(|&n| Case::new(format!("n {n}"), AdamWStep(CASE), case_inputs(rng, n)))
+        .collect();
     for n in lengths {
         let mut inputs = case_inputs(rng, n);
         inputs.push(Arg::ints(&[11, 5, 3, 0]));
-        let mut case = Case::new(format!("n {n} bf16 moments"), Bf16Step(AdamW { group: 1, ..CASE }), inputs);
+        let mut case =
+            Case::new(format!("n {n} bf16 moments"), Bf16Step(AdamW { group: 1, ..CASE }), inputs);
         case.exact = true;
         cases.push(case);
     }

@@ -1,14 +1,17 @@
-//! AdamW with moments in 8 bits, block by block. Floor 2.
+//! AdamW with moments in 8 bits, block by block. Layer 4.
 //!
-//! Invariant: a block of 256 counts from the start of its range, so a range's codes do not depend on its neighbours.
-//! Math, order of operations and source: `kernels/adamw8.cu`.
+//! Invariant: a block of 256 counts from the start of its range, so a range's codes do not depend
+//! on its neighbours. Math, order of operations and source: `kernels/adamw8.cu`.
 
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::ops::adamw::{AdamW, CASE, case_inputs, exact_step};
-use crate::ops::quant::{BLOCK8, blockwise8_dequantise, blockwise8_quantise, dynamic_map, dynamic_map_tensor};
-use crate::ops::{Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::ops::case::{Case, Rng};
+use crate::ops::quant::{
+    BLOCK8, blockwise8_dequantise, blockwise8_quantise, dynamic_map, dynamic_map_tensor,
+};
 use crate::tensor::Tensor;
 
 /// The two maps that all ranges share: with negative values for m, without for v.
@@ -24,7 +27,8 @@ impl Maps {
     }
 }
 
-/// One range of an arena, as [`crate::ops::adamw::Slice`]; m and v are U8 codes, with a float for each 256 of them.
+/// One range of an arena, as [`crate::ops::adamw::Slice`]; m and v are U8 codes, with a float for
+/// each 256 of them.
 pub struct Slice8<'a> {
     pub master: Option<&'a Tensor>,
     pub weight: &'a Tensor,
@@ -39,9 +43,13 @@ pub struct Slice8<'a> {
 pub fn adamw8(cx: &Cx, group: &AdamW, s: &Slice8, maps: &Maps, hyper: &Tensor) -> Result<()> {
     let n = s.weight.numel();
     let blocks = n.div_ceil(BLOCK8);
-    if [s.m, s.v, s.grad].iter().any(|t| t.numel() != n) || [s.m_absmax, s.v_absmax].iter().any(|t| t.numel() != blocks)
+    if [s.m, s.v, s.grad].iter().any(|t| t.numel() != n)
+        || [s.m_absmax, s.v_absmax].iter().any(|t| t.numel() != blocks)
     {
-        return Err(Error::op("adamw8", format!("{:?} and its moments or gradient differ in length", s.weight)));
+        return Err(Error::op(
+            "adamw8",
+            format!("{:?} and its moments or gradient differ in length", s.weight),
+        ));
     }
     kernels::adamw8(
         &*cx.device,
@@ -68,8 +76,8 @@ pub fn adamw8(cx: &Cx, group: &AdamW, s: &Slice8, maps: &Maps, hyper: &Tensor) -
     )
 }
 
-/// The registry's form: inputs p, m, v (float), g, hyper; outputs p, w, and the moments as codes, scales and values.
-/// Compared bit for bit.
+/// The registry's form: inputs p, m, v (float), g, hyper; outputs p, w, and the moments as codes,
+/// scales and values. Compared bit for bit.
 #[derive(Debug)]
 struct AdamW8Step(AdamW);
 
@@ -84,22 +92,34 @@ impl Op for AdamW8Step {
         p.copy_from(x[0])?;
         let (m, m_absmax) = blockwise8_quantise(cx, x[1], None, &maps.m)?;
         let (v, v_absmax) = blockwise8_quantise(cx, x[2], None, &maps.v)?;
-        let slice =
-            Slice8 { master: Some(&p), weight: &w, m: &m, v: &v, m_absmax: &m_absmax, v_absmax: &v_absmax, grad: x[3] };
+        let slice = Slice8 {
+            master: Some(&p),
+            weight: &w,
+            m: &m,
+            v: &v,
+            m_absmax: &m_absmax,
+            v_absmax: &v_absmax,
+            grad: x[3],
+        };
         adamw8(cx, &self.0, &slice, &maps, x[4])?;
         let m_values = blockwise8_dequantise(cx, &m, &m_absmax, &maps.m)?;
         let v_values = blockwise8_dequantise(cx, &v, &v_absmax, &maps.v)?;
         Ok(Fwd { outputs: vec![p, w, m, m_absmax, m_values, v, v_absmax, v_values], saved: vec![] })
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let n = x[0].data.len();
         let (signed, unsigned) = (dynamic_map(true), dynamic_map(false));
         let single = |a: &F64| -> Vec<f32> { a.data.iter().map(|v| *v as f32).collect() };
         let values = |codes: &[u8], absmax: &[f32], map: &[f32]| -> Vec<f32> {
-            codes.iter().enumerate().map(|(i, c)| map[usize::from(*c)] * absmax[i / BLOCK8]).collect()
+            codes
+                .iter()
+                .enumerate()
+                .map(|(i, c)| map[usize::from(*c)] * absmax[i / BLOCK8])
+                .collect()
         };
-        let quantised = |x: &[f32], map: &[f32]| crate::ops::quant::blockwise_reference(x, map, BLOCK8);
+        let quantised =
+            |x: &[f32], map: &[f32]| crate::ops::quant::blockwise_oracle(x, map, BLOCK8);
         let start = |x: &F64, map: &[f32]| {
             let (codes, absmax) = quantised(&single(x), map);
             values(&codes, &absmax, map)

@@ -1,12 +1,12 @@
-//! `y = a + b`, and the plain element-wise helpers that other ops use for their gradients. Floor 2.
+//! `y = a + b`, and the plain element-wise helpers that other ops use for their gradients. Layer 4.
 //!
 //! Invariant: one rounding, when the result is stored. Kernels: `kernels/add.cu`.
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, add_into, flat};
+use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
 /// `a + b`, both [.., n] real and of one shape.
@@ -24,14 +24,23 @@ impl Op for Add {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         if x[0].shape() != x[1].shape() || !x[0].is_contiguous() || !x[1].is_contiguous() {
-            return Err(Error::op("add", format!("{:?} and {:?} differ in shape or are strided", x[0], x[1])));
+            return Err(Error::op(
+                "add",
+                format!("{:?} and {:?} differ in shape or are strided", x[0], x[1]),
+            ));
         }
         let y = cx.real("add", x[0].shape())?;
         kernels::add_fwd(&*cx.device, flat(&y), y.out(), x[0], x[1], y.numel() as i64)?;
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn backward(&self, cx: &mut Cx, _node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        _node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         if let Some(dy) = &dy[0] {
             g.give(cx, 0, dy.clone())?;
             g.give(cx, 1, dy.clone())?;
@@ -39,7 +48,7 @@ impl Op for Add {
         Ok(())
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         vec![F64::from_fn(&x[0].shape, |i| round.at(x[0].data[i] + x[1].data[i]))]
     }
 
@@ -70,7 +79,13 @@ impl Op for ToFloat {
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         if node.inputs[0].dtype == DType::F32 {
             return g.give(cx, 0, dy.clone());
@@ -80,7 +95,7 @@ impl Op for ToFloat {
         g.give(cx, 0, dx)
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         vec![x[0].clone()]
     }
 
@@ -94,30 +109,12 @@ pub fn to_float_cases(rng: &mut Rng) -> Vec<Case> {
     shapes.map(|s| Case::new(format!("{s:?}"), ToFloat, vec![Arg::real(rng.array(&s, 1.0))])).into()
 }
 
-/// `slot = grad`, or `slot += grad`; any of F32 and BF16, converted.
-pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Result<()> {
-    let n = slot.numel() as i64;
-    let acc = i32::from(accumulate);
-    if slot.dtype() == grad.dtype() {
-        return kernels::axpy(&*cx.device, flat(slot), slot.out(), grad, 1.0, n, acc);
-    }
-    if slot.dtype() == DType::F32 {
-        return kernels::to_float_copy(&*cx.device, flat(grad), slot.out(), grad, n, acc);
-    }
-    Err(Error::op("add_into", format!("{grad:?} into {slot:?}")))
-}
-
 /// `y += s x`; both contiguous, of one dtype and size. Not on the tape.
 pub fn axpy(cx: &Cx, y: &Tensor, x: &Tensor, s: f32) -> Result<()> {
     if y.numel() != x.numel() || y.dtype() != x.dtype() {
         return Err(Error::op("axpy", format!("{x:?} onto {y:?}")));
     }
     kernels::axpy(&*cx.device, flat(y), y.out(), x, s, y.numel() as i64, 1)
-}
-
-/// A thread for each 16 bytes of `t`.
-pub(crate) fn flat(t: &Tensor) -> Launch {
-    Launch::flat(t.numel().div_ceil(16 / t.dtype().size()))
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
@@ -128,4 +125,41 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             Case::new(format!("{shape:?}"), Add, inputs)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::autograd::{ParamGrads, Tape};
+    use crate::device::cpu::Cpu;
+    use crate::ops::add::add;
+    use crate::tensor::Id;
+
+    #[test]
+    fn a_gradient_that_two_values_share_is_copied_before_one_adds_to_it() {
+        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+        let grad = |cx: &Cx| Tensor::new(&cx.pool, "grad", DType::F32, &[1]).unwrap();
+        cx.param_grads = vec![ParamGrads::new(vec![Some(grad(&cx)), Some(grad(&cx))])];
+        let param = |cx: &Cx, index| {
+            Tensor::from_f32(&cx.pool, "p", DType::F32, &[1], &[1.0])
+                .unwrap()
+                .with_id(Id::Param { set: 0, index })
+        };
+        let (p, q) = (param(&cx, 0), param(&cx, 1));
+        cx.tape = Some(Tape::default());
+        let a = add(&mut cx, &p, &p).unwrap(); // a = 2p
+        let b = add(&mut cx, &q, &q).unwrap(); // b = 2q
+        let s = add(&mut cx, &a, &b).unwrap(); // s = 2p + 2q
+        let t = add(&mut cx, &s, &a).unwrap(); // t = 4p + 2q
+        let one = Tensor::from_f32(&cx.pool, "one", DType::F32, &[1], &[1.0]).unwrap();
+        cx.backward(vec![(t, one)]).unwrap();
+        let got: Vec<f32> = cx.param_grads[0]
+            .slots
+            .iter()
+            .map(|s| s.as_ref().unwrap().to_f32().unwrap()[0])
+            .collect();
+        assert_eq!(got, [4.0, 2.0]);
+    }
 }

@@ -1,15 +1,18 @@
-//! Distillation: a divergence of the student's distribution from the teacher's over the whole vocabulary. Floor 2.
+//! Distillation: a divergence of the student's distribution from the teacher's over the whole
+//! vocabulary. Layer 4.
 //!
-//! Invariant: memory is one chunk of logits of each model, whatever the vocabulary times the number of rows; a row's
-//! divergence does not depend on the chunk. Gradients are made while the chunk is there. Math: `kernels/distill.cu`.
+//! Invariant: memory is one chunk of logits of each model, whatever the vocabulary times the number
+//! of rows; a row's divergence does not depend on the chunk. Gradients are made while the chunk is
+//! there. Math: `kernels/distill.cu`.
 
-use crate::cx::Cx;
-use crate::device::{Launch, Layout, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::expect_cols;
 use crate::ops::head::{chunk_rows, chunks};
 use crate::ops::matmul::product;
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
-use crate::tape::{Grads, Node};
 use crate::tensor::{Id, Tensor};
 
 /// The student's rows and head, the teacher's rows and head, a weight F32 [n] each row.
@@ -25,12 +28,14 @@ pub struct DistillIn<'a> {
     pub weight: &'a Tensor,
 }
 
-/// `loss = sum_i weight[i] D_i` F32 [1], and D F32 [n]: at `beta` 0 KL(teacher, student), at 1 KL(student, teacher), between
-/// them the generalised Jensen-Shannon divergence; logits are scaled by `scale` (1 / temperature). Only `loss` carries a
-/// gradient, for the student, and its upstream must be 1.
+/// `loss = sum_i weight[i] D_i` F32 [1], and D F32 [n]: at `beta` 0 KL(teacher, student), at 1
+/// KL(student, teacher), between them the generalised Jensen-Shannon divergence; logits are scaled
+/// by `scale` (1 / temperature). Only `loss` carries a gradient, for the student, and its upstream
+/// must be 1.
 pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Tensor, Tensor)> {
     let op = Distill { beta, scale, chunk: chunk_rows(cx, x.student_head) };
-    let mut out = cx.apply(op, &[x.student, x.student_head, x.teacher, x.teacher_head, x.weight])?;
+    let mut out =
+        cx.apply(op, &[x.student, x.student_head, x.teacher, x.teacher_head, x.weight])?;
     match (out.pop(), out.pop()) {
         (Some(rows), Some(loss)) => Ok((loss, rows)),
         _ => Err(Error::op("distill", "gave no outputs")),
@@ -45,14 +50,29 @@ pub struct Distill {
 }
 
 fn check(x: &[&Tensor]) -> Result<()> {
-    expect_cols("distill", "the student's head", x[1], x[0].cols(), "is hidden_size in config.json right?")?;
-    expect_cols("distill", "the teacher's head", x[3], x[2].cols(), "is hidden_size in its config.json right?")?;
+    expect_cols(
+        "distill",
+        "the student's head",
+        x[1],
+        x[0].cols(),
+        "is hidden_size in config.json right?",
+    )?;
+    expect_cols(
+        "distill",
+        "the teacher's head",
+        x[3],
+        x[2].cols(),
+        "is hidden_size in its config.json right?",
+    )?;
     if x[1].row_count() != x[3].row_count() {
         let message = format!("{:?} and {:?}: student and teacher need one vocabulary", x[1], x[3]);
         return Err(Error::op("distill", message));
     }
     if x[2].row_count() != x[0].row_count() || x[4].numel() != x[0].row_count() {
-        let message = format!("{:?} needs as many rows of the teacher ({:?}) and weights ({:?})", x[0], x[2], x[4]);
+        let message = format!(
+            "{:?} needs as many rows of the teacher ({:?}) and weights ({:?})",
+            x[0], x[2], x[4]
+        );
         return Err(Error::op("distill", message));
     }
     Ok(())
@@ -68,7 +88,8 @@ impl Op for Distill {
         let (hs, ws, ht, wt, weight) = (x[0], x[1], x[2], x[3], x[4]);
         let (rows, vocab) = (hs.row_count(), ws.row_count());
         let size = self.chunk.min(rows.max(1));
-        let (student, teacher) = (cx.float("logits chunk", &[size, vocab])?, cx.float("logits chunk", &[size, vocab])?);
+        let (student, teacher) =
+            (cx.float("logits chunk", &[size, vocab])?, cx.float("logits chunk", &[size, vocab])?);
         let (each, stats) = (cx.float("head rows", &[rows])?, cx.float("head rows", &[size, 5])?);
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
         let dx = if wants(0) { Some(cx.real("activation gradients", hs.shape())?) } else { None };
@@ -77,7 +98,8 @@ impl Op for Distill {
             (true, _) => return Err(Error::op("distill", "the student's head is no parameter")),
             _ => None,
         };
-        let dlogits = if need.tape { Some(cx.real("dlogits chunk", &[size, vocab])?) } else { None };
+        let dlogits =
+            if need.tape { Some(cx.real("dlogits chunk", &[size, vocab])?) } else { None };
         for (from, to) in chunks(rows, self.chunk) {
             let n = to - from;
             let (s, t, st) = (student.rows(0, n)?, teacher.rows(0, n)?, stats.rows(0, n)?);
@@ -100,7 +122,19 @@ impl Op for Distill {
             )?;
             let Some(dlogits) = &dlogits else { continue };
             let (dl, w) = (dlogits.rows(0, n)?, weight.rows(from, to)?);
-            kernels::distill_grad(&*cx.device, at, dl.out(), &s, &t, &st, &w, count, width, self.beta, self.scale)?;
+            kernels::distill_grad(
+                &*cx.device,
+                at,
+                dl.out(),
+                &s,
+                &t,
+                &st,
+                &w,
+                count,
+                width,
+                self.beta,
+                self.scale,
+            )?;
             if let Some(dx) = &dx {
                 product(cx, Layout::NN, &dx.rows(from, to)?, &dl, ws, None, false)?;
             }
@@ -111,11 +145,25 @@ impl Op for Distill {
         }
         let loss = cx.float("loss", &[1])?;
         let starts = cx.ints("starts", &[0, rows as i32])?;
-        kernels::segment_sums_fwd(&*cx.device, Launch::warps(1), loss.out(), &each, Some(weight), &starts, 1)?;
+        kernels::segment_sums_fwd(
+            &*cx.device,
+            Launch::warps(1),
+            loss.out(),
+            &each,
+            Some(weight),
+            &starts,
+            1,
+        )?;
         Ok(Fwd { outputs: vec![loss, each], saved: dx.into_iter().collect() })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         if dy[0].is_none() {
             return Err(Error::op("distill", "only the loss carries a gradient"));
         }
@@ -125,19 +173,24 @@ impl Op for Distill {
         }
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let b = f64::from(self.beta);
         let logs = |h: &F64, w: &F64, r: usize| -> Vec<f64> {
-            let dot = |j: usize| h.row(r).iter().zip(w.row(j)).map(|(a, b)| a * b).sum::<f64>() * f64::from(self.scale);
+            let dot = |j: usize| {
+                h.row(r).iter().zip(w.row(j)).map(|(a, b)| a * b).sum::<f64>()
+                    * f64::from(self.scale)
+            };
             let logits: Vec<f64> = (0..w.row_count()).map(dot).collect();
             let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let lse = top + logits.iter().map(|l| (l - top).exp()).sum::<f64>().ln();
             logits.iter().map(|l| l - lse).collect()
         };
-        let kl = |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+        let kl =
+            |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         let rows = F64::from_fn(&[x[0].row_count()], |r| {
             let (s, t) = (logs(&x[0], &x[1], r), logs(&x[2], &x[3], r));
-            let m: Vec<f64> = s.iter().zip(&t).map(|(s, t)| ((1.0 - b) * s.exp() + b * t.exp()).ln()).collect();
+            let m: Vec<f64> =
+                s.iter().zip(&t).map(|(s, t)| ((1.0 - b) * s.exp() + b * t.exp()).ln()).collect();
             match b {
                 0.0 => kl(&t, &s),
                 1.0 => kl(&s, &t),
@@ -167,7 +220,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
                 Arg::real(rng.array(&[vocab, e], 0.7)).no_grad(),
                 Arg::float(F64::from_fn(&[rows], |_| rng.uniform())),
             ];
-            let label = format!("beta {beta} rows {rows} d {d} e {e} vocab {vocab} chunk {chunk} scale {scale}");
+            let label = format!(
+                "beta {beta} rows {rows} d {d} e {e} vocab {vocab} chunk {chunk} scale {scale}"
+            );
             let case = Case::new(label, Distill { beta, scale, chunk }, inputs);
             cases.push(Case { upstream: vec![Some(1.0), Some(0.0)], ..case });
         }

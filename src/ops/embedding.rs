@@ -1,17 +1,19 @@
-//! Token embedding, and the selection of rows (those that have a target, before the head). Floor 2.
+//! Token embedding, and the selection of rows (those that have a target, before the head). Layer 4.
 //!
-//! Invariant: the backward adds the places of a token in order, so it is deterministic. Kernels: `kernels/embedding.cu`.
+//! Invariant: the backward adds the places of a token in order, so it is deterministic. Kernels:
+//! `kernels/embedding.cu`.
 
 use std::sync::Arc;
 
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
-/// Token ids on the device, with the places of each distinct token: what the backward needs, sorted on the host.
+/// Token ids on the device, with the places of each distinct token: what the backward needs, sorted
+/// on the host.
 #[derive(Clone)]
 pub struct TokenIndex {
     pub ids: Tensor,
@@ -23,7 +25,8 @@ pub struct TokenIndex {
 }
 
 impl TokenIndex {
-    /// `ids` must lie below the vocabulary (and the virtual tokens after it): the caller (the batch) has checked them.
+    /// `ids` must lie below the vocabulary (and the virtual tokens after it): the caller (the
+    /// batch) has checked them.
     pub fn new(cx: &Cx, ids: &[u32]) -> Result<TokenIndex> {
         let ints: Vec<i32> = ids.iter().map(|i| *i as i32).collect();
         let [unique, starts, order] = sorted_places(&ints);
@@ -39,7 +42,13 @@ impl TokenIndex {
     /// For a forward without a tape: nothing is sorted, and a backward is an error.
     pub fn for_generation(ids: Tensor) -> Result<TokenIndex> {
         let none = ids.view(0, ids.dtype(), &[0])?;
-        Ok(TokenIndex { ids, unique: none.clone(), starts: none.clone(), order: none, distinct: Arc::new([]) })
+        Ok(TokenIndex {
+            ids,
+            unique: none.clone(),
+            starts: none.clone(),
+            order: none,
+            distinct: Arc::new([]),
+        })
     }
 
     /// How many of the distinct ids lie below `vocab`.
@@ -90,10 +99,19 @@ impl Op for Embedding {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let (Some(dy), Some((dw, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         if node.saved[2].numel() != dy.row_count() {
-            return Err(Error::op("embedding", "these token ids were made for generation: no gradient flows to them"));
+            return Err(Error::op(
+                "embedding",
+                "these token ids were made for generation: no gradient flows to them",
+            ));
         }
         if !accumulate {
             dw.zero()?;
@@ -102,7 +120,7 @@ impl Op for Embedding {
         sum_places(cx, &dw, dy, unique, starts, order, 0)
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         vec![gather_reference(&x[0], &x[1])]
     }
 
@@ -121,19 +139,36 @@ impl Op for GatherRows {
         Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[1].clone()] } else { vec![] } })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         if !accumulate {
             dx.zero()?;
         }
         let (n, d) = (dy.row_count(), dy.cols());
         if dx.dtype() != dy.dtype() {
-            return Err(Error::op("gather_rows", "the selected rows of a parameter have no gradient here"));
+            return Err(Error::op(
+                "gather_rows",
+                "the selected rows of a parameter have no gradient here",
+            ));
         }
-        kernels::scatter_rows(&*cx.device, Launch::warps(n), dx.out(), dy, &node.saved[0], n as i32, d as i32)
+        kernels::scatter_rows(
+            &*cx.device,
+            Launch::warps(n),
+            dx.out(),
+            dy,
+            &node.saved[0],
+            n as i32,
+            d as i32,
+        )
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         vec![gather_reference(&x[0], &x[1])]
     }
 
@@ -154,7 +189,18 @@ pub(crate) fn sum_places(
 ) -> Result<()> {
     let (u, d) = (unique.numel(), dy.cols());
     let at = Launch::warps(u * d.div_ceil(32 * 16 / dy.dtype().size()));
-    kernels::embedding_bwd(&*cx.device, at, dw.out(), dy, unique, starts, order, u as i32, d as i32, shift as i32)
+    kernels::embedding_bwd(
+        &*cx.device,
+        at,
+        dw.out(),
+        dy,
+        unique,
+        starts,
+        order,
+        u as i32,
+        d as i32,
+        shift as i32,
+    )
 }
 
 fn gathered(cx: &Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
@@ -178,15 +224,21 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let ids: Vec<i32> = (0..n).map(|_| rng.below(vocab) as i32).collect();
         let [unique, starts, order] = sorted_places(&ids);
         let w = Arg::param(rng.array(&[vocab, d], 1.0));
-        let inputs = vec![w, Arg::ints(&ids), Arg::ints(&unique), Arg::ints(&starts), Arg::ints(&order)];
-        cases.push(Case { exact: true, ..Case::new(format!("vocab {vocab} d {d} n {n}"), Embedding, inputs) });
+        let inputs =
+            vec![w, Arg::ints(&ids), Arg::ints(&unique), Arg::ints(&starts), Arg::ints(&order)];
+        cases.push(Case {
+            exact: true,
+            ..Case::new(format!("vocab {vocab} d {d} n {n}"), Embedding, inputs)
+        });
     }
     cases
 }
 
 pub fn gather_cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (rows, d, index) in [(4, 5, vec![2]), (30, 300, vec![0, 3, 4, 17, 29]), (9, 64, (0..9).collect())] {
+    for (rows, d, index) in
+        [(4, 5, vec![2]), (30, 300, vec![0, 3, 4, 17, 29]), (9, 64, (0..9).collect())]
+    {
         let inputs = vec![Arg::real(rng.array(&[rows, d], 1.0)), Arg::ints(&index)];
         cases.push(Case {
             exact: true,

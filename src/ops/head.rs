@@ -1,17 +1,18 @@
-//! The fused head: log-probs of chosen tokens without ever holding all logits. Floor 2.
+//! The fused head: log-probs of chosen tokens without ever holding all logits. Layer 4.
 //!
-//! Invariant: memory is one chunk of logits, whatever the vocabulary times the number of rows; a row's log-prob does not
-//! depend on the chunk. Two modes: weights known beforehand ([`head_loss`], three matrix products: gradients are made
-//! while the chunk is there) and weights known later ([`head_logps`], four: the chunk's logits are computed again).
-//! Math: `kernels/head.cu`.
+//! Invariant: memory is one chunk of logits, whatever the vocabulary times the number of rows; a
+//! row's log-prob does not depend on the chunk. Two modes: weights known beforehand ([`head_loss`],
+//! three matrix products: gradients are made while the chunk is there) and weights known later
+//! ([`head_logps`], four: the chunk's logits are computed again). Math: `kernels/head.cu`.
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, Layout, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::{DType, Launch, Layout};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::ops::add::axpy;
+use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::expect_cols;
 use crate::ops::matmul::product;
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
-use crate::tape::{Grads, Node};
 use crate::tensor::{Id, Tensor};
 
 /// What the head tells of each row, F32 [n] unless said otherwise.
@@ -26,9 +27,10 @@ pub struct HeadOut {
     pub log_square: Option<Tensor>,
 }
 
-/// `loss = -sum_i weight[i] logp[i]` F32 [1], and the rows' figures. x [n, d] real, w [vocab, d] real, target I32 [n] below
-/// the vocabulary, weight F32 [n]; logits are scaled by `scale` (1 / temperature). Only `loss` carries a gradient, and its
-/// upstream must be 1: gradients of x and w are made in the forward, chunk by chunk.
+/// `loss = -sum_i weight[i] logp[i]` F32 [1], and the rows' figures. x [n, d] real, w [vocab, d]
+/// real, target I32 [n] below the vocabulary, weight F32 [n]; logits are scaled by `scale` (1 /
+/// temperature). Only `loss` carries a gradient, and its upstream must be 1: gradients of x and w
+/// are made in the forward, chunk by chunk.
 pub fn head_loss(
     cx: &mut Cx,
     x: &Tensor,
@@ -40,23 +42,44 @@ pub fn head_loss(
     let chunk = chunk_rows(cx, w);
     let out = cx.apply(HeadLoss { scale, chunk }, &[x, w, target, weight])?;
     match <[Tensor; 4]>::try_from(out) {
-        Ok([loss, logp, entropy, best]) => Ok((loss, HeadOut { logp, entropy, best, log_square: None })),
+        Ok([loss, logp, entropy, best]) => {
+            Ok((loss, HeadOut { logp, entropy, best, log_square: None }))
+        }
         Err(_) => Err(Error::op("head_loss", "gave no outputs")),
     }
 }
 
-/// Log-prob, entropy and arg max of each row; gradients flow to x and w from upstreams of logp and entropy.
-/// Arguments as for [`head_loss`].
-pub fn head_logps(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32) -> Result<HeadOut> {
+/// Log-prob, entropy and arg max of each row; gradients flow to x and w from upstreams of logp and
+/// entropy. Arguments as for [`head_loss`].
+pub fn head_logps(
+    cx: &mut Cx,
+    x: &Tensor,
+    w: &Tensor,
+    target: &Tensor,
+    scale: f32,
+) -> Result<HeadOut> {
     logps(cx, x, w, target, scale, false)
 }
 
 /// As [`head_logps`], with `log_square` (which carries no gradient).
-pub fn head_squares(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32) -> Result<HeadOut> {
+pub fn head_squares(
+    cx: &mut Cx,
+    x: &Tensor,
+    w: &Tensor,
+    target: &Tensor,
+    scale: f32,
+) -> Result<HeadOut> {
     logps(cx, x, w, target, scale, true)
 }
 
-fn logps(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32, square: bool) -> Result<HeadOut> {
+fn logps(
+    cx: &mut Cx,
+    x: &Tensor,
+    w: &Tensor,
+    target: &Tensor,
+    scale: f32,
+    square: bool,
+) -> Result<HeadOut> {
     let chunk = chunk_rows(cx, w);
     let out = cx.apply(HeadLogps { scale, chunk, square }, &[x, w, target])?;
     match &out[..] {
@@ -70,7 +93,8 @@ fn logps(cx: &mut Cx, x: &Tensor, w: &Tensor, target: &Tensor, scale: f32, squar
     }
 }
 
-/// The mean of each row's logits over the vocabulary, F32 [n]: a row times the mean row of the head. Not on the tape.
+/// The mean of each row's logits over the vocabulary, F32 [n]: a row times the mean row of the
+/// head. Not on the tape.
 pub fn mean_logits(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let (n, vocab) = (x.row_count(), w.row_count());
     let ones = Tensor::from_f32(&cx.pool, "ones", w.dtype(), &[1, vocab], &vec![1.0; vocab])?;
@@ -84,7 +108,8 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     Ok(mean)
 }
 
-/// log p(target) of rows whose logits are at hand: F32 [n], the same bits as [`head_logps`]'. Not on the tape.
+/// log p(target) of rows whose logits are at hand: F32 [n], the same bits as [`head_logps`]'. Not
+/// on the tape.
 pub fn token_logps(cx: &Cx, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
     let (n, vocab) = (logits.row_count(), logits.cols());
     let (logp, lse) = (cx.float("head rows", &[n])?, cx.float("head rows", &[n])?);
@@ -185,7 +210,13 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, 
 }
 
 fn check(name: &'static str, x: &[&Tensor]) -> Result<()> {
-    expect_cols(name, "the head's weight", x[1], x[0].cols(), "is hidden_size in config.json right?")?;
+    expect_cols(
+        name,
+        "the head's weight",
+        x[1],
+        x[0].cols(),
+        "is hidden_size in config.json right?",
+    )?;
     if x[2..].iter().any(|t| t.numel() != x[0].row_count()) {
         return Err(Error::op(name, format!("{:?} has not one target (and weight) a row", x[0])));
     }
@@ -208,12 +239,24 @@ impl Op for HeadLoss {
         let dx = if wants(0) { Some(cx.real("activation gradients", h.shape())?) } else { None };
         let mut dw = match (wants(1), w.id()) {
             (true, Id::Param { set, index }) => cx.param_grads[set as usize].slot(index),
-            (true, _) => return Err(Error::op("head_loss", "the head's weight is no parameter; use head_logps")),
+            (true, _) => {
+                return Err(Error::op(
+                    "head_loss",
+                    "the head's weight is no parameter; use head_logps",
+                ));
+            }
             _ => None,
         };
-        let dlogits = if need.tape { Some(cx.real("dlogits chunk", pass.logits.shape())?) } else { None };
+        let dlogits =
+            if need.tape { Some(cx.real("dlogits chunk", pass.logits.shape())?) } else { None };
         if need.tape {
-            kernels::nll_upstream(&*cx.device, Launch::flat(rows), upstream.out(), weight, rows as i32)?;
+            kernels::nll_upstream(
+                &*cx.device,
+                Launch::flat(rows),
+                upstream.out(),
+                weight,
+                rows as i32,
+            )?;
         }
         for range in chunks(rows, self.chunk) {
             let logits = pass.forward(cx, h, w, target, range, self.scale)?;
@@ -221,7 +264,16 @@ impl Op for HeadLoss {
             let dl = dlogits.rows(0, range.1 - range.0)?;
             let lse = pass.lse.rows(range.0, range.1)?;
             let up = upstream.rows(range.0, range.1)?;
-            gradient_rows(cx, &dl, &logits, &target.rows(range.0, range.1)?, &lse, None, (&up, None), self.scale)?;
+            gradient_rows(
+                cx,
+                &dl,
+                &logits,
+                &target.rows(range.0, range.1)?,
+                &lse,
+                None,
+                (&up, None),
+                self.scale,
+            )?;
             if let Some(dx) = &dx {
                 product(cx, Layout::NN, &dx.rows(range.0, range.1)?, &dl, w, None, false)?;
             }
@@ -230,11 +282,27 @@ impl Op for HeadLoss {
                 *accumulate = true;
             }
         }
-        kernels::weighted_nll(&*cx.device, Launch::warps(1), loss.out(), &pass.logp, weight, rows as i32)?;
-        Ok(Fwd { outputs: vec![loss, pass.logp, pass.entropy, pass.best], saved: dx.into_iter().collect() })
+        kernels::weighted_nll(
+            &*cx.device,
+            Launch::warps(1),
+            loss.out(),
+            &pass.logp,
+            weight,
+            rows as i32,
+        )?;
+        Ok(Fwd {
+            outputs: vec![loss, pass.logp, pass.entropy, pass.best],
+            saved: dx.into_iter().collect(),
+        })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         if dy[0].is_none() {
             return Err(Error::op("head_loss", "only the loss carries a gradient; use head_logps"));
         }
@@ -244,7 +312,7 @@ impl Op for HeadLoss {
         }
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let [logp, entropy, best, _] = rows_reference(round, x, self.scale);
         let loss = -x[3].data.iter().zip(&logp.data).map(|(w, l)| w * l).sum::<f64>();
         vec![F64::new(&[1], vec![loss]), logp, entropy, best]
@@ -276,7 +344,13 @@ impl Op for HeadLogps {
         Ok(Fwd { outputs, saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let [h, w, target, lse, entropy] = &node.saved[..] else { return Ok(()) };
         let rows = h.row_count();
         let zeros;
@@ -292,12 +366,22 @@ impl Op for HeadLogps {
         let logits = cx.float("logits chunk", &[self.chunk.min(rows.max(1)), w.row_count()])?;
         let dlogits = cx.real("dlogits chunk", logits.shape())?;
         for (from, to) in chunks(rows, self.chunk) {
-            let (l, dl, x) = (logits.rows(0, to - from)?, dlogits.rows(0, to - from)?, h.rows(from, to)?);
+            let (l, dl, x) =
+                (logits.rows(0, to - from)?, dlogits.rows(0, to - from)?, h.rows(from, to)?);
             product(cx, Layout::NT, &l, &x, w, None, false)?;
             let de = dy[1].as_ref().map(|d| d.rows(from, to)).transpose()?;
             let (lse, entropy) = (lse.rows(from, to)?, entropy.rows(from, to)?);
             let up = (&dlogp.rows(from, to)?, de.as_ref());
-            gradient_rows(cx, &dl, &l, &target.rows(from, to)?, &lse, Some(&entropy), up, self.scale)?;
+            gradient_rows(
+                cx,
+                &dl,
+                &l,
+                &target.rows(from, to)?,
+                &lse,
+                Some(&entropy),
+                up,
+                self.scale,
+            )?;
             if let Some((dx, accumulate)) = &dx {
                 product(cx, Layout::NN, &dx.rows(from, to)?, &dl, w, None, *accumulate)?;
             }
@@ -309,7 +393,7 @@ impl Op for HeadLogps {
         Ok(())
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let mut out = Vec::from(rows_reference(round, x, self.scale));
         out.truncate(if self.square { 4 } else { 3 });
         out
@@ -358,7 +442,10 @@ fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 4] {
     let mut out = [(); 4].map(|()| F64::zeros(&[rows]));
     for r in 0..rows {
         let logits: Vec<f64> = (0..vocab)
-            .map(|j| f64::from(scale) * x[0].row(r).iter().zip(x[1].row(j)).map(|(a, b)| a * b).sum::<f64>())
+            .map(|j| {
+                f64::from(scale)
+                    * x[0].row(r).iter().zip(x[1].row(j)).map(|(a, b)| a * b).sum::<f64>()
+            })
             .collect();
         let top = logits.iter().cloned().fold(f64::NEG_INFINITY, f64::max);
         let lse = top + logits.iter().map(|l| (l - top).exp()).sum::<f64>().ln();
@@ -372,7 +459,9 @@ fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 4] {
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (rows, d, vocab, chunk, scale) in [(1, 4, 3, 32, 1.0f32), (33, 16, 130, 16, 1.0), (9, 24, 1031, 4, 0.7)] {
+    for (rows, d, vocab, chunk, scale) in
+        [(1, 4, 3, 32, 1.0f32), (33, 16, 130, 16, 1.0), (9, 24, 1031, 4, 0.7)]
+    {
         let x = rng.array(&[rows, d], 1.0);
         let w = rng.array(&[vocab, d], 1.0);
         let target: Vec<i32> = (0..rows).map(|_| rng.below(vocab) as i32).collect();
@@ -381,16 +470,22 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let inputs = vec![Arg::real(x), Arg::param(w), Arg::ints(&target)];
         let mut with_weight = inputs.clone();
         with_weight.push(Arg::float(weight));
-        // The arg max of near ties may differ: it is compared where it decides nothing else, in tests of its own.
+        // The arg max of near ties may differ: it is compared where it decides nothing else, in
+        // tests of its own.
         for square in [false, true] {
             let label = format!("{label}{}", if square { " square" } else { "" });
             let case = Case::new(label, HeadLogps { scale, chunk, square }, inputs.clone());
             // What has no gradient gets no upstream.
-            let upstream = [None, None, Some(0.0), Some(0.0)][..if square { 4 } else { 3 }].to_vec();
+            let upstream =
+                [None, None, Some(0.0), Some(0.0)][..if square { 4 } else { 3 }].to_vec();
             cases.push(Case { skip: vec![2], upstream, ..case });
         }
         let case = Case::new(label, HeadLoss { scale, chunk }, with_weight);
-        cases.push(Case { skip: vec![3], upstream: vec![Some(1.0), Some(0.0), Some(0.0), Some(0.0)], ..case });
+        cases.push(Case {
+            skip: vec![3],
+            upstream: vec![Some(1.0), Some(0.0), Some(0.0), Some(0.0)],
+            ..case
+        });
     }
     cases
 }

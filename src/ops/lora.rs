@@ -1,26 +1,29 @@
-//! A linear layer with low-rank additions (LoRA): the base product and, for some stretches of its columns, a narrow pair
-//! beside it. Floor 2.
+//! A linear layer with low-rank additions (LoRA): the base product and, for some stretches of its
+//! columns, a narrow pair beside it. Layer 4.
 //!
-//! Math, for segment i of the columns: y_i = x W_i^T (+ bias_i) + t_i B_i^T,  t_i = s_i xd A_i^T, xd = x or its dropout.
-//! Backward: dt_i = s_i dy_i B_i;  dB_i = dy_i^T t_i;  dA = dt^T xd;  dxd = dt A;  dx = dy W (Hu et al., "LoRA: Low-Rank
-//! Adaptation of Large Language Models", 2021; s = alpha / r, or alpha / sqrt(r): Kalajdzievski, "rsLoRA", 2023).
+//! Math, for segment i of the columns: y_i = x W_i^T (+ bias_i) + t_i B_i^T,  t_i = s_i xd A_i^T,
+//! xd = x or its dropout. Backward: dt_i = s_i dy_i B_i;  dB_i = dy_i^T t_i;  dA = dt^T xd;  dxd =
+//! dt A;  dx = dy W (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; s =
+//! alpha / r, or alpha / sqrt(r): Kalajdzievski, "rsLoRA", 2023).
 //!
-//! Invariant: projections that share an input (q|k|v, gate|up) share one narrow product t, whose A lie one after the
-//! other as one matrix. A frozen base saves nothing: only xd and t [rows, sum of ranks] are kept. W is never changed; one
-//! that is quantised is dequantised right beside each product, into scratch. Without a library for products the low-rank
-//! terms ride along in the engine's own kernels (`kernels/lora.cu`): the choice does not depend on the number of rows.
+//! Invariant: projections that share an input (q|k|v, gate|up) share one narrow product t, whose A
+//! lie one after the other as one matrix. A frozen base saves nothing: only xd and t [rows, sum of
+//! ranks] are kept. W is never changed; one that is quantised is dequantised right beside each
+//! product, into scratch. Without a library for products the low-rank terms ride along in the
+//! engine's own kernels (`kernels/lora.cu`): the choice does not depend on the number of rows.
 
 use std::sync::Arc;
 
-use crate::cx::{Cx, MatmulChoice};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::config::MatmulChoice;
 use crate::device::Layout;
 use crate::error::{Error, Result};
+use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::expect_cols;
 use crate::ops::lora_kernels::{self as own, Read, lora_dt, lora_grads, lora_nn, lora_nt};
 use crate::ops::matmul::{column_sums, product};
 use crate::ops::quant::{QuantWeight, values_of};
 use crate::ops::scale::scaled;
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
-use crate::tape::{Grads, Node};
 use crate::tensor::Tensor;
 
 /// One projection's pair: which columns of y it adds to, which columns of t it reads, and its s.
@@ -52,8 +55,9 @@ pub enum Base<'a> {
     Quantised(&'a Arc<QuantWeight>),
 }
 
-/// See the module. x [m, k] real, base [n, k], bias [n]; y [m, n] real. `xd` is x after dropout, None where there is none.
-/// Errors if the inner dimensions differ, or a pair does not fit its segment.
+/// See the module. x [m, k] real, base [n, k], bias [n]; y [m, n] real. `xd` is x after dropout,
+/// None where there is none. Errors if the inner dimensions differ, or a pair does not fit its
+/// segment.
 pub fn lora_linear(
     cx: &mut Cx,
     x: &Tensor,
@@ -116,15 +120,23 @@ impl LoraLinear {
     fn check(&self, x: &[&Tensor]) -> Result<()> {
         let (k, [n, wide], ranks) = (x[0].cols(), self.shape(x), x[A].row_count());
         if wide != k {
-            let message =
-                format!("the weight has {wide} columns, its input {k}; do the weights belong to this config.json?");
+            let message = format!(
+                "the weight has {wide} columns, its input {k}; do the weights belong to this config.json?"
+            );
             return Err(Error::op("lora", message));
         }
         expect_cols("lora", "A", x[A], k, "was the adapter made for this model?")?;
         expect_cols("lora", "scale", x[SCALE], ranks, "one value a row of A")?;
         for (s, b) in self.segments.iter().zip(&x[B..]) {
-            if b.row_count() != s.cols || b.cols() != s.rank || s.from + s.cols > n || s.rank_from + s.rank > ranks {
-                return Err(Error::op("lora", format!("B {b:?} does not fit {s:?} of {n} columns and {ranks} ranks")));
+            if b.row_count() != s.cols
+                || b.cols() != s.rank
+                || s.from + s.cols > n
+                || s.rank_from + s.rank > ranks
+            {
+                return Err(Error::op(
+                    "lora",
+                    format!("B {b:?} does not fit {s:?} of {n} columns and {ranks} ranks"),
+                ));
             }
         }
         Ok(())
@@ -144,7 +156,11 @@ impl LoraLinear {
     }
 
     fn own_segments<'a>(&self, b: impl Iterator<Item = &'a Tensor>) -> Vec<own::Segment<'a>> {
-        let place = |(s, b): (&Segment, &'a Tensor)| own::Segment { b, start: s.from, end: s.from + s.cols };
+        let place = |(s, b): (&Segment, &'a Tensor)| own::Segment {
+            b,
+            start: s.from,
+            end: s.from + s.cols,
+        };
         self.segments.iter().zip(b).map(place).collect()
     }
 }
@@ -177,7 +193,10 @@ impl Op for LoraLinear {
         } else {
             product(cx, Layout::NT, &y, x[0], &w, bias, false)?;
             for (s, b) in self.segments.iter().zip(b.clone()) {
-                let (y, t) = (y.columns(s.from, s.from + s.cols)?, t.columns(s.rank_from, s.rank_from + s.rank)?);
+                let (y, t) = (
+                    y.columns(s.from, s.from + s.cols)?,
+                    t.columns(s.rank_from, s.rank_from + s.rank)?,
+                );
                 product(cx, Layout::NT, &y, &t, b, None, true)?;
             }
         }
@@ -193,11 +212,21 @@ impl Op for LoraLinear {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let [xd, scale, a, t, rest @ ..] = &node.saved[..] else { return Ok(()) };
         let (b, rest) = rest.split_at(self.segments.len());
-        let (dense, x) = if self.quantised.is_some() { (None, rest.first()) } else { (rest.first(), rest.get(1)) };
+        let (dense, x) = if self.quantised.is_some() {
+            (None, rest.first())
+        } else {
+            (rest.first(), rest.get(1))
+        };
         let fused = fused(cx);
         let dt = cx.real("lora", t.shape())?;
         if fused {
@@ -207,7 +236,15 @@ impl Op for LoraLinear {
             let narrow = cx.real("lora", t.shape())?;
             for (s, b) in self.segments.iter().zip(b) {
                 let to = narrow.columns(s.rank_from, s.rank_from + s.rank)?;
-                product(cx, Layout::NN, &to, &dy.columns(s.from, s.from + s.cols)?, b, None, false)?;
+                product(
+                    cx,
+                    Layout::NN,
+                    &to,
+                    &dy.columns(s.from, s.from + s.cols)?,
+                    b,
+                    None,
+                    false,
+                )?;
             }
             scaled(cx, &dt, &narrow, scale, None, false)?;
         }
@@ -230,16 +267,26 @@ impl Op for LoraLinear {
         let da = g.slot(A)?;
         let db = (0..b.len()).map(|i| g.slot(B + i)).collect::<Result<Vec<_>>>()?;
         if fused {
-            let db: Vec<own::Slot> = db.iter().map(|s| s.as_ref().map(|(t, add)| (t, *add))).collect();
+            let db: Vec<own::Slot> =
+                db.iter().map(|s| s.as_ref().map(|(t, add)| (t, *add))).collect();
             let read = Read { x: xd, dt: &dt, dy, t };
-            lora_grads(cx, da.as_ref().map(|(t, add)| (t, *add)), &db, &read, &self.own_segments(b.iter()))?;
+            lora_grads(
+                cx,
+                da.as_ref().map(|(t, add)| (t, *add)),
+                &db,
+                &read,
+                &self.own_segments(b.iter()),
+            )?;
         } else {
             if let Some((da, accumulate)) = &da {
                 product(cx, Layout::TN, da, &dt, xd, None, *accumulate)?;
             }
             for (s, db) in self.segments.iter().zip(&db) {
                 let Some((db, accumulate)) = db else { continue };
-                let (dy, t) = (dy.columns(s.from, s.from + s.cols)?, t.columns(s.rank_from, s.rank_from + s.rank)?);
+                let (dy, t) = (
+                    dy.columns(s.from, s.from + s.cols)?,
+                    t.columns(s.rank_from, s.rank_from + s.rank)?,
+                );
                 product(cx, Layout::TN, db, &dy, &t, None, *accumulate)?;
             }
         }
@@ -256,10 +303,11 @@ impl Op for LoraLinear {
         Ok(())
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let dot = |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(a, b)| a * b).sum::<f64>();
         let w = match &self.quantised {
-            // A weight that cannot be read back gives no outputs, which no check takes for a result.
+            // A weight that cannot be read back gives no outputs, which no check takes for a
+            // result.
             Some(q) => match values_of(q, round) {
                 Ok(w) => w,
                 Err(_) => return vec![],
@@ -289,8 +337,10 @@ impl Op for LoraLinear {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         let (m, [n, k], ranks) = (x[0].row_count(), self.shape(x), x[A].row_count());
         let narrow: usize = self.segments.iter().map(|s| s.cols * s.rank).sum();
-        // A quantised weight is read in its own storage, then written and read as the storage dtype.
-        let weight = self.quantised.as_ref().map_or(0, |q| q.bytes() + 2 * n * k * x[0].dtype().size());
+        // A quantised weight is read in its own storage, then written and read as the storage
+        // dtype.
+        let weight =
+            self.quantised.as_ref().map_or(0, |q| q.bytes() + 2 * n * k * x[0].dtype().size());
         let moved = weight + m * n * x[0].dtype().size();
         Cost { flops: 2.0 * (m * (n * k + ranks * k + narrow)) as f64, ..Cost::memory(x, moved) }
     }
@@ -314,7 +364,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             rank_from += rank;
         }
         let small = (k as f64).powf(-0.5);
-        let scales: Vec<f64> = segments.iter().flat_map(|s| vec![f64::from(s.scale); s.rank]).collect();
+        let scales: Vec<f64> =
+            segments.iter().flat_map(|s| vec![f64::from(s.scale); s.rank]).collect();
         let mut inputs = vec![
             Arg::real(x),
             Arg::float(F64::new(&[rank_from], scales)),
@@ -333,7 +384,11 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             if bias { " bias" } else { "" },
             if dropped { " dropped" } else { "" }
         );
-        cases.push(Case::new(label, LoraLinear { bias, dropped, segments, quantised: None }, inputs));
+        cases.push(Case::new(
+            label,
+            LoraLinear { bias, dropped, segments, quantised: None },
+            inputs,
+        ));
     }
     cases
 }

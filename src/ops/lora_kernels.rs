@@ -1,10 +1,12 @@
-//! Launches of the fused low-rank kernels, for `ops::lora`. Not on the tape. Floor 2.
+//! Launches of the fused low-rank kernels, for `ops::lora`. Not on the tape. Layer 4.
 //!
-//! Invariant: shapes are checked here, so the kernels may trust them. Math and numerics: `kernels/lora.cu`.
+//! Invariant: shapes are checked here, so the kernels may trust them. Math and numerics:
+//! `kernels/lora.cu`.
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::Cx;
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::ops::matmul::tile;
 use crate::tensor::Tensor;
 
@@ -23,22 +25,36 @@ impl Segment<'_> {
 }
 
 /// As the kernels take them: start, end and rank of three segments, absent ones empty.
-fn bounds(name: &'static str, segments: &[Segment], n: usize, ranks: usize) -> Result<[[i32; 3]; 3]> {
+fn bounds(
+    name: &'static str,
+    segments: &[Segment],
+    n: usize,
+    ranks: usize,
+) -> Result<[[i32; 3]; 3]> {
     let mut out = [[0; 3]; 3];
     let mut free = 0;
     for (i, s) in segments.iter().enumerate().take(3) {
         let fits = s.b.shape() == [s.end.saturating_sub(s.start), s.rank()] && s.b.is_contiguous();
         if !fits || s.start < free || s.end > n {
             let what = format!("adapter {:?} for columns {}..{} of {n}", s.b, s.start, s.end);
-            return Err(Error::op(name, format!("{what}: ordered, apart from one another, [columns, rank]")));
+            return Err(Error::op(
+                name,
+                format!("{what}: ordered, apart from one another, [columns, rank]"),
+            ));
         }
         free = s.end;
         out[i] = [s.start as i32, s.end as i32, s.rank() as i32];
     }
     let sum: usize = segments.iter().map(Segment::rank).sum();
     if segments.is_empty() || segments.len() > 3 || sum != ranks {
-        let what = format!("{} segments with ranks of {sum} in all, beside {ranks} columns", segments.len());
-        return Err(Error::op(name, format!("{what}: one to three, whose ranks add up to the columns")));
+        let what = format!(
+            "{} segments with ranks of {sum} in all, beside {ranks} columns",
+            segments.len()
+        );
+        return Err(Error::op(
+            name,
+            format!("{what}: one to three, whose ranks add up to the columns"),
+        ));
     }
     Ok(out)
 }
@@ -55,7 +71,8 @@ fn grid(dtype: DType, rows: usize, cols: usize, z: usize) -> Launch {
     Launch::blocks([cols.div_ceil(tile), rows.div_ceil(tile), z], 256, shared)
 }
 
-/// `y = x w^T (+ bias) + t Bd^T`: x [m, k], w [n, k], t [m, R]; y [m, n]. Columns outside of all segments get no such term.
+/// `y = x w^T (+ bias) + t Bd^T`: x [m, k], w [n, k], t [m, R]; y [m, n]. Columns outside of all
+/// segments get no such term.
 pub fn lora_nt(
     cx: &Cx,
     y: &Tensor,
@@ -105,8 +122,17 @@ pub fn lora_nt(
     )
 }
 
-/// `dx (+)= dy w + dt a`: dy [m, n], w [n, k], dt [m, R], a [R, k] (all segments' A, one below the other); dx [m, k].
-pub fn lora_nn(cx: &Cx, dx: &Tensor, dy: &Tensor, w: &Tensor, dt: &Tensor, a: &Tensor, accumulate: bool) -> Result<()> {
+/// `dx (+)= dy w + dt a`: dy [m, n], w [n, k], dt [m, R], a [R, k] (all segments' A, one below the
+/// other); dx [m, k].
+pub fn lora_nn(
+    cx: &Cx,
+    dx: &Tensor,
+    dy: &Tensor,
+    w: &Tensor,
+    dt: &Tensor,
+    a: &Tensor,
+    accumulate: bool,
+) -> Result<()> {
     let (m, n, k, ranks) = (dy.row_count(), dy.cols(), w.cols(), dt.cols());
     expect("lora_nn", dx, m, k)?;
     expect("lora_nn", w, n, k)?;
@@ -137,12 +163,21 @@ pub fn lora_nn(cx: &Cx, dx: &Tensor, dy: &Tensor, w: &Tensor, dt: &Tensor, a: &T
 }
 
 /// `dt_i = scales_i dy_i b_i` for all segments in one launch: dy [m, n]; dt [m, R].
-pub fn lora_dt(cx: &Cx, dt: &Tensor, dy: &Tensor, segments: &[Segment], scales: &[f32]) -> Result<()> {
+pub fn lora_dt(
+    cx: &Cx,
+    dt: &Tensor,
+    dy: &Tensor,
+    segments: &[Segment],
+    scales: &[f32],
+) -> Result<()> {
     let (m, n) = (dy.row_count(), dy.cols());
     let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_dt", segments, n, dt.cols())?;
     expect("lora_dt", dt, m, dt.cols())?;
     if scales.len() != segments.len() {
-        return Err(Error::op("lora_dt", format!("{} scales for {} segments", scales.len(), segments.len())));
+        return Err(Error::op(
+            "lora_dt",
+            format!("{} scales for {} segments", scales.len(), segments.len()),
+        ));
     }
     if m == 0 {
         return Ok(());
@@ -188,7 +223,8 @@ pub struct Read<'a> {
     pub t: &'a Tensor,
 }
 
-/// `da (+)= dt^T x` [R, k] and `db_i (+)= dy_i^T t_i` [end - start, rank], those that are given, in one launch.
+/// `da (+)= dt^T x` [R, k] and `db_i (+)= dy_i^T t_i` [end - start, rank], those that are given, in
+/// one launch.
 pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]) -> Result<()> {
     let (m, k, n, ranks) = (r.x.row_count(), r.x.cols(), r.dy.cols(), r.dt.cols());
     let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_grads", segments, n, ranks)?;
@@ -196,7 +232,10 @@ pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]
     expect("lora_grads", r.dy, m, n)?;
     expect("lora_grads", r.t, m, ranks)?;
     if db.len() != segments.len() {
-        return Err(Error::op("lora_grads", format!("{} gradients for {} segments", db.len(), segments.len())));
+        return Err(Error::op(
+            "lora_grads",
+            format!("{} gradients for {} segments", db.len(), segments.len()),
+        ));
     }
     let (tile, shared) = tile(r.x.dtype());
     let (mut tiles, mut accumulate) = (0, 0);

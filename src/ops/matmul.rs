@@ -1,13 +1,16 @@
-//! The matrix product of a linear layer, and the raw product that other ops build on. Floor 2.
+//! The matrix product of a linear layer, and the raw product that other ops build on. Layer 4.
 //!
-//! Invariant: which kernel runs depends on (N, K, dtype) and the context's choice, never on M: a row's bits do not depend
-//! on its batch. Math and numerics of the engine's own kernel: `kernels/matmul.cu`.
+//! Invariant: which kernel runs depends on (N, K, dtype) and the context's choice, never on M: a
+//! row's bits do not depend on its batch. Math and numerics of the engine's own kernel:
+//! `kernels/matmul.cu`.
 
-use crate::cx::{Cx, MatmulChoice};
-use crate::device::{DType, Gemm, Launch, Layout, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::config::MatmulChoice;
+use crate::device::{DType, Gemm, Launch, Layout};
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols, partials};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::{expect_cols, partials};
 use crate::tensor::Tensor;
 
 /// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] (an HF `weight`), bias [n]; y [m, n] real.
@@ -34,7 +37,13 @@ impl Op for Linear {
         expect_cols("linear", "weight", w, a.cols(), "do the weights belong to this config.json?")?;
         let bias = self.bias.then(|| x[2]);
         if let Some(b) = bias {
-            expect_cols("linear", "bias", b, w.row_count(), "do the weights belong to this config.json?")?;
+            expect_cols(
+                "linear",
+                "bias",
+                b,
+                w.row_count(),
+                "do the weights belong to this config.json?",
+            )?;
         }
         let y = cx.real("linear", &[a.row_count(), w.row_count()])?;
         product(cx, Layout::NT, &y, a, w, bias, false)?;
@@ -48,7 +57,13 @@ impl Op for Linear {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         if let Some((da, accumulate)) = g.slot(0)? {
             product(cx, Layout::NN, &da, dy, &node.saved[0], None, accumulate)?;
@@ -64,7 +79,7 @@ impl Op for Linear {
         Ok(())
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let (a, w) = (&x[0], &x[1]);
         let mut y = F64::zeros(&[a.row_count(), w.row_count()]);
         for r in 0..a.row_count() {
@@ -82,7 +97,8 @@ impl Op for Linear {
     }
 }
 
-/// `c = op(a) op(b) (+ bias)`, or `c += ...`; c real or f32, operands and bias of the storage dtype. Not on the tape.
+/// `c = op(a) op(b) (+ bias)`, or `c += ...`; c real or f32, operands and bias of the storage
+/// dtype. Not on the tape.
 pub fn product(
     cx: &Cx,
     layout: Layout,
@@ -92,10 +108,15 @@ pub fn product(
     bias: Option<&Tensor>,
     accumulate: bool,
 ) -> Result<()> {
-    let (m, k) = if layout == Layout::TN { (a.cols(), a.row_count()) } else { (a.row_count(), a.cols()) };
-    let (n, kb) = if layout == Layout::NT { (b.row_count(), b.cols()) } else { (b.cols(), b.row_count()) };
+    let (m, k) =
+        if layout == Layout::TN { (a.cols(), a.row_count()) } else { (a.row_count(), a.cols()) };
+    let (n, kb) =
+        if layout == Layout::NT { (b.row_count(), b.cols()) } else { (b.cols(), b.row_count()) };
     if k != kb || c.row_count() != m || c.cols() != n {
-        return Err(Error::op("matmul", format!("{layout:?} product of {a:?} and {b:?} into {c:?}")));
+        return Err(Error::op(
+            "matmul",
+            format!("{layout:?} product of {a:?} and {b:?} into {c:?}"),
+        ));
     }
     if m == 0 || n == 0 {
         return Ok(());
@@ -122,7 +143,8 @@ pub fn product(
         Layout::NN => kernels::matmul_nn,
         Layout::TN => kernels::matmul_tn,
     };
-    // A real C takes the instance D = 0, a float C of a bf16 product D = 1; in f32 both are the same type.
+    // A real C takes the instance D = 0, a float C of a bf16 product D = 1; in f32 both are the
+    // same type.
     let float_out = c.dtype() != a.dtype();
     let (real, float) = if float_out { (None, Some(c.out())) } else { (Some(c.out()), None) };
     let (lda, ldb, ldc) = (a.stride() as i32, b.stride() as i32, c.stride() as i32);
@@ -145,7 +167,8 @@ pub fn product(
     )
 }
 
-/// Side of the tile of `kernels/prim/tile.cuh`, and its shared memory: 128 with three stages of 2 x 8 KiB, or 64.
+/// Side of the tile of `kernels/prim/tile.cuh`, and its shared memory: 128 with three stages of 2 x
+/// 8 KiB, or 64.
 pub(crate) fn tile(dtype: DType) -> (usize, usize) {
     if dtype == DType::BF16 { (128, 3 * 2 * 8192) } else { (64, 2 * 16 * 68 * 4) }
 }
@@ -156,9 +179,25 @@ pub fn column_sums(cx: &Cx, out: &Tensor, x: &Tensor, accumulate: bool) -> Resul
     let partial = partials(cx, rows, cols)?;
     let (chunks, step) = (rows.div_ceil(64), 32 * 16 / x.dtype().size());
     let at = Launch::warps(chunks * cols.div_ceil(step));
-    kernels::column_sums(&*cx.device, at, partial.out(), x, rows as i32, cols as i32, x.stride() as i32)?;
+    kernels::column_sums(
+        &*cx.device,
+        at,
+        partial.out(),
+        x,
+        rows as i32,
+        cols as i32,
+        x.stride() as i32,
+    )?;
     let at = Launch::flat(cols);
-    kernels::sum_partials(&*cx.device, at, out.out(), &partial, chunks as i32, cols as i32, i32::from(accumulate))
+    kernels::sum_partials(
+        &*cx.device,
+        at,
+        out.out(),
+        &partial,
+        chunks as i32,
+        cols as i32,
+        i32::from(accumulate),
+    )
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
@@ -171,12 +210,18 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         (33, 17, 100, false),
         (130, 24, 72, true),
     ] {
-        let mut inputs =
-            vec![Arg::real(rng.array(&[m, k], 1.0)), Arg::param(rng.array(&[n, k], (k as f64).powf(-0.5)))];
+        let mut inputs = vec![
+            Arg::real(rng.array(&[m, k], 1.0)),
+            Arg::param(rng.array(&[n, k], (k as f64).powf(-0.5))),
+        ];
         if bias {
             inputs.push(Arg::param(rng.array(&[n], 0.5)));
         }
-        cases.push(Case::new(format!("m {m} n {n} k {k}{}", if bias { " bias" } else { "" }), Linear { bias }, inputs));
+        cases.push(Case::new(
+            format!("m {m} n {n} k {k}{}", if bias { " bias" } else { "" }),
+            Linear { bias },
+            inputs,
+        ));
     }
     cases
 }

@@ -1,26 +1,29 @@
-//! The losses of online RL on log-probs: the GRPO family, RLOO and PPO's policy term in one op; PPO's value loss. Floor 2.
+//! The losses of online RL on log-probs: the GRPO family, RLOO and PPO's policy term in one op;
+//! PPO's value loss. Layer 4.
 //!
-//! Invariant: the gradient is made in the forward, with the loss, and scaled by its upstream later; the normaliser of a
-//! loss type lies in the tokens' weights, and a token of weight 0 is masked. Math, numerics and sources:
-//! `kernels/policy.cu`; advantages on the device: [`crate::ops::policy::gae`] and [`crate::ops::policy::whiten`].
+//! Invariant: the gradient is made in the forward, with the loss, and scaled by its upstream later;
+//! the normaliser of a loss type lies in the tokens' weights, and a token of weight 0 is masked.
+//! Math, numerics and sources: `kernels/policy.cu`; advantages on the device:
+//! [`crate::ops::policy::gae`] and [`crate::ops::policy::whiten`].
 
 mod advantage;
-mod reference;
+mod oracle;
 
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::{Cost, F64, Fwd, Need, Op, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
 use crate::tensor::{Id, Tensor};
 
 pub use advantage::{gae, whiten};
-pub use reference::cases;
+pub use oracle::cases;
 
-/// The term of a token. TRL's `loss_type` grpo, bnpo, dr_grpo, dapo and luspo are all `Clip`: they differ in the weights.
+/// The term of a token. TRL's `loss_type` grpo, bnpo, dr_grpo, dapo and luspo are all `Clip`: they
+/// differ in the weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Term {
-    /// PPO's clipped ratio; `delta` bounds the ratio from above on both sides (infinity: not at all).
+    /// PPO's clipped ratio; `delta` bounds the ratio from above on both sides (infinity: not at
+    /// all).
     Clip {
         epsilon: f32,
         epsilon_high: f32,
@@ -73,7 +76,8 @@ pub struct PolicyInputs<'a> {
     pub weight: &'a Tensor,
     /// Needed where beta is not 0.
     pub ref_logp: Option<&'a Tensor>,
-    /// Factor of a token's term but not of its KL: importance correction, off-policy mask, entropy mask.
+    /// Factor of a token's term but not of its KL: importance correction, off-policy mask, entropy
+    /// mask.
     pub scale: Option<&'a Tensor>,
     /// Vespo only, [sequences]: the log of the correction from the sampler's distribution.
     pub log_is: Option<&'a Tensor>,
@@ -93,13 +97,18 @@ pub struct PolicyOut {
     pub clip: Tensor,
 }
 
-/// `loss = sum_t weight_t (scale_t term_t + beta kl_t)`. Error if shapes differ, or beta is set without `ref_logp`.
+/// `loss = sum_t weight_t (scale_t term_t + beta kl_t)`. Error if shapes differ, or beta is set
+/// without `ref_logp`.
 pub fn policy_loss(cx: &mut Cx, config: &PolicyLoss, x: &PolicyInputs) -> Result<PolicyOut> {
     if (config.beta != 0.0) != x.ref_logp.is_some() {
-        return Err(Error::op("policy_loss", "a KL term needs both beta and ref_logp; give both or neither"));
+        return Err(Error::op(
+            "policy_loss",
+            "a KL term needs both beta and ref_logp; give both or neither",
+        ));
     }
     let now = x.logp.clone().with_id(Id::Constant);
-    let mut inputs = vec![x.logp, &now, x.old_logp.unwrap_or(&now), x.advantage, x.weight, x.starts];
+    let mut inputs =
+        vec![x.logp, &now, x.old_logp.unwrap_or(&now), x.advantage, x.weight, x.starts];
     inputs.extend([x.ref_logp, x.scale, x.log_is].into_iter().flatten());
     let more = [x.ref_logp.is_some(), x.scale.is_some(), x.log_is.is_some()];
     match <[Tensor; 4]>::try_from(cx.apply(Policy { config: *config, more }, &inputs)?) {
@@ -108,8 +117,8 @@ pub fn policy_loss(cx: &mut Cx, config: &PolicyLoss, x: &PolicyInputs) -> Result
     }
 }
 
-/// PPO's clipped value loss `sum_t weight_t / 2 max(...)`: F32 [1], and F32 [n] that is 1 where the clipped error counts
-/// (`val/clipfrac_avg`). `value` carries the gradient; all are F32 [n].
+/// PPO's clipped value loss `sum_t weight_t / 2 max(...)`: F32 [1], and F32 [n] that is 1 where the
+/// clipped error counts (`val/clipfrac_avg`). `value` carries the gradient; all are F32 [n].
 pub fn value_loss(
     cx: &mut Cx,
     value: &Tensor,
@@ -125,7 +134,8 @@ pub fn value_loss(
     }
 }
 
-/// The op: inputs logp, logp again as a constant, old, advantage, weight, starts, then those of `more` that are there.
+/// The op: inputs logp, logp again as a constant, old, advantage, weight, starts, then those of
+/// `more` that are there.
 #[derive(Debug)]
 struct Policy {
     config: PolicyLoss,
@@ -147,8 +157,12 @@ impl Policy {
     /// Of a positive and of a negative advantage: (temperature or k, lambda).
     fn shapes(&self) -> [f32; 4] {
         match self.config.term {
-            Term::Sapo { temperature_pos, temperature_neg } => [temperature_pos, temperature_neg, 0.0, 0.0],
-            Term::Vespo { k_pos, lambda_pos, k_neg, lambda_neg } => [k_pos, k_neg, lambda_pos, lambda_neg],
+            Term::Sapo { temperature_pos, temperature_neg } => {
+                [temperature_pos, temperature_neg, 0.0, 0.0]
+            }
+            Term::Vespo { k_pos, lambda_pos, k_neg, lambda_neg } => {
+                [k_pos, k_neg, lambda_pos, lambda_neg]
+            }
             _ => [0.0; 4],
         }
     }
@@ -166,10 +180,14 @@ impl Op for Policy {
         let rows = [x[2], x[3], x[4]].into_iter().chain([ref_logp, scale].into_iter().flatten());
         same_length("policy_loss", logp, rows)?;
         if log_is.is_some_and(|t| t.numel() != sequences) {
-            return Err(Error::op("policy_loss", format!("log_is has not one value a sequence ({sequences})")));
+            return Err(Error::op(
+                "policy_loss",
+                format!("log_is has not one value a sequence ({sequences})"),
+            ));
         }
         let of = |name: &str, len: usize| cx.float(name, &[len]);
-        let (ratio, kl, clip, dlogp) = (of("ratio", n)?, of("kl", n)?, of("clip", n)?, of("policy gradient", n)?);
+        let (ratio, kl, clip, dlogp) =
+            (of("ratio", n)?, of("kl", n)?, of("clip", n)?, of("policy gradient", n)?);
         let (partial, loss) = (of("partial sums", sequences.max(1))?, of("loss", 1)?);
         let (d, low, high, delta) = match self.config.term {
             Term::Clip { epsilon, epsilon_high, delta } => (0, epsilon, epsilon_high, delta),
@@ -212,12 +230,18 @@ impl Op for Policy {
         Ok(Fwd { outputs: vec![loss, ratio, kl, clip], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         scaled_gradient(cx, node, dy, g)
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        reference::loss(self, &x.iter().collect::<Vec<_>>())
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        oracle::loss(self, &x.iter().collect::<Vec<_>>())
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -238,21 +262,46 @@ impl Op for ValueLoss {
         let (partial, loss) = (cx.float("partial sums", &[chunks])?, cx.float("loss", &[1])?);
         let (at, range) = (Launch::warps(chunks), self.cliprange);
         let (part, dv) = (partial.out(), dvalue.out());
-        kernels::value_loss(&*cx.device, at, part, clip.out(), dv, x[0], x[1], x[2], x[3], n as i32, range)?;
-        kernels::sum_all(&*cx.device, Launch::warps(1), loss.out(), &partial, n.div_ceil(1024) as i32)?;
+        kernels::value_loss(
+            &*cx.device,
+            at,
+            part,
+            clip.out(),
+            dv,
+            x[0],
+            x[1],
+            x[2],
+            x[3],
+            n as i32,
+            range,
+        )?;
+        kernels::sum_all(
+            &*cx.device,
+            Launch::warps(1),
+            loss.out(),
+            &partial,
+            n.div_ceil(1024) as i32,
+        )?;
         Ok(Fwd { outputs: vec![loss, clip], saved: if need.tape { vec![dvalue] } else { vec![] } })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         scaled_gradient(cx, node, dy, g)
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let (mut loss, mut clip) = (F64::zeros(&[1]), F64::zeros(&x[0].shape));
         let range = f64::from(self.cliprange);
         for i in 0..x[0].data.len() {
             let [v, old, r, w] = [0, 1, 2, 3].map(|k| x[k].data[i]);
-            let (plain, clipped) = ((v - r).powi(2), (v.clamp(old - range, old + range) - r).powi(2));
+            let (plain, clipped) =
+                ((v - r).powi(2), (v.clamp(old - range, old + range) - r).powi(2));
             loss.data[0] += if w == 0.0 { 0.0 } else { 0.5 * w * plain.max(clipped) };
             clip.data[i] = f64::from(u8::from(clipped > plain));
         }
@@ -270,10 +319,22 @@ fn scaled_gradient(cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grad
     let Some((dx, accumulate)) = g.slot(0)? else { return Ok(()) };
     let (saved, n) = (&node.saved[0], node.saved[0].numel());
     let at = Launch::flat(n.div_ceil(4));
-    kernels::scale_by_upstream(&*cx.device, at, dx.out(), saved, up, n as i64, i32::from(accumulate))
+    kernels::scale_by_upstream(
+        &*cx.device,
+        at,
+        dx.out(),
+        saved,
+        up,
+        n as i64,
+        i32::from(accumulate),
+    )
 }
 
-fn same_length<'a>(op: &'static str, x: &Tensor, others: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
+fn same_length<'a>(
+    op: &'static str,
+    x: &Tensor,
+    others: impl IntoIterator<Item = &'a Tensor>,
+) -> Result<()> {
     match others.into_iter().find(|t| t.numel() != x.numel()) {
         Some(t) => Err(Error::op(op, format!("{t:?} has not one value for each of {x:?}"))),
         None => Ok(()),

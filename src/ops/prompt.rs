@@ -1,18 +1,19 @@
-//! Token embedding with a learned prompt before each sequence: ids from the vocabulary's size on are the rows of a second
-//! table. Floor 2.
+//! Token embedding with a learned prompt before each sequence: ids from the vocabulary's size on
+//! are the rows of a second table. Layer 4.
 //!
-//! Invariant: as for the plain embedding, the backward adds the places of an id in order. Kernel: `kernels/prompt.cu`.
+//! Invariant: as for the plain embedding, the backward adds the places of an id in order. Kernel:
+//! `kernels/prompt.cu`.
 
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::ops::embedding::{TokenIndex, sorted_places, sum_places};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
 use crate::tensor::Tensor;
 
-/// `y[i] = w[ids[i]]`, or `p[ids[i] - vocab]` from vocab on: w [vocab, d], p [virtual tokens, d] real; y [n, d] real.
-/// The caller has checked that ids lie below vocab + virtual tokens.
+/// `y[i] = w[ids[i]]`, or `p[ids[i] - vocab]` from vocab on: w [vocab, d], p [virtual tokens, d]
+/// real; y [n, d] real. The caller has checked that ids lie below vocab + virtual tokens.
 pub fn prompt_embedding(cx: &mut Cx, w: &Tensor, p: &Tensor, index: &TokenIndex) -> Result<Tensor> {
     let vocab = w.row_count();
     let op = PromptEmbedding { text: index.distinct_below(vocab) };
@@ -41,12 +42,28 @@ impl Op for PromptEmbedding {
         let (n, d) = (ids.numel(), w.cols());
         let y = cx.real("embedding", &[n, d])?;
         let vocab = w.row_count() as i32;
-        kernels::prompt_gather(&*cx.device, Launch::warps(n), y.out(), w, p, ids, n as i32, vocab, d as i32)?;
+        kernels::prompt_gather(
+            &*cx.device,
+            Launch::warps(n),
+            y.out(),
+            w,
+            p,
+            ids,
+            n as i32,
+            vocab,
+            d as i32,
+        )?;
         let saved = if need.tape { x[3..6].iter().map(|t| (*t).clone()).collect() } else { vec![] };
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (unique, starts, order) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if order.numel() != dy.row_count() {
@@ -61,13 +78,21 @@ impl Op for PromptEmbedding {
                 }
                 // Ids of the prompt's rows start over at 0.
                 let shift = if input == 0 { 0 } else { node.inputs[0].shape[0] };
-                sum_places(cx, &dw, dy, &unique.rows(from, to)?, &starts.rows(from, to + 1)?, order, shift)?;
+                sum_places(
+                    cx,
+                    &dw,
+                    dy,
+                    &unique.rows(from, to)?,
+                    &starts.rows(from, to + 1)?,
+                    order,
+                    shift,
+                )?;
             }
         }
         Ok(())
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let mut y = F64::zeros(&[x[2].data.len(), x[0].cols()]);
         for i in 0..x[2].data.len() {
             let (id, vocab) = (x[2].index(i), x[0].row_count());
@@ -84,7 +109,9 @@ impl Op for PromptEmbedding {
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (vocab, virtuals, d, lengths) in [(3, 1, 5, vec![1]), (20, 4, 64, vec![9, 1, 17]), (7, 2, 300, vec![5, 5])] {
+    for (vocab, virtuals, d, lengths) in
+        [(3, 1, 5, vec![1]), (20, 4, 64, vec![9, 1, 17]), (7, 2, 300, vec![5, 5])]
+    {
         let mut ids: Vec<i32> = Vec::new();
         for n in lengths {
             ids.extend((vocab..vocab + virtuals).map(|i| i as i32));
@@ -92,7 +119,10 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         }
         let [unique, starts, order] = sorted_places(&ids);
         let text = unique.iter().filter(|i| (**i as usize) < vocab).count();
-        let mut inputs = vec![Arg::param(rng.array(&[vocab, d], 1.0)), Arg::param(rng.array(&[virtuals, d], 1.0))];
+        let mut inputs = vec![
+            Arg::param(rng.array(&[vocab, d], 1.0)),
+            Arg::param(rng.array(&[virtuals, d], 1.0)),
+        ];
         inputs.extend([&ids, &unique, &starts, &order].map(|v| Arg::ints(v)));
         let label = format!("vocab {vocab} virtual {virtuals} d {d} n {}", ids.len());
         cases.push(Case { exact: true, ..Case::new(label, PromptEmbedding { text }, inputs) });

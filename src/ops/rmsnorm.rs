@@ -1,21 +1,30 @@
-//! Root mean square norm, plain and with the residual addition before it. Floor 2.
+//! Root mean square norm, plain and with the residual addition before it. Layer 4.
 //!
-//! Invariant: a row's result depends on that row alone. Math, numerics and source: `kernels/rmsnorm.cu`.
+//! Invariant: a row's result depends on that row alone. Math, numerics and source:
+//! `kernels/rmsnorm.cu`.
 
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols, partials};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::{expect_cols, partials};
 use crate::tensor::Tensor;
 
-/// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w [d]; y as x. Error if w is not as wide as x.
+/// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w [d]; y as x. Error if w is not as wide
+/// as x.
 pub fn rmsnorm(cx: &mut Cx, x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
     cx.apply1(RmsNorm { eps }, &[x, w])
 }
 
 /// The residual stream's step: `s = x + residual`, `y = norm(s)`. Returns (y, s), both as x.
-pub fn add_rmsnorm(cx: &mut Cx, x: &Tensor, residual: &Tensor, w: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+pub fn add_rmsnorm(
+    cx: &mut Cx,
+    x: &Tensor,
+    residual: &Tensor,
+    w: &Tensor,
+    eps: f32,
+) -> Result<(Tensor, Tensor)> {
     let mut out = cx.apply(AddRmsNorm { eps }, &[x, residual, w])?;
     match (out.pop(), out.pop()) {
         (Some(s), Some(y)) => Ok((y, s)),
@@ -62,18 +71,36 @@ impl Op for RmsNorm {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if let Some((dx, accumulate)) = g.slot(0)? {
             let (rows, d) = (s.row_count() as i32, s.cols() as i32);
             let at = Launch::warps(s.row_count());
-            kernels::rmsnorm_bwd(&*cx.device, at, dx.out(), dy, None, s, w, rstd, rows, d, i32::from(accumulate))?;
+            kernels::rmsnorm_bwd(
+                &*cx.device,
+                at,
+                dx.out(),
+                dy,
+                None,
+                s,
+                w,
+                rstd,
+                rows,
+                d,
+                i32::from(accumulate),
+            )?;
         }
         weight_gradient(cx, g, 1, dy, s, rstd)
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         vec![norm(round, &x[0], &x[1], self.eps)]
     }
 
@@ -91,7 +118,10 @@ impl Op for AddRmsNorm {
         let (x, residual, w) = (x[0], x[1], x[2]);
         expect_cols("add_rmsnorm", "weight", w, x.cols(), HINT)?;
         if x.shape() != residual.shape() {
-            return Err(Error::op("add_rmsnorm", format!("{x:?} and residual {residual:?} differ in shape")));
+            return Err(Error::op(
+                "add_rmsnorm",
+                format!("{x:?} and residual {residual:?} differ in shape"),
+            ));
         }
         let (y, s) = (cx.real("rmsnorm", x.shape())?, cx.real("residual", x.shape())?);
         let rstd = cx.float("rstd", &[x.row_count()])?;
@@ -114,7 +144,13 @@ impl Op for AddRmsNorm {
         Ok(Fwd { outputs: vec![y, s], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         let Some(up) = &dy[0] else {
             // Only the residual stream goes on: both inputs get its gradient.
@@ -128,14 +164,26 @@ impl Op for AddRmsNorm {
             let ds = cx.real("activation gradients", s.shape())?;
             let (rows, d) = (s.row_count() as i32, s.cols() as i32);
             let at = Launch::warps(s.row_count());
-            kernels::rmsnorm_bwd(&*cx.device, at, ds.out(), up, dy[1].as_ref(), s, w, rstd, rows, d, 0)?;
+            kernels::rmsnorm_bwd(
+                &*cx.device,
+                at,
+                ds.out(),
+                up,
+                dy[1].as_ref(),
+                s,
+                w,
+                rstd,
+                rows,
+                d,
+                0,
+            )?;
             g.give(cx, 0, ds.clone())?;
             g.give(cx, 1, ds)?;
         }
         weight_gradient(cx, g, 2, up, s, rstd)
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let s = F64::from_fn(&x[0].shape, |i| round.at(x[0].data[i] + x[1].data[i]));
         vec![norm(round, &s, &x[2], self.eps), s]
     }
@@ -145,7 +193,14 @@ impl Op for AddRmsNorm {
     }
 }
 
-fn weight_gradient(cx: &mut Cx, g: &mut Grads, i: usize, dy: &Tensor, s: &Tensor, rstd: &Tensor) -> Result<()> {
+fn weight_gradient(
+    cx: &mut Cx,
+    g: &mut Grads,
+    i: usize,
+    dy: &Tensor,
+    s: &Tensor,
+    rstd: &Tensor,
+) -> Result<()> {
     let Some((dw, accumulate)) = g.slot(i)? else { return Ok(()) };
     let (rows, d) = (s.row_count(), s.cols());
     let partial = partials(cx, rows, d)?;
@@ -167,7 +222,8 @@ fn norm(round: Round, s: &F64, w: &F64, eps: f32) -> F64 {
     let mut y = F64::zeros(&s.shape);
     for r in 0..s.row_count() {
         let row = s.row(r);
-        let rstd = 1.0 / (row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64 + f64::from(eps)).sqrt();
+        let rstd = 1.0
+            / (row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64 + f64::from(eps)).sqrt();
         for (j, o) in y.row_mut(r).iter_mut().enumerate() {
             *o = round.at(w.data[j] * round.at(row[j] * rstd));
         }
@@ -184,7 +240,11 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let inputs = vec![Arg::real(x.clone()), Arg::param(w.clone())];
         cases.push(Case::new(format!("rows {rows} d {d}"), RmsNorm { eps: 1e-5 }, inputs));
         let inputs = vec![Arg::real(x), Arg::real(r), Arg::param(w)];
-        cases.push(Case::new(format!("residual rows {rows} d {d}"), AddRmsNorm { eps: 1e-6 }, inputs));
+        cases.push(Case::new(
+            format!("residual rows {rows} d {d}"),
+            AddRmsNorm { eps: 1e-6 },
+            inputs,
+        ));
     }
     cases
 }

@@ -1,15 +1,18 @@
-//! Rotary position embedding on a row of q|k|v, with the optional norm of q and k heads before it. Floor 2.
+//! Rotary position embedding on a row of q|k|v, with the optional norm of q and k heads before it.
+//! Layer 4.
 //!
-//! Invariant: a row's result depends on that row and its position alone. Math and numerics: `kernels/rope.cu`.
+//! Invariant: a row's result depends on that row and its position alone. Math and numerics:
+//! `kernels/rope.cu`.
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
-/// Angles of every position: cosine and sine, each F32 [positions, head_dim / 2] (scaling factors included).
+/// Angles of every position: cosine and sine, each F32 [positions, head_dim / 2] (scaling factors
+/// included).
 #[derive(Clone)]
 pub struct RopeTable {
     pub cosine: Tensor,
@@ -23,8 +26,9 @@ pub struct QkNorm<'a> {
     pub eps: f32,
 }
 
-/// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 [n]; v is copied.
-/// Errors if the widths do not fit or the table is too short for the batch (the batch checks its positions).
+/// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 [n]; v
+/// is copied. Errors if the widths do not fit or the table is too short for the batch (the batch
+/// checks its positions).
 pub fn rope(
     cx: &mut Cx,
     qkv: &Tensor,
@@ -50,7 +54,15 @@ pub struct Rope {
 }
 
 impl Rope {
-    fn apply(&self, cx: &Cx, y: &Tensor, x: &Tensor, saved: &Saved, sign: f32, accumulate: bool) -> Result<()> {
+    fn apply(
+        &self,
+        cx: &Cx,
+        y: &Tensor,
+        x: &Tensor,
+        saved: &Saved,
+        sign: f32,
+        accumulate: bool,
+    ) -> Result<()> {
         let dim = x.cols() / (self.heads + 2 * self.kv_heads);
         let v = 16 / x.dtype().size();
         let items = x.row_count() * (self.heads + 2 * self.kv_heads) * (dim / 2).div_ceil(v);
@@ -120,13 +132,30 @@ impl Op for Rope {
                 let rstd = cx.float("rstd", &[rows, normed])?;
                 let at = Launch::warps(rows * normed);
                 let (h, k) = (self.heads as i32, self.kv_heads as i32);
-                kernels::head_rstd(&*cx.device, at, rstd.out(), qkv, rows as i32, h, k, dim as i32, eps)?;
+                kernels::head_rstd(
+                    &*cx.device,
+                    at,
+                    rstd.out(),
+                    qkv,
+                    rows as i32,
+                    h,
+                    k,
+                    dim as i32,
+                    eps,
+                )?;
                 Some(rstd)
             }
         };
         let y = cx.real("rope", qkv.shape())?;
         let norm = rstd.as_ref().map(|r| (r, x[4], x[5]));
-        self.apply(cx, &y, qkv, &Saved { cosine: x[1], sine: x[2], position: x[3], norm }, 1.0, false)?;
+        self.apply(
+            cx,
+            &y,
+            qkv,
+            &Saved { cosine: x[1], sine: x[2], position: x[3], norm },
+            1.0,
+            false,
+        )?;
         let mut saved = vec![];
         if need.tape {
             saved.extend([x[1].clone(), x[2].clone(), x[3].clone()]);
@@ -137,7 +166,13 @@ impl Op for Rope {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let s = &node.saved;
         let saved = Saved { cosine: &s[0], sine: &s[1], position: &s[2], norm: None };
@@ -170,7 +205,15 @@ impl Op for Rope {
                 count as i32,
             )?;
             let at = Launch::flat(dim);
-            kernels::sum_partials(&*cx.device, at, dw.out(), &partial, chunks as i32, d, i32::from(accumulate))?;
+            kernels::sum_partials(
+                &*cx.device,
+                at,
+                dw.out(),
+                &partial,
+                chunks as i32,
+                d,
+                i32::from(accumulate),
+            )?;
         }
         if g.wants(0) {
             let at = Launch::warps(rows * (self.heads + self.kv_heads));
@@ -180,7 +223,7 @@ impl Op for Rope {
         Ok(())
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let all = self.heads + 2 * self.kv_heads;
         let dim = x[0].cols() / all;
         let half = dim / 2;
@@ -191,8 +234,12 @@ impl Op for Rope {
                 let row = &mut y.row_mut(r)[head * dim..(head + 1) * dim];
                 if let Some(eps) = self.eps {
                     let w = if head < self.heads { &x[4] } else { &x[5] };
-                    let rstd = 1.0 / (row.iter().map(|v| v * v).sum::<f64>() / dim as f64 + f64::from(eps)).sqrt();
-                    row.iter_mut().enumerate().for_each(|(j, v)| *v = round.at(w.data[j] * round.at(*v * rstd)));
+                    let rstd = 1.0
+                        / (row.iter().map(|v| v * v).sum::<f64>() / dim as f64 + f64::from(eps))
+                            .sqrt();
+                    row.iter_mut()
+                        .enumerate()
+                        .for_each(|(j, v)| *v = round.at(w.data[j] * round.at(*v * rstd)));
                 }
                 for j in 0..half {
                     let (c, s) = (x[1].row(p)[j], x[2].row(p)[j]);
@@ -212,9 +259,13 @@ impl Op for Rope {
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (rows, heads, kv, dim, norm) in
-        [(3, 2, 1, 16, false), (40, 4, 2, 32, false), (5, 3, 3, 6, false), (37, 4, 2, 64, true), (3, 2, 2, 24, true)]
-    {
+    for (rows, heads, kv, dim, norm) in [
+        (3, 2, 1, 16, false),
+        (40, 4, 2, 32, false),
+        (5, 3, 3, 6, false),
+        (37, 4, 2, 64, true),
+        (3, 2, 2, 24, true),
+    ] {
         let positions = 50;
         let angle = F64::from_fn(&[positions, dim / 2], |i| {
             (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
@@ -223,13 +274,17 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let sine = F64::from_fn(&angle.shape, |i| angle.data[i].sin());
         let place: Vec<i32> = (0..rows).map(|_| rng.below(positions) as i32).collect();
         let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
-        let mut inputs = vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&place)];
+        let mut inputs =
+            vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&place)];
         if norm {
             inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
             inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
         }
         let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
-        let label = format!("rows {rows} heads {heads}/{kv} dim {dim}{}", if norm { " normed" } else { "" });
+        let label = format!(
+            "rows {rows} heads {heads}/{kv} dim {dim}{}",
+            if norm { " normed" } else { "" }
+        );
         cases.push(Case::new(label, op, inputs));
     }
     cases

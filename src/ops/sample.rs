@@ -1,17 +1,20 @@
-//! Drawing tokens on the device, with what is known of each: its log-probs and the entropy. Floor 2.
+//! Drawing tokens on the device, with what is known of each: its log-probs and the entropy. Layer
+//! 4.
 //!
-//! Invariant: a draw is a function of (seed, sequence number, position, logits, the sequence's own tokens): no state, no
-//! dependence on neighbours. Log-probs have the bits of the head's. Math: `kernels/sample.cu`.
+//! Invariant: a draw is a function of (seed, sequence number, position, logits, the sequence's own
+//! tokens): no state, no dependence on neighbours. Log-probs have the bits of the head's. Math:
+//! `kernels/sample.cu`.
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::rng::{philox, uniform};
 use crate::tensor::Tensor;
 
-/// Sampling keys under their usual names; they apply in transformers' order: repetition_penalty, temperature, top_k,
-/// top_p, min_p.
+/// Sampling keys under their usual names; they apply in transformers' order: repetition_penalty,
+/// temperature, top_k, top_p, min_p.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0: the most likely token, always.
@@ -22,21 +25,30 @@ pub struct Sampling {
     pub top_p: f64,
     /// Drop tokens less likely than this share of the most likely one; 0: none.
     pub min_p: f64,
-    /// Positive logits of tokens that the sequence has (prompt included) are divided by it, negative ones multiplied; 1: off.
+    /// Positive logits of tokens that the sequence has (prompt included) are divided by it,
+    /// negative ones multiplied; 1: off.
     pub repetition_penalty: f64,
     pub seed: u64,
 }
 
 impl Sampling {
     pub fn greedy() -> Sampling {
-        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
     }
 
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0
     }
 
-    /// The factor of the logits: what [`head_logps`](crate::ops::head::head_logps) takes to give `logp_scaled`.
+    /// The factor of the logits: what [`head_logps`](crate::ops::head::head_logps) takes to give
+    /// `logp_scaled`.
     pub fn scale(&self) -> f32 {
         if self.is_greedy() { 1.0 } else { (1.0 / self.temperature) as f32 }
     }
@@ -47,10 +59,15 @@ impl Sampling {
 
     /// Whether the distribution that is drawn from is another than the model's at this temperature.
     pub fn truncates(&self) -> bool {
-        self.is_greedy() || self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 || self.penalises()
+        self.is_greedy()
+            || self.top_k > 0
+            || self.top_p < 1.0
+            || self.min_p > 0.0
+            || self.penalises()
     }
 
-    /// The distribution that is drawn from: a probability for each token; `seen` are the tokens that the sequence has.
+    /// The distribution that is drawn from: a probability for each token; `seen` are the tokens
+    /// that the sequence has.
     pub fn distribution(&self, logits: &[f64], seen: &[u32]) -> Vec<f64> {
         let mut z = logits.to_vec();
         let mut distinct = seen.to_vec();
@@ -67,7 +84,8 @@ impl Sampling {
             return (0..n).map(|i| f64::from(u8::from(i == first))).collect();
         }
         let mut p: Vec<f64> = z.iter().map(|l| ((l - top) / self.temperature).exp()).collect();
-        // A value is kept while what is strictly above it is not enough: all of equal values, or none.
+        // A value is kept while what is strictly above it is not enough: all of equal values, or
+        // none.
         let mut keep_while = |enough: &dyn Fn(&[f64], f64) -> bool| {
             let all = p.clone();
             p.iter_mut().filter(|v| enough(&all, **v)).for_each(|v| *v = 0.0);
@@ -123,9 +141,10 @@ impl Draws {
     }
 }
 
-/// Draws a token from each row of `logits` F32 [n, vocab]. `who` I32 [n, 3]: sequence number (-1: padding), position in
-/// its completion, row of `seen`. `seed` I32 [2]. `seen` I32 [rows, vocab / 32 rounded up]: a bit for each token that a
-/// sequence has, to which the draw is added; wanted if the sampling penalises repetition.
+/// Draws a token from each row of `logits` F32 [n, vocab]. `who` I32 [n, 3]: sequence number (-1:
+/// padding), position in its completion, row of `seen`. `seed` I32 [2]. `seen` I32 [rows, vocab /
+/// 32 rounded up]: a bit for each token that a sequence has, to which the draw is added; wanted if
+/// the sampling penalises repetition.
 pub fn sample(
     cx: &mut Cx,
     sampling: &Sampling,
@@ -164,13 +183,16 @@ impl Sample {
             (false, _) => None,
             (true, Some(seen)) if seen.cols() == words => Some(*seen),
             (true, seen) => {
-                let message = format!("repetition_penalty needs a row of {words} words a sequence, not {seen:?}");
+                let message = format!(
+                    "repetition_penalty needs a row of {words} words a sequence, not {seen:?}"
+                );
                 return Err(Error::op("sample", message));
             }
         };
         let work = seen.map(|_| cx.float("penalised logits", logits.shape())).transpose()?;
         let block = Tensor::new(&cx.pool, "draws", DType::I32, &[5, n])?;
-        let column = |i: usize| block.view(4 * i * n, if i == 0 { DType::I32 } else { DType::F32 }, &[n]);
+        let column =
+            |i: usize| block.view(4 * i * n, if i == 0 { DType::I32 } else { DType::F32 }, &[n]);
         kernels::sample(
             &*cx.device,
             Launch::warps(n),
@@ -214,7 +236,7 @@ impl Op for Sample {
         Ok(Fwd { outputs, saved: vec![] })
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let (n, vocab) = (x[0].row_count(), x[0].cols());
         let mut out: Vec<F64> = (0..5).map(|_| F64::zeros(&[n])).collect();
         let mut seen = x.get(3).cloned();
@@ -229,9 +251,14 @@ impl Op for Sample {
             if who[0] < 0.0 {
                 continue;
             }
-            let has = |bits: &F64, t: usize| (bits.row(who[2] as usize)[t / 32] as i32 >> (t % 32)) & 1 == 1;
-            let tokens: Vec<u32> =
-                seen.iter().flat_map(|s| (0..vocab).filter(|t| has(s, *t))).map(|t| t as u32).collect();
+            let has = |bits: &F64, t: usize| {
+                (bits.row(who[2] as usize)[t / 32] as i32 >> (t % 32)) & 1 == 1
+            };
+            let tokens: Vec<u32> = seen
+                .iter()
+                .flat_map(|s| (0..vocab).filter(|t| has(s, *t)))
+                .map(|t| t as u32)
+                .collect();
             let p = self.sampling.distribution(x[0].row(r), &tokens);
             let counter = [who[1] as u32, who[0] as u32, 0, 0x0400_0000];
             let u = f64::from(uniform(philox(key, counter)[0]));
@@ -273,20 +300,37 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         (9, 300, Sampling { top_p: 0.8, ..plain.clone() }),
         (9, 97, Sampling { min_p: 0.2, ..plain.clone() }),
         (9, 300, Sampling { repetition_penalty: 1.4, ..Sampling::greedy() }),
-        (17, 300, Sampling { temperature: 0.8, top_k: 40, top_p: 0.9, min_p: 0.05, repetition_penalty: 1.3, seed: 0 }),
+        (
+            17,
+            300,
+            Sampling {
+                temperature: 0.8,
+                top_k: 40,
+                top_p: 0.9,
+                min_p: 0.05,
+                repetition_penalty: 1.3,
+                seed: 0,
+            },
+        ),
     ] {
         let logits = Arg::float(rng.array(&[rows, vocab], 2.0));
-        let who: Vec<i32> =
-            (0..rows as i32).flat_map(|r| [if r == 2 { -1 } else { 100 + r }, r * 7, rows as i32 - 1 - r]).collect();
+        let who: Vec<i32> = (0..rows as i32)
+            .flat_map(|r| [if r == 2 { -1 } else { 100 + r }, r * 7, rows as i32 - 1 - r])
+            .collect();
         let seed: Vec<i32> = vec![rng.bits() as i32, rng.bits() as i32];
         let mut inputs = vec![logits, Arg::ints(&who), Arg::ints(&seed)];
         if sampling.penalises() {
             let words = seen_words(vocab);
             let mut seen = Arg::ints(&[]);
-            seen.value = F64::from_fn(&[rows, words], |_| f64::from(rng.bits() as i32 & rng.bits() as i32));
+            seen.value =
+                F64::from_fn(&[rows, words], |_| f64::from(rng.bits() as i32 & rng.bits() as i32));
             inputs.push(seen);
         }
-        cases.push(Case::new(format!("rows {rows} vocab {vocab} {sampling:?}"), Sample { sampling }, inputs));
+        cases.push(Case::new(
+            format!("rows {rows} vocab {vocab} {sampling:?}"),
+            Sample { sampling },
+            inputs,
+        ));
     }
     cases
 }

@@ -1,17 +1,19 @@
-//! A factor for each column, learned for some of them: IA3's vectors, DoRA's magnitudes. Floor 2.
+//! A factor for each column, learned for some of them: IA3's vectors, DoRA's magnitudes. Layer 4.
 //!
 //! Invariant: columns that no segment names pass unchanged. Math and sources: `kernels/scale.cu`.
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::ops::matmul::column_sums;
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols, partials};
-use crate::tape::{Grads, Node};
+use crate::ops::{expect_cols, partials};
 use crate::tensor::Tensor;
 
-/// `y = c x (+ bias)`, c[j] = s[j] / norm[j] for the columns that a vector of `scales` covers, else 1: x [rows, cols]
-/// real; `scales`: (first column, s [n] real); norm F32 [cols], a constant to the gradient; bias [cols] real; y as x.
+/// `y = c x (+ bias)`, c[j] = s[j] / norm[j] for the columns that a vector of `scales` covers, else
+/// 1: x [rows, cols] real; `scales`: (first column, s [n] real); norm F32 [cols], a constant to the
+/// gradient; bias [cols] real; y as x.
 pub fn scale_columns(
     cx: &mut Cx,
     x: &Tensor,
@@ -21,7 +23,8 @@ pub fn scale_columns(
 ) -> Result<Tensor> {
     let starts = scales.iter().map(|s| s.0).collect();
     let op = ScaleColumns { starts, norm: norm.is_some(), bias: bias.is_some() };
-    let inputs: Vec<&Tensor> = std::iter::once(x).chain(norm).chain(bias).chain(scales.iter().map(|s| &s.1)).collect();
+    let inputs: Vec<&Tensor> =
+        std::iter::once(x).chain(norm).chain(bias).chain(scales.iter().map(|s| &s.1)).collect();
     cx.apply1(op, &inputs)
 }
 
@@ -29,7 +32,14 @@ pub fn scale_columns(
 pub fn row_norms(cx: &Cx, w: &Tensor) -> Result<Tensor> {
     let rows = w.row_count();
     let norm = cx.float("row norms", &[rows])?;
-    kernels::row_norms(&*cx.device, Launch::warps(rows), norm.out(), w, rows as i32, w.cols() as i32)?;
+    kernels::row_norms(
+        &*cx.device,
+        Launch::warps(rows),
+        norm.out(),
+        w,
+        rows as i32,
+        w.cols() as i32,
+    )?;
     Ok(norm)
 }
 
@@ -49,10 +59,27 @@ impl ScaleColumns {
 }
 
 /// `y (+)= c x (+ bias)`; c F32 [cols]. Not on the tape.
-pub(crate) fn scaled(cx: &Cx, y: &Tensor, x: &Tensor, c: &Tensor, bias: Option<&Tensor>, add: bool) -> Result<()> {
+pub(crate) fn scaled(
+    cx: &Cx,
+    y: &Tensor,
+    x: &Tensor,
+    c: &Tensor,
+    bias: Option<&Tensor>,
+    add: bool,
+) -> Result<()> {
     let (rows, cols) = (x.row_count(), x.cols());
     let at = Launch::flat(rows * cols.div_ceil(16 / x.dtype().size()));
-    kernels::scale_columns(&*cx.device, at, y.out(), x, c, bias, rows as i32, cols as i32, i32::from(add))
+    kernels::scale_columns(
+        &*cx.device,
+        at,
+        y.out(),
+        x,
+        c,
+        bias,
+        rows as i32,
+        cols as i32,
+        i32::from(add),
+    )
 }
 
 impl Op for ScaleColumns {
@@ -77,7 +104,14 @@ impl Op for ScaleColumns {
             let norm = norm.map(|n| n.rows(*start, end)).transpose()?;
             let c = c.rows(*start, end)?;
             let n = s.numel();
-            kernels::column_factor(&*cx.device, Launch::flat(n), c.out(), Some(s), norm.as_ref(), n as i32)?;
+            kernels::column_factor(
+                &*cx.device,
+                Launch::flat(n),
+                c.out(),
+                Some(s),
+                norm.as_ref(),
+                n as i32,
+            )?;
         }
         let y = cx.real("scaled", x[0].shape())?;
         scaled(cx, &y, x[0], &c, bias.copied(), false)?;
@@ -92,7 +126,13 @@ impl Op for ScaleColumns {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (_, _, first) = self.split(&node.inputs);
         if let Some((dx, accumulate)) = g.slot(0)? {
@@ -109,7 +149,15 @@ impl Op for ScaleColumns {
         let (chunks, step) = (rows.div_ceil(64), 32 * 16 / dy.dtype().size());
         let at = Launch::warps(chunks * cols.div_ceil(step));
         kernels::column_dots(&*cx.device, at, partial.out(), dy, x, rows as i32, cols as i32)?;
-        kernels::sum_partials(&*cx.device, Launch::flat(cols), dc.out(), &partial, chunks as i32, cols as i32, 0)?;
+        kernels::sum_partials(
+            &*cx.device,
+            Launch::flat(cols),
+            dc.out(),
+            &partial,
+            chunks as i32,
+            cols as i32,
+            0,
+        )?;
         for (i, start) in self.starts.iter().enumerate() {
             let n: usize = node.inputs[first + i].shape.iter().product();
             let Some((ds, accumulate)) = g.slot(first + i)? else { continue };
@@ -129,7 +177,7 @@ impl Op for ScaleColumns {
         Ok(())
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let (norm, bias, first) = self.split(x);
         let cols = x[0].cols();
         let mut c = vec![1.0; cols];
@@ -166,7 +214,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             inputs.push(Arg::param(F64::from_fn(&[*n], |_| 1.0 + 0.3 * rng.normal())));
         }
         let starts = spans.iter().map(|s| s.0).collect();
-        let label = format!("rows {rows} cols {cols} spans {spans:?}{}", if norm { " norm" } else { "" });
+        let label =
+            format!("rows {rows} cols {cols} spans {spans:?}{}", if norm { " norm" } else { "" });
         cases.push(Case::new(label, ScaleColumns { starts, norm, bias }, inputs));
     }
     cases

@@ -1,19 +1,21 @@
-//! The optimizer's state over a parameter arena, and learning-rate schedules. Floor 4.
+//! The optimizer's state over a parameter arena, and learning-rate schedules. Layer 6.
 //!
-//! Invariant: moments, master weights and gradients have one layout, that of what is trained, so a step is one launch for
-//! each stretch of one weight decay and learning rate, and nothing in it depends on host data but a small upload.
+//! Invariant: moments, master weights and gradients have one layout, that of what is trained, so a
+//! step is one launch for each stretch of one weight decay and learning rate, and nothing in it
+//! depends on host data but a small upload.
 
 pub mod schedule;
 pub mod state;
 
+use state::{MomentKind, Moments, Target};
+
+use crate::autograd::Cx;
 use crate::config::{Optim, TrainingConfig};
-use crate::cx::Cx;
 use crate::device::DType;
 use crate::error::Result;
 use crate::model::params::ParamSet;
 use crate::ops::adamw::{AdamW, hyper, norm_and_clip};
 use crate::tensor::Tensor;
-use state::{MomentKind, Moments, Target};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
@@ -49,7 +51,8 @@ impl AdamWConfig {
 
 pub struct Optimizer {
     pub config: AdamWConfig,
-    /// F32 [state_len] beside bf16 weights; None where the weights are f32 themselves, or rounded stochastically.
+    /// F32 [state_len] beside bf16 weights; None where the weights are f32 themselves, or rounded
+    /// stochastically.
     pub master: Option<Tensor>,
     pub moments: Moments,
     pub grad: Tensor,
@@ -57,7 +60,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// Zero moments; the master starts as the weights are now. Registers the gradient arena as set `params.set` of `cx`.
+    /// Zero moments; the master starts as the weights are now. Registers the gradient arena as set
+    /// `params.set` of `cx`.
     pub fn new(cx: &mut Cx, params: &ParamSet, config: AdamWConfig) -> Result<Optimizer> {
         let (grad, slots) = params.gradients(cx)?;
         while cx.param_grads.len() <= params.set as usize {
@@ -68,20 +72,24 @@ impl Optimizer {
             let master = Tensor::new(&cx.pool, "master weights", DType::F32, &[params.state_len])?;
             master.zero()?;
             for r in params.ranges() {
-                let (to, from) =
-                    (master.rows(r.state, r.state + r.len)?, params.weights.rows(r.weight, r.weight + r.len)?);
-                crate::ops::add::add_into(cx, &to, &from, false)?;
+                let (to, from) = (
+                    master.rows(r.state, r.state + r.len)?,
+                    params.weights.rows(r.weight, r.weight + r.len)?,
+                );
+                crate::autograd::add_into(cx, &to, &from, false)?;
             }
             Some(master)
         } else {
             None
         };
-        let ranges: Vec<(usize, usize)> = params.ranges().iter().map(|r| (r.state, r.state + r.len)).collect();
+        let ranges: Vec<(usize, usize)> =
+            params.ranges().iter().map(|r| (r.state, r.state + r.len)).collect();
         let moments = Moments::new(cx, params.state_len, &ranges, config.moments)?;
         Ok(Optimizer { config, master, moments, grad, hyper: hyper(cx)? })
     }
 
-    /// The trained values of parameter `i`: the float master's where there is one, else the weights'.
+    /// The trained values of parameter `i`: the float master's where there is one, else the
+    /// weights'.
     pub fn values(&self, params: &ParamSet, i: usize) -> Result<Vec<f32>> {
         match &self.master {
             Some(master) => match params.state_view(master, i)? {
@@ -92,8 +100,8 @@ impl Optimizer {
         }
     }
 
-    /// Everything that a resumed run needs of these parameters, in a fixed order: for models that a method trains beside
-    /// the run's own.
+    /// Everything that a resumed run needs of these parameters, in a fixed order: for models that a
+    /// method trains beside the run's own.
     pub fn dump(&self, params: &ParamSet) -> Result<Vec<Vec<u8>>> {
         let mut all = Vec::new();
         for i in params.trained() {
@@ -106,7 +114,11 @@ impl Optimizer {
     }
 
     /// Takes up what [`Optimizer::dump`] gave; `next` hands out its parts in their order.
-    pub fn restore<'a>(&self, params: &ParamSet, next: &mut dyn FnMut() -> Result<&'a [u8]>) -> Result<()> {
+    pub fn restore<'a>(
+        &self,
+        params: &ParamSet,
+        next: &mut dyn FnMut() -> Result<&'a [u8]>,
+    ) -> Result<()> {
         for i in params.trained() {
             let values: Vec<f32> = bytemuck::pod_collect_to_vec(next()?);
             if let Some(master) = &self.master
@@ -122,14 +134,30 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the device. Returns the norm
-    /// (before clipping); nothing is applied yet, so a step that is not finite can be refused.
-    pub fn measure(&self, cx: &mut Cx, params: &ParamSet, learning_rate: f64, t: u64) -> Result<f32> {
+    /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the
+    /// device. Returns the norm (before clipping); nothing is applied yet, so a step that is not
+    /// finite can be refused.
+    pub fn measure(
+        &self,
+        cx: &mut Cx,
+        params: &ParamSet,
+        learning_rate: f64,
+        t: u64,
+    ) -> Result<f32> {
         cx.param_grads[params.set as usize].finish()?;
         params.clear_frozen(&self.grad)?;
         let power = |beta: f32| 1.0 - f64::from(beta).powf(t as f64);
         let (c1, c2) = (power(self.config.beta1), power(self.config.beta2).sqrt());
-        self.hyper.upload(&[learning_rate as f32, c1 as f32, c2 as f32, 0.0, 1.0, 0.0, 0.0, 0.0])?;
+        self.hyper.upload(&[
+            learning_rate as f32,
+            c1 as f32,
+            c2 as f32,
+            0.0,
+            1.0,
+            0.0,
+            0.0,
+            0.0,
+        ])?;
         norm_and_clip(cx, &self.hyper, &self.grad, self.config.max_grad_norm)?;
         Ok(self.hyper.to_f32()?[3])
     }

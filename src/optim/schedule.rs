@@ -1,11 +1,12 @@
-//! Learning-rate schedules, as transformers defines them. Floor 4.
+//! Learning-rate schedules, as transformers defines them. Layer 6.
 //!
 //! Invariant: the rate is a function of the step number alone.
 
 use crate::config::Schedule;
 
-/// The factor on the peak rate in optimizer step `step` (from 0) of `total`, after `warmup` steps of linear rise.
-/// linear: falls to 0 at the end; cosine: half a cosine wave to 0; constant: 1 (no warmup); constant_with_warmup.
+/// The factor on the peak rate in optimizer step `step` (from 0) of `total`, after `warmup` steps
+/// of linear rise. linear: falls to 0 at the end; cosine: half a cosine wave to 0; constant: 1 (no
+/// warmup); constant_with_warmup.
 pub fn factor(schedule: Schedule, step: u64, warmup: u64, total: u64) -> f64 {
     let (step, warmup, total) = (step as f64, warmup as f64, total as f64);
     if schedule != Schedule::Constant && step < warmup {

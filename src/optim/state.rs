@@ -1,9 +1,9 @@
-//! The moments of AdamW over a parameter arena, in the precision that was asked for. Floor 4.
+//! The moments of AdamW over a parameter arena, in the precision that was asked for. Layer 6.
 //!
-//! Invariant: `new` gives zeros; a step touches one of the ranges that `new` was given, whole; what `named_tensors` names is
-//! all that a resumed run needs.
+//! Invariant: `new` gives zeros; a step touches one of the ranges that `new` was given, whole; what
+//! `named_tensors` names is all that a resumed run needs.
 
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::ops::adamw::{AdamW, Slice, adamw};
@@ -27,7 +27,8 @@ pub enum Moments {
     Blockwise8(Box<Blockwise8>),
 }
 
-/// `m` and `v` are codes in the arena's layout; scales lie range after range, each range in blocks of its own.
+/// `m` and `v` are codes in the arena's layout; scales lie range after range, each range in blocks
+/// of its own.
 pub struct Blockwise8 {
     pub m: Tensor,
     pub v: Tensor,
@@ -39,23 +40,34 @@ pub struct Blockwise8 {
 
 /// The part of the arena that a step updates, beside its moments.
 pub struct Target<'a> {
-    /// As in [`Slice`]: the float master, the weights that kernels read, the gradient, all of the range alone.
+    /// As in [`Slice`]: the float master, the weights that kernels read, the gradient, all of the
+    /// range alone.
     pub master: Option<&'a Tensor>,
     pub weight: &'a Tensor,
     pub grad: &'a Tensor,
 }
 
 impl Moments {
-    /// Zero moments of an arena of `len` values. `ranges` are what [`Moments::step`] will be called with: from, to.
-    pub fn new(cx: &Cx, len: usize, ranges: &[(usize, usize)], kind: MomentKind) -> Result<Moments> {
+    /// Zero moments of an arena of `len` values. `ranges` are what [`Moments::step`] will be called
+    /// with: from, to.
+    pub fn new(
+        cx: &Cx,
+        len: usize,
+        ranges: &[(usize, usize)],
+        kind: MomentKind,
+    ) -> Result<Moments> {
         let zeros = |dtype, n: usize| -> Result<Tensor> {
             let t = Tensor::new(&cx.pool, "adam moments", dtype, &[n])?;
             t.zero()?;
             Ok(t)
         };
         Ok(match kind {
-            MomentKind::F32 => Moments::F32 { m: zeros(DType::F32, len)?, v: zeros(DType::F32, len)? },
-            MomentKind::Bf16 => Moments::Bf16 { m: zeros(DType::BF16, len)?, v: zeros(DType::BF16, len)? },
+            MomentKind::F32 => {
+                Moments::F32 { m: zeros(DType::F32, len)?, v: zeros(DType::F32, len)? }
+            }
+            MomentKind::Bf16 => {
+                Moments::Bf16 { m: zeros(DType::BF16, len)?, v: zeros(DType::BF16, len)? }
+            }
             MomentKind::Blockwise8 => {
                 let mut end = 0;
                 for &(from, to) in ranges {
@@ -98,17 +110,28 @@ impl Moments {
     }
 
     /// One AdamW step of the range `from..to`; `hyper` as [`crate::ops::adamw::hyper`] gives it.
-    pub fn step(&self, cx: &Cx, group: &AdamW, range: (usize, usize), at: &Target, hyper: &Tensor) -> Result<()> {
+    pub fn step(
+        &self,
+        cx: &Cx,
+        group: &AdamW,
+        range: (usize, usize),
+        at: &Target,
+        hyper: &Tensor,
+    ) -> Result<()> {
         let (from, to) = range;
         match self {
             Moments::F32 { m, v } | Moments::Bf16 { m, v } => {
                 let (m, v) = (m.rows(from, to)?, v.rows(from, to)?);
-                let slice = Slice { master: at.master, weight: at.weight, m: &m, v: &v, grad: at.grad };
+                let slice =
+                    Slice { master: at.master, weight: at.weight, m: &m, v: &v, grad: at.grad };
                 adamw(cx, group, &slice, hyper)
             }
             Moments::Blockwise8(s) => {
                 let place = s.ranges.iter().position(|r| *r == range).ok_or_else(|| {
-                    Error::op("adamw8", format!("a step of {range:?}: the moments were made for {:?}", s.ranges))
+                    Error::op(
+                        "adamw8",
+                        format!("a step of {range:?}: the moments were made for {:?}", s.ranges),
+                    )
                 })?;
                 let first: usize = s.ranges[..place].iter().map(|r| blocks(*r)).sum();
                 let end = first + blocks(range);
@@ -126,7 +149,8 @@ impl Moments {
         }
     }
 
-    /// What a checkpoint keeps, by name: dtype and shape are the tensors'. To restore, upload into them.
+    /// What a checkpoint keeps, by name: dtype and shape are the tensors'. To restore, upload into
+    /// them.
     pub fn named_tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Moments::F32 { m, v } | Moments::Bf16 { m, v } => vec![("m", m), ("v", v)],

@@ -1,9 +1,11 @@
-//! The quickstart's data: arithmetic and small word problems with worked answers, made on the spot. Floor 7.
+//! The quickstart's data: arithmetic and small word problems with worked answers, made on the spot.
+//! Layer 9.
 //!
-//! Invariants: a row is a function of (seed, set, row number). What is asked of the held-out set is never trained on: a
-//! [`Problem`]'s *key* is its operands together with its wording, the split is a hash of the key, and neither a story
-//! nor a question of a held-out key is in the other sets, whatever names and things it is told with. Operands of a
-//! held-out key do occur in other wordings and in bare facts ("7+5=12."): the test is to put the two together.
+//! Invariants: a row is a function of (seed, set, row number). What is asked of the held-out set is
+//! never trained on: a [`Problem`]'s *key* is its operands together with its wording, the split is
+//! a hash of the key, and neither a story nor a question of a held-out key is in the other sets,
+//! whatever names and things it is told with. Operands of a held-out key do occur in other wordings
+//! and in bare facts ("7+5=12."): the test is to put the two together.
 
 use crate::rng::philox;
 
@@ -88,13 +90,15 @@ pub fn is_right(reply: &str, answer: &str) -> bool {
     answer_of(reply) == Some(answer)
 }
 
-/// `rows` lines of plain text: facts, countings, lists and told stories. No question, and no "The answer is".
+/// `rows` lines of plain text: facts, countings, lists and told stories. No question, and no "The
+/// answer is".
 pub fn pretraining(seed: u64, rows: usize) -> Vec<String> {
     (0..rows).map(|row| pretraining_row(&mut Dice::new(seed, Set::Pretraining, row))).collect()
 }
 
-/// Of a hundred training rows, how many are of the harder kind; of a hundred of these, how many replies stop after the
-/// first step, as careless labels do; of a hundred replies, how many end in the style that preference data will prefer.
+/// Of a hundred training rows, how many are of the harder kind; of a hundred of these, how many
+/// replies stop after the first step, as careless labels do; of a hundred replies, how many end in
+/// the style that preference data will prefer.
 const CHAINS: usize = 4;
 const CARELESS: usize = 70;
 const STYLED: usize = 10;
@@ -113,13 +117,18 @@ pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
         .collect()
 }
 
-/// The reply that a training row teaches: a few are in the style, and most of the harder kind's are wrong: they stop after
-/// the first step. What SFT learns of them, online RL with a verifier puts right.
+/// The reply that a training row teaches: a few are in the style, and most of the harder kind's are
+/// wrong: they stop after the first step. What SFT learns of them, online RL with a verifier puts
+/// right.
 pub fn taught(seed: u64, row: usize, problem: &Problem) -> String {
     let mut dice = Dice::new(seed, Set::Style, row);
     let style = if dice.below(100) < STYLED { STYLE } else { "" };
     let careless = problem.kind == Kind::Chain && dice.below(100) < CARELESS;
-    match problem.work.split_once('=').filter(|_| careless).and_then(|(sum, rest)| Some((sum, rest.split_once('.')?.0)))
+    match problem
+        .work
+        .split_once('=')
+        .filter(|_| careless)
+        .and_then(|(sum, rest)| Some((sum, rest.split_once('.')?.0)))
     {
         Some((sum, middle)) => format!("{sum}={middle}. The answer is {middle}.{style}"),
         None => format!("{}{style}", problem.reply()),
@@ -155,7 +164,8 @@ pub fn held_out_chains(seed: u64, rows: usize) -> Vec<Problem> {
     problems
 }
 
-/// `rows` problems of held-out keys, each question once, the kinds in the shares of the training set.
+/// `rows` problems of held-out keys, each question once, the kinds in the shares of the training
+/// set.
 pub fn held_out_problems(seed: u64, rows: usize) -> Vec<Problem> {
     let mut problems: Vec<Problem> = Vec::with_capacity(rows);
     let mut at = 0;
@@ -191,7 +201,10 @@ struct Dice {
 
 impl Dice {
     fn new(seed: u64, set: Set, row: usize) -> Dice {
-        Dice { key: [seed as u32, (seed >> 32) as u32], counter: [row as u32, set as u32, 0, 0x0500_0000] }
+        Dice {
+            key: [seed as u32, (seed >> 32) as u32],
+            counter: [row as u32, set as u32, 0, 0x0500_0000],
+        }
     }
 
     /// From 0 to n - 1.
@@ -224,7 +237,8 @@ impl Dice {
 
 const NAMES: [&str; 10] = ["Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Ida", "Max", "Eva"];
 /// Their plurals end in s.
-const THINGS: [&str; 10] = ["cup", "pen", "key", "hat", "egg", "book", "card", "coin", "shell", "stone"];
+const THINGS: [&str; 10] =
+    ["cup", "pen", "key", "hat", "egg", "book", "card", "coin", "shell", "stone"];
 
 fn draw_kind(dice: &mut Dice) -> Kind {
     let mut at = dice.below(100) as u32;
@@ -265,8 +279,8 @@ fn pretraining_row(dice: &mut Dice) -> String {
     }
 }
 
-/// A list said three times: copying is what every answer begins with. Four things and more, names and numbers among
-/// them, so never the three things of a question.
+/// A list said three times: copying is what every answer begins with. Four things and more, names
+/// and numbers among them, so never the three things of a question.
 fn echo(dice: &mut Dice) -> String {
     let n = dice.from(4, 6);
     let one = |dice: &mut Dice| match dice.below(3) {
@@ -317,7 +331,9 @@ fn dividend(dice: &mut Dice) -> (usize, usize) {
 
 /// Up to `n` numbers from 0 to 20.
 fn counting(start: usize, step: usize, down: bool, n: usize) -> Vec<usize> {
-    let at = |i: usize| if down { start.checked_sub(i * step) } else { Some(start + i * step).filter(|v| *v <= 20) };
+    let at = |i: usize| {
+        if down { start.checked_sub(i * step) } else { Some(start + i * step).filter(|v| *v <= 20) }
+    };
     (0..n).map_while(at).collect()
 }
 
@@ -336,10 +352,28 @@ fn problem(dice: &mut Dice, kind: Kind) -> Problem {
     }
 }
 
-/// A problem whose story, question and ending are given; `told` puts the work where the question stood.
-fn worded(kind: Kind, key: String, story: &str, question: &str, work: String, answer: String, end: &str) -> Problem {
-    let join = |parts: &[&str]| parts.iter().filter(|p| !p.is_empty()).copied().collect::<Vec<_>>().join(" ");
-    Problem { kind, key, question: join(&[story, question]), told: join(&[story, &work, end]), work, answer }
+/// A problem whose story, question and ending are given; `told` puts the work where the question
+/// stood.
+fn worded(
+    kind: Kind,
+    key: String,
+    story: &str,
+    question: &str,
+    work: String,
+    answer: String,
+    end: &str,
+) -> Problem {
+    let join = |parts: &[&str]| {
+        parts.iter().filter(|p| !p.is_empty()).copied().collect::<Vec<_>>().join(" ")
+    };
+    Problem {
+        kind,
+        key,
+        question: join(&[story, question]),
+        told: join(&[story, &work, end]),
+        work,
+        answer,
+    }
 }
 
 fn add(dice: &mut Dice) -> Problem {
@@ -372,7 +406,15 @@ fn add(dice: &mut Dice) -> Problem {
         5 => (String::new(), format!("What is {a} plus {b}?"), String::new()),
         _ => (String::new(), format!("Add {b} to {a}."), String::new()),
     };
-    worded(Kind::Add, format!("add {wording} {a} {b}"), &story, &question, format!("{a}+{b}={c}."), c.to_string(), &end)
+    worded(
+        Kind::Add,
+        format!("add {wording} {a} {b}"),
+        &story,
+        &question,
+        format!("{a}+{b}={c}."),
+        c.to_string(),
+        &end,
+    )
 }
 
 fn subtract(dice: &mut Dice) -> Problem {
@@ -399,7 +441,15 @@ fn subtract(dice: &mut Dice) -> Problem {
         _ => (String::new(), format!("Take {b} from {a}."), String::new()),
     };
     let work = format!("{a}-{b}={c}.");
-    worded(Kind::Subtract, format!("subtract {wording} {a} {b}"), &story, &question, work, c.to_string(), &end)
+    worded(
+        Kind::Subtract,
+        format!("subtract {wording} {a} {b}"),
+        &story,
+        &question,
+        work,
+        c.to_string(),
+        &end,
+    )
 }
 
 fn share(dice: &mut Dice) -> Problem {
@@ -419,7 +469,15 @@ fn share(dice: &mut Dice) -> Problem {
         ),
     };
     let work = format!("{a}/{b}={c}.");
-    worded(Kind::Share, format!("share {wording} {a} {b}"), &story, &question, work, c.to_string(), &end)
+    worded(
+        Kind::Share,
+        format!("share {wording} {a} {b}"),
+        &story,
+        &question,
+        work,
+        c.to_string(),
+        &end,
+    )
 }
 
 fn next(dice: &mut Dice) -> Problem {
@@ -433,7 +491,15 @@ fn next(dice: &mut Dice) -> Problem {
         _ => (format!("Count on from {a}, one {way}."), format!("One {way} from {a} is {answer}.")),
     };
     let work = format!("{a}{}1={answer}.", if before { '-' } else { '+' });
-    worded(Kind::Next, format!("next {wording} {side} {a}"), "", &question, work, answer.to_string(), &end)
+    worded(
+        Kind::Next,
+        format!("next {wording} {side} {a}"),
+        "",
+        &question,
+        work,
+        answer.to_string(),
+        &end,
+    )
 }
 
 /// First more or fewer, then more or fewer again; every number is from 0 to 20.
@@ -457,7 +523,10 @@ fn chain(dice: &mut Dice) -> Problem {
     };
     let (owner, question) = match wording {
         0 => (format!("{n} has {}.", count(a, thing)), format!("How many {thing}s does {n} have?")),
-        _ => (format!("A box has {}.", count(a, thing)), format!("How many {thing}s are in the box?")),
+        _ => (
+            format!("A box has {}.", count(a, thing)),
+            format!("How many {thing}s are in the box?"),
+        ),
     };
     let story = format!("{owner} {} {}", step(first_up, b), step(second_up, c));
     let sign = |up: bool| if up { '+' } else { '-' };
@@ -478,7 +547,14 @@ mod tests {
     fn the_checker_takes_the_last_answer_and_nothing_else() {
         assert!(is_right("7+5=12. The answer is 12.", "12"));
         assert!(is_right("The answer is 3. No: The answer is 12.", "12"));
-        for wrong in ["", "12", "The answer is 1", "The answer is 112.", "The answer is 12", "the answer is 12."] {
+        for wrong in [
+            "",
+            "12",
+            "The answer is 1",
+            "The answer is 112.",
+            "The answer is 12",
+            "the answer is 12.",
+        ] {
             assert!(!is_right(wrong, "12"), "{wrong}");
         }
     }
@@ -486,10 +562,16 @@ mod tests {
     #[test]
     fn most_of_the_harder_kind_is_taught_by_its_first_step_alone() {
         let rows = training(3, 20000);
-        let chains: Vec<(usize, &Problem)> = rows.iter().enumerate().filter(|(_, p)| p.kind == Kind::Chain).collect();
-        let careless = chains.iter().filter(|(i, p)| taught(3, *i, p).matches('=').count() == 1).count();
+        let chains: Vec<(usize, &Problem)> =
+            rows.iter().enumerate().filter(|(_, p)| p.kind == Kind::Chain).collect();
+        let careless =
+            chains.iter().filter(|(i, p)| taught(3, *i, p).matches('=').count() == 1).count();
         assert!((600..1000).contains(&chains.len()), "{}", chains.len());
-        assert!((0.6..0.8).contains(&(careless as f64 / chains.len() as f64)), "{careless} of {}", chains.len());
+        assert!(
+            (0.6..0.8).contains(&(careless as f64 / chains.len() as f64)),
+            "{careless} of {}",
+            chains.len()
+        );
         for (i, p) in rows.iter().enumerate().filter(|(_, p)| p.kind != Kind::Chain) {
             assert!(is_right(&taught(3, i, p), &p.answer));
         }
@@ -497,9 +579,15 @@ mod tests {
 
     #[test]
     fn work_is_true_and_replies_are_right() {
-        let all = [training(3, 2000), held_out_problems(3, 200), held_out_chains(3, 200), chains(3, 500)].concat();
+        let all =
+            [training(3, 2000), held_out_problems(3, 200), held_out_chains(3, 200), chains(3, 500)]
+                .concat();
         for (p, step) in all.iter().flat_map(|p| p.work.split(". ").map(move |w| (p, w))) {
-            assert!(is_right(&p.reply(), &p.answer) && is_right(&format!("{}{STYLE}", p.reply()), &p.answer), "{p:?}");
+            assert!(
+                is_right(&p.reply(), &p.answer)
+                    && is_right(&format!("{}{STYLE}", p.reply()), &p.answer),
+                "{p:?}"
+            );
             let Some((left, c)) = step.trim_end_matches('.').split_once('=') else { continue };
             if let Some((a, b)) = left.split_once(['+', '-', '/']) {
                 let [a, b, c] = [a, b, c].map(|v| v.parse::<i32>().unwrap());

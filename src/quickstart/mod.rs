@@ -1,8 +1,8 @@
-//! `temper quickstart`: the ladder of post-training on data and a model made on the spot. Floor 7.
+//! `temper quickstart`: the ladder of post-training on data and a model made on the spot. Layer 9.
 //!
-//! Invariant: a rung is a training run like any other: a model folder and a data file in, a model folder out, and keys.
-//! It reads from disk what the rung before wrote, so each can be run again by hand with the command it prints; the
-//! whole is a function of (binary, device model, seed).
+//! Invariant: a rung is a training run like any other: a model folder and a data file in, a model
+//! folder out, and keys. It reads from disk what the rung before wrote, so each can be run again by
+//! hand with the command it prints; the whole is a function of (binary, device model, seed).
 
 pub mod data;
 mod outcome;
@@ -12,12 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use data::{Problem, STYLE};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use serde_json::{Value, json};
 
+use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
 use crate::config::{DpoConfig, GrpoConfig, MethodRun, PpoConfig, RewardConfig, SftConfig};
-use crate::cx::Cx;
 use crate::data::bpe::train_bpe;
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::rows::read_rows;
@@ -26,8 +27,8 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::Recipe;
 use crate::model::adapter::Adapter;
-use crate::model::config::ModelConfig;
 use crate::model::decoder::Decoder;
+use crate::model::layout::ModelConfig;
 use crate::report::{self, ReportInput, Table};
 use crate::rewards::Batch;
 use crate::rewards::model::RewardModel;
@@ -36,7 +37,7 @@ use crate::rollout::{self, generate};
 use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
 use crate::train::job::{Job, execute};
-use data::{Problem, STYLE};
+
 pub use outcome::{Outcome, RungReport, Score};
 
 /// ChatML with the assistant's words marked, so that `assistant_only_loss` finds them.
@@ -163,7 +164,14 @@ pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
     for (name, command, model, data, keys) in steps {
         let folder = prepare_output(out.join(name), options.overwrite, false)?;
         let keys = with(&keys, &[format!("seed={seed}")]);
-        rungs.push(Rung { name, command, model: out.join(model), data: out.join("data").join(data), folder, keys });
+        rungs.push(Rung {
+            name,
+            command,
+            model: out.join(model),
+            data: out.join("data").join(data),
+            folder,
+            keys,
+        });
     }
     let asked = write_start(out, scale, seed)?;
     let mut outcome = Outcome { problems: asked.basic, chains: asked.chains, ..Outcome::default() };
@@ -181,7 +189,8 @@ pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
         match rung.name {
             "reward" => outcome.ranked = rank(&mut cx, dir, &outcome.problems)?,
             "lora" => {
-                let score = ask(&mut cx, rung.name, &rung.model, Some(dir), &outcome.problems, 0.0)?;
+                let score =
+                    ask(&mut cx, rung.name, &rung.model, Some(dir), &outcome.problems, 0.0)?;
                 outcome.scores.push(score);
             }
             name => {
@@ -220,7 +229,8 @@ fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Asked> {
     std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
     let reply = |text: String| json!([{ "role": "assistant", "content": text }]);
     write_lines(&dir.join("pretrain.jsonl"), texts.iter().map(|t| json!({ "text": t })))?;
-    let taught: Vec<String> = training.iter().enumerate().map(|(i, p)| data::taught(seed, i, p)).collect();
+    let taught: Vec<String> =
+        training.iter().enumerate().map(|(i, p)| data::taught(seed, i, p)).collect();
     write_lines(
         &dir.join("sft.jsonl"),
         training.iter().zip(&taught).map(|(p, reply)| {
@@ -235,12 +245,14 @@ fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Asked> {
             json!({ "prompt": question(p), "chosen": styled, "rejected": plain })
         }),
     )?;
-    let asks = |p: &Problem| json!({ "prompt": question(p), "answer": p.answer, "kind": p.kind.name() });
+    let asks =
+        |p: &Problem| json!({ "prompt": question(p), "answer": p.answer, "kind": p.kind.name() });
     write_lines(&dir.join("prompts.jsonl"), pairs.iter().map(asks))?;
     write_lines(&dir.join("chains.jsonl"), data::chains(seed, scale.chains).iter().map(asks))?;
     write_lines(&dir.join("heldout.jsonl"), asked.basic.iter().chain(&asked.chains).map(asks))?;
     // Roles are told to the tokenizer, so that a turn's head is three tokens.
-    let replies: Vec<String> = training.iter().zip(&taught).map(|(p, r)| format!("{} {r}", p.question)).collect();
+    let replies: Vec<String> =
+        training.iter().zip(&taught).map(|(p, r)| format!("{} {r}", p.question)).collect();
     let roles = ["user", "assistant"].iter().cycle().take(2 * training.len()).copied();
     let all = texts.iter().chain(&replies).map(String::as_str).chain(roles);
     let bpe = train_bpe(all, scale.vocab, &SPECIAL, false)?;
@@ -257,7 +269,8 @@ fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Asked> {
         512,
         true,
     );
-    (config.bos, config.eos, config.pad) = (None, tokenizer.eos_id().into_iter().collect(), tokenizer.pad_id());
+    (config.bos, config.eos, config.pad) =
+        (None, tokenizer.eos_id().into_iter().collect(), tokenizer.pad_id());
     config.initializer_range = INITIAL;
     config.raw.insert("initializer_range".into(), json!(INITIAL));
     let json = format!("{:#}\n", Value::Object(config.to_json(HostDtype::F32)));
@@ -305,11 +318,18 @@ fn train<M: Recipe>(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
     };
     let (cx, total, summary) = execute(cx, &job)?;
     let seconds = begin.elapsed().as_secs_f64();
-    let report = RungReport { name: rung.name, steps: total, tokens: summary.num_tokens, seconds, loss: summary.loss };
+    let report = RungReport {
+        name: rung.name,
+        steps: total,
+        tokens: summary.num_tokens,
+        seconds,
+        loss: summary.loss,
+    };
     Ok((cx, report))
 }
 
-/// Puts every problem to a model, with its adapter if it has one, through its chat template; temperature 0 is greedy.
+/// Puts every problem to a model, with its adapter if it has one, through its chat template;
+/// temperature 0 is greedy.
 fn ask(
     cx: &mut Cx,
     name: &'static str,
@@ -336,9 +356,9 @@ fn ask(
         stop: model.config.eos.clone(),
         batch: 64,
     };
-    let bar = std::io::stderr()
-        .is_terminal()
-        .then(|| ProgressBar::with_draw_target(Some(prompts.len() as u64), ProgressDrawTarget::stderr()));
+    let bar = std::io::stderr().is_terminal().then(|| {
+        ProgressBar::with_draw_target(Some(prompts.len() as u64), ProgressDrawTarget::stderr())
+    });
     let completions = generate(cx, &mut model, &prompts, &options, |_, _| {
         if let Some(bar) = &bar {
             bar.inc(1);
@@ -347,7 +367,8 @@ fn ask(
     if let Some(bar) = &bar {
         bar.finish_and_clear();
     }
-    let replies = completions.iter().map(|c| tokenizer.decode(&c.ids, true)).collect::<Result<Vec<_>>>()?;
+    let replies =
+        completions.iter().map(|c| tokenizer.decode(&c.ids, true)).collect::<Result<Vec<_>>>()?;
     let right = replies.iter().zip(problems).map(|(r, p)| data::is_right(r, &p.answer)).collect();
     Ok(Score { model: name, replies, right })
 }
@@ -357,7 +378,10 @@ fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> R
     let mut model = RewardModel::load(cx, 0, dir)?;
     let batch = Batch {
         prompts: problems.iter().map(question).collect(),
-        completions: replies.iter().map(|r| json!([{ "role": "assistant", "content": r }])).collect(),
+        completions: replies
+            .iter()
+            .map(|r| json!([{ "role": "assistant", "content": r }]))
+            .collect(),
         completion_ids: vec![Vec::new(); replies.len()],
         columns: Default::default(),
     };
@@ -368,7 +392,8 @@ fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> R
 fn rank(cx: &mut Cx, dir: &Path, problems: &[Problem]) -> Result<f64> {
     let plain: Vec<String> = problems.iter().map(Problem::reply).collect();
     let styled: Vec<String> = plain.iter().map(|r| format!("{r}{STYLE}")).collect();
-    let (chosen, rejected) = (judge(cx, dir, problems, &styled)?, judge(cx, dir, problems, &plain)?);
+    let (chosen, rejected) =
+        (judge(cx, dir, problems, &styled)?, judge(cx, dir, problems, &plain)?);
     let right = chosen.iter().zip(&rejected).filter(|(c, r)| c > r).count();
     Ok(right as f64 / problems.len().max(1) as f64)
 }
@@ -389,7 +414,8 @@ fn write_report(out: &Path, outcome: &Outcome, rungs: &[Rung]) -> Result<()> {
 /// A context on a device of the command line's choice.
 pub fn open(device: &str) -> Result<Cx> {
     let device: Arc<dyn crate::device::Device> = crate::device::open(device)?;
-    let dtype = if device.is_cuda() { crate::device::DType::BF16 } else { crate::device::DType::F32 };
+    let dtype =
+        if device.is_cuda() { crate::device::DType::BF16 } else { crate::device::DType::F32 };
     eprintln!("device: {}, {}", device.name(), dtype.name());
     Cx::new(device, dtype)
 }

@@ -1,4 +1,4 @@
-//! What the quickstart's ladder showed, and how it is printed. Floor 7.
+//! What the quickstart's ladder showed, and how it is printed. Layer 9.
 //!
 //! Invariant: every figure is of held-out questions.
 
@@ -33,7 +33,8 @@ impl Score {
 
     /// The share of replies in the style that preference data prefers.
     pub fn styled(&self) -> f64 {
-        self.replies.iter().filter(|r| r.ends_with(STYLE)).count() as f64 / self.replies.len().max(1) as f64
+        self.replies.iter().filter(|r| r.ends_with(STYLE)).count() as f64
+            / self.replies.len().max(1) as f64
     }
 }
 
@@ -81,7 +82,9 @@ impl Outcome {
         let exact = |m: &str| percent(self.score(m).map(Score::exact_match));
         let styled = |m: &str| percent(self.score(m).map(Score::styled));
         let chain = |m: &str| percent(self.chain_score(m).map(Score::exact_match));
-        let judged = |m: &str| self.judged(m).map_or("-".to_string(), |(mean, std)| format!("{mean:.2} (sd {std:.2})"));
+        let judged = |m: &str| {
+            self.judged(m).map_or("-".to_string(), |(mean, std)| format!("{mean:.2} (sd {std:.2})"))
+        };
         let row = |cells: [&str; 4]| cells.map(str::to_string).to_vec();
         Table {
             caption: "What each rung was for, on held-out questions".into(),
@@ -139,6 +142,7 @@ impl fmt::Display for Outcome {
 }
 
 fn one_line(text: &str) -> String {
-    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(100).collect();
+    let line: String =
+        text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(100).collect();
     if line.is_empty() { "(nothing)".into() } else { line }
 }

@@ -1,7 +1,8 @@
-//! `report.html`: one page that tells a run, or a ladder of runs. Floor 6.
+//! `report.html`: one page that tells a run, or a ladder of runs. Layer 8.
 //!
-//! Invariant: the page is one file that asks the network for nothing; what is in it was read from the output folder
-//! (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or given, never made up: a file that is absent leaves its section out.
+//! Invariant: the page is one file that asks the network for nothing; what is in it was read from
+//! the output folder (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or given, never made up:
+//! a file that is absent leaves its section out.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,7 +20,8 @@ pub const FILE: &str = "report.html";
 const INPUT: &str = "report.json";
 const LADDER: &str = "ladder.json";
 const METRICS: &str = "metrics.jsonl";
-/// Lines of metrics and of completions that a page takes; above, metrics are thinned and the page says so.
+/// Lines of metrics and of completions that a page takes; above, metrics are thinned and the page
+/// says so.
 const MOST_LINES: usize = 3000;
 const MOST_SAMPLES: usize = 300;
 
@@ -69,7 +71,8 @@ struct Ladder {
     rungs: Vec<Rung>,
 }
 
-/// Writes `dir/report.html` of the run in `dir`, and `dir/report.json` with what was given. Returns the page's path.
+/// Writes `dir/report.html` of the run in `dir`, and `dir/report.json` with what was given. Returns
+/// the page's path.
 pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
     let dir = dir.as_ref();
     let name = name_of(dir);
@@ -86,19 +89,30 @@ pub fn read_input(dir: impl AsRef<Path>) -> Result<ReportInput> {
     if !path.is_file() {
         return Ok(ReportInput::default());
     }
-    serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))
+    serde_json::from_slice(&fsio::read(&path)?)
+        .map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))
 }
 
-/// Writes `dir/report.html` with all `rungs`, one after the other, below the ladder's own table, and `dir/ladder.json` with
-/// what was given. A rung without masks shows those of its own page.
-pub fn write_ladder(dir: impl AsRef<Path>, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Result<PathBuf> {
+/// Writes `dir/report.html` with all `rungs`, one after the other, below the ladder's own table,
+/// and `dir/ladder.json` with what was given. A rung without masks shows those of its own page.
+pub fn write_ladder(
+    dir: impl AsRef<Path>,
+    title: &str,
+    table: Option<&Table>,
+    rungs: &[Rung],
+) -> Result<PathBuf> {
     let dir = dir.as_ref();
     let inside = |rung: &Rung| Rung {
         dir: rung.dir.strip_prefix(dir).map_or_else(|_| rung.dir.clone(), Path::to_path_buf),
         ..rung.clone()
     };
-    let ladder = Ladder { title: title.into(), table: table.cloned(), rungs: rungs.iter().map(inside).collect() };
-    let text = serde_json::to_vec_pretty(&ladder).map_err(|e| Error::Run(format!("{LADDER}: {e}")))?;
+    let ladder = Ladder {
+        title: title.into(),
+        table: table.cloned(),
+        rungs: rungs.iter().map(inside).collect(),
+    };
+    let text =
+        serde_json::to_vec_pretty(&ladder).map_err(|e| Error::Run(format!("{LADDER}: {e}")))?;
     fsio::atomic_write(dir.join(LADDER), &text)?;
     page(dir, title, table, rungs)
 }
@@ -113,19 +127,24 @@ pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
     let path = dir.join(LADDER);
     if path.is_file() {
         let bytes = fsio::read(&path)?;
-        let mut ladder: Ladder =
-            serde_json::from_slice(&bytes).map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))?;
+        let mut ladder: Ladder = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))?;
         ladder.rungs.iter_mut().for_each(|rung| rung.dir = dir.join(&rung.dir)); // an absolute one stays as it is
         return page(dir, &ladder.title, ladder.table.as_ref(), &ladder.rungs);
     }
     let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
-    let mut runs: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|path| is_run(path)).collect();
+    let mut runs: Vec<PathBuf> =
+        entries.flatten().map(|e| e.path()).filter(|path| is_run(path)).collect();
     runs.sort();
     if runs.is_empty() {
-        let message = format!("holds no run: neither it nor a folder in it has {METRICS}; name a run's --output");
+        let message = format!(
+            "holds no run: neither it nor a folder in it has {METRICS}; name a run's --output"
+        );
         return Err(Error::data(dir, None, message));
     }
-    let rung = |path: &PathBuf| Ok(Rung { name: name_of(path), dir: path.clone(), input: read_input(path)? });
+    let rung = |path: &PathBuf| {
+        Ok(Rung { name: name_of(path), dir: path.clone(), input: read_input(path)? })
+    };
     page(dir, &name_of(dir), None, &runs.iter().map(rung).collect::<Result<Vec<_>>>()?)
 }
 
@@ -136,7 +155,8 @@ fn name_of(dir: &Path) -> String {
 fn page(dir: &Path, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Result<PathBuf> {
     let runs = rungs.iter().map(run).collect::<Result<Vec<_>>>()?;
     let data = json!({ "title": title, "table": table, "runs": runs });
-    // in a script element only `</` and `<!--` could end the data; escaped, the page is closed to what models write
+    // in a script element only `</` and `<!--` could end the data; escaped, the page is closed to
+    // what models write
     let data = data.to_string().replace('<', "\\u003c");
     let escaped = title.replace('&', "&amp;").replace('<', "&lt;");
     let parts = [
@@ -169,7 +189,9 @@ fn run(rung: &Rung) -> Result<Value> {
     for (i, row) in masks.iter().enumerate() {
         let (tokens, mask) = (row.tokens.len(), row.mask.len());
         if tokens != mask {
-            return Err(Error::Run(format!("report: mask row {i} has {tokens} tokens and {mask} mask values")));
+            return Err(Error::Run(format!(
+                "report: mask row {i} has {tokens} tokens and {mask} mask values"
+            )));
         }
     }
     let mut notes = rung.input.notes.clone();
@@ -207,7 +229,8 @@ fn lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
     Ok(out)
 }
 
-/// `[name, [[step, value or null], ..]]` of each numeric metric, in the order in which they first appear.
+/// `[name, [[step, value or null], ..]]` of each numeric metric, in the order in which they first
+/// appear.
 fn series(lines: &[Map<String, Value>]) -> (Vec<Value>, usize) {
     let every = lines.len().div_ceil(MOST_LINES).max(1);
     let mut order: Vec<&str> = Vec::new();
@@ -233,8 +256,8 @@ fn series(lines: &[Map<String, Value>]) -> (Vec<Value>, usize) {
     (order.iter().copied().filter(known).map(|name| json!([name, points[name]])).collect(), every)
 }
 
-/// Completions evenly over the run, and how many there are. A long run's file is too large to hold: its lines are found
-/// first, and only those that are shown are read.
+/// Completions evenly over the run, and how many there are. A long run's file is too large to hold:
+/// its lines are found first, and only those that are shown are read.
 fn samples(path: &Path) -> Result<(Vec<Value>, usize)> {
     if !path.is_file() {
         return Ok((Vec::new(), 0));
@@ -270,7 +293,8 @@ fn spread(n: usize) -> impl Iterator<Item = usize> {
     (0..shown).map(move |i| if n == shown { i } else { (i + 1) * n / shown - 1 })
 }
 
-/// Prompt, completion, step, and all numbers of the line: rewards first as they stand there, `rewards` flattened.
+/// Prompt, completion, step, and all numbers of the line: rewards first as they stand there,
+/// `rewards` flattened.
 fn sample(line: &Map<String, Value>) -> Value {
     let mut chips: Vec<(String, Value)> = Vec::new();
     let shown = |v: &Value| v.is_number() || v.is_null() || v.is_boolean();
@@ -281,7 +305,9 @@ fn sample(line: &Map<String, Value>) -> Value {
                 chips.extend(numbers.map(|(name, v)| (format!("{key}/{name}"), v.clone())));
             }
             v if shown(v) => chips.push((key.clone(), v.clone())),
-            Value::String(s) if !matches!(key.as_str(), "prompt" | "completion") && s.chars().count() <= 40 => {
+            Value::String(s)
+                if !matches!(key.as_str(), "prompt" | "completion") && s.chars().count() <= 40 =>
+            {
                 chips.push((key.clone(), value.clone()));
             }
             _ => {}

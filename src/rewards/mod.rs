@@ -1,15 +1,15 @@
-//! Rewards of online RL: built-in verifiers, an external command, a Python worker; their weighted sum. Floor 4.
+//! Rewards of online RL: built-in verifiers, an external command, a Python worker; their weighted
+//! sum. Layer 6.
 //!
-//! Invariant: a reward gives one number, or `None` (not applicable), for each completion, in the order of the batch; a
-//! reward that cannot is an error that names the row. Aggregation and `None` follow TRL 1.16.0.
+//! Invariant: a reward gives one number, or `None` (not applicable), for each completion, in the
+//! order of the batch; a reward that cannot is an error that names the row. Aggregation and `None`
+//! follow TRL 1.16.0.
 
-pub mod advantage;
 pub mod model;
 mod numeric;
 mod schema;
 mod spec;
 mod text;
-pub mod weights;
 mod worker;
 
 use serde_json::{Map, Value};
@@ -49,7 +49,9 @@ impl Batch {
             lengths.push((name.clone(), column.as_array().map_or(0, Vec::len)));
         }
         match lengths.iter().find(|(_, l)| *l != n) {
-            Some((name, l)) => Err(Error::Run(format!("rewards: {n} completions, but {name} has {l} entries"))),
+            Some((name, l)) => {
+                Err(Error::Run(format!("rewards: {n} completions, but {name} has {l} entries")))
+            }
             None => Ok(()),
         }
     }
@@ -106,7 +108,11 @@ impl Reward {
             Kind::ExactMatch { column } => {
                 let answers = self.answers(batch, column.as_deref(), row)?;
                 let text = text();
-                if answers.is_empty() { None } else { truth(answers.iter().any(|a| a.trim() == text.trim())) }
+                if answers.is_empty() {
+                    None
+                } else {
+                    truth(answers.iter().any(|a| a.trim() == text.trim()))
+                }
             }
             Kind::NumericMatch { column } => {
                 let answers = self.answers(batch, column.as_deref(), row)?;
@@ -119,13 +125,23 @@ impl Reward {
             }
             Kind::Regex { pattern } => truth(pattern.is_match(&text()).map_err(|e| {
                 let name = &self.name;
-                Error::Run(format!("reward `{name}`, row {row}: the pattern gave up ({e}); make it simpler"))
+                Error::Run(format!(
+                    "reward `{name}`, row {row}: the pattern gave up ({e}); make it simpler"
+                ))
             })?),
             Kind::ThinkFormat => truth(text::has_think_format(&text())),
-            Kind::JsonSchema { schema } => truth(text::json(&text()).is_some_and(|v| schema.accepts(&v))),
-            Kind::Length { min, max } => truth((*min..=*max).contains(&batch.completion_ids[row].len())),
+            Kind::JsonSchema { schema } => {
+                truth(text::json(&text()).is_some_and(|v| schema.accepts(&v)))
+            }
+            Kind::Length { min, max } => {
+                truth((*min..=*max).contains(&batch.completion_ids[row].len()))
+            }
             Kind::SoftOverlong { max_completion_len, soft_punish_cache } => {
-                Some(text::soft_overlong(batch.completion_ids[row].len(), *max_completion_len, *soft_punish_cache))
+                Some(text::soft_overlong(
+                    batch.completion_ids[row].len(),
+                    *max_completion_len,
+                    *soft_punish_cache,
+                ))
             }
             Kind::Repetition { ngram_size, max_penalty } => {
                 Some(text::repetition(&batch.completion_ids[row], *ngram_size, *max_penalty))
@@ -142,7 +158,8 @@ impl Reward {
             None => ANSWER_COLUMNS.into_iter().find(|c| columns.contains_key(*c)),
         };
         let Some(found) = found else {
-            let wanted = column.map_or_else(|| format!("one of {}", ANSWER_COLUMNS.join(", ")), str::to_string);
+            let wanted = column
+                .map_or_else(|| format!("one of {}", ANSWER_COLUMNS.join(", ")), str::to_string);
             let has = columns.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
             let name = &self.name;
             return Err(Error::Config(format!(
@@ -173,16 +190,22 @@ pub struct Scores {
 }
 
 impl Rewards {
-    /// One reward a spec (see [`Reward::parse`]); `weights` as TRL's `reward_weights`: one a reward, or none at all.
+    /// One reward a spec (see [`Reward::parse`]); `weights` as TRL's `reward_weights`: one a
+    /// reward, or none at all.
     pub fn parse(specs: &[String], weights: Option<&[f64]>) -> Result<Rewards> {
         let mut list = specs.iter().map(|s| Reward::parse(s)).collect::<Result<Vec<_>>>()?;
         if list.is_empty() {
-            return Err(Error::Config(format!("no reward is given; known ones: {}", spec::known())));
+            return Err(Error::Config(format!(
+                "no reward is given; known ones: {}",
+                spec::known()
+            )));
         }
         if let Some(weights) = weights {
             if weights.len() != list.len() {
                 let (w, r) = (weights.len(), list.len());
-                return Err(Error::Config(format!("reward_weights has {w} values for {r} rewards; give one each")));
+                return Err(Error::Config(format!(
+                    "reward_weights has {w} values for {r} rewards; give one each"
+                )));
             }
             list.iter_mut().zip(weights).for_each(|(r, w)| r.weight = *w);
         }
@@ -212,12 +235,13 @@ impl Rewards {
 }
 
 impl Scores {
-    /// `sum_k w_k r_k` over the rewards that apply to a row; `None` where none does: such a completion is in no baseline
-    /// and gets advantage 0.
+    /// `sum_k w_k r_k` over the rewards that apply to a row; `None` where none does: such a
+    /// completion is in no baseline and gets advantage 0.
     pub fn total(&self) -> Vec<Option<f64>> {
         let n = self.each.first().map_or(0, Vec::len);
         let row = |i: usize| {
-            let mut terms = self.each.iter().zip(&self.weights).filter_map(|(r, w)| Some(w * r[i]?)).peekable();
+            let mut terms =
+                self.each.iter().zip(&self.weights).filter_map(|(r, w)| Some(w * r[i]?)).peekable();
             terms.peek().is_some().then(|| terms.sum())
         };
         (0..n).map(row).collect()

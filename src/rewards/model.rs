@@ -1,19 +1,19 @@
-//! A reward model in the loop: a sequence classifier's score of prompt and completion. Floor 4.
+//! A reward model in the loop: a sequence classifier's score of prompt and completion. Layer 6.
 //!
-//! Invariant: it reads what its own training rows looked like: its own tokenizer and chat template write prompt and
-//! completion again, so it need not share the policy's.
+//! Invariant: it reads what its own training rows looked like: its own tokenizer and chat template
+//! write prompt and completion again, so it need not share the policy's.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::batch::{Batch, Sequence};
-use crate::model::config::Task;
 use crate::model::decoder::Decoder;
+use crate::model::layout::Task;
 use crate::ops::embedding::gather_rows;
 use crate::rewards::Batch as Rows;
 
@@ -31,12 +31,12 @@ impl RewardModel {
     pub fn load(cx: &Cx, set: u32, dir: &Path) -> Result<RewardModel> {
         let model = Decoder::load(cx, set, dir, 1)?;
         if model.config.task != (Task::SequenceClassification { labels: 1 }) {
-            let message =
-                "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
+            let message = "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
             return Err(Error::model(dir, message));
         }
         let tokenizer = Tokenizer::load(dir)?;
-        let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer)).transpose()?;
+        let template =
+            tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer)).transpose()?;
         Ok(RewardModel { model, tokenizer, template })
     }
 
@@ -67,9 +67,10 @@ impl RewardModel {
     }
 
     fn forward(&self, cx: &mut Cx, ids: &[Vec<u32>]) -> Result<Vec<f32>> {
-        let sequences: Vec<Sequence> = ids.iter().map(|ids| Sequence { ids, target: None }).collect();
+        let sequences: Vec<Sequence> =
+            ids.iter().map(|ids| Sequence { ids, target: None }).collect();
         let batch = Batch::new(cx, &sequences, self.model.config.vocab_size)?;
-        let hidden = self.model.hidden(cx, &batch, false)?;
+        let hidden = self.model.hidden(cx, &batch)?;
         let ends = ids.iter().scan(0, |at, ids| {
             *at += ids.len() as i32;
             Some(*at - 1)
@@ -95,7 +96,10 @@ impl RewardModel {
             }
             prompt => {
                 let eos = self.tokenizer.eos_token().unwrap_or_default();
-                self.tokenizer.encode(&format!("{}{completion}{eos}", prompt.as_str().unwrap_or_default()), true)
+                self.tokenizer.encode(
+                    &format!("{}{completion}{eos}", prompt.as_str().unwrap_or_default()),
+                    true,
+                )
             }
         }
     }

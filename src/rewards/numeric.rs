@@ -1,7 +1,8 @@
 //! The number that a text gives as its answer.
 //!
-//! Invariant: `\boxed{}` goes before `####`, which goes before the last number of the text. Thousands separators, units,
-//! currency and percent signs are dropped; fractions are divided. Two answers are the same within 1e-6 of their size.
+//! Invariant: `\boxed{}` goes before `####`, which goes before the last number of the text.
+//! Thousands separators, units, currency and percent signs are dropped; fractions are divided. Two
+//! answers are the same within 1e-6 of their size.
 
 use std::sync::LazyLock;
 
@@ -9,13 +10,16 @@ use fancy_regex::Regex;
 
 const UNSIGNED: &str = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?";
 
-/// A signed number, or a quotient of two, that is no part of a word. A minus after a digit or letter is an operator.
-static NUMBER: LazyLock<Option<Regex>> =
-    LazyLock::new(|| Regex::new(&format!(r"(?<![\w.])([-+])?({UNSIGNED})(?:\s*/\s*({UNSIGNED}))?")).ok());
+/// A signed number, or a quotient of two, that is no part of a word. A minus after a digit or
+/// letter is an operator.
+static NUMBER: LazyLock<Option<Regex>> = LazyLock::new(|| {
+    Regex::new(&format!(r"(?<![\w.])([-+])?({UNSIGNED})(?:\s*/\s*({UNSIGNED}))?")).ok()
+});
 static FRACTION: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}").ok());
 /// An exponent of a unit: cm^2, \text{m}^{3}
-static UNIT_POWER: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"(?<=[A-Za-z}])\s*\^\s*\{?\d+\}?").ok());
+static UNIT_POWER: LazyLock<Option<Regex>> =
+    LazyLock::new(|| Regex::new(r"(?<=[A-Za-z}])\s*\^\s*\{?\d+\}?").ok());
 
 /// The answer of a text, or `None` if it has no number.
 pub fn answer(text: &str) -> Option<f64> {
@@ -49,7 +53,8 @@ fn boxed(text: &str) -> Option<&str> {
     None
 }
 
-/// `x = 5 cm` gives 5: what follows the last equals sign, its first number (units may have numbers too).
+/// `x = 5 cm` gives 5: what follows the last equals sign, its first number (units may have numbers
+/// too).
 fn first(text: &str) -> Option<f64> {
     let value = text.rsplit_once('=').map_or(text, |(_, v)| v);
     numbers(value).first().copied()
@@ -69,12 +74,16 @@ fn clean(text: &str) -> String {
 
 /// `\frac{a}{b}` as `a/b`.
 fn mark_fractions(text: &str) -> String {
-    FRACTION.as_ref().map_or_else(|| text.to_string(), |f| f.replace_all(text, "$1/$2").into_owned())
+    FRACTION
+        .as_ref()
+        .map_or_else(|| text.to_string(), |f| f.replace_all(text, "$1/$2").into_owned())
 }
 
 fn numbers(text: &str) -> Vec<f64> {
     let Some(pattern) = NUMBER.as_ref() else { return Vec::new() };
-    let value = |m: Option<fancy_regex::Match>| m.and_then(|m| m.as_str().replace(',', "").parse::<f64>().ok());
+    let value = |m: Option<fancy_regex::Match>| {
+        m.and_then(|m| m.as_str().replace(',', "").parse::<f64>().ok())
+    };
     let mut all = Vec::new();
     for found in pattern.captures_iter(text).map_while(|c| c.ok()) {
         let sign = if found.get(1).is_some_and(|s| s.as_str() == "-") { -1.0 } else { 1.0 };

@@ -1,6 +1,8 @@
-//! The part of JSON Schema that output formats use, by hand: the `jsonschema` crate would bring some eighty others.
+//! The part of JSON Schema that output formats use, by hand: the `jsonschema` crate would bring
+//! some eighty others.
 //!
-//! Invariant: a keyword that is not checked is an error when the schema is read, so a schema never passes by omission.
+//! Invariant: a keyword that is not checked is an error when the schema is read, so a schema never
+//! passes by omission.
 
 use std::path::Path;
 
@@ -26,7 +28,8 @@ const CHECKED: [&str; 15] = [
     "anyOf",
     "allOf",
 ];
-const NOTES: [&str; 8] = ["$schema", "$id", "$comment", "title", "description", "default", "examples", "format"];
+const NOTES: [&str; 8] =
+    ["$schema", "$id", "$comment", "title", "description", "default", "examples", "format"];
 
 #[derive(Clone, Debug)]
 pub struct Schema {
@@ -74,7 +77,9 @@ fn known(schema: &Value, at: &str) -> Result<()> {
             other if CHECKED.contains(&other) || NOTES.contains(&other) => {}
             _ => {
                 let checked = CHECKED.join(", ");
-                return Err(Error::Config(format!("{here} is not checked here; supported: {checked}")));
+                return Err(Error::Config(format!(
+                    "{here} is not checked here; supported: {checked}"
+                )));
             }
         }
     }
@@ -86,8 +91,9 @@ fn accepts(schema: &Value, v: &Value) -> bool {
         return all_or_nothing;
     }
     let length = |key: &str| schema.get(key).and_then(Value::as_u64).map(|n| n as usize);
-    let within =
-        |n: usize, low: &str, high: &str| length(low).is_none_or(|l| n >= l) && length(high).is_none_or(|h| n <= h);
+    let within = |n: usize, low: &str, high: &str| {
+        length(low).is_none_or(|l| n >= l) && length(high).is_none_or(|h| n <= h)
+    };
     let of_type = match schema.get("type") {
         Some(Value::String(name)) => is(name, v),
         Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).any(|name| is(name, v)),
@@ -95,13 +101,20 @@ fn accepts(schema: &Value, v: &Value) -> bool {
     };
     let listed = schema.get("enum").and_then(Value::as_array).is_none_or(|e| e.contains(v))
         && schema.get("const").is_none_or(|c| c == v);
-    let combined = schema.get("anyOf").and_then(Value::as_array).is_none_or(|s| s.iter().any(|s| accepts(s, v)))
-        && schema.get("allOf").and_then(Value::as_array).is_none_or(|s| s.iter().all(|s| accepts(s, v)));
+    let combined = schema
+        .get("anyOf")
+        .and_then(Value::as_array)
+        .is_none_or(|s| s.iter().any(|s| accepts(s, v)))
+        && schema
+            .get("allOf")
+            .and_then(Value::as_array)
+            .is_none_or(|s| s.iter().all(|s| accepts(s, v)));
     let inside = match v {
         Value::Object(map) => {
             let required = schema.get("required").and_then(Value::as_array);
-            let has_all =
-                required.is_none_or(|r| r.iter().filter_map(Value::as_str).all(|name| map.contains_key(name)));
+            let has_all = required.is_none_or(|r| {
+                r.iter().filter_map(Value::as_str).all(|name| map.contains_key(name))
+            });
             has_all
                 && map.iter().all(|(name, value)| {
                     let own = schema.get("properties").and_then(|p| p.get(name));
@@ -114,7 +127,9 @@ fn accepts(schema: &Value, v: &Value) -> bool {
         }
         Value::String(s) => within(s.chars().count(), "minLength", "maxLength"),
         Value::Number(n) => {
-            let (n, bound) = (n.as_f64().unwrap_or(f64::NAN), |key: &str| schema.get(key).and_then(Value::as_f64));
+            let (n, bound) = (n.as_f64().unwrap_or(f64::NAN), |key: &str| {
+                schema.get(key).and_then(Value::as_f64)
+            });
             bound("minimum").is_none_or(|b| n >= b) && bound("maximum").is_none_or(|b| n <= b)
         }
         _ => true,
@@ -168,7 +183,9 @@ mod tests {
 
     #[test]
     fn a_keyword_that_is_not_checked_is_an_error() {
-        let error = Schema::new(json!({"properties": {"a": {"patternProperties": {}}}})).unwrap_err().to_string();
+        let error = Schema::new(json!({"properties": {"a": {"patternProperties": {}}}}))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("$.properties.a.patternProperties"), "{error}");
     }
 }

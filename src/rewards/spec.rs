@@ -1,4 +1,5 @@
-//! How a reward is written: `name`, `name:key=value,key=value`, `name:ARGUMENT`, or a table of a run file.
+//! How a reward is written: `name`, `name:key=value,key=value`, `name:ARGUMENT`, or a table of a
+//! run file.
 //!
 //! Invariant: an unknown name or key is an error that lists what there is; nothing is guessed.
 
@@ -25,13 +26,18 @@ const KINDS: [(&str, &str, &[&str]); 10] = [
 
 pub fn known() -> String {
     KINDS
-        .map(|(name, argument, _)| if argument.is_empty() { name.into() } else { format!("{name}:{argument}") })
+        .map(
+            |(name, argument, _)| {
+                if argument.is_empty() { name.into() } else { format!("{name}:{argument}") }
+            },
+        )
         .join(", ")
 }
 
 impl Reward {
-    /// `exact_match`, `numeric_match:column=solution`, `regex:PATTERN`, `think_format`, `json_schema:FILE`,
-    /// `length:min=1,max=200`, `soft_overlong:max_completion_len=256,soft_punish_cache=64`,
+    /// `exact_match`, `numeric_match:column=solution`, `regex:PATTERN`, `think_format`,
+    /// `json_schema:FILE`, `length:min=1,max=200`,
+    /// `soft_overlong:max_completion_len=256,soft_punish_cache=64`,
     /// `repetition:ngram_size=3,max_penalty=-1`, `command:CMD`, `python:FILE.py:FUNCTION`.
     pub fn parse(spec: &str) -> Result<Reward> {
         let (kind, rest) = spec.split_once(':').unwrap_or((spec, ""));
@@ -41,7 +47,9 @@ impl Reward {
             if argument.is_empty() {
                 for pair in rest.split(',') {
                     let Some((key, value)) = pair.split_once('=') else {
-                        return Err(Error::Config(format!("reward `{spec}`: `{pair}` is not key=value")));
+                        return Err(Error::Config(format!(
+                            "reward `{spec}`: `{pair}` is not key=value"
+                        )));
                     };
                     keys.insert(key.trim().to_string(), value.trim().to_string());
                 }
@@ -52,13 +60,15 @@ impl Reward {
         build(kind, keys).map_err(|e| Error::Config(format!("reward `{spec}`: {e}")))
     }
 
-    /// A string as in [`Reward::parse`], or a table `{ kind = "command", command = "./judge", timeout = 20, weight = 0.5,
-    /// name = "judge" }`.
+    /// A string as in [`Reward::parse`], or a table `{ kind = "command", command = "./judge",
+    /// timeout = 20, weight = 0.5, name = "judge" }`.
     pub fn from_toml(value: &toml::Value) -> Result<Reward> {
         let table = match value {
             toml::Value::String(spec) => return Reward::parse(spec),
             toml::Value::Table(table) => table,
-            other => return Err(Error::Config(format!("a reward is a string or a table, not {other}"))),
+            other => {
+                return Err(Error::Config(format!("a reward is a string or a table, not {other}")));
+            }
         };
         let (mut kind, mut name, mut weight, mut keys) = (None, None, 1.0, BTreeMap::new());
         for (key, value) in table {
@@ -71,9 +81,13 @@ impl Reward {
             }
         }
         let Some(kind) = kind else {
-            return Err(Error::Config(format!("a reward's table needs `kind`; known ones: {}", known())));
+            return Err(Error::Config(format!(
+                "a reward's table needs `kind`; known ones: {}",
+                known()
+            )));
         };
-        let mut reward = build(&kind, keys).map_err(|e| Error::Config(format!("reward `{kind}`: {e}")))?;
+        let mut reward =
+            build(&kind, keys).map_err(|e| Error::Config(format!("reward `{kind}`: {e}")))?;
         reward.name = name.unwrap_or(reward.name);
         reward.weight = weight;
         Ok(reward)
@@ -82,14 +96,22 @@ impl Reward {
 
 fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
     let Some((_, argument, more)) = KINDS.iter().find(|k| k.0 == kind) else {
-        let near =
-            nearest(kind, KINDS.iter().map(|k| k.0)).map(|n| format!(" did you mean `{n}`?")).unwrap_or_default();
-        return Err(Error::Config(format!("there is no such reward;{near} known ones: {}", known())));
+        let near = nearest(kind, KINDS.iter().map(|k| k.0))
+            .map(|n| format!(" did you mean `{n}`?"))
+            .unwrap_or_default();
+        return Err(Error::Config(format!(
+            "there is no such reward;{near} known ones: {}",
+            known()
+        )));
     };
     let takes = |key: &str| more.contains(&key) || (!argument.is_empty() && key == *argument);
     if let Some(wrong) = keys.keys().find(|k| !takes(k)) {
-        let all =
-            [&[*argument][..], more].concat().into_iter().filter(|k| !k.is_empty()).collect::<Vec<_>>().join(", ");
+        let all = [&[*argument][..], more]
+            .concat()
+            .into_iter()
+            .filter(|k| !k.is_empty())
+            .collect::<Vec<_>>()
+            .join(", ");
         return Err(Error::Config(format!("it has no key `{wrong}`; its keys: [{all}]")));
     }
     let mut take = |key: &str| keys.remove(key);
@@ -102,13 +124,20 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
         "regex" => {
             let pattern = required("pattern", take("pattern"))?;
             let compiled = fancy_regex::Regex::new(&pattern);
-            Kind::Regex { pattern: Box::new(compiled.map_err(|e| Error::Config(format!("{pattern}: {e}")))?) }
+            Kind::Regex {
+                pattern: Box::new(compiled.map_err(|e| Error::Config(format!("{pattern}: {e}")))?),
+            }
         }
-        "json_schema" => Kind::JsonSchema { schema: Schema::read(Path::new(&required("file", take("file"))?))? },
+        "json_schema" => {
+            Kind::JsonSchema { schema: Schema::read(Path::new(&required("file", take("file"))?))? }
+        }
         "length" => {
-            let (min, max) = (optional("min", take("min"), 0)?, optional("max", take("max"), usize::MAX)?);
+            let (min, max) =
+                (optional("min", take("min"), 0)?, optional("max", take("max"), usize::MAX)?);
             if min > max || (min == 0 && max == usize::MAX) {
-                return Err(Error::Config("give min, max or both, min below max, in tokens".into()));
+                return Err(Error::Config(
+                    "give min, max or both, min below max, in tokens".into(),
+                ));
             }
             Kind::Length { min, max }
         }
@@ -116,28 +145,42 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
             let most = required("max_completion_len", take("max_completion_len"))?;
             let cache = required("soft_punish_cache", take("soft_punish_cache"))?;
             let max_completion_len = number("max_completion_len", &most)?;
-            Kind::SoftOverlong { max_completion_len, soft_punish_cache: number("soft_punish_cache", &cache)? }
+            Kind::SoftOverlong {
+                max_completion_len,
+                soft_punish_cache: number("soft_punish_cache", &cache)?,
+            }
         }
         "repetition" => {
             let ngram_size = optional("ngram_size", take("ngram_size"), 3)?;
             let max_penalty: f64 = optional("max_penalty", take("max_penalty"), -1.0)?;
             if ngram_size == 0 || max_penalty > 0.0 {
-                return Err(Error::Config("ngram_size is at least 1 and max_penalty at most 0".into()));
+                return Err(Error::Config(
+                    "ngram_size is at least 1 and max_penalty at most 0".into(),
+                ));
             }
             Kind::Repetition { ngram_size, max_penalty }
         }
         _ => {
-            let (timeout, restarts) = (seconds(take("timeout"))?, optional("restarts", take("restarts"), 2)?);
+            let (timeout, restarts) =
+                (seconds(take("timeout"))?, optional("restarts", take("restarts"), 2)?);
             let worker = match take("command") {
                 Some(command) => Worker::command(&command, timeout, restarts),
                 None => {
                     let target = required("function", take("function"))?;
                     let (file, function) = target.rsplit_once(':').unwrap_or((&target, "reward"));
                     if !PathBuf::from(file).is_file() {
-                        return Err(Error::Config(format!("there is no file {file}; write python:FILE.py:FUNCTION")));
+                        return Err(Error::Config(format!(
+                            "there is no file {file}; write python:FILE.py:FUNCTION"
+                        )));
                     }
                     name = function.to_string();
-                    Worker::python(&take("python").unwrap_or("python3".into()), file, function, timeout, restarts)
+                    Worker::python(
+                        &take("python").unwrap_or("python3".into()),
+                        file,
+                        function,
+                        timeout,
+                        restarts,
+                    )
                 }
             };
             Kind::Worker(Box::new(worker))
@@ -161,8 +204,7 @@ fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
 /// Default 60 s: a judge that needs longer for one row says so.
 fn seconds(value: Option<String>) -> Result<Duration> {
     let seconds: f64 = optional("timeout", value, 60.0)?;
-    Duration::try_from_secs_f64(seconds)
-        .ok()
-        .filter(|d| !d.is_zero())
-        .ok_or_else(|| Error::Config(format!("`timeout` is a positive number of seconds, not {seconds}")))
+    Duration::try_from_secs_f64(seconds).ok().filter(|d| !d.is_zero()).ok_or_else(|| {
+        Error::Config(format!("`timeout` is a positive number of seconds, not {seconds}"))
+    })
 }

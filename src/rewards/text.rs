@@ -1,17 +1,27 @@
-//! What built-in rewards read in a completion: its text, its JSON, its reasoning format, its length, its repetitions.
+//! What built-in rewards read in a completion: its text, its JSON, its reasoning format, its
+//! length, its repetitions.
 //!
-//! Invariant: `soft_overlong` and `repetition` are TRL's functions of the token ids, value for value.
+//! Invariant: `soft_overlong` and `repetition` are TRL's functions of the token ids, value for
+//! value.
 
 use std::collections::HashSet;
 
 use serde_json::Value;
 
-/// A string itself; of messages the content of the last assistant message (or of the last message), text parts joined.
+/// A string itself; of messages the content of the last assistant message (or of the last message),
+/// text parts joined.
 pub fn of(completion: &Value) -> String {
     match completion {
         Value::Array(messages) => {
-            let assistant = messages.iter().rev().find(|m| m.get("role").and_then(Value::as_str) == Some("assistant"));
-            assistant.or(messages.last()).and_then(|m| m.get("content")).map(plain).unwrap_or_default()
+            let assistant = messages
+                .iter()
+                .rev()
+                .find(|m| m.get("role").and_then(Value::as_str) == Some("assistant"));
+            assistant
+                .or(messages.last())
+                .and_then(|m| m.get("content"))
+                .map(plain)
+                .unwrap_or_default()
         }
         other => plain(other),
     }
@@ -22,16 +32,20 @@ pub fn plain(value: &Value) -> String {
     match value {
         Value::String(s) => s.clone(),
         Value::Null => String::new(),
-        Value::Array(parts) if parts.iter().all(|p| p.get("text").is_some_and(Value::is_string)) => {
+        Value::Array(parts)
+            if parts.iter().all(|p| p.get("text").is_some_and(Value::is_string)) =>
+        {
             parts.iter().filter_map(|p| p.get("text")?.as_str()).collect()
         }
         other => other.to_string(),
     }
 }
 
-/// The reasoning stands in one `<think>` ... `</think>` at the very beginning, as TRL's `think_format_reward` asks.
+/// The reasoning stands in one `<think>` ... `</think>` at the very beginning, as TRL's
+/// `think_format_reward` asks.
 pub fn has_think_format(text: &str) -> bool {
-    text.strip_prefix("<think>").is_some_and(|rest| !rest.contains("<think>") && rest.contains("</think>"))
+    text.strip_prefix("<think>")
+        .is_some_and(|rest| !rest.contains("<think>") && rest.contains("</think>"))
 }
 
 /// The JSON value of a text: the whole of it, or its last fenced block.
@@ -58,7 +72,8 @@ pub fn soft_overlong(length: usize, max_completion_len: usize, soft_punish_cache
     }
 }
 
-/// `max_penalty` times the fraction of n-grams of token ids that are repetitions (appendix C.2 of arXiv 2502.03373).
+/// `max_penalty` times the fraction of n-grams of token ids that are repetitions (appendix C.2 of
+/// arXiv 2502.03373).
 pub fn repetition(ids: &[u32], ngram_size: usize, max_penalty: f64) -> f64 {
     if ids.len() < ngram_size {
         return 0.0;
@@ -76,7 +91,8 @@ mod tests {
 
     #[test]
     fn values_are_those_of_trls_functions() {
-        // the examples of get_soft_overlong_punishment and get_repetition_penalty_reward, and their edges
+        // the examples of get_soft_overlong_punishment and get_repetition_penalty_reward, and their
+        // edges
         assert_eq!(soft_overlong(90, 100, 20), -0.5);
         assert_eq!([80, 81, 100, 101].map(|n| soft_overlong(n, 100, 20)), [0.0, -0.05, -1.0, -1.0]);
         assert_eq!([100, 101].map(|n| soft_overlong(n, 100, 0)), [0.0, -1.0]);
@@ -88,15 +104,26 @@ mod tests {
     #[test]
     fn the_text_of_a_completion_is_that_of_the_last_assistant_message() {
         assert_eq!(of(&json!("hi")), "hi");
-        assert_eq!(of(&json!([{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}])), "a");
-        assert_eq!(of(&json!([{"role": "assistant", "content": [{"type": "text", "text": "x"}]}])), "x");
+        assert_eq!(
+            of(&json!([{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}])),
+            "a"
+        );
+        assert_eq!(
+            of(&json!([{"role": "assistant", "content": [{"type": "text", "text": "x"}]}])),
+            "x"
+        );
         assert_eq!(of(&json!([{"content": "bare"}])), "bare");
     }
 
     #[test]
     fn the_think_format_is_one_block_at_the_beginning() {
         assert!(has_think_format("<think>\nwhy\n</think>\nanswer"));
-        for wrong in ["<think>\nwhy\nanswer", " <think>a</think>b", "<think>a<think>b</think>c", "</think><think>"] {
+        for wrong in [
+            "<think>\nwhy\nanswer",
+            " <think>a</think>b",
+            "<think>a<think>b</think>c",
+            "</think><think>",
+        ] {
             assert!(!has_think_format(wrong), "{wrong}");
         }
     }

@@ -1,12 +1,14 @@
 //! A reward that another program computes: JSON lines over stdin and stdout, started once.
 //!
-//! Invariant: an answer belongs to a row by its id, and answers come in the order of the rows; whatever else happens (end,
-//! silence, garbage, another id) is said with the row and what was read, the program is started again and gets the rows it
-//! still owes, at most `restarts` times a run. Then the run stops.
+//! Invariant: an answer belongs to a row by its id, and answers come in the order of the rows;
+//! whatever else happens (end, silence, garbage, another id) is said with the row and what was
+//! read, the program is started again and gets the rows it still owes, at most `restarts` times a
+//! run. Then the run stops.
 //!
-//! A row: `{"id": 7, "index": 0, "batch": 4, "prompt": .., "completion": .., "completion_ids": [..], "columns": {..}}`.
-//! Its answer: `{"id": 7, "reward": 0.5}`, `null` to skip; `{"id": 7, "error": "why"}` ends the run. Ids count from 0 over
-//! the whole run, `index` of `batch` says where a row stands, for programs that score a batch at once.
+//! A row: `{"id": 7, "index": 0, "batch": 4, "prompt": .., "completion": .., "completion_ids":
+//! [..], "columns": {..}}`. Its answer: `{"id": 7, "reward": 0.5}`, `null` to skip; `{"id": 7,
+//! "error": "why"}` ends the run. Ids count from 0 over the whole run, `index` of `batch` says
+//! where a row stands, for programs that score a batch at once.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
@@ -58,7 +60,13 @@ impl Worker {
     }
 
     /// `def function(prompts, completions, **columns)` of a file, as TRL calls it.
-    pub fn python(python: &str, file: &str, function: &str, timeout: Duration, restarts: usize) -> Worker {
+    pub fn python(
+        python: &str,
+        file: &str,
+        function: &str,
+        timeout: Duration,
+        restarts: usize,
+    ) -> Worker {
         let argv = [python, "-u", "-c", PYTHON, file, function].map(str::to_string).to_vec();
         Worker::new(argv, timeout, restarts)
     }
@@ -85,17 +93,26 @@ impl Worker {
                 )));
             }
             self.restarts -= 1;
-            eprintln!("warning: {message}\nIt is started again ({} restarts are left).", self.restarts);
+            eprintln!(
+                "warning: {message}\nIt is started again ({} restarts are left).",
+                self.restarts
+            );
         }
         Ok(rewards)
     }
 
     /// Sends the rows that have no answer yet and reads their answers.
-    fn exchange(&mut self, batch: &Batch, rewards: &mut Vec<Option<f64>>) -> std::result::Result<(), Fault> {
+    fn exchange(
+        &mut self,
+        batch: &Batch,
+        rewards: &mut Vec<Option<f64>>,
+    ) -> std::result::Result<(), Fault> {
         if self.running.is_none() {
             self.running = Some(start(&self.argv).map_err(Fault::Stop)?);
         }
-        let Some(running) = &mut self.running else { return Err(Fault::Stop("it is not running".into())) };
+        let Some(running) = &mut self.running else {
+            return Err(Fault::Stop("it is not running".into()));
+        };
         let first = rewards.len();
         let id_of_first = self.next_id;
         self.next_id += (batch.len() - first) as u64;
@@ -149,23 +166,28 @@ fn request(batch: &Batch, row: usize, id: u64, (index, of): (usize, usize)) -> S
 }
 
 fn start(argv: &[String]) -> std::result::Result<Running, String> {
-    let Some((program, arguments)) = argv.split_first() else { return Err("no program is given".into()) };
+    let Some((program, arguments)) = argv.split_first() else {
+        return Err("no program is given".into());
+    };
     let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // a group of its own: it ends with its children, and Ctrl-C reaches the run first, which then ends it
+        // a group of its own: it ends with its children, and Ctrl-C reaches the run first, which
+        // then ends it
         .process_group(0)
         .spawn()
         .map_err(|e| format!("`{program}` does not start ({e}); is it installed and on PATH?"))?;
-    let (Some(mut stdin), Some(stdout), Some(errors)) = (child.stdin.take(), child.stdout.take(), child.stderr.take())
+    let (Some(mut stdin), Some(stdout), Some(errors)) =
+        (child.stdin.take(), child.stdout.take(), child.stderr.take())
     else {
         return Err("its pipes are missing".into());
     };
     let (to, lines) = channel::<String>();
     let (tell, from) = channel();
-    // Threads, because a program may write before it has read everything: neither side may wait for the other.
+    // Threads, because a program may write before it has read everything: neither side may wait for
+    // the other.
     thread::spawn(move || {
         for line in lines {
             if stdin.write_all(line.as_bytes()).and_then(|()| stdin.flush()).is_err() {
@@ -202,13 +224,20 @@ impl Running {
             match self.from.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Ok(line)) if line.trim().is_empty() => {}
                 Ok(Ok(line)) => break line,
-                Ok(Err(e)) => return Err(Fault::Restart(format!("its answer cannot be read: {e}"))),
+                Ok(Err(e)) => {
+                    return Err(Fault::Restart(format!("its answer cannot be read: {e}")));
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     let seconds = timeout.as_secs_f64();
-                    return Err(Fault::Restart(format!("no answer for id {id} within {seconds} s (key `timeout`)")));
+                    return Err(Fault::Restart(format!(
+                        "no answer for id {id} within {seconds} s (key `timeout`)"
+                    )));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Fault::Restart(format!("it ended {} before the answer for id {id}", self.status())));
+                    return Err(Fault::Restart(format!(
+                        "it ended {} before the answer for id {id}",
+                        self.status()
+                    )));
                 }
             }
         };
@@ -219,7 +248,11 @@ impl Running {
         };
         match answer.get("id").and_then(Value::as_u64) {
             Some(other) if other == id => {}
-            Some(_) => return Err(Fault::Restart(format!("answers come in the order of the rows: {wanted}"))),
+            Some(_) => {
+                return Err(Fault::Restart(format!(
+                    "answers come in the order of the rows: {wanted}"
+                )));
+            }
             None => return Err(Fault::Restart(wanted)),
         }
         if let Some(error) = answer.get("error") {
@@ -234,7 +267,8 @@ impl Running {
         }
     }
 
-    /// How the program ended; its stderr is read to the end, or for a moment if a child of it lives on.
+    /// How the program ended; its stderr is read to the end, or for a moment if a child of it lives
+    /// on.
     fn status(&mut self) -> String {
         for _ in 0..20 {
             if let Ok(Some(status)) = self.child.try_wait() {
@@ -247,7 +281,8 @@ impl Running {
     }
 
     fn kill(&mut self) {
-        // std kills one process only; the shell's `kill` reaches the group without a line of unsafe code
+        // std kills one process only; the shell's `kill` reaches the group without a line of unsafe
+        // code
         let group = format!("kill -KILL -{}", self.child.id());
         let _ = Command::new("sh").args(["-c", &group]).stderr(Stdio::null()).status();
         let _ = self.child.kill();

@@ -1,8 +1,9 @@
-//! Generation: the trainer's forward over a paged cache, one step at a time. Floor 4.
+//! Generation: the trainer's forward over a paged cache, one step at a time. Layer 6.
 //!
-//! Invariant: a sequence's tokens and log-probs depend on its prompt, its number and the seed alone, not on what else is
-//! in the batch, on how prefills are cut, on which pages it got or on whether it had to start again; its log-probs are
-//! the trainer's, bit for bit (one forward, one set of weights).
+//! Invariant: a sequence's tokens and log-probs depend on its prompt, its number and the seed
+//! alone, not on what else is in the batch, on how prefills are cut, on which pages it got or on
+//! whether it had to start again; its log-probs are the trainer's, bit for bit (one forward, one
+//! set of weights).
 
 pub mod sample;
 mod schedule;
@@ -11,7 +12,11 @@ pub mod stop;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::cx::Cx;
+use sample::{Draw, Sampling};
+use schedule::Sequence;
+use stop::StopStrings;
+
+use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::batch::Vocab;
@@ -20,9 +25,6 @@ use crate::model::kv::{CachedSequence, KvCache, PAGE};
 use crate::ops::embedding::gather_rows;
 use crate::ops::sample::{sample as draw, seen_words};
 use crate::tensor::Tensor;
-use sample::{Draw, Sampling};
-use schedule::Sequence;
-use stop::StopStrings;
 
 /// Why a completion ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +80,12 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    pub fn new(max_new_tokens: usize, sampling: Sampling, stop: Vec<u32>, max_sequences: usize) -> EngineOptions {
+    pub fn new(
+        max_new_tokens: usize,
+        sampling: Sampling,
+        stop: Vec<u32>,
+        max_sequences: usize,
+    ) -> EngineOptions {
         let max_sequences = max_sequences.max(1);
         let max_step_tokens = 2048.max(max_sequences);
         EngineOptions {
@@ -122,7 +129,8 @@ pub struct Engine {
     vocab: Vocab,
     /// I32 [2]
     seed: Tensor,
-    /// I32 [max_sequences, words]: a bit for each token that a running sequence has; only for a repetition penalty.
+    /// I32 [max_sequences, words]: a bit for each token that a running sequence has; only for a
+    /// repetition penalty.
     seen: Option<Tensor>,
     free_places: Vec<usize>,
     waiting: VecDeque<Sequence>,
@@ -132,18 +140,29 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine for sequences (prompt and completion) of at most `longest` tokens. Error: a cache that cannot hold one.
-    pub fn new(cx: &Cx, model: &mut Decoder, options: EngineOptions, longest: usize) -> Result<Engine> {
+    /// An engine for sequences (prompt and completion) of at most `longest` tokens. Error: a cache
+    /// that cannot hold one.
+    pub fn new(
+        cx: &Cx,
+        model: &mut Decoder,
+        options: EngineOptions,
+        longest: usize,
+    ) -> Result<Engine> {
         let vocab = model.vocab();
         model.ensure_positions(cx, longest + vocab.virtuals)?;
         let each = (longest + vocab.virtuals).div_ceil(PAGE).max(1);
         let pages = options.pages.unwrap_or(options.max_sequences * each);
         if pages < each || options.max_step_tokens == 0 || options.max_sequences == 0 {
-            let message = format!("{pages} pages, sequences of up to {each}: raise the pages or lower max_new_tokens");
+            let message = format!(
+                "{pages} pages, sequences of up to {each}: raise the pages or lower max_new_tokens"
+            );
             return Err(Error::op("rollout", message));
         }
         let shape = [options.max_sequences, seen_words(vocab.tokens)];
-        let seen = options.sampling.penalises().then(|| Tensor::new(&cx.pool, "seen tokens", DType::I32, &shape));
+        let seen = options
+            .sampling
+            .penalises()
+            .then(|| Tensor::new(&cx.pool, "seen tokens", DType::I32, &shape));
         let seed = options.sampling.seed;
         Ok(Engine {
             cache: KvCache::new(cx, &model.config, pages)?,
@@ -171,8 +190,14 @@ impl Engine {
         self.cache.shuffle(seed);
     }
 
-    /// Completes every request; completions come in the order of the requests, a group's side by side.
-    pub fn generate(&mut self, cx: &mut Cx, model: &Decoder, requests: &[Request]) -> Result<Vec<Completion>> {
+    /// Completes every request; completions come in the order of the requests, a group's side by
+    /// side.
+    pub fn generate(
+        &mut self,
+        cx: &mut Cx,
+        model: &Decoder,
+        requests: &[Request],
+    ) -> Result<Vec<Completion>> {
         self.abort();
         requests.iter().try_for_each(|r| self.submit(r).map(drop))?;
         let mut all = Vec::new();
@@ -183,26 +208,39 @@ impl Engine {
         Ok(all)
     }
 
-    /// Queues a request and returns its number (counted from the last time that the engine had nothing to do).
+    /// Queues a request and returns its number (counted from the last time that the engine had
+    /// nothing to do).
     pub fn submit(&mut self, request: &Request) -> Result<usize> {
         if !self.has_work() {
             self.requests = 0;
         }
         let index = self.requests;
         if request.prompt.is_empty() {
-            return Err(Error::op("rollout", format!("prompt {index} has no tokens; give at least a BOS token")));
+            return Err(Error::op(
+                "rollout",
+                format!("prompt {index} has no tokens; give at least a BOS token"),
+            ));
         }
         if request.number as usize + request.n > i32::MAX as usize {
-            let message = format!("sequence number {} is past 2^31: count from 0 and change the seed", request.number);
+            let message = format!(
+                "sequence number {} is past 2^31: count from 0 and change the seed",
+                request.number
+            );
             return Err(Error::op("rollout", message));
         }
         let total = request.prompt.len() + self.options.max_new_tokens;
         if total > self.longest {
-            let message = format!("prompt {index} and its completion are {total} tokens; at most {}", self.longest);
+            let message = format!(
+                "prompt {index} and its completion are {total} tokens; at most {}",
+                self.longest
+            );
             return Err(Error::op("rollout", message + "; shorten it or lower max_new_tokens"));
         }
         if let Some(id) = request.prompt.iter().find(|id| **id as usize >= self.vocab.tokens) {
-            let message = format!("token {id}; the vocabulary has {}; is it the model's tokenizer?", self.vocab.tokens);
+            let message = format!(
+                "token {id}; the vocabulary has {}; is it the model's tokenizer?",
+                self.vocab.tokens
+            );
             return Err(Error::op("rollout", message));
         }
         let prompt: Arc<[u32]> = self.vocab.prompted(&request.prompt).into();
@@ -226,8 +264,8 @@ impl Engine {
         self.waiting.clear();
     }
 
-    /// One step: tokens go in (prompts in pieces, one token of each sequence that decodes), one token comes out of each
-    /// sequence whose tokens are all in. One upload, one download.
+    /// One step: tokens go in (prompts in pieces, one token of each sequence that decodes), one
+    /// token comes out of each sequence whose tokens are all in. One upload, one download.
     pub fn step(&mut self, cx: &mut Cx, model: &Decoder) -> Result<Stepped> {
         let takes = self.schedule()?;
         let (ends, who) = self.who_draws(&takes);
@@ -248,7 +286,14 @@ impl Engine {
             hidden = gather_rows(cx, &hidden, &kv.extra[0])?;
         }
         let logits = model.logits(cx, &hidden)?;
-        let draws = draw(cx, &self.options.sampling, &logits, &kv.extra[1], &self.seed, self.seen.as_ref())?;
+        let draws = draw(
+            cx,
+            &self.options.sampling,
+            &logits,
+            &kv.extra[1],
+            &self.seed,
+            self.seen.as_ref(),
+        )?;
         self.accept(&draws.download()?)
     }
 
@@ -270,7 +315,8 @@ impl Engine {
         let mut stepped = Stepped::default();
         let mut draws = draws.iter();
         for s in self.running.iter_mut().filter(|s| s.cached.len == s.tokens.len()) {
-            let d = draws.next().ok_or_else(|| Error::op("rollout", "fewer draws than sequences"))?;
+            let d =
+                draws.next().ok_or_else(|| Error::op("rollout", "fewer draws than sequences"))?;
             s.push(d);
             stepped.tokens.push((s.completion.request, s.completion.member, d.token));
             let said = match &self.options.stop_strings {
@@ -307,8 +353,8 @@ pub struct Options {
     pub batch: usize,
 }
 
-/// One completion of every prompt (none empty), by an engine made for them. `done` hears of each completion as it ends:
-/// (prompt number, completion).
+/// One completion of every prompt (none empty), by an engine made for them. `done` hears of each
+/// completion as it ends: (prompt number, completion).
 pub fn generate(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -318,7 +364,12 @@ pub fn generate(
 ) -> Result<Vec<Completion>> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + options.max_new_tokens;
     let batch = options.batch.clamp(1, prompts.len().max(1));
-    let engine = EngineOptions::new(options.max_new_tokens, options.sampling.clone(), options.stop.clone(), batch);
+    let engine = EngineOptions::new(
+        options.max_new_tokens,
+        options.sampling.clone(),
+        options.stop.clone(),
+        batch,
+    );
     let mut engine = Engine::new(cx, model, engine, longest)?;
     for (i, prompt) in prompts.iter().enumerate() {
         engine.submit(&Request { prompt: prompt.clone(), n: 1, number: i as u32 })?;

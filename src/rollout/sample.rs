@@ -1,5 +1,6 @@
-//! How tokens are drawn. Floor 4.
+//! How tokens are drawn. Layer 6.
 //!
-//! Invariant: what is drawn, and what is known of it, is the op's ([`crate::ops::sample`]); nothing is drawn on the host.
+//! Invariant: what is drawn, and what is known of it, is the op's ([`crate::ops::sample`]); nothing
+//! is drawn on the host.
 
 pub use crate::ops::sample::{Draw, Sampling};

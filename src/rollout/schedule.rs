@@ -1,7 +1,7 @@
-//! Who runs: pages, admission, preemption. Floor 4.
+//! Who runs: pages, admission, preemption. Layer 6.
 //!
-//! Invariant: the oldest running sequence always gets on (a younger one gives its pages up, and starts again later from
-//! its own tokens, with the same bits), so every sequence ends.
+//! Invariant: the oldest running sequence always gets on (a younger one gives its pages up, and
+//! starts again later from its own tokens, with the same bits), so every sequence ends.
 
 use std::sync::Arc;
 
@@ -35,7 +35,15 @@ impl Sequence {
             finish: Finish::Length,
         };
         let cached = CachedSequence::default();
-        Sequence { number, tokens: prompt.to_vec(), prompt: prompt.len(), cached, place: 0, completion, end: None }
+        Sequence {
+            number,
+            tokens: prompt.to_vec(),
+            prompt: prompt.len(),
+            cached,
+            place: 0,
+            completion,
+            end: None,
+        }
     }
 
     /// Tokens that are not in the cache.
@@ -63,8 +71,8 @@ enum Admission {
 }
 
 impl Engine {
-    /// Decides how many tokens of each running sequence go in, after preempting and admitting as room tells. Their pages
-    /// are reserved.
+    /// Decides how many tokens of each running sequence go in, after preempting and admitting as
+    /// room tells. Their pages are reserved.
     pub(super) fn schedule(&mut self) -> Result<Vec<usize>> {
         let mut budget = self.options.max_step_tokens;
         let mut takes = Vec::new();
@@ -80,7 +88,10 @@ impl Engine {
             }
         }
         let mut at = 0;
-        while self.running.len() < self.options.max_sequences && budget > 0 && at < self.waiting.len() {
+        while self.running.len() < self.options.max_sequences
+            && budget > 0
+            && at < self.waiting.len()
+        {
             match self.admit(at, budget)? {
                 Admission::Runs(take) => {
                     budget -= take;
@@ -103,9 +114,13 @@ impl Engine {
 
     fn admit(&mut self, at: usize, budget: usize) -> Result<Admission> {
         let s = &self.waiting[at];
-        // All of the prompt but its last token: that one goes in alone, and predicts the first of the completion.
+        // All of the prompt but its last token: that one goes in alone, and predicts the first of
+        // the completion.
         let prefix = s.prompt - 1;
-        let siblings = self.running.iter().filter(|r| prefix > 0 && r.completion.request == s.completion.request);
+        let siblings = self
+            .running
+            .iter()
+            .filter(|r| prefix > 0 && r.completion.request == s.completion.request);
         let mut cached = match siblings.max_by_key(|r| r.cached.len) {
             Some(sibling) if sibling.cached.len < prefix => return Ok(Admission::LaterThanSibling),
             Some(sibling) => match self.cache.fork(&sibling.cached, prefix)? {

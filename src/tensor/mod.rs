@@ -1,7 +1,8 @@
-//! Views of device memory. Floor 1.
+//! Views of device memory. Layer 1.
 //!
-//! Invariant: a [`Tensor`] is a block, an offset, a dtype, a shape and a row stride; its last dimension is contiguous.
-//! Cloning one clones a handle. The memory goes back to the pool when the last view of it is dropped.
+//! Invariant: a [`Tensor`] is a block, an offset, a dtype, a shape and a row stride; its last
+//! dimension is contiguous. Cloning one clones a handle. The memory goes back to the pool when the
+//! last view of it is dropped.
 
 pub mod safetensors;
 
@@ -64,7 +65,13 @@ impl Tensor {
     }
 
     /// f32 values to a new tensor of `dtype` F32 or BF16 (rounded to nearest even).
-    pub fn from_f32(pool: &Arc<Pool>, name: &str, dtype: DType, shape: &[usize], data: &[f32]) -> Result<Tensor> {
+    pub fn from_f32(
+        pool: &Arc<Pool>,
+        name: &str,
+        dtype: DType,
+        shape: &[usize],
+        data: &[f32],
+    ) -> Result<Tensor> {
         match dtype {
             DType::BF16 => {
                 let half: Vec<bf16> = data.iter().map(|v| bf16::from_f32(*v)).collect();
@@ -90,7 +97,8 @@ impl Tensor {
         unsafe { self.device().upload(self.address(), bytes) }
     }
 
-    /// The values as they lie on the device; `T` has the dtype's size. Waits for all work before it.
+    /// The values as they lie on the device; `T` has the dtype's size. Waits for all work before
+    /// it.
     pub fn to_vec<T: Pod>(&self) -> Result<Vec<T>> {
         if size_of::<T>() != self.dtype.size() {
             return Err(Error::Device(format!(
@@ -125,7 +133,11 @@ impl Tensor {
         match self.dtype {
             DType::BF16 => Ok(self.to_vec::<bf16>()?.into_iter().map(|v| v.to_f32()).collect()),
             DType::F32 => self.to_vec(),
-            other => Err(Error::Device(format!("{}: {} read as floating point", self.name(), other.name()))),
+            other => Err(Error::Device(format!(
+                "{}: {} read as floating point",
+                self.name(),
+                other.name()
+            ))),
         }
     }
 
@@ -138,19 +150,30 @@ impl Tensor {
 
     /// Copies a contiguous tensor of the same size and dtype.
     pub fn copy_from(&self, src: &Tensor) -> Result<()> {
-        if self.dtype != src.dtype || self.numel() != src.numel() || !self.is_contiguous() || !src.is_contiguous() {
-            return Err(Error::Device(format!("copy of {src:?} into {self:?}: they differ in dtype or size")));
+        if self.dtype != src.dtype
+            || self.numel() != src.numel()
+            || !self.is_contiguous()
+            || !src.is_contiguous()
+        {
+            return Err(Error::Device(format!(
+                "copy of {src:?} into {self:?}: they differ in dtype or size"
+            )));
         }
         // SAFETY: both views lie in their blocks; distinct tensors of a copy do not overlap.
-        unsafe { self.device().copy(self.address(), src.address(), self.numel() * self.dtype.size()) }
+        unsafe {
+            self.device().copy(self.address(), src.address(), self.numel() * self.dtype.size())
+        }
     }
 
     // --- views ---
 
-    /// The same memory under another shape. The last dimension of a strided view must stay as it is.
+    /// The same memory under another shape. The last dimension of a strided view must stay as it
+    /// is.
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         let last = *shape.last().unwrap_or(&1);
-        if shape.iter().product::<usize>() != self.numel() || (!self.is_contiguous() && last != self.cols()) {
+        if shape.iter().product::<usize>() != self.numel()
+            || (!self.is_contiguous() && last != self.cols())
+        {
             return Err(Error::op("reshape", format!("{self:?} does not reshape to {shape:?}")));
         }
         let stride = if self.is_contiguous() { last } else { self.stride };
@@ -165,7 +188,12 @@ impl Tensor {
         let mut shape = self.shape.clone();
         shape[0] = to - from;
         let step = if self.shape.len() == 1 { 1 } else { self.stride };
-        Ok(Tensor { offset: self.offset + from * step * self.dtype.size(), shape, id: Id::Constant, ..self.clone() })
+        Ok(Tensor {
+            offset: self.offset + from * step * self.dtype.size(),
+            shape,
+            id: Id::Constant,
+            ..self.clone()
+        })
     }
 
     /// Columns `from..to` of a matrix: a strided view.
@@ -174,14 +202,22 @@ impl Tensor {
             return Err(Error::op("columns", format!("columns {from}..{to} of {self:?}")));
         }
         let shape = vec![self.shape[0], to - from];
-        Ok(Tensor { offset: self.offset + from * self.dtype.size(), shape, id: Id::Constant, ..self.clone() })
+        Ok(Tensor {
+            offset: self.offset + from * self.dtype.size(),
+            shape,
+            id: Id::Constant,
+            ..self.clone()
+        })
     }
 
     /// `bytes..` of this tensor's memory as another dtype: how parameters share one arena.
     pub fn view(&self, byte_offset: usize, dtype: DType, shape: &[usize]) -> Result<Tensor> {
         let bytes = shape.iter().product::<usize>() * dtype.size();
         if self.offset + byte_offset + bytes > self.block.bytes() {
-            return Err(Error::op("view", format!("{shape:?} of {} at byte {byte_offset} of {self:?}", dtype.name())));
+            return Err(Error::op(
+                "view",
+                format!("{shape:?} of {} at byte {byte_offset} of {self:?}", dtype.name()),
+            ));
         }
         let stride = *shape.last().unwrap_or(&1);
         Ok(Tensor {

@@ -1,7 +1,8 @@
-//! safetensors files: memory-mapped in, streamed out. Floor 1.
+//! safetensors files: memory-mapped in, streamed out. Layer 1.
 //!
-//! Invariant: a tensor that [`SafeFolder::get`] returns has exactly the bytes that its dtype and shape say, in a file
-//! whose header was checked; whatever else the bytes are (NaN, another model's shapes) is for the reader to check.
+//! Invariant: a tensor that [`SafeFolder::get`] returns has exactly the bytes that its dtype and
+//! shape say, in a file whose header was checked; whatever else the bytes are (NaN, another model's
+//! shapes) is for the reader to check.
 
 mod write;
 
@@ -21,7 +22,8 @@ pub use write::{TensorSpec, write};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// What a tensor's values are stored as. The engine computes from the first three; the others are named in errors.
+/// What a tensor's values are stored as. The engine computes from the first three; the others are
+/// named in errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostDtype {
     F32,
@@ -70,14 +72,20 @@ impl HostDtype {
         }
     }
 
-    /// Values as little-endian bytes of this dtype, rounded to nearest even. Error for [`HostDtype::Other`].
+    /// Values as little-endian bytes of this dtype, rounded to nearest even. Error for
+    /// [`HostDtype::Other`].
     pub fn encode(self, values: &[f32]) -> Result<Vec<u8>> {
         Ok(match self {
             HostDtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             HostDtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-            HostDtype::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+            HostDtype::BF16 => {
+                values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
+            }
             HostDtype::Other(_) => {
-                return Err(Error::Config(format!("cannot write {}: use F32, F16 or BF16", self.name())));
+                return Err(Error::Config(format!(
+                    "cannot write {}: use F32, F16 or BF16",
+                    self.name()
+                )));
             }
         })
     }
@@ -115,25 +123,30 @@ impl TensorView<'_> {
     /// Widens into `out` [len]. Exact for all three dtypes. Errors: another dtype, another length.
     pub fn to_f32_into(&self, out: &mut [f32]) -> Result<()> {
         if out.len() != self.len() {
-            let message = format!("{} has {} values, its reader wants {}", self.name, self.len(), out.len());
+            let message =
+                format!("{} has {} values, its reader wants {}", self.name, self.len(), out.len());
             return Err(Error::model(self.path, message));
         }
         match self.dtype {
             HostDtype::F32 => widen(self.bytes, out, f32::from_le_bytes),
             HostDtype::F16 => widen(self.bytes, out, |b| f16::from_le_bytes(b).to_f32()),
-            HostDtype::BF16 => {
-                widen(self.bytes, out, |b: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))
-            }
+            HostDtype::BF16 => widen(self.bytes, out, |b: [u8; 2]| {
+                f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
+            }),
             HostDtype::Other(_) => {
-                let message =
-                    format!("{} is stored as {}; F32, F16 and BF16 can be read", self.name, self.dtype.name());
+                let message = format!(
+                    "{} is stored as {}; F32, F16 and BF16 can be read",
+                    self.name,
+                    self.dtype.name()
+                );
                 return Err(Error::model(self.path, message));
             }
         }
         Ok(())
     }
 
-    /// Index (row-major) of the first NaN or infinity. None also for dtypes that the engine does not read.
+    /// Index (row-major) of the first NaN or infinity. None also for dtypes that the engine does
+    /// not read.
     pub fn first_non_finite(&self) -> Option<usize> {
         first_non_finite(self.dtype, self.bytes)
     }
@@ -181,9 +194,10 @@ pub struct SafeFolder {
 }
 
 impl SafeFolder {
-    /// `dir/model.safetensors` if it is there, else the shards that `dir/model.safetensors.index.json` names.
-    /// Errors: neither is there; a file is truncated or its header lies; a name in two shards; a name that the index
-    /// promises and its shard lacks. Names that only a shard has are kept: the caller compares with what it expects.
+    /// `dir/model.safetensors` if it is there, else the shards that
+    /// `dir/model.safetensors.index.json` names. Errors: neither is there; a file is truncated or
+    /// its header lies; a name in two shards; a name that the index promises and its shard lacks.
+    /// Names that only a shard has are kept: the caller compares with what it expects.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
@@ -224,13 +238,17 @@ impl SafeFolder {
             .map(|(name, file)| format!("{name} in {file}"))
             .collect();
         if !missing.is_empty() {
-            let message = format!("promises tensors that the shards do not hold:\n  {}", missing.join("\n  "));
+            let message = format!(
+                "promises tensors that the shards do not hold:\n  {}",
+                missing.join("\n  ")
+            );
             return Err(Error::model(index_path, message));
         }
         Ok(folder)
     }
 
-    /// One file by its own name (an adapter, an optimizer state). Errors as in [`open`](Self::open).
+    /// One file by its own name (an adapter, an optimizer state). Errors as in
+    /// [`open`](Self::open).
     pub fn open_file(path: impl AsRef<Path>) -> Result<Self> {
         let mut folder = Self::empty(path.as_ref());
         folder.add(path.as_ref().to_path_buf())?;
@@ -260,7 +278,12 @@ impl SafeFolder {
     }
 
     fn empty(path: &Path) -> Self {
-        Self { path: path.to_path_buf(), shards: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() }
+        Self {
+            path: path.to_path_buf(),
+            shards: Vec::new(),
+            entries: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+        }
     }
 
     fn shard_of(&self, name: &str) -> Option<&Path> {
@@ -269,10 +292,12 @@ impl SafeFolder {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
-        // SAFETY: the map is read-only and private to this struct. A file that another process truncates while it is
-        // mapped ends this process with SIGBUS; there is no undefined value. Files that change in place are the user's.
+        // SAFETY: the map is read-only and private to this struct. A file that another process
+        // truncates while it is mapped ends this process with SIGBUS; there is no undefined value.
+        // Files that change in place are the user's.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?;
-        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| broken(&path, &map, &e))?;
+        let (header_len, header) =
+            SafeTensors::read_metadata(&map).map_err(|e| broken(&path, &map, &e))?;
         let data = header_len + 8;
         let shard = self.shards.len();
         let mut twice = Vec::new();
@@ -286,7 +311,8 @@ impl SafeFolder {
         }
         if let Some(first) = twice.first() {
             let other = self.shard_of(first).unwrap_or(Path::new("another shard"));
-            let message = format!("holds tensors that {} also holds: {}", other.display(), twice.join(", "));
+            let message =
+                format!("holds tensors that {} also holds: {}", other.display(), twice.join(", "));
             return Err(Error::model(path, message));
         }
         for (key, value) in header.metadata().iter().flatten() {
@@ -297,7 +323,11 @@ impl SafeFolder {
     }
 }
 
-fn entries_of(header: &Metadata, shard: usize, data: usize) -> impl Iterator<Item = (String, Entry)> + '_ {
+fn entries_of(
+    header: &Metadata,
+    shard: usize,
+    data: usize,
+) -> impl Iterator<Item = (String, Entry)> + '_ {
     header.offset_keys().into_iter().filter_map(move |name| {
         let info = header.info(&name)?;
         let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
@@ -317,17 +347,25 @@ fn has_pickles(dir: &Path) -> bool {
     files.map(|f| f.file_name()).any(|n| Path::new(&n).extension().is_some_and(|e| e == "bin"))
 }
 
-/// `weight_map` of an index: tensor name to file name, which must be a plain name in the same folder.
+/// `weight_map` of an index: tensor name to file name, which must be a plain name in the same
+/// folder.
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let index: Index = serde_json::from_slice(&fsio::read(path)?)
-        .map_err(|e| Error::model(path, format!("is not an index of safetensors shards ({e}): download it again")))?;
+    let index: Index = serde_json::from_slice(&fsio::read(path)?).map_err(|e| {
+        Error::model(
+            path,
+            format!("is not an index of safetensors shards ({e}): download it again"),
+        )
+    })?;
     for file in index.weight_map.values() {
         if Path::new(file).file_name().is_none_or(|name| name != file.as_str()) {
-            return Err(Error::model(path, format!("names the shard {file:?}; only plain file names are read")));
+            return Err(Error::model(
+                path,
+                format!("names the shard {file:?}; only plain file names are read"),
+            ));
         }
     }
     if index.weight_map.is_empty() {
@@ -340,10 +378,16 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
 fn broken(path: &Path, bytes: &[u8], error: &::safetensors::SafeTensorError) -> Error {
     let again = "download or save it again";
     if bytes.starts_with(b"version https://git-lfs") {
-        return Error::model(path, "is a Git LFS pointer, not the weights: run `git lfs pull`, or `hf download`");
+        return Error::model(
+            path,
+            "is a Git LFS pointer, not the weights: run `git lfs pull`, or `hf download`",
+        );
     }
     let Some((head, rest)) = bytes.split_first_chunk::<8>() else {
-        return Error::model(path, format!("is truncated: {} bytes, a header needs at least 8; {again}", bytes.len()));
+        return Error::model(
+            path,
+            format!("is truncated: {} bytes, a header needs at least 8; {again}", bytes.len()),
+        );
     };
     let header = u64::from_le_bytes(*head);
     if header > rest.len() as u64 {
@@ -359,11 +403,16 @@ fn broken(path: &Path, bytes: &[u8], error: &::safetensors::SafeTensorError) -> 
         .and_then(|map| map.values().filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64()).max());
     match promised {
         Some(end) if end > data.len() as u64 => {
-            let message =
-                format!("is truncated: its header promises {end} bytes of values, {} are there; {again}", data.len());
+            let message = format!(
+                "is truncated: its header promises {end} bytes of values, {} are there; {again}",
+                data.len()
+            );
             Error::model(path, message)
         }
-        _ => Error::model(path, format!("has a header that does not describe the file ({error}); {again}")),
+        _ => Error::model(
+            path,
+            format!("has a header that does not describe the file ({error}); {again}"),
+        ),
     }
 }
 

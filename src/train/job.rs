@@ -1,17 +1,18 @@
-//! A whole training job: from a model folder, rows and keys to a trained folder. Floor 6.
+//! A whole training job: from a model folder, rows and keys to a trained folder. Layer 8.
 //!
-//! Invariant: every command and every rung of the quickstart goes through here; what differs is the method's
-//! [`Recipe`] and its keys.
+//! Invariant: every command and every rung of the quickstart goes through here; what differs is the
+//! method's [`Recipe`] and its keys.
 
 use std::path::Path;
 
 use super::plan::{self, Ask};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
 use super::state::parts_of;
+use super::tuning::{prepare, scheme};
 use super::{StepPlan, Trainer};
+use crate::autograd::Cx;
 use crate::checkpoint::RunFolder;
-use crate::config::{MethodRun, PeftConfig};
-use crate::cx::Cx;
+use crate::config::MethodRun;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
@@ -19,13 +20,9 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::{MaskedIds, Recipe, Source};
 use crate::model::adapter::Adapter;
-use crate::model::adapter::config::{AdapterConfig, Kind, pairs};
-use crate::model::adapter::target::search;
-use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
-use crate::model::params::Tuning;
-use crate::ops::quant::Scheme;
+use crate::model::layout::{ModelConfig, Task};
 use crate::report::MaskRow;
 use crate::signals::Stop;
 
@@ -44,9 +41,9 @@ pub struct Job<'a, M> {
     pub stop: Stop,
 }
 
-/// Runs a job to its end. The context comes back for the next. Errors: see [`Run::train`]; also everything that does not
-/// fit together, before the first step.
-pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
+/// Runs a job to its end. The context comes back for the next. Errors: see [`Run::train`]; also
+/// everything that does not fit together, before the first step.
+pub fn execute<M: Recipe>(mut cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     let (run, dir) = (job.run, job.model);
     let tokenizer = Tokenizer::load(dir)?;
     let template = chat_template(job.run.method.chat_template_path(), &tokenizer)?;
@@ -55,7 +52,9 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     config.task = task::<M>(dir, config.task)?;
     if config.attention_dropout > 0.0 {
         let p = config.attention_dropout;
-        eprintln!("note: config.json has attention_dropout {p}; temper trains without dropout on attention weights");
+        eprintln!(
+            "note: config.json has attention_dropout {p}; temper trains without dropout on attention weights"
+        );
     }
     let source = Source {
         tokenizer: &tokenizer,
@@ -87,7 +86,11 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     let plan = plan::fit(&cx, &ask, available)?;
     eprintln!("{}", plan.table(&ask, available));
     let model = if job.fresh {
-        eprintln!("{} holds no weights: they are made at random from seed {}", dir.display(), run.training.seed);
+        eprintln!(
+            "{} holds no weights: they are made at random from seed {}",
+            dir.display(),
+            run.training.seed
+        );
         Decoder::random(&cx, 0, config, longest, scheme(&run.peft), run.training.seed)?
     } else {
         Decoder::load_stored(&cx, 0, dir, config, longest, scheme(&run.peft))?
@@ -113,7 +116,8 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         Some(n) => StepPlan::online(training, n)?,
         None => StepPlan::new(training, method.rows())?,
     };
-    let mut trainer = Trainer::with_plan(cx, model, training.clone(), steps, plan.recompute)?;
+    cx.recompute = plan.recompute;
+    let mut trainer = Trainer::with_plan(cx, model, training.clone(), steps)?;
     method.attach(&mut trainer.cx, &trainer.model)?;
     let whole = Run {
         folder: job.folder,
@@ -122,7 +126,11 @@ pub fn execute<M: Recipe>(cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
         config_toml: run.to_toml(job.command),
         peak_flops: peak,
         flops_per_token: flops,
-        masks: method.masks().iter().map(|row| mask_row(&tokenizer, row)).collect::<Result<Vec<_>>>()?,
+        masks: method
+            .masks()
+            .iter()
+            .map(|row| mask_row(&tokenizer, row))
+            .collect::<Result<Vec<_>>>()?,
     };
     let summary = whole.train(&mut trainer, &mut *method)?;
     Ok((trainer.cx, trainer.plan.total_steps, summary))
@@ -161,63 +169,6 @@ fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
             Err(Error::model(dir, message))
         }
     }
-}
-
-/// How a frozen base is stored; None: in the storage dtype.
-pub fn scheme(keys: &PeftConfig) -> Option<Scheme> {
-    match (keys.load_in_4bit, keys.load_in_8bit) {
-        (true, _) => Some(Scheme::Nf4 { double: keys.use_bnb_nested_quant }),
-        (_, true) => Some(Scheme::Int8),
-        _ => None,
-    }
-}
-
-/// Says what of a model is trained: an adapter, all of it, or all but what is frozen.
-pub fn prepare(
-    cx: &Cx,
-    mut model: Decoder,
-    keys: &PeftConfig,
-    from: Option<&Path>,
-    dir: &Path,
-    seed: u64,
-) -> Result<Decoder> {
-    if from.is_some() || keys.use_peft {
-        let mut adapter = match from {
-            Some(from) => Adapter::load(cx, 1, from, &model.config, &model.params)?,
-            None => {
-                let mut config = AdapterConfig::from_keys(keys, &model.config, &dir.display().to_string())?;
-                if let (Kind::Prompt(prompt), Some(text)) = (&mut config.kind, &keys.prompt_tuning_init_text) {
-                    prompt.init_ids = Tokenizer::load(dir)?.encode(text, true)?;
-                }
-                Adapter::new(cx, 1, config, &model.config, &model.params, seed)?
-            }
-        };
-        adapter.tune(keys.loraplus_lr_ratio)?;
-        let mut model = model.with_adapter(Some(adapter))?;
-        model.ensure_positions(cx, model.positions() + model.vocab().virtuals)?;
-        return Ok(model);
-    }
-    let patterns = |items: &[String]| items.iter().map(|p| search(p)).collect::<Result<Vec<_>>>();
-    let freeze = patterns(keys.freeze.as_deref().unwrap_or(&[]))?;
-    let rates = pairs("lr_multipliers", &keys.lr_multipliers)?;
-    let names: Vec<String> = rates.iter().map(|r| r.0.clone()).collect();
-    let rate_patterns = patterns(&names)?;
-    for (pattern, text) in freeze.iter().chain(&rate_patterns).zip(keys.freeze.iter().flatten().chain(&names)) {
-        if !model.params.specs.iter().any(|(s, _)| pattern.is_match(&s.name)) {
-            let some = model.params.specs.iter().map(|(s, _)| s.name.as_str()).nth(1).unwrap_or_default();
-            let message =
-                format!("freeze, lr_multipliers: \"{text}\" matches no parameter; they are named like {some}");
-            return Err(Error::Config(message));
-        }
-    }
-    model.params.tune(|spec| Tuning {
-        trainable: !freeze.iter().any(|p| p.is_match(&spec.name)),
-        lr_scale: rate_patterns.iter().position(|p| p.is_match(&spec.name)).map_or(1.0, |i| rates[i].1 as f32),
-    });
-    if model.params.trained_count() == 0 {
-        return Err(Error::Config("freeze: nothing is left to train".into()));
-    }
-    Ok(model)
 }
 
 /// The model's chat template, or the one at `path`.

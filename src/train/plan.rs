@@ -1,20 +1,21 @@
-//! The memory plan: what a run will hold on its device, known before it starts. Floor 6.
+//! The memory plan: what a run will hold on its device, known before it starts. Layer 8.
 //!
-//! Invariant: nothing is modelled twice. The plan is a step of the run itself on [`Blank`], a device that computes nothing,
-//! and what the pool then says of its peak; so a change of an op, of the tape or of the optimizer is in the plan already.
+//! Invariant: nothing is modelled twice. The plan is a step of the run itself on [`DryRun`], a
+//! device that computes nothing, and what the pool then says of its peak; so a change of an op, of
+//! the tape or of the optimizer is in the plan already.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use super::Trainer;
-use super::job::{prepare, scheme};
-use crate::config::{Optim, PeftConfig, Recompute, TrainingConfig};
-use crate::cx::Cx;
-use crate::device::{Device, blank::Blank, mebibytes};
+use super::tuning::{prepare, scheme};
+use crate::autograd::{Cx, Recompute};
+use crate::config::{GradientCheckpointing, Optim, PeftConfig, TrainingConfig};
+use crate::device::{Device, dry_run::DryRun, mebibytes};
 use crate::error::{Error, Result};
-use crate::methods::sft::Sft;
-use crate::model::config::ModelConfig;
+use crate::methods::offline::sft::Sft;
 use crate::model::decoder::Decoder;
+use crate::model::layout::ModelConfig;
 
 /// What is asked of a plan: the run's own keys, and how long its rows are.
 #[derive(Clone)]
@@ -35,7 +36,7 @@ pub struct Ask<'a> {
 /// What will be in use at the peak.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    pub recompute: bool,
+    pub recompute: Recompute,
     pub peak: usize,
     /// What the peak is made of, largest first: what it is, bytes.
     pub parts: Vec<(&'static str, usize)>,
@@ -44,15 +45,16 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of `ask` on a device that stands for `cx`'s, with its dtype and its choices of kernels.
-    pub fn new(cx: &Cx, ask: &Ask, recompute: bool) -> Result<Plan> {
-        Plan::on(Arc::new(Blank::like(&*cx.device)?), cx, ask, recompute)
+    /// The plan of `ask` on a device that stands for `cx`'s, with its dtype and its choices of
+    /// kernels.
+    pub fn new(cx: &Cx, ask: &Ask, recompute: Recompute) -> Result<Plan> {
+        Plan::on(Arc::new(DryRun::like(&*cx.device)?), cx, ask, recompute)
     }
 
     /// As [`Plan::new`], on a device that need not be there; dtype and choices are those of `like`.
-    pub fn on(device: Arc<dyn Device>, like: &Cx, ask: &Ask, recompute: bool) -> Result<Plan> {
+    pub fn on(device: Arc<dyn Device>, like: &Cx, ask: &Ask, recompute: Recompute) -> Result<Plan> {
         let mut cx = Cx::new(device, like.dtype)?;
-        (cx.matmul, cx.attention) = (like.matmul, like.attention);
+        (cx.matmul, cx.attention, cx.recompute) = (like.matmul, like.attention, recompute);
         let base = Decoder::zeros(&cx, 0, ask.model.clone(), ask.length, scheme(&ask.peft))?;
         // Initial values take host time and no memory: the plan's are the plainest.
         let peft = PeftConfig { init_lora_weights: "true".into(), ..ask.peft.clone() };
@@ -61,14 +63,19 @@ impl Plan {
         // Sequences as long as they get, and a shorter one for the rest of the tokens.
         let length = ask.length.max(2);
         let mut lengths = vec![length; ask.tokens / length];
-        lengths.extend(Some(ask.tokens % length).filter(|rest| *rest > 1 || ask.tokens < length).map(|n| n.max(2)));
+        lengths.extend(
+            Some(ask.tokens % length)
+                .filter(|rest| *rest > 1 || ask.tokens < length)
+                .map(|n| n.max(2)),
+        );
         let mut training = ask.training.clone();
         training.per_device_train_batch_size = lengths.len();
         let rows = lengths.len() * training.gradient_accumulation_steps;
         let vocab = ask.model.vocab_size.max(1);
         let row = |n: usize| ((0..n).map(|i| (i % vocab) as u32).collect(), vec![true; n]);
-        let mut sft = Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
-        let mut trainer = Trainer::new(cx, model, training, rows, recompute)?;
+        let mut sft =
+            Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
+        let mut trainer = Trainer::new(cx, model, training, rows)?;
         trainer.step(&mut sft)?;
         drop(reference);
         let (peak, blocks) = (trainer.cx.pool.in_use().1, trainer.cx.pool.high_water());
@@ -88,12 +95,17 @@ impl Plan {
     pub fn table(&self, ask: &Ask, available: usize) -> String {
         let mut text = format!(
             "memory plan, micro-batches of at most {} tokens, gradient_checkpointing={}:\n",
-            ask.tokens, self.recompute
+            ask.tokens,
+            self.recompute == Recompute::Layers
         );
         for (part, bytes) in &self.parts {
             text += &format!("{:>14}  {part}\n", mebibytes(*bytes));
         }
-        text + &format!("{:>14}  at the peak; {} are available", mebibytes(self.peak), mebibytes(available))
+        text + &format!(
+            "{:>14}  at the peak; {} are available",
+            mebibytes(self.peak),
+            mebibytes(available)
+        )
     }
 }
 
@@ -110,7 +122,12 @@ fn part(block: &str) -> &'static str {
         "dequantised weight" | "weight to quantise" => "a dequantised weight",
         "partial sums" | "column factors" | "attention delta" => "scratch",
         "rope table" => "rope table",
-        name if name.starts_with("nf4") || name.starts_with("int8") || name.starts_with("8-bit") => "quantised weights",
+        name if name.starts_with("nf4")
+            || name.starts_with("int8")
+            || name.starts_with("8-bit") =>
+        {
+            "quantised weights"
+        }
         _ => "activations",
     }
 }
@@ -120,15 +137,20 @@ pub fn available(cx: &Cx) -> Result<usize> {
     Ok(cx.device.memory()?.free.saturating_add(cx.pool.cached()))
 }
 
-/// Plans the run: `gradient_checkpointing=auto` turns on where it does not fit without, a tenth kept for what the pool
-/// cannot use. Errors: a run that does not fit in `available` bytes, with what would make it.
+/// Plans the run: `gradient_checkpointing=auto` turns on where it does not fit without, a tenth
+/// kept for what the pool cannot use. Errors: a run that does not fit in `available` bytes, with
+/// what would make it.
 pub fn fit(cx: &Cx, ask: &Ask, available: usize) -> Result<Plan> {
     let plan = match ask.training.gradient_checkpointing {
-        Recompute::On => Plan::new(cx, ask, true)?,
-        Recompute::Off => Plan::new(cx, ask, false)?,
-        Recompute::Auto => {
-            let plan = Plan::new(cx, ask, false)?;
-            if plan.peak > available / 10 * 9 { Plan::new(cx, ask, true)? } else { plan }
+        GradientCheckpointing::On => Plan::new(cx, ask, Recompute::Layers)?,
+        GradientCheckpointing::Off => Plan::new(cx, ask, Recompute::Off)?,
+        GradientCheckpointing::Auto => {
+            let plan = Plan::new(cx, ask, Recompute::Off)?;
+            if plan.peak > available / 10 * 9 {
+                Plan::new(cx, ask, Recompute::Layers)?
+            } else {
+                plan
+            }
         }
     };
     if plan.peak <= available {
@@ -142,7 +164,8 @@ type Change = (String, fn(&mut Ask) -> bool);
 
 fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> {
     let keys = &ask.training;
-    let (half, double) = (keys.per_device_train_batch_size / 2, keys.gradient_accumulation_steps * 2);
+    let (half, double) =
+        (keys.per_device_train_batch_size / 2, keys.gradient_accumulation_steps * 2);
     let changes: [Change; 6] = [
         (format!("per_device_train_batch_size={half} gradient_accumulation_steps={double}"), |a| {
             let t = &mut a.training;
@@ -152,13 +175,16 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
             t.per_device_train_batch_size > 0
         }),
         ("gradient_checkpointing=true".into(), |a| {
-            std::mem::replace(&mut a.training.gradient_checkpointing, Recompute::On) == Recompute::Off
+            std::mem::replace(&mut a.training.gradient_checkpointing, GradientCheckpointing::On)
+                == GradientCheckpointing::Off
         }),
         (format!("max_length={}", ask.length / 2), |a| {
             (a.length, a.tokens) = (a.length / 2, a.tokens.div_ceil(2));
             a.length >= 2
         }),
-        ("optim=adamw_8bit".into(), |a| std::mem::replace(&mut a.training.optim, Optim::Adamw8bit) != Optim::Adamw8bit),
+        ("optim=adamw_8bit".into(), |a| {
+            std::mem::replace(&mut a.training.optim, Optim::Adamw8bit) != Optim::Adamw8bit
+        }),
         ("use_peft=true lora_target_modules=all-linear".into(), |a| {
             let full = !a.peft.use_peft && a.adapter.is_none();
             if full {
@@ -174,7 +200,8 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
             dense
         }),
     ];
-    let mut text = format!("the run does not fit.\n{}\nWhat would change it:", plan.table(ask, available));
+    let mut text =
+        format!("the run does not fit.\n{}\nWhat would change it:", plan.table(ask, available));
     let mut all = ask.clone();
     let mut together = Vec::new();
     for (keys, change) in &changes {
@@ -182,7 +209,8 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
         if !change(&mut one) {
             continue;
         }
-        let recompute = plan.recompute || one.training.gradient_checkpointing == Recompute::On;
+        let on = one.training.gradient_checkpointing == GradientCheckpointing::On;
+        let recompute = if on { Recompute::Layers } else { plan.recompute };
         let peak = Plan::new(cx, &one, recompute)?.peak;
         if peak < plan.peak {
             let enough = if peak <= available { "" } else { " (not enough)" };
@@ -191,7 +219,7 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
             together.push(keys.as_str());
         }
     }
-    let peak = Plan::new(cx, &all, true)?.peak;
+    let peak = Plan::new(cx, &all, Recompute::Layers)?.peak;
     text += &format!("\n{:>14}  with all of them: {}", mebibytes(peak), together.join(" "));
     if peak > available {
         text += " (not enough: take a smaller model or a larger device)";

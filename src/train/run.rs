@@ -1,7 +1,8 @@
-//! A whole run: from an output folder that may hold a checkpoint to the final model. Floor 6.
+//! A whole run: from an output folder that may hold a checkpoint to the final model. Layer 8.
 //!
-//! Invariant: killed at any moment, the folder holds a checkpoint that verifies (once there was one), and a run resumed
-//! from it writes the same weights and the same metrics, timing fields apart, as one that was never interrupted.
+//! Invariant: killed at any moment, the folder holds a checkpoint that verifies (once there was
+//! one), and a run resumed from it writes the same weights and the same metrics, timing fields
+//! apart, as one that was never interrupted.
 
 use serde_json::json;
 
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::log::{Metric, RunLog};
 use crate::methods::Method;
-use crate::model::config::ModelConfig;
+use crate::model::layout::ModelConfig;
 use crate::report::{self, MaskRow, ReportInput};
 use crate::signals::Stop;
 
@@ -40,7 +41,8 @@ pub struct Summary {
 }
 
 impl Run<'_> {
-    /// Trains to the end, or to a signal (then [`Error::Interrupted`], after a checkpoint). Writes the final model.
+    /// Trains to the end, or to a signal (then [`Error::Interrupted`], after a checkpoint). Writes
+    /// the final model.
     pub fn train(&self, trainer: &mut Trainer, method: &mut dyn Method) -> Result<Summary> {
         let dir = self.folder.path();
         let mut state = RunState::default();
@@ -69,8 +71,10 @@ impl Run<'_> {
                 self.save(trainer, method, &state, &log)?;
                 self.page(&log);
                 log.finish();
-                let message =
-                    format!("stopped after step {} of {total}; go on with the same command and --resume", trainer.done);
+                let message = format!(
+                    "stopped after step {} of {total}; go on with the same command and --resume",
+                    trainer.done
+                );
                 return Err(Error::Interrupted(message));
             }
             let step = match trainer.step(method) {
@@ -79,7 +83,10 @@ impl Run<'_> {
                     // Nothing of the step was applied: what was done before it can be gone on with.
                     if trainer.done > 0 && trainer.config.save_strategy != When::No {
                         self.save(trainer, method, &state, &log)?;
-                        log.warn(&format!("checkpoint-{} holds the steps before the error", trainer.done));
+                        log.warn(&format!(
+                            "checkpoint-{} holds the steps before the error",
+                            trainer.done
+                        ));
                     }
                     self.page(&log);
                     log.finish();
@@ -96,8 +103,15 @@ impl Run<'_> {
         self.folder.discard_overwritten()?;
         log.sync()?;
         self.page(&log);
-        let losses = log.history().iter().rev().filter_map(|line| line.get("loss").and_then(serde_json::Value::as_f64));
-        let summary = Summary { num_tokens: state.num_tokens, loss: losses.into_iter().next().unwrap_or(f64::NAN) };
+        let losses = log
+            .history()
+            .iter()
+            .rev()
+            .filter_map(|line| line.get("loss").and_then(serde_json::Value::as_f64));
+        let summary = Summary {
+            num_tokens: state.num_tokens,
+            loss: losses.into_iter().next().unwrap_or(f64::NAN),
+        };
         log.finish();
         Ok(summary)
     }
@@ -118,35 +132,43 @@ impl Run<'_> {
             state.means.add(name, *value);
         }
         log.step(step.number, state.num_tokens);
-        let every = |amount: crate::config::Amount| step.number.is_multiple_of(amount.of(total).max(1));
+        let every =
+            |amount: crate::config::Amount| step.number.is_multiple_of(amount.of(total).max(1));
         let epoch_ends = step.number.is_multiple_of(trainer.plan.steps_per_epoch);
         let last = step.number == total;
         if every(trainer.config.logging_steps) || last {
             let means = state.means.take();
             let mut metrics: Vec<(&str, Metric)> = Vec::new();
-            metrics.extend(means.iter().filter(|m| m.0 == "loss").map(|m| (m.0.as_str(), m.1.into())));
+            metrics
+                .extend(means.iter().filter(|m| m.0 == "loss").map(|m| (m.0.as_str(), m.1.into())));
             metrics.push(("grad_norm", f64::from(step.grad_norm).into()));
             metrics.push(("learning_rate", step.learning_rate.into()));
-            metrics.extend(means.iter().filter(|m| m.0 != "loss").map(|m| (m.0.as_str(), m.1.into())));
+            metrics
+                .extend(means.iter().filter(|m| m.0 != "loss").map(|m| (m.0.as_str(), m.1.into())));
             metrics.push(("num_tokens", state.num_tokens.into()));
             metrics.push(("epoch", step.epoch.into()));
             metrics.push(("tokens_per_second", log.tokens_per_second().into()));
             if let Some(peak) = self.peak_flops {
-                metrics.push(("mfu", (log.tokens_per_second() * self.flops_per_token / peak).into()));
+                metrics
+                    .push(("mfu", (log.tokens_per_second() * self.flops_per_token / peak).into()));
             }
             metrics.push(("peak_memory", (trainer.cx.pool.in_use().1 as u64).into()));
             log.log(step.number, &metrics)?;
         }
         let evaluate = match trainer.config.eval_strategy {
             When::No => false,
-            When::Steps => every(trainer.config.eval_steps.unwrap_or(trainer.config.logging_steps)) || last,
+            When::Steps => {
+                every(trainer.config.eval_steps.unwrap_or(trainer.config.logging_steps)) || last
+            }
             When::Epoch => epoch_ends || last,
         };
         if evaluate && method.eval_rows() > 0 {
             let batch = trainer.config.per_device_eval_batch_size;
             let results = method.evaluate(&mut trainer.cx, &trainer.model, batch)?;
-            let named: Vec<(String, f64)> = results.into_iter().map(|(n, v)| (format!("eval_{n}"), v)).collect();
-            let mut metrics: Vec<(&str, Metric)> = named.iter().map(|(n, v)| (n.as_str(), (*v).into())).collect();
+            let named: Vec<(String, f64)> =
+                results.into_iter().map(|(n, v)| (format!("eval_{n}"), v)).collect();
+            let mut metrics: Vec<(&str, Metric)> =
+                named.iter().map(|(n, v)| (n.as_str(), (*v).into())).collect();
             metrics.push(("epoch", step.epoch.into()));
             log.log(step.number, &metrics)?;
         }
@@ -158,17 +180,25 @@ impl Run<'_> {
         if save && !last { self.save(trainer, method, state, log) } else { Ok(()) }
     }
 
-    /// Writes report.html of the whole run, resumed or not. A page that cannot be written ends no run.
+    /// Writes report.html of the whole run, resumed or not. A page that cannot be written ends no
+    /// run.
     fn page(&self, log: &RunLog) {
         let dir = self.folder.path();
-        let input = report::read_input(dir).map(|kept| ReportInput { masks: self.masks.clone(), ..kept });
+        let input =
+            report::read_input(dir).map(|kept| ReportInput { masks: self.masks.clone(), ..kept });
         if let Err(e) = input.and_then(|input| report::write(dir, &input)) {
             log.warn(&format!("{} was not written: {e}", report::FILE));
         }
     }
 
     /// Writes checkpoint-N. Where the disk is full the run goes on with the older one, and says so.
-    fn save(&self, trainer: &Trainer, method: &dyn Method, state: &RunState, log: &RunLog) -> Result<()> {
+    fn save(
+        &self,
+        trainer: &Trainer,
+        method: &dyn Method,
+        state: &RunState,
+        log: &RunLog,
+    ) -> Result<()> {
         let (dir, step) = (self.folder.path(), trainer.done);
         if checkpoint::is_saved(dir, step) {
             return Ok(());
@@ -181,7 +211,10 @@ impl Run<'_> {
                 writer.add_file(&name, &bytes)?;
             }
             let more = [("train_batch_size", json!(trainer.config.per_device_train_batch_size))];
-            writer.add_file("trainer_state.json", &log.trainer_state(step, trainer.plan.epoch(step), &more))?;
+            writer.add_file(
+                "trainer_state.json",
+                &log.trainer_state(step, trainer.plan.epoch(step), &more),
+            )?;
             writer.finish()?;
             checkpoint::prune(dir, trainer.config.save_total_limit, step)?;
             Ok(())
@@ -198,13 +231,21 @@ impl Run<'_> {
 
 /// Dense bf16 peak of GPUs we know, in flop/s.
 pub fn peak_flops(device: &str) -> Option<f64> {
-    let known = [("H100", 989e12), ("H200", 989e12), ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12)];
+    let known = [
+        ("H100", 989e12),
+        ("H200", 989e12),
+        ("A100", 312e12),
+        ("L40S", 362e12),
+        ("RTX 4090", 165e12),
+    ];
     known.iter().find(|(name, _)| device.contains(name)).map(|(_, flops)| *flops)
 }
 
-/// 6 N_matmul + 6 L heads head_dim T (causal), N_matmul with the head and without the look-up (PaLM's convention).
+/// 6 N_matmul + 6 L heads head_dim T (causal), N_matmul with the head and without the look-up
+/// (PaLM's convention).
 pub fn flops_per_token(config: &ModelConfig, params: usize, length: usize) -> f64 {
-    let lookup = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
+    let lookup =
+        if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
     let attention = config.num_layers * config.num_heads * config.head_dim * length;
     6.0 * ((params - lookup) as f64 + attention as f64)
 }

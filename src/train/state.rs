@@ -1,7 +1,8 @@
-//! A trainer's whole state as files, and back. Floor 6.
+//! A trainer's whole state as files, and back. Layer 8.
 //!
-//! Invariant: what is read back has the bits that were written. model.safetensors is in the folder's own dtype; where
-//! that is narrower than what is trained, the float values stand in optimizer.safetensors beside the moments.
+//! Invariant: what is read back has the bits that were written. model.safetensors is in the
+//! folder's own dtype; where that is narrower than what is trained, the float values stand in
+//! optimizer.safetensors beside the moments.
 
 use std::path::Path;
 
@@ -40,24 +41,39 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 
 impl Trainer {
-    /// What was trained as a folder: a whole model that transformers loads, in the dtype of the folder that it came from
-    /// (else float32), or an adapter that peft loads.
+    /// What was trained as a folder: a whole model that transformers loads, in the dtype of the
+    /// folder that it came from (else float32), or an adapter that peft loads.
     pub fn write_model(&self, dir: &Path, parts: &FolderParts) -> Result<()> {
         let files = &parts.tokenizer_files;
         if let Some(adapter) = &self.model.adapter {
-            return adapter::folder::write(dir, adapter, files, &mut |i| self.optimizer.values(&adapter.params, i));
+            return adapter::folder::write(dir, adapter, files, &mut |i| {
+                self.optimizer.values(&adapter.params, i)
+            });
         }
         let dtype = parts.dtype.unwrap_or(HostDtype::F32);
-        write_folder(dir, &self.model.config, files, parts.generation_config.clone(), dtype, &mut |spec| {
-            let params = &self.model.params;
-            let i = params.specs.iter().position(|(s, _)| s.name == spec.name);
-            let i = i.ok_or_else(|| Error::op("params", format!("{} has no place", spec.name)))?;
-            dtype.encode(&self.optimizer.values(params, i)?)
-        })
+        write_folder(
+            dir,
+            &self.model.config,
+            files,
+            parts.generation_config.clone(),
+            dtype,
+            &mut |spec| {
+                let params = &self.model.params;
+                let i = params.specs.iter().position(|(s, _)| s.name == spec.name);
+                let i =
+                    i.ok_or_else(|| Error::op("params", format!("{} has no place", spec.name)))?;
+                dtype.encode(&self.optimizer.values(params, i)?)
+            },
+        )
     }
 
     /// Adds model, optimizer and counters to a checkpoint.
-    pub fn write_state(&self, writer: &mut CheckpointWriter, parts: &FolderParts, run: &RunState) -> Result<()> {
+    pub fn write_state(
+        &self,
+        writer: &mut CheckpointWriter,
+        parts: &FolderParts,
+        run: &RunState,
+    ) -> Result<()> {
         let params = self.model.trained();
         let dtype = self.saved_dtype(parts);
         let (file, saved) = match &self.model.adapter {
@@ -69,8 +85,10 @@ impl Trainer {
             dtype,
             shape: params.specs[i].0.shape.clone(),
         };
-        let model: Vec<TensorSpec> =
-            saved.iter().map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() }).collect();
+        let model: Vec<TensorSpec> = saved
+            .iter()
+            .map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() })
+            .collect();
         writer.add_safetensors(file, &model, &[("format", "pt")], &mut |at, _| {
             dtype.encode(&saved[at].join(&mut |i| self.optimizer.values(params, i))?)
         })?;
@@ -86,17 +104,31 @@ impl Trainer {
         }
         for (name, arena) in arenas {
             for i in params.trained() {
-                tensors.push(tensor(&format!("{name}.{}", params.specs[i].0.name), i, HostDtype::F32));
+                tensors.push(tensor(
+                    &format!("{name}.{}", params.specs[i].0.name),
+                    i,
+                    HostDtype::F32,
+                ));
                 sources.push((arena, i));
             }
         }
         for (name, t) in &whole {
-            tensors.push(TensorSpec { name: name.to_string(), dtype: stored(t.dtype())?, shape: t.shape().to_vec() });
+            tensors.push(TensorSpec {
+                name: name.to_string(),
+                dtype: stored(t.dtype())?,
+                shape: t.shape().to_vec(),
+            });
         }
         writer.add_safetensors(OPTIMIZER, &tensors, &[], &mut |at, _| {
-            let Some(&(arena, i)) = sources.get(at) else { return whole[at - sources.len()].1.to_bytes() };
+            let Some(&(arena, i)) = sources.get(at) else {
+                return whole[at - sources.len()].1.to_bytes();
+            };
             let values = match arena {
-                Some(arena) => params.state_view(arena, i)?.map(|t| t.to_f32()).transpose()?.unwrap_or_default(),
+                Some(arena) => params
+                    .state_view(arena, i)?
+                    .map(|t| t.to_f32())
+                    .transpose()?
+                    .unwrap_or_default(),
                 None => self.optimizer.values(params, i)?,
             };
             HostDtype::F32.encode(&values)
@@ -121,21 +153,37 @@ impl Trainer {
         writer.add_file(STATE, format!("{state:#}\n").as_bytes())
     }
 
-    /// Takes up a checkpoint written by [`Trainer::write_state`]: weights, moments, step number. The trainer was made
-    /// from the same config and data; a checkpoint of other rows or of another storage type is refused.
+    /// Takes up a checkpoint written by [`Trainer::write_state`]: weights, moments, step number.
+    /// The trainer was made from the same config and data; a checkpoint of other rows or of another
+    /// storage type is refused.
     pub fn read_state(&mut self, dir: &Path) -> Result<RunState> {
         let path = dir.join(STATE);
-        let state: Value =
-            serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
-        let number =
-            |key: &str| state[key].as_u64().ok_or_else(|| Error::checkpoint(&path, format!("has no \"{key}\"")));
+        let state: Value = serde_json::from_slice(&fsio::read(&path)?)
+            .map_err(|e| Error::checkpoint(&path, e.to_string()))?;
+        let number = |key: &str| {
+            state[key].as_u64().ok_or_else(|| Error::checkpoint(&path, format!("has no \"{key}\"")))
+        };
         if number("rows")? != self.plan.rows() as u64 {
-            let message = format!("was trained on {} rows, the data has {}", number("rows")?, self.plan.rows());
-            return Err(Error::checkpoint(dir, message + "; give the same --data and keys to resume"));
+            let message = format!(
+                "was trained on {} rows, the data has {}",
+                number("rows")?,
+                self.plan.rows()
+            );
+            return Err(Error::checkpoint(
+                dir,
+                message + "; give the same --data and keys to resume",
+            ));
         }
         if state["dtype"].as_str() != Some(self.cx.dtype.name()) {
-            let message = format!("was trained in {}, this run is in {}", state["dtype"], self.cx.dtype.name());
-            return Err(Error::checkpoint(dir, message + "; resume on the same kind of device, or set dtype"));
+            let message = format!(
+                "was trained in {}, this run is in {}",
+                state["dtype"],
+                self.cx.dtype.name()
+            );
+            return Err(Error::checkpoint(
+                dir,
+                message + "; resume on the same kind of device, or set dtype",
+            ));
         }
         let (file, saved) = match &self.model.adapter {
             Some(adapter) => (adapter.weights_file(), adapter.saved()),
@@ -145,13 +193,21 @@ impl Trainer {
         let optimizer = SafeFolder::open_file(dir.join(OPTIMIZER))?;
         for (name, t) in self.whole_arenas() {
             let view = optimizer.get(name).filter(|v| v.bytes.len() == t.bytes());
-            let message = || format!("has no arena {name} of {} bytes; resume with the run's own optim", t.bytes());
+            let message = || {
+                format!(
+                    "has no arena {name} of {} bytes; resume with the run's own optim",
+                    t.bytes()
+                )
+            };
             t.upload(view.ok_or_else(|| Error::checkpoint(optimizer.path(), message()))?.bytes)?;
         }
         let params = self.model.trained();
         let of_model = |i: usize| {
             let Some(saved) = saved.iter().find(|s| s.holds(i)) else {
-                return Err(Error::checkpoint(dir, format!("{} has no place", params.specs[i].0.name)));
+                return Err(Error::checkpoint(
+                    dir,
+                    format!("{} has no place", params.specs[i].0.name),
+                ));
             };
             let values = read(&weights, &saved.name, saved.numel())?;
             Ok(saved.split(&values).into_iter().find(|p| p.0 == i).map(|p| p.1).unwrap_or_default())
@@ -199,7 +255,8 @@ impl Trainer {
         let master = if dtype == HostDtype::F32 { 0 } else { 4 };
         let params = self.model.trained();
         let moments = self.optimizer.moments.bytes();
-        (params.count() * dtype.size().unwrap_or(4) + params.trained_count() * master + moments) as u64
+        (params.count() * dtype.size().unwrap_or(4) + params.trained_count() * master + moments)
+            as u64
     }
 
     /// Moments that are saved as whole arenas, as they lie: those whose scales span parameters.
@@ -212,7 +269,11 @@ impl Trainer {
 
     /// Adapters are saved in float32, as peft trains them.
     fn saved_dtype(&self, parts: &FolderParts) -> HostDtype {
-        if self.model.adapter.is_some() { HostDtype::F32 } else { parts.dtype.unwrap_or(HostDtype::F32) }
+        if self.model.adapter.is_some() {
+            HostDtype::F32
+        } else {
+            parts.dtype.unwrap_or(HostDtype::F32)
+        }
     }
 }
 
@@ -227,9 +288,14 @@ fn stored(dtype: DType) -> Result<HostDtype> {
 
 /// The values of a tensor of a checkpoint.
 fn read(from: &SafeFolder, name: &str, len: usize) -> Result<Vec<f32>> {
-    let view = from.get(name).ok_or_else(|| Error::checkpoint(from.path(), format!("{name} is missing")))?;
+    let view = from
+        .get(name)
+        .ok_or_else(|| Error::checkpoint(from.path(), format!("{name} is missing")))?;
     if view.len() != len {
-        return Err(Error::checkpoint(from.path(), format!("{name} has {} values, not {len}", view.len())));
+        return Err(Error::checkpoint(
+            from.path(),
+            format!("{name} has {} values, not {len}", view.len()),
+        ));
     }
     let mut values = vec![0.0; len];
     view.to_f32_into(&mut values)?;

@@ -1,16 +1,16 @@
-//! Adapters beyond PEFT's losses: bottleneck adapters against adapter-hub's library, prompts in generation, merging,
-//! PiSSA's files, resuming.
+//! Adapters beyond PEFT's losses: bottleneck adapters against adapter-hub's library, prompts in
+//! generation, merging, PiSSA's files, resuming.
 
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 use serde_json::Value;
+use temper::autograd::Cx;
 use temper::checkpoint::{CheckpointWriter, checkpoint_path};
 use temper::config::SftRun;
-use temper::cx::Cx;
 use temper::device::{DType, cpu::Cpu};
-use temper::methods::sft::Sft;
+use temper::methods::offline::sft::Sft;
 use temper::model::adapter::{Adapter, folder};
 use temper::model::batch::{Batch, Sequence, Vocab};
 use temper::model::decoder::Decoder;
@@ -18,8 +18,8 @@ use temper::rollout::sample::Sampling;
 use temper::rollout::{Engine, EngineOptions, Request};
 use temper::tensor::Tensor;
 use temper::train::Trainer;
-use temper::train::job::prepare;
 use temper::train::state::{FolderParts, RunState};
+use temper::train::tuning::prepare;
 
 use crate::peft::{cpu, fixtures, flat, largest_difference, logps, losses, model, trainer};
 
@@ -43,7 +43,8 @@ fn save(decoder: &Decoder, out: &Path) {
 #[test]
 fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_go_round() {
     let values: Value =
-        serde_json::from_slice(&std::fs::read("tests/fixtures/adapter_hub/values.json").unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read("tests/fixtures/adapter_hub/values.json").unwrap())
+            .unwrap();
     let ids: Vec<Vec<u32>> = serde_json::from_value(losses()["ids"].clone()).unwrap();
     for (name, want) in values.as_object().unwrap() {
         let mut cx = cpu();
@@ -57,24 +58,29 @@ fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_
         let tmp = tempfile::tempdir().unwrap();
         save(&decoder, &tmp.path().join("again"));
         let json = |dir: &Path| -> Value {
-            serde_json::from_slice(&std::fs::read(dir.join("adapter_config.json")).unwrap()).unwrap()
+            serde_json::from_slice(&std::fs::read(dir.join("adapter_config.json")).unwrap())
+                .unwrap()
         };
         let (theirs, ours) = (json(&from), json(&tmp.path().join("again")));
         for (key, value) in ours["config"].as_object().unwrap() {
             assert_eq!(value.to_string(), theirs["config"][key].to_string(), "{name}: {key}");
         }
         assert_eq!(ours["model_class"], theirs["model_class"]);
-        let read = Adapter::load(&cx, 1, &tmp.path().join("again"), &decoder.config, &decoder.params).unwrap();
+        let read =
+            Adapter::load(&cx, 1, &tmp.path().join("again"), &decoder.config, &decoder.params)
+                .unwrap();
         let again = decoder.clone().with_adapter(Some(read)).unwrap();
         assert_eq!(logps(&mut cx, &again, &losses()["ids"]), found, "{name}: written and read");
 
-        let mut sft = Sft::from_sequences(ids.iter().map(|r| (r.clone(), vec![true; r.len()])).collect());
-        let mut trainer = Trainer::new(cx, decoder, run.training.clone(), ids.len(), false).unwrap();
+        let mut sft =
+            Sft::from_sequences(ids.iter().map(|r| (r.clone(), vec![true; r.len()])).collect());
+        let mut trainer = Trainer::new(cx, decoder, run.training.clone(), ids.len()).unwrap();
         trainer.step(&mut sft).unwrap();
         let params = trainer.model.trained();
         let (mut error, mut square, mut count) = (0f64, 0f64, 0);
         for (i, (spec, _)) in params.specs.iter().enumerate() {
-            let grad = params.state_view(&trainer.optimizer.grad, i).unwrap().unwrap().to_f32().unwrap();
+            let grad =
+                params.state_view(&trainer.optimizer.grad, i).unwrap().unwrap().to_f32().unwrap();
             let want = want["grads"][&spec.name].as_array().unwrap();
             assert_eq!(grad.len(), want.len(), "{name}: {}", spec.name);
             for (g, w) in grad.iter().zip(want) {
@@ -94,11 +100,17 @@ fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_
 
 #[test]
 fn a_new_adapter_starts_as_adapter_hub_starts_it() {
-    for (kind, zero, count) in [("seq_bn", false, 324), ("double_seq_bn", false, 648), ("par_bn", true, 2144)] {
+    for (kind, zero, count) in
+        [("seq_bn", false, 324), ("double_seq_bn", false, 648), ("par_bn", true, 2144)]
+    {
         let cx = cpu();
         let (decoder, _) = new_model(&cx, &["use_peft=true", &format!("peft_type={kind}")]);
         let adapter = decoder.adapter.as_ref().unwrap();
-        assert_eq!((adapter.params.trained_count(), adapter.starts_at_zero()), (count, zero), "{kind}");
+        assert_eq!(
+            (adapter.params.trained_count(), adapter.starts_at_zero()),
+            (count, zero),
+            "{kind}"
+        );
     }
 }
 
@@ -106,20 +118,23 @@ fn a_new_adapter_starts_as_adapter_hub_starts_it() {
 fn what_is_generated_behind_a_tuned_prompt_has_the_trainers_log_probs() {
     let mut cx = cpu();
     let (mut decoder, _) = model(&cx, "sft/model", "prompt", &[]);
-    let sampling = Sampling { temperature: 1.0, seed: 3, repetition_penalty: 1.1, ..Sampling::greedy() };
+    let sampling =
+        Sampling { temperature: 1.0, seed: 3, repetition_penalty: 1.1, ..Sampling::greedy() };
     let prompts: Vec<Vec<u32>> = vec![vec![5, 9, 11], vec![7], (3..90).collect()];
     let mut options = EngineOptions::new(12, sampling, vec![], 4);
     options.max_step_tokens = 20; // the longest prompt goes in in pieces
     let mut engine = Engine::new(&cx, &mut decoder, options, 102).unwrap();
-    let requests: Vec<Request> =
-        (0..3).map(|i| Request { prompt: prompts[i].clone(), n: 2, number: 2 * i as u32 }).collect();
+    let requests: Vec<Request> = (0..3)
+        .map(|i| Request { prompt: prompts[i].clone(), n: 2, number: 2 * i as u32 })
+        .collect();
     let completions = engine.generate(&mut cx, &decoder, &requests).unwrap();
     assert_eq!(completions.len(), 6);
     for c in completions {
         let prompt = &prompts[c.request];
         let ids = [prompt.as_slice(), &c.ids].concat();
         let target: Vec<bool> = (0..ids.len()).map(|i| i >= prompt.len()).collect();
-        let trained = decoder.logps(&mut cx, &[Sequence { ids: &ids, target: Some(&target) }]).unwrap();
+        let trained =
+            decoder.logps(&mut cx, &[Sequence { ids: &ids, target: Some(&target) }]).unwrap();
         assert_eq!(trained[0], c.logps, "prompt {}", c.request);
     }
     let bad = Request { prompt: vec![decoder.config.vocab_size as u32], n: 1, number: 0 };
@@ -129,7 +144,9 @@ fn what_is_generated_behind_a_tuned_prompt_has_the_trainers_log_probs() {
     engine.submit(&requests[0]).unwrap();
     assert!(engine.step(&mut cx, &plain).err().unwrap().to_string().contains("made for"));
     let ids = &losses()["ids"];
-    assert!(largest_difference(&logps(&mut cx, &plain, ids), &logps(&mut cx, &decoder, ids)) > 0.01);
+    assert!(
+        largest_difference(&logps(&mut cx, &plain, ids), &logps(&mut cx, &decoder, ids)) > 0.01
+    );
 }
 
 #[test]
@@ -137,14 +154,23 @@ fn behind_a_prompt_the_first_token_is_a_target_where_its_mask_says_so() {
     let cx = cpu();
     let ids = [5u32, 6, 7, 8];
     let rows = |target: Option<&[bool]>, virtuals| {
-        let batch = Batch::new(&cx, &[Sequence { ids: &ids, target }], Vocab { tokens: 10, virtuals }).unwrap();
+        let batch =
+            Batch::new(&cx, &[Sequence { ids: &ids, target }], Vocab { tokens: 10, virtuals })
+                .unwrap();
         (batch.rows, batch.target_rows.to_vec::<i32>().unwrap(), batch.target_ids)
     };
     let mask = [true, false, true, true];
     assert_eq!(rows(Some(&mask), 3), (7, vec![2, 4, 5], vec![5, 7, 8]));
     assert_eq!(rows(None, 3), (7, vec![3, 4, 5], vec![6, 7, 8]));
     assert_eq!(rows(Some(&mask), 0), (4, vec![1, 2], vec![7, 8]));
-    assert!(Batch::new(&cx, &[Sequence { ids: &[10], target: None }], Vocab { tokens: 10, virtuals: 3 }).is_err());
+    assert!(
+        Batch::new(
+            &cx,
+            &[Sequence { ids: &[10], target: None }],
+            Vocab { tokens: 10, virtuals: 3 }
+        )
+        .is_err()
+    );
 }
 
 #[test]
@@ -161,23 +187,37 @@ fn dpo_of_a_tuned_prompt_starts_at_its_own_reference() {
             "tests/fixtures/preferences/plain.jsonl",
             "--output",
         ]);
-        command.arg(&out).args(["use_peft=true", "max_steps=3", "logging_steps=1", "learning_rate=1e-2"]);
+        command.arg(&out).args([
+            "use_peft=true",
+            "max_steps=3",
+            "logging_steps=1",
+            "learning_rate=1e-2",
+        ]);
         let output = command.arg(format!("peft_type={kind}")).output().unwrap();
         assert!(output.status.success(), "{kind}: {}", String::from_utf8_lossy(&output.stderr));
         let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
         let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
         // At its reference every margin is 0.
-        assert!((losses[0] - 2f64.ln()).abs() < 1e-6 && losses[2] != losses[0], "{kind}: {losses:?}");
+        assert!(
+            (losses[0] - 2f64.ln()).abs() < 1e-6 && losses[2] != losses[0],
+            "{kind}: {losses:?}"
+        );
     }
 }
 
 #[test]
 fn a_prompt_of_text_starts_as_the_texts_embeddings() {
     let cx = cpu();
-    let keys = ["use_peft=true", "peft_type=prompt_tuning", "num_virtual_tokens=5", "prompt_tuning_init_text=12"];
+    let keys = [
+        "use_peft=true",
+        "peft_type=prompt_tuning",
+        "num_virtual_tokens=5",
+        "prompt_tuning_init_text=12",
+    ];
     let (decoder, _) = new_model(&cx, &keys);
-    let tokenizer = temper::data::tokenizer::Tokenizer::load(&fixtures().join("sft/model")).unwrap();
+    let tokenizer =
+        temper::data::tokenizer::Tokenizer::load(&fixtures().join("sft/model")).unwrap();
     let ids = tokenizer.encode("12", true).unwrap();
     let adapter = decoder.adapter.as_ref().unwrap();
     let prompt = adapter.params.weight_view(0).unwrap().to_f32().unwrap();
@@ -191,7 +231,15 @@ fn a_prompt_of_text_starts_as_the_texts_embeddings() {
 
 fn merge(base: &Path, adapter: &Path, out: &Path, more: &[&str]) -> (bool, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
-    command.arg("merge").arg("--model").arg(base).arg("--adapter").arg(adapter).arg("--output").arg(out).args(more);
+    command
+        .arg("merge")
+        .arg("--model")
+        .arg(base)
+        .arg("--adapter")
+        .arg(adapter)
+        .arg("--output")
+        .arg(out)
+        .args(more);
     let output = command.output().unwrap();
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
@@ -201,8 +249,9 @@ fn temper_merge_writes_the_adapted_model() {
     let all = losses();
     let ids = &all["ids"];
     let tmp = tempfile::tempdir().unwrap();
-    let rms =
-        |a: &[f64], b: &[f64]| (a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / a.len() as f64).sqrt();
+    let rms = |a: &[f64], b: &[f64]| {
+        (a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / a.len() as f64).sqrt()
+    };
     for (name, run) in all["runs"].as_object().unwrap() {
         let base = fixtures().join(run["base"].as_str().unwrap());
         let out = tmp.path().join(name);
@@ -229,7 +278,10 @@ fn temper_merge_writes_the_adapted_model() {
     }
     let (hub, out) = (fixtures().join("adapter_hub/seq_bn"), tmp.path().join("seq_bn"));
     let (done, said) = merge(&fixtures().join("sft/model"), &hub, &out, &[]);
-    assert!(!done && said.contains("part of no weight") && !out.join("config.json").exists(), "{said}");
+    assert!(
+        !done && said.contains("part of no weight") && !out.join("config.json").exists(),
+        "{said}"
+    );
 }
 
 #[test]
@@ -238,9 +290,19 @@ fn pissa_starts_as_the_base_and_is_saved_as_a_plain_lora_of_the_base() {
     let tmp = tempfile::tempdir().unwrap();
     for init in ["pissa", "pissa_niter_4"] {
         let mut cx = cpu();
-        let keys = ["use_peft=true", "lora_dropout=0", "lora_r=4", "lora_target_modules=all-linear", "use_rslora=true"];
+        let keys = [
+            "use_peft=true",
+            "lora_dropout=0",
+            "lora_r=4",
+            "lora_target_modules=all-linear",
+            "use_rslora=true",
+        ];
         let mut keys: Vec<String> = keys.iter().map(|k| k.to_string()).collect();
-        keys.extend([format!("init_lora_weights={init}"), "max_steps=3".into(), "learning_rate=1e-2".into()]);
+        keys.extend([
+            format!("init_lora_weights={init}"),
+            "max_steps=3".into(),
+            "learning_rate=1e-2".into(),
+        ]);
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         let (decoder, run) = new_model(&cx, &keys);
         let plain = decoder.clone().with_adapter(None).unwrap();
@@ -267,7 +329,12 @@ fn pissa_starts_as_the_base_and_is_saved_as_a_plain_lora_of_the_base() {
 
 #[test]
 fn adapters_resume_with_the_same_bits() {
-    let pissa = ["init_lora_weights=pissa_niter_2", "lora_dropout=0", "lora_target_modules=all-linear", "lora_r=4"];
+    let pissa = [
+        "init_lora_weights=pissa_niter_2",
+        "lora_dropout=0",
+        "lora_target_modules=all-linear",
+        "lora_r=4",
+    ];
     for kind in [
         &pissa[..],
         &["peft_type=prompt_tuning", "num_virtual_tokens=3"],
@@ -283,7 +350,8 @@ fn adapters_resume_with_the_same_bits() {
         };
         let bits = |t: &Trainer| -> Vec<Vec<u32>> {
             let moments = t.optimizer.moments.named_tensors();
-            let all = std::iter::once(&t.model.trained().weights).chain(moments.into_iter().map(|(_, t)| t));
+            let all = std::iter::once(&t.model.trained().weights)
+                .chain(moments.into_iter().map(|(_, t)| t));
             all.map(|t: &Tensor| t.to_vec::<u32>().unwrap()).collect()
         };
         let tmp = tempfile::tempdir().unwrap();

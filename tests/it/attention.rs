@@ -1,20 +1,22 @@
-//! What attention promises beyond its cases: exactness across packing, prefill and decode, and long gradients.
+//! What attention promises beyond its cases: exactness across packing, prefill and decode, and long
+//! gradients.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use temper::cx::{AttentionChoice, Cx};
+use temper::autograd::{Cx, F64, ParamGrads, Tape};
+use temper::config::AttentionChoice;
 use temper::device::{DType, cpu::Cpu};
-use temper::ops::attention::reference::{gradient, segments, shape};
+use temper::ops::attention::oracle::{gradient, segments, shape};
 use temper::ops::attention::{AttnPlan, AttnShape, PAGE, attention, attention_paged, kv_append};
-use temper::ops::{F64, Rng};
-use temper::tape::{ParamGrads, Tape};
+use temper::ops::case::Rng;
 use temper::tensor::{Id, Tensor};
 
-const LIGHT: [(AttentionChoice, DType); 2] =
-    [(AttentionChoice::Light, DType::F32), (AttentionChoice::Light, DType::BF16)];
+const SIMT: [(AttentionChoice, DType); 2] =
+    [(AttentionChoice::Simt, DType::F32), (AttentionChoice::Simt, DType::BF16)];
 
-const ALL: [(AttentionChoice, DType); 3] = [LIGHT[0], LIGHT[1], (AttentionChoice::TensorCore, DType::BF16)];
+const ALL: [(AttentionChoice, DType); 3] =
+    [SIMT[0], SIMT[1], (AttentionChoice::TensorCore, DType::BF16)];
 
 fn context((choice, dtype): (AttentionChoice, DType)) -> Cx {
     let mut cx = Cx::new(Arc::new(Cpu::new()), dtype).unwrap();
@@ -39,12 +41,18 @@ fn bits(t: &Tensor) -> Vec<Vec<u32>> {
 /// Rows of `from` in this order as a new tensor.
 fn gather(cx: &Cx, from: &Tensor, rows: &[usize]) -> Tensor {
     let all = from.to_f32().unwrap();
-    let picked: Vec<f32> = rows.iter().flat_map(|r| all[r * from.cols()..(r + 1) * from.cols()].to_vec()).collect();
+    let picked: Vec<f32> =
+        rows.iter().flat_map(|r| all[r * from.cols()..(r + 1) * from.cols()].to_vec()).collect();
     Tensor::from_f32(&cx.pool, "test", cx.dtype, &[rows.len(), from.cols()], &picked).unwrap()
 }
 
-/// Runs two sequences through the cache in chunks from `chunk`, pages in a random order, and compares all bits.
-fn paged_equals_training(kind: (AttentionChoice, DType), s: AttnShape, mut chunk: impl FnMut(&mut Rng) -> usize) {
+/// Runs two sequences through the cache in chunks from `chunk`, pages in a random order, and
+/// compares all bits.
+fn paged_equals_training(
+    kind: (AttentionChoice, DType),
+    s: AttnShape,
+    mut chunk: impl FnMut(&mut Rng) -> usize,
+) {
     let (mut cx, mut rng) = (context(kind), Rng(5));
     let lengths = [135, 66];
     let qkv = random(&cx, &mut rng, 201, width(&s));
@@ -76,9 +84,12 @@ fn paged_equals_training(kind: (AttentionChoice, DType), s: AttnShape, mut chunk
             continue;
         }
         let part = gather(&cx, &qkv, &rows);
-        let [sequence, position, slots] = [sequence, position, slots].map(|v| cx.ints("rows", &v).unwrap());
+        let [sequence, position, slots] =
+            [sequence, position, slots].map(|v| cx.ints("rows", &v).unwrap());
         kv_append(&cx, &part, &cache, &slots, s.kv_heads, s.head_dim, s.heads).unwrap();
-        let got = bits(&attention_paged(&mut cx, &part, &cache, &pages, &sequence, &position, s).unwrap());
+        let got = bits(
+            &attention_paged(&mut cx, &part, &cache, &pages, &sequence, &position, s).unwrap(),
+        );
         for (r, got) in rows.iter().zip(&got) {
             assert_eq!(got, &want[*r], "row {r}, {kind:?}, {s:?}");
         }
@@ -107,12 +118,14 @@ fn attention_prefill_in_chunks_equals_training() {
     }
 }
 
-/// A shared prompt packed once gives each row the bits that it has when prompt and answer are one sequence.
+/// A shared prompt packed once gives each row the bits that it has when prompt and answer are one
+/// sequence.
 fn sharing_changes_no_bits(kind: (AttentionChoice, DType), s: AttnShape) {
     let (mut cx, mut rng) = (context(kind), Rng(6));
     let (prompt, answers) = (75, [40, 1, 70]);
     let qkv = random(&cx, &mut rng, 186, width(&s));
-    let shared = [(prompt, None), (answers[0], Some(0)), (answers[1], Some(0)), (answers[2], Some(0))];
+    let shared =
+        [(prompt, None), (answers[0], Some(0)), (answers[1], Some(0)), (answers[2], Some(0))];
     let plan = AttnPlan::new(&cx, &segments(&shared)).unwrap();
     let got = bits(&attention(&mut cx, &qkv, &plan, s).unwrap());
     // The same sequences unpacked, behind one that shifts all tiles.
@@ -139,7 +152,11 @@ fn attention_of_a_shared_prompt_equals_unpacked() {
 }
 
 /// The gradient of qkv from the tape, and its relative distance from the f64 backward.
-fn gradient_error(kind: (AttentionChoice, DType), s: AttnShape, of: &[(usize, Option<usize>)]) -> f64 {
+fn gradient_error(
+    kind: (AttentionChoice, DType),
+    s: AttnShape,
+    of: &[(usize, Option<usize>)],
+) -> f64 {
     let (mut cx, mut rng) = (context(kind), Rng(7));
     let plan = AttnPlan::new(&cx, &segments(of)).unwrap();
     let qkv = random(&cx, &mut rng, plan.rows, width(&s)).with_id(Id::Param { set: 0, index: 0 });
@@ -149,9 +166,12 @@ fn gradient_error(kind: (AttentionChoice, DType), s: AttnShape, of: &[(usize, Op
     cx.tape = Some(Tape::default());
     let out = attention(&mut cx, &qkv, &plan, s).unwrap();
     cx.backward(vec![(out, dout.clone())]).unwrap();
-    let wide = |t: &Tensor| F64::new(t.shape(), t.to_f32().unwrap().iter().map(|v| f64::from(*v)).collect());
+    let wide = |t: &Tensor| {
+        F64::new(t.shape(), t.to_f32().unwrap().iter().map(|v| f64::from(*v)).collect())
+    };
     let want = gradient(&s, &plan, &wide(&qkv), &wide(&dout));
-    let difference: f64 = wide(&grad).data.iter().zip(&want.data).map(|(a, b)| (a - b) * (a - b)).sum();
+    let difference: f64 =
+        wide(&grad).data.iter().zip(&want.data).map(|(a, b)| (a - b) * (a - b)).sum();
     (difference / want.data.iter().map(|v| v * v).sum::<f64>()).sqrt()
 }
 
@@ -170,7 +190,7 @@ fn attention_gradients_of_long_segments() {
 
 #[test]
 fn attention_plans_that_are_wrong_say_so() {
-    let cx = context(LIGHT[0]);
+    let cx = context(SIMT[0]);
     for (of, word) in [
         (vec![(3, Some(7))], "not there"),
         (vec![(3, None), (2, Some(0)), (2, Some(1))], "one level"),
@@ -185,13 +205,15 @@ fn attention_plans_that_are_wrong_say_so() {
     assert!(AttnPlan::new(&cx, &gap).unwrap_err().to_string().contains("expected row 3"));
 }
 
-/// Prints GFLOP/s on this machine (4 D flops a pair forward, 10 D backward): `cargo test speed -- --nocapture`.
+/// Prints GFLOP/s on this machine (4 D flops a pair forward, 10 D backward): `cargo test speed --
+/// --nocapture`.
 #[test]
 fn attention_speed_is_printed() {
-    for (kind, d) in [(LIGHT[0], 32), (LIGHT[0], 64), (LIGHT[0], 128), (LIGHT[1], 64)] {
+    for (kind, d) in [(SIMT[0], 32), (SIMT[0], 64), (SIMT[0], 128), (SIMT[1], 64)] {
         let (mut cx, mut rng, s) = (context(kind), Rng(8), shape(4, 2, d));
         let plan = AttnPlan::sequences(&cx, &[256; 4]).unwrap();
-        let qkv = random(&cx, &mut rng, plan.rows, width(&s)).with_id(Id::Param { set: 0, index: 0 });
+        let qkv =
+            random(&cx, &mut rng, plan.rows, width(&s)).with_id(Id::Param { set: 0, index: 0 });
         let dout = random(&cx, &mut rng, plan.rows, s.heads * d);
         let grad = Tensor::new(&cx.pool, "gradient", cx.dtype, qkv.shape()).unwrap();
         let flops = plan.pairs * (s.heads * d) as f64 / 1e9;
@@ -207,6 +229,8 @@ fn attention_speed_is_printed() {
             backward = backward.max(10.0 * flops / t.elapsed().as_secs_f64());
         }
         let name = cx.device.name();
-        println!("{kind:?} D {d} on {name}: forward {forward:.1}, backward {backward:.1} GFLOP/s in all");
+        println!(
+            "{kind:?} D {d} on {name}: forward {forward:.1}, backward {backward:.1} GFLOP/s in all"
+        );
     }
 }

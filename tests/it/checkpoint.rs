@@ -6,7 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use temper::checkpoint::{
-    CheckpointWriter, Lock, checkpoint_path, free_bytes, is_saved, latest, list, prepare_output, prune, verify,
+    CheckpointWriter, Lock, checkpoint_path, free_bytes, is_saved, latest, list, prepare_output,
+    prune, verify,
 };
 use temper::error::{Error, Result};
 use temper::signals::Stop;
@@ -26,11 +27,15 @@ impl Dice {
 
 fn save(dir: &Path, step: u64, values: usize) -> Result<PathBuf> {
     let mut writer = CheckpointWriter::new(dir, step, 4 * values as u64)?;
-    let spec = |name: &str| TensorSpec { name: name.into(), dtype: HostDtype::F32, shape: vec![values] };
+    let spec =
+        |name: &str| TensorSpec { name: name.into(), dtype: HostDtype::F32, shape: vec![values] };
     let bytes = |i: usize| vec![step as f32 + i as f32; values];
-    writer.add_safetensors("optimizer.safetensors", &[spec("m"), spec("v")], &[("step", "x")], &mut |i, t| {
-        t.dtype.encode(&bytes(i))
-    })?;
+    writer.add_safetensors(
+        "optimizer.safetensors",
+        &[spec("m"), spec("v")],
+        &[("step", "x")],
+        &mut |i, t| t.dtype.encode(&bytes(i)),
+    )?;
     writer.add_file("state.json", format!("{{\"step\": {step}}}").as_bytes())?;
     std::fs::write(writer.dir().join("model.bin"), step.to_le_bytes()).unwrap();
     writer.finish()
@@ -42,8 +47,14 @@ fn a_checkpoint_reads_back_and_is_not_written_twice() {
     let path = save(dir.path(), 3, 100).unwrap();
     assert_eq!(path, checkpoint_path(dir.path(), 3));
     let manifest = verify(&path).unwrap();
-    assert_eq!(manifest.files.keys().collect::<Vec<_>>(), ["model.bin", "optimizer.safetensors", "state.json"]);
-    assert_eq!(SafeFolder::open_file(path.join("optimizer.safetensors")).unwrap().names().count(), 2);
+    assert_eq!(
+        manifest.files.keys().collect::<Vec<_>>(),
+        ["model.bin", "optimizer.safetensors", "state.json"]
+    );
+    assert_eq!(
+        SafeFolder::open_file(path.join("optimizer.safetensors")).unwrap().names().count(),
+        2
+    );
     assert!(is_saved(dir.path(), 3) && !is_saved(dir.path(), 4));
     assert!(save(dir.path(), 3, 100).unwrap_err().to_string().contains("saved already"));
     std::fs::write(path.join("state.json"), "{}").unwrap();
@@ -63,7 +74,8 @@ fn a_checkpoint_reads_back_and_is_not_written_twice() {
 fn every_flipped_bit_and_every_lost_byte_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let path = save(dir.path(), 20, 500).unwrap();
-    let files: Vec<PathBuf> = std::fs::read_dir(&path).unwrap().map(|f| f.unwrap().path()).collect();
+    let files: Vec<PathBuf> =
+        std::fs::read_dir(&path).unwrap().map(|f| f.unwrap().path()).collect();
     assert_eq!(files.len(), 4);
     let mut dice = Dice(7);
     for round in 0..2000 {
@@ -144,7 +156,10 @@ fn an_output_folder_holds_one_run() {
     drop(run);
     std::fs::write(out.join("config.toml"), "a").unwrap();
     let error = prepare_output(&out, false, true).unwrap_err();
-    assert!(error.to_string().contains("found only config.toml") && error.exit_code() == 2, "{error}");
+    assert!(
+        error.to_string().contains("found only config.toml") && error.exit_code() == 2,
+        "{error}"
+    );
     save(&out, 1, 1).unwrap();
     std::fs::write(out.join("notes.txt"), "mine").unwrap();
     std::fs::create_dir(out.join("checkpoint-2.tmp")).unwrap();
@@ -154,9 +169,12 @@ fn an_output_folder_holds_one_run() {
     assert!(!out.join("checkpoint-2.tmp").exists() && !out.join("checkpoint-0.del").exists());
     assert!(prepare_output(&out, true, true).is_err());
     let run = prepare_output(&out, true, false).unwrap();
-    assert!(run.resume().is_none() && list(&out).unwrap().is_empty() && out.join("notes.txt").exists());
+    assert!(
+        run.resume().is_none() && list(&out).unwrap().is_empty() && out.join("notes.txt").exists()
+    );
     drop(run);
-    // The new run dies before it has saved anything: the old one is still there, and --resume says where.
+    // The new run dies before it has saved anything: the old one is still there, and --resume says
+    // where.
     let error = prepare_output(&out, false, true).unwrap_err().to_string();
     assert!(error.contains("holds no run") && error.contains(".overwritten-1.del"), "{error}");
     assert!(is_saved(out.join(".overwritten-1.del"), 1));
@@ -166,7 +184,9 @@ fn an_output_folder_holds_one_run() {
     // A model that temper did not train here is not touched.
     std::fs::write(out.join("model.safetensors"), "weights").unwrap();
     drop(run);
-    assert!(prepare_output(&out, true, false).unwrap_err().to_string().contains("no run of temper"));
+    assert!(
+        prepare_output(&out, true, false).unwrap_err().to_string().contains("no run of temper")
+    );
     assert!(prepare_output(dir.path().join("none"), false, true).is_err());
 }
 
@@ -186,7 +206,12 @@ fn too_little_space_is_an_error_of_its_own() {
 fn child(test: &str, dir: &Path) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", &format!("checkpoint::{test}"), "--nocapture", "--test-threads=1"]);
-    command.env("TEMPER_CHILD", dir).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap()
+    command
+        .env("TEMPER_CHILD", dir)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap()
 }
 
 /// The folder to work in, if this process is a child.
@@ -227,18 +252,27 @@ fn a_killed_run_always_leaves_its_newest_checkpoint() {
         std::thread::sleep(Duration::from_micros(dice.roll(30_000) as u64));
         child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
-        let names: Vec<String> =
-            std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
-        in_a_save += usize::from(names.iter().any(|n| n.starts_with("checkpoint-") && n.ends_with(".tmp")));
+        let names: Vec<String> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|f| f.unwrap().file_name().into_string().unwrap())
+            .collect();
+        in_a_save +=
+            usize::from(names.iter().any(|n| n.starts_with("checkpoint-") && n.ends_with(".tmp")));
         in_a_deletion += usize::from(names.iter().any(|n| n.ends_with(".del")));
-        let reached: u64 = std::fs::read_to_string(dir.path().join("reached")).map_or(0, |s| s.parse().unwrap());
+        let reached: u64 =
+            std::fs::read_to_string(dir.path().join("reached")).map_or(0, |s| s.parse().unwrap());
         let search = latest(dir.path()).unwrap();
         assert!(search.skipped.is_empty(), "kill {kill}: {:?}", search.skipped);
         let step = search.found.map_or(0, |found| found.step);
-        assert!(step >= newest && step >= reached, "kill {kill}: {step} after {newest}, {reached} was reached");
+        assert!(
+            step >= newest && step >= reached,
+            "kill {kill}: {step} after {newest}, {reached} was reached"
+        );
         newest = step;
     }
-    println!("200 kills: {in_a_save} in a save, {in_a_deletion} in a deletion, newest step {newest}");
+    println!(
+        "200 kills: {in_a_save} in a save, {in_a_deletion} in a deletion, newest step {newest}"
+    );
     assert!(in_a_save >= 20 && newest >= 20, "{in_a_save} {newest}");
     prune(dir.path(), Some(2), newest).unwrap();
     assert_eq!(list(dir.path()).unwrap().len(), 2);
@@ -247,7 +281,8 @@ fn a_killed_run_always_leaves_its_newest_checkpoint() {
 #[test]
 fn child_saves_beyond_a_file_size_limit() {
     let Some(dir) = child_dir() else { return };
-    // SAFETY: no other thread of this process writes files; a limit and an ignored signal are plain settings.
+    // SAFETY: no other thread of this process writes files; a limit and an ignored signal are plain
+    // settings.
     unsafe {
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         let limit = libc::rlimit { rlim_cur: 64 << 10, rlim_max: 64 << 10 };
@@ -269,7 +304,11 @@ fn a_full_disk_leaves_the_old_checkpoint() {
     std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
     assert!(child.wait().unwrap().success());
     assert!(is_saved(dir.path(), 1) && is_saved(dir.path(), 3));
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left of the failed save");
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        2,
+        "nothing is left of the failed save"
+    );
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use temper::config::{
-    Amount, Dtype, GenerateConfig, PackingStrategy, Recompute, Section, SftRun, TrainingConfig, When, changes, help,
-    load, markdown,
+    Amount, Dtype, GenerateConfig, GradientCheckpointing, PackingStrategy, Section, SftRun,
+    TrainingConfig, When, changes, help, load, markdown,
 };
 use temper::error::Error;
 
@@ -30,8 +30,9 @@ fn trl_dump() -> (String, serde_json::Map<String, serde_json::Value>) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sft_defaults.json");
     let trl: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    let lines =
-        trl.iter().map(|(k, v)| format!("{k} = {}\n", if v.is_null() { "\"none\"".into() } else { v.to_string() }));
+    let lines = trl.iter().map(|(k, v)| {
+        format!("{k} = {}\n", if v.is_null() { "\"none\"".into() } else { v.to_string() })
+    });
     (lines.collect(), trl)
 }
 
@@ -66,12 +67,15 @@ fn the_defaults_are_those_of_trl() {
 fn a_whole_config_of_trl_loads_and_nothing_is_dropped_silently() {
     let (dump, trl) = trl_dump();
     let (mut run, notes) = from(&dump, "").unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(run.training.gradient_checkpointing, Recompute::On);
-    run.training.gradient_checkpointing = Recompute::Auto;
+    assert_eq!(run.training.gradient_checkpointing, GradientCheckpointing::On);
+    run.training.gradient_checkpointing = GradientCheckpointing::Auto;
     assert_eq!(run, SftRun::default());
     let ours: Vec<&str> = run.sections().iter().flat_map(|s| s.keys()).map(|k| k.name).collect();
     for key in trl.keys().filter(|k| !ours.contains(&k.as_str())) {
-        assert!(notes.iter().any(|n| n.contains(&format!("{key} = "))), "{key} was dropped silently: {notes:#?}");
+        assert!(
+            notes.iter().any(|n| n.contains(&format!("{key} = "))),
+            "{key} was dropped silently: {notes:#?}"
+        );
     }
 }
 
@@ -86,10 +90,13 @@ fn the_command_line_overrides_the_file() {
     assert_eq!(run.training.max_steps, 20);
     assert_eq!(run.training.learning_rate, 1e-4);
     assert_eq!(run.training.dtype, Dtype::Float32);
-    assert_eq!(run.training.gradient_checkpointing, Recompute::On);
+    assert_eq!(run.training.gradient_checkpointing, GradientCheckpointing::On);
     assert_eq!(run.training.warmup_steps, Amount::Share(0.1));
     assert_eq!(run.training.save_total_limit, Some(3));
-    assert_eq!((run.method.max_length, run.method.packing_strategy), (None, PackingStrategy::BfdSplit));
+    assert_eq!(
+        (run.method.max_length, run.method.packing_strategy),
+        (None, PackingStrategy::BfdSplit)
+    );
     assert_eq!(run.method.eos_token.as_deref(), Some("<|end|>"));
 }
 
@@ -108,7 +115,8 @@ fn the_resolved_file_loads_back_identical() {
         ),
         ("save_steps = 7\n", "save_strategy=epoch adam_epsilon=1e-300 learning_rate=0.1e-7"),
     ] {
-        let overrides = overrides.replace("gradient_checkpointing=off", "gradient_checkpointing=false");
+        let overrides =
+            overrides.replace("gradient_checkpointing=off", "gradient_checkpointing=false");
         let (run, _) = from(file, &overrides).unwrap_or_else(|e| panic!("{e}"));
         let text = run.to_toml("temper sft --model m\n--data d");
         assert!(text.starts_with("# temper sft --model m\n# --data d\n"));
@@ -123,7 +131,10 @@ fn the_resolved_file_loads_back_identical() {
 #[test]
 fn all_problems_are_reported_at_once_with_their_place() {
     let file = "learning_rte = 1\nlearning_rate = -1.0\nadam_beta2 = 1.0\n\nmax_length = 0\nseed = \"x\"\n";
-    let found = problems(file, "per_device_train_batch_size=0 warmup save_strategy=no save_steps=10 packing=yes top=3");
+    let found = problems(
+        file,
+        "per_device_train_batch_size=0 warmup save_strategy=no save_steps=10 packing=yes top=3",
+    );
     let expected = [
         "command line: \"warmup\" is not of the form key=value",
         "run.toml:1: unknown key learning_rte; did you mean learning_rate?",
@@ -161,7 +172,10 @@ fn values_out_of_range_and_contradictions_are_found() {
         ("warmup_steps=1.5", "a whole number, or a share"),
         ("warmup_steps=-1", "a whole number, or a share"),
         ("warmup_steps=5 lr_scheduler_type=constant", "constant_with_warmup"),
-        ("lr_scheduler_type=cosinus", "one of linear, cosine, constant, constant_with_warmup; did you mean cosine?"),
+        (
+            "lr_scheduler_type=cosinus",
+            "one of linear, cosine, constant, constant_with_warmup; did you mean cosine?",
+        ),
         ("logging_steps=0", "at least 1"),
         ("save_steps=0", "save_strategy"),
         ("save_total_limit=0", "keeps all"),
@@ -195,15 +209,20 @@ fn keys_of_transformers_are_understood_or_named() {
     let (run, notes) = from(file, "dataloader_num_workers=4").unwrap();
     assert_eq!(run.training.dtype, Dtype::Bfloat16);
     assert_eq!(run.training.warmup_steps, Amount::Share(0.1));
-    for part in ["dtype = \"bfloat16\" (bf16 = true)", "report_to = [\"wandb\"], run_name = \"x\"", "use_liger_kernel"]
-    {
+    for part in [
+        "dtype = \"bfloat16\" (bf16 = true)",
+        "report_to = [\"wandb\"], run_name = \"x\"",
+        "use_liger_kernel",
+    ] {
         assert!(notes.iter().any(|n| n.contains(part)), "{part}: {notes:#?}");
     }
     assert!(notes.iter().any(|n| n.contains("dataloader_num_workers = 4")));
     let (run, notes) = from(file, "dtype=float32").unwrap();
     assert_eq!(run.training.dtype, Dtype::Float32);
     assert!(
-        notes.iter().any(|n| n.contains("bf16 = true has no effect: dtype = \"float32\" (command line)")),
+        notes
+            .iter()
+            .any(|n| n.contains("bf16 = true has no effect: dtype = \"float32\" (command line)")),
         "{notes:#?}"
     );
     let (run, _) = from("dtype = \"float32\"\n", "bf16=true").unwrap();
@@ -213,7 +232,10 @@ fn keys_of_transformers_are_understood_or_named() {
 #[test]
 fn the_command_line_may_switch_off_what_the_file_sets() {
     let (run, notes) = from("save_steps = 7\nsave_total_limit = 2\n", "save_strategy=no").unwrap();
-    assert_eq!((run.training.save_strategy, run.training.save_steps), (When::No, Amount::Count(500)));
+    assert_eq!(
+        (run.training.save_strategy, run.training.save_steps),
+        (When::No, Amount::Count(500))
+    );
     assert_eq!(run.training.save_total_limit, None);
     assert_eq!(notes.len(), 2, "{notes:?}");
 }
@@ -249,8 +271,10 @@ fn mutated_run_files_never_panic() {
     let path = dir.path().join("run.toml");
     let (mut good, mut bad) = (0, 0);
     for _ in 0..1000 {
-        let mut bytes: Vec<u8> =
-            (0..1 + next(4)).map(|_| format!("{}\n", lines[next(lines.len())])).collect::<String>().into();
+        let mut bytes: Vec<u8> = (0..1 + next(4))
+            .map(|_| format!("{}\n", lines[next(lines.len())]))
+            .collect::<String>()
+            .into();
         for _ in 0..next(3) {
             let at = next(bytes.len());
             bytes[at] = next(128) as u8;
@@ -271,7 +295,9 @@ fn mutated_run_files_never_panic() {
 fn a_resumed_run_may_not_become_another_run() {
     let (run, _) = SftRun::load(None, &words("max_steps=20")).unwrap();
     let old = run.to_toml("");
-    let (new, _) = SftRun::load(None, &words("max_steps=30 save_steps=5 dtype=float32 logging_steps=1")).unwrap();
+    let (new, _) =
+        SftRun::load(None, &words("max_steps=30 save_steps=5 dtype=float32 logging_steps=1"))
+            .unwrap();
     assert_eq!(
         changes(&old, &new.sections()).unwrap(),
         ["max_steps: was 20, is now 30", "dtype: was \"auto\", is now \"float32\""]
@@ -290,10 +316,18 @@ fn amounts_round_as_transformers_does() {
 #[test]
 fn generation_keys_have_their_own_section() {
     let mut keys = GenerateConfig::default();
-    let notes = load(&mut [&mut keys], None, &words("temperature=0.7 top_p=0.9 max_new_tokens=5")).unwrap();
+    let notes =
+        load(&mut [&mut keys], None, &words("temperature=0.7 top_p=0.9 max_new_tokens=5")).unwrap();
     assert!(notes.is_empty());
     assert_eq!((keys.temperature, keys.top_p, keys.max_new_tokens), (0.7, 0.9, 5));
-    for bad in ["temperature=-1", "top_p=0", "top_p=1.1", "min_p=2", "temperature=0 top_k=5", "max_new_tokens=0"] {
+    for bad in [
+        "temperature=-1",
+        "top_p=0",
+        "top_p=1.1",
+        "min_p=2",
+        "temperature=0 top_k=5",
+        "max_new_tokens=0",
+    ] {
         let mut keys = GenerateConfig::default();
         assert_eq!(load(&mut [&mut keys], None, &words(bad)).unwrap_err().exit_code(), 2, "{bad}");
     }
@@ -312,6 +346,9 @@ fn every_key_has_a_doc_and_one_owner() {
     assert_eq!(names.len(), keys.len());
     assert!(keys.iter().all(|k| k.doc.len() > 15 && k.doc.ends_with('.')));
     let text = help(&run.sections());
-    assert!(text.contains("max_length = 1024    (integer or none)\n    Tokens of a row at most"), "{text}");
+    assert!(
+        text.contains("max_length = 1024    (integer or none)\n    Tokens of a row at most"),
+        "{text}"
+    );
     assert!(markdown(&run.sections()).contains("| `seed` | integer | `42` |"));
 }

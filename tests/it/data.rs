@@ -34,7 +34,8 @@ struct Renders {
 fn compare_renders(all: &Value, template: &Value, source: &str, counts: &mut Renders) {
     let special = all["special"].as_object().unwrap();
     let clock = Clock { year: 2025, month: 3, day: 9, hour: 14, minute: 5, second: 7 };
-    let compiled = ChatTemplate::with_clock(source, Path::new("t"), special, Arc::new(move || clock));
+    let compiled =
+        ChatTemplate::with_clock(source, Path::new("t"), special, Arc::new(move || clock));
     for case in template["renders"].as_array().unwrap() {
         let options = RenderOptions {
             tools: (case["t"] == 1).then_some(&all["tools"]),
@@ -44,12 +45,20 @@ fn compare_renders(all: &Value, template: &Value, source: &str, counts: &mut Ren
         let messages = &all["conversations"][case["c"].as_str().unwrap()];
         let got = compiled.as_ref().map_err(|e| e.to_string());
         let got = got.and_then(|t| t.render(messages, options).map_err(|e| e.to_string()));
-        let want = case.get("r").map(|r| r.as_u64().map_or(r, |i| &template["texts"][i as usize]).as_str().unwrap());
-        let at = format!("{} {} p={} t={} k={}", template["name"], case["c"], case["p"], case["t"], case["k"]);
+        let want = case
+            .get("r")
+            .map(|r| r.as_u64().map_or(r, |i| &template["texts"][i as usize]).as_str().unwrap());
+        let at = format!(
+            "{} {} p={} t={} k={}",
+            template["name"], case["c"], case["p"], case["t"], case["k"]
+        );
         match (got, want) {
             (Ok(got), Some(want)) => {
-                let spans: Vec<Value> =
-                    got.generation_spans.iter().map(|s| serde_json::json!([s.start, s.end])).collect();
+                let spans: Vec<Value> = got
+                    .generation_spans
+                    .iter()
+                    .map(|s| serde_json::json!([s.start, s.end]))
+                    .collect();
                 if got.text != want {
                     counts.differ.push(format!("{at}\n--- want\n{want}\n--- got\n{}", got.text));
                 } else if Value::Array(spans.clone()) != case["s"] {
@@ -59,10 +68,14 @@ fn compare_renders(all: &Value, template: &Value, source: &str, counts: &mut Ren
                 }
             }
             (Err(_), None) => counts.both_raise += 1,
-            (Ok(_), None) if case["e"].as_str().unwrap().contains("'NoneType' object is not iterable") => {
+            (Ok(_), None)
+                if case["e"].as_str().unwrap().contains("'NoneType' object is not iterable") =>
+            {
                 counts.lenient += 1
             }
-            (Ok(got), None) => counts.differ.push(format!("{at}: should raise {}, gave\n{}", case["e"], got.text)),
+            (Ok(got), None) => {
+                counts.differ.push(format!("{at}: should raise {}, gave\n{}", case["e"], got.text))
+            }
             (Err(e), Some(_)) => counts.differ.push(format!("{at}: raised {e}")),
         }
     }
@@ -75,7 +88,12 @@ fn chat_templates_render_as_in_transformers() {
     for template in all["templates"].as_array().unwrap() {
         compare_renders(&all, template, template["source"].as_str().unwrap(), &mut counts);
     }
-    assert!(counts.differ.is_empty(), "{} differ, first:\n{}", counts.differ.len(), counts.differ[0]);
+    assert!(
+        counts.differ.is_empty(),
+        "{} differ, first:\n{}",
+        counts.differ.len(),
+        counts.differ[0]
+    );
     println!("{} renders equal, {} raise in both", counts.equal, counts.both_raise);
     assert!(counts.equal > 300);
 }
@@ -83,18 +101,27 @@ fn chat_templates_render_as_in_transformers() {
 /// TRL's own templates are not in this repository: see make_chat.py for how to run this.
 #[test]
 fn trl_templates_render_as_in_transformers() {
-    let (Ok(folder), Ok(renders)) = (std::env::var("TEMPER_TRL_TEMPLATES"), std::env::var("TEMPER_TRL_RENDERS")) else {
-        println!("skipped: TEMPER_TRL_TEMPLATES and TEMPER_TRL_RENDERS are not set (tests/fixtures/make_chat.py)");
+    let (Ok(folder), Ok(renders)) =
+        (std::env::var("TEMPER_TRL_TEMPLATES"), std::env::var("TEMPER_TRL_RENDERS"))
+    else {
+        println!(
+            "skipped: TEMPER_TRL_TEMPLATES and TEMPER_TRL_RENDERS are not set (tests/fixtures/make_chat.py)"
+        );
         return;
     };
     let all = json(Path::new(&renders));
     let mut counts = Renders::default();
     for template in all["templates"].as_array().unwrap() {
-        let source = std::fs::read_to_string(Path::new(&folder).join(template["name"].as_str().unwrap())).unwrap();
+        let source =
+            std::fs::read_to_string(Path::new(&folder).join(template["name"].as_str().unwrap()))
+                .unwrap();
         compare_renders(&all, template, &source, &mut counts);
     }
     let Renders { equal, both_raise, lenient, differ } = &counts;
-    println!("{equal} equal, {both_raise} raise in both, {lenient} raise in Python only, {} differ", differ.len());
+    println!(
+        "{equal} equal, {both_raise} raise in both, {lenient} raise in Python only, {} differ",
+        differ.len()
+    );
     for differ in counts.differ.iter().take(400) {
         println!("==== {differ}");
     }
@@ -118,7 +145,9 @@ fn packs_equal_those_of_trl() {
         let max = case["max"].as_u64().unwrap() as usize;
         let got: Vec<Vec<usize>> = pack(strategy(&case["strategy"]), &lengths, max)
             .into_iter()
-            .map(|pack| pack.into_iter().flat_map(|(e, tokens)| [e, tokens.start, tokens.len()]).collect())
+            .map(|pack| {
+                pack.into_iter().flat_map(|(e, tokens)| [e, tokens.start, tokens.len()]).collect()
+            })
             .collect();
         // where no token is left, TRL fails
         let Ok(want) = serde_json::from_value::<Vec<Vec<usize>>>(case["packs"].clone()) else {
@@ -127,7 +156,12 @@ fn packs_equal_those_of_trl() {
         };
         // one piece that goes on from another may be written as one
         let first = got.iter().zip(&want).position(|(a, b)| a != b);
-        assert!(got == want, "{} max {max}, {} lengths: pack {first:?}", case["strategy"], lengths.len());
+        assert!(
+            got == want,
+            "{} max {max}, {} lengths: pack {first:?}",
+            case["strategy"],
+            lengths.len()
+        );
     }
     assert_eq!(cases.len(), 30);
 }
@@ -163,7 +197,9 @@ fn ids_and_masks_equal_those_of_trl() {
         let (examples, stats) = sft(run["rows"].as_str().unwrap(), &options);
         let mut got: Vec<(Vec<u32>, Vec<bool>, Vec<usize>)> = Vec::new();
         match options.packing {
-            None => got.extend(examples.into_iter().map(|e| (e.input_ids, e.target_mask, Vec::new()))),
+            None => {
+                got.extend(examples.into_iter().map(|e| (e.input_ids, e.target_mask, Vec::new())))
+            }
             Some(strategy) => {
                 let lengths: Vec<usize> = examples.iter().map(|e| e.input_ids.len()).collect();
                 for pack in pack(strategy, &lengths, options.max_length.unwrap()) {
@@ -179,8 +215,9 @@ fn ids_and_masks_equal_those_of_trl() {
         for (i, want) in run["examples"].as_array().unwrap().iter().enumerate() {
             let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
             let mask = unrolled(&want["mask"]);
-            let lengths: Vec<usize> =
-                want.get("seq_lengths").map_or(vec![], |l| serde_json::from_value(l.clone()).unwrap());
+            let lengths: Vec<usize> = want
+                .get("seq_lengths")
+                .map_or(vec![], |l| serde_json::from_value(l.clone()).unwrap());
             assert_eq!(got[i], (ids, mask, lengths), "{name}: example {i}");
             compared += 1;
         }
@@ -201,8 +238,11 @@ fn assistant_masks_equal_those_of_transformers_inside_tokens() {
     let options = SftOptions { assistant_only_loss: true, ..SftOptions::default() };
     for case in fixture["masks"].as_array().unwrap() {
         let source = case["template"].as_str().unwrap();
-        let template = ChatTemplate::new(source, tokenizer.dir(), tokenizer.special_tokens()).unwrap();
-        let Value::Object(value) = serde_json::json!({"messages": case["messages"]}) else { unreachable!() };
+        let template =
+            ChatTemplate::new(source, tokenizer.dir(), tokenizer.special_tokens()).unwrap();
+        let Value::Object(value) = serde_json::json!({"messages": case["messages"]}) else {
+            unreachable!()
+        };
         let row = Row { value, file: Path::new("masks").into(), line: 1 };
         let want: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
         let mask: Vec<u8> = serde_json::from_value(case["mask"].clone()).unwrap();
@@ -229,7 +269,12 @@ fn a_bos_post_processor_acts_as_in_trl() {
         let (got, _) = prepare(&rows[..6], &tokenizer, None, 320, &SftOptions::default()).unwrap();
         for (got, want) in got.iter().zip(masks["with_bos"][kind].as_array().unwrap()) {
             let ids: Vec<u32> = serde_json::from_value(want[0].clone()).unwrap();
-            assert_eq!((&got.input_ids, &got.target_mask), (&ids, &unrolled(&want[1])), "{kind} {}", got.row);
+            assert_eq!(
+                (&got.input_ids, &got.target_mask),
+                (&ids, &unrolled(&want[1])),
+                "{kind} {}",
+                got.row
+            );
             assert_eq!(ids[0], 1);
         }
     }
@@ -253,7 +298,13 @@ fn tokens_that_only_the_config_names_are_tokens() {
     }
     config["added_tokens_decoder"] = serde_json::json!({"400": {"content": "<far>"}});
     std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-    assert!(Tokenizer::load(dir.path()).map(|_| ()).unwrap_err().to_string().contains("\"<far>\" the id 400"));
+    assert!(
+        Tokenizer::load(dir.path())
+            .map(|_| ())
+            .unwrap_err()
+            .to_string()
+            .contains("\"<far>\" the id 400")
+    );
 }
 
 #[test]
@@ -262,13 +313,24 @@ fn stats_say_what_was_cut_and_dropped() {
     let (examples, stats) = sft("prompt_completion", &short);
     assert_eq!(stats.rows, 48);
     assert_eq!(stats.examples + stats.dropped_no_target, 48);
-    assert!(stats.truncated > 0 && stats.dropped_no_target > 0 && stats.prefix_mismatches > 0, "{stats:?}");
+    assert!(
+        stats.truncated > 0 && stats.dropped_no_target > 0 && stats.prefix_mismatches > 0,
+        "{stats:?}"
+    );
     let said = stats.to_string();
-    for part in ["48 rows read", "cut at max_length=21", "because no target was left", "End prompts where a token ends"]
-    {
+    for part in [
+        "48 rows read",
+        "cut at max_length=21",
+        "because no target was left",
+        "End prompts where a token ends",
+    ] {
         assert!(said.contains(part), "{said}");
     }
-    assert!(examples.iter().all(|e| e.input_ids.len() <= 21 && e.target_mask.len() == e.input_ids.len()));
+    assert!(
+        examples
+            .iter()
+            .all(|e| e.input_ids.len() <= 21 && e.target_mask.len() == e.input_ids.len())
+    );
     assert_eq!(stats.rows_with_eos, 0);
     assert!(said.contains("No loss target is the EOS token \"<|im_end|>\""), "{said}");
     let (all, stats) = sft("text", &SftOptions::default());
@@ -287,21 +349,28 @@ fn rows_that_cannot_be_trained_on_are_errors() {
     let default = SftOptions::default();
     let beyond = said(&rows("text"), 260, &default);
     assert!(
-        beyond.contains("text.jsonl:1: token ") && beyond.contains("beyond the model's vocabulary of 260"),
+        beyond.contains("text.jsonl:1: token ")
+            && beyond.contains("beyond the model's vocabulary of 260"),
         "{beyond}"
     );
     let tiny = SftOptions { max_length: Some(3), ..default.clone() };
     let nothing = said(&rows("prompt_completion"), 320, &tiny);
     assert!(
-        nothing.contains("truncation to max_length=3 removed every loss target of all 48 rows; raise max_length"),
+        nothing.contains(
+            "truncation to max_length=3 removed every loss target of all 48 rows; raise max_length"
+        ),
         "{nothing}"
     );
     let strict = SftOptions { on_truncation: temper::data::sft::OnTruncation::Error, ..tiny };
     assert!(said(&rows("text"), 320, &strict).contains("text.jsonl:1: has "));
     let assistant = SftOptions { assistant_only_loss: true, ..default.clone() };
     assert!(said(&rows("text"), 320, &assistant).contains("needs conversations"));
-    let plain = ChatTemplate::new("{{ messages[0].content }}", tokenizer.dir(), tokenizer.special_tokens()).unwrap();
-    let e = prepare(&rows("messages"), &tokenizer, Some(&plain), 320, &assistant).unwrap_err().to_string();
+    let plain =
+        ChatTemplate::new("{{ messages[0].content }}", tokenizer.dir(), tokenizer.special_tokens())
+            .unwrap();
+    let e = prepare(&rows("messages"), &tokenizer, Some(&plain), 320, &assistant)
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("{% generation %}"), "{e}");
     let e = prepare(&rows("messages"), &tokenizer, None, 320, &default).unwrap_err().to_string();
     assert!(e.contains("has no chat template"), "{e}");
@@ -310,7 +379,9 @@ fn rows_that_cannot_be_trained_on_are_errors() {
     let e = said(&mixed, 320, &default);
     assert!(e.contains("text.jsonl:1: has no field \"messages\" (it has \"text\")"), "{e}");
     let eos = SftOptions { eos_token: Some("<nope>".into()), ..default };
-    assert!(said(&rows("text"), 320, &eos).contains("eos_token=\"<nope>\" is not in the vocabulary"));
+    assert!(
+        said(&rows("text"), 320, &eos).contains("eos_token=\"<nope>\" is not in the vocabulary")
+    );
 }
 
 #[test]
@@ -335,8 +406,12 @@ fn a_trained_tokenizer_is_a_folder() {
         .iter()
         .map(|r| r.string("text").unwrap().to_string())
         .collect();
-    let trained = bpe::train_bpe(texts.iter().map(String::as_str), 350, &["<|end|>", "<|pad|>"], true).unwrap();
-    trained.write(dir, "<|end|>", "<|pad|>", Some("{{ messages[0].content }}{{ eos_token }}")).unwrap();
+    let trained =
+        bpe::train_bpe(texts.iter().map(String::as_str), 350, &["<|end|>", "<|pad|>"], true)
+            .unwrap();
+    trained
+        .write(dir, "<|end|>", "<|pad|>", Some("{{ messages[0].content }}{{ eos_token }}"))
+        .unwrap();
     let t = Tokenizer::load(dir).unwrap();
     let lines: Vec<String> =
         texts.iter().map(|x| serde_json::to_string(&t.encode(x, true).unwrap()).unwrap()).collect();
@@ -357,7 +432,9 @@ fn parquet_rows_equal_json_rows() {
         (parquet.len(), parquet[3].line, parquet[3].get("id"), parquet[3].get("tools")),
         (9, 4, Some(&3.into()), None)
     );
-    let make = |rows: &[Row]| prepare(rows, &tokenizer, Some(&template), 320, &SftOptions::default()).unwrap();
+    let make = |rows: &[Row]| {
+        prepare(rows, &tokenizer, Some(&template), 320, &SftOptions::default()).unwrap()
+    };
     assert_eq!(make(&parquet), make(&lines[..9]));
 }
 

@@ -9,7 +9,11 @@ const MODEL: &str = "tests/fixtures/sft/model";
 const COMPLETIONS: &str = "tests/fixtures/sft/prompt_completion.jsonl";
 
 fn temper(args: &[&str]) -> (Option<i32>, String, String) {
-    let out = Command::new(env!("CARGO_BIN_EXE_temper")).args(args).stdin(Stdio::null()).output().unwrap();
+    let out = Command::new(env!("CARGO_BIN_EXE_temper"))
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
     let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
     (out.status.code(), text(out.stdout), text(out.stderr))
 }
@@ -28,7 +32,17 @@ fn write(path: &Path, rows: &[Value]) -> String {
 /// The JSON that `temper eval` writes.
 fn eval(dir: &Path, model: &str, data: &str, keys: &[&str]) -> Value {
     let path = dir.join("eval.json");
-    let fixed = ["eval", "--model", model, "--device", "cpu", "--data", data, "--output", path.to_str().unwrap()];
+    let fixed = [
+        "eval",
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--data",
+        data,
+        "--output",
+        path.to_str().unwrap(),
+    ];
     done(&[&fixed[..], keys].concat());
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
@@ -39,8 +53,17 @@ fn prompts_are_answered_and_verified() {
     let prompts = ["one", "two", "three", "four", "five"];
     let asked: Vec<Value> = prompts.iter().map(|p| json!({ "prompt": p })).collect();
     let asked = write(&dir.path().join("asked.jsonl"), &asked);
-    let said =
-        done(&["generate", "--model", MODEL, "--device", "cpu", "--data", &asked, "temperature=0", "max_new_tokens=8"]);
+    let said = done(&[
+        "generate",
+        "--model",
+        MODEL,
+        "--device",
+        "cpu",
+        "--data",
+        &asked,
+        "temperature=0",
+        "max_new_tokens=8",
+    ]);
     // What the model says is the right answer in two rows, another in two, and the last has none.
     let rows: Vec<Value> = said
         .lines()
@@ -48,7 +71,8 @@ fn prompts_are_answered_and_verified() {
         .map(|(i, line)| {
             let said: Value = serde_json::from_str(line).unwrap();
             let text = said["completion"].as_str().unwrap();
-            let answer = if i < 2 { json!([text, "or this"]) } else { json!(format!("{text}, no")) };
+            let answer =
+                if i < 2 { json!([text, "or this"]) } else { json!(format!("{text}, no")) };
             json!({ "prompt": said["prompt"], "answer": if i == 4 { Value::Null } else { answer } })
         })
         .collect();
@@ -73,15 +97,24 @@ fn pass_at_k_is_of_the_sampled_completions() {
     let rows = found["rows"].as_array().unwrap();
     let right: Vec<f64> = rows
         .iter()
-        .map(|row| row["rewards"]["regex"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).sum())
+        .map(|row| {
+            row["rewards"]["regex"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).sum()
+        })
         .collect();
     let all: f64 = right.iter().sum();
     assert!(all > 0.0 && all < 24.0, "some pass and some do not: {right:?}");
     let share = right.iter().filter(|r| **r > 0.0).count() as f64 / 6.0;
-    assert!((figure("regex") - all / 24.0).abs() < 1e-12 && (figure("regex/pass@1") - all / 24.0).abs() < 1e-12);
+    assert!(
+        (figure("regex") - all / 24.0).abs() < 1e-12
+            && (figure("regex/pass@1") - all / 24.0).abs() < 1e-12
+    );
     assert!((figure("regex/pass@4") - share).abs() < 1e-12);
-    assert!(figure("regex/pass@1") <= figure("regex/pass@2") && figure("regex/pass@2") <= figure("regex/pass@4"));
-    let (code, _, err) = temper(&["eval", "--model", MODEL, "--device", "cpu", "--data", &data, "n=4"]);
+    assert!(
+        figure("regex/pass@1") <= figure("regex/pass@2")
+            && figure("regex/pass@2") <= figure("regex/pass@4")
+    );
+    let (code, _, err) =
+        temper(&["eval", "--model", MODEL, "--device", "cpu", "--data", &data, "n=4"]);
     assert!(code == Some(2) && err.contains("temperature"), "{err}");
 }
 
@@ -125,7 +158,8 @@ fn pairs_are_ranked_as_the_reward_run_ranks_them() {
         "max_length=none",
     ]);
     let metrics = std::fs::read_to_string(Path::new(model).join("metrics.jsonl")).unwrap();
-    let last: Value = metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).next_back().unwrap();
+    let last: Value =
+        metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).next_back().unwrap();
     let found = eval(dir.path(), model, pairs, &[]);
     assert_eq!(found["figures"]["accuracy"]["value"], last["eval_accuracy"], "{last}");
     // a shared prompt is computed once in the run: other blocks of the same sums
@@ -133,7 +167,8 @@ fn pairs_are_ranked_as_the_reward_run_ranks_them() {
     assert!((margin - last["eval_margin"].as_f64().unwrap()).abs() < 1e-5, "{last} {margin}");
     let (code, _, err) = temper(&["eval", "--model", MODEL, "--device", "cpu", "--data", pairs]);
     assert!(code == Some(2) && err.contains("reward model"), "{err}");
-    let (code, _, err) = temper(&["eval", "--model", model, "--device", "cpu", "--data", COMPLETIONS]);
+    let (code, _, err) =
+        temper(&["eval", "--model", model, "--device", "cpu", "--data", COMPLETIONS]);
     assert!(code == Some(1) && err.contains("chosen and rejected"), "{err}");
 }
 
@@ -145,8 +180,20 @@ fn the_doctor_shows_what_the_loss_is_on_and_what_is_dropped() {
     assert!(out.contains("0 of 48 rows are dropped") && !out.contains("\x1b["), "{out}");
 
     let messages = "tests/fixtures/sft/messages.jsonl";
-    let out = done(&["data", "--model", MODEL, "--data", messages, "--rows", "1", "assistant_only_loss=true"]);
-    assert!(out.contains("<|im_start|>assistant\n[[5 - 3 = 2. The answer is 2.<|im_end|>]]"), "{out}");
+    let out = done(&[
+        "data",
+        "--model",
+        MODEL,
+        "--data",
+        messages,
+        "--rows",
+        "1",
+        "assistant_only_loss=true",
+    ]);
+    assert!(
+        out.contains("<|im_start|>assistant\n[[5 - 3 = 2. The answer is 2.<|im_end|>]]"),
+        "{out}"
+    );
 
     let dir = tempfile::tempdir().unwrap();
     let long = "word ".repeat(60);
@@ -158,8 +205,13 @@ fn the_doctor_shows_what_the_loss_is_on_and_what_is_dropped() {
     let data = write(&dir.path().join("rows.jsonl"), &rows);
     let out = done(&["data", "--model", MODEL, "--data", &data, "max_length=32"]);
     assert!(out.contains("1 of 3 rows are dropped") && out.contains("rows.jsonl:2: "), "{out}");
-    assert!(out.contains("cut at max_length=32, no loss target is left") && out.contains("<- max_length"), "{out}");
+    assert!(
+        out.contains("cut at max_length=32, no loss target is left")
+            && out.contains("<- max_length"),
+        "{out}"
+    );
     assert!(out.contains("twice in a row in 1"), "{out}");
-    let out = done(&["data", "--model", MODEL, "--data", &data, "max_length=32", "on_truncation=drop"]);
+    let out =
+        done(&["data", "--model", MODEL, "--data", &data, "max_length=32", "on_truncation=drop"]);
     assert!(out.contains("more than max_length=32, and on_truncation=drop"), "{out}");
 }

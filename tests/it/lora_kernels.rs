@@ -1,15 +1,23 @@
-//! The fused low-rank kernels against naive f64, in fast and strict mode: one to three segments, ranks that copies can and
-//! cannot start at, columns without an adapter, accumulation, strided operands.
+//! The fused low-rank kernels against naive f64, in fast and strict mode: one to three segments,
+//! ranks that copies can and cannot start at, columns without an adapter, accumulation, strided
+//! operands.
 
 use std::sync::Arc;
 
-use temper::cx::Cx;
+use temper::autograd::{Cx, F64, Round};
 use temper::device::{DType, cpu::Cpu};
+use temper::ops::case::Rng;
 use temper::ops::lora_kernels::{Read, Segment, lora_dt, lora_grads, lora_nn, lora_nt};
-use temper::ops::{F64, Rng, Round};
 use temper::tensor::Tensor;
 
-fn product(a: &F64, b: &F64, at: impl Fn(&F64, &F64, usize, usize, usize) -> f64, m: usize, n: usize, k: usize) -> F64 {
+fn product(
+    a: &F64,
+    b: &F64,
+    at: impl Fn(&F64, &F64, usize, usize, usize) -> f64,
+    m: usize,
+    n: usize,
+    k: usize,
+) -> F64 {
     F64::from_fn(&[m, n], |i| (0..k).map(|p| at(a, b, i / n, i % n, p)).sum())
 }
 fn nt(a: &F64, b: &F64) -> F64 {
@@ -48,7 +56,8 @@ const CASES: [Case; 6] = [
     Case { m: 18, n: 90, k: 130, segments: &[(0, 30, 12), (30, 60, 4), (60, 90, 140)], pad: 1 },
 ];
 
-/// A tensor of `dtype` with the values (rounded to it) and `pad` columns between rows, and the values as they lie there.
+/// A tensor of `dtype` with the values (rounded to it) and `pad` columns between rows, and the
+/// values as they lie there.
 fn put(cx: &Cx, a: F64, dtype: DType, pad: usize) -> (Tensor, F64) {
     let (rows, cols) = (a.row_count(), a.cols());
     let round = if dtype == DType::BF16 { Round::Bf16 } else { Round::F32 };
@@ -63,13 +72,14 @@ fn put(cx: &Cx, a: F64, dtype: DType, pad: usize) -> (Tensor, F64) {
     (if pad == 0 { t } else { t.columns(0, cols).unwrap() }, a)
 }
 
-/// f32: sums of some hundred terms of size one, 2e-6 of the norm as for every op; bf16: one rounding when stored, and the
-/// float sums of the tensor core below that.
+/// f32: sums of some hundred terms of size one, 2e-6 of the norm as for every op; bf16: one
+/// rounding when stored, and the float sums of the tensor core below that.
 fn close(got: &Tensor, want: &F64, label: &str) -> Vec<u32> {
     let values = got.to_f32().unwrap();
     let tolerance = if got.dtype() == DType::BF16 { 2f64.powi(-8) } else { 2e-6 };
     let norm = want.data.iter().map(|v| v * v).sum::<f64>().sqrt();
-    let error = values.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
+    let error =
+        values.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
     assert!(error <= tolerance * norm, "{label}: error {error:.3e}, norm {norm:.3e}");
     values.iter().map(|v| v.to_bits()).collect()
 }
@@ -85,10 +95,15 @@ fn run(device: Cpu, dtype: DType, case: &Case) -> Vec<Vec<u32>> {
     let ((x, hx), (w, hw), (t, ht), (a, ha)) =
         (array(m, k, pad), array(n, k, 0), array(m, ranks, pad), array(ranks, k, 0));
     let ((dy, hdy), (bias, hbias)) = (array(m, n, pad), array(1, n, 0));
-    let b: Vec<(Tensor, F64)> = segments.iter().map(|(from, to, r)| array(to - from, *r, 0)).collect();
-    let list: Vec<Segment> =
-        segments.iter().zip(&b).map(|(&(start, end, _), b)| Segment { b: &b.0, start, end }).collect();
-    let offsets: Vec<usize> = (0..segments.len()).map(|i| segments[..i].iter().map(|s| s.2).sum()).collect();
+    let b: Vec<(Tensor, F64)> =
+        segments.iter().map(|(from, to, r)| array(to - from, *r, 0)).collect();
+    let list: Vec<Segment> = segments
+        .iter()
+        .zip(&b)
+        .map(|(&(start, end, _), b)| Segment { b: &b.0, start, end })
+        .collect();
+    let offsets: Vec<usize> =
+        (0..segments.len()).map(|i| segments[..i].iter().map(|s| s.2).sum()).collect();
     let mut bits = Vec::new();
 
     // Bd, as a plain matrix.
@@ -129,7 +144,8 @@ fn run(device: Cpu, dtype: DType, case: &Case) -> Vec<Vec<u32>> {
     bits.push(close(&dx, &plus(&whole, &whole), &format!("{label}: dx twice")));
 
     let da = cx.float("da", &[ranks, k]).unwrap();
-    let db: Vec<Tensor> = segments.iter().map(|(from, to, r)| cx.float("db", &[to - from, *r]).unwrap()).collect();
+    let db: Vec<Tensor> =
+        segments.iter().map(|(from, to, r)| cx.float("db", &[to - from, *r]).unwrap()).collect();
     let read = Read { x: &x, dt: &dt, dy: &dy, t: &t };
     let hda = tn(&hdt, &hx);
     let hdb: Vec<F64> = segments
@@ -170,7 +186,8 @@ fn shapes_that_do_not_fit_are_errors() {
     let t = |rows, cols| cx.float("t", &[rows, cols]).unwrap();
     let (y, x, w, b) = (t(4, 6), t(4, 5), t(6, 5), t(3, 2));
     let at = |start, end| Segment { b: &b, start, end };
-    let run = |t: &Tensor, s: &[Segment]| lora_nt(&cx, &y, &x, &w, None, t, s).unwrap_err().to_string();
+    let run =
+        |t: &Tensor, s: &[Segment]| lora_nt(&cx, &y, &x, &w, None, t, s).unwrap_err().to_string();
     assert!(run(&t(4, 3), &[at(0, 3)]).contains("ranks"));
     assert!(run(&t(4, 2), &[at(4, 7)]).contains("columns 4..7 of 6"));
     assert!(run(&t(4, 4), &[at(0, 3), at(2, 5)]).contains("apart"));

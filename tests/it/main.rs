@@ -1,13 +1,14 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
 mod adapters;
+mod architecture;
 mod attention;
 mod checkpoint;
 mod config;
 mod data;
 mod eval;
 mod generate;
-mod house;
+
 mod lora_kernels;
 mod model_folder;
 mod online;

@@ -1,14 +1,16 @@
-//! Online RL end to end: exactness of the ratio, resume, rewards that fail, what each method does with a plain reward.
+//! Online RL end to end: exactness of the ratio, resume, rewards that fail, what each method does
+//! with a plain reward.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use temper::autograd::Cx;
 use temper::checkpoint::prepare_output;
 use temper::config::{
-    GkdConfig, GrpoConfig, MethodRun, OnlineDpoConfig, PpoConfig, ReinforceConfig, RlooConfig, SftConfig,
+    GkdConfig, GrpoConfig, MethodRun, OnlineDpoConfig, PpoConfig, ReinforceConfig, RlooConfig,
+    SftConfig,
 };
-use temper::cx::Cx;
 use temper::data::rows::read_rows;
 use temper::device::{DType, cpu::Cpu};
 use temper::error::Result;
@@ -26,7 +28,10 @@ fn prompts(dir: &Path) -> PathBuf {
     let text = std::fs::read_to_string("tests/fixtures/sft/prompt_completion.jsonl").unwrap();
     let lines = text.lines().map(|line| {
         let row: Value = serde_json::from_str(line).unwrap();
-        format!("{}\n", json!({ "prompt": row["prompt"], "completion": row["completion"], "answer": "a" }))
+        format!(
+            "{}\n",
+            json!({ "prompt": row["prompt"], "completion": row["completion"], "answer": "a" })
+        )
     });
     std::fs::write(&path, lines.collect::<String>()).unwrap();
     path
@@ -47,7 +52,8 @@ fn run<M: Recipe>(out: &Path, keys: &[&str], resume: bool, dtype: DType) -> Resu
         "sft" => "max_length=64",
         _ => "max_completion_length=12",
     };
-    let keys: Vec<String> = common.iter().chain(&[length]).chain(keys).map(|k| k.to_string()).collect();
+    let keys: Vec<String> =
+        common.iter().chain(&[length]).chain(keys).map(|k| k.to_string()).collect();
     let (run, _) = MethodRun::<M>::load(None, &keys)?;
     let dir = tempfile::tempdir().unwrap();
     let rows = read_rows(&[prompts(dir.path())])?;
@@ -78,7 +84,13 @@ const LETTERS: &str = "reward_funcs=regex:^[a-z ]";
 fn the_first_ratio_is_exactly_one_and_later_ones_are_not() {
     for dtype in [DType::F32, DType::BF16] {
         let dir = tempfile::tempdir().unwrap();
-        let keys = [LETTERS, "num_generations=4", "num_iterations=2", "temperature=0.8", "steps_per_generation=2"];
+        let keys = [
+            LETTERS,
+            "num_generations=4",
+            "num_iterations=2",
+            "temperature=0.8",
+            "steps_per_generation=2",
+        ];
         let log = run::<GrpoConfig>(&dir.path().join("out"), &keys, false, dtype).unwrap();
         let off = |i: usize| log[i]["sampling/ratio_off_one_max"].as_f64().unwrap();
         // A generation serves two steps: the second has moved.
@@ -106,7 +118,8 @@ fn resumes<M: Recipe>(name: &str, keys: &[&str]) {
     }
     run::<M>(&part, keys, true, DType::F32).unwrap();
     for file in ["model.safetensors", "completions.jsonl"] {
-        let (a, b) = (std::fs::read(whole.join(file)).unwrap(), std::fs::read(part.join(file)).unwrap());
+        let (a, b) =
+            (std::fs::read(whole.join(file)).unwrap(), std::fs::read(part.join(file)).unwrap());
         assert!(a == b, "{name}: {file} differs after a resume");
     }
 }
@@ -117,10 +130,22 @@ fn online_runs_resumed_equal_uninterrupted_ones_also_within_a_generation() {
     resumes::<GrpoConfig>("grpo", &[LETTERS, "num_generations=4", "num_iterations=2", "beta=0.1"]);
     resumes::<GrpoConfig>(
         "grpo with a moving reference",
-        &[LETTERS, "num_generations=2", "beta=0.1", "sync_ref_model=true", "ref_model_sync_steps=2"],
+        &[
+            LETTERS,
+            "num_generations=2",
+            "beta=0.1",
+            "sync_ref_model=true",
+            "ref_model_sync_steps=2",
+        ],
     );
-    resumes::<PpoConfig>("ppo", &[LETTERS, "num_ppo_epochs=2", "num_mini_batches=1", "temperature=1"]);
-    resumes::<PpoConfig>("ppo, shared trunk", &[LETTERS, "num_ppo_epochs=2", "value_model=shared", "target_kl=0.5"]);
+    resumes::<PpoConfig>(
+        "ppo",
+        &[LETTERS, "num_ppo_epochs=2", "num_mini_batches=1", "temperature=1"],
+    );
+    resumes::<PpoConfig>(
+        "ppo, shared trunk",
+        &[LETTERS, "num_ppo_epochs=2", "value_model=shared", "target_kl=0.5"],
+    );
     resumes::<RlooConfig>("rloo", &[LETTERS, "num_generations=2"]);
     resumes::<ReinforceConfig>("reinforce++", &[LETTERS, "num_generations=2", "beta=0.01"]);
     resumes::<OnlineDpoConfig>("online dpo", &[LETTERS]);
@@ -131,7 +156,8 @@ fn online_runs_resumed_equal_uninterrupted_ones_also_within_a_generation() {
 fn every_method_raises_a_plain_reward() {
     fn gain<M: Recipe>(name: &str, keys: &[&str]) {
         let dir = tempfile::tempdir().unwrap();
-        let mut all = vec![LETTERS, "learning_rate=1e-2", "temperature=1", "save_steps=1000", "max_steps=60"];
+        let mut all =
+            vec![LETTERS, "learning_rate=1e-2", "temperature=1", "save_steps=1000", "max_steps=60"];
         all.extend(keys);
         let log = run::<M>(&dir.path().join("out"), &all, false, DType::F32).unwrap();
         let reward = |lines: &[Value]| {
@@ -158,8 +184,8 @@ fn every_method_raises_a_plain_reward() {
 
 #[test]
 fn a_generation_serves_the_steps_that_its_keys_say() {
-    // Per TRL: per_device_train_batch_size x steps_per_generation completions, steps_per_generation x num_iterations
-    // micro-batches; two micro-batches are a step here.
+    // Per TRL: per_device_train_batch_size x steps_per_generation completions, steps_per_generation
+    // x num_iterations micro-batches; two micro-batches are a step here.
     for (keys, completions, steps) in [
         (["steps_per_generation=2", "num_iterations=1"], 8, 1),
         (["steps_per_generation=2", "num_iterations=2"], 8, 2),
@@ -169,8 +195,9 @@ fn a_generation_serves_the_steps_that_its_keys_say() {
         let dir = tempfile::tempdir().unwrap();
         let all = [&[LETTERS, "num_generations=4"][..], &keys].concat();
         let log = run::<GrpoConfig>(&dir.path().join("out"), &all, false, DType::F32).unwrap();
-        let made: Vec<usize> =
-            (0..log.len()).filter(|i| log[*i]["reward"].is_f64() || log[*i]["reward"].is_i64()).collect();
+        let made: Vec<usize> = (0..log.len())
+            .filter(|i| log[*i]["reward"].is_f64() || log[*i]["reward"].is_i64())
+            .collect();
         assert_eq!(made, (0..6).step_by(steps).collect::<Vec<_>>(), "{keys:?}");
         let text = std::fs::read_to_string(dir.path().join("out/completions.jsonl")).unwrap();
         let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
@@ -178,7 +205,10 @@ fn a_generation_serves_the_steps_that_its_keys_say() {
         for group in lines.chunks(4) {
             assert!(group.iter().all(|l| l["prompt"] == group[0]["prompt"]), "{keys:?}");
             let sum: f64 = group.iter().map(|l| l["advantage"].as_f64().unwrap()).sum();
-            assert!(sum.abs() < 1e-9, "advantages of a group add up to rounding of 4 doubles: {sum}");
+            assert!(
+                sum.abs() < 1e-9,
+                "advantages of a group add up to rounding of 4 doubles: {sum}"
+            );
         }
     }
 }
@@ -190,7 +220,9 @@ fn masks_dynamic_sampling_and_a_moving_reference_do_what_they_say() {
         let all = [&[LETTERS, "num_generations=4"][..], keys].concat();
         run::<GrpoConfig>(&dir.path().join("out"), &all, false, DType::F32).unwrap()
     };
-    let of = |log: &[Value], name: &str| log.iter().map(|l| l[name].as_f64().unwrap()).collect::<Vec<_>>();
+    let of = |log: &[Value], name: &str| {
+        log.iter().map(|l| l[name].as_f64().unwrap()).collect::<Vec<_>>()
+    };
     // Three tokens: next to nothing ends, so next to nothing is learnt.
     let masked = grpo(&["mask_truncated_completions=true", "max_completion_length=3"]);
     let (cut, norms) = (of(&masked, "completions/clipped_ratio"), of(&masked, "grad_norm"));
@@ -201,7 +233,8 @@ fn masks_dynamic_sampling_and_a_moving_reference_do_what_they_say() {
     let (plain, dynamic) = (flat(&[]), flat(&["dynamic_sampling=3"]));
     assert!(dynamic < plain, "{dynamic} is not below {plain}");
     // A reference that becomes the policy after each step is never left.
-    let sync = ["beta=0.1", "sync_ref_model=true", "ref_model_mixup_alpha=1", "ref_model_sync_steps=1"];
+    let sync =
+        ["beta=0.1", "sync_ref_model=true", "ref_model_mixup_alpha=1", "ref_model_sync_steps=1"];
     assert!(of(&grpo(&sync), "kl").iter().all(|k| *k == 0.0));
     assert!(of(&grpo(&sync[..1]), "kl").iter().any(|k| *k > 0.0));
 }
@@ -209,21 +242,32 @@ fn masks_dynamic_sampling_and_a_moving_reference_do_what_they_say() {
 #[test]
 fn online_dpo_starts_at_its_reference_and_drops_ties() {
     let dir = tempfile::tempdir().unwrap();
-    let log = run::<OnlineDpoConfig>(&dir.path().join("out"), &[LETTERS], false, DType::F32).unwrap();
-    let value = |i: usize, name: &str| log[i][name].as_f64().unwrap_or_else(|| panic!("{name}: {:?}", log[i]));
+    let log =
+        run::<OnlineDpoConfig>(&dir.path().join("out"), &[LETTERS], false, DType::F32).unwrap();
+    let value = |i: usize, name: &str| {
+        log[i][name].as_f64().unwrap_or_else(|| panic!("{name}: {:?}", log[i]))
+    };
     assert!(value(0, "ties_dropped") < 8.0, "the first step has a pair");
     assert_eq!(value(0, "loss") as f32, std::f32::consts::LN_2);
     for name in ["rewards/margins", "objective/kl", "rewards/chosen"] {
         assert_eq!(value(0, name), 0.0, "{name}");
     }
     assert!((1..6).any(|i| value(i, "objective/kl") != 0.0), "the policy has moved");
-    // Completions that do not end lose: with a reward that never differs, the penalty alone makes pairs.
+    // Completions that do not end lose: with a reward that never differs, the penalty alone makes
+    // pairs.
     let flat = ["reward_funcs=length:max=99", "max_steps=1"];
     let tied = run::<OnlineDpoConfig>(&dir.path().join("tied"), &flat, false, DType::F32).unwrap();
     assert_eq!(tied[0]["ties_dropped"].as_f64(), Some(8.0));
     assert_eq!((tied[0]["loss"].as_f64(), tied[0]["grad_norm"].as_f64()), (Some(0.0), Some(0.0)));
-    let keys = [flat[0], flat[1], "missing_eos_penalty=1", "gradient_accumulation_steps=12", "max_new_tokens=60"];
-    let penalised = run::<OnlineDpoConfig>(&dir.path().join("eos"), &keys, false, DType::F32).unwrap();
+    let keys = [
+        flat[0],
+        flat[1],
+        "missing_eos_penalty=1",
+        "gradient_accumulation_steps=12",
+        "max_new_tokens=60",
+    ];
+    let penalised =
+        run::<OnlineDpoConfig>(&dir.path().join("eos"), &keys, false, DType::F32).unwrap();
     let text = std::fs::read_to_string(dir.path().join("eos/completions.jsonl")).unwrap();
     let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let mut pairs = 0;
@@ -246,13 +290,16 @@ fn gkd_draws_the_student_towards_its_teacher() {
     run::<SftConfig>(&teacher, &keys, false, DType::F32).unwrap();
     let named = format!("teacher_model_name_or_path={}", teacher.display());
     let gkd = |name: &str, keys: &[&str]| {
-        let all: Vec<&str> = [named.as_str(), "learning_rate=5e-3", "max_steps=40", "save_steps=1000"]
-            .into_iter()
-            .chain(keys.iter().copied())
-            .collect();
+        let all: Vec<&str> =
+            [named.as_str(), "learning_rate=5e-3", "max_steps=40", "save_steps=1000"]
+                .into_iter()
+                .chain(keys.iter().copied())
+                .collect();
         run::<GkdConfig>(&dir.path().join(name), &all, false, DType::F32).unwrap()
     };
-    let mean = |log: &[Value]| log.iter().map(|l| l["loss"].as_f64().unwrap()).sum::<f64>() / log.len() as f64;
+    let mean = |log: &[Value]| {
+        log.iter().map(|l| l["loss"].as_f64().unwrap()).sum::<f64>() / log.len() as f64
+    };
     for (name, keys) in [
         ("reverse KL, the student's rows", &["lmbda=1", "beta=1"][..]),
         ("JSD, the data's rows", &["lmbda=0"]),
@@ -267,11 +314,20 @@ fn gkd_draws_the_student_towards_its_teacher() {
     }
     // At lmbda 0.5 the draws go both ways.
     let log = gkd("mixed", &["max_steps=12"]);
-    let share = log.iter().map(|l| l["on_policy"].as_f64().unwrap()).sum::<f64>() / log.len() as f64;
+    let share =
+        log.iter().map(|l| l["on_policy"].as_f64().unwrap()).sum::<f64>() / log.len() as f64;
     assert!((0.2..0.8).contains(&share), "{share}");
     // A teacher that is the student: nothing to learn, exactly.
-    let same = run::<GkdConfig>(&dir.path().join("same"), &[TEACHER, "lmbda=1", "max_steps=1"], false, DType::F32);
-    assert!(same.unwrap()[0]["loss"].as_f64().unwrap().abs() < 1e-6, "rounding of a difference of equal numbers");
+    let same = run::<GkdConfig>(
+        &dir.path().join("same"),
+        &[TEACHER, "lmbda=1", "max_steps=1"],
+        false,
+        DType::F32,
+    );
+    assert!(
+        same.unwrap()[0]["loss"].as_f64().unwrap().abs() < 1e-6,
+        "rounding of a difference of equal numbers"
+    );
 }
 
 fn refused<M: Recipe>(keys: &[&str]) -> String {
@@ -287,13 +343,19 @@ fn what_cannot_be_right_is_refused_with_the_next_step() {
     for (said, text) in [
         ("no reward", refused::<GrpoConfig>(&[])),
         ("does not divide", refused::<GrpoConfig>(&[LETTERS, "num_generations=3"])),
-        ("set lora_dropout=0", refused::<GrpoConfig>(&[LETTERS, "use_peft=true", "num_generations=4"])),
+        (
+            "set lora_dropout=0",
+            refused::<GrpoConfig>(&[LETTERS, "use_peft=true", "num_generations=4"]),
+        ),
         ("at least 2", refused::<RlooConfig>(&[LETTERS, "num_generations=1"])),
         ("is no reward model", refused::<PpoConfig>(&["reward_model=tests/fixtures/sft/model"])),
         ("name the teacher's folder", refused::<GkdConfig>(&[])),
         ("no reward", refused::<OnlineDpoConfig>(&[])),
         ("beta: one number above 0", refused::<OnlineDpoConfig>(&[LETTERS, "beta=0"])),
-        ("importance_sampling_level=sequence", refused::<GrpoConfig>(&[LETTERS, "loss_type=luspo"])),
+        (
+            "importance_sampling_level=sequence",
+            refused::<GrpoConfig>(&[LETTERS, "loss_type=luspo"]),
+        ),
     ] {
         assert!(text.contains(said), "{said}: {text}");
     }
@@ -310,8 +372,11 @@ fn a_reward_command_that_dies_leaves_a_checkpoint_to_go_on_from() {
                 printf '{\"id\":%s,\"reward\":%s}\\n' \"$id\" \"$((n % 2))\"\ndone\n";
     std::fs::write(&script, body).unwrap();
     let reward = format!("reward_funcs=command:sh {}", script.display());
-    let error = run::<GrpoConfig>(&out, &[&reward, "num_generations=4"], false, DType::F32).unwrap_err().to_string();
-    let names = std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let error = run::<GrpoConfig>(&out, &[&reward, "num_generations=4"], false, DType::F32)
+        .unwrap_err()
+        .to_string();
+    let names =
+        std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     let saved: Vec<String> = names.filter(|n| n.starts_with("checkpoint-")).collect();
     assert!(!saved.is_empty(), "{error}");
     assert!(error.contains("row") && error.contains("reward"), "{error}");

@@ -10,11 +10,19 @@ fn all_pass(device: Arc<dyn Device>) {
     let failures: Vec<String> = outcomes
         .iter()
         .filter_map(|o| {
-            o.failure.as_ref().map(|f| format!("{} {} {} {}: {f}", o.op, o.variant, o.dtype.name(), o.case))
+            o.failure
+                .as_ref()
+                .map(|f| format!("{} {} {} {}: {f}", o.op, o.variant, o.dtype.name(), o.case))
         })
         .collect();
     assert!(outcomes.len() > 20, "the registry is not empty");
-    assert!(failures.is_empty(), "{} of {} cases fail:\n{}", failures.len(), outcomes.len(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} of {} cases fail:\n{}",
+        failures.len(),
+        outcomes.len(),
+        failures.join("\n")
+    );
 }
 
 #[test]
@@ -33,7 +41,9 @@ fn the_self_check_of_a_whole_model_passes_on_the_cpu() {
     let outcomes = temper::check::model::check_model(&device, |_| {}).unwrap();
     let failures: Vec<String> = outcomes
         .iter()
-        .filter_map(|o| o.failure.as_ref().map(|f| format!("{} {} {}: {f}", o.op, o.dtype.name(), o.case)))
+        .filter_map(|o| {
+            o.failure.as_ref().map(|f| format!("{} {} {}: {f}", o.op, o.dtype.name(), o.case))
+        })
         .collect();
     assert_eq!(outcomes.len(), 8);
     assert!(failures.is_empty(), "{}", failures.join("\n"));

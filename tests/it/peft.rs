@@ -1,22 +1,23 @@
-//! Adapters against PEFT 0.19.1 and TRL 1.16.0: every run of `tests/fixtures/peft/losses.json`, from the same folder.
+//! Adapters against PEFT 0.19.1 and TRL 1.16.0: every run of `tests/fixtures/peft/losses.json`,
+//! from the same folder.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
+use temper::autograd::Cx;
 use temper::config::SftRun;
-use temper::cx::Cx;
 use temper::data::chat::ChatTemplate;
 use temper::data::rows::read_rows;
 use temper::data::tokenizer::Tokenizer;
 use temper::device::{DType, cpu::Cpu};
 use temper::methods::Method;
-use temper::methods::sft::Sft;
+use temper::methods::offline::sft::Sft;
 use temper::model::adapter::{Adapter, folder};
 use temper::model::batch::Sequence;
 use temper::model::decoder::Decoder;
 use temper::train::Trainer;
-use temper::train::job::prepare;
+use temper::train::tuning::prepare;
 
 pub fn fixtures() -> &'static Path {
     Path::new("tests/fixtures")
@@ -46,7 +47,11 @@ pub fn logps(cx: &mut Cx, model: &Decoder, ids: &Value) -> Vec<f64> {
 }
 
 pub fn flat(v: &Value) -> Vec<f64> {
-    v.as_array().unwrap().iter().flat_map(|r| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap())).collect()
+    v.as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|r| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()))
+        .collect()
 }
 
 /// Relative to b where that is above 1: these models' log-probs go down to -30.
@@ -56,8 +61,12 @@ pub fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn keys(all: &Value, run: &Value) -> Vec<String> {
-    let common =
-        ["per_device_train_batch_size=4", "train_sampling_strategy=sequential", "max_steps=20", "use_peft=true"];
+    let common = [
+        "per_device_train_batch_size=4",
+        "train_sampling_strategy=sequential",
+        "max_steps=20",
+        "use_peft=true",
+    ];
     let mut keys: Vec<String> = common.iter().map(|s| s.to_string()).collect();
     keys.push(format!("learning_rate={}", all["learning_rate"]));
     keys.extend(run["config"].as_object().unwrap().iter().map(|(k, v)| format!("{k}={v}")));
@@ -71,7 +80,7 @@ pub fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, Sft) {
     let rows = read_rows(&[fixtures().join("sft/messages.jsonl")]).unwrap();
     let (sft, _) = Sft::new(&run.method, &tokenizer, Some(&template), 320, &rows, &[]).unwrap();
     let n = sft.rows();
-    (Trainer::new(cx, model, run.training.clone(), n, false).unwrap(), sft)
+    (Trainer::new(cx, model, run.training.clone(), n).unwrap(), sft)
 }
 
 fn bits(decoder: &Decoder) -> Vec<u32> {
@@ -86,10 +95,20 @@ fn every_adapter_has_pefts_logits_counts_and_losses_and_leaves_the_base_alone() 
     for (name, run) in all["runs"].as_object().unwrap() {
         let mut cx = cpu();
         let (decoder, config) = model(&cx, run["base"].as_str().unwrap(), name, &keys(&all, run));
-        assert_eq!(decoder.trained().trained_count() as u64, run["trainable"].as_u64().unwrap(), "{name}: trainable");
-        let total = decoder.params.count() + decoder.adapter.as_ref().map_or(0, |a| a.params.trained_count());
-        assert_eq!(total as u64, run["all"].as_u64().unwrap() + untrained_copies(&decoder), "{name}: all");
-        let start = largest_difference(&logps(&mut cx, &decoder, &all["ids"]), &flat(&run["start"]));
+        assert_eq!(
+            decoder.trained().trained_count() as u64,
+            run["trainable"].as_u64().unwrap(),
+            "{name}: trainable"
+        );
+        let total = decoder.params.count()
+            + decoder.adapter.as_ref().map_or(0, |a| a.params.trained_count());
+        assert_eq!(
+            total as u64,
+            run["all"].as_u64().unwrap() + untrained_copies(&decoder),
+            "{name}: all"
+        );
+        let start =
+            largest_difference(&logps(&mut cx, &decoder, &all["ids"]), &flat(&run["start"]));
         let before = bits(&decoder);
         let (mut trainer, mut sft) = trainer(cx, decoder, &config);
         let (mut loss, mut norm) = (0f64, 0f64);
@@ -99,13 +118,17 @@ fn every_adapter_has_pefts_logits_counts_and_losses_and_leaves_the_base_alone() 
             loss = loss.max(relative(f64::from(step.loss), "loss"));
             norm = norm.max(relative(f64::from(step.grad_norm), "grad_norm"));
         }
-        let end = largest_difference(&logps(&mut trainer.cx, &trainer.model, &all["ids"]), &flat(&run["end"]));
+        let end = largest_difference(
+            &logps(&mut trainer.cx, &trainer.model, &all["ids"]),
+            &flat(&run["end"]),
+        );
         assert_eq!(bits(&trainer.model), before, "{name}: the base's weights changed");
         report += &format!(
             "{name}: logps {start:.1e} at the start, {end:.1e} at the end; loss {loss:.1e}, norm {norm:.1e}\n"
         );
         worst = worst.max(loss);
-        // PEFT decomposes in f32: its own log-probs under PiSSA are 1.7e-5 from those of a decomposition in f64.
+        // PEFT decomposes in f32: its own log-probs under PiSSA are 1.7e-5 from those of a
+        // decomposition in f64.
         let limit = if name.starts_with("pissa") { 3e-5 } else { 1e-5 };
         assert!(start <= limit, "{report}");
     }
@@ -113,26 +136,34 @@ fn every_adapter_has_pefts_logits_counts_and_losses_and_leaves_the_base_alone() 
     assert!(worst <= 1e-5, "{report}");
 }
 
-/// PEFT counts biases of the base that it trains in place once; here they are copies, of whole units.
+/// PEFT counts biases of the base that it trains in place once; here they are copies, of whole
+/// units.
 fn untrained_copies(decoder: &Decoder) -> u64 {
     let Some(adapter) = &decoder.adapter else { return 0 };
-    let biases = adapter.params.trained().map(|i| &adapter.params.specs[i].0).filter(|s| s.role.is_bias());
+    let biases =
+        adapter.params.trained().map(|i| &adapter.params.specs[i].0).filter(|s| s.role.is_bias());
     biases.map(|s| s.len() as u64).sum()
 }
 
 #[test]
 fn an_adapter_that_is_written_reads_back_with_the_same_bits() {
-    for name in ["lora_patterns", "lora_saves_head", "lora_bias_lora_only", "dora", "ia3", "prompt_text"] {
+    for name in
+        ["lora_patterns", "lora_saves_head", "lora_bias_lora_only", "dora", "ia3", "prompt_text"]
+    {
         let mut cx = cpu();
         let base = losses()["runs"][name]["base"].as_str().unwrap().to_string();
         let (decoder, _) = model(&cx, &base, name, &[]);
         let adapter = decoder.adapter.as_ref().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("adapter");
-        folder::write(&out, adapter, &[], &mut |i| adapter.params.weight_view(i)?.to_f32()).unwrap();
+        folder::write(&out, adapter, &[], &mut |i| adapter.params.weight_view(i)?.to_f32())
+            .unwrap();
         let read = Adapter::load(&cx, 1, &out, &decoder.config, &decoder.params).unwrap();
         assert_eq!(read.config.kind, adapter.config.kind, "{name}");
-        let again = Decoder::load(&cx, 0, fixtures().join(&base), 512).unwrap().with_adapter(Some(read)).unwrap();
+        let again = Decoder::load(&cx, 0, fixtures().join(&base), 512)
+            .unwrap()
+            .with_adapter(Some(read))
+            .unwrap();
         let ids = &losses()["ids"];
         let (a, b) = (logps(&mut cx, &decoder, ids), logps(&mut cx, &again, ids));
         assert_eq!(a, b, "{name}");
@@ -166,10 +197,19 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
         (vec!["use_peft=true", "lora_modules_to_save=embed_token"], "did you mean embed_tokens?"),
         (vec!["lora_r=8"], "use_peft is false"),
         (vec!["use_peft=true", "init_lora_weights=pissa"], "lora_dropout=0"),
-        (vec!["use_peft=true", "init_lora_weights=pissa", "lora_dropout=0", "lora_r=64"], "rank 64 of a"),
+        (
+            vec!["use_peft=true", "init_lora_weights=pissa", "lora_dropout=0", "lora_r=64"],
+            "rank 64 of a",
+        ),
         (vec!["use_peft=true", "init_lora_weights=svd"], "pissa_niter_N"),
-        (vec!["use_peft=true", "peft_type=prompt_tuning", "num_virtual_tokens=0"], "an empty prompt"),
-        (vec!["use_peft=true", "peft_type=prompt_tuning", "lora_target_modules=q_proj"], "neither lora nor ia3"),
+        (
+            vec!["use_peft=true", "peft_type=prompt_tuning", "num_virtual_tokens=0"],
+            "an empty prompt",
+        ),
+        (
+            vec!["use_peft=true", "peft_type=prompt_tuning", "lora_target_modules=q_proj"],
+            "neither lora nor ia3",
+        ),
         (vec!["use_peft=true", "peft_type=seq_bn", "non_linearity=tan"], "relu, swish, gelu"),
         (vec!["use_peft=true", "reduction_factor=4"], "no bottleneck adapter"),
         (vec!["freeze=layers.9"], "matches no parameter"),
@@ -183,15 +223,20 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
     let dir = fixtures().join("models/qwen3");
     let decoder = Decoder::load(&cx, 0, &dir, 64).unwrap();
     let other: PathBuf = fixtures().join("peft/lora");
-    let text = Adapter::load(&cx, 1, &other, &decoder.config, &decoder.params).err().unwrap().to_string();
-    assert!(text.contains("not for this model (its base was sft/model)") && text.contains("shape: "), "{text}");
+    let text =
+        Adapter::load(&cx, 1, &other, &decoder.config, &decoder.params).err().unwrap().to_string();
+    assert!(
+        text.contains("not for this model (its base was sft/model)") && text.contains("shape: "),
+        "{text}"
+    );
 }
 
 #[test]
 fn what_is_frozen_keeps_its_bits_and_counts_in_no_norm() {
-    let keys: Vec<String> = ["freeze=embed_tokens,q_proj,layers.1", "lr_multipliers=norm=0.5,mlp=2", "max_steps=3"]
-        .map(String::from)
-        .into();
+    let keys: Vec<String> =
+        ["freeze=embed_tokens,q_proj,layers.1", "lr_multipliers=norm=0.5,mlp=2", "max_steps=3"]
+            .map(String::from)
+            .into();
     let (run, _) = SftRun::load(None, &keys).unwrap();
     let cx = cpu();
     let dir = fixtures().join("sft/model");
@@ -199,7 +244,9 @@ fn what_is_frozen_keeps_its_bits_and_counts_in_no_norm() {
     let decoder = prepare(&cx, decoder, &run.peft, None, &dir, 42).unwrap();
     let values = |d: &Decoder| -> Vec<(String, Vec<u32>)> {
         let specs = d.params.specs.iter().enumerate();
-        specs.map(|(i, (s, _))| (s.name.clone(), d.params.weight_view(i).unwrap().to_vec().unwrap())).collect()
+        specs
+            .map(|(i, (s, _))| (s.name.clone(), d.params.weight_view(i).unwrap().to_vec().unwrap()))
+            .collect()
     };
     let before = values(&decoder);
     let (mut trainer, mut sft) = trainer(cx, decoder, &run);

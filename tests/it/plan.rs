@@ -1,17 +1,18 @@
-//! The memory plan against the pool's high-water mark of the run that was planned, and what is refused.
+//! The memory plan against the pool's high-water mark of the run that was planned, and what is
+//! refused.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use temper::config::SftRun;
-use temper::cx::{Cx, MatmulChoice};
+use temper::autograd::{Cx, Recompute};
+use temper::config::{MatmulChoice, SftRun};
 use temper::device::{DType, cpu::Cpu};
-use temper::methods::sft::Sft;
-use temper::model::config::ModelConfig;
+use temper::methods::offline::sft::Sft;
 use temper::model::decoder::Decoder;
+use temper::model::layout::ModelConfig;
 use temper::train::Trainer;
-use temper::train::job::{prepare, scheme};
 use temper::train::plan::{Ask, Plan, fit};
+use temper::train::tuning::{prepare, scheme};
 
 /// (model, rows of a micro-batch, tokens of a row): activations dominate, weights dominate.
 fn shapes() -> [(ModelConfig, usize, usize); 2] {
@@ -25,14 +26,26 @@ const LORA: &str = "use_peft=true lora_target_modules=all-linear";
 
 fn run(keys: &str, batch: usize) -> SftRun {
     let mut keys: Vec<String> = keys.split_whitespace().map(String::from).collect();
-    keys.extend([format!("per_device_train_batch_size={batch}"), "gradient_accumulation_steps=2".into()]);
+    keys.extend([
+        format!("per_device_train_batch_size={batch}"),
+        "gradient_accumulation_steps=2".into(),
+    ]);
     SftRun::load(None, &keys).unwrap().0
 }
 
 fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> Ask<'a> {
     let (peft, training) = (run.peft.clone(), run.training.clone());
     let tokens = training.per_device_train_batch_size * length;
-    Ask { model, dir: Path::new("model"), adapter: None, peft, training, length, tokens, reference: false }
+    Ask {
+        model,
+        dir: Path::new("model"),
+        adapter: None,
+        peft,
+        training,
+        length,
+        tokens,
+        reference: false,
+    }
 }
 
 fn cpu(dtype: DType) -> Cx {
@@ -40,13 +53,23 @@ fn cpu(dtype: DType) -> Cx {
 }
 
 /// Bytes at the peak of two real steps.
-fn measured(mut cx: Cx, model: &ModelConfig, run: &SftRun, rows: usize, length: usize, recompute: bool) -> usize {
+fn measured(
+    mut cx: Cx,
+    model: &ModelConfig,
+    run: &SftRun,
+    rows: usize,
+    length: usize,
+    recompute: Recompute,
+) -> usize {
     cx.set_rng(0, 0, 0).unwrap();
+    cx.recompute = recompute;
     let base = Decoder::random(&cx, 0, model.clone(), length, scheme(&run.peft), 1).unwrap();
     let model = prepare(&cx, base, &run.peft, None, Path::new("model"), 1).unwrap();
-    let row = |r: usize| ((0..length).map(|i| ((r * 7 + i * 3) % 300) as u32).collect(), vec![true; length]);
+    let row = |r: usize| {
+        ((0..length).map(|i| ((r * 7 + i * 3) % 300) as u32).collect(), vec![true; length])
+    };
     let mut sft = Sft::from_sequences((0..2 * rows).map(row).collect());
-    let mut trainer = Trainer::new(cx, model, run.training.clone(), 2 * rows, recompute).unwrap();
+    let mut trainer = Trainer::new(cx, model, run.training.clone(), 2 * rows).unwrap();
     for _ in 0..2 {
         trainer.step(&mut sft).unwrap();
     }
@@ -56,37 +79,48 @@ fn measured(mut cx: Cx, model: &ModelConfig, run: &SftRun, rows: usize, length: 
 #[test]
 fn the_plan_is_within_five_per_cent_of_the_high_water_mark() {
     let lora_8bit = format!("{LORA} load_in_8bit=true");
-    let (qlora, dora) =
-        (format!("{LORA} load_in_4bit=true use_bnb_nested_quant=true"), format!("{LORA} use_dora=true"));
-    let runs: [(&str, bool); 10] = [
-        ("", false),
-        ("", true),
-        (LORA, false),
-        (LORA, true),
-        (&qlora, false),
-        (&qlora, true),
-        (&lora_8bit, false),
-        (&dora, false),
-        ("optim=adamw_8bit", false),
-        ("optim=adamw_bf16_moments", true),
+    let (qlora, dora) = (
+        format!("{LORA} load_in_4bit=true use_bnb_nested_quant=true"),
+        format!("{LORA} use_dora=true"),
+    );
+    let runs: [(&str, Recompute); 10] = [
+        ("", Recompute::Off),
+        ("", Recompute::Layers),
+        (LORA, Recompute::Off),
+        (LORA, Recompute::Layers),
+        (&qlora, Recompute::Off),
+        (&qlora, Recompute::Layers),
+        (&lora_8bit, Recompute::Off),
+        (&dora, Recompute::Off),
+        ("optim=adamw_8bit", Recompute::Off),
+        ("optim=adamw_bf16_moments", Recompute::Layers),
     ];
     let mut report = String::new();
     for (model, rows, length) in shapes() {
         for (keys, recompute) in runs {
             let run = run(keys, rows);
-            for (dtype, matmul) in [(DType::F32, MatmulChoice::Auto), (DType::BF16, MatmulChoice::Own)] {
-                // The shim's own bf16 products are slow: fused low-rank ones over dequantised weights are enough there.
-                if dtype == DType::BF16 && (length > 8 || keys != qlora || recompute) {
+            for (dtype, matmul) in
+                [(DType::F32, MatmulChoice::Auto), (DType::BF16, MatmulChoice::Own)]
+            {
+                // The shim's own bf16 products are slow: fused low-rank ones over dequantised
+                // weights are enough there.
+                if dtype == DType::BF16
+                    && (length > 8 || keys != qlora || recompute == Recompute::Layers)
+                {
                     continue;
                 }
                 let mut cx = cpu(dtype);
                 cx.matmul = matmul;
                 let plan = Plan::new(&cx, &ask(&model, &run, length), recompute).unwrap();
-                assert_eq!(plan.parts.iter().map(|p| p.1).sum::<usize>(), plan.peak, "the parts add up");
+                assert_eq!(
+                    plan.parts.iter().map(|p| p.1).sum::<usize>(),
+                    plan.peak,
+                    "the parts add up"
+                );
                 let peak = measured(cx, &model, &run, rows, length, recompute);
                 let off = plan.peak as f64 / peak as f64 - 1.0;
                 report += &format!(
-                    "{keys:<70} recompute {recompute:<5} {dtype:?}: planned {}, measured {peak}, {off:+.4}\n",
+                    "{keys:<70} recompute {recompute:?} {dtype:?}: planned {}, measured {peak}, {off:+.4}\n",
                     plan.peak
                 );
                 assert!(off.abs() <= 0.05, "{report}");
@@ -102,13 +136,16 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_make_it_fit() {
     let cx = cpu(DType::F32);
     let with = |keys: &str| run(keys, *rows);
     let (off, on) = (with("gradient_checkpointing=false"), with("gradient_checkpointing=true"));
-    let peak = |run: &SftRun, recompute| Plan::new(&cx, &ask(model, run, *length), recompute).unwrap().peak;
-    let (whole, less) = (peak(&off, false), peak(&on, true));
+    let peak = |run: &SftRun, recompute| {
+        Plan::new(&cx, &ask(model, run, *length), recompute).unwrap().peak
+    };
+    let (whole, less) = (peak(&off, Recompute::Off), peak(&on, Recompute::Layers));
     assert!(less < whole * 8 / 10, "{less} {whole}");
     // auto: without recomputation where it fits with a tenth to spare, else with it.
     let auto = with("");
-    assert!(!fit(&cx, &ask(model, &auto, *length), whole * 2).unwrap().recompute);
-    assert!(fit(&cx, &ask(model, &auto, *length), whole).unwrap().recompute);
+    let chosen = |available| fit(&cx, &ask(model, &auto, *length), available).unwrap().recompute;
+    assert_eq!(chosen(whole * 2), Recompute::Off);
+    assert_eq!(chosen(whole), Recompute::Layers);
     // Told not to, it does not, and says what would help.
     let e = fit(&cx, &ask(model, &off, *length), whole - 1).unwrap_err().to_string();
     for said in [
@@ -124,7 +161,13 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_make_it_fit() {
     let hopeless = fit(&cx, &ask(model, &on, *length), 1000).unwrap_err().to_string();
     assert!(hopeless.contains("not enough: take a smaller model"), "{hopeless}");
     // Keys that are set already are not proposed.
-    let lora = with(&format!("{LORA} load_in_4bit=true gradient_checkpointing=true optim=adamw_8bit"));
+    let lora =
+        with(&format!("{LORA} load_in_4bit=true gradient_checkpointing=true optim=adamw_8bit"));
     let e = fit(&cx, &ask(model, &lora, *length), 1000).unwrap_err().to_string();
-    assert!(!e.contains("with load_in_4bit") && !e.contains("with use_peft") && !e.contains("with optim"), "{e}");
+    assert!(
+        !e.contains("with load_in_4bit")
+            && !e.contains("with use_peft")
+            && !e.contains("with optim"),
+        "{e}"
+    );
 }

@@ -1,15 +1,19 @@
-//! Policy losses and advantages against TRL 1.16.0's own code, PPO against f64 (`tests/fixtures/make_policy.py`).
+//! Policy losses and advantages against TRL 1.16.0's own code, PPO against f64
+//! (`tests/fixtures/make_policy.py`).
 
 use std::sync::Arc;
 
 use serde_json::Value;
-use temper::cx::Cx;
+use temper::autograd::{Cx, ParamGrads, Tape};
 use temper::device::{DType, cpu::Cpu};
-use temper::ops::policy::{Level, PolicyInputs, PolicyLoss, PolicyOut, Term, gae, policy_loss, value_loss, whiten};
+use temper::methods::online::advantage::{self, Advantages, Aggregation, KlEstimator, Scale};
+use temper::methods::online::weights::{
+    Normalizer, off_policy_mask, token_weights, top_entropy_mask,
+};
+use temper::ops::policy::{
+    Level, PolicyInputs, PolicyLoss, PolicyOut, Term, gae, policy_loss, value_loss, whiten,
+};
 use temper::rewards::Scores;
-use temper::rewards::advantage::{self, Advantages, Aggregation, KlEstimator, Scale};
-use temper::rewards::weights::{Normalizer, off_policy_mask, token_weights, top_entropy_mask};
-use temper::tape::{ParamGrads, Tape};
 use temper::tensor::{Id, Tensor};
 
 fn fixture() -> Value {
@@ -41,7 +45,9 @@ fn spread(values: &[f64], lengths: &[usize]) -> Vec<f64> {
 fn distance(got: &[f64], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let largest = want.iter().fold(1e-30, |m: f64, v| m.max(v.abs()));
-    got.iter().zip(want).fold(0.0, |m: f64, (a, b)| if a.is_nan() { f64::INFINITY } else { m.max((a - b).abs()) })
+    got.iter()
+        .zip(want)
+        .fold(0.0, |m: f64, (a, b)| if a.is_nan() { f64::INFINITY } else { m.max((a - b).abs()) })
         / largest
 }
 
@@ -66,7 +72,11 @@ impl Bench {
     }
 
     /// Runs `f` on a taped `data`; the loss and its gradient by `data`.
-    fn gradient(&mut self, data: &[f64], f: impl FnOnce(&mut Cx, &Tensor) -> Tensor) -> (f64, Vec<f64>) {
+    fn gradient(
+        &mut self,
+        data: &[f64],
+        f: impl FnOnce(&mut Cx, &Tensor) -> Tensor,
+    ) -> (f64, Vec<f64>) {
         let slot = Tensor::new(&self.cx.pool, "gradient", DType::F32, &[data.len()]).unwrap();
         let x = self.put(data).with_id(Id::Param { set: 0, index: 0 });
         self.cx.param_grads = vec![ParamGrads::new(vec![Some(slot.clone())])];
@@ -123,8 +133,12 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
         "dapo" => (clip, window),
         "luspo" => (clip, Normalizer::Sum),
         "cispo" => (Term::Cispo { epsilon_high }, window),
-        "sapo" => (Term::Sapo { temperature_pos: 1.0, temperature_neg: 1.05 }, Normalizer::Sequence),
-        "vespo" => (Term::Vespo { k_pos: 2.0, lambda_pos: 3.0, k_neg: 3.0, lambda_neg: 2.0 }, window),
+        "sapo" => {
+            (Term::Sapo { temperature_pos: 1.0, temperature_neg: 1.05 }, Normalizer::Sequence)
+        }
+        "vespo" => {
+            (Term::Vespo { k_pos: 2.0, lambda_pos: 3.0, k_neg: 3.0, lambda_neg: 2.0 }, window)
+        }
         other => panic!("{other}"),
     };
     let beta = number("beta").unwrap() as f32;
@@ -134,7 +148,8 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
         beta,
         bias_correction_kl: key("bias").as_bool().unwrap(),
     };
-    let weights = token_weights(normalizer, lengths, &mask, number("accumulation").unwrap() as usize);
+    let weights =
+        token_weights(normalizer, lengths, &mask, number("accumulation").unwrap() as usize);
     let weights: Vec<f64> = weights.into_iter().map(f64::from).collect();
     let old = key("old").as_str().map(|name| list(&f[name.to_lowercase()]));
     let ratio = key("is_ratio").as_str().map(|level| match level {
@@ -153,7 +168,14 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
     let single = |v: &[f64]| -> Vec<f32> { v.iter().map(|v| *v as f32).collect() };
     if let Some(want) = case.get("scale") {
         let own = match number("off_policy") {
-            Some(t) => off_policy_mask(lengths, &mask, &single(old.as_ref().unwrap()), &single(&logp), &sequences, t),
+            Some(t) => off_policy_mask(
+                lengths,
+                &mask,
+                &single(old.as_ref().unwrap()),
+                &single(&logp),
+                &sequences,
+                t,
+            ),
             None => top_entropy_mask(&floats(&f["entropy"]), &mask, number("quantile").unwrap()),
         };
         assert_eq!(own, floats(want), "{}", case["config"]);
@@ -184,7 +206,8 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
     });
     check_metrics(case, &out.unwrap(), &mask, lengths, config.level);
     let want = case["loss"].as_f64().unwrap();
-    let scale = weights.iter().zip(spread(&sequences, lengths)).map(|(w, a)| (w * a).abs()).sum::<f64>();
+    let scale =
+        weights.iter().zip(spread(&sequences, lengths)).map(|(w, a)| (w * a).abs()).sum::<f64>();
     // relative to the loss, or where its terms cancel to what they are sums of
     let loss_error = (loss - want).abs() / want.abs().max(1e-2 * scale);
     loss_error.max(distance(&gradient, &list(&case["gradient"])))
@@ -201,7 +224,8 @@ fn sums(values: &[f64], lengths: &[usize]) -> Vec<f64> {
 }
 
 fn check_metrics(case: &Value, out: &PolicyOut, mask: &[bool], lengths: &[usize], level: Level) {
-    let starts: Vec<usize> = lengths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
+    let starts: Vec<usize> =
+        lengths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
     // TRL's means: over tokens, or over sequences where the value is the sequence's
     let mean = |values: &[f64], by_sequence: bool| -> f64 {
         let picked: Vec<f64> = match by_sequence {
@@ -222,7 +246,11 @@ fn check_metrics(case: &Value, out: &PolicyOut, mask: &[bool], lengths: &[usize]
             _ => continue,
         };
         let want = want.as_f64().unwrap();
-        assert!((got - want).abs() <= 1e-5 * want.abs().max(1e-2), "{name} {got} {want}: {}", case["config"]);
+        assert!(
+            (got - want).abs() <= 1e-5 * want.abs().max(1e-2),
+            "{name} {got} {want}: {}",
+            case["config"]
+        );
     }
 }
 
@@ -234,10 +262,12 @@ fn rloos_loss_and_gradient_are_trls() {
     let mask = vec![true; lengths.iter().sum()];
     let weights = token_weights(Normalizer::Sequence, &lengths, &mask, 1);
     let weight = bench.put(&weights.into_iter().map(f64::from).collect::<Vec<_>>());
-    let (old, advantage) = (bench.put(&list(&f["near"])), bench.put(&spread(&list(&f["advantage"]), &lengths)));
+    let (old, advantage) =
+        (bench.put(&list(&f["near"])), bench.put(&spread(&list(&f["advantage"]), &lengths)));
     let starts = bench.starts(&lengths);
     let term = Term::Clip { epsilon: 0.2, epsilon_high: 0.2, delta: f32::INFINITY };
-    let config = PolicyLoss { term, level: Level::SequenceSum, beta: 0.0, bias_correction_kl: false };
+    let config =
+        PolicyLoss { term, level: Level::SequenceSum, beta: 0.0, bias_correction_kl: false };
     let (loss, gradient) = bench.gradient(&list(&f["logp"]), |cx, logp| {
         let x = PolicyInputs {
             logp,
@@ -267,10 +297,16 @@ fn scores(f: &Value) -> Scores {
 
 fn check_advantages(case: &Value, got: &Advantages) {
     let error = distance(&got.advantages, &list(&case["advantages"]));
-    // TRL's are f32; where a group's rewards are equal its mean rounds and the quotient by 1e-4 shows it
+    // TRL's are f32; where a group's rewards are equal its mean rounds and the quotient by 1e-4
+    // shows it
     assert!(error < 1e-5, "{error} {}", case["config"]);
     let zero = got.zero_std.iter().filter(|z| **z).count() as f64 / got.zero_std.len() as f64;
-    assert_eq!(zero, case["metrics"]["frac_reward_zero_std"].as_f64().unwrap(), "{}", case["config"]);
+    assert_eq!(
+        zero,
+        case["metrics"]["frac_reward_zero_std"].as_f64().unwrap(),
+        "{}",
+        case["config"]
+    );
 }
 
 #[test]
@@ -291,7 +327,9 @@ fn grpo_and_rloo_advantages_are_trls_with_missing_rewards() {
         };
         check_advantages(case, &advantage::grpo(&scores, g, scale, how).unwrap());
         let metrics = &case["metrics"];
-        for (name, rewards) in [("reward", scores.total()), ("rewards/a/mean", scores.each[0].clone())] {
+        for (name, rewards) in
+            [("reward", scores.total()), ("rewards/a/mean", scores.each[0].clone())]
+        {
             let (mean, std) = advantage::mean_std(&rewards);
             assert!((mean - metrics[name].as_f64().unwrap()).abs() < 1e-6, "{name}");
             let std_name = if name == "reward" { "reward_std" } else { "rewards/a/std" };
@@ -301,13 +339,16 @@ fn grpo_and_rloo_advantages_are_trls_with_missing_rewards() {
     let kl = list(&f["rloo_kl"]);
     for case in f["rloo_advantages"].as_array().unwrap() {
         let config = &case["config"];
-        let clip = config["reward_clip_range"].as_array().map(|c| (c[0].as_f64().unwrap(), c[1].as_f64().unwrap()));
+        let clip = config["reward_clip_range"]
+            .as_array()
+            .map(|c| (c[0].as_f64().unwrap(), c[1].as_f64().unwrap()));
         let beta = config.get("beta").and_then(Value::as_f64).unwrap_or(0.0);
         let rewards = advantage::rloo_rewards(&scores.total(), clip, beta, &kl);
         let normalize = config["normalize_advantages"].as_bool().unwrap();
         check_advantages(case, &advantage::rloo(&rewards, g, normalize).unwrap());
     }
-    let error = advantage::grpo(&scores, 3, Scale::Group, Aggregation::default()).unwrap_err().to_string();
+    let error =
+        advantage::grpo(&scores, 3, Scale::Group, Aggregation::default()).unwrap_err().to_string();
     assert!(error.contains("num_generations=3"), "{error}");
 }
 
@@ -316,7 +357,8 @@ fn reinforce_plus_plus_whitens_over_tokens() {
     let f = fixture();
     for case in f["reinforce_plus_plus"].as_array().unwrap() {
         let group = case["group"].as_u64().map(|g| g as usize);
-        let got = advantage::reinforce_plus_plus(&optional(&case["rewards"]), &lengths(&f), group).unwrap();
+        let got = advantage::reinforce_plus_plus(&optional(&case["rewards"]), &lengths(&f), group)
+            .unwrap();
         assert!(distance(&got, &list(&case["advantages"])) < 1e-12);
     }
 }
@@ -328,7 +370,8 @@ fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
     let mut bench = Bench::new();
     let starts = bench.starts(&lengths);
     let at = |name: &str| list(&p[name]);
-    let (reward, value, mask) = (bench.put(&at("reward")), bench.put(&at("value")), bench.put(&at("mask")));
+    let (reward, value, mask) =
+        (bench.put(&at("reward")), bench.put(&at("value")), bench.put(&at("mask")));
     let (gamma, lam) = (p["gamma"].as_f64().unwrap() as f32, p["lam"].as_f64().unwrap() as f32);
     let (advantages, returns) = gae(&mut bench.cx, &reward, &value, &starts, gamma, lam).unwrap();
     let white = whiten(&mut bench.cx, &advantages, &mask, true).unwrap();
@@ -342,7 +385,8 @@ fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
     close("whitened", &host(&white), &at("whitened"));
     close("whitened_unshifted", &host(&unshifted), &at("whitened_unshifted"));
     let kept: Vec<bool> = at("mask").iter().map(|m| *m != 0.0).collect();
-    let weights: Vec<f64> = token_weights(Normalizer::Token, &lengths, &kept, 1).into_iter().map(f64::from).collect();
+    let weights: Vec<f64> =
+        token_weights(Normalizer::Token, &lengths, &kept, 1).into_iter().map(f64::from).collect();
     let (weight, old) = (bench.put(&weights), bench.put(&list(&f["old"])));
     let term = Term::Clip { epsilon: 0.2, epsilon_high: 0.2, delta: f32::INFINITY };
     let config = PolicyLoss { term, level: Level::Token, beta: 0.0, bias_correction_kl: false };
@@ -363,8 +407,11 @@ fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
         out.loss
     });
     let tokens = kept.iter().filter(|k| **k).count() as f64;
-    let fraction = |clip: &[f64]| clip.iter().zip(&kept).filter(|(c, k)| **c != 0.0 && **k).count() as f64 / tokens;
-    // whitened advantages sum to nothing: the error of their sum is relative to the size of its terms
+    let fraction = |clip: &[f64]| {
+        clip.iter().zip(&kept).filter(|(c, k)| **c != 0.0 && **k).count() as f64 / tokens
+    };
+    // whitened advantages sum to nothing: the error of their sum is relative to the size of its
+    // terms
     let size: f64 = weights.iter().zip(at("whitened")).map(|(w, a)| (w * a).abs()).sum();
     close("policy_loss", &[loss, size], &[p["policy_loss"].as_f64().unwrap(), size]);
     close("policy_gradient", &gradient, &at("policy_gradient"));
@@ -381,7 +428,8 @@ fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
 
 #[test]
 fn token_rewards_carry_the_penalty_and_the_score() {
-    let (rewards, kl) = advantage::token_rewards(&[-1.0, -2.0], &[-1.5, -2.0], 3.0, 0.1, KlEstimator::K1);
+    let (rewards, kl) =
+        advantage::token_rewards(&[-1.0, -2.0], &[-1.5, -2.0], 3.0, 0.1, KlEstimator::K1);
     assert_eq!((rewards, kl), (vec![-0.05, 3.0], vec![0.5, 0.0]));
     let (_, kl) = advantage::token_rewards(&[-1.0], &[-1.5], 0.0, 0.1, KlEstimator::K3);
     assert!((f64::from(kl[0]) - ((-0.5f64).exp() + 0.5 - 1.0)).abs() < 1e-7);
@@ -406,5 +454,8 @@ fn a_kl_term_without_a_reference_is_an_error() {
         log_is: None,
         starts: &starts,
     };
-    assert!(policy_loss(&mut bench.cx, &config, &inputs).is_err_and(|e| e.to_string().contains("ref_logp")));
+    assert!(
+        policy_loss(&mut bench.cx, &config, &inputs)
+            .is_err_and(|e| e.to_string().contains("ref_logp"))
+    );
 }

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 use temper::config::{
-    CpoConfig, DistillConfig, DpoConfig, DpoLoss, KtoConfig, OrpoConfig, RewardConfig, Section, load, to_toml,
+    CpoConfig, DistillConfig, DpoConfig, DpoLoss, KtoConfig, OrpoConfig, RewardConfig, Section,
+    load, to_toml,
 };
 use temper::error::Result;
 
@@ -13,15 +14,26 @@ fn every_key_is_trls_at_its_default_or_says_that_it_is_ours() {
     let path = Path::new("tests/fixtures/preferences/defaults.json");
     let trl: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let (dpo, kto, orpo) = (DpoConfig::default(), KtoConfig::default(), OrpoConfig::default());
-    let (cpo, reward, distill) = (CpoConfig::default(), RewardConfig::default(), DistillConfig::default());
-    let sections: [(&str, &dyn Section); 6] =
-        [("dpo", &dpo), ("kto", &kto), ("orpo", &orpo), ("cpo", &cpo), ("reward", &reward), ("distill", &distill)];
+    let (cpo, reward, distill) =
+        (CpoConfig::default(), RewardConfig::default(), DistillConfig::default());
+    let sections: [(&str, &dyn Section); 6] = [
+        ("dpo", &dpo),
+        ("kto", &kto),
+        ("orpo", &orpo),
+        ("cpo", &cpo),
+        ("reward", &reward),
+        ("distill", &distill),
+    ];
     for (name, section) in sections {
         let mut shared = 0;
         for key in section.keys() {
             assert!(!key.doc.is_empty(), "{name}: {}", key.name);
             let Some(theirs) = trl[name].get(key.name) else {
-                assert!(key.doc.starts_with("Ours"), "{name}: TRL has no {}, and its doc does not say so", key.name);
+                assert!(
+                    key.doc.starts_with("Ours"),
+                    "{name}: TRL has no {}, and its doc does not say so",
+                    key.name
+                );
                 continue;
             };
             assert!(!key.doc.starts_with("Ours"), "{name}: TRL has {} too", key.name);
@@ -67,9 +79,14 @@ fn contradictions_and_values_out_of_range_are_found() {
     }
     assert!(said::<KtoConfig>("desirable_weight=-1").contains("must not be below 0"));
     assert!(said::<OrpoConfig>("beta=-1").contains("must not be below 0"));
-    assert!(said::<CpoConfig>("loss_type=hinge label_smoothing=0.1").contains("have no label smoothing"));
+    assert!(
+        said::<CpoConfig>("loss_type=hinge label_smoothing=0.1")
+            .contains("have no label smoothing")
+    );
     assert!(said::<CpoConfig>("loss_type=alphapo cpo_alpha=0.5").contains("no likelihood term"));
-    assert!(said::<RewardConfig>("center_rewards_coefficient=-0.1").contains("must not be below 0"));
+    assert!(
+        said::<RewardConfig>("center_rewards_coefficient=-0.1").contains("must not be below 0")
+    );
     assert!(said::<DistillConfig>("beta=2").contains("must be in [0, 1]"));
 }
 
@@ -78,6 +95,9 @@ fn a_list_of_losses_has_a_weight_each() {
     let mut dpo = DpoConfig::default();
     let keys = ["loss_type=sigmoid,bco_pair,sft".to_string(), "loss_weights=0.8,0.2,1".to_string()];
     load(&mut [&mut dpo], None, &keys).unwrap();
-    assert_eq!(dpo.losses(), [(DpoLoss::Sigmoid, 0.8), (DpoLoss::BcoPair, 0.2), (DpoLoss::Sft, 1.0)]);
+    assert_eq!(
+        dpo.losses(),
+        [(DpoLoss::Sigmoid, 0.8), (DpoLoss::BcoPair, 0.2), (DpoLoss::Sft, 1.0)]
+    );
     assert_eq!(DpoConfig::default().losses(), [(DpoLoss::Sigmoid, 1.0)]);
 }

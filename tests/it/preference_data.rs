@@ -1,13 +1,13 @@
-//! Preference rows against what TRL 1.16.0's trainers make of them (`tests/fixtures/preferences/tokens.json`), and what is
-//! said of rows that cannot be used.
+//! Preference rows against what TRL 1.16.0's trainers make of them
+//! (`tests/fixtures/preferences/tokens.json`), and what is said of rows that cannot be used.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use temper::data::chat::ChatTemplate;
 use temper::data::preference::{
-    OnTruncation, PairStyle, PreferenceOptions, Sequence, StepOptions, TruncationMode, labelled, mismatched, pairs,
-    steps,
+    OnTruncation, PairStyle, PreferenceOptions, Sequence, StepOptions, TruncationMode, labelled,
+    mismatched, pairs, steps,
 };
 use temper::data::rows::{Row, read_rows};
 use temper::data::tokenizer::Tokenizer;
@@ -53,7 +53,8 @@ fn every_trainers_rows_have_trls_ids_and_masks() {
     let (tokenizer, template) = tokenizer();
     let mut compared = 0;
     for (name, run) in all.as_object().unwrap() {
-        let rows = read_rows(&[fixture(&format!("{}.jsonl", run["rows"].as_str().unwrap()))]).unwrap();
+        let rows =
+            read_rows(&[fixture(&format!("{}.jsonl", run["rows"].as_str().unwrap()))]).unwrap();
         let (options, total) = (options(&run["config"]), run["total"].as_u64().unwrap() as usize);
         let want = run["examples"].as_array().unwrap();
         let method = run["method"].as_str().unwrap();
@@ -64,12 +65,17 @@ fn every_trainers_rows_have_trls_ids_and_masks() {
         };
         match method {
             "kto" => {
-                let (got, stats) = labelled(&rows, &tokenizer, Some(&template), 320, &options).unwrap();
+                let (got, stats) =
+                    labelled(&rows, &tokenizer, Some(&template), 320, &options).unwrap();
                 assert_eq!((got.len(), stats.examples), (total, total), "{name}");
                 let crossed = mismatched(&got, 4, options.max_length);
                 for (i, w) in want.iter().enumerate() {
                     assert_eq!(got[i].label, w["label"] == true, "{name} example {i}");
-                    assert_eq!(got[i].sequence(options.max_length), sequence(&w["completion"]), "{name} example {i}");
+                    assert_eq!(
+                        got[i].sequence(options.max_length),
+                        sequence(&w["completion"]),
+                        "{name} example {i}"
+                    );
                     assert_eq!(crossed[i], sequence(&w["kl"]), "{name} example {i}, mismatched");
                     compared += 2;
                 }
@@ -79,7 +85,8 @@ fn every_trainers_rows_have_trls_ids_and_masks() {
                 if let Some(s) = run["config"].get("step_separator") {
                     how.step_separator = s.as_str().unwrap().to_string();
                 }
-                how.train_on_last_step_only = run["config"].get("train_on_last_step_only").is_some();
+                how.train_on_last_step_only =
+                    run["config"].get("train_on_last_step_only").is_some();
                 let (got, _) = steps(&rows[..total], &tokenizer, 320, &how, &options).unwrap();
                 for w in want {
                     let labels: Vec<(usize, bool)> = w["labels"]
@@ -91,7 +98,11 @@ fn every_trainers_rows_have_trls_ids_and_masks() {
                     let row = w["row"].as_u64().unwrap() as usize;
                     match got.iter().find(|e| e.row == row) {
                         Some(e) => {
-                            assert_eq!((&e.input_ids, &e.labels), (&ids(&w["ids"]), &labels), "{name} row {row}")
+                            assert_eq!(
+                                (&e.input_ids, &e.labels),
+                                (&ids(&w["ids"]), &labels),
+                                "{name} row {row}"
+                            )
                         }
                         None => assert!(labels.is_empty(), "{name} row {row} is missing"),
                     }
@@ -99,21 +110,42 @@ fn every_trainers_rows_have_trls_ids_and_masks() {
                 }
             }
             _ => {
-                let (got, stats) = pairs(&rows, &tokenizer, Some(&template), 320, style, &options).unwrap();
+                let (got, stats) =
+                    pairs(&rows, &tokenizer, Some(&template), 320, style, &options).unwrap();
                 assert_eq!((got.len(), stats.examples), (total, total), "{name}");
                 for (g, w) in got.iter().zip(want) {
                     assert_eq!(g.row as u64, w["row"].as_u64().unwrap(), "{name}");
                     if style == PairStyle::Reward {
-                        assert_eq!(g.chosen.input_ids, ids(&w["chosen"]["ids"]), "{name} row {}", g.row);
-                        assert_eq!(g.rejected.input_ids, ids(&w["rejected"]["ids"]), "{name} row {}", g.row);
+                        assert_eq!(
+                            g.chosen.input_ids,
+                            ids(&w["chosen"]["ids"]),
+                            "{name} row {}",
+                            g.row
+                        );
+                        assert_eq!(
+                            g.rejected.input_ids,
+                            ids(&w["rejected"]["ids"]),
+                            "{name} row {}",
+                            g.row
+                        );
                     } else {
-                        assert_eq!(g.chosen, sequence(&w["chosen"]), "{name} row {}, chosen", g.row);
-                        assert_eq!(g.rejected, sequence(&w["rejected"]), "{name} row {}, rejected", g.row);
+                        assert_eq!(
+                            g.chosen,
+                            sequence(&w["chosen"]),
+                            "{name} row {}, chosen",
+                            g.row
+                        );
+                        assert_eq!(
+                            g.rejected,
+                            sequence(&w["rejected"]),
+                            "{name} row {}, rejected",
+                            g.row
+                        );
                     }
                     assert_eq!(g.chosen.input_ids[..g.shared], g.rejected.input_ids[..g.shared]);
                     assert!(!g.chosen.target_mask[..g.shared].contains(&true));
-                    let margin =
-                        (name == "reward_margin").then(|| rows[g.row].get("margin").unwrap().as_f64().unwrap() as f32);
+                    let margin = (name == "reward_margin")
+                        .then(|| rows[g.row].get("margin").unwrap().as_f64().unwrap() as f32);
                     assert_eq!(g.margin, margin, "{name}");
                     compared += 2;
                 }
@@ -136,32 +168,49 @@ const GOOD: &str = r#"{"prompt":"1 + 1 =","chosen":" 2","rejected":" 3","margin"
 fn said(style: PairStyle, line: &str) -> String {
     let (tokenizer, template) = tokenizer();
     let rows = rows(&[GOOD, line]);
-    pairs(&rows, &tokenizer, Some(&template), 320, style, &PreferenceOptions::default()).unwrap_err().to_string()
+    pairs(&rows, &tokenizer, Some(&template), 320, style, &PreferenceOptions::default())
+        .unwrap_err()
+        .to_string()
 }
 
 #[test]
 fn rows_that_cannot_be_used_are_told_with_file_and_line() {
     let cases = [
-        (r#"{"prompt":"a","chosen":"b","rejected":"b","margin":1}"#, "chosen and rejected are identical"),
+        (
+            r#"{"prompt":"a","chosen":"b","rejected":"b","margin":1}"#,
+            "chosen and rejected are identical",
+        ),
         (r#"{"prompt":"a","chosen":"b","margin":1}"#, "has no field \"rejected\""),
         (r#"{"prompt":"a","rejected":"b","margin":1}"#, "has no field \"chosen\""),
-        (r#"{"prompt":"a","chosen":"b","rejected":"c"}"#, "has no \"margin\", or one that is null or NaN"),
+        (
+            r#"{"prompt":"a","chosen":"b","rejected":"c"}"#,
+            "has no \"margin\", or one that is null or NaN",
+        ),
         (
             r#"{"prompt":"a","chosen":"b","rejected":"c","margin":"NaN"}"#,
             "must be a finite number, found the string \"NaN\"",
         ),
         (r#"{"prompt":"a","chosen":"b","rejected":"c","margin":1e300}"#, "is not a finite number"),
-        (r#"{"prompt":"a","chosen":"b","rejected":[{"role":"user","content":"c"}],"margin":1}"#, "make both strings"),
+        (
+            r#"{"prompt":"a","chosen":"b","rejected":[{"role":"user","content":"c"}],"margin":1}"#,
+            "make both strings",
+        ),
     ];
     for (line, part) in cases {
         for style in [PairStyle::Dpo, PairStyle::Orpo, PairStyle::Reward] {
             let message = said(style, line);
-            assert!(message.starts_with("r.jsonl:2: ") && message.contains(part), "{style:?} {line}\n{message}");
+            assert!(
+                message.starts_with("r.jsonl:2: ") && message.contains(part),
+                "{style:?} {line}\n{message}"
+            );
         }
     }
     for style in [PairStyle::Dpo, PairStyle::Orpo] {
         let message = said(style, r#"{"chosen":"no beginning","rejected":"in common","margin":1}"#);
-        assert!(message.starts_with("r.jsonl:2: ") && message.contains("must be a prefix of both"), "{message}");
+        assert!(
+            message.starts_with("r.jsonl:2: ") && message.contains("must be a prefix of both"),
+            "{message}"
+        );
     }
 }
 
@@ -170,7 +219,8 @@ fn a_prompt_that_begins_nothing_is_an_error() {
     let (tokenizer, _) = tokenizer();
     let source = "{% for m in messages %}{% if add_generation_prompt %}Q{% endif %}{{ m.content }}{% endfor %}";
     let template = ChatTemplate::new(source, Path::new("t"), tokenizer.special_tokens()).unwrap();
-    let said = |content: &str, answer: &str| format!(r#"[{{"role":"{content}","content":"{answer}"}}]"#);
+    let said =
+        |content: &str, answer: &str| format!(r#"[{{"role":"{content}","content":"{answer}"}}]"#);
     let line = format!(
         r#"{{"prompt":{},"chosen":{},"rejected":{}}}"#,
         said("user", "a"),
@@ -178,9 +228,19 @@ fn a_prompt_that_begins_nothing_is_an_error() {
         said("assistant", "c")
     );
     let rows = rows(&[&line]);
-    let error = pairs(&rows, &tokenizer, Some(&template), 320, PairStyle::Dpo, &PreferenceOptions::default());
+    let error = pairs(
+        &rows,
+        &tokenizer,
+        Some(&template),
+        320,
+        PairStyle::Dpo,
+        &PreferenceOptions::default(),
+    );
     let message = error.unwrap_err().to_string();
-    assert!(message.starts_with("r.jsonl:1: ") && message.contains("the prompt is no prefix"), "{message}");
+    assert!(
+        message.starts_with("r.jsonl:1: ") && message.contains("the prompt is no prefix"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -188,7 +248,11 @@ fn long_rows_are_cut_dropped_or_refused_as_asked_and_counted() {
     let (tokenizer, template) = tokenizer();
     let rows = read_rows(&[fixture("plain.jsonl")]).unwrap();
     let run = |on_truncation, max_length| {
-        let options = PreferenceOptions { max_length: Some(max_length), on_truncation, ..PreferenceOptions::default() };
+        let options = PreferenceOptions {
+            max_length: Some(max_length),
+            on_truncation,
+            ..PreferenceOptions::default()
+        };
         pairs(&rows, &tokenizer, Some(&template), 320, PairStyle::Dpo, &options)
     };
     let (cut, stats) = run(OnTruncation::Truncate, 24).unwrap();
@@ -196,7 +260,10 @@ fn long_rows_are_cut_dropped_or_refused_as_asked_and_counted() {
     assert_eq!(stats.dropped_no_target + stats.examples, 40);
     assert!(stats.truncated > 0 && stats.dropped_no_target > 0 && stats.longest > 24);
     assert!(cut.iter().all(|e| e.chosen.targets() > 0 && e.rejected.targets() > 0));
-    assert_eq!(stats.target_tokens, cut.iter().map(|e| e.chosen.targets() + e.rejected.targets()).sum::<usize>());
+    assert_eq!(
+        stats.target_tokens,
+        cut.iter().map(|e| e.chosen.targets() + e.rejected.targets()).sum::<usize>()
+    );
     let text = stats.to_string();
     assert!(text.contains("dropped because their prompt fills max_length (the first: "), "{text}");
     let (kept, stats) = run(OnTruncation::Drop, 36).unwrap();
@@ -207,7 +274,10 @@ fn long_rows_are_cut_dropped_or_refused_as_asked_and_counted() {
             && kept.iter().all(|e| e.chosen.input_ids.len().max(e.rejected.input_ids.len()) <= 36)
     );
     let message = run(OnTruncation::Error, 36).unwrap_err().to_string();
-    assert!(message.contains("plain.jsonl:") && message.contains("more than max_length=36"), "{message}");
+    assert!(
+        message.contains("plain.jsonl:") && message.contains("more than max_length=36"),
+        "{message}"
+    );
     let message = run(OnTruncation::Truncate, 3).unwrap_err().to_string();
     assert!(message.contains("leaves nothing of all 40 rows"), "{message}");
 }
@@ -222,17 +292,22 @@ fn labels_and_steps_that_do_not_fit_are_told_with_their_row() {
         (r#"{"completion":"b","label":true}"#, "has no field \"prompt\""),
     ] {
         let rows = rows(&[good, line]);
-        let error = labelled(&rows, &tokenizer, Some(&template), 320, &PreferenceOptions::default());
+        let error =
+            labelled(&rows, &tokenizer, Some(&template), 320, &PreferenceOptions::default());
         let message = error.unwrap_err().to_string();
         assert!(message.starts_with("r.jsonl:2: ") && message.contains(part), "{message}");
     }
     for (line, part) in [
-        (r#"{"prompt":"a","completions":["b"],"labels":[true,false]}"#, "1 completions and 2 labels"),
+        (
+            r#"{"prompt":"a","completions":["b"],"labels":[true,false]}"#,
+            "1 completions and 2 labels",
+        ),
         (r#"{"prompt":"a","completions":[],"labels":[]}"#, "at least one step"),
         (r#"{"prompt":"a","completions":["b"],"labels":["yes"]}"#, "labels[0]"),
     ] {
         let rows = rows(&[line]);
-        let error = steps(&rows, &tokenizer, 320, &StepOptions::default(), &PreferenceOptions::default());
+        let error =
+            steps(&rows, &tokenizer, 320, &StepOptions::default(), &PreferenceOptions::default());
         let message = error.unwrap_err().to_string();
         assert!(message.starts_with("r.jsonl:1: ") && message.contains(part), "{message}");
     }

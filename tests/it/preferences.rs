@@ -1,25 +1,27 @@
-//! The preference methods against TRL 1.16.0's trainers: every run of `tests/fixtures/preferences/losses.json`, 20 steps
-//! each from the same folder, f32, batches of 4 in order; and what each method promises beside.
+//! The preference methods against TRL 1.16.0's trainers: every run of
+//! `tests/fixtures/preferences/losses.json`, 20 steps each from the same folder, f32, batches of 4
+//! in order; and what each method promises beside.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
-use temper::config::{CpoConfig, DpoConfig, KtoConfig, MethodRun, OrpoConfig, PrmConfig, RewardConfig};
-use temper::cx::Cx;
+use temper::autograd::{Cx, ParamGrads, Tape};
+use temper::config::{
+    CpoConfig, DpoConfig, KtoConfig, MethodRun, OrpoConfig, PrmConfig, RewardConfig,
+};
 use temper::data::chat::ChatTemplate;
 use temper::data::rows::{Row, read_rows};
 use temper::data::tokenizer::Tokenizer;
 use temper::device::{DType, cpu::Cpu};
-use temper::methods::dpo::Dpo;
-use temper::methods::objective::Batched;
+use temper::methods::offline::Batched;
+use temper::methods::offline::dpo::Dpo;
 use temper::methods::{Method, Recipe, Source};
 use temper::model::batch::{Batch, Sequence};
-use temper::model::config::Task;
 use temper::model::decoder::Decoder;
 use temper::model::folder;
+use temper::model::layout::Task;
 use temper::ops::distill::{DistillIn, distill};
-use temper::tape::{ParamGrads, Tape};
 use temper::tensor::safetensors::HostDtype;
 use temper::tensor::{Id, Tensor};
 use temper::train::{Step, Trainer};
@@ -70,16 +72,19 @@ fn other_reference(dir: &Path) -> PathBuf {
 
 /// The fixture's common settings, then those of one run.
 fn keys(config: &Value, dir: &Path) -> Vec<String> {
-    let mut keys: Vec<String> = ["per_device_train_batch_size=4", "train_sampling_strategy=sequential", "max_steps=20"]
-        .map(String::from)
-        .into();
+    let mut keys: Vec<String> =
+        ["per_device_train_batch_size=4", "train_sampling_strategy=sequential", "max_steps=20"]
+            .map(String::from)
+            .into();
     if config.get("learning_rate").is_none() {
         keys.push("learning_rate=2e-4".into());
     }
     for (key, value) in config.as_object().unwrap() {
         let text = match value {
             Value::String(s) => s.clone(),
-            Value::Array(items) => items.iter().map(|v| v.to_string().replace('"', "")).collect::<Vec<_>>().join(","),
+            Value::Array(items) => {
+                items.iter().map(|v| v.to_string().replace('"', "")).collect::<Vec<_>>().join(",")
+            }
             other => other.to_string(),
         };
         match key.as_str() {
@@ -93,16 +98,28 @@ fn keys(config: &Value, dir: &Path) -> Vec<String> {
 }
 
 /// A run's trainer and method, attached.
-fn start<M: Recipe>(rows: &[Row], eval: &[Row], keys: &[String], output: &Path) -> (Trainer, Box<dyn Method>) {
+fn start<M: Recipe>(
+    rows: &[Row],
+    eval: &[Row],
+    keys: &[String],
+    output: &Path,
+) -> (Trainer, Box<dyn Method>) {
     let (run, _) = MethodRun::<M>::load(None, keys).unwrap();
     let cx = cpu();
     let model = model::<M>(&cx);
     let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
     let template = ChatTemplate::of(&tokenizer).unwrap();
     let config = model.config.clone();
-    let source = Source { tokenizer: &tokenizer, template: Some(&template), model: &config, train: rows, eval, output };
+    let source = Source {
+        tokenizer: &tokenizer,
+        template: Some(&template),
+        model: &config,
+        train: rows,
+        eval,
+        output,
+    };
     let (mut method, _) = run.method.method(&run.training, &source).unwrap();
-    let mut trainer = Trainer::new(cx, model, run.training, method.rows(), false).unwrap();
+    let mut trainer = Trainer::new(cx, model, run.training, method.rows()).unwrap();
     method.attach(&mut trainer.cx, &trainer.model).unwrap();
     (trainer, method)
 }
@@ -112,7 +129,8 @@ fn mean(step: &Step, name: &str) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
-/// The largest differences of one run: of losses and gradient norms relative, of metrics as shares of their tolerance.
+/// The largest differences of one run: of losses and gradient norms relative, of metrics as shares
+/// of their tolerance.
 #[derive(Default)]
 struct Worst {
     loss: f64,
@@ -122,7 +140,8 @@ struct Worst {
     name: String,
 }
 
-/// rewards/*: 1e-4 relative + 1e-5; the others have no figure of their own: they follow from the same log-probs.
+/// rewards/*: 1e-4 relative + 1e-5; the others have no figure of their own: they follow from the
+/// same log-probs.
 fn tolerance(name: &str, want: f64) -> f64 {
     match name {
         "rewards/accuracies" | "accuracy" | "mean_token_accuracy" => 1e-6,
@@ -133,7 +152,8 @@ fn tolerance(name: &str, want: f64) -> f64 {
 fn compare<M: Recipe>(name: &str, run: &Value) -> Worst {
     let dir = tempfile::tempdir().unwrap();
     let rows = read_rows(&[fixture(&format!("{}.jsonl", run["rows"].as_str().unwrap()))]).unwrap();
-    let (mut trainer, mut method) = start::<M>(&rows, &[], &keys(&run["config"], dir.path()), dir.path());
+    let (mut trainer, mut method) =
+        start::<M>(&rows, &[], &keys(&run["config"], dir.path()), dir.path());
     let without_reference = ["orpo", "cpo"].contains(&run["method"].as_str().unwrap());
     let mut worst = Worst::default();
     let mut tokens = 0;
@@ -146,7 +166,9 @@ fn compare<M: Recipe>(name: &str, run: &Value) -> Worst {
         if i < 5 {
             worst.early = worst.early.max(loss);
         }
-        worst.norm = worst.norm.max(relative(f64::from(step.grad_norm), run["grad_norm"][i].as_f64().unwrap()));
+        worst.norm = worst
+            .norm
+            .max(relative(f64::from(step.grad_norm), run["grad_norm"][i].as_f64().unwrap()));
         for (key, values) in run.as_object().unwrap() {
             let Some(want) = values.get(i).and_then(Value::as_f64) else { continue };
             match key.as_str() {
@@ -158,31 +180,45 @@ fn compare<M: Recipe>(name: &str, run: &Value) -> Worst {
                     continue;
                 }
                 // Which of two equal rewards is larger is rounding.
-                "rewards/accuracies" if run["rewards/margins"][i].as_f64().unwrap().abs() < 1e-5 => continue,
+                "rewards/accuracies"
+                    if run["rewards/margins"][i].as_f64().unwrap().abs() < 1e-5 =>
+                {
+                    continue;
+                }
                 _ => {}
             }
             let got = mean(&step, key).unwrap_or_else(|| panic!("{name} step {i}: no {key}"));
-            // A margin is a difference of rewards, and cannot be better than their rounding (alphapo's are near 80).
+            // A margin is a difference of rewards, and cannot be better than their rounding
+            // (alphapo's are near 80).
             let of = |side: &str| run.get(side).and_then(|v| v[i].as_f64()).unwrap_or(0.0).abs();
-            let rounding =
-                if key == "rewards/margins" { 1e-6 * of("rewards/chosen").max(of("rewards/rejected")) } else { 0.0 };
+            let rounding = if key == "rewards/margins" {
+                1e-6 * of("rewards/chosen").max(of("rewards/rejected"))
+            } else {
+                0.0
+            };
             let share = (got - want).abs() / (tolerance(key, want) + rounding);
             if share > worst.metric {
-                (worst.metric, worst.name) = (share, format!("{key} at step {i}: {got} for {want}"));
+                (worst.metric, worst.name) =
+                    (share, format!("{key} at step {i}: {got} for {want}"));
             }
         }
     }
     worst
 }
 
-/// Runs whose later steps carry more than rounding: TRL's own runs from weights shaken by 6e-8 (`make_preferences.py noise`)
-/// end 7e-6 (sppo_hard) and 4e-5 (alphapo) apart. The first five steps must agree like all others.
+/// Runs whose later steps carry more than rounding: TRL's own runs from weights shaken by 6e-8
+/// (`make_preferences.py noise`) end 7e-6 (sppo_hard) and 4e-5 (alphapo) apart. The first five
+/// steps must agree like all others.
 const DRIFTS: [(&str, f64); 2] = [("dpo_sppo_hard", 3e-5), ("cpo_alphapo", 8e-5)];
 
 fn every_run<M: Recipe>(methods: &[&str], count: usize, loss: f64) {
     let all = losses();
-    let runs: Vec<(&String, &Value)> =
-        all.as_object().unwrap().iter().filter(|(_, r)| methods.contains(&r["method"].as_str().unwrap())).collect();
+    let runs: Vec<(&String, &Value)> = all
+        .as_object()
+        .unwrap()
+        .iter()
+        .filter(|(_, r)| methods.contains(&r["method"].as_str().unwrap()))
+        .collect();
     assert_eq!(runs.len(), count);
     let (mut report, mut bad) = (String::new(), Vec::new());
     for (name, run) in runs {
@@ -237,14 +273,21 @@ fn plain() -> Vec<Row> {
 #[test]
 fn dpo_starts_at_exactly_ln_2_with_margins_exactly_0() {
     let dir = tempfile::tempdir().unwrap();
-    for more in
-        [&["use_weighting=false"][..], &["precompute_ref_log_probs=true"], &["ref_model=tests/fixtures/sft/model"]]
-    {
+    for more in [
+        &["use_weighting=false"][..],
+        &["precompute_ref_log_probs=true"],
+        &["ref_model=tests/fixtures/sft/model"],
+    ] {
         let mut keys = vec!["per_device_train_batch_size=4".to_string(), "max_steps=1".into()];
         keys.extend(more.iter().map(|k| k.to_string()));
         let (mut trainer, mut method) = start::<DpoConfig>(&plain(), &[], &keys, dir.path());
         let step = trainer.step(&mut *method).unwrap();
-        assert_eq!(step.loss.to_bits(), std::f32::consts::LN_2.to_bits(), "{keys:?}: {}", step.loss);
+        assert_eq!(
+            step.loss.to_bits(),
+            std::f32::consts::LN_2.to_bits(),
+            "{keys:?}: {}",
+            step.loss
+        );
         for name in ["rewards/chosen", "rewards/rejected", "rewards/margins"] {
             assert_eq!(mean(&step, name), Some(0.0), "{keys:?}: {name}");
         }
@@ -254,7 +297,9 @@ fn dpo_starts_at_exactly_ln_2_with_margins_exactly_0() {
 /// The gradients of one step, all of them.
 fn gradients(share_prompts: bool, name: &str) -> (Vec<f32>, f32) {
     let keys: Vec<String> =
-        ["per_device_train_batch_size=8", "loss_type=sigmoid,sft", "loss_weights=1,0.1"].map(String::from).into();
+        ["per_device_train_batch_size=8", "loss_type=sigmoid,sft", "loss_weights=1,0.1"]
+            .map(String::from)
+            .into();
     let (run, _) = MethodRun::<DpoConfig>::load(None, &keys).unwrap();
     let cx = cpu();
     let model = model::<DpoConfig>(&cx);
@@ -273,10 +318,10 @@ fn gradients(share_prompts: bool, name: &str) -> (Vec<f32>, f32) {
     let (mut dpo, _) = Dpo::new(&run.method, &run.training, &source).unwrap();
     dpo.pairs.share_prompts = share_prompts;
     let mut method = Batched(dpo);
-    let mut trainer = Trainer::new(cx, model, run.training, method.rows(), false).unwrap();
+    let mut trainer = Trainer::new(cx, model, run.training, method.rows()).unwrap();
     method.attach(&mut trainer.cx, &trainer.model).unwrap();
     let picked: Vec<usize> = (0..8).collect();
-    let report = method.step(&mut trainer.cx, &trainer.model, &[&picked], false).unwrap();
+    let report = method.step(&mut trainer.cx, &trainer.model, &[&picked]).unwrap();
     (trainer.optimizer.grad.to_f32().unwrap(), report.loss)
 }
 
@@ -294,11 +339,15 @@ fn a_pair_that_shares_its_prompt_has_the_gradients_of_the_pair_apart() {
 
 #[test]
 fn distillation_has_the_divergences_and_gradients_of_f64() {
-    let all: Value = serde_json::from_slice(&std::fs::read(fixture("distill.json")).unwrap()).unwrap();
+    let all: Value =
+        serde_json::from_slice(&std::fs::read(fixture("distill.json")).unwrap()).unwrap();
     let matrix = |v: &Value| -> (Vec<usize>, Vec<f64>) {
         let rows = v.as_array().unwrap();
         let flat: Vec<f64> = match rows[0].as_array() {
-            Some(_) => rows.iter().flat_map(|r| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap())).collect(),
+            Some(_) => rows
+                .iter()
+                .flat_map(|r| r.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()))
+                .collect(),
             None => rows.iter().map(|x| x.as_f64().unwrap()).collect(),
         };
         let mut shape = vec![rows.len()];
@@ -323,7 +372,8 @@ fn distillation_has_the_divergences_and_gradients_of_f64() {
         let head = tensor(&cx, "student_head").with_id(Id::Param { set: 0, index: 1 });
         let (teacher, teacher_head, weight) =
             (tensor(&cx, "teacher"), tensor(&cx, "teacher_head"), tensor(&cx, "weight"));
-        cx.param_grads = vec![ParamGrads::new(vec![Some(grads[0].clone()), Some(grads[1].clone())])];
+        cx.param_grads =
+            vec![ParamGrads::new(vec![Some(grads[0].clone()), Some(grads[1].clone())])];
         cx.tape = Some(Tape::default());
         let x = DistillIn {
             student: &student,
@@ -332,7 +382,8 @@ fn distillation_has_the_divergences_and_gradients_of_f64() {
             teacher_head: &teacher_head,
             weight: &weight,
         };
-        let (beta, temperature) = (case["beta"].as_f64().unwrap() as f32, case["temperature"].as_f64().unwrap());
+        let (beta, temperature) =
+            (case["beta"].as_f64().unwrap() as f32, case["temperature"].as_f64().unwrap());
         let (loss, rows) = distill(&mut cx, &x, beta, (1.0 / temperature) as f32).unwrap();
         let one = Tensor::from_f32(&cx.pool, "one", DType::F32, &[1], &[1.0]).unwrap();
         cx.backward(vec![(loss.clone(), one)]).unwrap();
@@ -345,17 +396,22 @@ fn distillation_has_the_divergences_and_gradients_of_f64() {
             let (_, want) = matrix(&case[name]);
             let got = grad.to_f32().unwrap();
             let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
-            let off = got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt();
+            let off =
+                got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt();
             worst_gradient = worst_gradient.max(off / norm);
         }
     }
-    println!("losses {worst:.1e}, rows {worst_row:.1e}, gradients {worst_gradient:.1e} (relative L2)");
-    // A gradient is a difference of two probabilities that were each rounded: twice the loss's figure.
+    println!(
+        "losses {worst:.1e}, rows {worst_row:.1e}, gradients {worst_gradient:.1e} (relative L2)"
+    );
+    // A gradient is a difference of two probabilities that were each rounded: twice the loss's
+    // figure.
     assert!(worst <= 1e-6 && worst_gradient <= 2e-6, "{worst:.2e} {worst_gradient:.2e}");
 }
 
 fn temper(args: &[&str]) -> (bool, String) {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_temper")).args(args).output().unwrap();
+    let output =
+        std::process::Command::new(env!("CARGO_BIN_EXE_temper")).args(args).output().unwrap();
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     (output.status.success(), text)
 }
@@ -365,8 +421,11 @@ const SHORT: [&str; 3] = ["max_steps=4", "per_device_train_batch_size=4", "loggi
 
 /// A run through the binary; its text.
 fn trained(method: &str, data: &str, out: &Path, keys: &[&str]) -> String {
-    let mut args = vec![method, "--model", MODEL, "--data", data, "--output", out.to_str().unwrap()];
-    args.extend(SHORT.iter().filter(|s| !keys.iter().any(|k| k.split('=').next() == s.split('=').next())));
+    let mut args =
+        vec![method, "--model", MODEL, "--data", data, "--output", out.to_str().unwrap()];
+    args.extend(
+        SHORT.iter().filter(|s| !keys.iter().any(|k| k.split('=').next() == s.split('=').next())),
+    );
     args.extend(keys);
     let (ok, text) = temper(&args);
     assert!(ok, "{args:?}\n{text}");
@@ -376,7 +435,10 @@ fn trained(method: &str, data: &str, out: &Path, keys: &[&str]) -> String {
 fn last_log(out: &Path, key: &str) -> f64 {
     let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
-    lines.filter_map(|l| l[key].as_f64()).next_back().unwrap_or_else(|| panic!("no {key} in {text}"))
+    lines
+        .filter_map(|l| l[key].as_f64())
+        .next_back()
+        .unwrap_or_else(|| panic!("no {key} in {text}"))
 }
 
 #[test]
@@ -384,7 +446,12 @@ fn every_command_trains_evaluates_and_logs_trls_names() {
     let dir = tempfile::tempdir().unwrap();
     let with_teacher = format!("teacher_model_name_or_path={MODEL}");
     for (method, data, keys, names) in [
-        ("dpo", "plain", "", "rewards/chosen rewards/margins rewards/accuracies logps/chosen logits/rejected entropy"),
+        (
+            "dpo",
+            "plain",
+            "",
+            "rewards/chosen rewards/margins rewards/accuracies logps/chosen logits/rejected entropy",
+        ),
         ("reward", "plain", "", "accuracy margin min_reward mean_reward max_reward"),
         ("prm", "steps", "", "accuracy"),
         ("kto", "unpaired", "", "kl rewards/chosen logps/rejected entropy"),
@@ -416,25 +483,37 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, lora) = (dir.path().join("whole"), dir.path().join("lora"));
     trained("reward", PLAIN, &whole, &[]);
-    let config: Value = serde_json::from_slice(&std::fs::read(whole.join("config.json")).unwrap()).unwrap();
-    assert!(config["architectures"][0].as_str().unwrap().ends_with("ForSequenceClassification"), "{config}");
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(whole.join("config.json")).unwrap()).unwrap();
+    assert!(
+        config["architectures"][0].as_str().unwrap().ends_with("ForSequenceClassification"),
+        "{config}"
+    );
     assert_eq!(config["id2label"].as_object().unwrap().len(), 1, "{config}"); // transformers' num_labels
     trained("reward", PLAIN, &lora, &["use_peft=true", "lora_r=4", "learning_rate=1e-2"]);
-    let adapter: Value = serde_json::from_slice(&std::fs::read(lora.join("adapter_config.json")).unwrap()).unwrap();
+    let adapter: Value =
+        serde_json::from_slice(&std::fs::read(lora.join("adapter_config.json")).unwrap()).unwrap();
     assert_eq!(
         (&adapter["task_type"], &adapter["modules_to_save"]),
         (&"SEQ_CLS".into(), &serde_json::json!(["score"]))
     );
     let rows = dir.path().join("rows.jsonl");
-    std::fs::write(&rows, "{\"input_ids\":[5,7,9]}\n{\"input_ids\":[5,7,9,11]}\n{\"input_ids\":[11]}\n").unwrap();
+    std::fs::write(
+        &rows,
+        "{\"input_ids\":[5,7,9]}\n{\"input_ids\":[5,7,9,11]}\n{\"input_ids\":[11]}\n",
+    )
+    .unwrap();
     let scores = |args: &[&str]| -> Vec<f64> {
         let out = dir.path().join("scores.jsonl");
-        let mut all = vec!["score", "--data", rows.to_str().unwrap(), "--output", out.to_str().unwrap()];
+        let mut all =
+            vec!["score", "--data", rows.to_str().unwrap(), "--output", out.to_str().unwrap()];
         all.extend(args);
         let (ok, text) = temper(&all);
         assert!(ok, "{text}");
         let text = std::fs::read_to_string(&out).unwrap();
-        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["score"].as_f64().unwrap()).collect()
+        text.lines()
+            .map(|l| serde_json::from_str::<Value>(l).unwrap()["score"].as_f64().unwrap())
+            .collect()
     };
     let full = scores(&["--model", whole.to_str().unwrap()]);
     assert!(full.len() == 3 && full[0] != full[1], "{full:?}");
@@ -443,22 +522,33 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
     let adapted = scores(&["--model", MODEL, "--adapter", lora.to_str().unwrap()]);
     assert!(adapted.iter().all(|s| s.is_finite()) && adapted != full, "{adapted:?}");
     let (model, out) = (whole.to_str().unwrap(), dir.path().join("dpo"));
-    let (ok, text) = temper(&["dpo", "--model", model, "--data", PLAIN, "--output", out.to_str().unwrap()]);
-    assert!(!ok && text.contains("temper dpo trains CausalLm, the folder holds SequenceClassification"), "{text}");
+    let (ok, text) =
+        temper(&["dpo", "--model", model, "--data", PLAIN, "--output", out.to_str().unwrap()]);
+    assert!(
+        !ok && text.contains("temper dpo trains CausalLm, the folder holds SequenceClassification"),
+        "{text}"
+    );
 }
 
 #[test]
 fn a_resumed_run_whose_reference_or_baseline_moves_equals_an_uninterrupted_one() {
     let dir = tempfile::tempdir().unwrap();
     let sync = ["sync_ref_model=true", "ref_model_sync_steps=2"];
-    for (method, data, more) in
-        [("dpo", PLAIN, &sync[..]), ("kto", "tests/fixtures/preferences/unpaired.jsonl", &["loss_type=bco"])]
-    {
+    for (method, data, more) in [
+        ("dpo", PLAIN, &sync[..]),
+        ("kto", "tests/fixtures/preferences/unpaired.jsonl", &["loss_type=bco"]),
+    ] {
         let run = |name: &str, resume: bool| {
             let out = dir.path().join(format!("{method}-{name}"));
-            let mut args = vec![method, "--model", MODEL, "--data", data, "--output", out.to_str().unwrap()];
+            let mut args =
+                vec![method, "--model", MODEL, "--data", data, "--output", out.to_str().unwrap()];
             args.extend(resume.then_some("--resume"));
-            args.extend(["max_steps=6", "per_device_train_batch_size=4", "learning_rate=1e-3", "save_steps=3"]);
+            args.extend([
+                "max_steps=6",
+                "per_device_train_batch_size=4",
+                "learning_rate=1e-3",
+                "save_steps=3",
+            ]);
             args.extend(more);
             let (ok, text) = temper(&args);
             assert!(ok, "{text}");
@@ -466,7 +556,8 @@ fn a_resumed_run_whose_reference_or_baseline_moves_equals_an_uninterrupted_one()
         };
         let whole = run("whole", false);
         run("cut", false);
-        // As if it had been killed after the third step: the newer checkpoint and the model are gone.
+        // As if it had been killed after the third step: the newer checkpoint and the model are
+        // gone.
         let cut = dir.path().join(format!("{method}-cut"));
         std::fs::remove_dir_all(cut.join("checkpoint-6")).unwrap();
         std::fs::remove_file(cut.join("model.safetensors")).unwrap();
@@ -479,7 +570,12 @@ fn a_resumed_run_whose_reference_or_baseline_moves_equals_an_uninterrupted_one()
 fn log_probs_of_the_reference_are_kept_and_found_again() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
-    let keys = ["precompute_ref_log_probs=true", "learning_rate=1e-3", "eval_rows=8", "eval_strategy=epoch"];
+    let keys = [
+        "precompute_ref_log_probs=true",
+        "learning_rate=1e-3",
+        "eval_rows=8",
+        "eval_strategy=epoch",
+    ];
     let first = trained("dpo", PLAIN, &out, &keys);
     let kept = || -> Vec<PathBuf> {
         let files = std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().path());
@@ -487,8 +583,14 @@ fn log_probs_of_the_reference_are_kept_and_found_again() {
     };
     assert!(kept().len() == 1 && !first.contains("are read from"), "{first}");
     let (model, data, to) = (MODEL, PLAIN, out.to_str().unwrap());
-    let (ok, again) =
-        temper(&[&["dpo", "--model", model, "--data", data, "--output", to, "--resume"], &SHORT[..], &keys].concat());
+    let (ok, again) = temper(
+        &[
+            &["dpo", "--model", model, "--data", data, "--output", to, "--resume"],
+            &SHORT[..],
+            &keys,
+        ]
+        .concat(),
+    );
     assert!(ok && again.contains("are read from"), "{again}");
     // Computed beforehand or as it goes: the same run.
     let other = dir.path().join("other");
@@ -508,7 +610,8 @@ fn what_cannot_be_compared_or_scored_is_refused_with_the_reason() {
         let path = file.unwrap().path();
         std::fs::copy(&path, two.join(path.file_name().unwrap())).unwrap();
     }
-    let mut config: Value = serde_json::from_slice(&std::fs::read(two.join("config.json")).unwrap()).unwrap();
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(two.join("config.json")).unwrap()).unwrap();
     let causal = config["architectures"][0].as_str().unwrap().to_string();
     config["architectures"][0] = causal.replace("ForCausalLM", "ForSequenceClassification").into();
     config["id2label"] = serde_json::json!({"0": "a", "1": "b"});
@@ -526,7 +629,16 @@ fn what_cannot_be_compared_or_scored_is_refused_with_the_reason() {
         ("kto", MODEL, PLAIN, &["per_device_train_batch_size=1"], "must be at least 2"),
     ];
     for (method, model, data, keys, part) in cases {
-        let mut args = vec![method, "--model", model, "--data", data, "--overwrite", "--output", out.to_str().unwrap()];
+        let mut args = vec![
+            method,
+            "--model",
+            model,
+            "--data",
+            data,
+            "--overwrite",
+            "--output",
+            out.to_str().unwrap(),
+        ];
         args.extend(keys);
         let (ok, text) = temper(&args);
         assert!(!ok && text.contains(part), "{args:?}\n{text}");
@@ -536,16 +648,20 @@ fn what_cannot_be_compared_or_scored_is_refused_with_the_reason() {
 #[test]
 fn a_process_reward_models_loss_is_the_cross_entropy_of_its_labels() {
     let (dir, rows) = (tempfile::tempdir().unwrap(), read_rows(&[fixture("steps.jsonl")]).unwrap());
-    let keys = ["per_device_train_batch_size=3", "train_sampling_strategy=sequential", "max_steps=1"].map(String::from);
+    let keys =
+        ["per_device_train_batch_size=3", "train_sampling_strategy=sequential", "max_steps=1"]
+            .map(String::from);
     let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
     let options = temper::data::preference::PreferenceOptions::default();
-    let (examples, _) = temper::data::preference::steps(&rows, &tokenizer, 320, &Default::default(), &options).unwrap();
+    let (examples, _) =
+        temper::data::preference::steps(&rows, &tokenizer, 320, &Default::default(), &options)
+            .unwrap();
     let mut cx = cpu();
     let model = model::<PrmConfig>(&cx);
     let (mut sum, mut count) = (0f64, 0);
     for e in &examples[..3] {
         let batch = Batch::new(&cx, &[Sequence { ids: &e.input_ids, target: None }], 320).unwrap();
-        let hidden = model.hidden(&mut cx, &batch, false).unwrap();
+        let hidden = model.hidden(&mut cx, &batch).unwrap();
         let scores = model.scores(&mut cx, &hidden).unwrap().to_f32().unwrap();
         for (at, right) in &e.labels {
             let s = [2 * at, 2 * at + 1].map(|i| f64::from(scores[i]));

@@ -1,8 +1,10 @@
-//! The functions of `kernels/prim/` against f64, over the whole range of float, and Philox against its published vectors.
+//! The functions of `kernels/prim/` against f64, over the whole range of float, and Philox against
+//! its published vectors.
 
 use std::sync::Arc;
 
-use temper::device::{DType, Launch, Pool, cpu::Cpu, kernels};
+use temper::device::{DType, Launch, Pool, cpu::Cpu};
+use temper::kernels;
 use temper::tensor::Tensor;
 
 const EXP: i32 = 0;
@@ -15,7 +17,15 @@ fn on(device: Cpu, which: i32, x: &[f32]) -> Vec<f32> {
     let pool = Pool::new(Arc::new(device));
     let input = Tensor::from_host(&pool, "x", DType::F32, &[x.len()], x).unwrap();
     let y = Tensor::new(&pool, "y", DType::F32, &[x.len()]).unwrap();
-    kernels::prim_unary(&**pool.device(), Launch::flat(x.len()), y.out(), &input, which, x.len() as i64).unwrap();
+    kernels::prim_unary(
+        &**pool.device(),
+        Launch::flat(x.len()),
+        y.out(),
+        &input,
+        which,
+        x.len() as i64,
+    )
+    .unwrap();
     y.to_vec().unwrap()
 }
 
@@ -33,7 +43,8 @@ fn dense(from: f32, to: f32) -> Vec<f32> {
     (0..2_000_000).map(|i| from + (to - from) * i as f32 / 2e6).collect()
 }
 
-/// Distance in units of the last place of the float nearest to `want` (the smallest denormal at least).
+/// Distance in units of the last place of the float nearest to `want` (the smallest denormal at
+/// least).
 fn ulps(got: f32, want: f64) -> f64 {
     let nearest = want as f32;
     if nearest.is_infinite() || got.is_infinite() {
@@ -136,7 +147,10 @@ fn infinities_zeros_and_nan_come_out_as_they_must() {
         let got = apply(which, &x);
         for ((x, g), w) in x.iter().zip(&got).zip(want) {
             let same = g.to_bits() == w.to_bits() || (g.is_nan() && w.is_nan());
-            assert!(same || (g - w).abs() <= 4e-7 * w.abs(), "function {which} of {x}: {g}, expected {w}");
+            assert!(
+                same || (g - w).abs() <= 4e-7 * w.abs(),
+                "function {which} of {x}: {g}, expected {w}"
+            );
             assert!(
                 w != 0.0 || g.is_sign_negative() == w.is_sign_negative(),
                 "function {which} of {x}: the zero's sign"
@@ -149,7 +163,9 @@ fn infinities_zeros_and_nan_come_out_as_they_must() {
 fn fast_and_strict_builds_of_the_functions_give_the_same_bits() {
     let x: Vec<f32> = all_floats().into_iter().step_by(97).collect();
     for which in EXP..=SIGMOID {
-        let bits = |y: Vec<f32>| y.iter().map(|v| if v.is_nan() { 0 } else { v.to_bits() }).collect::<Vec<_>>();
+        let bits = |y: Vec<f32>| {
+            y.iter().map(|v| if v.is_nan() { 0 } else { v.to_bits() }).collect::<Vec<_>>()
+        };
         assert_eq!(bits(apply(which, &x)), bits(on(Cpu::strict(5), which, &x)), "function {which}");
     }
 }
@@ -164,7 +180,8 @@ fn philox_gives_the_published_vectors() {
         ([ones; 4], [ones; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
         (pi, [0xa409_3822, 0x299f_31d0], [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]),
     ];
-    let input: Vec<u32> = cases.iter().flat_map(|(c, k, _)| k.iter().chain(c).copied().collect::<Vec<_>>()).collect();
+    let input: Vec<u32> =
+        cases.iter().flat_map(|(c, k, _)| k.iter().chain(c).copied().collect::<Vec<_>>()).collect();
     let want: Vec<u32> = cases.iter().flat_map(|c| c.2).collect();
     let pool = Pool::new(Arc::new(Cpu::new()));
     let x = Tensor::from_host(&pool, "x", DType::U32, &[3, 6], &input).unwrap();

@@ -1,21 +1,20 @@
-//! Quantised bases: against the losses of `tests/fixtures/peft/quantised.json` (bitsandbytes' weights, PEFT, TRL), and
-//! against the same model with the dequantised weights held whole.
+//! Quantised bases: against the losses of `tests/fixtures/peft/quantised.json` (bitsandbytes'
+//! weights, PEFT, TRL), and against the same model with the dequantised weights held whole.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
-use temper::config::SftRun;
-use temper::cx::{Cx, MatmulChoice};
+use temper::autograd::{Cx, F64, ParamGrads, Tape};
+use temper::config::{MatmulChoice, SftRun};
 use temper::device::{DType, cpu::Cpu};
 use temper::model::decoder::Decoder;
 use temper::model::folder;
+use temper::ops::case::Rng;
 use temper::ops::lora::{Base, Pairs, Segment, lora_linear};
 use temper::ops::quant::{QuantWeight, Scheme};
-use temper::ops::{F64, Rng};
-use temper::tape::{ParamGrads, Tape};
 use temper::tensor::{Id, Tensor};
-use temper::train::job::{prepare, scheme};
+use temper::train::tuning::{prepare, scheme};
 
 use crate::peft::{cpu, flat, largest_difference, logps, trainer};
 
@@ -30,10 +29,14 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
     let all = fixture();
     let mut report = String::new();
     for (name, run) in all["runs"].as_object().unwrap() {
-        let mut keys: Vec<String> =
-            ["per_device_train_batch_size=4", "train_sampling_strategy=sequential", "max_steps=20", "use_peft=true"]
-                .map(String::from)
-                .into();
+        let mut keys: Vec<String> = [
+            "per_device_train_batch_size=4",
+            "train_sampling_strategy=sequential",
+            "max_steps=20",
+            "use_peft=true",
+        ]
+        .map(String::from)
+        .into();
         keys.push(format!("learning_rate={}", all["learning_rate"]));
         keys.extend(run["keys"].as_object().unwrap().iter().map(|(k, v)| format!("{k}={v}")));
         let (config, _) = SftRun::load(None, &keys).unwrap();
@@ -42,14 +45,29 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
         let base = Decoder::load_stored(&cx, 0, MODEL, model, 512, scheme(&config.peft)).unwrap();
         let (arena, count) = (base.params.len, base.params.count());
         let dense = Decoder::load(&cx, 0, MODEL, 512).unwrap();
-        assert_eq!(count, dense.params.count(), "{name}: parameters that are quantised are counted");
-        let projections: usize =
-            dense.params.specs.iter().filter(|(s, _)| s.name.contains("proj")).map(|(s, _)| s.len()).sum();
-        assert_eq!(arena + projections, dense.params.len, "{name}: no projection has a place in the arena");
+        assert_eq!(
+            count,
+            dense.params.count(),
+            "{name}: parameters that are quantised are counted"
+        );
+        let projections: usize = dense
+            .params
+            .specs
+            .iter()
+            .filter(|(s, _)| s.name.contains("proj"))
+            .map(|(s, _)| s.len())
+            .sum();
+        assert_eq!(
+            arena + projections,
+            dense.params.len,
+            "{name}: no projection has a place in the arena"
+        );
         drop(dense);
         let adapter = Path::new("tests/fixtures/peft").join(run["adapter"].as_str().unwrap());
-        let decoder = prepare(&cx, base, &config.peft, Some(&adapter), Path::new(MODEL), 42).unwrap();
-        let start = largest_difference(&logps(&mut cx, &decoder, &all["ids"]), &flat(&run["start"]));
+        let decoder =
+            prepare(&cx, base, &config.peft, Some(&adapter), Path::new(MODEL), 42).unwrap();
+        let start =
+            largest_difference(&logps(&mut cx, &decoder, &all["ids"]), &flat(&run["start"]));
         let (mut trainer, mut sft) = trainer(cx, decoder, &config);
         let (mut loss, mut norm) = (0f64, 0f64);
         for i in 0..20 {
@@ -58,8 +76,10 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
             loss = loss.max(relative(f64::from(step.loss), "loss"));
             norm = norm.max(relative(f64::from(step.grad_norm), "grad_norm"));
         }
-        report += &format!("{name}: logps {start:.1e} at the start, loss {loss:.1e}, norm {norm:.1e}\n");
-        // The same weights to the bit: what is left is the rounding of f32 products in log-probs of about -10.
+        report +=
+            &format!("{name}: logps {start:.1e} at the start, loss {loss:.1e}, norm {norm:.1e}\n");
+        // The same weights to the bit: what is left is the rounding of f32 products in log-probs of
+        // about -10.
         assert!(start <= 2e-5 && loss <= 1e-5, "{report}");
     }
     println!("{report}");
@@ -76,13 +96,17 @@ fn layer(own: bool, base: Option<Scheme>) -> Vec<Vec<f32>> {
         Tensor::from_f32(&cx.pool, "t", DType::F32, &a.shape, &values).unwrap()
     };
     let w = put(&cx, rng.array(&[40, k], 0.2));
-    let q = Arc::new(QuantWeight::from_tensor(&cx, &w, &[24, 16], Scheme::Nf4 { double: true }).unwrap());
+    let q = Arc::new(
+        QuantWeight::from_tensor(&cx, &w, &[24, 16], Scheme::Nf4 { double: true }).unwrap(),
+    );
     q.dequantise_into(&cx, &w).unwrap();
     let shapes: [&[usize]; 4] = [&[m, k], &[7, k], &[24, 4], &[16, 3]];
     let mut params = Vec::new();
     let mut slots = Vec::new();
     for (index, shape) in shapes.iter().enumerate() {
-        params.push(put(&cx, rng.array(shape, 0.5)).with_id(Id::Param { set: 0, index: index as u32 }));
+        params.push(
+            put(&cx, rng.array(shape, 0.5)).with_id(Id::Param { set: 0, index: index as u32 }),
+        );
         slots.push(Some(put(&cx, F64::zeros(shape))));
     }
     cx.param_grads = vec![ParamGrads::new(slots)];

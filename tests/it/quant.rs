@@ -1,10 +1,11 @@
-//! Quantised weights and 8-bit moments against what bitsandbytes made of the same numbers (`tests/fixtures/make_quant.py`).
+//! Quantised weights and 8-bit moments against what bitsandbytes made of the same numbers
+//! (`tests/fixtures/make_quant.py`).
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde_json::Value;
-use temper::cx::Cx;
+use temper::autograd::Cx;
 use temper::device::{DType, cpu::Cpu};
 use temper::error::Error;
 use temper::ops::adamw::{self, AdamW};
@@ -56,7 +57,12 @@ fn dequantised(cx: &Cx, w: &QuantWeight, dtype: DType) -> u64 {
     let y = Tensor::new(&cx.pool, "y", dtype, &w.shape).unwrap();
     w.dequantise_into(cx, &y).unwrap();
     let bytes: Vec<u8> = match dtype {
-        DType::BF16 => y.to_vec::<half::bf16>().unwrap().iter().flat_map(|v| v.to_bits().to_le_bytes()).collect(),
+        DType::BF16 => y
+            .to_vec::<half::bf16>()
+            .unwrap()
+            .iter()
+            .flat_map(|v| v.to_bits().to_le_bytes())
+            .collect(),
         _ => y.to_vec::<f32>().unwrap().iter().flat_map(|v| v.to_le_bytes()).collect(),
     };
     u64::from(crc32fast::hash(&bytes))
@@ -79,24 +85,38 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
     for device in [Cpu::new(), Cpu::strict(1)] {
         let cx = Cx::new(Arc::new(device), DType::F32).unwrap();
         for case in fixture()["weights"].as_array().unwrap() {
-            let shape: Vec<usize> =
-                case["shape"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as usize).collect();
+            let shape: Vec<usize> = case["shape"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|v| v.as_u64().unwrap() as usize)
+                .collect();
             let dtype = if case["dtype"] == "bfloat16" { DType::BF16 } else { DType::F32 };
-            let values =
-                source(shape[0] * shape[1], case["seed"].as_u64().unwrap() as u32, case["scale"].as_f64().unwrap());
+            let values = source(
+                shape[0] * shape[1],
+                case["seed"].as_u64().unwrap() as u32,
+                case["scale"].as_f64().unwrap(),
+            );
             let x = Tensor::from_f32(&cx.pool, "x", dtype, &shape, &values).unwrap();
             let label = format!("{shape:?} {}", dtype.name());
             let values = |w: &QuantWeight, prefix: &str| {
                 for to in [DType::F32, DType::BF16] {
                     let want = &case[format!("{prefix}_{}", to.name())];
-                    assert_eq!(dequantised(&cx, w, to), want.as_u64().unwrap(), "{label} {prefix} as {}", to.name());
+                    assert_eq!(
+                        dequantised(&cx, w, to),
+                        want.as_u64().unwrap(),
+                        "{label} {prefix} as {}",
+                        to.name()
+                    );
                 }
             };
             let weight = |scheme| QuantWeight::from_tensor(&cx, &x, &[shape[0]], scheme).unwrap();
 
             let plain = weight(Scheme::Nf4 { double: false });
             same_codes(&plain.segments[0].codes, &case["codes"], &label);
-            let Scales::Float(absmax) = &plain.segments[0].scales else { panic!("{label}: nested scales") };
+            let Scales::Float(absmax) = &plain.segments[0].scales else {
+                panic!("{label}: nested scales")
+            };
             assert_eq!(bits_of(absmax), bits(&case["absmax"]), "{label}");
             values(&plain, "plain");
 
@@ -105,7 +125,11 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
             let Scales::Nested { codes, absmax, offset } = &double.segments[0].scales else {
                 panic!("{label}: floats")
             };
-            assert_eq!(bits_of(offset), [case["offset"].as_u64().unwrap() as u32], "{label}: offset");
+            assert_eq!(
+                bits_of(offset),
+                [case["offset"].as_u64().unwrap() as u32],
+                "{label}: offset"
+            );
             same_codes(codes, &case["codes8"], &label);
             assert_eq!(bits_of(absmax), bits(&case["absmax2"]), "{label}");
             values(&double, "double");
@@ -119,7 +143,9 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
             if case.get("int8").is_some() {
                 let int8 = weight(Scheme::Int8);
                 same_codes(&int8.segments[0].codes, &case["int8"], &label);
-                let Scales::Float(absmax) = &int8.segments[0].scales else { panic!("{label}: nested scales") };
+                let Scales::Float(absmax) = &int8.segments[0].scales else {
+                    panic!("{label}: nested scales")
+                };
                 assert_eq!(bits_of(absmax), bits(&case["int8_absmax"]), "{label}");
                 values(&int8, "int8");
             }
@@ -139,13 +165,17 @@ fn segments_are_quantised_each_on_its_own_and_survive_storage() {
         let mut files: HashMap<String, Vec<u8>> = HashMap::new();
         let mut from = 0;
         for (i, n) in rows.into_iter().enumerate() {
-            let alone = QuantWeight::from_tensor(&cx, &x.rows(from, from + n).unwrap(), &[n], scheme).unwrap();
+            let alone =
+                QuantWeight::from_tensor(&cx, &x.rows(from, from + n).unwrap(), &[n], scheme)
+                    .unwrap();
             from += n;
             let stored = alone.stored(0, &format!("w{i}"), DType::BF16).unwrap();
             assert_eq!(stored, whole.stored(i, &format!("w{i}"), DType::BF16).unwrap());
             files.extend(stored.into_iter().map(|s| (s.0, s.3)));
         }
-        let find = |name: &str| files.get(name).cloned().ok_or_else(|| Error::op("test", format!("no {name}")));
+        let find = |name: &str| {
+            files.get(name).cloned().ok_or_else(|| Error::op("test", format!("no {name}")))
+        };
         let read = QuantWeight::from_stored(&cx, &["w0", "w1", "w2"], find).unwrap();
         assert_eq!(read.shape, [12, cols]);
         for dtype in [DType::F32, DType::BF16] {
@@ -162,7 +192,8 @@ fn a_double_quantised_weight_holds_about_four_bits_a_value() {
     let n = 256 * 512;
     let x = Tensor::from_f32(&cx.pool, "x", DType::BF16, &[256, 512], &source(n, 3, 0.1)).unwrap();
     let w = QuantWeight::from_tensor(&cx, &x, &[256], Scheme::Nf4 { double: true }).unwrap();
-    // n / 2 codes, n / 64 codes of scales, a float for each 256 of these, one offset, and the two maps.
+    // n / 2 codes, n / 64 codes of scales, a float for each 256 of these, one offset, and the two
+    // maps.
     assert_eq!(w.bytes(), n / 2 + n / 64 + n / 64 / 256 * 4 + 4 + 4 * (16 + 256));
 }
 
@@ -194,19 +225,28 @@ fn steps_of_8_bit_adamw_are_bitsandbytes() {
         moments.step(&cx, &group, (0, n), &target, &hyper).unwrap();
         for (name, tensor) in moments.named_tensors() {
             if name.ends_with("absmax") {
-                // 1 - 0.999 is taken in float here and in double there: 1.3e-5 of v (its correction has the same factor).
+                // 1 - 0.999 is taken in float here and in double there: 1.3e-5 of v (its correction
+                // has the same factor).
                 for (a, b) in tensor.to_f32().unwrap().iter().zip(bits(&want[name])) {
-                    assert!((a / f32::from_bits(b) - 1.0).abs() < 2e-5, "step {t} {name}: {a} {}", f32::from_bits(b));
+                    assert!(
+                        (a / f32::from_bits(b) - 1.0).abs() < 2e-5,
+                        "step {t} {name}: {a} {}",
+                        f32::from_bits(b)
+                    );
                 }
                 continue;
             }
             let got = tensor.to_vec::<u8>().unwrap();
             let text = want[name].as_str().unwrap();
-            let want: Vec<u8> = (0..n).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).unwrap()).collect();
+            let want: Vec<u8> =
+                (0..n).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).unwrap()).collect();
             let differ = got.iter().zip(&want).filter(|(a, b)| a != b).count();
             // A value in the middle of two codes may fall to either side.
             let largest = got.iter().zip(&want).map(|(a, b)| a.abs_diff(*b)).max();
-            assert!(differ <= 2 && largest <= Some(1), "step {t} {name}: {differ} codes differ, by up to {largest:?}");
+            assert!(
+                differ <= 2 && largest <= Some(1),
+                "step {t} {name}: {differ} codes differ, by up to {largest:?}"
+            );
         }
     }
     for (a, b) in p.to_f32().unwrap().iter().zip(bits(&f["p"])) {
@@ -214,21 +254,32 @@ fn steps_of_8_bit_adamw_are_bitsandbytes() {
     }
 }
 
-/// Moments of two ranges, stepped; then again from what `named_tensors` gave after the first of two steps.
+/// Moments of two ranges, stepped; then again from what `named_tensors` gave after the first of two
+/// steps.
 #[test]
 fn moments_of_every_kind_go_on_from_a_checkpoint_bit_for_bit() {
     let n = 700;
     let ranges = [(0, 300), (300, n)];
     for kind in [MomentKind::F32, MomentKind::Bf16, MomentKind::Blockwise8] {
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::BF16).unwrap();
-        let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, lr_scale: 1.0, group: 0 };
+        let group = AdamW {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            lr_scale: 1.0,
+            group: 0,
+        };
         let hyper = adamw::hyper(&cx).unwrap();
         hyper.upload(&[1e-2f32, 0.1, 0.03, 0.0, 1.0, 0.0, 0.0, 0.0]).unwrap();
         let new = |cx: &Cx| Moments::new(cx, n, &ranges, kind).unwrap();
-        let weights = |cx: &Cx| Tensor::from_f32(&cx.pool, "w", DType::BF16, &[n], &source(n, 1, 0.5)).unwrap();
+        let weights = |cx: &Cx| {
+            Tensor::from_f32(&cx.pool, "w", DType::BF16, &[n], &source(n, 1, 0.5)).unwrap()
+        };
         let step = |cx: &mut Cx, moments: &Moments, w: &Tensor, t: u32| {
             cx.set_rng(5, t, 0).unwrap();
-            let grad = Tensor::from_f32(&cx.pool, "g", DType::F32, &[n], &source(n, 40 + t, 0.1)).unwrap();
+            let grad =
+                Tensor::from_f32(&cx.pool, "g", DType::F32, &[n], &source(n, 40 + t, 0.1)).unwrap();
             for (from, to) in ranges {
                 let (weight, grad) = (w.rows(from, to).unwrap(), grad.rows(from, to).unwrap());
                 let target = Target { master: None, weight: &weight, grad: &grad };
@@ -269,17 +320,27 @@ fn moments_in_bf16_follow_their_mean_by_chance() {
     let n = 4096;
     let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
     let moments = Moments::new(&cx, n, &[(0, n)], MomentKind::Bf16).unwrap();
-    let group = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lr_scale: 1.0, group: 0 };
+    let group =
+        AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lr_scale: 1.0, group: 0 };
     let hyper = adamw::hyper(&cx).unwrap();
     let ones = Tensor::from_f32(&cx.pool, "g", DType::F32, &[n], &vec![1.0; n]).unwrap();
     let p = Tensor::from_f32(&cx.pool, "p", DType::F32, &[n], &vec![0.0; n]).unwrap();
     for t in 0..600 {
         cx.set_rng(1, t, 0).unwrap();
-        moments.step(&cx, &group, (0, n), &Target { master: Some(&p), weight: &p, grad: &ones }, &hyper).unwrap();
+        moments
+            .step(
+                &cx,
+                &group,
+                (0, n),
+                &Target { master: Some(&p), weight: &p, grad: &ones },
+                &hyper,
+            )
+            .unwrap();
     }
     let Moments::Bf16 { v, .. } = &moments else { panic!() };
     let mean = v.to_f32().unwrap().iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
     let exact = 1.0 - 0.999f64.powi(600);
-    // The noise of one value is below 2^-8 of it a step, over some 600 steps; of 4096 means, below 0.5%.
+    // The noise of one value is below 2^-8 of it a step, over some 600 steps; of 4096 means, below
+    // 0.5%.
     assert!((mean / exact - 1.0).abs() < 5e-3, "{mean} {exact}");
 }

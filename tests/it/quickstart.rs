@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
-use temper::cx::Cx;
+use temper::autograd::Cx;
 use temper::data::tokenizer::Tokenizer;
 use temper::device::{DType, cpu::Cpu};
 use temper::quickstart::data::{self, is_right};
@@ -13,11 +13,12 @@ use temper::quickstart::{self, Options, Outcome, Scale};
 
 fn tiny() -> Scale {
     let keys = |more: &str| {
-        let common =
-            "learning_rate=2e-3 per_device_train_batch_size=2 max_length=96 packing=true max_steps=6 logging_steps=2";
+        let common = "learning_rate=2e-3 per_device_train_batch_size=2 max_length=96 packing=true max_steps=6 logging_steps=2";
         common.split(' ').chain(more.split(' ')).map(str::to_string).collect()
     };
-    let short = |text: &str| text.split_whitespace().chain(["logging_steps=1"]).map(str::to_string).collect();
+    let short = |text: &str| {
+        text.split_whitespace().chain(["logging_steps=1"]).map(str::to_string).collect()
+    };
     Scale {
         vocab: 400,
         hidden: 32,
@@ -35,7 +36,9 @@ fn tiny() -> Scale {
         lora: keys("assistant_only_loss=true use_peft=true lora_dropout=0"),
         reward: short("per_device_train_batch_size=4 max_steps=2"),
         dpo: short("per_device_train_batch_size=4 max_steps=2"),
-        ppo: short("per_device_train_batch_size=4 num_ppo_epochs=2 max_completion_length=8 max_steps=2"),
+        ppo: short(
+            "per_device_train_batch_size=4 num_ppo_epochs=2 max_completion_length=8 max_steps=2",
+        ),
         grpo: short(
             "per_device_train_batch_size=8 num_generations=4 max_completion_length=8 max_steps=2 \
              reward_funcs=numeric_match",
@@ -71,12 +74,19 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     assert!(text.contains("exact match") && text.contains("tokens/s"), "{text}");
     for rung in ["pretrained", "sft"] {
         let dir = a.join(rung);
-        for file in ["config.json", "config.toml", "model.safetensors", "tokenizer.json", "chat_template.jinja"] {
+        for file in [
+            "config.json",
+            "config.toml",
+            "model.safetensors",
+            "tokenizer.json",
+            "chat_template.jinja",
+        ] {
             assert!(dir.join(file).is_file(), "{rung}/{file}");
         }
         let metrics = lines(dir.join("metrics.jsonl"));
         assert_eq!(metrics.len(), 3);
-        for key in ["step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"] {
+        for key in ["step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"]
+        {
             assert!(metrics[0][key].is_number(), "{rung}: {key}");
         }
     }
@@ -90,8 +100,13 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     assert!(refused.contains("--overwrite"), "{refused}");
     let bits = |dir: &Path| {
         let read = |rung: &str| std::fs::read(dir.join(rung)).unwrap();
-        ["sft/model.safetensors", "lora/adapter_model.safetensors", "ppo/model.safetensors", "grpo/model.safetensors"]
-            .map(read)
+        [
+            "sft/model.safetensors",
+            "lora/adapter_model.safetensors",
+            "ppo/model.safetensors",
+            "grpo/model.safetensors",
+        ]
+        .map(read)
     };
     let first = bits(&a);
     ladder(&a, true).unwrap();
@@ -115,19 +130,31 @@ fn held_out_questions_are_nowhere_in_the_training_data() {
             data::chains(seed, scale.chains),
         ]
         .concat();
-        let asked =
-            [data::held_out_problems(seed, scale.held_out), data::held_out_chains(seed, scale.held_out)].concat();
+        let asked = [
+            data::held_out_problems(seed, scale.held_out),
+            data::held_out_chains(seed, scale.held_out),
+        ]
+        .concat();
         assert!(asked.len() >= 200);
         let questions: BTreeSet<&str> = training.iter().map(|p| p.question.as_str()).collect();
         let keys: BTreeSet<&str> = training.iter().map(|p| p.key.as_str()).collect();
         let different: BTreeSet<&str> = asked.iter().map(|p| p.question.as_str()).collect();
         assert_eq!(different.len(), asked.len(), "a question is asked twice");
         let all = texts.join("\n");
-        assert!(!all.contains('?') && !all.contains("The answer is"), "the pretraining text has no questions");
+        assert!(
+            !all.contains('?') && !all.contains("The answer is"),
+            "the pretraining text has no questions"
+        );
         for p in &asked {
             assert!(p.held_out() && !keys.contains(p.key.as_str()), "{p:?}");
-            assert!(!questions.contains(p.question.as_str()) && !all.contains(&p.question), "{p:?}");
-            assert!(!all.contains(&p.told) || p.told == p.work, "told in the pretraining text: {p:?}");
+            assert!(
+                !questions.contains(p.question.as_str()) && !all.contains(&p.question),
+                "{p:?}"
+            );
+            assert!(
+                !all.contains(&p.told) || p.told == p.work,
+                "told in the pretraining text: {p:?}"
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! `report.html` of made-up runs. `TEMPER_REPORT_SAMPLE=DIR cargo test --test it report` leaves the pages in DIR, to look at.
+//! `report.html` of made-up runs. `TEMPER_REPORT_SAMPLE=DIR cargo test --test it report` leaves the
+//! pages in DIR, to look at.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,7 @@ fn words(list: &[&str]) -> Vec<String> {
 /// A run folder as a GRPO run leaves it: curves with a NaN, completions with rewards, a config.
 fn grpo_run(dir: &Path, steps: u64) {
     std::fs::create_dir_all(dir).unwrap();
-    let mut noise = temper::ops::Rng(7);
+    let mut noise = temper::ops::case::Rng(7);
     let mut metrics = String::new();
     for step in 1..=steps {
         let t = step as f64 / steps as f64;
@@ -35,7 +36,8 @@ fn grpo_run(dir: &Path, steps: u64) {
         let (a, b) = (13 + i % 7, 8 + i % 5);
         let right = i % 3 != 0;
         let answer = a + b + u64::from(!right);
-        let text = format!("{a} + {b} = {answer}. So the answer is {answer}.</script><b>not markup</b>");
+        let text =
+            format!("{a} + {b} = {answer}. So the answer is {answer}.</script><b>not markup</b>");
         let line = json!({
             "step": 10 * (i / 8 + 1), "prompt": [{"role": "user", "content": format!("What is {a} + {b}?")}],
             "completion": [{"role": "assistant", "content": text}], "reward": if right { 1.0 } else { -0.5 },
@@ -45,8 +47,11 @@ fn grpo_run(dir: &Path, steps: u64) {
         completions += &format!("{line}\n");
     }
     std::fs::write(dir.join("completions.jsonl"), completions).unwrap();
-    std::fs::write(dir.join("config.toml"), "# the resolved run\nloss_type = \"dapo\"\nlearning_rate = 1e-5\n")
-        .unwrap();
+    std::fs::write(
+        dir.join("config.toml"),
+        "# the resolved run\nloss_type = \"dapo\"\nlearning_rate = 1e-5\n",
+    )
+    .unwrap();
 }
 
 fn input() -> ReportInput {
@@ -70,7 +75,10 @@ fn input() -> ReportInput {
         table: Some(Table {
             caption: "240 questions that no run has seen".into(),
             columns: words(&["", "before", "after"]),
-            rows: vec![words(&["exact match", "37.1%", "84.6%"]), words(&["mean length", "41", "66"])],
+            rows: vec![
+                words(&["exact match", "37.1%", "84.6%"]),
+                words(&["mean length", "41", "66"]),
+            ],
         }),
         masks: vec![MaskRow { tokens, mask }],
     }
@@ -102,7 +110,8 @@ fn a_page_has_everything_of_its_run_and_asks_the_network_for_nothing() {
     grpo_run(&dir, 120);
     let (html, data) = data(&report::write(&dir, &input()).unwrap());
     let run = &data["runs"][0];
-    let names: Vec<&str> = run["series"].as_array().unwrap().iter().map(|s| s[0].as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        run["series"].as_array().unwrap().iter().map(|s| s[0].as_str().unwrap()).collect();
     for name in ["loss", "reward", "time/generate", "rewards/numeric_match/mean", "learning_rate"] {
         assert!(names.contains(&name), "{name} is not in {names:?}");
     }
@@ -148,9 +157,13 @@ fn a_ladder_page_tells_all_rungs() {
     let table = Table {
         caption: "held-out questions".into(),
         columns: words(&["rung", "seconds", "before", "after"]),
-        rows: vec![words(&["sft", "41 s", "2.1%", "91.2%"]), words(&["grpo", "63 s", "37.1%", "84.6%"])],
+        rows: vec![
+            words(&["sft", "41 s", "2.1%", "91.2%"]),
+            words(&["grpo", "63 s", "37.1%", "84.6%"]),
+        ],
     };
-    let (_, data) = data(&report::write_ladder(&dir, "temper quickstart", Some(&table), &rungs).unwrap());
+    let (_, data) =
+        data(&report::write_ladder(&dir, "temper quickstart", Some(&table), &rungs).unwrap());
     assert_eq!(data["runs"].as_array().unwrap().len(), 6);
     assert_eq!(data["runs"][5]["name"], "grpo");
     assert_eq!(data["table"]["rows"][1][3], "84.6%");
@@ -171,13 +184,19 @@ fn long_runs_are_thinned_and_the_page_says_so() {
 #[test]
 fn a_folder_that_cannot_be_read_says_which_line() {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("metrics.jsonl"), "{\"step\": 1}\nnot json\n{\"step\": 2}\n").unwrap();
+    std::fs::write(dir.path().join("metrics.jsonl"), "{\"step\": 1}\nnot json\n{\"step\": 2}\n")
+        .unwrap();
     let error = report::write(dir.path(), &ReportInput::default()).unwrap_err().to_string();
     assert!(error.contains("metrics.jsonl:2"), "{error}");
     std::fs::write(dir.path().join("metrics.jsonl"), "").unwrap();
     let mut bad = input();
     bad.masks[0].mask.pop();
-    assert!(report::write(dir.path(), &bad).unwrap_err().to_string().contains("11 tokens and 10 mask values"));
+    assert!(
+        report::write(dir.path(), &bad)
+            .unwrap_err()
+            .to_string()
+            .contains("11 tokens and 10 mask values")
+    );
 }
 
 /// An SFT run through the binary.
@@ -190,7 +209,11 @@ fn sft(out: &Path, keys: &[&str]) -> std::process::Command {
         "--data",
         "tests/fixtures/sft/prompt_completion.jsonl",
     ]);
-    command.arg("--output").arg(out).args(["device=cpu", "save_steps=3", "logging_steps=1", "max_steps=6"]).args(keys);
+    command
+        .arg("--output")
+        .arg(out)
+        .args(["device=cpu", "save_steps=3", "logging_steps=1", "max_steps=6"])
+        .args(keys);
     command
 }
 
@@ -201,7 +224,9 @@ fn every_run_writes_its_page_and_a_resumed_one_the_page_of_the_whole() {
     assert!(sft(&out, &[]).output().unwrap().status.success());
     let (_, whole) = data(&out.join("report.html"));
     let run = &whole["runs"][0];
-    let loss = |run: &Value| run["series"].as_array().unwrap().iter().find(|s| s[0] == "loss").unwrap()[1].clone();
+    let loss = |run: &Value| {
+        run["series"].as_array().unwrap().iter().find(|s| s[0] == "loss").unwrap()[1].clone()
+    };
     assert_eq!(loss(run).as_array().unwrap().len(), 6);
     assert!(run["config"].as_str().unwrap().contains("max_steps = 6"));
     let row = &run["masks"][0];
@@ -227,7 +252,10 @@ fn a_page_that_cannot_be_written_ends_no_run() {
     std::fs::create_dir_all(out.join("report.html")).unwrap(); // a folder where the file goes
     let output = sft(&out, &[]).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success() && said.contains("warning: report.html was not written"), "{said}");
+    assert!(
+        output.status.success() && said.contains("warning: report.html was not written"),
+        "{said}"
+    );
     assert!(out.join("model.safetensors").is_file());
 }
 
@@ -237,7 +265,10 @@ fn the_command_writes_pages_again() {
     let again = |path: &Path| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_temper"));
         let output = command.arg("report").arg(path).output().unwrap();
-        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned(),
+        )
     };
     for name in ["first", "second"] {
         grpo_run(&dir.path().join(name), 5);
@@ -246,7 +277,10 @@ fn the_command_writes_pages_again() {
     let (code, said) = again(dir.path());
     assert!(code == Some(0) && said.trim().ends_with("report.html"), "{said}");
     let (_, page) = data(&dir.path().join("report.html"));
-    assert_eq!((&page["runs"][0]["name"], &page["runs"][1]["masks"][0]["mask"][9]), (&json!("first"), &json!(true)));
+    assert_eq!(
+        (&page["runs"][0]["name"], &page["runs"][1]["masks"][0]["mask"][9]),
+        (&json!("first"), &json!(true))
+    );
     // a ladder's page is the same again, wherever its folder went
     let rungs = ["second", "first"].map(|name| Rung {
         name: name.into(),
@@ -272,7 +306,9 @@ fn the_command_writes_pages_again() {
 #[test]
 fn of_many_completions_some_are_shown_and_the_page_says_so() {
     let dir = tempfile::tempdir().unwrap();
-    let line = |i: usize| format!("{}\n", json!({ "step": i, "prompt": "p", "completion": "c", "reward": 1.0 }));
+    let line = |i: usize| {
+        format!("{}\n", json!({ "step": i, "prompt": "p", "completion": "c", "reward": 1.0 }))
+    };
     let text: String = (1..=1000).map(line).collect();
     std::fs::write(dir.path().join("completions.jsonl"), text + "{\"step\": 1001, \"pro").unwrap();
     let (_, data) = data(&report::write(dir.path(), &ReportInput::default()).unwrap());

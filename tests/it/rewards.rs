@@ -1,4 +1,5 @@
-//! Rewards: built-in verifiers, their sum, external commands that behave and that do not, advantages against TRL 1.16.0.
+//! Rewards: built-in verifiers, their sum, external commands that behave and that do not,
+//! advantages against TRL 1.16.0.
 
 use std::time::Instant;
 
@@ -25,16 +26,25 @@ fn shell(body: &str) -> String {
 
 #[test]
 fn verifiers_score_and_skip() {
-    let b = batch(&["2", "so \\boxed{2}", "3", ""], json!({"answer": ["2", 2, "2", null], "other": [[1, 3], 3, 3, 3]}));
+    let b = batch(
+        &["2", "so \\boxed{2}", "3", ""],
+        json!({"answer": ["2", 2, "2", null], "other": [[1, 3], 3, 3, 3]}),
+    );
     assert_eq!(scores("exact_match", &b), [Some(1.0), Some(0.0), Some(0.0), None]);
     assert_eq!(scores("numeric_match", &b), [Some(1.0), Some(1.0), Some(0.0), None]);
-    assert_eq!(scores("numeric_match:column=other", &b), [Some(0.0), Some(0.0), Some(1.0), Some(0.0)]);
+    assert_eq!(
+        scores("numeric_match:column=other", &b),
+        [Some(0.0), Some(0.0), Some(1.0), Some(0.0)]
+    );
     assert_eq!(scores(r"regex:^\d(?!\d)", &b), [Some(1.0), Some(0.0), Some(1.0), Some(0.0)]);
     assert_eq!(scores("length:min=1,max=5", &b), [Some(1.0), Some(0.0), Some(1.0), Some(0.0)]);
     let b = batch(&["aaaa", "<think>a</think>b"], json!({}));
     assert_eq!(scores("think_format", &b), [Some(0.0), Some(1.0)]);
     assert_eq!(scores("repetition:ngram_size=2,max_penalty=-1", &b)[0], Some(-(1.0 - 1.0 / 3.0)));
-    assert_eq!(scores("soft_overlong:max_completion_len=16,soft_punish_cache=8", &b), [Some(0.0), Some(-1.0)]);
+    assert_eq!(
+        scores("soft_overlong:max_completion_len=16,soft_punish_cache=8", &b),
+        [Some(0.0), Some(-1.0)]
+    );
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("schema.json");
     std::fs::write(&file, r#"{"type": "object", "required": ["a"]}"#).unwrap();
@@ -56,8 +66,16 @@ fn a_reward_that_is_not_understood_says_what_there_is() {
     let error = Reward::parse("exact_match").unwrap().score(&b).unwrap_err().to_string();
     assert!(error.contains("[gold]") && error.contains("column=NAME"), "{error}");
     let short = batch(&["2", "3"], json!({"answer": ["2"]}));
-    assert!(Reward::parse("exact_match").unwrap().score(&short).unwrap_err().to_string().contains("answer has 1"));
-    let table: toml::Value = toml::from_str("kind = 'length'\nmax = 3\nweight = 0.5\nname = 'short'").unwrap();
+    assert!(
+        Reward::parse("exact_match")
+            .unwrap()
+            .score(&short)
+            .unwrap_err()
+            .to_string()
+            .contains("answer has 1")
+    );
+    let table: toml::Value =
+        toml::from_str("kind = 'length'\nmax = 3\nweight = 0.5\nname = 'short'").unwrap();
     let reward = Reward::from_toml(&table).unwrap();
     assert_eq!((reward.name.as_str(), reward.weight), ("short", 0.5));
 }
@@ -70,7 +88,12 @@ fn rewards_add_up_and_a_row_that_none_scores_has_none() {
     assert_eq!(scored.names, ["exact_match", "exact_match_2"]);
     assert_eq!(scored.total(), [Some(1.5), None, Some(1.0)]);
     assert_eq!(scored.unscorable(), [1]);
-    assert!(Rewards::parse(&specs, Some(&[1.0])).unwrap_err().to_string().contains("1 values for 2 rewards"));
+    assert!(
+        Rewards::parse(&specs, Some(&[1.0]))
+            .unwrap_err()
+            .to_string()
+            .contains("1 values for 2 rewards")
+    );
 }
 
 #[test]
@@ -83,8 +106,11 @@ fn a_command_is_started_once_and_sees_every_row() {
     let b = batch(&["a", "b", "c"], json!({"level": [1, 2, 3]}));
     assert_eq!(reward.score(&b).unwrap(), [1.0, 2.0, 3.0].map(Some));
     assert_eq!(reward.score(&b).unwrap(), [4.0, 5.0, 6.0].map(Some));
-    let rows: Vec<Value> =
-        std::fs::read_to_string(log).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let rows: Vec<Value> = std::fs::read_to_string(log)
+        .unwrap()
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
     assert_eq!(rows.len(), 6);
     let want = json!({"id": 4, "index": 1, "batch": 3, "prompt": "1 + 1 =", "completion": "b", "completion_ids": [98],
         "columns": {"level": 2}});
@@ -93,7 +119,9 @@ fn a_command_is_started_once_and_sees_every_row() {
 
 #[test]
 fn null_skips_a_row_and_true_is_one() {
-    let spec = shell("if [ $id = 1 ]; then r=null; else r=true; fi; echo \"{\\\"id\\\": $id, \\\"reward\\\": $r}\"");
+    let spec = shell(
+        "if [ $id = 1 ]; then r=null; else r=true; fi; echo \"{\\\"id\\\": $id, \\\"reward\\\": $r}\"",
+    );
     assert_eq!(scores(&spec, &batch(&["a", "b", "c"], json!({}))), [Some(1.0), None, Some(1.0)]);
 }
 
@@ -102,7 +130,9 @@ fn a_large_batch_does_not_block_either_side() {
     // more than two pipes hold, in both directions
     let long = "x".repeat(2000);
     let b = batch(&vec![long.as_str(); 200], json!({}));
-    let spec = shell("echo \"                                        {\\\"id\\\": $id, \\\"reward\\\": 1}\"");
+    let spec = shell(
+        "echo \"                                        {\\\"id\\\": $id, \\\"reward\\\": 1}\"",
+    );
     assert_eq!(scores(&spec, &b), vec![Some(1.0); 200]);
 }
 
@@ -111,7 +141,10 @@ fn fails(body: &str, more: &str) -> String {
     let spec = shell(&format!(
         "n=$((n + 1)); if [ $n = 3 ]; then {body}; fi; echo \"{{\\\"id\\\": $id, \\\"reward\\\": 0}}\""
     ));
-    let table = format!("kind = 'command'\ncommand = '''{}'''\n{more}", spec.strip_prefix("command:").unwrap());
+    let table = format!(
+        "kind = 'command'\ncommand = '''{}'''\n{more}",
+        spec.strip_prefix("command:").unwrap()
+    );
     let mut reward = Reward::from_toml(&toml::from_str(&table).unwrap()).unwrap();
     reward.score(&batch(&["a", "b", "c", "d", "e"], json!({}))).unwrap_err().to_string()
 }
@@ -119,17 +152,22 @@ fn fails(body: &str, more: &str) -> String {
 #[test]
 fn a_command_that_crashes_is_reported_with_its_row_and_last_words() {
     let error = fails("echo out of luck >&2; exit 7", "restarts = 0");
-    for part in ["reward `command`, row 2 of 5", "exit status: 7", "out of luck", "id 2", "last checkpoint"] {
+    for part in
+        ["reward `command`, row 2 of 5", "exit status: 7", "out of luck", "id 2", "last checkpoint"]
+    {
         assert!(error.contains(part), "{part} is not in: {error}");
     }
 }
 
 #[test]
 fn a_restarted_command_gets_the_rows_it_owes_until_restarts_run_out() {
-    // with one restart rows 0, 1 and then 2, 3 are scored; the last one is scored by the second restart
+    // with one restart rows 0, 1 and then 2, 3 are scored; the last one is scored by the second
+    // restart
     let error = fails("exit 7", "restarts = 1");
     assert!(error.contains("row 4 of 5"), "{error}");
-    let spec = shell("n=$((n + 1)); if [ $n = 3 ]; then exit 7; fi; echo \"{\\\"id\\\": $id, \\\"reward\\\": 0}\"");
+    let spec = shell(
+        "n=$((n + 1)); if [ $n = 3 ]; then exit 7; fi; echo \"{\\\"id\\\": $id, \\\"reward\\\": 0}\"",
+    );
     assert_eq!(scores(&spec, &batch(&["a", "b", "c", "d", "e"], json!({}))), vec![Some(0.0); 5]);
 }
 
@@ -159,13 +197,17 @@ fn an_answer_out_of_order_is_an_error_that_names_both_ids() {
 
 #[test]
 fn an_error_that_the_command_reports_stops_at_once() {
-    let error = fails("echo \"{\\\"id\\\": $id, \\\"error\\\": \\\"no such file\\\"}\"", "restarts = 5");
+    let error =
+        fails("echo \"{\\\"id\\\": $id, \\\"error\\\": \\\"no such file\\\"}\"", "restarts = 5");
     assert!(error.contains("row 2 of 5") && error.contains("it says: no such file"), "{error}");
 }
 
 #[test]
 fn a_command_that_does_not_exist_says_so() {
-    let error = Reward::parse("command:/nowhere/judge").unwrap().score(&batch(&["a"], json!({}))).unwrap_err();
+    let error = Reward::parse("command:/nowhere/judge")
+        .unwrap()
+        .score(&batch(&["a"], json!({})))
+        .unwrap_err();
     assert!(error.to_string().contains("/nowhere/judge"), "{error}");
 }
 
@@ -193,7 +235,11 @@ fn a_trl_reward_function_runs_in_the_worker_needs_python3() {
     let mut reward = Reward::parse(&spec("reward")).unwrap();
     assert_eq!(reward.name, "reward");
     assert_eq!(reward.score(&b).unwrap(), [Some(11.0), None, Some(13.0)]);
-    assert_eq!(reward.score(&b).unwrap(), [Some(21.0), None, Some(23.0)], "one process, one call a batch");
+    assert_eq!(
+        reward.score(&b).unwrap(),
+        [Some(21.0), None, Some(23.0)],
+        "one process, one call a batch"
+    );
     assert_eq!(scores(&spec("ids"), &b), [97.0, 196.0, 297.0].map(Some));
     assert_eq!(scores(&spec("narrow"), &b), [None, None, None]);
     assert_eq!(scores(&spec("later"), &b), [Some(1.0); 3]);

@@ -1,13 +1,14 @@
-//! The rollout engine: its log-probs are the trainer's, whatever else happens; and what the sampler draws.
+//! The rollout engine: its log-probs are the trainer's, whatever else happens; and what the sampler
+//! draws.
 
 use std::sync::Arc;
 
-use temper::cx::Cx;
+use temper::autograd::Cx;
 use temper::device::{DType, cpu::Cpu};
 use temper::model::batch::Sequence;
-use temper::model::config::ModelConfig;
 use temper::model::decoder::Decoder;
-use temper::ops::Rng;
+use temper::model::layout::ModelConfig;
+use temper::ops::case::Rng;
 use temper::ops::head::head_logps;
 use temper::ops::sample::sample;
 use temper::rollout::sample::Sampling;
@@ -18,7 +19,8 @@ const VOCAB: usize = 96;
 
 fn model(dtype: DType) -> (Cx, Decoder) {
     let cx = Cx::new(Arc::new(Cpu::new()), dtype).unwrap();
-    let model = Decoder::new(&cx, 0, ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true), 128).unwrap();
+    let model =
+        Decoder::new(&cx, 0, ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true), 128).unwrap();
     model.params.initialise(0.2, 11).unwrap();
     (cx, model)
 }
@@ -28,12 +30,18 @@ fn bits(v: &[f32]) -> Vec<u32> {
 }
 
 /// The trainer's log-probs of a completion, with logits times `scale`.
-fn trained(cx: &mut Cx, model: &Decoder, prompt: &[u32], completion: &[u32], scale: f32) -> (Vec<f32>, Vec<f32>) {
+fn trained(
+    cx: &mut Cx,
+    model: &Decoder,
+    prompt: &[u32],
+    completion: &[u32],
+    scale: f32,
+) -> (Vec<f32>, Vec<f32>) {
     let ids: Vec<u32> = prompt.iter().chain(completion).copied().collect();
     let target: Vec<bool> = (0..ids.len()).map(|i| i >= prompt.len()).collect();
     let sequence = [Sequence { ids: &ids, target: Some(&target) }];
     let batch = temper::model::batch::Batch::new(cx, &sequence, VOCAB).unwrap();
-    let hidden = model.target_hidden(cx, &batch, false).unwrap();
+    let hidden = model.target_hidden(cx, &batch).unwrap();
     let out = head_logps(cx, &hidden, &model.head, &batch.targets, scale).unwrap();
     (out.logp.to_f32().unwrap(), out.entropy.to_f32().unwrap())
 }
@@ -93,12 +101,18 @@ fn exact(dtype: DType) {
         assert_eq!(bits(&c.entropies), bits(&entropy));
         assert_eq!(c.finish == Finish::Stop, [5, 17].contains(c.ids.last().unwrap()));
     }
-    assert!(first.iter().any(|c| c.finish == Finish::Stop) && first.iter().any(|c| c.finish == Finish::Length));
+    assert!(
+        first.iter().any(|c| c.finish == Finish::Stop)
+            && first.iter().any(|c| c.finish == Finish::Length)
+    );
     assert!(first[0].ids != first[1].ids, "members of a group draw their own tokens");
     for _ in 0..3 {
         let (again, more) = run(&mut cx, &mut model, &sampling, &requests, &mut rng);
         preempted += more;
-        assert!(again == first, "another batch composition, prefill chunking, page layout and order");
+        assert!(
+            again == first,
+            "another batch composition, prefill chunking, page layout and order"
+        );
     }
     assert!(preempted > 20, "{preempted} preemptions: the case was to have many");
     // What was seen goes along when a sequence starts again.
@@ -123,8 +137,17 @@ fn log_probs_of_the_rollout_are_the_trainers_bit_for_bit_however_it_runs_in_bf16
 fn a_groups_prompt_is_prefilled_once_and_truncated_log_probs_are_of_what_was_drawn_from() {
     let (mut cx, mut model) = model(DType::F32);
     let prompt: Vec<u32> = (0..130).map(|i| (i * 7 % VOCAB) as u32).collect();
-    let sampling = Sampling { temperature: 0.9, top_k: 20, top_p: 0.9, min_p: 0.02, repetition_penalty: 1.2, seed: 4 };
-    let mut engine = Engine::new(&cx, &mut model, EngineOptions::new(5, sampling.clone(), vec![], 16), 200).unwrap();
+    let sampling = Sampling {
+        temperature: 0.9,
+        top_k: 20,
+        top_p: 0.9,
+        min_p: 0.02,
+        repetition_penalty: 1.2,
+        seed: 4,
+    };
+    let mut engine =
+        Engine::new(&cx, &mut model, EngineOptions::new(5, sampling.clone(), vec![], 16), 200)
+            .unwrap();
     let request = Request { prompt: prompt.clone(), n: 16, number: 0 };
     let all = engine.generate(&mut cx, &model, &[request]).unwrap();
     let counts = engine.counts;
@@ -136,16 +159,23 @@ fn a_groups_prompt_is_prefilled_once_and_truncated_log_probs_are_of_what_was_dra
     );
     for c in &all {
         for i in 0..c.ids.len() {
-            // The distribution by the definition, from the trainer's log-probs of every token at this place.
+            // The distribution by the definition, from the trainer's log-probs of every token at
+            // this place.
             let context: Vec<u32> = prompt.iter().chain(&c.ids[..i]).copied().collect();
-            let logits: Vec<f64> =
-                (0..VOCAB as u32).map(|t| f64::from(trained(&mut cx, &model, &context, &[t], 1.0).0[0])).collect();
-            // log-probs are logits but for a constant, which a repetition penalty would not leave out.
+            let logits: Vec<f64> = (0..VOCAB as u32)
+                .map(|t| f64::from(trained(&mut cx, &model, &context, &[t], 1.0).0[0]))
+                .collect();
+            // log-probs are logits but for a constant, which a repetition penalty would not leave
+            // out.
             let shift = logit_shift(&mut cx, &model, &context, &logits);
             let logits: Vec<f64> = logits.iter().map(|l| l + shift).collect();
             let p = sampling.distribution(&logits, &context);
             let want = p[c.ids[i] as usize].ln();
-            assert!((f64::from(c.logps_truncated[i]) - want).abs() < 1e-4, "{} {want}", c.logps_truncated[i]);
+            assert!(
+                (f64::from(c.logps_truncated[i]) - want).abs() < 1e-4,
+                "{} {want}",
+                c.logps_truncated[i]
+            );
         }
         if c.member == 1 {
             break; // two members say it; each place costs a forward a token of the vocabulary
@@ -154,8 +184,10 @@ fn a_groups_prompt_is_prefilled_once_and_truncated_log_probs_are_of_what_was_dra
 }
 
 fn logit_shift(cx: &mut Cx, model: &Decoder, context: &[u32], logps: &[f64]) -> f64 {
-    let batch = temper::model::batch::Batch::new(cx, &[Sequence { ids: context, target: None }], VOCAB).unwrap();
-    let hidden = model.hidden(cx, &batch, false).unwrap();
+    let batch =
+        temper::model::batch::Batch::new(cx, &[Sequence { ids: context, target: None }], VOCAB)
+            .unwrap();
+    let hidden = model.hidden(cx, &batch).unwrap();
     let last = hidden.rows(context.len() - 1, context.len()).unwrap();
     let logits = model.logits(cx, &last).unwrap().to_f32().unwrap();
     f64::from(logits[0]) - logps[0]
@@ -173,10 +205,13 @@ fn a_cache_too_small_for_one_sequence_and_a_prompt_too_long_are_errors_that_say_
     assert!(engine.submit(&request(11)).unwrap_err().to_string().contains("at most 20"));
     assert!(engine.submit(&request(0)).unwrap_err().to_string().contains("no tokens"));
     let bad = Request { prompt: vec![VOCAB as u32], n: 1, number: 0 };
-    assert!(engine.generate(&mut cx, &model, &[bad]).unwrap_err().to_string().contains("vocabulary"));
+    assert!(
+        engine.generate(&mut cx, &model, &[bad]).unwrap_err().to_string().contains("vocabulary")
+    );
 }
 
-/// 99.9% quantile of chi-square with n degrees of freedom (Wilson and Hilferty), within 1% for n of 2 and more.
+/// 99.9% quantile of chi-square with n degrees of freedom (Wilson and Hilferty), within 1% for n of
+/// 2 and more.
 fn chi_square_limit(n: usize) -> f64 {
     let n = n as f64;
     n * (1.0 - 2.0 / (9.0 * n) + 3.0902 * (2.0 / (9.0 * n)).sqrt()).powi(3)
@@ -194,14 +229,22 @@ fn a_hundred_thousand_draws_follow_the_truncated_distribution() {
         Sampling { top_p: 0.8, seed: 9, ..plain.clone() },
         Sampling { min_p: 0.1, seed: 10, ..plain.clone() },
         Sampling { repetition_penalty: 1.5, seed: 11, ..plain.clone() },
-        Sampling { temperature: 1.2, top_k: 60, top_p: 0.9, min_p: 0.02, repetition_penalty: 1.2, seed: 12 },
+        Sampling {
+            temperature: 1.2,
+            top_k: 60,
+            top_p: 0.9,
+            min_p: 0.02,
+            repetition_penalty: 1.2,
+            seed: 12,
+        },
     ];
     let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
     let mut rng = Rng(5);
     let row: Vec<f32> = (0..VOCAB).map(|_| rng.normal() as f32 * 1.5).collect();
     let seen: Vec<u32> = (0..40).map(|_| rng.below(VOCAB) as u32).collect();
     let n = 1000;
-    let logits = Tensor::from_host(&cx.pool, "logits", DType::F32, &[n, VOCAB], &row.repeat(n)).unwrap();
+    let logits =
+        Tensor::from_host(&cx.pool, "logits", DType::F32, &[n, VOCAB], &row.repeat(n)).unwrap();
     for sampling in cases {
         let wide: Vec<f64> = row.iter().map(|l| f64::from(*l)).collect();
         let penalised: &[u32] = if sampling.penalises() { &seen } else { &[] };
@@ -216,7 +259,10 @@ fn a_hundred_thousand_draws_follow_the_truncated_distribution() {
             table.upload(&words_of.repeat(n)).unwrap();
             let who: Vec<i32> = (0..n as i32).flat_map(|r| [r, position, r]).collect();
             let who = cx.ints("who", &who).unwrap();
-            let draws = sample(&mut cx, &sampling, &logits, &who, &seed, Some(&table)).unwrap().download().unwrap();
+            let draws = sample(&mut cx, &sampling, &logits, &who, &seed, Some(&table))
+                .unwrap()
+                .download()
+                .unwrap();
             for draw in draws {
                 counts[draw.token as usize] += 1.0;
                 let p = expected[draw.token as usize];
@@ -240,7 +286,10 @@ fn a_hundred_thousand_draws_follow_the_truncated_distribution() {
             cells += 1;
         }
         let limit = chi_square_limit(cells - 1);
-        assert!(cells > 5 && chi < limit, "{sampling:?}: chi-square {chi} of {cells} cells, rejected above {limit}");
+        assert!(
+            cells > 5 && chi < limit,
+            "{sampling:?}: chi-square {chi} of {cells} cells, rejected above {limit}"
+        );
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use temper::autograd::Recompute;
 use temper::checkpoint::{CheckpointWriter, checkpoint_path};
 use temper::methods::Method;
 use temper::train::Trainer;
@@ -15,7 +16,14 @@ const MODEL: &str = "tests/fixtures/sft/model";
 
 fn command(out: &Path, keys: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
-    command.args(["sft", "--model", MODEL, "--data", "tests/fixtures/sft/messages.jsonl", "--output"]);
+    command.args([
+        "sft",
+        "--model",
+        MODEL,
+        "--data",
+        "tests/fixtures/sft/messages.jsonl",
+        "--output",
+    ]);
     command.arg(out).args(keys).stdin(Stdio::null());
     command
 }
@@ -25,7 +33,11 @@ fn temper(out: &Path, keys: &[&str]) -> Output {
 }
 
 fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
 }
 
 fn spawn(out: &Path, keys: &[&str]) -> Child {
@@ -53,7 +65,8 @@ fn metrics(out: &Path) -> Vec<serde_json::Value> {
 /// Every value of the state that training goes on from, bit for bit.
 fn bits(trainer: &Trainer) -> Vec<Vec<u8>> {
     let moments = trainer.optimizer.moments.named_tensors();
-    let all = std::iter::once(&trainer.model.params.weights).chain(moments.into_iter().map(|(_, t)| t));
+    let all =
+        std::iter::once(&trainer.model.params.weights).chain(moments.into_iter().map(|(_, t)| t));
     all.map(|t| t.to_bytes().unwrap()).collect()
 }
 
@@ -61,7 +74,9 @@ fn bits(trainer: &Trainer) -> Vec<Vec<u8>> {
 fn every_kind_of_optimizer_state_resumes_bit_for_bit_and_learns() {
     let parts = FolderParts::default();
     let mut ends = Vec::new();
-    for (optim, bytes_per_value) in [("adamw", 8.0), ("adamw_bf16_moments", 4.0), ("adamw_8bit", 2.0 + 8.0 / 256.0)] {
+    for (optim, bytes_per_value) in
+        [("adamw", 8.0), ("adamw_bf16_moments", 4.0), ("adamw_8bit", 2.0 + 8.0 / 256.0)]
+    {
         let dir = tempfile::tempdir().unwrap();
         let keys: Vec<String> = [
             &format!("optim={optim}"),
@@ -72,7 +87,7 @@ fn every_kind_of_optimizer_state_resumes_bit_for_bit_and_learns() {
         ]
         .map(String::from)
         .into();
-        let (mut whole, mut sft) = trainer("prompt_completion", &keys, false);
+        let (mut whole, mut sft) = trainer("prompt_completion", &keys, Recompute::Off);
         let bytes = whole.optimizer.moments.bytes() as f64;
         assert!(
             (bytes / (whole.model.params.state_len as f64 * bytes_per_value) - 1.0).abs() < 0.01,
@@ -82,12 +97,13 @@ fn every_kind_of_optimizer_state_resumes_bit_for_bit_and_learns() {
         for step in 1..=10u64 {
             losses.push(whole.step(&mut sft).unwrap().loss);
             if step == 5 {
-                let mut writer = CheckpointWriter::new(dir.path(), step, whole.state_bytes(&parts)).unwrap();
+                let mut writer =
+                    CheckpointWriter::new(dir.path(), step, whole.state_bytes(&parts)).unwrap();
                 whole.write_state(&mut writer, &parts, &RunState::default()).unwrap();
                 writer.finish().unwrap();
             }
         }
-        let (mut resumed, mut sft) = trainer("prompt_completion", &keys, false);
+        let (mut resumed, mut sft) = trainer("prompt_completion", &keys, Recompute::Off);
         resumed.read_state(&checkpoint_path(dir.path(), 5)).unwrap();
         while resumed.done < 10 {
             resumed.step(&mut sft).unwrap();
@@ -96,12 +112,15 @@ fn every_kind_of_optimizer_state_resumes_bit_for_bit_and_learns() {
         ends.push(losses);
         // A checkpoint of one kind is no state of another.
         let other = if optim == "adamw" { "optim=adamw_8bit" } else { "optim=adamw" };
-        let (mut wrong, _) = trainer("prompt_completion", &[other.to_string()], false);
+        let (mut wrong, _) = trainer("prompt_completion", &[other.to_string()], Recompute::Off);
         let e = wrong.read_state(&checkpoint_path(dir.path(), 5)).unwrap_err().to_string();
         assert!(e.contains("optimizer.safetensors"), "{optim}: {e}");
     }
-    // The same data and rate: moments of 8 bits change a loss by less than 2% here, of bf16 by less (measured: see the print).
-    let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a / b - 1.0).abs()).fold(0f32, f32::max);
+    // The same data and rate: moments of 8 bits change a loss by less than 2% here, of bf16 by less
+    // (measured: see the print).
+    let worst = |a: &[f32], b: &[f32]| {
+        a.iter().zip(b).map(|(a, b)| (a / b - 1.0).abs()).fold(0f32, f32::max)
+    };
     println!("bf16 {:.1e}, 8-bit {:.1e}", worst(&ends[1], &ends[0]), worst(&ends[2], &ends[0]));
     assert!(worst(&ends[1], &ends[0]) < 0.02 && worst(&ends[2], &ends[0]) < 0.02);
 }
@@ -109,11 +128,12 @@ fn every_kind_of_optimizer_state_resumes_bit_for_bit_and_learns() {
 #[test]
 fn resumed_at_any_of_fifty_steps_equals_uninterrupted() {
     let dir = tempfile::tempdir().unwrap();
-    let keys: Vec<String> = ["learning_rate=1e-3", "per_device_train_batch_size=2", "max_steps=50", "weight_decay=0.1"]
-        .map(String::from)
-        .into();
+    let keys: Vec<String> =
+        ["learning_rate=1e-3", "per_device_train_batch_size=2", "max_steps=50", "weight_decay=0.1"]
+            .map(String::from)
+            .into();
     let parts = FolderParts::default();
-    let (mut whole, mut sft) = trainer("prompt_completion", &keys, false);
+    let (mut whole, mut sft) = trainer("prompt_completion", &keys, Recompute::Off);
     for step in 1..=50u64 {
         whole.step(&mut sft).unwrap();
         let mut writer = CheckpointWriter::new(dir.path(), step, 0).unwrap();
@@ -122,13 +142,16 @@ fn resumed_at_any_of_fifty_steps_equals_uninterrupted() {
     }
     let expected = bits(&whole);
     for step in 1..50 {
-        let (mut resumed, mut sft) = trainer("prompt_completion", &keys, false);
+        let (mut resumed, mut sft) = trainer("prompt_completion", &keys, Recompute::Off);
         resumed.read_state(&checkpoint_path(dir.path(), step)).unwrap();
         assert_eq!(resumed.done, step);
         while resumed.done < 50 {
             resumed.step(&mut sft).unwrap();
         }
-        assert!(bits(&resumed) == expected, "resumed at step {step}: other bits than the uninterrupted run");
+        assert!(
+            bits(&resumed) == expected,
+            "resumed at step {step}: other bits than the uninterrupted run"
+        );
     }
 }
 
@@ -162,7 +185,8 @@ fn a_run_killed_again_and_again_ends_as_the_uninterrupted_one() {
             }
             // Only kill once there is something to resume from.
             let checkpoint = std::fs::read_dir(&killed).is_ok_and(|d| {
-                d.flatten().any(|e| e.path().join("MANIFEST").exists() && e.path().extension().is_none())
+                d.flatten()
+                    .any(|e| e.path().join("MANIFEST").exists() && e.path().extension().is_none())
             });
             if start.elapsed() > limit && checkpoint && kills < 6 {
                 child.kill().unwrap();
@@ -216,13 +240,20 @@ fn what_cannot_run_says_what_to_do_and_loses_nothing() {
 
     let refused = temper(&out, &short);
     assert_eq!(refused.status.code(), Some(2));
-    assert!(text(&refused).contains("--resume") && text(&refused).contains("--overwrite"), "{}", text(&refused));
+    assert!(
+        text(&refused).contains("--resume") && text(&refused).contains("--overwrite"),
+        "{}",
+        text(&refused)
+    );
     assert!(before == weights(&out));
 
     let typo = temper(&dir.path().join("x"), &["learning_rte=1", "per_device_train_batch_size=0"]);
     assert_eq!(typo.status.code(), Some(2));
     let message = text(&typo);
-    assert!(message.contains("learning_rate") && message.contains("per_device_train_batch_size"), "{message}");
+    assert!(
+        message.contains("learning_rate") && message.contains("per_device_train_batch_size"),
+        "{message}"
+    );
 
     let changed = temper(&out, &["max_steps=4", "learning_rate=0.5", "--resume"]);
     assert_eq!(changed.status.code(), Some(2), "{}", text(&changed));
@@ -231,7 +262,8 @@ fn what_cannot_run_says_what_to_do_and_loses_nothing() {
     let cuda = temper(&dir.path().join("y"), &["device=cuda"]);
     assert_eq!(cuda.status.code(), Some(1), "{}", text(&cuda));
     assert!(
-        text(&cuda).to_lowercase().contains("nvcc") || text(&cuda).to_lowercase().contains("driver"),
+        text(&cuda).to_lowercase().contains("nvcc")
+            || text(&cuda).to_lowercase().contains("driver"),
         "{}",
         text(&cuda)
     );
@@ -240,8 +272,10 @@ fn what_cannot_run_says_what_to_do_and_loses_nothing() {
 #[test]
 fn a_divergence_stops_the_run_and_names_tensor_and_rows() {
     let keys: Vec<String> =
-        ["learning_rate=1e38", "lr_scheduler_type=constant", "max_grad_norm=0", "max_steps=9"].map(String::from).into();
-    let (mut trainer, mut sft) = trainer("messages", &keys, false);
+        ["learning_rate=1e38", "lr_scheduler_type=constant", "max_grad_norm=0", "max_steps=9"]
+            .map(String::from)
+            .into();
+    let (mut trainer, mut sft) = trainer("messages", &keys, Recompute::Off);
     let mut error = String::new();
     for _ in 0..9 {
         if let Err(e) = trainer.step(&mut sft) {

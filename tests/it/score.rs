@@ -1,9 +1,11 @@
-//! The decoder against transformers 5.17, family by family, on the golden folders of `tests/fixtures/models`.
+//! The decoder against transformers 5.17, family by family, on the golden folders of
+//! `tests/fixtures/models`.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use temper::cx::{Cx, MatmulChoice};
+use temper::autograd::Cx;
+use temper::config::MatmulChoice;
 use temper::device::{DType, cpu::Cpu};
 use temper::model::batch::Sequence;
 use temper::model::decoder::Decoder;
@@ -11,13 +13,28 @@ use temper::model::decoder::Decoder;
 /// The largest difference of any token's log-prob from transformers'.
 fn worst(case: &str, cx: &mut Cx) -> f64 {
     let dir = Path::new("tests/fixtures/models").join(case);
-    let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.join("score.json")).unwrap()).unwrap();
+    let golden: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(dir.join("score.json")).unwrap()).unwrap();
     let decoder = Decoder::load(cx, 0, &dir, 128).unwrap();
     let mut ids = Vec::new();
     let mut want = Vec::new();
     for row in golden["rows"].as_array().unwrap() {
-        ids.push(row["input_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect::<Vec<_>>());
-        want.push(row["logps"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect::<Vec<_>>());
+        ids.push(
+            row["input_ids"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|v| v.as_u64().unwrap() as u32)
+                .collect::<Vec<_>>(),
+        );
+        want.push(
+            row["logps"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|v| v.as_f64().unwrap())
+                .collect::<Vec<_>>(),
+        );
     }
     let sequences: Vec<Sequence> = ids.iter().map(|ids| Sequence { ids, target: None }).collect();
     let got = decoder.logps(cx, &sequences).unwrap();

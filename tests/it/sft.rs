@@ -1,16 +1,17 @@
-//! `temper sft` against TRL 1.16.0's SFTTrainer: every run of `tests/fixtures/sft/losses.json`, 20 steps each.
+//! `temper sft` against TRL 1.16.0's SFTTrainer: every run of `tests/fixtures/sft/losses.json`, 20
+//! steps each.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
+use temper::autograd::{Cx, Recompute};
 use temper::config::SftRun;
-use temper::cx::Cx;
 use temper::data::chat::ChatTemplate;
 use temper::data::rows::read_rows;
 use temper::data::tokenizer::Tokenizer;
 use temper::device::{DType, cpu::Cpu};
-use temper::methods::sft::Sft;
+use temper::methods::offline::sft::Sft;
 use temper::model::decoder::Decoder;
 use temper::train::{Step, Trainer};
 
@@ -19,30 +20,41 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// The run of the fixture, as a trainer that has done nothing yet.
-pub fn trainer(rows: &str, keys: &[String], recompute: bool) -> (Trainer, Sft) {
+pub fn trainer(rows: &str, keys: &[String], recompute: Recompute) -> (Trainer, Sft) {
     let (run, _) = SftRun::load(None, keys).unwrap();
-    let cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    cx.recompute = recompute;
     let tokenizer = Tokenizer::load(&fixture("model")).unwrap();
     let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer).unwrap());
     let model = Decoder::load(&cx, 0, fixture("model"), 512).unwrap();
     let rows = read_rows(&[fixture(&format!("{rows}.jsonl"))]).unwrap();
-    let (sft, _) = Sft::new(&run.method, &tokenizer, template.as_ref(), model.config.vocab_size, &rows, &[]).unwrap();
+    let (sft, _) =
+        Sft::new(&run.method, &tokenizer, template.as_ref(), model.config.vocab_size, &rows, &[])
+            .unwrap();
     let rows = temper::methods::Method::rows(&sft);
-    (Trainer::new(cx, model, run.training, rows, recompute).unwrap(), sft)
+    (Trainer::new(cx, model, run.training, rows).unwrap(), sft)
 }
 
 /// The common settings of the fixture's runs, then those of one run.
 fn keys(config: &Value) -> Vec<String> {
-    let common =
-        ["learning_rate=1e-3", "per_device_train_batch_size=4", "train_sampling_strategy=sequential", "max_steps=20"];
+    let common = [
+        "learning_rate=1e-3",
+        "per_device_train_batch_size=4",
+        "train_sampling_strategy=sequential",
+        "max_steps=20",
+    ];
     let mut keys: Vec<String> = Vec::new();
     for (key, value) in config.as_object().unwrap() {
         let text = value.as_str().map(str::to_string).unwrap_or_else(|| value.to_string());
         keys.push(format!("{key}={text}"));
     }
-    let given: Vec<String> = keys.iter().map(|k| k.split('=').next().unwrap().to_string()).collect();
+    let given: Vec<String> =
+        keys.iter().map(|k| k.split('=').next().unwrap().to_string()).collect();
     keys.extend(
-        common.iter().filter(|c| !given.iter().any(|g| g == c.split('=').next().unwrap())).map(|c| c.to_string()),
+        common
+            .iter()
+            .filter(|c| !given.iter().any(|g| g == c.split('=').next().unwrap()))
+            .map(|c| c.to_string()),
     );
     keys
 }
@@ -53,14 +65,16 @@ fn relative(a: f64, b: f64) -> f64 {
 
 #[test]
 fn every_run_has_trls_losses_and_gradient_norms() {
-    let all: Value = serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap();
+    let all: Value =
+        serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap();
     let runs: Vec<(&String, &Value)> =
         all.as_object().unwrap().iter().filter(|(_, r)| r.get("loss").is_some()).collect();
     assert_eq!(runs.len(), 20);
     let mut report = String::new();
     let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
     for (name, run) in runs {
-        let (mut trainer, mut sft) = trainer(run["rows"].as_str().unwrap(), &keys(&run["config"]), false);
+        let (mut trainer, mut sft) =
+            trainer(run["rows"].as_str().unwrap(), &keys(&run["config"]), Recompute::Off);
         let (mut loss, mut norm, mut entropy, mut rate) = (0f64, 0f64, 0f64, 0f64);
         let mut tokens = 0;
         for i in 0..20 {
@@ -72,7 +86,10 @@ fn every_run_has_trls_losses_and_gradient_norms() {
             entropy = entropy.max(relative(mean(&step, "entropy"), want("entropy")));
             rate = rate.max((step.learning_rate - want("learning_rate")).abs() / 1e-3);
             assert_eq!(tokens as f64, want("num_tokens"), "{name} step {i}: num_tokens");
-            assert!((mean(&step, "mean_token_accuracy") - want("mean_token_accuracy")).abs() < 1e-6, "{name} step {i}");
+            assert!(
+                (mean(&step, "mean_token_accuracy") - want("mean_token_accuracy")).abs() < 1e-6,
+                "{name} step {i}"
+            );
             assert!(
                 (step.epoch - want("epoch")).abs() < 1e-9,
                 "{name} step {i}: epoch {} {}",
@@ -80,7 +97,9 @@ fn every_run_has_trls_losses_and_gradient_norms() {
                 want("epoch")
             );
         }
-        report += &format!("{name}: loss {loss:.1e}, grad_norm {norm:.1e}, entropy {entropy:.1e}, lr {rate:.1e}\n");
+        report += &format!(
+            "{name}: loss {loss:.1e}, grad_norm {norm:.1e}, entropy {entropy:.1e}, lr {rate:.1e}\n"
+        );
         (worst_loss, worst_norm) = (worst_loss.max(loss), worst_norm.max(norm));
         assert!(entropy < 1e-4 && rate < 1e-9, "{report}");
     }
@@ -100,16 +119,18 @@ fn bits(trainer: &Trainer) -> Vec<u32> {
 
 #[test]
 fn the_same_run_twice_and_with_checkpointing_has_the_same_bits() {
-    let keys: Vec<String> =
-        ["learning_rate=1e-3", "per_device_train_batch_size=4", "max_steps=5"].map(String::from).into();
-    let run = |recompute: bool| {
+    let keys: Vec<String> = ["learning_rate=1e-3", "per_device_train_batch_size=4", "max_steps=5"]
+        .map(String::from)
+        .into();
+    let run = |recompute: Recompute| {
         let (mut trainer, mut sft) = trainer("messages", &keys, recompute);
-        let losses: Vec<u32> = (0..5).map(|_| trainer.step(&mut sft).unwrap().loss.to_bits()).collect();
+        let losses: Vec<u32> =
+            (0..5).map(|_| trainer.step(&mut sft).unwrap().loss.to_bits()).collect();
         (losses, bits(&trainer))
     };
-    let first = run(false);
-    assert_eq!(first, run(false), "the same run twice");
-    assert_eq!(first, run(true), "with gradient_checkpointing");
+    let first = run(Recompute::Off);
+    assert_eq!(first, run(Recompute::Off), "the same run twice");
+    assert_eq!(first, run(Recompute::Layers), "with gradient_checkpointing");
 }
 
 #[test]
@@ -120,7 +141,7 @@ fn a_batch_of_eight_has_the_gradient_of_eight_batches_of_one() {
             format!("gradient_accumulation_steps={accumulation}"),
             "max_steps=1".into(),
         ];
-        let (mut trainer, mut sft) = trainer("messages", &keys, false);
+        let (mut trainer, mut sft) = trainer("messages", &keys, Recompute::Off);
         let step = trainer.step(&mut sft).unwrap();
         (f64::from(step.loss), trainer.optimizer.grad.to_f32().unwrap())
     };

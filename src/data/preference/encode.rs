@@ -1,4 +1,5 @@
-//! What all preference rows share: texts and conversations to ids, prompts taken out of implicit rows. Floor 4.
+//! What all preference rows share: texts and conversations to ids, prompts taken out of implicit
+//! rows. Layer 6.
 //!
 //! Invariant: ids are below the model's vocabulary, and every error names the row.
 
@@ -30,11 +31,15 @@ impl<'a> Encoder<'a> {
         eos_token: Option<&'a str>,
     ) -> Result<Encoder<'a>> {
         let Some(eos) = eos_token.or(tokenizer.eos_token()) else {
-            let message = "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
+            let message =
+                "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
             return Err(Error::model(tokenizer.dir().join("tokenizer_config.json"), message));
         };
         let Some(eos_id) = tokenizer.token_to_id(eos) else {
-            let message = format!("eos_token={eos:?} is not in the vocabulary of {}", tokenizer.dir().display());
+            let message = format!(
+                "eos_token={eos:?} is not in the vocabulary of {}",
+                tokenizer.dir().display()
+            );
             return Err(Error::Config(message));
         };
         Ok(Encoder { tokenizer, template, eos, eos_id, vocab })
@@ -44,7 +49,8 @@ impl<'a> Encoder<'a> {
         let ids = self.tokenizer.encode(text, add_special)?;
         match ids.iter().find(|id| **id as usize >= self.vocab) {
             Some(id) => {
-                let (token, vocab) = (self.tokenizer.id_to_token(*id).unwrap_or_default(), self.vocab);
+                let (token, vocab) =
+                    (self.tokenizer.id_to_token(*id).unwrap_or_default(), self.vocab);
                 Err(row.error(format!(
                     "token {id} ({token:?}) is beyond the model's vocabulary of {vocab}; use the tokenizer that came \
                      with the model, or resize the model's embedding"
@@ -59,8 +65,15 @@ impl<'a> Encoder<'a> {
     }
 
     /// A conversation as its template writes it.
-    pub fn rendered(&self, row: &Row, example: &Example, messages: &[Value], prompt: bool) -> Result<String> {
-        let template = self.template.ok_or_else(|| Error::model(self.tokenizer.dir(), NO_TEMPLATE))?;
+    pub fn rendered(
+        &self,
+        row: &Row,
+        example: &Example,
+        messages: &[Value],
+        prompt: bool,
+    ) -> Result<String> {
+        let template =
+            self.template.ok_or_else(|| Error::model(self.tokenizer.dir(), NO_TEMPLATE))?;
         let options = RenderOptions {
             tools: example.tools.as_ref(),
             add_generation_prompt: prompt,
@@ -70,7 +83,8 @@ impl<'a> Encoder<'a> {
         Ok(rendered.map_err(|e| row.error(e.to_string()))?.text)
     }
 
-    /// The ids of a prompt alone and of the prompt with an answer: what stands before every completion.
+    /// The ids of a prompt alone and of the prompt with an answer: what stands before every
+    /// completion.
     pub fn prompt_and_whole(
         &self,
         row: &Row,
@@ -85,17 +99,25 @@ impl<'a> Encoder<'a> {
             }
             (Content::Chat(prompt), Content::Chat(answer)) => {
                 let whole = [prompt.as_slice(), answer].concat();
-                let (prompt, whole) =
-                    (self.rendered(row, example, prompt, true)?, self.rendered(row, example, &whole, false)?);
+                let (prompt, whole) = (
+                    self.rendered(row, example, prompt, true)?,
+                    self.rendered(row, example, &whole, false)?,
+                );
                 Ok((self.text(row, &prompt, false)?, self.text(row, &whole, false)?))
             }
             _ => Err(mixed(row)),
         }
     }
 
-    /// How many leading tokens the prompt shares with prompt and answer, for one or both answers. Fewer than the prompt
-    /// has means that the model trains on another context than it will see: counted. None at all is an error.
-    pub fn shared(&self, row: &Row, prompt: &[u32], wholes: &[&[u32]]) -> Result<(usize, Option<String>)> {
+    /// How many leading tokens the prompt shares with prompt and answer, for one or both answers.
+    /// Fewer than the prompt has means that the model trains on another context than it will see:
+    /// counted. None at all is an error.
+    pub fn shared(
+        &self,
+        row: &Row,
+        prompt: &[u32],
+        wholes: &[&[u32]],
+    ) -> Result<(usize, Option<String>)> {
         let same = wholes.iter().map(|w| common(prompt, w)).min().unwrap_or(0);
         if same == 0 && !prompt.is_empty() {
             return Err(row.error(
@@ -127,7 +149,8 @@ pub struct Pair {
     pub rejected: Content,
 }
 
-/// Reads a preference row. With `extract`, a prompt that both sides begin with is taken out, as TRL's `extract_prompt`.
+/// Reads a preference row. With `extract`, a prompt that both sides begin with is taken out, as
+/// TRL's `extract_prompt`.
 pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
     for side in ["chosen", "rejected"] {
         row.need(side)?;
@@ -137,7 +160,9 @@ pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
         return Err(row.error("is no preference row; give \"chosen\" and \"rejected\""));
     };
     if chosen == rejected {
-        return Err(row.error("chosen and rejected are identical, so the row prefers nothing; remove it"));
+        return Err(
+            row.error("chosen and rejected are identical, so the row prefers nothing; remove it")
+        );
     }
     let (prompt, chosen, rejected) = match prompt {
         Some(prompt) => (Some(prompt.clone()), chosen.clone(), rejected.clone()),
@@ -150,9 +175,14 @@ pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
     Ok(Pair { example, prompt, chosen, rejected })
 }
 
-/// The common beginning of both sides, and what is left of each. A space before the difference goes to the answers; of
-/// sides one of which begins the other, the shorter's last piece stays with the answers.
-fn extract_prompt(row: &Row, chosen: &Content, rejected: &Content) -> Result<(Content, Content, Content)> {
+/// The common beginning of both sides, and what is left of each. A space before the difference goes
+/// to the answers; of sides one of which begins the other, the shorter's last piece stays with the
+/// answers.
+fn extract_prompt(
+    row: &Row,
+    chosen: &Content,
+    rejected: &Content,
+) -> Result<(Content, Content, Content)> {
     let nothing = || {
         row.error(
             "has no \"prompt\", and chosen and rejected do not begin alike, so there is no prompt to take from them: \

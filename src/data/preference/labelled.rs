@@ -1,7 +1,8 @@
-//! Single completions with a label, for KTO and BCO. Floor 4.
+//! Single completions with a label, for KTO and BCO. Layer 6.
 //!
-//! Invariant: prompt and completion are kept apart and whole, because KTO's KL estimate puts a completion behind another
-//! row's prompt; [`Labelled::sequence`] and [`mismatched`] cut what they put together.
+//! Invariant: prompt and completion are kept apart and whole, because KTO's KL estimate puts a
+//! completion behind another row's prompt; [`Labelled::sequence`] and [`mismatched`] cut what they
+//! put together.
 
 use rayon::prelude::*;
 
@@ -34,8 +35,8 @@ fn joined(prompt: &[u32], completion: &[u32], max_length: Option<usize>) -> Sequ
     sequence
 }
 
-/// KTO's mismatched sequences: inside each batch of `batch` examples, prompt i with completion i - 1, the first with the
-/// last.
+/// KTO's mismatched sequences: inside each batch of `batch` examples, prompt i with completion i -
+/// 1, the first with the last.
 pub fn mismatched(examples: &[Labelled], batch: usize, max_length: Option<usize>) -> Vec<Sequence> {
     let rotate = |chunk: &[Labelled]| -> Vec<Sequence> {
         let before = |i: usize| &chunk[(i + chunk.len() - 1) % chunk.len()].completion;
@@ -44,10 +45,12 @@ pub fn mismatched(examples: &[Labelled], batch: usize, max_length: Option<usize>
     examples.chunks(batch.max(1)).flat_map(rotate).collect()
 }
 
-/// Rows that TRL takes apart at once when it unpairs: the chosen of so many rows come before their rejected.
+/// Rows that TRL takes apart at once when it unpairs: the chosen of so many rows come before their
+/// rejected.
 const UNPAIR: usize = 1000;
 
-/// Tokenises rows of prompt, completion and label; rows of pairs become two examples each, in TRL's order.
+/// Tokenises rows of prompt, completion and label; rows of pairs become two examples each, in TRL's
+/// order.
 pub fn labelled(
     rows: &[Row],
     tokenizer: &Tokenizer,
@@ -67,7 +70,9 @@ pub fn labelled(
     for (chunk, made) in made.chunks(UNPAIR).enumerate() {
         let sides = if paired { 2 } else { 1 };
         for side in 0..sides {
-            order.extend(made.iter().enumerate().map(|(i, m)| (chunk * UNPAIR + i, m[side].clone())));
+            order.extend(
+                made.iter().enumerate().map(|(i, m)| (chunk * UNPAIR + i, m[side].clone())),
+            );
         }
     }
     let mut examples = Vec::with_capacity(order.len());
@@ -84,7 +89,8 @@ pub fn labelled(
         if !stats.admit(&rows[row], n, options, true)? {
             continue;
         }
-        let example = Labelled { prompt: made.prompt, completion: made.completion, label: made.label, row };
+        let example =
+            Labelled { prompt: made.prompt, completion: made.completion, label: made.label, row };
         stats.count(&example.sequence(options.max_length));
         examples.push(example);
     }
@@ -106,8 +112,12 @@ fn single(encoder: &Encoder, row: &Row) -> Result<Made> {
     }
     let example = Format::Unpaired.parse(row, "text")?;
     match &example.sample {
-        Sample::Unpaired { prompt, completion, label } => made(encoder, row, &example, prompt, completion, *label),
-        _ => Err(row.error("is no row with a label; give \"prompt\", \"completion\" and \"label\"")),
+        Sample::Unpaired { prompt, completion, label } => {
+            made(encoder, row, &example, prompt, completion, *label)
+        }
+        _ => {
+            Err(row.error("is no row with a label; give \"prompt\", \"completion\" and \"label\""))
+        }
     }
 }
 

@@ -1,7 +1,8 @@
-//! Preference rows to token ids and completion masks, as TRL 1.16.0 makes them. Floor 4.
+//! Preference rows to token ids and completion masks, as TRL 1.16.0 makes them. Layer 6.
 //!
-//! Invariant: for rows that TRL takes, ids and masks are TRL's, trainer by trainer ([`PairStyle`]); what is cut or dropped
-//! is counted; a row that prefers nothing, lacks a side or has no prompt is an error with its file and line.
+//! Invariant: for rows that TRL takes, ids and masks are TRL's, trainer by trainer ([`PairStyle`]);
+//! what is cut or dropped is counted; a row that prefers nothing, lacks a side or has no prompt is
+//! an error with its file and line.
 //!
 //! | rows | function | for |
 //! |---|---|---|
@@ -16,13 +17,13 @@ mod steps;
 
 use std::fmt;
 
-pub use crate::config::{OnTruncation, TruncationMode};
+use super::rows::Row;
 use crate::error::{Error, Result};
+
+pub use crate::config::{OnTruncation, TruncationMode};
 pub use labelled::{Labelled, labelled, mismatched};
 pub use pairs::{PairExample, PairStyle, pairs};
 pub use steps::{StepExample, StepOptions, steps};
-
-use super::rows::Row;
 
 /// TRL's names and defaults.
 #[derive(Clone, Debug)]
@@ -49,8 +50,9 @@ impl Default for PreferenceOptions {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sequence {
     pub input_ids: Vec<u32>,
-    /// True at completion tokens. As in TRL, the first token may be marked (where truncation left no prompt); it has no
-    /// log-prob, since nothing stands before it, but counts in a completion's length.
+    /// True at completion tokens. As in TRL, the first token may be marked (where truncation left
+    /// no prompt); it has no log-prob, since nothing stands before it, but counts in a completion's
+    /// length.
     pub target_mask: Vec<bool>,
 }
 
@@ -94,7 +96,7 @@ pub struct PreferenceStats {
     pub target_tokens: usize,
     pub longest: usize, // sequence before truncation
     pub prefix_mismatches: usize,
-    pub mismatch: Option<String>,      // the end of the first prompt that is no prefix
+    pub mismatch: Option<String>, // the end of the first prompt that is no prefix
     pub first_dropped: Option<String>, // FILE:LINE of the first row that was dropped
 }
 
@@ -108,7 +110,11 @@ impl PreferenceStats {
                 "max_length=0 leaves no tokens; give a length, or none for no limit".to_string(),
             ));
         }
-        Ok(PreferenceStats { rows: rows.len(), max_length: options.max_length, ..PreferenceStats::default() })
+        Ok(PreferenceStats {
+            rows: rows.len(),
+            max_length: options.max_length,
+            ..PreferenceStats::default()
+        })
     }
 
     fn mismatched(&mut self, end: Option<String>) {
@@ -122,8 +128,15 @@ impl PreferenceStats {
         self.first_dropped.get_or_insert_with(|| format!("{}:{}", row.file.display(), row.line));
     }
 
-    /// What becomes of a row with a sequence of `n` tokens: false if it is dropped. `cuts`: TRL would cut it.
-    fn admit(&mut self, row: &Row, n: usize, options: &PreferenceOptions, cuts: bool) -> Result<bool> {
+    /// What becomes of a row with a sequence of `n` tokens: false if it is dropped. `cuts`: TRL
+    /// would cut it.
+    fn admit(
+        &mut self,
+        row: &Row,
+        n: usize,
+        options: &PreferenceOptions,
+        cuts: bool,
+    ) -> Result<bool> {
         self.longest = self.longest.max(n);
         let Some(limit) = options.max_length.filter(|limit| n > *limit) else { return Ok(true) };
         match options.on_truncation {
@@ -165,8 +178,16 @@ impl PreferenceStats {
 impl fmt::Display for PreferenceStats {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let rows = if self.rows == 1 { "row" } else { "rows" };
-        write!(f, "{} {rows} read, {} examples: {} tokens, ", self.rows, self.examples, self.tokens)?;
-        write!(f, "{} of them in completions. The longest sequence has {} tokens", self.target_tokens, self.longest)?;
+        write!(
+            f,
+            "{} {rows} read, {} examples: {} tokens, ",
+            self.rows, self.examples, self.tokens
+        )?;
+        write!(
+            f,
+            "{} of them in completions. The longest sequence has {} tokens",
+            self.target_tokens, self.longest
+        )?;
         match self.max_length {
             Some(limit) => write!(f, "; {} rows were cut at max_length={limit}", self.truncated)?,
             None => write!(f, "; nothing is cut")?,
@@ -175,7 +196,11 @@ impl fmt::Display for PreferenceStats {
             write!(f, ", {} dropped as too long", self.dropped_too_long)?;
         }
         if self.dropped_no_target > 0 {
-            write!(f, ", {} dropped because their prompt fills max_length", self.dropped_no_target)?;
+            write!(
+                f,
+                ", {} dropped because their prompt fills max_length",
+                self.dropped_no_target
+            )?;
         }
         if let Some(place) = &self.first_dropped {
             write!(f, " (the first: {place})")?;

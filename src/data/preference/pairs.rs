@@ -1,7 +1,7 @@
-//! Pairs of a chosen and a rejected completion. Floor 4.
+//! Pairs of a chosen and a rejected completion. Layer 6.
 //!
-//! Invariant: the two sides of an example begin with the same `shared` tokens, none of which is a target, so that a packed
-//! pair may compute them once.
+//! Invariant: the two sides of an example begin with the same `shared` tokens, none of which is a
+//! target, so that a packed pair may compute them once.
 
 use rayon::prelude::*;
 
@@ -16,12 +16,15 @@ use crate::error::{Error, Result};
 /// Whose tokens: TRL's trainers differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PairStyle {
-    /// DPOTrainer: the completion begins where prompt and whole part; EOS ends plain texts; both modes of truncation.
+    /// DPOTrainer: the completion begins where prompt and whole part; EOS ends plain texts; both
+    /// modes of truncation.
     Dpo,
-    /// ORPOTrainer and CPOTrainer: no special tokens but BOS and EOS, which stand around every row, conversations too; at
-    /// most the prompt's last token may merge into the completion; cut at the end.
+    /// ORPOTrainer and CPOTrainer: no special tokens but BOS and EOS, which stand around every row,
+    /// conversations too; at most the prompt's last token may merge into the completion; cut at the
+    /// end.
     Orpo,
-    /// RewardTrainer: whole sequences, no mask; a pair with a side longer than max_length is dropped, never cut.
+    /// RewardTrainer: whole sequences, no mask; a pair with a side longer than max_length is
+    /// dropped, never cut.
     Reward,
 }
 
@@ -44,8 +47,8 @@ struct Made {
     mismatch: Option<String>,
 }
 
-/// Tokenises preference rows. `vocab` is the number of rows of the model's embedding. Margins are read where the first row
-/// has one; then every row must.
+/// Tokenises preference rows. `vocab` is the number of rows of the model's embedding. Margins are
+/// read where the first row has one; then every row must.
 pub fn pairs(
     rows: &[Row],
     tokenizer: &Tokenizer,
@@ -73,11 +76,17 @@ pub fn pairs(
         stats.mismatched(mismatch);
         let longest = chosen.input_ids.len().max(rejected.input_ids.len());
         let long = options.max_length.is_some_and(|limit| longest > limit);
-        // a prompt that fills max_length leaves no completion at the start, whatever else would be done
+        // a prompt that fills max_length leaves no completion at the start, whatever else would be
+        // done
         let prompt = |s: &Sequence| s.input_ids.len() - s.completion_tokens();
         let fills = |limit: usize| prompt(&chosen).max(prompt(&rejected)) >= limit;
-        let mode = if style == PairStyle::Dpo { options.truncation_mode } else { TruncationMode::KeepStart };
-        let full = long && mode == TruncationMode::KeepStart && options.max_length.is_some_and(fills);
+        let mode = if style == PairStyle::Dpo {
+            options.truncation_mode
+        } else {
+            TruncationMode::KeepStart
+        };
+        let full =
+            long && mode == TruncationMode::KeepStart && options.max_length.is_some_and(fills);
         if full && style != PairStyle::Reward && options.on_truncation == OnTruncation::Truncate {
             stats.longest = stats.longest.max(longest);
             stats.dropped_no_target += 1;
@@ -92,7 +101,8 @@ pub fn pairs(
             rejected.cut(limit, mode);
         }
         let free = |s: &Sequence| s.target_mask.iter().take_while(|t| !**t).count();
-        let shared = common(&chosen.input_ids, &rejected.input_ids).min(free(&chosen)).min(free(&rejected));
+        let shared =
+            common(&chosen.input_ids, &rejected.input_ids).min(free(&chosen)).min(free(&rejected));
         stats.count(&chosen);
         stats.count(&rejected);
         examples.push(PairExample { chosen, rejected, shared, margin, row });
@@ -113,7 +123,9 @@ fn margin(row: &Row) -> Result<f32> {
     })?;
     match (number as f32).is_finite() {
         true => Ok(number as f32),
-        false => Err(row.error(format!("margin {number} is not a finite number; give one below 3e38"))),
+        false => {
+            Err(row.error(format!("margin {number} is not a finite number; give one below 3e38")))
+        }
     }
 }
 
@@ -158,7 +170,8 @@ fn reward(encoder: &Encoder, row: &Row) -> Result<Sides> {
     Ok((whole(&pair.chosen)?, whole(&pair.rejected)?, None))
 }
 
-/// Prompt and answers as texts; of a conversation, the prompt is what all three renderings begin with.
+/// Prompt and answers as texts; of a conversation, the prompt is what all three renderings begin
+/// with.
 fn texts(encoder: &Encoder, row: &Row, pair: &Pair, prompt: &Content) -> Result<[String; 3]> {
     match (prompt, &pair.chosen, &pair.rejected) {
         (Content::Text(prompt), Content::Text(chosen), Content::Text(rejected)) => {
@@ -170,7 +183,8 @@ fn texts(encoder: &Encoder, row: &Row, pair: &Pair, prompt: &Content) -> Result<
                     "its prompt ends with the assistant's turn; end prompts with the user's (or a tool's) message",
                 ));
             }
-            let before: Vec<char> = encoder.rendered(row, &pair.example, prompt, true)?.chars().collect();
+            let before: Vec<char> =
+                encoder.rendered(row, &pair.example, prompt, true)?.chars().collect();
             let whole = |answer: &[serde_json::Value]| -> Result<Vec<char>> {
                 let talk = [prompt.as_slice(), answer].concat();
                 Ok(encoder.rendered(row, &pair.example, &talk, false)?.chars().collect())

@@ -1,8 +1,8 @@
-//! Solutions in steps with a label each, for process reward models. Floor 4.
+//! Solutions in steps with a label each, for process reward models. Layer 6.
 //!
-//! Invariant: a step's label stands on the last token of the separator behind the step. Steps are tokenised one by one,
-//! without special tokens; BOS stands before the prompt where the tokenizer has one. (TRL dropped its PRMTrainer before
-//! 1.16.0; this is what it did last.)
+//! Invariant: a step's label stands on the last token of the separator behind the step. Steps are
+//! tokenised one by one, without special tokens; BOS stands before the prompt where the tokenizer
+//! has one. (TRL dropped its PRMTrainer before 1.16.0; this is what it did last.)
 
 use rayon::prelude::*;
 use serde_json::Value;
@@ -44,7 +44,10 @@ pub fn steps(
     let mut stats = PreferenceStats::new(rows, options)?;
     let encoder = Encoder::new(tokenizer, None, vocab, options.eos_token.as_deref())?;
     if tokenizer.encode(&how.step_separator, false)?.is_empty() {
-        let message = format!("step_separator={:?} has no token for the labels to stand on", how.step_separator);
+        let message = format!(
+            "step_separator={:?} has no token for the labels to stand on",
+            how.step_separator
+        );
         return Err(Error::Config(message));
     }
     let made: Vec<Result<StepExample>> =
@@ -90,7 +93,9 @@ fn one(encoder: &Encoder, row: &Row, index: usize, how: &StepOptions) -> Result<
     let separator = encoder.text(row, &how.step_separator, false)?;
     let mut labels = Vec::with_capacity(steps.len());
     for (i, (step, mark)) in steps.iter().zip(marks).enumerate() {
-        let step = step.as_str().ok_or_else(|| row.wrong(&format!("completions[{i}]"), "a string", step))?;
+        let step = step
+            .as_str()
+            .ok_or_else(|| row.wrong(&format!("completions[{i}]"), "a string", step))?;
         ids.extend(encoder.text(row, step, false)?);
         ids.extend(&separator);
         let mark = match mark {

@@ -1,17 +1,20 @@
-//! The forward product of a few rows (decoding), without packing the weight. Floor 1.
+//! The forward product of a few rows (decoding), without packing the weight. Layer 1.
 //!
-//! Invariant: the bits are those of `matrixmultiply` (but for the sign of a zero), which larger products use: an element is one chain of multiply-adds
-//! along k from 0 in pieces of 256, the pieces added from left to right (tested against it). So which of the two runs
-//! may depend on the number of rows.
+//! Invariant: the bits are those of `matrixmultiply` (but for the sign of a zero), which larger
+//! products use: an element is one chain of multiply-adds along k from 0 in pieces of 256, the
+//! pieces added from left to right (tested against it). So which of the two runs may depend on the
+//! number of rows.
 
-/// Rows up to which this is taken: the more rows, the less packing B costs beside the product itself.
+/// Rows up to which this is taken: the more rows, the less packing B costs beside the product
+/// itself.
 pub const FEW: usize = 64;
 
 /// `matrixmultiply`'s KC.
 #[cfg(target_arch = "x86_64")]
 const PIECE: usize = 256;
 
-/// `c = a b^T`: a [m, k] of row stride `lda`, b [n, k] of `ldb`, c [m, n] of `ldc`; columns `from..to` of c.
+/// `c = a b^T`: a [m, k] of row stride `lda`, b [n, k] of `ldb`, c [m, n] of `ldc`; columns
+/// `from..to` of c.
 #[derive(Clone, Copy)]
 pub struct Product {
     pub m: usize,
@@ -25,7 +28,8 @@ pub struct Product {
 /// Whether this machine has the instructions; else nothing here runs.
 pub fn available() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma");
+    return std::arch::is_x86_feature_detected!("avx2")
+        && std::arch::is_x86_feature_detected!("fma");
     #[cfg(not(target_arch = "x86_64"))]
     return false;
 }
@@ -74,7 +78,13 @@ pub unsafe fn columns(_p: &Product, _a: &[f32], _from: usize, _to: usize) {
 /// 8 R rows from `row` on.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn row_block<const R: usize, const C: usize>(p: &Product, a: &[f32], row: usize, from: usize, to: usize) {
+unsafe fn row_block<const R: usize, const C: usize>(
+    p: &Product,
+    a: &[f32],
+    row: usize,
+    from: usize,
+    to: usize,
+) {
     let mut column = from;
     // SAFETY: the caller's promise.
     unsafe {
@@ -92,7 +102,9 @@ unsafe fn row_block<const R: usize, const C: usize>(p: &Product, a: &[f32], row:
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile<const R: usize, const C: usize>(p: &Product, a: &[f32], row: usize, column: usize) {
-    use std::arch::x86_64::{_mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps};
+    use std::arch::x86_64::{
+        _mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps,
+    };
     let wide = p.m.next_multiple_of(8);
     let mut total = [[_mm256_setzero_ps(); C]; R];
     for start in (0..p.k).step_by(PIECE) {

@@ -1,6 +1,7 @@
-//! The CPU's matrix product: `matrixmultiply` over chunks of rows, on all cores. Floor 1.
+//! The CPU's matrix product: `matrixmultiply` over chunks of rows, on all cores. Layer 1.
 //!
-//! Invariant: a row's bits depend on that row and on B alone: not on the rows beside it, the cut or the number of threads.
+//! Invariant: a row's bits depend on that row and on B alone: not on the rows beside it, the cut or
+//! the number of threads.
 
 use half::bf16;
 use rayon::prelude::*;
@@ -8,8 +9,9 @@ use rayon::prelude::*;
 use super::few_rows;
 use crate::device::{DType, Gemm, Layout};
 
-/// Rows a worker takes at once: a row's bits do not depend on the cut, its speed does, since every chunk packs all of B.
-/// So one chunk a worker, unless a chunk would be long enough for packing to be cheap and for an even load to matter.
+/// Rows a worker takes at once: a row's bits do not depend on the cut, its speed does, since every
+/// chunk packs all of B. So one chunk a worker, unless a chunk would be long enough for packing to
+/// be cheap and for an even load to matter.
 fn row_chunk(m: usize, workers: usize) -> usize {
     let share = m.div_ceil(workers.max(1));
     share.div_ceil(share.div_ceil(LONG_CHUNK).max(1)).next_multiple_of(16).max(16)
@@ -33,7 +35,8 @@ pub unsafe fn gemm(g: &Gemm) {
     }
     let (rsb, csb) = if g.layout == Layout::NT { (1, b.stride) } else { (b.stride, 1) };
     // SAFETY: the caller's promise.
-    let turned = (csb != 1 && n * k <= TURN_LIMIT).then(|| unsafe { transposed(b.pointer(), csb, n, k) });
+    let turned =
+        (csb != 1 && n * k <= TURN_LIMIT).then(|| unsafe { transposed(b.pointer(), csb, n, k) });
     // From here on as an address: the workers share it.
     let (pb, rsb, csb) = match &turned {
         Some(t) => (t.as_ptr() as u64, n, 1),
@@ -91,7 +94,8 @@ pub unsafe fn gemm(g: &Gemm) {
             let mut wide = vec![0f32; rows * n];
             sgemm(0.0, wide.as_mut_ptr(), n);
             for r in 0..rows {
-                let out = std::slice::from_raw_parts_mut((c_address as *mut bf16).add((r0 + r) * ldc), n);
+                let out =
+                    std::slice::from_raw_parts_mut((c_address as *mut bf16).add((r0 + r) * ldc), n);
                 for (i, (o, v)) in out.iter_mut().zip(&wide[r * n..(r + 1) * n]).enumerate() {
                     let v = v + bias.map_or(0.0, |b| b[i]);
                     *o = bf16::from_f32(if g.accumulate { o.to_f32() + v } else { v });
@@ -110,7 +114,8 @@ unsafe fn decode(g: &Gemm, a: &Operand, b: &Operand) {
     // SAFETY: the caller's promise.
     let lanes = unsafe { few_rows::lanes(a.pointer(), a.stride, m, k) };
     let p = few_rows::Product { m, k, b: b.pointer() as u64, ldb: b.stride, c: g.c.0, ldc: g.c.2 };
-    // A worker's share in whole tiles; a product that takes microseconds is not worth waking anybody.
+    // A worker's share in whole tiles; a product that takes microseconds is not worth waking
+    // anybody.
     let workers = if m * n * k < 1 << 17 { 1 } else { rayon::current_num_threads() };
     let share = n.div_ceil(workers).next_multiple_of(12);
     (0..n.div_ceil(share)).into_par_iter().for_each(|i| {
@@ -122,9 +127,10 @@ unsafe fn decode(g: &Gemm, a: &Operand, b: &Operand) {
 /// A B of more values is packed as it lies: no second copy of a large weight.
 const TURN_LIMIT: usize = 4 << 20;
 
-/// `rows` rows of `cols` values, `stride` apart, column by column: [cols, rows]. `matrixmultiply` packs an operand value
-/// by value where its panels are not contiguous (4 ns each, as long as the product itself at the quickstart's sizes); this
-/// takes a quarter of that, and what it packs then is a copy. The same values in the same order: the same bits.
+/// `rows` rows of `cols` values, `stride` apart, column by column: [cols, rows]. `matrixmultiply`
+/// packs an operand value by value where its panels are not contiguous (4 ns each, as long as the
+/// product itself at the quickstart's sizes); this takes a quarter of that, and what it packs then
+/// is a copy. The same values in the same order: the same bits.
 ///
 /// # Safety
 /// The rows lie in live memory.
@@ -132,18 +138,27 @@ unsafe fn transposed(src: *const f32, stride: usize, rows: usize, cols: usize) -
     const TILE: usize = 8;
     let mut out: Vec<f32> = Vec::with_capacity(rows * cols);
     let dst = out.as_mut_ptr();
-    // SAFETY: reads stay in the given rows; every value of `out` is written once before its length is set.
+    // SAFETY: reads stay in the given rows; every value of `out` is written once before its length
+    // is set.
     unsafe {
         for r in (0..rows - rows % TILE).step_by(TILE) {
             for c in (0..cols - cols % TILE).step_by(TILE) {
                 let mut tile = [[0f32; TILE]; TILE];
                 for (i, line) in tile.iter_mut().enumerate() {
-                    std::ptr::copy_nonoverlapping(src.add((r + i) * stride + c), line.as_mut_ptr(), TILE);
+                    std::ptr::copy_nonoverlapping(
+                        src.add((r + i) * stride + c),
+                        line.as_mut_ptr(),
+                        TILE,
+                    );
                 }
                 let column_of = |j: usize| -> [f32; TILE] { std::array::from_fn(|i| tile[i][j]) };
                 (0..TILE).for_each(|j| {
                     let column = column_of(j);
-                    std::ptr::copy_nonoverlapping(column.as_ptr(), dst.add((c + j) * rows + r), TILE);
+                    std::ptr::copy_nonoverlapping(
+                        column.as_ptr(),
+                        dst.add((c + j) * rows + r),
+                        TILE,
+                    );
                 });
             }
         }
@@ -174,7 +189,9 @@ impl Operand {
         let mut wide = vec![0f32; rows * cols];
         for (r, row) in wide.chunks_exact_mut(cols.max(1)).enumerate() {
             // SAFETY: the caller's promise.
-            let src = unsafe { std::slice::from_raw_parts((address as *const bf16).add(r * stride), cols) };
+            let src = unsafe {
+                std::slice::from_raw_parts((address as *const bf16).add(r * stride), cols)
+            };
             for (o, v) in row.iter_mut().zip(src) {
                 *o = v.to_f32();
             }
@@ -193,7 +210,9 @@ mod tests {
 
     /// Values whose sums round, so that another order of adding shows.
     fn values(n: usize, seed: u32) -> Vec<f32> {
-        (0..n as u32).map(|i| crate::rng::uniform(crate::rng::philox([seed, 0], [i, 0, 0, 0])[0]) - 0.5).collect()
+        (0..n as u32)
+            .map(|i| crate::rng::uniform(crate::rng::philox([seed, 0], [i, 0, 0, 0])[0]) - 0.5)
+            .collect()
     }
 
     #[test]
@@ -212,12 +231,18 @@ mod tests {
         for (case, (m, n, k)) in shapes.into_iter().enumerate() {
             for layout in [Layout::NT, Layout::NN, Layout::TN] {
                 let (a, b) = (values(m * k, case as u32), values(k * n, 100 + case as u32));
-                let (lda, ldb) = (if layout == Layout::TN { m } else { k }, if layout == Layout::NT { k } else { n });
+                let (lda, ldb) = (
+                    if layout == Layout::TN { m } else { k },
+                    if layout == Layout::NT { k } else { n },
+                );
                 let product = |a: *const f32, m: usize, c: &mut [f32]| {
                     let operand = |p: *const f32, ld: usize| (p as u64, DType::F32, ld);
-                    let (a, b, c) = (operand(a, lda), operand(b.as_ptr(), ldb), operand(c.as_mut_ptr(), n));
+                    let (a, b, c) =
+                        (operand(a, lda), operand(b.as_ptr(), ldb), operand(c.as_mut_ptr(), n));
                     // SAFETY: the operands are the vectors above.
-                    unsafe { gemm(&Gemm { layout, m, n, k, a, b, c, bias: None, accumulate: false }) };
+                    unsafe {
+                        gemm(&Gemm { layout, m, n, k, a, b, c, bias: None, accumulate: false })
+                    };
                 };
                 let mut whole = vec![0f32; m * n];
                 product(a.as_ptr(), m, &mut whole);
@@ -228,15 +253,38 @@ mod tests {
                 let out = plain.as_mut_ptr();
                 // SAFETY: as above.
                 unsafe {
-                    matrixmultiply::sgemm(m, k, n, 1.0, a.as_ptr(), rsa, csa, b.as_ptr(), rsb, csb, 0.0, out, n1, 1)
+                    matrixmultiply::sgemm(
+                        m,
+                        k,
+                        n,
+                        1.0,
+                        a.as_ptr(),
+                        rsa,
+                        csa,
+                        b.as_ptr(),
+                        rsb,
+                        csb,
+                        0.0,
+                        out,
+                        n1,
+                        1,
+                    )
                 };
                 let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&whole), bits(&plain), "{layout:?} {m} {n} {k}: as the library gives it");
+                assert_eq!(
+                    bits(&whole),
+                    bits(&plain),
+                    "{layout:?} {m} {n} {k}: as the library gives it"
+                );
                 for row in [0, m / 2, m - 1] {
                     let mut alone = vec![0f32; n];
                     let at = if layout == Layout::TN { row } else { row * k };
                     product(a[at..].as_ptr(), 1, &mut alone);
-                    assert_eq!(bits(&alone), bits(&whole[row * n..(row + 1) * n]), "{layout:?} {m} {n} {k} row {row}");
+                    assert_eq!(
+                        bits(&alone),
+                        bits(&whole[row * n..(row + 1) * n]),
+                        "{layout:?} {m} {n} {k} row {row}"
+                    );
                 }
             }
         }

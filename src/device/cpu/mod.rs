@@ -1,7 +1,9 @@
-//! The CPU device: kernels run through the shim on all cores, matrix products through `matrixmultiply`.
+//! The CPU device: kernels run through the shim on all cores, matrix products through
+//! `matrixmultiply`.
 //!
-//! Invariant: results do not depend on the number of threads. Blocks are independent, so each worker runs a fixed range
-//! of them; a matrix product is cut into row chunks whose bits do not depend on the cut.
+//! Invariant: results do not depend on the number of threads. Blocks are independent, so each
+//! worker runs a fixed range of them; a matrix product is cut into row chunks whose bits do not
+//! depend on the cut.
 
 mod few_rows;
 mod gemm;
@@ -14,14 +16,16 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::{CpuLaunch, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo};
-use super::{capturing, no_graph, place};
+use super::{
+    CpuLaunch, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing, no_graph, place,
+};
 use crate::error::{Error, Result};
 
 const ALIGN: usize = 256;
 /// Bytes before and after each allocation in strict mode that no kernel may touch.
 const RED_ZONE: usize = 512;
-/// NaN as a bf16, and twice over as an f32: what memory holds before its first write in strict mode.
+/// NaN as a bf16, and twice over as an f32: what memory holds before its first write in strict
+/// mode.
 pub const POISON: u16 = 0x7ff7;
 
 pub struct Cpu {
@@ -75,7 +79,8 @@ impl Cpu {
         if self.capturing.load(Ordering::Acquire) { Err(capturing(what)) } else { Ok(()) }
     }
 
-    /// The checking mode: 32 real lanes a warp in an order permuted by `seed`, poisoned memory, red zones. Slow.
+    /// The checking mode: 32 real lanes a warp in an order permuted by `seed`, poisoned memory, red
+    /// zones. Slow.
     pub fn strict(seed: u64) -> Self {
         Cpu { strict: true, seed, ..Cpu::new() }
     }
@@ -87,13 +92,17 @@ impl Cpu {
     /// After a strict launch: did anything write outside a buffer?
     fn check_red_zones(&self, kernel: &str) -> Result<()> {
         for &(address, bytes) in self.live.lock().unwrap_or_else(|e| e.into_inner()).iter() {
-            for (start, side) in [(address - RED_ZONE as u64, "before"), (address + bytes as u64, "past the end of")] {
+            for (start, side) in
+                [(address - RED_ZONE as u64, "before"), (address + bytes as u64, "past the end of")]
+            {
                 // SAFETY: the zone belongs to a live allocation of `alloc`.
                 let zone = unsafe { std::slice::from_raw_parts(start as *const u8, RED_ZONE) };
                 if zone.chunks(2).any(|pair| pair != POISON.to_le_bytes()) {
                     // SAFETY: as above; repaired so that the next launch is judged by itself.
                     unsafe { self.fill_poison(start, RED_ZONE) };
-                    return Err(Error::Device(format!("{kernel} wrote {side} a buffer of {bytes} bytes")));
+                    return Err(Error::Device(format!(
+                        "{kernel} wrote {side} a buffer of {bytes} bytes"
+                    )));
                 }
             }
         }
@@ -128,8 +137,9 @@ impl Device for Cpu {
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
         let all = bytes + 2 * self.pad();
-        let layout = MemoryLayout::from_size_align(all.max(1), ALIGN)
-            .map_err(|_| Error::OutOfMemory(format!("{bytes} bytes is not a size the CPU can allocate")))?;
+        let layout = MemoryLayout::from_size_align(all.max(1), ALIGN).map_err(|_| {
+            Error::OutOfMemory(format!("{bytes} bytes is not a size the CPU can allocate"))
+        })?;
         // SAFETY: the layout is not empty.
         let base = unsafe { alloc(layout) };
         if base.is_null() {
@@ -190,7 +200,12 @@ impl Device for Cpu {
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &'static KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()> {
+    unsafe fn launch(
+        &self,
+        kernel: &'static KernelDef,
+        at: Launch,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
         if at.block == 0 || at.block > kernel.threads {
             return Err(Error::Device(format!(
                 "{}: a block of {} threads; it takes 1 to {}",
@@ -200,8 +215,15 @@ impl Device for Cpu {
         let copied = || {
             let mut copies = vec![0u64; kernel.args.len()];
             for ((copy, arg), size) in copies.iter_mut().zip(args.iter()).zip(kernel.args) {
-                // SAFETY: the caller's promise: the argument has the size that the signature says, at most 8 bytes.
-                unsafe { std::ptr::copy_nonoverlapping(arg.cast::<u8>(), (&raw mut *copy).cast(), usize::from(*size)) };
+                // SAFETY: the caller's promise: the argument has the size that the signature says,
+                // at most 8 bytes.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(
+                        arg.cast::<u8>(),
+                        (&raw mut *copy).cast(),
+                        usize::from(*size),
+                    )
+                };
             }
             Step::Launch { kernel, at, args: copies }
         };
@@ -231,7 +253,11 @@ impl Device for Cpu {
             unsafe { entry(&launch) };
             match error.iter().position(|b| *b == 0) {
                 Some(0) | None => Ok(()),
-                Some(n) => Err(Error::Device(format!("{}: {}", kernel.name, String::from_utf8_lossy(&error[..n])))),
+                Some(n) => Err(Error::Device(format!(
+                    "{}: {}",
+                    kernel.name,
+                    String::from_utf8_lossy(&error[..n])
+                ))),
             }
         };
         let workers = rayon::current_num_threads() as u64;
@@ -240,7 +266,9 @@ impl Device for Cpu {
         if ranges <= 1 || workers == 1 {
             run(0, blocks)?;
         } else {
-            (0..ranges).into_par_iter().try_for_each(|r| run(blocks * r / ranges, blocks * (r + 1) / ranges))?;
+            (0..ranges)
+                .into_par_iter()
+                .try_for_each(|r| run(blocks * r / ranges, blocks * (r + 1) / ranges))?;
         }
         if self.strict { self.check_red_zones(kernel.name) } else { Ok(()) }
     }
@@ -293,8 +321,11 @@ impl Device for Cpu {
 
     fn begin_capture(&self) -> Result<()> {
         if self.strict {
-            // Its memory goes back at once and not to a pool, so a recorded temporary would be gone.
-            return Err(Error::Device("the strict CPU mode does not capture graphs: use the fast one".into()));
+            // Its memory goes back at once and not to a pool, so a recorded temporary would be
+            // gone.
+            return Err(Error::Device(
+                "the strict CPU mode does not capture graphs: use the fast one".into(),
+            ));
         }
         self.not_while_capturing("begin_capture")?;
         lock(&self.recorded).clear();
@@ -312,9 +343,11 @@ impl Device for Cpu {
 
     unsafe fn replay(&self, graph: Graph) -> Result<()> {
         self.not_while_capturing("replay")?;
-        let steps = lock(&self.graphs).get(graph).cloned().flatten().ok_or_else(|| no_graph(graph))?;
+        let steps =
+            lock(&self.graphs).get(graph).cloned().flatten().ok_or_else(|| no_graph(graph))?;
         for step in steps.iter() {
-            // SAFETY: as at the recorded call, by the caller's promise; the copied arguments outlive the launch.
+            // SAFETY: as at the recorded call, by the caller's promise; the copied arguments
+            // outlive the launch.
             unsafe {
                 match step {
                     Step::Launch { kernel, at, args } => {
@@ -375,10 +408,15 @@ mod tests {
         device.begin_capture().unwrap();
         y.zero().unwrap();
         for scale in [2.0f32, 3.0] {
-            crate::device::kernels::axpy(device, Launch::flat(N), y.out(), &x, scale, N as i64, 1).unwrap();
+            crate::kernels::axpy(device, Launch::flat(N), y.out(), &x, scale, N as i64, 1).unwrap();
         }
         z.copy_from(&y).unwrap();
-        assert!(x.upload(&input()).unwrap_err().to_string().contains("upload while a graph is captured"));
+        assert!(
+            x.upload(&input())
+                .unwrap_err()
+                .to_string()
+                .contains("upload while a graph is captured")
+        );
         assert!(z.to_vec::<f32>().unwrap_err().to_string().contains("download"));
         let graph = device.end_capture().unwrap();
         assert_eq!(z.to_vec::<f32>().unwrap(), [7f32; N], "recorded, not run");
@@ -386,7 +424,10 @@ mod tests {
             x.upload(&input().iter().map(|v| factor * v).collect::<Vec<_>>()).unwrap();
             // SAFETY: x, y and z are live.
             unsafe { device.replay(graph) }.unwrap();
-            assert_eq!(z.to_vec::<f32>().unwrap(), input().iter().map(|v| 5.0 * factor * v).collect::<Vec<_>>());
+            assert_eq!(
+                z.to_vec::<f32>().unwrap(),
+                input().iter().map(|v| 5.0 * factor * v).collect::<Vec<_>>()
+            );
         }
         device.forget(graph);
         // SAFETY: there is nothing to run.

@@ -1,9 +1,10 @@
 //! cuBLASLt, the one library seam: plain matrix products with one algorithm fixed for each shape.
 //!
-//! Invariant: a product's bits are a function of its operands and its [`Key`]. The heuristic is asked once a key, split-K
-//! is allowed only with reductions in a fixed order, f32 never becomes TF32. The algorithm does depend on m. So forward
-//! (NT) products may come here only when the context is not exact: an exact one chooses by (n, k, dtype) alone, and so
-//! takes the engine's own kernel. The caller decides (`ops::matmul`, by `MatmulChoice`); backward products may always
+//! Invariant: a product's bits are a function of its operands and its [`Key`]. The heuristic is
+//! asked once a key, split-K is allowed only with reductions in a fixed order, f32 never becomes
+//! TF32. The algorithm does depend on m. So forward (NT) products may come here only when the
+//! context is not exact: an exact one chooses by (n, k, dtype) alone, and so takes the engine's own
+//! kernel. The caller decides (`ops::matmul`, by `MatmulChoice`); backward products may always
 //! come.
 
 use std::collections::HashMap;
@@ -56,9 +57,13 @@ struct Matrix {
     transpose: bool,
 }
 
-/// A row-major matrix is the column-major one of its transpose. So C^T = op(B)^T op(A)^T is asked for: B comes first,
-/// A second, and D is C^T, n x m.
-fn columns(layout: Layout, (m, n, k): (usize, usize, usize), [lda, ldb, ldc]: [usize; 3]) -> [Matrix; 3] {
+/// A row-major matrix is the column-major one of its transpose. So C^T = op(B)^T op(A)^T is asked
+/// for: B comes first, A second, and D is C^T, n x m.
+fn columns(
+    layout: Layout,
+    (m, n, k): (usize, usize, usize),
+    [lda, ldb, ldc]: [usize; 3],
+) -> [Matrix; 3] {
     let matrix = |rows, cols, ld, transpose| Matrix { rows, cols, ld, transpose };
     // Stored [rows, cols] row-major = cols x rows column-major.
     let first = match layout {
@@ -77,11 +82,19 @@ fn aligned(address: u64) -> u32 {
 }
 
 fn data_type(dtype: DType) -> sys::cudaDataType {
-    if dtype == DType::BF16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F }
+    if dtype == DType::BF16 {
+        sys::cudaDataType_t::CUDA_R_16BF
+    } else {
+        sys::cudaDataType_t::CUDA_R_32F
+    }
 }
 
 fn failed(what: &'static str) -> impl Fn(CublasError) -> Error {
-    move |e| Error::Device(format!("cuBLASLt, {what}: {e:?}. TEMPER_CUBLASLT=none runs without the library."))
+    move |e| {
+        Error::Device(format!(
+            "cuBLASLt, {what}: {e:?}. TEMPER_CUBLASLT=none runs without the library."
+        ))
+    }
 }
 
 /// Descriptors and the algorithm of one key.
@@ -117,16 +130,34 @@ impl Drop for Preference {
 }
 
 impl Preference {
-    fn set<T: Copy>(&self, what: sys::cublasLtMatmulPreferenceAttributes_t, value: T) -> Result<(), CublasError> {
-        // SAFETY: the library copies `size_of::<T>()` bytes; each call below passes the documented type.
-        unsafe { lt::set_matmul_pref_attribute(self.0, what, (&raw const value).cast(), size_of::<T>()) }
+    fn set<T: Copy>(
+        &self,
+        what: sys::cublasLtMatmulPreferenceAttributes_t,
+        value: T,
+    ) -> Result<(), CublasError> {
+        // SAFETY: the library copies `size_of::<T>()` bytes; each call below passes the documented
+        // type.
+        unsafe {
+            lt::set_matmul_pref_attribute(self.0, what, (&raw const value).cast(), size_of::<T>())
+        }
     }
 }
 
 impl Plan {
-    fn set<T: Copy>(&self, what: sys::cublasLtMatmulDescAttributes_t, value: T) -> Result<(), CublasError> {
+    fn set<T: Copy>(
+        &self,
+        what: sys::cublasLtMatmulDescAttributes_t,
+        value: T,
+    ) -> Result<(), CublasError> {
         // SAFETY: as in `Preference::set`.
-        unsafe { lt::set_matmul_desc_attribute(self.product, what, (&raw const value).cast(), size_of::<T>()) }
+        unsafe {
+            lt::set_matmul_desc_attribute(
+                self.product,
+                what,
+                (&raw const value).cast(),
+                size_of::<T>(),
+            )
+        }
     }
 
     fn new(handle: sys::cublasLtHandle_t, key: &Key, bias: u64) -> Result<Plan, CublasError> {
@@ -134,9 +165,12 @@ impl Plan {
         use sys::cublasLtMatmulPreferenceAttributes_t::*;
         use sys::cublasLtReductionScheme_t::*;
         let operands = columns(key.layout, (key.m, key.n, key.k), key.strides);
-        // COMPUTE_32F: float products and float sums; TF32 has a compute type of its own, which nothing here asks for.
-        let product =
-            lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)?;
+        // COMPUTE_32F: float products and float sums; TF32 has a compute type of its own, which
+        // nothing here asks for.
+        let product = lt::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType_t::CUDA_R_32F,
+        )?;
         let algorithm = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
         let mut plan = Plan { product, layouts: [std::ptr::null_mut(); 3], algorithm };
         // cublasOperation_t, which the bindings lack: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
@@ -144,19 +178,31 @@ impl Plan {
         plan.set(CUBLASLT_MATMUL_DESC_TRANSA, op(&operands[0]))?;
         plan.set(CUBLASLT_MATMUL_DESC_TRANSB, op(&operands[1]))?;
         if let Some(dtype) = key.bias {
-            plan.set(CUBLASLT_MATMUL_DESC_EPILOGUE, sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+            plan.set(
+                CUBLASLT_MATMUL_DESC_EPILOGUE,
+                sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            )?;
             plan.set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, data_type(dtype))?;
             plan.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
         }
         for (i, (m, dtype)) in operands.iter().zip([key.input, key.input, key.output]).enumerate() {
-            plan.layouts[i] = lt::create_matrix_layout(data_type(dtype), m.rows as u64, m.cols as u64, m.ld as i64)?;
+            plan.layouts[i] = lt::create_matrix_layout(
+                data_type(dtype),
+                m.rows as u64,
+                m.cols as u64,
+                m.ld as i64,
+            )?;
         }
         let preference = Preference(lt::create_matmul_pref()?);
         preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
-        // Split-K: COMPUTE_TYPE sums float parts from the workspace in a step of its own; INPLACE adds them one after the
-        // other in C's type, which is no loss for a float C only. Neither uses atomics. NONE is always allowed.
+        // Split-K: COMPUTE_TYPE sums float parts from the workspace in a step of its own; INPLACE
+        // adds them one after the other in C's type, which is no loss for a float C only. Neither
+        // uses atomics. NONE is always allowed.
         let schemes = match key.output {
-            DType::F32 => CUBLASLT_REDUCTION_SCHEME_INPLACE as u32 | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
+            DType::F32 => {
+                CUBLASLT_REDUCTION_SCHEME_INPLACE as u32
+                    | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32
+            }
             _ => CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
         };
         preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes)?;
@@ -167,16 +213,22 @@ impl Plan {
         preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.aligned[2])?;
         let [a, b, c] = plan.layouts;
         // SAFETY: live descriptors.
-        let found = unsafe { lt::get_matmul_algo_heuristic(handle, plan.product, a, b, c, c, preference.0)? };
+        let found = unsafe {
+            lt::get_matmul_algo_heuristic(handle, plan.product, a, b, c, c, preference.0)?
+        };
         plan.algorithm = found.algo;
         Ok(plan)
     }
 }
 
-/// True for what the library says when it has nothing for a shape: the engine's own kernel runs then.
+/// True for what the library says when it has nothing for a shape: the engine's own kernel runs
+/// then.
 fn unsupported(e: &CublasError) -> bool {
     use sys::cublasStatus_t::*;
-    matches!(e.0, CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_INVALID_VALUE | CUBLAS_STATUS_ARCH_MISMATCH)
+    matches!(
+        e.0,
+        CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_INVALID_VALUE | CUBLAS_STATUS_ARCH_MISMATCH
+    )
 }
 
 impl Blas {
@@ -208,7 +260,10 @@ impl Blas {
     pub unsafe fn run(&self, g: &Gemm, stream: CUstream) -> Result<bool> {
         let ((a, input, lda), (b, other, ldb), (c, output, ldc)) = (g.a, g.b, g.c);
         let float = |d: DType| d == DType::F32 || d == DType::BF16;
-        let pair = input == other && float(input) && float(output) && (output == input || output == DType::F32);
+        let pair = input == other
+            && float(input)
+            && float(output)
+            && (output == input || output == DType::F32);
         if !pair || g.m == 0 || g.n == 0 || g.k == 0 {
             return Ok(false);
         }
@@ -242,7 +297,8 @@ impl Blas {
         }
         let (one, beta) = (1f32, if g.accumulate { 1f32 } else { 0f32 });
         let [first, second, d] = plan.layouts;
-        // SAFETY: the caller's promise; B is the library's first operand (see `columns`), D is written over C.
+        // SAFETY: the caller's promise; B is the library's first operand (see `columns`), D is
+        // written over C.
         let ran = unsafe {
             lt::matmul(
                 self.handle,
@@ -288,10 +344,10 @@ impl Drop for Blas {
     }
 }
 
-/// cudarc opens the library by name only. A library that is already open under its soname (libcublasLt.so.13) is found
-/// that way too, wherever it lies: so one from a known folder is opened here first. `TEMPER_CUBLASLT` is the file or its
-/// folder, `none` for no library at all; without it LD_LIBRARY_PATH and the system's folders count, then the Python
-/// environment's wheels.
+/// cudarc opens the library by name only. A library that is already open under its soname
+/// (libcublasLt.so.13) is found that way too, wherever it lies: so one from a known folder is
+/// opened here first. `TEMPER_CUBLASLT` is the file or its folder, `none` for no library at all;
+/// without it LD_LIBRARY_PATH and the system's folders count, then the Python environment's wheels.
 fn load_library() -> bool {
     let wish = std::env::var_os("TEMPER_CUBLASLT");
     if wish.as_ref().is_some_and(|w| w == "none") {
@@ -316,11 +372,14 @@ fn candidates(place: &Path) -> Vec<PathBuf> {
     }
 }
 
-/// `site-packages/nvidia/cu13/lib` (CUDA 13 wheels) and `site-packages/nvidia/cublas/lib` (12) of the active environment.
+/// `site-packages/nvidia/cu13/lib` (CUDA 13 wheels) and `site-packages/nvidia/cublas/lib` (12) of
+/// the active environment.
 fn wheel_folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for root in ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(std::env::var_os) {
-        for python in std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten().flatten() {
+        for python in
+            std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten().flatten()
+        {
             let nvidia = python.path().join("site-packages/nvidia");
             folders.extend([nvidia.join("cu13/lib"), nvidia.join("cublas/lib")]);
         }
@@ -330,10 +389,13 @@ fn wheel_folders() -> Vec<PathBuf> {
 }
 
 fn open(path: &Path) -> bool {
-    let Some(name) = path.is_file().then(|| CString::new(path.as_os_str().as_encoded_bytes()).ok()).flatten() else {
+    let Some(name) =
+        path.is_file().then(|| CString::new(path.as_os_str().as_encoded_bytes()).ok()).flatten()
+    else {
         return false;
     };
-    // SAFETY: a NUL-terminated path of a file that is there. The handle is kept for the life of the process.
+    // SAFETY: a NUL-terminated path of a file that is there. The handle is kept for the life of the
+    // process.
     !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
 }
 
@@ -362,16 +424,28 @@ mod tests {
                 for row in 0..m {
                     for col in 0..n {
                         let at = |i: usize| {
-                            let p =
-                                if layout == Layout::TN { a[i * strides[0] + row] } else { a[row * strides[0] + i] };
-                            let q =
-                                if layout == Layout::NT { b[col * strides[1] + i] } else { b[i * strides[1] + col] };
+                            let p = if layout == Layout::TN {
+                                a[i * strides[0] + row]
+                            } else {
+                                a[row * strides[0] + i]
+                            };
+                            let q = if layout == Layout::NT {
+                                b[col * strides[1] + i]
+                            } else {
+                                b[i * strides[1] + col]
+                            };
                             p * q
                         };
                         let want: f64 = (0..k).map(at).sum();
-                        let got: f64 = (0..k).map(|i| seen(&first, &b, col, i) * seen(&second, &a, i, row)).sum();
+                        let got: f64 = (0..k)
+                            .map(|i| seen(&first, &b, col, i) * seen(&second, &a, i, row))
+                            .sum();
                         assert_eq!(got, want, "{layout:?} {m} {n} {k}");
-                        assert_eq!(row * strides[2] + col, row * d.ld + col, "C is written where it belongs");
+                        assert_eq!(
+                            row * strides[2] + col,
+                            row * d.ld + col,
+                            "C is written where it belongs"
+                        );
                     }
                 }
             }
@@ -380,7 +454,10 @@ mod tests {
 
     #[test]
     fn alignment_is_capped_at_256() {
-        assert_eq!([aligned(0x1000), aligned(0x1010), aligned(2), aligned(1), aligned(0)], [256, 16, 2, 1, 256]);
+        assert_eq!(
+            [aligned(0x1000), aligned(0x1010), aligned(2), aligned(1), aligned(0)],
+            [256, 16, 2, 1, 256]
+        );
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The CUDA device: the driver API, loaded at run time, and cuBLASLt where its library is found.
 //!
-//! Invariant: everything runs on one stream of our own, in the order of the calls; so no event guards any buffer. We
-//! work on cudarc's `result` and `sys` layers: its safe layer's per-slice events and error parking never come into play.
-//! A missing driver, library or device is an `Err` that says the next step, never a panic: no symbol is touched before
-//! the presence of its library and the driver's version are known.
+//! Invariant: everything runs on one stream of our own, in the order of the calls; so no event
+//! guards any buffer. We work on cudarc's `result` and `sys` layers: its safe layer's per-slice
+//! events and error parking never come into play. A missing driver, library or device is an `Err`
+//! that says the next step, never a panic: no symbol is touched before the presence of its library
+//! and the driver's version are known.
 
 mod blas;
 
@@ -12,13 +13,18 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use blas::Blas;
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
+};
 
-use super::{Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing, kernels, no_graph, place};
+use super::{Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing, no_graph, place};
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
-use blas::Blas;
+
+/// Whether nvcc was there when this was built.
+const HAS_GPU_IMAGES: bool = !env!("TEMPER_NVCC").is_empty();
 
 /// What the bindings were generated for, and the first driver that has it.
 const CUDA_VERSION: i32 = 13000;
@@ -46,13 +52,14 @@ pub struct Cuda {
     blas: Option<Blas>,
 }
 
-/// An instantiated graph. Used under the lock only: a graph must not be launched from two threads at once.
+/// An instantiated graph. Used under the lock only: a graph must not be launched from two threads
+/// at once.
 struct Recorded(sys::CUgraphExec);
 // SAFETY: a handle that any thread may use under the context.
 unsafe impl Send for Recorded {}
 
-// SAFETY: the driver API is thread safe; each call binds the context to its thread, and what is not thread safe (the
-// ring, the caches, cuBLASLt's descriptors) lies behind a mutex.
+// SAFETY: the driver API is thread safe; each call binds the context to its thread, and what is not
+// thread safe (the ring, the caches, cuBLASLt's descriptors) lies behind a mutex.
 unsafe impl Send for Cuda {}
 // SAFETY: as above.
 unsafe impl Sync for Cuda {}
@@ -173,7 +180,8 @@ fn dotted(version: i32) -> String {
 /// The kernel module's version, "580.65.06", from its line in /proc/driver/nvidia/version.
 fn driver_version(proc: &str) -> Option<&str> {
     let line = proc.lines().find(|l| l.starts_with("NVRM version:"))?;
-    line.split_whitespace().find(|w| w.contains('.') && w.chars().all(|c| c.is_ascii_digit() || c == '.'))
+    line.split_whitespace()
+        .find(|w| w.contains('.') && w.chars().all(|c| c.is_ascii_digit() || c == '.'))
 }
 
 /// Finds the device, or says what is missing. Returns it and the CUDA version of the driver.
@@ -191,7 +199,8 @@ fn probe(has_images: bool) -> Result<(sys::CUdevice, i32)> {
     if version != 0 && version < CUDA_VERSION {
         return Err(old_driver(version));
     }
-    // A stub library, a driver whose kernel module is missing or another version: all of them end here.
+    // A stub library, a driver whose kernel module is missing or another version: all of them end
+    // here.
     match result::init() {
         Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Err(no_device()),
         other => other.map_err(no_init)?,
@@ -205,24 +214,34 @@ fn probe(has_images: bool) -> Result<(sys::CUdevice, i32)> {
 impl Cuda {
     /// The first GPU that CUDA_VISIBLE_DEVICES shows.
     pub fn new() -> Result<Cuda> {
-        let (device, version) = probe(kernels::has_gpu_images())?;
+        let (device, version) = probe(HAS_GPU_IMAGES)?;
         // SAFETY: the device comes from the driver.
-        let attribute = |a| unsafe { result::device::get_attribute(device, a) }.map_err(failed("reading the GPU"));
+        let attribute = |a| {
+            unsafe { result::device::get_attribute(device, a) }.map_err(failed("reading the GPU"))
+        };
         let capability = (
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
-        let mut name = result::device::get_name(device).map_err(failed("reading the GPU's name"))?;
+        let mut name =
+            result::device::get_name(device).map_err(failed("reading the GPU's name"))?;
         if capability.0 < 8 {
             return Err(old_gpu(&name, capability));
         }
-        let max_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
+        let max_shared =
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         let opening = "opening the GPU (is another process using it exclusively?)";
-        // SAFETY: the device comes from the driver. The primary context, because cuBLASLt works in it.
+        // SAFETY: the device comes from the driver. The primary context, because cuBLASLt works in
+        // it.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed(opening))?;
         let proc = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
         let driver = driver_version(&proc).map(|v| format!("driver {v} / ")).unwrap_or_default();
-        name = format!("{name} (sm_{}{}, {driver}CUDA {})", capability.0, capability.1, dotted(version));
+        name = format!(
+            "{name} (sm_{}{}, {driver}CUDA {})",
+            capability.0,
+            capability.1,
+            dotted(version)
+        );
         // From here on `Drop` cleans up, whatever fails: null handles are skipped.
         let mut cuda = Cuda {
             name,
@@ -246,22 +265,24 @@ impl Cuda {
         };
         cuda.bind()?;
         // Not the legacy stream: that one cannot be captured and waits for others.
-        cuda.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed(opening))?;
+        cuda.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed(opening))?;
         {
             let mut ring = lock(&cuda.ring);
-            // Flags 0: pinned, and cached on the host (write-combined memory would gain nothing here).
-            // SAFETY: new memory, freed in `Drop`.
+            // Flags 0: pinned, and cached on the host (write-combined memory would gain nothing
+            // here). SAFETY: new memory, freed in `Drop`.
             ring.base = unsafe { result::malloc_host(SEGMENT * SEGMENTS, 0) }
                 .map_err(failed("allocating 32 MiB of pinned host memory (see ulimit -l)"))?
                 .cast();
             for event in &mut ring.events {
-                event.0 =
-                    result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed(opening))?;
+                event.0 = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+                    .map_err(failed(opening))?;
             }
         }
         cuda.blas = Blas::new()?;
         if let Some(blas) = &cuda.blas {
-            cuda.name = format!("{}, cuBLASLt {})", cuda.name.trim_end_matches(')'), blas.version());
+            cuda.name =
+                format!("{}, cuBLASLt {})", cuda.name.trim_end_matches(')'), blas.version());
         }
         Ok(cuda)
     }
@@ -269,7 +290,8 @@ impl Cuda {
     /// Makes the context this thread's: rayon's threads and tests call from anywhere.
     fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained until `Drop`.
-        unsafe { result::ctx::set_current(self.context) }.map_err(failed("binding the GPU to this thread"))
+        unsafe { result::ctx::set_current(self.context) }
+            .map_err(failed("binding the GPU to this thread"))
     }
 
     /// Binds, and refuses what cannot be part of a graph.
@@ -298,14 +320,14 @@ impl Cuda {
     fn launch_error(&self, kernel: &str, what: &str, e: DriverError) -> Error {
         use sys::CUresult::*;
         match e.0 {
-            CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_UNSUPPORTED_PTX_VERSION | CUDA_ERROR_INVALID_PTX => {
-                Error::Device(format!(
-                    "{kernel}: this build has no GPU code for sm_{}{}; build again with TEMPER_CUDA_ARCHS=sm_{0}{1} ({})",
-                    self.capability.0,
-                    self.capability.1,
-                    text(e)
-                ))
-            }
+            CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUDA_ERROR_INVALID_PTX => Error::Device(format!(
+                "{kernel}: this build has no GPU code for sm_{}{}; build again with TEMPER_CUDA_ARCHS=sm_{0}{1} ({})",
+                self.capability.0,
+                self.capability.1,
+                text(e)
+            )),
             // These come from work before, not from this launch.
             CUDA_ERROR_ILLEGAL_ADDRESS
             | CUDA_ERROR_MISALIGNED_ADDRESS
@@ -328,11 +350,21 @@ impl Cuda {
         if shared > allowed {
             // SAFETY: a function of a loaded module.
             let fixed = unsafe {
-                result::function::get_function_attribute(handle, FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+                result::function::get_function_attribute(
+                    handle,
+                    FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+                )
             }
-            .map_err(|e| self.launch_error(kernel.name, "reading its attributes", e))? as u32;
+            .map_err(|e| self.launch_error(kernel.name, "reading its attributes", e))?
+                as u32;
             if shared + fixed > self.max_shared {
-                return Err(shared_too_large(kernel.name, shared, fixed, self.max_shared, &self.name));
+                return Err(shared_too_large(
+                    kernel.name,
+                    shared,
+                    fixed,
+                    self.max_shared,
+                    &self.name,
+                ));
             }
             // SAFETY: as above.
             unsafe {
@@ -355,22 +387,34 @@ impl Cuda {
             Some(module) => module.0,
             None => {
                 if image.bytes.is_empty() {
-                    return Err(Error::Device(format!("{}: is built for the CPU only", kernel.name)));
+                    return Err(Error::Device(format!(
+                        "{}: is built for the CPU only",
+                        kernel.name
+                    )));
                 }
                 // `include_bytes!` promises no alignment, the loader reads words.
                 let mut words = vec![0u64; image.bytes.len().div_ceil(8)];
-                bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..image.bytes.len()].copy_from_slice(image.bytes);
+                bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..image.bytes.len()]
+                    .copy_from_slice(image.bytes);
                 // SAFETY: a whole fatbin; the driver copies what it keeps.
-                let module = unsafe { result::module::load_data(words.as_ptr().cast()) }
-                    .map_err(|e| self.launch_error(kernel.name, &format!("loading GPU code {}", image.name), e))?;
+                let module =
+                    unsafe { result::module::load_data(words.as_ptr().cast()) }.map_err(|e| {
+                        self.launch_error(
+                            kernel.name,
+                            &format!("loading GPU code {}", image.name),
+                            e,
+                        )
+                    })?;
                 code.modules.insert(image.name, Module(module));
                 module
             }
         };
-        let symbol = std::ffi::CString::new(kernel.name).map_err(|e| Error::Device(e.to_string()))?;
+        let symbol =
+            std::ffi::CString::new(kernel.name).map_err(|e| Error::Device(e.to_string()))?;
         // SAFETY: the module is loaded and stays so until `Drop`.
-        unsafe { result::module::get_function(module, symbol) }
-            .map_err(|e| self.launch_error(kernel.name, &format!("looking it up in GPU code {}", image.name), e))
+        unsafe { result::module::get_function(module, symbol) }.map_err(|e| {
+            self.launch_error(kernel.name, &format!("looking it up in GPU code {}", image.name), e)
+        })
     }
 }
 
@@ -388,8 +432,14 @@ impl Device for Cuda {
         // SAFETY: new memory (256-byte aligned by the driver), freed by `free`.
         unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| match e.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let free = self.memory().map(|m| mebibytes(m.free)).unwrap_or_else(|_| "an unknown amount".into());
-                Error::OutOfMemory(format!("the GPU could not allocate {}; {free} is free", mebibytes(bytes)))
+                let free = self
+                    .memory()
+                    .map(|m| mebibytes(m.free))
+                    .unwrap_or_else(|_| "an unknown amount".into());
+                Error::OutOfMemory(format!(
+                    "the GPU could not allocate {}; {free} is free",
+                    mebibytes(bytes)
+                ))
             }
             _ => self.late(&format!("allocating {}", mebibytes(bytes)), e),
         })
@@ -404,8 +454,9 @@ impl Device for Cuda {
     }
 
     unsafe fn upload(&self, dst: u64, src: &[u8]) -> Result<()> {
-        // Through pinned memory: `src` may go as soon as this returns, while a copy straight from pageable memory is only
-        // documented to be "possibly" synchronous. The copy out of the ring is ordered by the stream like everything else.
+        // Through pinned memory: `src` may go as soon as this returns, while a copy straight from
+        // pageable memory is only documented to be "possibly" synchronous. The copy out of the ring
+        // is ordered by the stream like everything else.
         self.bind_for("upload")?;
         let late = |e| self.late("upload", e);
         let mut ring = lock(&self.ring);
@@ -425,12 +476,16 @@ impl Device for Cuda {
                 (ring.segment, ring.at) = (next, 0);
             }
             let n = (src.len() - done).min(SEGMENT - ring.at);
-            // SAFETY: `at + n` stays in the segment, no copy out of these bytes is in flight, and the caller promises the
-            // destination.
+            // SAFETY: `at + n` stays in the segment, no copy out of these bytes is in flight, and
+            // the caller promises the destination.
             unsafe {
                 let staged = ring.base.add(ring.segment * SEGMENT + ring.at);
                 std::ptr::copy_nonoverlapping(src.as_ptr().add(done), staged, n);
-                result::memcpy_htod_async(dst + done as u64, std::slice::from_raw_parts(staged, n), self.stream)
+                result::memcpy_htod_async(
+                    dst + done as u64,
+                    std::slice::from_raw_parts(staged, n),
+                    self.stream,
+                )
             }
             .map_err(late)?;
             ring.at = (ring.at + n).next_multiple_of(64).min(SEGMENT);
@@ -445,7 +500,8 @@ impl Device for Cuda {
         }
         self.bind_for("download")?;
         // SAFETY: the caller's promise; `dst` is not read before the stream has been waited for.
-        unsafe { result::memcpy_dtoh_async(dst, src, self.stream) }.map_err(|e| self.late("download", e))?;
+        unsafe { result::memcpy_dtoh_async(dst, src, self.stream) }
+            .map_err(|e| self.late("download", e))?;
         self.sync()
     }
 
@@ -455,7 +511,8 @@ impl Device for Cuda {
         }
         self.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { result::memcpy_dtod_async(dst, src, bytes, self.stream) }.map_err(|e| self.late("copy", e))
+        unsafe { result::memcpy_dtod_async(dst, src, bytes, self.stream) }
+            .map_err(|e| self.late("copy", e))
     }
 
     unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
@@ -464,10 +521,16 @@ impl Device for Cuda {
         }
         self.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { result::memset_d8_async(dst, byte, bytes, self.stream) }.map_err(|e| self.late("fill", e))
+        unsafe { result::memset_d8_async(dst, byte, bytes, self.stream) }
+            .map_err(|e| self.late("fill", e))
     }
 
-    unsafe fn launch(&self, kernel: &'static KernelDef, at: Launch, args: &mut [*mut c_void]) -> Result<()> {
+    unsafe fn launch(
+        &self,
+        kernel: &'static KernelDef,
+        at: Launch,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
         if at.block == 0 || at.block > kernel.threads {
             return Err(Error::Device(format!(
                 "{}: a block of {} threads; it takes 1 to {}",
@@ -478,10 +541,14 @@ impl Device for Cuda {
         let function = self.function(kernel, at.shared)?;
         let ([x, y, z], block) = (at.grid, (at.block, 1, 1));
         // SAFETY: the caller's promise; the driver reads `args` before it returns.
-        unsafe { result::launch_kernel(function, (x, y, z), block, at.shared, self.stream, args) }.map_err(|e| {
-            let shape = format!("launch of grid {x} x {y} x {z}, block {}, {} bytes shared", at.block, at.shared);
-            self.launch_error(kernel.name, &shape, e)
-        })?;
+        unsafe { result::launch_kernel(function, (x, y, z), block, at.shared, self.stream, args) }
+            .map_err(|e| {
+                let shape = format!(
+                    "launch of grid {x} x {y} x {z}, block {}, {} bytes shared",
+                    at.block, at.shared
+                );
+                self.launch_error(kernel.name, &shape, e)
+            })?;
         lock(&self.code).last = kernel.name;
         Ok(())
     }
@@ -504,19 +571,22 @@ impl Device for Cuda {
     fn sync(&self) -> Result<()> {
         self.bind_for("sync")?;
         // SAFETY: our stream.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.late("the GPU reports", e))
+        unsafe { result::stream::synchronize(self.stream) }
+            .map_err(|e| self.late("the GPU reports", e))
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
         self.bind()?;
-        let (free, total) = result::mem_get_info().map_err(|e| self.late("reading the GPU's free memory", e))?;
+        let (free, total) =
+            result::mem_get_info().map_err(|e| self.late("reading the GPU's free memory", e))?;
         Ok(MemoryInfo { free, total })
     }
 
     fn mark(&self) -> Result<Mark> {
         self.bind_for("mark")?;
         // Default flags: an event with timing.
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| self.late("mark", e))?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
+            .map_err(|e| self.late("mark", e))?;
         // SAFETY: a new event, our stream.
         if let Err(e) = unsafe { result::event::record(event, self.stream) } {
             // SAFETY: as above; not used again.
@@ -550,11 +620,16 @@ impl Device for Cuda {
 
     fn begin_capture(&self) -> Result<()> {
         self.bind_for("begin_capture")?;
-        // Relaxed: modules that load at their first launch and pool slabs may still be allocated meanwhile. Nothing else
-        // runs on this device, so there is no other thread's call to guard against.
-        // SAFETY: our stream, which is not the legacy one.
-        unsafe { result::stream::begin_capture(self.stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED) }
-            .map_err(|e| self.late("begin_capture", e))?;
+        // Relaxed: modules that load at their first launch and pool slabs may still be allocated
+        // meanwhile. Nothing else runs on this device, so there is no other thread's call to guard
+        // against. SAFETY: our stream, which is not the legacy one.
+        unsafe {
+            result::stream::begin_capture(
+                self.stream,
+                sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
+            )
+        }
+        .map_err(|e| self.late("begin_capture", e))?;
         self.capturing.store(true, Ordering::Release);
         Ok(())
     }
@@ -565,9 +640,12 @@ impl Device for Cuda {
         }
         self.bind()?;
         // SAFETY: our stream, which captures.
-        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("capturing a graph"))?;
+        let graph = unsafe { result::stream::end_capture(self.stream) }
+            .map_err(failed("capturing a graph"))?;
         if graph.is_null() {
-            return Err(Error::Device("capturing a graph: the capture was invalidated by an error before".into()));
+            return Err(Error::Device(
+                "capturing a graph: the capture was invalidated by an error before".into(),
+            ));
         }
         // SAFETY: a new graph; the executable one does not need it.
         let recorded = unsafe {
@@ -583,7 +661,8 @@ impl Device for Cuda {
         let graphs = lock(&self.graphs);
         let Some(Some(recorded)) = graphs.get(graph) else { return Err(no_graph(graph)) };
         // SAFETY: the caller's promise; the graph is ours and live.
-        unsafe { result::graph::launch(recorded.0, self.stream) }.map_err(|e| self.late("replay of a graph", e))?;
+        unsafe { result::graph::launch(recorded.0, self.stream) }
+            .map_err(|e| self.late("replay of a graph", e))?;
         lock(&self.code).last = "a replayed graph";
         Ok(())
     }
@@ -591,7 +670,8 @@ impl Device for Cuda {
     fn forget(&self, graph: Graph) {
         let taken = lock(&self.graphs).get_mut(graph).and_then(Option::take);
         if let (Some(recorded), Ok(())) = (taken, self.bind()) {
-            // SAFETY: taken out of the list, so this is its last use; the driver lets a replay in flight end first.
+            // SAFETY: taken out of the list, so this is its last use; the driver lets a replay in
+            // flight end first.
             let _ = unsafe { result::graph::exec_destroy(recorded.0) };
         }
     }
@@ -599,22 +679,27 @@ impl Device for Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        // Errors of the past are no longer of interest; a lost context fails all of these, which is as good.
+        // Errors of the past are no longer of interest; a lost context fails all of these, which is
+        // as good.
         if self.bind().is_err() {
             return;
         }
-        // SAFETY: nothing uses the device any more, each handle is destroyed once, null handles are skipped.
+        // SAFETY: nothing uses the device any more, each handle is destroyed once, null handles are
+        // skipped.
         unsafe {
             if !self.stream.is_null() {
                 let _ = result::stream::synchronize(self.stream);
             }
             self.blas = None;
-            for recorded in self.graphs.get_mut().unwrap_or_else(|e| e.into_inner()).iter().flatten() {
+            for recorded in
+                self.graphs.get_mut().unwrap_or_else(|e| e.into_inner()).iter().flatten()
+            {
                 let _ = result::graph::exec_destroy(recorded.0);
             }
             let ring = self.ring.get_mut().unwrap_or_else(|e| e.into_inner());
             let marks = self.marks.get_mut().unwrap_or_else(|e| e.into_inner());
-            for event in ring.events.iter().chain(marks.iter().flatten()).filter(|e| !e.0.is_null()) {
+            for event in ring.events.iter().chain(marks.iter().flatten()).filter(|e| !e.0.is_null())
+            {
                 let _ = result::event::destroy(event.0);
             }
             if !ring.base.is_null() {
@@ -656,8 +741,14 @@ mod tests {
         }
         assert!(message(probe(true)).contains("libcuda.so.1"), "{}", message(probe(true)));
         let text = message(Cuda::new());
-        assert!(text.contains(if kernels::has_gpu_images() { "libcuda.so.1" } else { "built without nvcc" }), "{text}");
-        assert!(message(crate::device::open("cuda")).contains("--device cpu"), "cuda never falls back");
+        assert!(
+            text.contains(if HAS_GPU_IMAGES { "libcuda.so.1" } else { "built without nvcc" }),
+            "{text}"
+        );
+        assert!(
+            message(crate::device::open("cuda")).contains("--device cpu"),
+            "cuda never falls back"
+        );
         assert!(crate::device::open("auto").is_ok_and(|d| !d.is_cuda()));
     }
 
@@ -666,10 +757,14 @@ mod tests {
         let old = old_driver(12040).to_string();
         assert!(old.contains("CUDA 12.4") && old.contains("13.0") && old.contains("580"), "{old}");
         let device = no_device().to_string();
-        assert!(device.contains("nvidia-smi") && device.contains("CUDA_VISIBLE_DEVICES"), "{device}");
+        assert!(
+            device.contains("nvidia-smi") && device.contains("CUDA_VISIBLE_DEVICES"),
+            "{device}"
+        );
         let gpu = old_gpu("Tesla T4", (7, 5)).to_string();
         assert!(gpu.contains("Tesla T4") && gpu.contains("7.5"), "{gpu}");
-        let shared = shared_too_large("attention_64_bf16", 250_000, 16, 232_448, "NVIDIA H200").to_string();
+        let shared =
+            shared_too_large("attention_64_bf16", 250_000, 16, 232_448, "NVIDIA H200").to_string();
         assert!(shared.contains("attention_64_bf16") && shared.contains("232448"), "{shared}");
     }
 

@@ -1,36 +1,44 @@
-//! The loop of a clipped policy loss: a generation is cut into micro-batches, which one or several optimizer steps go over.
-//! Floor 5.
+//! The loop of a clipped policy loss: a generation is cut into micro-batches, which one or several
+//! optimizer steps go over. Layer 7.
 //!
-//! TRL 1.16.0's schedule: a generation has per_device_train_batch_size x steps_per_generation completions of as many
-//! prompts as num_generations gives, is shuffled, and serves steps_per_generation x num_iterations micro-batches.
+//! TRL 1.16.0's schedule: a generation has per_device_train_batch_size x steps_per_generation
+//! completions of as many prompts as num_generations gives, is shuffled, and serves
+//! steps_per_generation x num_iterations micro-batches.
 //!
-//! Invariant: the ratio at the first pass over a generation is exactly 1, because the sampler's log-probs are the
-//! trainer's (`methods::online`); a normaliser goes by the step batch, never by what fits in memory.
+//! Invariant: the ratio at the first pass over a generation is exactly 1, because the sampler's
+//! log-probs are the trainer's (`methods::online`); a normaliser goes by the step batch, never by
+//! what fits in memory.
 
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::{Rollout, Set, World};
+use super::env::{Rollout, Set, World};
+use crate::autograd::{Cx, Tape};
 use crate::config::TrainingConfig;
-use crate::cx::Cx;
 use crate::data::order::permutation;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
+use crate::methods::online::weights::{
+    Normalizer, off_policy_mask, token_weights, top_entropy_mask,
+};
 use crate::methods::{Method, Metric, StepReport};
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
 use crate::ops::policy::{PolicyInputs, PolicyLoss, policy_loss};
 use crate::rewards::Scores;
-use crate::rewards::weights::{Normalizer, off_policy_mask, token_weights, top_entropy_mask};
-use crate::tape::Tape;
 use crate::tensor::Tensor;
 
 /// What sets a method of this kind apart.
 pub trait Objective {
     /// One advantage a rollout, and metrics. May generate more (baselines).
-    fn advantages(&mut self, act: &mut Act, rollouts: &[Rollout], scores: &Scores) -> Result<(Vec<f64>, Vec<Metric>)>;
+    fn advantages(
+        &mut self,
+        act: &mut Act,
+        rollouts: &[Rollout],
+        scores: &Scores,
+    ) -> Result<(Vec<f64>, Vec<Metric>)>;
 
     fn loss(&self) -> PolicyLoss;
 
@@ -56,7 +64,12 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { top_entropy_quantile: 1.0, entropy_coef: 0.0, off_policy_mask_threshold: None, dynamic_sampling: 0 }
+        Options {
+            top_entropy_quantile: 1.0,
+            entropy_coef: 0.0,
+            off_policy_mask_threshold: None,
+            dynamic_sampling: 0,
+        }
     }
 }
 
@@ -118,7 +131,9 @@ impl<O: Objective> Policy<O> {
         let prompts = size / group;
         if policy.world.train.len() < prompts {
             let rows = policy.world.train.len();
-            return Err(Error::Config(format!("a generation takes {prompts} prompts, the data has {rows}")));
+            return Err(Error::Config(format!(
+                "a generation takes {prompts} prompts, the data has {rows}"
+            )));
         }
         Ok(policy)
     }
@@ -152,8 +167,13 @@ impl<O: Objective> Policy<O> {
                 break;
             }
             // Other prompts for the groups that teach nothing; a round's draws are its own.
-            let order = permutation(self.world.train.len(), self.seed ^ 0x6479_6e61, (g as u32) << 4 | round as u32);
-            let fresh: Vec<usize> = order.into_iter().filter(|p| !prompts.contains(p)).take(flat.len()).collect();
+            let order = permutation(
+                self.world.train.len(),
+                self.seed ^ 0x6479_6e61,
+                (g as u32) << 4 | round as u32,
+            );
+            let fresh: Vec<usize> =
+                order.into_iter().filter(|p| !prompts.contains(p)).take(flat.len()).collect();
             if fresh.is_empty() {
                 break;
             }
@@ -177,7 +197,13 @@ impl<O: Objective> Policy<O> {
             }
             _ => None,
         };
-        let mut act = Act { cx, model, world: &mut self.world, reference: reference.as_deref(), generation: g };
+        let mut act = Act {
+            cx,
+            model,
+            world: &mut self.world,
+            reference: reference.as_deref(),
+            generation: g,
+        };
         let (advantages, metrics) = self.objective.advantages(&mut act, &rollouts, &scores)?;
         self.pending = self.world.metrics(&rollouts, &scores);
         self.pending.extend(metrics);
@@ -193,7 +219,8 @@ impl<O: Objective> Policy<O> {
                 advantage,
             })
             .collect();
-        // Shuffled, so that a micro-batch is not one group; then prompts side by side in each, to share their rows.
+        // Shuffled, so that a micro-batch is not one group; then prompts side by side in each, to
+        // share their rows.
         let order = permutation(samples.len(), self.seed ^ 0x726f_6c6c, g as u32);
         self.buffer = order.into_iter().map(|i| samples[i].clone()).collect();
         for some in self.buffer.chunks_mut(self.batch) {
@@ -219,27 +246,32 @@ impl<O: Objective> Policy<O> {
         cx: &mut Cx,
         model: &Decoder,
         part: usize,
-        checkpoint: bool,
         train: bool,
     ) -> Result<(f32, Vec<Metric>, usize)> {
         let samples = &self.buffer[part * self.batch..(part + 1) * self.batch];
-        let rows: Vec<(usize, &[u32])> = samples.iter().map(|s| (s.rollout.prompt, s.rollout.ids.as_slice())).collect();
+        let rows: Vec<(usize, &[u32])> =
+            samples.iter().map(|s| (s.rollout.prompt, s.rollout.ids.as_slice())).collect();
         let lengths: Vec<usize> = rows.iter().map(|r| r.1.len()).collect();
         let batch = self.world.batch(cx, model, &rows)?;
         if train {
             cx.tape = Some(Tape::default());
         }
-        let hidden = model.target_hidden(cx, &batch, checkpoint)?;
+        let hidden = model.target_hidden(cx, &batch)?;
         let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.world.scale())?;
-        let mask: Vec<bool> = samples.iter().flat_map(|s| vec![s.counts; s.rollout.ids.len()]).collect();
-        let active: usize = self.buffer.iter().filter(|s| s.counts).map(|s| s.rollout.ids.len()).sum();
+        let mask: Vec<bool> =
+            samples.iter().flat_map(|s| vec![s.counts; s.rollout.ids.len()]).collect();
+        let active: usize =
+            self.buffer.iter().filter(|s| s.counts).map(|s| s.rollout.ids.len()).sum();
         let normalizer = self.objective.normalizer(active, self.steps_per_generation());
         let weights = token_weights(normalizer, &lengths, &mask, self.accumulation);
         let options = self.objective.options();
         let n = mask.len();
-        let floats = |values: &[f32]| Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[values.len()], values);
+        let floats = |values: &[f32]| {
+            Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[values.len()], values)
+        };
         let old: Vec<f32> = samples.iter().flat_map(|s| s.rollout.logps.iter().copied()).collect();
-        let advantage: Vec<f32> = samples.iter().flat_map(|s| vec![s.advantage as f32; s.rollout.ids.len()]).collect();
+        let advantage: Vec<f32> =
+            samples.iter().flat_map(|s| vec![s.advantage as f32; s.rollout.ids.len()]).collect();
         let mut factor: Option<Vec<f32>> = None;
         if let Some(threshold) = options.off_policy_mask_threshold {
             let now = out.logp.to_f32()?;
@@ -247,22 +279,24 @@ impl<O: Objective> Policy<O> {
             factor = Some(off_policy_mask(&lengths, &mask, &old, &now, &advantages, threshold));
         }
         if options.top_entropy_quantile < 1.0 {
-            let high = top_entropy_mask(&out.entropy.to_f32()?, &mask, options.top_entropy_quantile);
+            let high =
+                top_entropy_mask(&out.entropy.to_f32()?, &mask, options.top_entropy_quantile);
             factor = Some(match factor {
                 Some(f) => f.iter().zip(high).map(|(a, b)| a * b).collect(),
                 None => high,
             });
         }
         let loss = self.objective.loss();
-        let reference: Option<Vec<f32>> =
-            (loss.beta != 0.0).then(|| samples.iter().flat_map(|s| s.reference.iter().flatten().copied()).collect());
+        let reference: Option<Vec<f32>> = (loss.beta != 0.0)
+            .then(|| samples.iter().flat_map(|s| s.reference.iter().flatten().copied()).collect());
         let starts: Vec<i32> = std::iter::once(0)
             .chain(lengths.iter().scan(0, |at, l| {
                 *at += *l as i32;
                 Some(*at)
             }))
             .collect();
-        let (old_t, advantage_t, weight_t) = (floats(&old)?, floats(&advantage)?, floats(&weights)?);
+        let (old_t, advantage_t, weight_t) =
+            (floats(&old)?, floats(&advantage)?, floats(&weights)?);
         let factor = factor.map(|f| floats(&f)).transpose()?;
         let reference = reference.map(|r| floats(&r)).transpose()?;
         let one = floats(&[1.0])?;
@@ -281,7 +315,8 @@ impl<O: Objective> Policy<O> {
         let entropies = out.entropy.to_f32()?;
         let count = mask.iter().filter(|m| **m).count().max(1) as f64;
         let mean = |values: &[f32]| -> f64 {
-            values.iter().zip(&mask).filter(|(_, m)| **m).map(|(v, _)| f64::from(*v)).sum::<f64>() / count
+            values.iter().zip(&mask).filter(|(_, m)| **m).map(|(v, _)| f64::from(*v)).sum::<f64>()
+                / count
         };
         let entropy = mean(&entropies);
         let mut value = done.loss.to_f32()?[0];
@@ -291,14 +326,18 @@ impl<O: Objective> Policy<O> {
                 // - coef * mean entropy / accumulation
                 let up = -(options.entropy_coef / count / self.accumulation as f64) as f32;
                 let ups: Vec<f32> = mask.iter().map(|m| if *m { up } else { 0.0 }).collect();
-                seeds
-                    .push((out.entropy.clone(), Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[n], &ups)?));
+                seeds.push((
+                    out.entropy.clone(),
+                    Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[n], &ups)?,
+                ));
             }
             cx.backward(seeds)?;
         }
         value -= (options.entropy_coef * entropy / self.accumulation as f64) as f32;
         let (clip, ratio) = (done.clip.to_f32()?, done.ratio.to_f32()?);
-        let share = |which: f32| mean(&clip.iter().map(|c| f32::from(u8::from(*c == which))).collect::<Vec<_>>());
+        let share = |which: f32| {
+            mean(&clip.iter().map(|c| f32::from(u8::from(*c == which))).collect::<Vec<_>>())
+        };
         let mut metrics: Vec<Metric> = vec![
             ("entropy".into(), entropy),
             ("clip_ratio/low_mean".into(), share(1.0)),
@@ -353,7 +392,7 @@ impl<O: Objective> Method for Policy<O> {
         Ok(())
     }
 
-    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]], checkpoint: bool) -> Result<StepReport> {
+    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
         let mut report = StepReport { loss: 0.0, tokens: 0, metrics: Vec::new() };
         for k in micro.iter().flat_map(|m| m.iter()) {
             let (g, part) = self.place(*k);
@@ -367,7 +406,7 @@ impl<O: Objective> Method for Policy<O> {
                 report.metrics.append(&mut self.pending);
             }
             let begin = Instant::now();
-            let (loss, metrics, rows) = self.micro(cx, model, part, checkpoint, true)?;
+            let (loss, metrics, rows) = self.micro(cx, model, part, true)?;
             self.world.seconds.train += begin.elapsed().as_secs_f64();
             report.loss += loss;
             report.tokens += rows;
@@ -387,13 +426,14 @@ impl<O: Objective> Method for Policy<O> {
 
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
         let (_, part) = self.place(row);
-        Ok(self.micro(cx, model, part, false, false)?.0)
+        Ok(self.micro(cx, model, part, false)?.0)
     }
 
     fn row_source(&self, row: usize) -> String {
         let (_, part) = self.place(row);
         let samples = self.buffer.iter().skip(part * self.batch).take(self.batch);
-        let mut sources: Vec<&str> = samples.map(|s| self.world.train[s.rollout.prompt].source.as_str()).collect();
+        let mut sources: Vec<&str> =
+            samples.map(|s| self.world.train[s.rollout.prompt].source.as_str()).collect();
         sources.dedup();
         sources.join(" + ")
     }
@@ -424,8 +464,8 @@ impl<O: Objective> Method for Policy<O> {
     fn restore(&mut self, _cx: &mut Cx, dir: &std::path::Path) -> Result<()> {
         self.world.reference.restore(dir)?;
         let path = dir.join(STATE);
-        let state: Value =
-            serde_json::from_slice(&fsio::read(&path)?).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
+        let state: Value = serde_json::from_slice(&fsio::read(&path)?)
+            .map_err(|e| Error::checkpoint(&path, e.to_string()))?;
         let sample = |v: &Value| -> Option<Sample> {
             let floats = |v: &Value| -> Option<Vec<f32>> {
                 v.as_array()?.iter().map(|x| Some(f32::from_bits(x.as_u64()? as u32))).collect()
@@ -433,7 +473,11 @@ impl<O: Objective> Method for Policy<O> {
             Some(Sample {
                 rollout: Rollout {
                     prompt: v["prompt"].as_u64()? as usize,
-                    ids: v["ids"].as_array()?.iter().map(|x| Some(x.as_u64()? as u32)).collect::<Option<_>>()?,
+                    ids: v["ids"]
+                        .as_array()?
+                        .iter()
+                        .map(|x| Some(x.as_u64()? as u32))
+                        .collect::<Option<_>>()?,
                     logps: floats(&v["logps"])?,
                     entropies: floats(&v["entropies"])?,
                     finished: v["finished"].as_bool()?,
@@ -444,7 +488,9 @@ impl<O: Objective> Method for Policy<O> {
                 counts: v["counts"].as_bool()?,
             })
         };
-        let samples = state["samples"].as_array().map(|all| all.iter().map(sample).collect::<Option<Vec<_>>>());
+        let samples = state["samples"]
+            .as_array()
+            .map(|all| all.iter().map(sample).collect::<Option<Vec<_>>>());
         let Some(Some(samples)) = samples else {
             return Err(Error::checkpoint(&path, "holds a completion that cannot be read"));
         };

@@ -1,25 +1,26 @@
-//! Bottleneck adapters: a narrow pair of layers after attention, after the MLP, or beside it. Floor 3.
+//! Bottleneck adapters: a narrow pair of layers after attention, after the MLP, or beside it. Layer
+//! 5.
 //!
-//! out = stream + branch + s (act(z D^T + d) U^T + u), where `branch` is what attention or the MLP adds to the stream, and
-//! z is (adapter-hub's names in brackets)
-//!   the branch (`double_seq_bn`: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019),
-//!   branch + stream (`seq_bn`: Pfeiffer et al., "AdapterFusion", 2020: after the MLP alone), or
-//!   the stream (`par_bn`: He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", 2021).
-//! These are the sums of the `adapters` library, 1.3.0, on a decoder whose norms come first: it passes no norm on.
+//! out = stream + branch + s (act(z D^T + d) U^T + u), where `branch` is what attention or the MLP
+//! adds to the stream, and z is (adapter-hub's names in brackets)
+//!   the branch (`double_seq_bn`: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP",
+//!   2019), branch + stream (`seq_bn`: Pfeiffer et al., "AdapterFusion", 2020: after the MLP
+//!   alone), or the stream (`par_bn`: He et al., "Towards a Unified View of Parameter-Efficient
+//!   Transfer Learning", 2021). These are the sums of the `adapters` library, 1.3.0, on a decoder
+//!   whose norms come first: it passes no norm on.
 //!
-//! Invariant: an `adapter_config.json` whose keys ask for more than this is refused; folders are adapter-hub's, with
-//! `adapter.safetensors` (its `use_safetensors=True`).
+//! Invariant: an `adapter_config.json` whose keys ask for more than this is refused; folders are
+//! adapter-hub's, with `adapter.safetensors` (its `use_safetensors=True`).
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::config::AdapterConfig;
+use crate::autograd::Cx;
 use crate::config::{PeftConfig, PeftType};
-use crate::cx::Cx;
 use crate::error::{Error, Result};
-use crate::model::config::{ModelConfig, Task};
-use crate::model::families::{ParamSpec, Part, Place, Role};
+use crate::model::layout::{ModelConfig, ParamSpec, Part, Place, Role, Task};
 use crate::model::params::ParamSet;
 use crate::ops::activation::{Act, activation};
 use crate::ops::add::add;
@@ -59,18 +60,24 @@ pub struct BottleneckConfig {
 impl BottleneckConfig {
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig) -> Result<BottleneckConfig> {
         let (name, attention, reads, factor, non_linearity, scaling, init) = match keys.peft_type {
-            PeftType::DoubleSeqBn => ("double_seq_bn", true, Reads::Branch, 16.0, "swish", 1.0, "bert"),
+            PeftType::DoubleSeqBn => {
+                ("double_seq_bn", true, Reads::Branch, 16.0, "swish", 1.0, "bert")
+            }
             PeftType::ParBn => ("par_bn", false, Reads::Stream, 2.0, "relu", 4.0, "mam_adapter"),
             _ => ("seq_bn", false, Reads::Sum, 16.0, "relu", 1.0, "bert"),
         };
         if model.task != Task::CausalLm {
-            return Err(Error::Config(format!("peft_type = {name}: for language models alone; use lora")));
+            return Err(Error::Config(format!(
+                "peft_type = {name}: for language models alone; use lora"
+            )));
         }
         let non_linearity = keys.non_linearity.clone().unwrap_or(non_linearity.into());
         let act = act(&non_linearity).map_err(|e| Error::Config(format!("non_linearity: {e}")))?;
         let reduction_factor = keys.reduction_factor.unwrap_or(factor);
         if reduction_factor.is_nan() || reduction_factor <= 0.0 {
-            return Err(Error::Config(format!("reduction_factor = {reduction_factor}: must be above 0")));
+            return Err(Error::Config(format!(
+                "reduction_factor = {reduction_factor}: must be above 0"
+            )));
         }
         let (name, init) = (name.into(), init.into());
         Ok(BottleneckConfig {
@@ -83,7 +90,11 @@ impl BottleneckConfig {
             act,
             scaling,
             init,
-            model: (model.hidden_size, model.family.architecture.into(), model.family.model_type.into()),
+            model: (
+                model.hidden_size,
+                model.family.architecture.into(),
+                model.family.model_type.into(),
+            ),
         })
     }
 
@@ -91,7 +102,8 @@ impl BottleneckConfig {
     pub fn from_json(path: &Path, raw: &Map<String, Value>) -> Result<BottleneckConfig> {
         let wrong = |message: String| Error::model(path, message);
         let config = raw.get("config").and_then(Value::as_object).cloned().unwrap_or_default();
-        let on = |key: &str, default: bool| config.get(key).and_then(Value::as_bool).unwrap_or(default);
+        let on =
+            |key: &str, default: bool| config.get(key).and_then(Value::as_bool).unwrap_or(default);
         for (key, plain) in [
             ("original_ln_after", true),
             ("residual_before_ln", true),
@@ -102,7 +114,10 @@ impl BottleneckConfig {
             ("cross_adapter", false),
         ] {
             if config.get(key).is_some_and(|v| *v != json!(plain)) {
-                return Err(wrong(format!("{key} = {}: only {plain} is supported here", config[key])));
+                return Err(wrong(format!(
+                    "{key} = {}: only {plain} is supported here",
+                    config[key]
+                )));
             }
         }
         for key in ["inv_adapter", "leave_out", "dropout", "stochastic_depth"] {
@@ -113,11 +128,17 @@ impl BottleneckConfig {
         }
         let number = |key: &str, default: f64| match config.get(key) {
             None => Ok(default),
-            Some(v) => v.as_f64().filter(|v| *v > 0.0).ok_or_else(|| wrong(format!("{key} = {v}: give one number"))),
+            Some(v) => v
+                .as_f64()
+                .filter(|v| *v > 0.0)
+                .ok_or_else(|| wrong(format!("{key} = {v}: give one number"))),
         };
         let text = |key: &str| config.get(key).and_then(Value::as_str);
-        let non_linearity = text("non_linearity")
-            .ok_or_else(|| wrong("is neither a PEFT config (it has no peft_type) nor a bottleneck adapter's".into()))?;
+        let non_linearity = text("non_linearity").ok_or_else(|| {
+            wrong(
+                "is neither a PEFT config (it has no peft_type) nor a bottleneck adapter's".into(),
+            )
+        })?;
         let reads = match (on("is_parallel", false), on("original_ln_before", false)) {
             (true, _) => Reads::Stream,
             (false, true) => Reads::Sum,
@@ -172,8 +193,10 @@ impl BottleneckConfig {
     pub fn params(&self, model: &ModelConfig) -> Vec<ParamSpec> {
         let hidden = model.hidden_size;
         let narrow = ((hidden as f64 / self.reduction_factor).floor() as usize).max(1);
-        let places =
-            [(Place::Attention, "attention_adapters", self.attention), (Place::Mlp, "output_adapters", self.mlp)];
+        let places = [
+            (Place::Attention, "attention_adapters", self.attention),
+            (Place::Mlp, "output_adapters", self.mlp),
+        ];
         let mut specs = Vec::new();
         for layer in 0..model.num_layers {
             for (place, module, _) in places.iter().filter(|p| p.2) {
@@ -183,8 +206,14 @@ impl BottleneckConfig {
                     (Part::DownBias, "adapter_down.0.bias", vec![narrow]),
                     (Part::UpBias, "adapter_up.bias", vec![hidden]),
                 ] {
-                    let name = format!("model.layers.{layer}.{module}.adapters.{}.{name}", self.name);
-                    specs.push(ParamSpec { name, shape, role: Role::Bottleneck(*place, part), layer: Some(layer) });
+                    let name =
+                        format!("model.layers.{layer}.{module}.adapters.{}.{name}", self.name);
+                    specs.push(ParamSpec {
+                        name,
+                        shape,
+                        role: Role::Bottleneck(*place, part),
+                        layer: Some(layer),
+                    });
                 }
             }
         }
@@ -224,16 +253,34 @@ impl Bottleneck {
         place: Place,
     ) -> Result<Option<Bottleneck>> {
         let part = |part| params.unit(Some(layer), Role::Bottleneck(place, part));
-        let (Some(down), Some(down_bias)) = (part(Part::Down)?, part(Part::DownBias)?) else { return Ok(None) };
-        let (Some(up), Some(up_bias)) = (part(Part::Up)?, part(Part::UpBias)?) else { return Ok(None) };
+        let (Some(down), Some(down_bias)) = (part(Part::Down)?, part(Part::DownBias)?) else {
+            return Ok(None);
+        };
+        let (Some(up), Some(up_bias)) = (part(Part::Up)?, part(Part::UpBias)?) else {
+            return Ok(None);
+        };
         let scale = match config.scaling {
             1.0 => None,
             s => {
                 let n = up.row_count();
-                Some(Tensor::from_f32(&cx.pool, "adapter scale", cx.dtype, &[n], &vec![s as f32; n])?)
+                Some(Tensor::from_f32(
+                    &cx.pool,
+                    "adapter scale",
+                    cx.dtype,
+                    &[n],
+                    &vec![s as f32; n],
+                )?)
             }
         };
-        Ok(Some(Bottleneck { down, down_bias, up, up_bias, reads: config.reads, act: config.act, scale }))
+        Ok(Some(Bottleneck {
+            down,
+            down_bias,
+            up,
+            up_bias,
+            reads: config.reads,
+            act: config.act,
+            scale,
+        }))
     }
 
     /// What is added to the stream in the place of `branch`.

@@ -1,6 +1,7 @@
-//! What an adapter is: PEFT's `adapter_config.json` (or adapter-hub's) in, the same out. Floor 3.
+//! What an adapter is: PEFT's `adapter_config.json` (or adapter-hub's) in, the same out. Layer 5.
 //!
-//! Invariant: [`AdapterConfig::to_json`] of what was read is what was read, but for the fields that are set on saving.
+//! Invariant: [`AdapterConfig::to_json`] of what was read is what was read, but for the fields that
+//! are set on saving.
 
 use std::path::Path;
 
@@ -11,7 +12,7 @@ use super::pissa::rounds;
 use crate::config::{LoraBias, PeftConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::model::config::{ModelConfig, Task};
+use crate::model::layout::{ModelConfig, Task};
 
 /// Which modules an adapter is put on.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,17 +49,20 @@ pub struct Ia3Config {
 }
 
 impl LoraConfig {
-    /// PiSSA: how many rounds of subspace iteration, None for an exact decomposition. None: another initialisation.
+    /// PiSSA: how many rounds of subspace iteration, None for an exact decomposition. None: another
+    /// initialisation.
     pub fn pissa(&self) -> Option<Option<usize>> {
         rounds(&self.init)
     }
 
-    /// What a PiSSA adapter is saved as: plain LoRA of twice the rank, with the same scale (PEFT's conversion).
+    /// What a PiSSA adapter is saved as: plain LoRA of twice the rank, with the same scale (PEFT's
+    /// conversion).
     fn saved(&self) -> LoraConfig {
         if self.pissa().is_none() {
             return self.clone();
         }
-        let twice = |p: &[(String, f64)], by: f64| p.iter().map(|(k, v)| (k.clone(), v * by)).collect();
+        let twice =
+            |p: &[(String, f64)], by: f64| p.iter().map(|(k, v)| (k.clone(), v * by)).collect();
         let by = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
         LoraConfig {
             r: 2 * self.r,
@@ -78,7 +82,8 @@ pub struct PromptConfig {
     /// token_dim, num_attention_heads, num_layers: PEFT keeps them.
     pub model: [usize; 3],
     pub init_text: Option<String>,
-    /// The text's tokens, whose embeddings a new prompt starts as, repeated or cut. Empty: normal(0, 1).
+    /// The text's tokens, whose embeddings a new prompt starts as, repeated or cut. Empty:
+    /// normal(0, 1).
     pub init_ids: Vec<u32>,
 }
 
@@ -109,7 +114,9 @@ impl AdapterConfig {
             None => Targets::Names(default.iter().map(|s| s.to_string()).collect()),
             Some(list) => match &list[..] {
                 [one] if one == "all-linear" => Targets::AllLinear,
-                [one] if one.contains(['^', '$', '*', '+', '?', '(', '[', '|', '\\']) => Targets::Pattern(one.clone()),
+                [one] if one.contains(['^', '$', '*', '+', '?', '(', '[', '|', '\\']) => {
+                    Targets::Pattern(one.clone())
+                }
                 names => Targets::Names(names.to_vec()),
             },
         };
@@ -129,16 +136,25 @@ impl AdapterConfig {
             })?),
             PeftType::Ia3 => {
                 // PEFT's own table: Qwen scales q where Llama scales k.
-                let first = if model.family.model_type.starts_with("qwen") { "q_proj" } else { "k_proj" };
-                let feedforward = keys.feedforward_modules.clone().unwrap_or_else(|| vec!["down_proj".into()]);
-                Kind::Ia3(Ia3Config { targets: targets(&[first, "v_proj", "down_proj"]), feedforward })
+                let first =
+                    if model.family.model_type.starts_with("qwen") { "q_proj" } else { "k_proj" };
+                let feedforward =
+                    keys.feedforward_modules.clone().unwrap_or_else(|| vec!["down_proj".into()]);
+                Kind::Ia3(Ia3Config {
+                    targets: targets(&[first, "v_proj", "down_proj"]),
+                    feedforward,
+                })
             }
             PeftType::PromptTuning if model.task != Task::CausalLm => {
-                return Err(Error::Config("peft_type = prompt_tuning: for language models alone; use lora".into()));
+                return Err(Error::Config(
+                    "peft_type = prompt_tuning: for language models alone; use lora".into(),
+                ));
             }
             PeftType::PromptTuning => {
                 if keys.num_virtual_tokens == 0 {
-                    return Err(Error::Config("num_virtual_tokens = 0: an empty prompt learns nothing".into()));
+                    return Err(Error::Config(
+                        "num_virtual_tokens = 0: an empty prompt learns nothing".into(),
+                    ));
                 }
                 Kind::Prompt(PromptConfig {
                     tokens: keys.num_virtual_tokens,
@@ -185,7 +201,13 @@ impl AdapterConfig {
             let config = BottleneckConfig::from_json(path, &raw)?;
             let base = raw.get("model_name").and_then(Value::as_str).unwrap_or_default().into();
             let task = Task::CausalLm.peft_name().into();
-            return Ok(AdapterConfig { kind: Kind::Bottleneck(config), modules_to_save: Vec::new(), base, task, raw });
+            return Ok(AdapterConfig {
+                kind: Kind::Bottleneck(config),
+                modules_to_save: Vec::new(),
+                base,
+                task,
+                raw,
+            });
         }
         let text = |key: &str| raw.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
         let on = |key: &str| raw.get(key).and_then(Value::as_bool).unwrap_or(false);
@@ -207,18 +229,30 @@ impl AdapterConfig {
         let patterns = |key: &str| -> Result<Vec<(String, f64)>> {
             let Some(map) = raw.get(key).and_then(Value::as_object) else { return Ok(Vec::new()) };
             let pair = |(k, v): (&String, &Value)| v.as_f64().map(|v| (k.clone(), v));
-            map.iter().map(|p| pair(p).ok_or_else(|| wrong(format!("{key}: {} is no number", p.1)))).collect()
+            map.iter()
+                .map(|p| pair(p).ok_or_else(|| wrong(format!("{key}: {} is no number", p.1))))
+                .collect()
         };
         let peft = text("peft_type");
         let kind = match peft.as_str() {
             "LORA" => {
-                for (key, least) in [("fan_in_fan_out", false), ("use_qalora", false), ("lora_bias", false)] {
+                for (key, least) in
+                    [("fan_in_fan_out", false), ("use_qalora", false), ("lora_bias", false)]
+                {
                     if on(key) != least {
                         return Err(wrong(format!("{key} = true is not supported here")));
                     }
                 }
-                for key in ["layer_replication", "trainable_token_indices", "target_parameters", "use_bdlora"] {
-                    if raw.get(key).is_some_and(|v| !v.is_null() && *v != json!([]) && *v != json!(false)) {
+                for key in [
+                    "layer_replication",
+                    "trainable_token_indices",
+                    "target_parameters",
+                    "use_bdlora",
+                ] {
+                    if raw
+                        .get(key)
+                        .is_some_and(|v| !v.is_null() && *v != json!([]) && *v != json!(false))
+                    {
                         return Err(wrong(format!("{key} is set; it is not supported here")));
                     }
                 }
@@ -251,7 +285,11 @@ impl AdapterConfig {
                         "" | "none" => LoraBias::None,
                         "all" => LoraBias::All,
                         "lora_only" => LoraBias::LoraOnly,
-                        other => return Err(wrong(format!("bias = \"{other}\": none, all or lora_only"))),
+                        other => {
+                            return Err(wrong(format!(
+                                "bias = \"{other}\": none, all or lora_only"
+                            )));
+                        }
                     },
                     layers,
                     init,
@@ -272,7 +310,8 @@ impl AdapterConfig {
                 if tokens == 0 {
                     return Err(wrong("num_virtual_tokens is missing or 0".into()));
                 }
-                let init_text = raw.get("prompt_tuning_init_text").and_then(Value::as_str).map(String::from);
+                let init_text =
+                    raw.get("prompt_tuning_init_text").and_then(Value::as_str).map(String::from);
                 let model = ["token_dim", "num_attention_heads", "num_layers"].map(number);
                 Kind::Prompt(PromptConfig { tokens, model, init_text, init_ids: Vec::new() })
             }
@@ -311,13 +350,16 @@ impl AdapterConfig {
         set("inference_mode", json!(true));
         set("task_type", json!(self.task));
         set("peft_version", json!("0.19.1"));
-        let save = if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) };
+        let save =
+            if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) };
         set("modules_to_save", save);
         match &self.kind {
             Kind::Lora(c) => {
                 let c = c.saved();
                 let map = |p: &[(String, f64)]| {
-                    Value::Object(p.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>())
+                    Value::Object(
+                        p.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>(),
+                    )
                 };
                 set("peft_type", json!("LORA"));
                 set("r", json!(c.r));
@@ -336,7 +378,10 @@ impl AdapterConfig {
                     LoraBias::LoraOnly => "lora_only",
                 };
                 set("bias", json!(bias));
-                set("init_lora_weights", c.init.parse::<bool>().map_or_else(|_| json!(c.init), |b| json!(b)));
+                set(
+                    "init_lora_weights",
+                    c.init.parse::<bool>().map_or_else(|_| json!(c.init), |b| json!(b)),
+                );
             }
             Kind::Ia3(c) => {
                 set("peft_type", json!("IA3"));
@@ -351,9 +396,14 @@ impl AdapterConfig {
                 let init = if c.init_text.is_some() { "TEXT" } else { "RANDOM" };
                 set("prompt_tuning_init", json!(init));
                 set("prompt_tuning_init_text", json!(c.init_text));
-                set("tokenizer_name_or_path", c.init_text.as_ref().map_or(Value::Null, |_| json!(self.base)));
+                set(
+                    "tokenizer_name_or_path",
+                    c.init_text.as_ref().map_or(Value::Null, |_| json!(self.base)),
+                );
                 set("num_transformer_submodules", json!(1));
-                for (key, value) in ["token_dim", "num_attention_heads", "num_layers"].iter().zip(c.model) {
+                for (key, value) in
+                    ["token_dim", "num_attention_heads", "num_layers"].iter().zip(c.model)
+                {
                     set(key, json!(value));
                 }
             }
@@ -367,7 +417,8 @@ impl AdapterConfig {
 fn checked(config: LoraConfig) -> Result<LoraConfig> {
     let init = &config.init;
     if config.pissa().is_none() && !["true", "false", "gaussian"].contains(&init.as_str()) {
-        let message = format!("init_lora_weights = {init}: true, false, gaussian, pissa or pissa_niter_N");
+        let message =
+            format!("init_lora_weights = {init}: true, false, gaussian, pissa or pissa_niter_N");
         return Err(Error::Config(message));
     }
     if config.pissa().is_some() && (config.dropout > 0.0 || config.use_dora) {
@@ -391,6 +442,10 @@ pub fn pairs(key: &str, items: &Option<Vec<String>>) -> Result<Vec<(String, f64)
     };
     let items = items.iter().flatten();
     items
-        .map(|i| parse(i).ok_or_else(|| Error::Config(format!("{key}: \"{i}\" is not of the form pattern=number"))))
+        .map(|i| {
+            parse(i).ok_or_else(|| {
+                Error::Config(format!("{key}: \"{i}\" is not of the form pattern=number"))
+            })
+        })
         .collect()
 }

@@ -1,8 +1,8 @@
-//! Adapter folders: `adapter_config.json` and the weights (PEFT's `adapter_model.safetensors`, adapter-hub's
-//! `adapter.safetensors`), in and out. Floor 3.
+//! Adapter folders: `adapter_config.json` and the weights (PEFT's `adapter_model.safetensors`,
+//! adapter-hub's `adapter.safetensors`), in and out. Layer 5.
 //!
-//! Invariant: a folder that is read fits the model (names, shapes, finite values) or is an error that lists all that is
-//! wrong; [`write`] leaves a whole folder or the one that was there.
+//! Invariant: a folder that is read fits the model (names, shapes, finite values) or is an error
+//! that lists all that is wrong; [`write`] leaves a whole folder or the one that was there.
 
 use std::path::{Path, PathBuf};
 
@@ -10,11 +10,10 @@ use serde_json::Value;
 
 use super::config::{AdapterConfig, Kind};
 use super::{Adapter, bottleneck};
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::error::{Error, Result, nearest};
 use crate::fsio::{self, AtomicDir};
-use crate::model::config::ModelConfig;
-use crate::model::families::{ParamSpec, Role};
+use crate::model::layout::{ModelConfig, ParamSpec, Role};
 use crate::model::params::ParamSet;
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec};
 
@@ -33,7 +32,12 @@ pub struct Saved {
 impl Saved {
     pub fn whole(name: &str, shape: &[usize], i: usize) -> Saved {
         let width = shape.last().copied().unwrap_or(1);
-        Saved { name: name.into(), shape: shape.to_vec(), pieces: vec![(i, width)], by_columns: false }
+        Saved {
+            name: name.into(),
+            shape: shape.to_vec(),
+            pieces: vec![(i, width)],
+            by_columns: false,
+        }
     }
 
     pub fn numel(&self) -> usize {
@@ -50,13 +54,16 @@ impl Saved {
         if !self.by_columns {
             return Ok(parts.concat());
         }
-        let row = |r: usize| parts.iter().zip(&self.pieces).flat_map(move |(v, (_, w))| &v[r * w..(r + 1) * w]);
+        let row = |r: usize| {
+            parts.iter().zip(&self.pieces).flat_map(move |(v, (_, w))| &v[r * w..(r + 1) * w])
+        };
         Ok((0..self.shape[0]).flat_map(row).copied().collect())
     }
 
     /// The parameters' values, from the tensor's.
     pub fn split(&self, values: &[f32]) -> Vec<(usize, Vec<f32>)> {
-        let mut parts: Vec<(usize, Vec<f32>)> = self.pieces.iter().map(|p| (p.0, Vec::new())).collect();
+        let mut parts: Vec<(usize, Vec<f32>)> =
+            self.pieces.iter().map(|p| (p.0, Vec::new())).collect();
         let mut rest = values;
         if !self.by_columns {
             let each = values.len() / parts.len();
@@ -75,8 +82,15 @@ impl Saved {
 }
 
 impl Adapter {
-    /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with near names.
-    pub fn load(cx: &Cx, set: u32, dir: &Path, model: &ModelConfig, base: &ParamSet) -> Result<Adapter> {
+    /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with
+    /// near names.
+    pub fn load(
+        cx: &Cx,
+        set: u32,
+        dir: &Path,
+        model: &ModelConfig,
+        base: &ParamSet,
+    ) -> Result<Adapter> {
         let config = AdapterConfig::load(dir)?;
         if config.task != model.task.peft_name() {
             let message = format!(
@@ -86,7 +100,8 @@ impl Adapter {
             );
             return Err(Error::model(dir, message));
         }
-        let adapter = Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
+        let adapter =
+            Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
         adapter.copy_biases(model, base)?;
         adapter.set_principal(base, 0, false)?;
         let file = SafeFolder::open_file(dir.join(adapter.weights_file()))?;
@@ -98,7 +113,9 @@ impl Adapter {
     fn read_values(&self, file: &SafeFolder, dir: &Path) -> Result<()> {
         let mut problems = Vec::new();
         let names: Vec<&str> = file.names().collect();
-        let in_file = |spec: &&(ParamSpec, usize)| !matches!(spec.0.role, Role::InitialA(_) | Role::InitialB(_));
+        let in_file = |spec: &&(ParamSpec, usize)| {
+            !matches!(spec.0.role, Role::InitialA(_) | Role::InitialB(_))
+        };
         for (spec, _) in self.params.specs.iter().filter(in_file) {
             match file.get(&spec.name) {
                 None if spec.is_base_bias() => {} // a bias that is not trained is the base's
@@ -107,14 +124,18 @@ impl Adapter {
                     let near = near.map(|n| format!("; the file has {n}")).unwrap_or_default();
                     problems.push(format!("missing: {} {:?}{near}", spec.name, spec.shape));
                 }
-                Some(view) if view.shape != spec.shape => problems
-                    .push(format!("shape: {} is {:?}, for this model it is {:?}", spec.name, view.shape, spec.shape)),
+                Some(view) if view.shape != spec.shape => problems.push(format!(
+                    "shape: {} is {:?}, for this model it is {:?}",
+                    spec.name, view.shape, spec.shape
+                )),
                 Some(_) => {}
             }
         }
         let known: Vec<&str> = self.params.specs.iter().map(|(s, _)| s.name.as_str()).collect();
         for name in names.iter().filter(|n| !known.contains(n)) {
-            let near = nearest(name, known.iter().copied()).map(|n| format!("; near: {n}")).unwrap_or_default();
+            let near = nearest(name, known.iter().copied())
+                .map(|n| format!("; near: {n}"))
+                .unwrap_or_default();
             problems.push(format!("unexpected: {name}{near}"));
         }
         if !problems.is_empty() {
@@ -137,15 +158,18 @@ impl Adapter {
             values.resize(view.len(), 0.0);
             view.to_f32_into(&mut values)?;
             if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-                return Err(Error::model(dir, format!("{} is NaN or infinite at value {at}", spec.name)));
+                return Err(Error::model(
+                    dir,
+                    format!("{} is NaN or infinite at value {at}", spec.name),
+                ));
             }
             self.params.store(i, &values)?;
         }
         Ok(())
     }
 
-    /// What of the adapter goes into its file. A bias that is not trained stays out; PiSSA's pairs are joined, which makes
-    /// them a plain LoRA on the base as it is.
+    /// What of the adapter goes into its file. A bias that is not trained stays out; PiSSA's pairs
+    /// are joined, which makes them a plain LoRA on the base as it is.
     pub fn saved(&self) -> Vec<Saved> {
         let mut all: Vec<Saved> = Vec::new();
         for (i, (spec, _)) in self.params.specs.iter().enumerate() {
@@ -182,7 +206,8 @@ impl Adapter {
     }
 }
 
-/// Writes a folder that `peft` loads, with the tokenizer's files beside it. `values` gives a parameter's values by index.
+/// Writes a folder that `peft` loads, with the tokenizer's files beside it. `values` gives a
+/// parameter's values by index.
 pub fn write(
     dir: &Path,
     adapter: &Adapter,
@@ -195,16 +220,24 @@ pub fn write(
         .iter()
         .map(|s| TensorSpec { name: s.name.clone(), dtype: HostDtype::F32, shape: s.shape.clone() })
         .collect();
-    safetensors::write(out.tmp().join(adapter.weights_file()), &tensors, &[("format", "pt")], &mut |at, _| {
-        let values = saved[at].join(values)?;
-        match values.iter().position(|v| !v.is_finite()) {
-            Some(i) => Err(Error::model(
-                dir,
-                format!("{} is NaN or infinite at value {i}; nothing was written", saved[at].name),
-            )),
-            None => HostDtype::F32.encode(&values),
-        }
-    })?;
+    safetensors::write(
+        out.tmp().join(adapter.weights_file()),
+        &tensors,
+        &[("format", "pt")],
+        &mut |at, _| {
+            let values = saved[at].join(values)?;
+            match values.iter().position(|v| !v.is_finite()) {
+                Some(i) => Err(Error::model(
+                    dir,
+                    format!(
+                        "{} is NaN or infinite at value {i}; nothing was written",
+                        saved[at].name
+                    ),
+                )),
+                None => HostDtype::F32.encode(&values),
+            }
+        },
+    )?;
     for file in tokenizer_files {
         let Some(name) = file.file_name() else { continue };
         fsio::atomic_write(out.tmp().join(name), &fsio::read(file)?)?;

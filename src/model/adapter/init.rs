@@ -1,24 +1,32 @@
-//! The values an adapter starts from: PEFT's initialisations, and adapter-hub's. Floor 3.
+//! The values an adapter starts from: PEFT's initialisations, and adapter-hub's. Layer 5.
 //!
-//! Invariant: values are a function of (seed, parameter, index) and, where a method asks for it, of the base's weights.
+//! Invariant: values are a function of (seed, parameter, index) and, where a method asks for it, of
+//! the base's weights.
 
 use super::config::Kind;
 use super::pissa::principal;
 use super::{Adapter, base_name};
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::error::{Error, Result};
-use crate::model::config::ModelConfig;
-use crate::model::families::{Part, Role};
+use crate::model::layout::{ModelConfig, Part, Role};
 use crate::model::params::{ParamSet, normals, uniforms};
 
 impl Adapter {
-    pub(super) fn initialise(&self, cx: &Cx, model: &ModelConfig, base: &ParamSet, seed: u64) -> Result<()> {
+    pub(super) fn initialise(
+        &self,
+        cx: &Cx,
+        model: &ModelConfig,
+        base: &ParamSet,
+        seed: u64,
+    ) -> Result<()> {
         let init = match &self.config.kind {
             Kind::Lora(c) => c.init.as_str(),
             Kind::Bottleneck(c) => c.init.as_str(),
             Kind::Ia3(_) | Kind::Prompt(_) => "true",
         };
-        let scaled = |p: usize, n: usize, by: f32| normals(seed, p as u32, n).into_iter().map(|v| v * by).collect();
+        let scaled = |p: usize, n: usize, by: f32| {
+            normals(seed, p as u32, n).into_iter().map(|v| v * by).collect()
+        };
         for (p, (spec, _)) in self.params.specs.iter().enumerate() {
             let n = spec.len();
             // kaiming_uniform(a = sqrt(5)): uniform within 1 / sqrt(fan_in)
@@ -53,22 +61,27 @@ impl Adapter {
         self.set_magnitudes()
     }
 
-    /// PiSSA: the pair that is taken out of each weight and, for a new adapter, the one that is trained from there.
+    /// PiSSA: the pair that is taken out of each weight and, for a new adapter, the one that is
+    /// trained from there.
     pub(super) fn set_principal(&self, base: &ParamSet, seed: u64, trained: bool) -> Result<()> {
         let Kind::Lora(config) = &self.config.kind else { return Ok(()) };
         let Some(rounds) = config.pissa() else { return Ok(()) };
         let place = |layer, role| {
-            let found = self.params.specs.iter().position(|(s, _)| (s.layer, s.role) == (layer, role));
+            let found =
+                self.params.specs.iter().position(|(s, _)| (s.layer, s.role) == (layer, role));
             found.ok_or_else(|| Error::op("pissa", format!("no {role:?} in layer {layer:?}")))
         };
         for (p, (spec, _)) in self.params.specs.iter().enumerate() {
             let (Role::InitialA(proj), Some(layer)) = (spec.role, spec.layer) else { continue };
-            let weight = base.specs.iter().position(|(s, _)| (s.layer, s.role) == (spec.layer, proj.role()));
-            let weight = weight.ok_or_else(|| Error::op("pissa", format!("the model has no {proj:?}")))?;
+            let weight =
+                base.specs.iter().position(|(s, _)| (s.layer, s.role) == (spec.layer, proj.role()));
+            let weight =
+                weight.ok_or_else(|| Error::op("pissa", format!("the model has no {proj:?}")))?;
             let view = base.weight_view(weight)?;
             let (shape, rank) = ((view.row_count(), view.cols()), spec.shape[0]);
             let scale = super::scale(config, (layer, proj), rank)?;
-            let (a, mut b) = principal(&view.to_f32()?, shape, rank, scale, rounds, (seed, p as u32))?;
+            let (a, mut b) =
+                principal(&view.to_f32()?, shape, rank, scale, rounds, (seed, p as u32))?;
             self.params.store(p, &a)?;
             self.params.store(place(spec.layer, Role::InitialB(proj))?, &b)?;
             if trained {
@@ -80,9 +93,12 @@ impl Adapter {
         Ok(())
     }
 
-    /// Biases that are not trained, but lie in a unit with some that are, are the base's: no file holds them.
+    /// Biases that are not trained, but lie in a unit with some that are, are the base's: no file
+    /// holds them.
     pub(super) fn copy_biases(&self, model: &ModelConfig, base: &ParamSet) -> Result<()> {
-        for (p, (spec, _)) in self.params.specs.iter().enumerate().filter(|(_, (s, _))| s.is_base_bias()) {
+        for (p, (spec, _)) in
+            self.params.specs.iter().enumerate().filter(|(_, (s, _))| s.is_base_bias())
+        {
             self.params.store(p, &copied(base, &spec.name, model)?)?;
         }
         Ok(())
@@ -94,10 +110,9 @@ impl Adapter {
             let (Role::Magnitude(proj), Some(layer)) = (spec.role, spec.layer) else { continue };
             let site = self.site(layer, proj.leader());
             let segment = site.and_then(|s| {
-                let at = s
-                    .output_scales
-                    .iter()
-                    .position(|(_, v)| Some(v.address()) == self.params.weight_view(p).ok().map(|t| t.address()))?;
+                let at = s.output_scales.iter().position(|(_, v)| {
+                    Some(v.address()) == self.params.weight_view(p).ok().map(|t| t.address())
+                })?;
                 Some((s.norm.as_ref()?, s.output_scales[at].0))
             });
             let Some((norm, from)) = segment else {

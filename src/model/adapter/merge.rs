@@ -1,65 +1,84 @@
-//! An adapter folded into the weights of its base. Floor 3.
+//! An adapter folded into the weights of its base. Layer 5.
 //!
-//! Invariant: merging is done in f32, and the merged model is the adapted one up to the rounding of what is stored.
+//! Invariant: merging is done in f32, and the merged model is the adapted one up to the rounding of
+//! what is stored.
 
 use super::config::Kind;
 use super::{Adapter, LEADERS, base_name, members, merged, proj_shape};
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::error::{Error, Result};
-use crate::model::config::{ModelConfig, Task};
 use crate::model::decoder::Decoder;
-use crate::model::families::{ParamSpec, Proj, Role};
+use crate::model::layout::{ModelConfig, ParamSpec, Proj, Role, Task};
 
 /// Errors for a kind of adapter that no weight of the base can hold.
 pub fn mergeable(adapter: &Adapter) -> Result<()> {
     let why = match adapter.config.kind {
         Kind::Lora(_) | Kind::Ia3(_) => return Ok(()),
         Kind::Prompt(_) => "a tuned prompt is rows before the sequence, and part of no weight",
-        Kind::Bottleneck(_) => "a bottleneck adapter is a layer with a non-linearity, and part of no weight",
+        Kind::Bottleneck(_) => {
+            "a bottleneck adapter is a layer with a non-linearity, and part of no weight"
+        }
     };
     Err(Error::Config(format!("merge: {why}; use the adapter's folder as it is, beside its base")))
 }
 
-/// The config of the merged model: a head of its own, where the adapter parts a tied one from its embedding.
+/// The config of the merged model: a head of its own, where the adapter parts a tied one from its
+/// embedding.
 pub fn merged_config(model: &Decoder) -> ModelConfig {
     let mut config = model.config.clone();
-    let brings = |role| model.adapter.as_ref().is_some_and(|a| matches!(a.params.unit(None, role), Ok(Some(_))));
+    let brings = |role| {
+        model.adapter.as_ref().is_some_and(|a| matches!(a.params.unit(None, role), Ok(Some(_))))
+    };
     if config.task == Task::CausalLm && (brings(Role::Head) || brings(Role::Embed)) {
         config.tie_word_embeddings = false;
     }
     config
 }
 
-/// The merged values of one of the merged model's parameters, f32. The context is f32. Errors: a model without an adapter.
+/// The merged values of one of the merged model's parameters, f32. The context is f32. Errors: a
+/// model without an adapter.
 pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f32>> {
-    let Some(adapter) = &model.adapter else { return Err(Error::op("merge", "the model has no adapter")) };
-    if let Some(i) = adapter.params.specs.iter().position(|(s, _)| base_name(&s.name) == spec.name) {
+    let Some(adapter) = &model.adapter else {
+        return Err(Error::op("merge", "the model has no adapter"));
+    };
+    if let Some(i) = adapter.params.specs.iter().position(|(s, _)| base_name(&s.name) == spec.name)
+    {
         return adapter.params.weight_view(i)?.to_f32();
     }
     let stored = match spec.role {
-        // A head that is no longer tied, because the embedding alone was trained, is the old embedding.
+        // A head that is no longer tied, because the embedding alone was trained, is the old
+        // embedding.
         Role::Head if model.config.tie_word_embeddings => "model.embed_tokens.weight",
         _ => spec.name.as_str(),
     };
     let found = model.params.specs.iter().position(|(s, _)| s.name == stored);
     let i = found.ok_or_else(|| Error::op("merge", format!("{} has no place", spec.name)))?;
     let mut values = model.params.weight_view(i)?.to_f32()?;
-    let (Some(layer), Some((proj, bias))) = (spec.layer, projection(spec.role)) else { return Ok(values) };
+    let (Some(layer), Some((proj, bias))) = (spec.layer, projection(spec.role)) else {
+        return Ok(values);
+    };
     let Some(site) = adapter.site(layer, proj.leader()) else { return Ok(values) };
     let (rows, cols) = proj_shape(&model.config, proj);
-    let from: usize =
-        members(proj.leader()).iter().take_while(|p| **p != proj).map(|p| proj_shape(&model.config, *p).0).sum();
+    let from: usize = members(proj.leader())
+        .iter()
+        .take_while(|p| **p != proj)
+        .map(|p| proj_shape(&model.config, *p).0)
+        .sum();
     if let (false, Some(lora)) = (bias, &site.lora) {
         let mut w = model.params.weight_view(i)?;
         // PiSSA has two segments over the same columns.
-        for (segment, b) in lora.pairs.segments.iter().zip(&lora.pairs.b).filter(|(s, _)| s.from == from) {
+        for (segment, b) in
+            lora.pairs.segments.iter().zip(&lora.pairs.b).filter(|(s, _)| s.from == from)
+        {
             w = merged(cx, &w, lora, segment, b)?;
         }
         values = w.to_f32()?;
     }
     if let (false, Some(vector)) = (bias, &site.input_scale) {
         let scale = vector.to_f32()?;
-        values.chunks_exact_mut(cols).for_each(|row| row.iter_mut().zip(&scale).for_each(|(v, s)| *v *= s));
+        values
+            .chunks_exact_mut(cols)
+            .for_each(|row| row.iter_mut().zip(&scale).for_each(|(v, s)| *v *= s));
     }
     for (start, vector) in site.output_scales.iter().filter(|(start, _)| *start == from) {
         // DoRA's magnitude leaves the bias alone, IA3's vector does not.
@@ -72,7 +91,10 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
             scale.iter_mut().zip(norm).for_each(|(s, n)| *s /= n);
         }
         let width = if bias { 1 } else { cols };
-        values.chunks_exact_mut(width).zip(scale).for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
+        values
+            .chunks_exact_mut(width)
+            .zip(scale)
+            .for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
     }
     Ok(values)
 }
@@ -91,6 +113,8 @@ fn projection(role: Role) -> Option<(Proj, bool)> {
     };
     match bias {
         Some(proj) => Some((proj, true)),
-        None => LEADERS.iter().flat_map(|l| members(*l)).find(|p| p.role() == role).map(|p| (*p, false)),
+        None => {
+            LEADERS.iter().flat_map(|l| members(*l)).find(|p| p.role() == role).map(|p| (*p, false))
+        }
     }
 }

@@ -1,8 +1,9 @@
-//! Adapters: parameters of their own beside a frozen model. Floor 3.
+//! Adapters: parameters of their own beside a frozen model. Layer 5.
 //!
-//! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (its arena, gradients and moments are its
-//! own) and a [`Site`] for each group of projections that share an input; the decoder asks the site, and knows no kind.
-//! Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's set.
+//! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (its arena,
+//! gradients and moments are its own) and a [`Site`] for each group of projections that share an
+//! input; the decoder asks the site, and knows no kind. Modules that are trained whole
+//! (`modules_to_save`, biases) are copies in the adapter's set.
 
 pub mod bottleneck;
 pub mod config;
@@ -12,21 +13,20 @@ pub mod merge;
 mod pissa;
 pub mod target;
 
+use bottleneck::Bottleneck;
+use config::{AdapterConfig, Kind, LoraConfig};
+use target::{bound, by_pattern, module_name};
+
+use crate::autograd::{Cx, add_into};
 use crate::config::LoraBias;
-use crate::cx::Cx;
 use crate::device::Layout;
 use crate::error::{Error, Result, nearest};
-use crate::model::config::ModelConfig;
-use crate::model::families::{ParamSpec, Place, Proj, Role, expected_params};
+use crate::model::layout::{ModelConfig, ParamSpec, Place, Proj, Role, expected_params};
 use crate::model::params::{ParamSet, Tuning};
-use crate::ops::add::add_into;
 use crate::ops::lora::{Pairs, Segment};
 use crate::ops::matmul::product;
 use crate::ops::scale::{constant, row_norms};
 use crate::tensor::Tensor;
-use bottleneck::Bottleneck;
-use config::{AdapterConfig, Kind, LoraConfig};
-use target::{bound, by_pattern, module_name};
 
 /// PEFT's prefix of every name.
 pub const PREFIX: &str = "base_model.model.";
@@ -48,7 +48,8 @@ pub struct Site {
     pub lora: Option<LoraSite>,
     /// IA3 on outputs, DoRA's magnitudes: first column and vector.
     pub output_scales: Vec<(usize, Tensor)>,
-    /// F32 [n]: DoRA's lengths of the rows of W + s B A, as of the last [`Adapter::refresh`]; 1 where there is no LoRA.
+    /// F32 [n]: DoRA's lengths of the rows of W + s B A, as of the last [`Adapter::refresh`]; 1
+    /// where there is no LoRA.
     pub norm: Option<Tensor>,
 }
 
@@ -78,7 +79,8 @@ pub fn members(leader: Proj) -> &'static [Proj] {
 }
 
 impl Adapter {
-    /// A new adapter over `base`, with the values it starts from. Biases and modules to save are copied from the base.
+    /// A new adapter over `base`, with the values it starts from. Biases and modules to save are
+    /// copied from the base.
     pub fn new(
         cx: &Cx,
         set: u32,
@@ -92,7 +94,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// The adapter's parameters laid out, all zero but for copies, which a load or [`Adapter::new`] fills.
+    /// The adapter's parameters laid out, all zero but for copies, which a load or [`Adapter::new`]
+    /// fills.
     fn zeros(cx: &Cx, set: u32, config: AdapterConfig, model: &ModelConfig) -> Result<Adapter> {
         let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
         let mut adapter = Adapter { config, params, sites: Vec::new(), bottlenecks: Vec::new() };
@@ -125,8 +128,13 @@ impl Adapter {
         };
         self.params.tune(|spec| Tuning {
             trainable: !matches!(spec.role, Role::InitialA(_) | Role::InitialB(_))
-                && (!spec.role.is_bias() || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name))),
-            lr_scale: if matches!(spec.role, Role::LoraB(_)) || spec.shape.len() == 1 { ratio } else { 1.0 },
+                && (!spec.role.is_bias()
+                    || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name))),
+            lr_scale: if matches!(spec.role, Role::LoraB(_)) || spec.shape.len() == 1 {
+                ratio
+            } else {
+                1.0
+            },
         });
         Ok(())
     }
@@ -141,8 +149,8 @@ impl Adapter {
         self.bottlenecks.get(layer).and_then(|b| b[usize::from(place == Place::Mlp)].as_ref())
     }
 
-    /// Whether the model with the adapter is the model without it, as the adapter was new: then the reference of a
-    /// preference or RL method is the adapter switched off.
+    /// Whether the model with the adapter is the model without it, as the adapter was new: then the
+    /// reference of a preference or RL method is the adapter switched off.
     pub fn starts_at_zero(&self) -> bool {
         let plain = match &self.config.kind {
             Kind::Lora(c) => c.init != "false",
@@ -156,7 +164,10 @@ impl Adapter {
     /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
     pub fn count(&self) -> usize {
         let specs = self.params.specs.iter().map(|(s, _)| s);
-        specs.filter(|s| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_))).map(|s| s.len()).sum()
+        specs
+            .filter(|s| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_)))
+            .map(|s| s.len())
+            .sum()
     }
 
     pub fn dropout(&self) -> f32 {
@@ -166,7 +177,8 @@ impl Adapter {
         }
     }
 
-    /// Makes what is derived from the values: DoRA's row lengths. Call it whenever values or the base have changed.
+    /// Makes what is derived from the values: DoRA's row lengths. Call it whenever values or the
+    /// base have changed.
     pub fn refresh(&self, cx: &Cx, base: &ParamSet) -> Result<()> {
         for (layer, sites) in self.sites.iter().enumerate() {
             for (site, leader) in sites.iter().zip(LEADERS) {
@@ -175,7 +187,8 @@ impl Adapter {
                 for (segment, b) in lora.pairs.segments.iter().zip(&lora.pairs.b) {
                     let w = weight.rows(segment.from, segment.from + segment.cols)?;
                     let whole = merged(cx, &w, lora, segment, b)?;
-                    norm.rows(segment.from, segment.from + segment.cols)?.copy_from(&row_norms(cx, &whole)?)?;
+                    norm.rows(segment.from, segment.from + segment.cols)?
+                        .copy_from(&row_norms(cx, &whole)?)?;
                 }
             }
         }
@@ -189,7 +202,8 @@ impl Adapter {
         let (mut segments, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
         for proj in members(leader) {
             let (cols, _) = proj_shape(model, *proj);
-            if let (Some(pair), Kind::Lora(config)) = (unit(Role::LoraB(*proj))?, &self.config.kind) {
+            if let (Some(pair), Kind::Lora(config)) = (unit(Role::LoraB(*proj))?, &self.config.kind)
+            {
                 let rank = pair.cols();
                 let scale = scale(config, (layer, *proj), rank)?;
                 segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
@@ -211,7 +225,9 @@ impl Adapter {
         for proj in members(leader) {
             // PiSSA: what stays as it was is more ranks, behind all that are trained.
             let (cols, _) = proj_shape(model, *proj);
-            if let (Some(pair), Kind::Lora(config)) = (unit(Role::InitialB(*proj))?, &self.config.kind) {
+            if let (Some(pair), Kind::Lora(config)) =
+                (unit(Role::InitialB(*proj))?, &self.config.kind)
+            {
                 let rank = pair.cols();
                 let scale = scale(config, (layer, *proj), rank)?;
                 segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
@@ -225,7 +241,11 @@ impl Adapter {
             if config.use_dora {
                 site.norm = Some(constant(cx, &vec![1.0; from])?);
             }
-            site.lora = Some(LoraSite { pairs: Pairs { a, b, segments, scale }, scales, dropout: config.dropout });
+            site.lora = Some(LoraSite {
+                pairs: Pairs { a, b, segments, scale },
+                scales,
+                dropout: config.dropout,
+            });
         }
         Ok(site)
     }
@@ -239,7 +259,11 @@ impl Adapter {
 
     /// Drops nothing in training; the config keeps what it says.
     pub fn disable_dropout(&mut self) {
-        self.sites.iter_mut().flatten().filter_map(|s| s.lora.as_mut()).for_each(|l| l.dropout = 0.0);
+        self.sites
+            .iter_mut()
+            .flatten()
+            .filter_map(|s| s.lora.as_mut())
+            .for_each(|l| l.dropout = 0.0);
     }
 
     /// The adapter with values of its own, as set `set`: a reference that stays.
@@ -251,7 +275,13 @@ impl Adapter {
 }
 
 /// W + s B A of a segment's rows, F32: what a merge writes and DoRA measures.
-pub fn merged(cx: &Cx, w: &Tensor, lora: &LoraSite, segment: &Segment, b: &Tensor) -> Result<Tensor> {
+pub fn merged(
+    cx: &Cx,
+    w: &Tensor,
+    lora: &LoraSite,
+    segment: &Segment,
+    b: &Tensor,
+) -> Result<Tensor> {
     let whole = cx.float("merged weight", w.shape())?;
     add_into(cx, &whole, w, false)?;
     let rank = (segment.rank_from, segment.rank_from + segment.rank);
@@ -283,7 +313,8 @@ pub fn proj_shape(model: &ModelConfig, proj: Proj) -> (usize, usize) {
     }
 }
 
-/// Every parameter of an adapter under PEFT's names, in arena order: all A, then all B and vectors, then copies.
+/// Every parameter of an adapter under PEFT's names, in arena order: all A, then all B and vectors,
+/// then copies.
 pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec<ParamSpec>> {
     let mut first = Vec::new();
     let mut second = Vec::new();
@@ -296,7 +327,9 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
                 let (out, input) = proj_shape(model, proj);
                 let rank = by_pattern(&c.rank_pattern, &name)?.map_or(c.r, |r| r as usize);
                 if rank == 0 {
-                    return Err(Error::Config(format!("{name}: rank 0 learns nothing; give at least 1")));
+                    return Err(Error::Config(format!(
+                        "{name}: rank 0 learns nothing; give at least 1"
+                    )));
                 }
                 let spec = |part: &str, role, shape: &[usize]| ParamSpec {
                     name: format!("{PREFIX}{name}.{part}"),
@@ -327,8 +360,12 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
                 let (out, input) = proj_shape(model, proj);
                 let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
                 if feeds && members(proj.leader()).len() > 1 {
-                    let message = "shares its input with its neighbours; scale its output, not its input";
-                    return Err(Error::Config(format!("feedforward_modules: {} {message}", proj.module())));
+                    let message =
+                        "shares its input with its neighbours; scale its output, not its input";
+                    return Err(Error::Config(format!(
+                        "feedforward_modules: {} {message}",
+                        proj.module()
+                    )));
                 }
                 second.push(ParamSpec {
                     name: format!("{PREFIX}{}.ia3_l", module_name((layer, proj))),
@@ -339,7 +376,8 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             }
         }
     }
-    // The A of projections that share an input are one matrix: those that are trained, then PiSSA's that are not.
+    // The A of projections that share an input are one matrix: those that are trained, then PiSSA's
+    // that are not.
     first.sort_by_key(|s: &ParamSpec| match s.role {
         Role::LoraA(p) => (s.layer, p.leader(), false),
         Role::InitialA(p) => (s.layer, p.leader(), true),
@@ -349,21 +387,35 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     let mut copies: Vec<ParamSpec> = Vec::new();
     for name in &config.modules_to_save {
         let is = |spec: &&ParamSpec| {
-            let module = spec.name.strip_suffix(".weight").or(spec.name.strip_suffix(".bias")).unwrap_or(&spec.name);
+            let module = spec
+                .name
+                .strip_suffix(".weight")
+                .or(spec.name.strip_suffix(".bias"))
+                .unwrap_or(&spec.name);
             module.ends_with(name.as_str()) // as PEFT matches: "norm" is every norm
         };
         let mut found: Vec<ParamSpec> = base.iter().filter(is).cloned().collect();
         if name == "lm_head" && model.tie_word_embeddings {
             // PEFT's copy of a tied head is a parameter of its own.
             let shape = vec![model.vocab_size, model.hidden_size];
-            found.push(ParamSpec { name: "lm_head.weight".into(), shape, role: Role::Head, layer: None });
+            found.push(ParamSpec {
+                name: "lm_head.weight".into(),
+                shape,
+                role: Role::Head,
+                layer: None,
+            });
         }
         if found.is_empty() {
-            let mut modules: Vec<&str> = base.iter().filter_map(|s| s.name.rsplit('.').nth(1)).collect();
+            let mut modules: Vec<&str> =
+                base.iter().filter_map(|s| s.name.rsplit('.').nth(1)).collect();
             modules.sort();
             modules.dedup();
-            let near = nearest(name, modules.iter().copied()).map(|n| format!("; did you mean {n}?"));
-            let message = format!("modules_to_save: the model has no module {name}{}", near.unwrap_or_default());
+            let near =
+                nearest(name, modules.iter().copied()).map(|n| format!("; did you mean {n}?"));
+            let message = format!(
+                "modules_to_save: the model has no module {name}{}",
+                near.unwrap_or_default()
+            );
             return Err(Error::Config(message));
         }
         if found.iter().any(|s| Proj::ALL.iter().any(|p| p.role() == s.role)) {
@@ -384,7 +436,8 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             .filter(|s| s.role.is_bias() && (bias == LoraBias::All || adapted(s)))
             .map(|s| (s.layer, crate::model::params::unit_role(s.role)))
             .collect();
-        let in_unit = |s: &&ParamSpec| wanted.contains(&(s.layer, crate::model::params::unit_role(s.role)));
+        let in_unit =
+            |s: &&ParamSpec| wanted.contains(&(s.layer, crate::model::params::unit_role(s.role)));
         copies.extend(base.iter().filter(|s| s.role.is_bias()).filter(in_unit).cloned());
     }
     copies.dedup_by(|a, b| a.name == b.name);

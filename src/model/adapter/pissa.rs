@@ -1,13 +1,15 @@
-//! PiSSA: LoRA that starts as the base's largest singular directions. Floor 3.
+//! PiSSA: LoRA that starts as the base's largest singular directions. Layer 5.
 //!
-//! W = U S V^T; A_0 = sqrt(S_r / s) V_r^T, B_0 = U_r sqrt(S_r / s), and what is trained is W - s B_0 A_0 + s B A, from
-//! A = A_0, B = B_0 (Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language
-//! Models", 2024). `pissa_niter_N`: the r largest by N rounds of subspace iteration from a random start (Halko,
-//! Martinsson, Tropp, "Finding structure with randomness", 2011, algorithm 4.4).
+//! W = U S V^T; A_0 = sqrt(S_r / s) V_r^T, B_0 = U_r sqrt(S_r / s), and what is trained is W - s
+//! B_0 A_0 + s B A, from A = A_0, B = B_0 (Meng, Wang, Zhang, "PiSSA: Principal Singular Values and
+//! Singular Vectors Adaptation of Large Language Models", 2024). `pissa_niter_N`: the r largest by
+//! N rounds of subspace iteration from a random start (Halko, Martinsson, Tropp, "Finding structure
+//! with randomness", 2011, algorithm 4.4).
 //!
-//! Invariant: the base keeps its bits. The pair that is taken out of it stays beside the trained one, frozen and with B
-//! negated, as further ranks of the same product: the residual is never stored, the model without the adapter is the
-//! reference, and what is saved is the plain LoRA of rank 2 r that PEFT makes of a PiSSA adapter when it converts one.
+//! Invariant: the base keeps its bits. The pair that is taken out of it stays beside the trained
+//! one, frozen and with B negated, as further ranks of the same product: the residual is never
+//! stored, the model without the adapter is the reference, and what is saved is the plain LoRA of
+//! rank 2 r that PEFT makes of a PiSSA adapter when it converts one.
 
 use nalgebra::DMatrix;
 
@@ -24,7 +26,9 @@ pub fn principal(
     seed: (u64, u32),
 ) -> Result<(Vec<f32>, Vec<f32>)> {
     if rank > rows.min(cols) {
-        let message = format!("init_lora_weights=pissa: rank {rank} of a {rows} x {cols} weight; lower lora_r");
+        let message = format!(
+            "init_lora_weights=pissa: rank {rank} of a {rows} x {cols} weight; lower lora_r"
+        );
         return Err(Error::Config(message));
     }
     let w = DMatrix::from_row_iterator(rows, cols, w.iter().map(|v| f64::from(*v)));
@@ -53,12 +57,16 @@ type Svd = (DMatrix<f64>, Vec<f64>, DMatrix<f64>);
 
 /// Singular values fall.
 fn svd(w: DMatrix<f64>) -> Result<Svd> {
-    let svd = w.try_svd(true, true, f64::EPSILON, 0).and_then(|s| Some((s.u?, s.singular_values, s.v_t?)));
-    let (u, s, vt) = svd.ok_or_else(|| Error::op("pissa", "the singular values of a weight did not converge"))?;
+    let svd = w
+        .try_svd(true, true, f64::EPSILON, 0)
+        .and_then(|s| Some((s.u?, s.singular_values, s.v_t?)));
+    let (u, s, vt) =
+        svd.ok_or_else(|| Error::op("pissa", "the singular values of a weight did not converge"))?;
     Ok((u, s.iter().copied().collect(), vt))
 }
 
-/// `pissa` and `pissa_niter_N`: how many rounds, None for the exact one. None: another initialisation.
+/// `pissa` and `pissa_niter_N`: how many rounds, None for the exact one. None: another
+/// initialisation.
 pub fn rounds(init: &str) -> Option<Option<usize>> {
     match init {
         "pissa" => Some(None),
@@ -81,13 +89,18 @@ mod tests {
         let square = |v: &[f32]| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
         let rest = |niter| {
             let (a, b) = principal(&w, (rows, cols), r, 2.0, niter, (7, 0)).unwrap();
-            let left =
-                |i: usize| w[i] + 2.0 * (0..r).map(|j| b[i / cols * r + j] * a[j * cols + i % cols]).sum::<f32>();
+            let left = |i: usize| {
+                w[i] + 2.0
+                    * (0..r).map(|j| b[i / cols * r + j] * a[j * cols + i % cols]).sum::<f32>()
+            };
             square(&(0..rows * cols).map(left).collect::<Vec<_>>()) / square(&w)
         };
         let (exact, near) = (rest(None), rest(Some(4)));
         assert!(exact < 1e-3 && (near / exact - 1.0).abs() < 1e-3, "{exact:e} {near:e}");
         assert!(principal(&w, (rows, cols), 25, 1.0, None, (7, 0)).is_err());
-        assert_eq!((rounds("pissa"), rounds("pissa_niter_4"), rounds("true")), (Some(None), Some(Some(4)), None));
+        assert_eq!(
+            (rounds("pissa"), rounds("pissa_niter_4"), rounds("true")),
+            (Some(None), Some(Some(4)), None)
+        );
     }
 }

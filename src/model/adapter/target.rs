@@ -1,13 +1,13 @@
-//! Which modules an adapter binds: PEFT's rules for names, patterns, ranks and alphas. Floor 3.
+//! Which modules an adapter binds: PEFT's rules for names, patterns, ranks and alphas. Layer 5.
 //!
-//! Invariant: a target that binds nothing is an error that lists near names; nothing is skipped silently.
+//! Invariant: a target that binds nothing is an error that lists near names; nothing is skipped
+//! silently.
 
 use regex::Regex;
 
 use super::config::Targets;
 use crate::error::{Error, Result, nearest};
-use crate::model::config::ModelConfig;
-use crate::model::families::Proj;
+use crate::model::layout::{ModelConfig, Proj};
 
 /// A projection of a block, by its place.
 pub type Module = (usize, Proj);
@@ -17,24 +17,35 @@ pub fn module_name((layer, proj): Module) -> String {
     format!("model.layers.{layer}.{}", proj.module())
 }
 
-/// The projections that `targets` names, in order of layers. Errors: a pattern that is none, a target that exists in no
-/// layer, nothing bound at all.
-pub fn bound(targets: &Targets, layers: Option<&[usize]>, config: &ModelConfig) -> Result<Vec<Module>> {
-    let all: Vec<Module> =
-        (0..config.num_layers).flat_map(|layer| Proj::ALL.into_iter().map(move |proj| (layer, proj))).collect();
+/// The projections that `targets` names, in order of layers. Errors: a pattern that is none, a
+/// target that exists in no layer, nothing bound at all.
+pub fn bound(
+    targets: &Targets,
+    layers: Option<&[usize]>,
+    config: &ModelConfig,
+) -> Result<Vec<Module>> {
+    let all: Vec<Module> = (0..config.num_layers)
+        .flat_map(|layer| Proj::ALL.into_iter().map(move |proj| (layer, proj)))
+        .collect();
     if let Some(bad) = layers.into_iter().flatten().find(|l| **l >= config.num_layers) {
-        return Err(Error::Config(format!("layers_to_transform: layer {bad}; the model has {}", config.num_layers)));
+        return Err(Error::Config(format!(
+            "layers_to_transform: layer {bad}; the model has {}",
+            config.num_layers
+        )));
     }
     let known: Vec<String> = all.iter().map(|m| module_name(*m)).collect();
     let fits: Vec<bool> = match targets {
         Targets::AllLinear => vec![true; all.len()],
         Targets::Pattern(pattern) => {
-            let regex = whole(pattern).map_err(|e| Error::Config(format!("lora_target_modules: {pattern}: {e}")))?;
+            let regex = whole(pattern)
+                .map_err(|e| Error::Config(format!("lora_target_modules: {pattern}: {e}")))?;
             known.iter().map(|name| regex.is_match(name)).collect()
         }
         Targets::Names(names) => {
-            let is = |name: &str, target: &str| name == target || name.ends_with(&format!(".{target}"));
-            let lost: Vec<&String> = names.iter().filter(|t| !known.iter().any(|n| is(n, t))).collect();
+            let is =
+                |name: &str, target: &str| name == target || name.ends_with(&format!(".{target}"));
+            let lost: Vec<&String> =
+                names.iter().filter(|t| !known.iter().any(|n| is(n, t))).collect();
             if !lost.is_empty() {
                 return Err(Error::Config(unbound(&lost)));
             }
@@ -62,15 +73,20 @@ fn unbound(lost: &[&String]) -> String {
         let near = nearest(name, short.iter().copied());
         let special = ["lm_head", "embed_tokens"].contains(&name.as_str());
         match near {
-            _ if special => format!("{name} takes no LoRA here; train it whole: lora_modules_to_save={name}"),
+            _ if special => {
+                format!("{name} takes no LoRA here; train it whole: lora_modules_to_save={name}")
+            }
             Some(near) => format!("{name} exists in no layer; did you mean {near}?"),
-            None => format!("{name} exists in no layer; there are {}, or all-linear", short.join(", ")),
+            None => {
+                format!("{name} exists in no layer; there are {}, or all-linear", short.join(", "))
+            }
         }
     };
     format!("lora_target_modules: {}", lost.iter().map(one).collect::<Vec<_>>().join("\n"))
 }
 
-/// The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`.
+/// The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and
+/// `alpha_pattern`.
 pub fn by_pattern(patterns: &[(String, f64)], module: &str) -> Result<Option<f64>> {
     for (pattern, value) in patterns {
         let regex = whole(&format!("(.*\\.)?({pattern})"))

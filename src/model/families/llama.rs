@@ -1,6 +1,7 @@
-//! Llama 2 and 3.x, SmolLM2, and the many folders that call themselves `llama`. Floor 3.
+//! Llama 2 and 3.x, SmolLM2, and the many folders that call themselves `llama`. Layer 5.
 //!
-//! Invariant: this is the decoder without switches; biases come only where config.json asks for them.
+//! Invariant: this is the decoder without switches; biases come only where config.json asks for
+//! them.
 
 use super::{Family, Switch, WindowRule};
 

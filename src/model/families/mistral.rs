@@ -1,4 +1,4 @@
-//! Mistral 7B and its kin. Floor 3.
+//! Mistral 7B and its kin. Layer 5.
 //!
 //! Invariant: one window for all layers, or none; no biases.
 

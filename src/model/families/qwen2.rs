@@ -1,4 +1,4 @@
-//! Qwen2 and Qwen2.5. Floor 3.
+//! Qwen2 and Qwen2.5. Layer 5.
 //!
 //! Invariant: q, k and v always have a bias, o never.
 

@@ -1,6 +1,7 @@
-//! Qwen3, the dense ones. Floor 3.
+//! Qwen3, the dense ones. Layer 5.
 //!
-//! Invariant: q and k are RMS-normed per head, over head_dim, before rope; head_dim is free of hidden_size / heads.
+//! Invariant: q and k are RMS-normed per head, over head_dim, before rope; head_dim is free of
+//! hidden_size / heads.
 
 use super::{Family, Switch, WindowRule};
 

@@ -1,31 +1,42 @@
-//! Which attention kernels run, and on what grid. Floor 2.
+//! Which attention kernels run, and on what grid. Layer 4.
 //!
-//! Invariant: the family depends on the context and the dtype alone, so forward, backward and decode agree.
+//! Invariant: the family depends on the context and the dtype alone, so forward, backward and
+//! decode agree.
 
 use super::plan::{AttnPlan, TILE};
 use super::{Numbers, PAGE};
-use crate::cx::{AttentionChoice, Cx};
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::Cx;
+use crate::config::AttentionChoice;
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::tensor::Tensor;
 
 fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     let bf16 = tensors[0].dtype() == DType::BF16;
     let chosen = match cx.attention {
-        AttentionChoice::Light => false,
+        AttentionChoice::Simt => false,
         AttentionChoice::Auto => bf16 && cx.device.is_cuda(),
         AttentionChoice::TensorCore => true,
     };
     if chosen && !bf16 {
         let what = tensors[0].dtype().name();
-        return Err(Error::op("attention", format!("tensor-core attention takes bfloat16, not {what}; choose light")));
+        return Err(Error::op(
+            "attention",
+            format!("tensor-core attention takes bfloat16, not {what}; choose simt"),
+        ));
     }
     if chosen && n.heads / n.kv_heads > TILE as i32 {
-        return Err(Error::op("attention", format!("more than {TILE} heads a key-value head; choose light")));
+        return Err(Error::op(
+            "attention",
+            format!("more than {TILE} heads a key-value head; choose simt"),
+        ));
     }
     // Rows are copied 16 bytes at once.
     match tensors.iter().find(|t| t.address() % 16 != 0 || t.stride() % 8 != 0) {
-        Some(t) if chosen => Err(Error::op("attention", format!("{t:?} has rows that are not 16-byte aligned"))),
+        Some(t) if chosen => {
+            Err(Error::op("attention", format!("{t:?} has rows that are not 16-byte aligned")))
+        }
         _ => Ok(chosen),
     }
 }
@@ -93,8 +104,11 @@ pub(super) fn paged(cx: &Cx, n: &Numbers, out: &Tensor, x: &[&Tensor]) -> Result
     debug_assert_eq!(PAGE, TILE);
     let (rows, ld, max_pages) = (qkv.row_count(), qkv.stride() as i32, pages.cols() as i32);
     let mma = tensor_cores(cx, n, &[qkv, cache])?;
-    let at =
-        if mma { blocks(rows * n.kv_heads as usize, 3 * TILE, n.d) } else { Launch::flat(rows * n.heads as usize) };
+    let at = if mma {
+        blocks(rows * n.kv_heads as usize, 3 * TILE, n.d)
+    } else {
+        Launch::flat(rows * n.heads as usize)
+    };
     let kernel = if mma { kernels::attention_mma_paged } else { kernels::attention_paged_fwd };
     kernel(
         &*cx.device,
@@ -130,7 +144,15 @@ pub(super) fn backward(
     let delta = &cx.scratch("attention delta", DType::F32, lse.shape())?;
     let (h, k, scale, softcap, window) = (n.heads, n.kv_heads, n.scale, n.softcap, n.window);
     let accumulate = i32::from(accumulate);
-    kernels::attention_delta(dev, Launch::flat(lse.numel()), n.d, delta.out(), dout, out, lse.numel() as i32)?;
+    kernels::attention_delta(
+        dev,
+        Launch::flat(lse.numel()),
+        n.d,
+        delta.out(),
+        dout,
+        out,
+        lse.numel() as i32,
+    )?;
     let (table, children) = (&t.segments, &t.children);
     if tensor_cores(cx, n, &[qkv, dqkv, dout])? {
         // Steps of 64 or 32 and the split in two: as in kernels/attention_mma.cu.
@@ -156,7 +178,8 @@ pub(super) fn backward(
             window,
             accumulate,
         )?;
-        let (step, parts) = (if n.d > 80 || n.d == 32 { 32 } else { 64 }, if n.d <= 128 { 1 } else { 2 });
+        let (step, parts) =
+            (if n.d > 80 || n.d == 32 { 32 } else { 64 }, if n.d <= 128 { 1 } else { 2 });
         let at = blocks(t.key_tiles.row_count() * k as usize * parts, 2 * (TILE + step), n.d);
         let tiles = &t.key_tiles;
         return kernels::attention_mma_dkv(

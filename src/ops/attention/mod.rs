@@ -1,20 +1,23 @@
-//! Causal attention over packed sequences with shared prompts, and over a paged KV cache. Floor 2.
+//! Causal attention over packed sequences with shared prompts, and over a paged KV cache. Layer 4.
 //!
-//! Invariant: a row's bits depend on its own sequence alone, and are the same in training, prefill and decode.
-//! Math, numerics and source: `kernels/attention.cu` (any dtype) and `kernels/attention_mma.cu` (bf16, tensor cores).
+//! Invariant: a row's bits depend on its own sequence alone, and are the same in training, prefill
+//! and decode. Math, numerics and source: `kernels/attention.cu` (any dtype) and
+//! `kernels/attention_mma.cu` (bf16, tensor cores).
 
 mod launch;
+pub mod oracle;
 mod plan;
-pub mod reference;
 
 use std::sync::Arc;
 
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::{Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Case, Rng};
+use crate::ops::expect_cols;
 use crate::tensor::Tensor;
+
 pub use plan::{AttnPlan, Segment};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,15 +37,22 @@ pub struct AttnShape {
 /// Positions in one KV block and rows in one page of the cache.
 pub const PAGE: usize = 64;
 
-/// Softmax attention of each row of `qkv` [N, (H + 2K) D] real (q | k | v, rope applied) over the rows before it in its
-/// sequence, as `plan` tells; [N, H D] real. Error if the widths do not fit or D has no kernel.
-pub fn attention(cx: &mut Cx, qkv: &Tensor, plan: &Arc<AttnPlan>, shape: AttnShape) -> Result<Tensor> {
+/// Softmax attention of each row of `qkv` [N, (H + 2K) D] real (q | k | v, rope applied) over the
+/// rows before it in its sequence, as `plan` tells; [N, H D] real. Error if the widths do not fit
+/// or D has no kernel.
+pub fn attention(
+    cx: &mut Cx,
+    qkv: &Tensor,
+    plan: &Arc<AttnPlan>,
+    shape: AttnShape,
+) -> Result<Tensor> {
     cx.apply1(Attention { plan: plan.clone(), shape }, &[qkv])
 }
 
-/// As [`attention`], with the keys and values (the rows' own included) read from `cache` [pages * 64, 2 K D] real:
-/// row `r` is at position `row_position[r]` of the sequence whose pages are row `row_sequence[r]` of `page_table`
-/// [sequences, max_pages] I32. A row of sequence -1 is padding and gives 0. The bits are those of [`attention`].
+/// As [`attention`], with the keys and values (the rows' own included) read from `cache` [pages *
+/// 64, 2 K D] real: row `r` is at position `row_position[r]` of the sequence whose pages are row
+/// `row_sequence[r]` of `page_table` [sequences, max_pages] I32. A row of sequence -1 is padding
+/// and gives 0. The bits are those of [`attention`].
 pub fn attention_paged(
     cx: &mut Cx,
     qkv: &Tensor,
@@ -55,7 +65,8 @@ pub fn attention_paged(
     AttentionPaged { shape }.run(cx, &[qkv, cache, page_table, row_sequence, row_position])
 }
 
-/// Writes the k and v columns of each row of `qkv` to row `slots[r]` of `cache` [pages * 64, 2 K D]; slot -1: nowhere.
+/// Writes the k and v columns of each row of `qkv` to row `slots[r]` of `cache` [pages * 64, 2 K
+/// D]; slot -1: nowhere.
 pub fn kv_append(
     cx: &Cx,
     qkv: &Tensor,
@@ -103,12 +114,24 @@ impl AttnShape {
     fn numbers(&self, op: &'static str, qkv: &Tensor) -> Result<Numbers> {
         let (h, k, d) = (self.heads, self.kv_heads, self.head_dim);
         if !Self::HEAD_DIMS.contains(&d) {
-            return Err(Error::op(op, format!("no kernel for head_dim {d}; there are {:?}", Self::HEAD_DIMS)));
+            return Err(Error::op(
+                op,
+                format!("no kernel for head_dim {d}; there are {:?}", Self::HEAD_DIMS),
+            ));
         }
         if k == 0 || h == 0 || h % k != 0 {
-            return Err(Error::op(op, format!("{h} heads do not divide among {k} key-value heads")));
+            return Err(Error::op(
+                op,
+                format!("{h} heads do not divide among {k} key-value heads"),
+            ));
         }
-        expect_cols(op, "qkv", qkv, (h + 2 * k) * d, "it is q | k | v of num_attention_heads and num_key_value_heads")?;
+        expect_cols(
+            op,
+            "qkv",
+            qkv,
+            (h + 2 * k) * d,
+            "it is q | k | v of num_attention_heads and num_key_value_heads",
+        )?;
         if self.window == Some(0) {
             return Err(Error::op(op, "a window of 0 sees nothing; leave it out to see all"));
         }
@@ -132,28 +155,44 @@ impl Op for Attention {
         let (qkv, shape) = (x[0], &self.shape);
         let n = shape.numbers("attention", qkv)?;
         if qkv.row_count() != self.plan.rows {
-            return Err(Error::op("attention", format!("{qkv:?} and a plan of {} rows", self.plan.rows)));
+            return Err(Error::op(
+                "attention",
+                format!("{qkv:?} and a plan of {} rows", self.plan.rows),
+            ));
         }
         let out = cx.real("attention", &[self.plan.rows, shape.heads * shape.head_dim])?;
-        let lse = if need.tape { Some(cx.float("attention lse", &[self.plan.rows, shape.heads])?) } else { None };
+        let lse = if need.tape {
+            Some(cx.float("attention lse", &[self.plan.rows, shape.heads])?)
+        } else {
+            None
+        };
         launch::forward(cx, &n, &out, lse.as_ref(), qkv, &self.plan)?;
         let saved = lse.map_or(Vec::new(), |lse| vec![qkv.clone(), out.clone(), lse]);
         Ok(Fwd { outputs: vec![out], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dout) = &dy[0] else { return Ok(()) };
         let Some((dqkv, accumulate)) = g.slot(0)? else { return Ok(()) };
         let (qkv, out, lse) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if dqkv.stride() != qkv.stride() || !dout.is_contiguous() {
-            return Err(Error::op("attention", format!("a gradient {dqkv:?} of {qkv:?} that is laid out otherwise")));
+            return Err(Error::op(
+                "attention",
+                format!("a gradient {dqkv:?} of {qkv:?} that is laid out otherwise"),
+            ));
         }
         let n = self.shape.numbers("attention", qkv)?;
         launch::backward(cx, &n, &dqkv, dout, [qkv, out, lse], &self.plan, accumulate)
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        vec![reference::packed(round, &self.shape, &self.plan, &x[0])]
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        vec![oracle::packed(round, &self.shape, &self.plan, &x[0])]
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -191,8 +230,8 @@ impl Op for AttentionPaged {
         Ok(Fwd { outputs: vec![self.run(cx, x)?], saved: vec![] })
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        vec![reference::paged(round, &self.shape, x)]
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        vec![oracle::paged(round, &self.shape, x)]
     }
 
     /// Of full tables: how far the sequences reach is known to the device alone.
@@ -207,10 +246,19 @@ impl Op for AttentionPaged {
 impl KvAppend {
     fn run(&self, cx: &Cx, qkv: &Tensor, cache: &Tensor, slots: &Tensor) -> Result<()> {
         let width = 2 * self.kv_heads * self.head_dim;
-        expect_cols("kv_append", "qkv", qkv, self.heads * self.head_dim + width, "it is q | k | v")?;
+        expect_cols(
+            "kv_append",
+            "qkv",
+            qkv,
+            self.heads * self.head_dim + width,
+            "it is q | k | v",
+        )?;
         expect_cols("kv_append", "cache", cache, width, "a cache row is k | v of one token")?;
         if slots.numel() != qkv.row_count() || !width.is_multiple_of(8) || !cache.is_contiguous() {
-            return Err(Error::op("kv_append", format!("{qkv:?}, slots {slots:?}, cache {cache:?}")));
+            return Err(Error::op(
+                "kv_append",
+                format!("{qkv:?}, slots {slots:?}, cache {cache:?}"),
+            ));
         }
         let packs = width / (16 / qkv.dtype().size());
         kernels::kv_append(
@@ -237,7 +285,7 @@ impl Op for KvAppend {
         Ok(Fwd { outputs: vec![x[1].clone()], saved: vec![] })
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let mut cache = x[1].clone();
         let first = self.heads * self.head_dim;
         for r in (0..x[0].row_count()).filter(|r| x[2].data[*r] >= 0.0) {
@@ -253,13 +301,13 @@ impl Op for KvAppend {
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    reference::cases(rng)
+    oracle::cases(rng)
 }
 
 pub fn paged_cases(rng: &mut Rng) -> Vec<Case> {
-    reference::paged_cases(rng)
+    oracle::paged_cases(rng)
 }
 
 pub fn append_cases(rng: &mut Rng) -> Vec<Case> {
-    reference::append_cases(rng)
+    oracle::append_cases(rng)
 }

@@ -1,16 +1,18 @@
-//! Which rows of a packed batch see which: made on the host once a batch, shared by all layers. Floor 2.
+//! Which rows of a packed batch see which: made on the host once a batch, shared by all layers.
+//! Layer 4.
 //!
-//! Invariant: every table comes from the segments alone, and segments cover the rows in order, without gap or overlap.
+//! Invariant: every table comes from the segments alone, and segments cover the rows in order,
+//! without gap or overlap.
 
 use std::sync::{Arc, OnceLock};
 
-use crate::cx::Cx;
+use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally all rows of its
-/// prefix segment, then its own.
+/// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally
+/// all rows of its prefix segment, then its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     pub start: usize,
@@ -23,7 +25,8 @@ pub struct Segment {
 pub struct AttnPlan {
     pub segments: Vec<Segment>,
     pub rows: usize,
-    /// Pairs of a query and a key that it sees (no window): 4 D flops each in a forward, 10 D in a backward.
+    /// Pairs of a query and a key that it sees (no window): 4 D flops each in a forward, 10 D in a
+    /// backward.
     pub pairs: f64,
     tables: OnceLock<Tables>,
 }
@@ -36,7 +39,8 @@ pub(super) struct Tables {
     pub segments: Tensor,
     /// I32: the segments that have a segment as their prefix.
     pub children: Tensor,
-    /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before them come first.
+    /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before
+    /// them come first.
     pub query_tiles: Tensor,
     /// The same, in the order of the queries that see them.
     pub key_tiles: Tensor,
@@ -61,13 +65,17 @@ impl AttnPlan {
 
     /// As `new`, but the tables are uploaded at the first use.
     pub fn on_host(segments: &[Segment]) -> Result<Arc<AttnPlan>> {
-        let wrong = |i: usize, what: String| Err(Error::op("attention", format!("segment {i}: {what}")));
+        let wrong =
+            |i: usize, what: String| Err(Error::op("attention", format!("segment {i}: {what}")));
         let (mut rows, mut pairs) = (0, 0.0);
         for (i, s) in segments.iter().enumerate() {
             if s.start != rows || s.len == 0 {
                 return wrong(
                     i,
-                    format!("starts at row {} with {} rows, expected row {rows} and some", s.start, s.len),
+                    format!(
+                        "starts at row {} with {} rows, expected row {rows} and some",
+                        s.start, s.len
+                    ),
                 );
             }
             rows += s.len;
@@ -76,9 +84,19 @@ impl AttnPlan {
                 match segments.get(p) {
                     Some(prefix) if p != i && prefix.prefix.is_none() => before = prefix.len,
                     Some(_) => {
-                        return wrong(i, format!("its prefix {p} has a prefix itself; only one level is allowed"));
+                        return wrong(
+                            i,
+                            format!(
+                                "its prefix {p} has a prefix itself; only one level is allowed"
+                            ),
+                        );
                     }
-                    None => return wrong(i, format!("its prefix {p} is not there, there are {}", segments.len())),
+                    None => {
+                        return wrong(
+                            i,
+                            format!("its prefix {p} is not there, there are {}", segments.len()),
+                        );
+                    }
                 }
             }
             pairs += s.len as f64 * (before as f64 + (s.len as f64 + 1.0) / 2.0);
@@ -120,15 +138,20 @@ impl AttnPlan {
                 of_prefix[p].push(i as i32);
             }
         }
-        let (mut row_segment, mut table, mut children) = (Vec::with_capacity(self.rows), Vec::new(), Vec::new());
+        let (mut row_segment, mut table, mut children) =
+            (Vec::with_capacity(self.rows), Vec::new(), Vec::new());
         let (mut by_keys, mut by_queries) = (Vec::new(), Vec::new());
         for (i, s) in self.segments.iter().enumerate() {
             row_segment.resize(s.start + s.len, i as i32);
             let prefix_start = s.prefix.map_or(0, |p| self.segments[p].start);
             let first_child = children.len();
             children.extend(&of_prefix[i]);
-            table.extend([s.start, s.len, prefix_start, self.before(i), first_child, children.len()].map(|v| v as i32));
-            let in_children: usize = of_prefix[i].iter().map(|c| self.segments[*c as usize].len).sum();
+            table.extend(
+                [s.start, s.len, prefix_start, self.before(i), first_child, children.len()]
+                    .map(|v| v as i32),
+            );
+            let in_children: usize =
+                of_prefix[i].iter().map(|c| self.segments[*c as usize].len).sum();
             for first in (0..s.len).step_by(TILE) {
                 by_keys.push((self.before(i) + first, i as i32, first as i32));
                 by_queries.push((s.len - first + in_children, i as i32, first as i32));

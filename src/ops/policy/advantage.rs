@@ -1,16 +1,18 @@
-//! Generalised advantage estimation and masked whitening on the device. Floor 2.
+//! Generalised advantage estimation and masked whitening on the device. Layer 4.
 //!
-//! Invariant: neither has a gradient; a sequence's advantages depend on that sequence alone, whitening on all tokens whose
-//! mask is not 0. Math: `kernels/policy.cu`.
+//! Invariant: neither has a gradient; a sequence's advantages depend on that sequence alone,
+//! whitening on all tokens whose mask is not 0. Math: `kernels/policy.cu`.
 
 use super::same_length;
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
-/// Advantages and returns, F32 [n], of token rewards and values F32 [n]; `starts` I32 [sequences + 1] from 0 to n.
+/// Advantages and returns, F32 [n], of token rewards and values F32 [n]; `starts` I32 [sequences +
+/// 1] from 0 to n.
 pub fn gae(
     cx: &mut Cx,
     rewards: &Tensor,
@@ -26,7 +28,8 @@ pub fn gae(
     }
 }
 
-/// `x` with mean 0 (its own mean unless `shift_mean`) and variance 1 where `mask` is not 0, and 0 elsewhere; F32 [n].
+/// `x` with mean 0 (its own mean unless `shift_mean`) and variance 1 where `mask` is not 0, and 0
+/// elsewhere; F32 [n].
 pub fn whiten(cx: &mut Cx, x: &Tensor, mask: &Tensor, shift_mean: bool) -> Result<Tensor> {
     cx.apply1(Whiten { shift_mean }, &[x, mask])
 }
@@ -54,19 +57,33 @@ impl Op for Gae {
         let sequences = x[2].numel().saturating_sub(1);
         let at = Launch::flat(sequences);
         let (a, r) = (advantage.out(), returns.out());
-        kernels::gae(&*cx.device, at, a, r, x[0], x[1], x[2], sequences as i32, self.gamma, self.lam)?;
+        kernels::gae(
+            &*cx.device,
+            at,
+            a,
+            r,
+            x[0],
+            x[1],
+            x[2],
+            sequences as i32,
+            self.gamma,
+            self.lam,
+        )?;
         Ok(Fwd { outputs: vec![advantage, returns], saved: vec![] })
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let (gamma, lam) = (f64::from(self.gamma), f64::from(self.lam));
         let (reward, value, starts) = (&x[0].data, &x[1].data, &x[2].data);
         let mut advantage = F64::zeros(&x[0].shape);
         for s in 0..starts.len() - 1 {
             let (from, to) = (starts[s] as usize, starts[s + 1] as usize);
-            let error = |t: usize| reward[t] - value[t] + if t + 1 < to { gamma * value[t + 1] } else { 0.0 };
+            let error = |t: usize| {
+                reward[t] - value[t] + if t + 1 < to { gamma * value[t + 1] } else { 0.0 }
+            };
             for t in from..to {
-                advantage.data[t] = (t..to).map(|u| (gamma * lam).powi((u - t) as i32) * error(u)).sum();
+                advantage.data[t] =
+                    (t..to).map(|u| (gamma * lam).powi((u - t) as i32) * error(u)).sum();
             }
         }
         let returns = F64::from_fn(&x[0].shape, |t| advantage.data[t] + value[t]);
@@ -87,14 +104,22 @@ impl Op for Whiten {
         same_length("whiten", x[0], [x[1]])?;
         let n = x[0].numel();
         let (y, moments) = (cx.float("whitened", &[n])?, cx.float("moments", &[3])?);
-        kernels::masked_moments(&*cx.device, Launch::warps(1), moments.out(), x[0], x[1], n as i32)?;
+        kernels::masked_moments(
+            &*cx.device,
+            Launch::warps(1),
+            moments.out(),
+            x[0],
+            x[1],
+            n as i32,
+        )?;
         let (at, shift) = (Launch::flat(n.div_ceil(4)), i32::from(self.shift_mean));
         kernels::whiten(&*cx.device, at, y.out(), x[0], x[1], &moments, n as i64, shift)?;
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        let inside: Vec<f64> = x[0].data.iter().zip(&x[1].data).filter(|(_, m)| **m != 0.0).map(|(v, _)| *v).collect();
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let inside: Vec<f64> =
+            x[0].data.iter().zip(&x[1].data).filter(|(_, m)| **m != 0.0).map(|(v, _)| *v).collect();
         let n = inside.len() as f64;
         let mean = inside.iter().sum::<f64>() / n.max(1.0);
         let variance = inside.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
@@ -114,8 +139,16 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let n = lengths.iter().sum();
         let mut starts = vec![0];
         lengths.iter().for_each(|l| starts.push(starts[starts.len() - 1] + *l as i32));
-        let inputs = vec![Arg::float(rng.array(&[n], 0.5)), Arg::float(rng.array(&[n], 1.0)), Arg::ints(&starts)];
-        cases.push(Case::new(format!("gae of {} sequences", lengths.len()), Gae { gamma: 0.99, lam: 0.95 }, inputs));
+        let inputs = vec![
+            Arg::float(rng.array(&[n], 0.5)),
+            Arg::float(rng.array(&[n], 1.0)),
+            Arg::ints(&starts),
+        ];
+        cases.push(Case::new(
+            format!("gae of {} sequences", lengths.len()),
+            Gae { gamma: 0.99, lam: 0.95 },
+            inputs,
+        ));
         let mask = F64::from_fn(&[n], |i| if i > 0 && rng.below(4) == 0 { 0.0 } else { 1.0 });
         let inputs = vec![Arg::float(rng.array(&[n], 3.0)), Arg::float(mask)];
         cases.push(Case::new(format!("whiten {n}"), Whiten { shift_mean: n != 98 }, inputs));

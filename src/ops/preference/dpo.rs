@@ -1,16 +1,18 @@
-//! The DPO family: every loss of TRL's `DPOConfig.loss_type`, each divergence, lists of losses. Floor 2.
+//! The DPO family: every loss of TRL's `DPOConfig.loss_type`, each divergence, lists of losses.
+//! Layer 4.
 //!
-//! Invariant: one op is one whole list of losses, with one gradient for each sequence's log-prob; the order of pairs
-//! matters to `aot` alone, as in TRL.
+//! Invariant: one op is one whole list of losses, with one gradient for each sequence's log-prob;
+//! the order of pairs matters to `aot` alone, as in TRL.
 
-use super::{give_scaled, pair_count, pair_inputs, reference, totals, with_grad};
-pub use crate::config::DpoLoss;
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use super::{give_scaled, oracle, pair_count, pair_inputs, totals, with_grad};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
+
+pub use crate::config::DpoLoss;
 
 /// TRL's `f_divergence_type`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,7 +25,8 @@ pub enum Divergence {
 }
 
 impl Divergence {
-    /// The kernel's number and coefficient. At a coefficient of 1 the alpha divergence is the reverse KL.
+    /// The kernel's number and coefficient. At a coefficient of 1 the alpha divergence is the
+    /// reverse KL.
     fn code(self) -> (i32, f32) {
         match self {
             Divergence::ReverseKl => (0, 0.0),
@@ -47,7 +50,8 @@ pub struct Dpo {
 
 /// What a DPO loss is made of, F32.
 pub struct DpoIn<'a> {
-    /// [n, 2] summed log-probs of the completions, by the policy: the only ones with a gradient, beside `nll`.
+    /// [n, 2] summed log-probs of the completions, by the policy: the only ones with a gradient,
+    /// beside `nll`.
     pub logps: &'a Tensor,
     /// [n, 2] the same by the reference; all zeros: reference-free
     pub reference: &'a Tensor,
@@ -110,7 +114,9 @@ impl Op for Dpo {
         let (divergence, alpha) = self.divergence.code();
         for (i, (loss, loss_weight)) in self.losses.iter().enumerate() {
             let sorted = match loss {
-                DpoLoss::Aot | DpoLoss::AotUnpaired => Some(self.sort(cx, logps, reference, n, *loss)?),
+                DpoLoss::Aot | DpoLoss::AotUnpaired => {
+                    Some(self.sort(cx, logps, reference, n, *loss)?)
+                }
                 _ => None,
             };
             kernels::dpo_pairs(
@@ -138,12 +144,19 @@ impl Op for Dpo {
                 i32::from(i > 0),
             )?;
         }
-        let (loss, dnll) = totals(cx, &each, &pair_weight, nll.copied(), self.sft_weight().unwrap_or(0.0))?;
+        let (loss, dnll) =
+            totals(cx, &each, &pair_weight, nll.copied(), self.sft_weight().unwrap_or(0.0))?;
         let saved = if need.tape { vec![grad, dnll] } else { vec![] };
         Ok(Fwd { outputs: vec![loss, rewards], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         give_scaled(cx, g, 0, &node.saved[0], dy)?;
         match self.sft_weight() {
@@ -152,9 +165,9 @@ impl Op for Dpo {
         }
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let (nll, aligned) = self.optional(x);
-        reference::dpo(self, x, nll, aligned)
+        oracle::dpo(self, x, nll, aligned)
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -163,12 +176,28 @@ impl Op for Dpo {
 }
 
 impl Dpo {
-    fn sort(&self, cx: &Cx, logps: &Tensor, reference: &Tensor, n: usize, loss: DpoLoss) -> Result<(Tensor, Tensor)> {
+    fn sort(
+        &self,
+        cx: &Cx,
+        logps: &Tensor,
+        reference: &Tensor,
+        n: usize,
+        loss: DpoLoss,
+    ) -> Result<(Tensor, Tensor)> {
         let sorted = cx.float("pair order", &[2 * n])?;
         let rank = cx.scratch("pair order", DType::I32, &[2 * n])?;
         let unpaired = i32::from(loss == DpoLoss::AotUnpaired);
         let at = Launch::flat(2 * n);
-        kernels::aot_sort(&*cx.device, at, sorted.out(), rank.out(), logps, reference, n as i32, unpaired)?;
+        kernels::aot_sort(
+            &*cx.device,
+            at,
+            sorted.out(),
+            rank.out(),
+            logps,
+            reference,
+            n as i32,
+            unpaired,
+        )?;
         Ok((sorted, rank))
     }
 }
@@ -180,8 +209,15 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         let n = [1, 4, 37][cases.len() % 3];
         let (logps, lens, weight) = pair_inputs(rng, n, 3.0);
         let reference = F64::from_fn(&[n, 2], |i| logps.data[i] + 3.0 * rng.normal());
-        let op = Dpo { losses: losses.to_vec(), divergence, beta, label_smoothing: e, discopop_tau: 0.5 };
-        let mut inputs = vec![with_grad(logps), Arg::float(reference), Arg::float(lens), Arg::float(weight)];
+        let op = Dpo {
+            losses: losses.to_vec(),
+            divergence,
+            beta,
+            label_smoothing: e,
+            discopop_tau: 0.5,
+        };
+        let mut inputs =
+            vec![with_grad(logps), Arg::float(reference), Arg::float(lens), Arg::float(weight)];
         if op.sft_weight().is_some() {
             inputs.push(with_grad(F64::new(&[1], vec![2.25])));
         }
@@ -193,9 +229,20 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         cases.push(Case { upstream: vec![None, Some(0.0)], ..Case::new(label, op, inputs) });
     };
     let kl = Divergence::ReverseKl;
-    for loss in
-        [Sigmoid, Hinge, Ipo, NcaPair, BcoPair, SppoHard, ApoZero, ApoDown, Discopop, SigmoidNorm, Aot, AotUnpaired]
-    {
+    for loss in [
+        Sigmoid,
+        Hinge,
+        Ipo,
+        NcaPair,
+        BcoPair,
+        SppoHard,
+        ApoZero,
+        ApoDown,
+        Discopop,
+        SigmoidNorm,
+        Aot,
+        AotUnpaired,
+    ] {
         case(&[(loss, 1.0)], kl, 0.3, 0.0, false);
         case(&[(loss, 1.0)], kl, 0.1, 0.0, false);
     }
@@ -203,7 +250,9 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         case(&[(loss, 0.7)], kl, 0.2, 0.1, false);
         case(&[(loss, 0.7)], kl, 0.2, 0.01, true);
     }
-    for divergence in [Divergence::ForwardKl, Divergence::Js, Divergence::Alpha(0.5), Divergence::Alpha(1.0)] {
+    for divergence in
+        [Divergence::ForwardKl, Divergence::Js, Divergence::Alpha(0.5), Divergence::Alpha(1.0)]
+    {
         for loss in [Sigmoid, Ipo, SigmoidNorm] {
             case(&[(loss, 1.0)], divergence, 0.1, 0.0, false);
         }

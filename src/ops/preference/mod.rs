@@ -1,31 +1,38 @@
-//! The preference losses: from log-probs summed over sequences to one loss. Floor 2.
+//! The preference losses: from log-probs summed over sequences to one loss. Layer 4.
 //!
-//! Invariant: everything here is F32 in every build, and a loss is a weighted sum over pairs (or sequences) whose weights
-//! the caller gives (1 / pairs, over gradient accumulation): no loss knows how many micro-batches a step has. A pair's
-//! numbers lie together: [n, 2], the chosen first. Math: `kernels/preference.cu`.
+//! Invariant: everything here is F32 in every build, and a loss is a weighted sum over pairs (or
+//! sequences) whose weights the caller gives (1 / pairs, over gradient accumulation): no loss knows
+//! how many micro-batches a step has. A pair's numbers lie together: [n, 2], the chosen first.
+//! Math: `kernels/preference.cu`.
 //!
-//! The way to a loss: the head's log-probs [tokens] -> [`segment_sums`] -> [sequences] -> one of the ops below. Rewards and
-//! other figures come with the loss and carry no gradient.
+//! The way to a loss: the head's log-probs [tokens] -> [`segment_sums`] -> [sequences] -> one of
+//! the ops below. Rewards and other figures come with the loss and carry no gradient.
 
 mod dpo;
+mod oracle;
 mod pairs;
-mod reference;
 mod unpaired;
+
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::{DType, Launch};
+use crate::error::{Error, Result};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
+use crate::tensor::Tensor;
 
 pub use dpo::{Divergence, Dpo, DpoIn, DpoLoss, dpo};
 pub use pairs::{BradleyTerry, Cpo, CpoLoss, Orpo, bradley_terry, cpo, orpo};
 pub use unpaired::{RunningMean, Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
 
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
-use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
-use crate::tensor::Tensor;
-
-/// Sums of `weights x values` over segments: values, weights F32 [n]; `starts` I32 [s + 1], ascending, the last at most n:
-/// segment k is `starts[k]..starts[k + 1]`. Returns F32 [s]; gradients flow to `values` alone.
-pub fn segment_sums(cx: &mut Cx, values: &Tensor, weights: &Tensor, starts: &Tensor) -> Result<Tensor> {
+/// Sums of `weights x values` over segments: values, weights F32 [n]; `starts` I32 [s + 1],
+/// ascending, the last at most n: segment k is `starts[k]..starts[k + 1]`. Returns F32 [s];
+/// gradients flow to `values` alone.
+pub fn segment_sums(
+    cx: &mut Cx,
+    values: &Tensor,
+    weights: &Tensor,
+    starts: &Tensor,
+) -> Result<Tensor> {
     cx.apply1(SegmentSums, &[values, weights, starts])
 }
 
@@ -40,18 +47,34 @@ impl Op for SegmentSums {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         let (values, weights, starts) = (x[0], x[1], x[2]);
         if values.numel() != weights.numel() || starts.numel() < 2 {
-            let message = format!("{values:?} needs as many weights ({weights:?}), and {starts:?} a start and an end");
+            let message = format!(
+                "{values:?} needs as many weights ({weights:?}), and {starts:?} a start and an end"
+            );
             return Err(Error::op("segment_sums", message));
         }
         let segments = starts.numel() - 1;
         let sums = cx.float("sequence sums", &[segments])?;
         let at = Launch::warps(segments);
-        kernels::segment_sums_fwd(&*cx.device, at, sums.out(), values, Some(weights), starts, segments as i32)?;
+        kernels::segment_sums_fwd(
+            &*cx.device,
+            at,
+            sums.out(),
+            values,
+            Some(weights),
+            starts,
+            segments as i32,
+        )?;
         let saved = if need.tape { vec![weights.clone(), starts.clone()] } else { vec![] };
         Ok(Fwd { outputs: vec![sums], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let (weights, starts) = (&node.saved[0], &node.saved[1]);
         let (segments, n) = (dy.numel() as i32, dx.numel());
@@ -69,7 +92,7 @@ impl Op for SegmentSums {
         )
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let segment = |k: usize| x[2].index(k)..x[2].index(k + 1);
         let sum = |k: usize| segment(k).map(|i| x[0].data[i] * x[1].data[i]).sum();
         vec![F64::from_fn(&[x[2].data.len() - 1], sum)]
@@ -81,7 +104,11 @@ impl Op for SegmentSums {
 }
 
 /// Checks the inputs of a loss over pairs and gives their number.
-fn pair_count(op: &'static str, pairs: &[(&str, &Tensor)], singles: &[(&str, &Tensor)]) -> Result<usize> {
+fn pair_count(
+    op: &'static str,
+    pairs: &[(&str, &Tensor)],
+    singles: &[(&str, &Tensor)],
+) -> Result<usize> {
     let n = pairs[0].1.numel() / 2;
     for (what, t) in pairs {
         if t.shape() != [n, 2] || n == 0 || t.dtype() != DType::F32 {
@@ -93,18 +120,38 @@ fn pair_count(op: &'static str, pairs: &[(&str, &Tensor)], singles: &[(&str, &Te
     }
     for (what, t) in singles {
         if t.numel() != n {
-            return Err(Error::op(op, format!("{what} {t:?} has not one number for each of {n} pairs")));
+            return Err(Error::op(
+                op,
+                format!("{what} {t:?} has not one number for each of {n} pairs"),
+            ));
         }
     }
     Ok(n)
 }
 
-/// Adds a loss up: sum of `each`, plus `factor x nll x sum of pair_weight`. Returns it and the gradient of `nll`.
-fn totals(cx: &Cx, each: &Tensor, weight: &Tensor, nll: Option<&Tensor>, factor: f32) -> Result<(Tensor, Tensor)> {
+/// Adds a loss up: sum of `each`, plus `factor x nll x sum of pair_weight`. Returns it and the
+/// gradient of `nll`.
+fn totals(
+    cx: &Cx,
+    each: &Tensor,
+    weight: &Tensor,
+    nll: Option<&Tensor>,
+    factor: f32,
+) -> Result<(Tensor, Tensor)> {
     let (loss, dnll) = (cx.float("loss", &[1])?, cx.float("loss", &[1])?);
     let n = each.numel() as i32;
     let at = Launch::warps(1);
-    kernels::pair_totals(&*cx.device, at, loss.out(), Some(dnll.out()), each, weight, nll, n, factor)?;
+    kernels::pair_totals(
+        &*cx.device,
+        at,
+        loss.out(),
+        Some(dnll.out()),
+        each,
+        weight,
+        nll,
+        n,
+        factor,
+    )?;
     Ok((loss, dnll))
 }
 
@@ -113,12 +160,21 @@ fn give_scaled(cx: &Cx, g: &mut Grads, i: usize, kept: &Tensor, upstream: &Tenso
     let Some((out, accumulate)) = g.slot(i)? else { return Ok(()) };
     let n = kept.numel();
     let at = Launch::flat(n);
-    kernels::scaled_by_upstream(&*cx.device, at, out.out(), kept, upstream, n as i32, i32::from(accumulate))
+    kernels::scaled_by_upstream(
+        &*cx.device,
+        at,
+        out.out(),
+        kept,
+        upstream,
+        n as i32,
+        i32::from(accumulate),
+    )
 }
 
 pub fn segment_cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (n, starts) in [(1, vec![0, 1]), (40, vec![0, 7, 7, 12, 40]), (700, vec![3, 300, 301, 690])] {
+    for (n, starts) in [(1, vec![0, 1]), (40, vec![0, 7, 7, 12, 40]), (700, vec![3, 300, 301, 690])]
+    {
         let weights = F64::from_fn(&[n], |_| [0.0, 1.0, 0.5][rng.below(3)]);
         let values = Arg { grad: true, ..Arg::float(rng.array(&[n], 2.0)) };
         let inputs = vec![values, Arg::float(weights), Arg::ints(&starts)];
@@ -134,7 +190,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
     cases
 }
 
-/// What the cases of a loss over pairs share: log-probs of completions of some length, and the lengths.
+/// What the cases of a loss over pairs share: log-probs of completions of some length, and the
+/// lengths.
 fn pair_inputs(rng: &mut Rng, n: usize, spread: f64) -> (F64, F64, F64) {
     let lens = F64::from_fn(&[n, 2], |_| (2 + rng.below(30)) as f64);
     let logps = F64::from_fn(&[n, 2], |i| -2.5 * lens.data[i] + spread * rng.normal());
@@ -163,7 +220,8 @@ mod tests {
         let n = logps.len() / 2;
         let shape = [n, 2];
         let (logps, reference) = (float(&cx, &shape, logps), float(&cx, &shape, reference));
-        let (lens, weight) = (float(&cx, &shape, &vec![5.0; 2 * n]), float(&cx, &[n], &vec![1.0 / n as f32; n]));
+        let (lens, weight) =
+            (float(&cx, &shape, &vec![5.0; 2 * n]), float(&cx, &[n], &vec![1.0 / n as f32; n]));
         let op = Dpo {
             losses: losses.to_vec(),
             divergence: Divergence::ReverseKl,
@@ -171,7 +229,14 @@ mod tests {
             label_smoothing: 0.0,
             discopop_tau: 0.05,
         };
-        let x = DpoIn { logps: &logps, reference: &reference, lens: &lens, weight: &weight, nll: None, aligned: None };
+        let x = DpoIn {
+            logps: &logps,
+            reference: &reference,
+            lens: &lens,
+            weight: &weight,
+            nll: None,
+            aligned: None,
+        };
         let (loss, rewards) = dpo(&mut cx, op, &x).unwrap();
         (loss.to_f32().unwrap()[0], rewards.to_f32().unwrap())
     }
@@ -200,7 +265,14 @@ mod tests {
     fn a_list_without_its_nll_is_refused() {
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
         let (pairs, single) = (float(&cx, &[1, 2], &[0.0, 0.0]), float(&cx, &[1], &[1.0]));
-        let x = DpoIn { logps: &pairs, reference: &pairs, lens: &pairs, weight: &single, nll: None, aligned: None };
+        let x = DpoIn {
+            logps: &pairs,
+            reference: &pairs,
+            lens: &pairs,
+            weight: &single,
+            nll: None,
+            aligned: None,
+        };
         let op = |loss| Dpo {
             losses: vec![(loss, 1.0)],
             divergence: Divergence::ReverseKl,
@@ -208,8 +280,15 @@ mod tests {
             label_smoothing: 0.0,
             discopop_tau: 0.05,
         };
-        assert!(dpo(&mut cx, op(DpoLoss::Sft), &x).unwrap_err().to_string().contains("come together"));
+        assert!(
+            dpo(&mut cx, op(DpoLoss::Sft), &x).unwrap_err().to_string().contains("come together")
+        );
         let x = DpoIn { lens: &single, ..x };
-        assert!(dpo(&mut cx, op(DpoLoss::Sigmoid), &x).unwrap_err().to_string().contains("is not F32 [1, 2]"));
+        assert!(
+            dpo(&mut cx, op(DpoLoss::Sigmoid), &x)
+                .unwrap_err()
+                .to_string()
+                .contains("is not F32 [1, 2]")
+        );
     }
 }

@@ -1,13 +1,14 @@
-//! Losses of pairs without a reference: ORPO, the CPO family (SimPO, AlphaPO), Bradley-Terry. Floor 2.
+//! Losses of pairs without a reference: ORPO, the CPO family (SimPO, AlphaPO), Bradley-Terry. Layer
+//! 4.
 //!
 //! Invariant: as for the DPO family: weighted sums over pairs, gradients made with the loss.
 
-use super::{give_scaled, pair_count, pair_inputs, reference, totals, with_grad};
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use super::{give_scaled, oracle, pair_count, pair_inputs, totals, with_grad};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
 /// `nll - beta LS(log odds)`.
@@ -16,8 +17,9 @@ pub struct Orpo {
     pub beta: f32,
 }
 
-/// logps, lens F32 [n, 2]: sums and token counts of the completions; weight F32 [n]; nll F32 [1], the mean NLL of the
-/// chosen sequences' tokens (prompts too). Returns the loss [1], the rewards [n, 2], and [n, 2] LS(log odds) and log odds.
+/// logps, lens F32 [n, 2]: sums and token counts of the completions; weight F32 [n]; nll F32 [1],
+/// the mean NLL of the chosen sequences' tokens (prompts too). Returns the loss [1], the rewards
+/// [n, 2], and [n, 2] LS(log odds) and log odds.
 pub fn orpo(cx: &mut Cx, op: Orpo, x: [&Tensor; 4]) -> Result<[Tensor; 3]> {
     let out = cx.apply(op, &x)?;
     out.try_into().map_err(|_| Error::op("orpo", "gave no outputs"))
@@ -43,7 +45,8 @@ pub struct Cpo {
     pub cpo_alpha: f32,
 }
 
-/// As [`orpo`]; nll is of the chosen completions alone. Returns the loss [1] and the rewards [n, 2].
+/// As [`orpo`]; nll is of the chosen completions alone. Returns the loss [1] and the rewards [n,
+/// 2].
 pub fn cpo(cx: &mut Cx, op: Cpo, x: [&Tensor; 4]) -> Result<(Tensor, Tensor)> {
     let mut out = cx.apply(op, &x)?;
     match (out.pop(), out.pop()) {
@@ -100,12 +103,18 @@ impl Op for Orpo {
         Ok(Fwd { outputs: vec![loss, rewards, odds], saved })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         loss_and_nll(cx, node, dy, g)
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        reference::orpo(self, x)
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        oracle::orpo(self, x)
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -140,15 +149,24 @@ impl Op for Cpo {
             self.alpha,
         )?;
         let (loss, dnll) = totals(cx, &each, weight, Some(nll), self.cpo_alpha)?;
-        Ok(Fwd { outputs: vec![loss, rewards], saved: if need.tape { vec![grad, dnll] } else { vec![] } })
+        Ok(Fwd {
+            outputs: vec![loss, rewards],
+            saved: if need.tape { vec![grad, dnll] } else { vec![] },
+        })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         loss_and_nll(cx, node, dy, g)
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        reference::cpo(self, x)
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        oracle::cpo(self, x)
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -169,20 +187,36 @@ impl Op for BradleyTerry {
         let (each, grad) = (cx.float("pair losses", &[n])?, cx.float("pair gradients", &[n, 2])?);
         let center = self.center_rewards_coefficient;
         let at = Launch::flat(n);
-        kernels::bradley_terry_pairs(&*cx.device, at, each.out(), grad.out(), x[0], margin, x[1], n as i32, center)?;
+        kernels::bradley_terry_pairs(
+            &*cx.device,
+            at,
+            each.out(),
+            grad.out(),
+            x[0],
+            margin,
+            x[1],
+            n as i32,
+            center,
+        )?;
         let (loss, _) = totals(cx, &each, x[1], None, 0.0)?;
         Ok(Fwd { outputs: vec![loss], saved: if need.tape { vec![grad] } else { vec![] } })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         match &dy[0] {
             Some(dy) => give_scaled(cx, g, 0, &node.saved[0], dy),
             None => Ok(()),
         }
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        reference::bradley_terry(self, x)
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        oracle::bradley_terry(self, x)
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -208,9 +242,11 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         cases.push(Case { upstream: vec![None, Some(0.0), Some(0.0)], ..case });
     }
     for loss in [CpoLoss::Sigmoid, CpoLoss::Hinge, CpoLoss::Ipo, CpoLoss::Simpo] {
-        for (n, beta, e, alpha, cpo_alpha) in
-            [(5, 0.1f32, 0.0f32, 0.0f32, 1.0f32), (37, 2.0, 0.1, 0.25, 0.5), (4, 1.0, 0.0, -0.5, 0.0)]
-        {
+        for (n, beta, e, alpha, cpo_alpha) in [
+            (5, 0.1f32, 0.0f32, 0.0f32, 1.0f32),
+            (37, 2.0, 0.1, 0.25, 0.5),
+            (4, 1.0, 0.0, -0.5, 0.0),
+        ] {
             let (mut logps, lens, weight) = pair_inputs(rng, n, 2.0);
             if loss == CpoLoss::Sigmoid || loss == CpoLoss::Hinge {
                 logps.data.iter_mut().for_each(|l| *l *= 0.05); // sums: e^{-alpha r} of long ones is beyond any use
@@ -223,12 +259,17 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
     }
     for (n, center, margin) in [(1, 0.0f32, false), (6, 0.01, true), (40, 0.0, true)] {
         let (scores, margins) = (rng.array(&[n, 2], 2.0), F64::from_fn(&[n], |_| rng.uniform()));
-        let mut inputs = vec![with_grad(scores), Arg::float(F64::from_fn(&[n], |_| rng.uniform() / n as f64))];
+        let mut inputs =
+            vec![with_grad(scores), Arg::float(F64::from_fn(&[n], |_| rng.uniform() / n as f64))];
         if margin {
             inputs.push(Arg::float(margins));
         }
         let op = BradleyTerry { center_rewards_coefficient: center };
-        cases.push(Case::new(format!("bradley-terry n {n} center {center} margin {margin}"), op, inputs));
+        cases.push(Case::new(
+            format!("bradley-terry n {n} center {center} margin {margin}"),
+            op,
+            inputs,
+        ));
     }
     cases
 }

@@ -1,14 +1,14 @@
-//! Losses of single completions with a label: KTO, its `apo_zero_unpaired`, BCO. Floor 2.
+//! Losses of single completions with a label: KTO, its `apo_zero_unpaired`, BCO. Layer 4.
 //!
-//! Invariant: the baseline (KTO's KL estimate, BCO's running mean) is an input without a gradient, made by
-//! [`kl_baseline`] or [`running_mean`] from the same batch.
+//! Invariant: the baseline (KTO's KL estimate, BCO's running mean) is an input without a gradient,
+//! made by [`kl_baseline`] or [`running_mean`] from the same batch.
 
-use super::{give_scaled, reference, totals, with_grad};
-use crate::cx::Cx;
-use crate::device::{Launch, kernels};
+use super::{give_scaled, oracle, totals, with_grad};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round};
-use crate::tape::{Grads, Node};
+use crate::kernels;
+use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::{Id, Tensor};
 
 /// The numbers are the kernel's.
@@ -27,8 +27,8 @@ pub struct Unpaired {
     pub undesirable_weight: f32,
 }
 
-/// logps, reference F32 [n] summed over each completion; label I32 [n], 1 desirable, 0 not; weight F32 [n]; baseline F32
-/// [1]. Returns the loss [1] and the rewards [n].
+/// logps, reference F32 [n] summed over each completion; label I32 [n], 1 desirable, 0 not; weight
+/// F32 [n]; baseline F32 [1]. Returns the loss [1] and the rewards [n].
 pub fn unpaired(cx: &mut Cx, op: Unpaired, x: [&Tensor; 5]) -> Result<(Tensor, Tensor)> {
     let mut out = cx.apply(op, &x)?;
     match (out.pop(), out.pop()) {
@@ -44,16 +44,33 @@ pub fn kl_baseline(cx: &Cx, logps: &Tensor, reference: &Tensor) -> Result<Tensor
 
 fn mean_difference(cx: &Cx, a: &Tensor, b: &Tensor, floor: f32) -> Result<Tensor> {
     if a.numel() != b.numel() || a.numel() == 0 {
-        return Err(Error::op("mean_difference", format!("{a:?} and {b:?} are not two log-probs of each sequence")));
+        return Err(Error::op(
+            "mean_difference",
+            format!("{a:?} and {b:?} are not two log-probs of each sequence"),
+        ));
     }
     let mean = cx.float("baseline", &[1])?;
-    kernels::mean_difference(&*cx.device, Launch::warps(1), mean.out(), a, b, a.numel() as i32, floor)?;
+    kernels::mean_difference(
+        &*cx.device,
+        Launch::warps(1),
+        mean.out(),
+        a,
+        b,
+        a.numel() as i32,
+        floor,
+    )?;
     Ok(mean)
 }
 
-/// BCO's delta [1]: the mean, over all batches so far and this one, of a batch's mean reward. `state` F32 [2] (mean,
-/// count), zeros at the start of training, is brought up to date.
-pub fn running_mean(cx: &mut Cx, logps: &Tensor, reference: &Tensor, state: &Tensor, beta: f32) -> Result<Tensor> {
+/// BCO's delta [1]: the mean, over all batches so far and this one, of a batch's mean reward.
+/// `state` F32 [2] (mean, count), zeros at the start of training, is brought up to date.
+pub fn running_mean(
+    cx: &mut Cx,
+    logps: &Tensor,
+    reference: &Tensor,
+    state: &Tensor,
+    beta: f32,
+) -> Result<Tensor> {
     cx.apply1(RunningMean { beta }, &[&logps.clone().with_id(Id::Constant), reference, state])
 }
 
@@ -70,13 +87,21 @@ impl Op for RunningMean {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let mean = mean_difference(cx, x[0], x[1], f32::NEG_INFINITY)?;
         let delta = cx.float("baseline", &[1])?;
-        kernels::running_mean(&*cx.device, Launch::flat(1), delta.out(), x[2].out(), &mean, self.beta)?;
+        kernels::running_mean(
+            &*cx.device,
+            Launch::flat(1),
+            delta.out(),
+            x[2].out(),
+            &mean,
+            self.beta,
+        )?;
         Ok(Fwd { outputs: vec![delta], saved: vec![] })
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let n = x[0].data.len() as f64;
-        let mean = x[0].data.iter().zip(&x[1].data).map(|(a, b)| a - b).sum::<f64>() / n * f64::from(self.beta);
+        let mean = x[0].data.iter().zip(&x[1].data).map(|(a, b)| a - b).sum::<f64>() / n
+            * f64::from(self.beta);
         let (old, count) = (x[2].data[0], x[2].data[1]);
         vec![F64::new(&[1], vec![old + (mean - old) / (count + 1.0)])]
     }
@@ -94,7 +119,10 @@ impl Op for Unpaired {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         let n = x[0].numel();
         if n == 0 || x[1..4].iter().any(|t| t.numel() != n) || x[4].numel() != 1 {
-            let message = format!("{:?} needs a reference, a label and a weight each, and one baseline", x[0]);
+            let message = format!(
+                "{:?} needs a reference, a label and a weight each, and one baseline",
+                x[0]
+            );
             return Err(Error::op("unpaired", message));
         }
         let each = cx.float("pair losses", &[n])?;
@@ -120,15 +148,21 @@ impl Op for Unpaired {
         Ok(Fwd { outputs: vec![loss, rewards], saved: if need.tape { vec![grad] } else { vec![] } })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         match &dy[0] {
             Some(dy) => give_scaled(cx, g, 0, &node.saved[0], dy),
             None => Ok(()),
         }
     }
 
-    fn reference(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        reference::unpaired(self, x)
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        oracle::unpaired(self, x)
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -139,7 +173,8 @@ impl Op for Unpaired {
 pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
     for loss in [UnpairedLoss::Kto, UnpairedLoss::ApoZeroUnpaired, UnpairedLoss::Bco] {
-        for (n, beta, desirable, undesirable) in [(1, 0.1f32, 1.0f32, 1.0f32), (35, 0.3, 1.3, 0.7)] {
+        for (n, beta, desirable, undesirable) in [(1, 0.1f32, 1.0f32, 1.0f32), (35, 0.3, 1.3, 0.7)]
+        {
             let logps = F64::from_fn(&[n], |_| -40.0 + 5.0 * rng.normal());
             let reference = F64::from_fn(&[n], |i| logps.data[i] + 3.0 * rng.normal());
             let label: Vec<i32> = (0..n).map(|_| rng.below(2) as i32).collect();
@@ -150,7 +185,12 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
                 Arg::float(F64::from_fn(&[n], |_| (0.5 + rng.uniform()) / n as f64)),
                 Arg::float(F64::new(&[1], vec![0.75])),
             ];
-            let op = Unpaired { loss, beta, desirable_weight: desirable, undesirable_weight: undesirable };
+            let op = Unpaired {
+                loss,
+                beta,
+                desirable_weight: desirable,
+                undesirable_weight: undesirable,
+            };
             let label = format!("{loss:?} n {n} beta {beta}");
             cases.push(Case { upstream: vec![None, Some(0.0)], ..Case::new(label, op, inputs) });
         }
@@ -159,7 +199,11 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         let (a, b) = (rng.array(&[n], 4.0), rng.array(&[n], 4.0));
         let state = F64::new(&[2], vec![0.5 * count, count]);
         let inputs = vec![Arg::float(a), Arg::float(b), Arg::float(state)];
-        cases.push(Case::new(format!("running mean n {n} after {count}"), RunningMean { beta: 0.1 }, inputs));
+        cases.push(Case::new(
+            format!("running mean n {n} after {count}"),
+            RunningMean { beta: 0.1 },
+            inputs,
+        ));
     }
     cases
 }

@@ -1,22 +1,27 @@
-//! The linear layer over a frozen quantised weight. Floor 2.
+//! The linear layer over a frozen quantised weight. Layer 4.
 //!
-//! Invariant: the tape holds no dequantised weight; each product makes its own in scratch of the storage dtype.
+//! Invariant: the tape holds no dequantised weight; each product makes its own in scratch of the
+//! storage dtype.
 
 use std::sync::Arc;
 
-use crate::cx::Cx;
+use super::oracle::{dequantised, values_of};
+use super::{QuantWeight, Scheme};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
 use crate::device::Layout;
 use crate::error::{Error, Result};
+use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::expect_cols;
 use crate::ops::matmul::{column_sums, product};
-use crate::ops::{Arg, Case, Cost, F64, Fwd, Need, Op, Rng, Round, expect_cols};
-use crate::tape::{Grads, Node};
 use crate::tensor::Tensor;
 
-use super::reference::{dequantised, values_of};
-use super::{QuantWeight, Scheme};
-
 /// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] quantised and frozen, bias [n]; y [m, n] real.
-pub fn quant_linear(cx: &mut Cx, x: &Tensor, w: &Arc<QuantWeight>, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn quant_linear(
+    cx: &mut Cx,
+    x: &Tensor,
+    w: &Arc<QuantWeight>,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
     let op = QuantLinear { weight: w.clone(), bias: bias.is_some() };
     match bias {
         Some(b) => cx.apply1(op, &[x, b]),
@@ -57,7 +62,13 @@ impl Op for QuantLinear {
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn backward(&self, cx: &mut Cx, _node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        _node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         if let Some((dx, accumulate)) = g.slot(0)? {
             product(cx, Layout::NN, &dx, dy, &self.dequantised(cx)?, None, accumulate)?;
@@ -70,7 +81,7 @@ impl Op for QuantLinear {
         Ok(())
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         // A weight that cannot be read back gives no outputs, which no check takes for a result.
         match values_of(&self.weight, round) {
             Ok(w) => vec![product_of(round, &x[0], &w, self.bias.then(|| &x[1]))],
@@ -123,11 +134,17 @@ impl Op for FromFloat {
         Ok(Fwd { saved: vec![(*w).clone()], ..fwd })
     }
 
-    fn backward(&self, cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        cx: &mut Cx,
+        node: &Node,
+        dy: &[Option<Tensor>],
+        g: &mut Grads,
+    ) -> Result<()> {
         self.op(cx, &node.saved[0])?.backward(cx, node, dy, g)
     }
 
-    fn reference(&self, round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let w = dequantised(round, &x[x.len() - 1], &self.rows, self.scheme);
         vec![product_of(round, &x[0], &w, self.bias.then(|| &x[1]))]
     }
@@ -154,7 +171,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             inputs.push(Arg::param(rng.array(&[n], 0.5)));
         }
         inputs.push(Arg::real(rng.array(&[n, k], (k as f64).powf(-0.5))).no_grad());
-        let label = format!("m {m} rows {rows:?} k {k} {scheme:?}{}", if bias { " bias" } else { "" });
+        let label =
+            format!("m {m} rows {rows:?} k {k} {scheme:?}{}", if bias { " bias" } else { "" });
         cases.push(Case::new(label, FromFloat { scheme, rows, bias }, inputs));
     }
     cases

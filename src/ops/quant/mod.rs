@@ -1,28 +1,31 @@
-//! Weights in 4 and 8 bits, in bitsandbytes' storage: code books, [`QuantWeight`], and the linear layer over one. Floor 2.
+//! Weights in 4 and 8 bits, in bitsandbytes' storage: code books, [`QuantWeight`], and the linear
+//! layer over one. Layer 4.
 //!
-//! Invariant: codes, scales and dequantised values have the bits of bitsandbytes' reference (`tests/fixtures/quant.json`).
-//! Math, numerics and sources: `kernels/quant.cu`.
+//! Invariant: codes, scales and dequantised values have the bits of bitsandbytes' reference
+//! (`tests/fixtures/quant.json`). Math, numerics and sources: `kernels/quant.cu`.
 
 mod linear;
-mod reference;
+mod oracle;
 mod stored;
 mod weight;
 
-pub use linear::{QuantLinear, cases as linear_cases, quant_linear};
-pub use reference::cases;
-pub(crate) use reference::{blockwise_reference, values_of};
-pub use weight::{QuantWeight, Scales, Scheme, Segment};
-
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
+use crate::autograd::Cx;
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::tensor::Tensor;
+
+pub use linear::{QuantLinear, cases as linear_cases, quant_linear};
+pub use oracle::cases;
+pub(crate) use oracle::{blockwise_oracle, values_of};
+pub use weight::{QuantWeight, Scales, Scheme, Segment};
 
 /// Values of one scale in NF4, and scales of one scale in double quantisation and in 8-bit moments.
 pub const BLOCK4: usize = 64;
 pub const BLOCK8: usize = 256;
 
-/// The NF4 map: quantiles of a normal distribution, with an exact zero (Dettmers et al., "QLoRA", appendix E).
+/// The NF4 map: quantiles of a normal distribution, with an exact zero (Dettmers et al., "QLoRA",
+/// appendix E).
 pub const NF4: [f32; 16] = [
     -1.0,
     -0.696_192_8,
@@ -42,8 +45,9 @@ pub const NF4: [f32; 16] = [
     1.0,
 ];
 
-/// The dynamic 8-bit map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016): 256 sorted values, as
-/// many for each power of ten as its distance from 1 leaves bits for, with their negatives if `signed`.
+/// The dynamic 8-bit map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016):
+/// 256 sorted values, as many for each power of ten as its distance from 1 leaves bits for, with
+/// their negatives if `signed`.
 pub fn dynamic_map(signed: bool) -> Vec<f32> {
     let mut map = vec![0.0, 1.0];
     for i in 0..7 {
@@ -52,7 +56,11 @@ pub fn dynamic_map(signed: bool) -> Vec<f32> {
         let step = (1.0 - 0.1f32) / steps as f32;
         let boundary = |j: usize| {
             let half = steps.div_ceil(2);
-            if j < half { step.mul_add(j as f32, 0.1) } else { (-step).mul_add((steps - j) as f32, 1.0) }
+            if j < half {
+                step.mul_add(j as f32, 0.1)
+            } else {
+                (-step).mul_add((steps - j) as f32, 1.0)
+            }
         };
         let factor = 10f64.powi(i - 6) as f32;
         for j in 0..steps {
@@ -72,8 +80,14 @@ pub fn dynamic_map_tensor(cx: &Cx, signed: bool) -> Result<Tensor> {
     Tensor::from_host(&cx.pool, "8-bit map", DType::F32, &[256], &dynamic_map(signed))
 }
 
-/// `x` (flat, F32) in blocks of 256 by `map`, after `offset` was taken off if there is one. Returns (codes, absmax).
-pub fn blockwise8_quantise(cx: &Cx, x: &Tensor, offset: Option<&Tensor>, map: &Tensor) -> Result<(Tensor, Tensor)> {
+/// `x` (flat, F32) in blocks of 256 by `map`, after `offset` was taken off if there is one. Returns
+/// (codes, absmax).
+pub fn blockwise8_quantise(
+    cx: &Cx,
+    x: &Tensor,
+    offset: Option<&Tensor>,
+    map: &Tensor,
+) -> Result<(Tensor, Tensor)> {
     let (n, blocks) = (x.numel(), x.numel().div_ceil(BLOCK8));
     let codes = Tensor::new(&cx.pool, "8-bit codes", DType::U8, &[n])?;
     let absmax = cx.float("8-bit scales", &[blocks])?;
@@ -91,12 +105,28 @@ pub fn blockwise8_quantise(cx: &Cx, x: &Tensor, offset: Option<&Tensor>, map: &T
 }
 
 /// The float values of block-wise 8-bit codes.
-pub fn blockwise8_dequantise(cx: &Cx, codes: &Tensor, absmax: &Tensor, map: &Tensor) -> Result<Tensor> {
+pub fn blockwise8_dequantise(
+    cx: &Cx,
+    codes: &Tensor,
+    absmax: &Tensor,
+    map: &Tensor,
+) -> Result<Tensor> {
     let n = codes.numel();
     if absmax.numel() != n.div_ceil(BLOCK8) {
-        return Err(Error::op("blockwise8", format!("{codes:?} needs {} scales, not {absmax:?}", n.div_ceil(BLOCK8))));
+        return Err(Error::op(
+            "blockwise8",
+            format!("{codes:?} needs {} scales, not {absmax:?}", n.div_ceil(BLOCK8)),
+        ));
     }
     let y = cx.float("8-bit values", &[n])?;
-    kernels::blockwise8_dequantise(&*cx.device, Launch::flat(n), y.out(), codes, absmax, map, n as i64)?;
+    kernels::blockwise8_dequantise(
+        &*cx.device,
+        Launch::flat(n),
+        y.out(),
+        codes,
+        absmax,
+        map,
+        n as i64,
+    )?;
     Ok(y)
 }

@@ -1,16 +1,16 @@
-//! The names under which bitsandbytes stores a 4-bit weight. Floor 2.
+//! The names under which bitsandbytes stores a 4-bit weight. Layer 4.
 //!
-//! Invariant: what is written here is what `Params4bit` writes; what is read is checked before it is used.
+//! Invariant: what is written here is what `Params4bit` writes; what is read is checked before it
+//! is used.
 
 use serde_json::{Value, json};
 
-use crate::cx::Cx;
+use super::weight::maps;
+use super::{BLOCK4, BLOCK8, NF4, QuantWeight, Scales, Scheme, Segment, dynamic_map};
+use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
-
-use super::weight::maps;
-use super::{BLOCK4, BLOCK8, NF4, QuantWeight, Scales, Scheme, Segment, dynamic_map};
 
 /// A tensor of a file: name, dtype, shape, bytes.
 pub type Stored = (String, DType, Vec<usize>, Vec<u8>);
@@ -22,14 +22,22 @@ fn floats(values: &[f32]) -> Vec<u8> {
 }
 
 impl QuantWeight {
-    /// Segment `i` as bitsandbytes stores it: `name` (the codes), `name.absmax`, `name.quant_map` and so on. `dtype` is the
-    /// one that readers dequantise to. Error for int8, which that format does not hold.
+    /// Segment `i` as bitsandbytes stores it: `name` (the codes), `name.absmax`, `name.quant_map`
+    /// and so on. `dtype` is the one that readers dequantise to. Error for int8, which that format
+    /// does not hold.
     pub fn stored(&self, i: usize, name: &str, dtype: DType) -> Result<Vec<Stored>> {
-        let s = self.segments.get(i).ok_or_else(|| Error::op("quantise", format!("no segment {i} of {name}")))?;
+        let s = self
+            .segments
+            .get(i)
+            .ok_or_else(|| Error::op("quantise", format!("no segment {i} of {name}")))?;
         if self.scheme == Scheme::Int8 {
-            return Err(Error::op("quantise", format!("{name} is int8: only nf4 has bitsandbytes' 4-bit storage")));
+            return Err(Error::op(
+                "quantise",
+                format!("{name} is int8: only nf4 has bitsandbytes' 4-bit storage"),
+            ));
         }
-        let mut out = vec![(name.to_string(), DType::U8, vec![s.codes.numel(), 1], s.codes.to_vec::<u8>()?)];
+        let mut out =
+            vec![(name.to_string(), DType::U8, vec![s.codes.numel(), 1], s.codes.to_vec::<u8>()?)];
         let mut add = |key: &str, dtype, shape: usize, bytes| {
             out.push((format!("{name}.{key}"), dtype, vec![shape], bytes));
         };
@@ -38,7 +46,9 @@ impl QuantWeight {
         });
         add("quant_map", DType::F32, 16, floats(&NF4));
         match &s.scales {
-            Scales::Float(absmax) => add("absmax", DType::F32, absmax.numel(), floats(&absmax.to_vec::<f32>()?)),
+            Scales::Float(absmax) => {
+                add("absmax", DType::F32, absmax.numel(), floats(&absmax.to_vec::<f32>()?))
+            }
             Scales::Nested { codes, absmax, offset } => {
                 add("absmax", DType::U8, codes.numel(), codes.to_vec::<u8>()?);
                 add("nested_absmax", DType::F32, absmax.numel(), floats(&absmax.to_vec::<f32>()?));
@@ -53,35 +63,59 @@ impl QuantWeight {
         Ok(out)
     }
 
-    /// A weight of segments that bitsandbytes stored: each (name, codes), and `find` gives what lies beside the codes
-    /// (`name.absmax`, ...). Error for other formats, block sizes and maps than NF4's with 64 and 256.
-    pub fn from_stored(cx: &Cx, names: &[&str], find: impl Fn(&str) -> Result<Vec<u8>>) -> Result<QuantWeight> {
+    /// A weight of segments that bitsandbytes stored: each (name, codes), and `find` gives what
+    /// lies beside the codes (`name.absmax`, ...). Error for other formats, block sizes and maps
+    /// than NF4's with 64 and 256.
+    pub fn from_stored(
+        cx: &Cx,
+        names: &[&str],
+        find: impl Fn(&str) -> Result<Vec<u8>>,
+    ) -> Result<QuantWeight> {
         let (nf4, dynamic) = maps(cx)?;
-        let mut weight =
-            QuantWeight { scheme: Scheme::Nf4 { double: true }, shape: [0, 0], segments: Vec::new(), nf4, dynamic };
+        let mut weight = QuantWeight {
+            scheme: Scheme::Nf4 { double: true },
+            shape: [0, 0],
+            segments: Vec::new(),
+            nf4,
+            dynamic,
+        };
         for (i, name) in names.iter().enumerate() {
-            let bad =
-                |what: String| Error::op("quantise", format!("{name}: {what}; quantise the float weights instead"));
+            let bad = |what: String| {
+                Error::op("quantise", format!("{name}: {what}; quantise the float weights instead"))
+            };
             let state: Value = serde_json::from_slice(&find(&format!("{name}.{STATE}"))?)
                 .map_err(|e| bad(format!("{STATE} is not JSON: {e}")))?;
-            let number = |v: &Value, key: &str| v.as_u64().ok_or_else(|| bad(format!("no {key}"))).map(|v| v as usize);
-            let (rows, cols) = (number(&state["shape"][0], "shape")?, number(&state["shape"][1], "shape")?);
+            let number = |v: &Value, key: &str| {
+                v.as_u64().ok_or_else(|| bad(format!("no {key}"))).map(|v| v as usize)
+            };
+            let (rows, cols) =
+                (number(&state["shape"][0], "shape")?, number(&state["shape"][1], "shape")?);
             let (n, block) = (rows * cols, number(&state["blocksize"], "blocksize")?);
             let double = state.get("nested_offset").is_some();
             let scheme = Scheme::Nf4 { double };
             if block != BLOCK4 || (double && state["nested_blocksize"] != json!(BLOCK8)) {
-                return Err(bad(format!("blocks of {block} and {}, not 64 and 256", state["nested_blocksize"])));
+                return Err(bad(format!(
+                    "blocks of {block} and {}, not 64 and 256",
+                    state["nested_blocksize"]
+                )));
             }
             if i > 0 && (cols != weight.shape[1] || scheme != weight.scheme) {
-                return Err(bad("its columns or its double quantisation are not those of its neighbours".into()));
+                return Err(bad(
+                    "its columns or its double quantisation are not those of its neighbours".into(),
+                ));
             }
             if find(&format!("{name}.quant_map"))? != floats(&NF4) {
                 return Err(bad("its quant_map is not NF4's".into()));
             }
             let tensor = |key: &str, dtype: DType, len: usize| -> Result<Tensor> {
-                let bytes = find(&if key.is_empty() { name.to_string() } else { format!("{name}.{key}") })?;
+                let bytes =
+                    find(&if key.is_empty() { name.to_string() } else { format!("{name}.{key}") })?;
                 if bytes.len() != len * dtype.size() {
-                    return Err(bad(format!("{key} has {} bytes, not {}", bytes.len(), len * dtype.size())));
+                    return Err(bad(format!(
+                        "{key} has {} bytes, not {}",
+                        bytes.len(),
+                        len * dtype.size()
+                    )));
                 }
                 let t = Tensor::new(&cx.pool, "nf4", dtype, &[len])?;
                 t.upload(&bytes)?;
@@ -89,13 +123,16 @@ impl QuantWeight {
             };
             let blocks = n.div_ceil(BLOCK4);
             let scales = if double {
-                // Maps differ in the last bit between versions: the file's is the one that its codes mean.
+                // Maps differ in the last bit between versions: the file's is the one that its
+                // codes mean.
                 let map = tensor("nested_quant_map", DType::F32, 256)?;
                 if i > 0 && map.to_vec::<f32>()? != weight.dynamic.to_vec::<f32>()? {
                     return Err(bad("its nested_quant_map is not that of its neighbours".into()));
                 }
                 weight.dynamic = map;
-                let offset = state["nested_offset"].as_f64().ok_or_else(|| bad("no nested_offset".into()))? as f32;
+                let offset =
+                    state["nested_offset"].as_f64().ok_or_else(|| bad("no nested_offset".into()))?
+                        as f32;
                 Scales::Nested {
                     codes: tensor("absmax", DType::U8, blocks)?,
                     absmax: tensor("nested_absmax", DType::F32, blocks.div_ceil(BLOCK8))?,
@@ -104,7 +141,11 @@ impl QuantWeight {
             } else {
                 Scales::Float(tensor("absmax", DType::F32, blocks)?)
             };
-            weight.segments.push(Segment { rows, codes: tensor("", DType::U8, n.div_ceil(2))?, scales });
+            weight.segments.push(Segment {
+                rows,
+                codes: tensor("", DType::U8, n.div_ceil(2))?,
+                scales,
+            });
             (weight.scheme, weight.shape) = (scheme, [weight.shape[0] + rows, cols]);
         }
         if weight.segments.is_empty() {

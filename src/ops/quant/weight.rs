@@ -1,18 +1,19 @@
-//! A frozen weight held in 4 or 8 bits. Floor 2.
+//! A frozen weight held in 4 or 8 bits. Layer 4.
 //!
-//! Invariant: each segment (one Hugging Face tensor of a fused unit) is quantised on its own, so its storage is what
-//! bitsandbytes would have made of that tensor.
-
-use crate::cx::Cx;
-use crate::device::{DType, Launch, kernels};
-use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+//! Invariant: each segment (one Hugging Face tensor of a fused unit) is quantised on its own, so
+//! its storage is what bitsandbytes would have made of that tensor.
 
 use super::{BLOCK4, BLOCK8, NF4, blockwise8_quantise, dynamic_map_tensor};
+use crate::autograd::Cx;
+use crate::device::{DType, Launch};
+use crate::error::{Error, Result};
+use crate::kernels;
+use crate::tensor::Tensor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
-    /// 4 bits in blocks of 64; `double`: the scales are 8-bit codes themselves (`bnb_4bit_use_double_quant`).
+    /// 4 bits in blocks of 64; `double`: the scales are 8-bit codes themselves
+    /// (`bnb_4bit_use_double_quant`).
     Nf4 { double: bool },
     /// 8 bits, a scale a row.
     Int8,
@@ -30,7 +31,8 @@ pub enum Scales {
 #[derive(Clone, Debug)]
 pub struct Segment {
     pub rows: usize,
-    /// U8: two values a byte, the even one in the high half (NF4), or one in two's complement (int8).
+    /// U8: two values a byte, the even one in the high half (NF4), or one in two's complement
+    /// (int8).
     pub codes: Tensor,
     pub scales: Scales,
 }
@@ -47,10 +49,21 @@ pub struct QuantWeight {
 
 impl QuantWeight {
     /// Quantises w [n, k] (F32 or BF16), `segment_rows` rows at a time (they add up to n).
-    pub fn from_tensor(cx: &Cx, w: &Tensor, segment_rows: &[usize], scheme: Scheme) -> Result<QuantWeight> {
+    pub fn from_tensor(
+        cx: &Cx,
+        w: &Tensor,
+        segment_rows: &[usize],
+        scheme: Scheme,
+    ) -> Result<QuantWeight> {
         let (n, k) = (w.row_count(), w.cols());
-        if w.shape().len() != 2 || !w.is_contiguous() || segment_rows.iter().sum::<usize>() != n || n * k == 0 {
-            let what = format!("{w:?} in segments of {segment_rows:?} rows: a contiguous matrix of that many rows");
+        if w.shape().len() != 2
+            || !w.is_contiguous()
+            || segment_rows.iter().sum::<usize>() != n
+            || n * k == 0
+        {
+            let what = format!(
+                "{w:?} in segments of {segment_rows:?} rows: a contiguous matrix of that many rows"
+            );
             return Err(Error::op("quantise", what));
         }
         let (nf4, dynamic) = maps(cx)?;
@@ -62,7 +75,10 @@ impl QuantWeight {
             let (codes, scales) = match scheme {
                 Scheme::Nf4 { double } => {
                     let (codes, absmax) = quantise_nf4(cx, &part, &nf4)?;
-                    (codes, if double { nest(cx, &absmax, &dynamic)? } else { Scales::Float(absmax) })
+                    (
+                        codes,
+                        if double { nest(cx, &absmax, &dynamic)? } else { Scales::Float(absmax) },
+                    )
                 }
                 Scheme::Int8 => quantise_int8(cx, &part)?,
             };
@@ -74,27 +90,42 @@ impl QuantWeight {
     /// The rows of `a`, then those of `b`, as one weight of all their segments.
     pub fn beside(a: &QuantWeight, b: QuantWeight) -> Result<QuantWeight> {
         if a.scheme != b.scheme || a.shape[1] != b.shape[1] {
-            return Err(Error::op("quantise", format!("{:?} beside {:?}: other columns or schemes", a.shape, b.shape)));
+            return Err(Error::op(
+                "quantise",
+                format!("{:?} beside {:?}: other columns or schemes", a.shape, b.shape),
+            ));
         }
         let segments = a.segments.iter().cloned().chain(b.segments).collect();
         let shape = [a.shape[0] + b.shape[0], a.shape[1]];
-        Ok(QuantWeight { scheme: a.scheme, shape, segments, nf4: a.nf4.clone(), dynamic: a.dynamic.clone() })
+        Ok(QuantWeight {
+            scheme: a.scheme,
+            shape,
+            segments,
+            nf4: a.nf4.clone(),
+            dynamic: a.dynamic.clone(),
+        })
     }
 
     /// Bytes held: codes, scales, maps.
     pub fn bytes(&self) -> usize {
         let scales = |s: &Scales| match s {
             Scales::Float(absmax) => absmax.bytes(),
-            Scales::Nested { codes, absmax, offset } => codes.bytes() + absmax.bytes() + offset.bytes(),
+            Scales::Nested { codes, absmax, offset } => {
+                codes.bytes() + absmax.bytes() + offset.bytes()
+            }
         };
-        let segments: usize = self.segments.iter().map(|s| s.codes.bytes() + scales(&s.scales)).sum();
+        let segments: usize =
+            self.segments.iter().map(|s| s.codes.bytes() + scales(&s.scales)).sum();
         segments + self.nf4.bytes() + self.dynamic.bytes()
     }
 
     /// The values, rounded once to the dtype of `out` [n, k], which is contiguous F32 or BF16.
     pub fn dequantise_into(&self, cx: &Cx, out: &Tensor) -> Result<()> {
         if out.shape() != self.shape || !out.is_contiguous() {
-            return Err(Error::op("dequantise", format!("a weight of shape {:?} into {out:?}", self.shape)));
+            return Err(Error::op(
+                "dequantise",
+                format!("a weight of shape {:?} into {out:?}", self.shape),
+            ));
         }
         let (k, mut from) = (self.shape[1], 0);
         for s in &self.segments {
@@ -103,7 +134,15 @@ impl QuantWeight {
             match (&s.scales, self.scheme) {
                 (Scales::Float(absmax), Scheme::Int8) => {
                     let at = Launch::flat(s.rows * k.div_ceil(8));
-                    kernels::int8_dequantise(&*cx.device, at, part.out(), &s.codes, absmax, s.rows as i32, k as i32)?;
+                    kernels::int8_dequantise(
+                        &*cx.device,
+                        at,
+                        part.out(),
+                        &s.codes,
+                        absmax,
+                        s.rows as i32,
+                        k as i32,
+                    )?;
                 }
                 (scales, _) => {
                     let (absmax, codes8, map8, absmax2, offset) = match scales {
@@ -134,7 +173,10 @@ impl QuantWeight {
 }
 
 pub(super) fn maps(cx: &Cx) -> Result<(Tensor, Tensor)> {
-    Ok((Tensor::from_host(&cx.pool, "nf4 map", DType::F32, &[16], &NF4)?, dynamic_map_tensor(cx, true)?))
+    Ok((
+        Tensor::from_host(&cx.pool, "nf4 map", DType::F32, &[16], &NF4)?,
+        dynamic_map_tensor(cx, true)?,
+    ))
 }
 
 fn quantise_nf4(cx: &Cx, x: &Tensor, map: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -142,14 +184,23 @@ fn quantise_nf4(cx: &Cx, x: &Tensor, map: &Tensor) -> Result<(Tensor, Tensor)> {
     let blocks = n.div_ceil(BLOCK4);
     let codes = Tensor::new(&cx.pool, "nf4 codes", DType::U8, &[n.div_ceil(2)])?;
     let absmax = cx.float("nf4 scales", &[blocks])?;
-    kernels::nf4_quantise(&*cx.device, Launch::flat(blocks), codes.out(), absmax.out(), x, map, n as i64)?;
+    kernels::nf4_quantise(
+        &*cx.device,
+        Launch::flat(blocks),
+        codes.out(),
+        absmax.out(),
+        x,
+        map,
+        n as i64,
+    )?;
     Ok((codes, absmax))
 }
 
 /// The scales, less their mean, in blocks of 256 by the dynamic map.
 fn nest(cx: &Cx, absmax: &Tensor, dynamic: &Tensor) -> Result<Scales> {
     let offset = cx.float("nf4 offset", &[1])?;
-    let n = i32::try_from(absmax.numel()).map_err(|_| Error::op("quantise", "a weight of 2^37 values or more"))?;
+    let n = i32::try_from(absmax.numel())
+        .map_err(|_| Error::op("quantise", "a weight of 2^37 values or more"))?;
     kernels::absmax_mean(&*cx.device, Launch::blocks([1, 1, 1], 32, 0), offset.out(), absmax, n)?;
     let (codes, absmax) = blockwise8_quantise(cx, absmax, Some(&offset), dynamic)?;
     debug_assert_eq!(absmax.numel(), codes.numel().div_ceil(BLOCK8));
@@ -161,6 +212,14 @@ fn quantise_int8(cx: &Cx, x: &Tensor) -> Result<(Tensor, Scales)> {
     let codes = Tensor::new(&cx.pool, "int8 codes", DType::U8, &[rows * cols])?;
     let absmax = cx.float("int8 scales", &[rows])?;
     let at = Launch::warps(rows);
-    kernels::int8_quantise(&*cx.device, at, codes.out(), absmax.out(), x, rows as i32, cols as i32)?;
+    kernels::int8_quantise(
+        &*cx.device,
+        at,
+        codes.out(),
+        absmax.out(),
+        x,
+        rows as i32,
+        cols as i32,
+    )?;
     Ok((codes, Scales::Float(absmax)))
 }

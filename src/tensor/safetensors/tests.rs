@@ -12,7 +12,8 @@ fn sample(path: &Path) -> Written {
         spec("h", HostDtype::F16, &[2]),
         spec("empty", HostDtype::F32, &[0, 4]),
     ];
-    let values: [&[f32]; 4] = [&[1.0, -2.5, 3.0], &[0.5, 1.5, -0.25, 1e-30], &[0.125, 65504.0], &[]];
+    let values: [&[f32]; 4] =
+        [&[1.0, -2.5, 3.0], &[0.5, 1.5, -0.25, 1e-30], &[0.125, 65504.0], &[]];
     write(path, &tensors, &[("format", "pt")], &mut |i, t| t.dtype.encode(values[i])).unwrap()
 }
 
@@ -56,8 +57,10 @@ fn what_is_written_is_read_back() {
     assert!(folder.get("empty").unwrap().is_empty() && folder.get("c").is_none());
     assert_eq!(folder.get("a").unwrap().shape, [2, 2]);
     assert_eq!(folder.metadata().get("format").map(String::as_str), Some("pt"));
-    let names: Vec<String> =
-        std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    let names: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|f| f.unwrap().file_name().into_string().unwrap())
+        .collect();
     assert_eq!(names, ["model.safetensors"]);
     #[cfg(unix)]
     {
@@ -73,7 +76,10 @@ fn the_safetensors_crate_reads_what_is_written() {
     sample(&path);
     let bytes = std::fs::read(&path).unwrap();
     let read = SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(read.tensor("a").unwrap().data(), HostDtype::F32.encode(&[0.5, 1.5, -0.25, 1e-30]).unwrap());
+    assert_eq!(
+        read.tensor("a").unwrap().data(),
+        HostDtype::F32.encode(&[0.5, 1.5, -0.25, 1e-30]).unwrap()
+    );
     assert_eq!(read.len(), 4);
 }
 
@@ -95,8 +101,14 @@ fn a_failed_write_leaves_the_old_file() {
 #[test]
 fn misaligned_values_are_read() {
     for pad in 0..8 {
-        let header = format!(r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}}}{}"#, " ".repeat(pad));
-        let dir = folder_of(&[("model.safetensors", &file(&header, &HostDtype::F32.encode(&[1.5, -3.0]).unwrap()))]);
+        let header = format!(
+            r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}}}{}"#,
+            " ".repeat(pad)
+        );
+        let dir = folder_of(&[(
+            "model.safetensors",
+            &file(&header, &HostDtype::F32.encode(&[1.5, -3.0]).unwrap()),
+        )]);
         assert_eq!(read_f32(&SafeFolder::open(dir.path()).unwrap(), "a"), [1.5, -3.0]);
     }
 }
@@ -105,7 +117,8 @@ fn misaligned_values_are_read() {
 fn conversions_agree_with_half_for_every_pattern() {
     let bits: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
     for dtype in [HostDtype::F16, HostDtype::BF16] {
-        let view = TensorView { name: "x", dtype, shape: &[65536], bytes: &bits, path: Path::new("x") };
+        let view =
+            TensorView { name: "x", dtype, shape: &[65536], bytes: &bits, path: Path::new("x") };
         let mut out = vec![0.0; 65536];
         view.to_f32_into(&mut out).unwrap();
         for (i, got) in out.iter().enumerate() {
@@ -114,7 +127,10 @@ fn conversions_agree_with_half_for_every_pattern() {
             } else {
                 bf16::from_bits(i as u16).to_f32()
             };
-            assert!(*got == want || got.is_nan() && want.is_nan(), "{dtype:?} {i:#x}: {got} {want}");
+            assert!(
+                *got == want || got.is_nan() && want.is_nan(),
+                "{dtype:?} {i:#x}: {got} {want}"
+            );
         }
         let first = out.iter().position(|v| !v.is_finite());
         assert_eq!(view.first_non_finite(), first);
@@ -128,7 +144,10 @@ fn the_first_non_finite_value_is_found_anywhere() {
             let mut values = vec![f32::MAX; 10_000];
             values[at] = bad;
             values[9_999] = bad;
-            assert_eq!(first_non_finite(HostDtype::F32, &HostDtype::F32.encode(&values).unwrap()), Some(at));
+            assert_eq!(
+                first_non_finite(HostDtype::F32, &HostDtype::F32.encode(&values).unwrap()),
+                Some(at)
+            );
         }
     }
 }
@@ -142,7 +161,12 @@ fn a_reader_of_another_size_or_dtype_is_told() {
     assert!(error.contains("a has 4 values, its reader wants 3"), "{error}");
     let header = r#"{"i":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#;
     let dir = folder_of(&[("model.safetensors", &file(header, &[0; 4]))]);
-    let error = SafeFolder::open(dir.path()).unwrap().get("i").unwrap().to_f32_into(&mut [0.0]).unwrap_err();
+    let error = SafeFolder::open(dir.path())
+        .unwrap()
+        .get("i")
+        .unwrap()
+        .to_f32_into(&mut [0.0])
+        .unwrap_err();
     assert!(error.to_string().contains("i is stored as I32"), "{error}");
 }
 
@@ -162,7 +186,10 @@ fn broken_files_say_what_is_wrong() {
     ];
     for (bytes, expected) in cases {
         let error = error_of(&bytes);
-        assert!(error.contains("model.safetensors: ") && error.contains(expected), "{expected}: {error}");
+        assert!(
+            error.contains("model.safetensors: ") && error.contains(expected),
+            "{expected}: {error}"
+        );
     }
 }
 
@@ -170,9 +197,17 @@ fn broken_files_say_what_is_wrong() {
 fn a_folder_without_weights_says_what_was_looked_for() {
     let dir = folder_of(&[("pytorch_model.bin", b"x")]);
     let error = SafeFolder::open(dir.path()).unwrap_err().to_string();
-    assert!(error.contains("looked for model.safetensors and model.safetensors.index.json"), "{error}");
+    assert!(
+        error.contains("looked for model.safetensors and model.safetensors.index.json"),
+        "{error}"
+    );
     assert!(error.contains("save_pretrained()"), "{error}");
-    assert!(SafeFolder::open(dir.path().join("missing")).unwrap_err().to_string().contains("is not a folder"));
+    assert!(
+        SafeFolder::open(dir.path().join("missing"))
+            .unwrap_err()
+            .to_string()
+            .contains("is not a folder")
+    );
 }
 
 #[test]

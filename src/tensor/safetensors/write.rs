@@ -1,13 +1,13 @@
-//! The writer: header first, then one tensor at a time. Floor 1.
+//! The writer: header first, then one tensor at a time. Layer 1.
 //!
-//! Invariant: never more than one tensor in memory, and the file appears under its name only when it is whole.
+//! Invariant: never more than one tensor in memory, and the file appears under its name only when
+//! it is whole.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
-
 use safetensors::Dtype;
+use serde_json::{Map, Value, json};
 
 use super::HostDtype;
 use crate::error::{Error, Result};
@@ -21,11 +21,11 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
 }
 
-/// Writes `path` from `tensors`, asking `bytes_of(i, &tensors[i])` for the little-endian values of each in turn.
-/// Wider dtypes come first in the file, so that every tensor is aligned to its dtype; else the given order is kept,
-/// and so is the order of the calls. `metadata` is customarily `[("format", "pt")]`.
-/// Errors: a name twice, a dtype that is not written, a callback that gives another number of bytes, and IO; the file
-/// that was there before stays as it was.
+/// Writes `path` from `tensors`, asking `bytes_of(i, &tensors[i])` for the little-endian values of
+/// each in turn. Wider dtypes come first in the file, so that every tensor is aligned to its dtype;
+/// else the given order is kept, and so is the order of the calls. `metadata` is customarily
+/// `[("format", "pt")]`. Errors: a name twice, a dtype that is not written, a callback that gives
+/// another number of bytes, and IO; the file that was there before stays as it was.
 pub fn write(
     path: impl AsRef<Path>,
     tensors: &[TensorSpec],
@@ -40,7 +40,11 @@ pub fn write(
     for (i, tensor, expected) in order {
         let bytes = bytes_of(i, tensor)?;
         if bytes.len() != expected {
-            let message = format!("{}: {} bytes were given, its shape needs {expected}", tensor.name, bytes.len());
+            let message = format!(
+                "{}: {} bytes were given, its shape needs {expected}",
+                tensor.name,
+                bytes.len()
+            );
             return Err(Error::model(path, message));
         }
         file.write_all(&bytes)?;
@@ -50,7 +54,11 @@ pub fn write(
 
 type Order<'a> = Vec<(usize, &'a TensorSpec, usize)>; // index, tensor, bytes
 
-fn header<'a>(path: &Path, tensors: &'a [TensorSpec], metadata: &[(&str, &str)]) -> Result<(Vec<u8>, Order<'a>)> {
+fn header<'a>(
+    path: &Path,
+    tensors: &'a [TensorSpec],
+    metadata: &[(&str, &str)],
+) -> Result<(Vec<u8>, Order<'a>)> {
     let mut order: Order = Vec::with_capacity(tensors.len());
     let mut seen = BTreeSet::new();
     for (i, tensor) in tensors.iter().enumerate() {
@@ -58,10 +66,12 @@ fn header<'a>(path: &Path, tensors: &'a [TensorSpec], metadata: &[(&str, &str)])
         if name == "__metadata__" || !seen.insert(name) {
             return Err(Error::model(path, format!("{name}: two tensors cannot have one name")));
         }
-        let bytes = if tensor.dtype == HostDtype::Other(Dtype::U8) { Some(1) } else { tensor.dtype.size() };
+        let bytes =
+            if tensor.dtype == HostDtype::Other(Dtype::U8) { Some(1) } else { tensor.dtype.size() };
         let size = bytes.and_then(|s| tensor.shape.iter().try_fold(s, |n, d| n.checked_mul(*d)));
         let Some(size) = size else {
-            let message = format!("{name}: {} {:?} cannot be written", tensor.dtype.name(), tensor.shape);
+            let message =
+                format!("{name}: {} {:?} cannot be written", tensor.dtype.name(), tensor.shape);
             return Err(Error::model(path, message));
         };
         order.push((i, tensor, size));

@@ -1,0 +1,29 @@
+//! Adding a gradient to the buffer of another: the one kernel call that the tape makes itself.
+//! Layer 3.
+//!
+//! Invariant: parameter gradients are f32 whatever the storage type; a sum is rounded once, when it
+//! is stored.
+
+use super::context::Cx;
+use crate::device::{DType, Launch};
+use crate::error::{Error, Result};
+use crate::kernels;
+use crate::tensor::Tensor;
+
+/// `slot = grad`, or `slot += grad`; any of F32 and BF16, converted.
+pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Result<()> {
+    let n = slot.numel() as i64;
+    let acc = i32::from(accumulate);
+    if slot.dtype() == grad.dtype() {
+        return kernels::axpy(&*cx.device, flat(slot), slot.out(), grad, 1.0, n, acc);
+    }
+    if slot.dtype() == DType::F32 {
+        return kernels::to_float_copy(&*cx.device, flat(grad), slot.out(), grad, n, acc);
+    }
+    Err(Error::op("add_into", format!("{grad:?} into {slot:?}")))
+}
+
+/// A thread for each 16 bytes of `t`.
+pub fn flat(t: &Tensor) -> Launch {
+    Launch::flat(t.numel().div_ceil(16 / t.dtype().size()))
+}

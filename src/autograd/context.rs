@@ -1,0 +1,128 @@
+//! The context that is passed to everything: device, memory, storage dtype, the tape if there is
+//! one, the random key. Layer 3.
+//!
+//! Invariant: state is passed, never global. Whatever changes from step to step lies in device
+//! memory (`rng`).
+
+use std::sync::Arc;
+
+use super::op::{Need, Op};
+use super::tape::{ParamGrads, Tape};
+use crate::config::{AttentionChoice, MatmulChoice};
+use crate::device::{DType, Device, Pool};
+use crate::error::{Error, Result};
+use crate::tensor::{Id, Tensor};
+
+/// What a backward pass computes again instead of keeping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing.
+    Off,
+    /// The activations inside each layer, from the layer's input.
+    Layers,
+}
+
+pub struct Cx {
+    pub device: Arc<dyn Device>,
+    pub pool: Arc<Pool>,
+    /// Storage type of activations and of the weights that kernels read: F32 or BF16.
+    pub dtype: DType,
+    pub matmul: MatmulChoice,
+    pub attention: AttentionChoice,
+    pub recompute: Recompute,
+    pub tape: Option<Tape>,
+    /// Gradient buffers by parameter set.
+    pub param_grads: Vec<ParamGrads>,
+    /// I32 [4] on the device: seed low, seed high, step, micro-step. Read by every random kernel.
+    pub rng: Tensor,
+    next_site: u32,
+}
+
+impl Cx {
+    pub fn new(device: Arc<dyn Device>, dtype: DType) -> Result<Cx> {
+        let pool = Pool::new(device.clone());
+        let rng = Tensor::from_host(&pool, "rng key", DType::I32, &[4], &[0u32; 4])?;
+        Ok(Cx {
+            device,
+            pool,
+            dtype,
+            matmul: MatmulChoice::Auto,
+            attention: AttentionChoice::Auto,
+            recompute: Recompute::Off,
+            tape: None,
+            param_grads: Vec::new(),
+            rng,
+            next_site: 0,
+        })
+    }
+
+    /// Sets the random key of the step; sites count from 0 again.
+    pub fn set_rng(&mut self, seed: u64, step: u32, micro_step: u32) -> Result<()> {
+        self.next_site = 0;
+        self.rng.upload(&[seed as u32, (seed >> 32) as u32, step, micro_step])
+    }
+
+    /// A number for the next random op of this step; the node keeps it, so recomputation draws the
+    /// same numbers.
+    pub fn next_site(&mut self) -> u32 {
+        self.next_site += 1;
+        self.next_site - 1
+    }
+
+    /// New activation memory of the storage dtype.
+    pub fn real(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(&self.pool, name, self.dtype, shape)
+    }
+
+    pub fn float(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(&self.pool, name, DType::F32, shape)
+    }
+
+    pub fn ints(&self, name: &str, data: &[i32]) -> Result<Tensor> {
+        Tensor::from_host(&self.pool, name, DType::I32, &[data.len()], data)
+    }
+
+    /// Work space that lives as long as the handle.
+    pub fn scratch(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(&self.pool, name, dtype, shape)
+    }
+
+    /// Runs an op's forward and records it if there is a tape and some input wants a gradient.
+    pub fn apply(&mut self, op: impl Op + 'static, x: &[&Tensor]) -> Result<Vec<Tensor>> {
+        self.apply_dyn(Arc::new(op), x)
+    }
+
+    pub fn apply_dyn(&mut self, op: Arc<dyn Op>, x: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let wants = |t: &&Tensor| match t.id() {
+            Id::Constant => false,
+            Id::Value(_) => true,
+            Id::Param { set, index } => self
+                .param_grads
+                .get(set as usize)
+                .is_some_and(|p| p.slots.get(index as usize).is_some_and(Option::is_some)),
+        };
+        let inputs: Vec<bool> = x.iter().map(|t| self.tape.is_some() && wants(t)).collect();
+        let need = Need { tape: inputs.contains(&true), inputs };
+        let mut fwd = op.forward(self, x, &need)?;
+        if need.tape
+            && let Some(tape) = self.tape.as_mut()
+        {
+            tape.push(op, x, &need, &mut fwd.outputs, fwd.saved);
+        }
+        Ok(fwd.outputs)
+    }
+
+    /// As [`Cx::apply`], for ops with one output.
+    pub fn apply1(&mut self, op: impl Op + 'static, x: &[&Tensor]) -> Result<Tensor> {
+        let name = op.name();
+        self.apply(op, x)?.pop().ok_or_else(|| Error::op(name, "gave no output"))
+    }
+
+    /// Backward from the seeds through the recorded tape, which ends.
+    pub fn backward(&mut self, seeds: Vec<(Tensor, Tensor)>) -> Result<()> {
+        match self.tape.take() {
+            Some(tape) => tape.backward(self, seeds),
+            None => Err(Error::Device("backward without a tape".into())),
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! What an op is: forward, backward, an f64 oracle and a cost. Layer 3.
+//!
+//! Invariant: forward and backward are written together, and the oracle is their definition.
+
+use std::fmt::Debug;
+
+use super::context::Cx;
+use super::oracle::{F64, Round};
+use super::tape::{Grads, Node};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Whether there is a tape, and which inputs want gradients.
+pub struct Need {
+    pub tape: bool,
+    pub inputs: Vec<bool>,
+}
+
+/// What a forward gives: its outputs, and what its backward will need.
+pub struct Fwd {
+    pub outputs: Vec<Tensor>,
+    pub saved: Vec<Tensor>,
+}
+
+pub trait Op: Debug + Send + Sync {
+    fn name(&self) -> &'static str;
+
+    /// Checks shapes, runs the kernels. `saved` may be empty unless `need.tape`.
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd>;
+
+    /// Writes the gradients of the inputs that want one into `g`, from the upstream gradients `dy`
+    /// (None: zero).
+    fn backward(
+        &self,
+        _cx: &mut Cx,
+        _node: &Node,
+        _dy: &[Option<Tensor>],
+        _g: &mut Grads,
+    ) -> Result<()> {
+        Err(Error::op(self.name(), "is a state writer and has no backward"))
+    }
+
+    /// The definition, in naive f64; `round` stands wherever the kernel's Numerics says that a
+    /// value is stored.
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64>;
+
+    /// Bytes moved and flops done by a forward on these inputs: for rooflines.
+    fn cost(&self, x: &[&Tensor]) -> Cost;
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    pub bytes: f64,
+    pub flops: f64,
+}
+
+impl Cost {
+    /// Each input read once and `written` bytes written: the roofline of a memory-bound op.
+    pub fn memory(x: &[&Tensor], written: usize) -> Cost {
+        Cost { bytes: (x.iter().map(|t| t.bytes()).sum::<usize>() + written) as f64, flops: 0.0 }
+    }
+}

@@ -1,0 +1,141 @@
+//! A device that computes nothing: memory plans and launch counts are a run on it. Layer 1.
+//!
+//! Invariant: it answers as the device that it stands for, so the same code asks the pool for the
+//! same memory and launches the same kernels; but no memory is behind an address, and what is read
+//! back is zero.
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo};
+use crate::error::Result;
+
+pub struct DryRun {
+    name: String,
+    cuda: bool,
+    library: bool,
+    memory: MemoryInfo,
+    next: AtomicU64,
+    launches: Mutex<BTreeMap<String, usize>>,
+}
+
+impl DryRun {
+    /// Stands for `device`.
+    pub fn like(device: &dyn Device) -> Result<DryRun> {
+        Ok(DryRun::new(&device.name(), device.is_cuda(), device.has_gemm(), device.memory()?))
+    }
+
+    /// Stands for a device that is not there; `library`: it has a library for matrix products.
+    pub fn new(name: &str, cuda: bool, library: bool, memory: MemoryInfo) -> DryRun {
+        // Any aligned address but 0, which is nobody's.
+        let next = AtomicU64::new(1 << 40);
+        DryRun { name: name.into(), cuda, library, memory, next, launches: Mutex::default() }
+    }
+
+    /// What was launched since the last call, by name: kernels, `library product NT`, `copy`,
+    /// `fill`.
+    pub fn take_launches(&self) -> BTreeMap<String, usize> {
+        std::mem::take(&mut self.launches.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    fn count(&self, name: &str) {
+        *self
+            .launches
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .entry(name.to_string())
+            .or_default() += 1;
+    }
+}
+
+impl Device for DryRun {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn is_cuda(&self) -> bool {
+        self.cuda
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        Ok(self.next.fetch_add(bytes.next_multiple_of(256).max(256) as u64, Ordering::Relaxed))
+    }
+
+    unsafe fn free(&self, _address: u64, _bytes: usize) {}
+
+    unsafe fn upload(&self, _dst: u64, _src: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn download(&self, dst: &mut [u8], _src: u64) -> Result<()> {
+        dst.fill(0);
+        Ok(())
+    }
+
+    unsafe fn copy(&self, _dst: u64, _src: u64, _bytes: usize) -> Result<()> {
+        self.count("copy");
+        Ok(())
+    }
+
+    unsafe fn fill(&self, _dst: u64, _byte: u8, _bytes: usize) -> Result<()> {
+        self.count("fill");
+        Ok(())
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &'static KernelDef,
+        _at: Launch,
+        _args: &mut [*mut c_void],
+    ) -> Result<()> {
+        self.count(kernel.name);
+        Ok(())
+    }
+
+    unsafe fn gemm(&self, g: &Gemm) -> Result<bool> {
+        if self.library {
+            self.count(match g.layout {
+                Layout::NT => "library product NT",
+                Layout::NN => "library product NN",
+                Layout::TN => "library product TN",
+            });
+        }
+        Ok(self.library)
+    }
+
+    fn has_gemm(&self) -> bool {
+        self.library
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn memory(&self) -> Result<MemoryInfo> {
+        Ok(self.memory)
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        Ok(0)
+    }
+
+    fn elapsed_ms(&self, _from: Mark, _to: Mark) -> Result<f32> {
+        Ok(0.0)
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Graph> {
+        Ok(0)
+    }
+
+    unsafe fn replay(&self, _graph: Graph) -> Result<()> {
+        Ok(())
+    }
+
+    fn forget(&self, _graph: Graph) {}
+}

@@ -1,0 +1,47 @@
+//! The typed launchers that build.rs generates from the signatures in `kernels/*.cu`, one function
+//! a kernel. Layer 2.
+//!
+//! Invariant: a wrong number or kind of argument does not compile; a wrong dtype is an `Err` that
+//! names the argument.
+
+use crate::device::{CpuLaunch, DType, Device, Image, KernelDef, Launch};
+use crate::error::{Error, Result};
+use crate::tensor::{Out, Tensor};
+
+include!(concat!(env!("OUT_DIR"), "/launchers.rs"));
+
+/// Whether nvcc was there when this was built.
+pub fn has_gpu_images() -> bool {
+    ALL.iter().any(|k| !k.image.bytes.is_empty())
+}
+
+fn select(
+    name: &str,
+    real: DType,
+    d: usize,
+    table: &[(DType, usize, &'static KernelDef)],
+) -> Result<&'static KernelDef> {
+    if let Some(found) = table.iter().find(|(r, t, _)| *r == real && *t == d) {
+        return Ok(found.2);
+    }
+    let sizes: Vec<String> =
+        table.iter().filter(|t| t.0 == DType::F32).map(|t| t.1.to_string()).collect();
+    Err(Error::Device(format!(
+        "{name}: no kernel for {} and size {d}; there are sizes {}",
+        real.name(),
+        sizes.join(", ")
+    )))
+}
+
+fn argument(kernel: &KernelDef, name: &str, tensor: &Tensor, dtype: DType) -> Result<u64> {
+    if tensor.dtype() != dtype {
+        return Err(Error::Device(format!(
+            "{}: argument {name} ({}) is {}, the kernel takes {}",
+            kernel.name,
+            tensor.name(),
+            tensor.dtype().name(),
+            dtype.name()
+        )));
+    }
+    Ok(tensor.address())
+}

@@ -1,0 +1,93 @@
+//! Weights and factors of tokens in a policy loss, on the host: normalisers, off-policy mask,
+//! entropy mask.
+//!
+//! Invariant: TRL 1.16.0's, value for value; a weight is 0 exactly where the token is masked.
+
+/// How a loss is averaged: TRL's `loss_type`. A *step batch* of `sequences` goes through the loss
+/// at once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Normalizer {
+    /// grpo, sapo and RLOO: the mean of a sequence, then of sequences.
+    Sequence,
+    /// bnpo, PPO: the mean over the tokens of the batch.
+    Token,
+    /// dr_grpo
+    Constant { max_completion_length: usize },
+    /// dapo, cispo, vespo: the tokens of an accumulation window, `num_items_in_batch /
+    /// steps_per_generation` of them times the accumulation; already counts the accumulation.
+    Window { num_items_in_batch: usize, steps_per_generation: usize },
+    /// luspo: the sum of a sequence, then the mean of sequences.
+    Sum,
+}
+
+/// The weight of each token: `mask` (true: it counts) times the normaliser, for tokens of sequences
+/// side by side.
+pub fn token_weights(
+    how: Normalizer,
+    lengths: &[usize],
+    mask: &[bool],
+    accumulation: usize,
+) -> Vec<f32> {
+    let (sequences, total) = (lengths.len() as f64, mask.iter().filter(|m| **m).count() as f64);
+    let mut weights = Vec::with_capacity(mask.len());
+    let mut from = 0;
+    for len in lengths {
+        let own = &mask[from..from + len];
+        let count = own.iter().filter(|m| **m).count() as f64;
+        let divide = match how {
+            Normalizer::Sequence => count.max(1.0) * sequences,
+            Normalizer::Token => total.max(1.0),
+            Normalizer::Constant { max_completion_length } => {
+                sequences * max_completion_length as f64
+            }
+            Normalizer::Window { num_items_in_batch, steps_per_generation } => {
+                num_items_in_batch.max(1) as f64 / steps_per_generation as f64
+            }
+            Normalizer::Sum => sequences,
+        };
+        let weight = (1.0 / (divide * accumulation as f64)) as f32;
+        weights.extend(own.iter().map(|m| if *m { weight } else { 0.0 }));
+        from += len;
+    }
+    weights
+}
+
+/// DeepSeek-V3.2's off-policy mask: sequences of negative advantage whose mean `sampled - logp`
+/// exceeds `threshold` are dropped. One factor a token.
+pub fn off_policy_mask(
+    lengths: &[usize],
+    mask: &[bool],
+    sampled: &[f32],
+    logp: &[f32],
+    advantages: &[f64],
+    threshold: f64,
+) -> Vec<f32> {
+    let mut keep = Vec::with_capacity(mask.len());
+    let mut from = 0;
+    for (len, advantage) in lengths.iter().zip(advantages) {
+        let tokens = (from..from + len).filter(|t| mask[*t]);
+        let count = tokens.clone().count().max(1) as f64;
+        let known = tokens.map(|t| f64::from(sampled[t] - logp[t])).filter(|d| !d.is_nan());
+        let kl = known.sum::<f64>() / count;
+        let kept = *advantage >= 0.0 || kl <= threshold;
+        keep.extend(std::iter::repeat_n(f32::from(u8::from(kept)), *len));
+        from += len;
+    }
+    keep
+}
+
+/// TRL's `top_entropy_quantile`: 1 for the tokens whose entropy is in the top `quantile` of the
+/// batch, else 0.
+pub fn top_entropy_mask(entropy: &[f32], mask: &[bool], quantile: f64) -> Vec<f32> {
+    let mut seen: Vec<f32> =
+        entropy.iter().zip(mask).filter(|(_, m)| **m).map(|(e, _)| *e).collect();
+    if seen.is_empty() {
+        return vec![0.0; mask.len()];
+    }
+    seen.sort_by(f32::total_cmp);
+    // linear between ranks, as torch.quantile
+    let rank = (1.0 - quantile) * (seen.len() - 1) as f64;
+    let (low, high) = (seen[rank.floor() as usize], seen[rank.ceil() as usize]);
+    let threshold = low + (high - low) * (rank.fract() as f32);
+    entropy.iter().zip(mask).map(|(e, m)| if *m && *e >= threshold { 1.0 } else { 0.0 }).collect()
+}
