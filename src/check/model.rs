@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::Outcome;
 use crate::autograd::{Cx, Recompute};
-use crate::config::{MatmulChoice, SftRun};
+use crate::config::MatmulChoice;
 use crate::device::{DType, Device};
 use crate::error::Result;
-use crate::methods::offline::sft::Sft;
+use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::batch::Sequence;
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;

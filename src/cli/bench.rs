@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 
 use crate::autograd::{Cx, Recompute};
 use crate::cli::Where;
-use crate::config::{MatmulChoice, SftRun};
+use crate::config::MatmulChoice;
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
-use crate::methods::offline::sft::Sft;
+use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
 use crate::ops::case::Rng;

@@ -7,12 +7,11 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use crate::cli::part_keys;
-use crate::config::{MethodRun, SftConfig};
 use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{SftExample, SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
-use crate::methods::offline::sft::options;
+use crate::methods::offline::sft::SftRun;
 use crate::model::hub::resolve_model;
 use crate::model::layout::ModelConfig;
 use crate::train::job::chat_template;
@@ -43,16 +42,16 @@ const NAMED: usize = 10;
 
 pub fn run(mut args: Args) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
-    let (run, notes) = MethodRun::<SftConfig>::load(args.config.as_deref(), &args.keys)?;
+    let (run, notes) = SftRun::load(args.config.as_deref(), &args.keys)?;
     for note in notes {
         eprintln!("note: {note}");
     }
     let dir = resolve_model(&args.model)?;
     let tokenizer = Tokenizer::load(&dir)?;
-    let template = chat_template(run.method.chat_template_path.as_deref(), &tokenizer)?;
+    let template = chat_template(run.training.chat_template_path.as_deref(), &tokenizer)?;
     let vocab = ModelConfig::load(&dir)?.vocab_size;
     let rows = read_rows(&args.data)?;
-    let options = options(&run.method);
+    let options = run.method.options();
     // As if nothing were cut or packed: lengths, and which rows have a target at all.
     let whole = SftOptions { max_length: None, packing: None, ..options.clone() };
     let (uncut, _) = prepare(&rows, &tokenizer, template.as_ref(), vocab, &whole)?;

@@ -74,11 +74,12 @@ type Found = (Vec<Figure>, Vec<Value>);
 pub fn run(mut args: Args) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let mut keys = EvalConfig::default();
-    let mut draws = GenerateConfig { temperature: 0.0, ..GenerateConfig::default() };
+    let mut draws = GenerateConfig::default();
+    draws.sampling.temperature = 0.0;
     for note in config::load(&mut [&mut keys, &mut draws], None, &args.keys)? {
         eprintln!("note: {note}");
     }
-    if draws.n > 1 && draws.temperature == 0.0 {
+    if draws.n > 1 && draws.sampling.temperature == 0.0 {
         let n = draws.n;
         return Err(Error::Config(format!(
             "n = {n} with temperature = 0: all {n} would be the same; set temperature=1"

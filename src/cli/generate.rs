@@ -16,7 +16,6 @@ use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
-use crate::rollout::sample::Sampling;
 use crate::rollout::stop::StopStrings;
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
@@ -109,14 +108,7 @@ pub(super) fn engine_options(
     dir: &Path,
     batch: usize,
 ) -> Result<EngineOptions> {
-    let sampling = Sampling {
-        temperature: keys.temperature,
-        top_k: keys.top_k,
-        top_p: keys.top_p,
-        min_p: keys.min_p,
-        repetition_penalty: keys.repetition_penalty,
-        seed: keys.seed,
-    };
+    let sampling = keys.sampling.seeded(keys.seed);
     let mut stop = model.config.eos.clone();
     stop.extend(tokenizer.eos_id());
     if let Some(map) = folder::generation_config(dir)? {

@@ -5,17 +5,16 @@ use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute, Tape};
 use crate::cli::{Where, launches, storage};
-use crate::config::SftRun;
 use crate::device::dry_run::DryRun;
 use crate::device::{Device, MemoryInfo};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::methods::offline::sft::Sft;
+use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::ops::case::Rng;
-use crate::train::plan::{self, Ask};
+use crate::train::plan::{self, PlanRequest};
 
 /// Print a model's config and parameters, the tape of a training step with the bytes each node
 /// holds, what a run will hold in memory, the launches of a layer, or the kernels
@@ -123,7 +122,7 @@ fn tape(args: &Args, dir: &Path) -> Result<()> {
     let mut row =
         || (0..length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();
     let rows: Vec<_> = (0..args.batch).map(|_| (row(), vec![true; length])).collect();
-    let batch = Sft::from_sequences(rows).whole_batch(&cx, &model)?;
+    let batch = Sft::from_sequences(rows).0.whole_batch(&cx, &model)?;
     cx.tape = Some(Tape::default());
     if args.recompute {
         cx.recompute = Recompute::Layers;
@@ -152,13 +151,13 @@ fn memory(args: &Args, dir: &Path) -> Result<()> {
         None => args.on.open()?,
     };
     let model = folder::load_config(dir)?;
-    let Some(length) = args.length.or(run.method.max_length) else {
+    let Some(length) = args.length.or(run.method.truncation.length.max_length) else {
         return Err(Error::Config(
             "max_length is none: say --length, the tokens of the longest row".into(),
         ));
     };
     let batch = run.training.per_device_train_batch_size;
-    let ask = Ask {
+    let ask = PlanRequest {
         model: &model,
         dir,
         adapter: args.adapter.as_deref(),

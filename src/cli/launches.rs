@@ -8,10 +8,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Tape};
-use crate::config::{MatmulChoice, SftRun};
+use crate::config::MatmulChoice;
 use crate::device::{DType, MemoryInfo, dry_run::DryRun};
 use crate::error::Result;
-use crate::methods::offline::sft::Sft;
+use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
 use crate::tensor::Tensor;
@@ -64,7 +64,7 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Cou
     let sft = Sft::from_sequences(vec![(vec![0; 64], vec![true; 64])]);
     let mut trainer = Trainer::new(cx, model, run.training, 1)?;
     let (cx, model) = (&mut trainer.cx, &trainer.model);
-    let batch = sft.whole_batch(cx, model)?;
+    let batch = sft.0.whole_batch(cx, model)?;
     device.take_launches();
     cx.tape = Some(Tape::default());
     let hidden = model.target_hidden(cx, &batch)?;

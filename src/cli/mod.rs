@@ -20,65 +20,21 @@ mod train;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::{Parser, Subcommand};
+use clap::{Args as _, FromArgMatches, Subcommand};
 
 use crate::autograd::Cx;
-use crate::config::{
-    CpoConfig, DistillConfig, DpoConfig, GkdConfig, GrpoConfig, KtoConfig, OnlineDpoConfig,
-    OrpoConfig, PpoConfig, PrmConfig, ReinforceConfig, RewardConfig, RlooConfig, SftConfig,
-};
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
+use crate::methods::registry::{MethodEntry, REGISTRY};
 use crate::model::adapter::Adapter;
 use crate::model::adapter::config::AdapterConfig;
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::layout::Task;
 
-#[derive(Parser)]
-#[command(
-    name = "temper",
-    version,
-    about = "Post-training of language models, one set of CUDA kernels on a GPU or any CPU"
-)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
+/// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]
 enum Command {
-    /// Supervised fine-tuning: rows of text, prompt + completion, or messages
-    Sft(train::Args),
-    /// Language modelling on text rows, packed; makes weights at random for a folder that has only
-    /// a config
-    Pretrain(train::Args),
-    /// Direct preference optimisation: pairs of a chosen and a rejected answer
-    Dpo(train::Args),
-    /// A reward model, of pairs; starts from a language model
-    Reward(train::Args),
-    /// A process reward model, of solutions with a label for each step
-    Prm(train::Args),
-    /// KTO and BCO: single answers labelled good or bad
-    Kto(train::Args),
-    /// Odds-ratio preference optimisation: pairs, without a reference
-    Orpo(train::Args),
-    /// Contrastive preference optimisation, SimPO, AlphaPO: pairs, without a reference
-    Cpo(train::Args),
-    /// Distillation from a teacher's distributions
-    Distill(train::Args),
-    /// Group relative policy optimisation: prompts and rewards
-    Grpo(train::Args),
-    /// REINFORCE leave-one-out
-    Rloo(train::Args),
-    /// REINFORCE++ and ReMax
-    Reinforce(train::Args),
-    /// Proximal policy optimisation, with a value model
-    Ppo(train::Args),
-    /// Online DPO: two completions of a prompt, ranked by rewards
-    OnlineDpo(train::Args),
-    /// On-policy distillation from a teacher (GKD)
-    Gkd(train::Args),
     Generate(generate::Args),
     Chat(chat::Args),
     Score(score::Args),
@@ -90,6 +46,19 @@ enum Command {
     Merge(merge::Args),
     Report(report::Args),
     Quickstart(quickstart::Args),
+}
+
+/// The whole command line: a subcommand for each method, then the others.
+fn command() -> clap::Command {
+    let temper = clap::Command::new("temper")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Post-training of language models, one set of CUDA kernels on a GPU or any CPU")
+        .subcommand_required(true)
+        .arg_required_else_help(true);
+    let method = |entry: &&MethodEntry| {
+        train::Args::augment_args(clap::Command::new(entry.name)).about(entry.about)
+    };
+    Command::augment_subcommands(temper.subcommands(REGISTRY.iter().map(method)))
 }
 
 /// Where to run and in which storage type.
@@ -160,10 +129,26 @@ fn sink(path: &Option<PathBuf>) -> Result<Box<dyn std::io::Write>> {
     }
 }
 
+/// What a command line asks for.
+enum Parsed {
+    Train(&'static MethodEntry, Box<train::Args>),
+    Other(Command),
+}
+
+fn parse() -> std::result::Result<Parsed, clap::Error> {
+    let matches = command().try_get_matches()?;
+    if let Some((name, own)) = matches.subcommand()
+        && let Some(entry) = REGISTRY.iter().find(|e| e.name == name)
+    {
+        return Ok(Parsed::Train(entry, Box::new(train::Args::from_arg_matches(own)?)));
+    }
+    Command::from_arg_matches(&matches).map(Parsed::Other)
+}
+
 /// Runs the command line and returns the exit code.
 pub fn main() -> i32 {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = match parse() {
+        Ok(parsed) => parsed,
         Err(e) => {
             let code = if e.use_stderr() { 2 } else { 0 };
             // A closed pipe while help is printed is no error of ours.
@@ -171,33 +156,21 @@ pub fn main() -> i32 {
             return code;
         }
     };
-    let result = match cli.command {
-        Command::Sft(args) => train::run::<SftConfig>(args),
-        Command::Pretrain(args) => train::pretrain(args),
-        Command::Dpo(args) => train::run::<DpoConfig>(args),
-        Command::Reward(args) => train::run::<RewardConfig>(args),
-        Command::Prm(args) => train::run::<PrmConfig>(args),
-        Command::Kto(args) => train::run::<KtoConfig>(args),
-        Command::Orpo(args) => train::run::<OrpoConfig>(args),
-        Command::Cpo(args) => train::run::<CpoConfig>(args),
-        Command::Distill(args) => train::run::<DistillConfig>(args),
-        Command::Grpo(args) => train::run::<GrpoConfig>(args),
-        Command::Rloo(args) => train::run::<RlooConfig>(args),
-        Command::Reinforce(args) => train::run::<ReinforceConfig>(args),
-        Command::Ppo(args) => train::run::<PpoConfig>(args),
-        Command::OnlineDpo(args) => train::run::<OnlineDpoConfig>(args),
-        Command::Gkd(args) => train::run::<GkdConfig>(args),
-        Command::Generate(args) => generate::run(args),
-        Command::Chat(args) => chat::run(args),
-        Command::Score(args) => score::run(args),
-        Command::Eval(args) => eval::run(args),
-        Command::Data(args) => data::run(args),
-        Command::Check(args) => check::run(args),
-        Command::Bench(args) => bench::run(args),
-        Command::Inspect(args) => inspect::run(args),
-        Command::Merge(args) => merge::run(args),
-        Command::Report(args) => report::run(args),
-        Command::Quickstart(args) => quickstart::run(args),
+    let result = match parsed {
+        Parsed::Train(entry, args) => train::run(entry, *args),
+        Parsed::Other(command) => match command {
+            Command::Generate(args) => generate::run(args),
+            Command::Chat(args) => chat::run(args),
+            Command::Score(args) => score::run(args),
+            Command::Eval(args) => eval::run(args),
+            Command::Data(args) => data::run(args),
+            Command::Check(args) => check::run(args),
+            Command::Bench(args) => bench::run(args),
+            Command::Inspect(args) => inspect::run(args),
+            Command::Merge(args) => merge::run(args),
+            Command::Report(args) => report::run(args),
+            Command::Quickstart(args) => quickstart::run(args),
+        },
     };
     match result {
         Ok(()) => 0,

@@ -12,13 +12,13 @@ use serde_json::{Value, json};
 
 use crate::autograd::Cx;
 use crate::cli::{Where, open_model, sink};
-use crate::config::SftConfig;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::methods::offline::reward::one_score;
+use crate::methods::offline::sft::SftConfig;
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use crate::autograd::Cx;
 use crate::checkpoint::prepare_output;
 use crate::cli::{part_keys, storage};
-use crate::config::{self, DeviceChoice, Dtype, MethodRun, SftConfig, TrainingConfig};
+use crate::config::{self, DeviceChoice, Dtype, TrainingConfig};
 use crate::data::rows::{Row, read_rows};
 use crate::device::{self, DType};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::methods::Recipe;
+use crate::methods::MethodRun;
+use crate::methods::registry::MethodEntry;
 use crate::model::hub::resolve_model;
 use crate::signals::Stop;
 use crate::train::job::{Job, execute};
@@ -21,19 +22,19 @@ use crate::train::job::{Job, execute};
 #[derive(clap::Args)]
 pub struct Args {
     /// model folder, or a hub name in the local cache
-    #[arg(long, required_unless_present = "help_keys")]
+    #[arg(long, required_unless_present = "help_options")]
     model: Option<String>,
-    /// an adapter folder to go on training
+    /// an adapter folder to train further
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// .jsonl, .json or .parquet files
-    #[arg(long, num_args = 1.., required_unless_present = "help_keys")]
+    #[arg(long, num_args = 1.., required_unless_present = "help_options")]
     data: Vec<PathBuf>,
     /// rows to evaluate on (else eval_rows splits some off the end of the data)
     #[arg(long, num_args = 1..)]
     eval_data: Vec<PathBuf>,
     /// where the run is written
-    #[arg(long, required_unless_present = "help_keys")]
+    #[arg(long, required_unless_present = "help_options")]
     output: Option<PathBuf>,
     /// run file (TOML)
     #[arg(long)]
@@ -44,51 +45,27 @@ pub struct Args {
     /// replace the run that --output holds
     #[arg(long)]
     overwrite: bool,
-    /// print every key with its type, default and meaning
-    #[arg(long)]
-    help_keys: bool,
-    /// any key of the run file
+    /// print every option with its type, default and meaning
+    #[arg(long, alias = "help-keys")]
+    help_options: bool,
+    /// any option of the run file
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
 }
 
-/// `temper pretrain`: SFT over every token of `text` rows, in packs, with weights made at random
-/// where a folder has none.
-pub fn pretrain(mut args: Args) -> Result<()> {
-    part_keys(&mut args.data, &mut args.keys);
-    // Defaults of a pretraining run; a run file or the command line overrides them.
-    let defaults =
-        ["packing=true", "packing_strategy=wrapped", "learning_rate=3e-4", "num_train_epochs=1"];
-    let given = |key: &str| {
-        args.config.is_some() || args.keys.iter().any(|k| k.starts_with(&format!("{key}=")))
-    };
-    let missing = defaults.iter().filter(|d| !given(d.split('=').next().unwrap_or_default()));
-    args.keys = missing.map(|d| d.to_string()).chain(args.keys.iter().cloned()).collect();
-    let fresh = args
-        .model
-        .as_deref()
-        .and_then(|m| resolve_model(m).ok())
-        .is_some_and(|dir| !has_weights(&dir));
-    train::<SftConfig>(args, "pretrain", fresh)
-}
-
-/// `temper sft`, `temper dpo` ...
-pub fn run<M: Recipe>(args: Args) -> Result<()> {
-    train::<M>(args, M::NAME, false)
-}
-
-fn train<M: Recipe>(mut args: Args, name: &str, fresh: bool) -> Result<()> {
+/// `temper sft`, `temper dpo` and the others.
+pub fn run(entry: &MethodEntry, mut args: Args) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     part_keys(&mut args.eval_data, &mut args.keys);
-    if args.help_keys {
-        print!("{}", config::help(&MethodRun::<M>::default().sections()));
+    let mut run = (entry.run)();
+    if args.help_options {
+        print!("{}", config::help(&run.sections()));
         return Ok(());
     }
     let (Some(model), Some(output)) = (&args.model, &args.output) else {
         return Err(Error::Config("--model, --data and --output are needed".into()));
     };
-    let (run, notes) = MethodRun::<M>::load(args.config.as_deref(), &args.keys)?;
-    for note in notes {
+    for note in run.read(args.config.as_deref(), &args.keys)? {
         eprintln!("note: {note}");
     }
     let dir = resolve_model(model)?;
@@ -99,17 +76,17 @@ fn train<M: Recipe>(mut args: Args, name: &str, fresh: bool) -> Result<()> {
     }
     let mut rows = read_rows(&args.data)?;
     let eval = eval_rows(&args, &run.training, &mut rows)?;
-    let adapter =
-        args.adapter.as_ref().map(|a| format!(" --adapter {}", a.display())).unwrap_or_default();
+    let adapter = args.adapter.as_ref().map(|a| format!(" --adapter {}", a.display()));
+    let (name, adapter, data) = (entry.name, adapter.unwrap_or_default(), shown(&args.data));
     let job = Job {
         run: &run,
         model: &dir,
         adapter: args.adapter.as_deref(),
-        fresh,
+        fresh: entry.from_scratch && !has_weights(&dir),
         train: &rows,
         eval: &eval,
         folder: &folder,
-        command: &format!("temper {name} --model {model}{adapter} --data {}", shown(&args.data)),
+        command: &format!("temper {name} --model {model}{adapter} --data {data}"),
         stop: Stop::on_signals()?,
     };
     execute(cx, &job)?;
@@ -144,7 +121,7 @@ fn has_weights(dir: &Path) -> bool {
 }
 
 /// A resumed run must be the run that is resumed.
-fn same_run<M: Recipe>(dir: &Path, run: &MethodRun<M>) -> Result<()> {
+fn same_run(dir: &Path, run: &MethodRun) -> Result<()> {
     let path = dir.join("config.toml");
     let text = String::from_utf8_lossy(&fsio::read(&path)?).into_owned();
     let changes = config::changes(&text, &run.sections())?;

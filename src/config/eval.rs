@@ -7,7 +7,7 @@ use super::{Report, section};
 
 section! {
     /// Keys of `temper eval`.
-    pub struct EvalConfig {
+    pub struct EvalConfig = "eval" {
         /// Verifiers of completions, as the online methods' reward_funcs; docs/rewards.md.
         pub reward_funcs: Vec<String> = vec!["exact_match".into()],
         /// The score from which a completion counts as passed, for pass@k.

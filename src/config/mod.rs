@@ -1,27 +1,18 @@
 //! Run files: TOML, any key of which can be given on the command line as `key=value`. Layer 1.
 //!
-//! Invariant: a key is one documented field of a section. Its name, type, default and doc in
-//! `--help-keys`, in the parser and in the resolved file all come from that field, so they cannot
+//! Invariant: an option is one documented field of a section. Its name, type, default and doc in
+//! `--help-options`, in the parser and in the resolved file all come from that field, so they cannot
 //! drift.
 //!
 //! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and
 //! [`SftConfig`]. [`load`] reads file and command line, checks everything and reports all problems
 //! at once.
 
-mod cpo;
-mod distill;
-mod dpo;
 mod eval;
 mod foreign;
 mod generate;
-mod kto;
-mod online;
-mod onpolicy;
-mod orpo;
 mod peft;
-mod prm;
-mod reward;
-mod sft;
+mod shared;
 mod training;
 pub mod value;
 
@@ -34,23 +25,13 @@ use value::Given;
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
 
-pub use cpo::{CpoConfig, CpoLossType};
-pub use distill::DistillConfig;
-pub use dpo::{DpoConfig, DpoLoss, FDivergence};
 pub use eval::EvalConfig;
 pub use generate::GenerateConfig;
-pub use kto::{KtoConfig, KtoLoss};
-pub use online::{
-    GrpoConfig, GrpoKeys, GrpoLoss, ImportanceLevel, KlEstimatorChoice, Online, OnlineConfig,
-    PpoConfig, PpoKeys, ReinforceConfig, ReinforceKeys, RewardAggregation, RlooConfig, RlooKeys,
-    ScaleRewards, ValueModel,
-};
-pub use onpolicy::{GkdConfig, OnlineDpoConfig, OnlineDpoLoss};
-pub use orpo::OrpoConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
-pub use prm::PrmConfig;
-pub use reward::RewardConfig;
-pub use sft::{OnTruncation, PackingStrategy, SftConfig, SftLoss, TruncationMode};
+pub use shared::{
+    LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
+    SamplingOptions, TruncationMode, TruncationOptions,
+};
 pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, MatmulChoice, Optim,
     Sampling, Schedule, TrainingConfig, When,
@@ -66,34 +47,59 @@ pub struct Key {
     pub doc: String,
 }
 
-/// A struct whose fields are keys; see [`section!`].
+/// A struct whose fields are options; see [`section!`]. Sections nest: a section shared by several
+/// methods is a field of each.
 pub trait Section {
-    /// Its keys with their values, in the order of the fields.
-    fn keys(&self) -> Vec<Key>;
-    /// Sets a key; None if it is not of this section, an error that says what was expected.
+    /// What its table is called: a command, or what a shared section is about.
+    fn name(&self) -> &'static str;
+    /// Its own options with their values, in the order of the fields.
+    fn own_keys(&self) -> Vec<Key>;
+    /// Its own options with the defaults of the section, which a method may have overridden.
+    fn default_keys(&self) -> Vec<Key>;
+    /// The sections in it.
+    fn nested(&self) -> Vec<&dyn Section>;
+    /// Sets an option; None if it is not of this section, an error that says what was expected.
     fn set(&mut self, key: &str, given: &Given) -> Option<Result<(), String>>;
     /// Says what is out of range or contradicts itself.
     fn check(&self, report: &mut Report);
+
+    /// All options: its own, then those of the sections in it.
+    fn keys(&self) -> Vec<Key> {
+        let nested = self.nested().into_iter().flat_map(|s| s.keys());
+        self.own_keys().into_iter().chain(nested).collect()
+    }
 }
 
-/// Declares a section: the struct, its defaults, its keys. The struct gives `fn rules(&self, &mut
-/// Report)` itself.
+/// Declares a section: the struct, its defaults, its options, then the sections in it, each behind
+/// two dots. The struct gives `fn rules(&self, &mut Report)` itself.
 macro_rules! section {
-    ($(#[$meta:meta])* pub struct $name:ident { $($(#[doc = $doc:literal])+ pub $key:ident: $ty:ty = $default:expr,)+ }) => {
+    ($(#[$meta:meta])* pub struct $name:ident = $title:literal {
+        $($(#[doc = $doc:literal])+ pub $key:ident: $ty:ty = $default:expr,)*
+        $(.. pub $part:ident: $part_ty:ty = $part_default:expr,)*
+    }) => {
         $(#[$meta])*
         #[derive(Clone, Debug, PartialEq)]
-        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)+ }
+        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)* $(pub $part: $part_ty,)* }
         impl Default for $name {
-            fn default() -> Self { Self { $($key: $default,)+ } }
+            fn default() -> Self { Self { $($key: $default,)* $($part: $part_default,)* } }
         }
         impl $crate::config::Section for $name {
-            fn keys(&self) -> Vec<$crate::config::Key> {
-                vec![$($crate::config::key(stringify!($key), concat!($($doc),+), &self.$key)),+]
+            fn name(&self) -> &'static str { $title }
+            fn own_keys(&self) -> Vec<$crate::config::Key> {
+                vec![$($crate::config::key(stringify!($key), concat!($($doc),+), &self.$key)),*]
             }
+            fn default_keys(&self) -> Vec<$crate::config::Key> { Self::default().own_keys() }
+            fn nested(&self) -> Vec<&dyn $crate::config::Section> { vec![$(&self.$part),*] }
             fn set(&mut self, key: &str, given: &$crate::config::value::Given) -> Option<Result<(), String>> {
-                match key { $(stringify!($key) => Some($crate::config::value::Value::read(given).map(|v| self.$key = v)),)+ _ => None }
+                match key {
+                    $(stringify!($key) => Some($crate::config::value::Value::read(given).map(|v| self.$key = v)),)*
+                    _ => { $(if let set @ Some(_) = self.$part.set(key, given) { return set; })* None }
+                }
             }
-            fn check(&self, report: &mut $crate::config::Report) { self.rules(report) }
+            fn check(&self, report: &mut $crate::config::Report) {
+                self.rules(report);
+                $(self.$part.check(report);)*
+            }
         }
     };
 }
@@ -257,19 +263,18 @@ pub fn help(sections: &[&dyn Section]) -> String {
         .collect()
 }
 
-/// The same as a Markdown table, for the docs.
-pub fn markdown(sections: &[&dyn Section]) -> String {
-    let rows = sections.iter().flat_map(|s| s.keys()).map(|k| {
+/// A Markdown table of options, for the docs.
+pub fn markdown(keys: &[Key]) -> String {
+    let row = |k: &Key| {
         let kind = k.kind.replace('|', "\\|");
         format!("| `{}` | {kind} | `{}` | {} |\n", k.name, one_line(&k.value), k.doc)
-    });
-    std::iter::once("| key | type | default | |\n|---|---|---|---|\n".to_string())
-        .chain(rows)
-        .collect()
+    };
+    let head = "| option | type | default | |\n|---|---|---|---|\n";
+    std::iter::once(head.to_string()).chain(keys.iter().map(row)).collect()
 }
 
 /// A value as it can be given; TOML itself would write a text with a line break over several lines.
-fn one_line(value: &toml::Value) -> String {
+pub fn one_line(value: &toml::Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), |text| format!("{text:?}"))
 }
 
@@ -432,50 +437,5 @@ fn stand_in(
         None => {
             report.note(format!("{source}: {why} has no effect: this command has no key {key}"))
         }
-    }
-}
-
-/// The keys of one method, and the defaults of the common keys that TRL gives it.
-pub trait MethodSection: Section + Clone + Default {
-    /// The command: `sft`.
-    const NAME: &'static str;
-
-    /// The common keys at this method's defaults.
-    fn training() -> TrainingConfig {
-        TrainingConfig::default()
-    }
-}
-
-/// What a training command runs on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MethodRun<M> {
-    pub training: TrainingConfig,
-    pub peft: PeftConfig,
-    pub method: M,
-}
-
-pub type SftRun = MethodRun<SftConfig>;
-
-impl<M: MethodSection> Default for MethodRun<M> {
-    fn default() -> Self {
-        MethodRun { training: M::training(), peft: PeftConfig::default(), method: M::default() }
-    }
-}
-
-impl<M: MethodSection> MethodRun<M> {
-    /// [`load`] over the method's defaults. Returns notes to print.
-    pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
-        let mut run = Self::default();
-        let notes =
-            load(&mut [&mut run.training, &mut run.peft, &mut run.method], file, overrides)?;
-        Ok((run, notes))
-    }
-
-    pub fn sections(&self) -> [&dyn Section; 3] {
-        [&self.training, &self.peft, &self.method]
-    }
-
-    pub fn to_toml(&self, head: &str) -> String {
-        to_toml(head, &self.sections())
     }
 }

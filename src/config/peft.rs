@@ -34,7 +34,7 @@ words! {
 
 section! {
     /// Keys of what is trained, common to all methods.
-    pub struct PeftConfig {
+    pub struct PeftConfig = "adapters and tuning" {
         /// Train an adapter; the model's own weights stay as they are.
         pub use_peft: bool = false,
         /// Ours. The kind of adapter: LoRA, IA3, prompt tuning, or a bottleneck adapter (seq_bn:

@@ -93,7 +93,7 @@ words! {
 
 section! {
     /// Keys common to all methods.
-    pub struct TrainingConfig {
+    pub struct TrainingConfig = "training" {
         /// Peak learning rate of AdamW. Each method has its own default (SFT: 2e-5).
         pub learning_rate: f64 = 5e-5,
         /// Rows of a micro-batch; times gradient_accumulation_steps they make the step batch, which
@@ -159,6 +159,11 @@ section! {
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Family of attention kernels. auto: tensor_core for bfloat16 on a GPU, else simt.
         pub attention: AttentionChoice = AttentionChoice::Auto,
+        /// Ours where TRL has none. A Jinja file, or a folder with a tokenizer, whose chat template
+        /// replaces the model's.
+        pub chat_template_path: Option<String> = None,
+        /// Switch the model's dropout off. Each method has its own default, TRL's.
+        pub disable_dropout: bool = false,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
     }

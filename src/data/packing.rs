@@ -6,7 +6,15 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
-pub use crate::config::PackingStrategy;
+use crate::config::value::words;
+
+words! {
+    pub enum PackingStrategy {
+        Bfd = "bfd",
+        BfdSplit = "bfd_split" | "bfd-requeue",
+        Wrapped = "wrapped",
+    }
+}
 
 /// `Bfd`: best fit, longest first; a sequence beyond the limit loses its end. `BfdSplit`: such a
 /// sequence is cut into pieces that are packed as sequences of their own. `Wrapped`: all tokens end

@@ -1,17 +1,22 @@
-//! Objectives: one file each, whose doc is the method. Layer 7.
+//! Training objectives: one file each, whose doc is the method. Layer 7.
 //!
-//! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer
-//! step), never by the chunk of rows that fits in memory; it knows the model, never a kernel.
+//! A method is its options, a docs page, and a step: over fixed rows ([`offline`]) or over what the
+//! policy generates ([`online`]). [`registry`] lists them; commands, help, docs tables and tests of
+//! options are loops over it.
+//!
+//! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer step),
+//! never by the chunk of rows that fits in memory; it knows the model, never a kernel.
 
 pub mod offline;
 pub mod online;
 pub mod reference;
+pub mod registry;
 
 use std::borrow::Cow;
 use std::path::Path;
 
 use crate::autograd::Cx;
-use crate::config::{MethodSection, TrainingConfig};
+use crate::config::{self, PeftConfig, Section, TrainingConfig};
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
@@ -28,19 +33,32 @@ pub type MaskedIds = (Vec<u32>, Vec<bool>);
 /// How many sequences [`Method::masks`] gives.
 pub const MASKS: usize = 4;
 
+/// Files of a checkpoint: name and contents.
+pub type StateFiles = Vec<(String, Vec<u8>)>;
+
 /// What one optimizer step of a method showed.
+#[derive(Default)]
 pub struct StepReport {
     /// The step's loss, as its gradient was taken.
     pub loss: f32,
     /// Tokens that went through the model.
     pub tokens: usize,
-    /// A value for each micro-batch, of which the log takes the plain mean, as TRL does.
+    /// A value for each micro-batch; the log takes the plain mean, as TRL does.
     pub metrics: Vec<Metric>,
 }
 
-/// What a method makes its rows of.
+impl StepReport {
+    /// Adds a micro-batch of the same step.
+    pub fn add(&mut self, other: StepReport) {
+        self.loss += other.loss;
+        self.tokens += other.tokens;
+        self.metrics.extend(other.metrics);
+    }
+}
+
+/// What a method is built from.
 #[derive(Clone, Copy)]
-pub struct Source<'a> {
+pub struct MethodInputs<'a> {
     pub tokenizer: &'a Tokenizer,
     pub template: Option<&'a ChatTemplate>,
     pub model: &'a ModelConfig,
@@ -50,23 +68,38 @@ pub struct Source<'a> {
     pub output: &'a Path,
 }
 
-/// What the memory plan must know of a method.
+/// A method over its rows.
+pub struct BuiltMethod {
+    pub method: Box<dyn Method>,
+    /// What to print about its data.
+    pub summary: String,
+}
+
+impl BuiltMethod {
+    pub fn new(method: impl Method + 'static, summary: impl ToString) -> BuiltMethod {
+        BuiltMethod { method: Box::new(method), summary: summary.to_string() }
+    }
+}
+
+/// What the memory plan must know about a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
     /// Sequences of a row: 2 of a pair.
     pub sequences: usize,
-    /// It holds its policy against a model that stays as it was: see [`Decoder::reference`].
+    /// It compares its policy with a frozen copy: see [`Decoder::reference`].
     pub reference: bool,
 }
 
-/// The keys of a method make the method.
-pub trait Recipe: MethodSection {
-    /// What the model must be; a folder of another task gets a new score.
-    const TASK: Task = Task::CausalLm;
+/// The options of a method; they build the method.
+pub trait BuildMethod: Section {
+    /// The common options at this method's defaults.
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig::default()
+    }
 
-    /// A chat template to use in the place of the model's.
-    fn chat_template_path(&self) -> Option<&str> {
-        None
+    /// What the model must be; a language model gets a new score where a classifier is wanted.
+    fn task(&self) -> Task {
+        Task::CausalLm
     }
 
     /// What a micro-batch takes beside its rows, for the memory plan.
@@ -74,21 +107,66 @@ pub trait Recipe: MethodSection {
         Footprint { sequences: 1, reference: false }
     }
 
-    /// Whether dropout is off, also in an adapter that asks for it.
-    fn disable_dropout(&self) -> bool {
-        false
-    }
-
-    /// Tokenises the rows. Returns the method and what to print of its data. Errors name file and
-    /// line.
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)>;
+    /// Tokenises the rows and builds the method. Errors name file and line.
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod>;
 }
 
-/// A training objective over a fixed set of rows.
+/// All options of a training command.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MethodRun<M: ?Sized = dyn BuildMethod> {
+    pub training: TrainingConfig,
+    pub peft: PeftConfig,
+    pub method: M,
+}
+
+impl<M: BuildMethod + Default> Default for MethodRun<M> {
+    fn default() -> Self {
+        let method = M::default();
+        MethodRun { training: method.training(), peft: PeftConfig::default(), method }
+    }
+}
+
+impl<M: BuildMethod + Default + 'static> MethodRun<M> {
+    /// The defaults, then a run file, then `key=value` overrides. Returns notes to print, too.
+    pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
+        let mut run = Self::default();
+        let notes = config::load(
+            &mut [&mut run.training, &mut run.peft, &mut run.method],
+            file,
+            overrides,
+        )?;
+        Ok((run, notes))
+    }
+
+    /// The same options, whatever the method.
+    pub fn erased(&self) -> &MethodRun {
+        self
+    }
+
+    /// The defaults of a method that the caller knows by its registry entry alone.
+    pub fn boxed() -> Box<MethodRun> {
+        Box::new(Self::default())
+    }
+}
+
+impl MethodRun {
+    pub fn sections(&self) -> [&dyn Section; 3] {
+        [&self.training, &self.peft, &self.method]
+    }
+
+    /// The resolved run file; `head` goes in front as a comment.
+    pub fn to_toml(&self, head: &str) -> String {
+        config::to_toml(head, &self.sections())
+    }
+
+    /// Reads a run file, then `key=value` overrides. Returns notes to print.
+    pub fn read(&mut self, file: Option<&Path>, overrides: &[String]) -> Result<Vec<String>> {
+        let method: &mut dyn Section = &mut self.method;
+        config::load(&mut [&mut self.training, &mut self.peft, method], file, overrides)
+    }
+}
+
+/// A training objective.
 pub trait Method {
     /// Rows of the training set.
     fn rows(&self) -> usize;
@@ -104,8 +182,8 @@ pub trait Method {
         rows * self.longest()
     }
 
-    /// Called once, before the first step and before a checkpoint is read, with the model as it
-    /// starts: for references.
+    /// Called once, before the first step and before a checkpoint is read, with the initial model:
+    /// for references.
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
         Ok(())
     }
@@ -123,14 +201,9 @@ pub trait Method {
 
     /// Forward and backward of one optimizer step over its micro-batches of rows; gradients add up
     /// in `cx.param_grads`.
-    fn step(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        micro_batches: &[&[usize]],
-    ) -> Result<StepReport>;
+    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport>;
 
-    /// What was generated since it was last asked for, a line each for completions.jsonl.
+    /// What was generated since the last call, a line each for completions.jsonl.
     fn take_completions(&mut self) -> Vec<serde_json::Value> {
         Vec::new()
     }
@@ -157,7 +230,7 @@ pub trait Method {
     fn row_source(&self, row: usize) -> String;
 
     /// What a run carries beside model and optimizer, as files of a checkpoint.
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
+    fn state(&self) -> Result<StateFiles> {
         Ok(Vec::new())
     }
 

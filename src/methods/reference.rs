@@ -5,30 +5,35 @@
 //! `sync_ref_model` says so. Log-probs kept on disk are named after the weights, the rows and the
 //! kind of device that gave them, so a stale file is never read.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::autograd::Cx;
+use crate::config::{ReferenceOptions, Report, TrainingConfig, section};
+use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
+use crate::methods::{MethodInputs, StateFiles};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::model::params::ParamSet;
+use crate::tensor::Tensor;
 
 /// The tape's number of a reference's parameters: they have no gradients. 0 is the policy, 1 its
 /// adapter.
 const SET: u32 = 2;
 const STATE: &str = "reference.f32";
 
-/// The keys that say what the reference is.
+/// What a reference is made from.
 #[derive(Clone, Default)]
-pub struct ReferenceKeys {
+pub struct ReferenceSetup {
     /// There is none: its log-probs count as 0.
     pub free: bool,
-    pub folder: Option<String>,
-    pub precompute: bool,
-    /// The share of the policy that is mixed in, and every how many steps.
-    pub sync: Option<(f64, u64)>,
+    pub options: ReferenceOptions,
+    /// Rows in a batch while log-probs are computed beforehand.
+    pub batch: usize,
+    /// Tokens of the longest sequence.
     pub longest: usize,
     /// The run's folder.
     pub output: PathBuf,
@@ -36,73 +41,127 @@ pub struct ReferenceKeys {
 
 #[derive(Default)]
 pub struct Reference {
-    keys: ReferenceKeys,
-    model: Option<Decoder>,
-    stored: Option<Vec<f32>>,
+    setup: ReferenceSetup,
+    source: LogProbSource,
+}
+
+/// Where the reference's log-probs come from.
+#[derive(Default)]
+enum LogProbSource {
+    #[default]
+    None,
+    Model(Box<Decoder>),
+    Stored(Vec<f32>),
 }
 
 impl Reference {
-    pub fn new(keys: ReferenceKeys) -> Reference {
-        Reference { keys, model: None, stored: None }
+    pub fn new(setup: ReferenceSetup) -> Reference {
+        Reference { setup, source: LogProbSource::None }
+    }
+
+    /// The reference of a preference method over the rows of `inputs`.
+    pub fn of(
+        options: &ReferenceOptions,
+        training: &TrainingConfig,
+        inputs: &MethodInputs,
+        longest: usize,
+    ) -> Reference {
+        let batch = options.precompute_ref_batch_size;
+        let batch = batch.unwrap_or(training.per_device_train_batch_size).max(1);
+        let (options, output) = (options.clone(), inputs.output.to_path_buf());
+        Reference::new(ReferenceSetup { free: false, options, batch, longest, output })
+    }
+
+    /// Without a reference model: its log-probs count as 0.
+    pub fn free(mut self, free: bool) -> Reference {
+        self.setup.free = free;
+        self
     }
 
     /// The reference model, where its log-probs are computed as training goes.
     pub fn model(&self) -> Option<&Decoder> {
-        self.model.as_ref()
+        match &self.source {
+            LogProbSource::Model(model) => Some(model),
+            _ => None,
+        }
     }
 
-    /// All log-probs, where they were computed beforehand.
-    pub fn stored(&self) -> Option<&[f32]> {
-        self.stored.as_deref()
+    /// Its values at `indices` of what [`Reference::attach`] computed, F32 [n]; where nothing was
+    /// computed beforehand, what `compute` gives for the model, and zeros without a reference.
+    pub fn values(
+        &self,
+        cx: &mut Cx,
+        indices: &[usize],
+        compute: impl FnOnce(&mut Cx, &Decoder) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match &self.source {
+            LogProbSource::Model(model) => compute(cx, model),
+            LogProbSource::Stored(all) => {
+                floats(cx, &indices.iter().map(|i| all[*i]).collect::<Vec<f32>>())
+            }
+            LogProbSource::None if self.setup.free => floats(cx, &vec![0.0; indices.len()]),
+            LogProbSource::None => {
+                Err(Error::op("reference", "is missing; attach comes before the first step"))
+            }
+        }
     }
 
-    /// Takes the reference from the policy as it starts, or from its folder. Where log-probs are
-    /// computed beforehand, `compute` gives them, of rows whose digest is `rows`, unless the disk
-    /// has them.
-    pub fn attach(
-        &mut self,
+    /// Takes the reference from the initial policy, or from its folder. Where log-probs are computed
+    /// beforehand, `compute` gives those of a range of `rows` rows, whose digest is `digest`, unless
+    /// the disk has them.
+    pub fn attached(
+        &self,
         cx: &mut Cx,
         policy: &Decoder,
-        rows: u32,
-        compute: impl FnOnce(&mut Cx, &Decoder) -> Result<Vec<f32>>,
-    ) -> Result<()> {
-        if self.keys.free {
-            return Ok(());
+        rows: usize,
+        digest: u32,
+        compute: impl Fn(&mut Cx, &Decoder, Range<usize>) -> Result<Tensor>,
+    ) -> Result<Reference> {
+        let ReferenceSetup { free, options, batch, longest, output } = &self.setup;
+        let with = |source| Ok(Reference { setup: self.setup.clone(), source });
+        if *free {
+            return with(LogProbSource::None);
         }
-        if self.keys.sync.is_some() && policy.adapter.is_some() {
-            let message = "sync_ref_model = true: the reference of an adapter is the base, which stays; train all weights";
-            return Err(Error::Config(message.into()));
+        if options.sync.sync_ref_model && policy.adapter.is_some() {
+            return Err(Error::Config(
+                "sync_ref_model = true: the reference of an adapter is the base, which does not \
+                 change; train all weights"
+                    .into(),
+            ));
         }
-        let other = match &self.keys.folder {
-            Some(name) => Some(load(cx, policy, name, "ref_model", self.keys.longest, SET)?),
+        let other = match &options.ref_model {
+            Some(name) => Some(load(cx, policy, name, "ref_model", *longest, SET)?),
             None => None,
         };
-        if !self.keys.precompute {
-            self.model = Some(match other {
-                Some(model) => model,
-                None => policy.reference(cx, SET)?,
-            });
-            return Ok(());
+        if !options.precompute_ref_log_probs {
+            let model = other.map_or_else(|| policy.reference(cx, SET), Ok)?;
+            return with(LogProbSource::Model(Box::new(model)));
         }
         let model = other.as_ref().unwrap_or(policy);
-        let name = format!("ref_log_probs-{:08x}{rows:08x}.f32", weights_digest(cx, model)?);
-        let path = self.keys.output.join(name);
+        let name = format!("ref_log_probs-{:08x}{digest:08x}.f32", weights_digest(cx, model)?);
+        let path = output.join(name);
         if path.is_file() {
             eprintln!("the reference's log-probs are read from {}", path.display());
-            self.stored = Some(read_floats(&path)?);
-            return Ok(());
+            return with(LogProbSource::Stored(read_floats(&path)?));
         }
-        let values = compute(cx, model)?;
+        let mut values = Vec::new();
+        for start in (0..rows).step_by(*batch) {
+            let range = start..rows.min(start + batch);
+            values.extend(compute(cx, model, range)?.to_f32()?);
+        }
         fsio::atomic_write(&path, bytemuck::cast_slice(&values))?;
-        self.stored = Some(values);
-        Ok(())
+        with(LogProbSource::Stored(values))
+    }
+
+    /// The policy's share, the steps between two moves, and the model, where the reference moves.
+    fn moving(&self) -> Option<(f64, u64, &Decoder)> {
+        let (alpha, every) = self.setup.options.sync.schedule()?;
+        Some((alpha, every, self.model()?))
     }
 
     /// Moves the reference towards the policy where it is time to.
-    pub fn stepped(&mut self, policy: &Decoder, done: u64) -> Result<()> {
-        let (Some((alpha, every)), Some(model)) = (self.keys.sync, &self.model) else {
-            return Ok(());
-        };
+    pub fn stepped(&self, policy: &Decoder, done: u64) -> Result<()> {
+        let Some((alpha, every, model)) = self.moving() else { return Ok(()) };
         if !done.is_multiple_of(every) {
             return Ok(());
         }
@@ -117,8 +176,8 @@ impl Reference {
     }
 
     /// The weights of a reference that moves, for a checkpoint.
-    pub fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let (Some(_), Some(model)) = (self.keys.sync, &self.model) else { return Ok(Vec::new()) };
+    pub fn state(&self) -> Result<StateFiles> {
+        let Some((_, _, model)) = self.moving() else { return Ok(Vec::new()) };
         let mut bytes = Vec::with_capacity(4 * model.params.count());
         for i in 0..model.params.specs.len() {
             bytes.extend_from_slice(bytemuck::cast_slice(&model.params.weight_view(i)?.to_f32()?));
@@ -126,8 +185,8 @@ impl Reference {
         Ok(vec![(STATE.into(), bytes)])
     }
 
-    pub fn restore(&mut self, dir: &Path) -> Result<()> {
-        let (Some(_), Some(model)) = (self.keys.sync, &self.model) else { return Ok(()) };
+    pub fn restore(&self, dir: &Path) -> Result<()> {
+        let Some((_, _, model)) = self.moving() else { return Ok(()) };
         let path = dir.join(STATE);
         let values = read_floats(&path)?;
         if values.len() != model.params.count() {
@@ -191,6 +250,26 @@ fn weights_digest(cx: &Cx, model: &Decoder) -> Result<u32> {
     Ok(crc.finalize())
 }
 
+/// A digest of what the log-probs of rows follow from, beside the model.
+pub fn rows_digest<'a>(
+    sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
+    weights: &[f32],
+) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    for (ids, mask) in sequences {
+        crc.update(&(ids.len() as u64).to_le_bytes());
+        crc.update(bytemuck::cast_slice(ids));
+        crc.update(&mask.iter().map(|m| u8::from(*m)).collect::<Vec<u8>>());
+    }
+    crc.update(bytemuck::cast_slice(weights));
+    crc.finalize()
+}
+
+/// F32 [n].
+pub fn floats(cx: &Cx, values: &[f32]) -> Result<Tensor> {
+    Tensor::from_host(&cx.pool, "loss inputs", DType::F32, &[values.len()], values)
+}
+
 fn read_floats(path: &Path) -> Result<Vec<f32>> {
     let bytes = fsio::read(path)?;
     match bytes.len() % 4 {
@@ -199,5 +278,55 @@ fn read_floats(path: &Path) -> Result<Vec<f32>> {
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect()),
         _ => Err(Error::checkpoint(path, format!("has {} bytes, no whole numbers", bytes.len()))),
+    }
+}
+
+section! {
+    /// The model that a student learns from.
+    pub struct TeacherOptions = "teacher" {
+        /// Folder of the teacher, with the student's vocabulary.
+        pub teacher_model_name_or_path: Option<String> = None,
+        /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the
+        /// generalised Jensen-Shannon divergence.
+        pub beta: f64 = 0.5,
+    }
+}
+
+const NO_TEACHER: &str = "teacher_model_name_or_path: name the teacher's folder";
+
+impl TeacherOptions {
+    fn rules(&self, report: &mut Report) {
+        report.must((0.0..=1.0).contains(&self.beta), || {
+            format!("beta = {}: must be in [0, 1]", self.beta)
+        });
+        report.must(self.teacher_model_name_or_path.is_some(), || NO_TEACHER.into());
+    }
+}
+
+/// A frozen teacher.
+pub struct Teacher {
+    folder: String,
+    pub beta: f32,
+    model: Option<Decoder>,
+}
+
+impl Teacher {
+    pub fn new(options: &TeacherOptions) -> Result<Teacher> {
+        let folder = options.teacher_model_name_or_path.clone();
+        let folder = folder.ok_or_else(|| Error::Config(NO_TEACHER.into()))?;
+        Ok(Teacher { folder, beta: options.beta as f32, model: None })
+    }
+
+    /// Loads it for sequences of at most `longest` tokens. Errors: another task or vocabulary.
+    pub fn load(&mut self, cx: &Cx, student: &Decoder, longest: usize) -> Result<()> {
+        let key = "teacher_model_name_or_path";
+        self.model = Some(load(cx, student, &self.folder, key, longest, SET)?);
+        Ok(())
+    }
+
+    pub fn model(&self) -> Result<&Decoder> {
+        self.model.as_ref().ok_or_else(|| {
+            Error::op("distill", "has no teacher; attach comes before the first step")
+        })
     }
 }

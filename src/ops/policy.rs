@@ -10,6 +10,7 @@ mod advantage;
 mod oracle;
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::config::value::words;
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -45,20 +46,21 @@ pub enum Term {
     },
 }
 
-/// What a ratio belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
-    Token,
-    /// TRL's `importance_sampling_level="sequence"`: the mean of the log-ratios.
-    Sequence,
-    /// RLOO: their sum.
-    SequenceSum,
+words! {
+    /// What a ratio belongs to: TRL's `importance_sampling_level`.
+    pub enum ImportanceLevel {
+        Token = "token",
+        /// The mean of the log-ratios.
+        Sequence = "sequence",
+        /// Their sum, as in RLOO.
+        SequenceSum = "sequence_sum",
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PolicyLoss {
     pub term: Term,
-    pub level: Level,
+    pub level: ImportanceLevel,
     /// Coefficient of the KL divergence from `ref_logp`.
     pub beta: f32,
     /// TRL's `use_bias_correction_kl`: the divergence times the ratio.

@@ -113,14 +113,16 @@ impl Optimizer {
         Ok(all)
     }
 
-    /// Takes up what [`Optimizer::dump`] gave; `next` hands out its parts in their order.
+    /// Takes up what [`Optimizer::dump`] gave; `next` hands out its parts in their order. None: a
+    /// part is missing.
     pub fn restore<'a>(
         &self,
         params: &ParamSet,
-        next: &mut dyn FnMut() -> Result<&'a [u8]>,
-    ) -> Result<()> {
+        next: &mut dyn FnMut() -> Option<&'a [u8]>,
+    ) -> Result<Option<()>> {
         for i in params.trained() {
-            let values: Vec<f32> = bytemuck::pod_collect_to_vec(next()?);
+            let Some(bytes) = next() else { return Ok(None) };
+            let values: Vec<f32> = bytemuck::pod_collect_to_vec(bytes);
             if let Some(master) = &self.master
                 && let Some(view) = params.state_view(master, i)?
             {
@@ -129,9 +131,10 @@ impl Optimizer {
             params.store(i, &values)?;
         }
         for (_, moment) in self.moments.named_tensors() {
-            moment.upload(next()?)?;
+            let Some(bytes) = next() else { return Ok(None) };
+            moment.upload(bytes)?;
         }
-        Ok(())
+        Ok(Some(()))
     }
 
     /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the

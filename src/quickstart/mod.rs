@@ -18,14 +18,13 @@ use serde_json::{Value, json};
 
 use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
-use crate::config::{DpoConfig, GrpoConfig, MethodRun, PpoConfig, RewardConfig, SftConfig};
 use crate::data::bpe::train_bpe;
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::rows::read_rows;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::methods::Recipe;
+use crate::methods::registry;
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
@@ -36,7 +35,7 @@ use crate::rollout::sample::Sampling;
 use crate::rollout::{self, generate};
 use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
-use crate::train::job::{Job, execute};
+use crate::train::job::{FinishedJob, Job, execute};
 
 pub use outcome::{Outcome, RungReport, Score};
 
@@ -177,13 +176,7 @@ pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
     let mut outcome = Outcome { problems: asked.basic, chains: asked.chains, ..Outcome::default() };
     for rung in &rungs {
         let report;
-        (cx, report) = match rung.command {
-            "dpo" => train::<DpoConfig>(cx, rung)?,
-            "reward" => train::<RewardConfig>(cx, rung)?,
-            "ppo" => train::<PpoConfig>(cx, rung)?,
-            "grpo" => train::<GrpoConfig>(cx, rung)?,
-            _ => train::<SftConfig>(cx, rung)?,
-        };
+        (cx, report) = train(cx, rung)?;
         outcome.rungs.push(report);
         let dir = rung.folder.path();
         match rung.name {
@@ -291,7 +284,7 @@ fn write_lines(path: &Path, lines: impl Iterator<Item = Value>) -> Result<()> {
 }
 
 /// One training run, from folder to folder. The context comes back for the next.
-fn train<M: Recipe>(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
+fn train(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
     let dir = rung.folder.path();
     let begin = Instant::now();
     let command = format!(
@@ -303,24 +296,26 @@ fn train<M: Recipe>(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
         rung.keys.join(" ")
     );
     eprintln!("\n{}: the same by hand (into another --output):\n  {command}", rung.name);
-    let (run, _) = MethodRun::<M>::load(None, &rung.keys)?;
+    let entry = registry::find(rung.command)?;
+    let mut run = (entry.run)();
+    run.read(None, &rung.keys)?;
     let rows = read_rows(std::slice::from_ref(&rung.data))?;
     let job = Job {
         run: &run,
         model: &rung.model,
         adapter: None,
-        fresh: rung.command == "pretrain",
+        fresh: entry.from_scratch,
         train: &rows,
         eval: &[],
         folder: &rung.folder,
         command: &command,
         stop: Stop::default(),
     };
-    let (cx, total, summary) = execute(cx, &job)?;
+    let FinishedJob { cx, total_steps, summary } = execute(cx, &job)?;
     let seconds = begin.elapsed().as_secs_f64();
     let report = RungReport {
         name: rung.name,
-        steps: total,
+        steps: total_steps,
         tokens: summary.num_tokens,
         seconds,
         loss: summary.loss,

@@ -1,24 +1,23 @@
 //! A whole training job: from a model folder, rows and keys to a trained folder. Layer 8.
 //!
-//! Invariant: every command and every rung of the quickstart goes through here; what differs is the
-//! method's [`Recipe`] and its keys.
+//! Invariant: every command and every stage of the quickstart goes through here; what differs is the
+//! method's options.
 
 use std::path::Path;
 
-use super::plan::{self, Ask};
+use super::plan::{self, PlanRequest};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
 use super::state::parts_of;
 use super::tuning::{prepare, scheme};
 use super::{StepPlan, Trainer};
 use crate::autograd::Cx;
 use crate::checkpoint::RunFolder;
-use crate::config::MethodRun;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::methods::{MaskedIds, Recipe, Source};
+use crate::methods::{BuildMethod, BuiltMethod, MaskedIds, MethodInputs, MethodRun};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Decoder;
 use crate::model::folder;
@@ -26,37 +25,44 @@ use crate::model::layout::{ModelConfig, Task};
 use crate::report::MaskRow;
 use crate::signals::Stop;
 
-pub struct Job<'a, M> {
-    pub run: &'a MethodRun<M>,
+pub struct Job<'a> {
+    pub run: &'a MethodRun,
     pub model: &'a Path,
-    /// An adapter to go on with.
+    /// An adapter to train further.
     pub adapter: Option<&'a Path>,
     /// New weights where the folder has none.
     pub fresh: bool,
     pub train: &'a [Row],
     pub eval: &'a [Row],
     pub folder: &'a RunFolder,
-    /// What config.toml says the run was started with.
+    /// The command that started the run, for config.toml.
     pub command: &'a str,
     pub stop: Stop,
 }
 
-/// Runs a job to its end. The context comes back for the next. Errors: see [`Run::train`]; also
+/// A job that has ended. The context comes back for the next.
+pub struct FinishedJob {
+    pub cx: Cx,
+    pub total_steps: u64,
+    pub summary: Summary,
+}
+
+/// Runs a job to its end. Errors: see [`Run::train`]; also
 /// everything that does not fit together, before the first step.
-pub fn execute<M: Recipe>(mut cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
+pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
     let tokenizer = Tokenizer::load(dir)?;
-    let template = chat_template(job.run.method.chat_template_path(), &tokenizer)?;
+    let template = chat_template(run.training.chat_template_path.as_deref(), &tokenizer)?;
     let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };
     let dtype = config.dtype;
-    config.task = task::<M>(dir, config.task)?;
+    config.task = task(dir, &run.method, config.task)?;
     if config.attention_dropout > 0.0 {
         let p = config.attention_dropout;
         eprintln!(
             "note: config.json has attention_dropout {p}; temper trains without dropout on attention weights"
         );
     }
-    let source = Source {
+    let inputs = MethodInputs {
         tokenizer: &tokenizer,
         template: template.as_ref(),
         model: &config,
@@ -64,15 +70,15 @@ pub fn execute<M: Recipe>(mut cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)
         eval: job.eval,
         output: job.folder.path(),
     };
-    let (mut method, stats) = run.method.method(&run.training, &source)?;
-    eprintln!("{stats}");
+    let BuiltMethod { mut method, summary } = run.method.build(&run.training, &inputs)?;
+    eprintln!("{summary}");
     let longest = method.longest();
     let footprint = run.method.footprint();
     let mut peft = run.peft.clone();
-    if run.method.disable_dropout() {
+    if run.training.disable_dropout {
         peft.lora_dropout = 0.0;
     }
-    let ask = Ask {
+    let ask = PlanRequest {
         model: &config,
         dir,
         adapter: job.adapter,
@@ -96,7 +102,7 @@ pub fn execute<M: Recipe>(mut cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)
         Decoder::load_stored(&cx, 0, dir, config, longest, scheme(&run.peft))?
     };
     let mut model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
-    if run.method.disable_dropout()
+    if run.training.disable_dropout
         && let Some(mut adapter) = model.adapter.take()
     {
         adapter.disable_dropout();
@@ -133,7 +139,7 @@ pub fn execute<M: Recipe>(mut cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)
             .collect::<Result<Vec<_>>>()?,
     };
     let summary = whole.train(&mut trainer, &mut *method)?;
-    Ok((trainer.cx, trainer.plan.total_steps, summary))
+    Ok(FinishedJob { cx: trainer.cx, total_steps: trainer.plan.total_steps, summary })
 }
 
 /// Tokens of a row that the report shows, at most.
@@ -152,8 +158,8 @@ fn mask_row(tokenizer: &Tokenizer, (ids, mask): &MaskedIds) -> Result<MaskRow> {
 }
 
 /// The task that the method trains for, on a folder of task `own`.
-fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
-    match (M::TASK, own) {
+fn task(dir: &Path, method: &dyn BuildMethod, own: Task) -> Result<Task> {
+    match (method.task(), own) {
         (wanted, own) if wanted == own => Ok(own),
         // A language model becomes a classifier: its score is new.
         (wanted, Task::CausalLm) => Ok(wanted),
@@ -165,7 +171,8 @@ fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
             Err(Error::model(dir.join("config.json"), message))
         }
         (wanted, own) => {
-            let message = format!("temper {} trains {wanted:?}, the folder holds {own:?}", M::NAME);
+            let message =
+                format!("temper {} trains {wanted:?}, the folder holds {own:?}", method.name());
             Err(Error::model(dir, message))
         }
     }

@@ -19,7 +19,7 @@ use crate::model::layout::ModelConfig;
 
 /// What is asked of a plan: the run's own keys, and how long its rows are.
 #[derive(Clone)]
-pub struct Ask<'a> {
+pub struct PlanRequest<'a> {
     pub model: &'a ModelConfig,
     /// The model's folder, which an adapter's config names.
     pub dir: &'a Path,
@@ -45,33 +45,39 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of `ask` on a device that stands for `cx`'s, with its dtype and its choices of
+    /// The plan of `request` on a device that stands for `cx`'s, with its dtype and its choices of
     /// kernels.
-    pub fn new(cx: &Cx, ask: &Ask, recompute: Recompute) -> Result<Plan> {
-        Plan::on(Arc::new(DryRun::like(&*cx.device)?), cx, ask, recompute)
+    pub fn new(cx: &Cx, request: &PlanRequest, recompute: Recompute) -> Result<Plan> {
+        Plan::on(Arc::new(DryRun::like(&*cx.device)?), cx, request, recompute)
     }
 
     /// As [`Plan::new`], on a device that need not be there; dtype and choices are those of `like`.
-    pub fn on(device: Arc<dyn Device>, like: &Cx, ask: &Ask, recompute: Recompute) -> Result<Plan> {
+    pub fn on(
+        device: Arc<dyn Device>,
+        like: &Cx,
+        request: &PlanRequest,
+        recompute: Recompute,
+    ) -> Result<Plan> {
         let mut cx = Cx::new(device, like.dtype)?;
         (cx.matmul, cx.attention, cx.recompute) = (like.matmul, like.attention, recompute);
-        let base = Decoder::zeros(&cx, 0, ask.model.clone(), ask.length, scheme(&ask.peft))?;
+        let base =
+            Decoder::zeros(&cx, 0, request.model.clone(), request.length, scheme(&request.peft))?;
         // Initial values take host time and no memory: the plan's are the plainest.
-        let peft = PeftConfig { init_lora_weights: "true".into(), ..ask.peft.clone() };
-        let model = prepare(&cx, base, &peft, ask.adapter, ask.dir, 0)?;
-        let reference = if ask.reference { Some(model.reference(&cx, 2)?) } else { None };
+        let peft = PeftConfig { init_lora_weights: "true".into(), ..request.peft.clone() };
+        let model = prepare(&cx, base, &peft, request.adapter, request.dir, 0)?;
+        let reference = if request.reference { Some(model.reference(&cx, 2)?) } else { None };
         // Sequences as long as they get, and a shorter one for the rest of the tokens.
-        let length = ask.length.max(2);
-        let mut lengths = vec![length; ask.tokens / length];
+        let length = request.length.max(2);
+        let mut lengths = vec![length; request.tokens / length];
         lengths.extend(
-            Some(ask.tokens % length)
-                .filter(|rest| *rest > 1 || ask.tokens < length)
+            Some(request.tokens % length)
+                .filter(|rest| *rest > 1 || request.tokens < length)
                 .map(|n| n.max(2)),
         );
-        let mut training = ask.training.clone();
+        let mut training = request.training.clone();
         training.per_device_train_batch_size = lengths.len();
         let rows = lengths.len() * training.gradient_accumulation_steps;
-        let vocab = ask.model.vocab_size.max(1);
+        let vocab = request.model.vocab_size.max(1);
         let row = |n: usize| ((0..n).map(|i| (i % vocab) as u32).collect(), vec![true; n]);
         let mut sft =
             Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
@@ -92,10 +98,10 @@ impl Plan {
     }
 
     /// The table that is printed before a run.
-    pub fn table(&self, ask: &Ask, available: usize) -> String {
+    pub fn table(&self, request: &PlanRequest, available: usize) -> String {
         let mut text = format!(
             "memory plan, micro-batches of at most {} tokens, gradient_checkpointing={}:\n",
-            ask.tokens,
+            request.tokens,
             self.recompute == Recompute::Layers
         );
         for (part, bytes) in &self.parts {
@@ -140,14 +146,14 @@ pub fn available(cx: &Cx) -> Result<usize> {
 /// Plans the run: `gradient_checkpointing=auto` turns on where it does not fit without, a tenth
 /// kept for what the pool cannot use. Errors: a run that does not fit in `available` bytes, with
 /// what would make it.
-pub fn fit(cx: &Cx, ask: &Ask, available: usize) -> Result<Plan> {
-    let plan = match ask.training.gradient_checkpointing {
-        GradientCheckpointing::On => Plan::new(cx, ask, Recompute::Layers)?,
-        GradientCheckpointing::Off => Plan::new(cx, ask, Recompute::Off)?,
+pub fn fit(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
+    let plan = match request.training.gradient_checkpointing {
+        GradientCheckpointing::On => Plan::new(cx, request, Recompute::Layers)?,
+        GradientCheckpointing::Off => Plan::new(cx, request, Recompute::Off)?,
         GradientCheckpointing::Auto => {
-            let plan = Plan::new(cx, ask, Recompute::Off)?;
+            let plan = Plan::new(cx, request, Recompute::Off)?;
             if plan.peak > available / 10 * 9 {
-                Plan::new(cx, ask, Recompute::Layers)?
+                Plan::new(cx, request, Recompute::Layers)?
             } else {
                 plan
             }
@@ -156,14 +162,14 @@ pub fn fit(cx: &Cx, ask: &Ask, available: usize) -> Result<Plan> {
     if plan.peak <= available {
         return Ok(plan);
     }
-    Err(Error::OutOfMemory(refusal(cx, ask, &plan, available)?))
+    Err(Error::OutOfMemory(refusal(cx, request, &plan, available)?))
 }
 
 /// A change of keys that takes less memory: what to write, and what it makes of the run.
-type Change = (String, fn(&mut Ask) -> bool);
+type Change = (String, fn(&mut PlanRequest) -> bool);
 
-fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> {
-    let keys = &ask.training;
+fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Result<String> {
+    let keys = &request.training;
     let (half, double) =
         (keys.per_device_train_batch_size / 2, keys.gradient_accumulation_steps * 2);
     let changes: [Change; 6] = [
@@ -178,7 +184,7 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
             std::mem::replace(&mut a.training.gradient_checkpointing, GradientCheckpointing::On)
                 == GradientCheckpointing::Off
         }),
-        (format!("max_length={}", ask.length / 2), |a| {
+        (format!("max_length={}", request.length / 2), |a| {
             (a.length, a.tokens) = (a.length / 2, a.tokens.div_ceil(2));
             a.length >= 2
         }),
@@ -201,11 +207,11 @@ fn refusal(cx: &Cx, ask: &Ask, plan: &Plan, available: usize) -> Result<String> 
         }),
     ];
     let mut text =
-        format!("the run does not fit.\n{}\nWhat would change it:", plan.table(ask, available));
-    let mut all = ask.clone();
+        format!("the run does not fit.\n{}\nWhat would change it:", plan.table(request, available));
+    let mut all = request.clone();
     let mut together = Vec::new();
     for (keys, change) in &changes {
-        let mut one = ask.clone();
+        let mut one = request.clone();
         if !change(&mut one) {
             continue;
         }

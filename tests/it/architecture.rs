@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use temper::config::{Section, markdown, one_line};
+use temper::methods::registry::REGISTRY;
+
 fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -158,39 +161,68 @@ fn every_kernel_file_has_the_five_parts_of_its_head() {
     }
 }
 
+/// Sections in `section`, at any depth, by name.
+fn nested<'a>(section: &'a dyn Section, all: &mut BTreeMap<&'static str, &'a dyn Section>) {
+    for part in section.nested() {
+        all.insert(part.name(), part);
+        nested(part, all);
+    }
+}
+
+/// Checks the table of `section` between its marks in a page, or writes it there where
+/// TEMPER_WRITE_DOCS is set.
+fn check_table(path: &str, name: &str, table: &str) {
+    let page = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let (begin, end) = (format!("<!-- options: {name} -->\n"), "<!-- end of options -->");
+    let from =
+        page.find(&begin).unwrap_or_else(|| panic!("{path} has no line {begin}")) + begin.len();
+    let to = from + page[from..].find(end).unwrap_or_else(|| panic!("{path}: no {end}"));
+    if page[from..to] == *table {
+        return;
+    }
+    assert!(
+        std::env::var_os("TEMPER_WRITE_DOCS").is_some(),
+        "{path}: the table of {name} is out of date; run TEMPER_WRITE_DOCS=1 cargo test docs_tables"
+    );
+    let page = [&page[..from], table, &page[to..]].concat();
+    std::fs::write(path, page).unwrap();
+}
+
+/// What a method's page says about a section that it shares: its name, and defaults of its own.
+fn mention(section: &dyn Section) -> String {
+    let own: Vec<String> = section
+        .own_keys()
+        .iter()
+        .zip(section.default_keys())
+        .filter(|(own, default)| own.value != default.value)
+        .map(|(own, _)| format!("`{} = {}`", own.name, one_line(&own.value)))
+        .collect();
+    let name = section.name();
+    let link = format!("[{name}](../options.md#{})", name.replace(' ', "-"));
+    if own.is_empty() { link } else { format!("{link} (here {})", own.join(", ")) }
+}
+
 #[test]
-fn the_docs_tables_of_keys_are_the_programs() {
-    use temper::config::*;
-    let (sft, dpo, kto) = (SftRun::default(), DpoConfig::default(), KtoConfig::default());
-    let (orpo, cpo, distill) =
-        (OrpoConfig::default(), CpoConfig::default(), DistillConfig::default());
-    let (reward, prm) = (RewardConfig::default(), PrmConfig::default());
-    let (online, grpo, rloo) = (OnlineConfig::default(), GrpoKeys::default(), RlooKeys::default());
-    let (reinforce, ppo) = (ReinforceKeys::default(), PpoKeys::default());
-    let (online_dpo, gkd) = (OnlineDpoConfig::default(), GkdConfig::default());
-    // The keys that all commands share stand in sft.md, before its own.
-    let pages: [(&str, &[&dyn Section]); 16] = [
-        ("sft", &[&sft.training, &sft.method]),
-        ("peft", &[&sft.peft]),
-        ("dpo", &[&dpo]),
-        ("reward", &[&reward]),
-        ("reward", &[&prm]),
-        ("kto", &[&kto]),
-        ("orpo", &[&orpo]),
-        ("cpo", &[&cpo]),
-        ("distill", &[&distill]),
-        // The keys of all online methods stand in grpo.md, once.
-        ("grpo", &[&online]),
-        ("grpo", &[&grpo]),
-        ("grpo", &[&rloo]),
-        ("grpo", &[&reinforce]),
-        ("ppo", &[&ppo]),
-        ("online-dpo", &[&online_dpo]),
-        ("gkd", &[&gkd]),
-    ];
-    for (page, sections) in pages {
-        let (table, path) = (markdown(sections), format!("docs/{page}.md"));
-        let docs = std::fs::read_to_string(&path).unwrap();
-        assert!(docs.contains(table.trim()), "{path}: replace the table of keys by:\n{table}");
+fn the_docs_tables_of_options_are_the_programs() {
+    let runs: Vec<_> = REGISTRY.iter().map(|entry| (entry, (entry.run)())).collect();
+    let mut shared: BTreeMap<&'static str, &dyn Section> = BTreeMap::new();
+    for (entry, run) in &runs {
+        let [training, peft, method] = run.sections();
+        shared.extend([(training.name(), training), (peft.name(), peft)]);
+        nested(method, &mut shared);
+        if entry.name != method.name() {
+            continue; // another command over the same options
+        }
+        let mut parts = BTreeMap::new();
+        nested(method, &mut parts);
+        let mut mentions = vec![mention(training), mention(peft)];
+        mentions.extend(parts.values().map(|s| mention(*s)));
+        let own = method.own_keys();
+        let own = if own.is_empty() { String::new() } else { markdown(&own) + "\n" };
+        let table = format!("{own}Shared options: {}.\n", mentions.join(", "));
+        check_table(&format!("docs/methods/{}.md", entry.page), entry.name, &table);
+    }
+    for (name, section) in shared {
+        check_table("docs/options.md", name, &markdown(&section.default_keys()));
     }
 }

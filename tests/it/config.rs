@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use temper::config::{
-    Amount, Dtype, GenerateConfig, GradientCheckpointing, PackingStrategy, Section, SftRun,
-    TrainingConfig, When, changes, help, load, markdown,
+    Amount, Dtype, GenerateConfig, GradientCheckpointing, Section, TrainingConfig, When, changes,
+    help, load, markdown,
 };
+use temper::data::packing::PackingStrategy;
 use temper::error::Error;
+use temper::methods::offline::sft::SftRun;
 
 fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_string).collect()
@@ -70,7 +72,8 @@ fn a_whole_config_of_trl_loads_and_nothing_is_dropped_silently() {
     assert_eq!(run.training.gradient_checkpointing, GradientCheckpointing::On);
     run.training.gradient_checkpointing = GradientCheckpointing::Auto;
     assert_eq!(run, SftRun::default());
-    let ours: Vec<&str> = run.sections().iter().flat_map(|s| s.keys()).map(|k| k.name).collect();
+    let ours: Vec<&str> =
+        run.erased().sections().iter().flat_map(|s| s.keys()).map(|k| k.name).collect();
     for key in trl.keys().filter(|k| !ours.contains(&k.as_str())) {
         assert!(
             notes.iter().any(|n| n.contains(&format!("{key} = "))),
@@ -94,7 +97,7 @@ fn the_command_line_overrides_the_file() {
     assert_eq!(run.training.warmup_steps, Amount::Share(0.1));
     assert_eq!(run.training.save_total_limit, Some(3));
     assert_eq!(
-        (run.method.max_length, run.method.packing_strategy),
+        (run.method.truncation.length.max_length, run.method.packing_strategy),
         (None, PackingStrategy::BfdSplit)
     );
     assert_eq!(run.method.eos_token.as_deref(), Some("<|end|>"));
@@ -118,13 +121,13 @@ fn the_resolved_file_loads_back_identical() {
         let overrides =
             overrides.replace("gradient_checkpointing=off", "gradient_checkpointing=false");
         let (run, _) = from(file, &overrides).unwrap_or_else(|e| panic!("{e}"));
-        let text = run.to_toml("temper sft --model m\n--data d");
+        let text = run.erased().to_toml("temper sft --model m\n--data d");
         assert!(text.starts_with("# temper sft --model m\n# --data d\n"));
         let (again, notes) = from(&text, "").unwrap_or_else(|e| panic!("{e}\n{text}"));
         assert!(notes.is_empty(), "{notes:?}");
         assert_eq!(again, run);
-        assert_eq!(again.to_toml("temper sft --model m\n--data d"), text);
-        assert!(changes(&text, &again.sections()).unwrap().is_empty());
+        assert_eq!(again.erased().to_toml("temper sft --model m\n--data d"), text);
+        assert!(changes(&text, &again.erased().sections()).unwrap().is_empty());
     }
 }
 
@@ -258,7 +261,7 @@ fn a_file_that_is_no_run_file_says_so() {
 #[test]
 fn mutated_run_files_never_panic() {
     let (dump, _) = trl_dump();
-    let text = dump + &SftRun::default().to_toml("");
+    let text = dump + &SftRun::default().erased().to_toml("");
     let lines: Vec<&str> = text.lines().collect();
     let mut state = 1u32;
     let mut next = |n: usize| {
@@ -294,12 +297,12 @@ fn mutated_run_files_never_panic() {
 #[test]
 fn a_resumed_run_may_not_become_another_run() {
     let (run, _) = SftRun::load(None, &words("max_steps=20")).unwrap();
-    let old = run.to_toml("");
+    let old = run.erased().to_toml("");
     let (new, _) =
         SftRun::load(None, &words("max_steps=30 save_steps=5 dtype=float32 logging_steps=1"))
             .unwrap();
     assert_eq!(
-        changes(&old, &new.sections()).unwrap(),
+        changes(&old, &new.erased().sections()).unwrap(),
         ["max_steps: was 20, is now 30", "dtype: was \"auto\", is now \"float32\""]
     );
 }
@@ -319,7 +322,10 @@ fn generation_keys_have_their_own_section() {
     let notes =
         load(&mut [&mut keys], None, &words("temperature=0.7 top_p=0.9 max_new_tokens=5")).unwrap();
     assert!(notes.is_empty());
-    assert_eq!((keys.temperature, keys.top_p, keys.max_new_tokens), (0.7, 0.9, 5));
+    assert_eq!(
+        (keys.sampling.temperature, keys.sampling.top_p, keys.max_new_tokens),
+        (0.7, 0.9, 5)
+    );
     for bad in [
         "temperature=-1",
         "top_p=0",
@@ -333,22 +339,22 @@ fn generation_keys_have_their_own_section() {
     }
     let mut keys = GenerateConfig::default();
     load(&mut [&mut keys], None, &words("do_sample=false")).unwrap();
-    assert_eq!(keys.temperature, 0.0);
+    assert_eq!(keys.sampling.temperature, 0.0);
 }
 
 #[test]
 fn every_key_has_a_doc_and_one_owner() {
     let run = SftRun::default();
-    let keys: Vec<_> = run.sections().iter().flat_map(|s| s.keys()).collect();
+    let keys: Vec<_> = run.erased().sections().iter().flat_map(|s| s.keys()).collect();
     let mut names: Vec<_> = keys.iter().map(|k| k.name).collect();
     names.sort_unstable();
     names.dedup();
     assert_eq!(names.len(), keys.len());
     assert!(keys.iter().all(|k| k.doc.len() > 15 && k.doc.ends_with('.')));
-    let text = help(&run.sections());
+    let text = help(&run.erased().sections());
     assert!(
-        text.contains("max_length = 1024    (integer or none)\n    Tokens of a row at most"),
+        text.contains("max_length = 1024    (integer or none)\n    Longest row in tokens"),
         "{text}"
     );
-    assert!(markdown(&run.sections()).contains("| `seed` | integer | `42` |"));
+    assert!(markdown(&run.training.keys()).contains("| `seed` | integer | `42` |"));
 }

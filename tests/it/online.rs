@@ -7,14 +7,17 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use temper::autograd::Cx;
 use temper::checkpoint::prepare_output;
-use temper::config::{
-    GkdConfig, GrpoConfig, MethodRun, OnlineDpoConfig, PpoConfig, ReinforceConfig, RlooConfig,
-    SftConfig,
-};
 use temper::data::rows::read_rows;
 use temper::device::{DType, cpu::Cpu};
 use temper::error::Result;
-use temper::methods::Recipe;
+use temper::methods::offline::sft::SftConfig;
+use temper::methods::online::gkd::GkdConfig;
+use temper::methods::online::grpo::GrpoConfig;
+use temper::methods::online::online_dpo::OnlineDpoConfig;
+use temper::methods::online::ppo::PpoConfig;
+use temper::methods::online::reinforce::ReinforceConfig;
+use temper::methods::online::rloo::RlooConfig;
+use temper::methods::{BuildMethod, MethodRun};
 use temper::signals::Stop;
 use temper::train::job::{Job, execute};
 
@@ -38,7 +41,12 @@ fn prompts(dir: &Path) -> PathBuf {
 }
 
 /// Runs a method on the fixture's model into `out`; with `resume`, goes on with what lies there.
-fn run<M: Recipe>(out: &Path, keys: &[&str], resume: bool, dtype: DType) -> Result<Vec<Value>> {
+fn run<M: BuildMethod + Default + 'static>(
+    out: &Path,
+    keys: &[&str],
+    resume: bool,
+    dtype: DType,
+) -> Result<Vec<Value>> {
     let common = [
         "per_device_train_batch_size=4",
         "gradient_accumulation_steps=2",
@@ -47,7 +55,7 @@ fn run<M: Recipe>(out: &Path, keys: &[&str], resume: bool, dtype: DType) -> Resu
         "max_steps=6",
         "save_steps=3",
     ];
-    let length = match M::NAME {
+    let length = match M::default().name() {
         "online-dpo" | "gkd" => "max_new_tokens=12",
         "sft" => "max_length=64",
         _ => "max_completion_length=12",
@@ -102,7 +110,7 @@ fn the_first_ratio_is_exactly_one_and_later_ones_are_not() {
 }
 
 /// A run of six steps, and one that goes on from its third: the final folders have the same bytes.
-fn resumes<M: Recipe>(name: &str, keys: &[&str]) {
+fn resumes<M: BuildMethod + Default + 'static>(name: &str, keys: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let (whole, part) = (dir.path().join("whole"), dir.path().join("part"));
     let log = run::<M>(&whole, keys, false, DType::F32).unwrap();
@@ -154,7 +162,7 @@ fn online_runs_resumed_equal_uninterrupted_ones_also_within_a_generation() {
 
 #[test]
 fn every_method_raises_a_plain_reward() {
-    fn gain<M: Recipe>(name: &str, keys: &[&str]) {
+    fn gain<M: BuildMethod + Default + 'static>(name: &str, keys: &[&str]) {
         let dir = tempfile::tempdir().unwrap();
         let mut all =
             vec![LETTERS, "learning_rate=1e-2", "temperature=1", "save_steps=1000", "max_steps=60"];
@@ -330,7 +338,7 @@ fn gkd_draws_the_student_towards_its_teacher() {
     );
 }
 
-fn refused<M: Recipe>(keys: &[&str]) -> String {
+fn refused<M: BuildMethod + Default + 'static>(keys: &[&str]) -> String {
     let dir = tempfile::tempdir().unwrap();
     match run::<M>(&dir.path().join("out"), keys, false, DType::F32) {
         Ok(_) => "accepted".into(),

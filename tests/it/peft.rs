@@ -6,13 +6,15 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use temper::autograd::Cx;
-use temper::config::SftRun;
 use temper::data::chat::ChatTemplate;
 use temper::data::rows::read_rows;
 use temper::data::tokenizer::Tokenizer;
 use temper::device::{DType, cpu::Cpu};
 use temper::methods::Method;
+use temper::methods::MethodInputs;
+use temper::methods::offline::OfflineMethod;
 use temper::methods::offline::sft::Sft;
+use temper::methods::offline::sft::SftRun;
 use temper::model::adapter::{Adapter, folder};
 use temper::model::batch::Sequence;
 use temper::model::decoder::Decoder;
@@ -73,12 +75,20 @@ fn keys(all: &Value, run: &Value) -> Vec<String> {
     keys
 }
 
-pub fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, Sft) {
+pub fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, OfflineMethod<Sft>) {
     let dir = fixtures().join("sft/model");
     let tokenizer = Tokenizer::load(&dir).unwrap();
     let template = ChatTemplate::of(&tokenizer).unwrap();
     let rows = read_rows(&[fixtures().join("sft/messages.jsonl")]).unwrap();
-    let (sft, _) = Sft::new(&run.method, &tokenizer, Some(&template), 320, &rows, &[]).unwrap();
+    let inputs = MethodInputs {
+        tokenizer: &tokenizer,
+        template: Some(&template),
+        model: &model.config,
+        train: &rows,
+        eval: &[],
+        output: Path::new("unused"),
+    };
+    let (sft, _) = Sft::new(&run.method, &inputs).unwrap();
     let n = sft.rows();
     (Trainer::new(cx, model, run.training.clone(), n).unwrap(), sft)
 }

@@ -5,13 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use temper::autograd::{Cx, Recompute};
-use temper::config::{MatmulChoice, SftRun};
+use temper::config::MatmulChoice;
 use temper::device::{DType, cpu::Cpu};
 use temper::methods::offline::sft::Sft;
+use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::Decoder;
 use temper::model::layout::ModelConfig;
 use temper::train::Trainer;
-use temper::train::plan::{Ask, Plan, fit};
+use temper::train::plan::{Plan, PlanRequest, fit};
 use temper::train::tuning::{prepare, scheme};
 
 /// (model, rows of a micro-batch, tokens of a row): activations dominate, weights dominate.
@@ -33,10 +34,10 @@ fn run(keys: &str, batch: usize) -> SftRun {
     SftRun::load(None, &keys).unwrap().0
 }
 
-fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> Ask<'a> {
+fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> PlanRequest<'a> {
     let (peft, training) = (run.peft.clone(), run.training.clone());
     let tokens = training.per_device_train_batch_size * length;
-    Ask {
+    PlanRequest {
         model,
         dir: Path::new("model"),
         adapter: None,

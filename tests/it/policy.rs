@@ -6,12 +6,15 @@ use std::sync::Arc;
 use serde_json::Value;
 use temper::autograd::{Cx, ParamGrads, Tape};
 use temper::device::{DType, cpu::Cpu};
-use temper::methods::online::advantage::{self, Advantages, Aggregation, KlEstimator, Scale};
+use temper::methods::online::advantage::{
+    self, Advantages, KlEstimator, RewardAggregation, ScaleRewards,
+};
 use temper::methods::online::weights::{
     Normalizer, off_policy_mask, token_weights, top_entropy_mask,
 };
 use temper::ops::policy::{
-    Level, PolicyInputs, PolicyLoss, PolicyOut, Term, gae, policy_loss, value_loss, whiten,
+    ImportanceLevel, PolicyInputs, PolicyLoss, PolicyOut, Term, gae, policy_loss, value_loss,
+    whiten,
 };
 use temper::rewards::Scores;
 use temper::tensor::{Id, Tensor};
@@ -144,7 +147,7 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
     let beta = number("beta").unwrap() as f32;
     let config = PolicyLoss {
         term,
-        level: if level == "token" { Level::Token } else { Level::Sequence },
+        level: if level == "token" { ImportanceLevel::Token } else { ImportanceLevel::Sequence },
         beta,
         bias_correction_kl: key("bias").as_bool().unwrap(),
     };
@@ -223,7 +226,13 @@ fn sums(values: &[f64], lengths: &[usize]) -> Vec<f64> {
     lengths.iter().map(&mut sum).collect()
 }
 
-fn check_metrics(case: &Value, out: &PolicyOut, mask: &[bool], lengths: &[usize], level: Level) {
+fn check_metrics(
+    case: &Value,
+    out: &PolicyOut,
+    mask: &[bool],
+    lengths: &[usize],
+    level: ImportanceLevel,
+) {
     let starts: Vec<usize> =
         lengths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
     // TRL's means: over tokens, or over sequences where the value is the sequence's
@@ -237,7 +246,7 @@ fn check_metrics(case: &Value, out: &PolicyOut, mask: &[bool], lengths: &[usize]
     let clip = host(&out.clip);
     let side = |s: f64| clip.iter().map(|c| f64::from(u8::from(*c == s))).collect::<Vec<_>>();
     for (name, want) in case["metrics"].as_object().unwrap() {
-        let sequence = level != Level::Token;
+        let sequence = level != ImportanceLevel::Token;
         let got = match name.as_str() {
             "kl" => mean(&host(&out.kl), false),
             "clip_ratio/low_mean" => mean(&side(1.0), sequence),
@@ -266,8 +275,12 @@ fn rloos_loss_and_gradient_are_trls() {
         (bench.put(&list(&f["near"])), bench.put(&spread(&list(&f["advantage"]), &lengths)));
     let starts = bench.starts(&lengths);
     let term = Term::Clip { epsilon: 0.2, epsilon_high: 0.2, delta: f32::INFINITY };
-    let config =
-        PolicyLoss { term, level: Level::SequenceSum, beta: 0.0, bias_correction_kl: false };
+    let config = PolicyLoss {
+        term,
+        level: ImportanceLevel::SequenceSum,
+        beta: 0.0,
+        bias_correction_kl: false,
+    };
     let (loss, gradient) = bench.gradient(&list(&f["logp"]), |cx, logp| {
         let x = PolicyInputs {
             logp,
@@ -317,13 +330,13 @@ fn grpo_and_rloo_advantages_are_trls_with_missing_rewards() {
     assert_eq!(cases.len(), 4);
     for case in cases {
         let scale = match case["config"]["scale_rewards"].as_str().unwrap() {
-            "group" => Scale::Group,
-            "batch" => Scale::Batch,
-            _ => Scale::None,
+            "group" => ScaleRewards::Group,
+            "batch" => ScaleRewards::Batch,
+            _ => ScaleRewards::None,
         };
         let how = match case["config"]["multi_objective_aggregation"].as_str().unwrap() {
-            "normalize_then_sum" => Aggregation::NormalizeThenSum,
-            _ => Aggregation::SumThenNormalize,
+            "normalize_then_sum" => RewardAggregation::NormalizeThenSum,
+            _ => RewardAggregation::SumThenNormalize,
         };
         check_advantages(case, &advantage::grpo(&scores, g, scale, how).unwrap());
         let metrics = &case["metrics"];
@@ -348,7 +361,9 @@ fn grpo_and_rloo_advantages_are_trls_with_missing_rewards() {
         check_advantages(case, &advantage::rloo(&rewards, g, normalize).unwrap());
     }
     let error =
-        advantage::grpo(&scores, 3, Scale::Group, Aggregation::default()).unwrap_err().to_string();
+        advantage::grpo(&scores, 3, ScaleRewards::Group, RewardAggregation::SumThenNormalize)
+            .unwrap_err()
+            .to_string();
     assert!(error.contains("num_generations=3"), "{error}");
 }
 
@@ -389,7 +404,8 @@ fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
         token_weights(Normalizer::Token, &lengths, &kept, 1).into_iter().map(f64::from).collect();
     let (weight, old) = (bench.put(&weights), bench.put(&list(&f["old"])));
     let term = Term::Clip { epsilon: 0.2, epsilon_high: 0.2, delta: f32::INFINITY };
-    let config = PolicyLoss { term, level: Level::Token, beta: 0.0, bias_correction_kl: false };
+    let config =
+        PolicyLoss { term, level: ImportanceLevel::Token, beta: 0.0, bias_correction_kl: false };
     let mut clipped = Vec::new();
     let (loss, gradient) = bench.gradient(&list(&f["logp"]), |cx, logp| {
         let x = PolicyInputs {
@@ -428,10 +444,10 @@ fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
 
 #[test]
 fn token_rewards_carry_the_penalty_and_the_score() {
-    let (rewards, kl) =
+    let advantage::TokenRewards { rewards, kl } =
         advantage::token_rewards(&[-1.0, -2.0], &[-1.5, -2.0], 3.0, 0.1, KlEstimator::K1);
     assert_eq!((rewards, kl), (vec![-0.05, 3.0], vec![0.5, 0.0]));
-    let (_, kl) = advantage::token_rewards(&[-1.0], &[-1.5], 0.0, 0.1, KlEstimator::K3);
+    let kl = advantage::token_rewards(&[-1.0], &[-1.5], 0.0, 0.1, KlEstimator::K3).kl;
     assert!((f64::from(kl[0]) - ((-0.5f64).exp() + 0.5 - 1.0)).abs() < 1e-7);
     let mut coef = advantage::AdaptiveKl { coef: 0.1, target: 6.0, horizon: 100.0 };
     coef.update(60.0, 10);
@@ -443,7 +459,8 @@ fn a_kl_term_without_a_reference_is_an_error() {
     let mut bench = Bench::new();
     let (x, starts) = (bench.put(&[0.0]), bench.starts(&[1]));
     let term = Term::Cispo { epsilon_high: 5.0 };
-    let config = PolicyLoss { term, level: Level::Token, beta: 0.1, bias_correction_kl: true };
+    let config =
+        PolicyLoss { term, level: ImportanceLevel::Token, beta: 0.1, bias_correction_kl: true };
     let inputs = PolicyInputs {
         logp: &x,
         old_logp: None,

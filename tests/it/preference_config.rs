@@ -3,11 +3,15 @@
 use std::path::Path;
 
 use serde_json::Value;
-use temper::config::{
-    CpoConfig, DistillConfig, DpoConfig, DpoLoss, KtoConfig, OrpoConfig, RewardConfig, Section,
-    load, to_toml,
-};
+use temper::config::{Section, load, to_toml};
 use temper::error::Result;
+use temper::methods::offline::cpo::CpoConfig;
+use temper::methods::offline::distill::DistillConfig;
+use temper::methods::offline::dpo::DpoConfig;
+use temper::methods::offline::kto::KtoConfig;
+use temper::methods::offline::orpo::OrpoConfig;
+use temper::methods::offline::reward::RewardConfig;
+use temper::ops::preference::DpoLoss;
 
 #[test]
 fn every_key_is_trls_at_its_default_or_says_that_it_is_ours() {

@@ -7,16 +7,18 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use temper::autograd::{Cx, ParamGrads, Tape};
-use temper::config::{
-    CpoConfig, DpoConfig, KtoConfig, MethodRun, OrpoConfig, PrmConfig, RewardConfig,
-};
 use temper::data::chat::ChatTemplate;
 use temper::data::rows::{Row, read_rows};
 use temper::data::tokenizer::Tokenizer;
 use temper::device::{DType, cpu::Cpu};
-use temper::methods::offline::Batched;
-use temper::methods::offline::dpo::Dpo;
-use temper::methods::{Method, Recipe, Source};
+use temper::methods::offline::OfflineMethod;
+use temper::methods::offline::cpo::CpoConfig;
+use temper::methods::offline::dpo::{Dpo, DpoConfig};
+use temper::methods::offline::kto::KtoConfig;
+use temper::methods::offline::orpo::OrpoConfig;
+use temper::methods::offline::prm::PrmConfig;
+use temper::methods::offline::reward::RewardConfig;
+use temper::methods::{BuildMethod, Method, MethodInputs, MethodRun};
 use temper::model::batch::{Batch, Sequence};
 use temper::model::decoder::Decoder;
 use temper::model::folder;
@@ -41,11 +43,11 @@ fn losses() -> Value {
 }
 
 /// The model as the method's task has it; a reward model starts from the fixture's score.
-fn model<M: Recipe>(cx: &Cx) -> Decoder {
+fn model<M: BuildMethod + Default + 'static>(cx: &Cx) -> Decoder {
     let mut config = folder::load_config(MODEL).unwrap();
-    config.task = M::TASK;
+    config.task = M::default().task();
     let decoder = Decoder::load_as(cx, 0, MODEL, config, 512).unwrap();
-    if let Task::SequenceClassification { .. } = M::TASK {
+    if let Task::SequenceClassification { .. } = M::default().task() {
         let i = decoder.params.specs.iter().position(|(s, _)| s.name == "score.weight").unwrap();
         let score: Vec<f32> = (0..32).map(|i| ((i * 37) % 64 - 32) as f32 / 128.0).collect();
         decoder.params.store(i, &score).unwrap();
@@ -98,7 +100,7 @@ fn keys(config: &Value, dir: &Path) -> Vec<String> {
 }
 
 /// A run's trainer and method, attached.
-fn start<M: Recipe>(
+fn start<M: BuildMethod + Default + 'static>(
     rows: &[Row],
     eval: &[Row],
     keys: &[String],
@@ -110,7 +112,7 @@ fn start<M: Recipe>(
     let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
     let template = ChatTemplate::of(&tokenizer).unwrap();
     let config = model.config.clone();
-    let source = Source {
+    let inputs = MethodInputs {
         tokenizer: &tokenizer,
         template: Some(&template),
         model: &config,
@@ -118,7 +120,7 @@ fn start<M: Recipe>(
         eval,
         output,
     };
-    let (mut method, _) = run.method.method(&run.training, &source).unwrap();
+    let mut method = run.method.build(&run.training, &inputs).unwrap().method;
     let mut trainer = Trainer::new(cx, model, run.training, method.rows()).unwrap();
     method.attach(&mut trainer.cx, &trainer.model).unwrap();
     (trainer, method)
@@ -149,7 +151,7 @@ fn tolerance(name: &str, want: f64) -> f64 {
     }
 }
 
-fn compare<M: Recipe>(name: &str, run: &Value) -> Worst {
+fn compare<M: BuildMethod + Default + 'static>(name: &str, run: &Value) -> Worst {
     let dir = tempfile::tempdir().unwrap();
     let rows = read_rows(&[fixture(&format!("{}.jsonl", run["rows"].as_str().unwrap()))]).unwrap();
     let (mut trainer, mut method) =
@@ -211,7 +213,7 @@ fn compare<M: Recipe>(name: &str, run: &Value) -> Worst {
 /// steps must agree like all others.
 const DRIFTS: [(&str, f64); 2] = [("dpo_sppo_hard", 3e-5), ("cpo_alphapo", 8e-5)];
 
-fn every_run<M: Recipe>(methods: &[&str], count: usize, loss: f64) {
+fn every_run<M: BuildMethod + Default + 'static>(methods: &[&str], count: usize, loss: f64) {
     let all = losses();
     let runs: Vec<(&String, &Value)> = all
         .as_object()
@@ -307,7 +309,7 @@ fn gradients(share_prompts: bool, name: &str) -> (Vec<f32>, f32) {
     let template = ChatTemplate::of(&tokenizer).unwrap();
     let config = model.config.clone();
     let (rows, dir) = (read_rows(&[fixture(name)]).unwrap(), tempfile::tempdir().unwrap());
-    let source = Source {
+    let inputs = MethodInputs {
         tokenizer: &tokenizer,
         template: Some(&template),
         model: &config,
@@ -315,9 +317,9 @@ fn gradients(share_prompts: bool, name: &str) -> (Vec<f32>, f32) {
         eval: &[],
         output: dir.path(),
     };
-    let (mut dpo, _) = Dpo::new(&run.method, &run.training, &source).unwrap();
+    let (mut dpo, _) = Dpo::new(&run.method, &run.training, &inputs).unwrap();
     dpo.pairs.share_prompts = share_prompts;
-    let mut method = Batched(dpo);
+    let mut method = OfflineMethod(dpo);
     let mut trainer = Trainer::new(cx, model, run.training, method.rows()).unwrap();
     method.attach(&mut trainer.cx, &trainer.model).unwrap();
     let picked: Vec<usize> = (0..8).collect();

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use temper::autograd::{Cx, F64, ParamGrads, Tape};
-use temper::config::{MatmulChoice, SftRun};
+use temper::config::MatmulChoice;
 use temper::device::{DType, cpu::Cpu};
+use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::Decoder;
 use temper::model::folder;
 use temper::ops::case::Rng;

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use temper::autograd::{Cx, Recompute};
-use temper::config::SftRun;
 use temper::data::chat::ChatTemplate;
 use temper::data::rows::read_rows;
 use temper::data::tokenizer::Tokenizer;
 use temper::device::{DType, cpu::Cpu};
+use temper::methods::MethodInputs;
+use temper::methods::offline::OfflineMethod;
 use temper::methods::offline::sft::Sft;
+use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::Decoder;
 use temper::train::{Step, Trainer};
 
@@ -20,7 +22,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// The run of the fixture, as a trainer that has done nothing yet.
-pub fn trainer(rows: &str, keys: &[String], recompute: Recompute) -> (Trainer, Sft) {
+pub fn trainer(rows: &str, keys: &[String], recompute: Recompute) -> (Trainer, OfflineMethod<Sft>) {
     let (run, _) = SftRun::load(None, keys).unwrap();
     let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
     cx.recompute = recompute;
@@ -28,9 +30,15 @@ pub fn trainer(rows: &str, keys: &[String], recompute: Recompute) -> (Trainer, S
     let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer).unwrap());
     let model = Decoder::load(&cx, 0, fixture("model"), 512).unwrap();
     let rows = read_rows(&[fixture(&format!("{rows}.jsonl"))]).unwrap();
-    let (sft, _) =
-        Sft::new(&run.method, &tokenizer, template.as_ref(), model.config.vocab_size, &rows, &[])
-            .unwrap();
+    let inputs = MethodInputs {
+        tokenizer: &tokenizer,
+        template: template.as_ref(),
+        model: &model.config,
+        train: &rows,
+        eval: &[],
+        output: Path::new("unused"),
+    };
+    let (sft, _) = Sft::new(&run.method, &inputs).unwrap();
     let rows = temper::methods::Method::rows(&sft);
     (Trainer::new(cx, model, run.training, rows).unwrap(), sft)
 }

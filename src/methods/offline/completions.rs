@@ -1,17 +1,16 @@
 //! Completions through the model: packed batches of pairs, log-probs summed over each sequence, and
-//! the figures that all preference methods show. Layer 7.
+//! the metrics that all preference methods show. Layer 7.
 //!
 //! Invariant: a pair's two sides stand side by side, the chosen first, so sequence 2i + s of a
 //! batch is side s of pair i.
 
 use crate::autograd::Cx;
-use crate::data::preference::{
-    PairExample, PairStyle, PreferenceOptions, PreferenceStats, Sequence, pairs,
-};
-use crate::device::DType;
+use crate::data::preference::{PairExample, PairStyle, PreferenceOptions, Sequence, pairs};
 use crate::error::Result;
-use crate::methods::offline::Set;
-use crate::methods::{MASKS, MaskedIds, Metric, Source};
+use crate::methods::offline::MicroBatch;
+use crate::methods::offline::rows::Rows;
+use crate::methods::reference::floats;
+use crate::methods::{MethodInputs, Metric};
 use crate::model::batch::{self, Batch, Group, Vocab};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_logps, head_squares, mean_logits};
@@ -20,54 +19,39 @@ use crate::tensor::Tensor;
 
 /// The pairs of a run.
 pub struct PairRows {
-    train: Vec<PairExample>,
-    eval: Vec<PairExample>,
-    places: Vec<String>,
+    pub rows: Rows<PairExample>,
     /// Compute the prompt of a pair once. Off: the same numbers up to rounding, slower; for tests.
     pub share_prompts: bool,
 }
 
+/// The pairs of a micro-batch.
+pub struct PairBatch<'a> {
+    pub pairs: Vec<&'a PairExample>,
+    /// Tokens of both sides.
+    pub tokens: usize,
+    /// F32 [pairs]: a pair's weight in the loss.
+    pub weight: Tensor,
+}
+
 impl PairRows {
+    /// Tokenises the rows. Returns what to print about them, too.
     pub fn new(
-        source: &Source,
+        inputs: &MethodInputs,
         style: PairStyle,
         options: &PreferenceOptions,
-    ) -> Result<(PairRows, PreferenceStats)> {
-        let Source { tokenizer, template, model, .. } = *source;
-        let (train, stats) =
-            pairs(source.train, tokenizer, template, model.vocab_size, style, options)?;
-        let eval = match source.eval {
-            [] => Vec::new(),
-            rows => pairs(rows, tokenizer, template, model.vocab_size, style, options)?.0,
-        };
-        let places = train.iter().map(|e| source.train[e.row].place()).collect();
-        Ok((PairRows { train, eval, places, share_prompts: true }, stats))
+    ) -> Result<(PairRows, String)> {
+        let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
+            pairs(rows, tokenizer, template, model.vocab_size, style, options)
+        })?;
+        Ok((PairRows { rows, share_prompts: true }, stats))
     }
 
-    pub fn of(&self, set: Set) -> &[PairExample] {
-        match set {
-            Set::Train => &self.train,
-            Set::Eval => &self.eval,
-        }
-    }
-
-    pub fn pick(&self, set: Set, rows: &[usize]) -> Vec<&PairExample> {
-        rows.iter().map(|r| &self.of(set)[*r]).collect()
-    }
-
-    pub fn place(&self, row: usize) -> String {
-        self.places[row].clone()
-    }
-
-    /// Of the first pairs: chosen, then rejected.
-    pub fn masks(&self) -> Vec<MaskedIds> {
-        let sides = self.train.iter().flat_map(|e| [&e.chosen, &e.rejected]);
-        sides.take(MASKS).map(|s| (s.input_ids.clone(), s.target_mask.clone())).collect()
-    }
-
-    pub fn longest(&self) -> usize {
-        let sides = self.train.iter().chain(&self.eval).flat_map(|e| [&e.chosen, &e.rejected]);
-        sides.map(|s| s.input_ids.len()).max().unwrap_or(1)
+    pub fn open(&self, cx: &Cx, micro: &MicroBatch) -> Result<PairBatch<'_>> {
+        let pairs = self.rows.pick(micro.split, micro.rows);
+        let weight = floats(cx, &vec![micro.share(); pairs.len()])?;
+        let tokens = sequences(&pairs).map(|s| s.input_ids.len()).sum();
+        Ok(PairBatch { pairs, tokens, weight })
     }
 
     /// The pairs as one packed batch for a model of `vocab`, and the row of each side's last token
@@ -81,8 +65,8 @@ impl PairRows {
         let (mut groups, mut ends): (Vec<Group>, Vec<i32>) = (Vec::new(), Vec::new());
         let mut row = 0;
         for e in pairs {
-            // Without a common beginning (cut away, or not asked for) each side stands behind its
-            // own first token.
+            // Without a common beginning (cut away, or not asked for) each side begins with its own
+            // first token.
             let shared = if self.share_prompts { e.shared } else { 0 };
             let at = shared.max(1);
             let sides = [&e.chosen, &e.rejected];
@@ -102,6 +86,19 @@ impl PairRows {
     }
 }
 
+impl PairBatch<'_> {
+    /// A number of each side, F32 [pairs, 2].
+    pub fn sides(&self, cx: &Cx, of: impl Fn(&Sequence) -> usize) -> Result<Tensor> {
+        let values: Vec<f32> = sequences(&self.pairs).map(|s| of(s) as f32).collect();
+        floats(cx, &values)?.reshape(&[self.pairs.len(), 2])
+    }
+}
+
+/// Both sides of each pair, the chosen first.
+pub fn sequences<'a>(pairs: &'a [&PairExample]) -> impl Iterator<Item = &'a Sequence> {
+    pairs.iter().flat_map(|e| [&e.chosen, &e.rejected])
+}
+
 fn tail(s: &Sequence, at: usize) -> batch::Sequence<'_> {
     batch::Sequence { ids: &s.input_ids[at..], target: Some(&s.target_mask[at..]) }
 }
@@ -118,13 +115,13 @@ pub struct Forward {
     targets: Vec<u32>,
 }
 
-/// What a forward is asked for beside log-probs.
+/// What a forward computes beside log-probs.
 #[derive(Clone, Copy, Default)]
-pub struct Ask {
+pub struct HeadPass {
     /// log sum p^2 of each target's distribution.
     pub squares: bool,
-    /// What [`Forward::figures`] needs.
-    pub figures: bool,
+    /// The mean logits that [`Forward::metrics`] shows.
+    pub logits: bool,
 }
 
 /// Log-probs of the batch's targets and their sums under `weights`, one a target. On the tape if
@@ -134,12 +131,12 @@ pub fn forward(
     model: &Decoder,
     batch: &Batch,
     weights: &[f32],
-    ask: Ask,
+    pass: HeadPass,
 ) -> Result<Forward> {
     let hidden = model.target_hidden(cx, batch)?;
-    let head = if ask.squares { head_squares } else { head_logps };
+    let head = if pass.squares { head_squares } else { head_logps };
     let out = head(cx, &hidden, &model.head, &batch.targets, 1.0)?;
-    let mean_logits = if ask.figures { Some(mean_logits(cx, &hidden, &model.head)?) } else { None };
+    let mean_logits = if pass.logits { Some(mean_logits(cx, &hidden, &model.head)?) } else { None };
     let starts: Vec<usize> = std::iter::once(0)
         .chain(batch.targets_of.iter().scan(0, |at, n| {
             *at += n;
@@ -159,10 +156,6 @@ pub fn sums(cx: &mut Cx, values: &Tensor, weights: &[f32], starts: &[usize]) -> 
     segment_sums(cx, values, &weights, &starts)
 }
 
-pub fn floats(cx: &Cx, values: &[f32]) -> Result<Tensor> {
-    Tensor::from_host(&cx.pool, "loss weights", DType::F32, &[values.len()], values)
-}
-
 impl Forward {
     /// Where each sequence's targets begin, and the end.
     pub fn starts(&self) -> &[usize] {
@@ -171,7 +164,7 @@ impl Forward {
 
     /// Means over the completion tokens: entropy of all, token accuracy of the sequences that
     /// `chosen` says, and the mean logit of those and of the others.
-    pub fn figures(&self, chosen: impl Fn(usize) -> bool) -> Result<Vec<Metric>> {
+    pub fn metrics(&self, chosen: impl Fn(usize) -> bool) -> Result<Vec<Metric>> {
         let (entropy, best) = (self.out.entropy.to_f32()?, self.out.best.to_vec::<i32>()?);
         let logits = self.mean_logits.as_ref().map(Tensor::to_f32).transpose()?.unwrap_or_default();
         let right: Vec<f32> =
@@ -203,8 +196,8 @@ pub fn sides(name: &str, values: &[f32]) -> [Metric; 2] {
     [(format!("{name}/chosen").into(), mean(0)), (format!("{name}/rejected").into(), mean(1))]
 }
 
-/// TRL's four figures of rewards [n, 2].
-pub fn reward_figures(rewards: &[f32]) -> Vec<Metric> {
+/// TRL's four metrics of rewards [n, 2].
+pub fn reward_metrics(rewards: &[f32]) -> Vec<Metric> {
     let n = (rewards.len() / 2).max(1) as f64;
     let won = rewards.chunks_exact(2).filter(|r| r[0] > r[1]).count();
     let margin = rewards.chunks_exact(2).map(|r| f64::from(r[0] - r[1])).sum::<f64>();
@@ -216,7 +209,21 @@ pub fn reward_figures(rewards: &[f32]) -> Vec<Metric> {
     all
 }
 
-/// Tokens of both sides.
-pub fn token_count(pairs: &[&PairExample]) -> usize {
-    pairs.iter().map(|e| e.chosen.input_ids.len() + e.rejected.input_ids.len()).sum()
+/// What every method over pairs shows: of a forward over both sides, the rewards [n, 2], and the
+/// log-probs [n, 2] as the method compares them.
+pub fn pair_metrics(f: &Forward, rewards: &Tensor, logps: &[f32]) -> Result<Vec<Metric>> {
+    let mut all = f.metrics(|k| k.is_multiple_of(2))?;
+    all.extend(reward_metrics(&rewards.to_f32()?));
+    all.extend(sides("logps", logps));
+    Ok(all)
+}
+
+/// The mean NLL of the chosen completions' tokens, F32 [1]. `f` has two sequences a pair.
+pub fn chosen_nll(cx: &mut Cx, f: &Forward) -> Result<Tensor> {
+    let lengths = || f.starts.windows(2).map(|w| w[1] - w[0]).enumerate();
+    let count: usize = lengths().filter(|(k, _)| k.is_multiple_of(2)).map(|(_, n)| n).sum();
+    let share = -1.0 / count.max(1) as f32;
+    let weight = |k: usize| if k.is_multiple_of(2) { share } else { 0.0 };
+    let weights: Vec<f32> = lengths().flat_map(|(k, n)| vec![weight(k); n]).collect();
+    sums(cx, &f.out.logp, &weights, &[0, weights.len()])
 }

@@ -12,128 +12,121 @@
 //! Layer 7. Invariant: there is no reference.
 
 use crate::autograd::Cx;
-use crate::config::{CpoConfig, CpoLossType, TrainingConfig};
-use crate::data::preference::{PairStyle, PreferenceOptions};
+use crate::config::{LengthOptions, Report, TrainingConfig, section};
+use crate::data::preference::{PairStyle, Sequence};
 use crate::error::Result;
-use crate::methods::offline::completions::{
-    Ask, PairRows, floats, forward, reward_figures, sides, token_count,
-};
-use crate::methods::offline::dpo::chosen_nll;
-use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
+use crate::methods::offline::completions::{HeadPass, PairRows, chosen_nll, forward, pair_metrics};
+use crate::methods::offline::rows::RowSet;
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{self, CpoLoss};
 
-pub struct Cpo {
-    pub pairs: PairRows,
-    op: preference::Cpo,
-}
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "cpo",
+    "Contrastive preference optimisation, SimPO, AlphaPO: pairs, without a reference",
+    "cpo",
+    MethodRun::<CpoConfig>::boxed,
+);
 
-impl Cpo {
-    pub fn new(config: &CpoConfig, source: &Source) -> Result<(Cpo, String)> {
-        let options = PreferenceOptions {
-            max_length: config.max_length,
-            on_truncation: config.on_truncation,
-            ..PreferenceOptions::default()
-        };
-        let (pairs, stats) = PairRows::new(source, PairStyle::Orpo, &options)?;
-        let op = preference::Cpo {
-            loss: match config.loss_type {
-                CpoLossType::Sigmoid => CpoLoss::Sigmoid,
-                CpoLossType::Hinge => CpoLoss::Hinge,
-                CpoLossType::Ipo => CpoLoss::Ipo,
-                CpoLossType::Simpo | CpoLossType::Alphapo => CpoLoss::Simpo,
-            },
-            beta: config.beta as f32,
-            label_smoothing: config.label_smoothing as f32,
-            simpo_gamma: config.simpo_gamma as f32,
-            alpha: config.alpha as f32,
-            cpo_alpha: config.nll_weight() as f32,
-        };
-        Ok((Cpo { pairs, op }, stats.to_string()))
+section! {
+    /// TRL's `CPOConfig`.
+    pub struct CpoConfig = "cpo" {
+        /// alphapo is simpo with cpo_alpha = 0; its shape is alpha.
+        pub loss_type: CpoLoss = CpoLoss::Sigmoid,
+        /// Scale of the difference in log-probs; of ipo the regulariser tau.
+        pub beta: f64 = 0.1,
+        /// Share of wrong labels, of sigmoid and simpo.
+        pub label_smoothing: f64 = 0.0,
+        /// Weight of the chosen completions' likelihood; 0 with simpo is SimPO as published.
+        pub cpo_alpha: f64 = 1.0,
+        /// Margin that simpo asks for.
+        pub simpo_gamma: f64 = 0.5,
+        /// Shape of the reward, (1 - p^-alpha) / alpha; 0: log p.
+        pub alpha: f64 = 0.0,
+        ..pub length: LengthOptions = LengthOptions::default(),
     }
 }
 
-impl Objective for Cpo {
-    fn rows(&self, set: Set) -> usize {
-        self.pairs.of(set).len()
-    }
-
-    fn longest(&self) -> usize {
-        self.pairs.longest()
-    }
-
-    fn masks(&self) -> Vec<MaskedIds> {
-        self.pairs.masks()
-    }
-
-    fn source(&self, row: usize) -> String {
-        self.pairs.place(row)
-    }
-
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>> {
-        let pairs = self.pairs.pick(set, rows);
-        let (n, tokens) = (pairs.len(), token_count(&pairs));
-        let (batch, _) = self.pairs.batch(cx, model.vocab(), &pairs)?;
-        if batch.target_ids.is_empty() {
-            return Ok(None);
+impl CpoConfig {
+    fn rules(&self, report: &mut Report) {
+        report.must(self.beta > 0.0, || format!("beta = {}: must be above 0", self.beta));
+        let e = self.label_smoothing;
+        report
+            .must((0.0..1.0).contains(&e), || format!("label_smoothing = {e}: must be in [0, 1)"));
+        if matches!(self.loss_type, CpoLoss::Hinge | CpoLoss::Ipo) {
+            let why = "hinge and ipo have no label smoothing";
+            report.idle("label_smoothing", "loss_type", why);
         }
-        pass.begin(cx);
-        let ask = Ask { squares: false, figures: true };
-        let f = forward(cx, model, &batch, &vec![1.0; batch.target_ids.len()], ask)?;
-        let nll = chosen_nll(cx, &f)?;
-        let lens: Vec<f32> = pairs
-            .iter()
-            .flat_map(|e| [e.chosen.targets() as f32, e.rejected.targets() as f32])
-            .collect();
-        let (logps, counts) = (f.sums.reshape(&[n, 2])?, floats(cx, &lens)?.reshape(&[n, 2])?);
-        let weight = floats(cx, &vec![(1.0 / total) as f32; n])?;
-        let (loss, rewards) =
-            preference::cpo(cx, self.op.clone(), [&logps, &counts, &weight, &nll])?;
-        let (mean, likely) =
-            (matches!(self.op.loss, CpoLoss::Ipo | CpoLoss::Simpo), self.op.cpo_alpha != 0.0);
-        let metrics = move || -> Result<Vec<Metric>> {
-            let mut all = f.figures(|k| k.is_multiple_of(2))?;
-            all.extend(reward_figures(&rewards.to_f32()?));
-            let mut values = logps.to_f32()?;
-            if mean {
-                values.iter_mut().zip(&lens).for_each(|(l, n)| *l /= n);
-            }
-            all.extend(sides("logps", &values));
-            all.push(("nll_loss".into(), if likely { f64::from(nll.to_f32()?[0]) } else { 0.0 }));
-            Ok(all)
-        };
-        Ok(Some(Shot { loss, tokens, metrics: Box::new(metrics) }))
+        if !matches!(self.loss_type, CpoLoss::Simpo | CpoLoss::Alphapo) {
+            report.idle("simpo_gamma", "loss_type", "only simpo and alphapo have a margin");
+        }
+        if self.loss_type == CpoLoss::Alphapo {
+            report.idle("cpo_alpha", "loss_type", "alphapo has no likelihood term");
+        }
     }
 }
 
-impl Recipe for CpoConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
+impl BuildMethod for CpoConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, disable_dropout: true, ..Default::default() }
     }
 
     fn footprint(&self) -> Footprint {
         Footprint { sequences: 2, reference: false }
     }
 
-    fn disable_dropout(&self) -> bool {
-        self.disable_dropout
+    fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let (pairs, stats) = PairRows::new(inputs, PairStyle::Orpo, &(&self.length).into())?;
+        let likelihood = if self.loss_type == CpoLoss::Alphapo { 0.0 } else { self.cpo_alpha };
+        let op = preference::Cpo {
+            loss: self.loss_type,
+            beta: self.beta as f32,
+            label_smoothing: self.label_smoothing as f32,
+            simpo_gamma: self.simpo_gamma as f32,
+            alpha: self.alpha as f32,
+            cpo_alpha: likelihood as f32,
+        };
+        Ok(BuiltMethod::new(OfflineMethod(Cpo { pairs, op }), stats))
+    }
+}
+
+pub struct Cpo {
+    pairs: PairRows,
+    op: preference::Cpo,
+}
+
+impl OfflineObjective for Cpo {
+    fn rows(&self) -> &dyn RowSet {
+        &self.pairs.rows
     }
 
-    fn method(
-        &self,
-        _training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (cpo, stats) = Cpo::new(self, source)?;
-        Ok((Box::new(Batched(cpo)), stats))
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let of = self.pairs.open(cx, micro)?;
+        let (batch, _) = self.pairs.batch(cx, model.vocab(), &of.pairs)?;
+        let targets = batch.target_ids.len();
+        if targets == 0 {
+            return Ok(LossOutput::empty(of.tokens));
+        }
+        micro.record(cx);
+        let pass = HeadPass { squares: false, logits: true };
+        let f = forward(cx, model, &batch, &vec![1.0; targets], pass)?;
+        let nll = chosen_nll(cx, &f)?;
+        let (logps, lens) =
+            (f.sums.reshape(&[of.pairs.len(), 2])?, of.sides(cx, Sequence::targets)?);
+        let inputs = [&logps, &lens, &of.weight, &nll];
+        let (loss, rewards) = preference::cpo(cx, self.op.clone(), inputs)?;
+        let (mean, likelihood) = (self.op.loss.averages(), self.op.cpo_alpha != 0.0);
+        Ok(LossOutput::new(loss, of.tokens, move || {
+            let mut values = logps.to_f32()?;
+            if mean {
+                values.iter_mut().zip(lens.to_f32()?).for_each(|(l, n)| *l /= n);
+            }
+            let mut all = pair_metrics(&f, &rewards, &values)?;
+            let nll = if likelihood { f64::from(nll.to_f32()?[0]) } else { 0.0 };
+            all.push(("nll_loss".into(), nll));
+            Ok(all)
+        }))
     }
 }

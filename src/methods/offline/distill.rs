@@ -12,127 +12,97 @@
 //! Layer 7. Invariant: neither model's logits are ever whole; see `ops::distill`.
 
 use crate::autograd::Cx;
-use crate::config::{DistillConfig, TrainingConfig};
-use crate::data::sft::{SftExample, SftOptions, prepare};
-use crate::error::{Error, Result};
-use crate::methods::offline::completions::floats;
-use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::reference::load;
-use crate::methods::{MASKS, MaskedIds, Method, Recipe, Source};
+use crate::config::{Report, TrainingConfig, TruncationOptions, section};
+use crate::data::sft::{SftExample, prepare};
+use crate::error::Result;
+use crate::methods::offline::rows::{RowSet, Rows, Split, targets};
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::reference::{Teacher, TeacherOptions, floats};
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::distill::{DistillIn, distill};
 
-/// The tape's number of the teacher's parameters: they have no gradients. 0 is the student, 1 its
-/// adapter.
-const SET: u32 = 2;
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "distill",
+    "Distillation from a teacher's distributions",
+    "distill",
+    MethodRun::<DistillConfig>::boxed,
+);
+
+section! {
+    /// What TRL's `GKDConfig` has for rows that are there.
+    pub struct DistillConfig = "distill" {
+        /// Softens both distributions.
+        pub temperature: f64 = 0.9,
+        ..pub teacher: TeacherOptions = TeacherOptions::default(),
+        ..pub truncation: TruncationOptions = TruncationOptions::default(),
+    }
+}
+
+impl DistillConfig {
+    fn rules(&self, report: &mut Report) {
+        report.must(self.temperature > 0.0, || {
+            format!("temperature = {}: must be above 0", self.temperature)
+        });
+    }
+}
+
+impl BuildMethod for DistillConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 2e-5, disable_dropout: true, ..Default::default() }
+    }
+
+    fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        let options = (&self.truncation).into();
+        let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
+            prepare(rows, tokenizer, template, model.vocab_size, &options)
+        })?;
+        let teacher = Teacher::new(&self.teacher)?;
+        let scale = (1.0 / self.temperature) as f32;
+        let method = Distill { rows, vocab: model.vocab_size, scale, teacher };
+        Ok(BuiltMethod::new(OfflineMethod(method), stats))
+    }
+}
 
 pub struct Distill {
-    sets: [Vec<SftExample>; 2],
-    places: Vec<String>,
+    rows: Rows<SftExample>,
     vocab: usize,
-    beta: f32,
     scale: f32,
-    folder: String,
-    teacher: Option<Decoder>,
+    teacher: Teacher,
 }
 
-impl Distill {
-    pub fn new(config: &DistillConfig, source: &Source) -> Result<(Distill, String)> {
-        let Source { tokenizer, template, model, .. } = *source;
-        let Some(folder) = config.teacher_model_name_or_path.clone() else {
-            return Err(Error::Config(
-                "teacher_model_name_or_path: name the teacher's folder".into(),
-            ));
-        };
-        let options = SftOptions {
-            max_length: config.max_length,
-            truncation_mode: config.truncation_mode,
-            on_truncation: config.on_truncation,
-            ..SftOptions::default()
-        };
-        let (train, stats) =
-            prepare(source.train, tokenizer, template, model.vocab_size, &options)?;
-        let eval = match source.eval {
-            [] => Vec::new(),
-            rows => prepare(rows, tokenizer, template, model.vocab_size, &options)?.0,
-        };
-        let places = train.iter().map(|e| source.train[e.row].place()).collect();
-        let (beta, scale) = (config.beta as f32, (1.0 / config.temperature) as f32);
-        let method = Distill {
-            sets: [train, eval],
-            places,
-            vocab: model.vocab_size,
-            beta,
-            scale,
-            folder,
-            teacher: None,
-        };
-        Ok((method, stats.to_string()))
+impl OfflineObjective for Distill {
+    fn rows(&self) -> &dyn RowSet {
+        &self.rows
     }
 
-    fn of(&self, set: Set) -> &[SftExample] {
-        &self.sets[usize::from(set == Set::Eval)]
-    }
-}
-
-impl Objective for Distill {
-    fn rows(&self, set: Set) -> usize {
-        self.of(set).len()
-    }
-
-    fn longest(&self) -> usize {
-        self.sets.iter().flatten().map(|e| e.input_ids.len()).max().unwrap_or(1)
-    }
-
-    fn masks(&self) -> Vec<MaskedIds> {
-        self.sets[0]
-            .iter()
-            .take(MASKS)
-            .map(|e| (e.input_ids.clone(), e.target_mask.clone()))
-            .collect()
-    }
-
-    fn source(&self, row: usize) -> String {
-        self.places[row].clone()
-    }
-
-    fn weight(&self, set: Set, row: usize) -> f64 {
-        self.of(set)[row].target_mask.iter().skip(1).filter(|t| **t).count() as f64
+    fn weight(&self, split: Split, row: usize) -> f64 {
+        targets(&self.rows.of(split)[row].target_mask) as f64
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
-        let longest = self.longest();
-        self.teacher =
-            Some(load(cx, model, &self.folder, "teacher_model_name_or_path", longest, SET)?);
-        Ok(())
+        self.teacher.load(cx, model, self.rows.longest())
     }
 
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>> {
-        let Some(teacher) = &self.teacher else {
-            return Err(Error::op("distill", "has no teacher; attach comes before the first step"));
-        };
-        let examples = rows.iter().map(|r| &self.of(set)[*r]);
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let examples = self.rows.pick(micro.split, micro.rows);
         let sequences: Vec<Sequence> = examples
+            .iter()
             .map(|e| Sequence { ids: &e.input_ids, target: Some(&e.target_mask) })
             .collect();
         let batch = Batch::new(cx, &sequences, self.vocab)?;
         let n = batch.target_ids.len();
         if n == 0 {
-            return Ok(None);
+            return Ok(LossOutput::empty(batch.rows));
         }
+        let teacher = self.teacher.model()?;
         let theirs = teacher.target_hidden(cx, &batch)?;
-        pass.begin(cx);
+        micro.record(cx);
         let own = model.target_hidden(cx, &batch)?;
-        let weight = floats(cx, &vec![(1.0 / total) as f32; n])?;
+        let weight = floats(cx, &vec![micro.share(); n])?;
         let x = DistillIn {
             student: &own,
             student_head: &model.head,
@@ -140,26 +110,7 @@ impl Objective for Distill {
             teacher_head: &teacher.head,
             weight: &weight,
         };
-        let (loss, _) = distill(cx, &x, self.beta, self.scale)?;
-        Ok(Some(Shot { loss, tokens: batch.rows, metrics: Box::new(|| Ok(Vec::new())) }))
-    }
-}
-
-impl Recipe for DistillConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
-    }
-
-    fn disable_dropout(&self) -> bool {
-        self.disable_dropout
-    }
-
-    fn method(
-        &self,
-        _training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (method, stats) = Distill::new(self, source)?;
-        Ok((Box::new(Batched(method)), stats))
+        let (loss, _) = distill(cx, &x, self.teacher.beta, self.scale)?;
+        Ok(LossOutput::new(loss, batch.rows, || Ok(Vec::new())))
     }
 }

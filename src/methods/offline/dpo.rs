@@ -27,19 +27,132 @@
 use std::path::Path;
 
 use crate::autograd::Cx;
-use crate::config::{DpoConfig, DpoLoss, FDivergence, TrainingConfig};
-use crate::data::preference::{PairExample, PairStyle, PreferenceOptions};
+use crate::config::{ReferenceOptions, Report, TrainingConfig, TruncationOptions, section};
+use crate::data::preference::{PairExample, PairStyle, Sequence};
 use crate::error::Result;
 use crate::methods::offline::completions::{
-    Ask, Forward, PairRows, floats, forward, reward_figures, sides, sums, token_count,
+    Forward, HeadPass, PairRows, chosen_nll, forward, pair_metrics, sums,
 };
-use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::reference::{Reference, ReferenceKeys};
-use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
+use crate::methods::offline::rows::{Example, RowSet};
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::reference::{Reference, rows_digest};
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun, StateFiles};
 use crate::model::decoder::Decoder;
 use crate::ops::add::axpy;
-use crate::ops::preference::{self, Divergence, DpoIn};
+use crate::ops::preference::{self, DpoIn, DpoLoss, FDivergence};
 use crate::tensor::{Id, Tensor};
+
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "dpo",
+    "Direct preference optimisation: pairs of a chosen and a rejected answer",
+    "dpo",
+    MethodRun::<DpoConfig>::boxed,
+);
+
+section! {
+    /// TRL's `DPOConfig`.
+    pub struct DpoConfig = "dpo" {
+        /// Strength of the pull to the reference model; of ipo the regulariser tau.
+        pub beta: f64 = 0.1,
+        /// A loss, or a list of losses that are summed with loss_weights.
+        pub loss_type: Vec<DpoLoss> = vec![DpoLoss::Sigmoid],
+        /// A weight for each loss of the list. none: 1 each.
+        pub loss_weights: Option<Vec<f64>> = None,
+        /// Share of wrong labels: of exo_pair above 0, of robust, aot and aot_unpaired below 0.5.
+        /// Others do not use it.
+        pub label_smoothing: f64 = 0.0,
+        /// Which divergence from the reference model is penalised.
+        pub f_divergence_type: FDivergence = FDivergence::ReverseKl,
+        /// The alpha of alpha_divergence; at 1 it is reverse_kl.
+        pub f_alpha_divergence_coef: f64 = 0.5,
+        /// Temperature of discopop's blend.
+        pub discopop_tau: f64 = 0.05,
+        /// Weight of the tokens beyond the shorter completion's length (LD-DPO). none: 1.
+        pub ld_alpha: Option<f64> = None,
+        /// Weight pairs by how likely the policy finds them (WPO).
+        pub use_weighting: bool = false,
+        /// Ours. No reference model: its log-probs count as 0.
+        pub reference_free: bool = false,
+        ..pub reference: ReferenceOptions = ReferenceOptions::default(),
+        ..pub truncation: TruncationOptions = TruncationOptions::default(),
+    }
+}
+
+impl DpoConfig {
+    /// The losses with their weights.
+    pub fn losses(&self) -> Vec<(DpoLoss, f32)> {
+        let weights = self.loss_weights.clone().unwrap_or_else(|| vec![1.0; self.loss_type.len()]);
+        self.loss_type.iter().zip(weights).map(|(loss, weight)| (*loss, weight as f32)).collect()
+    }
+
+    fn rules(&self, report: &mut Report) {
+        let has = |loss| self.loss_type.contains(&loss);
+        report.must(self.beta > 0.0, || format!("beta = {}: must be above 0", self.beta));
+        report.must(!self.loss_type.is_empty(), || "loss_type = []: name a loss".into());
+        if let Some(weights) = &self.loss_weights {
+            report.must(weights.len() == self.loss_type.len(), || {
+                let (n, losses) = (weights.len(), self.loss_type.len());
+                format!("loss_weights has {n} numbers for {losses} losses in loss_type; give one for each")
+            });
+        }
+        let e = self.label_smoothing;
+        report
+            .must((0.0..1.0).contains(&e), || format!("label_smoothing = {e}: must be in [0, 1)"));
+        report.must(!has(DpoLoss::ExoPair) || e > 0.0, || {
+            "loss_type exo_pair takes the logarithm of label_smoothing: set it above 0 (the paper: 1e-3)".into()
+        });
+        report.must(!has(DpoLoss::Robust) || e < 0.5, || {
+            format!("label_smoothing = {e} and loss_type robust: it must be below 0.5")
+        });
+        let smoothed = [DpoLoss::ExoPair, DpoLoss::Robust, DpoLoss::Aot, DpoLoss::AotUnpaired];
+        if !smoothed.into_iter().any(has) {
+            report.idle("label_smoothing", "loss_type", "no loss of loss_type uses it");
+        }
+        report.must(!has(DpoLoss::Discopop) || self.discopop_tau > 0.0, || {
+            format!("discopop_tau = {}: must be above 0", self.discopop_tau)
+        });
+        if !has(DpoLoss::Discopop) {
+            report.idle("discopop_tau", "loss_type", "discopop is not in loss_type");
+        }
+        if self.f_divergence_type != FDivergence::Alpha {
+            report.idle(
+                "f_alpha_divergence_coef",
+                "f_divergence_type",
+                "f_divergence_type is not alpha_divergence",
+            );
+        }
+        if let Some(alpha) = self.ld_alpha {
+            report.must((0.0..=1.0).contains(&alpha), || {
+                format!("ld_alpha = {alpha}: must be in [0, 1]")
+            });
+        }
+        report.must(!(self.reference_free && self.reference.ref_model.is_some()), || {
+            "reference_free = true and ref_model: give one of them".into()
+        });
+        if self.reference_free {
+            for key in ["precompute_ref_log_probs", "sync_ref_model"] {
+                report.idle(key, "reference_free", "reference_free is true");
+            }
+        }
+    }
+}
+
+impl BuildMethod for DpoConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, disable_dropout: true, ..Default::default() }
+    }
+
+    fn footprint(&self) -> Footprint {
+        let reference = !self.reference_free && !self.reference.precompute_ref_log_probs;
+        Footprint { sequences: 2, reference }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let (dpo, stats) = Dpo::new(self, training, inputs)?;
+        Ok(BuiltMethod::new(OfflineMethod(dpo), stats))
+    }
+}
 
 pub struct Dpo {
     pub pairs: PairRows,
@@ -47,106 +160,52 @@ pub struct Dpo {
     ld_alpha: Option<f32>,
     use_weighting: bool,
     reference: Reference,
-    /// Pairs in a batch while the reference's log-probs are computed beforehand.
-    batch: usize,
 }
 
 impl Dpo {
-    /// Tokenises the rows. Returns what to print of them, too.
+    /// Tokenises the rows. Returns what to print about them, too.
     pub fn new(
         config: &DpoConfig,
         training: &TrainingConfig,
-        source: &Source,
+        inputs: &MethodInputs,
     ) -> Result<(Dpo, String)> {
-        let options = PreferenceOptions {
-            max_length: config.max_length,
-            truncation_mode: config.truncation_mode,
-            on_truncation: config.on_truncation,
-            eos_token: None,
-        };
-        let (pairs, stats) = PairRows::new(source, PairStyle::Dpo, &options)?;
-        let reference = Reference::new(ReferenceKeys {
-            free: config.reference_free,
-            folder: config.ref_model.clone(),
-            precompute: config.precompute_ref_log_probs,
-            sync: config
-                .sync_ref_model
-                .then_some((config.ref_model_mixup_alpha, config.ref_model_sync_steps as u64)),
-            longest: pairs.longest(),
-            output: source.output.to_path_buf(),
-        });
-        let op = preference::Dpo {
-            losses: config.losses(),
-            divergence: match config.f_divergence_type {
-                FDivergence::ReverseKl => Divergence::ReverseKl,
-                FDivergence::ForwardKl => Divergence::ForwardKl,
-                FDivergence::Js => Divergence::Js,
-                FDivergence::Alpha => Divergence::Alpha(config.f_alpha_divergence_coef as f32),
+        let (pairs, stats) = PairRows::new(inputs, PairStyle::Dpo, &(&config.truncation).into())?;
+        let longest = pairs.rows.longest();
+        let reference = Reference::of(&config.reference, training, inputs, longest);
+        let dpo = Dpo {
+            pairs,
+            op: preference::Dpo {
+                losses: config.losses(),
+                divergence: config.f_divergence_type,
+                f_alpha: config.f_alpha_divergence_coef as f32,
+                beta: config.beta as f32,
+                label_smoothing: config.label_smoothing as f32,
+                discopop_tau: config.discopop_tau as f32,
             },
-            beta: config.beta as f32,
-            label_smoothing: config.label_smoothing as f32,
-            discopop_tau: config.discopop_tau as f32,
+            ld_alpha: config.ld_alpha.map(|a| a as f32),
+            use_weighting: config.use_weighting,
+            reference: reference.free(config.reference_free),
         };
-        let (ld_alpha, use_weighting) = (config.ld_alpha.map(|a| a as f32), config.use_weighting);
-        let batch =
-            config.precompute_ref_batch_size.unwrap_or(training.per_device_train_batch_size);
-        Ok((Dpo { pairs, op, ld_alpha, use_weighting, reference, batch }, stats.to_string()))
+        Ok((dpo, stats))
     }
 
     /// The weight of each target's log-prob in its completion's sum.
     fn token_weights(&self, pairs: &[&PairExample]) -> Vec<f32> {
+        let beyond = self.ld_alpha.unwrap_or(1.0);
         let mut weights = Vec::new();
         for e in pairs {
             let counts = [e.chosen.targets(), e.rejected.targets()];
             let shared = counts[0].min(counts[1]);
-            for n in counts {
-                weights.extend(
-                    (0..n).map(|i| if i < shared { 1.0 } else { self.ld_alpha.unwrap_or(1.0) }),
-                );
-            }
+            let weight = |i| if i < shared { 1.0 } else { beyond };
+            weights.extend(counts.into_iter().flat_map(|n| (0..n).map(weight)));
         }
         weights
     }
 
-    /// The reference's sums of the pairs, F32 [n, 2].
-    fn reference_sums(
-        &self,
-        cx: &mut Cx,
-        set: Set,
-        rows: &[usize],
-        pairs: &[&PairExample],
-    ) -> Result<Tensor> {
-        let shape = [rows.len(), 2];
-        if let Some(stored) = self.reference.stored() {
-            let start = if set == Set::Train { 0 } else { 2 * self.pairs.of(Set::Train).len() };
-            let values: Vec<f32> = rows
-                .iter()
-                .flat_map(|r| stored[start + 2 * r..start + 2 * r + 2].to_vec())
-                .collect();
-            return floats(cx, &values)?.reshape(&shape);
-        }
-        match self.reference.model() {
-            Some(model) => self.sums(cx, model, pairs)?.reshape(&shape),
-            None => floats(cx, &vec![0.0; 2 * rows.len()])?.reshape(&shape),
-        }
-    }
-
     fn sums(&self, cx: &mut Cx, model: &Decoder, pairs: &[&PairExample]) -> Result<Tensor> {
         let (batch, _) = self.pairs.batch(cx, model.vocab(), pairs)?;
-        Ok(forward(cx, model, &batch, &self.token_weights(pairs), Ask::default())?.sums)
+        Ok(forward(cx, model, &batch, &self.token_weights(pairs), HeadPass::default())?.sums)
     }
-}
-
-/// What the log-probs of pairs follow from, beside the model.
-fn digest(pairs: &[&PairExample], weights: &[f32]) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    for side in pairs.iter().flat_map(|e| [&e.chosen, &e.rejected]) {
-        crc.update(&(side.input_ids.len() as u64).to_le_bytes());
-        crc.update(bytemuck::cast_slice(&side.input_ids));
-        crc.update(&side.target_mask.iter().map(|m| u8::from(*m)).collect::<Vec<u8>>());
-    }
-    crc.update(bytemuck::cast_slice(weights));
-    crc.finalize()
 }
 
 /// WPO's means of log p - log sum p^2 over each completion, F32 [n, 2]; no gradient flows through
@@ -162,82 +221,37 @@ fn aligned(cx: &mut Cx, f: &Forward, n: usize) -> Result<Option<Tensor>> {
     mean.reshape(&[n, 2]).map(Some)
 }
 
-/// The mean NLL of the chosen completions' tokens, F32 [1]. `f` has two sequences a pair.
-pub(super) fn chosen_nll(cx: &mut Cx, f: &Forward) -> Result<Tensor> {
-    let starts = f.starts();
-    let total = starts[starts.len() - 1];
-    let chosen = |k: usize| k.is_multiple_of(2);
-    let count: usize =
-        starts.windows(2).enumerate().filter(|(k, _)| chosen(*k)).map(|(_, w)| w[1] - w[0]).sum();
-    let share = -1.0 / count.max(1) as f32;
-    let mut weights = Vec::with_capacity(total);
-    for (k, w) in starts.windows(2).enumerate() {
-        weights.extend(vec![if chosen(k) { share } else { 0.0 }; w[1] - w[0]]);
-    }
-    sums(cx, &f.out.logp, &weights, &[0, total])
-}
-
-impl Objective for Dpo {
-    fn rows(&self, set: Set) -> usize {
-        self.pairs.of(set).len()
-    }
-
-    fn longest(&self) -> usize {
-        self.pairs.longest()
-    }
-
-    fn masks(&self) -> Vec<MaskedIds> {
-        self.pairs.masks()
-    }
-
-    fn source(&self, row: usize) -> String {
-        self.pairs.place(row)
+impl OfflineObjective for Dpo {
+    fn rows(&self) -> &dyn RowSet {
+        &self.pairs.rows
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
-        let mut reference = std::mem::take(&mut self.reference);
-        let all: Vec<&PairExample> =
-            self.pairs.of(Set::Train).iter().chain(self.pairs.of(Set::Eval)).collect();
-        let rows = digest(&all, &self.token_weights(&all));
-        let attached = reference.attach(cx, model, rows, |cx, model| {
-            let mut values = Vec::with_capacity(2 * all.len());
-            for pairs in all.chunks(self.batch.max(1)) {
-                values.extend(self.sums(cx, model, pairs)?.to_f32()?);
-            }
-            Ok(values)
-        });
-        self.reference = reference;
-        attached
+        let all: Vec<&PairExample> = self.pairs.rows.all().collect();
+        let sides = all.iter().flat_map(|e| e.sequences());
+        let digest = rows_digest(sides, &self.token_weights(&all));
+        let compute = |cx: &mut Cx, model: &Decoder, range| self.sums(cx, model, &all[range]);
+        self.reference = self.reference.attached(cx, model, all.len(), digest, compute)?;
+        Ok(())
     }
 
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>> {
-        let pairs = self.pairs.pick(set, rows);
-        let (n, tokens) = (pairs.len(), token_count(&pairs));
-        let (batch, _) = self.pairs.batch(cx, model.vocab(), &pairs)?;
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let of = self.pairs.open(cx, micro)?;
+        let n = of.pairs.len();
+        let (batch, _) = self.pairs.batch(cx, model.vocab(), &of.pairs)?;
         if batch.target_ids.is_empty() {
-            return Ok(None);
+            return Ok(LossOutput::empty(of.tokens));
         }
-        let reference = self.reference_sums(cx, set, rows, &pairs)?;
-        pass.begin(cx);
-        let ask = Ask { squares: self.use_weighting, figures: true };
-        let f = forward(cx, model, &batch, &self.token_weights(&pairs), ask)?;
+        let index = |r: &usize| self.pairs.rows.index(micro.split, *r);
+        let stored: Vec<usize> =
+            micro.rows.iter().map(index).flat_map(|i| [2 * i, 2 * i + 1]).collect();
+        let compute = |cx: &mut Cx, model: &Decoder| self.sums(cx, model, &of.pairs);
+        let reference = self.reference.values(cx, &stored, compute)?.reshape(&[n, 2])?;
+        micro.record(cx);
+        let pass = HeadPass { squares: self.use_weighting, logits: true };
+        let f = forward(cx, model, &batch, &self.token_weights(&of.pairs), pass)?;
         let logps = f.sums.reshape(&[n, 2])?;
-        let lens: Vec<f32> = pairs
-            .iter()
-            .flat_map(|e| {
-                [e.chosen.completion_tokens() as f32, e.rejected.completion_tokens() as f32]
-            })
-            .collect();
-        let (lens, weight) =
-            (floats(cx, &lens)?.reshape(&[n, 2])?, floats(cx, &vec![(1.0 / total) as f32; n])?);
+        let lens = of.sides(cx, Sequence::completion_tokens)?;
         let sft = self.op.losses.iter().any(|(l, _)| *l == DpoLoss::Sft);
         let nll = if sft { Some(chosen_nll(cx, &f)?) } else { None };
         let aligned = aligned(cx, &f, n)?;
@@ -245,55 +259,23 @@ impl Objective for Dpo {
             logps: &logps,
             reference: &reference,
             lens: &lens,
-            weight: &weight,
+            weight: &of.weight,
             nll: nll.as_ref(),
             aligned: aligned.as_ref(),
         };
         let (loss, rewards) = preference::dpo(cx, self.op.clone(), &x)?;
-        let metrics = move || -> Result<Vec<Metric>> {
-            let mut all = f.figures(|k| k.is_multiple_of(2))?;
-            all.extend(reward_figures(&rewards.to_f32()?));
-            all.extend(sides("logps", &logps.to_f32()?));
-            Ok(all)
-        };
-        Ok(Some(Shot { loss, tokens, metrics: Box::new(metrics) }))
+        Ok(LossOutput::new(loss, of.tokens, move || pair_metrics(&f, &rewards, &logps.to_f32()?)))
     }
 
     fn stepped(&mut self, _cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
         self.reference.stepped(model, done)
     }
 
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
+    fn state(&self) -> Result<StateFiles> {
         self.reference.state()
     }
 
     fn restore(&mut self, _cx: &mut Cx, dir: &Path) -> Result<()> {
         self.reference.restore(dir)
-    }
-}
-
-impl Recipe for DpoConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
-    }
-
-    fn footprint(&self) -> Footprint {
-        Footprint {
-            sequences: 2,
-            reference: !self.reference_free && !self.precompute_ref_log_probs,
-        }
-    }
-
-    fn disable_dropout(&self) -> bool {
-        self.disable_dropout
-    }
-
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (dpo, stats) = Dpo::new(self, training, source)?;
-        Ok((Box::new(Batched(dpo)), stats))
     }
 }

@@ -18,160 +18,179 @@
 use std::path::Path;
 
 use crate::autograd::Cx;
-use crate::config::{KtoConfig, KtoLoss, TrainingConfig};
-use crate::data::preference::{Labelled, PreferenceOptions, Sequence, labelled, mismatched};
+use crate::config::{LengthOptions, ReferenceOptions, Report, Sampling, TrainingConfig, section};
+use crate::data::preference::{Sequence, labelled, mismatched};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::methods::offline::completions::{Ask, floats, forward};
-use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::reference::{Reference, ReferenceKeys};
-use crate::methods::{Footprint, MASKS, MaskedIds, Method, Metric, Recipe, Source};
+use crate::methods::offline::completions::{HeadPass, forward};
+use crate::methods::offline::rows::{Example, LabelledPair, RowSet, Rows, Split};
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::reference::{Reference, floats, rows_digest};
+use crate::methods::registry::MethodEntry;
+use crate::methods::{
+    BuildMethod, BuiltMethod, Footprint, MASKS, MaskedIds, MethodInputs, MethodRun, StateFiles,
+};
 use crate::model::batch::{self, Batch, Vocab};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
 use crate::tensor::{Id, Tensor};
 
-const STATE: &str = "bco.f32";
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "kto",
+    "KTO and BCO: single answers labelled good or bad",
+    "kto",
+    MethodRun::<KtoConfig>::boxed,
+);
 
-/// One set of rows: each with its own completion and, for KTO, another row's.
-#[derive(Default)]
-struct Rows {
-    own: Vec<Sequence>,
-    crossed: Vec<Sequence>,
-    labels: Vec<bool>,
+section! {
+    /// TRL's `KTOConfig`, and what BCO adds.
+    pub struct KtoConfig = "kto" {
+        /// kto; apo_zero_unpaired: no KL estimate; bco (a trainer of its own in TRL): against the
+        /// running mean reward.
+        pub loss_type: UnpairedLoss = UnpairedLoss::Kto,
+        /// Strength of the pull to the reference model.
+        pub beta: f64 = 0.1,
+        /// Weight of the completions labelled true.
+        pub desirable_weight: f64 = 1.0,
+        /// Weight of the completions labelled false.
+        pub undesirable_weight: f64 = 1.0,
+        ..pub reference: ReferenceOptions = ReferenceOptions::default(),
+        ..pub length: LengthOptions = LengthOptions::default(),
+    }
 }
 
+impl KtoConfig {
+    fn rules(&self, report: &mut Report) {
+        report.must(self.beta > 0.0, || format!("beta = {}: must be above 0", self.beta));
+        for (key, weight) in [
+            ("desirable_weight", self.desirable_weight),
+            ("undesirable_weight", self.undesirable_weight),
+        ] {
+            report.must(weight >= 0.0, || format!("{key} = {weight}: must not be below 0"));
+        }
+    }
+}
+
+impl BuildMethod for KtoConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig {
+            learning_rate: 1e-6,
+            disable_dropout: true,
+            train_sampling_strategy: Sampling::Sequential,
+            ..Default::default()
+        }
+    }
+
+    fn footprint(&self) -> Footprint {
+        // A row and, for KTO's baseline, one with another's completion.
+        Footprint { sequences: 2, reference: !self.reference.precompute_ref_log_probs }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let (kto, stats) = Kto::new(self, training, inputs)?;
+        Ok(BuiltMethod::new(OfflineMethod(kto), stats))
+    }
+}
+
+const STATE: &str = "bco.f32";
+
 pub struct Kto {
-    sets: [Rows; 2],
-    places: Vec<String>,
+    rows: Rows<LabelledPair>,
     op: Unpaired,
     reference: Reference,
-    batch: usize,
     /// Of bco, F32 [2]: mean and count.
     delta: Option<Tensor>,
 }
 
+/// What a micro-batch's loss is measured against.
+struct Baseline {
+    /// F32 [1]
+    value: Tensor,
+    /// What the log calls it.
+    name: &'static str,
+}
+
 impl Kto {
-    pub fn new(
+    fn new(
         config: &KtoConfig,
         training: &TrainingConfig,
-        source: &Source,
+        inputs: &MethodInputs,
     ) -> Result<(Kto, String)> {
-        let Source { tokenizer, template, model, .. } = *source;
-        let options = PreferenceOptions {
-            max_length: config.max_length,
-            on_truncation: config.on_truncation,
-            ..PreferenceOptions::default()
-        };
-        let cross = config.loss_type == KtoLoss::Kto;
-        let rows = |examples: &[Labelled], batch: usize| Rows {
-            own: examples.iter().map(|e| e.sequence(config.max_length)).collect(),
-            crossed: if cross {
-                mismatched(examples, batch, config.max_length)
-            } else {
-                Vec::new()
-            },
-            labels: examples.iter().map(|e| e.label).collect(),
-        };
-        let (train, stats) =
-            labelled(source.train, tokenizer, template, model.vocab_size, &options)?;
+        let cross = config.loss_type == UnpairedLoss::Kto;
         if cross && training.per_device_train_batch_size < 2 {
             return Err(Error::Config(
-                "loss_type = \"kto\" estimates its KL inside of a batch: per_device_train_batch_size must be at least 2 \
-                 (loss_type=apo_zero_unpaired needs no estimate)"
+                "loss_type = \"kto\" estimates its KL inside of a batch: \
+                 per_device_train_batch_size must be at least 2 (loss_type=apo_zero_unpaired needs \
+                 no estimate)"
                     .into(),
             ));
         }
-        let eval = match source.eval {
-            [] => Rows::default(),
-            rows_of => {
-                let examples =
-                    labelled(rows_of, tokenizer, template, model.vocab_size, &options)?.0;
-                rows(&examples, training.per_device_eval_batch_size)
-            }
-        };
-        let places = train.iter().map(|e| source.train[e.row].place()).collect();
-        let mut text = stats.to_string();
-        if let Some(note) = imbalance(&train, config) {
-            text += &note;
-        }
-        let sets = [rows(&train, training.per_device_train_batch_size), eval];
-        let all = sets.iter().flat_map(|s| s.own.iter().chain(&s.crossed));
-        let longest = all.map(|s| s.input_ids.len()).max().unwrap_or(1);
-        let reference = Reference::new(ReferenceKeys {
-            free: false,
-            folder: config.ref_model.clone(),
-            precompute: config.precompute_ref_log_probs,
-            sync: config
-                .sync_ref_model
-                .then_some((config.ref_model_mixup_alpha, config.ref_model_sync_steps as u64)),
-            longest,
-            output: source.output.to_path_buf(),
-        });
+        let (limit, options) = (config.length.max_length, (&config.length).into());
+        let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        let (rows, mut stats) = Rows::tokenise(inputs, |split, rows| {
+            let (examples, stats) =
+                labelled(rows, tokenizer, template, model.vocab_size, &options)?;
+            let batch = match split {
+                Split::Train => training.per_device_train_batch_size,
+                Split::Eval => training.per_device_eval_batch_size,
+            };
+            let crossed = if cross { mismatched(&examples, batch, limit) } else { Vec::new() };
+            let mut crossed = crossed.into_iter();
+            let pair = |e| LabelledPair::new(e, limit, crossed.next());
+            Ok((examples.iter().map(pair).collect(), stats))
+        })?;
+        stats += &imbalance(&rows.train, config).unwrap_or_default();
+        let reference = Reference::of(&config.reference, training, inputs, rows.longest());
         let op = Unpaired {
-            loss: match config.loss_type {
-                KtoLoss::Kto => UnpairedLoss::Kto,
-                KtoLoss::ApoZeroUnpaired => UnpairedLoss::ApoZeroUnpaired,
-                KtoLoss::Bco => UnpairedLoss::Bco,
-            },
+            loss: config.loss_type,
             beta: config.beta as f32,
             desirable_weight: config.desirable_weight as f32,
             undesirable_weight: config.undesirable_weight as f32,
         };
-        let batch =
-            config.precompute_ref_batch_size.unwrap_or(training.per_device_train_batch_size);
-        let kto = Kto { sets, places, op, reference, batch, delta: None };
-        Ok((kto, text))
+        Ok((Kto { rows, op, reference, delta: None }, stats))
     }
 
-    fn of(&self, set: Set) -> &Rows {
-        &self.sets[usize::from(set == Set::Eval)]
-    }
-
-    /// The sequences that references are asked for, in the order in which their log-probs are kept.
+    /// All sequences that the reference is asked for: of each row its own and the crossed one.
     fn all(&self) -> Vec<&Sequence> {
-        self.sets.iter().flat_map(|s| s.own.iter().chain(&s.crossed)).collect()
+        self.rows.all().flat_map(|e| std::iter::once(&e.own).chain(&e.crossed)).collect()
     }
 
-    /// The reference's sums, F32 [n], of `sequences`, which stand from `start` on in [`Kto::all`],
-    /// at `rows`.
+    /// The reference's sums, F32 [n], of the own sequences of the micro-batch, or of the crossed.
     fn reference_sums(
         &self,
         cx: &mut Cx,
-        start: usize,
-        rows: &[usize],
+        micro: &MicroBatch,
+        crossed: bool,
         sequences: &[&Sequence],
     ) -> Result<Tensor> {
-        if let Some(stored) = self.reference.stored() {
-            let values: Vec<f32> = rows.iter().map(|r| stored[start + r]).collect();
-            return floats(cx, &values);
-        }
-        match self.reference.model() {
-            Some(model) => sums(cx, model, sequences),
-            None => Err(Error::op("kto", "has no reference; attach comes before the first step")),
-        }
+        let each = 1 + usize::from(self.op.loss == UnpairedLoss::Kto);
+        let index = |r: &usize| each * self.rows.index(micro.split, *r) + usize::from(crossed);
+        let indices: Vec<usize> = micro.rows.iter().map(index).collect();
+        self.reference.values(cx, &indices, |cx, model| sums(cx, model, sequences))
     }
 
-    /// The baseline of a micro-batch, F32 [1], and what the log calls it.
+    /// The baseline of a micro-batch, from (policy, reference) sums of its own sequences and of the
+    /// crossed ones.
     fn baseline(
         &self,
         cx: &mut Cx,
         own: (&Tensor, &Tensor),
-        crossed: Option<(&Tensor, &Tensor)>,
+        crossed: Option<&(Tensor, Tensor)>,
         train: bool,
-    ) -> Result<(Tensor, &'static str)> {
+    ) -> Result<Baseline> {
+        let baseline = |value, name| Ok(Baseline { value, name });
         match (self.op.loss, crossed, &self.delta) {
             (UnpairedLoss::Kto, Some((policy, reference)), _) => {
-                Ok((kl_baseline(cx, policy, reference)?, "kl"))
+                baseline(kl_baseline(cx, policy, reference)?, "kl")
             }
             (UnpairedLoss::Bco, _, Some(state)) if train => {
                 let policy = own.0.clone().with_id(Id::Constant);
-                Ok((running_mean(cx, &policy, own.1, state, self.op.beta)?, "delta"))
+                baseline(running_mean(cx, &policy, own.1, state, self.op.beta)?, "delta")
             }
             (UnpairedLoss::Bco, _, Some(state)) => {
-                Ok((floats(cx, &state.to_f32()?[..1])?, "delta"))
+                baseline(floats(cx, &state.to_f32()?[..1])?, "delta")
             }
-            _ => Ok((floats(cx, &[0.0])?, "kl")),
+            _ => baseline(floats(cx, &[0.0])?, "kl"),
         }
     }
 }
@@ -187,28 +206,19 @@ fn packed(cx: &Cx, sequences: &[&Sequence], vocab: Vocab) -> Result<Batch> {
 /// Log-probs of each sequence's completion, F32 [n], off the tape.
 fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&Sequence]) -> Result<Tensor> {
     let batch = packed(cx, sequences, model.vocab())?;
-    if batch.target_ids.is_empty() {
+    let targets = batch.target_ids.len();
+    if targets == 0 {
         return floats(cx, &vec![0.0; sequences.len()]);
     }
-    Ok(forward(cx, model, &batch, &vec![1.0; batch.target_ids.len()], Ask::default())?.sums)
-}
-
-fn digest(sequences: &[&Sequence]) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    for s in sequences {
-        crc.update(&(s.input_ids.len() as u64).to_le_bytes());
-        crc.update(bytemuck::cast_slice(&s.input_ids));
-        crc.update(&s.target_mask.iter().map(|m| u8::from(*m)).collect::<Vec<u8>>());
-    }
-    crc.finalize()
+    Ok(forward(cx, model, &batch, &vec![1.0; targets], HeadPass::default())?.sums)
 }
 
 /// The paper asks that desirable_weight x good : undesirable_weight x bad be in [1, 4/3].
-fn imbalance(rows: &[Labelled], config: &KtoConfig) -> Option<String> {
+fn imbalance(rows: &[LabelledPair], config: &KtoConfig) -> Option<String> {
     let good = rows.iter().filter(|r| r.label).count() as f64;
     let bad = rows.len() as f64 - good;
     let ratio = config.desirable_weight * good / (config.undesirable_weight * bad);
-    let off = config.loss_type == KtoLoss::Kto
+    let off = config.loss_type == UnpairedLoss::Kto
         && good > 0.0
         && bad > 0.0
         && !(0.99..=1.34).contains(&ratio);
@@ -220,118 +230,83 @@ fn imbalance(rows: &[Labelled], config: &KtoConfig) -> Option<String> {
     })
 }
 
-impl Objective for Kto {
-    fn rows(&self, set: Set) -> usize {
-        self.of(set).own.len()
-    }
-
-    fn longest(&self) -> usize {
-        self.all().iter().map(|s| s.input_ids.len()).max().unwrap_or(1)
+impl OfflineObjective for Kto {
+    fn rows(&self) -> &dyn RowSet {
+        &self.rows
     }
 
     fn masks(&self) -> Vec<MaskedIds> {
-        self.sets[0]
-            .own
-            .iter()
-            .take(MASKS)
-            .map(|s| (s.input_ids.clone(), s.target_mask.clone()))
-            .collect()
-    }
-
-    fn source(&self, row: usize) -> String {
-        self.places[row].clone()
+        let own = self.rows.train.iter().take(MASKS).map(|e| &e.own);
+        own.map(|s| (s.input_ids.clone(), s.target_mask.clone())).collect()
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
         if self.op.loss == UnpairedLoss::Bco {
             self.delta = Some(floats(cx, &[0.0, 0.0])?);
         }
-        let mut reference = std::mem::take(&mut self.reference);
         let all = self.all();
-        let attached = reference.attach(cx, model, digest(&all), |cx, model| {
-            let mut values = Vec::with_capacity(all.len());
-            for sequences in all.chunks(self.batch.max(1)) {
-                values.extend(sums(cx, model, sequences)?.to_f32()?);
-            }
-            Ok(values)
-        });
-        drop(all);
-        self.reference = reference;
-        attached
+        let digest = rows_digest(self.rows.all().flat_map(Example::sequences), &[]);
+        let compute = |cx: &mut Cx, model: &Decoder, range| sums(cx, model, &all[range]);
+        self.reference = self.reference.attached(cx, model, all.len(), digest, compute)?;
+        Ok(())
     }
 
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>> {
-        let of = self.of(set);
-        let before = &self.sets[0];
-        let start = if set == Set::Train { 0 } else { before.own.len() + before.crossed.len() };
-        let own: Vec<&Sequence> = rows.iter().map(|r| &of.own[*r]).collect();
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let rows = self.rows.pick(micro.split, micro.rows);
+        let own: Vec<&Sequence> = rows.iter().map(|e| &e.own).collect();
         let n = own.len();
         let tokens = own.iter().map(|s| s.input_ids.len()).sum();
         let batch = packed(cx, &own, model.vocab())?;
-        if batch.target_ids.is_empty() {
-            return Ok(None);
+        let targets = batch.target_ids.len();
+        if targets == 0 {
+            return Ok(LossOutput::empty(tokens));
         }
-        let reference = self.reference_sums(cx, start, rows, &own)?;
-        let crossed = match of.crossed.is_empty() {
-            true => None,
-            false => {
-                let sequences: Vec<&Sequence> = rows.iter().map(|r| &of.crossed[*r]).collect();
-                let theirs = self.reference_sums(cx, start + of.own.len(), rows, &sequences)?;
-                Some((sums(cx, model, &sequences)?, theirs))
-            }
+        let reference = self.reference_sums(cx, micro, false, &own)?;
+        let crossed: Vec<&Sequence> = rows.iter().filter_map(|e| e.crossed.as_ref()).collect();
+        let crossed = if crossed.is_empty() {
+            None
+        } else {
+            let theirs = self.reference_sums(cx, micro, true, &crossed)?;
+            Some((sums(cx, model, &crossed)?, theirs))
         };
-        pass.begin(cx);
-        let ask = Ask { squares: false, figures: true };
-        let f = forward(cx, model, &batch, &vec![1.0; batch.target_ids.len()], ask)?;
-        let pair = crossed.as_ref().map(|(a, b)| (a, b));
-        let (baseline, name) = self.baseline(cx, (&f.sums, &reference), pair, pass.train)?;
-        let labels: Vec<bool> = rows.iter().map(|r| of.labels[*r]).collect();
+        micro.record(cx);
+        let pass = HeadPass { squares: false, logits: true };
+        let f = forward(cx, model, &batch, &vec![1.0; targets], pass)?;
+        let own = (&f.sums, &reference);
+        let baseline = self.baseline(cx, own, crossed.as_ref(), micro.train)?;
+        let labels: Vec<bool> = rows.iter().map(|e| e.label).collect();
         let ints: Vec<i32> = labels.iter().map(|l| i32::from(*l)).collect();
-        let (label, weight) =
-            (cx.ints("labels", &ints)?, floats(cx, &vec![(1.0 / total) as f32; n])?);
-        let (loss, rewards) =
-            unpaired(cx, self.op.clone(), [&f.sums, &reference, &label, &weight, &baseline])?;
-        let metrics = move || -> Result<Vec<Metric>> {
-            let mut all = f.figures(|k| labels[k])?;
+        let (label, weight) = (cx.ints("labels", &ints)?, floats(cx, &vec![micro.share(); n])?);
+        let inputs = [&f.sums, &reference, &label, &weight, &baseline.value];
+        let (loss, rewards) = unpaired(cx, self.op.clone(), inputs)?;
+        Ok(LossOutput::new(loss, tokens, move || {
+            let mut all = f.metrics(|k| labels[k])?;
             all.retain(|m| m.0 != "mean_token_accuracy"); // TRL shows none: half of the rows are bad
             let (rewards, logps) = (rewards.to_f32()?, f.sums.to_f32()?);
             let mean = |values: &[f32], side: bool| -> Option<f64> {
-                let of: Vec<f64> = values
-                    .iter()
-                    .zip(&labels)
-                    .filter(|(_, l)| **l == side)
-                    .map(|(v, _)| f64::from(*v))
-                    .collect();
+                let of = values.iter().zip(&labels).filter(|(_, l)| **l == side);
+                let of: Vec<f64> = of.map(|(v, _)| f64::from(*v)).collect();
                 (!of.is_empty()).then(|| of.iter().sum::<f64>() / of.len() as f64)
             };
             let (good, bad) = (mean(&rewards, true), mean(&rewards, false));
-            let figures = [
-                (name, Some(f64::from(baseline.to_f32()?[0]))),
+            let metrics = [
+                (baseline.name, Some(f64::from(baseline.value.to_f32()?[0]))),
                 ("rewards/chosen", good),
                 ("rewards/rejected", bad),
                 ("rewards/margins", good.zip(bad).map(|(g, b)| g - b)),
                 ("logps/chosen", mean(&logps, true)),
                 ("logps/rejected", mean(&logps, false)),
             ];
-            all.extend(figures.into_iter().filter_map(|(name, v)| Some((name.into(), v?))));
+            all.extend(metrics.into_iter().filter_map(|(name, v)| Some((name.into(), v?))));
             Ok(all)
-        };
-        Ok(Some(Shot { loss, tokens, metrics: Box::new(metrics) }))
+        }))
     }
 
     fn stepped(&mut self, _cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
         self.reference.stepped(model, done)
     }
 
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
+    fn state(&self) -> Result<StateFiles> {
         let mut files = self.reference.state()?;
         if let Some(delta) = &self.delta {
             files.push((STATE.into(), bytemuck::cast_slice(&delta.to_f32()?).to_vec()));
@@ -348,29 +323,5 @@ impl Objective for Kto {
             [mean, count] => delta.upload(&[f32::from_le_bytes(*mean), f32::from_le_bytes(*count)]),
             _ => Err(Error::checkpoint(&path, "does not hold two numbers, a mean and a count")),
         }
-    }
-}
-
-impl Recipe for KtoConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
-    }
-
-    fn footprint(&self) -> Footprint {
-        // A row and, for KTO's baseline, one with another's completion.
-        Footprint { sequences: 2, reference: !self.precompute_ref_log_probs }
-    }
-
-    fn disable_dropout(&self) -> bool {
-        self.disable_dropout
-    }
-
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (kto, stats) = Kto::new(self, training, source)?;
-        Ok((Box::new(Batched(kto)), stats))
     }
 }

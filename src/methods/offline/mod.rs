@@ -1,5 +1,5 @@
-//! What every method over fixed rows does alike: the micro-batches of a step, evaluation, the row
-//! behind a NaN. Layer 7.
+//! Methods over fixed rows, and the one loop that they share: the micro-batches of a step,
+//! evaluation, the row behind a NaN. Layer 7.
 //!
 //! Invariant: a micro-batch's loss is a sum over its rows divided by the weight of the whole step,
 //! so the losses and gradients of a step's micro-batches add up.
@@ -12,90 +12,98 @@ pub mod kto;
 pub mod orpo;
 pub mod prm;
 pub mod reward;
+pub mod rows;
 pub mod sft;
 
 use std::path::Path;
 
+use rows::{RowSet, Split};
+
 use crate::autograd::{Cx, Tape};
 use crate::device::DType;
 use crate::error::Result;
-use crate::methods::{Averages, MaskedIds, Method, Metric, StepReport};
+use crate::methods::{Averages, MaskedIds, Method, Metric, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
 use crate::tensor::Tensor;
 
-/// Which rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Set {
-    Train,
-    Eval,
-}
-
-/// How a micro-batch runs.
-#[derive(Clone, Copy)]
-pub struct Pass {
-    /// With gradients: a step of training. Else the objective changes no state.
+/// Rows that are computed together.
+pub struct MicroBatch<'a> {
+    pub split: Split,
+    pub rows: &'a [usize],
+    /// The weight of all rows of the step.
+    pub total: f64,
+    /// With gradients. Else the objective changes no state.
     pub train: bool,
 }
 
-impl Pass {
-    const LOOK: Pass = Pass { train: false };
+impl MicroBatch<'_> {
+    /// The share of one unit of weight in the step's loss.
+    pub fn share(&self) -> f32 {
+        (1.0 / self.total.max(1.0)) as f32
+    }
 
     /// From here on the policy is computed: call it once the references are done.
-    pub fn begin(self, cx: &mut Cx) {
+    pub fn record(&self, cx: &mut Cx) {
         cx.tape = self.train.then(Tape::default);
     }
 }
 
-/// A micro-batch as it was launched.
-pub struct Shot {
-    /// F32 [1]
-    pub loss: Tensor,
+/// What a micro-batch gave, as it was launched.
+pub struct LossOutput {
+    /// F32 [1]. None: nothing in the micro-batch counts.
+    pub loss: Option<Tensor>,
     /// Of the rows' sequences, each in full: a prompt that two of them share counts twice, as in
     /// TRL.
     pub tokens: usize,
-    /// Waits for the device; asked for once everything is launched.
+    /// Waits for the device; called once everything is launched.
     pub metrics: Box<dyn FnOnce() -> Result<Vec<Metric>>>,
 }
 
-/// A loss over micro-batches of rows; [`Batched`] makes a method of it.
-pub trait Objective {
-    fn rows(&self, set: Set) -> usize;
+impl LossOutput {
+    pub fn new(
+        loss: Tensor,
+        tokens: usize,
+        metrics: impl FnOnce() -> Result<Vec<Metric>> + 'static,
+    ) -> LossOutput {
+        LossOutput { loss: Some(loss), tokens, metrics: Box::new(metrics) }
+    }
 
-    /// Tokens of the longest sequence of either set.
-    fn longest(&self) -> usize;
+    /// Of a micro-batch without a loss target.
+    pub fn empty(tokens: usize) -> LossOutput {
+        LossOutput { loss: None, tokens, metrics: Box::new(|| Ok(Vec::new())) }
+    }
 
-    /// `file:line` of a training row.
-    fn source(&self, row: usize) -> String;
+    fn value(&self) -> Result<f32> {
+        self.loss.as_ref().map_or(Ok(0.0), |loss| Ok(loss.to_f32()?[0]))
+    }
+}
+
+/// A loss over micro-batches of rows; [`OfflineMethod`] makes a method of it.
+pub trait OfflineObjective {
+    fn rows(&self) -> &dyn RowSet;
 
     /// What a row counts in the step's normaliser.
-    fn weight(&self, _set: Set, _row: usize) -> f64 {
+    fn weight(&self, _split: Split, _row: usize) -> f64 {
         1.0
     }
 
     /// See [`Method::masks`].
-    fn masks(&self) -> Vec<MaskedIds>;
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.rows().masks()
+    }
 
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
         Ok(())
     }
 
-    /// The loss of `rows` divided by `total`, the weight of the step's rows. None: nothing of them
-    /// counts.
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>>;
+    /// The loss of the micro-batch's rows divided by `micro.total`.
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput>;
 
     fn stepped(&mut self, _cx: &mut Cx, _model: &Decoder, _done: u64) -> Result<()> {
         Ok(())
     }
 
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
+    fn state(&self) -> Result<StateFiles> {
         Ok(Vec::new())
     }
 
@@ -104,53 +112,59 @@ pub trait Objective {
     }
 }
 
-pub struct Batched<O>(pub O);
+pub struct OfflineMethod<O>(pub O);
 
-impl<O: Objective> Method for Batched<O> {
+impl<O: OfflineObjective> OfflineMethod<O> {
+    fn total<'a>(&self, split: Split, rows: impl IntoIterator<Item = &'a usize>) -> f64 {
+        rows.into_iter().map(|r| self.0.weight(split, *r)).sum()
+    }
+}
+
+impl<O: OfflineObjective> Method for OfflineMethod<O> {
     fn rows(&self) -> usize {
-        self.0.rows(Set::Train)
+        self.0.rows().count(Split::Train)
     }
 
     fn eval_rows(&self) -> usize {
-        self.0.rows(Set::Eval)
+        self.0.rows().count(Split::Eval)
     }
 
     fn longest(&self) -> usize {
-        self.0.longest()
+        self.0.rows().longest()
+    }
+
+    fn widest(&self, rows: usize) -> usize {
+        self.0.rows().widest(rows)
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
         self.0.attach(cx, model)
     }
 
-    fn step(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        micro_batches: &[&[usize]],
-    ) -> Result<StepReport> {
-        let total: f64 = micro_batches
-            .iter()
-            .flat_map(|m| m.iter())
-            .map(|r| self.0.weight(Set::Train, *r))
-            .sum();
+    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
+        let total = self.total(Split::Train, micro.iter().copied().flatten());
         let one = Tensor::from_host(&cx.pool, "loss", DType::F32, &[1], &[1f32])?;
-        let mut shots = Vec::new();
-        for rows in micro_batches {
-            let pass = Pass { train: true };
-            if let Some(shot) = self.0.shot(cx, model, Set::Train, rows, total, pass)? {
-                cx.backward(vec![(shot.loss.clone(), one.clone())])?;
-                shots.push(shot);
+        let mut outputs = Vec::new();
+        for rows in micro {
+            let micro = MicroBatch { split: Split::Train, rows, total, train: true };
+            let output = self.0.loss(cx, model, &micro)?;
+            if let Some(loss) = &output.loss {
+                cx.backward(vec![(loss.clone(), one.clone())])?;
             }
+            outputs.push(output);
         }
-        // Everything was launched; only now wait for the figures.
-        let mut report = StepReport { loss: 0.0, tokens: 0, metrics: Vec::new() };
-        for shot in shots {
-            report.loss += shot.loss.to_f32()?[0];
-            report.tokens += shot.tokens;
-            report.metrics.extend((shot.metrics)()?);
+        // Everything was launched; only now wait for the numbers.
+        let mut report = StepReport::default();
+        for output in outputs {
+            report.loss += output.value()?;
+            report.tokens += output.tokens;
+            report.metrics.extend((output.metrics)()?);
         }
         Ok(report)
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        self.0.masks()
     }
 
     fn stepped(&mut self, cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
@@ -158,14 +172,14 @@ impl<O: Objective> Method for Batched<O> {
     }
 
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>> {
-        let rows: Vec<usize> = (0..self.0.rows(Set::Eval)).collect();
-        let total: f64 = rows.iter().map(|r| self.0.weight(Set::Eval, *r)).sum();
+        let rows: Vec<usize> = (0..self.eval_rows()).collect();
+        let total = self.total(Split::Eval, &rows);
         let (mut loss, mut averages) = (0f64, Averages::default());
         for rows in rows.chunks(batch.max(1)) {
-            if let Some(shot) = self.0.shot(cx, model, Set::Eval, rows, total, Pass::LOOK)? {
-                loss += f64::from(shot.loss.to_f32()?[0]);
-                averages.add((shot.metrics)()?);
-            }
+            let micro = MicroBatch { split: Split::Eval, rows, total, train: false };
+            let output = self.0.loss(cx, model, &micro)?;
+            loss += f64::from(output.value()?);
+            averages.add((output.metrics)()?);
         }
         let mut all = vec![("loss".into(), loss)];
         all.extend(averages.take());
@@ -173,22 +187,18 @@ impl<O: Objective> Method for Batched<O> {
     }
 
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
-        let total = self.0.weight(Set::Train, row);
-        match self.0.shot(cx, model, Set::Train, &[row], total, Pass::LOOK)? {
-            Some(shot) => Ok(shot.loss.to_f32()?[0]),
-            None => Ok(0.0),
-        }
+        let rows = &[row];
+        let total = self.total(Split::Train, rows);
+        self.0
+            .loss(cx, model, &MicroBatch { split: Split::Train, rows, total, train: false })?
+            .value()
     }
 
     fn row_source(&self, row: usize) -> String {
-        self.0.source(row)
+        self.0.rows().source(row)
     }
 
-    fn masks(&self) -> Vec<MaskedIds> {
-        self.0.masks()
-    }
-
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
+    fn state(&self) -> Result<StateFiles> {
         self.0.state()
     }
 

@@ -11,128 +11,110 @@
 //! is shared with the rejected.
 
 use crate::autograd::Cx;
-use crate::config::{OrpoConfig, TrainingConfig};
-use crate::data::preference::{PairStyle, PreferenceOptions};
+use crate::config::{LengthOptions, Report, TrainingConfig, section};
+use crate::data::preference::{PairStyle, Sequence as Side};
 use crate::error::Result;
 use crate::methods::offline::completions::{
-    Ask, PairRows, floats, forward, reward_figures, sides, sums, token_count,
+    HeadPass, PairRows, forward, pair_metrics, sequences, sides, sums,
 };
-use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
+use crate::methods::offline::rows::RowSet;
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::preference;
 
-pub struct Orpo {
-    pub pairs: PairRows,
-    op: preference::Orpo,
-}
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "orpo",
+    "Odds-ratio preference optimisation: pairs, without a reference",
+    "orpo",
+    MethodRun::<OrpoConfig>::boxed,
+);
 
-impl Orpo {
-    pub fn new(config: &OrpoConfig, source: &Source) -> Result<(Orpo, String)> {
-        let options = PreferenceOptions {
-            max_length: config.max_length,
-            on_truncation: config.on_truncation,
-            ..PreferenceOptions::default()
-        };
-        let (pairs, stats) = PairRows::new(source, PairStyle::Orpo, &options)?;
-        Ok((Orpo { pairs, op: preference::Orpo { beta: config.beta as f32 } }, stats.to_string()))
+section! {
+    /// TRL's `ORPOConfig`.
+    pub struct OrpoConfig = "orpo" {
+        /// Weight of the odds ratio beside the chosen row's likelihood (the paper's lambda).
+        pub beta: f64 = 0.1,
+        ..pub length: LengthOptions = LengthOptions::default(),
     }
 }
 
-impl Objective for Orpo {
-    fn rows(&self, set: Set) -> usize {
-        self.pairs.of(set).len()
-    }
-
-    fn longest(&self) -> usize {
-        self.pairs.longest()
-    }
-
-    fn masks(&self) -> Vec<MaskedIds> {
-        self.pairs.masks()
-    }
-
-    fn source(&self, row: usize) -> String {
-        self.pairs.place(row)
-    }
-
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>> {
-        let pairs = self.pairs.pick(set, rows);
-        let (n, tokens) = (pairs.len(), token_count(&pairs));
-        let mut sequences = Vec::with_capacity(2 * n);
-        let (mut completion, mut chosen, mut lens) = (Vec::new(), Vec::new(), Vec::new());
-        for e in &pairs {
-            sequences.push(Sequence { ids: &e.chosen.input_ids, target: None });
-            sequences.push(Sequence {
-                ids: &e.rejected.input_ids,
-                target: Some(&e.rejected.target_mask),
-            });
-            completion.extend_from_slice(&e.chosen.target_mask[1..]);
-            completion.extend(vec![true; e.rejected.targets()]);
-            chosen.extend(vec![true; e.chosen.input_ids.len() - 1]);
-            chosen.extend(vec![false; e.rejected.targets()]);
-            lens.extend([e.chosen.targets() as f32, e.rejected.targets() as f32]);
-        }
-        let batch = Batch::new(cx, &sequences, model.vocab())?;
-        if batch.target_ids.is_empty() {
-            return Ok(None);
-        }
-        pass.begin(cx);
-        let weights: Vec<f32> = completion.iter().map(|c| f32::from(*c)).collect();
-        let ask = Ask { squares: false, figures: true };
-        let mut f = forward(cx, model, &batch, &weights, ask)?;
-        f.completion = completion;
-        let share = -1.0 / chosen.iter().filter(|c| **c).count().max(1) as f32;
-        let shares: Vec<f32> = chosen.iter().map(|c| if *c { share } else { 0.0 }).collect();
-        let nll = sums(cx, &f.out.logp, &shares, &[0, shares.len()])?;
-        let logps = f.sums.reshape(&[n, 2])?;
-        let counts = floats(cx, &lens)?.reshape(&[n, 2])?;
-        let weight = floats(cx, &vec![(1.0 / total) as f32; n])?;
-        let [loss, rewards, odds] =
-            preference::orpo(cx, self.op.clone(), [&logps, &counts, &weight, &nll])?;
-        let metrics = move || -> Result<Vec<Metric>> {
-            let mut all = f.figures(|k| k.is_multiple_of(2))?;
-            all.extend(reward_figures(&rewards.to_f32()?));
-            let means: Vec<f32> = logps.to_f32()?.iter().zip(&lens).map(|(l, n)| l / n).collect();
-            all.extend(sides("logps", &means));
-            let [ratio, log_odds] = sides("", &odds.to_f32()?);
-            all.push(("log_odds_ratio".into(), ratio.1));
-            all.push(("log_odds_chosen".into(), log_odds.1));
-            all.push(("nll_loss".into(), f64::from(nll.to_f32()?[0])));
-            Ok(all)
-        };
-        Ok(Some(Shot { loss, tokens, metrics: Box::new(metrics) }))
+impl OrpoConfig {
+    fn rules(&self, report: &mut Report) {
+        report.must(self.beta >= 0.0, || format!("beta = {}: must not be below 0", self.beta));
     }
 }
 
-impl Recipe for OrpoConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
+impl BuildMethod for OrpoConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, disable_dropout: true, ..Default::default() }
     }
 
     fn footprint(&self) -> Footprint {
         Footprint { sequences: 2, reference: false }
     }
 
-    fn disable_dropout(&self) -> bool {
-        self.disable_dropout
+    fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let (pairs, stats) = PairRows::new(inputs, PairStyle::Orpo, &(&self.length).into())?;
+        let op = preference::Orpo { beta: self.beta as f32 };
+        Ok(BuiltMethod::new(OfflineMethod(Orpo { pairs, op }), stats))
+    }
+}
+
+pub struct Orpo {
+    pairs: PairRows,
+    op: preference::Orpo,
+}
+
+impl OfflineObjective for Orpo {
+    fn rows(&self) -> &dyn RowSet {
+        &self.pairs.rows
     }
 
-    fn method(
-        &self,
-        _training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (orpo, stats) = Orpo::new(self, source)?;
-        Ok((Box::new(Batched(orpo)), stats))
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let of = self.pairs.open(cx, micro)?;
+        let (mut completion, mut chosen) = (Vec::new(), Vec::new());
+        for e in &of.pairs {
+            completion.extend_from_slice(&e.chosen.target_mask[1..]);
+            completion.extend(vec![true; e.rejected.targets()]);
+            chosen.extend(vec![true; e.chosen.input_ids.len() - 1]);
+            chosen.extend(vec![false; e.rejected.targets()]);
+        }
+        let rows: Vec<Sequence> = sequences(&of.pairs)
+            .enumerate()
+            .map(|(k, s)| {
+                // The likelihood of a chosen row is over its prompt, too.
+                let target = (k % 2 == 1).then_some(s.target_mask.as_slice());
+                Sequence { ids: &s.input_ids, target }
+            })
+            .collect();
+        let batch = Batch::new(cx, &rows, model.vocab())?;
+        if batch.target_ids.is_empty() {
+            return Ok(LossOutput::empty(of.tokens));
+        }
+        micro.record(cx);
+        let weights: Vec<f32> = completion.iter().map(|c| f32::from(*c)).collect();
+        let pass = HeadPass { squares: false, logits: true };
+        let mut f = forward(cx, model, &batch, &weights, pass)?;
+        f.completion = completion;
+        let share = -1.0 / chosen.iter().filter(|c| **c).count().max(1) as f32;
+        let shares: Vec<f32> = chosen.iter().map(|c| if *c { share } else { 0.0 }).collect();
+        let nll = sums(cx, &f.out.logp, &shares, &[0, shares.len()])?;
+        let logps = f.sums.reshape(&[of.pairs.len(), 2])?;
+        let lens = of.sides(cx, Side::targets)?;
+        let [loss, rewards, odds] =
+            preference::orpo(cx, self.op.clone(), [&logps, &lens, &of.weight, &nll])?;
+        Ok(LossOutput::new(loss, of.tokens, move || {
+            let lens = lens.to_f32()?;
+            let means: Vec<f32> = logps.to_f32()?.iter().zip(&lens).map(|(l, n)| l / n).collect();
+            let mut all = pair_metrics(&f, &rewards, &means)?;
+            let [ratio, log_odds] = sides("", &odds.to_f32()?);
+            all.push(("log_odds_ratio".into(), ratio.1));
+            all.push(("log_odds_chosen".into(), log_odds.1));
+            all.push(("nll_loss".into(), f64::from(nll.to_f32()?[0])));
+            Ok(all)
+        }))
     }
 }

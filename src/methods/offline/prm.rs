@@ -9,12 +9,15 @@
 //! Layer 7. Invariant: only labelled tokens reach the score.
 
 use crate::autograd::Cx;
-use crate::config::{PrmConfig, TrainingConfig};
-use crate::data::preference::{PreferenceOptions, StepExample, StepOptions, steps};
+use crate::config::{LengthOptions, Report, TrainingConfig, section};
+use crate::data::preference::{StepOptions, steps};
 use crate::error::Result;
-use crate::methods::offline::completions::{floats, sums};
-use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{MASKS, MaskedIds, Method, Metric, Recipe, Source};
+use crate::methods::offline::completions::sums;
+use crate::methods::offline::rows::{LabelledSteps, RowSet, Rows, Split};
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::reference::floats;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
@@ -22,89 +25,86 @@ use crate::ops::add::to_float;
 use crate::ops::embedding::gather_rows;
 use crate::ops::preference::{Unpaired, UnpairedLoss, unpaired};
 
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "prm",
+    "A process reward model, of solutions with a label for each step",
+    "reward",
+    MethodRun::<PrmConfig>::boxed,
+);
+
+section! {
+    /// TRL's former `PRMConfig` (1.16.0 has none).
+    pub struct PrmConfig = "prm" {
+        /// The text after each step; its last token carries the step's label.
+        pub step_separator: String = "\n".into(),
+        /// Only the last step's label counts in training.
+        pub train_on_last_step_only: bool = false,
+        ..pub length: LengthOptions = LengthOptions::default(),
+    }
+}
+
+impl PrmConfig {
+    fn rules(&self, report: &mut Report) {
+        report.must(!self.step_separator.is_empty(), || {
+            "step_separator = \"\": a step's label stands on its last token, so it needs one".into()
+        });
+    }
+}
+
+impl BuildMethod for PrmConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-5, disable_dropout: true, ..Default::default() }
+    }
+
+    fn task(&self) -> Task {
+        Task::TokenClassification { labels: 2 }
+    }
+
+    fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let (tokenizer, vocab) = (inputs.tokenizer, inputs.model.vocab_size);
+        let (rows, stats) = Rows::tokenise(inputs, |split, rows| {
+            let how = StepOptions {
+                step_separator: self.step_separator.clone(),
+                train_on_last_step_only: self.train_on_last_step_only && split == Split::Train,
+            };
+            let (examples, stats) = steps(rows, tokenizer, vocab, &how, &(&self.length).into())?;
+            Ok((examples.into_iter().map(LabelledSteps::new).collect(), stats))
+        })?;
+        Ok(BuiltMethod::new(OfflineMethod(Prm { rows, vocab }), stats))
+    }
+}
+
 pub struct Prm {
-    sets: [Vec<StepExample>; 2],
-    places: Vec<String>,
+    rows: Rows<LabelledSteps>,
     vocab: usize,
 }
 
-impl Prm {
-    pub fn new(config: &PrmConfig, source: &Source) -> Result<(Prm, String)> {
-        let Source { tokenizer, model, .. } = *source;
-        let options = PreferenceOptions {
-            max_length: config.max_length,
-            on_truncation: config.on_truncation,
-            ..PreferenceOptions::default()
-        };
-        let how = StepOptions {
-            step_separator: config.step_separator.clone(),
-            train_on_last_step_only: config.train_on_last_step_only,
-        };
-        let (train, stats) = steps(source.train, tokenizer, model.vocab_size, &how, &options)?;
-        let eval = match source.eval {
-            [] => Vec::new(),
-            rows => {
-                let all = StepOptions { train_on_last_step_only: false, ..how };
-                steps(rows, tokenizer, model.vocab_size, &all, &options)?.0
-            }
-        };
-        let places = train.iter().map(|e| source.train[e.row].place()).collect();
-        Ok((Prm { sets: [train, eval], places, vocab: model.vocab_size }, stats.to_string()))
+impl OfflineObjective for Prm {
+    fn rows(&self) -> &dyn RowSet {
+        &self.rows
     }
 
-    fn of(&self, set: Set) -> &[StepExample] {
-        &self.sets[usize::from(set == Set::Eval)]
-    }
-}
-
-impl Objective for Prm {
-    fn rows(&self, set: Set) -> usize {
-        self.of(set).len()
+    fn weight(&self, split: Split, row: usize) -> f64 {
+        self.rows.of(split)[row].example.labels.len() as f64
     }
 
-    fn longest(&self) -> usize {
-        self.sets.iter().flatten().map(|e| e.input_ids.len()).max().unwrap_or(1)
-    }
-
-    fn masks(&self) -> Vec<MaskedIds> {
-        let mask = |e: &StepExample| {
-            (0..e.input_ids.len()).map(|i| e.labels.iter().any(|l| l.0 == i)).collect()
-        };
-        self.sets[0].iter().take(MASKS).map(|e| (e.input_ids.clone(), mask(e))).collect()
-    }
-
-    fn source(&self, row: usize) -> String {
-        self.places[row].clone()
-    }
-
-    fn weight(&self, set: Set, row: usize) -> f64 {
-        self.of(set)[row].labels.len() as f64
-    }
-
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>> {
-        let examples: Vec<&StepExample> = rows.iter().map(|r| &self.of(set)[*r]).collect();
-        let sequences: Vec<Sequence> =
-            examples.iter().map(|e| Sequence { ids: &e.input_ids, target: None }).collect();
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let examples = self.rows.pick(micro.split, micro.rows);
+        let examples = examples.iter().map(|e| &e.example);
         let (mut at, mut tokens, mut labels) = (Vec::new(), 0, Vec::new());
-        for e in &examples {
+        for e in examples.clone() {
             at.extend(e.labels.iter().map(|(t, _)| (tokens + t) as i32));
             labels.extend(e.labels.iter().map(|(_, y)| i32::from(*y)));
             tokens += e.input_ids.len();
         }
         let n = labels.len();
         if n == 0 {
-            return Ok(None);
+            return Ok(LossOutput::empty(tokens));
         }
+        let sequences: Vec<Sequence> =
+            examples.map(|e| Sequence { ids: &e.input_ids, target: None }).collect();
         let batch = Batch::new(cx, &sequences, self.vocab)?;
-        pass.begin(cx);
+        micro.record(cx);
         let hidden = model.hidden(cx, &batch)?;
         let steps = gather_rows(cx, &hidden, &cx.ints("steps", &at)?)?;
         let scores = model.scores(cx, &steps)?;
@@ -112,6 +112,7 @@ impl Objective for Prm {
         let signs: Vec<f32> = (0..2 * n).map(|i| if i % 2 == 0 { -1.0 } else { 1.0 }).collect();
         let starts: Vec<usize> = (0..=n).map(|i| 2 * i).collect();
         let difference = sums(cx, &scores, &signs, &starts)?;
+        // With beta 1, a reference of 0 and a baseline of 0, BCO's loss is the cross-entropy.
         let op = Unpaired {
             loss: UnpairedLoss::Bco,
             beta: 1.0,
@@ -119,35 +120,13 @@ impl Objective for Prm {
             undesirable_weight: 1.0,
         };
         let (zeros, zero) = (floats(cx, &vec![0.0; n])?, floats(cx, &[0.0])?);
-        let (label, weight) =
-            (cx.ints("labels", &labels)?, floats(cx, &vec![(1.0 / total) as f32; n])?);
+        let (label, weight) = (cx.ints("labels", &labels)?, floats(cx, &vec![micro.share(); n])?);
         let (loss, _) = unpaired(cx, op, [&difference, &zeros, &label, &weight, &zero])?;
-        let metrics = move || -> Result<Vec<Metric>> {
-            let right = difference
-                .to_f32()?
-                .iter()
-                .zip(&labels)
-                .filter(|(d, y)| (**d > 0.0) == (**y == 1))
-                .count();
+        Ok(LossOutput::new(loss, tokens, move || {
+            let signs = difference.to_f32()?;
+            let right =
+                signs.iter().zip(&labels).filter(|(d, y)| (**d > 0.0) == (**y == 1)).count();
             Ok(vec![("accuracy".into(), right as f64 / n as f64)])
-        };
-        Ok(Some(Shot { loss, tokens, metrics: Box::new(metrics) }))
-    }
-}
-
-impl Recipe for PrmConfig {
-    const TASK: Task = Task::TokenClassification { labels: 2 };
-
-    fn disable_dropout(&self) -> bool {
-        self.disable_dropout
-    }
-
-    fn method(
-        &self,
-        _training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (prm, stats) = Prm::new(self, source)?;
-        Ok((Box::new(Batched(prm)), stats))
+        }))
     }
 }

@@ -13,37 +13,80 @@
 //! template or EOS gives.
 
 use crate::autograd::Cx;
-use crate::config::{RewardConfig, TrainingConfig};
+use crate::config::{LengthOptions, OnTruncation, Report, TrainingConfig, section};
 use crate::data::preference::{PairStyle, PreferenceOptions};
 use crate::error::{Error, Result};
-use crate::methods::offline::completions::{PairRows, floats, token_count};
-use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
-use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
+use crate::methods::offline::completions::PairRows;
+use crate::methods::offline::rows::RowSet;
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::reference::floats;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{
+    BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodInputs, MethodRun, Metric,
+};
 use crate::model::decoder::Decoder;
 use crate::model::layout::{ModelConfig, Task};
 use crate::ops::add::to_float;
 use crate::ops::embedding::gather_rows;
 use crate::ops::preference::{BradleyTerry, bradley_terry};
 
-pub struct Reward {
-    pub pairs: PairRows,
-    op: BradleyTerry,
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "reward",
+    "A reward model, of pairs; starts from a language model",
+    "reward",
+    MethodRun::<RewardConfig>::boxed,
+);
+
+section! {
+    /// TRL's `RewardConfig`. A pair longer than max_length is dropped, whether on_truncation says
+    /// truncate or drop: a cut answer has another worth.
+    pub struct RewardConfig = "reward" {
+        /// Weight of (chosen + rejected)^2, which holds rewards around 0; 0.01 is usual. none: off.
+        pub center_rewards_coefficient: Option<f64> = None,
+        /// The token that ends a row. none: the tokenizer's.
+        pub eos_token: Option<String> = None,
+        ..pub length: LengthOptions =
+            LengthOptions { on_truncation: OnTruncation::Drop, ..LengthOptions::default() },
+    }
 }
 
-impl Reward {
-    /// Tokenises the rows. Returns what to print of them, too.
-    pub fn new(config: &RewardConfig, source: &Source) -> Result<(Reward, String)> {
-        one_score(source.model)?;
-        let options = PreferenceOptions {
-            max_length: config.max_length,
-            on_truncation: config.on_truncation,
-            eos_token: config.eos_token.clone(),
-            ..PreferenceOptions::default()
-        };
-        let (pairs, stats) = PairRows::new(source, PairStyle::Reward, &options)?;
-        let center_rewards_coefficient = config.center_rewards_coefficient.unwrap_or(0.0) as f32;
-        Ok((Reward { pairs, op: BradleyTerry { center_rewards_coefficient } }, stats.to_string()))
+impl RewardConfig {
+    fn rules(&self, report: &mut Report) {
+        if let Some(c) = self.center_rewards_coefficient {
+            report.must(c >= 0.0, || {
+                format!("center_rewards_coefficient = {c}: must not be below 0")
+            });
+        }
     }
+}
+
+impl BuildMethod for RewardConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-4, disable_dropout: true, ..Default::default() }
+    }
+
+    fn task(&self) -> Task {
+        Task::SequenceClassification { labels: 1 }
+    }
+
+    fn footprint(&self) -> Footprint {
+        Footprint { sequences: 2, reference: false }
+    }
+
+    fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        one_score(inputs.model)?;
+        let eos_token = self.eos_token.clone();
+        let options = PreferenceOptions { eos_token, ..(&self.length).into() };
+        let (pairs, stats) = PairRows::new(inputs, PairStyle::Reward, &options)?;
+        let center_rewards_coefficient = self.center_rewards_coefficient.unwrap_or(0.0) as f32;
+        let op = BradleyTerry { center_rewards_coefficient };
+        Ok(BuiltMethod::new(OfflineMethod(Reward { pairs, op }), stats))
+    }
+}
+
+pub struct Reward {
+    pairs: PairRows,
+    op: BradleyTerry,
 }
 
 /// Errors: a classifier of more labels than the one that a reward is.
@@ -57,56 +100,38 @@ pub fn one_score(model: &ModelConfig) -> Result<()> {
     }
 }
 
-impl Objective for Reward {
-    fn rows(&self, set: Set) -> usize {
-        self.pairs.of(set).len()
-    }
-
-    fn longest(&self) -> usize {
-        self.pairs.longest()
+impl OfflineObjective for Reward {
+    fn rows(&self) -> &dyn RowSet {
+        &self.pairs.rows
     }
 
     fn masks(&self) -> Vec<MaskedIds> {
-        // what is scored is the last token
+        // The last token is scored.
         let last = |(ids, _): MaskedIds| {
             let mask = (1..=ids.len()).map(|i| i == ids.len()).collect();
             (ids, mask)
         };
-        self.pairs.masks().into_iter().map(last).collect()
+        self.rows().masks().into_iter().map(last).collect()
     }
 
-    fn source(&self, row: usize) -> String {
-        self.pairs.place(row)
-    }
-
-    fn shot(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        set: Set,
-        rows: &[usize],
-        total: f64,
-        pass: Pass,
-    ) -> Result<Option<Shot>> {
-        let pairs = self.pairs.pick(set, rows);
-        let (n, tokens) = (pairs.len(), token_count(&pairs));
-        let (batch, ends) = self.pairs.batch(cx, model.vocab(), &pairs)?;
-        pass.begin(cx);
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let of = self.pairs.open(cx, micro)?;
+        let n = of.pairs.len();
+        let (batch, ends) = self.pairs.batch(cx, model.vocab(), &of.pairs)?;
+        micro.record(cx);
         let hidden = model.hidden(cx, &batch)?;
         let last = gather_rows(cx, &hidden, &cx.ints("last tokens", &ends)?)?;
         let scores = model.scores(cx, &last)?;
         let scores = to_float(cx, &scores)?.reshape(&[n, 2])?;
-        let weight = floats(cx, &vec![(1.0 / total) as f32; n])?;
-        let margins: Vec<f32> = pairs.iter().filter_map(|e| e.margin).collect();
+        let margins: Vec<f32> = of.pairs.iter().filter_map(|e| e.margin).collect();
         let margin = if margins.len() == n { Some(floats(cx, &margins)?) } else { None };
-        let loss = bradley_terry(cx, self.op.clone(), &scores, &weight, margin.as_ref())?;
-        let metrics = move || Ok(figures(&scores.to_f32()?));
-        Ok(Some(Shot { loss, tokens, metrics: Box::new(metrics) }))
+        let loss = bradley_terry(cx, self.op.clone(), &scores, &of.weight, margin.as_ref())?;
+        Ok(LossOutput::new(loss, of.tokens, move || Ok(metrics(&scores.to_f32()?))))
     }
 }
 
-/// TRL's figures of the scores [n, 2].
-fn figures(scores: &[f32]) -> Vec<Metric> {
+/// TRL's metrics of the scores [n, 2].
+fn metrics(scores: &[f32]) -> Vec<Metric> {
     let n = (scores.len() / 2).max(1) as f64;
     let fold =
         |f: fn(f32, f32) -> f32| f64::from(scores.iter().copied().reduce(f).unwrap_or(f32::NAN));
@@ -120,29 +145,4 @@ fn figures(scores: &[f32]) -> Vec<Metric> {
         ("accuracy".into(), won / n),
         ("margin".into(), margin / n),
     ]
-}
-
-impl Recipe for RewardConfig {
-    const TASK: Task = Task::SequenceClassification { labels: 1 };
-
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
-    }
-
-    fn footprint(&self) -> Footprint {
-        Footprint { sequences: 2, reference: false }
-    }
-
-    fn disable_dropout(&self) -> bool {
-        self.disable_dropout
-    }
-
-    fn method(
-        &self,
-        _training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (reward, stats) = Reward::new(self, source)?;
-        Ok((Box::new(Batched(reward)), stats))
-    }
 }

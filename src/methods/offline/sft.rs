@@ -9,80 +9,171 @@
 //! Layer 7. Invariant: packing changes which rows are computed together, never what a sequence
 //! sees.
 
-use crate::autograd::{Cx, Tape};
-use crate::config::{SftConfig, TrainingConfig};
-use crate::data::chat::ChatTemplate;
-use crate::data::packing::pack;
+use crate::autograd::Cx;
+use crate::config::value::words;
+use crate::config::{
+    OnTruncation, Report, TrainingConfig, TruncationMode, TruncationOptions, section,
+};
+use crate::data::packing::{PackingStrategy, pack};
 use crate::data::rows::Row;
-use crate::data::sft::{SftExample, SftOptions, SftStats, prepare};
-use crate::data::tokenizer::Tokenizer;
-use crate::device::DType;
+use crate::data::sft::{SftExample, SftOptions, prepare};
 use crate::error::{Error, Result};
-use crate::methods::{Averages, MASKS, MaskedIds, Method, Metric, Recipe, Source, StepReport};
+use crate::methods::offline::rows::{RowSet, Split, targets};
+use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
+use crate::methods::reference::floats;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, MASKS, MaskedIds, MethodInputs, MethodRun, Metric};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_loss};
-use crate::tensor::Tensor;
+
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "sft",
+    "Supervised fine-tuning: rows of text, prompt + completion, or messages",
+    "sft",
+    MethodRun::<SftConfig>::boxed,
+);
+
+pub const PRETRAIN: MethodEntry = MethodEntry {
+    from_scratch: true,
+    ..MethodEntry::new(
+        "pretrain",
+        "Language modelling on text rows, packed; a folder with only a config gets random weights",
+        "sft",
+        pretrain,
+    )
+};
+
+/// SFT over every token of `text` rows, in packs cut anywhere.
+fn pretrain() -> Box<MethodRun> {
+    let mut run = MethodRun::<SftConfig>::default();
+    (run.training.learning_rate, run.training.num_train_epochs) = (3e-4, 1.0);
+    (run.method.packing, run.method.packing_strategy) = (true, PackingStrategy::Wrapped);
+    Box::new(run)
+}
+
+words! {
+    pub enum SftLoss {
+        Nll = "nll" | "chunked_nll",
+    }
+}
+
+section! {
+    /// TRL's `SFTConfig`.
+    pub struct SftConfig = "sft" {
+        /// Put several rows into one sequence of max_length; they do not see each other (but:
+        /// wrapped).
+        pub packing: bool = false,
+        /// bfd: best fit, long rows lose their end; bfd_split: long rows are split; wrapped: cut
+        /// anywhere.
+        pub packing_strategy: PackingStrategy = PackingStrategy::Bfd,
+        /// Loss on the completion only. none: yes for prompt-completion rows, no for others.
+        pub completion_only_loss: Option<bool> = None,
+        /// Loss on assistant turns only; the chat template must mark them with {% generation %}.
+        pub assistant_only_loss: bool = false,
+        /// The field of plain-text rows.
+        pub dataset_text_field: String = "text".into(),
+        /// nll: mean negative log-likelihood of the target tokens.
+        pub loss_type: SftLoss = SftLoss::Nll,
+        /// The token that ends a row. none: the tokenizer's.
+        pub eos_token: Option<String> = None,
+        ..pub truncation: TruncationOptions = TruncationOptions::default(),
+    }
+}
+
+impl SftConfig {
+    fn rules(&self, report: &mut Report) {
+        if self.packing && self.truncation.length.max_length.is_none() {
+            report.problem(
+                "packing = true needs max_length, the length of a pack; it is \"none\"".into(),
+            );
+        }
+        if self.packing && self.truncation.truncation_mode == TruncationMode::KeepEnd {
+            report.problem(
+                "truncation_mode = \"keep_end\" and packing = true: packing cuts from the end only"
+                    .into(),
+            );
+        }
+        if self.packing
+            && self.packing_strategy != PackingStrategy::Bfd
+            && self.truncation.length.on_truncation != OnTruncation::Truncate
+        {
+            report.problem(
+                "on_truncation: this packing_strategy never drops a long row, it splits it; leave it at \"truncate\""
+                    .into(),
+            );
+        }
+    }
+
+    /// The options as [`prepare`] takes them.
+    pub fn options(&self) -> SftOptions {
+        SftOptions {
+            dataset_text_field: self.dataset_text_field.clone(),
+            completion_only_loss: self.completion_only_loss,
+            assistant_only_loss: self.assistant_only_loss,
+            eos_token: self.eos_token.clone(),
+            packing: self.packing.then_some(self.packing_strategy),
+            ..(&self.truncation).into()
+        }
+    }
+}
+
+impl BuildMethod for SftConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 2e-5, ..Default::default() }
+    }
+
+    fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let (sft, stats) = Sft::new(self, inputs)?;
+        Ok(BuiltMethod::new(sft, stats))
+    }
+}
+
+pub type SftRun = MethodRun<SftConfig>;
 
 /// One row of the step batch: a sequence, or a pack of several that do not see each other.
 struct TrainRow {
-    sequences: Vec<(Vec<u32>, Vec<bool>)>,
+    sequences: Vec<MaskedIds>,
     source: String,
 }
 
-pub struct Sft {
+#[derive(Default)]
+struct PackedRows {
     train: Vec<TrainRow>,
     eval: Vec<TrainRow>,
-    /// Longest sequence of either set.
-    pub longest: usize,
 }
 
+pub struct Sft(PackedRows);
+
 impl Sft {
-    /// Tokenises, truncates and packs. Returns the statistics of the training rows, to be printed.
-    pub fn new(
-        config: &SftConfig,
-        tokenizer: &Tokenizer,
-        template: Option<&ChatTemplate>,
-        vocab: usize,
-        train: &[Row],
-        eval: &[Row],
-    ) -> Result<(Sft, SftStats)> {
-        let options = options(config);
-        let (examples, stats) = prepare(train, tokenizer, template, vocab, &options)?;
-        let train = rows(&examples, train, &options)?;
-        let eval = if eval.is_empty() {
-            Vec::new()
-        } else {
-            rows(&prepare(eval, tokenizer, template, vocab, &options)?.0, eval, &options)?
+    /// Tokenises, truncates and packs. Returns what to print about the training rows, too.
+    pub fn new(config: &SftConfig, inputs: &MethodInputs) -> Result<(OfflineMethod<Sft>, String)> {
+        let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        let options = config.options();
+        let read = |rows: &[Row]| {
+            let (examples, stats) = prepare(rows, tokenizer, template, model.vocab_size, &options)?;
+            Ok((step_rows(&examples, rows, &options)?, stats))
         };
-        let longest = train
-            .iter()
-            .chain(&eval)
-            .flat_map(|r| &r.sequences)
-            .map(|s| s.0.len())
-            .max()
-            .unwrap_or(1);
-        Ok((Sft { train, eval, longest }, stats))
+        let (train, stats) = read(inputs.train)?;
+        let eval = if inputs.eval.is_empty() { Vec::new() } else { read(inputs.eval)?.0 };
+        Ok((OfflineMethod(Sft(PackedRows { train, eval })), stats.to_string()))
     }
 
     /// For pretraining on token streams and for tests: sequences with their masks, one a row.
-    pub fn from_sequences(sequences: Vec<(Vec<u32>, Vec<bool>)>) -> Sft {
-        let longest = sequences.iter().map(|s| s.0.len()).max().unwrap_or(1);
+    pub fn from_sequences(sequences: Vec<MaskedIds>) -> OfflineMethod<Sft> {
         let row = |(i, s)| TrainRow { sequences: vec![s], source: format!("row {}", i + 1) };
-        Sft {
-            train: sequences.into_iter().enumerate().map(row).collect(),
-            eval: Vec::new(),
-            longest,
-        }
+        let train = sequences.into_iter().enumerate().map(row).collect();
+        OfflineMethod(Sft(PackedRows { train, eval: Vec::new() }))
     }
 
     /// All training rows as one batch: for `temper inspect tape`.
     pub fn whole_batch(&self, cx: &Cx, model: &Decoder) -> Result<Batch> {
-        let all: Vec<usize> = (0..self.train.len()).collect();
-        self.batch(cx, model, &self.train, &all)
+        let all: Vec<usize> = (0..self.0.train.len()).collect();
+        self.batch(cx, model, Split::Train, &all)
     }
 
-    fn batch(&self, cx: &Cx, model: &Decoder, set: &[TrainRow], rows: &[usize]) -> Result<Batch> {
+    fn batch(&self, cx: &Cx, model: &Decoder, split: Split, rows: &[usize]) -> Result<Batch> {
+        let set = self.0.of(split);
         let sequences: Vec<Sequence> = rows
             .iter()
             .flat_map(|r| &set[*r].sequences)
@@ -92,151 +183,81 @@ impl Sft {
     }
 }
 
-impl Recipe for SftConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
-    }
-
-    fn method(
-        &self,
-        _training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let Source { tokenizer, template, model, train, eval, .. } = *source;
-        let (sft, stats) = Sft::new(self, tokenizer, template, model.vocab_size, train, eval)?;
-        Ok((Box::new(sft), stats.to_string()))
+impl PackedRows {
+    fn of(&self, split: Split) -> &[TrainRow] {
+        match split {
+            Split::Train => &self.train,
+            Split::Eval => &self.eval,
+        }
     }
 }
 
-impl Method for Sft {
-    fn longest(&self) -> usize {
-        self.longest
+impl RowSet for PackedRows {
+    fn count(&self, split: Split) -> usize {
+        self.of(split).len()
     }
 
-    fn rows(&self) -> usize {
-        self.train.len()
+    fn longest(&self) -> usize {
+        let sequences = self.train.iter().chain(&self.eval).flat_map(|r| &r.sequences);
+        sequences.map(|s| s.0.len()).max().unwrap_or(1)
     }
 
     fn widest(&self, rows: usize) -> usize {
-        let mut tokens: Vec<usize> =
-            self.train.iter().map(|r| r.sequences.iter().map(|s| s.0.len()).sum()).collect();
-        tokens.sort_unstable_by_key(|n| std::cmp::Reverse(*n));
-        tokens.iter().take(rows).sum()
+        let tokens = |r: &TrainRow| r.sequences.iter().map(|s| s.0.len()).sum();
+        let mut all: Vec<usize> = self.train.iter().map(tokens).collect();
+        all.sort_unstable_by_key(|n| std::cmp::Reverse(*n));
+        all.iter().take(rows).sum()
     }
 
-    fn eval_rows(&self) -> usize {
-        self.eval.len()
-    }
-
-    fn step(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        micro_batches: &[&[usize]],
-    ) -> Result<StepReport> {
-        let targets: usize =
-            micro_batches.iter().flat_map(|m| m.iter()).map(|r| self.train[*r].targets()).sum();
-        let weight = 1.0 / targets.max(1) as f32;
-        let one = Tensor::from_host(&cx.pool, "loss", DType::F32, &[1], &[1f32])?;
-        let mut outs = Vec::new();
-        let mut tokens = 0;
-        for rows in micro_batches {
-            let batch = self.batch(cx, model, &self.train, rows)?;
-            tokens += batch.rows;
-            if batch.target_ids.is_empty() {
-                continue;
-            }
-            cx.tape = Some(Tape::default());
-            let (loss, out) = nll(cx, model, &batch, weight)?;
-            cx.backward(vec![(loss.clone(), one.clone())])?;
-            outs.push((loss, out, batch));
-        }
-        // Everything was launched; only now wait for the figures.
-        let mut report = StepReport { loss: 0.0, tokens, metrics: Vec::new() };
-        for (loss, out, batch) in &outs {
-            report.loss += loss.to_f32()?[0];
-            report.metrics.extend(metrics(out, batch)?);
-        }
-        Ok(report)
-    }
-
-    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>> {
-        let (mut nll_sum, mut count) = (0f64, 0usize);
-        let mut averages = Averages::default();
-        let rows: Vec<usize> = (0..self.eval.len()).collect();
-        for rows in rows.chunks(batch.max(1)) {
-            let batch = self.batch(cx, model, &self.eval, rows)?;
-            if batch.target_ids.is_empty() {
-                continue;
-            }
-            let (_, out) = nll(cx, model, &batch, 1.0)?;
-            nll_sum -= out.logp.to_f32()?.iter().map(|l| f64::from(*l)).sum::<f64>();
-            count += batch.target_ids.len();
-            averages.add(metrics(&out, &batch)?);
-        }
-        let mut all = vec![("loss".into(), nll_sum / count.max(1) as f64)];
-        all.extend(averages.take());
-        Ok(all)
-    }
-
-    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
-        let batch = self.batch(cx, model, &self.train, &[row])?;
-        if batch.target_ids.is_empty() {
-            return Ok(0.0);
-        }
-        let (loss, _) = nll(cx, model, &batch, 1.0 / batch.target_ids.len() as f32)?;
-        Ok(loss.to_f32()?[0])
+    fn source(&self, row: usize) -> String {
+        self.train[row].source.clone()
     }
 
     fn masks(&self) -> Vec<MaskedIds> {
         self.train.iter().flat_map(|r| &r.sequences).take(MASKS).cloned().collect()
     }
+}
 
-    fn row_source(&self, row: usize) -> String {
-        self.train[row].source.clone()
+impl OfflineObjective for Sft {
+    fn rows(&self) -> &dyn RowSet {
+        &self.0
+    }
+
+    /// Behind a tuned prompt a first token that is a target adds to the loss and does not count
+    /// here: transformers counts labels from the second on.
+    fn weight(&self, split: Split, row: usize) -> f64 {
+        let sequences = &self.0.of(split)[row].sequences;
+        sequences.iter().map(|(_, mask)| targets(mask)).sum::<usize>() as f64
+    }
+
+    fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
+        let batch = self.batch(cx, model, micro.split, micro.rows)?;
+        let (rows, n) = (batch.rows, batch.target_ids.len());
+        if n == 0 {
+            return Ok(LossOutput::empty(rows));
+        }
+        micro.record(cx);
+        let hidden = model.target_hidden(cx, &batch)?;
+        let weights = floats(cx, &vec![micro.share(); n])?;
+        let (loss, out) = head_loss(cx, &hidden, &model.head, &batch.targets, &weights, 1.0)?;
+        Ok(LossOutput::new(loss, rows, move || metrics(&out, &batch)))
     }
 }
 
-impl TrainRow {
-    /// What the loss is divided by. Behind a tuned prompt a first token that is a target adds to
-    /// the loss and does not count here: transformers counts labels from the second on.
-    fn targets(&self) -> usize {
-        self.sequences.iter().map(|(_, mask)| mask.iter().skip(1).filter(|t| **t).count()).sum()
-    }
-}
-
-/// `-weight * sum of log-probs` of the batch's targets.
-fn nll(cx: &mut Cx, model: &Decoder, batch: &Batch, weight: f32) -> Result<(Tensor, HeadOut)> {
-    let hidden = model.target_hidden(cx, batch)?;
-    let n = batch.target_ids.len();
-    let weights = Tensor::from_host(&cx.pool, "loss weights", DType::F32, &[n], &vec![weight; n])?;
-    head_loss(cx, &hidden, &model.head, &batch.targets, &weights, 1.0)
-}
-
-fn metrics(out: &HeadOut, batch: &Batch) -> Result<[Metric; 2]> {
+fn metrics(out: &HeadOut, batch: &Batch) -> Result<Vec<Metric>> {
     let n = batch.target_ids.len() as f64;
     let entropy = out.entropy.to_f32()?.iter().map(|e| f64::from(*e)).sum::<f64>() / n;
     let best = out.best.to_vec::<i32>()?;
     let right = best.iter().zip(&batch.target_ids).filter(|(b, t)| **b as u32 == **t).count();
-    Ok([("entropy".into(), entropy), ("mean_token_accuracy".into(), right as f64 / n)])
-}
-
-/// The keys as [`prepare`] takes them.
-pub fn options(config: &SftConfig) -> SftOptions {
-    SftOptions {
-        max_length: config.max_length,
-        truncation_mode: config.truncation_mode,
-        on_truncation: config.on_truncation,
-        dataset_text_field: config.dataset_text_field.clone(),
-        completion_only_loss: config.completion_only_loss,
-        assistant_only_loss: config.assistant_only_loss,
-        eos_token: config.eos_token.clone(),
-        packing: config.packing.then_some(config.packing_strategy),
-    }
+    Ok(vec![("entropy".into(), entropy), ("mean_token_accuracy".into(), right as f64 / n)])
 }
 
 /// Examples to rows of the step batch: one each, or packs.
-fn rows(examples: &[SftExample], source: &[Row], options: &SftOptions) -> Result<Vec<TrainRow>> {
+fn step_rows(
+    examples: &[SftExample],
+    source: &[Row],
+    options: &SftOptions,
+) -> Result<Vec<TrainRow>> {
     let name = |e: &SftExample| source.get(e.row).map(Row::place).unwrap_or_default();
     let (Some(strategy), Some(max_length)) = (options.packing, options.max_length) else {
         let row = |e: &SftExample| TrainRow {

@@ -5,24 +5,25 @@
 //! that no reward scored is in no mean and gets advantage 0. Standard deviations have Bessel's
 //! correction.
 
+use crate::config::value::words;
 use crate::error::{Error, Result};
 use crate::rewards::Scores;
 
-/// TRL's `scale_rewards`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Scale {
-    #[default]
-    Group,
-    Batch,
-    None,
+words! {
+    /// TRL's `scale_rewards`: what advantages are divided by.
+    pub enum ScaleRewards {
+        Group = "group" | "true",
+        Batch = "batch",
+        None = "none" | "false",
+    }
 }
 
-/// TRL's `multi_objective_aggregation`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Aggregation {
-    #[default]
-    SumThenNormalize,
-    NormalizeThenSum,
+words! {
+    /// TRL's `multi_objective_aggregation`.
+    pub enum RewardAggregation {
+        SumThenNormalize = "sum_then_normalize",
+        NormalizeThenSum = "normalize_then_sum",
+    }
 }
 
 /// Advantages, and what is logged of the rewards behind them.
@@ -40,13 +41,13 @@ const EPS: f64 = 1e-4;
 pub fn grpo(
     scores: &Scores,
     num_generations: usize,
-    scale: Scale,
-    how: Aggregation,
+    scale: ScaleRewards,
+    how: RewardAggregation,
 ) -> Result<Advantages> {
     let n = scores.each.first().map_or(0, Vec::len);
     groups(n, num_generations)?;
     let total = or_nan(&scores.total());
-    if how == Aggregation::NormalizeThenSum {
+    if how == RewardAggregation::NormalizeThenSum {
         let mut sum = vec![0.0; n];
         for (rewards, weight) in scores.each.iter().zip(&scores.weights) {
             let rewards = or_nan(rewards);
@@ -68,8 +69,8 @@ pub fn grpo(
     let (mut advantages, mut zero_std) = (Vec::with_capacity(n), Vec::with_capacity(n));
     for group in total.chunks(num_generations) {
         let mean = mean(group);
-        let std = if scale == Scale::Batch { batch_std } else { deviation(group) };
-        let divide = if scale == Scale::None { 1.0 } else { std + EPS };
+        let std = if scale == ScaleRewards::Batch { batch_std } else { deviation(group) };
+        let divide = if scale == ScaleRewards::None { 1.0 } else { std + EPS };
         advantages.extend(group.iter().map(|r| zeroed((r - mean) / divide)));
         zero_std.extend(group.iter().map(|_| is_zero(std)));
     }
@@ -149,23 +150,28 @@ pub fn reinforce_plus_plus(
     Ok(values.iter().map(|r| zeroed((r - mean) / (variance + 1e-8).sqrt())).collect())
 }
 
-/// TRL's `kl_estimator` of PPO.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum KlEstimator {
-    #[default]
-    K1,
-    K3,
+words! {
+    /// TRL's `kl_estimator` of PPO.
+    pub enum KlEstimator {
+        K1 = "k1",
+        K3 = "k3",
+    }
+}
+
+/// PPO's rewards of a completion's tokens, and their KL from the reference.
+pub struct TokenRewards {
+    pub rewards: Vec<f32>,
+    pub kl: Vec<f32>,
 }
 
 /// PPO's token rewards of one completion: `-kl_coef * kl_t`, and the score on the last token.
-/// Returns (rewards, kl).
 pub fn token_rewards(
     logps: &[f32],
     ref_logps: &[f32],
     score: f64,
     kl_coef: f64,
     estimator: KlEstimator,
-) -> (Vec<f32>, Vec<f32>) {
+) -> TokenRewards {
     let kl: Vec<f64> = logps
         .iter()
         .zip(ref_logps)
@@ -179,7 +185,7 @@ pub fn token_rewards(
         *last += score;
     }
     let single = |v: Vec<f64>| v.into_iter().map(|x| x as f32).collect();
-    (single(rewards), single(kl))
+    TokenRewards { rewards: single(rewards), kl: single(kl) }
 }
 
 /// The KL coefficient that steers towards a target (Ziegler et al., arXiv 1909.08593, section 2.2).

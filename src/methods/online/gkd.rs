@@ -13,203 +13,238 @@
 //! Layer 7. Invariant: nothing is carried from one step to the next, so a checkpoint holds nothing;
 //! neither model's logits are ever whole.
 
-use std::time::Instant;
-
 use serde_json::{Value, json};
 
+use super::buffer::RolloutBuffer;
+use super::env::{EnvOptions, RolloutEnv};
+use super::metrics::mean;
+use super::options::RolloutOptions;
+use super::rollout::Rollout;
+use super::sampler::SampleRequest;
+use super::{OnlineMethod, OnlineObjective, StepRows};
 use crate::autograd::{Cx, Tape};
-use crate::config::{GkdConfig, TrainingConfig};
+use crate::config::{Report, SamplingOptions, TrainingConfig, TruncationOptions, section};
 use crate::data::rows::Row;
-use crate::data::sft::{SftExample, SftOptions, prepare};
-use crate::error::{Error, Result};
-use crate::methods::offline::completions::floats;
-use crate::methods::online::env::{Rollout, Set, World};
-use crate::methods::reference::load;
-use crate::methods::{Method, Metric, Recipe, Source, StepReport};
+use crate::data::sft::{SftExample, prepare};
+use crate::error::Result;
+use crate::methods::offline::rows::{Split, targets};
+use crate::methods::reference::{Teacher, TeacherOptions, floats};
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun, Metric, StepReport};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::distill::{DistillIn, distill};
 use crate::rng::{philox, uniform};
 use crate::rollout::Engine;
 
-/// The tape's number of the teacher's parameters: they have no gradients. 0 is the student, 1 its
-/// adapter.
-const SET: u32 = 2;
 /// Philox's stream of the choice between the student's completions and the others.
 const STREAM: u32 = 0x676b_6400;
 
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "gkd",
+    "On-policy distillation from a teacher (GKD)",
+    "gkd",
+    MethodRun::<GkdConfig>::boxed,
+);
+
+section! {
+    /// TRL's `GKDConfig`.
+    pub struct GkdConfig = "gkd" {
+        /// The probability that a micro-batch has the student's own completions; else it has the
+        /// data's.
+        pub lmbda: f64 = 0.5,
+        /// Of the sampling. TRL's loss does not use it either: both distributions are compared
+        /// unscaled.
+        pub temperature: f64 = 0.9,
+        /// Longest generated completion in tokens.
+        pub max_new_tokens: usize = 128,
+        /// Take the teacher's completions, not the data's, where the student's are not taken.
+        pub seq_kd: bool = false,
+        ..pub teacher: TeacherOptions = TeacherOptions::default(),
+        ..pub truncation: TruncationOptions = TruncationOptions::default(),
+        ..pub rollout: RolloutOptions = RolloutOptions::default(),
+    }
+}
+
+impl GkdConfig {
+    /// Whether a micro-batch may have the data's completions.
+    fn uses_data(&self) -> bool {
+        self.lmbda < 1.0 && !self.seq_kd
+    }
+
+    fn rules(&self, report: &mut Report) {
+        report.must((0.0..=1.0).contains(&self.lmbda), || {
+            format!("lmbda = {}: must be in [0, 1]", self.lmbda)
+        });
+        report.must(self.temperature > 0.0, || {
+            format!("temperature = {}: must be above 0", self.temperature)
+        });
+        report.at_least("max_new_tokens", self.max_new_tokens, 1);
+    }
+}
+
+impl BuildMethod for GkdConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 2e-5, disable_dropout: true, ..Default::default() }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let (gkd, summary) = Gkd::new(self, training, inputs)?;
+        Ok(BuiltMethod::new(OnlineMethod::new(gkd), summary))
+    }
+}
+
 pub struct Gkd {
-    world: World,
-    keys: GkdConfig,
+    env: RolloutEnv,
+    options: GkdConfig,
     /// The data's completions by row; none where a row was dropped for its length, or none are
     /// used.
     data: Vec<Option<SftExample>>,
     eval: Vec<SftExample>,
     seed: u64,
-    number: u64,
-    teacher: Option<Decoder>,
+    teacher: Teacher,
     /// The teacher's cache, with `seq_kd`.
-    sampler: Option<Engine>,
-    /// Of the step at hand.
-    parts: Vec<Vec<SftExample>>,
+    teacher_engine: Option<Engine>,
+    /// The micro-batches of the step at hand.
+    buffer: RolloutBuffer<Vec<SftExample>>,
+}
+
+/// Who writes completions.
+#[derive(Clone, Copy, PartialEq)]
+enum Writer {
+    Student,
+    Teacher,
 }
 
 impl Gkd {
-    pub fn new(
-        keys: &GkdConfig,
+    fn new(
+        options: &GkdConfig,
         training: &TrainingConfig,
-        source: &Source,
+        inputs: &MethodInputs,
     ) -> Result<(Gkd, String)> {
-        let split = |rows: &[Row]| rows.iter().map(split).collect::<Result<Vec<Row>>>();
-        let (train, eval) = (split(source.train)?, split(source.eval)?);
-        let own = Source { train: &train, eval: &eval, ..*source };
-        let world = World::new(&keys.online(), training, &own)?;
-        let mut said = format!("{} prompts", train.len());
-        let mut data = vec![None; train.len()];
-        let mut examples = Vec::new();
-        if keys.uses_data() {
-            if let Some(row) = train.iter().chain(&eval).find(|r| !r.has("completion")) {
-                return Err(row.error("has no completion; give one, or set lmbda=1 or seq_kd=true"));
-            }
-            let options = SftOptions {
-                max_length: keys.max_length,
-                truncation_mode: keys.truncation_mode,
-                on_truncation: keys.on_truncation,
-                ..SftOptions::default()
-            };
-            let make = |rows: &[Row]| {
-                prepare(rows, own.tokenizer, own.template, own.model.vocab_size, &options)
-            };
-            let (rows, stats) = make(&train)?;
-            said = stats.to_string();
-            for example in rows {
-                let row = example.row;
-                data[row] = Some(example);
-            }
-            if !eval.is_empty() {
-                examples = make(&eval)?.0;
-            }
+        let read = |rows: &[Row]| rows.iter().map(with_completion).collect::<Result<Vec<Row>>>();
+        let (train, eval) = (read(inputs.train)?, read(inputs.eval)?);
+        let own = MethodInputs { train: &train, eval: &eval, ..*inputs };
+        let env = EnvOptions {
+            sampling: SamplingOptions { temperature: options.temperature, ..Default::default() },
+            max_completion_length: options.max_new_tokens,
+            max_sequences: options.rollout.max_sequences,
+            ..EnvOptions::default()
+        };
+        let mut gkd = Gkd {
+            env: RolloutEnv::new(&env, training, &own)?,
+            options: options.clone(),
+            data: vec![None; train.len()],
+            eval: Vec::new(),
+            seed: training.seed,
+            teacher: Teacher::new(&options.teacher)?,
+            teacher_engine: None,
+            buffer: RolloutBuffer::default(),
+        };
+        if !options.uses_data() {
+            return Ok((gkd, format!("{} prompts", train.len())));
         }
-        let seed = training.seed;
-        let (teacher, sampler, parts) = (None, None, Vec::new());
-        Ok((
-            Gkd {
-                world,
-                keys: keys.clone(),
-                data,
-                eval: examples,
-                seed,
-                number: 0,
-                teacher,
-                sampler,
-                parts,
-            },
-            said,
-        ))
+        if let Some(row) = train.iter().chain(&eval).find(|r| !r.has("completion")) {
+            return Err(row.error("has no completion; give one, or set lmbda=1 or seq_kd=true"));
+        }
+        let sft = (&options.truncation).into();
+        let make =
+            |rows: &[Row]| prepare(rows, own.tokenizer, own.template, own.model.vocab_size, &sft);
+        let (examples, stats) = make(&train)?;
+        for example in examples {
+            let row = example.row;
+            gkd.data[row] = Some(example);
+        }
+        if !eval.is_empty() {
+            gkd.eval = make(&eval)?.0;
+        }
+        Ok((gkd, stats.to_string()))
     }
 
-    fn teacher(&self) -> Result<&Decoder> {
-        self.teacher
-            .as_ref()
-            .ok_or_else(|| Error::op("gkd", "has no teacher; attach comes before the first step"))
-    }
-
-    /// Whether micro-batch `m` of the step has the student's completions.
-    fn on_policy(&self, m: usize) -> bool {
+    /// Whether micro-batch `m` of a step has the student's completions.
+    fn on_policy(&self, step: u64, m: usize) -> bool {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
-        let drawn = philox(key, [self.number as u32, m as u32, 0, STREAM]);
-        f64::from(uniform(drawn[0])) < self.keys.lmbda
+        let bits = philox(key, [step as u32, m as u32, 0, STREAM]);
+        f64::from(uniform(bits[0])) < self.options.lmbda
     }
 
-    /// Rows as they are trained on: the prompt of `set`, then the completion, whose tokens are the
-    /// targets.
-    fn examples(&self, set: Set, rollouts: Vec<Rollout>) -> Vec<SftExample> {
-        let prompts = if set == Set::Train { &self.world.train } else { &self.world.eval };
+    /// Rows to train on: the prompt of `split`, then the completion, whose tokens are the targets.
+    fn examples(&self, split: Split, rollouts: Vec<Rollout>) -> Vec<SftExample> {
         let one = |r: Rollout| {
-            let prompt = &prompts[r.prompt].ids;
+            let prompt = &self.env.prompts.of(split)[r.prompt].ids;
             let mut target_mask = vec![false; prompt.len()];
             target_mask.resize(prompt.len() + r.ids.len(), true);
-            SftExample {
-                input_ids: [prompt.as_slice(), &r.ids].concat(),
-                target_mask,
-                row: r.prompt,
-            }
+            let input_ids = [prompt.as_slice(), &r.ids].concat();
+            SftExample { input_ids, target_mask, row: r.prompt }
         };
         rollouts.into_iter().map(one).collect()
     }
 
-    /// Completions of `prompts` by the student, or by the teacher.
+    /// Completions of `prompts`, one each.
     fn generate(
         &mut self,
         cx: &mut Cx,
         model: &Decoder,
         prompts: &[usize],
-        own: bool,
+        step: u64,
+        writer: Writer,
     ) -> Result<Vec<Rollout>> {
         if prompts.is_empty() {
             return Ok(Vec::new());
         }
-        if own {
-            return self.world.generate(cx, model, Set::Train, prompts, 1, self.number, false);
+        if writer == Writer::Student {
+            let request = SampleRequest::new(1, step);
+            return self.env.generate(cx, model, Split::Train, prompts, request);
         }
-        let Some(teacher) = self.teacher.take() else {
-            return Err(Error::op("gkd", "has no teacher; attach comes before the first step"));
-        };
-        self.world.swap_sampler(&mut self.sampler);
-        let rollouts =
-            self.world.generate(cx, &teacher, Set::Train, prompts, 1, self.number | 1 << 48, false);
-        self.world.swap_sampler(&mut self.sampler);
-        self.teacher = Some(teacher);
+        let request = SampleRequest::new(1, step | 1 << 48);
+        self.env.sampler.swap_engine(&mut self.teacher_engine);
+        let teacher = self.teacher.model()?;
+        let rollouts = self.env.generate(cx, teacher, Split::Train, prompts, request);
+        self.env.sampler.swap_engine(&mut self.teacher_engine);
         rollouts
     }
 
-    /// What each micro-batch is trained on.
-    fn fill(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<Vec<Metric>> {
-        let own: Vec<bool> = (0..micro.len()).map(|m| self.on_policy(m)).collect();
+    /// What each micro-batch is trained on. Returns metrics.
+    fn fill(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<Vec<Metric>> {
+        let own: Vec<bool> = (0..at.micro.len()).map(|m| self.on_policy(at.step, m)).collect();
         let prompts = |wanted: bool| -> Vec<usize> {
-            micro
-                .iter()
-                .zip(&own)
-                .filter(|(_, o)| **o == wanted)
-                .flat_map(|(m, _)| m.iter().copied())
-                .collect()
+            let some = at.micro.iter().zip(&own).filter(|(_, o)| **o == wanted);
+            some.flat_map(|(m, _)| m.iter().copied()).collect()
         };
-        let students = self.generate(cx, model, &prompts(true), true)?;
-        let teachers = if self.keys.seq_kd {
-            self.generate(cx, model, &prompts(false), false)?
+        let students = self.generate(cx, model, &prompts(true), at.step, Writer::Student)?;
+        let teachers = if self.options.seq_kd {
+            self.generate(cx, model, &prompts(false), at.step, Writer::Teacher)?
         } else {
             Vec::new()
         };
-        let mut metrics: Vec<Metric> = vec![(
-            "on_policy".into(),
-            own.iter().filter(|o| **o).count() as f64 / own.len().max(1) as f64,
-        )];
+        let share = mean(own.iter().map(|o| f64::from(u8::from(*o))));
+        let mut metrics: Vec<Metric> = vec![("on_policy".into(), share)];
         if !students.is_empty() {
-            let n = students.len() as f64;
-            let tokens = students.iter().map(|r| r.ids.len()).sum::<usize>() as f64;
-            let cut = students.iter().filter(|r| !r.finished).count() as f64;
-            metrics.push(("completions/mean_length".into(), tokens / n));
-            metrics.push(("completions/clipped_ratio".into(), cut / n));
+            let length = mean(students.iter().map(|r| r.ids.len() as f64));
+            let cut = mean(students.iter().map(|r| f64::from(u8::from(!r.finished))));
+            metrics.push(("completions/mean_length".into(), length));
+            metrics.push(("completions/clipped_ratio".into(), cut));
         }
         for (by, rollouts) in [("student", &students), ("teacher", &teachers)] {
-            let line = |r: &Rollout| {
-                let prompt = &self.world.train[r.prompt].value;
-                json!({ "prompt": prompt, "completion": r.text, "by": by, "finished": r.finished })
-            };
-            let lines: Vec<Value> = rollouts.iter().map(line).collect();
-            self.world.log.extend(lines);
+            for r in rollouts {
+                let prompt = &self.env.prompts.train[r.prompt].value;
+                let line = json!({
+                    "prompt": prompt, "completion": r.text, "by": by, "finished": r.finished
+                });
+                self.env.log.push(line);
+            }
         }
-        let mut students = self.examples(Set::Train, students).into_iter();
-        let mut teachers = self.examples(Set::Train, teachers).into_iter();
-        let mut parts = Vec::with_capacity(micro.len());
-        for (rows, own) in micro.iter().zip(own) {
-            parts.push(match (own, self.keys.seq_kd) {
+        let mut students = self.examples(Split::Train, students).into_iter();
+        let mut teachers = self.examples(Split::Train, teachers).into_iter();
+        let mut parts = Vec::with_capacity(at.micro.len());
+        for (rows, own) in at.micro.iter().zip(own) {
+            parts.push(match (own, self.options.seq_kd) {
                 (true, _) => students.by_ref().take(rows.len()).collect(),
                 (false, true) => teachers.by_ref().take(rows.len()).collect(),
                 (false, false) => rows.iter().filter_map(|r| self.data[*r].clone()).collect(),
             });
         }
-        self.parts = parts;
+        self.buffer.replace(at.step, parts);
         Ok(metrics)
     }
 
@@ -221,8 +256,8 @@ impl Gkd {
         examples: &[SftExample],
         total: usize,
         train: bool,
-    ) -> Result<(f32, usize)> {
-        let teacher = self.teacher()?;
+    ) -> Result<StepReport> {
+        let teacher = self.teacher.model()?;
         let sequences: Vec<Sequence> = examples
             .iter()
             .map(|e| Sequence { ids: &e.input_ids, target: Some(&e.target_mask) })
@@ -230,18 +265,17 @@ impl Gkd {
         let batch = Batch::new(cx, &sequences, model.vocab())?;
         let n = batch.target_ids.len();
         if n == 0 {
-            return Ok((0.0, 0));
+            return Ok(StepReport::default());
         }
         // The teacher knows nothing of the student's virtual tokens.
-        let theirs = match model.vocab() == teacher.vocab() {
-            true => teacher.target_hidden(cx, &batch)?,
-            false => {
-                let plain = Batch::new(cx, &sequences, teacher.vocab())?;
-                teacher.target_hidden(cx, &plain)?
-            }
+        let theirs = if model.vocab() == teacher.vocab() {
+            teacher.target_hidden(cx, &batch)?
+        } else {
+            let plain = Batch::new(cx, &sequences, teacher.vocab())?;
+            teacher.target_hidden(cx, &plain)?
         };
-        let (weight, one) =
-            (floats(cx, &vec![(1.0 / total as f64) as f32; n])?, floats(cx, &[1.0])?);
+        let weight = floats(cx, &vec![(1.0 / total as f64) as f32; n])?;
+        let one = floats(cx, &[1.0])?;
         cx.tape = train.then(Tape::default);
         let own = model.target_hidden(cx, &batch)?;
         let x = DistillIn {
@@ -251,21 +285,20 @@ impl Gkd {
             teacher_head: &teacher.head,
             weight: &weight,
         };
-        let (loss, _) = distill(cx, &x, self.keys.beta as f32, 1.0)?;
+        let (loss, _) = distill(cx, &x, self.teacher.beta, 1.0)?;
         if train {
             cx.backward(vec![(loss.clone(), one)])?;
         }
-        Ok((loss.to_f32()?[0], batch.rows))
+        Ok(StepReport { loss: loss.to_f32()?[0], tokens: batch.rows, metrics: Vec::new() })
     }
 }
 
-/// Target tokens.
-fn targets(examples: &[SftExample]) -> usize {
-    examples.iter().map(|e| e.target_mask.iter().skip(1).filter(|t| **t).count()).sum()
+fn all_targets<'a>(examples: impl IntoIterator<Item = &'a SftExample>) -> usize {
+    examples.into_iter().map(|e| targets(&e.target_mask)).sum()
 }
 
 /// A row with `prompt` and `completion`: of `messages` the last is the completion, as in TRL.
-fn split(row: &Row) -> Result<Row> {
+fn with_completion(row: &Row) -> Result<Row> {
     let mut row = row.clone();
     if row.has("prompt") {
         return Ok(row);
@@ -286,98 +319,60 @@ fn split(row: &Row) -> Result<Row> {
     }
 }
 
-impl Recipe for GkdConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
+impl OnlineObjective for Gkd {
+    fn env(&self) -> &RolloutEnv {
+        &self.env
     }
 
-    fn disable_dropout(&self) -> bool {
-        true
+    fn env_mut(&mut self) -> &mut RolloutEnv {
+        &mut self.env
     }
 
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let (gkd, said) = Gkd::new(self, training, source)?;
-        Ok((Box::new(gkd), said))
-    }
-}
-
-impl Method for Gkd {
-    fn rows(&self) -> usize {
-        self.world.train.len()
-    }
-
-    fn eval_rows(&self) -> usize {
-        self.world.eval.len()
+    fn wants_reference(&self) -> bool {
+        false
     }
 
     fn longest(&self) -> usize {
         let data = self.data.iter().flatten().chain(&self.eval).map(|e| e.input_ids.len());
-        data.max().unwrap_or(1).max(self.world.longest())
+        data.max().unwrap_or(1).max(self.env.longest())
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
-        self.world.attach(cx, model, false)?;
-        let name = self.keys.teacher_model_name_or_path.clone().unwrap_or_default();
-        let teacher = load(cx, model, &name, "teacher_model_name_or_path", self.longest(), SET)?;
-        if self.keys.seq_kd && self.keys.lmbda < 1.0 {
-            self.sampler = Some(self.world.sampler(cx, &teacher)?);
+        self.teacher.load(cx, model, self.longest())?;
+        if self.options.seq_kd && self.options.lmbda < 1.0 {
+            let (teacher, longest) = (self.teacher.model()?, self.env.longest());
+            self.teacher_engine = Some(self.env.sampler.engine(cx, teacher, longest)?);
         }
-        self.teacher = Some(teacher);
         Ok(())
     }
 
-    fn begin(&mut self, number: u64) -> Result<()> {
-        self.number = number;
-        Ok(())
-    }
-
-    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
-        let mut report = StepReport { loss: 0.0, tokens: 0, metrics: self.fill(cx, model, micro)? };
-        let begin = Instant::now();
-        let total = self.parts.iter().map(|p| targets(p)).sum();
-        for part in &self.parts {
-            let (loss, tokens) = self.update(cx, model, part, total, true)?;
-            report.loss += loss;
-            report.tokens += tokens;
+    fn step(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<StepReport> {
+        let mut report = StepReport { metrics: self.fill(cx, model, at)?, ..Default::default() };
+        let total = all_targets(self.buffer.samples.iter().flatten());
+        for part in &self.buffer.samples {
+            report.add(self.update(cx, model, part, total, true)?);
         }
-        self.world.seconds.train += begin.elapsed().as_secs_f64();
-        report.metrics.extend(self.world.take_seconds());
         Ok(report)
     }
 
     /// Over the data's completions; where none are used, over completions that the student writes.
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>> {
-        let examples = if self.keys.uses_data() {
+        let examples = if self.options.uses_data() {
             self.eval.clone()
         } else {
-            let prompts: Vec<usize> = (0..self.world.eval.len()).collect();
-            let rollouts =
-                self.world.generate(cx, model, Set::Eval, &prompts, 1, u64::MAX - 1, false)?;
-            self.world.seconds = Default::default();
-            self.examples(Set::Eval, rollouts)
+            let rollouts = self.env.eval_rollouts(cx, model)?;
+            self.examples(Split::Eval, rollouts)
         };
-        let (total, mut loss) = (targets(&examples), 0f64);
+        let (total, mut loss) = (all_targets(&examples), 0f64);
         for some in examples.chunks(batch.max(1)) {
-            loss += f64::from(self.update(cx, model, some, total, false)?.0);
+            loss += f64::from(self.update(cx, model, some, total, false)?.loss);
         }
         Ok(vec![("loss".into(), loss)])
     }
 
-    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
-        let own: Vec<SftExample> =
-            self.parts.iter().flatten().filter(|e| e.row == row).cloned().collect();
-        Ok(self.update(cx, model, &own, targets(&own), false)?.0)
-    }
-
-    fn row_source(&self, row: usize) -> String {
-        self.world.train[row].source.clone()
-    }
-
-    fn take_completions(&mut self) -> Vec<Value> {
-        std::mem::take(&mut self.world.log)
+    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, _: u64, row: usize) -> Result<f32> {
+        let rows = self.buffer.samples.iter().flatten();
+        let own: Vec<SftExample> = rows.filter(|e| e.row == row).cloned().collect();
+        Ok(self.update(cx, model, &own, all_targets(&own), false)?.loss)
     }
 }

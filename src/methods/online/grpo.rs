@@ -14,110 +14,155 @@
 //!
 //! Layer 7. Invariant: see `methods::online::policy`.
 
-use crate::config::{
-    GrpoConfig, GrpoKeys, GrpoLoss, ImportanceLevel, RewardAggregation, ScaleRewards,
-    TrainingConfig,
+use super::advantage::{RewardAggregation, ScaleRewards, grpo};
+use super::options::{ClipOptions, OnlineConfig};
+use super::policy::{
+    AdvantageContext, PolicyExtras, PolicyGradient, PolicyObjective, WeighedRollouts,
 };
+use super::weights::Normalizer;
+use crate::config::value::words;
+use crate::config::{Report, TrainingConfig, section};
 use crate::error::Result;
-use crate::methods::online::advantage::{Aggregation, Scale, grpo};
-use crate::methods::online::env::{Rollout, World};
-use crate::methods::online::policy::{Act, Objective, Options, Policy};
-use crate::methods::online::weights::Normalizer;
-use crate::methods::{Method, Metric, Recipe, Source};
-use crate::ops::policy::{Level, PolicyLoss, Term};
-use crate::rewards::Scores;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
+use crate::ops::policy::{ImportanceLevel, PolicyLoss, Term};
 
-impl Recipe for GrpoConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.online.chat_template_path.as_deref()
-    }
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "grpo",
+    "Group relative policy optimisation: prompts and rewards",
+    "grpo",
+    MethodRun::<GrpoConfig>::boxed,
+);
 
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let world = World::new(&self.online, training, source)?;
-        let said = format!(
-            "{} prompts, {} completions each",
-            world.train.len(),
-            self.online.num_generations
-        );
-        let objective = Grpo {
-            keys: self.own.clone(),
-            beta: self.online.beta,
-            length: self.online.max_completion_length,
-        };
-        Ok((Box::new(Policy::new(world, objective, training)?), said))
+words! {
+    pub enum GrpoLoss {
+        Grpo = "grpo",
+        Bnpo = "bnpo",
+        DrGrpo = "dr_grpo",
+        Dapo = "dapo",
+        Cispo = "cispo",
+        Sapo = "sapo",
+        Luspo = "luspo",
+        Vespo = "vespo",
     }
 }
 
-pub struct Grpo {
-    pub keys: GrpoKeys,
-    pub beta: f64,
-    pub length: usize,
+section! {
+    /// TRL's `GRPOConfig`.
+    pub struct GrpoConfig = "grpo" {
+        /// The loss: how a token counts, and what the sum is divided by.
+        pub loss_type: GrpoLoss = GrpoLoss::Dapo,
+        /// Bound of the ratio on both sides of the advantage (INTELLECT-2). none: none.
+        pub delta: Option<f64> = None,
+        /// A ratio for each token, or one for the sequence (GSPO).
+        pub importance_sampling_level: ImportanceLevel = ImportanceLevel::Token,
+        /// What advantages are divided by: the standard deviation of the group, of the batch, or
+        /// nothing.
+        pub scale_rewards: ScaleRewards = ScaleRewards::Group,
+        /// Several rewards: summed first, or normalised one by one first (GDPO).
+        pub multi_objective_aggregation: RewardAggregation = RewardAggregation::SumThenNormalize,
+        /// The KL term times the ratio, so that its gradient is unbiased.
+        pub use_bias_correction_kl: bool = true,
+        /// sapo's temperature for positive advantages.
+        pub sapo_temperature_pos: f64 = 1.0,
+        /// sapo's temperature for negative advantages.
+        pub sapo_temperature_neg: f64 = 1.05,
+        /// vespo's power for positive advantages.
+        pub vespo_k_pos: f64 = 2.0,
+        /// vespo's rate for positive advantages.
+        pub vespo_lambda_pos: f64 = 3.0,
+        /// vespo's power for negative advantages.
+        pub vespo_k_neg: f64 = 3.0,
+        /// vespo's rate for negative advantages.
+        pub vespo_lambda_neg: f64 = 2.0,
+        /// Only the tokens of this share of highest entropy are trained; 1: all.
+        pub top_entropy_quantile: f64 = 1.0,
+        /// Weight of the mean token entropy, which is added to what is maximised.
+        pub entropy_coef: f64 = 0.0,
+        /// Sequences of negative advantage that the policy has left by more than this are dropped.
+        /// none: none are.
+        pub off_policy_mask_threshold: Option<f64> = None,
+        /// Ours (DAPO). Groups whose rewards do not differ are generated anew for other prompts,
+        /// this many times at most.
+        pub dynamic_sampling: usize = 0,
+        ..pub clip: ClipOptions = ClipOptions::default(),
+        ..pub online: OnlineConfig = OnlineConfig::default(),
+    }
 }
 
-impl Objective for Grpo {
-    fn advantages(
-        &mut self,
-        act: &mut Act,
-        _: &[Rollout],
-        scores: &Scores,
-    ) -> Result<(Vec<f64>, Vec<Metric>)> {
-        let scale = match self.keys.scale_rewards {
-            ScaleRewards::Group => Scale::Group,
-            ScaleRewards::Batch => Scale::Batch,
-            ScaleRewards::None => Scale::None,
-        };
-        let how = match self.keys.multi_objective_aggregation {
-            RewardAggregation::SumThenNormalize => Aggregation::SumThenNormalize,
-            RewardAggregation::NormalizeThenSum => Aggregation::NormalizeThenSum,
-        };
-        let out = grpo(scores, act.world.keys.num_generations, scale, how)?;
-        let flat =
-            out.zero_std.iter().filter(|z| **z).count() as f64 / out.zero_std.len().max(1) as f64;
-        Ok((out.advantages, vec![("frac_reward_zero_std".into(), flat)]))
+impl GrpoConfig {
+    fn rules(&self, report: &mut Report) {
+        let q = self.top_entropy_quantile;
+        report.must(q > 0.0 && q <= 1.0, || {
+            format!("top_entropy_quantile = {q}: must be above 0 and at most 1")
+        });
+        if self.loss_type != GrpoLoss::Sapo {
+            for key in ["sapo_temperature_pos", "sapo_temperature_neg"] {
+                report.idle(key, "loss_type", "loss_type is not sapo");
+            }
+        }
+        if self.loss_type != GrpoLoss::Vespo {
+            for key in ["vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"] {
+                report.idle(key, "loss_type", "loss_type is not vespo");
+            }
+        }
+        let sequence = self.importance_sampling_level == ImportanceLevel::Sequence;
+        report.must(self.loss_type != GrpoLoss::Luspo || sequence, || {
+            "loss_type = luspo needs importance_sampling_level=sequence".into()
+        });
+    }
+}
+
+impl BuildMethod for GrpoConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        PolicyGradient::build(&self.online, self.clone(), training, inputs)
+    }
+}
+
+impl PolicyObjective for GrpoConfig {
+    fn advantages(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts> {
+        let (scale, how) = (self.scale_rewards, self.multi_objective_aggregation);
+        Ok(grpo(context.scores, context.group, scale, how)?.into())
     }
 
     fn loss(&self) -> PolicyLoss {
-        let k = &self.keys;
-        let (epsilon, high) = (k.epsilon as f32, k.epsilon_high.unwrap_or(k.epsilon) as f32);
-        let term = match k.loss_type {
-            GrpoLoss::Cispo => Term::Cispo { epsilon_high: high },
+        let (epsilon, epsilon_high) = self.clip.bounds();
+        let term = match self.loss_type {
+            GrpoLoss::Cispo => Term::Cispo { epsilon_high },
             GrpoLoss::Sapo => Term::Sapo {
-                temperature_pos: k.sapo_temperature_pos as f32,
-                temperature_neg: k.sapo_temperature_neg as f32,
+                temperature_pos: self.sapo_temperature_pos as f32,
+                temperature_neg: self.sapo_temperature_neg as f32,
             },
             GrpoLoss::Vespo => Term::Vespo {
-                k_pos: k.vespo_k_pos as f32,
-                lambda_pos: k.vespo_lambda_pos as f32,
-                k_neg: k.vespo_k_neg as f32,
-                lambda_neg: k.vespo_lambda_neg as f32,
+                k_pos: self.vespo_k_pos as f32,
+                lambda_pos: self.vespo_lambda_pos as f32,
+                k_neg: self.vespo_k_neg as f32,
+                lambda_neg: self.vespo_lambda_neg as f32,
             },
-            _ => Term::Clip {
-                epsilon,
-                epsilon_high: high,
-                delta: k.delta.map_or(f32::INFINITY, |d| d as f32),
-            },
-        };
-        let level = match k.importance_sampling_level {
-            ImportanceLevel::Token => Level::Token,
-            ImportanceLevel::Sequence => Level::Sequence,
+            _ => {
+                let delta = self.delta.map_or(f32::INFINITY, |d| d as f32);
+                Term::Clip { epsilon, epsilon_high, delta }
+            }
         };
         PolicyLoss {
             term,
-            level,
-            beta: self.beta as f32,
-            bias_correction_kl: k.use_bias_correction_kl,
+            level: self.importance_sampling_level,
+            beta: self.online.beta as f32,
+            bias_correction_kl: self.use_bias_correction_kl,
         }
     }
 
     fn normalizer(&self, active_tokens: usize, steps_per_generation: usize) -> Normalizer {
-        match self.keys.loss_type {
+        match self.loss_type {
             GrpoLoss::Grpo | GrpoLoss::Sapo => Normalizer::Sequence,
             GrpoLoss::Bnpo => Normalizer::Token,
-            GrpoLoss::DrGrpo => Normalizer::Constant { max_completion_length: self.length },
+            GrpoLoss::DrGrpo => {
+                Normalizer::Constant { max_completion_length: self.online.max_completion_length }
+            }
             GrpoLoss::Luspo => Normalizer::Sum,
             GrpoLoss::Dapo | GrpoLoss::Cispo | GrpoLoss::Vespo => {
                 Normalizer::Window { num_items_in_batch: active_tokens, steps_per_generation }
@@ -126,15 +171,15 @@ impl Objective for Grpo {
     }
 
     fn wants_reference(&self) -> bool {
-        self.beta != 0.0
+        self.online.beta != 0.0
     }
 
-    fn options(&self) -> Options {
-        Options {
-            top_entropy_quantile: self.keys.top_entropy_quantile,
-            entropy_coef: self.keys.entropy_coef,
-            off_policy_mask_threshold: self.keys.off_policy_mask_threshold,
-            dynamic_sampling: self.keys.dynamic_sampling,
+    fn extras(&self) -> PolicyExtras {
+        PolicyExtras {
+            top_entropy_quantile: self.top_entropy_quantile,
+            entropy_coef: self.entropy_coef,
+            off_policy_mask_threshold: self.off_policy_mask_threshold,
+            dynamic_sampling: self.dynamic_sampling,
         }
     }
 }

@@ -14,159 +14,189 @@
 //! Layer 7. Invariant: pairs are made and used within one step, so a checkpoint holds none; as long
 //! as the policy is the reference, bit for bit, margins are exactly 0.
 
-use std::path::Path;
-use std::time::Instant;
-
-use serde_json::Value;
-
+use super::buffer::RolloutBuffer;
+use super::env::{EnvOptions, RolloutEnv};
+use super::metrics::of_generation;
+use super::options::{RolloutOptions, explores};
+use super::rollout::{Rollout, starts};
+use super::sampler::SampleRequest;
+use super::{OnlineMethod, OnlineObjective, StepRows};
 use crate::autograd::{Cx, Tape};
-use crate::config::{DpoLoss, OnlineDpoConfig, OnlineDpoLoss, TrainingConfig};
+use crate::config::{
+    ReferenceSyncOptions, Report, RewardOptions, SamplingOptions, TrainingConfig, section,
+};
 use crate::error::{Error, Result};
-use crate::methods::offline::completions::{floats, reward_figures, sides, sums};
-use crate::methods::online::env::{Rollout, Set, World};
-use crate::methods::{Averages, Footprint, Method, Metric, Recipe, Source, StepReport};
+use crate::methods::offline::completions::{reward_metrics, sides, sums};
+use crate::methods::offline::rows::Split;
+use crate::methods::reference::floats;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{
+    Averages, BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun, Metric, StepReport,
+};
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
-use crate::ops::preference::{self, Divergence, DpoIn};
+use crate::ops::preference::{self, DpoIn, DpoLoss, FDivergence};
 use crate::rewards::Scores;
 
-impl Recipe for OnlineDpoConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.chat_template_path.as_deref()
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "online-dpo",
+    "Online DPO: two completions of a prompt, ranked by rewards",
+    "online-dpo",
+    MethodRun::<OnlineDpoConfig>::boxed,
+);
+
+section! {
+    /// TRL's `OnlineDPOConfig`.
+    pub struct OnlineDpoConfig = "online-dpo" {
+        /// Longest completion in tokens.
+        pub max_new_tokens: usize = 64,
+        /// Taken off the reward of a completion that did not end. none: nothing.
+        pub missing_eos_penalty: Option<f64> = None,
+        /// Strength of the pull to the reference model; a list has one for each epoch, the last one
+        /// holds from there on.
+        pub beta: Vec<f64> = vec![0.1],
+        /// The loss of a pair: sigmoid or ipo.
+        pub loss_type: DpoLoss = DpoLoss::Sigmoid,
+        ..pub rewards: RewardOptions = RewardOptions::default(),
+        ..pub sampling: SamplingOptions =
+            SamplingOptions { temperature: 0.9, ..SamplingOptions::default() },
+        ..pub rollout: RolloutOptions = RolloutOptions::default(),
+    }
+}
+
+impl OnlineDpoConfig {
+    fn rules(&self, report: &mut Report) {
+        report.at_least("max_new_tokens", self.max_new_tokens, 1);
+        explores(&self.sampling, report);
+        report.must(!self.beta.is_empty() && self.beta.iter().all(|b| *b > 0.0), || {
+            "beta: one number above 0, or one for each epoch".into()
+        });
+        report.must(matches!(self.loss_type, DpoLoss::Sigmoid | DpoLoss::Ipo), || {
+            "loss_type: online DPO has sigmoid and ipo; temper dpo has the others".into()
+        });
+    }
+}
+
+impl BuildMethod for OnlineDpoConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 5e-7, disable_dropout: true, ..Default::default() }
     }
 
     fn footprint(&self) -> Footprint {
         Footprint { sequences: 2, reference: true }
     }
 
-    fn disable_dropout(&self) -> bool {
-        true
-    }
-
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let world = World::new(&self.online(), training, source)?;
-        let said = format!("{} prompts, 2 completions each", world.train.len());
-        Ok((Box::new(OnlineDpo::new(world, self, training)), said))
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let env = EnvOptions {
+            rewards: self.rewards.clone(),
+            sampling: self.sampling.clone(),
+            sync: ReferenceSyncOptions::default(),
+            max_completion_length: self.max_new_tokens,
+            max_sequences: self.rollout.max_sequences,
+        };
+        let env = RolloutEnv::new(&env, training, inputs)?;
+        let summary = format!("{} prompts, 2 completions each", env.prompts.train.len());
+        let batch = training.per_device_train_batch_size;
+        let micro = env.prompts.train.len().div_ceil(batch);
+        let steps = micro.div_ceil(training.gradient_accumulation_steps).max(1) as u64;
+        let (options, buffer) = (self.clone(), RolloutBuffer::default());
+        let method = OnlineDpo { env, options, batch, steps_per_epoch: steps, buffer };
+        Ok(BuiltMethod::new(OnlineMethod::new(method), summary))
     }
 }
 
 /// Two completions of a prompt, the chosen first, with their log-probs under the reference.
-struct Pair {
+struct RankedPair {
     sides: [Rollout; 2],
     reference: [Vec<f32>; 2],
 }
 
 pub struct OnlineDpo {
-    world: World,
-    keys: OnlineDpoConfig,
+    env: RolloutEnv,
+    options: OnlineDpoConfig,
     batch: usize,
     steps_per_epoch: u64,
-    number: u64,
-    /// Of the step at hand.
-    pairs: Vec<Pair>,
+    buffer: RolloutBuffer<RankedPair>,
 }
 
 impl OnlineDpo {
-    pub fn new(world: World, keys: &OnlineDpoConfig, training: &TrainingConfig) -> OnlineDpo {
-        let batch = training.per_device_train_batch_size;
-        let steps =
-            world.train.len().div_ceil(batch).div_ceil(training.gradient_accumulation_steps);
-        OnlineDpo {
-            world,
-            keys: keys.clone(),
-            batch,
-            steps_per_epoch: steps.max(1) as u64,
-            number: 0,
-            pairs: vec![],
-        }
-    }
-
-    /// The beta of the epoch that the step is in.
-    fn beta(&self) -> f64 {
-        let epoch = (self.number / self.steps_per_epoch) as usize;
-        self.keys.beta[epoch.min(self.keys.beta.len() - 1)]
+    /// The beta of the epoch that a step is in.
+    fn beta(&self, step: u64) -> f64 {
+        let epoch = (step / self.steps_per_epoch) as usize;
+        self.options.beta[epoch.min(self.options.beta.len() - 1)]
     }
 
     /// Rewards with the penalty of those that did not end. None: not scored.
     fn ranks(&self, rollouts: &[Rollout], scores: &Scores) -> Vec<Option<f64>> {
-        let penalty = self.keys.missing_eos_penalty.unwrap_or(0.0);
-        let total = scores.total();
-        total
-            .iter()
-            .zip(rollouts)
-            .map(|(s, r)| s.map(|s| if r.finished { s } else { s - penalty }))
-            .collect()
+        let penalty = self.options.missing_eos_penalty.unwrap_or(0.0);
+        let rank = |(score, r): (Option<f64>, &Rollout)| {
+            score.map(|s| if r.finished { s } else { s - penalty })
+        };
+        scores.total().into_iter().zip(rollouts).map(rank).collect()
     }
 
-    /// Generate, score, rank: the pairs of a step, and for each prompt the number of its pair.
+    /// Generate, score, rank: the pairs of a step. Returns for each prompt the number of its pair.
     fn fill(
         &mut self,
         cx: &mut Cx,
         model: &Decoder,
+        step: u64,
         prompts: &[usize],
-    ) -> Result<(Vec<Option<usize>>, Vec<Metric>)> {
-        let rollouts =
-            self.world.generate(cx, model, Set::Train, prompts, 2, self.number, false)?;
-        let scores = self.world.score(cx, Set::Train, &rollouts)?;
-        let begin = Instant::now();
-        let Some(reference) = self.world.reference.model() else {
-            return Err(Error::Run("the reference was not made; attach comes first".into()));
+    ) -> Result<Vec<Option<usize>>> {
+        let request = SampleRequest::new(2, step);
+        let rollouts = self.env.generate(cx, model, Split::Train, prompts, request)?;
+        let scores = self.env.score(cx, Split::Train, &rollouts)?;
+        let Some(reference) = self.env.reference.model() else {
+            return Err(Error::Run("the reference is missing; attach comes first".into()));
         };
-        let reference = self.world.logps(cx, reference, &rollouts, 2 * self.batch)?;
+        let reference = self.env.logps(cx, reference, &rollouts, 2 * self.batch)?;
         let ranks = self.ranks(&rollouts, &scores);
-        let mut metrics = self.world.metrics(&rollouts, &scores);
-        metrics.extend(objective(&rollouts, &reference, &ranks, self.beta()));
+        let mut metrics = of_generation(&rollouts, &scores);
+        metrics.extend(objective(&rollouts, &reference, &ranks, self.beta(step)));
+        // What counts as a completion's advantage: 1 chosen, -1 rejected, 0 dropped.
         let mut places = vec![1.0; rollouts.len()];
-        self.pairs.clear();
-        let mut of_prompt = Vec::with_capacity(prompts.len());
+        let mut pairs = Vec::new();
+        let mut pair_of_prompt = Vec::with_capacity(prompts.len());
         for i in (0..rollouts.len()).step_by(2) {
             let (won, lost) = match (ranks[i], ranks[i + 1]) {
                 (Some(a), Some(b)) if a > b => (i, i + 1),
                 (Some(a), Some(b)) if a < b => (i + 1, i),
                 _ => {
                     (places[i], places[i + 1]) = (0.0, 0.0);
-                    of_prompt.push(None);
+                    pair_of_prompt.push(None);
                     continue;
                 }
             };
             places[lost] = -1.0;
-            of_prompt.push(Some(self.pairs.len()));
-            self.pairs.push(Pair {
-                sides: [rollouts[won].clone(), rollouts[lost].clone()],
-                reference: [reference[won].clone(), reference[lost].clone()],
+            pair_of_prompt.push(Some(pairs.len()));
+            pairs.push(RankedPair {
+                sides: [won, lost].map(|k| rollouts[k].clone()),
+                reference: [won, lost].map(|k| reference[k].clone()),
             });
         }
-        metrics.push(("ties_dropped".into(), (prompts.len() - self.pairs.len()) as f64));
-        // What stands as a completion's advantage: 1 chosen, -1 rejected, 0 dropped.
-        self.world.record(&rollouts, &scores, &places);
-        self.world.seconds.train += begin.elapsed().as_secs_f64();
-        Ok((of_prompt, metrics))
+        metrics.push(("ties_dropped".into(), (prompts.len() - pairs.len()) as f64));
+        self.env.record(&rollouts, &scores, &places);
+        self.buffer.replace(step, pairs);
+        self.buffer.pending = metrics;
+        Ok(pair_of_prompt)
     }
 
-    /// Loss and figures of some pairs, of `total` in the step; with `train`, the backward.
+    /// Loss and metrics of some pairs, of `total` in the step; with `train`, the backward.
     fn update(
         &self,
         cx: &mut Cx,
         model: &Decoder,
-        pairs: &[&Pair],
+        pairs: &[&RankedPair],
         total: usize,
+        beta: f64,
         train: bool,
-    ) -> Result<(f32, Vec<Metric>, usize)> {
+    ) -> Result<StepReport> {
         let n = pairs.len();
-        let samples: Vec<(usize, &[u32])> =
-            pairs.iter().flat_map(|p| &p.sides).map(|r| (r.prompt, r.ids.as_slice())).collect();
-        let batch = self.world.batch(cx, model, &samples)?;
-        let mut starts = vec![0];
-        for (_, ids) in &samples {
-            starts.push(starts[starts.len() - 1] + ids.len());
-        }
+        let rollouts: Vec<&Rollout> = pairs.iter().flat_map(|p| &p.sides).collect();
+        let batch = self.env.batch(cx, model, &rollouts)?;
+        let starts = starts(rollouts.iter().map(|r| r.ids.len()));
         let ones = vec![1.0; starts[starts.len() - 1]];
-        let reference: Vec<f32> =
-            pairs.iter().flat_map(|p| &p.reference).flatten().copied().collect();
+        let reference: Vec<f32> = pairs.iter().flat_map(|p| p.reference.concat()).collect();
         // The same sums by the same kernel, or margins would not be 0 at the first step.
         let reference = floats(cx, &reference)?;
         let reference = sums(cx, &reference, &ones, &starts)?.reshape(&[n, 2])?;
@@ -176,16 +206,13 @@ impl OnlineDpo {
         let one = floats(cx, &[1.0])?;
         cx.tape = train.then(Tape::default);
         let hidden = model.target_hidden(cx, &batch)?;
-        let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.world.scale())?;
+        let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.env.scale())?;
         let logps = sums(cx, &out.logp, &ones, &starts)?.reshape(&[n, 2])?;
-        let loss = match self.keys.loss_type {
-            OnlineDpoLoss::Sigmoid => DpoLoss::Sigmoid,
-            OnlineDpoLoss::Ipo => DpoLoss::Ipo,
-        };
         let op = preference::Dpo {
-            losses: vec![(loss, 1.0)],
-            divergence: Divergence::ReverseKl,
-            beta: self.beta() as f32,
+            losses: vec![(self.options.loss_type, 1.0)],
+            divergence: FDivergence::ReverseKl,
+            f_alpha: 0.5,
+            beta: beta as f32,
             label_smoothing: 0.0,
             discopop_tau: 1.0,
         };
@@ -201,13 +228,13 @@ impl OnlineDpo {
         if train {
             cx.backward(vec![(loss.clone(), one)])?;
         }
-        let mut metrics = reward_figures(&rewards.to_f32()?);
+        let mut metrics = reward_metrics(&rewards.to_f32()?);
         metrics.extend(sides("logps", &logps.to_f32()?));
-        Ok((loss.to_f32()?[0], metrics, batch.rows))
+        Ok(StepReport { loss: loss.to_f32()?[0], tokens: batch.rows, metrics })
     }
 }
 
-/// TRL's `objective/*` figures; log-probs of the sampler are the policy's.
+/// TRL's `objective/*` metrics; log-probs of the sampler are the policy's.
 fn objective(
     rollouts: &[Rollout],
     reference: &[Vec<f32>],
@@ -244,82 +271,47 @@ fn objective(
     all
 }
 
-impl Method for OnlineDpo {
-    fn rows(&self) -> usize {
-        self.world.train.len()
+impl OnlineObjective for OnlineDpo {
+    fn env(&self) -> &RolloutEnv {
+        &self.env
     }
 
-    fn eval_rows(&self) -> usize {
-        self.world.eval.len()
+    fn env_mut(&mut self) -> &mut RolloutEnv {
+        &mut self.env
     }
 
-    fn longest(&self) -> usize {
-        self.world.longest()
+    fn wants_reference(&self) -> bool {
+        true
     }
 
-    fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
-        self.world.attach(cx, model, true)
-    }
-
-    fn begin(&mut self, number: u64) -> Result<()> {
-        self.number = number;
-        Ok(())
-    }
-
-    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
-        let mut report = StepReport { loss: 0.0, tokens: 0, metrics: Vec::new() };
-        let (of_prompt, metrics) = self.fill(cx, model, &micro.concat())?;
-        report.metrics = metrics;
-        let begin = Instant::now();
-        let (mut at, mut figures) = (0, Averages::default());
-        for rows in micro {
-            let own = of_prompt[at..at + rows.len()].iter().flatten();
-            let pairs: Vec<&Pair> = own.map(|p| &self.pairs[*p]).collect();
-            at += rows.len();
+    fn step(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<StepReport> {
+        let pair_of_prompt = self.fill(cx, model, at.step, &at.micro.concat())?;
+        let mut report = StepReport::default();
+        report.metrics.append(&mut self.buffer.pending);
+        let (mut from, mut averages) = (0, Averages::default());
+        let (total, beta) = (self.buffer.samples.len(), self.beta(at.step));
+        for rows in at.micro {
+            let own = pair_of_prompt[from..from + rows.len()].iter().flatten();
+            let pairs: Vec<&RankedPair> = own.map(|p| &self.buffer.samples[*p]).collect();
+            from += rows.len();
             if pairs.is_empty() {
                 continue;
             }
-            let (loss, metrics, tokens) = self.update(cx, model, &pairs, self.pairs.len(), true)?;
-            report.loss += loss;
-            report.tokens += tokens;
-            figures.add(metrics);
+            let update = self.update(cx, model, &pairs, total, beta, true)?;
+            report.loss += update.loss;
+            report.tokens += update.tokens;
+            averages.add(update.metrics);
         }
-        report.metrics.extend(figures.take());
-        self.world.seconds.train += begin.elapsed().as_secs_f64();
-        report.metrics.extend(self.world.take_seconds());
+        report.metrics.extend(averages.take());
         Ok(report)
     }
 
-    fn stepped(&mut self, _cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
-        self.world.reference.stepped(model, done)
-    }
-
-    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, _batch: usize) -> Result<Vec<Metric>> {
-        self.world.evaluate(cx, model)
-    }
-
-    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
-        let pairs: Vec<&Pair> = self.pairs.iter().filter(|p| p.sides[0].prompt == row).collect();
+    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, step: u64, row: usize) -> Result<f32> {
+        let own = self.buffer.samples.iter().filter(|p| p.sides[0].prompt == row);
+        let pairs: Vec<&RankedPair> = own.collect();
         if pairs.is_empty() {
-            Ok(0.0)
-        } else {
-            Ok(self.update(cx, model, &pairs, pairs.len(), false)?.0)
+            return Ok(0.0);
         }
-    }
-
-    fn row_source(&self, row: usize) -> String {
-        self.world.train[row].source.clone()
-    }
-
-    fn take_completions(&mut self) -> Vec<Value> {
-        std::mem::take(&mut self.world.log)
-    }
-
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        self.world.reference.state()
-    }
-
-    fn restore(&mut self, _cx: &mut Cx, dir: &Path) -> Result<()> {
-        self.world.reference.restore(dir)
+        Ok(self.update(cx, model, &pairs, pairs.len(), self.beta(step), false)?.loss)
     }
 }

@@ -1,4 +1,4 @@
-//! The loop of a clipped policy loss: a generation is cut into micro-batches, which one or several
+//! Training with a clipped policy loss: a generation is cut into micro-batches, which one or several
 //! optimizer steps go over. Layer 7.
 //!
 //! TRL 1.16.0's schedule: a generation has per_device_train_batch_size x steps_per_generation
@@ -9,36 +9,33 @@
 //! log-probs are the trainer's (`methods::online`); a normaliser goes by the step batch, never by
 //! what fits in memory.
 
-use std::time::Instant;
+use std::path::Path;
 
-use serde_json::{Value, json};
-
-use super::env::{Rollout, Set, World};
+use super::advantage::Advantages;
+use super::buffer::{RolloutBuffer, Schedule};
+use super::env::{EnvOptions, RolloutEnv};
+use super::metrics;
+use super::options::{ClipOptions, OnlineConfig};
+use super::rollout::{Rollout, StateReader, StateWriter, Stored, starts_tensor};
+use super::sampler::SampleRequest;
+use super::weights::{Normalizer, off_policy_mask, token_weights, top_entropy_mask};
+use super::{OnlineMethod, OnlineObjective, StepRows};
 use crate::autograd::{Cx, Tape};
 use crate::config::TrainingConfig;
 use crate::data::order::permutation;
-use crate::device::DType;
-use crate::error::{Error, Result};
-use crate::fsio;
-use crate::methods::online::weights::{
-    Normalizer, off_policy_mask, token_weights, top_entropy_mask,
-};
-use crate::methods::{Method, Metric, StepReport};
+use crate::error::Result;
+use crate::methods::offline::rows::Split;
+use crate::methods::reference::floats;
+use crate::methods::{BuiltMethod, MethodInputs, Metric, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
-use crate::ops::policy::{PolicyInputs, PolicyLoss, policy_loss};
+use crate::ops::policy::{PolicyInputs, PolicyLoss, Term, policy_loss};
 use crate::rewards::Scores;
-use crate::tensor::Tensor;
 
-/// What sets a method of this kind apart.
-pub trait Objective {
+/// What sets a method with a policy loss apart.
+pub trait PolicyObjective {
     /// One advantage a rollout, and metrics. May generate more (baselines).
-    fn advantages(
-        &mut self,
-        act: &mut Act,
-        rollouts: &[Rollout],
-        scores: &Scores,
-    ) -> Result<(Vec<f64>, Vec<Metric>)>;
+    fn advantages(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts>;
 
     fn loss(&self) -> PolicyLoss;
 
@@ -47,24 +44,24 @@ pub trait Objective {
     /// Whether log-probs under the reference are wanted: for the loss, or for rewards.
     fn wants_reference(&self) -> bool;
 
-    /// Further choices, TRL's defaults.
-    fn options(&self) -> Options {
-        Options::default()
+    /// Choices of GRPO that leave the term unchanged.
+    fn extras(&self) -> PolicyExtras {
+        PolicyExtras::default()
     }
 }
 
-/// Choices of GRPO that leave the term as it is.
+/// Choices of GRPO that leave the term unchanged.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct PolicyExtras {
     pub top_entropy_quantile: f64,
     pub entropy_coef: f64,
     pub off_policy_mask_threshold: Option<f64>,
     pub dynamic_sampling: usize,
 }
 
-impl Default for Options {
+impl Default for PolicyExtras {
     fn default() -> Self {
-        Options {
+        PolicyExtras {
             top_entropy_quantile: 1.0,
             entropy_coef: 0.0,
             off_policy_mask_threshold: None,
@@ -73,19 +70,38 @@ impl Default for Options {
     }
 }
 
-/// What an objective may use while it makes advantages.
-pub struct Act<'a> {
+/// What an objective may use for its advantages.
+pub struct AdvantageContext<'a> {
     pub cx: &'a mut Cx,
     pub model: &'a Decoder,
-    pub world: &'a mut World,
+    pub env: &'a mut RolloutEnv,
+    pub rollouts: &'a [Rollout],
+    pub scores: &'a Scores,
     /// Log-probs under the reference, where there is one.
     pub reference: Option<&'a [Vec<f32>]>,
     pub generation: u64,
+    /// Completions of a prompt.
+    pub group: usize,
 }
 
-/// A completion as it is trained on.
+/// The advantage of each rollout, and what to log.
+pub struct WeighedRollouts {
+    pub advantages: Vec<f64>,
+    pub metrics: Vec<Metric>,
+}
+
+impl From<Advantages> for WeighedRollouts {
+    fn from(a: Advantages) -> WeighedRollouts {
+        let flat =
+            a.zero_std.iter().filter(|z| **z).count() as f64 / a.zero_std.len().max(1) as f64;
+        let metrics = vec![("frac_reward_zero_std".into(), flat)];
+        WeighedRollouts { advantages: a.advantages, metrics }
+    }
+}
+
+/// A completion to train on.
 #[derive(Clone, Debug, PartialEq)]
-struct Sample {
+pub struct PolicySample {
     rollout: Rollout,
     reference: Option<Vec<f32>>,
     advantage: f64,
@@ -93,82 +109,142 @@ struct Sample {
     counts: bool,
 }
 
-pub struct Policy<O> {
-    pub world: World,
-    pub objective: O,
-    batch: usize,
-    accumulation: usize,
-    seed: u64,
-    number: u64,
-    generation: Option<u64>,
-    buffer: Vec<Sample>,
-    pending: Vec<Metric>,
+impl PolicySample {
+    /// The same value for each of its tokens.
+    fn spread<T: Clone>(&self, value: T) -> Vec<T> {
+        vec![value; self.rollout.ids.len()]
+    }
 }
 
-const STATE: &str = "rollouts.json";
+impl Stored for PolicySample {
+    fn write(&self, out: &mut StateWriter) {
+        self.rollout.write(out);
+        out.word(u64::from(self.reference.is_some()));
+        out.values(self.reference.as_deref().unwrap_or_default());
+        out.word(self.advantage.to_bits());
+        out.word(u64::from(self.counts));
+    }
 
-impl<O: Objective> Policy<O> {
+    fn read(from: &mut StateReader) -> Option<PolicySample> {
+        let rollout = Rollout::read(from)?;
+        let (known, reference) = (from.word()? == 1, from.values()?);
+        let (advantage, counts) = (f64::from_bits(from.word()?), from.word()? == 1);
+        Some(PolicySample { rollout, reference: known.then_some(reference), advantage, counts })
+    }
+}
+
+pub struct PolicyGradient<O> {
+    env: RolloutEnv,
+    objective: O,
+    schedule: Schedule,
+    mask_truncated: bool,
+    seed: u64,
+    buffer: RolloutBuffer<PolicySample>,
+}
+
+/// The clipped term with TRL's defaults beside it.
+pub fn clip_term(clip: &ClipOptions) -> Term {
+    let (epsilon, epsilon_high) = clip.bounds();
+    Term::Clip { epsilon, epsilon_high, delta: f32::INFINITY }
+}
+
+impl OnlineConfig {
+    pub fn env(&self) -> EnvOptions {
+        EnvOptions {
+            rewards: self.rewards.clone(),
+            sampling: self.sampling.clone(),
+            sync: self.sync.clone(),
+            max_completion_length: self.max_completion_length,
+            max_sequences: self.rollout.max_sequences,
+        }
+    }
+
+    /// What to print about the data.
+    pub fn summary(&self, env: &RolloutEnv) -> String {
+        format!("{} prompts, {} completions each", env.prompts.train.len(), self.num_generations)
+    }
+}
+
+impl<O: PolicyObjective + 'static> PolicyGradient<O> {
     /// Errors: a generation that its groups do not divide.
-    pub fn new(world: World, objective: O, training: &TrainingConfig) -> Result<Policy<O>> {
-        let policy = Policy {
-            world,
+    pub fn build(
+        options: &OnlineConfig,
+        objective: O,
+        training: &TrainingConfig,
+        inputs: &MethodInputs,
+    ) -> Result<BuiltMethod> {
+        let env = RolloutEnv::new(&options.env(), training, inputs)?;
+        let parts = options.steps_per_generation.unwrap_or(training.gradient_accumulation_steps);
+        let (passes, group) = (options.num_iterations, options.num_generations);
+        let schedule = Schedule::new(training, parts, passes, group, env.prompts.train.len())?;
+        let summary = options.summary(&env);
+        let policy = PolicyGradient {
+            env,
             objective,
-            batch: training.per_device_train_batch_size,
-            accumulation: training.gradient_accumulation_steps,
+            schedule,
+            mask_truncated: options.mask_truncated_completions,
             seed: training.seed,
-            number: 0,
-            generation: None,
-            buffer: Vec::new(),
-            pending: Vec::new(),
+            buffer: RolloutBuffer::default(),
         };
-        let (size, group) = (policy.generation_size(), policy.world.keys.num_generations);
-        if !size.is_multiple_of(group) {
-            return Err(Error::Config(format!(
-                "a generation has {size} completions (per_device_train_batch_size x steps_per_generation), which \
-                 num_generations = {group} does not divide; change one of the three"
-            )));
-        }
-        let prompts = size / group;
-        if policy.world.train.len() < prompts {
-            let rows = policy.world.train.len();
-            return Err(Error::Config(format!(
-                "a generation takes {prompts} prompts, the data has {rows}"
-            )));
-        }
-        Ok(policy)
-    }
-
-    fn steps_per_generation(&self) -> usize {
-        self.world.keys.steps_per_generation.unwrap_or(self.accumulation)
-    }
-
-    fn generation_size(&self) -> usize {
-        self.batch * self.steps_per_generation()
-    }
-
-    fn prompts(&self) -> usize {
-        self.generation_size() / self.world.keys.num_generations
-    }
-
-    /// Micro-batches that a generation serves.
-    fn served(&self) -> usize {
-        self.steps_per_generation() * self.world.keys.num_iterations
+        Ok(BuiltMethod::new(OnlineMethod::new(policy), summary))
     }
 
     /// Generate, score, advantages: the buffer of generation `g`.
     fn fill(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<()> {
-        let n = self.world.keys.num_generations;
-        let mut prompts = self.world.prompts_of(g, self.prompts());
-        let mut rollouts = self.world.generate(cx, model, Set::Train, &prompts, n, g, false)?;
-        let mut scores = self.world.score(cx, Set::Train, &rollouts)?;
-        for round in 0..self.objective.options().dynamic_sampling {
-            let flat = flat_groups(&scores, n);
-            if flat.is_empty() {
-                break;
+        let (rollouts, scores) = self.rollouts(cx, model, g)?;
+        let reference = match self.env.reference.model() {
+            Some(reference) => {
+                Some(self.env.logps(cx, reference, &rollouts, self.schedule.batch)?)
             }
-            // Other prompts for the groups that teach nothing; a round's draws are its own.
+            None => None,
+        };
+        let mut context = AdvantageContext {
+            cx,
+            model,
+            env: &mut self.env,
+            rollouts: &rollouts,
+            scores: &scores,
+            reference: reference.as_deref(),
+            generation: g,
+            group: self.schedule.group,
+        };
+        let WeighedRollouts { advantages, metrics } = self.objective.advantages(&mut context)?;
+        self.buffer.pending = metrics::of_generation(&rollouts, &scores);
+        self.buffer.pending.extend(metrics);
+        self.env.record(&rollouts, &scores, &advantages);
+        // Shuffled, so that a micro-batch is not one group; then prompts side by side in each, to
+        // share their rows.
+        let order = permutation(rollouts.len(), self.seed ^ 0x726f_6c6c, g as u32);
+        let sample = |i: usize| PolicySample {
+            counts: rollouts[i].finished || !self.mask_truncated,
+            reference: reference.as_ref().map(|all| all[i].clone()),
+            rollout: rollouts[i].clone(),
+            advantage: advantages[i],
+        };
+        let mut samples: Vec<PolicySample> = order.into_iter().map(sample).collect();
+        for some in samples.chunks_mut(self.schedule.batch) {
+            some.sort_by_key(|s| s.rollout.prompt);
+        }
+        self.buffer.replace(g, samples);
+        Ok(())
+    }
+
+    /// The scored completions of generation `g`. Groups whose rewards do not differ teach nothing:
+    /// with `dynamic_sampling` they are generated anew for other prompts.
+    fn rollouts(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<(Vec<Rollout>, Scores)> {
+        let n = self.schedule.group;
+        let mut prompts = self.env.prompts.of_generation(g, self.schedule.prompts_per_generation());
+        let mut generate = |cx: &mut Cx, prompts: &[usize], stream| {
+            let request = SampleRequest::new(n, stream);
+            let rollouts = self.env.generate(cx, model, Split::Train, prompts, request)?;
+            let scores = self.env.score(cx, Split::Train, &rollouts)?;
+            Ok((rollouts, scores))
+        };
+        let (mut rollouts, mut scores) = generate(cx, &prompts, g)?;
+        for round in 0..self.objective.extras().dynamic_sampling {
+            let flat = flat_groups(&scores, n);
             let order = permutation(
-                self.world.train.len(),
+                self.schedule.prompts,
                 self.seed ^ 0x6479_6e61,
                 (g as u32) << 4 | round as u32,
             );
@@ -177,9 +253,7 @@ impl<O: Objective> Policy<O> {
             if fresh.is_empty() {
                 break;
             }
-            let draw = g | ((round as u64 + 1) << 48);
-            let more = self.world.generate(cx, model, Set::Train, &fresh, n, draw, false)?;
-            let theirs = self.world.score(cx, Set::Train, &more)?;
+            let (more, theirs) = generate(cx, &fresh, g | ((round as u64 + 1) << 48))?;
             for (i, group) in flat.iter().take(fresh.len()).enumerate() {
                 prompts[*group] = fresh[i];
                 for m in 0..n {
@@ -190,150 +264,85 @@ impl<O: Objective> Policy<O> {
                 }
             }
         }
-        let begin = Instant::now();
-        let reference = match self.world.reference.model() {
-            Some(reference) if self.objective.wants_reference() => {
-                Some(self.world.logps(cx, reference, &rollouts, self.batch)?)
-            }
-            _ => None,
-        };
-        let mut act = Act {
-            cx,
-            model,
-            world: &mut self.world,
-            reference: reference.as_deref(),
-            generation: g,
-        };
-        let (advantages, metrics) = self.objective.advantages(&mut act, &rollouts, &scores)?;
-        self.pending = self.world.metrics(&rollouts, &scores);
-        self.pending.extend(metrics);
-        self.world.record(&rollouts, &scores, &advantages);
-        let mut reference = reference.map(|r| r.into_iter());
-        let samples: Vec<Sample> = rollouts
-            .into_iter()
-            .zip(advantages)
-            .map(|(rollout, advantage)| Sample {
-                counts: rollout.finished || !self.world.keys.mask_truncated_completions,
-                reference: reference.as_mut().and_then(Iterator::next),
-                rollout,
-                advantage,
-            })
-            .collect();
-        // Shuffled, so that a micro-batch is not one group; then prompts side by side in each, to
-        // share their rows.
-        let order = permutation(samples.len(), self.seed ^ 0x726f_6c6c, g as u32);
-        self.buffer = order.into_iter().map(|i| samples[i].clone()).collect();
-        for some in self.buffer.chunks_mut(self.batch) {
-            some.sort_by_key(|s| s.rollout.prompt);
-        }
-        self.generation = Some(g);
-        self.world.seconds.train += begin.elapsed().as_secs_f64();
-        Ok(())
+        Ok((rollouts, scores))
     }
 
-    /// The generation and the part of it that virtual row `k` of this step's epoch is.
-    fn place(&self, k: usize) -> (u64, usize) {
-        let each = self.world.generations_an_epoch(self.prompts());
-        let micro = each * self.served();
-        let epoch = self.number / micro.div_ceil(self.accumulation) as u64;
-        let g = epoch * each as u64 + (k / self.served()) as u64;
-        (g, k % self.steps_per_generation())
+    /// The samples of micro-batch `part` of the generation.
+    fn part(&self, part: usize) -> &[PolicySample] {
+        let batch = self.schedule.batch;
+        self.buffer.samples.get(part * batch..(part + 1) * batch).unwrap_or_default()
     }
 
-    /// Loss and figures of one micro-batch; with `train`, its backward.
-    fn micro(
-        &self,
-        cx: &mut Cx,
-        model: &Decoder,
-        part: usize,
-        train: bool,
-    ) -> Result<(f32, Vec<Metric>, usize)> {
-        let samples = &self.buffer[part * self.batch..(part + 1) * self.batch];
-        let rows: Vec<(usize, &[u32])> =
-            samples.iter().map(|s| (s.rollout.prompt, s.rollout.ids.as_slice())).collect();
-        let lengths: Vec<usize> = rows.iter().map(|r| r.1.len()).collect();
-        let batch = self.world.batch(cx, model, &rows)?;
-        if train {
-            cx.tape = Some(Tape::default());
-        }
+    /// Loss and metrics of one micro-batch; with `train`, its backward.
+    fn update(&self, cx: &mut Cx, model: &Decoder, part: usize, train: bool) -> Result<StepReport> {
+        let samples = self.part(part);
+        let rollouts: Vec<&Rollout> = samples.iter().map(|s| &s.rollout).collect();
+        let lengths: Vec<usize> = rollouts.iter().map(|r| r.ids.len()).collect();
+        let batch = self.env.batch(cx, model, &rollouts)?;
+        cx.tape = train.then(Tape::default);
         let hidden = model.target_hidden(cx, &batch)?;
-        let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.world.scale())?;
-        let mask: Vec<bool> =
-            samples.iter().flat_map(|s| vec![s.counts; s.rollout.ids.len()]).collect();
-        let active: usize =
-            self.buffer.iter().filter(|s| s.counts).map(|s| s.rollout.ids.len()).sum();
-        let normalizer = self.objective.normalizer(active, self.steps_per_generation());
-        let weights = token_weights(normalizer, &lengths, &mask, self.accumulation);
-        let options = self.objective.options();
-        let n = mask.len();
-        let floats = |values: &[f32]| {
-            Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[values.len()], values)
-        };
-        let old: Vec<f32> = samples.iter().flat_map(|s| s.rollout.logps.iter().copied()).collect();
-        let advantage: Vec<f32> =
-            samples.iter().flat_map(|s| vec![s.advantage as f32; s.rollout.ids.len()]).collect();
+        let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.env.scale())?;
+        let mask: Vec<bool> = samples.iter().flat_map(|s| s.spread(s.counts)).collect();
+        let counted = self.buffer.samples.iter().filter(|s| s.counts);
+        let active: usize = counted.map(|s| s.rollout.ids.len()).sum();
+        let normalizer = self.objective.normalizer(active, self.schedule.micro_batches);
+        let accumulation = self.schedule.accumulation;
+        let weights = token_weights(normalizer, &lengths, &mask, accumulation);
+        let extras = self.objective.extras();
+        let old: Vec<f32> = rollouts.iter().flat_map(|r| r.logps.iter().copied()).collect();
         let mut factor: Option<Vec<f32>> = None;
-        if let Some(threshold) = options.off_policy_mask_threshold {
+        if let Some(threshold) = extras.off_policy_mask_threshold {
             let now = out.logp.to_f32()?;
             let advantages: Vec<f64> = samples.iter().map(|s| s.advantage).collect();
             factor = Some(off_policy_mask(&lengths, &mask, &old, &now, &advantages, threshold));
         }
-        if options.top_entropy_quantile < 1.0 {
-            let high =
-                top_entropy_mask(&out.entropy.to_f32()?, &mask, options.top_entropy_quantile);
+        let entropies = out.entropy.to_f32()?;
+        if extras.top_entropy_quantile < 1.0 {
+            let high = top_entropy_mask(&entropies, &mask, extras.top_entropy_quantile);
             factor = Some(match factor {
                 Some(f) => f.iter().zip(high).map(|(a, b)| a * b).collect(),
                 None => high,
             });
         }
         let loss = self.objective.loss();
-        let reference: Option<Vec<f32>> = (loss.beta != 0.0)
-            .then(|| samples.iter().flat_map(|s| s.reference.iter().flatten().copied()).collect());
-        let starts: Vec<i32> = std::iter::once(0)
-            .chain(lengths.iter().scan(0, |at, l| {
-                *at += *l as i32;
-                Some(*at)
-            }))
-            .collect();
-        let (old_t, advantage_t, weight_t) =
-            (floats(&old)?, floats(&advantage)?, floats(&weights)?);
-        let factor = factor.map(|f| floats(&f)).transpose()?;
-        let reference = reference.map(|r| floats(&r)).transpose()?;
-        let one = floats(&[1.0])?;
-        let starts = cx.ints("sequence starts", &starts)?;
+        let all = |f: &dyn Fn(&PolicySample) -> Vec<f32>| {
+            floats(cx, &samples.iter().flat_map(f).collect::<Vec<f32>>())
+        };
+        let (old, weight) = (floats(cx, &old)?, floats(cx, &weights)?);
+        let advantage = all(&|s| s.spread(s.advantage as f32))?;
+        let wanted = loss.beta != 0.0;
+        let reference = wanted.then(|| all(&|s| s.reference.clone().unwrap_or_default()));
+        let reference = reference.transpose()?;
+        let factor = factor.map(|f| floats(cx, &f)).transpose()?;
+        let starts = starts_tensor(cx, lengths.iter().copied())?;
         let inputs = PolicyInputs {
             logp: &out.logp,
-            old_logp: Some(&old_t),
-            advantage: &advantage_t,
-            weight: &weight_t,
+            old_logp: Some(&old),
+            advantage: &advantage,
+            weight: &weight,
             ref_logp: reference.as_ref(),
             scale: factor.as_ref(),
             log_is: None,
             starts: &starts,
         };
         let done = policy_loss(cx, &loss, &inputs)?;
-        let entropies = out.entropy.to_f32()?;
         let count = mask.iter().filter(|m| **m).count().max(1) as f64;
         let mean = |values: &[f32]| -> f64 {
-            values.iter().zip(&mask).filter(|(_, m)| **m).map(|(v, _)| f64::from(*v)).sum::<f64>()
-                / count
+            let counted = values.iter().zip(&mask).filter(|(_, m)| **m);
+            counted.map(|(v, _)| f64::from(*v)).sum::<f64>() / count
         };
-        let entropy = mean(&entropies);
-        let mut value = done.loss.to_f32()?[0];
+        let (entropy, accumulation) = (mean(&entropies), accumulation as f64);
         if train {
-            let mut seeds = vec![(done.loss.clone(), one)];
-            if options.entropy_coef != 0.0 {
+            let mut seeds = vec![(done.loss.clone(), floats(cx, &[1.0])?)];
+            if extras.entropy_coef != 0.0 {
                 // - coef * mean entropy / accumulation
-                let up = -(options.entropy_coef / count / self.accumulation as f64) as f32;
+                let up = -(extras.entropy_coef / count / accumulation) as f32;
                 let ups: Vec<f32> = mask.iter().map(|m| if *m { up } else { 0.0 }).collect();
-                seeds.push((
-                    out.entropy.clone(),
-                    Tensor::from_host(&cx.pool, "policy inputs", DType::F32, &[n], &ups)?,
-                ));
+                seeds.push((out.entropy.clone(), floats(cx, &ups)?));
             }
             cx.backward(seeds)?;
         }
-        value -= (options.entropy_coef * entropy / self.accumulation as f64) as f32;
+        let value = done.loss.to_f32()?[0] - (extras.entropy_coef * entropy / accumulation) as f32;
         let (clip, ratio) = (done.clip.to_f32()?, done.ratio.to_f32()?);
         let share = |which: f32| {
             mean(&clip.iter().map(|c| f32::from(u8::from(*c == which))).collect::<Vec<_>>())
@@ -346,10 +355,10 @@ impl<O: Objective> Policy<O> {
             // Of the full distribution; exactly 0 at the first pass over a generation.
             ("sampling/ratio_off_one_max".into(), f64::from(off_one(&ratio, &mask))),
         ];
-        if loss.beta != 0.0 {
+        if wanted {
             metrics.push(("kl".into(), mean(&done.kl.to_f32()?)));
         }
-        Ok((value, metrics, batch.rows))
+        Ok(StepReport { loss: value, tokens: batch.rows, metrics })
     }
 }
 
@@ -365,137 +374,54 @@ fn flat_groups(scores: &Scores, n: usize) -> Vec<usize> {
     total.chunks(n).enumerate().filter(|(_, g)| flat(g)).map(|(i, _)| i).collect()
 }
 
-impl<O: Objective> Method for Policy<O> {
-    fn rows(&self) -> usize {
-        self.world.train.len()
+impl<O: PolicyObjective + 'static> OnlineObjective for PolicyGradient<O> {
+    fn env(&self) -> &RolloutEnv {
+        &self.env
     }
 
-    fn eval_rows(&self) -> usize {
-        self.world.eval.len()
+    fn env_mut(&mut self) -> &mut RolloutEnv {
+        &mut self.env
     }
 
-    fn longest(&self) -> usize {
-        self.world.longest()
-    }
-
-    fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
-        let wanted = self.objective.wants_reference();
-        self.world.attach(cx, model, wanted)
+    fn wants_reference(&self) -> bool {
+        self.objective.wants_reference()
     }
 
     fn micro_batches(&self) -> Option<usize> {
-        Some(self.world.generations_an_epoch(self.prompts()) * self.served())
+        Some(self.schedule.epoch())
     }
 
-    fn begin(&mut self, number: u64) -> Result<()> {
-        self.number = number;
-        Ok(())
-    }
-
-    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
-        let mut report = StepReport { loss: 0.0, tokens: 0, metrics: Vec::new() };
-        for k in micro.iter().flat_map(|m| m.iter()) {
-            let (g, part) = self.place(*k);
-            if self.generation != Some(g) {
-                if !k.is_multiple_of(self.served()) {
-                    return Err(Error::Run(format!(
-                        "the completions of generation {g} are not there; resume from an earlier checkpoint"
-                    )));
-                }
-                self.fill(cx, model, g)?;
-                report.metrics.append(&mut self.pending);
+    fn step(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<StepReport> {
+        let mut report = StepReport::default();
+        for k in at.micro.iter().copied().flatten() {
+            let slot = self.schedule.slot(at.step, *k);
+            if self.buffer.is_due(&slot)? {
+                self.fill(cx, model, slot.generation)?;
+                report.metrics.append(&mut self.buffer.pending);
             }
-            let begin = Instant::now();
-            let (loss, metrics, rows) = self.micro(cx, model, part, true)?;
-            self.world.seconds.train += begin.elapsed().as_secs_f64();
-            report.loss += loss;
-            report.tokens += rows;
-            report.metrics.extend(metrics);
+            report.add(self.update(cx, model, slot.micro, true)?);
         }
-        report.metrics.extend(self.world.take_seconds());
         Ok(report)
     }
 
-    fn stepped(&mut self, _cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
-        self.world.reference.stepped(model, done)
+    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, step: u64, row: usize) -> Result<f32> {
+        let slot = self.schedule.slot(step, row);
+        Ok(self.update(cx, model, slot.micro, false)?.loss)
     }
 
-    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, _batch: usize) -> Result<Vec<Metric>> {
-        self.world.evaluate(cx, model)
-    }
-
-    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
-        let (_, part) = self.place(row);
-        Ok(self.micro(cx, model, part, false)?.0)
-    }
-
-    fn row_source(&self, row: usize) -> String {
-        let (_, part) = self.place(row);
-        let samples = self.buffer.iter().skip(part * self.batch).take(self.batch);
+    fn row_source(&self, step: u64, row: usize) -> String {
+        let samples = self.part(self.schedule.slot(step, row).micro).iter();
         let mut sources: Vec<&str> =
-            samples.map(|s| self.world.train[s.rollout.prompt].source.as_str()).collect();
+            samples.map(|s| self.env.prompts.train[s.rollout.prompt].source.as_str()).collect();
         sources.dedup();
         sources.join(" + ")
     }
 
-    fn take_completions(&mut self) -> Vec<Value> {
-        std::mem::take(&mut self.world.log)
+    fn state(&self) -> Result<StateFiles> {
+        self.buffer.state(|_| Ok(()))
     }
 
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        let samples: Vec<Value> = self
-            .buffer
-            .iter()
-            .map(|s| {
-                json!({
-                    "prompt": s.rollout.prompt, "ids": s.rollout.ids, "logps": bits(&s.rollout.logps),
-                    "entropies": bits(&s.rollout.entropies), "finished": s.rollout.finished, "text": s.rollout.text,
-                    "reference": s.reference.as_deref().map(bits), "advantage": s.advantage.to_bits(), "counts": s.counts,
-                })
-            })
-            .collect();
-        let text = json!({ "generation": self.generation, "samples": samples }).to_string();
-        let mut files = self.world.reference.state()?;
-        files.push((STATE.into(), text.into_bytes()));
-        Ok(files)
-    }
-
-    fn restore(&mut self, _cx: &mut Cx, dir: &std::path::Path) -> Result<()> {
-        self.world.reference.restore(dir)?;
-        let path = dir.join(STATE);
-        let state: Value = serde_json::from_slice(&fsio::read(&path)?)
-            .map_err(|e| Error::checkpoint(&path, e.to_string()))?;
-        let sample = |v: &Value| -> Option<Sample> {
-            let floats = |v: &Value| -> Option<Vec<f32>> {
-                v.as_array()?.iter().map(|x| Some(f32::from_bits(x.as_u64()? as u32))).collect()
-            };
-            Some(Sample {
-                rollout: Rollout {
-                    prompt: v["prompt"].as_u64()? as usize,
-                    ids: v["ids"]
-                        .as_array()?
-                        .iter()
-                        .map(|x| Some(x.as_u64()? as u32))
-                        .collect::<Option<_>>()?,
-                    logps: floats(&v["logps"])?,
-                    entropies: floats(&v["entropies"])?,
-                    finished: v["finished"].as_bool()?,
-                    text: v["text"].as_str()?.into(),
-                },
-                reference: floats(&v["reference"]),
-                advantage: f64::from_bits(v["advantage"].as_u64()?),
-                counts: v["counts"].as_bool()?,
-            })
-        };
-        let samples = state["samples"]
-            .as_array()
-            .map(|all| all.iter().map(sample).collect::<Option<Vec<_>>>());
-        let Some(Some(samples)) = samples else {
-            return Err(Error::checkpoint(&path, "holds a completion that cannot be read"));
-        };
-        self.generation = state["generation"].as_u64();
-        self.buffer = samples;
-        Ok(())
+    fn restore(&mut self, dir: &Path) -> Result<()> {
+        self.buffer.restore(dir, |_| Ok(Some(())))
     }
 }

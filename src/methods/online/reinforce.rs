@@ -9,78 +9,93 @@
 //!
 //! Layer 7. Invariant: see `methods::online::policy`.
 
-use crate::config::{ReinforceConfig, ReinforceKeys, TrainingConfig};
+use super::advantage::reinforce_plus_plus;
+use super::metrics::mean;
+use super::options::{ClipOptions, OnlineConfig};
+use super::policy::{
+    AdvantageContext, PolicyGradient, PolicyObjective, WeighedRollouts, clip_term,
+};
+use super::sampler::SampleRequest;
+use super::weights::Normalizer;
+use crate::config::{Report, TrainingConfig, section};
 use crate::error::Result;
-use crate::methods::online::advantage::reinforce_plus_plus;
-use crate::methods::online::env::{Rollout, Set, World};
-use crate::methods::online::policy::{Act, Objective, Policy};
-use crate::methods::online::weights::Normalizer;
-use crate::methods::{Method, Metric, Recipe, Source};
-use crate::ops::policy::{Level, PolicyLoss, Term};
-use crate::rewards::Scores;
+use crate::methods::offline::rows::Split;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
+use crate::ops::policy::{ImportanceLevel, PolicyLoss};
 
-impl Recipe for ReinforceConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.online.chat_template_path.as_deref()
-    }
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "reinforce",
+    "REINFORCE++ and ReMax",
+    "grpo",
+    MethodRun::<ReinforceConfig>::boxed,
+);
 
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let world = World::new(&self.online, training, source)?;
-        let said = format!(
-            "{} prompts, {} completions each",
-            world.train.len(),
-            self.online.num_generations
-        );
-        let objective = Reinforce { keys: self.own.clone(), beta: self.online.beta };
-        Ok((Box::new(Policy::new(world, objective, training)?), said))
+section! {
+    /// REINFORCE++ and ReMax, beside the options of all policy losses.
+    pub struct ReinforceConfig = "reinforce" {
+        /// Take the mean of a prompt's completions off first (REINFORCE++-baseline).
+        pub group_baseline: bool = false,
+        /// ReMax: the baseline is the reward of the greedy completion, and nothing is whitened.
+        pub greedy_baseline: bool = false,
+        ..pub clip: ClipOptions = ClipOptions::default(),
+        ..pub online: OnlineConfig = OnlineConfig::default(),
     }
 }
 
-pub struct Reinforce {
-    pub keys: ReinforceKeys,
-    pub beta: f64,
+impl ReinforceConfig {
+    fn rules(&self, report: &mut Report) {
+        report.must(!(self.group_baseline && self.greedy_baseline), || {
+            "group_baseline and greedy_baseline: choose one".into()
+        });
+    }
+
+    /// ReMax's advantages: less the reward of the greedy completion.
+    fn remax(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts> {
+        let AdvantageContext { cx, model, env, rollouts, scores, group, .. } = context;
+        let prompts: Vec<usize> = rollouts.iter().step_by(*group).map(|r| r.prompt).collect();
+        let request = SampleRequest { n: 1, stream: context.generation | 1 << 56, greedy: true };
+        let greedy = env.generate(cx, model, Split::Train, &prompts, request)?;
+        let baseline = env.score(cx, Split::Train, &greedy)?.total();
+        let less = |(i, r): (usize, Option<f64>)| match (r, baseline[i / *group]) {
+            (Some(r), Some(b)) => r - b,
+            _ => 0.0,
+        };
+        let advantages = scores.total().into_iter().enumerate().map(less).collect();
+        let known: Vec<f64> = baseline.iter().flatten().copied().collect();
+        let metrics = vec![("reward_greedy".into(), mean(known.into_iter()))];
+        Ok(WeighedRollouts { advantages, metrics })
+    }
 }
 
-impl Objective for Reinforce {
-    fn advantages(
-        &mut self,
-        act: &mut Act,
-        rollouts: &[Rollout],
-        scores: &Scores,
-    ) -> Result<(Vec<f64>, Vec<Metric>)> {
-        let n = act.world.keys.num_generations;
-        if self.keys.greedy_baseline {
-            let prompts: Vec<usize> = rollouts.iter().step_by(n).map(|r| r.prompt).collect();
-            let draw = act.generation | 1 << 56;
-            let greedy =
-                act.world.generate(act.cx, act.model, Set::Train, &prompts, 1, draw, true)?;
-            let baseline = act.world.score(act.cx, Set::Train, &greedy)?.total();
-            let total = scores.total();
-            let advantages = total.iter().enumerate().map(|(i, r)| match (r, baseline[i / n]) {
-                (Some(r), Some(b)) => r - b,
-                _ => 0.0,
-            });
-            let known: Vec<f64> = baseline.iter().flatten().copied().collect();
-            let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
-            return Ok((advantages.collect(), vec![("reward_greedy".into(), mean)]));
+impl BuildMethod for ReinforceConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        PolicyGradient::build(&self.online, self.clone(), training, inputs)
+    }
+}
+
+impl PolicyObjective for ReinforceConfig {
+    fn advantages(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts> {
+        if self.greedy_baseline {
+            return self.remax(context);
         }
-        let lengths: Vec<usize> = rollouts.iter().map(|r| r.ids.len()).collect();
-        let group = self.keys.group_baseline.then_some(n);
-        Ok((reinforce_plus_plus(&scores.total(), &lengths, group)?, Vec::new()))
+        let lengths: Vec<usize> = context.rollouts.iter().map(|r| r.ids.len()).collect();
+        let group = self.group_baseline.then_some(context.group);
+        let advantages = reinforce_plus_plus(&context.scores.total(), &lengths, group)?;
+        Ok(WeighedRollouts { advantages, metrics: Vec::new() })
     }
 
     fn loss(&self) -> PolicyLoss {
-        let high = self.keys.epsilon_high.unwrap_or(self.keys.epsilon) as f32;
-        let term = Term::Clip {
-            epsilon: self.keys.epsilon as f32,
-            epsilon_high: high,
-            delta: f32::INFINITY,
-        };
-        PolicyLoss { term, level: Level::Token, beta: self.beta as f32, bias_correction_kl: false }
+        PolicyLoss {
+            term: clip_term(&self.clip),
+            level: ImportanceLevel::Token,
+            beta: self.online.beta as f32,
+            bias_correction_kl: false,
+        }
     }
 
     fn normalizer(&self, active_tokens: usize, steps_per_generation: usize) -> Normalizer {
@@ -88,6 +103,6 @@ impl Objective for Reinforce {
     }
 
     fn wants_reference(&self) -> bool {
-        self.beta != 0.0
+        self.online.beta != 0.0
     }
 }

@@ -7,81 +7,83 @@
 //!
 //! Layer 7. Invariant: see `methods::online::policy`.
 
-use crate::config::{RlooConfig, RlooKeys, TrainingConfig};
-use crate::error::{Error, Result};
-use crate::methods::online::advantage::{rloo, rloo_rewards};
-use crate::methods::online::env::{Rollout, World};
-use crate::methods::online::policy::{Act, Objective, Policy};
-use crate::methods::online::weights::Normalizer;
-use crate::methods::{Method, Metric, Recipe, Source};
-use crate::ops::policy::{Level, PolicyLoss, Term};
-use crate::rewards::Scores;
+use super::advantage::{rloo, rloo_rewards};
+use super::metrics::mean;
+use super::options::{ClipOptions, OnlineConfig};
+use super::policy::{
+    AdvantageContext, PolicyGradient, PolicyObjective, WeighedRollouts, clip_term,
+};
+use super::weights::Normalizer;
+use crate::config::{Report, TrainingConfig, section};
+use crate::error::Result;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
+use crate::ops::policy::{ImportanceLevel, PolicyLoss};
 
-impl Recipe for RlooConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.online.chat_template_path.as_deref()
+pub const METHOD: MethodEntry =
+    MethodEntry::new("rloo", "REINFORCE leave-one-out", "grpo", MethodRun::<RlooConfig>::boxed);
+
+section! {
+    /// TRL's `RLOOConfig`. epsilon clips the sequence's ratio.
+    pub struct RlooConfig = "rloo" {
+        /// Divide advantages by their standard deviation over the batch.
+        pub normalize_advantages: bool = false,
+        /// Rewards are clipped into this range. none: they are not.
+        pub reward_clip_range: Option<Vec<f64>> = None,
+        ..pub clip: ClipOptions = ClipOptions::default(),
+        ..pub online: OnlineConfig =
+            OnlineConfig { num_generations: 2, beta: 0.05, ..OnlineConfig::default() },
     }
+}
 
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        if self.online.num_generations < 2 {
-            return Err(Error::Config(
-                "num_generations = 1: RLOO's baseline needs at least 2".into(),
-            ));
-        }
-        let world = World::new(&self.online, training, source)?;
-        let said = format!(
-            "{} prompts, {} completions each",
-            world.train.len(),
-            self.online.num_generations
+impl RlooConfig {
+    fn rules(&self, report: &mut Report) {
+        report.must(
+            self.reward_clip_range.as_ref().is_none_or(|r| r.len() == 2 && r[0] < r[1]),
+            || "reward_clip_range: two numbers, the lower first".into(),
         );
-        let objective = Rloo { keys: self.own.clone(), beta: self.online.beta };
-        Ok((Box::new(Policy::new(world, objective, training)?), said))
+        let n = self.online.num_generations;
+        report.must(n != 1, || format!("num_generations = {n}: RLOO's baseline needs at least 2"));
     }
 }
 
-pub struct Rloo {
-    pub keys: RlooKeys,
-    pub beta: f64,
+impl BuildMethod for RlooConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        PolicyGradient::build(&self.online, self.clone(), training, inputs)
+    }
 }
 
-impl Objective for Rloo {
-    fn advantages(
-        &mut self,
-        act: &mut Act,
-        rollouts: &[Rollout],
-        scores: &Scores,
-    ) -> Result<(Vec<f64>, Vec<Metric>)> {
-        let kl: Vec<f64> = match act.reference {
-            Some(reference) => rollouts
-                .iter()
-                .zip(reference)
-                .map(|(r, q)| {
-                    r.logps.iter().zip(q).map(|(p, q)| f64::from(*p) - f64::from(*q)).sum()
-                })
-                .collect(),
+impl PolicyObjective for RlooConfig {
+    fn advantages(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts> {
+        let rollouts = context.rollouts;
+        let kl: Vec<f64> = match context.reference {
+            Some(reference) => {
+                let difference = |p: &[f32], q: &[f32]| -> f64 {
+                    p.iter().zip(q).map(|(p, q)| f64::from(*p) - f64::from(*q)).sum()
+                };
+                rollouts.iter().zip(reference).map(|(r, q)| difference(&r.logps, q)).collect()
+            }
             None => vec![0.0; rollouts.len()],
         };
-        let clip = self.keys.reward_clip_range.as_ref().map(|r| (r[0], r[1]));
-        let rewards = rloo_rewards(&scores.total(), clip, self.beta, &kl);
-        let out = rloo(&rewards, act.world.keys.num_generations, self.keys.normalize_advantages)?;
-        let mean = kl.iter().sum::<f64>() / kl.len().max(1) as f64;
-        let flat =
-            out.zero_std.iter().filter(|z| **z).count() as f64 / out.zero_std.len().max(1) as f64;
-        Ok((out.advantages, vec![("kl".into(), mean), ("frac_reward_zero_std".into(), flat)]))
+        let clip = self.reward_clip_range.as_ref().map(|r| (r[0], r[1]));
+        let rewards = rloo_rewards(&context.scores.total(), clip, self.online.beta, &kl);
+        let advantages = rloo(&rewards, context.group, self.normalize_advantages)?;
+        let mut weighed: WeighedRollouts = advantages.into();
+        weighed.metrics.push(("kl".into(), mean(kl.iter().copied())));
+        Ok(weighed)
     }
 
     fn loss(&self) -> PolicyLoss {
-        let high = self.keys.epsilon_high.unwrap_or(self.keys.epsilon) as f32;
-        let term = Term::Clip {
-            epsilon: self.keys.epsilon as f32,
-            epsilon_high: high,
-            delta: f32::INFINITY,
-        };
-        PolicyLoss { term, level: Level::SequenceSum, beta: 0.0, bias_correction_kl: false }
+        PolicyLoss {
+            term: clip_term(&self.clip),
+            level: ImportanceLevel::SequenceSum,
+            beta: 0.0,
+            bias_correction_kl: false,
+        }
     }
 
     fn normalizer(&self, _: usize, _: usize) -> Normalizer {
@@ -89,6 +91,6 @@ impl Objective for Rloo {
     }
 
     fn wants_reference(&self) -> bool {
-        self.beta != 0.0
+        self.online.beta != 0.0
     }
 }

@@ -4,7 +4,7 @@
 //! constant copy of the log-probs, so that finite differences by the first see what the gradient
 //! is.
 
-use super::{Level, Policy, PolicyLoss, Term, ValueLoss};
+use super::{ImportanceLevel, Policy, PolicyLoss, Term, ValueLoss};
 use crate::autograd::F64;
 use crate::ops::case::{Arg, Case, Rng};
 
@@ -21,11 +21,11 @@ pub(super) fn loss(op: &Policy, x: &[&F64]) -> Vec<F64> {
         let tokens = starts[s] as usize..starts[s + 1] as usize;
         let kept: Vec<usize> = tokens.clone().filter(|t| weight[*t] != 0.0).collect();
         let log_ratio = |p: &[f64], t: usize| match c.level {
-            Level::Token => p[t] - old[t],
-            Level::Sequence => {
+            ImportanceLevel::Token => p[t] - old[t],
+            ImportanceLevel::Sequence => {
                 kept.iter().map(|t| p[*t] - old[*t]).sum::<f64>() / kept.len().max(1) as f64
             }
-            Level::SequenceSum => kept.iter().map(|t| p[*t] - old[*t]).sum::<f64>(),
+            ImportanceLevel::SequenceSum => kept.iter().map(|t| p[*t] - old[*t]).sum::<f64>(),
         };
         let correction = log_is.map_or(0.0, |l| l.data[s]);
         let log_w =
@@ -89,14 +89,16 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
     ];
     let mut cases = Vec::new();
     for (name, term) in terms {
-        for level in [Level::Token, Level::Sequence, Level::SequenceSum] {
+        for level in
+            [ImportanceLevel::Token, ImportanceLevel::Sequence, ImportanceLevel::SequenceSum]
+        {
             for more in [[false; 3], [true, true, term == vespo]] {
                 for lengths in [&[1usize][..], &[5, 0, 131, 64, 1]] {
                     let config = PolicyLoss {
                         term,
                         level,
                         beta: if more[0] { 0.3 } else { 0.0 },
-                        bias_correction_kl: level != Level::Sequence,
+                        bias_correction_kl: level != ImportanceLevel::Sequence,
                     };
                     let label =
                         format!("{name} {level:?} {} sequences more {}", lengths.len(), more[0]);
@@ -112,8 +114,12 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             }
         }
     }
-    let plain =
-        PolicyLoss { term: CLIP, level: Level::Token, beta: 0.1, bias_correction_kl: false };
+    let plain = PolicyLoss {
+        term: CLIP,
+        level: ImportanceLevel::Token,
+        beta: 0.1,
+        bias_correction_kl: false,
+    };
     let more = [true, false, false];
     cases.push(Case {
         upstream: upstream(),
@@ -164,12 +170,13 @@ fn inputs(rng: &mut Rng, lengths: &[usize], config: PolicyLoss, more: [bool; 3])
         let from = old.len();
         let kept = (from..from + len).filter(|t| weight.data[*t] != 0.0).count().max(1) as f64;
         let target = RATIOS[(s + 1) % RATIOS.len()].ln()
-            / if config.level == Level::SequenceSum { kept } else { 1.0 };
+            / if config.level == ImportanceLevel::SequenceSum { kept } else { 1.0 };
         for t in from..from + len {
             let drawn = RATIOS[rng.below(RATIOS.len())].ln() + 0.02 * rng.uniform();
             old.push(
                 logp.data[t]
-                    - if config.level == Level::Token && !matches!(config.term, Term::Vespo { .. })
+                    - if config.level == ImportanceLevel::Token
+                        && !matches!(config.term, Term::Vespo { .. })
                     {
                         drawn
                     } else {

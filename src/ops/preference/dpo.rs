@@ -6,35 +6,41 @@
 
 use super::{give_scaled, oracle, pair_count, pair_inputs, totals, with_grad};
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::config::value::words;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
-pub use crate::config::DpoLoss;
-
-/// TRL's `f_divergence_type`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Divergence {
-    ReverseKl,
-    ForwardKl,
-    Js,
-    /// With `f_alpha_divergence_coef`.
-    Alpha(f32),
+words! {
+    /// TRL's `loss_type`, in the order of the kernel's numbers (`kernels/preference.cu`).
+    pub enum DpoLoss {
+        Sigmoid = "sigmoid",
+        Hinge = "hinge",
+        Ipo = "ipo",
+        ExoPair = "exo_pair",
+        NcaPair = "nca_pair",
+        Robust = "robust",
+        BcoPair = "bco_pair",
+        SppoHard = "sppo_hard",
+        Aot = "aot" | "aot_pair",
+        AotUnpaired = "aot_unpaired",
+        ApoZero = "apo_zero",
+        ApoDown = "apo_down",
+        Discopop = "discopop",
+        Sft = "sft",
+        SigmoidNorm = "sigmoid_norm",
+    }
 }
 
-impl Divergence {
-    /// The kernel's number and coefficient. At a coefficient of 1 the alpha divergence is the
-    /// reverse KL.
-    fn code(self) -> (i32, f32) {
-        match self {
-            Divergence::ReverseKl => (0, 0.0),
-            Divergence::ForwardKl => (1, 0.0),
-            Divergence::Js => (2, 0.0),
-            Divergence::Alpha(a) if (a - 1.0).abs() < 1e-6 => (0, 0.0),
-            Divergence::Alpha(a) => (3, a),
-        }
+words! {
+    /// TRL's `f_divergence_type`, in the order of the kernel's numbers.
+    pub enum FDivergence {
+        ReverseKl = "reverse_kl",
+        ForwardKl = "forward_kl",
+        Js = "js_divergence",
+        Alpha = "alpha_divergence",
     }
 }
 
@@ -42,7 +48,9 @@ impl Divergence {
 pub struct Dpo {
     /// The losses and their weights.
     pub losses: Vec<(DpoLoss, f32)>,
-    pub divergence: Divergence,
+    pub divergence: FDivergence,
+    /// `f_alpha_divergence_coef`, of the alpha divergence.
+    pub f_alpha: f32,
     pub beta: f32,
     pub label_smoothing: f32,
     pub discopop_tau: f32,
@@ -82,6 +90,12 @@ pub fn dpo(cx: &mut Cx, op: Dpo, x: &DpoIn) -> Result<(Tensor, Tensor)> {
 }
 
 impl Dpo {
+    /// At a coefficient of 1 the alpha divergence is the reverse KL.
+    pub(super) fn kernel_divergence(&self) -> FDivergence {
+        let limit = self.divergence == FDivergence::Alpha && (self.f_alpha - 1.0).abs() < 1e-6;
+        if limit { FDivergence::ReverseKl } else { self.divergence }
+    }
+
     fn sft_weight(&self) -> Option<f32> {
         let sft = self.losses.iter().filter(|(l, _)| *l == DpoLoss::Sft);
         sft.map(|(_, w)| *w).reduce(|a, b| a + b)
@@ -111,7 +125,7 @@ impl Op for Dpo {
         }
         let [each, pair_weight] = [cx.float("pair losses", &[n])?, cx.float("pair losses", &[n])?];
         let [grad, rewards] = [cx.float("pair gradients", &[n, 2])?, cx.float("rewards", &[n, 2])?];
-        let (divergence, alpha) = self.divergence.code();
+        let (divergence, alpha) = (self.kernel_divergence() as i32, self.f_alpha);
         for (i, (loss, loss_weight)) in self.losses.iter().enumerate() {
             let sorted = match loss {
                 DpoLoss::Aot | DpoLoss::AotUnpaired => {
@@ -205,30 +219,33 @@ impl Dpo {
 pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
     use DpoLoss::*;
     let mut cases = Vec::new();
-    let mut case = |losses: &[(DpoLoss, f32)], divergence, beta, e: f32, aligned: bool| {
-        let n = [1, 4, 37][cases.len() % 3];
-        let (logps, lens, weight) = pair_inputs(rng, n, 3.0);
-        let reference = F64::from_fn(&[n, 2], |i| logps.data[i] + 3.0 * rng.normal());
-        let op = Dpo {
-            losses: losses.to_vec(),
-            divergence,
-            beta,
-            label_smoothing: e,
-            discopop_tau: 0.5,
+    let mut case =
+        |losses: &[(DpoLoss, f32)], divergence: (_, f32), beta, e: f32, aligned: bool| {
+            let n = [1, 4, 37][cases.len() % 3];
+            let (logps, lens, weight) = pair_inputs(rng, n, 3.0);
+            let reference = F64::from_fn(&[n, 2], |i| logps.data[i] + 3.0 * rng.normal());
+            let op = Dpo {
+                losses: losses.to_vec(),
+                divergence: divergence.0,
+                f_alpha: divergence.1,
+                beta,
+                label_smoothing: e,
+                discopop_tau: 0.5,
+            };
+            let mut inputs =
+                vec![with_grad(logps), Arg::float(reference), Arg::float(lens), Arg::float(weight)];
+            if op.sft_weight().is_some() {
+                inputs.push(with_grad(F64::new(&[1], vec![2.25])));
+            }
+            if aligned {
+                inputs.push(Arg::float(F64::from_fn(&[n, 2], |_| -rng.uniform())));
+            }
+            let label =
+                format!("n {n} {losses:?} {divergence:?} beta {beta} e {e} aligned {aligned}");
+            // Rewards are figures: nothing flows back through them.
+            cases.push(Case { upstream: vec![None, Some(0.0)], ..Case::new(label, op, inputs) });
         };
-        let mut inputs =
-            vec![with_grad(logps), Arg::float(reference), Arg::float(lens), Arg::float(weight)];
-        if op.sft_weight().is_some() {
-            inputs.push(with_grad(F64::new(&[1], vec![2.25])));
-        }
-        if aligned {
-            inputs.push(Arg::float(F64::from_fn(&[n, 2], |_| -rng.uniform())));
-        }
-        let label = format!("n {n} {losses:?} {divergence:?} beta {beta} e {e} aligned {aligned}");
-        // Rewards are figures: nothing flows back through them.
-        cases.push(Case { upstream: vec![None, Some(0.0)], ..Case::new(label, op, inputs) });
-    };
-    let kl = Divergence::ReverseKl;
+    let kl = (FDivergence::ReverseKl, 0.0);
     for loss in [
         Sigmoid,
         Hinge,
@@ -250,9 +267,12 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         case(&[(loss, 0.7)], kl, 0.2, 0.1, false);
         case(&[(loss, 0.7)], kl, 0.2, 0.01, true);
     }
-    for divergence in
-        [Divergence::ForwardKl, Divergence::Js, Divergence::Alpha(0.5), Divergence::Alpha(1.0)]
-    {
+    for divergence in [
+        (FDivergence::ForwardKl, 0.0),
+        (FDivergence::Js, 0.0),
+        (FDivergence::Alpha, 0.5),
+        (FDivergence::Alpha, 1.0),
+    ] {
         for loss in [Sigmoid, Ipo, SigmoidNorm] {
             case(&[(loss, 1.0)], divergence, 0.1, 0.0, false);
         }

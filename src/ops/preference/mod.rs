@@ -20,7 +20,7 @@ use crate::kernels;
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
-pub use dpo::{Divergence, Dpo, DpoIn, DpoLoss, dpo};
+pub use dpo::{Dpo, DpoIn, DpoLoss, FDivergence, dpo};
 pub use pairs::{BradleyTerry, Cpo, CpoLoss, Orpo, bradley_terry, cpo, orpo};
 pub use unpaired::{RunningMean, Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
 
@@ -208,7 +208,6 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::config::DpoLoss;
     use crate::device::cpu::Cpu;
 
     fn float(cx: &Cx, shape: &[usize], values: &[f32]) -> Tensor {
@@ -224,7 +223,8 @@ mod tests {
             (float(&cx, &shape, &vec![5.0; 2 * n]), float(&cx, &[n], &vec![1.0 / n as f32; n]));
         let op = Dpo {
             losses: losses.to_vec(),
-            divergence: Divergence::ReverseKl,
+            divergence: FDivergence::ReverseKl,
+            f_alpha: 0.5,
             beta: 0.1,
             label_smoothing: 0.0,
             discopop_tau: 0.05,
@@ -275,7 +275,8 @@ mod tests {
         };
         let op = |loss| Dpo {
             losses: vec![(loss, 1.0)],
-            divergence: Divergence::ReverseKl,
+            divergence: FDivergence::ReverseKl,
+            f_alpha: 0.5,
             beta: 0.1,
             label_smoothing: 0.0,
             discopop_tau: 0.05,

@@ -1,7 +1,7 @@
 //! The preference losses in naive f64, from the definitions: what the kernels are checked against.
 //! Layer 4.
 
-use super::{BradleyTerry, Cpo, CpoLoss, Divergence, Dpo, DpoLoss, Orpo, Unpaired, UnpairedLoss};
+use super::{BradleyTerry, Cpo, CpoLoss, Dpo, DpoLoss, FDivergence, Orpo, Unpaired, UnpairedLoss};
 use crate::autograd::F64;
 
 fn sigmoid(x: f64) -> f64 {
@@ -16,14 +16,14 @@ fn smoothed(x: f64, e: f64) -> f64 {
     -(1.0 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
 }
 
-fn score(divergence: Divergence, u: f64) -> f64 {
-    match divergence {
-        Divergence::ReverseKl => u,
-        Divergence::ForwardKl => 1.0 - (-u).exp(),
-        Divergence::Js => 2f64.ln() + log_sigmoid(u),
-        Divergence::Alpha(a) if (f64::from(a) - 1.0).abs() < 1e-6 => u,
-        Divergence::Alpha(a) => {
-            (((f64::from(a) - 1.0) * u).min(80.0).exp() - 1.0) / (f64::from(a) - 1.0)
+fn score(op: &Dpo, u: f64) -> f64 {
+    match op.kernel_divergence() {
+        FDivergence::ReverseKl => u,
+        FDivergence::ForwardKl => 1.0 - (-u).exp(),
+        FDivergence::Js => 2f64.ln() + log_sigmoid(u),
+        FDivergence::Alpha => {
+            let a = f64::from(op.f_alpha);
+            (((a - 1.0) * u).min(80.0).exp() - 1.0) / (a - 1.0)
         }
     }
 }
@@ -39,7 +39,7 @@ pub fn dpo(op: &Dpo, x: &[F64], nll: Option<&F64>, aligned: Option<&F64>) -> Vec
     let (n, b, e) = (weight.len(), f64::from(op.beta), f64::from(op.label_smoothing));
     let wide = |i: usize| aligned.map_or(1.0, |a| (a.data[2 * i] + a.data[2 * i + 1]).exp());
     let u = |i: usize| logps[i] - reference[i];
-    let s = |i: usize| score(op.divergence, u(i));
+    let s = |i: usize| score(op, u(i));
     let average = |i: usize| s(i) / lens[i].max(1.0);
     let aot = |unpaired: bool| -> Vec<f64> {
         let (p, q) = match unpaired {
@@ -133,7 +133,7 @@ pub fn orpo(op: &Orpo, x: &[F64]) -> Vec<F64> {
 pub fn cpo(op: &Cpo, x: &[F64]) -> Vec<F64> {
     let (n, b, a) = (x[2].data.len(), f64::from(op.beta), f64::from(op.alpha));
     let r = |i: usize| {
-        let average = matches!(op.loss, CpoLoss::Ipo | CpoLoss::Simpo);
+        let average = op.loss.averages();
         let p = if average { x[0].data[i] / x[1].data[i] } else { x[0].data[i] };
         if a == 0.0 { p } else { (1.0 - p.exp().powf(-a)) / a }
     };
@@ -141,7 +141,7 @@ pub fn cpo(op: &Cpo, x: &[F64]) -> Vec<F64> {
         let d = r(2 * i) - r(2 * i + 1);
         match op.loss {
             CpoLoss::Sigmoid => smoothed(b * d, f64::from(op.label_smoothing)),
-            CpoLoss::Simpo => {
+            CpoLoss::Simpo | CpoLoss::Alphapo => {
                 smoothed(b * d - f64::from(op.simpo_gamma), f64::from(op.label_smoothing))
             }
             CpoLoss::Hinge => (1.0 - b * d).max(0.0),

@@ -5,6 +5,7 @@
 
 use super::{give_scaled, oracle, pair_count, pair_inputs, totals, with_grad};
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::config::value::words;
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -25,13 +26,27 @@ pub fn orpo(cx: &mut Cx, op: Orpo, x: [&Tensor; 4]) -> Result<[Tensor; 3]> {
     out.try_into().map_err(|_| Error::op("orpo", "gave no outputs"))
 }
 
-/// TRL's `loss_type`; the numbers are the kernel's. AlphaPO is SimPO with an alpha.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CpoLoss {
-    Sigmoid = 0,
-    Hinge = 1,
-    Ipo = 2,
-    Simpo = 3,
+words! {
+    /// TRL's `loss_type`, in the order of the kernel's numbers. AlphaPO is SimPO with an alpha.
+    pub enum CpoLoss {
+        Sigmoid = "sigmoid",
+        Hinge = "hinge",
+        Ipo = "ipo",
+        Simpo = "simpo",
+        Alphapo = "alphapo",
+    }
+}
+
+impl CpoLoss {
+    /// Whether it compares mean log-probs, not sums.
+    pub fn averages(self) -> bool {
+        matches!(self, CpoLoss::Ipo | CpoLoss::Simpo | CpoLoss::Alphapo)
+    }
+
+    fn kernel_number(self) -> i32 {
+        let loss = if self == CpoLoss::Alphapo { CpoLoss::Simpo } else { self };
+        loss as i32
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -142,7 +157,7 @@ impl Op for Cpo {
             lens,
             weight,
             n as i32,
-            self.loss as i32,
+            self.loss.kernel_number(),
             self.beta,
             self.label_smoothing,
             self.simpo_gamma,

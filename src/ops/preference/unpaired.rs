@@ -5,18 +5,20 @@
 
 use super::{give_scaled, oracle, totals, with_grad};
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::config::value::words;
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::{Id, Tensor};
 
-/// The numbers are the kernel's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UnpairedLoss {
-    Kto = 0,
-    ApoZeroUnpaired = 1,
-    Bco = 2,
+words! {
+    /// TRL's `loss_type` of KTO, and BCO, in the order of the kernel's numbers.
+    pub enum UnpairedLoss {
+        Kto = "kto",
+        ApoZeroUnpaired = "apo_zero_unpaired",
+        Bco = "bco",
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -16,262 +16,167 @@
 //! Layer 7. Invariant: a value is read at the row that predicts the token, from the same tokens as
 //! the policy's log-prob.
 
-use std::time::Instant;
+mod critic;
+mod generation;
 
-use serde_json::Value;
+use std::path::Path;
 
+use critic::Critic;
+use generation::PpoSample;
+
+use super::advantage::{AdaptiveKl, KlEstimator};
+use super::buffer::{RolloutBuffer, Schedule, Slot};
+use super::env::RolloutEnv;
+use super::metrics::sum;
+use super::options::OnlineConfig;
+use super::rollout::{Rollout, starts_tensor};
+use super::{OnlineMethod, OnlineObjective, StepRows};
 use crate::autograd::{Cx, Tape};
-use crate::config::{KlEstimatorChoice, PpoConfig, PpoKeys, TrainingConfig, ValueModel};
+use crate::config::value::words;
+use crate::config::{Report, TrainingConfig, section};
 use crate::data::order::permutation;
-use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::fsio;
-use crate::methods::online::advantage::{AdaptiveKl, KlEstimator, token_rewards};
-use crate::methods::online::env::{Rollout, Set, VALUE, World};
-use crate::methods::{Method, Metric, Recipe, Source, StepReport};
-use crate::model::batch::Batch;
-use crate::model::decoder::Decoder;
-use crate::model::layout::{ParamSpec, Role, Task};
-use crate::model::params::ParamSet;
-use crate::ops::add::to_float;
-use crate::ops::head::head_logps;
-use crate::ops::matmul::linear;
-use crate::ops::policy::{
-    Level, PolicyInputs, PolicyLoss, Term, gae, policy_loss, value_loss, whiten,
+use crate::methods::reference::floats;
+use crate::methods::registry::MethodEntry;
+use crate::methods::{
+    BuildMethod, BuiltMethod, MethodInputs, MethodRun, Metric, StateFiles, StepReport,
 };
-use crate::optim::{AdamWConfig, Optimizer, schedule};
-use crate::tensor::Tensor;
+use crate::model::decoder::Decoder;
+use crate::ops::head::head_logps;
+use crate::ops::policy::{
+    ImportanceLevel, PolicyInputs, PolicyLoss, Term, policy_loss, value_loss,
+};
+use crate::optim::schedule;
 
-impl Recipe for PpoConfig {
-    fn chat_template_path(&self) -> Option<&str> {
-        self.online.chat_template_path.as_deref()
-    }
+pub const METHOD: MethodEntry = MethodEntry::new(
+    "ppo",
+    "Proximal policy optimisation, with a value model",
+    "ppo",
+    MethodRun::<PpoConfig>::boxed,
+);
 
-    fn method(
-        &self,
-        training: &TrainingConfig,
-        source: &Source,
-    ) -> Result<(Box<dyn Method>, String)> {
-        let world = World::new(&self.online, training, source)?;
-        let said = format!(
-            "{} prompts, {} completions each",
-            world.train.len(),
-            self.online.num_generations
-        );
-        Ok((Box::new(Ppo::new(world, &self.own, training)?), said))
+words! {
+    /// Where PPO's values come from.
+    pub enum ValueModel {
+        /// A trunk of its own, which starts as the reward model's or the policy's.
+        Own = "own",
+        /// A score on the policy's last hidden state.
+        Shared = "shared",
     }
 }
 
-/// A completion with what PPO knows of its tokens.
-#[derive(Clone)]
-struct Sample {
-    rollout: Rollout,
-    values: Vec<f32>,
-    advantages: Vec<f32>,
-    returns: Vec<f32>,
+section! {
+    /// What TRL's `PPOConfig` was before PPO left the package.
+    pub struct PpoConfig = "ppo" {
+        /// Passes over a generation.
+        pub num_ppo_epochs: usize = 4,
+        /// Mini-batches that a pass is cut into, an optimizer step each.
+        pub num_mini_batches: usize = 1,
+        /// Weight of the KL divergence in the token rewards.
+        pub kl_coef: f64 = 0.05,
+        /// k1: log pi - log ref; k3: the unbiased one that is never negative.
+        pub kl_estimator: KlEstimator = KlEstimator::K1,
+        /// Ours (Ziegler et al.). Steer kl_coef so that a sequence's KL is this. none: kl_coef is
+        /// fixed.
+        pub target_kl: Option<f64> = None,
+        /// Ours. Episodes over which a steered kl_coef moves.
+        pub kl_horizon: f64 = 10000.0,
+        /// The policy's ratio is clipped to 1 +- this.
+        pub cliprange: f64 = 0.2,
+        /// Weight of the value loss.
+        pub vf_coef: f64 = 0.1,
+        /// Values may leave those of the generation by this before they are clipped.
+        pub cliprange_value: f64 = 0.2,
+        /// Discount of later rewards.
+        pub gamma: f64 = 1.0,
+        /// GAE's lambda.
+        pub lam: f64 = 0.95,
+        /// Divide token rewards by their standard deviation.
+        pub whiten_rewards: bool = false,
+        /// Taken off the score of a completion that did not end. none: nothing.
+        pub missing_eos_penalty: Option<f64> = None,
+        /// Ours. Scores are clipped to +- this. none: they are not.
+        pub reward_clip: Option<f64> = None,
+        /// Ours. Where values come from: a model of its own, or a score on the policy's trunk.
+        pub value_model: ValueModel = ValueModel::Own,
+        /// Ours. Learning rate of the value model. none: learning_rate.
+        pub value_learning_rate: Option<f64> = None,
+        ..pub online: OnlineConfig = default_online(),
+    }
 }
 
-/// What gives values: a model of its own, or a score on the policy's trunk; with its optimizer.
-struct Critic {
-    trunk: Option<Decoder>,
-    /// The score alone, where the trunk is the policy's.
-    score: Option<(ParamSet, Tensor)>,
-    optimizer: Optimizer,
+fn default_online() -> OnlineConfig {
+    let mut online =
+        OnlineConfig { num_generations: 1, max_completion_length: 53, ..OnlineConfig::default() };
+    online.sampling.temperature = 0.7;
+    online
+}
+
+impl PpoConfig {
+    fn rules(&self, report: &mut Report) {
+        report.at_least("num_ppo_epochs", self.num_ppo_epochs, 1);
+        report.at_least("num_mini_batches", self.num_mini_batches, 1);
+        for (key, value) in [("gamma", self.gamma), ("lam", self.lam)] {
+            report.must((0.0..=1.0).contains(&value), || format!("{key} = {value}: from 0 to 1"));
+        }
+        report.must(self.cliprange > 0.0, || "cliprange: must be above 0".into());
+    }
+}
+
+impl BuildMethod for PpoConfig {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 3e-6, ..Default::default() }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        let env = RolloutEnv::new(&self.online.env(), training, inputs)?;
+        let parts = self.num_mini_batches * training.gradient_accumulation_steps;
+        let (passes, group) = (self.num_ppo_epochs, self.online.num_generations);
+        let schedule = Schedule::new(training, parts, passes, group, env.prompts.train.len())?;
+        let summary = self.online.summary(&env);
+        let ppo = Ppo {
+            env,
+            schedule,
+            kl: AdaptiveKl {
+                coef: self.kl_coef,
+                target: self.target_kl.unwrap_or(0.0),
+                horizon: self.kl_horizon,
+            },
+            options: self.clone(),
+            training: training.clone(),
+            critic: None,
+            buffer: RolloutBuffer::default(),
+        };
+        Ok(BuiltMethod::new(OnlineMethod::new(ppo), summary))
+    }
 }
 
 pub struct Ppo {
-    world: World,
-    keys: PpoKeys,
+    env: RolloutEnv,
+    options: PpoConfig,
     training: TrainingConfig,
+    schedule: Schedule,
     critic: Option<Critic>,
     kl: AdaptiveKl,
-    number: u64,
-    generation: Option<u64>,
-    buffer: Vec<Sample>,
-    pending: Vec<Metric>,
+    buffer: RolloutBuffer<PpoSample>,
 }
 
-const STATE: &str = "ppo.bin";
+/// A micro-batch: its losses, before the value loss is weighted.
+struct PpoUpdate {
+    policy: f32,
+    value: f32,
+    tokens: usize,
+    metrics: Vec<Metric>,
+}
 
 impl Ppo {
-    pub fn new(world: World, keys: &PpoKeys, training: &TrainingConfig) -> Result<Ppo> {
-        let kl = AdaptiveKl {
-            coef: keys.kl_coef,
-            target: keys.target_kl.unwrap_or(0.0),
-            horizon: keys.kl_horizon,
-        };
-        let ppo = Ppo {
-            world,
-            keys: keys.clone(),
-            training: training.clone(),
-            critic: None,
-            kl,
-            number: 0,
-            generation: None,
-            buffer: Vec::new(),
-            pending: Vec::new(),
-        };
-        let (size, group) = (ppo.size(), ppo.world.keys.num_generations);
-        if !size.is_multiple_of(group) || ppo.world.train.len() < size / group {
-            let rows = ppo.world.train.len();
-            return Err(Error::Config(format!(
-                "a generation has {size} completions (per_device_train_batch_size x gradient_accumulation_steps x \
-                 num_mini_batches), {group} of each prompt, and the data has {rows} prompts: it must divide and fit"
-            )));
-        }
-        Ok(ppo)
+    fn critic(&self) -> Result<&Critic> {
+        self.critic
+            .as_ref()
+            .ok_or_else(|| Error::Run("the value model is missing; attach comes first".into()))
     }
 
-    /// Completions of an optimizer step, and of a generation.
-    fn step_rows(&self) -> usize {
-        self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
-    }
-
-    fn size(&self) -> usize {
-        self.step_rows() * self.keys.num_mini_batches
-    }
-
-    fn prompts(&self) -> usize {
-        self.size() / self.world.keys.num_generations
-    }
-
-    /// Optimizer steps that a generation serves.
-    fn served(&self) -> usize {
-        self.keys.num_ppo_epochs * self.keys.num_mini_batches
-    }
-
-    /// The four steps of the loop: the first three. The fourth is [`Ppo::update`].
-    fn fill(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<()> {
-        let prompts = self.world.prompts_of(g, self.prompts());
-        let n = self.world.keys.num_generations;
-        let rollouts = self.world.generate(cx, model, Set::Train, &prompts, n, g, false)?;
-        let scores = self.world.score(cx, Set::Train, &rollouts)?;
-        self.pending = self.world.metrics(&rollouts, &scores);
-        let totals: Vec<f64> = scores.total().into_iter().map(|s| s.unwrap_or(0.0)).collect();
-        self.world.record(&rollouts, &scores, &totals);
-        let begin = Instant::now();
-        self.buffer = self.advantages(cx, model, rollouts, &totals)?;
-        self.generation = Some(g);
-        self.world.seconds.train += begin.elapsed().as_secs_f64();
-        Ok(())
-    }
-
-    fn advantages(
-        &mut self,
-        cx: &mut Cx,
-        model: &Decoder,
-        rollouts: Vec<Rollout>,
-        totals: &[f64],
-    ) -> Result<Vec<Sample>> {
-        let rows = self.training.per_device_train_batch_size;
-        let reference = match self.world.reference.model() {
-            Some(reference) => self.world.logps(cx, reference, &rollouts, rows)?,
-            None => rollouts.iter().map(|r| r.logps.clone()).collect(),
-        };
-        let mut values = Vec::with_capacity(rollouts.len());
-        for some in rollouts.chunks(rows) {
-            let samples: Vec<(usize, &[u32])> =
-                some.iter().map(|r| (r.prompt, r.ids.as_slice())).collect();
-            let batch = self.world.batch(cx, model, &samples)?;
-            let all = self.values(cx, model, &batch, None)?.to_f32()?;
-            let mut rest = all.as_slice();
-            for r in some {
-                let (own, tail) = rest.split_at(r.ids.len());
-                values.push(own.to_vec());
-                rest = tail;
-            }
-        }
-        let estimator = match self.keys.kl_estimator {
-            KlEstimatorChoice::K1 => KlEstimator::K1,
-            KlEstimatorChoice::K3 => KlEstimator::K3,
-        };
-        let (mut rewards, mut kls, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-        for ((r, q), total) in rollouts.iter().zip(&reference).zip(totals) {
-            let mut score = *total;
-            if let (false, Some(penalty)) = (r.finished, self.keys.missing_eos_penalty) {
-                score -= penalty;
-            }
-            if let Some(bound) = self.keys.reward_clip {
-                score = score.clamp(-bound, bound);
-            }
-            let (reward, kl) = token_rewards(&r.logps, q, score, self.kl.coef, estimator);
-            rewards.extend(reward);
-            kls.push(kl.iter().map(|k| f64::from(*k)).sum::<f64>());
-            kept.push(score);
-        }
-        let lengths: Vec<usize> = rollouts.iter().map(|r| r.ids.len()).collect();
-        let tokens: usize = lengths.iter().sum();
-        let starts = cx.ints("sequence starts", &starts(&lengths))?;
-        let ones = floats(cx, &vec![1.0; tokens])?;
-        let mut reward = floats(cx, &rewards)?;
-        if self.keys.whiten_rewards {
-            // TRL keeps the mean of the rewards.
-            reward = whiten(cx, &reward, &ones, false)?;
-        }
-        let value = floats(cx, &values.concat())?;
-        let (advantage, returns) =
-            gae(cx, &reward, &value, &starts, self.keys.gamma as f32, self.keys.lam as f32)?;
-        let advantage = whiten(cx, &advantage, &ones, true)?.to_f32()?;
-        let returns = returns.to_f32()?;
-        let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len().max(1) as f64;
-        let entropy =
-            rollouts.iter().flat_map(|r| &r.entropies).map(|e| f64::from(*e)).sum::<f64>();
-        let non_score = -self.kl.coef * mean(&kls);
-        self.pending.extend([
-            ("objective/kl".into(), mean(&kls)),
-            ("objective/entropy".into(), entropy / rollouts.len().max(1) as f64),
-            ("objective/non_score_reward".into(), non_score),
-            ("objective/scores".into(), mean(&kept)),
-            ("objective/rlhf_reward".into(), mean(&kept) + non_score),
-            ("kl_coef".into(), self.kl.coef),
-            ("val/num_eos_tokens".into(), rollouts.iter().filter(|r| r.finished).count() as f64),
-        ]);
-        if self.keys.target_kl.is_some() {
-            self.kl.update(mean(&kls), rollouts.len());
-        }
-        let mut at = 0;
-        let mut samples = Vec::with_capacity(rollouts.len());
-        for (rollout, values) in rollouts.into_iter().zip(values) {
-            let own = at..at + values.len();
-            at = own.end;
-            let (advantages, returns) = (advantage[own.clone()].to_vec(), returns[own].to_vec());
-            samples.push(Sample { rollout, values, advantages, returns });
-        }
-        Ok(samples)
-    }
-
-    /// Values of the batch's targets, F32 [n]. `hidden`: the policy's, for a shared trunk that has
-    /// been run already.
-    fn values(
-        &self,
-        cx: &mut Cx,
-        model: &Decoder,
-        batch: &Batch,
-        hidden: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let Some(critic) = &self.critic else {
-            return Err(Error::Run("the value model was not made; attach comes first".into()));
-        };
-        let scores = match (&critic.trunk, &critic.score, hidden) {
-            (Some(trunk), _, _) => {
-                let hidden = trunk.target_hidden(cx, batch)?;
-                trunk.scores(cx, &hidden)?
-            }
-            (None, Some((_, score)), Some(hidden)) => linear(cx, hidden, score, None)?,
-            (None, Some((_, score)), None) => {
-                let hidden = model.target_hidden(cx, batch)?;
-                linear(cx, &hidden, score, None)?
-            }
-            (None, None, _) => {
-                return Err(Error::Run("a critic has neither trunk nor score".into()));
-            }
-        };
-        let n = scores.numel();
-        to_float(cx, &scores)?.reshape(&[n])
-    }
-
-    /// The fourth step: one micro-batch of an optimizer step over `total` tokens. Returns the
-    /// losses and figures.
+    /// The fourth step: one micro-batch of an optimizer step over `total` tokens.
     fn update(
         &self,
         cx: &mut Cx,
@@ -279,35 +184,29 @@ impl Ppo {
         rows: &[usize],
         total: usize,
         train: bool,
-    ) -> Result<(f32, f32, Vec<Metric>, usize)> {
-        let mut samples: Vec<&Sample> = rows.iter().map(|r| &self.buffer[*r]).collect();
+    ) -> Result<PpoUpdate> {
+        let mut samples: Vec<&PpoSample> = rows.iter().map(|r| &self.buffer.samples[*r]).collect();
         samples.sort_by_key(|s| s.rollout.prompt);
-        let pairs: Vec<(usize, &[u32])> =
-            samples.iter().map(|s| (s.rollout.prompt, s.rollout.ids.as_slice())).collect();
-        let lengths: Vec<usize> = pairs.iter().map(|p| p.1.len()).collect();
-        let tokens: usize = lengths.iter().sum();
-        let batch = self.world.batch(cx, model, &pairs)?;
-        let all = |f: fn(&Sample) -> &[f32]| {
-            samples.iter().flat_map(|s| f(s).iter().copied()).collect::<Vec<f32>>()
+        let rollouts: Vec<&Rollout> = samples.iter().map(|s| &s.rollout).collect();
+        let batch = self.env.batch(cx, model, &rollouts)?;
+        let all = |f: fn(&PpoSample) -> &[f32]| {
+            floats(cx, &samples.iter().flat_map(|s| f(s).iter().copied()).collect::<Vec<f32>>())
         };
-        let old = floats(cx, &all(|s| &s.rollout.logps))?;
-        let advantage = floats(cx, &all(|s| &s.advantages))?;
-        let (old_value, returns) =
-            (floats(cx, &all(|s| &s.values))?, floats(cx, &all(|s| &s.returns))?);
-        let weight = floats(cx, &vec![1.0 / total as f32; tokens])?;
-        let starts = cx.ints("sequence starts", &starts(&lengths))?;
-        let one = floats(cx, &[1.0])?;
-        let vf = floats(cx, &[self.keys.vf_coef as f32])?;
-        let clip = self.keys.cliprange as f32;
+        let (old, advantage) = (all(|s| &s.rollout.logps)?, all(|s| &s.advantages)?);
+        let (old_value, returns) = (all(|s| &s.values)?, all(|s| &s.returns)?);
+        let weight = floats(cx, &vec![1.0 / total as f32; old.numel()])?;
+        let starts = starts_tensor(cx, rollouts.iter().map(|r| r.ids.len()))?;
+        let (one, vf) = (floats(cx, &[1.0])?, floats(cx, &[self.options.vf_coef as f32])?);
+        let clip = self.options.cliprange as f32;
         let config = PolicyLoss {
             term: Term::Clip { epsilon: clip, epsilon_high: clip, delta: f32::INFINITY },
-            level: Level::Token,
+            level: ImportanceLevel::Token,
             beta: 0.0,
             bias_correction_kl: false,
         };
         cx.tape = train.then(Tape::default);
         let hidden = model.target_hidden(cx, &batch)?;
-        let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.world.scale())?;
+        let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.env.scale())?;
         let inputs = PolicyInputs {
             logp: &out.logp,
             old_logp: Some(&old),
@@ -319,338 +218,150 @@ impl Ppo {
             starts: &starts,
         };
         let policy = policy_loss(cx, &config, &inputs)?;
-        let shared = self.critic.as_ref().is_some_and(|c| c.trunk.is_none());
-        let clip_value = self.keys.cliprange_value as f32;
+        let critic = self.critic()?;
+        let mut seeds = vec![(policy.loss.clone(), one)];
         // A shared trunk gets both gradients in one walk; a model of its own has a tape of its own.
-        let value = if shared {
-            let values = self.values(cx, model, &batch, Some(&hidden))?;
-            let value = value_loss(cx, &values, &old_value, &returns, &weight, clip_value)?;
-            if train {
-                cx.backward(vec![(policy.loss.clone(), one), (value.0.clone(), vf)])?;
-            }
-            value
-        } else {
-            if train {
-                cx.backward(vec![(policy.loss.clone(), one)])?;
-                cx.tape = Some(Tape::default());
-            }
-            let values = self.values(cx, model, &batch, None)?;
-            let value = value_loss(cx, &values, &old_value, &returns, &weight, clip_value)?;
-            if train {
-                cx.backward(vec![(value.0.clone(), vf)])?;
-            }
-            value
-        };
-        let (policy_value, value_value) = (policy.loss.to_f32()?[0], value.0.to_f32()?[0]);
-        let n = tokens.max(1) as f64;
-        let mean = |v: &[f32]| v.iter().map(|x| f64::from(*x)).sum::<f64>() / n;
+        if !critic.is_shared() && train {
+            cx.backward(std::mem::take(&mut seeds))?;
+            cx.tape = Some(Tape::default());
+        }
+        let values = critic.values(cx, model, &batch, Some(&hidden))?;
+        let clip = self.options.cliprange_value as f32;
+        let (value, value_clip) = value_loss(cx, &values, &old_value, &returns, &weight, clip)?;
+        if train {
+            seeds.push((value.clone(), vf));
+            cx.backward(seeds)?;
+        }
         let ratio = policy.ratio.to_f32()?;
+        let n = ratio.len().max(1) as f64;
+        let mean = |v: &[f32]| sum(v) / n;
         let clipped = policy.clip.to_f32()?.iter().filter(|c| **c != 0.0).count() as f64 / n;
         let average = mean(&ratio);
-        let spread = ratio.iter().map(|r| (f64::from(*r) - average).powi(2)).sum::<f64>()
-            / (n - 1.0).max(1.0);
+        let squares = ratio.iter().map(|r| (f64::from(*r) - average).powi(2)).sum::<f64>();
         let approx = ratio.iter().map(|r| 0.5 * f64::from(*r).ln().powi(2)).sum::<f64>() / n;
         let metrics: Vec<Metric> = vec![
             ("policy/clipfrac_avg".into(), clipped),
             ("policy/approxkl_avg".into(), approx),
             ("policy/entropy_avg".into(), mean(&out.entropy.to_f32()?)),
-            ("val/clipfrac_avg".into(), mean(&value.1.to_f32()?)),
+            ("val/clipfrac_avg".into(), mean(&value_clip.to_f32()?)),
             ("val/ratio".into(), average),
-            ("val/ratio_var".into(), spread),
+            ("val/ratio_var".into(), squares / (n - 1.0).max(1.0)),
         ];
-        Ok((policy_value, value_value, metrics, batch.rows))
+        let (policy, value) = (policy.loss.to_f32()?[0], value.to_f32()?[0]);
+        Ok(PpoUpdate { policy, value, tokens: batch.rows, metrics })
     }
 
-    /// The generation, the pass and the rows of virtual micro-batch `k` of this step's epoch.
-    fn place(&self, k: usize) -> (u64, Vec<usize>, Vec<usize>) {
-        let each = self.world.generations_an_epoch(self.prompts());
-        let (accumulation, rows) =
-            (self.training.gradient_accumulation_steps, self.training.per_device_train_batch_size);
-        let served = self.served() * accumulation;
-        let epoch = self.number / (each * self.served()) as u64;
-        let g = epoch * each as u64 + (k / served) as u64;
-        let within = k % served;
-        let (pass, micro) = (
-            within / (self.keys.num_mini_batches * accumulation),
-            within % (self.keys.num_mini_batches * accumulation),
-        );
-        let stream =
-            (g as u32).wrapping_mul(self.keys.num_ppo_epochs as u32).wrapping_add(pass as u32);
-        let order = permutation(self.size(), self.training.seed ^ 0x70_70_6f, stream);
-        let step = micro / accumulation * accumulation * rows;
-        let own = order[micro * rows..(micro + 1) * rows].to_vec();
-        (g, own, order[step..step + accumulation * rows].to_vec())
+    /// The samples of a micro-batch: each pass over a generation has an order of its own.
+    fn rows(&self, slot: &Slot) -> Vec<usize> {
+        let size = self.schedule.batch;
+        self.order(slot)[slot.micro * size..(slot.micro + 1) * size].to_vec()
     }
 
-    fn tokens(&self, rows: &[usize]) -> usize {
-        rows.iter().map(|r| self.buffer[*r].rollout.ids.len()).sum()
+    /// The tokens of the optimizer step that a micro-batch is in.
+    fn step_tokens(&self, slot: &Slot) -> usize {
+        let size = self.schedule.batch * self.schedule.accumulation;
+        let step = slot.micro / self.schedule.accumulation * size;
+        let rows = self.order(slot)[step..step + size].to_vec();
+        rows.iter().map(|r| self.buffer.samples[*r].rollout.ids.len()).sum()
     }
 
-    fn learning_rate(&self) -> f64 {
-        let each = self.world.generations_an_epoch(self.prompts()) * self.served();
+    fn order(&self, slot: &Slot) -> Vec<usize> {
+        let passes = self.options.num_ppo_epochs as u32;
+        let stream = (slot.generation as u32).wrapping_mul(passes).wrapping_add(slot.pass as u32);
+        permutation(self.schedule.size(), self.training.seed ^ 0x70_70_6f, stream)
+    }
+
+    /// The value model's learning rate at a step.
+    fn learning_rate(&self, step: u64) -> f64 {
+        let each = self.schedule.epoch() / self.schedule.accumulation;
         let total = self.training.total_steps(each as u64);
         let warmup = self.training.warmup_steps.of(total);
-        let peak = self.keys.value_learning_rate.unwrap_or(self.training.learning_rate);
-        peak * schedule::factor(self.training.lr_scheduler_type, self.number, warmup, total)
+        let peak = self.options.value_learning_rate.unwrap_or(self.training.learning_rate);
+        peak * schedule::factor(self.training.lr_scheduler_type, step, warmup, total)
     }
 }
 
-impl Critic {
-    fn params(&self) -> Result<&ParamSet> {
-        match (&self.trunk, &self.score) {
-            (Some(trunk), _) => Ok(&trunk.params),
-            (None, Some((params, _))) => Ok(params),
-            (None, None) => Err(Error::Run("a critic has neither trunk nor score".into())),
-        }
+impl OnlineObjective for Ppo {
+    fn env(&self) -> &RolloutEnv {
+        &self.env
     }
 
-    /// From the reward model where there is one, else from the policy's base with a score of zero.
-    fn new(
-        cx: &mut Cx,
-        model: &Decoder,
-        world: &World,
-        keys: &PpoKeys,
-        training: &TrainingConfig,
-    ) -> Result<Critic> {
-        let config = AdamWConfig::of(training);
-        if keys.value_model == ValueModel::Shared {
-            let hidden = model.config.hidden_size;
-            let spec = ParamSpec {
-                name: "score.weight".into(),
-                shape: vec![1, hidden],
-                role: Role::Score,
-                layer: None,
-            };
-            let params = ParamSet::new(cx, VALUE, vec![spec])?;
-            let score = params.required(None, Role::Score)?;
-            let optimizer = Optimizer::new(cx, &params, config)?;
-            return Ok(Critic { trunk: None, score: Some((params, score)), optimizer });
-        }
-        let from = world.reward_model.as_ref().map_or(model, |r| r.decoder());
-        let mut shape = from.config.clone();
-        if shape.vocab_size != model.config.vocab_size {
-            let (theirs, ours) = (shape.vocab_size, model.config.vocab_size);
-            return Err(Error::Config(format!(
-                "the reward model has a vocabulary of {theirs}, the policy of {ours}: a value model cannot start from it; \
-                 set value_model=shared"
-            )));
-        }
-        shape.task = Task::SequenceClassification { labels: 1 };
-        let trunk = Decoder::new(cx, VALUE, shape, world.longest())?;
-        for (i, (spec, _)) in trunk.params.specs.iter().enumerate() {
-            if let Some(at) = from.params.specs.iter().position(|(s, _)| s.name == spec.name) {
-                trunk.params.store(i, &from.params.weight_view(at)?.to_f32()?)?;
-            }
-        }
-        let optimizer = Optimizer::new(cx, &trunk.params, config)?;
-        Ok(Critic { trunk: Some(trunk), score: None, optimizer })
-    }
-}
-
-impl Method for Ppo {
-    fn rows(&self) -> usize {
-        self.world.train.len()
+    fn env_mut(&mut self) -> &mut RolloutEnv {
+        &mut self.env
     }
 
-    fn eval_rows(&self) -> usize {
-        self.world.eval.len()
-    }
-
-    fn longest(&self) -> usize {
-        self.world.longest()
+    fn wants_reference(&self) -> bool {
+        self.options.kl_coef != 0.0
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
-        self.world.attach(cx, model, self.keys.kl_coef != 0.0)?;
-        self.critic = Some(Critic::new(cx, model, &self.world, &self.keys, &self.training)?);
+        let start = self.env.scorer.reward_model.as_ref().map_or(model, |r| r.decoder());
+        let (kind, longest) = (self.options.value_model, self.env.longest());
+        self.critic = Some(Critic::new(cx, model, start, kind, longest, &self.training)?);
         Ok(())
     }
 
     fn micro_batches(&self) -> Option<usize> {
-        let steps = self.world.generations_an_epoch(self.prompts()) * self.served();
-        Some(steps * self.training.gradient_accumulation_steps)
+        Some(self.schedule.epoch())
     }
 
-    fn begin(&mut self, number: u64) -> Result<()> {
-        self.number = number;
-        Ok(())
-    }
-
-    fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
-        let mut report = StepReport { loss: 0.0, tokens: 0, metrics: Vec::new() };
-        if let Some(critic) = &self.critic {
-            cx.param_grads[critic.params()?.set as usize].reset();
-        }
+    fn step(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<StepReport> {
+        self.critic()?.reset(cx);
+        let mut report = StepReport::default();
         let (mut policy, mut value) = (0f32, 0f32);
-        for k in micro.iter().flat_map(|m| m.iter()) {
-            let (g, rows, step) = self.place(*k);
-            if self.generation != Some(g) {
-                if !k.is_multiple_of(self.served() * self.training.gradient_accumulation_steps) {
-                    let message = format!(
-                        "the completions of generation {g} are not there; resume from an earlier checkpoint"
-                    );
-                    return Err(Error::Run(message));
-                }
-                self.fill(cx, model, g)?;
-                report.metrics.append(&mut self.pending);
+        for k in at.micro.iter().copied().flatten() {
+            let slot = self.schedule.slot(at.step, *k);
+            if self.buffer.is_due(&slot)? {
+                self.fill(cx, model, slot.generation)?;
+                report.metrics.append(&mut self.buffer.pending);
             }
-            let begin = Instant::now();
-            let total = self.tokens(&step);
-            let (p, v, metrics, tokens) = self.update(cx, model, &rows, total, true)?;
-            self.world.seconds.train += begin.elapsed().as_secs_f64();
-            (policy, value) = (policy + p, value + v);
-            report.tokens += tokens;
-            report.metrics.extend(metrics);
+            let total = self.step_tokens(&slot);
+            let update = self.update(cx, model, &self.rows(&slot), total, true)?;
+            (policy, value) = (policy + update.policy, value + update.value);
+            report.tokens += update.tokens;
+            report.metrics.extend(update.metrics);
         }
         report.metrics.push(("loss/policy_avg".into(), f64::from(policy)));
         report.metrics.push(("loss/value_avg".into(), f64::from(value)));
-        report.loss = policy + self.keys.vf_coef as f32 * value;
-        let rate = self.learning_rate();
-        if let Some(critic) = &self.critic {
-            let norm = critic.optimizer.measure(cx, critic.params()?, rate, self.number + 1)?;
-            report.metrics.push(("val/grad_norm".into(), f64::from(norm)));
-            if !norm.is_finite() {
-                report.loss = f32::NAN;
-            }
-        }
-        report.metrics.extend(self.world.take_seconds());
+        let rate = self.learning_rate(at.step);
+        let norm = self.critic()?.measure(cx, rate, at.step + 1)?;
+        report.metrics.push(("val/grad_norm".into(), f64::from(norm)));
+        let loss = policy + self.options.vf_coef as f32 * value;
+        report.loss = if norm.is_finite() { loss } else { f32::NAN };
         Ok(report)
     }
 
-    fn stepped(&mut self, cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {
-        if let Some(critic) = &self.critic {
-            critic.optimizer.apply(cx, critic.params()?)?;
-        }
-        self.world.reference.stepped(model, done)
+    fn stepped(&mut self, cx: &mut Cx) -> Result<()> {
+        self.critic()?.apply(cx)
     }
 
-    fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, _batch: usize) -> Result<Vec<Metric>> {
-        self.world.evaluate(cx, model)
+    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, step: u64, row: usize) -> Result<f32> {
+        let rows = self.rows(&self.schedule.slot(step, row));
+        let total = rows.iter().map(|r| self.buffer.samples[*r].rollout.ids.len()).sum();
+        let update = self.update(cx, model, &rows, total, false)?;
+        Ok(update.policy + update.value)
     }
 
-    fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
-        let (_, rows, _) = self.place(row);
-        let total = self.tokens(&rows);
-        let (policy, value, _, _) = self.update(cx, model, &rows, total, false)?;
-        Ok(policy + value)
-    }
-
-    fn row_source(&self, row: usize) -> String {
-        let (_, rows, _) = self.place(row);
-        let source = |r: &usize| self.world.train[self.buffer[*r].rollout.prompt].source.clone();
+    fn row_source(&self, step: u64, row: usize) -> String {
+        let rows = self.rows(&self.schedule.slot(step, row));
+        let prompt = |r: &usize| self.buffer.samples[*r].rollout.prompt;
+        let source = |r: &usize| self.env.prompts.train[prompt(r)].source.clone();
         rows.iter().map(source).collect::<Vec<_>>().join(" + ")
     }
 
-    fn take_completions(&mut self) -> Vec<Value> {
-        std::mem::take(&mut self.world.log)
+    fn state(&self) -> Result<StateFiles> {
+        self.buffer.state(|out| {
+            out.word(self.kl.coef.to_bits());
+            self.critic()?.write(out)
+        })
     }
 
-    fn state(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let mut files = self.world.reference.state()?;
-        let mut out = Writer::default();
-        out.word(self.generation.unwrap_or(u64::MAX));
-        out.word(self.kl.coef.to_bits());
-        out.word(self.buffer.len() as u64);
-        for s in &self.buffer {
-            out.word(s.rollout.prompt as u64);
-            out.word(u64::from(s.rollout.finished));
-            out.bytes(s.rollout.text.as_bytes());
-            out.bytes(bytemuck::cast_slice(&s.rollout.ids));
-            for v in [&s.rollout.logps, &s.rollout.entropies, &s.values, &s.advantages, &s.returns]
-            {
-                out.bytes(bytemuck::cast_slice(v));
-            }
-        }
-        if let Some(critic) = &self.critic {
-            for values in critic.optimizer.dump(critic.params()?)? {
-                out.bytes(&values);
-            }
-        }
-        files.push((STATE.into(), out.0));
-        Ok(files)
-    }
-
-    fn restore(&mut self, _cx: &mut Cx, dir: &std::path::Path) -> Result<()> {
-        self.world.reference.restore(dir)?;
-        let path = dir.join(STATE);
-        let data = fsio::read(&path)?;
-        let mut from = Reader { rest: &data };
-        let cut = || Error::checkpoint(&path, "is cut short");
-        let generation = from.word().ok_or_else(cut)?;
-        self.generation = (generation != u64::MAX).then_some(generation);
-        self.kl.coef = f64::from_bits(from.word().ok_or_else(cut)?);
-        let n = from.word().ok_or_else(cut)?;
-        self.buffer.clear();
-        for _ in 0..n {
-            let sample = (|| {
-                let (prompt, finished) = (from.word()? as usize, from.word()? == 1);
-                let text = String::from_utf8_lossy(from.bytes()?).into_owned();
-                let ids = from.values::<u32>()?;
-                let (logps, entropies) = (from.values::<f32>()?, from.values::<f32>()?);
-                let rollout = Rollout { prompt, ids, logps, entropies, finished, text };
-                let (values, advantages, returns) =
-                    (from.values()?, from.values()?, from.values()?);
-                Some(Sample { rollout, values, advantages, returns })
-            })();
-            self.buffer.push(sample.ok_or_else(cut)?);
-        }
-        if let Some(critic) = &self.critic {
-            let mut next = || from.bytes().ok_or_else(cut);
-            critic.optimizer.restore(critic.params()?, &mut next)?;
-        }
-        Ok(())
-    }
-}
-
-fn floats(cx: &Cx, values: &[f32]) -> Result<Tensor> {
-    Tensor::from_host(&cx.pool, "ppo inputs", DType::F32, &[values.len()], values)
-}
-
-/// Where sequences start, and where the last ends.
-fn starts(lengths: &[usize]) -> Vec<i32> {
-    let mut out = vec![0];
-    out.extend(lengths.iter().scan(0, |at, l| {
-        *at += *l as i32;
-        Some(*at)
-    }));
-    out
-}
-
-/// Little-endian words, and byte strings with their length before them.
-#[derive(Default)]
-struct Writer(Vec<u8>);
-
-impl Writer {
-    fn word(&mut self, v: u64) {
-        self.0.extend_from_slice(&v.to_le_bytes());
-    }
-
-    fn bytes(&mut self, b: &[u8]) {
-        self.word(b.len() as u64);
-        self.0.extend_from_slice(b);
-    }
-}
-
-struct Reader<'a> {
-    rest: &'a [u8],
-}
-
-impl<'a> Reader<'a> {
-    fn word(&mut self) -> Option<u64> {
-        let (head, tail) = self.rest.split_first_chunk::<8>()?;
-        self.rest = tail;
-        Some(u64::from_le_bytes(*head))
-    }
-
-    fn bytes(&mut self) -> Option<&'a [u8]> {
-        let n = self.word()? as usize;
-        let (head, tail) = self.rest.split_at_checked(n)?;
-        self.rest = tail;
-        Some(head)
-    }
-
-    fn values<T: bytemuck::Pod>(&mut self) -> Option<Vec<T>> {
-        let bytes = self.bytes()?;
-        bytes.len().is_multiple_of(size_of::<T>()).then(|| bytemuck::pod_collect_to_vec(bytes))
+    fn restore(&mut self, dir: &Path) -> Result<()> {
+        let (kl, critic) = (&mut self.kl, &self.critic);
+        self.buffer.restore(dir, |from| {
+            let Some(coef) = from.word() else { return Ok(None) };
+            kl.coef = f64::from_bits(coef);
+            critic.as_ref().map_or(Ok(Some(())), |c| c.read(from))
+        })
     }
 }

@@ -1,0 +1,209 @@
+//! The tokenised rows of a run: training and evaluation, with where they come from. Layer 7.
+//!
+//! Invariant: `sources[i]` names the file and line of training row i.
+
+use std::fmt::Display;
+
+use crate::config::{LengthOptions, TruncationOptions};
+use crate::data::preference::{Labelled, PairExample, PreferenceOptions, Sequence, StepExample};
+use crate::data::rows::Row;
+use crate::data::sft::{SftExample, SftOptions};
+use crate::error::Result;
+use crate::methods::{MASKS, MaskedIds, MethodInputs};
+
+/// Which rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    Train,
+    Eval,
+}
+
+/// A tokenised row.
+pub trait Example {
+    /// Index of the row that it comes from.
+    fn row(&self) -> usize;
+
+    /// Its sequences: ids, and which of them are loss targets.
+    fn sequences(&self) -> Vec<(&[u32], &[bool])>;
+}
+
+/// What the loop over rows and the memory plan ask about them.
+pub trait RowSet {
+    fn count(&self, split: Split) -> usize;
+    /// Tokens of the longest sequence of either split.
+    fn longest(&self) -> usize;
+    /// Tokens of the widest micro-batch of `rows` rows, as one sequence of each.
+    fn widest(&self, rows: usize) -> usize {
+        rows * self.longest()
+    }
+    /// `file:line` of a training row.
+    fn source(&self, row: usize) -> String;
+    /// The first training sequences.
+    fn masks(&self) -> Vec<MaskedIds>;
+}
+
+#[derive(Default)]
+pub struct Rows<E> {
+    pub train: Vec<E>,
+    pub eval: Vec<E>,
+    sources: Vec<String>,
+}
+
+impl<E: Example> Rows<E> {
+    /// Tokenises both splits. Returns what to print about the training rows, too.
+    pub fn tokenise<S: Display>(
+        inputs: &MethodInputs,
+        encode: impl Fn(Split, &[Row]) -> Result<(Vec<E>, S)>,
+    ) -> Result<(Rows<E>, String)> {
+        let (train, stats) = encode(Split::Train, inputs.train)?;
+        let eval = match inputs.eval {
+            [] => Vec::new(),
+            rows => encode(Split::Eval, rows)?.0,
+        };
+        let sources = train.iter().map(|e| inputs.train[e.row()].place()).collect();
+        Ok((Rows { train, eval, sources }, stats.to_string()))
+    }
+
+    pub fn of(&self, split: Split) -> &[E] {
+        match split {
+            Split::Train => &self.train,
+            Split::Eval => &self.eval,
+        }
+    }
+
+    pub fn pick(&self, split: Split, rows: &[usize]) -> Vec<&E> {
+        rows.iter().map(|r| &self.of(split)[*r]).collect()
+    }
+
+    /// Every row of both splits, training rows first.
+    pub fn all(&self) -> impl Iterator<Item = &E> {
+        self.train.iter().chain(&self.eval)
+    }
+
+    /// Where a row of `split` is in [`Rows::all`].
+    pub fn index(&self, split: Split, row: usize) -> usize {
+        if split == Split::Train { row } else { self.train.len() + row }
+    }
+}
+
+impl<E: Example> RowSet for Rows<E> {
+    fn count(&self, split: Split) -> usize {
+        self.of(split).len()
+    }
+
+    fn longest(&self) -> usize {
+        self.all().flat_map(E::sequences).map(|s| s.0.len()).max().unwrap_or(1)
+    }
+
+    fn source(&self, row: usize) -> String {
+        self.sources[row].clone()
+    }
+
+    fn masks(&self) -> Vec<MaskedIds> {
+        let sequences = self.train.iter().flat_map(E::sequences);
+        sequences.take(MASKS).map(|(ids, mask)| (ids.to_vec(), mask.to_vec())).collect()
+    }
+}
+
+fn view(s: &Sequence) -> (&[u32], &[bool]) {
+    (&s.input_ids, &s.target_mask)
+}
+
+impl Example for PairExample {
+    fn row(&self) -> usize {
+        self.row
+    }
+
+    fn sequences(&self) -> Vec<(&[u32], &[bool])> {
+        vec![view(&self.chosen), view(&self.rejected)]
+    }
+}
+
+impl Example for SftExample {
+    fn row(&self) -> usize {
+        self.row
+    }
+
+    fn sequences(&self) -> Vec<(&[u32], &[bool])> {
+        vec![(&self.input_ids, &self.target_mask)]
+    }
+}
+
+/// A completion with its label and, for KTO's baseline, the same prompt with another row's
+/// completion.
+pub struct LabelledPair {
+    pub own: Sequence,
+    pub crossed: Option<Sequence>,
+    pub label: bool,
+    row: usize,
+}
+
+impl LabelledPair {
+    pub fn new(e: &Labelled, max_length: Option<usize>, crossed: Option<Sequence>) -> LabelledPair {
+        LabelledPair { own: e.sequence(max_length), crossed, label: e.label, row: e.row }
+    }
+}
+
+impl Example for LabelledPair {
+    fn row(&self) -> usize {
+        self.row
+    }
+
+    fn sequences(&self) -> Vec<(&[u32], &[bool])> {
+        std::iter::once(&self.own).chain(&self.crossed).map(view).collect()
+    }
+}
+
+/// Steps with labels. The mask marks the labelled tokens.
+pub struct LabelledSteps {
+    pub example: StepExample,
+    mask: Vec<bool>,
+}
+
+impl LabelledSteps {
+    pub fn new(example: StepExample) -> LabelledSteps {
+        let labelled = |i| example.labels.iter().any(|(at, _)| *at == i);
+        let mask = (0..example.input_ids.len()).map(labelled).collect();
+        LabelledSteps { example, mask }
+    }
+}
+
+impl Example for LabelledSteps {
+    fn row(&self) -> usize {
+        self.example.row
+    }
+
+    fn sequences(&self) -> Vec<(&[u32], &[bool])> {
+        vec![(&self.example.input_ids, &self.mask)]
+    }
+}
+
+/// Loss targets of a sequence: the first token has nothing before it and is none.
+pub fn targets(mask: &[bool]) -> usize {
+    mask.iter().skip(1).filter(|t| **t).count()
+}
+
+impl From<&LengthOptions> for PreferenceOptions {
+    fn from(o: &LengthOptions) -> PreferenceOptions {
+        let (max_length, on_truncation) = (o.max_length, o.on_truncation);
+        PreferenceOptions { max_length, on_truncation, ..PreferenceOptions::default() }
+    }
+}
+
+impl From<&TruncationOptions> for PreferenceOptions {
+    fn from(o: &TruncationOptions) -> PreferenceOptions {
+        PreferenceOptions { truncation_mode: o.truncation_mode, ..(&o.length).into() }
+    }
+}
+
+impl From<&TruncationOptions> for SftOptions {
+    fn from(o: &TruncationOptions) -> SftOptions {
+        let TruncationOptions { truncation_mode, length } = o;
+        SftOptions {
+            max_length: length.max_length,
+            truncation_mode: *truncation_mode,
+            on_truncation: length.on_truncation,
+            ..SftOptions::default()
+        }
+    }
+}

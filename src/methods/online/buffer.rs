@@ -1,0 +1,172 @@
+//! The completions of a generation, and which optimizer step trains on which of them. Layer 7.
+//!
+//! Invariant: which completions a micro-batch has is a function of its number and the step's; a
+//! checkpoint holds the buffer, so a resumed run trains on the same completions.
+
+use std::path::Path;
+
+use super::rollout::{StateReader, StateWriter, Stored};
+use crate::config::TrainingConfig;
+use crate::error::{Error, Result};
+use crate::fsio;
+use crate::methods::{Metric, StateFiles};
+
+const STATE: &str = "rollouts.bin";
+
+/// How generations are served to micro-batches.
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    /// Completions of a micro-batch.
+    pub batch: usize,
+    /// Micro-batches of an optimizer step.
+    pub accumulation: usize,
+    /// Micro-batches of a pass over a generation, and passes.
+    pub micro_batches: usize,
+    pub passes: usize,
+    /// Completions of a prompt.
+    pub group: usize,
+    /// Prompts of the data.
+    pub prompts: usize,
+}
+
+/// The place of a micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    pub generation: u64,
+    pub pass: usize,
+    /// Within the pass.
+    pub micro: usize,
+    /// It is the first that the generation serves.
+    pub first: bool,
+}
+
+impl Schedule {
+    /// Errors: groups do not divide a generation, or the data has too few prompts for one.
+    pub fn new(
+        training: &TrainingConfig,
+        micro_batches: usize,
+        passes: usize,
+        group: usize,
+        prompts: usize,
+    ) -> Result<Schedule> {
+        let batch = training.per_device_train_batch_size;
+        let accumulation = training.gradient_accumulation_steps;
+        let schedule = Schedule { batch, accumulation, micro_batches, passes, group, prompts };
+        let size = schedule.size();
+        if !size.is_multiple_of(group) {
+            return Err(Error::Config(format!(
+                "a generation has {size} completions (per_device_train_batch_size = {batch} x \
+                 {micro_batches} micro-batches), which num_generations = {group} does not divide; \
+                 change one of them"
+            )));
+        }
+        if prompts < schedule.prompts_per_generation() {
+            let needed = schedule.prompts_per_generation();
+            return Err(Error::Config(format!(
+                "a generation takes {needed} prompts, the data has {prompts}"
+            )));
+        }
+        Ok(schedule)
+    }
+
+    /// Completions of a generation.
+    pub fn size(&self) -> usize {
+        self.batch * self.micro_batches
+    }
+
+    pub fn prompts_per_generation(&self) -> usize {
+        self.size() / self.group
+    }
+
+    /// Micro-batches that a generation serves.
+    fn served(&self) -> usize {
+        self.micro_batches * self.passes
+    }
+
+    /// Whole generations of an epoch, at least one.
+    fn generations(&self) -> usize {
+        (self.prompts / self.prompts_per_generation()).max(1)
+    }
+
+    /// Micro-batches of an epoch.
+    pub fn epoch(&self) -> usize {
+        self.generations() * self.served()
+    }
+
+    /// The place of micro-batch `k` of the epoch that optimizer step `step` is in.
+    pub fn slot(&self, step: u64, k: usize) -> Slot {
+        let epoch = step / self.epoch().div_ceil(self.accumulation) as u64;
+        let within = k % self.served();
+        Slot {
+            generation: epoch * self.generations() as u64 + (k / self.served()) as u64,
+            pass: within / self.micro_batches,
+            micro: within % self.micro_batches,
+            first: within == 0,
+        }
+    }
+}
+
+/// The samples of the generation at hand.
+pub struct RolloutBuffer<S> {
+    generation: Option<u64>,
+    pub samples: Vec<S>,
+    /// Metrics of the generation, for the step that made it.
+    pub pending: Vec<Metric>,
+}
+
+impl<S> Default for RolloutBuffer<S> {
+    fn default() -> Self {
+        RolloutBuffer { generation: None, samples: Vec::new(), pending: Vec::new() }
+    }
+}
+
+impl<S> RolloutBuffer<S> {
+    /// Whether the generation of `slot` is to be made now. Error: it should be there already.
+    pub fn is_due(&self, slot: &Slot) -> Result<bool> {
+        if self.generation == Some(slot.generation) {
+            return Ok(false);
+        }
+        if !slot.first {
+            let g = slot.generation;
+            return Err(Error::Run(format!(
+                "the completions of generation {g} are missing; resume from an earlier checkpoint"
+            )));
+        }
+        Ok(true)
+    }
+
+    pub fn replace(&mut self, generation: u64, samples: Vec<S>) {
+        (self.generation, self.samples) = (Some(generation), samples);
+    }
+}
+
+impl<S: Stored> RolloutBuffer<S> {
+    /// The buffer as a file of a checkpoint; `more` adds what a method keeps beside it.
+    pub fn state(&self, more: impl FnOnce(&mut StateWriter) -> Result<()>) -> Result<StateFiles> {
+        let mut out = StateWriter::default();
+        out.word(self.generation.unwrap_or(u64::MAX));
+        out.word(self.samples.len() as u64);
+        self.samples.iter().for_each(|s| s.write(&mut out));
+        more(&mut out)?;
+        Ok(vec![(STATE.into(), out.0)])
+    }
+
+    /// Reads [`RolloutBuffer::state`] back; `more` gives None where the file ends too early.
+    pub fn restore(
+        &mut self,
+        dir: &Path,
+        more: impl FnOnce(&mut StateReader) -> Result<Option<()>>,
+    ) -> Result<()> {
+        let path = dir.join(STATE);
+        let data = fsio::read(&path)?;
+        let mut from = StateReader(&data);
+        let read = |from: &mut StateReader| {
+            let (generation, n) = (from.word()?, from.word()?);
+            let samples = (0..n).map(|_| S::read(from)).collect::<Option<Vec<S>>>()?;
+            Some(((generation != u64::MAX).then_some(generation), samples))
+        };
+        let cut = || Error::checkpoint(&path, "is cut short");
+        (self.generation, self.samples) = read(&mut from).ok_or_else(cut)?;
+        more(&mut from)?.ok_or_else(cut)
+    }
+}

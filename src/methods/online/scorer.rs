@@ -1,0 +1,75 @@
+//! Rewards of completions: verifiers, commands, a reward model. Layer 7.
+//!
+//! Invariant: a score has one entry for each rollout, in their order; an error of a reward names the
+//! row.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::env::REWARD;
+use super::prompts::Prompt;
+use super::rollout::Rollout;
+use crate::autograd::Cx;
+use crate::config::RewardOptions;
+use crate::error::Result;
+use crate::rewards::model::RewardModel;
+use crate::rewards::{Batch, Rewards, Scores};
+
+pub struct Scorer {
+    options: RewardOptions,
+    rewards: Rewards,
+    pub reward_model: Option<RewardModel>,
+}
+
+impl Scorer {
+    pub fn new(options: &RewardOptions) -> Result<Scorer> {
+        let weights = options.reward_weights.as_deref();
+        let rewards = match options.reward_funcs.len() {
+            0 => Rewards { list: Vec::new() },
+            n => Rewards::parse(&options.reward_funcs, weights.map(|w| &w[..n.min(w.len())]))?,
+        };
+        Ok(Scorer { options: options.clone(), rewards, reward_model: None })
+    }
+
+    pub fn attach(&mut self, cx: &Cx) -> Result<()> {
+        if let Some(dir) = &self.options.reward_model {
+            self.reward_model = Some(RewardModel::load(cx, REWARD, Path::new(dir))?);
+        }
+        Ok(())
+    }
+
+    /// Every reward of every rollout.
+    pub fn score(
+        &mut self,
+        cx: &mut Cx,
+        prompts: &[Prompt],
+        rollouts: &[Rollout],
+    ) -> Result<Scores> {
+        let mut batch = Batch::default();
+        let columns = rollouts.first().map(|r| &prompts[r.prompt].columns);
+        for name in columns.into_iter().flat_map(Map::keys) {
+            let cell = |r: &Rollout| prompts[r.prompt].columns.get(name).cloned();
+            let cells = rollouts.iter().map(|r| cell(r).unwrap_or(Value::Null));
+            batch.columns.insert(name.clone(), Value::Array(cells.collect()));
+        }
+        for r in rollouts {
+            let prompt = &prompts[r.prompt].value;
+            batch.prompts.push(prompt.clone());
+            batch.completions.push(match prompt {
+                Value::Array(_) => json!([{ "role": "assistant", "content": r.text }]),
+                _ => json!(r.text),
+            });
+            batch.completion_ids.push(r.ids.clone());
+        }
+        let mut scores = self.rewards.score(&batch)?;
+        if let Some(model) = &mut self.reward_model {
+            let each = model.score(cx, &batch)?.into_iter().map(|s| Some(f64::from(s))).collect();
+            scores.each.push(each);
+            scores.names.push("reward_model".into());
+            let weights = self.options.reward_weights.as_ref();
+            scores.weights.push(weights.and_then(|w| w.last().copied()).unwrap_or(1.0));
+        }
+        Ok(scores)
+    }
+}
