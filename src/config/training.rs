@@ -162,7 +162,8 @@ section! {
         /// Ours where TRL has none. A Jinja file, or a folder with a tokenizer, whose chat template
         /// replaces the model's.
         pub chat_template_path: Option<String> = None,
-        /// Switch the model's dropout off. Each method has its own default, TRL's.
+        /// Ours. Switch the model's dropout off (TRL: an option of some trainers). The default of
+        /// a method is its trainer's.
         pub disable_dropout: bool = false,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
