@@ -11,7 +11,7 @@ use crate::config::{MatmulChoice, SftRun};
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
 use crate::methods::offline::sft::Sft;
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::layout::ModelConfig;
 use crate::ops::case::Rng;
 use crate::ops::matmul::product;
@@ -137,7 +137,11 @@ fn train(mut cx: Cx, args: &Args) -> Result<Value> {
         }
     }
     let (run, _) = SftRun::load(None, &keys)?;
-    let base = Decoder::random(&cx, 0, preset(&args.shape)?, args.length, scheme(&run.peft), 1)?;
+    let base = Decoder::builder(preset(&args.shape)?)
+        .weights(InitialWeights::Random { seed: 1 })
+        .storage(scheme(&run.peft))
+        .positions(args.length)
+        .build(&cx)?;
     let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
     let trained = model.trained().trained_count();
     let (params, vocab) = (model.params.count(), model.config.vocab_size);
@@ -178,7 +182,7 @@ fn train(mut cx: Cx, args: &Args) -> Result<Value> {
 }
 
 fn decode(cx: &mut Cx, args: &Args) -> Result<Value> {
-    let mut model = Decoder::new(cx, 0, preset(&args.shape)?, args.length)?;
+    let mut model = Decoder::builder(preset(&args.shape)?).positions(args.length).build(cx)?;
     model.params.initialise(0.02, 1)?;
     let mut rng = Rng(6);
     let vocab = model.config.vocab_size;

@@ -15,6 +15,7 @@ use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::ops::case::Rng;
+use crate::tensor::ParamSetId;
 use crate::train::plan::{self, Ask};
 
 /// Print a model's config and parameters, the tape of a training step with the bytes each node
@@ -116,9 +117,9 @@ fn config(dir: &Path) -> Result<()> {
 fn tape(args: &Args, dir: &Path) -> Result<()> {
     let mut cx = args.on.open()?;
     let length = args.length.unwrap_or(64);
-    let model = Decoder::load(&cx, 0, dir, length)?;
+    let model = Decoder::folder(dir)?.positions(length).build(&cx)?;
     let (_arena, slots) = model.params.gradients(&cx)?;
-    cx.param_grads = vec![slots];
+    cx.param_grads[ParamSetId::Model] = slots;
     let mut rng = Rng(1);
     let mut row =
         || (0..length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();

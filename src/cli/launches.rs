@@ -59,7 +59,7 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Cou
     config.sliding_window = vec![None; layers];
     let (run, _) =
         SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
-    let base = Decoder::zeros(&cx, 0, config, 64, scheme(&run.peft))?;
+    let base = Decoder::builder(config).storage(scheme(&run.peft)).positions(64).build(&cx)?;
     let model = prepare(&cx, base, &run.peft, None, Path::new("model"), 0)?;
     let sft = Sft::from_sequences(vec![(vec![0; 64], vec![true; 64])]);
     let mut trainer = Trainer::new(cx, model, run.training, 1)?;

@@ -11,13 +11,10 @@ use crate::autograd::Cx;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::decoder::Decoder;
-use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::model::params::ParamSet;
+use crate::tensor::ParamSetId;
 
-/// The tape's number of a reference's parameters: they have no gradients. 0 is the policy, 1 its
-/// adapter.
-const SET: u32 = 2;
 const STATE: &str = "reference.f32";
 
 /// The keys that say what the reference is.
@@ -74,13 +71,13 @@ impl Reference {
             return Err(Error::Config(message.into()));
         }
         let other = match &self.keys.folder {
-            Some(name) => Some(load(cx, policy, name, "ref_model", self.keys.longest, SET)?),
+            Some(name) => Some(load(cx, policy, name, "ref_model", self.keys.longest)?),
             None => None,
         };
         if !self.keys.precompute {
             self.model = Some(match other {
                 Some(model) => model,
-                None => policy.reference(cx, SET)?,
+                None => policy.reference(cx)?,
             });
             return Ok(());
         }
@@ -145,18 +142,11 @@ impl Reference {
     }
 }
 
-/// A frozen model of `policy`'s vocabulary, from the folder (or hub name) that the key `key` names,
-/// as set `set`.
-pub fn load(
-    cx: &Cx,
-    policy: &Decoder,
-    name: &str,
-    key: &str,
-    longest: usize,
-    set: u32,
-) -> Result<Decoder> {
+/// A frozen model of `policy`'s vocabulary, from the folder (or hub name) that the key `key` names.
+pub fn load(cx: &Cx, policy: &Decoder, name: &str, key: &str, longest: usize) -> Result<Decoder> {
     let dir = resolve_model(name)?;
-    let config = folder::load_config(&dir)?;
+    let model = Decoder::folder(&dir)?.set(ParamSetId::Reference).positions(longest);
+    let config = model.config();
     if config.task != policy.config.task {
         let message =
             format!("{key}: holds {:?}, the model is {:?}", config.task, policy.config.task);
@@ -170,7 +160,7 @@ pub fn load(
         );
         return Err(Error::model(&dir, message));
     }
-    Decoder::load_as(cx, set, &dir, config, longest)
+    model.build(cx)
 }
 
 /// A digest of everything that a model's log-probs follow from: its weights, storage type and kind

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::model::layout::{ParamSpec, Proj, Role};
 use crate::ops::quant::{QuantWeight, Scheme};
 use crate::rng::{philox, uniform};
-use crate::tensor::{Id, Tensor};
+use crate::tensor::{Id, ParamSetId, Tensor};
 
 /// Elements between the starts of units: 256 bytes of bf16, so that every row start is 128-bit
 /// aligned.
@@ -24,8 +24,7 @@ const ALIGN: usize = 128;
 
 #[derive(Clone)]
 pub struct ParamSet {
-    /// Which set of the tape this is.
-    pub set: u32,
+    pub set: ParamSetId,
     /// Hugging Face's parameters, in arena order, with their offsets in elements.
     pub specs: Vec<(ParamSpec, usize)>,
     /// By parameter: the unit that it is part of, and how it is trained.
@@ -87,7 +86,7 @@ pub struct TrainRange {
 
 impl ParamSet {
     /// Lays out and allocates; contents are zero until loaded.
-    pub fn new(cx: &Cx, set: u32, specs: Vec<ParamSpec>) -> Result<ParamSet> {
+    pub fn new(cx: &Cx, set: ParamSetId, specs: Vec<ParamSpec>) -> Result<ParamSet> {
         ParamSet::stored(cx, set, specs, None)
     }
 
@@ -95,7 +94,7 @@ impl ParamSet {
     /// gives each its quantised form.
     pub fn stored(
         cx: &Cx,
-        set: u32,
+        set: ParamSetId,
         specs: Vec<ParamSpec>,
         scheme: Option<Scheme>,
     ) -> Result<ParamSet> {
@@ -140,8 +139,7 @@ impl ParamSet {
             placed.push((spec, offset));
         }
         let len = end.next_multiple_of(ALIGN);
-        let name = if set == 0 { "weights" } else { "adapter weights" };
-        let weights = Tensor::new(&cx.pool, name, cx.dtype, &[len])?;
+        let weights = Tensor::new(&cx.pool, arena_name(set), cx.dtype, &[len])?;
         weights.zero()?;
         let tuning = vec![Tuning::default(); placed.len()];
         let mut params = ParamSet {
@@ -281,10 +279,10 @@ impl ParamSet {
         Ok(())
     }
 
-    /// A copy of the weights in memory of its own, as set `set`: a frozen model, a reference.
-    pub fn deep_copy(&self, cx: &Cx, set: u32) -> Result<ParamSet> {
-        let weights =
-            Tensor::new(&cx.pool, "reference weights", self.weights.dtype(), &[self.len])?;
+    /// A frozen copy with weights of its own, as the set of the reference.
+    pub fn reference(&self, cx: &Cx) -> Result<ParamSet> {
+        let set = ParamSetId::Reference;
+        let weights = Tensor::new(&cx.pool, arena_name(set), self.weights.dtype(), &[self.len])?;
         weights.copy_from(&self.weights)?;
         Ok(ParamSet { set, weights, ..self.clone() })
     }
@@ -376,6 +374,17 @@ impl ParamSet {
             }
             _ => view.upload(values),
         }
+    }
+}
+
+/// What the memory plan and the pool call a set's weights.
+fn arena_name(set: ParamSetId) -> &'static str {
+    match set {
+        ParamSetId::Model => "weights",
+        ParamSetId::Adapter => "adapter weights",
+        ParamSetId::Reference => "reference weights",
+        ParamSetId::Value => "value model weights",
+        ParamSetId::Reward => "reward model weights",
     }
 }
 

@@ -238,7 +238,7 @@ impl Op for HeadLoss {
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
         let dx = if wants(0) { Some(cx.real("activation gradients", h.shape())?) } else { None };
         let mut dw = match (wants(1), w.id()) {
-            (true, Id::Param { set, index }) => cx.param_grads[set as usize].slot(index),
+            (true, Id::Param { set, index }) => cx.param_grads[set].slot(index),
             (true, _) => {
                 return Err(Error::op(
                     "head_loss",

@@ -26,9 +26,8 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::Recipe;
-use crate::model::adapter::Adapter;
-use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
+use crate::model::open::open_model;
 use crate::report::{self, ReportInput, Table};
 use crate::rewards::Batch;
 use crate::rewards::model::RewardModel;
@@ -340,11 +339,7 @@ fn ask(
 ) -> Result<Score> {
     let tokenizer = Tokenizer::load(dir)?;
     let template = ChatTemplate::of(&tokenizer)?;
-    let mut model = Decoder::load(cx, 0, dir, 1)?;
-    if let Some(adapter) = adapter {
-        let adapter = Adapter::load(cx, 1, adapter, &model.config, &model.params)?;
-        model = model.with_adapter(Some(adapter))?;
-    }
+    let mut model = open_model(cx, dir, adapter)?;
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
     let prompts = problems
         .iter()
@@ -375,7 +370,7 @@ fn ask(
 
 /// The reward model's scores of replies.
 fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> Result<Vec<f64>> {
-    let mut model = RewardModel::load(cx, 0, dir)?;
+    let mut model = RewardModel::load(cx, dir)?;
     let batch = Batch {
         prompts: problems.iter().map(question).collect(),
         completions: replies

@@ -55,11 +55,14 @@ impl Plan {
     pub fn on(device: Arc<dyn Device>, like: &Cx, ask: &Ask, recompute: Recompute) -> Result<Plan> {
         let mut cx = Cx::new(device, like.dtype)?;
         (cx.matmul, cx.attention, cx.recompute) = (like.matmul, like.attention, recompute);
-        let base = Decoder::zeros(&cx, 0, ask.model.clone(), ask.length, scheme(&ask.peft))?;
+        let base = Decoder::builder(ask.model.clone())
+            .storage(scheme(&ask.peft))
+            .positions(ask.length)
+            .build(&cx)?;
         // Initial values take host time and no memory: the plan's are the plainest.
         let peft = PeftConfig { init_lora_weights: "true".into(), ..ask.peft.clone() };
         let model = prepare(&cx, base, &peft, ask.adapter, ask.dir, 0)?;
-        let reference = if ask.reference { Some(model.reference(&cx, 2)?) } else { None };
+        let reference = if ask.reference { Some(model.reference(&cx)?) } else { None };
         // Sequences as long as they get, and a shorter one for the rest of the tokens.
         let length = ask.length.max(2);
         let mut lengths = vec![length; ask.tokens / length];

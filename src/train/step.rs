@@ -139,7 +139,7 @@ impl Trainer {
         let refs: Vec<&[usize]> = micro_batches.iter().map(Vec::as_slice).collect();
         self.cx.set_rng(self.config.seed, number as u32, 0)?;
         let set = self.model.trained().set;
-        self.cx.param_grads[set as usize].reset();
+        self.cx.param_grads[set].reset();
         method.begin(number)?;
         let report = method.step(&mut self.cx, &self.model, &refs)?;
         let learning_rate = self.learning_rate(number);

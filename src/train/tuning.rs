@@ -36,7 +36,7 @@ pub fn prepare(
 ) -> Result<Decoder> {
     if from.is_some() || keys.use_peft {
         let mut adapter = match from {
-            Some(from) => Adapter::load(cx, 1, from, &model.config, &model.params)?,
+            Some(from) => Adapter::load(cx, from, &model.config, &model.params)?,
             None => {
                 let mut config =
                     AdapterConfig::from_keys(keys, &model.config, &dir.display().to_string())?;
@@ -45,7 +45,7 @@ pub fn prepare(
                 {
                     prompt.init_ids = Tokenizer::load(dir)?.encode(text, true)?;
                 }
-                Adapter::new(cx, 1, config, &model.config, &model.params, seed)?
+                Adapter::new(cx, config, &model.config, &model.params, seed)?
             }
         };
         adapter.tune(keys.loraplus_lr_ratio)?;

@@ -23,10 +23,6 @@ use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::distill::{DistillIn, distill};
 
-/// The tape's number of the teacher's parameters: they have no gradients. 0 is the student, 1 its
-/// adapter.
-const SET: u32 = 2;
-
 pub struct Distill {
     sets: [Vec<SftExample>; 2],
     places: Vec<String>,
@@ -103,8 +99,7 @@ impl Objective for Distill {
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
         let longest = self.longest();
-        self.teacher =
-            Some(load(cx, model, &self.folder, "teacher_model_name_or_path", longest, SET)?);
+        self.teacher = Some(load(cx, model, &self.folder, "teacher_model_name_or_path", longest)?);
         Ok(())
     }
 

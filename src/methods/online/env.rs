@@ -32,10 +32,6 @@ use crate::rewards::{self, Rewards, Scores};
 use crate::rollout::sample::Sampling;
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
-/// Set numbers of the models beside the policy (0), its adapter (1) and the reference (2).
-pub const VALUE: u32 = 3;
-pub const REWARD: u32 = 4;
-
 /// A row of the data.
 pub struct Prompt {
     pub ids: Vec<u32>,
@@ -166,7 +162,7 @@ impl World {
             self.reference.attach(cx, model, 0, |_, _| Ok(Vec::new()))?;
         }
         if let Some(dir) = &self.keys.reward_model {
-            self.reward_model = Some(RewardModel::load(cx, REWARD, Path::new(dir))?);
+            self.reward_model = Some(RewardModel::load(cx, Path::new(dir))?);
         }
         Ok(())
     }

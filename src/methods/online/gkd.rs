@@ -32,9 +32,6 @@ use crate::ops::distill::{DistillIn, distill};
 use crate::rng::{philox, uniform};
 use crate::rollout::Engine;
 
-/// The tape's number of the teacher's parameters: they have no gradients. 0 is the student, 1 its
-/// adapter.
-const SET: u32 = 2;
 /// Philox's stream of the choice between the student's completions and the others.
 const STREAM: u32 = 0x676b_6400;
 
@@ -322,7 +319,7 @@ impl Method for Gkd {
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
         self.world.attach(cx, model, false)?;
         let name = self.keys.teacher_model_name_or_path.clone().unwrap_or_default();
-        let teacher = load(cx, model, &name, "teacher_model_name_or_path", self.longest(), SET)?;
+        let teacher = load(cx, model, &name, "teacher_model_name_or_path", self.longest())?;
         if self.keys.seq_kd && self.keys.lmbda < 1.0 {
             self.sampler = Some(self.world.sampler(cx, &teacher)?);
         }

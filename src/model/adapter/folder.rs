@@ -15,6 +15,7 @@ use crate::error::{Error, Result, nearest};
 use crate::fsio::{self, AtomicDir};
 use crate::model::layout::{ModelConfig, ParamSpec, Role};
 use crate::model::params::ParamSet;
+use crate::tensor::ParamSetId;
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec};
 
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -84,13 +85,7 @@ impl Saved {
 impl Adapter {
     /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with
     /// near names.
-    pub fn load(
-        cx: &Cx,
-        set: u32,
-        dir: &Path,
-        model: &ModelConfig,
-        base: &ParamSet,
-    ) -> Result<Adapter> {
+    pub fn load(cx: &Cx, dir: &Path, model: &ModelConfig, base: &ParamSet) -> Result<Adapter> {
         let config = AdapterConfig::load(dir)?;
         if config.task != model.task.peft_name() {
             let message = format!(
@@ -100,8 +95,8 @@ impl Adapter {
             );
             return Err(Error::model(dir, message));
         }
-        let adapter =
-            Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
+        let adapter = Adapter::zeros(cx, ParamSetId::Adapter, config, model)
+            .map_err(|e| Error::model(dir, e.to_string()))?;
         adapter.copy_biases(model, base)?;
         adapter.set_principal(base, 0, false)?;
         let file = SafeFolder::open_file(dir.join(adapter.weights_file()))?;

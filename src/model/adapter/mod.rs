@@ -26,7 +26,7 @@ use crate::model::params::{ParamSet, Tuning};
 use crate::ops::lora::{Pairs, Segment};
 use crate::ops::matmul::product;
 use crate::ops::scale::{constant, row_norms};
-use crate::tensor::Tensor;
+use crate::tensor::{ParamSetId, Tensor};
 
 /// PEFT's prefix of every name.
 pub const PREFIX: &str = "base_model.model.";
@@ -83,20 +83,24 @@ impl Adapter {
     /// copied from the base.
     pub fn new(
         cx: &Cx,
-        set: u32,
         config: AdapterConfig,
         model: &ModelConfig,
         base: &ParamSet,
         seed: u64,
     ) -> Result<Adapter> {
-        let adapter = Adapter::zeros(cx, set, config, model)?;
+        let adapter = Adapter::zeros(cx, ParamSetId::Adapter, config, model)?;
         adapter.initialise(cx, model, base, seed)?;
         Ok(adapter)
     }
 
     /// The adapter's parameters laid out, all zero but for copies, which a load or [`Adapter::new`]
     /// fills.
-    fn zeros(cx: &Cx, set: u32, config: AdapterConfig, model: &ModelConfig) -> Result<Adapter> {
+    fn zeros(
+        cx: &Cx,
+        set: ParamSetId,
+        config: AdapterConfig,
+        model: &ModelConfig,
+    ) -> Result<Adapter> {
         let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
         let mut adapter = Adapter { config, params, sites: Vec::new(), bottlenecks: Vec::new() };
         adapter.tune(None)?;
@@ -266,9 +270,9 @@ impl Adapter {
             .for_each(|l| l.dropout = 0.0);
     }
 
-    /// The adapter with values of its own, as set `set`: a reference that stays.
-    pub fn deep_copy(&self, cx: &Cx, set: u32, model: &ModelConfig) -> Result<Adapter> {
-        let copy = Adapter::zeros(cx, set, self.config.clone(), model)?;
+    /// A frozen copy with values of its own, as the set of the reference.
+    pub fn reference(&self, cx: &Cx, model: &ModelConfig) -> Result<Adapter> {
+        let copy = Adapter::zeros(cx, ParamSetId::Reference, self.config.clone(), model)?;
         copy.params.weights.copy_from(&self.params.weights)?;
         Ok(copy)
     }

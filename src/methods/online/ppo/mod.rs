@@ -27,7 +27,7 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::online::advantage::{AdaptiveKl, KlEstimator, token_rewards};
-use crate::methods::online::env::{Rollout, Set, VALUE, World};
+use crate::methods::online::env::{Rollout, Set, World};
 use crate::methods::{Method, Metric, Recipe, Source, StepReport};
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
@@ -40,7 +40,7 @@ use crate::ops::policy::{
     Level, PolicyInputs, PolicyLoss, Term, gae, policy_loss, value_loss, whiten,
 };
 use crate::optim::{AdamWConfig, Optimizer, schedule};
-use crate::tensor::Tensor;
+use crate::tensor::{ParamSetId, Tensor};
 
 impl Recipe for PpoConfig {
     fn chat_template_path(&self) -> Option<&str> {
@@ -421,7 +421,7 @@ impl Critic {
                 role: Role::Score,
                 layer: None,
             };
-            let params = ParamSet::new(cx, VALUE, vec![spec])?;
+            let params = ParamSet::new(cx, ParamSetId::Value, vec![spec])?;
             let score = params.required(None, Role::Score)?;
             let optimizer = Optimizer::new(cx, &params, config)?;
             return Ok(Critic { trunk: None, score: Some((params, score)), optimizer });
@@ -436,7 +436,8 @@ impl Critic {
             )));
         }
         shape.task = Task::SequenceClassification { labels: 1 };
-        let trunk = Decoder::new(cx, VALUE, shape, world.longest())?;
+        let trunk =
+            Decoder::builder(shape).set(ParamSetId::Value).positions(world.longest()).build(cx)?;
         for (i, (spec, _)) in trunk.params.specs.iter().enumerate() {
             if let Some(at) = from.params.specs.iter().position(|(s, _)| s.name == spec.name) {
                 trunk.params.store(i, &from.params.weight_view(at)?.to_f32()?)?;
@@ -479,7 +480,7 @@ impl Method for Ppo {
     fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
         let mut report = StepReport { loss: 0.0, tokens: 0, metrics: Vec::new() };
         if let Some(critic) = &self.critic {
-            cx.param_grads[critic.params()?.set as usize].reset();
+            cx.param_grads[critic.params()?.set].reset();
         }
         let (mut policy, mut value) = (0f32, 0f32);
         for k in micro.iter().flat_map(|m| m.iter()) {
