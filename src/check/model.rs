@@ -62,7 +62,7 @@ fn differ(what: &str, equal: bool) -> Option<String> {
 
 fn model(device: &Arc<dyn Device>, dtype: DType) -> Result<(Cx, Decoder)> {
     let mut cx = Cx::new(device.clone(), dtype)?;
-    if device.is_cuda() {
+    if device.capabilities().gemm_depends_on_rows {
         cx.matmul = MatmulChoice::Own;
     }
     let model = Decoder::builder(ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true))

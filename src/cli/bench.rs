@@ -212,12 +212,12 @@ fn ops(cx: &mut Cx, args: &Args) -> Result<Value> {
     let (h, k) = (config.num_heads, config.num_kv_heads);
     let mut rng = Rng(9);
     let real = |cx: &Cx, rng: &mut Rng, shape: &[usize]| upload(cx, rng, shape);
-    let side = if cx.device.is_cuda() { 8192 } else { 1024 };
+    let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024);
     let (a, b) = (real(cx, &mut rng, &[side, side])?, real(cx, &mut rng, &[side, side])?);
     let c = cx.real("bench", &[side, side])?;
     let gemm = time(cx, args.repeat, |cx| product(cx, Layout::NT, &c, &a, &b, None, false))?;
     let ceiling = 2.0 * (side as f64).powi(3) / gemm;
-    let big = if cx.device.is_cuda() { 1 << 29 } else { 1 << 26 };
+    let big = cx.device.capabilities().work_bytes.max(1 << 26);
     let (p, q) = (cx.float("bench", &[big / 4])?, cx.float("bench", &[big / 4])?);
     p.zero()?;
     let copy = time(cx, args.repeat, |_| q.copy_from(&p))?;

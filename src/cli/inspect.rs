@@ -7,7 +7,7 @@ use crate::autograd::{Cx, Recompute, Tape};
 use crate::cli::{Where, launches, storage};
 use crate::config::SftRun;
 use crate::device::dry_run::DryRun;
-use crate::device::{Device, MemoryInfo};
+use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::methods::offline::sft::Sft;
@@ -146,7 +146,7 @@ fn memory(args: &Args, dir: &Path) -> Result<()> {
         Some(gib) => {
             let memory = MemoryInfo { free: gib << 30, total: gib << 30 };
             let device: Arc<dyn Device> =
-                Arc::new(DryRun::new(&format!("a GPU of {gib} GiB"), true, true, memory));
+                Arc::new(DryRun::new(&format!("a GPU of {gib} GiB"), Capabilities::GPU, memory));
             let dtype = storage(&args.on.dtype, &device)?;
             Cx::new(device, dtype)?
         }

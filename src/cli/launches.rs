@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::autograd::{Cx, Tape};
 use crate::config::{MatmulChoice, SftRun};
-use crate::device::{DType, MemoryInfo, dry_run::DryRun};
+use crate::device::{Capabilities, DType, MemoryInfo, dry_run::DryRun};
 use crate::error::Result;
 use crate::methods::offline::sft::Sft;
 use crate::model::decoder::Decoder;
@@ -51,7 +51,8 @@ pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(Counts, Counts)> 
 }
 
 fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Counts)> {
-    let device = Arc::new(DryRun::new("a GPU", true, true, MemoryInfo { free: 0, total: 0 }));
+    let device =
+        Arc::new(DryRun::new("a GPU", Capabilities::GPU, MemoryInfo { free: 0, total: 0 }));
     let mut cx = Cx::new(device.clone(), DType::BF16)?;
     cx.matmul = mode.matmul;
     let mut config = config.clone();

@@ -111,7 +111,7 @@ impl Where {
 /// The storage type that a `dtype` key means on a device.
 pub fn storage(dtype: &str, device: &Arc<dyn Device>) -> Result<DType> {
     match dtype {
-        "auto" => Ok(if device.is_cuda() { DType::BF16 } else { DType::F32 }),
+        "auto" => Ok(device.capabilities().dtype),
         "float32" => Ok(DType::F32),
         "bfloat16" => Ok(DType::BF16),
         other => Err(Error::Config(format!("dtype is auto, float32 or bfloat16, not \"{other}\""))),

@@ -134,7 +134,7 @@ impl Reference {
         }
         let mut rest = values.as_slice();
         for i in 0..model.params.specs.len() {
-            let (own, tail) = rest.split_at(model.params.specs[i].0.len());
+            let (own, tail) = rest.split_at(model.params.specs[i].len());
             model.params.store(i, own)?;
             rest = tail;
         }

@@ -10,11 +10,13 @@ use crate::autograd::{Cx, Recompute};
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
-use crate::model::adapter::{Adapter, Site};
+use crate::model::adapter::{Adapter, AdapterSite};
 use crate::model::batch::{Batch, Sequence, Vocab};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
-use crate::model::layout::{HiddenAct, ModelConfig, Place, Proj, Role, Task, expected_params};
+use crate::model::layout::{
+    BottleneckSite, HiddenAct, ModelConfig, Proj, Role, Task, expected_params,
+};
 use crate::model::params::{ParamSet, initial};
 use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
@@ -69,7 +71,7 @@ struct Layer {
 struct Projection {
     weight: Weight,
     bias: Option<Tensor>,
-    site: Option<Site>,
+    site: Option<AdapterSite>,
 }
 
 #[derive(Clone)]
@@ -159,7 +161,7 @@ impl<'a> DecoderBuilder<'a> {
                 params.initialise_quantised(cx, std, seed)?;
             }
             InitialWeights::Folder(dir) => {
-                for (i, (spec, _)) in params.specs.iter().enumerate() {
+                for (i, spec) in params.specs.iter().enumerate() {
                     if spec.role == Role::Score {
                         params.store(i, &initial(spec, i, std, 0))?;
                     }
@@ -213,12 +215,12 @@ impl Decoder {
         table: RopeTable,
         positions: usize,
     ) -> Result<Decoder> {
-        let unit = |layer, role| -> Result<Option<Tensor>> {
-            let own = adapter.as_ref().map(|a| a.params.unit(layer, role)).transpose()?.flatten();
-            if own.is_some() { Ok(own) } else { params.unit(layer, role) }
+        let fused = |layer, role| -> Result<Option<Tensor>> {
+            let own = adapter.as_ref().map(|a| a.params.fused(layer, role)).transpose()?.flatten();
+            if own.is_some() { Ok(own) } else { params.fused(layer, role) }
         };
         let need = |layer, role| {
-            unit(layer, role)?
+            fused(layer, role)?
                 .ok_or_else(|| Error::op("decoder", format!("no {role:?} in layer {layer:?}")))
         };
         let mut layers = Vec::new();
@@ -230,22 +232,25 @@ impl Decoder {
                     Some(quantised) => Weight::Quantised(quantised.clone()),
                     None => Weight::Dense(need(l, leader.role())?),
                 };
-                Ok(Projection { weight, bias: unit(l, bias)?, site })
+                Ok(Projection { weight, bias: fused(l, bias)?, site })
             };
             layers.push(Layer {
                 input_norm: need(l, Role::InputNorm)?,
                 qkv: projection(Proj::Q, Role::QBias)?,
-                q_norm: unit(l, Role::QNorm)?,
-                k_norm: unit(l, Role::KNorm)?,
+                q_norm: fused(l, Role::QNorm)?,
+                k_norm: fused(l, Role::KNorm)?,
                 o: projection(Proj::O, Role::OBias)?,
                 after_attention: adapter
                     .as_ref()
-                    .and_then(|a| a.bottleneck(i, Place::Attention))
+                    .and_then(|a| a.bottleneck(i, BottleneckSite::Attention))
                     .cloned(),
                 post_norm: need(l, Role::PostNorm)?,
                 gate_up: projection(Proj::Gate, Role::GateBias)?,
                 down: projection(Proj::Down, Role::DownBias)?,
-                after_mlp: adapter.as_ref().and_then(|a| a.bottleneck(i, Place::Mlp)).cloned(),
+                after_mlp: adapter
+                    .as_ref()
+                    .and_then(|a| a.bottleneck(i, BottleneckSite::Mlp))
+                    .cloned(),
                 shape: AttnShape {
                     heads: config.num_heads,
                     kv_heads: config.num_kv_heads,
@@ -260,15 +265,15 @@ impl Decoder {
         let head = match config.task {
             // A tied head is the model's own embedding, also where the adapter trains a copy of
             // that (as in PEFT).
-            Task::CausalLm => match unit(None, Role::Head)? {
+            Task::CausalLm => match fused(None, Role::Head)? {
                 Some(head) => head,
                 None => params.required(None, Role::Embed)?,
             },
             _ => need(None, Role::Score)?,
         };
-        let score_bias = unit(None, Role::ScoreBias)?;
+        let score_bias = fused(None, Role::ScoreBias)?;
         let final_norm = need(None, Role::FinalNorm)?;
-        let prompt = unit(None, Role::Prompt)?;
+        let prompt = fused(None, Role::Prompt)?;
         Ok(Decoder {
             config,
             params,

@@ -99,6 +99,9 @@ pub struct Family {
     pub mlp_bias: Switch,
     pub qk_norm: bool,
     pub window: WindowRule,
+    /// The projection of attention that PEFT's IA3 scales, beside v_proj, where no targets are
+    /// given.
+    pub ia3_attention: &'static str,
     pub heads_divide_hidden: bool, // required even where head_dim is given
     pub default_kv_heads: Option<usize>, // None: as many as heads
     pub default_head_dim: Option<usize>, // None: hidden_size / heads
@@ -171,7 +174,7 @@ pub enum Role {
     Magnitude(Proj),
     Ia3(Proj),
     Prompt,
-    Bottleneck(Place, Part),
+    Bottleneck(BottleneckSite, BottleneckPart),
 }
 
 /// The projections of a block, by Hugging Face's names.
@@ -227,32 +230,30 @@ impl Proj {
 
 /// Where a bottleneck adapter sits in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Place {
+pub enum BottleneckSite {
     Attention,
     Mlp,
 }
 
 /// The parameters of a bottleneck adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
+pub enum BottleneckPart {
     Down,
     DownBias,
     Up,
     UpBias,
-    Norm,
-    NormBias,
 }
 
 impl Role {
     pub fn is_norm(self) -> bool {
         use Role::*;
-        matches!(self, InputNorm | QNorm | KNorm | PostNorm | FinalNorm | Bottleneck(_, Part::Norm))
+        matches!(self, InputNorm | QNorm | KNorm | PostNorm | FinalNorm)
     }
 
     pub fn is_bias(self) -> bool {
         use Role::*;
         matches!(self, QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias | ScoreBias)
-            || matches!(self, Bottleneck(_, Part::DownBias | Part::UpBias | Part::NormBias))
+            || matches!(self, Bottleneck(_, BottleneckPart::DownBias | BottleneckPart::UpBias))
     }
 
     /// Whether weight decay applies: transformers' Trainer spares biases and norms.

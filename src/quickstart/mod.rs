@@ -409,8 +409,7 @@ fn write_report(out: &Path, outcome: &Outcome, rungs: &[Rung]) -> Result<()> {
 /// A context on a device of the command line's choice.
 pub fn open(device: &str) -> Result<Cx> {
     let device: Arc<dyn crate::device::Device> = crate::device::open(device)?;
-    let dtype =
-        if device.is_cuda() { crate::device::DType::BF16 } else { crate::device::DType::F32 };
+    let dtype = device.capabilities().dtype;
     eprintln!("device: {}, {}", device.name(), dtype.name());
     Cx::new(device, dtype)
 }

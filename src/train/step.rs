@@ -182,7 +182,7 @@ impl Trainer {
         // In the forward's order: embedding, layers, final norm, head.
         let mut order: Vec<usize> = (0..params.specs.len()).collect();
         order.sort_by_key(|i| {
-            let spec = &params.specs[*i].0;
+            let spec = &params.specs[*i];
             (
                 spec.role >= crate::model::layout::Role::FinalNorm && spec.layer.is_none(),
                 spec.layer,
@@ -199,7 +199,7 @@ impl Trainer {
                 if let Ok(Some(Ok(values))) = view.map(|v| v.map(|t| t.to_f32()))
                     && let Some(at) = values.iter().position(|v| !v.is_finite())
                 {
-                    let name = &params.specs[*i].0.name;
+                    let name = &params.specs[*i].name;
                     text += &format!(
                         "\nThe first bad tensor is the {what} {name} (value {at} is {}).",
                         values[at]

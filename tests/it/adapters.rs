@@ -77,7 +77,7 @@ fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_
         trainer.step(&mut sft).unwrap();
         let params = trainer.model.trained();
         let (mut error, mut square, mut count) = (0f64, 0f64, 0);
-        for (i, (spec, _)) in params.specs.iter().enumerate() {
+        for (i, spec) in params.specs.iter().enumerate() {
             let grad =
                 params.state_view(&trainer.optimizer.grad, i).unwrap().unwrap().to_f32().unwrap();
             let want = want["grads"][&spec.name].as_array().unwrap();

@@ -141,7 +141,7 @@ fn every_adapter_has_pefts_logits_counts_and_losses_and_leaves_the_base_alone() 
 fn untrained_copies(decoder: &Decoder) -> u64 {
     let Some(adapter) = &decoder.adapter else { return 0 };
     let biases =
-        adapter.params.trained().map(|i| &adapter.params.specs[i].0).filter(|s| s.role.is_bias());
+        adapter.params.trained().map(|i| &adapter.params.specs[i]).filter(|s| s.role.is_bias());
     biases.map(|s| s.len() as u64).sum()
 }
 
@@ -248,7 +248,7 @@ fn what_is_frozen_keeps_its_bits_and_counts_in_no_norm() {
     let values = |d: &Decoder| -> Vec<(String, Vec<u32>)> {
         let specs = d.params.specs.iter().enumerate();
         specs
-            .map(|(i, (s, _))| (s.name.clone(), d.params.weight_view(i).unwrap().to_vec().unwrap()))
+            .map(|(i, s)| (s.name.clone(), d.params.weight_view(i).unwrap().to_vec().unwrap()))
             .collect()
     };
     let before = values(&decoder);

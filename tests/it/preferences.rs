@@ -44,7 +44,7 @@ fn losses() -> Value {
 fn model<M: Recipe>(cx: &Cx) -> Decoder {
     let decoder = Decoder::folder(MODEL).unwrap().task(M::TASK).positions(512).build(cx).unwrap();
     if let Task::SequenceClassification { .. } = M::TASK {
-        let i = decoder.params.specs.iter().position(|(s, _)| s.name == "score.weight").unwrap();
+        let i = decoder.params.by_name("score.weight").unwrap();
         let score: Vec<f32> = (0..32).map(|i| ((i * 37) % 64 - 32) as f32 / 128.0).collect();
         decoder.params.store(i, &score).unwrap();
     }
@@ -57,7 +57,7 @@ fn other_reference(dir: &Path) -> PathBuf {
     let decoder = Decoder::folder(MODEL).unwrap().positions(8).build(&cpu()).unwrap();
     let tokenizer = folder::tokenizer_files(MODEL);
     folder::write_folder(&out, &decoder.config, &tokenizer, None, HostDtype::F32, &mut |spec| {
-        let i = decoder.params.specs.iter().position(|(s, _)| s.name == spec.name).unwrap();
+        let i = decoder.params.by_name(&spec.name).unwrap();
         let mut values = decoder.params.weight_view(i)?.to_f32()?;
         if spec.shape.len() == 2 {
             values.iter_mut().for_each(|v| *v *= 0.75);

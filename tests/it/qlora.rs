@@ -53,13 +53,8 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
             dense.params.count(),
             "{name}: parameters that are quantised are counted"
         );
-        let projections: usize = dense
-            .params
-            .specs
-            .iter()
-            .filter(|(s, _)| s.name.contains("proj"))
-            .map(|(s, _)| s.len())
-            .sum();
+        let projections: usize =
+            dense.params.specs.iter().filter(|s| s.name.contains("proj")).map(|s| s.len()).sum();
         assert_eq!(
             arena + projections,
             dense.params.len,

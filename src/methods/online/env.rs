@@ -139,7 +139,7 @@ impl World {
                  sampler's; set lora_dropout=0"
             )));
         }
-        if cx.device.is_cuda() && cx.matmul == MatmulChoice::Auto {
+        if cx.device.capabilities().gemm_depends_on_rows && cx.matmul == MatmulChoice::Auto {
             // The library may choose another kernel for another number of rows; the engine's own
             // does not.
             eprintln!(

@@ -16,11 +16,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::config::AdapterConfig;
 use crate::autograd::Cx;
 use crate::config::{PeftConfig, PeftType};
 use crate::error::{Error, Result};
-use crate::model::layout::{ModelConfig, ParamSpec, Part, Place, Role, Task};
+use crate::model::layout::{BottleneckPart, BottleneckSite, ModelConfig, ParamSpec, Role, Task};
 use crate::model::params::ParamSet;
 use crate::ops::activation::{Act, activation};
 use crate::ops::add::add;
@@ -53,8 +52,15 @@ pub struct BottleneckConfig {
     pub scaling: f64,
     /// `init_weights`: bert (normal of 0.02) or mam_adapter (up is zero).
     pub init: String,
-    /// What the folder says of its model: hidden_size, model_class, model_type.
-    pub model: (usize, String, String),
+    pub base: BottleneckBase,
+}
+
+/// What an adapter-hub folder says about the model that it was made for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BottleneckBase {
+    pub hidden_size: usize,
+    pub model_class: String,
+    pub model_type: String,
 }
 
 impl BottleneckConfig {
@@ -90,11 +96,11 @@ impl BottleneckConfig {
             act,
             scaling,
             init,
-            model: (
-                model.hidden_size,
-                model.family.architecture.into(),
-                model.family.model_type.into(),
-            ),
+            base: BottleneckBase {
+                hidden_size: model.hidden_size,
+                model_class: model.family.architecture.into(),
+                model_type: model.family.model_type.into(),
+            },
         })
     }
 
@@ -133,6 +139,8 @@ impl BottleneckConfig {
                 .filter(|v| *v > 0.0)
                 .ok_or_else(|| wrong(format!("{key} = {v}: give one number"))),
         };
+        let outer =
+            |key: &str| raw.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
         let text = |key: &str| config.get(key).and_then(Value::as_str);
         let non_linearity = text("non_linearity").ok_or_else(|| {
             wrong(
@@ -154,18 +162,19 @@ impl BottleneckConfig {
             act: act(non_linearity).map_err(wrong)?,
             scaling: number("scaling", 1.0)?,
             init: text("init_weights").unwrap_or("bert").into(),
-            model: (
-                raw.get("hidden_size").and_then(Value::as_u64).unwrap_or(0) as usize,
-                raw.get("model_class").and_then(Value::as_str).unwrap_or_default().into(),
-                raw.get("model_type").and_then(Value::as_str).unwrap_or_default().into(),
-            ),
+            base: BottleneckBase {
+                hidden_size: raw.get("hidden_size").and_then(Value::as_u64).unwrap_or(0) as usize,
+                model_class: outer("model_class"),
+                model_type: outer("model_type"),
+            },
         })
     }
 
-    /// adapter-hub's adapter_config.json.
-    pub fn to_json(&self, adapter: &AdapterConfig) -> Map<String, Value> {
+    /// adapter-hub's adapter_config.json: `raw` as it was read, with this in it. `base` is the name
+    /// of the model.
+    pub fn to_json(&self, raw: &Map<String, Value>, base: &str) -> Map<String, Value> {
         let whole = |v: f64| if v.fract() == 0.0 { json!(v as i64) } else { json!(v) };
-        let mut out = adapter.raw.clone();
+        let mut out = raw.clone();
         let config = json!({
             "adapter_residual_before_ln": false, "cross_adapter": false, "dropout": 0.0,
             "init_weights": self.init, "init_weights_seed": null, "inv_adapter": null,
@@ -177,10 +186,10 @@ impl BottleneckConfig {
         });
         for (key, value) in [
             ("config", config),
-            ("hidden_size", json!(self.model.0)),
-            ("model_class", json!(self.model.1)),
-            ("model_name", json!(adapter.base)),
-            ("model_type", json!(self.model.2)),
+            ("hidden_size", json!(self.base.hidden_size)),
+            ("model_class", json!(self.base.model_class)),
+            ("model_name", json!(base)),
+            ("model_type", json!(self.base.model_type)),
             ("name", json!(self.name)),
             ("version", json!("adapters.1.3.0")),
         ] {
@@ -194,17 +203,17 @@ impl BottleneckConfig {
         let hidden = model.hidden_size;
         let narrow = ((hidden as f64 / self.reduction_factor).floor() as usize).max(1);
         let places = [
-            (Place::Attention, "attention_adapters", self.attention),
-            (Place::Mlp, "output_adapters", self.mlp),
+            (BottleneckSite::Attention, "attention_adapters", self.attention),
+            (BottleneckSite::Mlp, "output_adapters", self.mlp),
         ];
         let mut specs = Vec::new();
         for layer in 0..model.num_layers {
             for (place, module, _) in places.iter().filter(|p| p.2) {
                 for (part, name, shape) in [
-                    (Part::Down, "adapter_down.0.weight", vec![narrow, hidden]),
-                    (Part::Up, "adapter_up.weight", vec![hidden, narrow]),
-                    (Part::DownBias, "adapter_down.0.bias", vec![narrow]),
-                    (Part::UpBias, "adapter_up.bias", vec![hidden]),
+                    (BottleneckPart::Down, "adapter_down.0.weight", vec![narrow, hidden]),
+                    (BottleneckPart::Up, "adapter_up.weight", vec![hidden, narrow]),
+                    (BottleneckPart::DownBias, "adapter_down.0.bias", vec![narrow]),
+                    (BottleneckPart::UpBias, "adapter_up.bias", vec![hidden]),
                 ] {
                     let name =
                         format!("model.layers.{layer}.{module}.adapters.{}.{name}", self.name);
@@ -250,13 +259,16 @@ impl Bottleneck {
         config: &BottleneckConfig,
         params: &ParamSet,
         layer: usize,
-        place: Place,
+        place: BottleneckSite,
     ) -> Result<Option<Bottleneck>> {
-        let part = |part| params.unit(Some(layer), Role::Bottleneck(place, part));
-        let (Some(down), Some(down_bias)) = (part(Part::Down)?, part(Part::DownBias)?) else {
+        let part = |part| params.fused(Some(layer), Role::Bottleneck(place, part));
+        let (Some(down), Some(down_bias)) =
+            (part(BottleneckPart::Down)?, part(BottleneckPart::DownBias)?)
+        else {
             return Ok(None);
         };
-        let (Some(up), Some(up_bias)) = (part(Part::Up)?, part(Part::UpBias)?) else {
+        let (Some(up), Some(up_bias)) = (part(BottleneckPart::Up)?, part(BottleneckPart::UpBias)?)
+        else {
             return Ok(None);
         };
         let scale = match config.scaling {

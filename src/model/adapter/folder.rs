@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::config::{AdapterConfig, Kind};
+use super::config::{AdapterConfig, AdapterKind};
 use super::{Adapter, bottleneck};
 use crate::autograd::Cx;
 use crate::error::{Error, Result, nearest};
@@ -108,10 +108,9 @@ impl Adapter {
     fn read_values(&self, file: &SafeFolder, dir: &Path) -> Result<()> {
         let mut problems = Vec::new();
         let names: Vec<&str> = file.names().collect();
-        let in_file = |spec: &&(ParamSpec, usize)| {
-            !matches!(spec.0.role, Role::InitialA(_) | Role::InitialB(_))
-        };
-        for (spec, _) in self.params.specs.iter().filter(in_file) {
+        let in_file =
+            |spec: &&ParamSpec| !matches!(spec.role, Role::InitialA(_) | Role::InitialB(_));
+        for spec in self.params.specs.iter().filter(in_file) {
             match file.get(&spec.name) {
                 None if spec.is_base_bias() => {} // a bias that is not trained is the base's
                 None => {
@@ -126,7 +125,7 @@ impl Adapter {
                 Some(_) => {}
             }
         }
-        let known: Vec<&str> = self.params.specs.iter().map(|(s, _)| s.name.as_str()).collect();
+        let known: Vec<&str> = self.params.specs.iter().map(|s| s.name.as_str()).collect();
         for name in names.iter().filter(|n| !known.contains(n)) {
             let near = nearest(name, known.iter().copied())
                 .map(|n| format!("; near: {n}"))
@@ -148,7 +147,7 @@ impl Adapter {
             return Err(Error::model(dir, message));
         }
         let mut values = Vec::new();
-        for (i, (spec, _)) in self.params.specs.iter().enumerate() {
+        for (i, spec) in self.params.specs.iter().enumerate() {
             let Some(view) = file.get(&spec.name) else { continue };
             values.resize(view.len(), 0.0);
             view.to_f32_into(&mut values)?;
@@ -167,7 +166,7 @@ impl Adapter {
     /// are joined, which makes them a plain LoRA on the base as it is.
     pub fn saved(&self) -> Vec<Saved> {
         let mut all: Vec<Saved> = Vec::new();
-        for (i, (spec, _)) in self.params.specs.iter().enumerate() {
+        for (i, spec) in self.params.specs.iter().enumerate() {
             let (first, by_columns) = match spec.role {
                 Role::InitialA(p) => (Role::LoraA(p), false),
                 Role::InitialB(p) => (Role::LoraB(p), true),
@@ -177,8 +176,7 @@ impl Adapter {
                     continue;
                 }
             };
-            let is_first = |(s, _): &(ParamSpec, usize)| (s.layer, s.role) == (spec.layer, first);
-            let j = self.params.specs.iter().position(is_first);
+            let j = self.params.by_role(spec.layer, first);
             if let Some(saved) = all.iter_mut().find(|s| j.is_some_and(|j| s.holds(j))) {
                 saved.pieces.push((i, spec.shape[1]));
                 saved.by_columns = by_columns;
@@ -190,7 +188,7 @@ impl Adapter {
 
     pub fn weights_file(&self) -> &'static str {
         match self.config.kind {
-            Kind::Bottleneck(_) => bottleneck::WEIGHTS,
+            AdapterKind::Bottleneck(_) => bottleneck::WEIGHTS,
             _ => WEIGHTS,
         }
     }

@@ -3,7 +3,7 @@
 //! Invariant: merging is done in f32, and the merged model is the adapted one up to the rounding of
 //! what is stored.
 
-use super::config::Kind;
+use super::config::AdapterKind;
 use super::{Adapter, LEADERS, base_name, members, merged, proj_shape};
 use crate::autograd::Cx;
 use crate::error::{Error, Result};
@@ -13,9 +13,11 @@ use crate::model::layout::{ModelConfig, ParamSpec, Proj, Role, Task};
 /// Errors for a kind of adapter that no weight of the base can hold.
 pub fn mergeable(adapter: &Adapter) -> Result<()> {
     let why = match adapter.config.kind {
-        Kind::Lora(_) | Kind::Ia3(_) => return Ok(()),
-        Kind::Prompt(_) => "a tuned prompt is rows before the sequence, and part of no weight",
-        Kind::Bottleneck(_) => {
+        AdapterKind::Lora(_) | AdapterKind::Ia3(_) => return Ok(()),
+        AdapterKind::Prompt(_) => {
+            "a tuned prompt is rows before the sequence, and part of no weight"
+        }
+        AdapterKind::Bottleneck(_) => {
             "a bottleneck adapter is a layer with a non-linearity, and part of no weight"
         }
     };
@@ -27,7 +29,7 @@ pub fn mergeable(adapter: &Adapter) -> Result<()> {
 pub fn merged_config(model: &Decoder) -> ModelConfig {
     let mut config = model.config.clone();
     let brings = |role| {
-        model.adapter.as_ref().is_some_and(|a| matches!(a.params.unit(None, role), Ok(Some(_))))
+        model.adapter.as_ref().is_some_and(|a| matches!(a.params.fused(None, role), Ok(Some(_))))
     };
     if config.task == Task::CausalLm && (brings(Role::Head) || brings(Role::Embed)) {
         config.tie_word_embeddings = false;
@@ -41,8 +43,7 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
     let Some(adapter) = &model.adapter else {
         return Err(Error::op("merge", "the model has no adapter"));
     };
-    if let Some(i) = adapter.params.specs.iter().position(|(s, _)| base_name(&s.name) == spec.name)
-    {
+    if let Some(i) = adapter.params.specs.iter().position(|s| base_name(&s.name) == spec.name) {
         return adapter.params.weight_view(i)?.to_f32();
     }
     let stored = match spec.role {
@@ -51,7 +52,7 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
         Role::Head if model.config.tie_word_embeddings => "model.embed_tokens.weight",
         _ => spec.name.as_str(),
     };
-    let found = model.params.specs.iter().position(|(s, _)| s.name == stored);
+    let found = model.params.by_name(stored);
     let i = found.ok_or_else(|| Error::op("merge", format!("{} has no place", spec.name)))?;
     let mut values = model.params.weight_view(i)?.to_f32()?;
     let (Some(layer), Some((proj, bias))) = (spec.layer, projection(spec.role)) else {

@@ -3,7 +3,7 @@
 //! Invariant: this is the decoder without switches; biases come only where config.json asks for
 //! them.
 
-use super::{Family, Switch, WindowRule};
+use crate::model::layout::{Family, Switch, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "llama",
@@ -13,6 +13,7 @@ pub const FAMILY: Family = Family {
     mlp_bias: Switch::Key("mlp_bias"),
     qk_norm: false,
     window: WindowRule::Ignored,
+    ia3_attention: "k_proj",
     heads_divide_hidden: true,
     default_kv_heads: None,
     default_head_dim: None,

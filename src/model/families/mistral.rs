@@ -2,7 +2,7 @@
 //!
 //! Invariant: one window for all layers, or none; no biases.
 
-use super::{Family, Switch, WindowRule};
+use crate::model::layout::{Family, Switch, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "mistral",
@@ -12,6 +12,7 @@ pub const FAMILY: Family = Family {
     mlp_bias: Switch::Never,
     qk_norm: false,
     window: WindowRule::Every { default: 4096 },
+    ia3_attention: "k_proj",
     heads_divide_hidden: false,
     default_kv_heads: Some(8),
     default_head_dim: None,

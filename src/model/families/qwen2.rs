@@ -2,7 +2,7 @@
 //!
 //! Invariant: q, k and v always have a bias, o never.
 
-use super::{Family, Switch, WindowRule};
+use crate::model::layout::{Family, Switch, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "qwen2",
@@ -12,6 +12,7 @@ pub const FAMILY: Family = Family {
     mlp_bias: Switch::Never,
     qk_norm: false,
     window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
+    ia3_attention: "q_proj",
     heads_divide_hidden: false,
     default_kv_heads: Some(32),
     default_head_dim: None,

@@ -438,8 +438,8 @@ impl Critic {
         shape.task = Task::SequenceClassification { labels: 1 };
         let trunk =
             Decoder::builder(shape).set(ParamSetId::Value).positions(world.longest()).build(cx)?;
-        for (i, (spec, _)) in trunk.params.specs.iter().enumerate() {
-            if let Some(at) = from.params.specs.iter().position(|(s, _)| s.name == spec.name) {
+        for (i, spec) in trunk.params.specs.iter().enumerate() {
+            if let Some(at) = from.params.by_name(&spec.name) {
                 trunk.params.store(i, &from.params.weight_view(at)?.to_f32()?)?;
             }
         }
