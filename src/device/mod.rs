@@ -119,6 +119,18 @@ pub struct KernelDef {
     pub strict: CpuEntry,
 }
 
+impl KernelDef {
+    fn check_block(&self, at: Launch) -> Result<()> {
+        if at.block == 0 || at.block > self.threads {
+            return Err(Error::Device(format!(
+                "{}: a block of {} threads; from 1 to {} are possible",
+                self.name, at.block, self.threads
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// Bytes free and in all, as the device tells.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryInfo {

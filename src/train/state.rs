@@ -14,7 +14,7 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::adapter;
-use crate::model::adapter::folder::Saved;
+use crate::model::adapter::folder::SavedParam;
 use crate::model::folder::{self, write_folder};
 use crate::model::params::ParamSet;
 use crate::optim::state::Moments;
@@ -303,8 +303,8 @@ fn read(from: &SafeFolder, name: &str, len: usize) -> Result<Vec<f32>> {
 }
 
 /// The parameters of a model, one a tensor.
-fn whole(params: &ParamSet) -> Vec<Saved> {
-    params.specs.iter().enumerate().map(|(i, s)| Saved::whole(&s.name, &s.shape, i)).collect()
+fn whole(params: &ParamSet) -> Vec<SavedParam> {
+    params.specs.iter().enumerate().map(|(i, s)| SavedParam::whole(&s.name, &s.shape, i)).collect()
 }
 
 /// What [`Trainer::write_model`] needs to write a folder like `dir`.

@@ -207,12 +207,7 @@ impl Device for Cpu {
         at: Launch,
         args: &mut [*mut c_void],
     ) -> Result<()> {
-        if at.block == 0 || at.block > kernel.threads {
-            return Err(Error::Device(format!(
-                "{}: a block of {} threads; it takes 1 to {}",
-                kernel.name, at.block, kernel.threads
-            )));
-        }
+        kernel.check_block(at)?;
         let copied = || {
             let mut copies = vec![0u64; kernel.args.len()];
             for ((copy, arg), size) in copies.iter_mut().zip(args.iter()).zip(kernel.args) {

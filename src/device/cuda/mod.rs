@@ -534,12 +534,7 @@ impl Device for Cuda {
         at: Launch,
         args: &mut [*mut c_void],
     ) -> Result<()> {
-        if at.block == 0 || at.block > kernel.threads {
-            return Err(Error::Device(format!(
-                "{}: a block of {} threads; it takes 1 to {}",
-                kernel.name, at.block, kernel.threads
-            )));
-        }
+        kernel.check_block(at)?;
         self.bind()?;
         let function = self.function(kernel, at.shared)?;
         let ([x, y, z], block) = (at.grid, (at.block, 1, 1));

@@ -32,7 +32,7 @@ pub const WEIGHTS: &str = "adapter.safetensors";
 
 /// What an adapter reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reads {
+pub enum BottleneckInput {
     Branch,
     Sum,
     Stream,
@@ -44,7 +44,7 @@ pub struct BottleneckConfig {
     pub name: String,
     pub attention: bool,
     pub mlp: bool,
-    pub reads: Reads,
+    pub reads: BottleneckInput,
     pub reduction_factor: f64,
     /// As adapter-hub names it.
     pub non_linearity: String,
@@ -67,10 +67,12 @@ impl BottleneckConfig {
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig) -> Result<BottleneckConfig> {
         let (name, attention, reads, factor, non_linearity, scaling, init) = match keys.peft_type {
             PeftType::DoubleSeqBn => {
-                ("double_seq_bn", true, Reads::Branch, 16.0, "swish", 1.0, "bert")
+                ("double_seq_bn", true, BottleneckInput::Branch, 16.0, "swish", 1.0, "bert")
             }
-            PeftType::ParBn => ("par_bn", false, Reads::Stream, 2.0, "relu", 4.0, "mam_adapter"),
-            _ => ("seq_bn", false, Reads::Sum, 16.0, "relu", 1.0, "bert"),
+            PeftType::ParBn => {
+                ("par_bn", false, BottleneckInput::Stream, 2.0, "relu", 4.0, "mam_adapter")
+            }
+            _ => ("seq_bn", false, BottleneckInput::Sum, 16.0, "relu", 1.0, "bert"),
         };
         if model.task != Task::CausalLm {
             return Err(Error::Config(format!(
@@ -104,7 +106,7 @@ impl BottleneckConfig {
         })
     }
 
-    /// Reads adapter-hub's adapter_config.json.
+    /// BottleneckInput adapter-hub's adapter_config.json.
     pub fn from_json(path: &Path, raw: &Map<String, Value>) -> Result<BottleneckConfig> {
         let wrong = |message: String| Error::model(path, message);
         let config = raw.get("config").and_then(Value::as_object).cloned().unwrap_or_default();
@@ -148,9 +150,9 @@ impl BottleneckConfig {
             )
         })?;
         let reads = match (on("is_parallel", false), on("original_ln_before", false)) {
-            (true, _) => Reads::Stream,
-            (false, true) => Reads::Sum,
-            (false, false) => Reads::Branch,
+            (true, _) => BottleneckInput::Stream,
+            (false, true) => BottleneckInput::Sum,
+            (false, false) => BottleneckInput::Branch,
         };
         Ok(BottleneckConfig {
             name: raw.get("name").and_then(Value::as_str).unwrap_or("default").into(),
@@ -178,9 +180,9 @@ impl BottleneckConfig {
         let config = json!({
             "adapter_residual_before_ln": false, "cross_adapter": false, "dropout": 0.0,
             "init_weights": self.init, "init_weights_seed": null, "inv_adapter": null,
-            "inv_adapter_reduction_factor": null, "is_parallel": self.reads == Reads::Stream, "leave_out": [],
+            "inv_adapter_reduction_factor": null, "is_parallel": self.reads == BottleneckInput::Stream, "leave_out": [],
             "ln_after": false, "ln_before": false, "mh_adapter": self.attention, "non_linearity": self.non_linearity,
-            "original_ln_after": true, "original_ln_before": self.reads == Reads::Sum, "output_adapter": self.mlp,
+            "original_ln_after": true, "original_ln_before": self.reads == BottleneckInput::Sum, "output_adapter": self.mlp,
             "phm_layer": false, "reduction_factor": whole(self.reduction_factor), "residual_before_ln": true,
             "scaling": self.scaling, "stochastic_depth": 0.0, "use_gating": false,
         });
@@ -247,7 +249,7 @@ pub struct Bottleneck {
     down_bias: Tensor,
     up: Tensor,
     up_bias: Tensor,
-    reads: Reads,
+    reads: BottleneckInput,
     act: Act,
     /// Where it is not 1.
     scale: Option<Tensor>,
@@ -298,12 +300,12 @@ impl Bottleneck {
     /// What is added to the stream in the place of `branch`.
     pub fn apply(&self, cx: &mut Cx, branch: &Tensor, stream: &Tensor) -> Result<Tensor> {
         let sum = match self.reads {
-            Reads::Sum => Some(add(cx, branch, stream)?),
+            BottleneckInput::Sum => Some(add(cx, branch, stream)?),
             _ => None,
         };
         let z = match (&sum, self.reads) {
             (Some(sum), _) => sum,
-            (None, Reads::Stream) => stream,
+            (None, BottleneckInput::Stream) => stream,
             (None, _) => branch,
         };
         let narrow = linear(cx, z, &self.down, Some(&self.down_bias))?;

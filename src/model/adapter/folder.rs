@@ -22,7 +22,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 pub const CONFIG: &str = "adapter_config.json";
 
 /// A tensor of an adapter's file: one parameter, or PiSSA's two joined, by rows or by columns.
-pub struct Saved {
+pub struct SavedParam {
     pub name: String,
     pub shape: Vec<usize>,
     /// Parameters and their widths.
@@ -30,10 +30,10 @@ pub struct Saved {
     by_columns: bool,
 }
 
-impl Saved {
-    pub fn whole(name: &str, shape: &[usize], i: usize) -> Saved {
+impl SavedParam {
+    pub fn whole(name: &str, shape: &[usize], i: usize) -> SavedParam {
         let width = shape.last().copied().unwrap_or(1);
-        Saved {
+        SavedParam {
             name: name.into(),
             shape: shape.to_vec(),
             pieces: vec![(i, width)],
@@ -83,7 +83,7 @@ impl Saved {
 }
 
 impl Adapter {
-    /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with
+    /// BottleneckInput a PEFT folder onto a model. Errors: an adapter for another task or another base, with
     /// near names.
     pub fn load(cx: &Cx, dir: &Path, model: &ModelConfig, base: &ParamSet) -> Result<Adapter> {
         let config = AdapterConfig::load(dir)?;
@@ -164,15 +164,15 @@ impl Adapter {
 
     /// What of the adapter goes into its file. A bias that is not trained stays out; PiSSA's pairs
     /// are joined, which makes them a plain LoRA on the base as it is.
-    pub fn saved(&self) -> Vec<Saved> {
-        let mut all: Vec<Saved> = Vec::new();
+    pub fn saved(&self) -> Vec<SavedParam> {
+        let mut all: Vec<SavedParam> = Vec::new();
         for (i, spec) in self.params.specs.iter().enumerate() {
             let (first, by_columns) = match spec.role {
                 Role::InitialA(p) => (Role::LoraA(p), false),
                 Role::InitialB(p) => (Role::LoraB(p), true),
                 _ if spec.role.is_bias() && !self.params.tuning(i).trainable => continue,
                 _ => {
-                    all.push(Saved::whole(&spec.name, &spec.shape, i));
+                    all.push(SavedParam::whole(&spec.name, &spec.shape, i));
                     continue;
                 }
             };

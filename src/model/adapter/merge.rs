@@ -4,7 +4,7 @@
 //! what is stored.
 
 use super::config::AdapterKind;
-use super::{Adapter, LEADERS, base_name, members, merged, proj_shape};
+use super::{Adapter, base_name, merged};
 use crate::autograd::Cx;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
@@ -59,11 +59,13 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
         return Ok(values);
     };
     let Some(site) = adapter.site(layer, proj.leader()) else { return Ok(values) };
-    let (rows, cols) = proj_shape(&model.config, proj);
-    let from: usize = members(proj.leader())
+    let (rows, cols) = model.config.proj_shape(proj);
+    let from: usize = proj
+        .leader()
+        .group()
         .iter()
         .take_while(|p| **p != proj)
-        .map(|p| proj_shape(&model.config, *p).0)
+        .map(|p| model.config.proj_shape(*p).0)
         .sum();
     if let (false, Some(lora)) = (bias, &site.lora) {
         let mut w = model.params.weight_view(i)?;
@@ -114,8 +116,6 @@ fn projection(role: Role) -> Option<(Proj, bool)> {
     };
     match bias {
         Some(proj) => Some((proj, true)),
-        None => {
-            LEADERS.iter().flat_map(|l| members(*l)).find(|p| p.role() == role).map(|p| (*p, false))
-        }
+        None => Proj::ALL.iter().find(|p| p.role() == role).map(|p| (*p, false)),
     }
 }

@@ -65,19 +65,6 @@ pub fn base_name(name: &str) -> String {
     name.strip_prefix(PREFIX).unwrap_or(name).replace(".base_layer.", ".")
 }
 
-/// The four groups of a block that share an input.
-pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
-
-/// The projections of a group, in the order in which they lie side by side.
-pub fn members(leader: Proj) -> &'static [Proj] {
-    match leader {
-        Proj::Q => &[Proj::Q, Proj::K, Proj::V],
-        Proj::Gate => &[Proj::Gate, Proj::Up],
-        Proj::O => &[Proj::O],
-        _ => &[Proj::Down],
-    }
-}
-
 impl Adapter {
     /// A new adapter over `base`, with the values it starts from. Biases and modules to save are
     /// copied from the base.
@@ -106,7 +93,7 @@ impl Adapter {
         adapter.tune(None)?;
         for layer in 0..model.num_layers {
             let mut sites: [AdapterSite; 4] = Default::default();
-            for (site, leader) in sites.iter_mut().zip(LEADERS) {
+            for (site, leader) in sites.iter_mut().zip(Proj::LEADERS) {
                 *site = adapter.build_site(cx, layer, leader, model)?;
             }
             adapter.sites.push(sites);
@@ -144,7 +131,7 @@ impl Adapter {
     }
 
     pub fn site(&self, layer: usize, leader: Proj) -> Option<&AdapterSite> {
-        let at = LEADERS.iter().position(|l| *l == leader)?;
+        let at = Proj::LEADERS.iter().position(|l| *l == leader)?;
         self.sites.get(layer).map(|s| &s[at])
     }
 
@@ -187,7 +174,7 @@ impl Adapter {
     /// base have changed.
     pub fn refresh(&self, cx: &Cx, base: &ParamSet) -> Result<()> {
         for (layer, sites) in self.sites.iter().enumerate() {
-            for (site, leader) in sites.iter().zip(LEADERS) {
+            for (site, leader) in sites.iter().zip(Proj::LEADERS) {
                 let (Some(norm), Some(lora)) = (&site.norm, &site.lora) else { continue };
                 let weight = base.dense(cx, Some(layer), leader.role())?;
                 for (segment, b) in lora.pairs.segments.iter().zip(&lora.pairs.b) {
@@ -210,51 +197,42 @@ impl Adapter {
     ) -> Result<AdapterSite> {
         let mut site = AdapterSite::default();
         let fused = |role| self.params.fused(Some(layer), role);
-        let mut from = 0;
-        let (mut segments, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
-        for proj in members(leader) {
-            let (cols, _) = proj_shape(model, *proj);
-            if let (Some(pair), AdapterKind::Lora(config)) =
-                (fused(Role::LoraB(*proj))?, &self.config.kind)
-            {
-                let rank = pair.cols();
-                let scale = scale(config, (layer, *proj), rank)?;
-                segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
-                scales.extend(vec![scale; rank]);
-                b.push(pair);
-            }
-            site.output_scales.extend(fused(Role::Magnitude(*proj))?.map(|s| (from, s)));
+        // Each projection with its columns of the site's output.
+        let mut columns = Vec::new();
+        let mut width = 0;
+        for proj in leader.group() {
+            let (cols, _) = model.proj_shape(*proj);
+            columns.push((*proj, width, cols));
+            width += cols;
+        }
+        for (proj, from, _) in &columns {
+            site.output_scales.extend(fused(Role::Magnitude(*proj))?.map(|s| (*from, s)));
             if let Some(vector) = fused(Role::Ia3(*proj))? {
                 let vector = vector.reshape(&[vector.numel()])?;
-                if !self.scales_input(*proj) {
-                    site.output_scales.push((from, vector));
-                } else {
+                if self.scales_input(*proj) {
                     site.input_scale = Some(vector);
+                } else {
+                    site.output_scales.push((*from, vector));
                 }
             }
-            from += cols;
         }
-        from = 0;
-        for proj in members(leader) {
-            // PiSSA: what stays as it was is more ranks, behind all that are trained.
-            let (cols, _) = proj_shape(model, *proj);
-            if let (Some(pair), AdapterKind::Lora(config)) =
-                (fused(Role::InitialB(*proj))?, &self.config.kind)
-            {
+        let AdapterKind::Lora(config) = &self.config.kind else { return Ok(site) };
+        let (mut segments, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+        // PiSSA's pairs, which stay as they started, are more ranks behind all that are trained.
+        for role in [Role::LoraB as fn(Proj) -> Role, Role::InitialB] {
+            for (proj, from, cols) in columns.iter().copied() {
+                let Some(pair) = fused(role(proj))? else { continue };
                 let rank = pair.cols();
-                let scale = scale(config, (layer, *proj), rank)?;
+                let scale = scale(config, (layer, proj), rank)?;
                 segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
                 scales.extend(vec![scale; rank]);
                 b.push(pair);
             }
-            from += cols;
         }
-        if let (Some(a), AdapterKind::Lora(config)) =
-            (fused(Role::LoraA(leader))?, &self.config.kind)
-        {
+        if let Some(a) = fused(Role::LoraA(leader))? {
             let scale = constant(cx, &scales)?;
             if config.use_dora {
-                site.norm = Some(constant(cx, &vec![1.0; from])?);
+                site.norm = Some(constant(cx, &vec![1.0; width])?);
             }
             site.lora = Some(LoraSite {
                 pairs: Pairs { a, b, segments, scale },
@@ -317,19 +295,6 @@ fn scale(config: &LoraConfig, module: target::Module, rank: usize) -> Result<f32
     Ok((alpha / if config.use_rslora { r.sqrt() } else { r }) as f32)
 }
 
-/// [out, in] of a projection.
-pub fn proj_shape(model: &ModelConfig, proj: Proj) -> (usize, usize) {
-    let (hidden, mlp) = (model.hidden_size, model.intermediate_size);
-    let (q, kv) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
-    match proj {
-        Proj::Q => (q, hidden),
-        Proj::K | Proj::V => (kv, hidden),
-        Proj::O => (hidden, q),
-        Proj::Gate | Proj::Up => (mlp, hidden),
-        Proj::Down => (hidden, mlp),
-    }
-}
-
 /// Every parameter of an adapter under PEFT's names, in arena order: all A, then all B and vectors,
 /// then copies.
 pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec<ParamSpec>> {
@@ -341,7 +306,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             bias = c.bias;
             for (layer, proj) in bound(&c.targets, c.layers.as_deref(), model)? {
                 let name = module_name((layer, proj));
-                let (out, input) = proj_shape(model, proj);
+                let (out, input) = model.proj_shape(proj);
                 let rank = by_pattern(&c.rank_pattern, &name)?.map_or(c.r, |r| r as usize);
                 if rank == 0 {
                     return Err(Error::Config(format!(
@@ -374,9 +339,9 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
         AdapterKind::Bottleneck(c) => second.extend(c.params(model)),
         AdapterKind::Ia3(c) => {
             for (layer, proj) in bound(&c.targets, None, model)? {
-                let (out, input) = proj_shape(model, proj);
+                let (out, input) = model.proj_shape(proj);
                 let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
-                if feeds && members(proj.leader()).len() > 1 {
+                if feeds && proj.leader().group().len() > 1 {
                     let message =
                         "shares its input with its neighbours; scale its output, not its input";
                     return Err(Error::Config(format!(

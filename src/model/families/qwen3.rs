@@ -3,14 +3,14 @@
 //! Invariant: q and k are RMS-normed per head, over head_dim, before rope; head_dim is free of
 //! hidden_size / heads.
 
-use crate::model::layout::{Family, Switch, WindowRule};
+use crate::model::layout::{BiasRule, Family, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "qwen3",
     architecture: "Qwen3ForCausalLM",
-    qkv_bias: Switch::Key("attention_bias"),
-    o_bias: Switch::Key("attention_bias"),
-    mlp_bias: Switch::Never,
+    qkv_bias: BiasRule::Key("attention_bias"),
+    o_bias: BiasRule::Key("attention_bias"),
+    mlp_bias: BiasRule::Never,
     qk_norm: true,
     window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
     ia3_attention: "q_proj",
