@@ -123,12 +123,12 @@ impl Tape {
                 .inputs
                 .iter()
                 .map(|x| {
-                    let who = match x.id {
+                    let id = match x.id {
                         Id::Constant => "c".to_string(),
                         Id::Value(v) => format!("%{v}"),
                         Id::Param { set, index } => format!("p{}.{index}", set as usize),
                     };
-                    format!("{who}{:?}", x.shape)
+                    format!("{id}{:?}", x.shape)
                 })
                 .collect();
             let outs: Vec<String> = node.outputs.iter().map(|v| format!("%{v}")).collect();

@@ -20,7 +20,7 @@ const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far 
 const MAX_LAYERS: usize = 10_000;
 
 impl ModelConfig {
-    /// BottleneckInput `dir/config.json`.
+    /// Reads `dir/config.json`.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let path = dir.as_ref().join("config.json");
         if !path.exists() {

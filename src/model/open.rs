@@ -12,7 +12,7 @@ use crate::model::adapter::config::AdapterConfig;
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
 
-/// BottleneckInput a Hugging Face folder and puts the adapter of a PEFT or adapter-hub folder on it. The
+/// Reads a Hugging Face folder and puts the adapter of a PEFT or adapter-hub folder on it. The
 /// adapter of a classifier brings the score that its base, a language model, lacks. Errors: those
 /// of either folder, an adapter for another task or base.
 pub fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {

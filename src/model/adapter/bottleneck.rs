@@ -30,7 +30,7 @@ use crate::tensor::Tensor;
 /// adapter-hub's file of weights.
 pub const WEIGHTS: &str = "adapter.safetensors";
 
-/// What an adapter reads.
+/// What a bottleneck adapter reads: the branch, the branch plus the stream, or the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BottleneckInput {
     Branch,
@@ -38,13 +38,51 @@ pub enum BottleneckInput {
     Stream,
 }
 
+/// adapter-hub's defaults for one of its types.
+struct Preset {
+    name: &'static str,
+    attention: bool,
+    input: BottleneckInput,
+    reduction_factor: f64,
+    non_linearity: &'static str,
+    scaling: f64,
+    init: &'static str,
+}
+
+const SEQ_BN: Preset = Preset {
+    name: "seq_bn",
+    attention: false,
+    input: BottleneckInput::Sum,
+    reduction_factor: 16.0,
+    non_linearity: "relu",
+    scaling: 1.0,
+    init: "bert",
+};
+
+const DOUBLE_SEQ_BN: Preset = Preset {
+    name: "double_seq_bn",
+    attention: true,
+    input: BottleneckInput::Branch,
+    non_linearity: "swish",
+    ..SEQ_BN
+};
+
+const PAR_BN: Preset = Preset {
+    name: "par_bn",
+    input: BottleneckInput::Stream,
+    reduction_factor: 2.0,
+    scaling: 4.0,
+    init: "mam_adapter",
+    ..SEQ_BN
+};
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct BottleneckConfig {
     /// The adapter's name, part of its parameters' names.
     pub name: String,
     pub attention: bool,
     pub mlp: bool,
-    pub reads: BottleneckInput,
+    pub input: BottleneckInput,
     pub reduction_factor: f64,
     /// As adapter-hub names it.
     pub non_linearity: String,
@@ -64,40 +102,37 @@ pub struct BottleneckBase {
 }
 
 impl BottleneckConfig {
+    /// A new adapter as the options say, with adapter-hub's defaults for its type. Errors: a model
+    /// that is no language model, an activation or a factor that is not possible.
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig) -> Result<BottleneckConfig> {
-        let (name, attention, reads, factor, non_linearity, scaling, init) = match keys.peft_type {
-            PeftType::DoubleSeqBn => {
-                ("double_seq_bn", true, BottleneckInput::Branch, 16.0, "swish", 1.0, "bert")
-            }
-            PeftType::ParBn => {
-                ("par_bn", false, BottleneckInput::Stream, 2.0, "relu", 4.0, "mam_adapter")
-            }
-            _ => ("seq_bn", false, BottleneckInput::Sum, 16.0, "relu", 1.0, "bert"),
+        let preset = match keys.peft_type {
+            PeftType::DoubleSeqBn => DOUBLE_SEQ_BN,
+            PeftType::ParBn => PAR_BN,
+            _ => SEQ_BN,
         };
         if model.task != Task::CausalLm {
             return Err(Error::Config(format!(
-                "peft_type = {name}: for language models alone; use lora"
+                "peft_type = {}: for language models alone; use lora",
+                preset.name
             )));
         }
-        let non_linearity = keys.non_linearity.clone().unwrap_or(non_linearity.into());
-        let act = act(&non_linearity).map_err(|e| Error::Config(format!("non_linearity: {e}")))?;
-        let reduction_factor = keys.reduction_factor.unwrap_or(factor);
+        let non_linearity = keys.non_linearity.as_deref().unwrap_or(preset.non_linearity);
+        let reduction_factor = keys.reduction_factor.unwrap_or(preset.reduction_factor);
         if reduction_factor.is_nan() || reduction_factor <= 0.0 {
             return Err(Error::Config(format!(
                 "reduction_factor = {reduction_factor}: must be above 0"
             )));
         }
-        let (name, init) = (name.into(), init.into());
         Ok(BottleneckConfig {
-            name,
-            attention,
+            name: preset.name.into(),
+            attention: preset.attention,
             mlp: true,
-            reads,
+            input: preset.input,
             reduction_factor,
-            non_linearity,
-            act,
-            scaling,
-            init,
+            non_linearity: non_linearity.into(),
+            act: act(non_linearity).map_err(|e| Error::Config(format!("non_linearity: {e}")))?,
+            scaling: preset.scaling,
+            init: preset.init.into(),
             base: BottleneckBase {
                 hidden_size: model.hidden_size,
                 model_class: model.family.architecture.into(),
@@ -106,7 +141,7 @@ impl BottleneckConfig {
         })
     }
 
-    /// BottleneckInput adapter-hub's adapter_config.json.
+    /// Reads adapter-hub's adapter_config.json.
     pub fn from_json(path: &Path, raw: &Map<String, Value>) -> Result<BottleneckConfig> {
         let wrong = |message: String| Error::model(path, message);
         let config = raw.get("config").and_then(Value::as_object).cloned().unwrap_or_default();
@@ -149,7 +184,7 @@ impl BottleneckConfig {
                 "is neither a PEFT config (it has no peft_type) nor a bottleneck adapter's".into(),
             )
         })?;
-        let reads = match (on("is_parallel", false), on("original_ln_before", false)) {
+        let input = match (on("is_parallel", false), on("original_ln_before", false)) {
             (true, _) => BottleneckInput::Stream,
             (false, true) => BottleneckInput::Sum,
             (false, false) => BottleneckInput::Branch,
@@ -158,7 +193,7 @@ impl BottleneckConfig {
             name: raw.get("name").and_then(Value::as_str).unwrap_or("default").into(),
             attention: on("mh_adapter", false),
             mlp: on("output_adapter", true),
-            reads,
+            input,
             reduction_factor: number("reduction_factor", 16.0)?,
             non_linearity: non_linearity.into(),
             act: act(non_linearity).map_err(wrong)?,
@@ -180,9 +215,9 @@ impl BottleneckConfig {
         let config = json!({
             "adapter_residual_before_ln": false, "cross_adapter": false, "dropout": 0.0,
             "init_weights": self.init, "init_weights_seed": null, "inv_adapter": null,
-            "inv_adapter_reduction_factor": null, "is_parallel": self.reads == BottleneckInput::Stream, "leave_out": [],
+            "inv_adapter_reduction_factor": null, "is_parallel": self.input == BottleneckInput::Stream, "leave_out": [],
             "ln_after": false, "ln_before": false, "mh_adapter": self.attention, "non_linearity": self.non_linearity,
-            "original_ln_after": true, "original_ln_before": self.reads == BottleneckInput::Sum, "output_adapter": self.mlp,
+            "original_ln_after": true, "original_ln_before": self.input == BottleneckInput::Sum, "output_adapter": self.mlp,
             "phm_layer": false, "reduction_factor": whole(self.reduction_factor), "residual_before_ln": true,
             "scaling": self.scaling, "stochastic_depth": 0.0, "use_gating": false,
         });
@@ -249,7 +284,7 @@ pub struct Bottleneck {
     down_bias: Tensor,
     up: Tensor,
     up_bias: Tensor,
-    reads: BottleneckInput,
+    input: BottleneckInput,
     act: Act,
     /// Where it is not 1.
     scale: Option<Tensor>,
@@ -291,7 +326,7 @@ impl Bottleneck {
             down_bias,
             up,
             up_bias,
-            reads: config.reads,
+            input: config.input,
             act: config.act,
             scale,
         }))
@@ -299,11 +334,11 @@ impl Bottleneck {
 
     /// What is added to the stream in the place of `branch`.
     pub fn apply(&self, cx: &mut Cx, branch: &Tensor, stream: &Tensor) -> Result<Tensor> {
-        let sum = match self.reads {
+        let sum = match self.input {
             BottleneckInput::Sum => Some(add(cx, branch, stream)?),
             _ => None,
         };
-        let z = match (&sum, self.reads) {
+        let z = match (&sum, self.input) {
             (Some(sum), _) => sum,
             (None, BottleneckInput::Stream) => stream,
             (None, _) => branch,

@@ -178,7 +178,7 @@ impl AdapterConfig {
         })
     }
 
-    /// BottleneckInput `dir/adapter_config.json`.
+    /// Reads `dir/adapter_config.json`.
     pub fn load(dir: &Path) -> Result<AdapterConfig> {
         let path = dir.join("adapter_config.json");
         if !path.exists() {

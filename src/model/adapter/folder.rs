@@ -83,7 +83,7 @@ impl SavedParam {
 }
 
 impl Adapter {
-    /// BottleneckInput a PEFT folder onto a model. Errors: an adapter for another task or another base, with
+    /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with
     /// near names.
     pub fn load(cx: &Cx, dir: &Path, model: &ModelConfig, base: &ParamSet) -> Result<Adapter> {
         let config = AdapterConfig::load(dir)?;

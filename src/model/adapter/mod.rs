@@ -1,9 +1,9 @@
 //! Adapters: parameters of their own beside a frozen model. Layer 5.
 //!
 //! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (its arena,
-//! gradients and moments are its own) and a [`AdapterSite`] for each group of projections that share an
-//! input; the decoder asks the site, and knows no kind. Modules that are trained whole
-//! (`modules_to_save`, biases) are copies in the adapter's set.
+//! gradients and moments are its own) and an *adapter site* for each group of projections that share
+//! an input: what it adds to their product. The decoder asks the site and knows no kind of adapter.
+//! Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's set.
 
 pub mod bottleneck;
 pub mod config;
