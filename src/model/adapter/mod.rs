@@ -156,11 +156,8 @@ impl Adapter {
 
     /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
     pub fn count(&self) -> usize {
-        let specs = self.params.specs.iter().map(|s| s);
-        specs
-            .filter(|s| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_)))
-            .map(|s| s.len())
-            .sum()
+        let counted = |s: &&ParamSpec| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_));
+        self.params.specs.iter().filter(counted).map(ParamSpec::len).sum()
     }
 
     pub fn dropout(&self) -> f32 {
