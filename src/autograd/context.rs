@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::op::{Need, Op};
-use super::tape::{ParamGrads, Tape};
+use super::tape::{ParamGradSets, Tape};
 use crate::config::{AttentionChoice, MatmulChoice};
 use crate::device::{DType, Device, Pool};
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ pub struct Cx {
     pub recompute: Recompute,
     pub tape: Option<Tape>,
     /// Gradient buffers by parameter set.
-    pub param_grads: Vec<ParamGrads>,
+    pub param_grads: ParamGradSets,
     /// I32 [4] on the device: seed low, seed high, step, micro-step. Read by every random kernel.
     pub rng: Tensor,
     next_site: u32,
@@ -50,7 +50,7 @@ impl Cx {
             attention: AttentionChoice::Auto,
             recompute: Recompute::Off,
             tape: None,
-            param_grads: Vec::new(),
+            param_grads: ParamGradSets::default(),
             rng,
             next_site: 0,
         })
@@ -96,10 +96,9 @@ impl Cx {
         let wants = |t: &&Tensor| match t.id() {
             Id::Constant => false,
             Id::Value(_) => true,
-            Id::Param { set, index } => self
-                .param_grads
-                .get(set as usize)
-                .is_some_and(|p| p.slots.get(index as usize).is_some_and(Option::is_some)),
+            Id::Param { set, index } => {
+                self.param_grads[set].slots.get(index as usize).is_some_and(Option::is_some)
+            }
         };
         let inputs: Vec<bool> = x.iter().map(|t| self.tape.is_some() && wants(t)).collect();
         let need = Need { tape: inputs.contains(&true), inputs };

@@ -14,4 +14,4 @@ pub use accumulate::{add_into, flat};
 pub use context::{Cx, Recompute};
 pub use op::{Cost, Fwd, Need, Op};
 pub use oracle::{F64, Round};
-pub use tape::{Grads, Input, Node, ParamGrads, Tape};
+pub use tape::{Grads, Input, Node, ParamGradSets, ParamGrads, Tape};

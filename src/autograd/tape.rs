@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::ops::{Index, IndexMut};
 use std::sync::Arc;
 
 use super::accumulate::add_into;
@@ -14,7 +15,7 @@ use super::context::Cx;
 use super::op::{Need, Op};
 use crate::device::{DType, Pool};
 use crate::error::{Error, Result};
-use crate::tensor::{Id, Tensor};
+use crate::tensor::{Id, ParamSetId, Tensor};
 
 pub struct Node {
     pub op: Arc<dyn Op>,
@@ -122,12 +123,12 @@ impl Tape {
                 .inputs
                 .iter()
                 .map(|x| {
-                    let who = match x.id {
+                    let id = match x.id {
                         Id::Constant => "c".to_string(),
                         Id::Value(v) => format!("%{v}"),
-                        Id::Param { set, index } => format!("p{set}.{index}"),
+                        Id::Param { set, index } => format!("p{}.{index}", set as usize),
                     };
-                    format!("{who}{:?}", x.shape)
+                    format!("{id}{:?}", x.shape)
                 })
                 .collect();
             let outs: Vec<String> = node.outputs.iter().map(|v| format!("%{v}")).collect();
@@ -268,11 +269,29 @@ impl ParamGrads {
     }
 }
 
+/// Gradient buffers by parameter set; a set that is not trained has none.
+#[derive(Default)]
+pub struct ParamGradSets([ParamGrads; ParamSetId::COUNT]);
+
+impl Index<ParamSetId> for ParamGradSets {
+    type Output = ParamGrads;
+
+    fn index(&self, set: ParamSetId) -> &ParamGrads {
+        &self.0[set as usize]
+    }
+}
+
+impl IndexMut<ParamSetId> for ParamGradSets {
+    fn index_mut(&mut self, set: ParamSetId) -> &mut ParamGrads {
+        &mut self.0[set as usize]
+    }
+}
+
 /// Where a node's backward puts the gradients of its inputs.
 pub struct Grads<'a> {
     pool: Arc<Pool>,
     values: &'a mut HashMap<u32, Tensor>,
-    params: &'a mut Vec<ParamGrads>,
+    params: &'a mut ParamGradSets,
     inputs: &'a [Input],
 }
 
@@ -291,9 +310,7 @@ impl Grads<'_> {
         }
         match input.id {
             Id::Constant => Ok(None),
-            Id::Param { set, index } => {
-                Ok(self.params.get_mut(set as usize).and_then(|p| p.slot(index)))
-            }
+            Id::Param { set, index } => Ok(self.params[set].slot(index)),
             Id::Value(v) => {
                 if let Some(t) = self.values.remove(&v) {
                     // A gradient that was given may be another value's too: whoever adds to it gets

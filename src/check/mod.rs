@@ -18,7 +18,7 @@ use crate::device::{DType, Device};
 use crate::error::{Error, Result};
 use crate::ops::case::{Arg, Case, Kind, Rng, Variant};
 use crate::ops::registry::registry;
-use crate::tensor::{Id, Tensor};
+use crate::tensor::{Id, ParamSetId, Tensor};
 
 /// What one case of one op showed.
 pub struct Outcome {
@@ -148,12 +148,10 @@ pub fn run_case(
     // The gradient of a value is found by an identity op in front of it: `watch` is a parameter set
     // of its own, f32.
     cx.backward(seeds)?;
-    for set in &mut cx.param_grads {
-        set.finish()?;
-    }
+    cx.param_grads[ParamSetId::Model].finish()?;
     for (i, t) in tensors.iter().enumerate().filter(|(i, _)| case.inputs[*i].grad) {
         let Id::Param { index, .. } = t.id() else { continue };
-        let slot = cx.param_grads[0].slots[index as usize].clone();
+        let slot = cx.param_grads[ParamSetId::Model].slots[index as usize].clone();
         run.gradients[i] = Some(host(
             &slot.ok_or_else(|| Error::Run(format!("no gradient buffer for input {i}")))?,
         )?);
@@ -287,14 +285,14 @@ fn upload(cx: &mut Cx, case: &Case, dtype: DType) -> Result<Vec<Tensor>> {
             }
         };
         if arg.grad {
-            t = t.with_id(Id::Param { set: 0, index: slots.len() as u32 });
+            t = t.with_id(Id::Param { set: ParamSetId::Model, index: slots.len() as u32 });
             // A parameter's gradient is f32; an activation's has the storage dtype.
             let kind = if arg.param || arg.kind == Kind::Float { DType::F32 } else { dtype };
             slots.push(Some(Tensor::new(&cx.pool, "case gradient", kind, &value.shape)?));
         }
         tensors.push(t);
     }
-    cx.param_grads = vec![ParamGrads::new(slots)];
+    cx.param_grads[ParamSetId::Model] = ParamGrads::new(slots);
     Ok(tensors)
 }
 

@@ -62,10 +62,12 @@ fn differ(what: &str, equal: bool) -> Option<String> {
 
 fn model(device: &Arc<dyn Device>, dtype: DType) -> Result<(Cx, Decoder)> {
     let mut cx = Cx::new(device.clone(), dtype)?;
-    if device.is_cuda() {
+    if device.capabilities().gemm_depends_on_rows {
         cx.matmul = MatmulChoice::Own;
     }
-    let model = Decoder::new(&cx, 0, ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true), 128)?;
+    let model = Decoder::builder(ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true))
+        .positions(128)
+        .build(&cx)?;
     model.params.initialise(0.1, 11)?;
     Ok((cx, model))
 }

@@ -11,7 +11,7 @@ use crate::config::MatmulChoice;
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
 use crate::methods::offline::sft::{Sft, SftRun};
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::layout::ModelConfig;
 use crate::ops::case::Rng;
 use crate::ops::matmul::product;
@@ -137,7 +137,11 @@ fn train(mut cx: Cx, args: &Args) -> Result<Value> {
         }
     }
     let (run, _) = SftRun::load(None, &keys)?;
-    let base = Decoder::random(&cx, 0, preset(&args.shape)?, args.length, scheme(&run.peft), 1)?;
+    let base = Decoder::builder(preset(&args.shape)?)
+        .weights(InitialWeights::Random { seed: 1 })
+        .storage(scheme(&run.peft))
+        .positions(args.length)
+        .build(&cx)?;
     let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
     let trained = model.trained().trained_count();
     let (params, vocab) = (model.params.count(), model.config.vocab_size);
@@ -178,7 +182,7 @@ fn train(mut cx: Cx, args: &Args) -> Result<Value> {
 }
 
 fn decode(cx: &mut Cx, args: &Args) -> Result<Value> {
-    let mut model = Decoder::new(cx, 0, preset(&args.shape)?, args.length)?;
+    let mut model = Decoder::builder(preset(&args.shape)?).positions(args.length).build(cx)?;
     model.params.initialise(0.02, 1)?;
     let mut rng = Rng(6);
     let vocab = model.config.vocab_size;
@@ -208,12 +212,12 @@ fn ops(cx: &mut Cx, args: &Args) -> Result<Value> {
     let (h, k) = (config.num_heads, config.num_kv_heads);
     let mut rng = Rng(9);
     let real = |cx: &Cx, rng: &mut Rng, shape: &[usize]| upload(cx, rng, shape);
-    let side = if cx.device.is_cuda() { 8192 } else { 1024 };
+    let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024);
     let (a, b) = (real(cx, &mut rng, &[side, side])?, real(cx, &mut rng, &[side, side])?);
     let c = cx.real("bench", &[side, side])?;
     let gemm = time(cx, args.repeat, |cx| product(cx, Layout::NT, &c, &a, &b, None, false))?;
     let ceiling = 2.0 * (side as f64).powi(3) / gemm;
-    let big = if cx.device.is_cuda() { 1 << 29 } else { 1 << 26 };
+    let big = cx.device.capabilities().work_bytes.max(1 << 26);
     let (p, q) = (cx.float("bench", &[big / 4])?, cx.float("bench", &[big / 4])?);
     p.zero()?;
     let copy = time(cx, args.repeat, |_| q.copy_from(&p))?;

@@ -10,14 +10,15 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::autograd::Cx;
+use crate::cli::Where;
 use crate::cli::generate::engine_options;
-use crate::cli::{Where, open_model};
 use crate::config::{self, GenerateConfig};
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
+use crate::model::open::open_model;
 use crate::rollout::{Engine, EngineOptions, Request};
 
 /// Talk to a model folder: a line in, a reply out; /reset forgets the conversation, /quit ends it

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::autograd::Cx;
 use crate::cli::generate::{engine_options, prompt_ids};
 use crate::cli::score::{batches, sequence_scores, tokenise};
-use crate::cli::{Where, open_model, part_keys};
+use crate::cli::{Where, part_keys};
 use crate::config::{self, EvalConfig, GenerateConfig, Section};
 use crate::data::chat::ChatTemplate;
 use crate::data::format::Format;
@@ -26,6 +26,7 @@ use crate::model::batch::Sequence;
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
 use crate::model::layout::Task;
+use crate::model::open::open_model;
 use crate::rewards::{Batch, Rewards};
 use crate::rollout::{Engine, Request};
 

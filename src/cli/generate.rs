@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::cli::score::input_ids;
-use crate::cli::{Where, open_model, part_keys, sink};
+use crate::cli::{Where, part_keys, sink};
 use crate::config::{self, GenerateConfig};
 use crate::data::chat::{ChatTemplate, RenderOptions};
 use crate::data::rows::{Row, read_rows};
@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
+use crate::model::open::open_model;
 use crate::rollout::stop::StopStrings;
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::autograd::{Cx, Recompute, Tape};
 use crate::cli::{Where, launches, storage};
 use crate::device::dry_run::DryRun;
-use crate::device::{Device, MemoryInfo};
+use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::methods::offline::sft::{Sft, SftRun};
@@ -15,6 +15,7 @@ use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::ops::case::Rng;
 use crate::train::plan::{self, PlanRequest};
+use crate::tensor::ParamSetId;
 
 /// Print a model's config and parameters, the tape of a training step with the bytes each node
 /// holds, what a run will hold in memory, the launches of a layer, or the kernels
@@ -115,9 +116,9 @@ fn config(dir: &Path) -> Result<()> {
 fn tape(args: &Args, dir: &Path) -> Result<()> {
     let mut cx = args.on.open()?;
     let length = args.length.unwrap_or(64);
-    let model = Decoder::load(&cx, 0, dir, length)?;
+    let model = Decoder::folder(dir)?.positions(length).build(&cx)?;
     let (_arena, slots) = model.params.gradients(&cx)?;
-    cx.param_grads = vec![slots];
+    cx.param_grads[ParamSetId::Model] = slots;
     let mut rng = Rng(1);
     let mut row =
         || (0..length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();
@@ -144,7 +145,7 @@ fn memory(args: &Args, dir: &Path) -> Result<()> {
         Some(gib) => {
             let memory = MemoryInfo { free: gib << 30, total: gib << 30 };
             let device: Arc<dyn Device> =
-                Arc::new(DryRun::new(&format!("a GPU of {gib} GiB"), true, true, memory));
+                Arc::new(DryRun::new(&format!("a GPU of {gib} GiB"), Capabilities::GPU, memory));
             let dtype = storage(&args.on.dtype, &device)?;
             Cx::new(device, dtype)?
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::autograd::{Cx, Tape};
 use crate::config::MatmulChoice;
-use crate::device::{DType, MemoryInfo, dry_run::DryRun};
+use crate::device::{Capabilities, DType, MemoryInfo, dry_run::DryRun};
 use crate::error::Result;
 use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
@@ -51,7 +51,8 @@ pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(Counts, Counts)> 
 }
 
 fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Counts)> {
-    let device = Arc::new(DryRun::new("a GPU", true, true, MemoryInfo { free: 0, total: 0 }));
+    let device =
+        Arc::new(DryRun::new("a GPU", Capabilities::GPU, MemoryInfo { free: 0, total: 0 }));
     let mut cx = Cx::new(device.clone(), DType::BF16)?;
     cx.matmul = mode.matmul;
     let mut config = config.clone();
@@ -59,7 +60,7 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Cou
     config.sliding_window = vec![None; layers];
     let (run, _) =
         SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
-    let base = Decoder::zeros(&cx, 0, config, 64, scheme(&run.peft))?;
+    let base = Decoder::builder(config).storage(scheme(&run.peft)).positions(64).build(&cx)?;
     let model = prepare(&cx, base, &run.peft, None, Path::new("model"), 0)?;
     let sft = Sft::from_sequences(vec![(vec![0; 64], vec![true; 64])]);
     let mut trainer = Trainer::new(cx, model, run.training, 1)?;

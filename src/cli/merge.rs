@@ -45,8 +45,8 @@ const TOLERANCE: [(HostDtype, f32); 2] = [(HostDtype::F32, 1e-4), (HostDtype::BF
 pub fn run(args: Args) -> Result<()> {
     let dir = resolve_model(&args.model)?;
     let cx = Cx::new(device::open("cpu")?, DType::F32)?;
-    let base = Decoder::load(&cx, 0, &dir, 64)?;
-    let adapter = Adapter::load(&cx, 1, &args.adapter, &base.config, &base.params)?;
+    let base = Decoder::folder(&dir)?.positions(64).build(&cx)?;
+    let adapter = Adapter::load(&cx, &args.adapter, &base.config, &base.params)?;
     mergeable(&adapter)?;
     let own = base.config.dtype.unwrap_or(HostDtype::F32);
     let model = base.with_adapter(Some(adapter))?;
@@ -92,7 +92,7 @@ pub fn run(args: Args) -> Result<()> {
 
 /// The largest difference of any log-prob over some random sequences.
 fn difference(mut cx: Cx, model: &Decoder, dir: &std::path::Path) -> Result<f32> {
-    let merged = Decoder::load(&cx, 2, dir, 64)?;
+    let merged = Decoder::folder(dir)?.positions(64).build(&cx)?;
     let mut rng = Rng(9);
     let rows: Vec<Vec<u32>> = (0..4)
         .map(|_| (0..48).map(|_| rng.below(model.config.vocab_size) as u32).collect())

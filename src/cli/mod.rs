@@ -17,7 +17,7 @@ mod report;
 mod score;
 mod train;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args as _, FromArgMatches, Subcommand};
@@ -26,11 +26,6 @@ use crate::autograd::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
 use crate::methods::registry::{MethodEntry, REGISTRY};
-use crate::model::adapter::Adapter;
-use crate::model::adapter::config::AdapterConfig;
-use crate::model::decoder::Decoder;
-use crate::model::folder;
-use crate::model::layout::Task;
 
 /// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]
@@ -85,29 +80,11 @@ impl Where {
 /// The storage type that a `dtype` key means on a device.
 pub fn storage(dtype: &str, device: &Arc<dyn Device>) -> Result<DType> {
     match dtype {
-        "auto" => Ok(if device.is_cuda() { DType::BF16 } else { DType::F32 }),
+        "auto" => Ok(device.capabilities().dtype),
         "float32" => Ok(DType::F32),
         "bfloat16" => Ok(DType::BF16),
         other => Err(Error::Config(format!("dtype is auto, float32 or bfloat16, not \"{other}\""))),
     }
-}
-
-/// A model folder with an adapter on it where one is given. The adapter of a classifier brings the
-/// score that its base, a language model, has not.
-fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {
-    let mut config = folder::load_config(dir)?;
-    let Some(adapter) = adapter else { return Decoder::load_as(cx, 0, dir, config, 1) };
-    let task = AdapterConfig::load(adapter)?.task;
-    for wanted in
-        [Task::SequenceClassification { labels: 1 }, Task::TokenClassification { labels: 2 }]
-    {
-        if config.task == Task::CausalLm && task == wanted.peft_name() {
-            config.task = wanted;
-        }
-    }
-    let model = Decoder::load_as(cx, 0, dir, config, 1)?;
-    let adapter = Adapter::load(cx, 1, adapter, &model.config, &model.params)?;
-    model.with_adapter(Some(adapter))
 }
 
 /// A list of files takes all that stands behind it, the keys too: what has a `=` and is no file is

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::autograd::Cx;
-use crate::cli::{Where, open_model, sink};
+use crate::cli::{Where, sink};
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{SftOptions, prepare};
@@ -23,6 +23,7 @@ use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
 use crate::model::layout::Task;
+use crate::model::open::open_model;
 use crate::ops::embedding::gather_rows;
 
 /// Log-probs of every row's tokens, or a reward model's scores: a row has input_ids, text, prompt +

@@ -9,13 +9,12 @@ use std::ffi::c_void;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo};
+use super::{Capabilities, Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo};
 use crate::error::Result;
 
 pub struct DryRun {
     name: String,
-    cuda: bool,
-    library: bool,
+    capabilities: Capabilities,
     memory: MemoryInfo,
     next: AtomicU64,
     launches: Mutex<BTreeMap<String, usize>>,
@@ -24,14 +23,14 @@ pub struct DryRun {
 impl DryRun {
     /// Stands for `device`.
     pub fn like(device: &dyn Device) -> Result<DryRun> {
-        Ok(DryRun::new(&device.name(), device.is_cuda(), device.has_gemm(), device.memory()?))
+        Ok(DryRun::new(&device.name(), device.capabilities(), device.memory()?))
     }
 
-    /// Stands for a device that is not there; `library`: it has a library for matrix products.
-    pub fn new(name: &str, cuda: bool, library: bool, memory: MemoryInfo) -> DryRun {
+    /// Stands for a device that is not there.
+    pub fn new(name: &str, capabilities: Capabilities, memory: MemoryInfo) -> DryRun {
         // Any aligned address but 0, which is nobody's.
         let next = AtomicU64::new(1 << 40);
-        DryRun { name: name.into(), cuda, library, memory, next, launches: Mutex::default() }
+        DryRun { name: name.into(), capabilities, memory, next, launches: Mutex::default() }
     }
 
     /// What was launched since the last call, by name: kernels, `library product NT`, `copy`,
@@ -55,8 +54,8 @@ impl Device for DryRun {
         self.name.clone()
     }
 
-    fn is_cuda(&self) -> bool {
-        self.cuda
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
@@ -95,18 +94,14 @@ impl Device for DryRun {
     }
 
     unsafe fn gemm(&self, g: &Gemm) -> Result<bool> {
-        if self.library {
+        if self.capabilities.library_gemm {
             self.count(match g.layout {
                 Layout::NT => "library product NT",
                 Layout::NN => "library product NN",
                 Layout::TN => "library product TN",
             });
         }
-        Ok(self.library)
-    }
-
-    fn has_gemm(&self) -> bool {
-        self.library
+        Ok(self.capabilities.library_gemm)
     }
 
     fn sync(&self) -> Result<()> {

@@ -7,13 +7,14 @@
 pub mod cpu;
 pub mod cuda;
 pub mod dry_run;
+mod open;
 mod pool;
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
+pub use open::open;
 pub use pool::{Block, Pool, mebibytes};
 
 /// Element types of device memory. `F64`-like host types never reach a device.
@@ -118,6 +119,18 @@ pub struct KernelDef {
     pub strict: CpuEntry,
 }
 
+impl KernelDef {
+    fn check_block(&self, at: Launch) -> Result<()> {
+        if at.block == 0 || at.block > self.threads {
+            return Err(Error::Device(format!(
+                "{}: a block of {} threads; from 1 to {} are possible",
+                self.name, at.block, self.threads
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// Bytes free and in all, as the device tells.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryInfo {
@@ -136,19 +149,63 @@ pub enum Layout {
     TN,
 }
 
-/// A plain matrix product for a library: addresses, dtypes, sizes, row strides in elements.
+/// A matrix in device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand {
+    pub address: u64,
+    pub dtype: DType,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+/// A plain matrix product for a library.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
     pub layout: Layout,
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    pub a: (u64, DType, usize),
-    pub b: (u64, DType, usize),
-    pub c: (u64, DType, usize),
-    /// [n], of `a`'s dtype, added before C is rounded.
-    pub bias: Option<(u64, DType)>,
+    pub a: Operand,
+    pub b: Operand,
+    pub c: Operand,
+    /// [1, n], of `a`'s dtype, added before C is rounded.
+    pub bias: Option<Operand>,
     pub accumulate: bool,
+}
+
+/// What code above the devices chooses by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// The storage type that `dtype=auto` means.
+    pub dtype: DType,
+    /// Whether bf16 products are fastest in tensor cores.
+    pub tensor_cores: bool,
+    /// Whether [`Device::gemm`] has a library.
+    pub library_gemm: bool,
+    /// Whether a row's bits in the library's products may depend on the number of rows.
+    pub gemm_depends_on_rows: bool,
+    /// Bytes of work space that are worth holding at once: what stays in a CPU's cache, what fills
+    /// a GPU.
+    pub work_bytes: usize,
+}
+
+impl Capabilities {
+    pub const CPU: Capabilities = Capabilities {
+        dtype: DType::F32,
+        tensor_cores: false,
+        library_gemm: true,
+        gemm_depends_on_rows: false,
+        work_bytes: 4 << 20,
+    };
+
+    /// A GPU with cuBLASLt.
+    pub const GPU: Capabilities = Capabilities {
+        dtype: DType::BF16,
+        tensor_cores: true,
+        library_gemm: true,
+        gemm_depends_on_rows: true,
+        work_bytes: 512 << 20,
+    };
 }
 
 /// A point in a device's stream, for timing.
@@ -161,7 +218,7 @@ pub type Graph = usize;
 pub trait Device: Send + Sync {
     /// "cpu (2 threads)", "NVIDIA H200 (sm_90)": printed at start and put into results.
     fn name(&self) -> String;
-    fn is_cuda(&self) -> bool;
+    fn capabilities(&self) -> Capabilities;
     /// True for the CPU's checking mode: poisoned memory, red zones, permuted lanes.
     fn is_strict(&self) -> bool {
         false
@@ -199,8 +256,6 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// The operands lie in live device memory.
     unsafe fn gemm(&self, g: &Gemm) -> Result<bool>;
-    /// Whether there is such a library at all.
-    fn has_gemm(&self) -> bool;
 
     /// Waits for all work, and returns errors that it left behind.
     fn sync(&self) -> Result<()>;
@@ -237,25 +292,12 @@ fn no_graph(graph: Graph) -> Error {
     Error::Device(format!("replay of graph {graph}, which this device does not have"))
 }
 
-/// Puts `value` into the first free slot.
-fn place<T>(slots: &mut Vec<Option<T>>, value: T) -> usize {
+/// Puts `value` into the first free slot and returns its number.
+fn insert_in_free_slot<T>(slots: &mut Vec<Option<T>>, value: T) -> usize {
     let slot = slots.iter().position(Option::is_none).unwrap_or(slots.len());
     if slot == slots.len() {
         slots.push(None);
     }
     slots[slot] = Some(value);
     slot
-}
-
-/// `auto` takes the GPU where there is one and says nothing of the rest; `cuda` never falls back.
-pub fn open(choice: &str) -> Result<Arc<dyn Device>> {
-    match choice {
-        "cpu" => Ok(Arc::new(cpu::Cpu::new())),
-        "cuda" => Ok(Arc::new(cuda::Cuda::new()?)),
-        "auto" => match cuda::Cuda::new() {
-            Ok(device) => Ok(Arc::new(device)),
-            Err(_) => Ok(Arc::new(cpu::Cpu::new())),
-        },
-        other => Err(Error::Config(format!("device is auto, cuda or cpu, not \"{other}\""))),
-    }
 }

@@ -15,14 +15,11 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::{MethodInputs, StateFiles};
 use crate::model::decoder::Decoder;
-use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::model::params::ParamSet;
 use crate::tensor::Tensor;
+use crate::tensor::ParamSetId;
 
-/// The tape's number of a reference's parameters: they have no gradients. 0 is the policy, 1 its
-/// adapter.
-const SET: u32 = 2;
 const STATE: &str = "reference.f32";
 
 /// What a reference is made from.
@@ -130,11 +127,11 @@ impl Reference {
             ));
         }
         let other = match &options.ref_model {
-            Some(name) => Some(load(cx, policy, name, "ref_model", *longest, SET)?),
+            Some(name) => Some(load(cx, policy, name, "ref_model", *longest)?),
             None => None,
         };
         if !options.precompute_ref_log_probs {
-            let model = other.map_or_else(|| policy.reference(cx, SET), Ok)?;
+            let model = other.map_or_else(|| policy.reference(cx), Ok)?;
             return with(LogProbSource::Model(Box::new(model)));
         }
         let model = other.as_ref().unwrap_or(policy);
@@ -196,7 +193,7 @@ impl Reference {
         }
         let mut rest = values.as_slice();
         for i in 0..model.params.specs.len() {
-            let (own, tail) = rest.split_at(model.params.specs[i].0.len());
+            let (own, tail) = rest.split_at(model.params.specs[i].len());
             model.params.store(i, own)?;
             rest = tail;
         }
@@ -204,18 +201,11 @@ impl Reference {
     }
 }
 
-/// A frozen model of `policy`'s vocabulary, from the folder (or hub name) that the key `key` names,
-/// as set `set`.
-pub fn load(
-    cx: &Cx,
-    policy: &Decoder,
-    name: &str,
-    key: &str,
-    longest: usize,
-    set: u32,
-) -> Result<Decoder> {
+/// A frozen model of `policy`'s vocabulary, from the folder (or hub name) that the key `key` names.
+pub fn load(cx: &Cx, policy: &Decoder, name: &str, key: &str, longest: usize) -> Result<Decoder> {
     let dir = resolve_model(name)?;
-    let config = folder::load_config(&dir)?;
+    let model = Decoder::folder(&dir)?.set(ParamSetId::Reference).positions(longest);
+    let config = model.config();
     if config.task != policy.config.task {
         let message =
             format!("{key}: holds {:?}, the model is {:?}", config.task, policy.config.task);
@@ -229,7 +219,7 @@ pub fn load(
         );
         return Err(Error::model(&dir, message));
     }
-    Decoder::load_as(cx, set, &dir, config, longest)
+    model.build(cx)
 }
 
 /// A digest of everything that a model's log-probs follow from: its weights, storage type and kind
@@ -320,7 +310,7 @@ impl Teacher {
     /// Loads it for sequences of at most `longest` tokens. Errors: another task or vocabulary.
     pub fn load(&mut self, cx: &Cx, student: &Decoder, longest: usize) -> Result<()> {
         let key = "teacher_model_name_or_path";
-        self.model = Some(load(cx, student, &self.folder, key, longest, SET)?);
+        self.model = Some(load(cx, student, &self.folder, key, longest)?);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::families;
 use super::fields::Fields;
-use super::layout::{Family, HiddenAct, ModelConfig, Switch, Task, WindowRule};
+use super::layout::{BiasRule, Family, HiddenAct, ModelConfig, Task, WindowRule};
 use super::rope::{RopeConfig, RopeKind, inv_freq};
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
@@ -285,11 +285,11 @@ fn labels(f: &mut Fields) -> usize {
     }
 }
 
-fn switch(f: &mut Fields, switch: Switch) -> bool {
+fn switch(f: &mut Fields, switch: BiasRule) -> bool {
     match switch {
-        Switch::Never => false,
-        Switch::Always => true,
-        Switch::Key(key) => f.boolean(key).unwrap_or(false),
+        BiasRule::Never => false,
+        BiasRule::Always => true,
+        BiasRule::Key(key) => f.boolean(key).unwrap_or(false),
     }
 }
 

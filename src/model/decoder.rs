@@ -10,11 +10,13 @@ use crate::autograd::{Cx, Recompute};
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
-use crate::model::adapter::{Adapter, Site};
+use crate::model::adapter::{Adapter, AdapterSite};
 use crate::model::batch::{Batch, Sequence, Vocab};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
-use crate::model::layout::{HiddenAct, ModelConfig, Place, Proj, Role, Task, expected_params};
+use crate::model::layout::{
+    BottleneckSite, HiddenAct, ModelConfig, Proj, Role, Task, expected_params,
+};
 use crate::model::params::{ParamSet, initial};
 use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
@@ -29,7 +31,7 @@ use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
 use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::scale::scale_columns;
-use crate::tensor::Tensor;
+use crate::tensor::{ParamSetId, Tensor};
 
 #[derive(Clone)]
 pub struct Decoder {
@@ -69,7 +71,7 @@ struct Layer {
 struct Projection {
     weight: Weight,
     bias: Option<Tensor>,
-    site: Option<Site>,
+    site: Option<AdapterSite>,
 }
 
 #[derive(Clone)]
@@ -94,87 +96,115 @@ enum Keys<'a> {
     Cache(&'a KvCache, &'a KvStep),
 }
 
-impl Decoder {
-    /// Reads a Hugging Face folder; `positions` is the longest sequence that will be asked for (it
-    /// can grow).
-    pub fn load(cx: &Cx, set: u32, dir: impl AsRef<Path>, positions: usize) -> Result<Decoder> {
-        let config = folder::load_config(&dir)?;
-        Decoder::load_as(cx, set, dir, config, positions)
+/// Where the weights of a new decoder come from.
+#[derive(Clone, Copy, Debug)]
+pub enum InitialWeights<'a> {
+    /// A Hugging Face folder. A score that it does not hold is normal(0, initializer_range).
+    Folder(&'a Path),
+    Zero,
+    /// transformers' initial values, a function of the seed.
+    Random {
+        seed: u64,
+    },
+}
+
+/// The choices of a new [`Decoder`].
+pub struct DecoderBuilder<'a> {
+    config: ModelConfig,
+    weights: InitialWeights<'a>,
+    scheme: Option<Scheme>,
+    set: ParamSetId,
+    positions: usize,
+}
+
+impl<'a> DecoderBuilder<'a> {
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
     }
 
-    /// As [`Decoder::load`], with a config that may give the folder another task: a score that the
-    /// folder does not hold is new, normal(0, initializer_range).
-    pub fn load_as(
-        cx: &Cx,
-        set: u32,
-        dir: impl AsRef<Path>,
-        config: ModelConfig,
-        positions: usize,
-    ) -> Result<Decoder> {
-        Decoder::load_stored(cx, set, dir, config, positions, None)
+    pub fn task(mut self, task: Task) -> Self {
+        self.config.task = task;
+        self
     }
 
-    /// As [`Decoder::load_as`]; with a scheme, linear layers are quantised as they are read, and
-    /// held so.
-    pub fn load_stored(
-        cx: &Cx,
-        set: u32,
-        dir: impl AsRef<Path>,
-        config: ModelConfig,
-        positions: usize,
-        scheme: Option<Scheme>,
-    ) -> Result<Decoder> {
-        let mut params = ParamSet::stored(cx, set, expected_params(&config), scheme)?;
-        for (i, (spec, _)) in params.specs.iter().enumerate() {
-            if spec.role == Role::Score {
-                params.store(i, &initial(spec, i, config.initializer_range, 0))?;
+    pub fn weights(mut self, weights: InitialWeights<'a>) -> Self {
+        self.weights = weights;
+        self
+    }
+
+    /// With a scheme, linear layers are quantised as they are read, and stay so; they are frozen.
+    pub fn storage(mut self, scheme: Option<Scheme>) -> Self {
+        self.scheme = scheme;
+        self
+    }
+
+    pub fn set(mut self, set: ParamSetId) -> Self {
+        self.set = set;
+        self
+    }
+
+    /// The longest sequence that the rope table covers at first.
+    pub fn positions(mut self, positions: usize) -> Self {
+        self.positions = positions;
+        self
+    }
+
+    /// Allocates and fills the weights. Errors: what the folder's weights lack, no memory.
+    pub fn build(self, cx: &Cx) -> Result<Decoder> {
+        let config = self.config;
+        let std = config.initializer_range;
+        let mut params = ParamSet::stored(cx, self.set, expected_params(&config), self.scheme)?;
+        match self.weights {
+            InitialWeights::Zero => params.zero_quantised(cx)?,
+            InitialWeights::Random { seed } => {
+                params.initialise(std, seed)?;
+                params.initialise_quantised(cx, std, seed)?;
+            }
+            InitialWeights::Folder(dir) => {
+                for (i, spec) in params.specs.iter().enumerate() {
+                    if spec.role == Role::Score {
+                        params.store(i, &initial(spec, i, std, 0))?;
+                    }
+                }
+                let mut values = Vec::new();
+                folder::load_weights(dir, &config, &mut |spec, view| {
+                    // One tensor at a time passes through the host: never a second copy of the
+                    // model.
+                    values.resize(view.len(), 0.0);
+                    view.to_f32_into(&mut values)?;
+                    params.put(cx, &spec.name, &values)
+                })?;
             }
         }
-        let mut values = Vec::new();
-        folder::load_weights(&dir, &config, &mut |spec, view| {
-            // One tensor at a time passes through the host: never a second copy of the model.
-            values.resize(view.len(), 0.0);
-            view.to_f32_into(&mut values)?;
-            params.put(cx, &spec.name, &values)
-        })?;
-        let table = upload_table(cx, &config, positions)?;
-        Decoder::wire(config, params, None, table, positions)
+        let table = upload_table(cx, &config, self.positions)?;
+        Decoder::wire(config, params, None, table, self.positions)
+    }
+}
+
+impl Decoder {
+    /// The model of a Hugging Face folder. Call [`Decoder::ensure_positions`] before its first
+    /// forward; [`Decoder::folder`] and [`Decoder::builder`] give every other choice.
+    pub fn load(cx: &Cx, dir: impl AsRef<Path>) -> Result<Decoder> {
+        Decoder::folder(&dir)?.build(cx)
     }
 
-    /// A decoder with zero weights; [`ParamSet::initialise`] or a load fills them.
-    pub fn new(cx: &Cx, set: u32, config: ModelConfig, positions: usize) -> Result<Decoder> {
-        Decoder::zeros(cx, set, config, positions, None)
+    /// A builder of the model that a Hugging Face folder holds. Errors: those of the folder's
+    /// config.json.
+    pub fn folder(dir: &(impl AsRef<Path> + ?Sized)) -> Result<DecoderBuilder<'_>> {
+        let dir = dir.as_ref();
+        Ok(Decoder::builder(folder::load_config(dir)?).weights(InitialWeights::Folder(dir)))
     }
 
-    /// As [`Decoder::new`]; see [`Decoder::load_stored`] for `scheme`.
-    pub fn zeros(
-        cx: &Cx,
-        set: u32,
-        config: ModelConfig,
-        positions: usize,
-        scheme: Option<Scheme>,
-    ) -> Result<Decoder> {
-        let mut params = ParamSet::stored(cx, set, expected_params(&config), scheme)?;
-        params.zero_quantised(cx)?;
-        let table = upload_table(cx, &config, positions)?;
-        Decoder::wire(config, params, None, table, positions)
-    }
-
-    /// A decoder with transformers' initial values, a function of `seed`; see
-    /// [`Decoder::load_stored`] for `scheme`.
-    pub fn random(
-        cx: &Cx,
-        set: u32,
-        config: ModelConfig,
-        positions: usize,
-        scheme: Option<Scheme>,
-        seed: u64,
-    ) -> Result<Decoder> {
-        let mut params = ParamSet::stored(cx, set, expected_params(&config), scheme)?;
-        params.initialise(config.initializer_range, seed)?;
-        params.initialise_quantised(cx, config.initializer_range, seed)?;
-        let table = upload_table(cx, &config, positions)?;
-        Decoder::wire(config, params, None, table, positions)
+    /// A builder of a model of this config: zero weights, held in the context's dtype, as the
+    /// trained model, for sequences of one token (see [`Decoder::ensure_positions`]).
+    pub fn builder<'a>(config: ModelConfig) -> DecoderBuilder<'a> {
+        DecoderBuilder {
+            config,
+            weights: InitialWeights::Zero,
+            scheme: None,
+            set: ParamSetId::Model,
+            positions: 1,
+        }
     }
 
     /// Puts the pieces together: the adapter's copies of modules stand before the model's own.
@@ -185,12 +215,12 @@ impl Decoder {
         table: RopeTable,
         positions: usize,
     ) -> Result<Decoder> {
-        let unit = |layer, role| -> Result<Option<Tensor>> {
-            let own = adapter.as_ref().map(|a| a.params.unit(layer, role)).transpose()?.flatten();
-            if own.is_some() { Ok(own) } else { params.unit(layer, role) }
+        let fused = |layer, role| -> Result<Option<Tensor>> {
+            let own = adapter.as_ref().map(|a| a.params.fused(layer, role)).transpose()?.flatten();
+            if own.is_some() { Ok(own) } else { params.fused(layer, role) }
         };
         let need = |layer, role| {
-            unit(layer, role)?
+            fused(layer, role)?
                 .ok_or_else(|| Error::op("decoder", format!("no {role:?} in layer {layer:?}")))
         };
         let mut layers = Vec::new();
@@ -202,22 +232,25 @@ impl Decoder {
                     Some(quantised) => Weight::Quantised(quantised.clone()),
                     None => Weight::Dense(need(l, leader.role())?),
                 };
-                Ok(Projection { weight, bias: unit(l, bias)?, site })
+                Ok(Projection { weight, bias: fused(l, bias)?, site })
             };
             layers.push(Layer {
                 input_norm: need(l, Role::InputNorm)?,
                 qkv: projection(Proj::Q, Role::QBias)?,
-                q_norm: unit(l, Role::QNorm)?,
-                k_norm: unit(l, Role::KNorm)?,
+                q_norm: fused(l, Role::QNorm)?,
+                k_norm: fused(l, Role::KNorm)?,
                 o: projection(Proj::O, Role::OBias)?,
                 after_attention: adapter
                     .as_ref()
-                    .and_then(|a| a.bottleneck(i, Place::Attention))
+                    .and_then(|a| a.bottleneck(i, BottleneckSite::Attention))
                     .cloned(),
                 post_norm: need(l, Role::PostNorm)?,
                 gate_up: projection(Proj::Gate, Role::GateBias)?,
                 down: projection(Proj::Down, Role::DownBias)?,
-                after_mlp: adapter.as_ref().and_then(|a| a.bottleneck(i, Place::Mlp)).cloned(),
+                after_mlp: adapter
+                    .as_ref()
+                    .and_then(|a| a.bottleneck(i, BottleneckSite::Mlp))
+                    .cloned(),
                 shape: AttnShape {
                     heads: config.num_heads,
                     kv_heads: config.num_kv_heads,
@@ -232,15 +265,15 @@ impl Decoder {
         let head = match config.task {
             // A tied head is the model's own embedding, also where the adapter trains a copy of
             // that (as in PEFT).
-            Task::CausalLm => match unit(None, Role::Head)? {
+            Task::CausalLm => match fused(None, Role::Head)? {
                 Some(head) => head,
                 None => params.required(None, Role::Embed)?,
             },
             _ => need(None, Role::Score)?,
         };
-        let score_bias = unit(None, Role::ScoreBias)?;
+        let score_bias = fused(None, Role::ScoreBias)?;
         let final_norm = need(None, Role::FinalNorm)?;
-        let prompt = unit(None, Role::Prompt)?;
+        let prompt = fused(None, Role::Prompt)?;
         Ok(Decoder {
             config,
             params,
@@ -273,17 +306,17 @@ impl Decoder {
 
     /// The model as it is now, for good: what a preference or RL method holds its policy against.
     /// Where the adapter starts at zero this is the base itself, without a second copy; else a
-    /// frozen copy of what is trained, as set `set`.
-    pub fn reference(&self, cx: &Cx, set: u32) -> Result<Decoder> {
+    /// frozen copy of what is trained.
+    pub fn reference(&self, cx: &Cx) -> Result<Decoder> {
         match &self.adapter {
             Some(a) if a.starts_at_zero() => self.clone().with_adapter(None),
             Some(a) => {
-                let copy = a.deep_copy(cx, set, &self.config)?;
+                let copy = a.reference(cx, &self.config)?;
                 copy.refresh(cx, &self.params)?;
                 self.clone().with_adapter(Some(copy))
             }
             None => {
-                let params = self.params.deep_copy(cx, set)?;
+                let params = self.params.reference(cx)?;
                 Decoder::wire(self.config.clone(), params, None, self.table.clone(), self.positions)
             }
         }

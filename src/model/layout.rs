@@ -88,17 +88,35 @@ pub struct ModelConfig {
     pub raw: Map<String, Value>,  // config.json as read
 }
 
+impl ModelConfig {
+    /// [out, in] of a projection.
+    pub fn proj_shape(&self, proj: Proj) -> (usize, usize) {
+        let (hidden, mlp) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        match proj {
+            Proj::Q => (q, hidden),
+            Proj::K | Proj::V => (kv, hidden),
+            Proj::O => (hidden, q),
+            Proj::Gate | Proj::Up => (mlp, hidden),
+            Proj::Down => (hidden, mlp),
+        }
+    }
+}
+
 /// What sets a family apart. The defaults are those that transformers 5.17 uses for a key that
 /// config.json lacks.
 #[derive(Debug)]
 pub struct Family {
     pub model_type: &'static str,
     pub architecture: &'static str,
-    pub qkv_bias: Switch,
-    pub o_bias: Switch,
-    pub mlp_bias: Switch,
+    pub qkv_bias: BiasRule,
+    pub o_bias: BiasRule,
+    pub mlp_bias: BiasRule,
     pub qk_norm: bool,
     pub window: WindowRule,
+    /// The projection of attention that PEFT's IA3 scales, beside v_proj, where no targets are
+    /// given.
+    pub ia3_attention: &'static str,
     pub heads_divide_hidden: bool, // required even where head_dim is given
     pub default_kv_heads: Option<usize>, // None: as many as heads
     pub default_head_dim: Option<usize>, // None: hidden_size / heads
@@ -116,7 +134,7 @@ impl PartialEq for Family {
 
 /// Whether some layers have a bias.
 #[derive(Clone, Copy, Debug)]
-pub enum Switch {
+pub enum BiasRule {
     Never,
     Always,
     Key(&'static str), // a boolean in config.json, false where absent
@@ -171,7 +189,7 @@ pub enum Role {
     Magnitude(Proj),
     Ia3(Proj),
     Prompt,
-    Bottleneck(Place, Part),
+    Bottleneck(BottleneckSite, BottleneckPart),
 }
 
 /// The projections of a block, by Hugging Face's names.
@@ -189,6 +207,19 @@ pub enum Proj {
 impl Proj {
     pub const ALL: [Proj; 7] =
         [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down];
+
+    /// One of each group that shares an input.
+    pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
+
+    /// The projections that share a leader's input, in the order in which they lie side by side.
+    pub fn group(self) -> &'static [Proj] {
+        match self {
+            Proj::Q => &[Proj::Q, Proj::K, Proj::V],
+            Proj::Gate => &[Proj::Gate, Proj::Up],
+            Proj::O => &[Proj::O],
+            _ => &[Proj::Down],
+        }
+    }
 
     /// The module's name in a block.
     pub fn module(self) -> &'static str {
@@ -227,32 +258,30 @@ impl Proj {
 
 /// Where a bottleneck adapter sits in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Place {
+pub enum BottleneckSite {
     Attention,
     Mlp,
 }
 
 /// The parameters of a bottleneck adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
+pub enum BottleneckPart {
     Down,
     DownBias,
     Up,
     UpBias,
-    Norm,
-    NormBias,
 }
 
 impl Role {
     pub fn is_norm(self) -> bool {
         use Role::*;
-        matches!(self, InputNorm | QNorm | KNorm | PostNorm | FinalNorm | Bottleneck(_, Part::Norm))
+        matches!(self, InputNorm | QNorm | KNorm | PostNorm | FinalNorm)
     }
 
     pub fn is_bias(self) -> bool {
         use Role::*;
         matches!(self, QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias | ScoreBias)
-            || matches!(self, Bottleneck(_, Part::DownBias | Part::UpBias | Part::NormBias))
+            || matches!(self, Bottleneck(_, BottleneckPart::DownBias | BottleneckPart::UpBias))
     }
 
     /// Whether weight decay applies: transformers' Trainer spares biases and norms.

@@ -14,5 +14,6 @@ pub mod folder;
 pub mod hub;
 pub mod kv;
 pub mod layout;
+pub mod open;
 pub mod params;
 pub mod rope;

@@ -2,10 +2,10 @@
 //!
 //! Invariant: the arena holds the parameters that weight decay applies to first, then biases and
 //! norms, so an optimizer step of a whole model is two launches. What is not trained has no
-//! gradient and no moments. q|k|v and gate|up lie side by side: a *unit* is what one kernel reads
-//! as one matrix, and it is what the tape and the gradient arena know; Hugging Face's names are
-//! views of the same memory. The linear units of a quantised base have no place in the arena: they
-//! are held as [`QuantWeight`]s alone, and are frozen.
+//! gradient and no moments. q|k|v and gate|up lie side by side: a *fused parameter* is what one
+//! kernel reads as one matrix, and it is what the tape and the gradient arena know; Hugging Face's
+//! names are views of the same memory. The fused projections of a quantised base have no place in
+//! the arena: they are held as [`QuantWeight`]s alone, and are frozen.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,29 +16,27 @@ use crate::error::{Error, Result};
 use crate::model::layout::{ParamSpec, Proj, Role};
 use crate::ops::quant::{QuantWeight, Scheme};
 use crate::rng::{philox, uniform};
-use crate::tensor::{Id, Tensor};
+use crate::tensor::{Id, ParamSetId, Tensor};
 
-/// Elements between the starts of units: 256 bytes of bf16, so that every row start is 128-bit
+/// Alignment of fused parameters in elements: 256 bytes of bf16, so that every row start is 128-bit
 /// aligned.
 const ALIGN: usize = 128;
 
 #[derive(Clone)]
 pub struct ParamSet {
-    /// Which set of the tape this is.
-    pub set: u32,
-    /// Hugging Face's parameters, in arena order, with their offsets in elements.
-    pub specs: Vec<(ParamSpec, usize)>,
-    /// By parameter: the unit that it is part of, and how it is trained.
-    unit_of: Vec<usize>,
-    tuning: Vec<Tuning>,
-    units: Vec<Unit>,
+    pub set: ParamSetId,
+    /// Hugging Face's parameters, in arena order.
+    pub specs: Vec<ParamSpec>,
+    /// By parameter.
+    slots: Vec<ParamSlot>,
+    fused: Vec<FusedParam>,
     by_key: HashMap<(Option<usize>, Role), usize>,
     /// The weights that kernels read, [len] of the storage dtype.
     pub weights: Tensor,
     /// Elements of the weights' arena.
     pub len: usize,
     /// Elements of the arenas of what training needs beside the weights (gradients, moments,
-    /// master): units that hold something trainable, in the order of the weights.
+    /// master): fused parameters that hold something trainable, in the order of the weights.
     pub state_len: usize,
     quantised: Option<Quantised>,
 }
@@ -49,11 +47,22 @@ struct Quantised {
     scheme: Scheme,
     /// Hugging Face's parameters that lie outside of the arena, q, k, v in that order.
     specs: Vec<ParamSpec>,
-    units: HashMap<(Option<usize>, Role), Arc<QuantWeight>>,
+    fused: HashMap<(Option<usize>, Role), Arc<QuantWeight>>,
 }
 
+/// Where a parameter lies, and how it is trained.
 #[derive(Clone)]
-struct Unit {
+struct ParamSlot {
+    /// Elements from the start of the weights' arena.
+    offset: usize,
+    /// The fused parameter that it is part of.
+    fused: usize,
+    tuning: Tuning,
+}
+
+/// What one kernel reads as one matrix.
+#[derive(Clone)]
+struct FusedParam {
     offset: usize,
     shape: Vec<usize>,
     /// Where it lies in a state arena; None where nothing of it is trained.
@@ -74,7 +83,7 @@ impl Default for Tuning {
     }
 }
 
-/// A stretch of parameters that one optimizer launch updates.
+/// A range of parameters that one optimizer launch updates.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainRange {
     /// First element in the weights' arena and in the state arenas.
@@ -87,15 +96,15 @@ pub struct TrainRange {
 
 impl ParamSet {
     /// Lays out and allocates; contents are zero until loaded.
-    pub fn new(cx: &Cx, set: u32, specs: Vec<ParamSpec>) -> Result<ParamSet> {
+    pub fn new(cx: &Cx, set: ParamSetId, specs: Vec<ParamSpec>) -> Result<ParamSet> {
         ParamSet::stored(cx, set, specs, None)
     }
 
-    /// As [`ParamSet::new`]; with a scheme, linear units get no memory here: [`ParamSet::put`]
+    /// As [`ParamSet::new`]; with a scheme, projections get no memory here: [`ParamSet::put`]
     /// gives each its quantised form.
     pub fn stored(
         cx: &Cx,
-        set: u32,
+        set: ParamSetId,
         specs: Vec<ParamSpec>,
         scheme: Option<Scheme>,
     ) -> Result<ParamSet> {
@@ -103,114 +112,111 @@ impl ParamSet {
         let (outside, specs): (Vec<_>, Vec<_>) =
             specs.into_iter().partition(|s| scheme.is_some() && linear(s));
         let quantised =
-            scheme.map(|scheme| Quantised { scheme, specs: outside, units: HashMap::new() });
+            scheme.map(|scheme| Quantised { scheme, specs: outside, fused: HashMap::new() });
         let (first, second): (Vec<_>, Vec<_>) = specs.into_iter().partition(|s| s.role.decays());
         let boundary = first.len();
-        let mut placed: Vec<(ParamSpec, usize)> = Vec::new();
-        let mut unit_of = Vec::new();
-        let mut units: Vec<Unit> = Vec::new();
+        let specs: Vec<ParamSpec> = first.into_iter().chain(second).collect();
+        let mut slots = Vec::new();
+        let mut fused: Vec<FusedParam> = Vec::new();
         let mut by_key = HashMap::new();
         let mut end = 0usize;
-        for (i, spec) in first.into_iter().chain(second).enumerate() {
-            let key = (spec.layer, unit_role(spec.role));
+        for (i, spec) in specs.iter().enumerate() {
+            let key = (spec.layer, fused_role(spec.role));
             if i == boundary {
                 end = end.next_multiple_of(ALIGN);
             }
-            match by_key.get(&key) {
-                Some(&u) => {
-                    let unit: &mut Unit = &mut units[u];
-                    if unit.offset + unit.shape.iter().product::<usize>() != end {
-                        return Err(Error::op(
-                            "params",
-                            format!("{} does not lie beside its unit", spec.name),
-                        ));
+            let index = match by_key.get(&key) {
+                Some(&index) => {
+                    let whole: &mut FusedParam = &mut fused[index];
+                    if whole.offset + whole.shape.iter().product::<usize>() != end {
+                        let message =
+                            format!("{} does not lie beside what it is fused with", spec.name);
+                        return Err(Error::op("params", message));
                     }
-                    unit.shape[0] += spec.shape[0];
-                    unit_of.push(u);
+                    whole.shape[0] += spec.shape[0];
+                    index
                 }
                 None => {
                     end = end.next_multiple_of(ALIGN);
-                    by_key.insert(key, units.len());
-                    unit_of.push(units.len());
-                    units.push(Unit { offset: end, shape: spec.shape.clone(), state: None });
+                    by_key.insert(key, fused.len());
+                    fused.push(FusedParam { offset: end, shape: spec.shape.clone(), state: None });
+                    fused.len() - 1
                 }
-            }
-            let offset = end;
+            };
+            slots.push(ParamSlot { offset: end, fused: index, tuning: Tuning::default() });
             end += spec.len();
-            placed.push((spec, offset));
         }
         let len = end.next_multiple_of(ALIGN);
-        let name = if set == 0 { "weights" } else { "adapter weights" };
-        let weights = Tensor::new(&cx.pool, name, cx.dtype, &[len])?;
+        let weights = Tensor::new(&cx.pool, arena_name(set), cx.dtype, &[len])?;
         weights.zero()?;
-        let tuning = vec![Tuning::default(); placed.len()];
-        let mut params = ParamSet {
-            set,
-            specs: placed,
-            unit_of,
-            tuning,
-            units,
-            by_key,
-            weights,
-            len,
-            state_len: 0,
-            quantised,
-        };
+        let mut params =
+            ParamSet { set, specs, slots, fused, by_key, weights, len, state_len: 0, quantised };
         params.tune(|_| Tuning::default());
         Ok(params)
     }
 
     /// Says how each parameter is trained, and lays out the state arenas for it.
     pub fn tune(&mut self, how: impl Fn(&ParamSpec) -> Tuning) {
-        self.tuning = self.specs.iter().map(|(spec, _)| how(spec)).collect();
-        let mut trained = vec![false; self.units.len()];
-        for (u, tuning) in self.unit_of.iter().zip(&self.tuning) {
-            trained[*u] |= tuning.trainable;
+        let mut trained = vec![false; self.fused.len()];
+        for (slot, spec) in self.slots.iter_mut().zip(&self.specs) {
+            slot.tuning = how(spec);
+            trained[slot.fused] |= slot.tuning.trainable;
         }
         let mut end = 0usize;
-        for (unit, trained) in self.units.iter_mut().zip(trained) {
-            unit.state = trained.then(|| end.next_multiple_of(ALIGN));
-            if let Some(start) = unit.state {
-                end = start + unit.shape.iter().product::<usize>();
+        for (fused, trained) in self.fused.iter_mut().zip(trained) {
+            fused.state = trained.then(|| end.next_multiple_of(ALIGN));
+            if let Some(start) = fused.state {
+                end = start + fused.shape.iter().product::<usize>();
             }
         }
         self.state_len = end.next_multiple_of(ALIGN);
     }
 
-    /// How parameter `i` of `specs` is trained.
-    pub fn tuning(&self, i: usize) -> Tuning {
-        self.tuning[i]
+    /// The index in `specs` of a parameter, by Hugging Face's name.
+    pub fn by_name(&self, name: &str) -> Option<usize> {
+        self.specs.iter().position(|s| s.name == name)
     }
 
-    /// What the optimizer updates, in as few stretches as weight decay and learning rates allow.
+    /// The index in `specs` of a parameter, by its layer and role.
+    pub fn by_role(&self, layer: Option<usize>, role: Role) -> Option<usize> {
+        self.specs.iter().position(|s| (s.layer, s.role) == (layer, role))
+    }
+
+    /// How parameter `i` of `specs` is trained.
+    pub fn tuning(&self, i: usize) -> Tuning {
+        self.slots[i].tuning
+    }
+
+    /// What the optimizer updates, in as few ranges as weight decay and learning rates allow.
     pub fn ranges(&self) -> Vec<TrainRange> {
         let mut ranges: Vec<TrainRange> = Vec::new();
-        for (i, (spec, offset)) in self.specs.iter().enumerate() {
-            let (Some(state), true) = (self.state_offset(i), self.tuning[i].trainable) else {
+        for (i, spec) in self.specs.iter().enumerate() {
+            let offset = self.slots[i].offset;
+            let (Some(state), true) = (self.state_offset(i), self.slots[i].tuning.trainable) else {
                 continue;
             };
-            let (decays, lr_scale) = (spec.role.decays(), self.tuning[i].lr_scale);
+            let (decays, lr_scale) = (spec.role.decays(), self.slots[i].tuning.lr_scale);
             if let Some(last) = ranges.last_mut()
                 && (last.decays, last.lr_scale) == (decays, lr_scale)
                 && offset - last.weight == state - last.state
-                && self.specs[..i]
+                && self.slots[..i]
                     .iter()
-                    .zip(&self.tuning)
-                    .all(|((_, at), t)| *at < last.weight || t.trainable)
+                    .all(|slot| slot.offset < last.weight || slot.tuning.trainable)
             {
                 // The gap of an alignment between them is zero in every arena and stays so.
                 last.len = offset + spec.len() - last.weight;
                 continue;
             }
-            ranges.push(TrainRange { weight: *offset, state, len: spec.len(), decays, lr_scale });
+            ranges.push(TrainRange { weight: offset, state, len: spec.len(), decays, lr_scale });
         }
         ranges
     }
 
-    /// Where parameter `i` lies in a state arena; None where its unit is not trained.
+    /// Where parameter `i` lies in a state arena; None where nothing that it is fused with is trained.
     fn state_offset(&self, i: usize) -> Option<usize> {
-        let unit = &self.units[self.unit_of[i]];
-        unit.state.map(|state| state + self.specs[i].1 - unit.offset)
+        let slot = &self.slots[i];
+        let fused = &self.fused[slot.fused];
+        fused.state.map(|state| state + slot.offset - fused.offset)
     }
 
     /// A view of a state arena (gradients, moments, master) for parameter `i`; None where it is not
@@ -218,73 +224,65 @@ impl ParamSet {
     pub fn state_view(&self, arena: &Tensor, i: usize) -> Result<Option<Tensor>> {
         let Some(offset) = self.state_offset(i) else { return Ok(None) };
         let size = arena.dtype().size();
-        arena.view(offset * size, arena.dtype(), &self.specs[i].0.shape).map(Some)
+        arena.view(offset * size, arena.dtype(), &self.specs[i].shape).map(Some)
     }
 
     /// A view of the weights for parameter `i`.
     pub fn weight_view(&self, i: usize) -> Result<Tensor> {
-        let (spec, offset) = &self.specs[i];
-        self.view_of(&self.weights, spec, *offset)
+        let size = self.weights.dtype().size();
+        self.weights.view(self.slots[i].offset * size, self.weights.dtype(), &self.specs[i].shape)
     }
 
     /// Indices of the parameters that are trained.
     pub fn trained(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.specs.len()).filter(|i| self.tuning[*i].trainable)
+        (0..self.specs.len()).filter(|i| self.slots[*i].tuning.trainable)
     }
 
     /// Values of what is trained: PEFT's "trainable params".
     pub fn trained_count(&self) -> usize {
-        self.trained().map(|i| self.specs[i].0.len()).sum()
+        self.trained().map(|i| self.specs[i].len()).sum()
     }
 
-    /// The unit that holds a role, as the tape knows it; None if this model has none.
-    pub fn unit(&self, layer: Option<usize>, role: Role) -> Result<Option<Tensor>> {
-        let Some(&index) = self.by_key.get(&(layer, unit_role(role))) else { return Ok(None) };
-        let unit = &self.units[index];
-        let view = self.weights.view(
-            unit.offset * self.weights.dtype().size(),
-            self.weights.dtype(),
-            &unit.shape,
-        )?;
+    /// The fused parameter that holds a role, as the tape knows it; None if this model has none.
+    pub fn fused(&self, layer: Option<usize>, role: Role) -> Result<Option<Tensor>> {
+        let Some(&index) = self.by_key.get(&(layer, fused_role(role))) else { return Ok(None) };
+        let (fused, dtype) = (&self.fused[index], self.weights.dtype());
+        let view = self.weights.view(fused.offset * dtype.size(), dtype, &fused.shape)?;
         Ok(Some(view.with_id(Id::Param { set: self.set, index: index as u32 })))
     }
 
-    /// As [`ParamSet::unit`], for roles that every decoder has.
+    /// As [`ParamSet::fused`], for roles that every decoder has.
     pub fn required(&self, layer: Option<usize>, role: Role) -> Result<Tensor> {
-        self.unit(layer, role)?
+        self.fused(layer, role)?
             .ok_or_else(|| Error::op("params", format!("no {role:?} in layer {layer:?}")))
     }
 
-    /// A view of an arena laid out as the weights are, for one Hugging Face parameter.
-    fn view_of(&self, arena: &Tensor, spec: &ParamSpec, offset: usize) -> Result<Tensor> {
-        arena.view(offset * arena.dtype().size(), arena.dtype(), &spec.shape)
-    }
-
-    /// An f32 gradient arena (zeroed: the gaps between units stay zero) and its slots by unit.
+    /// An f32 gradient arena (zeroed: the gaps between parameters stay zero) and its slots by fused parameter.
     pub fn gradients(&self, cx: &Cx) -> Result<(Tensor, ParamGrads)> {
         let arena = Tensor::new(&cx.pool, "parameter gradients", DType::F32, &[self.state_len])?;
         arena.zero()?;
-        let slot =
-            |u: &Unit| u.state.map(|state| arena.view(state * 4, DType::F32, &u.shape)).transpose();
-        let slots = self.units.iter().map(slot).collect::<Result<Vec<_>>>()?;
+        let slot = |f: &FusedParam| {
+            f.state.map(|state| arena.view(state * 4, DType::F32, &f.shape)).transpose()
+        };
+        let slots = self.fused.iter().map(slot).collect::<Result<Vec<_>>>()?;
         Ok((arena, ParamGrads::new(slots)))
     }
 
-    /// Zeros the gradients of frozen parameters that share a unit with trained ones, so that they
+    /// Zeros the gradients of frozen parameters that are fused with trained ones, so that they
     /// count in no norm.
     pub fn clear_frozen(&self, arena: &Tensor) -> Result<()> {
-        for (i, tuning) in self.tuning.iter().enumerate() {
-            if let (false, Some(view)) = (tuning.trainable, self.state_view(arena, i)?) {
+        for (i, slot) in self.slots.iter().enumerate() {
+            if let (false, Some(view)) = (slot.tuning.trainable, self.state_view(arena, i)?) {
                 view.zero()?;
             }
         }
         Ok(())
     }
 
-    /// A copy of the weights in memory of its own, as set `set`: a frozen model, a reference.
-    pub fn deep_copy(&self, cx: &Cx, set: u32) -> Result<ParamSet> {
-        let weights =
-            Tensor::new(&cx.pool, "reference weights", self.weights.dtype(), &[self.len])?;
+    /// A frozen copy with weights of its own, as the set of the reference.
+    pub fn reference(&self, cx: &Cx) -> Result<ParamSet> {
+        let set = ParamSetId::Reference;
+        let weights = Tensor::new(&cx.pool, arena_name(set), self.weights.dtype(), &[self.len])?;
         weights.copy_from(&self.weights)?;
         Ok(ParamSet { set, weights, ..self.clone() })
     }
@@ -292,15 +290,15 @@ impl ParamSet {
     /// All values, those that are held quantised among them.
     pub fn count(&self) -> usize {
         let outside = self.quantised.iter().flat_map(|q| &q.specs);
-        self.specs.iter().map(|(s, _)| s).chain(outside).map(ParamSpec::len).sum()
+        self.specs.iter().chain(outside).map(ParamSpec::len).sum()
     }
 
-    /// The unit that holds a role where it is quantised.
+    /// The fused projection that holds a role, where it is quantised.
     pub fn quantised(&self, layer: Option<usize>, role: Role) -> Option<&Arc<QuantWeight>> {
-        self.quantised.as_ref()?.units.get(&(layer, unit_role(role)))
+        self.quantised.as_ref()?.fused.get(&(layer, fused_role(role)))
     }
 
-    /// The values of a linear unit, whatever it is held in: the arena's own memory, or a copy that
+    /// The values of a fused projection, however it is held: the arena's own memory, or a copy that
     /// was dequantised.
     pub fn dense(&self, cx: &Cx, layer: Option<usize>, role: Role) -> Result<Tensor> {
         let Some(weight) = self.quantised(layer, role) else { return self.required(layer, role) };
@@ -310,9 +308,9 @@ impl ParamSet {
     }
 
     /// Writes the values of a parameter by its name: rounded to the storage dtype, or quantised
-    /// from that. The parts of a quantised unit come in their order.
+    /// from that. The parts of a fused projection come in their order.
     pub fn put(&mut self, cx: &Cx, name: &str, values: &[f32]) -> Result<()> {
-        if let Some(i) = self.specs.iter().position(|(s, _)| s.name == name) {
+        if let Some(i) = self.by_name(name) {
             return self.store(i, values);
         }
         let outside =
@@ -326,16 +324,16 @@ impl ParamSet {
     fn quantise(&mut self, cx: &Cx, spec: &ParamSpec, dense: &Tensor) -> Result<()> {
         let Some(q) = &mut self.quantised else { return Ok(()) };
         let part = QuantWeight::from_tensor(cx, dense, &[spec.shape[0]], q.scheme)?;
-        let key = (spec.layer, unit_role(spec.role));
-        let whole = match q.units.remove(&key) {
+        let key = (spec.layer, fused_role(spec.role));
+        let whole = match q.fused.remove(&key) {
             Some(before) => QuantWeight::beside(&before, part)?,
             None => part,
         };
-        q.units.insert(key, Arc::new(whole));
+        q.fused.insert(key, Arc::new(whole));
         Ok(())
     }
 
-    /// Gives every quantised unit the value zero.
+    /// Gives every quantised projection the value zero.
     pub fn zero_quantised(&mut self, cx: &Cx) -> Result<()> {
         let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
         for spec in &specs {
@@ -346,7 +344,7 @@ impl ParamSet {
         Ok(())
     }
 
-    /// Gives every quantised unit transformers' initial values, as [`ParamSet::initialise`] does
+    /// Gives every quantised projection transformers' initial values, as [`ParamSet::initialise`] does
     /// for the arena.
     pub fn initialise_quantised(&mut self, cx: &Cx, std: f32, seed: u64) -> Result<()> {
         let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
@@ -359,7 +357,7 @@ impl ParamSet {
     /// transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros for
     /// biases. Values are a function of (seed, parameter, index).
     pub fn initialise(&self, std: f32, seed: u64) -> Result<()> {
-        for (p, (spec, _)) in self.specs.iter().enumerate() {
+        for (p, spec) in self.specs.iter().enumerate() {
             self.store(p, &initial(spec, p, std, seed))?;
         }
         Ok(())
@@ -379,6 +377,17 @@ impl ParamSet {
     }
 }
 
+/// What the memory plan and the pool call a set's weights.
+fn arena_name(set: ParamSetId) -> &'static str {
+    match set {
+        ParamSetId::Model => "weights",
+        ParamSetId::Adapter => "adapter weights",
+        ParamSetId::Reference => "reference weights",
+        ParamSetId::Value => "value model weights",
+        ParamSetId::Reward => "reward model weights",
+    }
+}
+
 /// transformers' initial values of one parameter, the `p`th of its set.
 pub fn initial(spec: &ParamSpec, p: usize, std: f32, seed: u64) -> Vec<f32> {
     if spec.role.is_norm() {
@@ -390,8 +399,8 @@ pub fn initial(spec: &ParamSpec, p: usize, std: f32, seed: u64) -> Vec<f32> {
     }
 }
 
-/// The first of the roles that lie side by side as one unit.
-pub fn unit_role(role: Role) -> Role {
+/// The first of the roles that are fused with this one.
+pub fn fused_role(role: Role) -> Role {
     match role {
         Role::K | Role::V => Role::Q,
         Role::KBias | Role::VBias => Role::QBias,

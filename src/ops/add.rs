@@ -135,17 +135,17 @@ mod tests {
     use crate::autograd::{ParamGrads, Tape};
     use crate::device::cpu::Cpu;
     use crate::ops::add::add;
-    use crate::tensor::Id;
+    use crate::tensor::{Id, ParamSetId};
 
     #[test]
     fn a_gradient_that_two_values_share_is_copied_before_one_adds_to_it() {
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
         let grad = |cx: &Cx| Tensor::new(&cx.pool, "grad", DType::F32, &[1]).unwrap();
-        cx.param_grads = vec![ParamGrads::new(vec![Some(grad(&cx)), Some(grad(&cx))])];
+        cx.param_grads[ParamSetId::Model] = ParamGrads::new(vec![Some(grad(&cx)), Some(grad(&cx))]);
         let param = |cx: &Cx, index| {
             Tensor::from_f32(&cx.pool, "p", DType::F32, &[1], &[1.0])
                 .unwrap()
-                .with_id(Id::Param { set: 0, index })
+                .with_id(Id::Param { set: ParamSetId::Model, index })
         };
         let (p, q) = (param(&cx, 0), param(&cx, 1));
         cx.tape = Some(Tape::default());
@@ -155,7 +155,7 @@ mod tests {
         let t = add(&mut cx, &s, &a).unwrap(); // t = 4p + 2q
         let one = Tensor::from_f32(&cx.pool, "one", DType::F32, &[1], &[1.0]).unwrap();
         cx.backward(vec![(t, one)]).unwrap();
-        let got: Vec<f32> = cx.param_grads[0]
+        let got: Vec<f32> = cx.param_grads[ParamSetId::Model]
             .slots
             .iter()
             .map(|s| s.as_ref().unwrap().to_f32().unwrap()[0])

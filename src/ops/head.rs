@@ -131,10 +131,9 @@ pub fn token_logps(cx: &Cx, logits: &Tensor, target: &Tensor) -> Result<Tensor> 
     Ok(logp)
 }
 
-/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 512 MiB on a GPU.
+/// Rows of logits held at once.
 pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
-    let bytes = if cx.device.is_cuda() { 512 << 20 } else { 4 << 20 };
-    (bytes / 4 / w.row_count().max(1)).clamp(32, 16384)
+    (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(32, 16384)
 }
 
 #[derive(Debug)]
@@ -238,7 +237,7 @@ impl Op for HeadLoss {
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
         let dx = if wants(0) { Some(cx.real("activation gradients", h.shape())?) } else { None };
         let mut dw = match (wants(1), w.id()) {
-            (true, Id::Param { set, index }) => cx.param_grads[set as usize].slot(index),
+            (true, Id::Param { set, index }) => cx.param_grads[set].slot(index),
             (true, _) => {
                 return Err(Error::op(
                     "head_loss",

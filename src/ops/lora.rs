@@ -167,7 +167,7 @@ impl LoraLinear {
 
 /// Whether the engine's own products run, into which the low-rank terms are fused.
 fn fused(cx: &Cx) -> bool {
-    cx.matmul == MatmulChoice::Own || !cx.device.has_gemm()
+    cx.matmul == MatmulChoice::Own || !cx.device.capabilities().library_gemm
 }
 
 impl Op for LoraLinear {

@@ -6,7 +6,7 @@
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
 use crate::config::MatmulChoice;
-use crate::device::{DType, Gemm, Launch, Layout};
+use crate::device::{DType, Gemm, Launch, Layout, Operand};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, Rng};
@@ -121,15 +121,17 @@ pub fn product(
     if m == 0 || n == 0 {
         return Ok(());
     }
+    let operand =
+        |t: &Tensor| Operand { address: t.address(), dtype: t.dtype(), stride: t.stride() };
     let gemm = Gemm {
         layout,
         m,
         n,
         k,
-        a: (a.address(), a.dtype(), a.stride()),
-        b: (b.address(), b.dtype(), b.stride()),
-        c: (c.address(), c.dtype(), c.stride()),
-        bias: bias.map(|t| (t.address(), t.dtype())),
+        a: operand(a),
+        b: operand(b),
+        c: operand(c),
+        bias: bias.map(operand),
         accumulate,
     };
     // SAFETY: the tensors lie in live memory by construction, and the sizes were checked.

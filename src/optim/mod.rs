@@ -64,10 +64,7 @@ impl Optimizer {
     /// `params.set` of `cx`.
     pub fn new(cx: &mut Cx, params: &ParamSet, config: AdamWConfig) -> Result<Optimizer> {
         let (grad, slots) = params.gradients(cx)?;
-        while cx.param_grads.len() <= params.set as usize {
-            cx.param_grads.push(Default::default());
-        }
-        cx.param_grads[params.set as usize] = slots;
+        cx.param_grads[params.set] = slots;
         let master = if cx.dtype == DType::BF16 && !config.stochastic {
             let master = Tensor::new(&cx.pool, "master weights", DType::F32, &[params.state_len])?;
             master.zero()?;
@@ -147,7 +144,7 @@ impl Optimizer {
         learning_rate: f64,
         t: u64,
     ) -> Result<f32> {
-        cx.param_grads[params.set as usize].finish()?;
+        cx.param_grads[params.set].finish()?;
         params.clear_frozen(&self.grad)?;
         let power = |beta: f32| 1.0 - f64::from(beta).powf(t as f64);
         let (c1, c2) = (power(self.config.beta1), power(self.config.beta2).sqrt());

@@ -25,9 +25,8 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::registry;
-use crate::model::adapter::Adapter;
-use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
+use crate::model::open::open_model;
 use crate::report::{self, ReportInput, Table};
 use crate::rewards::Batch;
 use crate::rewards::model::RewardModel;
@@ -335,11 +334,7 @@ fn ask(
 ) -> Result<Score> {
     let tokenizer = Tokenizer::load(dir)?;
     let template = ChatTemplate::of(&tokenizer)?;
-    let mut model = Decoder::load(cx, 0, dir, 1)?;
-    if let Some(adapter) = adapter {
-        let adapter = Adapter::load(cx, 1, adapter, &model.config, &model.params)?;
-        model = model.with_adapter(Some(adapter))?;
-    }
+    let mut model = open_model(cx, dir, adapter)?;
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
     let prompts = problems
         .iter()
@@ -370,7 +365,7 @@ fn ask(
 
 /// The reward model's scores of replies.
 fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> Result<Vec<f64>> {
-    let mut model = RewardModel::load(cx, 0, dir)?;
+    let mut model = RewardModel::load(cx, dir)?;
     let batch = Batch {
         prompts: problems.iter().map(question).collect(),
         completions: replies
@@ -409,8 +404,7 @@ fn write_report(out: &Path, outcome: &Outcome, rungs: &[Rung]) -> Result<()> {
 /// A context on a device of the command line's choice.
 pub fn open(device: &str) -> Result<Cx> {
     let device: Arc<dyn crate::device::Device> = crate::device::open(device)?;
-    let dtype =
-        if device.is_cuda() { crate::device::DType::BF16 } else { crate::device::DType::F32 };
+    let dtype = device.capabilities().dtype;
     eprintln!("device: {}, {}", device.name(), dtype.name());
     Cx::new(device, dtype)
 }

@@ -16,6 +16,7 @@ use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
 use crate::ops::embedding::gather_rows;
 use crate::rewards::Batch as Rows;
+use crate::tensor::ParamSetId;
 
 pub struct RewardModel {
     model: Decoder,
@@ -27,9 +28,9 @@ pub struct RewardModel {
 const TOKENS: usize = 8192;
 
 impl RewardModel {
-    /// Reads a folder as parameter set `set`. Error: it is no reward model (one label).
-    pub fn load(cx: &Cx, set: u32, dir: &Path) -> Result<RewardModel> {
-        let model = Decoder::load(cx, set, dir, 1)?;
+    /// Reads a folder. Error: it is no reward model (one label).
+    pub fn load(cx: &Cx, dir: &Path) -> Result<RewardModel> {
+        let model = Decoder::folder(dir)?.set(ParamSetId::Reward).build(cx)?;
         if model.config.task != (Task::SequenceClassification { labels: 1 }) {
             let message = "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
             return Err(Error::model(dir, message));

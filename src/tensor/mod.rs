@@ -15,12 +15,28 @@ use half::bf16;
 use crate::device::{Block, DType, Device, Pool};
 use crate::error::{Error, Result};
 
-/// Who a tensor is to the tape: nobody (a constant), a value of the tape, or a parameter of a set.
+/// A set of parameters that has its own weights and, where it is trained, its own gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ParamSetId {
+    Model,
+    Adapter,
+    /// A frozen model beside the policy: the reference, or the teacher of distillation.
+    Reference,
+    /// The value model, or value head, of PPO.
+    Value,
+    Reward,
+}
+
+impl ParamSetId {
+    pub const COUNT: usize = 5;
+}
+
+/// What a tensor is to the tape: a constant, a value of the tape, or a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Id {
     Constant,
     Value(u32),
-    Param { set: u32, index: u32 },
+    Param { set: ParamSetId, index: u32 },
 }
 
 #[derive(Clone)]

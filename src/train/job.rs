@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::{BuildMethod, BuiltMethod, MaskedIds, MethodInputs, MethodRun};
 use crate::model::adapter::Adapter;
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::folder;
 use crate::model::layout::{ModelConfig, Task};
 use crate::report::MaskRow;
@@ -91,16 +91,21 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let available = plan::available(&cx)?;
     let plan = plan::fit(&cx, &ask, available)?;
     eprintln!("{}", plan.table(&ask, available));
-    let model = if job.fresh {
+    let weights = if job.fresh {
         eprintln!(
             "{} holds no weights: they are made at random from seed {}",
             dir.display(),
             run.training.seed
         );
-        Decoder::random(&cx, 0, config, longest, scheme(&run.peft), run.training.seed)?
+        InitialWeights::Random { seed: run.training.seed }
     } else {
-        Decoder::load_stored(&cx, 0, dir, config, longest, scheme(&run.peft))?
+        InitialWeights::Folder(dir)
     };
+    let model = Decoder::builder(config)
+        .weights(weights)
+        .storage(scheme(&run.peft))
+        .positions(longest)
+        .build(&cx)?;
     let mut model = prepare(&cx, model, &run.peft, job.adapter, dir, run.training.seed)?;
     if run.training.disable_dropout
         && let Some(mut adapter) = model.adapter.take()

@@ -60,12 +60,14 @@ impl Plan {
     ) -> Result<Plan> {
         let mut cx = Cx::new(device, like.dtype)?;
         (cx.matmul, cx.attention, cx.recompute) = (like.matmul, like.attention, recompute);
-        let base =
-            Decoder::zeros(&cx, 0, request.model.clone(), request.length, scheme(&request.peft))?;
+        let base = Decoder::builder(request.model.clone())
+            .storage(scheme(&request.peft))
+            .positions(request.length)
+            .build(&cx)?;
         // Initial values take host time and no memory: the plan's are the plainest.
         let peft = PeftConfig { init_lora_weights: "true".into(), ..request.peft.clone() };
         let model = prepare(&cx, base, &peft, request.adapter, request.dir, 0)?;
-        let reference = if request.reference { Some(model.reference(&cx, 2)?) } else { None };
+        let reference = if request.reference { Some(model.reference(&cx)?) } else { None };
         // Sequences as long as they get, and a shorter one for the rest of the tokens.
         let length = request.length.max(2);
         let mut lengths = vec![length; request.tokens / length];

@@ -14,7 +14,7 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::adapter;
-use crate::model::adapter::folder::Saved;
+use crate::model::adapter::folder::SavedParam;
 use crate::model::folder::{self, write_folder};
 use crate::model::params::ParamSet;
 use crate::optim::state::Moments;
@@ -59,7 +59,7 @@ impl Trainer {
             dtype,
             &mut |spec| {
                 let params = &self.model.params;
-                let i = params.specs.iter().position(|(s, _)| s.name == spec.name);
+                let i = params.by_name(&spec.name);
                 let i =
                     i.ok_or_else(|| Error::op("params", format!("{} has no place", spec.name)))?;
                 dtype.encode(&self.optimizer.values(params, i)?)
@@ -83,7 +83,7 @@ impl Trainer {
         let tensor = |name: &str, i: usize, dtype| TensorSpec {
             name: name.to_string(),
             dtype,
-            shape: params.specs[i].0.shape.clone(),
+            shape: params.specs[i].shape.clone(),
         };
         let model: Vec<TensorSpec> = saved
             .iter()
@@ -105,7 +105,7 @@ impl Trainer {
         for (name, arena) in arenas {
             for i in params.trained() {
                 tensors.push(tensor(
-                    &format!("{name}.{}", params.specs[i].0.name),
+                    &format!("{name}.{}", params.specs[i].name),
                     i,
                     HostDtype::F32,
                 ));
@@ -206,7 +206,7 @@ impl Trainer {
             let Some(saved) = saved.iter().find(|s| s.holds(i)) else {
                 return Err(Error::checkpoint(
                     dir,
-                    format!("{} has no place", params.specs[i].0.name),
+                    format!("{} has no place", params.specs[i].name),
                 ));
             };
             let values = read(&weights, &saved.name, saved.numel())?;
@@ -223,7 +223,7 @@ impl Trainer {
             arenas.extend([("m", m), ("v", v)]);
         }
         for i in params.trained() {
-            let (name, len) = (&params.specs[i].0.name, params.specs[i].0.len());
+            let (name, len) = (&params.specs[i].name, params.specs[i].len());
             for &(moment, arena) in &arenas {
                 let values = read(&optimizer, &format!("{moment}.{name}"), len)?;
                 if let Some(view) = params.state_view(arena, i)? {
@@ -303,8 +303,8 @@ fn read(from: &SafeFolder, name: &str, len: usize) -> Result<Vec<f32>> {
 }
 
 /// The parameters of a model, one a tensor.
-fn whole(params: &ParamSet) -> Vec<Saved> {
-    params.specs.iter().enumerate().map(|(i, (s, _))| Saved::whole(&s.name, &s.shape, i)).collect()
+fn whole(params: &ParamSet) -> Vec<SavedParam> {
+    params.specs.iter().enumerate().map(|(i, s)| SavedParam::whole(&s.name, &s.shape, i)).collect()
 }
 
 /// What [`Trainer::write_model`] needs to write a folder like `dir`.

@@ -139,7 +139,7 @@ impl Trainer {
         let refs: Vec<&[usize]> = micro_batches.iter().map(Vec::as_slice).collect();
         self.cx.set_rng(self.config.seed, number as u32, 0)?;
         let set = self.model.trained().set;
-        self.cx.param_grads[set as usize].reset();
+        self.cx.param_grads[set].reset();
         method.begin(number)?;
         let report = method.step(&mut self.cx, &self.model, &refs)?;
         let learning_rate = self.learning_rate(number);
@@ -182,7 +182,7 @@ impl Trainer {
         // In the forward's order: embedding, layers, final norm, head.
         let mut order: Vec<usize> = (0..params.specs.len()).collect();
         order.sort_by_key(|i| {
-            let spec = &params.specs[*i].0;
+            let spec = &params.specs[*i];
             (
                 spec.role >= crate::model::layout::Role::FinalNorm && spec.layer.is_none(),
                 spec.layer,
@@ -199,7 +199,7 @@ impl Trainer {
                 if let Ok(Some(Ok(values))) = view.map(|v| v.map(|t| t.to_f32()))
                     && let Some(at) = values.iter().position(|v| !v.is_finite())
                 {
-                    let name = &params.specs[*i].0.name;
+                    let name = &params.specs[*i].name;
                     text += &format!(
                         "\nThe first bad tensor is the {what} {name} (value {at} is {}).",
                         values[at]

@@ -10,7 +10,7 @@ use crate::config::PeftConfig;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::adapter::Adapter;
-use crate::model::adapter::config::{AdapterConfig, Kind, pairs};
+use crate::model::adapter::config::{AdapterConfig, AdapterKind, pairs};
 use crate::model::adapter::target::search;
 use crate::model::decoder::Decoder;
 use crate::model::params::Tuning;
@@ -36,16 +36,16 @@ pub fn prepare(
 ) -> Result<Decoder> {
     if from.is_some() || keys.use_peft {
         let mut adapter = match from {
-            Some(from) => Adapter::load(cx, 1, from, &model.config, &model.params)?,
+            Some(from) => Adapter::load(cx, from, &model.config, &model.params)?,
             None => {
                 let mut config =
                     AdapterConfig::from_keys(keys, &model.config, &dir.display().to_string())?;
-                if let (Kind::Prompt(prompt), Some(text)) =
+                if let (AdapterKind::Prompt(prompt), Some(text)) =
                     (&mut config.kind, &keys.prompt_tuning_init_text)
                 {
                     prompt.init_ids = Tokenizer::load(dir)?.encode(text, true)?;
                 }
-                Adapter::new(cx, 1, config, &model.config, &model.params, seed)?
+                Adapter::new(cx, config, &model.config, &model.params, seed)?
             }
         };
         adapter.tune(keys.loraplus_lr_ratio)?;
@@ -61,9 +61,9 @@ pub fn prepare(
     for (pattern, text) in
         freeze.iter().chain(&rate_patterns).zip(keys.freeze.iter().flatten().chain(&names))
     {
-        if !model.params.specs.iter().any(|(s, _)| pattern.is_match(&s.name)) {
+        if !model.params.specs.iter().any(|s| pattern.is_match(&s.name)) {
             let some =
-                model.params.specs.iter().map(|(s, _)| s.name.as_str()).nth(1).unwrap_or_default();
+                model.params.specs.iter().map(|s| s.name.as_str()).nth(1).unwrap_or_default();
             let message = format!(
                 "freeze, lr_multipliers: \"{text}\" matches no parameter; they are named like {some}"
             );

@@ -31,7 +31,7 @@ fn run_of(keys: &[&str]) -> SftRun {
 fn new_model(cx: &Cx, keys: &[&str]) -> (Decoder, SftRun) {
     let run = run_of(keys);
     let dir = fixtures().join("sft/model");
-    let decoder = Decoder::load(cx, 0, &dir, 512).unwrap();
+    let decoder = Decoder::folder(&dir).unwrap().positions(512).build(cx).unwrap();
     (prepare(cx, decoder, &run.peft, None, &dir, 42).unwrap(), run)
 }
 
@@ -50,7 +50,7 @@ fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_
         let mut cx = cpu();
         let (run, dir) = (run_of(&["per_device_train_batch_size=4"]), fixtures().join("sft/model"));
         let from = fixtures().join("adapter_hub").join(name);
-        let decoder = Decoder::load(&cx, 0, &dir, 512).unwrap();
+        let decoder = Decoder::folder(&dir).unwrap().positions(512).build(&cx).unwrap();
         let decoder = prepare(&cx, decoder, &run.peft, Some(&from), &dir, 42).unwrap();
         let found = logps(&mut cx, &decoder, &losses()["ids"]);
         let off = largest_difference(&found, &flat(&want["logps"]));
@@ -66,9 +66,8 @@ fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_
             assert_eq!(value.to_string(), theirs["config"][key].to_string(), "{name}: {key}");
         }
         assert_eq!(ours["model_class"], theirs["model_class"]);
-        let read =
-            Adapter::load(&cx, 1, &tmp.path().join("again"), &decoder.config, &decoder.params)
-                .unwrap();
+        let read = Adapter::load(&cx, &tmp.path().join("again"), &decoder.config, &decoder.params)
+            .unwrap();
         let again = decoder.clone().with_adapter(Some(read)).unwrap();
         assert_eq!(logps(&mut cx, &again, &losses()["ids"]), found, "{name}: written and read");
 
@@ -78,7 +77,7 @@ fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_
         trainer.step(&mut sft).unwrap();
         let params = trainer.model.trained();
         let (mut error, mut square, mut count) = (0f64, 0f64, 0);
-        for (i, (spec, _)) in params.specs.iter().enumerate() {
+        for (i, spec) in params.specs.iter().enumerate() {
             let grad =
                 params.state_view(&trainer.optimizer.grad, i).unwrap().unwrap().to_f32().unwrap();
             let want = want["grads"][&spec.name].as_array().unwrap();
@@ -264,14 +263,14 @@ fn temper_merge_writes_the_adapted_model() {
         let mut cx = cpu();
         let (decoder, _) = model(&cx, run["base"].as_str().unwrap(), name, &[]);
         let exact = logps(&mut cx, &decoder, ids);
-        let merged = Decoder::load(&cx, 0, &out, 64).unwrap();
+        let merged = Decoder::folder(&out).unwrap().positions(64).build(&cx).unwrap();
         let off = largest_difference(&exact, &logps(&mut cx, &merged, ids));
         // Another order of sums.
         assert!(off <= 1e-5, "{name}: {off:e}");
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::BF16).unwrap();
         let (decoder, _) = model(&cx, run["base"].as_str().unwrap(), name, &[]);
         let unmerged = rms(&exact, &logps(&mut cx, &decoder, ids));
-        let merged = Decoder::load(&cx, 0, &out, 64).unwrap();
+        let merged = Decoder::folder(&out).unwrap().positions(64).build(&cx).unwrap();
         let merged = rms(&exact, &logps(&mut cx, &merged, ids));
         println!("{name}: f32 {off:.1e}; bf16 merged {merged:.1e}, unmerged {unmerged:.1e}");
         assert!(merged <= 2.0 * unmerged, "{name}: bf16 {merged:e}, unmerged {unmerged:e}");
@@ -310,7 +309,7 @@ fn pissa_starts_as_the_base_and_is_saved_as_a_plain_lora_of_the_base() {
         let off = largest_difference(&start, &logps(&mut cx, &plain, ids));
         // Two terms that cancel, each as large as the product.
         assert!(off <= 1e-5, "{init}: {off:e}");
-        let reference = decoder.reference(&cx, 2).unwrap();
+        let reference = decoder.reference(&cx).unwrap();
         assert!(reference.adapter.is_none(), "the reference is the base");
         let (mut trainer, mut sft) = trainer(cx, decoder, &run);
         (0..3).for_each(|_| drop(trainer.step(&mut sft).unwrap()));
@@ -319,7 +318,7 @@ fn pissa_starts_as_the_base_and_is_saved_as_a_plain_lora_of_the_base() {
         let out = tmp.path().join(init);
         trainer.write_model(&out, &FolderParts::default()).unwrap();
         let cx = &mut trainer.cx;
-        let lora = Adapter::load(cx, 2, &out, &plain.config, &plain.params).unwrap();
+        let lora = Adapter::load(cx, &out, &plain.config, &plain.params).unwrap();
         assert!(lora.config.raw["r"] == 8 && lora.config.raw["init_lora_weights"] == true);
         let loaded = plain.with_adapter(Some(lora)).unwrap();
         // The same products, in one sum of 2 r terms.

@@ -1,10 +1,11 @@
 //! The rules of the architecture that a program can check: layers, who calls kernels, where `unsafe` is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use temper::config::{Section, markdown, one_line};
 use temper::methods::registry::REGISTRY;
+use regex::Regex;
 
 fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -91,6 +92,151 @@ fn modules_use_their_own_layer_and_those_below() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Folders that have a circle yet.
+const CIRCLES: [&str; 6] =
+    ["ops/policy", "ops/preference/", "ops/attention/", "rollout/", "rewards/", "cli/"];
+
+#[test]
+fn files_import_each_other_in_autograd_alone() {
+    let graph = import_graph(&all());
+    for circle in circles(&graph) {
+        let inside = |folder: &str| circle.iter().all(|file| file.starts_with(folder));
+        let known = inside("autograd/") || CIRCLES.iter().any(|folder| inside(folder));
+        let edges: Vec<String> = circle
+            .iter()
+            .flat_map(|from| graph[from].iter().map(move |to| (from, to)))
+            .filter(|(_, to)| circle.contains(to))
+            .map(|(from, to)| format!("  {from} imports {to}"))
+            .collect();
+        assert!(known, "these files import each other:\n{}", edges.join("\n"));
+    }
+}
+
+#[test]
+fn a_circle_is_found_through_every_form_of_import() {
+    let files = |list: &[(&str, &str)]| -> Vec<(String, String)> {
+        list.iter().map(|(name, text)| (name.to_string(), text.to_string())).collect()
+    };
+    let found = |list: &[(&str, &str)]| circles(&import_graph(&files(list)));
+    let circle = vec![vec!["a/b.rs".to_string(), "a/mod.rs".to_string()]];
+    let child = ("a/b.rs", "use super::{self as parent, f};\n");
+    assert_eq!(found(&[("a/mod.rs", "mod b;\nuse b::g;\n"), child]), circle);
+    assert_eq!(found(&[("a/mod.rs", "mod b;\nfn f() { b::g() }\n"), child]), circle);
+    assert_eq!(found(&[("a/mod.rs", "use crate::{c, a::{b::g, x}};\n"), child]), circle);
+    assert_eq!(found(&[("a/mod.rs", "fn f() { crate::a::b::g() }\n"), child]), circle);
+    for allowed in
+        ["mod b;\npub use b::g;\n", "// see crate::a::b\n", "const S: &str = \"b::g\";\n"]
+    {
+        assert!(found(&[("a/mod.rs", allowed), child]).is_empty(), "{allowed}");
+    }
+}
+
+type Graph = BTreeMap<String, BTreeSet<String>>;
+
+/// Which file imports which: by `use` that is no `pub use`, and by paths in the code.
+fn import_graph(files: &[(String, String)]) -> Graph {
+    let module = |file: &str| -> Vec<String> {
+        let path = file.trim_end_matches(".rs");
+        let path = path.strip_suffix("/mod").unwrap_or(path);
+        path.split('/').filter(|name| *name != "lib").map(String::from).collect()
+    };
+    let by_module: BTreeMap<Vec<String>, &String> =
+        files.iter().map(|(file, _)| (module(file), file)).collect();
+    let imports = |(file, text): &(String, String)| {
+        let own = module(file);
+        let targets = imported_paths(text).into_iter().filter_map(|path| {
+            let names: Vec<&str> = path.split("::").map(str::trim).collect();
+            let ups = names.iter().take_while(|name| **name == "super").count();
+            let (base, rest) = match names[0] {
+                "crate" => (0, &names[1..]),
+                "self" => (own.len(), &names[1..]),
+                "super" => (own.len().saturating_sub(ups), &names[ups..]),
+                _ => (own.len(), &names[..]),
+            };
+            let mut path: Vec<String> = own[..base].to_vec();
+            path.extend(rest.iter().map(|name| name.to_string()));
+            (0..=path.len()).rev().find_map(|n| by_module.get(&path[..n])).copied().cloned()
+        });
+        (file.clone(), targets.filter(|target| target != file).collect())
+    };
+    files.iter().map(imports).collect()
+}
+
+/// The paths of a file that lead to other files: those from `crate`, `super`, `self` or a module
+/// that the file declares.
+fn imported_paths(text: &str) -> Vec<String> {
+    let line_comments = Regex::new(r"//[^\n]*").unwrap();
+    let strings = Regex::new(r#""(\\.|[^"\\])*""#).unwrap();
+    let uses = Regex::new(r"(?m)^\s*(pub(?:\([^)]*\))?\s+)?use ([^;]*);").unwrap();
+    let modules = Regex::new(r"\bmod (\w+);").unwrap();
+    let paths = Regex::new(r"\b[a-z_]\w*(?:::\w+)+").unwrap();
+    let code = line_comments.replace_all(text, "");
+    let code = strings.replace_all(&code, "\"\"");
+    let children: Vec<&str> =
+        modules.captures_iter(&code).map(|m| m.get(1).unwrap().as_str()).collect();
+    let mut found: Vec<String> = Vec::new();
+    for m in uses.captures_iter(&code).filter(|m| m.get(1).is_none()) {
+        expand(&m[2], &mut found);
+    }
+    let rest = uses.replace_all(&code, "");
+    found.extend(
+        paths
+            .find_iter(&rest)
+            .filter(|m| !rest[..m.start()].ends_with("::"))
+            .map(|m| m.as_str().to_string()),
+    );
+    found.retain(|path| {
+        let first = path.split("::").next().unwrap().trim();
+        ["crate", "super", "self"].contains(&first) || children.contains(&first)
+    });
+    found
+}
+
+/// `a::{b, c::d}` to `a::b` and `a::c::d`.
+fn expand(tree: &str, out: &mut Vec<String>) {
+    let Some(open) = tree.find('{') else {
+        out.push(tree.split(" as ").next().unwrap().trim().to_string());
+        return;
+    };
+    let (prefix, inner) = (&tree[..open], &tree[open + 1..tree.rfind('}').unwrap()]);
+    let (mut depth, mut from) = (0, 0);
+    for (i, c) in inner.char_indices().chain([(inner.len(), ',')]) {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                if !inner[from..i].trim().is_empty() {
+                    expand(&format!("{prefix}{}", inner[from..i].trim()), out);
+                }
+                from = i + 1;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The files that `start` imports, and those that they import, and so on.
+fn reachable<'a>(graph: &'a Graph, start: &'a String) -> BTreeSet<&'a String> {
+    let (mut seen, mut open) = (BTreeSet::new(), vec![start]);
+    while let Some(file) = open.pop() {
+        open.extend(graph.get(file).into_iter().flatten().filter(|next| seen.insert(*next)));
+    }
+    seen
+}
+
+/// The strongly connected components of more than one file: those that reach each other.
+fn circles(graph: &Graph) -> Vec<Vec<String>> {
+    let reached: BTreeMap<&String, BTreeSet<&String>> =
+        graph.keys().map(|file| (file, reachable(graph, file))).collect();
+    let component = |file: &String| -> Vec<String> {
+        let back = |other: &&&String| reached.get(**other).is_some_and(|r| r.contains(file));
+        reached[file].iter().filter(back).map(|other| other.to_string()).collect()
+    };
+    let all: BTreeSet<Vec<String>> =
+        graph.keys().map(component).filter(|files| files.len() > 1).collect();
+    all.into_iter().collect()
 }
 
 #[test]

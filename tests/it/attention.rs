@@ -10,7 +10,7 @@ use temper::device::{DType, cpu::Cpu};
 use temper::ops::attention::oracle::{gradient, segments, shape};
 use temper::ops::attention::{AttnPlan, AttnShape, PAGE, attention, attention_paged, kv_append};
 use temper::ops::case::Rng;
-use temper::tensor::{Id, Tensor};
+use temper::tensor::{Id, ParamSetId, Tensor};
 
 const SIMT: [(AttentionChoice, DType); 2] =
     [(AttentionChoice::Simt, DType::F32), (AttentionChoice::Simt, DType::BF16)];
@@ -159,10 +159,11 @@ fn gradient_error(
 ) -> f64 {
     let (mut cx, mut rng) = (context(kind), Rng(7));
     let plan = AttnPlan::new(&cx, &segments(of)).unwrap();
-    let qkv = random(&cx, &mut rng, plan.rows, width(&s)).with_id(Id::Param { set: 0, index: 0 });
+    let qkv = random(&cx, &mut rng, plan.rows, width(&s))
+        .with_id(Id::Param { set: ParamSetId::Model, index: 0 });
     let dout = random(&cx, &mut rng, plan.rows, s.heads * s.head_dim);
     let grad = Tensor::new(&cx.pool, "gradient", cx.dtype, qkv.shape()).unwrap();
-    cx.param_grads = vec![ParamGrads::new(vec![Some(grad.clone())])];
+    cx.param_grads[ParamSetId::Model] = ParamGrads::new(vec![Some(grad.clone())]);
     cx.tape = Some(Tape::default());
     let out = attention(&mut cx, &qkv, &plan, s).unwrap();
     cx.backward(vec![(out, dout.clone())]).unwrap();
@@ -212,14 +213,14 @@ fn attention_speed_is_printed() {
     for (kind, d) in [(SIMT[0], 32), (SIMT[0], 64), (SIMT[0], 128), (SIMT[1], 64)] {
         let (mut cx, mut rng, s) = (context(kind), Rng(8), shape(4, 2, d));
         let plan = AttnPlan::sequences(&cx, &[256; 4]).unwrap();
-        let qkv =
-            random(&cx, &mut rng, plan.rows, width(&s)).with_id(Id::Param { set: 0, index: 0 });
+        let qkv = random(&cx, &mut rng, plan.rows, width(&s))
+            .with_id(Id::Param { set: ParamSetId::Model, index: 0 });
         let dout = random(&cx, &mut rng, plan.rows, s.heads * d);
         let grad = Tensor::new(&cx.pool, "gradient", cx.dtype, qkv.shape()).unwrap();
         let flops = plan.pairs * (s.heads * d) as f64 / 1e9;
         let (mut forward, mut backward) = (0.0f64, 0.0f64);
         for _ in 0..4 {
-            cx.param_grads = vec![ParamGrads::new(vec![Some(grad.clone())])];
+            cx.param_grads[ParamSetId::Model] = ParamGrads::new(vec![Some(grad.clone())]);
             cx.tape = Some(Tape::default());
             let t = Instant::now();
             let out = attention(&mut cx, &qkv, &plan, s).unwrap();

@@ -28,8 +28,11 @@ fn greedy_tokens_are_those_of_transformers_for_every_family() {
     assert_eq!(golden.len(), std::fs::read_dir("tests/fixtures/models").unwrap().count());
     for (case, want) in golden {
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
-        let mut model =
-            Decoder::load(&cx, 0, Path::new("tests/fixtures/models").join(case), 16).unwrap();
+        let mut model = Decoder::folder(&Path::new("tests/fixtures/models").join(case))
+            .unwrap()
+            .positions(16)
+            .build(&cx)
+            .unwrap();
         let options =
             Options { max_new_tokens: 64, sampling: Sampling::greedy(), stop: vec![], batch: 4 };
         let got =
@@ -45,7 +48,7 @@ fn greedy_tokens_are_those_of_transformers_for_every_family() {
 #[test]
 fn a_completion_ends_with_the_token_that_completes_a_stop_string() {
     let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
-    let mut model = Decoder::load(&cx, 0, SFT_MODEL, 16).unwrap();
+    let mut model = Decoder::folder(SFT_MODEL).unwrap().positions(16).build(&cx).unwrap();
     let tokenizer = Arc::new(Tokenizer::load(Path::new(SFT_MODEL)).unwrap());
     let prompt = tokenizer.encode("one two", true).unwrap();
     let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::greedy() };

@@ -37,7 +37,7 @@ pub fn cpu() -> Cx {
 pub fn model(cx: &Cx, base: &str, name: &str, keys: &[String]) -> (Decoder, SftRun) {
     let (run, _) = SftRun::load(None, keys).unwrap();
     let dir = fixtures().join(base);
-    let decoder = Decoder::load(cx, 0, &dir, 512).unwrap();
+    let decoder = Decoder::folder(&dir).unwrap().positions(512).build(cx).unwrap();
     let adapter = fixtures().join("peft").join(name);
     (prepare(cx, decoder, &run.peft, Some(&adapter), &dir, 42).unwrap(), run)
 }
@@ -151,7 +151,7 @@ fn every_adapter_has_pefts_logits_counts_and_losses_and_leaves_the_base_alone() 
 fn untrained_copies(decoder: &Decoder) -> u64 {
     let Some(adapter) = &decoder.adapter else { return 0 };
     let biases =
-        adapter.params.trained().map(|i| &adapter.params.specs[i].0).filter(|s| s.role.is_bias());
+        adapter.params.trained().map(|i| &adapter.params.specs[i]).filter(|s| s.role.is_bias());
     biases.map(|s| s.len() as u64).sum()
 }
 
@@ -168,9 +168,12 @@ fn an_adapter_that_is_written_reads_back_with_the_same_bits() {
         let out = dir.path().join("adapter");
         folder::write(&out, adapter, &[], &mut |i| adapter.params.weight_view(i)?.to_f32())
             .unwrap();
-        let read = Adapter::load(&cx, 1, &out, &decoder.config, &decoder.params).unwrap();
+        let read = Adapter::load(&cx, &out, &decoder.config, &decoder.params).unwrap();
         assert_eq!(read.config.kind, adapter.config.kind, "{name}");
-        let again = Decoder::load(&cx, 0, fixtures().join(&base), 512)
+        let again = Decoder::folder(&fixtures().join(&base))
+            .unwrap()
+            .positions(512)
+            .build(&cx)
             .unwrap()
             .with_adapter(Some(read))
             .unwrap();
@@ -188,7 +191,7 @@ fn refusal(keys: &[&str]) -> String {
         Err(e) => return e.to_string(),
     };
     let dir = fixtures().join("sft/model");
-    let decoder = Decoder::load(&cx, 0, &dir, 512).unwrap();
+    let decoder = Decoder::folder(&dir).unwrap().positions(512).build(&cx).unwrap();
     match prepare(&cx, decoder, &run.peft, None, &dir, 42) {
         Ok(_) => "accepted".into(),
         Err(e) => e.to_string(),
@@ -231,10 +234,10 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
     // An adapter for another base: shapes and names are compared.
     let cx = cpu();
     let dir = fixtures().join("models/qwen3");
-    let decoder = Decoder::load(&cx, 0, &dir, 64).unwrap();
+    let decoder = Decoder::folder(&dir).unwrap().positions(64).build(&cx).unwrap();
     let other: PathBuf = fixtures().join("peft/lora");
     let text =
-        Adapter::load(&cx, 1, &other, &decoder.config, &decoder.params).err().unwrap().to_string();
+        Adapter::load(&cx, &other, &decoder.config, &decoder.params).err().unwrap().to_string();
     assert!(
         text.contains("not for this model (its base was sft/model)") && text.contains("shape: "),
         "{text}"
@@ -250,12 +253,12 @@ fn what_is_frozen_keeps_its_bits_and_counts_in_no_norm() {
     let (run, _) = SftRun::load(None, &keys).unwrap();
     let cx = cpu();
     let dir = fixtures().join("sft/model");
-    let decoder = Decoder::load(&cx, 0, &dir, 512).unwrap();
+    let decoder = Decoder::folder(&dir).unwrap().positions(512).build(&cx).unwrap();
     let decoder = prepare(&cx, decoder, &run.peft, None, &dir, 42).unwrap();
     let values = |d: &Decoder| -> Vec<(String, Vec<u32>)> {
         let specs = d.params.specs.iter().enumerate();
         specs
-            .map(|(i, (s, _))| (s.name.clone(), d.params.weight_view(i).unwrap().to_vec().unwrap()))
+            .map(|(i, s)| (s.name.clone(), d.params.weight_view(i).unwrap().to_vec().unwrap()))
             .collect()
     };
     let before = values(&decoder);

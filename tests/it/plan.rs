@@ -9,7 +9,7 @@ use temper::config::MatmulChoice;
 use temper::device::{DType, cpu::Cpu};
 use temper::methods::offline::sft::Sft;
 use temper::methods::offline::sft::SftRun;
-use temper::model::decoder::Decoder;
+use temper::model::decoder::{Decoder, InitialWeights};
 use temper::model::layout::ModelConfig;
 use temper::train::Trainer;
 use temper::train::plan::{Plan, PlanRequest, fit};
@@ -64,7 +64,12 @@ fn measured(
 ) -> usize {
     cx.set_rng(0, 0, 0).unwrap();
     cx.recompute = recompute;
-    let base = Decoder::random(&cx, 0, model.clone(), length, scheme(&run.peft), 1).unwrap();
+    let base = Decoder::builder(model.clone())
+        .weights(InitialWeights::Random { seed: 1 })
+        .storage(scheme(&run.peft))
+        .positions(length)
+        .build(&cx)
+        .unwrap();
     let model = prepare(&cx, base, &run.peft, None, Path::new("model"), 1).unwrap();
     let row = |r: usize| {
         ((0..length).map(|i| ((r * 7 + i * 3) % 300) as u32).collect(), vec![true; length])

@@ -17,7 +17,7 @@ use temper::ops::policy::{
     whiten,
 };
 use temper::rewards::Scores;
-use temper::tensor::{Id, Tensor};
+use temper::tensor::{Id, ParamSetId, Tensor};
 
 fn fixture() -> Value {
     serde_json::from_slice(&std::fs::read("tests/fixtures/policy.json").unwrap()).unwrap()
@@ -81,8 +81,8 @@ impl Bench {
         f: impl FnOnce(&mut Cx, &Tensor) -> Tensor,
     ) -> (f64, Vec<f64>) {
         let slot = Tensor::new(&self.cx.pool, "gradient", DType::F32, &[data.len()]).unwrap();
-        let x = self.put(data).with_id(Id::Param { set: 0, index: 0 });
-        self.cx.param_grads = vec![ParamGrads::new(vec![Some(slot.clone())])];
+        let x = self.put(data).with_id(Id::Param { set: ParamSetId::Model, index: 0 });
+        self.cx.param_grads[ParamSetId::Model] = ParamGrads::new(vec![Some(slot.clone())]);
         self.cx.tape = Some(Tape::default());
         let loss = f(&mut self.cx, &x);
         let one = self.put(&[1.0]);

@@ -25,7 +25,7 @@ use temper::model::folder;
 use temper::model::layout::Task;
 use temper::ops::distill::{DistillIn, distill};
 use temper::tensor::safetensors::HostDtype;
-use temper::tensor::{Id, Tensor};
+use temper::tensor::{Id, ParamSetId, Tensor};
 use temper::train::{Step, Trainer};
 
 const MODEL: &str = "tests/fixtures/sft/model";
@@ -44,11 +44,10 @@ fn losses() -> Value {
 
 /// The model as the method's task has it; a reward model starts from the fixture's score.
 fn model<M: BuildMethod + Default + 'static>(cx: &Cx) -> Decoder {
-    let mut config = folder::load_config(MODEL).unwrap();
-    config.task = M::default().task();
-    let decoder = Decoder::load_as(cx, 0, MODEL, config, 512).unwrap();
-    if let Task::SequenceClassification { .. } = M::default().task() {
-        let i = decoder.params.specs.iter().position(|(s, _)| s.name == "score.weight").unwrap();
+    let task = M::default().task();
+    let decoder = Decoder::folder(MODEL).unwrap().task(task).positions(512).build(cx).unwrap();
+    if let Task::SequenceClassification { .. } = task {
+        let i = decoder.params.by_name("score.weight").unwrap();
         let score: Vec<f32> = (0..32).map(|i| ((i * 37) % 64 - 32) as f32 / 128.0).collect();
         decoder.params.store(i, &score).unwrap();
     }
@@ -58,10 +57,10 @@ fn model<M: BuildMethod + Default + 'static>(cx: &Cx) -> Decoder {
 /// The model with its matrices times 0.75, as a folder.
 fn other_reference(dir: &Path) -> PathBuf {
     let out = dir.join("reference");
-    let decoder = Decoder::load(&cpu(), 0, MODEL, 8).unwrap();
+    let decoder = Decoder::folder(MODEL).unwrap().positions(8).build(&cpu()).unwrap();
     let tokenizer = folder::tokenizer_files(MODEL);
     folder::write_folder(&out, &decoder.config, &tokenizer, None, HostDtype::F32, &mut |spec| {
-        let i = decoder.params.specs.iter().position(|(s, _)| s.name == spec.name).unwrap();
+        let i = decoder.params.by_name(&spec.name).unwrap();
         let mut values = decoder.params.weight_view(i)?.to_f32()?;
         if spec.shape.len() == 2 {
             values.iter_mut().for_each(|v| *v *= 0.75);
@@ -370,12 +369,14 @@ fn distillation_has_the_divergences_and_gradients_of_f64() {
             .map(|n| cx.float("grad", &matrix(&all[*n]).0).unwrap())
             .inspect(|t| t.zero().unwrap())
             .collect();
-        let student = tensor(&cx, "student").with_id(Id::Param { set: 0, index: 0 });
-        let head = tensor(&cx, "student_head").with_id(Id::Param { set: 0, index: 1 });
+        let student =
+            tensor(&cx, "student").with_id(Id::Param { set: ParamSetId::Model, index: 0 });
+        let head =
+            tensor(&cx, "student_head").with_id(Id::Param { set: ParamSetId::Model, index: 1 });
         let (teacher, teacher_head, weight) =
             (tensor(&cx, "teacher"), tensor(&cx, "teacher_head"), tensor(&cx, "weight"));
-        cx.param_grads =
-            vec![ParamGrads::new(vec![Some(grads[0].clone()), Some(grads[1].clone())])];
+        cx.param_grads[ParamSetId::Model] =
+            ParamGrads::new(vec![Some(grads[0].clone()), Some(grads[1].clone())]);
         cx.tape = Some(Tape::default());
         let x = DistillIn {
             student: &student,

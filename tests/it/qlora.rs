@@ -10,11 +10,10 @@ use temper::config::MatmulChoice;
 use temper::device::{DType, cpu::Cpu};
 use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::Decoder;
-use temper::model::folder;
 use temper::ops::case::Rng;
 use temper::ops::lora::{Base, Pairs, Segment, lora_linear};
 use temper::ops::quant::{QuantWeight, Scheme};
-use temper::tensor::{Id, Tensor};
+use temper::tensor::{Id, ParamSetId, Tensor};
 use temper::train::tuning::{prepare, scheme};
 
 use crate::peft::{cpu, flat, largest_difference, logps, trainer};
@@ -42,22 +41,21 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
         keys.extend(run["keys"].as_object().unwrap().iter().map(|(k, v)| format!("{k}={v}")));
         let (config, _) = SftRun::load(None, &keys).unwrap();
         let mut cx = cpu();
-        let model = folder::load_config(MODEL).unwrap();
-        let base = Decoder::load_stored(&cx, 0, MODEL, model, 512, scheme(&config.peft)).unwrap();
+        let base = Decoder::folder(MODEL)
+            .unwrap()
+            .storage(scheme(&config.peft))
+            .positions(512)
+            .build(&cx)
+            .unwrap();
         let (arena, count) = (base.params.len, base.params.count());
-        let dense = Decoder::load(&cx, 0, MODEL, 512).unwrap();
+        let dense = Decoder::folder(MODEL).unwrap().positions(512).build(&cx).unwrap();
         assert_eq!(
             count,
             dense.params.count(),
             "{name}: parameters that are quantised are counted"
         );
-        let projections: usize = dense
-            .params
-            .specs
-            .iter()
-            .filter(|(s, _)| s.name.contains("proj"))
-            .map(|(s, _)| s.len())
-            .sum();
+        let projections: usize =
+            dense.params.specs.iter().filter(|s| s.name.contains("proj")).map(|s| s.len()).sum();
         assert_eq!(
             arena + projections,
             dense.params.len,
@@ -106,11 +104,12 @@ fn layer(own: bool, base: Option<Scheme>) -> Vec<Vec<f32>> {
     let mut slots = Vec::new();
     for (index, shape) in shapes.iter().enumerate() {
         params.push(
-            put(&cx, rng.array(shape, 0.5)).with_id(Id::Param { set: 0, index: index as u32 }),
+            put(&cx, rng.array(shape, 0.5))
+                .with_id(Id::Param { set: ParamSetId::Model, index: index as u32 }),
         );
         slots.push(Some(put(&cx, F64::zeros(shape))));
     }
-    cx.param_grads = vec![ParamGrads::new(slots)];
+    cx.param_grads[ParamSetId::Model] = ParamGrads::new(slots);
     let segment = |from, cols, rank_from, rank| Segment { from, cols, rank_from, rank, scale: 2.0 };
     let pairs = Pairs {
         a: params[1].clone(),
@@ -127,7 +126,12 @@ fn layer(own: bool, base: Option<Scheme>) -> Vec<Vec<f32>> {
     let dy = put(&cx, rng.array(&[m, 40], 1.0));
     let mut out = vec![y.to_f32().unwrap()];
     cx.backward(vec![(y, dy)]).unwrap();
-    out.extend(cx.param_grads[0].slots.iter().map(|s| s.as_ref().unwrap().to_f32().unwrap()));
+    out.extend(
+        cx.param_grads[ParamSetId::Model]
+            .slots
+            .iter()
+            .map(|s| s.as_ref().unwrap().to_f32().unwrap()),
+    );
     out
 }
 

@@ -19,8 +19,10 @@ const VOCAB: usize = 96;
 
 fn model(dtype: DType) -> (Cx, Decoder) {
     let cx = Cx::new(Arc::new(Cpu::new()), dtype).unwrap();
-    let model =
-        Decoder::new(&cx, 0, ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true), 128).unwrap();
+    let model = Decoder::builder(ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true))
+        .positions(128)
+        .build(&cx)
+        .unwrap();
     model.params.initialise(0.2, 11).unwrap();
     (cx, model)
 }

@@ -15,7 +15,7 @@ fn worst(case: &str, cx: &mut Cx) -> f64 {
     let dir = Path::new("tests/fixtures/models").join(case);
     let golden: serde_json::Value =
         serde_json::from_slice(&std::fs::read(dir.join("score.json")).unwrap()).unwrap();
-    let decoder = Decoder::load(cx, 0, &dir, 128).unwrap();
+    let decoder = Decoder::folder(&dir).unwrap().positions(128).build(cx).unwrap();
     let mut ids = Vec::new();
     let mut want = Vec::new();
     for row in golden["rows"].as_array().unwrap() {

@@ -28,7 +28,7 @@ pub fn trainer(rows: &str, keys: &[String], recompute: Recompute) -> (Trainer, O
     cx.recompute = recompute;
     let tokenizer = Tokenizer::load(&fixture("model")).unwrap();
     let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer).unwrap());
-    let model = Decoder::load(&cx, 0, fixture("model"), 512).unwrap();
+    let model = Decoder::folder(&fixture("model")).unwrap().positions(512).build(&cx).unwrap();
     let rows = read_rows(&[fixture(&format!("{rows}.jsonl"))]).unwrap();
     let inputs = MethodInputs {
         tokenizer: &tokenizer,

@@ -7,7 +7,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::few_rows;
-use crate::device::{DType, Gemm, Layout};
+use crate::device::{DType, Gemm, Layout, Operand};
 
 /// Rows a worker takes at once: a row's bits do not depend on the cut, its speed does, since every
 /// chunk packs all of B. So one chunk a worker, unless a chunk would be long enough for packing to
@@ -27,8 +27,9 @@ pub unsafe fn gemm(g: &Gemm) {
     let (a_rows, a_cols) = if g.layout == Layout::TN { (k, m) } else { (m, k) };
     let (b_rows, b_cols) = if g.layout == Layout::NT { (n, k) } else { (k, n) };
     // SAFETY: the caller's promise.
-    let (a, b) = unsafe { (Operand::new(g.a, a_rows, a_cols), Operand::new(g.b, b_rows, b_cols)) };
-    let plain = g.layout == Layout::NT && g.c.1 == DType::F32 && !g.accumulate && g.bias.is_none();
+    let (a, b) = unsafe { (Floats::new(g.a, a_rows, a_cols), Floats::new(g.b, b_rows, b_cols)) };
+    let plain =
+        g.layout == Layout::NT && g.c.dtype == DType::F32 && !g.accumulate && g.bias.is_none();
     if plain && m <= few_rows::FEW && few_rows::available() {
         // SAFETY: the caller's promise.
         return unsafe { decode(g, &a, &b) };
@@ -42,9 +43,9 @@ pub unsafe fn gemm(g: &Gemm) {
         Some(t) => (t.as_ptr() as u64, n, 1),
         None => (b.pointer() as u64, rsb, csb),
     };
-    let (c_address, c_dtype, ldc) = g.c;
+    let Operand { address: c_address, dtype: c_dtype, stride: ldc } = g.c;
     // SAFETY: the caller's promise.
-    let bias = g.bias.map(|(address, dtype)| unsafe { Operand::new((address, dtype, n), 1, n) });
+    let bias = g.bias.map(|bias| unsafe { Floats::new(bias, 1, n) });
     // SAFETY: n values, by the caller's promise.
     let bias = bias.as_ref().map(|b| unsafe { std::slice::from_raw_parts(b.pointer(), n) });
     let rows_each = row_chunk(m, rayon::current_num_threads());
@@ -109,11 +110,18 @@ pub unsafe fn gemm(g: &Gemm) {
 ///
 /// # Safety
 /// As [`gemm`], C is float, and the machine can.
-unsafe fn decode(g: &Gemm, a: &Operand, b: &Operand) {
+unsafe fn decode(g: &Gemm, a: &Floats, b: &Floats) {
     let (m, n, k) = (g.m, g.n, g.k);
     // SAFETY: the caller's promise.
     let lanes = unsafe { few_rows::lanes(a.pointer(), a.stride, m, k) };
-    let p = few_rows::Product { m, k, b: b.pointer() as u64, ldb: b.stride, c: g.c.0, ldc: g.c.2 };
+    let p = few_rows::Product {
+        m,
+        k,
+        b: b.pointer() as u64,
+        ldb: b.stride,
+        c: g.c.address,
+        ldc: g.c.stride,
+    };
     // A worker's share in whole tiles; a product that takes microseconds is not worth waking
     // anybody.
     let workers = if m * n * k < 1 << 17 { 1 } else { rayon::current_num_threads() };
@@ -173,18 +181,19 @@ unsafe fn transposed(src: *const f32, stride: usize, rows: usize, cols: usize) -
     out
 }
 
-struct Operand {
+struct Floats {
     wide: Vec<f32>,
     address: u64,
     stride: usize,
 }
 
-impl Operand {
+impl Floats {
     /// # Safety
     /// `rows` rows of `cols` elements, `stride` apart, are live at the address.
-    unsafe fn new((address, dtype, stride): (u64, DType, usize), rows: usize, cols: usize) -> Self {
+    unsafe fn new(operand: Operand, rows: usize, cols: usize) -> Self {
+        let Operand { address, dtype, stride } = operand;
         if dtype != DType::BF16 {
-            return Operand { wide: Vec::new(), address, stride };
+            return Floats { wide: Vec::new(), address, stride };
         }
         let mut wide = vec![0f32; rows * cols];
         for (r, row) in wide.chunks_exact_mut(cols.max(1)).enumerate() {
@@ -196,7 +205,7 @@ impl Operand {
                 *o = v.to_f32();
             }
         }
-        Operand { wide, address: 0, stride: cols }
+        Floats { wide, address: 0, stride: cols }
     }
 
     fn pointer(&self) -> *const f32 {
@@ -236,7 +245,11 @@ mod tests {
                     if layout == Layout::NT { k } else { n },
                 );
                 let product = |a: *const f32, m: usize, c: &mut [f32]| {
-                    let operand = |p: *const f32, ld: usize| (p as u64, DType::F32, ld);
+                    let operand = |p: *const f32, stride: usize| Operand {
+                        address: p as u64,
+                        dtype: DType::F32,
+                        stride,
+                    };
                     let (a, b, c) =
                         (operand(a, lda), operand(b.as_ptr(), ldb), operand(c.as_mut_ptr(), n));
                     // SAFETY: the operands are the vectors above.

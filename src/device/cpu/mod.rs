@@ -17,7 +17,8 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::{
-    CpuLaunch, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing, no_graph, place,
+    Capabilities, CpuLaunch, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing,
+    insert_in_free_slot, no_graph,
 };
 use crate::error::{Error, Result};
 
@@ -127,8 +128,8 @@ impl Device for Cpu {
         format!("cpu ({} threads{mode})", rayon::current_num_threads())
     }
 
-    fn is_cuda(&self) -> bool {
-        false
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::CPU
     }
 
     fn is_strict(&self) -> bool {
@@ -206,12 +207,7 @@ impl Device for Cpu {
         at: Launch,
         args: &mut [*mut c_void],
     ) -> Result<()> {
-        if at.block == 0 || at.block > kernel.threads {
-            return Err(Error::Device(format!(
-                "{}: a block of {} threads; it takes 1 to {}",
-                kernel.name, at.block, kernel.threads
-            )));
-        }
+        kernel.check_block(at)?;
         let copied = || {
             let mut copies = vec![0u64; kernel.args.len()];
             for ((copy, arg), size) in copies.iter_mut().zip(args.iter()).zip(kernel.args) {
@@ -282,10 +278,6 @@ impl Device for Cpu {
         Ok(true)
     }
 
-    fn has_gemm(&self) -> bool {
-        true
-    }
-
     fn sync(&self) -> Result<()> {
         self.not_while_capturing("sync")
     }
@@ -338,7 +330,7 @@ impl Device for Cpu {
             return Err(Error::Device("end_capture without begin_capture".into()));
         }
         let steps = std::mem::take(&mut *lock(&self.recorded));
-        Ok(place(&mut lock(&self.graphs), Arc::new(steps)))
+        Ok(insert_in_free_slot(&mut lock(&self.graphs), Arc::new(steps)))
     }
 
     unsafe fn replay(&self, graph: Graph) -> Result<()> {

@@ -258,27 +258,27 @@ impl Blas {
     /// # Safety
     /// The operands lie in live device memory, the stream is that of the bound context.
     pub unsafe fn run(&self, g: &Gemm, stream: CUstream) -> Result<bool> {
-        let ((a, input, lda), (b, other, ldb), (c, output, ldc)) = (g.a, g.b, g.c);
+        let (input, output) = (g.a.dtype, g.c.dtype);
         let float = |d: DType| d == DType::F32 || d == DType::BF16;
-        let pair = input == other
+        let pair = input == g.b.dtype
             && float(input)
             && float(output)
             && (output == input || output == DType::F32);
         if !pair || g.m == 0 || g.n == 0 || g.k == 0 {
             return Ok(false);
         }
-        let bias = g.bias.map_or(0, |b| b.0);
+        let bias = g.bias.map_or(0, |b| b.address);
         let key = Key {
             layout: g.layout,
             m: g.m,
             n: g.n,
             k: g.k,
-            strides: [lda, ldb, ldc],
+            strides: [g.a.stride, g.b.stride, g.c.stride],
             input,
             output,
-            bias: g.bias.map(|b| b.1),
+            bias: g.bias.map(|b| b.dtype),
             accumulate: g.accumulate,
-            aligned: [aligned(a), aligned(b), aligned(c)],
+            aligned: [g.a, g.b, g.c].map(|m| aligned(m.address)),
             bias_aligned: aligned(bias),
         };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
@@ -305,13 +305,13 @@ impl Blas {
                 plan.product,
                 (&raw const one).cast(),
                 (&raw const beta).cast(),
-                b as *const c_void,
+                g.b.address as *const c_void,
                 first,
-                a as *const c_void,
+                g.a.address as *const c_void,
                 second,
-                c as *const c_void,
+                g.c.address as *const c_void,
                 d,
-                c as *mut c_void,
+                g.c.address as *mut c_void,
                 d,
                 &plan.algorithm,
                 self.workspace as *mut c_void,

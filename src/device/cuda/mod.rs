@@ -19,7 +19,10 @@ use cudarc::driver::sys::{
     self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
 };
 
-use super::{Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing, no_graph, place};
+use super::{
+    Capabilities, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing,
+    insert_in_free_slot, no_graph,
+};
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
 
@@ -423,8 +426,8 @@ impl Device for Cuda {
         self.name.clone()
     }
 
-    fn is_cuda(&self) -> bool {
-        true
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { library_gemm: self.blas.is_some(), ..Capabilities::GPU }
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
@@ -531,12 +534,7 @@ impl Device for Cuda {
         at: Launch,
         args: &mut [*mut c_void],
     ) -> Result<()> {
-        if at.block == 0 || at.block > kernel.threads {
-            return Err(Error::Device(format!(
-                "{}: a block of {} threads; it takes 1 to {}",
-                kernel.name, at.block, kernel.threads
-            )));
-        }
+        kernel.check_block(at)?;
         self.bind()?;
         let function = self.function(kernel, at.shared)?;
         let ([x, y, z], block) = (at.grid, (at.block, 1, 1));
@@ -564,10 +562,6 @@ impl Device for Cuda {
         Ok(ran)
     }
 
-    fn has_gemm(&self) -> bool {
-        self.blas.is_some()
-    }
-
     fn sync(&self) -> Result<()> {
         self.bind_for("sync")?;
         // SAFETY: our stream.
@@ -593,7 +587,7 @@ impl Device for Cuda {
             let _ = unsafe { result::event::destroy(event) };
             return Err(self.late("mark", e));
         }
-        Ok(place(&mut lock(&self.marks), Event(event)))
+        Ok(insert_in_free_slot(&mut lock(&self.marks), Event(event)))
     }
 
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
@@ -653,7 +647,7 @@ impl Device for Cuda {
             let _ = result::graph::destroy(graph);
             recorded.map_err(failed("instantiating a graph"))?
         };
-        Ok(place(&mut lock(&self.graphs), Recorded(recorded)))
+        Ok(insert_in_free_slot(&mut lock(&self.graphs), Recorded(recorded)))
     }
 
     unsafe fn replay(&self, graph: Graph) -> Result<()> {
@@ -749,7 +743,7 @@ mod tests {
             message(crate::device::open("cuda")).contains("--device cpu"),
             "cuda never falls back"
         );
-        assert!(crate::device::open("auto").is_ok_and(|d| !d.is_cuda()));
+        assert!(crate::device::open("auto").is_ok_and(|d| d.capabilities() == Capabilities::CPU));
     }
 
     #[test]

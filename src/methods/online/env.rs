@@ -25,10 +25,6 @@ use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
 use crate::rewards::Scores;
 
-/// Set numbers of the models beside the policy (0), its adapter (1) and the reference (2).
-pub const VALUE: u32 = 3;
-pub const REWARD: u32 = 4;
-
 /// What a method asks of its environment.
 #[derive(Clone, Default)]
 pub struct EnvOptions {
@@ -97,7 +93,7 @@ impl RolloutEnv {
                  log-probs would not be the sampler's; set lora_dropout=0"
             )));
         }
-        if cx.device.is_cuda() && cx.matmul == MatmulChoice::Auto {
+        if cx.device.capabilities().gemm_depends_on_rows && cx.matmul == MatmulChoice::Auto {
             // The library may choose another kernel for another number of rows; the engine's own
             // does not.
             eprintln!(

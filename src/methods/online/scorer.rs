@@ -7,7 +7,6 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::env::REWARD;
 use super::prompts::Prompt;
 use super::rollout::Rollout;
 use crate::autograd::Cx;
@@ -34,7 +33,7 @@ impl Scorer {
 
     pub fn attach(&mut self, cx: &Cx) -> Result<()> {
         if let Some(dir) = &self.options.reward_model {
-            self.reward_model = Some(RewardModel::load(cx, REWARD, Path::new(dir))?);
+            self.reward_model = Some(RewardModel::load(cx, Path::new(dir))?);
         }
         Ok(())
     }

@@ -16,11 +16,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::config::AdapterConfig;
 use crate::autograd::Cx;
 use crate::config::{PeftConfig, PeftType};
 use crate::error::{Error, Result};
-use crate::model::layout::{ModelConfig, ParamSpec, Part, Place, Role, Task};
+use crate::model::layout::{BottleneckPart, BottleneckSite, ModelConfig, ParamSpec, Role, Task};
 use crate::model::params::ParamSet;
 use crate::ops::activation::{Act, activation};
 use crate::ops::add::add;
@@ -31,13 +30,51 @@ use crate::tensor::Tensor;
 /// adapter-hub's file of weights.
 pub const WEIGHTS: &str = "adapter.safetensors";
 
-/// What an adapter reads.
+/// What a bottleneck adapter reads: the branch, the branch plus the stream, or the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reads {
+pub enum BottleneckInput {
     Branch,
     Sum,
     Stream,
 }
+
+/// adapter-hub's defaults for one of its types.
+struct Preset {
+    name: &'static str,
+    attention: bool,
+    input: BottleneckInput,
+    reduction_factor: f64,
+    non_linearity: &'static str,
+    scaling: f64,
+    init: &'static str,
+}
+
+const SEQ_BN: Preset = Preset {
+    name: "seq_bn",
+    attention: false,
+    input: BottleneckInput::Sum,
+    reduction_factor: 16.0,
+    non_linearity: "relu",
+    scaling: 1.0,
+    init: "bert",
+};
+
+const DOUBLE_SEQ_BN: Preset = Preset {
+    name: "double_seq_bn",
+    attention: true,
+    input: BottleneckInput::Branch,
+    non_linearity: "swish",
+    ..SEQ_BN
+};
+
+const PAR_BN: Preset = Preset {
+    name: "par_bn",
+    input: BottleneckInput::Stream,
+    reduction_factor: 2.0,
+    scaling: 4.0,
+    init: "mam_adapter",
+    ..SEQ_BN
+};
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct BottleneckConfig {
@@ -45,7 +82,7 @@ pub struct BottleneckConfig {
     pub name: String,
     pub attention: bool,
     pub mlp: bool,
-    pub reads: Reads,
+    pub input: BottleneckInput,
     pub reduction_factor: f64,
     /// As adapter-hub names it.
     pub non_linearity: String,
@@ -53,48 +90,54 @@ pub struct BottleneckConfig {
     pub scaling: f64,
     /// `init_weights`: bert (normal of 0.02) or mam_adapter (up is zero).
     pub init: String,
-    /// What the folder says of its model: hidden_size, model_class, model_type.
-    pub model: (usize, String, String),
+    pub base: BottleneckBase,
+}
+
+/// What an adapter-hub folder says about the model that it was made for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BottleneckBase {
+    pub hidden_size: usize,
+    pub model_class: String,
+    pub model_type: String,
 }
 
 impl BottleneckConfig {
+    /// A new adapter as the options say, with adapter-hub's defaults for its type. Errors: a model
+    /// that is no language model, an activation or a factor that is not possible.
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig) -> Result<BottleneckConfig> {
-        let (name, attention, reads, factor, non_linearity, scaling, init) = match keys.peft_type {
-            PeftType::DoubleSeqBn => {
-                ("double_seq_bn", true, Reads::Branch, 16.0, "swish", 1.0, "bert")
-            }
-            PeftType::ParBn => ("par_bn", false, Reads::Stream, 2.0, "relu", 4.0, "mam_adapter"),
-            _ => ("seq_bn", false, Reads::Sum, 16.0, "relu", 1.0, "bert"),
+        let preset = match keys.peft_type {
+            PeftType::DoubleSeqBn => DOUBLE_SEQ_BN,
+            PeftType::ParBn => PAR_BN,
+            _ => SEQ_BN,
         };
         if model.task != Task::CausalLm {
             return Err(Error::Config(format!(
-                "peft_type = {name}: for language models alone; use lora"
+                "peft_type = {}: for language models alone; use lora",
+                preset.name
             )));
         }
-        let non_linearity = keys.non_linearity.clone().unwrap_or(non_linearity.into());
-        let act = act(&non_linearity).map_err(|e| Error::Config(format!("non_linearity: {e}")))?;
-        let reduction_factor = keys.reduction_factor.unwrap_or(factor);
+        let non_linearity = keys.non_linearity.as_deref().unwrap_or(preset.non_linearity);
+        let reduction_factor = keys.reduction_factor.unwrap_or(preset.reduction_factor);
         if reduction_factor.is_nan() || reduction_factor <= 0.0 {
             return Err(Error::Config(format!(
                 "reduction_factor = {reduction_factor}: must be above 0"
             )));
         }
-        let (name, init) = (name.into(), init.into());
         Ok(BottleneckConfig {
-            name,
-            attention,
+            name: preset.name.into(),
+            attention: preset.attention,
             mlp: true,
-            reads,
+            input: preset.input,
             reduction_factor,
-            non_linearity,
-            act,
-            scaling,
-            init,
-            model: (
-                model.hidden_size,
-                model.family.architecture.into(),
-                model.family.model_type.into(),
-            ),
+            non_linearity: non_linearity.into(),
+            act: act(non_linearity).map_err(|e| Error::Config(format!("non_linearity: {e}")))?,
+            scaling: preset.scaling,
+            init: preset.init.into(),
+            base: BottleneckBase {
+                hidden_size: model.hidden_size,
+                model_class: model.family.architecture.into(),
+                model_type: model.family.model_type.into(),
+            },
         })
     }
 
@@ -133,54 +176,57 @@ impl BottleneckConfig {
                 .filter(|v| *v > 0.0)
                 .ok_or_else(|| wrong(format!("{key} = {v}: give one number"))),
         };
+        let outer =
+            |key: &str| raw.get(key).and_then(Value::as_str).unwrap_or_default().to_string();
         let text = |key: &str| config.get(key).and_then(Value::as_str);
         let non_linearity = text("non_linearity").ok_or_else(|| {
             wrong(
                 "is neither a PEFT config (it has no peft_type) nor a bottleneck adapter's".into(),
             )
         })?;
-        let reads = match (on("is_parallel", false), on("original_ln_before", false)) {
-            (true, _) => Reads::Stream,
-            (false, true) => Reads::Sum,
-            (false, false) => Reads::Branch,
+        let input = match (on("is_parallel", false), on("original_ln_before", false)) {
+            (true, _) => BottleneckInput::Stream,
+            (false, true) => BottleneckInput::Sum,
+            (false, false) => BottleneckInput::Branch,
         };
         Ok(BottleneckConfig {
             name: raw.get("name").and_then(Value::as_str).unwrap_or("default").into(),
             attention: on("mh_adapter", false),
             mlp: on("output_adapter", true),
-            reads,
+            input,
             reduction_factor: number("reduction_factor", 16.0)?,
             non_linearity: non_linearity.into(),
             act: act(non_linearity).map_err(wrong)?,
             scaling: number("scaling", 1.0)?,
             init: text("init_weights").unwrap_or("bert").into(),
-            model: (
-                raw.get("hidden_size").and_then(Value::as_u64).unwrap_or(0) as usize,
-                raw.get("model_class").and_then(Value::as_str).unwrap_or_default().into(),
-                raw.get("model_type").and_then(Value::as_str).unwrap_or_default().into(),
-            ),
+            base: BottleneckBase {
+                hidden_size: raw.get("hidden_size").and_then(Value::as_u64).unwrap_or(0) as usize,
+                model_class: outer("model_class"),
+                model_type: outer("model_type"),
+            },
         })
     }
 
-    /// adapter-hub's adapter_config.json.
-    pub fn to_json(&self, adapter: &AdapterConfig) -> Map<String, Value> {
+    /// adapter-hub's adapter_config.json: `raw` as it was read, with this in it. `base` is the name
+    /// of the model.
+    pub fn to_json(&self, raw: &Map<String, Value>, base: &str) -> Map<String, Value> {
         let whole = |v: f64| if v.fract() == 0.0 { json!(v as i64) } else { json!(v) };
-        let mut out = adapter.raw.clone();
+        let mut out = raw.clone();
         let config = json!({
             "adapter_residual_before_ln": false, "cross_adapter": false, "dropout": 0.0,
             "init_weights": self.init, "init_weights_seed": null, "inv_adapter": null,
-            "inv_adapter_reduction_factor": null, "is_parallel": self.reads == Reads::Stream, "leave_out": [],
+            "inv_adapter_reduction_factor": null, "is_parallel": self.input == BottleneckInput::Stream, "leave_out": [],
             "ln_after": false, "ln_before": false, "mh_adapter": self.attention, "non_linearity": self.non_linearity,
-            "original_ln_after": true, "original_ln_before": self.reads == Reads::Sum, "output_adapter": self.mlp,
+            "original_ln_after": true, "original_ln_before": self.input == BottleneckInput::Sum, "output_adapter": self.mlp,
             "phm_layer": false, "reduction_factor": whole(self.reduction_factor), "residual_before_ln": true,
             "scaling": self.scaling, "stochastic_depth": 0.0, "use_gating": false,
         });
         for (key, value) in [
             ("config", config),
-            ("hidden_size", json!(self.model.0)),
-            ("model_class", json!(self.model.1)),
-            ("model_name", json!(adapter.base)),
-            ("model_type", json!(self.model.2)),
+            ("hidden_size", json!(self.base.hidden_size)),
+            ("model_class", json!(self.base.model_class)),
+            ("model_name", json!(base)),
+            ("model_type", json!(self.base.model_type)),
             ("name", json!(self.name)),
             ("version", json!("adapters.1.3.0")),
         ] {
@@ -194,17 +240,17 @@ impl BottleneckConfig {
         let hidden = model.hidden_size;
         let narrow = ((hidden as f64 / self.reduction_factor).floor() as usize).max(1);
         let places = [
-            (Place::Attention, "attention_adapters", self.attention),
-            (Place::Mlp, "output_adapters", self.mlp),
+            (BottleneckSite::Attention, "attention_adapters", self.attention),
+            (BottleneckSite::Mlp, "output_adapters", self.mlp),
         ];
         let mut specs = Vec::new();
         for layer in 0..model.num_layers {
             for (place, module, _) in places.iter().filter(|p| p.2) {
                 for (part, name, shape) in [
-                    (Part::Down, "adapter_down.0.weight", vec![narrow, hidden]),
-                    (Part::Up, "adapter_up.weight", vec![hidden, narrow]),
-                    (Part::DownBias, "adapter_down.0.bias", vec![narrow]),
-                    (Part::UpBias, "adapter_up.bias", vec![hidden]),
+                    (BottleneckPart::Down, "adapter_down.0.weight", vec![narrow, hidden]),
+                    (BottleneckPart::Up, "adapter_up.weight", vec![hidden, narrow]),
+                    (BottleneckPart::DownBias, "adapter_down.0.bias", vec![narrow]),
+                    (BottleneckPart::UpBias, "adapter_up.bias", vec![hidden]),
                 ] {
                     let name =
                         format!("model.layers.{layer}.{module}.adapters.{}.{name}", self.name);
@@ -238,7 +284,7 @@ pub struct Bottleneck {
     down_bias: Tensor,
     up: Tensor,
     up_bias: Tensor,
-    reads: Reads,
+    input: BottleneckInput,
     act: Act,
     /// Where it is not 1.
     scale: Option<Tensor>,
@@ -250,13 +296,16 @@ impl Bottleneck {
         config: &BottleneckConfig,
         params: &ParamSet,
         layer: usize,
-        place: Place,
+        place: BottleneckSite,
     ) -> Result<Option<Bottleneck>> {
-        let part = |part| params.unit(Some(layer), Role::Bottleneck(place, part));
-        let (Some(down), Some(down_bias)) = (part(Part::Down)?, part(Part::DownBias)?) else {
+        let part = |part| params.fused(Some(layer), Role::Bottleneck(place, part));
+        let (Some(down), Some(down_bias)) =
+            (part(BottleneckPart::Down)?, part(BottleneckPart::DownBias)?)
+        else {
             return Ok(None);
         };
-        let (Some(up), Some(up_bias)) = (part(Part::Up)?, part(Part::UpBias)?) else {
+        let (Some(up), Some(up_bias)) = (part(BottleneckPart::Up)?, part(BottleneckPart::UpBias)?)
+        else {
             return Ok(None);
         };
         let scale = match config.scaling {
@@ -277,7 +326,7 @@ impl Bottleneck {
             down_bias,
             up,
             up_bias,
-            reads: config.reads,
+            input: config.input,
             act: config.act,
             scale,
         }))
@@ -285,13 +334,13 @@ impl Bottleneck {
 
     /// What is added to the stream in the place of `branch`.
     pub fn apply(&self, cx: &mut Cx, branch: &Tensor, stream: &Tensor) -> Result<Tensor> {
-        let sum = match self.reads {
-            Reads::Sum => Some(add(cx, branch, stream)?),
+        let sum = match self.input {
+            BottleneckInput::Sum => Some(add(cx, branch, stream)?),
             _ => None,
         };
-        let z = match (&sum, self.reads) {
+        let z = match (&sum, self.input) {
             (Some(sum), _) => sum,
-            (None, Reads::Stream) => stream,
+            (None, BottleneckInput::Stream) => stream,
             (None, _) => branch,
         };
         let narrow = linear(cx, z, &self.down, Some(&self.down_bias))?;

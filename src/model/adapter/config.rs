@@ -88,7 +88,7 @@ pub struct PromptConfig {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum Kind {
+pub enum AdapterKind {
     Lora(LoraConfig),
     Ia3(Ia3Config),
     Prompt(PromptConfig),
@@ -97,7 +97,7 @@ pub enum Kind {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig {
-    pub kind: Kind,
+    pub kind: AdapterKind,
     pub modules_to_save: Vec<String>,
     /// `base_model_name_or_path`
     pub base: String,
@@ -121,7 +121,7 @@ impl AdapterConfig {
             },
         };
         let kind = match keys.peft_type {
-            PeftType::Lora => Kind::Lora(checked(LoraConfig {
+            PeftType::Lora => AdapterKind::Lora(checked(LoraConfig {
                 r: keys.lora_r,
                 alpha: keys.lora_alpha,
                 dropout: keys.lora_dropout as f32,
@@ -135,13 +135,10 @@ impl AdapterConfig {
                 init: keys.init_lora_weights.clone(),
             })?),
             PeftType::Ia3 => {
-                // PEFT's own table: Qwen scales q where Llama scales k.
-                let first =
-                    if model.family.model_type.starts_with("qwen") { "q_proj" } else { "k_proj" };
                 let feedforward =
                     keys.feedforward_modules.clone().unwrap_or_else(|| vec!["down_proj".into()]);
-                Kind::Ia3(Ia3Config {
-                    targets: targets(&[first, "v_proj", "down_proj"]),
+                AdapterKind::Ia3(Ia3Config {
+                    targets: targets(&[model.family.ia3_attention, "v_proj", "down_proj"]),
                     feedforward,
                 })
             }
@@ -156,7 +153,7 @@ impl AdapterConfig {
                         "num_virtual_tokens = 0: an empty prompt learns nothing".into(),
                     ));
                 }
-                Kind::Prompt(PromptConfig {
+                AdapterKind::Prompt(PromptConfig {
                     tokens: keys.num_virtual_tokens,
                     model: [model.hidden_size, model.num_heads, model.num_layers],
                     init_text: keys.prompt_tuning_init_text.clone(),
@@ -164,7 +161,7 @@ impl AdapterConfig {
                 })
             }
             PeftType::SeqBn | PeftType::DoubleSeqBn | PeftType::ParBn => {
-                Kind::Bottleneck(BottleneckConfig::from_keys(keys, model)?)
+                AdapterKind::Bottleneck(BottleneckConfig::from_keys(keys, model)?)
             }
         };
         let mut modules_to_save = keys.lora_modules_to_save.clone().unwrap_or_default();
@@ -202,7 +199,7 @@ impl AdapterConfig {
             let base = raw.get("model_name").and_then(Value::as_str).unwrap_or_default().into();
             let task = Task::CausalLm.peft_name().into();
             return Ok(AdapterConfig {
-                kind: Kind::Bottleneck(config),
+                kind: AdapterKind::Bottleneck(config),
                 modules_to_save: Vec::new(),
                 base,
                 task,
@@ -301,9 +298,11 @@ impl AdapterConfig {
                         config.init
                     )));
                 }
-                Kind::Lora(checked(config).map_err(|e| wrong(e.to_string()))?)
+                AdapterKind::Lora(checked(config).map_err(|e| wrong(e.to_string()))?)
             }
-            "IA3" => Kind::Ia3(Ia3Config { targets, feedforward: list("feedforward_modules")? }),
+            "IA3" => {
+                AdapterKind::Ia3(Ia3Config { targets, feedforward: list("feedforward_modules")? })
+            }
             "PROMPT_TUNING" => {
                 let number = |key: &str| raw.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
                 let tokens = number("num_virtual_tokens");
@@ -313,7 +312,7 @@ impl AdapterConfig {
                 let init_text =
                     raw.get("prompt_tuning_init_text").and_then(Value::as_str).map(String::from);
                 let model = ["token_dim", "num_attention_heads", "num_layers"].map(number);
-                Kind::Prompt(PromptConfig { tokens, model, init_text, init_ids: Vec::new() })
+                AdapterKind::Prompt(PromptConfig { tokens, model, init_text, init_ids: Vec::new() })
             }
             other => {
                 return Err(wrong(format!(
@@ -336,8 +335,8 @@ impl AdapterConfig {
 
     /// adapter_config.json as PEFT 0.19 writes and reads it.
     pub fn to_json(&self) -> Map<String, Value> {
-        if let Kind::Bottleneck(c) = &self.kind {
-            return c.to_json(self);
+        if let AdapterKind::Bottleneck(c) = &self.kind {
+            return c.to_json(&self.raw, &self.base);
         }
         let mut out = self.raw.clone();
         let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
@@ -354,7 +353,7 @@ impl AdapterConfig {
             if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) };
         set("modules_to_save", save);
         match &self.kind {
-            Kind::Lora(c) => {
+            AdapterKind::Lora(c) => {
                 let c = c.saved();
                 let map = |p: &[(String, f64)]| {
                     Value::Object(
@@ -383,14 +382,14 @@ impl AdapterConfig {
                     c.init.parse::<bool>().map_or_else(|_| json!(c.init), |b| json!(b)),
                 );
             }
-            Kind::Ia3(c) => {
+            AdapterKind::Ia3(c) => {
                 set("peft_type", json!("IA3"));
                 set("target_modules", targets(&c.targets));
                 set("feedforward_modules", json!(c.feedforward));
                 set("fan_in_fan_out", json!(false));
                 set("init_ia3_weights", json!(true));
             }
-            Kind::Prompt(c) => {
+            AdapterKind::Prompt(c) => {
                 set("peft_type", json!("PROMPT_TUNING"));
                 set("num_virtual_tokens", json!(c.tokens));
                 let init = if c.init_text.is_some() { "TEXT" } else { "RANDOM" };
@@ -407,7 +406,7 @@ impl AdapterConfig {
                     set(key, json!(value));
                 }
             }
-            Kind::Bottleneck(_) => {}
+            AdapterKind::Bottleneck(_) => {}
         }
         out
     }

@@ -8,20 +8,21 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::config::{AdapterConfig, Kind};
+use super::config::{AdapterConfig, AdapterKind};
 use super::{Adapter, bottleneck};
 use crate::autograd::Cx;
 use crate::error::{Error, Result, nearest};
 use crate::fsio::{self, AtomicDir};
 use crate::model::layout::{ModelConfig, ParamSpec, Role};
 use crate::model::params::ParamSet;
+use crate::tensor::ParamSetId;
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec};
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 pub const CONFIG: &str = "adapter_config.json";
 
 /// A tensor of an adapter's file: one parameter, or PiSSA's two joined, by rows or by columns.
-pub struct Saved {
+pub struct SavedParam {
     pub name: String,
     pub shape: Vec<usize>,
     /// Parameters and their widths.
@@ -29,10 +30,10 @@ pub struct Saved {
     by_columns: bool,
 }
 
-impl Saved {
-    pub fn whole(name: &str, shape: &[usize], i: usize) -> Saved {
+impl SavedParam {
+    pub fn whole(name: &str, shape: &[usize], i: usize) -> SavedParam {
         let width = shape.last().copied().unwrap_or(1);
-        Saved {
+        SavedParam {
             name: name.into(),
             shape: shape.to_vec(),
             pieces: vec![(i, width)],
@@ -84,13 +85,7 @@ impl Saved {
 impl Adapter {
     /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with
     /// near names.
-    pub fn load(
-        cx: &Cx,
-        set: u32,
-        dir: &Path,
-        model: &ModelConfig,
-        base: &ParamSet,
-    ) -> Result<Adapter> {
+    pub fn load(cx: &Cx, dir: &Path, model: &ModelConfig, base: &ParamSet) -> Result<Adapter> {
         let config = AdapterConfig::load(dir)?;
         if config.task != model.task.peft_name() {
             let message = format!(
@@ -100,8 +95,8 @@ impl Adapter {
             );
             return Err(Error::model(dir, message));
         }
-        let adapter =
-            Adapter::zeros(cx, set, config, model).map_err(|e| Error::model(dir, e.to_string()))?;
+        let adapter = Adapter::zeros(cx, ParamSetId::Adapter, config, model)
+            .map_err(|e| Error::model(dir, e.to_string()))?;
         adapter.copy_biases(model, base)?;
         adapter.set_principal(base, 0, false)?;
         let file = SafeFolder::open_file(dir.join(adapter.weights_file()))?;
@@ -113,10 +108,9 @@ impl Adapter {
     fn read_values(&self, file: &SafeFolder, dir: &Path) -> Result<()> {
         let mut problems = Vec::new();
         let names: Vec<&str> = file.names().collect();
-        let in_file = |spec: &&(ParamSpec, usize)| {
-            !matches!(spec.0.role, Role::InitialA(_) | Role::InitialB(_))
-        };
-        for (spec, _) in self.params.specs.iter().filter(in_file) {
+        let in_file =
+            |spec: &&ParamSpec| !matches!(spec.role, Role::InitialA(_) | Role::InitialB(_));
+        for spec in self.params.specs.iter().filter(in_file) {
             match file.get(&spec.name) {
                 None if spec.is_base_bias() => {} // a bias that is not trained is the base's
                 None => {
@@ -131,7 +125,7 @@ impl Adapter {
                 Some(_) => {}
             }
         }
-        let known: Vec<&str> = self.params.specs.iter().map(|(s, _)| s.name.as_str()).collect();
+        let known: Vec<&str> = self.params.specs.iter().map(|s| s.name.as_str()).collect();
         for name in names.iter().filter(|n| !known.contains(n)) {
             let near = nearest(name, known.iter().copied())
                 .map(|n| format!("; near: {n}"))
@@ -153,7 +147,7 @@ impl Adapter {
             return Err(Error::model(dir, message));
         }
         let mut values = Vec::new();
-        for (i, (spec, _)) in self.params.specs.iter().enumerate() {
+        for (i, spec) in self.params.specs.iter().enumerate() {
             let Some(view) = file.get(&spec.name) else { continue };
             values.resize(view.len(), 0.0);
             view.to_f32_into(&mut values)?;
@@ -170,20 +164,19 @@ impl Adapter {
 
     /// What of the adapter goes into its file. A bias that is not trained stays out; PiSSA's pairs
     /// are joined, which makes them a plain LoRA on the base as it is.
-    pub fn saved(&self) -> Vec<Saved> {
-        let mut all: Vec<Saved> = Vec::new();
-        for (i, (spec, _)) in self.params.specs.iter().enumerate() {
+    pub fn saved(&self) -> Vec<SavedParam> {
+        let mut all: Vec<SavedParam> = Vec::new();
+        for (i, spec) in self.params.specs.iter().enumerate() {
             let (first, by_columns) = match spec.role {
                 Role::InitialA(p) => (Role::LoraA(p), false),
                 Role::InitialB(p) => (Role::LoraB(p), true),
                 _ if spec.role.is_bias() && !self.params.tuning(i).trainable => continue,
                 _ => {
-                    all.push(Saved::whole(&spec.name, &spec.shape, i));
+                    all.push(SavedParam::whole(&spec.name, &spec.shape, i));
                     continue;
                 }
             };
-            let is_first = |(s, _): &(ParamSpec, usize)| (s.layer, s.role) == (spec.layer, first);
-            let j = self.params.specs.iter().position(is_first);
+            let j = self.params.by_role(spec.layer, first);
             if let Some(saved) = all.iter_mut().find(|s| j.is_some_and(|j| s.holds(j))) {
                 saved.pieces.push((i, spec.shape[1]));
                 saved.by_columns = by_columns;
@@ -195,7 +188,7 @@ impl Adapter {
 
     pub fn weights_file(&self) -> &'static str {
         match self.config.kind {
-            Kind::Bottleneck(_) => bottleneck::WEIGHTS,
+            AdapterKind::Bottleneck(_) => bottleneck::WEIGHTS,
             _ => WEIGHTS,
         }
     }

@@ -3,12 +3,12 @@
 //! Invariant: values are a function of (seed, parameter, index) and, where a method asks for it, of
 //! the base's weights.
 
-use super::config::Kind;
+use super::config::AdapterKind;
 use super::pissa::principal;
 use super::{Adapter, base_name};
 use crate::autograd::Cx;
 use crate::error::{Error, Result};
-use crate::model::layout::{ModelConfig, Part, Role};
+use crate::model::layout::{BottleneckPart, ModelConfig, Role};
 use crate::model::params::{ParamSet, normals, uniforms};
 
 impl Adapter {
@@ -20,14 +20,14 @@ impl Adapter {
         seed: u64,
     ) -> Result<()> {
         let init = match &self.config.kind {
-            Kind::Lora(c) => c.init.as_str(),
-            Kind::Bottleneck(c) => c.init.as_str(),
-            Kind::Ia3(_) | Kind::Prompt(_) => "true",
+            AdapterKind::Lora(c) => c.init.as_str(),
+            AdapterKind::Bottleneck(c) => c.init.as_str(),
+            AdapterKind::Ia3(_) | AdapterKind::Prompt(_) => "true",
         };
         let scaled = |p: usize, n: usize, by: f32| {
             normals(seed, p as u32, n).into_iter().map(|v| v * by).collect()
         };
-        for (p, (spec, _)) in self.params.specs.iter().enumerate() {
+        for (p, spec) in self.params.specs.iter().enumerate() {
             let n = spec.len();
             // kaiming_uniform(a = sqrt(5)): uniform within 1 / sqrt(fan_in)
             let kaiming = || {
@@ -45,12 +45,16 @@ impl Adapter {
                 // DoRA: the rows' lengths of W + s B A, set below.
                 Role::Magnitude(_) => vec![1.0; n],
                 Role::Prompt => match &self.config.kind {
-                    Kind::Prompt(c) if !c.init_ids.is_empty() => embeddings(base, &c.init_ids, n)?,
+                    AdapterKind::Prompt(c) if !c.init_ids.is_empty() => {
+                        embeddings(base, &c.init_ids, n)?
+                    }
                     _ => normals(seed, p as u32, n), // as torch fills an Embedding
                 },
-                Role::Bottleneck(_, Part::Down) if init == "mam_adapter" => kaiming(),
-                Role::Bottleneck(_, Part::Up) if init == "mam_adapter" => vec![0.0; n],
-                Role::Bottleneck(_, Part::Down | Part::Up) => scaled(p, n, 0.02),
+                Role::Bottleneck(_, BottleneckPart::Down) if init == "mam_adapter" => kaiming(),
+                Role::Bottleneck(_, BottleneckPart::Up) if init == "mam_adapter" => vec![0.0; n],
+                Role::Bottleneck(_, BottleneckPart::Down | BottleneckPart::Up) => {
+                    scaled(p, n, 0.02)
+                }
                 Role::Bottleneck(..) => vec![0.0; n],
                 _ => copied(base, &spec.name, model)?,
             };
@@ -64,17 +68,15 @@ impl Adapter {
     /// PiSSA: the pair that is taken out of each weight and, for a new adapter, the one that is
     /// trained from there.
     pub(super) fn set_principal(&self, base: &ParamSet, seed: u64, trained: bool) -> Result<()> {
-        let Kind::Lora(config) = &self.config.kind else { return Ok(()) };
+        let AdapterKind::Lora(config) = &self.config.kind else { return Ok(()) };
         let Some(rounds) = config.pissa() else { return Ok(()) };
-        let place = |layer, role| {
-            let found =
-                self.params.specs.iter().position(|(s, _)| (s.layer, s.role) == (layer, role));
+        let index_of = |layer, role| {
+            let found = self.params.by_role(layer, role);
             found.ok_or_else(|| Error::op("pissa", format!("no {role:?} in layer {layer:?}")))
         };
-        for (p, (spec, _)) in self.params.specs.iter().enumerate() {
+        for (p, spec) in self.params.specs.iter().enumerate() {
             let (Role::InitialA(proj), Some(layer)) = (spec.role, spec.layer) else { continue };
-            let weight =
-                base.specs.iter().position(|(s, _)| (s.layer, s.role) == (spec.layer, proj.role()));
+            let weight = base.by_role(spec.layer, proj.role());
             let weight =
                 weight.ok_or_else(|| Error::op("pissa", format!("the model has no {proj:?}")))?;
             let view = base.weight_view(weight)?;
@@ -83,22 +85,20 @@ impl Adapter {
             let (a, mut b) =
                 principal(&view.to_f32()?, shape, rank, scale, rounds, (seed, p as u32))?;
             self.params.store(p, &a)?;
-            self.params.store(place(spec.layer, Role::InitialB(proj))?, &b)?;
+            self.params.store(index_of(spec.layer, Role::InitialB(proj))?, &b)?;
             if trained {
                 b.iter_mut().for_each(|v| *v = -*v);
-                self.params.store(place(spec.layer, Role::LoraA(proj))?, &a)?;
-                self.params.store(place(spec.layer, Role::LoraB(proj))?, &b)?;
+                self.params.store(index_of(spec.layer, Role::LoraA(proj))?, &a)?;
+                self.params.store(index_of(spec.layer, Role::LoraB(proj))?, &b)?;
             }
         }
         Ok(())
     }
 
-    /// Biases that are not trained, but lie in a unit with some that are, are the base's: no file
+    /// Biases that are not trained, but fused with some that are, are the base's: no file
     /// holds them.
     pub(super) fn copy_biases(&self, model: &ModelConfig, base: &ParamSet) -> Result<()> {
-        for (p, (spec, _)) in
-            self.params.specs.iter().enumerate().filter(|(_, (s, _))| s.is_base_bias())
-        {
+        for (p, spec) in self.params.specs.iter().enumerate().filter(|(_, s)| s.is_base_bias()) {
             self.params.store(p, &copied(base, &spec.name, model)?)?;
         }
         Ok(())
@@ -106,7 +106,7 @@ impl Adapter {
 
     /// DoRA starts with the magnitude of what it decomposes.
     fn set_magnitudes(&self) -> Result<()> {
-        for (p, (spec, _)) in self.params.specs.iter().enumerate() {
+        for (p, spec) in self.params.specs.iter().enumerate() {
             let (Role::Magnitude(proj), Some(layer)) = (spec.role, spec.layer) else { continue };
             let site = self.site(layer, proj.leader());
             let segment = site.and_then(|s| {
@@ -130,7 +130,7 @@ fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> 
     let name = base_name(name);
     let tied = name == "lm_head.weight" && model.tie_word_embeddings;
     let stored = if tied { "model.embed_tokens.weight" } else { name.as_str() };
-    let found = base.specs.iter().position(|(s, _)| s.name == stored);
+    let found = base.by_name(stored);
     let i = found.ok_or_else(|| Error::op("adapter", format!("the model has no {stored}")))?;
     base.weight_view(i)?.to_f32()
 }

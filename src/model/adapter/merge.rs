@@ -3,8 +3,8 @@
 //! Invariant: merging is done in f32, and the merged model is the adapted one up to the rounding of
 //! what is stored.
 
-use super::config::Kind;
-use super::{Adapter, LEADERS, base_name, members, merged, proj_shape};
+use super::config::AdapterKind;
+use super::{Adapter, base_name, merged};
 use crate::autograd::Cx;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
@@ -13,9 +13,11 @@ use crate::model::layout::{ModelConfig, ParamSpec, Proj, Role, Task};
 /// Errors for a kind of adapter that no weight of the base can hold.
 pub fn mergeable(adapter: &Adapter) -> Result<()> {
     let why = match adapter.config.kind {
-        Kind::Lora(_) | Kind::Ia3(_) => return Ok(()),
-        Kind::Prompt(_) => "a tuned prompt is rows before the sequence, and part of no weight",
-        Kind::Bottleneck(_) => {
+        AdapterKind::Lora(_) | AdapterKind::Ia3(_) => return Ok(()),
+        AdapterKind::Prompt(_) => {
+            "a tuned prompt is rows before the sequence, and part of no weight"
+        }
+        AdapterKind::Bottleneck(_) => {
             "a bottleneck adapter is a layer with a non-linearity, and part of no weight"
         }
     };
@@ -27,7 +29,7 @@ pub fn mergeable(adapter: &Adapter) -> Result<()> {
 pub fn merged_config(model: &Decoder) -> ModelConfig {
     let mut config = model.config.clone();
     let brings = |role| {
-        model.adapter.as_ref().is_some_and(|a| matches!(a.params.unit(None, role), Ok(Some(_))))
+        model.adapter.as_ref().is_some_and(|a| matches!(a.params.fused(None, role), Ok(Some(_))))
     };
     if config.task == Task::CausalLm && (brings(Role::Head) || brings(Role::Embed)) {
         config.tie_word_embeddings = false;
@@ -41,8 +43,7 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
     let Some(adapter) = &model.adapter else {
         return Err(Error::op("merge", "the model has no adapter"));
     };
-    if let Some(i) = adapter.params.specs.iter().position(|(s, _)| base_name(&s.name) == spec.name)
-    {
+    if let Some(i) = adapter.params.specs.iter().position(|s| base_name(&s.name) == spec.name) {
         return adapter.params.weight_view(i)?.to_f32();
     }
     let stored = match spec.role {
@@ -51,18 +52,20 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
         Role::Head if model.config.tie_word_embeddings => "model.embed_tokens.weight",
         _ => spec.name.as_str(),
     };
-    let found = model.params.specs.iter().position(|(s, _)| s.name == stored);
+    let found = model.params.by_name(stored);
     let i = found.ok_or_else(|| Error::op("merge", format!("{} has no place", spec.name)))?;
     let mut values = model.params.weight_view(i)?.to_f32()?;
     let (Some(layer), Some((proj, bias))) = (spec.layer, projection(spec.role)) else {
         return Ok(values);
     };
     let Some(site) = adapter.site(layer, proj.leader()) else { return Ok(values) };
-    let (rows, cols) = proj_shape(&model.config, proj);
-    let from: usize = members(proj.leader())
+    let (rows, cols) = model.config.proj_shape(proj);
+    let from: usize = proj
+        .leader()
+        .group()
         .iter()
         .take_while(|p| **p != proj)
-        .map(|p| proj_shape(&model.config, *p).0)
+        .map(|p| model.config.proj_shape(*p).0)
         .sum();
     if let (false, Some(lora)) = (bias, &site.lora) {
         let mut w = model.params.weight_view(i)?;
@@ -113,8 +116,6 @@ fn projection(role: Role) -> Option<(Proj, bool)> {
     };
     match bias {
         Some(proj) => Some((proj, true)),
-        None => {
-            LEADERS.iter().flat_map(|l| members(*l)).find(|p| p.role() == role).map(|p| (*p, false))
-        }
+        None => Proj::ALL.iter().find(|p| p.role() == role).map(|p| (*p, false)),
     }
 }

@@ -1,9 +1,9 @@
 //! Adapters: parameters of their own beside a frozen model. Layer 5.
 //!
 //! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (its arena,
-//! gradients and moments are its own) and a [`Site`] for each group of projections that share an
-//! input; the decoder asks the site, and knows no kind. Modules that are trained whole
-//! (`modules_to_save`, biases) are copies in the adapter's set.
+//! gradients and moments are its own) and an *adapter site* for each group of projections that share
+//! an input: what it adds to their product. The decoder asks the site and knows no kind of adapter.
+//! Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's set.
 
 pub mod bottleneck;
 pub mod config;
@@ -14,19 +14,19 @@ mod pissa;
 pub mod target;
 
 use bottleneck::Bottleneck;
-use config::{AdapterConfig, Kind, LoraConfig};
+use config::{AdapterConfig, AdapterKind, LoraConfig};
 use target::{bound, by_pattern, module_name};
 
 use crate::autograd::{Cx, add_into};
 use crate::config::LoraBias;
 use crate::device::Layout;
 use crate::error::{Error, Result, nearest};
-use crate::model::layout::{ModelConfig, ParamSpec, Place, Proj, Role, expected_params};
-use crate::model::params::{ParamSet, Tuning};
+use crate::model::layout::{BottleneckSite, ModelConfig, ParamSpec, Proj, Role, expected_params};
+use crate::model::params::{ParamSet, Tuning, fused_role};
 use crate::ops::lora::{Pairs, Segment};
 use crate::ops::matmul::product;
 use crate::ops::scale::{constant, row_norms};
-use crate::tensor::Tensor;
+use crate::tensor::{ParamSetId, Tensor};
 
 /// PEFT's prefix of every name.
 pub const PREFIX: &str = "base_model.model.";
@@ -35,14 +35,14 @@ pub const PREFIX: &str = "base_model.model.";
 pub struct Adapter {
     pub config: AdapterConfig,
     pub params: ParamSet,
-    sites: Vec<[Site; 4]>,
+    sites: Vec<[AdapterSite; 4]>,
     /// By layer: after attention, after the MLP.
     bottlenecks: Vec<[Option<Bottleneck>; 2]>,
 }
 
 /// What an adapter adds to projections that share an input.
 #[derive(Clone, Default)]
-pub struct Site {
+pub struct AdapterSite {
     /// IA3 on the input: one vector [k].
     pub input_scale: Option<Tensor>,
     pub lora: Option<LoraSite>,
@@ -65,50 +65,41 @@ pub fn base_name(name: &str) -> String {
     name.strip_prefix(PREFIX).unwrap_or(name).replace(".base_layer.", ".")
 }
 
-/// The four groups of a block that share an input.
-pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
-
-/// The projections of a group, in the order in which they lie side by side.
-pub fn members(leader: Proj) -> &'static [Proj] {
-    match leader {
-        Proj::Q => &[Proj::Q, Proj::K, Proj::V],
-        Proj::Gate => &[Proj::Gate, Proj::Up],
-        Proj::O => &[Proj::O],
-        _ => &[Proj::Down],
-    }
-}
-
 impl Adapter {
     /// A new adapter over `base`, with the values it starts from. Biases and modules to save are
     /// copied from the base.
     pub fn new(
         cx: &Cx,
-        set: u32,
         config: AdapterConfig,
         model: &ModelConfig,
         base: &ParamSet,
         seed: u64,
     ) -> Result<Adapter> {
-        let adapter = Adapter::zeros(cx, set, config, model)?;
+        let adapter = Adapter::zeros(cx, ParamSetId::Adapter, config, model)?;
         adapter.initialise(cx, model, base, seed)?;
         Ok(adapter)
     }
 
     /// The adapter's parameters laid out, all zero but for copies, which a load or [`Adapter::new`]
     /// fills.
-    fn zeros(cx: &Cx, set: u32, config: AdapterConfig, model: &ModelConfig) -> Result<Adapter> {
+    fn zeros(
+        cx: &Cx,
+        set: ParamSetId,
+        config: AdapterConfig,
+        model: &ModelConfig,
+    ) -> Result<Adapter> {
         let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
         let mut adapter = Adapter { config, params, sites: Vec::new(), bottlenecks: Vec::new() };
         adapter.tune(None)?;
         for layer in 0..model.num_layers {
-            let mut sites: [Site; 4] = Default::default();
-            for (site, leader) in sites.iter_mut().zip(LEADERS) {
+            let mut sites: [AdapterSite; 4] = Default::default();
+            for (site, leader) in sites.iter_mut().zip(Proj::LEADERS) {
                 *site = adapter.build_site(cx, layer, leader, model)?;
             }
             adapter.sites.push(sites);
-            if let Kind::Bottleneck(config) = &adapter.config.kind {
+            if let AdapterKind::Bottleneck(config) = &adapter.config.kind {
                 let wire = |place| Bottleneck::wire(cx, config, &adapter.params, layer, place);
-                let both = [wire(Place::Attention)?, wire(Place::Mlp)?];
+                let both = [wire(BottleneckSite::Attention)?, wire(BottleneckSite::Mlp)?];
                 adapter.bottlenecks.push(both);
             }
         }
@@ -119,10 +110,10 @@ impl Adapter {
     pub fn tune(&mut self, loraplus_lr_ratio: Option<f64>) -> Result<()> {
         let ratio = loraplus_lr_ratio.unwrap_or(1.0) as f32;
         let trained_biases: Option<Vec<String>> = match &self.config.kind {
-            // A unit of biases is copied whole; only those of layers with LoRA are trained.
-            Kind::Lora(c) if c.bias == LoraBias::LoraOnly => {
-                let b = self.params.specs.iter().filter(|(s, _)| matches!(s.role, Role::LoraB(_)));
-                Some(b.map(|(s, _)| s.name.replace(".lora_B.weight", ".base_layer.bias")).collect())
+            // Fused biases are copied whole; only those of layers with LoRA are trained.
+            AdapterKind::Lora(c) if c.bias == LoraBias::LoraOnly => {
+                let b = self.params.specs.iter().filter(|s| matches!(s.role, Role::LoraB(_)));
+                Some(b.map(|s| s.name.replace(".lora_B.weight", ".base_layer.bias")).collect())
             }
             _ => None,
         };
@@ -139,40 +130,39 @@ impl Adapter {
         Ok(())
     }
 
-    pub fn site(&self, layer: usize, leader: Proj) -> Option<&Site> {
-        let at = LEADERS.iter().position(|l| *l == leader)?;
+    pub fn site(&self, layer: usize, leader: Proj) -> Option<&AdapterSite> {
+        let at = Proj::LEADERS.iter().position(|l| *l == leader)?;
         self.sites.get(layer).map(|s| &s[at])
     }
 
     /// The bottleneck adapter at a place, if there is one.
-    pub fn bottleneck(&self, layer: usize, place: Place) -> Option<&Bottleneck> {
-        self.bottlenecks.get(layer).and_then(|b| b[usize::from(place == Place::Mlp)].as_ref())
+    pub fn bottleneck(&self, layer: usize, place: BottleneckSite) -> Option<&Bottleneck> {
+        self.bottlenecks
+            .get(layer)
+            .and_then(|b| b[usize::from(place == BottleneckSite::Mlp)].as_ref())
     }
 
     /// Whether the model with the adapter is the model without it, as the adapter was new: then the
     /// reference of a preference or RL method is the adapter switched off.
     pub fn starts_at_zero(&self) -> bool {
         let plain = match &self.config.kind {
-            Kind::Lora(c) => c.init != "false",
-            Kind::Ia3(_) => true,
-            Kind::Prompt(_) => false,
-            Kind::Bottleneck(c) => c.init == "mam_adapter",
+            AdapterKind::Lora(c) => c.init != "false",
+            AdapterKind::Ia3(_) => true,
+            AdapterKind::Prompt(_) => false,
+            AdapterKind::Bottleneck(c) => c.init == "mam_adapter",
         };
         plain && self.config.raw.is_empty()
     }
 
     /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
     pub fn count(&self) -> usize {
-        let specs = self.params.specs.iter().map(|(s, _)| s);
-        specs
-            .filter(|s| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_)))
-            .map(|s| s.len())
-            .sum()
+        let counted = |s: &&ParamSpec| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_));
+        self.params.specs.iter().filter(counted).map(ParamSpec::len).sum()
     }
 
     pub fn dropout(&self) -> f32 {
         match &self.config.kind {
-            Kind::Lora(c) => c.dropout,
+            AdapterKind::Lora(c) => c.dropout,
             _ => 0.0,
         }
     }
@@ -181,7 +171,7 @@ impl Adapter {
     /// base have changed.
     pub fn refresh(&self, cx: &Cx, base: &ParamSet) -> Result<()> {
         for (layer, sites) in self.sites.iter().enumerate() {
-            for (site, leader) in sites.iter().zip(LEADERS) {
+            for (site, leader) in sites.iter().zip(Proj::LEADERS) {
                 let (Some(norm), Some(lora)) = (&site.norm, &site.lora) else { continue };
                 let weight = base.dense(cx, Some(layer), leader.role())?;
                 for (segment, b) in lora.pairs.segments.iter().zip(&lora.pairs.b) {
@@ -195,51 +185,51 @@ impl Adapter {
         Ok(())
     }
 
-    fn build_site(&self, cx: &Cx, layer: usize, leader: Proj, model: &ModelConfig) -> Result<Site> {
-        let mut site = Site::default();
-        let unit = |role| self.params.unit(Some(layer), role);
-        let mut from = 0;
-        let (mut segments, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
-        for proj in members(leader) {
-            let (cols, _) = proj_shape(model, *proj);
-            if let (Some(pair), Kind::Lora(config)) = (unit(Role::LoraB(*proj))?, &self.config.kind)
-            {
-                let rank = pair.cols();
-                let scale = scale(config, (layer, *proj), rank)?;
-                segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
-                scales.extend(vec![scale; rank]);
-                b.push(pair);
-            }
-            site.output_scales.extend(unit(Role::Magnitude(*proj))?.map(|s| (from, s)));
-            if let Some(vector) = unit(Role::Ia3(*proj))? {
+    fn build_site(
+        &self,
+        cx: &Cx,
+        layer: usize,
+        leader: Proj,
+        model: &ModelConfig,
+    ) -> Result<AdapterSite> {
+        let mut site = AdapterSite::default();
+        let fused = |role| self.params.fused(Some(layer), role);
+        // Each projection with its columns of the site's output.
+        let mut columns = Vec::new();
+        let mut width = 0;
+        for proj in leader.group() {
+            let (cols, _) = model.proj_shape(*proj);
+            columns.push((*proj, width, cols));
+            width += cols;
+        }
+        for (proj, from, _) in &columns {
+            site.output_scales.extend(fused(Role::Magnitude(*proj))?.map(|s| (*from, s)));
+            if let Some(vector) = fused(Role::Ia3(*proj))? {
                 let vector = vector.reshape(&[vector.numel()])?;
-                if !self.scales_input(*proj) {
-                    site.output_scales.push((from, vector));
-                } else {
+                if self.scales_input(*proj) {
                     site.input_scale = Some(vector);
+                } else {
+                    site.output_scales.push((*from, vector));
                 }
             }
-            from += cols;
         }
-        from = 0;
-        for proj in members(leader) {
-            // PiSSA: what stays as it was is more ranks, behind all that are trained.
-            let (cols, _) = proj_shape(model, *proj);
-            if let (Some(pair), Kind::Lora(config)) =
-                (unit(Role::InitialB(*proj))?, &self.config.kind)
-            {
+        let AdapterKind::Lora(config) = &self.config.kind else { return Ok(site) };
+        let (mut segments, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+        // PiSSA's pairs, which stay as they started, are more ranks behind all that are trained.
+        for role in [Role::LoraB as fn(Proj) -> Role, Role::InitialB] {
+            for (proj, from, cols) in columns.iter().copied() {
+                let Some(pair) = fused(role(proj))? else { continue };
                 let rank = pair.cols();
-                let scale = scale(config, (layer, *proj), rank)?;
+                let scale = scale(config, (layer, proj), rank)?;
                 segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
                 scales.extend(vec![scale; rank]);
                 b.push(pair);
             }
-            from += cols;
         }
-        if let (Some(a), Kind::Lora(config)) = (unit(Role::LoraA(leader))?, &self.config.kind) {
+        if let Some(a) = fused(Role::LoraA(leader))? {
             let scale = constant(cx, &scales)?;
             if config.use_dora {
-                site.norm = Some(constant(cx, &vec![1.0; from])?);
+                site.norm = Some(constant(cx, &vec![1.0; width])?);
             }
             site.lora = Some(LoraSite {
                 pairs: Pairs { a, b, segments, scale },
@@ -252,7 +242,9 @@ impl Adapter {
 
     fn scales_input(&self, proj: Proj) -> bool {
         match &self.config.kind {
-            Kind::Ia3(c) => c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str())),
+            AdapterKind::Ia3(c) => {
+                c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()))
+            }
             _ => false,
         }
     }
@@ -266,9 +258,9 @@ impl Adapter {
             .for_each(|l| l.dropout = 0.0);
     }
 
-    /// The adapter with values of its own, as set `set`: a reference that stays.
-    pub fn deep_copy(&self, cx: &Cx, set: u32, model: &ModelConfig) -> Result<Adapter> {
-        let copy = Adapter::zeros(cx, set, self.config.clone(), model)?;
+    /// A frozen copy with values of its own, as the set of the reference.
+    pub fn reference(&self, cx: &Cx, model: &ModelConfig) -> Result<Adapter> {
+        let copy = Adapter::zeros(cx, ParamSetId::Reference, self.config.clone(), model)?;
         copy.params.weights.copy_from(&self.params.weights)?;
         Ok(copy)
     }
@@ -300,19 +292,6 @@ fn scale(config: &LoraConfig, module: target::Module, rank: usize) -> Result<f32
     Ok((alpha / if config.use_rslora { r.sqrt() } else { r }) as f32)
 }
 
-/// [out, in] of a projection.
-pub fn proj_shape(model: &ModelConfig, proj: Proj) -> (usize, usize) {
-    let (hidden, mlp) = (model.hidden_size, model.intermediate_size);
-    let (q, kv) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
-    match proj {
-        Proj::Q => (q, hidden),
-        Proj::K | Proj::V => (kv, hidden),
-        Proj::O => (hidden, q),
-        Proj::Gate | Proj::Up => (mlp, hidden),
-        Proj::Down => (hidden, mlp),
-    }
-}
-
 /// Every parameter of an adapter under PEFT's names, in arena order: all A, then all B and vectors,
 /// then copies.
 pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec<ParamSpec>> {
@@ -320,11 +299,11 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     let mut second = Vec::new();
     let mut bias = LoraBias::None;
     match &config.kind {
-        Kind::Lora(c) => {
+        AdapterKind::Lora(c) => {
             bias = c.bias;
             for (layer, proj) in bound(&c.targets, c.layers.as_deref(), model)? {
                 let name = module_name((layer, proj));
-                let (out, input) = proj_shape(model, proj);
+                let (out, input) = model.proj_shape(proj);
                 let rank = by_pattern(&c.rank_pattern, &name)?.map_or(c.r, |r| r as usize);
                 if rank == 0 {
                     return Err(Error::Config(format!(
@@ -348,18 +327,18 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
                 }
             }
         }
-        Kind::Prompt(c) => second.push(ParamSpec {
+        AdapterKind::Prompt(c) => second.push(ParamSpec {
             name: "prompt_embeddings".into(),
             shape: vec![c.tokens, model.hidden_size],
             role: Role::Prompt,
             layer: None,
         }),
-        Kind::Bottleneck(c) => second.extend(c.params(model)),
-        Kind::Ia3(c) => {
+        AdapterKind::Bottleneck(c) => second.extend(c.params(model)),
+        AdapterKind::Ia3(c) => {
             for (layer, proj) in bound(&c.targets, None, model)? {
-                let (out, input) = proj_shape(model, proj);
+                let (out, input) = model.proj_shape(proj);
                 let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
-                if feeds && members(proj.leader()).len() > 1 {
+                if feeds && proj.leader().group().len() > 1 {
                     let message =
                         "shares its input with its neighbours; scale its output, not its input";
                     return Err(Error::Config(format!(
@@ -430,15 +409,14 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             let module = s.name.trim_end_matches(".bias");
             second.iter().any(|b| b.name == format!("{PREFIX}{module}.lora_B.weight"))
         };
-        // Units are copied whole: q, k and v lie side by side.
+        // Fused biases are copied whole: q, k and v lie side by side.
         let wanted: Vec<(Option<usize>, Role)> = base
             .iter()
             .filter(|s| s.role.is_bias() && (bias == LoraBias::All || adapted(s)))
-            .map(|s| (s.layer, crate::model::params::unit_role(s.role)))
+            .map(|s| (s.layer, fused_role(s.role)))
             .collect();
-        let in_unit =
-            |s: &&ParamSpec| wanted.contains(&(s.layer, crate::model::params::unit_role(s.role)));
-        copies.extend(base.iter().filter(|s| s.role.is_bias()).filter(in_unit).cloned());
+        let fused_with = |s: &&ParamSpec| wanted.contains(&(s.layer, fused_role(s.role)));
+        copies.extend(base.iter().filter(|s| s.role.is_bias()).filter(fused_with).cloned());
     }
     copies.dedup_by(|a, b| a.name == b.name);
     for spec in &mut copies {

@@ -3,16 +3,17 @@
 //! Invariant: this is the decoder without switches; biases come only where config.json asks for
 //! them.
 
-use super::{Family, Switch, WindowRule};
+use crate::model::layout::{BiasRule, Family, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "llama",
     architecture: "LlamaForCausalLM",
-    qkv_bias: Switch::Key("attention_bias"),
-    o_bias: Switch::Key("attention_bias"),
-    mlp_bias: Switch::Key("mlp_bias"),
+    qkv_bias: BiasRule::Key("attention_bias"),
+    o_bias: BiasRule::Key("attention_bias"),
+    mlp_bias: BiasRule::Key("mlp_bias"),
     qk_norm: false,
     window: WindowRule::Ignored,
+    ia3_attention: "k_proj",
     heads_divide_hidden: true,
     default_kv_heads: None,
     default_head_dim: None,

@@ -2,16 +2,17 @@
 //!
 //! Invariant: one window for all layers, or none; no biases.
 
-use super::{Family, Switch, WindowRule};
+use crate::model::layout::{BiasRule, Family, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "mistral",
     architecture: "MistralForCausalLM",
-    qkv_bias: Switch::Never,
-    o_bias: Switch::Never,
-    mlp_bias: Switch::Never,
+    qkv_bias: BiasRule::Never,
+    o_bias: BiasRule::Never,
+    mlp_bias: BiasRule::Never,
     qk_norm: false,
     window: WindowRule::Every { default: 4096 },
+    ia3_attention: "k_proj",
     heads_divide_hidden: false,
     default_kv_heads: Some(8),
     default_head_dim: None,

@@ -9,7 +9,7 @@ mod mistral;
 mod qwen2;
 mod qwen3;
 
-use crate::model::layout::{Family, Switch, WindowRule};
+use crate::model::layout::Family;
 
 /// All families, the order in which errors list them.
 pub const FAMILIES: &[&Family] =

@@ -2,16 +2,17 @@
 //!
 //! Invariant: q, k and v always have a bias, o never.
 
-use super::{Family, Switch, WindowRule};
+use crate::model::layout::{BiasRule, Family, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
-    qkv_bias: Switch::Always,
-    o_bias: Switch::Never,
-    mlp_bias: Switch::Never,
+    qkv_bias: BiasRule::Always,
+    o_bias: BiasRule::Never,
+    mlp_bias: BiasRule::Never,
     qk_norm: false,
     window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
+    ia3_attention: "q_proj",
     heads_divide_hidden: false,
     default_kv_heads: Some(32),
     default_head_dim: None,

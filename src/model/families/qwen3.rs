@@ -3,16 +3,17 @@
 //! Invariant: q and k are RMS-normed per head, over head_dim, before rope; head_dim is free of
 //! hidden_size / heads.
 
-use super::{Family, Switch, WindowRule};
+use crate::model::layout::{BiasRule, Family, WindowRule};
 
 pub const FAMILY: Family = Family {
     model_type: "qwen3",
     architecture: "Qwen3ForCausalLM",
-    qkv_bias: Switch::Key("attention_bias"),
-    o_bias: Switch::Key("attention_bias"),
-    mlp_bias: Switch::Never,
+    qkv_bias: BiasRule::Key("attention_bias"),
+    o_bias: BiasRule::Key("attention_bias"),
+    mlp_bias: BiasRule::Never,
     qk_norm: true,
     window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
+    ia3_attention: "q_proj",
     heads_divide_hidden: false,
     default_kv_heads: Some(32),
     default_head_dim: Some(128),

@@ -16,7 +16,7 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     let bf16 = tensors[0].dtype() == DType::BF16;
     let chosen = match cx.attention {
         AttentionChoice::Simt => false,
-        AttentionChoice::Auto => bf16 && cx.device.is_cuda(),
+        AttentionChoice::Auto => bf16 && cx.device.capabilities().tensor_cores,
         AttentionChoice::TensorCore => true,
     };
     if chosen && !bf16 {

@@ -7,7 +7,6 @@ use super::ValueModel;
 use crate::autograd::Cx;
 use crate::config::TrainingConfig;
 use crate::error::{Error, Result};
-use crate::methods::online::env::VALUE;
 use crate::methods::online::rollout::{StateReader, StateWriter};
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
@@ -16,7 +15,7 @@ use crate::model::params::ParamSet;
 use crate::ops::add::to_float;
 use crate::ops::matmul::linear;
 use crate::optim::{AdamWConfig, Optimizer};
-use crate::tensor::Tensor;
+use crate::tensor::{ParamSetId, Tensor};
 
 pub struct Critic {
     source: ValueSource,
@@ -82,7 +81,7 @@ impl Critic {
 
     /// Starts a step: gradients are overwritten from here on.
     pub fn reset(&self, cx: &mut Cx) {
-        cx.param_grads[params(&self.source).set as usize].reset();
+        cx.param_grads[params(&self.source).set].reset();
     }
 
     /// The gradient's norm; the optimizer is ready to apply step `step` (from 1).
@@ -117,7 +116,7 @@ fn params(source: &ValueSource) -> &ParamSet {
 fn shared(cx: &Cx, policy: &Decoder) -> Result<ValueSource> {
     let shape = vec![1, policy.config.hidden_size];
     let spec = ParamSpec { name: "score.weight".into(), shape, role: Role::Score, layer: None };
-    let params = ParamSet::new(cx, VALUE, vec![spec])?;
+    let params = ParamSet::new(cx, ParamSetId::Value, vec![spec])?;
     let score = params.required(None, Role::Score)?;
     Ok(ValueSource::Shared { params, score })
 }
@@ -132,9 +131,9 @@ fn own(cx: &Cx, policy: &Decoder, start: &Decoder, longest: usize) -> Result<Dec
         )));
     }
     shape.task = Task::SequenceClassification { labels: 1 };
-    let trunk = Decoder::new(cx, VALUE, shape, longest)?;
-    for (i, (spec, _)) in trunk.params.specs.iter().enumerate() {
-        if let Some(at) = start.params.specs.iter().position(|(s, _)| s.name == spec.name) {
+    let trunk = Decoder::builder(shape).set(ParamSetId::Value).positions(longest).build(cx)?;
+    for (i, spec) in trunk.params.specs.iter().enumerate() {
+        if let Some(at) = start.params.by_name(&spec.name) {
             trunk.params.store(i, &start.params.weight_view(at)?.to_f32()?)?;
         }
     }

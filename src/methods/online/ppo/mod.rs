@@ -3,8 +3,8 @@
 //!
 //! A rollout is scored at its end; each token's reward is -kl_coef times its KL from the reference
 //! (k1: log pi - log ref, or k3), plus the score on the last token. GAE(gamma, lam) over the values
-//! gives advantages, which are whitened over the tokens of the generation, and returns = advantages
-//! + values. Then num_ppo_epochs passes over the generation, each cut into num_mini_batches
+//! gives advantages, which are whitened over the tokens of the generation, and returns, which are
+//! advantages plus values. Then num_ppo_epochs passes over the generation, each cut into num_mini_batches
 //! optimizer steps: policy loss -min(rho A, clip(rho, 1 +- cliprange) A), value loss max((v - R)^2,
 //! (clip(v, v_old +- cliprange_value) - R)^2) / 2, both means over the tokens of the step batch.
 //!
