@@ -5,9 +5,8 @@
 //! batch is side s of pair i.
 
 use crate::autograd::Cx;
-use crate::data::preference::{
-    PairExample, PairStyle, PreferenceOptions, PreferenceStats, Sequence, pairs,
-};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::{PairExample, PairStyle, PreferenceOptions, PreferenceStats, pairs};
 use crate::device::DType;
 use crate::error::Result;
 use crate::methods::offline::Set;
@@ -86,7 +85,7 @@ impl PairRows {
             let shared = if self.share_prompts { e.shared } else { 0 };
             let at = shared.max(1);
             let sides = [&e.chosen, &e.rejected];
-            let parts: &[&[&Sequence]] =
+            let parts: &[&[&MaskedSequence]] =
                 if shared == 0 { &[&sides[..1], &sides[1..]] } else { &[&sides] };
             for part in parts {
                 row += at - 1;
@@ -102,7 +101,7 @@ impl PairRows {
     }
 }
 
-fn tail(s: &Sequence, at: usize) -> batch::Sequence<'_> {
+fn tail(s: &MaskedSequence, at: usize) -> batch::Sequence<'_> {
     batch::Sequence { ids: &s.input_ids[at..], target: Some(&s.target_mask[at..]) }
 }
 

@@ -19,7 +19,8 @@ use std::path::Path;
 
 use crate::autograd::Cx;
 use crate::config::{KtoConfig, KtoLoss, TrainingConfig};
-use crate::data::preference::{Labelled, PreferenceOptions, Sequence, labelled, mismatched};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::{Labelled, PreferenceOptions, labelled, mismatched};
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::offline::completions::{Ask, floats, forward};
@@ -36,8 +37,8 @@ const STATE: &str = "bco.f32";
 /// One set of rows: each with its own completion and, for KTO, another row's.
 #[derive(Default)]
 struct Rows {
-    own: Vec<Sequence>,
-    crossed: Vec<Sequence>,
+    own: Vec<MaskedSequence>,
+    crossed: Vec<MaskedSequence>,
     labels: Vec<bool>,
 }
 
@@ -129,7 +130,7 @@ impl Kto {
     }
 
     /// The sequences that references are asked for, in the order in which their log-probs are kept.
-    fn all(&self) -> Vec<&Sequence> {
+    fn all(&self) -> Vec<&MaskedSequence> {
         self.sets.iter().flat_map(|s| s.own.iter().chain(&s.crossed)).collect()
     }
 
@@ -140,7 +141,7 @@ impl Kto {
         cx: &mut Cx,
         start: usize,
         rows: &[usize],
-        sequences: &[&Sequence],
+        sequences: &[&MaskedSequence],
     ) -> Result<Tensor> {
         if let Some(stored) = self.reference.stored() {
             let values: Vec<f32> = rows.iter().map(|r| stored[start + r]).collect();
@@ -176,7 +177,7 @@ impl Kto {
     }
 }
 
-fn packed(cx: &Cx, sequences: &[&Sequence], vocab: Vocab) -> Result<Batch> {
+fn packed(cx: &Cx, sequences: &[&MaskedSequence], vocab: Vocab) -> Result<Batch> {
     let sequences: Vec<batch::Sequence> = sequences
         .iter()
         .map(|s| batch::Sequence { ids: &s.input_ids, target: Some(&s.target_mask) })
@@ -185,7 +186,7 @@ fn packed(cx: &Cx, sequences: &[&Sequence], vocab: Vocab) -> Result<Batch> {
 }
 
 /// Log-probs of each sequence's completion, F32 [n], off the tape.
-fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&Sequence]) -> Result<Tensor> {
+fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&MaskedSequence]) -> Result<Tensor> {
     let batch = packed(cx, sequences, model.vocab())?;
     if batch.target_ids.is_empty() {
         return floats(cx, &vec![0.0; sequences.len()]);
@@ -193,7 +194,7 @@ fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&Sequence]) -> Result<Tensor>
     Ok(forward(cx, model, &batch, &vec![1.0; batch.target_ids.len()], Ask::default())?.sums)
 }
 
-fn digest(sequences: &[&Sequence]) -> u32 {
+fn digest(sequences: &[&MaskedSequence]) -> u32 {
     let mut crc = crc32fast::Hasher::new();
     for s in sequences {
         crc.update(&(s.input_ids.len() as u64).to_le_bytes());
@@ -272,7 +273,7 @@ impl Objective for Kto {
         let of = self.of(set);
         let before = &self.sets[0];
         let start = if set == Set::Train { 0 } else { before.own.len() + before.crossed.len() };
-        let own: Vec<&Sequence> = rows.iter().map(|r| &of.own[*r]).collect();
+        let own: Vec<&MaskedSequence> = rows.iter().map(|r| &of.own[*r]).collect();
         let n = own.len();
         let tokens = own.iter().map(|s| s.input_ids.len()).sum();
         let batch = packed(cx, &own, model.vocab())?;
@@ -283,7 +284,8 @@ impl Objective for Kto {
         let crossed = match of.crossed.is_empty() {
             true => None,
             false => {
-                let sequences: Vec<&Sequence> = rows.iter().map(|r| &of.crossed[*r]).collect();
+                let sequences: Vec<&MaskedSequence> =
+                    rows.iter().map(|r| &of.crossed[*r]).collect();
                 let theirs = self.reference_sums(cx, start + of.own.len(), rows, &sequences)?;
                 Some((sums(cx, model, &sequences)?, theirs))
             }
