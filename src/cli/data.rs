@@ -8,14 +8,14 @@ use std::path::PathBuf;
 
 use crate::cli::part_keys;
 use crate::config::{MethodRun, SftConfig};
+use crate::data::chat::ChatTemplate;
 use crate::data::rows::{Row, read_rows};
-use crate::data::sft::{SftExample, SftOptions, prepare};
+use crate::data::sft::{OnTruncation, SftExample, SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::methods::offline::sft::options;
 use crate::model::hub::resolve_model;
 use crate::model::layout::ModelConfig;
-use crate::train::job::chat_template;
 
 /// What `temper sft` would make of rows: loss mask, lengths, EOS and BOS, what is cut or dropped
 /// and why
@@ -49,7 +49,7 @@ pub fn run(mut args: Args) -> Result<()> {
     }
     let dir = resolve_model(&args.model)?;
     let tokenizer = Tokenizer::load(&dir)?;
-    let template = chat_template(run.method.chat_template_path.as_deref(), &tokenizer)?;
+    let template = ChatTemplate::choose(run.method.chat_template_path.as_deref(), &tokenizer)?;
     let vocab = ModelConfig::load(&dir)?.vocab_size;
     let rows = read_rows(&args.data)?;
     let options = options(&run.method);
@@ -196,9 +196,7 @@ fn dropped(
     for i in gone.iter().take(NAMED) {
         let why = match (lengths[*i], options.max_length) {
             (None, _) => "no token of it is a loss target".to_string(),
-            (Some(n), Some(limit))
-                if options.on_truncation == crate::data::sft::OnTruncation::Drop && n > limit =>
-            {
+            (Some(n), Some(limit)) if options.on_truncation == OnTruncation::Drop && n > limit => {
                 format!("{n} tokens, more than max_length={limit}, and on_truncation=drop")
             }
             (Some(n), Some(limit)) => {

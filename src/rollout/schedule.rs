@@ -17,7 +17,7 @@ pub(super) struct Sequence {
     pub prompt: usize,
     pub cached: CachedSequence,
     /// Its row among the running ones' device state.
-    pub place: usize,
+    pub slot: usize,
     pub completion: Completion,
     pub end: Option<Finish>,
 }
@@ -40,7 +40,7 @@ impl Sequence {
             tokens: prompt.to_vec(),
             prompt: prompt.len(),
             cached,
-            place: 0,
+            slot: 0,
             completion,
             end: None,
         }
@@ -75,16 +75,16 @@ impl Engine {
     /// room tells. Their pages are reserved.
     pub(super) fn schedule(&mut self) -> Result<Vec<usize>> {
         let mut budget = self.options.max_step_tokens;
-        let mut takes = Vec::new();
-        while takes.len() < self.running.len() {
-            let i = takes.len();
+        let mut scheduled = Vec::new();
+        while scheduled.len() < self.running.len() {
+            let i = scheduled.len();
             let take = self.running[i].left().min(budget);
             while i < self.running.len() && !self.cache.reserve(&mut self.running[i].cached, take) {
                 self.preempt_youngest();
             }
             if i < self.running.len() {
                 budget -= take;
-                takes.push(take);
+                scheduled.push(take);
             }
         }
         let mut at = 0;
@@ -95,13 +95,13 @@ impl Engine {
             match self.admit(at, budget)? {
                 Admission::Runs(take) => {
                     budget -= take;
-                    takes.push(take);
+                    scheduled.push(take);
                 }
                 Admission::LaterThanSibling => at += 1,
                 Admission::NoRoom => break,
             }
         }
-        Ok(takes)
+        Ok(scheduled)
     }
 
     fn preempt_youngest(&mut self) {
@@ -138,19 +138,19 @@ impl Engine {
             self.cache.release(&mut cached);
             return Ok(Admission::NoRoom);
         }
-        let (Some(mut s), Some(place)) = (self.waiting.remove(at), self.free_places.pop()) else {
+        let (Some(mut s), Some(slot)) = (self.waiting.remove(at), self.free_slots.pop()) else {
             self.cache.release(&mut cached);
             return Ok(Admission::NoRoom);
         };
         self.counts.shared += shared;
-        (s.cached, s.place) = (cached, place);
+        (s.cached, s.slot) = (cached, slot);
         if let Some(seen) = &self.seen {
             let mut words = vec![0u32; seen.cols()];
             s.tokens
                 .iter()
                 .filter(|t| (**t as usize) < self.vocab.tokens)
                 .for_each(|t| words[*t as usize / 32] |= 1 << (t % 32));
-            seen.rows(place, place + 1)?.upload(&words)?;
+            seen.rows(slot, slot + 1)?.upload(&words)?;
         }
         self.running.push(s);
         Ok(Admission::Runs(take))
@@ -159,6 +159,6 @@ impl Engine {
     /// Gives back what a sequence holds.
     pub(super) fn leave(&mut self, s: &mut Sequence) {
         self.cache.release(&mut s.cached);
-        self.free_places.push(s.place);
+        self.free_slots.push(s.slot);
     }
 }

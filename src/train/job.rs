@@ -17,7 +17,6 @@ use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::fsio;
 use crate::methods::{MaskedIds, Recipe, Source};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Decoder;
@@ -46,7 +45,7 @@ pub struct Job<'a, M> {
 pub fn execute<M: Recipe>(mut cx: Cx, job: &Job<M>) -> Result<(Cx, u64, Summary)> {
     let (run, dir) = (job.run, job.model);
     let tokenizer = Tokenizer::load(dir)?;
-    let template = chat_template(job.run.method.chat_template_path(), &tokenizer)?;
+    let template = ChatTemplate::choose(job.run.method.chat_template_path(), &tokenizer)?;
     let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };
     let dtype = config.dtype;
     config.task = task::<M>(dir, config.task)?;
@@ -169,14 +168,4 @@ fn task<M: Recipe>(dir: &Path, own: Task) -> Result<Task> {
             Err(Error::model(dir, message))
         }
     }
-}
-
-/// The model's chat template, or the one at `path`.
-pub fn chat_template(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
-    if let Some(path) = path {
-        let path = Path::new(path);
-        let source = String::from_utf8_lossy(&fsio::read(path)?).into_owned();
-        return Ok(Some(ChatTemplate::new(&source, path, tokenizer.special_tokens())?));
-    }
-    tokenizer.chat_template().map(|_| ChatTemplate::of(tokenizer)).transpose()
 }

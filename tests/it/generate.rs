@@ -12,7 +12,7 @@ use temper::device::{DType, cpu::Cpu};
 use temper::model::decoder::Decoder;
 use temper::rollout::sample::Sampling;
 use temper::rollout::stop::StopStrings;
-use temper::rollout::{Engine, EngineOptions, Finish, Options, Request, generate};
+use temper::rollout::{Engine, EngineOptions, Finish, Request, generate};
 
 const SFT_MODEL: &str = "tests/fixtures/sft/model";
 
@@ -30,8 +30,7 @@ fn greedy_tokens_are_those_of_transformers_for_every_family() {
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
         let mut model =
             Decoder::load(&cx, 0, Path::new("tests/fixtures/models").join(case), 16).unwrap();
-        let options =
-            Options { max_new_tokens: 64, sampling: Sampling::greedy(), stop: vec![], batch: 4 };
+        let options = EngineOptions::new(64, Sampling::greedy(), vec![], 4);
         let got =
             generate(&mut cx, &mut model, &lists(&want["prompts"]), &options, |_, _| {}).unwrap();
         for (got, want) in got.iter().zip(lists(&want["completions"])) {

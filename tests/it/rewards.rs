@@ -4,10 +4,10 @@
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use temper::rewards::{Batch, Reward, Rewards};
+use temper::rewards::{Reward, RewardBatch, Rewards};
 
-fn batch(completions: &[&str], columns: Value) -> Batch {
-    Batch {
+fn batch(completions: &[&str], columns: Value) -> RewardBatch {
+    RewardBatch {
         prompts: completions.iter().map(|_| json!("1 + 1 =")).collect(),
         completions: completions.iter().map(|c| json!(c)).collect(),
         completion_ids: completions.iter().map(|c| c.bytes().map(u32::from).collect()).collect(),
@@ -15,7 +15,7 @@ fn batch(completions: &[&str], columns: Value) -> Batch {
     }
 }
 
-fn scores(spec: &str, batch: &Batch) -> Vec<Option<f64>> {
+fn scores(spec: &str, batch: &RewardBatch) -> Vec<Option<f64>> {
     Reward::parse(spec).unwrap().score(batch).unwrap()
 }
 

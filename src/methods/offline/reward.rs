@@ -15,15 +15,16 @@
 use crate::autograd::Cx;
 use crate::config::{RewardConfig, TrainingConfig};
 use crate::data::preference::{PairStyle, PreferenceOptions};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::methods::offline::completions::{PairRows, floats, token_count};
 use crate::methods::offline::{Batched, Objective, Pass, Set, Shot};
 use crate::methods::{Footprint, MaskedIds, Method, Metric, Recipe, Source};
 use crate::model::decoder::Decoder;
-use crate::model::layout::{ModelConfig, Task};
+use crate::model::layout::Task;
 use crate::ops::add::to_float;
 use crate::ops::embedding::gather_rows;
 use crate::ops::preference::{BradleyTerry, bradley_terry};
+use crate::rewards::model::one_score;
 
 pub struct Reward {
     pub pairs: PairRows,
@@ -43,17 +44,6 @@ impl Reward {
         let (pairs, stats) = PairRows::new(source, PairStyle::Reward, &options)?;
         let center_rewards_coefficient = config.center_rewards_coefficient.unwrap_or(0.0) as f32;
         Ok((Reward { pairs, op: BradleyTerry { center_rewards_coefficient } }, stats.to_string()))
-    }
-}
-
-/// Errors: a classifier of more labels than the one that a reward is.
-pub fn one_score(model: &ModelConfig) -> Result<()> {
-    match model.task {
-        Task::SequenceClassification { labels: 1 } => Ok(()),
-        other => Err(Error::Config(format!(
-            "the model is {other:?}; a reward model has one label: set \"num_labels\": 1 (one name in id2label) in its \
-             config.json, or start from a language model"
-        ))),
     }
 }
 

@@ -16,8 +16,9 @@ use serde_json::{Map, Value, json};
 
 use crate::autograd::Cx;
 use crate::config::{MatmulChoice, OnlineConfig, Sampling as Order, TrainingConfig};
-use crate::data::chat::RenderOptions;
+use crate::data::format::Content;
 use crate::data::order::epoch_order;
+use crate::data::render::{RenderedPrompt, Renderer};
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -28,8 +29,9 @@ use crate::model::batch::{Batch, Group, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
 use crate::rewards::model::RewardModel;
-use crate::rewards::{self, Rewards, Scores};
-use crate::rollout::sample::Sampling;
+use crate::rewards::{RewardBatch, Rewards, Scores};
+use crate::rollout::sample::{Sampling, SamplingOptions};
+use crate::rollout::stop::stop_ids;
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
 /// Set numbers of the models beside the policy (0), its adapter (1) and the reference (2).
@@ -91,8 +93,10 @@ impl World {
     /// Reads prompts (`prompt`: string or messages; other columns go to the rewards) and rewards.
     pub fn new(keys: &OnlineConfig, training: &TrainingConfig, source: &Source) -> Result<World> {
         let tokenizer = Tokenizer::load(source.tokenizer.dir())?;
-        let prompts =
-            |rows: &[Row]| rows.iter().map(|row| prompt(row, source)).collect::<Result<Vec<_>>>();
+        let renderer = Renderer::new(source.tokenizer, source.template, source.model.vocab_size);
+        let prompts = |rows: &[Row]| {
+            rows.iter().map(|row| prompt(row, &renderer)).collect::<Result<Vec<_>>>()
+        };
         let (train, eval) = (prompts(source.train)?, prompts(source.eval)?);
         let rewards = match keys.reward_funcs.len() {
             0 => Rewards { list: Vec::new() },
@@ -101,12 +105,11 @@ impl World {
                 keys.reward_weights.as_ref().map(|w| &w[..n.min(w.len())]),
             )?,
         };
-        let mut stop = source.model.eos.clone();
-        stop.extend(source.tokenizer.eos_id());
-        stop.dedup();
+        let stop = stop_ids(source.tokenizer, source.model, &[])?;
         if stop.is_empty() {
             return Err(Error::Config(
-                "neither config.json nor the tokenizer names an EOS token; no completion would end"
+                "the model's tokenizer, config.json and generation_config.json name no EOS token, so no completion would end; \
+                 set eos_token_id in config.json"
                     .into(),
             ));
         }
@@ -174,14 +177,14 @@ impl World {
     /// A sampler with the run's keys, and a cache for `model`.
     pub fn sampler(&self, cx: &Cx, model: &Decoder) -> Result<Engine> {
         let keys = &self.keys;
-        let sampling = Sampling {
+        let sampling = SamplingOptions {
             temperature: keys.temperature,
             top_k: keys.top_k,
             top_p: keys.top_p,
             min_p: keys.min_p.unwrap_or(0.0),
             repetition_penalty: keys.repetition_penalty,
-            seed: self.seed,
         };
+        let sampling = sampling.seeded(self.seed);
         if sampling.truncates() {
             eprintln!(
                 "note: sampling is truncated or penalised; ratios are of the full distribution at the sampling \
@@ -234,11 +237,7 @@ impl World {
             return Err(Error::Run("the sampler was not made; attach comes first".into()));
         };
         let of = |i: usize| if set == Set::Train { &self.train[i] } else { &self.eval[i] };
-        let requests: Vec<Request> = prompts
-            .iter()
-            .enumerate()
-            .map(|(i, p)| Request { prompt: of(*p).ids.clone(), n, number: (i * n) as u32 })
-            .collect();
+        let requests = Request::numbered(prompts.iter().map(|p| of(*p).ids.clone()), n);
         // Every generation has its own stream of draws.
         engine.set_seed(self.seed ^ (draw + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))?;
         let sampling = engine.options.sampling.clone();
@@ -269,31 +268,10 @@ impl World {
     pub fn score(&mut self, cx: &mut Cx, set: Set, rollouts: &[Rollout]) -> Result<Scores> {
         let begin = Instant::now();
         let prompts = if set == Set::Train { &self.train } else { &self.eval };
-        let mut batch = rewards::Batch {
-            prompts: Vec::new(),
-            completions: Vec::new(),
-            completion_ids: Vec::new(),
-            columns: Map::new(),
-        };
-        let names: Vec<String> = rollouts
-            .first()
-            .map(|r| prompts[r.prompt].columns.keys().cloned().collect())
-            .unwrap_or_default();
-        for name in names {
-            let cells = rollouts
-                .iter()
-                .map(|r| prompts[r.prompt].columns.get(&name).cloned().unwrap_or(Value::Null));
-            let cells = Value::Array(cells.collect());
-            batch.columns.insert(name, cells);
-        }
+        let mut batch = RewardBatch::default();
         for r in rollouts {
-            let prompt = &prompts[r.prompt].value;
-            batch.prompts.push(prompt.clone());
-            batch.completions.push(match prompt {
-                Value::Array(_) => json!([{ "role": "assistant", "content": r.text }]),
-                _ => json!(r.text),
-            });
-            batch.completion_ids.push(r.ids.clone());
+            let Prompt { value, columns, .. } = &prompts[r.prompt];
+            batch.push(value, columns.iter(), &r.text, r.ids.clone());
         }
         let mut scores = self.rewards.score(&batch)?;
         if let Some(model) = &mut self.reward_model {
@@ -456,34 +434,13 @@ pub enum Set {
     Eval,
 }
 
-fn prompt(row: &Row, source: &Source) -> Result<Prompt> {
-    let (ids, value) = match row.need("prompt")? {
-        Value::String(text) => (source.tokenizer.encode(text, true)?, json!(text)),
-        Value::Array(items) => {
-            let messages = Value::Array(row.checked_messages("prompt", items)?);
-            let Some(template) = source.template else {
-                return Err(row.error(
-                    "is a conversation, and the model has no chat template; set chat_template_path",
-                ));
-            };
-            let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-            let text =
-                template.render(&messages, options).map_err(|e| row.error(e.to_string()))?.text;
-            (source.tokenizer.encode(&text, false)?, messages)
-        }
-        other => return Err(row.wrong("prompt", "a string or a list of messages", other)),
+fn prompt(row: &Row, renderer: &Renderer) -> Result<Prompt> {
+    let RenderedPrompt { ids, content } = renderer.prompt(row)?;
+    let value = match content {
+        Content::Text(text) => json!(text),
+        Content::Chat(messages) => Value::Array(messages),
     };
-    let vocab = source.model.vocab_size;
-    if ids.is_empty() || ids.iter().any(|id| *id as usize >= vocab) {
-        return Err(row.error(format!(
-            "the prompt has no tokens, or one beyond the model's vocabulary of {vocab}"
-        )));
-    }
-    let columns = row
-        .value
-        .iter()
-        .filter(|(k, _)| *k != "prompt")
-        .map(|(k, v)| (k.clone(), v.clone()))
-        .collect();
-    Ok(Prompt { ids, value, columns, source: format!("{}:{}", row.file.display(), row.line) })
+    let mut columns = row.value.clone();
+    columns.shift_remove("prompt");
+    Ok(Prompt { ids, value, columns, source: row.place() })
 }
