@@ -5,6 +5,7 @@
 //! whether it had to start again; its log-probs are the trainer's, bit for bit (one forward, one
 //! set of weights).
 
+mod request;
 pub mod sample;
 mod schedule;
 pub mod stop;
@@ -12,10 +13,9 @@ pub mod stop;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use self::request::Sequence;
 use self::sample::{Draw, Sampling, SamplingOptions};
-use schedule::Sequence;
-use stop::{StopStrings, stop_ids};
-
+use self::stop::{StopStrings, stop_ids};
 use crate::autograd::Cx;
 use crate::config::GenerateConfig;
 use crate::data::tokenizer::Tokenizer;
@@ -29,56 +29,7 @@ use crate::ops::embedding::gather_rows;
 use crate::ops::sample::{sample, seen_words};
 use crate::tensor::Tensor;
 
-/// Why a completion ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// An end token or a stop string; the completion's last token is of it.
-    Stop,
-    /// max_new_tokens.
-    Length,
-}
-
-/// A prompt and how many completions it is to have: a group, which shares the prompt's pages.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// Not empty.
-    pub prompt: Vec<u32>,
-    /// num_generations
-    pub n: usize,
-    /// Number of its first completion in the random stream, below 2^31; the others follow.
-    pub number: u32,
-}
-
-impl Request {
-    /// `n` completions of each prompt, numbered through.
-    pub fn numbered(prompts: impl IntoIterator<Item = Vec<u32>>, n: usize) -> Vec<Request> {
-        let request = |(i, prompt)| Request { prompt, n, number: (i * n) as u32 };
-        prompts.into_iter().enumerate().map(request).collect()
-    }
-
-    /// Tokens of the longest prompt.
-    pub fn longest(requests: &[Request]) -> usize {
-        requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0)
-    }
-}
-
-/// A sampled continuation of a prompt.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// Which request, and which of its completions.
-    pub request: usize,
-    pub member: usize,
-    pub ids: Vec<u32>,
-    /// log p of each token under the model's full distribution at temperature 1.
-    pub logps: Vec<f32>,
-    /// The same at the sampling temperature (logits / temperature): what a trainer's ratio uses.
-    pub logps_scaled: Vec<f32>,
-    /// Under the distribution that it was sampled from, after penalty and truncation.
-    pub logps_truncated: Vec<f32>,
-    /// Entropy of the full distribution at the sampling temperature, before each token.
-    pub entropies: Vec<f32>,
-    pub finish: Finish,
-}
+pub use request::{Completion, Finish, Request};
 
 /// How an [`Engine`] generates.
 #[derive(Clone)]

@@ -3,64 +3,10 @@
 //! Invariant: the oldest running sequence always gets on (a younger one gives its pages up, and
 //! starts again later from its own tokens, with the same bits), so every sequence ends.
 
-use std::sync::Arc;
-
-use super::sample::Draw;
-use super::{Completion, Engine, Finish};
+use super::Engine;
+use super::request::Sequence;
 use crate::error::Result;
 use crate::model::kv::{CachedSequence, PAGE};
-
-pub(super) struct Sequence {
-    pub number: u32,
-    /// Prompt and completion.
-    pub tokens: Vec<u32>,
-    pub prompt: usize,
-    pub cached: CachedSequence,
-    /// Its row among the running ones' device state.
-    pub slot: usize,
-    pub completion: Completion,
-    pub end: Option<Finish>,
-}
-
-impl Sequence {
-    pub fn new(request: usize, member: usize, number: u32, prompt: &Arc<[u32]>) -> Sequence {
-        let completion = Completion {
-            request,
-            member,
-            ids: Vec::new(),
-            logps: Vec::new(),
-            logps_scaled: Vec::new(),
-            logps_truncated: Vec::new(),
-            entropies: Vec::new(),
-            finish: Finish::Length,
-        };
-        let cached = CachedSequence::default();
-        Sequence {
-            number,
-            tokens: prompt.to_vec(),
-            prompt: prompt.len(),
-            cached,
-            slot: 0,
-            completion,
-            end: None,
-        }
-    }
-
-    /// Tokens that are not in the cache.
-    fn left(&self) -> usize {
-        self.tokens.len() - self.cached.len
-    }
-
-    pub fn push(&mut self, d: &Draw) {
-        self.tokens.push(d.token);
-        let c = &mut self.completion;
-        c.ids.push(d.token);
-        c.logps.push(d.logp);
-        c.logps_scaled.push(d.logp_scaled);
-        c.logps_truncated.push(d.logp_truncated);
-        c.entropies.push(d.entropy);
-    }
-}
 
 enum Admission {
     /// With so many tokens.

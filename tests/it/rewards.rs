@@ -25,6 +25,22 @@ fn shell(body: &str) -> String {
 }
 
 #[test]
+fn a_column_that_some_rows_have_is_null_in_the_others() {
+    let mut b = RewardBatch::default();
+    for (columns, text) in [
+        (json!({ "answer": "2" }), "2"),
+        (json!({ "other": [1] }), "3"),
+        (json!({ "answer": 3, "other": null }), "3"),
+    ] {
+        b.push(&json!("p"), columns.as_object().unwrap().iter(), text, vec![]);
+    }
+    b.check().unwrap();
+    assert_eq!(b.columns["answer"], json!(["2", null, 3]));
+    assert_eq!(b.columns["other"], json!([null, [1], null]));
+    assert_eq!(scores("exact_match", &b), [Some(1.0), None, Some(1.0)]);
+}
+
+#[test]
 fn verifiers_score_and_skip() {
     let b = batch(
         &["2", "so \\boxed{2}", "3", ""],
