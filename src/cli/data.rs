@@ -154,9 +154,8 @@ fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Re
             match count(&twice) {
                 0 => {}
                 doubled => {
-                    text += &format!(
-                        "; twice in a row in {doubled}: it stands in the data, and is added"
-                    )
+                    text +=
+                        &format!("; twice in a row in {doubled}: the data has it, and it is added")
                 }
             }
         }

@@ -1,4 +1,6 @@
 //! The arguments and the output that the commands on one model share. Layer 9.
+//!
+//! Invariant: `--model`, `--adapter`, `--device` and `--dtype` mean the same in all of them.
 
 use std::io::Write;
 use std::path::PathBuf;

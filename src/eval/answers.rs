@@ -1,4 +1,7 @@
 //! Completions of prompts, scored by verifiers: mean rewards and pass@k. Layer 6.
+//!
+//! Invariant: prompts, stop ids and rewards are those of online RL; every row counts in a metric or
+//! as skipped.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,4 +1,6 @@
 //! The options of an evaluation. Layer 6.
+//!
+//! Invariant: two evaluations with the same options, rows and model give the same numbers.
 
 use crate::config::{EvalConfig, GenerateConfig};
 use crate::error::{Error, Result};

@@ -1,4 +1,6 @@
 //! How often a reward model scores the chosen side above the rejected one. Layer 6.
+//!
+//! Invariant: the sides are tokenised as `temper reward` does it, uncut, so no pair is dropped.
 
 use std::path::Path;
 

@@ -1,4 +1,6 @@
 //! What an evaluation found. Layer 6.
+//!
+//! Invariant: a metric says how many rows it is of; one result a row, in the order of the rows.
 
 use serde::Serialize;
 use serde_json::{Map, Value};

@@ -7,8 +7,8 @@
 //!
 //! A row: `{"id": 7, "index": 0, "batch": 4, "prompt": .., "completion": .., "completion_ids":
 //! [..], "columns": {..}}`. Its answer: `{"id": 7, "reward": 0.5}`, `null` to skip; `{"id": 7,
-//! "error": "why"}` ends the run. Ids count from 0 over the whole run, `index` of `batch` says
-//! where a row stands, for programs that score a batch at once.
+//! "error": "why"}` ends the run. Ids count from 0 over the whole run, `index` is a row's
+//! position in its `batch`, for programs that score a batch at once.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};

@@ -1,7 +1,7 @@
 //! Solutions in steps with a label each, for process reward models. Layer 6.
 //!
-//! Invariant: a step's label stands on the last token of the separator behind the step. Steps are
-//! tokenised one by one, without special tokens; BOS stands before the prompt where the tokenizer
+//! Invariant: a step's label is on the last token of the separator after the step. Steps are
+//! tokenised one by one, without special tokens; BOS precedes the prompt where the tokenizer
 //! has one. (TRL dropped its PRMTrainer before 1.16.0; this is what it did last.)
 
 use rayon::prelude::*;
