@@ -17,7 +17,7 @@ use crate::ops::case::Rng;
 use crate::ops::matmul::product;
 use crate::ops::{activation, attention, head, rmsnorm, rope};
 use crate::rollout::sample::Sampling;
-use crate::rollout::{Options, generate};
+use crate::rollout::{EngineOptions, generate};
 use crate::tensor::Tensor;
 use crate::train::Trainer;
 use crate::train::run::flops_per_token;
@@ -189,12 +189,8 @@ fn decode(cx: &mut Cx, args: &Args) -> Result<Value> {
     let prompt = (args.length / 4).max(1);
     let prompts: Vec<Vec<u32>> =
         (0..args.batch).map(|_| (0..prompt).map(|_| rng.below(vocab) as u32).collect()).collect();
-    let options = Options {
-        max_new_tokens: args.length - prompt,
-        sampling: Sampling::greedy(),
-        stop: Vec::new(),
-        batch: args.batch,
-    };
+    let options =
+        EngineOptions::new(args.length - prompt, Sampling::greedy(), Vec::new(), args.batch);
     let start = Instant::now();
     generate(cx, &mut model, &prompts, &options, |_, _| {})?;
     let seconds = start.elapsed().as_secs_f64();

@@ -4,37 +4,30 @@
 //! training.
 
 use std::io::{BufRead, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use crate::autograd::Cx;
-use crate::cli::Where;
-use crate::cli::generate::engine_options;
+use crate::cli::model_args::ModelArgs;
 use crate::config::{self, GenerateConfig};
-use crate::data::chat::{ChatTemplate, RenderOptions};
+use crate::data::chat::ChatTemplate;
+use crate::data::render::Renderer;
+use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
-use crate::model::hub::resolve_model;
-use crate::model::open::open_model;
 use crate::rollout::{Engine, EngineOptions, Request};
 
 /// Talk to a model folder: a line in, a reply out; /reset forgets the conversation, /quit ends it
 #[derive(clap::Args)]
 pub struct Args {
-    /// model folder, or a hub name in the local cache
-    #[arg(long)]
-    model: String,
-    /// adapter folder
-    #[arg(long)]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// what the model is told first
     #[arg(long)]
     system: Option<String>,
-    #[command(flatten)]
-    on: Where,
     /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
     /// stop (texts), seed
     #[arg(value_name = "KEY=VALUE")]
@@ -49,12 +42,11 @@ pub fn run(args: Args) -> Result<()> {
     if keys.n != 1 {
         return Err(Error::Config(format!("n = {}: a chat has one reply; leave n out", keys.n)));
     }
-    let dir = resolve_model(&args.model)?;
-    let tokenizer = Arc::new(Tokenizer::load(&dir)?);
+    let tokenizer = Arc::new(Tokenizer::load(&args.model.dir()?)?);
     let template = ChatTemplate::of(&tokenizer)?;
-    let mut cx = args.on.open()?;
-    let mut model = open_model(&cx, &dir, args.adapter.as_deref())?;
-    let options = engine_options(&keys, &model, &tokenizer, &dir, 1)?;
+    let (mut cx, mut model) = args.model.open()?;
+    let renderer = Renderer::new(&tokenizer, Some(&template), model.config.vocab_size);
+    let options = EngineOptions::of(&keys, &model.config, &tokenizer, 1)?;
     let start: Vec<Value> =
         args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
     let mut messages = start.clone();
@@ -77,9 +69,9 @@ pub fn run(args: Args) -> Result<()> {
             }
             text => messages.push(json!({ "role": "user", "content": text })),
         }
-        let render = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-        let text = template.render(&Value::Array(messages.clone()), render)?.text;
-        let request = Request { prompt: tokenizer.encode(&text, false)?, n: 1, number: turn };
+        let value = [("prompt".to_string(), json!(messages))].into_iter().collect();
+        let row = Row { value, file: Path::new("stdin").into(), line: turn as usize + 1 };
+        let request = Request { prompt: renderer.prompt(&row)?.ids, n: 1, number: turn };
         let reply = reply(&mut cx, &mut model, &options, &tokenizer, &request)?;
         messages.push(json!({ "role": "assistant", "content": reply }));
         turn += 1;

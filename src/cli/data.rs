@@ -7,14 +7,14 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use crate::cli::part_keys;
+use crate::data::chat::ChatTemplate;
 use crate::data::rows::{Row, read_rows};
-use crate::data::sft::{SftExample, SftOptions, prepare};
+use crate::data::sft::{OnTruncation, SftExample, SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::methods::offline::sft::SftRun;
 use crate::model::hub::resolve_model;
 use crate::model::layout::ModelConfig;
-use crate::train::job::chat_template;
 
 /// What `temper sft` would make of rows: loss mask, lengths, EOS and BOS, what is cut or dropped
 /// and why
@@ -48,7 +48,7 @@ pub fn run(mut args: Args) -> Result<()> {
     }
     let dir = resolve_model(&args.model)?;
     let tokenizer = Tokenizer::load(&dir)?;
-    let template = chat_template(run.training.chat_template_path.as_deref(), &tokenizer)?;
+    let template = ChatTemplate::choose(run.training.chat_template_path.as_deref(), &tokenizer)?;
     let vocab = ModelConfig::load(&dir)?.vocab_size;
     let rows = read_rows(&args.data)?;
     let options = run.method.options();
@@ -153,9 +153,8 @@ fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Re
             match count(&twice) {
                 0 => {}
                 doubled => {
-                    text += &format!(
-                        "; twice in a row in {doubled}: it stands in the data, and is added"
-                    )
+                    text +=
+                        &format!("; twice in a row in {doubled}: the data has it, and it is added")
                 }
             }
         }
@@ -195,9 +194,7 @@ fn dropped(
     for i in gone.iter().take(NAMED) {
         let why = match (lengths[*i], options.max_length) {
             (None, _) => "no token of it is a loss target".to_string(),
-            (Some(n), Some(limit))
-                if options.on_truncation == crate::data::sft::OnTruncation::Drop && n > limit =>
-            {
+            (Some(n), Some(limit)) if options.on_truncation == OnTruncation::Drop && n > limit => {
                 format!("{n} tokens, more than max_length={limit}, and on_truncation=drop")
             }
             (Some(n), Some(limit)) => {

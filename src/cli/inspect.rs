@@ -14,8 +14,8 @@ use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
 use crate::ops::case::Rng;
-use crate::train::plan::{self, PlanRequest};
 use crate::tensor::ParamSetId;
+use crate::train::plan::{self, PlanRequest};
 
 /// Print a model's config and parameters, the tape of a training step with the bytes each node
 /// holds, what a run will hold in memory, the launches of a layer, or the kernels

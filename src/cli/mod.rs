@@ -12,6 +12,7 @@ mod generate;
 mod inspect;
 mod launches;
 mod merge;
+mod model_args;
 mod quickstart;
 mod report;
 mod score;
@@ -96,14 +97,6 @@ fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
         std::mem::take(files).into_iter().partition(is_key);
     *files = rest;
     keys.splice(0..0, found.iter().map(|key| key.display().to_string()));
-}
-
-/// Opens `--output`, or standard output.
-fn sink(path: &Option<PathBuf>) -> Result<Box<dyn std::io::Write>> {
-    match path {
-        Some(path) => Ok(Box::new(std::fs::File::create(path).map_err(|e| Error::io(path, e))?)),
-        None => Ok(Box::new(std::io::stdout().lock())),
-    }
 }
 
 /// What a command line asks for.

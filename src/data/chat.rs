@@ -12,10 +12,11 @@ use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
 use serde_json::{Map, Value};
 
-use super::generation_tag;
 use super::jinja::{self, Clock};
 use super::tokenizer::Tokenizer;
+use super::{folder, generation_tag};
 use crate::error::{Error, Result};
+use crate::fsio;
 
 /// A compiled chat template.
 pub struct ChatTemplate {
@@ -45,6 +46,26 @@ impl ChatTemplate {
     /// `eos_token` ...
     pub fn new(source: &str, origin: &Path, special: &Map<String, Value>) -> Result<ChatTemplate> {
         ChatTemplate::with_clock(source, origin, special, Arc::new(Clock::now))
+    }
+
+    /// The template that a run uses: the one at `path` (`chat_template_path`: a Jinja file, or a
+    /// folder with a tokenizer), else the model's own; None where the model has none.
+    /// The special tokens that it writes are the model's in each case.
+    pub fn choose(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+        let Some(path) = path else {
+            return tokenizer.chat_template().map(|_| ChatTemplate::of(tokenizer)).transpose();
+        };
+        let path = Path::new(path);
+        let source = if path.is_dir() {
+            let config = folder::read_json_object(&path.join("tokenizer_config.json"))?;
+            let source = folder::find_chat_template(path, &config.unwrap_or_default())?;
+            let message = "holds no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); \
+                           chat_template_path takes a Jinja file, or a folder with the tokenizer of a chat model";
+            source.ok_or_else(|| Error::model(path, message))?
+        } else {
+            String::from_utf8_lossy(&fsio::read(path)?).into_owned()
+        };
+        ChatTemplate::new(&source, path, tokenizer.special_tokens()).map(Some)
     }
 
     /// The template of a tokenizer's folder; an error says what to do when it has none.
@@ -143,7 +164,7 @@ const MARKER: char = '\u{FDD0}';
 /// Work a render may do (instructions, and text that it copies): two seconds at most.
 const FUEL: u64 = 10_000_000;
 const RECURSION: usize = 200;
-pub const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \
+const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \
      or give rows with plain text";
 
 /// How many marker characters the strings of the context hold.

@@ -22,8 +22,9 @@ impl Content {
     }
 }
 
+/// What a row holds, by its [`Format`].
 #[derive(Clone, Debug, PartialEq)]
-pub enum Sample {
+pub enum RowContent {
     Text(String),
     Messages(Vec<Value>),
     PromptCompletion {
@@ -49,7 +50,7 @@ pub enum Sample {
 /// A checked row.
 #[derive(Clone, Debug)]
 pub struct Example {
-    pub sample: Sample,
+    pub content: RowContent,
     pub tools: Option<Value>,
     pub template_kwargs: Map<String, Value>, // chat_template_kwargs
 }
@@ -93,30 +94,32 @@ impl Format {
 
     /// Checks and converts a row.
     pub fn parse(self, row: &Row, text_field: &str) -> Result<Example> {
-        let sample = match self {
-            Format::Text => Sample::Text(row.string(text_field)?.to_string()),
+        let content = match self {
+            Format::Text => RowContent::Text(row.string(text_field)?.to_string()),
             Format::Messages => {
-                Sample::Messages(filled(row, "messages", row.messages("messages")?)?)
+                RowContent::Messages(filled(row, "messages", row.messages("messages")?)?)
             }
-            Format::ShareGpt => Sample::Messages(filled(row, "conversations", share_gpt(row)?)?),
+            Format::ShareGpt => {
+                RowContent::Messages(filled(row, "conversations", share_gpt(row)?)?)
+            }
             Format::Alpaca => alpaca(row)?,
             Format::PromptCompletion => {
                 let (prompt, completion) = pair(row, "prompt", "completion")?;
-                Sample::PromptCompletion { prompt, completion }
+                RowContent::PromptCompletion { prompt, completion }
             }
-            Format::PromptOnly => Sample::PromptOnly { prompt: content(row, "prompt")? },
+            Format::PromptOnly => RowContent::PromptOnly { prompt: content(row, "prompt")? },
             Format::Preference => {
                 let (chosen, rejected) = pair(row, "chosen", "rejected")?;
                 let prompt =
                     if row.has("prompt") { Some(pair(row, "prompt", "chosen")?.0) } else { None };
-                Sample::Preference { prompt, chosen, rejected }
+                RowContent::Preference { prompt, chosen, rejected }
             }
             Format::Unpaired => {
                 let (prompt, completion) = pair(row, "prompt", "completion")?;
-                Sample::Unpaired { prompt, completion, label: row.bool("label")? }
+                RowContent::Unpaired { prompt, completion, label: row.bool("label")? }
             }
         };
-        Ok(Example { sample, tools: tools(row)?, template_kwargs: template_kwargs(row)? })
+        Ok(Example { content, tools: tools(row)?, template_kwargs: template_kwargs(row)? })
     }
 }
 
@@ -201,7 +204,7 @@ fn from_value(row: &Row, field: &str, items: &[Value]) -> Result<Vec<Value>> {
 }
 
 /// The instruction, and the input below it, are what the user says.
-fn alpaca(row: &Row) -> Result<Sample> {
+fn alpaca(row: &Row) -> Result<RowContent> {
     let mut user = row.string("instruction")?.to_string();
     if row.has("input") && !row.string("input")?.is_empty() {
         user = format!("{user}\n\n{}", row.string("input")?);
@@ -211,7 +214,7 @@ fn alpaca(row: &Row) -> Result<Sample> {
         prompt.insert(0, json!({"role": "system", "content": row.string("system")?}));
     }
     let completion = vec![json!({"role": "assistant", "content": row.string("output")?})];
-    Ok(Sample::PromptCompletion {
+    Ok(RowContent::PromptCompletion {
         prompt: Content::Chat(prompt),
         completion: Content::Chat(completion),
     })
@@ -291,14 +294,14 @@ mod tests {
                 .unwrap();
         let a = json!({"role":"user","content":"a"});
         let b = json!({"role":"assistant","content":"b"});
-        assert_eq!(e.sample, Sample::Messages(vec![a, b.clone()]));
+        assert_eq!(e.content, RowContent::Messages(vec![a, b.clone()]));
         let (_, e) = parse(r#"{"instruction":"a","input":"c","output":"b"}"#).unwrap();
         let (prompt, completion) = (vec![json!({"role":"user","content":"a\n\nc"})], vec![b]);
-        let want = Sample::PromptCompletion {
+        let want = RowContent::PromptCompletion {
             prompt: Content::Chat(prompt),
             completion: Content::Chat(completion),
         };
-        assert_eq!(e.sample, want);
+        assert_eq!(e.content, want);
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl Clock {
         Clock::from_unix(since.map_or(0, |d| d.as_secs() as i64))
     }
 
-    /// Python's `strftime` for the codes that templates use; an unknown code is left as it stands.
+    /// Python's `strftime` for the codes that templates use; an unknown code is left unchanged.
     pub fn strftime(&self, format: &str) -> String {
         let mut out = String::new();
         let mut chars = format.chars();

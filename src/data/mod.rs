@@ -11,8 +11,10 @@
 //! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
 //! | [`rows`] | rows of jsonl, json and parquet files, each with its file and line |
 //! | [`format`] | TRL's dataset types, detected and checked |
+//! | [`render`] | conversations, prompts and end tokens to ids: one function each for all commands |
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
 //! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |
+//! | [`masked`] | a sequence with its loss targets, cut to a length |
 //! | [`packing`] | which sequences share a row |
 //! | [`order`] | the order of rows as a function of (seed, epoch) |
 
@@ -22,10 +24,12 @@ mod folder;
 pub mod format;
 mod generation_tag;
 pub mod jinja;
+pub mod masked;
 pub mod order;
 pub mod packing;
 mod panics;
 pub mod preference;
+pub mod render;
 pub mod rows;
 pub mod sft;
 pub mod tokenizer;

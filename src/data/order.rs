@@ -15,7 +15,7 @@ pub fn epoch_order(sampling: Sampling, rows: usize, seed: u64, epoch: u32) -> Ve
     }
 }
 
-/// A permutation of `0..n` by Fisher and Yates, its draws from Philox: key = seed, counter = (i,
+/// A permutation of `0..n` by Fisher and Yates, its random numbers from Philox: key = seed, counter = (i,
 /// epoch, stream).
 pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     let key = [seed as u32, (seed >> 32) as u32];
@@ -29,7 +29,7 @@ pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     order
 }
 
-/// Keeps these draws apart from others under the same key.
+/// Separates these random numbers from others under the same key.
 const STREAM: u32 = 0x6F72_6472; // "ordr"
 
 #[cfg(test)]

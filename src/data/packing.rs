@@ -1,4 +1,5 @@
-//! Which sequences share a row, by TRL's three strategies. Layer 6.
+//! Which sequences share a row, by TRL's three strategies, and which go through a model at once.
+//! Layer 6.
 //!
 //! Invariant: the packs, and their order, are those of TRL 1.16.0's `pack_dataset`, which packs
 //! batches of 1,000 examples one by one. No token is in two packs.
@@ -116,9 +117,32 @@ fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> P
     packs
 }
 
+/// Ranges of neighbouring sequences that go through a model at once: as many as fit in `budget`
+/// tokens, at least one. Every sequence is in one range, in order.
+pub fn token_batches(lengths: &[usize], budget: usize) -> Vec<Range<usize>> {
+    let (mut batches, mut start) = (Vec::new(), 0);
+    while start < lengths.len() {
+        let (mut end, mut tokens) = (start + 1, lengths[start]);
+        while end < lengths.len() && tokens + lengths[end] <= budget {
+            tokens += lengths[end];
+            end += 1;
+        }
+        batches.push(start..end);
+        start = end;
+    }
+    batches
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn token_batches_keep_to_the_budget_and_the_order() {
+        assert_eq!(token_batches(&[3, 4, 3, 9, 1, 1], 7), [0..2, 2..3, 3..4, 4..6]);
+        assert_eq!(token_batches(&[9, 9], 0), [0..1, 1..2]);
+        assert!(token_batches(&[], 7).is_empty());
+    }
 
     #[test]
     fn every_token_is_packed_once() {

@@ -67,6 +67,22 @@ impl Row {
         }
     }
 
+    /// The token ids in `input_ids`, at least one, each below `vocab`.
+    pub fn input_ids(&self, vocab: usize) -> Result<Vec<u32>> {
+        let Value::Array(items) = self.need("input_ids")? else {
+            return Err(self.error("field \"input_ids\" must be a list of token ids"));
+        };
+        let id = |v: &Value| v.as_u64().filter(|id| *id < vocab as u64).map(|id| id as u32);
+        match items.iter().map(id).collect::<Option<Vec<u32>>>() {
+            Some(ids) if !ids.is_empty() => Ok(ids),
+            Some(_) => Err(self.error("field \"input_ids\" is empty")),
+            None => {
+                let last = vocab - 1;
+                Err(self.error(format!("field \"input_ids\" must hold token ids from 0 to {last}")))
+            }
+        }
+    }
+
     /// The error for a field of the wrong kind.
     pub fn wrong(&self, field: &str, want: &str, found: &Value) -> Error {
         self.error(format!("field {field:?} must be {want}, found {}", kind(found)))

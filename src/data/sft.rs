@@ -8,15 +8,16 @@
 //! with the generation prompt) and together with its completion; the completion starts where the
 //! two differ.
 
-use std::borrow::Cow;
 use std::fmt;
 
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::chat::{ChatTemplate, NO_TEMPLATE, RenderOptions};
-use super::format::{Content, Example, Format, Sample};
+use super::chat::ChatTemplate;
+use super::format::{Content, Example, Format, RowContent};
+use super::masked::{MaskedSequence, check_rows, common, too_long, write_mismatches};
 use super::packing::PackingStrategy;
+use super::render::{EosToken, Renderer};
 use super::rows::Row;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -88,10 +89,8 @@ pub fn prepare(
     vocab: usize,
     options: &SftOptions,
 ) -> Result<(Vec<SftExample>, SftStats)> {
-    let Some(first) = rows.first() else {
-        return Err(Error::Run("there are no rows to train on".to_string()));
-    };
-    let maker = Maker::new(first, tokenizer, template, vocab, options)?;
+    check_rows(rows, options.max_length)?;
+    let maker = Maker::new(&rows[0], tokenizer, template, vocab, options)?;
     let limit = if options.packing.is_none_or(|p| p == PackingStrategy::Bfd) {
         options.max_length
     } else {
@@ -100,57 +99,48 @@ pub fn prepare(
     if options.packing.is_some() && options.max_length.is_none() {
         return Err(Error::Config("packing needs max_length, the length of a pack".to_string()));
     }
-    if options.max_length == Some(0) {
-        return Err(Error::Config(
-            "max_length=0 leaves no tokens; give a length, or none for no limit".to_string(),
-        ));
-    }
     let made: Vec<Result<Tokens>> = rows.par_iter().map(|row| maker.tokens(row)).collect();
 
     let mut stats =
         SftStats { rows: rows.len(), max_length: options.max_length, ..SftStats::default() };
-    let eos = maker.eos.and_then(|eos| tokenizer.token_to_id(eos));
-    stats.eos_token = maker.eos.map(str::to_string);
+    let eos = maker.eos.map(|eos| eos.id);
+    stats.eos_token = maker.eos.map(|eos| eos.text.to_string());
     let mut examples = Vec::with_capacity(rows.len());
     for (row, tokens) in made.into_iter().enumerate() {
-        let Tokens { mut ids, mut mask, mismatch } = tokens?;
-        stats.longest = stats.longest.max(ids.len());
+        let Tokens { mut sequence, mismatch } = tokens?;
+        let n = sequence.input_ids.len();
+        stats.longest = stats.longest.max(n);
         if let Some(end) = mismatch {
             stats.prefix_mismatches += 1;
             stats.mismatch.get_or_insert(end);
         }
-        if let Some(limit) = limit.filter(|limit| ids.len() > *limit) {
+        if let Some(limit) = limit.filter(|limit| n > *limit) {
             match options.on_truncation {
                 OnTruncation::Truncate => {}
                 OnTruncation::Drop => {
                     stats.dropped_too_long += 1;
                     continue;
                 }
-                OnTruncation::Error => {
-                    let n = ids.len();
-                    let message = format!(
-                        "has {n} tokens, more than max_length={limit}; raise max_length, or set on_truncation=truncate or drop"
-                    );
-                    return Err(rows[row].error(message));
-                }
+                OnTruncation::Error => return Err(too_long(&rows[row], n, limit)),
             }
-            if options.truncation_mode == TruncationMode::KeepEnd && options.packing.is_none() {
-                ids.drain(..ids.len() - limit);
-                mask.drain(..mask.len() - limit);
-            }
-            ids.truncate(limit);
-            mask.truncate(limit);
+            // packing cuts from the end only
+            let mode = match options.packing {
+                Some(_) => TruncationMode::KeepStart,
+                None => options.truncation_mode,
+            };
+            sequence.cut(limit, mode);
             stats.truncated += 1;
         }
-        if !mask.contains(&true) {
+        if !sequence.target_mask.contains(&true) {
             if options.packing.is_none() {
                 stats.dropped_no_target += 1;
                 continue;
             }
             stats.kept_no_target += 1;
         }
-        stats.tokens += ids.len();
-        stats.target_tokens += mask.iter().skip(1).filter(|t| **t).count();
+        stats.tokens += sequence.input_ids.len();
+        stats.target_tokens += sequence.targets();
+        let MaskedSequence { input_ids: ids, target_mask: mask } = sequence;
         stats.rows_with_eos += usize::from(
             ids.iter().zip(&mask).skip(1).any(|(id, target)| *target && Some(*id) == eos),
         );
@@ -158,28 +148,25 @@ pub fn prepare(
     }
     stats.examples = examples.len();
     if stats.target_tokens == 0 {
-        return Err(Error::data(&first.file, None, nothing_left(&stats)));
+        return Err(Error::data(&rows[0].file, None, nothing_left(&stats)));
     }
     Ok((examples, stats))
 }
 
 /// What a row becomes before truncation.
 struct Tokens {
-    ids: Vec<u32>,
-    mask: Vec<bool>,
+    sequence: MaskedSequence,
     mismatch: Option<String>,
 }
 
 /// Everything that is the same for all rows.
 struct Maker<'a> {
-    tokenizer: &'a Tokenizer,
-    template: Option<&'a ChatTemplate>,
+    renderer: Renderer<'a>,
     format: Format,
     text_field: &'a str,
-    eos: Option<&'a str>,
+    eos: Option<EosToken<'a>>,
     completion_only: bool,
     assistant_only: bool,
-    vocab: usize,
 }
 
 impl<'a> Maker<'a> {
@@ -196,19 +183,11 @@ impl<'a> Maker<'a> {
             Format::Unpaired => Format::PromptCompletion,
             other => other,
         };
-        if let Some(eos) = &options.eos_token
-            && tokenizer.token_to_id(eos).is_none()
-        {
-            let message = format!(
-                "eos_token={eos:?} is not in the vocabulary of {}",
-                tokenizer.dir().display()
-            );
-            return Err(Error::Config(message));
-        }
+        let eos = EosToken::of(tokenizer, options.eos_token.as_deref())?;
         if options.assistant_only_loss {
-            let plain = match format.parse(first, text_field)?.sample {
-                Sample::Text(_) => true,
-                Sample::PromptCompletion { prompt, .. } => !prompt.is_chat(),
+            let plain = match format.parse(first, text_field)?.content {
+                RowContent::Text(_) => true,
+                RowContent::PromptCompletion { prompt, .. } => !prompt.is_chat(),
                 _ => false,
             };
             if plain {
@@ -224,115 +203,71 @@ impl<'a> Maker<'a> {
             }
         }
         Ok(Maker {
-            tokenizer,
-            template,
+            renderer: Renderer::new(tokenizer, template, vocab),
             format,
             text_field,
-            eos: options.eos_token.as_deref().or(tokenizer.eos_token()),
+            eos,
             completion_only: options.completion_only_loss.unwrap_or(true),
             assistant_only: options.assistant_only_loss,
-            vocab,
         })
     }
 
     fn tokens(&self, row: &Row) -> Result<Tokens> {
         let example = self.format.parse(row, self.text_field)?;
-        let tokens = match &example.sample {
-            Sample::Text(text) => {
-                let ids = self.tokenizer.encode(&self.with_eos(text)?, true)?;
-                Tokens { mask: vec![true; ids.len()], ids, mismatch: None }
+        match &example.content {
+            RowContent::Text(text) => {
+                let ids = self.renderer.encode(row, &self.eos()?.end(text), true)?;
+                Ok(Tokens { sequence: MaskedSequence::new(&[], &ids), mismatch: None })
             }
-            Sample::Messages(messages) => {
-                let (ids, mask) = self.chat(row, &example, messages.clone(), false)?;
-                Tokens { ids, mask, mismatch: None }
+            RowContent::Messages(messages) => {
+                Ok(Tokens { sequence: self.chat(row, &example, messages)?, mismatch: None })
             }
-            Sample::PromptCompletion {
-                prompt: Content::Text(prompt),
-                completion: Content::Text(completion),
-            } => {
-                let start = self.tokenizer.encode(prompt, true)?;
-                let ids = self
-                    .tokenizer
-                    .encode(&format!("{prompt}{}", self.with_eos(completion)?), true)?;
-                self.after(start, vec![true; ids.len()], ids)?
+            RowContent::PromptCompletion { prompt, completion } => {
+                let start = self.renderer.prompt_ids(row, &example, prompt)?;
+                let sequence = match (prompt, completion) {
+                    (Content::Chat(prompt), Content::Chat(completion)) => {
+                        self.chat(row, &example, &[prompt.as_slice(), completion].concat())?
+                    }
+                    _ => {
+                        let eos = Some(self.eos()?);
+                        let ids = self.renderer.whole(row, &example, prompt, completion, eos)?;
+                        MaskedSequence::new(&[], &ids)
+                    }
+                };
+                self.after(start, sequence)
             }
-            Sample::PromptCompletion {
-                prompt: Content::Chat(prompt),
-                completion: Content::Chat(completion),
-            } => {
-                let (start, _) = self.chat(row, &example, prompt.clone(), true)?;
-                let whole = prompt.iter().chain(completion).cloned().collect();
-                let (ids, mask) = self.chat(row, &example, whole, false)?;
-                self.after(start, mask, ids)?
-            }
-            _ => {
-                return Err(row.error(
-                    "these rows are not for SFT; give \"text\", \"messages\", or \"prompt\" and \"completion\"",
-                ));
-            }
-        };
-        match tokens.ids.iter().find(|id| **id as usize >= self.vocab) {
-            Some(id) => {
-                let token = self.tokenizer.id_to_token(*id).unwrap_or_default();
-                let vocab = self.vocab;
-                Err(row.error(format!(
-                    "token {id} ({token:?}) is beyond the model's vocabulary of {vocab}; use the tokenizer that came \
-                     with the model, or resize the model's embedding"
-                )))
-            }
-            None => Ok(tokens),
+            _ => Err(row.error(
+                "these rows are not for SFT; give \"text\", \"messages\", or \"prompt\" and \"completion\"",
+            )),
         }
     }
 
     /// The mask of a completion: it starts where the prompt alone and the whole first differ.
-    fn after(&self, prompt: Vec<u32>, mut mask: Vec<bool>, ids: Vec<u32>) -> Result<Tokens> {
-        let same = prompt.iter().zip(&ids).take_while(|(a, b)| a == b).count();
+    fn after(&self, prompt: Vec<u32>, mut sequence: MaskedSequence) -> Result<Tokens> {
+        let same = common(&prompt, &sequence.input_ids);
         if self.completion_only {
-            mask[..same].fill(false);
+            sequence.target_mask[..same].fill(false);
         }
         let mismatch = match same < prompt.len() {
-            true => Some(self.tokenizer.decode(&prompt[same..], false)?),
+            true => Some(self.renderer.tokenizer.decode(&prompt[same..], false)?),
             false => None,
         };
-        Ok(Tokens { ids, mask, mismatch })
+        Ok(Tokens { sequence, mismatch })
     }
 
-    fn with_eos<'t>(&self, text: &'t str) -> Result<Cow<'t, str>> {
-        match self.eos {
-            Some(eos) if text.ends_with(eos) => Ok(text.into()),
-            Some(eos) => Ok(format!("{text}{eos}").into()),
-            None => {
-                let message =
-                    "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
-                Err(Error::model(self.tokenizer.dir().join("tokenizer_config.json"), message))
-            }
-        }
+    fn eos(&self) -> Result<EosToken<'a>> {
+        self.eos.ok_or_else(|| EosToken::missing(self.renderer.tokenizer))
     }
 
     /// A conversation and the mask of its targets: all of it, or what the assistant says.
-    fn chat(
-        &self,
-        row: &Row,
-        example: &Example,
-        messages: Vec<Value>,
-        prompt: bool,
-    ) -> Result<(Vec<u32>, Vec<bool>)> {
-        let template =
-            self.template.ok_or_else(|| Error::model(self.tokenizer.dir(), NO_TEMPLATE))?;
-        let options = RenderOptions {
-            tools: example.tools.as_ref(),
-            add_generation_prompt: prompt,
-            kwargs: Some(&example.template_kwargs),
-        };
-        let rendered = template
-            .render(&Value::Array(messages), options)
-            .map_err(|e| row.error(e.to_string()))?;
-        if !self.assistant_only || prompt {
-            let ids = self.tokenizer.encode(&rendered.text, false)?;
-            let mask = vec![true; ids.len()];
-            return Ok((ids, mask));
+    fn chat(&self, row: &Row, example: &Example, messages: &[Value]) -> Result<MaskedSequence> {
+        let rendered = self.renderer.render(row, example, messages, false)?;
+        if !self.assistant_only {
+            let ids = self.renderer.encode(row, &rendered.text, false)?;
+            return Ok(MaskedSequence::new(&[], &ids));
         }
-        let (ids, spans) = self.tokenizer.encode_offsets(&rendered.text, false)?;
+        let (ids, spans) = self.renderer.tokenizer.encode_offsets(&rendered.text, false)?;
+        self.renderer.check(row, &ids)?;
         let mut mask = vec![false; ids.len()];
         let token_at = |c: usize| spans.iter().position(|(start, end)| (*start..*end).contains(&c));
         for span in rendered.generation_spans {
@@ -352,7 +287,7 @@ impl<'a> Maker<'a> {
                 "assistant_only_loss=true, and the assistant says nothing here; remove the row";
             return Err(row.error(message));
         }
-        Ok((ids, mask))
+        Ok(MaskedSequence { input_ids: ids, target_mask: mask })
     }
 }
 
@@ -400,15 +335,6 @@ impl fmt::Display for SftStats {
                  with it in the chat template (inside the generation block), or set eos_token to the token that ends a turn."
             )?;
         }
-        if let Some(end) = &self.mismatch {
-            let n = self.prefix_mismatches;
-            write!(
-                f,
-                " In {n} rows the tokens of the prompt alone do not begin the tokens of prompt and completion, so the model \
-                 trains on another context than it will see; the first such prompt ends in {end:?}. End prompts where a \
-                 token ends, or use a template that renders a prompt the same way with and without an answer."
-            )?;
-        }
-        Ok(())
+        write_mismatches(f, self.prefix_mismatches, &self.mismatch)
     }
 }

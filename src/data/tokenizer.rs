@@ -92,7 +92,7 @@ impl Tokenizer {
     }
 
     /// The text of each id, special tokens included; together they are the whole text. A character
-    /// of several tokens stands at its last one.
+    /// of several tokens is in the piece of its last one.
     pub fn pieces(&self, ids: &[u32]) -> Result<Vec<String>> {
         let mut stream = self.stream(false);
         let mut pieces = ids.iter().map(|id| stream.push(*id)).collect::<Result<Vec<_>>>()?;
@@ -226,7 +226,7 @@ impl DecodeStream<'_> {
 }
 
 /// Tokens that tokenizer_config.json names and `added_tokens` of tokenizer.json leaves out:
-/// transformers adds them, so that their text is one token wherever it stands.
+/// transformers adds them, so that their text is one token everywhere.
 fn add_tokens(
     inner: &mut tokenizers::Tokenizer,
     special: &Map<String, Value>,

@@ -17,8 +17,8 @@ use crate::methods::{MethodInputs, StateFiles};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
 use crate::model::params::ParamSet;
-use crate::tensor::Tensor;
 use crate::tensor::ParamSetId;
+use crate::tensor::Tensor;
 
 const STATE: &str = "reference.f32";
 

@@ -28,10 +28,11 @@ use crate::methods::registry;
 use crate::model::layout::ModelConfig;
 use crate::model::open::open_model;
 use crate::report::{self, ReportInput, Table};
-use crate::rewards::Batch;
+use crate::rewards::RewardBatch;
 use crate::rewards::model::RewardModel;
 use crate::rollout::sample::Sampling;
-use crate::rollout::{self, generate};
+use crate::rollout::stop::stop_ids;
+use crate::rollout::{EngineOptions, generate};
 use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
 use crate::train::job::{FinishedJob, Job, execute};
@@ -340,12 +341,9 @@ fn ask(
         .iter()
         .map(|p| tokenizer.encode(&template.render(&question(p), options)?.text, false))
         .collect::<Result<Vec<_>>>()?;
-    let options = rollout::Options {
-        max_new_tokens: 40,
-        sampling: Sampling { temperature, seed: 1, ..Sampling::greedy() },
-        stop: model.config.eos.clone(),
-        batch: 64,
-    };
+    let sampling = Sampling { temperature, seed: 1, ..Sampling::greedy() };
+    let stop = stop_ids(&tokenizer, &model.config, &[])?;
+    let options = EngineOptions::new(40, sampling, stop, 64);
     let bar = std::io::stderr().is_terminal().then(|| {
         ProgressBar::with_draw_target(Some(prompts.len() as u64), ProgressDrawTarget::stderr())
     });
@@ -366,15 +364,10 @@ fn ask(
 /// The reward model's scores of replies.
 fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> Result<Vec<f64>> {
     let mut model = RewardModel::load(cx, dir)?;
-    let batch = Batch {
-        prompts: problems.iter().map(question).collect(),
-        completions: replies
-            .iter()
-            .map(|r| json!([{ "role": "assistant", "content": r }]))
-            .collect(),
-        completion_ids: vec![Vec::new(); replies.len()],
-        columns: Default::default(),
-    };
+    let mut batch = RewardBatch::default();
+    for (problem, reply) in problems.iter().zip(replies) {
+        batch.push(&question(problem), std::iter::empty(), reply, Vec::new());
+    }
     Ok(model.score(cx, &batch)?.into_iter().map(f64::from).collect())
 }
 

@@ -12,7 +12,7 @@ mod spec;
 mod text;
 mod worker;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 
@@ -21,7 +21,7 @@ pub use worker::Worker;
 
 /// What a batch of completions is scored from: one entry a completion in each list.
 #[derive(Clone, Debug, Default)]
-pub struct Batch {
+pub struct RewardBatch {
     /// A string, or a list of messages.
     pub prompts: Vec<Value>,
     /// A string, or a list of messages.
@@ -31,9 +31,39 @@ pub struct Batch {
     pub columns: Map<String, Value>,
 }
 
-impl Batch {
+impl RewardBatch {
     pub fn len(&self) -> usize {
         self.completions.len()
+    }
+
+    /// Adds a completion, as a string or a message like its prompt. `columns` are the row's other
+    /// fields; a field that only some rows have is null in the others.
+    pub fn push<'a>(
+        &mut self,
+        prompt: &Value,
+        columns: impl Iterator<Item = (&'a String, &'a Value)>,
+        text: &str,
+        ids: Vec<u32>,
+    ) {
+        let n = self.len();
+        for (name, cell) in columns {
+            let column = self.columns.entry(name.clone()).or_insert_with(|| Value::Array(vec![]));
+            if let Value::Array(cells) = column {
+                cells.resize(n, Value::Null);
+                cells.push(cell.clone());
+            }
+        }
+        for column in self.columns.values_mut() {
+            if let Value::Array(cells) = column {
+                cells.resize(n + 1, Value::Null);
+            }
+        }
+        self.completions.push(match prompt {
+            Value::Array(_) => json!([{ "role": "assistant", "content": text }]),
+            _ => json!(text),
+        });
+        self.prompts.push(prompt.clone());
+        self.completion_ids.push(ids);
     }
 
     pub fn is_empty(&self) -> bool {
@@ -93,7 +123,7 @@ const ANSWER_COLUMNS: [&str; 4] = ["answer", "solution", "ground_truth", "refere
 
 impl Reward {
     /// The score of each completion; `None` where this reward does not apply to the row.
-    pub fn score(&mut self, batch: &Batch) -> Result<Vec<Option<f64>>> {
+    pub fn score(&mut self, batch: &RewardBatch) -> Result<Vec<Option<f64>>> {
         batch.check()?;
         if let Kind::Worker(worker) = &mut self.kind {
             return worker.score(&self.name, batch);
@@ -101,7 +131,7 @@ impl Reward {
         (0..batch.len()).map(|row| self.verify(batch, row)).collect()
     }
 
-    fn verify(&self, batch: &Batch, row: usize) -> Result<Option<f64>> {
+    fn verify(&self, batch: &RewardBatch, row: usize) -> Result<Option<f64>> {
         let truth = |yes: bool| Some(f64::from(u8::from(yes)));
         let text = || batch.completion_text(row);
         Ok(match &self.kind {
@@ -151,7 +181,12 @@ impl Reward {
     }
 
     /// The right answers of a row; none where the cell is null, which skips the row.
-    fn answers(&self, batch: &Batch, column: Option<&str>, row: usize) -> Result<Vec<String>> {
+    fn answers(
+        &self,
+        batch: &RewardBatch,
+        column: Option<&str>,
+        row: usize,
+    ) -> Result<Vec<String>> {
         let columns = &batch.columns;
         let found = match column {
             Some(name) => columns.contains_key(name).then_some(name),
@@ -223,7 +258,7 @@ impl Rewards {
         Ok(Rewards { list })
     }
 
-    pub fn score(&mut self, batch: &Batch) -> Result<Scores> {
+    pub fn score(&mut self, batch: &RewardBatch) -> Result<Scores> {
         let mut scores = Scores::default();
         for reward in &mut self.list {
             scores.each.push(reward.score(batch)?);

@@ -1,30 +1,37 @@
-//! A reward model in the loop: a sequence classifier's score of prompt and completion. Layer 6.
+//! Reward models: a sequence classifier's score of token sequences, and of prompt and completion.
+//! Layer 6.
 //!
-//! Invariant: it reads what its own training rows looked like: its own tokenizer and chat template
-//! write prompt and completion again, so it need not share the policy's.
+//! Invariant: a reward model reads what its own training rows looked like: its own tokenizer and
+//! chat template write prompt and completion again, with the row's `tools` and
+//! `chat_template_kwargs`, so it need not share the policy's.
 
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::{Map, json};
 
 use crate::autograd::Cx;
-use crate::data::chat::{ChatTemplate, RenderOptions};
+use crate::data::chat::ChatTemplate;
+use crate::data::format::{Format, RowContent};
+use crate::data::packing::token_batches;
+use crate::data::render::{EosToken, Renderer};
+use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
-use crate::model::layout::Task;
+use crate::model::layout::{ModelConfig, Task};
 use crate::ops::embedding::gather_rows;
-use crate::rewards::Batch as Rows;
+use crate::rewards::RewardBatch;
 use crate::tensor::ParamSetId;
 
+/// A reward model with the tokenizer and the template of its own folder.
 pub struct RewardModel {
     model: Decoder,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
 }
 
-/// Rows of a forward, at most: scoring needs no more at once.
+/// Tokens of a forward, at most: scoring needs no more at once.
 const TOKENS: usize = 8192;
 
 impl RewardModel {
@@ -36,8 +43,7 @@ impl RewardModel {
             return Err(Error::model(dir, message));
         }
         let tokenizer = Tokenizer::load(dir)?;
-        let template =
-            tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer)).transpose()?;
+        let template = ChatTemplate::choose(None, &tokenizer)?;
         Ok(RewardModel { model, tokenizer, template })
     }
 
@@ -47,61 +53,76 @@ impl RewardModel {
     }
 
     /// The score of each completion, read at its last token.
-    pub fn score(&mut self, cx: &mut Cx, rows: &Rows) -> Result<Vec<f32>> {
-        let ids = (0..rows.len())
-            .map(|i| self.ids(&rows.prompts[i], &rows.completion_text(i)))
-            .collect::<Result<Vec<_>>>()?;
-        self.model.ensure_positions(cx, ids.iter().map(Vec::len).max().unwrap_or(1))?;
-        let mut scores = Vec::with_capacity(ids.len());
-        let mut from = 0;
-        while from < ids.len() {
-            let mut to = from + 1;
-            let mut tokens = ids[from].len();
-            while to < ids.len() && tokens + ids[to].len() <= TOKENS {
-                tokens += ids[to].len();
-                to += 1;
-            }
-            scores.extend(self.forward(cx, &ids[from..to])?);
-            from = to;
-        }
-        Ok(scores)
+    pub fn score(&mut self, cx: &mut Cx, rows: &RewardBatch) -> Result<Vec<f32>> {
+        let ids = (0..rows.len()).map(|i| self.ids(rows, i)).collect::<Result<Vec<_>>>()?;
+        let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+        sequence_scores(cx, &mut self.model, &ids, TOKENS)
     }
 
-    fn forward(&self, cx: &mut Cx, ids: &[Vec<u32>]) -> Result<Vec<f32>> {
+    /// What the model reads of completion `i`: the row as `temper reward` would tokenise it.
+    fn ids(&self, rows: &RewardBatch, i: usize) -> Result<Vec<u32>> {
+        let prompt = &rows.prompts[i];
+        let text = rows.completion_text(i);
+        let completion = match prompt.is_array() {
+            true => json!([{ "role": "assistant", "content": text }]),
+            false => json!(text),
+        };
+        let mut value = Map::new();
+        value.insert("prompt".into(), prompt.clone());
+        value.insert("completion".into(), completion);
+        for field in ["tools", "chat_template_kwargs"] {
+            let cell = rows.cell(field, i);
+            if !cell.is_null() {
+                value.insert(field.into(), cell.clone());
+            }
+        }
+        let row = Row { value, file: Path::new("completion").into(), line: i + 1 };
+        let example = Format::PromptCompletion.parse(&row, "")?;
+        let RowContent::PromptCompletion { prompt, completion } = &example.content else {
+            return Err(row.error("is no prompt with a completion"));
+        };
+        let vocab = self.model.config.vocab_size;
+        let renderer = Renderer::new(&self.tokenizer, self.template.as_ref(), vocab);
+        let eos = EosToken::of(&self.tokenizer, None)?;
+        renderer.whole(&row, &example, prompt, completion, eos)
+    }
+}
+
+/// Error: the model is no reward model, a sequence classifier of one label.
+pub fn one_score(model: &ModelConfig) -> Result<()> {
+    match model.task {
+        Task::SequenceClassification { labels: 1 } => Ok(()),
+        other => Err(Error::Config(format!(
+            "the model is {other:?}; a reward model has one label: set \"num_labels\": 1 (one name in id2label) in its \
+             config.json, or start from a language model"
+        ))),
+    }
+}
+
+/// A reward model's score of each sequence, read at its last token: one number a sequence, in
+/// order. At most `budget` tokens, or one sequence, go through the model at once; a score does not
+/// depend on what else is in the batch.
+pub fn sequence_scores(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    sequences: &[&[u32]],
+    budget: usize,
+) -> Result<Vec<f32>> {
+    let lengths: Vec<usize> = sequences.iter().map(|ids| ids.len()).collect();
+    model.ensure_positions(cx, lengths.iter().copied().max().unwrap_or(1))?;
+    let mut scores = Vec::with_capacity(sequences.len());
+    for range in token_batches(&lengths, budget) {
         let sequences: Vec<Sequence> =
-            ids.iter().map(|ids| Sequence { ids, target: None }).collect();
-        let batch = Batch::new(cx, &sequences, self.model.config.vocab_size)?;
-        let hidden = self.model.hidden(cx, &batch)?;
-        let ends = ids.iter().scan(0, |at, ids| {
-            *at += ids.len() as i32;
-            Some(*at - 1)
+            sequences[range].iter().map(|ids| Sequence { ids, target: None }).collect();
+        let batch = Batch::new(cx, &sequences, model.config.vocab_size)?;
+        let hidden = model.hidden(cx, &batch)?;
+        let ends = sequences.iter().scan(0, |end, s| {
+            *end += s.ids.len() as i32;
+            Some(*end - 1)
         });
-        let ends = cx.ints("last rows", &ends.collect::<Vec<_>>())?;
+        let ends = cx.ints("last tokens", &ends.collect::<Vec<_>>())?;
         let last = gather_rows(cx, &hidden, &ends)?;
-        self.model.scores(cx, &last)?.to_f32()
+        scores.extend(model.scores(cx, &last)?.to_f32()?);
     }
-
-    fn ids(&self, prompt: &Value, completion: &str) -> Result<Vec<u32>> {
-        match prompt {
-            Value::Array(messages) => {
-                let Some(template) = &self.template else {
-                    return Err(Error::model(
-                        self.tokenizer.dir(),
-                        "has no chat template, the prompts are conversations",
-                    ));
-                };
-                let mut messages = messages.clone();
-                messages.push(json!({ "role": "assistant", "content": completion }));
-                let text = template.render(&Value::Array(messages), RenderOptions::default())?.text;
-                self.tokenizer.encode(&text, false)
-            }
-            prompt => {
-                let eos = self.tokenizer.eos_token().unwrap_or_default();
-                self.tokenizer.encode(
-                    &format!("{}{completion}{eos}", prompt.as_str().unwrap_or_default()),
-                    true,
-                )
-            }
-        }
-    }
+    Ok(scores)
 }

@@ -41,7 +41,7 @@ pub fn plain(value: &Value) -> String {
     }
 }
 
-/// The reasoning stands in one `<think>` ... `</think>` at the very beginning, as TRL's
+/// The reasoning is in one `<think>` ... `</think>` at the very beginning, as TRL's
 /// `think_format_reward` asks.
 pub fn has_think_format(text: &str) -> bool {
     text.strip_prefix("<think>")

@@ -7,8 +7,8 @@
 //!
 //! A row: `{"id": 7, "index": 0, "batch": 4, "prompt": .., "completion": .., "completion_ids":
 //! [..], "columns": {..}}`. Its answer: `{"id": 7, "reward": 0.5}`, `null` to skip; `{"id": 7,
-//! "error": "why"}` ends the run. Ids count from 0 over the whole run, `index` of `batch` says
-//! where a row stands, for programs that score a batch at once.
+//! "error": "why"}` ends the run. Ids count from 0 over the whole run, `index` is a row's
+//! position in its `batch`, for programs that score a batch at once.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::Batch;
+use super::RewardBatch;
 use crate::error::{Error, Result};
 
 /// Runs a user's Python function behind the same lines.
@@ -75,7 +75,7 @@ impl Worker {
         Worker { argv, timeout, restarts, next_id: 0, running: None }
     }
 
-    pub fn score(&mut self, name: &str, batch: &Batch) -> Result<Vec<Option<f64>>> {
+    pub fn score(&mut self, name: &str, batch: &RewardBatch) -> Result<Vec<Option<f64>>> {
         let mut rewards = Vec::with_capacity(batch.len());
         while rewards.len() < batch.len() {
             let Err(fault) = self.exchange(batch, &mut rewards) else { continue };
@@ -104,7 +104,7 @@ impl Worker {
     /// Sends the rows that have no answer yet and reads their answers.
     fn exchange(
         &mut self,
-        batch: &Batch,
+        batch: &RewardBatch,
         rewards: &mut Vec<Option<f64>>,
     ) -> std::result::Result<(), Fault> {
         if self.running.is_none() {
@@ -155,7 +155,7 @@ impl Drop for Worker {
     }
 }
 
-fn request(batch: &Batch, row: usize, id: u64, (index, of): (usize, usize)) -> String {
+fn request(batch: &RewardBatch, row: usize, id: u64, (index, of): (usize, usize)) -> String {
     let columns: Map<String, Value> =
         batch.columns.keys().map(|name| (name.clone(), batch.cell(name, row).clone())).collect();
     let line = json!({

@@ -5,6 +5,7 @@
 //! whether it had to start again; its log-probs are the trainer's, bit for bit (one forward, one
 //! set of weights).
 
+mod request;
 pub mod sample;
 mod schedule;
 pub mod stop;
@@ -12,56 +13,23 @@ pub mod stop;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use sample::{Draw, Sampling};
-use schedule::Sequence;
-use stop::StopStrings;
-
+use self::request::Sequence;
+use self::sample::{Draw, Sampling};
+use self::stop::{StopStrings, stop_ids};
 use crate::autograd::Cx;
+use crate::config::GenerateConfig;
+use crate::data::tokenizer::Tokenizer;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::batch::Vocab;
 use crate::model::decoder::Decoder;
 use crate::model::kv::{CachedSequence, KvCache, PAGE};
+use crate::model::layout::ModelConfig;
 use crate::ops::embedding::gather_rows;
-use crate::ops::sample::{sample as draw, seen_words};
+use crate::ops::sample::{sample, seen_words};
 use crate::tensor::Tensor;
 
-/// Why a completion ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// An end token or a stop string; the completion's last token is of it.
-    Stop,
-    /// max_new_tokens.
-    Length,
-}
-
-/// A prompt and how many completions it is to have: a group, which shares the prompt's pages.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// Not empty.
-    pub prompt: Vec<u32>,
-    /// num_generations
-    pub n: usize,
-    /// Number of its first completion for the random draws, below 2^31; the others follow.
-    pub number: u32,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// Which request, and which of its completions.
-    pub request: usize,
-    pub member: usize,
-    pub ids: Vec<u32>,
-    /// log p of each token under the model's full distribution at temperature 1.
-    pub logps: Vec<f32>,
-    /// The same at the sampling temperature (logits / temperature): what a trainer's ratio uses.
-    pub logps_scaled: Vec<f32>,
-    /// Under the distribution that it was drawn from, after penalty and truncation.
-    pub logps_truncated: Vec<f32>,
-    /// Entropy of the full distribution at the sampling temperature, before each token.
-    pub entropies: Vec<f32>,
-    pub finish: Finish,
-}
+pub use request::{Completion, Finish, Request};
 
 /// How an [`Engine`] generates.
 #[derive(Clone)]
@@ -80,6 +48,20 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
+    /// The options of `temper generate` for a model: with all that ends a text of it.
+    pub fn of(
+        config: &GenerateConfig,
+        model: &ModelConfig,
+        tokenizer: &Arc<Tokenizer>,
+        max_sequences: usize,
+    ) -> Result<EngineOptions> {
+        let sampling = config.sampling.seeded(config.seed);
+        let stop = stop_ids(tokenizer, model, &config.stop)?;
+        let mut options = EngineOptions::new(config.max_new_tokens, sampling, stop, max_sequences);
+        options.stop_strings = StopStrings::new(&config.stop, tokenizer);
+        Ok(options)
+    }
+
     pub fn new(
         max_new_tokens: usize,
         sampling: Sampling,
@@ -115,7 +97,7 @@ pub struct Counts {
 /// What a step gave.
 #[derive(Default)]
 pub struct Stepped {
-    /// (request, member, token) of each token drawn.
+    /// (request, member, token) of each sampled token.
     pub tokens: Vec<(usize, usize, u32)>,
     pub done: Vec<Completion>,
 }
@@ -132,7 +114,7 @@ pub struct Engine {
     /// I32 [max_sequences, words]: a bit for each token that a running sequence has; only for a
     /// repetition penalty.
     seen: Option<Tensor>,
-    free_places: Vec<usize>,
+    free_slots: Vec<usize>,
     waiting: VecDeque<Sequence>,
     /// Oldest first.
     running: Vec<Sequence>,
@@ -170,7 +152,7 @@ impl Engine {
             vocab,
             seed: cx.ints("sampling seed", &[seed as i32, (seed >> 32) as i32])?,
             seen: seen.transpose()?,
-            free_places: (0..options.max_sequences).rev().collect(),
+            free_slots: (0..options.max_sequences).rev().collect(),
             waiting: VecDeque::new(),
             running: Vec::new(),
             requests: 0,
@@ -179,7 +161,7 @@ impl Engine {
         })
     }
 
-    /// Another seed for what is drawn from now on.
+    /// Another seed for the tokens sampled from now on.
     pub fn set_seed(&mut self, seed: u64) -> Result<()> {
         self.options.sampling.seed = seed;
         self.seed.upload(&[seed as u32, (seed >> 32) as u32])
@@ -267,15 +249,15 @@ impl Engine {
     /// One step: tokens go in (prompts in pieces, one token of each sequence that decodes), one
     /// token comes out of each sequence whose tokens are all in. One upload, one download.
     pub fn step(&mut self, cx: &mut Cx, model: &Decoder) -> Result<Stepped> {
-        let takes = self.schedule()?;
-        let (ends, who) = self.who_draws(&takes);
-        let mut new: Vec<&[u32]> = Vec::with_capacity(takes.len());
-        let mut cached: Vec<&mut CachedSequence> = Vec::with_capacity(takes.len());
-        for (s, take) in self.running.iter_mut().zip(&takes) {
+        let scheduled = self.schedule()?;
+        let (ends, row_info) = self.row_info(&scheduled);
+        let mut new: Vec<&[u32]> = Vec::with_capacity(scheduled.len());
+        let mut cached: Vec<&mut CachedSequence> = Vec::with_capacity(scheduled.len());
+        for (s, take) in self.running.iter_mut().zip(&scheduled) {
             new.push(&s.tokens[s.cached.len..s.cached.len + take]);
             cached.push(&mut s.cached);
         }
-        let kv = self.cache.step(cx, &mut cached, &new, self.vocab.total(), &[&ends, &who])?;
+        let kv = self.cache.step(cx, &mut cached, &new, self.vocab.total(), &[&ends, &row_info])?;
         let mut hidden = model.cached(cx, &self.cache, &kv)?;
         self.counts.steps += 1;
         self.counts.tokens_in += hidden.row_count();
@@ -286,7 +268,7 @@ impl Engine {
             hidden = gather_rows(cx, &hidden, &kv.extra[0])?;
         }
         let logits = model.logits(cx, &hidden)?;
-        let draws = draw(
+        let sampled = sample(
             cx,
             &self.options.sampling,
             &logits,
@@ -294,29 +276,30 @@ impl Engine {
             &self.seed,
             self.seen.as_ref(),
         )?;
-        self.accept(&draws.download()?)
+        self.accept(&sampled.download()?)
     }
 
-    /// The rows (of this step) that predict, and (number, position, place) of each.
-    fn who_draws(&self, takes: &[usize]) -> (Vec<i32>, Vec<i32>) {
-        let (mut ends, mut who, mut row) = (Vec::new(), Vec::new(), 0);
-        for (s, take) in self.running.iter().zip(takes) {
+    /// The rows (of this step) that predict, and (number, position, slot) of each.
+    fn row_info(&self, scheduled: &[usize]) -> (Vec<i32>, Vec<i32>) {
+        let (mut ends, mut info, mut row) = (Vec::new(), Vec::new(), 0);
+        for (s, take) in self.running.iter().zip(scheduled) {
             row += *take as i32;
             if s.cached.len + take == s.tokens.len() {
                 ends.push(row - 1);
-                who.extend([s.number as i32, s.completion.ids.len() as i32, s.place as i32]);
+                info.extend([s.number as i32, s.completion.ids.len() as i32, s.slot as i32]);
             }
         }
-        (ends, who)
+        (ends, info)
     }
 
-    /// Gives each draw to its sequence; those that end leave.
-    fn accept(&mut self, draws: &[Draw]) -> Result<Stepped> {
+    /// Gives each sampled token to its sequence; those that end leave.
+    fn accept(&mut self, sampled: &[Draw]) -> Result<Stepped> {
         let mut stepped = Stepped::default();
-        let mut draws = draws.iter();
+        let mut sampled = sampled.iter();
         for s in self.running.iter_mut().filter(|s| s.cached.len == s.tokens.len()) {
-            let d =
-                draws.next().ok_or_else(|| Error::op("rollout", "fewer draws than sequences"))?;
+            let d = sampled
+                .next()
+                .ok_or_else(|| Error::op("rollout", "fewer tokens than sequences"))?;
             s.push(d);
             stepped.tokens.push((s.completion.request, s.completion.member, d.token));
             let said = match &self.options.stop_strings {
@@ -342,44 +325,28 @@ impl Engine {
     }
 }
 
-/// How [`generate`] does it.
-#[derive(Clone, Debug)]
-pub struct Options {
-    pub max_new_tokens: usize,
-    pub sampling: Sampling,
-    /// Tokens that end a completion.
-    pub stop: Vec<u32>,
-    /// Sequences decoded at once.
-    pub batch: usize,
-}
-
 /// One completion of every prompt (none empty), by an engine made for them. `done` hears of each
 /// completion as it ends: (prompt number, completion).
 pub fn generate(
     cx: &mut Cx,
     model: &mut Decoder,
     prompts: &[Vec<u32>],
-    options: &Options,
+    options: &EngineOptions,
     mut done: impl FnMut(usize, &Completion),
 ) -> Result<Vec<Completion>> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + options.max_new_tokens;
-    let batch = options.batch.clamp(1, prompts.len().max(1));
-    let engine = EngineOptions::new(
-        options.max_new_tokens,
-        options.sampling.clone(),
-        options.stop.clone(),
-        batch,
-    );
-    let mut engine = Engine::new(cx, model, engine, longest)?;
+    let mut options = options.clone();
+    options.max_sequences = options.max_sequences.clamp(1, prompts.len().max(1));
+    let mut engine = Engine::new(cx, model, options, longest)?;
     for (i, prompt) in prompts.iter().enumerate() {
         engine.submit(&Request { prompt: prompt.clone(), n: 1, number: i as u32 })?;
     }
     let mut results: Vec<Option<Completion>> = vec![None; prompts.len()];
     while engine.has_work() {
         for completion in engine.step(cx, model)?.done {
-            done(completion.request, &completion);
-            let place = completion.request;
-            results[place] = Some(completion);
+            let prompt = completion.request;
+            done(prompt, &completion);
+            results[prompt] = Some(completion);
         }
     }
     Ok(results.into_iter().flatten().collect())

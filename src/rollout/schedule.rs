@@ -3,64 +3,10 @@
 //! Invariant: the oldest running sequence always gets on (a younger one gives its pages up, and
 //! starts again later from its own tokens, with the same bits), so every sequence ends.
 
-use std::sync::Arc;
-
-use super::sample::Draw;
-use super::{Completion, Engine, Finish};
+use super::Engine;
+use super::request::Sequence;
 use crate::error::Result;
 use crate::model::kv::{CachedSequence, PAGE};
-
-pub(super) struct Sequence {
-    pub number: u32,
-    /// Prompt and completion.
-    pub tokens: Vec<u32>,
-    pub prompt: usize,
-    pub cached: CachedSequence,
-    /// Its row among the running ones' device state.
-    pub place: usize,
-    pub completion: Completion,
-    pub end: Option<Finish>,
-}
-
-impl Sequence {
-    pub fn new(request: usize, member: usize, number: u32, prompt: &Arc<[u32]>) -> Sequence {
-        let completion = Completion {
-            request,
-            member,
-            ids: Vec::new(),
-            logps: Vec::new(),
-            logps_scaled: Vec::new(),
-            logps_truncated: Vec::new(),
-            entropies: Vec::new(),
-            finish: Finish::Length,
-        };
-        let cached = CachedSequence::default();
-        Sequence {
-            number,
-            tokens: prompt.to_vec(),
-            prompt: prompt.len(),
-            cached,
-            place: 0,
-            completion,
-            end: None,
-        }
-    }
-
-    /// Tokens that are not in the cache.
-    fn left(&self) -> usize {
-        self.tokens.len() - self.cached.len
-    }
-
-    pub fn push(&mut self, d: &Draw) {
-        self.tokens.push(d.token);
-        let c = &mut self.completion;
-        c.ids.push(d.token);
-        c.logps.push(d.logp);
-        c.logps_scaled.push(d.logp_scaled);
-        c.logps_truncated.push(d.logp_truncated);
-        c.entropies.push(d.entropy);
-    }
-}
 
 enum Admission {
     /// With so many tokens.
@@ -75,16 +21,16 @@ impl Engine {
     /// room tells. Their pages are reserved.
     pub(super) fn schedule(&mut self) -> Result<Vec<usize>> {
         let mut budget = self.options.max_step_tokens;
-        let mut takes = Vec::new();
-        while takes.len() < self.running.len() {
-            let i = takes.len();
+        let mut scheduled = Vec::new();
+        while scheduled.len() < self.running.len() {
+            let i = scheduled.len();
             let take = self.running[i].left().min(budget);
             while i < self.running.len() && !self.cache.reserve(&mut self.running[i].cached, take) {
                 self.preempt_youngest();
             }
             if i < self.running.len() {
                 budget -= take;
-                takes.push(take);
+                scheduled.push(take);
             }
         }
         let mut at = 0;
@@ -95,13 +41,13 @@ impl Engine {
             match self.admit(at, budget)? {
                 Admission::Runs(take) => {
                     budget -= take;
-                    takes.push(take);
+                    scheduled.push(take);
                 }
                 Admission::LaterThanSibling => at += 1,
                 Admission::NoRoom => break,
             }
         }
-        Ok(takes)
+        Ok(scheduled)
     }
 
     fn preempt_youngest(&mut self) {
@@ -138,19 +84,19 @@ impl Engine {
             self.cache.release(&mut cached);
             return Ok(Admission::NoRoom);
         }
-        let (Some(mut s), Some(place)) = (self.waiting.remove(at), self.free_places.pop()) else {
+        let (Some(mut s), Some(slot)) = (self.waiting.remove(at), self.free_slots.pop()) else {
             self.cache.release(&mut cached);
             return Ok(Admission::NoRoom);
         };
         self.counts.shared += shared;
-        (s.cached, s.place) = (cached, place);
+        (s.cached, s.slot) = (cached, slot);
         if let Some(seen) = &self.seen {
             let mut words = vec![0u32; seen.cols()];
             s.tokens
                 .iter()
                 .filter(|t| (**t as usize) < self.vocab.tokens)
                 .for_each(|t| words[*t as usize / 32] |= 1 << (t % 32));
-            seen.rows(place, place + 1)?.upload(&words)?;
+            seen.rows(slot, slot + 1)?.upload(&words)?;
         }
         self.running.push(s);
         Ok(Admission::Runs(take))
@@ -159,6 +105,6 @@ impl Engine {
     /// Gives back what a sequence holds.
     pub(super) fn leave(&mut self, s: &mut Sequence) {
         self.cache.release(&mut s.cached);
-        self.free_places.push(s.place);
+        self.free_slots.push(s.slot);
     }
 }

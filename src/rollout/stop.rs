@@ -1,12 +1,56 @@
 //! When a completion ends. Layer 6.
 //!
 //! Invariant: a completion's end depends on its own tokens alone; the token that ends it is its
-//! last.
+//! last. The tokens that end a text of a model are the same wherever it generates.
 
 use std::sync::Arc;
 
+use serde_json::Value;
+
 use crate::data::tokenizer::Tokenizer;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::folder;
+use crate::model::layout::ModelConfig;
+
+/// The tokens that end a completion of a model, ascending: `eos_token` of the tokenizer,
+/// `eos_token_id` of config.json (`model`) and of generation_config.json in the tokenizer's folder,
+/// and those of `stop` that are special tokens (decoded text never shows them, so
+/// [`StopStrings`] cannot find them). Error: an `eos_token_id` that is no id.
+pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> Result<Vec<u32>> {
+    let mut ids = model.eos.clone();
+    ids.extend(tokenizer.eos_id());
+    if let Some(map) = folder::generation_config(tokenizer.dir())? {
+        let id = |value: &Value| {
+            let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+            id.ok_or_else(|| {
+                let message = format!(
+                    "eos_token_id is {value}; it must be a token id or a list of them; correct it, or copy the file \
+                     again from the model's source"
+                );
+                Error::model(tokenizer.dir().join("generation_config.json"), message)
+            })
+        };
+        match map.get("eos_token_id") {
+            None | Some(Value::Null) => {}
+            Some(Value::Array(values)) => {
+                for value in values {
+                    ids.push(id(value)?);
+                }
+            }
+            Some(value) => ids.push(id(value)?),
+        }
+    }
+    for text in stop.iter().filter(|text| !text.is_empty()) {
+        if let Some(id) = tokenizer.token_to_id(text)
+            && tokenizer.decode(&[id], true)?.is_empty()
+        {
+            ids.push(id);
+        }
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
 
 /// Texts that end a completion, as soon as its decoded text has one.
 #[derive(Clone)]

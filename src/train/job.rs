@@ -16,7 +16,6 @@ use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::fsio;
 use crate::methods::{BuildMethod, BuiltMethod, MaskedIds, MethodInputs, MethodRun};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::{Decoder, InitialWeights};
@@ -52,7 +51,7 @@ pub struct FinishedJob {
 pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
     let tokenizer = Tokenizer::load(dir)?;
-    let template = chat_template(run.training.chat_template_path.as_deref(), &tokenizer)?;
+    let template = ChatTemplate::choose(run.training.chat_template_path.as_deref(), &tokenizer)?;
     let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };
     let dtype = config.dtype;
     config.task = task(dir, &run.method, config.task)?;
@@ -181,14 +180,4 @@ fn task(dir: &Path, method: &dyn BuildMethod, own: Task) -> Result<Task> {
             Err(Error::model(dir, message))
         }
     }
-}
-
-/// The model's chat template, or the one at `path`.
-pub fn chat_template(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
-    if let Some(path) = path {
-        let path = Path::new(path);
-        let source = String::from_utf8_lossy(&fsio::read(path)?).into_owned();
-        return Ok(Some(ChatTemplate::new(&source, path, tokenizer.special_tokens())?));
-    }
-    tokenizer.chat_template().map(|_| ChatTemplate::of(tokenizer)).transpose()
 }

@@ -12,12 +12,16 @@ use temper::device::{DType, cpu::Cpu};
 use temper::model::decoder::Decoder;
 use temper::rollout::sample::Sampling;
 use temper::rollout::stop::StopStrings;
-use temper::rollout::{Engine, EngineOptions, Finish, Options, Request, generate};
+use temper::rollout::{Engine, EngineOptions, Finish, Request, generate};
 
 const SFT_MODEL: &str = "tests/fixtures/sft/model";
 
 fn lists(value: &Value) -> Vec<Vec<u32>> {
     serde_json::from_value(value.clone()).unwrap()
+}
+
+fn load(cx: &Cx, dir: &Path) -> Decoder {
+    Decoder::folder(dir).unwrap().positions(16).build(cx).unwrap()
 }
 
 #[test]
@@ -28,13 +32,8 @@ fn greedy_tokens_are_those_of_transformers_for_every_family() {
     assert_eq!(golden.len(), std::fs::read_dir("tests/fixtures/models").unwrap().count());
     for (case, want) in golden {
         let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
-        let mut model = Decoder::folder(&Path::new("tests/fixtures/models").join(case))
-            .unwrap()
-            .positions(16)
-            .build(&cx)
-            .unwrap();
-        let options =
-            Options { max_new_tokens: 64, sampling: Sampling::greedy(), stop: vec![], batch: 4 };
+        let mut model = load(&cx, &Path::new("tests/fixtures/models").join(case));
+        let options = EngineOptions::new(64, Sampling::greedy(), vec![], 4);
         let got =
             generate(&mut cx, &mut model, &lists(&want["prompts"]), &options, |_, _| {}).unwrap();
         for (got, want) in got.iter().zip(lists(&want["completions"])) {
@@ -48,7 +47,7 @@ fn greedy_tokens_are_those_of_transformers_for_every_family() {
 #[test]
 fn a_completion_ends_with_the_token_that_completes_a_stop_string() {
     let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
-    let mut model = Decoder::folder(SFT_MODEL).unwrap().positions(16).build(&cx).unwrap();
+    let mut model = load(&cx, Path::new(SFT_MODEL));
     let tokenizer = Arc::new(Tokenizer::load(Path::new(SFT_MODEL)).unwrap());
     let prompt = tokenizer.encode("one two", true).unwrap();
     let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::greedy() };

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use temper::data::chat::ChatTemplate;
+use temper::data::masked::MaskedSequence;
 use temper::data::preference::{
-    OnTruncation, PairStyle, PreferenceOptions, Sequence, StepOptions, TruncationMode, labelled,
-    mismatched, pairs, steps,
+    OnTruncation, PairStyle, PreferenceOptions, StepOptions, TruncationMode, labelled, mismatched,
+    pairs, steps,
 };
 use temper::data::rows::{Row, read_rows};
 use temper::data::tokenizer::Tokenizer;
@@ -38,12 +39,12 @@ fn ids(v: &Value) -> Vec<u32> {
 }
 
 /// A sequence of the fixture; the mask is stored as runs of (count, is a target).
-fn sequence(v: &Value) -> Sequence {
+fn sequence(v: &Value) -> MaskedSequence {
     let mut target_mask = Vec::new();
     for run in v["mask"].as_array().unwrap() {
         target_mask.extend(std::iter::repeat_n(run[1] == 1, run[0].as_u64().unwrap() as usize));
     }
-    Sequence { input_ids: ids(&v["ids"]), target_mask }
+    MaskedSequence { input_ids: ids(&v["ids"]), target_mask }
 }
 
 #[test]

@@ -4,10 +4,10 @@
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use temper::rewards::{Batch, Reward, Rewards};
+use temper::rewards::{Reward, RewardBatch, Rewards};
 
-fn batch(completions: &[&str], columns: Value) -> Batch {
-    Batch {
+fn batch(completions: &[&str], columns: Value) -> RewardBatch {
+    RewardBatch {
         prompts: completions.iter().map(|_| json!("1 + 1 =")).collect(),
         completions: completions.iter().map(|c| json!(c)).collect(),
         completion_ids: completions.iter().map(|c| c.bytes().map(u32::from).collect()).collect(),
@@ -15,13 +15,29 @@ fn batch(completions: &[&str], columns: Value) -> Batch {
     }
 }
 
-fn scores(spec: &str, batch: &Batch) -> Vec<Option<f64>> {
+fn scores(spec: &str, batch: &RewardBatch) -> Vec<Option<f64>> {
     Reward::parse(spec).unwrap().score(batch).unwrap()
 }
 
 /// A shell loop that has the id of each row in `$id`.
 fn shell(body: &str) -> String {
     format!("command:while read -r line; do id=${{line#*:}}; id=${{id%%,*}}; {body}; done")
+}
+
+#[test]
+fn a_column_that_some_rows_have_is_null_in_the_others() {
+    let mut b = RewardBatch::default();
+    for (columns, text) in [
+        (json!({ "answer": "2" }), "2"),
+        (json!({ "other": [1] }), "3"),
+        (json!({ "answer": 3, "other": null }), "3"),
+    ] {
+        b.push(&json!("p"), columns.as_object().unwrap().iter(), text, vec![]);
+    }
+    b.check().unwrap();
+    assert_eq!(b.columns["answer"], json!(["2", null, 3]));
+    assert_eq!(b.columns["other"], json!([null, [1], null]));
+    assert_eq!(scores("exact_match", &b), [Some(1.0), None, Some(1.0)]);
 }
 
 #[test]

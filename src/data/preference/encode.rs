@@ -5,21 +5,19 @@
 
 use serde_json::Value;
 
-use crate::data::chat::{ChatTemplate, NO_TEMPLATE, RenderOptions};
-use crate::data::format::{Content, Example, Format, Sample};
+use crate::data::chat::ChatTemplate;
+use crate::data::format::{Content, Example, Format, RowContent};
+use crate::data::masked::common;
+use crate::data::render::{EosToken, Renderer, mixed};
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// What turns texts into ids: the same for all rows.
 pub struct Encoder<'a> {
-    pub tokenizer: &'a Tokenizer,
-    pub template: Option<&'a ChatTemplate>,
+    pub renderer: Renderer<'a>,
     /// The token that ends a completion.
-    pub eos: &'a str,
-    pub eos_id: u32,
-    /// Rows of the model's embedding.
-    pub vocab: usize,
+    pub eos: EosToken<'a>,
 }
 
 impl<'a> Encoder<'a> {
@@ -30,61 +28,16 @@ impl<'a> Encoder<'a> {
         vocab: usize,
         eos_token: Option<&'a str>,
     ) -> Result<Encoder<'a>> {
-        let Some(eos) = eos_token.or(tokenizer.eos_token()) else {
-            let message =
-                "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
-            return Err(Error::model(tokenizer.dir().join("tokenizer_config.json"), message));
-        };
-        let Some(eos_id) = tokenizer.token_to_id(eos) else {
-            let message = format!(
-                "eos_token={eos:?} is not in the vocabulary of {}",
-                tokenizer.dir().display()
-            );
-            return Err(Error::Config(message));
-        };
-        Ok(Encoder { tokenizer, template, eos, eos_id, vocab })
+        let eos = EosToken::of(tokenizer, eos_token)?;
+        let eos = eos.ok_or_else(|| EosToken::missing(tokenizer))?;
+        Ok(Encoder { renderer: Renderer::new(tokenizer, template, vocab), eos })
     }
 
     pub fn text(&self, row: &Row, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let ids = self.tokenizer.encode(text, add_special)?;
-        match ids.iter().find(|id| **id as usize >= self.vocab) {
-            Some(id) => {
-                let (token, vocab) =
-                    (self.tokenizer.id_to_token(*id).unwrap_or_default(), self.vocab);
-                Err(row.error(format!(
-                    "token {id} ({token:?}) is beyond the model's vocabulary of {vocab}; use the tokenizer that came \
-                     with the model, or resize the model's embedding"
-                )))
-            }
-            None => Ok(ids),
-        }
+        self.renderer.encode(row, text, add_special)
     }
 
-    pub fn with_eos(&self, text: &str) -> String {
-        if text.ends_with(self.eos) { text.to_string() } else { format!("{text}{}", self.eos) }
-    }
-
-    /// A conversation as its template writes it.
-    pub fn rendered(
-        &self,
-        row: &Row,
-        example: &Example,
-        messages: &[Value],
-        prompt: bool,
-    ) -> Result<String> {
-        let template =
-            self.template.ok_or_else(|| Error::model(self.tokenizer.dir(), NO_TEMPLATE))?;
-        let options = RenderOptions {
-            tools: example.tools.as_ref(),
-            add_generation_prompt: prompt,
-            kwargs: Some(&example.template_kwargs),
-        };
-        let rendered = template.render(&Value::Array(messages.to_vec()), options);
-        Ok(rendered.map_err(|e| row.error(e.to_string()))?.text)
-    }
-
-    /// The ids of a prompt alone and of the prompt with an answer: what stands before every
-    /// completion.
+    /// The ids of a prompt alone and of the prompt with an answer: what precedes every completion.
     pub fn prompt_and_whole(
         &self,
         row: &Row,
@@ -92,21 +45,8 @@ impl<'a> Encoder<'a> {
         prompt: &Content,
         answer: &Content,
     ) -> Result<(Vec<u32>, Vec<u32>)> {
-        match (prompt, answer) {
-            (Content::Text(prompt), Content::Text(answer)) => {
-                let whole = format!("{prompt}{}", self.with_eos(answer));
-                Ok((self.text(row, prompt, true)?, self.text(row, &whole, true)?))
-            }
-            (Content::Chat(prompt), Content::Chat(answer)) => {
-                let whole = [prompt.as_slice(), answer].concat();
-                let (prompt, whole) = (
-                    self.rendered(row, example, prompt, true)?,
-                    self.rendered(row, example, &whole, false)?,
-                );
-                Ok((self.text(row, &prompt, false)?, self.text(row, &whole, false)?))
-            }
-            _ => Err(mixed(row)),
-        }
+        let whole = self.renderer.whole(row, example, prompt, answer, Some(self.eos))?;
+        Ok((self.renderer.prompt_ids(row, example, prompt)?, whole))
     }
 
     /// How many leading tokens the prompt shares with prompt and answer, for one or both answers.
@@ -126,18 +66,10 @@ impl<'a> Encoder<'a> {
             ));
         }
         match same < prompt.len() {
-            true => Ok((same, Some(self.tokenizer.decode(&prompt[same..], false)?))),
+            true => Ok((same, Some(self.renderer.tokenizer.decode(&prompt[same..], false)?))),
             false => Ok((same, None)),
         }
     }
-}
-
-pub fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
-pub fn mixed(row: &Row) -> Error {
-    row.error("mixes strings and lists of messages; make prompt and completions all strings or all messages")
 }
 
 /// A preference row with its prompt set apart.
@@ -156,7 +88,7 @@ pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
         row.need(side)?;
     }
     let example = Format::Preference.parse(row, "text")?;
-    let Sample::Preference { prompt, chosen, rejected } = &example.sample else {
+    let RowContent::Preference { prompt, chosen, rejected } = &example.content else {
         return Err(row.error("is no preference row; give \"chosen\" and \"rejected\""));
     };
     if chosen == rejected {

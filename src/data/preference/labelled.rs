@@ -7,9 +7,10 @@
 use rayon::prelude::*;
 
 use super::encode::{Encoder, pair};
-use super::{OnTruncation, PreferenceOptions, PreferenceStats, Sequence, TruncationMode};
+use super::{OnTruncation, PreferenceOptions, PreferenceStats, TruncationMode};
 use crate::data::chat::ChatTemplate;
-use crate::data::format::{Content, Example, Format, Sample};
+use crate::data::format::{Content, Example, Format, RowContent};
+use crate::data::masked::MaskedSequence;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
@@ -24,21 +25,25 @@ pub struct Labelled {
 
 impl Labelled {
     /// The row's own sequence, cut at the end.
-    pub fn sequence(&self, max_length: Option<usize>) -> Sequence {
+    pub fn sequence(&self, max_length: Option<usize>) -> MaskedSequence {
         joined(&self.prompt, &self.completion, max_length)
     }
 }
 
-fn joined(prompt: &[u32], completion: &[u32], max_length: Option<usize>) -> Sequence {
-    let mut sequence = Sequence::new(prompt, completion);
+fn joined(prompt: &[u32], completion: &[u32], max_length: Option<usize>) -> MaskedSequence {
+    let mut sequence = MaskedSequence::new(prompt, completion);
     sequence.cut(max_length.unwrap_or(usize::MAX), TruncationMode::KeepStart);
     sequence
 }
 
 /// KTO's mismatched sequences: inside each batch of `batch` examples, prompt i with completion i -
 /// 1, the first with the last.
-pub fn mismatched(examples: &[Labelled], batch: usize, max_length: Option<usize>) -> Vec<Sequence> {
-    let rotate = |chunk: &[Labelled]| -> Vec<Sequence> {
+pub fn mismatched(
+    examples: &[Labelled],
+    batch: usize,
+    max_length: Option<usize>,
+) -> Vec<MaskedSequence> {
+    let rotate = |chunk: &[Labelled]| -> Vec<MaskedSequence> {
         let before = |i: usize| &chunk[(i + chunk.len() - 1) % chunk.len()].completion;
         (0..chunk.len()).map(|i| joined(&chunk[i].prompt, before(i), max_length)).collect()
     };
@@ -111,8 +116,8 @@ fn single(encoder: &Encoder, row: &Row) -> Result<Made> {
         row.need(field)?;
     }
     let example = Format::Unpaired.parse(row, "text")?;
-    match &example.sample {
-        Sample::Unpaired { prompt, completion, label } => {
+    match &example.content {
+        RowContent::Unpaired { prompt, completion, label } => {
             made(encoder, row, &example, prompt, completion, *label)
         }
         _ => {

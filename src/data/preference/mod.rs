@@ -17,6 +17,7 @@ mod steps;
 
 use std::fmt;
 
+use super::masked::{MaskedSequence, check_rows, too_long, write_mismatches};
 use super::rows::Row;
 use crate::error::{Error, Result};
 
@@ -46,43 +47,6 @@ impl Default for PreferenceOptions {
     }
 }
 
-/// A prompt with its completion.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sequence {
-    pub input_ids: Vec<u32>,
-    /// True at completion tokens. As in TRL, the first token may be marked (where truncation left
-    /// no prompt); it has no log-prob, since nothing stands before it, but counts in a completion's
-    /// length.
-    pub target_mask: Vec<bool>,
-}
-
-impl Sequence {
-    fn new(prompt: &[u32], completion: &[u32]) -> Sequence {
-        let target_mask = (0..prompt.len() + completion.len()).map(|i| i >= prompt.len()).collect();
-        Sequence { input_ids: [prompt, completion].concat(), target_mask }
-    }
-
-    fn cut(&mut self, limit: usize, mode: TruncationMode) {
-        let over = self.input_ids.len().saturating_sub(limit);
-        if mode == TruncationMode::KeepEnd {
-            self.input_ids.drain(..over);
-            self.target_mask.drain(..over);
-        }
-        self.input_ids.truncate(limit);
-        self.target_mask.truncate(limit);
-    }
-
-    /// Tokens that have a log-prob and are the completion's.
-    pub fn targets(&self) -> usize {
-        self.target_mask.iter().skip(1).filter(|t| **t).count()
-    }
-
-    /// Tokens of the completion, as TRL counts them for averages.
-    pub fn completion_tokens(&self) -> usize {
-        self.target_mask.iter().filter(|t| **t).count()
-    }
-}
-
 /// What was done to the rows; `Display` says it in a paragraph.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PreferenceStats {
@@ -102,14 +66,7 @@ pub struct PreferenceStats {
 
 impl PreferenceStats {
     fn new(rows: &[Row], options: &PreferenceOptions) -> Result<PreferenceStats> {
-        if rows.is_empty() {
-            return Err(Error::Run("there are no rows to train on".to_string()));
-        }
-        if options.max_length == Some(0) {
-            return Err(Error::Config(
-                "max_length=0 leaves no tokens; give a length, or none for no limit".to_string(),
-            ));
-        }
+        check_rows(rows, options.max_length)?;
         Ok(PreferenceStats {
             rows: rows.len(),
             max_length: options.max_length,
@@ -140,9 +97,7 @@ impl PreferenceStats {
         self.longest = self.longest.max(n);
         let Some(limit) = options.max_length.filter(|limit| n > *limit) else { return Ok(true) };
         match options.on_truncation {
-            OnTruncation::Error => Err(row.error(format!(
-                "has {n} tokens, more than max_length={limit}; raise max_length, or set on_truncation=truncate or drop"
-            ))),
+            OnTruncation::Error => Err(too_long(row, n, limit)),
             OnTruncation::Truncate if cuts => {
                 self.truncated += 1;
                 Ok(true)
@@ -155,7 +110,7 @@ impl PreferenceStats {
         }
     }
 
-    fn count(&mut self, sequence: &Sequence) {
+    fn count(&mut self, sequence: &MaskedSequence) {
         self.tokens += sequence.input_ids.len();
         self.target_tokens += sequence.targets();
     }
@@ -206,15 +161,6 @@ impl fmt::Display for PreferenceStats {
             write!(f, " (the first: {place})")?;
         }
         write!(f, ".")?;
-        if let Some(end) = &self.mismatch {
-            write!(
-                f,
-                " In {} rows the tokens of the prompt alone do not begin those of prompt and completion, so the model trains \
-                 on another context than it will see; the first such prompt ends in {end:?}. End prompts where a token \
-                 ends, or use a template that renders a prompt the same way with and without an answer.",
-                self.prefix_mismatches
-            )?;
-        }
-        Ok(())
+        write_mismatches(f, self.prefix_mismatches, &self.mismatch)
     }
 }

@@ -5,10 +5,12 @@
 
 use rayon::prelude::*;
 
-use super::encode::{Encoder, Pair, common, mixed, pair};
-use super::{OnTruncation, PreferenceOptions, PreferenceStats, Sequence, TruncationMode};
+use super::encode::{Encoder, Pair, pair};
+use super::{OnTruncation, PreferenceOptions, PreferenceStats, TruncationMode};
 use crate::data::chat::ChatTemplate;
 use crate::data::format::Content;
+use crate::data::masked::{MaskedSequence, common};
+use crate::data::render::mixed;
 use crate::data::rows::{Row, kind};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -30,8 +32,8 @@ pub enum PairStyle {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct PairExample {
-    pub chosen: Sequence,
-    pub rejected: Sequence,
+    pub chosen: MaskedSequence,
+    pub rejected: MaskedSequence,
     /// Leading tokens that both sides share and that are targets of neither.
     pub shared: usize,
     /// The row's `margin`; None if the rows have none.
@@ -41,8 +43,8 @@ pub struct PairExample {
 
 /// A row before truncation.
 struct Made {
-    chosen: Sequence,
-    rejected: Sequence,
+    chosen: MaskedSequence,
+    rejected: MaskedSequence,
     margin: Option<f32>,
     mismatch: Option<String>,
 }
@@ -78,7 +80,7 @@ pub fn pairs(
         let long = options.max_length.is_some_and(|limit| longest > limit);
         // a prompt that fills max_length leaves no completion at the start, whatever else would be
         // done
-        let prompt = |s: &Sequence| s.input_ids.len() - s.completion_tokens();
+        let prompt = |s: &MaskedSequence| s.input_ids.len() - s.completion_tokens();
         let fills = |limit: usize| prompt(&chosen).max(prompt(&rejected)) >= limit;
         let mode = if style == PairStyle::Dpo {
             options.truncation_mode
@@ -100,7 +102,7 @@ pub fn pairs(
             chosen.cut(limit, mode);
             rejected.cut(limit, mode);
         }
-        let free = |s: &Sequence| s.target_mask.iter().take_while(|t| !**t).count();
+        let free = |s: &MaskedSequence| s.target_mask.iter().take_while(|t| !**t).count();
         let shared =
             common(&chosen.input_ids, &rejected.input_ids).min(free(&chosen)).min(free(&rejected));
         stats.count(&chosen);
@@ -129,7 +131,7 @@ fn margin(row: &Row) -> Result<f32> {
     }
 }
 
-type Sides = (Sequence, Sequence, Option<String>);
+type Sides = (MaskedSequence, MaskedSequence, Option<String>);
 
 fn with_prompt(row: &Row) -> Result<(Pair, Content)> {
     let pair = pair(row, true)?;
@@ -144,28 +146,21 @@ fn dpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
     let (ids, chosen) = encoder.prompt_and_whole(row, &pair.example, &prompt, &pair.chosen)?;
     let (_, rejected) = encoder.prompt_and_whole(row, &pair.example, &prompt, &pair.rejected)?;
     let (same, mismatch) = encoder.shared(row, &ids, &[&chosen, &rejected])?;
-    let side = |whole: &[u32]| Sequence::new(&ids[..same], &whole[same..]);
+    let side = |whole: &[u32]| MaskedSequence::new(&ids[..same], &whole[same..]);
     Ok((side(&chosen), side(&rejected), mismatch))
 }
 
 fn reward(encoder: &Encoder, row: &Row) -> Result<Sides> {
     let pair = pair(row, false)?;
-    let whole = |answer: &Content| -> Result<Sequence> {
-        let ids = match (&pair.prompt, answer) {
-            (None, Content::Text(text)) => encoder.text(row, &encoder.with_eos(text), true)?,
-            (Some(Content::Text(prompt)), Content::Text(text)) => {
-                encoder.text(row, &format!("{prompt}{}", encoder.with_eos(text)), true)?
-            }
-            (None, Content::Chat(talk)) => {
-                encoder.text(row, &encoder.rendered(row, &pair.example, talk, false)?, false)?
-            }
-            (Some(Content::Chat(prompt)), Content::Chat(talk)) => {
-                let talk = [prompt.as_slice(), talk].concat();
-                encoder.text(row, &encoder.rendered(row, &pair.example, &talk, false)?, false)?
-            }
-            _ => return Err(mixed(row)),
+    let whole = |answer: &Content| -> Result<MaskedSequence> {
+        // Without a prompt, an answer is a whole conversation, or a whole text.
+        let none = match answer {
+            Content::Text(_) => Content::Text(String::new()),
+            Content::Chat(_) => Content::Chat(Vec::new()),
         };
-        Ok(Sequence { target_mask: vec![false; ids.len()], input_ids: ids })
+        let prompt = pair.prompt.as_ref().unwrap_or(&none);
+        let ids = encoder.renderer.whole(row, &pair.example, prompt, answer, Some(encoder.eos))?;
+        Ok(MaskedSequence { target_mask: vec![false; ids.len()], input_ids: ids })
     };
     Ok((whole(&pair.chosen)?, whole(&pair.rejected)?, None))
 }
@@ -184,10 +179,11 @@ fn texts(encoder: &Encoder, row: &Row, pair: &Pair, prompt: &Content) -> Result<
                 ));
             }
             let before: Vec<char> =
-                encoder.rendered(row, &pair.example, prompt, true)?.chars().collect();
+                encoder.renderer.render(row, &pair.example, prompt, true)?.text.chars().collect();
             let whole = |answer: &[serde_json::Value]| -> Result<Vec<char>> {
                 let talk = [prompt.as_slice(), answer].concat();
-                Ok(encoder.rendered(row, &pair.example, &talk, false)?.chars().collect())
+                let text = encoder.renderer.render(row, &pair.example, &talk, false)?.text;
+                Ok(text.chars().collect())
             };
             let (chosen, rejected) = (whole(chosen)?, whole(rejected)?);
             let at = common(&before, &chosen).min(common(&before, &rejected));
@@ -218,19 +214,19 @@ fn orpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
     }
     let merged = chosen.0.len().min(rejected.0.len()) < ids.len();
     let mismatch = match merged {
-        true => Some(encoder.tokenizer.decode(&ids[ids.len() - 1..], false)?),
+        true => Some(encoder.renderer.tokenizer.decode(&ids[ids.len() - 1..], false)?),
         false => None,
     };
     let finish = |(mut prompt, mut answer): (Vec<u32>, Vec<u32>)| {
-        if let Some(bos) = encoder.tokenizer.bos_id()
+        if let Some(bos) = encoder.renderer.tokenizer.bos_id()
             && prompt.first() != Some(&bos)
         {
             prompt.insert(0, bos);
         }
-        if answer.last() != Some(&encoder.eos_id) {
-            answer.push(encoder.eos_id);
+        if answer.last() != Some(&encoder.eos.id) {
+            answer.push(encoder.eos.id);
         }
-        Sequence::new(&prompt, &answer)
+        MaskedSequence::new(&prompt, &answer)
     };
     Ok((finish(chosen), finish(rejected), mismatch))
 }

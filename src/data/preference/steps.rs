@@ -1,14 +1,15 @@
 //! Solutions in steps with a label each, for process reward models. Layer 6.
 //!
-//! Invariant: a step's label stands on the last token of the separator behind the step. Steps are
-//! tokenised one by one, without special tokens; BOS stands before the prompt where the tokenizer
+//! Invariant: a step's label is on the last token of the separator after the step. Steps are
+//! tokenised one by one, without special tokens; BOS precedes the prompt where the tokenizer
 //! has one. (TRL dropped its PRMTrainer before 1.16.0; this is what it did last.)
 
 use rayon::prelude::*;
 use serde_json::Value;
 
 use super::encode::Encoder;
-use super::{PreferenceOptions, PreferenceStats, Sequence};
+use super::{PreferenceOptions, PreferenceStats};
+use crate::data::masked::MaskedSequence;
 use crate::data::rows::{Row, kind};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -70,7 +71,7 @@ pub fn steps(
         }
         let mut mask = vec![false; example.input_ids.len()];
         example.labels.iter().for_each(|(at, _)| mask[*at] = true);
-        stats.count(&Sequence { input_ids: example.input_ids.clone(), target_mask: mask });
+        stats.count(&MaskedSequence { input_ids: example.input_ids.clone(), target_mask: mask });
         examples.push(example);
     }
     let stats = stats.finish(examples.len(), rows)?;
@@ -79,7 +80,7 @@ pub fn steps(
 
 fn one(encoder: &Encoder, row: &Row, index: usize, how: &StepOptions) -> Result<StepExample> {
     let mut ids = encoder.text(row, row.string("prompt")?, false)?;
-    if let Some(bos) = encoder.tokenizer.bos_id() {
+    if let Some(bos) = encoder.renderer.tokenizer.bos_id() {
         ids.insert(0, bos);
     }
     let (steps, marks) = (list(row, "completions")?, list(row, "labels")?);

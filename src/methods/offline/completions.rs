@@ -5,7 +5,8 @@
 //! batch is side s of pair i.
 
 use crate::autograd::Cx;
-use crate::data::preference::{PairExample, PairStyle, PreferenceOptions, Sequence, pairs};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::{PairExample, PairStyle, PreferenceOptions, pairs};
 use crate::error::Result;
 use crate::methods::offline::MicroBatch;
 use crate::methods::offline::rows::Rows;
@@ -70,7 +71,7 @@ impl PairRows {
             let shared = if self.share_prompts { e.shared } else { 0 };
             let at = shared.max(1);
             let sides = [&e.chosen, &e.rejected];
-            let parts: &[&[&Sequence]] =
+            let parts: &[&[&MaskedSequence]] =
                 if shared == 0 { &[&sides[..1], &sides[1..]] } else { &[&sides] };
             for part in parts {
                 row += at - 1;
@@ -88,18 +89,18 @@ impl PairRows {
 
 impl PairBatch<'_> {
     /// A number of each side, F32 [pairs, 2].
-    pub fn sides(&self, cx: &Cx, of: impl Fn(&Sequence) -> usize) -> Result<Tensor> {
+    pub fn sides(&self, cx: &Cx, of: impl Fn(&MaskedSequence) -> usize) -> Result<Tensor> {
         let values: Vec<f32> = sequences(&self.pairs).map(|s| of(s) as f32).collect();
         floats(cx, &values)?.reshape(&[self.pairs.len(), 2])
     }
 }
 
 /// Both sides of each pair, the chosen first.
-pub fn sequences<'a>(pairs: &'a [&PairExample]) -> impl Iterator<Item = &'a Sequence> {
+pub fn sequences<'a>(pairs: &'a [&PairExample]) -> impl Iterator<Item = &'a MaskedSequence> {
     pairs.iter().flat_map(|e| [&e.chosen, &e.rejected])
 }
 
-fn tail(s: &Sequence, at: usize) -> batch::Sequence<'_> {
+fn tail(s: &MaskedSequence, at: usize) -> batch::Sequence<'_> {
     batch::Sequence { ids: &s.input_ids[at..], target: Some(&s.target_mask[at..]) }
 }
 

@@ -13,7 +13,8 @@
 
 use crate::autograd::Cx;
 use crate::config::{LengthOptions, Report, TrainingConfig, section};
-use crate::data::preference::{PairStyle, Sequence};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::PairStyle;
 use crate::error::Result;
 use crate::methods::offline::completions::{HeadPass, PairRows, chosen_nll, forward, pair_metrics};
 use crate::methods::offline::rows::RowSet;
@@ -114,7 +115,7 @@ impl OfflineObjective for Cpo {
         let f = forward(cx, model, &batch, &vec![1.0; targets], pass)?;
         let nll = chosen_nll(cx, &f)?;
         let (logps, lens) =
-            (f.sums.reshape(&[of.pairs.len(), 2])?, of.sides(cx, Sequence::targets)?);
+            (f.sums.reshape(&[of.pairs.len(), 2])?, of.sides(cx, MaskedSequence::targets)?);
         let inputs = [&logps, &lens, &of.weight, &nll];
         let (loss, rewards) = preference::cpo(cx, self.op.clone(), inputs)?;
         let (mean, likelihood) = (self.op.loss.averages(), self.op.cpo_alpha != 0.0);

@@ -28,7 +28,8 @@ use std::path::Path;
 
 use crate::autograd::Cx;
 use crate::config::{ReferenceOptions, Report, TrainingConfig, TruncationOptions, section};
-use crate::data::preference::{PairExample, PairStyle, Sequence};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::{PairExample, PairStyle};
 use crate::error::Result;
 use crate::methods::offline::completions::{
     Forward, HeadPass, PairRows, chosen_nll, forward, pair_metrics, sums,
@@ -251,7 +252,7 @@ impl OfflineObjective for Dpo {
         let pass = HeadPass { squares: self.use_weighting, logits: true };
         let f = forward(cx, model, &batch, &self.token_weights(&of.pairs), pass)?;
         let logps = f.sums.reshape(&[n, 2])?;
-        let lens = of.sides(cx, Sequence::completion_tokens)?;
+        let lens = of.sides(cx, MaskedSequence::completion_tokens)?;
         let sft = self.op.losses.iter().any(|(l, _)| *l == DpoLoss::Sft);
         let nll = if sft { Some(chosen_nll(cx, &f)?) } else { None };
         let aligned = aligned(cx, &f, n)?;

@@ -19,7 +19,8 @@ use std::path::Path;
 
 use crate::autograd::Cx;
 use crate::config::{LengthOptions, ReferenceOptions, Report, Sampling, TrainingConfig, section};
-use crate::data::preference::{Sequence, labelled, mismatched};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::{labelled, mismatched};
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::offline::completions::{HeadPass, forward};
@@ -151,7 +152,7 @@ impl Kto {
     }
 
     /// All sequences that the reference is asked for: of each row its own and the crossed one.
-    fn all(&self) -> Vec<&Sequence> {
+    fn all(&self) -> Vec<&MaskedSequence> {
         self.rows.all().flat_map(|e| std::iter::once(&e.own).chain(&e.crossed)).collect()
     }
 
@@ -161,7 +162,7 @@ impl Kto {
         cx: &mut Cx,
         micro: &MicroBatch,
         crossed: bool,
-        sequences: &[&Sequence],
+        sequences: &[&MaskedSequence],
     ) -> Result<Tensor> {
         let each = 1 + usize::from(self.op.loss == UnpairedLoss::Kto);
         let index = |r: &usize| each * self.rows.index(micro.split, *r) + usize::from(crossed);
@@ -195,7 +196,7 @@ impl Kto {
     }
 }
 
-fn packed(cx: &Cx, sequences: &[&Sequence], vocab: Vocab) -> Result<Batch> {
+fn packed(cx: &Cx, sequences: &[&MaskedSequence], vocab: Vocab) -> Result<Batch> {
     let sequences: Vec<batch::Sequence> = sequences
         .iter()
         .map(|s| batch::Sequence { ids: &s.input_ids, target: Some(&s.target_mask) })
@@ -204,7 +205,7 @@ fn packed(cx: &Cx, sequences: &[&Sequence], vocab: Vocab) -> Result<Batch> {
 }
 
 /// Log-probs of each sequence's completion, F32 [n], off the tape.
-fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&Sequence]) -> Result<Tensor> {
+fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&MaskedSequence]) -> Result<Tensor> {
     let batch = packed(cx, sequences, model.vocab())?;
     let targets = batch.target_ids.len();
     if targets == 0 {
@@ -253,7 +254,7 @@ impl OfflineObjective for Kto {
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
         let rows = self.rows.pick(micro.split, micro.rows);
-        let own: Vec<&Sequence> = rows.iter().map(|e| &e.own).collect();
+        let own: Vec<&MaskedSequence> = rows.iter().map(|e| &e.own).collect();
         let n = own.len();
         let tokens = own.iter().map(|s| s.input_ids.len()).sum();
         let batch = packed(cx, &own, model.vocab())?;
@@ -262,7 +263,8 @@ impl OfflineObjective for Kto {
             return Ok(LossOutput::empty(tokens));
         }
         let reference = self.reference_sums(cx, micro, false, &own)?;
-        let crossed: Vec<&Sequence> = rows.iter().filter_map(|e| e.crossed.as_ref()).collect();
+        let crossed: Vec<&MaskedSequence> =
+            rows.iter().filter_map(|e| e.crossed.as_ref()).collect();
         let crossed = if crossed.is_empty() {
             None
         } else {

@@ -12,7 +12,8 @@
 
 use crate::autograd::Cx;
 use crate::config::{LengthOptions, Report, TrainingConfig, section};
-use crate::data::preference::{PairStyle, Sequence as Side};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::PairStyle;
 use crate::error::Result;
 use crate::methods::offline::completions::{
     HeadPass, PairRows, forward, pair_metrics, sequences, sides, sums,
@@ -103,7 +104,7 @@ impl OfflineObjective for Orpo {
         let shares: Vec<f32> = chosen.iter().map(|c| if *c { share } else { 0.0 }).collect();
         let nll = sums(cx, &f.out.logp, &shares, &[0, shares.len()])?;
         let logps = f.sums.reshape(&[of.pairs.len(), 2])?;
-        let lens = of.sides(cx, Side::targets)?;
+        let lens = of.sides(cx, MaskedSequence::targets)?;
         let [loss, rewards, odds] =
             preference::orpo(cx, self.op.clone(), [&logps, &lens, &of.weight, &nll])?;
         Ok(LossOutput::new(loss, of.tokens, move || {

@@ -15,7 +15,7 @@
 use crate::autograd::Cx;
 use crate::config::{LengthOptions, OnTruncation, Report, TrainingConfig, section};
 use crate::data::preference::{PairStyle, PreferenceOptions};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::methods::offline::completions::PairRows;
 use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
@@ -25,10 +25,11 @@ use crate::methods::{
     BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodInputs, MethodRun, Metric,
 };
 use crate::model::decoder::Decoder;
-use crate::model::layout::{ModelConfig, Task};
+use crate::model::layout::Task;
 use crate::ops::add::to_float;
 use crate::ops::embedding::gather_rows;
 use crate::ops::preference::{BradleyTerry, bradley_terry};
+use crate::rewards::model::one_score;
 
 pub const METHOD: MethodEntry = MethodEntry::new(
     "reward",
@@ -87,17 +88,6 @@ impl BuildMethod for RewardConfig {
 pub struct Reward {
     pairs: PairRows,
     op: BradleyTerry,
-}
-
-/// Errors: a classifier of more labels than the one that a reward is.
-pub fn one_score(model: &ModelConfig) -> Result<()> {
-    match model.task {
-        Task::SequenceClassification { labels: 1 } => Ok(()),
-        other => Err(Error::Config(format!(
-            "the model is {other:?}; a reward model has one label: set \"num_labels\": 1 (one name in id2label) in its \
-             config.json, or start from a language model"
-        ))),
-    }
 }
 
 impl OfflineObjective for Reward {

@@ -5,7 +5,8 @@
 use std::fmt::Display;
 
 use crate::config::{LengthOptions, TruncationOptions};
-use crate::data::preference::{Labelled, PairExample, PreferenceOptions, Sequence, StepExample};
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::{Labelled, PairExample, PreferenceOptions, StepExample};
 use crate::data::rows::Row;
 use crate::data::sft::{SftExample, SftOptions};
 use crate::error::Result;
@@ -105,7 +106,7 @@ impl<E: Example> RowSet for Rows<E> {
     }
 }
 
-fn view(s: &Sequence) -> (&[u32], &[bool]) {
+fn view(s: &MaskedSequence) -> (&[u32], &[bool]) {
     (&s.input_ids, &s.target_mask)
 }
 
@@ -132,14 +133,18 @@ impl Example for SftExample {
 /// A completion with its label and, for KTO's baseline, the same prompt with another row's
 /// completion.
 pub struct LabelledPair {
-    pub own: Sequence,
-    pub crossed: Option<Sequence>,
+    pub own: MaskedSequence,
+    pub crossed: Option<MaskedSequence>,
     pub label: bool,
     row: usize,
 }
 
 impl LabelledPair {
-    pub fn new(e: &Labelled, max_length: Option<usize>, crossed: Option<Sequence>) -> LabelledPair {
+    pub fn new(
+        e: &Labelled,
+        max_length: Option<usize>,
+        crossed: Option<MaskedSequence>,
+    ) -> LabelledPair {
         LabelledPair { own: e.sequence(max_length), crossed, label: e.label, row: e.row }
     }
 }

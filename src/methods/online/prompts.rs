@@ -5,8 +5,9 @@
 use serde_json::{Map, Value, json};
 
 use crate::config::{Sampling, TrainingConfig};
-use crate::data::chat::RenderOptions;
+use crate::data::format::Content;
 use crate::data::order::epoch_order;
+use crate::data::render::{RenderedPrompt, Renderer};
 use crate::data::rows::Row;
 use crate::error::Result;
 use crate::methods::MethodInputs;
@@ -33,8 +34,10 @@ pub struct Prompts {
 impl Prompts {
     /// Reads prompts (`prompt`: string or messages; other columns go to the rewards).
     pub fn new(training: &TrainingConfig, inputs: &MethodInputs) -> Result<Prompts> {
+        let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        let renderer = Renderer::new(tokenizer, template, model.vocab_size);
         let read = |rows: &[Row]| -> Result<Vec<Prompt>> {
-            rows.iter().map(|row| prompt(row, inputs)).collect()
+            rows.iter().map(|row| prompt(row, &renderer)).collect()
         };
         Ok(Prompts {
             train: read(inputs.train)?,
@@ -70,34 +73,13 @@ impl Prompts {
     }
 }
 
-fn prompt(row: &Row, inputs: &MethodInputs) -> Result<Prompt> {
-    let (ids, value) = match row.need("prompt")? {
-        Value::String(text) => (inputs.tokenizer.encode(text, true)?, json!(text)),
-        Value::Array(items) => {
-            let messages = Value::Array(row.checked_messages("prompt", items)?);
-            let Some(template) = inputs.template else {
-                return Err(row.error(
-                    "is a conversation, and the model has no chat template; set chat_template_path",
-                ));
-            };
-            let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-            let text =
-                template.render(&messages, options).map_err(|e| row.error(e.to_string()))?.text;
-            (inputs.tokenizer.encode(&text, false)?, messages)
-        }
-        other => return Err(row.wrong("prompt", "a string or a list of messages", other)),
+fn prompt(row: &Row, renderer: &Renderer) -> Result<Prompt> {
+    let RenderedPrompt { ids, content } = renderer.prompt(row)?;
+    let value = match content {
+        Content::Text(text) => json!(text),
+        Content::Chat(messages) => Value::Array(messages),
     };
-    let vocab = inputs.model.vocab_size;
-    if ids.is_empty() || ids.iter().any(|id| *id as usize >= vocab) {
-        return Err(row.error(format!(
-            "the prompt has no tokens, or one beyond the model's vocabulary of {vocab}"
-        )));
-    }
-    let columns = row
-        .value
-        .iter()
-        .filter(|(k, _)| *k != "prompt")
-        .map(|(k, v)| (k.clone(), v.clone()))
-        .collect();
-    Ok(Prompt { ids, value, columns, source: format!("{}:{}", row.file.display(), row.line) })
+    let mut columns = row.value.clone();
+    columns.shift_remove("prompt");
+    Ok(Prompt { ids, value, columns, source: row.place() })
 }

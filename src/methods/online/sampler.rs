@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::methods::MethodInputs;
 use crate::model::decoder::Decoder;
 use crate::rollout::sample::Sampling;
+use crate::rollout::stop::stop_ids;
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
 pub struct Sampler {
@@ -48,9 +49,7 @@ impl Sampler {
         inputs: &MethodInputs,
     ) -> Result<Sampler> {
         let tokenizer = Tokenizer::load(inputs.tokenizer.dir())?;
-        let mut stop = inputs.model.eos.clone();
-        stop.extend(inputs.tokenizer.eos_id());
-        stop.dedup();
+        let stop = stop_ids(inputs.tokenizer, inputs.model, &[])?;
         if stop.is_empty() {
             return Err(Error::Config(
                 "neither config.json nor the tokenizer names an EOS token; no completion would end"
@@ -100,11 +99,8 @@ impl Sampler {
             return Err(Error::Run("the sampler is missing; attach comes first".into()));
         };
         let SampleRequest { n, stream, greedy } = request;
-        let requests: Vec<Request> = indices
-            .iter()
-            .enumerate()
-            .map(|(i, p)| Request { prompt: prompts[*p].ids.clone(), n, number: (i * n) as u32 })
-            .collect();
+        let ids = indices.iter().map(|p| prompts[*p].ids.clone());
+        let requests = Request::numbered(ids, n);
         engine.set_seed(self.seed ^ (stream + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))?;
         let sampling = engine.options.sampling.clone();
         if greedy {

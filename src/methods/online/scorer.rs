@@ -5,15 +5,13 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
-
 use super::prompts::Prompt;
 use super::rollout::Rollout;
 use crate::autograd::Cx;
 use crate::config::RewardOptions;
 use crate::error::Result;
 use crate::rewards::model::RewardModel;
-use crate::rewards::{Batch, Rewards, Scores};
+use crate::rewards::{RewardBatch, Rewards, Scores};
 
 pub struct Scorer {
     options: RewardOptions,
@@ -45,21 +43,10 @@ impl Scorer {
         prompts: &[Prompt],
         rollouts: &[Rollout],
     ) -> Result<Scores> {
-        let mut batch = Batch::default();
-        let columns = rollouts.first().map(|r| &prompts[r.prompt].columns);
-        for name in columns.into_iter().flat_map(Map::keys) {
-            let cell = |r: &Rollout| prompts[r.prompt].columns.get(name).cloned();
-            let cells = rollouts.iter().map(|r| cell(r).unwrap_or(Value::Null));
-            batch.columns.insert(name.clone(), Value::Array(cells.collect()));
-        }
+        let mut batch = RewardBatch::default();
         for r in rollouts {
-            let prompt = &prompts[r.prompt].value;
-            batch.prompts.push(prompt.clone());
-            batch.completions.push(match prompt {
-                Value::Array(_) => json!([{ "role": "assistant", "content": r.text }]),
-                _ => json!(r.text),
-            });
-            batch.completion_ids.push(r.ids.clone());
+            let prompt = &prompts[r.prompt];
+            batch.push(&prompt.value, prompt.columns.iter(), &r.text, r.ids.clone());
         }
         let mut scores = self.rewards.score(&batch)?;
         if let Some(model) = &mut self.reward_model {

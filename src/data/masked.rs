@@ -1,0 +1,89 @@
+//! A sequence with its loss targets, and what every trainer does to one that is too long. Layer 6.
+//!
+//! Invariant: ids and mask have the same length, before and after a cut.
+
+use std::fmt;
+
+use super::rows::Row;
+use crate::config::TruncationMode;
+use crate::error::{Error, Result};
+
+/// Token ids, and which of them are loss targets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MaskedSequence {
+    pub input_ids: Vec<u32>,
+    /// True at completion tokens. As in TRL, the first token may be marked (where truncation left
+    /// no prompt); it has no log-prob, since nothing precedes it, but counts in a completion's
+    /// length.
+    pub target_mask: Vec<bool>,
+}
+
+impl MaskedSequence {
+    /// A prompt with its completion, whose tokens are the targets.
+    pub fn new(prompt: &[u32], completion: &[u32]) -> MaskedSequence {
+        let target_mask = (0..prompt.len() + completion.len()).map(|i| i >= prompt.len()).collect();
+        MaskedSequence { input_ids: [prompt, completion].concat(), target_mask }
+    }
+
+    /// Keeps at most `limit` tokens, of the start or of the end.
+    pub fn cut(&mut self, limit: usize, mode: TruncationMode) {
+        let over = self.input_ids.len().saturating_sub(limit);
+        if mode == TruncationMode::KeepEnd {
+            self.input_ids.drain(..over);
+            self.target_mask.drain(..over);
+        }
+        self.input_ids.truncate(limit);
+        self.target_mask.truncate(limit);
+    }
+
+    /// Tokens that have a log-prob and are the completion's.
+    pub fn targets(&self) -> usize {
+        self.target_mask.iter().skip(1).filter(|t| **t).count()
+    }
+
+    /// Tokens of the completion, as TRL counts them for averages.
+    pub fn completion_tokens(&self) -> usize {
+        self.target_mask.iter().filter(|t| **t).count()
+    }
+}
+
+/// How many leading elements two lists share.
+pub(super) fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Errors: no rows, or a `max_length` that leaves no tokens.
+pub(super) fn check_rows(rows: &[Row], max_length: Option<usize>) -> Result<()> {
+    if rows.is_empty() {
+        return Err(Error::Run("there are no rows to train on".into()));
+    }
+    match max_length {
+        Some(0) => Err(Error::Config(
+            "max_length=0 leaves no tokens; give a length, or none for no limit".into(),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The error of a row of `n` tokens where `on_truncation` is `error`.
+pub(super) fn too_long(row: &Row, n: usize, limit: usize) -> Error {
+    row.error(format!(
+        "has {n} tokens, more than max_length={limit}; raise max_length, or set on_truncation=truncate or drop"
+    ))
+}
+
+/// Says in how many rows the prompt alone is tokenised differently than with its completion.
+/// `end`: the end of the first such prompt, from where the two differ.
+pub(super) fn write_mismatches(
+    f: &mut fmt::Formatter,
+    rows: usize,
+    end: &Option<String>,
+) -> fmt::Result {
+    let Some(end) = end else { return Ok(()) };
+    write!(
+        f,
+        " In {rows} rows the tokens of the prompt alone do not begin the tokens of prompt and completion, so the model \
+         trains on another context than it will see; the first such prompt ends in {end:?}. End prompts where a token \
+         ends, or use a template that renders a prompt the same way with and without an answer."
+    )
+}

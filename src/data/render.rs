@@ -1,0 +1,200 @@
+//! Rows to text and token ids: the one place where conversations, prompts and end tokens become
+//! what a model reads. Layer 6.
+//!
+//! Invariant: a row's prompt has the same ids in training, online RL, generation, evaluation and
+//! chat. Its `tools` and `chat_template_kwargs` reach the template in all of them; every id is in
+//! the model's vocabulary; every error names the row.
+
+use serde_json::Value;
+
+use super::chat::{ChatTemplate, RenderOptions, Rendered};
+use super::format::{Content, Example, Format, RowContent};
+use super::rows::Row;
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+/// What turns rows into ids: the same for all rows of a run.
+#[derive(Clone, Copy)]
+pub struct Renderer<'a> {
+    pub tokenizer: &'a Tokenizer,
+    /// None: rows of plain text only.
+    pub template: Option<&'a ChatTemplate>,
+    /// Rows of the model's embedding.
+    pub vocab: usize,
+}
+
+/// A prompt, and the ids that the model reads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RenderedPrompt {
+    /// Not empty.
+    pub ids: Vec<u32>,
+    pub content: Content,
+}
+
+impl<'a> Renderer<'a> {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: Option<&'a ChatTemplate>,
+        vocab: usize,
+    ) -> Renderer<'a> {
+        Renderer { tokenizer, template, vocab }
+    }
+
+    /// The ids of a text of `row`. `add_special` adds the tokenizer's own special tokens (BOS for
+    /// Llama): for plain text, not for a rendered conversation. Error: an id beyond the vocabulary.
+    pub fn encode(&self, row: &Row, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let ids = self.tokenizer.encode(text, add_special)?;
+        self.check(row, &ids)?;
+        Ok(ids)
+    }
+
+    /// An error if an id is beyond the model's vocabulary.
+    pub fn check(&self, row: &Row, ids: &[u32]) -> Result<()> {
+        let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab) else { return Ok(()) };
+        let (token, vocab) = (self.tokenizer.id_to_token(*id).unwrap_or_default(), self.vocab);
+        Err(row.error(format!(
+            "token {id} ({token:?}) is beyond the model's vocabulary of {vocab}; use the tokenizer that came with the \
+             model, or resize the model's embedding"
+        )))
+    }
+
+    /// A conversation of `row` as the chat template writes it, with the row's `tools` and
+    /// `chat_template_kwargs`. `prompt`: the assistant speaks next, so the template adds its
+    /// generation prompt; where `chat_template_kwargs` has `continue_final_message`, the text ends
+    /// with the last message's own text instead, as transformers does it.
+    pub fn render(
+        &self,
+        row: &Row,
+        example: &Example,
+        messages: &[Value],
+        prompt: bool,
+    ) -> Result<Rendered> {
+        let template = self.template.ok_or_else(|| {
+            row.error(format!(
+                "is a conversation, and {} has no chat template; add chat_template.jinja to that folder (for training, \
+                 chat_template_path can name one), or give rows with plain text",
+                self.tokenizer.dir().display()
+            ))
+        })?;
+        let continues = prompt
+            && example.template_kwargs.get(CONTINUE).is_some_and(|v| v == &Value::Bool(true));
+        let options = RenderOptions {
+            tools: example.tools.as_ref(),
+            add_generation_prompt: prompt && !continues,
+            kwargs: Some(&example.template_kwargs),
+        };
+        let mut rendered = template
+            .render(&Value::Array(messages.to_vec()), options)
+            .map_err(|e| row.error(e.to_string()))?;
+        if continues {
+            cut_after_final_message(row, messages, &mut rendered.text)?;
+        }
+        Ok(rendered)
+    }
+
+    /// The ids of a prompt: a text with the tokenizer's own special tokens, a conversation through
+    /// the template, with the generation prompt.
+    pub fn prompt_ids(&self, row: &Row, example: &Example, prompt: &Content) -> Result<Vec<u32>> {
+        match prompt {
+            Content::Text(text) => self.encode(row, text, true),
+            Content::Chat(messages) => {
+                let text = self.render(row, example, messages, true)?.text;
+                self.encode(row, &text, false)
+            }
+        }
+    }
+
+    /// The prompt of a row (`prompt`: a string or a list of messages), whatever else the row has.
+    pub fn prompt(&self, row: &Row) -> Result<RenderedPrompt> {
+        let example = Format::PromptOnly.parse(row, "")?;
+        let RowContent::PromptOnly { prompt: content } = &example.content else {
+            return Err(row.error("has no prompt; give \"prompt\", a string or a list of messages"));
+        };
+        let ids = self.prompt_ids(row, &example, content)?;
+        match ids.is_empty() {
+            true => Err(row.error("its prompt has no tokens; write at least one word")),
+            false => Ok(RenderedPrompt { ids, content: content.clone() }),
+        }
+    }
+
+    /// Prompt and answer as one sequence: two texts end with `eos`, a conversation with what its
+    /// template writes.
+    pub fn whole(
+        &self,
+        row: &Row,
+        example: &Example,
+        prompt: &Content,
+        answer: &Content,
+        eos: Option<EosToken>,
+    ) -> Result<Vec<u32>> {
+        match (prompt, answer) {
+            (Content::Text(prompt), Content::Text(answer)) => {
+                let answer = eos.map_or(answer.clone(), |eos| eos.end(answer));
+                self.encode(row, &format!("{prompt}{answer}"), true)
+            }
+            (Content::Chat(prompt), Content::Chat(answer)) => {
+                let messages = [prompt.as_slice(), answer].concat();
+                let text = self.render(row, example, &messages, false)?.text;
+                self.encode(row, &text, false)
+            }
+            _ => Err(mixed(row)),
+        }
+    }
+}
+
+/// The argument of transformers' `apply_chat_template`, read from a row's `chat_template_kwargs`.
+const CONTINUE: &str = "continue_final_message";
+
+/// Ends a rendered conversation with the text of its last message, so that the model continues it.
+/// Trailing spaces stay where the template keeps them (transformers 5.17).
+fn cut_after_final_message(row: &Row, messages: &[Value], text: &mut String) -> Result<()> {
+    let said = messages.last().and_then(|m| m.get("content")).and_then(Value::as_str);
+    let Some((said, at)) = said.and_then(|said| Some((said, text.rfind(said.trim())?))) else {
+        return Err(row.error(format!(
+            "{CONTINUE}=true, and the chat template does not write the text of the last message as it is; leave \
+             {CONTINUE} out, or take another template"
+        )));
+    };
+    let kept = said.trim_start();
+    let length = if text[at..].starts_with(kept) { kept.len() } else { said.trim().len() };
+    text.truncate(at + length);
+    Ok(())
+}
+
+/// The error of a row whose prompt and answers are not of one kind.
+pub fn mixed(row: &Row) -> Error {
+    row.error("mixes strings and lists of messages; make prompt and completions all strings or all messages")
+}
+
+/// The token that ends a completion.
+#[derive(Clone, Copy, Debug)]
+pub struct EosToken<'a> {
+    pub text: &'a str,
+    pub id: u32,
+}
+
+impl<'a> EosToken<'a> {
+    /// `named`, or the tokenizer's own; None where there is neither. Error: the vocabulary does not
+    /// have it.
+    pub fn of(tokenizer: &'a Tokenizer, named: Option<&'a str>) -> Result<Option<EosToken<'a>>> {
+        let Some(text) = named.or(tokenizer.eos_token()) else { return Ok(None) };
+        match tokenizer.token_to_id(text) {
+            Some(id) => Ok(Some(EosToken { text, id })),
+            None => Err(Error::Config(format!(
+                "eos_token={text:?} is not in the vocabulary of {}",
+                tokenizer.dir().display()
+            ))),
+        }
+    }
+
+    /// The error where a completion must end and there is no token for it.
+    pub fn missing(tokenizer: &Tokenizer) -> Error {
+        let message = "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
+        Error::model(tokenizer.dir().join("tokenizer_config.json"), message)
+    }
+
+    /// `text` with the token at its end, once.
+    pub fn end(self, text: &str) -> String {
+        if text.ends_with(self.text) { text.to_string() } else { format!("{text}{}", self.text) }
+    }
+}

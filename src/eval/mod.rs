@@ -1,0 +1,62 @@
+//! How good a model is on rows, and what it says of each of them. Layer 6.
+//!
+//! Invariant: the rows decide what is measured: prompts are answered and verified, texts give a
+//! perplexity, pairs give the accuracy of a reward model. No row is left out of a metric without
+//! being counted. Nothing is printed here.
+//!
+//! | rows | function | metrics |
+//! |---|---|---|
+//! | prompt (and an answer) | [`answers`] | the mean of each reward, pass@k |
+//! | text, messages, prompt and completion | [`perplexity`] | loss, perplexity, tokens |
+//! | chosen and rejected | [`preferences`] | accuracy and margin of a reward model |
+//! | any of these, or input_ids | [`score`] | none: log-probs or scores, row by row |
+
+mod answers;
+mod options;
+mod preferences;
+mod result;
+mod score;
+
+use std::path::Path;
+
+use crate::autograd::Cx;
+use crate::data::format::Format;
+use crate::data::rows::Row;
+use crate::error::{Error, Result};
+use crate::model::decoder::Decoder;
+use crate::model::layout::Task;
+use crate::rewards::model::one_score;
+
+pub use answers::{answers, pass_at_k};
+pub use options::EvalOptions;
+pub use preferences::preferences;
+pub use result::{EvalMetric, EvalRow, Evaluation, SkippedRows};
+pub use score::{RowScore, perplexity, score, sequences};
+
+/// Evaluates the model of folder `dir` on rows of the kind `format`, by which the metrics are
+/// chosen. Errors: a model of another task than the rows need; several greedy completions.
+pub fn evaluate(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    dir: &Path,
+    rows: &[Row],
+    format: Format,
+    options: &EvalOptions,
+) -> Result<Evaluation> {
+    match format {
+        Format::Preference => {
+            one_score(&model.config)?;
+            preferences(cx, model, dir, rows, options.batch_tokens)
+        }
+        _ if model.config.task != Task::CausalLm => Err(Error::model(
+            dir,
+            "is no language model; a classifier is evaluated on rows with chosen and rejected",
+        )),
+        Format::PromptOnly => answers(cx, model, dir, rows, options),
+        _ => {
+            let text_field = &options.eval.dataset_text_field;
+            let sequences = sequences(rows, dir, model.config.vocab_size, text_field)?;
+            perplexity(cx, model, &sequences, options.batch_tokens)
+        }
+    }
+}

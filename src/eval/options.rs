@@ -1,0 +1,29 @@
+//! The options of an evaluation. Layer 6.
+//!
+//! Invariant: two evaluations with the same options, rows and model give the same numbers.
+
+use crate::config::{EvalConfig, GenerateConfig};
+use crate::error::{Error, Result};
+
+/// What an evaluation measures, and how much goes through the model at once.
+pub struct EvalOptions {
+    pub eval: EvalConfig,
+    pub generate: GenerateConfig,
+    /// Sequences decoded at once.
+    pub batch: usize,
+    /// Tokens in one forward, where nothing is generated.
+    pub batch_tokens: usize,
+}
+
+impl EvalOptions {
+    /// Error: several completions of a prompt that would all be the same.
+    pub fn check(&self) -> Result<()> {
+        let n = self.generate.n;
+        match n > 1 && self.generate.sampling.temperature == 0.0 {
+            true => Err(Error::Config(format!(
+                "n = {n} with temperature = 0: all {n} would be the same; set temperature=1"
+            ))),
+            false => Ok(()),
+        }
+    }
+}

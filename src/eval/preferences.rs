@@ -1,0 +1,45 @@
+//! How often a reward model scores the chosen side above the rejected one. Layer 6.
+//!
+//! Invariant: the sides are tokenised as `temper reward` does it, uncut, so no pair is dropped.
+
+use std::path::Path;
+
+use super::result::{EvalMetric, EvalRow, Evaluation};
+use crate::autograd::Cx;
+use crate::data::chat::ChatTemplate;
+use crate::data::preference::{PairStyle, PreferenceOptions, pairs};
+use crate::data::rows::Row;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::Result;
+use crate::model::decoder::Decoder;
+use crate::rewards::model::sequence_scores;
+
+/// Accuracy and margin on rows with chosen and rejected, uncut; at most `budget` tokens go through
+/// the model at once.
+pub fn preferences(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    dir: &Path,
+    rows: &[Row],
+    budget: usize,
+) -> Result<Evaluation> {
+    let tokenizer = Tokenizer::load(dir)?;
+    let template = ChatTemplate::choose(None, &tokenizer)?;
+    let options = PreferenceOptions { max_length: None, ..PreferenceOptions::default() };
+    let vocab = model.config.vocab_size;
+    let (examples, _) =
+        pairs(rows, &tokenizer, template.as_ref(), vocab, PairStyle::Reward, &options)?;
+    let sides: Vec<&[u32]> = examples
+        .iter()
+        .flat_map(|e| [e.chosen.input_ids.as_slice(), e.rejected.input_ids.as_slice()])
+        .collect();
+    let scores = sequence_scores(cx, model, &sides, budget)?;
+    let pairs = scores.chunks_exact(2);
+    let won: Vec<f64> = pairs.clone().map(|s| f64::from(u8::from(s[0] > s[1]))).collect();
+    let margins: Vec<f64> = pairs.clone().map(|s| f64::from(s[0]) - f64::from(s[1])).collect();
+    Ok(Evaluation {
+        metrics: vec![EvalMetric::mean("accuracy", &won), EvalMetric::mean("margin", &margins)],
+        rows: pairs.map(|s| EvalRow::Preference { chosen: s[0], rejected: s[1] }).collect(),
+        skipped: Vec::new(),
+    })
+}

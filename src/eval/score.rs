@@ -1,0 +1,167 @@
+//! What a model says of given tokens: log-probs, scores, perplexity. Layer 6.
+//!
+//! Invariant: a language model gives log-probs of tokens, a reward model one score of the row, a
+//! process reward model, for each token, the probability that a step which ended there is right.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::result::{EvalMetric, EvalRow, Evaluation};
+use crate::autograd::Cx;
+use crate::data::chat::ChatTemplate;
+use crate::data::masked::MaskedSequence;
+use crate::data::packing::token_batches;
+use crate::data::rows::Row;
+use crate::data::sft::{SftOptions, prepare};
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::model::batch::{Batch, Sequence};
+use crate::model::decoder::Decoder;
+use crate::model::layout::Task;
+use crate::rewards::model::{one_score, sequence_scores};
+
+/// What a model says of one row.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum RowScore {
+    /// Of each target, and their sum.
+    Tokens { logps: Vec<f32>, sum: f64 },
+    /// A reward model's.
+    Reward { score: f32 },
+    /// A process reward model's, for each token.
+    Steps { scores: Vec<f32> },
+}
+
+/// The sequences of rows: `input_ids` as they are (all tokens but the first are targets) where
+/// every row has them, else as SFT would tokenise the rows, uncut. `vocab` is the number of rows of
+/// the model's embedding.
+pub fn sequences(
+    rows: &[Row],
+    dir: &Path,
+    vocab: usize,
+    text_field: &str,
+) -> Result<Vec<MaskedSequence>> {
+    if rows.iter().all(|r| r.has("input_ids")) {
+        let sequence = |row: &Row| {
+            let ids = row.input_ids(vocab)?;
+            Ok(MaskedSequence::new(&ids[..1], &ids[1..]))
+        };
+        return rows.iter().map(sequence).collect();
+    }
+    let tokenizer = Tokenizer::load(dir)?;
+    let template = ChatTemplate::choose(None, &tokenizer)?;
+    let options = SftOptions {
+        max_length: None,
+        dataset_text_field: text_field.into(),
+        ..SftOptions::default()
+    };
+    let (examples, stats) = prepare(rows, &tokenizer, template.as_ref(), vocab, &options)?;
+    if examples.len() != rows.len() {
+        return Err(Error::Run(format!(
+            "{} of {} rows have no tokens to score; {stats}",
+            rows.len() - examples.len(),
+            rows.len()
+        )));
+    }
+    let masked = examples
+        .into_iter()
+        .map(|e| MaskedSequence { input_ids: e.input_ids, target_mask: e.target_mask });
+    Ok(masked.collect())
+}
+
+/// Hands `each` what the model says of every sequence, in order, as soon as it is known. At most
+/// `budget` tokens, or one sequence, go through the model at once. Error: a classifier of several
+/// labels.
+pub fn score(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    sequences: &[MaskedSequence],
+    budget: usize,
+    each: &mut dyn FnMut(RowScore) -> Result<()>,
+) -> Result<()> {
+    if let Task::SequenceClassification { .. } = model.config.task {
+        one_score(&model.config)?;
+    }
+    let lengths: Vec<usize> = sequences.iter().map(|s| s.input_ids.len()).collect();
+    model.ensure_positions(cx, lengths.iter().copied().max().unwrap_or(1))?;
+    for range in token_batches(&lengths, budget) {
+        let batch: Vec<Sequence> = sequences[range]
+            .iter()
+            .map(|s| Sequence { ids: &s.input_ids, target: Some(&s.target_mask) })
+            .collect();
+        scores(cx, model, &batch)?.into_iter().try_for_each(&mut *each)?;
+    }
+    Ok(())
+}
+
+fn scores(cx: &mut Cx, model: &mut Decoder, sequences: &[Sequence]) -> Result<Vec<RowScore>> {
+    match model.config.task {
+        Task::CausalLm => {
+            let row = |logps: Vec<f32>| {
+                let sum = logps.iter().map(|l| f64::from(*l)).sum();
+                RowScore::Tokens { logps, sum }
+            };
+            Ok(model.logps(cx, sequences)?.into_iter().map(row).collect())
+        }
+        Task::SequenceClassification { .. } => {
+            let ids: Vec<&[u32]> = sequences.iter().map(|s| s.ids).collect();
+            let scores = sequence_scores(cx, model, &ids, usize::MAX)?;
+            Ok(scores.into_iter().map(|score| RowScore::Reward { score }).collect())
+        }
+        Task::TokenClassification { .. } => {
+            let batch = Batch::new(cx, sequences, model.config.vocab_size)?;
+            let hidden = model.hidden(cx, &batch)?;
+            let scores = model.scores(cx, &hidden)?.to_f32()?;
+            let right: Vec<f32> =
+                scores.chunks_exact(2).map(|s| 1.0 / (1.0 + (s[0] - s[1]).exp())).collect();
+            let mut rest = right.as_slice();
+            let row = |s: &Sequence| {
+                let (own, tail) = rest.split_at(s.ids.len());
+                rest = tail;
+                RowScore::Steps { scores: own.to_vec() }
+            };
+            Ok(sequences.iter().map(row).collect())
+        }
+    }
+}
+
+/// Mean negative log-likelihood of the targets of all sequences, and its exponential. Error: no
+/// target at all.
+pub fn perplexity(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    sequences: &[MaskedSequence],
+    budget: usize,
+) -> Result<Evaluation> {
+    let (mut total, mut tokens, mut rows) = (0f64, 0, Vec::new());
+    score(cx, model, sequences, budget, &mut |row| {
+        let RowScore::Tokens { logps, sum } = row else {
+            return Err(Error::Run(
+                "a classifier gives no perplexity; use a language model".into(),
+            ));
+        };
+        total -= sum;
+        tokens += logps.len();
+        rows.push(EvalRow::Likelihood { nll: -sum, tokens: logps.len() });
+        Ok(())
+    })?;
+    if tokens == 0 {
+        return Err(Error::Run(
+            "no row has a token to predict; give rows of at least two tokens".into(),
+        ));
+    }
+    let loss = total / tokens as f64;
+    let metric = |name: &str, value: f64| EvalMetric {
+        name: name.into(),
+        value,
+        stderr: None,
+        rows: rows.len(),
+    };
+    let metrics = vec![
+        metric("loss", loss),
+        metric("perplexity", loss.exp()),
+        metric("tokens", tokens as f64),
+    ];
+    Ok(Evaluation { metrics, rows, skipped: Vec::new() })
+}
