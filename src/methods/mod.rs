@@ -11,6 +11,7 @@ pub mod offline;
 pub mod online;
 pub mod reference;
 pub mod registry;
+pub mod teacher;
 
 use std::borrow::Cow;
 use std::path::Path;
