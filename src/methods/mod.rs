@@ -167,6 +167,31 @@ impl MethodRun {
     }
 }
 
+/// A training command.
+pub struct MethodEntry {
+    /// The command.
+    pub name: &'static str,
+    /// Its line in the help.
+    pub about: &'static str,
+    /// Its page, `docs/methods/PAGE.md`.
+    pub page: &'static str,
+    /// All of its options at their defaults.
+    pub run: fn() -> Box<MethodRun>,
+    /// A folder without weights gets new ones, drawn at random.
+    pub from_scratch: bool,
+}
+
+impl MethodEntry {
+    pub const fn new(
+        name: &'static str,
+        about: &'static str,
+        page: &'static str,
+        run: fn() -> Box<MethodRun>,
+    ) -> MethodEntry {
+        MethodEntry { name, about, page, run, from_scratch: false }
+    }
+}
+
 /// A training objective.
 pub trait Method {
     /// Rows of the training set.

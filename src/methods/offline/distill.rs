@@ -17,9 +17,8 @@ use crate::data::sft::{SftExample, prepare};
 use crate::error::Result;
 use crate::methods::offline::rows::{RowSet, Rows, Split, targets};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::registry::MethodEntry;
 use crate::methods::teacher::{Divergence, Teacher, TeacherOptions};
-use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
 use crate::model::decoder::Decoder;
 
 pub const METHOD: MethodEntry = MethodEntry::new(

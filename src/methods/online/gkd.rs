@@ -28,9 +28,10 @@ use crate::data::rows::Row;
 use crate::data::sft::{SftExample, prepare};
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
-use crate::methods::registry::MethodEntry;
 use crate::methods::teacher::{Teacher, TeacherOptions, all_targets};
-use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun, Metric, StepReport};
+use crate::methods::{
+    BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun, Metric, StepReport,
+};
 use crate::model::decoder::Decoder;
 use crate::rng::{philox, uniform};
 use crate::rollout::Engine;

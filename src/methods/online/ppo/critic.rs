@@ -3,7 +3,7 @@
 //!
 //! Invariant: a value is read at the row that predicts the token.
 
-use super::ValueModel;
+use super::options::ValueModel;
 use crate::autograd::Cx;
 use crate::config::TrainingConfig;
 use crate::error::{Error, Result};
