@@ -5,7 +5,7 @@
 //! three matrix products: gradients are made while the chunk is there) and weights known later
 //! ([`head_logps`], four: the chunk's logits are computed again). Math: `kernels/head.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{DType, Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -117,16 +117,18 @@ pub fn token_logps(cx: &Cx, logits: &Tensor, target: &Tensor) -> Result<Tensor> 
     kernels::head_stats(
         &*cx.device,
         at,
-        logp.out(),
-        lse.out(),
-        None,
-        None,
-        None,
-        logits,
-        target,
-        n as i32,
-        vocab as i32,
-        1.0,
+        kernels::HeadStatsArgs {
+            logp: logp.out(),
+            lse: lse.out(),
+            entropy: None,
+            square: None,
+            best: None,
+            logits,
+            target,
+            rows: n as i32,
+            vocab: vocab as i32,
+            scale: 1.0,
+        },
     )?;
     Ok(logp)
 }
@@ -190,16 +192,18 @@ impl Pass {
         kernels::head_stats(
             &*cx.device,
             Launch::warps(to - from),
-            self.logp.rows(from, to)?.out(),
-            self.lse.rows(from, to)?.out(),
-            Some(self.entropy.rows(from, to)?.out()),
-            square.as_ref().map(|s| s.out()),
-            Some(self.best.rows(from, to)?.out()),
-            &logits,
-            &target.rows(from, to)?,
-            (to - from) as i32,
-            w.row_count() as i32,
-            scale,
+            kernels::HeadStatsArgs {
+                logp: self.logp.rows(from, to)?.out(),
+                lse: self.lse.rows(from, to)?.out(),
+                entropy: Some(self.entropy.rows(from, to)?.out()),
+                square: square.as_ref().map(|s| s.out()),
+                best: Some(self.best.rows(from, to)?.out()),
+                logits: &logits,
+                target: &target.rows(from, to)?,
+                rows: (to - from) as i32,
+                vocab: w.row_count() as i32,
+                scale,
+            },
         )?;
         Ok(logits)
     }
@@ -253,9 +257,7 @@ impl Op for HeadLoss {
             kernels::nll_upstream(
                 &*cx.device,
                 Launch::flat(rows),
-                upstream.out(),
-                weight,
-                rows as i32,
+                kernels::NllUpstreamArgs { upstream: upstream.out(), weight, rows: rows as i32 },
             )?;
         }
         for range in chunks(rows, self.chunk) {
@@ -285,10 +287,12 @@ impl Op for HeadLoss {
         kernels::weighted_nll(
             &*cx.device,
             Launch::warps(1),
-            loss.out(),
-            &pass.logp,
-            weight,
-            rows as i32,
+            kernels::WeightedNllArgs {
+                loss: loss.out(),
+                logp: &pass.logp,
+                weight,
+                rows: rows as i32,
+            },
         )?;
         Ok(Fwd {
             outputs: vec![loss, pass.logp, pass.entropy, pass.best],
@@ -296,13 +300,7 @@ impl Op for HeadLoss {
         })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         if dy[0].is_none() {
             return Err(Error::op("head_loss", "only the loss carries a gradient; use head_logps"));
         }
@@ -344,13 +342,7 @@ impl Op for HeadLogps {
         Ok(Fwd { outputs, saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let [h, w, target, lse, entropy] = &node.saved[..] else { return Ok(()) };
         let rows = h.row_count();
         let zeros;
@@ -419,16 +411,18 @@ fn gradient_rows(
     kernels::head_grad(
         &*cx.device,
         Launch::warps(rows),
-        dlogits.out(),
-        logits,
-        target,
-        lse,
-        entropy,
-        a,
-        b,
-        rows as i32,
-        vocab as i32,
-        scale,
+        kernels::HeadGradArgs {
+            dlogits: dlogits.out(),
+            logits,
+            target,
+            lse,
+            entropy,
+            a,
+            b,
+            rows: rows as i32,
+            vocab: vocab as i32,
+            scale,
+        },
     )
 }
 

@@ -14,7 +14,7 @@
 
 use std::sync::Arc;
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::MatmulChoice;
 use crate::device::Layout;
 use crate::error::{Error, Result};
@@ -212,13 +212,7 @@ impl Op for LoraLinear {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let [xd, scale, a, t, rest @ ..] = &node.saved[..] else { return Ok(()) };
         let (b, rest) = rest.split_at(self.segments.len());

@@ -4,7 +4,7 @@
 //! Invariant: as for the plain embedding, the backward adds the places of an id in order. Kernel:
 //! `kernels/prompt.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -45,25 +45,13 @@ impl Op for PromptEmbedding {
         kernels::prompt_gather(
             &*cx.device,
             Launch::warps(n),
-            y.out(),
-            w,
-            p,
-            ids,
-            n as i32,
-            vocab,
-            d as i32,
+            kernels::PromptGatherArgs { y: y.out(), w, p, ids, n: n as i32, vocab, d: d as i32 },
         )?;
         let saved = if need.tape { x[3..6].iter().map(|t| (*t).clone()).collect() } else { vec![] };
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (unique, starts, order) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if order.numel() != dy.row_count() {

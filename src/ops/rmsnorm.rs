@@ -3,12 +3,12 @@
 //! Invariant: a row's result depends on that row alone. Math, numerics and source:
 //! `kernels/rmsnorm.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, Rng};
-use crate::ops::{expect_cols, partials};
+use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
 /// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w [d]; y as x. Error if w is not as wide
@@ -57,27 +57,23 @@ impl Op for RmsNorm {
         kernels::rmsnorm_fwd(
             &*cx.device,
             Launch::warps(x.row_count()),
-            y.out(),
-            None,
-            rstd.out(),
-            x,
-            None,
-            w,
-            rows,
-            d,
-            self.eps,
+            kernels::RmsnormFwdArgs {
+                y: y.out(),
+                sum: None,
+                rstd: rstd.out(),
+                x,
+                res: None,
+                w,
+                rows,
+                d,
+                eps: self.eps,
+            },
         )?;
         let saved = if need.tape { vec![x.clone(), w.clone(), rstd] } else { vec![] };
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if let Some((dx, accumulate)) = g.slot(0)? {
@@ -86,15 +82,17 @@ impl Op for RmsNorm {
             kernels::rmsnorm_bwd(
                 &*cx.device,
                 at,
-                dx.out(),
-                dy,
-                None,
-                s,
-                w,
-                rstd,
-                rows,
-                d,
-                i32::from(accumulate),
+                kernels::RmsnormBwdArgs {
+                    ds: dx.out(),
+                    dy,
+                    dsum: None,
+                    s,
+                    w,
+                    rstd,
+                    rows,
+                    d,
+                    accumulate: i32::from(accumulate),
+                },
             )?;
         }
         weight_gradient(cx, g, 1, dy, s, rstd)
@@ -130,27 +128,23 @@ impl Op for AddRmsNorm {
         kernels::rmsnorm_fwd(
             &*cx.device,
             at,
-            y.out(),
-            Some(s.out()),
-            rstd.out(),
-            x,
-            Some(residual),
-            w,
-            rows,
-            d,
-            self.eps,
+            kernels::RmsnormFwdArgs {
+                y: y.out(),
+                sum: Some(s.out()),
+                rstd: rstd.out(),
+                x,
+                res: Some(residual),
+                w,
+                rows,
+                d,
+                eps: self.eps,
+            },
         )?;
         let saved = if need.tape { vec![s.clone(), w.clone(), rstd] } else { vec![] };
         Ok(Fwd { outputs: vec![y, s], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         let Some(up) = &dy[0] else {
             // Only the residual stream goes on: both inputs get its gradient.
@@ -167,15 +161,17 @@ impl Op for AddRmsNorm {
             kernels::rmsnorm_bwd(
                 &*cx.device,
                 at,
-                ds.out(),
-                up,
-                dy[1].as_ref(),
-                s,
-                w,
-                rstd,
-                rows,
-                d,
-                0,
+                kernels::RmsnormBwdArgs {
+                    ds: ds.out(),
+                    dy: up,
+                    dsum: dy[1].as_ref(),
+                    s,
+                    w,
+                    rstd,
+                    rows,
+                    d,
+                    accumulate: 0,
+                },
             )?;
             g.give(cx, 0, ds.clone())?;
             g.give(cx, 1, ds)?;
@@ -203,19 +199,17 @@ fn weight_gradient(
 ) -> Result<()> {
     let Some((dw, accumulate)) = g.slot(i)? else { return Ok(()) };
     let (rows, d) = (s.row_count(), s.cols());
-    let partial = partials(cx, rows, d)?;
-    let (chunks, step) = (rows.div_ceil(64), 32 * 16 / s.dtype().size());
-    let at = Launch::warps(chunks * d.div_ceil(step));
-    kernels::rmsnorm_dw(&*cx.device, at, partial.out(), dy, s, rstd, rows as i32, d as i32)?;
-    kernels::sum_partials(
-        &*cx.device,
-        Launch::flat(d),
-        dw.out(),
-        &partial,
-        chunks as i32,
-        d as i32,
-        i32::from(accumulate),
-    )
+    let sums = RowSums::new(cx, rows, d, s.dtype())?;
+    let args = kernels::RmsnormDwArgs {
+        partial: sums.partial.out(),
+        dy,
+        s,
+        rstd,
+        rows: rows as i32,
+        d: d as i32,
+    };
+    kernels::rmsnorm_dw(&*cx.device, sums.first, args)?;
+    sums.finish(cx, &dw, accumulate)
 }
 
 fn norm(round: Round, s: &F64, w: &F64, eps: f32) -> F64 {

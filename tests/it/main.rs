@@ -30,3 +30,4 @@ mod runs;
 mod score;
 mod sft;
 mod shim;
+mod signature;

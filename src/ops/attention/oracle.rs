@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Attention, AttentionPaged, AttnPlan, AttnShape, KvAppend, Segment};
+use super::{Attention, AttentionPaged, AttnPlan, AttnShape, KvAppend, PAGE, Segment};
 use crate::autograd::{F64, Round};
 use crate::ops::case::{Arg, Case, Kind, Rng};
 
@@ -89,7 +89,9 @@ pub(super) fn paged(round: Round, shape: &AttnShape, x: &[F64]) -> F64 {
             let (k, last) = (h / group * d, position.index(r));
             let v = k + shape.kv_heads * d;
             let seen: Vec<(&[f64], &[f64])> = (first_seen(shape, last)..=last)
-                .map(|p| cache.row(pages.row(sequence.index(r))[p / 64] as usize * 64 + p % 64))
+                .map(|p| {
+                    cache.row(pages.row(sequence.index(r))[p / PAGE] as usize * PAGE + p % PAGE)
+                })
                 .map(|row| (&row[k..k + d], &row[v..v + d]))
                 .collect();
             let q = &qkv.row(r)[h * d..(h + 1) * d];
@@ -190,7 +192,7 @@ pub(super) fn paged_cases(rng: &mut Rng) -> Vec<Case> {
         position.extend([0, 1, 62, 63, 64]);
         let inputs = vec![
             Arg::real(rng.array(&[7, (shape.heads + 2 * shape.kv_heads) * d], 1.0)).no_grad(),
-            Arg::real(rng.array(&[pages * 64, 2 * shape.kv_heads * d], 1.0)).no_grad(),
+            Arg::real(rng.array(&[pages * PAGE, 2 * shape.kv_heads * d], 1.0)).no_grad(),
             Arg {
                 value: F64::new(&[2, 3], table.to_vec()),
                 kind: Kind::Int,

@@ -5,10 +5,10 @@
 //! the order of pairs matters to `aot` alone, as in TRL.
 
 use super::{give_scaled, oracle, pair_count, pair_inputs, totals, with_grad};
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, divergence_kind, dpo_loss};
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
@@ -29,12 +29,33 @@ impl Divergence {
     /// reverse KL.
     fn code(self) -> (i32, f32) {
         match self {
-            Divergence::ReverseKl => (0, 0.0),
-            Divergence::ForwardKl => (1, 0.0),
-            Divergence::Js => (2, 0.0),
-            Divergence::Alpha(a) if (a - 1.0).abs() < 1e-6 => (0, 0.0),
-            Divergence::Alpha(a) => (3, a),
+            Divergence::ReverseKl => (divergence_kind::REVERSE_KL, 0.0),
+            Divergence::ForwardKl => (divergence_kind::FORWARD_KL, 0.0),
+            Divergence::Js => (divergence_kind::JS, 0.0),
+            Divergence::Alpha(a) if (a - 1.0).abs() < 1e-6 => (divergence_kind::REVERSE_KL, 0.0),
+            Divergence::Alpha(a) => (divergence_kind::ALPHA, a),
         }
+    }
+}
+
+/// The kernel's number of a loss.
+fn number(loss: DpoLoss) -> i32 {
+    match loss {
+        DpoLoss::Sigmoid => dpo_loss::SIGMOID,
+        DpoLoss::Hinge => dpo_loss::HINGE,
+        DpoLoss::Ipo => dpo_loss::IPO,
+        DpoLoss::ExoPair => dpo_loss::EXO_PAIR,
+        DpoLoss::NcaPair => dpo_loss::NCA_PAIR,
+        DpoLoss::Robust => dpo_loss::ROBUST,
+        DpoLoss::BcoPair => dpo_loss::BCO_PAIR,
+        DpoLoss::SppoHard => dpo_loss::SPPO_HARD,
+        DpoLoss::Aot => dpo_loss::AOT,
+        DpoLoss::AotUnpaired => dpo_loss::AOT_UNPAIRED,
+        DpoLoss::ApoZero => dpo_loss::APO_ZERO,
+        DpoLoss::ApoDown => dpo_loss::APO_DOWN,
+        DpoLoss::Discopop => dpo_loss::DISCOPOP,
+        DpoLoss::Sft => dpo_loss::SFT,
+        DpoLoss::SigmoidNorm => dpo_loss::SIGMOID_NORM,
     }
 }
 
@@ -122,26 +143,28 @@ impl Op for Dpo {
             kernels::dpo_pairs(
                 &*cx.device,
                 Launch::flat(n),
-                each.out(),
-                grad.out(),
-                rewards.out(),
-                pair_weight.out(),
-                logps,
-                reference,
-                lens,
-                weight,
-                aligned.copied(),
-                sorted.as_ref().map(|s| &s.0),
-                sorted.as_ref().map(|s| &s.1),
-                n as i32,
-                *loss as i32, // the kernel's number: its order is the enum's
-                divergence,
-                alpha,
-                self.beta,
-                self.label_smoothing,
-                self.discopop_tau,
-                *loss_weight,
-                i32::from(i > 0),
+                kernels::DpoPairsArgs {
+                    each: each.out(),
+                    grad: grad.out(),
+                    rewards: rewards.out(),
+                    pair_weight: pair_weight.out(),
+                    logps,
+                    base: reference,
+                    lens,
+                    weight,
+                    aligned: aligned.copied(),
+                    sorted: sorted.as_ref().map(|s| &s.0),
+                    rank: sorted.as_ref().map(|s| &s.1),
+                    n: n as i32,
+                    kind: *loss as i32,
+                    divergence,
+                    alpha,
+                    beta: self.beta,
+                    e: self.label_smoothing,
+                    tau: self.discopop_tau,
+                    loss_weight: *loss_weight,
+                    accumulate: i32::from(i > 0),
+                },
             )?;
         }
         let (loss, dnll) =
@@ -150,13 +173,7 @@ impl Op for Dpo {
         Ok(Fwd { outputs: vec![loss, rewards], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         give_scaled(cx, g, 0, &node.saved[0], dy)?;
         match self.sft_weight() {
@@ -191,12 +208,14 @@ impl Dpo {
         kernels::aot_sort(
             &*cx.device,
             at,
-            sorted.out(),
-            rank.out(),
-            logps,
-            reference,
-            n as i32,
-            unpaired,
+            kernels::AotSortArgs {
+                sorted: sorted.out(),
+                rank: rank.out(),
+                logps,
+                base: reference,
+                n: n as i32,
+                unpaired,
+            },
         )?;
         Ok((sorted, rank))
     }

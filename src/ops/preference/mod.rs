@@ -13,7 +13,7 @@ mod oracle;
 mod pairs;
 mod unpaired;
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -58,23 +58,19 @@ impl Op for SegmentSums {
         kernels::segment_sums_fwd(
             &*cx.device,
             at,
-            sums.out(),
-            values,
-            Some(weights),
-            starts,
-            segments as i32,
+            kernels::SegmentSumsFwdArgs {
+                sums: sums.out(),
+                values,
+                weights: Some(weights),
+                starts,
+                segments: segments as i32,
+            },
         )?;
         let saved = if need.tape { vec![weights.clone(), starts.clone()] } else { vec![] };
         Ok(Fwd { outputs: vec![sums], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let (weights, starts) = (&node.saved[0], &node.saved[1]);
         let (segments, n) = (dy.numel() as i32, dx.numel());
@@ -82,13 +78,15 @@ impl Op for SegmentSums {
         kernels::segment_sums_bwd(
             &*cx.device,
             at,
-            dx.out(),
-            dy,
-            Some(weights),
-            starts,
-            segments,
-            n as i32,
-            i32::from(accumulate),
+            kernels::SegmentSumsBwdArgs {
+                dvalues: dx.out(),
+                dsums: dy,
+                weights: Some(weights),
+                starts,
+                segments,
+                n: n as i32,
+                accumulate: i32::from(accumulate),
+            },
         )
     }
 
@@ -144,13 +142,15 @@ fn totals(
     kernels::pair_totals(
         &*cx.device,
         at,
-        loss.out(),
-        Some(dnll.out()),
-        each,
-        weight,
-        nll,
-        n,
-        factor,
+        kernels::PairTotalsArgs {
+            loss: loss.out(),
+            dnll: Some(dnll.out()),
+            each,
+            pair_weight: weight,
+            nll,
+            n,
+            factor,
+        },
     )?;
     Ok((loss, dnll))
 }
@@ -163,11 +163,13 @@ fn give_scaled(cx: &Cx, g: &mut Grads, i: usize, kept: &Tensor, upstream: &Tenso
     kernels::scaled_by_upstream(
         &*cx.device,
         at,
-        out.out(),
-        kept,
-        upstream,
-        n as i32,
-        i32::from(accumulate),
+        kernels::ScaledByUpstreamArgs {
+            out: out.out(),
+            grad: kept,
+            upstream,
+            n: n as i32,
+            accumulate: i32::from(accumulate),
+        },
     )
 }
 

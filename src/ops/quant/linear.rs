@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::oracle::{dequantised, values_of};
 use super::{QuantWeight, Scheme};
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::ops::case::{Arg, Case, Rng};
@@ -62,13 +62,7 @@ impl Op for QuantLinear {
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        _node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, _node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         if let Some((dx, accumulate)) = g.slot(0)? {
             product(cx, Layout::NN, &dx, dy, &self.dequantised(cx)?, None, accumulate)?;
@@ -134,13 +128,7 @@ impl Op for FromFloat {
         Ok(Fwd { saved: vec![(*w).clone()], ..fwd })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         self.op(cx, &node.saved[0])?.backward(cx, node, dy, g)
     }
 
