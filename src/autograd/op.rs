@@ -41,7 +41,7 @@ pub trait Op: Debug + Send + Sync {
     /// value is stored.
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64>;
 
-    /// Bytes moved and flops done by a forward on these inputs: for rooflines.
+    /// Bytes moved and flops done by a forward without a tape on these inputs: for rooflines.
     fn cost(&self, x: &[&Tensor]) -> Cost;
 }
 

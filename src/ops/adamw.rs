@@ -173,8 +173,9 @@ impl Op for AdamWStep {
         out
     }
 
+    /// With a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        Cost { bytes: (28 * x[0].numel()) as f64, flops: 0.0 }
+        Cost { bytes: (30 * x[0].numel()) as f64, flops: 0.0 }
     }
 }
 
@@ -218,8 +219,9 @@ impl Op for Bf16Step {
         out
     }
 
+    /// With a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        Cost { bytes: (20 * x[0].numel()) as f64, flops: 0.0 }
+        Cost { bytes: (22 * x[0].numel()) as f64, flops: 0.0 }
     }
 }
 

@@ -141,6 +141,7 @@ impl Op for AdamW8Step {
         out
     }
 
+    /// With a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost { bytes: (18 * x[0].numel()) as f64, flops: 0.0 }
     }

@@ -206,7 +206,7 @@ impl Op for Distill {
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
         let (m, n, k, e) = (x[0].row_count(), x[1].row_count(), x[0].cols(), x[2].cols());
-        Cost { flops: 2.0 * (m * n) as f64 * (3 * k + e) as f64, ..Cost::memory(x, 12 * m * n) }
+        Cost { flops: 2.0 * (m * n) as f64 * (k + e) as f64, ..Cost::memory(x, 12 * m * n) }
     }
 }
 

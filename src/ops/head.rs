@@ -108,31 +108,6 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     Ok(mean)
 }
 
-/// log p(target) of rows whose logits are at hand: F32 [n], the same bits as [`head_logps`]'. Not
-/// on the tape.
-pub fn token_logps(cx: &Cx, logits: &Tensor, target: &Tensor) -> Result<Tensor> {
-    let (n, vocab) = (logits.row_count(), logits.cols());
-    let (logp, lse) = (cx.float("head rows", &[n])?, cx.float("head rows", &[n])?);
-    let at = Launch::warps(n);
-    kernels::head_stats(
-        &*cx.device,
-        at,
-        kernels::HeadStatsArgs {
-            logp: logp.out(),
-            lse: lse.out(),
-            entropy: None,
-            square: None,
-            best: None,
-            logits,
-            target,
-            rows: n as i32,
-            vocab: vocab as i32,
-            scale: 1.0,
-        },
-    )?;
-    Ok(logp)
-}
-
 /// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 512 MiB on a GPU.
 pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
     let bytes = if cx.device.is_cuda() { 512 << 20 } else { 4 << 20 };
@@ -317,7 +292,7 @@ impl Op for HeadLoss {
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        head_cost(x, 3.0)
+        head_cost(x)
     }
 }
 
@@ -392,7 +367,7 @@ impl Op for HeadLogps {
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        head_cost(x, 1.0)
+        head_cost(x)
     }
 }
 
@@ -426,9 +401,9 @@ fn gradient_rows(
     )
 }
 
-fn head_cost(x: &[&Tensor], products: f64) -> Cost {
+fn head_cost(x: &[&Tensor]) -> Cost {
     let (m, n, k) = (x[0].row_count(), x[1].row_count(), x[0].cols());
-    Cost { flops: products * 2.0 * (m * n * k) as f64, ..Cost::memory(x, 12 * m * n) }
+    Cost { flops: 2.0 * (m * n * k) as f64, ..Cost::memory(x, 12 * m * n) }
 }
 
 fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 4] {

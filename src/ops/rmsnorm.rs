@@ -53,22 +53,7 @@ impl Op for RmsNorm {
         let (x, w) = (x[0], x[1]);
         expect_cols("rmsnorm", "weight", w, x.cols(), HINT)?;
         let (y, rstd) = (cx.real("rmsnorm", x.shape())?, cx.float("rstd", &[x.row_count()])?);
-        let (rows, d) = (x.row_count() as i32, x.cols() as i32);
-        kernels::rmsnorm_fwd(
-            &*cx.device,
-            Launch::warps(x.row_count()),
-            kernels::RmsnormFwdArgs {
-                y: y.out(),
-                sum: None,
-                rstd: rstd.out(),
-                x,
-                res: None,
-                w,
-                rows,
-                d,
-                eps: self.eps,
-            },
-        )?;
+        forward(cx, [&y, &rstd], None, x, w, self.eps)?;
         let saved = if need.tape { vec![x.clone(), w.clone(), rstd] } else { vec![] };
         Ok(Fwd { outputs: vec![y], saved })
     }
@@ -77,23 +62,7 @@ impl Op for RmsNorm {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if let Some((dx, accumulate)) = g.slot(0)? {
-            let (rows, d) = (s.row_count() as i32, s.cols() as i32);
-            let at = Launch::warps(s.row_count());
-            kernels::rmsnorm_bwd(
-                &*cx.device,
-                at,
-                kernels::RmsnormBwdArgs {
-                    ds: dx.out(),
-                    dy,
-                    dsum: None,
-                    s,
-                    w,
-                    rstd,
-                    rows,
-                    d,
-                    accumulate: i32::from(accumulate),
-                },
-            )?;
+            backward(cx, &dx, dy, None, [s, w, rstd], accumulate)?;
         }
         weight_gradient(cx, g, 1, dy, s, rstd)
     }
@@ -123,23 +92,7 @@ impl Op for AddRmsNorm {
         }
         let (y, s) = (cx.real("rmsnorm", x.shape())?, cx.real("residual", x.shape())?);
         let rstd = cx.float("rstd", &[x.row_count()])?;
-        let (rows, d) = (x.row_count() as i32, x.cols() as i32);
-        let at = Launch::warps(x.row_count());
-        kernels::rmsnorm_fwd(
-            &*cx.device,
-            at,
-            kernels::RmsnormFwdArgs {
-                y: y.out(),
-                sum: Some(s.out()),
-                rstd: rstd.out(),
-                x,
-                res: Some(residual),
-                w,
-                rows,
-                d,
-                eps: self.eps,
-            },
-        )?;
+        forward(cx, [&y, &rstd], Some((&s, residual)), x, w, self.eps)?;
         let saved = if need.tape { vec![s.clone(), w.clone(), rstd] } else { vec![] };
         Ok(Fwd { outputs: vec![y, s], saved })
     }
@@ -156,23 +109,7 @@ impl Op for AddRmsNorm {
         };
         if g.wants(0) || g.wants(1) {
             let ds = cx.real("activation gradients", s.shape())?;
-            let (rows, d) = (s.row_count() as i32, s.cols() as i32);
-            let at = Launch::warps(s.row_count());
-            kernels::rmsnorm_bwd(
-                &*cx.device,
-                at,
-                kernels::RmsnormBwdArgs {
-                    ds: ds.out(),
-                    dy: up,
-                    dsum: dy[1].as_ref(),
-                    s,
-                    w,
-                    rstd,
-                    rows,
-                    d,
-                    accumulate: 0,
-                },
-            )?;
+            backward(cx, &ds, up, dy[1].as_ref(), [s, w, rstd], false)?;
             g.give(cx, 0, ds.clone())?;
             g.give(cx, 1, ds)?;
         }
@@ -187,6 +124,51 @@ impl Op for AddRmsNorm {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost::memory(x, 2 * x[0].bytes())
     }
+}
+
+/// y and rstd of x, or of x + residual, which is written to the tensor beside it.
+fn forward(
+    cx: &Cx,
+    [y, rstd]: [&Tensor; 2],
+    sum_residual: Option<(&Tensor, &Tensor)>,
+    x: &Tensor,
+    w: &Tensor,
+    eps: f32,
+) -> Result<()> {
+    let args = kernels::RmsnormFwdArgs {
+        y: y.out(),
+        sum: sum_residual.map(|(sum, _)| sum.out()),
+        rstd: rstd.out(),
+        x,
+        res: sum_residual.map(|(_, residual)| residual),
+        w,
+        rows: x.row_count() as i32,
+        d: x.cols() as i32,
+        eps,
+    };
+    kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), args)
+}
+
+fn backward(
+    cx: &Cx,
+    ds: &Tensor,
+    dy: &Tensor,
+    dsum: Option<&Tensor>,
+    [s, w, rstd]: [&Tensor; 3],
+    accumulate: bool,
+) -> Result<()> {
+    let args = kernels::RmsnormBwdArgs {
+        ds: ds.out(),
+        dy,
+        dsum,
+        s,
+        w,
+        rstd,
+        rows: s.row_count() as i32,
+        d: s.cols() as i32,
+        accumulate: i32::from(accumulate),
+    };
+    kernels::rmsnorm_bwd(&*cx.device, Launch::warps(s.row_count()), args)
 }
 
 fn weight_gradient(

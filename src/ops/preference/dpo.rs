@@ -156,7 +156,7 @@ impl Op for Dpo {
                     sorted: sorted.as_ref().map(|s| &s.0),
                     rank: sorted.as_ref().map(|s| &s.1),
                     n: n as i32,
-                    kind: *loss as i32,
+                    kind: number(*loss),
                     divergence,
                     alpha,
                     beta: self.beta,
