@@ -5,7 +5,7 @@
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream, flat};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::row_packs;
 use crate::tensor::Tensor;
 
@@ -192,4 +192,14 @@ pub fn plain_cases(rng: &mut Rng) -> Vec<Case> {
             )
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), 2 * s.intermediate], 1.0));
+    vec![Case::new("silu", Glu { act: Act::Silu }, vec![x])]
+}
+
+pub fn plain_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.intermediate], 1.0));
+    vec![Case::new("gelu by tanh", Activation { act: Act::GeluTanh }, vec![x])]
 }

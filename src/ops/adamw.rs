@@ -7,7 +7,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::rng::{M_NOISE_TAG, V_NOISE_TAG, philox};
 use crate::tensor::Tensor;
 
@@ -251,4 +251,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         cases.push(case);
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = case_inputs(rng, s.hidden * s.intermediate);
+    vec![Case::new("with copies of the inputs", AdamWStep(CASE), inputs)]
 }

@@ -8,7 +8,7 @@ use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::adamw::{AdamW, CASE, case_inputs, exact_step};
-use crate::ops::case::{Case, Rng};
+use crate::ops::case::{Case, PerfShape, Rng};
 use crate::ops::quant::{
     BLOCK8, blockwise8_dequantise, blockwise8_quantise, dynamic_map, dynamic_map_tensor,
 };
@@ -156,4 +156,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             case
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = case_inputs(rng, s.hidden * s.intermediate);
+    vec![Case::new("with moments quantised before", AdamW8Step(CASE), inputs)]
 }

@@ -6,7 +6,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::tensor::Tensor;
 
 /// `a + b`, both [.., n] real and of one shape.
@@ -125,6 +125,16 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             Case::new(format!("{shape:?}"), Add, inputs)
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = [1.0, 1.0].map(|scale| Arg::real(rng.array(&[s.tokens(), s.hidden], scale)));
+    vec![Case::new("residual", Add, inputs.into())]
+}
+
+pub fn to_float_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    vec![Case::new("hidden states", ToFloat, vec![x])]
 }
 
 #[cfg(test)]

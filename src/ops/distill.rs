@@ -9,7 +9,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
 use crate::ops::head::{chunk_rows, chunks};
 use crate::ops::matmul::product;
@@ -231,4 +231,15 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         }
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let mut model = || {
+        let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0)).no_grad();
+        [x, Arg::real(rng.array(&[s.vocab, s.hidden], 0.02)).no_grad()]
+    };
+    let mut inputs = [model(), model()].concat();
+    inputs.push(Arg::float(F64::from_fn(&[s.tokens()], |_| 1.0)));
+    let op = Distill { beta: 0.5, scale: 1.0, chunk: 1024 };
+    vec![Case::new("beta 0.5, chunks of 1024", op, inputs)]
 }

@@ -7,7 +7,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::Launch;
 use crate::error::Result;
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::rng::{DROPOUT_TAG, philox, uniform};
 use crate::tensor::Tensor;
 
@@ -86,4 +86,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             Case::new(format!("n {n} p {p}"), Dropout { p, site: 5 }, inputs)
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    vec![Case::new("p 0.1", Dropout { p: 0.1, site: 0 }, vec![x, Arg::ints(&[1, 2, 3, 0])])]
 }

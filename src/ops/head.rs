@@ -10,7 +10,7 @@ use crate::device::{DType, Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::add::axpy;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
 use crate::ops::matmul::product;
 use crate::tensor::{Id, Tensor};
@@ -457,4 +457,15 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         });
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let target: Vec<i32> = (0..s.tokens()).map(|_| rng.below(s.vocab) as i32).collect();
+    let inputs = vec![
+        Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0)),
+        Arg::param(rng.array(&[s.vocab, s.hidden], 0.02)),
+        Arg::ints(&target),
+    ];
+    let op = HeadLogps { scale: 1.0, chunk: 1024, square: false };
+    vec![Case::new("log-probs in chunks of 1024", op, inputs)]
 }

@@ -9,7 +9,7 @@ use crate::config::MatmulChoice;
 use crate::device::{Gemm, Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
@@ -196,4 +196,12 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         ));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = vec![
+        Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0)),
+        Arg::param(rng.array(&[2 * s.intermediate, s.hidden], 0.02)),
+    ];
+    vec![Case::new("gate_up", Linear { bias: false }, inputs)]
 }

@@ -16,7 +16,7 @@ use crate::kernels::{self, policy_term, ratio_level};
 use crate::tensor::{Id, Tensor};
 
 pub use advantage::{gae, whiten};
-pub use oracle::cases;
+pub use oracle::{cases, perf};
 
 /// The term of a token. TRL's `loss_type` grpo, bnpo, dr_grpo, dapo and luspo are all `Clip`: they
 /// differ in the weights.

@@ -7,7 +7,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
@@ -223,4 +223,12 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         ));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let mut rows = || Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    let (x, residual) = (rows(), rows());
+    let w = Arg::param(F64::from_fn(&[s.hidden], |_| 1.0));
+    let plain = Case::new("plain", RmsNorm { eps: 1e-5 }, vec![x.clone(), w.clone()]);
+    vec![plain, Case::new("residual", AddRmsNorm { eps: 1e-5 }, vec![x, residual, w])]
 }

@@ -8,7 +8,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{RowSums, row_packs};
 use crate::tensor::Tensor;
 
@@ -260,35 +260,36 @@ impl Op for Rope {
     }
 }
 
-pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (rows, heads, kv, dim, norm) in [
-        (3, 2, 1, 16, false),
-        (40, 4, 2, 32, false),
-        (5, 3, 3, 6, false),
-        (37, 4, 2, 64, true),
-        (3, 2, 2, 24, true),
-    ] {
-        let positions = 50;
-        let angle = F64::from_fn(&[positions, dim / 2], |i| {
-            (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
-        });
-        let cosine = F64::from_fn(&angle.shape, |i| angle.data[i].cos());
-        let sine = F64::from_fn(&angle.shape, |i| angle.data[i].sin());
-        let place: Vec<i32> = (0..rows).map(|_| rng.below(positions) as i32).collect();
-        let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
-        let mut inputs =
-            vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&place)];
-        if norm {
-            inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
-            inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
-        }
-        let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
-        let label = format!(
-            "rows {rows} heads {heads}/{kv} dim {dim}{}",
-            if norm { " normed" } else { "" }
-        );
-        cases.push(Case::new(label, op, inputs));
+fn case(rng: &mut Rng, rows: usize, [heads, kv, dim]: [usize; 3], norm: bool, last: usize) -> Case {
+    let angle = F64::from_fn(&[last, dim / 2], |i| {
+        (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
+    });
+    let cosine = F64::from_fn(&angle.shape, |i| angle.data[i].cos());
+    let sine = F64::from_fn(&angle.shape, |i| angle.data[i].sin());
+    let position: Vec<i32> = (0..rows).map(|_| rng.below(last) as i32).collect();
+    let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
+    let mut inputs =
+        vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&position)];
+    if norm {
+        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
+        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
     }
-    cases
+    let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
+    let normed = if norm { " normed" } else { "" };
+    Case::new(format!("rows {rows} heads {heads}/{kv} dim {dim}{normed}"), op, inputs)
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let shapes = [
+        (3, [2, 1, 16], false),
+        (40, [4, 2, 32], false),
+        (5, [3, 3, 6], false),
+        (37, [4, 2, 64], true),
+        (3, [2, 2, 24], true),
+    ];
+    shapes.map(|(rows, heads, norm)| case(rng, rows, heads, norm, 50)).into()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    vec![case(rng, s.tokens(), [s.heads, s.kv_heads, s.head_dim], false, s.length)]
 }

@@ -9,7 +9,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS};
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::rng::{SAMPLE_TAG, philox, uniform};
 use crate::tensor::Tensor;
 
@@ -335,4 +335,16 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         ));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let rows: Vec<i32> = (0..s.sequences as i32).flat_map(|r| [r, 0, r]).collect();
+    let logits = Arg::float(rng.array(&[s.sequences, s.vocab], 2.0));
+    let plain = Sampling { temperature: 1.0, ..Sampling::greedy() };
+    let nucleus = Sampling { top_p: 0.95, ..plain.clone() };
+    let case = |label: &str, sampling| {
+        let inputs = vec![logits.clone(), Arg::ints(&rows), Arg::ints(&[1, 2])];
+        Case::new(label, Sample { sampling }, inputs)
+    };
+    vec![case("full distribution", plain), case("top_p 0.95", nucleus)]
 }

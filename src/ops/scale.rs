@@ -6,7 +6,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::matmul::column_sums;
 use crate::ops::{RowSums, expect_cols, row_packs};
 use crate::tensor::Tensor;
@@ -222,4 +222,11 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
 /// A constant vector on the device.
 pub fn constant(cx: &Cx, values: &[f32]) -> Result<Tensor> {
     Tensor::from_host(&cx.pool, "column factors", DType::F32, &[values.len()], values)
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    let scale = Arg::param(F64::from_fn(&[s.hidden], |_| 1.0));
+    let op = ScaleColumns { starts: vec![0], norm: false, bias: false };
+    vec![Case::new("all columns", op, vec![x, scale])]
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Case, Rng};
+use crate::ops::case::{Case, PerfShape, Rng};
 use crate::ops::{expect_cols, row_packs};
 use crate::tensor::Tensor;
 
@@ -304,4 +304,16 @@ pub fn paged_cases(rng: &mut Rng) -> Vec<Case> {
 
 pub fn append_cases(rng: &mut Rng) -> Vec<Case> {
     oracle::append_cases(rng)
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    oracle::perf(rng, s)
+}
+
+pub fn paged_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    oracle::paged_perf(rng, s)
+}
+
+pub fn append_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    oracle::append_perf(rng, s)
 }

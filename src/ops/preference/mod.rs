@@ -17,7 +17,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::tensor::Tensor;
 
 pub use dpo::{Divergence, Dpo, DpoIn, DpoLoss, dpo};
@@ -203,6 +203,31 @@ fn pair_inputs(rng: &mut Rng, n: usize, spread: f64) -> (F64, F64, F64) {
 
 fn with_grad(value: F64) -> Arg {
     Arg { grad: true, ..Arg::float(value) }
+}
+
+pub fn segment_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let starts: Vec<i32> = (0..=s.sequences).map(|i| (i * s.length) as i32).collect();
+    let inputs = vec![
+        Arg::float(rng.array(&[s.tokens()], 2.0)),
+        Arg::float(F64::from_fn(&[s.tokens()], |_| 1.0)),
+        Arg::ints(&starts),
+    ];
+    vec![Case::new("sequences", SegmentSums, inputs)]
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let n = s.sequences.max(1);
+    let (logps, lens, weight) = pair_inputs(rng, n, 3.0);
+    let reference = F64::from_fn(&[n, 2], |i| logps.data[i] + rng.normal());
+    let op = Dpo {
+        losses: vec![(DpoLoss::Sigmoid, 1.0)],
+        divergence: Divergence::ReverseKl,
+        beta: 0.1,
+        label_smoothing: 0.0,
+        discopop_tau: 0.05,
+    };
+    let inputs = [logps, reference, lens, weight].map(Arg::float);
+    vec![Case::new("dpo", op, inputs.into())]
 }
 
 #[cfg(test)]

@@ -15,9 +15,9 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::tensor::Tensor;
 
-pub use linear::{QuantLinear, cases as linear_cases, quant_linear};
-pub use oracle::cases;
+pub use linear::{QuantLinear, cases as linear_cases, perf as linear_perf, quant_linear};
 pub(crate) use oracle::{blockwise_oracle, values_of};
+pub use oracle::{cases, perf};
 pub use weight::{QuantWeight, Scales, Scheme, Segment};
 
 /// Values of one scale in NF4, and scales of one scale in double quantisation and in 8-bit moments.
