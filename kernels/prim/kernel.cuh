@@ -28,8 +28,13 @@
 //   EXPORT(int, NAME, 64);                      a constant (int: usize in Rust; unsigned: u32)
 //   EXPORT_FN(name, d, d <= 128 ? 64 : 32);     a function of one int, for constant expressions
 //   EXPORT_ENUM(name, FIRST, SECOND);           name::FIRST = 0, name::SECOND = 1
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
 #define EXPORT(type, name, value) constexpr type name = value
-#define EXPORT_FN(name, parameter, ...) constexpr int name(int parameter) { return __VA_ARGS__; }
+#define EXPORT_FN(name, parameter, ...) HOST_DEVICE constexpr int name(int parameter) { return __VA_ARGS__; }
 #define EXPORT_ENUM(name, ...) \
   struct name { \
     enum { __VA_ARGS__ }; \
