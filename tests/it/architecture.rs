@@ -276,33 +276,44 @@ fn unsafe_stands_only_at_devices_and_says_why() {
     }
 }
 
+/// The `.cu` and `.cuh` files of a folder of `kernels/`, with their text.
+fn kernel_sources(folder: &str) -> Vec<(String, String)> {
+    let paths = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+    paths
+        .filter(|p| p.extension().is_some_and(|e| e == "cu" || e == "cuh"))
+        .map(|p| (p.display().to_string(), std::fs::read_to_string(&p).unwrap()))
+        .collect()
+}
+
 #[test]
 fn every_kernel_file_has_the_five_parts_of_its_head() {
-    for entry in std::fs::read_dir("kernels").unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_none_or(|e| e != "cu") {
-            continue;
-        }
-        let text = std::fs::read_to_string(&path).unwrap();
+    for (file, text) in kernel_sources("kernels") {
         let head: Vec<&str> = text.lines().take(60).collect();
         for part in ["Math", "Shapes", "Plan", "Numerics", "Cost"] {
-            assert!(
-                head.iter().any(|l| l.starts_with("//") && l.contains(part)),
-                "{}: no {part}",
-                path.display()
-            );
+            let there = head.iter().any(|l| l.starts_with("//") && l.contains(part));
+            assert!(there, "{file}: no {part}");
         }
-        assert!(
-            !text.contains("atomicAdd"),
-            "{}: float atomics depend on the schedule",
-            path.display()
-        );
-        for line in text.lines().filter(|l| l.starts_with("#include")) {
-            assert!(
-                line.contains("\"prim/"),
-                "{}: {line}: kernels include prim/ only",
-                path.display()
-            );
+        assert!(!text.contains("atomicAdd"), "{file}: float atomics depend on the schedule");
+    }
+}
+
+#[test]
+fn kernels_include_prim_and_common_and_prim_only_itself() {
+    let allowed: [(&str, &[&str]); 4] = [
+        ("kernels", &["prim/", "common/"]),
+        ("kernels/shim", &["prim/"]),
+        ("kernels/common", &["prim/", "common/"]),
+        ("kernels/prim", &["prim/"]),
+    ];
+    for (folder, folders) in allowed {
+        let sources = kernel_sources(folder);
+        assert!(!sources.is_empty(), "{folder} has no kernels");
+        for (file, text) in sources {
+            for line in text.lines().filter(|l| l.starts_with("#include \"")) {
+                let path = line.trim_start_matches("#include \"");
+                let fits = folders.iter().any(|f| path.starts_with(f)) && path.ends_with(".cuh\"");
+                assert!(fits, "{file}: {line}: only headers of {folders:?}");
+            }
         }
     }
 }

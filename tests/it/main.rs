@@ -31,3 +31,4 @@ mod runs;
 mod score;
 mod sft;
 mod shim;
+mod signature;
