@@ -33,11 +33,8 @@ use crate::methods::{
     BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun, Metric, StepReport,
 };
 use crate::model::decoder::Decoder;
-use crate::rng::{philox, uniform};
+use crate::rng::{philox, tag, uniform};
 use crate::rollout::Engine;
-
-/// Philox's stream of the choice between the student's completions and the others.
-const STREAM: u32 = 0x676b_6400;
 
 pub const METHOD: MethodEntry = MethodEntry::new(
     "gkd",
@@ -163,7 +160,7 @@ impl Gkd {
     /// Whether micro-batch `m` of a step has the student's completions.
     fn on_policy(&self, step: u64, m: usize) -> bool {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
-        let bits = philox(key, [step as u32, m as u32, 0, STREAM]);
+        let bits = philox(key, [step as u32, m as u32, 0, tag::ON_POLICY]);
         f64::from(uniform(bits[0])) < self.options.lmbda
     }
 

@@ -47,6 +47,7 @@ use crate::ops::policy::{
     ImportanceLevel, PolicyInputs, PolicyLoss, Term, policy_loss, value_loss,
 };
 use crate::optim::schedule;
+use crate::rng::seed;
 
 pub use options::{PpoConfig, ValueModel};
 
@@ -228,7 +229,7 @@ impl Ppo {
     fn order(&self, slot: &Slot) -> Vec<usize> {
         let passes = self.options.num_ppo_epochs as u32;
         let stream = (slot.generation as u32).wrapping_mul(passes).wrapping_add(slot.pass as u32);
-        permutation(self.schedule.size(), self.training.seed ^ 0x70_70_6f, stream)
+        permutation(self.schedule.size(), self.training.seed ^ seed::PPO, stream)
     }
 
     /// The value model's learning rate at a step.
