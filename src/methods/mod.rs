@@ -143,11 +143,6 @@ impl<M: BuildMethod + Default + 'static> MethodRun<M> {
     pub fn erased(&self) -> &MethodRun {
         self
     }
-
-    /// The defaults of a method that the caller knows by its registry entry alone.
-    pub fn boxed() -> Box<MethodRun> {
-        Box::new(Self::default())
-    }
 }
 
 impl MethodRun {
@@ -182,13 +177,18 @@ pub struct MethodEntry {
 }
 
 impl MethodEntry {
-    pub const fn new(
-        name: &'static str,
-        about: &'static str,
-        page: &'static str,
-        run: fn() -> Box<MethodRun>,
-    ) -> MethodEntry {
-        MethodEntry { name, about, page, run, from_scratch: false }
+    /// A method whose page has the name of its command.
+    pub const fn new<M>(name: &'static str, about: &'static str) -> MethodEntry
+    where
+        M: BuildMethod + Default + 'static,
+    {
+        let run = || -> Box<MethodRun> { Box::new(MethodRun::<M>::default()) };
+        MethodEntry { name, about, page: name, run, from_scratch: false }
+    }
+
+    /// The same on another method's page.
+    pub const fn on_page(self, page: &'static str) -> MethodEntry {
+        MethodEntry { page, ..self }
     }
 }
 

@@ -19,15 +19,13 @@ use crate::error::Result;
 use crate::methods::offline::completions::{HeadPass, PairRows, chosen_nll, forward, pair_metrics};
 use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{self, CpoLoss};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<CpoConfig>(
     "cpo",
     "Contrastive preference optimisation, SimPO, AlphaPO: pairs, without a reference",
-    "cpo",
-    MethodRun::<CpoConfig>::boxed,
 );
 
 section! {

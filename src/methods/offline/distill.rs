@@ -18,15 +18,11 @@ use crate::error::Result;
 use crate::methods::offline::rows::{RowSet, Rows, Split, targets};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::teacher::{Divergence, Teacher, TeacherOptions};
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
 use crate::model::decoder::Decoder;
 
-pub const METHOD: MethodEntry = MethodEntry::new(
-    "distill",
-    "Distillation from a teacher's distributions",
-    "distill",
-    MethodRun::<DistillConfig>::boxed,
-);
+pub const METHOD: MethodEntry =
+    MethodEntry::new::<DistillConfig>("distill", "Distillation from a teacher's distributions");
 
 section! {
     /// What TRL's `GKDConfig` has for rows that are there.

@@ -37,19 +37,15 @@ use crate::methods::offline::completions::{
 use crate::methods::offline::rows::{Example, RowSet};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::{Reference, rows_digest};
-use crate::methods::{
-    BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun, StateFiles,
-};
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, StateFiles};
 use crate::model::decoder::Decoder;
 use crate::ops::add::axpy;
 use crate::ops::preference::{self, DpoIn, DpoLoss, FDivergence};
 use crate::tensor::{Id, Tensor};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<DpoConfig>(
     "dpo",
     "Direct preference optimisation: pairs of a chosen and a rejected answer",
-    "dpo",
-    MethodRun::<DpoConfig>::boxed,
 );
 
 section! {

@@ -28,20 +28,15 @@ use crate::methods::offline::rows::{Example, LabelledPair, RowSet, Rows, Split};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::{Reference, floats, rows_digest};
 use crate::methods::{
-    BuildMethod, BuiltMethod, Footprint, MASKS, MaskedIds, MethodEntry, MethodInputs, MethodRun,
-    StateFiles,
+    BuildMethod, BuiltMethod, Footprint, MASKS, MaskedIds, MethodEntry, MethodInputs, StateFiles,
 };
 use crate::model::batch::{self, Batch, Vocab};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
 use crate::tensor::{Id, Tensor};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
-    "kto",
-    "KTO and BCO: single answers labelled good or bad",
-    "kto",
-    MethodRun::<KtoConfig>::boxed,
-);
+pub const METHOD: MethodEntry =
+    MethodEntry::new::<KtoConfig>("kto", "KTO and BCO: single answers labelled good or bad");
 
 section! {
     /// TRL's `KTOConfig`, and what BCO adds.

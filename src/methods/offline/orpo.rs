@@ -20,16 +20,14 @@ use crate::methods::offline::completions::{
 };
 use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::preference;
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<OrpoConfig>(
     "orpo",
     "Odds-ratio preference optimisation: pairs, without a reference",
-    "orpo",
-    MethodRun::<OrpoConfig>::boxed,
 );
 
 section! {

@@ -16,7 +16,7 @@ use crate::methods::offline::completions::sums;
 use crate::methods::offline::rows::{LabelledSteps, RowSet, Rows, Split};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::floats;
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
@@ -24,12 +24,11 @@ use crate::ops::add::to_float;
 use crate::ops::embedding::gather_rows;
 use crate::ops::preference::{Unpaired, UnpairedLoss, unpaired};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<PrmConfig>(
     "prm",
     "A process reward model, of solutions with a label for each step",
-    "reward",
-    MethodRun::<PrmConfig>::boxed,
-);
+)
+.on_page("reward");
 
 section! {
     /// TRL's former `PRMConfig` (1.16.0 has none).

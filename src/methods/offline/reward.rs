@@ -21,7 +21,7 @@ use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::floats;
 use crate::methods::{
-    BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodEntry, MethodInputs, MethodRun, Metric,
+    BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodEntry, MethodInputs, Metric,
 };
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
@@ -30,11 +30,9 @@ use crate::ops::embedding::gather_rows;
 use crate::ops::preference::{BradleyTerry, bradley_terry};
 use crate::rewards::model::one_score;
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<RewardConfig>(
     "reward",
     "A reward model, of pairs; starts from a language model",
-    "reward",
-    MethodRun::<RewardConfig>::boxed,
 );
 
 section! {

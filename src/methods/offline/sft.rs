@@ -28,21 +28,17 @@ use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_loss};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<SftConfig>(
     "sft",
     "Supervised fine-tuning: rows of text, prompt + completion, or messages",
-    "sft",
-    MethodRun::<SftConfig>::boxed,
 );
 
 pub const PRETRAIN: MethodEntry = MethodEntry {
+    name: "pretrain",
+    about: "Language modelling on text rows, packed; a folder with only a config gets random weights",
+    run: pretrain,
     from_scratch: true,
-    ..MethodEntry::new(
-        "pretrain",
-        "Language modelling on text rows, packed; a folder with only a config gets random weights",
-        "sft",
-        pretrain,
-    )
+    ..METHOD
 };
 
 /// SFT over every token of `text` rows, in packs cut anywhere.

@@ -29,19 +29,13 @@ use crate::data::sft::{SftExample, prepare};
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
 use crate::methods::teacher::{Teacher, TeacherOptions, all_targets};
-use crate::methods::{
-    BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun, Metric, StepReport,
-};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, Metric, StepReport};
 use crate::model::decoder::Decoder;
 use crate::rng::{philox, tag, uniform};
 use crate::rollout::Engine;
 
-pub const METHOD: MethodEntry = MethodEntry::new(
-    "gkd",
-    "On-policy distillation from a teacher (GKD)",
-    "gkd",
-    MethodRun::<GkdConfig>::boxed,
-);
+pub const METHOD: MethodEntry =
+    MethodEntry::new::<GkdConfig>("gkd", "On-policy distillation from a teacher (GKD)");
 
 section! {
     /// TRL's `GKDConfig`.

@@ -23,14 +23,12 @@ use super::weights::Normalizer;
 use crate::config::value::words;
 use crate::config::{Report, TrainingConfig, section};
 use crate::error::Result;
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
 use crate::ops::policy::{ImportanceLevel, PolicyLoss, Term};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<GrpoConfig>(
     "grpo",
     "Group relative policy optimisation: prompts and rewards",
-    "grpo",
-    MethodRun::<GrpoConfig>::boxed,
 );
 
 words! {

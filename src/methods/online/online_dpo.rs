@@ -30,19 +30,16 @@ use crate::methods::offline::completions::{reward_metrics, sides, sums};
 use crate::methods::offline::rows::Split;
 use crate::methods::reference::floats;
 use crate::methods::{
-    Averages, BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun, Metric,
-    StepReport,
+    Averages, BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, Metric, StepReport,
 };
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
 use crate::ops::preference::{self, DpoIn, DpoLoss, FDivergence};
 use crate::rewards::Scores;
 
-pub const METHOD: MethodEntry = MethodEntry::new(
+pub const METHOD: MethodEntry = MethodEntry::new::<OnlineDpoConfig>(
     "online-dpo",
     "Online DPO: two completions of a prompt, ranked by rewards",
-    "online-dpo",
-    MethodRun::<OnlineDpoConfig>::boxed,
 );
 
 section! {

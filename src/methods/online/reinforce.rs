@@ -20,15 +20,11 @@ use super::weights::Normalizer;
 use crate::config::{Report, TrainingConfig, section};
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
 use crate::ops::policy::{ImportanceLevel, PolicyLoss};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
-    "reinforce",
-    "REINFORCE++ and ReMax",
-    "grpo",
-    MethodRun::<ReinforceConfig>::boxed,
-);
+pub const METHOD: MethodEntry =
+    MethodEntry::new::<ReinforceConfig>("reinforce", "REINFORCE++ and ReMax").on_page("grpo");
 
 section! {
     /// REINFORCE++ and ReMax, beside the options of all policy losses.

@@ -16,11 +16,11 @@ use super::policy::{
 use super::weights::Normalizer;
 use crate::config::{Report, TrainingConfig, section};
 use crate::error::Result;
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
 use crate::ops::policy::{ImportanceLevel, PolicyLoss};
 
 pub const METHOD: MethodEntry =
-    MethodEntry::new("rloo", "REINFORCE leave-one-out", "grpo", MethodRun::<RlooConfig>::boxed);
+    MethodEntry::new::<RlooConfig>("rloo", "REINFORCE leave-one-out").on_page("grpo");
 
 section! {
     /// TRL's `RLOOConfig`. epsilon clips the sequence's ratio.

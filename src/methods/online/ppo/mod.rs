@@ -39,7 +39,7 @@ use crate::error::{Error, Result};
 use crate::methods::offline::rows::Split;
 use crate::methods::reference::floats;
 use crate::methods::{
-    BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun, Metric, StateFiles, StepReport,
+    BuildMethod, BuiltMethod, MethodEntry, MethodInputs, Metric, StateFiles, StepReport,
 };
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
@@ -51,12 +51,8 @@ use crate::rng::seed;
 
 pub use options::{PpoConfig, ValueModel};
 
-pub const METHOD: MethodEntry = MethodEntry::new(
-    "ppo",
-    "Proximal policy optimisation, with a value model",
-    "ppo",
-    MethodRun::<PpoConfig>::boxed,
-);
+pub const METHOD: MethodEntry =
+    MethodEntry::new::<PpoConfig>("ppo", "Proximal policy optimisation, with a value model");
 
 impl BuildMethod for PpoConfig {
     fn training(&self) -> TrainingConfig {
