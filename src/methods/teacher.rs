@@ -106,6 +106,22 @@ impl Teacher {
         Ok(Some(Divergence { loss, tokens: batch.rows }))
     }
 
+    /// The mean loss of examples, `batch` at a time.
+    pub fn mean_loss(
+        &self,
+        cx: &mut Cx,
+        student: &Decoder,
+        examples: &[SftExample],
+        batch: usize,
+        scale: f32,
+    ) -> Result<f64> {
+        let (total, mut loss) = (all_targets(examples), 0f64);
+        for some in examples.chunks(batch.max(1)) {
+            loss += f64::from(self.update(cx, student, some, total, scale, false)?.loss);
+        }
+        Ok(loss)
+    }
+
     /// One micro-batch of a step of `total` target tokens; with `train`, its backward.
     pub fn update(
         &self,

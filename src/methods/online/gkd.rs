@@ -293,10 +293,7 @@ impl OnlineObjective for Gkd {
             let rollouts = self.env.eval_rollouts(cx, model)?;
             self.env.examples(Split::Eval, rollouts)
         };
-        let (total, mut loss) = (all_targets(&examples), 0f64);
-        for some in examples.chunks(batch.max(1)) {
-            loss += f64::from(self.teacher.update(cx, model, some, total, 1.0, false)?.loss);
-        }
+        let loss = self.teacher.mean_loss(cx, model, &examples, batch, 1.0)?;
         Ok(vec![("loss".into(), loss)])
     }
 
