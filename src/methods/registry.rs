@@ -3,27 +3,25 @@
 //! Invariant: the training commands, their help, the tables of options in the docs and the tests of
 //! options are loops over this list.
 
-use super::MethodEntry;
-use super::offline::{cpo, distill, dpo, kto, orpo, prm, reward, sft};
-use super::online::{gkd, grpo, online_dpo, ppo, reinforce, rloo};
+use super::{MethodEntry, offline, online};
 use crate::error::{Error, Result, nearest};
 
 pub const REGISTRY: &[&MethodEntry] = &[
-    &sft::METHOD,
-    &sft::PRETRAIN,
-    &dpo::METHOD,
-    &reward::METHOD,
-    &prm::METHOD,
-    &kto::METHOD,
-    &orpo::METHOD,
-    &cpo::METHOD,
-    &distill::METHOD,
-    &grpo::METHOD,
-    &rloo::METHOD,
-    &reinforce::METHOD,
-    &ppo::METHOD,
-    &online_dpo::METHOD,
-    &gkd::METHOD,
+    &offline::sft::METHOD,
+    &offline::sft::PRETRAIN,
+    &offline::dpo::METHOD,
+    &offline::reward::METHOD,
+    &offline::prm::METHOD,
+    &offline::kto::METHOD,
+    &offline::orpo::METHOD,
+    &offline::cpo::METHOD,
+    &offline::distill::METHOD,
+    &online::grpo::METHOD,
+    &online::rloo::METHOD,
+    &online::reinforce::METHOD,
+    &online::ppo::METHOD,
+    &online::online_dpo::METHOD,
+    &online::gkd::METHOD,
 ];
 
 /// The method of a command. Error: there is none.
