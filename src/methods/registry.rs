@@ -22,6 +22,7 @@ pub const REGISTRY: &[&MethodEntry] = &[
     &online::ppo::METHOD,
     &online::online_dpo::METHOD,
     &online::gkd::METHOD,
+    &online::on_policy_distill::METHOD,
 ];
 
 /// The method of a command. Error: there is none.

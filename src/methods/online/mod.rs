@@ -13,6 +13,7 @@ pub mod env;
 pub mod gkd;
 pub mod grpo;
 mod metrics;
+pub mod on_policy_distill;
 pub mod online_dpo;
 pub mod options;
 pub mod policy;
