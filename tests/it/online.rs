@@ -13,6 +13,7 @@ use temper::error::Result;
 use temper::methods::offline::sft::SftConfig;
 use temper::methods::online::gkd::GkdConfig;
 use temper::methods::online::grpo::GrpoConfig;
+use temper::methods::online::on_policy_distill::OnPolicyDistillConfig;
 use temper::methods::online::online_dpo::OnlineDpoConfig;
 use temper::methods::online::ppo::PpoConfig;
 use temper::methods::online::reinforce::ReinforceConfig;
@@ -158,6 +159,7 @@ fn online_runs_resumed_equal_uninterrupted_ones_also_within_a_generation() {
     resumes::<ReinforceConfig>("reinforce++", &[LETTERS, "num_generations=2", "beta=0.01"]);
     resumes::<OnlineDpoConfig>("online dpo", &[LETTERS]);
     resumes::<GkdConfig>("gkd", &[TEACHER]);
+    resumes::<OnPolicyDistillConfig>("on-policy distillation", &[TEACHER]);
 }
 
 #[test]
@@ -336,6 +338,29 @@ fn gkd_draws_the_student_towards_its_teacher() {
         same.unwrap()[0]["loss"].as_f64().unwrap().abs() < 1e-6,
         "rounding of a difference of equal numbers"
     );
+}
+
+#[test]
+fn on_policy_distillation_is_gkd_of_the_students_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let teacher = dir.path().join("teacher");
+    let keys = ["learning_rate=5e-3", "max_steps=20", "save_steps=1000"];
+    run::<SftConfig>(&teacher, &keys, false, DType::F32).unwrap();
+    let named = format!("teacher_model_name_or_path={}", teacher.display());
+    let common = [named.as_str(), "max_steps=10", "disable_dropout=true", "learning_rate=5e-3"];
+    let with = |more: &[&'static str]| [&common[..], more].concat();
+    let gkd_keys = with(&["lmbda=1", "beta=1", "temperature=1"]);
+    let gkd = run::<GkdConfig>(&dir.path().join("gkd"), &gkd_keys, false, DType::F32).unwrap();
+    let out = dir.path().join("on-policy");
+    let ours = run::<OnPolicyDistillConfig>(&out, &with(&[]), false, DType::F32).unwrap();
+    let losses = |log: &[Value]| log.iter().map(|l| l["loss"].clone()).collect::<Vec<_>>();
+    assert_eq!(losses(&ours), losses(&gkd));
+    // At another temperature the loss is softened, too, so the two part.
+    let (warm, softer) = (with(&["temperature=1.5"]), dir.path().join("softer"));
+    let softer = run::<OnPolicyDistillConfig>(&softer, &warm, false, DType::F32).unwrap();
+    assert_ne!(losses(&softer), losses(&ours));
+    let (first, last) = (&ours[0]["loss"], &ours[9]["loss"]);
+    assert!(last.as_f64() < first.as_f64(), "{first} -> {last}");
 }
 
 fn refused<M: BuildMethod + Default + 'static>(keys: &[&str]) -> String {
