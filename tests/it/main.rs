@@ -8,7 +8,6 @@ mod config;
 mod data;
 mod eval;
 mod generate;
-
 mod lora_kernels;
 mod model_folder;
 mod online;
@@ -31,3 +30,4 @@ mod runs;
 mod score;
 mod sft;
 mod shim;
+mod support;

@@ -62,19 +62,19 @@ impl BuildMethod for DistillConfig {
         })?;
         let teacher = Teacher::new(&self.teacher)?;
         let scale = (1.0 / self.temperature) as f32;
-        let method = Distill { rows, vocab: model.vocab_size, scale, teacher };
+        let method = DistillObjective { rows, vocab: model.vocab_size, scale, teacher };
         Ok(BuiltMethod::new(OfflineMethod(method), stats))
     }
 }
 
-pub struct Distill {
+pub struct DistillObjective {
     rows: Rows<SftExample>,
     vocab: usize,
     scale: f32,
     teacher: Teacher,
 }
 
-impl OfflineObjective for Distill {
+impl OfflineObjective for DistillObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.rows
     }

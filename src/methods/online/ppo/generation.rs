@@ -9,7 +9,7 @@ use crate::methods::offline::rows::Split;
 use crate::methods::online::advantage::token_rewards;
 use crate::methods::online::metrics::{mean, of_generation, sum};
 use crate::methods::online::rollout::{
-    Rollout, StateReader, StateWriter, Stored, split, starts_tensor,
+    Rollout, StateReader, StateWriter, StoredRollout, split, starts_tensor,
 };
 use crate::methods::online::sampler::SampleRequest;
 use crate::methods::reference::floats;
@@ -25,7 +25,7 @@ pub struct PpoSample {
     pub returns: Vec<f32>,
 }
 
-impl Stored for PpoSample {
+impl StoredRollout for PpoSample {
     fn write(&self, out: &mut StateWriter) {
         self.rollout.write(out);
         for values in [&self.values, &self.advantages, &self.returns] {
