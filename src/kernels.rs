@@ -10,11 +10,6 @@ use crate::tensor::{Out, Tensor};
 
 include!(concat!(env!("OUT_DIR"), "/launchers.rs"));
 
-/// Whether nvcc was there when this was built.
-pub fn has_gpu_images() -> bool {
-    ALL.iter().any(|k| !k.image.bytes.is_empty())
-}
-
 fn select(
     name: &str,
     real: DType,

@@ -20,27 +20,27 @@ const COMPLETIONS: &str = "completions.jsonl";
 
 /// A logged value. Integers stay integers (`num_tokens`).
 #[derive(Clone, Debug, PartialEq)]
-pub enum Metric {
+pub enum LoggedValue {
     Int(u64),
     Float(f64),
     Text(String),
 }
 
-impl From<u64> for Metric {
+impl From<u64> for LoggedValue {
     fn from(v: u64) -> Self {
-        Metric::Int(v)
+        LoggedValue::Int(v)
     }
 }
 
-impl From<f64> for Metric {
+impl From<f64> for LoggedValue {
     fn from(v: f64) -> Self {
-        Metric::Float(v)
+        LoggedValue::Float(v)
     }
 }
 
-impl From<&str> for Metric {
+impl From<&str> for LoggedValue {
     fn from(v: &str) -> Self {
-        Metric::Text(v.to_string())
+        LoggedValue::Text(v.to_string())
     }
 }
 
@@ -101,7 +101,7 @@ impl RunLog {
 
     /// Logs `metrics` of a step: a line of the file, a line on stdout. A key that stands twice
     /// counts once, the last.
-    pub fn log(&mut self, step: u64, metrics: &[(&str, Metric)]) -> Result<()> {
+    pub fn log(&mut self, step: u64, metrics: &[(&str, LoggedValue)]) -> Result<()> {
         let line = to_json(step, metrics);
         let text = format!("{}\n", Value::Object(line.clone()));
         self.file.write_all(text.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
@@ -278,17 +278,17 @@ fn kept(path: &Path, step: u64) -> Result<Vec<Map<String, Value>>> {
         .collect())
 }
 
-fn to_json(step: u64, metrics: &[(&str, Metric)]) -> Map<String, Value> {
+fn to_json(step: u64, metrics: &[(&str, LoggedValue)]) -> Map<String, Value> {
     let mut line = Map::new();
     line.insert("step".into(), step.into());
     let (mut nan, mut infinite) = (false, false);
     for (key, metric) in metrics {
         let value = match metric {
-            Metric::Int(v) => Value::from(*v),
-            Metric::Text(v) => Value::from(v.as_str()),
-            Metric::Float(v) => number(*v),
+            LoggedValue::Int(v) => Value::from(*v),
+            LoggedValue::Text(v) => Value::from(v.as_str()),
+            LoggedValue::Float(v) => number(*v),
         };
-        if let Metric::Float(v) = metric {
+        if let LoggedValue::Float(v) = metric {
             nan |= v.is_nan();
             infinite |= v.is_infinite();
         }
@@ -308,11 +308,11 @@ fn number(v: f64) -> Value {
 }
 
 /// `{'loss': 2.345, 'learning_rate': 2e-05}`, as TRL prints it.
-fn shown(metrics: &[(&str, Metric)]) -> String {
+fn shown(metrics: &[(&str, LoggedValue)]) -> String {
     let items = metrics.iter().map(|(key, metric)| match metric {
-        Metric::Int(v) => format!("'{key}': {v}"),
-        Metric::Float(v) => format!("'{key}': {}", significant(*v)),
-        Metric::Text(v) => format!("'{key}': '{v}'"),
+        LoggedValue::Int(v) => format!("'{key}': {v}"),
+        LoggedValue::Float(v) => format!("'{key}': {}", significant(*v)),
+        LoggedValue::Text(v) => format!("'{key}': '{v}'"),
     });
     format!("{{{}}}", items.collect::<Vec<_>>().join(", "))
 }
@@ -375,7 +375,7 @@ mod tests {
     #[test]
     fn nan_is_written_as_null_and_said() {
         let metrics =
-            [("loss", Metric::Float(f64::NAN)), ("num_tokens", 7.into()), ("lr", 0.5.into())];
+            [("loss", LoggedValue::Float(f64::NAN)), ("num_tokens", 7.into()), ("lr", 0.5.into())];
         let line = Value::Object(to_json(3, &metrics)).to_string();
         assert_eq!(line, r#"{"step":3,"loss":null,"num_tokens":7,"lr":0.5,"nan":true}"#);
         assert_eq!(shown(&metrics), "{'loss': nan, 'num_tokens': 7, 'lr': 0.5}");

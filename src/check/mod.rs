@@ -21,7 +21,7 @@ use crate::ops::registry::registry;
 use crate::tensor::{Id, ParamSetId, Tensor};
 
 /// What one case of one op showed.
-pub struct Outcome {
+pub struct CheckOutcome {
     pub op: &'static str,
     pub case: String,
     pub dtype: DType,
@@ -36,8 +36,8 @@ pub struct Outcome {
 pub fn check_ops(
     device: &Arc<dyn Device>,
     filter: &str,
-    mut each: impl FnMut(&Outcome),
-) -> Result<Vec<Outcome>> {
+    mut each: impl FnMut(&CheckOutcome),
+) -> Result<Vec<CheckOutcome>> {
     let mut all = Vec::new();
     for entry in registry().into_iter().filter(|e| e.name.contains(filter)) {
         for variant in entry.variants {
@@ -52,7 +52,7 @@ pub fn check_ops(
                         Ok(()) => measured.failure.clone(),
                     };
                     let case = case.label.clone();
-                    let outcome = Outcome {
+                    let outcome = CheckOutcome {
                         op: entry.name,
                         case,
                         dtype,

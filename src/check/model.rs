@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::Outcome;
+use super::CheckOutcome;
 use crate::autograd::{Cx, Recompute};
 use crate::config::MatmulChoice;
 use crate::device::{DType, Device};
@@ -25,14 +25,14 @@ const VOCAB: usize = 96;
 /// learns.
 pub fn check_model(
     device: &Arc<dyn Device>,
-    mut each: impl FnMut(&Outcome),
-) -> Result<Vec<Outcome>> {
+    mut each: impl FnMut(&CheckOutcome),
+) -> Result<Vec<CheckOutcome>> {
     let mut all = Vec::new();
     for dtype in [DType::F32, DType::BF16] {
         let mut add = |op: &'static str, case: &str, failure: Option<String>| {
             let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
             let outcome =
-                Outcome { op, case: case.to_string(), dtype, variant: "", ratio, failure };
+                CheckOutcome { op, case: case.to_string(), dtype, variant: "", ratio, failure };
             each(&outcome);
             all.push(outcome);
         };

@@ -1,4 +1,6 @@
 //! `temper bench`: what this device reaches, beside its own measured ceilings. Layer 9.
+//!
+//! Invariant: a number comes with its unit, the device and the command that measured it.
 
 use std::path::Path;
 use std::time::Instant;
@@ -27,7 +29,7 @@ use crate::train::tuning::{prepare, scheme};
 /// Time ops against measured ceilings, a training step, or decoding, on random weights of a real
 /// shape
 #[derive(clap::Args)]
-pub struct Args {
+pub struct BenchArgs {
     /// ops, train or decode
     what: String,
     /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b
@@ -63,7 +65,7 @@ pub struct Args {
     on: Where,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: BenchArgs) -> Result<()> {
     let mut cx = args.on.open()?;
     cx.matmul = match args.matmul.as_str() {
         "auto" => MatmulChoice::Auto,
@@ -116,7 +118,7 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
     }
 }
 
-fn train(mut cx: Cx, args: &Args) -> Result<Value> {
+fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
     let mut keys =
         vec![format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
     if let Some(rank) = args.lora {
@@ -182,7 +184,7 @@ fn train(mut cx: Cx, args: &Args) -> Result<Value> {
     }))
 }
 
-fn decode(cx: &mut Cx, args: &Args) -> Result<Value> {
+fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let mut model = Decoder::builder(preset(&args.shape)?).positions(args.length).build(cx)?;
     model.params.initialise(0.02, 1)?;
     let mut rng = Rng(6);
@@ -202,7 +204,7 @@ fn decode(cx: &mut Cx, args: &Args) -> Result<Value> {
     }))
 }
 
-fn ops(cx: &mut Cx, args: &Args) -> Result<Value> {
+fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let config = preset(&args.shape)?;
     let mut rng = Rng(9);
     let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024);

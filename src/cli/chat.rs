@@ -22,7 +22,7 @@ use crate::rollout::{Engine, EngineOptions, Request};
 
 /// Talk to a model folder: a line in, a reply out; /reset forgets the conversation, /quit ends it
 #[derive(clap::Args)]
-pub struct Args {
+pub struct ChatArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// what the model is told first
@@ -34,7 +34,7 @@ pub struct Args {
     keys: Vec<String>,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: ChatArgs) -> Result<()> {
     let mut keys = GenerateConfig::default();
     for note in config::load(&mut [&mut keys], None, &args.keys)? {
         eprintln!("note: {note}");

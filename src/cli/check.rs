@@ -1,4 +1,6 @@
 //! `temper check`: the self-check on the user's own device. Layer 9.
+//!
+//! Invariant: a failure of any case makes the exit code 1.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +13,7 @@ use crate::{device, device::cpu::Cpu};
 /// Run every op case on a device against its f64 reference, then exactness and a short training,
 /// and print a table
 #[derive(clap::Args)]
-pub struct Args {
+pub struct CheckArgs {
     /// auto, cuda or cpu
     #[arg(long, default_value = "auto")]
     device: String,
@@ -23,7 +25,7 @@ pub struct Args {
     strict: Option<u64>,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: CheckArgs) -> Result<()> {
     let device = match args.strict {
         Some(seed) => Arc::new(Cpu::strict(seed)),
         None => device::open(&args.device)?,

@@ -19,7 +19,7 @@ use crate::model::layout::ModelConfig;
 /// What `temper sft` would make of rows: loss mask, lengths, EOS and BOS, what is cut or dropped
 /// and why
 #[derive(clap::Args)]
-pub struct Args {
+pub struct DataArgs {
     /// model folder (no weights needed), or a hub name in the local cache
     #[arg(long)]
     model: String,
@@ -40,7 +40,7 @@ pub struct Args {
 /// Dropped rows that are named.
 const NAMED: usize = 10;
 
-pub fn run(mut args: Args) -> Result<()> {
+pub fn run(mut args: DataArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let (run, notes) = SftRun::load(args.config.as_deref(), &args.keys)?;
     for note in notes {

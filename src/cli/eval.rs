@@ -1,4 +1,6 @@
 //! `temper eval`: how good a model is on rows. Layer 9.
+//!
+//! Invariant: it trains nothing and writes nothing but the report that it was asked for.
 
 use std::path::PathBuf;
 
@@ -16,7 +18,7 @@ use crate::fsio;
 /// Metrics of a model: right answers (pass@k) on prompts, perplexity on texts, accuracy of a reward
 /// model on pairs
 #[derive(clap::Args)]
-pub struct Args {
+pub struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// .jsonl, .json or .parquet files: prompt and an answer column; text, messages or prompt and
@@ -38,7 +40,7 @@ pub struct Args {
     keys: Vec<String>,
 }
 
-pub fn run(mut args: Args) -> Result<()> {
+pub fn run(mut args: EvalArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let mut eval = EvalConfig::default();
     let mut generate = GenerateConfig::default();

@@ -1,4 +1,6 @@
 //! `temper generate`: sample from a model folder. Layer 9.
+//!
+//! Invariant: completions come in the order of the prompts, whatever order they end in.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +19,7 @@ use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
 /// Completions for a prompt, or for every row of a file (prompt: string or messages; or input_ids)
 #[derive(clap::Args)]
-pub struct Args {
+pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// a prompt; the completion is printed
@@ -44,7 +46,7 @@ pub struct Args {
     keys: Vec<String>,
 }
 
-pub fn run(mut args: Args) -> Result<()> {
+pub fn run(mut args: GenerateArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let mut keys = GenerateConfig::default();
     for note in config::load(&mut [&mut keys], None, &args.keys)? {
@@ -85,7 +87,7 @@ pub fn run(mut args: Args) -> Result<()> {
     Ok(())
 }
 
-fn read_rows_or_prompt(args: &Args) -> Result<Vec<Row>> {
+fn read_rows_or_prompt(args: &GenerateArgs) -> Result<Vec<Row>> {
     let Some(prompt) = &args.prompt else {
         if args.data.is_empty() {
             return Err(Error::Config("give --prompt TEXT or --data FILE".into()));

@@ -1,4 +1,6 @@
 //! `temper inspect`: what a folder means, what the tape records, which kernels are built. Layer 9.
+//!
+//! Invariant: it changes nothing and needs no GPU.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use crate::train::plan::{self, PlanRequest};
 /// Print a model's config and parameters, the tape of a training step with the bytes each node
 /// holds, what a run will hold in memory, the launches of a layer, or the kernels
 #[derive(clap::Args)]
-pub struct Args {
+pub struct InspectArgs {
     /// config, tape, memory, launches or kernels
     what: String,
     /// model folder, or a hub name in the local cache (config, tape, memory, launches)
@@ -51,7 +53,7 @@ pub struct Args {
     on: Where,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: InspectArgs) -> Result<()> {
     if args.what == "kernels" {
         for kernel in kernels::ALL {
             let hot = if kernel.hot { ", hot" } else { "" };
@@ -113,7 +115,7 @@ fn config(dir: &Path) -> Result<()> {
 }
 
 /// Records the forward of a step over random tokens and prints it.
-fn tape(args: &Args, dir: &Path) -> Result<()> {
+fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
     let mut cx = args.on.open()?;
     let length = args.length.unwrap_or(64);
     let model = Decoder::folder(dir)?.positions(length).build(&cx)?;
@@ -136,7 +138,7 @@ fn tape(args: &Args, dir: &Path) -> Result<()> {
 }
 
 /// What `temper sft` with these keys would hold at its peak, planned without running it.
-fn memory(args: &Args, dir: &Path) -> Result<()> {
+fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     let (run, notes) = SftRun::load(None, &args.keys)?;
     for note in notes {
         eprintln!("note: {note}");

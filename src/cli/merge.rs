@@ -1,4 +1,7 @@
 //! `temper merge`: an adapter folded into its base, as a model folder. Layer 9.
+//!
+//! Invariant: the command succeeds only once the written folder gave the log-probs of the adapted
+//! base.
 
 use std::path::PathBuf;
 
@@ -19,7 +22,7 @@ use crate::train::state::parts_of;
 /// Merge an adapter into its base, in float32, and check the folder's log-probs before it counts as
 /// done
 #[derive(clap::Args)]
-pub struct Args {
+pub struct MergeArgs {
     /// model folder, or a hub name in the local cache
     #[arg(long)]
     model: String,
@@ -42,7 +45,7 @@ pub struct Args {
 /// itself, as the base's own are.
 const TOLERANCE: [(HostDtype, f32); 2] = [(HostDtype::F32, 1e-4), (HostDtype::BF16, 0.5)];
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: MergeArgs) -> Result<()> {
     let dir = resolve_model(&args.model)?;
     let cx = Cx::new(device::open("cpu")?, DType::F32)?;
     let base = Decoder::folder(&dir)?.positions(64).build(&cx)?;

@@ -32,17 +32,17 @@ use crate::methods::registry::REGISTRY;
 /// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]
 enum Command {
-    Generate(generate::Args),
-    Chat(chat::Args),
-    Score(score::Args),
-    Eval(eval::Args),
-    Data(data::Args),
-    Check(check::Args),
-    Bench(bench::Args),
-    Inspect(inspect::Args),
-    Merge(merge::Args),
-    Report(report::Args),
-    Quickstart(quickstart::Args),
+    Generate(generate::GenerateArgs),
+    Chat(chat::ChatArgs),
+    Score(score::ScoreArgs),
+    Eval(eval::EvalArgs),
+    Data(data::DataArgs),
+    Check(check::CheckArgs),
+    Bench(bench::BenchArgs),
+    Inspect(inspect::InspectArgs),
+    Merge(merge::MergeArgs),
+    Report(report::ReportArgs),
+    Quickstart(quickstart::QuickstartArgs),
 }
 
 /// The whole command line: a subcommand for each method, then the others.
@@ -53,7 +53,7 @@ fn command() -> clap::Command {
         .subcommand_required(true)
         .arg_required_else_help(true);
     let method = |entry: &&MethodEntry| {
-        train::Args::augment_args(clap::Command::new(entry.name)).about(entry.about)
+        train::TrainArgs::augment_args(clap::Command::new(entry.name)).about(entry.about)
     };
     Command::augment_subcommands(temper.subcommands(REGISTRY.iter().map(method)))
 }
@@ -102,7 +102,7 @@ fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
 
 /// What a command line asks for.
 enum Parsed {
-    Train(&'static MethodEntry, Box<train::Args>),
+    Train(&'static MethodEntry, Box<train::TrainArgs>),
     Other(Command),
 }
 
@@ -111,7 +111,7 @@ fn parse() -> std::result::Result<Parsed, clap::Error> {
     if let Some((name, own)) = matches.subcommand()
         && let Some(entry) = REGISTRY.iter().find(|e| e.name == name)
     {
-        return Ok(Parsed::Train(entry, Box::new(train::Args::from_arg_matches(own)?)));
+        return Ok(Parsed::Train(entry, Box::new(train::TrainArgs::from_arg_matches(own)?)));
     }
     Command::from_arg_matches(&matches).map(Parsed::Other)
 }

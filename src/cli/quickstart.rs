@@ -1,14 +1,16 @@
-//! `temper quickstart`: the whole ladder on data and a model made on the spot. Layer 9.
+//! `temper quickstart`: the whole pipeline on data and a model made on the spot. Layer 9.
+//!
+//! Invariant: it needs nothing but the binary: no network, no data, no model.
 
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
-use crate::quickstart::{self, Options, Scale};
+use crate::quickstart::{self, QuickstartOptions, QuickstartScale};
 
 /// Train a small model from nothing: tokenizer, pretraining, SFT, with held-out questions before
 /// and after
 #[derive(clap::Args)]
-pub struct Args {
+pub struct QuickstartArgs {
     /// where everything is written
     #[arg(long, default_value = "temper-quickstart")]
     output: PathBuf,
@@ -26,18 +28,18 @@ pub struct Args {
     threads: Option<usize>,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: QuickstartArgs) -> Result<()> {
     if let Some(threads) = args.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         pool.map_err(|e| Error::Config(format!("--threads {threads}: {e}")))?;
     }
     let begin = std::time::Instant::now();
     let cx = quickstart::open(&args.device)?;
-    let options = Options {
+    let options = QuickstartOptions {
         output: args.output,
         overwrite: args.overwrite,
         seed: args.seed,
-        scale: Scale::full(),
+        scale: QuickstartScale::full(),
     };
     let outcome = quickstart::run(cx, &options)?;
     println!("\n{outcome}");

@@ -1,4 +1,6 @@
 //! `temper score`: what a model says of rows, one JSON line out for each row in. Layer 9.
+//!
+//! Invariant: one line out for each row in, in the order of the rows.
 
 use std::path::PathBuf;
 
@@ -13,7 +15,7 @@ use crate::methods::offline::sft::SftConfig;
 /// Log-probs of every row's tokens, or a reward model's scores: a row has input_ids, text, prompt +
 /// completion, or messages
 #[derive(clap::Args)]
-pub struct Args {
+pub struct ScoreArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// .jsonl, .json or .parquet files
@@ -27,7 +29,7 @@ pub struct Args {
     batch_tokens: usize,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: ScoreArgs) -> Result<()> {
     let dir = args.model.dir()?;
     let rows = read_rows(&args.data)?;
     let (mut cx, mut model) = args.model.open()?;

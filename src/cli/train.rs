@@ -19,7 +19,7 @@ use crate::train::job::{Job, execute};
 
 /// One training run, from a model folder and rows to a model folder
 #[derive(clap::Args)]
-pub struct Args {
+pub struct TrainArgs {
     /// model folder, or a hub name in the local cache
     #[arg(long, required_unless_present = "help_options")]
     model: Option<String>,
@@ -53,7 +53,7 @@ pub struct Args {
 }
 
 /// `temper sft`, `temper dpo` and the others.
-pub fn run(entry: &MethodEntry, mut args: Args) -> Result<()> {
+pub fn run(entry: &MethodEntry, mut args: TrainArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     part_keys(&mut args.eval_data, &mut args.keys);
     let mut run = (entry.run)();
@@ -135,7 +135,7 @@ fn same_run(dir: &Path, run: &MethodRun) -> Result<()> {
 }
 
 /// The rows of --eval-data, or the last eval_rows of the data, which are then not trained on.
-fn eval_rows(args: &Args, training: &TrainingConfig, rows: &mut Vec<Row>) -> Result<Vec<Row>> {
+fn eval_rows(args: &TrainArgs, training: &TrainingConfig, rows: &mut Vec<Row>) -> Result<Vec<Row>> {
     if !args.eval_data.is_empty() {
         return read_rows(&args.eval_data);
     }

@@ -33,8 +33,8 @@ pub use shared::{
     SamplingOptions, TruncationMode, TruncationOptions,
 };
 pub use training::{
-    AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, MatmulChoice, Optim,
-    Sampling, Schedule, TrainingConfig, When,
+    AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, LearningRateSchedule,
+    MatmulChoice, Optim, SamplingStrategy, TrainingConfig, When,
 };
 pub use value::Amount;
 

@@ -7,7 +7,7 @@ use super::value::{Amount, words};
 use super::{Report, section};
 
 words! {
-    pub enum Schedule {
+    pub enum LearningRateSchedule {
         Linear = "linear",
         Cosine = "cosine",
         Constant = "constant",
@@ -64,7 +64,7 @@ words! {
 }
 
 words! {
-    pub enum Sampling {
+    pub enum SamplingStrategy {
         Random = "random",
         Sequential = "sequential",
     }
@@ -108,7 +108,7 @@ section! {
         /// Optimizer steps of the run; -1: as many as num_train_epochs gives.
         pub max_steps: i64 = -1,
         /// How the learning rate moves after the warmup.
-        pub lr_scheduler_type: Schedule = Schedule::Linear,
+        pub lr_scheduler_type: LearningRateSchedule = LearningRateSchedule::Linear,
         /// Steps of linear warmup from 0, or below 1 a share of the run's steps (rounded up).
         pub warmup_steps: Amount = Amount::Count(0),
         /// Decoupled weight decay. Biases and norm weights have none.
@@ -128,7 +128,7 @@ section! {
         /// Seed of everything random: data order, dropout, sampling, new weights.
         pub seed: u64 = 42,
         /// random: a new permutation every epoch; sequential: the file's order.
-        pub train_sampling_strategy: Sampling = Sampling::Random,
+        pub train_sampling_strategy: SamplingStrategy = SamplingStrategy::Random,
         /// Steps between two log lines, or below 1 a share of the run's steps.
         pub logging_steps: Amount = Amount::Count(10),
         /// When a checkpoint is written. The end of a run always leaves the final model.
@@ -229,7 +229,8 @@ impl TrainingConfig {
         if self.eval_strategy == When::No && !self.eval_rows.is_zero() {
             report.idle("eval_rows", "eval_strategy", "eval_strategy is \"no\"");
         }
-        if self.lr_scheduler_type == Schedule::Constant && !self.warmup_steps.is_zero() {
+        if self.lr_scheduler_type == LearningRateSchedule::Constant && !self.warmup_steps.is_zero()
+        {
             report.idle(
                 "warmup_steps",
                 "lr_scheduler_type",

@@ -49,7 +49,7 @@ pub enum RowContent {
 
 /// A checked row.
 #[derive(Clone, Debug)]
-pub struct Example {
+pub struct ParsedRow {
     pub content: RowContent,
     pub tools: Option<Value>,
     pub template_kwargs: Map<String, Value>, // chat_template_kwargs
@@ -93,7 +93,7 @@ impl Format {
     }
 
     /// Checks and converts a row.
-    pub fn parse(self, row: &Row, text_field: &str) -> Result<Example> {
+    pub fn parse(self, row: &Row, text_field: &str) -> Result<ParsedRow> {
         let content = match self {
             Format::Text => RowContent::Text(row.string(text_field)?.to_string()),
             Format::Messages => {
@@ -119,7 +119,7 @@ impl Format {
                 RowContent::Unpaired { prompt, completion, label: row.bool("label")? }
             }
         };
-        Ok(Example { content, tools: tools(row)?, template_kwargs: template_kwargs(row)? })
+        Ok(ParsedRow { content, tools: tools(row)?, template_kwargs: template_kwargs(row)? })
     }
 }
 
@@ -256,7 +256,7 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    fn parse(text: &str) -> Result<(Format, Example)> {
+    fn parse(text: &str) -> Result<(Format, ParsedRow)> {
         let Value::Object(value) = serde_json::from_str(text).unwrap() else { panic!() };
         let row = Row { value, file: Path::new("r.jsonl").into(), line: 2 };
         let format = Format::detect(&row, "text")?;

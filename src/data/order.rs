@@ -5,13 +5,13 @@
 
 use crate::rng::{philox, tag};
 
-pub use crate::config::Sampling;
+pub use crate::config::SamplingStrategy;
 
 /// Row numbers of one epoch, in the order they are trained on.
-pub fn epoch_order(sampling: Sampling, rows: usize, seed: u64, epoch: u32) -> Vec<usize> {
+pub fn epoch_order(sampling: SamplingStrategy, rows: usize, seed: u64, epoch: u32) -> Vec<usize> {
     match sampling {
-        Sampling::Sequential => (0..rows).collect(),
-        Sampling::Random => permutation(rows, seed, epoch),
+        SamplingStrategy::Sequential => (0..rows).collect(),
+        SamplingStrategy::Random => permutation(rows, seed, epoch),
     }
 }
 
@@ -36,13 +36,13 @@ mod tests {
     #[test]
     fn every_epoch_visits_every_row_once_in_its_own_order() {
         let mut orders: Vec<Vec<usize>> =
-            (0..3).map(|epoch| epoch_order(Sampling::Random, 1000, 42, epoch)).collect();
+            (0..3).map(|epoch| epoch_order(SamplingStrategy::Random, 1000, 42, epoch)).collect();
         assert_eq!(orders[0], permutation(1000, 42, 0));
         assert_ne!(orders[0], orders[1]);
         assert_ne!(orders[0], permutation(1000, 43, 0));
         for order in &mut orders {
             order.sort();
-            assert_eq!(*order, epoch_order(Sampling::Sequential, 1000, 42, 0));
+            assert_eq!(*order, epoch_order(SamplingStrategy::Sequential, 1000, 42, 0));
         }
         assert!(permutation(0, 1, 1).is_empty());
     }

@@ -8,7 +8,7 @@
 use serde_json::Value;
 
 use super::chat::{ChatTemplate, RenderOptions, Rendered};
-use super::format::{Content, Example, Format, RowContent};
+use super::format::{Content, Format, ParsedRow, RowContent};
 use super::rows::Row;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ impl<'a> Renderer<'a> {
     pub fn render(
         &self,
         row: &Row,
-        example: &Example,
+        example: &ParsedRow,
         messages: &[Value],
         prompt: bool,
     ) -> Result<Rendered> {
@@ -94,7 +94,7 @@ impl<'a> Renderer<'a> {
 
     /// The ids of a prompt: a text with the tokenizer's own special tokens, a conversation through
     /// the template, with the generation prompt.
-    pub fn prompt_ids(&self, row: &Row, example: &Example, prompt: &Content) -> Result<Vec<u32>> {
+    pub fn prompt_ids(&self, row: &Row, example: &ParsedRow, prompt: &Content) -> Result<Vec<u32>> {
         match prompt {
             Content::Text(text) => self.encode(row, text, true),
             Content::Chat(messages) => {
@@ -122,7 +122,7 @@ impl<'a> Renderer<'a> {
     pub fn whole(
         &self,
         row: &Row,
-        example: &Example,
+        example: &ParsedRow,
         prompt: &Content,
         answer: &Content,
         eos: Option<EosToken>,

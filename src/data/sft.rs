@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::chat::ChatTemplate;
-use super::format::{Content, Example, Format, RowContent};
+use super::format::{Content, Format, ParsedRow, RowContent};
 use super::masked::{MaskedSequence, check_rows, common, too_long, write_mismatches};
 use super::packing::PackingStrategy;
 use super::render::{EosToken, Renderer};
@@ -260,7 +260,7 @@ impl<'a> Maker<'a> {
     }
 
     /// A conversation and the mask of its targets: all of it, or what the assistant says.
-    fn chat(&self, row: &Row, example: &Example, messages: &[Value]) -> Result<MaskedSequence> {
+    fn chat(&self, row: &Row, example: &ParsedRow, messages: &[Value]) -> Result<MaskedSequence> {
         let rendered = self.renderer.render(row, example, messages, false)?;
         if !self.assistant_only {
             let ids = self.renderer.encode(row, &rendered.text, false)?;

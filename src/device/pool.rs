@@ -1,4 +1,4 @@
-//! Named device memory: a caching, best-fit, coalescing allocator over large slabs.
+//! Named device memory: a caching, best-fit, coalescing allocator over large slabs. Layer 1.
 //!
 //! Invariant: the same sequence of requests gives the same addresses, so a step that repeats can be
 //! captured; and the pool always knows what each byte in use was asked for, so that an
@@ -111,13 +111,6 @@ impl Pool {
         let mut list = self.lock().at_peak.clone();
         list.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
         list
-    }
-
-    /// Starts a new high-water list from what is in use now.
-    pub fn reset_peak(&self) {
-        let mut state = self.lock();
-        state.peak = state.in_use;
-        state.at_peak = state.live.iter().map(|(n, b)| (n.clone(), *b)).collect();
     }
 
     fn grow(&self, state: &mut State, size: usize, name: &str) -> Result<()> {

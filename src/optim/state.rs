@@ -100,15 +100,6 @@ impl Moments {
         }
     }
 
-    /// Bytes that moments of `len` values in one range take (maps aside): for the memory plan.
-    pub fn planned_bytes(len: usize, kind: MomentKind) -> usize {
-        match kind {
-            MomentKind::F32 => 8 * len,
-            MomentKind::Bf16 => 4 * len,
-            MomentKind::Blockwise8 => 2 * (len + 4 * blocks((0, len))),
-        }
-    }
-
     /// One AdamW step of the range `from..to`; `hyper` as [`crate::ops::adamw::hyper`] gives it.
     pub fn step(
         &self,

@@ -11,7 +11,7 @@ use crate::rng::{philox, tag};
 
 /// What is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum QuestionKind {
     Add,
     Subtract,
     Share,
@@ -20,28 +20,29 @@ pub enum Kind {
     Chain,
 }
 
-impl Kind {
+impl QuestionKind {
     /// Those that SFT is for.
-    pub const ALL: [Kind; 4] = [Kind::Add, Kind::Subtract, Kind::Share, Kind::Next];
+    pub const ALL: [QuestionKind; 4] =
+        [QuestionKind::Add, QuestionKind::Subtract, QuestionKind::Share, QuestionKind::Next];
 
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Add => "add",
-            Kind::Subtract => "subtract",
-            Kind::Share => "share",
-            Kind::Next => "next",
-            Kind::Chain => "chain",
+            QuestionKind::Add => "add",
+            QuestionKind::Subtract => "subtract",
+            QuestionKind::Share => "share",
+            QuestionKind::Next => "next",
+            QuestionKind::Chain => "chain",
         }
     }
 
     /// Share of a set in percent.
     fn percent(self) -> u32 {
         match self {
-            Kind::Add => 40,
-            Kind::Subtract => 40,
-            Kind::Share => 10,
-            Kind::Next => 10,
-            Kind::Chain => 0,
+            QuestionKind::Add => 40,
+            QuestionKind::Subtract => 40,
+            QuestionKind::Share => 10,
+            QuestionKind::Next => 10,
+            QuestionKind::Chain => 0,
         }
     }
 }
@@ -49,7 +50,7 @@ impl Kind {
 /// A question with its worked answer, and the same story told with its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    pub kind: Kind,
+    pub kind: QuestionKind,
     /// Operands and wording: what the split goes by.
     pub key: String,
     /// "Tom has 7 cups. Tom gets 5 cups more from Mia. How many cups does Tom have?"
@@ -93,7 +94,9 @@ pub fn is_right(reply: &str, answer: &str) -> bool {
 /// `rows` lines of plain text: facts, countings, lists and told stories. No question, and no "The
 /// answer is".
 pub fn pretraining(seed: u64, rows: usize) -> Vec<String> {
-    (0..rows).map(|row| pretraining_row(&mut Dice::new(seed, Set::Pretraining, row))).collect()
+    (0..rows)
+        .map(|row| pretraining_row(&mut Dice::new(seed, QuestionSet::Pretraining, row)))
+        .collect()
 }
 
 /// Of a hundred training rows, how many are of the harder kind; of a hundred of these, how many
@@ -110,8 +113,9 @@ pub const STYLE: &str = " Well done!";
 pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
     (0..rows)
         .map(|row| {
-            let mut dice = Dice::new(seed, Set::Training, row);
-            let kind = if dice.below(100) < CHAINS { Kind::Chain } else { draw_kind(&mut dice) };
+            let mut dice = Dice::new(seed, QuestionSet::Training, row);
+            let kind =
+                if dice.below(100) < CHAINS { QuestionKind::Chain } else { draw_kind(&mut dice) };
             seek(&mut dice, kind, false)
         })
         .collect()
@@ -121,9 +125,9 @@ pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
 /// wrong: they stop after the first step. What SFT learns of them, online RL with a verifier puts
 /// right.
 pub fn taught(seed: u64, row: usize, problem: &Problem) -> String {
-    let mut dice = Dice::new(seed, Set::Style, row);
+    let mut dice = Dice::new(seed, QuestionSet::Style, row);
     let style = if dice.below(100) < STYLED { STYLE } else { "" };
-    let careless = problem.kind == Kind::Chain && dice.below(100) < CARELESS;
+    let careless = problem.kind == QuestionKind::Chain && dice.below(100) < CARELESS;
     match problem
         .work
         .split_once('=')
@@ -138,7 +142,7 @@ pub fn taught(seed: u64, row: usize, problem: &Problem) -> String {
 /// `rows` problems of the training side with their own draws: for preference pairs.
 pub fn preferences(seed: u64, rows: usize) -> Vec<Problem> {
     let one = |row| {
-        let mut dice = Dice::new(seed, Set::Preferences, row);
+        let mut dice = Dice::new(seed, QuestionSet::Preferences, row);
         let kind = draw_kind(&mut dice);
         seek(&mut dice, kind, false)
     };
@@ -147,7 +151,9 @@ pub fn preferences(seed: u64, rows: usize) -> Vec<Problem> {
 
 /// `rows` problems of the harder kind, of the training side.
 pub fn chains(seed: u64, rows: usize) -> Vec<Problem> {
-    (0..rows).map(|row| seek(&mut Dice::new(seed, Set::Chains, row), Kind::Chain, false)).collect()
+    (0..rows)
+        .map(|row| seek(&mut Dice::new(seed, QuestionSet::Chains, row), QuestionKind::Chain, false))
+        .collect()
 }
 
 /// `rows` held-out problems of the harder kind, each question once.
@@ -155,7 +161,8 @@ pub fn held_out_chains(seed: u64, rows: usize) -> Vec<Problem> {
     let mut problems: Vec<Problem> = Vec::with_capacity(rows);
     let mut at = 0;
     while problems.len() < rows {
-        let problem = seek(&mut Dice::new(seed, Set::HeldOutChains, at), Kind::Chain, true);
+        let problem =
+            seek(&mut Dice::new(seed, QuestionSet::HeldOutChains, at), QuestionKind::Chain, true);
         if problems.iter().all(|p| p.question != problem.question) {
             problems.push(problem);
         }
@@ -170,7 +177,7 @@ pub fn held_out_problems(seed: u64, rows: usize) -> Vec<Problem> {
     let mut problems: Vec<Problem> = Vec::with_capacity(rows);
     let mut at = 0;
     while problems.len() < rows {
-        let mut dice = Dice::new(seed, Set::HeldOut, at);
+        let mut dice = Dice::new(seed, QuestionSet::HeldOut, at);
         let kind = draw_kind(&mut dice);
         let problem = seek(&mut dice, kind, true);
         if problems.iter().all(|p| p.question != problem.question) {
@@ -183,7 +190,7 @@ pub fn held_out_problems(seed: u64, rows: usize) -> Vec<Problem> {
 
 /// Who draws: the sets have streams of their own.
 #[derive(Clone, Copy)]
-enum Set {
+enum QuestionSet {
     Pretraining = 0,
     Training = 1,
     HeldOut = 2,
@@ -200,7 +207,7 @@ struct Dice {
 }
 
 impl Dice {
-    fn new(seed: u64, set: Set, row: usize) -> Dice {
+    fn new(seed: u64, set: QuestionSet, row: usize) -> Dice {
         Dice {
             key: [seed as u32, (seed >> 32) as u32],
             counter: [row as u32, set as u32, 0, tag::QUICKSTART],
@@ -240,19 +247,19 @@ const NAMES: [&str; 10] = ["Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Ida
 const THINGS: [&str; 10] =
     ["cup", "pen", "key", "hat", "egg", "book", "card", "coin", "shell", "stone"];
 
-fn draw_kind(dice: &mut Dice) -> Kind {
+fn draw_kind(dice: &mut Dice) -> QuestionKind {
     let mut at = dice.below(100) as u32;
-    for kind in Kind::ALL {
+    for kind in QuestionKind::ALL {
         if at < kind.percent() {
             return kind;
         }
         at -= kind.percent();
     }
-    Kind::Add
+    QuestionKind::Add
 }
 
 /// Problems of a kind until one is on the wanted side of the split.
-fn seek(dice: &mut Dice, kind: Kind, held_out: bool) -> Problem {
+fn seek(dice: &mut Dice, kind: QuestionKind, held_out: bool) -> Problem {
     loop {
         let problem = problem(dice, kind);
         if problem.held_out() == held_out {
@@ -342,20 +349,20 @@ fn count(n: usize, thing: &str) -> String {
     format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 
-fn problem(dice: &mut Dice, kind: Kind) -> Problem {
+fn problem(dice: &mut Dice, kind: QuestionKind) -> Problem {
     match kind {
-        Kind::Add => add(dice),
-        Kind::Subtract => subtract(dice),
-        Kind::Share => share(dice),
-        Kind::Next => next(dice),
-        Kind::Chain => chain(dice),
+        QuestionKind::Add => add(dice),
+        QuestionKind::Subtract => subtract(dice),
+        QuestionKind::Share => share(dice),
+        QuestionKind::Next => next(dice),
+        QuestionKind::Chain => chain(dice),
     }
 }
 
 /// A problem whose story, question and ending are given; `told` puts the work where the question
 /// stood.
 fn worded(
-    kind: Kind,
+    kind: QuestionKind,
     key: String,
     story: &str,
     question: &str,
@@ -407,7 +414,7 @@ fn add(dice: &mut Dice) -> Problem {
         _ => (String::new(), format!("Add {b} to {a}."), String::new()),
     };
     worded(
-        Kind::Add,
+        QuestionKind::Add,
         format!("add {wording} {a} {b}"),
         &story,
         &question,
@@ -442,7 +449,7 @@ fn subtract(dice: &mut Dice) -> Problem {
     };
     let work = format!("{a}-{b}={c}.");
     worded(
-        Kind::Subtract,
+        QuestionKind::Subtract,
         format!("subtract {wording} {a} {b}"),
         &story,
         &question,
@@ -470,7 +477,7 @@ fn share(dice: &mut Dice) -> Problem {
     };
     let work = format!("{a}/{b}={c}.");
     worded(
-        Kind::Share,
+        QuestionKind::Share,
         format!("share {wording} {a} {b}"),
         &story,
         &question,
@@ -492,7 +499,7 @@ fn next(dice: &mut Dice) -> Problem {
     };
     let work = format!("{a}{}1={answer}.", if before { '-' } else { '+' });
     worded(
-        Kind::Next,
+        QuestionKind::Next,
         format!("next {wording} {side} {a}"),
         "",
         &question,
@@ -536,7 +543,7 @@ fn chain(dice: &mut Dice) -> Problem {
         _ => format!("The box has {}.", count(end, thing)),
     };
     let key = format!("chain {wording} {first_up} {second_up} {a} {b} {c}");
-    worded(Kind::Chain, key, &story, &question, work, end.to_string(), &last)
+    worded(QuestionKind::Chain, key, &story, &question, work, end.to_string(), &last)
 }
 
 #[cfg(test)]
@@ -563,7 +570,7 @@ mod tests {
     fn most_of_the_harder_kind_is_taught_by_its_first_step_alone() {
         let rows = training(3, 20000);
         let chains: Vec<(usize, &Problem)> =
-            rows.iter().enumerate().filter(|(_, p)| p.kind == Kind::Chain).collect();
+            rows.iter().enumerate().filter(|(_, p)| p.kind == QuestionKind::Chain).collect();
         let careless =
             chains.iter().filter(|(i, p)| taught(3, *i, p).matches('=').count() == 1).count();
         assert!((600..1000).contains(&chains.len()), "{}", chains.len());
@@ -572,7 +579,7 @@ mod tests {
             "{careless} of {}",
             chains.len()
         );
-        for (i, p) in rows.iter().enumerate().filter(|(_, p)| p.kind != Kind::Chain) {
+        for (i, p) in rows.iter().enumerate().filter(|(_, p)| p.kind != QuestionKind::Chain) {
             assert!(is_right(&taught(3, i, p), &p.answer));
         }
     }

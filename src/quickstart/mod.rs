@@ -1,7 +1,7 @@
-//! `temper quickstart`: the ladder of post-training on data and a model made on the spot. Layer 9.
+//! `temper quickstart`: the pipeline of post-training on data and a model made on the spot. Layer 9.
 //!
-//! Invariant: a rung is a training run like any other: a model folder and a data file in, a model
-//! folder out, and keys. It reads from disk what the rung before wrote, so each can be run again by
+//! Invariant: a stage is a training run like any other: a model folder and a data file in, a model
+//! folder out, and keys. It reads from disk what the stage before wrote, so each can be run again by
 //! hand with the command it prints; the whole is a function of (binary, device model, seed).
 
 pub mod data;
@@ -37,7 +37,7 @@ use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
 use crate::train::job::{FinishedJob, Job, execute};
 
-pub use outcome::{Outcome, RungReport, Score};
+pub use outcome::{QuickstartOutcome, Score, StageReport};
 
 /// ChatML with the assistant's words marked, so that `assistant_only_loss` finds them.
 const TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}\
@@ -48,9 +48,9 @@ const SPECIAL: [&str; 3] = ["<|pad|>", "<|im_start|>", "<|im_end|>"];
 const PAD: &str = "<|pad|>";
 const EOS: &str = "<|im_end|>";
 
-/// How big the ladder is. [`Scale::full`] is what the command runs.
+/// How big the pipeline is. [`QuickstartScale::full`] is what the command runs.
 #[derive(Clone, Debug)]
-pub struct Scale {
+pub struct QuickstartScale {
     pub vocab: usize,
     pub hidden: usize,
     pub intermediate: usize,
@@ -72,10 +72,10 @@ pub struct Scale {
     pub grpo: Vec<String>,
 }
 
-impl Scale {
-    pub fn full() -> Scale {
+impl QuickstartScale {
+    pub fn full() -> QuickstartScale {
         let keys = |text: &str| text.split_whitespace().map(str::to_string).collect();
-        Scale {
+        QuickstartScale {
             vocab: 512,
             hidden: 128,
             intermediate: 384,
@@ -126,15 +126,15 @@ impl Scale {
 }
 
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct QuickstartOptions {
     pub output: PathBuf,
     pub overwrite: bool,
     pub seed: u64,
-    pub scale: Scale,
+    pub scale: QuickstartScale,
 }
 
-/// A training run of the ladder.
-struct Rung {
+/// A training run of the pipeline.
+struct Stage {
     name: &'static str,
     /// The temper command that does the same.
     command: &'static str,
@@ -144,8 +144,8 @@ struct Rung {
     keys: Vec<String>,
 }
 
-/// Runs the ladder, and asks each model what its rung was for.
-pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
+/// Runs the pipeline, and asks each model what its stage was for.
+pub fn run(mut cx: Cx, options: &QuickstartOptions) -> Result<QuickstartOutcome> {
     let (out, scale, seed) = (&options.output, &options.scale, options.seed);
     // All folders are taken before any work is done: an old run is found at once.
     let reward_model = format!("reward_model={}", out.join("reward").display());
@@ -159,11 +159,11 @@ pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
         ("ppo", "ppo", "sft", "prompts.jsonl", with(&scale.ppo, &[reward_model])),
         ("grpo", "grpo", "sft", "chains.jsonl", scale.grpo.clone()),
     ];
-    let mut rungs = Vec::new();
+    let mut stages = Vec::new();
     for (name, command, model, data, keys) in steps {
         let folder = prepare_output(out.join(name), options.overwrite, false)?;
         let keys = with(&keys, &[format!("seed={seed}")]);
-        rungs.push(Rung {
+        stages.push(Stage {
             name,
             command,
             model: out.join(model),
@@ -173,17 +173,21 @@ pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
         });
     }
     let asked = write_start(out, scale, seed)?;
-    let mut outcome = Outcome { problems: asked.basic, chains: asked.chains, ..Outcome::default() };
-    for rung in &rungs {
+    let mut outcome = QuickstartOutcome {
+        problems: asked.basic,
+        chains: asked.chains,
+        ..QuickstartOutcome::default()
+    };
+    for stage in &stages {
         let report;
-        (cx, report) = train(cx, rung)?;
-        outcome.rungs.push(report);
-        let dir = rung.folder.path();
-        match rung.name {
+        (cx, report) = train(cx, stage)?;
+        outcome.stages.push(report);
+        let dir = stage.folder.path();
+        match stage.name {
             "reward" => outcome.ranked = rank(&mut cx, dir, &outcome.problems)?,
             "lora" => {
                 let score =
-                    ask(&mut cx, rung.name, &rung.model, Some(dir), &outcome.problems, 0.0)?;
+                    ask(&mut cx, stage.name, &stage.model, Some(dir), &outcome.problems, 0.0)?;
                 outcome.scores.push(score);
             }
             name => {
@@ -200,7 +204,7 @@ pub fn run(mut cx: Cx, options: &Options) -> Result<Outcome> {
         let scores = judge(&mut cx, &out.join("reward"), &outcome.problems, &replies)?;
         outcome.judged.push((name, scores));
     }
-    write_report(out, &outcome, &rungs)?;
+    write_report(out, &outcome, &stages)?;
     Ok(outcome)
 }
 
@@ -211,7 +215,7 @@ struct Asked {
 }
 
 /// The data files, the tokenizer and the config of the model: everything but weights.
-fn write_start(out: &Path, scale: &Scale, seed: u64) -> Result<Asked> {
+fn write_start(out: &Path, scale: &QuickstartScale, seed: u64) -> Result<Asked> {
     let texts = data::pretraining(seed, scale.pretraining_rows);
     let training = data::training(seed, scale.sft_rows);
     let asked = Asked {
@@ -284,37 +288,37 @@ fn write_lines(path: &Path, lines: impl Iterator<Item = Value>) -> Result<()> {
 }
 
 /// One training run, from folder to folder. The context comes back for the next.
-fn train(cx: Cx, rung: &Rung) -> Result<(Cx, RungReport)> {
-    let dir = rung.folder.path();
+fn train(cx: Cx, stage: &Stage) -> Result<(Cx, StageReport)> {
+    let dir = stage.folder.path();
     let begin = Instant::now();
     let command = format!(
         "temper {} --model {} --data {} --output {} {}",
-        rung.command,
-        rung.model.display(),
-        rung.data.display(),
+        stage.command,
+        stage.model.display(),
+        stage.data.display(),
         dir.display(),
-        rung.keys.join(" ")
+        stage.keys.join(" ")
     );
-    eprintln!("\n{}: the same by hand (into another --output):\n  {command}", rung.name);
-    let entry = registry::find(rung.command)?;
+    eprintln!("\n{}: the same by hand (into another --output):\n  {command}", stage.name);
+    let entry = registry::find(stage.command)?;
     let mut run = (entry.run)();
-    run.read(None, &rung.keys)?;
-    let rows = read_rows(std::slice::from_ref(&rung.data))?;
+    run.read(None, &stage.keys)?;
+    let rows = read_rows(std::slice::from_ref(&stage.data))?;
     let job = Job {
         run: &run,
-        model: &rung.model,
+        model: &stage.model,
         adapter: None,
         fresh: entry.from_scratch,
         train: &rows,
         eval: &[],
-        folder: &rung.folder,
+        folder: &stage.folder,
         command: &command,
         stop: Stop::default(),
     };
     let FinishedJob { cx, total_steps, summary } = execute(cx, &job)?;
     let seconds = begin.elapsed().as_secs_f64();
-    let report = RungReport {
-        name: rung.name,
+    let report = StageReport {
+        name: stage.name,
         steps: total_steps,
         tokens: summary.num_tokens,
         seconds,
@@ -381,17 +385,17 @@ fn rank(cx: &mut Cx, dir: &Path, problems: &[Problem]) -> Result<f64> {
     Ok(right as f64 / problems.len().max(1) as f64)
 }
 
-/// report.html of the whole ladder, and of each rung.
-fn write_report(out: &Path, outcome: &Outcome, rungs: &[Rung]) -> Result<()> {
+/// report.html of the whole pipeline, and of each stage.
+fn write_report(out: &Path, outcome: &QuickstartOutcome, stages: &[Stage]) -> Result<()> {
     let table: Table = outcome.table();
-    let rungs: Vec<report::Rung> = rungs
+    let stages: Vec<report::ReportStage> = stages
         .iter()
         .map(|r| {
             let input = ReportInput { title: r.name.into(), ..ReportInput::default() };
-            report::Rung { name: r.name.into(), dir: r.folder.path().to_path_buf(), input }
+            report::ReportStage { name: r.name.into(), dir: r.folder.path().to_path_buf(), input }
         })
         .collect();
-    report::write_ladder(out, "temper quickstart", Some(&table), &rungs).map(drop)
+    report::write_pipeline(out, "temper quickstart", Some(&table), &stages).map(drop)
 }
 
 /// A context on a device of the command line's choice.

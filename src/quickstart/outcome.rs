@@ -1,15 +1,15 @@
-//! What the quickstart's ladder showed, and how it is printed. Layer 9.
+//! What the quickstart's pipeline showed, and how it is printed. Layer 9.
 //!
-//! Invariant: every figure is of held-out questions.
+//! Invariant: every metric is of held-out questions.
 
 use std::fmt;
 
-use super::data::{Kind, Problem, STYLE};
+use super::data::{Problem, QuestionKind, STYLE};
 use crate::report::Table;
 
-/// What one training run of the ladder took and reached.
+/// What one training run of the pipeline took and reached.
 #[derive(Clone, Debug)]
-pub struct RungReport {
+pub struct StageReport {
     pub name: &'static str,
     pub steps: u64,
     pub tokens: u64,
@@ -39,8 +39,8 @@ impl Score {
 }
 
 #[derive(Clone, Debug, Default)]
-pub struct Outcome {
-    pub rungs: Vec<RungReport>,
+pub struct QuickstartOutcome {
+    pub stages: Vec<StageReport>,
     /// Greedy, over `problems`.
     pub scores: Vec<Score>,
     /// Greedy, over `chains`.
@@ -53,7 +53,7 @@ pub struct Outcome {
     pub chains: Vec<Problem>,
 }
 
-impl Outcome {
+impl QuickstartOutcome {
     pub fn score(&self, model: &str) -> Option<&Score> {
         self.scores.iter().find(|s| s.model == model)
     }
@@ -70,13 +70,7 @@ impl Outcome {
         Some((mean, (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt()))
     }
 
-    /// How many of the SFT model's standard deviations PPO raised the mean score by.
-    pub fn ppo_gain(&self) -> Option<f64> {
-        let ((sft, spread), (ppo, _)) = (self.judged("sft")?, self.judged("ppo")?);
-        Some((ppo - sft) / spread.max(1e-9))
-    }
-
-    /// A line for each thing that a rung was for: before and after.
+    /// A line for each thing that a stage was for: before and after.
     pub fn table(&self) -> Table {
         let percent = |v: Option<f64>| v.map_or("-".to_string(), |v| format!("{:.1}%", 100.0 * v));
         let exact = |m: &str| percent(self.score(m).map(Score::exact_match));
@@ -87,8 +81,8 @@ impl Outcome {
         };
         let row = |cells: [&str; 4]| cells.map(str::to_string).to_vec();
         Table {
-            caption: "What each rung was for, on held-out questions".into(),
-            columns: row(["rung", "figure", "before", "after"]),
+            caption: "What each stage was for, on held-out questions".into(),
+            columns: row(["stage", "metric", "before", "after"]),
             rows: vec![
                 row(["sft", "exact match", &exact("pretrained"), &exact("sft")]),
                 row(["lora", "exact match", &exact("pretrained"), &exact("lora")]),
@@ -104,11 +98,11 @@ impl Outcome {
     }
 }
 
-impl fmt::Display for Outcome {
-    /// Samples, then the table, then what the rungs took.
+impl fmt::Display for QuickstartOutcome {
+    /// Samples, then the table, then what the stages took.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         writeln!(f, "Held-out questions, as each model answers them (greedy, one a kind):")?;
-        for kind in Kind::ALL {
+        for kind in QuestionKind::ALL {
             let Some(i) = self.problems.iter().position(|p| p.kind == kind) else { continue };
             writeln!(f, "\n  {}", self.problems[i].question)?;
             for score in &self.scores {
@@ -129,7 +123,7 @@ impl fmt::Display for Outcome {
             writeln!(f, "  {:<8} {:<34} {:>16} {:>16}", row[0], row[1], row[2], row[3])?;
         }
         writeln!(f)?;
-        for r in &self.rungs {
+        for r in &self.stages {
             let rate = r.tokens as f64 / r.seconds.max(1e-9);
             writeln!(
                 f,

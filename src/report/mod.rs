@@ -1,4 +1,4 @@
-//! `report.html`: one page that tells a run, or a ladder of runs. Layer 8.
+//! `report.html`: one page that tells a run, or a pipeline of runs. Layer 8.
 //!
 //! Invariant: the page is one file that asks the network for nothing; what is in it was read from
 //! the output folder (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or given, never made up:
@@ -18,7 +18,7 @@ use crate::fsio;
 pub const FILE: &str = "report.html";
 /// What was given for a page, so that `temper report` can write it again.
 const INPUT: &str = "report.json";
-const LADDER: &str = "ladder.json";
+const PIPELINE: &str = "pipeline.json";
 const METRICS: &str = "metrics.jsonl";
 /// Lines of metrics and of completions that a page takes; above, metrics are thinned and the page
 /// says so.
@@ -53,22 +53,22 @@ pub struct MaskRow {
     pub mask: Vec<bool>,
 }
 
-/// One run of a ladder: its output folder, and what is said of it.
+/// One run of a pipeline: its output folder, and what is said of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Rung {
+pub struct ReportStage {
     pub name: String,
     pub dir: PathBuf,
     pub input: ReportInput,
 }
 
-/// What [`write_ladder`] was given; folders inside of the ladder's by their relative path.
+/// What [`write_pipeline`] was given; folders inside of the pipeline's by their relative path.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Ladder {
+struct Pipeline {
     title: String,
     table: Option<Table>,
-    rungs: Vec<Rung>,
+    stages: Vec<ReportStage>,
 }
 
 /// Writes `dir/report.html` of the run in `dir`, and `dir/report.json` with what was given. Returns
@@ -79,7 +79,7 @@ pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
     let title = if input.title.is_empty() { name.clone() } else { input.title.clone() };
     let text = serde_json::to_vec_pretty(input).map_err(|e| Error::Run(format!("{INPUT}: {e}")))?;
     fsio::atomic_write(dir.join(INPUT), &text)?;
-    let run = Rung { name, dir: dir.to_path_buf(), input: input.clone() };
+    let run = ReportStage { name, dir: dir.to_path_buf(), input: input.clone() };
     page(dir, &title, None, &[run])
 }
 
@@ -93,44 +93,44 @@ pub fn read_input(dir: impl AsRef<Path>) -> Result<ReportInput> {
         .map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))
 }
 
-/// Writes `dir/report.html` with all `rungs`, one after the other, below the ladder's own table,
-/// and `dir/ladder.json` with what was given. A rung without masks shows those of its own page.
-pub fn write_ladder(
+/// Writes `dir/report.html` with all `stages`, one after the other, below the pipeline's own table,
+/// and `dir/pipeline.json` with what was given. A stage without masks shows those of its own page.
+pub fn write_pipeline(
     dir: impl AsRef<Path>,
     title: &str,
     table: Option<&Table>,
-    rungs: &[Rung],
+    stages: &[ReportStage],
 ) -> Result<PathBuf> {
     let dir = dir.as_ref();
-    let inside = |rung: &Rung| Rung {
-        dir: rung.dir.strip_prefix(dir).map_or_else(|_| rung.dir.clone(), Path::to_path_buf),
-        ..rung.clone()
+    let inside = |stage: &ReportStage| ReportStage {
+        dir: stage.dir.strip_prefix(dir).map_or_else(|_| stage.dir.clone(), Path::to_path_buf),
+        ..stage.clone()
     };
-    let ladder = Ladder {
+    let pipeline = Pipeline {
         title: title.into(),
         table: table.cloned(),
-        rungs: rungs.iter().map(inside).collect(),
+        stages: stages.iter().map(inside).collect(),
     };
     let text =
-        serde_json::to_vec_pretty(&ladder).map_err(|e| Error::Run(format!("{LADDER}: {e}")))?;
-    fsio::atomic_write(dir.join(LADDER), &text)?;
-    page(dir, title, table, rungs)
+        serde_json::to_vec_pretty(&pipeline).map_err(|e| Error::Run(format!("{PIPELINE}: {e}")))?;
+    fsio::atomic_write(dir.join(PIPELINE), &text)?;
+    page(dir, title, table, stages)
 }
 
-/// Writes the page of a folder again: of a run, of a ladder, or of all runs that lie in the folder.
+/// Writes the page of a folder again: of a run, of a pipeline, or of all runs that lie in the folder.
 pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
     let dir = dir.as_ref();
     let is_run = |dir: &Path| dir.join(METRICS).is_file();
     if is_run(dir) {
         return write(dir, &read_input(dir)?);
     }
-    let path = dir.join(LADDER);
+    let path = dir.join(PIPELINE);
     if path.is_file() {
         let bytes = fsio::read(&path)?;
-        let mut ladder: Ladder = serde_json::from_slice(&bytes)
+        let mut pipeline: Pipeline = serde_json::from_slice(&bytes)
             .map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))?;
-        ladder.rungs.iter_mut().for_each(|rung| rung.dir = dir.join(&rung.dir)); // an absolute one stays as it is
-        return page(dir, &ladder.title, ladder.table.as_ref(), &ladder.rungs);
+        pipeline.stages.iter_mut().for_each(|stage| stage.dir = dir.join(&stage.dir)); // an absolute one stays as it is
+        return page(dir, &pipeline.title, pipeline.table.as_ref(), &pipeline.stages);
     }
     let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
     let mut runs: Vec<PathBuf> =
@@ -142,18 +142,18 @@ pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
         );
         return Err(Error::data(dir, None, message));
     }
-    let rung = |path: &PathBuf| {
-        Ok(Rung { name: name_of(path), dir: path.clone(), input: read_input(path)? })
+    let stage = |path: &PathBuf| {
+        Ok(ReportStage { name: name_of(path), dir: path.clone(), input: read_input(path)? })
     };
-    page(dir, &name_of(dir), None, &runs.iter().map(rung).collect::<Result<Vec<_>>>()?)
+    page(dir, &name_of(dir), None, &runs.iter().map(stage).collect::<Result<Vec<_>>>()?)
 }
 
 fn name_of(dir: &Path) -> String {
     dir.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned())
 }
 
-fn page(dir: &Path, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Result<PathBuf> {
-    let runs = rungs.iter().map(run).collect::<Result<Vec<_>>>()?;
+fn page(dir: &Path, title: &str, table: Option<&Table>, stages: &[ReportStage]) -> Result<PathBuf> {
+    let runs = stages.iter().map(run).collect::<Result<Vec<_>>>()?;
     let data = json!({ "title": title, "table": table, "runs": runs });
     // in a script element only `</` and `<!--` could end the data; escaped, the page is closed to
     // what models write
@@ -181,10 +181,10 @@ fn page(dir: &Path, title: &str, table: Option<&Table>, rungs: &[Rung]) -> Resul
     Ok(path)
 }
 
-fn run(rung: &Rung) -> Result<Value> {
-    let masks = match rung.input.masks.is_empty() {
-        true => read_input(&rung.dir)?.masks,
-        false => rung.input.masks.clone(),
+fn run(stage: &ReportStage) -> Result<Value> {
+    let masks = match stage.input.masks.is_empty() {
+        true => read_input(&stage.dir)?.masks,
+        false => stage.input.masks.clone(),
     };
     for (i, row) in masks.iter().enumerate() {
         let (tokens, mask) = (row.tokens.len(), row.mask.len());
@@ -194,19 +194,19 @@ fn run(rung: &Rung) -> Result<Value> {
             )));
         }
     }
-    let mut notes = rung.input.notes.clone();
-    let (series, thinned) = series(&lines(&rung.dir.join(METRICS))?);
+    let mut notes = stage.input.notes.clone();
+    let (series, thinned) = series(&lines(&stage.dir.join(METRICS))?);
     if thinned > 1 {
         notes.push(format!("The curves show one of {thinned} logged steps."));
     }
-    let (samples, recorded) = samples(&rung.dir.join("completions.jsonl"))?;
+    let (samples, recorded) = samples(&stage.dir.join("completions.jsonl"))?;
     if samples.len() < recorded {
         notes.push(format!("{} of {recorded} recorded completions are shown.", samples.len()));
     }
-    let config = rung.dir.join("config.toml");
+    let config = stage.dir.join("config.toml");
     let config = config.is_file().then(|| fsio::read(&config)).transpose()?;
     Ok(json!({
-        "name": rung.name, "notes": notes, "table": rung.input.table, "series": series, "samples": samples,
+        "name": stage.name, "notes": notes, "table": stage.input.table, "series": series, "samples": samples,
         "masks": masks, "config": config.map(|c| String::from_utf8_lossy(&c).into_owned()),
     }))
 }

@@ -281,9 +281,4 @@ impl Scores {
         };
         (0..n).map(row).collect()
     }
-
-    /// Rows that no reward scored.
-    pub fn unscorable(&self) -> Vec<usize> {
-        self.total().iter().enumerate().filter(|(_, r)| r.is_none()).map(|(i, _)| i).collect()
-    }
 }

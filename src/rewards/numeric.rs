@@ -1,4 +1,4 @@
-//! The number that a text gives as its answer.
+//! The number that a text gives as its answer. Layer 6.
 //!
 //! Invariant: `\boxed{}` goes before `####`, which goes before the last number of the text.
 //! Thousands separators, units, currency and percent signs are dropped; fractions are divided. Two

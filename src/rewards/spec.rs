@@ -1,5 +1,5 @@
 //! How a reward is written: `name`, `name:key=value,key=value`, `name:ARGUMENT`, or a table of a
-//! run file.
+//! run file. Layer 6.
 //!
 //! Invariant: an unknown name or key is an error that lists what there is; nothing is guessed.
 

@@ -1,5 +1,5 @@
 //! What built-in rewards read in a completion: its text, its JSON, its reasoning format, its
-//! length, its repetitions.
+//! length, its repetitions. Layer 6.
 //!
 //! Invariant: `soft_overlong` and `repetition` are TRL's functions of the token ids, value for
 //! value.

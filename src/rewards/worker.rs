@@ -1,4 +1,4 @@
-//! A reward that another program computes: JSON lines over stdin and stdout, started once.
+//! A reward that another program computes: JSON lines over stdin and stdout, started once. Layer 6.
 //!
 //! Invariant: an answer belongs to a row by its id, and answers come in the order of the rows;
 //! whatever else happens (end, silence, garbage, another id) is said with the row and what was

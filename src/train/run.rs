@@ -12,7 +12,7 @@ use crate::checkpoint::{self, CheckpointWriter, RunFolder};
 use crate::config::When;
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::log::{Metric, RunLog};
+use crate::log::{LoggedValue, RunLog};
 use crate::methods::Method;
 use crate::model::layout::ModelConfig;
 use crate::report::{self, MaskRow, ReportInput};
@@ -138,7 +138,7 @@ impl Run<'_> {
         let last = step.number == total;
         if every(trainer.config.logging_steps) || last {
             let means = state.means.take();
-            let mut metrics: Vec<(&str, Metric)> = Vec::new();
+            let mut metrics: Vec<(&str, LoggedValue)> = Vec::new();
             metrics
                 .extend(means.iter().filter(|m| m.0 == "loss").map(|m| (m.0.as_str(), m.1.into())));
             metrics.push(("grad_norm", f64::from(step.grad_norm).into()));
@@ -167,7 +167,7 @@ impl Run<'_> {
             let results = method.evaluate(&mut trainer.cx, &trainer.model, batch)?;
             let named: Vec<(String, f64)> =
                 results.into_iter().map(|(n, v)| (format!("eval_{n}"), v)).collect();
-            let mut metrics: Vec<(&str, Metric)> =
+            let mut metrics: Vec<(&str, LoggedValue)> =
                 named.iter().map(|(n, v)| (n.as_str(), (*v).into())).collect();
             metrics.push(("epoch", step.epoch.into()));
             log.log(step.number, &metrics)?;

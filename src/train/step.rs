@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use crate::autograd::Cx;
-use crate::config::{Sampling, TrainingConfig};
+use crate::config::{SamplingStrategy, TrainingConfig};
 use crate::data::order::epoch_order;
 use crate::error::{Error, Result};
 use crate::methods::{Method, Metric};
@@ -45,7 +45,7 @@ pub struct StepPlan {
     rows: usize,
     batch: usize,
     accumulation: usize,
-    sampling: Sampling,
+    sampling: SamplingStrategy,
     seed: u64,
     pub steps_per_epoch: u64,
     pub total_steps: u64,
@@ -77,7 +77,7 @@ impl StepPlan {
     pub fn online(config: &TrainingConfig, micro_batches: usize) -> Result<StepPlan> {
         let own = TrainingConfig {
             per_device_train_batch_size: 1,
-            train_sampling_strategy: Sampling::Sequential,
+            train_sampling_strategy: SamplingStrategy::Sequential,
             ..config.clone()
         };
         StepPlan::new(&own, micro_batches)

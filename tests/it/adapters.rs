@@ -2,13 +2,11 @@
 //! generation, merging, PiSSA's files, resuming.
 
 use std::path::Path;
-use std::process::Command;
-use std::sync::Arc;
 
 use serde_json::Value;
 use temper::autograd::Cx;
 use temper::checkpoint::{CheckpointWriter, checkpoint_path};
-use temper::device::{DType, cpu::Cpu};
+use temper::device::DType;
 use temper::methods::offline::sft::Sft;
 use temper::methods::offline::sft::SftRun;
 use temper::model::adapter::{Adapter, folder};
@@ -21,17 +19,19 @@ use temper::train::Trainer;
 use temper::train::state::{FolderParts, RunState};
 use temper::train::tuning::prepare;
 
-use crate::peft::{cpu, fixtures, flat, largest_difference, logps, losses, model, trainer};
+use crate::peft::{flat, largest_difference, logps, losses, model, trainer};
+use crate::support::{
+    self, MODEL, command, cpu, cpu_in, done, finish, fixture, json, metrics, strings, tokenizer,
+};
 
 fn run_of(keys: &[&str]) -> SftRun {
-    let keys: Vec<String> = keys.iter().map(|k| k.to_string()).collect();
-    SftRun::load(None, &keys).unwrap().0
+    SftRun::load(None, &strings(keys)).unwrap().0
 }
 
 fn new_model(cx: &Cx, keys: &[&str]) -> (Decoder, SftRun) {
     let run = run_of(keys);
-    let dir = fixtures().join("sft/model");
-    let decoder = Decoder::folder(&dir).unwrap().positions(512).build(cx).unwrap();
+    let dir = fixture("sft/model");
+    let decoder = support::decoder(&cx, &dir, 512);
     (prepare(cx, decoder, &run.peft, None, &dir, 42).unwrap(), run)
 }
 
@@ -42,25 +42,20 @@ fn save(decoder: &Decoder, out: &Path) {
 
 #[test]
 fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_go_round() {
-    let values: Value =
-        serde_json::from_slice(&std::fs::read("tests/fixtures/adapter_hub/values.json").unwrap())
-            .unwrap();
+    let values: Value = json(fixture("adapter_hub/values.json"));
     let ids: Vec<Vec<u32>> = serde_json::from_value(losses()["ids"].clone()).unwrap();
     for (name, want) in values.as_object().unwrap() {
         let mut cx = cpu();
-        let (run, dir) = (run_of(&["per_device_train_batch_size=4"]), fixtures().join("sft/model"));
-        let from = fixtures().join("adapter_hub").join(name);
-        let decoder = Decoder::folder(&dir).unwrap().positions(512).build(&cx).unwrap();
+        let (run, dir) = (run_of(&["per_device_train_batch_size=4"]), fixture("sft/model"));
+        let from = fixture("adapter_hub").join(name);
+        let decoder = support::decoder(&cx, &dir, 512);
         let decoder = prepare(&cx, decoder, &run.peft, Some(&from), &dir, 42).unwrap();
         let found = logps(&mut cx, &decoder, &losses()["ids"]);
         let off = largest_difference(&found, &flat(&want["logps"]));
 
         let tmp = tempfile::tempdir().unwrap();
         save(&decoder, &tmp.path().join("again"));
-        let json = |dir: &Path| -> Value {
-            serde_json::from_slice(&std::fs::read(dir.join("adapter_config.json")).unwrap())
-                .unwrap()
-        };
+        let json = |dir: &Path| -> Value { json(dir.join("adapter_config.json")) };
         let (theirs, ours) = (json(&from), json(&tmp.path().join("again")));
         for (key, value) in ours["config"].as_object().unwrap() {
             assert_eq!(value.to_string(), theirs["config"][key].to_string(), "{name}: {key}");
@@ -177,25 +172,16 @@ fn dpo_of_a_tuned_prompt_starts_at_its_own_reference() {
     let tmp = tempfile::tempdir().unwrap();
     for kind in ["prompt_tuning", "seq_bn"] {
         let out = tmp.path().join(kind);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
-        command.args([
-            "dpo",
-            "--model",
-            "tests/fixtures/sft/model",
-            "--data",
-            "tests/fixtures/preferences/plain.jsonl",
-            "--output",
-        ]);
-        command.arg(&out).args([
-            "use_peft=true",
-            "max_steps=3",
-            "logging_steps=1",
-            "learning_rate=1e-2",
-        ]);
-        let output = command.arg(format!("peft_type={kind}")).output().unwrap();
-        assert!(output.status.success(), "{kind}: {}", String::from_utf8_lossy(&output.stderr));
-        let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-        let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let (data, to) = (fixture("preferences/plain.jsonl"), out.to_str().unwrap());
+        done(
+            &[
+                &["dpo", "--model", MODEL, "--data", data.to_str().unwrap(), "--output", to][..],
+                &["use_peft=true", "max_steps=3", "logging_steps=1", "learning_rate=1e-2"],
+                &[&format!("peft_type={kind}")],
+            ]
+            .concat(),
+        );
+        let lines = metrics(&out);
         let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();
         // At its reference every margin is 0.
         assert!(
@@ -215,8 +201,7 @@ fn a_prompt_of_text_starts_as_the_texts_embeddings() {
         "prompt_tuning_init_text=12",
     ];
     let (decoder, _) = new_model(&cx, &keys);
-    let tokenizer =
-        temper::data::tokenizer::Tokenizer::load(&fixtures().join("sft/model")).unwrap();
+    let tokenizer = tokenizer();
     let ids = tokenizer.encode("12", true).unwrap();
     let adapter = decoder.adapter.as_ref().unwrap();
     let prompt = adapter.params.weight_view(0).unwrap().to_f32().unwrap();
@@ -229,18 +214,10 @@ fn a_prompt_of_text_starts_as_the_texts_embeddings() {
 }
 
 fn merge(base: &Path, adapter: &Path, out: &Path, more: &[&str]) -> (bool, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
-    command
-        .arg("merge")
-        .arg("--model")
-        .arg(base)
-        .arg("--adapter")
-        .arg(adapter)
-        .arg("--output")
-        .arg(out)
-        .args(more);
-    let output = command.output().unwrap();
-    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    let mut command = command(&["merge", "--model"]);
+    command.arg(base).arg("--adapter").arg(adapter).arg("--output").arg(out).args(more);
+    let (code, said) = finish(&mut command);
+    (code == Some(0), said)
 }
 
 #[test]
@@ -252,9 +229,9 @@ fn temper_merge_writes_the_adapted_model() {
         (a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / a.len() as f64).sqrt()
     };
     for (name, run) in all["runs"].as_object().unwrap() {
-        let base = fixtures().join(run["base"].as_str().unwrap());
+        let base = fixture(run["base"].as_str().unwrap());
         let out = tmp.path().join(name);
-        let (done, said) = merge(&base, &fixtures().join("peft").join(name), &out, &[]);
+        let (done, said) = merge(&base, &fixture("peft").join(name), &out, &[]);
         if name.starts_with("prompt") {
             assert!(!done && said.contains("part of no weight"), "{name}: {said}");
             continue;
@@ -263,20 +240,20 @@ fn temper_merge_writes_the_adapted_model() {
         let mut cx = cpu();
         let (decoder, _) = model(&cx, run["base"].as_str().unwrap(), name, &[]);
         let exact = logps(&mut cx, &decoder, ids);
-        let merged = Decoder::folder(&out).unwrap().positions(64).build(&cx).unwrap();
+        let merged = support::decoder(&cx, &out, 64);
         let off = largest_difference(&exact, &logps(&mut cx, &merged, ids));
         // Another order of sums.
         assert!(off <= 1e-5, "{name}: {off:e}");
-        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::BF16).unwrap();
+        let mut cx = cpu_in(DType::BF16);
         let (decoder, _) = model(&cx, run["base"].as_str().unwrap(), name, &[]);
         let unmerged = rms(&exact, &logps(&mut cx, &decoder, ids));
-        let merged = Decoder::folder(&out).unwrap().positions(64).build(&cx).unwrap();
+        let merged = support::decoder(&cx, &out, 64);
         let merged = rms(&exact, &logps(&mut cx, &merged, ids));
         println!("{name}: f32 {off:.1e}; bf16 merged {merged:.1e}, unmerged {unmerged:.1e}");
         assert!(merged <= 2.0 * unmerged, "{name}: bf16 {merged:e}, unmerged {unmerged:e}");
     }
-    let (hub, out) = (fixtures().join("adapter_hub/seq_bn"), tmp.path().join("seq_bn"));
-    let (done, said) = merge(&fixtures().join("sft/model"), &hub, &out, &[]);
+    let (hub, out) = (fixture("adapter_hub/seq_bn"), tmp.path().join("seq_bn"));
+    let (done, said) = merge(&fixture("sft/model"), &hub, &out, &[]);
     assert!(
         !done && said.contains("part of no weight") && !out.join("config.json").exists(),
         "{said}"

@@ -1,16 +1,17 @@
 //! What attention promises beyond its cases: exactness across packing, prefill and decode, and long
 //! gradients.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use temper::autograd::{Cx, F64, ParamGrads, Tape};
 use temper::config::AttentionChoice;
-use temper::device::{DType, cpu::Cpu};
+use temper::device::DType;
 use temper::ops::attention::oracle::{gradient, segments, shape};
 use temper::ops::attention::{AttnPlan, AttnShape, PAGE, attention, attention_paged, kv_append};
 use temper::ops::case::Rng;
 use temper::tensor::{Id, ParamSetId, Tensor};
+
+use crate::support::cpu_in;
 
 const SIMT: [(AttentionChoice, DType); 2] =
     [(AttentionChoice::Simt, DType::F32), (AttentionChoice::Simt, DType::BF16)];
@@ -19,7 +20,7 @@ const ALL: [(AttentionChoice, DType); 3] =
     [SIMT[0], SIMT[1], (AttentionChoice::TensorCore, DType::BF16)];
 
 fn context((choice, dtype): (AttentionChoice, DType)) -> Cx {
-    let mut cx = Cx::new(Arc::new(Cpu::new()), dtype).unwrap();
+    let mut cx = cpu_in(dtype);
     cx.attention = choice;
     cx
 }

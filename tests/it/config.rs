@@ -1,6 +1,6 @@
 //! Run files: TRL's defaults, overrides, and every problem at once.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use temper::config::{
     Amount, Dtype, GenerateConfig, GradientCheckpointing, Section, TrainingConfig, When, changes,
@@ -10,9 +10,7 @@ use temper::data::packing::PackingStrategy;
 use temper::error::Error;
 use temper::methods::offline::sft::SftRun;
 
-fn words(text: &str) -> Vec<String> {
-    text.split_whitespace().map(str::to_string).collect()
-}
+use crate::support::{fixture, json, words};
 
 fn from(file: &str, overrides: &str) -> Result<(SftRun, Vec<String>), Error> {
     let dir = tempfile::tempdir().unwrap();
@@ -29,9 +27,7 @@ fn problems(file: &str, overrides: &str) -> Vec<String> {
 
 /// Every field of TRL's SFTConfig at its default, as a run file.
 fn trl_dump() -> (String, serde_json::Map<String, serde_json::Value>) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sft_defaults.json");
-    let trl: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let serde_json::Value::Object(trl) = json(fixture("sft_defaults.json")) else { panic!() };
     let lines = trl.iter().map(|(k, v)| {
         format!("{k} = {}\n", if v.is_null() { "\"none\"".into() } else { v.to_string() })
     });

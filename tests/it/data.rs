@@ -1,26 +1,19 @@
 //! Data: parity with transformers and TRL, against fixtures that `tests/fixtures/make_*.py` wrote.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
 use temper::data::chat::{ChatTemplate, RenderOptions};
 use temper::data::jinja::Clock;
-use temper::data::order::Sampling;
+use temper::data::order::SamplingStrategy;
 use temper::data::packing::{PackingStrategy, pack};
 use temper::data::rows::{Row, read_rows};
 use temper::data::sft::{SftExample, SftOptions, SftStats, TruncationMode, prepare};
 use temper::data::tokenizer::Tokenizer;
 use temper::data::{bpe, order};
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn json(path: &Path) -> Value {
-    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
+use crate::support::{fixture, json, rows, tokenizer, tokenizer_and_template};
 
 #[derive(Default, Debug, PartialEq)]
 struct Renders {
@@ -182,9 +175,8 @@ fn options(config: &Value) -> SftOptions {
 }
 
 fn sft(kind: &str, options: &SftOptions) -> (Vec<SftExample>, SftStats) {
-    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
-    let rows = read_rows(&[fixture(&format!("sft/{kind}.jsonl"))]).unwrap();
+    let (tokenizer, template) = tokenizer_and_template();
+    let rows = rows(&format!("sft/{kind}.jsonl"));
     prepare(&rows, &tokenizer, Some(&template), 320, options).unwrap()
 }
 
@@ -233,7 +225,7 @@ fn unrolled(runs: &Value) -> Vec<bool> {
 
 #[test]
 fn assistant_masks_equal_those_of_transformers_inside_tokens() {
-    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
+    let tokenizer = tokenizer();
     let fixture = json(&fixture("sft/masks.json"));
     let options = SftOptions { assistant_only_loss: true, ..SftOptions::default() };
     for case in fixture["masks"].as_array().unwrap() {
@@ -265,7 +257,7 @@ fn a_bos_post_processor_acts_as_in_trl() {
     std::fs::write(&path, text.to_string()).unwrap();
     let tokenizer = Tokenizer::load(dir.path()).unwrap();
     for kind in ["text", "prompt_completion"] {
-        let rows = read_rows(&[fixture(&format!("sft/{kind}.jsonl"))]).unwrap();
+        let rows = rows(&format!("sft/{kind}.jsonl"));
         let (got, _) = prepare(&rows[..6], &tokenizer, None, 320, &SftOptions::default()).unwrap();
         for (got, want) in got.iter().zip(masks["with_bos"][kind].as_array().unwrap()) {
             let ids: Vec<u32> = serde_json::from_value(want[0].clone()).unwrap();
@@ -340,9 +332,8 @@ fn stats_say_what_was_cut_and_dropped() {
 
 #[test]
 fn rows_that_cannot_be_trained_on_are_errors() {
-    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
-    let rows = |kind: &str| read_rows(&[fixture(&format!("sft/{kind}.jsonl"))]).unwrap();
+    let (tokenizer, template) = tokenizer_and_template();
+    let rows = |kind: &str| rows(&format!("sft/{kind}.jsonl"));
     let said = |rows: &[Row], vocab, o: &SftOptions| {
         prepare(rows, &tokenizer, Some(&template), vocab, o).unwrap_err().to_string()
     };
@@ -386,13 +377,13 @@ fn rows_that_cannot_be_trained_on_are_errors() {
 
 #[test]
 fn the_tokenizer_fixture_loads_whole() {
-    let t = Tokenizer::load(&fixture("sft/model")).unwrap();
+    let t = tokenizer();
     assert_eq!(
         (t.vocab_size(), t.eos_token(), t.pad_token(), t.bos_token()),
         (320, Some("<|im_end|>"), Some("<|endoftext|>"), None)
     );
     assert_eq!((t.eos_id(), t.pad_id(), t.files().len()), (Some(2), Some(0), 3));
-    assert_eq!(order::epoch_order(Sampling::Sequential, 3, 0, 0), [0, 1, 2]);
+    assert_eq!(order::epoch_order(SamplingStrategy::Sequential, 3, 0, 0), [0, 1, 2]);
 }
 
 /// Writes what transformers is to load when TEMPER_BPE_OUT names a folder; see make_sft.py --load.
@@ -401,11 +392,8 @@ fn a_trained_tokenizer_is_a_folder() {
     let kept = std::env::var("TEMPER_BPE_OUT").ok();
     let dir = tempfile::tempdir().unwrap();
     let dir = kept.as_deref().map_or(dir.path(), Path::new);
-    let texts: Vec<String> = read_rows(&[fixture("sft/text.jsonl")])
-        .unwrap()
-        .iter()
-        .map(|r| r.string("text").unwrap().to_string())
-        .collect();
+    let texts: Vec<String> =
+        rows("sft/text.jsonl").iter().map(|r| r.string("text").unwrap().to_string()).collect();
     let trained =
         bpe::train_bpe(texts.iter().map(String::as_str), 350, &["<|end|>", "<|pad|>"], true)
             .unwrap();
@@ -424,10 +412,9 @@ fn a_trained_tokenizer_is_a_folder() {
 
 #[test]
 fn parquet_rows_equal_json_rows() {
-    let tokenizer = Tokenizer::load(&fixture("sft/model")).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
-    let parquet = read_rows(&[fixture("sft/messages.parquet")]).unwrap();
-    let lines = read_rows(&[fixture("sft/messages.jsonl")]).unwrap();
+    let (tokenizer, template) = tokenizer_and_template();
+    let parquet = rows("sft/messages.parquet");
+    let lines = rows("sft/messages.jsonl");
     assert_eq!(
         (parquet.len(), parquet[3].line, parquet[3].get("id"), parquet[3].get("tools")),
         (9, 4, Some(&3.into()), None)

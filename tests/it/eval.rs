@@ -1,33 +1,12 @@
 //! `temper eval` and `temper data` through the binary, on the small folder of the SFT tests.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-const MODEL: &str = "tests/fixtures/sft/model";
+use crate::support::{MODEL, done, json, metrics, temper, write_rows};
+
 const COMPLETIONS: &str = "tests/fixtures/sft/prompt_completion.jsonl";
-
-fn temper(args: &[&str]) -> (Option<i32>, String, String) {
-    let out = Command::new(env!("CARGO_BIN_EXE_temper"))
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
-    (out.status.code(), text(out.stdout), text(out.stderr))
-}
-
-fn done(args: &[&str]) -> String {
-    let (code, out, err) = temper(args);
-    assert_eq!(code, Some(0), "{err}");
-    out
-}
-
-fn write(path: &Path, rows: &[Value]) -> String {
-    std::fs::write(path, rows.iter().map(|r| format!("{r}\n")).collect::<String>()).unwrap();
-    path.to_str().unwrap().to_string()
-}
 
 /// The JSON that `temper eval` writes.
 fn eval(dir: &Path, model: &str, data: &str, keys: &[&str]) -> Value {
@@ -44,7 +23,7 @@ fn eval(dir: &Path, model: &str, data: &str, keys: &[&str]) -> Value {
         path.to_str().unwrap(),
     ];
     done(&[&fixed[..], keys].concat());
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    json(path)
 }
 
 #[test]
@@ -52,7 +31,7 @@ fn prompts_are_answered_and_verified() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = ["one", "two", "three", "four", "five"];
     let asked: Vec<Value> = prompts.iter().map(|p| json!({ "prompt": p })).collect();
-    let asked = write(&dir.path().join("asked.jsonl"), &asked);
+    let asked = write_rows(&dir.path().join("asked.jsonl"), &asked);
     let said = done(&[
         "generate",
         "--model",
@@ -76,7 +55,7 @@ fn prompts_are_answered_and_verified() {
             json!({ "prompt": said["prompt"], "answer": if i == 4 { Value::Null } else { answer } })
         })
         .collect();
-    let data = write(&dir.path().join("rows.jsonl"), &rows);
+    let data = write_rows(&dir.path().join("rows.jsonl"), &rows);
     let found = eval(dir.path(), MODEL, &data, &["max_new_tokens=8"]);
     let exact = &found["figures"]["exact_match"];
     assert_eq!((&exact["value"], &exact["rows"]), (&json!(0.5), &json!(4)), "{found}");
@@ -90,7 +69,7 @@ fn prompts_are_answered_and_verified() {
 fn pass_at_k_is_of_the_sampled_completions() {
     let dir = tempfile::tempdir().unwrap();
     let rows: Vec<Value> = (0..6).map(|i| json!({ "prompt": format!("number {i}") })).collect();
-    let data = write(&dir.path().join("rows.jsonl"), &rows);
+    let data = write_rows(&dir.path().join("rows.jsonl"), &rows);
     let keys = ["n=4", "temperature=1", "max_new_tokens=6", "reward_funcs=regex:[aeiou]{2}|e.*t"];
     let found = eval(dir.path(), MODEL, &data, &keys);
     let figure = |name: &str| found["figures"][name]["value"].as_f64().unwrap();
@@ -157,9 +136,7 @@ fn pairs_are_ranked_as_the_reward_run_ranks_them() {
         "per_device_eval_batch_size=1000",
         "max_length=none",
     ]);
-    let metrics = std::fs::read_to_string(Path::new(model).join("metrics.jsonl")).unwrap();
-    let last: Value =
-        metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).next_back().unwrap();
+    let last = metrics(Path::new(model)).pop().unwrap();
     let found = eval(dir.path(), model, pairs, &[]);
     assert_eq!(found["figures"]["accuracy"]["value"], last["eval_accuracy"], "{last}");
     // a shared prompt is computed once in the run: other blocks of the same sums
@@ -202,7 +179,7 @@ fn the_doctor_shows_what_the_loss_is_on_and_what_is_dropped() {
         json!({ "prompt": long, "completion": "lost" }),
         json!({ "prompt": "c", "completion": " d<|im_end|><|im_end|>" }),
     ];
-    let data = write(&dir.path().join("rows.jsonl"), &rows);
+    let data = write_rows(&dir.path().join("rows.jsonl"), &rows);
     let out = done(&["data", "--model", MODEL, "--data", &data, "max_length=32"]);
     assert!(out.contains("1 of 3 rows are dropped") && out.contains("rows.jsonl:2: "), "{out}");
     assert!(

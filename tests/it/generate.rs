@@ -1,38 +1,28 @@
 //! Generation against transformers 5.17, and the commands that generate.
 
-use std::io::Write;
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use serde_json::Value;
-use temper::autograd::Cx;
-use temper::data::tokenizer::Tokenizer;
-use temper::device::{DType, cpu::Cpu};
-use temper::model::decoder::Decoder;
 use temper::rollout::sample::Sampling;
 use temper::rollout::stop::StopStrings;
 use temper::rollout::{Engine, EngineOptions, Finish, Request, generate};
 
-const SFT_MODEL: &str = "tests/fixtures/sft/model";
+use crate::support::{
+    MODEL, cpu, decoder, fixture, golden, json, json_lines, temper, temper_reading, tokenizer,
+};
 
 fn lists(value: &Value) -> Vec<Vec<u32>> {
     serde_json::from_value(value.clone()).unwrap()
 }
 
-fn load(cx: &Cx, dir: &Path) -> Decoder {
-    Decoder::folder(dir).unwrap().positions(16).build(cx).unwrap()
-}
-
 #[test]
 fn greedy_tokens_are_those_of_transformers_for_every_family() {
-    let golden: Value =
-        serde_json::from_slice(&std::fs::read("tests/fixtures/generate.json").unwrap()).unwrap();
-    let golden = golden.as_object().unwrap();
-    assert_eq!(golden.len(), std::fs::read_dir("tests/fixtures/models").unwrap().count());
-    for (case, want) in golden {
-        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
-        let mut model = load(&cx, &Path::new("tests/fixtures/models").join(case));
+    let cases: Value = json(fixture("generate.json"));
+    let cases = cases.as_object().unwrap();
+    assert_eq!(cases.len(), std::fs::read_dir(fixture("models")).unwrap().count());
+    for (case, want) in cases {
+        let mut cx = cpu();
+        let mut model = decoder(&cx, golden(case), 16);
         let options = EngineOptions::new(64, Sampling::greedy(), vec![], 4);
         let got =
             generate(&mut cx, &mut model, &lists(&want["prompts"]), &options, |_, _| {}).unwrap();
@@ -46,9 +36,9 @@ fn greedy_tokens_are_those_of_transformers_for_every_family() {
 
 #[test]
 fn a_completion_ends_with_the_token_that_completes_a_stop_string() {
-    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
-    let mut model = load(&cx, Path::new(SFT_MODEL));
-    let tokenizer = Arc::new(Tokenizer::load(Path::new(SFT_MODEL)).unwrap());
+    let mut cx = cpu();
+    let mut model = decoder(&cx, MODEL, 16);
+    let tokenizer = Arc::new(tokenizer());
     let prompt = tokenizer.encode("one two", true).unwrap();
     let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::greedy() };
     let options = EngineOptions::new(40, sampling, vec![], 1);
@@ -78,20 +68,6 @@ fn a_completion_ends_with_the_token_that_completes_a_stop_string() {
     );
 }
 
-fn temper(args: &[&str], input: &str) -> (Option<i32>, String, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_temper"))
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let out = child.wait_with_output().unwrap();
-    let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
-    (out.status.code(), text(out.stdout), text(out.stderr))
-}
-
 #[test]
 fn generate_gives_n_completions_of_each_prompt_as_rows() {
     let dir = tempfile::tempdir().unwrap();
@@ -102,15 +78,12 @@ fn generate_gives_n_completions_of_each_prompt_as_rows() {
     )
     .unwrap();
     let paths = [data.to_str().unwrap(), out.to_str().unwrap()];
-    let fixed = [
-        "generate", "--model", SFT_MODEL, "--device", "cpu", "--data", paths[0], "--output",
-        paths[1],
-    ];
+    let fixed =
+        ["generate", "--model", MODEL, "--device", "cpu", "--data", paths[0], "--output", paths[1]];
     let run = |keys: &[&str]| {
-        let (code, _, err) = temper(&[&fixed[..], keys].concat(), "");
+        let (code, _, err) = temper(&[&fixed[..], keys].concat());
         assert_eq!(code, Some(0), "{err}");
-        let lines = std::fs::read_to_string(&out).unwrap();
-        lines.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).collect::<Vec<_>>()
+        json_lines(&out)
     };
     let rows = run(&["n=3", "max_new_tokens=6", "repetition_penalty=1.2", "top_k=40", "seed=3"]);
     assert_eq!(
@@ -131,7 +104,7 @@ fn generate_gives_n_completions_of_each_prompt_as_rows() {
         "--step-tokens=2",
     ]);
     assert_eq!(rows, again);
-    let (code, _, err) = temper(&[&fixed[..], &["repetition_penalty=0"]].concat(), "");
+    let (code, _, err) = temper(&[&fixed[..], &["repetition_penalty=0"]].concat());
     assert!(code == Some(2) && err.contains("repetition_penalty"), "{err}");
 }
 
@@ -139,8 +112,8 @@ fn generate_gives_n_completions_of_each_prompt_as_rows() {
 fn a_chat_keeps_its_history_until_it_is_reset() {
     let chat = |input: &str| {
         let args =
-            ["chat", "--model", SFT_MODEL, "--device", "cpu", "max_new_tokens=8", "temperature=0"];
-        let (code, out, err) = temper(&args, input);
+            ["chat", "--model", MODEL, "--device", "cpu", "max_new_tokens=8", "temperature=0"];
+        let (code, out, err) = temper_reading(&args, input);
         assert_eq!(code, Some(0), "{err}");
         out
     };

@@ -10,6 +10,8 @@ use temper::ops::case::Rng;
 use temper::ops::lora_kernels::{Read, Segment, lora_dt, lora_grads, lora_nn, lora_nt};
 use temper::tensor::Tensor;
 
+use crate::support::cpu;
+
 fn product(
     a: &F64,
     b: &F64,
@@ -182,7 +184,7 @@ fn fused_low_rank_products_are_the_naive_ones_with_the_same_bits_in_every_mode()
 
 #[test]
 fn shapes_that_do_not_fit_are_errors() {
-    let cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let cx = cpu();
     let t = |rows, cols| cx.float("t", &[rows, cols]).unwrap();
     let (y, x, w, b) = (t(4, 6), t(4, 5), t(6, 5), t(3, 2));
     let at = |start, end| Segment { b: &b, start, end };

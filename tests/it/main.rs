@@ -8,7 +8,6 @@ mod config;
 mod data;
 mod eval;
 mod generate;
-
 mod lora_kernels;
 mod model_folder;
 mod online;
@@ -32,3 +31,4 @@ mod score;
 mod sft;
 mod shim;
 mod signature;
+mod support;

@@ -11,6 +11,8 @@ use temper::model::layout::{ModelConfig, Role, expected_params};
 use temper::model::rope::RopeKind;
 use temper::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec, write};
 
+use crate::support::{golden, json};
+
 const CASES: [&str; 12] = [
     "llama3_rope",
     "llama_bf16",
@@ -28,10 +30,6 @@ const CASES: [&str; 12] = [
 
 type Weights = BTreeMap<String, (HostDtype, Vec<usize>, Vec<u8>)>;
 
-fn fixture(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(case)
-}
-
 fn weights(dir: &Path, config: &ModelConfig) -> temper::error::Result<Weights> {
     let mut all = Weights::new();
     load_weights(dir, config, &mut |spec, view| {
@@ -44,7 +42,7 @@ fn weights(dir: &Path, config: &ModelConfig) -> temper::error::Result<Weights> {
 
 /// A copy of a single-file fixture whose tensors `change` may edit, add or remove.
 fn altered(case: &str, change: impl Fn(&mut Weights)) -> (tempfile::TempDir, ModelConfig) {
-    let from = fixture(case);
+    let from = golden(case);
     let mut all = Weights::new();
     let folder = SafeFolder::open(&from).unwrap();
     for name in folder.names() {
@@ -77,14 +75,14 @@ fn load_error(dir: &Path, config: &ModelConfig) -> String {
 #[test]
 fn every_golden_folder_loads_completely() {
     for case in CASES {
-        let config = load_config(fixture(case)).unwrap();
-        let loaded = weights(&fixture(case), &config).unwrap();
+        let config = load_config(golden(case)).unwrap();
+        let loaded = weights(&golden(case), &config).unwrap();
         let stored: Vec<String> =
-            SafeFolder::open(fixture(case)).unwrap().names().map(String::from).collect();
+            SafeFolder::open(golden(case)).unwrap().names().map(String::from).collect();
         assert_eq!(loaded.keys().cloned().collect::<Vec<_>>(), stored, "{case}");
         assert!(loaded.values().all(|(dtype, _, _)| Some(*dtype) == config.dtype), "{case}");
     }
-    let all = std::fs::read_dir(fixture(""))
+    let all = std::fs::read_dir(golden(""))
         .unwrap()
         .map(|f| f.unwrap().file_name().into_string().unwrap());
     let mut all: Vec<String> = all.collect();
@@ -94,7 +92,7 @@ fn every_golden_folder_loads_completely() {
 
 #[test]
 fn golden_configs_mean_what_they_were_made_with() {
-    let load = |case| load_config(fixture(case)).unwrap();
+    let load = |case| load_config(golden(case)).unwrap();
     let llama = load("llama_gqa");
     assert_eq!(
         (llama.vocab_size, llama.hidden_size, llama.num_heads, llama.num_kv_heads),
@@ -131,10 +129,9 @@ fn scores_cover_rows_of_many_lengths() {
         logps: Vec<f64>,
     }
     for case in CASES {
-        let config = load_config(fixture(case)).unwrap();
-        let score: Score =
-            serde_json::from_slice(&std::fs::read(fixture(case).join("score.json")).unwrap())
-                .unwrap();
+        let config = load_config(golden(case)).unwrap();
+        let score = json(golden(case).join("score.json"));
+        let score: Score = serde_json::from_value(score).unwrap();
         assert_eq!(
             score.rows.iter().map(|r| r.input_ids.len()).collect::<Vec<_>>(),
             [5, 18, 41, 70],
@@ -153,7 +150,7 @@ fn scores_cover_rows_of_many_lengths() {
 #[test]
 fn a_folder_written_and_read_again_has_the_same_bits() {
     for case in CASES {
-        let from = fixture(case);
+        let from = golden(case);
         let config = load_config(&from).unwrap();
         let before = weights(&from, &config).unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -318,13 +315,13 @@ fn bad_folders_are_clear_errors() {
         std::fs::write(dir.path().join("config.json"), text).unwrap();
         assert!(load().contains(expected), "{text}: {}", load());
     }
-    std::fs::copy(fixture("llama_sharded").join("config.json"), dir.path().join("config.json"))
+    std::fs::copy(golden("llama_sharded").join("config.json"), dir.path().join("config.json"))
         .unwrap();
     assert!(load().contains("has no weights: looked for model.safetensors and"), "{}", load());
     let index = "model.safetensors.index.json";
-    std::fs::copy(fixture("llama_sharded").join(index), dir.path().join(index)).unwrap();
+    std::fs::copy(golden("llama_sharded").join(index), dir.path().join(index)).unwrap();
     assert!(load().contains("model-00001-of-00002.safetensors: is named in"), "{}", load());
-    let whole = std::fs::read(fixture("llama_bf16").join("model.safetensors")).unwrap();
+    let whole = std::fs::read(golden("llama_bf16").join("model.safetensors")).unwrap();
     for length in [0, 7, 100, whole.len() / 2, whole.len() - 1] {
         std::fs::write(dir.path().join("model.safetensors"), &whole[..length]).unwrap();
         assert!(load().contains("truncated"), "{length}: {}", load());
@@ -346,8 +343,8 @@ fn writes_folders_for_transformers() {
         std::env::var_os("TEMPER_SAVED").expect("TEMPER_SAVED names a folder to write to"),
     );
     for case in CASES {
-        let config = load_config(fixture(case)).unwrap();
-        let all = weights(&fixture(case), &config).unwrap();
+        let config = load_config(golden(case)).unwrap();
+        let all = weights(&golden(case), &config).unwrap();
         let dtype = config.dtype.unwrap();
         write_folder(root.join(case), &config, &[], None, dtype, &mut |s| {
             Ok(all[&s.name].2.clone())

@@ -2,13 +2,11 @@
 //! with a plain reward.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::{Value, json};
-use temper::autograd::Cx;
 use temper::checkpoint::prepare_output;
 use temper::data::rows::read_rows;
-use temper::device::{DType, cpu::Cpu};
+use temper::device::DType;
 use temper::error::Result;
 use temper::methods::offline::sft::SftConfig;
 use temper::methods::online::gkd::GkdConfig;
@@ -22,23 +20,14 @@ use temper::methods::{BuildMethod, MethodRun};
 use temper::signals::Stop;
 use temper::train::job::{Job, execute};
 
-fn cpu(dtype: DType) -> Cx {
-    Cx::new(Arc::new(Cpu::new()), dtype).unwrap()
-}
+use crate::support::{MODEL, cpu_in, fixture, json_lines, metrics, write_rows};
 
 /// Prompts of the SFT fixture, with an answer column.
 fn prompts(dir: &Path) -> PathBuf {
-    let path = dir.join("prompts.jsonl");
-    let text = std::fs::read_to_string("tests/fixtures/sft/prompt_completion.jsonl").unwrap();
-    let lines = text.lines().map(|line| {
-        let row: Value = serde_json::from_str(line).unwrap();
-        format!(
-            "{}\n",
-            json!({ "prompt": row["prompt"], "completion": row["completion"], "answer": "a" })
-        )
-    });
-    std::fs::write(&path, lines.collect::<String>()).unwrap();
-    path
+    let rows = json_lines(fixture("sft/prompt_completion.jsonl"));
+    let with_answer = |row: &Value| json!({ "prompt": row["prompt"], "completion": row["completion"], "answer": "a" });
+    let rows: Vec<Value> = rows.iter().map(with_answer).collect();
+    write_rows(dir.join("prompts.jsonl"), &rows).into()
 }
 
 /// Runs a method on the fixture's model into `out`; with `resume`, goes on with what lies there.
@@ -69,7 +58,7 @@ fn run<M: BuildMethod + Default + 'static>(
     let folder = prepare_output(out, false, resume)?;
     let job = Job {
         run: &run,
-        model: Path::new("tests/fixtures/sft/model"),
+        model: Path::new(MODEL),
         adapter: None,
         fresh: false,
         train: &rows,
@@ -78,10 +67,9 @@ fn run<M: BuildMethod + Default + 'static>(
         command: "test",
         stop: Stop::default(),
     };
-    execute(cpu(dtype), &job)?;
+    execute(cpu_in(dtype), &job)?;
     drop(folder);
-    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-    Ok(text.lines().map(|l| serde_json::from_str(l).unwrap()).collect())
+    Ok(metrics(out))
 }
 
 /// The student's own weights: at the first step there is nothing to learn.

@@ -1,17 +1,11 @@
 //! Adapters against PEFT 0.19.1 and TRL 1.16.0: every run of `tests/fixtures/peft/losses.json`,
 //! from the same folder.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use serde_json::Value;
 use temper::autograd::Cx;
-use temper::data::chat::ChatTemplate;
-use temper::data::rows::read_rows;
-use temper::data::tokenizer::Tokenizer;
-use temper::device::{DType, cpu::Cpu};
 use temper::methods::Method;
-use temper::methods::MethodInputs;
 use temper::methods::offline::OfflineMethod;
 use temper::methods::offline::sft::Sft;
 use temper::methods::offline::sft::SftRun;
@@ -21,25 +15,19 @@ use temper::model::decoder::Decoder;
 use temper::train::Trainer;
 use temper::train::tuning::prepare;
 
-pub fn fixtures() -> &'static Path {
-    Path::new("tests/fixtures")
-}
+use crate::support::{cpu, decoder, fixture, json, rows, with_inputs};
 
 pub fn losses() -> Value {
-    serde_json::from_slice(&std::fs::read("tests/fixtures/peft/losses.json").unwrap()).unwrap()
-}
-
-pub fn cpu() -> Cx {
-    Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap()
+    json(fixture("peft/losses.json"))
 }
 
 /// The base with an adapter of the fixture on it, as `temper sft --adapter` makes it.
 pub fn model(cx: &Cx, base: &str, name: &str, keys: &[String]) -> (Decoder, SftRun) {
     let (run, _) = SftRun::load(None, keys).unwrap();
-    let dir = fixtures().join(base);
-    let decoder = Decoder::folder(&dir).unwrap().positions(512).build(cx).unwrap();
-    let adapter = fixtures().join("peft").join(name);
-    (prepare(cx, decoder, &run.peft, Some(&adapter), &dir, 42).unwrap(), run)
+    let dir = fixture(base);
+    let base = decoder(cx, &dir, 512);
+    let adapter = fixture("peft").join(name);
+    (prepare(cx, base, &run.peft, Some(&adapter), &dir, 42).unwrap(), run)
 }
 
 pub fn logps(cx: &mut Cx, model: &Decoder, ids: &Value) -> Vec<f64> {
@@ -76,20 +64,9 @@ fn keys(all: &Value, run: &Value) -> Vec<String> {
 }
 
 pub fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, OfflineMethod<Sft>) {
-    let dir = fixtures().join("sft/model");
-    let tokenizer = Tokenizer::load(&dir).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
-    let rows = read_rows(&[fixtures().join("sft/messages.jsonl")]).unwrap();
-    let inputs = MethodInputs {
-        tokenizer: &tokenizer,
-        template: Some(&template),
-        model: &model.config,
-        train: &rows,
-        eval: &[],
-        output: Path::new("unused"),
-    };
-    let (sft, _) = Sft::new(&run.method, &inputs).unwrap();
-    let n = sft.rows();
+    let rows = rows("sft/messages.jsonl");
+    let (sft, _) = with_inputs(&model.config, &rows, |i| Sft::new(&run.method, i).unwrap());
+    let n = Method::rows(&sft);
     (Trainer::new(cx, model, run.training.clone(), n).unwrap(), sft)
 }
 
@@ -170,7 +147,7 @@ fn an_adapter_that_is_written_reads_back_with_the_same_bits() {
             .unwrap();
         let read = Adapter::load(&cx, &out, &decoder.config, &decoder.params).unwrap();
         assert_eq!(read.config.kind, adapter.config.kind, "{name}");
-        let again = Decoder::folder(&fixtures().join(&base))
+        let again = Decoder::folder(&fixture(&base))
             .unwrap()
             .positions(512)
             .build(&cx)
@@ -190,7 +167,7 @@ fn refusal(keys: &[&str]) -> String {
         Ok((run, _)) => run,
         Err(e) => return e.to_string(),
     };
-    let dir = fixtures().join("sft/model");
+    let dir = fixture("sft/model");
     let decoder = Decoder::folder(&dir).unwrap().positions(512).build(&cx).unwrap();
     match prepare(&cx, decoder, &run.peft, None, &dir, 42) {
         Ok(_) => "accepted".into(),
@@ -233,9 +210,9 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
     }
     // An adapter for another base: shapes and names are compared.
     let cx = cpu();
-    let dir = fixtures().join("models/qwen3");
+    let dir = fixture("models/qwen3");
     let decoder = Decoder::folder(&dir).unwrap().positions(64).build(&cx).unwrap();
-    let other: PathBuf = fixtures().join("peft/lora");
+    let other: PathBuf = fixture("peft/lora");
     let text =
         Adapter::load(&cx, &other, &decoder.config, &decoder.params).err().unwrap().to_string();
     assert!(
@@ -252,7 +229,7 @@ fn what_is_frozen_keeps_its_bits_and_counts_in_no_norm() {
             .into();
     let (run, _) = SftRun::load(None, &keys).unwrap();
     let cx = cpu();
-    let dir = fixtures().join("sft/model");
+    let dir = fixture("sft/model");
     let decoder = Decoder::folder(&dir).unwrap().positions(512).build(&cx).unwrap();
     let decoder = prepare(&cx, decoder, &run.peft, None, &dir, 42).unwrap();
     let values = |d: &Decoder| -> Vec<(String, Vec<u32>)> {

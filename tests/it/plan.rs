@@ -2,11 +2,10 @@
 //! refused.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use temper::autograd::{Cx, Recompute};
 use temper::config::MatmulChoice;
-use temper::device::{DType, cpu::Cpu};
+use temper::device::DType;
 use temper::methods::offline::sft::Sft;
 use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::{Decoder, InitialWeights};
@@ -14,6 +13,8 @@ use temper::model::layout::ModelConfig;
 use temper::train::Trainer;
 use temper::train::plan::{Plan, PlanRequest, fit};
 use temper::train::tuning::{prepare, scheme};
+
+use crate::support::{cpu_in, words};
 
 /// (model, rows of a micro-batch, tokens of a row): activations dominate, weights dominate.
 fn shapes() -> [(ModelConfig, usize, usize); 2] {
@@ -26,7 +27,7 @@ fn shapes() -> [(ModelConfig, usize, usize); 2] {
 const LORA: &str = "use_peft=true lora_target_modules=all-linear";
 
 fn run(keys: &str, batch: usize) -> SftRun {
-    let mut keys: Vec<String> = keys.split_whitespace().map(String::from).collect();
+    let mut keys: Vec<String> = words(keys);
     keys.extend([
         format!("per_device_train_batch_size={batch}"),
         "gradient_accumulation_steps=2".into(),
@@ -47,10 +48,6 @@ fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> PlanRequest<'
         tokens,
         reference: false,
     }
-}
-
-fn cpu(dtype: DType) -> Cx {
-    Cx::new(Arc::new(Cpu::new()), dtype).unwrap()
 }
 
 /// Bytes at the peak of two real steps.
@@ -115,7 +112,7 @@ fn the_plan_is_within_five_per_cent_of_the_high_water_mark() {
                 {
                     continue;
                 }
-                let mut cx = cpu(dtype);
+                let mut cx = cpu_in(dtype);
                 cx.matmul = matmul;
                 let plan = Plan::new(&cx, &ask(&model, &run, length), recompute).unwrap();
                 assert_eq!(
@@ -139,7 +136,7 @@ fn the_plan_is_within_five_per_cent_of_the_high_water_mark() {
 #[test]
 fn a_run_that_does_not_fit_is_refused_with_what_would_make_it_fit() {
     let (model, rows, length) = &shapes()[0];
-    let cx = cpu(DType::F32);
+    let cx = cpu_in(DType::F32);
     let with = |keys: &str| run(keys, *rows);
     let (off, on) = (with("gradient_checkpointing=false"), with("gradient_checkpointing=true"));
     let peak = |run: &SftRun, recompute| {

@@ -1,11 +1,9 @@
 //! Policy losses and advantages against TRL 1.16.0's own code, PPO against f64
 //! (`tests/fixtures/make_policy.py`).
 
-use std::sync::Arc;
-
 use serde_json::Value;
 use temper::autograd::{Cx, ParamGrads, Tape};
-use temper::device::{DType, cpu::Cpu};
+use temper::device::DType;
 use temper::methods::online::advantage::{
     self, Advantages, KlEstimator, RewardAggregation, ScaleRewards,
 };
@@ -19,16 +17,10 @@ use temper::ops::policy::{
 use temper::rewards::Scores;
 use temper::tensor::{Id, ParamSetId, Tensor};
 
-fn fixture() -> Value {
-    serde_json::from_slice(&std::fs::read("tests/fixtures/policy.json").unwrap()).unwrap()
-}
+use crate::support::{cpu, fixture, floats, json};
 
-fn list(v: &Value) -> Vec<f64> {
-    v.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
-}
-
-fn floats(v: &Value) -> Vec<f32> {
-    list(v).into_iter().map(|v| v as f32).collect()
+fn singles(v: &Value) -> Vec<f32> {
+    floats(v).into_iter().map(|v| v as f32).collect()
 }
 
 fn optional(v: &Value) -> Vec<Option<f64>> {
@@ -36,7 +28,7 @@ fn optional(v: &Value) -> Vec<Option<f64>> {
 }
 
 fn lengths(f: &Value) -> Vec<usize> {
-    list(&f["lengths"]).into_iter().map(|v| v as usize).collect()
+    floats(&f["lengths"]).into_iter().map(|v| v as usize).collect()
 }
 
 /// One value a sequence, for each of its tokens.
@@ -60,7 +52,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
-        Bench { cx: Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap() }
+        Bench { cx: cpu() }
     }
 
     fn put(&self, data: &[f64]) -> Tensor {
@@ -97,7 +89,7 @@ fn host(t: &Tensor) -> Vec<f64> {
 
 #[test]
 fn grpo_losses_and_their_gradients_are_trls() {
-    let f = fixture();
+    let f = json(fixture("policy.json"));
     let lengths = lengths(&f);
     let mut report = String::new();
     for case in f["grpo"].as_array().unwrap() {
@@ -115,8 +107,8 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
     let number = |k: &str| key(k).as_f64();
     let (loss_type, level) = (key("loss_type"), key("level"));
     let loss_type = loss_type.as_str().unwrap();
-    let sequences = list(&f["advantage"]);
-    let (logp, tool) = (list(&f["logp"]), list(&f["tool_mask"]));
+    let sequences = floats(&f["advantage"]);
+    let (logp, tool) = (floats(&f["logp"]), floats(&f["tool_mask"]));
     let masked = key("tool_mask").as_bool().unwrap();
     let mask: Vec<bool> = tool.iter().map(|m| !masked || *m != 0.0).collect();
     let window = Normalizer::Window {
@@ -154,17 +146,19 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
     let weights =
         token_weights(normalizer, lengths, &mask, number("accumulation").unwrap() as usize);
     let weights: Vec<f64> = weights.into_iter().map(f64::from).collect();
-    let old = key("old").as_str().map(|name| list(&f[name.to_lowercase()]));
+    let old = key("old").as_str().map(|name| floats(&f[name.to_lowercase()]));
     let ratio = key("is_ratio").as_str().map(|level| match level {
-        "token" => list(&f["is_token"]),
-        _ => spread(&list(&f["is_sequence"]), lengths),
+        "token" => floats(&f["is_token"]),
+        _ => spread(&floats(&f["is_sequence"]), lengths),
     });
     // the sampler's correction multiplies the term, but is part of vespo's own weight
     let (mut scale, mut log_is) = (ratio, None);
     if loss_type == "vespo" && scale.is_some() {
         log_is = Some(match key("is_ratio") == "token" {
-            true => sums(&list(&f["is_token"]).iter().map(|r| r.ln()).collect::<Vec<_>>(), lengths),
-            false => list(&f["is_sequence"]).iter().map(|r| r.ln()).collect(),
+            true => {
+                sums(&floats(&f["is_token"]).iter().map(|r| r.ln()).collect::<Vec<_>>(), lengths)
+            }
+            false => floats(&f["is_sequence"]).iter().map(|r| r.ln()).collect(),
         });
         scale = None;
     }
@@ -179,15 +173,15 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
                 &sequences,
                 t,
             ),
-            None => top_entropy_mask(&floats(&f["entropy"]), &mask, number("quantile").unwrap()),
+            None => top_entropy_mask(&singles(&f["entropy"]), &mask, number("quantile").unwrap()),
         };
-        assert_eq!(own, floats(want), "{}", case["config"]);
-        scale = Some(list(want));
+        assert_eq!(own, singles(want), "{}", case["config"]);
+        scale = Some(floats(want));
     }
     let mut bench = Bench::new();
     let put = |v: &Option<Vec<f64>>| v.as_ref().map(|v| bench.put(v));
     let (old, scale, log_is) = (put(&old), put(&scale), put(&log_is));
-    let reference = (beta != 0.0).then(|| bench.put(&list(&f["ref"])));
+    let reference = (beta != 0.0).then(|| bench.put(&floats(&f["ref"])));
     let (advantage, weight) = (bench.put(&spread(&sequences, lengths)), bench.put(&weights));
     let starts = bench.starts(lengths);
     let mut out = None;
@@ -213,7 +207,7 @@ fn grpo_case(f: &Value, case: &Value, lengths: &[usize]) -> f64 {
         weights.iter().zip(spread(&sequences, lengths)).map(|(w, a)| (w * a).abs()).sum::<f64>();
     // relative to the loss, or where its terms cancel to what they are sums of
     let loss_error = (loss - want).abs() / want.abs().max(1e-2 * scale);
-    loss_error.max(distance(&gradient, &list(&case["gradient"])))
+    loss_error.max(distance(&gradient, &floats(&case["gradient"])))
 }
 
 fn sums(values: &[f64], lengths: &[usize]) -> Vec<f64> {
@@ -265,14 +259,14 @@ fn check_metrics(
 
 #[test]
 fn rloos_loss_and_gradient_are_trls() {
-    let f = fixture();
+    let f = json(fixture("policy.json"));
     let lengths = lengths(&f);
     let mut bench = Bench::new();
     let mask = vec![true; lengths.iter().sum()];
     let weights = token_weights(Normalizer::Sequence, &lengths, &mask, 1);
     let weight = bench.put(&weights.into_iter().map(f64::from).collect::<Vec<_>>());
     let (old, advantage) =
-        (bench.put(&list(&f["near"])), bench.put(&spread(&list(&f["advantage"]), &lengths)));
+        (bench.put(&floats(&f["near"])), bench.put(&spread(&floats(&f["advantage"]), &lengths)));
     let starts = bench.starts(&lengths);
     let term = Term::Clip { epsilon: 0.2, epsilon_high: 0.2, delta: f32::INFINITY };
     let config = PolicyLoss {
@@ -281,7 +275,7 @@ fn rloos_loss_and_gradient_are_trls() {
         beta: 0.0,
         bias_correction_kl: false,
     };
-    let (loss, gradient) = bench.gradient(&list(&f["logp"]), |cx, logp| {
+    let (loss, gradient) = bench.gradient(&floats(&f["logp"]), |cx, logp| {
         let x = PolicyInputs {
             logp,
             old_logp: Some(&old),
@@ -296,20 +290,20 @@ fn rloos_loss_and_gradient_are_trls() {
     });
     let want = f["rloo"]["loss"].as_f64().unwrap();
     assert!((loss - want).abs() < 1e-5 * want.abs(), "{loss} {want}");
-    let error = distance(&gradient, &list(&f["rloo"]["gradient"]));
+    let error = distance(&gradient, &floats(&f["rloo"]["gradient"]));
     assert!(error < 1e-5, "{error}");
 }
 
 fn scores(f: &Value) -> Scores {
     Scores {
         names: vec!["a".into(), "b".into()],
-        weights: list(&f["reward_weights"]),
+        weights: floats(&f["reward_weights"]),
         each: f["rewards"].as_array().unwrap().iter().map(optional).collect(),
     }
 }
 
 fn check_advantages(case: &Value, got: &Advantages) {
-    let error = distance(&got.advantages, &list(&case["advantages"]));
+    let error = distance(&got.advantages, &floats(&case["advantages"]));
     // TRL's are f32; where a group's rewards are equal its mean rounds and the quotient by 1e-4
     // shows it
     assert!(error < 1e-5, "{error} {}", case["config"]);
@@ -324,7 +318,7 @@ fn check_advantages(case: &Value, got: &Advantages) {
 
 #[test]
 fn grpo_and_rloo_advantages_are_trls_with_missing_rewards() {
-    let f = fixture();
+    let f = json(fixture("policy.json"));
     let (scores, g) = (scores(&f), f["num_generations"].as_u64().unwrap() as usize);
     let cases = f["advantages"].as_array().unwrap();
     assert_eq!(cases.len(), 4);
@@ -349,7 +343,7 @@ fn grpo_and_rloo_advantages_are_trls_with_missing_rewards() {
             assert!((std - metrics[std_name].as_f64().unwrap()).abs() < 1e-6, "{std_name}");
         }
     }
-    let kl = list(&f["rloo_kl"]);
+    let kl = floats(&f["rloo_kl"]);
     for case in f["rloo_advantages"].as_array().unwrap() {
         let config = &case["config"];
         let clip = config["reward_clip_range"]
@@ -369,22 +363,22 @@ fn grpo_and_rloo_advantages_are_trls_with_missing_rewards() {
 
 #[test]
 fn reinforce_plus_plus_whitens_over_tokens() {
-    let f = fixture();
+    let f = json(fixture("policy.json"));
     for case in f["reinforce_plus_plus"].as_array().unwrap() {
         let group = case["group"].as_u64().map(|g| g as usize);
         let got = advantage::reinforce_plus_plus(&optional(&case["rewards"]), &lengths(&f), group)
             .unwrap();
-        assert!(distance(&got, &list(&case["advantages"])) < 1e-12);
+        assert!(distance(&got, &floats(&case["advantages"])) < 1e-12);
     }
 }
 
 #[test]
 fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
-    let f = fixture();
+    let f = json(fixture("policy.json"));
     let (p, lengths) = (&f["ppo"], lengths(&f));
     let mut bench = Bench::new();
     let starts = bench.starts(&lengths);
-    let at = |name: &str| list(&p[name]);
+    let at = |name: &str| floats(&p[name]);
     let (reward, value, mask) =
         (bench.put(&at("reward")), bench.put(&at("value")), bench.put(&at("mask")));
     let (gamma, lam) = (p["gamma"].as_f64().unwrap() as f32, p["lam"].as_f64().unwrap() as f32);
@@ -402,12 +396,12 @@ fn ppos_gae_whitening_and_clip_losses_are_the_published_formulas() {
     let kept: Vec<bool> = at("mask").iter().map(|m| *m != 0.0).collect();
     let weights: Vec<f64> =
         token_weights(Normalizer::Token, &lengths, &kept, 1).into_iter().map(f64::from).collect();
-    let (weight, old) = (bench.put(&weights), bench.put(&list(&f["old"])));
+    let (weight, old) = (bench.put(&weights), bench.put(&floats(&f["old"])));
     let term = Term::Clip { epsilon: 0.2, epsilon_high: 0.2, delta: f32::INFINITY };
     let config =
         PolicyLoss { term, level: ImportanceLevel::Token, beta: 0.0, bias_correction_kl: false };
     let mut clipped = Vec::new();
-    let (loss, gradient) = bench.gradient(&list(&f["logp"]), |cx, logp| {
+    let (loss, gradient) = bench.gradient(&floats(&f["logp"]), |cx, logp| {
         let x = PolicyInputs {
             logp,
             old_logp: Some(&old),

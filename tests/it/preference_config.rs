@@ -1,7 +1,5 @@
 //! The sections of the preference methods: TRL's keys at TRL's defaults, and what their rules find.
 
-use std::path::Path;
-
 use serde_json::Value;
 use temper::config::{Section, load, to_toml};
 use temper::error::Result;
@@ -13,10 +11,11 @@ use temper::methods::offline::orpo::OrpoConfig;
 use temper::methods::offline::reward::RewardConfig;
 use temper::ops::preference::DpoLoss;
 
+use crate::support::{fixture, json, words};
+
 #[test]
 fn every_key_is_trls_at_its_default_or_says_that_it_is_ours() {
-    let path = Path::new("tests/fixtures/preferences/defaults.json");
-    let trl: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let trl = json(fixture("preferences/defaults.json"));
     let (dpo, kto, orpo) = (DpoConfig::default(), KtoConfig::default(), OrpoConfig::default());
     let (cpo, reward, distill) =
         (CpoConfig::default(), RewardConfig::default(), DistillConfig::default());
@@ -56,8 +55,7 @@ fn every_key_is_trls_at_its_default_or_says_that_it_is_ours() {
 
 fn said<S: Section + Default>(keys: &str) -> String {
     let mut section = S::default();
-    let keys: Vec<String> = keys.split(' ').map(str::to_string).collect();
-    let loaded: Result<Vec<String>> = load(&mut [&mut section], None, &keys);
+    let loaded: Result<Vec<String>> = load(&mut [&mut section], None, &words(keys));
     loaded.unwrap_err().to_string()
 }
 

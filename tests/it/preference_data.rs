@@ -1,7 +1,7 @@
 //! Preference rows against what TRL 1.16.0's trainers make of them
 //! (`tests/fixtures/preferences/tokens.json`), and what is said of rows that cannot be used.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 use temper::data::chat::ChatTemplate;
@@ -10,18 +10,9 @@ use temper::data::preference::{
     OnTruncation, PairStyle, PreferenceOptions, StepOptions, TruncationMode, labelled, mismatched,
     pairs, steps,
 };
-use temper::data::rows::{Row, read_rows};
-use temper::data::tokenizer::Tokenizer;
+use temper::data::rows::Row;
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new("tests/fixtures/preferences").join(name)
-}
-
-fn tokenizer() -> (Tokenizer, ChatTemplate) {
-    let tokenizer = Tokenizer::load(Path::new("tests/fixtures/sft/model")).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
-    (tokenizer, template)
-}
+use crate::support::{self, fixture, ids, json, tokenizer_and_template};
 
 fn options(config: &Value) -> PreferenceOptions {
     let mut options = PreferenceOptions::default();
@@ -32,10 +23,6 @@ fn options(config: &Value) -> PreferenceOptions {
         options.truncation_mode = TruncationMode::KeepEnd;
     }
     options
-}
-
-fn ids(v: &Value) -> Vec<u32> {
-    v.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
 /// A sequence of the fixture; the mask is stored as runs of (count, is a target).
@@ -49,13 +36,11 @@ fn sequence(v: &Value) -> MaskedSequence {
 
 #[test]
 fn every_trainers_rows_have_trls_ids_and_masks() {
-    let text = std::fs::read_to_string(fixture("tokens.json")).unwrap();
-    let all: Value = serde_json::from_str(&text).unwrap();
-    let (tokenizer, template) = tokenizer();
+    let all = json(fixture("preferences/tokens.json"));
+    let (tokenizer, template) = tokenizer_and_template();
     let mut compared = 0;
     for (name, run) in all.as_object().unwrap() {
-        let rows =
-            read_rows(&[fixture(&format!("{}.jsonl", run["rows"].as_str().unwrap()))]).unwrap();
+        let rows = support::rows(&format!("preferences/{}.jsonl", run["rows"].as_str().unwrap()));
         let (options, total) = (options(&run["config"]), run["total"].as_u64().unwrap() as usize);
         let want = run["examples"].as_array().unwrap();
         let method = run["method"].as_str().unwrap();
@@ -167,7 +152,7 @@ fn rows(lines: &[&str]) -> Vec<Row> {
 const GOOD: &str = r#"{"prompt":"1 + 1 =","chosen":" 2","rejected":" 3","margin":1}"#;
 
 fn said(style: PairStyle, line: &str) -> String {
-    let (tokenizer, template) = tokenizer();
+    let (tokenizer, template) = tokenizer_and_template();
     let rows = rows(&[GOOD, line]);
     pairs(&rows, &tokenizer, Some(&template), 320, style, &PreferenceOptions::default())
         .unwrap_err()
@@ -217,7 +202,7 @@ fn rows_that_cannot_be_used_are_told_with_file_and_line() {
 
 #[test]
 fn a_prompt_that_begins_nothing_is_an_error() {
-    let (tokenizer, _) = tokenizer();
+    let (tokenizer, _) = tokenizer_and_template();
     let source = "{% for m in messages %}{% if add_generation_prompt %}Q{% endif %}{{ m.content }}{% endfor %}";
     let template = ChatTemplate::new(source, Path::new("t"), tokenizer.special_tokens()).unwrap();
     let said =
@@ -246,8 +231,8 @@ fn a_prompt_that_begins_nothing_is_an_error() {
 
 #[test]
 fn long_rows_are_cut_dropped_or_refused_as_asked_and_counted() {
-    let (tokenizer, template) = tokenizer();
-    let rows = read_rows(&[fixture("plain.jsonl")]).unwrap();
+    let (tokenizer, template) = tokenizer_and_template();
+    let rows = support::rows("preferences/plain.jsonl");
     let run = |on_truncation, max_length| {
         let options = PreferenceOptions {
             max_length: Some(max_length),
@@ -285,7 +270,7 @@ fn long_rows_are_cut_dropped_or_refused_as_asked_and_counted() {
 
 #[test]
 fn labels_and_steps_that_do_not_fit_are_told_with_their_row() {
-    let (tokenizer, template) = tokenizer();
+    let (tokenizer, template) = tokenizer_and_template();
     let good = r#"{"prompt":"a","completion":"b","label":true}"#;
     for (line, part) in [
         (r#"{"prompt":"a","completion":"b"}"#, "has no field \"label\""),

@@ -3,17 +3,14 @@
 //! in order; and what each method promises beside.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::Value;
 use temper::autograd::{Cx, ParamGrads, Tape};
-use temper::data::chat::ChatTemplate;
-use temper::data::rows::{Row, read_rows};
-use temper::data::tokenizer::Tokenizer;
-use temper::device::{DType, cpu::Cpu};
+use temper::data::rows::Row;
+use temper::device::DType;
 use temper::methods::offline::OfflineMethod;
 use temper::methods::offline::cpo::CpoConfig;
-use temper::methods::offline::dpo::{Dpo, DpoConfig};
+use temper::methods::offline::dpo::{DpoConfig, DpoObjective};
 use temper::methods::offline::kto::KtoConfig;
 use temper::methods::offline::orpo::OrpoConfig;
 use temper::methods::offline::prm::PrmConfig;
@@ -28,18 +25,13 @@ use temper::tensor::safetensors::HostDtype;
 use temper::tensor::{Id, ParamSetId, Tensor};
 use temper::train::{Step, Trainer};
 
-const MODEL: &str = "tests/fixtures/sft/model";
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new("tests/fixtures/preferences").join(name)
-}
-
-fn cpu() -> Cx {
-    Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap()
-}
+use crate::support::{
+    MODEL, command, cpu, decoder, finish, fixture, json, json_lines, metrics, rows, tokenizer,
+    with_inputs,
+};
 
 fn losses() -> Value {
-    serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap()
+    json(fixture("preferences/losses.json"))
 }
 
 /// The model as the method's task has it; a reward model starts from the fixture's score.
@@ -57,7 +49,7 @@ fn model<M: BuildMethod + Default + 'static>(cx: &Cx) -> Decoder {
 /// The model with its matrices times 0.75, as a folder.
 fn other_reference(dir: &Path) -> PathBuf {
     let out = dir.join("reference");
-    let decoder = Decoder::folder(MODEL).unwrap().positions(8).build(&cpu()).unwrap();
+    let decoder = decoder(&cpu(), MODEL, 8);
     let tokenizer = folder::tokenizer_files(MODEL);
     folder::write_folder(&out, &decoder.config, &tokenizer, None, HostDtype::F32, &mut |spec| {
         let i = decoder.params.by_name(&spec.name).unwrap();
@@ -108,18 +100,10 @@ fn start<M: BuildMethod + Default + 'static>(
     let (run, _) = MethodRun::<M>::load(None, keys).unwrap();
     let cx = cpu();
     let model = model::<M>(&cx);
-    let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
-    let config = model.config.clone();
-    let inputs = MethodInputs {
-        tokenizer: &tokenizer,
-        template: Some(&template),
-        model: &config,
-        train: rows,
-        eval,
-        output,
-    };
-    let mut method = run.method.build(&run.training, &inputs).unwrap().method;
+    let mut method = with_inputs(&model.config, rows, |inputs| {
+        let inputs = MethodInputs { eval, output, ..*inputs };
+        run.method.build(&run.training, &inputs).unwrap().method
+    });
     let mut trainer = Trainer::new(cx, model, run.training, method.rows()).unwrap();
     method.attach(&mut trainer.cx, &trainer.model).unwrap();
     (trainer, method)
@@ -152,7 +136,7 @@ fn tolerance(name: &str, want: f64) -> f64 {
 
 fn compare<M: BuildMethod + Default + 'static>(name: &str, run: &Value) -> Worst {
     let dir = tempfile::tempdir().unwrap();
-    let rows = read_rows(&[fixture(&format!("{}.jsonl", run["rows"].as_str().unwrap()))]).unwrap();
+    let rows = rows(&format!("preferences/{}.jsonl", run["rows"].as_str().unwrap()));
     let (mut trainer, mut method) =
         start::<M>(&rows, &[], &keys(&run["config"], dir.path()), dir.path());
     let without_reference = ["orpo", "cpo"].contains(&run["method"].as_str().unwrap());
@@ -268,7 +252,7 @@ fn every_reward_run_has_trls_losses_and_metrics() {
 }
 
 fn plain() -> Vec<Row> {
-    read_rows(&[fixture("plain.jsonl")]).unwrap()
+    rows("preferences/plain.jsonl")
 }
 
 #[test]
@@ -304,19 +288,10 @@ fn gradients(share_prompts: bool, name: &str) -> (Vec<f32>, f32) {
     let (run, _) = MethodRun::<DpoConfig>::load(None, &keys).unwrap();
     let cx = cpu();
     let model = model::<DpoConfig>(&cx);
-    let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
-    let config = model.config.clone();
-    let (rows, dir) = (read_rows(&[fixture(name)]).unwrap(), tempfile::tempdir().unwrap());
-    let inputs = MethodInputs {
-        tokenizer: &tokenizer,
-        template: Some(&template),
-        model: &config,
-        train: &rows,
-        eval: &[],
-        output: dir.path(),
-    };
-    let (mut dpo, _) = Dpo::new(&run.method, &run.training, &inputs).unwrap();
+    let rows = rows(&format!("preferences/{name}"));
+    let built =
+        |inputs: &MethodInputs| DpoObjective::new(&run.method, &run.training, inputs).unwrap();
+    let (mut dpo, _) = with_inputs(&model.config, &rows, built);
     dpo.pairs.share_prompts = share_prompts;
     let mut method = OfflineMethod(dpo);
     let mut trainer = Trainer::new(cx, model, run.training, method.rows()).unwrap();
@@ -340,8 +315,7 @@ fn a_pair_that_shares_its_prompt_has_the_gradients_of_the_pair_apart() {
 
 #[test]
 fn distillation_has_the_divergences_and_gradients_of_f64() {
-    let all: Value =
-        serde_json::from_slice(&std::fs::read(fixture("distill.json")).unwrap()).unwrap();
+    let all: Value = json(fixture("preferences/distill.json"));
     let matrix = |v: &Value| -> (Vec<usize>, Vec<f64>) {
         let rows = v.as_array().unwrap();
         let flat: Vec<f64> = match rows[0].as_array() {
@@ -412,13 +386,6 @@ fn distillation_has_the_divergences_and_gradients_of_f64() {
     assert!(worst <= 1e-6 && worst_gradient <= 2e-6, "{worst:.2e} {worst_gradient:.2e}");
 }
 
-fn temper(args: &[&str]) -> (bool, String) {
-    let output =
-        std::process::Command::new(env!("CARGO_BIN_EXE_temper")).args(args).output().unwrap();
-    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    (output.status.success(), text)
-}
-
 const PLAIN: &str = "tests/fixtures/preferences/plain.jsonl";
 const SHORT: [&str; 3] = ["max_steps=4", "per_device_train_batch_size=4", "logging_steps=1"];
 
@@ -430,18 +397,18 @@ fn trained(method: &str, data: &str, out: &Path, keys: &[&str]) -> String {
         SHORT.iter().filter(|s| !keys.iter().any(|k| k.split('=').next() == s.split('=').next())),
     );
     args.extend(keys);
-    let (ok, text) = temper(&args);
-    assert!(ok, "{args:?}\n{text}");
+    let (code, text) = finish(&mut command(&args));
+    assert!(code == Some(0), "{args:?}\n{text}");
     text
 }
 
 fn last_log(out: &Path, key: &str) -> f64 {
-    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+    let lines = metrics(out);
     lines
+        .iter()
         .filter_map(|l| l[key].as_f64())
         .next_back()
-        .unwrap_or_else(|| panic!("no {key} in {text}"))
+        .unwrap_or_else(|| panic!("no {key} in {lines:?}"))
 }
 
 #[test]
@@ -486,16 +453,14 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, lora) = (dir.path().join("whole"), dir.path().join("lora"));
     trained("reward", PLAIN, &whole, &[]);
-    let config: Value =
-        serde_json::from_slice(&std::fs::read(whole.join("config.json")).unwrap()).unwrap();
+    let config: Value = json(whole.join("config.json"));
     assert!(
         config["architectures"][0].as_str().unwrap().ends_with("ForSequenceClassification"),
         "{config}"
     );
     assert_eq!(config["id2label"].as_object().unwrap().len(), 1, "{config}"); // transformers' num_labels
     trained("reward", PLAIN, &lora, &["use_peft=true", "lora_r=4", "learning_rate=1e-2"]);
-    let adapter: Value =
-        serde_json::from_slice(&std::fs::read(lora.join("adapter_config.json")).unwrap()).unwrap();
+    let adapter: Value = json(lora.join("adapter_config.json"));
     assert_eq!(
         (&adapter["task_type"], &adapter["modules_to_save"]),
         (&"SEQ_CLS".into(), &serde_json::json!(["score"]))
@@ -511,12 +476,9 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
         let mut all =
             vec!["score", "--data", rows.to_str().unwrap(), "--output", out.to_str().unwrap()];
         all.extend(args);
-        let (ok, text) = temper(&all);
-        assert!(ok, "{text}");
-        let text = std::fs::read_to_string(&out).unwrap();
-        text.lines()
-            .map(|l| serde_json::from_str::<Value>(l).unwrap()["score"].as_f64().unwrap())
-            .collect()
+        let (code, text) = finish(&mut command(&all));
+        assert!(code == Some(0), "{text}");
+        json_lines(&out).iter().map(|l| l["score"].as_f64().unwrap()).collect()
     };
     let full = scores(&["--model", whole.to_str().unwrap()]);
     assert!(full.len() == 3 && full[0] != full[1], "{full:?}");
@@ -525,10 +487,18 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
     let adapted = scores(&["--model", MODEL, "--adapter", lora.to_str().unwrap()]);
     assert!(adapted.iter().all(|s| s.is_finite()) && adapted != full, "{adapted:?}");
     let (model, out) = (whole.to_str().unwrap(), dir.path().join("dpo"));
-    let (ok, text) =
-        temper(&["dpo", "--model", model, "--data", PLAIN, "--output", out.to_str().unwrap()]);
+    let (code, text) = finish(&mut command(&[
+        "dpo",
+        "--model",
+        model,
+        "--data",
+        PLAIN,
+        "--output",
+        out.to_str().unwrap(),
+    ]));
     assert!(
-        !ok && text.contains("temper dpo trains CausalLm, the folder holds SequenceClassification"),
+        code != Some(0)
+            && text.contains("temper dpo trains CausalLm, the folder holds SequenceClassification"),
         "{text}"
     );
 }
@@ -553,8 +523,8 @@ fn a_resumed_run_whose_reference_or_baseline_moves_equals_an_uninterrupted_one()
                 "save_steps=3",
             ]);
             args.extend(more);
-            let (ok, text) = temper(&args);
-            assert!(ok, "{text}");
+            let (code, text) = finish(&mut command(&args));
+            assert!(code == Some(0), "{text}");
             std::fs::read(out.join("model.safetensors")).unwrap()
         };
         let whole = run("whole", false);
@@ -586,15 +556,15 @@ fn log_probs_of_the_reference_are_kept_and_found_again() {
     };
     assert!(kept().len() == 1 && !first.contains("are read from"), "{first}");
     let (model, data, to) = (MODEL, PLAIN, out.to_str().unwrap());
-    let (ok, again) = temper(
+    let (code, again) = finish(&mut command(
         &[
             &["dpo", "--model", model, "--data", data, "--output", to, "--resume"],
             &SHORT[..],
             &keys,
         ]
         .concat(),
-    );
-    assert!(ok && again.contains("are read from"), "{again}");
+    ));
+    assert!(code == Some(0) && again.contains("are read from"), "{again}");
     // Computed beforehand or as it goes: the same run.
     let other = dir.path().join("other");
     trained("dpo", PLAIN, &other, &["learning_rate=1e-3", "eval_rows=8", "eval_strategy=epoch"]);
@@ -613,8 +583,7 @@ fn what_cannot_be_compared_or_scored_is_refused_with_the_reason() {
         let path = file.unwrap().path();
         std::fs::copy(&path, two.join(path.file_name().unwrap())).unwrap();
     }
-    let mut config: Value =
-        serde_json::from_slice(&std::fs::read(two.join("config.json")).unwrap()).unwrap();
+    let mut config: Value = json(two.join("config.json"));
     let causal = config["architectures"][0].as_str().unwrap().to_string();
     config["architectures"][0] = causal.replace("ForCausalLM", "ForSequenceClassification").into();
     config["id2label"] = serde_json::json!({"0": "a", "1": "b"});
@@ -643,18 +612,18 @@ fn what_cannot_be_compared_or_scored_is_refused_with_the_reason() {
             out.to_str().unwrap(),
         ];
         args.extend(keys);
-        let (ok, text) = temper(&args);
-        assert!(!ok && text.contains(part), "{args:?}\n{text}");
+        let (code, text) = finish(&mut command(&args));
+        assert!(code != Some(0) && text.contains(part), "{args:?}\n{text}");
     }
 }
 
 #[test]
 fn a_process_reward_models_loss_is_the_cross_entropy_of_its_labels() {
-    let (dir, rows) = (tempfile::tempdir().unwrap(), read_rows(&[fixture("steps.jsonl")]).unwrap());
+    let (dir, rows) = (tempfile::tempdir().unwrap(), rows("preferences/steps.jsonl"));
     let keys =
         ["per_device_train_batch_size=3", "train_sampling_strategy=sequential", "max_steps=1"]
             .map(String::from);
-    let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
+    let tokenizer = tokenizer();
     let options = temper::data::preference::PreferenceOptions::default();
     let (examples, _) =
         temper::data::preference::steps(&rows, &tokenizer, 320, &Default::default(), &options)

@@ -4,10 +4,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use serde_json::Value;
 use temper::autograd::{Cx, F64, ParamGrads, Tape};
 use temper::config::MatmulChoice;
-use temper::device::{DType, cpu::Cpu};
+use temper::device::DType;
 use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::Decoder;
 use temper::ops::case::Rng;
@@ -16,17 +15,12 @@ use temper::ops::quant::{QuantWeight, Scheme};
 use temper::tensor::{Id, ParamSetId, Tensor};
 use temper::train::tuning::{prepare, scheme};
 
-use crate::peft::{cpu, flat, largest_difference, logps, trainer};
-
-const MODEL: &str = "tests/fixtures/sft/model";
-
-fn fixture() -> Value {
-    serde_json::from_slice(&std::fs::read("tests/fixtures/peft/quantised.json").unwrap()).unwrap()
-}
+use crate::peft::{flat, largest_difference, logps, trainer};
+use crate::support::{MODEL, cpu, decoder, fixture, json};
 
 #[test]
 fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projection() {
-    let all = fixture();
+    let all = json(fixture("peft/quantised.json"));
     let mut report = String::new();
     for (name, run) in all["runs"].as_object().unwrap() {
         let mut keys: Vec<String> = [
@@ -48,7 +42,7 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
             .build(&cx)
             .unwrap();
         let (arena, count) = (base.params.len, base.params.count());
-        let dense = Decoder::folder(MODEL).unwrap().positions(512).build(&cx).unwrap();
+        let dense = decoder(&cx, MODEL, 512);
         assert_eq!(
             count,
             dense.params.count(),
@@ -62,7 +56,7 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
             "{name}: no projection has a place in the arena"
         );
         drop(dense);
-        let adapter = Path::new("tests/fixtures/peft").join(run["adapter"].as_str().unwrap());
+        let adapter = fixture("peft").join(run["adapter"].as_str().unwrap());
         let decoder =
             prepare(&cx, base, &config.peft, Some(&adapter), Path::new(MODEL), 42).unwrap();
         let start =
@@ -86,7 +80,7 @@ fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projecti
 
 /// y, and the gradients of x, A and all B, of one layer.
 fn layer(own: bool, base: Option<Scheme>) -> Vec<Vec<f32>> {
-    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let mut cx = cpu();
     cx.matmul = if own { MatmulChoice::Own } else { MatmulChoice::Auto };
     let mut rng = Rng(3);
     let (m, k) = (37, 48);

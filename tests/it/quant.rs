@@ -13,9 +13,7 @@ use temper::ops::quant::{NF4, QuantWeight, Scales, Scheme, dynamic_map};
 use temper::optim::state::{MomentKind, Moments, Target};
 use temper::tensor::Tensor;
 
-fn fixture() -> Value {
-    serde_json::from_str(&std::fs::read_to_string("tests/fixtures/quant.json").unwrap()).unwrap()
-}
+use crate::support::{cpu, cpu_in, fixture, ids, json};
 
 /// The twin of `source` in make_quant.py.
 pub fn source(n: usize, seed: u32, scale: f64) -> Vec<f32> {
@@ -30,10 +28,6 @@ pub fn source(n: usize, seed: u32, scale: f64) -> Vec<f32> {
         (total - 3 * (1 << 19)) as f32 * 2f32.powi(-19) * scale as f32
     };
     (0..n).map(value).collect()
-}
-
-fn bits(v: &Value) -> Vec<u32> {
-    v.as_array().unwrap().iter().map(|b| b.as_u64().unwrap() as u32).collect()
 }
 
 fn bits_of(t: &Tensor) -> Vec<u32> {
@@ -70,10 +64,10 @@ fn dequantised(cx: &Cx, w: &QuantWeight, dtype: DType) -> u64 {
 
 #[test]
 fn the_maps_are_bitsandbytes_bit_for_bit() {
-    let f = fixture();
+    let f = json(fixture("quant.json"));
     let same = |ours: &[f32], name: &str| {
         let ours: Vec<u32> = ours.iter().map(|v| v.to_bits()).collect();
-        assert_eq!(ours, bits(&f[name]), "{name}");
+        assert_eq!(ours, ids(&f[name]), "{name}");
     };
     same(&NF4, "nf4");
     same(&dynamic_map(true), "signed");
@@ -84,7 +78,7 @@ fn the_maps_are_bitsandbytes_bit_for_bit() {
 fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
     for device in [Cpu::new(), Cpu::strict(1)] {
         let cx = Cx::new(Arc::new(device), DType::F32).unwrap();
-        for case in fixture()["weights"].as_array().unwrap() {
+        for case in json(fixture("quant.json"))["weights"].as_array().unwrap() {
             let shape: Vec<usize> = case["shape"]
                 .as_array()
                 .unwrap()
@@ -117,7 +111,7 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
             let Scales::Float(absmax) = &plain.segments[0].scales else {
                 panic!("{label}: nested scales")
             };
-            assert_eq!(bits_of(absmax), bits(&case["absmax"]), "{label}");
+            assert_eq!(bits_of(absmax), ids(&case["absmax"]), "{label}");
             values(&plain, "plain");
 
             let double = weight(Scheme::Nf4 { double: true });
@@ -131,7 +125,7 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
                 "{label}: offset"
             );
             same_codes(codes, &case["codes8"], &label);
-            assert_eq!(bits_of(absmax), bits(&case["absmax2"]), "{label}");
+            assert_eq!(bits_of(absmax), ids(&case["absmax2"]), "{label}");
             values(&double, "double");
             let stored = double.stored(0, "w", dtype).unwrap();
             let mut keys: Vec<&str> = stored.iter().skip(1).map(|s| &s.0[2..]).collect();
@@ -146,7 +140,7 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
                 let Scales::Float(absmax) = &int8.segments[0].scales else {
                     panic!("{label}: nested scales")
                 };
-                assert_eq!(bits_of(absmax), bits(&case["int8_absmax"]), "{label}");
+                assert_eq!(bits_of(absmax), ids(&case["int8_absmax"]), "{label}");
                 values(&int8, "int8");
             }
         }
@@ -155,7 +149,7 @@ fn codes_scales_and_values_are_bitsandbytes_bit_for_bit() {
 
 #[test]
 fn segments_are_quantised_each_on_its_own_and_survive_storage() {
-    let cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let cx = cpu();
     let (rows, cols) = ([5, 3, 4], 27);
     let values = source(12 * cols, 9, 0.1);
     let x = Tensor::from_f32(&cx.pool, "x", DType::F32, &[12, cols], &values).unwrap();
@@ -188,7 +182,7 @@ fn segments_are_quantised_each_on_its_own_and_survive_storage() {
 
 #[test]
 fn a_double_quantised_weight_holds_about_four_bits_a_value() {
-    let cx = Cx::new(Arc::new(Cpu::new()), DType::BF16).unwrap();
+    let cx = cpu_in(DType::BF16);
     let n = 256 * 512;
     let x = Tensor::from_f32(&cx.pool, "x", DType::BF16, &[256, 512], &source(n, 3, 0.1)).unwrap();
     let w = QuantWeight::from_tensor(&cx, &x, &[256], Scheme::Nf4 { double: true }).unwrap();
@@ -199,10 +193,10 @@ fn a_double_quantised_weight_holds_about_four_bits_a_value() {
 
 #[test]
 fn steps_of_8_bit_adamw_are_bitsandbytes() {
-    let f = fixture();
+    let f = json(fixture("quant.json"));
     let f = &f["adamw"];
     let n = f["n"].as_u64().unwrap() as usize;
-    let cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let cx = cpu();
     let floats = |v: &[f32]| Tensor::from_f32(&cx.pool, "t", DType::F32, &[v.len()], v).unwrap();
     let (p, hyper) = (floats(&source(n, 100, 0.5)), adamw::hyper(&cx).unwrap());
     let moments = Moments::new(&cx, n, &[(0, n)], MomentKind::Blockwise8).unwrap();
@@ -227,7 +221,7 @@ fn steps_of_8_bit_adamw_are_bitsandbytes() {
             if name.ends_with("absmax") {
                 // 1 - 0.999 is taken in float here and in double there: 1.3e-5 of v (its correction
                 // has the same factor).
-                for (a, b) in tensor.to_f32().unwrap().iter().zip(bits(&want[name])) {
+                for (a, b) in tensor.to_f32().unwrap().iter().zip(ids(&want[name])) {
                     assert!(
                         (a / f32::from_bits(b) - 1.0).abs() < 2e-5,
                         "step {t} {name}: {a} {}",
@@ -249,7 +243,7 @@ fn steps_of_8_bit_adamw_are_bitsandbytes() {
             );
         }
     }
-    for (a, b) in p.to_f32().unwrap().iter().zip(bits(&f["p"])) {
+    for (a, b) in p.to_f32().unwrap().iter().zip(ids(&f["p"])) {
         assert!((a - f32::from_bits(b)).abs() < 1e-6, "{a} {}", f32::from_bits(b));
     }
 }
@@ -261,7 +255,7 @@ fn moments_of_every_kind_go_on_from_a_checkpoint_bit_for_bit() {
     let n = 700;
     let ranges = [(0, 300), (300, n)];
     for kind in [MomentKind::F32, MomentKind::Bf16, MomentKind::Blockwise8] {
-        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::BF16).unwrap();
+        let mut cx = cpu_in(DType::BF16);
         let group = AdamW {
             beta1: 0.9,
             beta2: 0.999,
@@ -318,7 +312,7 @@ fn raw(m: &Moments) -> Vec<Vec<u8>> {
 #[test]
 fn moments_in_bf16_follow_their_mean_by_chance() {
     let n = 4096;
-    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let mut cx = cpu();
     let moments = Moments::new(&cx, n, &[(0, n)], MomentKind::Bf16).unwrap();
     let group =
         AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lr_scale: 1.0, group: 0 };

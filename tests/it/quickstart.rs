@@ -1,17 +1,15 @@
-//! The quickstart's ladder, much shorter, end to end; its data; its checker.
+//! The quickstart's pipeline, much shorter, end to end; its data; its checker.
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 
-use serde_json::Value;
-use temper::autograd::Cx;
 use temper::data::tokenizer::Tokenizer;
-use temper::device::{DType, cpu::Cpu};
 use temper::quickstart::data::{self, is_right};
-use temper::quickstart::{self, Options, Outcome, Scale};
+use temper::quickstart::{self, QuickstartOptions, QuickstartOutcome, QuickstartScale};
 
-fn tiny() -> Scale {
+use crate::support::{cpu, json_lines};
+
+fn tiny() -> QuickstartScale {
     let keys = |more: &str| {
         let common = "learning_rate=2e-3 per_device_train_batch_size=2 max_length=96 packing=true max_steps=6 logging_steps=2";
         common.split(' ').chain(more.split(' ')).map(str::to_string).collect()
@@ -19,7 +17,7 @@ fn tiny() -> Scale {
     let short = |text: &str| {
         text.split_whitespace().chain(["logging_steps=1"]).map(str::to_string).collect()
     };
-    Scale {
+    QuickstartScale {
         vocab: 400,
         hidden: 32,
         intermediate: 64,
@@ -46,22 +44,20 @@ fn tiny() -> Scale {
     }
 }
 
-fn ladder(dir: &Path, overwrite: bool) -> temper::error::Result<Outcome> {
-    let cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
-    quickstart::run(cx, &Options { output: dir.to_path_buf(), overwrite, seed: 5, scale: tiny() })
-}
-
-fn lines(path: impl AsRef<Path>) -> Vec<Value> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+fn pipeline(dir: &Path, overwrite: bool) -> temper::error::Result<QuickstartOutcome> {
+    let cx = cpu();
+    quickstart::run(
+        cx,
+        &QuickstartOptions { output: dir.to_path_buf(), overwrite, seed: 5, scale: tiny() },
+    )
 }
 
 #[test]
-fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
+fn a_short_pipeline_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     let tmp = tempfile::tempdir().unwrap();
     let (a, b) = (tmp.path().join("a"), tmp.path().join("b"));
-    let outcome = ladder(&a, false).unwrap();
-    let steps: Vec<(&str, u64)> = outcome.rungs.iter().map(|r| (r.name, r.steps)).collect();
+    let outcome = pipeline(&a, false).unwrap();
+    let steps: Vec<(&str, u64)> = outcome.stages.iter().map(|r| (r.name, r.steps)).collect();
     let rest = [("lora", 6), ("reward", 2), ("dpo", 2), ("ppo", 2), ("grpo", 2)];
     assert_eq!(steps, [&[("pretrained", 6), ("sft", 6)], &rest[..]].concat());
     assert_eq!(
@@ -72,8 +68,8 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     assert!(std::fs::read_to_string(a.join("report.html")).unwrap().contains("temper quickstart"));
     let text = outcome.to_string();
     assert!(text.contains("exact match") && text.contains("tokens/s"), "{text}");
-    for rung in ["pretrained", "sft"] {
-        let dir = a.join(rung);
+    for stage in ["pretrained", "sft"] {
+        let dir = a.join(stage);
         for file in [
             "config.json",
             "config.toml",
@@ -81,13 +77,13 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
             "tokenizer.json",
             "chat_template.jinja",
         ] {
-            assert!(dir.join(file).is_file(), "{rung}/{file}");
+            assert!(dir.join(file).is_file(), "{stage}/{file}");
         }
-        let metrics = lines(dir.join("metrics.jsonl"));
+        let metrics = json_lines(dir.join("metrics.jsonl"));
         assert_eq!(metrics.len(), 3);
         for key in ["step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second"]
         {
-            assert!(metrics[0][key].is_number(), "{rung}: {key}");
+            assert!(metrics[0][key].is_number(), "{stage}: {key}");
         }
     }
     // A number that is met often is one token, a turn's head is three.
@@ -96,10 +92,10 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     assert_eq!(tokenizer.encode("<|im_start|>assistant\n", false).unwrap().len(), 3);
 
     // A folder that holds a run is refused; --overwrite replaces it by the same bits.
-    let refused = ladder(&a, false).unwrap_err().to_string();
+    let refused = pipeline(&a, false).unwrap_err().to_string();
     assert!(refused.contains("--overwrite"), "{refused}");
     let bits = |dir: &Path| {
-        let read = |rung: &str| std::fs::read(dir.join(rung)).unwrap();
+        let read = |stage: &str| std::fs::read(dir.join(stage)).unwrap();
         [
             "sft/model.safetensors",
             "lora/adapter_model.safetensors",
@@ -109,11 +105,11 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
         .map(read)
     };
     let first = bits(&a);
-    ladder(&a, true).unwrap();
-    ladder(&b, false).unwrap();
+    pipeline(&a, true).unwrap();
+    pipeline(&b, false).unwrap();
     assert!(first == bits(&a) && first == bits(&b), "the same seed gave other bits");
     for file in ["pretrain.jsonl", "sft.jsonl", "heldout.jsonl"] {
-        assert!(!lines(a.join("data").join(file)).is_empty());
+        assert!(!json_lines(a.join("data").join(file)).is_empty());
         let read = |dir: &Path| std::fs::read(dir.join("data").join(file)).unwrap();
         assert!(read(&a) == read(&b), "{file}");
     }
@@ -122,7 +118,7 @@ fn a_short_ladder_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
 #[test]
 fn held_out_questions_are_nowhere_in_the_training_data() {
     for seed in [42, 1, 2] {
-        let scale = Scale::full();
+        let scale = QuickstartScale::full();
         let texts = data::pretraining(seed, scale.pretraining_rows);
         let training = [
             data::training(seed, scale.sft_rows),

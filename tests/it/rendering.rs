@@ -1,39 +1,28 @@
 //! One rendering: a row's `tools` and `chat_template_kwargs`, the choice of the template and the stop
 //! ids are the same in SFT, generation, evaluation, online RL and reward models.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::path::Path;
 
 use serde_json::{Value, json};
-use temper::autograd::Cx;
 use temper::data::chat::ChatTemplate;
 use temper::data::render::Renderer;
 use temper::data::rows::{Row, read_rows};
 use temper::data::sft::{SftOptions, prepare};
 use temper::data::tokenizer::Tokenizer;
-use temper::device::{DType, cpu::Cpu};
 use temper::model::decoder::Decoder;
 use temper::model::layout::ModelConfig;
 use temper::rewards::RewardBatch;
 use temper::rewards::model::{RewardModel, sequence_scores};
 use temper::rollout::stop::stop_ids;
 
-const MODEL: &str = "tests/fixtures/sft/model";
+use crate::support::{
+    MODEL, cpu, done, json, json_lines, tokenizer, tokenizer_and_template, write_rows,
+};
+
 const VOCAB: usize = 320;
 /// Writes the tools and a keyword before the conversation.
 const EXTRAS: &str = "{%- if tools %}{{ '<tools>' + tools[0].name }}{% endif %}\
                       {%- if mood is defined %}{{ '<mood>' + mood }}{% endif %}";
-
-fn temper(args: &[&str]) -> String {
-    let out = Command::new(env!("CARGO_BIN_EXE_temper"))
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stdout).unwrap()
-}
 
 /// A copy of a model folder whose template writes [`EXTRAS`] first.
 fn folder_with_extras(from: &Path, to: &Path) {
@@ -45,11 +34,6 @@ fn folder_with_extras(from: &Path, to: &Path) {
     }
     let template = std::fs::read_to_string(Path::new(MODEL).join("chat_template.jinja")).unwrap();
     std::fs::write(to.join("chat_template.jinja"), format!("{EXTRAS}{template}")).unwrap();
-}
-
-fn write(path: PathBuf, row: &Value) -> String {
-    std::fs::write(&path, format!("{row}\n")).unwrap();
-    path.to_str().unwrap().to_string()
 }
 
 fn prompt() -> Value {
@@ -88,7 +72,7 @@ fn greedy(model: &str, data: &str) -> Value {
         "temperature=0",
         "max_new_tokens=12",
     ];
-    serde_json::from_str(temper(&args).lines().next().unwrap()).unwrap()
+    serde_json::from_str(done(&args).lines().next().unwrap()).unwrap()
 }
 
 /// The first completion of `temper grpo` on one row; top_k=1 takes the most probable token.
@@ -110,9 +94,8 @@ fn rl(model: &str, data: &str, out: &Path) -> Value {
         "max_completion_length=12",
         "top_k=1",
     ];
-    temper(&args);
-    let lines = std::fs::read_to_string(out.join("completions.jsonl")).unwrap();
-    serde_json::from_str(lines.lines().next().unwrap()).unwrap()
+    done(&args);
+    json_lines(out.join("completions.jsonl")).swap_remove(0)
 }
 
 #[test]
@@ -128,9 +111,9 @@ fn tools_and_template_kwargs_reach_every_prompt_as_in_sft() {
     // The same row without its completion is a prompt; the ids themselves are the oracle.
     let mut row = row_with_extras();
     row.as_object_mut().unwrap().shift_remove("completion");
-    let data = write(dir.path().join("row.jsonl"), &row);
-    let plain = write(dir.path().join("plain.jsonl"), &json!({ "prompt": prompt() }));
-    let given = write(dir.path().join("ids.jsonl"), &json!({ "input_ids": ids }));
+    let data = write_rows(dir.path().join("row.jsonl"), &[row]);
+    let plain = write_rows(dir.path().join("plain.jsonl"), &[json!({ "prompt": prompt() })]);
+    let given = write_rows(dir.path().join("ids.jsonl"), &[json!({ "input_ids": ids })]);
     let model = model.to_str().unwrap();
     let want = greedy(model, &given);
     let got = greedy(model, &data);
@@ -153,8 +136,8 @@ fn tools_and_template_kwargs_reach_every_prompt_as_in_sft() {
         "reward_funcs=think_format",
         "max_new_tokens=12",
     ];
-    temper(&args);
-    let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    done(&args);
+    let report: Value = json(report);
     assert_eq!(report["rows"][0]["completions"][0], want["completion"]);
     assert_eq!(rl(model, &data, &dir.path().join("rl"))["completion"], want["completion"]);
 }
@@ -165,7 +148,7 @@ fn a_reward_model_reads_the_tools_of_the_row() {
     let (trained, model) = (dir.path().join("trained"), dir.path().join("model"));
     let pairs = "tests/fixtures/preferences/plain.jsonl";
     let out = trained.to_str().unwrap();
-    temper(&[
+    done(&[
         "reward",
         "--model",
         MODEL,
@@ -182,7 +165,7 @@ fn a_reward_model_reads_the_tools_of_the_row() {
     let mut batch = RewardBatch::default();
     batch.push(&row["prompt"], std::iter::empty(), "three", Vec::new());
     batch.push(&row["prompt"], columns.iter().map(|(n, v)| (n, *v)), "three", Vec::new());
-    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let mut cx = cpu();
     let got = RewardModel::load(&cx, &model).unwrap().score(&mut cx, &batch).unwrap();
 
     let tokenizer = Tokenizer::load(&model).unwrap();
@@ -202,7 +185,7 @@ fn rl_stops_where_generate_stops() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
     folder_with_extras(Path::new(MODEL), &model);
-    let data = write(dir.path().join("row.jsonl"), &json!({ "prompt": "one two" }));
+    let data = write_rows(dir.path().join("row.jsonl"), &[json!({ "prompt": "one two" })]);
     let name = model.to_str().unwrap();
     let free = greedy(name, &data);
     let ids: Vec<u32> = serde_json::from_value(free["completion_ids"].clone()).unwrap();
@@ -244,7 +227,7 @@ fn stop_ids_are_of_the_tokenizer_both_configs_and_the_options() {
 #[test]
 fn a_template_comes_from_a_file_or_a_folder() {
     let dir = tempfile::tempdir().unwrap();
-    let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
+    let tokenizer = tokenizer();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
     let said = |path: Option<&str>| {
         let template = ChatTemplate::choose(path, &tokenizer).map_err(|e| e.to_string())?;
@@ -266,10 +249,9 @@ fn a_template_comes_from_a_file_or_a_folder() {
 #[test]
 fn prompts_end_with_the_generation_prompt_or_the_last_message() {
     let dir = tempfile::tempdir().unwrap();
-    let tokenizer = Tokenizer::load(Path::new(MODEL)).unwrap();
-    let template = ChatTemplate::of(&tokenizer).unwrap();
+    let (tokenizer, template) = tokenizer_and_template();
     let said = |template, vocab, row: Value| {
-        let rows = read_rows(&[write(dir.path().join("p.jsonl"), &row).into()]).unwrap();
+        let rows = read_rows(&[write_rows(dir.path().join("p.jsonl"), &[row]).into()]).unwrap();
         let ids = Renderer::new(&tokenizer, template, vocab).prompt(&rows[0]);
         let ids = ids.map_err(|e| e.to_string())?.ids;
         tokenizer.decode(&ids, false).map_err(|e| e.to_string())

@@ -4,11 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use temper::report::{self, MaskRow, ReportInput, Rung, Table};
+use temper::report::{self, MaskRow, ReportInput, ReportStage, Table};
 
-fn words(list: &[&str]) -> Vec<String> {
-    list.iter().map(|w| w.to_string()).collect()
-}
+use crate::support::{MODEL, command, finish, strings};
 
 /// A run folder as a GRPO run leaves it: curves with a NaN, completions with rewards, a config.
 fn grpo_run(dir: &Path, steps: u64) {
@@ -55,7 +53,7 @@ fn grpo_run(dir: &Path, steps: u64) {
 }
 
 fn input() -> ReportInput {
-    let tokens = words(&[
+    let tokens = strings(&[
         "<|im_start|>",
         "user\n",
         "What is",
@@ -71,13 +69,13 @@ fn input() -> ReportInput {
     let mask = (0..tokens.len()).map(|i| i >= 9).collect();
     ReportInput {
         title: "GRPO on sums".into(),
-        notes: words(&["0.4M parameters, on the CPU."]),
+        notes: strings(&["0.4M parameters, on the CPU."]),
         table: Some(Table {
             caption: "240 questions that no run has seen".into(),
-            columns: words(&["", "before", "after"]),
+            columns: strings(&["", "before", "after"]),
             rows: vec![
-                words(&["exact match", "37.1%", "84.6%"]),
-                words(&["mean length", "41", "66"]),
+                strings(&["exact match", "37.1%", "84.6%"]),
+                strings(&["mean length", "41", "66"]),
             ],
         }),
         masks: vec![MaskRow { tokens, mask }],
@@ -145,25 +143,25 @@ fn a_page_can_be_written_again_from_its_folder() {
 }
 
 #[test]
-fn a_ladder_page_tells_all_rungs() {
-    let (_keep, dir) = folder("ladder");
-    let mut rungs = Vec::new();
+fn a_pipeline_page_tells_all_stages() {
+    let (_keep, dir) = folder("pipeline");
+    let mut stages = Vec::new();
     for name in ["pretrain", "sft", "reward", "dpo", "ppo", "grpo"] {
         let own = dir.join(name);
         grpo_run(&own, 60);
         let input = if name == "grpo" { input() } else { ReportInput::default() };
-        rungs.push(Rung { name: name.into(), dir: own, input });
+        stages.push(ReportStage { name: name.into(), dir: own, input });
     }
     let table = Table {
         caption: "held-out questions".into(),
-        columns: words(&["rung", "seconds", "before", "after"]),
+        columns: strings(&["stage", "seconds", "before", "after"]),
         rows: vec![
-            words(&["sft", "41 s", "2.1%", "91.2%"]),
-            words(&["grpo", "63 s", "37.1%", "84.6%"]),
+            strings(&["sft", "41 s", "2.1%", "91.2%"]),
+            strings(&["grpo", "63 s", "37.1%", "84.6%"]),
         ],
     };
     let (_, data) =
-        data(&report::write_ladder(&dir, "temper quickstart", Some(&table), &rungs).unwrap());
+        data(&report::write_pipeline(&dir, "temper quickstart", Some(&table), &stages).unwrap());
     assert_eq!(data["runs"].as_array().unwrap().len(), 6);
     assert_eq!(data["runs"][5]["name"], "grpo");
     assert_eq!(data["table"]["rows"][1][3], "84.6%");
@@ -201,14 +199,8 @@ fn a_folder_that_cannot_be_read_says_which_line() {
 
 /// An SFT run through the binary.
 fn sft(out: &Path, keys: &[&str]) -> std::process::Command {
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_temper"));
-    command.args([
-        "sft",
-        "--model",
-        "tests/fixtures/sft/model",
-        "--data",
-        "tests/fixtures/sft/prompt_completion.jsonl",
-    ]);
+    let data = "tests/fixtures/sft/prompt_completion.jsonl";
+    let mut command = command(&["sft", "--model", MODEL, "--data", data]);
     command
         .arg("--output")
         .arg(out)
@@ -250,26 +242,15 @@ fn a_page_that_cannot_be_written_ends_no_run() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     std::fs::create_dir_all(out.join("report.html")).unwrap(); // a folder where the file goes
-    let output = sft(&out, &[]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(
-        output.status.success() && said.contains("warning: report.html was not written"),
-        "{said}"
-    );
+    let (code, said) = finish(&mut sft(&out, &[]));
+    assert!(code == Some(0) && said.contains("warning: report.html was not written"), "{said}");
     assert!(out.join("model.safetensors").is_file());
 }
 
 #[test]
 fn the_command_writes_pages_again() {
     let dir = tempfile::tempdir().unwrap();
-    let again = |path: &Path| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_temper"));
-        let output = command.arg("report").arg(path).output().unwrap();
-        (
-            output.status.code(),
-            String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned(),
-        )
-    };
+    let again = |path: &Path| finish(command(&["report"]).arg(path));
     for name in ["first", "second"] {
         grpo_run(&dir.path().join(name), 5);
     }
@@ -281,21 +262,21 @@ fn the_command_writes_pages_again() {
         (&page["runs"][0]["name"], &page["runs"][1]["masks"][0]["mask"][9]),
         (&json!("first"), &json!(true))
     );
-    // a ladder's page is the same again, wherever its folder went
-    let rungs = ["second", "first"].map(|name| Rung {
+    // a pipeline's page is the same again, wherever its folder went
+    let stages = ["second", "first"].map(|name| ReportStage {
         name: name.into(),
         dir: dir.path().join(name),
         input: ReportInput::default(),
     });
-    let path = report::write_ladder(dir.path(), "two", input().table.as_ref(), &rungs).unwrap();
-    let ladder = std::fs::read_to_string(&path).unwrap();
+    let path = report::write_pipeline(dir.path(), "two", input().table.as_ref(), &stages).unwrap();
+    let pipeline = std::fs::read_to_string(&path).unwrap();
     let moved = tempfile::tempdir().unwrap();
     let moved = moved.path().join("moved");
     std::fs::rename(dir.keep(), &moved).unwrap();
     std::fs::remove_file(moved.join("report.html")).unwrap();
     assert_eq!(again(&moved).0, Some(0));
-    assert!(std::fs::read_to_string(moved.join("report.html")).unwrap() == ladder);
-    std::fs::remove_file(moved.join("ladder.json")).unwrap();
+    assert!(std::fs::read_to_string(moved.join("report.html")).unwrap() == pipeline);
+    std::fs::remove_file(moved.join("pipeline.json")).unwrap();
     let (code, said) = again(&moved.join("first/absent"));
     assert!(code == Some(1) && said.contains("absent"), "{said}");
     std::fs::create_dir(moved.join("first/empty")).unwrap();

@@ -6,6 +6,8 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use temper::rewards::{Reward, RewardBatch, Rewards};
 
+use crate::support::json_lines;
+
 fn batch(completions: &[&str], columns: Value) -> RewardBatch {
     RewardBatch {
         prompts: completions.iter().map(|_| json!("1 + 1 =")).collect(),
@@ -103,7 +105,6 @@ fn rewards_add_up_and_a_row_that_none_scores_has_none() {
     let scored = Rewards::parse(&specs, Some(&[1.0, 0.5])).unwrap().score(&b).unwrap();
     assert_eq!(scored.names, ["exact_match", "exact_match_2"]);
     assert_eq!(scored.total(), [Some(1.5), None, Some(1.0)]);
-    assert_eq!(scored.unscorable(), [1]);
     assert!(
         Rewards::parse(&specs, Some(&[1.0]))
             .unwrap_err()
@@ -122,11 +123,7 @@ fn a_command_is_started_once_and_sees_every_row() {
     let b = batch(&["a", "b", "c"], json!({"level": [1, 2, 3]}));
     assert_eq!(reward.score(&b).unwrap(), [1.0, 2.0, 3.0].map(Some));
     assert_eq!(reward.score(&b).unwrap(), [4.0, 5.0, 6.0].map(Some));
-    let rows: Vec<Value> = std::fs::read_to_string(log)
-        .unwrap()
-        .lines()
-        .map(|l| serde_json::from_str(l).unwrap())
-        .collect();
+    let rows: Vec<Value> = json_lines(log);
     assert_eq!(rows.len(), 6);
     let want = json!({"id": 4, "index": 1, "batch": 3, "prompt": "1 + 1 =", "completion": "b", "completion_ids": [98],
         "columns": {"level": 2}});

@@ -1,10 +1,8 @@
 //! The rollout engine: its log-probs are the trainer's, whatever else happens; and what the sampler
 //! draws.
 
-use std::sync::Arc;
-
 use temper::autograd::Cx;
-use temper::device::{DType, cpu::Cpu};
+use temper::device::DType;
 use temper::model::batch::Sequence;
 use temper::model::decoder::Decoder;
 use temper::model::layout::ModelConfig;
@@ -15,20 +13,18 @@ use temper::rollout::sample::Sampling;
 use temper::rollout::{Completion, Engine, EngineOptions, Finish, Request};
 use temper::tensor::Tensor;
 
+use crate::support::{bits, cpu, cpu_in};
+
 const VOCAB: usize = 96;
 
 fn model(dtype: DType) -> (Cx, Decoder) {
-    let cx = Cx::new(Arc::new(Cpu::new()), dtype).unwrap();
+    let cx = cpu_in(dtype);
     let model = Decoder::builder(ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true))
         .positions(128)
         .build(&cx)
         .unwrap();
     model.params.initialise(0.2, 11).unwrap();
     (cx, model)
-}
-
-fn bits(v: &[f32]) -> Vec<u32> {
-    v.iter().map(|x| x.to_bits()).collect()
 }
 
 /// The trainer's log-probs of a completion, with logits times `scale`.
@@ -240,7 +236,7 @@ fn a_hundred_thousand_draws_follow_the_truncated_distribution() {
             seed: 12,
         },
     ];
-    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let mut cx = cpu();
     let mut rng = Rng(5);
     let row: Vec<f32> = (0..VOCAB).map(|_| rng.normal() as f32 * 1.5).collect();
     let seen: Vec<u32> = (0..40).map(|_| rng.below(VOCAB) as u32).collect();

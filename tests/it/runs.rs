@@ -1,7 +1,7 @@
 //! Whole runs through the binary: interrupted, resumed, refused.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use temper::autograd::Recompute;
@@ -11,37 +11,21 @@ use temper::train::Trainer;
 use temper::train::state::{FolderParts, RunState};
 
 use crate::sft::trainer;
+use crate::support::{MODEL, command, finish, metrics};
 
-const MODEL: &str = "tests/fixtures/sft/model";
-
-fn command(out: &Path, keys: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
-    command.args([
-        "sft",
-        "--model",
-        MODEL,
-        "--data",
-        "tests/fixtures/sft/messages.jsonl",
-        "--output",
-    ]);
-    command.arg(out).args(keys).stdin(Stdio::null());
+fn sft(out: &Path, keys: &[&str]) -> Command {
+    let data = "tests/fixtures/sft/messages.jsonl";
+    let mut command = command(&["sft", "--model", MODEL, "--data", data, "--output"]);
+    command.arg(out).args(keys);
     command
 }
 
-fn temper(out: &Path, keys: &[&str]) -> Output {
-    command(out, keys).output().unwrap()
-}
-
-fn text(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
+fn run(out: &Path, keys: &[&str]) -> (Option<i32>, String) {
+    finish(&mut sft(out, keys))
 }
 
 fn spawn(out: &Path, keys: &[&str]) -> Child {
-    command(out, keys).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    sft(out, keys).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 fn weights(out: &Path) -> Vec<u8> {
@@ -49,17 +33,15 @@ fn weights(out: &Path) -> Vec<u8> {
 }
 
 /// metrics.jsonl without the fields that hold times or depend on them.
-fn metrics(out: &Path) -> Vec<serde_json::Value> {
-    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
-    let line = |l: &str| {
-        let mut value: serde_json::Value = serde_json::from_str(l).unwrap();
+fn deterministic_metrics(out: &Path) -> Vec<serde_json::Value> {
+    let line = |mut value: serde_json::Value| {
         let map = value.as_object_mut().unwrap();
         for key in ["tokens_per_second", "peak_memory", "mfu"] {
             map.remove(key);
         }
         value
     };
-    text.lines().map(line).collect()
+    metrics(out).into_iter().map(line).collect()
 }
 
 /// Every value of the state that training goes on from, bit for bit.
@@ -167,8 +149,8 @@ fn a_run_killed_again_and_again_ends_as_the_uninterrupted_one() {
         "per_device_train_batch_size=4",
     ];
     let (whole, killed): (PathBuf, PathBuf) = (dir.path().join("whole"), dir.path().join("killed"));
-    let output = temper(&whole, &keys);
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let (code, said) = run(&whole, &keys);
+    assert_eq!(code, Some(0), "{said}");
     let mut kills = 0;
     let mut first = true;
     loop {
@@ -204,10 +186,10 @@ fn a_run_killed_again_and_again_ends_as_the_uninterrupted_one() {
     }
     assert!(kills >= 1, "the run was killed at least once");
     assert!(weights(&whole) == weights(&killed), "after {kills} kills: other weights");
-    assert_eq!(metrics(&whole), metrics(&killed));
-    let again = temper(&killed, &[&keys[..], &["--resume"]].concat());
-    assert_eq!(again.status.code(), Some(0), "{}", text(&again));
-    assert!(text(&again).contains("finished"), "resuming a finished run says so: {}", text(&again));
+    assert_eq!(deterministic_metrics(&whole), deterministic_metrics(&killed));
+    let (code, said) = run(&killed, &[&keys[..], &["--resume"]].concat());
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("finished"), "resuming a finished run says so: {said}");
     assert!(weights(&whole) == weights(&killed), "and changes nothing");
 }
 
@@ -235,38 +217,29 @@ fn what_cannot_run_says_what_to_do_and_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let short = ["max_steps=2", "logging_steps=1"];
-    assert_eq!(temper(&out, &short).status.code(), Some(0));
+    assert_eq!(run(&out, &short).0, Some(0));
     let before = weights(&out);
 
-    let refused = temper(&out, &short);
-    assert_eq!(refused.status.code(), Some(2));
-    assert!(
-        text(&refused).contains("--resume") && text(&refused).contains("--overwrite"),
-        "{}",
-        text(&refused)
-    );
+    let (code, refused) = run(&out, &short);
+    assert_eq!(code, Some(2));
+    assert!(refused.contains("--resume") && refused.contains("--overwrite"), "{refused}");
     assert!(before == weights(&out));
 
-    let typo = temper(&dir.path().join("x"), &["learning_rte=1", "per_device_train_batch_size=0"]);
-    assert_eq!(typo.status.code(), Some(2));
-    let message = text(&typo);
+    let wrong = ["learning_rte=1", "per_device_train_batch_size=0"];
+    let (code, message) = run(&dir.path().join("x"), &wrong);
+    assert_eq!(code, Some(2));
     assert!(
         message.contains("learning_rate") && message.contains("per_device_train_batch_size"),
         "{message}"
     );
 
-    let changed = temper(&out, &["max_steps=4", "learning_rate=0.5", "--resume"]);
-    assert_eq!(changed.status.code(), Some(2), "{}", text(&changed));
-    assert!(text(&changed).contains("learning_rate"), "{}", text(&changed));
+    let (code, changed) = run(&out, &["max_steps=4", "learning_rate=0.5", "--resume"]);
+    assert!(code == Some(2) && changed.contains("learning_rate"), "{changed}");
 
-    let cuda = temper(&dir.path().join("y"), &["device=cuda"]);
-    assert_eq!(cuda.status.code(), Some(1), "{}", text(&cuda));
-    assert!(
-        text(&cuda).to_lowercase().contains("nvcc")
-            || text(&cuda).to_lowercase().contains("driver"),
-        "{}",
-        text(&cuda)
-    );
+    let (code, cuda) = run(&dir.path().join("y"), &["device=cuda"]);
+    assert_eq!(code, Some(1), "{cuda}");
+    let cuda = cuda.to_lowercase();
+    assert!(cuda.contains("nvcc") || cuda.contains("driver"), "{cuda}");
 }
 
 #[test]
@@ -301,13 +274,10 @@ fn nan_weights_are_refused_at_load_and_nan_rows_do_not_exist() {
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     std::fs::write(&path, bytes).unwrap();
     let out = dir.path().join("out");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
-    command
-        .args(["sft", "--data", "tests/fixtures/sft/messages.jsonl", "--model"])
-        .arg(dir.path())
-        .arg("--output")
-        .arg(&out);
-    let output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output).contains("NaN") || text(&output).contains("nan"), "{}", text(&output));
+    let data = "tests/fixtures/sft/messages.jsonl";
+    let (code, said) = finish(
+        command(&["sft", "--data", data, "--model"]).arg(dir.path()).arg("--output").arg(&out),
+    );
+    assert_eq!(code, Some(1));
+    assert!(said.to_lowercase().contains("nan"), "{said}");
 }

@@ -1,40 +1,22 @@
 //! The decoder against transformers 5.17, family by family, on the golden folders of
 //! `tests/fixtures/models`.
 
-use std::path::Path;
-use std::sync::Arc;
-
 use temper::autograd::Cx;
 use temper::config::MatmulChoice;
-use temper::device::{DType, cpu::Cpu};
 use temper::model::batch::Sequence;
-use temper::model::decoder::Decoder;
+
+use crate::support::{self, cpu, decoder, floats, golden, json};
 
 /// The largest difference of any token's log-prob from transformers'.
 fn worst(case: &str, cx: &mut Cx) -> f64 {
-    let dir = Path::new("tests/fixtures/models").join(case);
-    let golden: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(dir.join("score.json")).unwrap()).unwrap();
-    let decoder = Decoder::folder(&dir).unwrap().positions(128).build(cx).unwrap();
+    let dir = golden(case);
+    let golden = json(dir.join("score.json"));
+    let decoder = decoder(cx, &dir, 128);
     let mut ids = Vec::new();
     let mut want = Vec::new();
     for row in golden["rows"].as_array().unwrap() {
-        ids.push(
-            row["input_ids"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|v| v.as_u64().unwrap() as u32)
-                .collect::<Vec<_>>(),
-        );
-        want.push(
-            row["logps"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|v| v.as_f64().unwrap())
-                .collect::<Vec<_>>(),
-        );
+        ids.push(support::ids(&row["input_ids"]));
+        want.push(floats(&row["logps"]));
     }
     let sequences: Vec<Sequence> = ids.iter().map(|ids| Sequence { ids, target: None }).collect();
     let got = decoder.logps(cx, &sequences).unwrap();
@@ -57,7 +39,7 @@ fn every_family_scores_as_transformers_does() {
     let mut report = String::new();
     let mut largest = 0f64;
     for case in &cases {
-        let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+        let mut cx = cpu();
         let difference = worst(case, &mut cx);
         report += &format!("{case}: {difference:.2e}\n");
         largest = largest.max(difference);
@@ -68,7 +50,7 @@ fn every_family_scores_as_transformers_does() {
 
 #[test]
 fn the_own_matmul_scores_as_the_library_does() {
-    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let mut cx = cpu();
     cx.matmul = MatmulChoice::Own;
     assert!(worst("qwen3", &mut cx) <= 5e-5);
 }

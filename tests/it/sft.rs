@@ -1,44 +1,23 @@
 //! `temper sft` against TRL 1.16.0's SFTTrainer: every run of `tests/fixtures/sft/losses.json`, 20
 //! steps each.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
 use serde_json::Value;
-use temper::autograd::{Cx, Recompute};
-use temper::data::chat::ChatTemplate;
-use temper::data::rows::read_rows;
-use temper::data::tokenizer::Tokenizer;
-use temper::device::{DType, cpu::Cpu};
-use temper::methods::MethodInputs;
+use temper::autograd::Recompute;
 use temper::methods::offline::OfflineMethod;
 use temper::methods::offline::sft::Sft;
 use temper::methods::offline::sft::SftRun;
-use temper::model::decoder::Decoder;
 use temper::train::{Step, Trainer};
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new("tests/fixtures/sft").join(name)
-}
+use crate::support::{self, MODEL, cpu, decoder, fixture, json, with_inputs};
 
 /// The run of the fixture, as a trainer that has done nothing yet.
 pub fn trainer(rows: &str, keys: &[String], recompute: Recompute) -> (Trainer, OfflineMethod<Sft>) {
     let (run, _) = SftRun::load(None, keys).unwrap();
-    let mut cx = Cx::new(Arc::new(Cpu::new()), DType::F32).unwrap();
+    let mut cx = cpu();
     cx.recompute = recompute;
-    let tokenizer = Tokenizer::load(&fixture("model")).unwrap();
-    let template = tokenizer.chat_template().map(|_| ChatTemplate::of(&tokenizer).unwrap());
-    let model = Decoder::folder(&fixture("model")).unwrap().positions(512).build(&cx).unwrap();
-    let rows = read_rows(&[fixture(&format!("{rows}.jsonl"))]).unwrap();
-    let inputs = MethodInputs {
-        tokenizer: &tokenizer,
-        template: template.as_ref(),
-        model: &model.config,
-        train: &rows,
-        eval: &[],
-        output: Path::new("unused"),
-    };
-    let (sft, _) = Sft::new(&run.method, &inputs).unwrap();
+    let model = decoder(&cx, MODEL, 512);
+    let rows = support::rows(&format!("sft/{rows}.jsonl"));
+    let (sft, _) = with_inputs(&model.config, &rows, |i| Sft::new(&run.method, i).unwrap());
     let rows = temper::methods::Method::rows(&sft);
     (Trainer::new(cx, model, run.training, rows).unwrap(), sft)
 }
@@ -73,8 +52,7 @@ fn relative(a: f64, b: f64) -> f64 {
 
 #[test]
 fn every_run_has_trls_losses_and_gradient_norms() {
-    let all: Value =
-        serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap();
+    let all: Value = json(fixture("sft/losses.json"));
     let runs: Vec<(&String, &Value)> =
         all.as_object().unwrap().iter().filter(|(_, r)| r.get("loss").is_some()).collect();
     assert_eq!(runs.len(), 20);

@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use crate::data::chat::ChatTemplate;
-use crate::data::format::{Content, Example, Format, RowContent};
+use crate::data::format::{Content, Format, ParsedRow, RowContent};
 use crate::data::masked::common;
 use crate::data::render::{EosToken, Renderer, mixed};
 use crate::data::rows::Row;
@@ -41,7 +41,7 @@ impl<'a> Encoder<'a> {
     pub fn prompt_and_whole(
         &self,
         row: &Row,
-        example: &Example,
+        example: &ParsedRow,
         prompt: &Content,
         answer: &Content,
     ) -> Result<(Vec<u32>, Vec<u32>)> {
@@ -74,7 +74,7 @@ impl<'a> Encoder<'a> {
 
 /// A preference row with its prompt set apart.
 pub struct Pair {
-    pub example: Example,
+    pub example: ParsedRow,
     /// None where the row has none and nobody asked for one.
     pub prompt: Option<Content>,
     pub chosen: Content,

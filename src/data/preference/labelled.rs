@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::encode::{Encoder, pair};
 use super::{OnTruncation, PreferenceOptions, PreferenceStats, TruncationMode};
 use crate::data::chat::ChatTemplate;
-use crate::data::format::{Content, Example, Format, RowContent};
+use crate::data::format::{Content, Format, ParsedRow, RowContent};
 use crate::data::masked::MaskedSequence;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
@@ -138,7 +138,7 @@ fn both(encoder: &Encoder, row: &Row) -> Result<Vec<Made>> {
 fn made(
     encoder: &Encoder,
     row: &Row,
-    example: &Example,
+    example: &ParsedRow,
     prompt: &Content,
     completion: &Content,
     label: bool,

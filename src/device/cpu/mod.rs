@@ -1,5 +1,5 @@
 //! The CPU device: kernels run through the shim on all cores, matrix products through
-//! `matrixmultiply`.
+//! `matrixmultiply`. Layer 1.
 //!
 //! Invariant: results do not depend on the number of threads. Blocks are independent, so each
 //! worker runs a fixed range of them; a matrix product is cut into row chunks whose bits do not

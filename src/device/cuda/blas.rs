@@ -1,4 +1,5 @@
 //! cuBLASLt, the one library seam: plain matrix products with one algorithm fixed for each shape.
+//! Layer 1.
 //!
 //! Invariant: a product's bits are a function of its operands and its [`Key`]. The heuristic is
 //! asked once a key, split-K is allowed only with reductions in a fixed order, f32 never becomes

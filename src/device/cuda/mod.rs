@@ -1,4 +1,5 @@
 //! The CUDA device: the driver API, loaded at run time, and cuBLASLt where its library is found.
+//! Layer 1.
 //!
 //! Invariant: everything runs on one stream of our own, in the order of the calls; so no event
 //! guards any buffer. We work on cudarc's `result` and `sys` layers: its safe layer's per-slice

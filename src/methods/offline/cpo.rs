@@ -86,16 +86,16 @@ impl BuildMethod for CpoConfig {
             alpha: self.alpha as f32,
             cpo_alpha: likelihood as f32,
         };
-        Ok(BuiltMethod::new(OfflineMethod(Cpo { pairs, op }), stats))
+        Ok(BuiltMethod::new(OfflineMethod(CpoObjective { pairs, op }), stats))
     }
 }
 
-pub struct Cpo {
+pub struct CpoObjective {
     pairs: PairRows,
     op: preference::Cpo,
 }
 
-impl OfflineObjective for Cpo {
+impl OfflineObjective for CpoObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.pairs.rows
     }

@@ -55,18 +55,18 @@ impl BuildMethod for DistillConfig {
         })?;
         let teacher = Teacher::new(&self.teacher)?;
         let scale = (1.0 / self.temperature) as f32;
-        let method = Distill { rows, scale, teacher };
+        let method = DistillObjective { rows, scale, teacher };
         Ok(BuiltMethod::new(OfflineMethod(method), stats))
     }
 }
 
-pub struct Distill {
+pub struct DistillObjective {
     rows: Rows<SftExample>,
     scale: f32,
     teacher: Teacher,
 }
 
-impl OfflineObjective for Distill {
+impl OfflineObjective for DistillObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.rows
     }

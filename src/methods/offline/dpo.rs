@@ -147,12 +147,12 @@ impl BuildMethod for DpoConfig {
     }
 
     fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
-        let (dpo, stats) = Dpo::new(self, training, inputs)?;
+        let (dpo, stats) = DpoObjective::new(self, training, inputs)?;
         Ok(BuiltMethod::new(OfflineMethod(dpo), stats))
     }
 }
 
-pub struct Dpo {
+pub struct DpoObjective {
     pub pairs: PairRows,
     op: preference::Dpo,
     ld_alpha: Option<f32>,
@@ -160,17 +160,17 @@ pub struct Dpo {
     reference: Reference,
 }
 
-impl Dpo {
+impl DpoObjective {
     /// Tokenises the rows. Returns what to print about them, too.
     pub fn new(
         config: &DpoConfig,
         training: &TrainingConfig,
         inputs: &MethodInputs,
-    ) -> Result<(Dpo, String)> {
+    ) -> Result<(DpoObjective, String)> {
         let (pairs, stats) = PairRows::new(inputs, PairStyle::Dpo, &(&config.truncation).into())?;
         let longest = pairs.rows.longest();
         let reference = Reference::of(&config.reference, training, inputs, longest);
-        let dpo = Dpo {
+        let dpo = DpoObjective {
             pairs,
             op: preference::Dpo {
                 losses: config.losses(),
@@ -219,7 +219,7 @@ fn aligned(cx: &mut Cx, f: &Forward, n: usize) -> Result<Option<Tensor>> {
     mean.reshape(&[n, 2]).map(Some)
 }
 
-impl OfflineObjective for Dpo {
+impl OfflineObjective for DpoObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.pairs.rows
     }

@@ -18,7 +18,9 @@
 use std::path::Path;
 
 use crate::autograd::Cx;
-use crate::config::{LengthOptions, ReferenceOptions, Report, Sampling, TrainingConfig, section};
+use crate::config::{
+    LengthOptions, ReferenceOptions, Report, SamplingStrategy, TrainingConfig, section,
+};
 use crate::data::masked::MaskedSequence;
 use crate::data::preference::{labelled, mismatched};
 use crate::error::{Error, Result};
@@ -72,7 +74,7 @@ impl BuildMethod for KtoConfig {
         TrainingConfig {
             learning_rate: 1e-6,
             disable_dropout: true,
-            train_sampling_strategy: Sampling::Sequential,
+            train_sampling_strategy: SamplingStrategy::Sequential,
             ..Default::default()
         }
     }
@@ -83,14 +85,14 @@ impl BuildMethod for KtoConfig {
     }
 
     fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
-        let (kto, stats) = Kto::new(self, training, inputs)?;
+        let (kto, stats) = KtoObjective::new(self, training, inputs)?;
         Ok(BuiltMethod::new(OfflineMethod(kto), stats))
     }
 }
 
 const STATE: &str = "bco.f32";
 
-pub struct Kto {
+pub struct KtoObjective {
     rows: Rows<LabelledPair>,
     op: Unpaired,
     reference: Reference,
@@ -106,12 +108,12 @@ struct Baseline {
     name: &'static str,
 }
 
-impl Kto {
+impl KtoObjective {
     fn new(
         config: &KtoConfig,
         training: &TrainingConfig,
         inputs: &MethodInputs,
-    ) -> Result<(Kto, String)> {
+    ) -> Result<(KtoObjective, String)> {
         let cross = config.loss_type == UnpairedLoss::Kto;
         if cross && training.per_device_train_batch_size < 2 {
             return Err(Error::Config(
@@ -143,7 +145,7 @@ impl Kto {
             desirable_weight: config.desirable_weight as f32,
             undesirable_weight: config.undesirable_weight as f32,
         };
-        Ok((Kto { rows, op, reference, delta: None }, stats))
+        Ok((KtoObjective { rows, op, reference, delta: None }, stats))
     }
 
     /// All sequences that the reference is asked for: of each row its own and the crossed one.
@@ -226,7 +228,7 @@ fn imbalance(rows: &[LabelledPair], config: &KtoConfig) -> Option<String> {
     })
 }
 
-impl OfflineObjective for Kto {
+impl OfflineObjective for KtoObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.rows
     }

@@ -57,16 +57,16 @@ impl BuildMethod for OrpoConfig {
     fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
         let (pairs, stats) = PairRows::new(inputs, PairStyle::Orpo, &(&self.length).into())?;
         let op = preference::Orpo { beta: self.beta as f32 };
-        Ok(BuiltMethod::new(OfflineMethod(Orpo { pairs, op }), stats))
+        Ok(BuiltMethod::new(OfflineMethod(OrpoObjective { pairs, op }), stats))
     }
 }
 
-pub struct Orpo {
+pub struct OrpoObjective {
     pairs: PairRows,
     op: preference::Orpo,
 }
 
-impl OfflineObjective for Orpo {
+impl OfflineObjective for OrpoObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.pairs.rows
     }

@@ -68,16 +68,16 @@ impl BuildMethod for PrmConfig {
             let (examples, stats) = steps(rows, tokenizer, vocab, &how, &(&self.length).into())?;
             Ok((examples.into_iter().map(LabelledSteps::new).collect(), stats))
         })?;
-        Ok(BuiltMethod::new(OfflineMethod(Prm { rows, vocab }), stats))
+        Ok(BuiltMethod::new(OfflineMethod(PrmObjective { rows, vocab }), stats))
     }
 }
 
-pub struct Prm {
+pub struct PrmObjective {
     rows: Rows<LabelledSteps>,
     vocab: usize,
 }
 
-impl OfflineObjective for Prm {
+impl OfflineObjective for PrmObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.rows
     }

@@ -78,16 +78,16 @@ impl BuildMethod for RewardConfig {
         let (pairs, stats) = PairRows::new(inputs, PairStyle::Reward, &options)?;
         let center_rewards_coefficient = self.center_rewards_coefficient.unwrap_or(0.0) as f32;
         let op = BradleyTerry { center_rewards_coefficient };
-        Ok(BuiltMethod::new(OfflineMethod(Reward { pairs, op }), stats))
+        Ok(BuiltMethod::new(OfflineMethod(RewardObjective { pairs, op }), stats))
     }
 }
 
-pub struct Reward {
+pub struct RewardObjective {
     pairs: PairRows,
     op: BradleyTerry,
 }
 
-impl OfflineObjective for Reward {
+impl OfflineObjective for RewardObjective {
     fn rows(&self) -> &dyn RowSet {
         &self.pairs.rows
     }

@@ -1,5 +1,5 @@
 //! From rewards to advantages, on the host: GRPO's, RLOO's and REINFORCE++'s forms, and PPO's token
-//! rewards.
+//! rewards. Layer 7.
 //!
 //! Invariant: GRPO and RLOO are TRL 1.16.0's, with its treatment of missing rewards: a completion
 //! that no reward scored is in no mean and gets advantage 0. Standard deviations have Bessel's

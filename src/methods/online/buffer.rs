@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::rollout::{StateReader, StateWriter, Stored};
+use super::rollout::{StateReader, StateWriter, StoredRollout};
 use crate::config::TrainingConfig;
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -15,7 +15,7 @@ const STATE: &str = "rollouts.bin";
 
 /// How generations are served to micro-batches.
 #[derive(Clone, Copy, Debug)]
-pub struct Schedule {
+pub struct RolloutSchedule {
     /// Completions of a micro-batch.
     pub batch: usize,
     /// Micro-batches of an optimizer step.
@@ -31,7 +31,7 @@ pub struct Schedule {
 
 /// The place of a micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot {
+pub struct RolloutSlot {
     pub generation: u64,
     pub pass: usize,
     /// Within the pass.
@@ -40,7 +40,7 @@ pub struct Slot {
     pub first: bool,
 }
 
-impl Schedule {
+impl RolloutSchedule {
     /// Errors: groups do not divide a generation, or the data has too few prompts for one.
     pub fn new(
         training: &TrainingConfig,
@@ -48,10 +48,11 @@ impl Schedule {
         passes: usize,
         group: usize,
         prompts: usize,
-    ) -> Result<Schedule> {
+    ) -> Result<RolloutSchedule> {
         let batch = training.per_device_train_batch_size;
         let accumulation = training.gradient_accumulation_steps;
-        let schedule = Schedule { batch, accumulation, micro_batches, passes, group, prompts };
+        let schedule =
+            RolloutSchedule { batch, accumulation, micro_batches, passes, group, prompts };
         let size = schedule.size();
         if !size.is_multiple_of(group) {
             return Err(Error::Config(format!(
@@ -94,10 +95,10 @@ impl Schedule {
     }
 
     /// The place of micro-batch `k` of the epoch that optimizer step `step` is in.
-    pub fn slot(&self, step: u64, k: usize) -> Slot {
+    pub fn slot(&self, step: u64, k: usize) -> RolloutSlot {
         let epoch = step / self.epoch().div_ceil(self.accumulation) as u64;
         let within = k % self.served();
-        Slot {
+        RolloutSlot {
             generation: epoch * self.generations() as u64 + (k / self.served()) as u64,
             pass: within / self.micro_batches,
             micro: within % self.micro_batches,
@@ -122,7 +123,7 @@ impl<S> Default for RolloutBuffer<S> {
 
 impl<S> RolloutBuffer<S> {
     /// Whether the generation of `slot` is to be made now. Error: it should be there already.
-    pub fn is_due(&self, slot: &Slot) -> Result<bool> {
+    pub fn is_due(&self, slot: &RolloutSlot) -> Result<bool> {
         if self.generation == Some(slot.generation) {
             return Ok(false);
         }
@@ -140,7 +141,7 @@ impl<S> RolloutBuffer<S> {
     }
 }
 
-impl<S: Stored> RolloutBuffer<S> {
+impl<S: StoredRollout> RolloutBuffer<S> {
     /// The buffer as a file of a checkpoint; `more` adds what a method keeps beside it.
     pub fn state(&self, more: impl FnOnce(&mut StateWriter) -> Result<()>) -> Result<StateFiles> {
         let mut out = StateWriter::default();

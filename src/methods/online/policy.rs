@@ -12,11 +12,11 @@
 use std::path::Path;
 
 use super::advantage::Advantages;
-use super::buffer::{RolloutBuffer, Schedule};
+use super::buffer::{RolloutBuffer, RolloutSchedule};
 use super::env::{EnvOptions, RolloutEnv};
 use super::metrics;
 use super::options::{ClipOptions, OnlineConfig};
-use super::rollout::{Rollout, StateReader, StateWriter, Stored, starts_tensor};
+use super::rollout::{Rollout, StateReader, StateWriter, StoredRollout, starts_tensor};
 use super::sampler::SampleRequest;
 use super::weights::{Normalizer, off_policy_mask, token_weights, top_entropy_mask};
 use super::{OnlineMethod, OnlineObjective, StepRows};
@@ -117,7 +117,7 @@ impl PolicySample {
     }
 }
 
-impl Stored for PolicySample {
+impl StoredRollout for PolicySample {
     fn write(&self, out: &mut StateWriter) {
         self.rollout.write(out);
         out.word(u64::from(self.reference.is_some()));
@@ -137,7 +137,7 @@ impl Stored for PolicySample {
 pub struct PolicyGradient<O> {
     env: RolloutEnv,
     objective: O,
-    schedule: Schedule,
+    schedule: RolloutSchedule,
     mask_truncated: bool,
     seed: u64,
     buffer: RolloutBuffer<PolicySample>,
@@ -177,7 +177,8 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         let env = RolloutEnv::new(&options.env(), training, inputs)?;
         let parts = options.steps_per_generation.unwrap_or(training.gradient_accumulation_steps);
         let (passes, group) = (options.num_iterations, options.num_generations);
-        let schedule = Schedule::new(training, parts, passes, group, env.prompts.train.len())?;
+        let schedule =
+            RolloutSchedule::new(training, parts, passes, group, env.prompts.train.len())?;
         let summary = options.summary(&env);
         let policy = PolicyGradient {
             env,

@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{Sampling, TrainingConfig};
+use crate::config::{SamplingStrategy, TrainingConfig};
 use crate::data::format::Content;
 use crate::data::order::epoch_order;
 use crate::data::render::{RenderedPrompt, Renderer};
@@ -27,7 +27,7 @@ pub struct Prompt {
 pub struct Prompts {
     pub train: Vec<Prompt>,
     pub eval: Vec<Prompt>,
-    order: Sampling,
+    order: SamplingStrategy,
     seed: u64,
 }
 

@@ -42,12 +42,12 @@ pub fn split<T: Clone>(values: &[T], lengths: impl IntoIterator<Item = usize>) -
 }
 
 /// Something that a checkpoint keeps.
-pub trait Stored: Sized {
+pub trait StoredRollout: Sized {
     fn write(&self, out: &mut StateWriter);
     fn read(from: &mut StateReader) -> Option<Self>;
 }
 
-impl Stored for Rollout {
+impl StoredRollout for Rollout {
     fn write(&self, out: &mut StateWriter) {
         out.word(self.prompt as u64);
         out.word(u64::from(self.finished));

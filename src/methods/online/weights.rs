@@ -1,5 +1,5 @@
 //! Weights and factors of tokens in a policy loss, on the host: normalisers, off-policy mask,
-//! entropy mask.
+//! entropy mask. Layer 7.
 //!
 //! Invariant: TRL 1.16.0's, value for value; a weight is 0 exactly where the token is masked.
 

@@ -11,7 +11,7 @@ use crate::methods::online::advantage::token_rewards;
 use crate::methods::online::env::RolloutEnv;
 use crate::methods::online::metrics::{mean, sum};
 use crate::methods::online::rollout::{
-    Rollout, StateReader, StateWriter, Stored, split, starts_tensor,
+    Rollout, StateReader, StateWriter, StoredRollout, split, starts_tensor,
 };
 use crate::methods::reference::floats;
 use crate::model::decoder::Decoder;
@@ -26,7 +26,7 @@ pub struct PpoSample {
     pub returns: Vec<f32>,
 }
 
-impl Stored for PpoSample {
+impl StoredRollout for PpoSample {
     fn write(&self, out: &mut StateWriter) {
         self.rollout.write(out);
         for values in [&self.values, &self.advantages, &self.returns] {

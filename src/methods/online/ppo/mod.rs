@@ -26,7 +26,7 @@ use critic::Critic;
 use generation::{GenerationContext, PpoSample};
 
 use super::advantage::AdaptiveKl;
-use super::buffer::{RolloutBuffer, Schedule, Slot};
+use super::buffer::{RolloutBuffer, RolloutSchedule, RolloutSlot};
 use super::env::RolloutEnv;
 use super::metrics::{of_generation, sum};
 use super::rollout::{Rollout, starts_tensor};
@@ -63,7 +63,8 @@ impl BuildMethod for PpoConfig {
         let env = RolloutEnv::new(&self.online.env(), training, inputs)?;
         let parts = self.num_mini_batches * training.gradient_accumulation_steps;
         let (passes, group) = (self.num_ppo_epochs, self.online.num_generations);
-        let schedule = Schedule::new(training, parts, passes, group, env.prompts.train.len())?;
+        let schedule =
+            RolloutSchedule::new(training, parts, passes, group, env.prompts.train.len())?;
         let summary = self.online.summary(&env);
         let ppo = Ppo {
             env,
@@ -86,7 +87,7 @@ pub struct Ppo {
     env: RolloutEnv,
     options: PpoConfig,
     training: TrainingConfig,
-    schedule: Schedule,
+    schedule: RolloutSchedule,
     critic: Option<Critic>,
     kl: AdaptiveKl,
     buffer: RolloutBuffer<PpoSample>,
@@ -209,20 +210,20 @@ impl Ppo {
     }
 
     /// The samples of a micro-batch: each pass over a generation has an order of its own.
-    fn rows(&self, slot: &Slot) -> Vec<usize> {
+    fn rows(&self, slot: &RolloutSlot) -> Vec<usize> {
         let size = self.schedule.batch;
         self.order(slot)[slot.micro * size..(slot.micro + 1) * size].to_vec()
     }
 
     /// The tokens of the optimizer step that a micro-batch is in.
-    fn step_tokens(&self, slot: &Slot) -> usize {
+    fn step_tokens(&self, slot: &RolloutSlot) -> usize {
         let size = self.schedule.batch * self.schedule.accumulation;
         let step = slot.micro / self.schedule.accumulation * size;
         let rows = self.order(slot)[step..step + size].to_vec();
         rows.iter().map(|r| self.buffer.samples[*r].rollout.ids.len()).sum()
     }
 
-    fn order(&self, slot: &Slot) -> Vec<usize> {
+    fn order(&self, slot: &RolloutSlot) -> Vec<usize> {
         let passes = self.options.num_ppo_epochs as u32;
         let stream = (slot.generation as u32).wrapping_mul(passes).wrapping_add(slot.pass as u32);
         permutation(self.schedule.size(), self.training.seed ^ seed::PPO, stream)
