@@ -12,19 +12,22 @@
 #include "prim/math.cuh"
 #include "prim/vec.cuh"
 
+// The activations, D of the kernels.
+EXPORT_ENUM(act, SILU, GELU_TANH, GELU, RELU);
+
 // value and derivative
 template <int ACT>
 DEVICE void activate(float x, float& y, float& dy) {
-  if (ACT == 0) {
+  if (ACT == act::SILU) {
     const float s = sigmoid_f(x);
     y = x * s;
     dy = s * fmaf(x, 1.f - s, 1.f);
-  } else if (ACT == 1) {
+  } else if (ACT == act::GELU_TANH) {
     const float k = 0.7978845608028654f, c = 0.044715f;
     const float t = tanh_f(k * fmaf(c * x * x, x, x));
     y = 0.5f * x * (1.f + t);
     dy = 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * k * fmaf(3.f * c * x, x, 1.f);
-  } else if (ACT == 3) {
+  } else if (ACT == act::RELU) {
     y = x > 0.f ? x : 0.f;
     dy = x > 0.f ? 1.f : 0.f;
   } else {

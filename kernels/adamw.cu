@@ -13,10 +13,13 @@
 //          used them unrounded: rounded to nearest, a v that moves by 1/1000 of itself would stand still.
 // Cost     D=0: 28 n + sizeof(real) n bytes; D=1: 20 n + 2 sizeof(real) n; 8 n less with moments in bf16. GPU: not measured
 //          yet.
-#include "prim/adam.cuh"
+#include "common/adam.cuh"
 #include "prim/warp.cuh"
 
-constexpr int NORM_CHUNK = 8192;
+// Squares that one warp adds up.
+EXPORT(int, NORM_CHUNK, 8192);
+// Values of a thread of adamw_bf16.
+EXPORT(int, ADAMW_BF16_PACK, 8);
 
 KERNEL_WARP(square_sums)(float* partial, const float* g, long long n) {
   const long long chunk = WARP_INDEX, start = chunk * NORM_CHUNK;
@@ -62,25 +65,26 @@ KERNEL_FLAT(adamw, D=0,1)(MAYBE(float) p, INOUT(real) w, INOUT(float) m, INOUT(f
   store(m + i, a, n - i);
   store(v + i, b, n - i);
   if (D == 0) store(p + i, x, n - i);
-  if (D == 1 && sizeof(real) == 2) round_by_chance(x, key, i, group, WEIGHT_NOISE);
+  if (D == 1 && sizeof(real) == 2) round_by_chance(x, key, i, group, WEIGHT_NOISE_TAG);
   store(w + i, x, n - i);
 }
 
-// As adamw, with moments in bf16. A thread owns 8 values.
-KERNEL_FLAT(adamw_bf16, D=0,1)(MAYBE(float) p, INOUT(real) w, INOUT(bf16) m, INOUT(bf16) v, const float* g, const float* hyper,
-                               const int* key, long long n, float beta1, float beta2, float eps, float weight_decay, float lr_scale, int group) {
-  const long long i = FLAT_INDEX * 8;
+// As adamw, with moments in bf16.
+KERNEL_FLAT(adamw_bf16, D=0,1)(MAYBE(float) p, INOUT(real) w, INOUT(bf16) m, INOUT(bf16) v, const float* g,
+                               const float* hyper, const int* key, long long n, float beta1, float beta2, float eps,
+                               float weight_decay, float lr_scale, int group) {
+  const long long i = FLAT_INDEX * ADAMW_BF16_PACK;
   if (i >= n) return;
   const AdamStep adam(hyper, beta1, beta2, eps, weight_decay, lr_scale);
-  Pack<8> x = D == 0 ? load<8>(p + i, n - i) : load<8>(w + i, n - i);
-  Pack<8> a = load<8>(m + i, n - i), b = load<8>(v + i, n - i), d = load<8>(g + i, n - i);
+  Pack<ADAMW_BF16_PACK> x = D == 0 ? load<ADAMW_BF16_PACK>(p + i, n - i) : load<ADAMW_BF16_PACK>(w + i, n - i);
+  Pack<ADAMW_BF16_PACK> a = load<ADAMW_BF16_PACK>(m + i, n - i), b = load<ADAMW_BF16_PACK>(v + i, n - i), d = load<ADAMW_BF16_PACK>(g + i, n - i);
 #pragma unroll
-  for (int j = 0; j < 8; ++j) adam.apply(x.v[j], a.v[j], b.v[j], d.v[j]);
-  round_by_chance(a, key, i, group, M_NOISE);
-  round_by_chance(b, key, i, group, V_NOISE);
+  for (int j = 0; j < ADAMW_BF16_PACK; ++j) adam.apply(x.v[j], a.v[j], b.v[j], d.v[j]);
+  round_by_chance(a, key, i, group, M_NOISE_TAG);
+  round_by_chance(b, key, i, group, V_NOISE_TAG);
   store(m + i, a, n - i);
   store(v + i, b, n - i);
   if (D == 0) store(p + i, x, n - i);
-  if (D == 1 && sizeof(real) == 2) round_by_chance(x, key, i, group, WEIGHT_NOISE);
+  if (D == 1 && sizeof(real) == 2) round_by_chance(x, key, i, group, WEIGHT_NOISE_TAG);
   store(w + i, x, n - i);
 }

@@ -10,11 +10,11 @@
 // Numerics float. The step uses the moments before they are rounded to codes. Where a block is not whole, it is divided by
 //          absmax (at least 1e-38) instead of multiplied by 1 / absmax, as bitsandbytes' reference does. D as in adamw.cu.
 // Cost     D=0: 16 n + sizeof(real) n bytes. GPU: not measured yet.
-#include "prim/adam.cuh"
-#include "prim/quant.cuh"
+#include "common/adam.cuh"
+#include "common/quant.cuh"
 #include "prim/warp.cuh"
 
-constexpr int BLOCK = 256, PARTS = BLOCK / WARP_STEP;  // packs of a lane in a block
+constexpr int BLOCK = CODE8_BLOCK, PARTS = BLOCK / WARP_STEP;  // packs of a lane in a block
 
 // New codes and absmax of a block of `count` values, of which this lane holds a pack of each part.
 DEVICE void store_block(unsigned char* codes, float* absmax, const float* map, const WarpPack (&x)[PARTS], int count) {
@@ -34,7 +34,7 @@ DEVICE void store_block(unsigned char* codes, float* absmax, const float* map, c
     int c[WV];
 #pragma unroll
     for (int j = 0; j < WV; ++j)
-      c[j] = nearest_code<256>(map, clamp_one(count < BLOCK ? x[s].v[j] / a : x[s].v[j] * scale));
+      c[j] = nearest_code<CODE8_MAP>(map, clamp_one(count < BLOCK ? x[s].v[j] / a : x[s].v[j] * scale));
     store_codes<WV>(codes + i, c, count - i);
   }
 }
@@ -67,7 +67,7 @@ KERNEL_WARP(adamw8, D=0,1)(MAYBE(float) p, INOUT(real) w, INOUT(unsigned char) m
     if (D == 1 && sizeof(real) == 2)
 #pragma unroll
       for (int k = 0; k < WV; k += 8) {
-        const Noise noise(key, at + k, group, WEIGHT_NOISE);
+        const Noise noise(key, at + k, group, WEIGHT_NOISE_TAG);
 #pragma unroll
         for (int j = 0; j < 8 && k + j < WV; ++j) x.v[k + j] = round_by_chance(x.v[k + j], noise.at((int)(at % 8) + j));
       }

@@ -5,7 +5,7 @@
 //          lse = m + log l.  Backward: P = e^(s - lse), delta = dO.out, dS = P (dO.v - delta) (1 - (s/c)^2) scale,
 //          dq = sum dS k, dk = sum dS q, dv = sum P dO  (Dao et al., "FlashAttention", 2022; "FlashAttention-2", 2023)
 // Shapes   qkv, dqkv [rows, ld] real: q [heads, D] | k [kv_heads, D] | v [kv_heads, D];  out, dout [rows, heads D] real;
-//          lse, delta [rows, heads] float;  segments [n, 6] int: start, length, start and length of the prefix, first and
+//          lse, delta [rows, heads] float;  segments [n, 6] int (SEGMENT_INTS): start, length, start and length of the prefix, first and
 //          past-the-last place in `children`;  cache [slots, 2 kv_heads D] real, 64 slots a page
 // Plan     attention_fwd, attention_dq: a thread a (row, head); attention_dkv: a thread a (key row, kv head). The threads
 //          of a block share a kv head and neighbouring rows, so they read the same keys. 64 keys (or queries) a step:
@@ -15,7 +15,7 @@
 //          prefill chunks and in decode. Keys that are not seen are not read.
 // Cost     4 D flops a (query, key) pair forward, 14 D executed backward (10 D counted). Two threads of an AVX2 EPYC, f32, D 64:
 //          25 GFLOP/s forward, 17 backward; `cargo test attention_speed -- --nocapture` prints this machine's.
-#include "prim/attend.cuh"
+#include "common/mask.cuh"
 #include "prim/lanes.cuh"
 
 // On a GPU unrolled loops would only cost minutes of nvcc: what matters there is attention_mma.cu.
@@ -27,7 +27,7 @@
 #define STEP_UNROLL
 #endif
 
-constexpr int QB = 64;  // keys (or, for dk and dv, queries) a step
+constexpr int QB = PAGE;  // keys (or, for dk and dv, queries) a step
 
 // a.b by 16 chains over the columns; the tree over them is sum8's.
 template <int D, class A>
@@ -146,16 +146,16 @@ COLUMNS_UNROLL
   if (lse) *lse = m + log_f(l);
 }
 
-// out and lse of each row and head of a packed batch.
+// out and lse of each row and head of a packed batch; `items` is the segment of each row.
 KERNEL_FLAT(attention_fwd, D=16,32,64,80,96,128,256)(real* out, MAYBE(float) lse, const real* qkv,
-                                                     const int* row_segment, const int* segments, int rows, int ld, int heads, int kv_heads,
-                                                     float scale, float softcap, int window) {
+                                                     const int* items, const int* segments, int rows, int ld, int heads,
+                                                     int kv_heads, float scale, float softcap, int window) {
   const long long index = FLAT_INDEX;
   if (index >= (long long)rows * heads) return;
   const int group = heads / kv_heads;
   const int row = (int)(index / group % rows);
   const int kv_head = (int)(index / group / rows), head = kv_head * group + (int)(index % group);
-  const SegmentKeys keys(segments, row_segment[row], ld);
+  const SegmentKeys keys(segments, items[row], ld);
   const real* k = qkv + (heads + kv_head) * D;
   attend<D>(out + ((long long)row * heads + head) * D, lse ? lse + (long long)row * heads + head : lse,
             qkv + (long long)row * ld + head * D, k, k + kv_heads * D, keys, keys.position(row), scale, softcap, window);
@@ -218,15 +218,15 @@ STEP_UNROLL
 
 // The q columns of dqkv.
 KERNEL_FLAT(attention_dq, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const real* dout, const real* qkv, const float* lse,
-                                                    const float* delta, const int* row_segment, const int* segments,
-                                                    int rows, int ld, int heads, int kv_heads, float scale, float softcap,
-                                                    int window, int accumulate) {
+                                                    const float* delta, const int* items, const int* segments,
+                                                    const int* children, int rows, int ld, int heads, int kv_heads,
+                                                    float scale, float softcap, int window, int accumulate) {
   const long long index = FLAT_INDEX;
   if (index >= (long long)rows * heads) return;
   const int group = heads / kv_heads;
   const int row = (int)(index / group % rows);
   const int kv_head = (int)(index / group / rows), head = kv_head * group + (int)(index % group);
-  const SegmentKeys keys(segments, row_segment[row], ld);
+  const SegmentKeys keys(segments, items[row], ld);
   const int position = keys.position(row), first = first_seen(position, window);
   const real* k = qkv + (heads + kv_head) * D;
   const real* v = k + kv_heads * D;
@@ -257,13 +257,13 @@ STEP_UNROLL
 // The k and v columns of dqkv. The queries that see a key: those of its own segment, then those of the segments that
 // have it as their prefix, head after head.
 KERNEL_FLAT(attention_dkv, D=16,32,64,80,96,128,256)(INOUT(real) dqkv, const real* dout, const real* qkv,
-                                                     const float* lse, const float* delta, const int* row_segment,
+                                                     const float* lse, const float* delta, const int* items,
                                                      const int* segments, const int* children, int rows, int ld, int heads,
                                                      int kv_heads, float scale, float softcap, int window, int accumulate) {
   const long long index = FLAT_INDEX;
   if (index >= (long long)rows * kv_heads) return;
   const int row = (int)(index % rows), kv_head = (int)(index / rows), group = heads / kv_heads;
-  const int segment = row_segment[row];
+  const int segment = items[row];
   const int position = SegmentKeys(segments, segment, ld).position(row);
   const int column = (heads + kv_head) * D;
   float k[D], v[D], dk[D], dv[D], s[QB], ds[QB], lse_of[QB], delta_of[QB];
@@ -274,9 +274,9 @@ COLUMNS_UNROLL
   for (int i = 0; i < D; ++i) dk[i] = dv[i] = 0.f;
 STEP_UNROLL
   for (int j = 0; j < QB; ++j) s[j] = ds[j] = lse_of[j] = delta_of[j] = 0.f;
-  const int child_end = segments[segment * 6 + 5];
-  for (int c = segments[segment * 6 + 4] - 1; c < child_end; ++c) {
-    const bool own = c < segments[segment * 6 + 4];
+  const int child_end = segments[segment * SEGMENT_INTS + 5];
+  for (int c = segments[segment * SEGMENT_INTS + 4] - 1; c < child_end; ++c) {
+    const bool own = c < segments[segment * SEGMENT_INTS + 4];
     const QueryRange range(segments, own ? segment : children[c], position, window, own ? row : -1);
     for (int g = 0; g < group; ++g) {
       const int head = kv_head * group + g;

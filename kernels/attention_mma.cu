@@ -1,7 +1,8 @@
 // Causal attention over packed sequences, the tensor-core family: bf16, sm_80 and newer. Math and shapes: attention.cu.
 //
 // Math     FlashAttention-2 (Dao, 2023), with the exponent in base 2: P = 2^(s log2(e) - m)
-// Shapes   as attention.cu;  query_tiles, key_tiles [tiles, 2] int: segment, first row in it
+// Shapes   as attention.cu, with the same arguments, so that one struct serves both families (`rows` and, in dq, `children`
+//          have no use here);  items [tiles, 2] int: segment, first row in it
 // Plan     4 warps own 64 rows, 16 each; a step is 64 positions of the other side (32 where registers are short), copied
 //          to shared memory by cp.async. attention_mma_fwd: a block a (64 query rows, head). attention_mma_paged: a block
 //          a (run of rows of one sequence, kv head), the heads of a group side by side in the 64 rows: a decode step
@@ -11,17 +12,30 @@
 //          chain over the blocks of 64 positions from position 0 of its own sequence, whatever else is in its tile.
 // Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). GPU: not measured yet.
 #include "prim/async.cuh"
-#include "prim/attend.cuh"
+#include "common/mask.cuh"
 #include "prim/mma.cuh"
 #include "prim/warp.cuh"
 
+// Rows of a block, and positions of a forward step.
+EXPORT(int, MMA_ROWS, 64);
+// Eight values of padding a row: an odd number of 16-byte chunks, so that eight rows of one ldmatrix hit all banks.
+EXPORT_FN(mma_stride, d, d + 8);
+// Positions of a step of dq and of dkv: fewer where registers are short.
+EXPORT_FN(mma_dq_step, d, d <= 128 ? 64 : 32);
+EXPORT_FN(mma_dkv_step, d, d > 80 || d == 32 ? 32 : 64);
+// Blocks a tile of keys: from head size 256 on one for dk and one for dv.
+EXPORT_FN(mma_dkv_parts, d, d <= 128 ? 1 : 2);
+// Bytes of shared memory: a tile of MMA_ROWS and two of a step; two of MMA_ROWS and two of a step.
+EXPORT_FN(mma_fwd_shared, d, 3 * MMA_ROWS * mma_stride(d) * 2);
+EXPORT_FN(mma_dq_shared, d, 2 * (MMA_ROWS + mma_dq_step(d)) * mma_stride(d) * 2);
+EXPORT_FN(mma_dkv_shared, d, 2 * (MMA_ROWS + mma_dkv_step(d)) * mma_stride(d) * 2);
+
 #ifdef REAL_BF16
-constexpr int ROWS = 64;  // of a block, and positions of a forward step
+constexpr int ROWS = MMA_ROWS;
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// Eight values of padding a row: an odd number of 16-byte chunks, so that eight rows of one ldmatrix hit all banks.
 template <int D>
-constexpr int STRIDE = D + 8;
+constexpr int STRIDE = mma_stride(D);
 
 // Starts the copy of N rows of D values; row i lies at base + offset(i), and is zeros where that is negative.
 template <int D, int N, class Offset>
@@ -229,13 +243,13 @@ template <int D, bool WANT_K, bool WANT_V>
 DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const float* lse, const float* delta,
                           const int* segments, const int* children, int segment, int first, int kv_head, int ld, int heads,
                           int kv_heads, float scale, float softcap, int window, int accumulate) {
-  constexpr int N = D > 80 || D == 32 ? 32 : 64, S = STRIDE<D>;
+  constexpr int N = mma_dkv_step(D), S = STRIDE<D>;
   bf16* sk = (bf16*)shared_base();
   bf16* sv = sk + ROWS * S;
   bf16* sq = sv + ROWS * S;  // lse and delta of a row lie in its padding
   bf16* sdo = sq + N * S;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = heads / kv_heads;
-  const int* mine = segments + segment * 6;
+  const int* mine = segments + segment * SEGMENT_INTS;
   const int count = min_int(mine[1] - first, ROWS), first_position = mine[3] + first;
   const int key = first_position + warp * 16 + lane / 4;  // and key + 8
   const int end = first_position + count;
@@ -249,7 +263,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
   copy_commit();
   for (int c = mine[4] - 1; c < mine[5]; ++c) {
     const bool own = c < mine[4];
-    const int* user = segments + (own ? segment : children[c]) * 6;
+    const int* user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
     // Rows of the user that see some key of the tile.
     const long long reach = (long long)end - 1 + window - user[3];
     const int to = reach < user[1] ? (int)reach : user[1];
@@ -314,29 +328,26 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
 #endif
 
 // out and lse of 64 rows of one head.
-KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, HOT)(real* out, MAYBE(float) lse, const real* qkv,
-                                                                      const int* query_tiles, const int* segments, int ld,
-                                                                      int heads, int kv_heads, float scale, float softcap,
-                                                                      int window) {
+KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, SHARED=mma_fwd_shared(D), HOT)
+(real* out, MAYBE(float) lse, const real* qkv, const int* items, const int* segments, int rows, int ld, int heads, int kv_heads,
+ float scale, float softcap, int window) {
 #ifdef REAL_BF16
   const int head = blockIdx.x % heads, tile = blockIdx.x / heads;
-  const int segment = query_tiles[2 * tile], first = query_tiles[2 * tile + 1];
+  const int segment = items[2 * tile], first = items[2 * tile + 1];
   const SegmentKeys keys(segments, segment, ld);
-  const int count = min_int(segments[segment * 6 + 1] - first, ROWS), position = keys.prefix_length + first;
-  const SegmentRows rows = {keys.start + first, count, head, position};
+  const int count = min_int(segments[segment * SEGMENT_INTS + 1] - first, ROWS), position = keys.prefix_length + first;
+  const SegmentRows placed = {keys.start + first, count, head, position};
   const real* k = qkv + (heads + head / (heads / kv_heads)) * D;
-  forward<D>(out, lse, qkv, k, k + kv_heads * D, rows, keys, first_seen(position, window), position + count, ld, heads,
+  forward<D>(out, lse, qkv, k, k + kv_heads * D, placed, keys, first_seen(position, window), position + count, ld, heads,
              scale, softcap, window);
 #endif
 }
 
 // The same over the cache: a block for each row and kv head, of which only the first of a run of rows of one sequence
 // does the work of the run; a run ends at the latest where its heads fill the 64 rows.
-KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, HOT)(real* out, const real* qkv, const real* cache,
-                                                                        const int* page_table, const int* row_sequence,
-                                                                        const int* row_position, int rows, int ld,
-                                                                        int heads, int kv_heads, int max_pages, float scale,
-                                                                        float softcap, int window) {
+KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_fwd_shared(D), HOT)
+(real* out, const real* qkv, const real* cache, const int* page_table, const int* row_sequence, const int* row_position, int rows,
+ int ld, int heads, int kv_heads, int max_pages, float scale, float softcap, int window) {
 #ifdef REAL_BF16
   const int kv_head = blockIdx.x % kv_heads, row = blockIdx.x / kv_heads, group = heads / kv_heads, run = ROWS / group;
   const int sequence = row_sequence[row];
@@ -356,21 +367,19 @@ KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, HOT)(real* ou
 }
 
 // The q columns of dqkv for 64 rows of one head.
-KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, HOT)(INOUT(real) dqkv, const real* dout, const real* qkv,
-                                                                     const float* lse, const float* delta,
-                                                                     const int* query_tiles, const int* segments, int ld,
-                                                                     int heads, int kv_heads, float scale, float softcap,
-                                                                     int window, int accumulate) {
+KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dq_shared(D), HOT)
+(INOUT(real) dqkv, const real* dout, const real* qkv, const float* lse, const float* delta, const int* items, const int* segments,
+ const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #ifdef REAL_BF16
-  constexpr int N = D <= 128 ? 64 : 32, S = STRIDE<D>;
+  constexpr int N = mma_dq_step(D), S = STRIDE<D>;
   bf16* sq = (bf16*)shared_base();
   bf16* sdo = sq + ROWS * S;
   bf16* sk = sdo + ROWS * S;
   bf16* sv = sk + N * S;
   const int head = blockIdx.x % heads, tile = blockIdx.x / heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int segment = query_tiles[2 * tile], first = query_tiles[2 * tile + 1];
+  const int segment = items[2 * tile], first = items[2 * tile + 1];
   const SegmentKeys keys(segments, segment, ld);
-  const int count = min_int(segments[segment * 6 + 1] - first, ROWS), first_position = keys.prefix_length + first;
+  const int count = min_int(segments[segment * SEGMENT_INTS + 1] - first, ROWS), first_position = keys.prefix_length + first;
   const int to = first_position + count;
   const real* k = qkv + (heads + head / (heads / kv_heads)) * D;
   const real* v = k + kv_heads * D;
@@ -424,17 +433,15 @@ KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, HOT)(INOUT(real)
 }
 
 // The k and v columns of dqkv for 64 rows of one kv head.
-KERNEL(attention_mma_dkv, D=16,32,64,80,96,128,256, THREADS=128, HOT)(INOUT(real) dqkv, const real* dout, const real* qkv,
-                                                                      const float* lse, const float* delta,
-                                                                      const int* key_tiles, const int* segments,
-                                                                      const int* children, int ld, int heads, int kv_heads,
-                                                                      float scale, float softcap, int window,
-                                                                      int accumulate) {
+KERNEL(attention_mma_dkv, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dkv_shared(D), HOT)
+(INOUT(real) dqkv, const real* dout, const real* qkv, const float* lse, const float* delta, const int* items, const int* segments,
+ const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #ifdef REAL_BF16
-  const int parts = D <= 128 ? 1 : 2, part = blockIdx.x % parts, at = blockIdx.x / parts;
+  constexpr int parts = mma_dkv_parts(D);
+  const int part = blockIdx.x % parts, at = blockIdx.x / parts;
   const int kv_head = at % kv_heads, tile = at / kv_heads;
-  const int segment = key_tiles[2 * tile], first = key_tiles[2 * tile + 1];
-  if constexpr (D <= 128)
+  const int segment = items[2 * tile], first = items[2 * tile + 1];
+  if constexpr (parts == 1)
     key_gradients<D, true, true>(dqkv, dout, qkv, lse, delta, segments, children, segment, first, kv_head, ld, heads, kv_heads,
                                  scale, softcap, window, accumulate);
   else if (part == 0)

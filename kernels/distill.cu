@@ -10,8 +10,11 @@
 // Numerics float. log(S/M) and log(T/M) come from d = t - s by log1p and expm1 of -|d|, so that nearly equal distributions do
 //          not cancel; a maximum and a log sum are kept apart for the same reason. A probability below e^-3000 counts as that.
 // Cost     24 vocab bytes a row read for the divergence, 8 read and sizeof(real) written for the gradient. GPU: not measured yet.
-#include "prim/softplus.cuh"
+#include "common/softplus.cuh"
 #include "prim/warp.cuh"
+
+// Floats of a row of `stats`.
+EXPORT(int, DISTILL_STATS, 5);
 
 // log p of a logit; what lies behind the row's end gets a log p whose probability is 0
 DEVICE float log_prob(float logit, float scale, float top, float log_sum) {
@@ -83,7 +86,7 @@ KERNEL_WARP(distill_rows, HOT)(float* each, float* stats, const float* student, 
   const float v = pack_sum(value), c = pack_sum(center);
   if (LANE == 0) {
     each[row] = v;
-    float* out = stats + 5 * row;
+    float* out = stats + DISTILL_STATS * row;
     out[0] = ms;
     out[1] = log_s;
     out[2] = mt;
@@ -97,7 +100,7 @@ KERNEL_WARP(distill_grad, HOT)(real* dlogits, const float* student, const float*
                                const float* weight, int rows, int vocab, float beta, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
-  const float *ls = student + row * vocab, *lt = teacher + row * vocab, *st = stats + 5 * row;
+  const float *ls = student + row * vocab, *lt = teacher + row * vocab, *st = stats + DISTILL_STATS * row;
   const float ms = st[0], log_s = st[1], mt = st[2], log_t = st[3], center = st[4], up = weight[row] * scale;
   for (int i = WCOL; i < vocab; i += WARP_STEP) {
     WarpPack s = load_row(ls, i, vocab, NEG_INF), t = load_row(lt, i, vocab, NEG_INF);

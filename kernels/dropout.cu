@@ -9,15 +9,19 @@
 #include "prim/rng.cuh"
 #include "prim/vec.cuh"
 
+// Values of a thread: one Philox call.
+EXPORT(int, DROPOUT_PACK, 4);
+
 KERNEL_FLAT(dropout)(real* y, const real* x, const int* key, int site, float p, long long n, int accumulate) {
-  const long long i = FLAT_INDEX * 4;
+  const long long i = FLAT_INDEX * DROPOUT_PACK;
   if (i >= n) return;
-  // Counter: which four values, then (step, micro-step) and the site with the use's tag in the top byte.
-  const Philox r = philox((unsigned)key[0], (unsigned)key[1], (unsigned)(i / 4), (unsigned)key[2], (unsigned)key[3], (unsigned)site | 0x01000000u);
+  // Counter: which four values, then (step, micro-step) and the site in the low bits of the tag.
+  const Philox r = philox((unsigned)key[0], (unsigned)key[1], (unsigned)(i / DROPOUT_PACK), (unsigned)key[2], (unsigned)key[3],
+                          (unsigned)site | DROPOUT_TAG);
   const unsigned u[4] = {r.x, r.y, r.z, r.w};
   const float scale = 1.f / (1.f - p);
-  Pack<4> v = load<4>(x + i, n - i);
+  Pack<DROPOUT_PACK> v = load<DROPOUT_PACK>(x + i, n - i);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) v.v[j] = uniform(u[j]) >= p ? v.v[j] * scale : 0.f;
+  for (int j = 0; j < DROPOUT_PACK; ++j) v.v[j] = uniform(u[j]) >= p ? v.v[j] * scale : 0.f;
   store(y + i, v, n - i, accumulate);
 }

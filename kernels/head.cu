@@ -9,7 +9,7 @@
 // Numerics Logits are float, also in a bf16 build: half-precision logits cost accuracy where it matters most. Sums in
 //          float in a fixed order; dlogits is rounded when stored. The gradient of H as it stands has no cancellation.
 // Cost     12 vocab bytes a row read, sizeof(real) vocab written. GPU: not measured yet.
-#include "prim/row.cuh"
+#include "common/logits.cuh"
 
 // logp, lse and (if asked) entropy, log sum_j p_j^2 and the arg max (the lowest of equals) of each row
 KERNEL_WARP(head_stats, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(float) square, MAYBE(int) best, const float* logits,

@@ -62,7 +62,7 @@ struct BlockDiagonal {
 };
 
 // y = x W^T (+ bias) + t Bd^T.
-KERNEL(lora_nt, HOT)(real* y, const real* x, const real* w, MAYBE(const real) bias, const real* t, const real* b0,
+KERNEL(lora_nt, SHARED=tile_shared(sizeof(real)), HOT)(real* y, const real* x, const real* w, MAYBE(const real) bias, const real* t, const real* b0,
                      MAYBE(const real) b1, MAYBE(const real) b2, int m, int n, int k, int ranks, int ldx, int ldw, int ldy,
                      int ldt, int start0, int end0, int rank0, int start1, int end1, int rank1, int start2, int end2,
                      int rank2) {
@@ -85,7 +85,7 @@ KERNEL(lora_nt, HOT)(real* y, const real* x, const real* w, MAYBE(const real) bi
 }
 
 // dx (+)= dy W + dt A.
-KERNEL(lora_nn, HOT)(real* dx, const real* dy, const real* w, const real* dt, const real* a, int m, int n, int k, int ranks,
+KERNEL(lora_nn, SHARED=tile_shared(sizeof(real)), HOT)(real* dx, const real* dy, const real* w, const real* dt, const real* a, int m, int n, int k, int ranks,
                      int lddy, int ldw, int lddx, int lddt, int lda, int accumulate) {
   const int m0 = blockIdx.y * BM, k0 = blockIdx.x * BN, steps = steps_of(n);
   const Matrix left(dy, lddy, m, n), right(w, ldw, n, k), low(dt, lddt, m, ranks), down(a, lda, ranks, k);
@@ -104,7 +104,7 @@ KERNEL(lora_nn, HOT)(real* dx, const real* dy, const real* w, const real* dt, co
 }
 
 // dt_i = s_i dy_i B_i; a segment a blockIdx.z.
-KERNEL(lora_dt)(real* dt, const real* dy, const real* b0, MAYBE(const real) b1, MAYBE(const real) b2, int m, int lddy,
+KERNEL(lora_dt, SHARED=tile_shared(sizeof(real)))(real* dt, const real* dy, const real* b0, MAYBE(const real) b1, MAYBE(const real) b2, int m, int lddy,
                 int lddt, int start0, int end0, int rank0, int start1, int end1, int rank1, int start2, int end2, int rank2,
                 float s0, float s1, float s2) {
   const int z = blockIdx.z, m0 = blockIdx.y * BM, r0 = blockIdx.x * BN;
@@ -124,7 +124,7 @@ KERNEL(lora_dt)(real* dt, const real* dy, const real* b0, MAYBE(const real) b1, 
 
 // dA (+)= dt^T x and dB_i (+)= dy_i^T t_i, each if it is given; bit 0 of `accumulate` adds to dA, bit i + 1 to dB_i. The
 // blocks of the grid (blockIdx.x) are dA's tiles, then dB_0's and so on.
-KERNEL(lora_grads, HOT)(MAYBE(float) da, MAYBE(float) db0, MAYBE(float) db1, MAYBE(float) db2, const real* x, const real* dt,
+KERNEL(lora_grads, SHARED=tile_shared(sizeof(real)), HOT)(MAYBE(float) da, MAYBE(float) db0, MAYBE(float) db1, MAYBE(float) db2, const real* x, const real* dt,
                         const real* dy, const real* t, int m, int k, int ranks, int ldx, int lddt, int lddy, int ldt,
                         int start0, int end0, int rank0, int start1, int end1, int rank1, int start2, int end2, int rank2,
                         int accumulate) {

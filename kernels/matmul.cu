@@ -31,17 +31,17 @@ DEVICE void product(real* c, float* cf, const real* a, const real* b, const real
   }
 }
 
-KERNEL(matmul_nt, D=0,1, HOT)(MAYBE(real) c, MAYBE(float) cf, const real* a, const real* b, MAYBE(const real) bias, int m,
+KERNEL(matmul_nt, D=0,1, SHARED=tile_shared(sizeof(real)), HOT)(MAYBE(real) c, MAYBE(float) cf, const real* a, const real* b, MAYBE(const real) bias, int m,
                               int n, int k, int lda, int ldb, int ldc, int accumulate) {
   product<NT, D>(c, cf, a, b, bias, m, n, k, lda, ldb, ldc, accumulate);
 }
 
-KERNEL(matmul_nn, D=0,1, HOT)(MAYBE(real) c, MAYBE(float) cf, const real* a, const real* b, MAYBE(const real) bias, int m,
+KERNEL(matmul_nn, D=0,1, SHARED=tile_shared(sizeof(real)), HOT)(MAYBE(real) c, MAYBE(float) cf, const real* a, const real* b, MAYBE(const real) bias, int m,
                               int n, int k, int lda, int ldb, int ldc, int accumulate) {
   product<NN, D>(c, cf, a, b, bias, m, n, k, lda, ldb, ldc, accumulate);
 }
 
-KERNEL(matmul_tn, D=0,1, HOT)(MAYBE(real) c, MAYBE(float) cf, const real* a, const real* b, MAYBE(const real) bias, int m,
+KERNEL(matmul_tn, D=0,1, SHARED=tile_shared(sizeof(real)), HOT)(MAYBE(real) c, MAYBE(float) cf, const real* a, const real* b, MAYBE(const real) bias, int m,
                               int n, int k, int lda, int ldb, int ldc, int accumulate) {
   product<TN, D>(c, cf, a, b, bias, m, n, k, lda, ldb, ldc, accumulate);
 }

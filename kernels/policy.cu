@@ -27,7 +27,13 @@
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 
-constexpr int VALUE_CHUNK = 1024;
+// The terms, D of policy_loss.
+EXPORT_ENUM(policy_term, CLIP, CISPO, SAPO, VESPO);
+// What a ratio belongs to.
+EXPORT_ENUM(ratio_level, TOKEN, SEQUENCE, SEQUENCE_SUM);
+// Tokens that one warp of value_loss adds up.
+EXPORT(int, VALUE_CHUNK, 1024);
+
 constexpr float LOG_1E8 = -18.4206807f;
 
 DEVICE float clamp_f(float x, float low, float high) { return min2(max2(x, low), high); }
@@ -47,7 +53,7 @@ DEVICE float k3(float x) {
 }
 
 // seq_loss [sequences]; ratio [n]: r (vespo: phi); kl [n]; clip [n]: 1 where r lies below its bound and A < 0, 2 where it
-// lies above and A > 0; dlogp [n]: the gradient of the loss. D: the loss.
+// lies above and A > 0; dlogp [n]: the gradient of the loss. D: the term.
 KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, float* clip, float* dlogp, const float* logp,
                                     const float* old, const float* advantage, const float* weight, MAYBE(const float) ref_logp,
                                     MAYBE(const float) scale, MAYBE(const float) log_is, const int* starts, int sequences,
@@ -58,7 +64,7 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
   const long long at = starts[seq];
   const int n = starts[seq + 1] - starts[seq];
   float seq_l = 0.f, count = 1.f, log_w = 0.f;
-  if (level > 0 || D == 3) {
+  if (level != ratio_level::TOKEN || D == policy_term::VESPO) {
     WarpPack sum = {}, tokens = {}, sum_w = {};
     for (int i = WCOL; i < n; i += WARP_STEP) {
       WarpPack a = load_row(logp + at, i, n), b = load_row(old + at, i, n), w = load_row(weight + at, i, n);
@@ -71,9 +77,9 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
       }
     }
     count = max2(pack_sum(tokens), 1.f);
-    seq_l = pack_sum(sum) / (level == 1 ? count : 1.f);
-    if (level == 2) count = 1.f;
-    if (D == 3) log_w = clamp_f(pack_sum(sum_w) + (log_is ? log_is[seq] : 0.f), LOG_1E8, 20.f);
+    seq_l = pack_sum(sum) / (level == ratio_level::SEQUENCE ? count : 1.f);
+    if (level == ratio_level::SEQUENCE_SUM) count = 1.f;
+    if (D == policy_term::VESPO) log_w = clamp_f(pack_sum(sum_w) + (log_is ? log_is[seq] : 0.f), LOG_1E8, 20.f);
   }
   WarpPack total = {}, shared = {};
   for (int i = WCOL; i < n; i += WARP_STEP) {
@@ -85,22 +91,22 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
 #pragma unroll
     for (int j = 0; j < WV; ++j) {
       const float A = a.v[j], by = scale ? s.v[j] : 1.f;
-      const float r = exp_f(level == 0 ? lp.v[j] - b.v[j] : seq_l);
+      const float r = exp_f(level == ratio_level::TOKEN ? lp.v[j] - b.v[j] : seq_l);
       // c, its derivative by log r (which may belong to the sequence) and by logp_t alone
       float c = 0.f, dc_r = 0.f, dc_t = 0.f, shown = r, side = 0.f;
-      if (D == 0) {
+      if (D == policy_term::CLIP) {
         const float r1 = min2(r, delta), r2 = clamp_f(r, 1.f - low, 1.f + high);
         const float f1 = r1 * A, f2 = r2 * A;
         const float g1 = r <= delta ? A : 0.f, g2 = r >= 1.f - low && r <= 1.f + high ? A : 0.f;
         c = -min2(f1, f2);
         dc_r = -r * (f1 < f2 ? g1 : f1 > f2 ? g2 : 0.5f * (g1 + g2));
         side = r1 < 1.f - low && A < 0.f ? 1.f : r1 > 1.f + high && A > 0.f ? 2.f : 0.f;
-      } else if (D == 1) {
+      } else if (D == policy_term::CISPO) {
         const float held = min2(r, high);
         c = -held * A * lp.v[j];
         dc_t = -held * A;
         side = r > high && A > 0.f ? 2.f : 0.f;
-      } else if (D == 2) {
+      } else if (D == policy_term::SAPO) {
         const float tau = A > 0.f ? pos_a : neg_a, g = sigmoid_f(tau * (r - 1.f));
         c = -g * (4.f / tau) * A;
         dc_r = -4.f * g * (1.f - g) * A * r;
@@ -121,7 +127,7 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
       }
       const bool in = w.v[j] != 0.f;  // what is masked may hold anything
       total.v[j] = in ? fmaf(w.v[j], v, total.v[j]) : total.v[j];
-      own.v[j] = in ? w.v[j] * (level == 0 ? d_t + d_r : d_t) : 0.f;
+      own.v[j] = in ? w.v[j] * (level == ratio_level::TOKEN ? d_t + d_r : d_t) : 0.f;
       shared.v[j] = in ? fmaf(w.v[j], d_r, shared.v[j]) : shared.v[j];
       r_out.v[j] = shown;
       kl_out.v[j] = div;
@@ -134,7 +140,7 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
   }
   const float loss = pack_sum(total);
   if (LANE == 0) seq_loss[seq] = loss;
-  if (level == 0) return;
+  if (level == ratio_level::TOKEN) return;
   const float share = pack_sum(shared) / count;
   for (int i = WCOL; i < n; i += WARP_STEP) {
     WarpPack w = load_row(weight + at, i, n), g = load_row(dlogp + at, i, n);

@@ -23,8 +23,15 @@
 //          the pairs up. A sort is by counting: n comparisons a thread, nothing for the few pairs of a step.
 // Numerics float in every build: these numbers are few, and a pair's gradient is a small difference.
 // Cost     Nothing beside the head: 60 bytes a pair. GPU: not measured yet.
-#include "prim/softplus.cuh"
+#include "common/softplus.cuh"
 #include "prim/warp.cuh"
+
+// The losses of a DPO list.
+EXPORT_ENUM(dpo_loss, SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO,
+            APO_DOWN, DISCOPOP, SFT, SIGMOID_NORM);
+EXPORT_ENUM(divergence_kind, REVERSE_KL, FORWARD_KL, JS, ALPHA);
+EXPORT_ENUM(unpaired_loss, KTO, APO_ZERO_UNPAIRED, BCO);
+EXPORT_ENUM(cpo_loss, SIGMOID, HINGE, IPO, SIMPO);
 
 // sums[s] = sum of weights x values over [starts[s], starts[s+1]); weights null: 1. A warp a segment.
 KERNEL_WARP(segment_sums_fwd)(float* sums, const float* values, MAYBE(const float) weights, const int* starts, int segments) {
@@ -139,9 +146,9 @@ struct Score {
 DEVICE Score divergence_score(int divergence, float alpha, float u) {
   Score r;
   r.s = u, r.slope = 1.f;
-  if (divergence == 1) r.s = -expm1_f(-u), r.slope = exp_f(-u);
-  if (divergence == 2) r.s = 0.693147181f - softplus_f(-u), r.slope = sigmoid_f(-u);
-  if (divergence == 3) {
+  if (divergence == divergence_kind::FORWARD_KL) r.s = -expm1_f(-u), r.slope = exp_f(-u);
+  if (divergence == divergence_kind::JS) r.s = 0.693147181f - softplus_f(-u), r.slope = sigmoid_f(-u);
+  if (divergence == divergence_kind::ALPHA) {
     const float t = (alpha - 1.f) * u, c = t > 80.f ? 80.f : t;
     r.s = expm1_f(c) / (alpha - 1.f);
     r.slope = t > 80.f ? 0.f : exp_f(c);
@@ -172,61 +179,61 @@ KERNEL_FLAT(dpo_pairs)(INOUT(float) each, INOUT(float) grad, float* rewards, flo
   float loss = 0.f, slope = 0.f, gw = 0.f, gl = 0.f;  // slope: of the loss for x; gw, gl: for uw and ul directly
   float scale = w, scale_l = w;
   switch (kind) {
-    case 0: loss = softplus_f(-x), slope = -sigmoid_f(-x); break;                 // sigmoid
-    case 1: loss = max2(1.f - x, 0.f), slope = x < 1.f ? -1.f : 0.f; break;        // hinge
-    case 2: {                                                                      // ipo
+    case dpo_loss::SIGMOID: loss = softplus_f(-x), slope = -sigmoid_f(-x); break;
+    case dpo_loss::HINGE: loss = max2(1.f - x, 0.f), slope = x < 1.f ? -1.f : 0.f; break;
+    case dpo_loss::IPO: {
       const float d = sw.s / nw - sl.s / nl - half;
       loss = d * d, gw = 2.f * d / nw * sw.slope, gl = -2.f * d / nl * sl.slope;
       break;
     }
-    case 3: {  // exo_pair
+    case dpo_loss::EXO_PAIR: {
       const float q = sigmoid_f(x), o = sigmoid_f(-x), log_p = log1p_f(-e), log_e = log_f(e);
       loss = q * (-softplus_f(-x) - log_p) + o * (-softplus_f(x) - log_e);
       slope = q * o * (x - log_p + log_e);
       break;
     }
-    case 4:  // nca_pair
+    case dpo_loss::NCA_PAIR:
       loss = softplus_f(-a) + 0.5f * softplus_f(a) + 0.5f * softplus_f(r);
       gw = beta * (0.5f * sigmoid_f(a) - sigmoid_f(-a)), gl = 0.5f * beta * sigmoid_f(r);
       break;
-    case 5:  // robust
+    case dpo_loss::ROBUST:
       loss = ((1.f - e) * softplus_f(-x) - e * softplus_f(x)) / (1.f - 2.f * e);
       slope = (-(1.f - e) * sigmoid_f(-x) - e * sigmoid_f(x)) / (1.f - 2.f * e);
       break;
-    case 6: loss = softplus_f(-a) + softplus_f(r), gw = -beta * sigmoid_f(-a), gl = beta * sigmoid_f(r); break;  // bco_pair
-    case 7:  // sppo_hard
+    case dpo_loss::BCO_PAIR: loss = softplus_f(-a) + softplus_f(r), gw = -beta * sigmoid_f(-a), gl = beta * sigmoid_f(r); break;
+    case dpo_loss::SPPO_HARD:
       loss = (uw - half) * (uw - half) + (ul + half) * (ul + half), gw = 2.f * (uw - half), gl = 2.f * (ul + half);
       break;
-    case 8:    // aot
-    case 9: {  // aot_unpaired: the rejected's gradient comes from the difference at its own rank
+    case dpo_loss::AOT:
+    case dpo_loss::AOT_UNPAIRED: {  // the rejected's gradient comes from the difference at its own rank
       const int k = rank[i];
       const Score own = smoothed(beta * (sorted[k] - sorted[n + k]), e);
       // TRL multiplies the k-th difference by the k-th pair's weight
       scale = scale_l = aligned ? weight[k] * exp_f(aligned[2 * k] + aligned[2 * k + 1]) : weight[k];
       loss = own.s, gw = beta * own.slope, gl = -gw;
-      if (kind == 9) {
+      if (kind == dpo_loss::AOT_UNPAIRED) {
         const int m = rank[n + i];
         scale_l = aligned ? weight[m] * exp_f(aligned[2 * m] + aligned[2 * m + 1]) : weight[m];
         gl = -beta * smoothed(beta * (sorted[m] - sorted[n + m]), e).slope;
       }
       break;
     }
-    case 10:  // apo_zero
+    case dpo_loss::APO_ZERO:
       loss = sigmoid_f(-a) + sigmoid_f(r);
       gw = -beta * sigmoid_f(a) * sigmoid_f(-a), gl = beta * sigmoid_f(r) * sigmoid_f(-r);
       break;
-    case 11: {  // apo_down
+    case dpo_loss::APO_DOWN: {
       const float d = beta * (uw - ul), bend = beta * sigmoid_f(d) * sigmoid_f(-d);
       loss = sigmoid_f(a) + sigmoid_f(-d), gw = beta * sigmoid_f(a) * sigmoid_f(-a) - bend, gl = bend;
       break;
     }
-    case 12: {  // discopop
+    case dpo_loss::DISCOPOP: {
       const float m = sigmoid_f(x / tau), o = sigmoid_f(-x / tau), y = exp_f(-x), sp = softplus_f(-x);
       loss = sp * o + y * m, slope = -sigmoid_f(-x) * o - y * m + m * o / tau * (y - sp);
       break;
     }
-    case 13: break;  // sft: pair_totals adds it
-    case 14: {       // sigmoid_norm
+    case dpo_loss::SFT: break;  // pair_totals adds it
+    case dpo_loss::SIGMOID_NORM: {
       const float d = beta * (sw.s / nw - sl.s / nl), bend = -beta * sigmoid_f(-d);
       loss = softplus_f(-d), gw = bend / nw * sw.slope, gl = -bend / nl * sl.slope;
       break;
@@ -243,7 +250,7 @@ KERNEL_FLAT(dpo_pairs)(INOUT(float) each, INOUT(float) grad, float* rewards, flo
   pair_weight[i] = w;
 }
 
-// KTO (0), apo_zero_unpaired (1), BCO (2): sequences with a label; `baseline` is KTO's z, BCO's running mean.
+// KTO, apo_zero_unpaired, BCO: sequences with a label; `baseline` is KTO's z, BCO's running mean.
 KERNEL_FLAT(unpaired_rows)(float* each, float* grad, float* rewards, const float* logps, const float* base, const int* label,
                            const float* weight, const float* baseline, int n, int kind, float beta, float desirable,
                            float undesirable) {
@@ -251,9 +258,11 @@ KERNEL_FLAT(unpaired_rows)(float* each, float* grad, float* rewards, const float
   if (i >= n) return;
   const bool good = label[i] != 0;
   const float u = logps[i] - base[i], sign = good ? 1.f : -1.f, w = weight[i] * (good ? desirable : undesirable);
-  const float x = sign * (kind == 0 ? beta * (u - baseline[0]) : kind == 1 ? beta * u : beta * u - baseline[0]);
-  each[i] = w * (kind == 2 ? softplus_f(-x) : sigmoid_f(-x));
-  grad[i] = -w * sign * beta * (kind == 2 ? sigmoid_f(-x) : sigmoid_f(x) * sigmoid_f(-x));
+  const float x = sign * (kind == unpaired_loss::KTO                 ? beta * (u - baseline[0])
+                          : kind == unpaired_loss::APO_ZERO_UNPAIRED ? beta * u
+                                                                     : beta * u - baseline[0]);
+  each[i] = w * (kind == unpaired_loss::BCO ? softplus_f(-x) : sigmoid_f(-x));
+  grad[i] = -w * sign * beta * (kind == unpaired_loss::BCO ? sigmoid_f(-x) : sigmoid_f(x) * sigmoid_f(-x));
   rewards[i] = beta * u;
 }
 
@@ -274,22 +283,23 @@ KERNEL_FLAT(orpo_pairs)(float* each, float* grad, float* rewards, float* odds, c
   odds[2 * i + 1] = x;
 }
 
-// CPO: sigmoid (0), hinge (1), ipo (2), simpo (3)
+// CPO: one of cpo_loss; ipo and simpo are of a token's mean
 KERNEL_FLAT(cpo_pairs)(float* each, float* grad, float* rewards, const float* logps, const float* lens, const float* weight, int n,
                        int kind, float beta, float e, float gamma, float alpha) {
   const long long i = FLAT_INDEX;
   if (i >= n) return;
-  const float nw = kind >= 2 ? lens[2 * i] : 1.f, nl = kind >= 2 ? lens[2 * i + 1] : 1.f;
+  const bool mean = kind == cpo_loss::IPO || kind == cpo_loss::SIMPO;
+  const float nw = mean ? lens[2 * i] : 1.f, nl = mean ? lens[2 * i + 1] : 1.f;
   float rw = logps[2 * i] / nw, rl = logps[2 * i + 1] / nl, sw = 1.f / nw, sl = 1.f / nl;
   if (alpha != 0.f) {
     sw *= exp_f(-alpha * rw), sl *= exp_f(-alpha * rl);
     rw = -expm1_f(-alpha * rw) / alpha, rl = -expm1_f(-alpha * rl) / alpha;
   }
-  const float d = rw - rl, x = beta * d - (kind == 3 ? gamma : 0.f);
+  const float d = rw - rl, x = beta * d - (kind == cpo_loss::SIMPO ? gamma : 0.f);
   float loss, slope;  // slope: for d
-  if (kind == 1) {
+  if (kind == cpo_loss::HINGE) {
     loss = max2(1.f - x, 0.f), slope = x < 1.f ? -beta : 0.f;
-  } else if (kind == 2) {
+  } else if (kind == cpo_loss::IPO) {
     const float t = d - 0.5f / beta;
     loss = t * t, slope = 2.f * t;
   } else {

@@ -13,17 +13,20 @@
 //          1e-38). absmax_mean adds in the order of PyTorch's sum with vectors of 8 on one thread: 4 x 8 columns, each in
 //          a cascade of four levels. x' is rounded once, when stored.
 // Cost     dequantise: n / 2 + 4 n / 64 bytes read (double: n / 64), n sizeof(real) written. GPU: not measured yet.
-#include "prim/quant.cuh"
+#include "common/quant.cuh"
 #include "prim/warp.cuh"
 
-// A thread a block of 64.
+// Values of a thread of nf4_dequantise and int8_dequantise.
+EXPORT(int, DEQUANTISE_PACK, 8);
+
+// A thread a block.
 KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, const float* map, long long n) {
-  const long long block = FLAT_INDEX, start = block * 64;
+  const long long block = FLAT_INDEX, start = block * NF4_BLOCK;
   if (start >= n) return;
-  const int count = (int)(n - start < 64 ? n - start : 64);
+  const int count = (int)(n - start < NF4_BLOCK ? n - start : NF4_BLOCK);
   float a = 0.f;
   for (int i = 0; i < count; ++i) a = max2(a, fabsf(to_float(x[start + i])));
-  if (count < 64) a = max2(a, 1e-38f);
+  if (count < NF4_BLOCK) a = max2(a, 1e-38f);
   absmax[block] = a;
   const float scale = code_scale(a);
   for (int i = 0; i < count; i += 2) {
@@ -31,7 +34,7 @@ KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, co
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const float v = i + j < count ? to_float(x[start + i + j]) : 0.f;
-      pair[j] = nearest_code<16>(map, clamp_one(count < 64 ? v / a : v * scale));
+      pair[j] = nearest_code<NF4_MAP>(map, clamp_one(count < NF4_BLOCK ? v / a : v * scale));
     }
     codes[(start + i) / 2] = (unsigned char)(pair[0] << 4 | pair[1]);
   }
@@ -41,46 +44,46 @@ KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, co
 KERNEL_FLAT(nf4_dequantise, HOT)(real* y, const unsigned char* codes, const float* map, MAYBE(const float) absmax,
                                  MAYBE(const unsigned char) codes8, MAYBE(const float) map8, MAYBE(const float) absmax2,
                                  MAYBE(const float) offset, long long n) {
-  const long long i = FLAT_INDEX * 8;
+  const long long i = FLAT_INDEX * DEQUANTISE_PACK;
   if (i >= n) return;
-  const long long block = i / 64;
+  const long long block = i / NF4_BLOCK;
   float a;
   if (codes8) {
-    const float product = map8[codes8[block]] * absmax2[block / 256];
+    const float product = map8[codes8[block]] * absmax2[block / CODE8_BLOCK];
     a = product + offset[0];
   } else {
     a = absmax[block];
   }
   int bytes[4];
   load_codes<4>(bytes, codes + i / 2, (n - i + 1) / 2);
-  Pack<8> v;
+  Pack<DEQUANTISE_PACK> v;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) v.v[j] = map[j % 2 ? bytes[j / 2] & 15 : bytes[j / 2] >> 4] * a;
+  for (int j = 0; j < DEQUANTISE_PACK; ++j) v.v[j] = map[j % 2 ? bytes[j / 2] & 15 : bytes[j / 2] >> 4] * a;
   store(y + i, v, n - i);
 }
 
-// A thread a block of 256 of x (less offset, if there is one), by a sorted map of 256 values.
+// A thread a block of x (less offset, if there is one), by a sorted map.
 KERNEL_FLAT(blockwise8_quantise)(unsigned char* codes, float* absmax, const float* x, MAYBE(const float) offset,
                                  const float* map, long long n) {
-  const long long block = FLAT_INDEX, start = block * 256;
+  const long long block = FLAT_INDEX, start = block * CODE8_BLOCK;
   if (start >= n) return;
-  const int count = (int)(n - start < 256 ? n - start : 256);
+  const int count = (int)(n - start < CODE8_BLOCK ? n - start : CODE8_BLOCK);
   const float shift = offset ? offset[0] : 0.f;
   float a = 0.f;
   for (int i = 0; i < count; ++i) a = max2(a, fabsf(x[start + i] - shift));
-  if (count < 256) a = max2(a, 1e-38f);
+  if (count < CODE8_BLOCK) a = max2(a, 1e-38f);
   absmax[block] = a;
   const float scale = code_scale(a);
   for (int i = 0; i < count; ++i) {
     const float v = x[start + i] - shift;
-    codes[start + i] = (unsigned char)nearest_code<256>(map, clamp_one(count < 256 ? v / a : v * scale));
+    codes[start + i] = (unsigned char)nearest_code<CODE8_MAP>(map, clamp_one(count < CODE8_BLOCK ? v / a : v * scale));
   }
 }
 
 KERNEL_FLAT(blockwise8_dequantise)(float* y, const unsigned char* codes, const float* absmax, const float* map, long long n) {
   const long long i = FLAT_INDEX;
   if (i >= n) return;
-  y[i] = map[codes[i]] * absmax[i / 256];
+  y[i] = map[codes[i]] * absmax[i / CODE8_BLOCK];
 }
 
 // mean[0] = the mean of x. One warp; lane 8 k + v adds up the values 32 r + 8 k + v (below 8 values: lane k the values
@@ -149,15 +152,15 @@ KERNEL_WARP(int8_quantise)(unsigned char* codes, float* absmax, const real* x, i
 }
 
 KERNEL_FLAT(int8_dequantise, HOT)(real* y, const unsigned char* codes, const float* absmax, int rows, int cols) {
-  const long long packs = (cols + 7) / 8, row = FLAT_INDEX / packs;
-  const int i = (int)(FLAT_INDEX % packs) * 8;
+  const long long packs = (cols + DEQUANTISE_PACK - 1) / DEQUANTISE_PACK, row = FLAT_INDEX / packs;
+  const int i = (int)(FLAT_INDEX % packs) * DEQUANTISE_PACK;
   if (row >= rows) return;
   const float a = absmax[row];
-  int c[8];
-  load_codes<8>(c, codes + row * cols + i, cols - i);
-  Pack<8> v;
+  int c[DEQUANTISE_PACK];
+  load_codes<DEQUANTISE_PACK>(c, codes + row * cols + i, cols - i);
+  Pack<DEQUANTISE_PACK> v;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < DEQUANTISE_PACK; ++j) {
     const float signed_code = (float)(c[j] >= 128 ? c[j] - 256 : c[j]);
     v.v[j] = signed_code * a * 7.874015718698502e-3f;
   }

@@ -11,10 +11,10 @@ KERNEL_WARP(column_sums)(float* partial, const real* x, int rows, int cols, int 
   const int steps = (cols + WARP_STEP - 1) / WARP_STEP;
   const long long warp = WARP_INDEX;
   const int chunk = (int)(warp / steps), i = (int)(warp % steps) * WARP_STEP + WCOL;
-  if (chunk * 64 >= rows) return;
-  const int end = chunk * 64 + 64 < rows ? chunk * 64 + 64 : rows;
+  if (chunk * SUM_ROWS >= rows) return;
+  const int end = chunk * SUM_ROWS + SUM_ROWS < rows ? chunk * SUM_ROWS + SUM_ROWS : rows;
   WarpPack acc = {};
-  for (int row = chunk * 64; row < end; ++row) {
+  for (int row = chunk * SUM_ROWS; row < end; ++row) {
     WarpPack v = load_row(x + (long long)row * ld, i, cols);
 #pragma unroll
     for (int j = 0; j < WV; ++j) acc.v[j] += v.v[j];

@@ -70,10 +70,10 @@ KERNEL_WARP(rmsnorm_dw)(float* partial, const real* dy, const real* s, const flo
   const int steps = (d + WARP_STEP - 1) / WARP_STEP;
   const long long warp = WARP_INDEX;
   const int chunk = (int)(warp / steps), i = (int)(warp % steps) * WARP_STEP + WCOL;
-  if (chunk * 64 >= rows) return;
-  const int end = chunk * 64 + 64 < rows ? chunk * 64 + 64 : rows;
+  if (chunk * SUM_ROWS >= rows) return;
+  const int end = chunk * SUM_ROWS + SUM_ROWS < rows ? chunk * SUM_ROWS + SUM_ROWS : rows;
   WarpPack acc = {};
-  for (int row = chunk * 64; row < end; ++row) {
+  for (int row = chunk * SUM_ROWS; row < end; ++row) {
     const float scale = rstd[row];
     WarpPack e = load_row(dy + (long long)row * d, i, d), h = load_row(s + (long long)row * d, i, d);
 #pragma unroll

@@ -93,10 +93,10 @@ KERNEL_WARP(head_norm_dw)(float* partial, const real* d, const real* x, const fl
   const long long warp = WARP_INDEX, items = (long long)rows * count;
   const long long chunk = warp / steps;
   const int i = (int)(warp % steps) * WARP_STEP + WCOL;
-  if (chunk * 64 >= items) return;
-  const long long end = chunk * 64 + 64 < items ? chunk * 64 + 64 : items;
+  if (chunk * SUM_ROWS >= items) return;
+  const long long end = chunk * SUM_ROWS + SUM_ROWS < items ? chunk * SUM_ROWS + SUM_ROWS : items;
   WarpPack acc = {};
-  for (long long item = chunk * 64; item < end; ++item) {
+  for (long long item = chunk * SUM_ROWS; item < end; ++item) {
     const long long row = item / count;
     const int head = first + (int)(item % count);
     const long long at = row * (heads + 2 * kv) * dim + (long long)head * dim;

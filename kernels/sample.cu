@@ -12,11 +12,16 @@
 //          floats' bits have; each bit is a pass that sums what lies above. The draw finds the pack of columns in which
 //          the running sum passes u, then the column by halving it. Each sum has one order, and leaving out values can only
 //          lower it, so every search is over a monotone function.
-// Numerics As the head's (prim/row.cuh): logp, logp_scaled and entropy have the bits of head_stats.
+// Numerics As the head's (common/logits.cuh): logp, logp_scaled and entropy have the bits of head_stats.
 // Cost     Full distribution: 5 passes over the row (4 vocab bytes each; the first from memory, the others from cache), 6
 //          at another temperature; a threshold of top_k or top_p: 32 more. GPU: not measured yet.
 #include "prim/rng.cuh"
-#include "prim/row.cuh"
+#include "common/logits.cuh"
+
+// Ints of a row of `who`.
+EXPORT(int, SAMPLE_INFO, 3);
+// Rows of numbers that `sample` gives: token, logp, logp_scaled, logp_truncated, entropy.
+EXPORT(int, SAMPLE_OUTPUTS, 5);
 
 // The float that is number k in the order of all floats (NaNs at both ends).
 DEVICE float float_of_rank(unsigned k) {
@@ -60,7 +65,7 @@ KERNEL_WARP(sample)(int* token, float* logp, float* logp_scaled, float* logp_tru
                     int greedy, float scale, int top_k, float top_p, float min_p, float penalty) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
-  const int number = who[row * 3], position = who[row * 3 + 1];
+  const int number = who[row * SAMPLE_INFO], position = who[row * SAMPLE_INFO + 1];
   if (number < 0) {
     if (LANE == 0) {
       token[row] = 0;
@@ -76,7 +81,7 @@ KERNEL_WARP(sample)(int* token, float* logp, float* logp_scaled, float* logp_tru
 
   const float* z = l;
   float top = largest;
-  int* bits = seen ? seen + (long long)who[row * 3 + 2] * words : seen;
+  int* bits = seen ? seen + (long long)who[row * SAMPLE_INFO + 2] * words : seen;
   if (bits) {
     float* penalised = work + row * vocab;  // a lane reads back only the columns that it wrote
     for (int i = WCOL; i < vocab; i += WARP_STEP) {
@@ -113,7 +118,7 @@ KERNEL_WARP(sample)(int* token, float* logp, float* logp_scaled, float* logp_tru
     float total = 0.f;
     for (int base = 0; base < vocab; base += WARP_STEP)
       total += pack_sum(kept_weights(z, base + WCOL, vocab, floor, scale, m, min_p));
-    const Philox bits4 = philox((unsigned)seed[0], (unsigned)seed[1], (unsigned)position, (unsigned)number, 0u, 0x04000000u);
+    const Philox bits4 = philox((unsigned)seed[0], (unsigned)seed[1], (unsigned)position, (unsigned)number, 0u, SAMPLE_TAG);
     const float below = bits_to_float(float_to_bits(total) - 1);  // u can be 1
     const float u = min2(uniform(bits4.x) * total, below);
     int base = 0;

@@ -1,5 +1,5 @@
 //! The typed launchers that build.rs generates from the signatures in `kernels/*.cu`, one function
-//! a kernel. Layer 2.
+//! and one struct of named arguments a kernel, and the constants that `kernels/` exports. Layer 2.
 //!
 //! Invariant: a wrong number or kind of argument does not compile; a wrong dtype is an `Err` that
 //! names the argument.
@@ -28,7 +28,9 @@ fn select(
     )))
 }
 
-fn argument(kernel: &KernelDef, name: &str, tensor: &Tensor, dtype: DType) -> Result<u64> {
+/// The address of a tensor of the kernel's dtype; 0 where there is none.
+fn argument(kernel: &KernelDef, name: &str, tensor: Option<&Tensor>, dtype: DType) -> Result<u64> {
+    let Some(tensor) = tensor else { return Ok(0) };
     if tensor.dtype() != dtype {
         return Err(Error::Device(format!(
             "{}: argument {name} ({}) is {}, the kernel takes {}",

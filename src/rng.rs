@@ -3,6 +3,36 @@
 //! Invariant: a random number is a function of a key and a counter; there is no state to
 //! checkpoint. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
+// The tags of `kernels/prim/rng.cuh`: what a kernel's draw is for, in the last word of its counter.
+include!(concat!(env!("OUT_DIR"), "/rng_tags.rs"));
+
+/// The last word of the counter of the host's draws. Those of kernels differ from them (and from
+/// one another) in the top byte; a test holds all of them apart.
+pub mod tag {
+    /// The order of free cache pages, which results do not depend on.
+    pub const PAGE_ORDER: u32 = 0;
+    /// Normal numbers of a new parameter.
+    pub const INIT_NORMAL: u32 = 0x0300_0000;
+    /// Uniform numbers of a new parameter.
+    pub const INIT_UNIFORM: u32 = 0x0301_0000;
+    /// The quickstart's rows.
+    pub const QUICKSTART: u32 = 0x0500_0000;
+    /// GKD: whether a micro-batch is on-policy ("gkd").
+    pub const ON_POLICY: u32 = 0x676b_6400;
+    /// The order of rows in an epoch ("ordr").
+    pub const ROW_ORDER: u32 = 0x6F72_6472;
+}
+
+/// What a run's seed is xor-ed with where one kind of draw needs several streams of its own.
+pub mod seed {
+    /// The order of rollouts in a pass over them ("roll").
+    pub const ROLLOUTS: u64 = 0x726f_6c6c;
+    /// Prompts that dynamic sampling takes in addition ("dyna").
+    pub const DYNAMIC: u64 = 0x6479_6e61;
+    /// The order of PPO's sequences ("ppo").
+    pub const PPO: u64 = 0x70_70_6f;
+}
+
 /// Four 32-bit numbers from key (two words) and counter (four words).
 pub fn philox(mut key: [u32; 2], mut c: [u32; 4]) -> [u32; 4] {
     for _ in 0..10 {
@@ -27,6 +57,26 @@ pub fn uniform(bits: u32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_two_uses_of_random_numbers_share_a_tag_or_a_seed() {
+        let kernels = [DROPOUT_TAG, WEIGHT_NOISE_TAG, SAMPLE_TAG, M_NOISE_TAG, V_NOISE_TAG];
+        let mut tags = vec![tag::PAGE_ORDER, tag::INIT_NORMAL, tag::INIT_UNIFORM];
+        tags.extend([tag::QUICKSTART, tag::ON_POLICY, tag::ROW_ORDER]);
+        // A dropout's site fills the low bits of its tag.
+        for kernel in kernels {
+            assert!(tags.iter().all(|t| t >> 24 != kernel >> 24), "{kernel:#010x} is taken");
+            assert_eq!(kernel << 8, 0, "{kernel:#010x} has more than its top byte");
+        }
+        tags.extend(kernels);
+        let seeds = [0, seed::ROLLOUTS, seed::DYNAMIC, seed::PPO].map(|s| s as u32);
+        for mut numbers in [tags, seeds.to_vec()] {
+            let count = numbers.len();
+            numbers.sort_unstable();
+            numbers.dedup();
+            assert_eq!(numbers.len(), count);
+        }
+    }
 
     #[test]
     fn philox_gives_the_known_answers_of_random123() {

@@ -4,7 +4,7 @@
 //   KERNEL(name, D=64,128)(const real* x, float* y, int n) { ... }
 //
 // build.rs reads the signature and writes (a) the `extern "C" __global__` instances name_64_f32, name_128_bf16, ...,
-// (b) their CPU entry points and (c) a typed Rust launcher. What stands in the signature:
+// (b) their CPU entry points and (c) a Rust launcher with a struct of named arguments. The signature may contain:
 //   const T* x       input            T* y            output: every element that is promised is written
 //   INOUT(T) y       read and written SCRATCH(T) s    work space, contents undefined before and after
 //   MAYBE(const T) b input that may be null           MAYBE(T) y  output that may be null
@@ -19,9 +19,26 @@
 //   KERNEL       everything: barriers, shared memory, mma, async copies. On the CPU each thread is a fiber. Its lane is
 //                threadIdx.x % 32; LANE, WCOL and the packs' collectives belong to KERNEL_WARP.
 // HOT in the attribute list marks a kernel whose spills fail the build check. THREADS=n is its largest block.
+// SHARED=e is its dynamic shared memory in bytes, an expression of D and sizeof(real); without it the launch says.
 // BLOCKS=d:n asks ptxas to leave registers for n blocks a multiprocessor in the instance of D=d (left alone it aims at a
 // number of registers of its own choice, for which it may spill).
 #pragma once
+
+// Facts that Rust needs too are written once, here or in a .cu, and generated into `crate::kernels`. At the start of a line:
+//   EXPORT(int, NAME, 64);                      a constant (int: usize in Rust; unsigned: u32)
+//   EXPORT_FN(name, d, d <= 128 ? 64 : 32);     a function of one int, for constant expressions
+//   EXPORT_ENUM(name, FIRST, SECOND);           name::FIRST = 0, name::SECOND = 1
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+#define EXPORT(type, name, value) constexpr type name = value
+#define EXPORT_FN(name, parameter, ...) HOST_DEVICE constexpr int name(int parameter) { return __VA_ARGS__; }
+#define EXPORT_ENUM(name, ...) \
+  struct name { \
+    enum { __VA_ARGS__ }; \
+  }
 
 #define INOUT(T) T*
 #define SCRATCH(T) T*

@@ -4,6 +4,14 @@
 #pragma once
 #include "prim/kernel.cuh"
 
+// What a draw is for, in the last word of the counter, so that no two uses share a number. The other tags are in
+// src/rng.rs, where a test holds all of them apart. A dropout's site is in the low bits of its tag.
+EXPORT(unsigned, DROPOUT_TAG, 0x01000000u);
+EXPORT(unsigned, WEIGHT_NOISE_TAG, 0x02000000u);
+EXPORT(unsigned, SAMPLE_TAG, 0x04000000u);
+EXPORT(unsigned, M_NOISE_TAG, 0x06000000u);
+EXPORT(unsigned, V_NOISE_TAG, 0x07000000u);
+
 struct Philox {
   unsigned x, y, z, w;
 };

@@ -9,6 +9,10 @@
 #include "prim/mma.cuh"
 #include "prim/vec.cuh"
 
+// Rows and columns of a block's part of C, and its shared memory: three stages of two tiles, or two padded tiles.
+EXPORT_FN(tile_side, real_bytes, real_bytes == 2 ? 128 : 64);
+EXPORT_FN(tile_shared, real_bytes, real_bytes == 2 ? 3 * 2 * 128 * 32 * 2 : 2 * 16 * (64 + 4) * 4);
+
 enum Trans { NT, NN, TN };
 
 template <class T>
@@ -73,8 +77,9 @@ struct Matrix {
 };
 
 #ifdef REAL_BF16
-constexpr int BM = 128, BN = 128, BK = 32, STAGES = 3;
-constexpr int TILE = 128 * 32;  // elements of one operand's tile, either way round
+constexpr int BM = tile_side(2), BN = BM, BK = 32, STAGES = 3;
+constexpr int TILE = BM * BK;  // elements of one operand's tile, either way round
+static_assert(tile_shared(2) == STAGES * 2 * TILE * (int)sizeof(bf16), "the launch asks for what is used");
 
 struct Sums {
   float v[4][4][4];
@@ -171,8 +176,9 @@ DEVICE void each_pair(const Sums& acc, int m0, int n0, Put put) {
       for (int h = 0; h < 2; ++h) put(row + i * 16 + h * 8, col + j * 8, acc.v[i][j][2 * h], acc.v[i][j][2 * h + 1]);
 }
 #else
-constexpr int BM = 64, BN = 64, BK = 16;
-constexpr int TILE = BK * (64 + 4);
+constexpr int BM = tile_side(4), BN = BM, BK = 16;
+constexpr int TILE = BK * (BM + 4);
+static_assert(tile_shared(4) == 2 * TILE * (int)sizeof(float), "the launch asks for what is used");
 
 struct Sums {
   float v[4][4];

@@ -4,7 +4,11 @@
 #pragma once
 #include "prim/real.cuh"
 
-constexpr int V = 16 / (int)sizeof(real);
+// Values that a thread moves at once, by the bytes of a value.
+EXPORT_FN(pack_width, bytes, 16 / bytes);
+// Columns that a warp covers at once.
+EXPORT_FN(warp_columns, bytes, 32 * pack_width(bytes));
+constexpr int V = pack_width(sizeof(real));
 constexpr int WV = LANES == 1 ? 32 * V : V;  // a warp moves 32 V values; on the CPU its single lane moves them all
 
 template <int N>

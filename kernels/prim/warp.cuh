@@ -78,7 +78,10 @@ DEVICE float pack_max(const WarpPack& p) {
 
 // The values of a row of n that this lane holds in the pack that starts at column i: `p + i + WCOL`, `n - i - WCOL`.
 #define WCOL (LANE * V)
-constexpr int WARP_STEP = 32 * V;  // columns that a warp covers at once
+constexpr int WARP_STEP = warp_columns(sizeof(real));
+
+// Rows that a warp adds up in the first stage of a sum over rows; sum_partials (reduce.cu) is the second.
+EXPORT(int, SUM_ROWS, 64);
 
 template <class T>
 DEVICE WarpPack load_row(const T* row, int i, int n, float fill = 0.f) {

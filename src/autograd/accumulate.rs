@@ -15,15 +15,23 @@ pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Resu
     let n = slot.numel() as i64;
     let acc = i32::from(accumulate);
     if slot.dtype() == grad.dtype() {
-        return kernels::axpy(&*cx.device, flat(slot), slot.out(), grad, 1.0, n, acc);
+        return kernels::axpy(
+            &*cx.device,
+            flat(slot),
+            kernels::AxpyArgs { y: slot.out(), x: grad, scale: 1.0, n, accumulate: acc },
+        );
     }
     if slot.dtype() == DType::F32 {
-        return kernels::to_float_copy(&*cx.device, flat(grad), slot.out(), grad, n, acc);
+        return kernels::to_float_copy(
+            &*cx.device,
+            flat(grad),
+            kernels::ToFloatCopyArgs { y: slot.out(), x: grad, n, accumulate: acc },
+        );
     }
     Err(Error::op("add_into", format!("{grad:?} into {slot:?}")))
 }
 
 /// A thread for each 16 bytes of `t`.
 pub fn flat(t: &Tensor) -> Launch {
-    Launch::flat(t.numel().div_ceil(16 / t.dtype().size()))
+    Launch::flat(t.numel().div_ceil(kernels::pack_width(t.dtype().size())))
 }

@@ -22,6 +22,9 @@ pub struct Fwd {
     pub saved: Vec<Tensor>,
 }
 
+/// The gradients that reach the outputs of a node; None: zero.
+pub type Upstream = [Option<Tensor>];
+
 pub trait Op: Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
@@ -30,13 +33,7 @@ pub trait Op: Debug + Send + Sync {
 
     /// Writes the gradients of the inputs that want one into `g`, from the upstream gradients `dy`
     /// (None: zero).
-    fn backward(
-        &self,
-        _cx: &mut Cx,
-        _node: &Node,
-        _dy: &[Option<Tensor>],
-        _g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, _cx: &mut Cx, _node: &Node, _dy: &Upstream, _g: &mut Grads) -> Result<()> {
         Err(Error::op(self.name(), "is a state writer and has no backward"))
     }
 
@@ -44,7 +41,7 @@ pub trait Op: Debug + Send + Sync {
     /// value is stored.
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64>;
 
-    /// Bytes moved and flops done by a forward on these inputs: for rooflines.
+    /// Bytes moved and flops done by a forward without a tape on these inputs: for rooflines.
     fn cost(&self, x: &[&Tensor]) -> Cost;
 }
 

@@ -8,16 +8,17 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::autograd::{Cx, Recompute};
+use crate::check::prepare_case;
 use crate::cli::Where;
 use crate::config::MatmulChoice;
-use crate::device::{DType, Layout};
+use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::layout::ModelConfig;
-use crate::ops::case::Rng;
+use crate::ops::case::{DEFAULT, PerfShape, Rng, Variant};
 use crate::ops::matmul::product;
-use crate::ops::{activation, attention, head, rmsnorm, rope};
+use crate::ops::registry::registry;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{EngineOptions, generate};
 use crate::tensor::Tensor;
@@ -205,13 +206,9 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
 
 fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let config = preset(&args.shape)?;
-    let n = args.batch * args.length;
-    let (d, f, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
-    let (h, k) = (config.num_heads, config.num_kv_heads);
     let mut rng = Rng(9);
-    let real = |cx: &Cx, rng: &mut Rng, shape: &[usize]| upload(cx, rng, shape);
     let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024);
-    let (a, b) = (real(cx, &mut rng, &[side, side])?, real(cx, &mut rng, &[side, side])?);
+    let (a, b) = (upload(cx, &mut rng, &[side, side])?, upload(cx, &mut rng, &[side, side])?);
     let c = cx.real("bench", &[side, side])?;
     let gemm = time(cx, args.repeat, |cx| product(cx, Layout::NT, &c, &a, &b, None, false))?;
     let ceiling = 2.0 * (side as f64).powi(3) / gemm;
@@ -222,61 +219,36 @@ fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let bandwidth = 2.0 * big as f64 / copy;
     drop((a, b, c, p, q));
 
-    let x = real(cx, &mut rng, &[n, d])?;
-    let w = real(cx, &mut rng, &[d])?;
-    let qkv = real(cx, &mut rng, &[n, (h + 2 * k) * dim])?;
-    let gate_up = real(cx, &mut rng, &[n, 2 * f])?;
-    let w_up = real(cx, &mut rng, &[2 * f, d])?;
-    let w_head = real(cx, &mut rng, &[config.vocab_size, d])?;
-    let plan = attention::AttnPlan::sequences(cx, &vec![args.length; args.batch])?;
-    let (cosine, sine) = crate::model::rope::rope_table(&config.rope, dim, args.length);
-    let table = rope::RopeTable {
-        cosine: Tensor::from_host(&cx.pool, "bench", DType::F32, &[args.length, dim / 2], &cosine)?,
-        sine: Tensor::from_host(&cx.pool, "bench", DType::F32, &[args.length, dim / 2], &sine)?,
+    let shape = PerfShape {
+        sequences: args.batch,
+        length: args.length,
+        hidden: config.hidden_size,
+        intermediate: config.intermediate_size,
+        heads: config.num_heads,
+        kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        vocab: config.vocab_size,
     };
-    let positions: Vec<i32> = (0..n).map(|i| (i % args.length) as i32).collect();
-    let positions = cx.ints("bench", &positions)?;
-    let targets: Vec<i32> = (0..n).map(|_| rng.below(config.vocab_size) as i32).collect();
-    let targets = cx.ints("bench", &targets)?;
-    let shape = attention::AttnShape {
-        heads: h,
-        kv_heads: k,
-        head_dim: dim,
-        scale: (dim as f32).powf(-0.5),
-        softcap: None,
-        window: None,
-    };
-    let size = cx.dtype.size() as f64;
-    let (n_f, d_f, f_f) = (n as f64, d as f64, f as f64);
-    let pairs = args.batch as f64 * (args.length * (args.length + 1) / 2) as f64;
+    let variant = Variant { matmul: cx.matmul, ..DEFAULT };
     let mut rows = Vec::new();
-    let mut add = |name: &str, seconds: f64, bytes: f64, flops: f64| {
-        rows.push(json!({
-            "op": name, "microseconds": seconds * 1e6, "gb_per_second": bytes / seconds / 1e9,
-            "of_bandwidth": bytes / seconds / bandwidth, "gflops": flops / seconds / 1e9, "of_matmul": flops / seconds / ceiling,
-        }));
-    };
-    let r = args.repeat;
-    let t = time(cx, r, |cx| rmsnorm::rmsnorm(cx, &x, &w, 1e-5).map(drop))?;
-    add("rmsnorm", t, 2.0 * n_f * d_f * size, 0.0);
-    let t = time(cx, r, |cx| rope::rope(cx, &qkv, &table, &positions, h, k, None).map(drop))?;
-    add("rope", t, 2.0 * qkv.bytes() as f64, 0.0);
-    let t = time(cx, r, |cx| attention::attention(cx, &qkv, &plan, shape).map(drop))?;
-    add("attention", t, qkv.bytes() as f64, 4.0 * pairs * (h * dim) as f64);
-    let t = time(cx, r, |cx| activation::glu(cx, &gate_up, activation::Act::Silu).map(drop))?;
-    add("glu", t, 3.0 * n_f * f_f * size, 0.0);
-    let t = time(cx, r, |cx| product(cx, Layout::NT, &gate_up, &x, &w_up, None, false))?;
-    add(
-        "linear gate_up",
-        t,
-        (x.bytes() + w_up.bytes() + gate_up.bytes()) as f64,
-        4.0 * n_f * d_f * f_f,
-    );
-    let t = time(cx, r, |cx| head::head_logps(cx, &x, &w_head, &targets, 1.0).map(drop))?;
-    let vocab = config.vocab_size as f64;
-    add("head logps", t, 12.0 * n_f * vocab, 2.0 * n_f * d_f * vocab);
+    for entry in registry() {
+        for case in (entry.perf)(&mut rng, &shape) {
+            let (mut cx, inputs) = prepare_case(&cx.device, &case, cx.dtype, &variant)?;
+            let inputs: Vec<&Tensor> = inputs.iter().collect();
+            let cost = case.op.cost(&inputs);
+            let op = case.op.clone();
+            let run = |cx: &mut Cx| cx.apply_dyn(op.clone(), &inputs).map(drop);
+            let seconds = time(&mut cx, args.repeat, run)?;
+            let (bytes, flops) = (cost.bytes / seconds, cost.flops / seconds);
+            rows.push(json!({
+                "op": entry.name, "case": case.label, "microseconds": seconds * 1e6,
+                "gb_per_second": bytes / 1e9, "of_bandwidth": bytes / bandwidth,
+                "gflops": flops / 1e9, "of_matmul": flops / ceiling,
+            }));
+        }
+    }
     Ok(json!({
-        "bench": "ops", "device": cx.device.name(), "dtype": cx.dtype.name(), "tokens": n,
+        "bench": "ops", "device": cx.device.name(), "dtype": cx.dtype.name(), "tokens": shape.tokens(),
         "ceiling_matmul_tflops": ceiling / 1e12, "ceiling_copy_gb_per_second": bandwidth / 1e9, "ops": rows,
     }))
 }

@@ -26,7 +26,8 @@ use clap::{Args as _, FromArgMatches, Subcommand};
 use crate::autograd::Cx;
 use crate::device::{self, DType, Device};
 use crate::error::{Error, Result};
-use crate::methods::registry::{MethodEntry, REGISTRY};
+use crate::methods::MethodEntry;
+use crate::methods::registry::REGISTRY;
 
 /// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]

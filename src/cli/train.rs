@@ -1,6 +1,7 @@
 //! The training commands: one run each, from a model folder and rows to a folder. Layer 9.
 //!
-//! Invariant: what a method is stands in its recipe; here are the arguments that all of them take.
+//! Invariant: what differs between methods is in their files; here are the arguments that all of them
+//! take.
 
 use std::path::{Path, PathBuf};
 
@@ -12,8 +13,7 @@ use crate::data::rows::{Row, read_rows};
 use crate::device::{self, DType};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::methods::MethodRun;
-use crate::methods::registry::MethodEntry;
+use crate::methods::{MethodEntry, MethodRun};
 use crate::model::hub::resolve_model;
 use crate::signals::Stop;
 use crate::train::job::{Job, execute};

@@ -232,12 +232,15 @@ impl Value for Amount {
 }
 
 /// An enum whose variants are words of the run file; the first word is the one that is written,
-/// others are aliases.
+/// others are aliases. `=> NUMBER` is its number in a kernel.
 macro_rules! words {
-    ($(#[$meta:meta])* pub enum $name:ident { $($(#[$vmeta:meta])* $variant:ident = $word:literal $(| $alias:literal)*,)+ }) => {
+    ($(#[$meta:meta])* pub enum $name:ident {
+        $($(#[$vmeta:meta])* $variant:ident = $word:literal $(| $alias:literal)* $(=> $number:path)?,)+
+    }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($(#[$vmeta])* $variant,)+ }
+        #[repr(i32)]
+        pub enum $name { $($(#[$vmeta])* $variant $(= $number)?,)+ }
 
         impl $crate::config::value::Value for $name {
             fn kind() -> String {

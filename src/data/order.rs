@@ -3,7 +3,7 @@
 //! Invariant: no state. The row at a position is known from (seed, epoch, position) alone, so a
 //! resumed run needs only the position.
 
-use crate::rng::philox;
+use crate::rng::{philox, tag};
 
 pub use crate::config::SamplingStrategy;
 
@@ -21,16 +21,13 @@ pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut order: Vec<usize> = (0..n).collect();
     for i in (1..n).rev() {
-        let r = philox(key, [i as u32, (i as u64 >> 32) as u32, epoch, STREAM]);
+        let r = philox(key, [i as u32, (i as u64 >> 32) as u32, epoch, tag::ROW_ORDER]);
         let r = u64::from(r[1]) << 32 | u64::from(r[0]);
         // r * (i + 1) / 2^64: uneven by less than one part in 2^64 / n
         order.swap(i, ((u128::from(r) * (i as u128 + 1)) >> 64) as usize);
     }
     order
 }
-
-/// Separates these random numbers from others under the same key.
-const STREAM: u32 = 0x6F72_6472; // "ordr"
 
 #[cfg(test)]
 mod tests {

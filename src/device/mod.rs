@@ -47,7 +47,8 @@ impl DType {
     }
 }
 
-/// Grid (blocks), block (threads) and dynamic shared memory (bytes) of a launch.
+/// Grid (blocks), block (threads) and dynamic shared memory (bytes) of a launch; 0 threads or bytes:
+/// the kernel's own.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
     pub grid: [u32; 3],
@@ -80,6 +81,21 @@ impl Launch {
     pub fn blocks(grid: [usize; 3], block: u32, shared: usize) -> Self {
         Launch { grid: grid.map(|g| g as u32), block, shared: shared as u32 }
     }
+
+    /// Blocks of the kernel's own THREADS and SHARED, for a `KERNEL` that has these attributes.
+    pub fn grid(grid: [usize; 3]) -> Self {
+        Launch::blocks(grid, 0, 0)
+    }
+
+    /// With the kernel's own block and shared memory where this launch says none.
+    pub fn of(self, kernel: &KernelDef) -> Self {
+        let or = |own: u32, kernels: u32| if own == 0 { kernels } else { own };
+        Launch {
+            block: or(self.block, kernel.threads),
+            shared: or(self.shared, kernel.shared),
+            ..self
+        }
+    }
 }
 
 /// The GPU code of one `.cu` file and dtype: a fatbin, empty in a build without nvcc.
@@ -111,6 +127,8 @@ pub struct KernelDef {
     pub image: &'static Image,
     /// Largest block it may be launched with.
     pub threads: u32,
+    /// Bytes of dynamic shared memory; 0: none, or as the launch says.
+    pub shared: u32,
     /// Spills are a build failure.
     pub hot: bool,
     /// Bytes of each argument.

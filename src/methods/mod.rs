@@ -11,6 +11,7 @@ pub mod offline;
 pub mod online;
 pub mod reference;
 pub mod registry;
+pub mod teacher;
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -163,6 +164,31 @@ impl MethodRun {
     pub fn read(&mut self, file: Option<&Path>, overrides: &[String]) -> Result<Vec<String>> {
         let method: &mut dyn Section = &mut self.method;
         config::load(&mut [&mut self.training, &mut self.peft, method], file, overrides)
+    }
+}
+
+/// A training command.
+pub struct MethodEntry {
+    /// The command.
+    pub name: &'static str,
+    /// Its line in the help.
+    pub about: &'static str,
+    /// Its page, `docs/methods/PAGE.md`.
+    pub page: &'static str,
+    /// All of its options at their defaults.
+    pub run: fn() -> Box<MethodRun>,
+    /// A folder without weights gets new ones, drawn at random.
+    pub from_scratch: bool,
+}
+
+impl MethodEntry {
+    pub const fn new(
+        name: &'static str,
+        about: &'static str,
+        page: &'static str,
+        run: fn() -> Box<MethodRun>,
+    ) -> MethodEntry {
+        MethodEntry { name, about, page, run, from_scratch: false }
     }
 }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::autograd::Cx;
-use crate::config::{ReferenceOptions, Report, TrainingConfig, section};
+use crate::config::{ReferenceOptions, TrainingConfig};
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -268,55 +268,5 @@ fn read_floats(path: &Path) -> Result<Vec<f32>> {
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect()),
         _ => Err(Error::checkpoint(path, format!("has {} bytes, no whole numbers", bytes.len()))),
-    }
-}
-
-section! {
-    /// The model that a student learns from.
-    pub struct TeacherOptions = "teacher" {
-        /// Folder of the teacher, with the student's vocabulary.
-        pub teacher_model_name_or_path: Option<String> = None,
-        /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the
-        /// generalised Jensen-Shannon divergence.
-        pub beta: f64 = 0.5,
-    }
-}
-
-const NO_TEACHER: &str = "teacher_model_name_or_path: name the teacher's folder";
-
-impl TeacherOptions {
-    fn rules(&self, report: &mut Report) {
-        report.must((0.0..=1.0).contains(&self.beta), || {
-            format!("beta = {}: must be in [0, 1]", self.beta)
-        });
-        report.must(self.teacher_model_name_or_path.is_some(), || NO_TEACHER.into());
-    }
-}
-
-/// A frozen teacher.
-pub struct Teacher {
-    folder: String,
-    pub beta: f32,
-    model: Option<Decoder>,
-}
-
-impl Teacher {
-    pub fn new(options: &TeacherOptions) -> Result<Teacher> {
-        let folder = options.teacher_model_name_or_path.clone();
-        let folder = folder.ok_or_else(|| Error::Config(NO_TEACHER.into()))?;
-        Ok(Teacher { folder, beta: options.beta as f32, model: None })
-    }
-
-    /// Loads it for sequences of at most `longest` tokens. Errors: another task or vocabulary.
-    pub fn load(&mut self, cx: &Cx, student: &Decoder, longest: usize) -> Result<()> {
-        let key = "teacher_model_name_or_path";
-        self.model = Some(load(cx, student, &self.folder, key, longest)?);
-        Ok(())
-    }
-
-    pub fn model(&self) -> Result<&Decoder> {
-        self.model.as_ref().ok_or_else(|| {
-            Error::op("distill", "has no teacher; attach comes before the first step")
-        })
     }
 }

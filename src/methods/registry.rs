@@ -3,24 +3,10 @@
 //! Invariant: the training commands, their help, the tables of options in the docs and the tests of
 //! options are loops over this list.
 
-use super::MethodRun;
+use super::MethodEntry;
 use super::offline::{cpo, distill, dpo, kto, orpo, prm, reward, sft};
 use super::online::{gkd, grpo, online_dpo, ppo, reinforce, rloo};
 use crate::error::{Error, Result, nearest};
-
-/// A training command.
-pub struct MethodEntry {
-    /// The command.
-    pub name: &'static str,
-    /// Its line in the help.
-    pub about: &'static str,
-    /// Its page, `docs/methods/PAGE.md`.
-    pub page: &'static str,
-    /// All of its options at their defaults.
-    pub run: fn() -> Box<MethodRun>,
-    /// A folder without weights gets new ones, drawn at random.
-    pub from_scratch: bool,
-}
 
 pub const REGISTRY: &[&MethodEntry] = &[
     &sft::METHOD,
@@ -49,15 +35,4 @@ pub fn find(name: &str) -> Result<&'static MethodEntry> {
             .unwrap_or_else(|| format!("; there are {}", names().collect::<Vec<_>>().join(", ")));
         Error::Config(format!("no method {name}{hint}"))
     })
-}
-
-impl MethodEntry {
-    pub const fn new(
-        name: &'static str,
-        about: &'static str,
-        page: &'static str,
-        run: fn() -> Box<MethodRun>,
-    ) -> MethodEntry {
-        MethodEntry { name, about, page, run, from_scratch: false }
-    }
 }

@@ -9,11 +9,11 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::layout::ModelConfig;
 use crate::ops::embedding::TokenIndex;
-use crate::rng::philox;
+use crate::rng::{philox, tag};
 use crate::tensor::Tensor;
 
 /// Rows (tokens) a page.
-pub const PAGE: usize = 64;
+pub use crate::ops::attention::PAGE;
 
 pub struct KvCache {
     /// One a layer: [pages * 64, 2 * kv_heads * head_dim] real, k|v of a token in a row.
@@ -115,7 +115,7 @@ impl KvCache {
     /// with this.
     pub fn shuffle(&mut self, seed: u64) {
         let key = [seed as u32, (seed >> 32) as u32];
-        self.free.sort_by_key(|page| philox(key, [*page as u32, 0, 0, 0]));
+        self.free.sort_by_key(|page| philox(key, [*page as u32, 0, 0, tag::PAGE_ORDER]));
     }
 
     /// A step that appends `new[i]` to `sequences[i]` (room was reserved); their lengths grow.

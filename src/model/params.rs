@@ -15,7 +15,7 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::layout::{ParamSpec, Proj, Role};
 use crate::ops::quant::{QuantWeight, Scheme};
-use crate::rng::{philox, uniform};
+use crate::rng::{philox, tag, uniform};
 use crate::tensor::{Id, ParamSetId, Tensor};
 
 /// Alignment of fused parameters in elements: 256 bytes of bf16, so that every row start is 128-bit
@@ -414,8 +414,9 @@ pub fn fused_role(role: Role) -> Role {
 /// Uniforms in (0, 1) from Philox.
 pub(crate) fn uniforms(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
-    let four =
-        |i: usize| philox(key, [i as u32, (i >> 32) as u32, stream, 0x0301_0000]).map(uniform);
+    let four = |i: usize| {
+        philox(key, [i as u32, (i >> 32) as u32, stream, tag::INIT_UNIFORM]).map(uniform)
+    };
     let mut out: Vec<f32> = (0..n.div_ceil(4)).flat_map(four).collect();
     out.truncate(n);
     out
@@ -426,7 +427,7 @@ pub(crate) fn normals(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut out = Vec::with_capacity(n + 3);
     for i in 0..n.div_ceil(4) {
-        let u = philox(key, [i as u32, (i >> 32) as u32, stream, 0x0300_0000])
+        let u = philox(key, [i as u32, (i >> 32) as u32, stream, tag::INIT_NORMAL])
             .map(|b| f64::from(uniform(b)));
         for (a, b) in [(u[0], u[1]), (u[2], u[3])] {
             let (r, angle) = ((-2.0 * a.ln()).sqrt(), std::f64::consts::TAU * b);

@@ -2,23 +2,24 @@
 //!
 //! Invariant: element-wise. Math: `kernels/activation.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, flat};
-use crate::device::Launch;
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream, flat};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::row_packs;
 use crate::tensor::Tensor;
 
 /// The kernels' template argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
 pub enum Act {
-    Silu = 0,
+    Silu = kernels::act::SILU,
     /// `gelu_pytorch_tanh`, `gelu_new`
-    GeluTanh = 1,
+    GeluTanh = kernels::act::GELU_TANH,
     /// By the error function.
-    Gelu = 2,
+    Gelu = kernels::act::GELU,
     /// Plain only: no gated unit has it.
-    Relu = 3,
+    Relu = kernels::act::RELU,
 }
 
 /// `y = act(g) * u` for the halves g|u of each row: x [n, 2 f] real; y [n, f]. Error if the width
@@ -55,36 +56,29 @@ impl Op for Glu {
         let y = cx.real("glu", &[rows, f])?;
         kernels::glu_fwd(
             &*cx.device,
-            rows_of_packs(rows, f, &y),
+            row_packs(rows, f, y.dtype()),
             self.act as usize,
-            y.out(),
-            x[0],
-            rows as i32,
-            f as i32,
+            kernels::GluFwdArgs { y: y.out(), x: x[0], rows: rows as i32, f: f as i32 },
         )?;
         Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let (rows, f) = (dy.row_count(), dy.cols());
-        let at = rows_of_packs(rows, f, dy);
+        let at = row_packs(rows, f, dy.dtype());
         kernels::glu_bwd(
             &*cx.device,
             at,
             self.act as usize,
-            dx.out(),
-            dy,
-            &node.saved[0],
-            rows as i32,
-            f as i32,
-            i32::from(acc),
+            kernels::GluBwdArgs {
+                dx: dx.out(),
+                dy,
+                x: &node.saved[0],
+                rows: rows as i32,
+                f: f as i32,
+                accumulate: i32::from(acc),
+            },
         )
     }
 
@@ -115,31 +109,25 @@ impl Op for Activation {
             &*cx.device,
             flat(&y),
             self.act as usize,
-            y.out(),
-            x[0],
-            y.numel() as i64,
+            kernels::ActFwdArgs { y: y.out(), x: x[0], n: y.numel() as i64 },
         )?;
         Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let n = dy.numel() as i64;
         kernels::act_bwd(
             &*cx.device,
             flat(dy),
             self.act as usize,
-            dx.out(),
-            dy,
-            &node.saved[0],
-            n,
-            i32::from(acc),
+            kernels::ActBwdArgs {
+                dx: dx.out(),
+                dy,
+                x: &node.saved[0],
+                n,
+                accumulate: i32::from(acc),
+            },
         )
     }
 
@@ -150,10 +138,6 @@ impl Op for Activation {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost::memory(x, x[0].bytes())
     }
-}
-
-fn rows_of_packs(rows: usize, f: usize, t: &Tensor) -> Launch {
-    Launch::flat(rows * f.div_ceil(16 / t.dtype().size()))
 }
 
 fn value(act: Act, x: f64) -> f64 {
@@ -208,4 +192,14 @@ pub fn plain_cases(rng: &mut Rng) -> Vec<Case> {
             )
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), 2 * s.intermediate], 1.0));
+    vec![Case::new("silu", Glu { act: Act::Silu }, vec![x])]
+}
+
+pub fn plain_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.intermediate], 1.0));
+    vec![Case::new("gelu by tanh", Activation { act: Act::GeluTanh }, vec![x])]
 }

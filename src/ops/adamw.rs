@@ -7,8 +7,8 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
-use crate::rng::philox;
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::rng::{M_NOISE_TAG, V_NOISE_TAG, philox};
 use crate::tensor::Tensor;
 
 /// The constants of a parameter group.
@@ -51,16 +51,22 @@ pub fn hyper(cx: &Cx) -> Result<Tensor> {
 /// into `hyper[3..5]`.
 pub fn norm_and_clip(cx: &Cx, hyper: &Tensor, grad: &Tensor, max_norm: f32) -> Result<()> {
     let n = grad.numel();
-    let chunks = n.div_ceil(8192).max(1);
+    let chunks = n.div_ceil(kernels::NORM_CHUNK).max(1);
     let partial = cx.scratch("partial sums", DType::F32, &[chunks])?;
-    kernels::square_sums(&*cx.device, Launch::warps(chunks), partial.out(), grad, n as i64)?;
+    kernels::square_sums(
+        &*cx.device,
+        Launch::warps(chunks),
+        kernels::SquareSumsArgs { partial: partial.out(), g: grad, n: n as i64 },
+    )?;
     kernels::norm_and_clip(
         &*cx.device,
         Launch::warps(1),
-        hyper.out(),
-        &partial,
-        chunks as i32,
-        max_norm,
+        kernels::NormAndClipArgs {
+            hyper: hyper.out(),
+            partial: &partial,
+            chunks: chunks as i32,
+            max_norm,
+        },
     )
 }
 
@@ -73,30 +79,30 @@ pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
             format!("{:?} and its moments or gradient differ in length", s.weight),
         ));
     }
-    let (kernel, at): (fn(_, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _) -> _, _) =
-        match s.m.dtype() {
-            DType::BF16 => (kernels::adamw_bf16, Launch::flat(n.div_ceil(8))),
-            _ => (kernels::adamw, flat(s.weight)),
-        };
-    kernel(
-        &*cx.device,
-        at,
-        usize::from(s.master.is_none()),
-        s.master.map(|t| t.out()),
-        s.weight.out(),
-        s.m.out(),
-        s.v.out(),
-        s.grad,
+    let args = kernels::AdamwArgs {
+        p: s.master.map(|t| t.out()),
+        w: s.weight.out(),
+        m: s.m.out(),
+        v: s.v.out(),
+        g: s.grad,
         hyper,
-        &cx.rng,
-        n as i64,
-        group.beta1,
-        group.beta2,
-        group.eps,
-        group.weight_decay,
-        group.lr_scale,
-        group.group,
-    )
+        key: &cx.rng,
+        n: n as i64,
+        beta1: group.beta1,
+        beta2: group.beta2,
+        eps: group.eps,
+        weight_decay: group.weight_decay,
+        lr_scale: group.lr_scale,
+        group: group.group,
+    };
+    let d = usize::from(s.master.is_none());
+    match s.m.dtype() {
+        DType::BF16 => {
+            let at = Launch::flat(n.div_ceil(kernels::ADAMW_BF16_PACK));
+            kernels::adamw_bf16(&*cx.device, at, d, args)
+        }
+        _ => kernels::adamw(&*cx.device, flat(s.weight), d, args),
+    }
 }
 
 /// The step in f32, operation for operation: (parameter, m, v). For references that must agree in
@@ -167,8 +173,9 @@ impl Op for AdamWStep {
         out
     }
 
+    /// With a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        Cost { bytes: (28 * x[0].numel()) as f64, flops: 0.0 }
+        Cost { bytes: (30 * x[0].numel()) as f64, flops: 0.0 }
     }
 }
 
@@ -206,14 +213,15 @@ impl Op for Bf16Step {
             let (p, m, v) = exact_step(&self.0, &x[4].data, at(0), half(1), half(2), at(3));
             out[0].data[i] = f64::from(p);
             out[1].data[i] = round.at(f64::from(p));
-            out[2].data[i] = by_chance(m, &x[5], i, self.0.group, 0x0300_0000);
-            out[3].data[i] = by_chance(v, &x[5], i, self.0.group, 0x0400_0000);
+            out[2].data[i] = by_chance(m, &x[5], i, self.0.group, M_NOISE_TAG);
+            out[3].data[i] = by_chance(v, &x[5], i, self.0.group, V_NOISE_TAG);
         }
         out
     }
 
+    /// With a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        Cost { bytes: (20 * x[0].numel()) as f64, flops: 0.0 }
+        Cost { bytes: (22 * x[0].numel()) as f64, flops: 0.0 }
     }
 }
 
@@ -243,4 +251,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         cases.push(case);
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = case_inputs(rng, s.hidden * s.intermediate);
+    vec![Case::new("with copies of the inputs", AdamWStep(CASE), inputs)]
 }

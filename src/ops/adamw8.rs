@@ -8,7 +8,7 @@ use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::adamw::{AdamW, CASE, case_inputs, exact_step};
-use crate::ops::case::{Case, Rng};
+use crate::ops::case::{Case, PerfShape, Rng};
 use crate::ops::quant::{
     BLOCK8, blockwise8_dequantise, blockwise8_quantise, dynamic_map, dynamic_map_tensor,
 };
@@ -55,24 +55,26 @@ pub fn adamw8(cx: &Cx, group: &AdamW, s: &Slice8, maps: &Maps, hyper: &Tensor) -
         &*cx.device,
         Launch::warps(blocks),
         usize::from(s.master.is_none()),
-        s.master.map(|t| t.out()),
-        s.weight.out(),
-        s.m.out(),
-        s.v.out(),
-        s.m_absmax.out(),
-        s.v_absmax.out(),
-        &maps.m,
-        &maps.v,
-        s.grad,
-        hyper,
-        &cx.rng,
-        n as i64,
-        group.beta1,
-        group.beta2,
-        group.eps,
-        group.weight_decay,
-        group.lr_scale,
-        group.group,
+        kernels::Adamw8Args {
+            p: s.master.map(|t| t.out()),
+            w: s.weight.out(),
+            m: s.m.out(),
+            v: s.v.out(),
+            m_absmax: s.m_absmax.out(),
+            v_absmax: s.v_absmax.out(),
+            m_map: &maps.m,
+            v_map: &maps.v,
+            g: s.grad,
+            hyper,
+            key: &cx.rng,
+            n: n as i64,
+            beta1: group.beta1,
+            beta2: group.beta2,
+            eps: group.eps,
+            weight_decay: group.weight_decay,
+            lr_scale: group.lr_scale,
+            group: group.group,
+        },
     )
 }
 
@@ -139,6 +141,7 @@ impl Op for AdamW8Step {
         out
     }
 
+    /// With a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost { bytes: (18 * x[0].numel()) as f64, flops: 0.0 }
     }
@@ -153,4 +156,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             case
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = case_inputs(rng, s.hidden * s.intermediate);
+    vec![Case::new("with moments quantised before", AdamW8Step(CASE), inputs)]
 }

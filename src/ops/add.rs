@@ -2,11 +2,11 @@
 //!
 //! Invariant: one rounding, when the result is stored. Kernels: `kernels/add.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, add_into, flat};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream, add_into, flat};
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::tensor::Tensor;
 
 /// `a + b`, both [.., n] real and of one shape.
@@ -30,17 +30,15 @@ impl Op for Add {
             ));
         }
         let y = cx.real("add", x[0].shape())?;
-        kernels::add_fwd(&*cx.device, flat(&y), y.out(), x[0], x[1], y.numel() as i64)?;
+        kernels::add_fwd(
+            &*cx.device,
+            flat(&y),
+            kernels::AddFwdArgs { y: y.out(), a: x[0], b: x[1], n: y.numel() as i64 },
+        )?;
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        _node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, _node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         if let Some(dy) = &dy[0] {
             g.give(cx, 0, dy.clone())?;
             g.give(cx, 1, dy.clone())?;
@@ -79,19 +77,17 @@ impl Op for ToFloat {
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         if node.inputs[0].dtype == DType::F32 {
             return g.give(cx, 0, dy.clone());
         }
         let dx = cx.real("to_float", dy.shape())?;
-        kernels::to_real_copy(&*cx.device, flat(&dx), dx.out(), dy, dx.numel() as i64)?;
+        kernels::to_real_copy(
+            &*cx.device,
+            flat(&dx),
+            kernels::ToRealCopyArgs { y: dx.out(), x: dy, n: dx.numel() as i64 },
+        )?;
         g.give(cx, 0, dx)
     }
 
@@ -114,7 +110,11 @@ pub fn axpy(cx: &Cx, y: &Tensor, x: &Tensor, s: f32) -> Result<()> {
     if y.numel() != x.numel() || y.dtype() != x.dtype() {
         return Err(Error::op("axpy", format!("{x:?} onto {y:?}")));
     }
-    kernels::axpy(&*cx.device, flat(y), y.out(), x, s, y.numel() as i64, 1)
+    kernels::axpy(
+        &*cx.device,
+        flat(y),
+        kernels::AxpyArgs { y: y.out(), x, scale: s, n: y.numel() as i64, accumulate: 1 },
+    )
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
@@ -125,6 +125,16 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             Case::new(format!("{shape:?}"), Add, inputs)
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = [1.0, 1.0].map(|scale| Arg::real(rng.array(&[s.tokens(), s.hidden], scale)));
+    vec![Case::new("residual", Add, inputs.into())]
+}
+
+pub fn to_float_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    vec![Case::new("hidden states", ToFloat, vec![x])]
 }
 
 #[cfg(test)]

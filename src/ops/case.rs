@@ -111,6 +111,31 @@ pub const TENSOR_CORE: Variant = Variant {
     ..DEFAULT
 };
 
+/// The sizes that performance cases are made of: a batch of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct PerfShape {
+    pub sequences: usize,
+    /// Tokens of each sequence.
+    pub length: usize,
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab: usize,
+}
+
+impl PerfShape {
+    pub fn tokens(&self) -> usize {
+        self.sequences * self.length
+    }
+
+    /// Columns of q | k | v.
+    pub fn qkv(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
 /// Test data: a small counter-based generator, the same everywhere.
 pub struct Rng(pub u64);
 
@@ -138,7 +163,10 @@ impl Rng {
         r * (std::f64::consts::TAU * self.uniform()).cos()
     }
 
+    /// Normal numbers; beyond 2^20, for performance cases, the same ones over again.
     pub fn array(&mut self, shape: &[usize], scale: f64) -> F64 {
-        F64::from_fn(shape, |_| scale * self.normal())
+        let numel: usize = shape.iter().product();
+        let block: Vec<f64> = (0..numel.min(1 << 20)).map(|_| scale * self.normal()).collect();
+        F64::new(shape, block.iter().copied().cycle().take(numel).collect())
     }
 }

@@ -5,11 +5,11 @@
 //! of rows; a row's divergence does not depend on the chunk. Gradients are made while the chunk is
 //! there. Math: `kernels/distill.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
 use crate::ops::head::{chunk_rows, chunks};
 use crate::ops::matmul::product;
@@ -90,7 +90,10 @@ impl Op for Distill {
         let size = self.chunk.min(rows.max(1));
         let (student, teacher) =
             (cx.float("logits chunk", &[size, vocab])?, cx.float("logits chunk", &[size, vocab])?);
-        let (each, stats) = (cx.float("head rows", &[rows])?, cx.float("head rows", &[size, 5])?);
+        let (each, stats) = (
+            cx.float("head rows", &[rows])?,
+            cx.float("head rows", &[size, kernels::DISTILL_STATS])?,
+        );
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
         let dx = if wants(0) { Some(cx.real("activation gradients", hs.shape())?) } else { None };
         let mut dw = match (wants(1), ws.id()) {
@@ -111,29 +114,33 @@ impl Op for Distill {
             kernels::distill_rows(
                 &*cx.device,
                 at,
-                values.out(),
-                st.out(),
-                &s,
-                &t,
-                count,
-                width,
-                self.beta,
-                self.scale,
+                kernels::DistillRowsArgs {
+                    each: values.out(),
+                    stats: st.out(),
+                    student: &s,
+                    teacher: &t,
+                    rows: count,
+                    vocab: width,
+                    beta: self.beta,
+                    scale: self.scale,
+                },
             )?;
             let Some(dlogits) = &dlogits else { continue };
             let (dl, w) = (dlogits.rows(0, n)?, weight.rows(from, to)?);
             kernels::distill_grad(
                 &*cx.device,
                 at,
-                dl.out(),
-                &s,
-                &t,
-                &st,
-                &w,
-                count,
-                width,
-                self.beta,
-                self.scale,
+                kernels::DistillGradArgs {
+                    dlogits: dl.out(),
+                    student: &s,
+                    teacher: &t,
+                    stats: &st,
+                    weight: &w,
+                    rows: count,
+                    vocab: width,
+                    beta: self.beta,
+                    scale: self.scale,
+                },
             )?;
             if let Some(dx) = &dx {
                 product(cx, Layout::NN, &dx.rows(from, to)?, &dl, ws, None, false)?;
@@ -148,22 +155,18 @@ impl Op for Distill {
         kernels::segment_sums_fwd(
             &*cx.device,
             Launch::warps(1),
-            loss.out(),
-            &each,
-            Some(weight),
-            &starts,
-            1,
+            kernels::SegmentSumsFwdArgs {
+                sums: loss.out(),
+                values: &each,
+                weights: Some(weight),
+                starts: &starts,
+                segments: 1,
+            },
         )?;
         Ok(Fwd { outputs: vec![loss, each], saved: dx.into_iter().collect() })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         if dy[0].is_none() {
             return Err(Error::op("distill", "only the loss carries a gradient"));
         }
@@ -203,7 +206,7 @@ impl Op for Distill {
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
         let (m, n, k, e) = (x[0].row_count(), x[1].row_count(), x[0].cols(), x[2].cols());
-        Cost { flops: 2.0 * (m * n) as f64 * (3 * k + e) as f64, ..Cost::memory(x, 12 * m * n) }
+        Cost { flops: 2.0 * (m * n) as f64 * (k + e) as f64, ..Cost::memory(x, 12 * m * n) }
     }
 }
 
@@ -228,4 +231,15 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         }
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let mut model = || {
+        let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0)).no_grad();
+        [x, Arg::real(rng.array(&[s.vocab, s.hidden], 0.02)).no_grad()]
+    };
+    let mut inputs = [model(), model()].concat();
+    inputs.push(Arg::float(F64::from_fn(&[s.tokens()], |_| 1.0)));
+    let op = Distill { beta: 0.5, scale: 1.0, chunk: 1024 };
+    vec![Case::new("beta 0.5, chunks of 1024", op, inputs)]
 }

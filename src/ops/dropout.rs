@@ -3,12 +3,12 @@
 //! Invariant: the mask is a function of (seed, step, micro-step, site, index): the backward and a
 //! recomputation draw it again, nothing is saved. Kernel: `kernels/dropout.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
 use crate::error::Result;
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
-use crate::rng::{philox, uniform};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::rng::{DROPOUT_TAG, philox, uniform};
 use crate::tensor::Tensor;
 
 /// `x / (1 - p)` where kept, 0 where dropped with probability `p` in [0, 1); p = 0 is the identity.
@@ -38,13 +38,7 @@ impl Op for Dropout {
         Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[1].clone()] } else { vec![] } })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         self.run(cx, &dx, dy, &node.saved[0], accumulate)
     }
@@ -54,7 +48,7 @@ impl Op for Dropout {
         let scale = f64::from(1.0 / (1.0 - self.p));
         vec![F64::from_fn(&x[0].shape, |i| {
             let drawn =
-                philox([key[0], key[1]], [(i / 4) as u32, key[2], key[3], self.site | 0x0100_0000]);
+                philox([key[0], key[1]], [(i / 4) as u32, key[2], key[3], self.site | DROPOUT_TAG]);
             if uniform(drawn[i % 4]) >= self.p { round.at(x[0].data[i] * scale) } else { 0.0 }
         })]
     }
@@ -67,17 +61,19 @@ impl Op for Dropout {
 impl Dropout {
     fn run(&self, cx: &Cx, y: &Tensor, x: &Tensor, key: &Tensor, accumulate: bool) -> Result<()> {
         let n = x.numel();
-        let at = Launch::flat(n.div_ceil(4));
+        let at = Launch::flat(n.div_ceil(kernels::DROPOUT_PACK));
         kernels::dropout(
             &*cx.device,
             at,
-            y.out(),
-            x,
-            key,
-            self.site as i32,
-            self.p,
-            n as i64,
-            i32::from(accumulate),
+            kernels::DropoutArgs {
+                y: y.out(),
+                x,
+                key,
+                site: self.site as i32,
+                p: self.p,
+                n: n as i64,
+                accumulate: i32::from(accumulate),
+            },
         )
     }
 }
@@ -90,4 +86,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             Case::new(format!("n {n} p {p}"), Dropout { p, site: 5 }, inputs)
         })
         .collect()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    vec![Case::new("p 0.1", Dropout { p: 0.1, site: 0 }, vec![x, Arg::ints(&[1, 2, 3, 0])])]
 }

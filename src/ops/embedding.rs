@@ -5,11 +5,12 @@
 
 use std::sync::Arc;
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::column_warps;
 use crate::tensor::Tensor;
 
 /// Token ids on the device, with the places of each distinct token: what the backward needs, sorted
@@ -99,13 +100,7 @@ impl Op for Embedding {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dw, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         if node.saved[2].numel() != dy.row_count() {
             return Err(Error::op(
@@ -139,13 +134,7 @@ impl Op for GatherRows {
         Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[1].clone()] } else { vec![] } })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         if !accumulate {
             dx.zero()?;
@@ -160,11 +149,13 @@ impl Op for GatherRows {
         kernels::scatter_rows(
             &*cx.device,
             Launch::warps(n),
-            dx.out(),
-            dy,
-            &node.saved[0],
-            n as i32,
-            d as i32,
+            kernels::ScatterRowsArgs {
+                x: dx.out(),
+                dy,
+                index: &node.saved[0],
+                n: n as i32,
+                d: d as i32,
+            },
         )
     }
 
@@ -188,25 +179,30 @@ pub(crate) fn sum_places(
     shift: usize,
 ) -> Result<()> {
     let (u, d) = (unique.numel(), dy.cols());
-    let at = Launch::warps(u * d.div_ceil(32 * 16 / dy.dtype().size()));
     kernels::embedding_bwd(
         &*cx.device,
-        at,
-        dw.out(),
-        dy,
-        unique,
-        starts,
-        order,
-        u as i32,
-        d as i32,
-        shift as i32,
+        column_warps(u, d, dy.dtype()),
+        kernels::EmbeddingBwdArgs {
+            dw: dw.out(),
+            dy,
+            unique,
+            starts,
+            order,
+            u: u as i32,
+            d: d as i32,
+            shift: shift as i32,
+        },
     )
 }
 
 fn gathered(cx: &Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     let (n, d) = (index.numel(), x.cols());
     let y = cx.real("gathered rows", &[n, d])?;
-    kernels::gather_rows(&*cx.device, Launch::warps(n), y.out(), x, index, n as i32, d as i32)?;
+    kernels::gather_rows(
+        &*cx.device,
+        Launch::warps(n),
+        kernels::GatherRowsArgs { y: y.out(), x, index, n: n as i32, d: d as i32 },
+    )?;
     Ok(y)
 }
 
@@ -218,32 +214,35 @@ fn gather_reference(x: &F64, index: &F64) -> F64 {
     y
 }
 
+fn case(rng: &mut Rng, vocab: usize, d: usize, n: usize) -> Case {
+    let ids: Vec<i32> = (0..n).map(|_| rng.below(vocab) as i32).collect();
+    let [unique, starts, order] = sorted_places(&ids);
+    let mut inputs = vec![Arg::param(rng.array(&[vocab, d], 1.0))];
+    inputs.extend([&ids, &unique, &starts, &order].map(|v| Arg::ints(v)));
+    Case { exact: true, ..Case::new(format!("vocab {vocab} d {d} n {n}"), Embedding, inputs) }
+}
+
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (vocab, d, n) in [(3, 5, 1), (20, 64, 50), (7, 300, 33)] {
-        let ids: Vec<i32> = (0..n).map(|_| rng.below(vocab) as i32).collect();
-        let [unique, starts, order] = sorted_places(&ids);
-        let w = Arg::param(rng.array(&[vocab, d], 1.0));
-        let inputs =
-            vec![w, Arg::ints(&ids), Arg::ints(&unique), Arg::ints(&starts), Arg::ints(&order)];
-        cases.push(Case {
-            exact: true,
-            ..Case::new(format!("vocab {vocab} d {d} n {n}"), Embedding, inputs)
-        });
-    }
-    cases
+    [(3, 5, 1), (20, 64, 50), (7, 300, 33)].map(|(vocab, d, n)| case(rng, vocab, d, n)).into()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    vec![case(rng, s.vocab, s.hidden, s.tokens())]
+}
+
+fn gather_case(rng: &mut Rng, rows: usize, d: usize, index: Vec<i32>) -> Case {
+    let inputs = vec![Arg::real(rng.array(&[rows, d], 1.0)), Arg::ints(&index)];
+    let label = format!("{} of {rows} rows, d {d}", index.len());
+    Case { exact: true, ..Case::new(label, GatherRows, inputs) }
 }
 
 pub fn gather_cases(rng: &mut Rng) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (rows, d, index) in
-        [(4, 5, vec![2]), (30, 300, vec![0, 3, 4, 17, 29]), (9, 64, (0..9).collect())]
-    {
-        let inputs = vec![Arg::real(rng.array(&[rows, d], 1.0)), Arg::ints(&index)];
-        cases.push(Case {
-            exact: true,
-            ..Case::new(format!("{} of {rows} rows, d {d}", index.len()), GatherRows, inputs)
-        });
-    }
-    cases
+    [(4, 5, vec![2]), (30, 300, vec![0, 3, 4, 17, 29]), (9, 64, (0..9).collect())]
+        .map(|(rows, d, index)| gather_case(rng, rows, d, index))
+        .into()
+}
+
+pub fn gather_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let every_second = (0..s.tokens() as i32).step_by(2).collect();
+    vec![gather_case(rng, s.tokens(), s.hidden, every_second)]
 }

@@ -14,11 +14,11 @@
 
 use std::sync::Arc;
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::MatmulChoice;
 use crate::device::Layout;
 use crate::error::{Error, Result};
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
 use crate::ops::lora_kernels::{self as own, Read, lora_dt, lora_grads, lora_nn, lora_nt};
 use crate::ops::matmul::{column_sums, product};
@@ -212,13 +212,7 @@ impl Op for LoraLinear {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let [xd, scale, a, t, rest @ ..] = &node.saved[..] else { return Ok(()) };
         let (b, rest) = rest.split_at(self.segments.len());
@@ -391,4 +385,20 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         ));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let (n, k, rank) = (s.intermediate, s.hidden, 16);
+    let segments =
+        [0, 1].map(|i| Segment { from: i * n, cols: n, rank_from: i * rank, rank, scale: 2.0 });
+    let inputs = vec![
+        Arg::real(rng.array(&[s.tokens(), k], 1.0)),
+        Arg::float(F64::from_fn(&[2 * rank], |_| 2.0)),
+        Arg::param(rng.array(&[2 * rank, k], 0.02)),
+        Arg::param(rng.array(&[n, rank], 0.02)),
+        Arg::param(rng.array(&[n, rank], 0.02)),
+        Arg::param(rng.array(&[2 * n, k], 0.02)),
+    ];
+    let op = LoraLinear { bias: false, dropped: false, segments: segments.into(), quantised: None };
+    vec![Case::new("gate_up of rank 16", op, inputs)]
 }

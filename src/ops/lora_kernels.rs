@@ -7,7 +7,6 @@ use crate::autograd::Cx;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::matmul::tile;
 use crate::tensor::Tensor;
 
 /// Columns `start..end` of a unit's output have the adapter B `b` [end - start, rank], contiguous.
@@ -59,16 +58,32 @@ fn bounds(
     Ok(out)
 }
 
-fn expect(name: &'static str, t: &Tensor, rows: usize, cols: usize) -> Result<()> {
-    if t.row_count() == rows && t.cols() == cols {
-        return Ok(());
+/// Checks the rows and columns of each tensor.
+fn expect(name: &'static str, shapes: &[(&Tensor, [usize; 2])]) -> Result<()> {
+    match shapes.iter().find(|(t, shape)| [t.row_count(), t.cols()] != *shape) {
+        Some((t, shape)) => Err(Error::op(name, format!("{t:?} where {shape:?} is expected"))),
+        None => Ok(()),
     }
-    Err(Error::op(name, format!("{t:?} where [{rows}, {cols}] is expected")))
+}
+
+fn tile(dtype: DType) -> usize {
+    kernels::tile_side(dtype.size())
 }
 
 fn grid(dtype: DType, rows: usize, cols: usize, z: usize) -> Launch {
-    let (tile, shared) = tile(dtype);
-    Launch::blocks([cols.div_ceil(tile), rows.div_ceil(tile), z], 256, shared)
+    Launch::grid([cols.div_ceil(tile(dtype)), rows.div_ceil(tile(dtype)), z])
+}
+
+/// The arguments of a kernel, with the bounds of the three segments.
+macro_rules! with_bounds {
+    ($args:ident, $bounds:expr, { $($fields:tt)* }) => {{
+        let [[start0, end0, rank0], [start1, end1, rank1], [start2, end2, rank2]] = $bounds;
+        #[rustfmt::skip]
+        let args = kernels::$args {
+            start0, end0, rank0, start1, end1, rank1, start2, end2, rank2, $($fields)*
+        };
+        args
+    }};
 }
 
 /// `y = x w^T (+ bias) + t Bd^T`: x [m, k], w [n, k], t [m, R]; y [m, n]. Columns outside of all
@@ -83,43 +98,30 @@ pub fn lora_nt(
     segments: &[Segment],
 ) -> Result<()> {
     let (m, n, k, ranks) = (x.row_count(), w.row_count(), x.cols(), t.cols());
-    let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_nt", segments, n, ranks)?;
-    expect("lora_nt", y, m, n)?;
-    expect("lora_nt", w, n, k)?;
-    expect("lora_nt", t, m, ranks)?;
+    let bounds = bounds("lora_nt", segments, n, ranks)?;
+    expect("lora_nt", &[(y, [m, n]), (w, [n, k]), (t, [m, ranks])])?;
     if m == 0 {
         return Ok(());
     }
-    let b = |i: usize| segments.get(i).map(|s| s.b);
-    kernels::lora_nt(
-        &*cx.device,
-        grid(x.dtype(), m, n, 1),
-        y.out(),
+    let args = with_bounds!(LoraNtArgs, bounds, {
+        y: y.out(),
         x,
         w,
         bias,
         t,
-        segments[0].b,
-        b(1),
-        b(2),
-        m as i32,
-        n as i32,
-        k as i32,
-        ranks as i32,
-        x.stride() as i32,
-        w.stride() as i32,
-        y.stride() as i32,
-        t.stride() as i32,
-        s0,
-        e0,
-        r0,
-        s1,
-        e1,
-        r1,
-        s2,
-        e2,
-        r2,
-    )
+        b0: segments[0].b,
+        b1: segments.get(1).map(|s| s.b),
+        b2: segments.get(2).map(|s| s.b),
+        m: m as i32,
+        n: n as i32,
+        k: k as i32,
+        ranks: ranks as i32,
+        ldx: x.stride() as i32,
+        ldw: w.stride() as i32,
+        ldy: y.stride() as i32,
+        ldt: t.stride() as i32,
+    });
+    kernels::lora_nt(&*cx.device, grid(x.dtype(), m, n, 1), args)
 }
 
 /// `dx (+)= dy w + dt a`: dy [m, n], w [n, k], dt [m, R], a [R, k] (all segments' A, one below the
@@ -134,32 +136,28 @@ pub fn lora_nn(
     accumulate: bool,
 ) -> Result<()> {
     let (m, n, k, ranks) = (dy.row_count(), dy.cols(), w.cols(), dt.cols());
-    expect("lora_nn", dx, m, k)?;
-    expect("lora_nn", w, n, k)?;
-    expect("lora_nn", dt, m, ranks)?;
-    expect("lora_nn", a, ranks, k)?;
+    expect("lora_nn", &[(dx, [m, k]), (w, [n, k]), (dt, [m, ranks]), (a, [ranks, k])])?;
     if m == 0 {
         return Ok(());
     }
-    kernels::lora_nn(
-        &*cx.device,
-        grid(dy.dtype(), m, k, 1),
-        dx.out(),
+    let args = kernels::LoraNnArgs {
+        dx: dx.out(),
         dy,
         w,
         dt,
         a,
-        m as i32,
-        n as i32,
-        k as i32,
-        ranks as i32,
-        dy.stride() as i32,
-        w.stride() as i32,
-        dx.stride() as i32,
-        dt.stride() as i32,
-        a.stride() as i32,
-        i32::from(accumulate),
-    )
+        m: m as i32,
+        n: n as i32,
+        k: k as i32,
+        ranks: ranks as i32,
+        lddy: dy.stride() as i32,
+        ldw: w.stride() as i32,
+        lddx: dx.stride() as i32,
+        lddt: dt.stride() as i32,
+        lda: a.stride() as i32,
+        accumulate: i32::from(accumulate),
+    };
+    kernels::lora_nn(&*cx.device, grid(dy.dtype(), m, k, 1), args)
 }
 
 /// `dt_i = scales_i dy_i b_i` for all segments in one launch: dy [m, n]; dt [m, R].
@@ -171,8 +169,8 @@ pub fn lora_dt(
     scales: &[f32],
 ) -> Result<()> {
     let (m, n) = (dy.row_count(), dy.cols());
-    let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_dt", segments, n, dt.cols())?;
-    expect("lora_dt", dt, m, dt.cols())?;
+    let bounds = bounds("lora_dt", segments, n, dt.cols())?;
+    expect("lora_dt", &[(dt, [m, dt.cols()])])?;
     if scales.len() != segments.len() {
         return Err(Error::op(
             "lora_dt",
@@ -182,33 +180,22 @@ pub fn lora_dt(
     if m == 0 {
         return Ok(());
     }
-    let b = |i: usize| segments.get(i).map(|s| s.b);
     let scale = |i: usize| scales.get(i).copied().unwrap_or(0.0);
     let widest = segments.iter().map(Segment::rank).max().unwrap_or(0);
-    kernels::lora_dt(
-        &*cx.device,
-        grid(dy.dtype(), m, widest, segments.len()),
-        dt.out(),
+    let args = with_bounds!(LoraDtArgs, bounds, {
+        dt: dt.out(),
         dy,
-        segments[0].b,
-        b(1),
-        b(2),
-        m as i32,
-        dy.stride() as i32,
-        dt.stride() as i32,
-        s0,
-        e0,
-        r0,
-        s1,
-        e1,
-        r1,
-        s2,
-        e2,
-        r2,
-        scale(0),
-        scale(1),
-        scale(2),
-    )
+        b0: segments[0].b,
+        b1: segments.get(1).map(|s| s.b),
+        b2: segments.get(2).map(|s| s.b),
+        m: m as i32,
+        lddy: dy.stride() as i32,
+        lddt: dt.stride() as i32,
+        s0: scale(0),
+        s1: scale(1),
+        s2: scale(2),
+    });
+    kernels::lora_dt(&*cx.device, grid(dy.dtype(), m, widest, segments.len()), args)
 }
 
 /// A gradient buffer (F32, contiguous) and whether to add to what is there.
@@ -227,26 +214,24 @@ pub struct Read<'a> {
 /// one launch.
 pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]) -> Result<()> {
     let (m, k, n, ranks) = (r.x.row_count(), r.x.cols(), r.dy.cols(), r.dt.cols());
-    let [[s0, e0, r0], [s1, e1, r1], [s2, e2, r2]] = bounds("lora_grads", segments, n, ranks)?;
-    expect("lora_grads", r.dt, m, ranks)?;
-    expect("lora_grads", r.dy, m, n)?;
-    expect("lora_grads", r.t, m, ranks)?;
+    let bounds = bounds("lora_grads", segments, n, ranks)?;
+    expect("lora_grads", &[(r.dt, [m, ranks]), (r.dy, [m, n]), (r.t, [m, ranks])])?;
     if db.len() != segments.len() {
         return Err(Error::op(
             "lora_grads",
             format!("{} gradients for {} segments", db.len(), segments.len()),
         ));
     }
-    let (tile, shared) = tile(r.x.dtype());
+    let tile = tile(r.x.dtype());
     let (mut tiles, mut accumulate) = (0, 0);
     if let Some((t, add)) = da {
-        expect("lora_grads", t, ranks, k)?;
+        expect("lora_grads", &[(t, [ranks, k])])?;
         tiles += ranks.div_ceil(tile) * k.div_ceil(tile);
         accumulate |= i32::from(add);
     }
     for (i, (slot, s)) in db.iter().zip(segments).enumerate() {
         if let Some((t, add)) = slot {
-            expect("lora_grads", t, s.end - s.start, s.rank())?;
+            expect("lora_grads", &[(t, [s.end - s.start, s.rank()])])?;
             tiles += (s.end - s.start).div_ceil(tile) * s.rank().div_ceil(tile);
             accumulate |= i32::from(*add) << (i + 1);
         }
@@ -255,33 +240,23 @@ pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]
         return Ok(());
     }
     let out = |i: usize| db.get(i).copied().flatten().map(|(t, _)| t.out());
-    kernels::lora_grads(
-        &*cx.device,
-        Launch::blocks([tiles, 1, 1], 256, shared),
-        da.map(|(t, _)| t.out()),
-        out(0),
-        out(1),
-        out(2),
-        r.x,
-        r.dt,
-        r.dy,
-        r.t,
-        m as i32,
-        k as i32,
-        ranks as i32,
-        r.x.stride() as i32,
-        r.dt.stride() as i32,
-        r.dy.stride() as i32,
-        r.t.stride() as i32,
-        s0,
-        e0,
-        r0,
-        s1,
-        e1,
-        r1,
-        s2,
-        e2,
-        r2,
+    let args = with_bounds!(LoraGradsArgs, bounds, {
+        da: da.map(|(t, _)| t.out()),
+        db0: out(0),
+        db1: out(1),
+        db2: out(2),
+        x: r.x,
+        dt: r.dt,
+        dy: r.dy,
+        t: r.t,
+        m: m as i32,
+        k: k as i32,
+        ranks: ranks as i32,
+        ldx: r.x.stride() as i32,
+        lddt: r.dt.stride() as i32,
+        lddy: r.dy.stride() as i32,
+        ldt: r.t.stride() as i32,
         accumulate,
-    )
+    });
+    kernels::lora_grads(&*cx.device, Launch::grid([tiles, 1, 1]), args)
 }

@@ -4,13 +4,13 @@
 //! row's bits do not depend on its batch. Math and numerics of the engine's own kernel:
 //! `kernels/matmul.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::MatmulChoice;
-use crate::device::{DType, Gemm, Launch, Layout, Operand};
+use crate::device::{Gemm, Launch, Layout, Operand};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
-use crate::ops::{expect_cols, partials};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
 /// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] (an HF `weight`), bias [n]; y [m, n] real.
@@ -57,13 +57,7 @@ impl Op for Linear {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         if let Some((da, accumulate)) = g.slot(0)? {
             product(cx, Layout::NN, &da, dy, &node.saved[0], None, accumulate)?;
@@ -138,8 +132,8 @@ pub fn product(
     if cx.matmul == MatmulChoice::Auto && unsafe { cx.device.gemm(&gemm)? } {
         return Ok(());
     }
-    let (tile, shared) = tile(a.dtype());
-    let at = Launch::blocks([n.div_ceil(tile), m.div_ceil(tile), 1], 256, shared);
+    let tile = kernels::tile_side(a.dtype().size());
+    let at = Launch::grid([n.div_ceil(tile), m.div_ceil(tile), 1]);
     let kernel = match layout {
         Layout::NT => kernels::matmul_nt,
         Layout::NN => kernels::matmul_nn,
@@ -148,58 +142,36 @@ pub fn product(
     // A real C takes the instance D = 0, a float C of a bf16 product D = 1; in f32 both are the
     // same type.
     let float_out = c.dtype() != a.dtype();
-    let (real, float) = if float_out { (None, Some(c.out())) } else { (Some(c.out()), None) };
-    let (lda, ldb, ldc) = (a.stride() as i32, b.stride() as i32, c.stride() as i32);
-    kernel(
-        &*cx.device,
-        at,
-        usize::from(float_out),
-        real,
-        float,
+    let args = kernels::MatmulNtArgs {
+        c: (!float_out).then(|| c.out()),
+        cf: float_out.then(|| c.out()),
         a,
         b,
         bias,
-        m as i32,
-        n as i32,
-        k as i32,
-        lda,
-        ldb,
-        ldc,
-        i32::from(accumulate),
-    )
-}
-
-/// Side of the tile of `kernels/prim/tile.cuh`, and its shared memory: 128 with three stages of 2 x
-/// 8 KiB, or 64.
-pub(crate) fn tile(dtype: DType) -> (usize, usize) {
-    if dtype == DType::BF16 { (128, 3 * 2 * 8192) } else { (64, 2 * 16 * 68 * 4) }
+        m: m as i32,
+        n: n as i32,
+        k: k as i32,
+        lda: a.stride() as i32,
+        ldb: b.stride() as i32,
+        ldc: c.stride() as i32,
+        accumulate: i32::from(accumulate),
+    };
+    kernel(&*cx.device, at, usize::from(float_out), args)
 }
 
 /// `out[c] (+)= sum_r x[r, c]` in f32, in a fixed order.
 pub fn column_sums(cx: &Cx, out: &Tensor, x: &Tensor, accumulate: bool) -> Result<()> {
     let (rows, cols) = (x.row_count(), x.cols());
-    let partial = partials(cx, rows, cols)?;
-    let (chunks, step) = (rows.div_ceil(64), 32 * 16 / x.dtype().size());
-    let at = Launch::warps(chunks * cols.div_ceil(step));
-    kernels::column_sums(
-        &*cx.device,
-        at,
-        partial.out(),
+    let sums = RowSums::new(cx, rows, cols, x.dtype())?;
+    let args = kernels::ColumnSumsArgs {
+        partial: sums.partial.out(),
         x,
-        rows as i32,
-        cols as i32,
-        x.stride() as i32,
-    )?;
-    let at = Launch::flat(cols);
-    kernels::sum_partials(
-        &*cx.device,
-        at,
-        out.out(),
-        &partial,
-        chunks as i32,
-        cols as i32,
-        i32::from(accumulate),
-    )
+        rows: rows as i32,
+        cols: cols as i32,
+        ld: x.stride() as i32,
+    };
+    kernels::column_sums(&*cx.device, sums.first, args)?;
+    sums.finish(cx, out, accumulate)
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
@@ -226,4 +198,12 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         ));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = vec![
+        Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0)),
+        Arg::param(rng.array(&[2 * s.intermediate, s.hidden], 0.02)),
+    ];
+    vec![Case::new("gate_up", Linear { bias: false }, inputs)]
 }

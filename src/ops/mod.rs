@@ -27,8 +27,9 @@ pub mod sample;
 pub mod scale;
 
 use crate::autograd::Cx;
-use crate::device::DType;
+use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::tensor::Tensor;
 
 /// Checks that `t` is a matrix (or batch of rows) with `cols` columns.
@@ -45,7 +46,43 @@ pub(crate) fn expect_cols(
     Err(Error::op(op, format!("{what} has {} columns, expected {cols}; {hint}", t.cols())))
 }
 
-/// First-stage buffer of a two-stage sum over rows: one partial row for each 64 rows.
-pub(crate) fn partials(cx: &Cx, rows: usize, cols: usize) -> Result<Tensor> {
-    cx.scratch("partial sums", DType::F32, &[rows.div_ceil(64).max(1), cols])
+/// A thread for each 16 bytes of each row.
+pub(crate) fn row_packs(rows: usize, cols: usize, dtype: DType) -> Launch {
+    Launch::flat(rows * cols.div_ceil(kernels::pack_width(dtype.size())))
+}
+
+/// Warps that cover the columns of `n` rows (or of runs of rows), for a `KERNEL_WARP` that takes
+/// [`kernels::warp_columns`] of them at once.
+pub(crate) fn column_warps(n: usize, cols: usize, dtype: DType) -> Launch {
+    Launch::warps(n * cols.div_ceil(kernels::warp_columns(dtype.size())))
+}
+
+/// A sum over rows in two stages, in a fixed order: a kernel of the op writes `partial`, launched
+/// as `first` says; [`RowSums::finish`] adds its rows up.
+pub(crate) struct RowSums {
+    /// F32, a row for each `SUM_ROWS` rows.
+    pub partial: Tensor,
+    pub first: Launch,
+}
+
+impl RowSums {
+    /// For `rows` rows of `cols` columns of `dtype`.
+    pub fn new(cx: &Cx, rows: usize, cols: usize, dtype: DType) -> Result<RowSums> {
+        let chunks = rows.div_ceil(kernels::SUM_ROWS).max(1);
+        let partial = cx.scratch("partial sums", DType::F32, &[chunks, cols])?;
+        Ok(RowSums { partial, first: column_warps(chunks, cols, dtype) })
+    }
+
+    /// `out (+)=` the sum, F32 [cols].
+    pub fn finish(&self, cx: &Cx, out: &Tensor, accumulate: bool) -> Result<()> {
+        let (chunks, cols) = (self.partial.row_count(), self.partial.cols());
+        let args = kernels::SumPartialsArgs {
+            out: out.out(),
+            partial: &self.partial,
+            chunks: chunks as i32,
+            cols: cols as i32,
+            accumulate: i32::from(accumulate),
+        };
+        kernels::sum_partials(&*cx.device, Launch::flat(cols), args)
+    }
 }

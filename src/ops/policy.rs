@@ -9,15 +9,15 @@
 mod advantage;
 mod oracle;
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream, flat};
 use crate::config::value::words;
 use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, policy_term, ratio_level};
 use crate::tensor::{Id, Tensor};
 
 pub use advantage::{gae, whiten};
-pub use oracle::cases;
+pub use oracle::{cases, perf};
 
 /// The term of a token. TRL's `loss_type` grpo, bnpo, dr_grpo, dapo and luspo are all `Clip`: they
 /// differ in the weights.
@@ -49,11 +49,11 @@ pub enum Term {
 words! {
     /// What a ratio belongs to: TRL's `importance_sampling_level`.
     pub enum ImportanceLevel {
-        Token = "token",
+        Token = "token" => ratio_level::TOKEN,
         /// The mean of the log-ratios.
-        Sequence = "sequence",
+        Sequence = "sequence" => ratio_level::SEQUENCE,
         /// Their sum, as in RLOO.
-        SequenceSum = "sequence_sum",
+        SequenceSum = "sequence_sum" => ratio_level::SEQUENCE_SUM,
     }
 }
 
@@ -192,53 +192,55 @@ impl Op for Policy {
             (of("ratio", n)?, of("kl", n)?, of("clip", n)?, of("policy gradient", n)?);
         let (partial, loss) = (of("partial sums", sequences.max(1))?, of("loss", 1)?);
         let (d, low, high, delta) = match self.config.term {
-            Term::Clip { epsilon, epsilon_high, delta } => (0, epsilon, epsilon_high, delta),
-            Term::Cispo { epsilon_high } => (1, 0.0, epsilon_high, f32::INFINITY),
-            Term::Sapo { .. } => (2, 0.0, 0.0, f32::INFINITY),
-            Term::Vespo { .. } => (3, 0.0, 0.0, f32::INFINITY),
+            Term::Clip { epsilon, epsilon_high, delta } => {
+                (policy_term::CLIP, epsilon, epsilon_high, delta)
+            }
+            Term::Cispo { epsilon_high } => (policy_term::CISPO, 0.0, epsilon_high, f32::INFINITY),
+            Term::Sapo { .. } => (policy_term::SAPO, 0.0, 0.0, f32::INFINITY),
+            Term::Vespo { .. } => (policy_term::VESPO, 0.0, 0.0, f32::INFINITY),
         };
         let [pos_a, neg_a, pos_b, neg_b] = self.shapes();
         kernels::policy_loss(
             &*cx.device,
             Launch::warps(sequences),
-            d,
-            partial.out(),
-            ratio.out(),
-            kl.out(),
-            clip.out(),
-            dlogp.out(),
-            logp,
-            x[2],
-            x[3],
-            x[4],
-            ref_logp,
-            scale,
-            log_is,
-            starts,
-            sequences as i32,
-            self.config.level as i32,
-            low,
-            high,
-            delta,
-            self.config.beta,
-            i32::from(self.config.bias_correction_kl),
-            pos_a,
-            neg_a,
-            pos_b,
-            neg_b,
+            d as usize,
+            kernels::PolicyLossArgs {
+                seq_loss: partial.out(),
+                ratio: ratio.out(),
+                kl: kl.out(),
+                clip: clip.out(),
+                dlogp: dlogp.out(),
+                logp,
+                old: x[2],
+                advantage: x[3],
+                weight: x[4],
+                ref_logp,
+                scale,
+                log_is,
+                starts,
+                sequences: sequences as i32,
+                level: self.config.level as i32,
+                low,
+                high,
+                delta,
+                beta: self.config.beta,
+                bias_correction: i32::from(self.config.bias_correction_kl),
+                pos_a,
+                neg_a,
+                pos_b,
+                neg_b,
+            },
         )?;
-        kernels::sum_all(&*cx.device, Launch::warps(1), loss.out(), &partial, sequences as i32)?;
+        kernels::sum_all(
+            &*cx.device,
+            Launch::warps(1),
+            kernels::SumAllArgs { out: loss.out(), x: &partial, n: sequences as i32 },
+        )?;
         let saved = if need.tape { vec![dlogp] } else { vec![] };
         Ok(Fwd { outputs: vec![loss, ratio, kl, clip], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         scaled_gradient(cx, node, dy, g)
     }
 
@@ -259,41 +261,36 @@ impl Op for ValueLoss {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         same_length("value_loss", x[0], x[1..].iter().copied())?;
         let n = x[0].numel();
-        let chunks = n.div_ceil(1024).max(1);
+        let chunks = n.div_ceil(kernels::VALUE_CHUNK);
         let (clip, dvalue) = (cx.float("clip", &[n])?, cx.float("value gradient", &[n])?);
-        let (partial, loss) = (cx.float("partial sums", &[chunks])?, cx.float("loss", &[1])?);
+        let (partial, loss) =
+            (cx.float("partial sums", &[chunks.max(1)])?, cx.float("loss", &[1])?);
         let (at, range) = (Launch::warps(chunks), self.cliprange);
         let (part, dv) = (partial.out(), dvalue.out());
         kernels::value_loss(
             &*cx.device,
             at,
-            part,
-            clip.out(),
-            dv,
-            x[0],
-            x[1],
-            x[2],
-            x[3],
-            n as i32,
-            range,
+            kernels::ValueLossArgs {
+                part,
+                clip: clip.out(),
+                dvalue: dv,
+                value: x[0],
+                old: x[1],
+                returns: x[2],
+                weight: x[3],
+                n: n as i32,
+                range,
+            },
         )?;
         kernels::sum_all(
             &*cx.device,
             Launch::warps(1),
-            loss.out(),
-            &partial,
-            n.div_ceil(1024) as i32,
+            kernels::SumAllArgs { out: loss.out(), x: &partial, n: chunks as i32 },
         )?;
         Ok(Fwd { outputs: vec![loss, clip], saved: if need.tape { vec![dvalue] } else { vec![] } })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         scaled_gradient(cx, node, dy, g)
     }
 
@@ -316,19 +313,20 @@ impl Op for ValueLoss {
 }
 
 /// The first input's gradient: the upstream of the loss times what the forward kept.
-fn scaled_gradient(cx: &mut Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+fn scaled_gradient(cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
     let Some(up) = &dy[0] else { return Ok(()) };
     let Some((dx, accumulate)) = g.slot(0)? else { return Ok(()) };
     let (saved, n) = (&node.saved[0], node.saved[0].numel());
-    let at = Launch::flat(n.div_ceil(4));
     kernels::scale_by_upstream(
         &*cx.device,
-        at,
-        dx.out(),
-        saved,
-        up,
-        n as i64,
-        i32::from(accumulate),
+        flat(saved),
+        kernels::ScaleByUpstreamArgs {
+            dx: dx.out(),
+            saved,
+            upstream: up,
+            n: n as i64,
+            accumulate: i32::from(accumulate),
+        },
     )
 }
 

@@ -4,11 +4,11 @@
 //! Invariant: as for the plain embedding, the backward adds the places of an id in order. Kernel:
 //! `kernels/prompt.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::embedding::{TokenIndex, sorted_places, sum_places};
 use crate::tensor::Tensor;
 
@@ -45,25 +45,13 @@ impl Op for PromptEmbedding {
         kernels::prompt_gather(
             &*cx.device,
             Launch::warps(n),
-            y.out(),
-            w,
-            p,
-            ids,
-            n as i32,
-            vocab,
-            d as i32,
+            kernels::PromptGatherArgs { y: y.out(), w, p, ids, n: n as i32, vocab, d: d as i32 },
         )?;
         let saved = if need.tape { x[3..6].iter().map(|t| (*t).clone()).collect() } else { vec![] };
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (unique, starts, order) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if order.numel() != dy.row_count() {
@@ -107,25 +95,24 @@ impl Op for PromptEmbedding {
     }
 }
 
-pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (vocab, virtuals, d, lengths) in
-        [(3, 1, 5, vec![1]), (20, 4, 64, vec![9, 1, 17]), (7, 2, 300, vec![5, 5])]
-    {
-        let mut ids: Vec<i32> = Vec::new();
-        for n in lengths {
-            ids.extend((vocab..vocab + virtuals).map(|i| i as i32));
-            ids.extend((0..n).map(|_| rng.below(vocab) as i32));
-        }
-        let [unique, starts, order] = sorted_places(&ids);
-        let text = unique.iter().filter(|i| (**i as usize) < vocab).count();
-        let mut inputs = vec![
-            Arg::param(rng.array(&[vocab, d], 1.0)),
-            Arg::param(rng.array(&[virtuals, d], 1.0)),
-        ];
-        inputs.extend([&ids, &unique, &starts, &order].map(|v| Arg::ints(v)));
-        let label = format!("vocab {vocab} virtual {virtuals} d {d} n {}", ids.len());
-        cases.push(Case { exact: true, ..Case::new(label, PromptEmbedding { text }, inputs) });
+fn case(rng: &mut Rng, vocab: usize, virtuals: usize, d: usize, lengths: &[usize]) -> Case {
+    let mut ids: Vec<i32> = Vec::new();
+    for n in lengths {
+        ids.extend((vocab..vocab + virtuals).map(|i| i as i32));
+        ids.extend((0..*n).map(|_| rng.below(vocab) as i32));
     }
-    cases
+    let [unique, starts, order] = sorted_places(&ids);
+    let text = unique.iter().filter(|i| (**i as usize) < vocab).count();
+    let mut inputs = [vocab, virtuals].map(|n| Arg::param(rng.array(&[n, d], 1.0))).to_vec();
+    inputs.extend([&ids, &unique, &starts, &order].map(|v| Arg::ints(v)));
+    let label = format!("vocab {vocab} virtual {virtuals} d {d} n {}", ids.len());
+    Case { exact: true, ..Case::new(label, PromptEmbedding { text }, inputs) }
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    vec![case(rng, 3, 1, 5, &[1]), case(rng, 20, 4, 64, &[9, 1, 17]), case(rng, 7, 2, 300, &[5, 5])]
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    vec![case(rng, s.vocab, 20, s.hidden, &vec![s.length; s.sequences])]
 }

@@ -3,12 +3,12 @@
 //! Invariant: a row's result depends on that row alone. Math, numerics and source:
 //! `kernels/rmsnorm.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
-use crate::ops::{expect_cols, partials};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
 /// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w [d]; y as x. Error if w is not as wide
@@ -53,49 +53,16 @@ impl Op for RmsNorm {
         let (x, w) = (x[0], x[1]);
         expect_cols("rmsnorm", "weight", w, x.cols(), HINT)?;
         let (y, rstd) = (cx.real("rmsnorm", x.shape())?, cx.float("rstd", &[x.row_count()])?);
-        let (rows, d) = (x.row_count() as i32, x.cols() as i32);
-        kernels::rmsnorm_fwd(
-            &*cx.device,
-            Launch::warps(x.row_count()),
-            y.out(),
-            None,
-            rstd.out(),
-            x,
-            None,
-            w,
-            rows,
-            d,
-            self.eps,
-        )?;
+        forward(cx, [&y, &rstd], None, x, w, self.eps)?;
         let saved = if need.tape { vec![x.clone(), w.clone(), rstd] } else { vec![] };
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         if let Some((dx, accumulate)) = g.slot(0)? {
-            let (rows, d) = (s.row_count() as i32, s.cols() as i32);
-            let at = Launch::warps(s.row_count());
-            kernels::rmsnorm_bwd(
-                &*cx.device,
-                at,
-                dx.out(),
-                dy,
-                None,
-                s,
-                w,
-                rstd,
-                rows,
-                d,
-                i32::from(accumulate),
-            )?;
+            backward(cx, &dx, dy, None, [s, w, rstd], accumulate)?;
         }
         weight_gradient(cx, g, 1, dy, s, rstd)
     }
@@ -125,32 +92,12 @@ impl Op for AddRmsNorm {
         }
         let (y, s) = (cx.real("rmsnorm", x.shape())?, cx.real("residual", x.shape())?);
         let rstd = cx.float("rstd", &[x.row_count()])?;
-        let (rows, d) = (x.row_count() as i32, x.cols() as i32);
-        let at = Launch::warps(x.row_count());
-        kernels::rmsnorm_fwd(
-            &*cx.device,
-            at,
-            y.out(),
-            Some(s.out()),
-            rstd.out(),
-            x,
-            Some(residual),
-            w,
-            rows,
-            d,
-            self.eps,
-        )?;
+        forward(cx, [&y, &rstd], Some((&s, residual)), x, w, self.eps)?;
         let saved = if need.tape { vec![s.clone(), w.clone(), rstd] } else { vec![] };
         Ok(Fwd { outputs: vec![y, s], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
         let Some(up) = &dy[0] else {
             // Only the residual stream goes on: both inputs get its gradient.
@@ -162,21 +109,7 @@ impl Op for AddRmsNorm {
         };
         if g.wants(0) || g.wants(1) {
             let ds = cx.real("activation gradients", s.shape())?;
-            let (rows, d) = (s.row_count() as i32, s.cols() as i32);
-            let at = Launch::warps(s.row_count());
-            kernels::rmsnorm_bwd(
-                &*cx.device,
-                at,
-                ds.out(),
-                up,
-                dy[1].as_ref(),
-                s,
-                w,
-                rstd,
-                rows,
-                d,
-                0,
-            )?;
+            backward(cx, &ds, up, dy[1].as_ref(), [s, w, rstd], false)?;
             g.give(cx, 0, ds.clone())?;
             g.give(cx, 1, ds)?;
         }
@@ -193,6 +126,51 @@ impl Op for AddRmsNorm {
     }
 }
 
+/// y and rstd of x, or of x + residual, which is written to the tensor beside it.
+fn forward(
+    cx: &Cx,
+    [y, rstd]: [&Tensor; 2],
+    sum_residual: Option<(&Tensor, &Tensor)>,
+    x: &Tensor,
+    w: &Tensor,
+    eps: f32,
+) -> Result<()> {
+    let args = kernels::RmsnormFwdArgs {
+        y: y.out(),
+        sum: sum_residual.map(|(sum, _)| sum.out()),
+        rstd: rstd.out(),
+        x,
+        res: sum_residual.map(|(_, residual)| residual),
+        w,
+        rows: x.row_count() as i32,
+        d: x.cols() as i32,
+        eps,
+    };
+    kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), args)
+}
+
+fn backward(
+    cx: &Cx,
+    ds: &Tensor,
+    dy: &Tensor,
+    dsum: Option<&Tensor>,
+    [s, w, rstd]: [&Tensor; 3],
+    accumulate: bool,
+) -> Result<()> {
+    let args = kernels::RmsnormBwdArgs {
+        ds: ds.out(),
+        dy,
+        dsum,
+        s,
+        w,
+        rstd,
+        rows: s.row_count() as i32,
+        d: s.cols() as i32,
+        accumulate: i32::from(accumulate),
+    };
+    kernels::rmsnorm_bwd(&*cx.device, Launch::warps(s.row_count()), args)
+}
+
 fn weight_gradient(
     cx: &mut Cx,
     g: &mut Grads,
@@ -203,19 +181,17 @@ fn weight_gradient(
 ) -> Result<()> {
     let Some((dw, accumulate)) = g.slot(i)? else { return Ok(()) };
     let (rows, d) = (s.row_count(), s.cols());
-    let partial = partials(cx, rows, d)?;
-    let (chunks, step) = (rows.div_ceil(64), 32 * 16 / s.dtype().size());
-    let at = Launch::warps(chunks * d.div_ceil(step));
-    kernels::rmsnorm_dw(&*cx.device, at, partial.out(), dy, s, rstd, rows as i32, d as i32)?;
-    kernels::sum_partials(
-        &*cx.device,
-        Launch::flat(d),
-        dw.out(),
-        &partial,
-        chunks as i32,
-        d as i32,
-        i32::from(accumulate),
-    )
+    let sums = RowSums::new(cx, rows, d, s.dtype())?;
+    let args = kernels::RmsnormDwArgs {
+        partial: sums.partial.out(),
+        dy,
+        s,
+        rstd,
+        rows: rows as i32,
+        d: d as i32,
+    };
+    kernels::rmsnorm_dw(&*cx.device, sums.first, args)?;
+    sums.finish(cx, &dw, accumulate)
 }
 
 fn norm(round: Round, s: &F64, w: &F64, eps: f32) -> F64 {
@@ -247,4 +223,12 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         ));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let mut rows = || Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    let (x, residual) = (rows(), rows());
+    let w = Arg::param(F64::from_fn(&[s.hidden], |_| 1.0));
+    let plain = Case::new("plain", RmsNorm { eps: 1e-5 }, vec![x.clone(), w.clone()]);
+    vec![plain, Case::new("residual", AddRmsNorm { eps: 1e-5 }, vec![x, residual, w])]
 }

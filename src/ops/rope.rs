@@ -4,11 +4,12 @@
 //! Invariant: a row's result depends on that row and its position alone. Math and numerics:
 //! `kernels/rope.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
-use crate::device::{DType, Launch};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
+use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::{RowSums, row_packs};
 use crate::tensor::Tensor;
 
 /// Angles of every position: cosine and sine, each F32 [positions, head_dim / 2] (scaling factors
@@ -64,8 +65,7 @@ impl Rope {
         accumulate: bool,
     ) -> Result<()> {
         let dim = x.cols() / (self.heads + 2 * self.kv_heads);
-        let v = 16 / x.dtype().size();
-        let items = x.row_count() * (self.heads + 2 * self.kv_heads) * (dim / 2).div_ceil(v);
+        let heads = x.row_count() * (self.heads + 2 * self.kv_heads);
         let norm = if sign > 0.0 { saved.norm } else { None };
         let (rstd, wq, wk) = match norm {
             Some((rstd, wq, wk)) => (Some(rstd), Some(wq), Some(wk)),
@@ -73,21 +73,23 @@ impl Rope {
         };
         kernels::rope_apply(
             &*cx.device,
-            Launch::flat(items),
+            row_packs(heads, dim / 2, x.dtype()),
             usize::from(accumulate),
-            y.out(),
-            x,
-            saved.cosine,
-            saved.sine,
-            saved.position,
-            rstd,
-            wq,
-            wk,
-            x.row_count() as i32,
-            self.heads as i32,
-            self.kv_heads as i32,
-            dim as i32,
-            sign,
+            kernels::RopeApplyArgs {
+                y: y.out(),
+                x,
+                cosine: saved.cosine,
+                sine: saved.sine,
+                position: saved.position,
+                rstd,
+                wq,
+                wk,
+                rows: x.row_count() as i32,
+                heads: self.heads as i32,
+                kv: self.kv_heads as i32,
+                dim: dim as i32,
+                sign,
+            },
         )
     }
 }
@@ -135,13 +137,15 @@ impl Op for Rope {
                 kernels::head_rstd(
                     &*cx.device,
                     at,
-                    rstd.out(),
-                    qkv,
-                    rows as i32,
-                    h,
-                    k,
-                    dim as i32,
-                    eps,
+                    kernels::HeadRstdArgs {
+                        rstd: rstd.out(),
+                        x: qkv,
+                        rows: rows as i32,
+                        heads: h,
+                        kv: k,
+                        dim: dim as i32,
+                        eps,
+                    },
                 )?;
                 Some(rstd)
             }
@@ -166,13 +170,7 @@ impl Op for Rope {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let s = &node.saved;
         let saved = Saved { cosine: &s[0], sine: &s[1], position: &s[2], norm: None };
@@ -187,37 +185,42 @@ impl Op for Rope {
         let (r, h, k, d) = (rows as i32, self.heads as i32, self.kv_heads as i32, dim as i32);
         for (input, first, count) in [(4, 0, self.heads), (5, self.heads, self.kv_heads)] {
             let Some((dw, accumulate)) = g.slot(input)? else { continue };
-            let chunks = (rows * count).div_ceil(64).max(1);
-            let partial = cx.scratch("partial sums", DType::F32, &[chunks, dim])?;
-            let at = Launch::warps(chunks * dim.div_ceil(32 * 16 / x.dtype().size()));
+            let sums = RowSums::new(cx, rows * count, dim, x.dtype())?;
             kernels::head_norm_dw(
                 &*cx.device,
-                at,
-                partial.out(),
-                &back,
-                x,
-                rstd,
-                r,
-                h,
-                k,
-                d,
-                first as i32,
-                count as i32,
+                sums.first,
+                kernels::HeadNormDwArgs {
+                    partial: sums.partial.out(),
+                    d: &back,
+                    x,
+                    rstd,
+                    rows: r,
+                    heads: h,
+                    kv: k,
+                    dim: d,
+                    first: first as i32,
+                    count: count as i32,
+                },
             )?;
-            let at = Launch::flat(dim);
-            kernels::sum_partials(
-                &*cx.device,
-                at,
-                dw.out(),
-                &partial,
-                chunks as i32,
-                d,
-                i32::from(accumulate),
-            )?;
+            sums.finish(cx, &dw, accumulate)?;
         }
         if g.wants(0) {
             let at = Launch::warps(rows * (self.heads + self.kv_heads));
-            kernels::head_norm_bwd(&*cx.device, at, back.out(), x, rstd, wq, wk, r, h, k, d)?;
+            kernels::head_norm_bwd(
+                &*cx.device,
+                at,
+                kernels::HeadNormBwdArgs {
+                    d: back.out(),
+                    x,
+                    rstd,
+                    wq,
+                    wk,
+                    rows: r,
+                    heads: h,
+                    kv: k,
+                    dim: d,
+                },
+            )?;
             g.give(cx, 0, back)?;
         }
         Ok(())
@@ -257,35 +260,36 @@ impl Op for Rope {
     }
 }
 
-pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (rows, heads, kv, dim, norm) in [
-        (3, 2, 1, 16, false),
-        (40, 4, 2, 32, false),
-        (5, 3, 3, 6, false),
-        (37, 4, 2, 64, true),
-        (3, 2, 2, 24, true),
-    ] {
-        let positions = 50;
-        let angle = F64::from_fn(&[positions, dim / 2], |i| {
-            (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
-        });
-        let cosine = F64::from_fn(&angle.shape, |i| angle.data[i].cos());
-        let sine = F64::from_fn(&angle.shape, |i| angle.data[i].sin());
-        let place: Vec<i32> = (0..rows).map(|_| rng.below(positions) as i32).collect();
-        let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
-        let mut inputs =
-            vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&place)];
-        if norm {
-            inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
-            inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
-        }
-        let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
-        let label = format!(
-            "rows {rows} heads {heads}/{kv} dim {dim}{}",
-            if norm { " normed" } else { "" }
-        );
-        cases.push(Case::new(label, op, inputs));
+fn case(rng: &mut Rng, rows: usize, [heads, kv, dim]: [usize; 3], norm: bool, last: usize) -> Case {
+    let angle = F64::from_fn(&[last, dim / 2], |i| {
+        (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
+    });
+    let cosine = F64::from_fn(&angle.shape, |i| angle.data[i].cos());
+    let sine = F64::from_fn(&angle.shape, |i| angle.data[i].sin());
+    let position: Vec<i32> = (0..rows).map(|_| rng.below(last) as i32).collect();
+    let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
+    let mut inputs =
+        vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&position)];
+    if norm {
+        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
+        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
     }
-    cases
+    let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
+    let normed = if norm { " normed" } else { "" };
+    Case::new(format!("rows {rows} heads {heads}/{kv} dim {dim}{normed}"), op, inputs)
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let shapes = [
+        (3, [2, 1, 16], false),
+        (40, [4, 2, 32], false),
+        (5, [3, 3, 6], false),
+        (37, [4, 2, 64], true),
+        (3, [2, 2, 24], true),
+    ];
+    shapes.map(|(rows, heads, norm)| case(rng, rows, heads, norm, 50)).into()
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    vec![case(rng, s.tokens(), [s.heads, s.kv_heads, s.head_dim], false, s.length)]
 }

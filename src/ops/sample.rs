@@ -8,9 +8,9 @@
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
-use crate::rng::{philox, uniform};
+use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::rng::{SAMPLE_TAG, philox, uniform};
 use crate::tensor::Tensor;
 
 /// Sampling keys under their usual names; they apply in transformers' order: repetition_penalty,
@@ -176,7 +176,7 @@ impl Sample {
         let (logits, who, seed, s) = (x[0], x[1], x[2], &self.sampling);
         let (n, vocab) = (logits.row_count(), logits.cols());
         let words = seen_words(vocab);
-        if who.numel() != 3 * n || seed.numel() != 2 || !logits.is_contiguous() {
+        if who.numel() != SAMPLE_INFO * n || seed.numel() != 2 || !logits.is_contiguous() {
             return Err(Error::op("sample", format!("{logits:?}, who {who:?}, seed {seed:?}")));
         }
         let seen = match (s.penalises(), x.get(3)) {
@@ -190,31 +190,33 @@ impl Sample {
             }
         };
         let work = seen.map(|_| cx.float("penalised logits", logits.shape())).transpose()?;
-        let block = Tensor::new(&cx.pool, "draws", DType::I32, &[5, n])?;
+        let block = Tensor::new(&cx.pool, "draws", DType::I32, &[SAMPLE_OUTPUTS, n])?;
         let column =
             |i: usize| block.view(4 * i * n, if i == 0 { DType::I32 } else { DType::F32 }, &[n]);
         kernels::sample(
             &*cx.device,
             Launch::warps(n),
-            column(0)?.out(),
-            column(1)?.out(),
-            column(2)?.out(),
-            column(3)?.out(),
-            column(4)?.out(),
-            seen.map(Tensor::out),
-            work.as_ref().map(Tensor::out),
-            logits,
-            who,
-            seed,
-            n as i32,
-            vocab as i32,
-            words as i32,
-            i32::from(s.is_greedy()),
-            s.scale(),
-            s.top_k.min(vocab) as i32,
-            s.top_p as f32,
-            s.min_p as f32,
-            s.repetition_penalty as f32,
+            kernels::SampleArgs {
+                token: column(0)?.out(),
+                logp: column(1)?.out(),
+                logp_scaled: column(2)?.out(),
+                logp_truncated: column(3)?.out(),
+                entropy: column(4)?.out(),
+                seen: seen.map(Tensor::out),
+                work: work.as_ref().map(Tensor::out),
+                logits,
+                who,
+                seed,
+                rows: n as i32,
+                vocab: vocab as i32,
+                words: words as i32,
+                greedy: i32::from(s.is_greedy()),
+                scale: s.scale(),
+                top_k: s.top_k.min(vocab) as i32,
+                top_p: s.top_p as f32,
+                min_p: s.min_p as f32,
+                penalty: s.repetition_penalty as f32,
+            },
         )?;
         Ok(block)
     }
@@ -229,7 +231,7 @@ impl Op for Sample {
         let block = self.run(cx, x)?;
         let n = x[0].row_count();
         let mut outputs = vec![block.view(0, DType::I32, &[n])?];
-        for i in 1..5 {
+        for i in 1..SAMPLE_OUTPUTS {
             outputs.push(block.view(4 * i * n, DType::F32, &[n])?);
         }
         outputs.extend(x.get(3).map(|seen| (*seen).clone()));
@@ -238,7 +240,7 @@ impl Op for Sample {
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let (n, vocab) = (x[0].row_count(), x[0].cols());
-        let mut out: Vec<F64> = (0..5).map(|_| F64::zeros(&[n])).collect();
+        let mut out: Vec<F64> = (0..SAMPLE_OUTPUTS).map(|_| F64::zeros(&[n])).collect();
         let mut seen = x.get(3).cloned();
         let key = [x[2].data[0] as i32 as u32, x[2].data[1] as i32 as u32];
         let log_softmax = |l: &[f64], scale: f64| -> Vec<f64> {
@@ -247,7 +249,7 @@ impl Op for Sample {
             l.iter().map(|v| v * scale - lse).collect()
         };
         for r in 0..n {
-            let who = &x[1].data[3 * r..3 * r + 3];
+            let who = &x[1].data[SAMPLE_INFO * r..][..SAMPLE_INFO];
             if who[0] < 0.0 {
                 continue;
             }
@@ -260,7 +262,7 @@ impl Op for Sample {
                 .map(|t| t as u32)
                 .collect();
             let p = self.sampling.distribution(x[0].row(r), &tokens);
-            let counter = [who[1] as u32, who[0] as u32, 0, 0x0400_0000];
+            let counter = [who[1] as u32, who[0] as u32, 0, SAMPLE_TAG];
             let u = f64::from(uniform(philox(key, counter)[0]));
             let mut below = 0.0;
             let passes = |v: &f64| {
@@ -333,4 +335,16 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         ));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let rows: Vec<i32> = (0..s.sequences as i32).flat_map(|r| [r, 0, r]).collect();
+    let logits = Arg::float(rng.array(&[s.sequences, s.vocab], 2.0));
+    let plain = Sampling { temperature: 1.0, ..Sampling::greedy() };
+    let nucleus = Sampling { top_p: 0.95, ..plain.clone() };
+    let case = |label: &str, sampling| {
+        let inputs = vec![logits.clone(), Arg::ints(&rows), Arg::ints(&[1, 2])];
+        Case::new(label, Sample { sampling }, inputs)
+    };
+    vec![case("full distribution", plain), case("top_p 0.95", nucleus)]
 }

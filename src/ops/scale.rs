@@ -2,13 +2,13 @@
 //!
 //! Invariant: columns that no segment names pass unchanged. Math and sources: `kernels/scale.cu`.
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::matmul::column_sums;
-use crate::ops::{expect_cols, partials};
+use crate::ops::{RowSums, expect_cols, row_packs};
 use crate::tensor::Tensor;
 
 /// `y = c x (+ bias)`, c[j] = s[j] / norm[j] for the columns that a vector of `scales` covers, else
@@ -35,10 +35,7 @@ pub fn row_norms(cx: &Cx, w: &Tensor) -> Result<Tensor> {
     kernels::row_norms(
         &*cx.device,
         Launch::warps(rows),
-        norm.out(),
-        w,
-        rows as i32,
-        w.cols() as i32,
+        kernels::RowNormsArgs { norm: norm.out(), w, rows: rows as i32, cols: w.cols() as i32 },
     )?;
     Ok(norm)
 }
@@ -68,17 +65,18 @@ pub(crate) fn scaled(
     add: bool,
 ) -> Result<()> {
     let (rows, cols) = (x.row_count(), x.cols());
-    let at = Launch::flat(rows * cols.div_ceil(16 / x.dtype().size()));
     kernels::scale_columns(
         &*cx.device,
-        at,
-        y.out(),
-        x,
-        c,
-        bias,
-        rows as i32,
-        cols as i32,
-        i32::from(add),
+        row_packs(rows, cols, x.dtype()),
+        kernels::ScaleColumnsArgs {
+            y: y.out(),
+            x,
+            c,
+            bias,
+            rows: rows as i32,
+            cols: cols as i32,
+            accumulate: i32::from(add),
+        },
     )
 }
 
@@ -94,7 +92,11 @@ impl Op for ScaleColumns {
             expect_cols("scale_columns", "norm", norm, cols, "it has one value a column")?;
         }
         let c = cx.float("column factors", &[cols])?;
-        kernels::column_factor(&*cx.device, Launch::flat(cols), c.out(), None, None, cols as i32)?;
+        kernels::column_factor(
+            &*cx.device,
+            Launch::flat(cols),
+            kernels::ColumnFactorArgs { c: c.out(), s: None, norm: None, cols: cols as i32 },
+        )?;
         for (start, s) in self.starts.iter().zip(&x[first..]) {
             let end = start + s.numel();
             if end > cols {
@@ -107,10 +109,12 @@ impl Op for ScaleColumns {
             kernels::column_factor(
                 &*cx.device,
                 Launch::flat(n),
-                c.out(),
-                Some(s),
-                norm.as_ref(),
-                n as i32,
+                kernels::ColumnFactorArgs {
+                    c: c.out(),
+                    s: Some(s),
+                    norm: norm.as_ref(),
+                    cols: n as i32,
+                },
             )?;
         }
         let y = cx.real("scaled", x[0].shape())?;
@@ -126,13 +130,7 @@ impl Op for ScaleColumns {
         Ok(Fwd { outputs: vec![y], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let (_, _, first) = self.split(&node.inputs);
         if let Some((dx, accumulate)) = g.slot(0)? {
@@ -145,19 +143,17 @@ impl Op for ScaleColumns {
         }
         let Some(x) = node.saved.get(1) else { return Ok(()) };
         let (rows, cols) = (dy.row_count(), dy.cols());
-        let (partial, dc) = (partials(cx, rows, cols)?, cx.float("column factors", &[cols])?);
-        let (chunks, step) = (rows.div_ceil(64), 32 * 16 / dy.dtype().size());
-        let at = Launch::warps(chunks * cols.div_ceil(step));
-        kernels::column_dots(&*cx.device, at, partial.out(), dy, x, rows as i32, cols as i32)?;
-        kernels::sum_partials(
-            &*cx.device,
-            Launch::flat(cols),
-            dc.out(),
-            &partial,
-            chunks as i32,
-            cols as i32,
-            0,
-        )?;
+        let sums = RowSums::new(cx, rows, cols, dy.dtype())?;
+        let args = kernels::ColumnDotsArgs {
+            partial: sums.partial.out(),
+            dy,
+            x,
+            rows: rows as i32,
+            cols: cols as i32,
+        };
+        kernels::column_dots(&*cx.device, sums.first, args)?;
+        let dc = cx.float("column factors", &[cols])?;
+        sums.finish(cx, &dc, false)?;
         for (i, start) in self.starts.iter().enumerate() {
             let n: usize = node.inputs[first + i].shape.iter().product();
             let Some((ds, accumulate)) = g.slot(first + i)? else { continue };
@@ -167,11 +163,13 @@ impl Op for ScaleColumns {
             kernels::column_factor_grad(
                 &*cx.device,
                 at,
-                ds.out(),
-                &dc,
-                norm.as_ref(),
-                n as i32,
-                i32::from(accumulate),
+                kernels::ColumnFactorGradArgs {
+                    ds: ds.out(),
+                    dc: &dc,
+                    norm: norm.as_ref(),
+                    cols: n as i32,
+                    accumulate: i32::from(accumulate),
+                },
             )?;
         }
         Ok(())
@@ -224,4 +222,11 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
 /// A constant vector on the device.
 pub fn constant(cx: &Cx, values: &[f32]) -> Result<Tensor> {
     Tensor::from_host(&cx.pool, "column factors", DType::F32, &[values.len()], values)
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    let scale = Arg::param(F64::from_fn(&[s.hidden], |_| 1.0));
+    let op = ScaleColumns { starts: vec![0], norm: false, bias: false };
+    vec![Case::new("all columns", op, vec![x, scale])]
 }

@@ -50,6 +50,7 @@ pub struct Tensor {
 }
 
 /// Marks a kernel argument as written.
+#[derive(Clone, Copy)]
 pub struct Out<'a>(pub &'a Tensor);
 
 impl Tensor {

@@ -30,4 +30,5 @@ mod runs;
 mod score;
 mod sft;
 mod shim;
+mod signature;
 mod support;

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
-use temper::check::check_ops;
-use temper::device::{Device, cpu::Cpu};
+use temper::check::{check_ops, prepare_case};
+use temper::device::{DType, Device, cpu::Cpu};
+use temper::ops::case::{DEFAULT, PerfShape, Rng};
+use temper::ops::registry::registry;
+use temper::tensor::Tensor;
 
 fn all_pass(device: Arc<dyn Device>) {
     let outcomes = check_ops(&device, "", |_| {}).unwrap();
@@ -33,6 +36,37 @@ fn every_op_case_passes_on_the_cpu() {
 #[test]
 fn every_op_case_passes_on_the_strict_cpu() {
     all_pass(Arc::new(Cpu::strict(1)));
+}
+
+#[test]
+fn every_op_has_a_performance_case_that_runs_and_has_a_cost() {
+    let device: Arc<dyn Device> = Arc::new(Cpu::new());
+    let shape = PerfShape {
+        sequences: 2,
+        length: 9,
+        hidden: 32,
+        intermediate: 48,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 16,
+        vocab: 70,
+    };
+    for entry in registry() {
+        let cases = (entry.perf)(&mut Rng(1), &shape);
+        assert!(!cases.is_empty(), "{} has no performance case", entry.name);
+        for case in cases {
+            let (mut cx, inputs) = prepare_case(&device, &case, DType::F32, &DEFAULT).unwrap();
+            let inputs: Vec<&Tensor> = inputs.iter().collect();
+            let outputs = cx.apply_dyn(case.op.clone(), &inputs).unwrap();
+            // What is written in place, in part, is an input too.
+            let fresh = |o: &&Tensor| inputs.iter().all(|x| x.address() != o.address());
+            let written = outputs.iter().filter(fresh).map(Tensor::bytes).max().unwrap_or(1) as f64;
+            let cost = case.op.cost(&inputs);
+            // The largest output is written at least once.
+            assert!(cost.bytes >= written && cost.bytes.is_finite(), "{}: {cost:?}", entry.name);
+            assert!(cost.flops >= 0.0 && cost.flops.is_finite(), "{}: {cost:?}", entry.name);
+        }
+    }
 }
 
 #[test]

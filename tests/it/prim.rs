@@ -20,10 +20,7 @@ fn on(device: Cpu, which: i32, x: &[f32]) -> Vec<f32> {
     kernels::prim_unary(
         &**pool.device(),
         Launch::flat(x.len()),
-        y.out(),
-        &input,
-        which,
-        x.len() as i64,
+        kernels::PrimUnaryArgs { y: y.out(), x: &input, which, n: x.len() as i64 },
     )
     .unwrap();
     y.to_vec().unwrap()
@@ -186,6 +183,11 @@ fn philox_gives_the_published_vectors() {
     let pool = Pool::new(Arc::new(Cpu::new()));
     let x = Tensor::from_host(&pool, "x", DType::U32, &[3, 6], &input).unwrap();
     let y = Tensor::new(&pool, "y", DType::U32, &[3, 4]).unwrap();
-    kernels::prim_philox(&**pool.device(), Launch::flat(3), y.out(), &x, 3).unwrap();
+    kernels::prim_philox(
+        &**pool.device(),
+        Launch::flat(3),
+        kernels::PrimPhiloxArgs { y: y.out(), input: &x, n: 3 },
+    )
+    .unwrap();
     assert_eq!(y.to_vec::<u32>().unwrap(), want);
 }

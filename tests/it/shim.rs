@@ -10,11 +10,12 @@ use temper::error::Result;
 use temper::kernels;
 use temper::ops::case::Rng;
 use temper::ops::registry::registry;
-use temper::tensor::{Out, Tensor};
+use temper::tensor::Tensor;
 
 const N: usize = 64;
 
-type Planted = fn(&dyn Device, Launch, usize, Out<'_>, &Tensor, i32) -> Result<()>;
+// All planted kernels have the same arguments.
+type Planted = fn(&dyn Device, Launch, usize, kernels::PlantedDivergenceArgs<'_>) -> Result<()>;
 
 fn input() -> Vec<f32> {
     (0..N).map(|i| i as f32 + 0.5).collect()
@@ -24,14 +25,8 @@ fn run_on(device: Cpu, kernel: Planted, d: usize, shared: usize) -> Result<Vec<f
     let pool = Pool::new(Arc::new(device));
     let x = Tensor::from_host(&pool, "x", DType::F32, &[N], &input())?;
     let y = Tensor::new(&pool, "y", DType::F32, &[N])?;
-    kernel(
-        &**pool.device(),
-        Launch::blocks([1, 1, 1], N as u32, shared),
-        d,
-        y.out(),
-        &x,
-        N as i32,
-    )?;
+    let args = kernels::PlantedDivergenceArgs { y: y.out(), x: &x, n: N as i32 };
+    kernel(&**pool.device(), Launch::blocks([1, 1, 1], N as u32, shared), d, args)?;
     y.to_vec()
 }
 
@@ -80,7 +75,7 @@ fn lanes_in_different_collectives_are_an_error_that_names_the_warp() {
 }
 
 #[test]
-fn a_collective_that_half_of_the_lanes_skip_is_an_error_that_names_the_threads() {
+fn a_collective_that_half_of_the_lanes_skip_is_an_error() {
     let parts = [
         "planted_divergence_2_f32",
         "some lanes skip",
@@ -201,7 +196,7 @@ fn a_misaligned_async_copy_is_an_error_that_names_the_thread() {
 }
 
 #[test]
-fn a_missing_barrier_between_read_and_write_changes_the_result_with_the_seed() {
+fn a_missing_barrier_changes_the_result_with_the_seed() {
     let right = twin(kernels::planted_race, 4 * N);
     assert_eq!(right, reversed(3.0));
     let runs: Vec<Vec<f32>> = (0..4)

@@ -400,7 +400,12 @@ mod tests {
         device.begin_capture().unwrap();
         y.zero().unwrap();
         for scale in [2.0f32, 3.0] {
-            crate::kernels::axpy(device, Launch::flat(N), y.out(), &x, scale, N as i64, 1).unwrap();
+            crate::kernels::axpy(
+                device,
+                Launch::flat(N),
+                crate::kernels::AxpyArgs { y: y.out(), x: &x, scale, n: N as i64, accumulate: 1 },
+            )
+            .unwrap();
         }
         z.copy_from(&y).unwrap();
         assert!(

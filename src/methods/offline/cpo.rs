@@ -19,8 +19,7 @@ use crate::error::Result;
 use crate::methods::offline::completions::{HeadPass, PairRows, chosen_nll, forward, pair_metrics};
 use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun};
 use crate::model::decoder::Decoder;
 use crate::ops::preference::{self, CpoLoss};
 

@@ -17,12 +17,9 @@ use crate::data::sft::{SftExample, prepare};
 use crate::error::Result;
 use crate::methods::offline::rows::{RowSet, Rows, Split, targets};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::reference::{Teacher, TeacherOptions, floats};
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
-use crate::model::batch::{Batch, Sequence};
+use crate::methods::teacher::{Divergence, Teacher, TeacherOptions};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
 use crate::model::decoder::Decoder;
-use crate::ops::distill::{DistillIn, distill};
 
 pub const METHOD: MethodEntry = MethodEntry::new(
     "distill",
@@ -62,14 +59,13 @@ impl BuildMethod for DistillConfig {
         })?;
         let teacher = Teacher::new(&self.teacher)?;
         let scale = (1.0 / self.temperature) as f32;
-        let method = DistillObjective { rows, vocab: model.vocab_size, scale, teacher };
+        let method = DistillObjective { rows, scale, teacher };
         Ok(BuiltMethod::new(OfflineMethod(method), stats))
     }
 }
 
 pub struct DistillObjective {
     rows: Rows<SftExample>,
-    vocab: usize,
     scale: f32,
     teacher: Teacher,
 }
@@ -89,28 +85,10 @@ impl OfflineObjective for DistillObjective {
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
         let examples = self.rows.pick(micro.split, micro.rows);
-        let sequences: Vec<Sequence> = examples
-            .iter()
-            .map(|e| Sequence { ids: &e.input_ids, target: Some(&e.target_mask) })
-            .collect();
-        let batch = Batch::new(cx, &sequences, self.vocab)?;
-        let n = batch.target_ids.len();
-        if n == 0 {
-            return Ok(LossOutput::empty(batch.rows));
-        }
-        let teacher = self.teacher.model()?;
-        let theirs = teacher.target_hidden(cx, &batch)?;
-        micro.record(cx);
-        let own = model.target_hidden(cx, &batch)?;
-        let weight = floats(cx, &vec![micro.share(); n])?;
-        let x = DistillIn {
-            student: &own,
-            student_head: &model.head,
-            teacher: &theirs,
-            teacher_head: &teacher.head,
-            weight: &weight,
-        };
-        let (loss, _) = distill(cx, &x, self.teacher.beta, self.scale)?;
-        Ok(LossOutput::new(loss, batch.rows, || Ok(Vec::new())))
+        let (total, train) = (micro.total, micro.train);
+        Ok(match self.teacher.divergence(cx, model, &examples, total, self.scale, train)? {
+            Some(Divergence { loss, tokens }) => LossOutput::new(loss, tokens, || Ok(Vec::new())),
+            None => LossOutput::empty(examples.iter().map(|e| e.input_ids.len()).sum()),
+        })
     }
 }

@@ -37,8 +37,9 @@ use crate::methods::offline::completions::{
 use crate::methods::offline::rows::{Example, RowSet};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::{Reference, rows_digest};
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun, StateFiles};
+use crate::methods::{
+    BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun, StateFiles,
+};
 use crate::model::decoder::Decoder;
 use crate::ops::add::axpy;
 use crate::ops::preference::{self, DpoIn, DpoLoss, FDivergence};

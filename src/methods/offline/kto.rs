@@ -29,9 +29,9 @@ use crate::methods::offline::completions::{HeadPass, forward};
 use crate::methods::offline::rows::{Example, LabelledPair, RowSet, Rows, Split};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::{Reference, floats, rows_digest};
-use crate::methods::registry::MethodEntry;
 use crate::methods::{
-    BuildMethod, BuiltMethod, Footprint, MASKS, MaskedIds, MethodInputs, MethodRun, StateFiles,
+    BuildMethod, BuiltMethod, Footprint, MASKS, MaskedIds, MethodEntry, MethodInputs, MethodRun,
+    StateFiles,
 };
 use crate::model::batch::{self, Batch, Vocab};
 use crate::model::decoder::Decoder;

@@ -20,8 +20,7 @@ use crate::methods::offline::completions::{
 };
 use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::preference;

@@ -20,9 +20,8 @@ use crate::methods::offline::completions::PairRows;
 use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::floats;
-use crate::methods::registry::MethodEntry;
 use crate::methods::{
-    BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodInputs, MethodRun, Metric,
+    BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodEntry, MethodInputs, MethodRun, Metric,
 };
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;

@@ -21,8 +21,9 @@ use crate::error::{Error, Result};
 use crate::methods::offline::rows::{RowSet, Split, targets};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::floats;
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, MASKS, MaskedIds, MethodInputs, MethodRun, Metric};
+use crate::methods::{
+    BuildMethod, BuiltMethod, MASKS, MaskedIds, MethodEntry, MethodInputs, MethodRun, Metric,
+};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::{HeadOut, head_loss};

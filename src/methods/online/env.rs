@@ -16,6 +16,8 @@ use crate::config::{
     MatmulChoice, ReferenceOptions, ReferenceSyncOptions, RewardOptions, SamplingOptions,
     TrainingConfig,
 };
+use crate::data::masked::MaskedSequence;
+use crate::data::sft::SftExample;
 use crate::error::{Error, Result};
 use crate::methods::offline::rows::Split;
 use crate::methods::reference::{Reference, ReferenceSetup};
@@ -184,6 +186,16 @@ impl RolloutEnv {
             last = Some(r.prompt);
         }
         Batch::grouped(cx, &groups, model.vocab())
+    }
+
+    /// Rows to train on: the prompt of `split`, then the completion, whose tokens are the targets.
+    pub fn examples(&self, split: Split, rollouts: Vec<Rollout>) -> Vec<SftExample> {
+        let one = |r: Rollout| {
+            let prompt = &self.prompts.of(split)[r.prompt].ids;
+            let MaskedSequence { input_ids, target_mask } = MaskedSequence::new(prompt, &r.ids);
+            SftExample { input_ids, target_mask, row: r.prompt }
+        };
+        rollouts.into_iter().map(one).collect()
     }
 
     /// The factor of the logits, 1 / temperature, as in the sampler.

@@ -22,23 +22,19 @@ use super::options::RolloutOptions;
 use super::rollout::Rollout;
 use super::sampler::SampleRequest;
 use super::{OnlineMethod, OnlineObjective, StepRows};
-use crate::autograd::{Cx, Tape};
+use crate::autograd::Cx;
 use crate::config::{Report, SamplingOptions, TrainingConfig, TruncationOptions, section};
 use crate::data::rows::Row;
 use crate::data::sft::{SftExample, prepare};
 use crate::error::Result;
-use crate::methods::offline::rows::{Split, targets};
-use crate::methods::reference::{Teacher, TeacherOptions, floats};
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun, Metric, StepReport};
-use crate::model::batch::{Batch, Sequence};
+use crate::methods::offline::rows::Split;
+use crate::methods::teacher::{Teacher, TeacherOptions, all_targets};
+use crate::methods::{
+    BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun, Metric, StepReport,
+};
 use crate::model::decoder::Decoder;
-use crate::ops::distill::{DistillIn, distill};
-use crate::rng::{philox, uniform};
+use crate::rng::{philox, tag, uniform};
 use crate::rollout::Engine;
-
-/// Philox's stream of the choice between the student's completions and the others.
-const STREAM: u32 = 0x676b_6400;
 
 pub const METHOD: MethodEntry = MethodEntry::new(
     "gkd",
@@ -164,20 +160,8 @@ impl Gkd {
     /// Whether micro-batch `m` of a step has the student's completions.
     fn on_policy(&self, step: u64, m: usize) -> bool {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
-        let bits = philox(key, [step as u32, m as u32, 0, STREAM]);
+        let bits = philox(key, [step as u32, m as u32, 0, tag::ON_POLICY]);
         f64::from(uniform(bits[0])) < self.options.lmbda
-    }
-
-    /// Rows to train on: the prompt of `split`, then the completion, whose tokens are the targets.
-    fn examples(&self, split: Split, rollouts: Vec<Rollout>) -> Vec<SftExample> {
-        let one = |r: Rollout| {
-            let prompt = &self.env.prompts.of(split)[r.prompt].ids;
-            let mut target_mask = vec![false; prompt.len()];
-            target_mask.resize(prompt.len() + r.ids.len(), true);
-            let input_ids = [prompt.as_slice(), &r.ids].concat();
-            SftExample { input_ids, target_mask, row: r.prompt }
-        };
-        rollouts.into_iter().map(one).collect()
     }
 
     /// Completions of `prompts`, one each.
@@ -234,8 +218,8 @@ impl Gkd {
                 self.env.log.push(line);
             }
         }
-        let mut students = self.examples(Split::Train, students).into_iter();
-        let mut teachers = self.examples(Split::Train, teachers).into_iter();
+        let mut students = self.env.examples(Split::Train, students).into_iter();
+        let mut teachers = self.env.examples(Split::Train, teachers).into_iter();
         let mut parts = Vec::with_capacity(at.micro.len());
         for (rows, own) in at.micro.iter().zip(own) {
             parts.push(match (own, self.options.seq_kd) {
@@ -247,54 +231,6 @@ impl Gkd {
         self.buffer.replace(at.step, parts);
         Ok(metrics)
     }
-
-    /// The loss of some rows, of `total` target tokens in the step; with `train`, the backward.
-    fn update(
-        &self,
-        cx: &mut Cx,
-        model: &Decoder,
-        examples: &[SftExample],
-        total: usize,
-        train: bool,
-    ) -> Result<StepReport> {
-        let teacher = self.teacher.model()?;
-        let sequences: Vec<Sequence> = examples
-            .iter()
-            .map(|e| Sequence { ids: &e.input_ids, target: Some(&e.target_mask) })
-            .collect();
-        let batch = Batch::new(cx, &sequences, model.vocab())?;
-        let n = batch.target_ids.len();
-        if n == 0 {
-            return Ok(StepReport::default());
-        }
-        // The teacher knows nothing of the student's virtual tokens.
-        let theirs = if model.vocab() == teacher.vocab() {
-            teacher.target_hidden(cx, &batch)?
-        } else {
-            let plain = Batch::new(cx, &sequences, teacher.vocab())?;
-            teacher.target_hidden(cx, &plain)?
-        };
-        let weight = floats(cx, &vec![(1.0 / total as f64) as f32; n])?;
-        let one = floats(cx, &[1.0])?;
-        cx.tape = train.then(Tape::default);
-        let own = model.target_hidden(cx, &batch)?;
-        let x = DistillIn {
-            student: &own,
-            student_head: &model.head,
-            teacher: &theirs,
-            teacher_head: &teacher.head,
-            weight: &weight,
-        };
-        let (loss, _) = distill(cx, &x, self.teacher.beta, 1.0)?;
-        if train {
-            cx.backward(vec![(loss.clone(), one)])?;
-        }
-        Ok(StepReport { loss: loss.to_f32()?[0], tokens: batch.rows, metrics: Vec::new() })
-    }
-}
-
-fn all_targets<'a>(examples: impl IntoIterator<Item = &'a SftExample>) -> usize {
-    examples.into_iter().map(|e| targets(&e.target_mask)).sum()
 }
 
 /// A row with `prompt` and `completion`: of `messages` the last is the completion, as in TRL.
@@ -350,7 +286,7 @@ impl OnlineObjective for Gkd {
         let mut report = StepReport { metrics: self.fill(cx, model, at)?, ..Default::default() };
         let total = all_targets(self.buffer.samples.iter().flatten());
         for part in &self.buffer.samples {
-            report.add(self.update(cx, model, part, total, true)?);
+            report.add(self.teacher.update(cx, model, part, total, 1.0, true)?);
         }
         Ok(report)
     }
@@ -361,11 +297,11 @@ impl OnlineObjective for Gkd {
             self.eval.clone()
         } else {
             let rollouts = self.env.eval_rollouts(cx, model)?;
-            self.examples(Split::Eval, rollouts)
+            self.env.examples(Split::Eval, rollouts)
         };
         let (total, mut loss) = (all_targets(&examples), 0f64);
         for some in examples.chunks(batch.max(1)) {
-            loss += f64::from(self.update(cx, model, some, total, false)?.loss);
+            loss += f64::from(self.teacher.update(cx, model, some, total, 1.0, false)?.loss);
         }
         Ok(vec![("loss".into(), loss)])
     }
@@ -373,6 +309,6 @@ impl OnlineObjective for Gkd {
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, _: u64, row: usize) -> Result<f32> {
         let rows = self.buffer.samples.iter().flatten();
         let own: Vec<SftExample> = rows.filter(|e| e.row == row).cloned().collect();
-        Ok(self.update(cx, model, &own, all_targets(&own), false)?.loss)
+        Ok(self.teacher.update(cx, model, &own, all_targets(&own), 1.0, false)?.loss)
     }
 }

@@ -23,8 +23,7 @@ use super::weights::Normalizer;
 use crate::config::value::words;
 use crate::config::{Report, TrainingConfig, section};
 use crate::error::Result;
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
 use crate::ops::policy::{ImportanceLevel, PolicyLoss, Term};
 
 pub const METHOD: MethodEntry = MethodEntry::new(

@@ -29,9 +29,9 @@ use crate::error::{Error, Result};
 use crate::methods::offline::completions::{reward_metrics, sides, sums};
 use crate::methods::offline::rows::Split;
 use crate::methods::reference::floats;
-use crate::methods::registry::MethodEntry;
 use crate::methods::{
-    Averages, BuildMethod, BuiltMethod, Footprint, MethodInputs, MethodRun, Metric, StepReport,
+    Averages, BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, MethodRun, Metric,
+    StepReport,
 };
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;

@@ -31,6 +31,7 @@ use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
 use crate::ops::policy::{PolicyInputs, PolicyLoss, Term, policy_loss};
 use crate::rewards::Scores;
+use crate::rng::seed;
 
 /// What sets a method with a policy loss apart.
 pub trait PolicyObjective {
@@ -215,7 +216,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         self.env.record(&rollouts, &scores, &advantages);
         // Shuffled, so that a micro-batch is not one group; then prompts side by side in each, to
         // share their rows.
-        let order = permutation(rollouts.len(), self.seed ^ 0x726f_6c6c, g as u32);
+        let order = permutation(rollouts.len(), self.seed ^ seed::ROLLOUTS, g as u32);
         let sample = |i: usize| PolicySample {
             counts: rollouts[i].finished || !self.mask_truncated,
             reference: reference.as_ref().map(|all| all[i].clone()),
@@ -246,7 +247,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
             let flat = flat_groups(&scores, n);
             let order = permutation(
                 self.schedule.prompts,
-                self.seed ^ 0x6479_6e61,
+                self.seed ^ seed::DYNAMIC,
                 (g as u32) << 4 | round as u32,
             );
             let fresh: Vec<usize> =

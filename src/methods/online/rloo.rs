@@ -16,8 +16,7 @@ use super::policy::{
 use super::weights::Normalizer;
 use crate::config::{Report, TrainingConfig, section};
 use crate::error::Result;
-use crate::methods::registry::MethodEntry;
-use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun};
 use crate::ops::policy::{ImportanceLevel, PolicyLoss};
 
 pub const METHOD: MethodEntry =

@@ -1,15 +1,18 @@
 //! Which attention kernels run, and on what grid. Layer 4.
 //!
 //! Invariant: the family depends on the context and the dtype alone, so forward, backward and
-//! decode agree.
+//! decode agree. Both families take the same arguments; only the items of a launch differ: rows
+//! (simt) or tiles of rows (tensor cores).
 
-use super::plan::{AttnPlan, TILE};
+use super::plan::AttnPlan;
 use super::{Numbers, PAGE};
 use crate::autograd::Cx;
 use crate::config::AttentionChoice;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{
+    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionPagedFwdArgs, MMA_ROWS,
+};
 use crate::tensor::Tensor;
 
 fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
@@ -26,10 +29,10 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
             format!("tensor-core attention takes bfloat16, not {what}; choose simt"),
         ));
     }
-    if chosen && n.heads / n.kv_heads > TILE as i32 {
+    if chosen && n.heads / n.kv_heads > MMA_ROWS as i32 {
         return Err(Error::op(
             "attention",
-            format!("more than {TILE} heads a key-value head; choose simt"),
+            format!("more than {MMA_ROWS} heads a key-value head; choose simt"),
         ));
     }
     // Rows are copied 16 bytes at once.
@@ -41,9 +44,8 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     }
 }
 
-/// A block of 128 threads with `rows` rows of padded tiles in shared memory.
-fn blocks(count: usize, rows: usize, d: usize) -> Launch {
-    Launch::blocks([count, 1, 1], 128, rows * (d + 8) * 2)
+fn blocks(tiles: &Tensor, heads: i32) -> Launch {
+    Launch::grid([tiles.row_count() * heads as usize, 1, 1])
 }
 
 pub(super) fn forward(
@@ -54,81 +56,53 @@ pub(super) fn forward(
     qkv: &Tensor,
     plan: &AttnPlan,
 ) -> Result<()> {
-    let (t, dev, ld) = (plan.tables(cx)?, &*cx.device, qkv.stride() as i32);
-    let lse = lse.map(Tensor::out);
-    let (h, k, scale, softcap, window) = (n.heads, n.kv_heads, n.scale, n.softcap, n.window);
-    if tensor_cores(cx, n, &[qkv])? {
-        let at = blocks(t.query_tiles.row_count() * h as usize, 3 * TILE, n.d);
-        let (tiles, table) = (&t.query_tiles, &t.segments);
-        return kernels::attention_mma_fwd(
-            dev,
-            at,
-            n.d,
-            out.out(),
-            lse,
-            qkv,
-            tiles,
-            table,
-            ld,
-            h,
-            k,
-            scale,
-            softcap,
-            window,
-        );
-    }
-    let (at, rows) = (Launch::flat(plan.rows * h as usize), plan.rows as i32);
-    let (row_segment, table) = (&t.row_segment, &t.segments);
-    kernels::attention_fwd(
-        dev,
-        at,
-        n.d,
-        out.out(),
-        lse,
+    let (t, dev) = (plan.tables(cx)?, &*cx.device);
+    let rows = AttentionFwdArgs {
+        out: out.out(),
+        lse: lse.map(Tensor::out),
         qkv,
-        row_segment,
-        table,
-        rows,
-        ld,
-        h,
-        k,
-        scale,
-        softcap,
-        window,
-    )
+        items: &t.row_segment,
+        segments: &t.segments,
+        rows: plan.rows as i32,
+        ld: qkv.stride() as i32,
+        heads: n.heads,
+        kv_heads: n.kv_heads,
+        scale: n.scale,
+        softcap: n.softcap,
+        window: n.window,
+    };
+    if tensor_cores(cx, n, &[qkv])? {
+        let tiles = AttentionFwdArgs { items: &t.query_tiles, ..rows };
+        return kernels::attention_mma_fwd(dev, blocks(&t.query_tiles, n.heads), n.d, tiles);
+    }
+    kernels::attention_fwd(dev, Launch::flat(plan.rows * n.heads as usize), n.d, rows)
 }
 
 /// `x`: qkv, cache, page table, sequence and position of each row.
 pub(super) fn paged(cx: &Cx, n: &Numbers, out: &Tensor, x: &[&Tensor]) -> Result<()> {
-    let (qkv, cache, pages, sequence, position) = (x[0], x[1], x[2], x[3], x[4]);
-    debug_assert_eq!(PAGE, TILE);
-    let (rows, ld, max_pages) = (qkv.row_count(), qkv.stride() as i32, pages.cols() as i32);
-    let mma = tensor_cores(cx, n, &[qkv, cache])?;
-    let at = if mma {
-        blocks(rows * n.kv_heads as usize, 3 * TILE, n.d)
-    } else {
-        Launch::flat(rows * n.heads as usize)
-    };
-    let kernel = if mma { kernels::attention_mma_paged } else { kernels::attention_paged_fwd };
-    kernel(
-        &*cx.device,
-        at,
-        n.d,
-        out.out(),
+    const { assert!(PAGE == MMA_ROWS, "a step of the forward is one page") };
+    let (qkv, cache, page_table) = (x[0], x[1], x[2]);
+    let rows = qkv.row_count();
+    let args = AttentionPagedFwdArgs {
+        out: out.out(),
         qkv,
         cache,
-        pages,
-        sequence,
-        position,
-        rows as i32,
-        ld,
-        n.heads,
-        n.kv_heads,
-        max_pages,
-        n.scale,
-        n.softcap,
-        n.window,
-    )
+        page_table,
+        row_sequence: x[3],
+        row_position: x[4],
+        rows: rows as i32,
+        ld: qkv.stride() as i32,
+        heads: n.heads,
+        kv_heads: n.kv_heads,
+        max_pages: page_table.cols() as i32,
+        scale: n.scale,
+        softcap: n.softcap,
+        window: n.window,
+    };
+    if tensor_cores(cx, n, &[qkv, cache])? {
+        return kernels::attention_mma_paged(&*cx.device, blocks(qkv, n.kv_heads), n.d, args);
+    }
+    kernels::attention_paged_fwd(&*cx.device, Launch::flat(rows * n.heads as usize), n.d, args)
 }
 
 pub(super) fn backward(
@@ -140,111 +114,38 @@ pub(super) fn backward(
     plan: &AttnPlan,
     accumulate: bool,
 ) -> Result<()> {
-    let (t, dev, ld) = (plan.tables(cx)?, &*cx.device, qkv.stride() as i32);
+    let (t, dev) = (plan.tables(cx)?, &*cx.device);
     let delta = &cx.scratch("attention delta", DType::F32, lse.shape())?;
-    let (h, k, scale, softcap, window) = (n.heads, n.kv_heads, n.scale, n.softcap, n.window);
-    let accumulate = i32::from(accumulate);
-    kernels::attention_delta(
-        dev,
-        Launch::flat(lse.numel()),
-        n.d,
-        delta.out(),
+    let count = lse.numel() as i32;
+    let args = AttentionDeltaArgs { delta: delta.out(), dout, out, count };
+    kernels::attention_delta(dev, Launch::flat(lse.numel()), n.d, args)?;
+    let rows = AttentionDkvArgs {
+        dqkv: dqkv.out(),
         dout,
-        out,
-        lse.numel() as i32,
-    )?;
-    let (table, children) = (&t.segments, &t.children);
+        qkv,
+        lse,
+        delta,
+        items: &t.row_segment,
+        segments: &t.segments,
+        children: &t.children,
+        rows: plan.rows as i32,
+        ld: qkv.stride() as i32,
+        heads: n.heads,
+        kv_heads: n.kv_heads,
+        scale: n.scale,
+        softcap: n.softcap,
+        window: n.window,
+        accumulate: i32::from(accumulate),
+    };
     if tensor_cores(cx, n, &[qkv, dqkv, dout])? {
-        // Steps of 64 or 32 and the split in two: as in kernels/attention_mma.cu.
-        let step = if n.d <= 128 { 64 } else { 32 };
-        let at = blocks(t.query_tiles.row_count() * h as usize, 2 * (TILE + step), n.d);
-        let tiles = &t.query_tiles;
-        kernels::attention_mma_dq(
-            dev,
-            at,
-            n.d,
-            dqkv.out(),
-            dout,
-            qkv,
-            lse,
-            delta,
-            tiles,
-            table,
-            ld,
-            h,
-            k,
-            scale,
-            softcap,
-            window,
-            accumulate,
-        )?;
-        let (step, parts) =
-            (if n.d > 80 || n.d == 32 { 32 } else { 64 }, if n.d <= 128 { 1 } else { 2 });
-        let at = blocks(t.key_tiles.row_count() * k as usize * parts, 2 * (TILE + step), n.d);
-        let tiles = &t.key_tiles;
-        return kernels::attention_mma_dkv(
-            dev,
-            at,
-            n.d,
-            dqkv.out(),
-            dout,
-            qkv,
-            lse,
-            delta,
-            tiles,
-            table,
-            children,
-            ld,
-            h,
-            k,
-            scale,
-            softcap,
-            window,
-            accumulate,
-        );
+        let (queries, keys) = (&t.query_tiles, &t.key_tiles);
+        let at = blocks(queries, n.heads);
+        let tiles = AttentionDkvArgs { items: queries, ..rows };
+        kernels::attention_mma_dq(dev, at, n.d, tiles)?;
+        let at = blocks(keys, n.kv_heads * kernels::mma_dkv_parts(n.d) as i32);
+        let tiles = AttentionDkvArgs { items: keys, ..rows };
+        return kernels::attention_mma_dkv(dev, at, n.d, tiles);
     }
-    let (row_segment, rows) = (&t.row_segment, plan.rows as i32);
-    let at = Launch::flat(plan.rows * h as usize);
-    kernels::attention_dq(
-        dev,
-        at,
-        n.d,
-        dqkv.out(),
-        dout,
-        qkv,
-        lse,
-        delta,
-        row_segment,
-        table,
-        rows,
-        ld,
-        h,
-        k,
-        scale,
-        softcap,
-        window,
-        accumulate,
-    )?;
-    let at = Launch::flat(plan.rows * k as usize);
-    kernels::attention_dkv(
-        dev,
-        at,
-        n.d,
-        dqkv.out(),
-        dout,
-        qkv,
-        lse,
-        delta,
-        row_segment,
-        table,
-        children,
-        rows,
-        ld,
-        h,
-        k,
-        scale,
-        softcap,
-        window,
-        accumulate,
-    )
+    kernels::attention_dq(dev, Launch::flat(plan.rows * n.heads as usize), n.d, rows)?;
+    kernels::attention_dkv(dev, Launch::flat(plan.rows * n.kv_heads as usize), n.d, rows)
 }

@@ -10,12 +10,11 @@ mod plan;
 
 use std::sync::Arc;
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
-use crate::device::Launch;
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Case, Rng};
-use crate::ops::expect_cols;
+use crate::ops::case::{Case, PerfShape, Rng};
+use crate::ops::{expect_cols, row_packs};
 use crate::tensor::Tensor;
 
 pub use plan::{AttnPlan, Segment};
@@ -35,7 +34,7 @@ pub struct AttnShape {
 }
 
 /// Positions in one KV block and rows in one page of the cache.
-pub const PAGE: usize = 64;
+pub const PAGE: usize = kernels::PAGE;
 
 /// Softmax attention of each row of `qkv` [N, (H + 2K) D] real (q | k | v, rope applied) over the
 /// rows before it in its sequence, as `plan` tells; [N, H D] real. Error if the widths do not fit
@@ -109,7 +108,7 @@ struct Numbers {
 
 impl AttnShape {
     /// The kernels' head sizes.
-    pub const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
+    pub const HEAD_DIMS: [usize; 7] = kernels::ATTENTION_FWD_D;
 
     fn numbers(&self, op: &'static str, qkv: &Tensor) -> Result<Numbers> {
         let (h, k, d) = (self.heads, self.kv_heads, self.head_dim);
@@ -171,13 +170,7 @@ impl Op for Attention {
         Ok(Fwd { outputs: vec![out], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dout) = &dy[0] else { return Ok(()) };
         let Some((dqkv, accumulate)) = g.slot(0)? else { return Ok(()) };
         let (qkv, out, lse) = (&node.saved[0], &node.saved[1], &node.saved[2]);
@@ -260,17 +253,18 @@ impl KvAppend {
                 format!("{qkv:?}, slots {slots:?}, cache {cache:?}"),
             ));
         }
-        let packs = width / (16 / qkv.dtype().size());
         kernels::kv_append(
             &*cx.device,
-            Launch::flat(qkv.row_count() * packs),
-            cache.out(),
-            qkv,
-            slots,
-            qkv.row_count() as i32,
-            qkv.stride() as i32,
-            (self.heads * self.head_dim) as i32,
-            width as i32,
+            row_packs(qkv.row_count(), width, qkv.dtype()),
+            kernels::KvAppendArgs {
+                cache: cache.out(),
+                qkv,
+                slots,
+                rows: qkv.row_count() as i32,
+                ld: qkv.stride() as i32,
+                offset: (self.heads * self.head_dim) as i32,
+                width: width as i32,
+            },
         )
     }
 }
@@ -310,4 +304,16 @@ pub fn paged_cases(rng: &mut Rng) -> Vec<Case> {
 
 pub fn append_cases(rng: &mut Rng) -> Vec<Case> {
     oracle::append_cases(rng)
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    oracle::perf(rng, s)
+}
+
+pub fn paged_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    oracle::paged_perf(rng, s)
+}
+
+pub fn append_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    oracle::append_perf(rng, s)
 }

@@ -4,9 +4,9 @@
 
 use std::sync::Arc;
 
-use super::{Attention, AttentionPaged, AttnPlan, AttnShape, KvAppend, Segment};
+use super::{Attention, AttentionPaged, AttnPlan, AttnShape, KvAppend, PAGE, Segment};
 use crate::autograd::{F64, Round};
-use crate::ops::case::{Arg, Case, Kind, Rng};
+use crate::ops::case::{Arg, Case, Kind, PerfShape, Rng};
 
 /// Softmax over the scores of one query and the weighted sum of the values. `seen` gives the rows
 /// of k and v that the query sees. P is rounded where the tensor-core family rounds it; the simt
@@ -89,7 +89,9 @@ pub(super) fn paged(round: Round, shape: &AttnShape, x: &[F64]) -> F64 {
             let (k, last) = (h / group * d, position.index(r));
             let v = k + shape.kv_heads * d;
             let seen: Vec<(&[f64], &[f64])> = (first_seen(shape, last)..=last)
-                .map(|p| cache.row(pages.row(sequence.index(r))[p / 64] as usize * 64 + p % 64))
+                .map(|p| {
+                    cache.row(pages.row(sequence.index(r))[p / PAGE] as usize * PAGE + p % PAGE)
+                })
                 .map(|row| (&row[k..k + d], &row[v..v + d]))
                 .collect();
             let q = &qkv.row(r)[h * d..(h + 1) * d];
@@ -190,7 +192,7 @@ pub(super) fn paged_cases(rng: &mut Rng) -> Vec<Case> {
         position.extend([0, 1, 62, 63, 64]);
         let inputs = vec![
             Arg::real(rng.array(&[7, (shape.heads + 2 * shape.kv_heads) * d], 1.0)).no_grad(),
-            Arg::real(rng.array(&[pages * 64, 2 * shape.kv_heads * d], 1.0)).no_grad(),
+            Arg::real(rng.array(&[pages * PAGE, 2 * shape.kv_heads * d], 1.0)).no_grad(),
             Arg {
                 value: F64::new(&[2, 3], table.to_vec()),
                 kind: Kind::Int,
@@ -260,4 +262,41 @@ pub fn gradient(shape: &AttnShape, plan: &Arc<AttnPlan>, qkv: &F64, dout: &F64) 
         }
     }
     g
+}
+
+fn perf_shape(s: &PerfShape) -> AttnShape {
+    shape(s.heads, s.kv_heads, s.head_dim)
+}
+
+pub(super) fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let lengths = vec![(s.length, None); s.sequences];
+    let Ok(plan) = AttnPlan::on_host(&segments(&lengths)) else { return vec![] };
+    let qkv = Arg::real(rng.array(&[s.tokens(), s.qkv()], 1.0));
+    vec![Case::new("packed sequences", Attention { plan, shape: perf_shape(s) }, vec![qkv])]
+}
+
+/// A decode step: the last token of each sequence.
+pub(super) fn paged_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let each = s.length.div_ceil(PAGE);
+    let table: Vec<f64> = (0..s.sequences * each).map(|i| i as f64).collect();
+    let width = 2 * s.kv_heads * s.head_dim;
+    let inputs = vec![
+        Arg::real(rng.array(&[s.sequences, s.qkv()], 1.0)).no_grad(),
+        Arg::real(rng.array(&[table.len() * PAGE, width], 1.0)).no_grad(),
+        Arg { value: F64::new(&[s.sequences, each], table), ..Arg::ints(&[]) },
+        Arg::ints(&(0..s.sequences as i32).collect::<Vec<_>>()),
+        Arg::ints(&vec![s.length as i32 - 1; s.sequences]),
+    ];
+    vec![Case::new("a decode step", AttentionPaged { shape: perf_shape(s) }, inputs)]
+}
+
+pub(super) fn append_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let slots = s.tokens().next_multiple_of(PAGE);
+    let inputs = vec![
+        Arg::real(rng.array(&[s.tokens(), s.qkv()], 1.0)).no_grad(),
+        Arg::real(rng.array(&[slots, 2 * s.kv_heads * s.head_dim], 1.0)).no_grad(),
+        Arg::ints(&(0..s.tokens() as i32).collect::<Vec<_>>()),
+    ];
+    let op = KvAppend { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim };
+    vec![Case::new("a prefill", op, inputs)]
 }

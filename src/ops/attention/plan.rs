@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
+use crate::kernels::{MMA_ROWS, SEGMENT_INTS};
 use crate::tensor::Tensor;
 
 /// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally
@@ -51,9 +52,6 @@ impl std::fmt::Debug for Tables {
         write!(f, "{:?}, {:?}", self.row_segment, self.segments)
     }
 }
-
-/// Rows of one tile of the tensor-core kernels.
-pub(super) const TILE: usize = 64;
 
 impl AttnPlan {
     /// Checks the segments and uploads the tables. Errors name the segment that is wrong.
@@ -152,7 +150,7 @@ impl AttnPlan {
             );
             let in_children: usize =
                 of_prefix[i].iter().map(|c| self.segments[*c as usize].len).sum();
-            for first in (0..s.len).step_by(TILE) {
+            for first in (0..s.len).step_by(MMA_ROWS) {
                 by_keys.push((self.before(i) + first, i as i32, first as i32));
                 by_queries.push((s.len - first + in_children, i as i32, first as i32));
             }
@@ -167,7 +165,7 @@ impl AttnPlan {
         };
         Ok(Tables {
             row_segment: cx.ints("attention rows", &row_segment)?,
-            segments: ints("attention segments", &table, 6)?,
+            segments: ints("attention segments", &table, SEGMENT_INTS)?,
             children: cx.ints("attention children", &children)?,
             query_tiles: ints("attention query tiles", &order(by_keys), 2)?,
             key_tiles: ints("attention key tiles", &order(by_queries), 2)?,

@@ -4,7 +4,7 @@
 //! whitening on all tokens whose mask is not 0. Math: `kernels/policy.cu`.
 
 use super::same_length;
-use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -60,14 +60,16 @@ impl Op for Gae {
         kernels::gae(
             &*cx.device,
             at,
-            a,
-            r,
-            x[0],
-            x[1],
-            x[2],
-            sequences as i32,
-            self.gamma,
-            self.lam,
+            kernels::GaeArgs {
+                advantage: a,
+                returns: r,
+                reward: x[0],
+                value: x[1],
+                starts: x[2],
+                sequences: sequences as i32,
+                gamma: self.gamma,
+                lam: self.lam,
+            },
         )?;
         Ok(Fwd { outputs: vec![advantage, returns], saved: vec![] })
     }
@@ -107,13 +109,21 @@ impl Op for Whiten {
         kernels::masked_moments(
             &*cx.device,
             Launch::warps(1),
-            moments.out(),
-            x[0],
-            x[1],
-            n as i32,
+            kernels::MaskedMomentsArgs { moments: moments.out(), x: x[0], mask: x[1], n: n as i32 },
         )?;
-        let (at, shift) = (Launch::flat(n.div_ceil(4)), i32::from(self.shift_mean));
-        kernels::whiten(&*cx.device, at, y.out(), x[0], x[1], &moments, n as i64, shift)?;
+        let shift = i32::from(self.shift_mean);
+        kernels::whiten(
+            &*cx.device,
+            flat(x[0]),
+            kernels::WhitenArgs {
+                y: y.out(),
+                x: x[0],
+                mask: x[1],
+                moments: &moments,
+                n: n as i64,
+                shift,
+            },
+        )?;
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 

@@ -6,7 +6,7 @@
 
 use super::{ImportanceLevel, Policy, PolicyLoss, Term, ValueLoss};
 use crate::autograd::F64;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 
 /// The definition of the policy loss, token by token.
 pub(super) fn loss(op: &Policy, x: &[&F64]) -> Vec<F64> {
@@ -205,4 +205,11 @@ fn inputs(rng: &mut Rng, lengths: &[usize], config: PolicyLoss, more: [bool; 3])
         args.push(Arg::float(rng.array(&[lengths.len()], 0.2)));
     }
     args
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let (level, more) = (ImportanceLevel::Token, [true, false, false]);
+    let config = PolicyLoss { term: CLIP, level, beta: 0.1, bias_correction_kl: false };
+    let inputs = inputs(rng, &vec![s.length; s.sequences], config, more);
+    vec![Case::new("clip with kl", Policy { config, more }, inputs)]
 }

@@ -5,42 +5,42 @@
 //! the order of pairs matters to `aot` alone, as in TRL.
 
 use super::{give_scaled, oracle, pair_count, pair_inputs, totals, with_grad};
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::value::words;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, divergence_kind, dpo_loss};
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
 words! {
-    /// TRL's `loss_type`, in the order of the kernel's numbers (`kernels/preference.cu`).
+    /// TRL's `loss_type`.
     pub enum DpoLoss {
-        Sigmoid = "sigmoid",
-        Hinge = "hinge",
-        Ipo = "ipo",
-        ExoPair = "exo_pair",
-        NcaPair = "nca_pair",
-        Robust = "robust",
-        BcoPair = "bco_pair",
-        SppoHard = "sppo_hard",
-        Aot = "aot" | "aot_pair",
-        AotUnpaired = "aot_unpaired",
-        ApoZero = "apo_zero",
-        ApoDown = "apo_down",
-        Discopop = "discopop",
-        Sft = "sft",
-        SigmoidNorm = "sigmoid_norm",
+        Sigmoid = "sigmoid" => dpo_loss::SIGMOID,
+        Hinge = "hinge" => dpo_loss::HINGE,
+        Ipo = "ipo" => dpo_loss::IPO,
+        ExoPair = "exo_pair" => dpo_loss::EXO_PAIR,
+        NcaPair = "nca_pair" => dpo_loss::NCA_PAIR,
+        Robust = "robust" => dpo_loss::ROBUST,
+        BcoPair = "bco_pair" => dpo_loss::BCO_PAIR,
+        SppoHard = "sppo_hard" => dpo_loss::SPPO_HARD,
+        Aot = "aot" | "aot_pair" => dpo_loss::AOT,
+        AotUnpaired = "aot_unpaired" => dpo_loss::AOT_UNPAIRED,
+        ApoZero = "apo_zero" => dpo_loss::APO_ZERO,
+        ApoDown = "apo_down" => dpo_loss::APO_DOWN,
+        Discopop = "discopop" => dpo_loss::DISCOPOP,
+        Sft = "sft" => dpo_loss::SFT,
+        SigmoidNorm = "sigmoid_norm" => dpo_loss::SIGMOID_NORM,
     }
 }
 
 words! {
-    /// TRL's `f_divergence_type`, in the order of the kernel's numbers.
+    /// TRL's `f_divergence_type`.
     pub enum FDivergence {
-        ReverseKl = "reverse_kl",
-        ForwardKl = "forward_kl",
-        Js = "js_divergence",
-        Alpha = "alpha_divergence",
+        ReverseKl = "reverse_kl" => divergence_kind::REVERSE_KL,
+        ForwardKl = "forward_kl" => divergence_kind::FORWARD_KL,
+        Js = "js_divergence" => divergence_kind::JS,
+        Alpha = "alpha_divergence" => divergence_kind::ALPHA,
     }
 }
 
@@ -136,26 +136,28 @@ impl Op for Dpo {
             kernels::dpo_pairs(
                 &*cx.device,
                 Launch::flat(n),
-                each.out(),
-                grad.out(),
-                rewards.out(),
-                pair_weight.out(),
-                logps,
-                reference,
-                lens,
-                weight,
-                aligned.copied(),
-                sorted.as_ref().map(|s| &s.0),
-                sorted.as_ref().map(|s| &s.1),
-                n as i32,
-                *loss as i32, // the kernel's number: its order is the enum's
-                divergence,
-                alpha,
-                self.beta,
-                self.label_smoothing,
-                self.discopop_tau,
-                *loss_weight,
-                i32::from(i > 0),
+                kernels::DpoPairsArgs {
+                    each: each.out(),
+                    grad: grad.out(),
+                    rewards: rewards.out(),
+                    pair_weight: pair_weight.out(),
+                    logps,
+                    base: reference,
+                    lens,
+                    weight,
+                    aligned: aligned.copied(),
+                    sorted: sorted.as_ref().map(|s| &s.0),
+                    rank: sorted.as_ref().map(|s| &s.1),
+                    n: n as i32,
+                    kind: *loss as i32,
+                    divergence,
+                    alpha,
+                    beta: self.beta,
+                    e: self.label_smoothing,
+                    tau: self.discopop_tau,
+                    loss_weight: *loss_weight,
+                    accumulate: i32::from(i > 0),
+                },
             )?;
         }
         let (loss, dnll) =
@@ -164,13 +166,7 @@ impl Op for Dpo {
         Ok(Fwd { outputs: vec![loss, rewards], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         give_scaled(cx, g, 0, &node.saved[0], dy)?;
         match self.sft_weight() {
@@ -205,12 +201,14 @@ impl Dpo {
         kernels::aot_sort(
             &*cx.device,
             at,
-            sorted.out(),
-            rank.out(),
-            logps,
-            reference,
-            n as i32,
-            unpaired,
+            kernels::AotSortArgs {
+                sorted: sorted.out(),
+                rank: rank.out(),
+                logps,
+                base: reference,
+                n: n as i32,
+                unpaired,
+            },
         )?;
         Ok((sorted, rank))
     }

@@ -13,11 +13,11 @@ mod oracle;
 mod pairs;
 mod unpaired;
 
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::tensor::Tensor;
 
 pub use dpo::{Dpo, DpoIn, DpoLoss, FDivergence, dpo};
@@ -58,23 +58,19 @@ impl Op for SegmentSums {
         kernels::segment_sums_fwd(
             &*cx.device,
             at,
-            sums.out(),
-            values,
-            Some(weights),
-            starts,
-            segments as i32,
+            kernels::SegmentSumsFwdArgs {
+                sums: sums.out(),
+                values,
+                weights: Some(weights),
+                starts,
+                segments: segments as i32,
+            },
         )?;
         let saved = if need.tape { vec![weights.clone(), starts.clone()] } else { vec![] };
         Ok(Fwd { outputs: vec![sums], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let (weights, starts) = (&node.saved[0], &node.saved[1]);
         let (segments, n) = (dy.numel() as i32, dx.numel());
@@ -82,13 +78,15 @@ impl Op for SegmentSums {
         kernels::segment_sums_bwd(
             &*cx.device,
             at,
-            dx.out(),
-            dy,
-            Some(weights),
-            starts,
-            segments,
-            n as i32,
-            i32::from(accumulate),
+            kernels::SegmentSumsBwdArgs {
+                dvalues: dx.out(),
+                dsums: dy,
+                weights: Some(weights),
+                starts,
+                segments,
+                n: n as i32,
+                accumulate: i32::from(accumulate),
+            },
         )
     }
 
@@ -144,13 +142,15 @@ fn totals(
     kernels::pair_totals(
         &*cx.device,
         at,
-        loss.out(),
-        Some(dnll.out()),
-        each,
-        weight,
-        nll,
-        n,
-        factor,
+        kernels::PairTotalsArgs {
+            loss: loss.out(),
+            dnll: Some(dnll.out()),
+            each,
+            pair_weight: weight,
+            nll,
+            n,
+            factor,
+        },
     )?;
     Ok((loss, dnll))
 }
@@ -163,11 +163,13 @@ fn give_scaled(cx: &Cx, g: &mut Grads, i: usize, kept: &Tensor, upstream: &Tenso
     kernels::scaled_by_upstream(
         &*cx.device,
         at,
-        out.out(),
-        kept,
-        upstream,
-        n as i32,
-        i32::from(accumulate),
+        kernels::ScaledByUpstreamArgs {
+            out: out.out(),
+            grad: kept,
+            upstream,
+            n: n as i32,
+            accumulate: i32::from(accumulate),
+        },
     )
 }
 
@@ -201,6 +203,32 @@ fn pair_inputs(rng: &mut Rng, n: usize, spread: f64) -> (F64, F64, F64) {
 
 fn with_grad(value: F64) -> Arg {
     Arg { grad: true, ..Arg::float(value) }
+}
+
+pub fn segment_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let starts: Vec<i32> = (0..=s.sequences).map(|i| (i * s.length) as i32).collect();
+    let inputs = vec![
+        Arg::float(rng.array(&[s.tokens()], 2.0)),
+        Arg::float(F64::from_fn(&[s.tokens()], |_| 1.0)),
+        Arg::ints(&starts),
+    ];
+    vec![Case::new("sequences", SegmentSums, inputs)]
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let n = s.sequences.max(1);
+    let (logps, lens, weight) = pair_inputs(rng, n, 3.0);
+    let reference = F64::from_fn(&[n, 2], |i| logps.data[i] + rng.normal());
+    let op = Dpo {
+        losses: vec![(DpoLoss::Sigmoid, 1.0)],
+        divergence: FDivergence::ReverseKl,
+        f_alpha: 0.5,
+        beta: 0.1,
+        label_smoothing: 0.0,
+        discopop_tau: 0.05,
+    };
+    let inputs = [logps, reference, lens, weight].map(Arg::float);
+    vec![Case::new("dpo", op, inputs.into())]
 }
 
 #[cfg(test)]

@@ -4,11 +4,11 @@
 //! Invariant: as for the DPO family: weighted sums over pairs, gradients made with the loss.
 
 use super::{give_scaled, oracle, pair_count, pair_inputs, totals, with_grad};
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::value::words;
 use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, cpo_loss};
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
@@ -27,7 +27,7 @@ pub fn orpo(cx: &mut Cx, op: Orpo, x: [&Tensor; 4]) -> Result<[Tensor; 3]> {
 }
 
 words! {
-    /// TRL's `loss_type`, in the order of the kernel's numbers. AlphaPO is SimPO with an alpha.
+    /// TRL's `loss_type`. AlphaPO is SimPO with an alpha.
     pub enum CpoLoss {
         Sigmoid = "sigmoid",
         Hinge = "hinge",
@@ -44,8 +44,12 @@ impl CpoLoss {
     }
 
     fn kernel_number(self) -> i32 {
-        let loss = if self == CpoLoss::Alphapo { CpoLoss::Simpo } else { self };
-        loss as i32
+        match self {
+            CpoLoss::Sigmoid => cpo_loss::SIGMOID,
+            CpoLoss::Hinge => cpo_loss::HINGE,
+            CpoLoss::Ipo => cpo_loss::IPO,
+            CpoLoss::Simpo | CpoLoss::Alphapo => cpo_loss::SIMPO,
+        }
     }
 }
 
@@ -103,28 +107,24 @@ impl Op for Orpo {
         kernels::orpo_pairs(
             &*cx.device,
             Launch::flat(n),
-            each.out(),
-            grad.out(),
-            rewards.out(),
-            odds.out(),
-            logps,
-            lens,
-            weight,
-            n as i32,
-            self.beta,
+            kernels::OrpoPairsArgs {
+                each: each.out(),
+                grad: grad.out(),
+                rewards: rewards.out(),
+                odds: odds.out(),
+                logps,
+                lens,
+                weight,
+                n: n as i32,
+                beta: self.beta,
+            },
         )?;
         let (loss, dnll) = totals(cx, &each, weight, Some(nll), 1.0)?;
         let saved = if need.tape { vec![grad, dnll] } else { vec![] };
         Ok(Fwd { outputs: vec![loss, rewards, odds], saved })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         loss_and_nll(cx, node, dy, g)
     }
 
@@ -150,18 +150,20 @@ impl Op for Cpo {
         kernels::cpo_pairs(
             &*cx.device,
             Launch::flat(n),
-            each.out(),
-            grad.out(),
-            rewards.out(),
-            logps,
-            lens,
-            weight,
-            n as i32,
-            self.loss.kernel_number(),
-            self.beta,
-            self.label_smoothing,
-            self.simpo_gamma,
-            self.alpha,
+            kernels::CpoPairsArgs {
+                each: each.out(),
+                grad: grad.out(),
+                rewards: rewards.out(),
+                logps,
+                lens,
+                weight,
+                n: n as i32,
+                kind: self.loss.kernel_number(),
+                beta: self.beta,
+                e: self.label_smoothing,
+                gamma: self.simpo_gamma,
+                alpha: self.alpha,
+            },
         )?;
         let (loss, dnll) = totals(cx, &each, weight, Some(nll), self.cpo_alpha)?;
         Ok(Fwd {
@@ -170,13 +172,7 @@ impl Op for Cpo {
         })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         loss_and_nll(cx, node, dy, g)
     }
 
@@ -205,25 +201,21 @@ impl Op for BradleyTerry {
         kernels::bradley_terry_pairs(
             &*cx.device,
             at,
-            each.out(),
-            grad.out(),
-            x[0],
-            margin,
-            x[1],
-            n as i32,
-            center,
+            kernels::BradleyTerryPairsArgs {
+                each: each.out(),
+                grad: grad.out(),
+                scores: x[0],
+                margin,
+                weight: x[1],
+                n: n as i32,
+                center,
+            },
         )?;
         let (loss, _) = totals(cx, &each, x[1], None, 0.0)?;
         Ok(Fwd { outputs: vec![loss], saved: if need.tape { vec![grad] } else { vec![] } })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         match &dy[0] {
             Some(dy) => give_scaled(cx, g, 0, &node.saved[0], dy),
             None => Ok(()),
@@ -239,7 +231,7 @@ impl Op for BradleyTerry {
     }
 }
 
-fn loss_and_nll(cx: &Cx, node: &Node, dy: &[Option<Tensor>], g: &mut Grads) -> Result<()> {
+fn loss_and_nll(cx: &Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
     let Some(dy) = &dy[0] else { return Ok(()) };
     give_scaled(cx, g, 0, &node.saved[0], dy)?;
     give_scaled(cx, g, 3, &node.saved[1], dy)

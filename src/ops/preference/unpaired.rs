@@ -4,20 +4,20 @@
 //! made by [`kl_baseline`] or [`running_mean`] from the same batch.
 
 use super::{give_scaled, oracle, totals, with_grad};
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::value::words;
 use crate::device::Launch;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, unpaired_loss};
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::{Id, Tensor};
 
 words! {
-    /// TRL's `loss_type` of KTO, and BCO, in the order of the kernel's numbers.
+    /// TRL's `loss_type` of KTO, and BCO.
     pub enum UnpairedLoss {
-        Kto = "kto",
-        ApoZeroUnpaired = "apo_zero_unpaired",
-        Bco = "bco",
+        Kto = "kto" => unpaired_loss::KTO,
+        ApoZeroUnpaired = "apo_zero_unpaired" => unpaired_loss::APO_ZERO_UNPAIRED,
+        Bco = "bco" => unpaired_loss::BCO,
     }
 }
 
@@ -55,11 +55,7 @@ fn mean_difference(cx: &Cx, a: &Tensor, b: &Tensor, floor: f32) -> Result<Tensor
     kernels::mean_difference(
         &*cx.device,
         Launch::warps(1),
-        mean.out(),
-        a,
-        b,
-        a.numel() as i32,
-        floor,
+        kernels::MeanDifferenceArgs { mean: mean.out(), a, b, n: a.numel() as i32, floor },
     )?;
     Ok(mean)
 }
@@ -92,10 +88,12 @@ impl Op for RunningMean {
         kernels::running_mean(
             &*cx.device,
             Launch::flat(1),
-            delta.out(),
-            x[2].out(),
-            &mean,
-            self.beta,
+            kernels::RunningMeanArgs {
+                delta: delta.out(),
+                state: x[2].out(),
+                mean: &mean,
+                scale: self.beta,
+            },
         )?;
         Ok(Fwd { outputs: vec![delta], saved: vec![] })
     }
@@ -132,31 +130,27 @@ impl Op for Unpaired {
         kernels::unpaired_rows(
             &*cx.device,
             Launch::flat(n),
-            each.out(),
-            grad.out(),
-            rewards.out(),
-            x[0],
-            x[1],
-            x[2],
-            x[3],
-            x[4],
-            n as i32,
-            self.loss as i32,
-            self.beta,
-            self.desirable_weight,
-            self.undesirable_weight,
+            kernels::UnpairedRowsArgs {
+                each: each.out(),
+                grad: grad.out(),
+                rewards: rewards.out(),
+                logps: x[0],
+                base: x[1],
+                label: x[2],
+                weight: x[3],
+                baseline: x[4],
+                n: n as i32,
+                kind: self.loss as i32,
+                beta: self.beta,
+                desirable: self.desirable_weight,
+                undesirable: self.undesirable_weight,
+            },
         )?;
         let (loss, _) = totals(cx, &each, x[3], None, 0.0)?;
         Ok(Fwd { outputs: vec![loss, rewards], saved: if need.tape { vec![grad] } else { vec![] } })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         match &dy[0] {
             Some(dy) => give_scaled(cx, g, 0, &node.saved[0], dy),
             None => Ok(()),

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::oracle::{dequantised, values_of};
 use super::{QuantWeight, Scheme};
-use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round};
+use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Layout;
 use crate::error::{Error, Result};
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
 use crate::ops::matmul::{column_sums, product};
 use crate::tensor::Tensor;
@@ -62,13 +62,7 @@ impl Op for QuantLinear {
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        _node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, _node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
         if let Some((dx, accumulate)) = g.slot(0)? {
             product(cx, Layout::NN, &dx, dy, &self.dequantised(cx)?, None, accumulate)?;
@@ -134,13 +128,7 @@ impl Op for FromFloat {
         Ok(Fwd { saved: vec![(*w).clone()], ..fwd })
     }
 
-    fn backward(
-        &self,
-        cx: &mut Cx,
-        node: &Node,
-        dy: &[Option<Tensor>],
-        g: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         self.op(cx, &node.saved[0])?.backward(cx, node, dy, g)
     }
 
@@ -176,4 +164,14 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         cases.push(Case::new(label, FromFloat { scheme, rows, bias }, inputs));
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let inputs = vec![
+        Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0)),
+        Arg::real(rng.array(&[s.intermediate, s.hidden], 0.02)).no_grad(),
+    ];
+    let (scheme, rows) = (Scheme::Nf4 { double: true }, vec![s.intermediate]);
+    let op = FromFloat { scheme, rows, bias: false };
+    vec![Case::new("with quantising the weight", op, inputs)]
 }

@@ -15,18 +15,18 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::tensor::Tensor;
 
-pub use linear::{QuantLinear, cases as linear_cases, quant_linear};
-pub use oracle::cases;
+pub use linear::{QuantLinear, cases as linear_cases, perf as linear_perf, quant_linear};
 pub(crate) use oracle::{blockwise_oracle, values_of};
+pub use oracle::{cases, perf};
 pub use weight::{QuantWeight, Scales, Scheme, Segment};
 
 /// Values of one scale in NF4, and scales of one scale in double quantisation and in 8-bit moments.
-pub const BLOCK4: usize = 64;
-pub const BLOCK8: usize = 256;
+pub const BLOCK4: usize = kernels::NF4_BLOCK;
+pub const BLOCK8: usize = kernels::CODE8_BLOCK;
 
 /// The NF4 map: quantiles of a normal distribution, with an exact zero (Dettmers et al., "QLoRA",
 /// appendix E).
-pub const NF4: [f32; 16] = [
+pub const NF4: [f32; kernels::NF4_MAP] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
@@ -77,7 +77,13 @@ pub fn dynamic_map(signed: bool) -> Vec<f32> {
 
 /// A dynamic map on the device.
 pub fn dynamic_map_tensor(cx: &Cx, signed: bool) -> Result<Tensor> {
-    Tensor::from_host(&cx.pool, "8-bit map", DType::F32, &[256], &dynamic_map(signed))
+    Tensor::from_host(
+        &cx.pool,
+        "8-bit map",
+        DType::F32,
+        &[kernels::CODE8_MAP],
+        &dynamic_map(signed),
+    )
 }
 
 /// `x` (flat, F32) in blocks of 256 by `map`, after `offset` was taken off if there is one. Returns
@@ -94,12 +100,14 @@ pub fn blockwise8_quantise(
     kernels::blockwise8_quantise(
         &*cx.device,
         Launch::flat(blocks),
-        codes.out(),
-        absmax.out(),
-        x,
-        offset,
-        map,
-        n as i64,
+        kernels::Blockwise8QuantiseArgs {
+            codes: codes.out(),
+            absmax: absmax.out(),
+            x,
+            offset,
+            map,
+            n: n as i64,
+        },
     )?;
     Ok((codes, absmax))
 }
@@ -122,11 +130,7 @@ pub fn blockwise8_dequantise(
     kernels::blockwise8_dequantise(
         &*cx.device,
         Launch::flat(n),
-        y.out(),
-        codes,
-        absmax,
-        map,
-        n as i64,
+        kernels::Blockwise8DequantiseArgs { y: y.out(), codes, absmax, map, n: n as i64 },
     )?;
     Ok(y)
 }

@@ -7,7 +7,7 @@
 use super::{BLOCK4, BLOCK8, NF4, QuantWeight, Scales, Scheme, Segment, dynamic_map};
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::error::Result;
-use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::tensor::Tensor;
 
 /// A segment's storage on the host.
@@ -226,4 +226,10 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         cases.push(case);
     }
     cases
+}
+
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.intermediate, s.hidden], 0.02)).no_grad();
+    let op = Quantise(Scheme::Nf4 { double: true });
+    vec![Case::new("nf4 with double quantisation, and back", op, vec![x])]
 }

@@ -7,7 +7,7 @@ use super::{BLOCK4, BLOCK8, NF4, blockwise8_quantise, dynamic_map_tensor};
 use crate::autograd::Cx;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, DEQUANTISE_PACK};
 use crate::tensor::Tensor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,15 +133,17 @@ impl QuantWeight {
             from += s.rows;
             match (&s.scales, self.scheme) {
                 (Scales::Float(absmax), Scheme::Int8) => {
-                    let at = Launch::flat(s.rows * k.div_ceil(8));
+                    let at = Launch::flat(s.rows * k.div_ceil(DEQUANTISE_PACK));
                     kernels::int8_dequantise(
                         &*cx.device,
                         at,
-                        part.out(),
-                        &s.codes,
-                        absmax,
-                        s.rows as i32,
-                        k as i32,
+                        kernels::Int8DequantiseArgs {
+                            y: part.out(),
+                            codes: &s.codes,
+                            absmax,
+                            rows: s.rows as i32,
+                            cols: k as i32,
+                        },
                     )?;
                 }
                 (scales, _) => {
@@ -154,16 +156,18 @@ impl QuantWeight {
                     let n = s.rows * k;
                     kernels::nf4_dequantise(
                         &*cx.device,
-                        Launch::flat(n.div_ceil(8)),
-                        part.out(),
-                        &s.codes,
-                        &self.nf4,
-                        absmax,
-                        codes8,
-                        map8,
-                        absmax2,
-                        offset,
-                        n as i64,
+                        Launch::flat(n.div_ceil(DEQUANTISE_PACK)),
+                        kernels::Nf4DequantiseArgs {
+                            y: part.out(),
+                            codes: &s.codes,
+                            map: &self.nf4,
+                            absmax,
+                            codes8,
+                            map8,
+                            absmax2,
+                            offset,
+                            n: n as i64,
+                        },
                     )?;
                 }
             }
@@ -174,7 +178,7 @@ impl QuantWeight {
 
 pub(super) fn maps(cx: &Cx) -> Result<(Tensor, Tensor)> {
     Ok((
-        Tensor::from_host(&cx.pool, "nf4 map", DType::F32, &[16], &NF4)?,
+        Tensor::from_host(&cx.pool, "nf4 map", DType::F32, &[NF4.len()], &NF4)?,
         dynamic_map_tensor(cx, true)?,
     ))
 }
@@ -187,11 +191,7 @@ fn quantise_nf4(cx: &Cx, x: &Tensor, map: &Tensor) -> Result<(Tensor, Tensor)> {
     kernels::nf4_quantise(
         &*cx.device,
         Launch::flat(blocks),
-        codes.out(),
-        absmax.out(),
-        x,
-        map,
-        n as i64,
+        kernels::Nf4QuantiseArgs { codes: codes.out(), absmax: absmax.out(), x, map, n: n as i64 },
     )?;
     Ok((codes, absmax))
 }
@@ -201,7 +201,11 @@ fn nest(cx: &Cx, absmax: &Tensor, dynamic: &Tensor) -> Result<Scales> {
     let offset = cx.float("nf4 offset", &[1])?;
     let n = i32::try_from(absmax.numel())
         .map_err(|_| Error::op("quantise", "a weight of 2^37 values or more"))?;
-    kernels::absmax_mean(&*cx.device, Launch::blocks([1, 1, 1], 32, 0), offset.out(), absmax, n)?;
+    kernels::absmax_mean(
+        &*cx.device,
+        Launch::grid([1, 1, 1]),
+        kernels::AbsmaxMeanArgs { mean: offset.out(), x: absmax, n },
+    )?;
     let (codes, absmax) = blockwise8_quantise(cx, absmax, Some(&offset), dynamic)?;
     debug_assert_eq!(absmax.numel(), codes.numel().div_ceil(BLOCK8));
     Ok(Scales::Nested { codes, absmax, offset })
@@ -215,11 +219,13 @@ fn quantise_int8(cx: &Cx, x: &Tensor) -> Result<(Tensor, Scales)> {
     kernels::int8_quantise(
         &*cx.device,
         at,
-        codes.out(),
-        absmax.out(),
-        x,
-        rows as i32,
-        cols as i32,
+        kernels::Int8QuantiseArgs {
+            codes: codes.out(),
+            absmax: absmax.out(),
+            x,
+            rows: rows as i32,
+            cols: cols as i32,
+        },
     )?;
     Ok((codes, Scales::Float(absmax)))
 }

@@ -3,7 +3,7 @@
 //!
 //! Invariant: a value is read at the row that predicts the token.
 
-use super::ValueModel;
+use super::options::ValueModel;
 use crate::autograd::Cx;
 use crate::config::TrainingConfig;
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ enum ValueSource {
     Own(Box<Decoder>),
     /// The score alone: the trunk is the policy's.
     Shared {
-        params: ParamSet,
+        params: Box<ParamSet>,
         score: Tensor,
     },
 }
@@ -118,7 +118,7 @@ fn shared(cx: &Cx, policy: &Decoder) -> Result<ValueSource> {
     let spec = ParamSpec { name: "score.weight".into(), shape, role: Role::Score, layer: None };
     let params = ParamSet::new(cx, ParamSetId::Value, vec![spec])?;
     let score = params.required(None, Role::Score)?;
-    Ok(ValueSource::Shared { params, score })
+    Ok(ValueSource::Shared { params: Box::new(params), score })
 }
 
 fn own(cx: &Cx, policy: &Decoder, start: &Decoder, longest: usize) -> Result<Decoder> {

@@ -2,16 +2,17 @@
 //!
 //! Invariant: advantages are whitened over the tokens of the whole generation.
 
-use super::Ppo;
+use super::critic::Critic;
+use super::options::PpoConfig;
 use crate::autograd::Cx;
 use crate::error::Result;
-use crate::methods::offline::rows::Split;
+use crate::methods::Metric;
 use crate::methods::online::advantage::token_rewards;
-use crate::methods::online::metrics::{mean, of_generation, sum};
+use crate::methods::online::env::RolloutEnv;
+use crate::methods::online::metrics::{mean, sum};
 use crate::methods::online::rollout::{
     Rollout, StateReader, StateWriter, StoredRollout, split, starts_tensor,
 };
-use crate::methods::online::sampler::SampleRequest;
 use crate::methods::reference::floats;
 use crate::model::decoder::Decoder;
 use crate::ops::policy::{gae, whiten};
@@ -40,21 +41,25 @@ impl StoredRollout for PpoSample {
     }
 }
 
-impl Ppo {
-    /// The first three of the loop's four steps: generate, score, advantages.
-    pub(super) fn fill(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<()> {
-        let prompts = self.env.prompts.of_generation(g, self.schedule.prompts_per_generation());
-        let request = SampleRequest::new(self.schedule.group, g);
-        let rollouts = self.env.generate(cx, model, Split::Train, &prompts, request)?;
-        let scores = self.env.score(cx, Split::Train, &rollouts)?;
-        self.buffer.pending = of_generation(&rollouts, &scores);
-        let totals: Vec<f64> = scores.total().into_iter().map(|s| s.unwrap_or(0.0)).collect();
-        self.env.record(&rollouts, &scores, &totals);
-        let samples = self.advantages(cx, model, rollouts, &totals)?;
-        self.buffer.replace(g, samples);
-        Ok(())
-    }
+/// What the advantages of a generation follow from.
+pub struct GenerationContext<'a> {
+    pub env: &'a RolloutEnv,
+    pub critic: &'a Critic,
+    pub options: &'a PpoConfig,
+    pub kl_coef: f64,
+    /// Completions computed at a time.
+    pub batch: usize,
+}
 
+/// A generation to train on, and what to log.
+pub struct WeighedGeneration {
+    pub samples: Vec<PpoSample>,
+    pub metrics: Vec<Metric>,
+    /// Mean KL of a sequence from the reference.
+    pub mean_kl: f64,
+}
+
+impl GenerationContext<'_> {
     /// A completion's score as PPO counts it.
     fn final_score(&self, rollout: &Rollout, score: f64) -> f64 {
         let penalty = self.options.missing_eos_penalty.filter(|_| !rollout.finished);
@@ -62,27 +67,27 @@ impl Ppo {
         self.options.reward_clip.map_or(score, |bound| score.clamp(-bound, bound))
     }
 
-    fn advantages(
-        &mut self,
+    /// Token rewards, advantages and returns of scored completions.
+    pub fn weigh(
+        &self,
         cx: &mut Cx,
         model: &Decoder,
         rollouts: Vec<Rollout>,
         totals: &[f64],
-    ) -> Result<Vec<PpoSample>> {
-        let rows = self.schedule.batch;
+    ) -> Result<WeighedGeneration> {
+        let rows = self.batch;
         let reference = match self.env.reference.model() {
             Some(reference) => self.env.logps(cx, reference, &rollouts, rows)?,
             None => rollouts.iter().map(|r| r.logps.clone()).collect(),
         };
-        let critic = self.critic()?;
         let values = self.env.by_rows(&rollouts, rows, |some| {
             let batch = self.env.batch(cx, model, some)?;
-            critic.values(cx, model, &batch, None)?.to_f32()
+            self.critic.values(cx, model, &batch, None)?.to_f32()
         })?;
         let (mut rewards, mut kls, mut kept) = (Vec::new(), Vec::new(), Vec::new());
         for ((r, q), total) in rollouts.iter().zip(&reference).zip(totals) {
             let score = self.final_score(r, *total);
-            let of = token_rewards(&r.logps, q, score, self.kl.coef, self.options.kl_estimator);
+            let of = token_rewards(&r.logps, q, score, self.kl_coef, self.options.kl_estimator);
             rewards.extend(of.rewards);
             kls.push(sum(&of.kl));
             kept.push(score);
@@ -101,29 +106,27 @@ impl Ppo {
         let advantage = whiten(cx, &advantage, &ones, true)?.to_f32()?;
         let mean = |v: &[f64]| mean(v.iter().copied());
         let entropy: f64 = rollouts.iter().map(|r| sum(&r.entropies)).sum();
-        let non_score = -self.kl.coef * mean(&kls);
-        self.buffer.pending.extend([
+        let non_score = -self.kl_coef * mean(&kls);
+        let metrics = vec![
             ("objective/kl".into(), mean(&kls)),
             ("objective/entropy".into(), entropy / rollouts.len().max(1) as f64),
             ("objective/non_score_reward".into(), non_score),
             ("objective/scores".into(), mean(&kept)),
             ("objective/rlhf_reward".into(), mean(&kept) + non_score),
-            ("kl_coef".into(), self.kl.coef),
+            ("kl_coef".into(), self.kl_coef),
             ("val/num_eos_tokens".into(), rollouts.iter().filter(|r| r.finished).count() as f64),
-        ]);
-        if self.options.target_kl.is_some() {
-            self.kl.update(mean(&kls), rollouts.len());
-        }
-        let parts =
-            split(&advantage, lengths()).into_iter().zip(split(&returns.to_f32()?, lengths()));
-        let samples = rollouts.iter().zip(values).zip(parts);
-        Ok(samples
-            .map(|((rollout, values), (advantages, returns))| PpoSample {
-                rollout: rollout.clone(),
-                values,
-                advantages,
-                returns,
-            })
-            .collect())
+        ];
+        let mean_kl = mean(&kls);
+        let (advantage, returns) =
+            (split(&advantage, lengths()), split(&returns.to_f32()?, lengths()));
+        let parts = advantage.into_iter().zip(returns);
+        let sample = |((rollout, values), (advantages, returns))| PpoSample {
+            rollout,
+            values,
+            advantages,
+            returns,
+        };
+        let samples = rollouts.into_iter().zip(values).zip(parts).map(sample).collect();
+        Ok(WeighedGeneration { samples, metrics, mean_kl })
     }
 }

@@ -18,28 +18,28 @@
 
 mod critic;
 mod generation;
+mod options;
 
 use std::path::Path;
 
 use critic::Critic;
-use generation::PpoSample;
+use generation::{GenerationContext, PpoSample};
 
-use super::advantage::{AdaptiveKl, KlEstimator};
+use super::advantage::AdaptiveKl;
 use super::buffer::{RolloutBuffer, RolloutSchedule, RolloutSlot};
 use super::env::RolloutEnv;
-use super::metrics::sum;
-use super::options::OnlineConfig;
+use super::metrics::{of_generation, sum};
 use super::rollout::{Rollout, starts_tensor};
+use super::sampler::SampleRequest;
 use super::{OnlineMethod, OnlineObjective, StepRows};
 use crate::autograd::{Cx, Tape};
-use crate::config::value::words;
-use crate::config::{Report, TrainingConfig, section};
+use crate::config::TrainingConfig;
 use crate::data::order::permutation;
 use crate::error::{Error, Result};
+use crate::methods::offline::rows::Split;
 use crate::methods::reference::floats;
-use crate::methods::registry::MethodEntry;
 use crate::methods::{
-    BuildMethod, BuiltMethod, MethodInputs, MethodRun, Metric, StateFiles, StepReport,
+    BuildMethod, BuiltMethod, MethodEntry, MethodInputs, MethodRun, Metric, StateFiles, StepReport,
 };
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
@@ -47,6 +47,9 @@ use crate::ops::policy::{
     ImportanceLevel, PolicyInputs, PolicyLoss, Term, policy_loss, value_loss,
 };
 use crate::optim::schedule;
+use crate::rng::seed;
+
+pub use options::{PpoConfig, ValueModel};
 
 pub const METHOD: MethodEntry = MethodEntry::new(
     "ppo",
@@ -54,74 +57,6 @@ pub const METHOD: MethodEntry = MethodEntry::new(
     "ppo",
     MethodRun::<PpoConfig>::boxed,
 );
-
-words! {
-    /// Where PPO's values come from.
-    pub enum ValueModel {
-        /// A trunk of its own, which starts as the reward model's or the policy's.
-        Own = "own",
-        /// A score on the policy's last hidden state.
-        Shared = "shared",
-    }
-}
-
-section! {
-    /// What TRL's `PPOConfig` was before PPO left the package.
-    pub struct PpoConfig = "ppo" {
-        /// Passes over a generation.
-        pub num_ppo_epochs: usize = 4,
-        /// Mini-batches that a pass is cut into, an optimizer step each.
-        pub num_mini_batches: usize = 1,
-        /// Weight of the KL divergence in the token rewards.
-        pub kl_coef: f64 = 0.05,
-        /// k1: log pi - log ref; k3: the unbiased one that is never negative.
-        pub kl_estimator: KlEstimator = KlEstimator::K1,
-        /// Ours (Ziegler et al.). Steer kl_coef so that a sequence's KL is this. none: kl_coef is
-        /// fixed.
-        pub target_kl: Option<f64> = None,
-        /// Ours. Episodes over which a steered kl_coef moves.
-        pub kl_horizon: f64 = 10000.0,
-        /// The policy's ratio is clipped to 1 +- this.
-        pub cliprange: f64 = 0.2,
-        /// Weight of the value loss.
-        pub vf_coef: f64 = 0.1,
-        /// Values may leave those of the generation by this before they are clipped.
-        pub cliprange_value: f64 = 0.2,
-        /// Discount of later rewards.
-        pub gamma: f64 = 1.0,
-        /// GAE's lambda.
-        pub lam: f64 = 0.95,
-        /// Divide token rewards by their standard deviation.
-        pub whiten_rewards: bool = false,
-        /// Taken off the score of a completion that did not end. none: nothing.
-        pub missing_eos_penalty: Option<f64> = None,
-        /// Ours. Scores are clipped to +- this. none: they are not.
-        pub reward_clip: Option<f64> = None,
-        /// Ours. Where values come from: a model of its own, or a score on the policy's trunk.
-        pub value_model: ValueModel = ValueModel::Own,
-        /// Ours. Learning rate of the value model. none: learning_rate.
-        pub value_learning_rate: Option<f64> = None,
-        ..pub online: OnlineConfig = default_online(),
-    }
-}
-
-fn default_online() -> OnlineConfig {
-    let mut online =
-        OnlineConfig { num_generations: 1, max_completion_length: 53, ..OnlineConfig::default() };
-    online.sampling.temperature = 0.7;
-    online
-}
-
-impl PpoConfig {
-    fn rules(&self, report: &mut Report) {
-        report.at_least("num_ppo_epochs", self.num_ppo_epochs, 1);
-        report.at_least("num_mini_batches", self.num_mini_batches, 1);
-        for (key, value) in [("gamma", self.gamma), ("lam", self.lam)] {
-            report.must((0.0..=1.0).contains(&value), || format!("{key} = {value}: from 0 to 1"));
-        }
-        report.must(self.cliprange > 0.0, || "cliprange: must be above 0".into());
-    }
-}
 
 impl BuildMethod for PpoConfig {
     fn training(&self) -> TrainingConfig {
@@ -175,6 +110,32 @@ impl Ppo {
         self.critic
             .as_ref()
             .ok_or_else(|| Error::Run("the value model is missing; attach comes first".into()))
+    }
+
+    /// The first three of the loop's four steps: generate, score, advantages.
+    fn fill(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<()> {
+        let prompts = self.env.prompts.of_generation(g, self.schedule.prompts_per_generation());
+        let request = SampleRequest::new(self.schedule.group, g);
+        let rollouts = self.env.generate(cx, model, Split::Train, &prompts, request)?;
+        let scores = self.env.score(cx, Split::Train, &rollouts)?;
+        self.buffer.pending = of_generation(&rollouts, &scores);
+        let totals: Vec<f64> = scores.total().into_iter().map(|s| s.unwrap_or(0.0)).collect();
+        self.env.record(&rollouts, &scores, &totals);
+        let context = GenerationContext {
+            env: &self.env,
+            critic: self.critic()?,
+            options: &self.options,
+            kl_coef: self.kl.coef,
+            batch: self.schedule.batch,
+        };
+        let count = rollouts.len();
+        let weighed = context.weigh(cx, model, rollouts, &totals)?;
+        self.buffer.pending.extend(weighed.metrics);
+        if self.options.target_kl.is_some() {
+            self.kl.update(weighed.mean_kl, count);
+        }
+        self.buffer.replace(g, weighed.samples);
+        Ok(())
     }
 
     /// The fourth step: one micro-batch of an optimizer step over `total` tokens.
@@ -269,7 +230,7 @@ impl Ppo {
     fn order(&self, slot: &RolloutSlot) -> Vec<usize> {
         let passes = self.options.num_ppo_epochs as u32;
         let stream = (slot.generation as u32).wrapping_mul(passes).wrapping_add(slot.pass as u32);
-        permutation(self.schedule.size(), self.training.seed ^ 0x70_70_6f, stream)
+        permutation(self.schedule.size(), self.training.seed ^ seed::PPO, stream)
     }
 
     /// The value model's learning rate at a step.

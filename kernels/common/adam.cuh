@@ -19,7 +19,7 @@ struct AdamStep {
   }
 };
 
-// 16 random bits for each of the 8 values of the aligned group that index `i` is in; `use` tells kernels' draws apart.
+// 16 random bits for each of the 8 values of the aligned group that index `i` is in; `use` is a tag of prim/rng.cuh.
 struct Noise {
   unsigned words[4];
   DEVICE_MEMBER Noise(const int* key, long long i, int group, unsigned use) {
@@ -28,7 +28,6 @@ struct Noise {
   }
   DEVICE_MEMBER unsigned at(int k) const { return words[k / 2] >> (k % 2 * 16) & 0xffffu; }
 };
-constexpr unsigned WEIGHT_NOISE = 0x02000000u, M_NOISE = 0x03000000u, V_NOISE = 0x04000000u;
 
 // Adding a uniform 16-bit number below the kept bits and cutting rounds to bf16, up with the right probability.
 DEVICE float round_by_chance(float x, unsigned noise) {

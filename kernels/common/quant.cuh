@@ -1,7 +1,14 @@
-// 8-bit and 4-bit code books: the nearest entry of a sorted map, and rounding by chance to bf16.
+// 8-bit and 4-bit code books: the nearest entry of a sorted map, and moves of codes.
 #pragma once
 #include "prim/math.cuh"
 #include "prim/vec.cuh"
+
+// Values of one NF4 scale, and scales of one scale in double quantisation (and 8-bit moments of one scale).
+EXPORT(int, NF4_BLOCK, 64);
+EXPORT(int, CODE8_BLOCK, 256);
+// Values of the maps.
+EXPORT(int, NF4_MAP, 16);
+EXPORT(int, CODE8_MAP, 256);
 
 // The entry of a sorted map of N (a power of two) values that is nearest to v; in the middle of two, the lower one.
 template <int N>

@@ -1,0 +1,76 @@
+//! The options of PPO. Layer 7.
+//!
+//! Invariant: names and defaults are those that TRL's `PPOConfig` had; an option of ours says so.
+
+use crate::config::value::words;
+use crate::config::{Report, section};
+use crate::methods::online::advantage::KlEstimator;
+use crate::methods::online::options::OnlineConfig;
+
+words! {
+    /// Where PPO's values come from.
+    pub enum ValueModel {
+        /// A trunk of its own, which starts as the reward model's or the policy's.
+        Own = "own",
+        /// A score on the policy's last hidden state.
+        Shared = "shared",
+    }
+}
+
+section! {
+    /// What TRL's `PPOConfig` was before PPO left the package.
+    pub struct PpoConfig = "ppo" {
+        /// Passes over a generation.
+        pub num_ppo_epochs: usize = 4,
+        /// Mini-batches that a pass is cut into, an optimizer step each.
+        pub num_mini_batches: usize = 1,
+        /// Weight of the KL divergence in the token rewards.
+        pub kl_coef: f64 = 0.05,
+        /// k1: log pi - log ref; k3: the unbiased one that is never negative.
+        pub kl_estimator: KlEstimator = KlEstimator::K1,
+        /// Ours (Ziegler et al.). Steer kl_coef so that a sequence's KL is this. none: kl_coef is
+        /// fixed.
+        pub target_kl: Option<f64> = None,
+        /// Ours. Episodes over which a steered kl_coef moves.
+        pub kl_horizon: f64 = 10000.0,
+        /// The policy's ratio is clipped to 1 +- this.
+        pub cliprange: f64 = 0.2,
+        /// Weight of the value loss.
+        pub vf_coef: f64 = 0.1,
+        /// Values may leave those of the generation by this before they are clipped.
+        pub cliprange_value: f64 = 0.2,
+        /// Discount of later rewards.
+        pub gamma: f64 = 1.0,
+        /// GAE's lambda.
+        pub lam: f64 = 0.95,
+        /// Divide token rewards by their standard deviation.
+        pub whiten_rewards: bool = false,
+        /// Taken off the score of a completion that did not end. none: nothing.
+        pub missing_eos_penalty: Option<f64> = None,
+        /// Ours. Scores are clipped to +- this. none: they are not.
+        pub reward_clip: Option<f64> = None,
+        /// Ours. Where values come from: a model of its own, or a score on the policy's trunk.
+        pub value_model: ValueModel = ValueModel::Own,
+        /// Ours. Learning rate of the value model. none: learning_rate.
+        pub value_learning_rate: Option<f64> = None,
+        ..pub online: OnlineConfig = default_online(),
+    }
+}
+
+fn default_online() -> OnlineConfig {
+    let mut online =
+        OnlineConfig { num_generations: 1, max_completion_length: 53, ..OnlineConfig::default() };
+    online.sampling.temperature = 0.7;
+    online
+}
+
+impl PpoConfig {
+    fn rules(&self, report: &mut Report) {
+        report.at_least("num_ppo_epochs", self.num_ppo_epochs, 1);
+        report.at_least("num_mini_batches", self.num_mini_batches, 1);
+        for (key, value) in [("gamma", self.gamma), ("lam", self.lam)] {
+            report.must((0.0..=1.0).contains(&value), || format!("{key} = {value}: from 0 to 1"));
+        }
+        report.must(self.cliprange > 0.0, || "cliprange: must be above 0".into());
+    }
+}
