@@ -1,6 +1,7 @@
 //! The training commands: one run each, from a model folder and rows to a folder. Layer 9.
 //!
-//! Invariant: what a method is stands in its recipe; here are the arguments that all of them take.
+//! Invariant: what differs between methods is in their files; here are the arguments that all of them
+//! take.
 
 use std::path::{Path, PathBuf};
 

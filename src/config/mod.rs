@@ -38,7 +38,7 @@ pub use training::{
 };
 pub use value::Amount;
 
-/// A key: what `--help-keys` prints and the parser goes by.
+/// A key: what `--help-options` prints and the parser goes by.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Key {
     pub name: &'static str,
@@ -256,7 +256,7 @@ pub fn to_toml(head: &str, sections: &[&dyn Section]) -> String {
     out
 }
 
-/// What `--help-keys` prints: name, type, default, doc of every key.
+/// What `--help-options` prints: name, type, default, doc of every key.
 pub fn help(sections: &[&dyn Section]) -> String {
     let keys = sections.iter().flat_map(|s| s.keys());
     keys.map(|k| format!("{} = {}    ({})\n    {}\n", k.name, one_line(&k.value), k.kind, k.doc))
@@ -374,7 +374,7 @@ fn apply(
             None => {
                 let near = nearest(&key.replace('-', "_"), known.iter().map(|k| k.name));
                 let hint = near.map_or_else(
-                    || "--help-keys lists the keys".into(),
+                    || "--help-options lists the options".into(),
                     |n| format!("did you mean {n}?"),
                 );
                 report.problem(format!("{source}: unknown key {key}; {hint}"));

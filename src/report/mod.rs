@@ -36,7 +36,7 @@ pub struct ReportInput {
     pub masks: Vec<MaskRow>,
 }
 
-/// A table of figures before and after.
+/// A table of metrics before and after.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Table {

@@ -41,7 +41,7 @@ fn save(decoder: &Decoder, out: &Path) {
 }
 
 #[test]
-fn bottleneck_adapters_have_adapter_hubs_logits_and_gradients_and_their_folders_go_round() {
+fn bottleneck_adapters_match_adapter_hub_and_round_trip() {
     let values: Value = json(fixture("adapter_hub/values.json"));
     let ids: Vec<Vec<u32>> = serde_json::from_value(losses()["ids"].clone()).unwrap();
     for (name, want) in values.as_object().unwrap() {

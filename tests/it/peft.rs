@@ -75,7 +75,7 @@ fn bits(decoder: &Decoder) -> Vec<u32> {
 }
 
 #[test]
-fn every_adapter_has_pefts_logits_counts_and_losses_and_leaves_the_base_alone() {
+fn every_adapter_has_pefts_logits_and_losses_on_a_fixed_base() {
     let all = losses();
     let mut report = String::new();
     let mut worst = 0f64;

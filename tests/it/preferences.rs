@@ -504,7 +504,7 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
 }
 
 #[test]
-fn a_resumed_run_whose_reference_or_baseline_moves_equals_an_uninterrupted_one() {
+fn a_resumed_run_with_a_moving_reference_equals_a_whole_one() {
     let dir = tempfile::tempdir().unwrap();
     let sync = ["sync_ref_model=true", "ref_model_sync_steps=2"];
     for (method, data, more) in [

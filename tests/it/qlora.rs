@@ -19,7 +19,7 @@ use crate::peft::{flat, largest_difference, logps, trainer};
 use crate::support::{MODEL, cpu, decoder, fixture, json};
 
 #[test]
-fn lora_over_quantised_bases_has_bitsandbytes_losses_and_holds_no_dense_projection() {
+fn qlora_has_bitsandbytes_losses_and_no_dense_projection() {
     let all = json(fixture("peft/quantised.json"));
     let mut report = String::new();
     for (name, run) in all["runs"].as_object().unwrap() {
@@ -130,7 +130,7 @@ fn layer(own: bool, base: Option<Scheme>) -> Vec<Vec<f32>> {
 }
 
 #[test]
-fn a_quantised_weight_gives_the_bits_of_its_dequantised_values_on_either_path() {
+fn a_quantised_weight_has_the_bits_of_its_dequantised_values() {
     for own in [false, true] {
         let (dense, quantised) = (layer(own, None), layer(own, Some(Scheme::Nf4 { double: true })));
         assert!(dense == quantised, "own products: {own}");

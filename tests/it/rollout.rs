@@ -122,17 +122,17 @@ fn exact(dtype: DType) {
 }
 
 #[test]
-fn log_probs_of_the_rollout_are_the_trainers_bit_for_bit_however_it_runs() {
+fn log_probs_of_the_rollout_are_the_trainers_bit_for_bit() {
     exact(DType::F32);
 }
 
 #[test]
-fn log_probs_of_the_rollout_are_the_trainers_bit_for_bit_however_it_runs_in_bf16() {
+fn log_probs_of_the_rollout_are_the_trainers_bit_for_bit_in_bf16() {
     exact(DType::BF16);
 }
 
 #[test]
-fn a_groups_prompt_is_prefilled_once_and_truncated_log_probs_are_of_what_was_drawn_from() {
+fn a_group_prefills_once_and_log_probs_are_of_what_was_sampled() {
     let (mut cx, mut model) = model(DType::F32);
     let prompt: Vec<u32> = (0..130).map(|i| (i * 7 % VOCAB) as u32).collect();
     let sampling = Sampling {
@@ -192,7 +192,7 @@ fn logit_shift(cx: &mut Cx, model: &Decoder, context: &[u32], logps: &[f64]) -> 
 }
 
 #[test]
-fn a_cache_too_small_for_one_sequence_and_a_prompt_too_long_are_errors_that_say_so() {
+fn too_small_a_cache_and_too_long_a_prompt_are_errors() {
     let (mut cx, mut model) = model(DType::F32);
     let mut options = EngineOptions::new(10, Sampling::greedy(), vec![], 4);
     options.pages = Some(1);

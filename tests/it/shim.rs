@@ -75,7 +75,7 @@ fn lanes_in_different_collectives_are_an_error_that_names_the_warp() {
 }
 
 #[test]
-fn a_collective_that_half_of_the_lanes_skip_is_an_error_that_names_the_threads() {
+fn a_collective_that_half_of_the_lanes_skip_is_an_error() {
     let parts = [
         "planted_divergence_2_f32",
         "some lanes skip",
@@ -196,7 +196,7 @@ fn a_misaligned_async_copy_is_an_error_that_names_the_thread() {
 }
 
 #[test]
-fn a_missing_barrier_between_read_and_write_changes_the_result_with_the_seed() {
+fn a_missing_barrier_changes_the_result_with_the_seed() {
     let right = twin(kernels::planted_race, 4 * N);
     assert_eq!(right, reversed(3.0));
     let runs: Vec<Vec<f32>> = (0..4)
