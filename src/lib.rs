@@ -6,7 +6,7 @@
 //!
 //! | layer | module | what it gives |
 //! |---|---|---|
-//! | 0 | [`error`], [`fsio`], [`rng`], [`signals`] | errors that name the next step, durable files, Philox, Ctrl-C |
+//! | 0 | [`error`], [`fsio`], [`observer`], [`rng`], [`signals`] | errors that name the next step, durable files, what a run says, Philox, Ctrl-C |
 //! | 1 | [`config`], [`device`], [`tensor`] | run files; the CPU (shim), CUDA and dry-run devices; views, safetensors |
 //! | 2 | [`kernels`] | launchers and constants generated from `kernels/*.cu` |
 //! | 3 | [`autograd`] | the context, the tape, the trait of an op, oracle arithmetic |
@@ -36,6 +36,7 @@ pub mod kernels;
 pub mod log;
 pub mod methods;
 pub mod model;
+pub mod observer;
 pub mod ops;
 pub mod optim;
 pub mod quickstart;

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use super::op::{Need, Op};
 use super::tape::{ParamGradSets, Tape};
-use crate::config::{AttentionChoice, MatmulChoice};
-use crate::device::{DType, Device, Pool};
+use crate::config::{AttentionChoice, Dtype, MatmulChoice, TrainingConfig};
+use crate::device::{self, DType, Device, Pool};
 use crate::error::{Error, Result};
+use crate::observer::{Observer, Terminal};
 use crate::tensor::{Id, Tensor};
 
 /// What a backward pass computes again instead of keeping.
@@ -35,10 +36,34 @@ pub struct Cx {
     pub param_grads: ParamGradSets,
     /// I32 [4] on the device: seed low, seed high, step, micro-step. Read by every random kernel.
     pub rng: Tensor,
+    /// Hears of what happens.
+    pub observer: Arc<dyn Observer>,
     next_site: u32,
 }
 
 impl Cx {
+    /// A context on the device that `options` name, with their dtype, matmul and attention; it tells
+    /// the observer which device that is. Errors: the device is not there.
+    pub fn open(options: &TrainingConfig, observer: Arc<dyn Observer>) -> Result<Cx> {
+        let mut cx = Cx::on(device::open(options.device)?, options)?;
+        observer.info(&format!("device: {}, {}", cx.device.name(), cx.dtype.name()));
+        cx.observer = observer;
+        Ok(cx)
+    }
+
+    /// A context on `device` with the dtype, matmul and attention of `options`.
+    pub fn on(device: Arc<dyn Device>, options: &TrainingConfig) -> Result<Cx> {
+        let dtype = match options.dtype {
+            Dtype::Auto => device.capabilities().dtype,
+            Dtype::Float32 => DType::F32,
+            Dtype::Bfloat16 => DType::BF16,
+        };
+        let mut cx = Cx::new(device, dtype)?;
+        (cx.matmul, cx.attention) = (options.matmul, options.attention);
+        Ok(cx)
+    }
+
+    /// A context with the engine's own choice of kernels.
     pub fn new(device: Arc<dyn Device>, dtype: DType) -> Result<Cx> {
         let pool = Pool::new(device.clone());
         let rng = Tensor::from_host(&pool, "rng key", DType::I32, &[4], &[0u32; 4])?;
@@ -52,6 +77,7 @@ impl Cx {
             tape: None,
             param_grads: ParamGradSets::default(),
             rng,
+            observer: Arc::new(Terminal::default()),
             next_site: 0,
         })
     }

@@ -136,6 +136,8 @@ pub struct Report {
     overruled: BTreeSet<&'static str>,
     at_default: BTreeSet<&'static str>,
     no_effect: BTreeMap<&'static str, Vec<String>>, // why, "key = value" ...
+    /// Rewards that the program gives beside the options.
+    reward_functions: usize,
 }
 
 impl Report {
@@ -190,7 +192,17 @@ pub fn load(
     file: Option<&Path>,
     overrides: &[String],
 ) -> Result<Vec<String>> {
-    let mut report = Report::default();
+    load_with(sections, file, overrides, 0)
+}
+
+/// As [`load`], where the program itself gives `reward_functions` rewards.
+pub fn load_with(
+    sections: &mut [&mut dyn Section],
+    file: Option<&Path>,
+    overrides: &[String],
+    reward_functions: usize,
+) -> Result<Vec<String>> {
+    let mut report = Report { reward_functions, ..Report::default() };
     let defaults: Vec<Key> = sections.iter().flat_map(|s| s.keys()).collect();
     let mut items = Vec::new();
     if let Some(path) = file {

@@ -23,6 +23,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::model::decoder::Decoder;
 use crate::model::layout::{ModelConfig, Task};
+use crate::rewards::RewardFunction;
 
 /// A metric's name, TRL's, and its value.
 pub type Metric = (Cow<'static, str>, f64);
@@ -66,6 +67,8 @@ pub struct MethodInputs<'a> {
     pub eval: &'a [Row],
     /// The run's folder, for what is worth keeping from one run to the next.
     pub output: &'a Path,
+    /// Rewards of the program itself, beside those of the options.
+    pub rewards: &'a [RewardFunction],
 }
 
 /// A method over its rows.
@@ -159,10 +162,17 @@ impl MethodRun {
         config::to_toml(head, &self.sections())
     }
 
-    /// Reads a run file, then `key=value` overrides. Returns notes to print.
-    pub fn read(&mut self, file: Option<&Path>, overrides: &[String]) -> Result<Vec<String>> {
-        let method: &mut dyn Section = &mut self.method;
-        config::load(&mut [&mut self.training, &mut self.peft, method], file, overrides)
+    /// Reads a run file, then `key=value` overrides, for a program that gives `reward_functions`
+    /// rewards of its own. Returns notes to print.
+    pub fn read(
+        &mut self,
+        file: Option<&Path>,
+        overrides: &[String],
+        reward_functions: usize,
+    ) -> Result<Vec<String>> {
+        let sections: &mut [&mut dyn Section] =
+            &mut [&mut self.training, &mut self.peft, &mut self.method];
+        config::load_with(sections, file, overrides, reward_functions)
     }
 }
 

@@ -138,7 +138,8 @@ impl Reference {
         let name = format!("ref_log_probs-{:08x}{digest:08x}.f32", weights_digest(cx, model)?);
         let path = output.join(name);
         if path.is_file() {
-            eprintln!("the reference's log-probs are read from {}", path.display());
+            cx.observer
+                .info(&format!("the reference's log-probs are read from {}", path.display()));
             return with(LogProbSource::Stored(read_floats(&path)?));
         }
         let mut values = Vec::new();

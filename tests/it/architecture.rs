@@ -254,6 +254,17 @@ fn only_ops_call_kernels() {
 }
 
 #[test]
+fn only_the_commands_and_the_terminal_observer_print() {
+    let prints = Regex::new(r"\be?print(ln)?!|\bio::(stdout|stderr)\(\)|\bdbg!").unwrap();
+    let found = |places: &[&str]| -> Vec<String> {
+        let files =
+            all().into_iter().filter(|(file, _)| !places.iter().any(|p| file.starts_with(p)));
+        files.filter(|(_, text)| prints.is_match(text)).map(|(file, _)| file).collect()
+    };
+    assert_eq!(found(&["cli/"]), ["observer.rs", "quickstart/mod.rs"]);
+}
+
+#[test]
 fn unsafe_stands_only_at_devices_and_says_why() {
     // Mapping a file is unsafe by nature (another process may cut it); libc calls of checkpoints
     // have no safe wrapper.

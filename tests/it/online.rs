@@ -73,6 +73,7 @@ fn run<M: BuildMethod + Default + 'static>(
         fresh: false,
         train: &rows,
         eval: &[],
+        rewards: &[],
         folder: &folder,
         command: "test",
         stop: Stop::default(),

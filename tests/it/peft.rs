@@ -87,6 +87,7 @@ pub fn trainer(cx: Cx, model: Decoder, run: &SftRun) -> (Trainer, OfflineMethod<
         train: &rows,
         eval: &[],
         output: Path::new("unused"),
+        rewards: &[],
     };
     let (sft, _) = Sft::new(&run.method, &inputs).unwrap();
     let n = sft.rows();

@@ -118,6 +118,7 @@ fn start<M: BuildMethod + Default + 'static>(
         train: rows,
         eval,
         output,
+        rewards: &[],
     };
     let mut method = run.method.build(&run.training, &inputs).unwrap().method;
     let mut trainer = Trainer::new(cx, model, run.training, method.rows()).unwrap();
@@ -315,6 +316,7 @@ fn gradients(share_prompts: bool, name: &str) -> (Vec<f32>, f32) {
         train: &rows,
         eval: &[],
         output: dir.path(),
+        rewards: &[],
     };
     let (mut dpo, _) = Dpo::new(&run.method, &run.training, &inputs).unwrap();
     dpo.pairs.share_prompts = share_prompts;

@@ -37,6 +37,7 @@ pub fn trainer(rows: &str, keys: &[String], recompute: Recompute) -> (Trainer, O
         train: &rows,
         eval: &[],
         output: Path::new("unused"),
+        rewards: &[],
     };
     let (sft, _) = Sft::new(&run.method, &inputs).unwrap();
     let rows = temper::methods::Method::rows(&sft);
