@@ -4,6 +4,8 @@
 //! Invariant: state is passed, never global. Whatever changes from step to step lies in device
 //! memory (`rng`).
 
+#![deny(missing_docs)]
+
 use std::sync::Arc;
 
 use super::op::{Need, Op};
@@ -23,14 +25,21 @@ pub enum Recompute {
     Layers,
 }
 
+/// Passed to everything that computes.
 pub struct Cx {
+    /// Runs the kernels.
     pub device: Arc<dyn Device>,
+    /// Device memory.
     pub pool: Arc<Pool>,
     /// Storage type of activations and of the weights that kernels read: F32 or BF16.
     pub dtype: DType,
+    /// Which matrix products are used.
     pub matmul: MatmulChoice,
+    /// Which attention kernels are used.
     pub attention: AttentionChoice,
+    /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// Ops are recorded while there is one.
     pub tape: Option<Tape>,
     /// Gradient buffers by parameter set.
     pub param_grads: ParamGradSets,
@@ -100,10 +109,12 @@ impl Cx {
         Tensor::new(&self.pool, name, self.dtype, shape)
     }
 
+    /// New F32 memory.
     pub fn float(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         Tensor::new(&self.pool, name, DType::F32, shape)
     }
 
+    /// I32 values on the device.
     pub fn ints(&self, name: &str, data: &[i32]) -> Result<Tensor> {
         Tensor::from_host(&self.pool, name, DType::I32, &[data.len()], data)
     }
@@ -118,6 +129,7 @@ impl Cx {
         self.apply_dyn(Arc::new(op), x)
     }
 
+    /// As [`Cx::apply`], for an op that is shared.
     pub fn apply_dyn(&mut self, op: Arc<dyn Op>, x: &[&Tensor]) -> Result<Vec<Tensor>> {
         let wants = |t: &&Tensor| match t.id() {
             Id::Constant => false,

@@ -237,7 +237,14 @@ macro_rules! words {
     ($(#[$meta:meta])* pub enum $name:ident { $($(#[$vmeta:meta])* $variant:ident = $word:literal $(| $alias:literal)*,)+ }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($(#[$vmeta])* $variant,)+ }
+        pub enum $name {
+            $(
+                #[doc = concat!("`", $word, "`")]
+                ///
+                $(#[$vmeta])*
+                $variant,
+            )+
+        }
 
         impl $crate::config::value::Value for $name {
             fn kind() -> String {

@@ -115,10 +115,14 @@ pub trait BuildMethod: Section {
 }
 
 /// All options of a training command.
+#[deny(missing_docs)]
 #[derive(Clone, Debug, PartialEq)]
 pub struct MethodRun<M: ?Sized = dyn BuildMethod> {
+    /// Options of every run.
     pub training: TrainingConfig,
+    /// Options of adapters.
     pub peft: PeftConfig,
+    /// Options of the method.
     pub method: M,
 }
 
@@ -129,6 +133,7 @@ impl<M: BuildMethod + Default> Default for MethodRun<M> {
     }
 }
 
+#[deny(missing_docs)]
 impl<M: BuildMethod + Default + 'static> MethodRun<M> {
     /// The defaults, then a run file, then `key=value` overrides. Returns notes to print, too.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
@@ -152,7 +157,9 @@ impl<M: BuildMethod + Default + 'static> MethodRun<M> {
     }
 }
 
+#[deny(missing_docs)]
 impl MethodRun {
+    /// Its three groups of options.
     pub fn sections(&self) -> [&dyn Section; 3] {
         [&self.training, &self.peft, &self.method]
     }

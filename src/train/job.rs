@@ -3,6 +3,8 @@
 //! Invariant: every command and every stage of the quickstart goes through here; what differs is the
 //! method's options.
 
+#![deny(missing_docs)]
+
 use std::path::Path;
 
 use super::plan::{self, PlanRequest};
@@ -25,27 +27,37 @@ use crate::report::MaskRow;
 use crate::rewards::RewardFunction;
 use crate::signals::Stop;
 
+/// What a run is made of.
 pub struct Job<'a> {
+    /// All options.
     pub run: &'a MethodRun,
+    /// The model's folder.
     pub model: &'a Path,
     /// An adapter to train further.
     pub adapter: Option<&'a Path>,
     /// New weights where the folder has none.
     pub fresh: bool,
+    /// Rows to train on.
     pub train: &'a [Row],
+    /// Rows to evaluate on; may be empty.
     pub eval: &'a [Row],
     /// Rewards of the program itself, beside those of the options.
     pub rewards: &'a [RewardFunction],
+    /// Where the run is written.
     pub folder: &'a RunFolder,
     /// The command that started the run, for config.toml.
     pub command: &'a str,
+    /// Ends the run with a checkpoint.
     pub stop: Stop,
 }
 
 /// A job that has ended. The context comes back for the next.
 pub struct FinishedJob {
+    /// The context that the job ran on.
     pub cx: Cx,
+    /// Optimizer steps of the run.
     pub total_steps: u64,
+    /// Tokens and the last loss.
     pub summary: Summary,
 }
 

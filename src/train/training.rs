@@ -172,6 +172,9 @@ impl Training {
     /// problems of the options in one; files that cannot be read; an output folder that holds
     /// another run; see [`execute`] for the rest.
     pub fn run(mut self) -> Result<FinishedJob> {
+        if self.output.as_os_str().is_empty() {
+            return Err(Error::Config("a training run needs an output folder".into()));
+        }
         let dir = self.prepare()?;
         let cx = Cx::open(&self.run.training, self.observer.clone())?;
         let folder = prepare_output(&self.output, self.overwrite, self.resume)?;

@@ -9,6 +9,7 @@ mod data;
 mod eval;
 mod generate;
 
+mod library;
 mod lora_kernels;
 mod model_folder;
 mod online;
