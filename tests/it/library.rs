@@ -23,7 +23,7 @@ fn training(method: &str, out: &Path) -> Training {
     };
     Training::new(method)
         .unwrap()
-        .options(["per_device_train_batch_size=4", "max_steps=1", length].map(String::from))
+        .options(["per_device_train_batch_size=8", "max_steps=1", length].map(String::from))
         .model(MODEL)
         .data([ROWS])
         .output(out)
@@ -96,7 +96,7 @@ fn all_problems_are_reported_at_once_and_nothing_is_written() {
     let scored = training("sft", &out).reward("x", |_| None).run().err().unwrap().to_string();
     assert_eq!(scored, "sft takes no rewards");
     assert!(training("sft", &out).model("").run().err().unwrap().to_string().contains("a model"));
-    assert!(Training::new("gpro").err().unwrap().to_string().contains("did you mean grpo?"));
+    assert!(Training::new("grp").err().unwrap().to_string().contains("did you mean grpo?"));
     assert!(!out.exists());
 }
 
