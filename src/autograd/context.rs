@@ -43,7 +43,7 @@ pub struct Cx {
     pub tape: Option<Tape>,
     /// Gradient buffers by parameter set.
     pub param_grads: ParamGradSets,
-    /// I32 [4] on the device: seed low, seed high, step, micro-step. Read by every random kernel.
+    /// I32 `[4]` on the device: seed low, seed high, step, micro-step. Read by every random kernel.
     pub rng: Tensor,
     /// Hears of what happens.
     pub observer: Arc<dyn Observer>,
@@ -51,8 +51,8 @@ pub struct Cx {
 }
 
 impl Cx {
-    /// A context on the device that `options` name, with their dtype, matmul and attention; it tells
-    /// the observer which device that is. Errors: the device is not there.
+    /// A context on the device that `options` name, with their dtype, matmul and attention; it
+    /// tells the observer which device that is. Errors: the device is not there.
     pub fn open(options: &TrainingConfig, observer: Arc<dyn Observer>) -> Result<Cx> {
         let mut cx = Cx::on(device::open(options.device)?, options)?;
         observer.info(&format!("device: {}, {}", cx.device.name(), cx.dtype.name()));

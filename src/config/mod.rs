@@ -1,12 +1,12 @@
 //! Run files: TOML, any key of which can be given on the command line as `key=value`. Layer 1.
 //!
 //! Invariant: an option is one documented field of a section. Its name, type, default and doc in
-//! `--help-options`, in the parser and in the resolved file all come from that field, so they cannot
-//! drift.
+//! `--help-options`, in the parser and in the resolved file all come from that field, so they
+//! cannot drift.
 //!
 //! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and
-//! [`SftConfig`]. [`load`] reads file and command line, checks everything and reports all problems
-//! at once.
+//! that of its method. [`load`] reads file and command line, checks everything and reports all
+//! problems at once.
 
 mod eval;
 mod foreign;
@@ -47,8 +47,8 @@ pub struct Key {
     pub doc: String,
 }
 
-/// A struct whose fields are options; see [`section!`]. Sections nest: a section shared by several
-/// methods is a field of each.
+/// A struct whose fields are options; the macro `section!` declares it. Sections nest: a section
+/// shared by several methods is a field of each.
 pub trait Section {
     /// What its table is called: a command, or what a shared section is about.
     fn name(&self) -> &'static str;
