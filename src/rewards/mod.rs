@@ -132,11 +132,13 @@ impl RewardRow<'_> {
     }
 }
 
+type ScoreRow = dyn Fn(&RewardRow) -> Option<f64> + Send + Sync;
+
 /// A reward that the program computes itself; clones share the function.
 #[derive(Clone)]
 pub struct RewardFunction {
     name: String,
-    function: Arc<dyn Fn(&RewardRow) -> Option<f64> + Send + Sync>,
+    function: Arc<ScoreRow>,
 }
 
 #[deny(missing_docs)]
