@@ -4,11 +4,16 @@
 //! tensor, row or key that is wrong and what to change; the variant decides the exit code of the
 //! command line (see [`Error::exit_code`]).
 
+#![deny(missing_docs)]
+
 use std::path::{Path, PathBuf};
 
+/// A result with the crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What went wrong, and what to change.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the fields say what they are
 pub enum Error {
     /// A wrong command line or run file. All problems of one file are reported at once, one a line.
     #[error("{0}")]
@@ -43,22 +48,27 @@ pub enum Error {
 }
 
 impl Error {
+    /// [`Error::Io`] of a path.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Error::Io { path: path.as_ref().to_path_buf(), source }
     }
 
+    /// [`Error::Model`] of a folder or file.
     pub fn model(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Error::Model { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
+    /// [`Error::Data`] of a file, at a line where one is known.
     pub fn data(path: impl AsRef<Path>, line: Option<usize>, message: impl Into<String>) -> Self {
         Error::Data { path: path.as_ref().to_path_buf(), line, message: message.into() }
     }
 
+    /// [`Error::Op`] of an op by its name.
     pub fn op(op: &'static str, message: impl Into<String>) -> Self {
         Error::Op { op, message: message.into() }
     }
 
+    /// [`Error::Checkpoint`] of a folder.
     pub fn checkpoint(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Error::Checkpoint { path: path.as_ref().to_path_buf(), message: message.into() }
     }

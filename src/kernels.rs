@@ -4,6 +4,9 @@
 //! Invariant: a wrong number or kind of argument does not compile; a wrong dtype is an `Err` that
 //! names the argument.
 
+// The launchers' docs are the heads of the kernels: brackets there are indices.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use crate::device::{CpuLaunch, DType, Device, Image, KernelDef, Launch};
 use crate::error::{Error, Result};
 use crate::tensor::{Out, Tensor};

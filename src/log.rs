@@ -1,58 +1,31 @@
-//! What a run says: `metrics.jsonl`, lines and a progress bar on the terminal,
-//! `trainer_state.json`. Layer 8.
+//! What a run records: `metrics.jsonl`, `completions.jsonl`, `trainer_state.json`; its observer
+//! hears of the same. Layer 8.
 //!
-//! Invariant: a number is never replaced by another. NaN is printed as `nan` and written as `null`
-//! beside `"nan": true`.
+//! Invariant: a number is never replaced by another. NaN is written as `null` beside `"nan": true`.
 
 use std::fs::{File, OpenOptions};
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::fsio;
+use crate::observer::{MetricValue, Observer, Progress};
 
 const METRICS: &str = "metrics.jsonl";
 const COMPLETIONS: &str = "completions.jsonl";
 
-/// A logged value. Integers stay integers (`num_tokens`).
-#[derive(Clone, Debug, PartialEq)]
-pub enum LoggedValue {
-    Int(u64),
-    Float(f64),
-    Text(String),
-}
-
-impl From<u64> for LoggedValue {
-    fn from(v: u64) -> Self {
-        LoggedValue::Int(v)
-    }
-}
-
-impl From<f64> for LoggedValue {
-    fn from(v: f64) -> Self {
-        LoggedValue::Float(v)
-    }
-}
-
-impl From<&str> for LoggedValue {
-    fn from(v: &str) -> Self {
-        LoggedValue::Text(v.to_string())
-    }
-}
-
-/// The log of one run.
-#[derive(Debug)]
+/// The log of one run. Its observer hears of the end when it is dropped.
 pub struct RunLog {
     path: PathBuf,
     file: File,
     /// completions.jsonl, from the first completion on.
     completions: Option<File>,
     history: Vec<Map<String, Value>>,
-    bar: Option<ProgressBar>,
+    observer: Arc<dyn Observer>,
     total: u64,
     pace: Pace,
 }
@@ -60,12 +33,12 @@ pub struct RunLog {
 impl RunLog {
     /// Begins `output_dir/metrics.jsonl`. With `resume_from_step`, its lines up to that step stay
     /// and later ones (and a line that was cut short) go, so that the file becomes that of an
-    /// uninterrupted run, timing fields apart. `total_steps` is for the progress bar, which is
-    /// shown when stderr is a terminal.
+    /// uninterrupted run, timing fields apart. `total_steps` is what the observer is told.
     pub fn create(
         output_dir: impl AsRef<Path>,
         resume_from_step: Option<u64>,
         total_steps: u64,
+        observer: Arc<dyn Observer>,
     ) -> Result<Self> {
         let path = output_dir.as_ref().join(METRICS);
         let history = match resume_from_step {
@@ -87,29 +60,26 @@ impl RunLog {
                 kept.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
             fsio::atomic_write(&samples, text.as_bytes())?;
         }
-        let bar = std::io::stderr().is_terminal().then(|| bar(first, total_steps));
+        observer.begin(first, total_steps);
         Ok(Self {
             path,
             file,
             completions: None,
             history,
-            bar,
+            observer,
             total: total_steps,
             pace: Pace::start(first),
         })
     }
 
-    /// Logs `metrics` of a step: a line of the file, a line on stdout. A key that stands twice
+    /// Logs `metrics` of a step: a line of the file. A key given twice
     /// counts once, the last.
-    pub fn log(&mut self, step: u64, metrics: &[(&str, LoggedValue)]) -> Result<()> {
+    pub fn log(&mut self, step: u64, metrics: &[(&str, MetricValue)]) -> Result<()> {
         let line = to_json(step, metrics);
         let text = format!("{}\n", Value::Object(line.clone()));
         self.file.write_all(text.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
         self.history.push(line);
-        let shown = shown(metrics);
-        let shown =
-            if self.bar.is_some() { shown } else { format!("{step}/{} {shown}", self.total) };
-        self.print(&mut std::io::stdout(), &shown);
+        self.observer.metrics(step, self.total, metrics);
         Ok(())
     }
 
@@ -134,32 +104,20 @@ impl RunLog {
         file.write_all(text.as_bytes()).map_err(|e| Error::io(&path, e))
     }
 
-    /// Moves the progress bar; `tokens` is what the run has trained on so far.
+    /// A step was done; `tokens` is what the run has trained on so far.
     pub fn step(&mut self, step: u64, tokens: u64) {
         self.pace.at(step, tokens);
-        if let Some(bar) = &self.bar {
-            bar.set_position(step);
-            bar.set_message(format!(
-                "{} steps/s  {} tokens/s",
-                significant(self.pace.steps),
-                thousands(self.pace.tokens)
-            ));
-        }
+        self.observer.progress(&Progress {
+            step,
+            total: self.total,
+            steps_per_second: self.pace.steps,
+            tokens_per_second: self.pace.tokens,
+        });
     }
 
     /// Tokens a second over the last steps, for `tokens_per_second`. 0 before the second step.
     pub fn tokens_per_second(&self) -> f64 {
         self.pace.tokens
-    }
-
-    /// A line on stderr.
-    pub fn note(&self, message: &str) {
-        self.print(&mut std::io::stderr(), message);
-    }
-
-    /// A line on stderr that begins with `warning:`.
-    pub fn warn(&self, message: &str) {
-        self.print(&mut std::io::stderr(), &format!("warning: {message}"));
     }
 
     /// Everything logged so far is on disk: call it before a checkpoint is finished.
@@ -202,23 +160,11 @@ impl RunLog {
         text.push('\n');
         text.into_bytes()
     }
+}
 
-    /// Takes the bar off the terminal.
-    pub fn finish(self) {
-        if let Some(bar) = &self.bar {
-            bar.finish();
-        }
-    }
-
-    /// A closed terminal or pipe does not end a run: what cannot be printed still is in the file.
-    fn print(&self, to: &mut dyn Write, line: &str) {
-        let mut write = || {
-            let _ = writeln!(to, "{line}").and_then(|()| to.flush());
-        };
-        match &self.bar {
-            Some(bar) => bar.suspend(write),
-            None => write(),
-        }
+impl Drop for RunLog {
+    fn drop(&mut self) {
+        self.observer.end();
     }
 }
 
@@ -250,18 +196,6 @@ impl Pace {
     }
 }
 
-fn bar(first: u64, total: u64) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr())
-        .with_position(first);
-    let template = "{percent:>3}% [{bar:30}] {pos}/{len}  {elapsed}<{eta}  {msg}";
-    let bar = match ProgressStyle::with_template(template) {
-        Ok(style) => bar.with_style(style.progress_chars("=> ")),
-        Err(_) => bar, // a constant: it parses
-    };
-    bar.reset_eta();
-    bar
-}
-
 /// Lines of a metrics file up to `step`, in order. A line that is no JSON ends it: a killed run's
 /// last one.
 fn kept(path: &Path, step: u64) -> Result<Vec<Map<String, Value>>> {
@@ -278,17 +212,17 @@ fn kept(path: &Path, step: u64) -> Result<Vec<Map<String, Value>>> {
         .collect())
 }
 
-fn to_json(step: u64, metrics: &[(&str, LoggedValue)]) -> Map<String, Value> {
+fn to_json(step: u64, metrics: &[(&str, MetricValue)]) -> Map<String, Value> {
     let mut line = Map::new();
     line.insert("step".into(), step.into());
     let (mut nan, mut infinite) = (false, false);
     for (key, metric) in metrics {
         let value = match metric {
-            LoggedValue::Int(v) => Value::from(*v),
-            LoggedValue::Text(v) => Value::from(v.as_str()),
-            LoggedValue::Float(v) => number(*v),
+            MetricValue::Int(v) => Value::from(*v),
+            MetricValue::Text(v) => Value::from(v.as_str()),
+            MetricValue::Float(v) => number(*v),
         };
-        if let LoggedValue::Float(v) = metric {
+        if let MetricValue::Float(v) = metric {
             nan |= v.is_nan();
             infinite |= v.is_infinite();
         }
@@ -307,85 +241,24 @@ fn number(v: f64) -> Value {
     serde_json::Number::from_f64(v).map_or(Value::Null, Value::Number)
 }
 
-/// `{'loss': 2.345, 'learning_rate': 2e-05}`, as TRL prints it.
-fn shown(metrics: &[(&str, LoggedValue)]) -> String {
-    let items = metrics.iter().map(|(key, metric)| match metric {
-        LoggedValue::Int(v) => format!("'{key}': {v}"),
-        LoggedValue::Float(v) => format!("'{key}': {}", significant(*v)),
-        LoggedValue::Text(v) => format!("'{key}': '{v}'"),
-    });
-    format!("{{{}}}", items.collect::<Vec<_>>().join(", "))
-}
-
-/// Four significant digits, as Python's `%.4g`.
-fn significant(v: f64) -> String {
-    if v.is_nan() {
-        return "nan".into();
-    }
-    if v.is_infinite() || v == 0.0 {
-        return if v == 0.0 { "0".into() } else { format!("{v}") };
-    }
-    let scientific = format!("{v:.3e}"); // rounded first: 9999.6 is 1e+04
-    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    let exponent: i32 = exponent.parse().unwrap_or(0);
-    let trim = |digits: &str| match digits.contains('.') {
-        true => digits.trim_end_matches('0').trim_end_matches('.').to_string(),
-        false => digits.to_string(),
-    };
-    if (-4..4).contains(&exponent) {
-        return trim(&format!("{v:.*}", (3 - exponent).max(0) as usize));
-    }
-    format!("{}e{}{:02}", trim(mantissa), if exponent < 0 { '-' } else { '+' }, exponent.abs())
-}
-
-fn thousands(v: f64) -> String {
-    let digits = format!("{v:.0}");
-    let grouped =
-        digits.as_bytes().rchunks(3).rev().map(|c| String::from_utf8_lossy(c).into_owned());
-    grouped.collect::<Vec<_>>().join(",")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_are_printed_as_python_prints_them() {
-        let python = [
-            (2.345678, "2.346"),
-            (2e-5, "2e-05"),
-            (1.23456e-5, "1.235e-05"),
-            (0.0001, "0.0001"),
-            (9999.6, "1e+04"),
-            (999.96, "1000"),
-            (12345678.0, "1.235e+07"),
-            (-0.5, "-0.5"),
-            (0.0, "0"),
-            (1e100, "1e+100"),
-            (f64::NAN, "nan"),
-            (f64::INFINITY, "inf"),
-            (f64::NEG_INFINITY, "-inf"),
-        ];
-        for (v, text) in python {
-            assert_eq!(significant(v), text);
-        }
-        assert_eq!(thousands(1234567.0), "1,234,567");
-    }
+    use crate::observer::Silent;
 
     #[test]
     fn nan_is_written_as_null_and_said() {
         let metrics =
-            [("loss", LoggedValue::Float(f64::NAN)), ("num_tokens", 7.into()), ("lr", 0.5.into())];
+            [("loss", MetricValue::Float(f64::NAN)), ("num_tokens", 7.into()), ("lr", 0.5.into())];
         let line = Value::Object(to_json(3, &metrics)).to_string();
         assert_eq!(line, r#"{"step":3,"loss":null,"num_tokens":7,"lr":0.5,"nan":true}"#);
-        assert_eq!(shown(&metrics), "{'loss': nan, 'num_tokens': 7, 'lr': 0.5}");
     }
 
     #[test]
     fn a_resumed_log_equals_an_uninterrupted_one() {
         let dir = tempfile::tempdir().unwrap();
         let run = |resume: Option<u64>, steps: std::ops::RangeInclusive<u64>| {
-            let mut log = RunLog::create(dir.path(), resume, 6).unwrap();
+            let mut log = RunLog::create(dir.path(), resume, 6, Arc::new(Silent)).unwrap();
             for step in steps {
                 log.step(step, step * 10);
                 log.log(
@@ -402,7 +275,7 @@ mod tests {
                 state["log_history"].as_array().unwrap().len() as u64,
                 6.min(log.history().len() as u64)
             );
-            log.finish();
+            drop(log);
             std::fs::read_to_string(dir.path().join(METRICS)).unwrap()
         };
         let whole = run(None, 1..=6);

@@ -3,6 +3,8 @@
 //! Invariant: the first signal only sets a flag, which the training loop looks at between
 //! micro-batches.
 
+#![deny(missing_docs)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -33,6 +35,7 @@ impl Stop {
         Ok(stop)
     }
 
+    /// Whether the run is to end.
     pub fn requested(&self) -> bool {
         self.flag.load(Ordering::Relaxed)
     }

@@ -4,13 +4,16 @@
 //! Invariant: state is passed, never global. Whatever changes from step to step lies in device
 //! memory (`rng`).
 
+#![deny(missing_docs)]
+
 use std::sync::Arc;
 
 use super::op::{Need, Op};
 use super::tape::{ParamGradSets, Tape};
-use crate::config::{AttentionChoice, MatmulChoice};
-use crate::device::{DType, Device, Pool};
+use crate::config::{AttentionChoice, Dtype, MatmulChoice, TrainingConfig};
+use crate::device::{self, DType, Device, Pool};
 use crate::error::{Error, Result};
+use crate::observer::{Observer, Terminal};
 use crate::tensor::{Id, Tensor};
 
 /// What a backward pass computes again instead of keeping.
@@ -22,23 +25,54 @@ pub enum Recompute {
     Layers,
 }
 
+/// Passed to everything that computes.
 pub struct Cx {
+    /// Runs the kernels.
     pub device: Arc<dyn Device>,
+    /// Device memory.
     pub pool: Arc<Pool>,
     /// Storage type of activations and of the weights that kernels read: F32 or BF16.
     pub dtype: DType,
+    /// Which matrix products are used.
     pub matmul: MatmulChoice,
+    /// Which attention kernels are used.
     pub attention: AttentionChoice,
+    /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// Ops are recorded while there is one.
     pub tape: Option<Tape>,
     /// Gradient buffers by parameter set.
     pub param_grads: ParamGradSets,
-    /// I32 [4] on the device: seed low, seed high, step, micro-step. Read by every random kernel.
+    /// I32 `[4]` on the device: seed low, seed high, step, micro-step. Read by every random kernel.
     pub rng: Tensor,
+    /// Hears of what happens.
+    pub observer: Arc<dyn Observer>,
     next_site: u32,
 }
 
 impl Cx {
+    /// A context on the device that `options` name, with their dtype, matmul and attention; it
+    /// tells the observer which device that is. Errors: the device is not there.
+    pub fn open(options: &TrainingConfig, observer: Arc<dyn Observer>) -> Result<Cx> {
+        let mut cx = Cx::on(device::open(options.device)?, options)?;
+        observer.info(&format!("device: {}, {}", cx.device.name(), cx.dtype.name()));
+        cx.observer = observer;
+        Ok(cx)
+    }
+
+    /// A context on `device` with the dtype, matmul and attention of `options`.
+    pub fn on(device: Arc<dyn Device>, options: &TrainingConfig) -> Result<Cx> {
+        let dtype = match options.dtype {
+            Dtype::Auto => device.capabilities().dtype,
+            Dtype::Float32 => DType::F32,
+            Dtype::Bfloat16 => DType::BF16,
+        };
+        let mut cx = Cx::new(device, dtype)?;
+        (cx.matmul, cx.attention) = (options.matmul, options.attention);
+        Ok(cx)
+    }
+
+    /// A context with the engine's own choice of kernels.
     pub fn new(device: Arc<dyn Device>, dtype: DType) -> Result<Cx> {
         let pool = Pool::new(device.clone());
         let rng = Tensor::from_host(&pool, "rng key", DType::I32, &[4], &[0u32; 4])?;
@@ -52,6 +86,7 @@ impl Cx {
             tape: None,
             param_grads: ParamGradSets::default(),
             rng,
+            observer: Arc::new(Terminal::default()),
             next_site: 0,
         })
     }
@@ -74,10 +109,12 @@ impl Cx {
         Tensor::new(&self.pool, name, self.dtype, shape)
     }
 
+    /// New F32 memory.
     pub fn float(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         Tensor::new(&self.pool, name, DType::F32, shape)
     }
 
+    /// I32 values on the device.
     pub fn ints(&self, name: &str, data: &[i32]) -> Result<Tensor> {
         Tensor::from_host(&self.pool, name, DType::I32, &[data.len()], data)
     }
@@ -92,6 +129,7 @@ impl Cx {
         self.apply_dyn(Arc::new(op), x)
     }
 
+    /// As [`Cx::apply`], for an op that is shared.
     pub fn apply_dyn(&mut self, op: Arc<dyn Op>, x: &[&Tensor]) -> Result<Vec<Tensor>> {
         let wants = |t: &&Tensor| match t.id() {
             Id::Constant => false,

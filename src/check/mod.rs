@@ -44,22 +44,9 @@ pub fn check_ops(
             for &dtype in variant.dtypes {
                 let mut rng = Rng(0x7e57);
                 for (i, case) in (entry.cases)(&mut rng).iter().enumerate() {
-                    let mut measured = Measured::default();
-                    let result =
-                        check_case(device, case, dtype, variant, 1000 + i as u64, &mut measured);
-                    let failure = match result {
-                        Err(e) => Some(e.to_string()),
-                        Ok(()) => measured.failure.clone(),
-                    };
-                    let case = case.label.clone();
-                    let outcome = CheckOutcome {
-                        op: entry.name,
-                        case,
-                        dtype,
-                        variant: variant.name,
-                        ratio: measured.ratio,
-                        failure,
-                    };
+                    let seed = 1000 + i as u64;
+                    let mut outcome = check_case(device, case, dtype, variant, seed);
+                    outcome.op = entry.name;
                     each(&outcome);
                     all.push(outcome);
                 }
@@ -159,7 +146,28 @@ pub fn run_case(
     Ok(run)
 }
 
-fn check_case(
+/// Runs one case of an op, which need not be registered, and compares outputs and gradients with
+/// its oracle.
+pub fn check_case(
+    device: &Arc<dyn Device>,
+    case: &Case,
+    dtype: DType,
+    variant: &Variant,
+    seed: u64,
+) -> CheckOutcome {
+    let mut measured = Measured::default();
+    let result = measure(device, case, dtype, variant, seed, &mut measured);
+    CheckOutcome {
+        op: case.op.name(),
+        case: case.label.clone(),
+        dtype,
+        variant: variant.name,
+        ratio: measured.ratio,
+        failure: result.err().map(|e| e.to_string()).or(measured.failure),
+    }
+}
+
+fn measure(
     device: &Arc<dyn Device>,
     case: &Case,
     dtype: DType,

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use crate::check::check_ops;
 use crate::check::model::check_model;
+use crate::cli::choice;
+use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::{device, device::cpu::Cpu};
 
@@ -15,8 +17,8 @@ use crate::{device, device::cpu::Cpu};
 #[derive(clap::Args)]
 pub struct CheckArgs {
     /// auto, cuda or cpu
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
+    device: DeviceChoice,
     /// only ops whose name contains this
     #[arg(long, default_value = "")]
     op: String,
@@ -28,7 +30,7 @@ pub struct CheckArgs {
 pub fn run(args: CheckArgs) -> Result<()> {
     let device = match args.strict {
         Some(seed) => Arc::new(Cpu::strict(seed)),
-        None => device::open(&args.device)?,
+        None => device::open(args.device)?,
     };
     println!("device: {}", device.name());
     println!(

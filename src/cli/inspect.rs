@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute, Tape};
-use crate::cli::{Where, launches, storage};
+use crate::cli::{Where, launches};
 use crate::device::dry_run::DryRun;
 use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};
@@ -148,8 +148,7 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
             let memory = MemoryInfo { free: gib << 30, total: gib << 30 };
             let device: Arc<dyn Device> =
                 Arc::new(DryRun::new(&format!("a GPU of {gib} GiB"), Capabilities::GPU, memory));
-            let dtype = storage(&args.on.dtype, &device)?;
-            Cx::new(device, dtype)?
+            Cx::on(device, &args.on.options())?
         }
         None => args.on.open()?,
     };

@@ -4,10 +4,12 @@
 //! base.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::autograd::Cx;
 use crate::checkpoint::prepare_output;
-use crate::device::{self, DType};
+use crate::device::DType;
+use crate::device::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::model::adapter::Adapter;
 use crate::model::adapter::merge::{mergeable, merged_config, merged_values};
@@ -47,7 +49,7 @@ const TOLERANCE: [(HostDtype, f32); 2] = [(HostDtype::F32, 1e-4), (HostDtype::BF
 
 pub fn run(args: MergeArgs) -> Result<()> {
     let dir = resolve_model(&args.model)?;
-    let cx = Cx::new(device::open("cpu")?, DType::F32)?;
+    let cx = Cx::new(Arc::new(Cpu::new()), DType::F32)?;
     let base = Decoder::folder(&dir)?.positions(64).build(&cx)?;
     let adapter = Adapter::load(&cx, &args.adapter, &base.config, &base.params)?;
     mergeable(&adapter)?;

@@ -24,10 +24,12 @@ use std::sync::Arc;
 use clap::{Args as _, FromArgMatches, Subcommand};
 
 use crate::autograd::Cx;
-use crate::device::{self, DType, Device};
-use crate::error::{Error, Result};
+use crate::config::value::{Given, Value};
+use crate::config::{DeviceChoice, Dtype, TrainingConfig};
+use crate::error::Result;
 use crate::methods::MethodEntry;
 use crate::methods::registry::REGISTRY;
+use crate::observer::Terminal;
 
 /// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]
@@ -62,35 +64,32 @@ fn command() -> clap::Command {
 #[derive(clap::Args, Clone)]
 pub struct Where {
     /// auto, cuda or cpu; auto takes the GPU where there is one
-    #[arg(long, default_value = "auto")]
-    pub device: String,
+    #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
+    pub device: DeviceChoice,
     /// auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU
-    #[arg(long, default_value = "auto")]
-    pub dtype: String,
+    #[arg(long, default_value = "auto", value_parser = choice::<Dtype>)]
+    pub dtype: Dtype,
 }
 
 impl Where {
-    /// The device, announced on stderr, and a context on it.
+    /// The same as options of a run.
+    pub fn options(&self) -> TrainingConfig {
+        TrainingConfig { device: self.device, dtype: self.dtype, ..TrainingConfig::default() }
+    }
+
+    /// A context on the device, which is announced on stderr.
     pub fn open(&self) -> Result<Cx> {
-        let device = device::open(&self.device)?;
-        let dtype = storage(&self.dtype, &device)?;
-        eprintln!("device: {}, {}", device.name(), dtype.name());
-        Cx::new(device, dtype)
+        Cx::open(&self.options(), Arc::new(Terminal::default()))
     }
 }
 
-/// The storage type that a `dtype` key means on a device.
-pub fn storage(dtype: &str, device: &Arc<dyn Device>) -> Result<DType> {
-    match dtype {
-        "auto" => Ok(device.capabilities().dtype),
-        "float32" => Ok(DType::F32),
-        "bfloat16" => Ok(DType::BF16),
-        other => Err(Error::Config(format!("dtype is auto, float32 or bfloat16, not \"{other}\""))),
-    }
+/// An argument with the words of an option.
+fn choice<T: Value>(text: &str) -> Result<T, String> {
+    T::read(&Given::Text(text.into()))
 }
 
-/// A list of files takes all that stands behind it, the keys too: what has a `=` and is no file is
-/// a key.
+/// A list of files takes every argument after it, options too: what has a `=` and is no file is
+/// an option.
 fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
     let is_key =
         |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));

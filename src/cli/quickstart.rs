@@ -3,8 +3,13 @@
 //! Invariant: it needs nothing but the binary: no network, no data, no model.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use crate::autograd::Cx;
+use crate::cli::choice;
+use crate::config::{DeviceChoice, TrainingConfig};
 use crate::error::{Error, Result};
+use crate::observer::Terminal;
 use crate::quickstart::{self, QuickstartOptions, QuickstartScale};
 
 /// Train a small model from nothing: tokenizer, pretraining, SFT, with held-out questions before
@@ -21,8 +26,8 @@ pub struct QuickstartArgs {
     #[arg(long, default_value_t = 42)]
     seed: u64,
     /// auto, cuda or cpu; auto takes the GPU where there is one
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
+    device: DeviceChoice,
     /// CPU threads; all cores if absent
     #[arg(long)]
     threads: Option<usize>,
@@ -34,7 +39,8 @@ pub fn run(args: QuickstartArgs) -> Result<()> {
         pool.map_err(|e| Error::Config(format!("--threads {threads}: {e}")))?;
     }
     let begin = std::time::Instant::now();
-    let cx = quickstart::open(&args.device)?;
+    let training = TrainingConfig { device: args.device, ..TrainingConfig::default() };
+    let cx = Cx::open(&training, Arc::new(Terminal::default()))?;
     let options = QuickstartOptions {
         output: args.output,
         overwrite: args.overwrite,

@@ -1,12 +1,12 @@
 //! Run files: TOML, any key of which can be given on the command line as `key=value`. Layer 1.
 //!
 //! Invariant: an option is one documented field of a section. Its name, type, default and doc in
-//! `--help-options`, in the parser and in the resolved file all come from that field, so they cannot
-//! drift.
+//! `--help-options`, in the parser and in the resolved file all come from that field, so they
+//! cannot drift.
 //!
 //! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and
-//! [`SftConfig`]. [`load`] reads file and command line, checks everything and reports all problems
-//! at once.
+//! that of its method. [`load`] reads file and command line, checks everything and reports all
+//! problems at once.
 
 mod eval;
 mod foreign;
@@ -47,8 +47,8 @@ pub struct Key {
     pub doc: String,
 }
 
-/// A struct whose fields are options; see [`section!`]. Sections nest: a section shared by several
-/// methods is a field of each.
+/// A struct whose fields are options; the macro `section!` declares it. Sections nest: a section
+/// shared by several methods is a field of each.
 pub trait Section {
     /// What its table is called: a command, or what a shared section is about.
     fn name(&self) -> &'static str;
@@ -136,6 +136,8 @@ pub struct Report {
     overruled: BTreeSet<&'static str>,
     at_default: BTreeSet<&'static str>,
     no_effect: BTreeMap<&'static str, Vec<String>>, // why, "key = value" ...
+    /// Rewards that the program gives beside the options.
+    reward_functions: usize,
 }
 
 impl Report {
@@ -190,7 +192,17 @@ pub fn load(
     file: Option<&Path>,
     overrides: &[String],
 ) -> Result<Vec<String>> {
-    let mut report = Report::default();
+    load_with(sections, file, overrides, 0)
+}
+
+/// As [`load`], where the program itself gives `reward_functions` rewards.
+pub fn load_with(
+    sections: &mut [&mut dyn Section],
+    file: Option<&Path>,
+    overrides: &[String],
+    reward_functions: usize,
+) -> Result<Vec<String>> {
+    let mut report = Report { reward_functions, ..Report::default() };
     let defaults: Vec<Key> = sections.iter().flat_map(|s| s.keys()).collect();
     let mut items = Vec::new();
     if let Some(path) = file {

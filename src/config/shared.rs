@@ -172,7 +172,8 @@ section! {
         /// regex:PATTERN, think_format, json_schema:FILE, length, soft_overlong, repetition,
         /// command:CMD, python:FILE.py:FUNC; docs/rewards.md lists them.
         pub reward_funcs: Vec<String> = Vec::new(),
-        /// A weight for each reward (reward_funcs first, then reward_model). none: 1 each.
+        /// A weight for each reward (reward_funcs first, then reward_model; in a program its own
+        /// functions go between them). none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,
         /// Ours. Folder of a reward model, whose score is one more reward.
         pub reward_model: Option<String> = None,
@@ -183,7 +184,8 @@ section! {
 
 impl RewardOptions {
     fn rules(&self, report: &mut Report) {
-        let rewards = self.reward_funcs.len() + usize::from(self.reward_model.is_some());
+        let given = self.reward_funcs.len() + usize::from(self.reward_model.is_some());
+        let rewards = given + report.reward_functions;
         report.must(rewards > 0, || {
             "no reward: give reward_funcs=NAME,... or reward_model=DIR; docs/rewards.md lists them"
                 .into()

@@ -3,10 +3,13 @@
 //! Invariant: names and defaults that change the numbers are those of trl 1.16.0 over transformers
 //! 5.17; a key of ours says so in its doc.
 
+#![deny(missing_docs)]
+
 use super::value::{Amount, words};
 use super::{Report, section};
 
 words! {
+    /// How the learning rate moves after the warmup.
     pub enum LearningRateSchedule {
         Linear = "linear",
         Cosine = "cosine",
@@ -16,6 +19,7 @@ words! {
 }
 
 words! {
+    /// When something is done during a run.
     pub enum When {
         No = "no",
         Steps = "steps",
@@ -39,6 +43,7 @@ words! {
 }
 
 words! {
+    /// Number type of the forward and backward pass.
     pub enum Dtype {
         Auto = "auto",
         Float32 = "float32" | "fp32" | "f32",
@@ -47,6 +52,7 @@ words! {
 }
 
 words! {
+    /// The device of a run.
     pub enum DeviceChoice {
         Auto = "auto",
         Cuda = "cuda",
@@ -64,6 +70,7 @@ words! {
 }
 
 words! {
+    /// The order of the training rows.
     pub enum SamplingStrategy {
         Random = "random",
         Sequential = "sequential",
@@ -71,6 +78,7 @@ words! {
 }
 
 words! {
+    /// Which matrix products a run uses.
     pub enum MatmulChoice {
         Auto = "auto",
         Own = "own",
@@ -78,6 +86,7 @@ words! {
 }
 
 words! {
+    /// Which attention kernels a run uses.
     pub enum AttentionChoice {
         Auto = "auto",
         Simt = "simt" | "light",
@@ -86,6 +95,7 @@ words! {
 }
 
 words! {
+    /// Whose defaults a run file was written against.
     pub enum Compat {
         Trl1_16 = "trl-1.16.0",
     }

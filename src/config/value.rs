@@ -240,7 +240,14 @@ macro_rules! words {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(i32)]
-        pub enum $name { $($(#[$vmeta])* $variant $(= $number)?,)+ }
+        pub enum $name {
+            $(
+                #[doc = concat!("`", $word, "`")]
+                ///
+                $(#[$vmeta])*
+                $variant $(= $number)?,
+            )+
+        }
 
         impl $crate::config::value::Value for $name {
             fn kind() -> String {

@@ -10,7 +10,7 @@
 //! | [`chat`] | renders a model's chat template, with the spans of `{% generation %}` |
 //! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
 //! | [`rows`] | rows of jsonl, json and parquet files, each with its file and line |
-//! | [`format`] | TRL's dataset types, detected and checked |
+//! | [`mod@format`] | TRL's dataset types, detected and checked |
 //! | [`render`] | conversations, prompts and end tokens to ids: one function each for all commands |
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
 //! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |

@@ -5,6 +5,8 @@
 //! settings are switched off, so a text is never cut here, and a broken file is an error, never a
 //! panic.
 
+#![deny(missing_docs)]
+
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -82,6 +84,7 @@ impl Tokenizer {
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }
 
+    /// The text of tokens, without special ones if `skip_special`.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner.decode(ids, skip_special).map_err(|e| self.failed("decode", &*e))
     }
@@ -103,10 +106,12 @@ impl Tokenizer {
         Ok(pieces)
     }
 
+    /// The id of a token; None where there is no such token.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
+    /// The token of an id; None where there is no such id.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
@@ -116,26 +121,32 @@ impl Tokenizer {
         self.vocab_size
     }
 
+    /// The token that ends a text, where tokenizer_config.json names one.
     pub fn eos_token(&self) -> Option<&str> {
         self.named("eos_token")
     }
 
+    /// Its id.
     pub fn eos_id(&self) -> Option<u32> {
         self.token_to_id(self.eos_token()?)
     }
 
+    /// The token that begins a text, likewise.
     pub fn bos_token(&self) -> Option<&str> {
         self.named("bos_token")
     }
 
+    /// Its id.
     pub fn bos_id(&self) -> Option<u32> {
         self.token_to_id(self.bos_token()?)
     }
 
+    /// The token that fills up a row, likewise.
     pub fn pad_token(&self) -> Option<&str> {
         self.named("pad_token")
     }
 
+    /// Its id.
     pub fn pad_id(&self) -> Option<u32> {
         self.token_to_id(self.pad_token()?)
     }

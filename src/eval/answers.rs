@@ -49,7 +49,7 @@ pub fn answers(
         let columns = row.value.iter().filter(|(name, _)| *name != "prompt");
         batch.push(row.need("prompt")?, columns, &tokenizer.decode(&c.ids, true)?, c.ids);
     }
-    let scores = rewards.score(&batch)?;
+    let scores = rewards.score(&batch, &*cx.observer)?;
     let (metrics, skipped) = metrics(&scores, n, options.eval.pass_score)?;
     let row = |i: usize| {
         let own = i * n..(i + 1) * n;

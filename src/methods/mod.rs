@@ -24,6 +24,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::model::decoder::Decoder;
 use crate::model::layout::{ModelConfig, Task};
+use crate::rewards::RewardFunction;
 
 /// A metric's name, TRL's, and its value.
 pub type Metric = (Cow<'static, str>, f64);
@@ -67,6 +68,8 @@ pub struct MethodInputs<'a> {
     pub eval: &'a [Row],
     /// The run's folder, for what is worth keeping from one run to the next.
     pub output: &'a Path,
+    /// Rewards of the program itself, beside those of the options.
+    pub rewards: &'a [RewardFunction],
 }
 
 /// A method over its rows.
@@ -113,10 +116,14 @@ pub trait BuildMethod: Section {
 }
 
 /// All options of a training command.
+#[deny(missing_docs)]
 #[derive(Clone, Debug, PartialEq)]
 pub struct MethodRun<M: ?Sized = dyn BuildMethod> {
+    /// Options of every run.
     pub training: TrainingConfig,
+    /// Options of adapters.
     pub peft: PeftConfig,
+    /// Options of the method.
     pub method: M,
 }
 
@@ -127,6 +134,7 @@ impl<M: BuildMethod + Default> Default for MethodRun<M> {
     }
 }
 
+#[deny(missing_docs)]
 impl<M: BuildMethod + Default + 'static> MethodRun<M> {
     /// The defaults, then a run file, then `key=value` overrides. Returns notes to print, too.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
@@ -145,7 +153,9 @@ impl<M: BuildMethod + Default + 'static> MethodRun<M> {
     }
 }
 
+#[deny(missing_docs)]
 impl MethodRun {
+    /// Its three groups of options.
     pub fn sections(&self) -> [&dyn Section; 3] {
         [&self.training, &self.peft, &self.method]
     }
@@ -155,10 +165,17 @@ impl MethodRun {
         config::to_toml(head, &self.sections())
     }
 
-    /// Reads a run file, then `key=value` overrides. Returns notes to print.
-    pub fn read(&mut self, file: Option<&Path>, overrides: &[String]) -> Result<Vec<String>> {
-        let method: &mut dyn Section = &mut self.method;
-        config::load(&mut [&mut self.training, &mut self.peft, method], file, overrides)
+    /// Reads a run file, then `key=value` overrides, for a program that gives `reward_functions`
+    /// rewards of its own. Returns notes to print.
+    pub fn read(
+        &mut self,
+        file: Option<&Path>,
+        overrides: &[String],
+        reward_functions: usize,
+    ) -> Result<Vec<String>> {
+        let sections: &mut [&mut dyn Section] =
+            &mut [&mut self.training, &mut self.peft, &mut self.method];
+        config::load_with(sections, file, overrides, reward_functions)
     }
 }
 

@@ -83,8 +83,8 @@ impl Reference {
         }
     }
 
-    /// Its values at `indices` of what [`Reference::attach`] computed, F32 [n]; where nothing was
-    /// computed beforehand, what `compute` gives for the model, and zeros without a reference.
+    /// Its values at `indices` of what [`Reference::attached`] computed, F32 `[n]`; where nothing
+    /// was computed beforehand, what `compute` gives for the model, and zeros without a reference.
     pub fn values(
         &self,
         cx: &mut Cx,
@@ -103,9 +103,9 @@ impl Reference {
         }
     }
 
-    /// Takes the reference from the initial policy, or from its folder. Where log-probs are computed
-    /// beforehand, `compute` gives those of a range of `rows` rows, whose digest is `digest`, unless
-    /// the disk has them.
+    /// Takes the reference from the initial policy, or from its folder. Where log-probs are
+    /// computed beforehand, `compute` gives those of a range of `rows` rows, whose digest is
+    /// `digest`, unless the disk has them.
     pub fn attached(
         &self,
         cx: &mut Cx,
@@ -138,7 +138,8 @@ impl Reference {
         let name = format!("ref_log_probs-{:08x}{digest:08x}.f32", weights_digest(cx, model)?);
         let path = output.join(name);
         if path.is_file() {
-            eprintln!("the reference's log-probs are read from {}", path.display());
+            cx.observer
+                .info(&format!("the reference's log-probs are read from {}", path.display()));
             return with(LogProbSource::Stored(read_floats(&path)?));
         }
         let mut values = Vec::new();
@@ -255,7 +256,7 @@ pub fn rows_digest<'a>(
     crc.finalize()
 }
 
-/// F32 [n].
+/// F32 `[n]`.
 pub fn floats(cx: &Cx, values: &[f32]) -> Result<Tensor> {
     Tensor::from_host(&cx.pool, "loss inputs", DType::F32, &[values.len()], values)
 }

@@ -63,10 +63,10 @@ impl From<usize> for Vocab {
 
 pub struct Batch {
     pub tokens: TokenIndex,
-    /// I32 [n]: position of each row in its own sequence.
+    /// I32 `[n]`: position of each row in its own sequence.
     pub positions: Tensor,
     pub plan: Arc<AttnPlan>,
-    /// I32 [targets]: the rows that predict a target, in order; and the targets.
+    /// I32 `[targets]`: the rows that predict a target, in order; and the targets.
     pub target_rows: Tensor,
     pub targets: Tensor,
     /// Rows, and longest sequence.

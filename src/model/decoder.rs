@@ -3,6 +3,8 @@
 //! Invariant: a row's result depends on its own sequence alone, and has the same bits whether it is
 //! computed in a packed batch, in a prefill or one token at a time over a page table.
 
+#![deny(missing_docs)]
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,11 +35,14 @@ use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::scale::scale_columns;
 use crate::tensor::{ParamSetId, Tensor};
 
+/// A model on its device; clones share the weights.
 #[derive(Clone)]
 pub struct Decoder {
+    /// Sizes and kinds of its layers.
     pub config: ModelConfig,
     /// The model's own weights. With an adapter they are frozen: see [`Decoder::trained`].
     pub params: ParamSet,
+    /// What is trained in place of the weights, where there is one.
     pub adapter: Option<Adapter>,
     embed: Tensor,
     /// [virtual tokens, hidden]: prompt tuning's rows, before every sequence.
@@ -101,9 +106,11 @@ enum Keys<'a> {
 pub enum InitialWeights<'a> {
     /// A Hugging Face folder. A score that it does not hold is normal(0, initializer_range).
     Folder(&'a Path),
+    /// All zero.
     Zero,
     /// transformers' initial values, a function of the seed.
     Random {
+        /// Of the random numbers.
         seed: u64,
     },
 }
@@ -118,15 +125,18 @@ pub struct DecoderBuilder<'a> {
 }
 
 impl<'a> DecoderBuilder<'a> {
+    /// The config that the model is built from.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
+    /// What the model is for, if not what its config says.
     pub fn task(mut self, task: Task) -> Self {
         self.config.task = task;
         self
     }
 
+    /// Where the weights come from.
     pub fn weights(mut self, weights: InitialWeights<'a>) -> Self {
         self.weights = weights;
         self
@@ -138,6 +148,7 @@ impl<'a> DecoderBuilder<'a> {
         self
     }
 
+    /// The parameter set that the weights are.
     pub fn set(mut self, set: ParamSetId) -> Self {
         self.set = set;
         self

@@ -26,11 +26,11 @@ pub struct KvCache {
 /// The device arrays of one step: some new tokens of some sequences. One upload.
 pub struct KvStep {
     pub tokens: TokenIndex,
-    /// I32 [n]: position of each token in its sequence.
+    /// I32 `[n]`: position of each token in its sequence.
     pub positions: Tensor,
-    /// I32 [n]: which sequence (row of the page table) each token belongs to.
+    /// I32 `[n]`: which sequence (row of the page table) each token belongs to.
     pub row_sequence: Tensor,
-    /// I32 [n]: the cache row each token's k|v goes to.
+    /// I32 `[n]`: the cache row each token's k|v goes to.
     pub slots: Tensor,
     /// I32 [sequences, max pages]
     pub page_table: Tensor,

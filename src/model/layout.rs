@@ -75,8 +75,8 @@ pub struct ModelConfig {
     pub o_bias: bool,
     pub mlp_bias: bool,
     pub qk_norm: bool,
-    /// [num_layers]. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of them
-    /// with its own.
+    /// `[num_layers]`. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of
+    /// them with its own.
     pub sliding_window: Vec<Option<usize>>,
     pub rope: RopeConfig,
     pub attention_dropout: f32,

@@ -31,7 +31,7 @@ pub struct ParamSet {
     slots: Vec<ParamSlot>,
     fused: Vec<FusedParam>,
     by_key: HashMap<(Option<usize>, Role), usize>,
-    /// The weights that kernels read, [len] of the storage dtype.
+    /// The weights that kernels read, `[len]` of the storage dtype.
     pub weights: Tensor,
     /// Elements of the weights' arena.
     pub len: usize,
@@ -212,7 +212,8 @@ impl ParamSet {
         ranges
     }
 
-    /// Where parameter `i` lies in a state arena; None where nothing that it is fused with is trained.
+    /// Where parameter `i` lies in a state arena; None where nothing that it is fused with is
+    /// trained.
     fn state_offset(&self, i: usize) -> Option<usize> {
         let slot = &self.slots[i];
         let fused = &self.fused[slot.fused];
@@ -257,7 +258,8 @@ impl ParamSet {
             .ok_or_else(|| Error::op("params", format!("no {role:?} in layer {layer:?}")))
     }
 
-    /// An f32 gradient arena (zeroed: the gaps between parameters stay zero) and its slots by fused parameter.
+    /// An f32 gradient arena (zeroed: the gaps between parameters stay zero) and its slots by fused
+    /// parameter.
     pub fn gradients(&self, cx: &Cx) -> Result<(Tensor, ParamGrads)> {
         let arena = Tensor::new(&cx.pool, "parameter gradients", DType::F32, &[self.state_len])?;
         arena.zero()?;
@@ -344,8 +346,8 @@ impl ParamSet {
         Ok(())
     }
 
-    /// Gives every quantised projection transformers' initial values, as [`ParamSet::initialise`] does
-    /// for the arena.
+    /// Gives every quantised projection transformers' initial values, as [`ParamSet::initialise`]
+    /// does for the arena.
     pub fn initialise_quantised(&mut self, cx: &Cx, std: f32, seed: u64) -> Result<()> {
         let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
         for (i, spec) in specs.iter().enumerate() {

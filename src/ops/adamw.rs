@@ -35,7 +35,7 @@ pub struct Slice<'a> {
     pub grad: &'a Tensor,
 }
 
-/// Device scalars of a step, F32 [8]: lr, 1 - beta1^t, sqrt(1 - beta2^t), gradient norm, clip
+/// Device scalars of a step, F32 `[8]`: lr, 1 - beta1^t, sqrt(1 - beta2^t), gradient norm, clip
 /// factor.
 pub fn hyper(cx: &Cx) -> Result<Tensor> {
     Tensor::from_host(

@@ -15,7 +15,7 @@ use crate::ops::head::{chunk_rows, chunks};
 use crate::ops::matmul::product;
 use crate::tensor::{Id, Tensor};
 
-/// The student's rows and head, the teacher's rows and head, a weight F32 [n] each row.
+/// The student's rows and head, the teacher's rows and head, a weight F32 `[n]` each row.
 pub struct DistillIn<'a> {
     /// [n, d] real
     pub student: &'a Tensor,
@@ -28,7 +28,7 @@ pub struct DistillIn<'a> {
     pub weight: &'a Tensor,
 }
 
-/// `loss = sum_i weight[i] D_i` F32 [1], and D F32 [n]: at `beta` 0 KL(teacher, student), at 1
+/// `loss = sum_i weight[i] D_i` F32 `[1]`, and D F32 `[n]`: at `beta` 0 KL(teacher, student), at 1
 /// KL(student, teacher), between them the generalised Jensen-Shannon divergence; logits are scaled
 /// by `scale` (1 / temperature). Only `loss` carries a gradient, for the student, and its upstream
 /// must be 1.

@@ -78,7 +78,7 @@ pub fn embedding(cx: &mut Cx, w: &Tensor, index: &TokenIndex) -> Result<Tensor> 
     cx.apply1(Embedding, &[w, &index.ids, &index.unique, &index.starts, &index.order])
 }
 
-/// `y[i] = x[index[i]]`: x [n, d] real, index I32 [m] without repetition and in range; y [m, d].
+/// `y[i] = x[index[i]]`: x [n, d] real, index I32 `[m]` without repetition and in range; y [m, d].
 pub fn gather_rows(cx: &mut Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     cx.apply1(GatherRows, &[x, index])
 }

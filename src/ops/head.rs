@@ -15,20 +15,20 @@ use crate::ops::expect_cols;
 use crate::ops::matmul::product;
 use crate::tensor::{Id, Tensor};
 
-/// What the head tells of each row, F32 [n] unless said otherwise.
+/// What the head tells of each row, F32 `[n]` unless said otherwise.
 pub struct HeadOut {
     /// log p(target)
     pub logp: Tensor,
     /// entropy of the distribution, nats
     pub entropy: Tensor,
-    /// I32 [n]: the most likely token
+    /// I32 `[n]`: the most likely token
     pub best: Tensor,
     /// log of the sum of the squared probabilities, where it was asked for (WPO)
     pub log_square: Option<Tensor>,
 }
 
-/// `loss = -sum_i weight[i] logp[i]` F32 [1], and the rows' figures. x [n, d] real, w [vocab, d]
-/// real, target I32 [n] below the vocabulary, weight F32 [n]; logits are scaled by `scale` (1 /
+/// `loss = -sum_i weight[i] logp[i]` F32 `[1]`, and the rows' figures. x [n, d] real, w [vocab, d]
+/// real, target I32 `[n]` below the vocabulary, weight F32 `[n]`; logits are scaled by `scale` (1 /
 /// temperature). Only `loss` carries a gradient, and its upstream must be 1: gradients of x and w
 /// are made in the forward, chunk by chunk.
 pub fn head_loss(
@@ -93,7 +93,7 @@ fn logps(
     }
 }
 
-/// The mean of each row's logits over the vocabulary, F32 [n]: a row times the mean row of the
+/// The mean of each row's logits over the vocabulary, F32 `[n]`: a row times the mean row of the
 /// head. Not on the tape.
 pub fn mean_logits(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let (n, vocab) = (x.row_count(), w.row_count());

@@ -55,7 +55,7 @@ pub enum Base<'a> {
     Quantised(&'a Arc<QuantWeight>),
 }
 
-/// See the module. x [m, k] real, base [n, k], bias [n]; y [m, n] real. `xd` is x after dropout,
+/// See the module. x [m, k] real, base [n, k], bias `[n]`; y [m, n] real. `xd` is x after dropout,
 /// None where there is none. Errors if the inner dimensions differ, or a pair does not fit its
 /// segment.
 pub fn lora_linear(

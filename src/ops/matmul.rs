@@ -13,7 +13,7 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
-/// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] (an HF `weight`), bias [n]; y [m, n] real.
+/// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] (an HF `weight`), bias `[n]`; y [m, n] real.
 /// Errors if the inner dimensions differ.
 pub fn linear(cx: &mut Cx, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     match bias {

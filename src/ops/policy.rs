@@ -67,7 +67,7 @@ pub struct PolicyLoss {
     pub bias_correction_kl: bool,
 }
 
-/// The inputs, F32 [n] unless said otherwise. Tokens of a sequence lie side by side.
+/// The inputs, F32 `[n]` unless said otherwise. Tokens of a sequence lie side by side.
 pub struct PolicyInputs<'a> {
     /// Carries the gradient.
     pub logp: &'a Tensor,
@@ -81,7 +81,7 @@ pub struct PolicyInputs<'a> {
     /// Factor of a token's term but not of its KL: importance correction, off-policy mask, entropy
     /// mask.
     pub scale: Option<&'a Tensor>,
-    /// Vespo only, [sequences]: the log of the correction from the sampler's distribution.
+    /// Vespo only, `[sequences]`: the log of the correction from the sampler's distribution.
     pub log_is: Option<&'a Tensor>,
     /// I32 [sequences + 1]: where sequences start; from 0 to n.
     pub starts: &'a Tensor,
@@ -89,13 +89,13 @@ pub struct PolicyInputs<'a> {
 
 /// Figures of a step. Only `loss` carries a gradient.
 pub struct PolicyOut {
-    /// F32 [1]
+    /// F32 `[1]`
     pub loss: Tensor,
-    /// F32 [n]: the ratio; with `Vespo` its weight phi
+    /// F32 `[n]`: the ratio; with `Vespo` its weight phi
     pub ratio: Tensor,
-    /// F32 [n]: 0 without `ref_logp`
+    /// F32 `[n]`: 0 without `ref_logp`
     pub kl: Tensor,
-    /// F32 [n]: 1 clipped low, 2 clipped high, else 0 (`clip_ratio/*`, `cispo_clip_ratio`)
+    /// F32 `[n]`: 1 clipped low, 2 clipped high, else 0 (`clip_ratio/*`, `cispo_clip_ratio`)
     pub clip: Tensor,
 }
 
@@ -119,8 +119,8 @@ pub fn policy_loss(cx: &mut Cx, config: &PolicyLoss, x: &PolicyInputs) -> Result
     }
 }
 
-/// PPO's clipped value loss `sum_t weight_t / 2 max(...)`: F32 [1], and F32 [n] that is 1 where the
-/// clipped error counts (`val/clipfrac_avg`). `value` carries the gradient; all are F32 [n].
+/// PPO's clipped value loss `sum_t weight_t / 2 max(...)`: F32 `[1]`, and F32 `[n]` that is 1 where
+/// the clipped error counts (`val/clipfrac_avg`). `value` carries the gradient; all are F32 `[n]`.
 pub fn value_loss(
     cx: &mut Cx,
     value: &Tensor,

@@ -11,8 +11,8 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
-/// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w [d]; y as x. Error if w is not as wide
-/// as x.
+/// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w `[d]`; y as x. Error if w is not as
+/// wide as x.
 pub fn rmsnorm(cx: &mut Cx, x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
     cx.apply1(RmsNorm { eps }, &[x, w])
 }

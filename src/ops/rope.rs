@@ -20,15 +20,15 @@ pub struct RopeTable {
     pub sine: Tensor,
 }
 
-/// Weights of the norm of each q head and each k head, [head_dim] each, and its eps.
+/// Weights of the norm of each q head and each k head, `[head_dim]` each, and its eps.
 pub struct QkNorm<'a> {
     pub q: &'a Tensor,
     pub k: &'a Tensor,
     pub eps: f32,
 }
 
-/// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 [n]; v
-/// is copied. Errors if the widths do not fit or the table is too short for the batch (the batch
+/// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 `[n]`;
+/// v is copied. Errors if the widths do not fit or the table is too short for the batch (the batch
 /// checks its positions).
 pub fn rope(
     cx: &mut Cx,

@@ -142,7 +142,7 @@ impl Draws {
 }
 
 /// Draws a token from each row of `logits` F32 [n, vocab]. `who` I32 [n, 3]: sequence number (-1:
-/// padding), position in its completion, row of `seen`. `seed` I32 [2]. `seen` I32 [rows, vocab /
+/// padding), position in its completion, row of `seen`. `seed` I32 `[2]`. `seen` I32 [rows, vocab /
 /// 32 rounded up]: a bit for each token that a sequence has, to which the draw is added; wanted if
 /// the sampling penalises repetition.
 pub fn sample(

@@ -11,9 +11,9 @@ use crate::ops::matmul::column_sums;
 use crate::ops::{RowSums, expect_cols, row_packs};
 use crate::tensor::Tensor;
 
-/// `y = c x (+ bias)`, c[j] = s[j] / norm[j] for the columns that a vector of `scales` covers, else
-/// 1: x [rows, cols] real; `scales`: (first column, s [n] real); norm F32 [cols], a constant to the
-/// gradient; bias [cols] real; y as x.
+/// `y = c x (+ bias)`, `c[j]` = `s[j]` / `norm[j]` for the columns that a vector of `scales`
+/// covers, else 1: x [rows, cols] real; `scales`: (first column, s `[n]` real); norm F32 `[cols]`,
+/// a constant to the gradient; bias `[cols]` real; y as x.
 pub fn scale_columns(
     cx: &mut Cx,
     x: &Tensor,
@@ -28,7 +28,7 @@ pub fn scale_columns(
     cx.apply1(op, &inputs)
 }
 
-/// The length of each row of w F32 [rows, cols]: F32 [rows]. Not on the tape.
+/// The length of each row of w F32 [rows, cols]: F32 `[rows]`. Not on the tape.
 pub fn row_norms(cx: &Cx, w: &Tensor) -> Result<Tensor> {
     let rows = w.row_count();
     let norm = cx.float("row norms", &[rows])?;

@@ -51,7 +51,7 @@ impl AdamWConfig {
 
 pub struct Optimizer {
     pub config: AdamWConfig,
-    /// F32 [state_len] beside bf16 weights; None where the weights are f32 themselves, or rounded
+    /// F32 `[state_len]` beside bf16 weights; None where the weights are f32 themselves, or rounded
     /// stochastically.
     pub master: Option<Tensor>,
     pub moments: Moments,

@@ -9,7 +9,6 @@ mod outcome;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
 use data::{Problem, STYLE};
@@ -20,11 +19,9 @@ use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
 use crate::data::bpe::train_bpe;
 use crate::data::chat::{ChatTemplate, RenderOptions};
-use crate::data::rows::read_rows;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::methods::registry;
 use crate::model::layout::ModelConfig;
 use crate::model::open::open_model;
 use crate::report::{self, ReportInput, Table};
@@ -33,9 +30,9 @@ use crate::rewards::model::RewardModel;
 use crate::rollout::sample::Sampling;
 use crate::rollout::stop::stop_ids;
 use crate::rollout::{EngineOptions, generate};
-use crate::signals::Stop;
 use crate::tensor::safetensors::HostDtype;
-use crate::train::job::{FinishedJob, Job, execute};
+use crate::train::Training;
+use crate::train::job::FinishedJob;
 
 pub use outcome::{QuickstartOutcome, Score, StageReport};
 
@@ -299,23 +296,13 @@ fn train(cx: Cx, stage: &Stage) -> Result<(Cx, StageReport)> {
         dir.display(),
         stage.keys.join(" ")
     );
-    eprintln!("\n{}: the same by hand (into another --output):\n  {command}", stage.name);
-    let entry = registry::find(stage.command)?;
-    let mut run = (entry.run)();
-    run.read(None, &stage.keys)?;
-    let rows = read_rows(std::slice::from_ref(&stage.data))?;
-    let job = Job {
-        run: &run,
-        model: &stage.model,
-        adapter: None,
-        fresh: entry.from_scratch,
-        train: &rows,
-        eval: &[],
-        folder: &stage.folder,
-        command: &command,
-        stop: Stop::default(),
-    };
-    let FinishedJob { cx, total_steps, summary } = execute(cx, &job)?;
+    cx.observer
+        .info(&format!("\n{}: the same by hand (into another --output):\n  {command}", stage.name));
+    let FinishedJob { cx, total_steps, summary } = Training::new(stage.command)?
+        .options(stage.keys.iter().cloned())
+        .model(stage.model.display().to_string())
+        .data([&stage.data])
+        .run_in(cx, &stage.folder)?;
     let seconds = begin.elapsed().as_secs_f64();
     let report = StageReport {
         name: stage.name,
@@ -396,12 +383,4 @@ fn write_report(out: &Path, outcome: &QuickstartOutcome, stages: &[Stage]) -> Re
         })
         .collect();
     report::write_pipeline(out, "temper quickstart", Some(&table), &stages).map(drop)
-}
-
-/// A context on a device of the command line's choice.
-pub fn open(device: &str) -> Result<Cx> {
-    let device: Arc<dyn crate::device::Device> = crate::device::open(device)?;
-    let dtype = device.capabilities().dtype;
-    eprintln!("device: {}, {}", device.name(), dtype.name());
-    Cx::new(device, dtype)
 }

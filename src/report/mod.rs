@@ -83,7 +83,7 @@ pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
     page(dir, &title, None, &[run])
 }
 
-/// What [`write`] was given when it wrote the page of `dir`; the default where there is none.
+/// What [`fn@write`] was given when it wrote the page of `dir`; the default where there is none.
 pub fn read_input(dir: impl AsRef<Path>) -> Result<ReportInput> {
     let path = dir.as_ref().join(INPUT);
     if !path.is_file() {

@@ -1,5 +1,5 @@
-//! Rewards of online RL: built-in verifiers, an external command, a Python worker; their weighted
-//! sum. Layer 6.
+//! Rewards of online RL: built-in verifiers, functions of the program, an external command, a
+//! Python worker; their weighted sum. Layer 6.
 //!
 //! Invariant: a reward gives one number, or `None` (not applicable), for each completion, in the
 //! order of the batch; a reward that cannot is an error that names the row. Aggregation and `None`
@@ -12,9 +12,13 @@ mod spec;
 mod text;
 mod worker;
 
+use std::fmt;
+use std::sync::Arc;
+
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::observer::Observer;
 
 pub use schema::Schema;
 pub use worker::Worker;
@@ -97,6 +101,75 @@ impl RewardBatch {
     }
 }
 
+/// One completion, as a [`RewardFunction`] sees it.
+#[deny(missing_docs)]
+#[derive(Clone, Copy)]
+pub struct RewardRow<'a> {
+    batch: &'a RewardBatch,
+    row: usize,
+}
+
+#[deny(missing_docs)]
+impl RewardRow<'_> {
+    /// A string, or a list of messages.
+    pub fn prompt(&self) -> &Value {
+        &self.batch.prompts[self.row]
+    }
+
+    /// The completion's text: of a conversation, the last assistant message.
+    pub fn text(&self) -> String {
+        self.batch.completion_text(self.row)
+    }
+
+    /// The completion's tokens.
+    pub fn ids(&self) -> &[u32] {
+        &self.batch.completion_ids[self.row]
+    }
+
+    /// The row's value in another column of the data; `Null` where there is none.
+    pub fn column(&self, name: &str) -> &Value {
+        self.batch.cell(name, self.row)
+    }
+}
+
+type ScoreRow = dyn Fn(&RewardRow) -> Option<f64> + Send + Sync;
+
+/// A reward that the program computes itself; clones share the function.
+#[derive(Clone)]
+pub struct RewardFunction {
+    name: String,
+    function: Arc<ScoreRow>,
+}
+
+#[deny(missing_docs)]
+impl RewardFunction {
+    /// `function` scores a completion, or gives `None` where it does not apply; metrics call it
+    /// `name`.
+    pub fn new(
+        name: impl Into<String>,
+        function: impl Fn(&RewardRow) -> Option<f64> + Send + Sync + 'static,
+    ) -> RewardFunction {
+        RewardFunction { name: name.into(), function: Arc::new(function) }
+    }
+
+    /// Its name in metrics.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl fmt::Debug for RewardFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RewardFunction({})", self.name)
+    }
+}
+
+impl From<RewardFunction> for Reward {
+    fn from(function: RewardFunction) -> Reward {
+        Reward { name: function.name.clone(), weight: 1.0, kind: Kind::Function(function) }
+    }
+}
+
 /// One reward, with its name in metrics and its weight in the sum.
 #[derive(Debug)]
 pub struct Reward {
@@ -115,6 +188,7 @@ enum Kind {
     Length { min: usize, max: usize },
     SoftOverlong { max_completion_len: usize, soft_punish_cache: usize },
     Repetition { ngram_size: usize, max_penalty: f64 },
+    Function(RewardFunction),
     Worker(Box<Worker>),
 }
 
@@ -123,10 +197,14 @@ const ANSWER_COLUMNS: [&str; 4] = ["answer", "solution", "ground_truth", "refere
 
 impl Reward {
     /// The score of each completion; `None` where this reward does not apply to the row.
-    pub fn score(&mut self, batch: &RewardBatch) -> Result<Vec<Option<f64>>> {
+    pub fn score(
+        &mut self,
+        batch: &RewardBatch,
+        observer: &dyn Observer,
+    ) -> Result<Vec<Option<f64>>> {
         batch.check()?;
         if let Kind::Worker(worker) = &mut self.kind {
-            return worker.score(&self.name, batch);
+            return worker.score(&self.name, batch, observer);
         }
         (0..batch.len()).map(|row| self.verify(batch, row)).collect()
     }
@@ -176,6 +254,7 @@ impl Reward {
             Kind::Repetition { ngram_size, max_penalty } => {
                 Some(text::repetition(&batch.completion_ids[row], *ngram_size, *max_penalty))
             }
+            Kind::Function(reward) => (reward.function)(&RewardRow { batch, row }),
             Kind::Worker(_) => return Err(Error::Run("a worker scores whole batches".into())),
         })
     }
@@ -228,7 +307,17 @@ impl Rewards {
     /// One reward a spec (see [`Reward::parse`]); `weights` as TRL's `reward_weights`: one a
     /// reward, or none at all.
     pub fn parse(specs: &[String], weights: Option<&[f64]>) -> Result<Rewards> {
+        Rewards::with_functions(specs, &[], weights)
+    }
+
+    /// As [`Rewards::parse`], and behind them functions of the program.
+    pub fn with_functions(
+        specs: &[String],
+        functions: &[RewardFunction],
+        weights: Option<&[f64]>,
+    ) -> Result<Rewards> {
         let mut list = specs.iter().map(|s| Reward::parse(s)).collect::<Result<Vec<_>>>()?;
+        list.extend(functions.iter().cloned().map(Reward::from));
         if list.is_empty() {
             return Err(Error::Config(format!(
                 "no reward is given; known ones: {}",
@@ -258,10 +347,10 @@ impl Rewards {
         Ok(Rewards { list })
     }
 
-    pub fn score(&mut self, batch: &RewardBatch) -> Result<Scores> {
+    pub fn score(&mut self, batch: &RewardBatch, observer: &dyn Observer) -> Result<Scores> {
         let mut scores = Scores::default();
         for reward in &mut self.list {
-            scores.each.push(reward.score(batch)?);
+            scores.each.push(reward.score(batch, observer)?);
             scores.names.push(reward.name.clone());
             scores.weights.push(reward.weight);
         }

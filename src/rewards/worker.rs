@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 
 use super::RewardBatch;
 use crate::error::{Error, Result};
+use crate::observer::Observer;
 
 /// Runs a user's Python function behind the same lines.
 const PYTHON: &str = include_str!("worker.py");
@@ -75,7 +76,12 @@ impl Worker {
         Worker { argv, timeout, restarts, next_id: 0, running: None }
     }
 
-    pub fn score(&mut self, name: &str, batch: &RewardBatch) -> Result<Vec<Option<f64>>> {
+    pub fn score(
+        &mut self,
+        name: &str,
+        batch: &RewardBatch,
+        observer: &dyn Observer,
+    ) -> Result<Vec<Option<f64>>> {
         let mut rewards = Vec::with_capacity(batch.len());
         while rewards.len() < batch.len() {
             let Err(fault) = self.exchange(batch, &mut rewards) else { continue };
@@ -93,10 +99,10 @@ impl Worker {
                 )));
             }
             self.restarts -= 1;
-            eprintln!(
-                "warning: {message}\nIt is started again ({} restarts are left).",
+            observer.warn(&format!(
+                "{message}\nIt is started again ({} restarts are left).",
                 self.restarts
-            );
+            ));
         }
         Ok(rewards)
     }

@@ -120,7 +120,8 @@ impl TensorView<'_> {
         self.len() == 0
     }
 
-    /// Widens into `out` [len]. Exact for all three dtypes. Errors: another dtype, another length.
+    /// Widens into `out` `[len]`. Exact for all three dtypes. Errors: another dtype, another
+    /// length.
     pub fn to_f32_into(&self, out: &mut [f32]) -> Result<()> {
         if out.len() != self.len() {
             let message =

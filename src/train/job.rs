@@ -3,6 +3,8 @@
 //! Invariant: every command and every stage of the quickstart goes through here; what differs is the
 //! method's options.
 
+#![deny(missing_docs)]
+
 use std::path::Path;
 
 use super::plan::{self, PlanRequest};
@@ -22,27 +24,40 @@ use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::folder;
 use crate::model::layout::{ModelConfig, Task};
 use crate::report::MaskRow;
+use crate::rewards::RewardFunction;
 use crate::signals::Stop;
 
+/// What a run is made of.
 pub struct Job<'a> {
+    /// All options.
     pub run: &'a MethodRun,
+    /// The model's folder.
     pub model: &'a Path,
     /// An adapter to train further.
     pub adapter: Option<&'a Path>,
     /// New weights where the folder has none.
     pub fresh: bool,
+    /// Rows to train on.
     pub train: &'a [Row],
+    /// Rows to evaluate on; may be empty.
     pub eval: &'a [Row],
+    /// Rewards of the program itself, beside those of the options.
+    pub rewards: &'a [RewardFunction],
+    /// Where the run is written.
     pub folder: &'a RunFolder,
     /// The command that started the run, for config.toml.
     pub command: &'a str,
+    /// Ends the run with a checkpoint.
     pub stop: Stop,
 }
 
 /// A job that has ended. The context comes back for the next.
 pub struct FinishedJob {
+    /// The context that the job ran on.
     pub cx: Cx,
+    /// Optimizer steps of the run.
     pub total_steps: u64,
+    /// Tokens and the last loss.
     pub summary: Summary,
 }
 
@@ -50,6 +65,7 @@ pub struct FinishedJob {
 /// everything that does not fit together, before the first step.
 pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
+    let observer = cx.observer.clone();
     let tokenizer = Tokenizer::load(dir)?;
     let template = ChatTemplate::choose(run.training.chat_template_path.as_deref(), &tokenizer)?;
     let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };
@@ -57,9 +73,9 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     config.task = task(dir, &run.method, config.task)?;
     if config.attention_dropout > 0.0 {
         let p = config.attention_dropout;
-        eprintln!(
-            "note: config.json has attention_dropout {p}; temper trains without dropout on attention weights"
-        );
+        observer.note(&format!(
+            "config.json has attention_dropout {p}; temper trains without dropout on attention weights"
+        ));
     }
     let inputs = MethodInputs {
         tokenizer: &tokenizer,
@@ -68,9 +84,10 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         train: job.train,
         eval: job.eval,
         output: job.folder.path(),
+        rewards: job.rewards,
     };
     let BuiltMethod { mut method, summary } = run.method.build(&run.training, &inputs)?;
-    eprintln!("{summary}");
+    observer.info(&summary);
     let longest = method.longest();
     let footprint = run.method.footprint();
     let mut peft = run.peft.clone();
@@ -89,13 +106,13 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     };
     let available = plan::available(&cx)?;
     let plan = plan::fit(&cx, &ask, available)?;
-    eprintln!("{}", plan.table(&ask, available));
+    observer.info(&plan.table(&ask, available));
     let weights = if job.fresh {
-        eprintln!(
+        observer.info(&format!(
             "{} holds no weights: they are made at random from seed {}",
             dir.display(),
             run.training.seed
-        );
+        ));
         InitialWeights::Random { seed: run.training.seed }
     } else {
         InitialWeights::Folder(dir)
@@ -117,11 +134,11 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let peak = peak_flops(&cx.device.name());
     let (trained, base) = (model.trained().trained_count(), model.params.count());
     let all = base + model.adapter.as_ref().map_or(0, Adapter::count);
-    eprintln!(
+    observer.info(&format!(
         "trainable params: {trained} || all params: {all} || trainable%: {:.4}; {} rows a step",
         100.0 * trained as f64 / all.max(1) as f64,
         training.per_device_train_batch_size * training.gradient_accumulation_steps
-    );
+    ));
     let steps = match method.micro_batches() {
         Some(n) => StepPlan::online(training, n)?,
         None => StepPlan::new(training, method.rows())?,

@@ -10,6 +10,8 @@ pub mod plan;
 pub mod run;
 pub mod state;
 mod step;
+mod training;
 pub mod tuning;
 
 pub use step::{Means, Step, StepPlan, Trainer};
+pub use training::Training;

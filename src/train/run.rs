@@ -12,9 +12,10 @@ use crate::checkpoint::{self, CheckpointWriter, RunFolder};
 use crate::config::When;
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::log::{LoggedValue, RunLog};
+use crate::log::RunLog;
 use crate::methods::Method;
 use crate::model::layout::ModelConfig;
+use crate::observer::{MetricValue, Observer};
 use crate::report::{self, MaskRow, ReportInput};
 use crate::signals::Stop;
 
@@ -56,21 +57,21 @@ impl Run<'_> {
         };
         fsio::atomic_write(dir.join("config.toml"), self.config_toml.as_bytes())?;
         let total = trainer.plan.total_steps;
-        let mut log = RunLog::create(dir, resumed, total)?;
+        let observer = trainer.cx.observer.clone();
+        let mut log = RunLog::create(dir, resumed, total, observer.clone())?;
         for note in self.folder.notes() {
-            log.note(note);
+            observer.info(note);
         }
         if let Some(step) = resumed {
-            log.note(&format!("resumed at step {step} of {total}"));
+            observer.info(&format!("resumed at step {step} of {total}"));
         }
         if trainer.done >= total {
-            log.note("this run is finished; nothing is left to do");
+            observer.info("this run is finished; nothing is left to do");
         }
         while trainer.done < total {
             if self.stop.requested() {
                 self.save(trainer, method, &state, &log)?;
-                self.page(&log);
-                log.finish();
+                self.page(&*observer);
                 let message = format!(
                     "stopped after step {} of {total}; go on with the same command and --resume",
                     trainer.done
@@ -83,13 +84,12 @@ impl Run<'_> {
                     // Nothing of the step was applied: what was done before it can be gone on with.
                     if trainer.done > 0 && trainer.config.save_strategy != When::No {
                         self.save(trainer, method, &state, &log)?;
-                        log.warn(&format!(
+                        observer.warn(&format!(
                             "checkpoint-{} holds the steps before the error",
                             trainer.done
                         ));
                     }
-                    self.page(&log);
-                    log.finish();
+                    self.page(&*observer);
                     return Err(e);
                 }
             };
@@ -102,7 +102,7 @@ impl Run<'_> {
         }
         self.folder.discard_overwritten()?;
         log.sync()?;
-        self.page(&log);
+        self.page(&*observer);
         let losses = log
             .history()
             .iter()
@@ -112,7 +112,6 @@ impl Run<'_> {
             num_tokens: state.num_tokens,
             loss: losses.into_iter().next().unwrap_or(f64::NAN),
         };
-        log.finish();
         Ok(summary)
     }
 
@@ -138,7 +137,7 @@ impl Run<'_> {
         let last = step.number == total;
         if every(trainer.config.logging_steps) || last {
             let means = state.means.take();
-            let mut metrics: Vec<(&str, LoggedValue)> = Vec::new();
+            let mut metrics: Vec<(&str, MetricValue)> = Vec::new();
             metrics
                 .extend(means.iter().filter(|m| m.0 == "loss").map(|m| (m.0.as_str(), m.1.into())));
             metrics.push(("grad_norm", f64::from(step.grad_norm).into()));
@@ -167,7 +166,7 @@ impl Run<'_> {
             let results = method.evaluate(&mut trainer.cx, &trainer.model, batch)?;
             let named: Vec<(String, f64)> =
                 results.into_iter().map(|(n, v)| (format!("eval_{n}"), v)).collect();
-            let mut metrics: Vec<(&str, LoggedValue)> =
+            let mut metrics: Vec<(&str, MetricValue)> =
                 named.iter().map(|(n, v)| (n.as_str(), (*v).into())).collect();
             metrics.push(("epoch", step.epoch.into()));
             log.log(step.number, &metrics)?;
@@ -182,12 +181,12 @@ impl Run<'_> {
 
     /// Writes report.html of the whole run, resumed or not. A page that cannot be written ends no
     /// run.
-    fn page(&self, log: &RunLog) {
+    fn page(&self, observer: &dyn Observer) {
         let dir = self.folder.path();
         let input =
             report::read_input(dir).map(|kept| ReportInput { masks: self.masks.clone(), ..kept });
         if let Err(e) = input.and_then(|input| report::write(dir, &input)) {
-            log.warn(&format!("{} was not written: {e}", report::FILE));
+            observer.warn(&format!("{} was not written: {e}", report::FILE));
         }
     }
 
@@ -221,7 +220,7 @@ impl Run<'_> {
         };
         match write() {
             Err(e) if e.is_no_space() => {
-                log.warn(&format!("checkpoint-{step} was not written: {e}; older checkpoints stay, the run goes on"));
+                trainer.cx.observer.warn(&format!("checkpoint-{step} was not written: {e}; older checkpoints stay, the run goes on"));
                 Ok(())
             }
             other => other,

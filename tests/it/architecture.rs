@@ -270,6 +270,17 @@ const UNSAFE: &[(&str, usize)] = &[
 ];
 
 #[test]
+fn only_the_commands_and_the_terminal_observer_print() {
+    let prints = Regex::new(r"\be?print(ln)?!|\bio::(stdout|stderr)\(\)|\bdbg!").unwrap();
+    let found = |places: &[&str]| -> Vec<String> {
+        let files =
+            all().into_iter().filter(|(file, _)| !places.iter().any(|p| file.starts_with(p)));
+        files.filter(|(_, text)| prints.is_match(text)).map(|(file, _)| file).collect()
+    };
+    assert_eq!(found(&["cli/"]), ["observer.rs", "quickstart/mod.rs"]);
+}
+
+#[test]
 fn unsafe_is_where_the_list_says_and_says_why() {
     let mut found = Vec::new();
     for (file, text) in all() {

@@ -63,6 +63,7 @@ fn run<M: BuildMethod + Default + 'static>(
         fresh: false,
         train: &rows,
         eval: &[],
+        rewards: &[],
         folder: &folder,
         command: "test",
         stop: Stop::default(),

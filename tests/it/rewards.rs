@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use serde_json::{Value, json};
+use temper::observer::Silent;
 use temper::rewards::{Reward, RewardBatch, Rewards};
 
 use crate::support::json_lines;
@@ -18,7 +19,7 @@ fn batch(completions: &[&str], columns: Value) -> RewardBatch {
 }
 
 fn scores(spec: &str, batch: &RewardBatch) -> Vec<Option<f64>> {
-    Reward::parse(spec).unwrap().score(batch).unwrap()
+    Reward::parse(spec).unwrap().score(batch, &Silent).unwrap()
 }
 
 /// A shell loop that has the id of each row in `$id`.
@@ -81,13 +82,13 @@ fn a_reward_that_is_not_understood_says_what_there_is() {
     assert!(say("python:/nowhere/r.py:f").contains("no file"));
     assert!(say("length").contains("in tokens"));
     let b = batch(&["2"], json!({"gold": ["2"]}));
-    let error = Reward::parse("exact_match").unwrap().score(&b).unwrap_err().to_string();
+    let error = Reward::parse("exact_match").unwrap().score(&b, &Silent).unwrap_err().to_string();
     assert!(error.contains("[gold]") && error.contains("column=NAME"), "{error}");
     let short = batch(&["2", "3"], json!({"answer": ["2"]}));
     assert!(
         Reward::parse("exact_match")
             .unwrap()
-            .score(&short)
+            .score(&short, &Silent)
             .unwrap_err()
             .to_string()
             .contains("answer has 1")
@@ -102,7 +103,7 @@ fn a_reward_that_is_not_understood_says_what_there_is() {
 fn rewards_add_up_and_a_row_that_none_scores_has_none() {
     let b = batch(&["2", "3", "4"], json!({"answer": ["2", null, "4"], "more": ["2", null, null]}));
     let specs = ["exact_match", "exact_match:column=more"].map(String::from);
-    let scored = Rewards::parse(&specs, Some(&[1.0, 0.5])).unwrap().score(&b).unwrap();
+    let scored = Rewards::parse(&specs, Some(&[1.0, 0.5])).unwrap().score(&b, &Silent).unwrap();
     assert_eq!(scored.names, ["exact_match", "exact_match_2"]);
     assert_eq!(scored.total(), [Some(1.5), None, Some(1.0)]);
     assert!(
@@ -121,8 +122,8 @@ fn a_command_is_started_once_and_sees_every_row() {
         .replace("LOG", log.to_str().unwrap());
     let mut reward = Reward::parse(&spec).unwrap();
     let b = batch(&["a", "b", "c"], json!({"level": [1, 2, 3]}));
-    assert_eq!(reward.score(&b).unwrap(), [1.0, 2.0, 3.0].map(Some));
-    assert_eq!(reward.score(&b).unwrap(), [4.0, 5.0, 6.0].map(Some));
+    assert_eq!(reward.score(&b, &Silent).unwrap(), [1.0, 2.0, 3.0].map(Some));
+    assert_eq!(reward.score(&b, &Silent).unwrap(), [4.0, 5.0, 6.0].map(Some));
     let rows: Vec<Value> = json_lines(log);
     assert_eq!(rows.len(), 6);
     let want = json!({"id": 4, "index": 1, "batch": 3, "prompt": "1 + 1 =", "completion": "b", "completion_ids": [98],
@@ -159,7 +160,7 @@ fn fails(body: &str, more: &str) -> String {
         spec.strip_prefix("command:").unwrap()
     );
     let mut reward = Reward::from_toml(&toml::from_str(&table).unwrap()).unwrap();
-    reward.score(&batch(&["a", "b", "c", "d", "e"], json!({}))).unwrap_err().to_string()
+    reward.score(&batch(&["a", "b", "c", "d", "e"], json!({})), &Silent).unwrap_err().to_string()
 }
 
 #[test]
@@ -219,7 +220,7 @@ fn an_error_that_the_command_reports_stops_at_once() {
 fn a_command_that_does_not_exist_says_so() {
     let error = Reward::parse("command:/nowhere/judge")
         .unwrap()
-        .score(&batch(&["a"], json!({})))
+        .score(&batch(&["a"], json!({})), &Silent)
         .unwrap_err();
     assert!(error.to_string().contains("/nowhere/judge"), "{error}");
 }
@@ -247,16 +248,17 @@ fn a_trl_reward_function_runs_in_the_worker_needs_python3() {
     let b = batch(&["a", "bb", "ccc"], json!({"level": [1, 0, 2]}));
     let mut reward = Reward::parse(&spec("reward")).unwrap();
     assert_eq!(reward.name, "reward");
-    assert_eq!(reward.score(&b).unwrap(), [Some(11.0), None, Some(13.0)]);
+    assert_eq!(reward.score(&b, &Silent).unwrap(), [Some(11.0), None, Some(13.0)]);
     assert_eq!(
-        reward.score(&b).unwrap(),
+        reward.score(&b, &Silent).unwrap(),
         [Some(21.0), None, Some(23.0)],
         "one process, one call a batch"
     );
     assert_eq!(scores(&spec("ids"), &b), [97.0, 196.0, 297.0].map(Some));
     assert_eq!(scores(&spec("narrow"), &b), [None, None, None]);
     assert_eq!(scores(&spec("later"), &b), [Some(1.0); 3]);
-    let say = |f: &str| Reward::parse(&spec(f)).unwrap().score(&b).unwrap_err().to_string();
+    let say =
+        |f: &str| Reward::parse(&spec(f)).unwrap().score(&b, &Silent).unwrap_err().to_string();
     assert!(say("short").contains("1 rewards for 3 completions"));
     assert!(say("broken").contains("ZeroDivisionError"));
     assert!(say("absent").contains("has no function absent"));

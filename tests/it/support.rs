@@ -114,6 +114,7 @@ pub fn with_inputs<T>(
         train,
         eval: &[],
         output: Path::new("unused"),
+        rewards: &[],
     })
 }
 

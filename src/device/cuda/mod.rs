@@ -714,6 +714,7 @@ impl Drop for Cuda {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DeviceChoice;
 
     fn message<T>(r: Result<T>) -> String {
         r.err().map(|e| e.to_string()).unwrap_or_default()
@@ -741,10 +742,13 @@ mod tests {
             "{text}"
         );
         assert!(
-            message(crate::device::open("cuda")).contains("--device cpu"),
+            message(crate::device::open(DeviceChoice::Cuda)).contains("--device cpu"),
             "cuda never falls back"
         );
-        assert!(crate::device::open("auto").is_ok_and(|d| d.capabilities() == Capabilities::CPU));
+        assert!(
+            crate::device::open(DeviceChoice::Auto)
+                .is_ok_and(|d| d.capabilities() == Capabilities::CPU)
+        );
     }
 
     #[test]

@@ -219,7 +219,7 @@ pub fn pair_metrics(f: &Forward, rewards: &Tensor, logps: &[f32]) -> Result<Vec<
     Ok(all)
 }
 
-/// The mean NLL of the chosen completions' tokens, F32 [1]. `f` has two sequences a pair.
+/// The mean NLL of the chosen completions' tokens, F32 `[1]`. `f` has two sequences a pair.
 pub fn chosen_nll(cx: &mut Cx, f: &Forward) -> Result<Tensor> {
     let lengths = || f.starts.windows(2).map(|w| w[1] - w[0]).enumerate();
     let count: usize = lengths().filter(|(k, _)| k.is_multiple_of(2)).map(|(_, n)| n).sum();

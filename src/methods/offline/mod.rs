@@ -50,7 +50,7 @@ impl MicroBatch<'_> {
 
 /// What a micro-batch gave, as it was launched.
 pub struct LossOutput {
-    /// F32 [1]. None: nothing in the micro-batch counts.
+    /// F32 `[1]`. None: nothing in the micro-batch counts.
     pub loss: Option<Tensor>,
     /// Of the rows' sequences, each in full: a prompt that two of them share counts twice, as in
     /// TRL.

@@ -71,7 +71,7 @@ impl RolloutEnv {
                 training.seed,
                 inputs,
             )?,
-            scorer: Scorer::new(&options.rewards)?,
+            scorer: Scorer::new(&options.rewards, inputs.rewards)?,
             reference: Reference::default(),
             sync: options.sync.clone(),
             log_completions: options.rewards.log_completions,
@@ -98,9 +98,8 @@ impl RolloutEnv {
         if cx.device.capabilities().gemm_depends_on_rows && cx.matmul == MatmulChoice::Auto {
             // The library may choose another kernel for another number of rows; the engine's own
             // does not.
-            eprintln!(
-                "note: matmul=own, so that the sampler's log-probs are the trainer's bit for bit"
-            );
+            cx.observer
+                .note("matmul=own, so that the sampler's log-probs are the trainer's bit for bit");
             cx.matmul = MatmulChoice::Own;
         }
         let longest = self.longest();
@@ -203,9 +202,9 @@ impl RolloutEnv {
         1.0 / self.sampler.options.temperature as f32
     }
 
-    /// Lines of completions.jsonl, and with `log_completions` the best and the worst on the
-    /// terminal.
-    pub fn record(&mut self, rollouts: &[Rollout], scores: &Scores, advantages: &[f64]) {
+    /// Lines of completions.jsonl, and with `log_completions` the observer hears of the best and
+    /// the worst.
+    pub fn record(&mut self, cx: &Cx, rollouts: &[Rollout], scores: &Scores, advantages: &[f64]) {
         let total = scores.total();
         for (i, r) in rollouts.iter().enumerate() {
             let names = scores.names.iter().zip(&scores.each);
@@ -227,7 +226,7 @@ impl RolloutEnv {
         for (word, i) in [("best", best), ("worst", worst)] {
             if let Some(i) = i {
                 let text = rollouts[i].text.replace('\n', " ");
-                eprintln!("{word} completion, reward {:.3}: {text}", value(&i));
+                cx.observer.info(&format!("{word} completion, reward {:.3}: {text}", value(&i)));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Methods that train on what the policy generates. Layer 7.
 //!
-//! A step is: generate, score, advantages, update. [`env`] does the first two, a method the third;
-//! [`policy`] is the update of a clipped policy loss.
+//! A step is: generate, score, advantages, update. [`mod@env`] does the first two, a method the
+//! third; [`policy`] is the update of a clipped policy loss.
 //!
 //! Invariant: prompts and sampled tokens are a function of (data, seed, generation) and of the
 //! policy's weights; the sampler's log-probs are the trainer's, bit for bit, so there is no

@@ -65,9 +65,9 @@ impl Sampler {
     pub fn engine(&self, cx: &Cx, model: &Decoder, longest: usize) -> Result<Engine> {
         let sampling = self.options.seeded(self.seed);
         if sampling.truncates() {
-            eprintln!(
-                "note: sampling is truncated or penalised; ratios are of the full distribution at \
-                 the sampling temperature, as TRL's are, so the policy is slightly off its sampler"
+            cx.observer.note(
+                "sampling is truncated or penalised; ratios are of the full distribution at \
+                 the sampling temperature, as TRL's are, so the policy is slightly off its sampler",
             );
         }
         let (stop, length) = (self.stop.clone(), self.max_completion_length);

@@ -11,7 +11,7 @@ use crate::autograd::Cx;
 use crate::config::RewardOptions;
 use crate::error::Result;
 use crate::rewards::model::RewardModel;
-use crate::rewards::{RewardBatch, Rewards, Scores};
+use crate::rewards::{RewardBatch, RewardFunction, Rewards, Scores};
 
 pub struct Scorer {
     options: RewardOptions,
@@ -20,11 +20,15 @@ pub struct Scorer {
 }
 
 impl Scorer {
-    pub fn new(options: &RewardOptions) -> Result<Scorer> {
-        let weights = options.reward_weights.as_deref();
-        let rewards = match options.reward_funcs.len() {
+    /// The rewards of the options, and `functions` of the program.
+    pub fn new(options: &RewardOptions, functions: &[RewardFunction]) -> Result<Scorer> {
+        let (specs, weights) = (&options.reward_funcs, options.reward_weights.as_deref());
+        let rewards = match specs.len() + functions.len() {
             0 => Rewards { list: Vec::new() },
-            n => Rewards::parse(&options.reward_funcs, weights.map(|w| &w[..n.min(w.len())]))?,
+            n => {
+                let weights = weights.map(|w| &w[..n.min(w.len())]);
+                Rewards::with_functions(specs, functions, weights)?
+            }
         };
         Ok(Scorer { options: options.clone(), rewards, reward_model: None })
     }
@@ -48,7 +52,7 @@ impl Scorer {
             let prompt = &prompts[r.prompt];
             batch.push(&prompt.value, prompt.columns.iter(), &r.text, r.ids.clone());
         }
-        let mut scores = self.rewards.score(&batch)?;
+        let mut scores = self.rewards.score(&batch, &*cx.observer)?;
         if let Some(model) = &mut self.reward_model {
             let each = model.score(cx, &batch)?.into_iter().map(|s| Some(f64::from(s))).collect();
             scores.each.push(each);

@@ -2,7 +2,7 @@
 //! adapter-hub's `adapter.safetensors`), in and out. Layer 5.
 //!
 //! Invariant: a folder that is read fits the model (names, shapes, finite values) or is an error
-//! that lists all that is wrong; [`write`] leaves a whole folder or the one that was there.
+//! that lists all that is wrong; [`fn@write`] leaves a whole folder or the one that was there.
 
 use std::path::{Path, PathBuf};
 

@@ -1,9 +1,10 @@
 //! Adapters: parameters of their own beside a frozen model. Layer 5.
 //!
 //! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (its arena,
-//! gradients and moments are its own) and an *adapter site* for each group of projections that share
-//! an input: what it adds to their product. The decoder asks the site and knows no kind of adapter.
-//! Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's set.
+//! gradients and moments are its own) and an *adapter site* for each group of projections that
+//! share an input: what it adds to their product. The decoder asks the site and knows no kind of
+//! adapter. Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's
+//! set.
 
 pub mod bottleneck;
 pub mod config;
@@ -43,12 +44,12 @@ pub struct Adapter {
 /// What an adapter adds to projections that share an input.
 #[derive(Clone, Default)]
 pub struct AdapterSite {
-    /// IA3 on the input: one vector [k].
+    /// IA3 on the input: one vector `[k]`.
     pub input_scale: Option<Tensor>,
     pub lora: Option<LoraSite>,
     /// IA3 on outputs, DoRA's magnitudes: first column and vector.
     pub output_scales: Vec<(usize, Tensor)>,
-    /// F32 [n]: DoRA's lengths of the rows of W + s B A, as of the last [`Adapter::refresh`]; 1
+    /// F32 `[n]`: DoRA's lengths of the rows of W + s B A, as of the last [`Adapter::refresh`]; 1
     /// where there is no LoRA.
     pub norm: Option<Tensor>,
 }

@@ -11,8 +11,8 @@ use crate::kernels;
 use crate::ops::case::{Arg, Case, Rng};
 use crate::tensor::Tensor;
 
-/// Advantages and returns, F32 [n], of token rewards and values F32 [n]; `starts` I32 [sequences +
-/// 1] from 0 to n.
+/// Advantages and returns, F32 `[n]`, of token rewards and values F32 `[n]`; `starts` I32
+/// [sequences + 1] from 0 to n.
 pub fn gae(
     cx: &mut Cx,
     rewards: &Tensor,
@@ -29,7 +29,7 @@ pub fn gae(
 }
 
 /// `x` with mean 0 (its own mean unless `shift_mean`) and variance 1 where `mask` is not 0, and 0
-/// elsewhere; F32 [n].
+/// elsewhere; F32 `[n]`.
 pub fn whiten(cx: &mut Cx, x: &Tensor, mask: &Tensor, shift_mean: bool) -> Result<Tensor> {
     cx.apply1(Whiten { shift_mean }, &[x, mask])
 }

@@ -65,15 +65,15 @@ pub struct DpoIn<'a> {
     pub reference: &'a Tensor,
     /// [n, 2] completion tokens, for ipo and sigmoid_norm
     pub lens: &'a Tensor,
-    /// [n] a pair's weight in the loss
+    /// `[n]` a pair's weight in the loss
     pub weight: &'a Tensor,
-    /// [1] mean NLL of the chosen completions' tokens, where `sft` is in the list
+    /// `[1]` mean NLL of the chosen completions' tokens, where `sft` is in the list
     pub nll: Option<&'a Tensor>,
     /// [n, 2] WPO's mean of `logp - log sum p^2` over a completion, where `use_weighting` is on
     pub aligned: Option<&'a Tensor>,
 }
 
-/// The loss [1], and the rewards [n, 2] `beta (logp - ref)`.
+/// The loss `[1]`, and the rewards [n, 2] `beta (logp - ref)`.
 pub fn dpo(cx: &mut Cx, op: Dpo, x: &DpoIn) -> Result<(Tensor, Tensor)> {
     let sft = op.losses.iter().any(|(l, _)| *l == DpoLoss::Sft);
     if sft != x.nll.is_some() {

@@ -5,8 +5,8 @@
 //! how many micro-batches a step has. A pair's numbers lie together: [n, 2], the chosen first.
 //! Math: `kernels/preference.cu`.
 //!
-//! The way to a loss: the head's log-probs [tokens] -> [`segment_sums`] -> [sequences] -> one of
-//! the ops below. Rewards and other figures come with the loss and carry no gradient.
+//! The way to a loss: the head's log-probs `[tokens]` -> [`segment_sums`] -> `[sequences]` -> one
+//! of the ops below. Rewards and other figures come with the loss and carry no gradient.
 
 mod dpo;
 mod oracle;
@@ -24,8 +24,8 @@ pub use dpo::{Dpo, DpoIn, DpoLoss, FDivergence, dpo};
 pub use pairs::{BradleyTerry, Cpo, CpoLoss, Orpo, bradley_terry, cpo, orpo};
 pub use unpaired::{RunningMean, Unpaired, UnpairedLoss, kl_baseline, running_mean, unpaired};
 
-/// Sums of `weights x values` over segments: values, weights F32 [n]; `starts` I32 [s + 1],
-/// ascending, the last at most n: segment k is `starts[k]..starts[k + 1]`. Returns F32 [s];
+/// Sums of `weights x values` over segments: values, weights F32 `[n]`; `starts` I32 [s + 1],
+/// ascending, the last at most n: segment k is `starts[k]..starts[k + 1]`. Returns F32 `[s]`;
 /// gradients flow to `values` alone.
 pub fn segment_sums(
     cx: &mut Cx,

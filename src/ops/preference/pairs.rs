@@ -18,9 +18,9 @@ pub struct Orpo {
     pub beta: f32,
 }
 
-/// logps, lens F32 [n, 2]: sums and token counts of the completions; weight F32 [n]; nll F32 [1],
-/// the mean NLL of the chosen sequences' tokens (prompts too). Returns the loss [1], the rewards
-/// [n, 2], and [n, 2] LS(log odds) and log odds.
+/// logps, lens F32 [n, 2]: sums and token counts of the completions; weight F32 `[n]`; nll F32
+/// `[1]`, the mean NLL of the chosen sequences' tokens (prompts too). Returns the loss `[1]`, the
+/// rewards [n, 2], and [n, 2] LS(log odds) and log odds.
 pub fn orpo(cx: &mut Cx, op: Orpo, x: [&Tensor; 4]) -> Result<[Tensor; 3]> {
     let out = cx.apply(op, &x)?;
     out.try_into().map_err(|_| Error::op("orpo", "gave no outputs"))
@@ -64,7 +64,7 @@ pub struct Cpo {
     pub cpo_alpha: f32,
 }
 
-/// As [`orpo`]; nll is of the chosen completions alone. Returns the loss [1] and the rewards [n,
+/// As [`orpo`]; nll is of the chosen completions alone. Returns the loss `[1]` and the rewards [n,
 /// 2].
 pub fn cpo(cx: &mut Cx, op: Cpo, x: [&Tensor; 4]) -> Result<(Tensor, Tensor)> {
     let mut out = cx.apply(op, &x)?;
@@ -80,7 +80,7 @@ pub struct BradleyTerry {
     pub center_rewards_coefficient: f32,
 }
 
-/// scores F32 [n, 2]; weight F32 [n]; margin F32 [n]. Returns the loss [1].
+/// scores F32 [n, 2]; weight F32 `[n]`; margin F32 `[n]`. Returns the loss `[1]`.
 pub fn bradley_terry(
     cx: &mut Cx,
     op: BradleyTerry,

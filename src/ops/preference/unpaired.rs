@@ -29,8 +29,8 @@ pub struct Unpaired {
     pub undesirable_weight: f32,
 }
 
-/// logps, reference F32 [n] summed over each completion; label I32 [n], 1 desirable, 0 not; weight
-/// F32 [n]; baseline F32 [1]. Returns the loss [1] and the rewards [n].
+/// logps, reference F32 `[n]` summed over each completion; label I32 `[n]`, 1 desirable, 0 not;
+/// weight F32 `[n]`; baseline F32 `[1]`. Returns the loss `[1]` and the rewards `[n]`.
 pub fn unpaired(cx: &mut Cx, op: Unpaired, x: [&Tensor; 5]) -> Result<(Tensor, Tensor)> {
     let mut out = cx.apply(op, &x)?;
     match (out.pop(), out.pop()) {
@@ -39,7 +39,7 @@ pub fn unpaired(cx: &mut Cx, op: Unpaired, x: [&Tensor; 5]) -> Result<(Tensor, T
     }
 }
 
-/// KTO's z [1]: `max(0, mean(logps - reference))` over mismatched completions. Not on the tape.
+/// KTO's z `[1]`: `max(0, mean(logps - reference))` over mismatched completions. Not on the tape.
 pub fn kl_baseline(cx: &Cx, logps: &Tensor, reference: &Tensor) -> Result<Tensor> {
     mean_difference(cx, logps, reference, 0.0)
 }
@@ -60,8 +60,8 @@ fn mean_difference(cx: &Cx, a: &Tensor, b: &Tensor, floor: f32) -> Result<Tensor
     Ok(mean)
 }
 
-/// BCO's delta [1]: the mean, over all batches so far and this one, of a batch's mean reward.
-/// `state` F32 [2] (mean, count), zeros at the start of training, is brought up to date.
+/// BCO's delta `[1]`: the mean, over all batches so far and this one, of a batch's mean reward.
+/// `state` F32 `[2]` (mean, count), zeros at the start of training, is brought up to date.
 pub fn running_mean(
     cx: &mut Cx,
     logps: &Tensor,

@@ -15,7 +15,7 @@ use crate::ops::expect_cols;
 use crate::ops::matmul::{column_sums, product};
 use crate::tensor::Tensor;
 
-/// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] quantised and frozen, bias [n]; y [m, n] real.
+/// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] quantised and frozen, bias `[n]`; y [m, n] real.
 pub fn quant_linear(
     cx: &mut Cx,
     x: &Tensor,

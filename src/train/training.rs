@@ -1,0 +1,280 @@
+//! A training run, as a program asks for it; the training commands are calls of it. Layer 8.
+//!
+//! Invariant: nothing is checked or written before [`Training::run`], which reports all problems
+//! of the options at once.
+
+#![deny(missing_docs)]
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::job::{FinishedJob, Job, execute};
+use crate::autograd::Cx;
+use crate::checkpoint::{RunFolder, prepare_output};
+use crate::config::{self, TrainingConfig};
+use crate::data::rows::{Row, read_rows};
+use crate::error::{Error, Result};
+use crate::fsio;
+use crate::methods::{BuildMethod, MethodRun};
+use crate::methods::{MethodEntry, registry};
+use crate::model::hub::resolve_model;
+use crate::observer::{Observer, Terminal};
+use crate::rewards::{RewardFunction, RewardRow};
+use crate::signals::Stop;
+
+/// A run from a model folder and rows to a trained model folder.
+///
+/// ```no_run
+/// # fn main() -> temper::Result<()> {
+/// temper::Training::new("sft")?
+///     .option("learning_rate", 1e-5)
+///     .model("models/base")
+///     .data(["rows.jsonl"])
+///     .output("out")
+///     .run()?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Training {
+    entry: &'static MethodEntry,
+    run: Box<MethodRun>,
+    config: Option<PathBuf>,
+    overrides: Vec<String>,
+    model: String,
+    adapter: Option<PathBuf>,
+    data: Vec<PathBuf>,
+    eval_data: Vec<PathBuf>,
+    output: PathBuf,
+    resume: bool,
+    overwrite: bool,
+    rewards: Vec<RewardFunction>,
+    observer: Arc<dyn Observer>,
+    stop: Stop,
+}
+
+impl Training {
+    /// A run of a method at its defaults: `sft`, `dpo`, `grpo` and the others of
+    /// [`registry::REGISTRY`]. Error: there is no such method.
+    pub fn new(method: &str) -> Result<Training> {
+        let entry = registry::find(method)?;
+        Ok(Training::of(entry, (entry.run)()))
+    }
+
+    /// A run with these options. Error: the method is not in the registry.
+    pub fn with<M: BuildMethod + 'static>(run: MethodRun<M>) -> Result<Training> {
+        Ok(Training::of(registry::find(run.method.name())?, Box::new(run)))
+    }
+
+    fn of(entry: &'static MethodEntry, run: Box<MethodRun>) -> Training {
+        Training {
+            entry,
+            run,
+            config: None,
+            overrides: Vec::new(),
+            model: String::new(),
+            adapter: None,
+            data: Vec::new(),
+            eval_data: Vec::new(),
+            output: PathBuf::new(),
+            resume: false,
+            overwrite: false,
+            rewards: Vec::new(),
+            observer: Arc::new(Terminal::default()),
+            stop: Stop::default(),
+        }
+    }
+
+    /// Sets an option, written as on the command line.
+    pub fn option(self, name: &str, value: impl Display) -> Training {
+        self.options([format!("{name}={value}")])
+    }
+
+    /// Sets options, each `name=value`; later ones count.
+    pub fn options(mut self, options: impl IntoIterator<Item = String>) -> Training {
+        self.overrides.extend(options);
+        self
+    }
+
+    /// Reads options from a run file (TOML), before those of [`Training::option`].
+    pub fn config(mut self, file: impl Into<PathBuf>) -> Training {
+        self.config = Some(file.into());
+        self
+    }
+
+    /// The model to train: a folder, or the name of a hub model in the local cache.
+    pub fn model(mut self, model: impl Into<String>) -> Training {
+        self.model = model.into();
+        self
+    }
+
+    /// An adapter folder to train further.
+    pub fn adapter(mut self, dir: impl Into<PathBuf>) -> Training {
+        self.adapter = Some(dir.into());
+        self
+    }
+
+    /// Files of rows to train on: .jsonl, .json or .parquet.
+    pub fn data<P: Into<PathBuf>>(mut self, files: impl IntoIterator<Item = P>) -> Training {
+        self.data.extend(files.into_iter().map(Into::into));
+        self
+    }
+
+    /// Files of rows to evaluate on; else the option `eval_rows` splits some off the data.
+    pub fn eval_data<P: Into<PathBuf>>(mut self, files: impl IntoIterator<Item = P>) -> Training {
+        self.eval_data.extend(files.into_iter().map(Into::into));
+        self
+    }
+
+    /// A reward of online methods: a score of a completion, `None` where it does not apply. Metrics
+    /// call it `name`; it counts beside the rewards of the options.
+    pub fn reward(
+        mut self,
+        name: &str,
+        function: impl Fn(&RewardRow) -> Option<f64> + Send + Sync + 'static,
+    ) -> Training {
+        self.rewards.push(RewardFunction::new(name, function));
+        self
+    }
+
+    /// The folder that the run is written to. It must hold no other run, but see
+    /// [`Training::overwrite`] and [`Training::resume`].
+    pub fn output(mut self, dir: impl Into<PathBuf>) -> Training {
+        self.output = dir.into();
+        self
+    }
+
+    /// Replaces the run that the output folder holds.
+    pub fn overwrite(mut self, yes: bool) -> Training {
+        self.overwrite = yes;
+        self
+    }
+
+    /// Continues from the newest checkpoint in the output folder that verifies.
+    pub fn resume(mut self, yes: bool) -> Training {
+        self.resume = yes;
+        self
+    }
+
+    /// Who hears of the run. Default: [`Terminal`].
+    pub fn observer(mut self, observer: impl Observer + 'static) -> Training {
+        self.observer = Arc::new(observer);
+        self
+    }
+
+    /// Ends the run with a checkpoint when it is requested.
+    pub fn stop(mut self, stop: Stop) -> Training {
+        self.stop = stop;
+        self
+    }
+
+    /// Trains to the end and writes the model. The options choose device and dtype. Errors: all
+    /// problems of the options in one; files that cannot be read; an output folder that holds
+    /// another run; see [`execute`] for the rest.
+    pub fn run(mut self) -> Result<FinishedJob> {
+        if self.output.as_os_str().is_empty() {
+            return Err(Error::Config("a training run needs an output folder".into()));
+        }
+        let dir = self.prepare()?;
+        let cx = Cx::open(&self.run.training, self.observer.clone())?;
+        let folder = prepare_output(&self.output, self.overwrite, self.resume)?;
+        let finished = self.execute(cx, &dir, &folder)?;
+        self.observer.info(&format!("wrote {}", self.output.display()));
+        Ok(finished)
+    }
+
+    /// As [`Training::run`], on a context that is there already, with its device, dtype and observer,
+    /// and into a folder that is held.
+    pub fn run_in(mut self, cx: Cx, folder: &RunFolder) -> Result<FinishedJob> {
+        self.observer = cx.observer.clone();
+        let dir = self.prepare()?;
+        self.execute(cx, &dir, folder)
+    }
+
+    /// Reads run file and options, and finds the model's folder.
+    fn prepare(&mut self) -> Result<PathBuf> {
+        if self.model.is_empty() || self.data.is_empty() {
+            return Err(Error::Config("a training run needs a model and data".into()));
+        }
+        let notes = self.run.read(self.config.as_deref(), &self.overrides, self.rewards.len())?;
+        let scores =
+            self.run.sections().iter().any(|s| s.keys().iter().any(|k| k.name == "reward_funcs"));
+        if !self.rewards.is_empty() && !scores {
+            return Err(Error::Config(format!("{} takes no rewards", self.entry.name)));
+        }
+        notes.iter().for_each(|note| self.observer.note(note));
+        resolve_model(&self.model)
+    }
+
+    fn execute(&self, cx: Cx, dir: &Path, folder: &RunFolder) -> Result<FinishedJob> {
+        if folder.resume().is_some() {
+            same_run(folder.path(), &self.run)?;
+        }
+        let mut rows = read_rows(&self.data)?;
+        let eval = self.eval_rows(&mut rows)?;
+        let job = Job {
+            run: &self.run,
+            model: dir,
+            adapter: self.adapter.as_deref(),
+            fresh: self.entry.from_scratch && !has_weights(dir),
+            train: &rows,
+            eval: &eval,
+            rewards: &self.rewards,
+            folder,
+            command: &self.command(),
+            stop: self.stop.clone(),
+        };
+        execute(cx, &job)
+    }
+
+    /// The command that does the same, for config.toml.
+    fn command(&self) -> String {
+        let adapter = self.adapter.as_ref().map(|a| format!(" --adapter {}", a.display()));
+        let data: Vec<String> = self.data.iter().map(|p| p.display().to_string()).collect();
+        let rewards =
+            self.rewards.iter().map(|r| format!("\nwith the program's reward {}", r.name()));
+        format!(
+            "temper {} --model {}{} --data {}{}",
+            self.entry.name,
+            self.model,
+            adapter.unwrap_or_default(),
+            data.join(" "),
+            rewards.collect::<String>()
+        )
+    }
+
+    /// The evaluation rows: files of their own, or the last of `rows`, which loses them.
+    fn eval_rows(&self, rows: &mut Vec<Row>) -> Result<Vec<Row>> {
+        if !self.eval_data.is_empty() {
+            return read_rows(&self.eval_data);
+        }
+        let training: &TrainingConfig = &self.run.training;
+        let n = training.eval_rows.of(rows.len() as u64) as usize;
+        if n >= rows.len() && n > 0 {
+            let all = rows.len();
+            return Err(Error::Config(format!(
+                "eval_rows = {n} leaves no row of {all} to train on"
+            )));
+        }
+        Ok(rows.split_off(rows.len() - n))
+    }
+}
+
+fn has_weights(dir: &Path) -> bool {
+    dir.join("model.safetensors").exists() || dir.join("model.safetensors.index.json").exists()
+}
+
+/// A resumed run must be the run that is resumed.
+fn same_run(dir: &Path, run: &MethodRun) -> Result<()> {
+    let path = dir.join("config.toml");
+    let text = String::from_utf8_lossy(&fsio::read(&path)?).into_owned();
+    let changes = config::changes(&text, &run.sections())?;
+    if changes.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "--resume goes on with the run in {}, but these keys differ from its config.toml:\n  {}\nGive the same keys, or start another run in another --output.",
+        dir.display(),
+        changes.join("\n  ")
+    )))
+}
