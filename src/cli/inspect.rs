@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute, Tape};
-use crate::cli::{Where, launches, storage};
+use crate::cli::args::{Where, storage};
+use crate::cli::launches;
 use crate::device::dry_run::DryRun;
 use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};

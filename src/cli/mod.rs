@@ -3,6 +3,7 @@
 //! Invariant: a command parses, calls the library, prints. Exit codes: 0 done, 1 a run failed, 2
 //! bad usage or config, 130 interrupted after a clean checkpoint.
 
+mod args;
 mod bench;
 mod chat;
 mod check;
@@ -12,20 +13,13 @@ mod generate;
 mod inspect;
 mod launches;
 mod merge;
-mod model_args;
 mod quickstart;
 mod report;
 mod score;
 mod train;
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
 use clap::{Args as _, FromArgMatches, Subcommand};
 
-use crate::autograd::Cx;
-use crate::device::{self, DType, Device};
-use crate::error::{Error, Result};
 use crate::methods::MethodEntry;
 use crate::methods::registry::REGISTRY;
 
@@ -56,48 +50,6 @@ fn command() -> clap::Command {
         train::Args::augment_args(clap::Command::new(entry.name)).about(entry.about)
     };
     Command::augment_subcommands(temper.subcommands(REGISTRY.iter().map(method)))
-}
-
-/// Where to run and in which storage type.
-#[derive(clap::Args, Clone)]
-pub struct Where {
-    /// auto, cuda or cpu; auto takes the GPU where there is one
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU
-    #[arg(long, default_value = "auto")]
-    pub dtype: String,
-}
-
-impl Where {
-    /// The device, announced on stderr, and a context on it.
-    pub fn open(&self) -> Result<Cx> {
-        let device = device::open(&self.device)?;
-        let dtype = storage(&self.dtype, &device)?;
-        eprintln!("device: {}, {}", device.name(), dtype.name());
-        Cx::new(device, dtype)
-    }
-}
-
-/// The storage type that a `dtype` key means on a device.
-pub fn storage(dtype: &str, device: &Arc<dyn Device>) -> Result<DType> {
-    match dtype {
-        "auto" => Ok(device.capabilities().dtype),
-        "float32" => Ok(DType::F32),
-        "bfloat16" => Ok(DType::BF16),
-        other => Err(Error::Config(format!("dtype is auto, float32 or bfloat16, not \"{other}\""))),
-    }
-}
-
-/// A list of files takes all that stands behind it, the keys too: what has a `=` and is no file is
-/// a key.
-fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
-    let is_key =
-        |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));
-    let (found, rest): (Vec<PathBuf>, Vec<PathBuf>) =
-        std::mem::take(files).into_iter().partition(is_key);
-    *files = rest;
-    keys.splice(0..0, found.iter().map(|key| key.display().to_string()));
 }
 
 /// What a command line asks for.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::autograd::Cx;
 use crate::checkpoint::prepare_output;
-use crate::cli::{part_keys, storage};
+use crate::cli::args::{part_keys, storage};
 use crate::config::{self, DeviceChoice, Dtype, TrainingConfig};
 use crate::data::rows::{Row, read_rows};
 use crate::device::{self, DType};

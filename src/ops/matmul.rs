@@ -107,10 +107,8 @@ pub fn product(
     let (n, kb) =
         if layout == Layout::NT { (b.row_count(), b.cols()) } else { (b.cols(), b.row_count()) };
     if k != kb || c.row_count() != m || c.cols() != n {
-        return Err(Error::op(
-            "matmul",
-            format!("{layout:?} product of {a:?} and {b:?} into {c:?}"),
-        ));
+        let message = format!("{layout:?} product of {a:?} and {b:?} into {c:?}");
+        return Err(Error::op("matmul", message));
     }
     if m == 0 || n == 0 {
         return Ok(());
