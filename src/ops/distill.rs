@@ -46,20 +46,10 @@ pub struct Distill {
 }
 
 fn check(x: &[&Tensor]) -> Result<()> {
-    expect_cols(
-        "distill",
-        "the student's head",
-        x[1],
-        x[0].cols(),
-        "is hidden_size in config.json right?",
-    )?;
-    expect_cols(
-        "distill",
-        "the teacher's head",
-        x[3],
-        x[2].cols(),
-        "is hidden_size in its config.json right?",
-    )?;
+    let hint = "is hidden_size in config.json right?";
+    expect_cols("distill", "the student's head", x[1], x[0].cols(), hint)?;
+    let hint = "is hidden_size in its config.json right?";
+    expect_cols("distill", "the teacher's head", x[3], x[2].cols(), hint)?;
     if x[1].row_count() != x[3].row_count() {
         let message = format!("{:?} and {:?}: student and teacher need one vocabulary", x[1], x[3]);
         return Err(Error::op("distill", message));

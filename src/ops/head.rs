@@ -179,13 +179,8 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, 
 }
 
 fn check(name: &'static str, x: &[&Tensor]) -> Result<()> {
-    expect_cols(
-        name,
-        "the head's weight",
-        x[1],
-        x[0].cols(),
-        "is hidden_size in config.json right?",
-    )?;
+    let hint = "is hidden_size in config.json right?";
+    expect_cols(name, "the head's weight", x[1], x[0].cols(), hint)?;
     if x[2..].iter().any(|t| t.numel() != x[0].row_count()) {
         return Err(Error::op(name, format!("{:?} has not one target (and weight) a row", x[0])));
     }

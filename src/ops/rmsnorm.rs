@@ -214,11 +214,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let inputs = vec![Arg::real(x.clone()), Arg::param(w.clone())];
         cases.push(Case::new(format!("rows {rows} d {d}"), RmsNorm { eps: 1e-5 }, inputs));
         let inputs = vec![Arg::real(x), Arg::real(r), Arg::param(w)];
-        cases.push(Case::new(
-            format!("residual rows {rows} d {d}"),
-            AddRmsNorm { eps: 1e-6 },
-            inputs,
-        ));
+        let label = format!("residual rows {rows} d {d}");
+        cases.push(Case::new(label, AddRmsNorm { eps: 1e-6 }, inputs));
     }
     cases
 }

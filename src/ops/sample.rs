@@ -327,11 +327,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
                 F64::from_fn(&[rows, words], |_| f64::from(rng.bits() as i32 & rng.bits() as i32));
             inputs.push(seen);
         }
-        cases.push(Case::new(
-            format!("rows {rows} vocab {vocab} {sampling:?}"),
-            Sample { sampling },
-            inputs,
-        ));
+        let label = format!("rows {rows} vocab {vocab} {sampling:?}");
+        cases.push(Case::new(label, Sample { sampling }, inputs));
     }
     cases
 }

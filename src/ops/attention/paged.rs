@@ -92,13 +92,8 @@ impl Op for AttentionPaged {
 impl KvAppend {
     fn run(&self, cx: &Cx, qkv: &Tensor, cache: &Tensor, slots: &Tensor) -> Result<()> {
         let width = 2 * self.kv_heads * self.head_dim;
-        expect_cols(
-            "kv_append",
-            "qkv",
-            qkv,
-            self.heads * self.head_dim + width,
-            "it is q | k | v",
-        )?;
+        let hint = "it is q | k | v";
+        expect_cols("kv_append", "qkv", qkv, self.heads * self.head_dim + width, hint)?;
         expect_cols("kv_append", "cache", cache, width, "a cache row is k | v of one token")?;
         if slots.numel() != qkv.row_count() || !width.is_multiple_of(8) || !cache.is_contiguous() {
             let message = format!("{qkv:?}, slots {slots:?}, cache {cache:?}");

@@ -46,13 +46,8 @@ impl AttnShape {
             let message = format!("{h} heads do not divide among {k} key-value heads");
             return Err(Error::op(op, message));
         }
-        expect_cols(
-            op,
-            "qkv",
-            qkv,
-            (h + 2 * k) * d,
-            "it is q | k | v of num_attention_heads and num_key_value_heads",
-        )?;
+        let hint = "it is q | k | v of num_attention_heads and num_key_value_heads";
+        expect_cols(op, "qkv", qkv, (h + 2 * k) * d, hint)?;
         if self.window == Some(0) {
             return Err(Error::op(op, "a window of 0 sees nothing; leave it out to see all"));
         }

@@ -142,11 +142,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             Arg::float(rng.array(&[n], 1.0)),
             Arg::ints(&starts),
         ];
-        cases.push(Case::new(
-            format!("gae of {} sequences", lengths.len()),
-            Gae { gamma: 0.99, lam: 0.95 },
-            inputs,
-        ));
+        let label = format!("gae of {} sequences", lengths.len());
+        cases.push(Case::new(label, Gae { gamma: 0.99, lam: 0.95 }, inputs));
         let mask = F64::from_fn(&[n], |i| if i > 0 && rng.below(4) == 0 { 0.0 } else { 1.0 });
         let inputs = vec![Arg::float(rng.array(&[n], 3.0)), Arg::float(mask)];
         cases.push(Case::new(format!("whiten {n}"), Whiten { shift_mean: n != 98 }, inputs));

@@ -287,11 +287,8 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
             inputs.push(Arg::float(margins));
         }
         let op = BradleyTerry { center_rewards_coefficient: center };
-        cases.push(Case::new(
-            format!("bradley-terry n {n} center {center} margin {margin}"),
-            op,
-            inputs,
-        ));
+        let label = format!("bradley-terry n {n} center {center} margin {margin}");
+        cases.push(Case::new(label, op, inputs));
     }
     cases
 }

@@ -197,11 +197,8 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         let (a, b) = (rng.array(&[n], 4.0), rng.array(&[n], 4.0));
         let state = F64::new(&[2], vec![0.5 * count, count]);
         let inputs = vec![Arg::float(a), Arg::float(b), Arg::float(state)];
-        cases.push(Case::new(
-            format!("running mean n {n} after {count}"),
-            RunningMean { beta: 0.1 },
-            inputs,
-        ));
+        let label = format!("running mean n {n} after {count}");
+        cases.push(Case::new(label, RunningMean { beta: 0.1 }, inputs));
     }
     cases
 }
