@@ -23,8 +23,8 @@
 //! # }
 //! ```
 //!
-//! [`Training`] runs any method from files; below it, [`Cx`], [`Decoder`] and [`train::Trainer`] are
-//! the parts. `examples/` has a program for each.
+//! [`Training`] runs any method from files; below it, [`Cx`], [`Decoder`] and [`train::Trainer`]
+//! are the parts. `examples/` has a program for each.
 //!
 //! The map of the code, by layers. A module uses its own layer and those below; no two files import
 //! each other outside `autograd/`; a test checks both.

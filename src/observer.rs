@@ -1,6 +1,7 @@
 //! What a run tells whoever started it. Layer 0.
 //!
-//! Invariant: library code writes to no stream of the process; it calls the observer of its context.
+//! Invariant: library code writes to no stream of the process; it calls the observer of its
+//! context.
 
 #![deny(missing_docs)]
 

@@ -149,10 +149,20 @@ impl Cx {
         Ok(fwd.outputs)
     }
 
+    /// As [`Cx::apply`], for ops with `N` outputs.
+    pub fn apply_many<const N: usize>(
+        &mut self,
+        op: impl Op + 'static,
+        x: &[&Tensor],
+    ) -> Result<[Tensor; N]> {
+        let name = op.name();
+        let wrong = |out: Vec<Tensor>| Error::op(name, format!("gave {} outputs", out.len()));
+        self.apply(op, x)?.try_into().map_err(wrong)
+    }
+
     /// As [`Cx::apply`], for ops with one output.
     pub fn apply1(&mut self, op: impl Op + 'static, x: &[&Tensor]) -> Result<Tensor> {
-        let name = op.name();
-        self.apply(op, x)?.pop().ok_or_else(|| Error::op(name, "gave no output"))
+        self.apply_many(op, x).map(|[y]| y)
     }
 
     /// Backward from the seeds through the recorded tape, which ends.

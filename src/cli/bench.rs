@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::autograd::{Cx, Recompute};
 use crate::check::prepare_case;
-use crate::cli::Where;
+use crate::cli::args::Where;
 use crate::config::MatmulChoice;
 use crate::device::Layout;
 use crate::error::{Error, Result};

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::autograd::Cx;
-use crate::cli::model_args::ModelArgs;
-use crate::config::{self, GenerateConfig};
+use crate::cli::args::{ModelArgs, read_keys};
+use crate::config::GenerateConfig;
 use crate::data::chat::ChatTemplate;
 use crate::data::render::Renderer;
 use crate::data::rows::Row;
@@ -36,9 +36,7 @@ pub struct ChatArgs {
 
 pub fn run(args: ChatArgs) -> Result<()> {
     let mut keys = GenerateConfig::default();
-    for note in config::load(&mut [&mut keys], None, &args.keys)? {
-        eprintln!("note: {note}");
-    }
+    read_keys(&mut [&mut keys], &args.keys)?;
     if keys.n != 1 {
         return Err(Error::Config(format!("n = {}: a chat has one reply; leave n out", keys.n)));
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::check::check_ops;
 use crate::check::model::check_model;
-use crate::cli::choice;
+use crate::cli::args::choice;
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::{device, device::cpu::Cpu};

@@ -6,7 +6,7 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use crate::cli::part_keys;
+use crate::cli::args::part_keys;
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::{Row, read_rows};
 use crate::data::sft::{OnTruncation, SftExample, SftOptions, prepare};

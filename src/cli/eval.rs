@@ -6,9 +6,8 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
-use crate::cli::model_args::ModelArgs;
-use crate::cli::part_keys;
-use crate::config::{self, EvalConfig, GenerateConfig, Section};
+use crate::cli::args::{ModelArgs, part_keys, read_keys};
+use crate::config::{EvalConfig, GenerateConfig, Section};
 use crate::data::format::Format;
 use crate::data::rows::read_rows;
 use crate::error::Result;
@@ -45,9 +44,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let mut eval = EvalConfig::default();
     let mut generate = GenerateConfig::default();
     generate.sampling.temperature = 0.0;
-    for note in config::load(&mut [&mut eval, &mut generate], None, &args.keys)? {
-        eprintln!("note: {note}");
-    }
+    read_keys(&mut [&mut eval, &mut generate], &args.keys)?;
     let options =
         EvalOptions { eval, generate, batch: args.batch, batch_tokens: args.batch_tokens };
     options.check()?;

@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::cli::model_args::{ModelArgs, OutputLines};
-use crate::cli::part_keys;
-use crate::config::{self, GenerateConfig};
+use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_keys};
+use crate::config::GenerateConfig;
 use crate::data::chat::ChatTemplate;
 use crate::data::render::Renderer;
 use crate::data::rows::{Row, read_rows};
@@ -49,9 +48,7 @@ pub struct GenerateArgs {
 pub fn run(mut args: GenerateArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let mut keys = GenerateConfig::default();
-    for note in config::load(&mut [&mut keys], None, &args.keys)? {
-        eprintln!("note: {note}");
-    }
+    read_keys(&mut [&mut keys], &args.keys)?;
     let tokenizer = Arc::new(Tokenizer::load(&args.model.dir()?)?);
     let template = ChatTemplate::choose(None, &tokenizer)?;
     let (mut cx, mut model) = args.model.open()?;

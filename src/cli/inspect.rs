@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute, Tape};
-use crate::cli::{Where, launches};
+use crate::cli::args::Where;
+use crate::cli::launches;
 use crate::device::dry_run::DryRun;
 use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};

@@ -3,6 +3,7 @@
 //! Invariant: a command parses, calls the library, prints. Exit codes: 0 done, 1 a run failed, 2
 //! bad usage or config, 130 interrupted after a clean checkpoint.
 
+mod args;
 mod bench;
 mod chat;
 mod check;
@@ -12,24 +13,15 @@ mod generate;
 mod inspect;
 mod launches;
 mod merge;
-mod model_args;
 mod quickstart;
 mod report;
 mod score;
 mod train;
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
 use clap::{Args as _, FromArgMatches, Subcommand};
 
-use crate::autograd::Cx;
-use crate::config::value::{Given, Value};
-use crate::config::{DeviceChoice, Dtype, TrainingConfig};
-use crate::error::Result;
 use crate::methods::MethodEntry;
 use crate::methods::registry::REGISTRY;
-use crate::observer::Terminal;
 
 /// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]
@@ -58,45 +50,6 @@ fn command() -> clap::Command {
         train::TrainArgs::augment_args(clap::Command::new(entry.name)).about(entry.about)
     };
     Command::augment_subcommands(temper.subcommands(REGISTRY.iter().map(method)))
-}
-
-/// Where to run and in which storage type.
-#[derive(clap::Args, Clone)]
-pub struct Where {
-    /// auto, cuda or cpu; auto takes the GPU where there is one
-    #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
-    pub device: DeviceChoice,
-    /// auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU
-    #[arg(long, default_value = "auto", value_parser = choice::<Dtype>)]
-    pub dtype: Dtype,
-}
-
-impl Where {
-    /// The same as options of a run.
-    pub fn options(&self) -> TrainingConfig {
-        TrainingConfig { device: self.device, dtype: self.dtype, ..TrainingConfig::default() }
-    }
-
-    /// A context on the device, which is announced on stderr.
-    pub fn open(&self) -> Result<Cx> {
-        Cx::open(&self.options(), Arc::new(Terminal::default()))
-    }
-}
-
-/// An argument with the words of an option.
-fn choice<T: Value>(text: &str) -> Result<T, String> {
-    T::read(&Given::Text(text.into()))
-}
-
-/// A list of files takes every argument after it, options too: what has a `=` and is no file is
-/// an option.
-fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
-    let is_key =
-        |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));
-    let (found, rest): (Vec<PathBuf>, Vec<PathBuf>) =
-        std::mem::take(files).into_iter().partition(is_key);
-    *files = rest;
-    keys.splice(0..0, found.iter().map(|key| key.display().to_string()));
 }
 
 /// What a command line asks for.

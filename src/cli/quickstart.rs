@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::autograd::Cx;
-use crate::cli::choice;
+use crate::cli::args::choice;
 use crate::config::{DeviceChoice, TrainingConfig};
 use crate::error::{Error, Result};
 use crate::observer::Terminal;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::cli::model_args::{ModelArgs, OutputLines};
+use crate::cli::args::{ModelArgs, OutputLines};
 use crate::data::rows::read_rows;
 use crate::error::Result;
 use crate::eval::{score, sequences};

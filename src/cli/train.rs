@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use crate::cli::part_keys;
+use crate::cli::args::part_keys;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::methods::MethodEntry;

@@ -15,8 +15,8 @@ pub fn epoch_order(sampling: SamplingStrategy, rows: usize, seed: u64, epoch: u3
     }
 }
 
-/// A permutation of `0..n` by Fisher and Yates, its random numbers from Philox: key = seed, counter = (i,
-/// epoch, stream).
+/// A permutation of `0..n` by Fisher and Yates, its random numbers from Philox: key = seed, counter
+/// = (i, epoch, stream).
 pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut order: Vec<usize> = (0..n).collect();

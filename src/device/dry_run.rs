@@ -9,7 +9,7 @@ use std::ffi::c_void;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Capabilities, Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo};
+use super::{Capabilities, Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo, lock};
 use crate::error::Result;
 
 pub struct DryRun {
@@ -36,16 +36,11 @@ impl DryRun {
     /// What was launched since the last call, by name: kernels, `library product NT`, `copy`,
     /// `fill`.
     pub fn take_launches(&self) -> BTreeMap<String, usize> {
-        std::mem::take(&mut self.launches.lock().unwrap_or_else(|e| e.into_inner()))
+        std::mem::take(&mut lock(&self.launches))
     }
 
     fn count(&self, name: &str) {
-        *self
-            .launches
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .entry(name.to_string())
-            .or_default() += 1;
+        *lock(&self.launches).entry(name.to_string()).or_default() += 1;
     }
 }
 

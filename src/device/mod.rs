@@ -11,6 +11,7 @@ mod open;
 mod pool;
 
 use std::ffi::c_void;
+use std::sync::{Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
 
@@ -47,8 +48,8 @@ impl DType {
     }
 }
 
-/// Grid (blocks), block (threads) and dynamic shared memory (bytes) of a launch; 0 threads or bytes:
-/// the kernel's own.
+/// Grid (blocks), block (threads) and dynamic shared memory (bytes) of a launch; 0 threads or
+/// bytes: the kernel's own.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
     pub grid: [u32; 3],
@@ -298,6 +299,11 @@ pub trait Device: Send + Sync {
     unsafe fn replay(&self, graph: Graph) -> Result<()>;
     /// Ends a graph; its number may be given out again.
     fn forget(&self, graph: Graph);
+}
+
+/// A panic elsewhere leaves the values of a lock whole: it is taken all the same.
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn capturing(what: &str) -> Error {

@@ -5,9 +5,9 @@
 //! out-of-memory error can name the largest blocks.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
-use super::Device;
+use super::{Device, lock};
 use crate::error::{Error, Result};
 
 const GRAIN: usize = 256;
@@ -70,7 +70,7 @@ impl Pool {
     /// are undefined.
     pub fn alloc(self: &Arc<Pool>, name: &str, bytes: usize) -> Result<Arc<Block>> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         // In strict mode each block is an allocation of its own, with its own red zones.
         let address = if self.device.is_strict() {
             self.device.alloc(bytes)?
@@ -96,19 +96,19 @@ impl Pool {
 
     /// Bytes in use now, and the most there have been.
     pub fn in_use(&self) -> (usize, usize) {
-        let state = self.lock();
+        let state = lock(&self.state);
         (state.in_use, state.peak)
     }
 
     /// Bytes that the pool has taken from the device and nobody uses.
     pub fn cached(&self) -> usize {
-        let state = self.lock();
+        let state = lock(&self.state);
         state.free.values().sum()
     }
 
     /// What was in use at the peak, largest first.
     pub fn high_water(&self) -> Vec<(String, usize)> {
-        let mut list = self.lock().at_peak.clone();
+        let mut list = lock(&self.state).at_peak.clone();
         list.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
         list
     }
@@ -144,10 +144,6 @@ impl Pool {
         }
         text + "\nTo need less: lower per_device_train_batch_size (and raise gradient_accumulation_steps to keep the \
                 step's size), lower max_length, or set gradient_checkpointing=true."
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -194,7 +190,7 @@ impl State {
 impl Drop for Block {
     fn drop(&mut self) {
         let size = self.bytes.max(1).next_multiple_of(GRAIN);
-        let mut state = self.pool.lock();
+        let mut state = lock(&self.pool.state);
         state.in_use -= size;
         if let Some(bytes) = state.live.get_mut(&self.name) {
             *bytes -= size;
@@ -213,7 +209,7 @@ impl Drop for Block {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        let slabs = std::mem::take(&mut self.lock().slabs);
+        let slabs = std::mem::take(&mut lock(&self.state).slabs);
         for (address, bytes) in slabs {
             // SAFETY: each Block holds the pool, so none is left.
             unsafe { self.device.free(address, bytes) };
@@ -242,7 +238,7 @@ mod tests {
             (a.address(), b.address(), c.address())
         };
         assert_eq!(round(), round());
-        let state = pool.lock();
+        let state = lock(&pool.state);
         assert_eq!(state.free.len(), 1, "all ranges joined again");
         assert_eq!(state.in_use, 0);
     }

@@ -4,8 +4,8 @@
 //! policy generates ([`online`]). [`registry`] lists them; commands, help, docs tables and tests of
 //! options are loops over it.
 //!
-//! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer step),
-//! never by the chunk of rows that fits in memory; it knows the model, never a kernel.
+//! Invariant: a method defines its normalisers by the *step batch* (all rows of one optimizer
+//! step), never by the chunk of rows that fits in memory; it knows the model, never a kernel.
 
 pub mod offline;
 pub mod online;

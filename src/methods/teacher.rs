@@ -64,8 +64,8 @@ impl Teacher {
     }
 
     /// The divergence of teacher and student, summed over the target tokens of `examples` and
-    /// divided by `total`; `scale` multiplies both logits. On the tape where `train`. None: there is
-    /// no target.
+    /// divided by `total`; `scale` multiplies both logits. On the tape where `train`. None: there
+    /// is no target.
     pub fn divergence(
         &self,
         cx: &mut Cx,
@@ -145,7 +145,7 @@ impl Teacher {
 
 /// What a student's micro-batch gave, as it was launched.
 pub struct Divergence {
-    /// F32 [1]
+    /// F32 `[1]`
     pub loss: Tensor,
     pub tokens: usize,
 }

@@ -48,38 +48,29 @@ impl Op for Glu {
         "glu"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (rows, f) = (x[0].row_count(), x[0].cols() / 2);
         if !x[0].cols().is_multiple_of(2) {
             return Err(Error::op("glu", format!("{:?} has no two halves", x[0])));
         }
         let y = cx.real("glu", &[rows, f])?;
-        kernels::glu_fwd(
-            &*cx.device,
-            row_packs(rows, f, y.dtype()),
-            self.act as usize,
-            kernels::GluFwdArgs { y: y.out(), x: x[0], rows: rows as i32, f: f as i32 },
-        )?;
-        Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
+        let args = kernels::GluFwdArgs { y: y.out(), x: x[0], rows: rows as i32, f: f as i32 };
+        kernels::glu_fwd(&*cx.device, row_packs(rows, f, y.dtype()), self.act as usize, args)?;
+        Ok(Fwd { outputs: vec![y], saved: vec![x[0].clone()] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let (rows, f) = (dy.row_count(), dy.cols());
-        let at = row_packs(rows, f, dy.dtype());
-        kernels::glu_bwd(
-            &*cx.device,
-            at,
-            self.act as usize,
-            kernels::GluBwdArgs {
-                dx: dx.out(),
-                dy,
-                x: &node.saved[0],
-                rows: rows as i32,
-                f: f as i32,
-                accumulate: i32::from(acc),
-            },
-        )
+        let args = kernels::GluBwdArgs {
+            dx: dx.out(),
+            dy,
+            x: &node.saved[0],
+            rows: rows as i32,
+            f: f as i32,
+            accumulate: i32::from(acc),
+        };
+        kernels::glu_bwd(&*cx.device, row_packs(rows, f, dy.dtype()), self.act as usize, args)
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
@@ -103,32 +94,24 @@ impl Op for Activation {
         "activation"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let y = cx.real("activation", x[0].shape())?;
-        kernels::act_fwd(
-            &*cx.device,
-            flat(&y),
-            self.act as usize,
-            kernels::ActFwdArgs { y: y.out(), x: x[0], n: y.numel() as i64 },
-        )?;
-        Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[0].clone()] } else { vec![] } })
+        let args = kernels::ActFwdArgs { y: y.out(), x: x[0], n: y.numel() as i64 };
+        kernels::act_fwd(&*cx.device, flat(&y), self.act as usize, args)?;
+        Ok(Fwd { outputs: vec![y], saved: vec![x[0].clone()] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
         let n = dy.numel() as i64;
-        kernels::act_bwd(
-            &*cx.device,
-            flat(dy),
-            self.act as usize,
-            kernels::ActBwdArgs {
-                dx: dx.out(),
-                dy,
-                x: &node.saved[0],
-                n,
-                accumulate: i32::from(acc),
-            },
-        )
+        let args = kernels::ActBwdArgs {
+            dx: dx.out(),
+            dy,
+            x: &node.saved[0],
+            n,
+            accumulate: i32::from(acc),
+        };
+        kernels::act_bwd(&*cx.device, flat(dy), self.act as usize, args)
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {

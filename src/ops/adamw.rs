@@ -5,9 +5,10 @@
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
 use crate::device::{DType, Launch};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::same_length;
 use crate::rng::{M_NOISE_TAG, V_NOISE_TAG, philox};
 use crate::tensor::Tensor;
 
@@ -35,6 +36,14 @@ pub struct Slice<'a> {
     pub grad: &'a Tensor,
 }
 
+impl Slice<'_> {
+    /// The number of parameters. Error: the tensors differ in length.
+    pub(crate) fn length(&self, op: &'static str) -> Result<usize> {
+        same_length(op, self.weight, [self.m, self.v, self.grad])?;
+        Ok(self.weight.numel())
+    }
+}
+
 /// Device scalars of a step, F32 `[8]`: lr, 1 - beta1^t, sqrt(1 - beta2^t), gradient norm, clip
 /// factor.
 pub fn hyper(cx: &Cx) -> Result<Tensor> {
@@ -53,32 +62,20 @@ pub fn norm_and_clip(cx: &Cx, hyper: &Tensor, grad: &Tensor, max_norm: f32) -> R
     let n = grad.numel();
     let chunks = n.div_ceil(kernels::NORM_CHUNK).max(1);
     let partial = cx.scratch("partial sums", DType::F32, &[chunks])?;
-    kernels::square_sums(
-        &*cx.device,
-        Launch::warps(chunks),
-        kernels::SquareSumsArgs { partial: partial.out(), g: grad, n: n as i64 },
-    )?;
-    kernels::norm_and_clip(
-        &*cx.device,
-        Launch::warps(1),
-        kernels::NormAndClipArgs {
-            hyper: hyper.out(),
-            partial: &partial,
-            chunks: chunks as i32,
-            max_norm,
-        },
-    )
+    let args = kernels::SquareSumsArgs { partial: partial.out(), g: grad, n: n as i64 };
+    kernels::square_sums(&*cx.device, Launch::warps(chunks), args)?;
+    let args = kernels::NormAndClipArgs {
+        hyper: hyper.out(),
+        partial: &partial,
+        chunks: chunks as i32,
+        max_norm,
+    };
+    kernels::norm_and_clip(&*cx.device, Launch::warps(1), args)
 }
 
 /// One AdamW step of a range. Moments are F32, or BF16 and then rounded by chance.
 pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
-    let n = s.weight.numel();
-    if [s.m, s.v, s.grad].iter().any(|t| t.numel() != n) {
-        return Err(Error::op(
-            "adamw",
-            format!("{:?} and its moments or gradient differ in length", s.weight),
-        ));
-    }
+    let n = s.length("adamw")?;
     let args = kernels::AdamwArgs {
         p: s.master.map(|t| t.out()),
         w: s.weight.out(),
@@ -133,6 +130,13 @@ fn by_chance(x: f32, key: &F64, i: usize, group: i32, kind: u32) -> f64 {
     f64::from(f32::from_bits((x.to_bits() + noise) & 0xffff_0000))
 }
 
+/// A copy that a step of a case may write.
+pub(crate) fn case_copy(cx: &Cx, t: &Tensor) -> Result<Tensor> {
+    let copy = cx.float("adamw case", t.shape())?;
+    copy.copy_from(t)?;
+    Ok(copy)
+}
+
 /// The op form, for the registry: inputs p (float), m, v, g, hyper; outputs p, w, m, v.
 #[derive(Debug)]
 struct AdamWStep(AdamW);
@@ -143,12 +147,7 @@ impl Op for AdamWStep {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        let fresh = |t: &Tensor| -> Result<Tensor> {
-            let copy = cx.float("adamw case", t.shape())?;
-            copy.copy_from(t)?;
-            Ok(copy)
-        };
-        let (p, m, v) = (fresh(x[0])?, fresh(x[1])?, fresh(x[2])?);
+        let (p, m, v) = (case_copy(cx, x[0])?, case_copy(cx, x[1])?, case_copy(cx, x[2])?);
         let w = cx.real("adamw case", x[0].shape())?;
         let slice = Slice { master: Some(&p), weight: &w, m: &m, v: &v, grad: x[3] };
         adamw(cx, &self.0, &slice, x[4])?;
@@ -193,15 +192,10 @@ impl Op for Bf16Step {
         let half = |t: &Tensor| {
             Tensor::from_f32(&cx.pool, "adamw case", DType::BF16, t.shape(), &t.to_f32()?)
         };
-        let (p, w) = (cx.float("adamw case", x[0].shape())?, cx.real("adamw case", x[0].shape())?);
-        p.copy_from(x[0])?;
+        let (p, w) = (case_copy(cx, x[0])?, cx.real("adamw case", x[0].shape())?);
         let (m, v) = (half(x[1])?, half(x[2])?);
-        adamw(
-            cx,
-            &self.0,
-            &Slice { master: Some(&p), weight: &w, m: &m, v: &v, grad: x[3] },
-            x[4],
-        )?;
+        let slice = Slice { master: Some(&p), weight: &w, m: &m, v: &v, grad: x[3] };
+        adamw(cx, &self.0, &slice, x[4])?;
         Ok(Fwd { outputs: vec![p, w, m, v], saved: vec![] })
     }
 

@@ -7,7 +7,7 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::adamw::{AdamW, CASE, case_inputs, exact_step};
+use crate::ops::adamw::{AdamW, CASE, Slice, case_copy, case_inputs, exact_step};
 use crate::ops::case::{Case, PerfShape, Rng};
 use crate::ops::quant::{
     BLOCK8, blockwise8_dequantise, blockwise8_quantise, dynamic_map, dynamic_map_tensor,
@@ -27,55 +27,42 @@ impl Maps {
     }
 }
 
-/// One range of an arena, as [`crate::ops::adamw::Slice`]; m and v are U8 codes, with a float for
-/// each 256 of them.
+/// One range of an arena, whose m and v are U8 codes with a float for each 256 of them.
 pub struct Slice8<'a> {
-    pub master: Option<&'a Tensor>,
-    pub weight: &'a Tensor,
-    pub m: &'a Tensor,
-    pub v: &'a Tensor,
+    pub values: Slice<'a>,
     pub m_absmax: &'a Tensor,
     pub v_absmax: &'a Tensor,
-    pub grad: &'a Tensor,
 }
 
 /// One AdamW step of a range.
-pub fn adamw8(cx: &Cx, group: &AdamW, s: &Slice8, maps: &Maps, hyper: &Tensor) -> Result<()> {
-    let n = s.weight.numel();
+pub fn adamw8(cx: &Cx, group: &AdamW, x: &Slice8, maps: &Maps, hyper: &Tensor) -> Result<()> {
+    let (s, n) = (&x.values, x.values.length("adamw8")?);
     let blocks = n.div_ceil(BLOCK8);
-    if [s.m, s.v, s.grad].iter().any(|t| t.numel() != n)
-        || [s.m_absmax, s.v_absmax].iter().any(|t| t.numel() != blocks)
-    {
-        return Err(Error::op(
-            "adamw8",
-            format!("{:?} and its moments or gradient differ in length", s.weight),
-        ));
+    if [x.m_absmax, x.v_absmax].iter().any(|t| t.numel() != blocks) {
+        let message = format!("{:?} needs {blocks} scales of each moment", s.weight);
+        return Err(Error::op("adamw8", message));
     }
-    kernels::adamw8(
-        &*cx.device,
-        Launch::warps(blocks),
-        usize::from(s.master.is_none()),
-        kernels::Adamw8Args {
-            p: s.master.map(|t| t.out()),
-            w: s.weight.out(),
-            m: s.m.out(),
-            v: s.v.out(),
-            m_absmax: s.m_absmax.out(),
-            v_absmax: s.v_absmax.out(),
-            m_map: &maps.m,
-            v_map: &maps.v,
-            g: s.grad,
-            hyper,
-            key: &cx.rng,
-            n: n as i64,
-            beta1: group.beta1,
-            beta2: group.beta2,
-            eps: group.eps,
-            weight_decay: group.weight_decay,
-            lr_scale: group.lr_scale,
-            group: group.group,
-        },
-    )
+    let args = kernels::Adamw8Args {
+        p: s.master.map(|t| t.out()),
+        w: s.weight.out(),
+        m: s.m.out(),
+        v: s.v.out(),
+        m_absmax: x.m_absmax.out(),
+        v_absmax: x.v_absmax.out(),
+        m_map: &maps.m,
+        v_map: &maps.v,
+        g: s.grad,
+        hyper,
+        key: &cx.rng,
+        n: n as i64,
+        beta1: group.beta1,
+        beta2: group.beta2,
+        eps: group.eps,
+        weight_decay: group.weight_decay,
+        lr_scale: group.lr_scale,
+        group: group.group,
+    };
+    kernels::adamw8(&*cx.device, Launch::warps(blocks), usize::from(s.master.is_none()), args)
 }
 
 /// The registry's form: inputs p, m, v (float), g, hyper; outputs p, w, and the moments as codes,
@@ -90,19 +77,11 @@ impl Op for AdamW8Step {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let maps = Maps::new(cx)?;
-        let (p, w) = (cx.float("adamw case", x[0].shape())?, cx.real("adamw case", x[0].shape())?);
-        p.copy_from(x[0])?;
+        let (p, w) = (case_copy(cx, x[0])?, cx.real("adamw case", x[0].shape())?);
         let (m, m_absmax) = blockwise8_quantise(cx, x[1], None, &maps.m)?;
         let (v, v_absmax) = blockwise8_quantise(cx, x[2], None, &maps.v)?;
-        let slice = Slice8 {
-            master: Some(&p),
-            weight: &w,
-            m: &m,
-            v: &v,
-            m_absmax: &m_absmax,
-            v_absmax: &v_absmax,
-            grad: x[3],
-        };
+        let values = Slice { master: Some(&p), weight: &w, m: &m, v: &v, grad: x[3] };
+        let slice = Slice8 { values, m_absmax: &m_absmax, v_absmax: &v_absmax };
         adamw8(cx, &self.0, &slice, &maps, x[4])?;
         let m_values = blockwise8_dequantise(cx, &m, &m_absmax, &maps.m)?;
         let v_values = blockwise8_dequantise(cx, &v, &v_absmax, &maps.v)?;

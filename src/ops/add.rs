@@ -24,17 +24,12 @@ impl Op for Add {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         if x[0].shape() != x[1].shape() || !x[0].is_contiguous() || !x[1].is_contiguous() {
-            return Err(Error::op(
-                "add",
-                format!("{:?} and {:?} differ in shape or are strided", x[0], x[1]),
-            ));
+            let message = format!("{:?} and {:?} differ in shape or are strided", x[0], x[1]);
+            return Err(Error::op("add", message));
         }
         let y = cx.real("add", x[0].shape())?;
-        kernels::add_fwd(
-            &*cx.device,
-            flat(&y),
-            kernels::AddFwdArgs { y: y.out(), a: x[0], b: x[1], n: y.numel() as i64 },
-        )?;
+        let args = kernels::AddFwdArgs { y: y.out(), a: x[0], b: x[1], n: y.numel() as i64 };
+        kernels::add_fwd(&*cx.device, flat(&y), args)?;
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
@@ -83,11 +78,8 @@ impl Op for ToFloat {
             return g.give(cx, 0, dy.clone());
         }
         let dx = cx.real("to_float", dy.shape())?;
-        kernels::to_real_copy(
-            &*cx.device,
-            flat(&dx),
-            kernels::ToRealCopyArgs { y: dx.out(), x: dy, n: dx.numel() as i64 },
-        )?;
+        let args = kernels::ToRealCopyArgs { y: dx.out(), x: dy, n: dx.numel() as i64 };
+        kernels::to_real_copy(&*cx.device, flat(&dx), args)?;
         g.give(cx, 0, dx)
     }
 
@@ -110,11 +102,8 @@ pub fn axpy(cx: &Cx, y: &Tensor, x: &Tensor, s: f32) -> Result<()> {
     if y.numel() != x.numel() || y.dtype() != x.dtype() {
         return Err(Error::op("axpy", format!("{x:?} onto {y:?}")));
     }
-    kernels::axpy(
-        &*cx.device,
-        flat(y),
-        kernels::AxpyArgs { y: y.out(), x, scale: s, n: y.numel() as i64, accumulate: 1 },
-    )
+    let args = kernels::AxpyArgs { y: y.out(), x, scale: s, n: y.numel() as i64, accumulate: 1 };
+    kernels::axpy(&*cx.device, flat(y), args)
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {

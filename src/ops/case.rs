@@ -42,6 +42,11 @@ impl Arg {
         Arg { value, kind: Kind::Float, grad: false, param: false }
     }
 
+    /// F32 with a gradient.
+    pub fn watched(value: F64) -> Arg {
+        Arg { grad: true, ..Arg::float(value) }
+    }
+
     pub fn ints(values: &[i32]) -> Arg {
         let value = F64::new(&[values.len()], values.iter().map(|v| f64::from(*v)).collect());
         Arg { value, kind: Kind::Int, grad: false, param: false }

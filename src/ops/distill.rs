@@ -34,12 +34,8 @@ pub struct DistillIn<'a> {
 /// must be 1.
 pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Tensor, Tensor)> {
     let op = Distill { beta, scale, chunk: chunk_rows(cx, x.student_head) };
-    let mut out =
-        cx.apply(op, &[x.student, x.student_head, x.teacher, x.teacher_head, x.weight])?;
-    match (out.pop(), out.pop()) {
-        (Some(rows), Some(loss)) => Ok((loss, rows)),
-        _ => Err(Error::op("distill", "gave no outputs")),
-    }
+    let inputs = [x.student, x.student_head, x.teacher, x.teacher_head, x.weight];
+    cx.apply_many(op, &inputs).map(Into::into)
 }
 
 #[derive(Debug)]
@@ -50,20 +46,10 @@ pub struct Distill {
 }
 
 fn check(x: &[&Tensor]) -> Result<()> {
-    expect_cols(
-        "distill",
-        "the student's head",
-        x[1],
-        x[0].cols(),
-        "is hidden_size in config.json right?",
-    )?;
-    expect_cols(
-        "distill",
-        "the teacher's head",
-        x[3],
-        x[2].cols(),
-        "is hidden_size in its config.json right?",
-    )?;
+    let hint = "is hidden_size in config.json right?";
+    expect_cols("distill", "the student's head", x[1], x[0].cols(), hint)?;
+    let hint = "is hidden_size in its config.json right?";
+    expect_cols("distill", "the teacher's head", x[3], x[2].cols(), hint)?;
     if x[1].row_count() != x[3].row_count() {
         let message = format!("{:?} and {:?}: student and teacher need one vocabulary", x[1], x[3]);
         return Err(Error::op("distill", message));
@@ -111,37 +97,31 @@ impl Op for Distill {
             product(cx, Layout::NT, &t, &ht.rows(from, to)?, wt, None, false)?;
             let (at, count, width) = (Launch::warps(n), n as i32, vocab as i32);
             let values = each.rows(from, to)?;
-            kernels::distill_rows(
-                &*cx.device,
-                at,
-                kernels::DistillRowsArgs {
-                    each: values.out(),
-                    stats: st.out(),
-                    student: &s,
-                    teacher: &t,
-                    rows: count,
-                    vocab: width,
-                    beta: self.beta,
-                    scale: self.scale,
-                },
-            )?;
+            let args = kernels::DistillRowsArgs {
+                each: values.out(),
+                stats: st.out(),
+                student: &s,
+                teacher: &t,
+                rows: count,
+                vocab: width,
+                beta: self.beta,
+                scale: self.scale,
+            };
+            kernels::distill_rows(&*cx.device, at, args)?;
             let Some(dlogits) = &dlogits else { continue };
             let (dl, w) = (dlogits.rows(0, n)?, weight.rows(from, to)?);
-            kernels::distill_grad(
-                &*cx.device,
-                at,
-                kernels::DistillGradArgs {
-                    dlogits: dl.out(),
-                    student: &s,
-                    teacher: &t,
-                    stats: &st,
-                    weight: &w,
-                    rows: count,
-                    vocab: width,
-                    beta: self.beta,
-                    scale: self.scale,
-                },
-            )?;
+            let args = kernels::DistillGradArgs {
+                dlogits: dl.out(),
+                student: &s,
+                teacher: &t,
+                stats: &st,
+                weight: &w,
+                rows: count,
+                vocab: width,
+                beta: self.beta,
+                scale: self.scale,
+            };
+            kernels::distill_grad(&*cx.device, at, args)?;
             if let Some(dx) = &dx {
                 product(cx, Layout::NN, &dx.rows(from, to)?, &dl, ws, None, false)?;
             }
@@ -152,17 +132,14 @@ impl Op for Distill {
         }
         let loss = cx.float("loss", &[1])?;
         let starts = cx.ints("starts", &[0, rows as i32])?;
-        kernels::segment_sums_fwd(
-            &*cx.device,
-            Launch::warps(1),
-            kernels::SegmentSumsFwdArgs {
-                sums: loss.out(),
-                values: &each,
-                weights: Some(weight),
-                starts: &starts,
-                segments: 1,
-            },
-        )?;
+        let args = kernels::SegmentSumsFwdArgs {
+            sums: loss.out(),
+            values: &each,
+            weights: Some(weight),
+            starts: &starts,
+            segments: 1,
+        };
+        kernels::segment_sums_fwd(&*cx.device, Launch::warps(1), args)?;
         Ok(Fwd { outputs: vec![loss, each], saved: dx.into_iter().collect() })
     }
 
@@ -170,10 +147,7 @@ impl Op for Distill {
         if dy[0].is_none() {
             return Err(Error::op("distill", "only the loss carries a gradient"));
         }
-        match node.saved.first() {
-            Some(dx) => g.give(cx, 0, dx.clone()),
-            None => Ok(()),
-        }
+        node.saved.first().map_or(Ok(()), |dx| g.give(cx, 0, dx.clone()))
     }
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {

@@ -32,10 +32,10 @@ impl Op for Dropout {
         "dropout"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let y = cx.real("dropout", x[0].shape())?;
         self.run(cx, &y, x[0], x[1], false)?;
-        Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[1].clone()] } else { vec![] } })
+        Ok(Fwd { outputs: vec![y], saved: vec![x[1].clone()] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
@@ -61,20 +61,16 @@ impl Op for Dropout {
 impl Dropout {
     fn run(&self, cx: &Cx, y: &Tensor, x: &Tensor, key: &Tensor, accumulate: bool) -> Result<()> {
         let n = x.numel();
-        let at = Launch::flat(n.div_ceil(kernels::DROPOUT_PACK));
-        kernels::dropout(
-            &*cx.device,
-            at,
-            kernels::DropoutArgs {
-                y: y.out(),
-                x,
-                key,
-                site: self.site as i32,
-                p: self.p,
-                n: n as i64,
-                accumulate: i32::from(accumulate),
-            },
-        )
+        let args = kernels::DropoutArgs {
+            y: y.out(),
+            x,
+            key,
+            site: self.site as i32,
+            p: self.p,
+            n: n as i64,
+            accumulate: i32::from(accumulate),
+        };
+        kernels::dropout(&*cx.device, Launch::flat(n.div_ceil(kernels::DROPOUT_PACK)), args)
     }
 }
 

@@ -94,9 +94,9 @@ impl Op for Embedding {
         "embedding"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let y = gathered(cx, x[0], x[1])?;
-        let saved = if need.tape { x[2..5].iter().map(|t| (*t).clone()).collect() } else { vec![] };
+        let saved = x[2..5].iter().map(|t| (*t).clone()).collect();
         Ok(Fwd { outputs: vec![y], saved })
     }
 
@@ -116,11 +116,11 @@ impl Op for Embedding {
     }
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        vec![gather_reference(&x[0], &x[1])]
+        vec![gather_oracle(&x[0], &x[1])]
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        Cost { bytes: 2.0 * (x[1].numel() * x[0].cols() * x[0].dtype().size()) as f64, flops: 0.0 }
+        copied_rows(x[0], x[1])
     }
 }
 
@@ -129,9 +129,9 @@ impl Op for GatherRows {
         "gather_rows"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let y = gathered(cx, x[0], x[1])?;
-        Ok(Fwd { outputs: vec![y], saved: if need.tape { vec![x[1].clone()] } else { vec![] } })
+        Ok(Fwd { outputs: vec![y], saved: vec![x[1].clone()] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
@@ -146,25 +146,22 @@ impl Op for GatherRows {
                 "the selected rows of a parameter have no gradient here",
             ));
         }
-        kernels::scatter_rows(
-            &*cx.device,
-            Launch::warps(n),
-            kernels::ScatterRowsArgs {
-                x: dx.out(),
-                dy,
-                index: &node.saved[0],
-                n: n as i32,
-                d: d as i32,
-            },
-        )
+        let args = kernels::ScatterRowsArgs {
+            x: dx.out(),
+            dy,
+            index: &node.saved[0],
+            n: n as i32,
+            d: d as i32,
+        };
+        kernels::scatter_rows(&*cx.device, Launch::warps(n), args)
     }
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        vec![gather_reference(&x[0], &x[1])]
+        vec![gather_oracle(&x[0], &x[1])]
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        Cost { bytes: 2.0 * (x[1].numel() * x[0].cols() * x[0].dtype().size()) as f64, flops: 0.0 }
+        copied_rows(x[0], x[1])
     }
 }
 
@@ -179,34 +176,33 @@ pub(crate) fn sum_places(
     shift: usize,
 ) -> Result<()> {
     let (u, d) = (unique.numel(), dy.cols());
-    kernels::embedding_bwd(
-        &*cx.device,
-        column_warps(u, d, dy.dtype()),
-        kernels::EmbeddingBwdArgs {
-            dw: dw.out(),
-            dy,
-            unique,
-            starts,
-            order,
-            u: u as i32,
-            d: d as i32,
-            shift: shift as i32,
-        },
-    )
+    let args = kernels::EmbeddingBwdArgs {
+        dw: dw.out(),
+        dy,
+        unique,
+        starts,
+        order,
+        u: u as i32,
+        d: d as i32,
+        shift: shift as i32,
+    };
+    kernels::embedding_bwd(&*cx.device, column_warps(u, d, dy.dtype()), args)
 }
 
 fn gathered(cx: &Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     let (n, d) = (index.numel(), x.cols());
     let y = cx.real("gathered rows", &[n, d])?;
-    kernels::gather_rows(
-        &*cx.device,
-        Launch::warps(n),
-        kernels::GatherRowsArgs { y: y.out(), x, index, n: n as i32, d: d as i32 },
-    )?;
+    let args = kernels::GatherRowsArgs { y: y.out(), x, index, n: n as i32, d: d as i32 };
+    kernels::gather_rows(&*cx.device, Launch::warps(n), args)?;
     Ok(y)
 }
 
-fn gather_reference(x: &F64, index: &F64) -> F64 {
+/// The cost of a copy of the rows of `w` that `ids` names.
+pub(crate) fn copied_rows(w: &Tensor, ids: &Tensor) -> Cost {
+    Cost { bytes: 2.0 * (ids.numel() * w.cols() * w.dtype().size()) as f64, flops: 0.0 }
+}
+
+fn gather_oracle(x: &F64, index: &F64) -> F64 {
     let mut y = F64::zeros(&[index.data.len(), x.cols()]);
     for i in 0..index.data.len() {
         y.row_mut(i).copy_from_slice(x.row(index.index(i)));

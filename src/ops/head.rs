@@ -27,7 +27,7 @@ pub struct HeadOut {
     pub log_square: Option<Tensor>,
 }
 
-/// `loss = -sum_i weight[i] logp[i]` F32 `[1]`, and the rows' figures. x [n, d] real, w [vocab, d]
+/// `loss = -sum_i weight[i] logp[i]` F32 `[1]`, and the rows' metrics. x [n, d] real, w [vocab, d]
 /// real, target I32 `[n]` below the vocabulary, weight F32 `[n]`; logits are scaled by `scale` (1 /
 /// temperature). Only `loss` carries a gradient, and its upstream must be 1: gradients of x and w
 /// are made in the forward, chunk by chunk.
@@ -40,13 +40,9 @@ pub fn head_loss(
     scale: f32,
 ) -> Result<(Tensor, HeadOut)> {
     let chunk = chunk_rows(cx, w);
-    let out = cx.apply(HeadLoss { scale, chunk }, &[x, w, target, weight])?;
-    match <[Tensor; 4]>::try_from(out) {
-        Ok([loss, logp, entropy, best]) => {
-            Ok((loss, HeadOut { logp, entropy, best, log_square: None }))
-        }
-        Err(_) => Err(Error::op("head_loss", "gave no outputs")),
-    }
+    let op = HeadLoss { scale, chunk };
+    let [loss, logp, entropy, best] = cx.apply_many(op, &[x, w, target, weight])?;
+    Ok((loss, HeadOut { logp, entropy, best, log_square: None }))
 }
 
 /// Log-prob, entropy and arg max of each row; gradients flow to x and w from upstreams of logp and
@@ -81,15 +77,11 @@ fn logps(
     square: bool,
 ) -> Result<HeadOut> {
     let chunk = chunk_rows(cx, w);
-    let out = cx.apply(HeadLogps { scale, chunk, square }, &[x, w, target])?;
-    match &out[..] {
-        [logp, entropy, best, rest @ ..] => Ok(HeadOut {
-            logp: logp.clone(),
-            entropy: entropy.clone(),
-            best: best.clone(),
-            log_square: rest.first().cloned(),
-        }),
-        _ => Err(Error::op("head_logps", "gave no outputs")),
+    let mut out = cx.apply(HeadLogps { scale, chunk, square }, &[x, w, target])?;
+    let log_square = if square { out.pop() } else { None };
+    match <[Tensor; 3]>::try_from(out) {
+        Ok([logp, entropy, best]) => Ok(HeadOut { logp, entropy, best, log_square }),
+        Err(_) => Err(Error::op("head_logps", "gave another number of outputs")),
     }
 }
 
@@ -163,22 +155,21 @@ impl Pass {
         let logits = self.logits.rows(0, to - from)?;
         product(cx, Layout::NT, &logits, &x.rows(from, to)?, w, None, false)?;
         let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
-        kernels::head_stats(
-            &*cx.device,
-            Launch::warps(to - from),
-            kernels::HeadStatsArgs {
-                logp: self.logp.rows(from, to)?.out(),
-                lse: self.lse.rows(from, to)?.out(),
-                entropy: Some(self.entropy.rows(from, to)?.out()),
-                square: square.as_ref().map(|s| s.out()),
-                best: Some(self.best.rows(from, to)?.out()),
-                logits: &logits,
-                target: &target.rows(from, to)?,
-                rows: (to - from) as i32,
-                vocab: w.row_count() as i32,
-                scale,
-            },
-        )?;
+        let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);
+        let (entropy, best) = (self.entropy.rows(from, to)?, self.best.rows(from, to)?);
+        let args = kernels::HeadStatsArgs {
+            logp: logp.out(),
+            lse: lse.out(),
+            entropy: Some(entropy.out()),
+            square: square.as_ref().map(|s| s.out()),
+            best: Some(best.out()),
+            logits: &logits,
+            target: &target.rows(from, to)?,
+            rows: (to - from) as i32,
+            vocab: w.row_count() as i32,
+            scale,
+        };
+        kernels::head_stats(&*cx.device, Launch::warps(to - from), args)?;
         Ok(logits)
     }
 }
@@ -188,13 +179,8 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, 
 }
 
 fn check(name: &'static str, x: &[&Tensor]) -> Result<()> {
-    expect_cols(
-        name,
-        "the head's weight",
-        x[1],
-        x[0].cols(),
-        "is hidden_size in config.json right?",
-    )?;
+    let hint = "is hidden_size in config.json right?";
+    expect_cols(name, "the head's weight", x[1], x[0].cols(), hint)?;
     if x[2..].iter().any(|t| t.numel() != x[0].row_count()) {
         return Err(Error::op(name, format!("{:?} has not one target (and weight) a row", x[0])));
     }
@@ -228,11 +214,9 @@ impl Op for HeadLoss {
         let dlogits =
             if need.tape { Some(cx.real("dlogits chunk", pass.logits.shape())?) } else { None };
         if need.tape {
-            kernels::nll_upstream(
-                &*cx.device,
-                Launch::flat(rows),
-                kernels::NllUpstreamArgs { upstream: upstream.out(), weight, rows: rows as i32 },
-            )?;
+            let args =
+                kernels::NllUpstreamArgs { upstream: upstream.out(), weight, rows: rows as i32 };
+            kernels::nll_upstream(&*cx.device, Launch::flat(rows), args)?;
         }
         for range in chunks(rows, self.chunk) {
             let logits = pass.forward(cx, h, w, target, range, self.scale)?;
@@ -258,16 +242,13 @@ impl Op for HeadLoss {
                 *accumulate = true;
             }
         }
-        kernels::weighted_nll(
-            &*cx.device,
-            Launch::warps(1),
-            kernels::WeightedNllArgs {
-                loss: loss.out(),
-                logp: &pass.logp,
-                weight,
-                rows: rows as i32,
-            },
-        )?;
+        let args = kernels::WeightedNllArgs {
+            loss: loss.out(),
+            logp: &pass.logp,
+            weight,
+            rows: rows as i32,
+        };
+        kernels::weighted_nll(&*cx.device, Launch::warps(1), args)?;
         Ok(Fwd {
             outputs: vec![loss, pass.logp, pass.entropy, pass.best],
             saved: dx.into_iter().collect(),
@@ -278,10 +259,7 @@ impl Op for HeadLoss {
         if dy[0].is_none() {
             return Err(Error::op("head_loss", "only the loss carries a gradient; use head_logps"));
         }
-        match node.saved.first() {
-            Some(dx) => g.give(cx, 0, dx.clone()),
-            None => Ok(()),
-        }
+        node.saved.first().map_or(Ok(()), |dx| g.give(cx, 0, dx.clone()))
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
@@ -300,17 +278,14 @@ impl Op for HeadLogps {
         "head_logps"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         check("head_logps", x)?;
         let pass = Pass::new(cx, x[0].row_count(), x[1].row_count(), self.chunk, self.square)?;
         for range in chunks(x[0].row_count(), self.chunk) {
             pass.forward(cx, x[0], x[1], x[2], range, self.scale)?;
         }
-        let saved = if need.tape {
-            vec![x[0].clone(), x[1].clone(), x[2].clone(), pass.lse.clone(), pass.entropy.clone()]
-        } else {
-            vec![]
-        };
+        let saved =
+            vec![x[0].clone(), x[1].clone(), x[2].clone(), pass.lse.clone(), pass.entropy.clone()];
         let mut outputs = vec![pass.logp, pass.entropy, pass.best];
         outputs.extend(pass.square);
         Ok(Fwd { outputs, saved })
@@ -382,22 +357,19 @@ fn gradient_rows(
     scale: f32,
 ) -> Result<()> {
     let (rows, vocab) = (logits.row_count(), logits.cols());
-    kernels::head_grad(
-        &*cx.device,
-        Launch::warps(rows),
-        kernels::HeadGradArgs {
-            dlogits: dlogits.out(),
-            logits,
-            target,
-            lse,
-            entropy,
-            a,
-            b,
-            rows: rows as i32,
-            vocab: vocab as i32,
-            scale,
-        },
-    )
+    let args = kernels::HeadGradArgs {
+        dlogits: dlogits.out(),
+        logits,
+        target,
+        lse,
+        entropy,
+        a,
+        b,
+        rows: rows as i32,
+        vocab: vocab as i32,
+        scale,
+    };
+    kernels::head_grad(&*cx.device, Launch::warps(rows), args)
 }
 
 fn head_cost(x: &[&Tensor]) -> Cost {

@@ -133,10 +133,9 @@ impl LoraLinear {
                 || s.from + s.cols > n
                 || s.rank_from + s.rank > ranks
             {
-                return Err(Error::op(
-                    "lora",
-                    format!("B {b:?} does not fit {s:?} of {n} columns and {ranks} ranks"),
-                ));
+                let message =
+                    format!("B {b:?} does not fit {s:?} of {n} columns and {ranks} ranks");
+                return Err(Error::op("lora", message));
             }
         }
         Ok(())

@@ -36,10 +36,8 @@ fn bounds(
         let fits = s.b.shape() == [s.end.saturating_sub(s.start), s.rank()] && s.b.is_contiguous();
         if !fits || s.start < free || s.end > n {
             let what = format!("adapter {:?} for columns {}..{} of {n}", s.b, s.start, s.end);
-            return Err(Error::op(
-                name,
-                format!("{what}: ordered, apart from one another, [columns, rank]"),
-            ));
+            let message = format!("{what}: ordered, apart from one another, [columns, rank]");
+            return Err(Error::op(name, message));
         }
         free = s.end;
         out[i] = [s.start as i32, s.end as i32, s.rank() as i32];
@@ -50,10 +48,8 @@ fn bounds(
             "{} segments with ranks of {sum} in all, beside {ranks} columns",
             segments.len()
         );
-        return Err(Error::op(
-            name,
-            format!("{what}: one to three, whose ranks add up to the columns"),
-        ));
+        let message = format!("{what}: one to three, whose ranks add up to the columns");
+        return Err(Error::op(name, message));
     }
     Ok(out)
 }
@@ -172,10 +168,8 @@ pub fn lora_dt(
     let bounds = bounds("lora_dt", segments, n, dt.cols())?;
     expect("lora_dt", &[(dt, [m, dt.cols()])])?;
     if scales.len() != segments.len() {
-        return Err(Error::op(
-            "lora_dt",
-            format!("{} scales for {} segments", scales.len(), segments.len()),
-        ));
+        let message = format!("{} scales for {} segments", scales.len(), segments.len());
+        return Err(Error::op("lora_dt", message));
     }
     if m == 0 {
         return Ok(());
@@ -217,10 +211,8 @@ pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]
     let bounds = bounds("lora_grads", segments, n, ranks)?;
     expect("lora_grads", &[(r.dt, [m, ranks]), (r.dy, [m, n]), (r.t, [m, ranks])])?;
     if db.len() != segments.len() {
-        return Err(Error::op(
-            "lora_grads",
-            format!("{} gradients for {} segments", db.len(), segments.len()),
-        ));
+        let message = format!("{} gradients for {} segments", db.len(), segments.len());
+        return Err(Error::op("lora_grads", message));
     }
     let tile = tile(r.x.dtype());
     let (mut tiles, mut accumulate) = (0, 0);

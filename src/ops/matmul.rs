@@ -37,13 +37,8 @@ impl Op for Linear {
         expect_cols("linear", "weight", w, a.cols(), "do the weights belong to this config.json?")?;
         let bias = self.bias.then(|| x[2]);
         if let Some(b) = bias {
-            expect_cols(
-                "linear",
-                "bias",
-                b,
-                w.row_count(),
-                "do the weights belong to this config.json?",
-            )?;
+            let hint = "do the weights belong to this config.json?";
+            expect_cols("linear", "bias", b, w.row_count(), hint)?;
         }
         let y = cx.real("linear", &[a.row_count(), w.row_count()])?;
         product(cx, Layout::NT, &y, a, w, bias, false)?;
@@ -107,10 +102,8 @@ pub fn product(
     let (n, kb) =
         if layout == Layout::NT { (b.row_count(), b.cols()) } else { (b.cols(), b.row_count()) };
     if k != kb || c.row_count() != m || c.cols() != n {
-        return Err(Error::op(
-            "matmul",
-            format!("{layout:?} product of {a:?} and {b:?} into {c:?}"),
-        ));
+        let message = format!("{layout:?} product of {a:?} and {b:?} into {c:?}");
+        return Err(Error::op("matmul", message));
     }
     if m == 0 || n == 0 {
         return Ok(());
@@ -191,11 +184,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         if bias {
             inputs.push(Arg::param(rng.array(&[n], 0.5)));
         }
-        cases.push(Case::new(
-            format!("m {m} n {n} k {k}{}", if bias { " bias" } else { "" }),
-            Linear { bias },
-            inputs,
-        ));
+        let label = format!("m {m} n {n} k {k}{}", if bias { " bias" } else { "" });
+        cases.push(Case::new(label, Linear { bias }, inputs));
     }
     cases
 }

@@ -46,6 +46,18 @@ pub(crate) fn expect_cols(
     Err(Error::op(op, format!("{what} has {} columns, expected {cols}; {hint}", t.cols())))
 }
 
+/// Checks that each of `others` has as many values as `x`.
+pub(crate) fn same_length<'a>(
+    op: &'static str,
+    x: &Tensor,
+    others: impl IntoIterator<Item = &'a Tensor>,
+) -> Result<()> {
+    match others.into_iter().find(|t| t.numel() != x.numel()) {
+        Some(t) => Err(Error::op(op, format!("{t:?} has not one value for each of {x:?}"))),
+        None => Ok(()),
+    }
+}
+
 /// A thread for each 16 bytes of each row.
 pub(crate) fn row_packs(rows: usize, cols: usize, dtype: DType) -> Launch {
     Launch::flat(rows * cols.div_ceil(kernels::pack_width(dtype.size())))

@@ -9,7 +9,7 @@ use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
-use crate::ops::embedding::{TokenIndex, sorted_places, sum_places};
+use crate::ops::embedding::{TokenIndex, copied_rows, sorted_places, sum_places};
 use crate::tensor::Tensor;
 
 /// `y[i] = w[ids[i]]`, or `p[ids[i] - vocab]` from vocab on: w [vocab, d], p [virtual tokens, d]
@@ -31,23 +31,19 @@ impl Op for PromptEmbedding {
         "prompt_embedding"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (w, p, ids) = (x[0], x[1], x[2]);
         if w.cols() != p.cols() {
-            return Err(Error::op(
-                "prompt_embedding",
-                format!("the prompt {p:?} is not as wide as the embedding {w:?}"),
-            ));
+            let message = format!("the prompt {p:?} is not as wide as the embedding {w:?}");
+            return Err(Error::op("prompt_embedding", message));
         }
         let (n, d) = (ids.numel(), w.cols());
         let y = cx.real("embedding", &[n, d])?;
         let vocab = w.row_count() as i32;
-        kernels::prompt_gather(
-            &*cx.device,
-            Launch::warps(n),
-            kernels::PromptGatherArgs { y: y.out(), w, p, ids, n: n as i32, vocab, d: d as i32 },
-        )?;
-        let saved = if need.tape { x[3..6].iter().map(|t| (*t).clone()).collect() } else { vec![] };
+        let args =
+            kernels::PromptGatherArgs { y: y.out(), w, p, ids, n: n as i32, vocab, d: d as i32 };
+        kernels::prompt_gather(&*cx.device, Launch::warps(n), args)?;
+        let saved = x[3..6].iter().map(|t| (*t).clone()).collect();
         Ok(Fwd { outputs: vec![y], saved })
     }
 
@@ -91,7 +87,7 @@ impl Op for PromptEmbedding {
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        Cost { bytes: 2.0 * (x[2].numel() * x[0].cols() * x[0].dtype().size()) as f64, flops: 0.0 }
+        copied_rows(x[0], x[2])
     }
 }
 

@@ -5,6 +5,8 @@
 use super::case::{
     Case, DEFAULT, ONE_DTYPE, OWN_MATMUL, PerfShape, Rng, SIMT, TENSOR_CORE, Variant,
 };
+use super::preference::{segment_cases, segment_perf};
+use super::quant::{linear_cases, linear_perf};
 use super::{
     activation, adamw, adamw8, add, attention, distill, dropout, embedding, head, lora, matmul,
     policy, preference, prompt, quant, rmsnorm, rope, sample, scale,
@@ -22,95 +24,39 @@ pub struct Entry {
 
 /// Every op of the engine.
 pub fn registry() -> Vec<Entry> {
+    const PLAIN: &[Variant] = &[DEFAULT];
+    const GEMM: &[Variant] = &[DEFAULT, OWN_MATMUL];
+    const FAMILIES: &[Variant] = &[SIMT, TENSOR_CORE];
+    const MMA: &[&str] = &["attention", "attention_mma"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
-    let entry =
+    let op =
         |name, kernels, cases, perf: Perf, variants| Entry { name, kernels, cases, perf, variants };
     vec![
-        entry(
-            "activation",
-            &["activation"],
-            activation::plain_cases,
-            activation::plain_perf,
-            &[DEFAULT],
-        ),
-        entry("adamw", &["adamw"], adamw::cases, adamw::perf, &[DEFAULT]),
-        entry("adamw8", &["adamw8", "quant"], adamw8::cases, adamw8::perf, &[DEFAULT]),
-        entry("add", &["add"], add::cases, add::perf, &[DEFAULT]),
-        entry(
-            "distill",
-            &["distill", "matmul", "preference"],
-            distill::cases,
-            distill::perf,
-            &[DEFAULT, OWN_MATMUL],
-        ),
-        entry("dropout", &["dropout"], dropout::cases, dropout::perf, &[DEFAULT]),
-        entry("embedding", &["embedding"], embedding::cases, embedding::perf, &[DEFAULT]),
-        entry(
-            "gather_rows",
-            &["embedding"],
-            embedding::gather_cases,
-            embedding::gather_perf,
-            &[DEFAULT],
-        ),
-        entry("glu", &["activation"], activation::cases, activation::perf, &[DEFAULT]),
-        entry("head", &["head", "matmul"], head::cases, head::perf, &[DEFAULT, OWN_MATMUL]),
-        entry("linear", &["matmul", "reduce"], matmul::cases, matmul::perf, &[DEFAULT, OWN_MATMUL]),
-        entry(
-            "lora_linear",
-            &["lora", "matmul", "scale", "reduce"],
-            lora::cases,
-            lora::perf,
-            &[DEFAULT, OWN_MATMUL],
-        ),
-        entry("preference", &["preference"], preference::cases, preference::perf, &[DEFAULT]),
-        entry(
-            "segment_sums",
-            &["preference"],
-            preference::segment_cases,
-            preference::segment_perf,
-            &[DEFAULT],
-        ),
-        entry("policy", &["policy"], policy::cases, policy::perf, &[ONE_DTYPE]),
-        entry(
-            "prompt_embedding",
-            &["prompt", "embedding"],
-            prompt::cases,
-            prompt::perf,
-            &[DEFAULT],
-        ),
-        entry("quantise", &["quant"], quant::cases, quant::perf, &[DEFAULT]),
-        entry(
-            "quant_linear",
-            &["quant", "matmul", "reduce"],
-            quant::linear_cases,
-            quant::linear_perf,
-            &[DEFAULT, OWN_MATMUL],
-        ),
-        entry("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, rmsnorm::perf, &[DEFAULT]),
-        entry("rope", &["rope", "reduce"], rope::cases, rope::perf, &[DEFAULT]),
-        entry("scale_columns", &["scale", "reduce"], scale::cases, scale::perf, &[DEFAULT]),
-        entry("sample", &["sample"], sample::cases, sample::perf, &[DEFAULT]),
-        entry("to_float", &["add"], add::to_float_cases, add::to_float_perf, &[DEFAULT]),
-        entry(
-            "attention",
-            &["attention", "attention_mma"],
-            attention::cases,
-            attention::perf,
-            &[SIMT, TENSOR_CORE],
-        ),
-        entry(
-            "attention_paged",
-            &["attention", "attention_mma"],
-            attention::paged_cases,
-            attention::paged_perf,
-            &[SIMT, TENSOR_CORE],
-        ),
-        entry(
-            "kv_append",
-            &["attention"],
-            attention::append_cases,
-            attention::append_perf,
-            &[DEFAULT],
-        ),
+        op("activation", &["activation"], activation::plain_cases, activation::plain_perf, PLAIN),
+        op("adamw", &["adamw"], adamw::cases, adamw::perf, PLAIN),
+        op("adamw8", &["adamw8", "quant"], adamw8::cases, adamw8::perf, PLAIN),
+        op("add", &["add"], add::cases, add::perf, PLAIN),
+        op("distill", &["distill", "matmul", "preference"], distill::cases, distill::perf, GEMM),
+        op("dropout", &["dropout"], dropout::cases, dropout::perf, PLAIN),
+        op("embedding", &["embedding"], embedding::cases, embedding::perf, PLAIN),
+        op("gather_rows", &["embedding"], embedding::gather_cases, embedding::gather_perf, PLAIN),
+        op("glu", &["activation"], activation::cases, activation::perf, PLAIN),
+        op("head", &["head", "matmul"], head::cases, head::perf, GEMM),
+        op("linear", &["matmul", "reduce"], matmul::cases, matmul::perf, GEMM),
+        op("lora_linear", &["lora", "matmul", "scale", "reduce"], lora::cases, lora::perf, GEMM),
+        op("preference", &["preference"], preference::cases, preference::perf, PLAIN),
+        op("segment_sums", &["preference"], segment_cases, segment_perf, PLAIN),
+        op("policy", &["policy"], policy::cases, policy::perf, &[ONE_DTYPE]),
+        op("prompt_embedding", &["prompt", "embedding"], prompt::cases, prompt::perf, PLAIN),
+        op("quantise", &["quant"], quant::cases, quant::perf, PLAIN),
+        op("quant_linear", &["quant", "matmul", "reduce"], linear_cases, linear_perf, GEMM),
+        op("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, rmsnorm::perf, PLAIN),
+        op("rope", &["rope", "reduce"], rope::cases, rope::perf, PLAIN),
+        op("scale_columns", &["scale", "reduce"], scale::cases, scale::perf, PLAIN),
+        op("sample", &["sample"], sample::cases, sample::perf, PLAIN),
+        op("to_float", &["add"], add::to_float_cases, add::to_float_perf, PLAIN),
+        op("attention", MMA, attention::cases, attention::perf, FAMILIES),
+        op("attention_paged", MMA, attention::paged_cases, attention::paged_perf, FAMILIES),
+        op("kv_append", &["attention"], attention::append_cases, attention::append_perf, PLAIN),
     ]
 }

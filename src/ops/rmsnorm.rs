@@ -49,12 +49,12 @@ impl Op for RmsNorm {
         "rmsnorm"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (x, w) = (x[0], x[1]);
         expect_cols("rmsnorm", "weight", w, x.cols(), HINT)?;
         let (y, rstd) = (cx.real("rmsnorm", x.shape())?, cx.float("rstd", &[x.row_count()])?);
         forward(cx, [&y, &rstd], None, x, w, self.eps)?;
-        let saved = if need.tape { vec![x.clone(), w.clone(), rstd] } else { vec![] };
+        let saved = vec![x.clone(), w.clone(), rstd];
         Ok(Fwd { outputs: vec![y], saved })
     }
 
@@ -81,19 +81,17 @@ impl Op for AddRmsNorm {
         "add_rmsnorm"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (x, residual, w) = (x[0], x[1], x[2]);
         expect_cols("add_rmsnorm", "weight", w, x.cols(), HINT)?;
         if x.shape() != residual.shape() {
-            return Err(Error::op(
-                "add_rmsnorm",
-                format!("{x:?} and residual {residual:?} differ in shape"),
-            ));
+            let message = format!("{x:?} and residual {residual:?} differ in shape");
+            return Err(Error::op("add_rmsnorm", message));
         }
         let (y, s) = (cx.real("rmsnorm", x.shape())?, cx.real("residual", x.shape())?);
         let rstd = cx.float("rstd", &[x.row_count()])?;
         forward(cx, [&y, &rstd], Some((&s, residual)), x, w, self.eps)?;
-        let saved = if need.tape { vec![s.clone(), w.clone(), rstd] } else { vec![] };
+        let saved = vec![s.clone(), w.clone(), rstd];
         Ok(Fwd { outputs: vec![y, s], saved })
     }
 
@@ -216,11 +214,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let inputs = vec![Arg::real(x.clone()), Arg::param(w.clone())];
         cases.push(Case::new(format!("rows {rows} d {d}"), RmsNorm { eps: 1e-5 }, inputs));
         let inputs = vec![Arg::real(x), Arg::real(r), Arg::param(w)];
-        cases.push(Case::new(
-            format!("residual rows {rows} d {d}"),
-            AddRmsNorm { eps: 1e-6 },
-            inputs,
-        ));
+        let label = format!("residual rows {rows} d {d}");
+        cases.push(Case::new(label, AddRmsNorm { eps: 1e-6 }, inputs));
     }
     cases
 }

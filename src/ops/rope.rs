@@ -71,25 +71,26 @@ impl Rope {
             Some((rstd, wq, wk)) => (Some(rstd), Some(wq), Some(wk)),
             None => (None, None, None),
         };
+        let args = kernels::RopeApplyArgs {
+            y: y.out(),
+            x,
+            cosine: saved.cosine,
+            sine: saved.sine,
+            position: saved.position,
+            rstd,
+            wq,
+            wk,
+            rows: x.row_count() as i32,
+            heads: self.heads as i32,
+            kv: self.kv_heads as i32,
+            dim: dim as i32,
+            sign,
+        };
         kernels::rope_apply(
             &*cx.device,
             row_packs(heads, dim / 2, x.dtype()),
             usize::from(accumulate),
-            kernels::RopeApplyArgs {
-                y: y.out(),
-                x,
-                cosine: saved.cosine,
-                sine: saved.sine,
-                position: saved.position,
-                rstd,
-                wq,
-                wk,
-                rows: x.row_count() as i32,
-                heads: self.heads as i32,
-                kv: self.kv_heads as i32,
-                dim: dim as i32,
-                sign,
-            },
+            args,
         )
     }
 }
@@ -134,19 +135,16 @@ impl Op for Rope {
                 let rstd = cx.float("rstd", &[rows, normed])?;
                 let at = Launch::warps(rows * normed);
                 let (h, k) = (self.heads as i32, self.kv_heads as i32);
-                kernels::head_rstd(
-                    &*cx.device,
-                    at,
-                    kernels::HeadRstdArgs {
-                        rstd: rstd.out(),
-                        x: qkv,
-                        rows: rows as i32,
-                        heads: h,
-                        kv: k,
-                        dim: dim as i32,
-                        eps,
-                    },
-                )?;
+                let args = kernels::HeadRstdArgs {
+                    rstd: rstd.out(),
+                    x: qkv,
+                    rows: rows as i32,
+                    heads: h,
+                    kv: k,
+                    dim: dim as i32,
+                    eps,
+                };
+                kernels::head_rstd(&*cx.device, at, args)?;
                 Some(rstd)
             }
         };
@@ -186,40 +184,37 @@ impl Op for Rope {
         for (input, first, count) in [(4, 0, self.heads), (5, self.heads, self.kv_heads)] {
             let Some((dw, accumulate)) = g.slot(input)? else { continue };
             let sums = RowSums::new(cx, rows * count, dim, x.dtype())?;
-            kernels::head_norm_dw(
-                &*cx.device,
-                sums.first,
-                kernels::HeadNormDwArgs {
-                    partial: sums.partial.out(),
-                    d: &back,
-                    x,
-                    rstd,
-                    rows: r,
-                    heads: h,
-                    kv: k,
-                    dim: d,
-                    first: first as i32,
-                    count: count as i32,
-                },
-            )?;
+            let args = kernels::HeadNormDwArgs {
+                partial: sums.partial.out(),
+                d: &back,
+                x,
+                rstd,
+                rows: r,
+                heads: h,
+                kv: k,
+                dim: d,
+                first: first as i32,
+                count: count as i32,
+            };
+            kernels::head_norm_dw(&*cx.device, sums.first, args)?;
             sums.finish(cx, &dw, accumulate)?;
         }
         if g.wants(0) {
-            let at = Launch::warps(rows * (self.heads + self.kv_heads));
+            let args = kernels::HeadNormBwdArgs {
+                d: back.out(),
+                x,
+                rstd,
+                wq,
+                wk,
+                rows: r,
+                heads: h,
+                kv: k,
+                dim: d,
+            };
             kernels::head_norm_bwd(
                 &*cx.device,
-                at,
-                kernels::HeadNormBwdArgs {
-                    d: back.out(),
-                    x,
-                    rstd,
-                    wq,
-                    wk,
-                    rows: r,
-                    heads: h,
-                    kv: k,
-                    dim: d,
-                },
+                Launch::warps(rows * (self.heads + self.kv_heads)),
+                args,
             )?;
             g.give(cx, 0, back)?;
         }

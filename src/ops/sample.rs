@@ -193,31 +193,30 @@ impl Sample {
         let block = Tensor::new(&cx.pool, "draws", DType::I32, &[SAMPLE_OUTPUTS, n])?;
         let column =
             |i: usize| block.view(4 * i * n, if i == 0 { DType::I32 } else { DType::F32 }, &[n]);
-        kernels::sample(
-            &*cx.device,
-            Launch::warps(n),
-            kernels::SampleArgs {
-                token: column(0)?.out(),
-                logp: column(1)?.out(),
-                logp_scaled: column(2)?.out(),
-                logp_truncated: column(3)?.out(),
-                entropy: column(4)?.out(),
-                seen: seen.map(Tensor::out),
-                work: work.as_ref().map(Tensor::out),
-                logits,
-                who,
-                seed,
-                rows: n as i32,
-                vocab: vocab as i32,
-                words: words as i32,
-                greedy: i32::from(s.is_greedy()),
-                scale: s.scale(),
-                top_k: s.top_k.min(vocab) as i32,
-                top_p: s.top_p as f32,
-                min_p: s.min_p as f32,
-                penalty: s.repetition_penalty as f32,
-            },
-        )?;
+        let [token, logp, scaled, truncated, entropy] =
+            [column(0)?, column(1)?, column(2)?, column(3)?, column(4)?];
+        let args = kernels::SampleArgs {
+            token: token.out(),
+            logp: logp.out(),
+            logp_scaled: scaled.out(),
+            logp_truncated: truncated.out(),
+            entropy: entropy.out(),
+            seen: seen.map(Tensor::out),
+            work: work.as_ref().map(Tensor::out),
+            logits,
+            who,
+            seed,
+            rows: n as i32,
+            vocab: vocab as i32,
+            words: words as i32,
+            greedy: i32::from(s.is_greedy()),
+            scale: s.scale(),
+            top_k: s.top_k.min(vocab) as i32,
+            top_p: s.top_p as f32,
+            min_p: s.min_p as f32,
+            penalty: s.repetition_penalty as f32,
+        };
+        kernels::sample(&*cx.device, Launch::warps(n), args)?;
         Ok(block)
     }
 }
@@ -328,11 +327,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
                 F64::from_fn(&[rows, words], |_| f64::from(rng.bits() as i32 & rng.bits() as i32));
             inputs.push(seen);
         }
-        cases.push(Case::new(
-            format!("rows {rows} vocab {vocab} {sampling:?}"),
-            Sample { sampling },
-            inputs,
-        ));
+        let label = format!("rows {rows} vocab {vocab} {sampling:?}");
+        cases.push(Case::new(label, Sample { sampling }, inputs));
     }
     cases
 }

@@ -32,11 +32,9 @@ pub fn scale_columns(
 pub fn row_norms(cx: &Cx, w: &Tensor) -> Result<Tensor> {
     let rows = w.row_count();
     let norm = cx.float("row norms", &[rows])?;
-    kernels::row_norms(
-        &*cx.device,
-        Launch::warps(rows),
-        kernels::RowNormsArgs { norm: norm.out(), w, rows: rows as i32, cols: w.cols() as i32 },
-    )?;
+    let args =
+        kernels::RowNormsArgs { norm: norm.out(), w, rows: rows as i32, cols: w.cols() as i32 };
+    kernels::row_norms(&*cx.device, Launch::warps(rows), args)?;
     Ok(norm)
 }
 
@@ -65,19 +63,16 @@ pub(crate) fn scaled(
     add: bool,
 ) -> Result<()> {
     let (rows, cols) = (x.row_count(), x.cols());
-    kernels::scale_columns(
-        &*cx.device,
-        row_packs(rows, cols, x.dtype()),
-        kernels::ScaleColumnsArgs {
-            y: y.out(),
-            x,
-            c,
-            bias,
-            rows: rows as i32,
-            cols: cols as i32,
-            accumulate: i32::from(add),
-        },
-    )
+    let args = kernels::ScaleColumnsArgs {
+        y: y.out(),
+        x,
+        c,
+        bias,
+        rows: rows as i32,
+        cols: cols as i32,
+        accumulate: i32::from(add),
+    };
+    kernels::scale_columns(&*cx.device, row_packs(rows, cols, x.dtype()), args)
 }
 
 impl Op for ScaleColumns {
@@ -92,11 +87,8 @@ impl Op for ScaleColumns {
             expect_cols("scale_columns", "norm", norm, cols, "it has one value a column")?;
         }
         let c = cx.float("column factors", &[cols])?;
-        kernels::column_factor(
-            &*cx.device,
-            Launch::flat(cols),
-            kernels::ColumnFactorArgs { c: c.out(), s: None, norm: None, cols: cols as i32 },
-        )?;
+        let args = kernels::ColumnFactorArgs { c: c.out(), s: None, norm: None, cols: cols as i32 };
+        kernels::column_factor(&*cx.device, Launch::flat(cols), args)?;
         for (start, s) in self.starts.iter().zip(&x[first..]) {
             let end = start + s.numel();
             if end > cols {
@@ -106,16 +98,13 @@ impl Op for ScaleColumns {
             let norm = norm.map(|n| n.rows(*start, end)).transpose()?;
             let c = c.rows(*start, end)?;
             let n = s.numel();
-            kernels::column_factor(
-                &*cx.device,
-                Launch::flat(n),
-                kernels::ColumnFactorArgs {
-                    c: c.out(),
-                    s: Some(s),
-                    norm: norm.as_ref(),
-                    cols: n as i32,
-                },
-            )?;
+            let args = kernels::ColumnFactorArgs {
+                c: c.out(),
+                s: Some(s),
+                norm: norm.as_ref(),
+                cols: n as i32,
+            };
+            kernels::column_factor(&*cx.device, Launch::flat(n), args)?;
         }
         let y = cx.real("scaled", x[0].shape())?;
         scaled(cx, &y, x[0], &c, bias.copied(), false)?;
@@ -159,18 +148,14 @@ impl Op for ScaleColumns {
             let Some((ds, accumulate)) = g.slot(first + i)? else { continue };
             let dc = dc.rows(*start, start + n)?;
             let norm = node.saved.get(2).map(|norm| norm.rows(*start, start + n)).transpose()?;
-            let at = Launch::flat(n);
-            kernels::column_factor_grad(
-                &*cx.device,
-                at,
-                kernels::ColumnFactorGradArgs {
-                    ds: ds.out(),
-                    dc: &dc,
-                    norm: norm.as_ref(),
-                    cols: n as i32,
-                    accumulate: i32::from(accumulate),
-                },
-            )?;
+            let args = kernels::ColumnFactorGradArgs {
+                ds: ds.out(),
+                dc: &dc,
+                norm: norm.as_ref(),
+                cols: n as i32,
+                accumulate: i32::from(accumulate),
+            };
+            kernels::column_factor_grad(&*cx.device, Launch::flat(n), args)?;
         }
         Ok(())
     }

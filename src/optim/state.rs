@@ -47,6 +47,12 @@ pub struct Target<'a> {
     pub grad: &'a Tensor,
 }
 
+impl<'a> Target<'a> {
+    fn slice(&self, m: &'a Tensor, v: &'a Tensor) -> Slice<'a> {
+        Slice { master: self.master, weight: self.weight, m, v, grad: self.grad }
+    }
+}
+
 impl Moments {
     /// Zero moments of an arena of `len` values. `ranges` are what [`Moments::step`] will be called
     /// with: from, to.
@@ -112,10 +118,7 @@ impl Moments {
         let (from, to) = range;
         match self {
             Moments::F32 { m, v } | Moments::Bf16 { m, v } => {
-                let (m, v) = (m.rows(from, to)?, v.rows(from, to)?);
-                let slice =
-                    Slice { master: at.master, weight: at.weight, m: &m, v: &v, grad: at.grad };
-                adamw(cx, group, &slice, hyper)
+                adamw(cx, group, &at.slice(&m.rows(from, to)?, &v.rows(from, to)?), hyper)
             }
             Moments::Blockwise8(s) => {
                 let place = s.ranges.iter().position(|r| *r == range).ok_or_else(|| {
@@ -126,14 +129,11 @@ impl Moments {
                 })?;
                 let first: usize = s.ranges[..place].iter().map(|r| blocks(*r)).sum();
                 let end = first + blocks(range);
+                let (m, v) = (s.m.rows(from, to)?, s.v.rows(from, to)?);
                 let slice = Slice8 {
-                    master: at.master,
-                    weight: at.weight,
-                    m: &s.m.rows(from, to)?,
-                    v: &s.v.rows(from, to)?,
+                    values: at.slice(&m, &v),
                     m_absmax: &s.m_absmax.rows(first, end)?,
                     v_absmax: &s.v_absmax.rows(first, end)?,
-                    grad: at.grad,
                 };
                 adamw8(cx, group, &slice, &s.maps, hyper)
             }

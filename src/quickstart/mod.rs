@@ -1,8 +1,9 @@
-//! `temper quickstart`: the pipeline of post-training on data and a model made on the spot. Layer 9.
+//! `temper quickstart`: the pipeline of post-training on data and a model made on the spot. Layer
+//! 9.
 //!
 //! Invariant: a stage is a training run like any other: a model folder and a data file in, a model
-//! folder out, and keys. It reads from disk what the stage before wrote, so each can be run again by
-//! hand with the command it prints; the whole is a function of (binary, device model, seed).
+//! folder out, and keys. It reads from disk what the stage before wrote, so each can be run again
+//! by hand with the command it prints; the whole is a function of (binary, device model, seed).
 
 pub mod data;
 mod outcome;

@@ -117,7 +117,8 @@ pub fn write_pipeline(
     page(dir, title, table, stages)
 }
 
-/// Writes the page of a folder again: of a run, of a pipeline, or of all runs that lie in the folder.
+/// Writes the page of a folder again: of a run, of a pipeline, or of all runs that lie in the
+/// folder.
 pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
     let dir = dir.as_ref();
     let is_run = |dir: &Path| dir.join(METRICS).is_file();

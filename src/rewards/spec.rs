@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Kind, Reward, Schema, Worker};
+use super::reward::{Reward, Verifier};
+use super::schema::Schema;
+use super::worker::Worker;
 use crate::error::{Error, Result, nearest};
 
 /// Name, what its plain argument is called (empty: it takes none), and its other keys.
@@ -118,19 +120,19 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
     let column = take("column");
     let mut name = kind.to_string();
     let kind = match kind {
-        "exact_match" => Kind::ExactMatch { column },
-        "numeric_match" => Kind::NumericMatch { column },
-        "think_format" => Kind::ThinkFormat,
+        "exact_match" => Verifier::ExactMatch { column },
+        "numeric_match" => Verifier::NumericMatch { column },
+        "think_format" => Verifier::ThinkFormat,
         "regex" => {
             let pattern = required("pattern", take("pattern"))?;
             let compiled = fancy_regex::Regex::new(&pattern);
-            Kind::Regex {
+            Verifier::Regex {
                 pattern: Box::new(compiled.map_err(|e| Error::Config(format!("{pattern}: {e}")))?),
             }
         }
-        "json_schema" => {
-            Kind::JsonSchema { schema: Schema::read(Path::new(&required("file", take("file"))?))? }
-        }
+        "json_schema" => Verifier::JsonSchema {
+            schema: Schema::read(Path::new(&required("file", take("file"))?))?,
+        },
         "length" => {
             let (min, max) =
                 (optional("min", take("min"), 0)?, optional("max", take("max"), usize::MAX)?);
@@ -139,13 +141,13 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
                     "give min, max or both, min below max, in tokens".into(),
                 ));
             }
-            Kind::Length { min, max }
+            Verifier::Length { min, max }
         }
         "soft_overlong" => {
             let most = required("max_completion_len", take("max_completion_len"))?;
             let cache = required("soft_punish_cache", take("soft_punish_cache"))?;
             let max_completion_len = number("max_completion_len", &most)?;
-            Kind::SoftOverlong {
+            Verifier::SoftOverlong {
                 max_completion_len,
                 soft_punish_cache: number("soft_punish_cache", &cache)?,
             }
@@ -158,7 +160,7 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
                     "ngram_size is at least 1 and max_penalty at most 0".into(),
                 ));
             }
-            Kind::Repetition { ngram_size, max_penalty }
+            Verifier::Repetition { ngram_size, max_penalty }
         }
         _ => {
             let (timeout, restarts) =
@@ -183,7 +185,7 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
                     )
                 }
             };
-            Kind::Worker(Box::new(worker))
+            Verifier::Worker(Box::new(worker))
         }
     };
     Ok(Reward { name, weight: 1.0, kind })

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::RewardBatch;
+use super::batch::RewardBatch;
 use crate::error::{Error, Result};
 use crate::observer::Observer;
 

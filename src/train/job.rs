@@ -1,7 +1,7 @@
 //! A whole training job: from a model folder, rows and keys to a trained folder. Layer 8.
 //!
-//! Invariant: every command and every stage of the quickstart goes through here; what differs is the
-//! method's options.
+//! Invariant: every command and every stage of the quickstart goes through here; what differs is
+//! the method's options.
 
 #![deny(missing_docs)]
 

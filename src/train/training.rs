@@ -183,8 +183,8 @@ impl Training {
         Ok(finished)
     }
 
-    /// As [`Training::run`], on a context that is there already, with its device, dtype and observer,
-    /// and into a folder that is held.
+    /// As [`Training::run`], on a context that is there already, with its device, dtype and
+    /// observer, and into a folder that is held.
     pub fn run_in(mut self, cx: Cx, folder: &RunFolder) -> Result<FinishedJob> {
         self.observer = cx.observer.clone();
         let dir = self.prepare()?;

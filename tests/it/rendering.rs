@@ -1,5 +1,5 @@
-//! One rendering: a row's `tools` and `chat_template_kwargs`, the choice of the template and the stop
-//! ids are the same in SFT, generation, evaluation, online RL and reward models.
+//! One rendering: a row's `tools` and `chat_template_kwargs`, the choice of the template and the
+//! stop ids are the same in SFT, generation, evaluation, online RL and reward models.
 
 use std::path::Path;
 

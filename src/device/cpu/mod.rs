@@ -11,14 +11,14 @@ mod gemm;
 use std::alloc::{Layout as MemoryLayout, alloc, dealloc};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rayon::prelude::*;
 
 use super::{
     Capabilities, CpuLaunch, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing,
-    insert_in_free_slot, no_graph,
+    insert_in_free_slot, lock, no_graph,
 };
 use crate::error::{Error, Result};
 
@@ -47,10 +47,6 @@ enum Step {
     Gemm(Gemm),
     Copy { dst: u64, src: u64, bytes: usize },
     Fill { dst: u64, byte: u8, bytes: usize },
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl Cpu {
@@ -92,7 +88,7 @@ impl Cpu {
 
     /// After a strict launch: did anything write outside a buffer?
     fn check_red_zones(&self, kernel: &str) -> Result<()> {
-        for &(address, bytes) in self.live.lock().unwrap_or_else(|e| e.into_inner()).iter() {
+        for &(address, bytes) in lock(&self.live).iter() {
             for (start, side) in
                 [(address - RED_ZONE as u64, "before"), (address + bytes as u64, "past the end of")]
             {
@@ -155,13 +151,13 @@ impl Device for Cpu {
                 self.fill_poison(address, bytes);
                 self.fill_poison(address + bytes as u64, RED_ZONE);
             }
-            self.live.lock().unwrap_or_else(|e| e.into_inner()).push((address, bytes));
+            lock(&self.live).push((address, bytes));
         }
         Ok(address)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
-        self.live.lock().unwrap_or_else(|e| e.into_inner()).retain(|(a, _)| *a != address);
+        lock(&self.live).retain(|(a, _)| *a != address);
         let all = (bytes + 2 * self.pad()).max(1);
         if let Ok(layout) = MemoryLayout::from_size_align(all, ALIGN) {
             // SAFETY: the caller's promise, with the layout of `alloc`.
@@ -294,13 +290,13 @@ impl Device for Cpu {
 
     fn mark(&self) -> Result<Mark> {
         self.not_while_capturing("mark")?;
-        let mut marks = self.marks.lock().unwrap_or_else(|e| e.into_inner());
+        let mut marks = lock(&self.marks);
         marks.push(Instant::now());
         Ok(marks.len() - 1)
     }
 
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
-        let mut marks = self.marks.lock().unwrap_or_else(|e| e.into_inner());
+        let mut marks = lock(&self.marks);
         let ms = match (marks.get(from), marks.get(to)) {
             (Some(a), Some(b)) => b.duration_since(*a).as_secs_f32() * 1e3,
             _ => return Err(Error::Device("elapsed_ms: a mark that was already spent".into())),

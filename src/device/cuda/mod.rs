@@ -11,8 +11,8 @@ mod blas;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
 
 use blas::Blas;
 use cudarc::driver::result::{self, DriverError};
@@ -22,7 +22,7 @@ use cudarc::driver::sys::{
 
 use super::{
     Capabilities, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing,
-    insert_in_free_slot, no_graph,
+    insert_in_free_slot, lock, no_graph,
 };
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
@@ -104,10 +104,6 @@ struct Ring {
 }
 // SAFETY: the memory belongs to the ring alone.
 unsafe impl Send for Ring {}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(|e| e.into_inner())
-}
 
 /// "CUDA_ERROR_X (description)".
 fn text(e: DriverError) -> String {

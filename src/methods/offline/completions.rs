@@ -107,7 +107,7 @@ fn tail(s: &MaskedSequence, at: usize) -> batch::Sequence<'_> {
 /// A batch through the model.
 pub struct Forward {
     pub out: HeadOut,
-    /// F32 [sequences]: sums of weight x log-prob.
+    /// F32 `[sequences]`: sums of weight x log-prob.
     pub sums: Tensor,
     /// By target: whether it is the completion's. All are, unless a method says otherwise.
     pub completion: Vec<bool>,

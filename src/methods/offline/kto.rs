@@ -102,7 +102,7 @@ pub struct KtoObjective {
 
 /// What a micro-batch's loss is measured against.
 struct Baseline {
-    /// F32 [1]
+    /// F32 `[1]`
     value: Tensor,
     /// What the log calls it.
     name: &'static str,
@@ -153,7 +153,7 @@ impl KtoObjective {
         self.rows.all().flat_map(|e| std::iter::once(&e.own).chain(&e.crossed)).collect()
     }
 
-    /// The reference's sums, F32 [n], of the own sequences of the micro-batch, or of the crossed.
+    /// The reference's sums, F32 `[n]`, of the own sequences of the micro-batch, or of the crossed.
     fn reference_sums(
         &self,
         cx: &mut Cx,
@@ -201,7 +201,7 @@ fn packed(cx: &Cx, sequences: &[&MaskedSequence], vocab: Vocab) -> Result<Batch>
     Batch::new(cx, &sequences, vocab)
 }
 
-/// Log-probs of each sequence's completion, F32 [n], off the tape.
+/// Log-probs of each sequence's completion, F32 `[n]`, off the tape.
 fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&MaskedSequence]) -> Result<Tensor> {
     let batch = packed(cx, sequences, model.vocab())?;
     let targets = batch.target_ids.len();

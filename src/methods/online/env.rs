@@ -85,8 +85,8 @@ impl RolloutEnv {
         self.prompts.longest() + self.sampler.max_completion_length
     }
 
-    /// Sets up what needs the initial policy: the sampler's cache, the reference (where wanted), the
-    /// reward model.
+    /// Sets up what needs the initial policy: the sampler's cache, the reference (where wanted),
+    /// the reward model.
     pub fn attach(&mut self, cx: &mut Cx, model: &Decoder, reference: bool) -> Result<()> {
         let dropout = model.adapter.as_ref().map_or(0.0, |a| a.dropout());
         if dropout > 0.0 {

@@ -1,5 +1,5 @@
-//! Training with a clipped policy loss: a generation is cut into micro-batches, which one or several
-//! optimizer steps go over. Layer 7.
+//! Training with a clipped policy loss: a generation is cut into micro-batches, which one or
+//! several optimizer steps go over. Layer 7.
 //!
 //! TRL 1.16.0's schedule: a generation has per_device_train_batch_size x steps_per_generation
 //! completions of as many prompts as num_generations gives, is shuffled, and serves

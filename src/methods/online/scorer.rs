@@ -1,7 +1,7 @@
 //! Rewards of completions: verifiers, commands, a reward model. Layer 7.
 //!
-//! Invariant: a score has one entry for each rollout, in their order; an error of a reward names the
-//! row.
+//! Invariant: a score has one entry for each rollout, in their order; an error of a reward names
+//! the row.
 
 use std::path::Path;
 

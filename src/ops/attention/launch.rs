@@ -5,7 +5,7 @@
 //! (simt) or tiles of rows (tensor cores).
 
 use super::plan::AttnPlan;
-use super::{Numbers, PAGE};
+use super::shape::{Numbers, PAGE};
 use crate::autograd::Cx;
 use crate::config::AttentionChoice;
 use crate::device::{DType, Launch};
@@ -24,16 +24,12 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     };
     if chosen && !bf16 {
         let what = tensors[0].dtype().name();
-        return Err(Error::op(
-            "attention",
-            format!("tensor-core attention takes bfloat16, not {what}; choose simt"),
-        ));
+        let message = format!("tensor-core attention takes bfloat16, not {what}; choose simt");
+        return Err(Error::op("attention", message));
     }
     if chosen && n.heads / n.kv_heads > MMA_ROWS as i32 {
-        return Err(Error::op(
-            "attention",
-            format!("more than {MMA_ROWS} heads a key-value head; choose simt"),
-        ));
+        let message = format!("more than {MMA_ROWS} heads a key-value head; choose simt");
+        return Err(Error::op("attention", message));
     }
     // Rows are copied 16 bytes at once.
     match tensors.iter().find(|t| t.address() % 16 != 0 || t.stride() % 8 != 0) {

@@ -3,12 +3,12 @@
 //! Invariant: neither has a gradient; a sequence's advantages depend on that sequence alone,
 //! whitening on all tokens whose mask is not 0. Math: `kernels/policy.cu`.
 
-use super::same_length;
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
 use crate::device::Launch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels;
 use crate::ops::case::{Arg, Case, Rng};
+use crate::ops::same_length;
 use crate::tensor::Tensor;
 
 /// Advantages and returns, F32 `[n]`, of token rewards and values F32 `[n]`; `starts` I32
@@ -21,11 +21,7 @@ pub fn gae(
     gamma: f32,
     lam: f32,
 ) -> Result<(Tensor, Tensor)> {
-    let mut out = cx.apply(Gae { gamma, lam }, &[rewards, values, starts])?;
-    match (out.pop(), out.pop()) {
-        (Some(returns), Some(advantages)) => Ok((advantages, returns)),
-        _ => Err(Error::op("gae", "gave no outputs")),
-    }
+    cx.apply_many(Gae { gamma, lam }, &[rewards, values, starts]).map(Into::into)
 }
 
 /// `x` with mean 0 (its own mean unless `shift_mean`) and variance 1 where `mask` is not 0, and 0
@@ -57,20 +53,17 @@ impl Op for Gae {
         let sequences = x[2].numel().saturating_sub(1);
         let at = Launch::flat(sequences);
         let (a, r) = (advantage.out(), returns.out());
-        kernels::gae(
-            &*cx.device,
-            at,
-            kernels::GaeArgs {
-                advantage: a,
-                returns: r,
-                reward: x[0],
-                value: x[1],
-                starts: x[2],
-                sequences: sequences as i32,
-                gamma: self.gamma,
-                lam: self.lam,
-            },
-        )?;
+        let args = kernels::GaeArgs {
+            advantage: a,
+            returns: r,
+            reward: x[0],
+            value: x[1],
+            starts: x[2],
+            sequences: sequences as i32,
+            gamma: self.gamma,
+            lam: self.lam,
+        };
+        kernels::gae(&*cx.device, at, args)?;
         Ok(Fwd { outputs: vec![advantage, returns], saved: vec![] })
     }
 
@@ -106,24 +99,19 @@ impl Op for Whiten {
         same_length("whiten", x[0], [x[1]])?;
         let n = x[0].numel();
         let (y, moments) = (cx.float("whitened", &[n])?, cx.float("moments", &[3])?);
-        kernels::masked_moments(
-            &*cx.device,
-            Launch::warps(1),
-            kernels::MaskedMomentsArgs { moments: moments.out(), x: x[0], mask: x[1], n: n as i32 },
-        )?;
+        let args =
+            kernels::MaskedMomentsArgs { moments: moments.out(), x: x[0], mask: x[1], n: n as i32 };
+        kernels::masked_moments(&*cx.device, Launch::warps(1), args)?;
         let shift = i32::from(self.shift_mean);
-        kernels::whiten(
-            &*cx.device,
-            flat(x[0]),
-            kernels::WhitenArgs {
-                y: y.out(),
-                x: x[0],
-                mask: x[1],
-                moments: &moments,
-                n: n as i64,
-                shift,
-            },
-        )?;
+        let args = kernels::WhitenArgs {
+            y: y.out(),
+            x: x[0],
+            mask: x[1],
+            moments: &moments,
+            n: n as i64,
+            shift,
+        };
+        kernels::whiten(&*cx.device, flat(x[0]), args)?;
         Ok(Fwd { outputs: vec![y], saved: vec![] })
     }
 
@@ -154,11 +142,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             Arg::float(rng.array(&[n], 1.0)),
             Arg::ints(&starts),
         ];
-        cases.push(Case::new(
-            format!("gae of {} sequences", lengths.len()),
-            Gae { gamma: 0.99, lam: 0.95 },
-            inputs,
-        ));
+        let label = format!("gae of {} sequences", lengths.len());
+        cases.push(Case::new(label, Gae { gamma: 0.99, lam: 0.95 }, inputs));
         let mask = F64::from_fn(&[n], |i| if i > 0 && rng.below(4) == 0 { 0.0 } else { 1.0 });
         let inputs = vec![Arg::float(rng.array(&[n], 3.0)), Arg::float(mask)];
         cases.push(Case::new(format!("whiten {n}"), Whiten { shift_mean: n != 98 }, inputs));

@@ -3,7 +3,8 @@
 //! Invariant: the baseline (KTO's KL estimate, BCO's running mean) is an input without a gradient,
 //! made by [`kl_baseline`] or [`running_mean`] from the same batch.
 
-use super::{give_scaled, oracle, totals, with_grad};
+use super::oracle::{log_sigmoid, sigmoid};
+use super::pair_loss::{give_kept, totals};
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::value::words;
 use crate::device::Launch;
@@ -32,11 +33,7 @@ pub struct Unpaired {
 /// logps, reference F32 `[n]` summed over each completion; label I32 `[n]`, 1 desirable, 0 not;
 /// weight F32 `[n]`; baseline F32 `[1]`. Returns the loss `[1]` and the rewards `[n]`.
 pub fn unpaired(cx: &mut Cx, op: Unpaired, x: [&Tensor; 5]) -> Result<(Tensor, Tensor)> {
-    let mut out = cx.apply(op, &x)?;
-    match (out.pop(), out.pop()) {
-        (Some(rewards), Some(loss)) => Ok((loss, rewards)),
-        _ => Err(Error::op("unpaired", "gave no outputs")),
-    }
+    cx.apply_many(op, &x).map(Into::into)
 }
 
 /// KTO's z `[1]`: `max(0, mean(logps - reference))` over mismatched completions. Not on the tape.
@@ -46,17 +43,12 @@ pub fn kl_baseline(cx: &Cx, logps: &Tensor, reference: &Tensor) -> Result<Tensor
 
 fn mean_difference(cx: &Cx, a: &Tensor, b: &Tensor, floor: f32) -> Result<Tensor> {
     if a.numel() != b.numel() || a.numel() == 0 {
-        return Err(Error::op(
-            "mean_difference",
-            format!("{a:?} and {b:?} are not two log-probs of each sequence"),
-        ));
+        let message = format!("{a:?} and {b:?} are not two log-probs of each sequence");
+        return Err(Error::op("mean_difference", message));
     }
     let mean = cx.float("baseline", &[1])?;
-    kernels::mean_difference(
-        &*cx.device,
-        Launch::warps(1),
-        kernels::MeanDifferenceArgs { mean: mean.out(), a, b, n: a.numel() as i32, floor },
-    )?;
+    let args = kernels::MeanDifferenceArgs { mean: mean.out(), a, b, n: a.numel() as i32, floor };
+    kernels::mean_difference(&*cx.device, Launch::warps(1), args)?;
     Ok(mean)
 }
 
@@ -85,16 +77,13 @@ impl Op for RunningMean {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let mean = mean_difference(cx, x[0], x[1], f32::NEG_INFINITY)?;
         let delta = cx.float("baseline", &[1])?;
-        kernels::running_mean(
-            &*cx.device,
-            Launch::flat(1),
-            kernels::RunningMeanArgs {
-                delta: delta.out(),
-                state: x[2].out(),
-                mean: &mean,
-                scale: self.beta,
-            },
-        )?;
+        let args = kernels::RunningMeanArgs {
+            delta: delta.out(),
+            state: x[2].out(),
+            mean: &mean,
+            scale: self.beta,
+        };
+        kernels::running_mean(&*cx.device, Launch::flat(1), args)?;
         Ok(Fwd { outputs: vec![delta], saved: vec![] })
     }
 
@@ -116,7 +105,7 @@ impl Op for Unpaired {
         "unpaired"
     }
 
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let n = x[0].numel();
         if n == 0 || x[1..4].iter().any(|t| t.numel() != n) || x[4].numel() != 1 {
             let message = format!(
@@ -127,38 +116,51 @@ impl Op for Unpaired {
         }
         let each = cx.float("pair losses", &[n])?;
         let [grad, rewards] = [cx.float("pair gradients", &[n])?, cx.float("rewards", &[n])?];
-        kernels::unpaired_rows(
-            &*cx.device,
-            Launch::flat(n),
-            kernels::UnpairedRowsArgs {
-                each: each.out(),
-                grad: grad.out(),
-                rewards: rewards.out(),
-                logps: x[0],
-                base: x[1],
-                label: x[2],
-                weight: x[3],
-                baseline: x[4],
-                n: n as i32,
-                kind: self.loss as i32,
-                beta: self.beta,
-                desirable: self.desirable_weight,
-                undesirable: self.undesirable_weight,
-            },
-        )?;
+        let args = kernels::UnpairedRowsArgs {
+            each: each.out(),
+            grad: grad.out(),
+            rewards: rewards.out(),
+            logps: x[0],
+            base: x[1],
+            label: x[2],
+            weight: x[3],
+            baseline: x[4],
+            n: n as i32,
+            kind: self.loss as i32,
+            beta: self.beta,
+            desirable: self.desirable_weight,
+            undesirable: self.undesirable_weight,
+        };
+        kernels::unpaired_rows(&*cx.device, Launch::flat(n), args)?;
         let (loss, _) = totals(cx, &each, x[3], None, 0.0)?;
-        Ok(Fwd { outputs: vec![loss, rewards], saved: if need.tape { vec![grad] } else { vec![] } })
+        Ok(Fwd { outputs: vec![loss, rewards], saved: vec![grad] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
-        match &dy[0] {
-            Some(dy) => give_scaled(cx, g, 0, &node.saved[0], dy),
-            None => Ok(()),
-        }
+        give_kept(cx, node, dy, g, None)
     }
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        oracle::unpaired(self, x)
+        let (logps, reference, label, weight, base) =
+            (&x[0].data, &x[1].data, &x[2].data, &x[3].data, x[4].data[0]);
+        let b = f64::from(self.beta);
+        let u = |i: usize| logps[i] - reference[i];
+        let mut total = 0.0;
+        for i in 0..logps.len() {
+            let good = label[i] != 0.0;
+            let one = match (self.loss, good) {
+                (UnpairedLoss::Kto, true) => 1.0 - sigmoid(b * (u(i) - base)),
+                (UnpairedLoss::Kto, false) => 1.0 - sigmoid(b * (base - u(i))),
+                (UnpairedLoss::ApoZeroUnpaired, true) => 1.0 - sigmoid(b * u(i)),
+                (UnpairedLoss::ApoZeroUnpaired, false) => sigmoid(b * u(i)),
+                (UnpairedLoss::Bco, true) => -log_sigmoid(b * u(i) - base),
+                (UnpairedLoss::Bco, false) => -log_sigmoid(-(b * u(i) - base)),
+            };
+            total += one
+                * weight[i]
+                * f64::from(if good { self.desirable_weight } else { self.undesirable_weight });
+        }
+        vec![F64::new(&[1], vec![total]), F64::from_fn(&[logps.len()], |i| b * u(i))]
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -175,7 +177,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
             let reference = F64::from_fn(&[n], |i| logps.data[i] + 3.0 * rng.normal());
             let label: Vec<i32> = (0..n).map(|_| rng.below(2) as i32).collect();
             let inputs = vec![
-                with_grad(logps),
+                Arg::watched(logps),
                 Arg::float(reference),
                 Arg::ints(&label),
                 Arg::float(F64::from_fn(&[n], |_| (0.5 + rng.uniform()) / n as f64)),
@@ -195,11 +197,8 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         let (a, b) = (rng.array(&[n], 4.0), rng.array(&[n], 4.0));
         let state = F64::new(&[2], vec![0.5 * count, count]);
         let inputs = vec![Arg::float(a), Arg::float(b), Arg::float(state)];
-        cases.push(Case::new(
-            format!("running mean n {n} after {count}"),
-            RunningMean { beta: 0.1 },
-            inputs,
-        ));
+        let label = format!("running mean n {n} after {count}");
+        cases.push(Case::new(label, RunningMean { beta: 0.1 }, inputs));
     }
     cases
 }

@@ -97,18 +97,15 @@ pub fn blockwise8_quantise(
     let (n, blocks) = (x.numel(), x.numel().div_ceil(BLOCK8));
     let codes = Tensor::new(&cx.pool, "8-bit codes", DType::U8, &[n])?;
     let absmax = cx.float("8-bit scales", &[blocks])?;
-    kernels::blockwise8_quantise(
-        &*cx.device,
-        Launch::flat(blocks),
-        kernels::Blockwise8QuantiseArgs {
-            codes: codes.out(),
-            absmax: absmax.out(),
-            x,
-            offset,
-            map,
-            n: n as i64,
-        },
-    )?;
+    let args = kernels::Blockwise8QuantiseArgs {
+        codes: codes.out(),
+        absmax: absmax.out(),
+        x,
+        offset,
+        map,
+        n: n as i64,
+    };
+    kernels::blockwise8_quantise(&*cx.device, Launch::flat(blocks), args)?;
     Ok((codes, absmax))
 }
 
@@ -121,16 +118,11 @@ pub fn blockwise8_dequantise(
 ) -> Result<Tensor> {
     let n = codes.numel();
     if absmax.numel() != n.div_ceil(BLOCK8) {
-        return Err(Error::op(
-            "blockwise8",
-            format!("{codes:?} needs {} scales, not {absmax:?}", n.div_ceil(BLOCK8)),
-        ));
+        let message = format!("{codes:?} needs {} scales, not {absmax:?}", n.div_ceil(BLOCK8));
+        return Err(Error::op("blockwise8", message));
     }
     let y = cx.float("8-bit values", &[n])?;
-    kernels::blockwise8_dequantise(
-        &*cx.device,
-        Launch::flat(n),
-        kernels::Blockwise8DequantiseArgs { y: y.out(), codes, absmax, map, n: n as i64 },
-    )?;
+    let args = kernels::Blockwise8DequantiseArgs { y: y.out(), codes, absmax, map, n: n as i64 };
+    kernels::blockwise8_dequantise(&*cx.device, Launch::flat(n), args)?;
     Ok(y)
 }

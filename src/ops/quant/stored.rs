@@ -31,10 +31,8 @@ impl QuantWeight {
             .get(i)
             .ok_or_else(|| Error::op("quantise", format!("no segment {i} of {name}")))?;
         if self.scheme == Scheme::Int8 {
-            return Err(Error::op(
-                "quantise",
-                format!("{name} is int8: only nf4 has bitsandbytes' 4-bit storage"),
-            ));
+            let message = format!("{name} is int8: only nf4 has bitsandbytes' 4-bit storage");
+            return Err(Error::op("quantise", message));
         }
         let mut out =
             vec![(name.to_string(), DType::U8, vec![s.codes.numel(), 1], s.codes.to_vec::<u8>()?)];

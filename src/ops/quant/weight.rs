@@ -90,10 +90,8 @@ impl QuantWeight {
     /// The rows of `a`, then those of `b`, as one weight of all their segments.
     pub fn beside(a: &QuantWeight, b: QuantWeight) -> Result<QuantWeight> {
         if a.scheme != b.scheme || a.shape[1] != b.shape[1] {
-            return Err(Error::op(
-                "quantise",
-                format!("{:?} beside {:?}: other columns or schemes", a.shape, b.shape),
-            ));
+            let message = format!("{:?} beside {:?}: other columns or schemes", a.shape, b.shape);
+            return Err(Error::op("quantise", message));
         }
         let segments = a.segments.iter().cloned().chain(b.segments).collect();
         let shape = [a.shape[0] + b.shape[0], a.shape[1]];
@@ -122,10 +120,8 @@ impl QuantWeight {
     /// The values, rounded once to the dtype of `out` [n, k], which is contiguous F32 or BF16.
     pub fn dequantise_into(&self, cx: &Cx, out: &Tensor) -> Result<()> {
         if out.shape() != self.shape || !out.is_contiguous() {
-            return Err(Error::op(
-                "dequantise",
-                format!("a weight of shape {:?} into {out:?}", self.shape),
-            ));
+            let message = format!("a weight of shape {:?} into {out:?}", self.shape);
+            return Err(Error::op("dequantise", message));
         }
         let (k, mut from) = (self.shape[1], 0);
         for s in &self.segments {
@@ -133,17 +129,17 @@ impl QuantWeight {
             from += s.rows;
             match (&s.scales, self.scheme) {
                 (Scales::Float(absmax), Scheme::Int8) => {
-                    let at = Launch::flat(s.rows * k.div_ceil(DEQUANTISE_PACK));
+                    let args = kernels::Int8DequantiseArgs {
+                        y: part.out(),
+                        codes: &s.codes,
+                        absmax,
+                        rows: s.rows as i32,
+                        cols: k as i32,
+                    };
                     kernels::int8_dequantise(
                         &*cx.device,
-                        at,
-                        kernels::Int8DequantiseArgs {
-                            y: part.out(),
-                            codes: &s.codes,
-                            absmax,
-                            rows: s.rows as i32,
-                            cols: k as i32,
-                        },
+                        Launch::flat(s.rows * k.div_ceil(DEQUANTISE_PACK)),
+                        args,
                     )?;
                 }
                 (scales, _) => {
@@ -154,20 +150,21 @@ impl QuantWeight {
                         }
                     };
                     let n = s.rows * k;
+                    let args = kernels::Nf4DequantiseArgs {
+                        y: part.out(),
+                        codes: &s.codes,
+                        map: &self.nf4,
+                        absmax,
+                        codes8,
+                        map8,
+                        absmax2,
+                        offset,
+                        n: n as i64,
+                    };
                     kernels::nf4_dequantise(
                         &*cx.device,
                         Launch::flat(n.div_ceil(DEQUANTISE_PACK)),
-                        kernels::Nf4DequantiseArgs {
-                            y: part.out(),
-                            codes: &s.codes,
-                            map: &self.nf4,
-                            absmax,
-                            codes8,
-                            map8,
-                            absmax2,
-                            offset,
-                            n: n as i64,
-                        },
+                        args,
                     )?;
                 }
             }
@@ -188,11 +185,9 @@ fn quantise_nf4(cx: &Cx, x: &Tensor, map: &Tensor) -> Result<(Tensor, Tensor)> {
     let blocks = n.div_ceil(BLOCK4);
     let codes = Tensor::new(&cx.pool, "nf4 codes", DType::U8, &[n.div_ceil(2)])?;
     let absmax = cx.float("nf4 scales", &[blocks])?;
-    kernels::nf4_quantise(
-        &*cx.device,
-        Launch::flat(blocks),
-        kernels::Nf4QuantiseArgs { codes: codes.out(), absmax: absmax.out(), x, map, n: n as i64 },
-    )?;
+    let args =
+        kernels::Nf4QuantiseArgs { codes: codes.out(), absmax: absmax.out(), x, map, n: n as i64 };
+    kernels::nf4_quantise(&*cx.device, Launch::flat(blocks), args)?;
     Ok((codes, absmax))
 }
 
@@ -201,11 +196,8 @@ fn nest(cx: &Cx, absmax: &Tensor, dynamic: &Tensor) -> Result<Scales> {
     let offset = cx.float("nf4 offset", &[1])?;
     let n = i32::try_from(absmax.numel())
         .map_err(|_| Error::op("quantise", "a weight of 2^37 values or more"))?;
-    kernels::absmax_mean(
-        &*cx.device,
-        Launch::grid([1, 1, 1]),
-        kernels::AbsmaxMeanArgs { mean: offset.out(), x: absmax, n },
-    )?;
+    let args = kernels::AbsmaxMeanArgs { mean: offset.out(), x: absmax, n };
+    kernels::absmax_mean(&*cx.device, Launch::grid([1, 1, 1]), args)?;
     let (codes, absmax) = blockwise8_quantise(cx, absmax, Some(&offset), dynamic)?;
     debug_assert_eq!(absmax.numel(), codes.numel().div_ceil(BLOCK8));
     Ok(Scales::Nested { codes, absmax, offset })
@@ -215,17 +207,13 @@ fn quantise_int8(cx: &Cx, x: &Tensor) -> Result<(Tensor, Scales)> {
     let (rows, cols) = (x.row_count(), x.cols());
     let codes = Tensor::new(&cx.pool, "int8 codes", DType::U8, &[rows * cols])?;
     let absmax = cx.float("int8 scales", &[rows])?;
-    let at = Launch::warps(rows);
-    kernels::int8_quantise(
-        &*cx.device,
-        at,
-        kernels::Int8QuantiseArgs {
-            codes: codes.out(),
-            absmax: absmax.out(),
-            x,
-            rows: rows as i32,
-            cols: cols as i32,
-        },
-    )?;
+    let args = kernels::Int8QuantiseArgs {
+        codes: codes.out(),
+        absmax: absmax.out(),
+        x,
+        rows: rows as i32,
+        cols: cols as i32,
+    };
+    kernels::int8_quantise(&*cx.device, Launch::warps(rows), args)?;
     Ok((codes, Scales::Float(absmax)))
 }

@@ -55,8 +55,8 @@ impl Critic {
         matches!(self.source, ValueSource::Shared { .. })
     }
 
-    /// Values of the batch's targets, F32 [n]. `hidden`: the policy's, where its trunk has been run
-    /// already.
+    /// Values of the batch's targets, F32 `[n]`. `hidden`: the policy's, where its trunk has been
+    /// run already.
     pub fn values(
         &self,
         cx: &mut Cx,

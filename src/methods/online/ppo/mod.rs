@@ -4,9 +4,10 @@
 //! A rollout is scored at its end; each token's reward is -kl_coef times its KL from the reference
 //! (k1: log pi - log ref, or k3), plus the score on the last token. GAE(gamma, lam) over the values
 //! gives advantages, which are whitened over the tokens of the generation, and returns, which are
-//! advantages plus values. Then num_ppo_epochs passes over the generation, each cut into num_mini_batches
-//! optimizer steps: policy loss -min(rho A, clip(rho, 1 +- cliprange) A), value loss max((v - R)^2,
-//! (clip(v, v_old +- cliprange_value) - R)^2) / 2, both means over the tokens of the step batch.
+//! advantages plus values. Then num_ppo_epochs passes over the generation, each cut into
+//! num_mini_batches optimizer steps: policy loss -min(rho A, clip(rho, 1 +- cliprange) A), value
+//! loss max((v - R)^2, (clip(v, v_old +- cliprange_value) - R)^2) / 2, both means over the tokens
+//! of the step batch.
 //!
 //! Formulas and names are those of TRL's PPOTrainer before it left the package. Differs: log-probs
 //! of the generation are the sampler's (no second forward); a mean goes over the step batch, not

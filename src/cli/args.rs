@@ -1,0 +1,111 @@
+//! The arguments and the output that commands share. Layer 9.
+//!
+//! Invariant: `--model`, `--adapter`, `--device`, `--dtype` and `KEY=VALUE` mean the same in every
+//! command.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::autograd::Cx;
+use crate::config::value::{Given, Value};
+use crate::config::{self, DeviceChoice, Dtype, Section, TrainingConfig};
+use crate::error::{Error, Result};
+use crate::model::decoder::Decoder;
+use crate::model::hub::resolve_model;
+use crate::model::open::open_model;
+use crate::observer::Terminal;
+
+/// Where to run and in which storage type.
+#[derive(clap::Args, Clone)]
+pub struct Where {
+    /// auto, cuda or cpu; auto takes the GPU where there is one
+    #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
+    pub device: DeviceChoice,
+    /// auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU
+    #[arg(long, default_value = "auto", value_parser = choice::<Dtype>)]
+    pub dtype: Dtype,
+}
+
+impl Where {
+    /// The same as options of a run.
+    pub fn options(&self) -> TrainingConfig {
+        TrainingConfig { device: self.device, dtype: self.dtype, ..TrainingConfig::default() }
+    }
+
+    /// A context on the device, which is announced on stderr.
+    pub fn open(&self) -> Result<Cx> {
+        Cx::open(&self.options(), Arc::new(Terminal::default()))
+    }
+}
+
+/// An argument with the words of an option.
+pub fn choice<T: Value>(text: &str) -> std::result::Result<T, String> {
+    T::read(&Given::Text(text.into()))
+}
+
+/// Moves the keys among `files` to `keys`: an argument that takes several files also takes the keys
+/// that follow it. A key has a `=` and names no existing file.
+pub fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
+    let is_key =
+        |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));
+    let (found, rest): (Vec<PathBuf>, Vec<PathBuf>) =
+        std::mem::take(files).into_iter().partition(is_key);
+    *files = rest;
+    keys.splice(0..0, found.iter().map(|key| key.display().to_string()));
+}
+
+/// Reads `keys` into `sections` and prints what [`config::load`] notes.
+pub fn read_keys(sections: &mut [&mut dyn Section], keys: &[String]) -> Result<()> {
+    for note in config::load(sections, None, keys)? {
+        eprintln!("note: {note}");
+    }
+    Ok(())
+}
+
+/// Which model, and where it runs.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// model folder, or a hub name in the local cache
+    #[arg(long)]
+    pub model: String,
+    /// adapter folder
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub on: Where,
+}
+
+impl ModelArgs {
+    /// The folder that `--model` names.
+    pub fn dir(&self) -> Result<PathBuf> {
+        resolve_model(&self.model)
+    }
+
+    /// The model of [`ModelArgs::dir`] with its adapter, on its device.
+    pub fn open(&self) -> Result<(Cx, Decoder)> {
+        let cx = self.on.open()?;
+        let model = open_model(&cx, &self.dir()?, self.adapter.as_deref())?;
+        Ok((cx, model))
+    }
+}
+
+/// Lines for `--output`, or for standard output where there is none.
+pub struct OutputLines {
+    path: PathBuf,
+    writer: Box<dyn Write>,
+}
+
+impl OutputLines {
+    pub fn open(path: &Option<PathBuf>) -> Result<OutputLines> {
+        let writer: Box<dyn Write> = match path {
+            Some(path) => Box::new(std::fs::File::create(path).map_err(|e| Error::io(path, e))?),
+            None => Box::new(std::io::stdout().lock()),
+        };
+        Ok(OutputLines { path: path.clone().unwrap_or("stdout".into()), writer })
+    }
+
+    pub fn write(&mut self, line: &str) -> Result<()> {
+        writeln!(self.writer, "{line}").map_err(|e| Error::io(&self.path, e))
+    }
+}

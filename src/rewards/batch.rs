@@ -1,0 +1,84 @@
+//! The completions that rewards score. Layer 6.
+
+use serde_json::{Map, Value, json};
+
+use super::text;
+use crate::error::{Error, Result};
+
+/// What a batch of completions is scored from: one entry a completion in each list.
+#[derive(Clone, Debug, Default)]
+pub struct RewardBatch {
+    /// A string, or a list of messages.
+    pub prompts: Vec<Value>,
+    /// A string, or a list of messages.
+    pub completions: Vec<Value>,
+    pub completion_ids: Vec<Vec<u32>>,
+    /// All further columns of the dataset, repeated for each generation.
+    pub columns: Map<String, Value>,
+}
+
+impl RewardBatch {
+    pub fn len(&self) -> usize {
+        self.completions.len()
+    }
+
+    /// Adds a completion, as a string or a message like its prompt. `columns` are the row's other
+    /// fields; a field that only some rows have is null in the others.
+    pub fn push<'a>(
+        &mut self,
+        prompt: &Value,
+        columns: impl Iterator<Item = (&'a String, &'a Value)>,
+        text: &str,
+        ids: Vec<u32>,
+    ) {
+        let n = self.len();
+        for (name, cell) in columns {
+            let column = self.columns.entry(name.clone()).or_insert_with(|| Value::Array(vec![]));
+            if let Value::Array(cells) = column {
+                cells.resize(n, Value::Null);
+                cells.push(cell.clone());
+            }
+        }
+        for column in self.columns.values_mut() {
+            if let Value::Array(cells) = column {
+                cells.resize(n + 1, Value::Null);
+            }
+        }
+        self.completions.push(match prompt {
+            Value::Array(_) => json!([{ "role": "assistant", "content": text }]),
+            _ => json!(text),
+        });
+        self.prompts.push(prompt.clone());
+        self.completion_ids.push(ids);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.completions.is_empty()
+    }
+
+    /// Every list has one entry a completion; says which one has not.
+    pub fn check(&self) -> Result<()> {
+        let n = self.len();
+        let mut lengths = vec![("prompts".to_string(), self.prompts.len())];
+        lengths.push(("completion_ids".into(), self.completion_ids.len()));
+        for (name, column) in &self.columns {
+            lengths.push((name.clone(), column.as_array().map_or(0, Vec::len)));
+        }
+        match lengths.iter().find(|(_, l)| *l != n) {
+            Some((name, l)) => {
+                Err(Error::Run(format!("rewards: {n} completions, but {name} has {l} entries")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The cell of a column; `Null` where there is none.
+    pub fn cell(&self, column: &str, row: usize) -> &Value {
+        self.columns.get(column).and_then(|c| c.get(row)).unwrap_or(&Value::Null)
+    }
+
+    /// The text that a verifier reads: the string, or the content of the last assistant message.
+    pub fn completion_text(&self, row: usize) -> String {
+        text::of(&self.completions[row])
+    }
+}

@@ -1,0 +1,139 @@
+//! One reward: a verifier, a function of the program, or a worker. Layer 6.
+//!
+//! Invariant: a score is `None` where the reward does not apply to the row.
+
+use serde_json::Value;
+
+use super::batch::RewardBatch;
+use super::function::RewardFunction;
+use super::schema::Schema;
+use super::worker::Worker;
+use super::{numeric, text};
+use crate::error::{Error, Result};
+use crate::observer::Observer;
+
+/// One reward, with its name in metrics and its weight in the sum.
+#[derive(Debug)]
+pub struct Reward {
+    pub name: String,
+    pub weight: f64,
+    pub(super) kind: Verifier,
+}
+
+/// How a completion is scored.
+#[derive(Debug)]
+pub(super) enum Verifier {
+    ExactMatch { column: Option<String> },
+    NumericMatch { column: Option<String> },
+    Regex { pattern: Box<fancy_regex::Regex> },
+    ThinkFormat,
+    JsonSchema { schema: Schema },
+    Length { min: usize, max: usize },
+    SoftOverlong { max_completion_len: usize, soft_punish_cache: usize },
+    Repetition { ngram_size: usize, max_penalty: f64 },
+    Function(RewardFunction),
+    Worker(Box<Worker>),
+}
+
+/// Columns that hold the right answer where a verifier is not told which one does.
+const ANSWER_COLUMNS: [&str; 4] = ["answer", "solution", "ground_truth", "reference"];
+
+impl From<RewardFunction> for Reward {
+    fn from(function: RewardFunction) -> Reward {
+        let name = function.name().to_string();
+        Reward { name, weight: 1.0, kind: Verifier::Function(function) }
+    }
+}
+
+impl Reward {
+    /// The score of each completion; `None` where this reward does not apply to the row.
+    pub fn score(
+        &mut self,
+        batch: &RewardBatch,
+        observer: &dyn Observer,
+    ) -> Result<Vec<Option<f64>>> {
+        batch.check()?;
+        if let Verifier::Worker(worker) = &mut self.kind {
+            return worker.score(&self.name, batch, observer);
+        }
+        (0..batch.len()).map(|row| self.verify(batch, row)).collect()
+    }
+
+    fn verify(&self, batch: &RewardBatch, row: usize) -> Result<Option<f64>> {
+        let truth = |yes: bool| Some(f64::from(u8::from(yes)));
+        let text = || batch.completion_text(row);
+        Ok(match &self.kind {
+            Verifier::ExactMatch { column } => {
+                let answers = self.answers(batch, column.as_deref(), row)?;
+                let text = text();
+                if answers.is_empty() {
+                    None
+                } else {
+                    truth(answers.iter().any(|a| a.trim() == text.trim()))
+                }
+            }
+            Verifier::NumericMatch { column } => {
+                let answers = self.answers(batch, column.as_deref(), row)?;
+                let gold: Vec<f64> = answers.iter().filter_map(|a| numeric::answer(a)).collect();
+                match (gold.is_empty(), numeric::answer(&text())) {
+                    (true, _) => None, // as TRL: a row whose truth cannot be read is skipped
+                    (false, None) => truth(false),
+                    (false, Some(got)) => truth(gold.iter().any(|g| numeric::same(*g, got))),
+                }
+            }
+            Verifier::Regex { pattern } => truth(pattern.is_match(&text()).map_err(|e| {
+                let name = &self.name;
+                Error::Run(format!(
+                    "reward `{name}`, row {row}: the pattern gave up ({e}); make it simpler"
+                ))
+            })?),
+            Verifier::ThinkFormat => truth(text::has_think_format(&text())),
+            Verifier::JsonSchema { schema } => {
+                truth(text::json(&text()).is_some_and(|v| schema.accepts(&v)))
+            }
+            Verifier::Length { min, max } => {
+                truth((*min..=*max).contains(&batch.completion_ids[row].len()))
+            }
+            Verifier::SoftOverlong { max_completion_len, soft_punish_cache } => {
+                Some(text::soft_overlong(
+                    batch.completion_ids[row].len(),
+                    *max_completion_len,
+                    *soft_punish_cache,
+                ))
+            }
+            Verifier::Repetition { ngram_size, max_penalty } => {
+                Some(text::repetition(&batch.completion_ids[row], *ngram_size, *max_penalty))
+            }
+            Verifier::Function(function) => function.score(batch, row),
+            Verifier::Worker(_) => return Err(Error::Run("a worker scores whole batches".into())),
+        })
+    }
+
+    /// The right answers of a row; none where the cell is null, which skips the row.
+    fn answers(
+        &self,
+        batch: &RewardBatch,
+        column: Option<&str>,
+        row: usize,
+    ) -> Result<Vec<String>> {
+        let columns = &batch.columns;
+        let found = match column {
+            Some(name) => columns.contains_key(name).then_some(name),
+            None => ANSWER_COLUMNS.into_iter().find(|c| columns.contains_key(*c)),
+        };
+        let Some(found) = found else {
+            let wanted = column
+                .map_or_else(|| format!("one of {}", ANSWER_COLUMNS.join(", ")), str::to_string);
+            let has = columns.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let name = &self.name;
+            return Err(Error::Config(format!(
+                "reward `{name}` needs the column {wanted}; the data has [{has}]. Name it: `{name}:column=NAME`"
+            )));
+        };
+        Ok(match batch.cell(found, row) {
+            Value::Null => Vec::new(),
+            Value::Array(list) => list.iter().map(text::plain).collect(),
+            one => vec![text::plain(one)],
+        })
+    }
+}

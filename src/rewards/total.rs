@@ -1,0 +1,92 @@
+//! Several rewards, their scores and the weighted sum. Layer 6.
+
+use super::batch::RewardBatch;
+use super::function::RewardFunction;
+use super::reward::Reward;
+use super::spec;
+use crate::error::{Error, Result};
+use crate::observer::Observer;
+
+/// Several rewards and their weighted sum.
+#[derive(Debug)]
+pub struct Rewards {
+    pub list: Vec<Reward>,
+}
+
+/// What the rewards of a batch were.
+#[derive(Clone, Debug, Default)]
+pub struct Scores {
+    pub names: Vec<String>,
+    pub weights: Vec<f64>,
+    /// By reward, then by completion.
+    pub each: Vec<Vec<Option<f64>>>,
+}
+
+impl Rewards {
+    /// One reward a spec (see [`Reward::parse`]); `weights` as TRL's `reward_weights`: one a
+    /// reward, or none at all.
+    pub fn parse(specs: &[String], weights: Option<&[f64]>) -> Result<Rewards> {
+        Rewards::with_functions(specs, &[], weights)
+    }
+
+    /// As [`Rewards::parse`], and behind them functions of the program.
+    pub fn with_functions(
+        specs: &[String],
+        functions: &[RewardFunction],
+        weights: Option<&[f64]>,
+    ) -> Result<Rewards> {
+        let mut list = specs.iter().map(|s| Reward::parse(s)).collect::<Result<Vec<_>>>()?;
+        list.extend(functions.iter().cloned().map(Reward::from));
+        if list.is_empty() {
+            return Err(Error::Config(format!(
+                "no reward is given; known ones: {}",
+                spec::known()
+            )));
+        }
+        if let Some(weights) = weights {
+            if weights.len() != list.len() {
+                let (w, r) = (weights.len(), list.len());
+                return Err(Error::Config(format!(
+                    "reward_weights has {w} values for {r} rewards; give one each"
+                )));
+            }
+            list.iter_mut().zip(weights).for_each(|(r, w)| r.weight = *w);
+        }
+        Rewards::new(list)
+    }
+
+    /// Two rewards of one name get numbers, so that metrics keep them apart.
+    pub fn new(mut list: Vec<Reward>) -> Result<Rewards> {
+        for i in 1..list.len() {
+            let same = list[..i].iter().filter(|r| r.name == list[i].name).count();
+            if same > 0 {
+                list[i].name = format!("{}_{}", list[i].name, same + 1);
+            }
+        }
+        Ok(Rewards { list })
+    }
+
+    pub fn score(&mut self, batch: &RewardBatch, observer: &dyn Observer) -> Result<Scores> {
+        let mut scores = Scores::default();
+        for reward in &mut self.list {
+            scores.each.push(reward.score(batch, observer)?);
+            scores.names.push(reward.name.clone());
+            scores.weights.push(reward.weight);
+        }
+        Ok(scores)
+    }
+}
+
+impl Scores {
+    /// `sum_k w_k r_k` over the rewards that apply to a row; `None` where none does: such a
+    /// completion is in no baseline and gets advantage 0.
+    pub fn total(&self) -> Vec<Option<f64>> {
+        let n = self.each.first().map_or(0, Vec::len);
+        let row = |i: usize| {
+            let mut terms =
+                self.each.iter().zip(&self.weights).filter_map(|(r, w)| Some(w * r[i]?)).peekable();
+            terms.peek().is_some().then(|| terms.sum())
+        };
+        (0..n).map(row).collect()
+    }
+}
