@@ -31,7 +31,7 @@ fn run_of(keys: &[&str]) -> SftRun {
 fn new_model(cx: &Cx, keys: &[&str]) -> (Decoder, SftRun) {
     let run = run_of(keys);
     let dir = fixture("sft/model");
-    let decoder = support::decoder(&cx, &dir, 512);
+    let decoder = support::decoder(cx, &dir, 512);
     (prepare(cx, decoder, &run.peft, None, &dir, 42).unwrap(), run)
 }
 

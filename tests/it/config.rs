@@ -139,7 +139,7 @@ fn all_problems_are_reported_at_once_with_their_place() {
         "run.toml:1: unknown key learning_rte; did you mean learning_rate?",
         "run.toml:6: seed = \"x\": expected a whole number, not negative",
         "command line: packing = yes: expected true or false",
-        "command line: unknown key top; --help-keys lists the keys",
+        "command line: unknown key top; --help-options lists the options",
         "per_device_train_batch_size = 0: must be at least 1",
         "learning_rate = -1: must not be negative",
         "adam_beta2 = 1: must be at least 0 and below 1",

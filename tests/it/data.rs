@@ -76,7 +76,7 @@ fn compare_renders(all: &Value, template: &Value, source: &str, counts: &mut Ren
 
 #[test]
 fn chat_templates_render_as_in_transformers() {
-    let all = json(&fixture("chat.json"));
+    let all = json(fixture("chat.json"));
     let mut counts = Renders::default();
     for template in all["templates"].as_array().unwrap() {
         compare_renders(&all, template, template["source"].as_str().unwrap(), &mut counts);
@@ -131,7 +131,7 @@ fn strategy(name: &Value) -> PackingStrategy {
 
 #[test]
 fn packs_equal_those_of_trl() {
-    let cases = json(&fixture("sft/packs.json"));
+    let cases = json(fixture("sft/packs.json"));
     let cases = cases.as_array().unwrap();
     for case in cases {
         let lengths: Vec<usize> = serde_json::from_value(case["lengths"].clone()).unwrap();
@@ -182,7 +182,7 @@ fn sft(kind: &str, options: &SftOptions) -> (Vec<SftExample>, SftStats) {
 
 #[test]
 fn ids_and_masks_equal_those_of_trl() {
-    let runs = json(&fixture("sft/tokens.json"));
+    let runs = json(fixture("sft/tokens.json"));
     let mut compared = 0;
     for (name, run) in runs.as_object().unwrap() {
         let options = options(&run["config"]);
@@ -226,7 +226,7 @@ fn unrolled(runs: &Value) -> Vec<bool> {
 #[test]
 fn assistant_masks_equal_those_of_transformers_inside_tokens() {
     let tokenizer = tokenizer();
-    let fixture = json(&fixture("sft/masks.json"));
+    let fixture = json(fixture("sft/masks.json"));
     let options = SftOptions { assistant_only_loss: true, ..SftOptions::default() };
     for case in fixture["masks"].as_array().unwrap() {
         let source = case["template"].as_str().unwrap();
@@ -246,7 +246,7 @@ fn assistant_masks_equal_those_of_transformers_inside_tokens() {
 
 #[test]
 fn a_bos_post_processor_acts_as_in_trl() {
-    let masks = json(&fixture("sft/masks.json"));
+    let masks = json(fixture("sft/masks.json"));
     let dir = tempfile::tempdir().unwrap();
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(fixture("sft/model").join(name), dir.path().join(name)).unwrap();
@@ -274,12 +274,12 @@ fn a_bos_post_processor_acts_as_in_trl() {
 
 #[test]
 fn tokens_that_only_the_config_names_are_tokens() {
-    let loose = &json(&fixture("sft/masks.json"))["loose"];
+    let loose = &json(fixture("sft/masks.json"))["loose"];
     let dir = tempfile::tempdir().unwrap();
-    let mut tokenizer = json(&fixture("sft/model/tokenizer.json"));
+    let mut tokenizer = json(fixture("sft/model/tokenizer.json"));
     tokenizer["added_tokens"] = serde_json::json!([]);
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    let mut config = json(&fixture("sft/model/tokenizer_config.json"));
+    let mut config = json(fixture("sft/model/tokenizer_config.json"));
     config["added_tokens_decoder"] = loose["config"]["added_tokens_decoder"].clone();
     std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
     let t = Tokenizer::load(dir.path()).unwrap();

@@ -31,7 +31,7 @@ fn prompts_are_answered_and_verified() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = ["one", "two", "three", "four", "five"];
     let asked: Vec<Value> = prompts.iter().map(|p| json!({ "prompt": p })).collect();
-    let asked = write_rows(&dir.path().join("asked.jsonl"), &asked);
+    let asked = write_rows(dir.path().join("asked.jsonl"), &asked);
     let said = done(&[
         "generate",
         "--model",
@@ -55,7 +55,7 @@ fn prompts_are_answered_and_verified() {
             json!({ "prompt": said["prompt"], "answer": if i == 4 { Value::Null } else { answer } })
         })
         .collect();
-    let data = write_rows(&dir.path().join("rows.jsonl"), &rows);
+    let data = write_rows(dir.path().join("rows.jsonl"), &rows);
     let found = eval(dir.path(), MODEL, &data, &["max_new_tokens=8"]);
     let exact = &found["figures"]["exact_match"];
     assert_eq!((&exact["value"], &exact["rows"]), (&json!(0.5), &json!(4)), "{found}");
@@ -69,7 +69,7 @@ fn prompts_are_answered_and_verified() {
 fn pass_at_k_is_of_the_sampled_completions() {
     let dir = tempfile::tempdir().unwrap();
     let rows: Vec<Value> = (0..6).map(|i| json!({ "prompt": format!("number {i}") })).collect();
-    let data = write_rows(&dir.path().join("rows.jsonl"), &rows);
+    let data = write_rows(dir.path().join("rows.jsonl"), &rows);
     let keys = ["n=4", "temperature=1", "max_new_tokens=6", "reward_funcs=regex:[aeiou]{2}|e.*t"];
     let found = eval(dir.path(), MODEL, &data, &keys);
     let figure = |name: &str| found["figures"][name]["value"].as_f64().unwrap();
@@ -179,7 +179,7 @@ fn the_doctor_shows_what_the_loss_is_on_and_what_is_dropped() {
         json!({ "prompt": long, "completion": "lost" }),
         json!({ "prompt": "c", "completion": " d<|im_end|><|im_end|>" }),
     ];
-    let data = write_rows(&dir.path().join("rows.jsonl"), &rows);
+    let data = write_rows(dir.path().join("rows.jsonl"), &rows);
     let out = done(&["data", "--model", MODEL, "--data", &data, "max_length=32"]);
     assert!(out.contains("1 of 3 rows are dropped") && out.contains("rows.jsonl:2: "), "{out}");
     assert!(
