@@ -1,4 +1,6 @@
 //! The completions that rewards score. Layer 6.
+//!
+//! Invariant: every list has one entry for each completion.
 
 use serde_json::{Map, Value, json};
 

@@ -1,4 +1,6 @@
 //! Several rewards, their scores and the weighted sum. Layer 6.
+//!
+//! Invariant: a completion that no reward scored has no total: it is in no baseline.
 
 use super::batch::RewardBatch;
 use super::function::RewardFunction;

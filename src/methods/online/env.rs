@@ -231,6 +231,16 @@ impl RolloutEnv {
         }
     }
 
+    /// Lines of completions.jsonl for completions that nothing scores; `by` says who wrote them.
+    pub fn record_written(&mut self, by: &str, rollouts: &[Rollout]) {
+        for r in rollouts {
+            let prompt = &self.prompts.train[r.prompt].value;
+            self.log.push(json!({
+                "prompt": prompt, "completion": r.text, "by": by, "finished": r.finished,
+            }));
+        }
+    }
+
     /// How `total` seconds of a step were spent.
     pub fn take_seconds(&mut self, total: f64) -> Vec<Metric> {
         let Seconds { generate, score } = std::mem::take(&mut self.seconds);

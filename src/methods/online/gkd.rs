@@ -204,13 +204,7 @@ impl Gkd {
             metrics.push(("completions/clipped_ratio".into(), cut));
         }
         for (by, rollouts) in [("student", &students), ("teacher", &teachers)] {
-            for r in rollouts {
-                let prompt = &self.env.prompts.train[r.prompt].value;
-                let line = json!({
-                    "prompt": prompt, "completion": r.text, "by": by, "finished": r.finished
-                });
-                self.env.log.push(line);
-            }
+            self.env.record_written(by, rollouts);
         }
         let mut students = self.env.examples(Split::Train, students).into_iter();
         let mut teachers = self.env.examples(Split::Train, teachers).into_iter();

@@ -110,6 +110,7 @@ impl OnlineObjective for OnPolicyDistill {
         let (prompts, request) = (at.micro.concat(), SampleRequest::new(1, at.step));
         let rollouts = self.env.generate(cx, model, Split::Train, &prompts, request)?;
         let mut report = StepReport { metrics: metrics(&rollouts), ..Default::default() };
+        self.env.record_written("student", &rollouts);
         self.buffer.replace(at.step, self.env.examples(Split::Train, rollouts));
         let total = all_targets(&self.buffer.samples);
         let mut rest = self.buffer.samples.as_slice();

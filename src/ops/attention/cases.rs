@@ -1,4 +1,6 @@
 //! The cases of the attention ops. Layer 4.
+//!
+//! Invariant: ragged lengths, shared prefixes, windows and every head size are among them.
 
 use super::oracle::{segments, shape};
 use super::packed::Attention;

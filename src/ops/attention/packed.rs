@@ -1,4 +1,6 @@
 //! Attention over packed sequences, with its gradient. Layer 4.
+//!
+//! Invariant: a row attends to its own sequence alone, in blocks of 64 positions from left to right.
 
 use std::sync::Arc;
 

@@ -1,4 +1,6 @@
 //! Attention over a paged KV cache, and the writing of it. Layer 4.
+//!
+//! Invariant: a row has the bits of the packed form, however its pages lie in memory.
 
 use super::shape::{AttnShape, PAGE};
 use super::{launch, oracle};

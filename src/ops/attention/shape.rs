@@ -1,4 +1,6 @@
 //! Heads and scores of an attention layer. Layer 4.
+//!
+//! Invariant: what training, prefill and decoding share is written once, here.
 
 use crate::error::{Error, Result};
 use crate::kernels;

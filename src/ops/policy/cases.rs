@@ -1,4 +1,6 @@
 //! The cases of the ops of online RL. Layer 4.
+//!
+//! Invariant: every term, level and optional input is among them.
 
 use super::advantage;
 use super::loss::{Policy, ValueLoss};

@@ -1,4 +1,6 @@
 //! The policy loss and PPO's value loss. Layer 4.
+//!
+//! Invariant: only the loss carries a gradient; what comes with it is for metrics.
 
 use super::oracle;
 use super::term::{PolicyLoss, Term};

@@ -1,4 +1,6 @@
 //! Which policy loss: its term, its ratio, its KL penalty. Layer 4.
+//!
+//! Invariant: the numbers of terms and levels are the kernel's.
 
 use crate::config::value::words;
 use crate::kernels::ratio_level;

@@ -1,4 +1,6 @@
 //! What the losses over pairs, and over completions, share. Layer 4.
+//!
+//! Invariant: a pair has two numbers side by side, the chosen one first.
 
 use crate::autograd::{Cx, F64, Grads, Node, Upstream};
 use crate::device::{DType, Launch};

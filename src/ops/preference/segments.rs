@@ -1,4 +1,6 @@
 //! Sums over the segments of a packed batch: log-probs of sequences from those of tokens. Layer 4.
+//!
+//! Invariant: each segment is one sum from left to right.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
