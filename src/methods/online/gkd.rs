@@ -21,7 +21,7 @@ use super::metrics::mean;
 use super::options::RolloutOptions;
 use super::rollout::Rollout;
 use super::sampler::SampleRequest;
-use super::{OnlineMethod, OnlineObjective, StepRows};
+use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
 use crate::autograd::Cx;
 use crate::config::{Report, SamplingOptions, TrainingConfig, TruncationOptions, section};
 use crate::data::rows::Row;
@@ -244,17 +244,7 @@ fn with_completion(row: &Row) -> Result<Row> {
 }
 
 impl OnlineObjective for Gkd {
-    fn env(&self) -> &RolloutEnv {
-        &self.env
-    }
-
-    fn env_mut(&mut self) -> &mut RolloutEnv {
-        &mut self.env
-    }
-
-    fn wants_reference(&self) -> bool {
-        false
-    }
+    env_field!();
 
     fn longest(&self) -> usize {
         let data = self.data.iter().flatten().chain(&self.eval).map(|e| e.input_ids.len());

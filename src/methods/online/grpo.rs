@@ -16,14 +16,12 @@
 
 use super::advantage::{RewardAggregation, ScaleRewards, grpo};
 use super::options::{ClipOptions, OnlineConfig};
-use super::policy::{
-    AdvantageContext, PolicyExtras, PolicyGradient, PolicyObjective, WeighedRollouts,
-};
+use super::policy::{AdvantageContext, PolicyExtras, PolicyObjective, WeighedRollouts};
 use super::weights::Normalizer;
 use crate::config::value::words;
-use crate::config::{Report, TrainingConfig, section};
+use crate::config::{Report, section};
 use crate::error::Result;
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
+use crate::methods::MethodEntry;
 use crate::ops::policy::{ImportanceLevel, PolicyLoss, Term};
 
 pub const METHOD: MethodEntry = MethodEntry::new::<GrpoConfig>(
@@ -110,16 +108,6 @@ impl GrpoConfig {
     }
 }
 
-impl BuildMethod for GrpoConfig {
-    fn training(&self) -> TrainingConfig {
-        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
-    }
-
-    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
-        PolicyGradient::build(&self.online, self.clone(), training, inputs)
-    }
-}
-
 impl PolicyObjective for GrpoConfig {
     fn advantages(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts> {
         let (scale, how) = (self.scale_rewards, self.multi_objective_aggregation);
@@ -167,8 +155,8 @@ impl PolicyObjective for GrpoConfig {
         }
     }
 
-    fn wants_reference(&self) -> bool {
-        self.online.beta != 0.0
+    fn online(&self) -> &OnlineConfig {
+        &self.online
     }
 
     fn extras(&self) -> PolicyExtras {

@@ -43,7 +43,9 @@ pub trait OnlineObjective {
     fn env_mut(&mut self) -> &mut RolloutEnv;
 
     /// Whether log-probs under a reference are wanted.
-    fn wants_reference(&self) -> bool;
+    fn wants_reference(&self) -> bool {
+        false
+    }
 
     fn longest(&self) -> usize {
         self.env().longest()
@@ -85,6 +87,19 @@ pub trait OnlineObjective {
         Ok(())
     }
 }
+
+/// The accessors of an objective whose environment is its field `env`.
+macro_rules! env_field {
+    () => {
+        fn env(&self) -> &RolloutEnv {
+            &self.env
+        }
+        fn env_mut(&mut self) -> &mut RolloutEnv {
+            &mut self.env
+        }
+    };
+}
+pub(crate) use env_field;
 
 /// The rows of one optimizer step.
 #[derive(Clone, Copy)]

@@ -17,7 +17,7 @@ use super::metrics::{mean, sum};
 use super::options::{RolloutOptions, explores};
 use super::rollout::Rollout;
 use super::sampler::SampleRequest;
-use super::{OnlineMethod, OnlineObjective, StepRows};
+use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
 use crate::autograd::Cx;
 use crate::config::{Report, SamplingOptions, TrainingConfig, section};
 use crate::data::sft::SftExample;
@@ -90,17 +90,7 @@ fn metrics(rollouts: &[Rollout]) -> Vec<Metric> {
 }
 
 impl OnlineObjective for OnPolicyDistill {
-    fn env(&self) -> &RolloutEnv {
-        &self.env
-    }
-
-    fn env_mut(&mut self) -> &mut RolloutEnv {
-        &mut self.env
-    }
-
-    fn wants_reference(&self) -> bool {
-        false
-    }
+    env_field!();
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
         self.teacher.load(cx, model, self.env.longest())

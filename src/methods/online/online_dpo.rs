@@ -20,7 +20,7 @@ use super::metrics::of_generation;
 use super::options::{RolloutOptions, explores};
 use super::rollout::{Rollout, starts};
 use super::sampler::SampleRequest;
-use super::{OnlineMethod, OnlineObjective, StepRows};
+use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
 use crate::autograd::{Cx, Tape};
 use crate::config::{
     ReferenceSyncOptions, Report, RewardOptions, SamplingOptions, TrainingConfig, section,
@@ -269,13 +269,7 @@ fn objective(
 }
 
 impl OnlineObjective for OnlineDpo {
-    fn env(&self) -> &RolloutEnv {
-        &self.env
-    }
-
-    fn env_mut(&mut self) -> &mut RolloutEnv {
-        &mut self.env
-    }
+    env_field!();
 
     fn wants_reference(&self) -> bool {
         true

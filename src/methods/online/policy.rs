@@ -19,14 +19,14 @@ use super::options::{ClipOptions, OnlineConfig};
 use super::rollout::{Rollout, StateReader, StateWriter, StoredRollout, starts_tensor};
 use super::sampler::SampleRequest;
 use super::weights::{Normalizer, off_policy_mask, token_weights, top_entropy_mask};
-use super::{OnlineMethod, OnlineObjective, StepRows};
+use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
 use crate::autograd::{Cx, Tape};
-use crate::config::TrainingConfig;
+use crate::config::{Section, TrainingConfig};
 use crate::data::order::permutation;
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
 use crate::methods::reference::floats;
-use crate::methods::{BuiltMethod, MethodInputs, Metric, StateFiles, StepReport};
+use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, Metric, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
 use crate::ops::policy::{PolicyInputs, PolicyLoss, Term, policy_loss};
@@ -42,8 +42,8 @@ pub trait PolicyObjective {
 
     fn normalizer(&self, active_tokens: usize, steps_per_generation: usize) -> Normalizer;
 
-    /// Whether log-probs under the reference are wanted: for the loss, or for rewards.
-    fn wants_reference(&self) -> bool;
+    /// The options that it shares with the others. A KL weight there asks for a reference.
+    fn online(&self) -> &OnlineConfig;
 
     /// Choices of GRPO that leave the term unchanged.
     fn extras(&self) -> PolicyExtras {
@@ -166,14 +166,25 @@ impl OnlineConfig {
     }
 }
 
+/// TRL's defaults, and the same way to build them all.
+impl<O: PolicyObjective + Section + Clone + 'static> BuildMethod for O {
+    fn training(&self) -> TrainingConfig {
+        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
+    }
+
+    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
+        PolicyGradient::build(self.clone(), training, inputs)
+    }
+}
+
 impl<O: PolicyObjective + 'static> PolicyGradient<O> {
     /// Errors: a generation that its groups do not divide.
-    pub fn build(
-        options: &OnlineConfig,
+    fn build(
         objective: O,
         training: &TrainingConfig,
         inputs: &MethodInputs,
     ) -> Result<BuiltMethod> {
+        let options = objective.online().clone();
         let env = RolloutEnv::new(&options.env(), training, inputs)?;
         let parts = options.steps_per_generation.unwrap_or(training.gradient_accumulation_steps);
         let (passes, group) = (options.num_iterations, options.num_generations);
@@ -377,16 +388,10 @@ fn flat_groups(scores: &Scores, n: usize) -> Vec<usize> {
 }
 
 impl<O: PolicyObjective + 'static> OnlineObjective for PolicyGradient<O> {
-    fn env(&self) -> &RolloutEnv {
-        &self.env
-    }
-
-    fn env_mut(&mut self) -> &mut RolloutEnv {
-        &mut self.env
-    }
+    env_field!();
 
     fn wants_reference(&self) -> bool {
-        self.objective.wants_reference()
+        self.objective.online().beta != 0.0
     }
 
     fn micro_batches(&self) -> Option<usize> {

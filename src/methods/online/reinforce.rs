@@ -12,15 +12,13 @@
 use super::advantage::reinforce_plus_plus;
 use super::metrics::mean;
 use super::options::{ClipOptions, OnlineConfig};
-use super::policy::{
-    AdvantageContext, PolicyGradient, PolicyObjective, WeighedRollouts, clip_term,
-};
+use super::policy::{AdvantageContext, PolicyObjective, WeighedRollouts, clip_term};
 use super::sampler::SampleRequest;
 use super::weights::Normalizer;
-use crate::config::{Report, TrainingConfig, section};
+use crate::config::{Report, section};
 use crate::error::Result;
+use crate::methods::MethodEntry;
 use crate::methods::offline::rows::Split;
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
 use crate::ops::policy::{ImportanceLevel, PolicyLoss};
 
 pub const METHOD: MethodEntry =
@@ -63,16 +61,6 @@ impl ReinforceConfig {
     }
 }
 
-impl BuildMethod for ReinforceConfig {
-    fn training(&self) -> TrainingConfig {
-        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
-    }
-
-    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
-        PolicyGradient::build(&self.online, self.clone(), training, inputs)
-    }
-}
-
 impl PolicyObjective for ReinforceConfig {
     fn advantages(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts> {
         if self.greedy_baseline {
@@ -97,7 +85,7 @@ impl PolicyObjective for ReinforceConfig {
         Normalizer::Window { num_items_in_batch: active_tokens, steps_per_generation }
     }
 
-    fn wants_reference(&self) -> bool {
-        self.online.beta != 0.0
+    fn online(&self) -> &OnlineConfig {
+        &self.online
     }
 }

@@ -10,13 +10,11 @@
 use super::advantage::{rloo, rloo_rewards};
 use super::metrics::mean;
 use super::options::{ClipOptions, OnlineConfig};
-use super::policy::{
-    AdvantageContext, PolicyGradient, PolicyObjective, WeighedRollouts, clip_term,
-};
+use super::policy::{AdvantageContext, PolicyObjective, WeighedRollouts, clip_term};
 use super::weights::Normalizer;
-use crate::config::{Report, TrainingConfig, section};
+use crate::config::{Report, section};
 use crate::error::Result;
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs};
+use crate::methods::MethodEntry;
 use crate::ops::policy::{ImportanceLevel, PolicyLoss};
 
 pub const METHOD: MethodEntry =
@@ -43,16 +41,6 @@ impl RlooConfig {
         );
         let n = self.online.num_generations;
         report.must(n != 1, || format!("num_generations = {n}: RLOO's baseline needs at least 2"));
-    }
-}
-
-impl BuildMethod for RlooConfig {
-    fn training(&self) -> TrainingConfig {
-        TrainingConfig { learning_rate: 1e-6, ..Default::default() }
-    }
-
-    fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
-        PolicyGradient::build(&self.online, self.clone(), training, inputs)
     }
 }
 
@@ -89,7 +77,7 @@ impl PolicyObjective for RlooConfig {
         Normalizer::Sequence
     }
 
-    fn wants_reference(&self) -> bool {
-        self.online.beta != 0.0
+    fn online(&self) -> &OnlineConfig {
+        &self.online
     }
 }

@@ -32,7 +32,7 @@ use super::env::RolloutEnv;
 use super::metrics::{of_generation, sum};
 use super::rollout::{Rollout, starts_tensor};
 use super::sampler::SampleRequest;
-use super::{OnlineMethod, OnlineObjective, StepRows};
+use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
 use crate::autograd::{Cx, Tape};
 use crate::config::TrainingConfig;
 use crate::data::order::permutation;
@@ -241,13 +241,7 @@ impl Ppo {
 }
 
 impl OnlineObjective for Ppo {
-    fn env(&self) -> &RolloutEnv {
-        &self.env
-    }
-
-    fn env_mut(&mut self) -> &mut RolloutEnv {
-        &mut self.env
-    }
+    env_field!();
 
     fn wants_reference(&self) -> bool {
         self.options.kl_coef != 0.0
