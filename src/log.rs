@@ -41,24 +41,12 @@ impl RunLog {
         observer: Arc<dyn Observer>,
     ) -> Result<Self> {
         let path = output_dir.as_ref().join(METRICS);
-        let history = match resume_from_step {
-            Some(step) => kept(&path, step)?,
-            None => Vec::new(),
-        };
-        let text: String =
-            history.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
-        fsio::atomic_write(&path, text.as_bytes())?;
+        let history = keep_lines(&path, resume_from_step)?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
         let first = resume_from_step.unwrap_or(0);
         let samples = output_dir.as_ref().join(COMPLETIONS);
         if samples.exists() {
-            let kept = match resume_from_step {
-                Some(step) => kept(&samples, step)?,
-                None => Vec::new(),
-            };
-            let text: String =
-                kept.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
-            fsio::atomic_write(&samples, text.as_bytes())?;
+            keep_lines(&samples, resume_from_step)?;
         }
         observer.begin(first, total_steps);
         Ok(Self {
@@ -194,6 +182,16 @@ impl Pace {
             (self.since, self.from) = (Instant::now(), Some((step, tokens)));
         }
     }
+}
+
+/// Rewrites a log with the lines that a run resumed at a step keeps (a new run: none), and returns
+/// them.
+fn keep_lines(path: &Path, resume_from_step: Option<u64>) -> Result<Vec<Map<String, Value>>> {
+    let lines = resume_from_step.map_or(Ok(Vec::new()), |step| kept(path, step))?;
+    let text: String =
+        lines.iter().map(|line| format!("{}\n", Value::Object(line.clone()))).collect();
+    fsio::atomic_write(path, text.as_bytes())?;
+    Ok(lines)
 }
 
 /// Lines of a metrics file up to `step`, in order. A line that is no JSON ends it: a killed run's

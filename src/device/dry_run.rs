@@ -5,11 +5,12 @@
 //! back is zero.
 
 use std::collections::BTreeMap;
-use std::ffi::c_void;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Capabilities, Device, Gemm, Graph, KernelDef, Launch, Layout, Mark, MemoryInfo, lock};
+use super::{
+    Capabilities, Device, Gemm, Graph, Kernel, KernelArgs, Launch, Layout, Mark, MemoryInfo, lock,
+};
 use crate::error::Result;
 
 pub struct DryRun {
@@ -78,12 +79,7 @@ impl Device for DryRun {
         Ok(())
     }
 
-    unsafe fn launch(
-        &self,
-        kernel: &'static KernelDef,
-        _at: Launch,
-        _args: &mut [*mut c_void],
-    ) -> Result<()> {
+    unsafe fn launch(&self, kernel: Kernel, _at: Launch, _args: KernelArgs) -> Result<()> {
         self.count(kernel.name);
         Ok(())
     }

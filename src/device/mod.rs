@@ -150,6 +150,12 @@ impl KernelDef {
     }
 }
 
+/// A kernel that lives as long as the program.
+pub type Kernel = &'static KernelDef;
+
+/// The addresses of a launch's arguments.
+pub type KernelArgs<'a> = &'a mut [*mut c_void];
+
 /// Bytes free and in all, as the device tells.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryInfo {
@@ -264,12 +270,7 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// `args` match the kernel's signature, and its pointers are live for as long as the kernel
     /// runs.
-    unsafe fn launch(
-        &self,
-        kernel: &'static KernelDef,
-        at: Launch,
-        args: &mut [*mut c_void],
-    ) -> Result<()>;
+    unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()>;
     /// The library's matrix product, if this device has one for these dtypes: Ok(false) means it
     /// has not.
     /// # Safety

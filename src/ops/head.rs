@@ -54,21 +54,11 @@ pub fn head_logps(
     target: &Tensor,
     scale: f32,
 ) -> Result<HeadOut> {
-    logps(cx, x, w, target, scale, false)
+    head_rows(cx, x, w, target, scale, false)
 }
 
-/// As [`head_logps`], with `log_square` (which carries no gradient).
-pub fn head_squares(
-    cx: &mut Cx,
-    x: &Tensor,
-    w: &Tensor,
-    target: &Tensor,
-    scale: f32,
-) -> Result<HeadOut> {
-    logps(cx, x, w, target, scale, true)
-}
-
-fn logps(
+/// As [`head_logps`]; with `squares`, `log_square` comes too (it carries no gradient).
+pub fn head_rows(
     cx: &mut Cx,
     x: &Tensor,
     w: &Tensor,

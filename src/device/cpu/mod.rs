@@ -17,8 +17,8 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::{
-    Capabilities, CpuLaunch, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing,
-    insert_in_free_slot, lock, no_graph,
+    Capabilities, CpuLaunch, Device, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch, Mark,
+    MemoryInfo, capturing, insert_in_free_slot, lock, no_graph,
 };
 use crate::error::{Error, Result};
 
@@ -197,12 +197,7 @@ impl Device for Cpu {
         Ok(())
     }
 
-    unsafe fn launch(
-        &self,
-        kernel: &'static KernelDef,
-        at: Launch,
-        args: &mut [*mut c_void],
-    ) -> Result<()> {
+    unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
         kernel.check_block(at)?;
         let copied = || {
             let mut copies = vec![0u64; kernel.args.len()];

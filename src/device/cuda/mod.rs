@@ -10,7 +10,6 @@
 mod blas;
 
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -21,8 +20,8 @@ use cudarc::driver::sys::{
 };
 
 use super::{
-    Capabilities, Device, Gemm, Graph, KernelDef, Launch, Mark, MemoryInfo, capturing,
-    insert_in_free_slot, lock, no_graph,
+    Capabilities, Device, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch, Mark, MemoryInfo,
+    capturing, insert_in_free_slot, lock, no_graph,
 };
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
@@ -317,6 +316,20 @@ impl Cuda {
         ))
     }
 
+    /// Queues work on `bytes` bytes; nothing is done for none.
+    fn queue(
+        &self,
+        what: &str,
+        bytes: usize,
+        work: impl FnOnce() -> std::result::Result<(), DriverError>,
+    ) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        work().map_err(|e| self.late(what, e))
+    }
+
     fn launch_error(&self, kernel: &str, what: &str, e: DriverError) -> Error {
         use sys::CUresult::*;
         match e.0 {
@@ -506,31 +519,20 @@ impl Device for Cuda {
     }
 
     unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { result::memcpy_dtod_async(dst, src, bytes, self.stream) }
-            .map_err(|e| self.late("copy", e))
+        self.queue("copy", bytes, || unsafe {
+            result::memcpy_dtod_async(dst, src, bytes, self.stream)
+        })
     }
 
     unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { result::memset_d8_async(dst, byte, bytes, self.stream) }
-            .map_err(|e| self.late("fill", e))
+        self.queue("fill", bytes, || unsafe {
+            result::memset_d8_async(dst, byte, bytes, self.stream)
+        })
     }
 
-    unsafe fn launch(
-        &self,
-        kernel: &'static KernelDef,
-        at: Launch,
-        args: &mut [*mut c_void],
-    ) -> Result<()> {
+    unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
         kernel.check_block(at)?;
         self.bind()?;
         let function = self.function(kernel, at.shared)?;

@@ -14,7 +14,7 @@ use crate::methods::reference::floats;
 use crate::methods::{MethodInputs, Metric};
 use crate::model::batch::{self, Batch, Group, Vocab};
 use crate::model::decoder::Decoder;
-use crate::ops::head::{HeadOut, head_logps, head_squares, mean_logits};
+use crate::ops::head::{HeadOut, head_rows, mean_logits};
 use crate::ops::preference::segment_sums;
 use crate::tensor::Tensor;
 
@@ -135,8 +135,7 @@ pub fn forward(
     pass: HeadPass,
 ) -> Result<Forward> {
     let hidden = model.target_hidden(cx, batch)?;
-    let head = if pass.squares { head_squares } else { head_logps };
-    let out = head(cx, &hidden, &model.head, &batch.targets, 1.0)?;
+    let out = head_rows(cx, &hidden, &model.head, &batch.targets, 1.0, pass.squares)?;
     let mean_logits = if pass.logits { Some(mean_logits(cx, &hidden, &model.head)?) } else { None };
     let starts: Vec<usize> = std::iter::once(0)
         .chain(batch.targets_of.iter().scan(0, |at, n| {

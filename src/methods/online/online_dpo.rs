@@ -34,7 +34,7 @@ use crate::methods::{
 };
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
-use crate::ops::preference::{self, DpoIn, DpoLoss, FDivergence};
+use crate::ops::preference::{self, DpoIn, DpoLoss};
 use crate::rewards::Scores;
 
 pub const METHOD: MethodEntry = MethodEntry::new::<OnlineDpoConfig>(
@@ -205,14 +205,7 @@ impl OnlineDpo {
         let hidden = model.target_hidden(cx, &batch)?;
         let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.env.scale())?;
         let logps = sums(cx, &out.logp, &ones, &starts)?.reshape(&[n, 2])?;
-        let op = preference::Dpo {
-            losses: vec![(self.options.loss_type, 1.0)],
-            divergence: FDivergence::ReverseKl,
-            f_alpha: 0.5,
-            beta: beta as f32,
-            label_smoothing: 0.0,
-            discopop_tau: 1.0,
-        };
+        let op = preference::Dpo::plain(self.options.loss_type, beta as f32);
         let x = DpoIn {
             logps: &logps,
             reference: &reference,

@@ -87,6 +87,18 @@ pub fn dpo(cx: &mut Cx, op: Dpo, x: &DpoIn) -> Result<(Tensor, Tensor)> {
 }
 
 impl Dpo {
+    /// One loss with the reverse KL, without smoothing.
+    pub fn plain(loss: DpoLoss, beta: f32) -> Dpo {
+        Dpo {
+            losses: vec![(loss, 1.0)],
+            divergence: FDivergence::ReverseKl,
+            f_alpha: 0.5,
+            beta,
+            label_smoothing: 0.0,
+            discopop_tau: 0.05,
+        }
+    }
+
     /// At a coefficient of 1 the alpha divergence is the reverse KL.
     fn kernel_divergence(&self) -> FDivergence {
         let limit = self.divergence == FDivergence::Alpha && (self.f_alpha - 1.0).abs() < 1e-6;
@@ -342,14 +354,7 @@ pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     let n = s.sequences.max(1);
     let (logps, lens, weight) = pair_inputs(rng, n, 3.0);
     let reference = F64::from_fn(&[n, 2], |i| logps.data[i] + rng.normal());
-    let op = Dpo {
-        losses: vec![(DpoLoss::Sigmoid, 1.0)],
-        divergence: FDivergence::ReverseKl,
-        f_alpha: 0.5,
-        beta: 0.1,
-        label_smoothing: 0.0,
-        discopop_tau: 0.05,
-    };
+    let op = Dpo::plain(DpoLoss::Sigmoid, 0.1);
     let inputs = [logps, reference, lens, weight].map(Arg::float);
     vec![Case::new("dpo", op, inputs.into())]
 }
@@ -372,14 +377,7 @@ mod tests {
         let (logps, reference) = (float(&cx, &shape, logps), float(&cx, &shape, reference));
         let (lens, weight) =
             (float(&cx, &shape, &vec![5.0; 2 * n]), float(&cx, &[n], &vec![1.0 / n as f32; n]));
-        let op = Dpo {
-            losses: losses.to_vec(),
-            divergence: FDivergence::ReverseKl,
-            f_alpha: 0.5,
-            beta: 0.1,
-            label_smoothing: 0.0,
-            discopop_tau: 0.05,
-        };
+        let op = Dpo { losses: losses.to_vec(), ..Dpo::plain(DpoLoss::Sigmoid, 0.1) };
         let x = DpoIn {
             logps: &logps,
             reference: &reference,

@@ -9,6 +9,31 @@ use crate::kernels;
 use crate::ops::case::Rng;
 use crate::tensor::Tensor;
 
+/// What a loss over `n` pairs writes.
+pub struct PairOutputs {
+    pub n: usize,
+    /// F32 `[n]`
+    pub each: Tensor,
+    /// F32 [n, 2]
+    pub grad: Tensor,
+    /// F32 [n, 2]
+    pub rewards: Tensor,
+}
+
+/// Checks the inputs of a loss without a reference, and makes room for what it writes.
+pub fn pair_outputs(
+    cx: &Cx,
+    op: &'static str,
+    logps: &Tensor,
+    lens: &Tensor,
+    weight: &Tensor,
+) -> Result<PairOutputs> {
+    let n = pair_count(op, &[("logps", logps), ("lens", lens)], &[("weight", weight)])?;
+    let each = cx.float("pair losses", &[n])?;
+    let [grad, rewards] = [cx.float("pair gradients", &[n, 2])?, cx.float("rewards", &[n, 2])?];
+    Ok(PairOutputs { n, each, grad, rewards })
+}
+
 /// Checks the inputs of a loss over pairs and gives their number.
 pub fn pair_count(
     op: &'static str,

@@ -4,7 +4,7 @@
 //! Invariant: as for the DPO family: weighted sums over pairs, gradients made with the loss.
 
 use super::oracle::{log_sigmoid, smoothed};
-use super::pair_loss::{give_kept, pair_count, pair_inputs, totals};
+use super::pair_loss::{PairOutputs, give_kept, pair_count, pair_inputs, pair_outputs, totals};
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::value::words;
 use crate::device::Launch;
@@ -96,9 +96,7 @@ impl Op for Orpo {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (logps, lens, weight, nll) = (x[0], x[1], x[2], x[3]);
-        let n = pair_count("orpo", &[("logps", logps), ("lens", lens)], &[("weight", weight)])?;
-        let each = cx.float("pair losses", &[n])?;
-        let [grad, rewards] = [cx.float("pair gradients", &[n, 2])?, cx.float("rewards", &[n, 2])?];
+        let PairOutputs { n, each, grad, rewards } = pair_outputs(cx, "orpo", logps, lens, weight)?;
         let odds = cx.float("log odds", &[n, 2])?;
         let args = kernels::OrpoPairsArgs {
             each: each.out(),
@@ -149,9 +147,7 @@ impl Op for Cpo {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (logps, lens, weight, nll) = (x[0], x[1], x[2], x[3]);
-        let n = pair_count("cpo", &[("logps", logps), ("lens", lens)], &[("weight", weight)])?;
-        let each = cx.float("pair losses", &[n])?;
-        let [grad, rewards] = [cx.float("pair gradients", &[n, 2])?, cx.float("rewards", &[n, 2])?];
+        let PairOutputs { n, each, grad, rewards } = pair_outputs(cx, "cpo", logps, lens, weight)?;
         let args = kernels::CpoPairsArgs {
             each: each.out(),
             grad: grad.out(),
