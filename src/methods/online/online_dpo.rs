@@ -206,14 +206,7 @@ impl OnlineDpo {
         let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.env.scale())?;
         let logps = sums(cx, &out.logp, &ones, &starts)?.reshape(&[n, 2])?;
         let op = preference::Dpo::plain(self.options.loss_type, beta as f32);
-        let x = DpoIn {
-            logps: &logps,
-            reference: &reference,
-            lens: &lens,
-            weight: &weight,
-            nll: None,
-            aligned: None,
-        };
+        let x = DpoIn::new(&logps, &reference, &lens, &weight);
         let (loss, rewards) = preference::dpo(cx, op, &x)?;
         if train {
             cx.backward(vec![(loss.clone(), one)])?;

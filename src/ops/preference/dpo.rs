@@ -74,6 +74,18 @@ pub struct DpoIn<'a> {
     pub aligned: Option<&'a Tensor>,
 }
 
+impl<'a> DpoIn<'a> {
+    /// Without the optional inputs.
+    pub fn new(
+        logps: &'a Tensor,
+        reference: &'a Tensor,
+        lens: &'a Tensor,
+        weight: &'a Tensor,
+    ) -> DpoIn<'a> {
+        DpoIn { logps, reference, lens, weight, nll: None, aligned: None }
+    }
+}
+
 /// The loss `[1]`, and the rewards [n, 2] `beta (logp - ref)`.
 pub fn dpo(cx: &mut Cx, op: Dpo, x: &DpoIn) -> Result<(Tensor, Tensor)> {
     let sft = op.losses.iter().any(|(l, _)| *l == DpoLoss::Sft);
@@ -378,14 +390,7 @@ mod tests {
         let (lens, weight) =
             (float(&cx, &shape, &vec![5.0; 2 * n]), float(&cx, &[n], &vec![1.0 / n as f32; n]));
         let op = Dpo { losses: losses.to_vec(), ..Dpo::plain(DpoLoss::Sigmoid, 0.1) };
-        let x = DpoIn {
-            logps: &logps,
-            reference: &reference,
-            lens: &lens,
-            weight: &weight,
-            nll: None,
-            aligned: None,
-        };
+        let x = DpoIn::new(&logps, &reference, &lens, &weight);
         let (loss, rewards) = dpo(&mut cx, op, &x).unwrap();
         (loss.to_f32().unwrap()[0], rewards.to_f32().unwrap())
     }
