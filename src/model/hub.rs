@@ -117,7 +117,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = resolve_in("org/absent", Some(dir.path())).unwrap_err().to_string();
         assert!(error.ends_with("\n  hf download org/absent"), "{error}");
-        for not_a_name in ["/no/such/folder", "../no-such-folder/x", "a/b/c", "a b", "", "./x"] {
+        for not_a_name in ["/no/such/folder", "../no-such-folder", "a/b/c", "a b", "", "./x"] {
             let error = resolve_in(not_a_name, Some(dir.path())).unwrap_err().to_string();
             assert!(error.contains("give a model folder"), "{not_a_name}: {error}");
         }
