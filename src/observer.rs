@@ -1,4 +1,4 @@
-//! What a run tells whoever started it. Layer 0.
+//! What a run reports to its caller. Layer 0.
 //!
 //! Invariant: library code writes to no stream of the process; it calls the observer of its
 //! context.

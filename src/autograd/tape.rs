@@ -313,8 +313,7 @@ impl Grads<'_> {
             Id::Param { set, index } => Ok(self.params[set].slot(index)),
             Id::Value(v) => {
                 if let Some(t) = self.values.remove(&v) {
-                    // A gradient that was given may be another value's too: whoever adds to it gets
-                    // a copy of its own.
+                    // Another value may share this gradient's buffer: adding to it needs a copy.
                     let own = if t.is_unique() {
                         t
                     } else {

@@ -42,7 +42,7 @@ pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> R
     }
     if resume && !path.is_dir() {
         return Err(Error::Config(format!(
-            "{shown}: is not a folder: --resume goes on with a run that lies there"
+            "{shown}: is not a folder: --resume continues a run in an existing output folder"
         )));
     }
     std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;

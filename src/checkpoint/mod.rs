@@ -78,7 +78,7 @@ impl CheckpointWriter {
     }
 
     /// The folder to write into, for what writes files by itself (a model folder);
-    /// [`finish`](Self::finish) takes up whatever lies in it.
+    /// [`finish`](Self::finish) keeps every file in it.
     pub fn dir(&self) -> &Path {
         &self.tmp
     }

@@ -165,7 +165,7 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("logging_strategy", &["steps"], "give logging_steps"),
     ("load_best_model_at_end", &["false"], "the last model is the result; leave it out"),
     ("eval_delay", &["0", "0.0"], "evaluation begins at once; leave it out"),
-    ("eval_on_start", &["false"], "evaluation goes by eval_strategy; leave it out"),
+    ("eval_on_start", &["false"], "eval_strategy decides when to evaluate; leave it out"),
     (
         "save_only_model",
         &["false"],

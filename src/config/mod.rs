@@ -38,7 +38,7 @@ pub use training::{
 };
 pub use value::Amount;
 
-/// A key: what `--help-options` prints and the parser goes by.
+/// A key, as `--help-options` prints it and the parser reads it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Key {
     pub name: &'static str,

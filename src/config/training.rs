@@ -106,8 +106,8 @@ section! {
     pub struct TrainingConfig = "training" {
         /// Peak learning rate of AdamW. Each method has its own default (SFT: 2e-5).
         pub learning_rate: f64 = 5e-5,
-        /// Rows of a micro-batch; times gradient_accumulation_steps they make the step batch, which
-        /// every normaliser goes by.
+        /// Rows in a micro-batch. Times gradient_accumulation_steps, this is the step batch; losses are
+        /// normalised over the step batch.
         pub per_device_train_batch_size: usize = 8,
         /// Rows in an evaluation batch.
         pub per_device_eval_batch_size: usize = 8,
@@ -210,7 +210,7 @@ impl TrainingConfig {
         report.must(epochs > 0.0, || format!("num_train_epochs = {epochs}: must be above 0"));
         let steps = self.max_steps;
         report.must(steps == -1 || steps > 0, || {
-            format!("max_steps = {steps}: must be above 0, or -1 to go by num_train_epochs")
+            format!("max_steps = {steps}: must be above 0, or -1 to use num_train_epochs")
         });
         if steps > 0 && report.was_given("num_train_epochs") {
             report.note(format!("num_train_epochs has no effect: max_steps = {steps}"));

@@ -26,8 +26,8 @@ use crate::error::{Error, Result};
 pub struct SftExample {
     pub input_ids: Vec<u32>,
     /// True where the token is a loss target. The first token of a sequence has nothing before it
-    /// and is never one, whatever its bit: whoever builds batches leaves it out (its bit matters
-    /// when `wrapped` packing moves it).
+    /// and is never one, even if its bit is set: batching leaves it out (the bit matters when
+    /// `wrapped` packing moves the token).
     pub target_mask: Vec<bool>,
     pub row: usize, // index of the source row
 }

@@ -1,7 +1,7 @@
 //! Opening the device that a user chooses. Layer 1.
 //!
-//! Invariant: `cuda` never falls back to another device; whoever prints the device prints what was
-//! opened.
+//! Invariant: `cuda` never falls back to another device; a printed device is the one
+//! that was opened.
 
 use std::sync::Arc;
 

@@ -16,7 +16,7 @@ pub enum HiddenAct {
     GeluTanh, // `gelu_pytorch_tanh` and `gelu_new` are one formula
 }
 
-/// What stands on the last hidden state.
+/// The output layer over the last hidden state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
     /// A distribution over the vocabulary.

@@ -51,7 +51,7 @@ impl QuestionKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     pub kind: QuestionKind,
-    /// Operands and wording: what the split goes by.
+    /// Operands and wording; rows with equal keys go to the same split.
     pub key: String,
     /// "Tom has 7 cups. Tom gets 5 cups more from Mia. How many cups does Tom have?"
     pub question: String,

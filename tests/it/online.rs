@@ -30,7 +30,7 @@ fn prompts(dir: &Path) -> PathBuf {
     write_rows(dir.join("prompts.jsonl"), &rows).into()
 }
 
-/// Runs a method on the fixture's model into `out`; with `resume`, goes on with what lies there.
+/// Runs a method on the fixture's model into `out`; with `resume`, continues the run in that folder.
 fn run<M: BuildMethod + Default + 'static>(
     out: &Path,
     keys: &[&str],

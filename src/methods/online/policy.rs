@@ -6,8 +6,8 @@
 //! steps_per_generation x num_iterations micro-batches.
 //!
 //! Invariant: the ratio at the first pass over a generation is exactly 1, because the sampler's
-//! log-probs are the trainer's (`methods::online`); a normaliser goes by the step batch, never by
-//! what fits in memory.
+//! log-probs are the trainer's (`methods::online`); losses are normalised over the step batch,
+//! never over what fits in memory.
 
 use std::path::Path;
 
