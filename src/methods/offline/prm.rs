@@ -44,7 +44,9 @@ section! {
 impl PrmConfig {
     fn rules(&self, report: &mut Report) {
         report.must(!self.step_separator.is_empty(), || {
-            "step_separator = \"\": a step is scored at its separator's last token; give at least one character".into()
+            "step_separator = \"\": a step is scored at its separator's \
+             last token; give at least one character"
+                .into()
         });
     }
 }
