@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use temper::config::Dtype;
 use temper::data::rows::read_rows;
+use temper::digest::Digest;
 use temper::methods::MaskedIds;
 use temper::methods::offline::rows::{RowSet, Split};
 use temper::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
@@ -33,6 +34,10 @@ impl RowSet for Texts {
 
     fn source(&self, row: usize) -> String {
         format!("row {}", row + 1)
+    }
+
+    fn digest(&self, split: Split, digest: &mut Digest) {
+        (0..self.count(split)).for_each(|row| digest.ids(&self.0[row]));
     }
 
     fn masks(&self) -> Vec<MaskedIds> {

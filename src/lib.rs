@@ -31,7 +31,7 @@
 //!
 //! | layer | module | what it gives |
 //! |---|---|---|
-//! | 0 | [`error`], [`fsio`], [`observer`], [`rng`], [`signals`] | errors that name the next step, durable files, what a run says, Philox, Ctrl-C |
+//! | 0 | [`digest`], [`error`], [`fsio`], [`observer`], [`rng`], [`signals`] | digests of contents, errors that name the next step, durable files, what a run says, Philox, Ctrl-C |
 //! | 1 | [`config`], [`device`], [`tensor`] | run files; the CPU (shim), CUDA and dry-run devices; views, safetensors |
 //! | 2 | [`kernels`] | launchers and constants generated from `kernels/*.cu` |
 //! | 3 | [`autograd`] | the context, the tape, the trait of an op, oracle arithmetic |
@@ -54,6 +54,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod device;
+pub mod digest;
 pub mod error;
 pub mod eval;
 pub mod fsio;

@@ -12,6 +12,7 @@ mod eval;
 mod foreign;
 mod generate;
 mod peft;
+mod resume;
 mod shared;
 mod training;
 pub mod value;
@@ -28,6 +29,7 @@ use crate::fsio;
 pub use eval::EvalConfig;
 pub use generate::GenerateConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
+pub use resume::changes;
 pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
     SamplingOptions, TruncationMode, TruncationOptions,
@@ -288,34 +290,6 @@ pub fn markdown(keys: &[Key]) -> String {
 /// A value as it can be given; TOML itself would write a text with a line break over several lines.
 pub fn one_line(value: &toml::Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), |text| format!("{text:?}"))
-}
-
-/// Keys that a resumed run may change: they change no number of the run that they resume.
-const FREE_ON_RESUME: &[&str] = &[
-    "logging_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "eval_strategy",
-    "eval_steps",
-    "per_device_eval_batch_size",
-    "gradient_checkpointing",
-    "compat",
-];
-
-/// Compares the resolved file of the run that is resumed with `sections`: one line for each key
-/// whose change would make the resumed run another one than the uninterrupted run. Empty: go on.
-/// Errors: `old` is not a run file.
-pub fn changes(old: &str, sections: &[&dyn Section]) -> Result<Vec<String>> {
-    let old: toml::Table =
-        toml::from_str(old).map_err(|e| Error::Config(format!("config.toml: {e}")))?;
-    let keys = sections.iter().flat_map(|s| s.keys()).filter(|k| !FREE_ON_RESUME.contains(&k.name));
-    Ok(keys
-        .filter_map(|k| {
-            let before = old.get(k.name)?;
-            (*before != k.value).then(|| format!("{}: was {before}, is now {}", k.name, k.value))
-        })
-        .collect())
 }
 
 type Item = (String, Given, Source);

@@ -175,6 +175,9 @@ section! {
         /// Ours. Switch the model's dropout off (TRL: an option of some trainers). The default of
         /// a method is its trainer's.
         pub disable_dropout: bool = false,
+        /// Ours. Resume although options or inputs (rows, template, tokenizer, models) have changed
+        /// since the checkpoint; the changes are printed as warnings.
+        pub resume_with_changes: bool = false,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
     }

@@ -21,6 +21,7 @@ use crate::fsio;
 /// A compiled chat template.
 pub struct ChatTemplate {
     env: Environment<'static>,
+    source: String,
     origin: PathBuf,
     special: Map<String, Value>,
     blocks: usize,
@@ -112,6 +113,7 @@ impl ChatTemplate {
         let marker_taken = source.contains(MARKER);
         Ok(ChatTemplate {
             env,
+            source: source.to_string(),
             origin: origin.to_path_buf(),
             special: special.clone(),
             blocks,
@@ -120,6 +122,16 @@ impl ChatTemplate {
     }
 
     /// Whether the template marks what the assistant says with `{% generation %}`.
+    /// Its text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The file that it came from.
+    pub fn origin(&self) -> &Path {
+        &self.origin
+    }
+
     pub fn has_generation(&self) -> bool {
         self.blocks > 0
     }

@@ -15,6 +15,7 @@
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
 //! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |
 //! | [`masked`] | a sequence with its loss targets, cut to a length |
+//! | [`split`] | training rows or evaluation rows |
 //! | [`packing`] | which sequences share a row |
 //! | [`order`] | the order of rows as a function of (seed, epoch) |
 
@@ -32,4 +33,5 @@ pub mod preference;
 pub mod render;
 pub mod rows;
 pub mod sft;
+pub mod split;
 pub mod tokenizer;

@@ -20,7 +20,9 @@ use crate::autograd::Cx;
 use crate::config::{self, PeftConfig, Section, TrainingConfig};
 use crate::data::chat::ChatTemplate;
 use crate::data::rows::Row;
+use crate::data::split::Split;
 use crate::data::tokenizer::Tokenizer;
+use crate::digest::Digest;
 use crate::error::Result;
 use crate::model::decoder::Decoder;
 use crate::model::layout::{ModelConfig, Task};
@@ -271,6 +273,10 @@ pub trait Method {
 
     /// Where a training row comes from: `file:line`, for messages.
     fn row_source(&self, row: usize) -> String;
+
+    /// Adds what a split trains on, in order: tokens, masks, labels and columns that rewards see,
+    /// but no file name.
+    fn digest_rows(&self, split: Split, digest: &mut Digest);
 
     /// What a run carries beside model and optimizer, as files of a checkpoint.
     fn state(&self) -> Result<StateFiles> {

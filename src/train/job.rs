@@ -7,6 +7,7 @@
 
 use std::path::Path;
 
+use super::inputs::RunInputs;
 use super::plan::{self, PlanRequest};
 use super::run::{Run, Summary, flops_per_token, peak_flops};
 use super::state::parts_of;
@@ -23,6 +24,7 @@ use crate::model::adapter::Adapter;
 use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::folder;
 use crate::model::layout::{ModelConfig, Task};
+use crate::observer::Observer;
 use crate::report::MaskRow;
 use crate::rewards::RewardFunction;
 use crate::signals::Stop;
@@ -88,6 +90,9 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     };
     let BuiltMethod { mut method, summary } = run.method.build(&run.training, &inputs)?;
     observer.info(&summary);
+    let inputs =
+        RunInputs::of(run, dir, job.adapter, &tokenizer, template.as_ref(), &*method, job.rewards)?;
+    same_inputs(&inputs, job, &*observer)?;
     let longest = method.longest();
     let footprint = run.method.footprint();
     let mut peft = run.peft.clone();
@@ -150,6 +155,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         folder: job.folder,
         parts: parts_of(dir, dtype)?,
         stop: job.stop.clone(),
+        inputs,
         config_toml: run.to_toml(job.command),
         peak_flops: peak,
         flops_per_token: flops,
@@ -161,6 +167,35 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     };
     let summary = whole.train(&mut trainer, &mut *method)?;
     Ok(FinishedJob { cx: trainer.cx, total_steps: trainer.plan.total_steps, summary })
+}
+
+/// A resumed run must read what the run read that it continues. Error: it does not, and
+/// `resume_with_changes` is not set.
+fn same_inputs(inputs: &RunInputs, job: &Job, observer: &dyn Observer) -> Result<()> {
+    let Some(found) = job.folder.resume() else { return Ok(()) };
+    let name = found.path.display();
+    let Some(old) = RunInputs::read(&found.path)? else {
+        observer.warn(&format!(
+            "{name} does not say which rows and models it was made from; they are not compared"
+        ));
+        return Ok(());
+    };
+    let changes = inputs.changes_from(&old);
+    for change in &changes.rewards {
+        observer.warn(&format!("a reward has changed since {name}: {change}"));
+    }
+    if changes.inputs.is_empty() {
+        return Ok(());
+    }
+    let changes = changes.inputs.join("\n  ");
+    if job.run.training.resume_with_changes {
+        observer.warn(&format!("changed since {name}, resume_with_changes=true:\n  {changes}"));
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "--resume continues the run of {name}, but its inputs have changed:\n  {changes}\nGive the \
+         same inputs, start another run in another --output, or set resume_with_changes=true."
+    )))
 }
 
 /// Tokens of a row that the report shows, at most.

@@ -5,6 +5,7 @@
 //! state is the parameters, the optimizer and the step number: rows, random numbers and learning
 //! rate follow from the number. So a resumed run equals an uninterrupted one, bit for bit.
 
+pub mod inputs;
 pub mod job;
 pub mod plan;
 pub mod run;

@@ -6,6 +6,7 @@
 
 use serde_json::json;
 
+use super::inputs::{self, RunInputs};
 use super::state::{FolderParts, RunState};
 use super::{Step, Trainer};
 use crate::checkpoint::{self, CheckpointWriter, RunFolder};
@@ -24,6 +25,8 @@ pub struct Run<'a> {
     pub folder: &'a RunFolder,
     pub parts: FolderParts,
     pub stop: Stop,
+    /// What the run reads, for checkpoints.
+    pub inputs: RunInputs,
     /// The resolved run file, written as config.toml.
     pub config_toml: String,
     /// Peak flop/s of the device, if known, and a token's flops: for `mfu`.
@@ -206,6 +209,7 @@ impl Run<'_> {
         let write = || -> Result<()> {
             let mut writer = CheckpointWriter::new(dir, step, trainer.state_bytes(&self.parts))?;
             trainer.write_state(&mut writer, &self.parts, state)?;
+            writer.add_file(inputs::FILE, &self.inputs.to_bytes()?)?;
             for (name, bytes) in method.state()? {
                 writer.add_file(&name, &bytes)?;
             }

@@ -163,7 +163,7 @@ impl Trainer {
         let number = |key: &str| {
             state[key].as_u64().ok_or_else(|| Error::checkpoint(&path, format!("has no \"{key}\"")))
         };
-        if number("rows")? != self.plan.rows() as u64 {
+        if number("rows")? != self.plan.rows() as u64 && !self.config.resume_with_changes {
             let message = format!(
                 "was trained on {} rows, the data has {}",
                 number("rows")?,

@@ -208,7 +208,7 @@ impl Training {
 
     fn execute(&self, cx: Cx, dir: &Path, folder: &RunFolder) -> Result<FinishedJob> {
         if folder.resume().is_some() {
-            same_run(folder.path(), &self.run)?;
+            same_run(folder.path(), &self.run, &*self.observer)?;
         }
         let mut rows = read_rows(&self.data)?;
         let eval = self.eval_rows(&mut rows)?;
@@ -265,16 +265,22 @@ fn has_weights(dir: &Path) -> bool {
 }
 
 /// A resumed run must be the run that is resumed.
-fn same_run(dir: &Path, run: &MethodRun) -> Result<()> {
+fn same_run(dir: &Path, run: &MethodRun, observer: &dyn Observer) -> Result<()> {
     let path = dir.join("config.toml");
     let text = String::from_utf8_lossy(&fsio::read(&path)?).into_owned();
     let changes = config::changes(&text, &run.sections())?;
     if changes.is_empty() {
         return Ok(());
     }
+    let changes = changes.join("\n  ");
+    if run.training.resume_with_changes {
+        observer.warn(&format!("changed options, resume_with_changes=true:\n  {changes}"));
+        return Ok(());
+    }
     Err(Error::Config(format!(
-        "--resume goes on with the run in {}, but these keys differ from its config.toml:\n  {}\nGive the same keys, or start another run in another --output.",
-        dir.display(),
-        changes.join("\n  ")
+        "--resume continues the run in {}, but these options differ from its config.toml:\n  \
+         {changes}\nGive the same options, start another run in another --output, or set \
+         resume_with_changes=true.",
+        dir.display()
     )))
 }

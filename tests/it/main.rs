@@ -25,6 +25,7 @@ mod quant;
 mod quickstart;
 mod rendering;
 mod report;
+mod resume_inputs;
 mod rewards;
 mod rollout;
 mod runs;

@@ -21,6 +21,7 @@ use rows::{RowSet, Split};
 
 use crate::autograd::{Cx, Tape};
 use crate::device::DType;
+use crate::digest::Digest;
 use crate::error::Result;
 use crate::methods::{Averages, MaskedIds, Method, Metric, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
@@ -192,6 +193,10 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
         self.0
             .loss(cx, model, &MicroBatch { split: Split::Train, rows, total, train: false })?
             .value()
+    }
+
+    fn digest_rows(&self, split: Split, digest: &mut Digest) {
+        self.0.rows().digest(split, digest);
     }
 
     fn row_source(&self, row: usize) -> String {

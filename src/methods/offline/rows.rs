@@ -9,15 +9,10 @@ use crate::data::masked::MaskedSequence;
 use crate::data::preference::{Labelled, PairExample, PreferenceOptions, StepExample};
 use crate::data::rows::Row;
 use crate::data::sft::{SftExample, SftOptions};
+pub use crate::data::split::Split;
+use crate::digest::Digest;
 use crate::error::Result;
 use crate::methods::{MASKS, MaskedIds, MethodInputs};
-
-/// Which rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    Train,
-    Eval,
-}
 
 /// A tokenised row.
 pub trait Example {
@@ -26,6 +21,11 @@ pub trait Example {
 
     /// Its sequences: ids, and which of them are loss targets.
     fn sequences(&self) -> Vec<(&[u32], &[bool])>;
+
+    /// What it teaches beside its masks, for digests: labels, a margin.
+    fn labels(&self) -> Vec<u8> {
+        Vec::new()
+    }
 }
 
 /// What the loop over rows and the memory plan ask about them.
@@ -39,6 +39,8 @@ pub trait RowSet {
     }
     /// `file:line` of a training row.
     fn source(&self, row: usize) -> String;
+    /// Adds what the rows of a split say, in order.
+    fn digest(&self, split: Split, digest: &mut Digest);
     /// The first training sequences.
     fn masks(&self) -> Vec<MaskedIds>;
 }
@@ -100,6 +102,18 @@ impl<E: Example> RowSet for Rows<E> {
         self.sources[row].clone()
     }
 
+    fn digest(&self, split: Split, digest: &mut Digest) {
+        for example in self.of(split) {
+            let sequences = example.sequences();
+            digest.number(sequences.len() as u64);
+            for (ids, mask) in sequences {
+                digest.ids(ids);
+                digest.mask(mask);
+            }
+            digest.bytes(&example.labels());
+        }
+    }
+
     fn masks(&self) -> Vec<MaskedIds> {
         let sequences = self.train.iter().flat_map(E::sequences);
         sequences.take(MASKS).map(|(ids, mask)| (ids.to_vec(), mask.to_vec())).collect()
@@ -117,6 +131,10 @@ impl Example for PairExample {
 
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         vec![view(&self.chosen), view(&self.rejected)]
+    }
+
+    fn labels(&self) -> Vec<u8> {
+        self.margin.map(|m| m.to_le_bytes().to_vec()).unwrap_or_default()
     }
 }
 
@@ -157,6 +175,10 @@ impl Example for LabelledPair {
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         std::iter::once(&self.own).chain(&self.crossed).map(view).collect()
     }
+
+    fn labels(&self) -> Vec<u8> {
+        vec![u8::from(self.label)]
+    }
 }
 
 /// Steps with labels. The mask marks the labelled tokens.
@@ -180,6 +202,10 @@ impl Example for LabelledSteps {
 
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         vec![(&self.example.input_ids, &self.mask)]
+    }
+
+    fn labels(&self) -> Vec<u8> {
+        self.example.labels.iter().map(|(_, right)| u8::from(*right)).collect()
     }
 }
 

@@ -17,6 +17,7 @@ use crate::config::{
 use crate::data::packing::{PackingStrategy, pack};
 use crate::data::rows::Row;
 use crate::data::sft::{SftExample, SftOptions, prepare};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::methods::offline::rows::{RowSet, Split, targets};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
@@ -208,6 +209,16 @@ impl RowSet for PackedRows {
 
     fn source(&self, row: usize) -> String {
         self.train[row].source.clone()
+    }
+
+    fn digest(&self, split: Split, digest: &mut Digest) {
+        for row in self.of(split) {
+            digest.number(row.sequences.len() as u64);
+            for (ids, mask) in &row.sequences {
+                digest.ids(ids);
+                digest.mask(mask);
+            }
+        }
     }
 
     fn masks(&self) -> Vec<MaskedIds> {

@@ -33,7 +33,9 @@ use env::RolloutEnv;
 use serde_json::Value;
 
 use crate::autograd::Cx;
+use crate::digest::Digest;
 use crate::error::Result;
+use crate::methods::offline::rows::Split;
 use crate::methods::{Method, Metric, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
 
@@ -168,6 +170,10 @@ impl<O: OnlineObjective> Method for OnlineMethod<O> {
 
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
         self.objective.row_loss(cx, model, self.step, row)
+    }
+
+    fn digest_rows(&self, split: Split, digest: &mut Digest) {
+        self.objective.env().prompts.digest(split, digest);
     }
 
     fn row_source(&self, row: usize) -> String {

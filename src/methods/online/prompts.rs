@@ -9,6 +9,7 @@ use crate::data::format::Content;
 use crate::data::order::epoch_order;
 use crate::data::render::{RenderedPrompt, Renderer};
 use crate::data::rows::Row;
+use crate::digest::Digest;
 use crate::error::Result;
 use crate::methods::MethodInputs;
 use crate::methods::offline::rows::Split;
@@ -51,6 +52,15 @@ impl Prompts {
         match split {
             Split::Train => &self.train,
             Split::Eval => &self.eval,
+        }
+    }
+
+    /// Adds the prompts of a split, with the columns that rewards see.
+    pub fn digest(&self, split: Split, digest: &mut Digest) {
+        for prompt in self.of(split) {
+            digest.ids(&prompt.ids);
+            digest.text(&prompt.value.to_string());
+            digest.text(&Value::Object(prompt.columns.clone()).to_string());
         }
     }
 
