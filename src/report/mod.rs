@@ -31,6 +31,8 @@ const MOST_SAMPLES: usize = 300;
 pub struct ReportInput {
     /// Empty: the folder's name.
     pub title: String,
+    /// What the run is and what it took, before all else: a name, and a value.
+    pub facts: Vec<(String, String)>,
     pub notes: Vec<String>,
     pub table: Option<Table>,
     pub masks: Vec<MaskRow>,

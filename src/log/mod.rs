@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
@@ -33,10 +33,12 @@ pub struct RunLog {
 impl RunLog {
     /// Begins `output_dir/metrics.jsonl`. With `resume_from_step`, its lines up to that step stay
     /// and later ones (and a line that was cut short) go, so that the file becomes that of an
-    /// uninterrupted run, timing fields apart. `total_steps` is what the observer is told.
+    /// uninterrupted run, timing fields apart. `tokens` is what it
+    /// has trained on before, `total_steps` what the observer is told.
     pub fn create(
         output_dir: impl AsRef<Path>,
         resume_from_step: Option<u64>,
+        tokens: u64,
         total_steps: u64,
         observer: Arc<dyn Observer>,
     ) -> Result<Self> {
@@ -56,7 +58,7 @@ impl RunLog {
             history,
             observer,
             total: total_steps,
-            pace: Pace::start(first),
+            pace: Pace::start(first, tokens),
         })
     }
 
@@ -100,12 +102,19 @@ impl RunLog {
             total: self.total,
             steps_per_second: self.pace.steps,
             tokens_per_second: self.pace.tokens,
+            elapsed: self.elapsed(),
+            left: self.pace.left(step, self.total),
         });
     }
 
-    /// Tokens a second over the last steps, for `tokens_per_second`. 0 before the second step.
+    /// Tokens a second over the last steps, for `tokens_per_second`.
     pub fn tokens_per_second(&self) -> f64 {
         self.pace.tokens
+    }
+
+    /// Since the log was begun: for a resumed run, since it went on.
+    pub fn elapsed(&self) -> Duration {
+        self.pace.begin.elapsed()
     }
 
     /// Everything logged so far is on disk: call it before a checkpoint is finished.
@@ -159,28 +168,37 @@ impl Drop for RunLog {
 /// Steps and tokens a second, over about the last ten seconds.
 #[derive(Debug)]
 struct Pace {
+    begin: Instant,
+    first: u64,
     since: Instant,
-    from: Option<(u64, u64)>, // step, tokens at `since`
+    /// Step and tokens at `since`.
+    from: (u64, u64),
     steps: f64,
     tokens: f64,
 }
 
 impl Pace {
-    fn start(step: u64) -> Self {
-        Pace { since: Instant::now(), from: (step == 0).then_some((0, 0)), steps: 0.0, tokens: 0.0 }
+    /// `tokens` of before a resume are not counted.
+    fn start(step: u64, tokens: u64) -> Self {
+        let begin = Instant::now();
+        Pace { begin, first: step, since: begin, from: (step, tokens), steps: 0.0, tokens: 0.0 }
     }
 
     fn at(&mut self, step: u64, tokens: u64) {
-        let Some((step0, tokens0)) = self.from else {
-            (self.since, self.from) = (Instant::now(), Some((step, tokens))); // resumed: tokens of before are not ours
-            return;
-        };
         let seconds = self.since.elapsed().as_secs_f64().max(1e-9);
-        self.steps = step.saturating_sub(step0) as f64 / seconds;
-        self.tokens = tokens.saturating_sub(tokens0) as f64 / seconds;
+        self.steps = step.saturating_sub(self.from.0) as f64 / seconds;
+        self.tokens = tokens.saturating_sub(self.from.1) as f64 / seconds;
         if seconds > 10.0 {
-            (self.since, self.from) = (Instant::now(), Some((step, tokens)));
+            (self.since, self.from) = (Instant::now(), (step, tokens));
         }
+    }
+
+    /// The time of the remaining steps at the mean pace of all, evaluations and checkpoints
+    /// included.
+    fn left(&self, step: u64, total: u64) -> Option<Duration> {
+        let done = step.checked_sub(self.first).filter(|n| *n > 0)?;
+        let rest = total.saturating_sub(step) as f64 / done as f64;
+        Duration::try_from_secs_f64(self.begin.elapsed().as_secs_f64() * rest).ok()
     }
 }
 
@@ -253,10 +271,23 @@ mod tests {
     }
 
     #[test]
+    fn the_rate_after_a_resume_is_that_since_the_resume() {
+        let mut pace = Pace::start(100, 1_000_000);
+        std::thread::sleep(Duration::from_millis(20));
+        pace.at(101, 1_000_500);
+        // 500 tokens in at least 20 ms; tokens of before would make it 50 million a second.
+        assert!(pace.tokens > 0.0 && pace.tokens <= 25_000.0, "{}", pace.tokens);
+        assert!(pace.steps > 0.0 && pace.steps <= 50.0, "{}", pace.steps);
+        let left = pace.left(101, 103).unwrap();
+        assert!(left >= Duration::from_millis(40), "{left:?}");
+        assert_eq!(pace.left(100, 103), None);
+    }
+
+    #[test]
     fn a_resumed_log_equals_an_uninterrupted_one() {
         let dir = tempfile::tempdir().unwrap();
         let run = |resume: Option<u64>, steps: std::ops::RangeInclusive<u64>| {
-            let mut log = RunLog::create(dir.path(), resume, 6, Arc::new(Silent)).unwrap();
+            let mut log = RunLog::create(dir.path(), resume, 0, 6, Arc::new(Silent)).unwrap();
             for step in steps {
                 log.step(step, step * 10);
                 log.log(
