@@ -3,6 +3,8 @@
 //!
 //! Invariant: a number is never replaced by another. NaN is written as `null` beside `"nan": true`.
 
+mod tensorboard;
+
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::observer::{MetricValue, Observer, Progress};
 
+use tensorboard::EventFile;
+
 const METRICS: &str = "metrics.jsonl";
 const COMPLETIONS: &str = "completions.jsonl";
 
@@ -24,6 +28,8 @@ pub struct RunLog {
     file: File,
     /// completions.jsonl, from the first completion on.
     completions: Option<File>,
+    /// For TensorBoard, where the run asks for it.
+    events: Option<EventFile>,
     history: Vec<Map<String, Value>>,
     observer: Arc<dyn Observer>,
     total: u64,
@@ -55,11 +61,22 @@ impl RunLog {
             path,
             file,
             completions: None,
+            events: None,
             history,
             observer,
             total: total_steps,
             pace: Pace::start(first, tokens),
         })
+    }
+
+    /// Writes an event file for TensorBoard from here on; one of before a resume goes on.
+    pub fn with_tensorboard(mut self, resume_from_step: Option<u64>) -> Self {
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        match EventFile::create(dir, resume_from_step) {
+            Ok(file) => self.events = Some(file),
+            Err(e) => self.observer.warn(&format!("no event file is written: {e}")),
+        }
+        self
     }
 
     /// Logs `metrics` of a step: a line of the file. A key given twice
@@ -69,6 +86,10 @@ impl RunLog {
         let text = format!("{}\n", Value::Object(line.clone()));
         self.file.write_all(text.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
         self.history.push(line);
+        if let Some(Err(e)) = self.events.as_mut().map(|file| file.add(step, metrics)) {
+            self.observer.warn(&format!("the event file ends here: {e}"));
+            self.events = None;
+        }
         self.observer.metrics(step, self.total, metrics);
         Ok(())
     }

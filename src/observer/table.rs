@@ -62,16 +62,16 @@ const CLOCK: usize = 9;
 const GAP: usize = 2;
 
 /// The table of one run.
-pub struct Table {
+pub struct LogTable {
     /// Width of the step column: `800/1200`.
     step: usize,
     /// A column, and its metric in this run.
     columns: Vec<(&'static Column, &'static str)>,
 }
 
-impl Table {
+impl LogTable {
     /// The columns of a run whose training metrics are these, as far as `width` has room.
-    pub fn new(total: u64, metrics: &[(&str, MetricValue)], width: usize) -> Table {
+    pub fn new(total: u64, metrics: &[(&str, MetricValue)], width: usize) -> LogTable {
         let step = (2 * total.to_string().len() + 1).max("step".len());
         let has = |name: &&str| metrics.iter().any(|(key, _)| key == name);
         let found = |c: &'static Column| Some((c, c.metrics.iter().copied().find(has)?));
@@ -85,7 +85,7 @@ impl Table {
         {
             columns.remove(last);
         }
-        Table { step, columns }
+        LogTable { step, columns }
     }
 
     /// The line above all rows.
@@ -197,7 +197,7 @@ mod tests {
             left: Some(Duration::from_secs(40_000)),
         };
         for width in [60, 80, 100, 160] {
-            let table = Table::new(1200, &grpo(), width);
+            let table = LogTable::new(1200, &grpo(), width);
             let header = table.header();
             let row = table.row(7, 1200, &grpo(), Some(&at));
             assert_eq!(header.len(), row.len());
@@ -210,14 +210,14 @@ mod tests {
             assert_eq!(end(&header, "loss"), end(&row, "0.1235"));
             assert!(row.ends_with("11:06:40"), "{row}");
         }
-        let narrow = Table::new(1200, &grpo(), 80).header();
+        let narrow = LogTable::new(1200, &grpo(), 80).header();
         assert!(!narrow.contains("memory") && !narrow.contains("entropy"), "{narrow}");
-        assert!(Table::new(1200, &grpo(), 160).header().contains("memory"));
+        assert!(LogTable::new(1200, &grpo(), 160).header().contains("memory"));
     }
 
     #[test]
     fn an_evaluation_stands_in_the_columns_of_training() {
-        let table = Table::new(10, &grpo(), 80);
+        let table = LogTable::new(10, &grpo(), 80);
         let eval = [("eval_loss", 7.5.into()), ("epoch", 1.0.into())];
         let line = table.evaluation(&eval, 80);
         assert!(line.trim_start().starts_with("eval"), "{line}");

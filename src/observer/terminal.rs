@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::output::{self, clean};
-use super::table::Table;
+use super::table::LogTable;
 use super::{MetricValue, Observer, Progress, Work, number};
 
 /// Width of rows where standard output is no terminal.
@@ -27,7 +27,7 @@ struct Shown {
     /// A second bar, for work beside the steps.
     work: Option<ProgressBar>,
     /// From the first row on.
-    table: Option<Table>,
+    table: Option<LogTable>,
     at: Option<Progress>,
 }
 
@@ -106,7 +106,7 @@ impl Observer for Terminal {
         let mut lines = Vec::new();
         let is_training = metrics.iter().any(|(key, _)| *key == "learning_rate");
         if shown.table.is_none() {
-            let table = Table::new(total, metrics, width());
+            let table = LogTable::new(total, metrics, width());
             lines.push(table.header());
             shown.table = Some(table);
         }

@@ -55,6 +55,9 @@ impl Run<'_> {
         let observer = trainer.cx.observer.clone();
         let (first, before) = (trainer.done, state.num_tokens);
         let mut log = RunLog::create(dir, resumed, before, total, observer.clone())?;
+        if trainer.config.report_to.iter().any(|to| to == "tensorboard" || to == "all") {
+            log = log.with_tensorboard(resumed);
+        }
         for note in self.folder.notes() {
             observer.info(note);
         }
