@@ -143,7 +143,7 @@ section! {
         pub logging_steps: Amount = Amount::Count(10),
         /// Where metrics go beside metrics.jsonl: tensorboard writes an event file into
         /// OUTPUT/runs. Other services have no effect.
-        pub report_to: Vec<String> = Vec::new(),
+        pub report_to: Vec<String> = vec!["none".into()],
         /// When a checkpoint is written. The end of a run always leaves the final model.
         pub save_strategy: When = When::Steps,
         /// Steps between two checkpoints, or below 1 a share of the run's steps.

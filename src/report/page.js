@@ -57,7 +57,7 @@ class Chart {
     this.value = el("span");
     this.svg = el("svg", { viewBox: "0 0 320 170", preserveAspectRatio: "none", role: "img", "aria-label": name });
     const keys = lines.length > 1 && lines.some((l) => l.dashed) && !group.legend
-      ? el("small", {}, lines.map((l) => [key(l), l.label + " "])) : null;
+      ? el("small", {}, lines.flatMap((l) => [key(l), l.label + " "])) : null;
     this.card = el("div", { class: "card" }, el("h4", {}, el("b", {}, name, keys ? " " : "", keys), this.value), this.svg);
     this.svg.addEventListener("pointerdown", (e) => {
       this.from = this.at(e);
