@@ -3,6 +3,7 @@
 //! Invariant: `--model`, `--adapter`, `--device`, `--dtype` and `KEY=VALUE` mean the same in every
 //! command.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
 use crate::model::open::open_model;
 use crate::observer::Terminal;
+use crate::observer::output::{note_line, print_line};
 
 /// Where to run and in which storage type.
 #[derive(clap::Args, Clone)]
@@ -58,7 +60,7 @@ pub fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
 /// Reads `keys` into `sections` and prints what [`config::load`] notes.
 pub fn read_keys(sections: &mut [&mut dyn Section], keys: &[String]) -> Result<()> {
     for note in config::load(sections, None, keys)? {
-        eprintln!("note: {note}");
+        note_line(format_args!("note: {note}"));
     }
     Ok(())
 }
@@ -91,21 +93,21 @@ impl ModelArgs {
 }
 
 /// Lines for `--output`, or for standard output where there is none.
-pub struct OutputLines {
-    path: PathBuf,
-    writer: Box<dyn Write>,
-}
+pub struct OutputLines(Option<(PathBuf, File)>);
 
 impl OutputLines {
     pub fn open(path: &Option<PathBuf>) -> Result<OutputLines> {
-        let writer: Box<dyn Write> = match path {
-            Some(path) => Box::new(std::fs::File::create(path).map_err(|e| Error::io(path, e))?),
-            None => Box::new(std::io::stdout().lock()),
+        let open = |path: &PathBuf| {
+            let file = File::create(path).map_err(|e| Error::io(path, e))?;
+            Ok((path.clone(), file))
         };
-        Ok(OutputLines { path: path.clone().unwrap_or("stdout".into()), writer })
+        path.as_ref().map(open).transpose().map(OutputLines)
     }
 
     pub fn write(&mut self, line: &str) -> Result<()> {
-        writeln!(self.writer, "{line}").map_err(|e| Error::io(&self.path, e))
+        match &mut self.0 {
+            Some((path, file)) => writeln!(file, "{line}").map_err(|e| Error::io(&*path, e)),
+            None => print_line(line),
+        }
     }
 }

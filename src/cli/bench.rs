@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::layout::ModelConfig;
+use crate::observer::output::print_line;
 use crate::ops::case::{DEFAULT, PerfShape, Rng, Variant};
 use crate::ops::matmul::product;
 use crate::ops::registry::registry;
@@ -86,7 +87,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         map.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
         map.insert("shape".into(), json!(args.shape));
     }
-    println!("{}", if args.json { result.to_string() } else { readable(&result) });
+    print_line(format_args!("{}", if args.json { result.to_string() } else { readable(&result) }))?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: what the model sees is its own chat template over the whole conversation, as in
 //! training.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,6 +18,7 @@ use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
+use crate::observer::output::{self, clean};
 use crate::rollout::{Engine, EngineOptions, Request};
 
 /// Talk to a model folder: a line in, a reply out; /reset forgets the conversation, /quit ends it
@@ -102,7 +103,7 @@ fn reply(
     Ok(all + &rest)
 }
 
+/// A model's words reach a terminal without its escape sequences.
 fn say(text: &str) -> Result<()> {
-    let mut out = std::io::stdout();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io("stdout", e))
+    if output::shows_to_a_person() { output::print(clean(text)) } else { output::print(text) }
 }

@@ -10,6 +10,7 @@ use crate::check::model::check_model;
 use crate::cli::args::choice;
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
+use crate::observer::output::print_line;
 use crate::{device, device::cpu::Cpu};
 
 /// Run every op case on a device against its f64 reference, then exactness and a short training,
@@ -32,11 +33,11 @@ pub fn run(args: CheckArgs) -> Result<()> {
         Some(seed) => Arc::new(Cpu::strict(seed)),
         None => device::open(args.device)?,
     };
-    println!("device: {}", device.name());
-    println!(
+    print_line(format_args!("device: {}", device.name()))?;
+    print_line(format_args!(
         "{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance",
         "op", "variant", "dtype", "cases", "failed"
-    );
+    ))?;
     let mut outcomes = check_ops(&device, &args.op, |_| {})?;
     if args.op.is_empty() {
         outcomes.extend(check_model(&device, |_| {})?);
@@ -47,20 +48,26 @@ pub fn run(args: CheckArgs) -> Result<()> {
         *row = (row.0 + 1, row.1 + usize::from(o.failure.is_some()), row.2.max(o.ratio));
     }
     for ((op, variant, dtype), (cases, failed, ratio)) in &table {
-        println!("{op:<18} {variant:<12} {dtype:<9} {cases:>6} {failed:>7}  {ratio:.3}");
+        print_line(format_args!(
+            "{op:<18} {variant:<12} {dtype:<9} {cases:>6} {failed:>7}  {ratio:.3}"
+        ))?;
     }
     let failures: Vec<_> = outcomes.iter().filter(|o| o.failure.is_some()).collect();
     for o in &failures {
-        println!(
+        print_line(format_args!(
             "FAILED {} {} {} {}: {}",
             o.op,
             o.variant,
             o.dtype.name(),
             o.case,
             o.failure.as_deref().unwrap_or("")
-        );
+        ))?;
     }
-    println!("{} passed, {} failed", outcomes.len() - failures.len(), failures.len());
+    print_line(format_args!(
+        "{} passed, {} failed",
+        outcomes.len() - failures.len(),
+        failures.len()
+    ))?;
     if outcomes.is_empty() {
         return Err(Error::Config(format!("no op's name contains \"{}\"", args.op)));
     }

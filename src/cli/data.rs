@@ -3,7 +3,6 @@
 //! Invariant: tokens, masks and counts are those of `temper sft` with the same keys; every row that
 //! it would drop is named with its reason.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use crate::cli::args::part_keys;
@@ -15,6 +14,7 @@ use crate::error::Result;
 use crate::methods::offline::sft::SftRun;
 use crate::model::hub::resolve_model;
 use crate::model::layout::ModelConfig;
+use crate::observer::output::{clean, note_line, print_line, shows_to_a_person};
 
 /// What `temper sft` would make of rows: loss mask, lengths, EOS and BOS, what is cut or dropped
 /// and why
@@ -44,7 +44,7 @@ pub fn run(mut args: DataArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let (run, notes) = SftRun::load(args.config.as_deref(), &args.keys)?;
     for note in notes {
-        eprintln!("note: {note}");
+        note_line(format_args!("note: {note}"));
     }
     let dir = resolve_model(&args.model)?;
     let tokenizer = Tokenizer::load(&dir)?;
@@ -57,22 +57,22 @@ pub fn run(mut args: DataArgs) -> Result<()> {
     let (uncut, _) = prepare(&rows, &tokenizer, template.as_ref(), vocab, &whole)?;
     let made = prepare(&rows, &tokenizer, template.as_ref(), vocab, &options);
 
-    let colour = std::io::stdout().is_terminal();
+    let colour = shows_to_a_person();
     let shown = made.as_ref().map_or(&uncut, |(kept, _)| kept);
     for example in shown.iter().take(args.rows) {
         let place = rows[example.row].place();
         let targets = example.target_mask.iter().skip(1).filter(|t| **t).count();
-        println!(
+        print_line(format_args!(
             "{place}: {} tokens, {targets} loss targets\n{}\n",
             example.input_ids.len(),
             marked(&tokenizer, example, colour)?
-        );
+        ))?;
     }
-    println!("{}", histogram(&uncut, options.max_length));
-    println!("{}", ends(&tokenizer, &uncut, options.eos_token.as_deref())?);
+    print_line(format_args!("{}", histogram(&uncut, options.max_length)))?;
+    print_line(format_args!("{}", ends(&tokenizer, &uncut, options.eos_token.as_deref())?))?;
     let (kept, stats) = made?; // its error says what leaves nothing to train on
-    println!("{}", dropped(&rows, &uncut, &kept, &options));
-    println!("{stats}");
+    print_line(format_args!("{}", dropped(&rows, &uncut, &kept, &options)))?;
+    print_line(format_args!("{stats}"))?;
     Ok(())
 }
 
@@ -87,7 +87,7 @@ fn marked(tokenizer: &Tokenizer, example: &SftExample, colour: bool) -> Result<S
             text.push_str(if target { on } else { off });
             inside = target;
         }
-        text.push_str(piece);
+        text.push_str(&if colour { clean(piece) } else { piece.clone() });
     }
     if inside {
         text.push_str(off);

@@ -13,6 +13,7 @@ use crate::data::rows::read_rows;
 use crate::error::Result;
 use crate::eval::{EvalMetric, EvalOptions, evaluate};
 use crate::fsio;
+use crate::observer::output::{note_line, print_line};
 
 /// Metrics of a model: right answers (pass@k) on prompts, perplexity on texts, accuracy of a reward
 /// model on pairs
@@ -55,12 +56,12 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let found = evaluate(&mut cx, &mut model, &dir, &rows, format, &options)?;
     for skipped in &found.skipped {
         let (name, n, all) = (&skipped.reward, skipped.rows, rows.len());
-        eprintln!("note: {name} skipped {n} of {all} rows (no answer there)");
+        note_line(format_args!("note: {name} skipped {n} of {all} rows (no answer there)"));
     }
     let width = found.metrics.iter().map(|m| m.name.len()).max().unwrap_or(0);
     for m in &found.metrics {
         let error = m.stderr.map(|e| format!(" ± {e:.4}")).unwrap_or_default();
-        println!("{:<width$}  {:>9.4}{error}  ({} rows)", m.name, m.value, m.rows);
+        print_line(format_args!("{:<width$}  {:>9.4}{error}  ({} rows)", m.name, m.value, m.rows))?;
     }
     let Some(path) = &args.output else { return Ok(()) };
     let metric = |m: &EvalMetric| {

@@ -14,6 +14,7 @@ use crate::data::render::Renderer;
 use crate::data::rows::{Row, read_rows};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::observer::output::{clean, shows_to_a_person};
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
 /// Completions for a prompt, or for every row of a file (prompt: string or messages; or input_ids)
@@ -70,7 +71,8 @@ pub fn run(mut args: GenerateArgs) -> Result<()> {
     for completion in completions {
         let text = tokenizer.decode(&completion.ids, true)?;
         if args.prompt.is_some() && args.output.is_none() {
-            out.write(&text)?;
+            let shown = if shows_to_a_person() { clean(&text) } else { text };
+            out.write(&shown)?;
             continue;
         }
         let mut value = rows[completion.request].value.clone();

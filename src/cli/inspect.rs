@@ -16,6 +16,7 @@ use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
+use crate::observer::output::{note_line, print, print_line};
 use crate::ops::case::Rng;
 use crate::tensor::ParamSetId;
 use crate::train::plan::{self, PlanRequest};
@@ -58,17 +59,17 @@ pub fn run(args: InspectArgs) -> Result<()> {
     if args.what == "kernels" {
         for kernel in kernels::ALL {
             let hot = if kernel.hot { ", hot" } else { "" };
-            println!(
+            print_line(format_args!(
                 "{:<28} up to {} threads a block{hot}; image {}",
                 kernel.name,
                 kernel.threads,
                 kernel.image.bytes.len()
-            );
+            ))?;
         }
-        println!(
+        print_line(format_args!(
             "{} kernel instances; image: bytes of the GPU code of the kernel's file, 0 in a build without nvcc",
             kernels::ALL.len()
-        );
+        ))?;
         return Ok(());
     }
     let Some(model) = &args.model else {
@@ -89,8 +90,8 @@ pub fn run(args: InspectArgs) -> Result<()> {
 fn config(dir: &Path) -> Result<()> {
     let config = folder::load_config(dir)?;
     let specs = crate::model::layout::expected_params(&config);
-    println!("{} ({})", config.family.architecture, config.family.model_type);
-    println!(
+    print_line(format_args!("{} ({})", config.family.architecture, config.family.model_type))?;
+    print_line(format_args!(
         "vocabulary {}, hidden {}, intermediate {}, layers {}, heads {} (kv {}), head_dim {}",
         config.vocab_size,
         config.hidden_size,
@@ -99,19 +100,19 @@ fn config(dir: &Path) -> Result<()> {
         config.num_heads,
         config.num_kv_heads,
         config.head_dim
-    );
-    println!(
+    ))?;
+    print_line(format_args!(
         "rope {:?}, eps {:e}, tied head {}, qk-norm {}",
         config.rope, config.rms_norm_eps, config.tie_word_embeddings, config.qk_norm
-    );
+    ))?;
     for spec in &specs {
-        println!("{:<56} {:?}", spec.name, spec.shape);
+        print_line(format_args!("{:<56} {:?}", spec.name, spec.shape))?;
     }
-    println!(
+    print_line(format_args!(
         "{} parameters in {} tensors",
         specs.iter().map(|s| s.len()).sum::<usize>(),
         specs.len()
-    );
+    ))?;
     Ok(())
 }
 
@@ -133,7 +134,7 @@ fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
     }
     model.target_hidden(&mut cx, &batch)?;
     if let Some(tape) = cx.tape.take() {
-        print!("{}", tape.describe());
+        print(format_args!("{}", tape.describe()))?;
     }
     Ok(())
 }
@@ -142,7 +143,7 @@ fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
 fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     let (run, notes) = SftRun::load(None, &args.keys)?;
     for note in notes {
-        eprintln!("note: {note}");
+        note_line(format_args!("note: {note}"));
     }
     let cx = match args.gpu_gib {
         Some(gib) => {
@@ -173,10 +174,10 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     // A GPU that is not here has all of its memory free.
     let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;
     let plan = plan::fit(&cx, &ask, available)?;
-    println!("{}", plan.table(&ask, available));
+    print_line(format_args!("{}", plan.table(&ask, available)))?;
     if args.blocks {
         for (name, bytes) in &plan.blocks {
-            println!("{bytes:>14}  {name}");
+            print_line(format_args!("{bytes:>14}  {name}"))?;
         }
     }
     Ok(())

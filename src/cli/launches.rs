@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
+use crate::observer::output::print_line;
 use crate::tensor::Tensor;
 use crate::train::Trainer;
 use crate::train::tuning::{prepare, scheme};
@@ -77,20 +78,20 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Cou
 
 /// Prints the table, and what each count is made of.
 pub fn print(config: &ModelConfig) -> Result<()> {
-    println!(
+    print_line(format_args!(
         "launches of one layer of a bf16 training step on a GPU, rank 16 on all seven projections, no dropout:\n"
-    );
-    println!("{:<30} {:>8} {:>9} {:>6}", "", "forward", "backward", "both");
+    ))?;
+    print_line(format_args!("{:<30} {:>8} {:>9} {:>6}", "", "forward", "backward", "both"))?;
     let mut details = String::new();
     for mode in &MODES {
         let (forward, backward) = per_layer(config, mode)?;
         let (f, b): (usize, usize) = (forward.values().sum(), backward.values().sum());
-        println!("{:<30} {f:>8} {b:>9} {:>6}", mode.name, f + b);
+        print_line(format_args!("{:<30} {f:>8} {b:>9} {:>6}", mode.name, f + b))?;
         for (what, counts) in [("forward", forward), ("backward", backward)] {
             let list: Vec<String> = counts.iter().map(|(name, n)| format!("{n} {name}")).collect();
             details += &format!("{}, {what}: {}\n", mode.name, list.join(", "));
         }
     }
-    println!("\n{details}");
+    print_line(format_args!("\n{details}"))?;
     Ok(())
 }

@@ -17,6 +17,7 @@ use crate::model::batch::Sequence;
 use crate::model::decoder::Decoder;
 use crate::model::folder::write_folder;
 use crate::model::hub::resolve_model;
+use crate::observer::output::note_line;
 use crate::ops::case::Rng;
 use crate::tensor::safetensors::HostDtype;
 use crate::train::state::parts_of;
@@ -88,10 +89,10 @@ pub fn run(args: MergeArgs) -> Result<()> {
         )));
     }
     out.discard_overwritten()?;
-    eprintln!(
+    note_line(format_args!(
         "log-probs differ by {off:.1e} at most from the adapter's; wrote {}",
         args.output.display()
-    );
+    ));
     Ok(())
 }
 

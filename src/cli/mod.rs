@@ -22,6 +22,7 @@ use clap::{Args as _, FromArgMatches, Subcommand};
 
 use crate::methods::MethodEntry;
 use crate::methods::registry::REGISTRY;
+use crate::observer::output::{is_reader_gone, note_line};
 
 /// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]
@@ -97,8 +98,10 @@ pub fn main() -> i32 {
     };
     match result {
         Ok(()) => 0,
+        // `temper data | head`: what was asked for was shown.
+        Err(e) if is_reader_gone(&e) => 0,
         Err(e) => {
-            eprintln!("error: {e}");
+            note_line(format_args!("error: {e}"));
             e.exit_code()
         }
     }

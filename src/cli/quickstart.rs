@@ -10,6 +10,7 @@ use crate::cli::args::choice;
 use crate::config::{DeviceChoice, TrainingConfig};
 use crate::error::{Error, Result};
 use crate::observer::Terminal;
+use crate::observer::output::print_line;
 use crate::quickstart::{self, QuickstartOptions, QuickstartScale};
 
 /// Train a small model from nothing: tokenizer, pretraining, SFT, with held-out questions before
@@ -48,14 +49,14 @@ pub fn run(args: QuickstartArgs) -> Result<()> {
         scale: QuickstartScale::full(),
     };
     let outcome = quickstart::run(cx, &options)?;
-    println!("\n{outcome}");
+    print_line(format_args!("\n{outcome}"))?;
     let out = options.output.display();
-    println!(
+    print_line(format_args!(
         "{:.1} s in all; written to {out}. Ask the model something:",
         begin.elapsed().as_secs_f64()
-    );
-    println!(
+    ))?;
+    print_line(format_args!(
         "  temper generate --model {out}/sft --chat --prompt \"Tom has 7 cups. Tom gets 5 cups more from Mia. How many cups does Tom have?\" temperature=0"
-    );
+    ))?;
     Ok(())
 }

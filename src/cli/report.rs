@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use crate::error::Result;
+use crate::observer::output::print_line;
 use crate::report;
 
 /// Write report.html of a run's folder again (a run that is killed writes none), or of a folder of
@@ -16,6 +17,6 @@ pub struct ReportArgs {
 }
 
 pub fn run(args: ReportArgs) -> Result<()> {
-    println!("{}", report::again(&args.dir)?.display());
+    print_line(format_args!("{}", report::again(&args.dir)?.display()))?;
     Ok(())
 }

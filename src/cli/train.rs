@@ -8,6 +8,7 @@ use crate::cli::args::part_keys;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::methods::MethodEntry;
+use crate::observer::output::print;
 use crate::signals::Stop;
 use crate::train::Training;
 
@@ -51,7 +52,7 @@ pub fn run(entry: &MethodEntry, mut args: TrainArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     part_keys(&mut args.eval_data, &mut args.keys);
     if args.help_options {
-        print!("{}", config::help(&(entry.run)().sections()));
+        print(format_args!("{}", config::help(&(entry.run)().sections())))?;
         return Ok(());
     }
     let (Some(model), Some(output)) = (args.model, args.output) else {

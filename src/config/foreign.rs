@@ -64,7 +64,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["warmup_ratio", "do_sample"], "it is off"),
     (&["output_dir", "overwrite_output_dir"], "--output DIR says where the run is written"),
     (
-        &["report_to", "run_name", "logging_dir", "project", "trackio_space_id"],
+        &["run_name", "logging_dir", "project", "trackio_space_id"],
         "metrics.jsonl holds every logged step",
     ),
     (

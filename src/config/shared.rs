@@ -177,7 +177,7 @@ section! {
         pub reward_weights: Option<Vec<f64>> = None,
         /// Ours. Folder of a reward model, whose score is one more reward.
         pub reward_model: Option<String> = None,
-        /// Show the best and the worst completion of each generation.
+        /// Show the best and the worst completion of the last generation beside each log line.
         pub log_completions: bool = false,
     }
 }

@@ -141,6 +141,9 @@ section! {
         pub train_sampling_strategy: SamplingStrategy = SamplingStrategy::Random,
         /// Steps between two log lines, or below 1 a share of the run's steps.
         pub logging_steps: Amount = Amount::Count(10),
+        /// Where metrics go beside metrics.jsonl: tensorboard writes an event file into
+        /// OUTPUT/runs. Other services have no effect.
+        pub report_to: Vec<String> = vec!["none".into()],
         /// When a checkpoint is written. The end of a run always leaves the final model.
         pub save_strategy: When = When::Steps,
         /// Steps between two checkpoints, or below 1 a share of the run's steps.
@@ -193,6 +196,13 @@ impl TrainingConfig {
     }
 
     fn rules(&self, report: &mut Report) {
+        for to in &self.report_to {
+            if !["none", "all", "tensorboard"].contains(&to.as_str()) {
+                report.note(format!(
+                    "report_to = {to} has no effect: temper writes metrics.jsonl, and event files for tensorboard"
+                ));
+            }
+        }
         report.at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1);
         report.at_least("per_device_eval_batch_size", self.per_device_eval_batch_size, 1);
         report.at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1);

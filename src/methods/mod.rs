@@ -253,6 +253,12 @@ pub trait Method {
         Vec::new()
     }
 
+    /// Completions to show beside a log line, where the options ask for them: those of the last
+    /// generation since the call before.
+    fn shown_completions(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Some training sequences, true where the loss is: for the report. None where training rows
     /// are not sequences.
     fn masks(&self) -> Vec<MaskedIds> {

@@ -8,12 +8,10 @@
 pub mod data;
 mod outcome;
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use data::{Problem, STYLE};
-use indicatif::{ProgressBar, ProgressDrawTarget};
 use serde_json::{Value, json};
 
 use crate::autograd::Cx;
@@ -25,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::layout::ModelConfig;
 use crate::model::open::open_model;
+use crate::observer::Work;
 use crate::report::{self, ReportInput, Table};
 use crate::rewards::RewardBatch;
 use crate::rewards::model::RewardModel;
@@ -336,17 +335,13 @@ fn ask(
     let sampling = Sampling { temperature, seed: 1, ..Sampling::greedy() };
     let stop = stop_ids(&tokenizer, &model.config, &[])?;
     let options = EngineOptions::new(40, sampling, stop, 64);
-    let bar = std::io::stderr().is_terminal().then(|| {
-        ProgressBar::with_draw_target(Some(prompts.len() as u64), ProgressDrawTarget::stderr())
-    });
+    let observer = cx.observer.clone();
+    let total = prompts.len();
+    let mut done = 0;
     let completions = generate(cx, &mut model, &prompts, &options, |_, _| {
-        if let Some(bar) = &bar {
-            bar.inc(1);
-        }
+        done += 1;
+        observer.work(&Work { what: "questions", done, total });
     })?;
-    if let Some(bar) = &bar {
-        bar.finish_and_clear();
-    }
     let replies =
         completions.iter().map(|c| tokenizer.decode(&c.ids, true)).collect::<Result<Vec<_>>>()?;
     let right = replies.iter().zip(problems).map(|(r, p)| data::is_right(r, &p.answer)).collect();

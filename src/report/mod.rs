@@ -31,6 +31,8 @@ const MOST_SAMPLES: usize = 300;
 pub struct ReportInput {
     /// Empty: the folder's name.
     pub title: String,
+    /// What the run is and what it took, before all else: a name, and a value.
+    pub facts: Vec<(String, String)>,
     pub notes: Vec<String>,
     pub table: Option<Table>,
     pub masks: Vec<MaskRow>,
@@ -80,7 +82,7 @@ pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
     let text = serde_json::to_vec_pretty(input).map_err(|e| Error::Run(format!("{INPUT}: {e}")))?;
     fsio::atomic_write(dir.join(INPUT), &text)?;
     let run = ReportStage { name, dir: dir.to_path_buf(), input: input.clone() };
-    page(dir, &title, None, &[run])
+    page(dir, &title, None, &[run], false)
 }
 
 /// What [`fn@write`] was given when it wrote the page of `dir`; the default where there is none.
@@ -114,7 +116,7 @@ pub fn write_pipeline(
     let text =
         serde_json::to_vec_pretty(&pipeline).map_err(|e| Error::Run(format!("{PIPELINE}: {e}")))?;
     fsio::atomic_write(dir.join(PIPELINE), &text)?;
-    page(dir, title, table, stages)
+    page(dir, title, table, stages, false)
 }
 
 /// Writes the page of a folder again: of a run, of a pipeline, or of all runs that lie in the
@@ -131,7 +133,7 @@ pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
         let mut pipeline: Pipeline = serde_json::from_slice(&bytes)
             .map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))?;
         pipeline.stages.iter_mut().for_each(|stage| stage.dir = dir.join(&stage.dir)); // an absolute one stays as it is
-        return page(dir, &pipeline.title, pipeline.table.as_ref(), &pipeline.stages);
+        return page(dir, &pipeline.title, pipeline.table.as_ref(), &pipeline.stages, false);
     }
     let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
     let mut runs: Vec<PathBuf> =
@@ -146,16 +148,24 @@ pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
     let stage = |path: &PathBuf| {
         Ok(ReportStage { name: name_of(path), dir: path.clone(), input: read_input(path)? })
     };
-    page(dir, &name_of(dir), None, &runs.iter().map(stage).collect::<Result<Vec<_>>>()?)
+    let runs = runs.iter().map(stage).collect::<Result<Vec<_>>>()?;
+    page(dir, &name_of(dir), None, &runs, runs.len() > 1)
 }
 
 fn name_of(dir: &Path) -> String {
     dir.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned())
 }
 
-fn page(dir: &Path, title: &str, table: Option<&Table>, stages: &[ReportStage]) -> Result<PathBuf> {
+/// With `overlay`, the runs' curves of a metric are in one chart.
+fn page(
+    dir: &Path,
+    title: &str,
+    table: Option<&Table>,
+    stages: &[ReportStage],
+    overlay: bool,
+) -> Result<PathBuf> {
     let runs = stages.iter().map(run).collect::<Result<Vec<_>>>()?;
-    let data = json!({ "title": title, "table": table, "runs": runs });
+    let data = json!({ "title": title, "table": table, "overlay": overlay, "runs": runs });
     // in a script element only `</` and `<!--` could end the data; escaped, the page is closed to
     // what models write
     let data = data.to_string().replace('<', "\\u003c");
@@ -183,10 +193,10 @@ fn page(dir: &Path, title: &str, table: Option<&Table>, stages: &[ReportStage]) 
 }
 
 fn run(stage: &ReportStage) -> Result<Value> {
-    let masks = match stage.input.masks.is_empty() {
-        true => read_input(&stage.dir)?.masks,
-        false => stage.input.masks.clone(),
-    };
+    let kept = read_input(&stage.dir)?;
+    let given = &stage.input;
+    let masks = if given.masks.is_empty() { kept.masks } else { given.masks.clone() };
+    let facts = if given.facts.is_empty() { kept.facts } else { given.facts.clone() };
     for (i, row) in masks.iter().enumerate() {
         let (tokens, mask) = (row.tokens.len(), row.mask.len());
         if tokens != mask {
@@ -207,7 +217,7 @@ fn run(stage: &ReportStage) -> Result<Value> {
     let config = stage.dir.join("config.toml");
     let config = config.is_file().then(|| fsio::read(&config)).transpose()?;
     Ok(json!({
-        "name": stage.name, "notes": notes, "table": stage.input.table, "series": series, "samples": samples,
+        "name": stage.name, "facts": facts, "notes": notes, "table": stage.input.table, "series": series, "samples": samples,
         "masks": masks, "config": config.map(|c| String::from_utf8_lossy(&c).into_owned()),
     }))
 }

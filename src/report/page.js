@@ -1,6 +1,6 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const COLOURS = ["#2563eb", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#84cc16", "#ec4899"];
+const COLOURS = ["#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#84cc16", "#ec4899"];
 
 function el(tag, attributes, ...children) {
   const svg = ["svg", "path", "line", "text", "rect", "circle", "g"].includes(tag);
@@ -48,14 +48,17 @@ function smooth(points, weight) {
   });
 }
 
+// Lines of one metric: { points, colour, run, label, dashed }.
 class Chart {
-  constructor(group, name, points) {
+  constructor(group, name, lines) {
     this.group = group;
     this.name = name;
-    this.points = points;
+    this.all = lines;
     this.value = el("span");
     this.svg = el("svg", { viewBox: "0 0 320 170", preserveAspectRatio: "none", role: "img", "aria-label": name });
-    this.card = el("div", { class: "card" }, el("h4", {}, name, this.value), this.svg);
+    const keys = lines.length > 1 && lines.some((l) => l.dashed) && !group.legend
+      ? el("small", {}, lines.flatMap((l) => [key(l), l.label + " "])) : null;
+    this.card = el("div", { class: "card" }, el("h4", {}, el("b", {}, name, keys ? " " : "", keys), this.value), this.svg);
     this.svg.addEventListener("pointerdown", (e) => {
       this.from = this.at(e);
       this.svg.setPointerCapture(e.pointerId);
@@ -98,16 +101,17 @@ class Chart {
     this.svg.setAttribute("viewBox", `0 0 ${this.w} ${this.h}`);
     const range = this.group.range;
     const inside = ([x]) => !range || (x >= range[0] && x <= range[1]);
-    const lines = smooth(this.points, this.group.weight).filter(inside), raw = this.points.filter(inside);
-    const xs = this.points.map((p) => p[0]);
-    [this.x0, this.x1] = range || [Math.min(...xs), Math.max(...xs)];
+    this.lines = this.all.filter((l) => !this.group.hidden.has(l.run)).map((l) => ({
+      ...l, raw: l.points.filter(inside), points: smooth(l.points, this.group.weight).filter(inside) }));
+    const xs = this.all.flatMap((l) => l.points.map((p) => p[0]));
+    const least = (list) => list.reduce((a, b) => Math.min(a, b)), most = (list) => list.reduce((a, b) => Math.max(a, b));
+    [this.x0, this.x1] = range || [least(xs), most(xs)];
     if (this.x0 === this.x1) [this.x0, this.x1] = [this.x0 - 1, this.x1 + 1];
-    const ys = raw.concat(lines).map((p) => p[1]).filter((y) => y !== null);
+    const ys = this.lines.flatMap((l) => l.raw.concat(l.points)).map((p) => p[1]).filter((y) => y !== null);
     if (!ys.length) ys.push(0);
-    let low = ys.reduce((a, b) => Math.min(a, b)), high = ys.reduce((a, b) => Math.max(a, b));
+    const [low, high] = [least(ys), most(ys)];
     const pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     [this.y0, this.y1] = [low - pad, high + pad];
-    this.lines = lines;
     const parts = [];
     for (const t of ticks(this.y0, this.y1, 5)) {
       const y = this.py(t);
@@ -116,45 +120,88 @@ class Chart {
     }
     for (const t of ticks(this.x0, this.x1, Math.max(2, Math.floor(this.w / 90))))
       if (Number.isInteger(t)) parts.push(el("text", { x: this.px(t), y: this.h - 5, "text-anchor": "middle" }, short(t)));
-    if (this.group.weight > 0) parts.push(el("path", { class: "raw", d: this.path(raw) }));
-    parts.push(el("path", { class: "line", d: this.path(lines) }));
-    const points = lines.filter((p) => p[1] !== null);
-    if (points.length < 2) points.forEach(([x, y]) => parts.push(el("circle", { class: "dot", cx: this.px(x), cy: this.py(y), r: 3 })));
+    for (const line of this.lines) {
+      if (this.group.weight > 0) parts.push(el("path", { class: "raw", d: this.path(line.raw), style: `stroke:${line.colour}` }));
+      parts.push(el("path", { class: line.dashed ? "line dashed" : "line", d: this.path(line.points), style: `stroke:${line.colour}` }));
+      const points = line.points.filter((p) => p[1] !== null);
+      if (points.length < 2 || (line.dashed && points.length < 30)) for (const p of points) parts.push(this.dot(line, p, 2.5));
+    }
     this.svg.replaceChildren(...parts);
-    const last = points[points.length - 1];
-    this.value.textContent = last ? show(last[1]) : "no number";
+    this.tell("", this.lines.map((l) => [l, l.points.filter((p) => p[1] !== null).at(-1)]));
+  }
+
+  dot(line, [x, y], r) {
+    return el("circle", { cx: this.px(x), cy: this.py(y), r, style: `fill:${line.colour}` });
+  }
+
+  // Values of lines, beside the name.
+  tell(step, found) {
+    const known = found.filter(([, p]) => p);
+    const values = known.map(([l, p]) => [known.length > 1 ? key(l) : "", show(p[1]), " "]);
+    this.value.replaceChildren(step, ...values.flat().filter((v) => v !== ""), ...(known.length ? [] : ["no number"]));
   }
 
   hover(x) {
-    if (this.from === undefined && !this.lines.length) return;
     this.draw();
     if (this.from !== undefined) {
       const [a, b] = [this.px(this.from), this.px(x)].sort((p, q) => p - q);
       this.svg.append(el("rect", { class: "pick", x: a, y: 6, width: b - a, height: this.h - 26 }));
       return;
     }
-    const known = this.lines.filter((p) => p[1] !== null);
-    if (!known.length) return;
-    const near = known.reduce((best, p) => Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best);
-    const at = this.px(near[0]);
-    this.svg.append(el("line", { class: "hair", x1: at, x2: at, y1: 6, y2: this.h - 20 }),
-      el("circle", { class: "dot", cx: at, cy: this.py(near[1]), r: 3.5 }));
-    this.value.textContent = `step ${show(near[0])}: ${show(near[1])}`;
+    const nearest = (points) => points.reduce((best, p) => Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best);
+    const found = this.lines.map((l) => [l, l.points.filter((p) => p[1] !== null)]).filter(([, p]) => p.length)
+      .map(([l, p]) => [l, nearest(p)]);
+    if (!found.length) return;
+    const near = nearest(found.map(([, p]) => p)), at = this.px(near[0]);
+    this.svg.append(el("line", { class: "hair", x1: at, x2: at, y1: 6, y2: this.h - 20 }), ...found.map(([l, p]) => this.dot(l, p, 3.5)));
+    this.tell(`step ${show(near[0])}: `, found);
   }
+}
+
+function key(line) { return el("i", { class: "key", style: `background:${line.colour}` }); }
+
+// Metrics that never change in any run, and the others. A metric of an evaluation stands in the chart of training's.
+function charted(runs) {
+  const names = [];
+  for (const run of runs) for (const [name] of run.series) if (!name.startsWith("time/") && !names.includes(name)) names.push(name);
+  const of = (run, name) => (run.series.find((s) => s[0] === name) || [null, null])[1];
+  const moves = (points) => points && new Set(points.map((p) => p[1])).size > 1;
+  const still = names.filter((name) => !runs.some((run) => moves(of(run, name))));
+  const table = still.sort((a, b) => rank(a) - rank(b)).map((name) => [name, ...runs.map((run) => {
+    const points = of(run, name);
+    return points ? points[0][1] : "";
+  })]);
+  const charts = new Map();
+  for (const name of names.filter((n) => !still.includes(n))) {
+    const plain = name.startsWith("eval_") && names.includes(name.slice(5)) && !still.includes(name.slice(5)) ? name.slice(5) : name;
+    if (!charts.has(plain)) charts.set(plain, []);
+    runs.forEach((run, i) => {
+      const points = of(run, name), dashed = name !== plain;
+      if (points) charts.get(plain).push({ points, run: i, dashed, label: dashed ? "evaluation" : runs.length > 1 ? run.name : "training",
+        colour: COLOURS[(runs.length > 1 ? i : dashed ? 1 : 0) % COLOURS.length] });
+    });
+  }
+  return [[...charts].sort((a, b) => rank(a[0]) - rank(b[0])), table];
 }
 
 // All charts of a run share their zoom and their smoothing.
 class Group {
-  constructor(series) {
+  constructor(charts, runs) {
     this.weight = 0;
     this.range = null;
-    this.charts = series.map(([name, points]) => new Chart(this, name, points));
+    this.hidden = new Set();
+    this.legend = runs.length > 1;
+    this.charts = charts.map(([name, lines]) => new Chart(this, name, lines));
     const label = el("output", {}, "0");
     const slide = (e) => { this.weight = e.target.value / 100; label.textContent = this.weight.toFixed(2); this.draw(); };
     this.reset = el("button", { type: "button", onclick: () => this.zoom(null) }, "Whole run");
     this.bar = el("div", { class: "bar" },
       el("label", {}, "Smoothing ", el("input", { type: "range", min: 0, max: 98, value: 0, oninput: slide }), " ", label),
       this.reset, el("span", {}, "Drag across a chart to zoom all of them; double-click for the whole run."));
+    const flip = (i) => (e) => { if (e.target.checked) this.hidden.delete(i); else this.hidden.add(i); this.draw(); };
+    this.names = !this.legend ? null : el("div", { class: "bar legend" }, runs.map((run, i) => el("label", {},
+      el("input", { type: "checkbox", checked: "", onchange: flip(i) }), " ", key({ colour: COLOURS[i % COLOURS.length] }), run.name)),
+      charts.some(([, lines]) => lines.some((l) => l.dashed)) ? el("span", {}, "dashed: evaluation") : null);
   }
   zoom(range) { this.range = range; this.draw(); }
   draw() { this.reset.disabled = !this.range; this.charts.forEach((c) => c.draw()); }
@@ -226,10 +273,31 @@ function masks(rows) {
     rows.map((r) => el("div", { class: "mask" }, r.tokens.map((t, i) => el("span", { class: r.mask[i] ? "on" : "" }, t)))));
 }
 
+// What a run is and what it took.
+function facts(list) {
+  return el("div", { class: "card" }, el("dl", { class: "facts" }, list.map(([name, value]) =>
+    el("div", { class: name === "command" || value.length > 60 ? "wide" : "" }, el("dt", {}, name),
+      el("dd", {}, name === "command" ? el("code", {}, value) : value)))));
+}
+
+const groups = [];
+function metrics(runs) {
+  const [charts, still] = charted(runs), parts = [];
+  if (charts.length) {
+    const group = new Group(charts, runs);
+    groups.push(group);
+    parts.push(el("h3", {}, "Metrics"), group.names, group.bar, el("div", { class: "cards" }, group.charts.map((c) => c.card)));
+  }
+  const columns = ["metric", ...(runs.length > 1 ? runs.map((run) => run.name) : ["value"])];
+  if (still.length) parts.push(el("details", {}, el("summary", {}, `${still.length} metrics that never change`),
+    table({ columns, rows: still.map((row) => row.map((v) => typeof v === "number" ? show(v) : v === null ? "" : v)) })));
+  return parts.filter((p) => p);
+}
+
 const main = document.getElementById("main"), nav = document.getElementById("nav");
 document.getElementById("title").textContent = data.title;
 if (data.table) main.append(el("h3", {}, "Before and after"), table(data.table));
-const groups = [];
+if (data.overlay) main.append(...metrics(data.runs));
 data.runs.forEach((run, i) => {
   const id = "run-" + i, part = el("section", { class: "run", id });
   main.append(part);
@@ -237,15 +305,11 @@ data.runs.forEach((run, i) => {
     nav.append(el("a", { href: "#" + id }, run.name));
     part.append(el("h2", {}, run.name));
   }
+  if (run.facts.length) part.append(facts(run.facts));
   run.notes.forEach((n) => part.append(el("p", { class: "note" }, n)));
   if (run.table) part.append(el("h3", {}, "Before and after"), table(run.table));
+  if (!data.overlay) part.append(...metrics([run]));
   const times = run.series.filter(([name]) => name.startsWith("time/"));
-  const curves = run.series.filter(([name]) => !name.startsWith("time/")).sort((a, b) => rank(a[0]) - rank(b[0]));
-  if (curves.length) {
-    const group = new Group(curves);
-    groups.push(group);
-    part.append(el("h3", {}, "Metrics"), group.bar, el("div", { class: "cards" }, group.charts.map((c) => c.card)));
-  }
   if (times.length) part.append(el("h3", {}, "Where the time goes"), timeSplit(times));
   if (run.samples.length) part.append(el("h3", {}, "Samples and their rewards"), samples(run.samples));
   if (run.masks.length) part.append(el("h3", {}, "Loss mask"), masks(run.masks));

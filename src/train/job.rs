@@ -9,8 +9,9 @@ use std::path::Path;
 
 use super::inputs::RunInputs;
 use super::plan::{self, PlanRequest};
-use super::run::{Run, Summary, flops_per_token, peak_flops};
+use super::run::{Run, flops_per_token, peak_flops};
 use super::state::parts_of;
+use super::summary::Summary;
 use super::tuning::{prepare, scheme};
 use super::{StepPlan, Trainer};
 use crate::autograd::Cx;
@@ -24,7 +25,7 @@ use crate::model::adapter::Adapter;
 use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::folder;
 use crate::model::layout::{ModelConfig, Task};
-use crate::observer::Observer;
+use crate::observer::{Observer, number};
 use crate::report::MaskRow;
 use crate::rewards::RewardFunction;
 use crate::signals::Stop;
@@ -139,11 +140,17 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let peak = peak_flops(&cx.device.name());
     let (trained, base) = (model.trained().trained_count(), model.params.count());
     let all = base + model.adapter.as_ref().map_or(0, Adapter::count);
+    let parameters = format!(
+        "{} of {} ({})",
+        number::count(trained as f64),
+        number::count(all as f64),
+        number::percent(trained as f64 / all.max(1) as f64)
+    );
     observer.info(&format!(
-        "trainable params: {trained} || all params: {all} || trainable%: {:.4}; {} rows a step",
-        100.0 * trained as f64 / all.max(1) as f64,
+        "parameters trained: {parameters}; {} rows a step",
         training.per_device_train_batch_size * training.gradient_accumulation_steps
     ));
+    let facts = facts(job, &cx, &parameters);
     let steps = match method.micro_batches() {
         Some(n) => StepPlan::online(training, n)?,
         None => StepPlan::new(training, method.rows())?,
@@ -164,6 +171,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
             .iter()
             .map(|row| mask_row(&tokenizer, row))
             .collect::<Result<Vec<_>>>()?,
+        facts,
     };
     let summary = whole.train(&mut trainer, &mut *method)?;
     Ok(FinishedJob { cx: trainer.cx, total_steps: trainer.plan.total_steps, summary })
@@ -196,6 +204,34 @@ fn same_inputs(inputs: &RunInputs, job: &Job, observer: &dyn Observer) -> Result
         "--resume continues the run of {name}, but its inputs have changed:\n  {changes}\nGive the \
          same inputs, start another run in another --output, or set resume_with_changes=true."
     )))
+}
+
+/// What the page says of a run before its curves.
+fn facts(job: &Job, cx: &Cx, parameters: &str) -> Vec<(String, String)> {
+    let mut files: Vec<String> = Vec::new();
+    for row in job.train {
+        let file = row.file.display().to_string();
+        if files.last() != Some(&file) && !files.contains(&file) {
+            files.push(file);
+        }
+    }
+    let mut rows = number::count(job.train.len() as f64);
+    if !job.eval.is_empty() {
+        rows += &format!(", and {} to evaluate on", number::count(job.eval.len() as f64));
+    }
+    let adapter = job.adapter.map(|dir| format!(" with {}", dir.display())).unwrap_or_default();
+    [
+        ("method", job.run.method.name().to_string()),
+        ("model", format!("{}{adapter}", job.model.display())),
+        ("parameters", format!("{parameters} trained")),
+        ("data", files.join(", ")),
+        ("rows", rows),
+        ("device", cx.device.name()),
+        ("dtype", cx.dtype.name().to_string()),
+        ("command", job.command.to_string()),
+    ]
+    .map(|(name, value)| (name.to_string(), value))
+    .to_vec()
 }
 
 /// Tokens of a row that the report shows, at most.

@@ -11,6 +11,7 @@ pub mod plan;
 pub mod run;
 pub mod state;
 mod step;
+pub mod summary;
 mod training;
 pub mod tuning;
 

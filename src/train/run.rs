@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::inputs::{self, RunInputs};
 use super::state::{FolderParts, RunState};
+use super::summary::Summary;
 use super::{Step, Trainer};
 use crate::checkpoint::{self, CheckpointWriter, RunFolder};
 use crate::config::When;
@@ -34,14 +35,8 @@ pub struct Run<'a> {
     pub flops_per_token: f64,
     /// Some training rows, for report.html.
     pub masks: Vec<MaskRow>,
-}
-
-/// What a finished run can say of itself.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Summary {
-    pub num_tokens: u64,
-    /// As last logged; NaN if the run had nothing left to do.
-    pub loss: f64,
+    /// What the page says of the run before its curves: a name, and a value.
+    pub facts: Vec<(String, String)>,
 }
 
 impl Run<'_> {
@@ -61,20 +56,28 @@ impl Run<'_> {
         fsio::atomic_write(dir.join("config.toml"), self.config_toml.as_bytes())?;
         let total = trainer.plan.total_steps;
         let observer = trainer.cx.observer.clone();
-        let mut log = RunLog::create(dir, resumed, total, observer.clone())?;
+        let (first, before) = (trainer.done, state.num_tokens);
+        let mut log = RunLog::create(dir, resumed, before, total, observer.clone())?;
+        if trainer.config.report_to.iter().any(|to| to == "tensorboard" || to == "all") {
+            log = log.with_tensorboard(resumed);
+        }
         for note in self.folder.notes() {
             observer.info(note);
         }
         if let Some(step) = resumed {
             observer.info(&format!("resumed at step {step} of {total}"));
         }
+        let summary = |trainer: &Trainer, state: &RunState, log: &RunLog| {
+            let peak = trainer.cx.pool.in_use().1 as u64;
+            Summary::new(log, trainer.done - first, state.num_tokens, before, peak)
+        };
         if trainer.done >= total {
             observer.info("this run is finished; nothing is left to do");
         }
         while trainer.done < total {
             if self.stop.requested() {
                 self.save(trainer, method, &state, &log)?;
-                self.page(&*observer);
+                self.page(&*observer, &summary(trainer, &state, &log));
                 let message = format!(
                     "stopped after step {} of {total}; go on with the same command and --resume",
                     trainer.done
@@ -92,7 +95,7 @@ impl Run<'_> {
                             trainer.done
                         ));
                     }
-                    self.page(&*observer);
+                    self.page(&*observer, &summary(trainer, &state, &log));
                     return Err(e);
                 }
             };
@@ -105,16 +108,8 @@ impl Run<'_> {
         }
         self.folder.discard_overwritten()?;
         log.sync()?;
-        self.page(&*observer);
-        let losses = log
-            .history()
-            .iter()
-            .rev()
-            .filter_map(|line| line.get("loss").and_then(serde_json::Value::as_f64));
-        let summary = Summary {
-            num_tokens: state.num_tokens,
-            loss: losses.into_iter().next().unwrap_or(f64::NAN),
-        };
+        let summary = summary(trainer, &state, &log);
+        self.page(&*observer, &summary);
         Ok(summary)
     }
 
@@ -156,6 +151,9 @@ impl Run<'_> {
             }
             metrics.push(("peak_memory", (trainer.cx.pool.in_use().1 as u64).into()));
             log.log(step.number, &metrics)?;
+            for completion in method.shown_completions() {
+                trainer.cx.observer.info(&completion);
+            }
         }
         let evaluate = match trainer.config.eval_strategy {
             When::No => false,
@@ -184,10 +182,14 @@ impl Run<'_> {
 
     /// Writes report.html of the whole run, resumed or not. A page that cannot be written ends no
     /// run.
-    fn page(&self, observer: &dyn Observer) {
+    fn page(&self, observer: &dyn Observer, summary: &Summary) {
         let dir = self.folder.path();
-        let input =
-            report::read_input(dir).map(|kept| ReportInput { masks: self.masks.clone(), ..kept });
+        let facts = [self.facts.clone(), summary.lines()].concat();
+        let input = report::read_input(dir).map(|kept| ReportInput {
+            masks: self.masks.clone(),
+            facts,
+            ..kept
+        });
         if let Err(e) = input.and_then(|input| report::write(dir, &input)) {
             observer.warn(&format!("{} was not written: {e}", report::FILE));
         }

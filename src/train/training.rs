@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::job::{FinishedJob, Job, execute};
+use super::summary::{Summary, next_commands};
 use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
 use crate::config::{self, TrainingConfig};
@@ -20,6 +21,7 @@ use crate::methods::{BuildMethod, MethodRun};
 use crate::methods::{MethodEntry, registry};
 use crate::model::hub::resolve_model;
 use crate::observer::{Observer, Terminal};
+use crate::report;
 use crate::rewards::{RewardFunction, RewardRow};
 use crate::signals::Stop;
 
@@ -179,8 +181,24 @@ impl Training {
         let cx = Cx::open(&self.run.training, self.observer.clone())?;
         let folder = prepare_output(&self.output, self.overwrite, self.resume)?;
         let finished = self.execute(cx, &dir, &folder)?;
-        self.observer.info(&format!("wrote {}", self.output.display()));
+        self.observer.summary(&self.summary(&finished.summary));
         Ok(finished)
+    }
+
+    /// What the run took and reached, where it is, and what to try next.
+    fn summary(&self, summary: &Summary) -> String {
+        let out = &self.output;
+        let data = if self.eval_data.is_empty() { &self.data } else { &self.eval_data };
+        let is_adapter = out.join("adapter_config.json").is_file();
+        let next = next_commands(&self.run, &self.model, out, is_adapter, data);
+        let what = if is_adapter { "adapter" } else { "model" };
+        format!(
+            "\ndone\n{summary}\n  {what:<14} {}\n  {:<14} {}\n\nnext\n  {}",
+            out.display(),
+            "page",
+            out.join(report::FILE).display(),
+            next.join("\n  ")
+        )
     }
 
     /// As [`Training::run`], on a context that is there already, with its device, dtype and

@@ -53,6 +53,9 @@ impl Observer for Heard {
     fn metrics(&self, step: u64, total: u64, metrics: &[(&str, MetricValue)]) {
         self.add("metrics", format!("{step}/{total} {}", metrics[0].0));
     }
+    fn summary(&self, text: &str) {
+        self.add("summary", text.into());
+    }
     fn end(&self) {
         self.add("end", String::new());
     }
@@ -169,11 +172,11 @@ fn an_observer_hears_the_run_in_order() {
     run.observer(heard.clone()).run().unwrap();
     let all = heard.0.lock().unwrap();
     let what: Vec<&str> = all.iter().map(|(what, _)| *what).collect();
-    let rest = ["info"; 4].into_iter().chain(["begin", "metrics", "metrics", "end", "info"]);
+    let rest = ["info"; 4].into_iter().chain(["begin", "metrics", "metrics", "end", "summary"]);
     assert_eq!(what, std::iter::once("note").chain(rest).collect::<Vec<_>>(), "{all:?}");
     assert!(all[0].1.starts_with("num_train_epochs has no effect"), "{all:?}");
     assert!(all[1].1.starts_with("device: "), "{all:?}");
     assert_eq!(all[5].1, "0/2");
     assert_eq!(all[7].1, "2/2 loss");
-    assert!(all[9].1.starts_with("wrote "), "{all:?}");
+    assert!(all[9].1.contains("peak memory"), "{all:?}");
 }

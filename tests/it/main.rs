@@ -34,3 +34,4 @@ mod sft;
 mod shim;
 mod signature;
 mod support;
+mod terminal;

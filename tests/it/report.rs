@@ -68,6 +68,7 @@ fn input() -> ReportInput {
     ]);
     let mask = (0..tokens.len()).map(|i| i >= 9).collect();
     ReportInput {
+        facts: vec![("model".into(), "<b>a model</b>".into())],
         title: "GRPO on sums".into(),
         notes: strings(&["0.4M parameters, on the CPU."]),
         table: Some(Table {

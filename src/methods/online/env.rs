@@ -24,6 +24,8 @@ use crate::methods::reference::{Reference, ReferenceSetup};
 use crate::methods::{MethodInputs, Metric};
 use crate::model::batch::{Batch, Group, Sequence};
 use crate::model::decoder::Decoder;
+use crate::observer::number;
+use crate::observer::output::clean;
 use crate::ops::head::head_logps;
 use crate::rewards::Scores;
 
@@ -44,6 +46,8 @@ pub struct RolloutEnv {
     pub reference: Reference,
     sync: ReferenceSyncOptions,
     log_completions: bool,
+    /// With `log_completions`: the best and the worst of the last generation, until they are shown.
+    pub shown: Vec<String>,
     /// Lines for completions.jsonl.
     pub log: Vec<Value>,
     seconds: Seconds,
@@ -75,6 +79,7 @@ impl RolloutEnv {
             reference: Reference::default(),
             sync: options.sync.clone(),
             log_completions: options.rewards.log_completions,
+            shown: Vec::new(),
             log: Vec::new(),
             seconds: Seconds::default(),
         })
@@ -202,9 +207,8 @@ impl RolloutEnv {
         1.0 / self.sampler.options.temperature as f32
     }
 
-    /// Lines of completions.jsonl, and with `log_completions` the observer hears of the best and
-    /// the worst.
-    pub fn record(&mut self, cx: &Cx, rollouts: &[Rollout], scores: &Scores, advantages: &[f64]) {
+    /// Lines of completions.jsonl, and with `log_completions` the best and the worst to show.
+    pub fn record(&mut self, rollouts: &[Rollout], scores: &Scores, advantages: &[f64]) {
         let total = scores.total();
         for (i, r) in rollouts.iter().enumerate() {
             let names = scores.names.iter().zip(&scores.each);
@@ -223,12 +227,12 @@ impl RolloutEnv {
         let rows = || (0..rollouts.len()).filter(known);
         let best = rows().max_by(|a, b| value(a).total_cmp(&value(b)));
         let worst = rows().min_by(|a, b| value(a).total_cmp(&value(b)));
-        for (word, i) in [("best", best), ("worst", worst)] {
-            if let Some(i) = i {
-                let text = rollouts[i].text.replace('\n', " ");
-                cx.observer.info(&format!("{word} completion, reward {:.3}: {text}", value(&i)));
-            }
-        }
+        let show = |(word, i): (&str, Option<usize>)| {
+            let i = i?;
+            let text = excerpt(&rollouts[i].text);
+            Some(format!("  {word} completion, reward {}: {text}", number::decimal(value(&i))))
+        };
+        self.shown = [("best", best), ("worst", worst)].into_iter().filter_map(show).collect();
     }
 
     /// Lines of completions.jsonl for completions that nothing scores; `by` says who wrote them.
@@ -267,4 +271,19 @@ impl RolloutEnv {
         self.seconds = Seconds::default();
         Ok(metrics::of_generation(&rollouts, &scores))
     }
+}
+
+/// Characters of a completion that are shown, at most.
+const EXCERPT: usize = 300;
+
+/// The beginning of a text, in one line.
+fn excerpt(text: &str) -> String {
+    let mut characters = text.chars();
+    let mut shown: String = characters.by_ref().take(EXCERPT).collect();
+    let rest = characters.count();
+    shown = clean(&shown).split_whitespace().collect::<Vec<_>>().join(" ");
+    if rest > 0 {
+        shown += &format!(" [{rest} more characters]");
+    }
+    shown
 }

@@ -184,6 +184,10 @@ impl<O: OnlineObjective> Method for OnlineMethod<O> {
         std::mem::take(&mut self.objective.env_mut().log)
     }
 
+    fn shown_completions(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.objective.env_mut().shown)
+    }
+
     fn state(&self) -> Result<StateFiles> {
         let mut files = self.objective.env().reference.state()?;
         files.extend(self.objective.state()?);

@@ -172,7 +172,7 @@ impl OnlineDpo {
             });
         }
         metrics.push(("ties_dropped".into(), (prompts.len() - pairs.len()) as f64));
-        self.env.record(cx, &rollouts, &scores, &places);
+        self.env.record(&rollouts, &scores, &places);
         self.buffer.replace(step, pairs);
         self.buffer.pending = metrics;
         Ok(pair_of_prompt)

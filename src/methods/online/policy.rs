@@ -224,7 +224,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         let WeighedRollouts { advantages, metrics } = self.objective.advantages(&mut context)?;
         self.buffer.pending = metrics::of_generation(&rollouts, &scores);
         self.buffer.pending.extend(metrics);
-        self.env.record(cx, &rollouts, &scores, &advantages);
+        self.env.record(&rollouts, &scores, &advantages);
         // Shuffled, so that a micro-batch is not one group; then prompts side by side in each, to
         // share their rows.
         let order = permutation(rollouts.len(), self.seed ^ seed::ROLLOUTS, g as u32);

@@ -117,7 +117,7 @@ impl Ppo {
         let scores = self.env.score(cx, Split::Train, &rollouts)?;
         self.buffer.pending = of_generation(&rollouts, &scores);
         let totals: Vec<f64> = scores.total().into_iter().map(|s| s.unwrap_or(0.0)).collect();
-        self.env.record(cx, &rollouts, &scores, &totals);
+        self.env.record(&rollouts, &scores, &totals);
         let context = GenerationContext {
             env: &self.env,
             critic: self.critic()?,

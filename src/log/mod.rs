@@ -3,17 +3,21 @@
 //!
 //! Invariant: a number is never replaced by another. NaN is written as `null` beside `"nan": true`.
 
+mod tensorboard;
+
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::observer::{MetricValue, Observer, Progress};
+
+use tensorboard::EventFile;
 
 const METRICS: &str = "metrics.jsonl";
 const COMPLETIONS: &str = "completions.jsonl";
@@ -24,6 +28,8 @@ pub struct RunLog {
     file: File,
     /// completions.jsonl, from the first completion on.
     completions: Option<File>,
+    /// For TensorBoard, where the run asks for it.
+    events: Option<EventFile>,
     history: Vec<Map<String, Value>>,
     observer: Arc<dyn Observer>,
     total: u64,
@@ -33,10 +39,12 @@ pub struct RunLog {
 impl RunLog {
     /// Begins `output_dir/metrics.jsonl`. With `resume_from_step`, its lines up to that step stay
     /// and later ones (and a line that was cut short) go, so that the file becomes that of an
-    /// uninterrupted run, timing fields apart. `total_steps` is what the observer is told.
+    /// uninterrupted run, timing fields apart. `tokens` is what it
+    /// has trained on before, `total_steps` what the observer is told.
     pub fn create(
         output_dir: impl AsRef<Path>,
         resume_from_step: Option<u64>,
+        tokens: u64,
         total_steps: u64,
         observer: Arc<dyn Observer>,
     ) -> Result<Self> {
@@ -53,11 +61,22 @@ impl RunLog {
             path,
             file,
             completions: None,
+            events: None,
             history,
             observer,
             total: total_steps,
-            pace: Pace::start(first),
+            pace: Pace::start(first, tokens),
         })
+    }
+
+    /// Writes an event file for TensorBoard from here on; one of before a resume goes on.
+    pub fn with_tensorboard(mut self, resume_from_step: Option<u64>) -> Self {
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        match EventFile::create(dir, resume_from_step) {
+            Ok(file) => self.events = Some(file),
+            Err(e) => self.observer.warn(&format!("no event file is written: {e}")),
+        }
+        self
     }
 
     /// Logs `metrics` of a step: a line of the file. A key given twice
@@ -67,6 +86,10 @@ impl RunLog {
         let text = format!("{}\n", Value::Object(line.clone()));
         self.file.write_all(text.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
         self.history.push(line);
+        if let Some(Err(e)) = self.events.as_mut().map(|file| file.add(step, metrics)) {
+            self.observer.warn(&format!("the event file ends here: {e}"));
+            self.events = None;
+        }
         self.observer.metrics(step, self.total, metrics);
         Ok(())
     }
@@ -100,12 +123,19 @@ impl RunLog {
             total: self.total,
             steps_per_second: self.pace.steps,
             tokens_per_second: self.pace.tokens,
+            elapsed: self.elapsed(),
+            left: self.pace.left(step, self.total),
         });
     }
 
-    /// Tokens a second over the last steps, for `tokens_per_second`. 0 before the second step.
+    /// Tokens a second over the last steps, for `tokens_per_second`.
     pub fn tokens_per_second(&self) -> f64 {
         self.pace.tokens
+    }
+
+    /// Since the log was begun: for a resumed run, since it went on.
+    pub fn elapsed(&self) -> Duration {
+        self.pace.begin.elapsed()
     }
 
     /// Everything logged so far is on disk: call it before a checkpoint is finished.
@@ -159,28 +189,37 @@ impl Drop for RunLog {
 /// Steps and tokens a second, over about the last ten seconds.
 #[derive(Debug)]
 struct Pace {
+    begin: Instant,
+    first: u64,
     since: Instant,
-    from: Option<(u64, u64)>, // step, tokens at `since`
+    /// Step and tokens at `since`.
+    from: (u64, u64),
     steps: f64,
     tokens: f64,
 }
 
 impl Pace {
-    fn start(step: u64) -> Self {
-        Pace { since: Instant::now(), from: (step == 0).then_some((0, 0)), steps: 0.0, tokens: 0.0 }
+    /// `tokens` of before a resume are not counted.
+    fn start(step: u64, tokens: u64) -> Self {
+        let begin = Instant::now();
+        Pace { begin, first: step, since: begin, from: (step, tokens), steps: 0.0, tokens: 0.0 }
     }
 
     fn at(&mut self, step: u64, tokens: u64) {
-        let Some((step0, tokens0)) = self.from else {
-            (self.since, self.from) = (Instant::now(), Some((step, tokens))); // resumed: tokens of before are not ours
-            return;
-        };
         let seconds = self.since.elapsed().as_secs_f64().max(1e-9);
-        self.steps = step.saturating_sub(step0) as f64 / seconds;
-        self.tokens = tokens.saturating_sub(tokens0) as f64 / seconds;
+        self.steps = step.saturating_sub(self.from.0) as f64 / seconds;
+        self.tokens = tokens.saturating_sub(self.from.1) as f64 / seconds;
         if seconds > 10.0 {
-            (self.since, self.from) = (Instant::now(), Some((step, tokens)));
+            (self.since, self.from) = (Instant::now(), (step, tokens));
         }
+    }
+
+    /// The time of the remaining steps at the mean pace of all, evaluations and checkpoints
+    /// included.
+    fn left(&self, step: u64, total: u64) -> Option<Duration> {
+        let done = step.checked_sub(self.first).filter(|n| *n > 0)?;
+        let rest = total.saturating_sub(step) as f64 / done as f64;
+        Duration::try_from_secs_f64(self.begin.elapsed().as_secs_f64() * rest).ok()
     }
 }
 
@@ -253,10 +292,23 @@ mod tests {
     }
 
     #[test]
+    fn the_rate_after_a_resume_is_that_since_the_resume() {
+        let mut pace = Pace::start(100, 1_000_000);
+        std::thread::sleep(Duration::from_millis(20));
+        pace.at(101, 1_000_500);
+        // 500 tokens in at least 20 ms; tokens of before would make it 50 million a second.
+        assert!(pace.tokens > 0.0 && pace.tokens <= 25_000.0, "{}", pace.tokens);
+        assert!(pace.steps > 0.0 && pace.steps <= 50.0, "{}", pace.steps);
+        let left = pace.left(101, 103).unwrap();
+        assert!(left >= Duration::from_millis(40), "{left:?}");
+        assert_eq!(pace.left(100, 103), None);
+    }
+
+    #[test]
     fn a_resumed_log_equals_an_uninterrupted_one() {
         let dir = tempfile::tempdir().unwrap();
         let run = |resume: Option<u64>, steps: std::ops::RangeInclusive<u64>| {
-            let mut log = RunLog::create(dir.path(), resume, 6, Arc::new(Silent)).unwrap();
+            let mut log = RunLog::create(dir.path(), resume, 0, 6, Arc::new(Silent)).unwrap();
             for step in steps {
                 log.step(step, step * 10);
                 log.log(
