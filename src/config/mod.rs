@@ -12,6 +12,7 @@ mod eval;
 mod foreign;
 mod generate;
 mod peft;
+mod reward_specs;
 mod shared;
 mod training;
 pub mod value;
@@ -26,8 +27,10 @@ use crate::error::{Error, Result, nearest};
 use crate::fsio;
 
 pub use eval::EvalConfig;
+pub use foreign::is_foreign;
 pub use generate::GenerateConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
+pub use reward_specs::{REWARD_NAMES, RewardSpecs};
 pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
     SamplingOptions, TruncationMode, TruncationOptions,
@@ -212,7 +215,7 @@ pub fn load_with(
         match text.split_once('=') {
             Some((key, value)) => {
                 items.push((
-                    key.trim().into(),
+                    key.trim().replace('-', "_"),
                     Given::Text(value.trim().into()),
                     Source::CommandLine,
                 ));
@@ -368,7 +371,7 @@ fn apply(
         Some(Err(expected)) => {
             report.problem(format!("{source}: {key} = {shown}: expected {expected}"))
         }
-        None => match foreign::fate(&key, &given) {
+        None => match foreign::fate(&key, &given, known) {
             Some(Fate::Means(ours, value, why)) => {
                 meant.push((ours, Given::Text(value), source, why))
             }
