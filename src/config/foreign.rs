@@ -5,7 +5,6 @@
 //! no effect; one that would change the numbers, if it were obeyed, is an error unless its value is
 //! neutral.
 
-use super::Key;
 use super::value::Given;
 
 pub enum Fate {
@@ -19,13 +18,13 @@ pub enum Fate {
 
 /// Whether TRL or transformers has the key, as far as we know.
 pub fn is_foreign(key: &str) -> bool {
-    fate(key, &Given::Text(String::new()), &[]).is_some()
+    fate(key, &Given::Text(String::new()), false).is_some()
         || ["torch_dtype", "evaluation_strategy"].contains(&key)
 }
 
-/// What becomes of a foreign key; None if neither TRL nor transformers has it, as far as we know.
-pub fn fate(key: &str, given: &Given, known: &[Key]) -> Option<Fate> {
-    if let Some(fate) = meaning(key, given, known) {
+/// What becomes of a foreign key, in a method that generates (`online`) or another; None if neither TRL nor transformers has it, as far as we know.
+pub fn fate(key: &str, given: &Given, online: bool) -> Option<Fate> {
+    if let Some(fate) = meaning(key, given, online) {
         return Some(fate);
     }
     if let Some((_, why)) = NO_EFFECT.iter().find(|(keys, _)| keys.contains(&key)) {
@@ -37,7 +36,7 @@ pub fn fate(key: &str, given: &Given, known: &[Key]) -> Option<Fate> {
     Some(if neutral { Fate::NoEffect("it is off here too") } else { Fate::Refused(message) })
 }
 
-fn meaning(key: &str, given: &Given, known: &[Key]) -> Option<Fate> {
+fn meaning(key: &str, given: &Given, online: bool) -> Option<Fate> {
     let shown = given.shown().to_lowercase();
     let means = |key, value: &str, why| Some(Fate::Means(key, value.to_string(), why));
     match (key, shown.trim_matches('"')) {
@@ -57,7 +56,7 @@ fn meaning(key: &str, given: &Given, known: &[Key]) -> Option<Fate> {
             means("train_sampling_strategy", "random", "shuffle_dataset = true")
         }
         // Online, TRL takes the order from it; elsewhere it shuffles before the sampler does.
-        ("shuffle_dataset", "false") if known.iter().any(|k| k.name == "num_generations") => {
+        ("shuffle_dataset", "false") if online => {
             means("train_sampling_strategy", "sequential", "shuffle_dataset = false")
         }
         ("evaluation_strategy", _) => means(

@@ -364,6 +364,7 @@ fn apply(
     report: &mut Report,
 ) {
     let shown = given.shown();
+    let online = known.iter().any(|key| key.name == "num_generations");
     match sections.iter_mut().find_map(|s| s.set(&key, &given)) {
         Some(Ok(())) => {
             report.given.insert(key, source);
@@ -371,7 +372,7 @@ fn apply(
         Some(Err(expected)) => {
             report.problem(format!("{source}: {key} = {shown}: expected {expected}"))
         }
-        None => match foreign::fate(&key, &given, known) {
+        None => match foreign::fate(&key, &given, online) {
             Some(Fate::Means(ours, value, why)) => {
                 meant.push((ours, Given::Text(value), source, why))
             }
