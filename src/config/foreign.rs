@@ -22,7 +22,8 @@ pub fn is_foreign(key: &str) -> bool {
         || ["torch_dtype", "evaluation_strategy"].contains(&key)
 }
 
-/// What becomes of a foreign key, in a method that generates (`online`) or another; None if neither TRL nor transformers has it, as far as we know.
+/// What becomes of a foreign key, in a method that generates (`online`) or another; None if neither
+/// TRL nor transformers has it, as far as we know.
 pub fn fate(key: &str, given: &Given, online: bool) -> Option<Fate> {
     if let Some(fate) = meaning(key, given, online) {
         return Some(fate);
