@@ -9,6 +9,7 @@ mod chat;
 mod check;
 mod data;
 mod eval;
+mod forms;
 mod generate;
 mod inspect;
 mod launches;
@@ -20,7 +21,9 @@ mod train;
 
 use clap::{Args as _, FromArgMatches, Subcommand};
 
+use crate::config::{EvalConfig, GenerateConfig, Key, Section};
 use crate::methods::MethodEntry;
+use crate::methods::offline::sft::METHOD as SFT;
 use crate::methods::registry::REGISTRY;
 use crate::observer::output::{is_reader_gone, note_line};
 
@@ -59,8 +62,34 @@ enum Parsed {
     Other(Command),
 }
 
+/// The options that a command takes beside its arguments; None: it takes none.
+fn options(name: &str) -> Option<Vec<Key>> {
+    let method = REGISTRY.iter().copied().find(|e| e.name == name);
+    let of = |entry: &MethodEntry| (entry.run)().sections().iter().flat_map(|s| s.keys()).collect();
+    match name {
+        _ if method.is_some() => method.map(of),
+        "data" | "inspect" => Some(of(&SFT)),
+        "generate" | "chat" => Some(GenerateConfig::default().keys()),
+        "eval" => Some([EvalConfig::default().keys(), GenerateConfig::default().keys()].concat()),
+        _ => None,
+    }
+}
+
+/// The command line in one form: see [`forms::normal`]. What is not UTF-8 is left as it is.
+fn arguments(temper: &clap::Command) -> Vec<std::ffi::OsString> {
+    let given: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let text: Option<Vec<String>> =
+        given.iter().map(|arg| arg.to_str().map(String::from)).collect();
+    let Some([program, name, rest @ ..]) = text.as_deref() else { return given };
+    let Some(own) = temper.find_subcommand(name) else { return given };
+    let normal = forms::normal(own, options(name).as_deref(), rest);
+    [program.clone(), name.clone()].into_iter().chain(normal).map(Into::into).collect()
+}
+
 fn parse() -> std::result::Result<Parsed, clap::Error> {
-    let matches = command().try_get_matches()?;
+    let temper = command();
+    let arguments = arguments(&temper);
+    let matches = temper.try_get_matches_from(arguments)?;
     if let Some((name, own)) = matches.subcommand()
         && let Some(entry) = REGISTRY.iter().find(|e| e.name == name)
     {

@@ -16,9 +16,16 @@ pub enum Fate {
     Refused(&'static str),
 }
 
-/// What becomes of a foreign key; None if neither TRL nor transformers has it, as far as we know.
-pub fn fate(key: &str, given: &Given) -> Option<Fate> {
-    if let Some(fate) = meaning(key, given) {
+/// Whether TRL or transformers has the key, as far as we know.
+pub fn is_foreign(key: &str) -> bool {
+    fate(key, &Given::Text(String::new()), false).is_some()
+        || ["torch_dtype", "evaluation_strategy"].contains(&key)
+}
+
+/// What becomes of a foreign key, in a method that generates (`online`) or another; None if neither
+/// TRL nor transformers has it, as far as we know.
+pub fn fate(key: &str, given: &Given, online: bool) -> Option<Fate> {
+    if let Some(fate) = meaning(key, given, online) {
         return Some(fate);
     }
     if let Some((_, why)) = NO_EFFECT.iter().find(|(keys, _)| keys.contains(&key)) {
@@ -30,7 +37,7 @@ pub fn fate(key: &str, given: &Given) -> Option<Fate> {
     Some(if neutral { Fate::NoEffect("it is off here too") } else { Fate::Refused(message) })
 }
 
-fn meaning(key: &str, given: &Given) -> Option<Fate> {
+fn meaning(key: &str, given: &Given, online: bool) -> Option<Fate> {
     let shown = given.shown().to_lowercase();
     let means = |key, value: &str, why| Some(Fate::Means(key, value.to_string(), why));
     match (key, shown.trim_matches('"')) {
@@ -46,6 +53,13 @@ fn meaning(key: &str, given: &Given) -> Option<Fate> {
             "transformers 5 has warmup_ratio in warmup_steps",
         ),
         ("do_sample", "false") => means("temperature", "0", "do_sample = false"),
+        ("shuffle_dataset", "true") => {
+            means("train_sampling_strategy", "random", "shuffle_dataset = true")
+        }
+        // Online, TRL takes the order from it; elsewhere it shuffles before the sampler does.
+        ("shuffle_dataset", "false") if online => {
+            means("train_sampling_strategy", "sequential", "shuffle_dataset = false")
+        }
         ("evaluation_strategy", _) => means(
             "eval_strategy",
             shown.trim_matches('"'),
@@ -141,6 +155,55 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         "the command says what is done",
     ),
     (
+        &[
+            "vllm_mode",
+            "vllm_model_impl",
+            "vllm_enable_sleep_mode",
+            "vllm_server_base_url",
+            "vllm_server_host",
+            "vllm_server_port",
+            "vllm_server_timeout",
+            "vllm_group_port",
+            "vllm_gpu_memory_utilization",
+            "vllm_max_model_length",
+            "vllm_tensor_parallel_size",
+            "use_vllm",
+            "use_transformers_continuous_batching",
+            "transformers_continuous_batching_config",
+            "use_transformers_paged",
+            "cache_implementation",
+        ],
+        "the engine's own sampler generates",
+    ),
+    (
+        &[
+            "vllm_importance_sampling_correction",
+            "vllm_importance_sampling_mode",
+            "vllm_importance_sampling_clip_max",
+            "vllm_importance_sampling_clip_min",
+            "vllm_importance_sampling_cap",
+        ],
+        "the sampler's log-probs are the trainer's: there is nothing to correct",
+    ),
+    (&["ds3_gather_for_generation", "ignore_bias_buffers"], "a run has one GPU"),
+    (&["cast_lm_head_to_fp32"], "the head's logits are float32 sums anyway"),
+    (
+        &[
+            "log_multimodal",
+            "num_completions_to_print",
+            "log_unique_prompts",
+            "log_completions_hub_repo",
+        ],
+        "completions.jsonl holds every completion",
+    ),
+    (&["bnb_4bit_quant_storage"], "it changes where 4-bit codes lie, not their values"),
+    (&["lora_task_type"], "the command says what is trained"),
+    (&["dataset_train_split", "dataset_test_split"], "--data and --eval-data name files"),
+    (
+        &["entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"],
+        "only use_adaptive_entropy reads it, which is refused",
+    ),
+    (
         &["eval_accumulation_steps", "metric_for_best_model", "greater_is_better"],
         "nothing here reads it",
     ),
@@ -160,7 +223,7 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
         &["false"],
         "what fits in memory is found without changing the batch; leave it out",
     ),
-    ("shuffle_dataset", &["false"], "train_sampling_strategy = \"random\" shuffles; leave it out"),
+    ("shuffle_dataset", &["false"], "give true or false"),
     ("eval_packing", &[], "evaluation rows are treated as training rows; leave it out"),
     ("logging_strategy", &["steps"], "give logging_steps"),
     ("load_best_model_at_end", &["false"], "the last model is the result; leave it out"),
@@ -188,6 +251,25 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ),
     ("repetition_penalty", &["1", "1.0"], "it would change the distribution; leave it out"),
     ("num_beams", &["1"], "completions are sampled, or greedy with temperature = 0"),
+    ("num_generations_eval", &[], "evaluation has num_generations, too; leave it out"),
+    (
+        "generation_batch_size",
+        &[],
+        "give steps_per_generation: generation_batch_size / per_device_train_batch_size",
+    ),
+    (
+        "generation_kwargs",
+        &["{}"],
+        "give temperature, top_p, top_k, min_p, repetition_penalty as options of their own",
+    ),
+    ("chat_template_kwargs", &["{}"], "give them as the column chat_template_kwargs of the rows"),
+    ("vllm_structured_outputs_regex", &[], "guided decoding is not built; leave it out"),
+    ("use_adaptive_entropy", &["false"], "give a fixed entropy_coef"),
+    ("max_tool_calling_iterations", &[], "tools are not called during a run; leave it out"),
+    ("model_revision", &["main"], "--model names a folder; download the revision into one"),
+    ("lora_target_parameters", &[], "name modules in lora_target_modules"),
+    ("dataset_config", &[], "give --data FILE on the command line"),
+    ("dataset_streaming", &["false"], "rows are read before the run; leave it out"),
     ("model_name_or_path", &[], "give --model on the command line"),
     ("dataset_name", &[], "give --data FILE on the command line"),
     ("train_file", &[], "give --data FILE on the command line"),

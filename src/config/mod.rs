@@ -13,6 +13,7 @@ mod foreign;
 mod generate;
 mod peft;
 mod resume;
+mod reward_specs;
 mod shared;
 mod training;
 pub mod value;
@@ -27,9 +28,11 @@ use crate::error::{Error, Result, nearest};
 use crate::fsio;
 
 pub use eval::EvalConfig;
+pub use foreign::is_foreign;
 pub use generate::GenerateConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
 pub use resume::changes;
+pub use reward_specs::{REWARD_NAMES, RewardSpecs};
 pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
     SamplingOptions, TruncationMode, TruncationOptions,
@@ -214,7 +217,7 @@ pub fn load_with(
         match text.split_once('=') {
             Some((key, value)) => {
                 items.push((
-                    key.trim().into(),
+                    key.trim().replace('-', "_"),
                     Given::Text(value.trim().into()),
                     Source::CommandLine,
                 ));
@@ -335,6 +338,7 @@ fn apply(
     report: &mut Report,
 ) {
     let shown = given.shown();
+    let online = known.iter().any(|key| key.name == "num_generations");
     match sections.iter_mut().find_map(|s| s.set(&key, &given)) {
         Some(Ok(())) => {
             report.given.insert(key, source);
@@ -342,7 +346,7 @@ fn apply(
         Some(Err(expected)) => {
             report.problem(format!("{source}: {key} = {shown}: expected {expected}"))
         }
-        None => match foreign::fate(&key, &given) {
+        None => match foreign::fate(&key, &given, online) {
             Some(Fate::Means(ours, value, why)) => {
                 meant.push((ours, Given::Text(value), source, why))
             }

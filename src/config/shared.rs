@@ -4,7 +4,7 @@
 //! nests the section.
 
 use super::value::words;
-use super::{Report, section};
+use super::{Report, RewardSpecs, section};
 
 words! {
     pub enum TruncationMode {
@@ -171,7 +171,7 @@ section! {
         /// Ours (TRL: reward_funcs of a trainer). Rewards: exact_match, numeric_match,
         /// regex:PATTERN, think_format, json_schema:FILE, length, soft_overlong, repetition,
         /// command:CMD, python:FILE.py:FUNC; docs/rewards.md lists them.
-        pub reward_funcs: Vec<String> = Vec::new(),
+        pub reward_funcs: RewardSpecs = RewardSpecs::default(),
         /// A weight for each reward (reward_funcs first, then reward_model; in a program its own
         /// functions go between them). none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,

@@ -41,7 +41,16 @@ impl Reward {
     /// `json_schema:FILE`, `length:min=1,max=200`,
     /// `soft_overlong:max_completion_len=256,soft_punish_cache=64`,
     /// `repetition:ngram_size=3,max_penalty=-1`, `command:CMD`, `python:FILE.py:FUNCTION`.
+    /// A table, as [`Reward::from_toml`] takes it, may stand there as an inline table.
     pub fn parse(spec: &str) -> Result<Reward> {
+        if spec.starts_with('{') {
+            let table: Result<toml::Table, _> = toml::from_str(&format!("it = {spec}"));
+            let table = table.map_err(|e| Error::Config(format!("reward `{spec}`: {e}")))?;
+            return table.get("it").map_or_else(
+                || Err(Error::Config(format!("reward `{spec}` is no table"))),
+                Reward::from_toml,
+            );
+        }
         let (kind, rest) = spec.split_once(':').unwrap_or((spec, ""));
         let mut keys = BTreeMap::new();
         if !rest.is_empty() {
@@ -209,4 +218,14 @@ fn seconds(value: Option<String>) -> Result<Duration> {
     Duration::try_from_secs_f64(seconds).ok().filter(|d| !d.is_zero()).ok_or_else(|| {
         Error::Config(format!("`timeout` is a positive number of seconds, not {seconds}"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::KINDS;
+
+    #[test]
+    fn options_know_the_names_of_all_rewards() {
+        assert_eq!(KINDS.map(|kind| kind.0), crate::config::REWARD_NAMES);
+    }
 }

@@ -189,7 +189,7 @@ fn values_out_of_range_and_contradictions_are_found() {
         ("optim=sgd", "one of adamw, adamw_bf16"),
         ("dtype=float16", "one of auto, float32, bfloat16"),
         ("loss_type=dft", "one of nll"),
-        ("learning-rate=1e-4", "did you mean learning_rate?"),
+        ("learning-rte=1e-4", "did you mean learning_rate?"),
         ("label_smoothing_factor=0.1", "label smoothing is not built"),
         ("neftune_noise_alpha=5", "NEFTune"),
         ("data_seed=7", "seed"),
