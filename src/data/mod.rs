@@ -16,6 +16,7 @@
 //! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |
 //! | [`masked`] | a sequence with its loss targets, cut to a length |
 //! | [`packing`] | which sequences share a row |
+//! | `turns` | where the assistant speaks, for templates that do not say it |
 //! | [`order`] | the order of rows as a function of (seed, epoch) |
 
 pub mod bpe;
@@ -33,3 +34,4 @@ pub mod render;
 pub mod rows;
 pub mod sft;
 pub mod tokenizer;
+mod turns;
