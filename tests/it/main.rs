@@ -33,3 +33,4 @@ mod sft;
 mod shim;
 mod signature;
 mod support;
+mod templates;
