@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use crate::autograd::Cx;
 use crate::config::value::{Given, Value};
-use crate::config::{self, DeviceChoice, Dtype, Section, TrainingConfig};
+use crate::config::{self, DeviceChoice, Dtype, Section, TemplateOptions, TrainingConfig};
+use crate::data::render::ModelText;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
@@ -82,6 +83,11 @@ impl ModelArgs {
     /// The folder that `--model` names.
     pub fn dir(&self) -> Result<PathBuf> {
         resolve_model(&self.model)
+    }
+
+    /// The tokenizer and the chat templates of the model with its adapter.
+    pub fn text(&self, options: &TemplateOptions) -> Result<ModelText> {
+        ModelText::open(&self.dir()?, self.adapter.as_deref(), options)
     }
 
     /// The model of [`ModelArgs::dir`] with its adapter, on its device.

@@ -5,7 +5,6 @@
 
 use std::io::{BufRead, IsTerminal};
 use std::path::Path;
-use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -13,7 +12,6 @@ use crate::autograd::Cx;
 use crate::cli::args::{ModelArgs, read_keys};
 use crate::config::GenerateConfig;
 use crate::data::chat::ChatTemplate;
-use crate::data::render::Renderer;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -30,7 +28,7 @@ pub struct ChatArgs {
     #[arg(long)]
     system: Option<String>,
     /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
-    /// stop (texts), seed
+    /// stop (texts), seed, tools, chat_template_kwargs
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
 }
@@ -41,11 +39,12 @@ pub fn run(args: ChatArgs) -> Result<()> {
     if keys.n != 1 {
         return Err(Error::Config(format!("n = {}: a chat has one reply; leave n out", keys.n)));
     }
-    let tokenizer = Arc::new(Tokenizer::load(&args.model.dir()?)?);
-    let template = ChatTemplate::of(&tokenizer)?;
+    let text = args.model.text(&keys.template)?;
+    let tokenizer = &text.tokenizer;
+    ChatTemplate::of(tokenizer)?; // its error says what to do where there is none
     let (mut cx, mut model) = args.model.open()?;
-    let renderer = Renderer::new(&tokenizer, Some(&template), model.config.vocab_size);
-    let options = EngineOptions::of(&keys, &model.config, &tokenizer, 1)?;
+    let renderer = text.renderer(model.config.vocab_size);
+    let options = EngineOptions::of(&keys, &model.config, tokenizer, 1)?;
     let start: Vec<Value> =
         args.system.iter().map(|s| json!({ "role": "system", "content": s })).collect();
     let mut messages = start.clone();
@@ -71,7 +70,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
         let value = [("prompt".to_string(), json!(messages))].into_iter().collect();
         let row = Row { value, file: Path::new("stdin").into(), line: turn as usize + 1 };
         let request = Request { prompt: renderer.prompt(&row)?.ids, n: 1, number: turn };
-        let reply = reply(&mut cx, &mut model, &options, &tokenizer, &request)?;
+        let reply = reply(&mut cx, &mut model, &options, tokenizer, &request)?;
         messages.push(json!({ "role": "assistant", "content": reply }));
         turn += 1;
     }

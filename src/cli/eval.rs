@@ -49,11 +49,11 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let options =
         EvalOptions { eval, generate, batch: args.batch, batch_tokens: args.batch_tokens };
     options.check()?;
-    let dir = args.model.dir()?;
+    let text = args.model.text(&options.generate.template)?;
     let rows = read_rows(&args.data)?;
     let format = Format::detect(&rows[0], &options.eval.dataset_text_field)?;
     let (mut cx, mut model) = args.model.open()?;
-    let found = evaluate(&mut cx, &mut model, &dir, &rows, format, &options)?;
+    let found = evaluate(&mut cx, &mut model, &text, &rows, format, &options)?;
     for skipped in &found.skipped {
         let (name, n, all) = (&skipped.reward, skipped.rows, rows.len());
         note_line(format_args!("note: {name} skipped {n} of {all} rows (no answer there)"));

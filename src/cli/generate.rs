@@ -3,16 +3,12 @@
 //! Invariant: completions come in the order of the prompts, whatever order they end in.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_keys};
 use crate::config::GenerateConfig;
-use crate::data::chat::ChatTemplate;
-use crate::data::render::Renderer;
 use crate::data::rows::{Row, read_rows};
-use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::observer::output::{clean, shows_to_a_person};
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
@@ -41,7 +37,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 2048)]
     step_tokens: usize,
     /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
-    /// stop (texts), n, seed
+    /// stop (texts), n, seed, tools, chat_template_kwargs
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
 }
@@ -50,11 +46,11 @@ pub fn run(mut args: GenerateArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let mut keys = GenerateConfig::default();
     read_keys(&mut [&mut keys], &args.keys)?;
-    let tokenizer = Arc::new(Tokenizer::load(&args.model.dir()?)?);
-    let template = ChatTemplate::choose(None, &tokenizer)?;
+    let text = args.model.text(&keys.template)?;
+    let tokenizer = &text.tokenizer;
     let (mut cx, mut model) = args.model.open()?;
     let vocab = model.config.vocab_size;
-    let renderer = Renderer::new(&tokenizer, template.as_ref(), vocab);
+    let renderer = text.renderer(vocab);
     let rows = read_rows_or_prompt(&args)?;
     let ids = |row: &Row| match row.has("input_ids") {
         true => row.input_ids(vocab),
@@ -63,7 +59,7 @@ pub fn run(mut args: GenerateArgs) -> Result<()> {
     let requests = Request::numbered(rows.iter().map(ids).collect::<Result<Vec<_>>>()?, keys.n);
     let longest = Request::longest(&requests) + keys.max_new_tokens;
     let batch = args.batch.clamp(1, (rows.len() * keys.n).max(1));
-    let mut options = EngineOptions::of(&keys, &model.config, &tokenizer, batch)?;
+    let mut options = EngineOptions::of(&keys, &model.config, tokenizer, batch)?;
     options.max_step_tokens = args.step_tokens.max(1);
     let mut engine = Engine::new(&cx, &mut model, options, longest)?;
     let completions = engine.generate(&mut cx, &model, &requests)?;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::autograd::Cx;
 use crate::checkpoint::prepare_output;
+use crate::data::tokenizer::Tokenizer;
 use crate::device::DType;
 use crate::device::cpu::Cpu;
 use crate::error::{Error, Result};
@@ -65,8 +66,9 @@ pub fn run(args: MergeArgs) -> Result<()> {
         }
     };
     let out = prepare_output(&args.output, args.overwrite, false)?;
-    let parts = parts_of(&dir, Some(dtype))?;
-    let config = merged_config(&model);
+    let mut config = merged_config(&model);
+    let tokenizer = Tokenizer::of_model(&dir, Some(&args.adapter))?;
+    let parts = parts_of(&tokenizer, &mut config, Some(dtype))?;
     let values = &mut |spec: &_| dtype.encode(&merged_values(&cx, &model, spec)?);
     write_folder(
         out.path(),

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::cli::args::{ModelArgs, OutputLines};
+use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_keys};
+use crate::config::TemplateOptions;
 use crate::data::rows::read_rows;
 use crate::error::Result;
 use crate::eval::{score, sequences};
@@ -27,14 +28,20 @@ pub struct ScoreArgs {
     /// tokens in one forward
     #[arg(long, default_value_t = 4096)]
     batch_tokens: usize,
+    /// key=value: tools, chat_template_kwargs
+    #[arg(value_name = "KEY=VALUE")]
+    keys: Vec<String>,
 }
 
-pub fn run(args: ScoreArgs) -> Result<()> {
-    let dir = args.model.dir()?;
+pub fn run(mut args: ScoreArgs) -> Result<()> {
+    part_keys(&mut args.data, &mut args.keys);
+    let mut keys = TemplateOptions::default();
+    read_keys(&mut [&mut keys], &args.keys)?;
+    let text = args.model.text(&keys)?;
     let rows = read_rows(&args.data)?;
     let (mut cx, mut model) = args.model.open()?;
     let text_field = SftConfig::default().dataset_text_field;
-    let sequences = sequences(&rows, &dir, model.config.vocab_size, &text_field)?;
+    let sequences = sequences(&rows, &text, model.config.vocab_size, &text_field)?;
     let mut out = OutputLines::open(&args.output)?;
     score(&mut cx, &mut model, &sequences, args.batch_tokens, &mut |row| {
         out.write(&json!(row).to_string())

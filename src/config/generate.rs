@@ -3,7 +3,7 @@
 //! Invariant: the neutral value of an option leaves the model's distribution as it is; nothing is
 //! read from the model folder's generation_config.json but the tokens that end a text.
 
-use super::{Report, SamplingOptions, section};
+use super::{Report, SamplingOptions, TemplateOptions, section};
 
 section! {
     /// Options of `temper generate` and `temper chat`.
@@ -16,6 +16,7 @@ section! {
         pub n: usize = 1,
         /// Seed of the sampling.
         pub seed: u64 = 42,
+        ..pub template: TemplateOptions = TemplateOptions::default(),
         ..pub sampling: SamplingOptions = SamplingOptions::default(),
     }
 }

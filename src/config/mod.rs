@@ -11,10 +11,12 @@
 mod eval;
 mod foreign;
 mod generate;
+mod paths;
 mod peft;
 mod resume;
 mod reward_specs;
 mod shared;
+mod template;
 mod training;
 pub mod value;
 
@@ -30,6 +32,7 @@ use crate::fsio;
 pub use eval::EvalConfig;
 pub use foreign::is_foreign;
 pub use generate::GenerateConfig;
+pub use paths::PathText;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
 pub use resume::changes;
 pub use reward_specs::{REWARD_NAMES, RewardSpecs};
@@ -37,6 +40,7 @@ pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
     SamplingOptions, TruncationMode, TruncationOptions,
 };
+pub use template::{JsonObject, JsonObjects, TemplateOptions};
 pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, LearningRateSchedule,
     MatmulChoice, Optim, SamplingStrategy, TrainingConfig, When,
@@ -84,7 +88,7 @@ macro_rules! section {
     }) => {
         $(#[$meta])*
         #[derive(Clone, Debug, PartialEq)]
-        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)* $(pub $part: $part_ty,)* }
+        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)* $(#[doc = "A section in it."] pub $part: $part_ty,)* }
         impl Default for $name {
             fn default() -> Self { Self { $($key: $default,)* $($part: $part_default,)* } }
         }
@@ -226,7 +230,11 @@ pub fn load_with(
         }
     }
     let mut meant = Vec::new();
+    let folder = file.map(fsio::parent);
     for (key, given, source) in items {
+        let kind = defaults.iter().find(|k| k.name == key).map_or("", |k| k.kind.as_str());
+        let folder = folder.filter(|_| source != Source::CommandLine);
+        let given = paths::placed(kind, &key, given, folder);
         apply(sections, &defaults, key, given, source, &mut meant, &mut report);
     }
     for (key, given, source, why) in meant {

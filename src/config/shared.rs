@@ -4,7 +4,7 @@
 //! nests the section.
 
 use super::value::words;
-use super::{Report, RewardSpecs, section};
+use super::{PathText, Report, RewardSpecs, section};
 
 words! {
     pub enum TruncationMode {
@@ -100,7 +100,7 @@ section! {
     /// The frozen model that a preference method compares the policy with.
     pub struct ReferenceOptions = "reference" {
         /// Ours. Folder of the reference model. none: the initial weights.
-        pub ref_model: Option<String> = None,
+        pub ref_model: Option<PathText> = None,
         /// Compute the reference's log-probs once, before training, and keep them on disk.
         pub precompute_ref_log_probs: bool = false,
         /// Rows in a batch while they are computed. none: per_device_train_batch_size.
@@ -176,7 +176,7 @@ section! {
         /// functions go between them). none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,
         /// Ours. Folder of a reward model, whose score is one more reward.
-        pub reward_model: Option<String> = None,
+        pub reward_model: Option<PathText> = None,
         /// Show the best and the worst completion of the last generation beside each log line.
         pub log_completions: bool = false,
     }

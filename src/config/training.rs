@@ -6,7 +6,7 @@
 #![deny(missing_docs)]
 
 use super::value::{Amount, words};
-use super::{Report, section};
+use super::{PathText, Report, TemplateOptions, section};
 
 words! {
     /// How the learning rate moves after the warmup.
@@ -174,7 +174,7 @@ section! {
         pub attention: AttentionChoice = AttentionChoice::Auto,
         /// Ours where TRL has none. A Jinja file, or a folder with a tokenizer, whose chat template
         /// replaces the model's.
-        pub chat_template_path: Option<String> = None,
+        pub chat_template_path: Option<PathText> = None,
         /// Ours. Switch the model's dropout off (TRL: an option of some trainers). The default of
         /// a method is its trainer's.
         pub disable_dropout: bool = false,
@@ -183,6 +183,7 @@ section! {
         pub resume_with_changes: bool = false,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
+        ..pub template: TemplateOptions = TemplateOptions::default(),
     }
 }
 

@@ -12,11 +12,10 @@ use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
 use serde_json::{Map, Value};
 
+use super::generation_tag;
 use super::jinja::{self, Clock};
 use super::tokenizer::Tokenizer;
-use super::{folder, generation_tag};
 use crate::error::{Error, Result};
-use crate::fsio;
 
 /// A compiled chat template.
 pub struct ChatTemplate {
@@ -26,6 +25,24 @@ pub struct ChatTemplate {
     special: Map<String, Value>,
     blocks: usize,
     marker_taken: bool, // the template's own text holds a marker character
+    named: NamedUse,
+    setup: TemplateSetup,
+}
+
+/// What a run gives its chat templates.
+#[derive(Clone, Default)]
+pub struct TemplateSetup {
+    pub tools: Option<Value>,
+    pub kwargs: Map<String, Value>,
+    /// What `strftime_now` reads. None: the clock.
+    pub clock: Option<Clock>,
+}
+
+/// A model's other templates.
+#[derive(Default)]
+struct NamedUse {
+    tool_use: Option<Box<ChatTemplate>>, // for conversations with tools
+    nameless: bool,                      // several, none of which is `default`
 }
 
 /// What a render may be given besides the messages.
@@ -49,31 +66,58 @@ impl ChatTemplate {
         ChatTemplate::with_clock(source, origin, special, Arc::new(Clock::now))
     }
 
-    /// The template that a run uses: the one at `path` (`chat_template_path`: a Jinja file, or a
-    /// folder with a tokenizer), else the model's own; None where the model has none.
-    /// The special tokens that it writes are the model's in each case.
+    /// The template of `tokenizer`, or the one at `path`; None where there is none: see
+    /// [`Tokenizer::take_template`].
     pub fn choose(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
         let Some(path) = path else {
-            return tokenizer.chat_template().map(|_| ChatTemplate::of(tokenizer)).transpose();
+            return ChatTemplate::of_run(tokenizer, &TemplateSetup::default());
         };
-        let path = Path::new(path);
-        let source = if path.is_dir() {
-            let config = folder::read_json_object(&path.join("tokenizer_config.json"))?;
-            let source = folder::find_chat_template(path, &config.unwrap_or_default())?;
-            let message = "holds no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); \
-                           chat_template_path takes a Jinja file, or a folder with the tokenizer of a chat model";
-            source.ok_or_else(|| Error::model(path, message))?
-        } else {
-            String::from_utf8_lossy(&fsio::read(path)?).into_owned()
+        let mut tokenizer = tokenizer.clone();
+        tokenizer.take_template(Path::new(path))?;
+        ChatTemplate::of_run(&tokenizer, &TemplateSetup::default())
+    }
+
+    /// The templates of a tokenizer with what a run gives them; None where it has none.
+    pub fn of_run(tokenizer: &Tokenizer, setup: &TemplateSetup) -> Result<Option<ChatTemplate>> {
+        let Some(main) = tokenizer.chat_template() else { return Ok(None) };
+        let compile = |source: &str| {
+            let clock = setup.clock;
+            ChatTemplate::with_clock(
+                source,
+                tokenizer.template_origin(),
+                tokenizer.special_tokens(),
+                Arc::new(move || clock.unwrap_or_else(Clock::now)),
+            )
         };
-        ChatTemplate::new(&source, path, tokenizer.special_tokens()).map(Some)
+        let mut template = compile(main)?;
+        let tool_use = tokenizer.named_template("tool_use").map(compile).transpose()?;
+        template.named.nameless = tokenizer.named_template("default").is_none();
+        template.named.tool_use = tool_use.map(Box::new);
+        template.setup = setup.clone();
+        Ok(Some(template))
     }
 
     /// The template of a tokenizer's folder; an error says what to do when it has none.
     pub fn of(tokenizer: &Tokenizer) -> Result<ChatTemplate> {
-        match tokenizer.chat_template() {
-            Some(source) => ChatTemplate::new(source, tokenizer.dir(), tokenizer.special_tokens()),
-            None => Err(Error::model(tokenizer.dir(), NO_TEMPLATE)),
+        ChatTemplate::choose(None, tokenizer)?
+            .ok_or_else(|| Error::model(tokenizer.dir(), NO_TEMPLATE))
+    }
+
+    /// What the run gives its templates.
+    pub fn setup(&self) -> &TemplateSetup {
+        &self.setup
+    }
+
+    /// The template for a conversation with or without tools, as transformers chooses it. Error:
+    /// several templates, none of which is for it.
+    pub fn pick(&self, tools: bool) -> Result<&ChatTemplate> {
+        match &self.named {
+            NamedUse { tool_use: Some(own), .. } if tools => Ok(own),
+            NamedUse { nameless: true, .. } => Err(Error::model(
+                &self.origin,
+                "has several chat templates, none of which is \"default\"; name one so, or set chat_template_path",
+            )),
+            _ => Ok(self),
         }
     }
 
@@ -118,6 +162,8 @@ impl ChatTemplate {
             special: special.clone(),
             blocks,
             marker_taken,
+            named: NamedUse::default(),
+            setup: TemplateSetup::default(),
         })
     }
 

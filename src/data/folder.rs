@@ -29,19 +29,21 @@ pub fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     }
 }
 
-/// Named special tokens as strings: tokenizer_config.json wins over special_tokens_map.json.
+/// Named special tokens as strings. special_tokens_map.json wins, but counts only beside a
+/// tokenizer_config.json without `added_tokens_decoder` (transformers 5.17).
 pub fn special_tokens(
     file: &Map<String, Value>,
     config: &Map<String, Value>,
 ) -> Map<String, Value> {
     let mut out = Map::new();
-    for source in [file, config] {
-        for key in NAMED {
-            if let Some(token) = source.get(key).and_then(token_text) {
-                out.insert(key.to_string(), Value::String(token.to_string()));
+    for source in sources(file, config) {
+        for (key, value) in source {
+            let named = NAMED.contains(&key.as_str()) || key.ends_with("_token");
+            if let Some(token) = token_text(value).filter(|_| named) {
+                out.insert(key.clone(), Value::String(token.to_string()));
             }
         }
-        // transformers 5 keeps a model's own named tokens (image_token ...) here
+        // a model's own named tokens (image_token ...) are here
         for key in ["extra_special_tokens", "model_specific_special_tokens"] {
             for (name, value) in source.get(key).and_then(Value::as_object).into_iter().flatten() {
                 if let Some(token) = token_text(value) {
@@ -53,35 +55,113 @@ pub fn special_tokens(
     out
 }
 
+/// Special tokens without a name: the list `extra_special_tokens`, or its old name
+/// `additional_special_tokens` where that is not there.
+pub fn extra_tokens(file: &Map<String, Value>, config: &Map<String, Value>) -> Vec<AddedToken> {
+    let mut tokens: Vec<AddedToken> = Vec::new();
+    for source in sources(file, config) {
+        let list = source.get("extra_special_tokens");
+        let list = list.or(source.get("additional_special_tokens")).and_then(Value::as_array);
+        for token in list.into_iter().flatten() {
+            let Some(added) = added_token(token, true) else { continue };
+            if !tokens.iter().any(|t| t.content == added.content) {
+                tokens.push(AddedToken { special: true, ..added });
+            }
+        }
+    }
+    tokens
+}
+
+fn sources<'a>(
+    file: &'a Map<String, Value>,
+    config: &'a Map<String, Value>,
+) -> impl Iterator<Item = &'a Map<String, Value>> {
+    let legacy = !config.contains_key("added_tokens_decoder");
+    std::iter::once(config).chain(Some(file).filter(|_| legacy))
+}
+
+fn added_token(token: &Value, special: bool) -> Option<AddedToken> {
+    let flag = |key: &str| token.get(key).and_then(Value::as_bool);
+    let special = flag("special").unwrap_or(special);
+    Some(AddedToken {
+        content: token_text(token)?.to_string(),
+        single_word: flag("single_word").unwrap_or(false),
+        lstrip: flag("lstrip").unwrap_or(false),
+        rstrip: flag("rstrip").unwrap_or(false),
+        normalized: flag("normalized").unwrap_or(!special),
+        special,
+    })
+}
+
 /// A token is written as a string, or as an object with `content`.
 fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// chat_template.jinja, then `chat_template` in tokenizer_config.json (a string, or a list of named
-/// ones), then the folder of extra templates, then the old chat_template.json.
-pub fn find_chat_template(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
-    for path in [
-        dir.join("chat_template.jinja"),
-        dir.join("additional_chat_templates").join("default.jinja"),
-    ] {
-        let inline = config.get("chat_template").is_some_and(|t| !t.is_null());
-        if path.is_file() && (!inline || path.ends_with("chat_template.jinja")) {
-            return Ok(Some(std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?));
-        }
+/// The chat templates of a folder by name. A single one is `default`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NamedTemplates {
+    pub list: Vec<(String, String)>,
+    /// Not where transformers looks, or in files below the folder.
+    pub moved: bool,
+}
+
+impl NamedTemplates {
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.list.iter().find(|t| t.0 == name).map(|t| t.1.as_str())
+    }
+
+    /// The one to render where no name is asked for: `default`, or the first.
+    pub fn main(&self) -> Option<&str> {
+        self.get("default").or(self.list.first().map(|t| t.1.as_str()))
+    }
+}
+
+/// chat_template.jinja and the files of additional_chat_templates; where there is none,
+/// `chat_template` in tokenizer_config.json (a string, or a list of named ones), then the old
+/// chat_template.json.
+pub fn chat_templates(dir: &Path, config: &Map<String, Value>) -> Result<NamedTemplates> {
+    let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
+    let mut list = Vec::new();
+    let main = dir.join("chat_template.jinja");
+    if main.is_file() {
+        list.push(("default".to_string(), read(&main)?));
+    }
+    let more = extra_template_files(dir);
+    for path in &more {
+        let name = path.file_stem().and_then(|n| n.to_str()).unwrap_or_default().to_string();
+        list.retain(|t| t.0 != name);
+        list.push((name, read(path)?));
+    }
+    if !list.is_empty() {
+        return Ok(NamedTemplates { list, moved: !more.is_empty() });
+    }
+    if let Some(entry) = config.get("chat_template").filter(|t| !t.is_null()) {
+        return Ok(NamedTemplates { list: named(entry), moved: false });
     }
     let old = read_json_object(&dir.join("chat_template.json"))?;
-    let entry = config.get("chat_template").or_else(|| old.as_ref()?.get("chat_template"));
-    Ok(match entry {
-        Some(Value::String(source)) => Some(source.clone()),
-        Some(Value::Array(named)) => {
-            let source = |t: &Value| t.get("template").and_then(Value::as_str).map(str::to_string);
-            let default =
-                named.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
-            default.or(named.first()).and_then(source)
+    let list = old.as_ref().and_then(|o| o.get("chat_template")).map(named).unwrap_or_default();
+    Ok(NamedTemplates { moved: !list.is_empty(), list })
+}
+
+fn named(entry: &Value) -> Vec<(String, String)> {
+    let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).map(str::to_string);
+    match entry {
+        Value::String(source) => vec![("default".to_string(), source.clone())],
+        Value::Array(items) => {
+            items.iter().filter_map(|t| Some((text(t, "name")?, text(t, "template")?))).collect()
         }
-        _ => None,
-    })
+        _ => Vec::new(),
+    }
+}
+
+fn extra_template_files(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir.join("additional_chat_templates"));
+    let paths = entries.into_iter().flatten().flatten().map(|e| e.path());
+    let mut files: Vec<PathBuf> =
+        paths.filter(|p| p.extension().is_some_and(|e| e == "jinja") && p.is_file()).collect();
+    files.sort();
+    files
 }
 
 /// Every tokenizer file of a folder.
@@ -100,35 +180,29 @@ pub fn tokenizer_files(dir: &Path) -> Vec<PathBuf> {
     ];
     let mut files: Vec<PathBuf> =
         names.iter().map(|n| dir.join(n)).filter(|p| p.is_file()).collect();
-    if let Ok(entries) = std::fs::read_dir(dir.join("additional_chat_templates")) {
-        let mut extra: Vec<PathBuf> =
-            entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect();
-        extra.sort();
-        files.extend(extra);
-    }
+    files.extend(extra_template_files(dir));
     files
 }
 
-/// `added_tokens_decoder` of tokenizer_config.json, by id.
-pub fn added_tokens(config: &Map<String, Value>) -> Vec<(u32, AddedToken)> {
-    let entry = |(id, token): (&String, &Value)| {
-        let flag = |key: &str| token.get(key).and_then(Value::as_bool).unwrap_or(false);
-        let added = AddedToken {
-            content: token_text(token)?.to_string(),
-            single_word: flag("single_word"),
-            lstrip: flag("lstrip"),
-            rstrip: flag("rstrip"),
-            normalized: token
-                .get("normalized")
-                .and_then(Value::as_bool)
-                .unwrap_or(!flag("special")),
-            special: flag("special"),
-        };
-        Some((id.parse().ok()?, added))
+/// `added_tokens_decoder` of tokenizer_config.json, by id; where there is none, added_tokens.json
+/// (`old`), whose tokens are special if `special` says so.
+pub fn added_tokens(
+    config: &Map<String, Value>,
+    old: &Map<String, Value>,
+    special: impl Fn(&str) -> bool,
+) -> Vec<(u32, AddedToken)> {
+    let entry =
+        |(id, token): (&String, &Value)| Some((id.parse().ok()?, added_token(token, false)?));
+    let from_old = |(text, id): (&String, &Value)| {
+        Some((u32::try_from(id.as_u64()?).ok()?, {
+            let special = special(text);
+            AddedToken { normalized: !special, ..AddedToken::from(text.as_str(), special) }
+        }))
     };
-    let decoder = config.get("added_tokens_decoder").and_then(Value::as_object);
-    let mut tokens: Vec<(u32, AddedToken)> =
-        decoder.into_iter().flatten().filter_map(entry).collect();
+    let mut tokens: Vec<(u32, AddedToken)> = match config.get("added_tokens_decoder") {
+        Some(decoder) => decoder.as_object().into_iter().flatten().filter_map(entry).collect(),
+        None => old.iter().filter_map(from_old).collect(),
+    };
     tokens.sort_by_key(|(id, _)| *id);
     tokens
 }

@@ -42,6 +42,21 @@ impl Clock {
         }
     }
 
+    /// A time written as `2025-03-09 14:05:07`.
+    pub fn parse(text: &str) -> Option<Clock> {
+        let numbers: Vec<u32> = text.split(['-', ' ', ':']).map_while(|n| n.parse().ok()).collect();
+        let &[year, month, day, hour, minute, second] = numbers.as_slice() else { return None };
+        let holds = (1..=12).contains(&month) && (1..=31).contains(&day);
+        (holds && hour < 24 && minute < 60 && second < 60).then_some(Clock {
+            year: i64::from(year),
+            month,
+            day,
+            hour,
+            minute,
+            second,
+        })
+    }
+
     pub fn now() -> Clock {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Clock::from_unix(since.map_or(0, |d| d.as_secs() as i64))

@@ -17,6 +17,7 @@
 //! | [`masked`] | a sequence with its loss targets, cut to a length |
 //! | [`split`] | training rows or evaluation rows |
 //! | [`packing`] | which sequences share a row |
+//! | `turns` | where the assistant speaks, for templates that do not say it |
 //! | [`order`] | the order of rows as a function of (seed, epoch) |
 
 pub mod bpe;
@@ -35,3 +36,4 @@ pub mod rows;
 pub mod sft;
 pub mod split;
 pub mod tokenizer;
+mod turns;

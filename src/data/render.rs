@@ -5,13 +5,52 @@
 //! chat. Its `tools` and `chat_template_kwargs` reach the template in all of them; every id is in
 //! the model's vocabulary; every error names the row.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use serde_json::Value;
 
-use super::chat::{ChatTemplate, RenderOptions, Rendered};
+use super::chat::{ChatTemplate, RenderOptions, Rendered, TemplateSetup};
 use super::format::{Content, Format, ParsedRow, RowContent};
+use super::jinja::Clock;
 use super::rows::Row;
 use super::tokenizer::Tokenizer;
+use crate::config::TemplateOptions;
 use crate::error::{Error, Result};
+
+/// The tokenizer and the chat templates of a model, as a command uses them.
+pub struct ModelText {
+    pub tokenizer: Arc<Tokenizer>,
+    pub template: Option<ChatTemplate>,
+}
+
+impl ModelText {
+    /// Of a folder, with an adapter on it. `options`: what the run gives its templates; dates are
+    /// those of now, however long it runs.
+    pub fn open(
+        dir: &Path,
+        adapter: Option<&Path>,
+        options: &TemplateOptions,
+    ) -> Result<ModelText> {
+        let tokenizer = Tokenizer::of_model(dir, adapter)?;
+        let template = ChatTemplate::of_run(&tokenizer, &template_setup(options, Clock::now()))?;
+        Ok(ModelText { tokenizer: Arc::new(tokenizer), template })
+    }
+
+    /// For a model with `vocab` rows of its embedding.
+    pub fn renderer(&self, vocab: usize) -> Renderer<'_> {
+        Renderer::new(&self.tokenizer, self.template.as_ref(), vocab)
+    }
+}
+
+/// What a run with these options, begun at `clock`, gives its chat templates.
+pub fn template_setup(options: &TemplateOptions, clock: Clock) -> TemplateSetup {
+    TemplateSetup {
+        tools: options.tools.as_ref().map(|tools| Value::Array(tools.0.clone())),
+        kwargs: options.chat_template_kwargs.0.clone(),
+        clock: Some(clock),
+    }
+}
 
 /// What turns rows into ids: the same for all rows of a run.
 #[derive(Clone, Copy)]
@@ -76,20 +115,32 @@ impl<'a> Renderer<'a> {
                 self.tokenizer.dir().display()
             ))
         })?;
-        let continues = prompt
-            && example.template_kwargs.get(CONTINUE).is_some_and(|v| v == &Value::Bool(true));
+        let own = example.template_kwargs.get(CONTINUE);
+        let continues =
+            prompt && own.or(template.setup().kwargs.get(CONTINUE)) == Some(&Value::Bool(true));
+        let tools = example.tools.as_ref().or(template.setup().tools.as_ref());
+        let mut kwargs = template.setup().kwargs.clone();
+        kwargs.extend(example.template_kwargs.clone());
         let options = RenderOptions {
-            tools: example.tools.as_ref(),
+            tools,
             add_generation_prompt: prompt && !continues,
-            kwargs: Some(&example.template_kwargs),
+            kwargs: Some(&kwargs),
         };
         let mut rendered = template
-            .render(&Value::Array(messages.to_vec()), options)
+            .pick(tools.is_some())
+            .and_then(|t| t.render(&Value::Array(messages.to_vec()), options))
             .map_err(|e| row.error(e.to_string()))?;
         if continues {
             cut_after_final_message(row, messages, &mut rendered.text)?;
         }
         Ok(rendered)
+    }
+
+    /// Whether the template for this row marks what the assistant says.
+    pub fn marks_turns(&self, example: &ParsedRow) -> bool {
+        let Some(template) = self.template else { return false };
+        let tools = example.tools.is_some() || template.setup().tools.is_some();
+        template.pick(tools).is_ok_and(ChatTemplate::has_generation)
     }
 
     /// The ids of a prompt: a text with the tokenizer's own special tokens, a conversation through

@@ -20,6 +20,7 @@ use super::packing::PackingStrategy;
 use super::render::{EosToken, Renderer};
 use super::rows::Row;
 use super::tokenizer::Tokenizer;
+use super::turns::assistant_spans;
 use crate::error::{Error, Result};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -195,12 +196,6 @@ impl<'a> Maker<'a> {
                     first.error("assistant_only_loss=true needs conversations, and this row is plain text; unset it")
                 );
             }
-            if template.is_some_and(|t| !t.has_generation()) {
-                let message = "its chat template does not mark what the assistant says, which assistant_only_loss=true \
-                               needs; put {% generation %} and {% endgeneration %} around the assistant's content and \
-                               end-of-turn token in chat_template.jinja, or use prompt and completion rows";
-                return Err(Error::model(tokenizer.dir(), message));
-            }
         }
         Ok(Maker {
             renderer: Renderer::new(tokenizer, template, vocab),
@@ -270,7 +265,11 @@ impl<'a> Maker<'a> {
         self.renderer.check(row, &ids)?;
         let mut mask = vec![false; ids.len()];
         let token_at = |c: usize| spans.iter().position(|(start, end)| (*start..*end).contains(&c));
-        for span in rendered.generation_spans {
+        let spans_said = match self.renderer.marks_turns(example) {
+            true => rendered.generation_spans,
+            false => assistant_spans(&self.renderer, row, example, messages, &rendered.text)?,
+        };
+        for span in spans_said {
             // as transformers: the first token that holds a character; no last token means up to
             // the end
             let Some(start) = token_at(span.start) else { break };

@@ -9,23 +9,30 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use tokenizers::AddedToken;
 
-use super::folder;
+use super::folder::{self, NamedTemplates};
 use super::panics::caught;
 use crate::error::{Error, Result};
+use crate::fsio;
 
 /// First character of a token and the one after its last.
 pub type CharSpan = (usize, usize);
 
 /// A loaded tokenizer. Cheap to share between threads by reference.
+#[derive(Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     dir: PathBuf,
+    base: PathBuf,
     special: Map<String, Value>,
-    chat_template: Option<String>,
+    templates: NamedTemplates,
+    template_origin: PathBuf,
     files: Vec<PathBuf>,
     vocab_size: usize,
+    changed_eos: bool,
+    changed_template: bool,
 }
 
 impl Tokenizer {
@@ -48,18 +55,136 @@ impl Tokenizer {
         let special_file =
             folder::read_json_object(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
         let special = folder::special_tokens(&special_file, &config);
-        add_tokens(&mut inner, &special, &config, &path)?;
+        let old = folder::read_json_object(&dir.join("added_tokens.json"))?.unwrap_or_default();
+        let extra = folder::extra_tokens(&special_file, &config);
+        let is_special = |text: &str| {
+            special.values().any(|s| s.as_str() == Some(text))
+                || extra.iter().any(|t| t.content == text)
+        };
+        let added = folder::added_tokens(&config, &old, is_special);
+        add_tokens(&mut inner, &special, added, extra, &path)?;
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
         let tokenizer = Tokenizer {
             inner,
             dir: dir.to_path_buf(),
+            base: dir.to_path_buf(),
             special,
-            chat_template: folder::find_chat_template(dir, &config)?,
+            templates: folder::chat_templates(dir, &config)?,
+            template_origin: dir.to_path_buf(),
             files: folder::tokenizer_files(dir),
             vocab_size,
+            changed_eos: false,
+            changed_template: false,
         };
         tokenizer.check_special(&path)?;
         Ok(tokenizer)
+    }
+
+    /// The tokenizer of a model with an adapter on it. An adapter's folder that has a tokenizer or
+    /// a chat template of its own overrides the model's: it is what the adapter was trained with.
+    pub fn of_model(dir: &Path, adapter: Option<&Path>) -> Result<Tokenizer> {
+        let Some(adapter) = adapter else { return Tokenizer::load(dir) };
+        let own = adapter.join("tokenizer.json").is_file();
+        let mut tokenizer = Tokenizer::load(if own { adapter } else { dir })?;
+        tokenizer.base = dir.to_path_buf();
+        if tokenizer.templates.list.is_empty() || !own {
+            let from = if own { dir } else { adapter };
+            let config = folder::read_json_object(&from.join("tokenizer_config.json"))?;
+            let templates = folder::chat_templates(from, &config.unwrap_or_default())?;
+            if !templates.list.is_empty() {
+                tokenizer.set_templates(templates, from);
+            }
+        }
+        Ok(tokenizer)
+    }
+
+    /// Takes the chat template at `path` (`chat_template_path`): a Jinja file, or a folder with a
+    /// tokenizer. The special tokens that it writes stay the model's.
+    pub fn take_template(&mut self, path: &Path) -> Result<()> {
+        let templates = if path.is_dir() {
+            let config = folder::read_json_object(&path.join("tokenizer_config.json"))?;
+            let templates = folder::chat_templates(path, &config.unwrap_or_default())?;
+            if templates.list.is_empty() {
+                let message = "holds no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); \
+                               chat_template_path takes a Jinja file, or a folder with the tokenizer of a chat model";
+                return Err(Error::model(path, message));
+            }
+            templates
+        } else {
+            let source = String::from_utf8(fsio::read(path)?).map_err(|_| {
+                Error::model(path, "is not UTF-8 text; chat_template_path takes a Jinja file")
+            })?;
+            NamedTemplates { list: vec![("default".to_string(), source)], moved: false }
+        };
+        self.set_templates(templates, path);
+        Ok(())
+    }
+
+    fn set_templates(&mut self, templates: NamedTemplates, origin: &Path) {
+        self.changed_template |= templates.list != self.templates.list;
+        self.templates = templates;
+        self.template_origin = origin.to_path_buf();
+    }
+
+    /// Takes `token` as the token that ends a text (the option `eos_token`). Error: the vocabulary
+    /// does not have it.
+    pub fn take_eos(&mut self, token: &str) -> Result<()> {
+        if self.token_to_id(token).is_none() {
+            return Err(Error::Config(format!(
+                "eos_token={token:?} is not in the vocabulary of {}; give a token that it has",
+                self.dir.display()
+            )));
+        }
+        if self.eos_token() != Some(token) {
+            let special = AddedToken::from(token, true);
+            self.inner
+                .add_special_tokens([special])
+                .map_err(|e| self.failed("add eos_token", &*e))?;
+            self.special.insert("eos_token".into(), Value::String(token.into()));
+            self.changed_eos = true;
+        }
+        Ok(())
+    }
+
+    /// Names and contents of the files that describe this tokenizer: those of its folder byte for
+    /// byte, but for a chat template or EOS token that an option changed. All of them are flat:
+    /// several templates go into tokenizer_config.json.
+    pub fn saved_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let moves = self.changed_template || self.templates.moved;
+        let mut out: Vec<(String, Vec<u8>)> = Vec::new();
+        for file in &self.files {
+            let Some(name) = file.file_name().and_then(|n| n.to_str()) else { continue };
+            if !(moves && (name == "chat_template.json" || name.ends_with(".jinja"))) {
+                out.push((name.to_string(), fsio::read(file)?));
+            }
+        }
+        if !moves && !self.changed_eos {
+            return Ok(out);
+        }
+        for name in ["tokenizer_config.json", "special_tokens_map.json"] {
+            let config = name == "tokenizer_config.json";
+            let map = folder::read_json_object(&self.dir.join(name))?;
+            let Some(mut map) = map.or_else(|| config.then(Map::new)) else { continue };
+            if let Some(eos) = self.special.get("eos_token").filter(|_| self.changed_eos) {
+                map.insert("eos_token".into(), eos.clone());
+            }
+            if moves && config {
+                map.shift_remove("chat_template");
+                let named = |(name, template): &(String, String)| json!({ "name": name, "template": template });
+                match self.templates.list.as_slice() {
+                    [] => {}
+                    [(name, source)] if name == "default" => {
+                        out.push(("chat_template.jinja".into(), source.clone().into_bytes()));
+                    }
+                    several => {
+                        map.insert("chat_template".into(), several.iter().map(named).collect());
+                    }
+                }
+            }
+            out.retain(|f| f.0 != name);
+            out.push((name.into(), format!("{:#}\n", Value::Object(map)).into_bytes()));
+        }
+        Ok(out)
     }
 
     /// Ids of `text`. `add_special` adds what the post-processor adds (BOS for Llama); a rendered
@@ -116,6 +241,13 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// Bytes of the special token that `text` begins with.
+    pub(super) fn special_prefix(&self, text: &str) -> Option<usize> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let special = added.values().filter(|t| t.special && text.starts_with(&t.content));
+        special.map(|t| t.content.len()).max()
+    }
+
     /// The largest id plus one. A model may have more rows than this (padding), never fewer.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
@@ -157,14 +289,31 @@ impl Tokenizer {
         &self.special
     }
 
-    /// The source of the folder's chat template, if it has one.
+    /// The source of the chat template, if there is one: of several, `default`.
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.templates.main()
+    }
+
+    /// The source of a named chat template; None where there is no such one. A single template is
+    /// `default`.
+    pub fn named_template(&self, name: &str) -> Option<&str> {
+        self.templates.get(name)
+    }
+
+    /// Where the chat templates were read from, for messages.
+    pub fn template_origin(&self) -> &Path {
+        &self.template_origin
     }
 
     /// Every tokenizer file of the folder: a model writer copies these byte for byte.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
+    }
+
+    /// The model's folder: with an adapter that has a tokenizer of its own, another than
+    /// [`Tokenizer::dir`].
+    pub fn model_dir(&self) -> &Path {
+        &self.base
     }
 
     /// The folder it was read from.
@@ -178,7 +327,7 @@ impl Tokenizer {
 
     /// A named special token that the vocabulary lacks would silently become ordinary text.
     fn check_special(&self, path: &Path) -> Result<()> {
-        for key in ["eos_token", "bos_token"] {
+        for key in CHECKED {
             if let Some(token) = self.named(key)
                 && self.token_to_id(token).is_none()
             {
@@ -241,13 +390,14 @@ impl DecodeStream<'_> {
 fn add_tokens(
     inner: &mut tokenizers::Tokenizer,
     special: &Map<String, Value>,
-    config: &Map<String, Value>,
+    added: Vec<(u32, AddedToken)>,
+    extra: Vec<AddedToken>,
     path: &Path,
 ) -> Result<()> {
     let known = |inner: &tokenizers::Tokenizer, text: &str| {
         inner.get_added_vocabulary().get_vocab().contains_key(text)
     };
-    for (id, mut token) in folder::added_tokens(config) {
+    for (id, mut token) in added {
         if known(inner, &token.content) {
             continue;
         }
@@ -256,20 +406,29 @@ fn add_tokens(
         inner.add_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
         if inner.token_to_id(&text) != Some(id) {
             let message = format!(
-                "tokenizer_config.json gives token {text:?} the id {id}, which does not follow from this file; \
-                 save the tokenizer again with transformers"
+                "token {text:?} has the id {id} in tokenizer_config.json or added_tokens.json, which does not follow from \
+                 this file; save the tokenizer again with transformers"
             );
             return Err(Error::model(path, message));
         }
     }
-    for text in special.values().filter_map(Value::as_str) {
-        if !known(inner, text) && inner.token_to_id(text).is_some() {
-            let token = tokenizers::AddedToken::from(text, true);
-            inner.add_special_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
+    // As transformers: a named token, or an extra one, that the vocabulary lacks gets a new id.
+    let named = special.iter().filter_map(|(key, v)| Some((key, v.as_str()?)));
+    let named =
+        named.map(|(key, text)| (CHECKED.contains(&key.as_str()), AddedToken::from(text, true)));
+    for (checked, token) in named.chain(extra.into_iter().map(|t| (false, t))) {
+        // a named EOS or BOS that is in no file is a mistake, which `check_special` reports
+        if known(inner, &token.content) || (checked && inner.token_to_id(&token.content).is_none())
+        {
+            continue;
         }
+        inner.add_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
     }
     Ok(())
 }
+
+/// Named tokens that a vocabulary must have.
+const CHECKED: [&str; 2] = ["eos_token", "bos_token"];
 
 fn broken(path: &Path, why: &str) -> Error {
     let why: String = why.chars().take(200).collect();

@@ -3,18 +3,13 @@
 //! Invariant: prompts, stop ids and rewards are those of online RL; every row counts in a metric or
 //! as skipped.
 
-use std::path::Path;
-use std::sync::Arc;
-
 use serde_json::{Map, json};
 
 use super::options::EvalOptions;
 use super::result::{EvalMetric, EvalRow, Evaluation, SkippedRows};
 use crate::autograd::Cx;
-use crate::data::chat::ChatTemplate;
-use crate::data::render::Renderer;
+use crate::data::render::ModelText;
 use crate::data::rows::Row;
-use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::rewards::{RewardBatch, Rewards, Scores};
@@ -25,22 +20,21 @@ use crate::rollout::{Engine, EngineOptions, Request};
 pub fn answers(
     cx: &mut Cx,
     model: &mut Decoder,
-    dir: &Path,
+    text: &ModelText,
     rows: &[Row],
     options: &EvalOptions,
 ) -> Result<Evaluation> {
     options.check()?;
     let n = options.generate.n;
     let mut rewards = Rewards::parse(&options.eval.reward_funcs, None)?;
-    let tokenizer = Arc::new(Tokenizer::load(dir)?);
-    let template = ChatTemplate::choose(None, &tokenizer)?;
-    let renderer = Renderer::new(&tokenizer, template.as_ref(), model.config.vocab_size);
+    let tokenizer = &text.tokenizer;
+    let renderer = text.renderer(model.config.vocab_size);
     let prompts =
         rows.iter().map(|row| Ok(renderer.prompt(row)?.ids)).collect::<Result<Vec<_>>>()?;
     let requests = Request::numbered(prompts, n);
     let longest = Request::longest(&requests) + options.generate.max_new_tokens;
     let batch = options.batch.clamp(1, (rows.len() * n).max(1));
-    let engine = EngineOptions::of(&options.generate, &model.config, &tokenizer, batch)?;
+    let engine = EngineOptions::of(&options.generate, &model.config, tokenizer, batch)?;
     let completions = Engine::new(cx, model, engine, longest)?.generate(cx, model, &requests)?;
 
     let mut batch = RewardBatch::default();

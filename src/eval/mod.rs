@@ -17,10 +17,9 @@ mod preferences;
 mod result;
 mod score;
 
-use std::path::Path;
-
 use crate::autograd::Cx;
 use crate::data::format::Format;
+use crate::data::render::ModelText;
 use crate::data::rows::Row;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
@@ -33,12 +32,12 @@ pub use preferences::preferences;
 pub use result::{EvalMetric, EvalRow, Evaluation, SkippedRows};
 pub use score::{RowScore, perplexity, score, sequences};
 
-/// Evaluates the model of folder `dir` on rows of the kind `format`, by which the metrics are
+/// Evaluates a model, whose tokenizer and templates are `text`, on rows of the kind `format`, by which the metrics are
 /// chosen. Errors: a model of another task than the rows need; several greedy completions.
 pub fn evaluate(
     cx: &mut Cx,
     model: &mut Decoder,
-    dir: &Path,
+    text: &ModelText,
     rows: &[Row],
     format: Format,
     options: &EvalOptions,
@@ -46,16 +45,16 @@ pub fn evaluate(
     match format {
         Format::Preference => {
             one_score(&model.config)?;
-            preferences(cx, model, dir, rows, options.batch_tokens)
+            preferences(cx, model, text, rows, options.batch_tokens)
         }
         _ if model.config.task != Task::CausalLm => Err(Error::model(
-            dir,
+            text.tokenizer.dir(),
             "is no language model; a classifier is evaluated on rows with chosen and rejected",
         )),
-        Format::PromptOnly => answers(cx, model, dir, rows, options),
+        Format::PromptOnly => answers(cx, model, text, rows, options),
         _ => {
             let text_field = &options.eval.dataset_text_field;
-            let sequences = sequences(rows, dir, model.config.vocab_size, text_field)?;
+            let sequences = sequences(rows, text, model.config.vocab_size, text_field)?;
             perplexity(cx, model, &sequences, options.batch_tokens)
         }
     }

@@ -2,14 +2,11 @@
 //!
 //! Invariant: the sides are tokenised as `temper reward` does it, uncut, so no pair is dropped.
 
-use std::path::Path;
-
 use super::result::{EvalMetric, EvalRow, Evaluation};
 use crate::autograd::Cx;
-use crate::data::chat::ChatTemplate;
 use crate::data::preference::{PairStyle, PreferenceOptions, pairs};
+use crate::data::render::ModelText;
 use crate::data::rows::Row;
-use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::model::decoder::Decoder;
 use crate::rewards::model::sequence_scores;
@@ -19,16 +16,14 @@ use crate::rewards::model::sequence_scores;
 pub fn preferences(
     cx: &mut Cx,
     model: &mut Decoder,
-    dir: &Path,
+    text: &ModelText,
     rows: &[Row],
     budget: usize,
 ) -> Result<Evaluation> {
-    let tokenizer = Tokenizer::load(dir)?;
-    let template = ChatTemplate::choose(None, &tokenizer)?;
+    let (tokenizer, template) = (&text.tokenizer, text.template.as_ref());
     let options = PreferenceOptions { max_length: None, ..PreferenceOptions::default() };
     let vocab = model.config.vocab_size;
-    let (examples, _) =
-        pairs(rows, &tokenizer, template.as_ref(), vocab, PairStyle::Reward, &options)?;
+    let (examples, _) = pairs(rows, tokenizer, template, vocab, PairStyle::Reward, &options)?;
     let sides: Vec<&[u32]> = examples
         .iter()
         .flat_map(|e| [e.chosen.input_ids.as_slice(), e.rejected.input_ids.as_slice()])

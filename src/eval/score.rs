@@ -3,18 +3,15 @@
 //! Invariant: a language model gives log-probs of tokens, a reward model one score of the row, a
 //! process reward model, for each token, the probability that a step which ended there is right.
 
-use std::path::Path;
-
 use serde::Serialize;
 
 use super::result::{EvalMetric, EvalRow, Evaluation};
 use crate::autograd::Cx;
-use crate::data::chat::ChatTemplate;
 use crate::data::masked::MaskedSequence;
 use crate::data::packing::token_batches;
+use crate::data::render::ModelText;
 use crate::data::rows::Row;
 use crate::data::sft::{SftOptions, prepare};
-use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
@@ -38,7 +35,7 @@ pub enum RowScore {
 /// the model's embedding.
 pub fn sequences(
     rows: &[Row],
-    dir: &Path,
+    text: &ModelText,
     vocab: usize,
     text_field: &str,
 ) -> Result<Vec<MaskedSequence>> {
@@ -49,14 +46,13 @@ pub fn sequences(
         };
         return rows.iter().map(sequence).collect();
     }
-    let tokenizer = Tokenizer::load(dir)?;
-    let template = ChatTemplate::choose(None, &tokenizer)?;
+    let (tokenizer, template) = (&text.tokenizer, text.template.as_ref());
     let options = SftOptions {
         max_length: None,
         dataset_text_field: text_field.into(),
         ..SftOptions::default()
     };
-    let (examples, stats) = prepare(rows, &tokenizer, template.as_ref(), vocab, &options)?;
+    let (examples, stats) = prepare(rows, tokenizer, template, vocab, &options)?;
     if examples.len() != rows.len() {
         return Err(Error::Run(format!(
             "{} of {} rows have no tokens to score; {stats}",

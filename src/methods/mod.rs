@@ -18,7 +18,7 @@ use std::path::Path;
 
 use crate::autograd::Cx;
 use crate::config::{self, PeftConfig, Section, TrainingConfig};
-use crate::data::chat::ChatTemplate;
+use crate::data::chat::{ChatTemplate, TemplateSetup};
 use crate::data::rows::Row;
 use crate::data::split::Split;
 use crate::data::tokenizer::Tokenizer;
@@ -72,6 +72,8 @@ pub struct MethodInputs<'a> {
     pub output: &'a Path,
     /// Rewards of the program itself, beside those of the options.
     pub rewards: &'a [RewardFunction],
+    /// What the run gives chat templates, those of reward models too.
+    pub setup: &'a TemplateSetup,
 }
 
 /// A method over its rows.
@@ -106,6 +108,11 @@ pub trait BuildMethod: Section {
     /// What the model must be; a language model gets a new score where a classifier is wanted.
     fn task(&self) -> Task {
         Task::CausalLm
+    }
+
+    /// The token that ends a row, where an option says another than the tokenizer's.
+    fn eos_token(&self) -> Option<&str> {
+        None
     }
 
     /// What a micro-batch takes beside its rows, for the memory plan.

@@ -6,7 +6,7 @@ use super::StepReport;
 use super::offline::rows::targets;
 use super::reference::{floats, load};
 use crate::autograd::{Cx, Tape};
-use crate::config::{Report, section};
+use crate::config::{PathText, Report, section};
 use crate::data::sft::SftExample;
 use crate::error::{Error, Result};
 use crate::model::batch::{Batch, Sequence};
@@ -18,7 +18,7 @@ section! {
     /// The model that a student learns from.
     pub struct TeacherOptions = "teacher" {
         /// Folder of the teacher, with the student's vocabulary.
-        pub teacher_model_name_or_path: Option<String> = None,
+        pub teacher_model_name_or_path: Option<PathText> = None,
         /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the
         /// generalised Jensen-Shannon divergence.
         pub beta: f64 = 0.5,
@@ -46,7 +46,7 @@ pub struct Teacher {
 impl Teacher {
     pub fn new(options: &TeacherOptions) -> Result<Teacher> {
         let folder = options.teacher_model_name_or_path.clone();
-        let folder = folder.ok_or_else(|| Error::Config(NO_TEACHER.into()))?;
+        let folder = folder.ok_or_else(|| Error::Config(NO_TEACHER.into()))?.0;
         Ok(Teacher { folder, beta: options.beta as f32, model: None })
     }
 

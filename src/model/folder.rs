@@ -4,7 +4,7 @@
 //! and finite values, or an error that lists all that is wrong; [`write_folder`] leaves a whole
 //! folder or the one that was there.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
@@ -16,6 +16,9 @@ use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec, Tensor
 
 const EMBED: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
+
+/// Files of a folder beside weights and config: names and contents.
+pub type NamedFiles = Vec<(String, Vec<u8>)>;
 
 /// Files that belong to a tokenizer, old and new.
 const TOKENIZER_FILES: &[&str] = &[
@@ -93,7 +96,7 @@ pub fn load_weights(
 pub fn write_folder(
     dir: impl AsRef<Path>,
     config: &ModelConfig,
-    tokenizer_files: &[PathBuf],
+    tokenizer_files: &[(String, Vec<u8>)],
     generation_config: Option<Map<String, Value>>,
     dtype: HostDtype,
     bytes_of: &mut dyn FnMut(&ParamSpec) -> Result<Vec<u8>>,
@@ -115,9 +118,8 @@ pub fn write_folder(
             Ok(bytes)
         },
     )?;
-    for file in tokenizer_files {
-        let Some(name) = file.file_name() else { continue };
-        fsio::atomic_write(out.tmp().join(name), &fsio::read(file)?)?;
+    for (name, bytes) in tokenizer_files {
+        fsio::atomic_write(out.tmp().join(name), bytes)?;
     }
     if let Some(map) = generation_config {
         fsio::atomic_write(out.tmp().join("generation_config.json"), &pretty(map))?;
@@ -127,12 +129,10 @@ pub fn write_folder(
 }
 
 /// The tokenizer files that `dir` has, for [`write_folder`].
-pub fn tokenizer_files(dir: impl AsRef<Path>) -> Vec<PathBuf> {
-    TOKENIZER_FILES
-        .iter()
-        .map(|name| dir.as_ref().join(name))
-        .filter(|path| path.is_file())
-        .collect()
+pub fn tokenizer_files(dir: impl AsRef<Path>) -> Result<NamedFiles> {
+    let dir = dir.as_ref();
+    let there = TOKENIZER_FILES.iter().filter(|name| dir.join(name).is_file());
+    there.map(|name| Ok((name.to_string(), fsio::read(dir.join(name))?))).collect()
 }
 
 /// generation_config.json of `dir`, if it has one.

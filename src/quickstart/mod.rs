@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
 use crate::data::bpe::train_bpe;
-use crate::data::chat::{ChatTemplate, RenderOptions};
+use crate::data::chat::{ChatTemplate, RenderOptions, TemplateSetup};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -324,7 +324,7 @@ fn ask(
     problems: &[Problem],
     temperature: f64,
 ) -> Result<Score> {
-    let tokenizer = Tokenizer::load(dir)?;
+    let tokenizer = Tokenizer::of_model(dir, adapter)?;
     let template = ChatTemplate::of(&tokenizer)?;
     let mut model = open_model(cx, dir, adapter)?;
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
@@ -350,7 +350,7 @@ fn ask(
 
 /// The reward model's scores of replies.
 fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> Result<Vec<f64>> {
-    let mut model = RewardModel::load(cx, dir)?;
+    let mut model = RewardModel::load(cx, dir, &TemplateSetup::default())?;
     let mut batch = RewardBatch::default();
     for (problem, reply) in problems.iter().zip(replies) {
         batch.push(&question(problem), std::iter::empty(), reply, Vec::new());

@@ -10,7 +10,7 @@ use std::path::Path;
 use serde_json::{Map, json};
 
 use crate::autograd::Cx;
-use crate::data::chat::ChatTemplate;
+use crate::data::chat::{ChatTemplate, TemplateSetup};
 use crate::data::format::{Format, RowContent};
 use crate::data::packing::token_batches;
 use crate::data::render::{EosToken, Renderer};
@@ -35,15 +35,16 @@ pub struct RewardModel {
 const TOKENS: usize = 8192;
 
 impl RewardModel {
-    /// Reads a folder. Error: it is no reward model (one label).
-    pub fn load(cx: &Cx, dir: &Path) -> Result<RewardModel> {
+    /// Reads a folder. `setup`: what the run gives its template. Error: it is no reward model (one
+    /// label).
+    pub fn load(cx: &Cx, dir: &Path, setup: &TemplateSetup) -> Result<RewardModel> {
         let model = Decoder::folder(dir)?.set(ParamSetId::Reward).build(cx)?;
         if model.config.task != (Task::SequenceClassification { labels: 1 }) {
             let message = "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
             return Err(Error::model(dir, message));
         }
         let tokenizer = Tokenizer::load(dir)?;
-        let template = ChatTemplate::choose(None, &tokenizer)?;
+        let template = ChatTemplate::of_run(&tokenizer, setup)?;
         Ok(RewardModel { model, tokenizer, template })
     }
 

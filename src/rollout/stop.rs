@@ -19,7 +19,7 @@ use crate::model::layout::ModelConfig;
 pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> Result<Vec<u32>> {
     let mut ids = model.eos.clone();
     ids.extend(tokenizer.eos_id());
-    if let Some(map) = folder::generation_config(tokenizer.dir())? {
+    if let Some(map) = folder::generation_config(tokenizer.model_dir())? {
         let id = |value: &Value| {
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
             id.ok_or_else(|| {
@@ -27,7 +27,7 @@ pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> 
                     "eos_token_id is {value}; it must be a token id or a list of them; correct it, or copy the file \
                      again from the model's source"
                 );
-                Error::model(tokenizer.dir().join("generation_config.json"), message)
+                Error::model(tokenizer.model_dir().join("generation_config.json"), message)
             })
         };
         match map.get("eos_token_id") {

@@ -10,13 +10,15 @@ use std::path::Path;
 use super::inputs::RunInputs;
 use super::plan::{self, PlanRequest};
 use super::run::{Run, flops_per_token, peak_flops};
-use super::state::parts_of;
+use super::state::{parts_of, started};
 use super::summary::Summary;
 use super::tuning::{prepare, scheme};
 use super::{StepPlan, Trainer};
 use crate::autograd::Cx;
 use crate::checkpoint::RunFolder;
 use crate::data::chat::ChatTemplate;
+use crate::data::jinja::Clock;
+use crate::data::render::template_setup;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -69,8 +71,18 @@ pub struct FinishedJob {
 pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
     let observer = cx.observer.clone();
-    let tokenizer = Tokenizer::load(dir)?;
-    let template = ChatTemplate::choose(run.training.chat_template_path.as_deref(), &tokenizer)?;
+    let mut tokenizer = Tokenizer::of_model(dir, job.adapter)?;
+    if let Some(path) = &run.training.chat_template_path {
+        tokenizer.take_template(Path::new(&**path))?;
+    }
+    if let Some(token) = run.method.eos_token() {
+        tokenizer.take_eos(token)?;
+    }
+    // A resumed run shows its templates the date of its start.
+    let began = job.folder.resume().map(|found| started(&found.path)).transpose()?.flatten();
+    let began = began.unwrap_or_else(Clock::now);
+    let setup = template_setup(&run.training.template, began);
+    let template = ChatTemplate::of_run(&tokenizer, &setup)?;
     let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };
     let dtype = config.dtype;
     config.task = task(dir, &run.method, config.task)?;
@@ -88,12 +100,15 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         eval: job.eval,
         output: job.folder.path(),
         rewards: job.rewards,
+        setup: &setup,
     };
     let BuiltMethod { mut method, summary } = run.method.build(&run.training, &inputs)?;
     observer.info(&summary);
     let inputs =
         RunInputs::of(run, dir, job.adapter, &tokenizer, template.as_ref(), &*method, job.rewards)?;
     same_inputs(&inputs, job, &*observer)?;
+    let mut parts = parts_of(&tokenizer, &mut config, dtype)?;
+    parts.started = Some(began);
     let longest = method.longest();
     let footprint = run.method.footprint();
     let mut peft = run.peft.clone();
@@ -160,7 +175,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     method.attach(&mut trainer.cx, &trainer.model)?;
     let whole = Run {
         folder: job.folder,
-        parts: parts_of(dir, dtype)?,
+        parts,
         stop: job.stop.clone(),
         inputs,
         config_toml: run.to_toml(job.command),

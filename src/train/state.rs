@@ -10,14 +10,18 @@ use serde_json::{Value, json};
 
 use super::{Means, Trainer};
 use crate::checkpoint::CheckpointWriter;
+use crate::data::jinja::Clock;
+use crate::data::tokenizer::Tokenizer;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::adapter;
 use crate::model::adapter::folder::SavedParam;
-use crate::model::folder::{self, write_folder};
+use crate::model::folder::{self, NamedFiles, write_folder};
+use crate::model::layout::{ModelConfig, Task};
 use crate::model::params::ParamSet;
 use crate::optim::state::Moments;
+use crate::rollout::stop::stop_ids;
 use crate::tensor::Tensor;
 use crate::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec};
 
@@ -31,9 +35,11 @@ pub struct RunState {
 /// What a written model folder needs beside the weights.
 #[derive(Clone, Debug, Default)]
 pub struct FolderParts {
-    pub tokenizer_files: Vec<std::path::PathBuf>,
+    pub tokenizer_files: NamedFiles,
     pub generation_config: Option<serde_json::Map<String, Value>>,
     pub dtype: Option<HostDtype>,
+    /// When the run began: what a chat template's `strftime_now` reads, also after a resume.
+    pub started: Option<Clock>,
 }
 
 const MODEL: &str = "model.safetensors";
@@ -140,15 +146,19 @@ impl Trainer {
                 writer.add_file("config.json", config.as_bytes())?;
             }
         }
-        for file in &parts.tokenizer_files {
-            if let Some(name) = file.file_name().and_then(|n| n.to_str()) {
-                writer.add_file(name, &fsio::read(file)?)?;
-            }
+        for (name, bytes) in &parts.tokenizer_files {
+            writer.add_file(name, bytes)?;
+        }
+        if self.model.adapter.is_none()
+            && let Some(map) = &parts.generation_config
+        {
+            let text = format!("{:#}\n", Value::Object(map.clone()));
+            writer.add_file("generation_config.json", text.as_bytes())?;
         }
         let state = json!({
             "step": self.done, "num_tokens": run.num_tokens, "seed": self.config.seed, "rows": self.plan.rows(),
             "means": run.means.state(), "temper": env!("CARGO_PKG_VERSION"), "device": self.cx.device.name(),
-            "dtype": self.cx.dtype.name(),
+            "dtype": self.cx.dtype.name(), "started": parts.started.map(|c| c.strftime(STARTED)),
         });
         writer.add_file(STATE, format!("{state:#}\n").as_bytes())
     }
@@ -307,11 +317,50 @@ fn whole(params: &ParamSet) -> Vec<SavedParam> {
     params.specs.iter().enumerate().map(|(i, s)| SavedParam::whole(&s.name, &s.shape, i)).collect()
 }
 
-/// What [`Trainer::write_model`] needs to write a folder like `dir`.
-pub fn parts_of(dir: &Path, dtype: Option<HostDtype>) -> Result<FolderParts> {
+/// When the run of a checkpoint began. None: one of an older version, which did not keep it.
+pub fn started(checkpoint: &Path) -> Result<Option<Clock>> {
+    let path = checkpoint.join(STATE);
+    let state: Value = serde_json::from_slice(&fsio::read(&path)?)
+        .map_err(|e| Error::checkpoint(&path, e.to_string()))?;
+    let Some(text) = state["started"].as_str() else { return Ok(None) };
+    let clock = Clock::parse(text);
+    clock
+        .map(Some)
+        .ok_or_else(|| Error::checkpoint(&path, format!("\"started\" is no time: {text}")))
+}
+
+/// What [`Trainer::write_model`] needs to write a folder of what was trained with `tokenizer`. The
+/// generation config ends a text where training ended it, and `config`, once this was called,
+/// names the tokenizer's EOS.
+pub fn parts_of(
+    tokenizer: &Tokenizer,
+    config: &mut ModelConfig,
+    dtype: Option<HostDtype>,
+) -> Result<FolderParts> {
+    let mut generation = folder::generation_config(tokenizer.model_dir())?;
+    if let (Task::CausalLm, Some(eos)) = (config.task, tokenizer.eos_id()) {
+        let mut stop = stop_ids(tokenizer, config, &[])?;
+        let read = match generation.as_ref().and_then(|map| map.get("eos_token_id")) {
+            Some(Value::Array(ids)) => ids.iter().filter_map(Value::as_u64).collect(),
+            Some(Value::Number(id)) => id.as_u64().into_iter().collect(),
+            _ => config.eos.iter().map(|id| u64::from(*id)).collect::<Vec<_>>(),
+        };
+        if stop.iter().any(|id| !read.contains(&u64::from(*id))) {
+            stop.retain(|id| *id != eos);
+            stop.insert(0, eos);
+            generation.get_or_insert_default().insert("eos_token_id".into(), json!(stop));
+        }
+        if !config.eos.contains(&eos) {
+            config.eos = vec![eos];
+        }
+    }
     Ok(FolderParts {
-        tokenizer_files: folder::tokenizer_files(dir),
-        generation_config: folder::generation_config(dir)?,
+        tokenizer_files: tokenizer.saved_files()?,
+        generation_config: generation,
         dtype: dtype.filter(|d| matches!(d, HostDtype::F32 | HostDtype::F16 | HostDtype::BF16)),
+        started: None,
     })
 }
+
+/// How a checkpoint writes when the run began.
+const STARTED: &str = "%Y-%m-%d %H:%M:%S";

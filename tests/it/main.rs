@@ -35,4 +35,5 @@ mod sft;
 mod shim;
 mod signature;
 mod support;
+mod templates;
 mod terminal;

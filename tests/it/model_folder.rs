@@ -190,7 +190,7 @@ fn tokenizer_and_generation_files_are_carried_over() {
     std::fs::write(source.path().join("README.md"), "x").unwrap();
     let out = tempfile::tempdir().unwrap();
     let config = ModelConfig::llama(96, 32, 48, 2, 2, 1, 128, true);
-    let files = tokenizer_files(source.path());
+    let files = tokenizer_files(source.path()).unwrap();
     let generation = generation_config(source.path()).unwrap();
     let mut zeros = |spec: &temper::model::layout::ParamSpec| Ok(vec![0; spec.len() * 4]);
     std::fs::write(out.path().join("metrics.jsonl"), "kept").unwrap();

@@ -50,7 +50,7 @@ fn model<M: BuildMethod + Default + 'static>(cx: &Cx) -> Decoder {
 fn other_reference(dir: &Path) -> PathBuf {
     let out = dir.join("reference");
     let decoder = decoder(&cpu(), MODEL, 8);
-    let tokenizer = folder::tokenizer_files(MODEL);
+    let tokenizer = folder::tokenizer_files(MODEL).unwrap();
     folder::write_folder(&out, &decoder.config, &tokenizer, None, HostDtype::F32, &mut |spec| {
         let i = decoder.params.by_name(&spec.name).unwrap();
         let mut values = decoder.params.weight_view(i)?.to_f32()?;

@@ -166,7 +166,10 @@ fn a_reward_model_reads_the_tools_of_the_row() {
     batch.push(&row["prompt"], std::iter::empty(), "three", Vec::new());
     batch.push(&row["prompt"], columns.iter().map(|(n, v)| (n, *v)), "three", Vec::new());
     let mut cx = cpu();
-    let got = RewardModel::load(&cx, &model).unwrap().score(&mut cx, &batch).unwrap();
+    let got = RewardModel::load(&cx, &model, &Default::default())
+        .unwrap()
+        .score(&mut cx, &batch)
+        .unwrap();
 
     let tokenizer = Tokenizer::load(&model).unwrap();
     let texts = ["", "<tools>calc<mood>calm"].map(|extras| {

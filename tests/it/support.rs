@@ -108,6 +108,7 @@ pub fn with_inputs<T>(
 ) -> T {
     let (tokenizer, template) = tokenizer_and_template();
     build(&MethodInputs {
+        setup: &Default::default(),
         tokenizer: &tokenizer,
         template: Some(&template),
         model,

@@ -71,6 +71,10 @@ impl BuildMethod for RewardConfig {
         Footprint { sequences: 2, reference: false }
     }
 
+    fn eos_token(&self) -> Option<&str> {
+        self.eos_token.as_deref()
+    }
+
     fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
         one_score(inputs.model)?;
         let eos_token = self.eos_token.clone();

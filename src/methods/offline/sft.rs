@@ -121,6 +121,10 @@ impl BuildMethod for SftConfig {
         TrainingConfig { learning_rate: 2e-5, ..Default::default() }
     }
 
+    fn eos_token(&self) -> Option<&str> {
+        self.eos_token.as_deref()
+    }
+
     fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
         let (sft, stats) = Sft::new(self, inputs)?;
         Ok(BuiltMethod::new(sft, stats))

@@ -75,7 +75,7 @@ impl RolloutEnv {
                 training.seed,
                 inputs,
             )?,
-            scorer: Scorer::new(&options.rewards, inputs.rewards)?,
+            scorer: Scorer::new(&options.rewards, inputs)?,
             reference: Reference::default(),
             sync: options.sync.clone(),
             log_completions: options.rewards.log_completions,

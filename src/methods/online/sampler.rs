@@ -48,7 +48,7 @@ impl Sampler {
         seed: u64,
         inputs: &MethodInputs,
     ) -> Result<Sampler> {
-        let tokenizer = Tokenizer::load(inputs.tokenizer.dir())?;
+        let tokenizer = inputs.tokenizer.clone();
         let stop = stop_ids(inputs.tokenizer, inputs.model, &[])?;
         if stop.is_empty() {
             return Err(Error::Config(

@@ -9,19 +9,23 @@ use super::prompts::Prompt;
 use super::rollout::Rollout;
 use crate::autograd::Cx;
 use crate::config::RewardOptions;
+use crate::data::chat::TemplateSetup;
 use crate::error::Result;
+use crate::methods::MethodInputs;
 use crate::rewards::model::RewardModel;
-use crate::rewards::{RewardBatch, RewardFunction, Rewards, Scores};
+use crate::rewards::{RewardBatch, Rewards, Scores};
 
 pub struct Scorer {
     options: RewardOptions,
     rewards: Rewards,
     pub reward_model: Option<RewardModel>,
+    setup: TemplateSetup,
 }
 
 impl Scorer {
-    /// The rewards of the options, and `functions` of the program.
-    pub fn new(options: &RewardOptions, functions: &[RewardFunction]) -> Result<Scorer> {
+    /// The rewards of the options, and those of the program.
+    pub fn new(options: &RewardOptions, inputs: &MethodInputs) -> Result<Scorer> {
+        let functions = inputs.rewards;
         let (specs, weights) = (&options.reward_funcs, options.reward_weights.as_deref());
         let rewards = match specs.len() + functions.len() {
             0 => Rewards { list: Vec::new() },
@@ -30,12 +34,13 @@ impl Scorer {
                 Rewards::with_functions(specs, functions, weights)?
             }
         };
-        Ok(Scorer { options: options.clone(), rewards, reward_model: None })
+        let (options, setup) = (options.clone(), inputs.setup.clone());
+        Ok(Scorer { options, rewards, reward_model: None, setup })
     }
 
     pub fn attach(&mut self, cx: &Cx) -> Result<()> {
         if let Some(dir) = &self.options.reward_model {
-            self.reward_model = Some(RewardModel::load(cx, Path::new(dir))?);
+            self.reward_model = Some(RewardModel::load(cx, Path::new(&**dir), &self.setup)?);
         }
         Ok(())
     }

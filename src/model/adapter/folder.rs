@@ -4,7 +4,7 @@
 //! Invariant: a folder that is read fits the model (names, shapes, finite values) or is an error
 //! that lists all that is wrong; [`fn@write`] leaves a whole folder or the one that was there.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -204,7 +204,7 @@ impl Adapter {
 pub fn write(
     dir: &Path,
     adapter: &Adapter,
-    tokenizer_files: &[PathBuf],
+    tokenizer_files: &[(String, Vec<u8>)],
     values: &mut dyn FnMut(usize) -> Result<Vec<f32>>,
 ) -> Result<()> {
     let out = AtomicDir::create(dir)?;
@@ -231,9 +231,8 @@ pub fn write(
             }
         },
     )?;
-    for file in tokenizer_files {
-        let Some(name) = file.file_name() else { continue };
-        fsio::atomic_write(out.tmp().join(name), &fsio::read(file)?)?;
+    for (name, bytes) in tokenizer_files {
+        fsio::atomic_write(out.tmp().join(name), bytes)?;
     }
     fsio::atomic_write(out.tmp().join(CONFIG), &adapter.config_bytes())?;
     out.commit(CONFIG)

@@ -1,0 +1,159 @@
+//! Where the assistant speaks in a rendered conversation, for templates without `{% generation %}`.
+//! Layer 6.
+//!
+//! Invariant: a turn begins where the generation prompt ends (what the model is given when it
+//! speaks) and ends with the token that ends it, without the white space that the template writes
+//! after it. A turn whose place is not certain is an error that shows it.
+//!
+//! The place comes from prefixes: messages before the turn with the generation prompt, and messages
+//! up to the turn. Templates that write earlier turns in another way than the last (Qwen3 and
+//! gpt-oss drop their reasoning) have no such prefixes there. Then the turn is rendered again with
+//! another text: what both renderings begin and end with is not the turn's.
+
+use std::ops::Range;
+
+use serde_json::{Value, json};
+
+use super::format::ParsedRow;
+use super::masked::common;
+use super::render::Renderer;
+use super::rows::Row;
+use crate::error::{Error, Result};
+
+/// A text that no turn has and no template changes.
+const PROBE: &str = "\u{E0F3}probe\u{E0F4}";
+
+/// A conversation of a row.
+struct Talk<'a> {
+    renderer: &'a Renderer<'a>,
+    row: &'a Row,
+    example: &'a ParsedRow,
+    messages: &'a [Value],
+    whole: &'a str,
+}
+
+/// The spans, in characters of `whole`, of the assistant's turns.
+pub fn assistant_spans(
+    renderer: &Renderer,
+    row: &Row,
+    example: &ParsedRow,
+    messages: &[Value],
+    whole: &str,
+) -> Result<Vec<Range<usize>>> {
+    let talk = Talk { renderer, row, example, messages, whole };
+    let mut spans = Vec::new();
+    let (mut bytes, mut chars) = (0, 0);
+    for i in (0..messages.len()).filter(|i| messages[*i]["role"] == "assistant") {
+        let span = talk.span(i)?;
+        if span.start < bytes {
+            return Err(talk.unclear(i));
+        }
+        let mut at = |to: usize| {
+            chars += whole[bytes..to].chars().count();
+            bytes = to;
+            chars
+        };
+        spans.push(at(span.start)..at(span.end));
+    }
+    Ok(spans)
+}
+
+impl Talk<'_> {
+    fn render(&self, messages: &[Value], prompt: bool) -> Result<String> {
+        Ok(self.renderer.render(self.row, self.example, messages, prompt)?.text)
+    }
+
+    /// Bytes of the turn in the whole.
+    fn span(&self, i: usize) -> Result<Range<usize>> {
+        let before = self.render(&self.messages[..i], false);
+        let begun = self.render(&self.messages[..i], true);
+        let last = i + 1 == self.messages.len();
+        let ended =
+            if last { Ok(self.whole.into()) } else { self.render(&self.messages[..=i], false) };
+        let start = match (&before, &begun) {
+            (Ok(before), Ok(begun)) => {
+                let same = shared(begun, self.whole);
+                (same > before.len() || begun.len() == same).then_some(same)
+            }
+            _ => None,
+        };
+        let end = ended.ok().filter(|e| self.whole.starts_with(e.as_str()));
+        let end = end.map(|e| e.trim_end().len());
+        match (start, end) {
+            (Some(start), Some(end)) if start <= end => Ok(start..end),
+            _ => self.probed(i, start, end).ok_or_else(|| self.unclear(i)),
+        }
+    }
+
+    /// The turn's place where prefixes do not give its start or its end.
+    fn probed(&self, i: usize, start: Option<usize>, end: Option<usize>) -> Option<Range<usize>> {
+        let probe = |messages: &[Value]| {
+            let mut other = messages.to_vec();
+            other[i] = json!({ "role": "assistant", "content": PROBE });
+            self.render(&other, false).ok()
+        };
+        let other = probe(self.messages)?;
+        let body = shared(&other, self.whole);
+        let tail = shared_end(&other[body..], &self.whole[body..]);
+        let body_end = self.whole.len() - tail;
+        let start = match start.filter(|s| *s <= body) {
+            Some(start) => start,
+            None => {
+                let prompt = self.generation_prompt(i)?;
+                self.whole[..body].rfind(&prompt)? + prompt.len()
+            }
+        };
+        let end = match end.filter(|e| *e >= body_end) {
+            Some(end) => end,
+            None => {
+                let alone = self.render(&self.messages[..=i], false).ok()?;
+                let other = probe(&self.messages[..=i])?;
+                let closing = alone[alone.len() - shared_end(&alone, &other)..].trim_end();
+                let rest = &self.whole[body_end..];
+                match rest.starts_with(closing) {
+                    true => body_end + closing.len(),
+                    false => body_end + self.renderer.tokenizer.special_prefix(rest)?,
+                }
+            }
+        };
+        (start <= end).then_some(start..end)
+    }
+
+    /// What the template writes before the assistant speaks.
+    fn generation_prompt(&self, i: usize) -> Option<String> {
+        let user = [json!({ "role": "user", "content": PROBE })];
+        [&self.messages[..i], &user[..]].into_iter().find_map(|messages| {
+            let (without, with) =
+                (self.render(messages, false).ok()?, self.render(messages, true).ok()?);
+            let prompt = with.strip_prefix(&without)?;
+            (!prompt.trim().is_empty()).then(|| prompt.to_string())
+        })
+    }
+
+    fn unclear(&self, i: usize) -> Error {
+        let content = &self.messages[i]["content"];
+        let text = content.as_str().map_or_else(|| content.to_string(), str::to_string);
+        let shown: String = text.chars().take(60).collect();
+        self.row.error(format!(
+            "assistant_only_loss=true, and the chat template writes the assistant's turn messages[{i}] ({shown:?}) \
+             differently when more follows, so its tokens cannot be found; put {{% generation %}} and \
+             {{% endgeneration %}} around what the assistant says in the template (chat_template_path), or use prompt \
+             and completion rows"
+        ))
+    }
+}
+
+/// Bytes of the characters that both begin with.
+fn shared(a: &str, b: &str) -> usize {
+    let mut same = common(a.as_bytes(), b.as_bytes());
+    while !a.is_char_boundary(same) {
+        same -= 1;
+    }
+    same
+}
+
+/// Bytes of the characters that both end with.
+fn shared_end(a: &str, b: &str) -> usize {
+    let pairs = a.chars().rev().zip(b.chars().rev());
+    pairs.take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum()
+}
