@@ -66,6 +66,7 @@ pub struct FinishedJob {
 pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
     let observer = cx.observer.clone();
+    cx.stop = job.stop.clone();
     let tokenizer = Tokenizer::load(dir)?;
     let template = ChatTemplate::choose(run.training.chat_template_path.as_deref(), &tokenizer)?;
     let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };

@@ -12,6 +12,7 @@ pub mod state;
 mod step;
 mod training;
 pub mod tuning;
+mod watch;
 
 pub use step::{Means, Step, StepPlan, Trainer};
 pub use training::Training;

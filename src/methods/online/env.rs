@@ -25,7 +25,7 @@ use crate::methods::{MethodInputs, Metric};
 use crate::model::batch::{Batch, Group, Sequence};
 use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
-use crate::rewards::Scores;
+use crate::rewards::{Scores, printable};
 
 /// What a method asks of its environment.
 #[derive(Clone, Default)]
@@ -225,7 +225,7 @@ impl RolloutEnv {
         let worst = rows().min_by(|a, b| value(a).total_cmp(&value(b)));
         for (word, i) in [("best", best), ("worst", worst)] {
             if let Some(i) = i {
-                let text = rollouts[i].text.replace('\n', " ");
+                let text = printable(&rollouts[i].text).replace('\n', " ");
                 cx.observer.info(&format!("{word} completion, reward {:.3}: {text}", value(&i)));
             }
         }
