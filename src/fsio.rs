@@ -87,26 +87,23 @@ pub fn fsync_dir(dir: impl AsRef<Path>) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, e))
 }
 
-/// A folder that is filled beside its place, under `.NAME.temper-tmp`, and then moved there;
-/// dropped before, it goes.
+/// A folder whose files are written under `.temper-tmp` inside it and then moved into place;
+/// dropped before, they go. Inside, because the folder may be a mount point, a link to another disk
+/// or `.`: a sibling would be on another file system, or not writable.
 #[derive(Debug)]
 pub struct AtomicDir {
     path: PathBuf,
     tmp: PathBuf,
 }
 
+/// The name of the folder in which [`AtomicDir`] stages files.
+pub const STAGING: &str = ".temper-tmp";
+
 impl AtomicDir {
-    /// Makes the temporary folder (and the parents of `path`). A leftover of an interrupted save is
-    /// removed.
+    /// Makes the folder and the staging folder in it. A leftover of an interrupted save is removed.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let Some(name) = path.file_name() else {
-            return Err(Error::model(path, "cannot be written: give a folder with a name"));
-        };
-        let mut hidden = OsString::from(".");
-        hidden.push(name);
-        hidden.push(".temper-tmp");
-        let tmp = parent(&path).join(hidden);
+        let tmp = path.join(STAGING);
         if tmp.is_dir() {
             std::fs::remove_dir_all(&tmp).map_err(|e| Error::io(&tmp, e))?;
         }
@@ -119,14 +116,9 @@ impl AtomicDir {
         &self.tmp
     }
 
-    /// Moves the folder into place. Where a folder of that name exists, its other files stay and
-    /// the new ones replace theirs one by one, `last` at the end.
+    /// Moves the files into place one by one, `last` at the end; other files of the folder stay.
     pub fn commit(self, last: &str) -> Result<()> {
         fsync_dir(&self.tmp)?;
-        if !self.path.exists() {
-            std::fs::rename(&self.tmp, &self.path).map_err(|e| Error::io(&self.path, e))?;
-            return fsync_dir(parent(&self.path));
-        }
         let listing =
             std::fs::read_dir(&self.tmp).and_then(|d| d.collect::<std::io::Result<Vec<_>>>());
         let mut names: Vec<OsString> = listing
@@ -141,11 +133,84 @@ impl AtomicDir {
         }
         fsync_dir(&self.path)
     }
+
+    /// Writes a file and moves it, as a save will: says before any work is done that `path` cannot
+    /// be written.
+    pub fn try_out(path: &Path) -> Result<()> {
+        const PROBE: &str = ".temper-probe";
+        let probe = || -> Result<()> {
+            let out = AtomicDir::create(path)?;
+            atomic_write(out.tmp().join(PROBE), b"temper")?;
+            out.commit(PROBE)?;
+            let file = path.join(PROBE);
+            std::fs::remove_file(&file).map_err(|e| Error::io(&file, e))
+        };
+        probe().map_err(|e| {
+            Error::Config(format!(
+                "{}: files cannot be written and renamed here ({e}); give another --output",
+                path.display()
+            ))
+        })
+    }
 }
 
 impl Drop for AtomicDir {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.tmp); // gone already after a commit by rename
+        let _ = std::fs::remove_dir_all(&self.tmp);
+    }
+}
+
+/// A file that whole lines are appended to. Where an append fails (a full disk), what was half
+/// written is cut off again and the text waits for the next append.
+#[derive(Debug)]
+pub struct AppendFile {
+    path: PathBuf,
+    file: File,
+    /// Bytes of the file that are whole lines.
+    len: u64,
+    waiting: Vec<u8>,
+}
+
+impl AppendFile {
+    /// Opens or makes `path`.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let io = |e| Error::io(&path, e);
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(io)?;
+        let len = file.metadata().map_err(io)?.len();
+        Ok(Self { path, file, len, waiting: Vec::new() })
+    }
+
+    /// Appends what waits, then `text`. On an error the file holds what it held before.
+    pub fn append(&mut self, text: &str) -> Result<()> {
+        self.waiting.extend_from_slice(text.as_bytes());
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        if let Err(e) = self.file.write_all(&self.waiting) {
+            let _ = self.file.set_len(self.len); // a device (/dev/full) has no length
+            return Err(Error::io(&self.path, e));
+        }
+        self.len += self.waiting.len() as u64;
+        self.waiting.clear();
+        Ok(())
+    }
+
+    /// Appends what waits and syncs.
+    pub fn sync(&mut self) -> Result<()> {
+        self.append("")?;
+        self.file.sync_all().map_err(|e| Error::io(&self.path, e))
+    }
+}
+
+/// "512 B", "3.4 KiB", "20.0 MiB", "1.25 GiB": a size in a unit that shows it.
+pub fn size_text(bytes: u64) -> String {
+    let b = bytes as f64;
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..0x10_0000 => format!("{:.1} KiB", b / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", b / 1048576.0),
+        _ => format!("{:.2} GiB", b / 1073741824.0),
     }
 }
 
@@ -203,13 +268,37 @@ mod tests {
             out
         };
         drop(save(b"dropped"));
-        assert!(!path.exists());
+        assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
         save(b"one").commit("config.json").unwrap();
         std::fs::write(path.join("metrics.jsonl"), "x").unwrap();
         save(b"two").commit("config.json").unwrap();
         assert_eq!(std::fs::read(path.join("config.json")).unwrap(), b"two");
         assert!(path.join("metrics.jsonl").exists());
         assert_eq!(std::fs::read_dir(dir.path().join("deep")).unwrap().count(), 1);
+        AtomicDir::try_out(&path).unwrap();
+        assert_eq!(std::fs::read_dir(&path).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_could_not_be_appended_waits_and_nothing_is_half_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = AppendFile::open(&path).unwrap();
+        log.append("one\n").unwrap();
+        // A file that takes no writes stands for a full disk.
+        let whole = std::mem::replace(&mut log.file, File::open(&path).unwrap());
+        assert!(log.append("two\n").is_err() && log.sync().is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"one\n");
+        log.file = whole;
+        log.append("three\n").unwrap();
+        log.sync().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"one\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn sizes_are_in_a_unit_that_shows_them() {
+        let sizes = [0, 700, 4096, 5 << 20, 3 << 30].map(size_text);
+        assert_eq!(sizes, ["0 B", "700 B", "4.0 KiB", "5.0 MiB", "3.00 GiB"]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM end a run with a clean checkpoint; a second one ends it at once. Layer 0.
+//! Ctrl-C, SIGTERM and SIGHUP end a run with a clean checkpoint; a second one ends it at once. Layer 0.
 //!
 //! Invariant: the first signal only sets a flag, which the training loop looks at between
 //! micro-batches.
@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
 use crate::error::{Error, Result};
@@ -20,11 +20,11 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Watches SIGINT and SIGTERM from here on. The second signal exits with 130 without waiting
+    /// Watches SIGINT, SIGTERM and SIGHUP (a lost terminal) from here on. The second signal exits with 130 without waiting
     /// for anything.
     pub fn on_signals() -> Result<Stop> {
         let stop = Stop::default();
-        for signal in [SIGINT, SIGTERM] {
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
             // In this order: the first signal finds the flag unset, passes the shutdown by, and
             // sets it.
             let registered = flag::register_conditional_shutdown(signal, 130, stop.flag.clone())
@@ -33,6 +33,16 @@ impl Stop {
                 .map_err(|e| Error::Run(format!("signal {signal} cannot be watched: {e}")))?;
         }
         Ok(stop)
+    }
+
+    /// From here on a write beyond a file-size limit (`ulimit -f`) is an error of that write. The
+    /// signal's default ends the process without a word.
+    pub fn ignore_file_size_signal() -> Result<()> {
+        // Caught rather than ignored: programs that this one starts keep the default.
+        let nothing = Arc::new(AtomicBool::new(false));
+        flag::register(SIGXFSZ, nothing)
+            .map(drop)
+            .map_err(|e| Error::Run(format!("signal {SIGXFSZ} cannot be watched: {e}")))
     }
 
     /// Whether the run is to end.

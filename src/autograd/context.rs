@@ -14,6 +14,7 @@ use crate::config::{AttentionChoice, Dtype, MatmulChoice, TrainingConfig};
 use crate::device::{self, DType, Device, Pool};
 use crate::error::{Error, Result};
 use crate::observer::{Observer, Terminal};
+use crate::signals::Stop;
 use crate::tensor::{Id, Tensor};
 
 /// What a backward pass computes again instead of keeping.
@@ -47,6 +48,8 @@ pub struct Cx {
     pub rng: Tensor,
     /// Hears of what happens.
     pub observer: Arc<dyn Observer>,
+    /// Ends what waits, as for a reward.
+    pub stop: Stop,
     next_site: u32,
 }
 
@@ -87,6 +90,7 @@ impl Cx {
             param_grads: ParamGradSets::default(),
             rng,
             observer: Arc::new(Terminal::default()),
+            stop: Stop::default(),
             next_site: 0,
         })
     }

@@ -30,7 +30,8 @@ pub struct RunFolder {
 /// - `resume`: `dir` must hold a checkpoint that verifies; newer broken ones are named in
 ///   [`RunFolder::notes`].
 ///
-/// Errors: both flags; another process writes into `dir`; the cases above, each with what was found
+/// Errors: both flags; a folder that cannot be written (a file is written and renamed here to find
+/// out, before any work is done); another process writes into `dir`; the cases above, each with what was found
 /// and what to do.
 pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> Result<RunFolder> {
     let path = dir.as_ref().to_path_buf();
@@ -54,6 +55,7 @@ pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> R
         ));
     }
     folder.clean()?;
+    fsio::AtomicDir::try_out(&folder.path)?;
     let held = folder.held()?;
     if resume {
         folder.find_checkpoint(&held)?;
@@ -92,12 +94,13 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Removes `checkpoint-N.tmp` and `checkpoint-N.del`. Safe under the lock: nobody is writing
+    /// Removes `checkpoint-N.tmp`, `checkpoint-N.del` and staged files. Safe under the lock: nobody is writing
     /// them.
     fn clean(&self) -> Result<()> {
         for (name, path) in entries(&self.path)? {
             let stale = name.strip_suffix(".tmp").or_else(|| name.strip_suffix(".del"));
-            if stale.and_then(step_of).is_some() && path.is_dir() {
+            let staged = name == fsio::STAGING;
+            if (staged || stale.and_then(step_of).is_some()) && path.is_dir() {
                 std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
             }
         }

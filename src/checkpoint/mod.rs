@@ -53,9 +53,9 @@ impl CheckpointWriter {
             if free < needed {
                 let message = format!(
                     "a checkpoint needs {} ({} with a margin), {} are free; older checkpoints stay",
-                    gib(bytes),
-                    gib(needed),
-                    gib(free)
+                    fsio::size_text(bytes),
+                    fsio::size_text(needed),
+                    fsio::size_text(free)
                 );
                 return Err(Error::io(
                     path,
@@ -334,10 +334,6 @@ fn checksum(path: &Path) -> Result<Written> {
         bytes += n as u64;
     }
     Ok(Written { bytes, crc32: hasher.finalize() })
-}
-
-fn gib(bytes: u64) -> String {
-    format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
 }
 
 #[cfg(test)]

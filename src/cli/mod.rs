@@ -22,10 +22,13 @@ mod train;
 use clap::{Args as _, FromArgMatches, Subcommand};
 
 use crate::config::{EvalConfig, GenerateConfig, Key, Section};
+use crate::device::start_threads;
+use crate::error::Result;
 use crate::methods::MethodEntry;
 use crate::methods::offline::sft::METHOD as SFT;
 use crate::methods::registry::REGISTRY;
 use crate::observer::output::{is_reader_gone, note_line};
+use crate::signals::Stop;
 
 /// The commands that train nothing. The training commands are [`REGISTRY`]'s.
 #[derive(Subcommand)]
@@ -98,6 +101,15 @@ fn parse() -> std::result::Result<Parsed, clap::Error> {
     Command::from_arg_matches(&matches).map(Parsed::Other)
 }
 
+/// Makes a file-size limit an error of the write, and starts the threads.
+fn prepare(parsed: &Parsed) -> Result<()> {
+    Stop::ignore_file_size_signal()?;
+    match parsed {
+        Parsed::Other(Command::Quickstart(_)) => Ok(()), // it has an option for their number
+        _ => start_threads(None),
+    }
+}
+
 /// Runs the command line and returns the exit code.
 pub fn main() -> i32 {
     let parsed = match parse() {
@@ -109,6 +121,10 @@ pub fn main() -> i32 {
             return code;
         }
     };
+    if let Err(e) = prepare(&parsed) {
+        eprintln!("error: {e}");
+        return e.exit_code();
+    }
     let result = match parsed {
         Parsed::Train(entry, args) => train::run(entry, *args),
         Parsed::Other(command) => match command {

@@ -175,6 +175,9 @@ section! {
         /// A weight for each reward (reward_funcs first, then reward_model; in a program its own
         /// functions go between them). none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,
+        /// Ours. Environment variables that reward programs see, beside PATH and HOME. none: all of
+        /// them, tokens and keys too.
+        pub reward_env: Option<Vec<String>> = None,
         /// Ours. Folder of a reward model, whose score is one more reward.
         pub reward_model: Option<PathText> = None,
         /// Show the best and the worst completion of the last generation beside each log line.

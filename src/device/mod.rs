@@ -4,6 +4,7 @@
 //! error that names the kernel. `cpu` runs kernels through the shim (`kernels/shim/`), `cuda`
 //! through the driver API, loaded at run time.
 
+pub mod cgroup;
 pub mod cpu;
 pub mod cuda;
 pub mod dry_run;
@@ -15,7 +16,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
 
-pub use open::open;
+pub use open::{open, start_threads};
 pub use pool::{Block, Pool, mebibytes};
 
 /// Element types of device memory. `F64`-like host types never reach a device.

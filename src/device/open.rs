@@ -9,7 +9,7 @@ use super::Device;
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use crate::config::DeviceChoice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Opens a device; `Auto` is the GPU where one can be used, else the CPU. Errors, for `Cuda`: why
 /// there is no GPU.
@@ -21,5 +21,18 @@ pub fn open(choice: DeviceChoice) -> Result<Arc<dyn Device>> {
             Ok(device) => Ok(Arc::new(device)),
             Err(_) => Ok(Arc::new(Cpu::new())),
         },
+    }
+}
+
+/// Starts the CPU's threads, `threads` or one a core, which otherwise start at their first use.
+/// Error: the system refuses them (`ulimit -u`, a container's limit).
+pub fn start_threads(threads: Option<usize>) -> Result<()> {
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    match builder.build_global() {
+        Err(e) if std::error::Error::source(&e).is_some() => Err(Error::Device(format!(
+            "the CPU's threads cannot be started ({e}); raise the limit of processes (ulimit -u), or set \
+             RAYON_NUM_THREADS to a smaller number"
+        ))),
+        _ => Ok(()), // or they run already
     }
 }

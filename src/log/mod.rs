@@ -5,8 +5,6 @@
 
 mod tensorboard;
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::fsio;
+use crate::fsio::{self, AppendFile};
 use crate::observer::{MetricValue, Observer, Progress};
 
 use tensorboard::EventFile;
@@ -25,15 +23,17 @@ const COMPLETIONS: &str = "completions.jsonl";
 /// The log of one run. Its observer hears of the end when it is dropped.
 pub struct RunLog {
     path: PathBuf,
-    file: File,
+    file: AppendFile,
     /// completions.jsonl, from the first completion on.
-    completions: Option<File>,
+    completions: Option<AppendFile>,
     /// For TensorBoard, where the run asks for it.
     events: Option<EventFile>,
     history: Vec<Map<String, Value>>,
     observer: Arc<dyn Observer>,
     total: u64,
     pace: Pace,
+    /// The last append failed; said once, until one succeeds.
+    failing: bool,
 }
 
 impl RunLog {
@@ -50,7 +50,7 @@ impl RunLog {
     ) -> Result<Self> {
         let path = output_dir.as_ref().join(METRICS);
         let history = keep_lines(&path, resume_from_step)?;
-        let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
+        let file = AppendFile::open(&path)?;
         let first = resume_from_step.unwrap_or(0);
         let samples = output_dir.as_ref().join(COMPLETIONS);
         if samples.exists() {
@@ -66,6 +66,7 @@ impl RunLog {
             observer,
             total: total_steps,
             pace: Pace::start(first, tokens),
+            failing: false,
         })
     }
 
@@ -84,7 +85,8 @@ impl RunLog {
     pub fn log(&mut self, step: u64, metrics: &[(&str, MetricValue)]) -> Result<()> {
         let line = to_json(step, metrics);
         let text = format!("{}\n", Value::Object(line.clone()));
-        self.file.write_all(text.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
+        let appended = self.file.append(&text);
+        self.heard(appended);
         self.history.push(line);
         if let Some(Err(e)) = self.events.as_mut().map(|file| file.add(step, metrics)) {
             self.observer.warn(&format!("the event file ends here: {e}"));
@@ -107,12 +109,23 @@ impl RunLog {
         }
         let file = match &mut self.completions {
             Some(file) => file,
-            None => {
-                let open = OpenOptions::new().create(true).append(true).open(&path);
-                self.completions.insert(open.map_err(|e| Error::io(&path, e))?)
-            }
+            None => self.completions.insert(AppendFile::open(&path)?),
         };
-        file.write_all(text.as_bytes()).map_err(|e| Error::io(&path, e))
+        let appended = file.append(&text);
+        self.heard(appended);
+        Ok(())
+    }
+
+    /// A log that cannot be written ends no run: its lines wait for the next append.
+    fn heard(&mut self, done: Result<()>) {
+        if let Err(e) = &done
+            && !self.failing
+        {
+            self.observer.warn(&format!(
+                "{e}; the run goes on, and the lines are written once that is possible"
+            ));
+        }
+        self.failing = done.is_err();
     }
 
     /// A step was done; `tokens` is what the run has trained on so far.
@@ -138,13 +151,11 @@ impl RunLog {
         self.pace.begin.elapsed()
     }
 
-    /// Everything logged so far is on disk: call it before a checkpoint is finished.
-    pub fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(|e| Error::io(&self.path, e))?;
-        match &self.completions {
-            Some(file) => file.sync_all().map_err(|e| Error::io(&self.path, e)),
-            None => Ok(()),
-        }
+    /// Puts everything logged so far on disk: call it before a checkpoint is finished.
+    pub fn sync(&mut self) {
+        let metrics = self.file.sync();
+        let completions = self.completions.as_mut().map_or(Ok(()), AppendFile::sync);
+        self.heard(metrics.and(completions));
     }
 
     /// All lines, those before a resume included.
@@ -280,6 +291,9 @@ fn number(v: f64) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+    use std::io::Write;
+
     use super::*;
     use crate::observer::Silent;
 
@@ -317,7 +331,7 @@ mod tests {
                 )
                 .unwrap();
             }
-            log.sync().unwrap();
+            log.sync();
             let state: Value =
                 serde_json::from_slice(&log.trainer_state(6, 1.0, &[("save_steps", 2.into())]))
                     .unwrap();

@@ -7,6 +7,7 @@
 
 mod batch;
 mod function;
+mod lines;
 pub mod model;
 mod numeric;
 mod reward;
@@ -18,6 +19,7 @@ mod worker;
 
 pub use batch::RewardBatch;
 pub use function::{RewardFunction, RewardRow};
+pub use lines::printable;
 pub use reward::Reward;
 pub use schema::Schema;
 pub use total::{Rewards, Scores};

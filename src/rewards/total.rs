@@ -4,10 +4,11 @@
 
 use super::batch::RewardBatch;
 use super::function::RewardFunction;
-use super::reward::Reward;
+use super::reward::{Reward, Verifier};
 use super::spec;
 use crate::error::{Error, Result};
 use crate::observer::Observer;
+use crate::signals::Stop;
 
 /// Several rewards and their weighted sum.
 #[derive(Debug)]
@@ -66,6 +67,17 @@ impl Rewards {
             }
         }
         Ok(Rewards { list })
+    }
+
+    /// Programs that compute rewards are ended when `stop` is requested, and see only `env` of the
+    /// environment (None: all of it).
+    pub fn govern(&mut self, stop: &Stop, env: Option<&[String]>) {
+        for reward in &mut self.list {
+            if let Verifier::Worker(worker) = &mut reward.kind {
+                worker.heed(stop);
+                env.into_iter().for_each(|names| worker.limit_environment(names));
+            }
+        }
     }
 
     pub fn score(&mut self, batch: &RewardBatch, observer: &dyn Observer) -> Result<Scores> {

@@ -11,10 +11,10 @@
 //! position in its `batch`, for programs that score a batch at once.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,12 +22,21 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::batch::RewardBatch;
+use super::lines::{Line, next_line, printable};
 use crate::error::{Error, Result};
 use crate::observer::Observer;
+use crate::signals::Stop;
 
 /// Runs a user's Python function behind the same lines.
 const PYTHON: &str = include_str!("worker.py");
 const STDERR_LINES: usize = 12;
+/// Bytes of an answer, at most, and of a line of stderr that is kept.
+const LONGEST: usize = 16 << 20;
+const LONGEST_STDERR: usize = 4096;
+/// Answers that are read ahead of what is asked for; then the program waits.
+const READ_AHEAD: usize = 8;
+/// How often a wait looks whether the run is to stop.
+const GLANCE: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 pub struct Worker {
@@ -37,13 +46,17 @@ pub struct Worker {
     restarts: usize,
     next_id: u64,
     running: Option<Running>,
+    stop: Stop,
+    env: Option<Vec<String>>,
 }
 
 #[derive(Debug)]
 struct Running {
     child: Child,
+    /// Ends the program's group when this process ends, however it ends.
+    guard: Option<Child>,
     to: Sender<String>,
-    from: Receiver<std::io::Result<String>>,
+    from: Receiver<Line>,
     stderr: Arc<Mutex<VecDeque<String>>>,
 }
 
@@ -52,6 +65,8 @@ enum Fault {
     /// Worth another start.
     Restart(String),
     Stop(String),
+    /// The run is to stop.
+    Interrupted,
 }
 
 impl Worker {
@@ -73,7 +88,25 @@ impl Worker {
     }
 
     fn new(argv: Vec<String>, timeout: Duration, restarts: usize) -> Worker {
-        Worker { argv, timeout, restarts, next_id: 0, running: None }
+        Worker {
+            argv,
+            timeout,
+            restarts,
+            next_id: 0,
+            running: None,
+            stop: Stop::default(),
+            env: None,
+        }
+    }
+
+    /// Ends the wait for an answer when `stop` is requested.
+    pub(super) fn heed(&mut self, stop: &Stop) {
+        self.stop = stop.clone();
+    }
+
+    /// Gives the program these variables of the environment alone, and PATH and HOME.
+    pub(super) fn limit_environment(&mut self, names: &[String]) {
+        self.env = Some(names.to_vec());
     }
 
     pub fn score(
@@ -89,6 +122,13 @@ impl Worker {
             let (what, again) = match fault {
                 Fault::Restart(what) => (what, self.restarts > 0),
                 Fault::Stop(what) => (what, false),
+                Fault::Interrupted => {
+                    self.end();
+                    return Err(Error::Interrupted(format!(
+                        "stopped while reward `{name}` had not answered for row {row} of {}",
+                        batch.len()
+                    )));
+                }
             };
             let said = self.end();
             let message = format!("reward `{name}`, row {row} of {}: {what}{said}", batch.len());
@@ -114,7 +154,7 @@ impl Worker {
         rewards: &mut Vec<Option<f64>>,
     ) -> std::result::Result<(), Fault> {
         if self.running.is_none() {
-            self.running = Some(start(&self.argv).map_err(Fault::Stop)?);
+            self.running = Some(start(&self.argv, self.env.as_deref()).map_err(Fault::Stop)?);
         }
         let Some(running) = &mut self.running else {
             return Err(Fault::Stop("it is not running".into()));
@@ -129,7 +169,11 @@ impl Worker {
             let _ = running.to.send(line);
         }
         for row in first..batch.len() {
-            rewards.push(running.answer(id_of_first + (row - first) as u64, self.timeout)?);
+            rewards.push(running.answer(
+                id_of_first + (row - first) as u64,
+                self.timeout,
+                &self.stop,
+            )?);
         }
         Ok(())
     }
@@ -139,7 +183,7 @@ impl Worker {
         let Some(mut running) = self.running.take() else { return String::new() };
         running.kill();
         let lines = match running.stderr.lock() {
-            Ok(lines) => lines.iter().cloned().collect::<Vec<_>>().join("\n  "),
+            Ok(lines) => lines.iter().map(|l| printable(l)).collect::<Vec<_>>().join("\n  "),
             Err(_) => String::new(),
         };
         if lines.is_empty() { lines } else { format!("\nIts last words on stderr:\n  {lines}") }
@@ -171,11 +215,16 @@ fn request(batch: &RewardBatch, row: usize, id: u64, (index, of): (usize, usize)
     format!("{line}\n")
 }
 
-fn start(argv: &[String]) -> std::result::Result<Running, String> {
+fn start(argv: &[String], env: Option<&[String]>) -> std::result::Result<Running, String> {
     let Some((program, arguments)) = argv.split_first() else {
         return Err("no program is given".into());
     };
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    if let Some(names) = env {
+        let kept = names.iter().map(String::as_str).chain(["PATH", "HOME"]);
+        command.env_clear().envs(kept.filter_map(|n| Some((n, std::env::var_os(n)?))));
+    }
+    let mut child = command
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -191,7 +240,7 @@ fn start(argv: &[String]) -> std::result::Result<Running, String> {
         return Err("its pipes are missing".into());
     };
     let (to, lines) = channel::<String>();
-    let (tell, from) = channel();
+    let (tell, from) = sync_channel(READ_AHEAD);
     // Threads, because a program may write before it has read everything: neither side may wait for
     // the other.
     thread::spawn(move || {
@@ -202,8 +251,10 @@ fn start(argv: &[String]) -> std::result::Result<Running, String> {
         }
     });
     thread::spawn(move || {
-        for line in BufReader::new(stdout).lines() {
-            if tell.send(line).is_err() {
+        let mut stdout = BufReader::new(stdout);
+        while let Some(line) = next_line(&mut stdout, LONGEST, false) {
+            let last = line == Line::TooLong;
+            if tell.send(line).is_err() || last {
                 return;
             }
         }
@@ -211,7 +262,8 @@ fn start(argv: &[String]) -> std::result::Result<Running, String> {
     let stderr = Arc::new(Mutex::new(VecDeque::new()));
     let kept = stderr.clone();
     thread::spawn(move || {
-        for line in BufReader::new(errors).lines().map_while(std::result::Result::ok) {
+        let mut errors = BufReader::new(errors);
+        while let Some(Line::Whole(line)) = next_line(&mut errors, LONGEST_STDERR, true) {
             let Ok(mut lines) = kept.lock() else { return };
             if lines.len() == STDERR_LINES {
                 lines.pop_front();
@@ -219,20 +271,47 @@ fn start(argv: &[String]) -> std::result::Result<Running, String> {
             lines.push_back(line);
         }
     });
-    Ok(Running { child, to, from, stderr })
+    let guard = guard(child.id());
+    Ok(Running { child, guard, to, from, stderr })
+}
+
+/// A shell that waits for the end of its stdin, which this process holds open, and then ends the
+/// group: also after SIGKILL, when nothing else can. It has a group of its own, so that Ctrl-C
+/// passes it by. A program that leaves its group (setsid) is not reached.
+fn guard(group: u32) -> Option<Child> {
+    Command::new("sh")
+        .args(["-c", "read -r _; kill -KILL -\"$1\"", "sh", &group.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .ok()
 }
 
 impl Running {
-    /// The reward of row `id`; empty lines are passed over.
-    fn answer(&mut self, id: u64, timeout: Duration) -> std::result::Result<Option<f64>, Fault> {
+    /// The reward of row `id`.
+    fn answer(
+        &mut self,
+        id: u64,
+        timeout: Duration,
+        stop: &Stop,
+    ) -> std::result::Result<Option<f64>, Fault> {
         let until = Instant::now() + timeout;
         let line = loop {
-            match self.from.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(Ok(line)) if line.trim().is_empty() => {}
-                Ok(Ok(line)) => break line,
-                Ok(Err(e)) => {
-                    return Err(Fault::Restart(format!("its answer cannot be read: {e}")));
+            let left = until.saturating_duration_since(Instant::now());
+            match self.from.recv_timeout(left.min(GLANCE)) {
+                Ok(Line::Whole(line)) => break line,
+                Ok(Line::TooLong) => {
+                    let most = LONGEST >> 20;
+                    return Err(Fault::Restart(format!(
+                        "its answer for id {id} is longer than {most} MiB without an end of line"
+                    )));
                 }
+                Err(RecvTimeoutError::Timeout) if stop.requested() => {
+                    return Err(Fault::Interrupted);
+                }
+                Err(RecvTimeoutError::Timeout) if left > GLANCE => {}
                 Err(RecvTimeoutError::Timeout) => {
                     let seconds = timeout.as_secs_f64();
                     return Err(Fault::Restart(format!(
@@ -263,7 +342,7 @@ impl Running {
         }
         if let Some(error) = answer.get("error") {
             let text = error.as_str().map_or_else(|| error.to_string(), str::to_string);
-            return Err(Fault::Stop(format!("it says: {text}")));
+            return Err(Fault::Stop(format!("it says: {}", printable(&text))));
         }
         match answer.get("reward") {
             Some(Value::Null) => Ok(None),
@@ -292,12 +371,18 @@ impl Running {
         let group = format!("kill -KILL -{}", self.child.id());
         let _ = Command::new("sh").args(["-c", &group]).stderr(Stdio::null()).status();
         let _ = self.child.kill();
+        // Before the group's number can be another's.
+        if let Some(guard) = &mut self.guard {
+            let _ = guard.kill();
+            let _ = guard.wait();
+        }
         let _ = self.child.wait();
     }
 }
 
 fn shortened(line: &str) -> String {
     const MOST: usize = 200;
+    let line = &printable(line);
     match line.char_indices().nth(MOST) {
         Some((at, _)) => format!("`{}...` ({} bytes)", &line[..at], line.len()),
         None => format!("`{line}`"),

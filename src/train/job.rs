@@ -71,6 +71,7 @@ pub struct FinishedJob {
 pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
     let observer = cx.observer.clone();
+    cx.stop = job.stop.clone();
     let mut tokenizer = Tokenizer::of_model(dir, job.adapter)?;
     if let Some(path) = &run.training.chat_template_path {
         tokenizer.take_template(Path::new(&**path))?;

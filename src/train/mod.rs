@@ -14,6 +14,7 @@ mod step;
 pub mod summary;
 mod training;
 pub mod tuning;
+mod watch;
 
 pub use step::{Means, Step, StepPlan, Trainer};
 pub use training::Training;

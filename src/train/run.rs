@@ -4,13 +4,16 @@
 //! one), and a run resumed from it writes the same weights and the same metrics, timing fields
 //! apart, as one that was never interrupted.
 
+use std::path::Path;
+
 use serde_json::json;
 
 use super::inputs::{self, RunInputs};
 use super::state::{FolderParts, RunState};
 use super::summary::Summary;
+use super::watch::Watch;
 use super::{Step, Trainer};
-use crate::checkpoint::{self, CheckpointWriter, RunFolder};
+use crate::checkpoint::{self, CheckpointWriter, Found, RunFolder};
 use crate::config::When;
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -39,6 +42,13 @@ pub struct Run<'a> {
     pub facts: Vec<(String, String)>,
 }
 
+/// Whether older checkpoints beyond save_total_limit go once a newer one is saved.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Prune {
+    Yes,
+    No,
+}
+
 impl Run<'_> {
     /// Trains to the end, or to a signal (then [`Error::Interrupted`], after a checkpoint). Writes
     /// the final model.
@@ -47,8 +57,7 @@ impl Run<'_> {
         let mut state = RunState::default();
         let resumed = match self.folder.resume() {
             Some(found) => {
-                state = trainer.read_state(&found.path)?;
-                method.restore(&mut trainer.cx, &found.path)?;
+                state = self.restore(trainer, method, found)?;
                 Some(trainer.done)
             }
             None => None,
@@ -74,9 +83,10 @@ impl Run<'_> {
         if trainer.done >= total {
             observer.info("this run is finished; nothing is left to do");
         }
+        let mut watch = Watch::default();
         while trainer.done < total {
             if self.stop.requested() {
-                self.save(trainer, method, &state, &log)?;
+                self.save(trainer, method, &state, &mut log, Prune::Yes)?;
                 self.page(&*observer, &summary(trainer, &state, &log));
                 let message = format!(
                     "stopped after step {} of {total}; go on with the same command and --resume",
@@ -86,31 +96,70 @@ impl Run<'_> {
             }
             let step = match trainer.step(method) {
                 Ok(step) => step,
+                // A wait was cut short: the loop saves and says so.
+                Err(Error::Interrupted(what)) if self.stop.requested() => {
+                    observer.info(&what);
+                    continue;
+                }
                 Err(e) => {
-                    // Nothing of the step was applied: what was done before it can be gone on with.
-                    if trainer.done > 0 && trainer.config.save_strategy != When::No {
-                        self.save(trainer, method, &state, &log)?;
-                        observer.warn(&format!(
-                            "checkpoint-{} holds the steps before the error",
-                            trainer.done
-                        ));
+                    // Nothing of the step was applied: what was done before it can be gone on with,
+                    // unless that gave the numbers that are not finite.
+                    let usable = !trainer.not_finite && trainer.done > 0;
+                    if usable && trainer.config.save_strategy != When::No {
+                        self.save(trainer, method, &state, &mut log, Prune::No)?;
+                        if checkpoint::is_saved(dir, trainer.done) {
+                            observer.warn(&format!(
+                                "checkpoint-{} holds the steps before the error",
+                                trainer.done
+                            ));
+                        }
                     }
                     self.page(&*observer, &summary(trainer, &state, &log));
-                    return Err(e);
+                    return Err(if trainer.not_finite { self.way_out(trainer, e) } else { e });
                 }
             };
-            log.completions(step.number, method.take_completions())?;
-            self.take(trainer, method, &step, &mut state, &mut log)?;
+            let completions = method.take_completions();
+            watch.completions(step.number, &completions, &*observer);
+            log.completions(step.number, completions)?;
+            self.take(trainer, method, &step, &mut state, &mut log, &mut watch)?;
         }
-        trainer.write_model(dir, &self.parts)?;
+        // The checkpoint first: if the model cannot be written, --resume writes it.
         if trainer.config.save_strategy != When::No && resumed != Some(total) {
-            self.save(trainer, method, &state, &log)?;
+            self.save(trainer, method, &state, &mut log, Prune::Yes)?;
         }
+        trainer.write_model(dir, &self.parts).map_err(|e| self.way_out(trainer, e))?;
         self.folder.discard_overwritten()?;
-        log.sync()?;
+        log.sync();
         let summary = summary(trainer, &state, &log);
         self.page(&*observer, &summary);
         Ok(summary)
+    }
+
+    /// Reads a checkpoint, or, where its contents do not fit the run, the newest older one that does.
+    fn restore(
+        &self,
+        trainer: &mut Trainer,
+        method: &mut dyn Method,
+        found: &Found,
+    ) -> Result<RunState> {
+        let mut read = |path: &Path| -> Result<RunState> {
+            let state = trainer.read_state(path)?;
+            method.restore(&mut trainer.cx, path)?;
+            Ok(state)
+        };
+        let first = match read(&found.path) {
+            Err(e @ Error::Checkpoint { .. }) => e,
+            other => return other,
+        };
+        let mut older = checkpoint::list(self.folder.path())?;
+        older.retain(|(step, path)| *step < found.step && checkpoint::verify(path).is_ok());
+        for (_, path) in older.iter().rev() {
+            if let Ok(state) = read(path) {
+                trainer.cx.observer.warn(&format!("skipped {first}"));
+                return Ok(state);
+            }
+        }
+        Err(first)
     }
 
     /// Logs, evaluates and saves where a step asks for it.
@@ -121,6 +170,7 @@ impl Run<'_> {
         step: &Step,
         state: &mut RunState,
         log: &mut RunLog,
+        watch: &mut Watch,
     ) -> Result<()> {
         let total = trainer.plan.total_steps;
         state.num_tokens += step.tokens as u64;
@@ -154,6 +204,8 @@ impl Run<'_> {
             for completion in method.shown_completions() {
                 trainer.cx.observer.info(&completion);
             }
+            watch.loss(log.history(), &*trainer.cx.observer);
+            watch.rewards(step.number)?;
         }
         let evaluate = match trainer.config.eval_strategy {
             When::No => false,
@@ -177,7 +229,7 @@ impl Run<'_> {
             When::Steps => every(trainer.config.save_steps),
             When::Epoch => epoch_ends,
         };
-        if save && !last { self.save(trainer, method, state, log) } else { Ok(()) }
+        if save && !last { self.save(trainer, method, state, log, Prune::Yes) } else { Ok(()) }
     }
 
     /// Writes report.html of the whole run, resumed or not. A page that cannot be written ends no
@@ -195,19 +247,59 @@ impl Run<'_> {
         }
     }
 
+    /// What works after a step or a model that is not finite, or a model that could not be written.
+    fn way_out(&self, trainer: &Trainer, e: Error) -> Error {
+        let dir = self.folder.path();
+        let found = checkpoint::latest(dir).ok().and_then(|search| search.found);
+        let next = match found {
+            Some(found) if found.step == trainer.done && !trainer.not_finite => {
+                let at = found.path.display();
+                format!("{at} holds the whole run: remove the cause, then give --resume.")
+            }
+            // --resume takes the same options and rows, so it comes to the same numbers.
+            Some(found) => {
+                let (at, flag) = match trainer.model.adapter {
+                    Some(_) => (found.path.display(), "--adapter"),
+                    None => (found.path.display(), "--model"),
+                };
+                format!(
+                    "{at} is the newest state that was saved; --resume would come to the same step. Start a new run \
+                     from it: {flag} {at}, another --output, and other options or rows."
+                )
+            }
+            None => {
+                "No checkpoint was saved: start again with other options or rows and --overwrite."
+                    .into()
+            }
+        };
+        match e {
+            Error::Run(text) => Error::Run(format!("{text}\n{next}")),
+            Error::Model { path, message } => {
+                Error::Model { path, message: format!("{message}\n{next}") }
+            }
+            Error::Io { path, source } => {
+                let text = format!("{source}\n{next}");
+                Error::Io { path, source: std::io::Error::new(source.kind(), text) }
+            }
+            other => other,
+        }
+    }
+
     /// Writes checkpoint-N. Where the disk is full the run goes on with the older one, and says so.
     fn save(
         &self,
         trainer: &Trainer,
         method: &dyn Method,
         state: &RunState,
-        log: &RunLog,
+        log: &mut RunLog,
+        prune: Prune,
     ) -> Result<()> {
         let (dir, step) = (self.folder.path(), trainer.done);
         if checkpoint::is_saved(dir, step) {
             return Ok(());
         }
-        log.sync()?;
+        log.sync();
+        let log = &*log;
         let write = || -> Result<()> {
             let mut writer = CheckpointWriter::new(dir, step, trainer.state_bytes(&self.parts))?;
             trainer.write_state(&mut writer, &self.parts, state)?;
@@ -221,12 +313,17 @@ impl Run<'_> {
                 &log.trainer_state(step, trainer.plan.epoch(step), &more),
             )?;
             writer.finish()?;
-            checkpoint::prune(dir, trainer.config.save_total_limit, step)?;
+            if prune == Prune::Yes {
+                checkpoint::prune(dir, trainer.config.save_total_limit, step)?;
+            }
             Ok(())
         };
         match write() {
-            Err(e) if e.is_no_space() => {
-                trainer.cx.observer.warn(&format!("checkpoint-{step} was not written: {e}; older checkpoints stay, the run goes on"));
+            // No space, or a state that is not finite.
+            Err(e) if e.is_no_space() || matches!(e, Error::Run(_)) => {
+                let text =
+                    format!("checkpoint-{step} was not written: {e}; older checkpoints stay");
+                trainer.cx.observer.warn(&text);
                 Ok(())
             }
             other => other,

@@ -96,7 +96,9 @@ impl Trainer {
             .map(|s| TensorSpec { name: s.name.clone(), dtype, shape: s.shape.clone() })
             .collect();
         writer.add_safetensors(file, &model, &[("format", "pt")], &mut |at, _| {
-            dtype.encode(&saved[at].join(&mut |i| self.optimizer.values(params, i))?)
+            let values = saved[at].join(&mut |i| self.optimizer.values(params, i))?;
+            finite(&saved[at].name, &values)?;
+            dtype.encode(&values)
         })?;
         let mut tensors = Vec::new();
         let mut sources: Vec<(Option<&Tensor>, usize)> = Vec::new();
@@ -137,6 +139,7 @@ impl Trainer {
                     .unwrap_or_default(),
                 None => self.optimizer.values(params, i)?,
             };
+            finite(&tensors[at].name, &values)?;
             HostDtype::F32.encode(&values)
         })?;
         match &self.model.adapter {
@@ -310,6 +313,14 @@ fn read(from: &SafeFolder, name: &str, len: usize) -> Result<Vec<f32>> {
     let mut values = vec![0.0; len];
     view.to_f32_into(&mut values)?;
     Ok(values)
+}
+
+/// A state that holds NaN or infinities is of no use: it must not take the place of a good one.
+fn finite(name: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(at) => Err(Error::Run(format!("{name} is {} at value {at}", values[at]))),
+        None => Ok(()),
+    }
 }
 
 /// The parameters of a model, one a tensor.

@@ -36,6 +36,8 @@ pub struct Trainer {
     pub plan: StepPlan,
     /// Optimizer steps done.
     pub done: u64,
+    /// The last step gave a loss or gradient that is not finite.
+    pub not_finite: bool,
 }
 
 /// Which rows each step takes: HF's order of epochs, batches and accumulation, as a function of the
@@ -120,7 +122,7 @@ impl Trainer {
         plan: StepPlan,
     ) -> Result<Trainer> {
         let optimizer = Optimizer::new(&mut cx, model.trained(), AdamWConfig::of(&config))?;
-        Ok(Trainer { cx, model, optimizer, config, plan, done: 0 })
+        Ok(Trainer { cx, model, optimizer, config, plan, done: 0, not_finite: false })
     }
 
     /// The learning rate of step `number` (from 0).
@@ -150,7 +152,8 @@ impl Trainer {
             number + 1,
         )?;
         if !report.loss.is_finite() || !grad_norm.is_finite() {
-            return Err(self.not_finite(method, report.loss, grad_norm, &micro_batches));
+            self.not_finite = true;
+            return Err(self.explain_not_finite(method, report.loss, grad_norm, &micro_batches));
         }
         self.optimizer.apply(&self.cx, self.model.trained())?;
         self.model.refresh(&self.cx)?;
@@ -167,7 +170,7 @@ impl Trainer {
         })
     }
 
-    fn not_finite(
+    fn explain_not_finite(
         &mut self,
         method: &mut dyn Method,
         loss: f32,
@@ -225,7 +228,7 @@ impl Trainer {
         } else {
             text += &format!("\nRows whose loss is not finite: {}.", bad.join(", "));
         }
-        text += "\nNext: lower learning_rate or max_grad_norm, look at those rows, or resume from the last checkpoint.";
+        text += "\nNext: look at those rows, or lower learning_rate or max_grad_norm.";
         Error::Run(text)
     }
 }

@@ -7,6 +7,7 @@ mod checkpoint;
 mod config;
 mod data;
 mod eval;
+mod faults;
 mod forms;
 mod generate;
 mod library;

@@ -10,6 +10,7 @@ mod gemm;
 
 use std::alloc::{Layout as MemoryLayout, alloc, dealloc};
 use std::ffi::c_void;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -18,7 +19,7 @@ use rayon::prelude::*;
 
 use super::{
     Capabilities, CpuLaunch, Device, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch, Mark,
-    MemoryInfo, capturing, insert_in_free_slot, lock, no_graph,
+    MemoryInfo, capturing, cgroup, insert_in_free_slot, lock, no_graph,
 };
 use crate::error::{Error, Result};
 
@@ -280,7 +281,10 @@ impl Device for Cpu {
             line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib * 1024)
         };
         let total = field("MemTotal:").unwrap_or(usize::MAX / 2);
-        Ok(MemoryInfo { free: field("MemAvailable:").unwrap_or(total), total })
+        let free = field("MemAvailable:").unwrap_or(total);
+        // A container's limit counts where it is nearer.
+        let left = cgroup::memory(Path::new("/")).unwrap_or(MemoryInfo { free, total });
+        Ok(MemoryInfo { free: free.min(left.free), total: total.min(left.total) })
     }
 
     fn mark(&self) -> Result<Mark> {

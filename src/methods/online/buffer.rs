@@ -153,9 +153,12 @@ impl<S: StoredRollout> RolloutBuffer<S> {
     }
 
     /// Reads [`RolloutBuffer::state`] back; `more` gives None where the file ends too early.
+    /// Refused are samples of other prompts than the `prompts` there are, and another number of
+    /// them than a generation's `size`.
     pub fn restore(
         &mut self,
         dir: &Path,
+        (prompts, size): (usize, usize),
         more: impl FnOnce(&mut StateReader) -> Result<Option<()>>,
     ) -> Result<()> {
         let path = dir.join(STATE);
@@ -167,7 +170,14 @@ impl<S: StoredRollout> RolloutBuffer<S> {
             Some(((generation != u64::MAX).then_some(generation), samples))
         };
         let cut = || Error::checkpoint(&path, "is cut short");
-        (self.generation, self.samples) = read(&mut from).ok_or_else(cut)?;
+        let (generation, samples) = read(&mut from).ok_or_else(cut)?;
+        let whole = samples.len() == if generation.is_some() { size } else { 0 };
+        if !whole || !samples.iter().all(|s| s.fits(prompts)) {
+            let message = "does not fit this run: a completion of a prompt that the data has not, or \
+                           another number of completions";
+            return Err(Error::checkpoint(&path, message));
+        }
+        (self.generation, self.samples) = (generation, samples);
         more(&mut from)?.ok_or_else(cut)
     }
 }

@@ -132,6 +132,11 @@ impl StoredRollout for PolicySample {
         let (advantage, counts) = (f64::from_bits(from.word()?), from.word()? == 1);
         Some(PolicySample { rollout, reference: known.then_some(reference), advantage, counts })
     }
+
+    fn fits(&self, prompts: usize) -> bool {
+        let n = self.rollout.ids.len();
+        self.rollout.fits(prompts) && self.reference.as_ref().is_none_or(|r| r.len() == n)
+    }
 }
 
 pub struct PolicyGradient<O> {
@@ -429,6 +434,7 @@ impl<O: PolicyObjective + 'static> OnlineObjective for PolicyGradient<O> {
     }
 
     fn restore(&mut self, dir: &Path) -> Result<()> {
-        self.buffer.restore(dir, |_| Ok(Some(())))
+        let limits = (self.env.prompts.train.len(), self.schedule.size());
+        self.buffer.restore(dir, limits, |_| Ok(Some(())))
     }
 }

@@ -45,6 +45,8 @@ pub fn split<T: Clone>(values: &[T], lengths: impl IntoIterator<Item = usize>) -
 pub trait StoredRollout: Sized {
     fn write(&self, out: &mut StateWriter);
     fn read(from: &mut StateReader) -> Option<Self>;
+    /// Whether it is one of `prompts` prompts and each of its lists has a value a token.
+    fn fits(&self, prompts: usize) -> bool;
 }
 
 impl StoredRollout for Rollout {
@@ -62,6 +64,12 @@ impl StoredRollout for Rollout {
         let text = String::from_utf8(from.bytes()?.to_vec()).ok()?;
         let (ids, logps, entropies) = (from.values()?, from.values()?, from.values()?);
         Some(Rollout { prompt, ids, logps, entropies, finished, text })
+    }
+
+    fn fits(&self, prompts: usize) -> bool {
+        let n = self.ids.len();
+        let lists = self.logps.len() == n && [0, n].contains(&self.entropies.len());
+        self.prompt < prompts && lists
     }
 }
 

@@ -39,6 +39,7 @@ impl Scorer {
     }
 
     pub fn attach(&mut self, cx: &Cx) -> Result<()> {
+        self.rewards.govern(&cx.stop, self.options.reward_env.as_deref());
         if let Some(dir) = &self.options.reward_model {
             self.reward_model = Some(RewardModel::load(cx, Path::new(&**dir), &self.setup)?);
         }

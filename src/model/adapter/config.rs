@@ -333,6 +333,22 @@ impl AdapterConfig {
         })
     }
 
+    /// `exclude_modules` as read: names or their ends, or a pattern of whole names. None: nothing.
+    pub fn excluded(&self) -> Result<Option<Targets>> {
+        match self.raw.get("exclude_modules") {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(pattern)) if pattern.is_empty() => Ok(None),
+            Some(Value::String(pattern)) => Ok(Some(Targets::Pattern(pattern.clone()))),
+            Some(Value::Array(items)) if items.iter().all(Value::is_string) => {
+                let names = items.iter().filter_map(Value::as_str).map(String::from).collect();
+                Ok(Some(Targets::Names(names)))
+            }
+            Some(other) => Err(Error::Config(format!(
+                "exclude_modules must be a list of names or a pattern, not {other}"
+            ))),
+        }
+    }
+
     /// adapter_config.json as PEFT 0.19 writes and reads it.
     pub fn to_json(&self) -> Map<String, Value> {
         if let AdapterKind::Bottleneck(c) = &self.kind {

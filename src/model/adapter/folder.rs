@@ -13,7 +13,7 @@ use super::{Adapter, bottleneck};
 use crate::autograd::Cx;
 use crate::error::{Error, Result, nearest};
 use crate::fsio::{self, AtomicDir};
-use crate::model::layout::{ModelConfig, ParamSpec, Role};
+use crate::model::layout::{ModelConfig, ParamSpec, Role, Task};
 use crate::model::params::ParamSet;
 use crate::tensor::ParamSetId;
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec};
@@ -95,11 +95,12 @@ impl Adapter {
             );
             return Err(Error::model(dir, message));
         }
+        let file = SafeFolder::open_file(dir.join(config.weights_file()))?;
+        has_score(&file, dir, model)?;
         let adapter = Adapter::zeros(cx, ParamSetId::Adapter, config, model)
             .map_err(|e| Error::model(dir, e.to_string()))?;
         adapter.copy_biases(model, base)?;
         adapter.set_principal(base, 0, false)?;
-        let file = SafeFolder::open_file(dir.join(adapter.weights_file()))?;
         adapter.read_values(&file, dir)?;
         adapter.refresh(cx, base)?;
         Ok(adapter)
@@ -187,16 +188,36 @@ impl Adapter {
     }
 
     pub fn weights_file(&self) -> &'static str {
-        match self.config.kind {
-            AdapterKind::Bottleneck(_) => bottleneck::WEIGHTS,
-            _ => WEIGHTS,
-        }
+        self.config.weights_file()
     }
 
     /// adapter_config.json as bytes.
     pub fn config_bytes(&self) -> Vec<u8> {
         format!("{:#}\n", Value::Object(self.config.to_json())).into_bytes()
     }
+}
+
+impl AdapterConfig {
+    fn weights_file(&self) -> &'static str {
+        match self.kind {
+            AdapterKind::Bottleneck(_) => bottleneck::WEIGHTS,
+            _ => WEIGHTS,
+        }
+    }
+}
+
+/// A classifier on a language model has its score from the adapter alone: without it, it would be
+/// a random one.
+fn has_score(file: &SafeFolder, dir: &Path, model: &ModelConfig) -> Result<()> {
+    let own = ModelConfig::from_json("config.json", model.raw.clone()).map(|own| own.task);
+    let from_base = own.is_ok_and(|own| own == model.task);
+    let from_file = file.names().any(|name| name.ends_with("score.weight"));
+    if model.task == Task::CausalLm || from_base || from_file {
+        return Ok(());
+    }
+    let message = "holds no score.weight, and the base is a language model, which has none; save the adapter \
+                   with modules_to_save=[\"score\"], or give a base with a trained score";
+    Err(Error::model(dir, message))
 }
 
 /// Writes a folder that `peft` loads, with the tokenizer's files beside it. `values` gives a

@@ -298,11 +298,12 @@ fn scale(config: &LoraConfig, module: target::Module, rank: usize) -> Result<f32
 pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec<ParamSpec>> {
     let mut first = Vec::new();
     let mut second = Vec::new();
+    let excluded = config.excluded()?;
     let mut bias = LoraBias::None;
     match &config.kind {
         AdapterKind::Lora(c) => {
             bias = c.bias;
-            for (layer, proj) in bound(&c.targets, c.layers.as_deref(), model)? {
+            for (layer, proj) in bound(&c.targets, excluded.as_ref(), c.layers.as_deref(), model)? {
                 let name = module_name((layer, proj));
                 let (out, input) = model.proj_shape(proj);
                 let rank = by_pattern(&c.rank_pattern, &name)?.map_or(c.r, |r| r as usize);
@@ -336,7 +337,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
         }),
         AdapterKind::Bottleneck(c) => second.extend(c.params(model)),
         AdapterKind::Ia3(c) => {
-            for (layer, proj) in bound(&c.targets, None, model)? {
+            for (layer, proj) in bound(&c.targets, excluded.as_ref(), None, model)? {
                 let (out, input) = model.proj_shape(proj);
                 let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
                 if feeds && proj.leader().group().len() > 1 {

@@ -17,10 +17,11 @@ pub fn module_name((layer, proj): Module) -> String {
     format!("model.layers.{layer}.{}", proj.module())
 }
 
-/// The projections that `targets` names, in order of layers. Errors: a pattern that is none, a
+/// The projections that `targets` names and `excluded` does not, in order of layers. Errors: a pattern that is none, a
 /// target that exists in no layer, nothing bound at all.
 pub fn bound(
     targets: &Targets,
+    excluded: Option<&Targets>,
     layers: Option<&[usize]>,
     config: &ModelConfig,
 ) -> Result<Vec<Module>> {
@@ -34,6 +35,19 @@ pub fn bound(
         )));
     }
     let known: Vec<String> = all.iter().map(|m| module_name(*m)).collect();
+    let is = |name: &str, target: &str| name == target || name.ends_with(&format!(".{target}"));
+    let out: Vec<bool> = match excluded {
+        None => vec![false; all.len()],
+        Some(Targets::AllLinear) => vec![true; all.len()],
+        Some(Targets::Names(names)) => {
+            known.iter().map(|name| names.iter().any(|t| is(name, t))).collect()
+        }
+        Some(Targets::Pattern(pattern)) => {
+            let regex = whole(pattern)
+                .map_err(|e| Error::Config(format!("exclude_modules: {pattern}: {e}")))?;
+            known.iter().map(|name| regex.is_match(name)).collect()
+        }
+    };
     let fits: Vec<bool> = match targets {
         Targets::AllLinear => vec![true; all.len()],
         Targets::Pattern(pattern) => {
@@ -42,8 +56,6 @@ pub fn bound(
             known.iter().map(|name| regex.is_match(name)).collect()
         }
         Targets::Names(names) => {
-            let is =
-                |name: &str, target: &str| name == target || name.ends_with(&format!(".{target}"));
             let lost: Vec<&String> =
                 names.iter().filter(|t| !known.iter().any(|n| is(n, t))).collect();
             if !lost.is_empty() {
@@ -54,7 +66,7 @@ pub fn bound(
     };
     let modules: Vec<Module> = all
         .into_iter()
-        .zip(fits)
+        .zip(fits.iter().zip(&out).map(|(fits, out)| *fits && !out))
         .filter(|((layer, _), fits)| *fits && layers.is_none_or(|l| l.contains(layer)))
         .map(|(m, _)| m)
         .collect();
@@ -106,4 +118,36 @@ pub fn search(pattern: &str) -> Result<Regex> {
 /// A regular expression that must match the whole text.
 pub fn whole(pattern: &str) -> Result<Regex, regex::Error> {
     Regex::new(&format!("^(?:{pattern})$"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::adapter::config::AdapterConfig;
+    use serde_json::json;
+    use std::path::Path;
+
+    /// PEFT 0.19.1's `check_target_module_exists`: a name excludes itself and what ends with it, a
+    /// string is a pattern of the whole name.
+    #[test]
+    fn excluded_modules_are_those_that_peft_excludes() {
+        let model = ModelConfig::load(Path::new("tests/fixtures/sft/model")).unwrap();
+        let count = |exclude: serde_json::Value| {
+            let raw = json!({
+                "peft_type": "LORA", "target_modules": "all-linear", "exclude_modules": exclude,
+            });
+            let raw = raw.as_object().unwrap().clone();
+            let config = AdapterConfig::from_json(Path::new("adapter_config.json"), raw).unwrap();
+            assert_eq!(config.to_json()["exclude_modules"], exclude);
+            bound(&Targets::AllLinear, config.excluded().unwrap().as_ref(), None, &model)
+                .map(|modules| modules.len())
+        };
+        let (all, layers) = (7 * model.num_layers, model.num_layers);
+        assert_eq!(count(json!(null)).unwrap(), all);
+        assert_eq!(count(json!(["k_proj"])).unwrap(), all - layers);
+        assert_eq!(count(json!(["model.layers.0.self_attn.k_proj", "proj"])).unwrap(), all - 1);
+        assert_eq!(count(json!(r".*\.mlp\..*")).unwrap(), all - 3 * layers);
+        assert_eq!(count(json!("k_proj")).unwrap(), all, "a pattern is of the whole name");
+        assert!(count(json!(".*")).is_err());
+    }
 }

@@ -39,6 +39,12 @@ impl StoredRollout for PpoSample {
         let (values, advantages, returns) = (from.values()?, from.values()?, from.values()?);
         Some(PpoSample { rollout, values, advantages, returns })
     }
+
+    fn fits(&self, prompts: usize) -> bool {
+        let n = self.rollout.ids.len();
+        let lists = [&self.values, &self.advantages, &self.returns];
+        self.rollout.fits(prompts) && lists.iter().all(|list| list.len() == n)
+    }
 }
 
 /// What the advantages of a generation follow from.

@@ -310,8 +310,9 @@ impl OnlineObjective for Ppo {
     }
 
     fn restore(&mut self, dir: &Path) -> Result<()> {
+        let limits = (self.env.prompts.train.len(), self.schedule.size());
         let (kl, critic) = (&mut self.kl, &self.critic);
-        self.buffer.restore(dir, |from| {
+        self.buffer.restore(dir, limits, |from| {
             let Some(coef) = from.word() else { return Ok(None) };
             kl.coef = f64::from_bits(coef);
             critic.as_ref().map_or(Ok(Some(())), |c| c.read(from))
