@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use crate::autograd::Cx;
 use crate::config::value::{Given, Value};
-use crate::config::{self, DeviceChoice, Dtype, Section, TrainingConfig};
+use crate::config::{self, DataOptions, DeviceChoice, Dtype, Section, TrainingConfig};
+use crate::data::read::{FolderSplit, WantedFields, read};
+use crate::data::rows::Row;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
@@ -61,6 +63,13 @@ pub fn read_keys(sections: &mut [&mut dyn Section], keys: &[String]) -> Result<(
         eprintln!("note: {note}");
     }
     Ok(())
+}
+
+/// The rows of `--data`, with all their columns. Prints what was read and dropped.
+pub fn read_data(files: &[PathBuf], split: FolderSplit, options: &DataOptions) -> Result<Vec<Row>> {
+    let read = read(files, split, options, &WantedFields::All)?;
+    read.told().iter().for_each(|text| eprintln!("note: {text}"));
+    Ok(read.rows)
 }
 
 /// Which model, and where it runs.

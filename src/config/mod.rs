@@ -8,6 +8,7 @@
 //! that of its method. [`load`] reads file and command line, checks everything and reports all
 //! problems at once.
 
+mod data;
 mod eval;
 mod foreign;
 mod generate;
@@ -25,6 +26,7 @@ use value::Given;
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
 
+pub use data::{ColumnMap, DataOptions, OnBadRow};
 pub use eval::EvalConfig;
 pub use generate::GenerateConfig;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
@@ -79,7 +81,7 @@ macro_rules! section {
     }) => {
         $(#[$meta])*
         #[derive(Clone, Debug, PartialEq)]
-        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)* $(pub $part: $part_ty,)* }
+        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)* $(#[doc = concat!("The options of ", $title, " in `", stringify!($part), "`.")] pub $part: $part_ty,)* }
         impl Default for $name {
             fn default() -> Self { Self { $($key: $default,)* $($part: $part_default,)* } }
         }
@@ -301,6 +303,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "compat",
+    "max_row_bytes",
 ];
 
 /// Compares the resolved file of the run that is resumed with `sections`: one line for each key

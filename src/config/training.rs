@@ -6,7 +6,7 @@
 #![deny(missing_docs)]
 
 use super::value::{Amount, words};
-use super::{Report, section};
+use super::{DataOptions, Report, section};
 
 words! {
     /// How the learning rate moves after the warmup.
@@ -177,6 +177,7 @@ section! {
         pub disable_dropout: bool = false,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
+        ..pub data: DataOptions = DataOptions::default(),
     }
 }
 

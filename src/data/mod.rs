@@ -9,7 +9,9 @@
 //! | [`bpe`] | trains a small byte-level BPE and writes it as a folder |
 //! | [`chat`] | renders a model's chat template, with the spans of `{% generation %}` |
 //! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
-//! | [`rows`] | rows of jsonl, json and parquet files, each with its file and line |
+//! | [`rows`] | a row, with its file and line |
+//! | [`read`] | rows of files: JSON, csv, parquet, arrow, compressed, in folders |
+//! | [`bad`] | rows that cannot be used: an error, or counted and dropped |
 //! | [`mod@format`] | TRL's dataset types, detected and checked |
 //! | [`render`] | conversations, prompts and end tokens to ids: one function each for all commands |
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
@@ -18,6 +20,7 @@
 //! | [`packing`] | which sequences share a row |
 //! | [`order`] | the order of rows as a function of (seed, epoch) |
 
+pub mod bad;
 pub mod bpe;
 pub mod chat;
 mod folder;
@@ -29,6 +32,7 @@ pub mod order;
 pub mod packing;
 mod panics;
 pub mod preference;
+pub mod read;
 pub mod render;
 pub mod rows;
 pub mod sft;

@@ -1,4 +1,4 @@
-//! Rows of `.jsonl`, `.json` and `.parquet` files. Layer 6.
+//! A row of a data file. Layer 6.
 //!
 //! Invariant: a row knows its file and line, so that whatever is wrong with it later can be said
 //! with its place. A null field counts as absent, since `datasets` writes nulls for fields that a
@@ -7,10 +7,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::{Map, Value};
 
-use super::panics::caught;
+use super::read::{self, FolderSplit, WantedFields};
+use crate::config::DataOptions;
 use crate::error::{Error, Result};
 
 #[derive(Clone, Debug)]
@@ -118,45 +118,10 @@ impl Row {
     }
 }
 
-/// Reads files one after the other. Files without rows are errors.
+/// The rows of files, with all columns and at the default options. Files without rows are errors.
 pub fn read_rows(paths: &[PathBuf]) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    for path in paths {
-        let before = rows.len();
-        match path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase).as_deref() {
-            Some("jsonl" | "ndjson") => read_lines(path, &read_text(path)?, &mut rows)?,
-            Some("json") => {
-                let text = read_text(path)?;
-                match text.trim_start().starts_with('[') {
-                    true => read_array(path, &text, &mut rows)?,
-                    false => read_lines(path, &text, &mut rows)?,
-                }
-            }
-            Some("parquet") => read_parquet(path, &mut rows)?,
-            _ if path.is_dir() => {
-                return Err(Error::data(
-                    path,
-                    None,
-                    "is a folder; name the .jsonl, .json or .parquet files in it",
-                ));
-            }
-            _ => {
-                return Err(Error::data(
-                    path,
-                    None,
-                    "unknown kind of file; give .jsonl, .json or .parquet",
-                ));
-            }
-        }
-        if rows.len() == before {
-            return Err(Error::data(
-                path,
-                None,
-                "has no rows; give a file with one JSON object a line",
-            ));
-        }
-    }
-    Ok(rows)
+    let options = DataOptions::default();
+    Ok(read::read(paths, FolderSplit::Train, &options, &WantedFields::All)?.rows)
 }
 
 /// The kind of a JSON value, in words.
@@ -169,91 +134,6 @@ pub fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
-        let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-        let line = 1 + good.iter().filter(|b| **b == b'\n').count();
-        Error::data(
-            path,
-            Some(line),
-            "is not UTF-8 text; convert the file, e.g. with iconv -t UTF-8",
-        )
-    })?;
-    Ok(text.strip_prefix('\u{FEFF}').map(str::to_string).unwrap_or(text))
-}
-
-fn read_lines(path: &Path, text: &str, rows: &mut Vec<Row>) -> Result<()> {
-    let file: Arc<Path> = path.into();
-    for (i, line) in text.split('\n').enumerate() {
-        if line.trim().is_empty() {
-            continue;
-        }
-        let value: Value = serde_json::from_str(line).map_err(|e| {
-            let message =
-                format!("not valid JSON ({}); each line must be one JSON object", plain(&e));
-            Error::data(path, Some(i + 1), message)
-        })?;
-        rows.push(to_row(value, &file, i + 1)?);
-    }
-    Ok(())
-}
-
-fn read_array(path: &Path, text: &str, rows: &mut Vec<Row>) -> Result<()> {
-    let file: Arc<Path> = path.into();
-    let items: Vec<Value> = serde_json::from_str(text).map_err(|e| {
-        Error::data(path, Some(e.line()), format!("not valid JSON ({})", plain(&e)))
-    })?;
-    for (i, value) in items.into_iter().enumerate() {
-        rows.push(to_row(value, &file, i + 1)?);
-    }
-    Ok(())
-}
-
-fn read_parquet(path: &Path, rows: &mut Vec<Row>) -> Result<()> {
-    let file: Arc<Path> = path.into();
-    let opened = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
-    let broken = |line: Option<usize>, e: String| {
-        let hint = match e.contains("codec") || e.contains("compression") || e.contains("feature") {
-            true => "; write the file again with compression=\"snappy\" or as .jsonl",
-            false => "",
-        };
-        Error::data(path, line, format!("not a parquet file that can be read: {e}{hint}"))
-    };
-    // the library checks less than it should on broken files
-    let read = || -> Result<()> {
-        let reader = SerializedFileReader::new(opened).map_err(|e| broken(None, e.to_string()))?;
-        let records = reader.get_row_iter(None).map_err(|e| broken(None, e.to_string()))?;
-        for (i, record) in records.enumerate() {
-            let record = record.map_err(|e| broken(Some(i + 1), e.to_string()))?;
-            rows.push(to_row(record.to_json_value(), &file, i + 1)?);
-        }
-        Ok(())
-    };
-    caught(read).unwrap_or_else(|panic| Err(broken(None, panic)))
-}
-
-fn to_row(value: Value, file: &Arc<Path>, line: usize) -> Result<Row> {
-    match value {
-        Value::Object(mut value) => {
-            value.retain(|_, v| !v.is_null());
-            Ok(Row { value, file: file.clone(), line })
-        }
-        other => Err(Error::data(
-            file,
-            Some(line),
-            format!("a row must be a JSON object, found {}", kind(&other)),
-        )),
-    }
-}
-
-/// The message without its "at line 1 column 7": the line would count from the row.
-fn plain(e: &serde_json::Error) -> String {
-    let text = e.to_string();
-    let cut = text.rfind(" at line ").unwrap_or(text.len());
-    format!("{} at column {}", &text[..cut], e.column())
 }
 
 #[cfg(test)]
@@ -269,7 +149,8 @@ mod tests {
     }
 
     fn row(text: &str) -> Row {
-        to_row(serde_json::from_str(text).unwrap(), &Path::new("rows.jsonl").into(), 17).unwrap()
+        let value = serde_json::from_str(text).unwrap();
+        Row { value, file: Path::new("rows.jsonl").into(), line: 17 }
     }
 
     #[test]
@@ -288,7 +169,7 @@ mod tests {
             "a.json:2: a row must be a JSON object, found a number"
         );
         assert!(said("a.jsonl", b"{}\n\xff\xfe").starts_with("a.jsonl:2: is not UTF-8"));
-        assert!(said("a.csv", b"x").contains("give .jsonl, .json or .parquet"));
+        assert!(said("a.xlsx", b"x").contains("unknown kind of file; give .jsonl, .json, .csv"));
         assert!(
             said("a.parquet", b"PAR1").contains("a.parquet: not a parquet file that can be read")
         );

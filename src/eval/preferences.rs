@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use super::options::EvalOptions;
 use super::result::{EvalMetric, EvalRow, Evaluation};
 use crate::autograd::Cx;
 use crate::data::chat::ChatTemplate;
@@ -21,13 +22,16 @@ pub fn preferences(
     model: &mut Decoder,
     dir: &Path,
     rows: &[Row],
-    budget: usize,
+    options: &EvalOptions,
 ) -> Result<Evaluation> {
     let tokenizer = Tokenizer::load(dir)?;
     let template = ChatTemplate::choose(None, &tokenizer)?;
-    let options = PreferenceOptions { max_length: None, ..PreferenceOptions::default() };
+    let budget = options.batch_tokens;
+    let on_bad_row = options.data.on_bad_row;
+    let options =
+        PreferenceOptions { max_length: None, on_bad_row, ..PreferenceOptions::default() };
     let vocab = model.config.vocab_size;
-    let (examples, _) =
+    let (examples, stats) =
         pairs(rows, &tokenizer, template.as_ref(), vocab, PairStyle::Reward, &options)?;
     let sides: Vec<&[u32]> = examples
         .iter()
@@ -41,5 +45,6 @@ pub fn preferences(
         metrics: vec![EvalMetric::mean("accuracy", &won), EvalMetric::mean("margin", &margins)],
         rows: pairs.map(|s| EvalRow::Preference { chosen: s[0], rejected: s[1] }).collect(),
         skipped: Vec::new(),
+        bad: stats.bad,
     })
 }
