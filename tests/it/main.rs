@@ -23,6 +23,7 @@ mod prim;
 mod qlora;
 mod quant;
 mod quickstart;
+mod read;
 mod rendering;
 mod report;
 mod rewards;
