@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::rows::{Row, kind};
+use super::row::{Row, kind};
 use crate::error::Result;
 
 /// A text, or a conversation (a list of messages).

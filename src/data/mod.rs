@@ -9,7 +9,8 @@
 //! | [`bpe`] | trains a small byte-level BPE and writes it as a folder |
 //! | [`chat`] | renders a model's chat template, with the spans of `{% generation %}` |
 //! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
-//! | [`rows`] | a row, with its file and line |
+//! | [`row`] | a row, with its file and line |
+//! | [`rows`] | rows of files at the default options |
 //! | [`read`] | rows of files: JSON, csv, parquet, arrow, compressed, in folders |
 //! | [`bad`] | rows that cannot be used: an error, or counted and dropped |
 //! | [`mod@format`] | TRL's dataset types, detected and checked |
@@ -34,6 +35,7 @@ mod panics;
 pub mod preference;
 pub mod read;
 pub mod render;
+pub mod row;
 pub mod rows;
 pub mod sft;
 pub mod tokenizer;

@@ -17,7 +17,7 @@ use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType, Schema};
 use serde_json::{Map, Value};
 
-use super::FileRows;
+use super::file::FileRows;
 use crate::data::panics::caught;
 use crate::error::{Error, Result};
 

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{FileRows, open};
+use super::file::FileRows;
+use super::open;
 use crate::error::{Error, Result};
 
 /// Fields of rows that hold lists, objects, numbers or truth values.

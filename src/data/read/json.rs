@@ -8,23 +8,24 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{FileRows, open};
+use super::file::FileRows;
+use super::open;
 use crate::error::{Error, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
+pub enum JsonLayout {
     Lines,
     /// One array, if the file begins with a bracket; else lines.
     Array,
 }
 
-pub fn read(path: &Path, layout: Layout, rows: &mut FileRows) -> Result<()> {
+pub fn read(path: &Path, layout: JsonLayout, rows: &mut FileRows) -> Result<()> {
     let mut text = open::open(path)?;
     let failed = |e| open::broken(path, e);
     if text.fill_buf().map_err(failed)?.starts_with(b"\xEF\xBB\xBF") {
         text.consume(3);
     }
-    if layout == Layout::Array && first(&mut text).map_err(failed)? == Some(b'[') {
+    if layout == JsonLayout::Array && first(&mut text).map_err(failed)? == Some(b'[') {
         text.consume(1);
         return array(path, &mut text, rows);
     }

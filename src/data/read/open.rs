@@ -6,8 +6,14 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use super::FolderSplit;
 use crate::error::{Error, Result};
+
+/// Which rows of a folder with splits are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FolderSplit {
+    Train,
+    Eval,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileFormat {

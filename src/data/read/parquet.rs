@@ -10,7 +10,8 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::file::metadata::ParquetMetaData;
 
-use super::{FileRows, arrow};
+use super::arrow;
+use super::file::FileRows;
 use crate::data::panics::caught;
 use crate::error::{Error, Result};
 
