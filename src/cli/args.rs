@@ -10,8 +10,12 @@ use std::sync::Arc;
 
 use crate::autograd::Cx;
 use crate::config::value::{Given, Value};
-use crate::config::{self, DeviceChoice, Dtype, Section, TemplateOptions, TrainingConfig};
+use crate::config::{
+    self, DataOptions, DeviceChoice, Dtype, Section, TemplateOptions, TrainingConfig,
+};
+use crate::data::read::{FolderSplit, WantedFields, read};
 use crate::data::render::ModelText;
+use crate::data::rows::Row;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
@@ -64,6 +68,13 @@ pub fn read_keys(sections: &mut [&mut dyn Section], keys: &[String]) -> Result<(
         note_line(format_args!("note: {note}"));
     }
     Ok(())
+}
+
+/// The rows of `--data`, with all their columns. Prints what was read and dropped.
+pub fn read_data(files: &[PathBuf], split: FolderSplit, options: &DataOptions) -> Result<Vec<Row>> {
+    let read = read(files, split, options, &WantedFields::All)?;
+    read.told().iter().for_each(|text| note_line(format_args!("note: {text}")));
+    Ok(read.rows)
 }
 
 /// Which model, and where it runs.

@@ -5,9 +5,10 @@
 
 use std::path::PathBuf;
 
-use crate::cli::args::part_keys;
+use crate::cli::args::{part_keys, read_data};
 use crate::data::chat::ChatTemplate;
-use crate::data::rows::{Row, read_rows};
+use crate::data::read::FolderSplit;
+use crate::data::rows::Row;
 use crate::data::sft::{OnTruncation, SftExample, SftOptions, prepare};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
@@ -23,7 +24,7 @@ pub struct DataArgs {
     /// model folder (no weights needed), or a hub name in the local cache
     #[arg(long)]
     model: String,
-    /// .jsonl, .json or .parquet files
+    /// files of rows, folders of them or patterns (docs/data.md)
     #[arg(long, num_args = 1.., required = true)]
     data: Vec<PathBuf>,
     /// rows that are shown token by token
@@ -50,8 +51,9 @@ pub fn run(mut args: DataArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&dir)?;
     let template = ChatTemplate::choose(run.training.chat_template_path.as_deref(), &tokenizer)?;
     let vocab = ModelConfig::load(&dir)?.vocab_size;
-    let rows = read_rows(&args.data)?;
-    let options = run.method.options();
+    let rows = read_data(&args.data, FolderSplit::Train, &run.training.data)?;
+    let on_bad_row = run.training.data.on_bad_row;
+    let options = SftOptions { on_bad_row, ..run.method.options() };
     // As if nothing were cut or packed: lengths, and which rows have a target at all.
     let whole = SftOptions { max_length: None, packing: None, ..options.clone() };
     let (uncut, _) = prepare(&rows, &tokenizer, template.as_ref(), vocab, &whole)?;

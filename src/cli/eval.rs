@@ -6,10 +6,11 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
-use crate::cli::args::{ModelArgs, part_keys, read_keys};
-use crate::config::{EvalConfig, GenerateConfig, Section};
+use crate::cli::args::{ModelArgs, part_keys, read_data, read_keys};
+use crate::config::{DataOptions, EvalConfig, GenerateConfig, Section};
+use crate::data::bad::BadRows;
 use crate::data::format::Format;
-use crate::data::rows::read_rows;
+use crate::data::read::FolderSplit;
 use crate::error::Result;
 use crate::eval::{EvalMetric, EvalOptions, evaluate};
 use crate::fsio;
@@ -21,7 +22,7 @@ use crate::observer::output::{note_line, print_line};
 pub struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// .jsonl, .json or .parquet files: prompt and an answer column; text, messages or prompt and
+    /// files of rows, folders of them or patterns (docs/data.md): prompt and an answer column; text, messages or prompt and
     /// completion; chosen and rejected
     #[arg(long, num_args = 1.., required = true)]
     data: Vec<PathBuf>,
@@ -45,15 +46,22 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let mut eval = EvalConfig::default();
     let mut generate = GenerateConfig::default();
     generate.sampling.temperature = 0.0;
-    read_keys(&mut [&mut eval, &mut generate], &args.keys)?;
+    let mut data = DataOptions::default();
+    read_keys(&mut [&mut eval, &mut generate, &mut data], &args.keys)?;
     let options =
-        EvalOptions { eval, generate, batch: args.batch, batch_tokens: args.batch_tokens };
+        EvalOptions { eval, generate, data, batch: args.batch, batch_tokens: args.batch_tokens };
     options.check()?;
     let text = args.model.text(&options.generate.template)?;
-    let rows = read_rows(&args.data)?;
-    let format = Format::detect(&rows[0], &options.eval.dataset_text_field)?;
+    let rows = read_data(&args.data, FolderSplit::Eval, &options.data)?;
+    let text_field = &options.eval.dataset_text_field;
+    let mut bad = BadRows::new(options.data.on_bad_row);
+    let kinds = bad.filter(&rows, |row| Format::detect(row, text_field))?;
+    let format = kinds[0].1;
     let (mut cx, mut model) = args.model.open()?;
     let found = evaluate(&mut cx, &mut model, &text, &rows, format, &options)?;
+    if found.bad.count > 0 {
+        note_line(format_args!("note: {}", found.bad));
+    }
     for skipped in &found.skipped {
         let (name, n, all) = (&skipped.reward, skipped.rows, rows.len());
         note_line(format_args!("note: {name} skipped {n} of {all} rows (no answer there)"));

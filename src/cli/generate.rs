@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_keys};
-use crate::config::GenerateConfig;
-use crate::data::rows::{Row, read_rows};
+use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_data, read_keys};
+use crate::config::{DataOptions, GenerateConfig};
+use crate::data::bad::BadRows;
+use crate::data::read::FolderSplit;
+use crate::data::rows::Row;
 use crate::error::{Error, Result};
-use crate::observer::output::{clean, shows_to_a_person};
+use crate::observer::output::{clean, note_line, shows_to_a_person};
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
 /// Completions for a prompt, or for every row of a file (prompt: string or messages; or input_ids)
@@ -24,7 +26,7 @@ pub struct GenerateArgs {
     /// wrap --prompt in the model's chat template
     #[arg(long)]
     chat: bool,
-    /// .jsonl, .json or .parquet files; a row's tools and chat_template_kwargs reach the template
+    /// files of rows, folders of them or patterns (docs/data.md); a row's tools and chat_template_kwargs reach the template
     #[arg(long, num_args = 1..)]
     data: Vec<PathBuf>,
     /// JSON lines: the row with completion, completion_ids, logps, finish_reason
@@ -45,18 +47,24 @@ pub struct GenerateArgs {
 pub fn run(mut args: GenerateArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let mut keys = GenerateConfig::default();
-    read_keys(&mut [&mut keys], &args.keys)?;
+    let mut data = DataOptions::default();
+    read_keys(&mut [&mut keys, &mut data], &args.keys)?;
     let text = args.model.text(&keys.template)?;
     let tokenizer = &text.tokenizer;
     let (mut cx, mut model) = args.model.open()?;
     let vocab = model.config.vocab_size;
     let renderer = text.renderer(vocab);
-    let rows = read_rows_or_prompt(&args)?;
+    let all = read_rows_or_prompt(&args, &data)?;
     let ids = |row: &Row| match row.has("input_ids") {
         true => row.input_ids(vocab),
         false => Ok(renderer.prompt(row)?.ids),
     };
-    let requests = Request::numbered(rows.iter().map(ids).collect::<Result<Vec<_>>>()?, keys.n);
+    let mut bad = BadRows::new(data.on_bad_row);
+    let (rows, prompts): (Vec<&Row>, Vec<_>) = bad.filter(&all, ids)?.into_iter().unzip();
+    if bad.count > 0 {
+        note_line(format_args!("note: {bad}"));
+    }
+    let requests = Request::numbered(prompts, keys.n);
     let longest = Request::longest(&requests) + keys.max_new_tokens;
     let batch = args.batch.clamp(1, (rows.len() * keys.n).max(1));
     let mut options = EngineOptions::of(&keys, &model.config, tokenizer, batch)?;
@@ -82,12 +90,12 @@ pub fn run(mut args: GenerateArgs) -> Result<()> {
     Ok(())
 }
 
-fn read_rows_or_prompt(args: &GenerateArgs) -> Result<Vec<Row>> {
+fn read_rows_or_prompt(args: &GenerateArgs, data: &DataOptions) -> Result<Vec<Row>> {
     let Some(prompt) = &args.prompt else {
         if args.data.is_empty() {
             return Err(Error::Config("give --prompt TEXT or --data FILE".into()));
         }
-        return read_rows(&args.data);
+        return read_data(&args.data, FolderSplit::Eval, data);
     };
     let prompt =
         if args.chat { json!([{ "role": "user", "content": prompt }]) } else { json!(prompt) };

@@ -122,7 +122,7 @@ pub fn main() -> i32 {
         }
     };
     if let Err(e) = prepare(&parsed) {
-        eprintln!("error: {e}");
+        note_line(format_args!("error: {e}"));
         return e.exit_code();
     }
     let result = match parsed {

@@ -21,7 +21,7 @@ pub struct TrainArgs {
     /// an adapter folder to train further
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// .jsonl, .json or .parquet files
+    /// files of rows, folders of them or patterns (docs/data.md)
     #[arg(long, num_args = 1.., required_unless_present = "help_options")]
     data: Vec<PathBuf>,
     /// rows to evaluate on (else eval_rows splits some off the end of the data)

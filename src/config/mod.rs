@@ -8,6 +8,7 @@
 //! that of its method. [`load`] reads file and command line, checks everything and reports all
 //! problems at once.
 
+mod data;
 mod eval;
 mod foreign;
 mod generate;
@@ -29,6 +30,7 @@ use value::Given;
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
 
+pub use data::{ColumnMap, DataOptions, OnBadRow};
 pub use eval::EvalConfig;
 pub use foreign::is_foreign;
 pub use generate::GenerateConfig;
@@ -88,7 +90,7 @@ macro_rules! section {
     }) => {
         $(#[$meta])*
         #[derive(Clone, Debug, PartialEq)]
-        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)* $(#[doc = "A section in it."] pub $part: $part_ty,)* }
+        pub struct $name { $($(#[doc = $doc])+ pub $key: $ty,)* $(#[doc = concat!("The options of ", $title, " in `", stringify!($part), "`.")] pub $part: $part_ty,)* }
         impl Default for $name {
             fn default() -> Self { Self { $($key: $default,)* $($part: $part_default,)* } }
         }

@@ -18,6 +18,8 @@ const FREE_ON_RESUME: &[&str] = &[
     "gradient_checkpointing",
     "compat",
     "resume_with_changes",
+    "max_row_bytes",
+    "report_to",
 ];
 
 /// Options that name files: their contents are compared, not their paths.

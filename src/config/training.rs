@@ -6,7 +6,7 @@
 #![deny(missing_docs)]
 
 use super::value::{Amount, words};
-use super::{PathText, Report, TemplateOptions, section};
+use super::{DataOptions, PathText, Report, TemplateOptions, section};
 
 words! {
     /// How the learning rate moves after the warmup.
@@ -184,6 +184,7 @@ section! {
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
         ..pub template: TemplateOptions = TemplateOptions::default(),
+        ..pub data: DataOptions = DataOptions::default(),
     }
 }
 

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::rows::{Row, kind};
+use super::row::{Row, kind};
 use crate::error::Result;
 
 /// A text, or a conversation (a list of messages).
@@ -68,6 +68,28 @@ pub enum Format {
     Alpaca,   // instruction, input, output
 }
 
+/// Every field that some kind of row has. Other columns are for rewards.
+pub const FIELDS: [&str; 18] = [
+    "text",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "label",
+    "chosen",
+    "rejected",
+    "margin",
+    "completions",
+    "labels",
+    "input_ids",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+];
+
 impl Format {
     /// Decides by the fields of a row. `text_field` is TRL's `dataset_text_field`.
     pub fn detect(row: &Row, text_field: &str) -> Result<Format> {
@@ -110,8 +132,13 @@ impl Format {
             Format::PromptOnly => RowContent::PromptOnly { prompt: content(row, "prompt")? },
             Format::Preference => {
                 let (chosen, rejected) = pair(row, "chosen", "rejected")?;
-                let prompt =
-                    if row.has("prompt") { Some(pair(row, "prompt", "chosen")?.0) } else { None };
+                // a text beside conversations repeats what they begin with, as in
+                // ultrafeedback_binarized: TRL does not read it
+                let prompt = match row.get("prompt") {
+                    Some(Value::String(_)) if chosen.is_chat() => None,
+                    Some(_) => Some(pair(row, "prompt", "chosen")?.0),
+                    None => None,
+                };
                 RowContent::Preference { prompt, chosen, rejected }
             }
             Format::Unpaired => {

@@ -9,7 +9,10 @@
 //! | [`bpe`] | trains a small byte-level BPE and writes it as a folder |
 //! | [`chat`] | renders a model's chat template, with the spans of `{% generation %}` |
 //! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
-//! | [`rows`] | rows of jsonl, json and parquet files, each with its file and line |
+//! | [`row`] | a row, with its file and line |
+//! | [`rows`] | rows of files at the default options |
+//! | [`read`] | rows of files: JSON, csv, parquet, arrow, compressed, in folders |
+//! | [`bad`] | rows that cannot be used: an error, or counted and dropped |
 //! | [`mod@format`] | TRL's dataset types, detected and checked |
 //! | [`render`] | conversations, prompts and end tokens to ids: one function each for all commands |
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
@@ -20,6 +23,7 @@
 //! | `turns` | where the assistant speaks, for templates that do not say it |
 //! | [`order`] | the order of rows as a function of (seed, epoch) |
 
+pub mod bad;
 pub mod bpe;
 pub mod chat;
 mod folder;
@@ -31,7 +35,9 @@ pub mod order;
 pub mod packing;
 mod panics;
 pub mod preference;
+pub mod read;
 pub mod render;
+pub mod row;
 pub mod rows;
 pub mod sft;
 pub mod split;

@@ -1,263 +1,26 @@
-//! Rows of `.jsonl`, `.json` and `.parquet` files. Layer 6.
+//! Rows, and files of them at the default options. Layer 6.
 //!
-//! Invariant: a row knows its file and line, so that whatever is wrong with it later can be said
-//! with its place. A null field counts as absent, since `datasets` writes nulls for fields that a
-//! row does not have.
+//! Invariant: what a command reads with options, [`super::read`] reads.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use serde_json::{Map, Value};
+use super::read::{self, FolderSplit, WantedFields};
+pub use super::row::{Row, kind};
+use crate::config::DataOptions;
+use crate::error::Result;
 
-use super::panics::caught;
-use crate::error::{Error, Result};
-
-#[derive(Clone, Debug)]
-pub struct Row {
-    pub value: Map<String, Value>,
-    pub file: Arc<Path>,
-    pub line: usize, // from 1; in .json and .parquet files the number of the row
-}
-
-impl Row {
-    /// An error at this row.
-    pub fn error(&self, message: impl Into<String>) -> Error {
-        Error::data(&self.file, Some(self.line), message)
-    }
-
-    /// `file:line`.
-    pub fn place(&self) -> String {
-        format!("{}:{}", self.file.display(), self.line)
-    }
-
-    pub fn has(&self, field: &str) -> bool {
-        self.value.contains_key(field)
-    }
-
-    pub fn get(&self, field: &str) -> Option<&Value> {
-        self.value.get(field)
-    }
-
-    /// A field that must be there.
-    pub fn need(&self, field: &str) -> Result<&Value> {
-        self.get(field).ok_or_else(|| {
-            let known = self.value.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
-            let near = crate::error::nearest(field, self.value.keys().map(String::as_str));
-            let hint = near.map(|n| format!("; did you mean {n:?}?")).unwrap_or_default();
-            self.error(format!("has no field {field:?} (it has {known}){hint}"))
-        })
-    }
-
-    pub fn string(&self, field: &str) -> Result<&str> {
-        let value = self.need(field)?;
-        value.as_str().ok_or_else(|| self.wrong(field, "a string", value))
-    }
-
-    pub fn bool(&self, field: &str) -> Result<bool> {
-        let value = self.need(field)?;
-        value.as_bool().ok_or_else(|| self.wrong(field, "true or false", value))
-    }
-
-    /// A list of messages: objects that each have a string `role`.
-    pub fn messages(&self, field: &str) -> Result<Vec<Value>> {
-        match self.need(field)? {
-            Value::Array(items) => self.checked_messages(field, items),
-            other => Err(self.wrong(field, "a list of messages", other)),
-        }
-    }
-
-    /// The token ids in `input_ids`, at least one, each below `vocab`.
-    pub fn input_ids(&self, vocab: usize) -> Result<Vec<u32>> {
-        let Value::Array(items) = self.need("input_ids")? else {
-            return Err(self.error("field \"input_ids\" must be a list of token ids"));
-        };
-        let id = |v: &Value| v.as_u64().filter(|id| *id < vocab as u64).map(|id| id as u32);
-        match items.iter().map(id).collect::<Option<Vec<u32>>>() {
-            Some(ids) if !ids.is_empty() => Ok(ids),
-            Some(_) => Err(self.error("field \"input_ids\" is empty")),
-            None => {
-                let last = vocab - 1;
-                Err(self.error(format!("field \"input_ids\" must hold token ids from 0 to {last}")))
-            }
-        }
-    }
-
-    /// The error for a field of the wrong kind.
-    pub fn wrong(&self, field: &str, want: &str, found: &Value) -> Error {
-        self.error(format!("field {field:?} must be {want}, found {}", kind(found)))
-    }
-
-    pub fn checked_messages(&self, field: &str, items: &[Value]) -> Result<Vec<Value>> {
-        let check = |(i, item): (usize, &Value)| -> Result<Value> {
-            let at = format!("{field}[{i}]");
-            let Value::Object(message) = item else {
-                return Err(self.wrong(&at, "a message with \"role\" and \"content\"", item));
-            };
-            match message.get("role") {
-                Some(Value::String(_)) => {}
-                Some(other) => return Err(self.wrong(&format!("{at}.role"), "a string", other)),
-                None => return Err(self.error(format!("field {at:?} has no \"role\""))),
-            }
-            match message.get("content") {
-                None | Some(Value::Null | Value::String(_) | Value::Array(_)) => {}
-                Some(other) => {
-                    return Err(self.wrong(
-                        &format!("{at}.content"),
-                        "a string or a list of parts",
-                        other,
-                    ));
-                }
-            }
-            let mut message = message.clone();
-            // a null content says "none"; templates ask for it
-            message.retain(|key, value| key == "content" || !value.is_null());
-            Ok(Value::Object(message))
-        };
-        items.iter().enumerate().map(check).collect()
-    }
-}
-
-/// Reads files one after the other. Files without rows are errors.
+/// The rows of files, with all columns and at the default options. Files without rows are errors.
 pub fn read_rows(paths: &[PathBuf]) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    for path in paths {
-        let before = rows.len();
-        match path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase).as_deref() {
-            Some("jsonl" | "ndjson") => read_lines(path, &read_text(path)?, &mut rows)?,
-            Some("json") => {
-                let text = read_text(path)?;
-                match text.trim_start().starts_with('[') {
-                    true => read_array(path, &text, &mut rows)?,
-                    false => read_lines(path, &text, &mut rows)?,
-                }
-            }
-            Some("parquet") => read_parquet(path, &mut rows)?,
-            _ if path.is_dir() => {
-                return Err(Error::data(
-                    path,
-                    None,
-                    "is a folder; name the .jsonl, .json or .parquet files in it",
-                ));
-            }
-            _ => {
-                return Err(Error::data(
-                    path,
-                    None,
-                    "unknown kind of file; give .jsonl, .json or .parquet",
-                ));
-            }
-        }
-        if rows.len() == before {
-            return Err(Error::data(
-                path,
-                None,
-                "has no rows; give a file with one JSON object a line",
-            ));
-        }
-    }
-    Ok(rows)
-}
-
-/// The kind of a JSON value, in words.
-pub fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
-        let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-        let line = 1 + good.iter().filter(|b| **b == b'\n').count();
-        Error::data(
-            path,
-            Some(line),
-            "is not UTF-8 text; convert the file, e.g. with iconv -t UTF-8",
-        )
-    })?;
-    Ok(text.strip_prefix('\u{FEFF}').map(str::to_string).unwrap_or(text))
-}
-
-fn read_lines(path: &Path, text: &str, rows: &mut Vec<Row>) -> Result<()> {
-    let file: Arc<Path> = path.into();
-    for (i, line) in text.split('\n').enumerate() {
-        if line.trim().is_empty() {
-            continue;
-        }
-        let value: Value = serde_json::from_str(line).map_err(|e| {
-            let message =
-                format!("not valid JSON ({}); each line must be one JSON object", plain(&e));
-            Error::data(path, Some(i + 1), message)
-        })?;
-        rows.push(to_row(value, &file, i + 1)?);
-    }
-    Ok(())
-}
-
-fn read_array(path: &Path, text: &str, rows: &mut Vec<Row>) -> Result<()> {
-    let file: Arc<Path> = path.into();
-    let items: Vec<Value> = serde_json::from_str(text).map_err(|e| {
-        Error::data(path, Some(e.line()), format!("not valid JSON ({})", plain(&e)))
-    })?;
-    for (i, value) in items.into_iter().enumerate() {
-        rows.push(to_row(value, &file, i + 1)?);
-    }
-    Ok(())
-}
-
-fn read_parquet(path: &Path, rows: &mut Vec<Row>) -> Result<()> {
-    let file: Arc<Path> = path.into();
-    let opened = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
-    let broken = |line: Option<usize>, e: String| {
-        let hint = match e.contains("codec") || e.contains("compression") || e.contains("feature") {
-            true => "; write the file again with compression=\"snappy\" or as .jsonl",
-            false => "",
-        };
-        Error::data(path, line, format!("not a parquet file that can be read: {e}{hint}"))
-    };
-    // the library checks less than it should on broken files
-    let read = || -> Result<()> {
-        let reader = SerializedFileReader::new(opened).map_err(|e| broken(None, e.to_string()))?;
-        let records = reader.get_row_iter(None).map_err(|e| broken(None, e.to_string()))?;
-        for (i, record) in records.enumerate() {
-            let record = record.map_err(|e| broken(Some(i + 1), e.to_string()))?;
-            rows.push(to_row(record.to_json_value(), &file, i + 1)?);
-        }
-        Ok(())
-    };
-    caught(read).unwrap_or_else(|panic| Err(broken(None, panic)))
-}
-
-fn to_row(value: Value, file: &Arc<Path>, line: usize) -> Result<Row> {
-    match value {
-        Value::Object(mut value) => {
-            value.retain(|_, v| !v.is_null());
-            Ok(Row { value, file: file.clone(), line })
-        }
-        other => Err(Error::data(
-            file,
-            Some(line),
-            format!("a row must be a JSON object, found {}", kind(&other)),
-        )),
-    }
-}
-
-/// The message without its "at line 1 column 7": the line would count from the row.
-fn plain(e: &serde_json::Error) -> String {
-    let text = e.to_string();
-    let cut = text.rfind(" at line ").unwrap_or(text.len());
-    format!("{} at column {}", &text[..cut], e.column())
+    let options = DataOptions::default();
+    Ok(read::read(paths, FolderSplit::Train, &options, &WantedFields::All)?.rows)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use serde_json::Value;
+
     use super::*;
 
     fn said(name: &str, content: &[u8]) -> String {
@@ -269,7 +32,8 @@ mod tests {
     }
 
     fn row(text: &str) -> Row {
-        to_row(serde_json::from_str(text).unwrap(), &Path::new("rows.jsonl").into(), 17).unwrap()
+        let value = serde_json::from_str(text).unwrap();
+        Row { value, file: Path::new("rows.jsonl").into(), line: 17 }
     }
 
     #[test]
@@ -288,7 +52,7 @@ mod tests {
             "a.json:2: a row must be a JSON object, found a number"
         );
         assert!(said("a.jsonl", b"{}\n\xff\xfe").starts_with("a.jsonl:2: is not UTF-8"));
-        assert!(said("a.csv", b"x").contains("give .jsonl, .json or .parquet"));
+        assert!(said("a.xlsx", b"x").contains("unknown kind of file; give .jsonl, .json, .csv"));
         assert!(
             said("a.parquet", b"PAR1").contains("a.parquet: not a parquet file that can be read")
         );

@@ -13,6 +13,7 @@ use std::fmt;
 use rayon::prelude::*;
 use serde_json::Value;
 
+use super::bad::{BadRows, OnBadRow};
 use super::chat::ChatTemplate;
 use super::format::{Content, Format, ParsedRow, RowContent};
 use super::masked::{MaskedSequence, check_rows, common, too_long, write_mismatches};
@@ -46,6 +47,7 @@ pub struct SftOptions {
     pub assistant_only_loss: bool,
     pub eos_token: Option<String>,        // None: the tokenizer's
     pub packing: Option<PackingStrategy>, // packing cuts by itself, and from the end only
+    pub on_bad_row: OnBadRow,
 }
 
 impl Default for SftOptions {
@@ -59,6 +61,7 @@ impl Default for SftOptions {
             assistant_only_loss: false,
             eos_token: None,
             packing: None,
+            on_bad_row: OnBadRow::Error,
         }
     }
 }
@@ -72,6 +75,8 @@ pub struct SftStats {
     pub truncated: usize,        // kept, but cut at max_length
     pub dropped_too_long: usize, // by on_truncation=drop
     pub dropped_no_target: usize,
+    pub dropped_empty: usize, // text rows without a character
+    pub bad: BadRows,
     pub kept_no_target: usize, // in packs, as TRL keeps them
     pub tokens: usize,         // of the kept examples
     pub target_tokens: usize,  // that count in the loss: never the first of a sequence
@@ -91,7 +96,8 @@ pub fn prepare(
     options: &SftOptions,
 ) -> Result<(Vec<SftExample>, SftStats)> {
     check_rows(rows, options.max_length)?;
-    let maker = Maker::new(&rows[0], tokenizer, template, vocab, options)?;
+    let first = first_known(rows, options);
+    let maker = Maker::new(first, tokenizer, template, vocab, options)?;
     let limit = if options.packing.is_none_or(|p| p == PackingStrategy::Bfd) {
         options.max_length
     } else {
@@ -104,11 +110,18 @@ pub fn prepare(
 
     let mut stats =
         SftStats { rows: rows.len(), max_length: options.max_length, ..SftStats::default() };
+    stats.bad = BadRows::new(options.on_bad_row);
     let eos = maker.eos.map(|eos| eos.id);
     stats.eos_token = maker.eos.map(|eos| eos.text.to_string());
     let mut examples = Vec::with_capacity(rows.len());
     for (row, tokens) in made.into_iter().enumerate() {
-        let Tokens { mut sequence, mismatch } = tokens?;
+        let Some(Tokens { mut sequence, mismatch, empty }) = stats.bad.admit(tokens)? else {
+            continue;
+        };
+        if empty {
+            stats.dropped_empty += 1;
+            continue;
+        }
         let n = sequence.input_ids.len();
         stats.longest = stats.longest.max(n);
         if let Some(end) = mismatch {
@@ -148,6 +161,7 @@ pub fn prepare(
         examples.push(SftExample { input_ids: ids, target_mask: mask, row });
     }
     stats.examples = examples.len();
+    stats.bad.some_left(examples.len())?;
     if stats.target_tokens == 0 {
         return Err(Error::data(&rows[0].file, None, nothing_left(&stats)));
     }
@@ -158,6 +172,18 @@ pub fn prepare(
 struct Tokens {
     sequence: MaskedSequence,
     mismatch: Option<String>,
+    empty: bool, // a text without a character
+}
+
+/// The row that decides the type of all: the first, or where bad rows are dropped the first that
+/// has a type.
+fn first_known<'a>(rows: &'a [Row], options: &SftOptions) -> &'a Row {
+    let known = |row: &&Row| {
+        options.on_bad_row == OnBadRow::Error
+            || Format::detect(row, &options.dataset_text_field)
+                .is_ok_and(|f| f.parse(row, &options.dataset_text_field).is_ok())
+    };
+    rows.iter().find(known).unwrap_or(&rows[0])
 }
 
 /// Everything that is the same for all rows.
@@ -212,10 +238,12 @@ impl<'a> Maker<'a> {
         match &example.content {
             RowContent::Text(text) => {
                 let ids = self.renderer.encode(row, &self.eos()?.end(text), true)?;
-                Ok(Tokens { sequence: MaskedSequence::new(&[], &ids), mismatch: None })
+                let sequence = MaskedSequence::new(&[], &ids);
+                Ok(Tokens { sequence, mismatch: None, empty: text.is_empty() })
             }
             RowContent::Messages(messages) => {
-                Ok(Tokens { sequence: self.chat(row, &example, messages)?, mismatch: None })
+                let sequence = self.chat(row, &example, messages)?;
+                Ok(Tokens { sequence, mismatch: None, empty: false })
             }
             RowContent::PromptCompletion { prompt, completion } => {
                 let start = self.renderer.prompt_ids(row, &example, prompt)?;
@@ -247,7 +275,7 @@ impl<'a> Maker<'a> {
             true => Some(self.renderer.tokenizer.decode(&prompt[same..], false)?),
             false => None,
         };
-        Ok(Tokens { sequence, mismatch })
+        Ok(Tokens { sequence, mismatch, empty: false })
     }
 
     fn eos(&self) -> Result<EosToken<'a>> {
@@ -323,10 +351,16 @@ impl fmt::Display for SftStats {
         if self.dropped_no_target > 0 {
             write!(f, ", {} dropped because no target was left", self.dropped_no_target)?;
         }
+        if self.dropped_empty > 0 {
+            write!(f, ", {} dropped because their text is empty", self.dropped_empty)?;
+        }
         if self.kept_no_target > 0 {
             write!(f, ", {} kept without a target (packing does)", self.kept_no_target)?;
         }
         write!(f, ".")?;
+        if self.bad.count > 0 {
+            write!(f, " {}", self.bad)?;
+        }
         if let (Some(eos), 0) = (&self.eos_token, self.rows_with_eos) {
             write!(
                 f,

@@ -8,6 +8,7 @@ use serde_json::{Map, json};
 use super::options::EvalOptions;
 use super::result::{EvalMetric, EvalRow, Evaluation, SkippedRows};
 use crate::autograd::Cx;
+use crate::data::bad::BadRows;
 use crate::data::render::ModelText;
 use crate::data::rows::Row;
 use crate::error::{Error, Result};
@@ -29,8 +30,9 @@ pub fn answers(
     let mut rewards = Rewards::parse(&options.eval.reward_funcs, None)?;
     let tokenizer = &text.tokenizer;
     let renderer = text.renderer(model.config.vocab_size);
-    let prompts =
-        rows.iter().map(|row| Ok(renderer.prompt(row)?.ids)).collect::<Result<Vec<_>>>()?;
+    let mut bad = BadRows::new(options.data.on_bad_row);
+    let good = bad.filter(rows, |row| Ok(renderer.prompt(row)?.ids))?;
+    let (rows, prompts): (Vec<&Row>, Vec<_>) = good.into_iter().unzip();
     let requests = Request::numbered(prompts, n);
     let longest = Request::longest(&requests) + options.generate.max_new_tokens;
     let batch = options.batch.clamp(1, (rows.len() * n).max(1));
@@ -53,7 +55,7 @@ pub fn answers(
         let completions = own.map(|c| batch.completion_text(c)).collect();
         EvalRow::Answers { prompt: batch.prompts[i * n].clone(), completions, rewards }
     };
-    Ok(Evaluation { metrics, rows: (0..rows.len()).map(row).collect(), skipped })
+    Ok(Evaluation { metrics, rows: (0..rows.len()).map(row).collect(), skipped, bad })
 }
 
 /// Of each reward, over rows of `n` completions: the mean, and pass@k for powers of two and `n`.

@@ -45,7 +45,7 @@ pub fn evaluate(
     match format {
         Format::Preference => {
             one_score(&model.config)?;
-            preferences(cx, model, text, rows, options.batch_tokens)
+            preferences(cx, model, text, rows, options)
         }
         _ if model.config.task != Task::CausalLm => Err(Error::model(
             text.tokenizer.dir(),
@@ -54,8 +54,15 @@ pub fn evaluate(
         Format::PromptOnly => answers(cx, model, text, rows, options),
         _ => {
             let text_field = &options.eval.dataset_text_field;
-            let sequences = sequences(rows, text, model.config.vocab_size, text_field)?;
-            perplexity(cx, model, &sequences, options.batch_tokens)
+            let (sequences, bad) = sequences(
+                rows,
+                text,
+                model.config.vocab_size,
+                text_field,
+                options.data.on_bad_row,
+            )?;
+            let found = perplexity(cx, model, &sequences, options.batch_tokens)?;
+            Ok(Evaluation { bad, ..found })
         }
     }
 }

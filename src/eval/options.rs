@@ -2,13 +2,15 @@
 //!
 //! Invariant: two evaluations with the same options, rows and model give the same numbers.
 
-use crate::config::{EvalConfig, GenerateConfig};
+use crate::config::{DataOptions, EvalConfig, GenerateConfig};
 use crate::error::{Error, Result};
 
 /// What an evaluation measures, and how much goes through the model at once.
 pub struct EvalOptions {
     pub eval: EvalConfig,
     pub generate: GenerateConfig,
+    /// How rows are read, and what happens to bad ones.
+    pub data: DataOptions,
     /// Sequences decoded at once.
     pub batch: usize,
     /// Tokens in one forward, where nothing is generated.

@@ -2,6 +2,7 @@
 //!
 //! Invariant: the sides are tokenised as `temper reward` does it, uncut, so no pair is dropped.
 
+use super::options::EvalOptions;
 use super::result::{EvalMetric, EvalRow, Evaluation};
 use crate::autograd::Cx;
 use crate::data::preference::{PairStyle, PreferenceOptions, pairs};
@@ -18,12 +19,15 @@ pub fn preferences(
     model: &mut Decoder,
     text: &ModelText,
     rows: &[Row],
-    budget: usize,
+    options: &EvalOptions,
 ) -> Result<Evaluation> {
     let (tokenizer, template) = (&text.tokenizer, text.template.as_ref());
-    let options = PreferenceOptions { max_length: None, ..PreferenceOptions::default() };
+    let budget = options.batch_tokens;
+    let on_bad_row = options.data.on_bad_row;
+    let options =
+        PreferenceOptions { max_length: None, on_bad_row, ..PreferenceOptions::default() };
     let vocab = model.config.vocab_size;
-    let (examples, _) = pairs(rows, tokenizer, template, vocab, PairStyle::Reward, &options)?;
+    let (examples, stats) = pairs(rows, tokenizer, template, vocab, PairStyle::Reward, &options)?;
     let sides: Vec<&[u32]> = examples
         .iter()
         .flat_map(|e| [e.chosen.input_ids.as_slice(), e.rejected.input_ids.as_slice()])
@@ -36,5 +40,6 @@ pub fn preferences(
         metrics: vec![EvalMetric::mean("accuracy", &won), EvalMetric::mean("margin", &margins)],
         rows: pairs.map(|s| EvalRow::Preference { chosen: s[0], rejected: s[1] }).collect(),
         skipped: Vec::new(),
+        bad: stats.bad,
     })
 }

@@ -5,12 +5,16 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::data::bad::BadRows;
+
 /// Metrics, and a result for each row.
 #[derive(Clone, Debug, Default)]
 pub struct Evaluation {
     pub metrics: Vec<EvalMetric>,
     pub rows: Vec<EvalRow>,
     pub skipped: Vec<SkippedRows>,
+    /// Rows that were dropped.
+    pub bad: BadRows,
 }
 
 /// A number, with the standard error of its mean over the rows where it is a mean.

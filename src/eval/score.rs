@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::result::{EvalMetric, EvalRow, Evaluation};
 use crate::autograd::Cx;
+use crate::data::bad::{BadRows, OnBadRow};
 use crate::data::masked::MaskedSequence;
 use crate::data::packing::token_batches;
 use crate::data::render::ModelText;
@@ -38,32 +39,37 @@ pub fn sequences(
     text: &ModelText,
     vocab: usize,
     text_field: &str,
-) -> Result<Vec<MaskedSequence>> {
+    on_bad_row: OnBadRow,
+) -> Result<(Vec<MaskedSequence>, BadRows)> {
     if rows.iter().all(|r| r.has("input_ids")) {
         let sequence = |row: &Row| {
             let ids = row.input_ids(vocab)?;
             Ok(MaskedSequence::new(&ids[..1], &ids[1..]))
         };
-        return rows.iter().map(sequence).collect();
+        let mut bad = BadRows::new(on_bad_row);
+        let good = bad.filter(rows, sequence)?;
+        return Ok((good.into_iter().map(|(_, made)| made).collect(), bad));
     }
     let (tokenizer, template) = (&text.tokenizer, text.template.as_ref());
     let options = SftOptions {
         max_length: None,
         dataset_text_field: text_field.into(),
+        on_bad_row,
         ..SftOptions::default()
     };
     let (examples, stats) = prepare(rows, tokenizer, template, vocab, &options)?;
-    if examples.len() != rows.len() {
+    let left = rows.len() - stats.bad.count;
+    if examples.len() != left {
         return Err(Error::Run(format!(
             "{} of {} rows have no tokens to score; {stats}",
-            rows.len() - examples.len(),
+            left - examples.len(),
             rows.len()
         )));
     }
     let masked = examples
         .into_iter()
         .map(|e| MaskedSequence { input_ids: e.input_ids, target_mask: e.target_mask });
-    Ok(masked.collect())
+    Ok((masked.collect(), stats.bad))
 }
 
 /// Hands `each` what the model says of every sequence, in order, as soon as it is known. At most
@@ -159,5 +165,5 @@ pub fn perplexity(
         metric("perplexity", loss.exp()),
         metric("tokens", tokens as f64),
     ];
-    Ok(Evaluation { metrics, rows, skipped: Vec::new() })
+    Ok(Evaluation { metrics, rows, skipped: Vec::new(), bad: BadRows::default() })
 }

@@ -18,6 +18,7 @@ use std::path::Path;
 
 use crate::autograd::Cx;
 use crate::config::{self, PeftConfig, Section, TrainingConfig};
+use crate::data::bad::OnBadRow;
 use crate::data::chat::{ChatTemplate, TemplateSetup};
 use crate::data::rows::Row;
 use crate::data::split::Split;
@@ -68,6 +69,8 @@ pub struct MethodInputs<'a> {
     pub model: &'a ModelConfig,
     pub train: &'a [Row],
     pub eval: &'a [Row],
+    /// What happens to a row that cannot be used.
+    pub on_bad_row: OnBadRow,
     /// The run's folder, for what is worth keeping from one run to the next.
     pub output: &'a Path,
     /// Rewards of the program itself, beside those of the options.

@@ -99,6 +99,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         model: &config,
         train: job.train,
         eval: job.eval,
+        on_bad_row: run.training.data.on_bad_row,
         output: job.folder.path(),
         rewards: job.rewards,
         setup: &setup,

@@ -13,8 +13,9 @@ use super::job::{FinishedJob, Job, execute};
 use super::summary::{Summary, next_commands};
 use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
-use crate::config::{self, TrainingConfig};
-use crate::data::rows::{Row, read_rows};
+use crate::config::{self, TrainingConfig, When};
+use crate::data::read::{FolderSplit, WantedFields, read};
+use crate::data::rows::Row;
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::{BuildMethod, MethodRun};
@@ -116,7 +117,7 @@ impl Training {
         self
     }
 
-    /// Files of rows to train on: .jsonl, .json or .parquet.
+    /// Files of rows to train on, folders of them, or patterns; docs/data.md has the formats.
     pub fn data<P: Into<PathBuf>>(mut self, files: impl IntoIterator<Item = P>) -> Training {
         self.data.extend(files.into_iter().map(Into::into));
         self
@@ -221,6 +222,14 @@ impl Training {
             return Err(Error::Config(format!("{} takes no rewards", self.entry.name)));
         }
         notes.iter().for_each(|note| self.observer.note(note));
+        let training: &TrainingConfig = &self.run.training;
+        let when = training.eval_strategy;
+        if when != When::No && self.eval_data.is_empty() && training.eval_rows.is_zero() {
+            let when = if when == When::Steps { "steps" } else { "epoch" };
+            return Err(Error::Config(format!(
+                "eval_strategy = \"{when}\" has no rows to evaluate on; give --eval-data FILE, or split rows off with eval_rows=0.05, or set eval_strategy=no"
+            )));
+        }
         resolve_model(&self.model)
     }
 
@@ -228,7 +237,7 @@ impl Training {
         if folder.resume().is_some() {
             same_run(folder.path(), &self.run, &*self.observer)?;
         }
-        let mut rows = read_rows(&self.data)?;
+        let mut rows = self.read(&self.data, FolderSplit::Train)?;
         let eval = self.eval_rows(&mut rows)?;
         let job = Job {
             run: &self.run,
@@ -261,10 +270,27 @@ impl Training {
         )
     }
 
+    /// The rows of files. Rewards may use any column, other methods only what they know.
+    fn read(&self, files: &[PathBuf], split: FolderSplit) -> Result<Vec<Row>> {
+        let keys: Vec<config::Key> =
+            self.run.sections().iter().flat_map(|section| section.keys()).collect();
+        let fields = match keys.iter().any(|k| k.name == "reward_funcs") {
+            true => WantedFields::All,
+            false => {
+                let field = keys.iter().find(|k| k.name == "dataset_text_field");
+                let field = field.and_then(|k| k.value.as_str());
+                WantedFields::Known(field.map(str::to_string).into_iter().collect())
+            }
+        };
+        let read = read(files, split, &self.run.training.data, &fields)?;
+        read.told().iter().for_each(|text| self.observer.note(text));
+        Ok(read.rows)
+    }
+
     /// The evaluation rows: files of their own, or the last of `rows`, which loses them.
     fn eval_rows(&self, rows: &mut Vec<Row>) -> Result<Vec<Row>> {
         if !self.eval_data.is_empty() {
-            return read_rows(&self.eval_data);
+            return self.read(&self.eval_data, FolderSplit::Eval);
         }
         let training: &TrainingConfig = &self.run.training;
         let n = training.eval_rows.of(rows.len() as u64) as usize;

@@ -528,6 +528,7 @@ fn the_docs_tables_of_options_are_the_programs() {
     for (entry, run) in &runs {
         let [training, peft, method] = run.sections();
         shared.extend([(training.name(), training), (peft.name(), peft)]);
+        nested(training, &mut shared);
         nested(method, &mut shared);
         if entry.name != method.name() {
             continue; // another command over the same options

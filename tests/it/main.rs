@@ -25,6 +25,7 @@ mod prim;
 mod qlora;
 mod quant;
 mod quickstart;
+mod read;
 mod rendering;
 mod report;
 mod resume_inputs;

@@ -114,6 +114,7 @@ pub fn with_inputs<T>(
         model,
         train,
         eval: &[],
+        on_bad_row: Default::default(),
         output: Path::new("unused"),
         rewards: &[],
     })

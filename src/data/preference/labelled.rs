@@ -70,14 +70,15 @@ pub fn labelled(
         .par_iter()
         .map(|row| if paired { both(&encoder, row) } else { Ok(vec![single(&encoder, row)?]) })
         .collect();
-    let made: Vec<Vec<Made>> = made.into_iter().collect::<Result<_>>()?;
+    let mut good: Vec<(usize, Vec<Made>)> = Vec::with_capacity(rows.len());
+    for (row, made) in made.into_iter().enumerate() {
+        good.extend(stats.bad.admit(made)?.map(|made| (row, made)));
+    }
     let mut order: Vec<(usize, Made)> = Vec::new();
-    for (chunk, made) in made.chunks(UNPAIR).enumerate() {
+    for made in good.chunks(UNPAIR) {
         let sides = if paired { 2 } else { 1 };
         for side in 0..sides {
-            order.extend(
-                made.iter().enumerate().map(|(i, m)| (chunk * UNPAIR + i, m[side].clone())),
-            );
+            order.extend(made.iter().map(|(row, sides)| (*row, sides[side].clone())));
         }
     }
     let mut examples = Vec::with_capacity(order.len());

@@ -17,6 +17,7 @@ mod steps;
 
 use std::fmt;
 
+use super::bad::{BadRows, OnBadRow};
 use super::masked::{MaskedSequence, check_rows, too_long, write_mismatches};
 use super::rows::Row;
 use crate::error::{Error, Result};
@@ -34,6 +35,7 @@ pub struct PreferenceOptions {
     pub on_truncation: OnTruncation,
     /// None: the tokenizer's.
     pub eos_token: Option<String>,
+    pub on_bad_row: OnBadRow,
 }
 
 impl Default for PreferenceOptions {
@@ -43,6 +45,7 @@ impl Default for PreferenceOptions {
             truncation_mode: TruncationMode::KeepStart,
             on_truncation: OnTruncation::Truncate,
             eos_token: None,
+            on_bad_row: OnBadRow::Error,
         }
     }
 }
@@ -61,6 +64,7 @@ pub struct PreferenceStats {
     pub longest: usize, // sequence before truncation
     pub prefix_mismatches: usize,
     pub mismatch: Option<String>, // the end of the first prompt that is no prefix
+    pub bad: BadRows,
     pub first_dropped: Option<String>, // FILE:LINE of the first row that was dropped
 }
 
@@ -70,6 +74,7 @@ impl PreferenceStats {
         Ok(PreferenceStats {
             rows: rows.len(),
             max_length: options.max_length,
+            bad: BadRows::new(options.on_bad_row),
             ..PreferenceStats::default()
         })
     }
@@ -118,6 +123,7 @@ impl PreferenceStats {
     /// An error if nothing is left.
     fn finish(mut self, examples: usize, rows: &[Row]) -> Result<PreferenceStats> {
         self.examples = examples;
+        self.bad.some_left(examples)?;
         if examples > 0 {
             return Ok(self);
         }
@@ -161,6 +167,9 @@ impl fmt::Display for PreferenceStats {
             write!(f, " (the first: {place})")?;
         }
         write!(f, ".")?;
+        if self.bad.count > 0 {
+            write!(f, " {}", self.bad)?;
+        }
         write_mismatches(f, self.prefix_mismatches, &self.mismatch)
     }
 }

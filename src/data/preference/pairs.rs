@@ -74,7 +74,10 @@ pub fn pairs(
     let made: Vec<Result<Made>> = rows.par_iter().map(make).collect();
     let mut examples = Vec::with_capacity(rows.len());
     for (row, made) in made.into_iter().enumerate() {
-        let Made { mut chosen, mut rejected, margin, mismatch } = made?;
+        let Some(Made { mut chosen, mut rejected, margin, mismatch }) = stats.bad.admit(made)?
+        else {
+            continue;
+        };
         stats.mismatched(mismatch);
         let longest = chosen.input_ids.len().max(rejected.input_ids.len());
         let long = options.max_length.is_some_and(|limit| longest > limit);

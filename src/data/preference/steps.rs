@@ -55,7 +55,7 @@ pub fn steps(
         rows.par_iter().enumerate().map(|(i, row)| one(&encoder, row, i, how)).collect();
     let mut examples = Vec::with_capacity(rows.len());
     for made in made {
-        let mut example = made?;
+        let Some(mut example) = stats.bad.admit(made)? else { continue };
         let row = &rows[example.row];
         if !stats.admit(row, example.input_ids.len(), options, true)? {
             continue;

@@ -41,9 +41,10 @@ impl PairRows {
         style: PairStyle,
         options: &PreferenceOptions,
     ) -> Result<(PairRows, String)> {
-        let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        let MethodInputs { tokenizer, template, model, on_bad_row, .. } = *inputs;
+        let options = PreferenceOptions { on_bad_row, ..options.clone() };
         let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
-            pairs(rows, tokenizer, template, model.vocab_size, style, options)
+            pairs(rows, tokenizer, template, model.vocab_size, style, &options)
         })?;
         Ok((PairRows { rows, share_prompts: true }, stats))
     }

@@ -13,7 +13,7 @@
 
 use crate::autograd::Cx;
 use crate::config::{Report, TrainingConfig, TruncationOptions, section};
-use crate::data::sft::{SftExample, prepare};
+use crate::data::sft::{SftExample, SftOptions, prepare};
 use crate::error::Result;
 use crate::methods::offline::rows::{RowSet, Rows, Split, targets};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
@@ -48,8 +48,8 @@ impl BuildMethod for DistillConfig {
     }
 
     fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
-        let MethodInputs { tokenizer, template, model, .. } = *inputs;
-        let options = (&self.truncation).into();
+        let MethodInputs { tokenizer, template, model, on_bad_row, .. } = *inputs;
+        let options = SftOptions { on_bad_row, ..(&self.truncation).into() };
         let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
             prepare(rows, tokenizer, template, model.vocab_size, &options)
         })?;

@@ -22,7 +22,7 @@ use crate::config::{
     LengthOptions, ReferenceOptions, Report, SamplingStrategy, TrainingConfig, section,
 };
 use crate::data::masked::MaskedSequence;
-use crate::data::preference::{labelled, mismatched};
+use crate::data::preference::{PreferenceOptions, labelled, mismatched};
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::offline::completions::{HeadPass, forward};
@@ -123,8 +123,9 @@ impl KtoObjective {
                     .into(),
             ));
         }
-        let (limit, options) = (config.length.max_length, (&config.length).into());
-        let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        let limit = config.length.max_length;
+        let MethodInputs { tokenizer, template, model, on_bad_row, .. } = *inputs;
+        let options = PreferenceOptions { on_bad_row, ..(&config.length).into() };
         let (rows, mut stats) = Rows::tokenise(inputs, |split, rows| {
             let (examples, stats) =
                 labelled(rows, tokenizer, template, model.vocab_size, &options)?;

@@ -10,7 +10,7 @@
 
 use crate::autograd::Cx;
 use crate::config::{LengthOptions, Report, TrainingConfig, section};
-use crate::data::preference::{StepOptions, steps};
+use crate::data::preference::{PreferenceOptions, StepOptions, steps};
 use crate::error::Result;
 use crate::methods::offline::completions::sums;
 use crate::methods::offline::rows::{LabelledSteps, RowSet, Rows, Split};
@@ -67,7 +67,9 @@ impl BuildMethod for PrmConfig {
                 step_separator: self.step_separator.clone(),
                 train_on_last_step_only: self.train_on_last_step_only && split == Split::Train,
             };
-            let (examples, stats) = steps(rows, tokenizer, vocab, &how, &(&self.length).into())?;
+            let on_bad_row = inputs.on_bad_row;
+            let options = PreferenceOptions { on_bad_row, ..(&self.length).into() };
+            let (examples, stats) = steps(rows, tokenizer, vocab, &how, &options)?;
             Ok((examples.into_iter().map(LabelledSteps::new).collect(), stats))
         })?;
         Ok(BuiltMethod::new(OfflineMethod(PrmObjective { rows, vocab }), stats))

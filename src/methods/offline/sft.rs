@@ -151,7 +151,7 @@ impl Sft {
     /// Tokenises, truncates and packs. Returns what to print about the training rows, too.
     pub fn new(config: &SftConfig, inputs: &MethodInputs) -> Result<(OfflineMethod<Sft>, String)> {
         let MethodInputs { tokenizer, template, model, .. } = *inputs;
-        let options = config.options();
+        let options = SftOptions { on_bad_row: inputs.on_bad_row, ..config.options() };
         let read = |rows: &[Row]| {
             let (examples, stats) = prepare(rows, tokenizer, template, model.vocab_size, &options)?;
             Ok((step_rows(&examples, rows, &options)?, stats))

@@ -93,6 +93,9 @@ impl RolloutEnv {
     /// Sets up what needs the initial policy: the sampler's cache, the reference (where wanted),
     /// the reward model.
     pub fn attach(&mut self, cx: &mut Cx, model: &Decoder, reference: bool) -> Result<()> {
+        if self.prompts.bad.count > 0 {
+            cx.observer.note(&self.prompts.bad.to_string());
+        }
         let dropout = model.adapter.as_ref().map_or(0.0, |a| a.dropout());
         if dropout > 0.0 {
             return Err(Error::Config(format!(

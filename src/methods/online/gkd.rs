@@ -24,8 +24,10 @@ use super::sampler::SampleRequest;
 use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
 use crate::autograd::Cx;
 use crate::config::{Report, SamplingOptions, TrainingConfig, TruncationOptions, section};
+use crate::data::bad::BadRows;
+use crate::data::render::Renderer;
 use crate::data::rows::Row;
-use crate::data::sft::{SftExample, prepare};
+use crate::data::sft::{SftExample, SftOptions, prepare};
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
 use crate::methods::teacher::{Teacher, TeacherOptions, all_targets};
@@ -112,7 +114,19 @@ impl Gkd {
         training: &TrainingConfig,
         inputs: &MethodInputs,
     ) -> Result<(Gkd, String)> {
-        let read = |rows: &[Row]| rows.iter().map(with_completion).collect::<Result<Vec<Row>>>();
+        let mut bad = BadRows::new(inputs.on_bad_row);
+        let renderer = Renderer::new(inputs.tokenizer, inputs.template, inputs.model.vocab_size);
+        let whole = |row: &Row| {
+            let row = with_completion(row)?;
+            if options.uses_data() && !row.has("completion") {
+                return Err(row.error("has no completion; give one, or set lmbda=1 or seq_kd=true"));
+            }
+            renderer.prompt(&row)?;
+            Ok(row)
+        };
+        let mut read = |rows: &[Row]| -> Result<Vec<Row>> {
+            Ok(bad.filter(rows, whole)?.into_iter().map(|(_, row)| row).collect())
+        };
         let (train, eval) = (read(inputs.train)?, read(inputs.eval)?);
         let own = MethodInputs { train: &train, eval: &eval, ..*inputs };
         let env = EnvOptions {
@@ -132,12 +146,9 @@ impl Gkd {
             buffer: RolloutBuffer::default(),
         };
         if !options.uses_data() {
-            return Ok((gkd, format!("{} prompts", train.len())));
+            return Ok((gkd, told(format!("{} prompts", train.len()), &bad)));
         }
-        if let Some(row) = train.iter().chain(&eval).find(|r| !r.has("completion")) {
-            return Err(row.error("has no completion; give one, or set lmbda=1 or seq_kd=true"));
-        }
-        let sft = (&options.truncation).into();
+        let sft = SftOptions { on_bad_row: inputs.on_bad_row, ..(&options.truncation).into() };
         let make =
             |rows: &[Row]| prepare(rows, own.tokenizer, own.template, own.model.vocab_size, &sft);
         let (examples, stats) = make(&train)?;
@@ -148,7 +159,7 @@ impl Gkd {
         if !eval.is_empty() {
             gkd.eval = make(&eval)?.0;
         }
-        Ok((gkd, stats.to_string()))
+        Ok((gkd, told(stats.to_string(), &bad)))
     }
 
     /// Whether micro-batch `m` of a step has the student's completions.
@@ -219,6 +230,10 @@ impl Gkd {
         self.buffer.replace(at.step, parts);
         Ok(metrics)
     }
+}
+
+fn told(stats: String, bad: &BadRows) -> String {
+    if bad.count > 0 { format!("{stats} {bad}") } else { stats }
 }
 
 /// A row with `prompt` and `completion`: of `messages` the last is the completion, as in TRL.

@@ -5,6 +5,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::config::{SamplingStrategy, TrainingConfig};
+use crate::data::bad::BadRows;
 use crate::data::format::Content;
 use crate::data::order::epoch_order;
 use crate::data::render::{RenderedPrompt, Renderer};
@@ -30,6 +31,8 @@ pub struct Prompts {
     pub eval: Vec<Prompt>,
     order: SamplingStrategy,
     seed: u64,
+    /// Rows that were dropped.
+    pub bad: BadRows,
 }
 
 impl Prompts {
@@ -37,12 +40,16 @@ impl Prompts {
     pub fn new(training: &TrainingConfig, inputs: &MethodInputs) -> Result<Prompts> {
         let MethodInputs { tokenizer, template, model, .. } = *inputs;
         let renderer = Renderer::new(tokenizer, template, model.vocab_size);
-        let read = |rows: &[Row]| -> Result<Vec<Prompt>> {
-            rows.iter().map(|row| prompt(row, &renderer)).collect()
+        let mut bad = BadRows::new(inputs.on_bad_row);
+        let mut read = |rows: &[Row]| -> Result<Vec<Prompt>> {
+            let good = bad.filter(rows, |row| prompt(row, &renderer))?;
+            Ok(good.into_iter().map(|(_, prompt)| prompt).collect())
         };
+        let (train, eval) = (read(inputs.train)?, read(inputs.eval)?);
         Ok(Prompts {
-            train: read(inputs.train)?,
-            eval: read(inputs.eval)?,
+            train,
+            eval,
+            bad,
             order: training.train_sampling_strategy,
             seed: training.seed,
         })

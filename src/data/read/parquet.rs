@@ -1,0 +1,56 @@
+//! Batches of parquet files. Layer 6.
+//!
+//! Invariant: a batch is so small that values of a dictionary, which the file holds once, do not
+//! fill the memory when they are written out.
+
+use std::fs::File;
+use std::path::Path;
+
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::file::metadata::ParquetMetaData;
+
+use super::arrow;
+use super::file::FileRows;
+use crate::data::panics::caught;
+use crate::error::{Error, Result};
+
+/// Bytes that a batch may take.
+const BATCH_BYTES: u64 = 64 << 20;
+/// Rows of a batch, at most.
+const BATCH_ROWS: u64 = 1024;
+
+pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
+    let opened = File::open(path).map_err(|e| Error::io(path, e))?;
+    let broken =
+        |e: String| Error::data(path, None, format!("not a parquet file that can be read: {e}"));
+    // the library checks less than it should on broken files
+    let read = || -> Result<()> {
+        let builder =
+            ParquetRecordBatchReaderBuilder::try_new(opened).map_err(|e| broken(e.to_string()))?;
+        let wanted = arrow::readable(builder.schema(), rows)?;
+        let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
+        let batch = batch_rows(builder.metadata(), &mask);
+        let reader = builder.with_projection(mask).with_batch_size(batch).build();
+        let mut first = 1;
+        for batch in reader.map_err(|e| broken(e.to_string()))? {
+            let batch = batch.map_err(|e| broken(format!("{e} (near row {first})")))?;
+            first = arrow::push_batch(&batch, first, rows)?;
+        }
+        Ok(())
+    };
+    caught(read).unwrap_or_else(|panic| Err(broken(panic)))
+}
+
+/// No value is larger than its column chunk, so this many rows of flat columns fit in a batch even
+/// if each of them is the largest.
+fn batch_rows(file: &ParquetMetaData, mask: &ProjectionMask) -> usize {
+    let largest = file.row_groups().iter().map(|group| {
+        let chunks = group.columns().iter().enumerate();
+        let read = chunks.filter(|(leaf, _)| mask.leaf_included(*leaf));
+        read.map(|(_, chunk)| chunk.uncompressed_size().max(0) as u64)
+            .fold(0u64, u64::saturating_add)
+    });
+    let largest = largest.max().unwrap_or(0).max(1);
+    (BATCH_BYTES / largest).clamp(1, BATCH_ROWS) as usize
+}
