@@ -94,6 +94,8 @@ pub fn fsync_dir(dir: impl AsRef<Path>) -> Result<()> {
 pub struct AtomicDir {
     path: PathBuf,
     tmp: PathBuf,
+    /// The folder was not there: an empty one goes again.
+    made: bool,
 }
 
 /// The name of the folder in which [`AtomicDir`] stages files.
@@ -103,12 +105,12 @@ impl AtomicDir {
     /// Makes the folder and the staging folder in it. A leftover of an interrupted save is removed.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let tmp = path.join(STAGING);
+        let (tmp, made) = (path.join(STAGING), !path.exists());
         if tmp.is_dir() {
             std::fs::remove_dir_all(&tmp).map_err(|e| Error::io(&tmp, e))?;
         }
         std::fs::create_dir_all(&tmp).map_err(|e| Error::io(&tmp, e))?;
-        Ok(Self { path, tmp })
+        Ok(Self { path, tmp, made })
     }
 
     /// Where to write the files; each of them through [`AtomicFile`], so that it is synced.
@@ -157,6 +159,9 @@ impl AtomicDir {
 impl Drop for AtomicDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.tmp);
+        if self.made {
+            let _ = std::fs::remove_dir(&self.path); // only where it is empty
+        }
     }
 }
 

@@ -19,10 +19,10 @@ pub struct JsonObjects(pub Vec<Json>);
 section! {
     /// What every command that renders conversations gives the chat template.
     pub struct TemplateOptions = "chat template" {
-        /// Tools that the chat template shows, a list of JSON schemas; a row's own tools replace
+        /// Ours. Tools that the chat template shows, a list of JSON schemas; a row's own tools replace
         /// them. none: none.
         pub tools: Option<JsonObjects> = None,
-        /// Variables for the chat template, a JSON object such as {"enable_thinking": false}; those
+        /// Ours. Variables for the chat template, a JSON object such as {"enable_thinking": false}; those
         /// of a row win.
         pub chat_template_kwargs: JsonObject = JsonObject::default(),
     }
@@ -44,6 +44,10 @@ impl Value for JsonObject {
         "JSON object".into()
     }
     fn read(given: &Given) -> Result<Self, String> {
+        // TRL's default is None.
+        if given.is_none() {
+            return Ok(JsonObject::default());
+        }
         match json(given) {
             Some(Json::Object(map)) => Ok(JsonObject(map)),
             _ => Err("a JSON object, such as '{\"enable_thinking\": false}'".into()),

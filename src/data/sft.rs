@@ -310,8 +310,16 @@ impl<'a> Maker<'a> {
             }
         }
         if !mask.contains(&true) {
-            let message =
-                "assistant_only_loss=true, and the assistant says nothing here; remove the row";
+            let message = match self.renderer.marks_turns(example) {
+                true => {
+                    "assistant_only_loss=true, and the assistant says nothing here; remove the row"
+                }
+                false => {
+                    "assistant_only_loss=true, and the chat template shows nothing that the assistant \
+                     says here; remove the row, or put {% generation %} and {% endgeneration %} around \
+                     what the assistant says in the template (chat_template_path)"
+                }
+            };
             return Err(row.error(message));
         }
         Ok(MaskedSequence { input_ids: ids, target_mask: mask })

@@ -295,7 +295,7 @@ fn tokens_that_only_the_config_names_are_tokens() {
             .map(|_| ())
             .unwrap_err()
             .to_string()
-            .contains("\"<far>\" the id 400")
+            .contains("\"<far>\" has the id 400")
     );
 }
 
