@@ -137,16 +137,10 @@ impl Clock {
 
 /// Adds Python's behaviour to an environment.
 pub fn install(env: &mut Environment<'static>, clock: Arc<dyn Fn() -> Clock + Send + Sync>) {
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    super::template::python::install(env);
     env.set_formatter(|out, _, value| out.write_str(&str_of(value)).map_err(Error::from));
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: Value| str_of(&value));
-    env.add_test("iterable", |value: Value| {
-        matches!(
-            value.kind(),
-            ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable
-        )
-    });
     env.add_function("raise_exception", |message: String| -> Result<String, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });

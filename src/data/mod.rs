@@ -9,6 +9,7 @@
 //! | [`bpe`] | trains a small byte-level BPE and writes it as a folder |
 //! | [`chat`] | renders a model's chat template, with the spans of `{% generation %}` |
 //! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
+//! | `template` | reads a template as Jinja2 does and bounds what it may do |
 //! | [`rows`] | rows of jsonl, json and parquet files, each with its file and line |
 //! | [`mod@format`] | TRL's dataset types, detected and checked |
 //! | [`render`] | conversations, prompts and end tokens to ids: one function each for all commands |
@@ -22,7 +23,6 @@ pub mod bpe;
 pub mod chat;
 mod folder;
 pub mod format;
-mod generation_tag;
 pub mod jinja;
 pub mod masked;
 pub mod order;
@@ -32,4 +32,5 @@ pub mod preference;
 pub mod render;
 pub mod rows;
 pub mod sft;
+mod template;
 pub mod tokenizer;

@@ -8,6 +8,7 @@ mod config;
 mod data;
 mod eval;
 mod generate;
+mod jinja;
 mod library;
 mod lora_kernels;
 mod model_folder;

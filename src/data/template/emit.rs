@@ -1,0 +1,263 @@
+//! Writes the tokens of a Jinja2 template as a template for minijinja. Layer 6.
+//!
+//! Invariant: whitespace, string escapes and numbers mean what they mean to Jinja2, and no
+//! expression is long or deep enough to exhaust the stack of the compiler.
+
+use super::lexer::{Fault, Token, lex};
+
+/// The template variables that hold the markers of generation blocks at render time.
+pub const OPEN: &str = "__temper_open";
+pub const CLOSE: &str = "__temper_close";
+/// Delimiters that begin with a noncharacter, so that no text of a template looks like a tag.
+pub const MARK: char = '\u{FDD1}';
+/// Tokens in one tag, and brackets, blocks or signs inside each other. Real templates stay below 200
+/// and 20; Python itself refuses to compile more than about 90 nested brackets.
+const MAX_TOKENS: usize = 4000;
+const MAX_OPERATORS: usize = 250;
+const MAX_DEPTH: usize = 60;
+/// Statements that need other templates, or that Jinja2 has only with an extension.
+const REFUSED: [&str; 9] =
+    ["include", "import", "from", "extends", "do", "autoescape", "trans", "pluralize", "debug"];
+
+/// The source for minijinja and the number of generation blocks.
+pub fn emit(source: &str) -> Result<(String, usize), Fault> {
+    if source.contains(MARK) {
+        return Err(("the noncharacter U+FDD1 is not supported".into(), 1));
+    }
+    let tokens = lex(source)?.tokens;
+    let (mut out, mut line, mut blocks, mut depth) = (String::new(), 1, 0, 0usize);
+    let mut i = 0;
+    while let Some((token, at)) = tokens.get(i) {
+        i += 1;
+        let begin = match token {
+            Token::Data(text) => {
+                line += text.matches('\n').count();
+                out.push_str(text);
+                continue;
+            }
+            Token::VariableBegin => '{',
+            _ => '%',
+        };
+        let length = tokens[i..]
+            .iter()
+            .position(|(t, _)| matches!(t, Token::VariableEnd | Token::BlockEnd))
+            .unwrap_or(0);
+        let inside = &tokens[i..i + length];
+        i += length + 1;
+        bounded(inside, *at)?;
+        let word = match inside.first() {
+            Some((Token::Name(name), _)) if begin == '%' => name.as_str(),
+            _ => "",
+        };
+        match word {
+            "generation" => {
+                blocks += 1;
+                out += &format!("{MARK}% with %{MARK}{MARK}{{ {OPEN} }}{MARK}");
+                out += &format!("{MARK}% set __temper = 0 %{MARK}");
+            }
+            "endgeneration" => {
+                out += &format!("{MARK}{{ {CLOSE} }}{MARK}{MARK}% endwith %{MARK}");
+            }
+            word if REFUSED.contains(&word) => {
+                return Err((format!("the statement '{word}' is not supported"), *at));
+            }
+            _ => {
+                out.push(MARK);
+                out.push(begin);
+                // a tag stands on its own line of the source, so that errors name it
+                while line < *at {
+                    out.push('\n');
+                    line += 1;
+                }
+                let (inside, defaults) = if word == "macro" {
+                    defaults(inside)
+                } else {
+                    (inside.to_vec(), String::new())
+                };
+                tag(&inside, word, &mut out);
+                out.push(' ');
+                out.push(if begin == '{' { '}' } else { '%' });
+                out.push(MARK);
+                out += &defaults;
+            }
+        }
+        let opens = matches!(
+            word,
+            "if" | "for" | "with" | "macro" | "call" | "filter" | "block" | "generation"
+        );
+        depth = if word.starts_with("end") {
+            depth.saturating_sub(1)
+        } else {
+            depth + usize::from(opens)
+        };
+        if depth > MAX_DEPTH {
+            return Err(("the blocks are nested too deeply".into(), *at));
+        }
+    }
+    Ok((out, blocks))
+}
+
+/// Refuses what would exhaust the stack of a recursive compiler.
+fn bounded(tokens: &[(Token, usize)], line: usize) -> Result<(), Fault> {
+    let (mut depth, mut operators, mut signs) = (0usize, vec![0usize], 0);
+    for (token, _) in tokens {
+        let prefix = matches!(token, Token::Op("-" | "+"))
+            || matches!(token, Token::Name(n) if matches!(n.as_str(), "not" | "else"));
+        signs = if prefix { signs + 1 } else { 0 };
+        match token {
+            Token::Name(n) if matches!(n.as_str(), "lipsum" | "self" | "super") => {
+                return Err((format!("'{n}' is not supported"), line));
+            }
+            Token::Op("(" | "[" | "{") => {
+                depth += 1;
+                operators.push(0);
+            }
+            Token::Op(")" | "]" | "}") => {
+                depth = depth.saturating_sub(1);
+                operators.pop();
+            }
+            Token::Op("," | ":") => _ = operators.last_mut().map(|n| *n = 0),
+            Token::Op(_) | Token::Name(_) => _ = operators.last_mut().map(|n| *n += 1),
+            _ => {}
+        }
+        if depth > MAX_DEPTH || signs > MAX_DEPTH {
+            return Err(("the expression is nested too deeply".into(), line));
+        }
+        if operators.last().is_some_and(|n| *n > MAX_OPERATORS) || tokens.len() > MAX_TOKENS {
+            return Err(("the expression is too long".into(), line));
+        }
+    }
+    Ok(())
+}
+
+/// The contents of a tag. Values that it builds pass through `_held`, which bounds them; what Jinja2
+/// makes a generator of passes through `_lazy`.
+fn tag(tokens: &[(Token, usize)], word: &str, out: &mut String) {
+    let mut open: Vec<String> = Vec::new(); // what follows each closing bracket
+    let mut lazy = false;
+    let assigned = word == "set" && matches!(tokens.get(2), Some((Token::Op("."), _)));
+    let mut tail = "";
+    for (i, (token, _)) in tokens.iter().enumerate() {
+        let before = i.checked_sub(1).map(|i| &tokens[i].0);
+        let operand = match before {
+            Some(Token::Name(n)) => !WORDS.contains(&n.as_str()),
+            Some(Token::Op(op)) => matches!(*op, ")" | "]" | "}"),
+            Some(Token::Str(_)) => true,
+            _ => false,
+        };
+        out.push(' ');
+        match token {
+            Token::Op("[" | "{") if !operand => {
+                out.push('(');
+                write(token, out);
+                open.push("|_held)".into());
+            }
+            Token::Op("(" | "[" | "{") => {
+                write(token, out);
+                open.push(if lazy { "|_lazy" } else { "" }.into());
+                lazy = false;
+            }
+            Token::Op(")" | "]" | "}") => {
+                write(token, out);
+                out.push_str(&open.pop().unwrap_or_default());
+            }
+            Token::Op("=") if assigned && open.is_empty() && tail.is_empty() => {
+                out.push_str("= (");
+                tail = ")|_held";
+            }
+            Token::Name(name)
+                if word == "for" && open.is_empty() && name == "in" && tail.is_empty() =>
+            {
+                out.push_str("in (");
+                tail = ")|_iter";
+            }
+            Token::Name(name)
+                if word == "for"
+                    && open.is_empty()
+                    && matches!(name.as_str(), "if" | "recursive") =>
+            {
+                out.push_str(std::mem::take(&mut tail));
+                out.push(' ');
+                write(token, out);
+            }
+            _ => write(token, out),
+        }
+        if let (Token::Name(name), Some(Token::Op("|"))) = (token, before) {
+            if LAZY.contains(&name.as_str()) {
+                lazy = matches!(tokens.get(i + 1), Some((Token::Op("("), _)));
+                out.push_str(if lazy { "" } else { "|_lazy" });
+            }
+        }
+    }
+    out.push_str(tail);
+}
+
+/// Words after which a bracket opens a list, not a subscript.
+const WORDS: [&str; 9] = ["in", "if", "else", "elif", "and", "or", "not", "is", "set"];
+const LAZY: [&str; 8] =
+    ["map", "select", "reject", "selectattr", "rejectattr", "batch", "slice", "unique"];
+
+/// Takes the defaults that refer to other names out of a macro's head: minijinja does not see the
+/// macro's arguments there. They are set at the top of its body.
+fn defaults(tokens: &[(Token, usize)]) -> (Vec<(Token, usize)>, String) {
+    let (mut head, mut body) = (Vec::new(), String::new());
+    let mut i = 0;
+    while i < tokens.len() {
+        let (name, is_default) = match (&tokens[i].0, tokens.get(i + 1)) {
+            (Token::Name(name), Some((Token::Op("="), _))) => (name.clone(), true),
+            _ => (String::new(), false),
+        };
+        head.push(tokens[i].clone());
+        i += 1;
+        if !is_default {
+            continue;
+        }
+        let mut depth = 0;
+        let length = tokens[i..].iter().position(|(t, _)| {
+            match t {
+                Token::Op("(" | "[" | "{") => depth += 1,
+                Token::Op(")" | "]" | "}") => depth -= 1,
+                _ => {}
+            }
+            depth < 0 || (depth == 0 && matches!(t, Token::Op(",")))
+        });
+        let end = i + length.unwrap_or(tokens.len() - i);
+        let value = &tokens[i + 1..end];
+        if value.iter().any(|(t, _)| matches!(t, Token::Name(_))) {
+            head.extend([
+                (Token::Op("="), tokens[i].1),
+                (Token::Name("_missing".into()), tokens[i].1),
+            ]);
+            body += &format!("{MARK}% if {name} is undefined %{MARK}{MARK}% set {name} =");
+            tag(value, "", &mut body);
+            body += &format!(" %{MARK}{MARK}% endif %{MARK}");
+        } else {
+            head.extend_from_slice(&tokens[i..end]);
+        }
+        i = end;
+    }
+    (head, body)
+}
+
+fn write(token: &Token, out: &mut String) {
+    match token {
+        Token::Name(name) => out.push_str(name),
+        Token::Int(digits) => out.push_str(digits),
+        Token::Float(x) => out.push_str(&format!("{x:?}")),
+        Token::Op(op) => out.push_str(op),
+        Token::Str(text) => {
+            out.push('"');
+            for c in text.chars() {
+                match c {
+                    '"' => out.push_str("\\\""),
+                    '\\' => out.push_str("\\\\"),
+                    '\n' => out.push_str("\\n"),
+                    '\r' => out.push_str("\\r"),
+                    c => out.push(c),
+                }
+            }
+            out.push('"');
+        }
+        _ => {}
+    }
+}
