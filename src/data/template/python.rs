@@ -29,7 +29,7 @@ pub fn install(env: &mut Environment<'static>) {
     });
     env.add_function("joiner", minijinja_contrib::globals::joiner);
     env.add_function("cycler", |items: Rest<Value>| {
-        minijinja_contrib::globals::cycler(items.into_values())
+        minijinja_contrib::globals::cycler(items.0.clone())
     });
     env.add_function("namespace", |state: &State, args: Rest<Value>, kwargs: Kwargs| {
         let named = Value::from(kwargs);
