@@ -26,6 +26,7 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
     }
     let tokens = lex(source)?.tokens;
     let (mut out, mut line, mut blocks, mut depth) = (String::new(), 1, 0, 0usize);
+    let mut elifs = 0; // each is a branch inside the one before
     let mut i = 0;
     while let Some((token, at)) = tokens.get(i) {
         i += 1;
@@ -81,6 +82,7 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
                 out += &defaults;
             }
         }
+        elifs += usize::from(word == "elif");
         let opens = matches!(
             word,
             "if" | "for" | "with" | "macro" | "call" | "filter" | "block" | "generation"
@@ -90,7 +92,7 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
         } else {
             depth + usize::from(opens)
         };
-        if depth > MAX_DEPTH {
+        if depth > MAX_DEPTH || elifs > MAX_OPERATORS {
             return Err(("the blocks are nested too deeply".into(), *at));
         }
     }
