@@ -21,15 +21,11 @@ fn render(source: &str) -> Result<String, String> {
 fn snippets_render_as_in_jinja2_or_are_an_error() {
     let text = std::fs::read_to_string("tests/fixtures/jinja.json").unwrap();
     let cases: Vec<(String, Option<String>)> = serde_json::from_str(&text).unwrap();
-    // minijinja orders and searches values of different types; what calls for it in a template is an
-    // error of its author
-    let known = ["{{ 1 < 'a' }}", "{{ none < 1 }}", "{{ 1 in 'ab' }}"];
     let (mut same, mut refused, mut differ) = (0, Vec::new(), Vec::new());
     for (source, want) in &cases {
         match (render(source), want) {
             (Ok(got), Some(want)) if got == *want => same += 1,
             (Err(_), None) => same += 1,
-            _ if known.contains(&source.as_str()) => {}
             (Err(e), Some(_)) => refused.push(format!("{source}: {e}")),
             (Ok(got), want) => differ.push(format!("{source}\n   {got:?} not {want:?}")),
         }
@@ -100,6 +96,23 @@ fn hostile() -> Vec<String> {
     }
     for source in [
         "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}",
+        "{% set ns = namespace() %}{% set a, ns.b = 1, ns %}{{ ns }}",
+        "{% set ns = namespace() %}{% set b = namespace(x=ns) %}{% set ns.a = b %}{{ ns }}",
+        "{% set ns = namespace() %}{% set c = cycler(ns) %}{% set ns.a = c %}{{ ns }}",
+        "{% set ns = namespace() %}{% for i in [1] %}{% set ns.l = loop %}{% endfor %}{{ ns }}",
+        "{% set ns = namespace(l=1) %}{% for i in range(99999) %}{% for j in [ns.l] %}{% set ns.l = loop %}{% endfor %}{% endfor %}{{ ns }}",
+        "{% set ns = namespace(l=1) %}{% for i in range(99999) %}{% set ns.l = cycler(ns.l) %}{% endfor %}{{ ns }}",
+        "{% set ns = namespace(l=1) %}{% for i in range(99999) %}{% set ns.l = ns.l|list|map('upper') %}{% endfor %}{{ ns }}",
+        "{% set a = range(99999)|list %}{% set b = range(99999)|list %}{% for i in range(99999) %}{% if a == b %}{% endif %}{% endfor %}",
+        "{% set a = range(99999)|list %}{% for i in range(99999) %}{% if -1 in a %}{% endif %}{% endfor %}",
+        "{% set a = range(99999)|list %}{% for i in range(99999) %}{% if a < a %}{% endif %}{% endfor %}",
+        "{% set a = 'a' * 9999999 %}{% for i in range(99999) %}{% if 'b' in a %}{% endif %}{% endfor %}",
+        "{% set a = 'a' * 9999999 %}{% for i in range(99999) %}{% if a == a ~ 'b' %}{% endif %}{% endfor %}",
+        "{% set a = 'a' * 9999999 %}{% for i in range(99999) %}{{ a.count('b') }}{{ a.find('b') }}{% endfor %}",
+        "{% set a = 'a' * 999999 %}{% for i in range(99999) %}{{ a.find('a' * 99999 ~ 'b') }}{% endfor %}",
+        "{% macro f(x) %}{{ f([x]) }}{% endmacro %}{{ f(1) }}",
+        "{% macro f(x) %}{% call f(x) %}{{ caller() }}{% endcall %}{% endmacro %}{{ f(1) }}",
+        "{% macro f(x) %}{% filter upper %}{% for i in [1] %}{{ [f(x)]|map('upper')|list }}{% endfor %}{% endfilter %}{% endmacro %}{{ f(1) }}",
         "{% set ns = namespace() %}{% set ns.a = [ns] %}{{ ns.a|tojson }}",
         "{{ '{:>99999999999}'.format(1) }}",
         "{{ '{:>999999999}'.format(1) }}",
@@ -128,13 +141,18 @@ fn hostile() -> Vec<String> {
 }
 
 #[test]
-#[ignore = "not finished: one of these templates still exhausts the stack"]
 fn hostile_templates_end_in_an_error_in_time_and_memory() {
     let (mut worst, mut fine, all) = ((Duration::ZERO, String::new()), Vec::new(), hostile());
     for source in &all {
         let start = Instant::now();
-        let result = render(source);
         let head: String = source.chars().take(100).collect();
+        eprintln!("TRY {head} {}", source.len());
+        let result = render(source);
+        eprintln!(
+            "  {:?} {:?}",
+            start.elapsed(),
+            result.as_ref().map(|s| s.len()).map_err(|e| e.chars().take(150).collect::<String>())
+        );
         if result.is_ok() {
             fine.push(head.clone());
         }

@@ -4,6 +4,7 @@
 //! expression is long or deep enough to exhaust the stack of the compiler.
 
 use super::lexer::{Fault, Token, lex};
+use super::rewrite::{Rewrite, UNDEFINED, macros};
 
 /// The template variables that hold the markers of generation blocks at render time.
 pub const OPEN: &str = "__temper_open";
@@ -25,7 +26,9 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
         return Err(("the noncharacter U+FDD1 is not supported".into(), 1));
     }
     let tokens = lex(source)?.tokens;
-    let (mut out, mut line, mut blocks, mut depth) = (String::new(), 1, 0, 0usize);
+    let macros = macros(&tokens)?;
+    let mut inner: Vec<&str> = Vec::new(); // the open blocks
+    let (mut out, mut line, mut blocks) = (String::new(), 1, 0);
     let mut elifs = 0; // each is a branch inside the one before
     let mut i = 0;
     while let Some((token, at)) = tokens.get(i) {
@@ -70,11 +73,14 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
                     out.push('\n');
                     line += 1;
                 }
-                let (inside, defaults) = if word == "macro" {
-                    defaults(inside)
-                } else {
-                    (inside.to_vec(), String::new())
-                };
+                if inner.contains(&"macro") && extra(inside) {
+                    let what = "varargs and kwargs of a macro are not supported";
+                    return Err((what.into(), *at));
+                }
+                let soft = matches!(inner.last(), Some(&"if"));
+                let inside = Rewrite { macros: &macros, word, soft }.tag(inside)?;
+                let (inside, defaults) =
+                    if word == "macro" { defaults(&inside) } else { (inside, String::new()) };
                 tag(&inside, word, &mut out);
                 out.push(' ');
                 out.push(if begin == '{' { '}' } else { '%' });
@@ -83,20 +89,34 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
             }
         }
         elifs += usize::from(word == "elif");
-        let opens = matches!(
-            word,
-            "if" | "for" | "with" | "macro" | "call" | "filter" | "block" | "generation"
-        );
-        depth = if word.starts_with("end") {
-            depth.saturating_sub(1)
-        } else {
-            depth + usize::from(opens)
+        let opens = match word {
+            "if" | "for" | "with" | "macro" | "call" | "filter" | "block" | "generation" => true,
+            "set" => !inside.iter().any(|t| t.0 == Token::Op("=")),
+            _ => false,
         };
-        if depth > MAX_DEPTH || elifs > MAX_OPERATORS {
+        if opens {
+            inner.push(word);
+        } else if word.starts_with("end") {
+            inner.pop();
+        }
+        if inner.len() > MAX_DEPTH || elifs > MAX_OPERATORS {
             return Err(("the blocks are nested too deeply".into(), *at));
         }
     }
     Ok((out, blocks))
+}
+
+/// Whether an expression reads `varargs` or `kwargs`.
+fn extra(tokens: &[(Token, usize)]) -> bool {
+    tokens.iter().enumerate().any(|(i, (token, _))| {
+        let near = |at: Option<usize>, ops: [&str; 2]| {
+            let token = at.and_then(|at| tokens.get(at)).map(|t| &t.0);
+            matches!(token, Some(Token::Op(op)) if ops.contains(op))
+        };
+        matches!(token, Token::Name(n) if n == "varargs" || n == "kwargs")
+            && !near(i.checked_sub(1), [".", "|"])
+            && !near(Some(i + 1), ["=", "="])
+    })
 }
 
 /// Refuses what would exhaust the stack of a recursive compiler.
@@ -165,7 +185,7 @@ fn tag(tokens: &[(Token, usize)], word: &str, out: &mut String) {
             }
             Token::Op("=") if assigned && open.is_empty() && tail.is_empty() => {
                 out.push_str("= (");
-                tail = ")|_held";
+                tail = ")|_stored";
             }
             Token::Name(name)
                 if word == "for" && open.is_empty() && name == "in" && tail.is_empty() =>
@@ -199,8 +219,8 @@ const WORDS: [&str; 9] = ["in", "if", "else", "elif", "and", "or", "not", "is", 
 const LAZY: [&str; 8] =
     ["map", "select", "reject", "selectattr", "rejectattr", "batch", "slice", "unique"];
 
-/// Takes the defaults that refer to other names out of a macro's head: minijinja does not see the
-/// macro's arguments there. They are set at the top of its body.
+/// Takes the defaults out of a macro's head: minijinja does not see the macro's arguments there, and
+/// takes an undefined argument for a missing one. They are set at the top of its body.
 fn defaults(tokens: &[(Token, usize)]) -> (Vec<(Token, usize)>, String) {
     let (mut head, mut body) = (Vec::new(), String::new());
     let mut i = 0;
@@ -225,17 +245,11 @@ fn defaults(tokens: &[(Token, usize)]) -> (Vec<(Token, usize)>, String) {
         });
         let end = i + length.unwrap_or(tokens.len() - i);
         let value = &tokens[i + 1..end];
-        if value.iter().any(|(t, _)| matches!(t, Token::Name(_))) {
-            head.extend([
-                (Token::Op("="), tokens[i].1),
-                (Token::Name("_missing".into()), tokens[i].1),
-            ]);
-            body += &format!("{MARK}% if {name} is undefined %{MARK}{MARK}% set {name} =");
-            tag(value, "", &mut body);
-            body += &format!(" %{MARK}{MARK}% endif %{MARK}");
-        } else {
-            head.extend_from_slice(&tokens[i..end]);
-        }
+        head.extend([(Token::Op("="), tokens[i].1), (Token::Name("_missing".into()), tokens[i].1)]);
+        body += &format!("{MARK}% if {name} is undefined %{MARK}{MARK}% set {name} =");
+        tag(value, "", &mut body);
+        body += &format!(" %{MARK}{MARK}% elif {name} == \"{UNDEFINED}\" %{MARK}");
+        body += &format!("{MARK}% set {name} = _missing %{MARK}{MARK}% endif %{MARK}");
         i = end;
     }
     (head, body)

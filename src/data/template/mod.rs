@@ -4,7 +4,9 @@
 
 pub mod emit;
 pub mod lexer;
+pub mod operators;
 pub mod python;
+pub mod rewrite;
 
 /// Python's whitespace (`str.isspace`).
 pub fn is_space(c: char) -> bool {

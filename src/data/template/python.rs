@@ -9,6 +9,7 @@ use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, Rest, Value, Valu
 use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::is_space;
+use super::rewrite::has_method;
 
 /// The longest string that one call may make, and the largest and deepest value that may be built.
 const MAX_TEXT: usize = 32 << 20;
@@ -16,8 +17,11 @@ const MAX_NODES: usize = 1 << 18;
 const MAX_DEPTH: usize = 100;
 
 pub fn install(env: &mut Environment<'static>) {
+    super::operators::install(env);
     env.set_unknown_method_callback(method);
     env.add_filter("_held", held);
+    env.add_filter("_stored", stored);
+    env.remove_global("debug");
     env.add_filter("indent", indent);
     env.add_filter("_lazy", |value: Value| -> Result<Value, Error> {
         Ok(Value::from_object(Generator(value.try_iter()?.collect())))
@@ -28,7 +32,10 @@ pub fn install(env: &mut Environment<'static>) {
         is_sequence(&v) || matches!(v.kind(), ValueKind::Undefined | ValueKind::Iterable)
     });
     env.add_function("joiner", minijinja_contrib::globals::joiner);
-    env.add_function("cycler", |items: Rest<Value>| {
+    env.add_function("cycler", |state: &State, items: Rest<Value>| {
+        for item in items.iter() {
+            stored(state, item.clone())?;
+        }
         minijinja_contrib::globals::cycler(items.0.clone())
     });
     env.add_function("namespace", |state: &State, args: Rest<Value>, kwargs: Kwargs| {
@@ -39,7 +46,7 @@ pub fn install(env: &mut Environment<'static>) {
             (Some(value), 0) if args.len() == 1 => value.clone(),
             _ => return fault("namespace() takes one mapping, or names"),
         };
-        held(state, given.clone())?;
+        stored(state, given.clone())?;
         let (given,) = minijinja::value::from_args(std::slice::from_ref(&given))?;
         minijinja::functions::namespace(Some(given))
     });
@@ -96,12 +103,32 @@ fn is_sequence(value: &Value) -> bool {
     )
 }
 
-fn fault<T>(what: impl Into<String>) -> Result<T, Error> {
+pub(super) fn fault<T>(what: impl Into<String>) -> Result<T, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, what.into()))
 }
 
 /// Passes a value on that is neither too deep nor too large to print, compare or drop.
-fn held(state: &State, value: Value) -> Result<Value, Error> {
+pub(super) fn held(state: &State, value: Value) -> Result<Value, Error> {
+    walked(state, value, false)
+}
+
+/// As `held`, for what an object keeps: it is plain data, so that no object can hold itself.
+fn stored(state: &State, value: Value) -> Result<Value, Error> {
+    walked(state, value, true)
+}
+
+/// Whether a value is an object that changes: a namespace, a loop, a cycler, a macro.
+fn is_object(value: &Value) -> bool {
+    let changes = |o: &minijinja::value::DynObject| {
+        o.type_name().ends_with("Namespace") || o.type_name().ends_with("Loop")
+    };
+    value.kind() == ValueKind::Plain || value.as_object().is_some_and(changes)
+}
+
+fn walked(state: &State, value: Value, plain: bool) -> Result<Value, Error> {
+    if plain && is_object(&value) {
+        return fault("a namespace, loop or macro inside another object is not supported");
+    }
     let holds =
         |v: &Value| matches!(v.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable);
     if !holds(&value) {
@@ -123,6 +150,9 @@ fn held(state: &State, value: Value) -> Result<Value, Error> {
                 ValueKind::Map => at.get_item(&item)?,
                 _ => item,
             };
+            if plain && is_object(&item) {
+                return fault("a namespace, loop or macro inside another object is not supported");
+            }
             if holds(&item) {
                 open.push((item, depth + 1));
             }
@@ -200,6 +230,21 @@ fn split_lines(text: &str, keep: bool) -> Vec<&str> {
 
 /// Methods that are not minijinja's own: ours first, then those of the contributed crate.
 fn method(state: &mut State, value: &Value, name: &str, all: &[Value]) -> Result<Value, Error> {
+    // `x.name` and `x['name']` where Python has a method of that name
+    let found = name.strip_prefix("_attr_").map(|n| (n, true));
+    if let Some((key, attribute)) = found.or(name.strip_prefix("_item_").map(|n| (n, false))) {
+        let item = if value.kind() == ValueKind::Map {
+            value.get_item(&Value::from(key))?
+        } else {
+            Value::UNDEFINED
+        };
+        let method = !is_object(value) && has_method(value.kind(), key);
+        if method && (attribute || item.is_undefined()) {
+            let kind = value.kind();
+            return fault(format!("'{key}' is a method of a {kind}; write x['{key}'] for an item"));
+        }
+        return Ok(item);
+    }
     let (args, kwargs) = match all.last() {
         Some(last) if last.is_kwargs() => {
             (&all[..all.len() - 1], Kwargs::try_from(last.clone()).ok())
