@@ -4,7 +4,7 @@
 //! expression is long or deep enough to exhaust the stack of the compiler.
 
 use super::lexer::{Fault, Token, lex};
-use super::rewrite::{Rewrite, UNDEFINED, macros};
+use super::rewrite::{Rewrite, UNDEFINED, macros, split};
 
 /// The template variables that hold the markers of generation blocks at render time.
 pub const OPEN: &str = "__temper_open";
@@ -77,8 +77,12 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
                     let what = "varargs and kwargs of a macro are not supported";
                     return Err((what.into(), *at));
                 }
+                if word == "set" {
+                    target(inside).map_err(|what| (what, *at))?;
+                }
                 let soft = matches!(inner.last(), Some(&"if"));
                 let inside = Rewrite { macros: &macros, word, soft }.tag(inside)?;
+                let inside = if word.is_empty() { tuple(inside) } else { inside };
                 let (inside, defaults) =
                     if word == "macro" { defaults(&inside) } else { (inside, String::new()) };
                 tag(&inside, word, &mut out);
@@ -104,6 +108,30 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
         }
     }
     Ok((out, blocks))
+}
+
+/// Puts brackets around a tuple that is printed.
+fn tuple(mut tokens: Vec<(Token, usize)>) -> Vec<(Token, usize)> {
+    if split(&tokens).len() > 1 {
+        let line = tokens[0].1;
+        tokens.insert(0, (Token::Op("("), line));
+        tokens.push((Token::Op(")"), line));
+    }
+    tokens
+}
+
+/// Refuses an assignment to an attribute except `{% set x.y = ... %}`, whose value is checked, and
+/// `{% set x.y %}`, which assigns text.
+fn target(tokens: &[(Token, usize)]) -> Result<(), String> {
+    let end = tokens.iter().position(|t| matches!(t.0, Token::Op("=" | "|")));
+    let head = &tokens[..end.unwrap_or(tokens.len())];
+    let dots = head.iter().filter(|t| t.0 == Token::Op(".")).count();
+    let filtered = end.is_some_and(|at| tokens[at].0 == Token::Op("|"));
+    let known = head.len() == 4 && head[2].0 == Token::Op(".") && !filtered;
+    if dots == 0 || (dots == 1 && known) {
+        return Ok(());
+    }
+    Err("an attribute as a target is supported in {% set x.y = ... %} only".into())
 }
 
 /// Whether an expression reads `varargs` or `kwargs`.

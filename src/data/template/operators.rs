@@ -42,6 +42,8 @@ fn compare(state: &State, op: &str, a: &Value, b: &Value) -> Result<bool, Error>
     if many(b) && many(a) {
         held(state, b.clone())?;
     }
+    let length = |v: &Value| v.as_str().map_or(0, str::len) as u64;
+    state.consume_fuel((length(a) + length(b)) / 64)?;
     let wanted: fn(Ordering) -> bool = match op {
         "_eq" => return Ok(a == b),
         "_ne" => return Ok(a != b),

@@ -98,7 +98,7 @@ fn matching(tokens: &[(Token, usize)], open: usize) -> usize {
 }
 
 /// The parts between commas.
-fn split(tokens: &[(Token, usize)]) -> Vec<&[(Token, usize)]> {
+pub fn split(tokens: &[(Token, usize)]) -> Vec<&[(Token, usize)]> {
     let (mut parts, mut from, mut i) = (Vec::new(), 0, 0);
     while i < tokens.len() {
         match tokens[i].0 {
