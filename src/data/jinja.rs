@@ -152,12 +152,15 @@ pub fn str_of(value: &Value) -> String {
     match value.kind() {
         ValueKind::Undefined => String::new(),
         ValueKind::String => value.as_str().unwrap_or_default().to_string(),
-        _ => {
-            let mut out = String::new();
-            repr(value, &mut out, 0);
-            out
-        }
+        _ => repr_of(value),
     }
+}
+
+/// Python's `repr(value)`.
+pub fn repr_of(value: &Value) -> String {
+    let mut out = String::new();
+    repr(value, &mut out, 0);
+    out
 }
 
 fn repr(value: &Value, out: &mut String, depth: usize) {

@@ -3,6 +3,7 @@
 //! Invariant: a template that Jinja2 reads means the same here, or is an error.
 
 pub mod emit;
+pub mod filters;
 pub mod lexer;
 pub mod operators;
 pub mod python;

@@ -17,12 +17,12 @@ const MAX_NODES: usize = 1 << 18;
 const MAX_DEPTH: usize = 100;
 
 pub fn install(env: &mut Environment<'static>) {
+    super::filters::install(env);
     super::operators::install(env);
     env.set_unknown_method_callback(method);
     env.add_filter("_held", held);
     env.add_filter("_stored", stored);
     env.remove_global("debug");
-    env.add_filter("indent", indent);
     env.add_filter("_lazy", |value: Value| -> Result<Value, Error> {
         Ok(Value::from_object(Generator(value.try_iter()?.collect())))
     });
@@ -56,15 +56,6 @@ pub fn install(env: &mut Environment<'static>) {
         }
         _ => Ok(value),
     });
-    env.add_filter("default", or_default);
-    env.add_filter("d", or_default);
-    env.add_filter("float", |value: Value, other: Option<f64>| {
-        let parsed = match value.as_str() {
-            Some(text) => text.trim_matches(is_space).replace('_', "").parse().ok(),
-            None => f64::try_from(value).ok(),
-        };
-        parsed.or(other).unwrap_or(0.0)
-    });
 }
 
 /// What Jinja2 makes a generator of: it is true even where it gives nothing.
@@ -83,17 +74,6 @@ impl Object for Generator {
     fn is_true(self: &Arc<Self>) -> bool {
         true
     }
-}
-
-fn or_default(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
-    let named: Option<Value> = kwargs.get("default_value")?;
-    let boolean: Option<Value> = kwargs.get("boolean")?;
-    kwargs.assert_all_used()?;
-    let falsy = boolean.or_else(|| args.get(1).cloned()).is_some_and(|v| v.is_true());
-    if value.is_undefined() || (falsy && !value.is_true()) {
-        return Ok(named.or_else(|| args.first().cloned()).unwrap_or_else(|| Value::from("")));
-    }
-    Ok(value)
 }
 
 fn is_sequence(value: &Value) -> bool {
@@ -162,49 +142,15 @@ fn walked(state: &State, value: Value, plain: bool) -> Result<Value, Error> {
     Ok(value)
 }
 
-fn sized(length: Option<usize>) -> Result<(), Error> {
+pub(super) fn sized(length: Option<usize>) -> Result<(), Error> {
     match length {
         Some(n) if n <= MAX_TEXT => Ok(()),
         _ => fault("a string is too long"),
     }
 }
 
-/// Jinja2's `indent(width=4, first=false, blank=false)`.
-fn indent(text: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
-    let argument = |i: usize, name: &str| -> Result<Option<Value>, Error> {
-        Ok(kwargs.get::<Option<Value>>(name)?.or_else(|| args.get(i).cloned()))
-    };
-    let Some(text) = text.as_str() else { return fault("indent takes a string") };
-    let by = match argument(0, "width")? {
-        Some(v) => match (v.as_str(), v.as_i64()) {
-            (Some(text), _) => text.to_string(),
-            (None, Some(n)) if n <= 1000 => " ".repeat(n.max(0) as usize),
-            _ => return fault("the width of indent is a string or a small number"),
-        },
-        None => "    ".into(),
-    };
-    let first = argument(1, "first")?.is_some_and(|v| v.is_true());
-    let blank = argument(2, "blank")?.is_some_and(|v| v.is_true());
-    kwargs.assert_all_used()?;
-    let text = format!("{text}\n");
-    sized(text.matches('\n').count().checked_mul(by.len()).map(|n| n + text.len()))?;
-    // splitlines, as Jinja2 does; the first line has its own rule
-    let lines = split_lines(&text, false);
-    let mut out = String::new();
-    for (i, line) in lines.iter().enumerate() {
-        if i > 0 {
-            out.push('\n');
-        }
-        if if i == 0 { first } else { blank || !line.is_empty() } {
-            out.push_str(&by);
-        }
-        out.push_str(line);
-    }
-    Ok(out)
-}
-
 /// Python's `str.splitlines`.
-fn split_lines(text: &str, keep: bool) -> Vec<&str> {
+pub(super) fn split_lines(text: &str, keep: bool) -> Vec<&str> {
     let ends = |c: char| {
         matches!(
             c,
@@ -424,7 +370,7 @@ fn method(state: &mut State, value: &Value, name: &str, all: &[Value]) -> Result
 }
 
 /// Refuses a format string with a width or precision of more than four digits.
-fn widths(format: &str) -> Result<(), Error> {
+pub(super) fn widths(format: &str) -> Result<(), Error> {
     let long = format.as_bytes().windows(5).any(|w| w.iter().all(u8::is_ascii_digit));
     if long { fault("the width of a format is too large") } else { Ok(()) }
 }
