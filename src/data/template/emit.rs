@@ -232,11 +232,11 @@ fn tag(tokens: &[(Token, usize)], word: &str, out: &mut String) {
             }
             _ => write(token, out),
         }
-        if let (Token::Name(name), Some(Token::Op("|"))) = (token, before) {
-            if LAZY.contains(&name.as_str()) {
-                lazy = matches!(tokens.get(i + 1), Some((Token::Op("("), _)));
-                out.push_str(if lazy { "" } else { "|_lazy" });
-            }
+        if let (Token::Name(name), Some(Token::Op("|"))) = (token, before)
+            && LAZY.contains(&name.as_str())
+        {
+            lazy = matches!(tokens.get(i + 1), Some((Token::Op("("), _)));
+            out.push_str(if lazy { "" } else { "|_lazy" });
         }
     }
     out.push_str(tail);

@@ -142,11 +142,12 @@ impl Rewrite<'_> {
                     let close = matching(tokens, i - 1);
                     let inside = &tokens[i..close];
                     i = close + 1;
-                    if let (&"[", [(Token::Str(name), _)]) = (open, inside) {
-                        if ends_operand(&operand) && is_method(name) {
-                            called(&mut operand, &format!("_item_{name}"), *line);
-                            continue;
-                        }
+                    if let (&"[", [(Token::Str(name), _)]) = (open, inside)
+                        && ends_operand(&operand)
+                        && is_method(name)
+                    {
+                        called(&mut operand, &format!("_item_{name}"), *line);
+                        continue;
                     }
                     let inner = match self.callee(&operand, open, top) {
                         Some(parameters) => self.arguments(inside, parameters)?,
@@ -208,12 +209,14 @@ impl Rewrite<'_> {
                     {
                         self.compare(&mut out, &mut parts, &mut operand)?;
                         out.push((token.clone(), *line));
-                        if top && i == 1 && self.word == "filter" {
-                            if let Some((Token::Name(name), _)) = tokens.get(1) {
-                                i += 1;
-                                let known = self.known(name, FILTERS, "filter", soft, *line)?;
-                                operand.push((known, *line));
-                            }
+                        if top
+                            && i == 1
+                            && self.word == "filter"
+                            && let Some((Token::Name(name), _)) = tokens.get(1)
+                        {
+                            i += 1;
+                            let known = self.known(name, FILTERS, "filter", soft, *line)?;
+                            operand.push((known, *line));
                         }
                     } else {
                         operand.push((token.clone(), *line));
@@ -262,13 +265,13 @@ impl Rewrite<'_> {
         let op = |op: &'static str| (Token::Op(op), line);
         let name = |name: &str| (Token::Name(name.into()), line);
         // equality with a literal is the same in both and cannot be costly
-        if let [(left, filter @ ("_eq" | "_ne"), _)] = all.as_slice() {
-            if literal(left) || literal(&last) {
-                out.extend_from_slice(left);
-                out.push(op(if *filter == "_eq" { "==" } else { "!=" }));
-                out.extend(last);
-                return Ok(());
-            }
+        if let [(left, filter @ ("_eq" | "_ne"), _)] = all.as_slice()
+            && (literal(left) || literal(&last))
+        {
+            out.extend_from_slice(left);
+            out.push(op(if *filter == "_eq" { "==" } else { "!=" }));
+            out.extend(last);
+            return Ok(());
         }
         let filters: Vec<&str> = all.iter().map(|p| p.1).collect();
         let first = std::mem::take(&mut all[0].0);
@@ -362,6 +365,10 @@ fn literal(tokens: &[(Token, usize)]) -> bool {
 
 /// Whether a bracket after these tokens is a subscript or a call.
 fn ends_operand(operand: &[(Token, usize)]) -> bool {
+    let before = operand.len().checked_sub(2).map(|i| &operand[i].0);
+    if matches!(before.and_then(name_of), Some("is" | "not")) {
+        return false; // the argument of a test
+    }
     matches!(operand.last(), Some((Token::Name(_) | Token::Str(_) | Token::Op(")" | "]" | "}"), _)))
 }
 
