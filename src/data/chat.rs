@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 use super::folder;
 use super::jinja::{self, Clock};
 use super::template::emit::{self, MARK};
+use super::template::{filters, operators, python};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -113,6 +114,9 @@ impl ChatTemplate {
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         env.set_fuel(Some(FUEL));
         env.set_recursion_limit(RECURSION);
+        python::install(&mut env);
+        filters::install(&mut env);
+        operators::install(&mut env);
         jinja::install(&mut env, clock);
         env.add_template_owned(NAME, rewritten).map_err(broken)?;
         let marker_taken = source.contains(MARKER);

@@ -137,7 +137,6 @@ impl Clock {
 
 /// Adds Python's behaviour to an environment.
 pub fn install(env: &mut Environment<'static>, clock: Arc<dyn Fn() -> Clock + Send + Sync>) {
-    super::template::python::install(env);
     env.set_formatter(|out, _, value| out.write_str(&str_of(value)).map_err(Error::from));
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: Value| str_of(&value));

@@ -17,8 +17,6 @@ const MAX_NODES: usize = 1 << 18;
 const MAX_DEPTH: usize = 100;
 
 pub fn install(env: &mut Environment<'static>) {
-    super::filters::install(env);
-    super::operators::install(env);
     env.set_unknown_method_callback(method);
     env.add_filter("_held", held);
     env.add_filter("_stored", stored);
