@@ -109,9 +109,21 @@ struct Worker {
   unsigned arrived[MAX_THREADS / 32];           // lanes of each warp that wait in its collective
   const char* collective[MAX_THREADS / 32];     // which one that is
   bool failed = false;
+
+  ~Worker();
 };
 
 __thread Worker* worker;
+
+// Frees a worker with its thread. The stacks are thousands of mappings, and a process may have 65,530:
+// a program that opens many devices, as the tests do, ran out of them.
+thread_local struct WorkerOwner {
+  ~WorkerOwner() {
+    delete worker;
+    worker = nullptr;
+  }
+  void touch() {}  // the first use makes it, so that it ends with the thread
+} owner;
 
 void fail(const char* text) {
   Worker& w = *worker;
@@ -242,7 +254,14 @@ void run_block(const Launch& l, uint64_t block) {
       }
 }
 
+Worker::~Worker() {
+  if (stacks) munmap(stacks, MAX_THREADS * (STACK_BYTES + GUARD_BYTES));
+  delete[] fibers;
+  free(shared);
+}
+
 Worker& this_worker(const Launch& l) {
+  owner.touch();
   if (!worker) worker = new Worker();
   Worker& w = *worker;
   if (!w.stacks) {

@@ -12,8 +12,9 @@ use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
 use serde_json::{Map, Value};
 
-use super::generation_tag;
 use super::jinja::{self, Clock};
+use super::template::emit::{self, MARK};
+use super::template::{filters, operators, python};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -139,12 +140,17 @@ impl ChatTemplate {
             )
         };
         let source = &source.replace("\r\n", "\n").replace('\r', "\n"); // as Jinja2's lexer does
-        let (rewritten, blocks) = generation_tag::rewrite(source);
+        let (rewritten, blocks) = emit::emit(source).map_err(|(what, line)| {
+            let next = "correct it, or take the model's own template";
+            Error::model(origin, format!("chat template: {what} (line {line}); {next}"))
+        })?;
         let mut env = Environment::new();
         env.set_syntax(
             SyntaxConfig::builder()
-                .trim_blocks(true)
-                .lstrip_blocks(true)
+                .block_delimiters(format!("{MARK}%"), format!("%{MARK}"))
+                .variable_delimiters(format!("{MARK}{{"), format!("}}{MARK}"))
+                .comment_delimiters(format!("{MARK}#"), format!("#{MARK}"))
+                .keep_trailing_newline(true)
                 .build()
                 .map_err(broken)?,
         );
@@ -152,6 +158,9 @@ impl ChatTemplate {
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         env.set_fuel(Some(FUEL));
         env.set_recursion_limit(RECURSION);
+        python::install(&mut env);
+        filters::install(&mut env);
+        operators::install(&mut env);
         jinja::install(&mut env, clock);
         env.add_template_owned(NAME, rewritten).map_err(broken)?;
         let marker_taken = source.contains(MARKER);
@@ -193,8 +202,8 @@ impl ChatTemplate {
             context.insert(key.clone(), value.clone());
         }
         let (open, close) = self.markers(&context);
-        context.insert(generation_tag::OPEN.into(), Value::String(open.clone()));
-        context.insert(generation_tag::CLOSE.into(), Value::String(close.clone()));
+        context.insert(emit::OPEN.into(), Value::String(open.clone()));
+        context.insert(emit::CLOSE.into(), Value::String(close.clone()));
         let text = self
             .env
             .get_template(NAME)
@@ -220,7 +229,7 @@ impl ChatTemplate {
 const NAME: &str = "chat_template";
 const MARKER: char = '\u{FDD0}';
 /// Work a render may do (instructions, and text that it copies): two seconds at most.
-const FUEL: u64 = 10_000_000;
+const FUEL: u64 = 4_000_000;
 const RECURSION: usize = 200;
 const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \
      or give rows with plain text";

@@ -152,16 +152,9 @@ impl Clock {
 
 /// Adds Python's behaviour to an environment.
 pub fn install(env: &mut Environment<'static>, clock: Arc<dyn Fn() -> Clock + Send + Sync>) {
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.set_formatter(|out, _, value| out.write_str(&str_of(value)).map_err(Error::from));
     env.add_filter("tojson", tojson);
     env.add_filter("string", |value: Value| str_of(&value));
-    env.add_test("iterable", |value: Value| {
-        matches!(
-            value.kind(),
-            ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable
-        )
-    });
     env.add_function("raise_exception", |message: String| -> Result<String, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -173,12 +166,15 @@ pub fn str_of(value: &Value) -> String {
     match value.kind() {
         ValueKind::Undefined => String::new(),
         ValueKind::String => value.as_str().unwrap_or_default().to_string(),
-        _ => {
-            let mut out = String::new();
-            repr(value, &mut out, 0);
-            out
-        }
+        _ => repr_of(value),
     }
+}
+
+/// Python's `repr(value)`.
+pub fn repr_of(value: &Value) -> String {
+    let mut out = String::new();
+    repr(value, &mut out, 0);
+    out
 }
 
 fn repr(value: &Value, out: &mut String, depth: usize) {

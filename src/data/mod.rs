@@ -9,6 +9,7 @@
 //! | [`bpe`] | trains a small byte-level BPE and writes it as a folder |
 //! | [`chat`] | renders a model's chat template, with the spans of `{% generation %}` |
 //! | [`jinja`] | what Python and Jinja2 do and minijinja does not |
+//! | `template` | reads a template as Jinja2 does and bounds what it may do |
 //! | [`row`] | a row, with its file and line |
 //! | [`rows`] | rows of files at the default options |
 //! | [`read`] | rows of files: JSON, csv, parquet, arrow, compressed, in folders |
@@ -28,7 +29,6 @@ pub mod bpe;
 pub mod chat;
 mod folder;
 pub mod format;
-mod generation_tag;
 pub mod jinja;
 pub mod masked;
 pub mod order;
@@ -41,5 +41,6 @@ pub mod row;
 pub mod rows;
 pub mod sft;
 pub mod split;
+mod template;
 pub mod tokenizer;
 mod turns;

@@ -10,6 +10,7 @@ mod eval;
 mod faults;
 mod forms;
 mod generate;
+mod jinja;
 mod library;
 mod lora_kernels;
 mod model_folder;

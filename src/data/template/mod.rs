@@ -1,0 +1,15 @@
+//! From the source of a chat template to what minijinja renders. Layer 6.
+//!
+//! Invariant: a template that Jinja2 reads means the same here, or is an error.
+
+pub mod emit;
+pub mod filters;
+pub mod lexer;
+pub mod operators;
+pub mod python;
+pub mod rewrite;
+
+/// Python's whitespace (`str.isspace`).
+pub fn is_space(c: char) -> bool {
+    c.is_whitespace() || matches!(c, '\u{1C}'..='\u{1F}')
+}
