@@ -99,8 +99,10 @@ pub struct OutputLines {
 impl OutputLines {
     pub fn open(path: &Option<PathBuf>) -> Result<OutputLines> {
         let writer: Box<dyn Write> = match path {
-            Some(path) => Box::new(std::fs::File::create(path).map_err(|e| Error::io(path, e))?),
-            None => Box::new(std::io::stdout().lock()),
+            Some(path) if path.as_os_str() != "-" => {
+                Box::new(std::fs::File::create(path).map_err(|e| Error::io(path, e))?)
+            }
+            _ => Box::new(std::io::stdout().lock()),
         };
         Ok(OutputLines { path: path.clone().unwrap_or("stdout".into()), writer })
     }

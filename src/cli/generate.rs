@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_keys};
+use crate::cli::parsers::count;
 use crate::config::GenerateConfig;
 use crate::data::chat::ChatTemplate;
 use crate::data::render::Renderer;
@@ -34,10 +35,10 @@ pub struct GenerateArgs {
     #[arg(long)]
     output: Option<PathBuf>,
     /// sequences decoded at once
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = count)]
     batch: usize,
     /// tokens that go in at once: longer prompts are prefilled in pieces
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 2048, value_parser = count)]
     step_tokens: usize,
     /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
     /// stop (texts), n, seed

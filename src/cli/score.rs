@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use crate::cli::args::{ModelArgs, OutputLines};
+use crate::cli::parsers::count;
 use crate::data::rows::read_rows;
 use crate::error::Result;
 use crate::eval::{score, sequences};
@@ -25,7 +26,7 @@ pub struct ScoreArgs {
     #[arg(long)]
     output: Option<PathBuf>,
     /// tokens in one forward
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = count)]
     batch_tokens: usize,
 }
 
