@@ -118,7 +118,8 @@ impl OutputLines {
             let file = File::create(path).map_err(|e| Error::io(path, e))?;
             Ok((path.clone(), file))
         };
-        path.as_ref().map(open).transpose().map(OutputLines)
+        let named = path.as_ref().filter(|path| path.as_os_str() != "-"); // "-": standard output
+        named.map(open).transpose().map(OutputLines)
     }
 
     pub fn write(&mut self, line: &str) -> Result<()> {

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::autograd::{Cx, Recompute};
 use crate::check::prepare_case;
 use crate::cli::args::Where;
+use crate::cli::parsers::{check_tokens, count};
 use crate::config::MatmulChoice;
 use crate::device::Layout;
 use crate::error::{Error, Result};
@@ -31,23 +32,24 @@ use crate::train::tuning::{prepare, scheme};
 /// shape
 #[derive(clap::Args)]
 pub struct BenchArgs {
-    /// ops, train or decode
+    /// what is timed
+    #[arg(value_parser = ["ops", "train", "decode"])]
     what: String,
     /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b
     #[arg(long, default_value = "quickstart")]
     shape: String,
     /// rows of a micro-batch (train), sequences (decode)
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = count)]
     batch: usize,
     /// tokens of a row
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = count)]
     length: usize,
     /// timed repetitions, of which the median counts
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = count)]
     repeat: usize,
     /// train: LoRA of this rank on all seven projections, no dropout, in the place of full
     /// fine-tuning
-    #[arg(long)]
+    #[arg(long, value_parser = count)]
     lora: Option<usize>,
     /// train, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested)
     /// or 8 bits (int8)
@@ -67,6 +69,7 @@ pub struct BenchArgs {
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
+    check_tokens(args.batch, args.length)?;
     let mut cx = args.on.open()?;
     cx.matmul = match args.matmul.as_str() {
         "auto" => MatmulChoice::Auto,
@@ -191,6 +194,9 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let mut rng = Rng(6);
     let vocab = model.config.vocab_size;
     let prompt = (args.length / 4).max(1);
+    if prompt == args.length {
+        return Err(Error::Config("--length 1 leaves nothing to decode; give at least 2".into()));
+    }
     let prompts: Vec<Vec<u32>> =
         (0..args.batch).map(|_| (0..prompt).map(|_| rng.below(vocab) as u32).collect()).collect();
     let options =

@@ -65,6 +65,12 @@ pub fn run(args: ChatArgs) -> Result<()> {
                 messages.clone_from(&start);
                 continue;
             }
+            text if is_command(text) => {
+                say(&format!(
+                    "{text} is no command: /reset forgets the conversation, /quit ends it\n"
+                ))?;
+                continue;
+            }
             text => messages.push(json!({ "role": "user", "content": text })),
         }
         let value = [("prompt".to_string(), json!(messages))].into_iter().collect();
@@ -100,6 +106,12 @@ fn reply(
     say(&rest)?;
     say("\n")?;
     Ok(all + &rest)
+}
+
+/// `/word`, and nothing else: a path or a sentence goes to the model.
+fn is_command(text: &str) -> bool {
+    text.strip_prefix('/')
+        .is_some_and(|word| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphabetic()))
 }
 
 /// A model's words reach a terminal without its escape sequences.

@@ -30,7 +30,7 @@ pub struct DataArgs {
     /// rows that are shown token by token
     #[arg(long, default_value_t = 3)]
     rows: usize,
-    /// run file (TOML)
+    /// run file (TOML, YAML or JSON)
     #[arg(long)]
     config: Option<PathBuf>,
     /// any key of `temper sft`

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 
 use crate::cli::args::{ModelArgs, part_keys, read_data, read_keys};
+use crate::cli::parsers::{count, file};
 use crate::config::{DataOptions, EvalConfig, GenerateConfig, Section};
 use crate::data::bad::BadRows;
 use crate::data::format::Format;
@@ -27,13 +28,13 @@ pub struct EvalArgs {
     #[arg(long, num_args = 1.., required = true)]
     data: Vec<PathBuf>,
     /// a JSON file with the metrics and what each row gave
-    #[arg(long)]
+    #[arg(long, value_parser = file)]
     output: Option<PathBuf>,
     /// sequences decoded at once
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = count)]
     batch: usize,
     /// tokens in one forward, where nothing is generated
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = count)]
     batch_tokens: usize,
     /// key=value: reward_funcs, pass_score, n, temperature (0, the default: greedy),
     /// max_new_tokens, and generate's others

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_data, read_keys};
+use crate::cli::parsers::count;
 use crate::config::{DataOptions, GenerateConfig};
 use crate::data::bad::BadRows;
 use crate::data::read::FolderSplit;
@@ -33,10 +34,10 @@ pub struct GenerateArgs {
     #[arg(long)]
     output: Option<PathBuf>,
     /// sequences decoded at once
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = count)]
     batch: usize,
     /// tokens that go in at once: longer prompts are prefilled in pieces
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 2048, value_parser = count)]
     step_tokens: usize,
     /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
     /// stop (texts), n, seed, tools, chat_template_kwargs

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::autograd::{Cx, Recompute, Tape};
 use crate::cli::args::Where;
 use crate::cli::launches;
+use crate::cli::parsers::{check_tokens, count};
 use crate::device::dry_run::DryRun;
 use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};
@@ -25,16 +26,17 @@ use crate::train::plan::{self, PlanRequest};
 /// holds, what a run will hold in memory, the launches of a layer, or the kernels
 #[derive(clap::Args)]
 pub struct InspectArgs {
-    /// config, tape, memory, launches or kernels
+    /// what is printed
+    #[arg(value_parser = ["config", "tape", "memory", "launches", "kernels"])]
     what: String,
     /// model folder, or a hub name in the local cache (config, tape, memory, launches)
     #[arg(long)]
     model: Option<String>,
     /// tape: rows of the batch
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = count)]
     batch: usize,
     /// tokens of a row; tape: 64, memory: max_length
-    #[arg(long)]
+    #[arg(long, value_parser = count)]
     length: Option<usize>,
     /// tape: recompute each layer's activations on the way back
     #[arg(long)]
@@ -43,7 +45,7 @@ pub struct InspectArgs {
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// memory: plan for a GPU with this many GiB, which need not be here
-    #[arg(long)]
+    #[arg(long, value_parser = count)]
     gpu_gib: Option<usize>,
     /// memory: also list every block by its allocator's name
     #[arg(long)]
@@ -118,8 +120,9 @@ fn config(dir: &Path) -> Result<()> {
 
 /// Records the forward of a step over random tokens and prints it.
 fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
-    let mut cx = args.on.open()?;
     let length = args.length.unwrap_or(64);
+    check_tokens(args.batch, length)?;
+    let mut cx = args.on.open()?;
     let model = Decoder::folder(dir)?.positions(length).build(&cx)?;
     let (_arena, slots) = model.params.gradients(&cx)?;
     cx.param_grads[ParamSetId::Model] = slots;

@@ -14,6 +14,7 @@ mod generate;
 mod inspect;
 mod launches;
 mod merge;
+mod parsers;
 mod quickstart;
 mod report;
 mod score;

@@ -7,30 +7,31 @@ use std::sync::Arc;
 
 use crate::autograd::Cx;
 use crate::cli::args::choice;
+use crate::cli::parsers::{count, file};
 use crate::config::{DeviceChoice, TrainingConfig};
 use crate::error::{Error, Result};
 use crate::observer::Terminal;
 use crate::observer::output::print_line;
 use crate::quickstart::{self, QuickstartOptions, QuickstartScale};
 
-/// Train a small model from nothing: tokenizer, pretraining, SFT, with held-out questions before
-/// and after
+/// Try every kind of training on a small model made on the spot: pretraining, SFT, LoRA, a reward
+/// model, DPO, PPO and GRPO, with answers to held-out questions before and after
 #[derive(clap::Args)]
 pub struct QuickstartArgs {
-    /// where everything is written
-    #[arg(long, default_value = "temper-quickstart")]
+    /// folder for the data, the models and the report
+    #[arg(long, default_value = "temper-quickstart", value_parser = file)]
     output: PathBuf,
-    /// replace the run that --output holds
+    /// replace the quickstart that --output holds
     #[arg(long)]
     overwrite: bool,
-    /// of the data, the weights and the order of rows
+    /// seed of the data, the weights and the order of rows
     #[arg(long, default_value_t = 42)]
     seed: u64,
     /// auto, cuda or cpu; auto takes the GPU where there is one
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     device: DeviceChoice,
-    /// CPU threads; all cores if absent
-    #[arg(long)]
+    /// number of CPU threads; all cores if absent
+    #[arg(long, value_parser = count)]
     threads: Option<usize>,
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use crate::cli::args::{ModelArgs, OutputLines, part_keys, read_data, read_keys};
+use crate::cli::parsers::count;
 use crate::config::{DataOptions, TemplateOptions};
 use crate::data::read::FolderSplit;
 use crate::error::Result;
@@ -27,7 +28,7 @@ pub struct ScoreArgs {
     #[arg(long)]
     output: Option<PathBuf>,
     /// tokens in one forward
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = count)]
     batch_tokens: usize,
     /// key=value: tools, chat_template_kwargs, columns, on_bad_row, max_row_bytes
     #[arg(value_name = "KEY=VALUE")]

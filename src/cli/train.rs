@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use crate::cli::args::part_keys;
+use crate::cli::parsers::file;
 use crate::config;
 use crate::error::{Error, Result};
 use crate::methods::MethodEntry;
@@ -28,9 +29,9 @@ pub struct TrainArgs {
     #[arg(long, num_args = 1..)]
     eval_data: Vec<PathBuf>,
     /// where the run is written
-    #[arg(long, required_unless_present = "help_options")]
+    #[arg(long, required_unless_present = "help_options", value_parser = file)]
     output: Option<PathBuf>,
-    /// run file (TOML)
+    /// run file (TOML, YAML or JSON; TRL's, too)
     #[arg(long)]
     config: Option<PathBuf>,
     /// go on from the newest checkpoint of --output that verifies

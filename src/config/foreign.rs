@@ -76,6 +76,8 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["tf32"], "float32 products are float32 products"),
     (&["use_cpu", "no_cuda"], "device says where the run is"),
     (&["warmup_ratio", "do_sample"], "it is off"),
+    (&["model_name_or_path"], "--model says which model"),
+    (&["dataset_name"], "--data FILE says which rows"),
     (&["output_dir", "overwrite_output_dir"], "--output DIR says where the run is written"),
     (
         &["run_name", "logging_dir", "project", "trackio_space_id"],
@@ -270,8 +272,6 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("lora_target_parameters", &[], "name modules in lora_target_modules"),
     ("dataset_config", &[], "give --data FILE on the command line"),
     ("dataset_streaming", &["false"], "rows are read before the run; leave it out"),
-    ("model_name_or_path", &[], "give --model on the command line"),
-    ("dataset_name", &[], "give --data FILE on the command line"),
     ("train_file", &[], "give --data FILE on the command line"),
 ];
 

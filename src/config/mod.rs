@@ -1,4 +1,4 @@
-//! Run files: TOML, any key of which can be given on the command line as `key=value`. Layer 1.
+//! Run files: TOML, YAML or JSON, any key of which can be given on the command line as `key=value`. Layer 1.
 //!
 //! Invariant: an option is one documented field of a section. Its name, type, default and doc in
 //! `--help-options`, in the parser and in the resolved file all come from that field, so they
@@ -8,6 +8,7 @@
 //! that of its method. [`load`] reads file and command line, checks everything and reports all
 //! problems at once.
 
+mod bounds;
 mod data;
 mod eval;
 mod foreign;
@@ -20,6 +21,7 @@ mod shared;
 mod template;
 mod training;
 pub mod value;
+mod yaml;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -245,9 +247,15 @@ pub fn load_with(
     let now = sections.iter().flat_map(|s| s.keys());
     report.at_default =
         now.zip(&defaults).filter(|(k, d)| k.value == d.value).map(|(k, _)| k.name).collect();
-    for section in sections.iter() {
-        section.check(&mut report);
+    let beyond = sections
+        .iter()
+        .flat_map(|s| s.keys())
+        .filter_map(|k| bounds::problem(k.name, &k.kind, &k.value));
+    let beyond: Vec<String> = beyond.collect();
+    if beyond.is_empty() {
+        sections.iter().for_each(|section| section.check(&mut report));
     }
+    report.problems.extend(beyond);
     if !report.problems.is_empty() {
         return Err(Error::Config(report.problems.join("\n")));
     }
@@ -312,19 +320,21 @@ fn read_file(path: &Path, items: &mut Vec<Item>) -> Result<()> {
     let shown = path.display();
     let text = std::str::from_utf8(&bytes)
         .map_err(|e| Error::Config(format!("{shown}: is not UTF-8 text ({e})")))?;
-    let table: toml::Table = toml::from_str(text).map_err(|e| {
-        let other = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
-        let hint = if other {
-            "\na run file is TOML: `learning_rate = 2e-5` on a line of its own"
-        } else {
-            ""
-        };
-        Error::Config(format!("{shown}: {}{hint}", e.to_string().trim_end()))
-    })?;
-    for (key, value) in table {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let given: Vec<(String, Given)> = match extension {
+        "yaml" | "yml" | "json" => {
+            yaml::items(text).map_err(|e| Error::Config(format!("{shown}: {e}")))?
+        }
+        _ => {
+            let table: toml::Table = toml::from_str(text)
+                .map_err(|e| Error::Config(format!("{shown}: {}", e.to_string().trim_end())))?;
+            table.into_iter().map(|(key, value)| (key, Given::File(value))).collect()
+        }
+    };
+    for (key, given) in given {
         let line = text.lines().position(|line| is_line_of(line, &key));
         let place = line.map_or_else(|| shown.to_string(), |n| format!("{shown}:{}", n + 1));
-        items.push((key, Given::File(value), Source::File(place)));
+        items.push((key, given, Source::File(place)));
     }
     Ok(())
 }
@@ -332,9 +342,9 @@ fn read_file(path: &Path, items: &mut Vec<Item>) -> Result<()> {
 /// Whether a line of a run file gives `key`. Only top-level keys are looked for, so this is exact
 /// but inside of multi-line strings, where it can name a wrong line in a message.
 fn is_line_of(line: &str, key: &str) -> bool {
-    let line = line.trim_start().trim_start_matches(['[', '"', '\'']);
+    let line = line.trim_start().trim_start_matches(['[', '{', '"', '\'']);
     line.strip_prefix(key).is_some_and(|rest| {
-        rest.trim_start_matches(['"', '\'', ' ', '\t']).starts_with(['=', ']', '.'])
+        rest.trim_start_matches(['"', '\'', ' ', '\t']).starts_with(['=', ':', ']', '.'])
     })
 }
 

@@ -12,12 +12,13 @@ use super::families;
 use super::fields::Fields;
 use super::layout::{BiasRule, Family, HiddenAct, ModelConfig, Task, WindowRule};
 use super::rope::{RopeConfig, RopeKind, inv_freq};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result};
 use crate::fsio;
 use crate::tensor::safetensors::HostDtype;
 
 const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far from overflow
 const MAX_LAYERS: usize = 10_000;
+const MAX_PARAMETERS: u128 = 1 << 44;
 
 impl ModelConfig {
     /// Reads `dir/config.json`.
@@ -229,6 +230,19 @@ impl ModelConfig {
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             problems.push(format!("head_dim {} is not even; rope turns pairs", self.head_dim));
         }
+        // In u128, since a product of the largest sizes is beyond usize.
+        let [h, m, q] = [hidden, self.intermediate_size, heads].map(|n| n as u128);
+        let width = self.head_dim as u128 * (2 * q + 2 * kv as u128);
+        let parameters = 2 * self.vocab_size as u128 * h
+            + self.num_layers as u128 * (h + 1) * (width + 3 * m + 4);
+        if parameters > MAX_PARAMETERS || width > MAX_SIZE as u128 {
+            problems.push(format!(
+                "the sizes give {parameters} parameters; at most {MAX_PARAMETERS} are possible: \
+                 check hidden_size, intermediate_size, vocab_size, num_hidden_layers, \
+                 num_attention_heads and head_dim"
+            ));
+            return; // the rest would allocate by these sizes
+        }
         if inv_freq(&self.rope, self.head_dim).iter().any(|f| !f.is_finite()) {
             problems.push(format!(
                 "rope settings give frequencies that are not finite: {:?}",
@@ -250,9 +264,8 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
         return None;
     };
     let Some(family) = families::find(name) else {
-        let known = families::FAMILIES.iter().map(|f| f.model_type);
-        let hint = nearest(name, known).map(|n| format!(" (is {n} meant?)")).unwrap_or_default();
-        f.problem(format!("model_type {name:?} is not supported{hint}; supported are {supported}"));
+        // No hint at a name that is near: qwen3_5 is another architecture, not a misspelt qwen3.
+        f.problem(format!("model_type {name:?} is not supported; supported are {supported}"));
         return None;
     };
     let base = family.architecture.trim_end_matches("ForCausalLM");

@@ -99,7 +99,7 @@ impl Training {
         self
     }
 
-    /// Reads options from a run file (TOML), before those of [`Training::option`].
+    /// Reads options from a run file (TOML, YAML or JSON), before those of [`Training::option`].
     pub fn config(mut self, file: impl Into<PathBuf>) -> Training {
         self.config = Some(file.into());
         self

@@ -247,8 +247,8 @@ fn a_file_that_is_no_run_file_says_so() {
     assert!(problems("a.b = 1\n", "")[0].contains("no tables"));
     let dir = tempfile::tempdir().unwrap();
     let yaml = dir.path().join("run.yaml");
-    std::fs::write(&yaml, "learning_rate: 2.0e-5\n").unwrap();
-    assert!(SftRun::load(Some(&yaml), &[]).unwrap_err().to_string().contains("a run file is TOML"));
+    std::fs::write(&yaml, "- learning_rate\n").unwrap();
+    assert!(SftRun::load(Some(&yaml), &[]).unwrap_err().to_string().contains("run.yaml"));
     std::fs::write(&yaml, b"a = \"\xff\"").unwrap();
     assert!(SftRun::load(Some(&yaml), &[]).unwrap_err().to_string().contains("UTF-8"));
     let missing = SftRun::load(Some(&PathBuf::from("/no/such/run.toml")), &[]).unwrap_err();

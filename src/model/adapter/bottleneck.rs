@@ -118,11 +118,7 @@ impl BottleneckConfig {
         }
         let non_linearity = keys.non_linearity.as_deref().unwrap_or(preset.non_linearity);
         let reduction_factor = keys.reduction_factor.unwrap_or(preset.reduction_factor);
-        if reduction_factor.is_nan() || reduction_factor <= 0.0 {
-            return Err(Error::Config(format!(
-                "reduction_factor = {reduction_factor}: must be above 0"
-            )));
-        }
+        let reduction_factor = factor(reduction_factor).map_err(Error::Config)?;
         Ok(BottleneckConfig {
             name: preset.name.into(),
             attention: preset.attention,
@@ -194,7 +190,8 @@ impl BottleneckConfig {
             attention: on("mh_adapter", false),
             mlp: on("output_adapter", true),
             input,
-            reduction_factor: number("reduction_factor", 16.0)?,
+            reduction_factor: number("reduction_factor", 16.0)
+                .and_then(|r| factor(r).map_err(wrong))?,
             non_linearity: non_linearity.into(),
             act: act(non_linearity).map_err(wrong)?,
             scaling: number("scaling", 1.0)?,
@@ -264,6 +261,14 @@ impl BottleneckConfig {
             }
         }
         specs
+    }
+}
+
+/// A factor that leaves a bottleneck of a possible size.
+fn factor(reduction: f64) -> std::result::Result<f64, String> {
+    match (0.0625..=1_048_576.0).contains(&reduction) {
+        true => Ok(reduction),
+        false => Err(format!("reduction_factor = {reduction}: must be from 1/16 to 1048576")),
     }
 }
 

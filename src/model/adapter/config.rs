@@ -253,16 +253,20 @@ impl AdapterConfig {
                         return Err(wrong(format!("{key} is set; it is not supported here")));
                     }
                 }
-                let r = raw.get("r").and_then(Value::as_u64).unwrap_or(8) as usize;
-                if r == 0 {
-                    return Err(wrong("r = 0: an adapter of rank 0 learns nothing".into()));
-                }
+                let r = size(&raw, "r").map_err(wrong)?.unwrap_or(8);
+                let layer = |v: &Value| {
+                    whole(v).ok_or_else(|| wrong(format!("layers_to_transform: {v} is no layer")))
+                };
                 let layers = match raw.get("layers_to_transform") {
                     Some(Value::Array(items)) => {
-                        Some(items.iter().filter_map(Value::as_u64).map(|v| v as usize).collect())
+                        Some(items.iter().map(layer).collect::<Result<Vec<usize>>>()?)
                     }
-                    Some(Value::Number(n)) => Some(vec![n.as_u64().unwrap_or(0) as usize]),
+                    Some(one @ Value::Number(_)) => Some(vec![layer(one)?]),
                     _ => None,
+                };
+                let decimal = |key: &str, absent: f64| match raw.get(key) {
+                    None | Some(Value::Null) => Ok(absent),
+                    Some(v) => v.as_f64().ok_or_else(|| wrong(format!("{key} = {v}: no number"))),
                 };
                 let init = match raw.get("init_lora_weights") {
                     Some(Value::Bool(b)) => b.to_string(),
@@ -271,8 +275,8 @@ impl AdapterConfig {
                 };
                 let config = LoraConfig {
                     r,
-                    alpha: raw.get("lora_alpha").and_then(Value::as_f64).unwrap_or(8.0),
-                    dropout: raw.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0) as f32,
+                    alpha: decimal("lora_alpha", 8.0)?,
+                    dropout: decimal("lora_dropout", 0.0)? as f32,
                     targets,
                     rank_pattern: patterns("rank_pattern")?,
                     alpha_pattern: patterns("alpha_pattern")?,
@@ -304,14 +308,17 @@ impl AdapterConfig {
                 AdapterKind::Ia3(Ia3Config { targets, feedforward: list("feedforward_modules")? })
             }
             "PROMPT_TUNING" => {
-                let number = |key: &str| raw.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
-                let tokens = number("num_virtual_tokens");
+                let number = |key: &str| -> Result<usize> {
+                    Ok(size(&raw, key).map_err(wrong)?.unwrap_or(0))
+                };
+                let tokens = number("num_virtual_tokens")?;
                 if tokens == 0 {
-                    return Err(wrong("num_virtual_tokens is missing or 0".into()));
+                    return Err(wrong("num_virtual_tokens is missing".into()));
                 }
                 let init_text =
                     raw.get("prompt_tuning_init_text").and_then(Value::as_str).map(String::from);
-                let model = ["token_dim", "num_attention_heads", "num_layers"].map(number);
+                let model =
+                    [number("token_dim")?, number("num_attention_heads")?, number("num_layers")?];
                 AdapterKind::Prompt(PromptConfig { tokens, model, init_text, init_ids: Vec::new() })
             }
             other => {
@@ -428,8 +435,45 @@ impl AdapterConfig {
     }
 }
 
-/// Refuses an initialisation that there is not, and what PiSSA does not go with.
+const MAX_RANK: f64 = 32768.0;
+
+/// A number of tokens or layers that a file names. More than this is no model's, and its
+/// products would overflow.
+const MOST: u64 = 1 << 20;
+
+fn whole(value: &Value) -> Option<usize> {
+    value.as_u64().filter(|n| *n <= MOST).map(|n| n as usize)
+}
+
+/// The size `key`, where it is given.
+fn size(raw: &Map<String, Value>, key: &str) -> std::result::Result<Option<usize>, String> {
+    match raw.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(v) => whole(v)
+            .filter(|n| *n > 0)
+            .map(Some)
+            .ok_or_else(|| format!("{key} = {v}: must be a whole number from 1 to {MOST}")),
+    }
+}
+
+/// Refuses numbers out of range, an initialisation that there is not, and what PiSSA does not go
+/// with.
 fn checked(config: LoraConfig) -> Result<LoraConfig> {
+    let rank = |rank: f64| rank.fract() == 0.0 && (1.0..=MAX_RANK).contains(&rank);
+    let alpha = |alpha: f64| alpha > 0.0 && alpha <= 1e9;
+    let wrong = |what: String| Err(Error::Config(what));
+    let ranks = config.rank_pattern.iter().map(|(pattern, r)| (pattern.as_str(), *r));
+    if let Some((name, r)) = ranks.chain([("r", config.r as f64)]).find(|(_, r)| !rank(*r)) {
+        return wrong(format!("{name} = {r}: a rank must be a whole number from 1 to {MAX_RANK}"));
+    }
+    let alphas = config.alpha_pattern.iter().map(|(pattern, a)| (pattern.as_str(), *a));
+    let alphas = alphas.chain([("lora_alpha", config.alpha)]);
+    if let Some((name, a)) = { alphas }.find(|(_, a)| !alpha(*a)) {
+        return wrong(format!("{name} = {a}: an alpha must be above 0 and at most 1e9"));
+    }
+    if !(0.0..1.0).contains(&config.dropout) {
+        return wrong(format!("lora_dropout = {}: must be at least 0 and below 1", config.dropout));
+    }
     let init = &config.init;
     if config.pissa().is_none() && !["true", "false", "gaussian"].contains(&init.as_str()) {
         let message =
