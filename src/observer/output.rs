@@ -51,7 +51,7 @@ pub fn clean(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(c) = rest.chars().next() {
-        if c == '\x1b' {
+        if c == '\x1b' || c == '\u{9b}' {
             rest = &rest[escape(rest)..];
             continue;
         }
@@ -67,7 +67,11 @@ pub fn clean(text: &str) -> String {
 /// Bytes of the escape sequence that `text` begins with. One without an end is its first character.
 fn escape(text: &str) -> usize {
     let mut chars = text.char_indices().skip(1);
-    match chars.next() {
+    let first = match text.starts_with('\u{9b}') {
+        true => Some((1, '[')), // one character for ESC [
+        false => chars.next(),
+    };
+    match first {
         Some((_, '[')) => chars
             .find(|(_, c)| !matches!(c, '0'..='?' | ' '..='/'))
             .filter(|(_, c)| matches!(c, '@'..='~'))
@@ -77,6 +81,12 @@ fn escape(text: &str) -> usize {
             let ends = ["\x07", "\x1b\\"].map(|end| text.find(end).map(|at| at + end.len()));
             ends.into_iter().flatten().min().unwrap_or(1)
         }
+        // A character set and its like: characters between, then one that ends it.
+        Some((_, ' '..='/')) => chars
+            .find(|(_, c)| !matches!(c, ' '..='/'))
+            .filter(|(_, c)| matches!(c, '0'..='~'))
+            .map_or(1, |(at, c)| at + c.len_utf8()),
+        Some((at, c @ '0'..='~')) => at + c.len_utf8(),
         _ => 1,
     }
 }
@@ -88,17 +98,21 @@ mod tests {
     #[test]
     fn escapes_and_control_characters_reach_no_terminal() {
         let cases = [
+            (
+                "\x1b[2J\x1b]0;title\x07red\x1b[31;1m \x1b(Btext\u{9b}2K\r\x08\tend\x1b]8;;x\x1b\\!\x1b",
+                "red text\tend!",
+            ),
             ("plain \u{e9}\n\ttext", "plain \u{e9}\n\ttext"),
             ("\x1b[31mred\x1b[0m", "red"),
             ("\x1b]0;title\x07after", "after"),
             ("\x1b]8;;http://x\x1b\\link", "link"),
             ("\x1b]never ended", "]never ended"),
             ("bell\x07 back\x08 return\r nul\0", "bell back return nul"),
-            ("\u{9b}31m", "31m"),
+            ("\u{9b}31m", ""),
             ("\u{202e}gnp.exe", "gnp.exe"),
             ("\x1b[", ""),
             ("\x1b", ""),
-            ("\x1bc", "c"),
+            ("\x1bc", ""),
         ];
         for (given, shown) in cases {
             assert_eq!(clean(given), shown, "{given:?}");

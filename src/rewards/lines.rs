@@ -47,37 +47,6 @@ pub fn next_line(from: &mut impl BufRead, cap: usize, skip: bool) -> Option<Line
     }
 }
 
-/// Text of another program as a terminal may show it: without escape sequences and other control
-/// characters, tabs and ends of lines apart.
-pub fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match (c, chars.peek()) {
-            // A control sequence ends with a letter or one of @ ~ and their like.
-            ('\x1b', Some('[')) | ('\u{9b}', _) => {
-                if c == '\x1b' {
-                    chars.next();
-                }
-                chars.by_ref().find(|c| matches!(c, '@'..='~'));
-            }
-            // An operating system command (a title, a link) ends with BEL or ESC \.
-            ('\x1b', Some(']' | 'P' | '^' | '_')) => {
-                while let Some(c) = chars.next() {
-                    if c == '\x07' || (c == '\x1b' && chars.next_if_eq(&'\\').is_some()) {
-                        break;
-                    }
-                }
-            }
-            ('\x1b', _) => drop(chars.next()),
-            ('\t' | '\n', _) => out.push(c),
-            _ if c.is_control() => {}
-            _ => out.push(c),
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,11 +61,5 @@ mod tests {
         assert_eq!(next_line(&mut from, 6, true), whole("last"));
         assert_eq!(next_line(&mut from, 6, true), None);
         assert_eq!(next_line(&mut &b"1234567\nx"[..], 6, false), Some(Line::TooLong));
-    }
-
-    #[test]
-    fn what_is_printed_holds_no_terminal_escape() {
-        let hostile = "\x1b[2J\x1b]0;title\x07red\x1b[31;1m \x1b(Btext\u{9b}2K\r\x08\tend\x1b]8;;x\x1b\\!\x1b";
-        assert_eq!(printable(hostile), "red text\tend!");
     }
 }

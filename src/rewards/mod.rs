@@ -19,7 +19,6 @@ mod worker;
 
 pub use batch::RewardBatch;
 pub use function::{RewardFunction, RewardRow};
-pub use lines::printable;
 pub use reward::Reward;
 pub use schema::Schema;
 pub use total::{Rewards, Scores};

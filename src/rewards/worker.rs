@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::batch::RewardBatch;
-use super::lines::{Line, next_line, printable};
+use super::lines::{Line, next_line};
 use crate::error::{Error, Result};
 use crate::observer::Observer;
+use crate::observer::output::clean;
 use crate::signals::Stop;
 
 /// Runs a user's Python function behind the same lines.
@@ -183,7 +184,7 @@ impl Worker {
         let Some(mut running) = self.running.take() else { return String::new() };
         running.kill();
         let lines = match running.stderr.lock() {
-            Ok(lines) => lines.iter().map(|l| printable(l)).collect::<Vec<_>>().join("\n  "),
+            Ok(lines) => lines.iter().map(|l| clean(l)).collect::<Vec<_>>().join("\n  "),
             Err(_) => String::new(),
         };
         if lines.is_empty() { lines } else { format!("\nIts last words on stderr:\n  {lines}") }
@@ -342,7 +343,7 @@ impl Running {
         }
         if let Some(error) = answer.get("error") {
             let text = error.as_str().map_or_else(|| error.to_string(), str::to_string);
-            return Err(Fault::Stop(format!("it says: {}", printable(&text))));
+            return Err(Fault::Stop(format!("it says: {}", clean(&text))));
         }
         match answer.get("reward") {
             Some(Value::Null) => Ok(None),
@@ -382,7 +383,7 @@ impl Running {
 
 fn shortened(line: &str) -> String {
     const MOST: usize = 200;
-    let line = &printable(line);
+    let line = &clean(line);
     match line.char_indices().nth(MOST) {
         Some((at, _)) => format!("`{}...` ({} bytes)", &line[..at], line.len()),
         None => format!("`{line}`"),

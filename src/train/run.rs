@@ -300,12 +300,14 @@ impl Run<'_> {
         }
         log.sync();
         let log = &*log;
+        // Their errors end the run; below, an `Error::Run` is a state that is not finite.
+        let (read, files) = (self.inputs.to_bytes()?, method.state()?);
         let write = || -> Result<()> {
             let mut writer = CheckpointWriter::new(dir, step, trainer.state_bytes(&self.parts))?;
             trainer.write_state(&mut writer, &self.parts, state)?;
-            writer.add_file(inputs::FILE, &self.inputs.to_bytes()?)?;
-            for (name, bytes) in method.state()? {
-                writer.add_file(&name, &bytes)?;
+            writer.add_file(inputs::FILE, &read)?;
+            for (name, bytes) in &files {
+                writer.add_file(name, bytes)?;
             }
             let more = [("train_batch_size", json!(trainer.config.per_device_train_batch_size))];
             writer.add_file(

@@ -245,7 +245,7 @@ fn what_cannot_run_says_what_to_do_and_loses_nothing() {
 #[test]
 fn a_divergence_stops_the_run_and_names_tensor_and_rows() {
     let keys: Vec<String> =
-        ["learning_rate=1e38", "lr_scheduler_type=constant", "max_grad_norm=0", "max_steps=9"]
+        ["learning_rate=1e9", "lr_scheduler_type=constant", "max_grad_norm=0", "max_steps=9"]
             .map(String::from)
             .into();
     let (mut trainer, mut sft) = trainer("messages", &keys, Recompute::Off);
