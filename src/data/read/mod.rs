@@ -6,12 +6,12 @@
 //!
 //! | module | what it reads |
 //! |---|---|
-//! | [`open`] | which files are meant by a path, a folder or a pattern; compression |
-//! | [`mod@file`] | columns renamed, bad rows counted |
-//! | [`json`] | lines and arrays of JSON |
-//! | [`csv`] | comma- and tab-separated text |
-//! | [`arrow`] | columns of arrow, feather and parquet files |
-//! | [`parquet`] | batches of parquet files |
+//! | `open` | which files are meant by a path, a folder or a pattern; compression |
+//! | `file` | columns renamed, bad rows counted |
+//! | `json` | lines and arrays of JSON |
+//! | `csv` | comma- and tab-separated text |
+//! | `arrow` | columns of arrow, feather and parquet files |
+//! | `parquet` | batches of parquet files |
 
 mod arrow;
 mod csv;
