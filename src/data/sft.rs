@@ -83,6 +83,8 @@ pub struct SftStats {
     pub longest: usize,        // before truncation
     pub eos_token: Option<String>,
     pub rows_with_eos: usize, // where EOS is a target: from these the model learns to stop
+    /// Rows that begin with two BOS tokens: their text has one, and the tokenizer adds one.
+    pub doubled_bos: usize,
     pub prefix_mismatches: usize,
     pub mismatch: Option<String>, // the end of the first prompt that is not a prefix
 }
@@ -113,6 +115,7 @@ pub fn prepare(
     stats.bad = BadRows::new(options.on_bad_row);
     let eos = maker.eos.map(|eos| eos.id);
     stats.eos_token = maker.eos.map(|eos| eos.text.to_string());
+    let bos = tokenizer.bos_id();
     let mut examples = Vec::with_capacity(rows.len());
     for (row, tokens) in made.into_iter().enumerate() {
         let Some(Tokens { mut sequence, mismatch, empty }) = stats.bad.admit(tokens)? else {
@@ -124,6 +127,8 @@ pub fn prepare(
         }
         let n = sequence.input_ids.len();
         stats.longest = stats.longest.max(n);
+        stats.doubled_bos +=
+            usize::from(bos.is_some_and(|bos| sequence.input_ids.starts_with(&[bos, bos])));
         if let Some(end) = mismatch {
             stats.prefix_mismatches += 1;
             stats.mismatch.get_or_insert(end);
@@ -374,6 +379,14 @@ impl fmt::Display for SftStats {
                 f,
                 " No loss target is the EOS token {eos:?}, so the model does not learn to stop: end the assistant's turn \
                  with it in the chat template (inside the generation block), or set eos_token to the token that ends a turn."
+            )?;
+        }
+        if self.doubled_bos > 0 {
+            write!(
+                f,
+                " Rows that begin with two BOS tokens: {}. Their text has one and the tokenizer adds another; \
+                 remove it from the text.",
+                self.doubled_bos
             )?;
         }
         write_mismatches(f, self.prefix_mismatches, &self.mismatch)

@@ -270,6 +270,25 @@ fn a_bos_post_processor_acts_as_in_trl() {
             assert_eq!(ids[0], 1);
         }
     }
+    // A text that brings its own BOS gets a second one, as in TRL: training says so.
+    let bos = tokenizer.id_to_token(1).unwrap();
+    let path = dir.path().join("tokenizer_config.json");
+    let mut config = json(&path);
+    config["bos_token"] = bos.clone().into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let rows: Vec<Row> = ["one", "two"]
+        .into_iter()
+        .enumerate()
+        .map(|(i, text)| {
+            let text = if i == 0 { format!("{bos}{text}") } else { text.into() };
+            let value = serde_json::json!({ "text": text }).as_object().unwrap().clone();
+            Row { value, file: Path::new("r.jsonl").into(), line: i + 1 }
+        })
+        .collect();
+    let (_, stats) = prepare(&rows, &tokenizer, None, 320, &SftOptions::default()).unwrap();
+    assert_eq!(stats.doubled_bos, 1);
+    assert!(stats.to_string().contains("two BOS tokens: 1."), "{stats}");
 }
 
 #[test]
