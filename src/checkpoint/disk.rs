@@ -14,7 +14,16 @@ use crate::error::{Error, Result};
 /// An exclusive hold on a folder, by flock on its `.lock`.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    /// A process that is being started holds a copy of the descriptor for a moment: closing ours
+    /// would leave the folder locked that long.
+    fn drop(&mut self) {
+        // SAFETY: the descriptor is open for the whole call; flock touches no memory of ours.
+        let _ = unsafe { libc::flock(self.file.as_raw_fd(), libc::LOCK_UN) };
+    }
 }
 
 impl Lock {
@@ -44,7 +53,7 @@ impl Lock {
         }
         let note = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
         note.map_err(io)?;
-        Ok(Some(Lock { _file: file }))
+        Ok(Some(Lock { file }))
     }
 }
 
