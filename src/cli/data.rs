@@ -167,12 +167,7 @@ fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Re
         return Ok(text + "BOS: the tokenizer names none");
     };
     let begins = count(&|e| e.input_ids.first() == Some(&id));
-    let doubled = count(&|e| e.input_ids.starts_with(&[id, id]));
     text += &format!("BOS {token:?}: begins {begins} of {n} rows");
-    if doubled > 0 {
-        text +=
-            &format!("; {doubled} begin with two: take it out of the data or of the chat template");
-    }
     if begins < n && tokenizer.encode("", true)?.first() == Some(&id) {
         text += "; the tokenizer puts it before plain text, so rows without it look other than in pretraining: let the \
                  chat template write it";

@@ -385,7 +385,7 @@ impl fmt::Display for SftStats {
             write!(
                 f,
                 " Rows that begin with two BOS tokens: {}. Their text has one and the tokenizer adds another; \
-                 remove it from the text.",
+                 remove it from the rows or from the chat template.",
                 self.doubled_bos
             )?;
         }

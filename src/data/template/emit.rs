@@ -68,7 +68,7 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
             _ => {
                 out.push(MARK);
                 out.push(begin);
-                // a tag stands on its own line of the source, so that errors name it
+                // Errors name the line, so a tag keeps the one that it has in the source.
                 while line < *at {
                     out.push('\n');
                     line += 1;
