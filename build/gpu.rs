@@ -1,16 +1,19 @@
 //! The GPU build: every kernel file twice (f32 and bf16) by nvcc, into one fatbin of all targets.
 //!
-//! Invariant: a kernel marked HOT whose bf16 instance spills registers fails the build.
+//! Invariant: a kernel marked HOT whose bf16 instance spills registers fails the build, also where
+//! its fatbin is kept from the build before. A fatbin is made again only if its own text, what all
+//! include, or the compiler's command has changed.
 
 use std::env;
 use std::fmt::Write as _;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::files::{KernelFile, REALS, Real, Sources, write_if_changed};
+use crate::files::{KernelFile, REALS, Real, Sources, listed, text, write_if_changed};
 
 /// A third of the size, for drivers of CUDA 12.4 and later; compilers before 12.8 do not know the
 /// option.
@@ -39,6 +42,13 @@ pub fn build(out: &Path, sources: &Sources) -> Images {
     for arch in archs.split(',').map(str::trim).filter(|a| !a.is_empty()) {
         flags.push(format!("-gencode=arch={},code={arch}", arch.replace("sm_", "compute_")));
     }
+    flags.extend(smaller(&nvcc).map(String::from));
+    let included: String = ["kernels/common", "kernels/prim"]
+        .iter()
+        .flat_map(|folder| listed(folder, &["cuh"]))
+        .map(|path| text(&path))
+        .collect();
+    let compiler = Compiler { nvcc, flags, included };
     let jobs: Vec<(usize, usize)> =
         (0..files.len()).filter(|i| files[*i].gpu).flat_map(|i| [(i, 0), (i, 1)]).collect();
     let images: Mutex<Images> = Mutex::new(none());
@@ -51,7 +61,7 @@ pub fn build(out: &Path, sources: &Sources) -> Images {
             scope.spawn(|| {
                 while let Some(&(i, r)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let (image, log, spills) =
-                        compile_fatbin(out, &nvcc, &flags, sources, &files[i], &REALS[r]);
+                        compile_fatbin(out, &compiler, sources, &files[i], &REALS[r]);
                     images.lock().unwrap()[i][r] = Some(image);
                     report.lock().unwrap().push_str(&log);
                     defects.lock().unwrap().extend(spills);
@@ -64,7 +74,7 @@ pub fn build(out: &Path, sources: &Sources) -> Images {
     }
     let defects = defects.into_inner().unwrap();
     assert!(defects.is_empty(), "kernels marked HOT spill registers:\n  {}", defects.join("\n  "));
-    println!("cargo:rustc-env=TEMPER_NVCC={}", nvcc.display());
+    println!("cargo:rustc-env=TEMPER_NVCC={}", compiler.nvcc.display());
     images.into_inner().unwrap()
 }
 
@@ -79,28 +89,57 @@ fn hot_kernels(sources: &Sources) -> String {
     lines
 }
 
+/// nvcc, its targets, and the text that every kernel includes.
+struct Compiler {
+    nvcc: PathBuf,
+    flags: Vec<String>,
+    included: String,
+}
+
+/// The fatbin of a file, what ptxas said of it, and the spills of its hot kernels. Beside
+/// OUT/NAME.fatbin lie OUT/NAME.ptxas and, as the fatbin's stamp, OUT/NAME.gpu-stamp.
 fn compile_fatbin(
     out: &Path,
-    nvcc: &Path,
-    flags: &[String],
+    compiler: &Compiler,
     sources: &Sources,
     file: &KernelFile,
     real: &Real,
 ) -> (PathBuf, String, Vec<String>) {
-    let source = out.join(format!("{}_{}.cu", file.stem, real.name));
-    let image = out.join(format!("{}_{}.fatbin", file.stem, real.name));
-    write_if_changed(&source, &gpu_source(sources, file, real));
-    let output = Command::new(nvcc)
-        .args(["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-Xptxas=-v", "-I", "kernels"])
-        .args(smaller(nvcc))
-        .args(flags)
-        .arg("-o")
-        .arg(&image)
-        .arg(&source)
-        .output()
-        .unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
-    let log = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "nvcc failed on {}:\n{log}", file.path.display());
+    let path = |ending: &str| out.join(format!("{}_{}.{ending}", file.stem, real.name));
+    let (source, image) = (path("cu"), path("fatbin"));
+    let generated = gpu_source(sources, file, real);
+    let mut hash = DefaultHasher::new();
+    let command = (&compiler.nvcc, &compiler.flags, &compiler.included);
+    (command, &generated, text(&file.path)).hash(&mut hash);
+    let stamp = format!("{:x}", hash.finish());
+    let kept = fs::read_to_string(path("gpu-stamp")).is_ok_and(|old| old == stamp);
+    let log = match fs::read_to_string(path("ptxas")) {
+        Ok(log) if kept && image.exists() => log,
+        _ => {
+            write_if_changed(&source, &generated);
+            let output = Command::new(&compiler.nvcc)
+                .args([
+                    "-fatbin",
+                    "-std=c++17",
+                    "-O3",
+                    "-fmad=false",
+                    "-Xptxas=-v",
+                    "-I",
+                    "kernels",
+                ])
+                .args(&compiler.flags)
+                .arg("-o")
+                .arg(&image)
+                .arg(&source)
+                .output()
+                .unwrap_or_else(|e| panic!("{}: {e}", compiler.nvcc.display()));
+            let log = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "nvcc failed on {}:\n{log}", file.path.display());
+            fs::write(path("ptxas"), &log).unwrap();
+            fs::write(path("gpu-stamp"), stamp).unwrap();
+            log
+        }
+    };
     let defects = hot_spills(&log, sources, file, real);
     (image, log, defects)
 }
