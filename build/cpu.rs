@@ -116,7 +116,7 @@ fn source(
             .unwrap();
         }
     }
-    writeln!(s, "#include \"{}\"\n}}", file.path.display()).unwrap();
+    writeln!(s, "#include \"{}\"\n}}", file.include).unwrap();
     for instance in file.kernels.iter().flat_map(|k| sources.instances(k, real).unwrap()) {
         let (k, d, symbol) = (instance.kernel, instance.d, instance.symbol);
         let suffix = if strict { "_strict" } else { "" };

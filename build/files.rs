@@ -22,6 +22,9 @@ pub struct Real {
 pub struct KernelFile {
     pub stem: String,
     pub path: PathBuf,
+    /// As a generated unit includes it, below `kernels/`: no unit names the folder of the checkout,
+    /// so that its object can be kept when that moves.
+    pub include: String,
     /// False: for the CPU only (tests of the shim).
     pub gpu: bool,
     pub kernels: Vec<Kernel>,
@@ -88,7 +91,8 @@ impl Sources {
         if path.extension().is_some_and(|e| e == "cu") {
             self.files.push(KernelFile {
                 stem: path.file_stem().unwrap().to_str().unwrap().to_string(),
-                path: fs::canonicalize(path).unwrap(),
+                path: path.to_path_buf(),
+                include: path.strip_prefix("kernels").unwrap().display().to_string(),
                 gpu,
                 kernels: found.kernels,
             });

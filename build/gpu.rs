@@ -173,7 +173,7 @@ fn gpu_source(sources: &Sources, file: &KernelFile, real: &Real) -> String {
     if real.name == "bf16" {
         s += "#define REAL_BF16 1\n";
     }
-    writeln!(s, "#include \"{}\"", file.path.display()).unwrap();
+    writeln!(s, "#include \"{}\"", file.include).unwrap();
     for instance in file.kernels.iter().flat_map(|k| sources.instances(k, real).unwrap()) {
         let (k, d, symbol) = (instance.kernel, instance.d, instance.symbol);
         let (params, name, args) = (k.c_params(" __restrict__"), &k.name, k.c_args());
