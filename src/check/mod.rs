@@ -113,21 +113,13 @@ pub fn run_case(
         gradients: vec![None; tensors.len()],
         upstream: Vec::new(),
     };
-    let mut rng = Rng(seed);
-    let mut seeds = Vec::new();
-    for (i, out) in outputs.iter().enumerate() {
-        let up = match case.upstream.get(i).copied().flatten() {
-            Some(constant) => F64::from_fn(out.shape(), |_| constant),
-            None => rng.array(out.shape(), 1.0),
-        };
-        if !matches!(out.dtype(), DType::F32 | DType::BF16) {
-            run.upstream.push(F64::zeros(&up.shape));
-            continue;
-        }
-        let values: Vec<f32> = up.data.iter().map(|v| *v as f32).collect();
-        let grad = Tensor::from_f32(&cx.pool, "upstream", out.dtype(), out.shape(), &values)?;
-        run.upstream.push(F64::new(&up.shape, host(&grad)?));
-        seeds.push((out.clone(), grad));
+    let seeds = upstream(&cx, case, &outputs, &mut Rng(seed))?;
+    let mut given = seeds.iter();
+    for out in &outputs {
+        run.upstream.push(match differentiable(out) {
+            true => F64::new(out.shape(), given.next().map_or(Ok(Vec::new()), |(_, g)| host(g))?),
+            false => F64::zeros(out.shape()),
+        });
     }
     if !case.inputs.iter().any(|a| a.grad) {
         return Ok(run);
@@ -144,6 +136,34 @@ pub fn run_case(
         )?);
     }
     Ok(run)
+}
+
+/// Whether an output can carry a gradient.
+pub fn differentiable(out: &Tensor) -> bool {
+    matches!(out.dtype(), DType::F32 | DType::BF16)
+}
+
+/// Each output that can carry a gradient, with one: the constant that the case asks for, or random
+/// numbers.
+pub fn upstream(
+    cx: &Cx,
+    case: &Case,
+    outputs: &[Tensor],
+    rng: &mut Rng,
+) -> Result<Vec<(Tensor, Tensor)>> {
+    let mut seeds = Vec::new();
+    for (i, out) in outputs.iter().enumerate() {
+        let up = match case.upstream.get(i).copied().flatten() {
+            Some(constant) => F64::from_fn(out.shape(), |_| constant),
+            None => rng.array(out.shape(), 1.0),
+        };
+        if differentiable(out) {
+            let values: Vec<f32> = up.data.iter().map(|v| *v as f32).collect();
+            let grad = Tensor::from_f32(&cx.pool, "upstream", out.dtype(), out.shape(), &values)?;
+            seeds.push((out.clone(), grad));
+        }
+    }
+    Ok(seeds)
 }
 
 /// Runs one case of an op, which need not be registered, and compares outputs and gradients with

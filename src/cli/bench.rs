@@ -7,18 +7,22 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::autograd::{Cx, Recompute};
-use crate::check::prepare_case;
+use crate::autograd::{Cx, Recompute, Tape};
+use crate::check::{differentiable, prepare_case, upstream};
 use crate::cli::args::Where;
 use crate::cli::parsers::{check_tokens, count};
 use crate::config::MatmulChoice;
+use crate::data::masked::MaskedSequence;
+use crate::data::preference::PairExample;
 use crate::device::Layout;
 use crate::error::{Error, Result};
+use crate::methods::offline::dpo::{DpoConfig, DpoObjective};
 use crate::methods::offline::sft::{Sft, SftRun};
+use crate::methods::{MaskedIds, Method};
 use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::layout::ModelConfig;
 use crate::observer::output::print_line;
-use crate::ops::case::{DEFAULT, PerfShape, Rng, Variant};
+use crate::ops::case::{Case, DEFAULT, PerfShape, Rng, Variant};
 use crate::ops::matmul::product;
 use crate::ops::registry::registry;
 use crate::rollout::sample::Sampling;
@@ -55,6 +59,10 @@ pub struct BenchArgs {
     /// or 8 bits (int8)
     #[arg(long, requires = "lora")]
     base: Option<String>,
+    /// train: sft, or dpo with pairs of --length tokens a side, of which the first half is the
+    /// prompt that both share
+    #[arg(long, default_value = "sft", value_parser = ["sft", "dpo"])]
+    method: String,
     /// auto or own: which matrix product
     #[arg(long, default_value = "auto")]
     matmul: String,
@@ -162,30 +170,53 @@ fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
             )
         })
         .collect();
-    let mut sft = Sft::from_sequences(rows);
+    let mut method: Box<dyn Method> = match args.method.as_str() {
+        "dpo" => Box::new(DpoObjective::from_pairs(&DpoConfig::default(), pairs_of(rows))),
+        _ => Box::new(Sft::from_sequences(rows)),
+    };
     let device = cx.device.clone();
     let (name, dtype) = (device.name(), cx.dtype.name());
     if args.recompute {
         cx.recompute = Recompute::Layers;
     }
+    method.attach(&mut cx, &model)?;
     let mut trainer = Trainer::new(cx, model, run.training, args.batch)?;
     let mut times = Vec::new();
     for i in 0..args.repeat + 3 {
         let start = Instant::now();
-        trainer.step(&mut sft)?;
+        trainer.step(&mut *method)?;
         device.sync()?;
         if i >= 3 {
             times.push(start.elapsed().as_secs_f64());
         }
     }
     let seconds = median(times);
-    let tokens = (args.batch * args.length) as f64;
+    let sides = if args.method == "dpo" { 2 } else { 1 };
+    let tokens = (sides * args.batch * args.length) as f64;
     Ok(json!({
-        "bench": "train", "device": name, "dtype": dtype, "parameters": params, "batch": args.batch, "length": args.length,
+        "bench": "train", "method": args.method, "device": name, "dtype": dtype, "parameters": params, "batch": args.batch, "length": args.length,
         "seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
         "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute,
         "trained_parameters": trained, "lora_r": args.lora, "base": args.base, "matmul": args.matmul,
     }))
+}
+
+/// A pair of each row: the row, and the same prompt with the completion backwards.
+fn pairs_of(rows: Vec<MaskedIds>) -> Vec<PairExample> {
+    let pair = |(row, (ids, _)): (usize, MaskedIds)| {
+        let shared = ids.len() / 2;
+        let target_mask: Vec<bool> = (0..ids.len()).map(|i| i >= shared).collect();
+        let mut rejected = ids.clone();
+        rejected[shared..].reverse();
+        PairExample {
+            chosen: MaskedSequence { input_ids: ids, target_mask: target_mask.clone() },
+            rejected: MaskedSequence { input_ids: rejected, target_mask },
+            shared,
+            margin: None,
+            row,
+        }
+    };
+    rows.into_iter().enumerate().map(pair).collect()
 }
 
 fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
@@ -247,8 +278,10 @@ fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
             let run = |cx: &mut Cx| cx.apply_dyn(op.clone(), &inputs).map(drop);
             let seconds = time(&mut cx, args.repeat, run)?;
             let (bytes, flops) = (cost.bytes / seconds, cost.flops / seconds);
+            let backward = time_backward(&mut cx, args.repeat, &case, &inputs)?;
             rows.push(json!({
                 "op": entry.name, "case": case.label, "microseconds": seconds * 1e6,
+                "backward_microseconds": backward.map(|s| s * 1e6),
                 "gb_per_second": bytes / 1e9, "of_bandwidth": bytes / bandwidth,
                 "gflops": flops / 1e9, "of_matmul": flops / ceiling,
             }));
@@ -282,6 +315,39 @@ fn time(cx: &mut Cx, repeat: usize, mut f: impl FnMut(&mut Cx) -> Result<()>) ->
         times.push(f64::from(cx.device.elapsed_ms(from, to)?) / 1e3);
     }
     Ok(median(times))
+}
+
+/// Median seconds of a case's backward, after a forward that is not timed; None where no input
+/// has a gradient.
+fn time_backward(
+    cx: &mut Cx,
+    repeat: usize,
+    case: &Case,
+    inputs: &[&Tensor],
+) -> Result<Option<f64>> {
+    if !case.inputs.iter().any(|a| a.grad) {
+        return Ok(None);
+    }
+    let (mut times, mut gradients) = (Vec::new(), Vec::new());
+    for i in 0..repeat.max(1) + 2 {
+        cx.tape = Some(Tape::default());
+        let outputs = cx.apply_dyn(case.op.clone(), inputs)?;
+        if i == 0 {
+            gradients = upstream(cx, case, &outputs, &mut Rng(7))?;
+        }
+        // The same numbers for the values of this run of the op.
+        let carriers = outputs.into_iter().filter(differentiable);
+        let seeds = carriers.zip(&gradients).map(|(out, (_, grad))| (out, grad.clone())).collect();
+        cx.device.sync()?;
+        let from = cx.device.mark()?;
+        cx.backward(seeds)?;
+        let to = cx.device.mark()?;
+        let seconds = f64::from(cx.device.elapsed_ms(from, to)?) / 1e3;
+        if i >= 2 {
+            times.push(seconds);
+        }
+    }
+    Ok(Some(median(times)))
 }
 
 fn median(mut times: Vec<f64>) -> f64 {

@@ -34,9 +34,9 @@ use crate::error::Result;
 use crate::methods::offline::completions::{
     Forward, HeadPass, PairRows, chosen_nll, forward, pair_metrics, sums,
 };
-use crate::methods::offline::rows::{Example, RowSet};
+use crate::methods::offline::rows::{Example, RowSet, Rows};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::reference::{Reference, rows_digest};
+use crate::methods::reference::{Reference, ReferenceSetup, rows_digest};
 use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, StateFiles};
 use crate::model::decoder::Decoder;
 use crate::ops::add::axpy;
@@ -82,6 +82,17 @@ impl DpoConfig {
     pub fn losses(&self) -> Vec<(DpoLoss, f32)> {
         let weights = self.loss_weights.clone().unwrap_or_else(|| vec![1.0; self.loss_type.len()]);
         self.loss_type.iter().zip(weights).map(|(loss, weight)| (*loss, weight as f32)).collect()
+    }
+
+    fn op(&self) -> preference::Dpo {
+        preference::Dpo {
+            losses: self.losses(),
+            divergence: self.f_divergence_type,
+            f_alpha: self.f_alpha_divergence_coef as f32,
+            beta: self.beta as f32,
+            label_smoothing: self.label_smoothing as f32,
+            discopop_tau: self.discopop_tau as f32,
+        }
     }
 
     fn rules(&self, report: &mut Report) {
@@ -172,19 +183,27 @@ impl DpoObjective {
         let reference = Reference::of(&config.reference, training, inputs, longest);
         let dpo = DpoObjective {
             pairs,
-            op: preference::Dpo {
-                losses: config.losses(),
-                divergence: config.f_divergence_type,
-                f_alpha: config.f_alpha_divergence_coef as f32,
-                beta: config.beta as f32,
-                label_smoothing: config.label_smoothing as f32,
-                discopop_tau: config.discopop_tau as f32,
-            },
+            op: config.op(),
             ld_alpha: config.ld_alpha.map(|a| a as f32),
             use_weighting: config.use_weighting,
             reference: reference.free(config.reference_free),
         };
         Ok((dpo, stats))
+    }
+
+    /// Over pairs that are tokenised already, against the initial weights or, under an adapter, the
+    /// base: for benches and tests.
+    pub fn from_pairs(config: &DpoConfig, pairs: Vec<PairExample>) -> OfflineMethod<DpoObjective> {
+        let rows = Rows::of_examples(pairs, |row| format!("row {}", row + 1));
+        let longest = rows.longest();
+        let setup = ReferenceSetup { batch: 1, longest, ..Default::default() };
+        OfflineMethod(DpoObjective {
+            pairs: PairRows { rows, share_prompts: true },
+            op: config.op(),
+            ld_alpha: config.ld_alpha.map(|a| a as f32),
+            use_weighting: config.use_weighting,
+            reference: Reference::new(setup).free(config.reference_free),
+        })
     }
 
     /// The weight of each target's log-prob in its completion's sum.

@@ -67,6 +67,12 @@ impl<E: Example> Rows<E> {
         Ok((Rows { train, eval, sources }, stats.to_string()))
     }
 
+    /// Training rows that come from no file; `source` names each.
+    pub fn of_examples(train: Vec<E>, source: impl Fn(usize) -> String) -> Rows<E> {
+        let sources = (0..train.len()).map(source).collect();
+        Rows { train, eval: Vec::new(), sources }
+    }
+
     pub fn of(&self, split: Split) -> &[E] {
         match split {
             Split::Train => &self.train,
