@@ -1,8 +1,8 @@
 //! The matrix product of a linear layer, and the raw product that other ops build on. Layer 4.
 //!
-//! Invariant: which kernel runs depends on (N, K, dtype) and the context's choice, never on M: a
-//! row's bits do not depend on its batch. Math and numerics of the engine's own kernel:
-//! `kernels/matmul.cu`.
+//! Invariant: a row's bits do not depend on its batch. The library runs or does not by (N, K, dtype)
+//! and the context's choice, never by M; the engine's own kernels, `kernels/matmul.cu` (math and
+//! numerics) and `kernels/matmul_hopper.cu`, have the same bits.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::MatmulChoice;
@@ -10,7 +10,7 @@ use crate::device::{Gemm, Launch, Layout, Operand};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
-use crate::ops::{RowSums, expect_cols};
+use crate::ops::{RowSums, expect_cols, matmul_hopper};
 use crate::tensor::Tensor;
 
 /// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] (an HF `weight`), bias `[n]`; y [m, n] real.
@@ -123,6 +123,9 @@ pub fn product(
     };
     // SAFETY: the tensors lie in live memory by construction, and the sizes were checked.
     if cx.matmul == MatmulChoice::Auto && unsafe { cx.device.gemm(&gemm)? } {
+        return Ok(());
+    }
+    if matmul_hopper::product(cx, layout, c, (a, b, bias), (m, n, k), accumulate)? {
         return Ok(());
     }
     let tile = kernels::tile_side(a.dtype().size());

@@ -16,6 +16,7 @@ pub mod head;
 pub mod lora;
 pub mod lora_kernels;
 pub mod matmul;
+mod matmul_hopper;
 pub mod policy;
 pub mod preference;
 pub mod prompt;

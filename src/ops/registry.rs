@@ -42,7 +42,7 @@ pub fn registry() -> Vec<Entry> {
         op("gather_rows", &["embedding"], embedding::gather_cases, embedding::gather_perf, PLAIN),
         op("glu", &["activation"], activation::cases, activation::perf, PLAIN),
         op("head", &["head", "matmul"], head::cases, head::perf, GEMM),
-        op("linear", &["matmul", "reduce"], matmul::cases, matmul::perf, GEMM),
+        op("linear", &["matmul", "matmul_hopper", "reduce"], matmul::cases, matmul::perf, GEMM),
         op("lora_linear", &["lora", "matmul", "scale", "reduce"], lora::cases, lora::perf, GEMM),
         op("preference", &["preference"], preference::cases, preference::perf, PLAIN),
         op("segment_sums", &["preference"], segment_cases, segment_perf, PLAIN),

@@ -11,6 +11,7 @@ mod eval;
 mod faults;
 mod forms;
 mod generate;
+mod hopper;
 mod jinja;
 mod library;
 mod lora_kernels;
