@@ -11,8 +11,7 @@
 //          same lanes, and the blocks and the softmax are the same
 // Cost     4 D flops a pair. H100: not measured yet
 #include "common/online_softmax.cuh"
-#include "prim/hold.cuh"
-#include "prim/wgmma.cuh"
+#include "prim/wgmma_loop.cuh"
 
 // Query rows of a block, and stages of its ring.
 EXPORT(int, HOPPER_ROWS, 128);
@@ -42,21 +41,21 @@ DEVICE void fetch_tile(bf16* tile, const bf16* base, const Offset& offset) {
 
 // Starts s = Q K^T.
 template <int D>
-DEVICE void start_scores(float (&s)[SIDE / 8][4], const bf16* q, const bf16* k) {
+DEVICE void start_scores(float (&s)[SIDE / 8][4], wgmma_operand q, wgmma_operand k) {
 #pragma unroll
   for (int kk = 0; kk < D / 16; ++kk) {
     const int at = kk / 4 * BOX + kk % 4 * 16;
-    wgmma_ss<SIDE, false, false>((float (&)[SIDE / 2])s, wgmma_desc<true>(q + at), wgmma_desc<true>(k + at), kk > 0);
+    wgmma_ss<SIDE, false, false>((float (&)[SIDE / 2])s, wgmma_step(q, at), wgmma_step(k, at), kk > 0);
   }
   wgmma_commit();
 }
 
 // Starts o += P V.
 template <int D>
-DEVICE void start_weighted(float (&o)[D / 8][4], const unsigned (&p)[SIDE / 16][4], const bf16* v) {
+DEVICE void start_weighted(float (&o)[D / 8][4], const unsigned (&p)[SIDE / 16][4], wgmma_operand v) {
 #pragma unroll
   for (int kk = 0; kk < SIDE / 16; ++kk)
-    wgmma_rs<D, true>((float (&)[D / 2])o, p[kk], wgmma_desc<false>(v + kk * 16 * 64), true);
+    wgmma_rs<D, true>((float (&)[D / 2])o, p[kk], wgmma_step(v, kk * 16 * 64), true);
   wgmma_commit();
 }
 
@@ -154,6 +153,7 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
   fence_async_proxy();
   block_sync();
 
+  const wgmma_operand q = wgmma_desc<true>(sq + wg * TILE), k0 = wgmma_desc<true>(ring.k), v0 = wgmma_desc<false>(ring.v);
   const float factor = score_factor(scale, softcap);
   OnlineSoftmax softmax;
   float o[D / 8][4], s[SIDE / 8][4], alpha[2];
@@ -188,7 +188,7 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
   if (my_first < my_end) {
     ring.wait();
     wgmma_fence();
-    start_scores<D>(s, sq + wg * TILE, ring.k + ring.stage * TILE);
+    start_scores<D>(s, q, wgmma_step(k0, ring.stage * TILE));
     fill(block - 2 + STAGES);
     wgmma_wait<0>();
     weights(block);
@@ -198,8 +198,8 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
     for (++block; block < my_end; ++block) {
       ring.wait();
       wgmma_fence();
-      start_scores<D>(s, sq + wg * TILE, ring.k + ring.stage * TILE);
-      start_weighted<D>(o, p, ring.v + ring.before * TILE);
+      start_scores<D>(s, q, wgmma_step(k0, ring.stage * TILE));
+      start_weighted<D>(o, p, wgmma_step(v0, ring.before * TILE));
       fill(block - 2 + STAGES);
       wgmma_wait<1>();
       // Two waits in two branches: at one before them the compiler would put it before the softmax.
@@ -216,7 +216,7 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
       ring.advance();
     }
     wgmma_fence();
-    start_weighted<D>(o, p, ring.v + ring.before * TILE);
+    start_weighted<D>(o, p, wgmma_step(v0, ring.before * TILE));
     wgmma_wait<0>();
     hold((float (&)[D / 2])o);
     ring.release(ring.before);
