@@ -40,7 +40,7 @@ pub fn check_ops(
 ) -> Result<Vec<CheckOutcome>> {
     let mut all = Vec::new();
     for entry in registry().into_iter().filter(|e| e.name.contains(filter)) {
-        for variant in entry.variants {
+        for variant in entry.variants.iter().filter(|v| v.runs_on(&**device)) {
             for &dtype in variant.dtypes {
                 let mut rng = Rng(0x7e57);
                 for (i, case) in (entry.cases)(&mut rng).iter().enumerate() {

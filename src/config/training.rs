@@ -91,6 +91,7 @@ words! {
         Auto = "auto",
         Simt = "simt" | "light",
         TensorCore = "tensor_core",
+        Wgmma = "wgmma",
     }
 }
 
@@ -170,7 +171,7 @@ section! {
         /// Ours. own: the engine's kernels only; auto: the library's matrix products where they are
         /// faster.
         pub matmul: MatmulChoice = MatmulChoice::Auto,
-        /// Ours. Family of attention kernels. auto: tensor_core for bfloat16 on a GPU, else simt.
+        /// Ours. Family of attention kernels. auto: wgmma for bfloat16 on a Hopper GPU, tensor_core on others, else simt. wgmma has the bits of tensor_core; head sizes other than 64 and 128 run as tensor_core.
         pub attention: AttentionChoice = AttentionChoice::Auto,
         /// Ours where TRL has none. A Jinja file, or a folder with a tokenizer, whose chat template
         /// replaces the model's.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::autograd::{F64, Op};
 use crate::config::{AttentionChoice, MatmulChoice};
-use crate::device::DType;
+use crate::device::{DType, Device};
 
 /// How a case's input lies on the device.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -98,6 +98,14 @@ pub struct Variant {
     pub attention: AttentionChoice,
 }
 
+impl Variant {
+    /// Whether the device has what the variant asks for. A CPU has everything.
+    pub fn runs_on(&self, device: &dyn Device) -> bool {
+        let device = device.capabilities();
+        self.attention != AttentionChoice::Wgmma || device.wgmma || !device.tensor_cores
+    }
+}
+
 pub const DEFAULT: Variant = Variant {
     name: "",
     dtypes: &[DType::F32, DType::BF16],
@@ -115,6 +123,10 @@ pub const TENSOR_CORE: Variant = Variant {
     attention: AttentionChoice::TensorCore,
     ..DEFAULT
 };
+
+/// As `TENSOR_CORE`, with the kernels of Hopper for the head sizes that have them.
+pub const WGMMA: Variant =
+    Variant { name: "wgmma", attention: AttentionChoice::Wgmma, ..TENSOR_CORE };
 
 /// The sizes that performance cases are made of: a batch of a model.
 #[derive(Clone, Copy, Debug)]

@@ -16,8 +16,12 @@ use crate::support::cpu_in;
 const SIMT: [(AttentionChoice, DType); 2] =
     [(AttentionChoice::Simt, DType::F32), (AttentionChoice::Simt, DType::BF16)];
 
-const ALL: [(AttentionChoice, DType); 3] =
-    [SIMT[0], SIMT[1], (AttentionChoice::TensorCore, DType::BF16)];
+const ALL: [(AttentionChoice, DType); 4] = [
+    SIMT[0],
+    SIMT[1],
+    (AttentionChoice::TensorCore, DType::BF16),
+    (AttentionChoice::Wgmma, DType::BF16),
+];
 
 fn context((choice, dtype): (AttentionChoice, DType)) -> Cx {
     let mut cx = cpu_in(dtype);

@@ -3,6 +3,7 @@
 mod adapters;
 mod architecture;
 mod attention;
+mod attention_hopper;
 mod bounds;
 mod checkpoint;
 mod config;

@@ -12,6 +12,7 @@ const LOG: i32 = 1;
 const TANH: i32 = 2;
 const ERF: i32 = 3;
 const SIGMOID: i32 = 4;
+const EXP2_FAST: i32 = 5;
 
 fn on(device: Cpu, which: i32, x: &[f32]) -> Vec<f32> {
     let pool = Pool::new(Arc::new(device));
@@ -94,6 +95,18 @@ fn exp_is_as_accurate_as_its_comment_says() {
 }
 
 #[test]
+fn exp2_fast_is_as_accurate_as_its_comment_says() {
+    let inside = |x: Vec<f32>| x.into_iter().filter(|v| (-126.0..=127.0).contains(v)).collect();
+    let kept: [Vec<f32>; 2] = [inside(all_floats()), inside(dense(-126.0, 127.0))];
+    for x in kept {
+        let (error, at) = worst(EXP2_FAST, &x, f64::exp2);
+        assert!(error <= 2.0, "{error} ulp at {at:e}");
+    }
+    let edge = apply(EXP2_FAST, &[0.0, -0.0, -126.5, -1e30, f32::NEG_INFINITY]);
+    assert_eq!(edge, [1.0, 1.0, 0.0, 0.0, 0.0], "and alpha is exactly 1 where a base stays");
+}
+
+#[test]
 fn log_is_as_accurate_as_its_comment_says() {
     let positive: Vec<f32> = all_floats().into_iter().filter(|v| *v > 0.0).collect();
     for x in [positive, dense(0.5, 2.0), dense(1e-3, 100.0)] {
@@ -159,7 +172,7 @@ fn infinities_zeros_and_nan_come_out_as_they_must() {
 #[test]
 fn fast_and_strict_builds_of_the_functions_give_the_same_bits() {
     let x: Vec<f32> = all_floats().into_iter().step_by(97).collect();
-    for which in EXP..=SIGMOID {
+    for which in EXP..=EXP2_FAST {
         let bits = |y: Vec<f32>| {
             y.iter().map(|v| if v.is_nan() { 0 } else { v.to_bits() }).collect::<Vec<_>>()
         };

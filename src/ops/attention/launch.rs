@@ -2,7 +2,8 @@
 //!
 //! Invariant: the family depends on the context and the dtype alone, so forward, backward and
 //! decode agree. Both families take the same arguments; only the items of a launch differ: rows
-//! (simt) or tiles of rows (tensor cores).
+//! (simt) or tiles of rows (tensor cores). The kernels of Hopper belong to the tensor-core family:
+//! they give its bits, so each may run or not on its own.
 
 use super::plan::AttnPlan;
 use super::shape::{Numbers, PAGE};
@@ -11,7 +12,8 @@ use crate::config::AttentionChoice;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{
-    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionPagedFwdArgs, MMA_ROWS,
+    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionHopperFwdArgs,
+    AttentionPagedFwdArgs, Boxes, MMA_ROWS,
 };
 use crate::tensor::Tensor;
 
@@ -20,7 +22,7 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     let chosen = match cx.attention {
         AttentionChoice::Simt => false,
         AttentionChoice::Auto => bf16 && cx.device.capabilities().tensor_cores,
-        AttentionChoice::TensorCore => true,
+        AttentionChoice::TensorCore | AttentionChoice::Wgmma => true,
     };
     if chosen && !bf16 {
         let what = tensors[0].dtype().name();
@@ -38,6 +40,23 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
         }
         _ => Ok(chosen),
     }
+}
+
+/// Whether a kernel of Hopper, which has these head sizes, runs for the tensor-core family.
+fn wgmma(cx: &Cx, n: &Numbers, head_sizes: &[usize]) -> Result<bool> {
+    let device = cx.device.capabilities();
+    match cx.attention {
+        AttentionChoice::Auto if !device.wgmma => return Ok(false),
+        // A CPU runs them too, for tests.
+        AttentionChoice::Wgmma if device.tensor_cores && !device.wgmma => {
+            let message =
+                format!("wgmma needs a Hopper GPU, not {}; choose auto", cx.device.name());
+            return Err(Error::op("attention", message));
+        }
+        AttentionChoice::Auto | AttentionChoice::Wgmma => {}
+        AttentionChoice::Simt | AttentionChoice::TensorCore => return Ok(false),
+    }
+    Ok(head_sizes.contains(&n.d))
 }
 
 fn blocks(tiles: &Tensor, heads: i32) -> Launch {
@@ -68,6 +87,24 @@ pub(super) fn forward(
         window: n.window,
     };
     if tensor_cores(cx, n, &[qkv])? {
+        if wgmma(cx, n, &kernels::ATTENTION_HOPPER_FWD_D)? {
+            let tiles = AttentionHopperFwdArgs {
+                out: out.out(),
+                lse: lse.map(Tensor::out),
+                qkv,
+                map: Boxes::swizzled(qkv, PAGE),
+                items: &t.wide_tiles,
+                segments: &t.segments,
+                ld: qkv.stride() as i32,
+                heads: n.heads,
+                kv_heads: n.kv_heads,
+                scale: n.scale,
+                softcap: n.softcap,
+                window: n.window,
+            };
+            let at = blocks(&t.wide_tiles, n.heads);
+            return kernels::attention_hopper_fwd(dev, at, n.d, tiles);
+        }
         let tiles = AttentionFwdArgs { items: &t.query_tiles, ..rows };
         return kernels::attention_mma_fwd(dev, blocks(&t.query_tiles, n.heads), n.d, tiles);
     }

@@ -1,0 +1,251 @@
+// Causal attention over packed sequences, forward, with TMA and wgmma: bf16, sm_90a, head sizes 64 and 128. Math: attention.cu.
+//
+// Math     as attention_mma.cu, whose softmax it shares
+// Shapes   as attention_mma_fwd, but items are of HOPPER_ROWS rows;  map: boxes of 64 x 64 of qkv
+// Plan     a block a (128 query rows, head); a warpgroup owns 64 of the rows and skips the blocks of 64 positions that none
+//          of them sees. A ring of such blocks of K and V in shared memory; the first warpgroup fills it, by TMA, or by
+//          cp.async where a block is not one box: where a prefix ends inside it, and at the end of the segment (so that
+//          no neighbour's NaN comes in). S of a block is started before the product of P and V of the block before,
+//          which runs under the softmax. Nothing spills; head size 64 leaves registers for two blocks a multiprocessor.
+// Numerics bit for bit those of attention_mma_fwd: wgmma accumulates like a chain of mma.sync, the accumulators lie in the
+//          same lanes, and the blocks and the softmax are the same
+// Cost     4 D flops a pair. H100: not measured yet
+#include "common/online_softmax.cuh"
+#include "prim/wgmma_loop.cuh"
+
+// Query rows of a block, and stages of its ring.
+EXPORT(int, HOPPER_ROWS, 128);
+EXPORT_FN(hopper_fwd_stages, d, d <= 64 ? 5 : 4);
+// Bytes of shared memory: Q, the ring of K and V, two mbarriers a stage.
+EXPORT_FN(hopper_fwd_shared, d, (HOPPER_ROWS + 2 * 64 * hopper_fwd_stages(d)) * d * 2 + 16 * hopper_fwd_stages(d));
+
+#if HOPPER && defined(REAL_BF16)
+constexpr int SIDE = 64;           // rows of a tile: of a warpgroup's queries, of a block's keys
+constexpr int BOX = SIDE * 64;     // values of a box; a tile of D columns is D / 64 boxes
+constexpr int GROUP = 128;         // threads of a warpgroup
+
+// Starts the copy of a tile of D columns by a warpgroup; row i lies at base + offset(i), and is zeros where that is negative.
+// Not unrolled: its addresses would cost the registers that the products need.
+template <int D, class Offset>
+DEVICE void fetch_tile(bf16* tile, const bf16* base, const Offset& offset) {
+  constexpr int CHUNKS = D / 8;
+  const int t = (int)threadIdx.x % GROUP, c = t % CHUNKS;
+#pragma unroll 1
+  for (int i = 0; i < SIDE * CHUNKS / GROUP; ++i) {
+    const int r = t / CHUNKS + i * (GROUP / CHUNKS);
+    const long long at = offset(r);
+    bf16* to = tile + c / 8 * BOX + swizzle128(r, c % 8) / 2;
+    copy_async16(to, base + (at < 0 ? 0 : at + c * 8), at < 0 ? 0 : 16);
+  }
+}
+
+// Starts s = Q K^T.
+template <int D>
+DEVICE void start_scores(float (&s)[SIDE / 8][4], wgmma_operand q, wgmma_operand k) {
+#pragma unroll
+  for (int kk = 0; kk < D / 16; ++kk) {
+    const int at = kk / 4 * BOX + kk % 4 * 16;
+    wgmma_ss<SIDE, false, false>((float (&)[SIDE / 2])s, wgmma_step(q, at), wgmma_step(k, at), kk > 0);
+  }
+  wgmma_commit();
+}
+
+// Starts o += P V.
+template <int D>
+DEVICE void start_weighted(float (&o)[D / 8][4], const unsigned (&p)[SIDE / 16][4], wgmma_operand v) {
+#pragma unroll
+  for (int kk = 0; kk < SIDE / 16; ++kk)
+    wgmma_rs<D, true>((float (&)[D / 2])o, p[kk], wgmma_step(v, kk * 16 * 64), true);
+  wgmma_commit();
+}
+
+DEVICE void pack_weights(unsigned (&p)[SIDE / 16][4], const float (&s)[SIDE / 8][4]) {
+#pragma unroll
+  for (int j = 0; j < SIDE / 8; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) p[j / 2][j % 2 * 2 + h] = pack_bf16(s[j][2 * h], s[j][2 * h + 1]);
+}
+
+// The ring of K and V: what the first warpgroup fills and all empty, each at its own place.
+template <int D>
+struct Ring {
+  static constexpr int STAGES = hopper_fwd_stages(D), TILE = SIDE * D;
+  bf16 *k, *v;
+  mbarrier *full, *empty;
+  int stage = 0, phase = 0, before = 0;
+  int fill_stage = 0, fill_phase = 1;  // an empty ring has no one to wait for
+  DEVICE_MEMBER Ring(bf16* base) : k(base), v(base + STAGES * TILE), full((mbarrier*)(v + STAGES * TILE)), empty(full + STAGES) {}
+  DEVICE_MEMBER void init(int consumers) {
+    for (int i = 0; i < STAGES; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, consumers);
+    }
+    mbarrier_fence();
+  }
+  DEVICE_MEMBER void wait() { mbarrier_wait(full + stage, phase); }
+  DEVICE_MEMBER void release(int which) {
+    if (threadIdx.x % GROUP == 0) mbarrier_arrive(empty + which);
+  }
+  DEVICE_MEMBER void advance() {
+    before = stage;
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+template <int D, bool CAPPED>
+DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_map& map, const int* items, const int* segments,
+                           int ld, int heads, int kv_heads, float scale, float softcap, int window) {
+  constexpr int ROWS = HOPPER_ROWS, TILE = SIDE * D, STAGES = Ring<D>::STAGES;
+  bf16* sq = (bf16*)shared_base();
+  Ring<D> ring(sq + ROWS * D);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wg = shfl(warp / 4, 0);
+  const int head = blockIdx.x % heads, tile = blockIdx.x / heads;
+  const int segment = items[2 * tile], tile_row = items[2 * tile + 1];
+  const SegmentKeys keys(segments, segment, ld);
+  const int length = segments[segment * SEGMENT_INTS + 1], end = keys.prefix_length + length;
+  const int to = min_int(keys.prefix_length + tile_row + ROWS, end);
+  const int k_column = (heads + head / (heads / kv_heads)) * D, v_column = k_column + kv_heads * D;
+  // This warpgroup's rows (perhaps none), and its blocks among those of the tile.
+  const int first_row = tile_row + wg * SIDE, count = min_int(length - first_row, SIDE);
+  const int first_position = keys.prefix_length + first_row, first_block = first_seen(keys.prefix_length + tile_row, window) / SIDE,
+            end_block = (to + SIDE - 1) / SIDE;
+  const int my_first = count > 0 ? first_seen(first_position, window) / SIDE : end_block;
+  const int my_end = count > 0 ? (first_position + count + SIDE - 1) / SIDE : end_block;
+
+  fetch_tile<D>(sq + wg * TILE, qkv + head * D,
+                [&](int i) { return i < count ? (long long)(keys.start + first_row + i) * ld : -1ll; });
+  copy_commit();
+  if (threadIdx.x == 0) ring.init(ROWS / SIDE);
+  block_sync();
+
+  // Starts the copy of a block, by the first warpgroup, once all have released its stage.
+  auto fill = [&](int block) {
+    if (wg != 0 || block >= end_block) return;
+    const int p = block * SIDE, stage = ring.fill_stage;
+    bf16 *to_k = ring.k + stage * TILE, *to_v = ring.v + stage * TILE;
+    const bool one_box = p + SIDE <= end && (p >= keys.prefix_length || p + SIDE <= keys.prefix_length);
+    if (one_box) {
+      if (threadIdx.x == 0) {
+        mbarrier_wait(ring.empty + stage, ring.fill_phase);
+        mbarrier_expect(ring.full + stage, 2 * TILE * (int)sizeof(bf16));
+#pragma unroll
+        for (int c = 0; c < D / 64; ++c) {
+          tma_load(to_k + c * BOX, &map, ring.full + stage, k_column + c * 64, keys.row(p));
+          tma_load(to_v + c * BOX, &map, ring.full + stage, v_column + c * 64, keys.row(p));
+        }
+      }
+    } else {
+      mbarrier_wait(ring.empty + stage, ring.fill_phase);
+      auto key_row = [&](int i) { return p + i < to ? keys.at(p + i) : -1ll; };
+      fetch_tile<D>(to_k, qkv + k_column, key_row);
+      fetch_tile<D>(to_v, qkv + v_column, key_row);
+      copy_commit();
+      copy_wait<0>();
+      fence_async_proxy();
+      named_barrier(1, GROUP);
+      if (threadIdx.x == 0) mbarrier_arrive(ring.full + stage);
+    }
+    if (++ring.fill_stage == STAGES) ring.fill_stage = 0, ring.fill_phase ^= 1;
+  };
+  // At block b the first warpgroup is done with b - 2: its stage takes b - 2 + STAGES, if the others are done with it too.
+  for (int i = 0; i < STAGES - 2; ++i) fill(first_block + i);
+  copy_wait<0>();
+  fence_async_proxy();
+  block_sync();
+
+  const wgmma_operand q = wgmma_desc<true>(sq + wg * TILE), k0 = wgmma_desc<true>(ring.k), v0 = wgmma_desc<false>(ring.v);
+  const float factor = score_factor(scale, softcap);
+  OnlineSoftmax softmax;
+  float o[D / 8][4], s[SIDE / 8][4], alpha[2];
+  unsigned p[SIDE / 16][4];
+  int position[2], first[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = warp % 4 * 16 + lane / 4 + h * 8;
+    position[h] = i < count ? first_position + i : -1;
+    first[h] = first_seen(position[h], window);
+  }
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o[j][e] = 0.f;
+
+  auto skip = [&](int block) {
+    fill(block - 2 + STAGES);
+    ring.wait();
+    ring.release(ring.stage);
+    ring.advance();
+  };
+  auto weights = [&](int block) {
+    hold((float (&)[SIDE / 2])s);
+    if (CAPPED) cap_scores(s, scale, softcap);
+    hide_scores(s, first, position, block * SIDE);
+    return softmax.step(s, alpha, factor);
+  };
+  int block = first_block;
+#pragma unroll 1
+  for (; block < my_first; ++block) skip(block);
+  if (my_first < my_end) {
+    ring.wait();
+    wgmma_fence();
+    start_scores<D>(s, q, wgmma_step(k0, ring.stage * TILE));
+    fill(block - 2 + STAGES);
+    wgmma_wait<0>();
+    weights(block);
+    pack_weights(p, s);
+    ring.advance();
+#pragma unroll 1
+    for (++block; block < my_end; ++block) {
+      ring.wait();
+      wgmma_fence();
+      start_scores<D>(s, q, wgmma_step(k0, ring.stage * TILE));
+      start_weighted<D>(o, p, wgmma_step(v0, ring.before * TILE));
+      fill(block - 2 + STAGES);
+      wgmma_wait<1>();
+      // Two waits in two branches: at one before them the compiler would put it before the softmax.
+      if (warp_any(weights(block))) {
+        wgmma_wait<0>();
+        hold((float (&)[D / 2])o);
+        scale_rows(o, alpha);
+      } else {
+        wgmma_wait<0>();
+        hold((float (&)[D / 2])o);
+      }
+      ring.release(ring.before);
+      pack_weights(p, s);
+      ring.advance();
+    }
+    wgmma_fence();
+    start_weighted<D>(o, p, wgmma_step(v0, ring.before * TILE));
+    wgmma_wait<0>();
+    hold((float (&)[D / 2])o);
+    ring.release(ring.before);
+  }
+#pragma unroll 1
+  for (; block < end_block; ++block) skip(block);
+
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = warp % 4 * 16 + lane / 4 + h * 8;
+    const float sum = row_sum(softmax.l[h]), inverse = sum > 0.f ? 1.f / sum : 0.f;
+    if (i >= count) continue;
+    const long long place = (long long)(keys.start + first_row + i) * heads + head;
+    if (lse && lane % 4 == 0) lse[place] = softmax.lse(h, sum);
+    unsigned* to_row = (unsigned*)(out + place * D) + lane % 4;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) to_row[j * 4] = pack_bf16(o[j][2 * h] * inverse, o[j][2 * h + 1] * inverse);
+  }
+}
+#endif
+
+// out and lse of the rows of one item, of one head.
+KERNEL(attention_hopper_fwd, D=64,128, THREADS=256, BLOCKS=64:2, SHARED=hopper_fwd_shared(D), HOT)
+(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int ld, int heads,
+ int kv_heads, float scale, float softcap, int window) {
+#if HOPPER && defined(REAL_BF16)
+  if (softcap > 0.f)
+    hopper_forward<D, true>(out, lse, qkv, map, items, segments, ld, heads, kv_heads, scale, softcap, window);
+  else
+    hopper_forward<D, false>(out, lse, qkv, map, items, segments, ld, heads, kv_heads, scale, softcap, window);
+#endif
+}
