@@ -12,7 +12,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use crate::files::{KernelFile, REALS, Real, Sources, listed, text, write_if_changed};
-use crate::signature::Kind;
+use crate::signature::{Kind, Role};
 
 /// A translation unit and the text that its object depends on, beside what all include.
 struct Unit {
@@ -126,7 +126,10 @@ fn source(
         )
         .unwrap();
         for (i, p) in k.params.iter().enumerate() {
-            let ty = p.c_type("");
+            let ty = match p.role {
+                Role::Map => "tensor_map".into(),
+                _ => p.c_type(""),
+            };
             writeln!(s, "  {ty} {} = *({ty}*)l->args[{i}];", p.name).unwrap();
         }
         let (name, args) = (&k.name, k.c_args());

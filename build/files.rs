@@ -131,6 +131,7 @@ impl Param {
     pub fn c_type(&self, restrict: &str) -> String {
         match self.role {
             Role::Scalar => self.ty.c().into(),
+            Role::Map => "const tensor_map&".into(),
             Role::In | Role::MaybeIn => format!("const {}*{restrict}", self.ty.c()),
             // Outputs are not restrict: an in-place call (y == x) is allowed where the op says so.
             Role::Out | Role::MaybeOut => format!("{}*", self.ty.c()),
@@ -141,6 +142,15 @@ impl Param {
 impl Kernel {
     pub fn c_params(&self, restrict: &str) -> String {
         let one = |p: &Param| format!("{} {}", p.c_type(restrict), p.name);
+        self.params.iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The parameters of the entry point that a GPU is launched with.
+    pub fn entry_params(&self) -> String {
+        let one = |p: &Param| match p.role {
+            Role::Map => format!("const __grid_constant__ tensor_map {}", p.name),
+            _ => format!("{} {}", p.c_type(" __restrict__"), p.name),
+        };
         self.params.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 

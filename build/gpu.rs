@@ -35,6 +35,7 @@ pub fn build(out: &Path, sources: &Sources) -> Images {
             "cargo:warning=no nvcc found: building for the CPU device only. For the GPU build see README.md, \"The GPU build\"."
         );
         println!("cargo:rustc-env=TEMPER_NVCC=");
+        println!("cargo:rustc-env=TEMPER_ARCHS=");
         return none();
     };
     let archs = env::var("TEMPER_CUDA_ARCHS").unwrap_or_else(|_| "sm_80,sm_90a,sm_120".into());
@@ -75,6 +76,7 @@ pub fn build(out: &Path, sources: &Sources) -> Images {
     let defects = defects.into_inner().unwrap();
     assert!(defects.is_empty(), "kernels marked HOT spill registers:\n  {}", defects.join("\n  "));
     println!("cargo:rustc-env=TEMPER_NVCC={}", compiler.nvcc.display());
+    println!("cargo:rustc-env=TEMPER_ARCHS={archs}");
     images.into_inner().unwrap()
 }
 
@@ -176,7 +178,7 @@ fn gpu_source(sources: &Sources, file: &KernelFile, real: &Real) -> String {
     writeln!(s, "#include \"{}\"", file.include).unwrap();
     for instance in file.kernels.iter().flat_map(|k| sources.instances(k, real).unwrap()) {
         let (k, d, symbol) = (instance.kernel, instance.d, instance.symbol);
-        let (params, name, args) = (k.c_params(" __restrict__"), &k.name, k.c_args());
+        let (params, name, args) = (k.entry_params(), &k.name, k.c_args());
         let bounds = match k.blocks {
             Some((of, n)) if of == d => format!("{}, {n}", k.threads),
             _ => k.threads.to_string(),

@@ -85,7 +85,11 @@ fn instances(
     k: &Kernel,
     all: &mut Vec<String>,
 ) -> String {
-    let size = |p: &Param| if p.role == Role::Scalar && p.ty != Type::Long { 4 } else { 8 };
+    let size = |p: &Param| match p.role {
+        Role::Scalar if p.ty != Type::Long => 4,
+        Role::Map => 128,
+        _ => 8,
+    };
     let sizes: Vec<u8> = k.params.iter().map(size).collect();
     let mut table = Vec::new();
     for real in &REALS {
@@ -151,7 +155,7 @@ fn launcher(s: &mut String, k: &Kernel, table: &str) {
         docs(&k.doc)
     )
     .unwrap();
-    // The dtype of the instance is that of the first `real` argument that is there.
+    // The dtype of the instance is that of the first `real` argument or tensor map that is there.
     let mut real = String::from("DType::F32");
     for p in k.params.iter().rev().filter(|p| p.ty == Type::Real) {
         let n = &p.name;
@@ -159,7 +163,7 @@ fn launcher(s: &mut String, k: &Kernel, table: &str) {
             Role::MaybeIn => format!("a.{n}.map_or({real}, |t| t.dtype())"),
             Role::MaybeOut => format!("a.{n}.map_or({real}, |t| t.0.dtype())"),
             Role::Out => format!("a.{n}.0.dtype()"),
-            Role::In | Role::Scalar => format!("a.{n}.dtype()"),
+            Role::In | Role::Map | Role::Scalar => format!("a.{n}.dtype()"),
         };
     }
     writeln!(s, "    let real = {real};").unwrap();
@@ -171,6 +175,7 @@ fn launcher(s: &mut String, k: &Kernel, table: &str) {
             Role::Out => format!("argument(def, \"{n}\", Some(a.{n}.0), {dtype})?"),
             Role::MaybeIn => format!("argument(def, \"{n}\", a.{n}, {dtype})?"),
             Role::MaybeOut => format!("argument(def, \"{n}\", a.{n}.map(|t| t.0), {dtype})?"),
+            Role::Map => format!("dev.encode_map(&a.{n}.map)?"),
             Role::Scalar => format!("a.{n}"),
         };
         writeln!(s, "    let mut {n}_ = {value};").unwrap();
@@ -192,6 +197,7 @@ fn rust_type(p: &Param) -> &'static str {
         (Role::Out, _) => "Out<'a>",
         (Role::MaybeIn, _) => "Option<&'a Tensor>",
         (Role::MaybeOut, _) => "Option<Out<'a>>",
+        (Role::Map, _) => "Boxes<'a>",
         (Role::Scalar, Type::Unsigned) => "u32",
         (Role::Scalar, Type::Float) => "f32",
         (Role::Scalar, Type::Long) => "i64",

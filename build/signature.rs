@@ -54,6 +54,8 @@ pub enum Role {
     MaybeIn,
     MaybeOut,
     Scalar,
+    /// A tensor map, by value.
+    Map,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -239,6 +241,9 @@ fn parameter(text: &str) -> Result<Param, String> {
     let Some((ty, name)) = text.rsplit_once([' ', '*']) else {
         return Err("expected a type and a name; write const real* x or int n".into());
     };
+    if ty.trim() == "const tensor_map&" {
+        return Ok(Param { name: name.to_string(), role: Role::Map, ty: Type::Real });
+    }
     let pointer = text.contains('*');
     let ty = ty.trim().trim_end_matches('*').trim();
     let marked = |m: &str| {

@@ -7,7 +7,9 @@
 // The launchers' docs are the heads of the kernels: brackets there are indices.
 #![allow(rustdoc::broken_intra_doc_links)]
 
-use crate::device::{CpuLaunch, DType, Device, Image, KernelDef, Launch};
+use std::marker::PhantomData;
+
+use crate::device::{CpuLaunch, DType, Device, Image, KernelDef, Launch, TensorMap};
 use crate::error::{Error, Result};
 use crate::tensor::{Out, Tensor};
 
@@ -44,4 +46,39 @@ fn argument(kernel: &KernelDef, name: &str, tensor: Option<&Tensor>, dtype: DTyp
         )));
     }
     Ok(tensor.address())
+}
+
+/// A matrix in memory and the box of it that a kernel's bulk copies (TMA) move: its tensor map.
+#[derive(Clone, Copy, Debug)]
+pub struct Boxes<'a> {
+    map: TensorMap,
+    dtype: DType,
+    tensor: PhantomData<&'a Tensor>,
+}
+
+impl<'a> Boxes<'a> {
+    /// Boxes of `rows` rows, 128 bytes wide, with 128-byte swizzle in shared memory.
+    pub fn swizzled(t: &'a Tensor, rows: usize) -> Boxes<'a> {
+        let size = t.dtype().size();
+        let map = TensorMap {
+            address: t.address(),
+            row_bytes: (t.stride() * size) as u64,
+            rows: t.row_count() as u32,
+            cols: t.cols() as u32,
+            box_rows: rows as u32,
+            box_cols: (128 / size) as u32,
+            element_bytes: size as u32,
+            swizzled: 1,
+        };
+        Boxes { map, dtype: t.dtype(), tensor: PhantomData }
+    }
+
+    /// Whether bulk copies can reach it: address and rows begin at multiples of 16 bytes.
+    pub fn fit(t: &Tensor) -> bool {
+        t.address() % 16 == 0 && t.stride() * t.dtype().size() % 16 == 0
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
 }

@@ -8,6 +8,7 @@
 //   const T* x       input            T* y            output: every element that is promised is written
 //   INOUT(T) y       read and written SCRATCH(T) s    work space, contents undefined before and after
 //   MAYBE(const T) b input that may be null           MAYBE(T) y  output that may be null
+//   const tensor_map& a  a matrix in memory and the box of it that one tma_load or tma_store moves; by value
 // Scalars are sizes and constants. Whatever changes from step to step comes through a pointer, so that a step can be
 // captured as a graph.
 //
@@ -39,6 +40,16 @@
   struct name { \
     enum { __VA_ARGS__ }; \
   }
+
+// The device encodes it from `TensorMap` in src/device/mod.rs: for the driver on a GPU, as it is on the CPU. Kernels only
+// pass its address on.
+#ifdef __CUDACC__
+struct alignas(64) tensor_map {
+  unsigned long long opaque[16];
+};
+#else
+typedef shim::TensorMap tensor_map;
+#endif
 
 #define INOUT(T) T*
 #define SCRATCH(T) T*

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <sys/mman.h>
+#include <vector>
 
 __thread shim::Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -79,7 +80,7 @@ const size_t RED_ZONE = 256;
 const unsigned MAX_COPIES = 64;
 const unsigned short POISON = 0x7ff7;  // NaN as a bf16, and twice over as a float
 
-enum State : unsigned char { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
+enum State : unsigned char { READY, AT_BARRIER, AT_COLLECTIVE, AT_MBARRIER, AT_NAMED, DONE };
 
 struct Copy {
   void* dst;
@@ -94,6 +95,42 @@ struct Fiber {
   void* data;
   unsigned groups, copies;  // async copy groups committed; copies pending
   Copy pending[MAX_COPIES];
+  unsigned long long* mbarrier;  // the one it waits at, and for which parity
+  int parity, named;             // the named barrier it waits at
+};
+
+// A copy that lands when somebody waits for its mbarrier: a box of a map, or a cp.async of this thread, or an arrival
+// after those (dst null).
+struct Bulk {
+  unsigned long long* mbarrier;
+  const TensorMap* map;
+  int x, y;
+  Copy copy;
+};
+
+// A box on its way to global memory.
+struct Store {
+  const TensorMap* map;
+  const void* src;
+  int x, y;
+  unsigned thread, group;
+};
+
+// A product in flight, in strict mode.
+struct Wgmma {
+  int n;
+  bool trans_a, trans_b, from_registers, accumulate, kept;
+  WgmmaOperand a, b;
+  unsigned registers[128][4];
+  float* d[128];
+  unsigned group;
+  std::vector<float> old;  // the accumulators before it, 128 times n/2, if `kept`; meanwhile they hold poison
+};
+
+struct Warpgroup {
+  std::vector<Wgmma> pending;
+  unsigned groups = 0;
+  bool fenced = false;
 };
 
 struct Worker {
@@ -108,6 +145,14 @@ struct Worker {
   unsigned threads = 0, current = 0, at_barrier = 0, done = 0;
   unsigned arrived[MAX_THREADS / 32];           // lanes of each warp that wait in its collective
   const char* collective[MAX_THREADS / 32];     // which one that is
+  unsigned group_arrived[MAX_THREADS / 128];    // the same for warpgroups
+  const char* group_collective[MAX_THREADS / 128];
+  unsigned named[16];                           // arrivals at each named barrier
+  unsigned char* async_view = nullptr;          // strict: shared memory as TMA stores and wgmma see it
+  std::vector<Bulk> bulk;
+  std::vector<Store> stores;
+  unsigned store_groups[MAX_THREADS];
+  Warpgroup groups[MAX_THREADS / 128];
   bool failed = false;
 
   ~Worker();
@@ -137,6 +182,10 @@ void to_scheduler(State s) {
   f.state = s;
   temper_shim_switch(&f.sp, w.scheduler);
 }
+
+bool mbarrier_passed(Fiber& f);
+void check_nothing_in_flight();
+void expect_free(const char* what, const unsigned char* at, size_t bytes);
 
 // The first frame of every fiber. A fiber that has ended is never switched to again.
 void fiber_main() {
@@ -206,17 +255,25 @@ void report_deadlock() {
   for (unsigned t = 0; t < w.threads;) {
     Fiber& f = w.fibers[t];
     unsigned e = t + 1;
-    while (e < w.threads && w.fibers[e].state == f.state && (f.state != AT_COLLECTIVE || w.fibers[e].at == f.at)) ++e;
+    while (e < w.threads && w.fibers[e].state == f.state && (f.state != AT_COLLECTIVE || w.fibers[e].at == f.at) &&
+           (f.state != AT_MBARRIER || (w.fibers[e].mbarrier == f.mbarrier && w.fibers[e].parity == f.parity)))
+      ++e;
     if (n > 640) {
       snprintf(text + n, sizeof text - n, " and so on");
       break;
     }
-    const char* what = f.state == DONE ? "ended" : f.state == AT_BARRIER ? "at a block barrier" : f.at;
+    const char* what = f.state == DONE          ? "ended"
+                       : f.state == AT_BARRIER  ? "at a block barrier"
+                       : f.state == AT_NAMED    ? "at a named barrier"
+                       : f.state == AT_MBARRIER ? "at an mbarrier"
+                                                : f.at;
     if (e - t == 1)
       n += snprintf(text + n, sizeof text - n, "%s thread %u %s", t ? "," : "", t, f.state == AT_COLLECTIVE ? "in " : "");
     else
       n += snprintf(text + n, sizeof text - n, "%s threads %u-%u %s", t ? "," : "", t, e - 1, f.state == AT_COLLECTIVE ? "in " : "");
     n += snprintf(text + n, sizeof text - n, "%s", what);
+    if (f.state == AT_MBARRIER)
+      n += snprintf(text + n, sizeof text - n, " (byte %lld, parity %d)", (long long)((unsigned char*)f.mbarrier - w.shared), f.parity);
     t = e;
   }
   fail(text);
@@ -226,10 +283,17 @@ void run_block(const Launch& l, uint64_t block) {
   Worker& w = *worker;
   w.at_barrier = w.done = 0;
   memset(w.arrived, 0, sizeof w.arrived);
+  memset(w.group_arrived, 0, sizeof w.group_arrived);
+  memset(w.named, 0, sizeof w.named);
+  memset(w.store_groups, 0, sizeof w.store_groups);
+  w.bulk.clear();
+  w.stores.clear();
+  for (Warpgroup& g : w.groups) g = Warpgroup();
   for (unsigned t = 0; t < w.threads; ++t) prepare(w.fibers[t], w.stacks + t * (STACK_BYTES + GUARD_BYTES) + GUARD_BYTES);
   if (l.strict) {
     unsigned short* s = (unsigned short*)w.shared;
     for (size_t i = 0; i < (l.shared_bytes + RED_ZONE) / 2; ++i) s[i] = POISON;
+    memcpy(w.async_view, w.shared, l.shared_bytes);
   }
   unsigned order[MAX_THREADS];
   permutation(order, w.threads, l.seed + block * 7919, l.strict);
@@ -237,6 +301,7 @@ void run_block(const Launch& l, uint64_t block) {
     bool progress = false;
     for (unsigned i = 0; i < w.threads && !w.failed; ++i) {
       Fiber& f = w.fibers[order[i]];
+      if (f.state == AT_MBARRIER && mbarrier_passed(f)) f.state = READY;
       if (f.state != READY) continue;
       progress = true;
       w.current = order[i];
@@ -246,6 +311,7 @@ void run_block(const Launch& l, uint64_t block) {
     }
     if (!progress && !w.failed && w.done < w.threads) report_deadlock();
   }
+  if (l.strict && !w.failed) check_nothing_in_flight();
   if (l.strict && !w.failed)
     for (size_t i = l.shared_bytes / 2; i < (l.shared_bytes + RED_ZONE) / 2; ++i)
       if (((unsigned short*)w.shared)[i] != POISON) {
@@ -258,6 +324,7 @@ Worker::~Worker() {
   if (stacks) munmap(stacks, MAX_THREADS * (STACK_BYTES + GUARD_BYTES));
   delete[] fibers;
   free(shared);
+  free(async_view);
 }
 
 Worker& this_worker(const Launch& l) {
@@ -273,8 +340,10 @@ Worker& this_worker(const Launch& l) {
   }
   if (w.shared_cap < l.shared_bytes + RED_ZONE) {
     free(w.shared);
+    free(w.async_view);
     w.shared_cap = (l.shared_bytes + RED_ZONE + 1023) / 1024 * 1024;
     w.shared = (unsigned char*)aligned_alloc(1024, w.shared_cap);
+    w.async_view = (unsigned char*)aligned_alloc(1024, w.shared_cap);
   }
   w.launch = &l;
   w.failed = false;
@@ -328,35 +397,46 @@ void block_barrier() {
 
 int lane_id() { return (int)(worker->current % 32); }
 
-void warp_collective(const char* name, void* mine, WarpCompute compute) {
+namespace {
+// Of the `size` threads around this one. `arrived` and `current` are the counter and the name of their collective.
+void collective(const char* name, void* mine, WarpCompute compute, unsigned size, unsigned& arrived, const char*& current) {
   Worker& w = *worker;
-  unsigned first = w.current / 32 * 32, lanes = w.threads - first < 32 ? w.threads - first : 32;
+  const unsigned first = w.current / size * size;
+  const char* kind = size == 32 ? "warp" : "warpgroup";
   Fiber& me = w.fibers[w.current];
   me.data = mine;
   me.at = name;
-  if (lanes < 32) {
-    fail("a warp collective in a block whose size is not a multiple of 32");
-    to_scheduler(AT_COLLECTIVE);
-  }
-  const char*& current = w.collective[first / 32];
-  if (w.arrived[first / 32] == 0) current = name;
-  if (current != name && strcmp(current, name) != 0) {
-    char text[200];
-    snprintf(text, sizeof text, "divergent collectives in warp %u (threads %u-%u): thread %u is in %s, others are in %s", first / 32,
-             first, first + 31, w.current, name, current);
+  char text[200];
+  if (w.threads - first < size) {
+    snprintf(text, sizeof text, "a %s collective in a block whose size is not a multiple of %u", kind, size);
     fail(text);
     to_scheduler(AT_COLLECTIVE);
   }
-  if (++w.arrived[first / 32] < 32) {
+  if (arrived == 0) current = name;
+  if (current != name && strcmp(current, name) != 0) {
+    snprintf(text, sizeof text, "divergent collectives in %s %u (threads %u-%u): thread %u is in %s, others are in %s", kind,
+             first / size, first, first + size - 1, w.current, name, current);
+    fail(text);
+    to_scheduler(AT_COLLECTIVE);
+  }
+  if (++arrived < size) {
     to_scheduler(AT_COLLECTIVE);
     return;
   }
-  w.arrived[first / 32] = 0;
-  void* data[32];
-  for (unsigned i = 0; i < 32; ++i) data[i] = w.fibers[first + i].data;
+  arrived = 0;
+  void* data[128];
+  for (unsigned i = 0; i < size; ++i) data[i] = w.fibers[first + i].data;
   compute(data);
-  for (unsigned t = first; t < first + 32; ++t)
+  if (w.failed) to_scheduler(AT_COLLECTIVE);
+  for (unsigned t = first; t < first + size; ++t)
     if (w.fibers[t].state == AT_COLLECTIVE) w.fibers[t].state = READY;
+}
+}  // namespace
+
+void warp_collective(const char* name, void* mine, WarpCompute compute) {
+  Worker& w = *worker;
+  const unsigned i = w.current / 32;
+  collective(name, mine, compute, 32, w.arrived[i], w.collective[i]);
 }
 
 void shuffle(ShuffleLane* mine) {
@@ -395,6 +475,7 @@ void async_copy(void* dst, const void* src, unsigned bytes, unsigned valid) {
     fail(text);
     to_scheduler(AT_BARRIER);
   }
+  if (worker->launch->strict) expect_free("an async copy", (const unsigned char*)dst, bytes);
   if (f.copies == MAX_COPIES) {
     fail("more than 64 async copies pending in one thread");
     to_scheduler(AT_BARRIER);
@@ -420,3 +501,5 @@ void async_wait(int left) {
 }
 
 }  // namespace shim
+
+#include "shim/hopper.h"

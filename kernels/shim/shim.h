@@ -4,7 +4,8 @@
 // a fiber gives way only at a barrier or a warp collective. A collective is computed once, by the last lane to arrive.
 // Strict mode (tests, `temper check`) runs lanes in an order permuted by the seed, poisons shared memory, and turns
 // into errors: divergent collectives, barriers that some threads skip, deadlocks, writes past shared memory, async
-// copies that nothing waited for or that are misaligned (kernels/shim/planted.cu has one of each). What passes here can still fail on a GPU: the memory model is not emulated.
+// copies that nothing waited for or that are misaligned, and what a Hopper kernel can get wrong (kernels/shim/planted.cu
+// and planted_hopper.cu have one of each). What passes here can still fail on a GPU: the memory model is not emulated.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -114,6 +115,37 @@ T shfl_xor(T v, int mask) {
   return shfl(v, lane_id() ^ mask);
 }
 void warp_sync();
+
+// --- Hopper (hopper.h): prim/tma.cuh and prim/wgmma.cuh say what each does ---
+// A row-major matrix and the box of it that one copy moves. `Device::encode_map` in `device/mod.rs` writes it.
+struct alignas(64) TensorMap {
+  uint64_t address, row_bytes;  // from one row to the next
+  uint32_t rows, cols, box_rows, box_cols, element_bytes, swizzled;
+  uint32_t unused[22];
+};
+static_assert(sizeof(TensorMap) == 128, "as large as the driver's");
+
+// box: bytes between boxes of 64 columns; 0: k is contiguous.
+struct WgmmaOperand {
+  const void* tile;
+  int box;
+};
+void mbarrier_init(unsigned long long* b, int arrivals);
+void mbarrier_arrive(unsigned long long* b, int expected_bytes);
+void mbarrier_arrive_copies(unsigned long long* b);
+void mbarrier_wait(unsigned long long* b, int parity);
+void bulk_load(void* dst, const TensorMap* map, unsigned long long* b, int x, int y);
+void bulk_store(const TensorMap* map, const void* src, int x, int y);
+void tma_commit();
+void tma_wait(int newest_groups_left_in_flight);
+void fence_async_proxy();
+void named_barrier(int id, int threads, bool wait);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int newest_groups_left_in_flight);
+// a_registers: A's four words, or null where A is `a`.
+void wgmma(int n, bool trans_a, bool trans_b, float* d, const unsigned* a_registers, WgmmaOperand a, WgmmaOperand b,
+           bool accumulate);
 
 }  // namespace shim
 

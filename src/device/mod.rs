@@ -199,6 +199,26 @@ pub struct Gemm {
     pub accumulate: bool,
 }
 
+/// A row-major matrix, and the box of it that one bulk copy (TMA) moves.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMap {
+    pub address: u64,
+    /// From one row to the next, a multiple of 16.
+    pub row_bytes: u64,
+    pub rows: u32,
+    pub cols: u32,
+    pub box_rows: u32,
+    pub box_cols: u32,
+    pub element_bytes: u32,
+    /// 1: 128-byte swizzle in shared memory, for boxes 128 bytes wide; 0: none.
+    pub swizzled: u32,
+}
+
+/// A tensor map as a kernel of this device takes it.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct EncodedMap([u64; 16]);
+
 /// What code above the devices chooses by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -206,6 +226,8 @@ pub struct Capabilities {
     pub dtype: DType,
     /// Whether bf16 products are fastest in tensor cores.
     pub tensor_cores: bool,
+    /// Whether it runs the kernels of Hopper (TMA and wgmma, sm_90a).
+    pub wgmma: bool,
     /// Whether [`Device::gemm`] has a library.
     pub library_gemm: bool,
     /// Whether a row's bits in the library's products may depend on the number of rows.
@@ -219,6 +241,7 @@ impl Capabilities {
     pub const CPU: Capabilities = Capabilities {
         dtype: DType::F32,
         tensor_cores: false,
+        wgmma: false,
         library_gemm: true,
         gemm_depends_on_rows: false,
         work_bytes: 4 << 20,
@@ -228,6 +251,7 @@ impl Capabilities {
     pub const GPU: Capabilities = Capabilities {
         dtype: DType::BF16,
         tensor_cores: true,
+        wgmma: false,
         library_gemm: true,
         gemm_depends_on_rows: true,
         work_bytes: 512 << 20,
@@ -272,6 +296,20 @@ pub trait Device: Send + Sync {
     /// `args` match the kernel's signature, and its pointers are live for as long as the kernel
     /// runs.
     unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()>;
+    /// The tensor map as this device's kernels take it; here as the CPU's do, `shim::TensorMap` in
+    /// `kernels/shim/shim.h`.
+    fn encode_map(&self, map: &TensorMap) -> Result<EncodedMap> {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let mut encoded = EncodedMap([0; 16]);
+        encoded.0[..5].copy_from_slice(&[
+            map.address,
+            map.row_bytes,
+            pair(map.rows, map.cols),
+            pair(map.box_rows, map.box_cols),
+            pair(map.element_bytes, map.swizzled),
+        ]);
+        Ok(encoded)
+    }
     /// The library's matrix product, if this device has one for these dtypes: Ok(false) means it
     /// has not.
     /// # Safety

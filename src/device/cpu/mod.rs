@@ -33,6 +33,7 @@ pub const POISON: u16 = 0x7ff7;
 pub struct Cpu {
     strict: bool,
     seed: u64,
+    wgmma: bool,
     launches: AtomicU64,
     /// Live allocations (address, bytes), kept in strict mode to check their red zones.
     live: Mutex<Vec<(u64, usize)>>,
@@ -44,17 +45,23 @@ pub struct Cpu {
 
 /// One piece of recorded work.
 enum Step {
-    Launch { kernel: &'static KernelDef, at: Launch, args: Vec<u64> },
+    Launch { kernel: &'static KernelDef, at: Launch, args: Vec<Argument> },
     Gemm(Gemm),
     Copy { dst: u64, src: u64, bytes: usize },
     Fill { dst: u64, byte: u8, bytes: usize },
 }
+
+/// A recorded argument: a pointer, a scalar or a tensor map.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Argument([u64; 16]);
 
 impl Cpu {
     pub fn new() -> Self {
         Cpu {
             strict: false,
             seed: 0,
+            wgmma: false,
             launches: AtomicU64::new(0),
             live: Mutex::default(),
             marks: Mutex::default(),
@@ -81,6 +88,11 @@ impl Cpu {
     /// zones. Slow.
     pub fn strict(seed: u64) -> Self {
         Cpu { strict: true, seed, ..Cpu::new() }
+    }
+
+    /// Ops choose the kernels of Hopper, for tests: slow here.
+    pub fn with_wgmma(self) -> Self {
+        Cpu { wgmma: true, ..self }
     }
 
     fn pad(&self) -> usize {
@@ -126,7 +138,7 @@ impl Device for Cpu {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::CPU
+        Capabilities { wgmma: self.wgmma, ..Capabilities::CPU }
     }
 
     fn is_strict(&self) -> bool {
@@ -201,10 +213,10 @@ impl Device for Cpu {
     unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
         kernel.check_block(at)?;
         let copied = || {
-            let mut copies = vec![0u64; kernel.args.len()];
+            let mut copies = vec![Argument([0; 16]); kernel.args.len()];
             for ((copy, arg), size) in copies.iter_mut().zip(args.iter()).zip(kernel.args) {
                 // SAFETY: the caller's promise: the argument has the size that the signature says,
-                // at most 8 bytes.
+                // at most 128 bytes.
                 unsafe {
                     std::ptr::copy_nonoverlapping(
                         arg.cast::<u8>(),

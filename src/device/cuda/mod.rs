@@ -20,14 +20,32 @@ use cudarc::driver::sys::{
 };
 
 use super::{
-    Capabilities, Device, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch, Mark, MemoryInfo,
-    capturing, insert_in_free_slot, lock, no_graph,
+    Capabilities, Device, EncodedMap, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch, Mark,
+    MemoryInfo, TensorMap, capturing, insert_in_free_slot, lock, no_graph,
 };
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
 
 /// Whether nvcc was there when this was built.
 const HAS_GPU_IMAGES: bool = !env!("TEMPER_NVCC").is_empty();
+/// For a GPU of compute capability 9.0 the kernels of Hopper have code in an image of sm_90a only.
+const HAS_HOPPER_IMAGES: bool = names_hopper(env!("TEMPER_ARCHS"));
+
+const fn names_hopper(archs: &str) -> bool {
+    let (text, word) = (archs.as_bytes(), b"sm_90a");
+    let mut from = 0;
+    while from + word.len() <= text.len() {
+        let mut same = 0;
+        while same < word.len() && text[from + same] == word[same] {
+            same += 1;
+        }
+        if same == word.len() {
+            return true;
+        }
+        from += 1;
+    }
+    false
+}
 
 /// What the bindings were generated for, and the first driver that has it.
 const CUDA_VERSION: i32 = 13000;
@@ -437,7 +455,11 @@ impl Device for Cuda {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { library_gemm: self.blas.is_some(), ..Capabilities::GPU }
+        Capabilities {
+            library_gemm: self.blas.is_some(),
+            wgmma: self.capability.0 == 9 && HAS_HOPPER_IMAGES,
+            ..Capabilities::GPU
+        }
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
@@ -548,6 +570,41 @@ impl Device for Cuda {
             })?;
         lock(&self.code).last = kernel.name;
         Ok(())
+    }
+
+    fn encode_map(&self, map: &TensorMap) -> Result<EncodedMap> {
+        use sys::CUtensorMapDataType_enum::*;
+        let mut encoded = EncodedMap([0; 16]);
+        let (sizes, strides) = ([u64::from(map.cols), u64::from(map.rows)], [map.row_bytes]);
+        let dtype = match map.element_bytes {
+            2 => CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            _ => CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        };
+        let swizzle = match map.swizzled {
+            0 => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_NONE,
+            _ => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        // SAFETY: the driver reads the arrays, of two and one numbers for two dimensions, before it
+        // returns, and writes 128 bytes at a multiple of 64.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                (&raw mut encoded).cast(),
+                dtype,
+                2,
+                map.address as *mut std::ffi::c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                [map.box_cols, map.box_rows].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(failed(&format!("the tensor map of {map:?}")))?;
+        Ok(encoded)
     }
 
     unsafe fn gemm(&self, g: &Gemm) -> Result<bool> {
