@@ -13,8 +13,8 @@
 // Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). GPU: not measured yet.
 #include "prim/async.cuh"
 #include "common/mask.cuh"
+#include "common/online_softmax.cuh"
 #include "prim/mma.cuh"
-#include "prim/warp.cuh"
 
 // Rows of a block, and positions of a forward step.
 EXPORT(int, MMA_ROWS, 64);
@@ -32,7 +32,6 @@ EXPORT_FN(mma_dkv_shared, d, 2 * (MMA_ROWS + mma_dkv_step(d)) * mma_stride(d) * 
 
 #ifdef REAL_BF16
 constexpr int ROWS = MMA_ROWS;
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 template <int D>
 constexpr int STRIDE = mma_stride(D);
@@ -108,16 +107,6 @@ DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
   *(unsigned*)to = pack_bf16(a, b);
 }
 
-// Over the four lanes that share a row of the accumulators.
-DEVICE float row_max(float v) {
-  v = max2(v, shfl_xor(v, 1));
-  return max2(v, shfl_xor(v, 2));
-}
-DEVICE float row_sum(float v) {
-  v += shfl_xor(v, 1);
-  return v + shfl_xor(v, 2);
-}
-
 // What the 64 rows of a forward block are. Place i is of global row row(i), -1 where there is none.
 struct SegmentRows {
   int first_row, count, h, first_position;
@@ -142,15 +131,15 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
   bf16* sv = sk + ROWS * STRIDE<D>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int position[2], first[2], place[2];  // place: row and head in out, -1 if there is no row
-  float m[2], l[2], o[D / 8][4];
+  const float factor = score_factor(scale, softcap);
+  OnlineSoftmax softmax;
+  float o[D / 8][4];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int i = warp * 16 + lane / 4 + h * 8, row = rows.row(i);
     place[h] = row < 0 ? -1 : row * heads + rows.head(i);
     position[h] = rows.position(i);
     first[h] = first_seen(position[h], window);
-    m[h] = NEG_INF;
-    l[h] = 0.f;
   }
   clear(o);
   fetch_rows<D, ROWS>(sq, q, [&](int i) { return rows.row(i) < 0 ? -1ll : (long long)rows.row(i) * ld + rows.head(i) * D; });
@@ -169,56 +158,18 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
     const int next = block + ROWS;
     if (next < to) fetch_rows<D, ROWS>(sk, k, [&](int i) { return next + i < to ? keys.at(next + i) : -1ll; });
     copy_commit();
-    // To base 2, and what is not seen to -inf.
-    if (softcap > 0.f) {
-#pragma unroll
-      for (int j = 0; j < ROWS / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[j][e] = softcap * tanh_f(s[j][e] * scale / softcap) * LOG2_E;
-    } else {
-#pragma unroll
-      for (int j = 0; j < ROWS / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[j][e] *= scale * LOG2_E;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int low = first[h] - block - lane % 4 * 2, high = position[h] - block - lane % 4 * 2;
-      if (low > 0 || high < ROWS) {
-#pragma unroll
-        for (int j = 0; j < ROWS / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (j * 8 + e < low || j * 8 + e > high) s[j][2 * h + e] = NEG_INF;
-      }
-      float largest = m[h];
-#pragma unroll
-      for (int j = 0; j < ROWS / 8; ++j) largest = max2(largest, max2(s[j][2 * h], s[j][2 * h + 1]));
-      largest = row_max(largest);
-      const float base = largest == NEG_INF ? 0.f : largest, alpha = exp2_f(m[h] - base);
-      m[h] = largest;
-      float sum = 0.f;
-#pragma unroll
-      for (int j = 0; j < ROWS / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          s[j][2 * h + e] = exp2_f(s[j][2 * h + e] - base);
-          sum += s[j][2 * h + e];
-        }
-      l[h] = fmaf(l[h], alpha, sum);
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) o[j][2 * h + e] *= alpha;
-    }
+    cap_scores(s, scale, softcap);
+    hide_scores(s, first, position, block);
+    float alpha[2];
+    if (softmax.step(s, alpha, factor)) scale_rows(o, alpha);
     weighted_rows<D, ROWS>(o, s, sv);
   }
   copy_wait<0>();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float sum = row_sum(l[h]), inverse = sum > 0.f ? 1.f / sum : 0.f;
+    const float sum = row_sum(softmax.l[h]), inverse = sum > 0.f ? 1.f / sum : 0.f;
     if (place[h] < 0) continue;
-    if (lse && lane % 4 == 0) lse[place[h]] = m[h] * LN_2 + log_f(sum);
+    if (lse && lane % 4 == 0) lse[place[h]] = softmax.lse(h, sum);
     real* to_row = out + (long long)place[h] * D + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
@@ -228,13 +179,13 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
 
 // s (q.k) becomes P and dp (dO.v) the gradient of q.k, for one element.
 DEVICE void score_gradient(float& s, float& dp, bool seen, float lse, float delta, float scale, float softcap) {
-  float x = s * scale, slope = scale;
+  float x = s, slope = scale;
   if (softcap > 0.f) {
-    const float t = tanh_f(x / softcap);
+    const float t = tanh_f(s * scale / softcap);
     x = softcap * t;
     slope = scale * fmaf(-t, t, 1.f);
   }
-  s = seen ? exp2_f((x - lse) * LOG2_E) : 0.f;
+  s = seen ? exp2_fast(fmaf(x, score_factor(scale, softcap), -lse * LOG2_E)) : 0.f;
   dp = s * (dp - delta) * slope;
 }
 

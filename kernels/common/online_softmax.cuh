@@ -1,0 +1,96 @@
+// The softmax of attention's tensor-core kernels over blocks of scores, from left to right: the same bits in training,
+// prefill and decode, and for mma.sync and wgmma, because all call this.
+//
+// A warp holds 16 rows of a block in the accumulators of m16n8 products side by side: s[j][2h + e] is row g + 8h and column
+// 8j + 2t + e, where g = lane / 4 and t = lane % 4.
+#pragma once
+#include "common/mask.cuh"
+#include "prim/warp.cuh"
+
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+// P is 2^(score * factor - base). One factor for scale and base 2, so that a weight takes one fmaf and one exp2.
+DEVICE float score_factor(float scale, float softcap) { return softcap > 0.f ? LOG2_E : scale * LOG2_E; }
+
+template <int N>
+DEVICE void cap_scores(float (&s)[N][4], float scale, float softcap) {
+  if (softcap > 0.f) {
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[j][e] = softcap * tanh_f(s[j][e] * scale / softcap);
+  }
+}
+
+// What the two rows do not see becomes -inf: positions before `first` and beyond `position`; the columns begin at `block`.
+template <int N>
+DEVICE void hide_scores(float (&s)[N][4], const int (&first)[2], const int (&position)[2], int block) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int column = block + (int)threadIdx.x % 4 * 2, low = first[h] - column, high = position[h] - column;
+    if (low > 0 || high < N * 8) {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (j * 8 + e < low || j * 8 + e > high) s[j][2 * h + e] = NEG_INF;
+    }
+  }
+}
+
+template <int N>
+DEVICE void scale_rows(float (&o)[N][4], const float (&alpha)[2]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o[j][e] *= alpha[e / 2];
+}
+
+// Over the four lanes that share a row.
+DEVICE float row_max(float v) {
+  v = max_fast(v, shfl_xor(v, 1));
+  return max_fast(v, shfl_xor(v, 2));
+}
+DEVICE float row_sum(float v) {
+  v += shfl_xor(v, 1);
+  return v + shfl_xor(v, 2);
+}
+
+// P may reach 2^LEEWAY before a row's base follows its maximum: most blocks then rescale nothing. The choice is a row's own.
+constexpr float LEEWAY = 8.f;
+// The base of a row that has seen nothing: finite, so that no difference is NaN.
+constexpr float NO_BASE = -3e38f;
+
+// Two rows: weights are relative to 2^base; l is this lane's part of their sum.
+struct OnlineSoftmax {
+  float base[2] = {NO_BASE, NO_BASE}, l[2] = {0.f, 0.f};
+
+  // Scores become weights. True: what was summed with earlier weights has to be multiplied by alpha first.
+  template <int N>
+  DEVICE_MEMBER bool step(float (&s)[N][4], float (&alpha)[2], float factor) {
+    const float before[2] = {base[0], base[1]};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float largest = max_fast(s[0][2 * h], s[0][2 * h + 1]);
+#pragma unroll
+      for (int j = 1; j < N; ++j) largest = max_fast(largest, max_fast(s[j][2 * h], s[j][2 * h + 1]));
+      const float top = row_max(largest) * factor;
+      if (top - base[h] > LEEWAY) base[h] = top;
+      alpha[h] = exp2_fast(before[h] - base[h]);  // exactly 1 where the base stays
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& p = s[j][2 * h + e];
+          p = exp2_fast(fmaf(p, factor, -base[h]));
+          sum += p;
+        }
+      l[h] = fmaf(l[h], alpha[h], sum);
+    }
+    return base[0] != before[0] || base[1] != before[1];
+  }
+
+  // log of the sum of e^score, given the sum of l over the row's lanes.
+  DEVICE_MEMBER float lse(int h, float sum) const { return base[h] * LN_2 + log_f(sum); }
+};
