@@ -278,8 +278,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         // Key t is seen by the positions [t, t + window).
-        const int low = key + h * 8 - position - lane % 4 * 2;
-        const long long high = (long long)low + window;
+        const int low = key + h * 8 - position - lane % 4 * 2, high = low + min_int(window, 1 << 30);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -333,13 +332,9 @@ DEVICE float row_delta(const bf16* out, const bf16* go, int r) {
 #pragma unroll
   for (int c = 0; c < D / 8; c += 4) {
     const int at = c / 8 * 64 * 64 + r * 64 + (((c % 8 + lane) ^ (r % 8)) * 8);
-    const uint4 x = *(const uint4*)(out + at), y = *(const uint4*)(go + at);
-    const unsigned a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+    const Pack<8> x = load<8>(out + at, 8), y = load<8>(go + at, 8);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum = fmaf(bits_to_float((int)(a[i] << 16)), bits_to_float((int)(b[i] << 16)), sum);
-      sum = fmaf(bits_to_float((int)(a[i] & 0xffff0000u)), bits_to_float((int)(b[i] & 0xffff0000u)), sum);
-    }
+    for (int i = 0; i < 8; ++i) sum = fmaf(x.v[i], y.v[i], sum);
   }
   sum += shfl_xor(sum, 1);
   return sum + shfl_xor(sum, 2);

@@ -91,6 +91,7 @@ words! {
         Auto = "auto",
         Simt = "simt" | "light",
         TensorCore = "tensor_core",
+        Wgmma = "wgmma",
     }
 }
 

@@ -116,6 +116,10 @@ pub const TENSOR_CORE: Variant = Variant {
     ..DEFAULT
 };
 
+/// As `TENSOR_CORE`, with the kernels of Hopper for the head sizes that have them.
+pub const WGMMA: Variant =
+    Variant { name: "wgmma", attention: AttentionChoice::Wgmma, ..TENSOR_CORE };
+
 /// The sizes that performance cases are made of: a batch of a model.
 #[derive(Clone, Copy, Debug)]
 pub struct PerfShape {

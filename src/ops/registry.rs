@@ -3,7 +3,7 @@
 //! Invariant: tests, `temper check`, benches and the docs are loops over this list.
 
 use super::case::{
-    Case, DEFAULT, ONE_DTYPE, OWN_MATMUL, PerfShape, Rng, SIMT, TENSOR_CORE, Variant,
+    Case, DEFAULT, ONE_DTYPE, OWN_MATMUL, PerfShape, Rng, SIMT, TENSOR_CORE, Variant, WGMMA,
 };
 use super::preference::{segment_cases, segment_perf};
 use super::quant::{linear_cases, linear_perf};
@@ -26,7 +26,7 @@ pub struct Entry {
 pub fn registry() -> Vec<Entry> {
     const PLAIN: &[Variant] = &[DEFAULT];
     const GEMM: &[Variant] = &[DEFAULT, OWN_MATMUL];
-    const FAMILIES: &[Variant] = &[SIMT, TENSOR_CORE];
+    const FAMILIES: &[Variant] = &[SIMT, TENSOR_CORE, WGMMA];
     const MMA: &[&str] = &["attention", "attention_mma"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
     let op =

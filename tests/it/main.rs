@@ -3,6 +3,7 @@
 mod adapters;
 mod architecture;
 mod attention;
+mod attention_backward;
 mod bounds;
 mod checkpoint;
 mod config;

@@ -53,6 +53,10 @@ impl AttnShape {
         if self.window == Some(0) {
             return Err(Error::op(op, "a window of 0 sees nothing; leave it out to see all"));
         }
+        if self.scale.is_nan() || self.scale <= 0.0 {
+            let message = format!("a scale of {}; it must be positive", self.scale);
+            return Err(Error::op(op, message));
+        }
         Ok(Numbers {
             d,
             heads: h as i32,
