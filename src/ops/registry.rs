@@ -27,7 +27,8 @@ pub fn registry() -> Vec<Entry> {
     const PLAIN: &[Variant] = &[DEFAULT];
     const GEMM: &[Variant] = &[DEFAULT, OWN_MATMUL];
     const FAMILIES: &[Variant] = &[SIMT, TENSOR_CORE, WGMMA];
-    const MMA: &[&str] = &["attention", "attention_mma", "attention_hopper"];
+    const MMA: &[&str] =
+        &["attention", "attention_mma", "attention_hopper", "attention_hopper_bwd"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
     let op =
         |name, kernels, cases, perf: Perf, variants| Entry { name, kernels, cases, perf, variants };

@@ -4,6 +4,7 @@ mod adapters;
 mod architecture;
 mod attention;
 mod attention_hopper;
+mod attention_backward;
 mod bounds;
 mod checkpoint;
 mod config;

@@ -12,8 +12,8 @@ use crate::config::AttentionChoice;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{
-    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionHopperFwdArgs,
-    AttentionPagedFwdArgs, Boxes, MMA_ROWS,
+    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionHopperDkvArgs,
+    AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs, Boxes, MMA_ROWS,
 };
 use crate::tensor::Tensor;
 
@@ -148,11 +148,59 @@ pub(super) fn backward(
     accumulate: bool,
 ) -> Result<()> {
     let (t, dev) = (plan.tables(cx)?, &*cx.device);
+    let (ld, rows, accumulate) = (qkv.stride() as i32, plan.rows as i32, i32::from(accumulate));
+    let family = tensor_cores(cx, n, &[qkv, dqkv, dout, out])?;
+    if family && wgmma(cx, n, &kernels::ATTENTION_HOPPER_DQ_D)? {
+        let stats =
+            &cx.scratch("attention stats", DType::F32, &[2 * n.heads as usize, plan.rows])?;
+        let args = AttentionHopperDqArgs {
+            dqkv: dqkv.out(),
+            stats: stats.out(),
+            dout,
+            qkv,
+            out,
+            lse,
+            items: &t.wide_tiles,
+            segments: &t.segments,
+            rows,
+            ld,
+            heads: n.heads,
+            kv_heads: n.kv_heads,
+            scale: n.scale,
+            softcap: n.softcap,
+            window: n.window,
+            accumulate,
+        };
+        kernels::attention_hopper_dq(dev, blocks(&t.wide_tiles, n.heads), n.d, args)?;
+        let args = AttentionHopperDkvArgs {
+            dqkv: dqkv.out(),
+            dout,
+            qkv,
+            stats,
+            items: &t.wide_key_tiles,
+            segments: &t.segments,
+            children: &t.children,
+            rows,
+            ld,
+            heads: n.heads,
+            kv_heads: n.kv_heads,
+            scale: n.scale,
+            softcap: n.softcap,
+            window: n.window,
+            accumulate,
+        };
+        return kernels::attention_hopper_dkv(
+            dev,
+            blocks(&t.wide_key_tiles, n.kv_heads),
+            n.d,
+            args,
+        );
+    }
     let delta = &cx.scratch("attention delta", DType::F32, lse.shape())?;
     let count = lse.numel() as i32;
     let args = AttentionDeltaArgs { delta: delta.out(), dout, out, count };
     kernels::attention_delta(dev, Launch::flat(lse.numel()), n.d, args)?;
-    let rows = AttentionDkvArgs {
+    let args = AttentionDkvArgs {
         dqkv: dqkv.out(),
         dout,
         qkv,
@@ -161,24 +209,24 @@ pub(super) fn backward(
         items: &t.row_segment,
         segments: &t.segments,
         children: &t.children,
-        rows: plan.rows as i32,
-        ld: qkv.stride() as i32,
+        rows,
+        ld,
         heads: n.heads,
         kv_heads: n.kv_heads,
         scale: n.scale,
         softcap: n.softcap,
         window: n.window,
-        accumulate: i32::from(accumulate),
+        accumulate,
     };
-    if tensor_cores(cx, n, &[qkv, dqkv, dout])? {
+    if family {
         let (queries, keys) = (&t.query_tiles, &t.key_tiles);
         let at = blocks(queries, n.heads);
-        let tiles = AttentionDkvArgs { items: queries, ..rows };
+        let tiles = AttentionDkvArgs { items: queries, ..args };
         kernels::attention_mma_dq(dev, at, n.d, tiles)?;
         let at = blocks(keys, n.kv_heads * kernels::mma_dkv_parts(n.d) as i32);
-        let tiles = AttentionDkvArgs { items: keys, ..rows };
+        let tiles = AttentionDkvArgs { items: keys, ..args };
         return kernels::attention_mma_dkv(dev, at, n.d, tiles);
     }
-    kernels::attention_dq(dev, Launch::flat(plan.rows * n.heads as usize), n.d, rows)?;
-    kernels::attention_dkv(dev, Launch::flat(plan.rows * n.kv_heads as usize), n.d, rows)
+    kernels::attention_dq(dev, Launch::flat(plan.rows * n.heads as usize), n.d, args)?;
+    kernels::attention_dkv(dev, Launch::flat(plan.rows * n.kv_heads as usize), n.d, args)
 }

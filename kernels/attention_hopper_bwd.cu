@@ -1,0 +1,520 @@
+// The backward of causal attention on sm_90a by wgmma, head sizes 64 and 128. Math: attention.cu.
+#include "common/mask.cuh"
+#include "prim/async.cuh"
+#include "prim/wgmma.cuh"
+
+// Rows of a block: 64 for each of its two consumer warpgroups.
+EXPORT(int, HOPPER_BWD_ROWS, 128);
+// Stages of the ring of streamed tiles: two tiles of 64 rows each.
+EXPORT(int, HOPPER_BWD_STAGES, 4);
+// Registers of a producer's thread; the consumers share the rest of 504.
+EXPORT_FN(hopper_bwd_producer, d, d == 64 ? 88 : 40);
+// Bytes of shared memory: five tiles of 64 rows and more, the ring with 132 floats a stage, the barriers.
+EXPORT_FN(hopper_dkv_shared, d, 4 * 64 * d * 2 + HOPPER_BWD_STAGES * (2 * 64 * d * 2 + 528) + 128);
+EXPORT_FN(hopper_dq_shared, d, 6 * 64 * d * 2 + HOPPER_BWD_STAGES * 2 * 64 * d * 2 + 128);
+
+#if defined(REAL_BF16) && HOPPER
+constexpr float LOG2_E = 1.44269504f;
+
+// Place in the ring: the stage, and the parity of its turn.
+struct Turn {
+  int stage, parity;
+  template <int STAGES>
+  DEVICE_MEMBER void next() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Starts the copy of 64 rows of D values by 128 threads, as boxes of 64 columns with the 128-byte swizzle; row i lies at
+// from + i ld, and from row `count` on they are zeros.
+template <int D>
+DEVICE void fetch_box(bf16* tile, const bf16* from, int ld, int count) {
+  const int t = threadIdx.x % 128, chunk = t % 8, first = t / 8;
+  bf16* to = tile + first * 64 + (chunk ^ (first % 8)) * 8;
+  const bf16* row = from + (long long)first * ld + chunk * 8;
+#pragma unroll
+  for (int i = 0; i < 64; i += 16) {
+    const bool there = first + i < count;
+    const bf16* at = there ? row : from;
+#pragma unroll
+    for (int b = 0; b < D; b += 64) copy_async16(to + i * 64 + b * 64, at + b, there ? 16 : 0);
+    row += 16 * (long long)ld;
+  }
+}
+
+// The same for the keys and, `values` further, the values of the positions from `block` on, which may lie in two places.
+template <int D>
+DEVICE void fetch_keys(bf16* tile, const bf16* k, int values, const SegmentKeys& keys, int block, int to) {
+  const int t = threadIdx.x % 128, chunk = t % 8, first = t / 8;
+  bf16* to_tile = tile + first * 64 + (chunk ^ (first % 8)) * 8;
+#pragma unroll
+  for (int i = 0; i < 64; i += 16) {
+    const int position = block + first + i;
+    const bool there = position < to;
+    const bf16* at = k + (there ? keys.at(position) + chunk * 8 : 0);
+#pragma unroll
+    for (int b = 0; b < D; b += 64) {
+      copy_async16(to_tile + i * 64 + b * 64, at + b, there ? 16 : 0);
+      copy_async16(to_tile + 64 * D + i * 64 + b * 64, at + values + b, there ? 16 : 0);
+    }
+  }
+}
+
+// Stages in flight when the producer waits for the oldest. At most STAGES - 2: a consumer gives a stage back when it has
+// begun the next.
+constexpr int AHEAD = 1;
+// Floats beside a stage of dkv, and the position that says that no more follow.
+constexpr int NOTES = 132, END = -1;
+
+// The producer's side of a barrier: this thread's oldest copies but LEFT groups have landed, and wgmma may read them.
+template <int LEFT>
+DEVICE void publish(mbarrier* barrier) {
+  copy_wait<LEFT>();
+  fence_async_proxy();
+  warp_sync();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+// acc = A B^T: 64 rows of A and of B, D columns.
+template <int D>
+DEVICE void scores(float (&acc)[32], const bf16* a, const bf16* b) {
+#pragma unroll
+  for (int k = 0; k < D; k += 16) {
+    const int at = k / 64 * 64 * 64 + k % 64;
+    wgmma_ss<64, false, false>(acc, wgmma_desc<true>(a + at), wgmma_desc<true>(b + at), k > 0);
+  }
+}
+
+// acc += W B: W is 64 x 64, packed; B has 64 rows of D columns.
+template <int D>
+DEVICE void weighted_rows(float (&acc)[D / 2], const unsigned (&w)[4][4], const bf16* b) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_rs<D, true>(acc, w[k], wgmma_desc<false>(b + k * 16 * 64), true);
+}
+
+DEVICE void clear(unsigned (&w)[4][4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[k][i] = 0;
+}
+
+// Two neighbouring values of a gradient.
+DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
+  if (accumulate) {
+    const unsigned old = *(const unsigned*)to;
+    a += bits_to_float((int)(old << 16));
+    b += bits_to_float((int)(old & 0xffff0000u));
+  }
+  *(unsigned*)to = pack_bf16(a, b);
+}
+
+// From s = q.k what is kept of it: without a softcap P, with one its tanh, from which P and the slope come again twice:
+// registers are shorter than the exponent's unit.
+template <bool CAPPED>
+DEVICE float kept(float s, float nlse, float scale, float softcap) {
+  return CAPPED ? tanh_f(s * scale / softcap) : exp2_fast(fmaf(s, scale * LOG2_E, nlse));
+}
+// What is kept of a score that is not seen: no tanh is so low, and its P is 0.
+template <bool CAPPED>
+constexpr float UNSEEN = CAPPED ? -1e15f : 0.f;
+template <bool CAPPED>
+DEVICE float weight(float s, float nlse, float softcap) {
+  return CAPPED ? exp2_fast(fmaf(softcap * s, LOG2_E, nlse)) : s;
+}
+// The gradient of q.k / scale.
+template <bool CAPPED>
+DEVICE float gradient(float s, float dp, float nlse, float delta, float softcap) {
+  const float x = weight<CAPPED>(s, nlse, softcap) * (dp - delta);
+  return CAPPED ? x * fmaf(-s, s, 1.f) : x;
+}
+
+// dk and dv of 128 keys of a segment.
+template <int D, bool CAPPED>
+DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const float* stats, const int* segments,
+                          const int* children, int segment, int first, int kv_head, int rows, int ld, int heads, int kv_heads,
+                          float scale, float softcap, int window, int accumulate) {
+  constexpr int TILE = 64 * D, STAGES = HOPPER_BWD_STAGES;
+  // Whether the products of a step run beside the scores of the next, where registers allow.
+  constexpr bool OVERLAP = D == 64 && !CAPPED;
+  bf16* sk = (bf16*)shared_base();
+  bf16* sv = sk + 2 * TILE;
+  bf16* ring = sv + 2 * TILE;  // a stage: queries, then the gradients of their outputs
+  float* notes = (float*)(ring + STAGES * 2 * TILE);  // a stage: 64 times -lse to base 2, 64 times delta, the position
+  mbarrier* full = (mbarrier*)(notes + STAGES * NOTES);
+  mbarrier* empty = full + STAGES;
+  mbarrier* resident = empty + STAGES;
+  const int group = heads / kv_heads, warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int* mine = segments + segment * SEGMENT_INTS;
+  const int count = min_int(mine[1] - first, HOPPER_BWD_ROWS), first_position = mine[3] + first, start = mine[0] + first;
+  const long long column = (long long)(heads + kv_head) * D;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      mbarrier_init(full + i, 4);
+      mbarrier_init(empty + i, 2);
+    }
+    mbarrier_init(resident, 4);
+    mbarrier_fence();
+  }
+  block_sync();
+  // Calls f(first row, its position, rows, head) for each 64 queries that see some key of the block. The producer alone
+  // walks; the consumers find the position in the stage and spare the registers.
+  auto each_step = [&](auto f) {
+    for (int c = mine[4] - 1; c < mine[5]; ++c) {
+      const bool own = c < mine[4];
+      const int* user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
+      const int user_start = user[0], user_position = user[3];
+      const long long reach = (long long)first_position + count - 1 + window - user_position;
+      const int to = reach < user[1] ? (int)reach : user[1];
+      for (int g = 0; g < group; ++g)
+        for (int block = own ? first : 0; block < to; block += 64)
+          f(user_start + block, user_position + block, to - block, kv_head * group + g);
+    }
+  };
+  Turn turn = {0, 0};
+  if (warpgroup == 2) {
+    registers_dec<hopper_bwd_producer(D)>();
+    const int t = threadIdx.x % 128;
+    const real* key_row = qkv + (long long)start * ld + column;
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      if (w * 64 >= count) break;
+      const real* from = key_row + w * 64 * (long long)ld;
+      fetch_box<D>(sk + w * TILE, from, ld, count - w * 64);
+      fetch_box<D>(sv + w * TILE, from + kv_heads * D, ld, count - w * 64);
+    }
+    copy_commit();
+    publish<0>(resident);
+    int issued = 0;
+    auto pass = [&]() {
+      copy_commit();
+      if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
+      turn.next<STAGES>();
+    };
+    each_step([&](int row, int position, int left, int head) {
+      // Before the wait, whose length hides the latency.
+      const int i = t % 64;
+      const float stat = i < left ? stats[((long long)t / 64 * heads + head) * rows + row + i] : 0.f;
+      mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
+      bf16* to = ring + turn.stage * 2 * TILE;
+      fetch_box<D>(to, qkv + (long long)row * ld + head * D, ld, left);
+      fetch_box<D>(to + TILE, dout + ((long long)row * heads + head) * D, heads * D, left);
+      notes[turn.stage * NOTES + t] = stat;
+      if (t == 0) *(int*)(notes + turn.stage * NOTES + 128) = position;
+      pass();
+    });
+    mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
+    if (t == 0) *(int*)(notes + turn.stage * NOTES + 128) = END;
+    pass();
+    publish<0>(full + (turn.stage + STAGES - 1) % STAGES);
+    return;
+  }
+  registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
+  const int w = shfl(warpgroup, 0), low_key = first_position + w * 64, high_key = low_key + 63;
+  const bf16 *my_k = sk + w * TILE, *my_v = sv + w * TILE;
+  const int key = low_key + warp * 16 + lane / 4;  // and key + 8
+  const bool leader = threadIdx.x % 128 == 0;
+  float dk[D / 2], dv[D / 2];
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0.f;
+  unsigned p[4][4], ds[4][4];
+  int pending = -1;  // the stage of p and ds, whose products are still to come
+  clear(p);
+  clear(ds);
+  auto products = [&](int stage) {
+    const bf16* q = ring + stage * 2 * TILE;
+    weighted_rows<D>(dv, p, q + TILE);
+    weighted_rows<D>(dk, ds, q);
+  };
+  auto finish = [&]() {
+    if (pending < 0) return;
+    wgmma_fence();
+    products(pending);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (leader) mbarrier_arrive(empty + pending);
+    pending = -1;
+    clear(p);
+    clear(ds);
+  };
+  mbarrier_wait(resident, 0);
+  for (;;) {
+    const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
+    mbarrier_wait(full + stage, turn.parity);
+    turn.next<STAGES>();
+    const float* note = notes + stage * NOTES;
+    const int position = *(const int*)(note + 128);
+    if (position == END) break;
+    if (w * 64 >= count || position + 63 < low_key || first_seen(position, window) > high_key) {  // sees none of its keys
+      finish();
+      if (leader) mbarrier_arrive(empty + stage);
+      continue;
+    }
+    const bf16 *q = ring + stage * 2 * TILE, *go = q + TILE;
+    const float* nlse = note + lane % 4 * 2;
+    float s[32], dp[32];
+    wgmma_fence();
+    scores<D>(s, my_k, q);
+    wgmma_commit();
+    scores<D>(dp, my_v, go);
+    wgmma_commit();
+    if (OVERLAP) products(shfl(pending < 0 ? stage : pending, 0));  // of zeros the first time: a branch would serialise
+    wgmma_commit();
+    wgmma_wait<2>();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float a = nlse[j * 8], b = nlse[j * 8 + 1];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = 4 * j + 2 * h;
+        s[i] = kept<CAPPED>(s[i], a, scale, softcap);
+        s[i + 1] = kept<CAPPED>(s[i + 1], b, scale, softcap);
+      }
+    }
+    if (position < high_key || first_seen(position + 63, window) > low_key) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // Key t is seen by the positions [t, t + window).
+        const int low = key + h * 8 - position - lane % 4 * 2, high = low + min_int(window, 1 << 30);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (j * 8 + e < low || j * 8 + e >= high) s[4 * j + 2 * h + e] = UNSEEN<CAPPED>;
+      }
+    }
+    wgmma_wait<0>();
+    if (OVERLAP) {
+      if (leader && pending >= 0) mbarrier_arrive(empty + pending);
+      pending = stage;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float x = nlse[j * 8], y = nlse[j * 8 + 1], a = nlse[64 + j * 8], b = nlse[64 + j * 8 + 1];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = 4 * j + 2 * h;
+        p[j / 2][j % 2 * 2 + h] = pack_bf16(weight<CAPPED>(s[i], x, softcap), weight<CAPPED>(s[i + 1], y, softcap));
+        ds[j / 2][j % 2 * 2 + h] = pack_bf16(gradient<CAPPED>(s[i], dp[i], x, a, softcap),
+                                             gradient<CAPPED>(s[i + 1], dp[i + 1], y, b, softcap));
+      }
+    }
+    if (!OVERLAP) {
+      wgmma_fence();
+      products(stage);
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (leader) mbarrier_arrive(empty + stage);
+    }
+  }
+  finish();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = w * 64 + warp * 16 + lane / 4 + h * 8;
+    if (i >= count) continue;
+    real* to = dqkv + (long long)(start + i) * ld + column + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      store_pair(to + j * 8, dk[4 * j + 2 * h] * scale, dk[4 * j + 2 * h + 1] * scale, accumulate);
+      store_pair(to + kv_heads * D + j * 8, dv[4 * j + 2 * h], dv[4 * j + 2 * h + 1], accumulate);
+    }
+  }
+}
+
+// The sum over D of out dout, of row r in tiles of 64 rows; the four lanes of a row share it.
+template <int D>
+DEVICE float row_delta(const bf16* out, const bf16* go, int r) {
+  const int lane = threadIdx.x % 4;
+  float sum = 0.f;
+#pragma unroll
+  for (int c = 0; c < D / 8; c += 4) {
+    const int at = c / 8 * 64 * 64 + r * 64 + (((c % 8 + lane) ^ (r % 8)) * 8);
+    const Pack<8> x = load<8>(out + at, 8), y = load<8>(go + at, 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(x.v[i], y.v[i], sum);
+  }
+  sum += shfl_xor(sum, 1);
+  return sum + shfl_xor(sum, 2);
+}
+
+// The q columns of dqkv for 128 rows of one head.
+template <int D, bool CAPPED>
+DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse,
+                            const int* segments, int segment, int first, int head, int rows, int ld, int heads, int kv_heads,
+                            float scale, float softcap, int window, int accumulate) {
+  constexpr int TILE = 64 * D, STAGES = HOPPER_BWD_STAGES;
+  bf16* sq = (bf16*)shared_base();
+  bf16* sgo = sq + 2 * TILE;
+  bf16* sout = sgo + 2 * TILE;
+  bf16* ring = sout + 2 * TILE;  // a stage: keys, then values
+  mbarrier* full = (mbarrier*)(ring + STAGES * 2 * TILE);
+  mbarrier* empty = full + STAGES;
+  mbarrier* resident = empty + STAGES;
+  const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const SegmentKeys keys(segments, segment, ld);
+  const int count = min_int(segments[segment * SEGMENT_INTS + 1] - first, HOPPER_BWD_ROWS);
+  const int first_position = keys.prefix_length + first, to = first_position + count, start = keys.start + first;
+  const int from = first_seen(first_position, window) / 64 * 64;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      mbarrier_init(full + i, 4);
+      mbarrier_init(empty + i, 2);
+    }
+    mbarrier_init(resident, 4);
+    mbarrier_fence();
+  }
+  block_sync();
+  Turn turn = {0, 0};
+  if (warpgroup == 2) {
+    registers_dec<hopper_bwd_producer(D)>();
+    const long long out_row = ((long long)start * heads + head) * D;
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      if (w * 64 >= count) break;
+      const long long at = out_row + w * 64 * (long long)heads * D;
+      fetch_box<D>(sq + w * TILE, qkv + (start + w * 64) * (long long)ld + head * D, ld, count - w * 64);
+      fetch_box<D>(sgo + w * TILE, dout + at, heads * D, count - w * 64);
+      fetch_box<D>(sout + w * TILE, out + at, heads * D, count - w * 64);
+    }
+    copy_commit();
+    const real* k = qkv + (heads + head / (heads / kv_heads)) * D;
+    int issued = 0;
+    for (int block = from; block < to; block += 64) {
+      mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
+      fetch_keys<D>(ring + turn.stage * 2 * TILE, k, kv_heads * D, keys, block, to);
+      copy_commit();
+      if (issued == 0) publish<1>(resident);
+      if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
+      turn.next<STAGES>();
+    }
+    publish<0>(full + (turn.stage + STAGES - 1) % STAGES);
+    return;
+  }
+  registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
+  const int w = shfl(warpgroup, 0), r = warp * 16 + lane / 4, low_row = first_position + w * 64, high_row = low_row + 63;
+  const bf16 *my_q = sq + w * TILE, *my_go = sgo + w * TILE;
+  const bool leader = threadIdx.x % 128 == 0;
+  float nlse[2], delta[2], dq[D / 2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = w * 64 + r + h * 8;
+    nlse[h] = i < count ? -lse[(long long)(start + i) * heads + head] * LOG2_E : NEG_INF;
+  }
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) dq[i] = 0.f;
+  mbarrier_wait(resident, 0);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = w * 64 + r + h * 8;
+    delta[h] = row_delta<D>(sout + w * TILE, my_go, r + h * 8);
+    if (i < count && lane % 4 == 0) {
+      stats[(long long)head * rows + start + i] = nlse[h];
+      stats[(long long)(heads + head) * rows + start + i] = delta[h];
+    }
+  }
+  unsigned ds[4][4];
+  int pending = -1;  // the stage of ds, whose product is still to come
+  auto finish = [&]() {
+    if (pending < 0) return;
+    wgmma_fence();
+    weighted_rows<D>(dq, ds, ring + pending * 2 * TILE);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (leader) mbarrier_arrive(empty + pending);
+    pending = -1;
+    clear(ds);
+  };
+  clear(ds);
+  for (int block = from; block < to; block += 64) {
+    const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
+    mbarrier_wait(full + stage, turn.parity);
+    turn.next<STAGES>();
+    if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
+      finish();
+      if (leader) mbarrier_arrive(empty + stage);
+      continue;
+    }
+    const bf16 *k = ring + stage * 2 * TILE, *v = k + TILE;
+    float s[32], dp[32];
+    wgmma_fence();
+    scores<D>(s, my_q, k);
+    wgmma_commit();
+    scores<D>(dp, my_go, v);
+    wgmma_commit();
+    weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // of zeros the first time
+    wgmma_commit();
+    wgmma_wait<2>();
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] = kept<CAPPED>(s[i], nlse[i / 2 % 2], scale, softcap);
+    if (block + 63 > low_row || block < first_seen(high_row, window)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int position = low_row + r + h * 8, at = block + lane % 4 * 2;
+        const int low = first_seen(position, window) - at, high = position - at;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (j * 8 + e < low || j * 8 + e > high) s[4 * j + 2 * h + e] = UNSEEN<CAPPED>;
+      }
+    }
+    wgmma_wait<0>();
+    if (leader && pending >= 0) mbarrier_arrive(empty + pending);
+    pending = stage;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = 4 * j + 2 * h;
+        ds[j / 2][j % 2 * 2 + h] =
+            pack_bf16(gradient<CAPPED>(s[i], dp[i], nlse[h], delta[h], softcap),
+                      gradient<CAPPED>(s[i + 1], dp[i + 1], nlse[h], delta[h], softcap));
+      }
+  }
+  finish();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = w * 64 + r + h * 8;
+    if (i >= count) continue;
+    real* row = dqkv + (long long)(start + i) * ld + head * D + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+      store_pair(row + j * 8, dq[4 * j + 2 * h] * scale, dq[4 * j + 2 * h + 1] * scale, accumulate);
+  }
+}
+#endif
+
+// The q columns of dqkv, and `stats` [2, heads, rows]: -lse to base 2, and delta.
+KERNEL(attention_hopper_dq, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dq_shared(D), HOT)
+(INOUT(real) dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse, const int* items,
+ const int* segments, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
+#if defined(REAL_BF16) && HOPPER
+  const int head = blockIdx.x % heads, tile = blockIdx.x / heads;
+  const int segment = items[2 * tile], first = items[2 * tile + 1];
+  if (softcap > 0.f)
+    query_gradients<D, true>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, rows, ld, heads, kv_heads,
+                             scale, softcap, window, accumulate);
+  else
+    query_gradients<D, false>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, rows, ld, heads, kv_heads,
+                              scale, softcap, window, accumulate);
+#endif
+}
+
+// The k and v columns of dqkv for 128 rows of one kv head.
+KERNEL(attention_hopper_dkv, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dkv_shared(D), HOT)
+(INOUT(real) dqkv, const real* dout, const real* qkv, const float* stats, const int* items, const int* segments,
+ const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
+#if defined(REAL_BF16) && HOPPER
+  const int kv_head = blockIdx.x % kv_heads, tile = blockIdx.x / kv_heads;
+  const int segment = items[2 * tile], first = items[2 * tile + 1];
+  if (softcap > 0.f)
+    key_gradients<D, true>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, rows, ld, heads, kv_heads,
+                           scale, softcap, window, accumulate);
+  else
+    key_gradients<D, false>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, rows, ld, heads, kv_heads,
+                            scale, softcap, window, accumulate);
+#endif
+}
