@@ -17,6 +17,8 @@ pub mod tag {
     pub const INIT_UNIFORM: u32 = 0x0301_0000;
     /// The quickstart's rows.
     pub const QUICKSTART: u32 = 0x0500_0000;
+    /// Operands of the check of a library product ("gemm").
+    pub const PRODUCT_CHECK: u32 = 0x6765_6d6d;
     /// GKD: whether a micro-batch is on-policy ("gkd").
     pub const ON_POLICY: u32 = 0x676b_6400;
     /// The order of rows in an epoch ("ordr").
@@ -62,7 +64,7 @@ mod tests {
     fn no_two_uses_of_random_numbers_share_a_tag_or_a_seed() {
         let kernels = [DROPOUT_TAG, WEIGHT_NOISE_TAG, SAMPLE_TAG, M_NOISE_TAG, V_NOISE_TAG];
         let mut tags = vec![tag::PAGE_ORDER, tag::INIT_NORMAL, tag::INIT_UNIFORM];
-        tags.extend([tag::QUICKSTART, tag::ON_POLICY, tag::ROW_ORDER]);
+        tags.extend([tag::QUICKSTART, tag::ON_POLICY, tag::ROW_ORDER, tag::PRODUCT_CHECK]);
         // A dropout's site fills the low bits of its tag.
         for kernel in kernels {
             assert!(tags.iter().all(|t| t >> 24 != kernel >> 24), "{kernel:#010x} is taken");

@@ -6,7 +6,8 @@
 
 #![deny(missing_docs)]
 
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use super::op::{Need, Op};
 use super::tape::{ParamGradSets, Tape};
@@ -26,6 +27,15 @@ pub enum Recompute {
     Layers,
 }
 
+/// What checking the library's matrix products takes (`matmul=exact`).
+#[derive(Default)]
+pub struct ProductCheck {
+    /// Work space, kept from check to check.
+    pub pool: Mutex<Option<Arc<Pool>>>,
+    /// The user knows that the engine's own product had to step in.
+    pub told: AtomicBool,
+}
+
 /// Passed to everything that computes.
 pub struct Cx {
     /// Runs the kernels.
@@ -36,6 +46,8 @@ pub struct Cx {
     pub dtype: DType,
     /// Which matrix products are used.
     pub matmul: MatmulChoice,
+    /// What `matmul=exact` holds.
+    pub product_check: ProductCheck,
     /// Which attention kernels are used.
     pub attention: AttentionChoice,
     /// What the backward pass computes again.
@@ -84,6 +96,7 @@ impl Cx {
             pool,
             dtype,
             matmul: MatmulChoice::Auto,
+            product_check: ProductCheck::default(),
             attention: AttentionChoice::Auto,
             recompute: Recompute::Off,
             tape: None,

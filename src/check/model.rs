@@ -1,7 +1,7 @@
 //! The self-check of the whole: a small random model on the user's own device. Layer 8.
 //!
-//! Invariant: nothing is read from disk, so it runs wherever the binary does. On a GPU the engine's
-//! own matrix product is used: exactness is promised for it.
+//! Invariant: nothing is read from disk, so it runs wherever the binary does. On a GPU matmul is
+//! `exact`: that is what the bits are promised for.
 
 use std::sync::Arc;
 
@@ -63,7 +63,7 @@ fn differ(what: &str, equal: bool) -> Option<String> {
 fn model(device: &Arc<dyn Device>, dtype: DType) -> Result<(Cx, Decoder)> {
     let mut cx = Cx::new(device.clone(), dtype)?;
     if device.capabilities().gemm_depends_on_rows {
-        cx.matmul = MatmulChoice::Own;
+        cx.matmul = MatmulChoice::Exact;
     }
     let model = Decoder::builder(ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true))
         .positions(128)

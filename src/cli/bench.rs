@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::autograd::{Cx, Recompute, Tape};
 use crate::check::{differentiable, prepare_case, upstream};
-use crate::cli::args::Where;
+use crate::cli::args::{Where, choice};
 use crate::cli::parsers::{check_tokens, count};
 use crate::config::MatmulChoice;
 use crate::data::masked::MaskedSequence;
@@ -63,9 +63,9 @@ pub struct BenchArgs {
     /// prompt that both share
     #[arg(long, default_value = "sft", value_parser = ["sft", "dpo"])]
     method: String,
-    /// auto or own: which matrix product
-    #[arg(long, default_value = "auto")]
-    matmul: String,
+    /// auto, library, exact or own: which matrix products
+    #[arg(long, default_value = "auto", value_parser = choice::<MatmulChoice>)]
+    matmul: MatmulChoice,
     /// recompute each layer's activations on the way back
     #[arg(long)]
     recompute: bool,
@@ -79,11 +79,7 @@ pub struct BenchArgs {
 pub fn run(args: BenchArgs) -> Result<()> {
     check_tokens(args.batch, args.length)?;
     let mut cx = args.on.open()?;
-    cx.matmul = match args.matmul.as_str() {
-        "auto" => MatmulChoice::Auto,
-        "own" => MatmulChoice::Own,
-        other => return Err(Error::Config(format!("matmul is auto or own, not \"{other}\""))),
-    };
+    cx.matmul = args.matmul;
     let mut result = match args.what.as_str() {
         "ops" => ops(&mut cx, &args)?,
         "train" => train(cx, &args)?,
@@ -197,7 +193,7 @@ fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
         "bench": "train", "method": args.method, "device": name, "dtype": dtype, "parameters": params, "batch": args.batch, "length": args.length,
         "seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
         "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute,
-        "trained_parameters": trained, "lora_r": args.lora, "base": args.base, "matmul": args.matmul,
+        "trained_parameters": trained, "lora_r": args.lora, "base": args.base, "matmul": format!("{:?}", args.matmul).to_lowercase(),
     }))
 }
 

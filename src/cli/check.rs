@@ -34,6 +34,9 @@ pub fn run(args: CheckArgs) -> Result<()> {
         None => device::open(args.device)?,
     };
     print_line(format_args!("device: {}", device.name()))?;
+    if let Some(library) = device.library() {
+        print_line(format_args!("library: {library}"))?;
+    }
     print_line(format_args!(
         "{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance",
         "op", "variant", "dtype", "cases", "failed"

@@ -81,6 +81,8 @@ words! {
     /// Which matrix products a run uses.
     pub enum MatmulChoice {
         Auto = "auto",
+        Library = "library",
+        Exact = "exact",
         Own = "own",
     }
 }
@@ -168,8 +170,10 @@ section! {
         pub dtype: Dtype = Dtype::Auto,
         /// Ours. auto: the GPU if there is one.
         pub device: DeviceChoice = DeviceChoice::Auto,
-        /// Ours. own: the engine's kernels only; auto: the library's matrix products where they are
-        /// faster.
+        /// Ours. Which matrix products run on a GPU. library: cuBLASLt's fastest, whose bits may
+        /// depend on the number of rows; exact: in the forward pass only those that were found to
+        /// have the bits of the engine's own; own: the engine's own; auto: exact for online methods,
+        /// else library.
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Family of attention kernels. auto: wgmma for bfloat16 on a Hopper GPU, tensor_core on others, else simt. wgmma has the bits of tensor_core; head sizes other than 64 and 128 run as tensor_core.
         pub attention: AttentionChoice = AttentionChoice::Auto,

@@ -219,6 +219,29 @@ pub struct TensorMap {
 #[derive(Clone, Copy)]
 pub struct EncodedMap([u64; 16]);
 
+/// Which of the library's algorithms a product may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    /// The one that the library holds fastest.
+    Fastest,
+    /// Only one that [`Device::trust_gemm`] named for a product like this.
+    Trusted,
+    /// The one of this number, the fastest first, of those that do not split k: to look at its
+    /// result.
+    Candidate(usize),
+}
+
+/// What became of a product that the library was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LibraryProduct {
+    /// It runs.
+    Queued,
+    /// The library has nothing for it, or nothing that may be used.
+    Unavailable,
+    /// Nothing is known of its candidates yet; only [`Algorithm::Trusted`] gives this.
+    Untried,
+}
+
 /// What code above the devices chooses by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -314,11 +337,18 @@ pub trait Device: Send + Sync {
         ]);
         Ok(encoded)
     }
-    /// The library's matrix product, if this device has one for these dtypes: Ok(false) means it
-    /// has not.
+    /// The library's matrix product, if this device has one for these dtypes.
     /// # Safety
     /// The operands lie in live device memory.
-    unsafe fn gemm(&self, g: &Gemm) -> Result<bool>;
+    unsafe fn gemm(&self, g: &Gemm, algorithm: Algorithm) -> Result<LibraryProduct>;
+    /// Says which candidate [`Algorithm::Trusted`] stands for in products of `g`'s shape, types,
+    /// strides and alignment, whatever their operands; None: no candidate will do.
+    fn trust_gemm(&self, _g: &Gemm, _candidate: Option<usize>) {}
+    /// The library behind [`Device::gemm`] and where it was found, where it is one that was looked
+    /// for.
+    fn library(&self) -> Option<String> {
+        None
+    }
 
     /// Waits for all work, and returns errors that it left behind.
     fn sync(&self) -> Result<()>;

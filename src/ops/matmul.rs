@@ -1,15 +1,15 @@
 //! The matrix product of a linear layer, and the raw product that other ops build on. Layer 4.
 //!
-//! Invariant: a row's bits do not depend on its batch. The library runs or does not by (N, K, dtype)
-//! and the context's choice, never by M; the engine's own kernels, `kernels/matmul.cu` (math and
-//! numerics) and `kernels/matmul_hopper.cu`, have the same bits.
+//! Invariant: with `matmul=own` and `exact`, a forward product's row has bits that do not depend on
+//! its batch, whichever kernel runs (see `library`). Math and numerics of the engine's own kernels,
+//! which have the same bits: `kernels/matmul.cu` and, for Hopper, `kernels/matmul_hopper.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
-use crate::config::MatmulChoice;
-use crate::device::{Gemm, Launch, Layout, Operand};
+use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::library::Operands;
 use crate::ops::{RowSums, expect_cols, matmul_hopper};
 use crate::tensor::Tensor;
 
@@ -108,23 +108,17 @@ pub fn product(
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let operand =
-        |t: &Tensor| Operand { address: t.address(), dtype: t.dtype(), stride: t.stride() };
-    let gemm = Gemm {
-        layout,
-        m,
-        n,
-        k,
-        a: operand(a),
-        b: operand(b),
-        c: operand(c),
-        bias: bias.map(operand),
-        accumulate,
-    };
-    // SAFETY: the tensors lie in live memory by construction, and the sizes were checked.
-    if cx.matmul == MatmulChoice::Auto && unsafe { cx.device.gemm(&gemm)? } {
+    let operands = Operands { layout, c, a, b, bias, accumulate };
+    if operands.by_library(cx, own)? {
         return Ok(());
     }
+    own(cx, &operands)
+}
+
+/// A product by one of the engine's own kernels.
+fn own(cx: &Cx, operands: &Operands) -> Result<()> {
+    let (m, n, k) = operands.sizes();
+    let Operands { layout, c, a, b, bias, accumulate } = *operands;
     if matmul_hopper::product(cx, layout, c, (a, b, bias), (m, n, k), accumulate)? {
         return Ok(());
     }

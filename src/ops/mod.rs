@@ -13,6 +13,7 @@ pub mod distill;
 pub mod dropout;
 pub mod embedding;
 pub mod head;
+mod library;
 pub mod lora;
 pub mod lora_kernels;
 pub mod matmul;

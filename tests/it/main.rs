@@ -3,8 +3,8 @@
 mod adapters;
 mod architecture;
 mod attention;
-mod attention_hopper;
 mod attention_backward;
+mod attention_hopper;
 mod bounds;
 mod checkpoint;
 mod config;

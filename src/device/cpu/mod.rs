@@ -18,8 +18,8 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::{
-    Capabilities, CpuLaunch, Device, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch, Mark,
-    MemoryInfo, capturing, cgroup, insert_in_free_slot, lock, no_graph,
+    Algorithm, Capabilities, CpuLaunch, Device, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch,
+    LibraryProduct, Mark, MemoryInfo, capturing, cgroup, insert_in_free_slot, lock, no_graph,
 };
 use crate::error::{Error, Result};
 
@@ -273,13 +273,13 @@ impl Device for Cpu {
         if self.strict { self.check_red_zones(kernel.name) } else { Ok(()) }
     }
 
-    unsafe fn gemm(&self, g: &Gemm) -> Result<bool> {
-        if self.record(|| Step::Gemm(*g)) {
-            return Ok(true);
+    /// There is one algorithm, whose rows do not depend on their number.
+    unsafe fn gemm(&self, g: &Gemm, _algorithm: Algorithm) -> Result<LibraryProduct> {
+        if !self.record(|| Step::Gemm(*g)) {
+            // SAFETY: the caller's promise.
+            unsafe { gemm::gemm(g) };
         }
-        // SAFETY: the caller's promise.
-        unsafe { gemm::gemm(g) };
-        Ok(true)
+        Ok(LibraryProduct::Queued)
     }
 
     fn sync(&self) -> Result<()> {
@@ -355,7 +355,7 @@ impl Device for Cpu {
                         self.launch(kernel, *at, &mut pointers)?;
                     }
                     Step::Gemm(g) => {
-                        self.gemm(g)?;
+                        self.gemm(g, Algorithm::Fastest)?;
                     }
                     Step::Copy { dst, src, bytes } => self.copy(*dst, *src, *bytes)?,
                     Step::Fill { dst, byte, bytes } => self.fill(*dst, *byte, *bytes)?,

@@ -1,40 +1,45 @@
 //! cuBLASLt, the one library seam: plain matrix products with one algorithm fixed for each shape.
 //! Layer 1.
 //!
-//! Invariant: a product's bits are a function of its operands and its [`Key`]. The heuristic is
-//! asked once a key, split-K is allowed only with reductions in a fixed order, f32 never becomes
-//! TF32. The algorithm does depend on m. So forward (NT) products may come here only when the
-//! context is not exact: an exact one chooses by (n, k, dtype) alone, and so takes the engine's own
-//! kernel. The caller decides (`ops::matmul`, by `MatmulChoice`); backward products may always
-//! come.
+//! Invariant: a product's bits are a function of its operands, its [`Key`] and, for
+//! [`Algorithm::Trusted`], of the candidate that was named for it. The heuristic is asked once a
+//! key, split-K is allowed only with reductions in a fixed order and never among candidates, f32
+//! never becomes TF32. The fastest algorithm does depend on m: whether it may run is the caller's
+//! choice (`ops::library`).
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::ffi::{CString, c_void};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::ffi::c_void;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::result::{self as lt, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::result as driver;
 use cudarc::driver::sys::CUstream;
 
-use crate::device::{DType, Gemm, Layout};
+use super::find_blas;
+use crate::device::{Algorithm, DType, Gemm, Layout, LibraryProduct};
 use crate::error::{Error, Result};
 
 const WORKSPACE: usize = 32 << 20;
+/// Algorithms without split-K that are asked for: the first few are the fast ones.
+const CANDIDATES: usize = 8;
 
 pub struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: u64,
     version: usize,
-    /// None: the library has no algorithm for this key.
+    /// The file that was opened.
+    path: String,
+    /// None: the library has no algorithm for this key, or none that may be used.
     plans: Mutex<HashMap<Key, Option<Plan>>>,
 }
 
 /// All that the choice of an algorithm may depend on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
+    /// For candidates, which do not split k.
+    exact: bool,
     layout: Layout,
     m: usize,
     n: usize,
@@ -98,11 +103,14 @@ fn failed(what: &'static str) -> impl Fn(CublasError) -> Error {
     }
 }
 
-/// Descriptors and the algorithm of one key.
+/// Descriptors and the algorithms of one key.
 struct Plan {
     product: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    /// The fastest first; at least one.
+    algorithms: Vec<sys::cublasLtMatmulAlgo_t>,
+    /// The one that is trusted.
+    trusted: Option<usize>,
 }
 // SAFETY: plain heap objects of the library, used under the lock only.
 unsafe impl Send for Plan {}
@@ -172,8 +180,8 @@ impl Plan {
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cudaDataType_t::CUDA_R_32F,
         )?;
-        let algorithm = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
-        let mut plan = Plan { product, layouts: [std::ptr::null_mut(); 3], algorithm };
+        let layouts = [std::ptr::null_mut(); 3];
+        let mut plan = Plan { product, layouts, algorithms: Vec::new(), trusted: None };
         // cublasOperation_t, which the bindings lack: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
         let op = |m: &Matrix| i32::from(m.transpose);
         plan.set(CUBLASLT_MATMUL_DESC_TRANSA, op(&operands[0]))?;
@@ -200,6 +208,7 @@ impl Plan {
         // adds them one after the other in C's type, which is no loss for a float C only. Neither
         // uses atomics. NONE is always allowed.
         let schemes = match key.output {
+            _ if key.exact => CUBLASLT_REDUCTION_SCHEME_NONE as u32,
             DType::F32 => {
                 CUBLASLT_REDUCTION_SCHEME_INPLACE as u32
                     | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32
@@ -213,13 +222,52 @@ impl Plan {
         preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.aligned[2])?;
         preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.aligned[2])?;
         let [a, b, c] = plan.layouts;
-        // SAFETY: live descriptors.
-        let found = unsafe {
-            lt::get_matmul_algo_heuristic(handle, plan.product, a, b, c, c, preference.0)?
-        };
-        plan.algorithm = found.algo;
-        Ok(plan)
+        let count = if key.exact { CANDIDATES } else { 1 };
+        // SAFETY: plain numbers; the library overwrites what it finds.
+        let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> =
+            vec![unsafe { std::mem::zeroed() }; count];
+        let mut n = 0;
+        // SAFETY: live descriptors, room for `count` results.
+        unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                handle,
+                plan.product,
+                a,
+                b,
+                c,
+                c,
+                preference.0,
+                count as i32,
+                found.as_mut_ptr(),
+                &mut n,
+            )
+        }
+        .result()?;
+        let usable = |f: &&sys::cublasLtMatmulHeuristicResult_t| f.state.result().is_ok();
+        let split = |a: &sys::cublasLtMatmulAlgo_t| key.exact && splits_k(a);
+        let algorithms = found.iter().take(n.max(0) as usize).filter(usable).map(|f| f.algo);
+        plan.algorithms = algorithms.filter(|a| !split(a)).collect();
+        match plan.algorithms.is_empty() {
+            true => Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)),
+            false => Ok(plan),
+        }
     }
+}
+
+/// Whether an algorithm adds up parts of k that were computed apart.
+fn splits_k(algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+    let (mut parts, mut written) = (0i32, 0usize);
+    // SAFETY: the attribute is an int32.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoConfigGetAttribute(
+            algorithm,
+            sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+            (&raw mut parts).cast(),
+            size_of::<i32>(),
+            &mut written,
+        )
+    };
+    status.result().is_err() || parts > 1
 }
 
 /// True for what the library says when it has nothing for a shape: the engine's own kernel runs
@@ -235,7 +283,7 @@ fn unsupported(e: &CublasError) -> bool {
 impl Blas {
     /// None if the library is not there. Called with the context bound.
     pub fn new() -> Result<Option<Blas>> {
-        if !load_library() {
+        if !find_blas::load() {
             return Ok(None);
         }
         // SAFETY: the library is there; this function takes nothing.
@@ -245,7 +293,8 @@ impl Blas {
             return Ok(None);
         }
         let handle = lt::create_handle().map_err(failed("start"))?;
-        let mut blas = Blas { handle, workspace: 0, version, plans: Mutex::default() };
+        let path = find_blas::opened();
+        let mut blas = Blas { handle, workspace: 0, version, path, plans: Mutex::default() };
         // SAFETY: new memory, freed in `Drop`.
         blas.workspace = unsafe { driver::malloc_sync(WORKSPACE) }
             .map_err(|e| Error::OutOfMemory(format!("cuBLASLt's workspace of 32 MiB: {e:?}")))?;
@@ -256,33 +305,38 @@ impl Blas {
         format!("{}.{}.{}", self.version / 10_000, self.version / 100 % 100, self.version % 100)
     }
 
+    /// The file of the library.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// See [`Device::trust_gemm`](crate::device::Device::trust_gemm).
+    pub fn trust(&self, g: &Gemm, candidate: Option<usize>) {
+        let Some(key) = key(g, true) else { return };
+        let mut plans = self.plans();
+        match (plans.get_mut(&key), candidate) {
+            (Some(Some(plan)), Some(i)) if i < plan.algorithms.len() => plan.trusted = Some(i),
+            _ => drop(plans.insert(key, None)),
+        }
+    }
+
+    fn plans(&self) -> MutexGuard<'_, HashMap<Key, Option<Plan>>> {
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// # Safety
     /// The operands lie in live device memory, the stream is that of the bound context.
-    pub unsafe fn run(&self, g: &Gemm, stream: CUstream) -> Result<bool> {
-        let (input, output) = (g.a.dtype, g.c.dtype);
-        let float = |d: DType| d == DType::F32 || d == DType::BF16;
-        let pair = input == g.b.dtype
-            && float(input)
-            && float(output)
-            && (output == input || output == DType::F32);
-        if !pair || g.m == 0 || g.n == 0 || g.k == 0 {
-            return Ok(false);
-        }
-        let bias = g.bias.map_or(0, |b| b.address);
-        let key = Key {
-            layout: g.layout,
-            m: g.m,
-            n: g.n,
-            k: g.k,
-            strides: [g.a.stride, g.b.stride, g.c.stride],
-            input,
-            output,
-            bias: g.bias.map(|b| b.dtype),
-            accumulate: g.accumulate,
-            aligned: [g.a, g.b, g.c].map(|m| aligned(m.address)),
-            bias_aligned: aligned(bias),
+    pub unsafe fn run(
+        &self,
+        g: &Gemm,
+        algorithm: Algorithm,
+        stream: CUstream,
+    ) -> Result<LibraryProduct> {
+        let Some(key) = key(g, algorithm != Algorithm::Fastest) else {
+            return Ok(LibraryProduct::Unavailable);
         };
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let bias = g.bias.map_or(0, |b| b.address);
+        let mut plans = self.plans();
         let plan = match plans.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => match Plan::new(self.handle, &key, bias) {
@@ -291,7 +345,18 @@ impl Blas {
                 Err(e) => return Err(failed("choosing an algorithm")(e)),
             },
         };
-        let Some(plan) = plan else { return Ok(false) };
+        let Some(plan) = plan else { return Ok(LibraryProduct::Unavailable) };
+        let chosen = match algorithm {
+            Algorithm::Fastest => 0,
+            Algorithm::Candidate(i) => i,
+            Algorithm::Trusted => match plan.trusted {
+                Some(i) => i,
+                None => return Ok(LibraryProduct::Untried),
+            },
+        };
+        let Some(chosen) = plan.algorithms.get(chosen) else {
+            return Ok(LibraryProduct::Unavailable);
+        };
         if key.bias.is_some() {
             let what = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             plan.set(what, bias).map_err(failed("bias"))?;
@@ -314,22 +379,47 @@ impl Blas {
                 d,
                 g.c.address as *mut c_void,
                 d,
-                &plan.algorithm,
+                chosen,
                 self.workspace as *mut c_void,
                 WORKSPACE,
                 stream.cast(),
             )
         };
         match ran {
-            Ok(()) => Ok(true),
+            Ok(()) => Ok(LibraryProduct::Queued),
             // Said before anything runs: the key has no algorithm after all.
             Err(e) if unsupported(&e) => {
                 plans.insert(key, None);
-                Ok(false)
+                Ok(LibraryProduct::Unavailable)
             }
             Err(e) => Err(failed("matrix product")(e)),
         }
     }
+}
+
+/// None for types that are left to the engine's own kernel, and where there is nothing to do.
+fn key(g: &Gemm, exact: bool) -> Option<Key> {
+    let (input, output) = (g.a.dtype, g.c.dtype);
+    let float = |d: DType| d == DType::F32 || d == DType::BF16;
+    let pair = input == g.b.dtype
+        && float(input)
+        && float(output)
+        && (output == input || output == DType::F32);
+    let some = g.m > 0 && g.n > 0 && g.k > 0;
+    (pair && some).then(|| Key {
+        exact,
+        layout: g.layout,
+        m: g.m,
+        n: g.n,
+        k: g.k,
+        strides: [g.a.stride, g.b.stride, g.c.stride],
+        input,
+        output,
+        bias: g.bias.map(|b| b.dtype),
+        accumulate: g.accumulate,
+        aligned: [g.a, g.b, g.c].map(|m| aligned(m.address)),
+        bias_aligned: aligned(g.bias.map_or(0, |b| b.address)),
+    })
 }
 
 impl Drop for Blas {
@@ -343,61 +433,6 @@ impl Drop for Blas {
             let _ = lt::destroy_handle(self.handle);
         }
     }
-}
-
-/// cudarc opens the library by name only. A library that is already open under its soname
-/// (libcublasLt.so.13) is found that way too, wherever it lies: so one from a known folder is
-/// opened here first. `TEMPER_CUBLASLT` is the file or its folder, `none` for no library at all;
-/// without it LD_LIBRARY_PATH and the system's folders count, then the Python environment's wheels.
-fn load_library() -> bool {
-    let wish = std::env::var_os("TEMPER_CUBLASLT");
-    if wish.as_ref().is_some_and(|w| w == "none") {
-        return false;
-    }
-    // SAFETY: only tries to open the library.
-    let present = || unsafe { sys::is_culib_present() };
-    let folders: Vec<PathBuf> = match &wish {
-        Some(path) => vec![PathBuf::from(path)],
-        None if present() => return true,
-        None => wheel_folders(),
-    };
-    let opened = folders.iter().flat_map(|f| candidates(f)).any(|path| open(&path));
-    (opened || wish.is_none()) && present()
-}
-
-fn candidates(place: &Path) -> Vec<PathBuf> {
-    if place.is_dir() {
-        ["libcublasLt.so.13", "libcublasLt.so.12"].iter().map(|n| place.join(n)).collect()
-    } else {
-        vec![place.to_path_buf()]
-    }
-}
-
-/// `site-packages/nvidia/cu13/lib` (CUDA 13 wheels) and `site-packages/nvidia/cublas/lib` (12) of
-/// the active environment.
-fn wheel_folders() -> Vec<PathBuf> {
-    let mut folders = Vec::new();
-    for root in ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(std::env::var_os) {
-        for python in
-            std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten().flatten()
-        {
-            let nvidia = python.path().join("site-packages/nvidia");
-            folders.extend([nvidia.join("cu13/lib"), nvidia.join("cublas/lib")]);
-        }
-    }
-    folders.push("/usr/local/cuda/lib64".into());
-    folders
-}
-
-fn open(path: &Path) -> bool {
-    let Some(name) =
-        path.is_file().then(|| CString::new(path.as_os_str().as_encoded_bytes()).ok()).flatten()
-    else {
-        return false;
-    };
-    // SAFETY: a NUL-terminated path of a file that is there. The handle is kept for the life of the
-    // process.
-    !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
 }
 
 #[cfg(test)]
@@ -459,11 +494,5 @@ mod tests {
             [aligned(0x1000), aligned(0x1010), aligned(2), aligned(1), aligned(0)],
             [256, 16, 2, 1, 256]
         );
-    }
-
-    #[test]
-    fn no_library_is_not_an_error() {
-        assert_eq!(candidates(Path::new("/nowhere/libcublasLt.so.13")).len(), 1);
-        assert!(!open(Path::new("/nowhere/libcublasLt.so.13")));
     }
 }

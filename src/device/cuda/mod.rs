@@ -8,6 +8,7 @@
 //! and the driver's version are known.
 
 mod blas;
+mod find_blas;
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -20,8 +21,9 @@ use cudarc::driver::sys::{
 };
 
 use super::{
-    Capabilities, Device, EncodedMap, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch, Mark,
-    MemoryInfo, TensorMap, capturing, insert_in_free_slot, lock, no_graph,
+    Algorithm, Capabilities, Device, EncodedMap, Gemm, Graph, Kernel, KernelArgs, KernelDef,
+    Launch, LibraryProduct, Mark, MemoryInfo, TensorMap, capturing, insert_in_free_slot, lock,
+    no_graph,
 };
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
@@ -612,15 +614,36 @@ impl Device for Cuda {
         Ok(encoded)
     }
 
-    unsafe fn gemm(&self, g: &Gemm) -> Result<bool> {
-        let Some(blas) = &self.blas else { return Ok(false) };
+    unsafe fn gemm(&self, g: &Gemm, algorithm: Algorithm) -> Result<LibraryProduct> {
+        let Some(blas) = &self.blas else { return Ok(LibraryProduct::Unavailable) };
         self.bind()?;
         // SAFETY: the caller's promise.
-        let ran = unsafe { blas.run(g, self.stream)? };
-        if ran {
+        let answer = unsafe { blas.run(g, algorithm, self.stream)? };
+        if answer == LibraryProduct::Queued {
             lock(&self.code).last = "cuBLASLt's matrix product";
         }
-        Ok(ran)
+        // Candidates cannot be looked at while nothing runs; they are another time.
+        let capturing = self.capturing.load(Ordering::Acquire);
+        Ok(if answer == LibraryProduct::Untried && capturing {
+            LibraryProduct::Unavailable
+        } else {
+            answer
+        })
+    }
+
+    fn trust_gemm(&self, g: &Gemm, candidate: Option<usize>) {
+        if let Some(blas) = &self.blas {
+            blas.trust(g, candidate);
+        }
+    }
+
+    fn library(&self) -> Option<String> {
+        Some(match &self.blas {
+            Some(blas) => format!("cuBLASLt {} ({})", blas.version(), blas.path()),
+            None => {
+                "none (cuBLASLt was not found; TEMPER_CUBLASLT names its file or folder)".into()
+            }
+        })
     }
 
     fn sync(&self) -> Result<()> {

@@ -104,11 +104,10 @@ impl RolloutEnv {
             )));
         }
         if cx.device.capabilities().gemm_depends_on_rows && cx.matmul == MatmulChoice::Auto {
-            // The library may choose another kernel for another number of rows; the engine's own
-            // does not.
-            cx.observer
-                .note("matmul=own, so that the sampler's log-probs are the trainer's bit for bit");
-            cx.matmul = MatmulChoice::Own;
+            // The library may choose another kernel for another number of rows, with other bits.
+            let why = "so that the sampler's log-probs are the trainer's bit for bit";
+            cx.observer.note(&format!("matmul=exact, {why}"));
+            cx.matmul = MatmulChoice::Exact;
         }
         let longest = self.longest();
         self.sampler.attach(cx, model, longest)?;

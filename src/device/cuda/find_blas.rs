@@ -1,0 +1,170 @@
+//! Where cuBLASLt is: what the user names, the system's folders, then the wheels of the Python that
+//! is there. Layer 1.
+//!
+//! Invariant: nothing is run to find it, and a library that is not there is no error.
+
+use std::ffi::{CStr, CString, OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use cudarc::cublaslt::sys;
+
+/// Where the library was looked for, from the environment.
+struct Places {
+    /// `TEMPER_CUBLASLT`: the file or its folder, or `none` for no library at all.
+    wish: Option<OsString>,
+    path: Option<OsString>,
+    /// Of `VIRTUAL_ENV` and `CONDA_PREFIX`.
+    environments: Vec<PathBuf>,
+}
+
+impl Places {
+    fn of_process() -> Places {
+        let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(std::env::var_os);
+        Places {
+            wish: std::env::var_os("TEMPER_CUBLASLT"),
+            path: std::env::var_os("PATH"),
+            environments: environments.map(PathBuf::from).collect(),
+        }
+    }
+
+    /// Prefixes of Python installations: the active environment, the first `python3` in PATH, and
+    /// the installation that this is a link into.
+    fn prefixes(&self) -> Vec<PathBuf> {
+        let mut all = self.environments.clone();
+        let path = self.path.as_deref().unwrap_or(OsStr::new(""));
+        let python = std::env::split_paths(path).map(|p| p.join("python3")).find(|p| p.is_file());
+        // A virtual environment's python3 is a link to the base's: its packages may be in either.
+        for python in python.iter().flat_map(|p| [Some(p.clone()), p.canonicalize().ok()]).flatten()
+        {
+            all.extend(python.parent().and_then(Path::parent).map(Path::to_path_buf));
+        }
+        all
+    }
+
+    /// `nvidia/cu13/lib` (wheels of CUDA 13) and `nvidia/cublas/lib` (12) of each `site-packages`,
+    /// and Debian's `dist-packages`; then the toolkit.
+    fn folders(&self) -> Vec<PathBuf> {
+        let mut folders: Vec<PathBuf> = Vec::new();
+        for prefix in self.prefixes() {
+            let lib = std::fs::read_dir(prefix.join("lib")).into_iter().flatten().flatten();
+            let mut pythons: Vec<PathBuf> = lib.map(|entry| entry.path()).collect();
+            pythons.retain(|p| {
+                p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("python"))
+            });
+            pythons.sort();
+            for packages in pythons
+                .iter()
+                .rev()
+                .flat_map(|p| ["site-packages", "dist-packages"].map(|name| p.join(name)))
+            {
+                let nvidia = packages.join("nvidia");
+                folders.extend([nvidia.join("cu13/lib"), nvidia.join("cublas/lib")]);
+            }
+        }
+        folders.push("/usr/local/cuda/lib64".into());
+        folders
+    }
+}
+
+/// Opens the library; false: it is not there, or not wanted. cudarc opens it by name only. A library
+/// that is already open under its soname (libcublasLt.so.13) is found that way too, wherever it
+/// lies: so one from a known folder is opened here first.
+pub fn load() -> bool {
+    let places = Places::of_process();
+    if places.wish.as_ref().is_some_and(|w| w == "none") {
+        return false;
+    }
+    // SAFETY: only tries to open the library.
+    let present = || unsafe { sys::is_culib_present() };
+    let folders: Vec<PathBuf> = match &places.wish {
+        Some(path) => vec![PathBuf::from(path)],
+        None if present() => return true,
+        None => places.folders(),
+    };
+    let opened = folders.iter().flat_map(|f| candidates(f)).any(|path| open(&path));
+    (opened || places.wish.is_none()) && present()
+}
+
+/// The file that [`load`] opened.
+pub fn opened() -> String {
+    let unknown = || "a file of unknown name".to_string();
+    // SAFETY: zeros are a Dl_info; the address is that of a function of the library, and the name
+    // stays as long as the library, which is never closed.
+    unsafe {
+        let mut info: libc::Dl_info = std::mem::zeroed();
+        let Some(name) = names().into_iter().find_map(|name| {
+            let handle = libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD);
+            (!handle.is_null()).then_some(handle)
+        }) else {
+            return unknown();
+        };
+        let symbol = libc::dlsym(name, c"cublasLtGetVersion".as_ptr());
+        if symbol.is_null() || libc::dladdr(symbol, &mut info) == 0 || info.dli_fname.is_null() {
+            return unknown();
+        }
+        CStr::from_ptr(info.dli_fname).to_string_lossy().into_owned()
+    }
+}
+
+/// The names under which the library may be open.
+fn names() -> [&'static CStr; 3] {
+    [c"libcublasLt.so.13", c"libcublasLt.so.12", c"libcublasLt.so"]
+}
+
+fn candidates(place: &Path) -> Vec<PathBuf> {
+    if place.is_dir() {
+        ["libcublasLt.so.13", "libcublasLt.so.12"].iter().map(|n| place.join(n)).collect()
+    } else {
+        vec![place.to_path_buf()]
+    }
+}
+
+fn open(path: &Path) -> bool {
+    let Some(name) =
+        path.is_file().then(|| CString::new(path.as_os_str().as_encoded_bytes()).ok()).flatten()
+    else {
+        return false;
+    };
+    // SAFETY: a NUL-terminated path of a file that is there. The handle is kept for the life of the
+    // process.
+    !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn no_library_is_not_an_error() {
+        assert_eq!(candidates(Path::new("/nowhere/libcublasLt.so.13")).len(), 1);
+        assert!(!open(Path::new("/nowhere/libcublasLt.so.13")));
+    }
+
+    /// A virtual environment whose python3 is a link into a base installation.
+    #[test]
+    fn wheels_beside_the_python_on_the_path_and_beside_its_base_are_found() {
+        let dir = std::env::temp_dir().join(format!("temper-blas-{}", std::process::id()));
+        let (venv, base) = (dir.join("venv"), dir.join("base"));
+        let cu13 = venv.join("lib/python3.12/site-packages/nvidia/cu13/lib");
+        let cu12 = base.join("lib/python3.11/dist-packages/nvidia/cublas/lib");
+        for folder in [&cu13, &cu12, &venv.join("bin"), &base.join("bin")] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        let file = cu13.join("libcublasLt.so.13");
+        fs::write(&file, "").unwrap();
+        fs::write(base.join("bin/python3.11"), "").unwrap();
+        std::os::unix::fs::symlink(base.join("bin/python3.11"), venv.join("bin/python3")).unwrap();
+        let path = std::env::join_paths([dir.join("nothing"), venv.join("bin")]).unwrap();
+        let places = Places { wish: None, path: Some(path), environments: Vec::new() };
+        let folders = places.folders();
+        let canonical = dir.canonicalize().unwrap();
+        let cu12 = canonical.join(cu12.strip_prefix(&dir).unwrap());
+        let first = folders.iter().flat_map(|f| candidates(f)).find(|c| c.is_file());
+        assert_eq!(first, Some(file));
+        assert!(folders.contains(&cu12), "{folders:?}");
+        let active = Places { wish: None, path: None, environments: vec![venv] };
+        assert!(active.folders().contains(&cu13));
+        fs::remove_dir_all(dir).unwrap();
+    }
+}
