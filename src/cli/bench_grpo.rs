@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
-use super::bench::{BenchArgs, Ceilings, median, peft_keys, preset};
+use super::bench_measure::{Ceilings, median, peft_keys, preset};
 use crate::autograd::{Cx, Recompute};
 use crate::data::bpe::train_bpe;
 use crate::data::rows::Row;
@@ -51,118 +51,136 @@ pub struct GrpoArgs {
 /// Warm-up steps: kernels load and the pool grows in the first.
 const WARM_UP: usize = 1;
 
-pub fn grpo(mut cx: Cx, args: &BenchArgs, ceilings: Ceilings) -> Result<Value> {
-    let sizes = &args.grpo;
-    let rows = sizes.prompts * sizes.completions;
-    if !rows.is_multiple_of(args.batch) {
-        return Err(Error::Config(format!(
-            "--batch {} does not divide {rows} completions (--prompts x --completions)",
-            args.batch
-        )));
-    }
-    let keys = [
-        format!("num_generations={}", sizes.completions),
-        format!("max_completion_length={}", sizes.new_tokens),
-        format!("per_device_train_batch_size={}", args.batch),
-        format!("gradient_accumulation_steps={}", rows / args.batch),
-        format!("beta={}", if sizes.reference { 0.04 } else { 0.0 }),
-        "max_steps=1000000".into(),
-        // One for the binary to find; the bench's own reward is the program's.
-        "reward_weights=[1.0]".into(),
-    ];
-    let keys = [keys.to_vec(), peft_keys(args)?, sizes.options.clone()].concat();
-    let mut run = MethodRun::<GrpoConfig>::default();
-    run.erased_mut().read(None, &keys, 1)?;
-    let mut config = preset(&args.shape)?;
-    let folder = BenchFolder::new()?;
-    let tokenizer = folder.tokenizer()?;
-    config.eos = tokenizer.eos_id().into_iter().collect();
-    let data = prompts(sizes);
-    // Any reward will do that differs within a group.
-    let reward = RewardFunction::new("bench", |row| {
-        Some(row.ids().iter().fold(0u32, |h, id| h.wrapping_mul(31).wrapping_add(*id)) as f64 / 4e9)
-    });
-    let BuiltMethod { mut method, .. } = run.method.build(
-        &run.training,
-        &MethodInputs {
-            tokenizer: &tokenizer,
-            template: None,
-            model: &config,
-            train: &data,
-            eval: &[],
-            on_bad_row: Default::default(),
-            output: &folder.0,
-            rewards: &[reward],
-            setup: &Default::default(),
-        },
-    )?;
-    let base = Decoder::builder(config)
-        .weights(InitialWeights::Random { seed: 1 })
-        .storage(scheme(&run.peft))
-        .positions(method.longest())
-        .build(&cx)?;
-    let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
-    if args.recompute {
-        cx.recompute = Recompute::Layers;
-    }
-    let device = cx.device.clone();
-    let plan = StepPlan::online(&run.training, method.micro_batches().unwrap_or(1))?;
-    let mut trainer = Trainer::with_plan(cx, model, run.training, plan)?;
-    method.attach(&mut trainer.cx, &trainer.model)?;
-    let mut timed = Timed::default();
-    let mut last: Vec<Metric> = Vec::new();
-    let mut trained_tokens = 0;
-    for i in 0..args.repeat.unwrap_or(3) + WARM_UP {
-        let begin = Instant::now();
-        let step = trainer.step(&mut *method)?;
-        device.sync()?;
-        let seconds = begin.elapsed().as_secs_f64();
-        method.take_completions();
-        if i >= WARM_UP {
-            timed.add(seconds, &step.metrics);
+/// What is run.
+pub struct GrpoBench<'a> {
+    pub sizes: &'a GrpoArgs,
+    pub shape: &'a str,
+    /// Rows of a micro-batch.
+    pub batch: usize,
+    pub repeat: usize,
+    pub lora: Option<usize>,
+    pub base: Option<&'a str>,
+    pub recompute: bool,
+    pub ceilings: Ceilings,
+}
+
+impl GrpoBench<'_> {
+    pub fn run(&self, mut cx: Cx) -> Result<Value> {
+        let GrpoBench { sizes, ceilings, .. } = self;
+        let rows = sizes.prompts * sizes.completions;
+        if !rows.is_multiple_of(self.batch) {
+            return Err(Error::Config(format!(
+                "--batch {} does not divide {rows} completions (--prompts x --completions)",
+                self.batch
+            )));
         }
-        (last, trained_tokens) = (step.metrics, step.tokens);
+        let keys = [
+            format!("num_generations={}", sizes.completions),
+            format!("max_completion_length={}", sizes.new_tokens),
+            format!("per_device_train_batch_size={}", self.batch),
+            format!("gradient_accumulation_steps={}", rows / self.batch),
+            format!("beta={}", if sizes.reference { 0.04 } else { 0.0 }),
+            "max_steps=1000000".into(),
+        ];
+        let keys =
+            [keys.to_vec(), peft_keys(self.lora, self.base)?, sizes.options.clone()].concat();
+        let mut run = MethodRun::<GrpoConfig>::default();
+        let erased: &mut MethodRun = &mut run;
+        erased.read(None, &keys, 1)?;
+        let mut config = preset(self.shape)?;
+        let folder = BenchFolder::new()?;
+        let tokenizer = folder.tokenizer()?;
+        config.eos = tokenizer.eos_id().into_iter().collect();
+        let data = prompts(sizes);
+        // Any reward will do that differs within a group.
+        let reward = RewardFunction::new("bench", |row| {
+            Some(
+                row.ids().iter().fold(0u32, |h, id| h.wrapping_mul(31).wrapping_add(*id)) as f64
+                    / 4e9,
+            )
+        });
+        let BuiltMethod { mut method, .. } = run.method.build(
+            &run.training,
+            &MethodInputs {
+                tokenizer: &tokenizer,
+                template: None,
+                model: &config,
+                train: &data,
+                eval: &[],
+                on_bad_row: Default::default(),
+                output: &folder.0,
+                rewards: &[reward],
+                setup: &Default::default(),
+            },
+        )?;
+        let base = Decoder::builder(config)
+            .weights(InitialWeights::Random { seed: 1 })
+            .storage(scheme(&run.peft))
+            .positions(method.longest())
+            .build(&cx)?;
+        let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
+        if self.recompute {
+            cx.recompute = Recompute::Layers;
+        }
+        let device = cx.device.clone();
+        let plan = StepPlan::online(&run.training, method.micro_batches().unwrap_or(1))?;
+        let mut trainer = Trainer::with_plan(cx, model, run.training, plan)?;
+        method.attach(&mut trainer.cx, &trainer.model)?;
+        let mut timed = Timed::default();
+        let mut last: Vec<Metric> = Vec::new();
+        let mut trained_tokens = 0;
+        for i in 0..self.repeat + WARM_UP {
+            let begin = Instant::now();
+            let step = trainer.step(&mut *method)?;
+            device.sync()?;
+            let seconds = begin.elapsed().as_secs_f64();
+            method.take_completions();
+            if i >= WARM_UP {
+                timed.add(seconds, &step.metrics);
+            }
+            (last, trained_tokens) = (step.metrics, step.tokens);
+        }
+        let of = |name: &str| last.iter().find(|m| m.0 == name).map_or(0.0, |m| m.1);
+        let work = Work {
+            prompts: sizes.prompts as f64,
+            completions: rows as f64,
+            prompt: sizes.prompt_tokens as f64,
+            completion: of("completions/mean_length"),
+            longest: of("completions/max_length"),
+            at_once: (run.method.online.rollout.max_sequences.min(rows)) as f64,
+            trained: trainer.model.trained().trained_count() as f64,
+            base: trainer.model.params.count() as f64,
+            bytes: trainer.cx.dtype.size() as f64,
+        };
+        let roofline = work.roofline(&trainer.model.config, ceilings);
+        let step = median(timed.steps.clone());
+        let parts = PARTS.iter().enumerate().map(|(k, part)| {
+            let seconds = median(timed.parts[k].clone());
+            let floor = roofline[k].filter(|_| *part != "reference" || sizes.reference);
+            json!({
+                "part": part, "seconds": seconds, "of_step": seconds / step,
+                "roofline_seconds": floor, "of_roofline": floor.map(|floor| floor / seconds),
+            })
+        });
+        let tokens = work.completions * (work.prompt + work.completion);
+        let generated = work.completions * work.completion;
+        Ok(json!({
+            "bench": "grpo", "device": device.name(), "dtype": trainer.cx.dtype.name(),
+            "parameters": trainer.model.params.count(),
+            "trained_parameters": trainer.model.trained().trained_count(),
+            "prompts": sizes.prompts, "completions": rows, "prompt_tokens": sizes.prompt_tokens,
+            "completion_tokens": work.completion, "batch": self.batch, "reference": sizes.reference,
+            "max_sequences": work.at_once as usize, "recompute": self.recompute, "lora_r": self.lora,
+            "base": self.base,
+            "ceiling_matmul_tflops": ceilings.flops / 1e12,
+            "ceiling_copy_gb_per_second": ceilings.bytes / 1e9,
+            "seconds_per_step": step, "tokens_per_second": tokens / step,
+            "tokens_through_the_update": trained_tokens,
+            "generated_tokens_per_second": generated / median(timed.parts[0].clone()),
+            "ratio_off_one_max": of("sampling/ratio_off_one_max"),
+            "peak_memory_bytes": trainer.cx.pool.in_use().1, "parts": parts.collect::<Vec<_>>(),
+        }))
     }
-    let of = |name: &str| last.iter().find(|m| m.0 == name).map_or(0.0, |m| m.1);
-    let work = Work {
-        prompts: sizes.prompts as f64,
-        completions: rows as f64,
-        prompt: sizes.prompt_tokens as f64,
-        completion: of("completions/mean_length"),
-        longest: of("completions/max_length"),
-        at_once: (run.method.online.rollout.max_sequences.min(rows)) as f64,
-        trained: trainer.model.trained().trained_count() as f64,
-        base: trainer.model.params.count() as f64,
-        bytes: trainer.cx.dtype.size() as f64,
-    };
-    let roofline = work.roofline(&trainer.model.config, &ceilings);
-    let step = median(timed.steps.clone());
-    let parts = PARTS.iter().enumerate().map(|(k, part)| {
-        let seconds = median(timed.parts[k].clone());
-        let floor = roofline[k];
-        json!({
-            "part": part, "seconds": seconds, "of_step": seconds / step,
-            "roofline_seconds": floor, "of_roofline": floor.map(|floor| floor / seconds),
-        })
-    });
-    let tokens = work.completions * (work.prompt + work.completion);
-    let generated = work.completions * work.completion;
-    Ok(json!({
-        "bench": "grpo", "device": device.name(), "dtype": trainer.cx.dtype.name(),
-        "matmul": args.matmul, "parameters": trainer.model.params.count(),
-        "trained_parameters": trainer.model.trained().trained_count(),
-        "prompts": sizes.prompts, "completions": rows, "prompt_tokens": sizes.prompt_tokens,
-        "completion_tokens": work.completion, "batch": args.batch, "reference": sizes.reference,
-        "max_sequences": work.at_once as usize, "recompute": args.recompute, "lora_r": args.lora,
-        "base": args.base,
-        "ceiling_matmul_tflops": ceilings.flops / 1e12,
-        "ceiling_copy_gb_per_second": ceilings.bytes / 1e9,
-        "seconds_per_step": step, "tokens_per_second": tokens / step,
-        "tokens_through_the_update": trained_tokens,
-        "generated_tokens_per_second": generated / median(timed.parts[0].clone()),
-        "ratio_off_one_max": of("sampling/ratio_off_one_max"),
-        "peak_memory_bytes": trainer.cx.pool.in_use().1, "parts": parts.collect::<Vec<_>>(),
-    }))
 }
 
 /// The parts of a step; the last is what the others leave.
@@ -274,7 +292,8 @@ impl BenchFolder {
 
     fn tokenizer(&self) -> Result<Tokenizer> {
         let special = ["<|end|>", "<|pad|>"];
-        train_bpe(std::iter::empty(), 258, &special, false)?.write(&self.0, "<|end|>", "<|pad|>", None)?;
+        train_bpe(std::iter::empty(), 258, &special, false)?
+            .write(&self.0, "<|end|>", "<|pad|>", None)?;
         Tokenizer::load(&self.0)
     }
 }
