@@ -10,20 +10,19 @@ use serde_json::{Value, json};
 use crate::autograd::{Cx, Recompute, Tape};
 use crate::check::{differentiable, prepare_case, upstream};
 use crate::cli::args::{Where, choice};
+use crate::cli::bench_grpo::{GrpoArgs, GrpoBench};
+use crate::cli::bench_measure::{Ceilings, median, peft_keys, preset, time};
 use crate::cli::parsers::{check_tokens, count};
 use crate::config::MatmulChoice;
 use crate::data::masked::MaskedSequence;
 use crate::data::preference::PairExample;
-use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::methods::offline::dpo::{DpoConfig, DpoObjective};
 use crate::methods::offline::sft::{Sft, SftRun};
 use crate::methods::{MaskedIds, Method};
 use crate::model::decoder::{Decoder, InitialWeights};
-use crate::model::layout::ModelConfig;
 use crate::observer::output::print_line;
 use crate::ops::case::{Case, DEFAULT, PerfShape, Rng, Variant};
-use crate::ops::matmul::product;
 use crate::ops::registry::registry;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{EngineOptions, generate};
@@ -32,30 +31,31 @@ use crate::train::Trainer;
 use crate::train::run::flops_per_token;
 use crate::train::tuning::{prepare, scheme};
 
-/// Time ops against measured ceilings, a training step, or decoding, on random weights of a real
-/// shape
+/// Time ops against measured ceilings, a training step, decoding, or a step of GRPO and its parts,
+/// on random weights of a real shape
 #[derive(clap::Args)]
 pub struct BenchArgs {
     /// what is timed
-    #[arg(value_parser = ["ops", "train", "decode"])]
+    #[arg(value_parser = ["ops", "train", "decode", "grpo"])]
     what: String,
-    /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b
+    /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b,
+    /// qwen3-1.7b
     #[arg(long, default_value = "quickstart")]
     shape: String,
-    /// rows of a micro-batch (train), sequences (decode)
+    /// rows of a micro-batch (train, grpo), sequences (decode)
     #[arg(long, default_value_t = 16, value_parser = count)]
     batch: usize,
-    /// tokens of a row
+    /// ops, train, decode: tokens of a row
     #[arg(long, default_value_t = 128, value_parser = count)]
     length: usize,
-    /// timed repetitions, of which the median counts
-    #[arg(long, default_value_t = 10, value_parser = count)]
-    repeat: usize,
-    /// train: LoRA of this rank on all seven projections, no dropout, in the place of full
+    /// timed repetitions, of which the median counts; grpo: 3, otherwise 10
+    #[arg(long, value_parser = count)]
+    repeat: Option<usize>,
+    /// train, grpo: LoRA of this rank on all seven projections, no dropout, in the place of full
     /// fine-tuning
     #[arg(long, value_parser = count)]
     lora: Option<usize>,
-    /// train, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested)
+    /// train, grpo, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested)
     /// or 8 bits (int8)
     #[arg(long, requires = "lora")]
     base: Option<String>,
@@ -69,11 +69,19 @@ pub struct BenchArgs {
     /// recompute each layer's activations on the way back
     #[arg(long)]
     recompute: bool,
+    #[command(flatten)]
+    grpo: GrpoArgs,
     /// one JSON object on standard output
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     on: Where,
+}
+
+impl BenchArgs {
+    fn repeat(&self) -> usize {
+        self.repeat.unwrap_or(10)
+    }
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
@@ -84,9 +92,27 @@ pub fn run(args: BenchArgs) -> Result<()> {
         "ops" => ops(&mut cx, &args)?,
         "train" => train(cx, &args)?,
         "decode" => decode(&mut cx, &args)?,
+        "grpo" => {
+            // In a pool of its own, which the steps' peak does not count.
+            let mut own = Cx::new(cx.device.clone(), cx.dtype)?;
+            own.matmul = cx.matmul;
+            let ceilings = Ceilings::measure(&mut own, 3)?;
+            drop(own);
+            let bench = GrpoBench {
+                sizes: &args.grpo,
+                shape: &args.shape,
+                batch: args.batch,
+                repeat: args.repeat.unwrap_or(3),
+                lora: args.lora,
+                base: args.base.as_deref(),
+                recompute: args.recompute,
+                ceilings,
+            };
+            bench.run(cx)?
+        }
         other => {
             return Err(Error::Config(format!(
-                "temper bench ops, train or decode, not \"{other}\""
+                "temper bench ops, train, decode or grpo, not \"{other}\""
             )));
         }
     };
@@ -98,55 +124,12 @@ pub fn run(args: BenchArgs) -> Result<()> {
     Ok(())
 }
 
-/// A model of a known shape with random weights: (hidden, intermediate, layers, heads, kv heads,
-/// head_dim, vocab, tied).
-pub fn preset(name: &str) -> Result<ModelConfig> {
-    let (family, [hidden, mlp, layers, heads, kv, dim, vocab], tied) = match name {
-        "quickstart" => ("llama", [128, 384, 4, 4, 2, 32, 512], true),
-        "smollm2-135m" => ("llama", [576, 1536, 30, 9, 3, 64, 49152], true),
-        "qwen2.5-0.5b" => ("qwen2", [896, 4864, 24, 14, 2, 64, 151_936], true),
-        "qwen3-0.6b" => ("qwen3", [1024, 3072, 28, 16, 8, 128, 151_936], true),
-        "llama-3.2-1b" => ("llama", [2048, 8192, 16, 32, 8, 64, 128_256], true),
-        "qwen2.5-1.5b" => ("qwen2", [1536, 8960, 28, 12, 2, 128, 151_936], true),
-        other => {
-            return Err(Error::Config(format!(
-                "no shape is called \"{other}\"; see temper bench --help"
-            )));
-        }
-    };
-    let map = json!({
-        "model_type": family, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": dim, "vocab_size": vocab,
-        "tie_word_embeddings": tied, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu",
-    });
-    match map {
-        Value::Object(map) => ModelConfig::from_json(name, map),
-        _ => Err(Error::Config("a preset is an object".into())),
-    }
-}
-
 fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
-    let mut keys =
-        vec![format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
-    if let Some(rank) = args.lora {
-        let lora = ["use_peft=true", "lora_target_modules=all-linear", "lora_dropout=0"];
-        keys.extend(lora.map(String::from));
-        keys.push(format!("lora_r={rank}"));
-    }
-    match args.base.as_deref() {
-        None => {}
-        Some("nf4") => keys.push("load_in_4bit=true".into()),
-        Some("nf4-nested") => {
-            keys.extend(["load_in_4bit=true".into(), "use_bnb_nested_quant=true".into()])
-        }
-        Some("int8") => keys.push("load_in_8bit=true".into()),
-        Some(other) => {
-            return Err(Error::Config(format!(
-                "--base is nf4, nf4-nested or int8, not \"{other}\""
-            )));
-        }
-    }
+    let mut keys = peft_keys(args.lora, args.base.as_deref())?;
+    keys.extend([
+        format!("per_device_train_batch_size={}", args.batch),
+        "max_steps=1000000".into(),
+    ]);
     let (run, _) = SftRun::load(None, &keys)?;
     let base = Decoder::builder(preset(&args.shape)?)
         .weights(InitialWeights::Random { seed: 1 })
@@ -178,7 +161,7 @@ fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
     method.attach(&mut cx, &model)?;
     let mut trainer = Trainer::new(cx, model, run.training, args.batch)?;
     let mut times = Vec::new();
-    for i in 0..args.repeat + 3 {
+    for i in 0..args.repeat() + 3 {
         let start = Instant::now();
         trainer.step(&mut *method)?;
         device.sync()?;
@@ -241,18 +224,8 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
 fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let config = preset(&args.shape)?;
     let mut rng = Rng(9);
-    let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024);
-    let (a, b) = (upload(cx, &mut rng, &[side, side])?, upload(cx, &mut rng, &[side, side])?);
-    let c = cx.real("bench", &[side, side])?;
-    let gemm = time(cx, args.repeat, |cx| product(cx, Layout::NT, &c, &a, &b, None, false))?;
-    let ceiling = 2.0 * (side as f64).powi(3) / gemm;
-    let big = cx.device.capabilities().work_bytes.max(1 << 26);
-    let (p, q) = (cx.float("bench", &[big / 4])?, cx.float("bench", &[big / 4])?);
-    p.zero()?;
-    let copy = time(cx, args.repeat, |_| q.copy_from(&p))?;
-    let bandwidth = 2.0 * big as f64 / copy;
-    drop((a, b, c, p, q));
-
+    let repeat = args.repeat();
+    let Ceilings { flops: ceiling, bytes: bandwidth } = Ceilings::measure(cx, repeat)?;
     let shape = PerfShape {
         sequences: args.batch,
         length: args.length,
@@ -272,9 +245,9 @@ fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
             let cost = case.op.cost(&inputs);
             let op = case.op.clone();
             let run = |cx: &mut Cx| cx.apply_dyn(op.clone(), &inputs).map(drop);
-            let seconds = time(&mut cx, args.repeat, run)?;
+            let seconds = time(&mut cx, repeat, run)?;
             let (bytes, flops) = (cost.bytes / seconds, cost.flops / seconds);
-            let backward = time_backward(&mut cx, args.repeat, &case, &inputs)?;
+            let backward = time_backward(&mut cx, repeat, &case, &inputs)?;
             rows.push(json!({
                 "op": entry.name, "case": case.label, "microseconds": seconds * 1e6,
                 "backward_microseconds": backward.map(|s| s * 1e6),
@@ -287,30 +260,6 @@ fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
         "bench": "ops", "device": cx.device.name(), "dtype": cx.dtype.name(), "tokens": shape.tokens(),
         "ceiling_matmul_tflops": ceiling / 1e12, "ceiling_copy_gb_per_second": bandwidth / 1e9, "ops": rows,
     }))
-}
-
-fn upload(cx: &Cx, rng: &mut Rng, shape: &[usize]) -> Result<Tensor> {
-    // Random data: zeros draw less power and time too well.
-    let numel: usize = shape.iter().product();
-    let block: Vec<f32> = (0..numel.min(1 << 16)).map(|_| rng.normal() as f32 * 0.1).collect();
-    let values: Vec<f32> = block.iter().copied().cycle().take(numel).collect();
-    Tensor::from_f32(&cx.pool, "bench", cx.dtype, shape, &values)
-}
-
-/// Median seconds of one call, by the device's own marks.
-fn time(cx: &mut Cx, repeat: usize, mut f: impl FnMut(&mut Cx) -> Result<()>) -> Result<f64> {
-    for _ in 0..2 {
-        f(cx)?;
-    }
-    cx.device.sync()?;
-    let mut times = Vec::new();
-    for _ in 0..repeat.max(1) {
-        let from = cx.device.mark()?;
-        f(cx)?;
-        let to = cx.device.mark()?;
-        times.push(f64::from(cx.device.elapsed_ms(from, to)?) / 1e3);
-    }
-    Ok(median(times))
 }
 
 /// Median seconds of a case's backward, after a forward that is not timed; None where no input
@@ -344,11 +293,6 @@ fn time_backward(
         }
     }
     Ok(Some(median(times)))
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn readable(result: &Value) -> String {

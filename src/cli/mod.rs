@@ -5,6 +5,8 @@
 
 mod args;
 mod bench;
+mod bench_grpo;
+mod bench_measure;
 mod chat;
 mod check;
 mod data;

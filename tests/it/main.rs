@@ -19,6 +19,7 @@ mod library;
 mod lora_kernels;
 mod model_folder;
 mod online;
+mod online_chunks;
 mod ops;
 mod peft;
 mod plan;

@@ -105,6 +105,20 @@ impl RolloutSchedule {
             first: within == 0,
         }
     }
+
+    /// The places of the micro-batches of optimizer step `step`, in order; those of one pass over
+    /// one generation together.
+    pub fn spans(&self, step: u64, micro: &[&[usize]]) -> Vec<Vec<RolloutSlot>> {
+        let numbers = micro.iter().copied().flatten();
+        let slots: Vec<RolloutSlot> = numbers.map(|k| self.slot(step, *k)).collect();
+        let pass = |s: &RolloutSlot| (s.generation, s.pass);
+        slots.chunk_by(|a, b| pass(a) == pass(b)).map(<[RolloutSlot]>::to_vec).collect()
+    }
+
+    /// Whether each step takes a generation's groups whole.
+    pub fn whole_groups(&self) -> bool {
+        self.accumulation.is_multiple_of(self.micro_batches)
+    }
 }
 
 /// The samples of the generation at hand.

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
+use super::buffer::RolloutSchedule;
+use super::chunks::{ChunkRow, chunks, token_budget};
 use super::metrics;
 use super::prompts::Prompts;
 use super::rollout::{Rollout, split};
@@ -58,6 +60,7 @@ pub struct RolloutEnv {
 struct Seconds {
     generate: f64,
     score: f64,
+    reference: f64,
 }
 
 impl RolloutEnv {
@@ -144,35 +147,64 @@ impl RolloutEnv {
         scores
     }
 
-    /// Log-probs of training completions under a model at the sampling temperature, `rows` at a
-    /// time, without a tape.
-    pub fn logps(
-        &self,
+    /// Log-probs of training completions under the reference at the sampling temperature, in chunks
+    /// of `budget` tokens, without a tape. None: there is no reference model.
+    pub fn reference_logps(
+        &mut self,
         cx: &mut Cx,
-        model: &Decoder,
         rollouts: &[Rollout],
-        rows: usize,
-    ) -> Result<Vec<Vec<f32>>> {
-        self.by_rows(rollouts, rows, |some| {
-            let batch = self.batch(cx, model, some)?;
-            let hidden = model.target_hidden(cx, &batch)?;
-            head_logps(cx, &hidden, &model.head, &batch.targets, self.scale())?.logp.to_f32()
-        })
+        budget: usize,
+    ) -> Result<Option<Vec<Vec<f32>>>> {
+        let Some(reference) = self.reference.model() else { return Ok(None) };
+        let begin = Instant::now();
+        let all = self.in_chunks(reference, rollouts, budget, |some| {
+            let batch = self.batch(cx, reference, some)?;
+            let hidden = reference.target_hidden(cx, &batch)?;
+            head_logps(cx, &hidden, &reference.head, &batch.targets, self.scale())?.logp.to_f32()
+        })?;
+        self.seconds.reference += begin.elapsed().as_secs_f64();
+        Ok(Some(all))
     }
 
-    /// A value for each token of training completions, computed `rows` completions at a time.
-    pub fn by_rows(
+    /// A value for each token of training completions, computed in chunks of `budget` tokens.
+    pub fn in_chunks(
         &self,
+        model: &Decoder,
         rollouts: &[Rollout],
-        rows: usize,
+        budget: usize,
         mut values: impl FnMut(&[&Rollout]) -> Result<Vec<f32>>,
     ) -> Result<Vec<Vec<f32>>> {
-        let mut all = Vec::with_capacity(rollouts.len());
-        for some in rollouts.chunks(rows.max(1)) {
-            let some: Vec<&Rollout> = some.iter().collect();
-            all.extend(split(&values(&some)?, some.iter().map(|r| r.ids.len())));
+        let mut all = vec![Vec::new(); rollouts.len()];
+        for chunk in self.chunks(model, rollouts.iter(), budget) {
+            let some: Vec<&Rollout> = chunk.iter().map(|i| &rollouts[*i]).collect();
+            let each = split(&values(&some)?, some.iter().map(|r| r.ids.len()));
+            for (i, values) in chunk.into_iter().zip(each) {
+                all[i] = values;
+            }
         }
         Ok(all)
+    }
+
+    /// Which training completions are computed together: see [`mod@super::chunks`].
+    pub fn chunks<'a>(
+        &self,
+        model: &Decoder,
+        rollouts: impl Iterator<Item = &'a Rollout>,
+        budget: usize,
+    ) -> Vec<Vec<usize>> {
+        let virtuals = model.vocab().virtuals;
+        let row = |r: &Rollout| ChunkRow {
+            prompt: r.prompt,
+            prompt_tokens: self.prompts.train[r.prompt].ids.len() + virtuals,
+            tokens: r.ids.len(),
+        };
+        chunks(&rollouts.map(row).collect::<Vec<_>>(), budget)
+    }
+
+    /// The tokens of a chunk: see [`token_budget`].
+    pub fn budget(&self, model: &Decoder, schedule: &RolloutSchedule, whole_groups: bool) -> usize {
+        let prompt = self.prompts.longest() + model.vocab().virtuals;
+        token_budget(schedule, prompt, self.sampler.max_completion_length, whole_groups)
     }
 
     /// A packed batch of training completions: those of one prompt that lie side by side share its
@@ -249,12 +281,14 @@ impl RolloutEnv {
 
     /// How `total` seconds of a step were spent.
     pub fn take_seconds(&mut self, total: f64) -> Vec<Metric> {
-        let Seconds { generate, score } = std::mem::take(&mut self.seconds);
-        vec![
-            ("time/generate".into(), generate),
-            ("time/score".into(), score),
-            ("time/train".into(), (total - generate - score).max(0.0)),
-        ]
+        let Seconds { generate, score, reference } = std::mem::take(&mut self.seconds);
+        let mut split: Vec<Metric> =
+            vec![("time/generate".into(), generate), ("time/score".into(), score)];
+        if self.reference.model().is_some() {
+            split.push(("time/reference".into(), reference));
+        }
+        split.push(("time/train".into(), (total - generate - score - reference).max(0.0)));
+        split
     }
 
     /// Sampled completions of the evaluation prompts, one each; their time is not a step's.

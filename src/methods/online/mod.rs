@@ -9,6 +9,7 @@
 
 pub mod advantage;
 pub mod buffer;
+pub mod chunks;
 pub mod env;
 pub mod gkd;
 pub mod grpo;
@@ -24,6 +25,7 @@ pub mod rloo;
 pub mod rollout;
 pub mod sampler;
 pub mod scorer;
+mod update;
 pub mod weights;
 
 use std::path::Path;

@@ -143,10 +143,12 @@ impl OnlineDpo {
         let request = SampleRequest::new(2, step);
         let rollouts = self.env.generate(cx, model, Split::Train, prompts, request)?;
         let scores = self.env.score(cx, Split::Train, &rollouts)?;
-        let Some(reference) = self.env.reference.model() else {
+        // As many tokens as the pairs of a micro-batch take, a pair's prompt once.
+        let longest = self.env.prompts.longest() + model.vocab().virtuals;
+        let budget = self.batch * (longest + 2 * self.env.sampler.max_completion_length + 1);
+        let Some(reference) = self.env.reference_logps(cx, &rollouts, budget)? else {
             return Err(Error::Run("the reference is missing; attach comes first".into()));
         };
-        let reference = self.env.logps(cx, reference, &rollouts, 2 * self.batch)?;
         let ranks = self.ranks(&rollouts, &scores);
         let mut metrics = of_generation(&rollouts, &scores);
         metrics.extend(objective(&rollouts, &reference, &ranks, self.beta(step)));

@@ -1,5 +1,5 @@
 //! Training with a clipped policy loss: a generation is cut into micro-batches, which one or
-//! several optimizer steps go over. Layer 7.
+//! several optimizer steps go over. Layer 7. The update itself is in `update`.
 //!
 //! TRL 1.16.0's schedule: a generation has per_device_train_batch_size x steps_per_generation
 //! completions of as many prompts as num_generations gives, is shuffled, and serves
@@ -16,20 +16,18 @@ use super::buffer::{RolloutBuffer, RolloutSchedule};
 use super::env::{EnvOptions, RolloutEnv};
 use super::metrics;
 use super::options::{ClipOptions, OnlineConfig};
-use super::rollout::{Rollout, StateReader, StateWriter, StoredRollout, starts_tensor};
+use super::rollout::{Rollout, StateReader, StateWriter, StoredRollout};
 use super::sampler::SampleRequest;
-use super::weights::{Normalizer, off_policy_mask, token_weights, top_entropy_mask};
+use super::weights::Normalizer;
 use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
-use crate::autograd::{Cx, Tape};
+use crate::autograd::Cx;
 use crate::config::{Section, TrainingConfig};
 use crate::data::order::permutation;
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
-use crate::methods::reference::floats;
 use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, Metric, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
-use crate::ops::head::head_logps;
-use crate::ops::policy::{PolicyInputs, PolicyLoss, Term, policy_loss};
+use crate::ops::policy::{PolicyLoss, Term};
 use crate::rewards::Scores;
 use crate::rng::seed;
 
@@ -103,16 +101,16 @@ impl From<Advantages> for WeighedRollouts {
 /// A completion to train on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PolicySample {
-    rollout: Rollout,
-    reference: Option<Vec<f32>>,
-    advantage: f64,
+    pub(super) rollout: Rollout,
+    pub(super) reference: Option<Vec<f32>>,
+    pub(super) advantage: f64,
     /// Its tokens count.
-    counts: bool,
+    pub(super) counts: bool,
 }
 
 impl PolicySample {
     /// The same value for each of its tokens.
-    fn spread<T: Clone>(&self, value: T) -> Vec<T> {
+    pub(super) fn spread<T: Clone>(&self, value: T) -> Vec<T> {
         vec![value; self.rollout.ids.len()]
     }
 }
@@ -140,12 +138,12 @@ impl StoredRollout for PolicySample {
 }
 
 pub struct PolicyGradient<O> {
-    env: RolloutEnv,
-    objective: O,
-    schedule: RolloutSchedule,
+    pub(super) env: RolloutEnv,
+    pub(super) objective: O,
+    pub(super) schedule: RolloutSchedule,
     mask_truncated: bool,
     seed: u64,
-    buffer: RolloutBuffer<PolicySample>,
+    pub(super) buffer: RolloutBuffer<PolicySample>,
 }
 
 /// The clipped term with TRL's defaults beside it.
@@ -210,12 +208,9 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
     /// Generate, score, advantages: the buffer of generation `g`.
     fn fill(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<()> {
         let (rollouts, scores) = self.rollouts(cx, model, g)?;
-        let reference = match self.env.reference.model() {
-            Some(reference) => {
-                Some(self.env.logps(cx, reference, &rollouts, self.schedule.batch)?)
-            }
-            None => None,
-        };
+        // The groups of a generation are whole here.
+        let budget = self.env.budget(model, &self.schedule, true);
+        let reference = self.env.reference_logps(cx, &rollouts, budget)?;
         let mut context = AdvantageContext {
             cx,
             model,
@@ -230,8 +225,8 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         self.buffer.pending = metrics::of_generation(&rollouts, &scores);
         self.buffer.pending.extend(metrics);
         self.env.record(&rollouts, &scores, &advantages);
-        // Shuffled, so that a micro-batch is not one group; then prompts side by side in each, to
-        // share their rows.
+        // Shuffled as TRL shuffles, so that a micro-batch is not one group; then prompts side by side
+        // in each. What is computed together is another matter: see `update`.
         let order = permutation(rollouts.len(), self.seed ^ seed::ROLLOUTS, g as u32);
         let sample = |i: usize| PolicySample {
             counts: rollouts[i].finished || !self.mask_truncated,
@@ -286,103 +281,10 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
     }
 
     /// The samples of micro-batch `part` of the generation.
-    fn part(&self, part: usize) -> &[PolicySample] {
+    pub(super) fn part(&self, part: usize) -> &[PolicySample] {
         let batch = self.schedule.batch;
         self.buffer.samples.get(part * batch..(part + 1) * batch).unwrap_or_default()
     }
-
-    /// Loss and metrics of one micro-batch; with `train`, its backward.
-    fn update(&self, cx: &mut Cx, model: &Decoder, part: usize, train: bool) -> Result<StepReport> {
-        let samples = self.part(part);
-        let rollouts: Vec<&Rollout> = samples.iter().map(|s| &s.rollout).collect();
-        let lengths: Vec<usize> = rollouts.iter().map(|r| r.ids.len()).collect();
-        let batch = self.env.batch(cx, model, &rollouts)?;
-        cx.tape = train.then(Tape::default);
-        let hidden = model.target_hidden(cx, &batch)?;
-        let out = head_logps(cx, &hidden, &model.head, &batch.targets, self.env.scale())?;
-        let mask: Vec<bool> = samples.iter().flat_map(|s| s.spread(s.counts)).collect();
-        let counted = self.buffer.samples.iter().filter(|s| s.counts);
-        let active: usize = counted.map(|s| s.rollout.ids.len()).sum();
-        let normalizer = self.objective.normalizer(active, self.schedule.micro_batches);
-        let accumulation = self.schedule.accumulation;
-        let weights = token_weights(normalizer, &lengths, &mask, accumulation);
-        let extras = self.objective.extras();
-        let old: Vec<f32> = rollouts.iter().flat_map(|r| r.logps.iter().copied()).collect();
-        let mut factor: Option<Vec<f32>> = None;
-        if let Some(threshold) = extras.off_policy_mask_threshold {
-            let now = out.logp.to_f32()?;
-            let advantages: Vec<f64> = samples.iter().map(|s| s.advantage).collect();
-            factor = Some(off_policy_mask(&lengths, &mask, &old, &now, &advantages, threshold));
-        }
-        let entropies = out.entropy.to_f32()?;
-        if extras.top_entropy_quantile < 1.0 {
-            let high = top_entropy_mask(&entropies, &mask, extras.top_entropy_quantile);
-            factor = Some(match factor {
-                Some(f) => f.iter().zip(high).map(|(a, b)| a * b).collect(),
-                None => high,
-            });
-        }
-        let loss = self.objective.loss();
-        let all = |f: &dyn Fn(&PolicySample) -> Vec<f32>| {
-            floats(cx, &samples.iter().flat_map(f).collect::<Vec<f32>>())
-        };
-        let (old, weight) = (floats(cx, &old)?, floats(cx, &weights)?);
-        let advantage = all(&|s| s.spread(s.advantage as f32))?;
-        let wanted = loss.beta != 0.0;
-        let reference = wanted.then(|| all(&|s| s.reference.clone().unwrap_or_default()));
-        let reference = reference.transpose()?;
-        let factor = factor.map(|f| floats(cx, &f)).transpose()?;
-        let starts = starts_tensor(cx, lengths.iter().copied())?;
-        let inputs = PolicyInputs {
-            logp: &out.logp,
-            old_logp: Some(&old),
-            advantage: &advantage,
-            weight: &weight,
-            ref_logp: reference.as_ref(),
-            scale: factor.as_ref(),
-            log_is: None,
-            starts: &starts,
-        };
-        let done = policy_loss(cx, &loss, &inputs)?;
-        let count = mask.iter().filter(|m| **m).count().max(1) as f64;
-        let mean = |values: &[f32]| -> f64 {
-            let counted = values.iter().zip(&mask).filter(|(_, m)| **m);
-            counted.map(|(v, _)| f64::from(*v)).sum::<f64>() / count
-        };
-        let (entropy, accumulation) = (mean(&entropies), accumulation as f64);
-        if train {
-            let mut seeds = vec![(done.loss.clone(), floats(cx, &[1.0])?)];
-            if extras.entropy_coef != 0.0 {
-                // - coef * mean entropy / accumulation
-                let up = -(extras.entropy_coef / count / accumulation) as f32;
-                let ups: Vec<f32> = mask.iter().map(|m| if *m { up } else { 0.0 }).collect();
-                seeds.push((out.entropy.clone(), floats(cx, &ups)?));
-            }
-            cx.backward(seeds)?;
-        }
-        let value = done.loss.to_f32()?[0] - (extras.entropy_coef * entropy / accumulation) as f32;
-        let (clip, ratio) = (done.clip.to_f32()?, done.ratio.to_f32()?);
-        let share = |which: f32| {
-            mean(&clip.iter().map(|c| f32::from(u8::from(*c == which))).collect::<Vec<_>>())
-        };
-        let mut metrics: Vec<Metric> = vec![
-            ("entropy".into(), entropy),
-            ("clip_ratio/low_mean".into(), share(1.0)),
-            ("clip_ratio/high_mean".into(), share(2.0)),
-            ("clip_ratio/region_mean".into(), share(1.0) + share(2.0)),
-            // Of the full distribution; exactly 0 at the first pass over a generation.
-            ("sampling/ratio_off_one_max".into(), f64::from(off_one(&ratio, &mask))),
-        ];
-        if wanted {
-            metrics.push(("kl".into(), mean(&done.kl.to_f32()?)));
-        }
-        Ok(StepReport { loss: value, tokens: batch.rows, metrics })
-    }
-}
-
-/// The largest distance of a ratio from 1.
-fn off_one(ratio: &[f32], mask: &[bool]) -> f32 {
-    ratio.iter().zip(mask).filter(|(_, m)| **m).map(|(r, _)| (r - 1.0).abs()).fold(0.0, f32::max)
 }
 
 /// Groups of `n` whose summed rewards do not differ.
@@ -405,20 +307,20 @@ impl<O: PolicyObjective + 'static> OnlineObjective for PolicyGradient<O> {
 
     fn step(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<StepReport> {
         let mut report = StepReport::default();
-        for k in at.micro.iter().copied().flatten() {
-            let slot = self.schedule.slot(at.step, *k);
-            if self.buffer.is_due(&slot)? {
-                self.fill(cx, model, slot.generation)?;
+        for slots in self.schedule.spans(at.step, at.micro) {
+            if self.buffer.is_due(&slots[0])? {
+                self.fill(cx, model, slots[0].generation)?;
                 report.metrics.append(&mut self.buffer.pending);
             }
-            report.add(self.update(cx, model, slot.micro, true)?);
+            let parts = slots[0].micro..slots[0].micro + slots.len();
+            report.add(self.update(cx, model, parts, true)?);
         }
         Ok(report)
     }
 
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, step: u64, row: usize) -> Result<f32> {
         let slot = self.schedule.slot(step, row);
-        Ok(self.update(cx, model, slot.micro, false)?.loss)
+        Ok(self.update(cx, model, slot.micro..slot.micro + 1, false)?.loss)
     }
 
     fn row_source(&self, step: u64, row: usize) -> String {

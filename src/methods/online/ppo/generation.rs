@@ -49,12 +49,12 @@ impl StoredRollout for PpoSample {
 
 /// What the advantages of a generation follow from.
 pub struct GenerationContext<'a> {
-    pub env: &'a RolloutEnv,
+    pub env: &'a mut RolloutEnv,
     pub critic: &'a Critic,
     pub options: &'a PpoConfig,
     pub kl_coef: f64,
-    /// Completions computed at a time.
-    pub batch: usize,
+    /// Tokens computed at a time.
+    pub budget: usize,
 }
 
 /// A generation to train on, and what to log.
@@ -75,18 +75,16 @@ impl GenerationContext<'_> {
 
     /// Token rewards, advantages and returns of scored completions.
     pub fn weigh(
-        &self,
+        &mut self,
         cx: &mut Cx,
         model: &Decoder,
         rollouts: Vec<Rollout>,
         totals: &[f64],
     ) -> Result<WeighedGeneration> {
-        let rows = self.batch;
-        let reference = match self.env.reference.model() {
-            Some(reference) => self.env.logps(cx, reference, &rollouts, rows)?,
-            None => rollouts.iter().map(|r| r.logps.clone()).collect(),
-        };
-        let values = self.env.by_rows(&rollouts, rows, |some| {
+        let reference = self.env.reference_logps(cx, &rollouts, self.budget)?;
+        let reference =
+            reference.unwrap_or_else(|| rollouts.iter().map(|r| r.logps.clone()).collect());
+        let values = self.env.in_chunks(model, &rollouts, self.budget, |some| {
             let batch = self.env.batch(cx, model, some)?;
             self.critic.values(cx, model, &batch, None)?.to_f32()
         })?;

@@ -29,8 +29,8 @@ use generation::{GenerationContext, PpoSample};
 use super::advantage::AdaptiveKl;
 use super::buffer::{RolloutBuffer, RolloutSchedule, RolloutSlot};
 use super::env::RolloutEnv;
-use super::metrics::{of_generation, sum};
-use super::rollout::{Rollout, starts_tensor};
+use super::metrics::of_generation;
+use super::rollout::{Rollout, split, starts_tensor};
 use super::sampler::SampleRequest;
 use super::{OnlineMethod, OnlineObjective, StepRows, env_field};
 use crate::autograd::{Cx, Tape};
@@ -49,6 +49,7 @@ use crate::ops::policy::{
 };
 use crate::optim::schedule;
 use crate::rng::seed;
+use crate::tensor::Tensor;
 
 pub use options::{PpoConfig, ValueModel};
 
@@ -94,7 +95,18 @@ pub struct Ppo {
     buffer: RolloutBuffer<PpoSample>,
 }
 
-/// A micro-batch: its losses, before the value loss is weighted.
+/// What a chunk gave, still on the device.
+struct PpoOutput {
+    /// Its completions, by their number in the generation.
+    rows: Vec<usize>,
+    tokens: usize,
+    /// Of the policy and of the values.
+    losses: [Tensor; 2],
+    /// Ratio, clip, entropy and value clip of each token.
+    values: [Tensor; 4],
+}
+
+/// Some micro-batches: their losses, before the value loss is weighted.
 struct PpoUpdate {
     policy: f32,
     value: f32,
@@ -104,9 +116,7 @@ struct PpoUpdate {
 
 impl Ppo {
     fn critic(&self) -> Result<&Critic> {
-        self.critic
-            .as_ref()
-            .ok_or_else(|| Error::Run("the value model is missing; attach comes first".into()))
+        self.critic.as_ref().ok_or_else(no_critic)
     }
 
     /// The first three of the loop's four steps: generate, score, advantages.
@@ -118,12 +128,15 @@ impl Ppo {
         self.buffer.pending = of_generation(&rollouts, &scores);
         let totals: Vec<f64> = scores.total().into_iter().map(|s| s.unwrap_or(0.0)).collect();
         self.env.record(&rollouts, &scores, &totals);
-        let context = GenerationContext {
-            env: &self.env,
-            critic: self.critic()?,
+        // The groups of a generation are whole here.
+        let budget = self.env.budget(model, &self.schedule, true);
+        let Some(critic) = &self.critic else { return Err(no_critic()) };
+        let mut context = GenerationContext {
+            env: &mut self.env,
+            critic,
             options: &self.options,
             kl_coef: self.kl.coef,
-            batch: self.schedule.batch,
+            budget,
         };
         let count = rollouts.len();
         let weighed = context.weigh(cx, model, rollouts, &totals)?;
@@ -135,17 +148,36 @@ impl Ppo {
         Ok(())
     }
 
-    /// The fourth step: one micro-batch of an optimizer step over `total` tokens.
+    /// The fourth step: some completions of an optimizer step over `total` tokens, `micro` the
+    /// micro-batches that metrics are means over.
     fn update(
         &self,
         cx: &mut Cx,
         model: &Decoder,
-        rows: &[usize],
+        micro: &[Vec<usize>],
         total: usize,
         train: bool,
     ) -> Result<PpoUpdate> {
-        let mut samples: Vec<&PpoSample> = rows.iter().map(|r| &self.buffer.samples[*r]).collect();
-        samples.sort_by_key(|s| s.rollout.prompt);
+        let rows: Vec<usize> = micro.concat();
+        let rollouts = rows.iter().map(|r| &self.buffer.samples[*r].rollout);
+        let mut outputs = Vec::new();
+        for chunk in self.env.chunks(model, rollouts, self.budget(model)) {
+            let rows = chunk.into_iter().map(|i| rows[i]).collect();
+            outputs.push(self.chunk(cx, model, rows, total, train)?);
+        }
+        self.report(micro, &outputs)
+    }
+
+    /// One forward; with `train`, the backward.
+    fn chunk(
+        &self,
+        cx: &mut Cx,
+        model: &Decoder,
+        rows: Vec<usize>,
+        total: usize,
+        train: bool,
+    ) -> Result<PpoOutput> {
+        let samples: Vec<&PpoSample> = rows.iter().map(|r| &self.buffer.samples[*r]).collect();
         let rollouts: Vec<&Rollout> = samples.iter().map(|s| &s.rollout).collect();
         let batch = self.env.batch(cx, model, &rollouts)?;
         let all = |f: fn(&PpoSample) -> &[f32]| {
@@ -191,29 +223,67 @@ impl Ppo {
             seeds.push((value.clone(), vf));
             cx.backward(seeds)?;
         }
-        let ratio = policy.ratio.to_f32()?;
-        let n = ratio.len().max(1) as f64;
-        let mean = |v: &[f32]| sum(v) / n;
-        let clipped = policy.clip.to_f32()?.iter().filter(|c| **c != 0.0).count() as f64 / n;
-        let average = mean(&ratio);
-        let squares = ratio.iter().map(|r| (f64::from(*r) - average).powi(2)).sum::<f64>();
-        let approx = ratio.iter().map(|r| 0.5 * f64::from(*r).ln().powi(2)).sum::<f64>() / n;
-        let metrics: Vec<Metric> = vec![
-            ("policy/clipfrac_avg".into(), clipped),
-            ("policy/approxkl_avg".into(), approx),
-            ("policy/entropy_avg".into(), mean(&out.entropy.to_f32()?)),
-            ("val/clipfrac_avg".into(), mean(&value_clip.to_f32()?)),
-            ("val/ratio".into(), average),
-            ("val/ratio_var".into(), squares / (n - 1.0).max(1.0)),
-        ];
-        let (policy, value) = (policy.loss.to_f32()?[0], value.to_f32()?[0]);
-        Ok(PpoUpdate { policy, value, tokens: batch.rows, metrics })
+        Ok(PpoOutput {
+            rows,
+            tokens: batch.rows,
+            losses: [policy.loss, value],
+            values: [policy.ratio, policy.clip, out.entropy, value_clip],
+        })
+    }
+
+    /// Reads what the chunks gave, after the last backward is launched.
+    fn report(&self, micro: &[Vec<usize>], outputs: &[PpoOutput]) -> Result<PpoUpdate> {
+        let mut update = PpoUpdate { policy: 0.0, value: 0.0, tokens: 0, metrics: Vec::new() };
+        // Ratio, clip, entropy and value clip of each token, by completion.
+        let mut tokens: [Vec<Vec<f32>>; 4] =
+            std::array::from_fn(|_| vec![Vec::new(); self.buffer.samples.len()]);
+        for output in outputs {
+            let [policy, value] = &output.losses;
+            (update.policy, update.value) =
+                (update.policy + policy.to_f32()?[0], update.value + value.to_f32()?[0]);
+            update.tokens += output.tokens;
+            for (all, values) in tokens.iter_mut().zip(&output.values) {
+                let length = |r: &usize| self.buffer.samples[*r].rollout.ids.len();
+                let each = split(&values.to_f32()?, output.rows.iter().map(length));
+                output.rows.iter().zip(each).for_each(|(r, values)| all[*r] = values);
+            }
+        }
+        for rows in micro {
+            let of = |k: usize| {
+                let all = &tokens[k];
+                rows.iter().flat_map(move |r| all[*r].iter().copied())
+            };
+            let ratio: Vec<f32> = of(0).collect();
+            let n = ratio.len().max(1) as f64;
+            let mean = |k: usize| of(k).map(f64::from).sum::<f64>() / n;
+            let average = mean(0);
+            let squares = ratio.iter().map(|r| (f64::from(*r) - average).powi(2)).sum::<f64>();
+            let approx = ratio.iter().map(|r| 0.5 * f64::from(*r).ln().powi(2)).sum::<f64>() / n;
+            let metrics: [Metric; 6] = [
+                ("policy/clipfrac_avg".into(), of(1).filter(|c| *c != 0.0).count() as f64 / n),
+                ("policy/approxkl_avg".into(), approx),
+                ("policy/entropy_avg".into(), mean(2)),
+                ("val/clipfrac_avg".into(), mean(3)),
+                ("val/ratio".into(), average),
+                ("val/ratio_var".into(), squares / (n - 1.0).max(1.0)),
+            ];
+            update.metrics.extend(metrics);
+        }
+        Ok(update)
+    }
+
+    /// The tokens of a chunk. A pass has an order of its own, so the mini-batches of a generation
+    /// split its groups.
+    fn budget(&self, model: &Decoder) -> usize {
+        self.env.budget(model, &self.schedule, self.schedule.whole_groups())
     }
 
     /// The samples of a micro-batch: each pass over a generation has an order of its own.
     fn rows(&self, slot: &RolloutSlot) -> Vec<usize> {
         let size = self.schedule.batch;
-        self.order(slot)[slot.micro * size..(slot.micro + 1) * size].to_vec()
+        let mut rows = self.order(slot)[slot.micro * size..(slot.micro + 1) * size].to_vec();
+        rows.sort_by_key(|r| self.buffer.samples[*r].rollout.prompt);
+        rows
     }
 
     /// The tokens of the optimizer step that a micro-batch is in.
@@ -240,6 +310,10 @@ impl Ppo {
     }
 }
 
+fn no_critic() -> Error {
+    Error::Run("the value model is missing; attach comes first".into())
+}
+
 impl OnlineObjective for Ppo {
     env_field!();
 
@@ -262,14 +336,15 @@ impl OnlineObjective for Ppo {
         self.critic()?.reset(cx);
         let mut report = StepReport::default();
         let (mut policy, mut value) = (0f32, 0f32);
-        for k in at.micro.iter().copied().flatten() {
-            let slot = self.schedule.slot(at.step, *k);
-            if self.buffer.is_due(&slot)? {
-                self.fill(cx, model, slot.generation)?;
+        for slots in self.schedule.spans(at.step, at.micro) {
+            if self.buffer.is_due(&slots[0])? {
+                self.fill(cx, model, slots[0].generation)?;
                 report.metrics.append(&mut self.buffer.pending);
             }
-            let total = self.step_tokens(&slot);
-            let update = self.update(cx, model, &self.rows(&slot), total, true)?;
+            // Every micro-batch of a step divides by the tokens of the step.
+            let total = self.step_tokens(&slots[0]);
+            let micro: Vec<Vec<usize>> = slots.iter().map(|slot| self.rows(slot)).collect();
+            let update = self.update(cx, model, &micro, total, true)?;
             (policy, value) = (policy + update.policy, value + update.value);
             report.tokens += update.tokens;
             report.metrics.extend(update.metrics);
@@ -291,7 +366,7 @@ impl OnlineObjective for Ppo {
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, step: u64, row: usize) -> Result<f32> {
         let rows = self.rows(&self.schedule.slot(step, row));
         let total = rows.iter().map(|r| self.buffer.samples[*r].rollout.ids.len()).sum();
-        let update = self.update(cx, model, &rows, total, false)?;
+        let update = self.update(cx, model, &[rows], total, false)?;
         Ok(update.policy + update.value)
     }
 
