@@ -296,7 +296,7 @@ KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, SH
 
 // The same over the cache: a block for each row and kv head, of which only the first of a run of rows of one sequence
 // does the work of the run; a run ends at the latest where its heads fill the 64 rows.
-KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_fwd_shared(D), HOT)
+KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=16:6, SHARED=mma_fwd_shared(D), HOT)
 (real* out, const real* qkv, const real* cache, const int* page_table, const int* row_sequence, const int* row_position, int rows,
  int ld, int heads, int kv_heads, int max_pages, float scale, float softcap, int window) {
 #ifdef REAL_BF16
@@ -384,7 +384,7 @@ KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dq_sh
 }
 
 // The k and v columns of dqkv for 64 rows of one kv head.
-KERNEL(attention_mma_dkv, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dkv_shared(D), HOT)
+KERNEL(attention_mma_dkv, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:3, SHARED=mma_dkv_shared(D), HOT)
 (INOUT(real) dqkv, const real* dout, const real* qkv, const float* lse, const float* delta, const int* items, const int* segments,
  const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #ifdef REAL_BF16
