@@ -13,6 +13,7 @@ mod forms;
 mod generate;
 mod jinja;
 mod library;
+mod logit_slices;
 mod lora_kernels;
 mod model_folder;
 mod online;
