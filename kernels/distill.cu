@@ -6,15 +6,18 @@
 //          d / dl_j = scale x:  b = 0: S_j - T_j   b = 1: S_j (s_j - t_j - KL(S, T))   between: (1-b) S_j (log(S_j/M_j) - KL(S, M))
 // Shapes   student, teacher [rows, vocab] float (a chunk);  stats [rows, 5] float: maximum and log sum of each, KL(S, .);
 //          each, weight [rows] float;  dlogits [rows, vocab] real
-// Plan     A warp owns a row: maxima, sums, the divergence, and in a second kernel the gradient.
+// Plan     A warp owns a slice of a row (common/logits.cuh) in each of three passes: maxima and sums, the divergence, the
+//          gradient; after the first two a warp a row adds up what the slices left in part [rows, DISTILL_PARTS, slices].
 // Numerics float. log(S/M) and log(T/M) come from d = t - s by log1p and expm1 of -|d|, so that nearly equal distributions do
 //          not cancel; a maximum and a log sum are kept apart for the same reason. A probability below e^-3000 counts as that.
-// Cost     24 vocab bytes a row read for the divergence, 8 read and sizeof(real) written for the gradient. GPU: not measured yet.
+// Cost     16 vocab bytes a row read for the divergence, 8 read and sizeof(real) written for the gradient. GPU: not measured yet.
+#include "common/logits.cuh"
 #include "common/softplus.cuh"
-#include "prim/warp.cuh"
 
 // Floats of a row of `stats`.
 EXPORT(int, DISTILL_STATS, 5);
+// Floats of a slice of `part`: of each model max l, sum e^d, sum e^d d; then its shares of the sums of the divergence.
+EXPORT(int, DISTILL_PARTS, 6);
 
 // log p of a logit; what lies behind the row's end gets a log p whose probability is 0
 DEVICE float log_prob(float logit, float scale, float top, float log_sum) {
@@ -37,35 +40,48 @@ DEVICE Ratios ratios(float d, float beta) {
   return r;
 }
 
-KERNEL_WARP(distill_rows, HOT)(float* each, float* stats, const float* student, const float* teacher, int rows, int vocab,
-                               float beta, float scale) {
+// Maximum and sums of each slice of each row of both models' logits
+KERNEL_WARP(distill_slices, HOT)(float* part, const float* student, const float* teacher, int rows, int vocab, int slices,
+                                 float scale) {
+  const SlicePlace at = slice_place(WARP_INDEX, slices);
+  if (at.row >= rows) return;
+  float* out = part + at.row * DISTILL_PARTS * slices + at.slice;
+  for (int model = 0; model < 2; ++model) {
+    const Slice s = load_slice((model ? teacher : student) + at.row * vocab, at.slice, vocab);
+    const float largest = slice_max(s);
+    const SliceSums sums = slice_sums(s, largest, scale);
+    if (LANE == 0) {
+      out[3 * model * slices] = largest;
+      out[(3 * model + 1) * slices] = sums.sum;
+      out[(3 * model + 2) * slices] = sums.mean;
+    }
+  }
+}
+
+// The first four of each row's stats, from its slices
+KERNEL_WARP(distill_sums)(float* stats, const float* part, int rows, int slices, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
-  const float *ls = student + row * vocab, *lt = teacher + row * vocab;
-  WarpPack top_s, top_t;
-#pragma unroll
-  for (int j = 0; j < WV; ++j) top_s.v[j] = top_t.v[j] = NEG_INF;
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
-    WarpPack s = load_row(ls, i, vocab, NEG_INF), t = load_row(lt, i, vocab, NEG_INF);
-#pragma unroll
-    for (int j = 0; j < WV; ++j) {
-      top_s.v[j] = max2(top_s.v[j], s.v[j]);
-      top_t.v[j] = max2(top_t.v[j], t.v[j]);
+  for (int model = 0; model < 2; ++model) {
+    const float* largest = part + (row * DISTILL_PARTS + 3 * model) * slices;
+    const RowFigures f = row_figures(largest, largest + slices, largest + 2 * slices, slices, scale);
+    if (LANE == 0) {
+      stats[DISTILL_STATS * row + 2 * model] = f.top;
+      stats[DISTILL_STATS * row + 2 * model + 1] = f.log_sum;
     }
   }
-  const float ms = pack_max(top_s) * scale, mt = pack_max(top_t) * scale;
-  WarpPack sum_s = {}, sum_t = {};
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
-    WarpPack s = load_row(ls, i, vocab, NEG_INF), t = load_row(lt, i, vocab, NEG_INF);
-#pragma unroll
-    for (int j = 0; j < WV; ++j) {
-      sum_s.v[j] += exp_f(fmaf(s.v[j], scale, -ms));
-      sum_t.v[j] += exp_f(fmaf(t.v[j], scale, -mt));
-    }
-  }
-  const float log_s = log_f(pack_sum(sum_s)), log_t = log_f(pack_sum(sum_t));
+}
+
+// Each slice's share of the divergence and of KL(S, .), in `part`
+KERNEL_WARP(distill_rows, HOT)(float* part, const float* student, const float* teacher, const float* stats, int rows, int vocab,
+                               int slices, float beta, float scale) {
+  const SlicePlace at = slice_place(WARP_INDEX, slices);
+  if (at.row >= rows) return;
+  const float *ls = student + at.row * vocab, *lt = teacher + at.row * vocab, *st = stats + DISTILL_STATS * at.row;
+  const float ms = st[0], log_s = st[1], mt = st[2], log_t = st[3];
+  const int begin = at.slice * LOGIT_SLICE, end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
   WarpPack value = {}, center = {};
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
+  for (int i = begin + WCOL; i < end; i += WARP_STEP) {
     WarpPack s = load_row(ls, i, vocab, NEG_INF), t = load_row(lt, i, vocab, NEG_INF);
 #pragma unroll
     for (int j = 0; j < WV; ++j) {
@@ -85,24 +101,35 @@ KERNEL_WARP(distill_rows, HOT)(float* each, float* stats, const float* student, 
   }
   const float v = pack_sum(value), c = pack_sum(center);
   if (LANE == 0) {
+    float* out = part + at.row * DISTILL_PARTS * slices + at.slice;
+    out[0] = v;
+    out[slices] = c;
+  }
+}
+
+// The divergence of each row and the last of its stats, from its slices
+KERNEL_WARP(distill_each)(float* each, INOUT(float) stats, const float* part, int rows, int slices, float beta) {
+  const long long row = WARP_INDEX;
+  if (row >= rows) return;
+  const float* shares = part + row * DISTILL_PARTS * slices;
+  const float v = slice_total(shares, slices), c = slice_total(shares + slices, slices);
+  if (LANE == 0) {
     each[row] = v;
-    float* out = stats + DISTILL_STATS * row;
-    out[0] = ms;
-    out[1] = log_s;
-    out[2] = mt;
-    out[3] = log_t;
-    out[4] = beta >= 1.f ? v : c;
+    stats[DISTILL_STATS * row + 4] = beta >= 1.f ? v : c;
   }
 }
 
 // dlogits of the student: the row's weight times the gradient of its divergence
 KERNEL_WARP(distill_grad, HOT)(real* dlogits, const float* student, const float* teacher, const float* stats,
-                               const float* weight, int rows, int vocab, float beta, float scale) {
-  const long long row = WARP_INDEX;
-  if (row >= rows) return;
+                               const float* weight, int rows, int vocab, int slices,
+                               float beta, float scale) {
+  const SlicePlace at = slice_place(WARP_INDEX, slices);
+  if (at.row >= rows) return;
+  const long long row = at.row;
   const float *ls = student + row * vocab, *lt = teacher + row * vocab, *st = stats + DISTILL_STATS * row;
+  const int begin = at.slice * LOGIT_SLICE, end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
   const float ms = st[0], log_s = st[1], mt = st[2], log_t = st[3], center = st[4], up = weight[row] * scale;
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
+  for (int i = begin + WCOL; i < end; i += WARP_STEP) {
     WarpPack s = load_row(ls, i, vocab, NEG_INF), t = load_row(lt, i, vocab, NEG_INF);
 #pragma unroll
     for (int j = 0; j < WV; ++j) {

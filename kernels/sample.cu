@@ -7,14 +7,20 @@
 //          logp = log softmax(l)[token]; logp_scaled = log softmax(l / temperature)[token], and `entropy` its entropy;
 //          logp_truncated = log softmax(z | kept)[token]. Greedy: the lowest of the largest l', temperature 1, 0.
 // Shapes   logits [rows, vocab] float; who [rows, 3] int: sequence number (-1: the row is padding), position in its
-//          completion, row of `seen`; seed [2] int; seen [.., words] bits of vocab; work [rows, vocab] float
-// Plan     A warp owns a row. Nothing is sorted: a threshold is found bit by bit, from the highest, in the order that the
-//          floats' bits have; each bit is a pass that sums what lies above. The draw finds the pack of columns in which
-//          the running sum passes u, then the column by halving it. Each sum has one order, and leaving out values can only
-//          lower it, so every search is over a monotone function.
+//          completion, row of `seen`; seed [2] int; seen [.., words] bits of vocab; part [rows, SAMPLE_PARTS, slices] float:
+//          of each slice of a row max l, the sums of l and of l / temperature, max l', the weight that a draw counts;
+//          sums [rows, SAMPLE_WAYS, slices], rank, width [rows] int, base, limit [rows]: state of a search
+// Plan     A warp owns a slice of a row (common/logits.cuh). sample_slices reads it once, for the figures of both
+//          distributions; `sample`, a warp a row, adds the slices up, finds the slice in which the running sum passes u,
+//          and walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order
+//          that the floats' bits have. sample_bounds tells where it can lie at all, sample_above sums for 7 thresholds at once
+//          what lies above, sample_narrow keeps an eighth: at most 11 passes whatever the values, and when one float is left
+//          the rest return at once. A slice whose maximum lies below what is left is not read. With a threshold or
+//          min_p, sample_kept makes the weights of the slices again.
+//          Each sum has one order, and leaving out values can only lower it, so every search is over a monotone function.
 // Numerics As the head's (common/logits.cuh): logp, logp_scaled and entropy have the bits of head_stats.
-// Cost     Full distribution: 5 passes over the row (4 vocab bytes each; the first from memory, the others from cache), 6
-//          at another temperature; a threshold of top_k or top_p: 32 more. GPU: not measured yet.
+// Cost     Full distribution: one pass over the row, 4 vocab bytes: 256 rows of 151,936 columns on an H100 are 53 us at copy
+//          speed. A threshold: at most 8 more passes (9 with the weights), each at most 66 us (50 instructions a value).
 #include "prim/rng.cuh"
 #include "common/logits.cuh"
 
@@ -22,128 +28,360 @@
 EXPORT(int, SAMPLE_INFO, 3);
 // Rows of numbers that `sample` gives: token, logp, logp_scaled, logp_truncated, entropy.
 EXPORT(int, SAMPLE_OUTPUTS, 5);
+// Floats that sample_slices leaves of each slice: max l; sum, mean at temperature 1; sum, mean at its own; max l'; weight.
+EXPORT(int, SAMPLE_PARTS, 7);
+// A pass of a search for a threshold tells this many intervals apart, so that these passes are enough for 32 bits.
+EXPORT(int, SAMPLE_WAYS, 8);
+EXPORT(int, SAMPLE_PASSES, 11);
 
 // The float that is number k in the order of all floats (NaNs at both ends).
 DEVICE float float_of_rank(unsigned k) {
   return bits_to_float((int)(k & 0x80000000u ? k & 0x7fffffffu : ~k));
 }
-
-// The least t with  sum of { w_j : v_j > t, v_j not below floor } < limit:  w = 1 (COUNT) or e^{scale v - m}. NaN if even
-// everything is not enough: then nothing is to be left out, and `v < NaN` leaves nothing out.
-template <bool COUNT>
-DEVICE float threshold(const float* l, int vocab, float floor, float scale, float m, float limit) {
-  unsigned rank = 0;
-  for (int bit = 31; bit >= 0; --bit) {
-    const float t = float_of_rank(rank + (1u << bit) - 1);
-    WarpPack above = {};
-    for (int i = WCOL; i < vocab; i += WARP_STEP) {
-      WarpPack v = load_row(l, i, vocab, NEG_INF);
-#pragma unroll
-      for (int j = 0; j < WV; ++j) {
-        const float w = COUNT ? 1.f : exp_f(fmaf(v.v[j], scale, -m));
-        above.v[j] += (v.v[j] > t) & !(v.v[j] < floor) ? w : 0.f;
-      }
-    }
-    if (!(pack_sum(above) < limit)) rank += 1u << bit;
-  }
-  return float_of_rank(rank);
+DEVICE unsigned rank_of_float(float v) {
+  const unsigned bits = (unsigned)float_to_bits(v);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The weights of one pack of columns: e^{scale v - m} of those kept.
-DEVICE WarpPack kept_weights(const float* l, int i, int vocab, float floor, float scale, float m, float min_p) {
-  WarpPack v = load_row(l, i, vocab, NEG_INF);
+DEVICE float penalised_value(float v, int i, const int* bits, float penalty, float inverse) {
+  const bool has = (bits[i >> 5] >> (i & 31)) & 1;
+  return !has ? v : v * (v < 0.f ? penalty : inverse);
+}
+// l' of the pack at column i; beyond the row's end, where `bits` has nothing, v stays.
+DEVICE void penalise(WarpPack& v, int i, int vocab, const int* bits, float penalty) {
+  const float inverse = 1.f / penalty;
 #pragma unroll
-  for (int j = 0; j < WV; ++j) {
-    const float e = exp_f(fmaf(v.v[j], scale, -m));
-    v.v[j] = (v.v[j] < floor) | (e < min_p) ? 0.f : e;
-  }
+  for (int j = 0; j < WV; ++j)
+    if (i + j < vocab) v.v[j] = penalised_value(v.v[j], i + j, bits, penalty, inverse);
+}
+DEVICE WarpPack penalised(const float* l, int i, int vocab, const int* bits, float penalty) {
+  WarpPack v = load_row(l, i, vocab, NEG_INF);
+  if (bits) penalise(v, i, vocab, bits, penalty);
   return v;
 }
 
+DEVICE const int* seen_row(const int* seen, const int* info, int words) {
+  return seen ? seen + (long long)info[2] * words : seen;
+}
+
+// The figures of each slice of each row, in `part`
+KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float* logits, const int* who, int rows, int vocab,
+                                int slices, int words, float scale, float penalty) {
+  const SlicePlace at = slice_place(WARP_INDEX, slices);
+  if (at.row >= rows) return;
+  const int* info = who + at.row * SAMPLE_INFO;
+  if (info[0] < 0) return;
+  Slice s = load_slice(logits + at.row * vocab, at.slice, vocab);
+  const float largest = slice_max(s);
+  const SliceSums plain = slice_sums(s, largest, 1.f);
+  SliceSums scaled = plain;
+  if (scale != 1.f) scaled = slice_sums(s, largest, scale);
+  float z_largest = largest, z_sum = scaled.sum;
+  if (seen) {
+    const int* bits = seen_row(seen, info, words);
+#pragma unroll
+    for (int k = 0; k < SLICE_PACKS; ++k)
+      if (s.has(k)) penalise(s.pack[k], s.begin + k * WARP_STEP + WCOL, vocab, bits, penalty);
+    z_largest = slice_max(s);
+    z_sum = slice_sums(s, z_largest, scale).sum;
+  }
+  if (LANE == 0) {
+    float* out = part + at.row * SAMPLE_PARTS * slices + at.slice;
+    out[0] = largest;
+    out[slices] = plain.sum;
+    out[2 * slices] = plain.mean;
+    out[3 * slices] = scaled.sum;
+    out[4 * slices] = scaled.mean;
+    out[5 * slices] = z_largest;
+    out[6 * slices] = z_sum;
+  }
+}
+
+// Where each row's threshold t lies: from number `rank` on, in `width` floats. t is the least float with
+// sum of { w : v > t } < limit  (top_k: w = 1, limit top_k; top_p: w = e^{scale v - max}, limit top_p times the sum of all).
+// top_k: not below the top_k-th of the slices' maxima. top_p: of `vocab` weights the least that is kept is at least
+// (1 - top_p) / vocab of their sum, which is 1 or more; nor below `floor`, where the weights are sample_kept's.
+KERNEL_WARP(sample_bounds)(int* rank, int* width, float* base, float* limit, const float* part, const int* who,
+                           MAYBE(const int) floor_rank, int rows, int vocab, int slices, int count, float top_p, float scale) {
+  const long long row = WARP_INDEX;
+  if (row >= rows || who[row * SAMPLE_INFO] < 0) return;
+  const float* largest = part + (row * SAMPLE_PARTS + 5) * slices;
+  const float *weight = largest + slices, top = row_max(largest, slices);
+  unsigned low = rank_of_float(NEG_INF);
+  float bound = (float)count;
+  if (count && count <= slices) {
+    unsigned found = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+      const float t = float_of_rank(found + (1u << bit) - 1u);
+      WarpPack above = {};
+      for (int i = WCOL; i < slices; i += WARP_STEP) {
+        const WarpPack v = load_row(largest, i, slices, NEG_INF);
+#pragma unroll
+        for (int j = 0; j < WV; ++j) above.v[j] += v.v[j] > t ? 1.f : 0.f;
+      }
+      if (!(pack_sum(above) < bound)) found += 1u << bit;
+    }
+    low = found > low ? found : low;
+  }
+  if (!count) {
+    const float m = top * scale;
+    WarpPack all = {};
+    for (int i = WCOL; i < slices; i += WARP_STEP) {
+      const WarpPack w = load_row(weight, i, slices), v = load_row(largest, i, slices, NEG_INF);
+#pragma unroll
+      for (int j = 0; j < WV; ++j) all.v[j] += floor_rank ? w.v[j] : w.v[j] * exp_or_zero(v.v[j] * scale - m);
+    }
+    bound = top_p * pack_sum(all);
+    const float reach = (log_f((float)vocab / (1.f - top_p)) + 1e-3f) / scale;
+    const unsigned least = rank_of_float(top - reach), floor = floor_rank ? (unsigned)floor_rank[row] : 0u;
+    low = least > low ? least : low;
+    low = floor > low ? floor : low;
+  }
+  const unsigned high = rank_of_float(top);
+  if (LANE == 0) {
+    rank[row] = (int)(low < high ? low : high);
+    width[row] = low < high ? (int)(high - low + 1u) : 1;
+    base[row] = 0.f;
+    limit[row] = bound;
+  }
+}
+
+// An eighth of the floats among which a threshold is searched for
+DEVICE unsigned part_of(unsigned width) { return width / SAMPLE_WAYS + (width % SAMPLE_WAYS ? 1u : 0u); }
+
+// Of each slice of each row, for the thresholds t_c = number rank + c part_of(width) - 1 in the order of the floats: the sum of
+// { w : v > t_c, v not above the interval that is left },  w = 1 (`count`) or e^{scale v - max}.
+KERNEL_WARP(sample_above, HOT)(float* sums, MAYBE(const int) seen, const float* logits, const int* who,
+                                           const float* part, const int* rank, const int* width, int rows, int vocab,
+                                           int slices, int words, int count, float scale, float penalty) {
+  const SlicePlace at = slice_place(WARP_INDEX, slices);
+  if (at.row >= rows) return;
+  const int* info = who + at.row * SAMPLE_INFO;
+  if (info[0] < 0 || width[at.row] == 1) return;
+  const unsigned low = (unsigned)rank[at.row], step = part_of((unsigned)width[at.row]);
+  const float below = float_of_rank(low - 1u), high = float_of_rank(low + SAMPLE_WAYS * step - 1u);
+  const float* largest = part + (at.row * SAMPLE_PARTS + 5) * slices;
+  float* out = sums + at.row * SAMPLE_WAYS * slices + at.slice;
+  if (largest[at.slice] <= below) {
+    if (LANE == 0)
+      for (int c = 1; c < SAMPLE_WAYS; ++c) out[c * slices] = 0.f;
+    return;
+  }
+  const float m = row_max(largest, slices) * scale;
+  float t[SAMPLE_WAYS];
+  WarpPack above[SAMPLE_WAYS];
+#pragma unroll
+  for (int c = 1; c < SAMPLE_WAYS; ++c) {
+    t[c] = float_of_rank(low + (unsigned)c * step - 1u);
+    above[c] = {};
+  }
+  const int* bits = seen_row(seen, info, words);
+  Slice s = load_slice(logits + at.row * vocab, at.slice, vocab);
+#pragma unroll
+  for (int k = 0; k < SLICE_PACKS; ++k)
+    if (s.has(k)) {
+      WarpPack v = s.pack[k], w;
+      if (bits) penalise(v, s.begin + k * WARP_STEP + WCOL, vocab, bits, penalty);
+      float any = 0.f;
+#pragma unroll
+      for (int j = 0; j < WV; ++j) {
+        const bool in = !(v.v[j] > high) & !(v.v[j] <= below);
+        w.v[j] = in ? (count ? 1.f : exp_or_zero(fmaf(v.v[j], scale, -m))) : 0.f;
+        any = max2(any, w.v[j]);
+      }
+      if (any > 0.f) {
+#pragma unroll
+        for (int c = 1; c < SAMPLE_WAYS; ++c)
+#pragma unroll
+          for (int j = 0; j < WV; ++j) above[c].v[j] += v.v[j] > t[c] ? w.v[j] : 0.f;
+      }
+    }
+#pragma unroll
+  for (int c = 1; c < SAMPLE_WAYS; ++c) {
+    const float sum = pack_sum(above[c]);
+    if (LANE == 0) out[c * slices] = sum;
+  }
+}
+
+// What is left of each row's interval: from behind the last threshold whose sum is not below the limit. base: the sum
+// above what is left.
+KERNEL_WARP(sample_narrow)(INOUT(int) rank, INOUT(int) width, INOUT(float) base, const float* limit, const float* sums,
+                           const int* who, int rows, int slices) {
+  const long long row = WARP_INDEX;
+  if (row >= rows || who[row * SAMPLE_INFO] < 0 || width[row] == 1) return;
+  const float* s = sums + row * SAMPLE_WAYS * slices;
+  const unsigned low = (unsigned)rank[row], step = part_of((unsigned)width[row]);
+  const float above = base[row], bound = limit[row];
+  float next = above;  // the sum above the threshold after c
+  int c = SAMPLE_WAYS - 1;
+  for (; c > 0; --c) {
+    const float sum = above + slice_total(s + c * slices, slices);
+    if (!(sum < bound)) break;
+    next = sum;
+  }
+  if (LANE == 0) {
+    rank[row] = (int)(low + (unsigned)c * step);
+    width[row] = (int)step;
+    base[row] = next;
+  }
+}
+
+// What is kept of a row: values not below `floor` whose weight e^{scale v - m} is not below min_p.
+struct Kept {
+  float floor, scale, m, min_p;
+  DEVICE_MEMBER WarpPack weights(WarpPack v) const {
+#pragma unroll
+    for (int j = 0; j < WV; ++j) {
+      const float e = exp_or_zero(fmaf(v.v[j], scale, -m));
+      v.v[j] = (v.v[j] < floor) | (e < min_p) ? 0.f : e;
+    }
+    return v;
+  }
+};
+
+// The higher of the thresholds that were searched for
+DEVICE float kept_floor(const int* top_k_rank, const int* top_p_rank, long long row) {
+  float floor = top_k_rank ? float_of_rank((unsigned)top_k_rank[row]) : NEG_INF;
+  if (top_p_rank) {
+    const float t = float_of_rank((unsigned)top_p_rank[row]);
+    floor = t < floor ? floor : t;
+  }
+  return floor;
+}
+
+// The weight of what is kept of each slice of each row, in the last of its figures in `part`
+KERNEL_WARP(sample_kept, HOT)(INOUT(float) part, MAYBE(const int) seen, const float* logits, const int* who,
+                              MAYBE(const int) top_k_rank, MAYBE(const int) top_p_rank, int rows, int vocab, int slices,
+                              int words, float scale, float min_p, float penalty) {
+  const SlicePlace at = slice_place(WARP_INDEX, slices);
+  if (at.row >= rows) return;
+  const int* info = who + at.row * SAMPLE_INFO;
+  if (info[0] < 0) return;
+  const float* largest = part + (at.row * SAMPLE_PARTS + 5) * slices;
+  float* out = part + (at.row * SAMPLE_PARTS + 6) * slices + at.slice;
+  const float floor = kept_floor(top_k_rank, top_p_rank, at.row), m = row_max(largest, slices) * scale;
+  const float own = largest[at.slice];
+  if ((own < floor) | (exp_or_zero(fmaf(own, scale, -m)) < min_p)) {
+    if (LANE == 0) *out = 0.f;
+    return;
+  }
+  const Kept kept = {floor, scale, m, min_p};
+  const int* bits = seen_row(seen, info, words);
+  const Slice s = load_slice(logits + at.row * vocab, at.slice, vocab);
+  WarpPack all = {};
+#pragma unroll
+  for (int k = 0; k < SLICE_PACKS; ++k)
+    if (s.has(k)) {
+      WarpPack v = s.pack[k];
+      if (bits) penalise(v, s.begin + k * WARP_STEP + WCOL, vocab, bits, penalty);
+      const WarpPack w = kept.weights(v);
+#pragma unroll
+      for (int j = 0; j < WV; ++j) all.v[j] += w.v[j];
+    }
+  const float sum = pack_sum(all);
+  if (LANE == 0) *out = sum;
+}
+
+// Where the running sum of weights, `before` at `begin`, passes u. Not at all, because the sum that u was made from was
+// rounded otherwise: the last place that has a weight. `weights(i, k)` gives pack k, at place i; PACKS packs are held in
+// registers, so that one more look at the pack that was found is `again(i)`.
+struct Found {
+  int column;
+  float before;  // the running sum up to the column
+};
+template <int PACKS, class Weights, class Again>
+DEVICE Found find(int begin, int end, float before, float u, Weights weights, Again again) {
+  int at = begin;
+  float sum = before, from = before, to = before;
+  const int packs = PACKS ? PACKS : (end - begin + WARP_STEP - 1) / WARP_STEP;
+#pragma unroll
+  for (int k = 0; k < packs; ++k)
+    if (begin + k * WARP_STEP < end) {
+      const float after = sum + pack_sum(weights(begin + k * WARP_STEP + WCOL, k));
+      const bool here = (after > sum) & !(to > u);
+      at = here ? begin + k * WARP_STEP : at;
+      from = here ? sum : from;
+      to = here ? after : to;
+      sum = after;
+    }
+  u = min2(u, bits_to_float(float_to_bits(to) - 1));
+  const WarpPack w = again(at + WCOL);
+  int low = 0, high = WARP_STEP - 1;
+  float under = from;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    WarpPack part;
+#pragma unroll
+    for (int j = 0; j < WV; ++j) part.v[j] = WCOL + j <= middle ? w.v[j] : 0.f;
+    const float sum = from + pack_sum(part);
+    if (sum > u) {
+      high = middle;
+    } else {
+      low = middle + 1;
+      under = sum;
+    }
+  }
+  return {at + low, under};
+}
+
+// The draw and what is known of it. `truncates`: the weights of the slices are sample_kept's.
 KERNEL_WARP(sample)(int* token, float* logp, float* logp_scaled, float* logp_truncated, float* entropy, MAYBE(int) seen,
-                    MAYBE(float) work, const float* logits, const int* who, const int* seed, int rows, int vocab, int words,
-                    int greedy, float scale, int top_k, float top_p, float min_p, float penalty) {
+                    const float* part, const float* logits, const int* who, const int* seed, MAYBE(const int) top_k_rank,
+                    MAYBE(const int) top_p_rank, int rows, int vocab, int slices, int words, int greedy, int truncates,
+                    float scale, float min_p, float penalty) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
-  const int number = who[row * SAMPLE_INFO], position = who[row * SAMPLE_INFO + 1];
-  if (number < 0) {
+  const int* info = who + row * SAMPLE_INFO;
+  if (info[0] < 0) {
     if (LANE == 0) {
       token[row] = 0;
       logp[row] = logp_scaled[row] = logp_truncated[row] = entropy[row] = 0.f;
     }
     return;
   }
-  const float* l = logits + row * vocab;
-  const float largest = row_max(l, vocab);
-  const RowFigures plain = row_figures(l, vocab, largest, 1.f);
+  const float *l = logits + row * vocab, *largest = part + row * SAMPLE_PARTS * slices, *z_largest = largest + 5 * slices;
+  const float* z_weight = largest + 6 * slices;
+  const RowFigures plain = row_figures(largest, largest + slices, largest + 2 * slices, slices, 1.f);
   RowFigures scaled = plain;
-  if (scale != 1.f) scaled = row_figures(l, vocab, largest, scale);
-
-  const float* z = l;
-  float top = largest;
-  int* bits = seen ? seen + (long long)who[row * SAMPLE_INFO + 2] * words : seen;
-  if (bits) {
-    float* penalised = work + row * vocab;  // a lane reads back only the columns that it wrote
-    for (int i = WCOL; i < vocab; i += WARP_STEP) {
-      WarpPack v = load_row(l, i, vocab, NEG_INF);
-#pragma unroll
-      for (int j = 0; j < WV; ++j) {
-        const bool has = i + j < vocab && (bits[(i + j) >> 5] >> ((i + j) & 31)) & 1;
-        if (has) v.v[j] = v.v[j] < 0.f ? v.v[j] * penalty : v.v[j] / penalty;
-      }
-      store(penalised + i, v, vocab - i);
-    }
-    z = penalised;
-    top = row_max(z, vocab);
-  }
+  if (scale != 1.f) scaled = row_figures(largest, largest + 3 * slices, largest + 4 * slices, slices, scale);
+  int* bits = seen ? seen + (long long)info[2] * words : seen;
 
   int chosen;
   float truncated = 0.f;
   if (greedy) {
-    chosen = row_first(z, vocab, top, 1.f);
+    chosen = row_first(z_largest, slices, vocab, [&](int i) { return penalised(l, i, vocab, bits, penalty); });
   } else {
-    const float m = top * scale;
-    float floor = NEG_INF;
-    if (top_k > 0 && top_k < vocab) floor = threshold<true>(z, vocab, floor, scale, m, (float)top_k);
-    if (top_p < 1.f) {
-      WarpPack all = {};
-      for (int i = WCOL; i < vocab; i += WARP_STEP) {
-        const WarpPack w = kept_weights(z, i, vocab, floor, scale, m, 0.f);
+    const float m = row_max(z_largest, slices) * scale;
+    const Kept kept = {kept_floor(top_k_rank, top_p_rank, row), scale, m, min_p};
+    const auto of_slices = [&](int i) {
+      WarpPack w = load_row(z_weight, i, slices);
+      if (!truncates) {  // each slice's sum is in units of its own maximum
+        const WarpPack top = load_row(z_largest, i, slices, NEG_INF);
 #pragma unroll
-        for (int j = 0; j < WV; ++j) all.v[j] += w.v[j];
+        for (int j = 0; j < WV; ++j) w.v[j] *= exp_or_zero(top.v[j] * scale - m);
       }
-      const float t = threshold<false>(z, vocab, floor, scale, m, top_p * pack_sum(all));
-      floor = t < floor ? floor : t;
-    }
+      return w;
+    };
     float total = 0.f;
-    for (int base = 0; base < vocab; base += WARP_STEP)
-      total += pack_sum(kept_weights(z, base + WCOL, vocab, floor, scale, m, min_p));
-    const Philox bits4 = philox((unsigned)seed[0], (unsigned)seed[1], (unsigned)position, (unsigned)number, 0u, SAMPLE_TAG);
-    const float below = bits_to_float(float_to_bits(total) - 1);  // u can be 1
-    const float u = min2(uniform(bits4.x) * total, below);
-    int base = 0;
-    float before = 0.f;
-    for (; base + WARP_STEP < vocab; base += WARP_STEP) {
-      const float after = before + pack_sum(kept_weights(z, base + WCOL, vocab, floor, scale, m, min_p));
-      if (after > u) break;
-      before = after;
-    }
-    const WarpPack w = kept_weights(z, base + WCOL, vocab, floor, scale, m, min_p);
-    int low = 0, high = WARP_STEP - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      WarpPack part;
-#pragma unroll
-      for (int j = 0; j < WV; ++j) part.v[j] = WCOL + j <= middle ? w.v[j] : 0.f;
-      if (before + pack_sum(part) > u) high = middle;
-      else low = middle + 1;
-    }
-    chosen = base + low;
-    const WarpPack v = load_row(z, base + WCOL, vocab, 0.f);
-    WarpPack its;
-#pragma unroll
-    for (int j = 0; j < WV; ++j) its.v[j] = WCOL + j == low ? fmaf(v.v[j], scale, -m) : 0.f;
-    truncated = pack_sum(its) - log_f(total);
+    if (slices == 1) total = z_weight[0];
+    else
+      for (int i = 0; i < slices; i += WARP_STEP) total += pack_sum(of_slices(i + WCOL));
+    const Philox bits4 = philox((unsigned)seed[0], (unsigned)seed[1], (unsigned)info[1], (unsigned)info[0], 0u, SAMPLE_TAG);
+    const float u = uniform(bits4.x) * total;
+    Found place = {0, 0.f};
+    if (slices > 1) place = find<0>(0, slices, 0.f, u, [&](int i, int) { return of_slices(i); }, of_slices);
+    const Slice s = load_slice(l, place.column < slices ? place.column : 0, vocab);
+    const int end = s.begin + LOGIT_SLICE < vocab ? s.begin + LOGIT_SLICE : vocab;
+    const auto held = [&](int i, int k) {
+      WarpPack v = s.pack[k];
+      if (bits) penalise(v, i, vocab, bits, penalty);
+      return kept.weights(v);
+    };
+    const auto again = [&](int i) { return kept.weights(penalised(l, i, vocab, bits, penalty)); };
+    chosen = find<SLICE_PACKS>(s.begin, end, place.before, u, held, again).column;
+    if (chosen >= vocab) chosen = vocab - 1;  // only if there is no number among the weights
+    const float z = bits ? penalised_value(l[chosen], chosen, bits, penalty, 1.f / penalty) : l[chosen];
+    truncated = fmaf(z, scale, -m) - log_f(total);
   }
   if (LANE == 0) {
     token[row] = chosen;

@@ -1,8 +1,118 @@
-// The figures of a row of logits that log-probs and entropies are made of: the same bits in the trainer's head and in the
-// sampler, because both call this. One warp owns the row.
+// A row of logits, cut into slices of a fixed size so that many warps share it: what log-probs and entropies are made of.
+// The same bits in the trainer's head and in the sampler, because both call this; a row's bits depend on the row alone.
 #pragma once
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
+
+// Columns of a slice. One warp reads it once and keeps it in registers: on a GPU 8 loads of 128 bits are in flight a lane.
+EXPORT(int, LOGIT_SLICE, 1024);
+constexpr int SLICE_PACKS = LOGIT_SLICE / WARP_STEP;
+
+// The row and the slice of this warp, where warps are numbered row by row.
+struct SlicePlace {
+  long long row;
+  int slice;
+};
+DEVICE SlicePlace slice_place(long long index, int slices) {
+  const unsigned i = (unsigned)index, row = i / (unsigned)slices;  // 32 bits: rows times slices stay far below
+  return {(long long)row, (int)(i - row * (unsigned)slices)};
+}
+
+struct Slice {
+  WarpPack pack[SLICE_PACKS];
+  int begin, vocab;
+  // Whether the slice has a pack k: the same answer in all lanes.
+  DEVICE_MEMBER bool has(int k) const { return begin + k * WARP_STEP < vocab; }
+};
+
+DEVICE Slice load_slice(const float* l, int slice, int vocab) {
+  Slice s;
+  s.begin = slice * LOGIT_SLICE;
+  s.vocab = vocab;
+  const float* p = l + s.begin + WCOL;
+  if (s.begin + LOGIT_SLICE <= vocab) {  // straight code: every load is on its way before the first is used
+#pragma unroll
+    for (int k = 0; k < SLICE_PACKS; ++k) s.pack[k] = load<WV>(p + k * WARP_STEP, WV);
+  } else {
+#pragma unroll
+    for (int k = 0; k < SLICE_PACKS; ++k)
+      if (s.has(k)) s.pack[k] = load<WV>(p + k * WARP_STEP, vocab - s.begin - k * WARP_STEP - WCOL, NEG_INF);
+  }
+  return s;
+}
+
+DEVICE float slice_max(const Slice& s) {
+  WarpPack top;
+#pragma unroll
+  for (int j = 0; j < WV; ++j) top.v[j] = NEG_INF;
+#pragma unroll
+  for (int k = 0; k < SLICE_PACKS; ++k)
+    if (s.has(k)) {
+#pragma unroll
+      for (int j = 0; j < WV; ++j) top.v[j] = max2(top.v[j], s.pack[k].v[j]);
+    }
+  return pack_max(top);
+}
+
+// e^x for x up to 0 or a little more, which `no_less` has bounded: exp_f's polynomial without its denormals, overflow and
+// conversion to an integer (the bits of n hold it). NaN stays NaN.
+DEVICE float no_less(float x) { return x < -86.f ? -86.f : x; }
+DEVICE float exp_down(float x) {
+  const float n = fmaf(x, 1.44269504f, 12582912.f), k = n - 12582912.f;
+  float r = fmaf(k, -0.693145752f, x);
+  r = fmaf(k, -1.42860677e-6f, r);
+  float p = 1.98756850e-4f;
+  p = fmaf(p, r, 1.39819994e-3f);
+  p = fmaf(p, r, 8.33345205e-3f);
+  p = fmaf(p, r, 4.16657962e-2f);
+  p = fmaf(p, r, 1.66666657e-1f);
+  p = fmaf(p, r, 0.5f);
+  p = fmaf(p * r, r, r) + 1.f;
+  return p * bits_to_float((int)(((unsigned)float_to_bits(n) << 23) + 0x3f800000u));
+}
+// As exp_down of an x that is not bounded; below -86 it is 0.
+DEVICE float exp_or_zero(float x) {
+  const float y = exp_down(no_less(x));
+  return x < -86.f ? 0.f : y;
+}
+
+// Of a slice, with d_j = scale l_j - scale max:  sum e^{d_j}  and  sum e^{d_j} d_j. Where d_j < -86 it counts as that: a
+// term below 1e-35 beside one of 1.
+struct SliceSums {
+  float sum, mean;
+};
+DEVICE SliceSums slice_sums(const Slice& s, float largest, float scale) {
+  const float m = largest == NEG_INF ? 0.f : largest * scale;
+  WarpPack sum = {}, mean = {};
+#pragma unroll
+  for (int k = 0; k < SLICE_PACKS; ++k)
+    if (s.has(k)) {
+#pragma unroll
+      for (int j = 0; j < WV; ++j) {
+        const float d = no_less(fmaf(s.pack[k].v[j], scale, -m)), e = exp_down(d);
+        sum.v[j] += e;
+        mean.v[j] = fmaf(e, d, mean.v[j]);
+      }
+    }
+  return {pack_sum(sum), pack_sum(mean)};
+}
+
+// Where a row has one slice, what is made of slices is that slice's (e^0 is 1, exactly): a small vocabulary on a CPU.
+DEVICE float row_max(const float* l, int n) {
+  float largest = l[0];
+  if (n > 1) {
+    WarpPack top;
+#pragma unroll
+    for (int j = 0; j < WV; ++j) top.v[j] = NEG_INF;
+    for (int i = WCOL; i < n; i += WARP_STEP) {
+      WarpPack v = load_row(l, i, n, NEG_INF);
+#pragma unroll
+      for (int j = 0; j < WV; ++j) top.v[j] = max2(top.v[j], v.v[j]);
+    }
+    largest = pack_max(top);
+  }
+  return largest;
+}
 
 // With d_j = scale (l_j - max l):  log_sum = log sum_j e^{d_j};  centered = sum_j p_j d_j;  H = log_sum - centered.
 struct RowFigures {
@@ -12,44 +122,60 @@ struct RowFigures {
   DEVICE_MEMBER float entropy() const { return log_sum - centered; }
 };
 
-DEVICE float row_max(const float* l, int vocab) {
-  WarpPack top;
-#pragma unroll
-  for (int j = 0; j < WV; ++j) top.v[j] = NEG_INF;
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
-    WarpPack v = load_row(l, i, vocab, NEG_INF);
-#pragma unroll
-    for (int j = 0; j < WV; ++j) top.v[j] = max2(top.v[j], v.v[j]);
-  }
-  return pack_max(top);
-}
-
-DEVICE RowFigures row_figures(const float* l, int vocab, float largest, float scale) {
-  const float m = largest * scale;
+// From the maxima and sums of a row's slices.
+DEVICE RowFigures row_figures(const float* largest, const float* sums, const float* means, int slices, float scale) {
+  const float top = row_max(largest, slices) * scale;
+  if (slices == 1) return {top, log_f(sums[0]), means[0] / sums[0]};
   WarpPack sum = {}, mean = {};
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
-    WarpPack v = load_row(l, i, vocab, NEG_INF);
+  for (int i = WCOL; i < slices; i += WARP_STEP) {
+    const WarpPack m = load_row(largest, i, slices, NEG_INF), s = load_row(sums, i, slices), c = load_row(means, i, slices);
 #pragma unroll
     for (int j = 0; j < WV; ++j) {
-      const float d = fmaf(v.v[j], scale, -m), e = exp_f(d);
-      sum.v[j] += e;
-      mean.v[j] = fmaf(e, max2(d, -200.f), mean.v[j]);  // e is 0 long before; keeps 0 x inf out
+      const float d = no_less(m.v[j] * scale - top), e = exp_down(d);
+      sum.v[j] = fmaf(e, s.v[j], sum.v[j]);
+      mean.v[j] = fmaf(e, fmaf(s.v[j], d, c.v[j]), mean.v[j]);
     }
   }
   const float s = pack_sum(sum);
-  return {m, log_f(s), pack_sum(mean) / s};
+  return {top, log_f(s), pack_sum(mean) / s};
 }
 
-// The lowest column whose value times scale is `top`.
-DEVICE int row_first(const float* l, int vocab, float top, float scale) {
+// The sum of a figure of a row's slices.
+DEVICE float slice_total(const float* of_slices, int slices) {
+  if (slices == 1) return of_slices[0];
+  WarpPack all = {};
+  for (int i = WCOL; i < slices; i += WARP_STEP) {
+    const WarpPack part = load_row(of_slices, i, slices);
+#pragma unroll
+    for (int j = 0; j < WV; ++j) all.v[j] += part.v[j];
+  }
+  return pack_sum(all);
+}
+
+// The lowest of the columns from `begin` to `end` whose value is `top`; `values(i)` gives the pack at column i.
+template <class Values>
+DEVICE int first_equal(int begin, int end, float top, Values values) {
   WarpPack first;
 #pragma unroll
   for (int j = 0; j < WV; ++j) first.v[j] = -16777216.f;
-  for (int i = WCOL; i < vocab; i += WARP_STEP) {
-    WarpPack v = load_row(l, i, vocab, NEG_INF);
+#pragma unroll 4
+  for (int i = begin + WCOL; i < end; i += WARP_STEP) {
+    const WarpPack v = values(i);
 #pragma unroll
     for (int j = 0; j < WV; ++j)
-      first.v[j] = max2(first.v[j], v.v[j] * scale == top && i + j < vocab ? -(float)(i + j) : -16777216.f);
+      first.v[j] = max2(first.v[j], (v.v[j] == top) & (i + j < end) ? -(float)(i + j) : -16777216.f);
   }
   return (int)-pack_max(first);
+}
+
+// The lowest column of a row's largest value, from the maxima of its slices. No such column (a row of NaNs): 0.
+template <class Values>
+DEVICE int row_first(const float* largest, int slices, int vocab, Values values) {
+  const float top = row_max(largest, slices);
+  int slice = 0;
+  if (slices > 1) slice = first_equal(0, slices, top, [&](int i) { return load_row(largest, i, slices, NEG_INF); });
+  if (slice >= slices) return 0;
+  const int begin = slice * LOGIT_SLICE, end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
+  const int column = first_equal(begin, end, top, values);
+  return column < end ? column : 0;
 }

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
-use crate::ops::head::{chunk_rows, chunks};
+use crate::ops::head::{chunk_rows, chunks, slices};
 use crate::ops::matmul::product;
 use crate::tensor::{Id, Tensor};
 
@@ -80,6 +80,8 @@ impl Op for Distill {
             cx.float("head rows", &[rows])?,
             cx.float("head rows", &[size, kernels::DISTILL_STATS])?,
         );
+        let slices = slices(vocab);
+        let part = cx.float("logit slices", &[size, kernels::DISTILL_PARTS, slices])?;
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
         let dx = if wants(0) { Some(cx.real("activation gradients", hs.shape())?) } else { None };
         let mut dw = match (wants(1), ws.id()) {
@@ -95,19 +97,48 @@ impl Op for Distill {
             let h = hs.rows(from, to)?;
             product(cx, Layout::NT, &s, &h, ws, None, false)?;
             product(cx, Layout::NT, &t, &ht.rows(from, to)?, wt, None, false)?;
-            let (at, count, width) = (Launch::warps(n), n as i32, vocab as i32);
-            let values = each.rows(from, to)?;
-            let args = kernels::DistillRowsArgs {
-                each: values.out(),
-                stats: st.out(),
+            let (by_slice, by_row) = (Launch::warps(n * slices), Launch::warps(n));
+            let (count, width, pieces) = (n as i32, vocab as i32, slices as i32);
+            let args = kernels::DistillSlicesArgs {
+                part: part.out(),
                 student: &s,
                 teacher: &t,
                 rows: count,
                 vocab: width,
+                slices: pieces,
+                scale: self.scale,
+            };
+            kernels::distill_slices(&*cx.device, by_slice, args)?;
+            let args = kernels::DistillSumsArgs {
+                stats: st.out(),
+                part: &part,
+                rows: count,
+                slices: pieces,
+                scale: self.scale,
+            };
+            kernels::distill_sums(&*cx.device, by_row, args)?;
+            let args = kernels::DistillRowsArgs {
+                part: part.out(),
+                student: &s,
+                teacher: &t,
+                stats: &st,
+                rows: count,
+                vocab: width,
+                slices: pieces,
                 beta: self.beta,
                 scale: self.scale,
             };
-            kernels::distill_rows(&*cx.device, at, args)?;
+            kernels::distill_rows(&*cx.device, by_slice, args)?;
+            let values = each.rows(from, to)?;
+            let args = kernels::DistillEachArgs {
+                each: values.out(),
+                stats: st.out(),
+                part: &part,
+                rows: count,
+                slices: pieces,
+                beta: self.beta,
+            };
+            kernels::distill_each(&*cx.device, by_row, args)?;
             let Some(dlogits) = &dlogits else { continue };
             let (dl, w) = (dlogits.rows(0, n)?, weight.rows(from, to)?);
             let args = kernels::DistillGradArgs {
@@ -118,10 +149,11 @@ impl Op for Distill {
                 weight: &w,
                 rows: count,
                 vocab: width,
+                slices: pieces,
                 beta: self.beta,
                 scale: self.scale,
             };
-            kernels::distill_grad(&*cx.device, at, args)?;
+            kernels::distill_grad(&*cx.device, by_slice, args)?;
             if let Some(dx) = &dx {
                 product(cx, Layout::NN, &dx.rows(from, to)?, &dl, ws, None, false)?;
             }
@@ -187,9 +219,12 @@ impl Op for Distill {
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
     for beta in [0.0f32, 0.1, 0.5, 0.9, 1.0] {
-        for (rows, d, e, vocab, chunk, scale) in
-            [(1, 4, 4, 3, 32, 1.0f32), (33, 16, 24, 130, 16, 1.0), (9, 24, 8, 1031, 4, 0.7)]
-        {
+        for (rows, d, e, vocab, chunk, scale) in [
+            (1, 4, 4, 3, 32, 1.0f32),
+            (33, 16, 24, 130, 16, 1.0),
+            (9, 24, 8, 1031, 4, 0.7),
+            (3, 8, 4, 4999, 2, 0.9),
+        ] {
             let inputs = vec![
                 Arg::real(rng.array(&[rows, d], 1.0)),
                 Arg::param(rng.array(&[vocab, d], 0.7)),

@@ -95,6 +95,11 @@ pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
     (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(32, 16384)
 }
 
+/// Warps that share a row of logits.
+pub(super) fn slices(vocab: usize) -> usize {
+    vocab.div_ceil(kernels::LOGIT_SLICE)
+}
+
 #[derive(Debug)]
 pub struct HeadLoss {
     pub scale: f32,
@@ -116,6 +121,8 @@ struct Pass {
     entropy: Tensor,
     square: Option<Tensor>,
     best: Tensor,
+    /// What the slices of the chunk's rows leave for their sums.
+    part: Tensor,
     logits: Tensor,
 }
 
@@ -127,6 +134,10 @@ impl Pass {
             entropy: cx.float("head rows", &[rows])?,
             square: if square { Some(cx.float("head rows", &[rows])?) } else { None },
             best: Tensor::new(&cx.pool, "head rows", DType::I32, &[rows])?,
+            part: cx.float(
+                "logit slices",
+                &[chunk.min(rows.max(1)), kernels::HEAD_PARTS, slices(vocab)],
+            )?,
             logits: cx.float("logits chunk", &[chunk.min(rows.max(1)), vocab])?,
         })
     }
@@ -147,19 +158,32 @@ impl Pass {
         let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
         let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);
         let (entropy, best) = (self.entropy.rows(from, to)?, self.best.rows(from, to)?);
+        let (n, vocab, slices) = (to - from, w.row_count(), slices(w.row_count()));
+        let args = kernels::HeadSlicesArgs {
+            part: self.part.out(),
+            logits: &logits,
+            rows: n as i32,
+            vocab: vocab as i32,
+            slices: slices as i32,
+            scale,
+            square: i32::from(square.is_some()),
+        };
+        kernels::head_slices(&*cx.device, Launch::warps(n * slices), args)?;
         let args = kernels::HeadStatsArgs {
             logp: logp.out(),
             lse: lse.out(),
             entropy: Some(entropy.out()),
             square: square.as_ref().map(|s| s.out()),
             best: Some(best.out()),
+            part: &self.part,
             logits: &logits,
             target: &target.rows(from, to)?,
-            rows: (to - from) as i32,
-            vocab: w.row_count() as i32,
+            rows: n as i32,
+            vocab: vocab as i32,
+            slices: slices as i32,
             scale,
         };
-        kernels::head_stats(&*cx.device, Launch::warps(to - from), args)?;
+        kernels::head_stats(&*cx.device, Launch::warps(n), args)?;
         Ok(logits)
     }
 }
@@ -357,9 +381,10 @@ fn gradient_rows(
         b,
         rows: rows as i32,
         vocab: vocab as i32,
+        slices: slices(vocab) as i32,
         scale,
     };
-    kernels::head_grad(&*cx.device, Launch::warps(rows), args)
+    kernels::head_grad(&*cx.device, Launch::warps(rows * slices(vocab)), args)
 }
 
 fn head_cost(x: &[&Tensor]) -> Cost {
@@ -390,7 +415,7 @@ fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 4] {
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
     for (rows, d, vocab, chunk, scale) in
-        [(1, 4, 3, 32, 1.0f32), (33, 16, 130, 16, 1.0), (9, 24, 1031, 4, 0.7)]
+        [(1, 4, 3, 32, 1.0f32), (33, 16, 130, 16, 1.0), (9, 24, 1031, 4, 0.7), (5, 8, 4999, 3, 0.9)]
     {
         let x = rng.array(&[rows, d], 1.0);
         let w = rng.array(&[vocab, d], 1.0);

@@ -8,8 +8,9 @@
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
-use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS};
+use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS, SAMPLE_PARTS, SAMPLE_PASSES, SAMPLE_WAYS};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::head::slices;
 use crate::rng::{SAMPLE_TAG, philox, uniform};
 use crate::tensor::Tensor;
 
@@ -189,12 +190,41 @@ impl Sample {
                 return Err(Error::op("sample", message));
             }
         };
-        let work = seen.map(|_| cx.float("penalised logits", logits.shape())).transpose()?;
         let block = Tensor::new(&cx.pool, "draws", DType::I32, &[SAMPLE_OUTPUTS, n])?;
         let column =
             |i: usize| block.view(4 * i * n, if i == 0 { DType::I32 } else { DType::F32 }, &[n]);
         let [token, logp, scaled, truncated, entropy] =
             [column(0)?, column(1)?, column(2)?, column(3)?, column(4)?];
+        let slices = slices(vocab);
+        let part = cx.float("logit slices", &[n, SAMPLE_PARTS, slices])?;
+        let args = kernels::SampleSlicesArgs {
+            part: part.out(),
+            seen,
+            logits,
+            who,
+            rows: n as i32,
+            vocab: vocab as i32,
+            slices: slices as i32,
+            words: words as i32,
+            scale: s.scale(),
+            penalty: s.repetition_penalty as f32,
+        };
+        kernels::sample_slices(&*cx.device, Launch::warps(n * slices), args)?;
+        let rows = Rows { logits, who, seen, part: &part };
+        let (mut top_k, mut top_p) = (None, None);
+        if !s.is_greedy() && s.top_k > 0 && s.top_k < vocab {
+            top_k = Some(self.search(cx, &rows, Threshold::TopK, None)?);
+        }
+        if !s.is_greedy() && s.top_p < 1.0 {
+            if top_k.is_some() {
+                self.keep(cx, &rows, top_k.as_ref(), None, 0.0)?;
+            }
+            top_p = Some(self.search(cx, &rows, Threshold::TopP, top_k.as_ref())?);
+        }
+        let truncates = !s.is_greedy() && (top_k.is_some() || top_p.is_some() || s.min_p > 0.0);
+        if truncates {
+            self.keep(cx, &rows, top_k.as_ref(), top_p.as_ref(), s.min_p)?;
+        }
         let args = kernels::SampleArgs {
             token: token.out(),
             logp: logp.out(),
@@ -202,23 +232,133 @@ impl Sample {
             logp_truncated: truncated.out(),
             entropy: entropy.out(),
             seen: seen.map(Tensor::out),
-            work: work.as_ref().map(Tensor::out),
+            part: &part,
             logits,
             who,
             seed,
+            top_k_rank: top_k.as_ref(),
+            top_p_rank: top_p.as_ref(),
             rows: n as i32,
             vocab: vocab as i32,
+            slices: slices as i32,
             words: words as i32,
             greedy: i32::from(s.is_greedy()),
+            truncates: i32::from(truncates),
             scale: s.scale(),
-            top_k: s.top_k.min(vocab) as i32,
-            top_p: s.top_p as f32,
             min_p: s.min_p as f32,
             penalty: s.repetition_penalty as f32,
         };
         kernels::sample(&*cx.device, Launch::warps(n), args)?;
         Ok(block)
     }
+
+    /// Makes the weights of each row's slices those of what is kept.
+    fn keep(
+        &self,
+        cx: &Cx,
+        rows: &Rows,
+        top_k: Option<&Tensor>,
+        top_p: Option<&Tensor>,
+        min_p: f64,
+    ) -> Result<()> {
+        let (n, vocab, s) = (rows.logits.row_count(), rows.logits.cols(), &self.sampling);
+        let slices = slices(vocab);
+        let args = kernels::SampleKeptArgs {
+            part: rows.part.out(),
+            seen: rows.seen,
+            logits: rows.logits,
+            who: rows.who,
+            top_k_rank: top_k,
+            top_p_rank: top_p,
+            rows: n as i32,
+            vocab: vocab as i32,
+            slices: slices as i32,
+            words: seen_words(vocab) as i32,
+            scale: s.scale(),
+            min_p: min_p as f32,
+            penalty: s.repetition_penalty as f32,
+        };
+        kernels::sample_kept(&*cx.device, Launch::warps(n * slices), args)
+    }
+
+    /// The threshold of each row, I32 `[n]`: its number in the order of all floats. With `floor`,
+    /// thresholds of a search before, the weights of the slices are those of what is not below it.
+    fn search(
+        &self,
+        cx: &Cx,
+        rows: &Rows,
+        threshold: Threshold,
+        floor: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (n, vocab, s) = (rows.logits.row_count(), rows.logits.cols(), &self.sampling);
+        let slices = slices(vocab);
+        let count = if threshold == Threshold::TopK { s.top_k as i32 } else { 0 };
+        let sums = cx.float("sums above thresholds", &[n, SAMPLE_WAYS, slices])?;
+        let (base, limit) = (cx.float("thresholds", &[n])?, cx.float("thresholds", &[n])?);
+        let ints = || Tensor::new(&cx.pool, "thresholds", DType::I32, &[n]);
+        let (rank, width) = (ints()?, ints()?);
+        let args = kernels::SampleBoundsArgs {
+            rank: rank.out(),
+            width: width.out(),
+            base: base.out(),
+            limit: limit.out(),
+            part: rows.part,
+            who: rows.who,
+            floor_rank: floor,
+            rows: n as i32,
+            vocab: vocab as i32,
+            slices: slices as i32,
+            count,
+            top_p: s.top_p as f32,
+            scale: s.scale(),
+        };
+        kernels::sample_bounds(&*cx.device, Launch::warps(n), args)?;
+        for _ in 0..SAMPLE_PASSES {
+            let args = kernels::SampleAboveArgs {
+                sums: sums.out(),
+                seen: rows.seen,
+                logits: rows.logits,
+                who: rows.who,
+                part: rows.part,
+                rank: &rank,
+                width: &width,
+                rows: n as i32,
+                vocab: vocab as i32,
+                slices: slices as i32,
+                words: seen_words(vocab) as i32,
+                count,
+                scale: s.scale(),
+                penalty: s.repetition_penalty as f32,
+            };
+            kernels::sample_above(&*cx.device, Launch::warps(n * slices), args)?;
+            let args = kernels::SampleNarrowArgs {
+                rank: rank.out(),
+                width: width.out(),
+                base: base.out(),
+                limit: &limit,
+                sums: &sums,
+                who: rows.who,
+                rows: n as i32,
+                slices: slices as i32,
+            };
+            kernels::sample_narrow(&*cx.device, Launch::warps(n), args)?;
+        }
+        Ok(rank)
+    }
+}
+
+/// What a search for a threshold reads.
+struct Rows<'a> {
+    logits: &'a Tensor,
+    who: &'a Tensor,
+    seen: Option<&'a Tensor>,
+    part: &'a Tensor,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Threshold {
+    TopK,
+    TopP,
 }
 
 impl Op for Sample {
@@ -309,6 +449,22 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
                 top_k: 40,
                 top_p: 0.9,
                 min_p: 0.05,
+                repetition_penalty: 1.3,
+                seed: 0,
+            },
+        ),
+        // Several slices of a row, the last of them ragged.
+        (5, 4999, plain.clone()),
+        (4, 6147, Sampling { repetition_penalty: 1.4, ..Sampling::greedy() }),
+        (5, 4999, Sampling { temperature: 0.6, min_p: 0.02, ..plain.clone() }),
+        (
+            5,
+            6147,
+            Sampling {
+                temperature: 0.8,
+                top_k: 300,
+                top_p: 0.9,
+                min_p: 0.0,
                 repetition_penalty: 1.3,
                 seed: 0,
             },

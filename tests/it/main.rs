@@ -16,6 +16,7 @@ mod generate;
 mod hopper;
 mod jinja;
 mod library;
+mod logit_slices;
 mod lora_kernels;
 mod model_folder;
 mod online;
