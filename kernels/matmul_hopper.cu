@@ -2,22 +2,35 @@
 //
 // Math     C = op(A) op(B) (+ bias) (+ R), in the layouts of matmul.cu; R real is C itself where C accumulates
 // Shapes   A, B real by tensor map: nt A [m,k] boxes of 128 rows, B [n,k] boxes of D rows; nn B [k,n] boxes of 64 rows; tn A
-//          [k,m] boxes of 64 rows. C [m,n] real by tensor map, boxes of 64 rows, or float (names in _float) with row stride
-//          ldc; bias [n] real. Rows begin at multiples of 16 bytes.
+//          [k,m] boxes of 64 rows. C [m,n] real, also by tensor map, boxes of 64 rows, or float (names in _float); R [m,n] or
+//          bias [n] real. Rows begin at multiples of 16 bytes (float C: 8), n is even.
 // Plan     A persistent block owns 128 x D of C at a time. One thread of its first warpgroup keeps a ring of stages full by
 //          TMA (128-byte swizzle, k 64 a stage); the other two warpgroups multiply 64 x D each by wgmma and release a stage
-//          when the next one's products are under way. Real C goes through shared memory to TMA, R comes the same way while
-//          the tile is multiplied. Tiles are taken in groups of `group` rows, column by column, so that neighbours share L2.
-// Numerics As matmul.cu: one chain of float sums over k in steps of 16, the same bits whatever D (measured on an H100).
+//          when the next one's products are under way. Real C leaves through shared memory by TMA. Tiles are taken in groups
+//          of `group` rows, column by column, so that neighbours share L2. tn: tiles that do not fill a wave are cut along
+//          k into SPLIT_BLOCKS equal parts; a part that does not begin its tile goes to `parts`, the block that begins the
+//          tile adds them up in the order of k.
+// Numerics As matmul.cu: one chain of float sums over k in steps of 16, the same bits whatever D (measured on an H100). A
+//          tile of tn that is cut is a sum of such chains from left to right; where the cuts lie depends on m, n, k, D.
 // Cost     2 m n k flops; (m k + k n + m n) x sizeof bytes.
-#include "prim/wgmma.cuh"
+#include "prim/flag.cuh"
 #include "prim/tile.cuh"
+#include "prim/wgmma.cuh"
 
-// Stages of the ring, and the block's shared memory: the ring, a tile of real C, 512 bytes of barriers.
-EXPORT_FN(hopper_stages, d, d == 256 ? 3 : d == 192 ? 4 : 5);
-EXPORT_FN(hopper_float_stages, d, d == 256 ? 4 : d == 192 ? 5 : 6);
-EXPORT_FN(hopper_shared, d, hopper_stages(d) * (128 + d) * 128 + 128 * d * 2 + 512);
-EXPORT_FN(hopper_float_shared, d, hopper_float_stages(d) * (128 + d) * 128 + 512);
+// Stages of the ring, and the block's shared memory: the ring, 128 x 128 of C on its way out (real C), 512 bytes of
+// barriers. A stage of 224 has room for four boxes of 64.
+EXPORT_FN(hopper_stages, d, d > 192 ? 4 : d == 192 ? 5 : 6);
+EXPORT_FN(hopper_float_stages, d, d > 192 ? 4 : d == 192 ? 5 : 7);
+EXPORT_FN(hopper_stage, d, (128 + (d == 224 ? 256 : d)) * 128);
+EXPORT_FN(hopper_shared, d, hopper_stages(d) * hopper_stage(d) + 128 * 128 * 2 + 512);
+EXPORT_FN(hopper_float_shared, d, hopper_float_stages(d) * hopper_stage(d) + 512);
+
+// Blocks that share the k of tiles where these do not fill the last wave; a number of its own, so that the bits of a
+// gradient do not depend on the GPU's multiprocessors. At least SPLIT_STEPS steps of 64 k for each.
+EXPORT(int, SPLIT_BLOCKS, 132);
+EXPORT(int, SPLIT_STEPS, 8);
+// Floats of a block's part of a tile in `parts`.
+EXPORT_FN(hopper_part, d, 128 * d);
 
 #if defined(REAL_BF16) && defined(HOPPER)
 constexpr int ROWS = 128, DEPTH = 64;  // of a tile; of a stage
@@ -30,28 +43,202 @@ DEVICE void place(int t, int tm, int tn, int group, int& i, int& j) {
   j = r / size;
 }
 
+// What a block does: whole tiles, then its part of the steps of those that are split, `workers` parts of equal size. A
+// tile's first steps come last in a part, and its other steps first in the next ones, so the block that has the first
+// steps can add up the others': by then they are there.
+struct Work {
+  int whole, steps, workers, split_steps, rank, at, to, next_tile;
+  DEVICE_MEMBER Work(int tiles, int steps, int workers)
+      : whole(workers ? tiles / SPLIT_BLOCKS * SPLIT_BLOCKS : tiles), steps(steps), workers(workers),
+        split_steps((tiles - whole) * steps), rank(workers - 1 - (int)blockIdx.x), at(0), to(0), next_tile(blockIdx.x) {
+    if (workers && rank >= 0) at = start(rank), to = start(rank + 1);
+  }
+  DEVICE_MEMBER int start(int r) const { return (int)((long long)split_steps * r / workers); }
+  // The next tile, and its steps from `first` to `last`.
+  DEVICE_MEMBER bool next(int& tile, int& first, int& last) {
+    if (next_tile < whole) {
+      tile = next_tile;
+      next_tile += gridDim.x;
+      first = 0;
+      last = steps;
+      return true;
+    }
+    if (!workers || at >= to) return false;
+    tile = whole + at / steps;
+    first = at % steps;
+    last = first + (to - at) < steps ? first + (to - at) : steps;
+    at += last - first;
+    return true;
+  }
+  // Where the tile that a part ends in goes on: the steps up to its end belong to the ranks after this one.
+  DEVICE_MEMBER int end_of_tile() const { return (at + steps - 1) / steps * steps; }
+};
+
+struct alignas(16) Four {
+  float v[4];
+};
+
+// Where real C goes: by TMA, and what is left of it straight to `direct`; R is `residual` or null.
+struct RealC {
+  const tensor_map* map;
+  real* direct;
+  const real* residual;
+  int ldc, ldr;
+};
+// Where float C goes, and the parts of tiles that several blocks share.
+struct FloatC {
+  float *c, *parts;
+  int* flags;
+  int ldc, accumulate, workers;
+};
+
+// Brings what is added to a consumer's 64 x D of C into L2 before it is needed: 128 bytes a thread and turn.
+template <int D, class T>
+DEVICE void prefetch_tile(const T* from, int ld, int row0, int col0, int m, int n, int thread) {
+  constexpr int WIDTH = 128 / sizeof(T), LINES = (D + WIDTH - 1) / WIDTH;
+#pragma unroll
+  for (int x = 0; x < LINES / 2; ++x) {
+    const int line = thread + x * 128, row = row0 + line / LINES, col = col0 + line % LINES * WIDTH;
+    if (row < m && col < n) prefetch_l2(from + (long long)row * ld + col);
+  }
+}
+
+// A consumer's part of a tile, kept as its threads hold it.
+template <int D>
+DEVICE Four* part_of(const FloatC& to, int rank, int w, int thread) {
+  return (Four*)(to.parts + (long long)rank * hopper_part(D)) + w * 128 + thread;
+}
+template <int D>
+DEVICE void put_part(const FloatC& to, int rank, const float (&d)[D / 2], int w, int thread) {
+  Four* part = part_of<D>(to, rank, w, thread);
+#pragma unroll
+  for (int x = 0; x < D / 8; ++x) part[x * 256] = {d[4 * x], d[4 * x + 1], d[4 * x + 2], d[4 * x + 3]};
+  named_barrier(1 + w, 128);
+  if (thread == 0) flag_set(to.flags + 2 * rank + w);
+}
+// Adds the parts of the tile that this block has begun, in the order of k.
+template <int D>
+DEVICE void add_parts(const FloatC& to, const Work& work, float (&d)[D / 2], int w, int thread) {
+  const int end = work.end_of_tile();
+  for (int r = work.rank + 1; r < work.workers && work.start(r) < end; ++r) {
+    if (thread == 0) flag_wait(to.flags + 2 * r + w);
+    named_barrier(1 + w, 128);
+    const Four* part = part_of<D>(to, r, w, thread);
+#pragma unroll
+    for (int x = 0; x < D / 8; ++x) {
+      const Four p = part[x * 256];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d[4 * x + e] += p.v[e];
+    }
+  }
+}
+
+// This thread's pairs of float C, the loads of four at a time, so that their latencies overlap.
+template <int D>
+DEVICE void put_float(const FloatC& to, const float (&d)[D / 2], int row, int col, int m, int n) {
+  float* c = to.c + (long long)row * to.ldc + col;
+#pragma unroll
+  for (int from = 0; from < D / 8; from += 4) {
+    Two<float> v[4][2];
+#pragma unroll
+    for (int x = 0; x < 4; ++x)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int y = from + x;
+        v[x][h] = {0.f, 0.f};
+        if (to.accumulate && row + h * 8 < m && col + y * 8 < n) v[x][h] = *(const Two<float>*)(c + (long long)h * 8 * to.ldc + y * 8);
+      }
+#pragma unroll
+    for (int x = 0; x < 4; ++x)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int y = from + x;
+        const Two<float> sum = {v[x][h].x + d[4 * y + 2 * h], v[x][h].y + d[4 * y + 2 * h + 1]};
+        if (row + h * 8 < m && col + y * 8 < n)
+          *(Two<float>*)(c + (long long)h * 8 * to.ldc + y * 8) = to.accumulate ? sum : Two<float>{d[4 * y + 2 * h], d[4 * y + 2 * h + 1]};
+      }
+  }
+}
+
+// The consumer's 64 x D of real C, 128 columns at a time through `out` to TMA. What is left of D beside boxes of 64 goes
+// straight to memory.
+template <int D>
+DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int w, int thread, int row0, int col0, int m, int n) {
+  const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, col = col0 + lane % 4 * 2;
+#pragma unroll
+  for (int from = 0; from < D; from += 128) {
+    constexpr int MOST = 16;  // pairs of eight columns
+    const int pairs = D - from < 128 ? (D - from) / 8 : MOST, boxed = pairs / 8 * 8;
+    if (to.residual) {
+      unsigned r[MOST][2];
+#pragma unroll
+      for (int x = 0; x < MOST; ++x)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          r[x][h] = 0;
+          if (x < pairs && row + h * 8 < m && col + from + x * 8 < n)
+            r[x][h] = *(const unsigned*)(to.residual + (long long)(row + h * 8) * to.ldr + col + from + x * 8);
+        }
+#pragma unroll
+      for (int x = 0; x < MOST; ++x)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (x < pairs) {
+            d[from / 2 + 4 * x + 2 * h] += to_float(bf16{(unsigned short)(r[x][h] & 0xffffu)});
+            d[from / 2 + 4 * x + 2 * h + 1] += to_float(bf16{(unsigned short)(r[x][h] >> 16)});
+          }
+    }
+    if (thread == 0) tma_wait_read<0>();  // what was there has left
+    named_barrier(1 + w, 128);
+#pragma unroll
+    for (int x = 0; x < MOST; x += 2)
+      if (x < boxed) {
+        // Four 8 x 8: rows 0 and 8 of this warp's 16, then the same of the next 8 columns.
+        unsigned r[4];
+#pragma unroll
+        for (int y = 0; y < 4; ++y) r[y] = pack_bf16(d[from / 2 + 4 * x + 2 * y], d[from / 2 + 4 * x + 2 * y + 1]);
+        stmatrix4(out + x / 8 * 8192 + swizzle128(warp * 16 + lane / 8 % 2 * 8 + lane % 8, x % 8 + lane / 16), r);
+      }
+    fence_async_proxy();
+    named_barrier(1 + w, 128);
+    if (thread == 0) {
+      for (int x = 0; x < boxed * 8 && col0 + from + x < n; x += 64) tma_store(to.map, out + x * 128, col0 + from + x, row0);
+      tma_commit();
+    }
+#pragma unroll
+    for (int x = 0; x < MOST; ++x)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (x >= boxed && x < pairs && row + h * 8 < m && col + from + x * 8 < n)
+          *(unsigned*)(to.direct + (long long)(row + h * 8) * to.ldc + col + from + x * 8) =
+              pack_bf16(d[from / 2 + 4 * x + 2 * h], d[from / 2 + 4 * x + 2 * h + 1]);
+  }
+}
+
 template <int TRANS, int D, bool FLOAT_OUT>
-DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const tensor_map* c, const tensor_map* residual, float* cf,
-                           const real* bias, int m, int n, int k, int ldc, int accumulate, int group) {
+DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC& real_c, const FloatC& float_c, const real* bias,
+                           int m, int n, int k, int group) {
   constexpr bool AK = TRANS != TN, BK_CONTIGUOUS = TRANS == NT;
   constexpr int STAGES = FLOAT_OUT ? hopper_float_stages(D) : hopper_stages(D);
+  constexpr int WIDTH = hopper_stage(D) / 128 - ROWS;  // room for B in a stage
+  constexpr int LOADED = BK_CONTIGUOUS ? D : WIDTH;    // what a load fills of it
   bf16* sa = (bf16*)shared_base();           // STAGES x 128 x 64
-  bf16* sb = sa + STAGES * ROWS * DEPTH;     // STAGES x D x 64
-  bf16* sc = sb + STAGES * D * DEPTH;        // 128 x D, boxes of 64 x 64 (real C only)
-  mbarrier* full = (mbarrier*)(sc + (FLOAT_OUT ? 0 : ROWS * D));
-  mbarrier *empty = full + STAGES, *loaded = empty + STAGES;  // loaded: R of each consumer
+  bf16* sb = sa + STAGES * ROWS * DEPTH;     // STAGES x WIDTH x 64
+  bf16* sc = sb + STAGES * WIDTH * DEPTH;    // 2 x 64 x 128, boxes of 64 x 64 (real C only)
+  mbarrier* full = (mbarrier*)(sc + (FLOAT_OUT ? 0 : ROWS * 128));
+  mbarrier* empty = full + STAGES;
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       mbarrier_init(full + i, 1);
       mbarrier_init(empty + i, 2);
     }
-    for (int i = 0; i < 2; ++i) mbarrier_init(loaded + i, 1);
     mbarrier_fence();
   }
   block_sync();
-  const int tm = (m + ROWS - 1) / ROWS, tn = (n + D - 1) / D, steps = (k + DEPTH - 1) / DEPTH;
-  int stage = 0, phase = 0;
+  const int tm = (m + ROWS - 1) / ROWS, tn = (n + D - 1) / D;
+  Work work(tm * tn, (k + DEPTH - 1) / DEPTH, TRANS == TN ? float_c.workers : 0);  // only gradients may be split
+  int stage = 0, phase = 0, tile, first_step, last_step, i, j;
   auto next = [&] {
     if (++stage == STAGES) stage = 0, phase ^= 1;
   };
@@ -59,14 +246,13 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const tenso
   if (warpgroup == 0) {
     registers_dec<40>();
     if (threadIdx.x != 0) return;
-    for (int t = blockIdx.x; t < tm * tn; t += gridDim.x) {
-      int i, j;
-      place(t, tm, tn, group, i, j);
-      for (int q = 0; q < steps; ++q, next()) {
+    while (work.next(tile, first_step, last_step)) {
+      place(tile, tm, tn, group, i, j);
+      for (int q = first_step; q < last_step; ++q, next()) {
         mbarrier_wait(empty + stage, phase ^ 1);
         mbarrier* arrived = full + stage;
-        mbarrier_expect(arrived, (ROWS + D) * DEPTH * 2);
-        bf16 *ta = sa + stage * ROWS * DEPTH, *tb = sb + stage * D * DEPTH;
+        mbarrier_expect(arrived, (ROWS + LOADED) * DEPTH * 2);
+        bf16 *ta = sa + stage * ROWS * DEPTH, *tb = sb + stage * WIDTH * DEPTH;
         if (AK)
           tma_load(ta, &a, arrived, q * DEPTH, i * ROWS);
         else
@@ -74,7 +260,7 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const tenso
         if (BK_CONTIGUOUS)
           tma_load(tb, &b, arrived, q * DEPTH, j * D);
         else
-          for (int x = 0; x < D; x += 64) tma_load(tb + x * DEPTH, &b, arrived, j * D + x, q * DEPTH);
+          for (int x = 0; x < WIDTH; x += 64) tma_load(tb + x * DEPTH, &b, arrived, j * D + x, q * DEPTH);
       }
     }
     return;
@@ -82,39 +268,40 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const tenso
 
   registers_inc<232>();
   const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  unsigned char* out = (unsigned char*)(sc + w * 64 * D);
-  int loads = 0;
-  for (int t = blockIdx.x; t < tm * tn; t += gridDim.x) {
-    int i, j;
-    place(t, tm, tn, group, i, j);
+  unsigned char* out = (unsigned char*)(sc + w * 64 * 128);
+  while (work.next(tile, first_step, last_step)) {
+    place(tile, tm, tn, group, i, j);
     const int row0 = i * ROWS + w * 64, col0 = j * D;
-    if (!FLOAT_OUT && thread == 0) {
-      tma_wait_read<0>();  // the tile before has left `out`
-      if (residual) {
-        mbarrier_expect(loaded + w, 64 * D * 2);
-        for (int x = 0; x < D; x += 64) tma_load(out + x * 128, residual, loaded + w, col0 + x, row0);
-      }
-    }
     float d[D / 2];
     int last = -1;
-    for (int q = 0; q < steps; ++q, next()) {
+    for (int q = first_step; q < last_step; ++q, next()) {
       mbarrier_wait(full + stage, phase);
-      const bf16 *ta = sa + stage * ROWS * DEPTH + w * 64 * DEPTH, *tb = sb + stage * D * DEPTH;
+      const bf16 *ta = sa + stage * ROWS * DEPTH + w * 64 * DEPTH, *tb = sb + stage * WIDTH * DEPTH;
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < DEPTH; kk += 16)
         wgmma_ss<D, !AK, !BK_CONTIGUOUS>(d, wgmma_desc<AK>(ta + (AK ? kk : kk * 64)),
-                                         wgmma_desc<BK_CONTIGUOUS>(tb + (BK_CONTIGUOUS ? kk : kk * 64)), q + kk > 0);
+                                         wgmma_desc<BK_CONTIGUOUS>(tb + (BK_CONTIGUOUS ? kk : kk * 64)), q > first_step || kk > 0);
       wgmma_commit();
       if (last >= 0) {
         wgmma_wait<1>();
         if (thread == 0) mbarrier_arrive(empty + last);
       }
       last = stage;
+      if (q == (last_step > 8 ? last_step - 8 : 0)) {
+        if (FLOAT_OUT && float_c.accumulate && first_step == 0)
+          prefetch_tile<D>(float_c.c, float_c.ldc, row0, col0, m, n, thread);
+        if (!FLOAT_OUT && real_c.residual) prefetch_tile<D>(real_c.residual, real_c.ldr, row0, col0, m, n, thread);
+      }
     }
     wgmma_wait<0>();
     if (thread == 0) mbarrier_arrive(empty + last);
 
+    if (TRANS == TN && first_step > 0) {  // others have this tile's first steps
+      put_part<D>(float_c, work.rank, d, w, thread);
+      continue;
+    }
+    if (TRANS == TN && last_step < work.steps) add_parts<D>(float_c, work, d, w, thread);
     if (bias) {
 #pragma unroll
       for (int x = 0; x < D / 8; ++x)
@@ -126,72 +313,40 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const tenso
           d[4 * x + 2 + e] += v;
         }
     }
-    if (FLOAT_OUT) {
-      const Target<float> to(cf, nullptr, m, n, ldc, accumulate);
-#pragma unroll
-      for (int x = 0; x < D / 8; ++x)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          to.put(row0 + warp * 16 + lane / 4 + h * 8, col0 + x * 8 + lane % 4 * 2, d[4 * x + 2 * h], d[4 * x + 2 * h + 1]);
-    } else {
-      if (residual)
-        mbarrier_wait(loaded + w, loads++ & 1);
-      else
-        named_barrier(1 + w, 128);  // thread 0 has waited for `out`
-#pragma unroll
-      for (int x = 0; x < D / 8; x += 2) {
-        // Tiles of 8 x 8: rows 0 and 8 of this warp's 16, then the same of the next 8 columns.
-        unsigned char* at = out + x / 8 * 8192 + swizzle128(warp * 16 + lane / 8 % 2 * 8 + lane % 8, x % 8 + lane / 16);
-        unsigned r[4];
-        if (residual) {
-          ldmatrix4<false>(r, at);
-#pragma unroll
-          for (int y = 0; y < 4; ++y) {
-            d[4 * x + 2 * y] += to_float(bf16{(unsigned short)(r[y] & 0xffffu)});
-            d[4 * x + 2 * y + 1] += to_float(bf16{(unsigned short)(r[y] >> 16)});
-          }
-        }
-#pragma unroll
-        for (int y = 0; y < 4; ++y) r[y] = pack_bf16(d[4 * x + 2 * y], d[4 * x + 2 * y + 1]);
-        stmatrix4(at, r);
-      }
-      fence_async_proxy();
-      named_barrier(1 + w, 128);
-      if (thread == 0) {
-        for (int x = 0; x < D && col0 + x < n; x += 64) tma_store(c, out + x * 128, col0 + x, row0);
-        tma_commit();
-      }
-    }
+    if (FLOAT_OUT)
+      put_float<D>(float_c, d, row0 + warp * 16 + lane / 4, col0 + lane % 4 * 2, m, n);
+    else
+      put_real<D>(real_c, out, d, w, thread, row0, col0, m, n);
   }
   if (!FLOAT_OUT && thread == 0) tma_wait<0>();
 }
 #endif
 
-// C and R real. R is read where `accumulate` is set.
-KERNEL(hopper_nt, D=128,192,256, THREADS=384, SHARED=hopper_shared(D), HOT)(const tensor_map& a, const tensor_map& b, const tensor_map& c,
-       const tensor_map& residual, MAYBE(const real) bias, int m, int n, int k, int accumulate, int group) {
+// C and R real; `direct` is C too, ldc and ldr are row strides.
+KERNEL(hopper_nt, D=128,192,224,256, THREADS=384, SHARED=hopper_shared(D), HOT)(const tensor_map& a, const tensor_map& b, const tensor_map& c,
+       INOUT(real) direct, MAYBE(const real) residual, MAYBE(const real) bias, int m, int n, int k, int ldc, int ldr, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  hopper_product<NT, D, false>(a, b, &c, accumulate ? &residual : nullptr, nullptr, bias, m, n, k, 0, 0, group);
+  hopper_product<NT, D, false>(a, b, {&c, direct, residual, ldc, ldr}, {}, bias, m, n, k, group);
 #endif
 }
 
-KERNEL(hopper_nn, D=128,192,256, THREADS=384, SHARED=hopper_shared(D), HOT)(const tensor_map& a, const tensor_map& b, const tensor_map& c,
-       const tensor_map& residual, MAYBE(const real) bias, int m, int n, int k, int accumulate, int group) {
+KERNEL(hopper_nn, D=128,192,224,256, THREADS=384, SHARED=hopper_shared(D), HOT)(const tensor_map& a, const tensor_map& b, const tensor_map& c,
+       INOUT(real) direct, MAYBE(const real) residual, MAYBE(const real) bias, int m, int n, int k, int ldc, int ldr, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  hopper_product<NN, D, false>(a, b, &c, accumulate ? &residual : nullptr, nullptr, bias, m, n, k, 0, 0, group);
+  hopper_product<NN, D, false>(a, b, {&c, direct, residual, ldc, ldr}, {}, bias, m, n, k, group);
 #endif
 }
 
-KERNEL(hopper_nt_float, D=128,192,256, THREADS=384, SHARED=hopper_float_shared(D), HOT)(const tensor_map& a, const tensor_map& b, float* c,
+KERNEL(hopper_nt_float, D=128,192,224,256, THREADS=384, SHARED=hopper_float_shared(D), HOT)(const tensor_map& a, const tensor_map& b, INOUT(float) c,
        MAYBE(const real) bias, int m, int n, int k, int ldc, int accumulate, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  hopper_product<NT, D, true>(a, b, nullptr, nullptr, c, bias, m, n, k, ldc, accumulate, group);
+  hopper_product<NT, D, true>(a, b, {}, {c, nullptr, nullptr, ldc, accumulate, 0}, bias, m, n, k, group);
 #endif
 }
 
-KERNEL(hopper_tn_float, D=128,192,256, THREADS=384, SHARED=hopper_float_shared(D), HOT)(const tensor_map& a, const tensor_map& b, float* c,
-       MAYBE(const real) bias, int m, int n, int k, int ldc, int accumulate, int group) {
+KERNEL(hopper_tn_float, D=128,192,224, THREADS=384, SHARED=hopper_float_shared(D), HOT)(const tensor_map& a, const tensor_map& b, INOUT(float) c,
+       MAYBE(float) parts, MAYBE(int) flags, MAYBE(const real) bias, int m, int n, int k, int ldc, int accumulate, int workers, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  hopper_product<TN, D, true>(a, b, nullptr, nullptr, c, bias, m, n, k, ldc, accumulate, group);
+  hopper_product<TN, D, true>(a, b, {}, {c, parts, flags, ldc, accumulate, workers}, bias, m, n, k, group);
 #endif
 }

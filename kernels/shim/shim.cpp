@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <sched.h>
 #include <sys/mman.h>
 #include <vector>
 
@@ -450,6 +451,8 @@ void shuffle(ShuffleLane* mine) {
 void warp_sync() {
   warp_collective("a warp sync", nullptr, [](void* const*) {});
 }
+
+void yield_thread() { sched_yield(); }
 
 unsigned char* shared_memory() { return worker->shared; }
 

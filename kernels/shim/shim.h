@@ -116,6 +116,9 @@ T shfl_xor(T v, int mask) {
 }
 void warp_sync();
 
+// Lets other OS threads run, while a block waits for another one.
+void yield_thread();
+
 // --- Hopper (hopper.h): prim/tma.cuh and prim/wgmma.cuh say what each does ---
 // A row-major matrix and the box of it that one copy moves. `Device::encode_map` in `device/mod.rs` writes it.
 struct alignas(64) TensorMap {

@@ -258,7 +258,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cpu/gemm.rs", 10),
     ("device/cpu/mod.rs", 15),
     ("device/cuda/blas.rs", 12),
-    ("device/cuda/mod.rs", 38),
+    ("device/cuda/mod.rs", 39),
     ("device/pool.rs", 2),
     ("ops/matmul.rs", 1),
     ("tensor/mod.rs", 5),

@@ -156,7 +156,7 @@ const LAYOUTS: [(Layout, DType); 4] = [
 
 /// `c` after the product of fixed random operands, by the engine's own kernel.
 fn product_bits(device: Cpu, (layout, dtype): (Layout, DType), shape: [usize; 3]) -> Vec<u32> {
-    let mut cx = Cx::new(Arc::new(device), DType::BF16);
+    let mut cx = Cx::new(Arc::new(device), DType::BF16).unwrap();
     cx.matmul = MatmulChoice::Own;
     let [m, n, k] = shape;
     let mut rng = Rng(5);
@@ -186,6 +186,25 @@ fn the_product_on_hopper_has_the_bits_of_the_other_one() {
             assert!(other == strict, "strict {what:?} {shape:?}");
         }
     }
+}
+
+#[test]
+fn a_gradient_that_is_split_along_k_is_the_sum_of_its_parts() {
+    // 4 tiles of 32 steps: 16 blocks of 8 steps share them.
+    let (what, shape) = ((Layout::TN, DType::F32), [136, 136, 2048]);
+    let floats = |bits: Vec<u32>| -> Vec<f32> { bits.into_iter().map(f32::from_bits).collect() };
+    let split = product_bits(Cpu::new().with_wgmma(), what, shape);
+    for seed in 0..2 {
+        assert!(split == product_bits(Cpu::strict(seed).with_wgmma(), what, shape), "seed {seed}");
+    }
+    let (split, whole) = (floats(split), floats(product_bits(Cpu::new(), what, shape)));
+    assert!(split != whole, "it is split");
+    // Float sums of 2048 terms in another order.
+    let norm =
+        |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let error =
+        norm(&mut split.iter().zip(&whole).map(|(s, w)| s - w)) / norm(&mut whole.iter().copied());
+    assert!(error < 2e-6, "{error:e}");
 }
 
 #[test]

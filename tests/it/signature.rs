@@ -161,3 +161,14 @@ fn all_errors_of_a_file_are_reported_at_once() {
     let places: Vec<&str> = errors.iter().map(|e| e.split(": ").next().unwrap()).collect();
     assert_eq!(places, ["kernels/x.cu:1", "kernels/x.cu:3", "kernels/x.cu:4"]);
 }
+
+#[test]
+fn a_tensor_map_is_a_parameter_by_value() {
+    let source = good("KERNEL(f)(const tensor_map& a, INOUT(float) y, int n) {\n}\n");
+    let want = [
+        param("a", Role::Map, Type::Real),
+        param("y", Role::Out, Type::Float),
+        param("n", Role::Scalar, Type::Int),
+    ];
+    assert_eq!(source.kernels[0].params, want);
+}
