@@ -3,6 +3,7 @@
 //! Invariant: a number comes with its unit, the device and the command that measured it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -12,8 +13,10 @@ use crate::check::prepare_case;
 use crate::cli::args::{Where, choice};
 use crate::cli::parsers::{check_tokens, count};
 use crate::config::MatmulChoice;
-use crate::device::Layout;
+use crate::device::dry_run::DryRun;
+use crate::device::{Capabilities, DType, Device, Layout, MemoryInfo};
 use crate::error::{Error, Result};
+use crate::methods::offline::OfflineMethod;
 use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::layout::ModelConfig;
@@ -28,12 +31,13 @@ use crate::train::Trainer;
 use crate::train::run::flops_per_token;
 use crate::train::tuning::{prepare, scheme};
 
-/// Time ops against measured ceilings, a training step, or decoding, on random weights of a real
-/// shape
+/// Time ops against measured ceilings, a training step, decoding, or the host's work for a launch,
+/// on random weights of a real shape
 #[derive(clap::Args)]
 pub struct BenchArgs {
-    /// what is timed
-    #[arg(value_parser = ["ops", "train", "decode"])]
+    /// what is timed; launches: the host's time for each launch of a training step, on a stand-in
+    /// for a GPU that computes nothing, whatever --device says
+    #[arg(value_parser = ["ops", "train", "decode", "launches"])]
     what: String,
     /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b
     #[arg(long, default_value = "quickstart")]
@@ -70,17 +74,16 @@ pub struct BenchArgs {
 
 pub fn run(args: BenchArgs) -> Result<()> {
     check_tokens(args.batch, args.length)?;
-    let mut cx = args.on.open()?;
-    cx.matmul = args.matmul;
+    let open = || -> Result<Cx> {
+        let mut cx = args.on.open()?;
+        cx.matmul = args.matmul;
+        Ok(cx)
+    };
     let mut result = match args.what.as_str() {
-        "ops" => ops(&mut cx, &args)?,
-        "train" => train(cx, &args)?,
-        "decode" => decode(&mut cx, &args)?,
-        other => {
-            return Err(Error::Config(format!(
-                "temper bench ops, train or decode, not \"{other}\""
-            )));
-        }
+        "ops" => ops(&mut open()?, &args)?,
+        "train" => train(open()?, &args)?,
+        "decode" => decode(&mut open()?, &args)?,
+        _ => launches(&args)?,
     };
     if let Value::Object(map) = &mut result {
         map.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
@@ -118,7 +121,12 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
     }
 }
 
-fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
+/// A trainer, and rows for one micro-batch a step.
+fn trainer(
+    mut cx: Cx,
+    args: &BenchArgs,
+    weights: InitialWeights,
+) -> Result<(Trainer, OfflineMethod<Sft>)> {
     let mut keys =
         vec![format!("per_device_train_batch_size={}", args.batch), "max_steps=1000000".into()];
     if let Some(rank) = args.lora {
@@ -141,46 +149,71 @@ fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
     }
     let (run, _) = SftRun::load(None, &keys)?;
     let base = Decoder::builder(preset(&args.shape)?)
-        .weights(InitialWeights::Random { seed: 1 })
+        .weights(weights)
         .storage(scheme(&run.peft))
         .positions(args.length)
         .build(&cx)?;
     let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
-    let trained = model.trained().trained_count();
-    let (params, vocab) = (model.params.count(), model.config.vocab_size);
-    let flops = flops_per_token(&model.config, params, args.length);
     let mut rng = Rng(5);
-    let rows: Vec<_> = (0..args.batch)
-        .map(|_| {
-            (
-                (0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>(),
-                vec![true; args.length],
-            )
-        })
-        .collect();
-    let mut sft = Sft::from_sequences(rows);
-    let device = cx.device.clone();
-    let (name, dtype) = (device.name(), cx.dtype.name());
+    let vocab = model.config.vocab_size;
+    let row = |_| (0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>();
+    let rows = (0..args.batch).map(row).map(|ids| (ids, vec![true; args.length])).collect();
     if args.recompute {
         cx.recompute = Recompute::Layers;
     }
-    let mut trainer = Trainer::new(cx, model, run.training, args.batch)?;
+    Ok((Trainer::new(cx, model, run.training, args.batch)?, Sft::from_sequences(rows)))
+}
+
+/// Median seconds of a step, after three that are not counted.
+fn time_steps(trainer: &mut Trainer, sft: &mut OfflineMethod<Sft>, repeat: usize) -> Result<f64> {
+    let device = trainer.cx.device.clone();
     let mut times = Vec::new();
-    for i in 0..args.repeat + 3 {
+    for i in 0..repeat + 3 {
         let start = Instant::now();
-        trainer.step(&mut sft)?;
+        trainer.step(sft)?;
         device.sync()?;
         if i >= 3 {
             times.push(start.elapsed().as_secs_f64());
         }
     }
-    let seconds = median(times);
+    Ok(median(times))
+}
+
+fn train(cx: Cx, args: &BenchArgs) -> Result<Value> {
+    let started = Instant::now();
+    let (name, dtype) = (cx.device.name(), cx.dtype.name());
+    let (mut trainer, mut sft) = trainer(cx, args, InitialWeights::Random { seed: 1 })?;
+    let ready = started.elapsed().as_secs_f64();
+    let (trained, params) = (trainer.model.trained().trained_count(), trainer.model.params.count());
+    let flops = flops_per_token(&trainer.model.config, params, args.length);
+    let seconds = time_steps(&mut trainer, &mut sft, args.repeat)?;
     let tokens = (args.batch * args.length) as f64;
     Ok(json!({
         "bench": "train", "device": name, "dtype": dtype, "parameters": params, "batch": args.batch, "length": args.length,
         "seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
-        "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute,
-        "trained_parameters": trained, "lora_r": args.lora, "base": args.base, "matmul": format!("{:?}", args.matmul).to_lowercase(),
+        "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute, "seconds_to_build": ready,
+        "trained_parameters": trained, "lora_r": args.lora, "base": args.base,
+        "matmul": format!("{:?}", args.matmul).to_lowercase(),
+    }))
+}
+
+/// What the host does for a launch, without the driver's own call.
+fn launches(args: &BenchArgs) -> Result<Value> {
+    let memory = MemoryInfo { free: 0, total: 0 };
+    let device = Arc::new(DryRun::new("a GPU that computes nothing", Capabilities::GPU, memory));
+    let mut cx = Cx::new(device.clone(), DType::BF16)?;
+    cx.matmul = args.matmul;
+    let (mut trainer, mut sft) = trainer(cx, args, InitialWeights::Zero)?;
+    trainer.step(&mut sft)?;
+    device.take_launches();
+    trainer.step(&mut sft)?;
+    let launches: usize = device.take_launches().values().sum();
+    let seconds = time_steps(&mut trainer, &mut sft, args.repeat)?;
+    Ok(json!({
+        "bench": "launches", "device": device.name(), "dtype": trainer.cx.dtype.name(), "batch": args.batch,
+        "length": args.length, "lora_r": args.lora, "base": args.base, "recompute": args.recompute,
+        "launches_per_step": launches, "host_seconds_per_step": seconds,
+        "host_microseconds_per_launch": seconds * 1e6 / launches as f64,
     }))
 }
 

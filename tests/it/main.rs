@@ -8,6 +8,7 @@ mod checkpoint;
 mod config;
 mod data;
 mod eval;
+mod exact;
 mod faults;
 mod forms;
 mod generate;

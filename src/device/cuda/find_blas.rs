@@ -34,7 +34,8 @@ impl Places {
         let path = self.path.as_deref().unwrap_or(OsStr::new(""));
         let python = std::env::split_paths(path).map(|p| p.join("python3")).find(|p| p.is_file());
         // A virtual environment's python3 is a link to the base's: its packages may be in either.
-        for python in python.iter().flat_map(|p| [Some(p.clone()), p.canonicalize().ok()]).flatten() {
+        for python in python.iter().flat_map(|p| [Some(p.clone()), p.canonicalize().ok()]).flatten()
+        {
             all.extend(python.parent().and_then(Path::parent).map(Path::to_path_buf));
         }
         all
@@ -47,7 +48,9 @@ impl Places {
         for prefix in self.prefixes() {
             let lib = std::fs::read_dir(prefix.join("lib")).into_iter().flatten().flatten();
             let mut pythons: Vec<PathBuf> = lib.map(|entry| entry.path()).collect();
-            pythons.retain(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("python")));
+            pythons.retain(|p| {
+                p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("python"))
+            });
             pythons.sort();
             for packages in pythons
                 .iter()
@@ -63,9 +66,9 @@ impl Places {
     }
 }
 
-/// Opens the library; false: it is not there, or not wanted. cudarc opens it by name only. A library
-/// that is already open under its soname (libcublasLt.so.13) is found that way too, wherever it
-/// lies: so one from a known folder is opened here first.
+/// Opens the library; false: it is not there, or not wanted. cudarc opens it by name only. A
+/// library that is already open under its soname (libcublasLt.so.13) is found that way too,
+/// wherever it lies: so one from a known folder is opened here first.
 pub fn load() -> bool {
     let places = Places::of_process();
     if places.wish.as_ref().is_some_and(|w| w == "none") {
