@@ -6,7 +6,7 @@
 
 #![deny(missing_docs)]
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 
 use super::op::{Need, Op};
@@ -32,8 +32,10 @@ pub enum Recompute {
 pub struct ProductCheck {
     /// Work space, kept from check to check.
     pub pool: Mutex<Option<Arc<Pool>>>,
-    /// The user knows that the engine's own product had to step in.
-    pub told: AtomicBool,
+    /// Shapes that the library computes.
+    pub library: AtomicUsize,
+    /// Shapes for which it has no algorithm with the own kernel's bits.
+    pub own: AtomicUsize,
 }
 
 /// Passed to everything that computes.

@@ -15,7 +15,7 @@ use super::context::Cx;
 use super::op::{Need, Op};
 use crate::device::{DType, Pool};
 use crate::error::{Error, Result};
-use crate::tensor::{Id, ParamSetId, Tensor};
+use crate::tensor::{Dims, Id, ParamSetId, Tensor};
 
 pub struct Node {
     pub op: Arc<dyn Op>,
@@ -30,7 +30,7 @@ pub struct Node {
 pub struct Input {
     pub id: Id,
     pub dtype: DType,
-    pub shape: Vec<usize>,
+    pub shape: Dims,
     pub needs_grad: bool,
     /// Kept for constants and parameters (their memory lives on anyway); None for values of the
     /// tape.
@@ -76,7 +76,7 @@ impl Tape {
             inputs.push(Input {
                 id: t.id(),
                 dtype: t.dtype(),
-                shape: t.shape().to_vec(),
+                shape: t.dims(),
                 needs_grad: *needs_grad,
                 tensor,
             });

@@ -2,41 +2,34 @@
 //!
 //! Invariant: a number comes with its unit, the device and the command that measured it.
 
-use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::autograd::{Cx, Recompute, Tape};
+use crate::autograd::{Cx, Tape};
 use crate::check::{differentiable, prepare_case, upstream};
 use crate::cli::args::{Where, choice};
 use crate::cli::bench_grpo::{GrpoArgs, GrpoBench};
-use crate::cli::bench_measure::{Ceilings, median, peft_keys, preset, time};
+use crate::cli::bench_measure::{Ceilings, median, preset, time};
+use crate::cli::bench_train;
 use crate::cli::parsers::{check_tokens, count};
 use crate::config::MatmulChoice;
-use crate::data::masked::MaskedSequence;
-use crate::data::preference::PairExample;
 use crate::error::{Error, Result};
-use crate::methods::offline::dpo::{DpoConfig, DpoObjective};
-use crate::methods::offline::sft::{Sft, SftRun};
-use crate::methods::{MaskedIds, Method};
-use crate::model::decoder::{Decoder, InitialWeights};
+use crate::model::decoder::Decoder;
 use crate::observer::output::print_line;
 use crate::ops::case::{Case, DEFAULT, PerfShape, Rng, Variant};
 use crate::ops::registry::registry;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{EngineOptions, generate};
 use crate::tensor::Tensor;
-use crate::train::Trainer;
-use crate::train::run::flops_per_token;
-use crate::train::tuning::{prepare, scheme};
 
-/// Time ops against measured ceilings, a training step, decoding, or a step of GRPO and its parts,
-/// on random weights of a real shape
+/// Time ops against measured ceilings, a training step, decoding, a step of GRPO and its parts, or
+/// the host's work for a launch, on random weights of a real shape
 #[derive(clap::Args)]
 pub struct BenchArgs {
-    /// what is timed
-    #[arg(value_parser = ["ops", "train", "decode", "grpo"])]
+    /// what is timed; launches: the host's time for each launch of a training step, on a stand-in
+    /// for a GPU that computes nothing, whatever --device says
+    #[arg(value_parser = ["ops", "train", "decode", "grpo", "launches"])]
     what: String,
     /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b,
     /// qwen3-1.7b
@@ -44,31 +37,31 @@ pub struct BenchArgs {
     shape: String,
     /// rows of a micro-batch (train, grpo), sequences (decode)
     #[arg(long, default_value_t = 16, value_parser = count)]
-    batch: usize,
+    pub(super) batch: usize,
     /// ops, train, decode: tokens of a row
     #[arg(long, default_value_t = 128, value_parser = count)]
-    length: usize,
+    pub(super) length: usize,
     /// timed repetitions, of which the median counts; grpo: 3, otherwise 10
     #[arg(long, value_parser = count)]
     repeat: Option<usize>,
     /// train, grpo: LoRA of this rank on all seven projections, no dropout, in the place of full
     /// fine-tuning
     #[arg(long, value_parser = count)]
-    lora: Option<usize>,
+    pub(super) lora: Option<usize>,
     /// train, grpo, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested)
     /// or 8 bits (int8)
     #[arg(long, requires = "lora")]
-    base: Option<String>,
+    pub(super) base: Option<String>,
     /// train: sft, or dpo with pairs of --length tokens a side, of which the first half is the
     /// prompt that both share
     #[arg(long, default_value = "sft", value_parser = ["sft", "dpo"])]
-    method: String,
+    pub(super) method: String,
     /// auto, library, exact or own: which matrix products
     #[arg(long, default_value = "auto", value_parser = choice::<MatmulChoice>)]
-    matmul: MatmulChoice,
+    pub(super) matmul: MatmulChoice,
     /// recompute each layer's activations on the way back
     #[arg(long)]
-    recompute: bool,
+    pub(super) recompute: bool,
     #[command(flatten)]
     grpo: GrpoArgs,
     /// one JSON object on standard output
@@ -79,20 +72,25 @@ pub struct BenchArgs {
 }
 
 impl BenchArgs {
-    fn repeat(&self) -> usize {
+    pub(super) fn repeat(&self) -> usize {
         self.repeat.unwrap_or(10)
     }
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
     check_tokens(args.batch, args.length)?;
-    let mut cx = args.on.open()?;
-    cx.matmul = args.matmul;
+    let open = || -> Result<Cx> {
+        let mut cx = args.on.open()?;
+        cx.matmul = args.matmul;
+        Ok(cx)
+    };
     let mut result = match args.what.as_str() {
-        "ops" => ops(&mut cx, &args)?,
-        "train" => train(cx, &args)?,
-        "decode" => decode(&mut cx, &args)?,
+        "launches" => bench_train::launches(&args)?,
+        "ops" => ops(&mut open()?, &args)?,
+        "train" => bench_train::train(open()?, &args)?,
+        "decode" => decode(&mut open()?, &args)?,
         "grpo" => {
+            let cx = open()?;
             // In a pool of its own, which the steps' peak does not count.
             let mut own = Cx::new(cx.device.clone(), cx.dtype)?;
             own.matmul = cx.matmul;
@@ -112,7 +110,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         }
         other => {
             return Err(Error::Config(format!(
-                "temper bench ops, train, decode or grpo, not \"{other}\""
+                "temper bench ops, train, decode, grpo or launches, not \"{other}\""
             )));
         }
     };
@@ -122,80 +120,6 @@ pub fn run(args: BenchArgs) -> Result<()> {
     }
     print_line(format_args!("{}", if args.json { result.to_string() } else { readable(&result) }))?;
     Ok(())
-}
-
-fn train(mut cx: Cx, args: &BenchArgs) -> Result<Value> {
-    let mut keys = peft_keys(args.lora, args.base.as_deref())?;
-    keys.extend([
-        format!("per_device_train_batch_size={}", args.batch),
-        "max_steps=1000000".into(),
-    ]);
-    let (run, _) = SftRun::load(None, &keys)?;
-    let base = Decoder::builder(preset(&args.shape)?)
-        .weights(InitialWeights::Random { seed: 1 })
-        .storage(scheme(&run.peft))
-        .positions(args.length)
-        .build(&cx)?;
-    let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
-    let trained = model.trained().trained_count();
-    let (params, vocab) = (model.params.count(), model.config.vocab_size);
-    let flops = flops_per_token(&model.config, params, args.length);
-    let mut rng = Rng(5);
-    let rows: Vec<_> = (0..args.batch)
-        .map(|_| {
-            (
-                (0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>(),
-                vec![true; args.length],
-            )
-        })
-        .collect();
-    let mut method: Box<dyn Method> = match args.method.as_str() {
-        "dpo" => Box::new(DpoObjective::from_pairs(&DpoConfig::default(), pairs_of(rows))),
-        _ => Box::new(Sft::from_sequences(rows)),
-    };
-    let device = cx.device.clone();
-    let (name, dtype) = (device.name(), cx.dtype.name());
-    if args.recompute {
-        cx.recompute = Recompute::Layers;
-    }
-    method.attach(&mut cx, &model)?;
-    let mut trainer = Trainer::new(cx, model, run.training, args.batch)?;
-    let mut times = Vec::new();
-    for i in 0..args.repeat() + 3 {
-        let start = Instant::now();
-        trainer.step(&mut *method)?;
-        device.sync()?;
-        if i >= 3 {
-            times.push(start.elapsed().as_secs_f64());
-        }
-    }
-    let seconds = median(times);
-    let sides = if args.method == "dpo" { 2 } else { 1 };
-    let tokens = (sides * args.batch * args.length) as f64;
-    Ok(json!({
-        "bench": "train", "method": args.method, "device": name, "dtype": dtype, "parameters": params, "batch": args.batch, "length": args.length,
-        "seconds_per_step": seconds, "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
-        "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute,
-        "trained_parameters": trained, "lora_r": args.lora, "base": args.base, "matmul": format!("{:?}", args.matmul).to_lowercase(),
-    }))
-}
-
-/// A pair of each row: the row, and the same prompt with the completion backwards.
-fn pairs_of(rows: Vec<MaskedIds>) -> Vec<PairExample> {
-    let pair = |(row, (ids, _)): (usize, MaskedIds)| {
-        let shared = ids.len() / 2;
-        let target_mask: Vec<bool> = (0..ids.len()).map(|i| i >= shared).collect();
-        let mut rejected = ids.clone();
-        rejected[shared..].reverse();
-        PairExample {
-            chosen: MaskedSequence { input_ids: ids, target_mask: target_mask.clone() },
-            rejected: MaskedSequence { input_ids: rejected, target_mask },
-            shared,
-            margin: None,
-            row,
-        }
-    };
-    rows.into_iter().enumerate().map(pair).collect()
 }
 
 fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {

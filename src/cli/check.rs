@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::check::check_ops;
 use crate::check::model::check_model;
+use crate::check::products::check_products;
 use crate::cli::args::choice;
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
@@ -44,6 +45,11 @@ pub fn run(args: CheckArgs) -> Result<()> {
     let mut outcomes = check_ops(&device, &args.op, |_| {})?;
     if args.op.is_empty() {
         outcomes.extend(check_model(&device, |_| {})?);
+        let products = check_products(&device, |_| {})?;
+        for o in &products {
+            print_line(format_args!("{} {}: {}", o.op, o.dtype.name(), o.case))?;
+        }
+        outcomes.extend(products);
     }
     let mut table: BTreeMap<(&str, &str, &str), (usize, usize, f64)> = BTreeMap::new();
     for o in &outcomes {

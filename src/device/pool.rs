@@ -4,7 +4,7 @@
 //! captured; and the pool always knows what each byte in use was asked for, so that an
 //! out-of-memory error can name the largest blocks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use super::{Device, lock};
@@ -23,19 +23,25 @@ struct State {
     slabs: BTreeMap<u64, usize>,
     /// Free ranges by address: bytes.
     free: BTreeMap<u64, usize>,
-    /// Bytes in use by name.
-    live: BTreeMap<String, usize>,
+    /// The same by size: (bytes, address).
+    by_size: BTreeSet<(usize, u64)>,
+    /// A number for each name that was ever asked for: an allocation makes no string.
+    numbers: HashMap<Arc<str>, usize>,
+    names: Vec<Arc<str>>,
+    /// Bytes in use by number.
+    live: Vec<usize>,
     in_use: usize,
     peak: usize,
-    /// What was in use at the peak.
-    at_peak: Vec<(String, usize)>,
+    /// What was in use at the peak, by number.
+    at_peak: Vec<usize>,
 }
 
 /// Memory from a [`Pool`]; goes back when the last handle is dropped.
 pub struct Block {
     address: u64,
     bytes: usize,
-    name: String,
+    number: usize,
+    name: Arc<str>,
     pool: Arc<Pool>,
 }
 
@@ -85,13 +91,16 @@ impl Pool {
                 }
             }
         };
-        *state.live.entry(name.to_string()).or_default() += size;
+        let number = state.number(name);
+        state.live[number] += size;
         state.in_use += size;
         if state.in_use > state.peak {
-            state.peak = state.in_use;
-            state.at_peak = state.live.iter().map(|(n, b)| (n.clone(), *b)).collect();
+            let State { peak, in_use, at_peak, live, .. } = &mut *state;
+            *peak = *in_use;
+            at_peak.clone_from(live);
         }
-        Ok(Arc::new(Block { address, bytes, name: name.to_string(), pool: self.clone() }))
+        let name = state.names[number].clone();
+        Ok(Arc::new(Block { address, bytes, number, name, pool: self.clone() }))
     }
 
     /// Bytes in use now, and the most there have been.
@@ -108,7 +117,8 @@ impl Pool {
 
     /// What was in use at the peak, largest first.
     pub fn high_water(&self) -> Vec<(String, usize)> {
-        let mut list = lock(&self.state).at_peak.clone();
+        let state = lock(&self.state);
+        let mut list = state.list(&state.at_peak);
         list.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
         list
     }
@@ -132,15 +142,15 @@ impl Pool {
     }
 
     fn out_of_memory(&self, state: &State, size: usize, name: &str, cause: &Error) -> String {
-        let mut list: Vec<(&String, &usize)> = state.live.iter().collect();
-        list.sort_by(|a, b| b.1.cmp(a.1));
+        let mut list = state.list(&state.live);
+        list.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
         let mut text = format!(
             "out of memory: \"{name}\" needs {} more beside {} in use ({cause}). The largest blocks:",
             mebibytes(size),
             mebibytes(state.in_use)
         );
         for (name, bytes) in list.iter().take(10) {
-            text += &format!("\n  {:>12}  {name}", mebibytes(**bytes));
+            text += &format!("\n  {:>12}  {name}", mebibytes(*bytes));
         }
         text + "\nTo need less: lower per_device_train_batch_size (and raise gradient_accumulation_steps to keep the \
                 step's size), lower max_length, or set gradient_checkpointing=true."
@@ -148,16 +158,29 @@ impl Pool {
 }
 
 impl State {
+    fn number(&mut self, name: &str) -> usize {
+        if let Some(number) = self.numbers.get(name) {
+            return *number;
+        }
+        let (number, name): (usize, Arc<str>) = (self.names.len(), name.into());
+        self.numbers.insert(name.clone(), number);
+        self.names.push(name);
+        self.live.push(0);
+        number
+    }
+
+    /// What is not 0 of `bytes`, with its name.
+    fn list(&self, bytes: &[usize]) -> Vec<(String, usize)> {
+        let some = self.names.iter().zip(bytes).filter(|(_, bytes)| **bytes > 0);
+        some.map(|(name, bytes)| (name.to_string(), *bytes)).collect()
+    }
+
     /// The smallest free range that fits, lowest address first.
     fn take(&mut self, size: usize) -> Option<u64> {
-        let (&address, &bytes) = self
-            .free
-            .iter()
-            .filter(|(_, bytes)| **bytes >= size)
-            .min_by_key(|(address, bytes)| (**bytes, **address))?;
-        self.free.remove(&address);
+        let (bytes, address) = *self.by_size.range((size, 0)..).next()?;
+        self.remove(address, bytes);
         if bytes > size {
-            self.free.insert(address + size as u64, bytes - size);
+            self.insert(address + size as u64, bytes - size);
         }
         Some(address)
     }
@@ -174,16 +197,27 @@ impl State {
             && before + size as u64 == address
             && before >= slab.0
         {
-            self.free.remove(&before);
+            self.remove(before, size);
             (address, bytes) = (before, bytes + size);
         }
         let end = address + bytes as u64;
         if end < slab.1
-            && let Some(size) = self.free.remove(&end)
+            && let Some(&size) = self.free.get(&end)
         {
+            self.remove(end, size);
             bytes += size;
         }
+        self.insert(address, bytes);
+    }
+
+    fn insert(&mut self, address: u64, bytes: usize) {
         self.free.insert(address, bytes);
+        self.by_size.insert((bytes, address));
+    }
+
+    fn remove(&mut self, address: u64, bytes: usize) {
+        self.free.remove(&address);
+        self.by_size.remove(&(bytes, address));
     }
 }
 
@@ -192,12 +226,7 @@ impl Drop for Block {
         let size = self.bytes.max(1).next_multiple_of(GRAIN);
         let mut state = lock(&self.pool.state);
         state.in_use -= size;
-        if let Some(bytes) = state.live.get_mut(&self.name) {
-            *bytes -= size;
-            if *bytes == 0 {
-                state.live.remove(&self.name);
-            }
-        }
+        state.live[self.number] -= size;
         if self.pool.device.is_strict() {
             // SAFETY: this was the last handle of an allocation made by `alloc` with the same size.
             unsafe { self.pool.device.free(self.address, self.bytes) };
@@ -241,6 +270,33 @@ mod tests {
         let state = lock(&pool.state);
         assert_eq!(state.free.len(), 1, "all ranges joined again");
         assert_eq!(state.in_use, 0);
+    }
+
+    /// The choice of a range by the sets is that of a search through all of them.
+    #[test]
+    fn the_smallest_range_that_fits_is_taken_lowest_address_first() {
+        let pool = Pool::new(Arc::new(Cpu::new()));
+        let mut held: Vec<Option<Arc<Block>>> = vec![None; 64];
+        let mut x = 1u32;
+        for _ in 0..4000 {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let (slot, size) = ((x >> 8) as usize % 64, (x >> 16) as usize * 20 + 1);
+            held[slot] = None;
+            let wanted = {
+                let state = lock(&pool.state);
+                let size = size.next_multiple_of(GRAIN);
+                let fits = state.free.iter().filter(|(_, bytes)| **bytes >= size);
+                assert_eq!(state.free.len(), state.by_size.len());
+                fits.min_by_key(|(address, bytes)| (**bytes, **address)).map(|(a, _)| *a)
+            };
+            let block = pool.alloc(["a", "b", "c"][slot % 3], size).unwrap();
+            assert!(wanted.is_none_or(|address| address == block.address()));
+            held[slot] = Some(block);
+        }
+        held.clear();
+        assert_eq!(pool.in_use().0, 0);
+        let state = lock(&pool.state);
+        assert!(state.live.iter().all(|bytes| *bytes == 0));
     }
 
     #[test]

@@ -33,6 +33,7 @@ use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
 use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::scale::scale_columns;
+use crate::tensor::safetensors::HostDtype;
 use crate::tensor::{ParamSetId, Tensor};
 
 /// A model on its device; clones share the weights.
@@ -179,8 +180,15 @@ impl<'a> DecoderBuilder<'a> {
                 }
                 let mut values = Vec::new();
                 folder::load_weights(dir, &config, &mut |spec, view| {
-                    // One tensor at a time passes through the host: never a second copy of the
-                    // model.
+                    // The mapped file's own bytes where they are of the storage dtype; else one
+                    // tensor at a time passes through the host: never a second copy of the model.
+                    let stored = match cx.dtype {
+                        DType::BF16 => HostDtype::BF16,
+                        _ => HostDtype::F32,
+                    };
+                    if view.dtype == stored && params.put_stored(&spec.name, view.bytes)? {
+                        return Ok(());
+                    }
                     values.resize(view.len(), 0.0);
                     view.to_f32_into(&mut values)?;
                     params.put(cx, &spec.name, &values)

@@ -10,6 +10,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::autograd::{Cx, ParamGrads};
 use crate::device::DType;
 use crate::error::{Error, Result};
@@ -21,6 +23,8 @@ use crate::tensor::{Id, ParamSetId, Tensor};
 /// Alignment of fused parameters in elements: 256 bytes of bf16, so that every row start is 128-bit
 /// aligned.
 const ALIGN: usize = 128;
+/// Initial values that the host makes at once.
+const INITIAL_PART: usize = 1 << 22;
 
 #[derive(Clone)]
 pub struct ParamSet {
@@ -357,25 +361,51 @@ impl ParamSet {
     }
 
     /// transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros for
-    /// biases. Values are a function of (seed, parameter, index).
+    /// biases. Values are a function of (seed, parameter, index), whatever the device and the number
+    /// of threads.
     pub fn initialise(&self, std: f32, seed: u64) -> Result<()> {
         for (p, spec) in self.specs.iter().enumerate() {
-            self.store(p, &initial(spec, p, std, seed))?;
+            // A part at a time: an embedding in f32 may be larger than the model.
+            for from in (0..spec.len()).step_by(INITIAL_PART) {
+                let n = INITIAL_PART.min(spec.len() - from);
+                self.store_part(p, from, &initial_part(spec, p, std, seed, from, n))?;
+            }
         }
         Ok(())
     }
 
     /// Writes the values of parameter `i`, rounded to the storage dtype.
     pub fn store(&self, i: usize, values: &[f32]) -> Result<()> {
-        let view = self.weight_view(i)?;
-        match self.weights.dtype() {
+        if values.len() != self.specs[i].len() {
+            let (name, n) = (&self.specs[i].name, values.len());
+            return Err(Error::op("params", format!("{n} values for {name}")));
+        }
+        self.store_part(i, 0, values)
+    }
+
+    /// Writes values of parameter `i` from its element `from` on.
+    fn store_part(&self, i: usize, from: usize, values: &[f32]) -> Result<()> {
+        let dtype = self.weights.dtype();
+        let view = self.weight_view(i)?.view(from * dtype.size(), dtype, &[values.len()])?;
+        match dtype {
             DType::BF16 => {
-                let half: Vec<half::bf16> =
-                    values.iter().map(|v| half::bf16::from_f32(*v)).collect();
+                let half: Vec<half::bf16> = values
+                    .par_iter()
+                    .with_min_len(1 << 14)
+                    .map(|v| half::bf16::from_f32(*v))
+                    .collect();
                 view.upload(&half)
             }
             _ => view.upload(values),
         }
+    }
+
+    /// Writes parameter `name` as it is stored, little-endian in the storage dtype; false if it has
+    /// no place in the arena.
+    pub fn put_stored(&self, name: &str, bytes: &[u8]) -> Result<bool> {
+        let Some(i) = self.by_name(name) else { return Ok(false) };
+        self.weight_view(i)?.upload(bytes)?;
+        Ok(true)
     }
 }
 
@@ -392,12 +422,26 @@ fn arena_name(set: ParamSetId) -> &'static str {
 
 /// transformers' initial values of one parameter, the `p`th of its set.
 pub fn initial(spec: &ParamSpec, p: usize, std: f32, seed: u64) -> Vec<f32> {
+    initial_part(spec, p, std, seed, 0, spec.len())
+}
+
+/// `n` of the values of [`initial`], from a multiple of four on.
+fn initial_part(
+    spec: &ParamSpec,
+    p: usize,
+    std: f32,
+    seed: u64,
+    from: usize,
+    n: usize,
+) -> Vec<f32> {
     if spec.role.is_norm() {
-        vec![1.0; spec.len()]
+        vec![1.0; n]
     } else if spec.role.is_bias() {
-        vec![0.0; spec.len()]
+        vec![0.0; n]
     } else {
-        normals(seed, p as u32, spec.len()).into_iter().map(|v| v * std).collect()
+        let mut values = normals_from(seed, p as u32, from, n);
+        values.par_iter_mut().with_min_len(1 << 14).for_each(|v| *v *= std);
+        values
     }
 }
 
@@ -426,16 +470,62 @@ pub(crate) fn uniforms(seed: u64, stream: u32, n: usize) -> Vec<f32> {
 
 /// Standard normals from Philox by Box and Muller.
 pub(crate) fn normals(seed: u64, stream: u32, n: usize) -> Vec<f32> {
+    normals_from(seed, stream, 0, n)
+}
+
+/// `n` of the numbers of [`normals`], from a multiple of four on. Four of them are a function of
+/// their counter, so threads share the work and no value depends on how.
+fn normals_from(seed: u64, stream: u32, from: usize, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
-    let mut out = Vec::with_capacity(n + 3);
-    for i in 0..n.div_ceil(4) {
-        let u = philox(key, [i as u32, (i >> 32) as u32, stream, tag::INIT_NORMAL])
-            .map(|b| f64::from(uniform(b)));
-        for (a, b) in [(u[0], u[1]), (u[2], u[3])] {
-            let (r, angle) = ((-2.0 * a.ln()).sqrt(), std::f64::consts::TAU * b);
-            out.extend([(r * angle.cos()) as f32, (r * angle.sin()) as f32]);
+    let mut out = vec![0f32; n];
+    out.par_chunks_mut(1 << 14).enumerate().for_each(|(chunk, values)| {
+        let first = from / 4 + chunk * ((1 << 14) / 4);
+        for (i, four) in (first..).zip(values.chunks_mut(4)) {
+            let u = philox(key, [i as u32, (i >> 32) as u32, stream, tag::INIT_NORMAL])
+                .map(|b| f64::from(uniform(b)));
+            let pair = |a: f64, b: f64| {
+                let (r, angle) = ((-2.0 * a.ln()).sqrt(), std::f64::consts::TAU * b);
+                [(r * angle.cos()) as f32, (r * angle.sin()) as f32]
+            };
+            let ([a, b], [c, d]) = (pair(u[0], u[1]), pair(u[2], u[3]));
+            four.copy_from_slice(&[a, b, c, d][..four.len()]);
         }
-    }
-    out.truncate(n);
+    });
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The definition, a value after the other.
+    fn one_by_one(seed: u64, stream: u32, n: usize) -> Vec<f32> {
+        let key = [seed as u32, (seed >> 32) as u32];
+        let mut out = Vec::new();
+        for i in 0..n.div_ceil(4) {
+            let u = philox(key, [i as u32, (i >> 32) as u32, stream, tag::INIT_NORMAL])
+                .map(|b| f64::from(uniform(b)));
+            for (a, b) in [(u[0], u[1]), (u[2], u[3])] {
+                let (r, angle) = ((-2.0 * a.ln()).sqrt(), std::f64::consts::TAU * b);
+                out.extend([(r * angle.cos()) as f32, (r * angle.sin()) as f32]);
+            }
+        }
+        out.truncate(n);
+        out
+    }
+
+    #[test]
+    fn normals_of_many_threads_are_those_of_one() {
+        for n in [0, 1, 6, 70_001] {
+            assert_eq!(normals(77, 3, n), one_by_one(77, 3, n), "{n}");
+        }
+        assert_eq!(normals_from(77, 3, 40_000, 30_001), one_by_one(77, 3, 70_001)[40_000..]);
+    }
+
+    #[test]
+    fn initial_values_known_from_before_stay() {
+        // Runs, and the quickstart's figures in README.md, begin with these.
+        let bits: Vec<u32> = normals(1, 0, 5).iter().map(|v| v.to_bits()).collect();
+        assert_eq!(bits, [0xbf073603, 0xbe95dbe5, 0x3f160064, 0x3f9c73d7, 0x3e4204cc]);
+    }
 }

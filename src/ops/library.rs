@@ -13,7 +13,7 @@
 //! Why one product is enough. In which order an algorithm adds up is fixed by the algorithm and the
 //! shape, not by the values; so it is enough to look at values that any other order would betray.
 //! The operands are therefore the check's own: the second half of each row of A repeats the first,
-//! that of B is its negative. All terms cancel, what is left is the rounding errors alone, and these
+//! that of B is its negative. All terms cancel, what is left is the rounding errors alone, and they
 //! depend on the order in every element. (The user's values may hide it: a new adapter's B is zero,
 //! and where a sum is large, rounding to bfloat16 removes what differs.) On an H100 all of cuBLASLt
 //! 13.1's kernels without split-K had the chain's bits.
@@ -112,28 +112,30 @@ impl Operands<'_> {
         }
         let mut answer = self.ask(cx, Algorithm::Trusted)?;
         if answer == LibraryProduct::Untried {
-            let found = match self.matching(cx, own) {
-                Err(Error::OutOfMemory(_)) => None,
-                found => found?,
+            let no_bits = "the library has no algorithm with the bits of the engine's own one";
+            let (found, why) = match self.matching(cx, own) {
+                Err(Error::OutOfMemory(_)) => (None, "no memory is left to check the library's"),
+                found => (found?, no_bits),
             };
             cx.device.trust_gemm(&self.gemm(), found);
-            if found.is_none() {
-                self.tell(cx);
+            match found {
+                Some(_) => drop(cx.product_check.library.fetch_add(1, Ordering::Relaxed)),
+                None => self.refused(cx, why),
             }
             answer = self.ask(cx, Algorithm::Trusted)?;
         }
         Ok(answer == LibraryProduct::Queued)
     }
 
-    fn tell(&self, cx: &Cx) {
-        if cx.product_check.told.swap(true, Ordering::Relaxed) {
+    /// Counts it, and says the first.
+    fn refused(&self, cx: &Cx, why: &str) {
+        if cx.product_check.own.fetch_add(1, Ordering::Relaxed) > 0 {
             return;
         }
-        let (m, n, k) = self.sizes();
+        let ((m, n, k), dtype) = (self.sizes(), self.a.dtype().name());
         cx.observer.note(&format!(
-            "matmul=exact: the library has no algorithm with the bits of the engine's own matrix product for m {m}, n {n}, \
-             k {k} ({}); the engine's own runs there, and wherever else that is so",
-            self.a.dtype().name()
+            "matmul=exact: the engine's own product runs for m {m}, n {n}, k {k} in {dtype}, and wherever else it must: \
+             {why}"
         ));
     }
 
@@ -237,7 +239,7 @@ impl<'a> Check<'a> {
 
     /// Keeps the memory for the next check, unless there is much of it.
     fn end(mut self) {
-        if self.pool.cached() <= KEPT {
+        if self.pool.cached() + self.pool.in_use().0 <= KEPT {
             *self.kept = Some(self.pool.clone());
         }
     }

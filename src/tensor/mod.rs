@@ -4,6 +4,7 @@
 //! dimension is contiguous. Cloning one clones a handle. The memory goes back to the pool when the
 //! last view of it is dropped.
 
+mod dims;
 pub mod safetensors;
 
 use std::fmt;
@@ -14,6 +15,8 @@ use half::bf16;
 
 use crate::device::{Block, DType, Device, Pool};
 use crate::error::{Error, Result};
+
+pub use dims::Dims;
 
 /// A set of parameters that has its own weights and, where it is trained, its own gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,7 +47,7 @@ pub struct Tensor {
     block: Arc<Block>,
     offset: usize, // bytes
     dtype: DType,
-    shape: Vec<usize>,
+    shape: Dims,
     stride: usize, // elements from one row to the next; a row is the last dimension
     id: Id,
 }
@@ -62,7 +65,7 @@ impl Tensor {
             block,
             offset: 0,
             dtype,
-            shape: shape.to_vec(),
+            shape: Dims::of(shape)?,
             stride: *shape.last().unwrap_or(&1),
             id: Id::Constant,
         })
@@ -194,7 +197,7 @@ impl Tensor {
             return Err(Error::op("reshape", format!("{self:?} does not reshape to {shape:?}")));
         }
         let stride = if self.is_contiguous() { last } else { self.stride };
-        Ok(Tensor { shape: shape.to_vec(), stride, ..self.clone() })
+        Ok(Tensor { shape: Dims::of(shape)?, stride, ..self.clone() })
     }
 
     /// Rows `from..to` of a matrix (or elements of a vector).
@@ -202,7 +205,7 @@ impl Tensor {
         if from > to || to > self.shape[0] || self.shape.len() > 2 {
             return Err(Error::op("rows", format!("rows {from}..{to} of {self:?}")));
         }
-        let mut shape = self.shape.clone();
+        let mut shape = self.shape;
         shape[0] = to - from;
         let step = if self.shape.len() == 1 { 1 } else { self.stride };
         Ok(Tensor {
@@ -218,7 +221,7 @@ impl Tensor {
         if from > to || to > self.cols() || self.shape.len() != 2 {
             return Err(Error::op("columns", format!("columns {from}..{to} of {self:?}")));
         }
-        let shape = vec![self.shape[0], to - from];
+        let shape = Dims::of(&[self.shape[0], to - from])?;
         Ok(Tensor {
             offset: self.offset + from * self.dtype.size(),
             shape,
@@ -241,7 +244,7 @@ impl Tensor {
             block: self.block.clone(),
             offset: self.offset + byte_offset,
             dtype,
-            shape: shape.to_vec(),
+            shape: Dims::of(shape)?,
             stride,
             id: Id::Constant,
         })
@@ -272,6 +275,11 @@ impl Tensor {
 
     pub fn shape(&self) -> &[usize] {
         &self.shape
+    }
+
+    /// The shape as a value.
+    pub fn dims(&self) -> Dims {
+        self.shape
     }
 
     pub fn numel(&self) -> usize {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use ::safetensors::{Dtype, SafeTensors, tensor::Metadata};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -155,12 +156,16 @@ impl TensorView<'_> {
 
 /// Index of the first NaN or infinity among little-endian values of `dtype`.
 pub fn first_non_finite(dtype: HostDtype, bytes: &[u8]) -> Option<usize> {
-    fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool) -> Option<usize> {
+    fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
         const BLOCK: usize = 4096; // a block without a branch inside, so that the compiler vectorises
-        bytes.as_chunks::<N>().0.chunks(BLOCK).enumerate().find_map(|(i, block)| {
-            let any = block.iter().fold(false, |any, b| any | bad(*b));
-            any.then(|| block.iter().position(|b| bad(*b)).map(|j| i * BLOCK + j)).flatten()
-        })
+        let blocks = bytes.as_chunks::<N>().0.par_chunks(BLOCK).with_min_len(16).enumerate();
+        // Threads also share the work of the page faults of a file that is read for the first time.
+        blocks
+            .filter_map(|(i, block)| {
+                let any = block.iter().fold(false, |any, b| any | bad(*b));
+                any.then(|| block.iter().position(|b| bad(*b)).map(|j| i * BLOCK + j)).flatten()
+            })
+            .min()
     }
     match dtype {
         HostDtype::F32 => scan(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
@@ -337,10 +342,14 @@ fn entries_of(
     })
 }
 
-fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], one: impl Fn([u8; N]) -> f32) {
-    for (to, from) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
-        *to = one(*from);
-    }
+fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], one: impl Fn([u8; N]) -> f32 + Sync) {
+    const PART: usize = 1 << 16;
+    let values = bytes.as_chunks::<N>().0;
+    out.par_chunks_mut(PART).zip(values.par_chunks(PART)).for_each(|(out, values)| {
+        for (to, from) in out.iter_mut().zip(values) {
+            *to = one(*from);
+        }
+    });
 }
 
 fn has_pickles(dir: &Path) -> bool {

@@ -10,6 +10,7 @@ mod checkpoint;
 mod config;
 mod data;
 mod eval;
+mod exact;
 mod faults;
 mod forms;
 mod generate;

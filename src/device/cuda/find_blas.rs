@@ -66,9 +66,9 @@ impl Places {
     }
 }
 
-/// Opens the library; false: it is not there, or not wanted. cudarc opens it by name only. A library
-/// that is already open under its soname (libcublasLt.so.13) is found that way too, wherever it
-/// lies: so one from a known folder is opened here first.
+/// Opens the library; false: it is not there, or not wanted. cudarc opens it by name only. A
+/// library that is already open under its soname (libcublasLt.so.13) is found that way too,
+/// wherever it lies: so one from a known folder is opened here first.
 pub fn load() -> bool {
     let places = Places::of_process();
     if places.wish.as_ref().is_some_and(|w| w == "none") {

@@ -10,9 +10,10 @@
 mod blas;
 mod find_blas;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blas::Blas;
 use cudarc::driver::result::{self, DriverError};
@@ -59,6 +60,8 @@ const SEGMENT: usize = 8 << 20;
 const SEGMENTS: usize = 4;
 
 pub struct Cuda {
+    /// No other device of this process has it, not one that was closed either.
+    number: u64,
     name: String,
     device: sys::CUdevice,
     context: sys::CUcontext,
@@ -69,6 +72,9 @@ pub struct Cuda {
     max_shared: u32,
     multiprocessors: usize,
     code: Mutex<Code>,
+    /// The last kernel that was launched. Under a lock of its own: an error that names it may come
+    /// while code is loaded.
+    last: Mutex<&'static str>,
     ring: Mutex<Ring>,
     marks: Mutex<Vec<Option<Event>>>,
     capturing: AtomicBool,
@@ -88,12 +94,21 @@ unsafe impl Send for Cuda {}
 // SAFETY: as above.
 unsafe impl Sync for Cuda {}
 
-/// Modules and functions that were loaded so far, and the last kernel that was launched.
+/// Modules and functions that were loaded so far.
 #[derive(Default)]
 struct Code {
     modules: HashMap<&'static str, Module>,
-    functions: HashMap<&'static str, Function>,
-    last: &'static str,
+    /// By the address of the kernel's definition, of which there is one: no name is hashed for a
+    /// launch.
+    functions: HashMap<usize, Function>,
+}
+
+/// Numbers of devices that were opened; see [`Cuda::bind`].
+static OPENED: AtomicU64 = AtomicU64::new(1);
+
+thread_local! {
+    /// The device whose context this thread is bound to; 0: none.
+    static BOUND: Cell<u64> = const { Cell::new(0) };
 }
 
 struct Module(sys::CUmodule);
@@ -266,6 +281,7 @@ impl Cuda {
         );
         // From here on `Drop` cleans up, whatever fails: null handles are skipped.
         let mut cuda = Cuda {
+            number: OPENED.fetch_add(1, Ordering::Relaxed),
             name,
             device,
             context,
@@ -274,6 +290,7 @@ impl Cuda {
             max_shared,
             multiprocessors,
             code: Mutex::default(),
+            last: Mutex::default(),
             ring: Mutex::new(Ring {
                 base: std::ptr::null_mut(),
                 segment: 0,
@@ -310,11 +327,17 @@ impl Cuda {
         Ok(cuda)
     }
 
-    /// Makes the context this thread's: rayon's threads and tests call from anywhere.
+    /// Makes the context this thread's: rayon's threads and tests call from anywhere. Nothing else
+    /// in this process binds contexts, so a thread stays bound until it meets another device.
     fn bind(&self) -> Result<()> {
+        if BOUND.get() == self.number {
+            return Ok(());
+        }
         // SAFETY: the context is retained until `Drop`.
         unsafe { result::ctx::set_current(self.context) }
-            .map_err(failed("binding the GPU to this thread"))
+            .map_err(failed("binding the GPU to this thread"))?;
+        BOUND.set(self.number);
+        Ok(())
     }
 
     /// Binds, and refuses what cannot be part of a graph.
@@ -327,7 +350,7 @@ impl Cuda {
 
     /// An error of asynchronous work: it belongs to something before, most likely the last kernel.
     fn late(&self, what: &str, e: DriverError) -> Error {
-        let last = lock(&self.code).last;
+        let last = *lock(&self.last);
         let last = if last.is_empty() {
             "no kernel was launched yet".into()
         } else {
@@ -376,9 +399,10 @@ impl Cuda {
     }
 
     /// The function of a kernel with room for `shared` bytes; loads its module first if need be.
-    fn function(&self, kernel: &KernelDef, shared: u32) -> Result<sys::CUfunction> {
+    fn function(&self, kernel: Kernel, shared: u32) -> Result<sys::CUfunction> {
         let mut code = lock(&self.code);
-        let function = match code.functions.get(kernel.name) {
+        let key = std::ptr::from_ref(kernel) as usize;
+        let function = match code.functions.get(&key) {
             Some(f) if f.shared >= shared => return Ok(f.handle),
             Some(f) => *f,
             None => Function { handle: self.load(&mut code, kernel)?, shared: PLAIN_SHARED },
@@ -414,7 +438,7 @@ impl Cuda {
             .map_err(|e| self.launch_error(kernel.name, "asking for shared memory", e))?;
             allowed = shared;
         }
-        code.functions.insert(kernel.name, Function { handle, shared: allowed });
+        code.functions.insert(key, Function { handle, shared: allowed });
         Ok(handle)
     }
 
@@ -575,7 +599,7 @@ impl Device for Cuda {
                 );
                 self.launch_error(kernel.name, &shape, e)
             })?;
-        lock(&self.code).last = kernel.name;
+        *lock(&self.last) = kernel.name;
         Ok(())
     }
 
@@ -620,7 +644,7 @@ impl Device for Cuda {
         // SAFETY: the caller's promise.
         let answer = unsafe { blas.run(g, algorithm, self.stream)? };
         if answer == LibraryProduct::Queued {
-            lock(&self.code).last = "cuBLASLt's matrix product";
+            *lock(&self.last) = "cuBLASLt's matrix product";
         }
         // Candidates cannot be looked at while nothing runs; they are another time.
         let capturing = self.capturing.load(Ordering::Acquire);
@@ -741,7 +765,7 @@ impl Device for Cuda {
         // SAFETY: the caller's promise; the graph is ours and live.
         unsafe { result::graph::launch(recorded.0, self.stream) }
             .map_err(|e| self.late("replay of a graph", e))?;
-        lock(&self.code).last = "a replayed graph";
+        *lock(&self.last) = "a replayed graph";
         Ok(())
     }
 

@@ -1,0 +1,100 @@
+//! The self-check of `matmul=exact`: the library's products against the engine's own. Layer 8.
+//!
+//! Invariant: it looks at the operands of a user, not at those of the check that chose the
+//! library's algorithms.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::CheckOutcome;
+use crate::autograd::Cx;
+use crate::config::MatmulChoice;
+use crate::device::{DType, Device, Layout};
+use crate::error::Result;
+use crate::ops::case::Rng;
+use crate::ops::matmul::product;
+use crate::tensor::Tensor;
+
+/// Rows of a decoding step, of odd steps, and of training.
+const ROWS: [usize; 6] = [1, 7, 64, 200, 256, 1024];
+
+/// (n, k, bias, float result, added to what is there): the products of a 0.5B model, a part of its
+/// head, and the second product of an adapter.
+const SHAPES: [(usize, usize, bool, bool, bool); 6] = [
+    (1152, 896, true, false, false),
+    (896, 896, false, false, false),
+    (9728, 896, false, false, false),
+    (896, 4864, false, false, false),
+    (8192, 896, false, true, false),
+    (896, 16, false, false, true),
+];
+
+/// Compares, on a device whose library depends on the number of rows, each product with the own
+/// kernel's, bit for bit. The case says for how many numbers of rows the library was used.
+pub fn check_products(
+    device: &Arc<dyn Device>,
+    mut each: impl FnMut(&CheckOutcome),
+) -> Result<Vec<CheckOutcome>> {
+    let mut all = Vec::new();
+    if !device.capabilities().gemm_depends_on_rows {
+        return Ok(all);
+    }
+    for dtype in [DType::BF16, DType::F32] {
+        for shape in SHAPES {
+            let (case, different) = compare(device, dtype, shape)?;
+            let failure =
+                (!different.is_empty()).then(|| format!("other bits for {different:?} rows"));
+            let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
+            let op = "exact products";
+            let outcome = CheckOutcome { op, case, dtype, variant: "", ratio, failure };
+            each(&outcome);
+            all.push(outcome);
+        }
+    }
+    Ok(all)
+}
+
+/// The case, and the numbers of rows whose products differ.
+fn compare(
+    device: &Arc<dyn Device>,
+    dtype: DType,
+    (n, k, bias, float, accumulate): (usize, usize, bool, bool, bool),
+) -> Result<(String, Vec<usize>)> {
+    let mut cx = Cx::new(device.clone(), dtype)?;
+    let mut rng = Rng(17);
+    let values: Vec<f32> = (0..65_537).map(|_| rng.normal() as f32).collect();
+    let tensor = |rows: usize, cols: usize, dtype: DType| {
+        let some: Vec<f32> = values.iter().copied().cycle().take(rows * cols).collect();
+        Tensor::from_f32(&cx.pool, "product", dtype, &[rows, cols], &some)
+    };
+    let most = ROWS[ROWS.len() - 1];
+    let (a, b) = (tensor(most, k, dtype)?, tensor(n, k, dtype)?);
+    let added = bias.then(|| tensor(1, n, dtype)).transpose()?;
+    let output = if float { DType::F32 } else { dtype };
+    let before = tensor(most, n, output)?;
+    let mut different = Vec::new();
+    for m in ROWS {
+        let mut results = Vec::new();
+        for choice in [MatmulChoice::Exact, MatmulChoice::Own] {
+            cx.matmul = choice;
+            let c = Tensor::new(&cx.pool, "product", output, &[m, n])?;
+            c.copy_from(&before.rows(0, m)?)?;
+            product(&cx, Layout::NT, &c, &a.rows(0, m)?, &b, added.as_ref(), accumulate)?;
+            results.push(c.to_bytes()?);
+        }
+        if results[0] != results[1] {
+            different.push(m);
+        }
+    }
+    let (library, rows) = (cx.product_check.library.load(Ordering::Relaxed), ROWS.len());
+    let form = match (bias, float, accumulate) {
+        (true, ..) => " with bias",
+        (_, true, _) => " to float",
+        (.., true) => ", added",
+        _ => "",
+    };
+    Ok((
+        format!("n {n} k {k}{form}: the library for {library} of {rows} numbers of rows"),
+        different,
+    ))
+}

@@ -1,0 +1,266 @@
+//! `matmul=exact`: which of a library's algorithms are used. The library is a stand-in on the CPU
+//! whose algorithms add up in orders that the test chooses.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use temper::autograd::Cx;
+use temper::config::MatmulChoice;
+use temper::device::cpu::Cpu;
+use temper::device::{
+    Algorithm, Capabilities, DType, Device, Gemm, Graph, Kernel, KernelArgs, Launch, Layout,
+    LibraryProduct, Mark, MemoryInfo,
+};
+use temper::error::Result;
+use temper::observer::Observer;
+use temper::ops::case::Rng;
+use temper::ops::matmul::product;
+use temper::tensor::Tensor;
+
+/// In which order a stand-in adds up.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Order {
+    /// From left to right, as the engine's own kernel.
+    Chain,
+    /// Two halves of k, then their sum.
+    Split,
+    /// From left to right, but from this number of rows on in halves.
+    SplitFrom(usize),
+}
+
+/// A CPU whose library has these algorithms, the first the fastest.
+struct Library {
+    cpu: Cpu,
+    algorithms: Vec<Order>,
+    trusted: Mutex<HashMap<(usize, usize, usize, bool), Option<usize>>>,
+    ran: Mutex<Vec<(Algorithm, Order)>>,
+}
+
+impl Library {
+    fn new(algorithms: &[Order]) -> Arc<Library> {
+        Arc::new(Library {
+            cpu: Cpu::new(),
+            algorithms: algorithms.to_vec(),
+            trusted: Mutex::default(),
+            ran: Mutex::default(),
+        })
+    }
+
+    fn take_ran(&self) -> Vec<(Algorithm, Order)> {
+        std::mem::take(&mut self.ran.lock().unwrap())
+    }
+
+    fn key(g: &Gemm) -> (usize, usize, usize, bool) {
+        (g.m, g.n, g.k, g.accumulate)
+    }
+
+    /// `c = a b^T`, or `c += ...`, in f32.
+    unsafe fn multiply(g: &Gemm, order: Order) {
+        assert!(g.layout == Layout::NT && g.c.dtype == DType::F32);
+        // SAFETY: the operands lie in the CPU's memory, as the caller promises.
+        let at = |o: &temper::device::Operand, row: usize, col: usize| unsafe {
+            *(o.address as *const f32).add(row * o.stride + col)
+        };
+        let chain = |row, col, from, to| {
+            (from..to).fold(0f32, |s, i| at(&g.a, row, i).mul_add(at(&g.b, col, i), s))
+        };
+        for row in 0..g.m {
+            for col in 0..g.n {
+                let split = match order {
+                    Order::Chain => false,
+                    Order::Split => true,
+                    Order::SplitFrom(rows) => g.m >= rows,
+                };
+                let mut sum = match split {
+                    true => chain(row, col, 0, g.k / 2) + chain(row, col, g.k / 2, g.k),
+                    false => chain(row, col, 0, g.k),
+                };
+                sum += g.bias.map_or(0.0, |b| at(&b, 0, col));
+                if g.accumulate {
+                    sum += at(&g.c, row, col);
+                }
+                // SAFETY: as above.
+                unsafe { *(g.c.address as *mut f32).add(row * g.c.stride + col) = sum };
+            }
+        }
+    }
+}
+
+impl Device for Library {
+    fn name(&self) -> String {
+        "a library of the test".into()
+    }
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { gemm_depends_on_rows: true, ..Capabilities::CPU }
+    }
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        self.cpu.alloc(bytes)
+    }
+    unsafe fn free(&self, address: u64, bytes: usize) {
+        unsafe { self.cpu.free(address, bytes) }
+    }
+    unsafe fn upload(&self, dst: u64, src: &[u8]) -> Result<()> {
+        unsafe { self.cpu.upload(dst, src) }
+    }
+    unsafe fn download(&self, dst: &mut [u8], src: u64) -> Result<()> {
+        unsafe { self.cpu.download(dst, src) }
+    }
+    unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
+        unsafe { self.cpu.copy(dst, src, bytes) }
+    }
+    unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
+        unsafe { self.cpu.fill(dst, byte, bytes) }
+    }
+    unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
+        unsafe { self.cpu.launch(kernel, at, args) }
+    }
+    unsafe fn gemm(&self, g: &Gemm, algorithm: Algorithm) -> Result<LibraryProduct> {
+        let chosen = match algorithm {
+            Algorithm::Fastest => Some(0),
+            Algorithm::Candidate(i) => Some(i),
+            Algorithm::Trusted => match self.trusted.lock().unwrap().get(&Library::key(g)) {
+                Some(trusted) => *trusted,
+                None => return Ok(LibraryProduct::Untried),
+            },
+        };
+        let Some(order) = chosen.and_then(|i| self.algorithms.get(i)) else {
+            return Ok(LibraryProduct::Unavailable);
+        };
+        unsafe { Library::multiply(g, *order) };
+        self.ran.lock().unwrap().push((algorithm, *order));
+        Ok(LibraryProduct::Queued)
+    }
+    fn trust_gemm(&self, g: &Gemm, candidate: Option<usize>) {
+        self.trusted.lock().unwrap().insert(Library::key(g), candidate);
+    }
+    fn sync(&self) -> Result<()> {
+        self.cpu.sync()
+    }
+    fn memory(&self) -> Result<MemoryInfo> {
+        self.cpu.memory()
+    }
+    fn mark(&self) -> Result<Mark> {
+        self.cpu.mark()
+    }
+    fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
+        self.cpu.elapsed_ms(from, to)
+    }
+    fn begin_capture(&self) -> Result<()> {
+        self.cpu.begin_capture()
+    }
+    fn end_capture(&self) -> Result<Graph> {
+        self.cpu.end_capture()
+    }
+    unsafe fn replay(&self, graph: Graph) -> Result<()> {
+        unsafe { self.cpu.replay(graph) }
+    }
+    fn forget(&self, graph: Graph) {
+        self.cpu.forget(graph)
+    }
+}
+
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Observer for Notes {
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.into());
+    }
+}
+
+fn context(device: &Arc<Library>, matmul: MatmulChoice) -> (Cx, Arc<Notes>) {
+    let (mut cx, notes) =
+        (Cx::new(device.clone(), DType::F32).unwrap(), Arc::new(Notes::default()));
+    (cx.matmul, cx.observer) = (matmul, notes.clone());
+    (cx, notes)
+}
+
+/// The bits of `x w^T`, or of what that adds to `before`.
+fn multiply(cx: &Cx, m: usize, x: &[f32], w: &[f32], accumulate: bool) -> Vec<u32> {
+    let (k, n) = (x.len() / m, w.len() * m / x.len());
+    let tensor = |shape: &[usize], v: &[f32]| {
+        Tensor::from_host(&cx.pool, "x", DType::F32, shape, v).unwrap()
+    };
+    let c = tensor(&[m, n], &vec![0.5; m * n]);
+    product(cx, Layout::NT, &c, &tensor(&[m, k], x), &tensor(&[n, k], w), None, accumulate)
+        .unwrap();
+    c.to_vec::<u32>().unwrap()
+}
+
+fn random(n: usize, seed: u64) -> Vec<f32> {
+    let mut rng = Rng(seed);
+    (0..n).map(|_| rng.normal() as f32).collect()
+}
+
+#[test]
+fn the_first_algorithm_with_the_own_kernels_bits_is_used() {
+    let device = Library::new(&[Order::Split, Order::Chain]);
+    let (exact, notes) = context(&device, MatmulChoice::Exact);
+    let (own, _) = context(&device, MatmulChoice::Own);
+    for (m, accumulate) in [(1, false), (37, false), (5, true)] {
+        let (x, w) = (random(m * 50, 1), random(19 * 50, 2));
+        let got = multiply(&exact, m, &x, &w, accumulate);
+        let tried: Vec<Order> = device.take_ran().iter().map(|r| r.1).collect();
+        assert_eq!(tried, [Order::Split, Order::Chain, Order::Chain], "two candidates, then it");
+        assert_eq!(got, multiply(&own, m, &x, &w, accumulate));
+        // The next product of the shape is the library's at once.
+        multiply(&exact, m, &x, &w, accumulate);
+        assert_eq!(device.take_ran(), [(Algorithm::Trusted, Order::Chain)]);
+    }
+    assert!(notes.0.lock().unwrap().is_empty());
+}
+
+#[test]
+fn without_such_an_algorithm_the_own_kernel_runs_and_one_note_says_so() {
+    let device = Library::new(&[Order::Split]);
+    let (exact, notes) = context(&device, MatmulChoice::Exact);
+    let (own, _) = context(&device, MatmulChoice::Own);
+    let w = random(19 * 50, 2);
+    for m in [1, 2, 40] {
+        let x = random(m * 50, 1);
+        for _ in 0..2 {
+            assert_eq!(multiply(&exact, m, &x, &w, false), multiply(&own, m, &x, &w, false));
+        }
+    }
+    let ran = device.take_ran();
+    assert!(ran.iter().all(|r| r.0 == Algorithm::Candidate(0)) && ran.len() == 3, "{ran:?}");
+    let notes = notes.0.lock().unwrap();
+    assert_eq!(notes.len(), 1);
+    assert!(notes[0].contains("m 1, n 19, k 50"), "{}", notes[0]);
+}
+
+#[test]
+fn zeros_of_the_user_cannot_hide_a_difference() {
+    // A new adapter's B: all results are zero, in any order.
+    let device = Library::new(&[Order::Split]);
+    let (exact, _) = context(&device, MatmulChoice::Exact);
+    multiply(&exact, 3, &random(3 * 50, 1), &[0.0; 19 * 50], true);
+    assert!(device.take_ran().iter().all(|r| r.0 != Algorithm::Trusted));
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_every_batch() {
+    let device = Library::new(&[Order::SplitFrom(20), Order::Chain]);
+    let rows = |choice| {
+        let (cx, _) = context(&device, choice);
+        let (x, w) = (random(64 * 96, 3), random(33 * 96, 4));
+        let whole = multiply(&cx, 64, &x, &w, false);
+        let one = multiply(&cx, 1, &x[..96], &w, false);
+        whole[..33] == one[..]
+    };
+    assert!(rows(MatmulChoice::Exact));
+    assert!(!rows(MatmulChoice::Library), "the test sees a dependence on the rows");
+}
+
+#[test]
+fn backward_products_need_no_exact_algorithm() {
+    let device = Library::new(&[]);
+    let (cx, notes) = context(&device, MatmulChoice::Exact);
+    let tensor = |shape: &[usize]| {
+        let values = random(shape.iter().product(), 5);
+        Tensor::from_host(&cx.pool, "x", DType::F32, shape, &values).unwrap()
+    };
+    let (dy, w, dx) = (tensor(&[4, 6]), tensor(&[6, 8]), tensor(&[4, 8]));
+    product(&cx, Layout::NN, &dx, &dy, &w, None, false).unwrap();
+    assert!(notes.0.lock().unwrap().is_empty(), "the library has nothing, which is no refusal");
+}
