@@ -12,7 +12,7 @@ mod eval;
 mod forms;
 mod generate;
 mod inspect;
-mod launches;
+pub mod launches;
 mod merge;
 mod parsers;
 mod quickstart;

@@ -6,10 +6,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::{
-    Capabilities, Device, Gemm, Graph, Kernel, KernelArgs, Launch, Layout, Mark, MemoryInfo, lock,
+    Capabilities, Device, Download, Gemm, Graph, Kernel, KernelArgs, Launch, Layout, Mark,
+    MemoryInfo, lock,
 };
 use crate::error::Result;
 
@@ -19,6 +20,7 @@ pub struct DryRun {
     memory: MemoryInfo,
     next: AtomicU64,
     launches: Mutex<BTreeMap<String, usize>>,
+    capturing: AtomicBool,
 }
 
 impl DryRun {
@@ -31,16 +33,26 @@ impl DryRun {
     pub fn new(name: &str, capabilities: Capabilities, memory: MemoryInfo) -> DryRun {
         // Any aligned address but 0, which is nobody's.
         let next = AtomicU64::new(1 << 40);
-        DryRun { name: name.into(), capabilities, memory, next, launches: Mutex::default() }
+        DryRun {
+            name: name.into(),
+            capabilities,
+            memory,
+            next,
+            launches: Mutex::default(),
+            capturing: AtomicBool::new(false),
+        }
     }
 
     /// What was launched since the last call, by name: kernels, `library product NT`, `copy`,
-    /// `fill`.
+    /// `fill`, `graph`. What is recorded is not launched, and a graph is one launch.
     pub fn take_launches(&self) -> BTreeMap<String, usize> {
         std::mem::take(&mut lock(&self.launches))
     }
 
     fn count(&self, name: &str) {
+        if self.capturing.load(Ordering::Acquire) {
+            return;
+        }
         *lock(&self.launches).entry(name.to_string()).or_default() += 1;
     }
 }
@@ -65,6 +77,15 @@ impl Device for DryRun {
     }
 
     unsafe fn download(&self, dst: &mut [u8], _src: u64) -> Result<()> {
+        dst.fill(0);
+        Ok(())
+    }
+
+    unsafe fn begin_download(&self, _src: u64, _bytes: usize) -> Result<Download> {
+        Ok(0)
+    }
+
+    fn end_download(&self, _download: Download, dst: &mut [u8]) -> Result<()> {
         dst.fill(0);
         Ok(())
     }
@@ -112,14 +133,17 @@ impl Device for DryRun {
     }
 
     fn begin_capture(&self) -> Result<()> {
+        self.capturing.store(true, Ordering::Release);
         Ok(())
     }
 
     fn end_capture(&self) -> Result<Graph> {
+        self.capturing.store(false, Ordering::Release);
         Ok(0)
     }
 
     unsafe fn replay(&self, _graph: Graph) -> Result<()> {
+        self.count("graph");
         Ok(())
     }
 

@@ -7,6 +7,7 @@ mod bounds;
 mod checkpoint;
 mod config;
 mod data;
+mod decode;
 mod eval;
 mod faults;
 mod forms;
