@@ -12,6 +12,7 @@ use crate::cli::args::{Where, choice};
 use crate::cli::bench_grpo::{GrpoArgs, GrpoBench};
 use crate::cli::bench_measure::{Ceilings, median, preset, time};
 use crate::cli::bench_train;
+use crate::cli::launches::{DecodeStep, decode_step};
 use crate::cli::parsers::{check_tokens, count};
 use crate::config::MatmulChoice;
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ use crate::observer::output::print_line;
 use crate::ops::case::{Case, DEFAULT, PerfShape, Rng, Variant};
 use crate::ops::registry::registry;
 use crate::rollout::sample::Sampling;
-use crate::rollout::{EngineOptions, generate};
+use crate::rollout::{Engine, EngineOptions, Request};
 use crate::tensor::Tensor;
 
 /// Time ops against measured ceilings, a training step, decoding, a step of GRPO and its parts, or
@@ -135,13 +136,38 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
         (0..args.batch).map(|_| (0..prompt).map(|_| rng.below(vocab) as u32).collect()).collect();
     let options =
         EngineOptions::new(args.length - prompt, Sampling::greedy(), Vec::new(), args.batch);
+    let new_tokens = options.max_new_tokens;
     let start = Instant::now();
-    generate(cx, &mut model, &prompts, &options, |_, _| {})?;
+    let mut engine = Engine::new(cx, &mut model, options, args.length)?;
+    for request in Request::numbered(prompts, 1) {
+        engine.submit(&request)?;
+    }
+    // From the step on whose end every prompt is in, a step decodes one token of each sequence.
+    let mut decoding = None;
+    while engine.has_work() {
+        engine.step(cx, &model)?;
+        if decoding.is_none() && engine.counts.tokens_out >= args.batch {
+            decoding = Some((Instant::now(), engine.counts));
+        }
+    }
     let seconds = start.elapsed().as_secs_f64();
-    let tokens = args.batch * options.max_new_tokens;
+    let tokens = args.batch * new_tokens;
+    let steady = decoding.map(|(since, before)| {
+        let (seconds, after) = (since.elapsed().as_secs_f64(), engine.counts);
+        let (tokens, steps) = (after.tokens_out - before.tokens_out, after.steps - before.steps);
+        (tokens as f64 / seconds, 1e6 * seconds / steps.max(1) as f64)
+    });
+    let [launched, replayed] = [false, true].map(|r| decode_step(&model.config, args.batch, r));
+    let (launched, replayed) = (launched?, replayed?);
+    let us = |step: &DecodeStep| step.host.as_secs_f64() * 1e6;
     Ok(json!({
         "bench": "decode", "device": cx.device.name(), "dtype": cx.dtype.name(), "batch": args.batch, "prompt": prompt,
-        "new_tokens": options.max_new_tokens, "seconds": seconds, "tokens_per_second": tokens as f64 / seconds,
+        "new_tokens": new_tokens, "seconds": seconds, "tokens_per_second": tokens as f64 / seconds,
+        "steady_tokens_per_second": steady.map(|s| s.0), "steady_microseconds_per_step": steady.map(|s| s.1),
+        "steps": engine.counts.steps, "replayed_steps": engine.counts.replayed,
+        "peak_memory_bytes": cx.pool.in_use().1,
+        "launches_of_a_step": launched.launches.values().sum::<usize>(),
+        "host_microseconds_launched": us(&launched), "host_microseconds_replayed": us(&replayed),
     }))
 }
 

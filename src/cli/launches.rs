@@ -1,11 +1,13 @@
-//! `temper inspect launches`: how many kernels a layer takes, forward and backward. Layer 9.
+//! `temper inspect launches`: how many kernels a layer takes, forward and backward, and what a decode
+//! step costs the host. Layer 9.
 //!
-//! Invariant: counted, not told: the step runs on a device that computes nothing, with one layer
-//! more and one less.
+//! Invariant: counted and timed, not told: the step runs on a device that computes nothing, that of
+//! training with one layer more and one less.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::autograd::{Cx, Tape};
 use crate::config::MatmulChoice;
@@ -15,11 +17,14 @@ use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
 use crate::observer::output::print_line;
+use crate::rollout::sample::Sampling;
+use crate::rollout::{Engine, EngineOptions, Request};
 use crate::tensor::Tensor;
 use crate::train::Trainer;
 use crate::train::tuning::{prepare, scheme};
 
-type Counts = BTreeMap<String, usize>;
+/// Launches by name.
+pub type LaunchCounts = BTreeMap<String, usize>;
 
 /// A way of training, as keys.
 pub struct Mode {
@@ -41,9 +46,9 @@ pub const MODES: [Mode; 5] = [
 ];
 
 /// Launches of one layer, forward and backward, of a bf16 step on a GPU.
-pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(Counts, Counts)> {
+pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(LaunchCounts, LaunchCounts)> {
     let (few, more) = (step(config, mode, 2)?, step(config, mode, 3)?);
-    let less = |more: Counts, few: &Counts| -> Counts {
+    let less = |more: LaunchCounts, few: &LaunchCounts| -> LaunchCounts {
         let rest =
             more.into_iter().map(|(name, n)| (n - few.get(&name).copied().unwrap_or(0), name));
         rest.filter(|(n, _)| *n > 0).map(|(n, name)| (name, n)).collect()
@@ -51,7 +56,7 @@ pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(Counts, Counts)> 
     Ok((less(more.0, &few.0), less(more.1, &few.1)))
 }
 
-fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Counts)> {
+fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(LaunchCounts, LaunchCounts)> {
     let device =
         Arc::new(DryRun::new("a GPU", Capabilities::GPU, MemoryInfo { free: 0, total: 0 }));
     let mut cx = Cx::new(device.clone(), DType::BF16)?;
@@ -76,6 +81,40 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(Counts, Cou
     Ok((forward, device.take_launches()))
 }
 
+/// What a decode step asks of the host.
+pub struct DecodeStep {
+    pub launches: LaunchCounts,
+    /// From the call to its return: rows, uploads, launches. The driver's own time is not in it.
+    pub host: Duration,
+}
+
+/// A bf16 decode step of `sequences` sequences on a GPU, launched or replayed: the mean of 32.
+pub fn decode_step(config: &ModelConfig, sequences: usize, replay: bool) -> Result<DecodeStep> {
+    const STEPS: usize = 32;
+    let device =
+        Arc::new(DryRun::new("a GPU", Capabilities::GPU, MemoryInfo { free: 0, total: 0 }));
+    let mut cx = Cx::new(device.clone(), DType::BF16)?;
+    let mut model = Decoder::builder(config.clone()).build(&cx)?;
+    let mut options = EngineOptions::new(STEPS + 8, Sampling::greedy(), Vec::new(), sequences);
+    (options.replay, options.ahead) = (Some(replay), Some(replay));
+    let mut engine = Engine::new(&cx, &mut model, options, STEPS + 9)?;
+    for number in 0..sequences as u32 {
+        engine.submit(&Request { prompt: vec![0], n: 1, number })?;
+    }
+    // The first step launches, the second one records.
+    for _ in 0..3 {
+        engine.step(&mut cx, &model)?;
+    }
+    device.take_launches();
+    let start = Instant::now();
+    for _ in 0..STEPS {
+        engine.step(&mut cx, &model)?;
+    }
+    let host = start.elapsed() / STEPS as u32;
+    let launches = device.take_launches().into_iter().map(|(name, n)| (name, n / STEPS)).collect();
+    Ok(DecodeStep { launches, host })
+}
+
 /// Prints the table, and what each count is made of.
 pub fn print(config: &ModelConfig) -> Result<()> {
     print_line(format_args!(
@@ -93,5 +132,22 @@ pub fn print(config: &ModelConfig) -> Result<()> {
         }
     }
     print_line(format_args!("\n{details}"))?;
+    print_line(format_args!(
+        "a bf16 decode step on a GPU: launches, and host time beside the driver's own\n"
+    ))?;
+    print_line(format_args!("{:>9} {:>9} {:>9} {:>9}", "sequences", "launched", "", "replayed"))?;
+    for sequences in [1, 64, 256, 1024] {
+        let [launched, replayed] = [false, true].map(|r| decode_step(config, sequences, r));
+        let (launched, replayed) = (launched?, replayed?);
+        let sum = |step: &DecodeStep| step.launches.values().sum::<usize>();
+        let us = |step: &DecodeStep| format!("{:.0} us", step.host.as_secs_f64() * 1e6);
+        print_line(format_args!(
+            "{sequences:>9} {:>9} {:>9} {:>9} {:>9}",
+            sum(&launched),
+            us(&launched),
+            sum(&replayed),
+            us(&replayed)
+        ))?;
+    }
     Ok(())
 }

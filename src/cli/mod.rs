@@ -15,7 +15,7 @@ mod eval;
 mod forms;
 mod generate;
 mod inspect;
-mod launches;
+pub mod launches;
 mod merge;
 mod parsers;
 mod quickstart;

@@ -260,6 +260,9 @@ pub struct Capabilities {
     /// Bytes of work space that are worth holding at once: what stays in a CPU's cache, what fills
     /// a GPU.
     pub work_bytes: usize,
+    /// Whether the host is ahead of the device, so that it pays to record a repeated step as a
+    /// graph and to read results a step late.
+    pub asynchronous: bool,
 }
 
 impl Capabilities {
@@ -271,6 +274,7 @@ impl Capabilities {
         library_gemm: true,
         gemm_depends_on_rows: false,
         work_bytes: 4 << 20,
+        asynchronous: false,
     };
 
     /// A GPU with cuBLASLt.
@@ -282,6 +286,7 @@ impl Capabilities {
         library_gemm: true,
         gemm_depends_on_rows: true,
         work_bytes: 512 << 20,
+        asynchronous: true,
     };
 }
 
@@ -291,6 +296,9 @@ pub type Mark = usize;
 /// A recorded list of work: a CUDA graph on the GPU, the list itself on the CPU. Belongs to the
 /// device that made it.
 pub type Graph = usize;
+
+/// A copy to the host that was begun. Belongs to the device that began it.
+pub type Download = usize;
 
 pub trait Device: Send + Sync {
     /// "cpu (2 threads)", "NVIDIA H200 (sm_90)": printed at start and put into results.
@@ -313,6 +321,14 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// `src..src+dst.len()` lies in live device memory.
     unsafe fn download(&self, dst: &mut [u8], src: u64) -> Result<()>;
+    /// Queues a copy to the host behind all work so far, and waits for nothing. What is queued later
+    /// may overwrite the memory.
+    /// # Safety
+    /// `src..src+bytes` lies in live device memory.
+    unsafe fn begin_download(&self, src: u64, bytes: usize) -> Result<Download>;
+    /// Waits for a copy, not for what was queued after it; then it is spent. `dst` has its size, or
+    /// none: the bytes are dropped.
+    fn end_download(&self, download: Download, dst: &mut [u8]) -> Result<()>;
     /// # Safety
     /// Both ranges lie in live device memory and do not overlap.
     unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()>;
@@ -388,6 +404,19 @@ fn capturing(what: &str) -> Error {
 
 fn no_graph(graph: Graph) -> Error {
     Error::Device(format!("replay of graph {graph}, which this device does not have"))
+}
+
+fn no_download(download: Download) -> Error {
+    Error::Device(format!("download {download} was not begun, or it has ended"))
+}
+
+fn download_size(begun: usize, wanted: usize) -> Error {
+    Error::Device(format!("a download of {begun} bytes into {wanted}"))
+}
+
+/// Takes what is in a slot out of it.
+fn take_from_slot<T>(slots: &mut [Option<T>], slot: usize) -> Option<T> {
+    slots.get_mut(slot).and_then(Option::take)
 }
 
 /// Puts `value` into the first free slot and returns its number.

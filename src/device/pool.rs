@@ -14,6 +14,8 @@ const GRAIN: usize = 256;
 
 pub struct Pool {
     device: Arc<dyn Device>,
+    /// Where slabs come from, if not from the device, and the name they have there.
+    parent: Option<(Arc<Pool>, String)>,
     state: Mutex<State>,
 }
 
@@ -21,6 +23,8 @@ pub struct Pool {
 struct State {
     /// Slabs by address: bytes.
     slabs: BTreeMap<u64, usize>,
+    /// The parent's blocks that the slabs are.
+    held: Vec<Arc<Block>>,
     /// Free ranges by address: bytes.
     free: BTreeMap<u64, usize>,
     /// The same by size: (bytes, address).
@@ -65,7 +69,14 @@ impl Block {
 
 impl Pool {
     pub fn new(device: Arc<dyn Device>) -> Arc<Pool> {
-        Arc::new(Pool { device, state: Mutex::default() })
+        Arc::new(Pool { device, parent: None, state: Mutex::default() })
+    }
+
+    /// A pool whose memory is blocks of `parent`, in use there under `name` for as long as this pool
+    /// lives. So what a recorded graph uses belongs to nobody else between two replays.
+    pub fn within(parent: &Arc<Pool>, name: &str) -> Arc<Pool> {
+        let (device, parent) = (parent.device.clone(), Some((parent.clone(), name.to_string())));
+        Arc::new(Pool { device, parent, state: Mutex::default() })
     }
 
     pub fn device(&self) -> &Arc<dyn Device> {
@@ -126,6 +137,14 @@ impl Pool {
     fn grow(&self, state: &mut State, size: usize, name: &str) -> Result<()> {
         // Slabs of 32 MiB, or the request rounded up to 2 MiB: few calls to the driver, little
         // waste.
+        if let Some((parent, held_as)) = &self.parent {
+            let block = parent.alloc(held_as, size.next_multiple_of(2 << 20))?;
+            let (address, bytes) = (block.address(), block.bytes());
+            state.held.push(block);
+            state.slabs.insert(address, bytes);
+            state.release(address, bytes);
+            return Ok(());
+        }
         let slab = size.next_multiple_of(2 << 20).max(32 << 20);
         let (address, slab) = match self.device.alloc(slab) {
             Ok(address) => (address, slab),
@@ -238,6 +257,9 @@ impl Drop for Block {
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        if self.parent.is_some() {
+            return; // the slabs are the parent's blocks, and go back to it
+        }
         let slabs = std::mem::take(&mut lock(&self.state).slabs);
         for (address, bytes) in slabs {
             // SAFETY: each Block holds the pool, so none is left.
@@ -297,6 +319,19 @@ mod tests {
         assert_eq!(pool.in_use().0, 0);
         let state = lock(&pool.state);
         assert!(state.live.iter().all(|bytes| *bytes == 0));
+    }
+
+    #[test]
+    fn a_pool_within_a_pool_holds_its_memory_until_it_goes() {
+        let pool = Pool::new(Arc::new(Cpu::new()));
+        let inner = Pool::within(&pool, "recorded steps");
+        let address = inner.alloc("a", 1000).unwrap().address();
+        assert_eq!(pool.high_water(), [("recorded steps".to_string(), 2 << 20)]);
+        let outside = pool.alloc("b", 1 << 20).unwrap();
+        assert!(!(address..address + (2 << 20)).contains(&outside.address()));
+        assert_eq!(inner.alloc("c", 1 << 20).unwrap().address(), address, "it repeats");
+        drop((inner, outside));
+        assert_eq!(pool.in_use().0, 0);
     }
 
     #[test]

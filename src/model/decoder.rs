@@ -22,7 +22,7 @@ use crate::model::layout::{
 use crate::model::params::{ParamSet, initial};
 use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
-use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged, kv_append};
+use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
 use crate::ops::head::head_logps;
@@ -32,6 +32,7 @@ use crate::ops::prompt::prompt_embedding;
 use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
 use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
+use crate::ops::rope_append::rope_append;
 use crate::ops::scale::scale_columns;
 use crate::tensor::safetensors::HostDtype;
 use crate::tensor::{ParamSetId, Tensor};
@@ -55,6 +56,8 @@ pub struct Decoder {
     score_bias: Option<Tensor>,
     table: RopeTable,
     positions: usize,
+    /// Shared by clones, and by nothing that has other memory: see [`Decoder::same_memory`].
+    wiring: Arc<()>,
 }
 
 #[derive(Clone)]
@@ -305,6 +308,7 @@ impl Decoder {
             score_bias,
             table,
             positions,
+            wiring: Arc::new(()),
         })
     }
 
@@ -364,8 +368,16 @@ impl Decoder {
         if n > self.positions {
             self.table = upload_table(cx, &self.config, n)?;
             self.positions = n;
+            self.wiring = Arc::new(());
         }
         Ok(())
+    }
+
+    /// Whether a forward of `other` reads the very memory that one of this model reads: one is a
+    /// clone of the other, and neither has been wired again since. So a recorded forward of one,
+    /// replayed, is a forward of the other, with the weights as they are then.
+    pub fn same_memory(&self, other: &Decoder) -> bool {
+        Arc::ptr_eq(&self.wiring, &other.wiring)
     }
 
     /// Final hidden states of every row (after the last norm): [rows, hidden] real. With
@@ -419,7 +431,8 @@ impl Decoder {
         Ok(rows)
     }
 
-    /// One step over the cache: appends the step's tokens, returns their hidden states. No tape.
+    /// One step over the cache: appends the step's tokens, returns their hidden states. No tape, and
+    /// nothing but launches: it can be recorded.
     pub fn cached(&self, cx: &mut Cx, cache: &KvCache, step: &KvStep) -> Result<Tensor> {
         if step.longest > self.positions {
             let message = format!(
@@ -498,20 +511,15 @@ impl Decoder {
             (Some(q), Some(k)) => Some(QkNorm { q, k, eps }),
             _ => None,
         };
-        let qkv = rope(cx, &qkv, &self.table, positions, shape.heads, shape.kv_heads, norm)?;
+        let (heads, kv_heads) = (shape.heads, shape.kv_heads);
         let mixed = match keys {
-            Keys::Batch(plan) => attention(cx, &qkv, plan, shape)?,
+            Keys::Batch(plan) => {
+                let qkv = rope(cx, &qkv, &self.table, positions, heads, kv_heads, norm)?;
+                attention(cx, &qkv, plan, shape)?
+            }
             Keys::Cache(cache, step) => {
-                let cache = &cache.layers[i];
-                kv_append(
-                    cx,
-                    &qkv,
-                    cache,
-                    &step.slots,
-                    shape.kv_heads,
-                    shape.head_dim,
-                    shape.heads,
-                )?;
+                let (cache, slots) = (&cache.layers[i], &step.slots);
+                rope_append(cx, &qkv, cache, &self.table, positions, slots, heads, kv_heads, norm)?;
                 attention_paged(
                     cx,
                     &qkv,

@@ -4,6 +4,8 @@
 //! sequence's positions lie, so a cache never moves and sequences can share pages. Only a page that
 //! one sequence holds is written.
 
+use std::ops::Range;
+
 use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
@@ -23,22 +25,31 @@ pub struct KvCache {
     free: Vec<i32>,
 }
 
-/// The device arrays of one step: some new tokens of some sequences. One upload.
+/// The device arrays of one step: some new tokens of some sequences.
 pub struct KvStep {
     pub tokens: TokenIndex,
     /// I32 `[n]`: position of each token in its sequence.
     pub positions: Tensor,
-    /// I32 `[n]`: which sequence (row of the page table) each token belongs to.
+    /// I32 `[n]`: which row of the page table each token's sequence has; -1: the row is padding.
     pub row_sequence: Tensor,
-    /// I32 `[n]`: the cache row each token's k|v goes to.
+    /// I32 `[n]`: the cache row each token's k|v goes to; -1: nowhere.
     pub slots: Tensor,
     /// I32 [sequences, max pages]
     pub page_table: Tensor,
-    /// What the caller sent along, I32.
-    pub extra: Vec<Tensor>,
+    /// Positions of the longest of these sequences.
     pub longest: usize,
     /// Token ids lie below this.
     pub vocab: usize,
+}
+
+/// The pages of each running sequence, on the device: a row of fixed width for each. It stays where
+/// it is, so a recorded step can read it.
+pub struct PageTable {
+    /// I32 [sequences, max pages]
+    pub pages: Tensor,
+    host: Vec<i32>,
+    /// Rows whose device copy is old.
+    changed: Range<usize>,
 }
 
 /// A sequence in the cache: its pages and how many tokens they hold.
@@ -117,61 +128,48 @@ impl KvCache {
         let key = [seed as u32, (seed >> 32) as u32];
         self.free.sort_by_key(|page| philox(key, [*page as u32, 0, 0, tag::PAGE_ORDER]));
     }
+}
 
-    /// A step that appends `new[i]` to `sequences[i]` (room was reserved); their lengths grow.
-    /// `extra` is uploaded along.
-    pub fn step(
-        &self,
-        cx: &Cx,
-        sequences: &mut [&mut CachedSequence],
-        new: &[&[u32]],
-        vocab: usize,
-        extra: &[&[i32]],
-    ) -> Result<KvStep> {
-        let n: usize = new.iter().map(|t| t.len()).sum();
-        let width = sequences.iter().map(|s| s.pages.len()).max().unwrap_or(1).max(1);
-        // tokens | positions | row sequences | slots | page table | extra
-        let mut all = vec![0i32; 4 * n + sequences.len() * width];
-        let (rows, table) = all.split_at_mut(4 * n);
-        let (mut at, mut longest) = (0, 0);
-        for (s, (sequence, tokens)) in sequences.iter_mut().zip(new).enumerate() {
-            table[s * width..s * width + sequence.pages.len()].copy_from_slice(&sequence.pages);
-            for &token in *tokens {
-                if token as usize >= vocab {
-                    let message = format!(
-                        "token {token}; the vocabulary has {vocab}; is it the model's tokenizer?"
-                    );
-                    return Err(Error::op("kv_step", message));
-                }
-                let Some(page) = sequence.pages.get(sequence.len / PAGE) else {
-                    return Err(Error::op("kv_step", "no page was reserved"));
-                };
-                rows[at] = token as i32;
-                rows[n + at] = sequence.len as i32;
-                rows[2 * n + at] = s as i32;
-                rows[3 * n + at] = page * PAGE as i32 + (sequence.len % PAGE) as i32;
-                sequence.len += 1;
-                at += 1;
-            }
-            longest = longest.max(sequence.len);
+impl CachedSequence {
+    /// The cache row of a position. Error: no page was reserved for it.
+    pub fn row(&self, position: usize) -> Result<i32> {
+        let page = self.pages.get(position / PAGE);
+        let page = page.ok_or_else(|| Error::op("kv_step", "no page was reserved"))?;
+        Ok(page * PAGE as i32 + (position % PAGE) as i32)
+    }
+}
+
+impl PageTable {
+    /// For `sequences` sequences of at most `longest` tokens.
+    pub fn new(cx: &Cx, sequences: usize, longest: usize) -> Result<PageTable> {
+        let width = longest.div_ceil(PAGE).max(1);
+        let host = vec![0; sequences * width];
+        let pages =
+            Tensor::from_host(&cx.pool, "page table", DType::I32, &[sequences, width], &host)?;
+        Ok(PageTable { pages, host, changed: 0..0 })
+    }
+
+    /// Makes `pages` those of row `row`, from the next [`PageTable::upload`] on.
+    pub fn set(&mut self, row: usize, pages: &[i32]) {
+        let old = &mut self.host[row * self.pages.cols()..][..pages.len()];
+        if old == pages {
+            return;
         }
-        extra.iter().for_each(|e| all.extend_from_slice(e));
-        let uploaded = cx.ints("step", &all)?;
-        let mut byte = 0;
-        let mut part = |shape: &[usize]| {
-            let view = uploaded.view(byte, DType::I32, shape);
-            byte += 4 * shape.iter().product::<usize>();
-            view
-        };
-        Ok(KvStep {
-            tokens: TokenIndex::for_generation(part(&[n])?)?,
-            positions: part(&[n])?,
-            row_sequence: part(&[n])?,
-            slots: part(&[n])?,
-            page_table: part(&[sequences.len(), width])?,
-            extra: extra.iter().map(|e| part(&[e.len()])).collect::<Result<_>>()?,
-            longest,
-            vocab,
-        })
+        old.copy_from_slice(pages);
+        let none = self.changed.is_empty();
+        self.changed.start = if none { row } else { self.changed.start.min(row) };
+        self.changed.end = if none { row + 1 } else { self.changed.end.max(row + 1) };
+    }
+
+    /// Brings the device up to date: one upload of the rows from the first to the last that changed,
+    /// none if none did.
+    pub fn upload(&mut self) -> Result<()> {
+        let rows = std::mem::take(&mut self.changed);
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let width = self.pages.cols();
+        let values = &self.host[rows.start * width..rows.end * width];
+        self.pages.rows(rows.start, rows.end)?.upload(values)
     }
 }

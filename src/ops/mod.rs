@@ -25,8 +25,10 @@ pub mod quant;
 pub mod registry;
 pub mod rmsnorm;
 pub mod rope;
+pub mod rope_append;
 pub mod sample;
 pub mod scale;
+pub mod tokens;
 
 use crate::autograd::Cx;
 use crate::device::{DType, Launch};

@@ -9,7 +9,7 @@ use super::preference::{segment_cases, segment_perf};
 use super::quant::{linear_cases, linear_perf};
 use super::{
     activation, adamw, adamw8, add, attention, distill, dropout, embedding, head, lora, matmul,
-    policy, preference, prompt, quant, rmsnorm, rope, sample, scale,
+    policy, preference, prompt, quant, rmsnorm, rope, rope_append, sample, scale, tokens,
 };
 
 pub struct Entry {
@@ -53,8 +53,11 @@ pub fn registry() -> Vec<Entry> {
         op("quant_linear", &["quant", "matmul", "reduce"], linear_cases, linear_perf, GEMM),
         op("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, rmsnorm::perf, PLAIN),
         op("rope", &["rope", "reduce"], rope::cases, rope::perf, PLAIN),
+        op("rope_append", &["rope"], rope_append::cases, rope_append::perf, PLAIN),
         op("scale_columns", &["scale", "reduce"], scale::cases, scale::perf, PLAIN),
         op("sample", &["sample"], sample::cases, sample::perf, PLAIN),
+        op("take_tokens", &["tokens"], tokens::take_cases, tokens::take_perf, PLAIN),
+        op("keep_tokens", &["tokens"], tokens::keep_cases, tokens::keep_perf, PLAIN),
         op("to_float", &["add"], add::to_float_cases, add::to_float_perf, PLAIN),
         op("attention", MMA, attention::cases, attention::perf, FAMILIES),
         op("attention_paged", MMA, attention::paged_cases, attention::paged_perf, FAMILIES),

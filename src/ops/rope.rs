@@ -255,7 +255,13 @@ impl Op for Rope {
     }
 }
 
-fn case(rng: &mut Rng, rows: usize, [heads, kv, dim]: [usize; 3], norm: bool, last: usize) -> Case {
+pub(super) fn case(
+    rng: &mut Rng,
+    rows: usize,
+    [heads, kv, dim]: [usize; 3],
+    norm: bool,
+    last: usize,
+) -> Case {
     let angle = F64::from_fn(&[last, dim / 2], |i| {
         (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
     });

@@ -12,7 +12,7 @@ use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS, SAMPLE_PARTS, SAMPLE_PAS
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::head::slices;
 use crate::rng::{SAMPLE_TAG, philox, uniform};
-use crate::tensor::Tensor;
+use crate::tensor::{PendingDownload, Tensor};
 
 /// Sampling keys under their usual names; they apply in transformers' order: repetition_penalty,
 /// temperature, top_k, top_p, min_p.
@@ -129,7 +129,29 @@ pub struct Draw {
 impl Draws {
     /// The one download of a step. Waits for the device.
     pub fn download(&self) -> Result<Vec<Draw>> {
-        let (words, n) = (self.block.to_vec::<u32>()?, self.rows);
+        self.begin_download()?.wait()
+    }
+
+    /// Queues the download behind the draw, and waits for nothing.
+    pub fn begin_download(&self) -> Result<PendingDraws> {
+        Ok(PendingDraws { block: self.block.begin_download()?, rows: self.rows })
+    }
+
+    /// The tokens alone, where they are: I32 [n].
+    pub fn tokens(&self) -> Result<Tensor> {
+        self.block.view(0, DType::I32, &[self.rows])
+    }
+}
+
+/// Draws on their way to the host.
+pub struct PendingDraws {
+    block: PendingDownload,
+    rows: usize,
+}
+
+impl PendingDraws {
+    pub fn wait(self) -> Result<Vec<Draw>> {
+        let (words, n) = (self.block.wait::<u32>()?, self.rows);
         let float = |column: usize, i: usize| f32::from_bits(words[column * n + i]);
         let draw = |i: usize| Draw {
             token: words[i],

@@ -1,10 +1,12 @@
 //! Generation: the trainer's forward over a paged cache, one step at a time. Layer 6.
 //!
 //! Invariant: a sequence's tokens and log-probs depend on its prompt, its number and the seed
-//! alone, not on what else is in the batch, on how prefills are cut, on which pages it got or on
-//! whether it had to start again; its log-probs are the trainer's, bit for bit (one forward, one
-//! set of weights).
+//! alone, not on what else is in the batch, on how prefills are cut, on which pages it got, on
+//! whether it had to start again, on whether steps are replayed or read late; its log-probs are the
+//! trainer's, bit for bit (one forward, one set of weights).
 
+mod forward;
+mod record;
 mod request;
 pub mod sample;
 mod schedule;
@@ -13,8 +15,10 @@ pub mod stop;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use self::forward::Sampled;
+use self::record::Recorder;
 use self::request::Sequence;
-use self::sample::{Draw, Sampling};
+use self::sample::Sampling;
 use self::stop::{StopStrings, stop_ids};
 use crate::autograd::Cx;
 use crate::config::GenerateConfig;
@@ -23,10 +27,9 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::batch::Vocab;
 use crate::model::decoder::Decoder;
-use crate::model::kv::{CachedSequence, KvCache, PAGE};
+use crate::model::kv::{KvCache, PAGE, PageTable};
 use crate::model::layout::ModelConfig;
-use crate::ops::embedding::gather_rows;
-use crate::ops::sample::{sample, seen_words};
+use crate::ops::sample::seen_words;
 use crate::tensor::Tensor;
 
 pub use request::{Completion, Finish, Request};
@@ -45,6 +48,12 @@ pub struct EngineOptions {
     pub max_step_tokens: usize,
     /// Pages of 64 tokens in the cache; None: so many that no sequence ever has to wait for one.
     pub pages: Option<usize>,
+    /// Record decode steps (one token of each sequence) as graphs, one for each of a few numbers of
+    /// rows, and replay them; None: where the device works behind the host.
+    pub replay: Option<bool>,
+    /// Read the tokens of a step while the next one runs. A stop is then noticed a step late, and
+    /// the token that came after it is dropped. None: where the device works behind the host.
+    pub ahead: Option<bool>,
 }
 
 impl EngineOptions {
@@ -78,6 +87,8 @@ impl EngineOptions {
             max_sequences,
             max_step_tokens,
             pages: None,
+            replay: None,
+            ahead: None,
         }
     }
 }
@@ -92,6 +103,8 @@ pub struct Counts {
     /// Prompt tokens that were taken from a sibling's pages.
     pub shared: usize,
     pub preempted: usize,
+    /// Steps that were replayed.
+    pub replayed: usize,
 }
 
 /// What a step gave.
@@ -106,6 +119,8 @@ pub struct Engine {
     pub options: EngineOptions,
     pub counts: Counts,
     cache: KvCache,
+    /// A row for each slot.
+    table: PageTable,
     longest: usize,
     /// With the virtual tokens of a tuned prompt: every sequence starts with them.
     vocab: Vocab,
@@ -119,6 +134,16 @@ pub struct Engine {
     /// Oldest first.
     running: Vec<Sequence>,
     requests: usize,
+    /// Sequences that have run so far: the serial number of the next one.
+    admitted: u64,
+    /// Whether a step's tokens are read after the next one was queued.
+    ahead: bool,
+    /// I32 [max_sequences]: the token sampled last in each slot; only where tokens are read late.
+    latest: Option<Tensor>,
+    /// Sampled and not read yet, oldest first.
+    in_flight: VecDeque<Sampled>,
+    /// Only where steps are replayed.
+    recorder: Option<Recorder>,
 }
 
 impl Engine {
@@ -146,8 +171,19 @@ impl Engine {
             .penalises()
             .then(|| Tensor::new(&cx.pool, "seen tokens", DType::I32, &shape));
         let seed = options.sampling.seed;
+        let asynchronous = cx.device.capabilities().asynchronous;
+        let ahead = options.ahead.unwrap_or(asynchronous);
+        // The strict device records nothing.
+        let replay = options.replay.unwrap_or(asynchronous) && !cx.device.is_strict();
+        let latest = || Tensor::new(&cx.pool, "latest tokens", DType::I32, &shape[..1]);
         Ok(Engine {
             cache: KvCache::new(cx, &model.config, pages)?,
+            table: PageTable::new(cx, options.max_sequences, longest + vocab.virtuals)?,
+            latest: ahead.then(latest).transpose()?,
+            recorder: if replay { Some(Recorder::new(cx, &model.config, &options)?) } else { None },
+            admitted: 0,
+            ahead,
+            in_flight: VecDeque::new(),
             longest,
             vocab,
             seed: cx.ints("sampling seed", &[seed as i32, (seed >> 32) as i32])?,
@@ -240,6 +276,7 @@ impl Engine {
 
     /// Forgets everything that was submitted and is not done.
     pub fn abort(&mut self) {
+        self.in_flight.clear();
         while let Some(mut sequence) = self.running.pop() {
             self.leave(&mut sequence);
         }
@@ -247,61 +284,46 @@ impl Engine {
     }
 
     /// One step: tokens go in (prompts in pieces, one token of each sequence that decodes), one
-    /// token comes out of each sequence whose tokens are all in. One upload, one download.
+    /// token is sampled of each sequence whose tokens are all in. One upload, one download. What
+    /// comes out is what this step sampled or, where tokens are read late, the step before.
     pub fn step(&mut self, cx: &mut Cx, model: &Decoder) -> Result<Stepped> {
-        let scheduled = self.schedule()?;
-        let (ends, row_info) = self.row_info(&scheduled);
-        let mut new: Vec<&[u32]> = Vec::with_capacity(scheduled.len());
-        let mut cached: Vec<&mut CachedSequence> = Vec::with_capacity(scheduled.len());
-        for (s, take) in self.running.iter_mut().zip(&scheduled) {
-            new.push(&s.tokens[s.cached.len..s.cached.len + take]);
-            cached.push(&mut s.cached);
-        }
-        let kv = self.cache.step(cx, &mut cached, &new, self.vocab.total(), &[&ends, &row_info])?;
-        let mut hidden = model.cached(cx, &self.cache, &kv)?;
-        self.counts.steps += 1;
-        self.counts.tokens_in += hidden.row_count();
-        if ends.is_empty() {
-            return Ok(Stepped::default());
-        }
-        if ends.len() < hidden.row_count() {
-            hidden = gather_rows(cx, &hidden, &kv.extra[0])?;
-        }
-        let logits = model.logits(cx, &hidden)?;
-        let sampled = sample(
-            cx,
-            &self.options.sampling,
-            &logits,
-            &kv.extra[1],
-            &self.seed,
-            self.seen.as_ref(),
-        )?;
-        self.accept(&sampled.download()?)
-    }
-
-    /// The rows (of this step) that predict, and (number, position, slot) of each.
-    fn row_info(&self, scheduled: &[usize]) -> (Vec<i32>, Vec<i32>) {
-        let (mut ends, mut info, mut row) = (Vec::new(), Vec::new(), 0);
-        for (s, take) in self.running.iter().zip(scheduled) {
-            row += *take as i32;
-            if s.cached.len + take == s.tokens.len() {
-                ends.push(row - 1);
-                info.extend([s.number as i32, s.completion.ids.len() as i32, s.slot as i32]);
-            }
-        }
-        (ends, info)
-    }
-
-    /// Gives each sampled token to its sequence; those that end leave.
-    fn accept(&mut self, sampled: &[Draw]) -> Result<Stepped> {
         let mut stepped = Stepped::default();
-        let mut sampled = sampled.iter();
-        for s in self.running.iter_mut().filter(|s| s.cached.len == s.tokens.len()) {
-            let d = sampled
-                .next()
-                .ok_or_else(|| Error::op("rollout", "fewer tokens than sequences"))?;
+        if !self.in_flight.is_empty() && self.pages_run_out() {
+            // A sequence that starts again needs all of its tokens; and one that has ended may have
+            // left its pages.
+            self.read_all_but(0, &mut stepped)?;
+        }
+        let scheduled = self.schedule()?;
+        let sampled = self.launch(cx, model, &scheduled)?;
+        self.read_all_but(usize::from(sampled && self.ahead), &mut stepped)?;
+        Ok(stepped)
+    }
+
+    /// Gives sampled tokens to their sequences, until `late` steps are left to be read; sequences
+    /// that end leave.
+    fn read_all_but(&mut self, late: usize, stepped: &mut Stepped) -> Result<()> {
+        while self.in_flight.len() > late
+            && let Some(sampled) = self.in_flight.pop_front()
+        {
+            self.read(sampled, stepped)?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, sampled: Sampled, stepped: &mut Stepped) -> Result<()> {
+        let draws = sampled.draws.wait()?;
+        if draws.len() < sampled.rows.len() {
+            return Err(Error::op("rollout", "fewer tokens than sequences"));
+        }
+        let mut in_slot = vec![usize::MAX; self.options.max_sequences];
+        self.running.iter().enumerate().for_each(|(i, s)| in_slot[s.slot] = i);
+        for ((slot, serial), d) in sampled.rows.into_iter().zip(&draws) {
+            let running = self.running.get_mut(in_slot[slot]).filter(|s| s.serial == serial);
+            // Its last token was read a step ago, when this step ran already.
+            let Some(s) = running else { continue };
             s.push(d);
             stepped.tokens.push((s.completion.request, s.completion.member, d.token));
+            self.counts.tokens_out += 1;
             let said = match &self.options.stop_strings {
                 Some(strings) => strings.reached(&s.completion.ids)?,
                 None => false,
@@ -312,7 +334,6 @@ impl Engine {
                 s.end = Some(Finish::Length);
             }
         }
-        self.counts.tokens_out += stepped.tokens.len();
         let (ended, still): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.running).into_iter().partition(|s| s.end.is_some());
         self.running = still;
@@ -321,7 +342,10 @@ impl Engine {
             s.completion.finish = s.end.unwrap_or(Finish::Length);
             stepped.done.push(s.completion);
         }
-        Ok(stepped)
+        if self.running.is_empty() {
+            self.in_flight.clear(); // nobody is left whose tokens they are
+        }
+        Ok(())
     }
 }
 

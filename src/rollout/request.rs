@@ -61,12 +61,16 @@ pub struct Completion {
 /// A completion as it is generated.
 pub(super) struct Sequence {
     pub number: u32,
-    /// Prompt and completion.
+    /// Prompt and completion, as far as it was read.
     pub tokens: Vec<u32>,
+    /// Sampled and not read yet.
+    pub pending: usize,
     pub prompt: usize,
     pub cached: CachedSequence,
     /// Its row among the running ones' device state.
     pub slot: usize,
+    /// Which of all that ever ran it is: a slot has many in turn.
+    pub serial: u64,
     pub completion: Completion,
     pub end: Option<Finish>,
 }
@@ -88,8 +92,10 @@ impl Sequence {
             number,
             tokens: prompt.to_vec(),
             prompt: prompt.len(),
+            pending: 0,
             cached,
             slot: 0,
+            serial: 0,
             completion,
             end: None,
         }
@@ -97,10 +103,18 @@ impl Sequence {
 
     /// Tokens that are not in the cache.
     pub fn left(&self) -> usize {
-        self.tokens.len() - self.cached.len
+        self.tokens.len() + self.pending - self.cached.len
     }
 
+    /// How many of its tokens are to go in: none once the last that it may have was sampled.
+    pub fn wanted(&self, max_new_tokens: usize) -> usize {
+        let full = self.completion.ids.len() + self.pending >= max_new_tokens;
+        if self.pending > 0 && full { 0 } else { self.left() }
+    }
+
+    /// Takes a token that was pending.
     pub fn push(&mut self, d: &Draw) {
+        self.pending -= 1;
         self.tokens.push(d.token);
         let c = &mut self.completion;
         c.ids.push(d.token);

@@ -17,6 +17,18 @@ enum Admission {
 }
 
 impl Engine {
+    /// Whether the next step finds too few pages for all who run.
+    pub(super) fn pages_run_out(&self) -> bool {
+        let (mut budget, mut free) = (self.options.max_step_tokens, self.cache.free_pages());
+        self.running.iter().any(|s| {
+            let take = s.wanted(self.options.max_new_tokens).min(budget);
+            let pages = (s.cached.len + take).div_ceil(PAGE).saturating_sub(s.cached.pages.len());
+            let short = pages > free;
+            (budget, free) = (budget - take, free.saturating_sub(pages));
+            short
+        })
+    }
+
     /// Decides how many tokens of each running sequence go in, after preempting and admitting as
     /// room tells. Their pages are reserved.
     pub(super) fn schedule(&mut self) -> Result<Vec<usize>> {
@@ -24,7 +36,7 @@ impl Engine {
         let mut scheduled = Vec::new();
         while scheduled.len() < self.running.len() {
             let i = scheduled.len();
-            let take = self.running[i].left().min(budget);
+            let take = self.running[i].wanted(self.options.max_new_tokens).min(budget);
             while i < self.running.len() && !self.cache.reserve(&mut self.running[i].cached, take) {
                 self.preempt_youngest();
             }
@@ -89,7 +101,8 @@ impl Engine {
             return Ok(Admission::NoRoom);
         };
         self.counts.shared += shared;
-        (s.cached, s.slot) = (cached, slot);
+        (s.cached, s.slot, s.serial) = (cached, slot, self.admitted);
+        self.admitted += 1;
         if let Some(seen) = &self.seen {
             let mut words = vec![0u32; seen.cols()];
             s.tokens

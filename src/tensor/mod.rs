@@ -13,7 +13,7 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use half::bf16;
 
-use crate::device::{Block, DType, Device, Pool};
+use crate::device::{Block, DType, Device, Download, Pool};
 use crate::error::{Error, Result};
 
 pub use dims::Dims;
@@ -50,6 +50,33 @@ pub struct Tensor {
     shape: Dims,
     stride: usize, // elements from one row to the next; a row is the last dimension
     id: Id,
+}
+
+/// A tensor's values on their way to the host.
+pub struct PendingDownload {
+    device: Arc<dyn Device>,
+    bytes: usize,
+    download: Option<Download>,
+}
+
+impl PendingDownload {
+    /// The values. Waits for the copy, not for what was queued after it.
+    pub fn wait<T: Pod>(mut self) -> Result<Vec<T>> {
+        let mut out = vec![T::zeroed(); self.bytes / size_of::<T>()];
+        if let Some(download) = self.download.take() {
+            self.device.end_download(download, bytemuck::cast_slice_mut(&mut out))?;
+        }
+        Ok(out)
+    }
+}
+
+impl Drop for PendingDownload {
+    fn drop(&mut self) {
+        if let Some(download) = self.download.take() {
+            // Nobody wants it; an error belongs to work before and comes back at the next call.
+            let _ = self.device.end_download(download, &mut []);
+        }
+    }
 }
 
 /// Marks a kernel argument as written.
@@ -141,6 +168,21 @@ impl Tensor {
             }
         }
         Ok(out)
+    }
+
+    /// Queues a copy of a contiguous tensor to the host behind all work so far, and waits for
+    /// nothing: what is queued later may overwrite the tensor.
+    pub fn begin_download(&self) -> Result<PendingDownload> {
+        if !self.is_contiguous() {
+            return Err(Error::Device(format!("{self:?} has gaps: it cannot be read in one copy")));
+        }
+        // SAFETY: the view lies in its block by construction.
+        let download = unsafe { self.device().begin_download(self.address(), self.bytes())? };
+        Ok(PendingDownload {
+            device: self.device().clone(),
+            bytes: self.bytes(),
+            download: Some(download),
+        })
     }
 
     /// The bytes of a contiguous tensor as they lie; [`Tensor::upload`] takes them back.

@@ -9,6 +9,7 @@ mod bounds;
 mod checkpoint;
 mod config;
 mod data;
+mod decode;
 mod eval;
 mod exact;
 mod faults;

@@ -18,8 +18,9 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::{
-    Algorithm, Capabilities, CpuLaunch, Device, Gemm, Graph, Kernel, KernelArgs, KernelDef, Launch,
-    LibraryProduct, Mark, MemoryInfo, capturing, cgroup, insert_in_free_slot, lock, no_graph,
+    Algorithm, Capabilities, CpuLaunch, Device, Download, Gemm, Graph, Kernel, KernelArgs,
+    KernelDef, Launch, LibraryProduct, Mark, MemoryInfo, capturing, cgroup, download_size,
+    insert_in_free_slot, lock, no_download, no_graph, take_from_slot,
 };
 use crate::error::{Error, Result};
 
@@ -41,6 +42,7 @@ pub struct Cpu {
     capturing: AtomicBool,
     recorded: Mutex<Vec<Step>>,
     graphs: Mutex<Vec<Option<Arc<Vec<Step>>>>>,
+    downloads: Mutex<Vec<Option<Vec<u8>>>>,
 }
 
 /// One piece of recorded work.
@@ -68,6 +70,7 @@ impl Cpu {
             capturing: AtomicBool::new(false),
             recorded: Mutex::default(),
             graphs: Mutex::default(),
+            downloads: Mutex::default(),
         }
     }
 
@@ -189,6 +192,24 @@ impl Device for Cpu {
         self.not_while_capturing("download")?;
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst.as_mut_ptr(), dst.len()) };
+        Ok(())
+    }
+
+    unsafe fn begin_download(&self, src: u64, bytes: usize) -> Result<Download> {
+        let mut copy = vec![0; bytes];
+        // SAFETY: the caller's promise.
+        unsafe { self.download(&mut copy, src)? };
+        Ok(insert_in_free_slot(&mut lock(&self.downloads), copy))
+    }
+
+    fn end_download(&self, download: Download, dst: &mut [u8]) -> Result<()> {
+        let copy = take_from_slot(&mut lock(&self.downloads), download);
+        let copy = copy.ok_or_else(|| no_download(download))?;
+        match dst.len() {
+            0 => {}
+            n if n == copy.len() => dst.copy_from_slice(&copy),
+            n => return Err(download_size(copy.len(), n)),
+        }
         Ok(())
     }
 

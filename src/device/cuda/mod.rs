@@ -8,6 +8,7 @@
 //! and the driver's version are known.
 
 mod blas;
+mod downloads;
 mod find_blas;
 
 use std::cell::Cell;
@@ -20,11 +21,12 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{
     self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
 };
+use downloads::Downloads;
 
 use super::{
-    Algorithm, Capabilities, Device, EncodedMap, Gemm, Graph, Kernel, KernelArgs, KernelDef,
-    Launch, LibraryProduct, Mark, MemoryInfo, TensorMap, capturing, insert_in_free_slot, lock,
-    no_graph,
+    Algorithm, Capabilities, Device, Download, EncodedMap, Gemm, Graph, Kernel, KernelArgs,
+    KernelDef, Launch, LibraryProduct, Mark, MemoryInfo, TensorMap, capturing, download_size,
+    insert_in_free_slot, lock, no_download, no_graph, take_from_slot,
 };
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
@@ -79,6 +81,7 @@ pub struct Cuda {
     marks: Mutex<Vec<Option<Event>>>,
     capturing: AtomicBool,
     graphs: Mutex<Vec<Option<Recorded>>>,
+    downloads: Mutex<Downloads>,
     blas: Option<Blas>,
 }
 
@@ -301,6 +304,7 @@ impl Cuda {
             marks: Mutex::default(),
             capturing: AtomicBool::new(false),
             graphs: Mutex::default(),
+            downloads: Mutex::default(),
             blas: None,
         };
         cuda.bind()?;
@@ -571,6 +575,29 @@ impl Device for Cuda {
         self.sync()
     }
 
+    unsafe fn begin_download(&self, src: u64, bytes: usize) -> Result<Download> {
+        self.bind_for("download")?;
+        let late = |e| self.late("download", e);
+        let mut pinned = lock(&self.downloads).spare(bytes).map_err(late)?;
+        // SAFETY: the caller's promise; nobody else has this pinned memory before `end_download`.
+        unsafe { pinned.fill_from(src, bytes, self.stream) }.map_err(late)?;
+        Ok(insert_in_free_slot(&mut lock(&self.downloads).begun, pinned))
+    }
+
+    fn end_download(&self, download: Download, dst: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        let begun = take_from_slot(&mut lock(&self.downloads).begun, download);
+        let pinned = begun.ok_or_else(|| no_download(download))?;
+        let bytes = pinned.wait().map_err(|e| self.late("download", e))?;
+        match dst.len() {
+            0 => {}
+            n if n == bytes.len() => dst.copy_from_slice(bytes),
+            n => return Err(download_size(bytes.len(), n)),
+        }
+        lock(&self.downloads).spare.push(pinned);
+        Ok(())
+    }
+
     unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         self.queue("copy", bytes, || unsafe {
@@ -770,7 +797,7 @@ impl Device for Cuda {
     }
 
     fn forget(&self, graph: Graph) {
-        let taken = lock(&self.graphs).get_mut(graph).and_then(Option::take);
+        let taken = take_from_slot(&mut lock(&self.graphs), graph);
         if let (Some(recorded), Ok(())) = (taken, self.bind()) {
             // SAFETY: taken out of the list, so this is its last use; the driver lets a replay in
             // flight end first.
@@ -793,6 +820,8 @@ impl Drop for Cuda {
                 let _ = result::stream::synchronize(self.stream);
             }
             self.blas = None;
+            // Pinned memory and events: while the context is bound.
+            *self.downloads.get_mut().unwrap_or_else(|e| e.into_inner()) = Downloads::default();
             for recorded in
                 self.graphs.get_mut().unwrap_or_else(|e| e.into_inner()).iter().flatten()
             {

@@ -1,0 +1,185 @@
+//! Decode steps as graphs: one recorded for each of a few numbers of rows, then replayed. Layer 6.
+//!
+//! Invariant: a graph is replayed only for the model, the sampling and the kernels that it was
+//! recorded with, and its memory belongs to nobody else for as long as it lives; so a replayed step
+//! has the bits of a launched one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::forward::{ROW_INTS, StepArrays, StepRows};
+use super::sample::Sampling;
+use super::{Engine, EngineOptions};
+use crate::autograd::Cx;
+use crate::config::{AttentionChoice, MatmulChoice};
+use crate::device::{DType, Device, Graph, Pool};
+use crate::error::{Error, Result};
+use crate::model::decoder::Decoder;
+use crate::model::layout::ModelConfig;
+use crate::ops::sample::{Draws, PendingDraws};
+use crate::tensor::Tensor;
+
+pub(super) struct Recorder {
+    /// What the recorded steps compute lies here. Steps that are not recorded use it too: it is
+    /// there.
+    memory: Arc<Pool>,
+    /// I32: the arrays of a decode step.
+    rows: Tensor,
+    of: Option<RecordedFor>,
+    /// Numbers of rows that have run once: what loads or is chosen at first use is there.
+    warm: BTreeSet<usize>,
+    steps: BTreeMap<usize, RecordedStep>,
+    /// The device could not record a step, and the run was told so.
+    refused: bool,
+    pub replayed: usize,
+}
+
+/// What a graph holds as addresses and scalars. The model's memory lives on with it.
+struct RecordedFor {
+    model: Decoder,
+    /// With seed 0: that one is on the device.
+    sampling: Sampling,
+    kernels: (MatmulChoice, AttentionChoice),
+}
+
+struct RecordedStep {
+    device: Arc<dyn Device>,
+    graph: Graph,
+    draws: Draws,
+}
+
+impl Drop for RecordedStep {
+    fn drop(&mut self) {
+        self.device.forget(self.graph);
+    }
+}
+
+/// The rows that a step of `n` is padded to: a power of two, or one and a half of one, so that at
+/// most a third is padding; never more than `most`.
+fn padded(n: usize, most: usize) -> usize {
+    let power = n.next_power_of_two();
+    let between = power / 4 * 3;
+    (if between >= n { between } else { power }).min(most)
+}
+
+impl Recorder {
+    pub fn new(cx: &Cx, model: &ModelConfig, options: &EngineOptions) -> Result<Recorder> {
+        let memory = Pool::within(&cx.pool, "decode steps");
+        // Room for the largest step in one piece: grown one by one, the pieces of growing steps would
+        // add up.
+        let heads = 2 * model.num_heads + 2 * model.num_kv_heads;
+        let row = 6 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size;
+        let bytes = options.max_step_tokens * row * cx.dtype.size()
+            + options.max_sequences * model.vocab_size * DType::F32.size();
+        drop(memory.alloc("decode steps", bytes)?);
+        let ints = [ROW_INTS * options.max_sequences];
+        Ok(Recorder {
+            memory,
+            rows: Tensor::new(&cx.pool, "decode rows", DType::I32, &ints)?,
+            of: None,
+            warm: BTreeSet::new(),
+            steps: BTreeMap::new(),
+            refused: false,
+            replayed: 0,
+        })
+    }
+
+    /// Runs `work` with its temporaries in the memory of the recorded steps.
+    pub fn in_its_memory<T>(&self, cx: &mut Cx, work: impl FnOnce(&mut Cx) -> T) -> T {
+        let outer = std::mem::replace(&mut cx.pool, self.memory.clone());
+        let result = work(cx);
+        cx.pool = outer;
+        result
+    }
+
+    /// A step of rows that all predict: launched the first time that there are so many, recorded the
+    /// second time, replayed from then on.
+    pub fn decode(
+        &mut self,
+        engine: &Engine,
+        cx: &mut Cx,
+        model: &Decoder,
+        rows: &mut StepRows,
+    ) -> Result<PendingDraws> {
+        self.keep_if_for(cx, model, &engine.options.sampling);
+        let n = padded(rows.count(), engine.options.max_sequences);
+        rows.pad(n);
+        let arrays = rows.upload(cx, Some(&self.rows))?;
+        let first = self.warm.insert(n);
+        if !first && !self.refused && !self.steps.contains_key(&n) {
+            match self.record(engine, cx, model, &arrays) {
+                Ok(step) => drop(self.steps.insert(n, step)),
+                Err(e) => {
+                    cx.observer.note(&format!("decode steps are not recorded as graphs: {e}"));
+                    self.refused = true;
+                }
+            }
+        }
+        if let Some(step) = self.steps.get(&n) {
+            // SAFETY: the model's clone in `of`, the engine and `memory` hold all that the graph
+            // touches, and `memory` gives nothing of it to others.
+            unsafe { step.device.replay(step.graph)? };
+            self.replayed += 1;
+            return step.draws.begin_download();
+        }
+        self.in_its_memory(cx, |cx| draws(engine, cx, model, &arrays)?.begin_download())
+    }
+
+    fn record(
+        &self,
+        engine: &Engine,
+        cx: &mut Cx,
+        model: &Decoder,
+        arrays: &StepArrays,
+    ) -> Result<RecordedStep> {
+        let device = cx.device.clone();
+        // A replay may come to any position.
+        let arrays = arrays.reaching(engine.longest_position());
+        device.begin_capture()?;
+        let draws = self.in_its_memory(cx, |cx| draws(engine, cx, model, &arrays));
+        let graph = device.end_capture();
+        match (draws, graph) {
+            (Ok(draws), Ok(graph)) => Ok(RecordedStep { device, graph, draws }),
+            (Err(e), Ok(graph)) => {
+                device.forget(graph);
+                Err(e)
+            }
+            (_, Err(e)) => Err(e),
+        }
+    }
+
+    /// Forgets what was recorded for something else.
+    fn keep_if_for(&mut self, cx: &Cx, model: &Decoder, sampling: &Sampling) {
+        let sampling = Sampling { seed: 0, ..sampling.clone() };
+        let kernels = (cx.matmul, cx.attention);
+        let same = self.of.as_ref().is_some_and(|of| {
+            of.model.same_memory(model) && of.sampling == sampling && of.kernels == kernels
+        });
+        if !same {
+            self.steps.clear();
+            self.warm.clear();
+            self.of = Some(RecordedFor { model: model.clone(), sampling, kernels });
+        }
+    }
+}
+
+fn draws(engine: &Engine, cx: &mut Cx, model: &Decoder, arrays: &StepArrays) -> Result<Draws> {
+    let none = || Error::op("rollout", "a decode step that samples nothing");
+    engine.forward(cx, model, arrays)?.ok_or_else(none)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::padded;
+
+    #[test]
+    fn at_most_a_third_of_a_step_is_padding() {
+        let all: Vec<usize> = (1..=9).map(|n| padded(n, 1000)).collect();
+        assert_eq!(all, [1, 2, 3, 4, 6, 6, 8, 8, 12]);
+        assert_eq!((padded(900, 1000), padded(513, 1000)), (1000, 768));
+        for n in 1..2000 {
+            let rows = padded(n, 5000);
+            assert!(rows >= n && 3 * (rows - n) <= rows, "{n} {rows}");
+        }
+    }
+}
