@@ -5,14 +5,13 @@
 
 // Rows of a block: 64 for each of its two consumer warpgroups.
 EXPORT(int, HOPPER_BWD_ROWS, 128);
-// Stages of the rings of streamed tiles, each of two tiles of 64 rows: what fits.
-EXPORT_FN(hopper_dkv_stages, d, d == 64 ? 8 : 5);
-EXPORT_FN(hopper_dq_stages, d, d == 64 ? 8 : 4);
+// Stages of the ring of streamed tiles: two tiles of 64 rows each.
+EXPORT(int, HOPPER_BWD_STAGES, 4);
 // Registers of a producer's thread; the consumers share the rest of 504.
-EXPORT_FN(hopper_bwd_producer, d, 40);
+EXPORT_FN(hopper_bwd_producer, d, d == 64 ? 88 : 40);
 // Bytes of shared memory: five tiles of 64 rows and more, the ring with 132 floats a stage, the barriers.
-EXPORT_FN(hopper_dkv_shared, d, 4 * 64 * d * 2 + hopper_dkv_stages(d) * (2 * 64 * d * 2 + 528) + 144);
-EXPORT_FN(hopper_dq_shared, d, 6 * 64 * d * 2 + hopper_dq_stages(d) * 2 * 64 * d * 2 + 144);
+EXPORT_FN(hopper_dkv_shared, d, 4 * 64 * d * 2 + HOPPER_BWD_STAGES * (2 * 64 * d * 2 + 528) + 128);
+EXPORT_FN(hopper_dq_shared, d, 6 * 64 * d * 2 + HOPPER_BWD_STAGES * 2 * 64 * d * 2 + 128);
 
 #if defined(REAL_BF16) && HOPPER
 constexpr float LOG2_E = 1.44269504f;
@@ -66,7 +65,7 @@ DEVICE void fetch_keys(bf16* tile, const bf16* k, int values, const SegmentKeys&
 
 // Stages in flight when the producer waits for the oldest. At most STAGES - 2: a consumer gives a stage back when it has
 // begun the next.
-constexpr int AHEAD = 2;
+constexpr int AHEAD = 1;
 // Floats beside a stage of dkv, and the position that says that no more follow.
 constexpr int NOTES = 132, END = -1;
 
@@ -81,35 +80,13 @@ DEVICE void publish(mbarrier* barrier) {
 
 // acc = A B^T: 64 rows of A and of B, D columns.
 template <int D>
-DEVICE void score_products(float (&acc)[32], const bf16* a, const bf16* b) {
+DEVICE void scores(float (&acc)[32], const bf16* a, const bf16* b) {
 #pragma unroll
   for (int k = 0; k < D; k += 16) {
     const int at = k / 64 * 64 * 64 + k % 64;
     wgmma_ss<64, false, false>(acc, wgmma_desc<true>(a + at), wgmma_desc<true>(b + at), k > 0);
   }
 }
-
-// The A operand of `scores` that stays for all steps: at head size 64 in registers, which spares shared memory a third of
-// its reads; else there is no room, and it is read where it lies.
-template <int D>
-struct Resident {
-  const bf16* tile;
-  DEVICE_MEMBER explicit Resident(const bf16* tile) : tile(tile) {}
-  DEVICE_MEMBER void scores(float (&acc)[32], const bf16* b) const { score_products<D>(acc, tile, b); }
-};
-template <>
-struct Resident<64> {
-  unsigned a[4][4];
-  DEVICE_MEMBER explicit Resident(const bf16* tile) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) ldmatrix4<false>(a[k], tile + row * 64 + ((2 * k + lane / 16) ^ (row % 8)) * 8);
-  }
-  DEVICE_MEMBER void scores(float (&acc)[32], const bf16* b) const {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<64, false>(acc, a[k], wgmma_desc<true>(b + k * 16), k > 0);
-  }
-};
 
 // acc += W B: W is 64 x 64, packed; B has 64 rows of D columns.
 template <int D>
@@ -124,9 +101,6 @@ DEVICE void clear(unsigned (&w)[4][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[k][i] = 0;
 }
-
-// Where the stats of a segment begin in a row of `stats`: at a multiple of four, for copies of 16 bytes.
-DEVICE int stats_of(const int* segments, int segment) { return (segments[segment * SEGMENT_INTS] + 3) / 4 * 4 + segment * 4; }
 
 // Two neighbouring values of a gradient.
 DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
@@ -161,9 +135,9 @@ DEVICE float gradient(float s, float dp, float nlse, float delta, float softcap)
 // dk and dv of 128 keys of a segment.
 template <int D, bool CAPPED>
 DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const float* stats, const int* segments,
-                          const int* children, int segment, int first, int kv_head, int stat_rows, int ld, int heads, int kv_heads,
+                          const int* children, int segment, int first, int kv_head, int rows, int ld, int heads, int kv_heads,
                           float scale, float softcap, int window, int accumulate) {
-  constexpr int TILE = 64 * D, STAGES = hopper_dkv_stages(D);
+  constexpr int TILE = 64 * D, STAGES = HOPPER_BWD_STAGES;
   // Whether the products of a step run beside the scores of the next, where registers allow.
   constexpr bool OVERLAP = D == 64 && !CAPPED;
   bf16* sk = (bf16*)shared_base();
@@ -186,18 +160,18 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     mbarrier_fence();
   }
   block_sync();
-  // Calls f(first row, its position, its place in stats, rows, head) for each 64 queries that see some key of the block. The producer alone
+  // Calls f(first row, its position, rows, head) for each 64 queries that see some key of the block. The producer alone
   // walks; the consumers find the position in the stage and spare the registers.
   auto each_step = [&](auto f) {
     for (int c = mine[4] - 1; c < mine[5]; ++c) {
-      const int index = c < mine[4] ? segment : children[c];
-      const int* user = segments + index * SEGMENT_INTS;
-      const int user_start = user[0], user_position = user[3], user_stats = stats_of(segments, index);
+      const bool own = c < mine[4];
+      const int* user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
+      const int user_start = user[0], user_position = user[3];
       const long long reach = (long long)first_position + count - 1 + window - user_position;
       const int to = reach < user[1] ? (int)reach : user[1];
       for (int g = 0; g < group; ++g)
-        for (int block = index == segment ? first : 0; block < to; block += 64)
-          f(user_start + block, user_position + block, user_stats + block, to - block, kv_head * group + g);
+        for (int block = own ? first : 0; block < to; block += 64)
+          f(user_start + block, user_position + block, to - block, kv_head * group + g);
     }
   };
   Turn turn = {0, 0};
@@ -220,27 +194,27 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
       if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
       turn.next<STAGES>();
     };
-    each_step([&](int row, int position, int stat, int left, int head) {
+    each_step([&](int row, int position, int left, int head) {
+      // Before the wait, whose length hides the latency.
+      const int i = t % 64;
+      const float stat = i < left ? stats[((long long)t / 64 * heads + head) * rows + row + i] : 0.f;
       mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
       bf16* to = ring + turn.stage * 2 * TILE;
       fetch_box<D>(to, qkv + (long long)row * ld + head * D, ld, left);
       fetch_box<D>(to + TILE, dout + ((long long)row * heads + head) * D, heads * D, left);
-      if (t < 32) {  // 64 times -lse, then 64 times delta
-        const int i = t % 16 * 4;
-        const float* from = stats + ((long long)(t / 16 * heads + head)) * stat_rows + stat;
-        copy_async16(notes + turn.stage * NOTES + t * 4, from + (i < left ? i : 0), min_int(max_int(left - i, 0), 4) * 4);
-      }
+      notes[turn.stage * NOTES + t] = stat;
       if (t == 0) *(int*)(notes + turn.stage * NOTES + 128) = position;
       pass();
     });
     mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
     if (t == 0) *(int*)(notes + turn.stage * NOTES + 128) = END;
     pass();
-    for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
+    publish<0>(full + (turn.stage + STAGES - 1) % STAGES);
     return;
   }
   registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
   const int w = shfl(warpgroup, 0), low_key = first_position + w * 64, high_key = low_key + 63;
+  const bf16 *my_k = sk + w * TILE, *my_v = sv + w * TILE;
   const int key = low_key + warp * 16 + lane / 4;  // and key + 8
   const bool leader = threadIdx.x % 128 == 0;
   float dk[D / 2], dv[D / 2];
@@ -267,7 +241,6 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     clear(ds);
   };
   mbarrier_wait(resident, 0);
-  const Resident<D> keys(sk + w * TILE), values(sv + w * TILE);
   for (;;) {
     const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
     mbarrier_wait(full + stage, turn.parity);
@@ -284,9 +257,9 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     const float* nlse = note + lane % 4 * 2;
     float s[32], dp[32];
     wgmma_fence();
-    keys.scores(s, q);
+    scores<D>(s, my_k, q);
     wgmma_commit();
-    values.scores(dp, go);
+    scores<D>(dp, my_v, go);
     wgmma_commit();
     if (OVERLAP) products(shfl(pending < 0 ? stage : pending, 0));  // of zeros the first time: a branch would serialise
     wgmma_commit();
@@ -370,9 +343,9 @@ DEVICE float row_delta(const bf16* out, const bf16* go, int r) {
 // The q columns of dqkv for 128 rows of one head.
 template <int D, bool CAPPED>
 DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse,
-                            const int* segments, int segment, int first, int head, int stat_rows, int ld, int heads, int kv_heads,
+                            const int* segments, int segment, int first, int head, int rows, int ld, int heads, int kv_heads,
                             float scale, float softcap, int window, int accumulate) {
-  constexpr int TILE = 64 * D, STAGES = hopper_dq_stages(D);
+  constexpr int TILE = 64 * D, STAGES = HOPPER_BWD_STAGES;
   bf16* sq = (bf16*)shared_base();
   bf16* sgo = sq + 2 * TILE;
   bf16* sout = sgo + 2 * TILE;
@@ -417,7 +390,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
       if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
       turn.next<STAGES>();
     }
-    for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
+    publish<0>(full + (turn.stage + STAGES - 1) % STAGES);
     return;
   }
   registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
@@ -438,12 +411,10 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
     const int i = w * 64 + r + h * 8;
     delta[h] = row_delta<D>(sout + w * TILE, my_go, r + h * 8);
     if (i < count && lane % 4 == 0) {
-      float* to_stats = stats + (long long)head * stat_rows + stats_of(segments, segment) + first + i;
-      to_stats[0] = nlse[h];
-      to_stats[(long long)heads * stat_rows] = delta[h];
+      stats[(long long)head * rows + start + i] = nlse[h];
+      stats[(long long)(heads + head) * rows + start + i] = delta[h];
     }
   }
-  const Resident<D> queries(my_q), gradients(my_go);
   unsigned ds[4][4];
   int pending = -1;  // the stage of ds, whose product is still to come
   auto finish = [&]() {
@@ -469,9 +440,9 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
     const bf16 *k = ring + stage * 2 * TILE, *v = k + TILE;
     float s[32], dp[32];
     wgmma_fence();
-    queries.scores(s, k);
+    scores<D>(s, my_q, k);
     wgmma_commit();
-    gradients.scores(dp, v);
+    scores<D>(dp, my_go, v);
     wgmma_commit();
     weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // of zeros the first time
     wgmma_commit();
@@ -516,18 +487,18 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
 }
 #endif
 
-// The q columns of dqkv, and `stats` [2, heads, stat_rows]: -lse to base 2, and delta.
+// The q columns of dqkv, and `stats` [2, heads, rows]: -lse to base 2, and delta.
 KERNEL(attention_hopper_dq, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dq_shared(D), HOT)
 (INOUT(real) dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse, const int* items,
- const int* segments, int stat_rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
+ const int* segments, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #if defined(REAL_BF16) && HOPPER
   const int head = blockIdx.x % heads, tile = blockIdx.x / heads;
   const int segment = items[2 * tile], first = items[2 * tile + 1];
   if (softcap > 0.f)
-    query_gradients<D, true>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, stat_rows, ld, heads, kv_heads,
+    query_gradients<D, true>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, rows, ld, heads, kv_heads,
                              scale, softcap, window, accumulate);
   else
-    query_gradients<D, false>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, stat_rows, ld, heads, kv_heads,
+    query_gradients<D, false>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, rows, ld, heads, kv_heads,
                               scale, softcap, window, accumulate);
 #endif
 }
@@ -535,15 +506,15 @@ KERNEL(attention_hopper_dq, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dq_sh
 // The k and v columns of dqkv for 128 rows of one kv head.
 KERNEL(attention_hopper_dkv, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dkv_shared(D), HOT)
 (INOUT(real) dqkv, const real* dout, const real* qkv, const float* stats, const int* items, const int* segments,
- const int* children, int stat_rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
+ const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #if defined(REAL_BF16) && HOPPER
   const int kv_head = blockIdx.x % kv_heads, tile = blockIdx.x / kv_heads;
   const int segment = items[2 * tile], first = items[2 * tile + 1];
   if (softcap > 0.f)
-    key_gradients<D, true>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, stat_rows, ld, heads, kv_heads,
+    key_gradients<D, true>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, rows, ld, heads, kv_heads,
                            scale, softcap, window, accumulate);
   else
-    key_gradients<D, false>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, stat_rows, ld, heads, kv_heads,
+    key_gradients<D, false>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, rows, ld, heads, kv_heads,
                             scale, softcap, window, accumulate);
 #endif
 }

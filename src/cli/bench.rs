@@ -35,7 +35,7 @@ pub struct BenchArgs {
     /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b,
     /// qwen3-1.7b
     #[arg(long, default_value = "quickstart")]
-    shape: String,
+    pub(super) shape: String,
     /// rows of a micro-batch (train, grpo), sequences (decode)
     #[arg(long, default_value_t = 16, value_parser = count)]
     pub(super) batch: usize,
