@@ -93,12 +93,14 @@ DEVICE void score_products(float (&acc)[32], const bf16* a, const bf16* b) {
 // its reads; else there is no room, and it is read where it lies.
 template <int D>
 struct Resident {
+  static constexpr bool COPIED = false;
   const bf16* tile;
   DEVICE_MEMBER explicit Resident(const bf16* tile) : tile(tile) {}
   DEVICE_MEMBER void scores(float (&acc)[32], const bf16* b) const { score_products<D>(acc, tile, b); }
 };
 template <>
 struct Resident<64> {
+  static constexpr bool COPIED = true;
   unsigned a[4][4];
   DEVICE_MEMBER explicit Resident(const bf16* tile) {
     const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
@@ -113,9 +115,9 @@ struct Resident<64> {
 
 // acc += W B: W is 64 x 64, packed; B has 64 rows of D columns.
 template <int D>
-DEVICE void weighted_rows(float (&acc)[D / 2], const unsigned (&w)[4][4], const bf16* b) {
+DEVICE void weighted_rows(float (&acc)[D / 2], const unsigned (&w)[4][4], const bf16* b, int from = 0, int to = 4) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma_rs<D, true>(acc, w[k], wgmma_desc<false>(b + k * 16 * 64), true);
+  for (int k = from; k < to; ++k) wgmma_rs<D, true>(acc, w[k], wgmma_desc<false>(b + k * 16 * 64), true);
 }
 
 DEVICE void clear(unsigned (&w)[4][4]) {
@@ -318,21 +320,45 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
       if (leader && pending >= 0) mbarrier_arrive(empty + pending);
       pending = stage;
     }
+    auto pack_p = [&](int from, int to) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float x = nlse[j * 8], y = nlse[j * 8 + 1], a = nlse[64 + j * 8], b = nlse[64 + j * 8 + 1];
+      for (int j = 2 * from; j < 2 * to; ++j) {
+        const float x = nlse[j * 8], y = nlse[j * 8 + 1];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 4 * j + 2 * h;
-        p[j / 2][j % 2 * 2 + h] = pack_bf16(weight<CAPPED>(s[i], x, softcap), weight<CAPPED>(s[i + 1], y, softcap));
-        ds[j / 2][j % 2 * 2 + h] = pack_bf16(gradient<CAPPED>(s[i], dp[i], x, a, softcap),
-                                             gradient<CAPPED>(s[i + 1], dp[i + 1], y, b, softcap));
+        for (int h = 0; h < 2; ++h) {
+          const int i = 4 * j + 2 * h;
+          p[j / 2][j % 2 * 2 + h] = pack_bf16(weight<CAPPED>(s[i], x, softcap), weight<CAPPED>(s[i + 1], y, softcap));
+        }
       }
-    }
-    if (!OVERLAP) {
-      wgmma_fence();
-      products(stage);
-      wgmma_commit();
+    };
+    auto pack_ds = [&](int from, int to) {
+#pragma unroll
+      for (int j = 2 * from; j < 2 * to; ++j) {
+        const float x = nlse[j * 8], y = nlse[j * 8 + 1], a = nlse[64 + j * 8], b = nlse[64 + j * 8 + 1];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 4 * j + 2 * h;
+          ds[j / 2][j % 2 * 2 + h] = pack_bf16(gradient<CAPPED>(s[i], dp[i], x, a, softcap),
+                                               gradient<CAPPED>(s[i + 1], dp[i + 1], y, b, softcap));
+        }
+      }
+    };
+    if (OVERLAP) {
+      pack_p(0, 4);
+      pack_ds(0, 4);
+    } else {
+      // In halves: dV of the first beside dS of the first, for whose P there are just the registers.
+#pragma unroll
+      for (int half = 0; half < 4; half += 2) {
+        pack_p(half, half + 2);
+        wgmma_fence();
+        weighted_rows<D>(dv, p, go, half, half + 2);
+        wgmma_commit();
+        pack_ds(half, half + 2);
+        wgmma_fence();
+        weighted_rows<D>(dk, ds, q, half, half + 2);
+        wgmma_commit();
+      }
       wgmma_wait<0>();
       if (leader) mbarrier_arrive(empty + stage);
     }
@@ -367,10 +393,30 @@ DEVICE float row_delta(const bf16* out, const bf16* go, int r) {
   return sum + shfl_xor(sum, 2);
 }
 
-// The q columns of dqkv for 128 rows of one head.
+// 128 query rows of one head, the `index`-th in the order of `items`.
+struct QueryTile {
+  SegmentKeys keys;
+  int segment, first, head, count, first_position;
+  DEVICE_MEMBER QueryTile(const int* items, const int* segments, int index, int heads, int ld)
+      : keys(segments, items[index / heads * 2], ld), segment(items[index / heads * 2]), first(items[index / heads * 2 + 1]),
+        head(index % heads) {
+    count = min_int(segments[segment * SEGMENT_INTS + 1] - first, HOPPER_BWD_ROWS);
+    first_position = keys.prefix_length + first;
+  }
+  DEVICE_MEMBER int start() const { return keys.start + first; }
+  DEVICE_MEMBER int from(int window) const { return first_seen(first_position, window) / 64 * 64; }
+  DEVICE_MEMBER int to() const { return first_position + count; }
+};
+
+// The tile of this block's n-th turn. The order of odd turns is reversed, so that no block has the longest of each.
+DEVICE int turn_index(int n) {
+  return n * (int)gridDim.x + (int)(n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// The q columns of dqkv for every gridDim.x-th tile.
 template <int D, bool CAPPED>
 DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse,
-                            const int* segments, int segment, int first, int head, int stat_rows, int ld, int heads, int kv_heads,
+                            const int* items, const int* segments, int tiles, int stat_rows, int ld, int heads, int kv_heads,
                             float scale, float softcap, int window, int accumulate) {
   constexpr int TILE = 64 * D, STAGES = hopper_dq_stages(D);
   bf16* sq = (bf16*)shared_base();
@@ -379,73 +425,61 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
   bf16* ring = sout + 2 * TILE;  // a stage: keys, then values
   mbarrier* full = (mbarrier*)(ring + STAGES * 2 * TILE);
   mbarrier* empty = full + STAGES;
-  mbarrier* resident = empty + STAGES;
+  mbarrier* resident = empty + STAGES;  // q, dout and out of a tile
+  mbarrier* vacant = resident + 1;      // and their place for the next
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const SegmentKeys keys(segments, segment, ld);
-  const int count = min_int(segments[segment * SEGMENT_INTS + 1] - first, HOPPER_BWD_ROWS);
-  const int first_position = keys.prefix_length + first, to = first_position + count, start = keys.start + first;
-  const int from = first_seen(first_position, window) / 64 * 64;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       mbarrier_init(full + i, 4);
       mbarrier_init(empty + i, 2);
     }
     mbarrier_init(resident, 4);
+    mbarrier_init(vacant, 8);
     mbarrier_fence();
   }
   block_sync();
   Turn turn = {0, 0};
   if (warpgroup == 2) {
     registers_dec<hopper_bwd_producer(D)>();
-    const long long out_row = ((long long)start * heads + head) * D;
+    for (int n = 0; turn_index(n) < tiles * heads; ++n) {
+      const QueryTile tile(items, segments, turn_index(n), heads, ld);
+      const int head = tile.head, start = tile.start(), count = tile.count, to = tile.to();
+      const long long out_row = ((long long)start * heads + head) * D;
+      mbarrier_wait(vacant, (n & 1) ^ 1);
 #pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      if (w * 64 >= count) break;
-      const long long at = out_row + w * 64 * (long long)heads * D;
-      fetch_box<D>(sq + w * TILE, qkv + (start + w * 64) * (long long)ld + head * D, ld, count - w * 64);
-      fetch_box<D>(sgo + w * TILE, dout + at, heads * D, count - w * 64);
-      fetch_box<D>(sout + w * TILE, out + at, heads * D, count - w * 64);
-    }
-    copy_commit();
-    const real* k = qkv + (heads + head / (heads / kv_heads)) * D;
-    int issued = 0;
-    for (int block = from; block < to; block += 64) {
-      mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
-      fetch_keys<D>(ring + turn.stage * 2 * TILE, k, kv_heads * D, keys, block, to);
+      for (int w = 0; w < 2; ++w) {
+        if (w * 64 >= count) break;
+        const long long at = out_row + w * 64 * (long long)heads * D;
+        fetch_box<D>(sq + w * TILE, qkv + (start + w * 64) * (long long)ld + head * D, ld, count - w * 64);
+        fetch_box<D>(sgo + w * TILE, dout + at, heads * D, count - w * 64);
+        fetch_box<D>(sout + w * TILE, out + at, heads * D, count - w * 64);
+      }
       copy_commit();
-      if (issued == 0) publish<1>(resident);
-      if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
-      turn.next<STAGES>();
+      const real* k = qkv + (heads + head / (heads / kv_heads)) * D;
+      int issued = 0;
+      for (int block = tile.from(window); block < to; block += 64) {
+        mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
+        fetch_keys<D>(ring + turn.stage * 2 * TILE, k, kv_heads * D, tile.keys, block, to);
+        copy_commit();
+        if (issued == 0) publish<1>(resident);
+        if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
+        turn.next<STAGES>();
+      }
+      // All, before this may wait for a vacant place: the consumers need them to get there.
+      for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
     }
-    for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
     return;
   }
   registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
-  const int w = shfl(warpgroup, 0), r = warp * 16 + lane / 4, low_row = first_position + w * 64, high_row = low_row + 63;
-  const bf16 *my_q = sq + w * TILE, *my_go = sgo + w * TILE;
+  const int w = shfl(warpgroup, 0), r = warp * 16 + lane / 4;
   const bool leader = threadIdx.x % 128 == 0;
   float nlse[2], delta[2], dq[D / 2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = w * 64 + r + h * 8;
-    nlse[h] = i < count ? -lse[(long long)(start + i) * heads + head] * LOG2_E : NEG_INF;
-  }
-#pragma unroll
-  for (int i = 0; i < D / 2; ++i) dq[i] = 0.f;
-  mbarrier_wait(resident, 0);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = w * 64 + r + h * 8;
-    delta[h] = row_delta<D>(sout + w * TILE, my_go, r + h * 8);
-    if (i < count && lane % 4 == 0) {
-      float* to_stats = stats + (long long)head * stat_rows + stats_of(segments, segment) + first + i;
-      to_stats[0] = nlse[h];
-      to_stats[(long long)heads * stat_rows] = delta[h];
-    }
-  }
-  const Resident<D> queries(my_q), gradients(my_go);
   unsigned ds[4][4];
   int pending = -1;  // the stage of ds, whose product is still to come
+  auto vacate = [&]() {
+    warp_sync();
+    if (lane == 0) mbarrier_arrive(vacant);
+  };
   auto finish = [&]() {
     if (pending < 0) return;
     wgmma_fence();
@@ -457,61 +491,89 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
     clear(ds);
   };
   clear(ds);
-  for (int block = from; block < to; block += 64) {
-    const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
-    mbarrier_wait(full + stage, turn.parity);
-    turn.next<STAGES>();
-    if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
-      finish();
-      if (leader) mbarrier_arrive(empty + stage);
-      continue;
+  QueryTile next(items, segments, turn_index(0), heads, ld);
+  for (int n = 0; turn_index(n) < tiles * heads; ++n) {
+    const QueryTile tile = next;
+    const int count = tile.count, to = tile.to(), low_row = tile.first_position + w * 64, high_row = low_row + 63;
+    // Long before it is used: the loads depend on each other.
+    next = QueryTile(items, segments, min_int(turn_index(n + 1), tiles * heads - 1), heads, ld);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = w * 64 + r + h * 8;
+      nlse[h] = i < count ? -lse[(long long)(tile.start() + i) * heads + tile.head] * LOG2_E : NEG_INF;
     }
-    const bf16 *k = ring + stage * 2 * TILE, *v = k + TILE;
-    float s[32], dp[32];
-    wgmma_fence();
-    queries.scores(s, k);
-    wgmma_commit();
-    gradients.scores(dp, v);
-    wgmma_commit();
-    weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // of zeros the first time
-    wgmma_commit();
-    wgmma_wait<2>();
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] = kept<CAPPED>(s[i], nlse[i / 2 % 2], scale, softcap);
-    if (block + 63 > low_row || block < first_seen(high_row, window)) {
+    for (int i = 0; i < D / 2; ++i) dq[i] = 0.f;
+    mbarrier_wait(resident, n & 1);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int position = low_row + r + h * 8, at = block + lane % 4 * 2;
-        const int low = first_seen(position, window) - at, high = position - at;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (j * 8 + e < low || j * 8 + e > high) s[4 * j + 2 * h + e] = UNSEEN<CAPPED>;
+    for (int h = 0; h < 2; ++h) {
+      const int i = w * 64 + r + h * 8;
+      delta[h] = row_delta<D>(sout + w * TILE, sgo + w * TILE, r + h * 8);
+      if (i < count && lane % 4 == 0) {
+        float* to_stats = stats + (long long)tile.head * stat_rows + stats_of(segments, tile.segment) + tile.first + i;
+        to_stats[0] = nlse[h];
+        to_stats[(long long)heads * stat_rows] = delta[h];
       }
     }
-    wgmma_wait<0>();
-    if (leader && pending >= 0) mbarrier_arrive(empty + pending);
-    pending = stage;
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 4 * j + 2 * h;
-        ds[j / 2][j % 2 * 2 + h] =
-            pack_bf16(gradient<CAPPED>(s[i], dp[i], nlse[h], delta[h], softcap),
-                      gradient<CAPPED>(s[i + 1], dp[i + 1], nlse[h], delta[h], softcap));
+    const Resident<D> queries(sq + w * TILE), gradients(sgo + w * TILE);
+    if (Resident<D>::COPIED) vacate();
+    for (int block = tile.from(window); block < to; block += 64) {
+      const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
+      mbarrier_wait(full + stage, turn.parity);
+      turn.next<STAGES>();
+      if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
+        finish();
+        if (leader) mbarrier_arrive(empty + stage);
+        continue;
       }
-  }
-  finish();
+      const bf16 *k = ring + stage * 2 * TILE, *v = k + TILE;
+      float s[32], dp[32];
+      wgmma_fence();
+      queries.scores(s, k);
+      wgmma_commit();
+      gradients.scores(dp, v);
+      wgmma_commit();
+      weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // of zeros the first time
+      wgmma_commit();
+      wgmma_wait<2>();
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = w * 64 + r + h * 8;
-    if (i >= count) continue;
-    real* row = dqkv + (long long)(start + i) * ld + head * D + lane % 4 * 2;
+      for (int i = 0; i < 32; ++i) s[i] = kept<CAPPED>(s[i], nlse[i / 2 % 2], scale, softcap);
+      if (block + 63 > low_row || block < first_seen(high_row, window)) {
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-      store_pair(row + j * 8, dq[4 * j + 2 * h] * scale, dq[4 * j + 2 * h + 1] * scale, accumulate);
+        for (int h = 0; h < 2; ++h) {
+          const int position = low_row + r + h * 8, at = block + lane % 4 * 2;
+          const int low = first_seen(position, window) - at, high = position - at;
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (j * 8 + e < low || j * 8 + e > high) s[4 * j + 2 * h + e] = UNSEEN<CAPPED>;
+        }
+      }
+      wgmma_wait<0>();
+      if (leader && pending >= 0) mbarrier_arrive(empty + pending);
+      pending = stage;
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 4 * j + 2 * h;
+          ds[j / 2][j % 2 * 2 + h] =
+              pack_bf16(gradient<CAPPED>(s[i], dp[i], nlse[h], delta[h], softcap),
+                        gradient<CAPPED>(s[i + 1], dp[i + 1], nlse[h], delta[h], softcap));
+        }
+    }
+    if (!Resident<D>::COPIED) vacate();
+    finish();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = w * 64 + r + h * 8;
+      if (i >= count) continue;
+      real* row = dqkv + (long long)(tile.start() + i) * ld + tile.head * D + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+        store_pair(row + j * 8, dq[4 * j + 2 * h] * scale, dq[4 * j + 2 * h + 1] * scale, accumulate);
+    }
   }
 }
 #endif
@@ -519,15 +581,14 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
 // The q columns of dqkv, and `stats` [2, heads, stat_rows]: -lse to base 2, and delta.
 KERNEL(attention_hopper_dq, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dq_shared(D), HOT)
 (INOUT(real) dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse, const int* items,
- const int* segments, int stat_rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
+ const int* segments, int tiles, int stat_rows, int ld, int heads, int kv_heads, float scale, float softcap, int window,
+ int accumulate) {
 #if defined(REAL_BF16) && HOPPER
-  const int head = blockIdx.x % heads, tile = blockIdx.x / heads;
-  const int segment = items[2 * tile], first = items[2 * tile + 1];
   if (softcap > 0.f)
-    query_gradients<D, true>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, stat_rows, ld, heads, kv_heads,
+    query_gradients<D, true>(dqkv, stats, dout, qkv, out, lse, items, segments, tiles, stat_rows, ld, heads, kv_heads,
                              scale, softcap, window, accumulate);
   else
-    query_gradients<D, false>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, stat_rows, ld, heads, kv_heads,
+    query_gradients<D, false>(dqkv, stats, dout, qkv, out, lse, items, segments, tiles, stat_rows, ld, heads, kv_heads,
                               scale, softcap, window, accumulate);
 #endif
 }

@@ -17,14 +17,8 @@ type Lengths = [(usize, Option<usize>)];
 
 /// A prompt that ends inside a block of 64 positions, answers to it that are shorter, a row long
 /// and longer than a tile, and two sequences of their own: more steps than stages, ragged ends.
-const SHARED: &Lengths = &[
-    (70, None),
-    (61, Some(0)),
-    (1, Some(0)),
-    (150, Some(0)),
-    (300, None),
-    (3, None),
-];
+const SHARED: &Lengths =
+    &[(70, None), (61, Some(0)), (1, Some(0)), (150, Some(0)), (300, None), (3, None)];
 
 fn random(rng: &mut Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.normal() as f32).collect()
@@ -102,7 +96,9 @@ fn wgmma_gradients_agree_with_the_f64_backward() {
 
 #[test]
 fn wgmma_gradients_have_the_same_bits_in_strict_mode() {
-    for s in [shape(3, 1, 64), AttnShape { softcap: Some(3.0), window: Some(70), ..shape(2, 1, 128) }] {
+    for s in
+        [shape(3, 1, 64), AttnShape { softcap: Some(3.0), window: Some(70), ..shape(2, 1, 128) }]
+    {
         let problem = Problem::new(s, &[(70, None), (61, Some(0)), (150, Some(0)), (3, None)]);
         let fast = bits(&problem.run(Cpu::new(), 1).0);
         for seed in [1, 2] {
@@ -114,7 +110,8 @@ fn wgmma_gradients_have_the_same_bits_in_strict_mode() {
 #[test]
 fn wgmma_gradients_are_added_to_what_is_there() {
     for s in [shape(2, 1, 64), shape(2, 1, 128)] {
-        let (got, want) = Problem::new(s, &[(70, None), (61, Some(0)), (140, None)]).run(Cpu::new(), 2);
+        let (got, want) =
+            Problem::new(s, &[(70, None), (61, Some(0)), (140, None)]).run(Cpu::new(), 2);
         let twice: Vec<f64> = want.iter().map(|v| 2.0 * v).collect();
         let error = distance(&got, &twice);
         assert!(error < 6e-3, "{s:?}: {error}");
