@@ -5,13 +5,14 @@
 
 // Rows of a block: 64 for each of its two consumer warpgroups.
 EXPORT(int, HOPPER_BWD_ROWS, 128);
-// Stages of the ring of streamed tiles: two tiles of 64 rows each.
-EXPORT(int, HOPPER_BWD_STAGES, 4);
+// Stages of the rings of streamed tiles, each of two tiles of 64 rows: what fits.
+EXPORT_FN(hopper_dkv_stages, d, d == 64 ? 8 : 5);
+EXPORT_FN(hopper_dq_stages, d, d == 64 ? 8 : 4);
 // Registers of a producer's thread; the consumers share the rest of 504.
-EXPORT_FN(hopper_bwd_producer, d, d == 64 ? 88 : 40);
+EXPORT_FN(hopper_bwd_producer, d, 40);
 // Bytes of shared memory: five tiles of 64 rows and more, the ring with 132 floats a stage, the barriers.
-EXPORT_FN(hopper_dkv_shared, d, 4 * 64 * d * 2 + HOPPER_BWD_STAGES * (2 * 64 * d * 2 + 528) + 128);
-EXPORT_FN(hopper_dq_shared, d, 6 * 64 * d * 2 + HOPPER_BWD_STAGES * 2 * 64 * d * 2 + 128);
+EXPORT_FN(hopper_dkv_shared, d, 4 * 64 * d * 2 + hopper_dkv_stages(d) * (2 * 64 * d * 2 + 528) + 144);
+EXPORT_FN(hopper_dq_shared, d, 6 * 64 * d * 2 + hopper_dq_stages(d) * 2 * 64 * d * 2 + 144);
 
 #if defined(REAL_BF16) && HOPPER
 constexpr float LOG2_E = 1.44269504f;
@@ -65,7 +66,7 @@ DEVICE void fetch_keys(bf16* tile, const bf16* k, int values, const SegmentKeys&
 
 // Stages in flight when the producer waits for the oldest. At most STAGES - 2: a consumer gives a stage back when it has
 // begun the next.
-constexpr int AHEAD = 1;
+constexpr int AHEAD = 2;
 // Floats beside a stage of dkv, and the position that says that no more follow.
 constexpr int NOTES = 132, END = -1;
 
@@ -80,7 +81,7 @@ DEVICE void publish(mbarrier* barrier) {
 
 // acc = A B^T: 64 rows of A and of B, D columns.
 template <int D>
-DEVICE void scores(float (&acc)[32], const bf16* a, const bf16* b) {
+DEVICE void score_products(float (&acc)[32], const bf16* a, const bf16* b) {
 #pragma unroll
   for (int k = 0; k < D; k += 16) {
     const int at = k / 64 * 64 * 64 + k % 64;
@@ -88,11 +89,35 @@ DEVICE void scores(float (&acc)[32], const bf16* a, const bf16* b) {
   }
 }
 
+// The A operand of `scores` that stays for all steps: at head size 64 in registers, which spares shared memory a third of
+// its reads; else there is no room, and it is read where it lies.
+template <int D>
+struct Resident {
+  static constexpr bool COPIED = false;
+  const bf16* tile;
+  DEVICE_MEMBER explicit Resident(const bf16* tile) : tile(tile) {}
+  DEVICE_MEMBER void scores(float (&acc)[32], const bf16* b) const { score_products<D>(acc, tile, b); }
+};
+template <>
+struct Resident<64> {
+  static constexpr bool COPIED = true;
+  unsigned a[4][4];
+  DEVICE_MEMBER explicit Resident(const bf16* tile) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) ldmatrix4<false>(a[k], tile + row * 64 + ((2 * k + lane / 16) ^ (row % 8)) * 8);
+  }
+  DEVICE_MEMBER void scores(float (&acc)[32], const bf16* b) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_rs<64, false>(acc, a[k], wgmma_desc<true>(b + k * 16), k > 0);
+  }
+};
+
 // acc += W B: W is 64 x 64, packed; B has 64 rows of D columns.
 template <int D>
-DEVICE void weighted_rows(float (&acc)[D / 2], const unsigned (&w)[4][4], const bf16* b) {
+DEVICE void weighted_rows(float (&acc)[D / 2], const unsigned (&w)[4][4], const bf16* b, int from = 0, int to = 4) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma_rs<D, true>(acc, w[k], wgmma_desc<false>(b + k * 16 * 64), true);
+  for (int k = from; k < to; ++k) wgmma_rs<D, true>(acc, w[k], wgmma_desc<false>(b + k * 16 * 64), true);
 }
 
 DEVICE void clear(unsigned (&w)[4][4]) {
@@ -101,6 +126,9 @@ DEVICE void clear(unsigned (&w)[4][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[k][i] = 0;
 }
+
+// Where the stats of a segment begin in a row of `stats`: at a multiple of four, for copies of 16 bytes.
+DEVICE int stats_of(const int* segments, int segment) { return (segments[segment * SEGMENT_INTS] + 3) / 4 * 4 + segment * 4; }
 
 // Two neighbouring values of a gradient.
 DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
@@ -135,9 +163,9 @@ DEVICE float gradient(float s, float dp, float nlse, float delta, float softcap)
 // dk and dv of 128 keys of a segment.
 template <int D, bool CAPPED>
 DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const float* stats, const int* segments,
-                          const int* children, int segment, int first, int kv_head, int rows, int ld, int heads, int kv_heads,
+                          const int* children, int segment, int first, int kv_head, int stat_rows, int ld, int heads, int kv_heads,
                           float scale, float softcap, int window, int accumulate) {
-  constexpr int TILE = 64 * D, STAGES = HOPPER_BWD_STAGES;
+  constexpr int TILE = 64 * D, STAGES = hopper_dkv_stages(D);
   // Whether the products of a step run beside the scores of the next, where registers allow.
   constexpr bool OVERLAP = D == 64 && !CAPPED;
   bf16* sk = (bf16*)shared_base();
@@ -160,18 +188,18 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     mbarrier_fence();
   }
   block_sync();
-  // Calls f(first row, its position, rows, head) for each 64 queries that see some key of the block. The producer alone
+  // Calls f(first row, its position, its place in stats, rows, head) for each 64 queries that see some key of the block. The producer alone
   // walks; the consumers find the position in the stage and spare the registers.
   auto each_step = [&](auto f) {
     for (int c = mine[4] - 1; c < mine[5]; ++c) {
-      const bool own = c < mine[4];
-      const int* user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
-      const int user_start = user[0], user_position = user[3];
+      const int index = c < mine[4] ? segment : children[c];
+      const int* user = segments + index * SEGMENT_INTS;
+      const int user_start = user[0], user_position = user[3], user_stats = stats_of(segments, index);
       const long long reach = (long long)first_position + count - 1 + window - user_position;
       const int to = reach < user[1] ? (int)reach : user[1];
       for (int g = 0; g < group; ++g)
-        for (int block = own ? first : 0; block < to; block += 64)
-          f(user_start + block, user_position + block, to - block, kv_head * group + g);
+        for (int block = index == segment ? first : 0; block < to; block += 64)
+          f(user_start + block, user_position + block, user_stats + block, to - block, kv_head * group + g);
     }
   };
   Turn turn = {0, 0};
@@ -194,27 +222,27 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
       if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
       turn.next<STAGES>();
     };
-    each_step([&](int row, int position, int left, int head) {
-      // Before the wait, whose length hides the latency.
-      const int i = t % 64;
-      const float stat = i < left ? stats[((long long)t / 64 * heads + head) * rows + row + i] : 0.f;
+    each_step([&](int row, int position, int stat, int left, int head) {
       mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
       bf16* to = ring + turn.stage * 2 * TILE;
       fetch_box<D>(to, qkv + (long long)row * ld + head * D, ld, left);
       fetch_box<D>(to + TILE, dout + ((long long)row * heads + head) * D, heads * D, left);
-      notes[turn.stage * NOTES + t] = stat;
+      if (t < 32) {  // 64 times -lse, then 64 times delta
+        const int i = t % 16 * 4;
+        const float* from = stats + ((long long)(t / 16 * heads + head)) * stat_rows + stat;
+        copy_async16(notes + turn.stage * NOTES + t * 4, from + (i < left ? i : 0), min_int(max_int(left - i, 0), 4) * 4);
+      }
       if (t == 0) *(int*)(notes + turn.stage * NOTES + 128) = position;
       pass();
     });
     mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
     if (t == 0) *(int*)(notes + turn.stage * NOTES + 128) = END;
     pass();
-    publish<0>(full + (turn.stage + STAGES - 1) % STAGES);
+    for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
     return;
   }
   registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
   const int w = shfl(warpgroup, 0), low_key = first_position + w * 64, high_key = low_key + 63;
-  const bf16 *my_k = sk + w * TILE, *my_v = sv + w * TILE;
   const int key = low_key + warp * 16 + lane / 4;  // and key + 8
   const bool leader = threadIdx.x % 128 == 0;
   float dk[D / 2], dv[D / 2];
@@ -241,6 +269,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     clear(ds);
   };
   mbarrier_wait(resident, 0);
+  const Resident<D> keys(sk + w * TILE), values(sv + w * TILE);
   for (;;) {
     const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
     mbarrier_wait(full + stage, turn.parity);
@@ -257,9 +286,9 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     const float* nlse = note + lane % 4 * 2;
     float s[32], dp[32];
     wgmma_fence();
-    scores<D>(s, my_k, q);
+    keys.scores(s, q);
     wgmma_commit();
-    scores<D>(dp, my_v, go);
+    values.scores(dp, go);
     wgmma_commit();
     if (OVERLAP) products(shfl(pending < 0 ? stage : pending, 0));  // of zeros the first time: a branch would serialise
     wgmma_commit();
@@ -291,21 +320,45 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
       if (leader && pending >= 0) mbarrier_arrive(empty + pending);
       pending = stage;
     }
+    auto pack_p = [&](int from, int to) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float x = nlse[j * 8], y = nlse[j * 8 + 1], a = nlse[64 + j * 8], b = nlse[64 + j * 8 + 1];
+      for (int j = 2 * from; j < 2 * to; ++j) {
+        const float x = nlse[j * 8], y = nlse[j * 8 + 1];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 4 * j + 2 * h;
-        p[j / 2][j % 2 * 2 + h] = pack_bf16(weight<CAPPED>(s[i], x, softcap), weight<CAPPED>(s[i + 1], y, softcap));
-        ds[j / 2][j % 2 * 2 + h] = pack_bf16(gradient<CAPPED>(s[i], dp[i], x, a, softcap),
-                                             gradient<CAPPED>(s[i + 1], dp[i + 1], y, b, softcap));
+        for (int h = 0; h < 2; ++h) {
+          const int i = 4 * j + 2 * h;
+          p[j / 2][j % 2 * 2 + h] = pack_bf16(weight<CAPPED>(s[i], x, softcap), weight<CAPPED>(s[i + 1], y, softcap));
+        }
       }
-    }
-    if (!OVERLAP) {
-      wgmma_fence();
-      products(stage);
-      wgmma_commit();
+    };
+    auto pack_ds = [&](int from, int to) {
+#pragma unroll
+      for (int j = 2 * from; j < 2 * to; ++j) {
+        const float x = nlse[j * 8], y = nlse[j * 8 + 1], a = nlse[64 + j * 8], b = nlse[64 + j * 8 + 1];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 4 * j + 2 * h;
+          ds[j / 2][j % 2 * 2 + h] = pack_bf16(gradient<CAPPED>(s[i], dp[i], x, a, softcap),
+                                               gradient<CAPPED>(s[i + 1], dp[i + 1], y, b, softcap));
+        }
+      }
+    };
+    if (OVERLAP) {
+      pack_p(0, 4);
+      pack_ds(0, 4);
+    } else {
+      // In halves: dV of the first beside dS of the first, for whose P there are just the registers.
+#pragma unroll
+      for (int half = 0; half < 4; half += 2) {
+        pack_p(half, half + 2);
+        wgmma_fence();
+        weighted_rows<D>(dv, p, go, half, half + 2);
+        wgmma_commit();
+        pack_ds(half, half + 2);
+        wgmma_fence();
+        weighted_rows<D>(dk, ds, q, half, half + 2);
+        wgmma_commit();
+      }
       wgmma_wait<0>();
       if (leader) mbarrier_arrive(empty + stage);
     }
@@ -340,83 +393,93 @@ DEVICE float row_delta(const bf16* out, const bf16* go, int r) {
   return sum + shfl_xor(sum, 2);
 }
 
-// The q columns of dqkv for 128 rows of one head.
+// 128 query rows of one head, the `index`-th in the order of `items`.
+struct QueryTile {
+  SegmentKeys keys;
+  int segment, first, head, count, first_position;
+  DEVICE_MEMBER QueryTile(const int* items, const int* segments, int index, int heads, int ld)
+      : keys(segments, items[index / heads * 2], ld), segment(items[index / heads * 2]), first(items[index / heads * 2 + 1]),
+        head(index % heads) {
+    count = min_int(segments[segment * SEGMENT_INTS + 1] - first, HOPPER_BWD_ROWS);
+    first_position = keys.prefix_length + first;
+  }
+  DEVICE_MEMBER int start() const { return keys.start + first; }
+  DEVICE_MEMBER int from(int window) const { return first_seen(first_position, window) / 64 * 64; }
+  DEVICE_MEMBER int to() const { return first_position + count; }
+};
+
+// The tile of this block's n-th turn. The order of odd turns is reversed, so that no block has the longest of each.
+DEVICE int turn_index(int n) {
+  return n * (int)gridDim.x + (int)(n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// The q columns of dqkv for every gridDim.x-th tile.
 template <int D, bool CAPPED>
 DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse,
-                            const int* segments, int segment, int first, int head, int rows, int ld, int heads, int kv_heads,
+                            const int* items, const int* segments, int tiles, int stat_rows, int ld, int heads, int kv_heads,
                             float scale, float softcap, int window, int accumulate) {
-  constexpr int TILE = 64 * D, STAGES = HOPPER_BWD_STAGES;
+  constexpr int TILE = 64 * D, STAGES = hopper_dq_stages(D);
   bf16* sq = (bf16*)shared_base();
   bf16* sgo = sq + 2 * TILE;
   bf16* sout = sgo + 2 * TILE;
   bf16* ring = sout + 2 * TILE;  // a stage: keys, then values
   mbarrier* full = (mbarrier*)(ring + STAGES * 2 * TILE);
   mbarrier* empty = full + STAGES;
-  mbarrier* resident = empty + STAGES;
+  mbarrier* resident = empty + STAGES;  // q, dout and out of a tile
+  mbarrier* vacant = resident + 1;      // and their place for the next
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const SegmentKeys keys(segments, segment, ld);
-  const int count = min_int(segments[segment * SEGMENT_INTS + 1] - first, HOPPER_BWD_ROWS);
-  const int first_position = keys.prefix_length + first, to = first_position + count, start = keys.start + first;
-  const int from = first_seen(first_position, window) / 64 * 64;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       mbarrier_init(full + i, 4);
       mbarrier_init(empty + i, 2);
     }
     mbarrier_init(resident, 4);
+    mbarrier_init(vacant, 8);
     mbarrier_fence();
   }
   block_sync();
   Turn turn = {0, 0};
   if (warpgroup == 2) {
     registers_dec<hopper_bwd_producer(D)>();
-    const long long out_row = ((long long)start * heads + head) * D;
+    for (int n = 0; turn_index(n) < tiles * heads; ++n) {
+      const QueryTile tile(items, segments, turn_index(n), heads, ld);
+      const int head = tile.head, start = tile.start(), count = tile.count, to = tile.to();
+      const long long out_row = ((long long)start * heads + head) * D;
+      mbarrier_wait(vacant, (n & 1) ^ 1);
 #pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      if (w * 64 >= count) break;
-      const long long at = out_row + w * 64 * (long long)heads * D;
-      fetch_box<D>(sq + w * TILE, qkv + (start + w * 64) * (long long)ld + head * D, ld, count - w * 64);
-      fetch_box<D>(sgo + w * TILE, dout + at, heads * D, count - w * 64);
-      fetch_box<D>(sout + w * TILE, out + at, heads * D, count - w * 64);
-    }
-    copy_commit();
-    const real* k = qkv + (heads + head / (heads / kv_heads)) * D;
-    int issued = 0;
-    for (int block = from; block < to; block += 64) {
-      mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
-      fetch_keys<D>(ring + turn.stage * 2 * TILE, k, kv_heads * D, keys, block, to);
+      for (int w = 0; w < 2; ++w) {
+        if (w * 64 >= count) break;
+        const long long at = out_row + w * 64 * (long long)heads * D;
+        fetch_box<D>(sq + w * TILE, qkv + (start + w * 64) * (long long)ld + head * D, ld, count - w * 64);
+        fetch_box<D>(sgo + w * TILE, dout + at, heads * D, count - w * 64);
+        fetch_box<D>(sout + w * TILE, out + at, heads * D, count - w * 64);
+      }
       copy_commit();
-      if (issued == 0) publish<1>(resident);
-      if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
-      turn.next<STAGES>();
+      const real* k = qkv + (heads + head / (heads / kv_heads)) * D;
+      int issued = 0;
+      for (int block = tile.from(window); block < to; block += 64) {
+        mbarrier_wait(empty + turn.stage, turn.parity ^ 1);
+        fetch_keys<D>(ring + turn.stage * 2 * TILE, k, kv_heads * D, tile.keys, block, to);
+        copy_commit();
+        if (issued == 0) publish<1>(resident);
+        if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
+        turn.next<STAGES>();
+      }
+      // All, before this may wait for a vacant place: the consumers need them to get there.
+      for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
     }
-    publish<0>(full + (turn.stage + STAGES - 1) % STAGES);
     return;
   }
   registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
-  const int w = shfl(warpgroup, 0), r = warp * 16 + lane / 4, low_row = first_position + w * 64, high_row = low_row + 63;
-  const bf16 *my_q = sq + w * TILE, *my_go = sgo + w * TILE;
+  const int w = shfl(warpgroup, 0), r = warp * 16 + lane / 4;
   const bool leader = threadIdx.x % 128 == 0;
   float nlse[2], delta[2], dq[D / 2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = w * 64 + r + h * 8;
-    nlse[h] = i < count ? -lse[(long long)(start + i) * heads + head] * LOG2_E : NEG_INF;
-  }
-#pragma unroll
-  for (int i = 0; i < D / 2; ++i) dq[i] = 0.f;
-  mbarrier_wait(resident, 0);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = w * 64 + r + h * 8;
-    delta[h] = row_delta<D>(sout + w * TILE, my_go, r + h * 8);
-    if (i < count && lane % 4 == 0) {
-      stats[(long long)head * rows + start + i] = nlse[h];
-      stats[(long long)(heads + head) * rows + start + i] = delta[h];
-    }
-  }
   unsigned ds[4][4];
   int pending = -1;  // the stage of ds, whose product is still to come
+  auto vacate = [&]() {
+    warp_sync();
+    if (lane == 0) mbarrier_arrive(vacant);
+  };
   auto finish = [&]() {
     if (pending < 0) return;
     wgmma_fence();
@@ -428,77 +491,104 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
     clear(ds);
   };
   clear(ds);
-  for (int block = from; block < to; block += 64) {
-    const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
-    mbarrier_wait(full + stage, turn.parity);
-    turn.next<STAGES>();
-    if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
-      finish();
-      if (leader) mbarrier_arrive(empty + stage);
-      continue;
+  QueryTile next(items, segments, turn_index(0), heads, ld);
+  for (int n = 0; turn_index(n) < tiles * heads; ++n) {
+    const QueryTile tile = next;
+    const int count = tile.count, to = tile.to(), low_row = tile.first_position + w * 64, high_row = low_row + 63;
+    // Long before it is used: the loads depend on each other.
+    next = QueryTile(items, segments, min_int(turn_index(n + 1), tiles * heads - 1), heads, ld);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = w * 64 + r + h * 8;
+      nlse[h] = i < count ? -lse[(long long)(tile.start() + i) * heads + tile.head] * LOG2_E : NEG_INF;
     }
-    const bf16 *k = ring + stage * 2 * TILE, *v = k + TILE;
-    float s[32], dp[32];
-    wgmma_fence();
-    scores<D>(s, my_q, k);
-    wgmma_commit();
-    scores<D>(dp, my_go, v);
-    wgmma_commit();
-    weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // of zeros the first time
-    wgmma_commit();
-    wgmma_wait<2>();
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] = kept<CAPPED>(s[i], nlse[i / 2 % 2], scale, softcap);
-    if (block + 63 > low_row || block < first_seen(high_row, window)) {
+    for (int i = 0; i < D / 2; ++i) dq[i] = 0.f;
+    mbarrier_wait(resident, n & 1);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int position = low_row + r + h * 8, at = block + lane % 4 * 2;
-        const int low = first_seen(position, window) - at, high = position - at;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (j * 8 + e < low || j * 8 + e > high) s[4 * j + 2 * h + e] = UNSEEN<CAPPED>;
+    for (int h = 0; h < 2; ++h) {
+      const int i = w * 64 + r + h * 8;
+      delta[h] = row_delta<D>(sout + w * TILE, sgo + w * TILE, r + h * 8);
+      if (i < count && lane % 4 == 0) {
+        float* to_stats = stats + (long long)tile.head * stat_rows + stats_of(segments, tile.segment) + tile.first + i;
+        to_stats[0] = nlse[h];
+        to_stats[(long long)heads * stat_rows] = delta[h];
       }
     }
-    wgmma_wait<0>();
-    if (leader && pending >= 0) mbarrier_arrive(empty + pending);
-    pending = stage;
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 4 * j + 2 * h;
-        ds[j / 2][j % 2 * 2 + h] =
-            pack_bf16(gradient<CAPPED>(s[i], dp[i], nlse[h], delta[h], softcap),
-                      gradient<CAPPED>(s[i + 1], dp[i + 1], nlse[h], delta[h], softcap));
+    const Resident<D> queries(sq + w * TILE), gradients(sgo + w * TILE);
+    if (Resident<D>::COPIED) vacate();
+    for (int block = tile.from(window); block < to; block += 64) {
+      const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
+      mbarrier_wait(full + stage, turn.parity);
+      turn.next<STAGES>();
+      if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
+        finish();
+        if (leader) mbarrier_arrive(empty + stage);
+        continue;
       }
-  }
-  finish();
+      const bf16 *k = ring + stage * 2 * TILE, *v = k + TILE;
+      float s[32], dp[32];
+      wgmma_fence();
+      queries.scores(s, k);
+      wgmma_commit();
+      gradients.scores(dp, v);
+      wgmma_commit();
+      weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // of zeros the first time
+      wgmma_commit();
+      wgmma_wait<2>();
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = w * 64 + r + h * 8;
-    if (i >= count) continue;
-    real* row = dqkv + (long long)(start + i) * ld + head * D + lane % 4 * 2;
+      for (int i = 0; i < 32; ++i) s[i] = kept<CAPPED>(s[i], nlse[i / 2 % 2], scale, softcap);
+      if (block + 63 > low_row || block < first_seen(high_row, window)) {
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-      store_pair(row + j * 8, dq[4 * j + 2 * h] * scale, dq[4 * j + 2 * h + 1] * scale, accumulate);
+        for (int h = 0; h < 2; ++h) {
+          const int position = low_row + r + h * 8, at = block + lane % 4 * 2;
+          const int low = first_seen(position, window) - at, high = position - at;
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (j * 8 + e < low || j * 8 + e > high) s[4 * j + 2 * h + e] = UNSEEN<CAPPED>;
+        }
+      }
+      wgmma_wait<0>();
+      if (leader && pending >= 0) mbarrier_arrive(empty + pending);
+      pending = stage;
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 4 * j + 2 * h;
+          ds[j / 2][j % 2 * 2 + h] =
+              pack_bf16(gradient<CAPPED>(s[i], dp[i], nlse[h], delta[h], softcap),
+                        gradient<CAPPED>(s[i + 1], dp[i + 1], nlse[h], delta[h], softcap));
+        }
+    }
+    if (!Resident<D>::COPIED) vacate();
+    finish();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = w * 64 + r + h * 8;
+      if (i >= count) continue;
+      real* row = dqkv + (long long)(tile.start() + i) * ld + tile.head * D + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+        store_pair(row + j * 8, dq[4 * j + 2 * h] * scale, dq[4 * j + 2 * h + 1] * scale, accumulate);
+    }
   }
 }
 #endif
 
-// The q columns of dqkv, and `stats` [2, heads, rows]: -lse to base 2, and delta.
+// The q columns of dqkv, and `stats` [2, heads, stat_rows]: -lse to base 2, and delta.
 KERNEL(attention_hopper_dq, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dq_shared(D), HOT)
 (INOUT(real) dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse, const int* items,
- const int* segments, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
+ const int* segments, int tiles, int stat_rows, int ld, int heads, int kv_heads, float scale, float softcap, int window,
+ int accumulate) {
 #if defined(REAL_BF16) && HOPPER
-  const int head = blockIdx.x % heads, tile = blockIdx.x / heads;
-  const int segment = items[2 * tile], first = items[2 * tile + 1];
   if (softcap > 0.f)
-    query_gradients<D, true>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, rows, ld, heads, kv_heads,
+    query_gradients<D, true>(dqkv, stats, dout, qkv, out, lse, items, segments, tiles, stat_rows, ld, heads, kv_heads,
                              scale, softcap, window, accumulate);
   else
-    query_gradients<D, false>(dqkv, stats, dout, qkv, out, lse, segments, segment, first, head, rows, ld, heads, kv_heads,
+    query_gradients<D, false>(dqkv, stats, dout, qkv, out, lse, items, segments, tiles, stat_rows, ld, heads, kv_heads,
                               scale, softcap, window, accumulate);
 #endif
 }
@@ -506,15 +596,15 @@ KERNEL(attention_hopper_dq, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dq_sh
 // The k and v columns of dqkv for 128 rows of one kv head.
 KERNEL(attention_hopper_dkv, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dkv_shared(D), HOT)
 (INOUT(real) dqkv, const real* dout, const real* qkv, const float* stats, const int* items, const int* segments,
- const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
+ const int* children, int stat_rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #if defined(REAL_BF16) && HOPPER
   const int kv_head = blockIdx.x % kv_heads, tile = blockIdx.x / kv_heads;
   const int segment = items[2 * tile], first = items[2 * tile + 1];
   if (softcap > 0.f)
-    key_gradients<D, true>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, rows, ld, heads, kv_heads,
+    key_gradients<D, true>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, stat_rows, ld, heads, kv_heads,
                            scale, softcap, window, accumulate);
   else
-    key_gradients<D, false>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, rows, ld, heads, kv_heads,
+    key_gradients<D, false>(dqkv, dout, qkv, stats, segments, children, segment, first, kv_head, stat_rows, ld, heads, kv_heads,
                             scale, softcap, window, accumulate);
 #endif
 }

@@ -151,8 +151,11 @@ pub(super) fn backward(
     let (ld, rows, accumulate) = (qkv.stride() as i32, plan.rows as i32, i32::from(accumulate));
     let family = tensor_cores(cx, n, &[qkv, dqkv, dout, out])?;
     if family && wgmma(cx, n, &kernels::ATTENTION_HOPPER_DQ_D)? {
-        let stats =
-            &cx.scratch("attention stats", DType::F32, &[2 * n.heads as usize, plan.rows])?;
+        // Each segment's stats begin at a multiple of four.
+        let stat_rows = plan.rows.next_multiple_of(4) + 4 * plan.segments.len();
+        let shape = [2 * n.heads as usize, stat_rows];
+        let stats = &cx.scratch("attention stats", DType::F32, &shape)?;
+        let (queries, keys) = (&t.wide_tiles, &t.wide_key_tiles);
         let args = AttentionHopperDqArgs {
             dqkv: dqkv.out(),
             stats: stats.out(),
@@ -160,9 +163,10 @@ pub(super) fn backward(
             qkv,
             out,
             lse,
-            items: &t.wide_tiles,
+            items: queries,
             segments: &t.segments,
-            rows,
+            tiles: queries.row_count() as i32,
+            stat_rows: stat_rows as i32,
             ld,
             heads: n.heads,
             kv_heads: n.kv_heads,
@@ -171,16 +175,18 @@ pub(super) fn backward(
             window: n.window,
             accumulate,
         };
-        kernels::attention_hopper_dq(dev, blocks(&t.wide_tiles, n.heads), n.d, args)?;
+        let turns = queries.row_count() * n.heads as usize;
+        let at = Launch::grid([turns.min(cx.device.capabilities().multiprocessors), 1, 1]);
+        kernels::attention_hopper_dq(dev, at, n.d, args)?;
         let args = AttentionHopperDkvArgs {
             dqkv: dqkv.out(),
             dout,
             qkv,
             stats,
-            items: &t.wide_key_tiles,
+            items: keys,
             segments: &t.segments,
             children: &t.children,
-            rows,
+            stat_rows: stat_rows as i32,
             ld,
             heads: n.heads,
             kv_heads: n.kv_heads,
@@ -189,12 +195,7 @@ pub(super) fn backward(
             window: n.window,
             accumulate,
         };
-        return kernels::attention_hopper_dkv(
-            dev,
-            blocks(&t.wide_key_tiles, n.kv_heads),
-            n.d,
-            args,
-        );
+        return kernels::attention_hopper_dkv(dev, blocks(keys, n.kv_heads), n.d, args);
     }
     let delta = &cx.scratch("attention delta", DType::F32, lse.shape())?;
     let count = lse.numel() as i32;
