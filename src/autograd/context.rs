@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 
@@ -32,6 +33,8 @@ pub enum Recompute {
 pub struct ProductCheck {
     /// Work space, kept from check to check.
     pub pool: Mutex<Option<Arc<Pool>>>,
+    /// Values of operands by their kind, columns and stride.
+    pub patterns: Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>,
     /// Shapes that the library computes.
     pub library: AtomicUsize,
     /// Shapes for which it has no algorithm with the own kernel's bits.

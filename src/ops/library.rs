@@ -22,8 +22,9 @@
 //! shape. It is documented to (bit-wise reproducible on one device and version), and RL reports
 //! `sampling/ratio_off_one_max`, which is 0 as long as it does.
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
@@ -141,7 +142,7 @@ impl Operands<'_> {
 
     /// The first candidate of the library that has the own kernel's bits.
     fn matching(&self, cx: &Cx, own: OwnProduct) -> Result<Option<usize>> {
-        let mut check = Check::begin(cx)?;
+        let check = Check::begin(cx)?;
         let a = check.rows_like(self.a, self.a.row_count(), Pattern::Left)?;
         let b = check.rows_like(self.b, self.b.row_count(), Pattern::Right)?;
         let bias = self.bias.map(|t| check.rows_like(t, 1, Pattern::Small)).transpose()?;
@@ -162,7 +163,10 @@ impl Operands<'_> {
             let mut same = true;
             for from in (0..m).step_by(at_once) {
                 let to = (from + at_once).min(m);
-                let expected = check.rows_like(self.c, to - from, Pattern::Small)?;
+                let expected = match self.accumulate {
+                    true => check.rows_like(self.c, to - from, Pattern::Small)?,
+                    false => check.block_like(self.c, to - from)?.1,
+                };
                 own(cx, &Operands { c: &expected, a: &a.rows(from, to)?, ..whole })?;
                 same = same && equal(&check.pool, cx, &expected, &c, from)?;
             }
@@ -200,41 +204,58 @@ fn equal(pool: &Arc<Pool>, cx: &Cx, expected: &Tensor, c: &Tensor, from: usize) 
 struct Check<'a> {
     pool: Arc<Pool>,
     kept: MutexGuard<'a, Option<Arc<Pool>>>,
+    patterns: &'a Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>,
 }
 
 impl<'a> Check<'a> {
     fn begin(cx: &'a Cx) -> Result<Check<'a>> {
-        let ProductCheck { pool, .. } = &cx.product_check;
+        let ProductCheck { pool, patterns, .. } = &cx.product_check;
         let mut kept = pool.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = kept.take().unwrap_or_else(|| Pool::new(cx.device.clone()));
-        Ok(Check { pool, kept })
+        Ok(Check { pool, kept, patterns })
     }
 
-    /// `rows` rows of a pattern, in memory of their own, aligned as `t` and with its stride.
-    fn rows_like(&mut self, t: &Tensor, rows: usize, pattern: Pattern) -> Result<Tensor> {
-        let (dtype, cols) = (t.dtype(), t.cols());
-        let (size, stride) = (dtype.size(), t.stride().max(cols));
-        let offset = (t.address() % 256) as usize;
-        let block =
-            Tensor::new(&self.pool, "product check", DType::U8, &[offset + rows * stride * size])?;
-        let bytes = |from: usize, n: usize| {
-            block.view(offset + from * stride * size, DType::U8, &[n * stride * size])
+    /// `rows` rows in memory of their own, aligned as `t` and with its stride: all of their bytes,
+    /// and the rows.
+    fn block_like(&self, t: &Tensor, rows: usize) -> Result<(Tensor, Tensor)> {
+        let (dtype, cols, stride) = (t.dtype(), t.cols(), t.stride().max(t.cols()));
+        let (offset, bytes) = ((t.address() % 256) as usize, rows * stride * dtype.size());
+        let block = Tensor::new(&self.pool, "product check", DType::U8, &[offset + bytes])?;
+        let rows = block.view(offset, dtype, &[rows, stride])?.columns(0, cols)?;
+        Ok((block.view(offset, DType::U8, &[bytes])?, rows))
+    }
+
+    /// As [`Check::block_like`], filled with a pattern.
+    fn rows_like(&self, t: &Tensor, rows: usize, pattern: Pattern) -> Result<Tensor> {
+        let (bytes, result) = self.block_like(t, rows)?;
+        let (dtype, cols, stride) = (t.dtype(), t.cols(), t.stride().max(t.cols()));
+        let part = |from: usize, n: usize| {
+            let row = stride * dtype.size();
+            bytes.view(from * row, DType::U8, &[n * row])
         };
         let mut done = rows.min(ROWS);
-        let values = values(pattern, done, cols, stride);
+        let values = self.values(pattern, cols, stride);
+        let values = &values[..done * stride];
         match dtype {
             DType::BF16 => {
                 let half: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-                bytes(0, done)?.upload(&half)?;
+                part(0, done)?.upload(&half)?;
             }
-            _ => bytes(0, done)?.upload(&values)?,
+            _ => part(0, done)?.upload(values)?,
         }
         while done < rows {
             let n = done.min(rows - done);
-            bytes(done, n)?.copy_from(&bytes(0, n)?)?;
+            part(done, n)?.copy_from(&part(0, n)?)?;
             done += n;
         }
-        block.view(offset, dtype, &[rows, stride])?.columns(0, cols)
+        Ok(result)
+    }
+
+    /// `ROWS` rows of a pattern.
+    fn values(&self, pattern: Pattern, cols: usize, stride: usize) -> Arc<[f32]> {
+        let mut known = self.patterns.lock().unwrap_or_else(PoisonError::into_inner);
+        let make = || Arc::from(values(pattern, ROWS, cols, stride));
+        known.entry((pattern as u32, cols, stride)).or_insert_with(make).clone()
     }
 
     /// Keeps the memory for the next check, unless there is much of it.

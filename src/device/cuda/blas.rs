@@ -267,7 +267,7 @@ fn splits_k(algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
             &mut written,
         )
     };
-    status.result().is_err() || parts > 1
+    status.result().is_ok() && parts > 1
 }
 
 /// True for what the library says when it has nothing for a shape: the engine's own kernel runs
