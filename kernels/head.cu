@@ -49,7 +49,7 @@ KERNEL_WARP(head_slices, HOT)(float* part, const float* logits, int rows, int vo
 }
 
 // logp, lse and (if asked) entropy, log sum_j p_j^2 and the arg max (the lowest of equals) of each row
-KERNEL_WARP(head_stats, BLOCKS=0:4, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(float) square, MAYBE(int) best, const float* part,
+KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(float) square, MAYBE(int) best, const float* part,
                              const float* logits, const int* target, int rows, int vocab, int slices, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
