@@ -285,7 +285,7 @@ impl Capabilities {
         multiprocessors: 132,
         library_gemm: true,
         gemm_depends_on_rows: true,
-        work_bytes: 512 << 20,
+        work_bytes: 1 << 30,
         asynchronous: true,
     };
 }

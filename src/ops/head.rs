@@ -90,7 +90,8 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     Ok(mean)
 }
 
-/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 512 MiB on a GPU.
+/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache); 1 GiB on a GPU, since each
+/// chunk reads and writes the whole gradient of the head.
 pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
     (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(32, 16384)
 }
