@@ -30,7 +30,8 @@ pub fn product(
         return Ok(false);
     }
     // Pairs of C are read and written at once.
-    let pairs = n.is_multiple_of(2) && c.stride().is_multiple_of(2) && c.address() % 8 == 0;
+    let pairs =
+        n.is_multiple_of(2) && c.stride().is_multiple_of(2) && c.address().is_multiple_of(8);
     if !Boxes::fit(a) || !Boxes::fit(b) || !(if float { pairs } else { pairs && Boxes::fit(c) }) {
         return Ok(false);
     }
@@ -45,7 +46,7 @@ pub fn product(
     match (layout, float) {
         (Layout::NT | Layout::NN, false) => {
             let residual = (accumulate != 0).then_some(c);
-            let (direct, c) = (c.out(), Boxes::swizzled(c, 64));
+            let (direct, c) = (c.out(), Boxes::swizzled(c, 16));
             let ldr = ldc;
             let args =
                 kernels::HopperNtArgs { a, b, c, direct, residual, bias, m, n, k, ldc, ldr, group };
