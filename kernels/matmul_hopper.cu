@@ -2,7 +2,7 @@
 //
 // Math     C = op(A) op(B) (+ bias) (+ R), in the layouts of matmul.cu; R real is C itself where C accumulates
 // Shapes   A, B real by tensor map: nt A [m,k] boxes of 128 rows, B [n,k] boxes of D rows; nn B [k,n] boxes of 64 rows; tn A
-//          [k,m] boxes of 64 rows. C [m,n] real, also by tensor map, boxes of 64 rows, or float (names in _float); R [m,n] or
+//          [k,m] boxes of 64 rows. C [m,n] real, also by tensor map, boxes of 16 rows, or float (names in _float); R [m,n] or
 //          bias [n] real. Rows begin at multiples of 16 bytes (float C: 8), n is even.
 // Plan     A persistent block owns 128 x D of C at a time. One thread of its first warpgroup keeps a ring of stages full by
 //          TMA (128-byte swizzle, k 64 a stage); the other two warpgroups multiply 64 x D each by wgmma and release a stage
@@ -17,12 +17,12 @@
 #include "prim/tile.cuh"
 #include "prim/wgmma.cuh"
 
-// Stages of the ring, and the block's shared memory: the ring, 128 x 128 of C on its way out (real C), 512 bytes of
+// Stages of the ring, and the block's shared memory: the ring, two boxes of 16 x 64 of C a warp (real C), 512 bytes of
 // barriers. A stage of 224 has room for four boxes of 64.
-EXPORT_FN(hopper_stages, d, d > 192 ? 4 : d == 192 ? 5 : 6);
+EXPORT_FN(hopper_stages, d, d >= 192 ? 4 : 6);
 EXPORT_FN(hopper_float_stages, d, d > 192 ? 4 : d == 192 ? 5 : 7);
 EXPORT_FN(hopper_stage, d, (128 + (d == 224 ? 256 : d)) * 128);
-EXPORT_FN(hopper_shared, d, hopper_stages(d) * hopper_stage(d) + 128 * 128 * 2 + 512);
+EXPORT_FN(hopper_shared, d, hopper_stages(d) * hopper_stage(d) + 8 * 2 * 2048 + 512);
 EXPORT_FN(hopper_float_shared, d, hopper_float_stages(d) * hopper_stage(d) + 512);
 
 // Blocks that share the k of tiles where these do not fill the last wave; a number of its own, so that the bits of a
@@ -160,58 +160,62 @@ DEVICE void put_float(const FloatC& to, const float (&d)[D / 2], int row, int co
   }
 }
 
-// The consumer's 64 x D of real C, 128 columns at a time through `out` to TMA. What is left of D beside boxes of 64 goes
-// straight to memory.
+// A warp's 16 x D of real C, 64 columns at a time through one of its two boxes in `out` to TMA, so that warps and turns
+// wait for nothing but the box. The last 32 columns of 224 go straight to memory.
 template <int D>
-DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int w, int thread, int row0, int col0, int m, int n) {
-  const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, col = col0 + lane % 4 * 2;
+DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int& turn, int lane, int row0, int col0, int m,
+                     int n) {
+  const int row = row0 + lane / 4, col = col0 + lane % 4 * 2;
 #pragma unroll
-  for (int from = 0; from < D; from += 128) {
-    constexpr int MOST = 16;  // pairs of eight columns
-    const int pairs = D - from < 128 ? (D - from) / 8 : MOST, boxed = pairs / 8 * 8;
+  for (int from = 0; from < D / 8; from += 8) {  // in eights of columns
+    constexpr int LEFT = D / 8 % 8;
+    const int pairs = from + 8 <= D / 8 ? 8 : LEFT;
     if (to.residual) {
-      unsigned r[MOST][2];
+      unsigned r[8][2];
 #pragma unroll
-      for (int x = 0; x < MOST; ++x)
+      for (int x = 0; x < 8; ++x)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           r[x][h] = 0;
-          if (x < pairs && row + h * 8 < m && col + from + x * 8 < n)
-            r[x][h] = *(const unsigned*)(to.residual + (long long)(row + h * 8) * to.ldr + col + from + x * 8);
+          if (x < pairs && row + h * 8 < m && col + (from + x) * 8 < n)
+            r[x][h] = *(const unsigned*)(to.residual + (long long)(row + h * 8) * to.ldr + col + (from + x) * 8);
         }
 #pragma unroll
-      for (int x = 0; x < MOST; ++x)
+      for (int x = 0; x < 8; ++x)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           if (x < pairs) {
-            d[from / 2 + 4 * x + 2 * h] += to_float(bf16{(unsigned short)(r[x][h] & 0xffffu)});
-            d[from / 2 + 4 * x + 2 * h + 1] += to_float(bf16{(unsigned short)(r[x][h] >> 16)});
+            d[4 * (from + x) + 2 * h] += to_float(bf16{(unsigned short)(r[x][h] & 0xffffu)});
+            d[4 * (from + x) + 2 * h + 1] += to_float(bf16{(unsigned short)(r[x][h] >> 16)});
           }
     }
-    if (thread == 0) tma_wait_read<0>();  // what was there has left
-    named_barrier(1 + w, 128);
+    if (pairs == 8) {
+      unsigned char* box = out + (turn++ & 1) * 2048;  // on across tiles: they have an odd number of boxes too
+      if (lane == 0) tma_wait_read<1>();  // the box before the last has left
+      warp_sync();
 #pragma unroll
-    for (int x = 0; x < MOST; x += 2)
-      if (x < boxed) {
-        // Four 8 x 8: rows 0 and 8 of this warp's 16, then the same of the next 8 columns.
+      for (int x = 0; x < 8; x += 2) {
+        // Four 8 x 8: rows 0 and 8, then the same of the next 8 columns.
         unsigned r[4];
 #pragma unroll
-        for (int y = 0; y < 4; ++y) r[y] = pack_bf16(d[from / 2 + 4 * x + 2 * y], d[from / 2 + 4 * x + 2 * y + 1]);
-        stmatrix4(out + x / 8 * 8192 + swizzle128(warp * 16 + lane / 8 % 2 * 8 + lane % 8, x % 8 + lane / 16), r);
+        for (int y = 0; y < 4; ++y) r[y] = pack_bf16(d[4 * (from + x) + 2 * y], d[4 * (from + x) + 2 * y + 1]);
+        stmatrix4(box + swizzle128(lane / 8 % 2 * 8 + lane % 8, x + lane / 16), r);
       }
-    fence_async_proxy();
-    named_barrier(1 + w, 128);
-    if (thread == 0) {
-      for (int x = 0; x < boxed * 8 && col0 + from + x < n; x += 64) tma_store(to.map, out + x * 128, col0 + from + x, row0);
-      tma_commit();
+      fence_async_proxy();
+      warp_sync();
+      if (lane == 0) {
+        if (col0 + from * 8 < n) tma_store(to.map, box, col0 + from * 8, row0);
+        tma_commit();
+      }
+    } else {
+#pragma unroll
+      for (int x = 0; x < LEFT; ++x)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (row + h * 8 < m && col + (from + x) * 8 < n)
+            *(unsigned*)(to.direct + (long long)(row + h * 8) * to.ldc + col + (from + x) * 8) =
+                pack_bf16(d[4 * (from + x) + 2 * h], d[4 * (from + x) + 2 * h + 1]);
     }
-#pragma unroll
-    for (int x = 0; x < MOST; ++x)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (x >= boxed && x < pairs && row + h * 8 < m && col + from + x * 8 < n)
-          *(unsigned*)(to.direct + (long long)(row + h * 8) * to.ldc + col + from + x * 8) =
-              pack_bf16(d[from / 2 + 4 * x + 2 * h], d[from / 2 + 4 * x + 2 * h + 1]);
   }
 }
 
@@ -220,12 +224,13 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
                            int m, int n, int k, int group) {
   constexpr bool AK = TRANS != TN, BK_CONTIGUOUS = TRANS == NT;
   constexpr int STAGES = FLOAT_OUT ? hopper_float_stages(D) : hopper_stages(D);
+  static_assert(hopper_shared(D) <= 227 * 1024 && hopper_float_shared(D) <= 227 * 1024, "what a block of Hopper may have");
   constexpr int WIDTH = hopper_stage(D) / 128 - ROWS;  // room for B in a stage
   constexpr int LOADED = BK_CONTIGUOUS ? D : WIDTH;    // what a load fills of it
   bf16* sa = (bf16*)shared_base();           // STAGES x 128 x 64
   bf16* sb = sa + STAGES * ROWS * DEPTH;     // STAGES x WIDTH x 64
-  bf16* sc = sb + STAGES * WIDTH * DEPTH;    // 2 x 64 x 128, boxes of 64 x 64 (real C only)
-  mbarrier* full = (mbarrier*)(sc + (FLOAT_OUT ? 0 : ROWS * 128));
+  bf16* sc = sb + STAGES * WIDTH * DEPTH;    // two boxes of 16 x 64 a warp (real C only)
+  mbarrier* full = (mbarrier*)(sc + (FLOAT_OUT ? 0 : 8 * 2 * 16 * 64));
   mbarrier* empty = full + STAGES;
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
@@ -268,7 +273,8 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
 
   registers_inc<232>();
   const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  unsigned char* out = (unsigned char*)(sc + w * 64 * 128);
+  unsigned char* out = (unsigned char*)sc + (w * 4 + warp) * 4096;
+  int turn = 0;
   while (work.next(tile, first_step, last_step)) {
     place(tile, tm, tn, group, i, j);
     const int row0 = i * ROWS + w * 64, col0 = j * D;
@@ -316,9 +322,9 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
     if (FLOAT_OUT)
       put_float<D>(float_c, d, row0 + warp * 16 + lane / 4, col0 + lane % 4 * 2, m, n);
     else
-      put_real<D>(real_c, out, d, w, thread, row0, col0, m, n);
+      put_real<D>(real_c, out, d, turn, lane, row0 + warp * 16, col0, m, n);
   }
-  if (!FLOAT_OUT && thread == 0) tma_wait<0>();
+  if (!FLOAT_OUT && lane == 0) tma_wait<0>();
 }
 #endif
 

@@ -75,7 +75,7 @@ impl<'a> Boxes<'a> {
 
     /// Whether bulk copies can reach it: address and rows begin at multiples of 16 bytes.
     pub fn fit(t: &Tensor) -> bool {
-        t.address() % 16 == 0 && t.stride() * t.dtype().size() % 16 == 0
+        t.address().is_multiple_of(16) && (t.stride() * t.dtype().size()).is_multiple_of(16)
     }
 
     fn dtype(&self) -> DType {

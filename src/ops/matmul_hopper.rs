@@ -30,22 +30,23 @@ pub fn product(
         return Ok(false);
     }
     // Pairs of C are read and written at once.
-    let pairs = n.is_multiple_of(2) && c.stride().is_multiple_of(2) && c.address() % 8 == 0;
+    let pairs =
+        n.is_multiple_of(2) && c.stride().is_multiple_of(2) && c.address().is_multiple_of(8);
     if !Boxes::fit(a) || !Boxes::fit(b) || !(if float { pairs } else { pairs && Boxes::fit(c) }) {
         return Ok(false);
     }
-    let (tiles, width) = choose(layout, (m, n), capabilities.multiprocessors);
+    let steps = k.div_ceil(STEP);
+    let (tiles, width) = choose(layout, (m, n), steps, capabilities.multiprocessors);
     let at = Launch::grid([tiles.min(capabilities.multiprocessors), 1, 1]);
     // Boxes: along k where that is contiguous, else 64 rows of k.
     let a = Boxes::swizzled(a, if layout == Layout::TN { 64 } else { ROWS });
     let b = Boxes::swizzled(b, if layout == Layout::NT { width } else { 64 });
-    let steps = k.div_ceil(STEP);
     let (m, n, k, accumulate) = (m as i32, n as i32, k as i32, i32::from(accumulate));
     let (ldc, group) = (c.stride() as i32, GROUP);
     match (layout, float) {
         (Layout::NT | Layout::NN, false) => {
             let residual = (accumulate != 0).then_some(c);
-            let (direct, c) = (c.out(), Boxes::swizzled(c, 64));
+            let (direct, c) = (c.out(), Boxes::swizzled(c, 16));
             let ldr = ldc;
             let args =
                 kernels::HopperNtArgs { a, b, c, direct, residual, bias, m, n, k, ldc, ldr, group };
@@ -115,33 +116,89 @@ impl Shared {
     }
 }
 
-/// Into how many parts the steps of those tiles are cut that do not fill a wave of blocks; 0: they
-/// are not.
+/// Into how many parts of k each of those tiles is cut that do not fill a wave of blocks. All are cut
+/// alike: blocks that read the same rows of k at the same time share them in L2.
+fn parts(tiles: usize, steps: usize) -> usize {
+    match tiles % SPLIT_BLOCKS {
+        0 => 1,
+        left => (SPLIT_BLOCKS / left).min(steps / SPLIT_STEPS).max(1),
+    }
+}
+
+/// The blocks that share the tiles that are cut; 0: none is.
 fn workers(tiles: usize, steps: usize) -> usize {
-    let left = tiles % SPLIT_BLOCKS;
-    let workers = (left * steps / SPLIT_STEPS).min(SPLIT_BLOCKS);
-    if workers > left { workers } else { 0 }
+    match parts(tiles, steps) {
+        1 => 0,
+        parts => tiles % SPLIT_BLOCKS * parts,
+    }
 }
 
 /// Rows of tiles that are taken together, so that blocks at work side by side share what L2 holds.
 const GROUP: i32 = 8;
 
-/// How many tiles of which width take the least time. A narrow tile reads more for a product:
-/// measured on an H100 at 8192^3, per column, 1.00 at 256, 1.02 at 192, 1.09 at 128.
-fn choose(layout: Layout, (m, n): (usize, usize), multiprocessors: usize) -> (usize, usize) {
-    const WIDTHS: [(usize, f64); 4] = [(256, 1.0), (224, 1.01), (192, 1.02), (128, 1.09)];
-    let split = layout == Layout::TN;
-    let choice = |width: usize| m.div_ceil(ROWS) * n.div_ceil(width);
+/// How many tiles of which width take the least time: waves of tiles over the multiprocessors, times
+/// the time of a tile.
+fn choose(
+    layout: Layout,
+    (m, n): (usize, usize),
+    steps: usize,
+    multiprocessors: usize,
+) -> (usize, usize) {
+    let tiles = |width: usize| m.div_ceil(ROWS) * n.div_ceil(width);
     let time = |&(width, per_column): &(usize, f64)| {
-        let tiles = choice(width);
-        // Waves of tiles over the multiprocessors; gradients fill the last one.
-        let waves = match split {
-            true => tiles as f64 / SPLIT_BLOCKS as f64,
-            false => tiles.div_ceil(multiprocessors) as f64,
+        let tiles = tiles(width);
+        let waves = match layout {
+            Layout::NT | Layout::NN => tiles.div_ceil(multiprocessors) as f64,
+            Layout::TN => {
+                let last = f64::from(u8::from(!tiles.is_multiple_of(SPLIT_BLOCKS)));
+                (tiles / SPLIT_BLOCKS) as f64 + last / parts(tiles, steps) as f64
+            }
         };
         waves * width as f64 * per_column
     };
-    let possible = WIDTHS.iter().filter(|w| !split || w.0 < 256);
-    let width = possible.min_by(|x, y| time(x).total_cmp(&time(y))).map_or(128, |w| w.0);
-    (choice(width), width)
+    let widths = match layout {
+        Layout::NT => widths(steps, 1.01),
+        Layout::NN => widths(steps, 1.13), // loads the room of 256 columns
+        Layout::TN => widths(steps, 1.01)[1..].to_vec(),
+    };
+    let width = widths.iter().min_by(|x, y| time(x).total_cmp(&time(y))).map_or(128, |w| w.0);
+    (tiles(width), width)
+}
+
+/// The widths of a tile, and the time a column of it takes relative to 256, from what an H100
+/// reached. A narrow tile reads more for a product, but waits less between tiles, which counts
+/// where k is short.
+fn widths(steps: usize, at_224: f64) -> Vec<(usize, f64)> {
+    match steps {
+        0..32 => vec![(256, 1.0), (224, at_224.max(1.04)), (192, 1.02), (128, 1.06)],
+        _ => vec![(256, 1.0), (224, at_224), (192, 1.04), (128, 1.18)],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_as_wide_as_was_fastest_on_an_h100() {
+        let width = |layout, m, n, k: usize| choose(layout, (m, n), k.div_ceil(STEP), 132).1;
+        assert_eq!(width(Layout::NT, 8192, 8192, 8192), 256);
+        assert_eq!(width(Layout::NT, 16384, 9728, 896), 256);
+        assert_eq!(width(Layout::NT, 16384, 896, 4864), 224);
+        assert_eq!(width(Layout::NT, 1024, 9728, 896), 128);
+        assert_eq!(width(Layout::NT, 256, 9728, 896), 192);
+        assert_eq!(width(Layout::NN, 16384, 896, 9728), 192);
+        assert_eq!(width(Layout::NN, 16384, 896, 1152), 128);
+        assert_eq!(width(Layout::TN, 896, 4864, 16384), 224);
+    }
+
+    #[test]
+    fn tiles_that_do_not_fill_a_wave_are_all_cut_alike() {
+        assert_eq!(workers(132, 256), 0);
+        assert_eq!(workers(154, 256), 22 * 6);
+        assert_eq!(workers(63, 256), 63 * 2);
+        assert_eq!(workers(70, 256), 0, "two parts each are more than there are blocks");
+        assert_eq!(workers(2, 32), 2 * 4, "at least 8 steps a part");
+        assert_eq!(workers(2, 4), 0);
+    }
 }

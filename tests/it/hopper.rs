@@ -178,7 +178,8 @@ fn product_bits(device: Cpu, (layout, dtype): (Layout, DType), shape: [usize; 3]
 #[test]
 fn the_product_on_hopper_has_the_bits_of_the_other_one() {
     for what in LAYOUTS {
-        for shape in [[8, 8, 8], [130, 200, 72], [264, 136, 200]] {
+        // Tiles 128, 224, 192 and 256 wide.
+        for shape in [[8, 8, 8], [130, 200, 72], [264, 136, 200], [384, 512, 72]] {
             let other = product_bits(Cpu::new(), what, shape);
             let hopper = product_bits(Cpu::new().with_wgmma(), what, shape);
             assert!(other == hopper, "{what:?} {shape:?}");
@@ -190,7 +191,7 @@ fn the_product_on_hopper_has_the_bits_of_the_other_one() {
 
 #[test]
 fn a_gradient_that_is_split_along_k_is_the_sum_of_its_parts() {
-    // 4 tiles of 32 steps: 16 blocks of 8 steps share them.
+    // 4 tiles of 32 steps, cut into 4 parts each.
     let (what, shape) = ((Layout::TN, DType::F32), [136, 136, 2048]);
     let floats = |bits: Vec<u32>| -> Vec<f32> { bits.into_iter().map(f32::from_bits).collect() };
     let split = product_bits(Cpu::new().with_wgmma(), what, shape);
