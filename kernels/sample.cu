@@ -9,7 +9,7 @@
 // Shapes   logits [rows, vocab] float; who [rows, 3] int: sequence number (-1: the row is padding), position in its
 //          completion, row of `seen`; seed [2] int; seen [.., words] bits of vocab; part [rows, SAMPLE_PARTS, slices] float:
 //          of each slice of a row max l, the sums of l and of l / temperature, max l', the weight that a draw counts;
-//          sums [rows, SAMPLE_WAYS, slices], rank, width [rows] int, base, limit [rows]: state of a search
+//          sums [rows, SAMPLE_WAYS, slices], rank, width, digit [rows] int, base, limit, top [rows]: state of a search
 // Plan     A warp owns a slice of a row (common/logits.cuh). sample_slices reads it once, for the figures of both
 //          distributions; `sample`, a warp a row, adds the slices up, finds the slice in which the running sum passes u,
 //          and walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order
@@ -101,12 +101,12 @@ KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float*
 // sum of { w : v > t } < limit  (top_k: w = 1, limit top_k; top_p: w = e^{scale v - max}, limit top_p times the sum of all).
 // top_k: not below the top_k-th of the slices' maxima. top_p: of `vocab` weights the least that is kept is at least
 // (1 - top_p) / vocab of their sum, which is 1 or more; nor below `floor`, where the weights are sample_kept's.
-KERNEL_WARP(sample_bounds)(int* rank, int* width, float* base, float* limit, const float* part, const int* who,
-                           MAYBE(const int) floor_rank, int rows, int vocab, int slices, int count, float top_p, float scale) {
+KERNEL_WARP(sample_bounds)(int* rank, int* width, int* digit, float* base, float* limit, float* top, const float* part,
+                           const int* who, MAYBE(const int) floor_rank, int rows, int vocab, int slices, int count, float top_p, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows || who[row * SAMPLE_INFO] < 0) return;
   const float* largest = part + (row * SAMPLE_PARTS + 5) * slices;
-  const float *weight = largest + slices, top = row_max(largest, slices);
+  const float *weight = largest + slices, most = row_max(largest, slices);
   unsigned low = rank_of_float(NEG_INF);
   float bound = (float)count;
   if (count && count <= slices) {
@@ -124,7 +124,7 @@ KERNEL_WARP(sample_bounds)(int* rank, int* width, float* base, float* limit, con
     low = found > low ? found : low;
   }
   if (!count) {
-    const float m = top * scale;
+    const float m = most * scale;
     WarpPack all = {};
     for (int i = WCOL; i < slices; i += WARP_STEP) {
       const WarpPack w = load_row(weight, i, slices), v = load_row(largest, i, slices, NEG_INF);
@@ -133,16 +133,18 @@ KERNEL_WARP(sample_bounds)(int* rank, int* width, float* base, float* limit, con
     }
     bound = top_p * pack_sum(all);
     const float reach = (log_f((float)vocab / (1.f - top_p)) + 1e-3f) / scale;
-    const unsigned least = rank_of_float(top - reach), floor = floor_rank ? (unsigned)floor_rank[row] : 0u;
+    const unsigned least = rank_of_float(most - reach), floor = floor_rank ? (unsigned)floor_rank[row] : 0u;
     low = least > low ? least : low;
     low = floor > low ? floor : low;
   }
-  const unsigned high = rank_of_float(top);
+  const unsigned high = rank_of_float(most);
   if (LANE == 0) {
     rank[row] = (int)(low < high ? low : high);
     width[row] = low < high ? (int)(high - low + 1u) : 1;
+    digit[row] = -1;
     base[row] = 0.f;
     limit[row] = bound;
+    top[row] = most * scale;
   }
 }
 
@@ -150,54 +152,75 @@ KERNEL_WARP(sample_bounds)(int* rank, int* width, float* base, float* limit, con
 DEVICE unsigned part_of(unsigned width) { return width / SAMPLE_WAYS + (width % SAMPLE_WAYS ? 1u : 0u); }
 
 // Of each slice of each row, for the thresholds t_c = number rank + c part_of(width) - 1 in the order of the floats: the sum of
-// { w : v > t_c, v not above the interval that is left },  w = 1 (`count`) or e^{scale v - max}.
-KERNEL_WARP(sample_above, HOT)(float* sums, MAYBE(const int) seen, const float* logits, const int* who,
-                                           const float* part, const int* rank, const int* width, int rows, int vocab,
-                                           int slices, int words, int count, float scale, float penalty) {
+// { w : v > t_c, v not above the interval that is left },  w = 1 (`count`) or e^{scale v - top}. Of a slice that has nothing
+// left, which the sums of the pass before tell, it stays 0.
+KERNEL_WARP(sample_above, HOT)(INOUT(float) sums, MAYBE(const int) seen, const float* logits, const int* who,
+                               const float* part, const int* rank, const int* width, const int* digit, const float* top,
+                               int rows, int vocab, int slices, int words, int count, float scale, float penalty) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
   if (at.row >= rows) return;
   const int* info = who + at.row * SAMPLE_INFO;
-  if (info[0] < 0 || width[at.row] == 1) return;
   const unsigned low = (unsigned)rank[at.row], step = part_of((unsigned)width[at.row]);
+  const int before = digit[at.row];
+  const float m = top[at.row], largest = part[(at.row * SAMPLE_PARTS + 5) * slices + at.slice];
+  if (info[0] < 0 || width[at.row] == 1) return;
   const float below = float_of_rank(low - 1u), high = float_of_rank(low + SAMPLE_WAYS * step - 1u);
-  const float* largest = part + (at.row * SAMPLE_PARTS + 5) * slices;
   float* out = sums + at.row * SAMPLE_WAYS * slices + at.slice;
-  if (largest[at.slice] <= below) {
+  bool none = largest <= below;
+  if (before >= 0) {
+    const float upper = before + 1 < SAMPLE_WAYS ? out[(before + 1) * slices] : 0.f;
+    none = none | (out[before * slices] == upper);
+  }
+  if (none) {
     if (LANE == 0)
-      for (int c = 1; c < SAMPLE_WAYS; ++c) out[c * slices] = 0.f;
+      for (int c = 0; c < SAMPLE_WAYS; ++c) out[c * slices] = 0.f;
     return;
   }
-  const float m = row_max(largest, slices) * scale;
+  const float* l = logits + at.row * vocab;
+  const int* bits = seen_row(seen, info, words);
   float t[SAMPLE_WAYS];
   WarpPack above[SAMPLE_WAYS];
 #pragma unroll
-  for (int c = 1; c < SAMPLE_WAYS; ++c) {
+  for (int c = 0; c < SAMPLE_WAYS; ++c) {
     t[c] = float_of_rank(low + (unsigned)c * step - 1u);
     above[c] = {};
   }
-  const int* bits = seen_row(seen, info, words);
-  Slice s = load_slice(logits + at.row * vocab, at.slice, vocab);
+#pragma unroll 1
+  for (int k = 0; k < SLICE_PACKS; k += 4) {
+    const int begin = at.slice * LOGIT_SLICE + k * WARP_STEP + WCOL;
+    WarpPack four[4];  // four loads are on their way at once; the sums need the other registers
+    if (begin - WCOL + 4 * WARP_STEP <= vocab) {
 #pragma unroll
-  for (int k = 0; k < SLICE_PACKS; ++k)
-    if (s.has(k)) {
-      WarpPack v = s.pack[k], w;
-      if (bits) penalise(v, s.begin + k * WARP_STEP + WCOL, vocab, bits, penalty);
-      float any = 0.f;
+      for (int q = 0; q < 4; ++q) four[q] = load<WV>(l + begin + q * WARP_STEP, WV);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) four[q] = load_row(l, begin + q * WARP_STEP, vocab, NEG_INF);
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int i = begin + q * WARP_STEP;
+      if (i - WCOL >= vocab) continue;
+      WarpPack v = four[q], w;
+      if (bits) penalise(v, i, vocab, bits, penalty);
+      int any = 0;
 #pragma unroll
       for (int j = 0; j < WV; ++j) {
-        const bool in = !(v.v[j] > high) & !(v.v[j] <= below);
+        const bool in = !(v.v[j] > high) & !(v.v[j] <= below) & (i + j < vocab);
         w.v[j] = in ? (count ? 1.f : exp_or_zero(fmaf(v.v[j], scale, -m))) : 0.f;
-        any = max2(any, w.v[j]);
+        any |= (int)in;
       }
-      if (any > 0.f) {
+      if (any) {
+#pragma unroll
+        for (int j = 0; j < WV; ++j) above[0].v[j] += w.v[j];
 #pragma unroll
         for (int c = 1; c < SAMPLE_WAYS; ++c)
 #pragma unroll
           for (int j = 0; j < WV; ++j) above[c].v[j] += v.v[j] > t[c] ? w.v[j] : 0.f;
       }
     }
+  }
 #pragma unroll
-  for (int c = 1; c < SAMPLE_WAYS; ++c) {
+  for (int c = 0; c < SAMPLE_WAYS; ++c) {
     const float sum = pack_sum(above[c]);
     if (LANE == 0) out[c * slices] = sum;
   }
@@ -205,23 +228,26 @@ KERNEL_WARP(sample_above, HOT)(float* sums, MAYBE(const int) seen, const float* 
 
 // What is left of each row's interval: from behind the last threshold whose sum is not below the limit. base: the sum
 // above what is left.
-KERNEL_WARP(sample_narrow)(INOUT(int) rank, INOUT(int) width, INOUT(float) base, const float* limit, const float* sums,
-                           const int* who, int rows, int slices) {
+KERNEL_WARP(sample_narrow)(INOUT(int) rank, INOUT(int) width, int* digit, INOUT(float) base, const float* limit,
+                           const float* sums, const int* who, int rows, int slices) {
   const long long row = WARP_INDEX;
   if (row >= rows || who[row * SAMPLE_INFO] < 0 || width[row] == 1) return;
   const float* s = sums + row * SAMPLE_WAYS * slices;
   const unsigned low = (unsigned)rank[row], step = part_of((unsigned)width[row]);
   const float above = base[row], bound = limit[row];
-  float next = above;  // the sum above the threshold after c
-  int c = SAMPLE_WAYS - 1;
-  for (; c > 0; --c) {
+  float next = above;  // the sum above the threshold after the chosen one
+  int chosen = 0;
+#pragma unroll
+  for (int c = SAMPLE_WAYS - 1; c > 0; --c) {
     const float sum = above + slice_total(s + c * slices, slices);
-    if (!(sum < bound)) break;
-    next = sum;
+    const bool here = (chosen == 0) & !(sum < bound);
+    chosen = here ? c : chosen;
+    next = chosen ? next : sum;
   }
   if (LANE == 0) {
-    rank[row] = (int)(low + (unsigned)c * step);
+    rank[row] = (int)(low + (unsigned)chosen * step);
     width[row] = (int)step;
+    digit[row] = chosen;
     base[row] = next;
   }
 }
@@ -325,7 +351,7 @@ DEVICE Found find(int begin, int end, float before, float u, Weights weights, Ag
 }
 
 // The draw and what is known of it. `truncates`: the weights of the slices are sample_kept's.
-KERNEL_WARP(sample)(int* token, float* logp, float* logp_scaled, float* logp_truncated, float* entropy, MAYBE(int) seen,
+KERNEL_WARP(sample, BLOCKS=0:2)(int* token, float* logp, float* logp_scaled, float* logp_truncated, float* entropy, MAYBE(int) seen,
                     const float* part, const float* logits, const int* who, const int* seed, MAYBE(const int) top_k_rank,
                     MAYBE(const int) top_p_rank, int rows, int vocab, int slices, int words, int greedy, int truncates,
                     float scale, float min_p, float penalty) {

@@ -316,14 +316,17 @@ impl Sample {
         let slices = slices(vocab);
         let count = if threshold == Threshold::TopK { s.top_k as i32 } else { 0 };
         let sums = cx.float("sums above thresholds", &[n, SAMPLE_WAYS, slices])?;
-        let (base, limit) = (cx.float("thresholds", &[n])?, cx.float("thresholds", &[n])?);
+        let floats = || cx.float("thresholds", &[n]);
+        let (base, limit, top) = (floats()?, floats()?, floats()?);
         let ints = || Tensor::new(&cx.pool, "thresholds", DType::I32, &[n]);
-        let (rank, width) = (ints()?, ints()?);
+        let (rank, width, digit) = (ints()?, ints()?, ints()?);
         let args = kernels::SampleBoundsArgs {
             rank: rank.out(),
             width: width.out(),
+            digit: digit.out(),
             base: base.out(),
             limit: limit.out(),
+            top: top.out(),
             part: rows.part,
             who: rows.who,
             floor_rank: floor,
@@ -344,6 +347,8 @@ impl Sample {
                 part: rows.part,
                 rank: &rank,
                 width: &width,
+                digit: &digit,
+                top: &top,
                 rows: n as i32,
                 vocab: vocab as i32,
                 slices: slices as i32,
@@ -356,6 +361,7 @@ impl Sample {
             let args = kernels::SampleNarrowArgs {
                 rank: rank.out(),
                 width: width.out(),
+                digit: digit.out(),
                 base: base.out(),
                 limit: &limit,
                 sums: &sums,
