@@ -180,7 +180,7 @@ fn gpu_source(sources: &Sources, file: &KernelFile, real: &Real) -> String {
         let (k, d, symbol) = (instance.kernel, instance.d, instance.symbol);
         let (params, name, args) = (k.entry_params(), &k.name, k.c_args());
         let bounds = match k.blocks {
-            Some((of, n)) if of == d => format!("{}, {n}", k.threads),
+            Some((of, n)) if of.is_none_or(|of| of == d) => format!("{}, {n}", k.threads),
             _ => k.threads.to_string(),
         };
         writeln!(

@@ -21,8 +21,8 @@ pub struct Kernel {
     pub d: Vec<u32>,
     /// The largest block.
     pub threads: u32,
-    /// (D, n): that instance leaves registers for n blocks a multiprocessor.
-    pub blocks: Option<(u32, u32)>,
+    /// (D, n): that instance leaves registers for n blocks a multiprocessor; None: every instance.
+    pub blocks: Option<(Option<u32>, u32)>,
     /// Bytes of dynamic shared memory, in terms of D and sizeof(real).
     pub shared: Option<Expr>,
     pub hot: bool,
@@ -222,15 +222,17 @@ fn set_attributes(kernel: &mut Kernel, text: &str) -> Result<(), String> {
         } else if let Some(v) = part.strip_prefix("THREADS=") {
             kernel.threads = number(v)?;
         } else if let Some(v) = part.strip_prefix("BLOCKS=") {
-            let (d, n) = v.split_once(':').ok_or(format!("{part}: no colon; write BLOCKS=D:n"))?;
-            kernel.blocks = Some((number(d)?, number(n)?));
+            kernel.blocks = Some(match v.split_once(':') {
+                Some((d, n)) => (Some(number(d)?), number(n)?),
+                None => (None, number(v)?),
+            });
         } else if let Some(v) = part.strip_prefix("SHARED=") {
             kernel.shared = Some(expression(v)?);
         } else if part == "HOT" {
             kernel.hot = true;
         } else {
             return Err(format!(
-                "unknown attribute {part}; write D=, THREADS=, BLOCKS=D:n, SHARED= or HOT"
+                "unknown attribute {part}; write D=, THREADS=, BLOCKS=n, BLOCKS=D:n, SHARED= or HOT"
             ));
         }
     }

@@ -228,6 +228,8 @@ pub struct Capabilities {
     pub tensor_cores: bool,
     /// Whether it runs the kernels of Hopper (TMA and wgmma, sm_90a).
     pub wgmma: bool,
+    /// How many blocks run at once, at one a multiprocessor.
+    pub multiprocessors: usize,
     /// Whether [`Device::gemm`] has a library.
     pub library_gemm: bool,
     /// Whether a row's bits in the library's products may depend on the number of rows.
@@ -242,6 +244,7 @@ impl Capabilities {
         dtype: DType::F32,
         tensor_cores: false,
         wgmma: false,
+        multiprocessors: 2,
         library_gemm: true,
         gemm_depends_on_rows: false,
         work_bytes: 4 << 20,
@@ -252,6 +255,7 @@ impl Capabilities {
         dtype: DType::BF16,
         tensor_cores: true,
         wgmma: false,
+        multiprocessors: 132,
         library_gemm: true,
         gemm_depends_on_rows: true,
         work_bytes: 512 << 20,

@@ -49,7 +49,7 @@ fn a_signature_is_read_with_its_attributes_parameters_and_comment() {
         kind: Kind::Fiber,
         d: vec![16, 32],
         threads: 128,
-        blocks: Some((32, 5)),
+        blocks: Some((Some(32), 5)),
         shared: Some(shared),
         hot: true,
         params,
@@ -125,7 +125,7 @@ fn a_bad_attribute_is_shown_with_those_that_exist() {
     says("KERNEL(f, D=sixteen)(int n) {", &["\"sixteen\"", "D=64,128"]);
     says("KERNEL(f, D=16,x)(int n) {", &["\"x\"", "D=64,128"]);
     says("KERNEL(f, THREADS=many)(int n) {", &["THREADS=many", "whole number"]);
-    says("KERNEL(f, BLOCKS=5)(int n) {", &["BLOCKS=5: no colon", "BLOCKS=D:n"]);
+    says("KERNEL(f, BLOCKS=x)(int n) {", &["BLOCKS=x", "not \"x\""]);
     says("KERNEL(f, BLOCKS=a:5)(int n) {", &["not \"a\""]);
     says("KERNEL(f, SHARED=2 *)(int n) {", &["cannot read"]);
     says("KERNEL(f, SHARED=(2)(int n) {", &["not closed"]);

@@ -65,6 +65,7 @@ pub struct Cuda {
     capability: (i32, i32),
     /// The most dynamic shared memory a kernel of this device can opt in to.
     max_shared: u32,
+    multiprocessors: usize,
     code: Mutex<Code>,
     ring: Mutex<Ring>,
     marks: Mutex<Vec<Option<Event>>>,
@@ -247,6 +248,8 @@ impl Cuda {
         }
         let max_shared =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
+        let multiprocessors =
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let opening = "opening the GPU (is another process using it exclusively?)";
         // SAFETY: the device comes from the driver. The primary context, because cuBLASLt works in
         // it.
@@ -267,6 +270,7 @@ impl Cuda {
             stream: std::ptr::null_mut(),
             capability,
             max_shared,
+            multiprocessors,
             code: Mutex::default(),
             ring: Mutex::new(Ring {
                 base: std::ptr::null_mut(),
@@ -457,6 +461,7 @@ impl Device for Cuda {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             library_gemm: self.blas.is_some(),
+            multiprocessors: self.multiprocessors,
             wgmma: self.capability.0 == 9 && HAS_HOPPER_IMAGES,
             ..Capabilities::GPU
         }
