@@ -130,7 +130,7 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
   bf16* sk = sq + ROWS * STRIDE<D>;
   bf16* sv = sk + ROWS * STRIDE<D>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int position[2], first[2], place[2];  // place: row and head in out, -1 if there is no row
+  int position[2], place[2];  // place: row and head in out, -1 if there is no row
   const float factor = score_factor(scale, softcap);
   OnlineSoftmax softmax;
   float o[D / 8][4];
@@ -139,7 +139,6 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
     const int i = warp * 16 + lane / 4 + h * 8, row = rows.row(i);
     place[h] = row < 0 ? -1 : row * heads + rows.head(i);
     position[h] = rows.position(i);
-    first[h] = first_seen(position[h], window);
   }
   clear(o);
   fetch_rows<D, ROWS>(sq, q, [&](int i) { return rows.row(i) < 0 ? -1ll : (long long)rows.row(i) * ld + rows.head(i) * D; });
@@ -159,7 +158,7 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
     if (next < to) fetch_rows<D, ROWS>(sk, k, [&](int i) { return next + i < to ? keys.at(next + i) : -1ll; });
     copy_commit();
     cap_scores(s, scale, softcap);
-    hide_scores(s, first, position, block);
+    hide_scores(s, position, window, block);
     float alpha[2];
     if (softmax.step(s, alpha, factor)) scale_rows(o, alpha);
     weighted_rows<D, ROWS>(o, s, sv);

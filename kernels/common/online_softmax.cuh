@@ -15,19 +15,22 @@ DEVICE float score_factor(float scale, float softcap) { return softcap > 0.f ? L
 template <int N>
 DEVICE void cap_scores(float (&s)[N][4], float scale, float softcap) {
   if (softcap > 0.f) {
+    const float inner = scale / softcap;
 #pragma unroll
     for (int j = 0; j < N; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = softcap * tanh_f(s[j][e] * scale / softcap);
+      for (int e = 0; e < 4; ++e) s[j][e] = softcap * tanh_f(s[j][e] * inner);
   }
 }
 
-// What the two rows do not see becomes -inf: positions before `first` and beyond `position`; the columns begin at `block`.
+// What the two rows do not see becomes -inf: all but the `window` columns up to `position` (-1: no row, which sees nothing);
+// the columns begin at `block`.
 template <int N>
-DEVICE void hide_scores(float (&s)[N][4], const int (&first)[2], const int (&position)[2], int block) {
+DEVICE void hide_scores(float (&s)[N][4], const int (&position)[2], int window, int block) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int column = block + (int)threadIdx.x % 4 * 2, low = first[h] - column, high = position[h] - column;
+    const int high = position[h] - block - (int)threadIdx.x % 4 * 2;
+    const int low = (int)((unsigned)high - (unsigned)window + 1u);  // wraps where high < 0: then nothing is seen anyway
     if (low > 0 || high < N * 8) {
 #pragma unroll
       for (int j = 0; j < N; ++j)

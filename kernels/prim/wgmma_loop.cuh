@@ -23,6 +23,14 @@ DEVICE void hold(float (&d)[N]) {
 #endif
 }
 
+// A number from which the compiler computes nothing ahead of this point: what follows from it takes no registers before.
+DEVICE int hold(int v) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // The operand `values` (a multiple of 8) further in the same shared memory: one addition, where wgmma_desc takes five.
 DEVICE wgmma_operand wgmma_step(wgmma_operand o, int values) {
 #ifdef __CUDACC__

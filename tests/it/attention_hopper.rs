@@ -14,9 +14,10 @@ use temper::tensor::Tensor;
 /// Lengths of segments, and the segment that each has as its prefix.
 type Packing = &'static [(usize, Option<usize>)];
 
-/// Ragged ends before, on and after the edges of 64 and 128 rows; two tiles of which the second
-/// is empty; prefixes that end inside a block, on its edge and after several.
-const PACKINGS: [Packing; 4] = [
+/// Ragged ends before, on and after the edges of 64 and 192 rows; a long one with a ragged end, for
+/// which the ring goes round; prefixes that end inside a block, on its edge and after several.
+const PACKINGS: [Packing; 5] = [
+    &[(70, None), (700, Some(0)), (193, None)],
     &[(1, None), (63, None), (65, None), (128, None), (129, None)],
     &[(70, None), (61, Some(0)), (1, Some(0)), (130, Some(0)), (64, None)],
     &[(9, Some(2)), (150, Some(2)), (128, None), (3, None)],

@@ -88,13 +88,15 @@ pub(super) fn forward(
     };
     if tensor_cores(cx, n, &[qkv])? {
         if wgmma(cx, n, &kernels::ATTENTION_HOPPER_FWD_D)? {
+            let count = t.hopper_tiles.row_count() * n.heads as usize;
             let tiles = AttentionHopperFwdArgs {
                 out: out.out(),
                 lse: lse.map(Tensor::out),
                 qkv,
                 map: Boxes::swizzled(qkv, PAGE),
-                items: &t.wide_tiles,
+                items: &t.hopper_tiles,
                 segments: &t.segments,
+                count: count as i32,
                 ld: qkv.stride() as i32,
                 heads: n.heads,
                 kv_heads: n.kv_heads,
@@ -102,7 +104,11 @@ pub(super) fn forward(
                 softcap: n.softcap,
                 window: n.window,
             };
-            let at = blocks(&t.wide_tiles, n.heads);
+            let blocks = count.min(cx.device.capabilities().multiprocessors);
+            let at = Launch::grid([blocks, 1, 1]);
+            if n.softcap > 0.0 {
+                return kernels::attention_hopper_fwd_capped(dev, at, n.d, tiles);
+            }
             return kernels::attention_hopper_fwd(dev, at, n.d, tiles);
         }
         let tiles = AttentionFwdArgs { items: &t.query_tiles, ..rows };

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::kernels::{HOPPER_BWD_ROWS, HOPPER_ROWS, MMA_ROWS, SEGMENT_INTS};
+use crate::kernels::{HOPPER_BWD_ROWS, HOPPER_FWD_ROWS, MMA_ROWS, SEGMENT_INTS};
 use crate::tensor::Tensor;
 
 /// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally
@@ -43,7 +43,9 @@ pub(super) struct Tables {
     /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before
     /// them come first.
     pub query_tiles: Tensor,
-    /// As `query_tiles`, of each HOPPER_ROWS rows: forward and backward share them.
+    /// As `query_tiles`, of each HOPPER_FWD_ROWS rows.
+    pub hopper_tiles: Tensor,
+    /// As `query_tiles`, of each HOPPER_BWD_ROWS rows.
     pub wide_tiles: Tensor,
     /// As `query_tiles`, in the order of the queries that see them.
     pub key_tiles: Tensor,
@@ -142,8 +144,8 @@ impl AttnPlan {
         }
         let (mut row_segment, mut table, mut children) =
             (Vec::with_capacity(self.rows), Vec::new(), Vec::new());
-        let (mut by_keys, mut wide, mut by_queries) = (Vec::new(), Vec::new(), Vec::new());
-        let mut wide_by_queries = Vec::new();
+        let (mut by_keys, mut hopper, mut by_queries) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut wide, mut wide_by_queries) = (Vec::new(), Vec::new());
         for (i, s) in self.segments.iter().enumerate() {
             row_segment.resize(s.start + s.len, i as i32);
             let prefix_start = s.prefix.map_or(0, |p| self.segments[p].start);
@@ -156,8 +158,8 @@ impl AttnPlan {
             let in_children: usize =
                 of_prefix[i].iter().map(|c| self.segments[*c as usize].len).sum();
             let tile = |first: usize| (self.before(i) + first, i as i32, first as i32);
-            const { assert!(HOPPER_ROWS == HOPPER_BWD_ROWS, "the backward of dq shares the wide tiles") };
-            wide.extend((0..s.len).step_by(HOPPER_ROWS).map(tile));
+            hopper.extend((0..s.len).step_by(HOPPER_FWD_ROWS).map(tile));
+            wide.extend((0..s.len).step_by(HOPPER_BWD_ROWS).map(tile));
             by_keys.extend((0..s.len).step_by(MMA_ROWS).map(tile));
             let tile = |first: usize| (s.len - first + in_children, i as i32, first as i32);
             wide_by_queries.extend((0..s.len).step_by(HOPPER_BWD_ROWS).map(tile));
@@ -176,6 +178,7 @@ impl AttnPlan {
             segments: ints("attention segments", &table, SEGMENT_INTS)?,
             children: cx.ints("attention children", &children)?,
             query_tiles: ints("attention query tiles", &order(by_keys), 2)?,
+            hopper_tiles: ints("attention hopper tiles", &order(hopper), 2)?,
             wide_tiles: ints("attention wide tiles", &order(wide), 2)?,
             key_tiles: ints("attention key tiles", &order(by_queries), 2)?,
             wide_key_tiles: ints("attention wide key tiles", &order(wide_by_queries), 2)?,
