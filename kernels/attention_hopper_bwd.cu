@@ -89,27 +89,25 @@ DEVICE void score_products(float (&acc)[32], const bf16* a, const bf16* b) {
   }
 }
 
-// The A operand of `scores` that stays for all steps: at head size 64 in registers, which spares shared memory a third of
-// its reads; else there is no room, and it is read where it lies.
-template <int D>
+// The A operand that stays for all steps. COPIED: in registers, which spares shared memory a third of its reads; else it
+// is read where it lies.
+template <int D, bool COPIED>
 struct Resident {
-  static constexpr bool COPIED = false;
   const bf16* tile;
   DEVICE_MEMBER explicit Resident(const bf16* tile) : tile(tile) {}
   DEVICE_MEMBER void scores(float (&acc)[32], const bf16* b) const { score_products<D>(acc, tile, b); }
 };
-template <>
-struct Resident<64> {
-  static constexpr bool COPIED = true;
-  unsigned a[4][4];
+template <int D>
+struct Resident<D, true> {
+  unsigned a[D / 16][4];
   DEVICE_MEMBER explicit Resident(const bf16* tile) {
     const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) ldmatrix4<false>(a[k], tile + row * 64 + ((2 * k + lane / 16) ^ (row % 8)) * 8);
+    for (int k = 0; k < D / 16; ++k) ldmatrix4<false>(a[k], tile + row * 64 + ((2 * k + lane / 16) ^ (row % 8)) * 8);
   }
   DEVICE_MEMBER void scores(float (&acc)[32], const bf16* b) const {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<64, false>(acc, a[k], wgmma_desc<true>(b + k * 16), k > 0);
+    for (int k = 0; k < D / 16; ++k) wgmma_rs<64, false>(acc, a[k], wgmma_desc<true>(b + k * 16), k > 0);
   }
 };
 
@@ -269,7 +267,9 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     clear(ds);
   };
   mbarrier_wait(resident, 0);
-  const Resident<D> keys(sk + w * TILE), values(sv + w * TILE);
+  // ptxas 13.0 gives the registers of copied operands away inside this loop where P and dS do not outlive a step (the
+  // first GPU run of a softcap found it), so they are copied with OVERLAP only.
+  const Resident<D, OVERLAP> keys(sk + w * TILE), values(sv + w * TILE);
   for (;;) {
     const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
     mbarrier_wait(full + stage, turn.parity);
@@ -419,6 +419,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
                             const int* items, const int* segments, int tiles, int stat_rows, int ld, int heads, int kv_heads,
                             float scale, float softcap, int window, int accumulate) {
   constexpr int TILE = 64 * D, STAGES = hopper_dq_stages(D);
+  constexpr bool COPIED = D == 64;
   bf16* sq = (bf16*)shared_base();
   bf16* sgo = sq + 2 * TILE;
   bf16* sout = sgo + 2 * TILE;
@@ -515,8 +516,8 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
         to_stats[(long long)heads * stat_rows] = delta[h];
       }
     }
-    const Resident<D> queries(sq + w * TILE), gradients(sgo + w * TILE);
-    if (Resident<D>::COPIED) vacate();
+    const Resident<D, COPIED> queries(sq + w * TILE), gradients(sgo + w * TILE);
+    if (COPIED) vacate();
     for (int block = tile.from(window); block < to; block += 64) {
       const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
       mbarrier_wait(full + stage, turn.parity);
@@ -563,7 +564,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
                         gradient<CAPPED>(s[i + 1], dp[i + 1], nlse[h], delta[h], softcap));
         }
     }
-    if (!Resident<D>::COPIED) vacate();
+    if (!COPIED) vacate();
     finish();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
