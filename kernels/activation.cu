@@ -15,11 +15,26 @@
 // The activations, D of the kernels.
 EXPORT_ENUM(act, SILU, GELU_TANH, GELU, RELU);
 
+// sigmoid_f with its bits. Numerator and denominator lie in [0, 1] and [1, 2], so on a GPU the quotient needs none of the
+// range checks of a division, whose branches keep the elements of a pack from overlapping.
+DEVICE float gate_sigmoid(float x) {
+#ifdef __CUDACC__
+  const float e = exp_f(x < 0.f ? x : -x), n = x < 0.f ? e : 1.f, d = 1.f + e;
+  float r = __fdividef(1.f, d);
+  r = fmaf(fmaf(-d, r, 1.f), r, r);
+  float q = n * r;
+  q = fmaf(fmaf(-d, q, n), r, q);
+  return fmaf(fmaf(-d, q, n), r, q);
+#else
+  return sigmoid_f(x);
+#endif
+}
+
 // value and derivative
 template <int ACT>
 DEVICE void activate(float x, float& y, float& dy) {
   if (ACT == act::SILU) {
-    const float s = sigmoid_f(x);
+    const float s = gate_sigmoid(x);
     y = x * s;
     dy = s * fmaf(x, 1.f - s, 1.f);
   } else if (ACT == act::GELU_TANH) {
@@ -37,29 +52,41 @@ DEVICE void activate(float x, float& y, float& dy) {
   }
 }
 
-KERNEL_FLAT(glu_fwd, D=0,1,2)(real* y, const real* x, int rows, int f) {
-  const int packs = (f + V - 1) / V;
-  const long long item = FLAT_INDEX;
-  if (item >= (long long)rows * packs) return;
-  const long long row = item / packs;
-  const int i = (int)(item % packs) * V, n = f - i;
-  FlatPack g = load<V>(x + row * 2 * f + i, n), u = load<V>(x + row * 2 * f + f + i, n);
+// n values of a pack; WHOLE: all of them, in one aligned load that nothing waits for until they are used.
+template <bool WHOLE>
+DEVICE FlatPack gate_pack(const real* p, int n) {
+  return WHOLE ? values(fetch<V>(p, V)) : load<V>(p, n);
+}
+
+template <int D, bool WHOLE>
+DEVICE void glu_pack(real* y, const real* x, int f, int n) {
+  FlatPack g = gate_pack<WHOLE>(x, n), u = gate_pack<WHOLE>(x + f, n);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     float a, da;
     activate<D>(g.v[j], a, da);
     g.v[j] = a * u.v[j];
   }
-  store(y + row * f + i, g, n);
+  if (WHOLE) put(y, packed<real>(g), V);
+  else store(y, g, n);
 }
 
-KERNEL_FLAT(glu_bwd, D=0,1,2)(real* dx, const real* dy, const real* x, int rows, int f, int accumulate) {
+KERNEL_FLAT(glu_fwd, D=0,1,2)(real* y, const real* x, int rows, int f) {
   const int packs = (f + V - 1) / V;
   const long long item = FLAT_INDEX;
   if (item >= (long long)rows * packs) return;
   const long long row = item / packs;
-  const int i = (int)(item % packs) * V, n = f - i;
-  FlatPack g = load<V>(x + row * 2 * f + i, n), u = load<V>(x + row * 2 * f + f + i, n), d = load<V>(dy + row * f + i, n);
+  const int i = (int)(item % packs) * V;
+  // A CPU, whose threads are the lanes of its vectors, has no use for the whole packs.
+  if (LANES > 1 && whole_packs(x, f) && whole_packs(y, 0))
+    glu_pack<D, true>(y + row * f + i, x + row * 2 * f + i, f, f - i);
+  else
+    glu_pack<D, false>(y + row * f + i, x + row * 2 * f + i, f, f - i);
+}
+
+template <int D, bool WHOLE>
+DEVICE void glu_bwd_pack(real* dx, const real* dy, const real* x, int f, int n, int accumulate) {
+  FlatPack g = gate_pack<WHOLE>(x, n), u = gate_pack<WHOLE>(x + f, n), d = gate_pack<WHOLE>(dy, n);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     float a, da;
@@ -67,8 +94,25 @@ KERNEL_FLAT(glu_bwd, D=0,1,2)(real* dx, const real* dy, const real* x, int rows,
     g.v[j] = d.v[j] * u.v[j] * da;
     u.v[j] = d.v[j] * a;
   }
-  store(dx + row * 2 * f + i, g, n, accumulate);
-  store(dx + row * 2 * f + f + i, u, n, accumulate);
+  if (WHOLE && !accumulate) {
+    put(dx, packed<real>(g), V);
+    put(dx + f, packed<real>(u), V);
+  } else {
+    store(dx, g, n, accumulate);
+    store(dx + f, u, n, accumulate);
+  }
+}
+
+KERNEL_FLAT(glu_bwd, D=0,1,2)(real* dx, const real* dy, const real* x, int rows, int f, int accumulate) {
+  const int packs = (f + V - 1) / V;
+  const long long item = FLAT_INDEX;
+  if (item >= (long long)rows * packs) return;
+  const long long row = item / packs;
+  const int i = (int)(item % packs) * V;
+  if (LANES > 1 && whole_packs(x, f) && whole_packs(dy, 0) && whole_packs(dx, 0))
+    glu_bwd_pack<D, true>(dx + row * 2 * f + i, dy + row * f + i, x + row * 2 * f + i, f, f - i, accumulate);
+  else
+    glu_bwd_pack<D, false>(dx + row * 2 * f + i, dy + row * f + i, x + row * 2 * f + i, f, f - i, accumulate);
 }
 
 KERNEL_FLAT(act_fwd, D=0,1,2,3)(real* y, const real* x, long long n) {

@@ -18,6 +18,8 @@
 
 // Squares that one warp adds up.
 EXPORT(int, NORM_CHUNK, 8192);
+// Packs that a lane of norm_and_clip has under way at once. (A CPU's one lane per warp would only copy.)
+constexpr int AHEAD = 4;
 // Values of a thread of adamw_bf16.
 EXPORT(int, ADAMW_BF16_PACK, 8);
 
@@ -36,10 +38,24 @@ KERNEL_WARP(square_sums)(float* partial, const float* g, long long n) {
 }
 
 // hyper[3] = the norm, hyper[4] = the clip factor. One warp.
-KERNEL_WARP(norm_and_clip)(INOUT(float) hyper, const float* partial, int chunks, float max_norm) {
+KERNEL_WARP(norm_and_clip, BLOCKS=0:4)(INOUT(float) hyper, const float* partial, int chunks, float max_norm) {
   if (WARP_INDEX > 0) return;
   WarpPack acc = {};
-  for (int i = WCOL; i < chunks; i += WARP_STEP) {
+  int i = WCOL;
+  if (LANES > 1 && whole_packs(partial, 0)) {
+    for (; i - WCOL + AHEAD * WARP_STEP <= chunks; i += AHEAD * WARP_STEP) {
+      Packed<WV, float> p[AHEAD];
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) p[k] = fetch<WV>(partial + i + k * WARP_STEP, WV);
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) {
+        const WarpPack v = values(p[k]);
+#pragma unroll
+        for (int j = 0; j < WV; ++j) acc.v[j] += v.v[j];
+      }
+    }
+  }
+  for (; i < chunks; i += WARP_STEP) {
     WarpPack v = load_row(partial, i, chunks);
 #pragma unroll
     for (int j = 0; j < WV; ++j) acc.v[j] += v.v[j];

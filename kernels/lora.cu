@@ -6,10 +6,13 @@
 //          (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021)
 // Shapes   x, dx [m, k], y, dy [m, n], W [n, k], A [R, k], B_i [end_i - start_i, r_i], t, dt [m, R] real with row strides;
 //          bias [n] real; dA, dB_i float, without strides
-// Plan     The tile of prim/tile.cuh. y and dx: the loop over k (n) goes on over R more columns, from t and Bd (dt and A);
-//          Bd is put together as its tiles are read. dt: a launch for all segments (blockIdx.z). Gradients: a launch whose
-//          blocks share out the tiles of dA and of all dB.
-// Numerics Float sums from left to right, the low-rank term last; one rounding when stored. t and dt are real.
+// Plan     t and dt (lora_narrow): few columns and a long k. A block owns 32 rows, its eight warps share out k in chunks of
+//          32, fragments come straight from global memory, the warps' sums are added in order in shared memory. One launch
+//          for all segments, with the scales. y and dx: the tile of prim/tile.cuh; the loop over k (n) goes on over R more
+//          columns, from t and Bd (dt and A); Bd is put together as its tiles are read. Gradients: a launch whose blocks
+//          share out the tiles of dA and of all dB.
+// Numerics Float sums, in y and dx from left to right, the low-rank term last; in t and dt eight chains in a fixed order,
+//          which depends on k alone. One rounding when stored, after the scale. t and dt are real.
 // Cost     y: 2 m n (k + R) flops, 2 m R more bytes read than without the adapter. GPU: not measured yet.
 #include "prim/tile.cuh"
 
@@ -103,23 +106,113 @@ KERNEL(lora_nn, SHARED=tile_shared(sizeof(real)), HOT)(real* dx, const real* dy,
   each_pair(acc, m0, k0, [&](int row, int col, float u, float v) { to.put(row, col, u, v); });
 }
 
-// dt_i = s_i dy_i B_i; a segment a blockIdx.z.
-KERNEL(lora_dt, SHARED=tile_shared(sizeof(real)))(real* dt, const real* dy, const real* b0, MAYBE(const real) b1, MAYBE(const real) b2, int m, int lddy,
-                int lddt, int start0, int end0, int rank0, int start1, int end1, int rank1, int start2, int end2, int rank2,
-                float s0, float s1, float s2) {
-  const int z = blockIdx.z, m0 = blockIdx.y * BM, r0 = blockIdx.x * BN;
+// The narrow products, whose few columns leave no work for a tile of prim/tile.cuh: a block owns NARROW_ROWS rows and
+// NARROW_COLS columns, and its warps share out k.
+EXPORT(int, NARROW_ROWS, 32);
+EXPORT(int, NARROW_COLS, 32);
+// Shared memory of a block: each warp's sums, in rows 8 banks apart.
+EXPORT_FN(narrow_shared, real_bytes, real_bytes == 2 ? 8 * 32 * (32 + 8) * 4 : 0);
+constexpr int NARROW_WARPS = 8, NARROW_PITCH = NARROW_COLS + 8, NARROW_TILES = NARROW_COLS / 8;
+
+#ifdef REAL_BF16
+// Eight neighbours of a row as four words; zero outside. WHOLE: they lie in one aligned run of 16 bytes, or outside.
+template <bool WHOLE>
+DEVICE void eight(unsigned (&to)[4], const Matrix& a, int row, int col) {
+  if constexpr (WHOLE) {
+    const Packed<8, bf16> p = fetch<8>(a.p + (long long)row * a.ld + col, row < a.rows ? 8 : 0);
+    memcpy(to, &p, 16);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] = pack_bf16(a.at(row, col + 2 * e), a.at(row, col + 2 * e + 1));
+  }
+}
+
+// Eight neighbours of a column.
+DEVICE void eight_down(unsigned (&to)[4], const Matrix& a, int row, int col) {
+  const bf16* p = a.p + (long long)row * a.ld + col;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const bool one = col < a.cols && row + 2 * e < a.rows, two = col < a.cols && row + 2 * e + 1 < a.rows;
+    const unsigned low = one ? p[2 * e * a.ld].bits : 0, high = two ? p[(2 * e + 1) * a.ld].bits : 0;
+    to[e] = low | high << 16;
+  }
+}
+
+// This warp's part of the products of rows m0.. of x and columns c0.. of w (D=0: w's rows): every NARROW_WARPS-th 32 of k.
+// Lane 4 g + q takes k = 8 q .. 8 q + 7 of them, for both operands, so a fragment is one load; all loads of a chunk are
+// under way before its first product.
+template <int D, bool WHOLE>
+DEVICE void narrow_sums(float (&acc)[2][NARROW_TILES][4], const Matrix& x, const Matrix& w, int m0, int c0, int k) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+#pragma unroll(WHOLE ? 2 : 1)
+  for (int k0 = warp * 32; k0 < k; k0 += NARROW_WARPS * 32) {
+    unsigned fx[2][2][4], fw[NARROW_TILES][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) eight<WHOLE>(fx[i][h], x, m0 + i * 16 + h * 8 + g, k0 + 8 * q);
+#pragma unroll
+    for (int j = 0; j < NARROW_TILES; ++j) {
+      if constexpr (D == 0) eight<WHOLE>(fw[j], w, c0 + j * 8 + g, k0 + 8 * q);
+      else eight_down(fw[j], w, k0 + 8 * q, c0 + j * 8 + g);
+    }
+#pragma unroll
+    for (int j = 0; j < NARROW_TILES; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int s = 0; s < 4; s += 2) {
+          const unsigned a[4] = {fx[i][0][s], fx[i][1][s], fx[i][0][s + 1], fx[i][1][s + 1]}, b[2] = {fw[j][s], fw[j][s + 1]};
+          mma_bf16(acc[i][j], a, b);
+        }
+  }
+}
+#endif
+
+// out_i = s_i x_i W_i. D=0: t = s x A^T, one segment of all columns of x, W = A [R, k]. D=1: dt_i = s_i dy_i B_i, a segment
+// a blockIdx.z, W = B_i [k, rank].
+KERNEL(lora_narrow, D=0,1, SHARED=narrow_shared(sizeof(real)), HOT)(real* out, const real* x, const real* w0, MAYBE(const real) w1,
+                MAYBE(const real) w2, const float* scale, int m, int ldx, int ldout, int start0, int end0, int rank0,
+                int start1, int end1, int rank1, int start2, int end2, int rank2) {
+  const int z = blockIdx.z, m0 = blockIdx.y * NARROW_ROWS, c0 = blockIdx.x * NARROW_COLS;
   const int start = z == 0 ? start0 : z == 1 ? start1 : start2, end = z == 0 ? end0 : z == 1 ? end1 : end2;
   const int rank = z == 0 ? rank0 : z == 1 ? rank1 : rank2, offset = z == 0 ? 0 : z == 1 ? rank0 : rank0 + rank1;
-  const float s = z == 0 ? s0 : z == 1 ? s1 : s2;
-  if (r0 >= rank) return;
-  const Matrix left(dy + start, lddy, m, end - start), right(z == 0 ? b0 : z == 1 ? b1 : b2, rank, end - start, rank);
-  Sums acc;
-  multiply<NN>(acc, steps_of(end - start), [&](int step, real* ta, real* tb) {
-    load_tile<true>(ta, left, m0, step * BK);
-    load_tile<false>(tb, right, r0, step * BK);
-  });
-  const Target<real> to(dt + offset, nullptr, m, rank, lddt, false);
-  each_pair(acc, m0, r0, [&](int row, int col, float u, float v) { to.put(row, col, u * s, v * s); });
+  const real* wz = z == 0 ? w0 : z == 1 ? w1 : w2;
+  if (c0 >= rank) return;
+  const int k = end - start, cols = rank - c0 < NARROW_COLS ? rank - c0 : NARROW_COLS;
+  const Matrix left(x + start, ldx, m, k), right(wz, D == 0 ? k : rank, D == 0 ? rank : k, D == 0 ? k : rank);
+#ifdef REAL_BF16
+  float acc[2][NARROW_TILES][4] = {};
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (left.aligned && k % 32 == 0 && (D == 1 || right.aligned))
+    narrow_sums<D, true>(acc, left, right, m0, c0, k);
+  else
+    narrow_sums<D, false>(acc, left, right, m0, c0, k);
+  float* sums = (float*)shared_base();
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < NARROW_TILES; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = i * 16 + e / 2 * 8 + lane / 4, col = j * 8 + lane % 4 * 2 + e % 2;
+        sums[(warp * NARROW_ROWS + row) * NARROW_PITCH + col] = acc[i][j][e];
+      }
+  block_sync();
+#endif
+  for (int item = threadIdx.x; item < NARROW_ROWS * NARROW_COLS; item += 256) {
+    const int row = item / NARROW_COLS, col = item % NARROW_COLS;
+    if (m0 + row >= m || col >= cols) continue;
+    float sum = 0.f;
+#ifdef REAL_BF16
+#pragma unroll
+    for (int w = 0; w < NARROW_WARPS; ++w) sum += sums[(w * NARROW_ROWS + row) * NARROW_PITCH + col];
+#else
+    for (int i = 0; i < k; ++i)
+      sum = fmaf(left.at(m0 + row, i), D == 0 ? right.at(c0 + col, i) : right.at(i, c0 + col), sum);
+#endif
+    out[(long long)(m0 + row) * ldout + offset + c0 + col] = to_real(sum * scale[offset + c0 + col]);
+  }
 }
 
 // dA (+)= dt^T x and dB_i (+)= dy_i^T t_i, each if it is given; bit 0 of `accumulate` adds to dA, bit i + 1 to dB_i. The

@@ -6,8 +6,9 @@
 //          int8: a = max |x| of a row, code = round(x (127 (1 / a))), x' = code a / 127   (Dettmers et al., "LLM.int8()", 2022)
 // Shapes   x flat n real (int8: [rows, cols]); codes (n + 1) / 2 bytes, the even value in the high half (int8: n bytes, two's
 //          complement); absmax n / 64 float, or as many codes8 with absmax2 n / 64 / 256 float and offset [1] float
-// Plan     Quantising happens once, at load: a thread owns a block. Dequantising stands beside each product: a thread owns
-//          8 values, 4 bytes of codes and one scale; the map of 16 values lies in one cache line.
+// Plan     Quantising happens once, at load: a thread owns a block. Dequantising stands beside each product, a launch for all
+//          segments of its weight: a thread owns 8 values, 4 bytes of codes and one scale; the map of 16 values lies in one
+//          cache line.
 // Numerics float, operation for operation what bitsandbytes' reference in PyTorch does, so codes and scales have its bits:
 //          a whole block is multiplied by 1 / a, the last one, if it is not whole, divided by a (which is then at least
 //          1e-38). absmax_mean adds in the order of PyTorch's sum with vectors of 8 on one thread: 4 x 8 columns, each in
@@ -40,16 +41,26 @@ KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, co
   }
 }
 
-// absmax, or codes8 with map8, absmax2 and offset, gives the scales.
-KERNEL_FLAT(nf4_dequantise, HOT)(real* y, const unsigned char* codes, const float* map, MAYBE(const float) absmax,
-                                 MAYBE(const unsigned char) codes8, MAYBE(const float) map8, MAYBE(const float) absmax2,
-                                 MAYBE(const float) offset, long long n) {
+// Up to three segments of one weight, one below the other in y: blockIdx.y. Of each: absmax, or scales8 with map8, absmax2
+// and offset, gives the scales.
+KERNEL_FLAT(nf4_dequantise, HOT)(real* y, const float* map, MAYBE(const float) map8, const unsigned char* codes0,
+                                 MAYBE(const unsigned char) codes1, MAYBE(const unsigned char) codes2,
+                                 MAYBE(const float) absmax0, MAYBE(const float) absmax1, MAYBE(const float) absmax2,
+                                 MAYBE(const unsigned char) scales0, MAYBE(const unsigned char) scales1,
+                                 MAYBE(const unsigned char) scales2, MAYBE(const float) offset0, MAYBE(const float) offset1,
+                                 MAYBE(const float) offset2, long long n0, long long n1, long long n2) {
+  const int z = blockIdx.y;
+  const long long n = z == 0 ? n0 : z == 1 ? n1 : n2, before = z == 0 ? 0 : z == 1 ? n0 : n0 + n1;
+  const unsigned char* codes = z == 0 ? codes0 : z == 1 ? codes1 : codes2;
+  const float* absmax = z == 0 ? absmax0 : z == 1 ? absmax1 : absmax2;
   const long long i = FLAT_INDEX * DEQUANTISE_PACK;
   if (i >= n) return;
   const long long block = i / NF4_BLOCK;
   float a;
-  if (codes8) {
-    const float product = map8[codes8[block]] * absmax2[block / CODE8_BLOCK];
+  if (map8) {
+    const unsigned char* scales = z == 0 ? scales0 : z == 1 ? scales1 : scales2;
+    const float* offset = z == 0 ? offset0 : z == 1 ? offset1 : offset2;
+    const float product = map8[scales[block]] * absmax[block / CODE8_BLOCK];
     a = product + offset[0];
   } else {
     a = absmax[block];
@@ -59,7 +70,7 @@ KERNEL_FLAT(nf4_dequantise, HOT)(real* y, const unsigned char* codes, const floa
   Pack<DEQUANTISE_PACK> v;
 #pragma unroll
   for (int j = 0; j < DEQUANTISE_PACK; ++j) v.v[j] = map[j % 2 ? bytes[j / 2] & 15 : bytes[j / 2] >> 4] * a;
-  store(y + i, v, n - i);
+  store(y + before + i, v, n - i);
 }
 
 // A thread a block of x (less offset, if there is one), by a sorted map.

@@ -7,14 +7,31 @@
 // Cost     one read of x. GPU: not measured yet.
 #include "prim/warp.cuh"
 
-KERNEL_WARP(column_sums)(float* partial, const real* x, int rows, int cols, int ld) {
+// Loads that a lane has under way at once. (A CPU's one lane per warp would only copy.)
+constexpr int AHEAD = 16, CHUNKS_AHEAD = 16;
+
+KERNEL_WARP(column_sums, BLOCKS=0:2)(float* partial, const real* x, int rows, int cols, int ld) {
   const int steps = (cols + WARP_STEP - 1) / WARP_STEP;
   const long long warp = WARP_INDEX;
   const int chunk = (int)(warp / steps), i = (int)(warp % steps) * WARP_STEP + WCOL;
   if (chunk * SUM_ROWS >= rows) return;
   const int end = chunk * SUM_ROWS + SUM_ROWS < rows ? chunk * SUM_ROWS + SUM_ROWS : rows;
   WarpPack acc = {};
-  for (int row = chunk * SUM_ROWS; row < end; ++row) {
+  int row = chunk * SUM_ROWS;
+  if (LANES > 1 && whole_packs(x, ld) && cols % V == 0) {
+    for (; row + AHEAD <= end; row += AHEAD) {
+      Packed<WV, real> p[AHEAD];
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) p[k] = fetch<WV>(x + (long long)(row + k) * ld + i, cols - i);
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) {
+        const WarpPack v = values(p[k]);
+#pragma unroll
+        for (int j = 0; j < WV; ++j) acc.v[j] += v.v[j];
+      }
+    }
+  }
+  for (; row < end; ++row) {
     WarpPack v = load_row(x + (long long)row * ld, i, cols);
 #pragma unroll
     for (int j = 0; j < WV; ++j) acc.v[j] += v.v[j];
@@ -22,11 +39,19 @@ KERNEL_WARP(column_sums)(float* partial, const real* x, int rows, int cols, int 
   store(partial + (long long)chunk * cols + i, acc, cols - i);
 }
 
-// out[c] (+)= sum over chunks of partial[chunk, c]
-KERNEL_FLAT(sum_partials)(float* out, const float* partial, int chunks, int cols, int accumulate) {
+// out[g, c] (+)= sum over the chunks of group g of partial[chunk, c]; a group is `group` chunks, blockIdx.y.
+KERNEL_FLAT(sum_partials, BLOCKS=0:4)(float* out, const float* partial, int chunks, int cols, int group, int accumulate) {
   const long long c = FLAT_INDEX;
-  if (c >= cols) return;
-  float s = partial[c];
-  for (int i = 1; i < chunks; ++i) s += partial[(long long)i * cols + c];
-  out[c] = accumulate ? out[c] + s : s;
+  const int first = blockIdx.y * group, end = first + group < chunks ? first + group : chunks;
+  if (c >= cols || first >= end) return;
+  float s = 0.f;
+  for (int i = first; i < end; i += CHUNKS_AHEAD) {
+    float v[CHUNKS_AHEAD];
+#pragma unroll
+    for (int k = 0; k < CHUNKS_AHEAD; ++k) v[k] = i + k < end ? partial[(long long)(i + k) * cols + c] : 0.f;
+#pragma unroll
+    for (int k = 0; k < CHUNKS_AHEAD; ++k) s += v[k];
+  }
+  float* to = out + (long long)blockIdx.y * cols + c;
+  *to = accumulate ? *to + s : s;
 }

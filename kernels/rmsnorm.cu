@@ -12,72 +12,159 @@
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 
+// A row of whole packs, of which each lane holds D (D=0: any row, read in a loop): with all of a row's loads under way at
+// once, few warps keep the memory busy.
+template <int D>
+struct RowPacks {
+  Packed<WV, real> p[D];
+  DEVICE_MEMBER RowPacks(const real* row, int d) {
+#pragma unroll
+    for (int k = 0; k < D; ++k) p[k] = fetch<WV>(row + k * WARP_STEP + WCOL, d - k * WARP_STEP - WCOL);
+  }
+  DEVICE_MEMBER WarpPack operator[](int k) const { return values(p[k]); }
+};
+
 // y, rstd of each row of x; with `res` the norm is of x + res, which is written to `sum`.
-KERNEL_WARP(rmsnorm_fwd, HOT)(real* y, MAYBE(real) sum, float* rstd, const real* x, MAYBE(const real) res, const real* w,
-                              int rows, int d, float eps) {
+KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* rstd, const real* x, MAYBE(const real) res,
+                                               const real* w, int rows, int d, float eps) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
   const long long at = row * d;
   WarpPack square = {};
-  for (int i = WCOL; i < d; i += WARP_STEP) {
-    WarpPack s = load_row(x + at, i, d);
-    if (res) {
-      WarpPack r = load_row(res + at, i, d);
+  if constexpr (D > 0) {
+    RowPacks<D> s(x + at, d), r(res ? res + at : x + at, d), g(w, d);
 #pragma unroll
-      for (int j = 0; j < WV; ++j) s.v[j] = round_real(s.v[j] + r.v[j]);
-      store(sum + at + i, s, d - i);
+    for (int k = 0; k < D; ++k) {
+      WarpPack v = s[k];
+      if (res) {
+        const WarpPack more = r[k];
+#pragma unroll
+        for (int j = 0; j < WV; ++j) v.v[j] = round_real(v.v[j] + more.v[j]);
+        s.p[k] = packed<real>(v);
+        put(sum + at + k * WARP_STEP + WCOL, s.p[k], d - k * WARP_STEP - WCOL);
+      }
+#pragma unroll
+      for (int j = 0; j < WV; ++j) square.v[j] = fmaf(v.v[j], v.v[j], square.v[j]);
     }
+    const float scale = 1.f / sqrtf(pack_sum(square) / (float)d + eps);
+    if (LANE == 0) rstd[row] = scale;
 #pragma unroll
-    for (int j = 0; j < WV; ++j) square.v[j] = fmaf(s.v[j], s.v[j], square.v[j]);
-  }
-  const float scale = 1.f / sqrtf(pack_sum(square) / (float)d + eps);
-  if (LANE == 0) rstd[row] = scale;
-  const real* s_row = (res ? sum : x) + at;
-  for (int i = WCOL; i < d; i += WARP_STEP) {
-    WarpPack s = load_row(s_row, i, d), g = load_row(w, i, d);
+    for (int k = 0; k < D; ++k) {
+      WarpPack v = s[k];
+      const WarpPack f = g[k];
 #pragma unroll
-    for (int j = 0; j < WV; ++j) s.v[j] = g.v[j] * round_real(s.v[j] * scale);
-    store(y + at + i, s, d - i);
-  }
-}
-
-// ds of each row; `dsum` is the gradient that reaches s from elsewhere (the residual stream), or null.
-KERNEL_WARP(rmsnorm_bwd, HOT)(real* ds, const real* dy, MAYBE(const real) dsum, const real* s, const real* w,
-                              const float* rstd, int rows, int d, int accumulate) {
-  const long long row = WARP_INDEX;
-  if (row >= rows) return;
-  const long long at = row * d;
-  const float scale = rstd[row];
-  WarpPack dot = {};
-  for (int i = WCOL; i < d; i += WARP_STEP) {
-    WarpPack e = load_row(dy + at, i, d), g = load_row(w, i, d), h = load_row(s + at, i, d);
+      for (int j = 0; j < WV; ++j) v.v[j] = f.v[j] * round_real(v.v[j] * scale);
+      put(y + at + k * WARP_STEP + WCOL, packed<real>(v), d - k * WARP_STEP - WCOL);
+    }
+  } else {
+    for (int i = WCOL; i < d; i += WARP_STEP) {
+      WarpPack s = load_row(x + at, i, d);
+      if (res) {
+        WarpPack r = load_row(res + at, i, d);
 #pragma unroll
-    for (int j = 0; j < WV; ++j) dot.v[j] = fmaf(e.v[j] * g.v[j], h.v[j] * scale, dot.v[j]);
-  }
-  const float mean = pack_sum(dot) / (float)d;
-  for (int i = WCOL; i < d; i += WARP_STEP) {
-    WarpPack e = load_row(dy + at, i, d), g = load_row(w, i, d), h = load_row(s + at, i, d);
-    WarpPack up = {};
-    if (dsum) up = load_row(dsum + at, i, d);
+        for (int j = 0; j < WV; ++j) s.v[j] = round_real(s.v[j] + r.v[j]);
+        store(sum + at + i, s, d - i);
+      }
 #pragma unroll
-    for (int j = 0; j < WV; ++j) e.v[j] = scale * (e.v[j] * g.v[j] - h.v[j] * scale * mean) + up.v[j];
-    store(ds + at + i, e, d - i, accumulate);
+      for (int j = 0; j < WV; ++j) square.v[j] = fmaf(s.v[j], s.v[j], square.v[j]);
+    }
+    const float scale = 1.f / sqrtf(pack_sum(square) / (float)d + eps);
+    if (LANE == 0) rstd[row] = scale;
+    const real* s_row = (res ? sum : x) + at;
+    for (int i = WCOL; i < d; i += WARP_STEP) {
+      WarpPack s = load_row(s_row, i, d), g = load_row(w, i, d);
+#pragma unroll
+      for (int j = 0; j < WV; ++j) s.v[j] = g.v[j] * round_real(s.v[j] * scale);
+      store(y + at + i, s, d - i);
+    }
   }
 }
 
-// partial[chunk, column] = sum of dy * h over the chunk's 64 rows. A warp a (chunk, 32 V columns).
-KERNEL_WARP(rmsnorm_dw)(float* partial, const real* dy, const real* s, const float* rstd, int rows, int d) {
-  const int steps = (d + WARP_STEP - 1) / WARP_STEP;
+// ds of each row; `dsum` is the gradient that reaches s from elsewhere (the residual stream), or null. A warp takes `per`
+// rows, and with `partial` (not in D=0) writes there the sum of dy * h over them.
+KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6,8, HOT)(real* ds, MAYBE(float) partial, const real* dy, MAYBE(const real) dsum,
+                                               const real* s, const real* w, const float* rstd, int rows, int d, int per,
+                                               int accumulate) {
   const long long warp = WARP_INDEX;
-  const int chunk = (int)(warp / steps), i = (int)(warp % steps) * WARP_STEP + WCOL;
-  if (chunk * SUM_ROWS >= rows) return;
-  const int end = chunk * SUM_ROWS + SUM_ROWS < rows ? chunk * SUM_ROWS + SUM_ROWS : rows;
+  const long long first = warp * per, end = first + per < rows ? first + per : rows;
+  if (first >= rows) return;
+  if constexpr (D > 0) {
+    WarpPack dw[D] = {};
+    for (long long row = first; row < end; ++row) {
+      const long long at = row * d;
+      const RowPacks<D> e(dy + at, d), h(s + at, d), up(dsum ? dsum + at : s + at, d), g(w, d);
+      const float scale = rstd[row];
+      WarpPack dot = {};
+#pragma unroll
+      for (int k = 0; k < D; ++k) {
+        const WarpPack a = e[k], b = h[k], f = g[k];
+#pragma unroll
+        for (int j = 0; j < WV; ++j) {
+          const float norm = b.v[j] * scale;
+          dot.v[j] = fmaf(a.v[j] * f.v[j], norm, dot.v[j]);
+          if (partial) dw[k].v[j] = fmaf(a.v[j], norm, dw[k].v[j]);
+        }
+      }
+      const float mean = pack_sum(dot) / (float)d;
+#pragma unroll
+      for (int k = 0; k < D; ++k) {
+        WarpPack a = e[k], more = {};
+        const WarpPack b = h[k], f = g[k];
+        if (dsum) more = up[k];
+#pragma unroll
+        for (int j = 0; j < WV; ++j) a.v[j] = scale * (a.v[j] * f.v[j] - b.v[j] * scale * mean) + more.v[j];
+        const int i = k * WARP_STEP + WCOL;
+        if (accumulate) {
+          const WarpPack old = values(fetch<WV>((const real*)ds + at + i, d - i));
+#pragma unroll
+          for (int j = 0; j < WV; ++j) a.v[j] += old.v[j];
+        }
+        put(ds + at + i, packed<real>(a), d - i);
+      }
+    }
+    if (partial) {
+#pragma unroll
+      for (int k = 0; k < D; ++k) {
+        const int i = k * WARP_STEP + WCOL;
+        put(partial + warp * d + i, packed<float>(dw[k]), d - i);
+      }
+    }
+  } else {
+    for (long long row = first; row < end; ++row) {
+      const long long at = row * d;
+      const float scale = rstd[row];
+      WarpPack dot = {};
+      for (int i = WCOL; i < d; i += WARP_STEP) {
+        WarpPack e = load_row(dy + at, i, d), g = load_row(w, i, d), h = load_row(s + at, i, d);
+#pragma unroll
+        for (int j = 0; j < WV; ++j) dot.v[j] = fmaf(e.v[j] * g.v[j], h.v[j] * scale, dot.v[j]);
+      }
+      const float mean = pack_sum(dot) / (float)d;
+      for (int i = WCOL; i < d; i += WARP_STEP) {
+        WarpPack e = load_row(dy + at, i, d), g = load_row(w, i, d), h = load_row(s + at, i, d);
+        WarpPack up = {};
+        if (dsum) up = load_row(dsum + at, i, d);
+#pragma unroll
+        for (int j = 0; j < WV; ++j) e.v[j] = scale * (e.v[j] * g.v[j] - h.v[j] * scale * mean) + up.v[j];
+        store(ds + at + i, e, d - i, accumulate);
+      }
+    }
+  }
+}
+
+// The same sums where rmsnorm_bwd does not take them. A warp a (chunk of `per` rows, 32 V columns).
+KERNEL_WARP(rmsnorm_dw)(float* partial, const real* dy, const real* s, const float* rstd, int rows, int d, int per) {
+  const int steps = (d + WARP_STEP - 1) / WARP_STEP;
+  const long long warp = WARP_INDEX, chunk = warp / steps;
+  const int i = (int)(warp % steps) * WARP_STEP + WCOL;
+  const long long first = chunk * per, end = first + per < rows ? first + per : rows;
+  if (first >= rows) return;
   WarpPack acc = {};
-  for (int row = chunk * SUM_ROWS; row < end; ++row) {
+  for (long long row = first; row < end; ++row) {
     const float scale = rstd[row];
-    WarpPack e = load_row(dy + (long long)row * d, i, d), h = load_row(s + (long long)row * d, i, d);
+    WarpPack e = load_row(dy + row * d, i, d), h = load_row(s + row * d, i, d);
 #pragma unroll
     for (int j = 0; j < WV; ++j) acc.v[j] = fmaf(e.v[j], h.v[j] * scale, acc.v[j]);
   }
-  store(partial + (long long)chunk * d + i, acc, d - i);
+  store(partial + chunk * d + i, acc, d - i);
 }

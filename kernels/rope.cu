@@ -10,7 +10,7 @@
 // Plan     rope_apply: a thread owns V pairs (or V values of v) of one head. Norm statistics, the normed backward and
 //          rope_append: a warp owns a head. dw: a warp sums 64 heads, sum_partials adds the partials.
 // Numerics float; h and n are rounded to real (as transformers does), y when stored. The backward rotates by -angle.
-//          rope_append calls the functions that rope_apply and head_rstd call: its values have their bits.
+//          rope_append and rope_apply call the same functions: their values have the same bits.
 // Cost     2 (heads + 2 kv) dim sizeof(real) bytes a row. H100, 2026-11-26: rope_apply at 67% of copy speed in training.
 //          rope_append at 256 rows of Qwen2.5-0.5B moves 1.2 MB in one wave of blocks, so a launch is what it costs: 2.5 us,
 //          *predicted*, where rope_apply and the kv_append after it took 4.6 + 3.5 us.
@@ -27,25 +27,31 @@ DEVICE float rstd_of_head(const real* p, int dim, float eps) {
   return 1.f / sqrtf(pack_sum(square) / (float)dim + eps);
 }
 
-// A pack of pairs (a, b) of a head, from pair i on: n = w * (x * rstd).
-DEVICE void norm_pairs(FlatPack& a, FlatPack& b, const real* w, int i, int half, float rstd) {
-  FlatPack wa = load<V>(w + i, half - i), wb = load<V>(w + half + i, half - i);
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    a.v[j] = round_real(wa.v[j] * round_real(a.v[j] * rstd));
-    b.v[j] = round_real(wb.v[j] * round_real(b.v[j] * rstd));
-  }
-}
-
-// The same pack rotated by the angles whose cosines and sines are given.
-DEVICE void rotate_pairs(FlatPack& a, FlatPack& b, const float* cosine, const float* sine, int n, float sign) {
-  FlatPack c = load<V>(cosine, n), s = load<V>(sine, n);
+// a, b: the values of a pair pack of one head, from the first and the second half; c, s: their cosines and sines.
+DEVICE void rotate(FlatPack& a, FlatPack& b, const FlatPack& c, const FlatPack& s, float sign) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const float first = fmaf(a.v[j], c.v[j], -(b.v[j] * s.v[j] * sign));
     b.v[j] = fmaf(b.v[j], c.v[j], a.v[j] * s.v[j] * sign);
     a.v[j] = first;
   }
+}
+
+// w * (a * scale), rounded as the norm's output is.
+DEVICE void norm_pack(FlatPack& a, const FlatPack& w, float scale) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) a.v[j] = round_real(w.v[j] * round_real(a.v[j] * scale));
+}
+
+// A pack of pairs (a, b) of a head, from pair i on: n = w * (x * rstd).
+DEVICE void norm_pairs(FlatPack& a, FlatPack& b, const real* w, int i, int half, float rstd) {
+  norm_pack(a, load<V>(w + i, half - i), rstd);
+  norm_pack(b, load<V>(w + half + i, half - i), rstd);
+}
+
+// The same pack rotated by the angles whose cosines and sines are given.
+DEVICE void rotate_pairs(FlatPack& a, FlatPack& b, const float* cosine, const float* sine, int n, float sign) {
+  rotate(a, b, load<V>(cosine, n), load<V>(sine, n), sign);
 }
 
 // rstd of each q and k head
@@ -57,24 +63,64 @@ KERNEL_WARP(head_rstd)(float* rstd, const real* x, int rows, int heads, int kv, 
   if (LANE == 0) rstd[item] = scale;
 }
 
-// y = rotated (and normed, with rstd) x. sign -1 rotates back. D=1: add to y.
-KERNEL_FLAT(rope_apply, D=0,1)(real* y, const real* x, const float* cosine, const float* sine, const int* position,
-                               MAYBE(const float) rstd, MAYBE(const real) wq, MAYBE(const real) wk, int rows, int heads,
-                               int kv, int dim, float sign) {
-  const int half = dim / 2, packs = (half + V - 1) / V, all = heads + 2 * kv;
-  const long long item = FLAT_INDEX;
-  if (item >= (long long)rows * all * packs) return;
-  const int i = (int)(item % packs) * V, head = (int)(item / packs % all);
-  const long long row = item / packs / all, at = (row * all + head) * dim;
-  const int n = half - i;
-  FlatPack a = load<V>(x + at + i, n), b = load<V>(x + at + half + i, n);
-  if (head < heads + kv) {
-    if (rstd) norm_pairs(a, b, head < heads ? wq : wk, i, half, rstd[row * (heads + kv) + head]);
-    const long long p = (long long)position[row] * half + i;
-    rotate_pairs(a, b, cosine + p, sine + p, n, sign);
+// Heads of a row that a thread of rope_apply rotates by the same angles, where their halves are whole packs (else one).
+EXPORT(int, ROPE_HEADS, 2);
+
+// A pack of a head's half; `n` values are left of it.
+template <bool WHOLE, class T>
+DEVICE FlatPack half_pack(const T* p, int n) {
+  return WHOLE ? values(fetch<V>(p, n)) : load<V>(p, n);
+}
+
+// y = rotated (and normed, with rstd) x. sign -1 rotates back. Bit 0 of D: add to y; bit 1: halves are whole packs.
+KERNEL_FLAT(rope_apply, D=0,1,2,3)(real* y, const real* x, const float* cosine, const float* sine, const int* position,
+                                   MAYBE(const float) rstd, MAYBE(const real) wq, MAYBE(const real) wk, int rows,
+                                   int heads, int kv, int dim, float sign) {
+  constexpr bool ADD = D & 1, WHOLE = D & 2;
+  constexpr int HEADS = WHOLE ? ROPE_HEADS : 1;
+  const int half = dim / 2, packs = (half + V - 1) / V, all = heads + 2 * kv, rotated = heads + kv;
+  const int threads = packs * ((all + HEADS - 1) / HEADS);  // of a row
+  const long long item = FLAT_INDEX, row = item / threads;
+  if (row >= rows) return;
+  const int rest = (int)(item - row * threads), first = rest / packs * HEADS, i = rest % packs * V, n = half - i;
+  const long long at = (row * all + first) * dim + i, p = (long long)position[row] * half + i;
+  FlatPack a[HEADS], b[HEADS], c = {}, s = {};
+#pragma unroll
+  for (int k = 0; k < HEADS; ++k) {
+    const int there = first + k < all ? n : 0;
+    a[k] = half_pack<WHOLE>(x + at + k * dim, there);
+    b[k] = half_pack<WHOLE>(x + at + k * dim + half, there);
   }
-  store(y + at + i, a, n, D == 1);
-  store(y + at + half + i, b, n, D == 1);
+  if (first < rotated) {
+    c = half_pack<WHOLE>(cosine + p, n);
+    s = half_pack<WHOLE>(sine + p, n);
+  }
+#pragma unroll
+  for (int k = 0; k < HEADS; ++k) {
+    const int head = first + k, there = head < all ? n : 0;
+    if (head < rotated) {
+      if (rstd) {
+        const float scale = rstd[row * rotated + head];
+        const real* w = head < heads ? wq : wk;
+        norm_pack(a[k], half_pack<WHOLE>(w + i, n), scale);
+        norm_pack(b[k], half_pack<WHOLE>(w + half + i, n), scale);
+      }
+      rotate(a[k], b[k], c, s, sign);
+    }
+    real *to = y + at + k * dim, *other = to + half;
+    if constexpr (WHOLE) {
+      if (ADD) {
+        const FlatPack more = half_pack<true>((const real*)to, there), too = half_pack<true>((const real*)other, there);
+#pragma unroll
+        for (int j = 0; j < V; ++j) a[k].v[j] += more.v[j], b[k].v[j] += too.v[j];
+      }
+      put(to, packed<real>(a[k]), there);
+      put(other, packed<real>(b[k]), there);
+    } else {
+      store(to, a[k], n, ADD);
+      store(other, b[k], n, ADD);
+    }
+  }
 }
 
 // Rotates (D=1: and norms) the q heads of qkv in place and writes k (rotated) and v of each row to row slots[row] of the

@@ -84,3 +84,72 @@ DEVICE void store(T* p, Pack<N> r, long long n, bool accumulate = false) {
   for (int i = 0; i < N; ++i)
     if (i < n) assign(p[i], r.v[i]);
 }
+
+// The N values of a pack as they lie in memory. `load` converts, and so waits; a thread that fetches several packs and
+// takes their values later has all of them under way at once. For whole packs only: p is a multiple of 16 bytes, and a
+// pack lies within the n values that follow or outside (on a CPU, where packs are wider, the rest of one is zero).
+template <int N, class T>
+struct Packed {
+#ifdef __CUDACC__
+  uint4 u[N * sizeof(T) / 16];
+#else
+  T e[N];
+#endif
+};
+
+template <int N, class T>
+DEVICE Packed<N, T> fetch(const T* p, long long n) {
+  Packed<N, T> r;
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < (int)(N * sizeof(T) / 16); ++i)
+    r.u[i] = n >= N ? reinterpret_cast<const uint4*>(p)[i] : make_uint4(0, 0, 0, 0);
+#else
+  for (int i = 0; i < N; ++i) r.e[i] = i < n ? p[i] : T{};
+#endif
+  return r;
+}
+
+template <int N, class T>
+DEVICE Pack<N> values(const Packed<N, T>& p) {
+  Pack<N> r;
+#ifdef __CUDACC__
+  const T* e = reinterpret_cast<const T*>(p.u);
+#else
+  const T* e = p.e;
+#endif
+#pragma unroll
+  for (int i = 0; i < N; ++i) r.v[i] = to_float(e[i]);
+  return r;
+}
+
+template <class T, int N>
+DEVICE Packed<N, T> packed(const Pack<N>& v) {
+  Packed<N, T> r;
+#ifdef __CUDACC__
+  T* e = reinterpret_cast<T*>(r.u);
+#else
+  T* e = r.e;
+#endif
+#pragma unroll
+  for (int i = 0; i < N; ++i) assign(e[i], v.v[i]);
+  return r;
+}
+
+template <int N, class T>
+DEVICE void put(T* p, const Packed<N, T>& r, long long n) {
+#ifdef __CUDACC__
+  if (n < N) return;
+#pragma unroll
+  for (int i = 0; i < (int)(N * sizeof(T) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = r.u[i];
+#else
+  for (int i = 0; i < N; ++i)
+    if (i < n) p[i] = r.e[i];
+#endif
+}
+
+// Whether packs that start at p and `stride` values further on are whole ones.
+template <class T>
+DEVICE bool whole_packs(const T* p, long long stride) {
+  return (((unsigned long long)p / sizeof(T) | (unsigned long long)stride) % V) == 0;
+}

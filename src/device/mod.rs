@@ -60,6 +60,9 @@ pub struct Launch {
 
 impl Launch {
     const THREADS: u32 = 256;
+    /// Blocks that [`Launch::warps`] makes before it makes them larger: some for each
+    /// multiprocessor of a large GPU.
+    const SPREAD: usize = 1024;
 
     /// One thread for each of `n` items, for `KERNEL_FLAT` kernels that start with `FLAT_INDEX`.
     pub fn flat(n: usize) -> Self {
@@ -70,12 +73,13 @@ impl Launch {
         }
     }
 
-    /// One warp for each of `n` items, for `KERNEL_WARP` kernels that start with `WARP_INDEX`.
+    /// One warp for each of `n` items, for `KERNEL_WARP` kernels that start with `WARP_INDEX`. Few
+    /// warps come in small blocks, so that they spread over all multiprocessors.
     pub fn warps(n: usize) -> Self {
-        let per_block = (Self::THREADS / 32) as usize;
+        let per_block = (n / Self::SPREAD).clamp(1, (Self::THREADS / 32) as usize);
         Launch {
             grid: [n.div_ceil(per_block).max(1) as u32, 1, 1],
-            block: Self::THREADS,
+            block: 32 * per_block as u32,
             shared: 0,
         }
     }

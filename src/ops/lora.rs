@@ -9,8 +9,9 @@
 //! Invariant: projections that share an input (q|k|v, gate|up) share one narrow product t, whose A
 //! lie one after the other as one matrix. A frozen base saves nothing: only xd and t [rows, sum of
 //! ranks] are kept. W is never changed; one that is quantised is dequantised right beside each
-//! product, into scratch. Without a library for products the low-rank terms ride along in the
-//! engine's own kernels (`kernels/lora.cu`): the choice does not depend on the number of rows.
+//! product, into scratch. On a GPU t and dt, with their scales, are one launch each for all
+//! segments (`kernels/lora.cu`); without a library for products the low-rank terms ride along in
+//! the engine's own: neither choice depends on the number of rows.
 
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
-use crate::ops::lora_kernels::{self as own, Read, lora_dt, lora_grads, lora_nn, lora_nt};
+use crate::ops::lora_kernels::{self as own, Read, lora_dt, lora_grads, lora_nn, lora_nt, lora_t};
 use crate::ops::matmul::{column_sums, product};
 use crate::ops::quant::{QuantWeight, values_of};
 use crate::ops::scale::scaled;
@@ -154,6 +155,26 @@ impl LoraLinear {
         }
     }
 
+    /// Whether the engine's own products run, into which the low-rank terms are fused.
+    fn fused(&self, cx: &Cx) -> bool {
+        let own = cx.matmul == MatmulChoice::Own || !cx.device.capabilities().library_gemm;
+        own && self.apart()
+    }
+
+    /// Whether the narrow products are the engine's own: one launch each way for all segments, with
+    /// the scale. On a CPU the library's are faster.
+    fn narrow(&self, cx: &Cx) -> bool {
+        self.fused(cx) || (cx.device.capabilities().tensor_cores && self.apart())
+    }
+
+    /// Whether the segments are such as the engine's own kernels take. PiSSA's pairs that stay as
+    /// they started lie over those that are trained.
+    fn apart(&self) -> bool {
+        let pairs = self.segments.iter().zip(self.segments.iter().skip(1));
+        self.segments.len() <= OWN_SEGMENTS
+            && pairs.into_iter().all(|(a, b)| a.from + a.cols <= b.from)
+    }
+
     fn own_segments<'a>(&self, b: impl Iterator<Item = &'a Tensor>) -> Vec<own::Segment<'a>> {
         let place = |(s, b): (&Segment, &'a Tensor)| own::Segment {
             b,
@@ -164,10 +185,8 @@ impl LoraLinear {
     }
 }
 
-/// Whether the engine's own products run, into which the low-rank terms are fused.
-fn fused(cx: &Cx) -> bool {
-    cx.matmul == MatmulChoice::Own || !cx.device.capabilities().library_gemm
-}
+/// Segments that the engine's own kernels take at most: q, k, v.
+const OWN_SEGMENTS: usize = 3;
 
 impl Op for LoraLinear {
     fn name(&self) -> &'static str {
@@ -181,13 +200,15 @@ impl Op for LoraLinear {
         let b = x[B..B + self.segments.len()].iter().copied();
         let y = cx.real("linear", &[rows, n])?;
         let t = cx.real("lora", &[rows, ranks])?;
-        {
+        if self.narrow(cx) {
+            lora_t(cx, &t, xd, x[A], x[SCALE])?;
+        } else {
             let narrow = cx.real("lora", &[rows, ranks])?;
             product(cx, Layout::NT, &narrow, xd, x[A], None, false)?;
             scaled(cx, &t, &narrow, x[SCALE], None, false)?;
         }
         let w = self.weight(cx, dense)?;
-        if fused(cx) {
+        if self.fused(cx) {
             lora_nt(cx, &y, x[0], &w, bias, &t, &self.own_segments(b.clone()))?;
         } else {
             product(cx, Layout::NT, &y, x[0], &w, bias, false)?;
@@ -220,11 +241,10 @@ impl Op for LoraLinear {
         } else {
             (rest.first(), rest.get(1))
         };
-        let fused = fused(cx);
+        let fused = self.fused(cx);
         let dt = cx.real("lora", t.shape())?;
-        if fused {
-            let scales: Vec<f32> = self.segments.iter().map(|s| s.scale).collect();
-            lora_dt(cx, &dt, dy, &self.own_segments(b.iter()), &scales)?;
+        if self.narrow(cx) {
+            lora_dt(cx, &dt, dy, &self.own_segments(b.iter()), scale)?;
         } else {
             let narrow = cx.real("lora", t.shape())?;
             for (s, b) in self.segments.iter().zip(b) {

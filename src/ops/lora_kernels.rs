@@ -156,40 +156,62 @@ pub fn lora_nn(
     kernels::lora_nn(&*cx.device, grid(dy.dtype(), m, k, 1), args)
 }
 
-/// `dt_i = scales_i dy_i b_i` for all segments in one launch: dy [m, n]; dt [m, R].
+/// `t = scale x a^T`: x [m, k], a [R, k] (all segments' A, one below the other), scale F32 `[R]`;
+/// t [m, R].
+pub fn lora_t(cx: &Cx, t: &Tensor, x: &Tensor, a: &Tensor, scale: &Tensor) -> Result<()> {
+    let (m, k, ranks) = (x.row_count(), x.cols(), a.row_count());
+    expect("lora_t", &[(t, [m, ranks]), (a, [ranks, k])])?;
+    if !a.is_contiguous() {
+        return Err(Error::op("lora_t", format!("{a:?} is strided")));
+    }
+    let bounds = [[0, k as i32, ranks as i32], [0; 3], [0; 3]];
+    narrow(cx, 0, [t, x, scale], &[a], bounds)
+}
+
+/// `dt_i = scale_i dy_i b_i` for all segments in one launch: dy [m, n], scale F32 `[R]`; dt [m, R].
 pub fn lora_dt(
     cx: &Cx,
     dt: &Tensor,
     dy: &Tensor,
     segments: &[Segment],
-    scales: &[f32],
+    scale: &Tensor,
 ) -> Result<()> {
-    let (m, n) = (dy.row_count(), dy.cols());
-    let bounds = bounds("lora_dt", segments, n, dt.cols())?;
-    expect("lora_dt", &[(dt, [m, dt.cols()])])?;
-    if scales.len() != segments.len() {
-        let message = format!("{} scales for {} segments", scales.len(), segments.len());
-        return Err(Error::op("lora_dt", message));
+    let bounds = bounds("lora_dt", segments, dy.cols(), dt.cols())?;
+    expect("lora_dt", &[(dt, [dy.row_count(), dt.cols()])])?;
+    let b: Vec<&Tensor> = segments.iter().map(|s| s.b).collect();
+    narrow(cx, 1, [dt, dy, scale], &b, bounds)
+}
+
+/// The narrow products of [`lora_t`] (`d` 0) and [`lora_dt`] (1), by the weights `w`.
+fn narrow(
+    cx: &Cx,
+    d: usize,
+    [out, x, scale]: [&Tensor; 3],
+    w: &[&Tensor],
+    bounds: [[i32; 3]; 3],
+) -> Result<()> {
+    let m = x.row_count();
+    if scale.numel() != out.cols() {
+        let message = format!("scale {scale:?} beside {out:?}: one value a rank");
+        return Err(Error::op("lora_narrow", message));
     }
     if m == 0 {
         return Ok(());
     }
-    let scale = |i: usize| scales.get(i).copied().unwrap_or(0.0);
-    let widest = segments.iter().map(Segment::rank).max().unwrap_or(0);
-    let args = with_bounds!(LoraDtArgs, bounds, {
-        dt: dt.out(),
-        dy,
-        b0: segments[0].b,
-        b1: segments.get(1).map(|s| s.b),
-        b2: segments.get(2).map(|s| s.b),
+    let widest = bounds.iter().map(|b| b[2] as usize).max().unwrap_or(0);
+    let blocks = [widest.div_ceil(kernels::NARROW_COLS), m.div_ceil(kernels::NARROW_ROWS), w.len()];
+    let args = with_bounds!(LoraNarrowArgs, bounds, {
+        out: out.out(),
+        x,
+        w0: w[0],
+        w1: w.get(1).copied(),
+        w2: w.get(2).copied(),
+        scale,
         m: m as i32,
-        lddy: dy.stride() as i32,
-        lddt: dt.stride() as i32,
-        s0: scale(0),
-        s1: scale(1),
-        s2: scale(2),
+        ldx: x.stride() as i32,
+        ldout: out.stride() as i32,
     });
-    kernels::lora_dt(&*cx.device, grid(dy.dtype(), m, widest, segments.len()), args)
+    kernels::lora_narrow(&*cx.device, Launch::grid(blocks), d, args)
 }
 
 /// A gradient buffer (F32, contiguous) and whether to add to what is there.

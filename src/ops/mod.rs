@@ -73,32 +73,62 @@ pub(crate) fn column_warps(n: usize, cols: usize, dtype: DType) -> Launch {
     Launch::warps(n * cols.div_ceil(kernels::warp_columns(dtype.size())))
 }
 
-/// A sum over rows in two stages, in a fixed order: a kernel of the op writes `partial`, launched
-/// as `first` says; [`RowSums::finish`] adds its rows up.
+/// A sum over rows in stages, in a fixed order: a kernel of the op writes `partial`, launched as
+/// `first` says; [`RowSums::finish`] adds its rows up.
 pub(crate) struct RowSums {
-    /// F32, a row for each `SUM_ROWS` rows.
+    /// F32, a row for each chunk of rows.
     pub partial: Tensor,
     pub first: Launch,
 }
 
+/// Chunks that one thread adds up, where there are more than `ONE_STAGE`.
+const STAGE: usize = 32;
+const ONE_STAGE: usize = 64;
+
 impl RowSums {
-    /// For `rows` rows of `cols` columns of `dtype`.
+    /// For `rows` rows of `cols` columns of `dtype`, in chunks of `SUM_ROWS`.
     pub fn new(cx: &Cx, rows: usize, cols: usize, dtype: DType) -> Result<RowSums> {
-        let chunks = rows.div_ceil(kernels::SUM_ROWS).max(1);
+        RowSums::chunks(cx, rows.div_ceil(kernels::SUM_ROWS).max(1), cols, dtype)
+    }
+
+    /// For a given number of chunks.
+    pub fn chunks(cx: &Cx, chunks: usize, cols: usize, dtype: DType) -> Result<RowSums> {
         let partial = cx.scratch("partial sums", DType::F32, &[chunks, cols])?;
         Ok(RowSums { partial, first: column_warps(chunks, cols, dtype) })
     }
 
     /// `out (+)=` the sum, F32 [cols].
     pub fn finish(&self, cx: &Cx, out: &Tensor, accumulate: bool) -> Result<()> {
-        let (chunks, cols) = (self.partial.row_count(), self.partial.cols());
-        let args = kernels::SumPartialsArgs {
-            out: out.out(),
-            partial: &self.partial,
-            chunks: chunks as i32,
-            cols: cols as i32,
-            accumulate: i32::from(accumulate),
-        };
-        kernels::sum_partials(&*cx.device, Launch::flat(cols), args)
+        let (mut chunks, cols) = (self.partial.row_count(), self.partial.cols());
+        let mut partial = self.partial.clone();
+        while chunks > ONE_STAGE {
+            let fewer = chunks.div_ceil(STAGE);
+            let sums = cx.scratch("partial sums", DType::F32, &[fewer, cols])?;
+            add_chunks(cx, &sums, &partial, STAGE, false)?;
+            (partial, chunks) = (sums, fewer);
+        }
+        add_chunks(cx, out, &partial, chunks, accumulate)
     }
+}
+
+/// `out[g] (+)=` the sum of the rows of group `g` of `partial`, `group` rows each.
+fn add_chunks(
+    cx: &Cx,
+    out: &Tensor,
+    partial: &Tensor,
+    group: usize,
+    accumulate: bool,
+) -> Result<()> {
+    let (chunks, cols) = (partial.row_count(), partial.cols());
+    let args = kernels::SumPartialsArgs {
+        out: out.out(),
+        partial,
+        chunks: chunks as i32,
+        cols: cols as i32,
+        group: group as i32,
+        accumulate: i32::from(accumulate),
+    };
+    let mut at = Launch::flat(cols);
+    at.grid[1] = chunks.div_ceil(group) as u32;
+    kernels::sum_partials(&*cx.device, at, args)
 }

@@ -42,6 +42,11 @@ pub struct AddRmsNorm {
     pub eps: f32,
 }
 
+/// Warps that fill a GPU, and the fewest and most rows of which one adds up weight gradients.
+const WARPS: usize = 2048;
+const FEWEST_ROWS: usize = 4;
+const MOST_ROWS: usize = 64;
+
 const HINT: &str = "is hidden_size in config.json right?";
 
 impl Op for RmsNorm {
@@ -60,11 +65,10 @@ impl Op for RmsNorm {
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
-        let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
-        if let Some((dx, accumulate)) = g.slot(0)? {
-            backward(cx, &dx, dy, None, [s, w, rstd], accumulate)?;
-        }
-        weight_gradient(cx, g, 1, dy, s, rstd)
+        let [s, w, rstd] = &node.saved[..] else { return Ok(()) };
+        let (dx, dw) = (g.slot(0)?, g.slot(1)?);
+        let dx = dx.as_ref().map(|(dx, accumulate)| (dx, None, *accumulate));
+        backward(cx, Read { s, w, rstd, dy }, dx, dw)
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
@@ -96,7 +100,7 @@ impl Op for AddRmsNorm {
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
-        let (s, w, rstd) = (&node.saved[0], &node.saved[1], &node.saved[2]);
+        let [s, w, rstd] = &node.saved[..] else { return Ok(()) };
         let Some(up) = &dy[0] else {
             // Only the residual stream goes on: both inputs get its gradient.
             if let Some(ds) = &dy[1] {
@@ -105,13 +109,15 @@ impl Op for AddRmsNorm {
             }
             return Ok(());
         };
-        if g.wants(0) || g.wants(1) {
-            let ds = cx.real("activation gradients", s.shape())?;
-            backward(cx, &ds, up, dy[1].as_ref(), [s, w, rstd], false)?;
+        let wanted = g.wants(0) || g.wants(1);
+        let ds = wanted.then(|| cx.real("activation gradients", s.shape())).transpose()?;
+        let to = ds.as_ref().map(|ds| (ds, dy[1].as_ref(), false));
+        backward(cx, Read { s, w, rstd, dy: up }, to, g.slot(2)?)?;
+        if let Some(ds) = ds {
             g.give(cx, 0, ds.clone())?;
             g.give(cx, 1, ds)?;
         }
-        weight_gradient(cx, g, 2, up, s, rstd)
+        Ok(())
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
@@ -122,6 +128,20 @@ impl Op for AddRmsNorm {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost::memory(x, 2 * x[0].bytes())
     }
+}
+
+/// The instance of the kernels that holds a row of these tensors in registers; 0, which takes any
+/// row, where none does: rows of packs that are not whole, or too many. All give the same bits. A
+/// CPU has no use for it; in strict mode, where a warp is what it is on a GPU, it runs too.
+fn instance(cx: &Cx, rows: &[&Tensor]) -> usize {
+    let (d, size) = (rows[0].cols(), rows[0].dtype().size());
+    let whole =
+        rows.iter().all(|t| t.address().is_multiple_of(16)) && (d * size).is_multiple_of(16);
+    if !whole || !(cx.device.capabilities().tensor_cores || cx.device.is_strict()) {
+        return 0;
+    }
+    let packs = d.div_ceil(kernels::warp_columns(size));
+    [1, 2, 3, 4, 6, 8].into_iter().find(|&held| packs <= held).unwrap_or(0)
 }
 
 /// y and rstd of x, or of x + residual, which is written to the tensor beside it.
@@ -144,51 +164,67 @@ fn forward(
         d: x.cols() as i32,
         eps,
     };
-    kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), args)
+    let held = instance(cx, &[x, sum_residual.map_or(x, |(_, residual)| residual), w]);
+    kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), held, args)
 }
 
+/// What a norm's backward reads: its input, weight and rstd, and the gradient of its output.
+#[derive(Clone, Copy)]
+struct Read<'a> {
+    s: &'a Tensor,
+    w: &'a Tensor,
+    rstd: &'a Tensor,
+    dy: &'a Tensor,
+}
+
+/// `ds (+)=` its gradient (plus `dsum`), and `dw (+)=` its own; each if it is wanted.
 fn backward(
     cx: &Cx,
-    ds: &Tensor,
-    dy: &Tensor,
-    dsum: Option<&Tensor>,
-    [s, w, rstd]: [&Tensor; 3],
-    accumulate: bool,
+    r: Read,
+    ds: Option<(&Tensor, Option<&Tensor>, bool)>,
+    dw: Option<(Tensor, bool)>,
 ) -> Result<()> {
-    let args = kernels::RmsnormBwdArgs {
-        ds: ds.out(),
-        dy,
-        dsum,
-        s,
-        w,
-        rstd,
-        rows: s.row_count() as i32,
-        d: s.cols() as i32,
-        accumulate: i32::from(accumulate),
-    };
-    kernels::rmsnorm_bwd(&*cx.device, Launch::warps(s.row_count()), args)
-}
-
-fn weight_gradient(
-    cx: &mut Cx,
-    g: &mut Grads,
-    i: usize,
-    dy: &Tensor,
-    s: &Tensor,
-    rstd: &Tensor,
-) -> Result<()> {
-    let Some((dw, accumulate)) = g.slot(i)? else { return Ok(()) };
-    let (rows, d) = (s.row_count(), s.cols());
-    let sums = RowSums::new(cx, rows, d, s.dtype())?;
-    let args = kernels::RmsnormDwArgs {
-        partial: sums.partial.out(),
-        dy,
-        s,
-        rstd,
-        rows: rows as i32,
-        d: d as i32,
-    };
-    kernels::rmsnorm_dw(&*cx.device, sums.first, args)?;
+    let (rows, d) = (r.s.row_count(), r.s.cols());
+    // The sums are the same whichever kernel takes them.
+    let per = rows.div_ceil(WARPS).clamp(FEWEST_ROWS, MOST_ROWS);
+    let sums = dw
+        .is_some()
+        .then(|| RowSums::chunks(cx, rows.div_ceil(per).max(1), d, r.s.dtype()))
+        .transpose()?;
+    let mut taken = false;
+    if let Some((ds, dsum, accumulate)) = ds {
+        let held = instance(cx, &[r.s, r.w, r.dy, dsum.unwrap_or(r.dy), ds]);
+        let partial = sums.as_ref().filter(|_| held > 0);
+        taken = partial.is_some();
+        let per = if taken { per } else { 1 };
+        let args = kernels::RmsnormBwdArgs {
+            ds: ds.out(),
+            partial: partial.map(|sums| sums.partial.out()),
+            dy: r.dy,
+            dsum,
+            s: r.s,
+            w: r.w,
+            rstd: r.rstd,
+            rows: rows as i32,
+            d: d as i32,
+            per: per as i32,
+            accumulate: i32::from(accumulate),
+        };
+        kernels::rmsnorm_bwd(&*cx.device, Launch::warps(rows.div_ceil(per)), held, args)?;
+    }
+    let (Some(sums), Some((dw, accumulate))) = (sums, dw) else { return Ok(()) };
+    if !taken {
+        let args = kernels::RmsnormDwArgs {
+            partial: sums.partial.out(),
+            dy: r.dy,
+            s: r.s,
+            rstd: r.rstd,
+            rows: rows as i32,
+            d: d as i32,
+            per: per as i32,
+        };
+        kernels::rmsnorm_dw(&*cx.device, sums.first, args)?;
+    }
     sums.finish(cx, &dw, accumulate)
 }
 
@@ -207,7 +243,19 @@ fn norm(round: Round, s: &F64, w: &F64, eps: f32) -> F64 {
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (rows, d) in [(1, 5), (3, 7), (70, 64), (130, 96), (5, 300), (2, 1031)] {
+    for (rows, d) in [
+        (1, 5),
+        (3, 7),
+        (70, 64),
+        (130, 96),
+        (5, 300),
+        (2, 1031),
+        (20, 384),
+        (6, 768),
+        (3, 1024),
+        (2, 1536),
+        (2, 2048),
+    ] {
         let x = rng.array(&[rows, d], 1.5);
         let w = F64::from_fn(&[d], |_| 1.0 + 0.3 * rng.normal());
         let r = rng.array(&[rows, d], 1.0);

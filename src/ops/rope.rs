@@ -8,8 +8,8 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
+use crate::ops::RowSums;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
-use crate::ops::{RowSums, row_packs};
 use crate::tensor::Tensor;
 
 /// Angles of every position: cosine and sine, each F32 [positions, head_dim / 2] (scaling factors
@@ -64,8 +64,13 @@ impl Rope {
         sign: f32,
         accumulate: bool,
     ) -> Result<()> {
-        let dim = x.cols() / (self.heads + 2 * self.kv_heads);
-        let heads = x.row_count() * (self.heads + 2 * self.kv_heads);
+        let heads = self.heads + 2 * self.kv_heads;
+        let (dim, size) = (x.cols() / heads, x.dtype().size());
+        // A half of a head in whole packs lets a thread rotate several heads by the same angles.
+        let whole = (dim / 2 * size).is_multiple_of(16)
+            && [x, y].iter().all(|t| t.address().is_multiple_of(16));
+        let together = if whole { kernels::ROPE_HEADS } else { 1 };
+        let threads = (dim / 2).div_ceil(kernels::pack_width(size)) * heads.div_ceil(together);
         let norm = if sign > 0.0 { saved.norm } else { None };
         let (rstd, wq, wk) = match norm {
             Some((rstd, wq, wk)) => (Some(rstd), Some(wq), Some(wk)),
@@ -88,8 +93,8 @@ impl Rope {
         };
         kernels::rope_apply(
             &*cx.device,
-            row_packs(heads, dim / 2, x.dtype()),
-            usize::from(accumulate),
+            Launch::flat(x.row_count() * threads),
+            usize::from(accumulate) + 2 * usize::from(whole),
             args,
         )
     }

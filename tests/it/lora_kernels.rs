@@ -7,7 +7,7 @@ use std::sync::Arc;
 use temper::autograd::{Cx, F64, Round};
 use temper::device::{DType, cpu::Cpu};
 use temper::ops::case::Rng;
-use temper::ops::lora_kernels::{Read, Segment, lora_dt, lora_grads, lora_nn, lora_nt};
+use temper::ops::lora_kernels::{Read, Segment, lora_dt, lora_grads, lora_nn, lora_nt, lora_t};
 use temper::tensor::Tensor;
 
 use crate::support::cpu;
@@ -125,7 +125,10 @@ fn run(device: Cpu, dtype: DType, case: &Case) -> Vec<Vec<u32>> {
 
     let dt = cx.real("dt", &[m, ranks]).unwrap();
     let scales: Vec<f32> = (0..segments.len()).map(|i| 0.5 + i as f32).collect();
-    lora_dt(&cx, &dt, &dy, &list, &scales).unwrap();
+    let columns_of = |i: usize| vec![scales[i]; segments[i].2];
+    let column_scales: Vec<f32> = (0..segments.len()).flat_map(columns_of).collect();
+    let scale = Tensor::from_f32(&cx.pool, "s", DType::F32, &[ranks], &column_scales).unwrap();
+    lora_dt(&cx, &dt, &dy, &list, &scale).unwrap();
     let mut want = F64::zeros(&[m, ranks]);
     for (i, (&(from, to, rank), (_, hb))) in segments.iter().zip(&b).enumerate() {
         let part = nn(&columns(&hdy, from, to), hb);
@@ -136,6 +139,13 @@ fn run(device: Cpu, dtype: DType, case: &Case) -> Vec<Vec<u32>> {
         }
     }
     bits.push(close(&dt, &want, &format!("{label}: dt")));
+
+    let narrow = cx.real("t", &[m, ranks]).unwrap();
+    lora_t(&cx, &narrow, &x, &a, &scale).unwrap();
+    let plain = nt(&hx, &ha);
+    let scaled =
+        F64::from_fn(&plain.shape, |i| f64::from(column_scales[i % ranks]) * plain.data[i]);
+    bits.push(close(&narrow, &scaled, &format!("{label}: t")));
 
     let (dt, hdt) = put(&cx, want, dtype, pad);
     let dx = cx.real("dx", &[m, k]).unwrap();

@@ -28,6 +28,18 @@ pub enum Scales {
     Nested { codes: Tensor, absmax: Tensor, offset: Tensor },
 }
 
+impl Scales {
+    /// The float scales: of the values, or of the codes that are their scales.
+    fn absmax(&self) -> &Tensor {
+        match self {
+            Scales::Float(absmax) | Scales::Nested { absmax, .. } => absmax,
+        }
+    }
+}
+
+/// Segments that one launch dequantises.
+const NF4_SEGMENTS: usize = 3;
+
 #[derive(Clone, Debug)]
 pub struct Segment {
     pub rows: usize,
@@ -124,53 +136,75 @@ impl QuantWeight {
             return Err(Error::op("dequantise", message));
         }
         let (k, mut from) = (self.shape[1], 0);
-        for s in &self.segments {
-            let part = out.rows(from, from + s.rows)?;
-            from += s.rows;
-            match (&s.scales, self.scheme) {
-                (Scales::Float(absmax), Scheme::Int8) => {
-                    let args = kernels::Int8DequantiseArgs {
-                        y: part.out(),
-                        codes: &s.codes,
-                        absmax,
-                        rows: s.rows as i32,
-                        cols: k as i32,
-                    };
-                    kernels::int8_dequantise(
-                        &*cx.device,
-                        Launch::flat(s.rows * k.div_ceil(DEQUANTISE_PACK)),
-                        args,
-                    )?;
-                }
-                (scales, _) => {
-                    let (absmax, codes8, map8, absmax2, offset) = match scales {
-                        Scales::Float(absmax) => (Some(absmax), None, None, None, None),
-                        Scales::Nested { codes, absmax, offset } => {
-                            (None, Some(codes), Some(&self.dynamic), Some(absmax), Some(offset))
-                        }
-                    };
-                    let n = s.rows * k;
-                    let args = kernels::Nf4DequantiseArgs {
-                        y: part.out(),
-                        codes: &s.codes,
-                        map: &self.nf4,
-                        absmax,
-                        codes8,
-                        map8,
-                        absmax2,
-                        offset,
-                        n: n as i64,
-                    };
-                    kernels::nf4_dequantise(
-                        &*cx.device,
-                        Launch::flat(n.div_ceil(DEQUANTISE_PACK)),
-                        args,
-                    )?;
-                }
+        for segments in self.segments.chunks(NF4_SEGMENTS) {
+            let rows: usize = segments.iter().map(|s| s.rows).sum();
+            let part = out.rows(from, from + rows)?;
+            from += rows;
+            match self.scheme {
+                Scheme::Nf4 { .. } => self.dequantise_nf4(cx, segments, &part)?,
+                Scheme::Int8 => dequantise_int8(cx, segments, &part, k)?,
             }
         }
         Ok(())
     }
+
+    /// One launch for up to [`NF4_SEGMENTS`] segments, one below the other in `out`.
+    fn dequantise_nf4(&self, cx: &Cx, segments: &[Segment], out: &Tensor) -> Result<()> {
+        let k = self.shape[1];
+        let n = |i: usize| segments.get(i).map_or(0, |s| s.rows * k);
+        let codes = |i: usize| segments.get(i).map(|s| &s.codes);
+        let absmax = |i: usize| segments.get(i).map(|s| s.scales.absmax());
+        let nested = |i: usize| match segments.get(i).map(|s| &s.scales) {
+            Some(Scales::Nested { codes, offset, .. }) => (Some(codes), Some(offset)),
+            _ => (None, None),
+        };
+        let (scales0, offset0) = nested(0);
+        let (scales1, offset1) = nested(1);
+        let (scales2, offset2) = nested(2);
+        let args = kernels::Nf4DequantiseArgs {
+            y: out.out(),
+            map: &self.nf4,
+            map8: scales0.map(|_| &self.dynamic),
+            codes0: &segments[0].codes,
+            codes1: codes(1),
+            codes2: codes(2),
+            absmax0: absmax(0),
+            absmax1: absmax(1),
+            absmax2: absmax(2),
+            scales0,
+            scales1,
+            scales2,
+            offset0,
+            offset1,
+            offset2,
+            n0: n(0) as i64,
+            n1: n(1) as i64,
+            n2: n(2) as i64,
+        };
+        let widest = (0..segments.len()).map(n).max().unwrap_or(0);
+        let mut at = Launch::flat(widest.div_ceil(DEQUANTISE_PACK));
+        at.grid[1] = segments.len() as u32;
+        kernels::nf4_dequantise(&*cx.device, at, args)
+    }
+}
+
+/// A launch a segment, one below the other in `out`.
+fn dequantise_int8(cx: &Cx, segments: &[Segment], out: &Tensor, k: usize) -> Result<()> {
+    let mut from = 0;
+    for s in segments {
+        let part = out.rows(from, from + s.rows)?;
+        from += s.rows;
+        let args = kernels::Int8DequantiseArgs {
+            y: part.out(),
+            codes: &s.codes,
+            absmax: s.scales.absmax(),
+            rows: s.rows as i32,
+            cols: k as i32,
+        };
+        let packs = Launch::flat(s.rows * k.div_ceil(DEQUANTISE_PACK));
+        kernels::int8_dequantise(&*cx.device, packs, args)?;
+    }
+    Ok(())
 }
 
 pub(super) fn maps(cx: &Cx) -> Result<(Tensor, Tensor)> {
