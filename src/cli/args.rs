@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::autograd::Cx;
 use crate::config::value::{Given, Value};
 use crate::config::{
-    self, DataOptions, DeviceChoice, Dtype, Section, TemplateOptions, TrainingConfig,
+    self, DataOptions, DeviceChoice, Dtype, PeftConfig, Section, TemplateOptions, TrainingConfig,
 };
 use crate::data::read::{FolderSplit, WantedFields, read};
 use crate::data::render::ModelText;
@@ -19,9 +19,10 @@ use crate::data::rows::Row;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::hub::resolve_model;
-use crate::model::open::open_model;
+use crate::model::open::open_stored;
 use crate::observer::Terminal;
 use crate::observer::output::{note_line, print_line};
+use crate::train::tuning::scheme;
 
 /// Where to run and in which storage type.
 #[derive(clap::Args, Clone)]
@@ -86,6 +87,12 @@ pub struct ModelArgs {
     /// adapter folder
     #[arg(long)]
     pub adapter: Option<PathBuf>,
+    /// hold the linear layers in 4 bits (nf4), as load_in_4bit trains on them
+    #[arg(long, conflicts_with = "load_in_8bit")]
+    pub load_in_4bit: bool,
+    /// hold the linear layers in 8 bits, as load_in_8bit trains on them
+    #[arg(long)]
+    pub load_in_8bit: bool,
     #[command(flatten)]
     pub on: Where,
 }
@@ -104,7 +111,12 @@ impl ModelArgs {
     /// The model of [`ModelArgs::dir`] with its adapter, on its device.
     pub fn open(&self) -> Result<(Cx, Decoder)> {
         let cx = self.on.open()?;
-        let model = open_model(&cx, &self.dir()?, self.adapter.as_deref())?;
+        let keys = PeftConfig {
+            load_in_4bit: self.load_in_4bit,
+            load_in_8bit: self.load_in_8bit,
+            ..PeftConfig::default()
+        };
+        let model = open_stored(&cx, &self.dir()?, self.adapter.as_deref(), scheme(&keys))?;
         Ok((cx, model))
     }
 }

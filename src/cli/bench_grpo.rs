@@ -25,7 +25,7 @@ use crate::rewards::RewardFunction;
 use crate::train::tuning::{prepare, scheme};
 use crate::train::{StepPlan, Trainer};
 
-/// The sizes of a GRPO step; the defaults are the workload that docs/eval.md reports
+/// The sizes of a step of GRPO
 #[derive(clap::Args)]
 pub struct GrpoArgs {
     /// grpo: prompts of a step
@@ -40,6 +40,9 @@ pub struct GrpoArgs {
     /// grpo: longest completion in tokens; random weights seldom end one earlier
     #[arg(long, default_value_t = 256, value_parser = super::parsers::count)]
     new_tokens: usize,
+    /// grpo: sequences decoded at once; 0: all of them, at most 1024
+    #[arg(long, default_value_t = 0)]
+    sequences: usize,
     /// grpo: compare with a reference model (KL)
     #[arg(long)]
     reference: bool,
@@ -74,7 +77,12 @@ impl GrpoBench<'_> {
                 self.batch
             )));
         }
+        let sequences = match sizes.sequences {
+            0 => rows.min(1024),
+            n => n.min(rows),
+        };
         let keys = [
+            format!("max_sequences={sequences}"),
             format!("num_generations={}", sizes.completions),
             format!("max_completion_length={}", sizes.new_tokens),
             format!("per_device_train_batch_size={}", self.batch),
@@ -147,7 +155,7 @@ impl GrpoBench<'_> {
             prompt: sizes.prompt_tokens as f64,
             completion: of("completions/mean_length"),
             longest: of("completions/max_length"),
-            at_once: (run.method.online.rollout.max_sequences.min(rows)) as f64,
+            at_once: run.method.online.rollout.max_sequences.unwrap_or(rows).min(rows) as f64,
             trained: trainer.model.trained().trained_count() as f64,
             base: trainer.model.params.count() as f64,
             bytes: trainer.cx.dtype.size() as f64,

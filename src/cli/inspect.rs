@@ -173,6 +173,8 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
         length,
         tokens: batch * length,
         reference: false,
+        online: None,
+        sequences: None,
     };
     // A GPU that is not here has all of its memory free.
     let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;

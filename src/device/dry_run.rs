@@ -71,6 +71,10 @@ impl Device for DryRun {
         self.capabilities
     }
 
+    fn computes(&self) -> bool {
+        false
+    }
+
     fn alloc(&self, bytes: usize) -> Result<u64> {
         Ok(self.next.fetch_add(bytes.next_multiple_of(256).max(256) as u64, Ordering::Relaxed))
     }

@@ -313,6 +313,11 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// False: nothing is computed, as for a plan; what takes time and no memory can be left out.
+    fn computes(&self) -> bool {
+        true
+    }
+
     /// Raw memory, 256-byte aligned. Callers go through [`Pool`].
     fn alloc(&self, bytes: usize) -> Result<u64>;
     /// # Safety

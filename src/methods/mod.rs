@@ -249,6 +249,20 @@ pub trait Method {
         None
     }
 
+    /// Whether its rows are generated: then a step of it is its memory plan.
+    fn generates(&self) -> bool {
+        false
+    }
+
+    /// Where the memory plan says how many sequences are generated at once: how many would be at
+    /// most.
+    fn planned_sequences(&self) -> Option<usize> {
+        None
+    }
+
+    /// Takes what the memory plan says; before [`Method::attach`].
+    fn set_sequences(&mut self, _n: usize) {}
+
     /// Called before [`Method::step`] with the step's number, from 0.
     fn begin(&mut self, _number: u64) -> Result<()> {
         Ok(())

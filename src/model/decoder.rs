@@ -169,7 +169,12 @@ impl<'a> DecoderBuilder<'a> {
         let config = self.config;
         let std = config.initializer_range;
         let mut params = ParamSet::stored(cx, self.set, expected_params(&config), self.scheme)?;
-        match self.weights {
+        // Reading weights takes time; a plan needs the room for them alone.
+        let weights = match cx.device.computes() {
+            true => self.weights,
+            false => InitialWeights::Zero,
+        };
+        match weights {
             InitialWeights::Zero => params.zero_quantised(cx)?,
             InitialWeights::Random { seed } => {
                 params.initialise(std, seed)?;

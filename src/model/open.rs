@@ -11,12 +11,24 @@ use crate::model::adapter::Adapter;
 use crate::model::adapter::config::AdapterConfig;
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
+use crate::ops::quant::Scheme;
+
+/// [`open_stored`] in the storage dtype.
+pub fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {
+    open_stored(cx, dir, adapter, None)
+}
 
 /// Reads a Hugging Face folder and puts the adapter of a PEFT or adapter-hub folder on it. The
 /// adapter of a classifier brings the score that its base, a language model, lacks. Errors: those
-/// of either folder, an adapter for another task or base.
-pub fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {
-    let mut builder = Decoder::folder(dir)?;
+/// of either folder, an adapter for another task or base. With a scheme the linear layers are held
+/// quantised, as QLoRA trains on them.
+pub fn open_stored(
+    cx: &Cx,
+    dir: &Path,
+    adapter: Option<&Path>,
+    storage: Option<Scheme>,
+) -> Result<Decoder> {
+    let mut builder = Decoder::folder(dir)?.storage(storage);
     let Some(adapter) = adapter else { return builder.build(cx) };
     let task = AdapterConfig::load(adapter)?.task;
     for wanted in

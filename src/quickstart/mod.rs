@@ -298,7 +298,7 @@ fn train(cx: Cx, stage: &Stage) -> Result<(Cx, StageReport)> {
     );
     cx.observer
         .info(&format!("\n{}: the same by hand (into another --output):\n  {command}", stage.name));
-    let FinishedJob { cx, total_steps, summary } = Training::new(stage.command)?
+    let FinishedJob { cx, total_steps, summary, .. } = Training::new(stage.command)?
         .options(stage.keys.iter().cloned())
         .model(stage.model.display().to_string())
         .data([&stage.data])

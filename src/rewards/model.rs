@@ -60,6 +60,21 @@ impl RewardModel {
         sequence_scores(cx, &mut self.model, &ids, TOKENS)
     }
 
+    /// For the memory plan: as many sequences of these lengths as go through the model at once.
+    pub fn rehearse(&mut self, cx: &mut Cx, lengths: impl Iterator<Item = usize>) -> Result<()> {
+        let mut sequences: Vec<Vec<u32>> = Vec::new();
+        let mut total = 0;
+        for length in lengths {
+            total += length;
+            sequences.push(vec![0; length.max(1)]);
+            if total > TOKENS {
+                break;
+            }
+        }
+        let ids: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
+        sequence_scores(cx, &mut self.model, &ids, TOKENS).map(drop)
+    }
+
     /// What the model reads of completion `i`: the row as `temper reward` would tokenise it.
     fn ids(&self, rows: &RewardBatch, i: usize) -> Result<Vec<u32>> {
         let prompt = &rows.prompts[i];

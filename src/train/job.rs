@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use super::inputs::RunInputs;
-use super::plan::{self, PlanRequest};
+use super::plan::{self, BuildOnline, PlanRequest};
 use super::run::{Run, flops_per_token, peak_flops};
 use super::state::{parts_of, started};
 use super::summary::Summary;
@@ -16,13 +16,14 @@ use super::tuning::{prepare, scheme};
 use super::{StepPlan, Trainer};
 use crate::autograd::Cx;
 use crate::checkpoint::RunFolder;
+use crate::config::TrainingConfig;
 use crate::data::chat::ChatTemplate;
 use crate::data::jinja::Clock;
 use crate::data::render::template_setup;
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::methods::{BuildMethod, BuiltMethod, MaskedIds, MethodInputs, MethodRun};
+use crate::methods::{BuildMethod, BuiltMethod, MaskedIds, Method, MethodInputs, MethodRun};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::{Decoder, InitialWeights};
 use crate::model::folder;
@@ -64,6 +65,8 @@ pub struct FinishedJob {
     pub total_steps: u64,
     /// Tokens and the last loss.
     pub summary: Summary,
+    /// Bytes at the peak, as they were planned.
+    pub planned: usize,
 }
 
 /// Runs a job to its end. Errors: see [`Run::train`]; also
@@ -93,10 +96,11 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
             "config.json has attention_dropout {p}; temper trains without dropout on attention weights"
         ));
     }
+    let own = config.clone();
     let inputs = MethodInputs {
         tokenizer: &tokenizer,
         template: template.as_ref(),
-        model: &config,
+        model: &own,
         train: job.train,
         eval: job.eval,
         on_bad_row: run.training.data.on_bad_row,
@@ -105,10 +109,14 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         setup: &setup,
     };
     let BuiltMethod { mut method, summary } = run.method.build(&run.training, &inputs)?;
+    // The plan takes a step of a method of its own: what a step leaves behind is not the run's.
+    let build = |training: &TrainingConfig| -> Result<Box<dyn Method>> {
+        Ok(run.method.build(training, &inputs)?.method)
+    };
     observer.info(&summary);
-    let inputs =
+    let read =
         RunInputs::of(run, dir, job.adapter, &tokenizer, template.as_ref(), &*method, job.rewards)?;
-    same_inputs(&inputs, job, &*observer)?;
+    same_inputs(&read, job, &*observer)?;
     let mut parts = parts_of(&tokenizer, &mut config, dtype)?;
     parts.started = Some(began);
     let longest = method.longest();
@@ -126,10 +134,15 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         length: longest,
         tokens: method.widest(run.training.per_device_train_batch_size) * footprint.sequences,
         reference: footprint.reference,
+        online: method.generates().then_some(&build as &BuildOnline),
+        sequences: method.planned_sequences(),
     };
     let available = plan::available(&cx)?;
     let plan = plan::fit(&cx, &ask, available)?;
     observer.info(&plan.table(&ask, available));
+    if let Some(n) = plan.sequences {
+        method.set_sequences(n);
+    }
     let weights = if job.fresh {
         observer.info(&format!(
             "{} holds no weights: they are made at random from seed {}",
@@ -179,7 +192,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         folder: job.folder,
         parts,
         stop: job.stop.clone(),
-        inputs,
+        inputs: read,
         config_toml: run.to_toml(job.command),
         peak_flops: peak,
         flops_per_token: flops,
@@ -191,7 +204,8 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         facts,
     };
     let summary = whole.train(&mut trainer, &mut *method)?;
-    Ok(FinishedJob { cx: trainer.cx, total_steps: trainer.plan.total_steps, summary })
+    let total_steps = trainer.plan.total_steps;
+    Ok(FinishedJob { cx: trainer.cx, total_steps, summary, planned: plan.peak })
 }
 
 /// A resumed run must read what the run read that it continues. Error: it does not, and

@@ -2,20 +2,23 @@
 //!
 //! Invariant: nothing is modelled twice. The plan is a step of the run itself on [`DryRun`], a
 //! device that computes nothing, and what the pool then says of its peak; so a change of an op, of
-//! the tape or of the optimizer is in the plan already.
+//! the tape or of the optimizer is in the plan already. An online method's step is its own: cache,
+//! reference, reward model, critic, a prefill, a decode of all sequences, the longest completions.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::Trainer;
 use super::tuning::{prepare, scheme};
+use super::{StepPlan, Trainer};
 use crate::autograd::{Cx, Recompute};
 use crate::config::{GradientCheckpointing, Optim, PeftConfig, TrainingConfig};
 use crate::device::{Device, dry_run::DryRun, mebibytes};
 use crate::error::{Error, Result};
+use crate::methods::Method;
 use crate::methods::offline::sft::Sft;
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
+use crate::observer::Silent;
 
 /// What is asked of a plan: the run's own keys, and how long its rows are.
 #[derive(Clone)]
@@ -31,12 +34,22 @@ pub struct PlanRequest<'a> {
     pub tokens: usize,
     /// The method holds its policy against a model that stays: see [`Decoder::reference`].
     pub reference: bool,
+    /// Builds an online method: the plan is then a step of it, with its longest prompts and
+    /// completions. None: a step over rows.
+    pub online: Option<&'a BuildOnline<'a>>,
+    /// Sequences generated at once at most, where the options leave it to the plan.
+    pub sequences: Option<usize>,
 }
+
+/// An online method for a run's options.
+pub type BuildOnline<'a> = dyn Fn(&TrainingConfig) -> Result<Box<dyn Method>> + 'a;
 
 /// What will be in use at the peak.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     pub recompute: Recompute,
+    /// Sequences generated at once, where the plan was asked.
+    pub sequences: Option<usize>,
     pub peak: usize,
     /// What the peak is made of, largest first: what it is, bytes.
     pub parts: Vec<(&'static str, usize)>,
@@ -60,32 +73,17 @@ impl Plan {
     ) -> Result<Plan> {
         let mut cx = Cx::new(device, like.dtype)?;
         (cx.matmul, cx.attention, cx.recompute) = (like.matmul, like.attention, recompute);
+        // What there is to say of the run is said by the run.
+        cx.observer = Arc::new(Silent);
         let base = Decoder::builder(request.model.clone())
             .storage(scheme(&request.peft))
             .positions(request.length)
             .build(&cx)?;
-        // Initial values take host time and no memory: the plan's are the plainest.
-        let peft = PeftConfig { init_lora_weights: "true".into(), ..request.peft.clone() };
-        let model = prepare(&cx, base, &peft, request.adapter, request.dir, 0)?;
-        let reference = if request.reference { Some(model.reference(&cx)?) } else { None };
-        // Sequences as long as they get, and a shorter one for the rest of the tokens.
-        let length = request.length.max(2);
-        let mut lengths = vec![length; request.tokens / length];
-        lengths.extend(
-            Some(request.tokens % length)
-                .filter(|rest| *rest > 1 || request.tokens < length)
-                .map(|n| n.max(2)),
-        );
-        let mut training = request.training.clone();
-        training.per_device_train_batch_size = lengths.len();
-        let rows = lengths.len() * training.gradient_accumulation_steps;
-        let vocab = request.model.vocab_size.max(1);
-        let row = |n: usize| ((0..n).map(|i| (i % vocab) as u32).collect(), vec![true; n]);
-        let mut sft =
-            Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
-        let mut trainer = Trainer::new(cx, model, training, rows)?;
-        trainer.step(&mut sft)?;
-        drop(reference);
+        let model = prepare(&cx, base, &request.peft, request.adapter, request.dir, 0)?;
+        let trainer = match request.online {
+            Some(build) => online_step(cx, model, request, build)?,
+            None => row_step(cx, model, request)?,
+        };
         let (peak, blocks) = (trainer.cx.pool.in_use().1, trainer.cx.pool.high_water());
         let mut parts: Vec<(&'static str, usize)> = Vec::new();
         for (name, bytes) in &blocks {
@@ -96,14 +94,21 @@ impl Plan {
             }
         }
         parts.sort_by_key(|p| std::cmp::Reverse(p.1));
-        Ok(Plan { recompute, peak, parts, blocks })
+        Ok(Plan { recompute, sequences: request.sequences, peak, parts, blocks })
     }
 
     /// The table that is printed before a run.
     pub fn table(&self, request: &PlanRequest, available: usize) -> String {
+        let what = match request.online {
+            None => format!("micro-batches of at most {} tokens", request.tokens),
+            Some(_) => "all prompts and completions at their longest".into(),
+        };
+        let generated = match self.sequences {
+            None => String::new(),
+            Some(n) => format!(", sequences generated at once: {n}"),
+        };
         let mut text = format!(
-            "memory plan, micro-batches of at most {} tokens, gradient_checkpointing={}:\n",
-            request.tokens,
+            "memory plan, {what}{generated}, gradient_checkpointing={}:\n",
             self.recompute == Recompute::Layers
         );
         for (part, bytes) in &self.parts {
@@ -117,12 +122,60 @@ impl Plan {
     }
 }
 
+/// A step over rows as long as they get, and a shorter one for the rest of the tokens.
+fn row_step(cx: Cx, model: Decoder, request: &PlanRequest) -> Result<Trainer> {
+    let reference = if request.reference { Some(model.reference(&cx)?) } else { None };
+    let length = request.length.max(2);
+    let mut lengths = vec![length; request.tokens / length];
+    lengths.extend(
+        Some(request.tokens % length)
+            .filter(|rest| *rest > 1 || request.tokens < length)
+            .map(|n| n.max(2)),
+    );
+    let mut training = request.training.clone();
+    training.per_device_train_batch_size = lengths.len();
+    let rows = lengths.len() * training.gradient_accumulation_steps;
+    let vocab = request.model.vocab_size.max(1);
+    let row = |n: usize| ((0..n).map(|i| (i % vocab) as u32).collect(), vec![true; n]);
+    let mut sft = Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
+    let mut trainer = Trainer::new(cx, model, training, rows)?;
+    trainer.step(&mut sft)?;
+    drop(reference);
+    Ok(trainer)
+}
+
+/// Everything that an online method holds, and its first step: generation, rewards, reference,
+/// update.
+fn online_step(
+    cx: Cx,
+    model: Decoder,
+    request: &PlanRequest,
+    build: &BuildOnline,
+) -> Result<Trainer> {
+    let training = request.training.clone();
+    let mut method = build(&training)?;
+    if let Some(n) = request.sequences {
+        method.set_sequences(n);
+    }
+    let steps = match method.micro_batches() {
+        Some(n) => StepPlan::online(&training, n)?,
+        None => StepPlan::new(&training, method.rows())?,
+    };
+    let mut trainer = Trainer::with_plan(cx, model, training, steps)?;
+    method.attach(&mut trainer.cx, &trainer.model)?;
+    trainer.step(&mut *method)?;
+    Ok(trainer)
+}
+
 /// Which line of the table a block belongs to.
 fn part(block: &str) -> &'static str {
     match block {
         "weights" => "weights",
         "adapter weights" => "adapter",
         "reference weights" => "reference",
+        "reward model weights" => "reward model",
+        "value model weights" => "value model",
+        "kv cache" => "cache of keys and values",
         "parameter gradients" => "gradients",
         "adam moments" | "master weights" | "optimizer scalars" => "optimizer state",
         "logits chunk" | "dlogits chunk" | "head rows" => "head chunk",
@@ -145,11 +198,65 @@ pub fn available(cx: &Cx) -> Result<usize> {
     Ok(cx.device.memory()?.free.saturating_add(cx.pool.cached()))
 }
 
+/// Sequences that are generated at once before the cache takes what is left, and at most: decoding
+/// gains little from more.
+const SEQUENCES: (usize, usize) = (64, 1024);
+
 /// Plans the run: `gradient_checkpointing=auto` turns on where it does not fit without, a tenth
-/// kept for what the pool cannot use. Errors: a run that does not fit in `available` bytes, with
-/// what would make it.
+/// kept for what the pool cannot use. Where the plan says how many sequences are generated at once,
+/// the cache takes what is left. Errors: a run that does not fit in `available` bytes, with what
+/// would make it.
 pub fn fit(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
-    let plan = match request.training.gradient_checkpointing {
+    let wanted = request.sequences.map(|n| n.clamp(1, SEQUENCES.1));
+    let with = |n: usize| PlanRequest { sequences: Some(n), ..request.clone() };
+    let first = match wanted {
+        None => request.clone(),
+        Some(n) => with(n.min(SEQUENCES.0)),
+    };
+    let mut plan = with_recompute(cx, &first, available)?;
+    let Some(wanted) = wanted else {
+        return match plan.peak <= available {
+            true => Ok(plan),
+            false => Err(Error::OutOfMemory(refusal(cx, request, &plan, available)?)),
+        };
+    };
+    let recompute = plan.recompute;
+    let again = |n: usize| Plan::new(cx, &with(n), recompute);
+    let mut n = wanted.min(SEQUENCES.0);
+    if plan.peak > available {
+        while plan.peak > available && n > 1 {
+            n /= 2;
+            plan = again(n)?;
+        }
+        return match plan.peak <= available {
+            true => Ok(plan),
+            false => Err(Error::OutOfMemory(refusal(cx, &with(n), &plan, available)?)),
+        };
+    }
+    let fits = |plan: &Plan| plan.peak <= available / 10 * 9;
+    let (mut best, mut high) = (None, wanted + 1);
+    if wanted > n {
+        let all = again(wanted)?;
+        if fits(&all) {
+            return Ok(all);
+        }
+        high = wanted;
+    }
+    // To about a sixteenth of what fits.
+    while high > n + 1 + n / 16 {
+        let middle = (n + high) / 2;
+        let more = again(middle)?;
+        match fits(&more) {
+            true => (n, best) = (middle, Some(more)),
+            false => high = middle,
+        }
+    }
+    Ok(best.unwrap_or(plan))
+}
+
+/// The plan of a request as its `gradient_checkpointing` says, whether it fits or not.
+fn with_recompute(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
+    Ok(match request.training.gradient_checkpointing {
         GradientCheckpointing::On => Plan::new(cx, request, Recompute::Layers)?,
         GradientCheckpointing::Off => Plan::new(cx, request, Recompute::Off)?,
         GradientCheckpointing::Auto => {
@@ -160,11 +267,7 @@ pub fn fit(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
                 plan
             }
         }
-    };
-    if plan.peak <= available {
-        return Ok(plan);
-    }
-    Err(Error::OutOfMemory(refusal(cx, request, &plan, available)?))
+    })
 }
 
 /// A change of keys that takes less memory: what to write, and what it makes of the run.
@@ -188,7 +291,7 @@ fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Res
         }),
         (format!("max_length={}", request.length / 2), |a| {
             (a.length, a.tokens) = (a.length / 2, a.tokens.div_ceil(2));
-            a.length >= 2
+            a.length >= 2 && a.online.is_none()
         }),
         ("optim=adamw_8bit".into(), |a| {
             std::mem::replace(&mut a.training.optim, Optim::Adamw8bit) != Optim::Adamw8bit
@@ -219,7 +322,9 @@ fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Res
         }
         let on = one.training.gradient_checkpointing == GradientCheckpointing::On;
         let recompute = if on { Recompute::Layers } else { plan.recompute };
-        let peak = Plan::new(cx, &one, recompute)?.peak;
+        // Groups may not divide a generation of other micro-batches.
+        let Ok(changed) = Plan::new(cx, &one, recompute) else { continue };
+        let peak = changed.peak;
         if peak < plan.peak {
             let enough = if peak <= available { "" } else { " (not enough)" };
             text += &format!("\n{:>14}  with {keys}{enough}", mebibytes(peak));

@@ -47,6 +47,8 @@ fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> PlanRequest<'
         length,
         tokens,
         reference: false,
+        online: None,
+        sequences: None,
     }
 }
 

@@ -38,7 +38,9 @@ pub struct EnvOptions {
     pub sampling: SamplingOptions,
     pub sync: ReferenceSyncOptions,
     pub max_completion_length: usize,
-    pub max_sequences: usize,
+    pub max_sequences: Option<usize>,
+    /// Completions of a generation.
+    pub generation: usize,
 }
 
 pub struct RolloutEnv {
@@ -46,6 +48,7 @@ pub struct RolloutEnv {
     pub sampler: Sampler,
     pub scorer: Scorer,
     pub reference: Reference,
+    generation: usize,
     sync: ReferenceSyncOptions,
     log_completions: bool,
     /// With `log_completions`: the best and the worst of the last generation, until they are shown.
@@ -80,6 +83,7 @@ impl RolloutEnv {
             )?,
             scorer: Scorer::new(&options.rewards, inputs)?,
             reference: Reference::default(),
+            generation: options.generation,
             sync: options.sync.clone(),
             log_completions: options.rewards.log_completions,
             shown: Vec::new(),
@@ -91,6 +95,11 @@ impl RolloutEnv {
     /// Tokens of the longest prompt with its completion.
     pub fn longest(&self) -> usize {
         self.prompts.longest() + self.sampler.max_completion_length
+    }
+
+    /// Completions generated at once at most, where the memory plan says how many are.
+    pub fn planned_sequences(&self) -> Option<usize> {
+        self.sampler.is_planned().then_some(self.generation)
     }
 
     /// Sets up what needs the initial policy: the sampler's cache, the reference (where wanted),
@@ -134,6 +143,15 @@ impl RolloutEnv {
         request: SampleRequest,
     ) -> Result<Vec<Rollout>> {
         let begin = Instant::now();
+        let longest;
+        let prompts = match cx.device.computes() {
+            true => prompts,
+            // A plan is of the most that there can be.
+            false => {
+                longest = self.prompts.longest_of(split, prompts.len());
+                &longest
+            }
+        };
         let rollouts = self.sampler.sample(cx, model, self.prompts.of(split), prompts, request);
         self.seconds.generate += begin.elapsed().as_secs_f64();
         rollouts

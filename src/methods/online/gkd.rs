@@ -133,6 +133,7 @@ impl Gkd {
             sampling: SamplingOptions { temperature: options.temperature, ..Default::default() },
             max_completion_length: options.max_new_tokens,
             max_sequences: options.rollout.max_sequences,
+            generation: training.per_device_train_batch_size * training.gradient_accumulation_steps,
             ..EnvOptions::default()
         };
         let mut gkd = Gkd {
@@ -193,9 +194,23 @@ impl Gkd {
         rollouts
     }
 
+    fn longest_example(&self) -> Option<&SftExample> {
+        self.data.iter().flatten().max_by_key(|e| e.input_ids.len())
+    }
+
     /// What each micro-batch is trained on. Returns metrics.
     fn fill(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<Vec<Metric>> {
-        let own: Vec<bool> = (0..at.micro.len()).map(|m| self.on_policy(at.step, m)).collect();
+        let longest = self.longest_example().filter(|_| !cx.device.computes()).cloned();
+        let own: Vec<bool> = (0..at.micro.len())
+            .map(|m| match (cx.device.computes(), &longest) {
+                (true, _) => self.on_policy(at.step, m),
+                // A plan takes what is longest.
+                (false, Some(data)) => {
+                    self.options.lmbda > 0.0 && data.input_ids.len() <= self.env.longest()
+                }
+                (false, None) => self.options.lmbda > 0.0,
+            })
+            .collect();
         let prompts = |wanted: bool| -> Vec<usize> {
             let some = at.micro.iter().zip(&own).filter(|(_, o)| **o == wanted);
             some.flat_map(|(m, _)| m.iter().copied()).collect()
@@ -224,7 +239,10 @@ impl Gkd {
             parts.push(match (own, self.options.seq_kd) {
                 (true, _) => students.by_ref().take(rows.len()).collect(),
                 (false, true) => teachers.by_ref().take(rows.len()).collect(),
-                (false, false) => rows.iter().filter_map(|r| self.data[*r].clone()).collect(),
+                (false, false) => match &longest {
+                    Some(data) => vec![data.clone(); rows.len()],
+                    None => rows.iter().filter_map(|r| self.data[*r].clone()).collect(),
+                },
             });
         }
         self.buffer.replace(at.step, parts);

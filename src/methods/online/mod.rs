@@ -147,6 +147,18 @@ impl<O: OnlineObjective> Method for OnlineMethod<O> {
         self.objective.micro_batches()
     }
 
+    fn generates(&self) -> bool {
+        true
+    }
+
+    fn planned_sequences(&self) -> Option<usize> {
+        self.objective.env().planned_sequences()
+    }
+
+    fn set_sequences(&mut self, n: usize) {
+        self.objective.env_mut().sampler.set_sequences(n);
+    }
+
     fn begin(&mut self, number: u64) -> Result<()> {
         self.step = number;
         Ok(())

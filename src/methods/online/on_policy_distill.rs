@@ -60,6 +60,7 @@ impl BuildMethod for OnPolicyDistillConfig {
             sampling: self.sampling.clone(),
             max_completion_length: self.max_completion_length,
             max_sequences: self.rollout.max_sequences,
+            generation: training.per_device_train_batch_size * training.gradient_accumulation_steps,
             ..EnvOptions::default()
         };
         let env = RolloutEnv::new(&env, training, inputs)?;

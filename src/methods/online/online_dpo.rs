@@ -90,6 +90,9 @@ impl BuildMethod for OnlineDpoConfig {
             sync: ReferenceSyncOptions::default(),
             max_completion_length: self.max_new_tokens,
             max_sequences: self.rollout.max_sequences,
+            generation: 2
+                * training.per_device_train_batch_size
+                * training.gradient_accumulation_steps,
         };
         let env = RolloutEnv::new(&env, training, inputs)?;
         let summary = format!("{} prompts, 2 completions each", env.prompts.train.len());

@@ -7,14 +7,16 @@ use crate::config::{ReferenceSyncOptions, Report, RewardOptions, SamplingOptions
 section! {
     /// How many sequences are generated at once.
     pub struct RolloutOptions = "rollout" {
-        /// Ours. Sequences decoded at once.
-        pub max_sequences: usize = 64,
+        /// Ours. Sequences decoded at once. none: as many as the memory plan has room for, at most
+        /// 1024.
+        pub max_sequences: Option<usize> = None,
     }
 }
 
 impl RolloutOptions {
     fn rules(&self, report: &mut Report) {
-        report.at_least("max_sequences", self.max_sequences, 1);
+        report
+            .must(self.max_sequences != Some(0), || "max_sequences = 0: must be at least 1".into());
     }
 }
 

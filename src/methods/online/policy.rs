@@ -153,8 +153,10 @@ pub fn clip_term(clip: &ClipOptions) -> Term {
 }
 
 impl OnlineConfig {
-    pub fn env(&self) -> EnvOptions {
+    /// What the environment is made of; a generation has `generation` completions.
+    pub fn env(&self, generation: usize) -> EnvOptions {
         EnvOptions {
+            generation,
             rewards: self.rewards.clone(),
             sampling: self.sampling.clone(),
             sync: self.sync.clone(),
@@ -188,8 +190,9 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         inputs: &MethodInputs,
     ) -> Result<BuiltMethod> {
         let options = objective.online().clone();
-        let env = RolloutEnv::new(&options.env(), training, inputs)?;
         let parts = options.steps_per_generation.unwrap_or(training.gradient_accumulation_steps);
+        let generation = training.per_device_train_batch_size * parts;
+        let env = RolloutEnv::new(&options.env(generation), training, inputs)?;
         let (passes, group) = (options.num_iterations, options.num_generations);
         let schedule =
             RolloutSchedule::new(training, parts, passes, group, env.prompts.train.len())?;

@@ -81,6 +81,14 @@ impl Prompts {
         self.train.iter().chain(&self.eval).map(|p| p.ids.len()).max().unwrap_or(1)
     }
 
+    /// The `count` longest prompts of a split: for the memory plan.
+    pub fn longest_of(&self, split: Split, count: usize) -> Vec<usize> {
+        let all = self.of(split);
+        let mut order: Vec<usize> = (0..all.len()).collect();
+        order.sort_by_key(|p| std::cmp::Reverse(all[*p].ids.len()));
+        order.into_iter().cycle().take(count).collect()
+    }
+
     /// The `count` prompts of a generation, in the order of the epoch that it is in.
     pub fn of_generation(&self, generation: u64, count: usize) -> Vec<usize> {
         let each = (self.train.len() / count.max(1)).max(1) as u64;

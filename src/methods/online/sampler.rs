@@ -17,12 +17,17 @@ use crate::rollout::{Engine, EngineOptions, Finish, Request};
 pub struct Sampler {
     pub options: SamplingOptions,
     pub max_completion_length: usize,
-    max_sequences: usize,
+    /// Sequences decoded at once, where the options say; else `planned`.
+    max_sequences: Option<usize>,
+    planned: usize,
     seed: u64,
     stop: Vec<u32>,
     tokenizer: Tokenizer,
     engine: Option<Engine>,
 }
+
+/// Sequences decoded at once where neither the options nor a plan say.
+const UNPLANNED: usize = 64;
 
 /// How many completions of each prompt are sampled.
 #[derive(Clone, Copy)]
@@ -44,7 +49,7 @@ impl Sampler {
     pub fn new(
         options: &SamplingOptions,
         max_completion_length: usize,
-        max_sequences: usize,
+        max_sequences: Option<usize>,
         seed: u64,
         inputs: &MethodInputs,
     ) -> Result<Sampler> {
@@ -57,8 +62,26 @@ impl Sampler {
             ));
         }
         let options = options.clone();
-        let engine = None;
-        Ok(Sampler { options, max_completion_length, max_sequences, seed, stop, tokenizer, engine })
+        Ok(Sampler {
+            options,
+            max_completion_length,
+            max_sequences,
+            planned: UNPLANNED,
+            seed,
+            stop,
+            tokenizer,
+            engine: None,
+        })
+    }
+
+    /// Whether the memory plan says how many sequences are decoded at once.
+    pub fn is_planned(&self) -> bool {
+        self.max_sequences.is_none()
+    }
+
+    /// What the memory plan says; the options come before it.
+    pub fn set_sequences(&mut self, n: usize) {
+        self.planned = n;
     }
 
     /// An engine with the run's options and a cache for `model` and sequences of `longest` tokens.
@@ -71,7 +94,8 @@ impl Sampler {
             );
         }
         let (stop, length) = (self.stop.clone(), self.max_completion_length);
-        let options = EngineOptions::new(length, sampling, stop, self.max_sequences);
+        let options =
+            EngineOptions::new(length, sampling, stop, self.max_sequences.unwrap_or(self.planned));
         // The engine only makes sure that positions are covered, and they are.
         Engine::new(cx, &mut model.clone(), options, longest)
     }
@@ -99,6 +123,11 @@ impl Sampler {
             return Err(Error::Run("the sampler is missing; attach comes first".into()));
         };
         let SampleRequest { n, stream, greedy } = request;
+        if !cx.device.computes() {
+            let all: Vec<Vec<u32>> = indices.iter().map(|p| prompts[*p].ids.clone()).collect();
+            rehearse(cx, engine, model, &Request::numbered(all, n))?;
+            return Ok(longest_rollouts(indices, n, self.max_completion_length));
+        }
         let ids = indices.iter().map(|p| prompts[*p].ids.clone());
         let requests = Request::numbered(ids, n);
         engine.set_seed(self.seed ^ (stream + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))?;
@@ -120,4 +149,30 @@ impl Sampler {
         };
         done?.into_iter().map(rollout).collect()
     }
+}
+
+/// For the memory plan: prompts go in, until as many sequences are decoded as there can be at once.
+fn rehearse(cx: &mut Cx, engine: &mut Engine, model: &Decoder, requests: &[Request]) -> Result<()> {
+    engine.abort();
+    requests.iter().try_for_each(|r| engine.submit(r).map(drop))?;
+    // No token that a device gives that computes nothing ends a completion.
+    let stop = std::mem::take(&mut engine.options.stop);
+    let all = requests.iter().map(|r| r.n).sum::<usize>().min(engine.options.max_sequences);
+    while engine.has_work() && engine.step(cx, model)?.tokens.len() < all {}
+    engine.options.stop = stop;
+    engine.abort();
+    Ok(())
+}
+
+/// For the memory plan: completions none of which ends before its limit.
+fn longest_rollouts(indices: &[usize], n: usize, tokens: usize) -> Vec<Rollout> {
+    let rollout = |prompt: &usize| Rollout {
+        prompt: *prompt,
+        ids: vec![0; tokens],
+        logps: vec![0.0; tokens],
+        entropies: vec![0.0; tokens],
+        finished: true,
+        text: String::new(),
+    };
+    indices.iter().flat_map(|p| std::iter::repeat_n(rollout(p), n)).collect()
 }

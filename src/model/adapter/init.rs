@@ -19,6 +19,9 @@ impl Adapter {
         base: &ParamSet,
         seed: u64,
     ) -> Result<()> {
+        if !cx.device.computes() {
+            return self.refresh(cx, base);
+        }
         let init = match &self.config.kind {
             AdapterKind::Lora(c) => c.init.as_str(),
             AdapterKind::Bottleneck(c) => c.init.as_str(),

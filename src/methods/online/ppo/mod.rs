@@ -62,8 +62,9 @@ impl BuildMethod for PpoConfig {
     }
 
     fn build(&self, training: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
-        let env = RolloutEnv::new(&self.online.env(), training, inputs)?;
         let parts = self.num_mini_batches * training.gradient_accumulation_steps;
+        let generation = training.per_device_train_batch_size * parts;
+        let env = RolloutEnv::new(&self.online.env(generation), training, inputs)?;
         let (passes, group) = (self.num_ppo_epochs, self.online.num_generations);
         let schedule =
             RolloutSchedule::new(training, parts, passes, group, env.prompts.train.len())?;
