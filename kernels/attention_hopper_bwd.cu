@@ -279,6 +279,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     if (position == END) break;
     if (w * 64 >= count || position + 63 < low_key || first_seen(position, window) > high_key) {  // sees none of its keys
       finish();
+      named_barrier(1 + w, 128);  // no product keeps the warps together here: all have read the stage
       if (leader) mbarrier_arrive(empty + stage);
       continue;
     }
@@ -524,6 +525,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
       turn.next<STAGES>();
       if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
         finish();
+        named_barrier(1 + w, 128);  // no product keeps the warps together here: all have seen the stage
         if (leader) mbarrier_arrive(empty + stage);
         continue;
       }
