@@ -1,4 +1,22 @@
-// The backward of causal attention on sm_90a by wgmma, head sizes 64 and 128. Math: attention.cu.
+// The backward of causal attention on sm_90a by wgmma: bf16, head sizes 64 and 128. Math and shapes: attention.cu.
+//
+// Math     As attention.cu, to base 2: P = 2^(s scale log2(e) - lse log2(e)), one fmaf and one ex2 a score. The factor
+//          `scale` of dS is taken out of the sums and applied to dq and dk at the end.
+// Shapes   As attention.cu.  items [tiles, 2] int: segment, first row in it, of each 128 rows;  stats [2, heads, stat_rows]
+//          float: -lse log2(e), then delta; the rows of segment i begin at the next multiple of 4 after its start, + 4 i
+// Plan     attention_hopper_dq: a block a multiprocessor, which takes tiles of 128 query rows of a head in turn, longest
+//          first; delta comes from out and dout on the way, and goes to `stats` for the second kernel.
+//          attention_hopper_dkv: a block a (128 key rows, kv head), over the heads of the group and the queries that see
+//          them. In both a warpgroup produces (cp.async into a ring of stages with 128-byte swizzle) and two consume, 64
+//          rows each, sharing the ring. dkv takes the scores transposed (keys x queries), so that P and dS are A operands
+//          in registers as they are: nothing goes back through shared memory. The products of a step run beside the
+//          scores of the next where registers allow (dq; dkv at head size 64); else in halves beside dS. No atomics.
+// Numerics As attention_mma.cu: sums in float, P and dS rounded to bf16 as operands. Each element is one chain over the
+//          steps in an order that the segment alone fixes. Rows outside a segment are zeros: their P may be anything
+//          finite. The bits are not those of attention_mma.cu.
+// Cost     14 D flops a pair executed, 10 D counted. H100 (2026-11-27), TFLOP/s counted, beside torch 2.11's cuDNN and
+//          flash backward:  8 x 2048, 14/2 heads, D 64:  286 (220, 152);  2 x 8192, 16/8 heads, D 128:  476 (478, 274).
+//          That was before the deeper rings, the turns of dq and the halves; with them *predicted* 330 and 490.
 #include "common/mask.cuh"
 #include "prim/async.cuh"
 #include "prim/wgmma.cuh"
@@ -279,6 +297,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     if (position == END) break;
     if (w * 64 >= count || position + 63 < low_key || first_seen(position, window) > high_key) {  // sees none of its keys
       finish();
+      named_barrier(1 + w, 128);  // no product keeps the warps together here: all have read the stage
       if (leader) mbarrier_arrive(empty + stage);
       continue;
     }
@@ -524,6 +543,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
       turn.next<STAGES>();
       if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
         finish();
+        named_barrier(1 + w, 128);  // no product keeps the warps together here: all have seen the stage
         if (leader) mbarrier_arrive(empty + stage);
         continue;
       }
