@@ -12,7 +12,7 @@
 // Numerics Logits are float, also in a bf16 build: half-precision logits cost accuracy where it matters most. Sums in
 //          float in a fixed order; dlogits is rounded when stored. The gradient of H as it stands has no cancellation.
 // Cost     4 vocab bytes a row read for the figures; 4 read and sizeof(real) written for the gradient. 16,384 rows of
-//          151,936 columns on an H100 (2026-11-27, copy 2.97 TB/s): figures 3.67 ms (2.71 TB/s; predicted 3.6 to 3.9; with a
+//          151,936 columns on an H100 (2026-11-27, copy 2.97 TB/s): figures 3.65 ms (2.72 TB/s; predicted 3.6 to 3.9; with a
 //          warp a row 30.4), gradient 5.02 ms (2.97 TB/s; predicted 5.1; with a warp a row 9.7). What the figures lack
 //          is head_stats: 12 us a chunk of 883 rows.
 #include "common/logits.cuh"
