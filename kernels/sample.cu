@@ -15,12 +15,13 @@
 //          and walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order
 //          that the floats' bits have. sample_bounds tells where it can lie at all, sample_above sums for 7 thresholds at once
 //          what lies above, sample_narrow keeps an eighth: at most 11 passes whatever the values, and when one float is left
-//          the rest return at once. A slice whose maximum lies below what is left is not read. With a threshold or
-//          min_p, sample_kept makes the weights of the slices again.
+//          the rest return at once. A slice that has nothing left of them is not read. With a threshold or min_p,
+//          sample_kept makes the weights of the slices again.
 //          Each sum has one order, and leaving out values can only lower it, so every search is over a monotone function.
 // Numerics As the head's (common/logits.cuh): logp, logp_scaled and entropy have the bits of head_stats.
-// Cost     Full distribution: one pass over the row, 4 vocab bytes: 256 rows of 151,936 columns on an H100 are 53 us at copy
-//          speed. A threshold: at most 8 more passes (9 with the weights), each at most 66 us (50 instructions a value).
+// Cost     Full distribution: one pass over the row, 4 vocab bytes. 256 rows of 151,936 columns on an H100 (2026-11-27, one
+//          CUDA graph): 84 us (copy speed alone: 52; with a warp a row 1,622), at another temperature 97, min_p 128, greedy
+//          78; one row 24. A pass of a search reads what it cannot skip: docs/kernels.md has the figures of thresholds.
 #include "prim/rng.cuh"
 #include "common/logits.cuh"
 
@@ -102,7 +103,8 @@ KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float*
 // top_k: not below the top_k-th of the slices' maxima. top_p: of `vocab` weights the least that is kept is at least
 // (1 - top_p) / vocab of their sum, which is 1 or more; nor below `floor`, where the weights are sample_kept's.
 KERNEL_WARP(sample_bounds)(int* rank, int* width, int* digit, float* base, float* limit, float* top, const float* part,
-                           const int* who, MAYBE(const int) floor_rank, int rows, int vocab, int slices, int count, float top_p, float scale) {
+                           const int* who, MAYBE(const int) floor_rank, int rows, int vocab, int slices, int count,
+                           float top_p, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows || who[row * SAMPLE_INFO] < 0) return;
   const float* largest = part + (row * SAMPLE_PARTS + 5) * slices;
@@ -351,8 +353,8 @@ DEVICE Found find(int begin, int end, float before, float u, Weights weights, Ag
 }
 
 // The draw and what is known of it. `truncates`: the weights of the slices are sample_kept's.
-KERNEL_WARP(sample, BLOCKS=0:2)(int* token, float* logp, float* logp_scaled, float* logp_truncated, float* entropy, MAYBE(int) seen,
-                    const float* part, const float* logits, const int* who, const int* seed, MAYBE(const int) top_k_rank,
+KERNEL_WARP(sample, BLOCKS=0:2)(int* token, float* logp, float* logp_scaled, float* logp_truncated, float* entropy,
+                    MAYBE(int) seen, const float* part, const float* logits, const int* who, const int* seed, MAYBE(const int) top_k_rank,
                     MAYBE(const int) top_p_rank, int rows, int vocab, int slices, int words, int greedy, int truncates,
                     float scale, float min_p, float penalty) {
   const long long row = WARP_INDEX;
