@@ -11,8 +11,9 @@
 //          rounded stochastically, up with the probability of the dropped fraction (Philox by index and step, so the
 //          result does not depend on the layout of the launch). Moments in bf16 are rounded so too, after the step that
 //          used them unrounded: rounded to nearest, a v that moves by 1/1000 of itself would stand still.
-// Cost     D=0: 28 n + sizeof(real) n bytes; D=1: 20 n + 2 sizeof(real) n; 8 n less with moments in bf16. GPU: not measured
-//          yet.
+// Cost     D=0: 28 n + sizeof(real) n bytes; D=1: 20 n + 2 sizeof(real) n; 8 n less with moments in bf16. H100, 494 M
+//          parameters, 2026-11-27: adamw<0> 5.0 ms, at copy speed; square_sums 0.66 ms, at copy speed; norm_and_clip, one
+//          warp's walk through 60,000 partial sums, 36 us (107 us with a load at a time).
 #include "common/adam.cuh"
 #include "prim/warp.cuh"
 
