@@ -129,7 +129,7 @@ fn a_graph_serves_new_weights_and_not_another_model_or_sampling() {
     let sampling = Sampling { temperature: 1.0, seed: 4, ..Sampling::greedy() };
     let options = EngineOptions::new(20, sampling.clone(), vec![], 8);
     let requests = requests(&mut Rng(3), 2, 4);
-    let mut fresh = |cx: &mut Cx, model: &mut Decoder, sampling: &Sampling| {
+    let fresh = |cx: &mut Cx, model: &mut Decoder, sampling: &Sampling| {
         let options = EngineOptions { sampling: sampling.clone(), ..options.clone() };
         completed(&mut engine(cx, model, &options, false), cx, model, &requests)
     };
@@ -170,7 +170,7 @@ fn steps_of_every_kind_of_model_are_recorded() {
         &[LORA[0], LORA[1], "load_in_4bit=true"],
         &[LORA[0], LORA[1], "load_in_8bit=true"],
         &["use_peft=true", "peft_type=ia3"],
-        &["use_peft=true", "peft_type=prompt", "num_virtual_tokens=5"],
+        &["use_peft=true", "peft_type=prompt_tuning", "num_virtual_tokens=5"],
         &["use_peft=true", "peft_type=seq_bn"],
         &["use_peft=true", "peft_type=par_bn"],
     ];
