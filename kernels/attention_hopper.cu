@@ -1,54 +1,50 @@
 // Causal attention over packed sequences, forward, with TMA and wgmma: bf16, sm_90a, head sizes 64 and 128. Math: attention.cu.
 //
 // Math     as attention_mma.cu, whose softmax it shares
-// Shapes   as attention_mma_fwd, but items are of HOPPER_FWD_ROWS rows;  map: boxes of 64 x 64 of qkv
-// Plan     a block a (192 query rows, head): three warpgroups of 64 rows each consume blocks of 64 positions of K and V from a
-//          ring in shared memory, and skip those that none of their rows sees. A fourth fills the ring, by TMA, or by cp.async
-//          where a block is not one box: where a prefix ends inside it, and at the end of the segment (so that no neighbour's
-//          NaN comes in). S of a block is started before the product of P and V of the block before, which runs under the
-//          softmax. Blocks are persistent, so that the loads of a tile run under the end of the one before; long tiles come
-//          first, in rounds of alternating direction.
+// Shapes   as attention_mma_fwd, but items are of hopper_fwd_rows(D) rows;  map: boxes of 64 x 64 of qkv
+// Plan     a block a (128 or 192 query rows, head); a warpgroup owns 64 of the rows and skips the blocks of 64 positions that none
+//          of them sees. A ring of such blocks of K and V in shared memory is filled by TMA, or by cp.async where a block is
+//          not one box: where a prefix ends inside it, and at the end of the segment (so that no neighbour's NaN comes in).
+//          Head size 64: two warpgroups, of which the first also fills the ring; registers for two blocks a multiprocessor.
+//          Head size 128: three warpgroups beside one that does nothing but fill the ring, a block a multiprocessor. S of a
+//          block is started before the product of P and V of the block before, which runs under the softmax.
 // Numerics bit for bit those of attention_mma_fwd: wgmma accumulates like a chain of mma.sync, the accumulators lie in the
 //          same lanes, and the blocks and the softmax are the same
-// Cost     4 D flops a pair. H100: not measured yet
+// Cost     4 D flops a pair. H100 80GB, 2026-11-27, causal, this file compiled alone: 8 x 2048, 14/2 heads of 64: 374 TFLOP/s
+//          (cuDNN 362 to 367, FlashAttention-2 237 to 243); 2 x 8192, 16/8 heads of 128: 641 (580 to 616, 318 to 320).
+//          Measured before two waits were added against a race (see `skip` and `fill`); since then unmeasured.
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"
 
-// Query rows of a block, 64 a warpgroup.
-EXPORT(int, HOPPER_FWD_ROWS, 192);
-// Stages of the ring.
-EXPORT_FN(hopper_fwd_stages, d, d <= 64 ? 8 : 4);
-// Bytes of shared memory: two tiles of Q, the ring of K and V, two mbarriers for each of them and for each stage.
-EXPORT_FN(hopper_fwd_shared, d, (2 * HOPPER_FWD_ROWS + 2 * 64 * hopper_fwd_stages(d)) * d * 2 + 16 * (hopper_fwd_stages(d) + 2));
+// Query rows of a block, and stages of its ring.
+EXPORT_FN(hopper_fwd_rows, d, d <= 64 ? 128 : 192);
+EXPORT_FN(hopper_fwd_stages, d, d <= 64 ? 5 : 4);
+// Bytes of shared memory: Q, the ring of K and V, two mbarriers a stage.
+EXPORT_FN(hopper_fwd_shared, d, (hopper_fwd_rows(d) + 2 * 64 * hopper_fwd_stages(d)) * d * 2 + 16 * hopper_fwd_stages(d));
 
 #if HOPPER && defined(REAL_BF16)
-constexpr int GROUP = 128;                    // threads of a warpgroup
-constexpr int SIDE = 64;                      // rows of a tile: of a warpgroup's queries, of a block's keys
-constexpr int CONSUMERS = HOPPER_FWD_ROWS / SIDE;
-constexpr int BOX = SIDE * 64;                // values of a box; a tile of D columns is D / 64 boxes
+constexpr int SIDE = 64;           // rows of a tile: of a warpgroup's queries, of a block's keys
+constexpr int BOX = SIDE * 64;     // values of a box; a tile of D columns is D / 64 boxes
+constexpr int GROUP = 128;         // threads of a warpgroup
 
-typedef float Scores[SIDE / 8][4];
-typedef unsigned Weights[SIDE / 16][4];
-
-// Starts the copy of a block of K and V by a warpgroup; row i of K lies at base + offset(i), that of V so many values further;
-// it is zeros where the offset is negative. Not unrolled: its addresses would cost registers.
+// Starts the copy of a tile of D columns by a warpgroup; row i lies at base + offset(i), and is zeros where that is negative.
+// Not unrolled: its addresses would cost the registers that the products need.
 template <int D, class Offset>
-DEVICE void fetch_tile(bf16* k, bf16* v, const bf16* base, int further, const Offset& offset) {
+DEVICE void fetch_tile(bf16* tile, const bf16* base, const Offset& offset) {
   constexpr int CHUNKS = D / 8;
   const int t = (int)threadIdx.x % GROUP, c = t % CHUNKS;
 #pragma unroll 1
-  for (int r = t / CHUNKS; r < SIDE; r += GROUP / CHUNKS) {
+  for (int i = 0; i < SIDE * CHUNKS / GROUP; ++i) {
+    const int r = t / CHUNKS + i * (GROUP / CHUNKS);
     const long long at = offset(r);
-    const int to = c / 8 * BOX + swizzle128(r, c % 8) / 2, valid = at < 0 ? 0 : 16;
-    const bf16* from = base + (at < 0 ? 0 : at + c * 8);
-    copy_async16(k + to, from, valid);
-    copy_async16(v + to, from + further, valid);
+    bf16* to = tile + c / 8 * BOX + swizzle128(r, c % 8) / 2;
+    copy_async16(to, base + (at < 0 ? 0 : at + c * 8), at < 0 ? 0 : 16);
   }
 }
 
 // Starts s = Q K^T.
 template <int D>
-DEVICE void start_scores(Scores& s, wgmma_operand q, wgmma_operand k) {
+DEVICE void start_scores(float (&s)[SIDE / 8][4], wgmma_operand q, wgmma_operand k) {
 #pragma unroll
   for (int kk = 0; kk < D / 16; ++kk) {
     const int at = kk / 4 * BOX + kk % 4 * 16;
@@ -59,189 +55,171 @@ DEVICE void start_scores(Scores& s, wgmma_operand q, wgmma_operand k) {
 
 // Starts o += P V.
 template <int D>
-DEVICE void start_weighted(float (&o)[D / 8][4], const Weights& p, wgmma_operand v) {
+DEVICE void start_weighted(float (&o)[D / 8][4], const unsigned (&p)[SIDE / 16][4], wgmma_operand v) {
 #pragma unroll
   for (int kk = 0; kk < SIDE / 16; ++kk)
     wgmma_rs<D, true>((float (&)[D / 2])o, p[kk], wgmma_step(v, kk * 16 * 64), true);
   wgmma_commit();
 }
 
-DEVICE void pack_weights(Weights& p, const Scores& s) {
+DEVICE void pack_weights(unsigned (&p)[SIDE / 16][4], const float (&s)[SIDE / 8][4]) {
 #pragma unroll
   for (int j = 0; j < SIDE / 8; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h) p[j / 2][j % 2 * 2 + h] = pack_bf16(s[j][2 * h], s[j][2 * h + 1]);
 }
 
-// What lies in shared memory, and where one user of the ring of K and V stands in it.
+// The ring of K and V: what one warpgroup fills and all empty, each at its own place.
 template <int D>
-struct Shared {
+struct Ring {
   static constexpr int STAGES = hopper_fwd_stages(D), TILE = SIDE * D;
-  bf16 *q, *k, *v;
-  mbarrier *full, *empty, *q_full, *q_empty;
-  int stage = 0, phase = 0;
-  DEVICE_MEMBER Shared(unsigned char* base) {
-    q = (bf16*)base;
-    k = q + 2 * CONSUMERS * TILE;
-    v = k + STAGES * TILE;
-    full = (mbarrier*)(v + STAGES * TILE);
-    empty = full + STAGES;
-    q_full = empty + STAGES;
-    q_empty = q_full + 2;
-  }
-  DEVICE_MEMBER void init() {
+  bf16 *k, *v;
+  mbarrier *full, *empty;
+  int stage = 0, phase = 0, before = 0;
+  int fill_stage = 0, fill_phase = 1;  // an empty ring has no one to wait for
+  DEVICE_MEMBER Ring(bf16* base) : k(base), v(base + STAGES * TILE), full((mbarrier*)(v + STAGES * TILE)), empty(full + STAGES) {}
+  DEVICE_MEMBER void init(int consumers) {
     for (int i = 0; i < STAGES; ++i) {
       mbarrier_init(full + i, 1);
-      mbarrier_init(empty + i, CONSUMERS);
-    }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(q_full + i, 1);
-      mbarrier_init(q_empty + i, CONSUMERS);
+      mbarrier_init(empty + i, consumers);
     }
     mbarrier_fence();
   }
+  DEVICE_MEMBER void wait() { mbarrier_wait(full + stage, phase); }
+  DEVICE_MEMBER void release(int which) {
+    if (threadIdx.x % GROUP == 0) mbarrier_arrive(empty + which);
+  }
   DEVICE_MEMBER void advance() {
+    before = stage;
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 };
 
-// The n-th item of this block: rounds over all blocks, every other one backwards, so that none always gets the longest.
-DEVICE int nth_item(int n) {
-  const int last = (int)gridDim.x - 1, b = blockIdx.x;
-  return n * (last + 1) + (n % 2 ? last - b : b);
-}
-
-// A tile of query rows of one head, and the blocks of positions that they see.
-struct Item {
-  int head, row, length;  // the first row, and the segment's length
-  SegmentKeys keys;
-  int first_block, end_block, to;  // `to`: the first position that is no row's
-  DEVICE_MEMBER Item(const int* items, const int* segments, int at, int ld, int heads, int window)
-      : Item(items + at / heads * 2, segments, ld, at % heads, window) {}
-  DEVICE_MEMBER Item(const int* item, const int* segments, int ld, int head, int window)
-      : head(head), row(item[1]), length(segments[item[0] * SEGMENT_INTS + 1]), keys(segments, item[0], ld) {
-    first_block = first_seen(keys.prefix_length + row, window) / SIDE;
-    to = keys.prefix_length + min_int(row + HOPPER_FWD_ROWS, length);
-    end_block = (to + SIDE - 1) / SIDE;
-  }
-};
-
-// The fourth warpgroup's part: all tiles of Q, all blocks of K and V.
-template <int D>
-DEVICE void produce(Shared<D>& shared, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count,
-                    int ld, int heads, int kv_heads, int window) {
-  constexpr int TILE = SIDE * D;
-  const bool first_thread = threadIdx.x % GROUP == 0;
-  shared.phase = 1;  // for an empty ring there is no one to wait for
-#pragma unroll 1
-  for (int n = 0; nth_item(n) < count; ++n) {
-    const Item item(items, segments, nth_item(n), ld, heads, window);
-    const SegmentKeys& keys = item.keys;
-    const int k_column = (heads + item.head / (heads / kv_heads)) * D, v_column = k_column + kv_heads * D;
-    if (first_thread) {
-      mbarrier* full = shared.q_full + n % 2;
-      mbarrier_wait(shared.q_empty + n % 2, n / 2 % 2 ^ 1);
-      mbarrier_expect(full, CONSUMERS * TILE * (int)sizeof(bf16));
-#pragma unroll 1
-      for (int w = 0; w < CONSUMERS; ++w)  // rows beyond the segment's are someone's or zeros, and nobody's results
-        for (int c = 0; c < D / 64; ++c)
-          tma_load(shared.q + (n % 2 * CONSUMERS + w) * TILE + c * BOX, &map, full, item.head * D + c * 64,
-                   keys.start + item.row + w * SIDE);
-    }
-#pragma unroll 1
-    for (int block = item.first_block; block < item.end_block; ++block) {
-      const int p = block * SIDE, at = shared.stage;
-      bf16 *k = shared.k + at * TILE, *v = shared.v + at * TILE;
-      if (p + SIDE <= keys.prefix_length + item.length && (p >= keys.prefix_length || p + SIDE <= keys.prefix_length)) {
-        if (first_thread) {
-          mbarrier_wait(shared.empty + at, shared.phase);
-          mbarrier_expect(shared.full + at, 2 * TILE * (int)sizeof(bf16));
-          for (int c = 0; c < D / 64; ++c) {
-            tma_load(k + c * BOX, &map, shared.full + at, k_column + c * 64, keys.row(p));
-            tma_load(v + c * BOX, &map, shared.full + at, v_column + c * 64, keys.row(p));
-          }
-        }
-      } else {
-        // One waits for all: the others may be rounds ahead, where the parity would tell them nothing.
-        if (first_thread) mbarrier_wait(shared.empty + at, shared.phase);
-        named_barrier(1, GROUP);
-        fetch_tile<D>(k, v, qkv + k_column, kv_heads * D, [&](int i) { return p + i < item.to ? keys.at(p + i) : -1ll; });
-        copy_commit();
-        copy_wait<0>();
-        fence_async_proxy();
-        named_barrier(1, GROUP);
-        if (first_thread) mbarrier_arrive(shared.full + at);
-      }
-      shared.advance();
-    }
-  }
-}
-
-// A warpgroup's 64 rows of each tile.
 template <int D, bool CAPPED>
-DEVICE void consume(Shared<D>& shared, real* out, float* lse, const int* items, const int* segments, int count, int ld, int heads,
-                    float scale, float softcap, int window) {
-  constexpr int TILE = SIDE * D;
-  const int wg = shfl((int)threadIdx.x / GROUP, 0);
-  const float factor = score_factor(scale, softcap);
-  const wgmma_operand q0 = wgmma_desc<true>(shared.q + wg * TILE), k0 = wgmma_desc<true>(shared.k), v0 = wgmma_desc<false>(shared.v);
-  auto arrive = [&](mbarrier* b) {
-    if (threadIdx.x % GROUP == 0) mbarrier_arrive(b);
+DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_map& map, const int* items, const int* segments,
+                           int ld, int heads, int kv_heads, float scale, float softcap, int window) {
+  constexpr int ROWS = hopper_fwd_rows(D), CONSUMERS = ROWS / SIDE, TILE = SIDE * D, STAGES = Ring<D>::STAGES;
+  constexpr bool PRODUCER = D > 64;  // a warpgroup of its own fills the ring
+  bf16* sq = (bf16*)shared_base();
+  Ring<D> ring(sq + ROWS * D);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wg = shfl(warp / 4, 0);
+  const int head = blockIdx.x % heads, tile = blockIdx.x / heads;
+  const int segment = items[2 * tile], tile_row = items[2 * tile + 1];
+  const SegmentKeys keys(segments, segment, ld);
+  const int length = segments[segment * SEGMENT_INTS + 1], end = keys.prefix_length + length;
+  const int to = min_int(keys.prefix_length + tile_row + ROWS, end);
+  const int k_column = (heads + head / (heads / kv_heads)) * D, v_column = k_column + kv_heads * D;
+  // This warpgroup's rows (perhaps none), and its blocks among those of the tile.
+  const int first_row = tile_row + wg * SIDE, count = min_int(length - first_row, SIDE);
+  const int first_position = keys.prefix_length + first_row, first_block = first_seen(keys.prefix_length + tile_row, window) / SIDE,
+            end_block = (to + SIDE - 1) / SIDE;
+  const int my_first = count > 0 ? first_seen(first_position, window) / SIDE : end_block;
+  const int my_end = count > 0 ? (first_position + count + SIDE - 1) / SIDE : end_block;
+
+  if (threadIdx.x == 0) ring.init(CONSUMERS);
+  block_sync();
+
+  // Starts the copy of a block, by all threads of one warpgroup, once all consumers have released its stage. A producer's
+  // threads wait for every stage, each of them: one that ran ahead could take a phase for the one after next.
+  auto fill = [&](int block) {
+    if (block >= end_block) return;
+    const bool leader = threadIdx.x % GROUP == 0;
+    const int p = block * SIDE, stage = ring.fill_stage;
+    bf16 *to_k = ring.k + stage * TILE, *to_v = ring.v + stage * TILE;
+    const bool one_box = p + SIDE <= end && (p >= keys.prefix_length || p + SIDE <= keys.prefix_length);
+    if (PRODUCER || !one_box || leader) mbarrier_wait(ring.empty + stage, ring.fill_phase);
+    if (one_box) {
+      if (leader) {
+        mbarrier_expect(ring.full + stage, 2 * TILE * (int)sizeof(bf16));
+#pragma unroll
+        for (int c = 0; c < D / 64; ++c) {
+          tma_load(to_k + c * BOX, &map, ring.full + stage, k_column + c * 64, keys.row(p));
+          tma_load(to_v + c * BOX, &map, ring.full + stage, v_column + c * 64, keys.row(p));
+        }
+      }
+    } else {
+      auto key_row = [&](int i) { return p + i < to ? keys.at(p + i) : -1ll; };
+      fetch_tile<D>(to_k, qkv + k_column, key_row);
+      fetch_tile<D>(to_v, qkv + v_column, key_row);
+      copy_commit();
+      copy_wait<0>();
+      fence_async_proxy();
+      named_barrier(1, GROUP);
+      if (leader) mbarrier_arrive(ring.full + stage);
+    }
+    if (++ring.fill_stage == STAGES) ring.fill_stage = 0, ring.fill_phase ^= 1;
   };
-  auto wait = [&] { mbarrier_wait(shared.full + shared.stage, shared.phase); };
-  auto skip = [&] {
-    wait();
-    arrive(shared.empty + shared.stage);
-    shared.advance();
-  };
+  if (PRODUCER && wg == CONSUMERS) {
+    registers_dec<32>();
 #pragma unroll 1
-  for (int n = 0; nth_item(n) < count; ++n) {
-    const Item item(items, segments, nth_item(n), ld, heads, window);
-    const int first_row = item.row + wg * SIDE, mine = min_int(item.length - first_row, SIDE);  // maybe none
-    const int first_position = item.keys.prefix_length + first_row;
-    const int my_first = mine > 0 ? first_seen(first_position, window) / SIDE : item.end_block;
-    const int my_end = mine > 0 ? (first_position + mine + SIDE - 1) / SIDE : item.end_block;
-    const int i0 = (int)threadIdx.x % GROUP / 32 * 16 + (int)threadIdx.x % 32 / 4;  // this thread's rows: i0 and i0 + 8
+    for (int block = first_block; block < end_block; ++block) fill(block);
+  } else {
+    if (PRODUCER) registers_inc<160>();
+    // Without a producer, at block b the first warpgroup is done with b - 2: its stage takes b - 2 + STAGES, if the others are
+    // done with it too.
+    auto fill_ahead = [&](int block) {
+      if (!PRODUCER && wg == 0) fill(block - 2 + STAGES);
+    };
+    fetch_tile<D>(sq + wg * TILE, qkv + head * D,
+                  [&](int i) { return i < count ? (long long)(keys.start + first_row + i) * ld : -1ll; });
+    copy_commit();
+    for (int i = 0; i < STAGES - 2; ++i) fill_ahead(first_block + i + 2 - STAGES);
+    copy_wait<0>();
+    fence_async_proxy();
+    named_barrier(2 + wg, GROUP);  // a warpgroup reads its own rows of Q alone
+
+    const wgmma_operand q = wgmma_desc<true>(sq + wg * TILE), k0 = wgmma_desc<true>(ring.k), v0 = wgmma_desc<false>(ring.v);
+    const float factor = score_factor(scale, softcap);
     OnlineSoftmax softmax;
-    float o[D / 8][4], alpha[2];
-    Scores s;
-    Weights p;
+    float o[D / 8][4], s[SIDE / 8][4], alpha[2];
+    unsigned p[SIDE / 16][4];
     int position[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) position[h] = i0 + h * 8 < mine ? first_position + i0 + h * 8 : -1;
+    for (int h = 0; h < 2; ++h) {
+      const int i = warp % 4 * 16 + lane / 4 + h * 8;
+      position[h] = i < count ? first_position + i : -1;
+    }
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) o[j][e] = 0.f;
-    mbarrier_wait(shared.q_full + n % 2, n / 2 % 2);
-    const wgmma_operand q = wgmma_step(q0, n % 2 * CONSUMERS * TILE);
-    int block = item.first_block, before = 0;
-    auto weights = [&] {
+
+    auto skip = [&](int block) {
+      fill_ahead(block);
+      ring.wait();
+      // No product keeps the warpgroup together here: a warp that came late would wait for a phase that is over.
+      named_barrier(2 + wg, GROUP);
+      ring.release(ring.stage);
+      ring.advance();
+    };
+    auto weights = [&](int block) {
       hold((float (&)[SIDE / 2])s);
       if (CAPPED) cap_scores(s, scale, softcap);
       hide_scores(s, position, window, block * SIDE);
       return softmax.step(s, alpha, factor);
     };
+    int block = first_block;
 #pragma unroll 1
-    for (; block < my_first; ++block) skip();
+    for (; block < my_first; ++block) skip(block);
     if (my_first < my_end) {
-      wait();
+      ring.wait();
       wgmma_fence();
-      start_scores<D>(s, q, wgmma_step(k0, shared.stage * TILE));
+      start_scores<D>(s, q, wgmma_step(k0, ring.stage * TILE));
+      fill_ahead(block);
       wgmma_wait<0>();
-      weights();
+      weights(block);
       pack_weights(p, s);
-      before = shared.stage;
-      shared.advance();
+      ring.advance();
 #pragma unroll 1
       for (++block; block < my_end; ++block) {
-        wait();
+        ring.wait();
         wgmma_fence();
-        start_scores<D>(s, q, wgmma_step(k0, shared.stage * TILE));
-        start_weighted<D>(o, p, wgmma_step(v0, before * TILE));
+        start_scores<D>(s, q, wgmma_step(k0, ring.stage * TILE));
+        start_weighted<D>(o, p, wgmma_step(v0, ring.before * TILE));
+        fill_ahead(block);
         wgmma_wait<1>();
-        // Two waits in two branches: one before them the compiler would put before the softmax.
-        if (warp_any(weights())) {
+        // Two waits in two branches: at one before them the compiler would put it before the softmax.
+        if (warp_any(weights(block))) {
           wgmma_wait<0>();
           hold((float (&)[D / 2])o);
           scale_rows(o, alpha);
@@ -249,68 +227,60 @@ DEVICE void consume(Shared<D>& shared, real* out, float* lse, const int* items, 
           wgmma_wait<0>();
           hold((float (&)[D / 2])o);
         }
-        arrive(shared.empty + before);
+        ring.release(ring.before);
         pack_weights(p, s);
-        before = shared.stage;
-        shared.advance();
+        ring.advance();
       }
-      arrive(shared.q_empty + n % 2);
       wgmma_fence();
-      start_weighted<D>(o, p, wgmma_step(v0, before * TILE));
+      start_weighted<D>(o, p, wgmma_step(v0, ring.before * TILE));
       wgmma_wait<0>();
       hold((float (&)[D / 2])o);
-      arrive(shared.empty + before);
-    } else {
-      arrive(shared.q_empty + n % 2);
+      ring.release(ring.before);
     }
-    // Read again: kept over the loop it would cost registers.
-    const Item same(items, segments, nth_item(hold(n)), ld, heads, window);
 #pragma unroll 1
-    for (; block < same.end_block; ++block) skip();
-    const int start = same.keys.start - same.keys.prefix_length;  // where position 0 would be
+    for (; block < end_block; ++block) skip(block);
+
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const int i = warp % 4 * 16 + lane / 4 + h * 8;
       const float sum = row_sum(softmax.l[h]), inverse = sum > 0.f ? 1.f / sum : 0.f;
-      if (position[h] < 0) continue;
-      const long long place = (long long)(start + position[h]) * heads + same.head;
-      if (lse && threadIdx.x % 4 == 0) lse[place] = softmax.lse(h, sum);
-      unsigned* to_row = (unsigned*)(out + place * D) + threadIdx.x % 4;
+      if (i >= count) continue;
+      const long long place = (long long)(keys.start + first_row + i) * heads + head;
+      if (lse && lane % 4 == 0) lse[place] = softmax.lse(h, sum);
+      unsigned* to_row = (unsigned*)(out + place * D) + lane % 4;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) to_row[j * 4] = pack_bf16(o[j][2 * h] * inverse, o[j][2 * h + 1] * inverse);
     }
   }
 }
-
-template <int D, bool CAPPED>
-DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_map& map, const int* items, const int* segments,
-                           int count, int ld, int heads, int kv_heads, float scale, float softcap, int window) {
-  Shared<D> shared(shared_base());
-  if (threadIdx.x == 0) shared.init();
-  block_sync();
-  if (shfl((int)threadIdx.x / GROUP, 0) == CONSUMERS) {
-    registers_dec<32>();
-    produce(shared, qkv, map, items, segments, count, ld, heads, kv_heads, window);
-  } else {
-    registers_inc<160>();
-    consume<D, CAPPED>(shared, out, lse, items, segments, count, ld, heads, scale, softcap, window);
-  }
-}
 #endif
 
-// out and lse of `count` pairs of an item and a head, without softcap.
-KERNEL(attention_hopper_fwd, D=64,128, THREADS=512, BLOCKS=1, SHARED=hopper_fwd_shared(D), HOT)
-(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count, int ld,
- int heads, int kv_heads, float scale, float softcap, int window) {
+// out and lse of the rows of one item, of one head.
+KERNEL(attention_hopper_fwd, D=64, THREADS=256, BLOCKS=64:2, SHARED=hopper_fwd_shared(D), HOT)
+(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int ld, int heads,
+ int kv_heads, float scale, float softcap, int window) {
 #if HOPPER && defined(REAL_BF16)
-  hopper_forward<D, false>(out, lse, qkv, map, items, segments, count, ld, heads, kv_heads, scale, softcap, window);
+  if (softcap > 0.f)
+    hopper_forward<D, true>(out, lse, qkv, map, items, segments, ld, heads, kv_heads, scale, softcap, window);
+  else
+    hopper_forward<D, false>(out, lse, qkv, map, items, segments, ld, heads, kv_heads, scale, softcap, window);
 #endif
 }
 
-// The same with softcap, whose tanh spills a little at head size 128.
-KERNEL(attention_hopper_fwd_capped, D=64,128, THREADS=512, BLOCKS=1, SHARED=hopper_fwd_shared(D))
-(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count, int ld,
- int heads, int kv_heads, float scale, float softcap, int window) {
+// The same at head size 128, without softcap.
+KERNEL(attention_hopper_fwd_wide, D=128, THREADS=512, BLOCKS=128:1, SHARED=hopper_fwd_shared(D), HOT)
+(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int ld, int heads,
+ int kv_heads, float scale, float softcap, int window) {
 #if HOPPER && defined(REAL_BF16)
-  hopper_forward<D, true>(out, lse, qkv, map, items, segments, count, ld, heads, kv_heads, scale, softcap, window);
+  hopper_forward<D, false>(out, lse, qkv, map, items, segments, ld, heads, kv_heads, scale, softcap, window);
+#endif
+}
+
+// With softcap, whose tanh spills a little.
+KERNEL(attention_hopper_fwd_wide_capped, D=128, THREADS=512, BLOCKS=128:1, SHARED=hopper_fwd_shared(D))
+(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int ld, int heads,
+ int kv_heads, float scale, float softcap, int window) {
+#if HOPPER && defined(REAL_BF16)
+  hopper_forward<D, true>(out, lse, qkv, map, items, segments, ld, heads, kv_heads, scale, softcap, window);
 #endif
 }

@@ -87,16 +87,16 @@ pub(super) fn forward(
         window: n.window,
     };
     if tensor_cores(cx, n, &[qkv])? {
-        if wgmma(cx, n, &kernels::ATTENTION_HOPPER_FWD_D)? {
-            let count = t.hopper_tiles.row_count() * n.heads as usize;
+        if wgmma(cx, n, &kernels::ATTENTION_HOPPER_DQ_D)? {
+            const { assert!(hopper_fwd_rows(64) == HOPPER_BWD_ROWS, "both take the wide tiles") };
+            let items = if n.d <= 64 { &t.wide_tiles } else { &t.hopper_tiles };
             let tiles = AttentionHopperFwdArgs {
                 out: out.out(),
                 lse: lse.map(Tensor::out),
                 qkv,
                 map: Boxes::swizzled(qkv, PAGE),
-                items: &t.hopper_tiles,
+                items,
                 segments: &t.segments,
-                count: count as i32,
                 ld: qkv.stride() as i32,
                 heads: n.heads,
                 kv_heads: n.kv_heads,
@@ -104,12 +104,12 @@ pub(super) fn forward(
                 softcap: n.softcap,
                 window: n.window,
             };
-            let blocks = count.min(cx.device.capabilities().multiprocessors);
-            let at = Launch::grid([blocks, 1, 1]);
-            if n.softcap > 0.0 {
-                return kernels::attention_hopper_fwd_capped(dev, at, n.d, tiles);
-            }
-            return kernels::attention_hopper_fwd(dev, at, n.d, tiles);
+            let kernel = match (n.d <= 64, n.softcap > 0.0) {
+                (true, _) => kernels::attention_hopper_fwd,
+                (false, false) => kernels::attention_hopper_fwd_wide,
+                (false, true) => kernels::attention_hopper_fwd_wide_capped,
+            };
+            return kernel(dev, blocks(items, n.heads), n.d, tiles);
         }
         let tiles = AttentionFwdArgs { items: &t.query_tiles, ..rows };
         return kernels::attention_mma_fwd(dev, blocks(&t.query_tiles, n.heads), n.d, tiles);

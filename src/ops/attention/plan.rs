@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::kernels::{HOPPER_BWD_ROWS, HOPPER_FWD_ROWS, MMA_ROWS, SEGMENT_INTS};
+use crate::kernels::{HOPPER_BWD_ROWS, MMA_ROWS, SEGMENT_INTS, hopper_fwd_rows};
 use crate::tensor::Tensor;
 
 /// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally
@@ -43,7 +43,7 @@ pub(super) struct Tables {
     /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before
     /// them come first.
     pub query_tiles: Tensor,
-    /// As `query_tiles`, of each HOPPER_FWD_ROWS rows.
+    /// As `query_tiles`, of as many rows as the forward of head size 128 takes on Hopper.
     pub hopper_tiles: Tensor,
     /// As `query_tiles`, of each HOPPER_BWD_ROWS rows.
     pub wide_tiles: Tensor,
@@ -158,7 +158,7 @@ impl AttnPlan {
             let in_children: usize =
                 of_prefix[i].iter().map(|c| self.segments[*c as usize].len).sum();
             let tile = |first: usize| (self.before(i) + first, i as i32, first as i32);
-            hopper.extend((0..s.len).step_by(HOPPER_FWD_ROWS).map(tile));
+            hopper.extend((0..s.len).step_by(hopper_fwd_rows(128)).map(tile));
             wide.extend((0..s.len).step_by(HOPPER_BWD_ROWS).map(tile));
             by_keys.extend((0..s.len).step_by(MMA_ROWS).map(tile));
             let tile = |first: usize| (s.len - first + in_children, i as i32, first as i32);
