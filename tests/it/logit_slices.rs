@@ -28,6 +28,11 @@ fn draw_bits(d: &Draw) -> [u32; 5] {
     [d.token, floats[0], floats[1], floats[2], floats[3]]
 }
 
+/// Word w of the tokens that the sequence of row r has: some of them.
+fn seen_word(r: usize, w: usize) -> u32 {
+    ((r + 1) * (w + 3)) as u32 & 0x4021
+}
+
 /// The draws of the given rows of `logits`; number and position go with the row.
 fn draws(cx: &mut Cx, how: &Sampling, logits: &[f32], vocab: usize, rows: &[usize]) -> Vec<Draw> {
     let chosen: Vec<f32> =
@@ -37,10 +42,8 @@ fn draws(cx: &mut Cx, how: &Sampling, logits: &[f32], vocab: usize, rows: &[usiz
         rows.iter().enumerate().flat_map(|(i, r)| [*r as i32, 3 + *r as i32, i as i32]).collect();
     let (who, seed) = (cx.ints("who", &who).unwrap(), cx.ints("seed", &[17, 5]).unwrap());
     let words = seen_words(vocab);
-    let seen: Vec<u32> = rows
-        .iter()
-        .flat_map(|r| (0..words).map(move |w| ((r + 1) * (w + 3)) as u32 & 0x4021))
-        .collect();
+    let seen: Vec<u32> =
+        rows.iter().flat_map(|r| (0..words).map(move |w| seen_word(*r, w))).collect();
     let seen = Tensor::from_host(&cx.pool, "seen", DType::I32, &[rows.len(), words], &seen);
     sample(cx, how, &logits, &who, &seed, Some(&seen.unwrap())).unwrap().download().unwrap()
 }
@@ -106,11 +109,8 @@ fn truncated_draws_over_slices_stay_in_the_kept_set() {
         for (r, draw) in draws(&mut cx, &how, &logits, vocab, &rows).iter().enumerate() {
             let row: Vec<f64> =
                 logits[r * vocab..(r + 1) * vocab].iter().map(|l| f64::from(*l)).collect();
-            let seen: Vec<u32> = (0..vocab as u32)
-                .filter(|t| {
-                    how.penalises() && ((r as u32 + 1) * (t / 32 + 3) & 0x4021) >> (t % 32) & 1 == 1
-                })
-                .collect();
+            let has = |t: u32| (seen_word(r, t as usize / 32) >> (t % 32)) & 1 == 1;
+            let seen: Vec<u32> = (0..vocab as u32).filter(|t| how.penalises() && has(*t)).collect();
             let p = how.distribution(&row, &seen)[draw.token as usize];
             assert!(p > 0.0, "{how:?}: row {r} drew {}, which is left out", draw.token);
             assert!((f64::from(draw.logp_truncated) - p.ln()).abs() < 1e-4, "{how:?}: row {r}");
