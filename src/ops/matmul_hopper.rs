@@ -157,9 +157,9 @@ fn choose(
         waves * width as f64 * per_column
     };
     let widths = match layout {
-        Layout::NT => widths(steps, 1.01),
+        Layout::NT => widths(steps, 1.03),
         Layout::NN => widths(steps, 1.13), // loads the room of 256 columns
-        Layout::TN => widths(steps, 1.01)[1..].to_vec(),
+        Layout::TN => widths(steps, 1.03)[1..].to_vec(),
     };
     let width = widths.iter().min_by(|x, y| time(x).total_cmp(&time(y))).map_or(128, |w| w.0);
     (tiles(width), width)
