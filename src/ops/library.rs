@@ -15,8 +15,9 @@
 //! The operands are therefore the check's own: the second half of each row of A repeats the first,
 //! that of B is its negative. All terms cancel, what is left is the rounding errors alone, and they
 //! depend on the order in every element. (The user's values may hide it: a new adapter's B is zero,
-//! and where a sum is large, rounding to bfloat16 removes what differs.) On an H100 all of cuBLASLt
-//! 13.1's kernels without split-K had the chain's bits.
+//! and where a sum is large, rounding to bfloat16 removes what differs.) It is needed: on an H100, 4
+//! of cuBLASLt 13.1's 269 candidates had other bits, though none splits k by its own account
+//! (benches/results/2026-11-27-h100-exact-products.md).
 //!
 //! What is not proven: that the library runs the same code on every call of one algorithm and
 //! shape. It is documented to (bit-wise reproducible on one device and version), and RL reports
