@@ -170,9 +170,8 @@ impl LoraLinear {
     /// Whether the segments are such as the engine's own kernels take. PiSSA's pairs that stay as
     /// they started lie over those that are trained.
     fn apart(&self) -> bool {
-        let pairs = self.segments.iter().zip(self.segments.iter().skip(1));
-        self.segments.len() <= OWN_SEGMENTS
-            && pairs.into_iter().all(|(a, b)| a.from + a.cols <= b.from)
+        let mut pairs = self.segments.iter().zip(self.segments.iter().skip(1));
+        self.segments.len() <= OWN_SEGMENTS && pairs.all(|(a, b)| a.from + a.cols <= b.from)
     }
 
     fn own_segments<'a>(&self, b: impl Iterator<Item = &'a Tensor>) -> Vec<own::Segment<'a>> {
