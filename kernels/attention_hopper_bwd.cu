@@ -27,7 +27,7 @@ EXPORT(int, HOPPER_BWD_ROWS, 128);
 EXPORT_FN(hopper_dkv_stages, d, d == 64 ? 8 : 5);
 EXPORT_FN(hopper_dq_stages, d, d == 64 ? 8 : 4);
 // Registers of a producer's thread; the consumers share the rest of 504.
-EXPORT_FN(hopper_bwd_producer, d, 40);
+constexpr int PRODUCER_REGISTERS = 40;
 // Bytes of shared memory: five tiles of 64 rows and more, the ring with 132 floats a stage, the barriers.
 EXPORT_FN(hopper_dkv_shared, d, 4 * 64 * d * 2 + hopper_dkv_stages(d) * (2 * 64 * d * 2 + 528) + 144);
 EXPORT_FN(hopper_dq_shared, d, 6 * 64 * d * 2 + hopper_dq_stages(d) * 2 * 64 * d * 2 + 144);
@@ -220,7 +220,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
   };
   Turn turn = {0, 0};
   if (warpgroup == 2) {
-    registers_dec<hopper_bwd_producer(D)>();
+    registers_dec<PRODUCER_REGISTERS>();
     const int t = threadIdx.x % 128;
     const real* key_row = qkv + (long long)start * ld + column;
 #pragma unroll
@@ -257,7 +257,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
     return;
   }
-  registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
+  registers_inc<(504 - PRODUCER_REGISTERS) / 2>();
   const int w = shfl(warpgroup, 0), low_key = first_position + w * 64, high_key = low_key + 63;
   const int key = low_key + warp * 16 + lane / 4;  // and key + 8
   const bool leader = threadIdx.x % 128 == 0;
@@ -460,7 +460,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
   block_sync();
   Turn turn = {0, 0};
   if (warpgroup == 2) {
-    registers_dec<hopper_bwd_producer(D)>();
+    registers_dec<PRODUCER_REGISTERS>();
     for (int n = 0; turn_index(n) < tiles * heads; ++n) {
       const QueryTile tile(items, segments, turn_index(n), heads, ld);
       const int head = tile.head, start = tile.start(), count = tile.count, to = tile.to();
@@ -490,7 +490,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
     }
     return;
   }
-  registers_inc<(504 - hopper_bwd_producer(D)) / 2>();
+  registers_inc<(504 - PRODUCER_REGISTERS) / 2>();
   const int w = shfl(warpgroup, 0), r = warp * 16 + lane / 4;
   const bool leader = threadIdx.x % 128 == 0;
   float nlse[2], delta[2], dq[D / 2];

@@ -8,8 +8,8 @@ use temper::autograd::Cx;
 use temper::config::MatmulChoice;
 use temper::device::cpu::Cpu;
 use temper::device::{
-    Algorithm, Capabilities, DType, Device, Gemm, Graph, Kernel, KernelArgs, Launch, Layout,
-    LibraryProduct, Mark, MemoryInfo,
+    Algorithm, Capabilities, DType, Device, Download, Gemm, Graph, Kernel, KernelArgs, Launch,
+    Layout, LibraryProduct, Mark, MemoryInfo,
 };
 use temper::error::Result;
 use temper::observer::Observer;
@@ -104,6 +104,12 @@ impl Device for Library {
     }
     unsafe fn download(&self, dst: &mut [u8], src: u64) -> Result<()> {
         unsafe { self.cpu.download(dst, src) }
+    }
+    unsafe fn begin_download(&self, src: u64, bytes: usize) -> Result<Download> {
+        unsafe { self.cpu.begin_download(src, bytes) }
+    }
+    fn end_download(&self, download: Download, dst: &mut [u8]) -> Result<()> {
+        self.cpu.end_download(download, dst)
     }
     unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
         unsafe { self.cpu.copy(dst, src, bytes) }

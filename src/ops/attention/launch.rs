@@ -13,7 +13,8 @@ use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{
     self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionHopperDkvArgs,
-    AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs, Boxes, MMA_ROWS,
+    AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs, Boxes, HOPPER_BWD_ROWS,
+    MMA_ROWS, hopper_fwd_rows,
 };
 use crate::tensor::Tensor;
 
