@@ -1,30 +1,33 @@
 // Causal attention over packed sequences, forward, with TMA and wgmma: bf16, sm_90a, head sizes 64 and 128. Math: attention.cu.
 //
 // Math     as attention_mma.cu, whose softmax it shares
-// Shapes   as attention_mma_fwd, but items are of HOPPER_FWD_ROWS rows;  map: boxes of 64 x 64 of qkv
-// Plan     a block a (192 query rows, head): three warpgroups of 64 rows each consume blocks of 64 positions of K and V from a
-//          ring in shared memory, and skip those that none of their rows sees. A fourth fills the ring, by TMA, or by cp.async
-//          where a block is not one box: where a prefix ends inside it, and at the end of the segment (so that no neighbour's
-//          NaN comes in). S of a block is started before the product of P and V of the block before, which runs under the
+// Shapes   as attention_mma_fwd, but items are of hopper_fwd_rows(D) rows;  map: boxes of 64 x 64 of qkv
+// Plan     a block a (256 or 192 query rows, head): four or three warpgroups of 64 rows each consume blocks of 64 positions of
+//          K and V from a ring in shared memory, and skip those that none of their rows sees. Another fills the ring, by TMA,
+//          or by cp.async where a block is not one box: where a prefix ends inside it, and at the end of the segment (so that
+//          no neighbour's NaN comes in). S of a block is started before the product of P and V of the block before, which runs under the
 //          softmax. Blocks are persistent, so that the loads of a tile run under the end of the one before; long tiles come
 //          first, in rounds of alternating direction.
 // Numerics bit for bit those of attention_mma_fwd: wgmma accumulates like a chain of mma.sync, the accumulators lie in the
 //          same lanes, and the blocks and the softmax are the same
-// Cost     4 D flops a pair. H100: not measured yet
+// Cost     4 D flops a pair. At head size 64 the exponents alone take as many cycles as the products (one MUFU a score), at 128
+//          half as many. H100, 2026-11-27, causal: 371 TFLOP/s (8 x 2048, 14/2 heads) and 641 (2 x 8192, 16/8 heads), 38% and
+//          65% of the tensor cores' 989; cuDNN in the same hour 362 and 580
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"
 
-// Query rows of a block, 64 a warpgroup.
-EXPORT(int, HOPPER_FWD_ROWS, 192);
+// Query rows of a block, 64 a warpgroup: as many as the registers feed.
+EXPORT_FN(hopper_fwd_rows, d, d <= 64 ? 256 : 192);
 // Stages of the ring.
 EXPORT_FN(hopper_fwd_stages, d, d <= 64 ? 8 : 4);
 // Bytes of shared memory: two tiles of Q, the ring of K and V, two mbarriers for each of them and for each stage.
-EXPORT_FN(hopper_fwd_shared, d, (2 * HOPPER_FWD_ROWS + 2 * 64 * hopper_fwd_stages(d)) * d * 2 + 16 * (hopper_fwd_stages(d) + 2));
+EXPORT_FN(hopper_fwd_shared, d, (2 * hopper_fwd_rows(d) + 2 * 64 * hopper_fwd_stages(d)) * d * 2 + 16 * (hopper_fwd_stages(d) + 2));
 
 #if HOPPER && defined(REAL_BF16)
 constexpr int GROUP = 128;                    // threads of a warpgroup
 constexpr int SIDE = 64;                      // rows of a tile: of a warpgroup's queries, of a block's keys
-constexpr int CONSUMERS = HOPPER_FWD_ROWS / SIDE;
+template <int D>
+constexpr int CONSUMERS = hopper_fwd_rows(D) / SIDE;
 constexpr int BOX = SIDE * 64;                // values of a box; a tile of D columns is D / 64 boxes
 
 typedef float Scores[SIDE / 8][4];
@@ -82,7 +85,7 @@ struct Shared {
   int stage = 0, phase = 0;
   DEVICE_MEMBER Shared(unsigned char* base) {
     q = (bf16*)base;
-    k = q + 2 * CONSUMERS * TILE;
+    k = q + 2 * CONSUMERS<D> * TILE;
     v = k + STAGES * TILE;
     full = (mbarrier*)(v + STAGES * TILE);
     empty = full + STAGES;
@@ -92,11 +95,11 @@ struct Shared {
   DEVICE_MEMBER void init() {
     for (int i = 0; i < STAGES; ++i) {
       mbarrier_init(full + i, 1);
-      mbarrier_init(empty + i, CONSUMERS);
+      mbarrier_init(empty + i, CONSUMERS<D>);
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(q_full + i, 1);
-      mbarrier_init(q_empty + i, CONSUMERS);
+      mbarrier_init(q_empty + i, CONSUMERS<D>);
     }
     mbarrier_fence();
   }
@@ -112,6 +115,7 @@ DEVICE int nth_item(int n) {
 }
 
 // A tile of query rows of one head, and the blocks of positions that they see.
+template <int D>
 struct Item {
   int head, row, length;  // the first row, and the segment's length
   SegmentKeys keys;
@@ -121,12 +125,12 @@ struct Item {
   DEVICE_MEMBER Item(const int* item, const int* segments, int ld, int head, int window)
       : head(head), row(item[1]), length(segments[item[0] * SEGMENT_INTS + 1]), keys(segments, item[0], ld) {
     first_block = first_seen(keys.prefix_length + row, window) / SIDE;
-    to = keys.prefix_length + min_int(row + HOPPER_FWD_ROWS, length);
+    to = keys.prefix_length + min_int(row + hopper_fwd_rows(D), length);
     end_block = (to + SIDE - 1) / SIDE;
   }
 };
 
-// The fourth warpgroup's part: all tiles of Q, all blocks of K and V.
+// The last warpgroup's part: all tiles of Q, all blocks of K and V.
 template <int D>
 DEVICE void produce(Shared<D>& shared, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count,
                     int ld, int heads, int kv_heads, int window) {
@@ -135,17 +139,17 @@ DEVICE void produce(Shared<D>& shared, const real* qkv, const tensor_map& map, c
   shared.phase = 1;  // for an empty ring there is no one to wait for
 #pragma unroll 1
   for (int n = 0; nth_item(n) < count; ++n) {
-    const Item item(items, segments, nth_item(n), ld, heads, window);
+    const Item<D> item(items, segments, nth_item(n), ld, heads, window);
     const SegmentKeys& keys = item.keys;
     const int k_column = (heads + item.head / (heads / kv_heads)) * D, v_column = k_column + kv_heads * D;
     if (first_thread) {
       mbarrier* full = shared.q_full + n % 2;
       mbarrier_wait(shared.q_empty + n % 2, n / 2 % 2 ^ 1);
-      mbarrier_expect(full, CONSUMERS * TILE * (int)sizeof(bf16));
+      mbarrier_expect(full, CONSUMERS<D> * TILE * (int)sizeof(bf16));
 #pragma unroll 1
-      for (int w = 0; w < CONSUMERS; ++w)  // rows beyond the segment's are someone's or zeros, and nobody's results
+      for (int w = 0; w < CONSUMERS<D>; ++w)  // rows beyond the segment's are someone's or zeros, and nobody's results
         for (int c = 0; c < D / 64; ++c)
-          tma_load(shared.q + (n % 2 * CONSUMERS + w) * TILE + c * BOX, &map, full, item.head * D + c * 64,
+          tma_load(shared.q + (n % 2 * CONSUMERS<D> + w) * TILE + c * BOX, &map, full, item.head * D + c * 64,
                    keys.start + item.row + w * SIDE);
     }
 #pragma unroll 1
@@ -189,14 +193,18 @@ DEVICE void consume(Shared<D>& shared, real* out, float* lse, const int* items, 
     if (threadIdx.x % GROUP == 0) mbarrier_arrive(b);
   };
   auto wait = [&] { mbarrier_wait(shared.full + shared.stage, shared.phase); };
+  // Between a wait and the release of what was waited for, the warpgroup meets: here, or in a wgmma. A warp that came late
+  // would find the mbarrier a round further, with the parity of a phase that is not over.
+  auto meet = [&] { named_barrier(2 + wg, GROUP); };
   auto skip = [&] {
     wait();
+    meet();
     arrive(shared.empty + shared.stage);
     shared.advance();
   };
 #pragma unroll 1
   for (int n = 0; nth_item(n) < count; ++n) {
-    const Item item(items, segments, nth_item(n), ld, heads, window);
+    const Item<D> item(items, segments, nth_item(n), ld, heads, window);
     const int first_row = item.row + wg * SIDE, mine = min_int(item.length - first_row, SIDE);  // maybe none
     const int first_position = item.keys.prefix_length + first_row;
     const int my_first = mine > 0 ? first_seen(first_position, window) / SIDE : item.end_block;
@@ -214,7 +222,7 @@ DEVICE void consume(Shared<D>& shared, real* out, float* lse, const int* items, 
 #pragma unroll
       for (int e = 0; e < 4; ++e) o[j][e] = 0.f;
     mbarrier_wait(shared.q_full + n % 2, n / 2 % 2);
-    const wgmma_operand q = wgmma_step(q0, n % 2 * CONSUMERS * TILE);
+    const wgmma_operand q = wgmma_step(q0, n % 2 * CONSUMERS<D> * TILE);
     int block = item.first_block, before = 0;
     auto weights = [&] {
       hold((float (&)[SIDE / 2])s);
@@ -261,10 +269,11 @@ DEVICE void consume(Shared<D>& shared, real* out, float* lse, const int* items, 
       hold((float (&)[D / 2])o);
       arrive(shared.empty + before);
     } else {
+      meet();
       arrive(shared.q_empty + n % 2);
     }
     // Read again: kept over the loop it would cost registers.
-    const Item same(items, segments, nth_item(hold(n)), ld, heads, window);
+    const Item<D> same(items, segments, nth_item(hold(n)), ld, heads, window);
 #pragma unroll 1
     for (; block < same.end_block; ++block) skip();
     const int start = same.keys.start - same.keys.prefix_length;  // where position 0 would be
@@ -287,18 +296,18 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
   Shared<D> shared(shared_base());
   if (threadIdx.x == 0) shared.init();
   block_sync();
-  if (shfl((int)threadIdx.x / GROUP, 0) == CONSUMERS) {
+  if (shfl((int)threadIdx.x / GROUP, 0) == CONSUMERS<D>) {
     registers_dec<32>();
     produce(shared, qkv, map, items, segments, count, ld, heads, kv_heads, window);
   } else {
-    registers_inc<160>();
+    registers_inc<D <= 64 ? 112 : 160>();
     consume<D, CAPPED>(shared, out, lse, items, segments, count, ld, heads, scale, softcap, window);
   }
 }
 #endif
 
-// out and lse of `count` pairs of an item and a head, without softcap.
-KERNEL(attention_hopper_fwd, D=64,128, THREADS=512, BLOCKS=1, SHARED=hopper_fwd_shared(D), HOT)
+// out and lse of `count` pairs of an item and a head, without softcap. The number of threads goes with the head size.
+KERNEL(attention_hopper_fwd4, D=64, THREADS=640, BLOCKS=1, SHARED=hopper_fwd_shared(D), HOT)
 (real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count, int ld,
  int heads, int kv_heads, float scale, float softcap, int window) {
 #if HOPPER && defined(REAL_BF16)
@@ -306,8 +315,26 @@ KERNEL(attention_hopper_fwd, D=64,128, THREADS=512, BLOCKS=1, SHARED=hopper_fwd_
 #endif
 }
 
-// The same with softcap, whose tanh spills a little at head size 128.
-KERNEL(attention_hopper_fwd_capped, D=64,128, THREADS=512, BLOCKS=1, SHARED=hopper_fwd_shared(D))
+// The same at head size 128.
+KERNEL(attention_hopper_fwd3, D=128, THREADS=512, BLOCKS=1, SHARED=hopper_fwd_shared(D), HOT)
+(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count, int ld,
+ int heads, int kv_heads, float scale, float softcap, int window) {
+#if HOPPER && defined(REAL_BF16)
+  hopper_forward<D, false>(out, lse, qkv, map, items, segments, count, ld, heads, kv_heads, scale, softcap, window);
+#endif
+}
+
+// The same with softcap at head size 64: apart, so that the kernels without it stay short.
+KERNEL(attention_hopper_fwd4_capped, D=64, THREADS=640, BLOCKS=1, SHARED=hopper_fwd_shared(D), HOT)
+(real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count, int ld,
+ int heads, int kv_heads, float scale, float softcap, int window) {
+#if HOPPER && defined(REAL_BF16)
+  hopper_forward<D, true>(out, lse, qkv, map, items, segments, count, ld, heads, kv_heads, scale, softcap, window);
+#endif
+}
+
+// The same with softcap at head size 128.
+KERNEL(attention_hopper_fwd3_capped, D=128, THREADS=512, BLOCKS=1, SHARED=hopper_fwd_shared(D), HOT)
 (real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int count, int ld,
  int heads, int kv_heads, float scale, float softcap, int window) {
 #if HOPPER && defined(REAL_BF16)

@@ -12,7 +12,7 @@ use crate::config::AttentionChoice;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{
-    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionHopperFwdArgs,
+    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionHopperFwd4Args,
     AttentionPagedFwdArgs, Boxes, MMA_ROWS,
 };
 use crate::tensor::Tensor;
@@ -87,14 +87,15 @@ pub(super) fn forward(
         window: n.window,
     };
     if tensor_cores(cx, n, &[qkv])? {
-        if wgmma(cx, n, &kernels::ATTENTION_HOPPER_FWD_D)? {
-            let count = t.hopper_tiles.row_count() * n.heads as usize;
-            let tiles = AttentionHopperFwdArgs {
+        if wgmma(cx, n, &[64, 128])? {
+            let items = if n.d == 64 { &t.hopper_tiles_64 } else { &t.hopper_tiles_128 };
+            let count = items.row_count() * n.heads as usize;
+            let tiles = AttentionHopperFwd4Args {
                 out: out.out(),
                 lse: lse.map(Tensor::out),
                 qkv,
                 map: Boxes::swizzled(qkv, PAGE),
-                items: &t.hopper_tiles,
+                items,
                 segments: &t.segments,
                 count: count as i32,
                 ld: qkv.stride() as i32,
@@ -106,10 +107,12 @@ pub(super) fn forward(
             };
             let blocks = count.min(cx.device.capabilities().multiprocessors);
             let at = Launch::grid([blocks, 1, 1]);
-            if n.softcap > 0.0 {
-                return kernels::attention_hopper_fwd_capped(dev, at, n.d, tiles);
-            }
-            return kernels::attention_hopper_fwd(dev, at, n.d, tiles);
+            return match (n.d, n.softcap > 0.0) {
+                (64, false) => kernels::attention_hopper_fwd4(dev, at, n.d, tiles),
+                (64, true) => kernels::attention_hopper_fwd4_capped(dev, at, n.d, tiles),
+                (_, false) => kernels::attention_hopper_fwd3(dev, at, n.d, tiles),
+                (_, true) => kernels::attention_hopper_fwd3_capped(dev, at, n.d, tiles),
+            };
         }
         let tiles = AttentionFwdArgs { items: &t.query_tiles, ..rows };
         return kernels::attention_mma_fwd(dev, blocks(&t.query_tiles, n.heads), n.d, tiles);

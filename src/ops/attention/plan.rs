@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::kernels::{HOPPER_FWD_ROWS, MMA_ROWS, SEGMENT_INTS};
+use crate::kernels::{MMA_ROWS, SEGMENT_INTS, hopper_fwd_rows};
 use crate::tensor::Tensor;
 
 /// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally
@@ -43,8 +43,10 @@ pub(super) struct Tables {
     /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before
     /// them come first.
     pub query_tiles: Tensor,
-    /// As `query_tiles`, of each HOPPER_FWD_ROWS rows.
-    pub hopper_tiles: Tensor,
+    /// As `query_tiles`, of each `hopper_fwd_rows` rows at head size 64.
+    pub hopper_tiles_64: Tensor,
+    /// The same at head size 128.
+    pub hopper_tiles_128: Tensor,
     /// As `query_tiles`, in the order of the queries that see them.
     pub key_tiles: Tensor,
 }
@@ -140,7 +142,8 @@ impl AttnPlan {
         }
         let (mut row_segment, mut table, mut children) =
             (Vec::with_capacity(self.rows), Vec::new(), Vec::new());
-        let (mut by_keys, mut hopper, mut by_queries) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut by_keys, mut by_queries) = (Vec::new(), Vec::new());
+        let (mut hopper_64, mut hopper_128) = (Vec::new(), Vec::new());
         for (i, s) in self.segments.iter().enumerate() {
             row_segment.resize(s.start + s.len, i as i32);
             let prefix_start = s.prefix.map_or(0, |p| self.segments[p].start);
@@ -153,7 +156,8 @@ impl AttnPlan {
             let in_children: usize =
                 of_prefix[i].iter().map(|c| self.segments[*c as usize].len).sum();
             let tile = |first: usize| (self.before(i) + first, i as i32, first as i32);
-            hopper.extend((0..s.len).step_by(HOPPER_FWD_ROWS).map(tile));
+            hopper_64.extend((0..s.len).step_by(hopper_fwd_rows(64)).map(tile));
+            hopper_128.extend((0..s.len).step_by(hopper_fwd_rows(128)).map(tile));
             by_keys.extend((0..s.len).step_by(MMA_ROWS).map(tile));
             for first in (0..s.len).step_by(MMA_ROWS) {
                 by_queries.push((s.len - first + in_children, i as i32, first as i32));
@@ -172,7 +176,8 @@ impl AttnPlan {
             segments: ints("attention segments", &table, SEGMENT_INTS)?,
             children: cx.ints("attention children", &children)?,
             query_tiles: ints("attention query tiles", &order(by_keys), 2)?,
-            hopper_tiles: ints("attention hopper tiles", &order(hopper), 2)?,
+            hopper_tiles_64: ints("attention hopper tiles", &order(hopper_64), 2)?,
+            hopper_tiles_128: ints("attention hopper tiles", &order(hopper_128), 2)?,
             key_tiles: ints("attention key tiles", &order(by_queries), 2)?,
         })
     }
