@@ -76,7 +76,8 @@ pub struct Ceilings {
 impl Ceilings {
     pub fn measure(cx: &mut Cx, repeat: usize) -> Result<Ceilings> {
         let mut rng = Rng(9);
-        let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024);
+        // A multiple of a tile's side: a ragged one would not measure what the device reaches.
+        let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024) / 128 * 128;
         let (a, b) = (upload(cx, &mut rng, &[side, side])?, upload(cx, &mut rng, &[side, side])?);
         let c = cx.real("bench", &[side, side])?;
         let gemm = time(cx, repeat, |cx| product(cx, Layout::NT, &c, &a, &b, None, false))?;
