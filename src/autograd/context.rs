@@ -28,13 +28,16 @@ pub enum Recompute {
     Layers,
 }
 
+/// Values of operands by pattern (its number), rows and columns.
+pub type ProductPatterns = Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>;
+
 /// What checking the library's matrix products takes (`matmul=exact`).
 #[derive(Default)]
 pub struct ProductCheck {
     /// Work space, kept from check to check.
     pub pool: Mutex<Option<Arc<Pool>>>,
     /// Values of operands by their kind, columns and stride.
-    pub patterns: Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>,
+    pub patterns: ProductPatterns,
     /// Shapes that the library computes.
     pub library: AtomicUsize,
     /// Shapes for which it has no algorithm with the own kernel's bits.

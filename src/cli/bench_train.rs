@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::bench::BenchArgs;
+use super::bench_args::BenchArgs;
 use super::bench_measure::{median, peft_keys, preset};
 use crate::autograd::{Cx, Recompute};
 use crate::data::masked::MaskedSequence;

@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod bench_args;
 mod bench_grpo;
 mod bench_measure;
 mod bench_train;
@@ -43,7 +44,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Data(data::DataArgs),
     Check(check::CheckArgs),
-    Bench(bench::BenchArgs),
+    Bench(Box<bench_args::BenchArgs>),
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
     Report(report::ReportArgs),
@@ -138,7 +139,7 @@ pub fn main() -> i32 {
             Command::Eval(args) => eval::run(args),
             Command::Data(args) => data::run(args),
             Command::Check(args) => check::run(args),
-            Command::Bench(args) => bench::run(args),
+            Command::Bench(args) => bench::run(*args),
             Command::Inspect(args) => inspect::run(args),
             Command::Merge(args) => merge::run(args),
             Command::Report(args) => report::run(args),

@@ -23,13 +23,12 @@
 //! shape. It is documented to (bit-wise reproducible on one device and version), and RL reports
 //! `sampling/ratio_off_one_max`, which is 0 as long as it does.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use crate::autograd::{Cx, ProductCheck};
+use crate::autograd::{Cx, ProductCheck, ProductPatterns};
 use crate::config::MatmulChoice;
 use crate::device::{Algorithm, DType, Gemm, Launch, Layout, LibraryProduct, Operand, Pool};
 use crate::error::{Error, Result};
@@ -202,7 +201,7 @@ fn equal(pool: &Arc<Pool>, cx: &Cx, expected: &Tensor, c: &Tensor, from: usize) 
 struct Check<'a> {
     pool: Arc<Pool>,
     kept: MutexGuard<'a, Option<Arc<Pool>>>,
-    patterns: &'a Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>,
+    patterns: &'a ProductPatterns,
 }
 
 impl<'a> Check<'a> {

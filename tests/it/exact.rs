@@ -28,11 +28,14 @@ enum Order {
     SplitFrom(usize),
 }
 
+/// m, n, k, and whether it is added.
+type ProductKey = (usize, usize, usize, bool);
+
 /// A CPU whose library has these algorithms, the first the fastest.
 struct Library {
     cpu: Cpu,
     algorithms: Vec<Order>,
-    trusted: Mutex<HashMap<(usize, usize, usize, bool), Option<usize>>>,
+    trusted: Mutex<HashMap<ProductKey, Option<usize>>>,
     ran: Mutex<Vec<(Algorithm, Order)>>,
 }
 
@@ -50,7 +53,7 @@ impl Library {
         std::mem::take(&mut self.ran.lock().unwrap())
     }
 
-    fn key(g: &Gemm) -> (usize, usize, usize, bool) {
+    fn key(g: &Gemm) -> ProductKey {
         (g.m, g.n, g.k, g.accumulate)
     }
 

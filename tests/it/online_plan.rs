@@ -66,7 +66,7 @@ fn run<M: BuildMethod + Default + 'static>(keys: &str, dtype: DType) -> Ran {
     options.read(None, &keys, rewards.len()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let rows = read_rows(&[prompts(dir.path())]).unwrap();
-    let folder = prepare_output(&dir.path().join("out"), false, false).unwrap();
+    let folder = prepare_output(dir.path().join("out"), false, false).unwrap();
     let job = Job {
         run: &run,
         model: Path::new(MODEL),

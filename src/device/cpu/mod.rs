@@ -141,7 +141,8 @@ impl Device for Cpu {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { wgmma: self.wgmma, ..Capabilities::CPU }
+        // What has wgmma has mma.sync, too.
+        Capabilities { tensor_cores: self.wgmma, wgmma: self.wgmma, ..Capabilities::CPU }
     }
 
     fn is_strict(&self) -> bool {

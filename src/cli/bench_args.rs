@@ -1,0 +1,62 @@
+//! The options of `temper bench`. Layer 9.
+//!
+//! Invariant: an option says which of the benches it belongs to, unless all have it.
+
+use super::args::{Where, choice};
+use super::bench_grpo::GrpoArgs;
+use super::parsers::count;
+use crate::config::MatmulChoice;
+
+/// Time ops against measured ceilings, a training step, decoding, a step of GRPO and its parts, or
+/// the host's work for a launch, on random weights of a real shape
+#[derive(clap::Args)]
+pub struct BenchArgs {
+    /// what is timed; launches: the host's time for each launch of a training step, on a stand-in
+    /// for a GPU that computes nothing, whatever --device says
+    #[arg(value_parser = ["ops", "train", "decode", "grpo", "launches"])]
+    pub(super) what: String,
+    /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b,
+    /// qwen3-1.7b
+    #[arg(long, default_value = "quickstart")]
+    pub(super) shape: String,
+    /// rows of a micro-batch (train, grpo), sequences (decode)
+    #[arg(long, default_value_t = 16, value_parser = count)]
+    pub(super) batch: usize,
+    /// ops, train, decode: tokens of a row
+    #[arg(long, default_value_t = 128, value_parser = count)]
+    pub(super) length: usize,
+    /// timed repetitions, of which the median counts; grpo: 3, otherwise 10
+    #[arg(long, value_parser = count)]
+    pub(super) repeat: Option<usize>,
+    /// train, grpo: LoRA of this rank on all seven projections, no dropout, in the place of full
+    /// fine-tuning
+    #[arg(long, value_parser = count)]
+    pub(super) lora: Option<usize>,
+    /// train, grpo, with --lora: hold the base in 4 bits (nf4), 4 bits with quantised scales (nf4-nested)
+    /// or 8 bits (int8)
+    #[arg(long, requires = "lora")]
+    pub(super) base: Option<String>,
+    /// train: sft, or dpo with pairs of --length tokens a side, of which the first half is the
+    /// prompt that both share
+    #[arg(long, default_value = "sft", value_parser = ["sft", "dpo"])]
+    pub(super) method: String,
+    /// auto, library, exact or own: which matrix products
+    #[arg(long, default_value = "auto", value_parser = choice::<MatmulChoice>)]
+    pub(super) matmul: MatmulChoice,
+    /// recompute each layer's activations on the way back
+    #[arg(long)]
+    pub(super) recompute: bool,
+    #[command(flatten)]
+    pub(super) grpo: GrpoArgs,
+    /// one JSON object on standard output
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) on: Where,
+}
+
+impl BenchArgs {
+    pub(super) fn repeat(&self) -> usize {
+        self.repeat.unwrap_or(10)
+    }
+}
