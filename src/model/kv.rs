@@ -10,6 +10,7 @@ use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::layout::ModelConfig;
+use crate::ops::cache::CopyCached;
 use crate::ops::embedding::TokenIndex;
 use crate::rng::{philox, tag};
 use crate::tensor::Tensor;
@@ -20,6 +21,8 @@ pub use crate::ops::attention::PAGE;
 pub struct KvCache {
     /// One a layer: [pages * 64, 2 * kv_heads * head_dim] real, k|v of a token in a row.
     pub layers: Vec<Tensor>,
+    /// All of them, one after the other.
+    all: Tensor,
     /// How many sequences hold each page.
     holders: Vec<u32>,
     free: Vec<i32>,
@@ -62,9 +65,15 @@ pub struct CachedSequence {
 impl KvCache {
     pub fn new(cx: &Cx, config: &ModelConfig, pages: usize) -> Result<KvCache> {
         let width = 2 * config.num_kv_heads * config.head_dim;
-        let layer = |_| Tensor::new(&cx.pool, "kv cache", cx.dtype, &[pages * PAGE, width]);
-        let layers = (0..config.num_layers).map(layer).collect::<Result<Vec<_>>>()?;
-        Ok(KvCache { layers, holders: vec![0; pages], free: (0..pages as i32).rev().collect() })
+        let (rows, n) = (pages * PAGE, config.num_layers);
+        let all = Tensor::new(&cx.pool, "kv cache", cx.dtype, &[n * rows, width])?;
+        let layers = (0..n).map(|i| all.rows(i * rows, (i + 1) * rows)).collect::<Result<_>>()?;
+        Ok(KvCache {
+            layers,
+            all,
+            holders: vec![0; pages],
+            free: (0..pages as i32).rev().collect(),
+        })
     }
 
     /// Makes room for `tokens` more tokens; false (and nothing taken) if the pages run out.
@@ -91,12 +100,11 @@ impl KvCache {
             self.release(&mut new);
             return Ok(None);
         }
-        for layer in self.layers.iter().filter(|_| rest > 0) {
-            let rows = |s: &CachedSequence| {
-                let first = s.pages[whole] as usize * PAGE;
-                layer.rows(first, first + rest)
-            };
-            rows(&new)?.copy_from(&rows(from)?)?;
+        if rest > 0 {
+            let first = |s: &CachedSequence| s.pages[whole] as usize * PAGE;
+            let (from, to) = (first(from), first(&new));
+            CopyCached { layers: self.layers.len(), from, to, rows: rest }
+                .run(&**self.all.device(), &self.all)?;
         }
         new.len = tokens;
         Ok(Some(new))

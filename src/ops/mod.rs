@@ -8,6 +8,7 @@ pub mod adamw;
 pub mod adamw8;
 pub mod add;
 pub mod attention;
+pub mod cache;
 pub mod case;
 pub mod distill;
 pub mod dropout;

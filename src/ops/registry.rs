@@ -8,8 +8,8 @@ use super::case::{
 use super::preference::{segment_cases, segment_perf};
 use super::quant::{linear_cases, linear_perf};
 use super::{
-    activation, adamw, adamw8, add, attention, distill, dropout, embedding, head, lora, matmul,
-    policy, preference, prompt, quant, rmsnorm, rope, rope_append, sample, scale, tokens,
+    activation, adamw, adamw8, add, attention, cache, distill, dropout, embedding, head, lora,
+    matmul, policy, preference, prompt, quant, rmsnorm, rope, rope_append, sample, scale, tokens,
 };
 
 pub struct Entry {
@@ -37,6 +37,7 @@ pub fn registry() -> Vec<Entry> {
         op("adamw", &["adamw"], adamw::cases, adamw::perf, PLAIN),
         op("adamw8", &["adamw8", "quant"], adamw8::cases, adamw8::perf, PLAIN),
         op("add", &["add"], add::cases, add::perf, PLAIN),
+        op("copy_cached", &["cache"], cache::cases, cache::perf, PLAIN),
         op("distill", &["distill", "matmul", "preference"], distill::cases, distill::perf, GEMM),
         op("dropout", &["dropout"], dropout::cases, dropout::perf, PLAIN),
         op("embedding", &["embedding"], embedding::cases, embedding::perf, PLAIN),

@@ -65,9 +65,9 @@ fn same_in_all_ways(dtype: DType, sampling: &Sampling) {
     assert!(want.iter().any(|c| c.finish == Finish::Length));
     let mut total = Counts::default();
     for (replay, ahead) in [(true, false), (false, true), (true, true), (true, true)] {
-        options.max_sequences = 3 + rng.below(30);
+        options.max_sequences = 8 + rng.below(25);
         options.max_step_tokens = options.max_sequences + rng.below(200);
-        options.pages = Some(5 + rng.below(30));
+        options.pages = Some(6 + rng.below(14));
         (options.replay, options.ahead) = (Some(replay), Some(ahead));
         let mut engine = Engine::new(&cx, &mut model, options.clone(), 200).unwrap();
         let found = completed(&mut engine, &mut cx, &model, &requests);
