@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::forward::{ROW_INTS, StepArrays, StepRows};
+use super::options::EngineOptions;
+use super::rows::{ROW_INTS, StepArrays, StepRows};
 use super::sample::Sampling;
-use super::{Engine, EngineOptions};
 use crate::autograd::Cx;
 use crate::config::{AttentionChoice, MatmulChoice};
 use crate::device::{DType, Device, Graph, Pool};
@@ -18,6 +18,19 @@ use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
 use crate::ops::sample::{Draws, PendingDraws};
 use crate::tensor::Tensor;
+
+/// The forward of an engine's step over these arrays; None: no row predicts.
+type Forward<'a> = &'a dyn Fn(&mut Cx, &StepArrays) -> Result<Option<Draws>>;
+
+/// What an engine's decode step is made of.
+pub(super) struct DecodeStep<'a> {
+    pub forward: Forward<'a>,
+    pub model: &'a Decoder,
+    pub sampling: &'a Sampling,
+    pub most_rows: usize,
+    /// Positions of the longest sequence that there can be.
+    pub longest: usize,
+}
 
 pub(super) struct Recorder {
     /// What the recorded steps compute lies here. Steps that are not recorded use it too: it is
@@ -96,47 +109,40 @@ impl Recorder {
     /// second time, replayed from then on.
     pub fn decode(
         &mut self,
-        engine: &Engine,
         cx: &mut Cx,
-        model: &Decoder,
+        step: &DecodeStep,
         rows: &mut StepRows,
     ) -> Result<PendingDraws> {
-        self.keep_if_for(cx, model, &engine.options.sampling);
-        let n = padded(rows.count(), engine.options.max_sequences);
+        self.keep_if_for(cx, step.model, step.sampling);
+        let n = padded(rows.count(), step.most_rows);
         rows.pad(n);
         let arrays = rows.upload(cx, Some(&self.rows))?;
         let first = self.warm.insert(n);
         if !first && !self.refused && !self.steps.contains_key(&n) {
-            match self.record(engine, cx, model, &arrays) {
-                Ok(step) => drop(self.steps.insert(n, step)),
+            match self.record(cx, step, &arrays) {
+                Ok(recorded) => drop(self.steps.insert(n, recorded)),
                 Err(e) => {
                     cx.observer.note(&format!("decode steps are not recorded as graphs: {e}"));
                     self.refused = true;
                 }
             }
         }
-        if let Some(step) = self.steps.get(&n) {
+        if let Some(recorded) = self.steps.get(&n) {
             // SAFETY: the model's clone in `of`, the engine and `memory` hold all that the graph
             // touches, and `memory` gives nothing of it to others.
-            unsafe { step.device.replay(step.graph)? };
+            unsafe { recorded.device.replay(recorded.graph)? };
             self.replayed += 1;
-            return step.draws.begin_download();
+            return recorded.draws.begin_download();
         }
-        self.in_its_memory(cx, |cx| draws(engine, cx, model, &arrays)?.begin_download())
+        self.in_its_memory(cx, |cx| draws(cx, step, &arrays)?.begin_download())
     }
 
-    fn record(
-        &self,
-        engine: &Engine,
-        cx: &mut Cx,
-        model: &Decoder,
-        arrays: &StepArrays,
-    ) -> Result<RecordedStep> {
+    fn record(&self, cx: &mut Cx, step: &DecodeStep, arrays: &StepArrays) -> Result<RecordedStep> {
         let device = cx.device.clone();
         // A replay may come to any position.
-        let arrays = arrays.reaching(engine.longest_position());
+        let arrays = arrays.reaching(step.longest);
         device.begin_capture()?;
-        let draws = self.in_its_memory(cx, |cx| draws(engine, cx, model, &arrays));
+        let draws = self.in_its_memory(cx, |cx| draws(cx, step, &arrays));
         let graph = device.end_capture();
         match (draws, graph) {
             (Ok(draws), Ok(graph)) => Ok(RecordedStep { device, graph, draws }),
@@ -163,9 +169,9 @@ impl Recorder {
     }
 }
 
-fn draws(engine: &Engine, cx: &mut Cx, model: &Decoder, arrays: &StepArrays) -> Result<Draws> {
+fn draws(cx: &mut Cx, step: &DecodeStep, arrays: &StepArrays) -> Result<Draws> {
     let none = || Error::op("rollout", "a decode step that samples nothing");
-    engine.forward(cx, model, arrays)?.ok_or_else(none)
+    (step.forward)(cx, arrays)?.ok_or_else(none)
 }
 
 #[cfg(test)]
