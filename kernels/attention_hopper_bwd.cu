@@ -83,7 +83,7 @@ DEVICE void fetch_keys(bf16* tile, const bf16* k, int values, const SegmentKeys&
 }
 
 // Stages in flight when the producer waits for the oldest. A consumer holds two stages, that of its step and the one
-// before: two in flight of four, it would find the next one published only after it gave one back.
+// before: with two in flight of four it would find the next one published only after it gave one back.
 template <int STAGES>
 constexpr int AHEAD_OF = STAGES > 4 ? 2 : 1;
 // Floats beside a stage of dkv, and the position that says that no more follow.
