@@ -15,8 +15,8 @@
 //          steps in an order that the segment alone fixes. Rows outside a segment are zeros: their P may be anything
 //          finite. The bits are not those of attention_mma.cu.
 // Cost     14 D flops a pair executed, 10 D counted. H100 (2026-11-27), TFLOP/s counted, beside torch 2.11's cuDNN and
-//          flash backward:  8 x 2048, 14/2 heads, D 64:  286 (220, 152);  2 x 8192, 16/8 heads, D 128:  476 (478, 274).
-//          That was before the deeper rings, the turns of dq and the halves; with them *predicted* 330 and 490.
+//          flash backward:  8 x 2048, 14/2 heads, D 64:  328 (265, 160);  2 x 8192, 16/8 heads, D 128:  476 (478, 274),
+//          the latter before dq took turns (docs/kernels.md; with them *predicted* 490).
 #include "common/mask.cuh"
 #include "prim/async.cuh"
 #include "prim/wgmma.cuh"
@@ -82,9 +82,10 @@ DEVICE void fetch_keys(bf16* tile, const bf16* k, int values, const SegmentKeys&
   }
 }
 
-// Stages in flight when the producer waits for the oldest. At most STAGES - 2: a consumer gives a stage back when it has
-// begun the next.
-constexpr int AHEAD = 2;
+// Stages in flight when the producer waits for the oldest. A consumer holds two stages, that of its step and the one
+// before: with two in flight of four it would find the next one published only after it gave one back.
+template <int STAGES>
+constexpr int AHEAD_OF = STAGES > 4 ? 2 : 1;
 // Floats beside a stage of dkv, and the position that says that no more follow.
 constexpr int NOTES = 132, END = -1;
 
@@ -181,7 +182,7 @@ template <int D, bool CAPPED>
 DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const float* stats, const int* segments,
                           const int* children, int segment, int first, int kv_head, int stat_rows, int ld, int heads, int kv_heads,
                           float scale, float softcap, int window, int accumulate) {
-  constexpr int TILE = 64 * D, STAGES = hopper_dkv_stages(D);
+  constexpr int TILE = 64 * D, STAGES = hopper_dkv_stages(D), AHEAD = AHEAD_OF<STAGES>;
   // Whether the products of a step run beside the scores of the next, where registers allow.
   constexpr bool OVERLAP = D == 64 && !CAPPED;
   bf16* sk = (bf16*)shared_base();
@@ -437,7 +438,7 @@ template <int D, bool CAPPED>
 DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse,
                             const int* items, const int* segments, int tiles, int stat_rows, int ld, int heads, int kv_heads,
                             float scale, float softcap, int window, int accumulate) {
-  constexpr int TILE = 64 * D, STAGES = hopper_dq_stages(D);
+  constexpr int TILE = 64 * D, STAGES = hopper_dq_stages(D), AHEAD = AHEAD_OF<STAGES>;
   constexpr bool COPIED = D == 64;
   bf16* sq = (bf16*)shared_base();
   bf16* sgo = sq + 2 * TILE;
