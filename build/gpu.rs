@@ -179,9 +179,10 @@ fn gpu_source(sources: &Sources, file: &KernelFile, real: &Real) -> String {
     for instance in file.kernels.iter().flat_map(|k| sources.instances(k, real).unwrap()) {
         let (k, d, symbol) = (instance.kernel, instance.d, instance.symbol);
         let (params, name, args) = (k.entry_params(), &k.name, k.c_args());
-        let bounds = match k.blocks {
-            Some((of, n)) if of.is_none_or(|of| of == d) => format!("{}, {n}", k.threads),
-            _ => k.threads.to_string(),
+        let asked = k.blocks.iter().find(|(of, _)| of.is_none_or(|of| of == d));
+        let bounds = match asked {
+            Some((_, n)) => format!("{}, {n}", k.threads),
+            None => k.threads.to_string(),
         };
         writeln!(
             s,

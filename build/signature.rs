@@ -22,7 +22,7 @@ pub struct Kernel {
     /// The largest block.
     pub threads: u32,
     /// (D, n): that instance leaves registers for n blocks a multiprocessor; None: every instance.
-    pub blocks: Option<(Option<u32>, u32)>,
+    pub blocks: Vec<(Option<u32>, u32)>,
     /// Bytes of dynamic shared memory, in terms of D and sizeof(real).
     pub shared: Option<Expr>,
     pub hot: bool,
@@ -178,7 +178,7 @@ fn kernel(text: &str, before: &str) -> Result<Kernel, String> {
         kind,
         d: Vec::new(),
         threads: 256,
-        blocks: None,
+        blocks: Vec::new(),
         shared: None,
         hot: false,
         params: Vec::new(),
@@ -222,7 +222,7 @@ fn set_attributes(kernel: &mut Kernel, text: &str) -> Result<(), String> {
         } else if let Some(v) = part.strip_prefix("THREADS=") {
             kernel.threads = number(v)?;
         } else if let Some(v) = part.strip_prefix("BLOCKS=") {
-            kernel.blocks = Some(match v.split_once(':') {
+            kernel.blocks.push(match v.split_once(':') {
                 Some((d, n)) => (Some(number(d)?), number(n)?),
                 None => (None, number(v)?),
             });

@@ -10,7 +10,8 @@
 //          the queries that see them; head size 256 takes two blocks, one for dk and one for dv. No atomics.
 // Numerics s, the softmax and all sums in float; P, dS rounded to bf16 as operands; l sums P before that. A row is one
 //          chain over the blocks of 64 positions from position 0 of its own sequence, whatever else is in its tile.
-// Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). GPU: not measured yet.
+// Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). H100, 2026-11-27: forward
+//          218 TFLOP/s at head size 64 (8 x 2048, 14/2 heads), 230 at 128 (2 x 8192, 16/8); backward 88 at 64, before ex2.
 #include "prim/async.cuh"
 #include "common/mask.cuh"
 #include "common/online_softmax.cuh"
@@ -278,7 +279,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
 #endif
 
 // out and lse of 64 rows of one head.
-KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, SHARED=mma_fwd_shared(D), HOT)
+KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, BLOCKS=80:3, SHARED=mma_fwd_shared(D), HOT)
 (real* out, MAYBE(float) lse, const real* qkv, const int* items, const int* segments, int rows, int ld, int heads, int kv_heads,
  float scale, float softcap, int window) {
 #ifdef REAL_BF16
@@ -295,7 +296,7 @@ KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, SH
 
 // The same over the cache: a block for each row and kv head, of which only the first of a run of rows of one sequence
 // does the work of the run; a run ends at the latest where its heads fill the 64 rows.
-KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=16:6, SHARED=mma_fwd_shared(D), HOT)
+KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=16:6, BLOCKS=80:3, SHARED=mma_fwd_shared(D), HOT)
 (real* out, const real* qkv, const real* cache, const int* page_table, const int* row_sequence, const int* row_position, int rows,
  int ld, int heads, int kv_heads, int max_pages, float scale, float softcap, int window) {
 #ifdef REAL_BF16

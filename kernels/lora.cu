@@ -172,7 +172,7 @@ DEVICE void narrow_sums(float (&acc)[2][NARROW_TILES][4], const Matrix& x, const
 
 // out_i = s_i x_i W_i. D=0: t = s x A^T, one segment of all columns of x, W = A [R, k]. D=1: dt_i = s_i dy_i B_i, a segment
 // a blockIdx.z, W = B_i [k, rank].
-KERNEL(lora_narrow, D=0,1, SHARED=narrow_shared(sizeof(real)), HOT)(real* out, const real* x, const real* w0, MAYBE(const real) w1,
+KERNEL(lora_narrow, D=0,1, BLOCKS=1, SHARED=narrow_shared(sizeof(real)), HOT)(real* out, const real* x, const real* w0, MAYBE(const real) w1,
                 MAYBE(const real) w2, const float* scale, int m, int ldx, int ldout, int start0, int end0, int rank0,
                 int start1, int end1, int rank1, int start2, int end2, int rank2) {
   const int z = blockIdx.z, m0 = blockIdx.y * NARROW_ROWS, c0 = blockIdx.x * NARROW_COLS;

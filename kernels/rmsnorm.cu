@@ -89,7 +89,7 @@ KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* 
 
 // ds of each row; `dsum` is the gradient that reaches s from elsewhere (the residual stream), or null. A warp takes `per`
 // rows, and with `partial` (not in D=0) writes there the sum of dy * h over them.
-KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6,8, HOT)(real* ds, MAYBE(float) partial, const real* dy, MAYBE(const real) dsum,
+KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, const real* dy, MAYBE(const real) dsum,
                                                const real* s, const real* w, const float* rstd, int rows, int d, int per,
                                                int accumulate) {
   const long long warp = WARP_INDEX;

@@ -133,7 +133,7 @@ impl Op for AddRmsNorm {
 /// The instance of the kernels that holds a row of these tensors in registers; 0, which takes any
 /// row, where none does: rows of packs that are not whole, or too many. All give the same bits. A
 /// CPU has no use for it; in strict mode, where a warp is what it is on a GPU, it runs too.
-fn instance(cx: &Cx, rows: &[&Tensor]) -> usize {
+fn instance(cx: &Cx, instances: &[usize], rows: &[&Tensor]) -> usize {
     let (d, size) = (rows[0].cols(), rows[0].dtype().size());
     let whole =
         rows.iter().all(|t| t.address().is_multiple_of(16)) && (d * size).is_multiple_of(16);
@@ -141,7 +141,7 @@ fn instance(cx: &Cx, rows: &[&Tensor]) -> usize {
         return 0;
     }
     let packs = d.div_ceil(kernels::warp_columns(size));
-    [1, 2, 3, 4, 6, 8].into_iter().find(|&held| packs <= held).unwrap_or(0)
+    instances.iter().copied().find(|&held| packs <= held).unwrap_or(0)
 }
 
 /// y and rstd of x, or of x + residual, which is written to the tensor beside it.
@@ -164,7 +164,11 @@ fn forward(
         d: x.cols() as i32,
         eps,
     };
-    let held = instance(cx, &[x, sum_residual.map_or(x, |(_, residual)| residual), w]);
+    let held = instance(
+        cx,
+        &kernels::RMSNORM_FWD_D,
+        &[x, sum_residual.map_or(x, |(_, residual)| residual), w],
+    );
     kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), held, args)
 }
 
@@ -193,7 +197,8 @@ fn backward(
         .transpose()?;
     let mut taken = false;
     if let Some((ds, dsum, accumulate)) = ds {
-        let held = instance(cx, &[r.s, r.w, r.dy, dsum.unwrap_or(r.dy), ds]);
+        let held =
+            instance(cx, &kernels::RMSNORM_BWD_D, &[r.s, r.w, r.dy, dsum.unwrap_or(r.dy), ds]);
         let partial = sums.as_ref().filter(|_| held > 0);
         taken = partial.is_some();
         let per = if taken { per } else { 1 };

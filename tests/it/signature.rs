@@ -49,7 +49,7 @@ fn a_signature_is_read_with_its_attributes_parameters_and_comment() {
         kind: Kind::Fiber,
         d: vec![16, 32],
         threads: 128,
-        blocks: Some((Some(32), 5)),
+        blocks: vec![(Some(32), 5)],
         shared: Some(shared),
         hot: true,
         params,
