@@ -137,7 +137,7 @@ impl Draws {
         Ok(PendingDraws { block: self.block.begin_download()?, rows: self.rows })
     }
 
-    /// The tokens alone, where they are: I32 [n].
+    /// The tokens alone, where they are: I32 `[n]`.
     pub fn tokens(&self) -> Result<Tensor> {
         self.block.view(0, DType::I32, &[self.rows])
     }
