@@ -9,7 +9,7 @@
 //          steps, its 1 KiB stays in the first cache.
 // Numerics float. The step uses the moments before they are rounded to codes. Where a block is not whole, it is divided by
 //          absmax (at least 1e-38) instead of multiplied by 1 / absmax, as bitsandbytes' reference does. D as in adamw.cu.
-// Cost     D=0: 16 n + sizeof(real) n bytes. GPU: not measured yet.
+// Cost     D=0: 16 n + sizeof(real) n bytes. *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "common/adam.cuh"
 #include "common/quant.cuh"
 #include "prim/warp.cuh"

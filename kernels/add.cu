@@ -4,7 +4,7 @@
 // Shapes   flat arrays of n elements
 // Plan     a thread moves V elements (128 bits of `real`).
 // Numerics float arithmetic, one rounding when a real is stored.
-// Cost     add: 3 n reads and writes of sizeof(real). GPU: not measured yet.
+// Cost     add: 3 n reads and writes of sizeof(real). *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/vec.cuh"
 
 KERNEL_FLAT(add_fwd)(real* y, const real* a, const real* b, long long n) {

@@ -5,7 +5,7 @@
 // Shapes   x, y flat n real; key [4] int: seed low, seed high, step, micro-step
 // Plan     a thread owns 4 values, one Philox call.
 // Numerics float, one rounding when stored.
-// Cost     2 n sizeof(real) bytes. GPU: not measured yet.
+// Cost     2 n sizeof(real) bytes. *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/rng.cuh"
 #include "prim/vec.cuh"
 

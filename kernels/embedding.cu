@@ -7,7 +7,7 @@
 // Plan     forward: a warp copies one row. Backward: a warp owns 32 V columns of one distinct token and adds its places
 //          from first to last: deterministic, no atomics.
 // Numerics moves are exact; dw sums in float.
-// Cost     2 n d sizeof(real) forward; n d sizeof(real) + 8 u d bytes backward. GPU: not measured yet.
+// Cost     2 n d sizeof(real) forward; n d sizeof(real) + 8 u d bytes backward. *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/warp.cuh"
 
 // y[i] = x[index[i]]

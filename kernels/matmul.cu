@@ -8,7 +8,8 @@
 // Numerics Each element of C is one chain of float sums over k from left to right, in steps of 16 (bf16, inside the
 //          tensor core) or 1 (f32), the same whatever m, so a row's bits do not depend on its batch. bias is added in
 //          float; C is rounded once, when stored.
-// Cost     2 m n k flops; (m k + k n + m n) x sizeof bytes. GPU: not measured yet.
+// Cost     2 m n k flops; (m k + k n + m n) x sizeof bytes. H100, 2026-11-26, bf16:
+//          316 TFLOP/s of a ceiling of 798; Hopper has matmul_hopper.cu.
 #include "prim/tile.cuh"
 
 template <int TRANS, int FLOAT_OUT>

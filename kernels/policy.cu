@@ -23,7 +23,7 @@
 //          that belongs to the whole sequence. value_loss: a warp owns 1024 tokens. Sequences are added up by one warp, in
 //          order. gae: a thread owns a sequence and goes from right to left. whiten: one warp for the moments.
 // Numerics float. k3 and its derivative by a series near 0, where the difference cancels.
-// Cost     policy_loss about 40 n bytes; gae is bound by the latency of one load a token. GPU: not measured yet.
+// Cost     policy_loss about 40 n bytes; gae is bound by the latency of one load a token. *Predicted*: policy_loss 3 us, a launch, on an H100.
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 

@@ -22,7 +22,7 @@
 // Plan     A thread owns a pair and makes loss and gradient together; a list of losses is a launch each. One warp adds
 //          the pairs up. A sort is by counting: n comparisons a thread, nothing for the few pairs of a step.
 // Numerics float in every build: these numbers are few, and a pair's gradient is a small difference.
-// Cost     Nothing beside the head: 60 bytes a pair. GPU: not measured yet.
+// Cost     Nothing beside the head: 60 bytes a pair. *Predicted* a launch, 3 us on an H100.
 #include "common/softplus.cuh"
 #include "prim/warp.cuh"
 

@@ -6,7 +6,7 @@
 // Shapes   w [vocab, d], p [virtual tokens, d] real; ids [n] int; y [n, d] real
 // Plan     a warp copies one row.
 // Numerics moves are exact.
-// Cost     2 n d sizeof(real). GPU: not measured yet.
+// Cost     2 n d sizeof(real). *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/warp.cuh"
 
 KERNEL_WARP(prompt_gather)(real* y, const real* w, const real* p, const int* ids, int n, int vocab, int d) {

@@ -8,7 +8,7 @@
 // Plan     scale_columns: a thread owns V values of a row. column_dots: a warp owns 32 V columns of 64 rows, sum_partials
 //          of reduce.cu adds the partials. The vectors: a thread a column.
 // Numerics Float, one rounding when stored. Sums over rows in a fixed order.
-// Cost     2 rows cols sizeof(real) bytes each. GPU: not measured yet.
+// Cost     2 rows cols sizeof(real) bytes each. *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/warp.cuh"
 
 KERNEL_FLAT(scale_columns)(real* y, const real* x, const float* c, MAYBE(const real) bias, int rows, int cols,

@@ -18,6 +18,10 @@ use crate::kernels::{
 };
 use crate::tensor::Tensor;
 
+/// Head sizes of the forward on Hopper, which has a kernel for each.
+const HOPPER_FWD_D: [usize; 2] =
+    [kernels::ATTENTION_HOPPER_FWD_D[0], kernels::ATTENTION_HOPPER_FWD_WIDE_D[0]];
+
 fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     let bf16 = tensors[0].dtype() == DType::BF16;
     let chosen = match cx.attention {
@@ -88,7 +92,7 @@ pub(super) fn forward(
         window: n.window,
     };
     if tensor_cores(cx, n, &[qkv])? {
-        if wgmma(cx, n, &kernels::ATTENTION_HOPPER_DQ_D)? {
+        if wgmma(cx, n, &HOPPER_FWD_D)? {
             const { assert!(hopper_fwd_rows(64) == HOPPER_BWD_ROWS, "both take the wide tiles") };
             let items = if n.d <= 64 { &t.wide_tiles } else { &t.hopper_tiles };
             let tiles = AttentionHopperFwdArgs {
