@@ -7,8 +7,9 @@ use super::bench_grpo::GrpoArgs;
 use super::parsers::count;
 use crate::config::MatmulChoice;
 
-/// Time ops against measured ceilings, a training step, decoding, a step of GRPO and its parts, or
-/// the host's work for a launch, on random weights of a real shape
+/// Measure ops, training steps, decoding and GRPO steps on random weights of a real shape
+///
+/// Ops are compared with the copy and matmul speeds that the command measures on the same device.
 #[derive(clap::Args)]
 pub struct BenchArgs {
     /// what is timed; launches: the host's time for each launch of a training step, on a stand-in

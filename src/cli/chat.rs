@@ -19,7 +19,9 @@ use crate::model::decoder::Decoder;
 use crate::observer::output::{self, clean};
 use crate::rollout::{Engine, EngineOptions, Request};
 
-/// Talk to a model folder: a line in, a reply out; /reset forgets the conversation, /quit ends it
+/// Talk to a model
+///
+/// A line in, a reply out. /reset starts a new conversation, /quit ends the command.
 #[derive(clap::Args)]
 pub struct ChatArgs {
     #[command(flatten)]

@@ -14,8 +14,9 @@ use crate::error::{Error, Result};
 use crate::observer::output::print_line;
 use crate::{device, device::cpu::Cpu};
 
-/// Run every op case on a device against its f64 reference, then exactness and a short training,
-/// and print a table
+/// Check every kernel on this device against its f64 oracle
+///
+/// Runs every op case, then the exactness contracts and a short training run, and prints a table.
 #[derive(clap::Args)]
 pub struct CheckArgs {
     /// auto, cuda or cpu

@@ -16,7 +16,9 @@ use crate::error::{Error, Result};
 use crate::observer::output::{clean, note_line, shows_to_a_person};
 use crate::rollout::{Engine, EngineOptions, Finish, Request};
 
-/// Completions for a prompt, or for every row of a file (prompt: string or messages; or input_ids)
+/// Generate completions for a prompt or for every row of a file
+///
+/// A row of the file has `prompt` (a text or messages) or `input_ids`.
 #[derive(clap::Args)]
 pub struct GenerateArgs {
     #[command(flatten)]

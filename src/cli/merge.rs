@@ -23,8 +23,10 @@ use crate::ops::case::Rng;
 use crate::tensor::safetensors::HostDtype;
 use crate::train::state::parts_of;
 
-/// Merge an adapter into its base, in float32, and check the folder's log-probs before it counts as
-/// done
+/// Merge an adapter into its base model
+///
+/// The merge is computed in float32. The command succeeds only if the log-probs of the merged folder
+/// agree with those of base and adapter.
 #[derive(clap::Args)]
 pub struct MergeArgs {
     /// model folder, or a hub name in the local cache

@@ -15,6 +15,7 @@ mod data;
 mod eval;
 mod forms;
 mod generate;
+mod help;
 mod inspect;
 pub mod launches;
 mod merge;
@@ -23,6 +24,8 @@ mod quickstart;
 mod report;
 mod score;
 mod train;
+
+use std::ffi::OsString;
 
 use clap::{Args as _, FromArgMatches, Subcommand};
 
@@ -35,7 +38,8 @@ use crate::methods::registry::REGISTRY;
 use crate::observer::output::{is_reader_gone, note_line};
 use crate::signals::Stop;
 
-/// The commands that train nothing. The training commands are [`REGISTRY`]'s.
+// The commands that train nothing; [`REGISTRY`] has the training commands. This must not be a doc
+// comment: clap would show it as what the program is about.
 #[derive(Subcommand)]
 enum Command {
     Generate(generate::GenerateArgs),
@@ -61,7 +65,7 @@ fn command() -> clap::Command {
     let method = |entry: &&MethodEntry| {
         train::TrainArgs::augment_args(clap::Command::new(entry.name)).about(entry.about)
     };
-    Command::augment_subcommands(temper.subcommands(REGISTRY.iter().map(method)))
+    help::add(Command::augment_subcommands(temper.subcommands(REGISTRY.iter().map(method))))
 }
 
 /// What a command line asks for.
@@ -84,8 +88,7 @@ fn options(name: &str) -> Option<Vec<Key>> {
 }
 
 /// The command line in one form: see [`forms::normal`]. What is not UTF-8 is left as it is.
-fn arguments(temper: &clap::Command) -> Vec<std::ffi::OsString> {
-    let given: Vec<std::ffi::OsString> = std::env::args_os().collect();
+fn arguments(temper: &clap::Command, given: Vec<OsString>) -> Vec<OsString> {
     let text: Option<Vec<String>> =
         given.iter().map(|arg| arg.to_str().map(String::from)).collect();
     let Some([program, name, rest @ ..]) = text.as_deref() else { return given };
@@ -94,9 +97,9 @@ fn arguments(temper: &clap::Command) -> Vec<std::ffi::OsString> {
     [program.clone(), name.clone()].into_iter().chain(normal).map(Into::into).collect()
 }
 
-fn parse() -> std::result::Result<Parsed, clap::Error> {
+fn parse(given: Vec<OsString>) -> std::result::Result<Parsed, clap::Error> {
     let temper = command();
-    let arguments = arguments(&temper);
+    let arguments = arguments(&temper, given);
     let matches = temper.try_get_matches_from(arguments)?;
     if let Some((name, own)) = matches.subcommand()
         && let Some(entry) = REGISTRY.iter().find(|e| e.name == name)
@@ -117,7 +120,7 @@ fn prepare(parsed: &Parsed) -> Result<()> {
 
 /// Runs the command line and returns the exit code.
 pub fn main() -> i32 {
-    let parsed = match parse() {
+    let parsed = match parse(std::env::args_os().collect()) {
         Ok(parsed) => parsed,
         Err(e) => {
             let code = if e.use_stderr() { 2 } else { 0 };

@@ -14,8 +14,10 @@ use crate::observer::Terminal;
 use crate::observer::output::print_line;
 use crate::quickstart::{self, QuickstartOptions, QuickstartScale};
 
-/// Try every kind of training on a small model made on the spot: pretraining, SFT, LoRA, a reward
-/// model, DPO, PPO and GRPO, with answers to held-out questions before and after
+/// Train a small model from nothing through every stage of post-training
+///
+/// Makes its own data and tokenizer, then runs pretraining, SFT, LoRA, a reward model, DPO, PPO and
+/// GRPO, and answers held-out questions before and after each stage.
 #[derive(clap::Args)]
 pub struct QuickstartArgs {
     /// folder for the data, the models and the report

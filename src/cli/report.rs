@@ -8,8 +8,9 @@ use crate::error::Result;
 use crate::observer::output::print_line;
 use crate::report;
 
-/// Write report.html of a run's folder again (a run that is killed writes none), or of a folder of
-/// runs
+/// Write report.html for a run, or for a folder of runs
+///
+/// A finished run has written its page already; a killed run has not.
 #[derive(clap::Args)]
 pub struct ReportArgs {
     /// a run's --output, a quickstart's, or a folder that holds runs

@@ -15,8 +15,9 @@ use crate::eval::{score, sequences};
 use crate::methods::offline::sft::SftConfig;
 use crate::observer::output::note_line;
 
-/// Log-probs of every row's tokens, or a reward model's scores: a row has input_ids, text, prompt +
-/// completion, or messages
+/// Print the log-probs of every row's tokens, or a reward model's scores
+///
+/// A row has `input_ids`, `text`, `prompt` + `completion`, or `messages`.
 #[derive(clap::Args)]
 pub struct ScoreArgs {
     #[command(flatten)]

@@ -45,7 +45,7 @@ pub struct TrainArgs {
     help_options: bool,
     /// any option of the run file
     #[arg(value_name = "KEY=VALUE")]
-    keys: Vec<String>,
+    pub(super) keys: Vec<String>,
 }
 
 /// `temper sft`, `temper dpo` and the others.

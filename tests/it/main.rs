@@ -11,6 +11,7 @@ mod checkpoint;
 mod config;
 mod data;
 mod decode;
+mod docs;
 mod eval;
 mod exact;
 mod faults;
