@@ -52,8 +52,11 @@ impl Summary {
         let of = |key: &str| -> Vec<f64> {
             log.history().iter().filter_map(|line| number(line, key)).collect()
         };
-        let mut results = Vec::new();
+        let mut results: Vec<(String, String)> = Vec::new();
         for (key, name) in RESULTS {
+            if results.iter().any(|(shown, _)| shown == name) {
+                continue; // PPO logs its reward under TRL's two names
+            }
             if let [first, .., last] = of(key)[..] {
                 let (first, last) = (write(key, first), write(key, last));
                 results.push((name.to_string(), format!("{last} (first logged: {first})")));

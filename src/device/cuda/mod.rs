@@ -8,55 +8,32 @@
 //! and the driver's version are known.
 
 mod blas;
+mod code;
 mod downloads;
 mod find_blas;
+mod probe;
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blas::Blas;
+use code::Code;
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{
-    self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
-};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use downloads::Downloads;
+use probe::{
+    HAS_GPU_IMAGES, HAS_HOPPER_IMAGES, dotted, driver_version, failed, old_gpu, probe, text,
+};
 
 use super::{
-    Algorithm, Capabilities, Device, Download, EncodedMap, Gemm, Graph, Kernel, KernelArgs,
-    KernelDef, Launch, LibraryProduct, Mark, MemoryInfo, TensorMap, capturing, download_size,
-    insert_in_free_slot, lock, no_download, no_graph, take_from_slot,
+    Algorithm, Capabilities, Device, Download, EncodedMap, Gemm, Graph, Kernel, KernelArgs, Launch,
+    LibraryProduct, Mark, MemoryInfo, TensorMap, capturing, download_size, insert_in_free_slot,
+    lock, no_download, no_graph, take_from_slot,
 };
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
 
-/// Whether nvcc was there when this was built.
-const HAS_GPU_IMAGES: bool = !env!("TEMPER_NVCC").is_empty();
-/// For a GPU of compute capability 9.0 the kernels of Hopper have code in an image of sm_90a only.
-const HAS_HOPPER_IMAGES: bool = names_hopper(env!("TEMPER_ARCHS"));
-
-const fn names_hopper(archs: &str) -> bool {
-    let (text, word) = (archs.as_bytes(), b"sm_90a");
-    let mut from = 0;
-    while from + word.len() <= text.len() {
-        let mut same = 0;
-        while same < word.len() && text[from + same] == word[same] {
-            same += 1;
-        }
-        if same == word.len() {
-            return true;
-        }
-        from += 1;
-    }
-    false
-}
-
-/// What the bindings were generated for, and the first driver that has it.
-const CUDA_VERSION: i32 = 13000;
-const DRIVER: &str = "580";
-/// Dynamic shared memory that every kernel may use without asking.
-const PLAIN_SHARED: u32 = 48 << 10;
 /// The pinned ring that uploads go through: `SEGMENTS` parts, each guarded by an event.
 const SEGMENT: usize = 8 << 20;
 const SEGMENTS: usize = 4;
@@ -97,15 +74,6 @@ unsafe impl Send for Cuda {}
 // SAFETY: as above.
 unsafe impl Sync for Cuda {}
 
-/// Modules and functions that were loaded so far.
-#[derive(Default)]
-struct Code {
-    modules: HashMap<&'static str, Module>,
-    /// By the address of the kernel's definition, of which there is one: no name is hashed for a
-    /// launch.
-    functions: HashMap<usize, Function>,
-}
-
 /// Numbers of devices that were opened; see [`Cuda::bind`].
 static OPENED: AtomicU64 = AtomicU64::new(1);
 
@@ -114,22 +82,9 @@ thread_local! {
     static BOUND: Cell<u64> = const { Cell::new(0) };
 }
 
-struct Module(sys::CUmodule);
-// SAFETY: a handle that any thread may use under the context.
-unsafe impl Send for Module {}
-
-#[derive(Clone, Copy)]
-struct Function {
-    handle: sys::CUfunction,
-    /// Dynamic shared memory it may use as it is set up now.
-    shared: u32,
-}
-// SAFETY: as for `Module`.
-unsafe impl Send for Function {}
-
 #[derive(Clone, Copy)]
 struct Event(sys::CUevent);
-// SAFETY: as for `Module`.
+// SAFETY: a handle that any thread may use under the context.
 unsafe impl Send for Event {}
 
 /// Pinned host memory. A segment is written again only after the copies out of it have ended.
@@ -142,112 +97,6 @@ struct Ring {
 }
 // SAFETY: the memory belongs to the ring alone.
 unsafe impl Send for Ring {}
-
-/// "CUDA_ERROR_X (description)".
-fn text(e: DriverError) -> String {
-    match e.error_string() {
-        Ok(description) => format!("{:?} ({})", e.0, description.to_string_lossy()),
-        Err(_) => format!("{:?}", e.0),
-    }
-}
-
-fn failed(what: &str) -> impl Fn(DriverError) -> Error + '_ {
-    move |e| Error::Device(format!("{what}: {}", text(e)))
-}
-
-// --- what a user reads when there is no GPU to be had ---
-
-fn no_images() -> Error {
-    Error::Device(
-        "this temper was built without nvcc, so it has no GPU code. Install the CUDA 13 toolkit, or only its compiler: \
-         `pip install --target target/cuda-wheels nvidia-cuda-nvcc==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* \
-         nvidia-cuda-runtime==13.0.* nvidia-cuda-cccl==13.0.*`, and build again (README, \"The GPU build\"). Or run with \
-         --device cpu."
-            .into(),
-    )
-}
-
-fn no_driver() -> Error {
-    Error::Device(format!(
-        "no NVIDIA driver on this machine (libcuda.so.1 was not found). Install driver {DRIVER} or newer; in a container, \
-         start it with the GPU passed in (docker run --gpus all). Or run with --device cpu."
-    ))
-}
-
-fn no_init(e: DriverError) -> Error {
-    Error::Device(format!(
-        "the NVIDIA driver did not start: {}. `nvidia-smi` should work as this user first; in a container, start it with \
-         the GPU passed in (docker run --gpus all). Or run with --device cpu.",
-        text(e)
-    ))
-}
-
-fn no_device() -> Error {
-    Error::Device(
-        "the NVIDIA driver shows no GPU. Look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES, or run with --device cpu."
-            .into(),
-    )
-}
-
-fn old_driver(version: i32) -> Error {
-    Error::Device(format!(
-        "the NVIDIA driver supports CUDA {}, this build needs {} (driver {DRIVER} or newer). Update the driver, or run with \
-         --device cpu.",
-        dotted(version),
-        dotted(CUDA_VERSION)
-    ))
-}
-
-fn old_gpu(name: &str, (major, minor): (i32, i32)) -> Error {
-    Error::Device(format!(
-        "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer. Run with --device cpu."
-    ))
-}
-
-fn shared_too_large(kernel: &str, asked: u32, fixed: u32, most: u32, device: &str) -> Error {
-    Error::Device(format!(
-        "{kernel} needs {asked} bytes of dynamic shared memory and {fixed} of static; {device} gives a block at most {most}"
-    ))
-}
-
-/// 13010 is 13.1.
-fn dotted(version: i32) -> String {
-    format!("{}.{}", version / 1000, version % 1000 / 10)
-}
-
-/// The kernel module's version, "580.65.06", from its line in /proc/driver/nvidia/version.
-fn driver_version(proc: &str) -> Option<&str> {
-    let line = proc.lines().find(|l| l.starts_with("NVRM version:"))?;
-    line.split_whitespace()
-        .find(|w| w.contains('.') && w.chars().all(|c| c.is_ascii_digit() || c == '.'))
-}
-
-/// Finds the device, or says what is missing. Returns it and the CUDA version of the driver.
-fn probe(has_images: bool) -> Result<(sys::CUdevice, i32)> {
-    if !has_images {
-        return Err(no_images());
-    }
-    // SAFETY: only tries to open the library.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(no_driver());
-    }
-    let mut version = 0;
-    // SAFETY: both calls exist in every driver; the first one is allowed before cuInit.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(no_init)?;
-    if version != 0 && version < CUDA_VERSION {
-        return Err(old_driver(version));
-    }
-    // A stub library, a driver whose kernel module is missing or another version: all of them end
-    // here.
-    match result::init() {
-        Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Err(no_device()),
-        other => other.map_err(no_init)?,
-    }
-    if result::device::get_count().map_err(no_init)? == 0 {
-        return Err(no_device());
-    }
-    Ok((result::device::get(0).map_err(no_init)?, version))
-}
 
 impl Cuda {
     /// The first GPU that CUDA_VISIBLE_DEVICES shows.
@@ -379,107 +228,6 @@ impl Cuda {
         }
         self.bind()?;
         work().map_err(|e| self.late(what, e))
-    }
-
-    fn launch_error(&self, kernel: &str, what: &str, e: DriverError) -> Error {
-        use sys::CUresult::*;
-        match e.0 {
-            CUDA_ERROR_NO_BINARY_FOR_GPU
-            | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-            | CUDA_ERROR_INVALID_PTX => Error::Device(format!(
-                "{kernel}: this build has no GPU code for sm_{}{}; build again with TEMPER_CUDA_ARCHS=sm_{0}{1} ({})",
-                self.capability.0,
-                self.capability.1,
-                text(e)
-            )),
-            // These come from work before, not from this launch.
-            CUDA_ERROR_ILLEGAL_ADDRESS
-            | CUDA_ERROR_MISALIGNED_ADDRESS
-            | CUDA_ERROR_ILLEGAL_INSTRUCTION
-            | CUDA_ERROR_LAUNCH_FAILED
-            | CUDA_ERROR_LAUNCH_TIMEOUT => self.late(&format!("found while launching {kernel}"), e),
-            _ => Error::Device(format!("{kernel}: {what}: {}", text(e))),
-        }
-    }
-
-    /// The function of a kernel with room for `shared` bytes; loads its module first if need be.
-    fn function(&self, kernel: Kernel, shared: u32) -> Result<sys::CUfunction> {
-        let mut code = lock(&self.code);
-        let key = std::ptr::from_ref(kernel) as usize;
-        let function = match code.functions.get(&key) {
-            Some(f) if f.shared >= shared => return Ok(f.handle),
-            Some(f) => *f,
-            None => Function { handle: self.load(&mut code, kernel)?, shared: PLAIN_SHARED },
-        };
-        let (handle, mut allowed) = (function.handle, function.shared);
-        if shared > allowed {
-            // SAFETY: a function of a loaded module.
-            let fixed = unsafe {
-                result::function::get_function_attribute(
-                    handle,
-                    FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
-                )
-            }
-            .map_err(|e| self.launch_error(kernel.name, "reading its attributes", e))?
-                as u32;
-            if shared + fixed > self.max_shared {
-                return Err(shared_too_large(
-                    kernel.name,
-                    shared,
-                    fixed,
-                    self.max_shared,
-                    &self.name,
-                ));
-            }
-            // SAFETY: as above.
-            unsafe {
-                result::function::set_function_attribute(
-                    handle,
-                    FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    shared as i32,
-                )
-            }
-            .map_err(|e| self.launch_error(kernel.name, "asking for shared memory", e))?;
-            allowed = shared;
-        }
-        code.functions.insert(key, Function { handle, shared: allowed });
-        Ok(handle)
-    }
-
-    fn load(&self, code: &mut Code, kernel: &KernelDef) -> Result<sys::CUfunction> {
-        let image = kernel.image;
-        let module = match code.modules.get(image.name) {
-            Some(module) => module.0,
-            None => {
-                if image.bytes.is_empty() {
-                    return Err(Error::Device(format!(
-                        "{}: is built for the CPU only",
-                        kernel.name
-                    )));
-                }
-                // `include_bytes!` promises no alignment, the loader reads words.
-                let mut words = vec![0u64; image.bytes.len().div_ceil(8)];
-                bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..image.bytes.len()]
-                    .copy_from_slice(image.bytes);
-                // SAFETY: a whole fatbin; the driver copies what it keeps.
-                let module =
-                    unsafe { result::module::load_data(words.as_ptr().cast()) }.map_err(|e| {
-                        self.launch_error(
-                            kernel.name,
-                            &format!("loading GPU code {}", image.name),
-                            e,
-                        )
-                    })?;
-                code.modules.insert(image.name, Module(module));
-                module
-            }
-        };
-        let symbol =
-            std::ffi::CString::new(kernel.name).map_err(|e| Error::Device(e.to_string()))?;
-        // SAFETY: the module is loaded and stays so until `Drop`.
-        unsafe { result::module::get_function(module, symbol) }.map_err(|e| {
-            self.launch_error(kernel.name, &format!("looking it up in GPU code {}", image.name), e)
-        })
     }
 }
 
@@ -844,71 +592,5 @@ impl Drop for Cuda {
             }
             let _ = result::primary_ctx::release(self.device);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::DeviceChoice;
-
-    fn message<T>(r: Result<T>) -> String {
-        r.err().map(|e| e.to_string()).unwrap_or_default()
-    }
-
-    #[test]
-    fn a_build_without_gpu_code_says_how_to_get_it() {
-        let text = message(probe(false));
-        for part in ["nvidia-cuda-nvcc", "nvidia-cuda-cccl", "The GPU build", "--device cpu"] {
-            assert!(text.contains(part), "{part} is missing in: {text}");
-        }
-        assert!(!text.contains("  "), "{text}");
-    }
-
-    #[test]
-    fn a_machine_without_a_gpu_gives_an_error_and_no_panic() {
-        // SAFETY: only tries to open the library.
-        if unsafe { sys::is_culib_present() } {
-            return; // tests/it on a GPU machine covers the rest
-        }
-        assert!(message(probe(true)).contains("libcuda.so.1"), "{}", message(probe(true)));
-        let text = message(Cuda::new());
-        assert!(
-            text.contains(if HAS_GPU_IMAGES { "libcuda.so.1" } else { "built without nvcc" }),
-            "{text}"
-        );
-        assert!(
-            message(crate::device::open(DeviceChoice::Cuda)).contains("--device cpu"),
-            "cuda never falls back"
-        );
-        assert!(
-            crate::device::open(DeviceChoice::Auto)
-                .is_ok_and(|d| d.capabilities() == Capabilities::CPU)
-        );
-    }
-
-    #[test]
-    fn every_refusal_says_the_next_step() {
-        let old = old_driver(12040).to_string();
-        assert!(old.contains("CUDA 12.4") && old.contains("13.0") && old.contains("580"), "{old}");
-        let device = no_device().to_string();
-        assert!(
-            device.contains("nvidia-smi") && device.contains("CUDA_VISIBLE_DEVICES"),
-            "{device}"
-        );
-        let gpu = old_gpu("Tesla T4", (7, 5)).to_string();
-        assert!(gpu.contains("Tesla T4") && gpu.contains("7.5"), "{gpu}");
-        let shared =
-            shared_too_large("attention_64_bf16", 250_000, 16, 232_448, "NVIDIA H200").to_string();
-        assert!(shared.contains("attention_64_bf16") && shared.contains("232448"), "{shared}");
-    }
-
-    #[test]
-    fn the_driver_version_is_read_from_its_proc_file() {
-        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\nGCC version:  gcc 12.3\n";
-        assert_eq!(driver_version(open), Some("580.65.06"));
-        let closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.90.07  Fri May 31 09:35:42 UTC 2024\n";
-        assert_eq!(driver_version(closed), Some("550.90.07"));
-        assert_eq!(driver_version(""), None);
     }
 }
