@@ -105,7 +105,10 @@ fn config(dir: &Path) -> Result<()> {
     ))?;
     print_line(format_args!(
         "rope {:?}, eps {:e}, tied head {}, qk-norm {}",
-        config.rope, config.rms_norm_eps, config.tie_word_embeddings, config.qk_norm
+        config.rope,
+        config.rms_norm_eps,
+        config.tie_word_embeddings,
+        config.qk_norm.map_or("no".into(), |over| format!("over each {over:?}").to_lowercase())
     ))?;
     for spec in &specs {
         print_line(format_args!("{:<56} {:?}", spec.name, spec.shape))?;

@@ -10,10 +10,15 @@ use serde_json::{Map, Value, json};
 
 use super::families;
 use super::fields::Fields;
-use super::layout::{BiasRule, Family, HiddenAct, ModelConfig, Task, WindowRule};
+use super::layout::{
+    ActRule, AttentionScaleRule, BiasRule, EmbeddingRule, EmbeddingScale, Family, HiddenAct,
+    ModelConfig, NormPlace, SoftcapRule, Task, WindowRule,
+};
 use super::rope::{RopeConfig, RopeKind, inv_freq};
 use crate::error::{Error, Result};
 use crate::fsio;
+use crate::ops::head::LogitMap;
+use crate::ops::rmsnorm::NormWeight;
 use crate::tensor::safetensors::HostDtype;
 
 const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far from overflow
@@ -66,13 +71,23 @@ impl ModelConfig {
             max_position_embeddings,
             rms_norm_eps: f
                 .number("rms_norm_eps", "a number of at least 0", |x| x >= 0.0)
-                .unwrap_or(1e-6) as f32,
-            hidden_act: hidden_act(&mut f),
-            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(false),
+                .unwrap_or(family.default_eps) as f32,
+            hidden_act: hidden_act(&mut f, family.hidden_act),
+            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(family.default_tied),
             qkv_bias: switch(&mut f, family.qkv_bias),
             o_bias: switch(&mut f, family.o_bias),
             mlp_bias: switch(&mut f, family.mlp_bias),
+            norm_weight: family.norm_weight,
+            norm_place: family.norm_place,
             qk_norm: family.qk_norm,
+            embedding_scale: embedding_scale(&mut f, family.embedding_scale, hidden_size),
+            attention_scale: attention_scale(&mut f, family.attention_scale, head_dim),
+            attention_softcap: softcap(&mut f, family.attention_softcap),
+            residual_scale: family.residual_scale.map_or(1.0, |key| multiplier(&mut f, key)),
+            logits: LogitMap {
+                divisor: family.logits_divisor.map_or(1.0, |key| multiplier(&mut f, key)),
+                softcap: softcap(&mut f, family.logits_softcap),
+            },
             sliding_window: sliding_window(&mut f, family.window, num_layers),
             rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
             attention_dropout: f
@@ -83,10 +98,15 @@ impl ModelConfig {
                 .unwrap_or(0.02) as f32,
             bos: one_id(&mut f, "bos_token_id", family.default_bos),
             eos: eos_ids(&mut f, family.default_eos),
-            pad: one_id(&mut f, "pad_token_id", None),
+            pad: one_id(&mut f, "pad_token_id", family.default_pad),
             dtype: dtype(&mut f),
             raw: Map::new(),
         };
+        if let Some(key) = family.refused
+            && f.boolean(key).unwrap_or(false)
+        {
+            f.problem(format!("{key} is true; it is not supported"));
+        }
         if f.value("quantization_config").is_some() {
             f.problem("quantization_config: quantised weights are not read; use the folder that they were made from");
         }
@@ -151,7 +171,14 @@ impl ModelConfig {
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
-            qk_norm: false,
+            norm_weight: NormWeight::Rounded,
+            norm_place: NormPlace::Before,
+            qk_norm: None,
+            embedding_scale: None,
+            attention_scale: (head_dim as f32).powf(-0.5),
+            attention_softcap: None,
+            residual_scale: 1.0,
+            logits: LogitMap::PLAIN,
             sliding_window: vec![None; layers],
             rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
             attention_dropout: 0.0,
@@ -174,8 +201,7 @@ impl ModelConfig {
             |same: fn(&Self, &Self) -> bool| before.as_ref().is_none_or(|b| !same(b, self));
         let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
         if changed(|a, b| a.task == b.task) {
-            let base = self.family.architecture.trim_end_matches("ForCausalLM");
-            set("architectures", json!([format!("{base}{}", self.task.suffix())]));
+            set("architectures", json!([self.family.class(self.task)]));
             if let Some(n) = self.task.labels() {
                 let names = (0..n).map(|i| (i.to_string(), json!(format!("LABEL_{i}"))));
                 set("id2label", Value::Object(names.collect()));
@@ -268,7 +294,6 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
         f.problem(format!("model_type {name:?} is not supported; supported are {supported}"));
         return None;
     };
-    let base = family.architecture.trim_end_matches("ForCausalLM");
     let labels = labels(f);
     let tasks = [
         Task::CausalLm,
@@ -276,11 +301,10 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
         Task::TokenClassification { labels },
     ];
     let Some(a) = architecture else { return Some((family, Task::CausalLm)) };
-    match tasks.into_iter().find(|t| format!("{base}{}", t.suffix()) == a) {
+    match tasks.into_iter().find(|t| family.class(*t) == a) {
         Some(task) => Some((family, task)),
         None => {
-            let names: Vec<String> =
-                tasks.iter().map(|t| format!("{base}{}", t.suffix())).collect();
+            let names: Vec<String> = tasks.iter().map(|t| family.class(*t)).collect();
             f.problem(format!(
                 "architecture {a:?} is not supported here; of this family are {}",
                 names.join(", ")
@@ -306,17 +330,68 @@ fn switch(f: &mut Fields, switch: BiasRule) -> bool {
     }
 }
 
-fn hidden_act(f: &mut Fields) -> HiddenAct {
-    match f.string("hidden_act") {
-        None | Some("silu" | "swish") => HiddenAct::Silu,
+fn hidden_act(f: &mut Fields, rule: ActRule) -> HiddenAct {
+    let key = rule.key;
+    match f.string(key) {
+        None => rule.default,
+        Some("silu" | "swish") => HiddenAct::Silu,
         Some("gelu" | "gelu_python") => HiddenAct::Gelu,
         Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh") => HiddenAct::GeluTanh,
         Some(other) => {
             f.problem(format!(
-                "hidden_act is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"
+                "{key} is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"
             ));
             HiddenAct::Silu
         }
+    }
+}
+
+/// A factor above 0; 1 where absent.
+fn multiplier(f: &mut Fields, key: &str) -> f32 {
+    f.number(key, "a number above 0", in_f32).unwrap_or(1.0) as f32
+}
+
+/// Whether a number is a normal one above 0 in f32, too.
+fn in_f32(x: f64) -> bool {
+    (x as f32).is_normal() && x > 0.0
+}
+
+fn softcap(f: &mut Fields, rule: SoftcapRule) -> Option<f32> {
+    match rule {
+        SoftcapRule::Never => None,
+        SoftcapRule::Key { key, .. } if f.is_null(key) => None,
+        SoftcapRule::Key { key, default } => {
+            f.number(key, "a number above 0, or null", in_f32).map(|c| c as f32).or(default)
+        }
+    }
+}
+
+fn embedding_scale(
+    f: &mut Fields,
+    rule: EmbeddingRule,
+    hidden_size: usize,
+) -> Option<EmbeddingScale> {
+    match rule {
+        EmbeddingRule::None => None,
+        EmbeddingRule::SqrtHidden => {
+            let factor = (hidden_size as f64).sqrt() as f32;
+            Some(EmbeddingScale::of_tokens(factor))
+        }
+        EmbeddingRule::Key(key) => {
+            let factor = multiplier(f, key);
+            (factor != 1.0).then_some(EmbeddingScale::of_inputs(factor))
+        }
+    }
+}
+
+fn attention_scale(f: &mut Fields, rule: AttentionScaleRule, head_dim: usize) -> f32 {
+    match rule {
+        AttentionScaleRule::HeadDim => (head_dim as f32).powf(-0.5),
+        AttentionScaleRule::InverseSqrt { key, default } => {
+            let number = f.number(key, "a number above 0", in_f32).unwrap_or(default);
+            number.powf(-0.5) as f32
+        }
+        AttentionScaleRule::Key(key) => multiplier(f, key),
     }
 }
 
@@ -342,26 +417,42 @@ fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option
                 };
                 return (0..layers).map(|i| (on && i >= full).then_some(window)).collect();
             };
-            if types.len() != layers {
-                f.problem(format!(
-                    "layer_types has {} entries, num_hidden_layers is {layers}",
-                    types.len()
-                ));
-            }
-            let sliding: Vec<bool> = types.iter().map(|t| t == "sliding_attention").collect();
-            if let Some(other) =
-                types.iter().find(|t| *t != "sliding_attention" && *t != "full_attention")
-            {
-                f.problem(format!(
-                    "layer_types has {other}; supported are full_attention and sliding_attention"
-                ));
-            }
+            let sliding = sliding_types(f, types, layers);
             if sliding.contains(&true) && !on {
                 f.problem("layer_types has sliding_attention, but use_sliding_window or sliding_window is off");
             }
             sliding.into_iter().map(|s| s.then_some(window)).collect()
         }
+        WindowRule::Pattern { default, period, key } => {
+            let window = f.size("sliding_window", usize::MAX).unwrap_or(default);
+            let period = key.and_then(|key| f.size(key, usize::MAX)).unwrap_or(period);
+            let sliding: Vec<bool> = match f.array("layer_types") {
+                Some(types) => sliding_types(f, types, layers),
+                None => (1..=layers).map(|i| !i.is_multiple_of(period)).collect(),
+            };
+            if sliding.contains(&true) && f.is_null("sliding_window") {
+                f.problem("sliding_window is null, but there are layers of sliding attention");
+            }
+            sliding.into_iter().map(|s| s.then_some(window)).collect()
+        }
     }
+}
+
+/// Which layers `layer_types` calls sliding.
+fn sliding_types(f: &mut Fields, types: &[Value], layers: usize) -> Vec<bool> {
+    if types.len() != layers {
+        f.problem(format!(
+            "layer_types has {} entries, num_hidden_layers is {layers}",
+            types.len()
+        ));
+    }
+    if let Some(other) = types.iter().find(|t| *t != "sliding_attention" && *t != "full_attention")
+    {
+        f.problem(format!(
+            "layer_types has {other}; supported are full_attention and sliding_attention"
+        ));
+    }
+    types.iter().map(|t| t == "sliding_attention").collect()
 }
 
 /// An id, negative ones (an old way to say none) and null being none; `default` only where the key

@@ -34,7 +34,7 @@ fn absent_keys_mean_what_transformers_means() {
     let qwen2 = with("qwen2", json!({})).unwrap();
     assert!(qwen2.qkv_bias && !qwen2.o_bias && qwen2.bos.is_none() && qwen2.eos.is_empty());
     let qwen3 = with("qwen3", json!({})).unwrap();
-    assert!(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 128);
+    assert!(qwen3.qk_norm.is_some() && !qwen3.qkv_bias && qwen3.head_dim == 128);
     assert_eq!(with("mistral", json!({})).unwrap().sliding_window, [Some(4096); 3]);
     let mut map = base("llama");
     map.remove("num_key_value_heads");

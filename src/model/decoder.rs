@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute};
-use crate::device::{DType, Layout};
+use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
 use crate::model::adapter::{Adapter, AdapterSite};
@@ -22,18 +22,19 @@ use crate::model::layout::{
 use crate::model::params::{ParamSet, initial};
 use crate::model::rope::rope_table;
 use crate::ops::activation::{Act, glu};
+use crate::ops::add::add;
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
-use crate::ops::head::head_logps;
+use crate::ops::head::{Head, LogitMap, head_logps};
 use crate::ops::lora::{Base, lora_linear};
-use crate::ops::matmul::{linear, product};
+use crate::ops::matmul::linear;
 use crate::ops::prompt::prompt_embedding;
 use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
-use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
+use crate::ops::rmsnorm::{NormWeight, add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::rope_append::rope_append;
-use crate::ops::scale::scale_columns;
+use crate::ops::scale::{multiply, scale_columns};
 use crate::tensor::safetensors::HostDtype;
 use crate::tensor::{ParamSetId, Tensor};
 
@@ -52,7 +53,7 @@ pub struct Decoder {
     layers: Vec<Layer>,
     final_norm: Tensor,
     /// [vocab, hidden]: the embedding itself where it is tied. Of a classifier: its score.
-    pub head: Tensor,
+    pub head: Head,
     score_bias: Option<Tensor>,
     table: RopeTable,
     positions: usize,
@@ -62,13 +63,16 @@ pub struct Decoder {
 
 #[derive(Clone)]
 struct Layer {
-    input_norm: Tensor,
+    /// Of attention's input and of what it gives; so for the MLP. Which a block has is its layout's.
+    input_norm: Option<Tensor>,
+    attention_out_norm: Option<Tensor>,
+    post_norm: Option<Tensor>,
+    mlp_out_norm: Option<Tensor>,
     qkv: Projection,
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
     o: Projection,
     after_attention: Option<Bottleneck>,
-    post_norm: Tensor,
     gate_up: Projection,
     down: Projection,
     after_mlp: Option<Bottleneck>,
@@ -178,6 +182,12 @@ impl<'a> DecoderBuilder<'a> {
             InitialWeights::Zero => params.zero_quantised(cx)?,
             InitialWeights::Random { seed } => {
                 params.initialise(std, seed)?;
+                if config.norm_weight == NormWeight::PlusOne {
+                    for (i, spec) in params.specs.iter().enumerate().filter(|s| s.1.role.is_norm())
+                    {
+                        params.store(i, &vec![0.0; spec.len()])?;
+                    }
+                }
                 params.initialise_quantised(cx, std, seed)?;
             }
             InitialWeights::Folder(dir) => {
@@ -262,7 +272,10 @@ impl Decoder {
                 Ok(Projection { weight, bias: fused(l, bias)?, site })
             };
             layers.push(Layer {
-                input_norm: need(l, Role::InputNorm)?,
+                input_norm: fused(l, Role::InputNorm)?,
+                attention_out_norm: fused(l, Role::AttentionOutNorm)?,
+                post_norm: fused(l, Role::PostNorm)?,
+                mlp_out_norm: fused(l, Role::MlpOutNorm)?,
                 qkv: projection(Proj::Q, Role::QBias)?,
                 q_norm: fused(l, Role::QNorm)?,
                 k_norm: fused(l, Role::KNorm)?,
@@ -271,7 +284,6 @@ impl Decoder {
                     .as_ref()
                     .and_then(|a| a.bottleneck(i, BottleneckSite::Attention))
                     .cloned(),
-                post_norm: need(l, Role::PostNorm)?,
                 gate_up: projection(Proj::Gate, Role::GateBias)?,
                 down: projection(Proj::Down, Role::DownBias)?,
                 after_mlp: adapter
@@ -282,22 +294,23 @@ impl Decoder {
                     heads: config.num_heads,
                     kv_heads: config.num_kv_heads,
                     head_dim: config.head_dim,
-                    scale: (config.head_dim as f32).powf(-0.5),
-                    softcap: None,
+                    scale: config.attention_scale,
+                    softcap: config.attention_softcap,
                     window: config.sliding_window[i],
                 },
             });
         }
         let embed = need(None, Role::Embed)?;
-        let head = match config.task {
+        let (weight, map) = match config.task {
             // A tied head is the model's own embedding, also where the adapter trains a copy of
             // that (as in PEFT).
             Task::CausalLm => match fused(None, Role::Head)? {
-                Some(head) => head,
-                None => params.required(None, Role::Embed)?,
+                Some(head) => (head, config.logits),
+                None => (params.required(None, Role::Embed)?, config.logits),
             },
-            _ => need(None, Role::Score)?,
+            _ => (need(None, Role::Score)?, LogitMap::PLAIN),
         };
+        let head = Head { weight, map };
         let score_bias = fused(None, Role::ScoreBias)?;
         let final_norm = need(None, Role::FinalNorm)?;
         let prompt = fused(None, Role::Prompt)?;
@@ -362,10 +375,13 @@ impl Decoder {
     }
 
     fn embed(&self, cx: &mut Cx, tokens: &TokenIndex) -> Result<Tensor> {
-        match &self.prompt {
-            Some(prompt) => prompt_embedding(cx, &self.embed, prompt, tokens),
-            None => embedding(cx, &self.embed, tokens),
-        }
+        let scale = self.config.embedding_scale.map(|s| s.factors(self.params.weights.dtype()));
+        let (of_tokens, of_all) = scale.unwrap_or((1.0, 1.0));
+        let (x, rest) = match &self.prompt {
+            Some(p) => (prompt_embedding(cx, &self.embed, p, tokens, of_tokens)?, of_all),
+            None => (embedding(cx, &self.embed, tokens)?, of_tokens * of_all), // one of them is 1
+        };
+        if rest == 1.0 { Ok(x) } else { multiply(cx, &x, rest) }
     }
 
     /// Makes the rope table cover sequences of `n` tokens.
@@ -460,18 +476,15 @@ impl Decoder {
 
     /// Scores of a classifier's hidden rows: [rows, labels] real.
     pub fn scores(&self, cx: &mut Cx, hidden: &Tensor) -> Result<Tensor> {
-        linear(cx, hidden, &self.head, self.score_bias.as_ref())
+        linear(cx, hidden, &self.head.weight, self.score_bias.as_ref())
     }
 
     /// Logits of hidden rows, F32 [rows, vocab].
     pub fn logits(&self, cx: &Cx, hidden: &Tensor) -> Result<Tensor> {
-        let logits = cx.float("logits", &[hidden.row_count(), self.head.row_count()])?;
-        product(cx, Layout::NT, &logits, hidden, &self.head, None, false)?;
-        Ok(logits)
+        self.head.logits(cx, hidden)
     }
 
     fn run(&self, cx: &mut Cx, x: Tensor, positions: &Tensor, keys: Keys) -> Result<Tensor> {
-        let eps = self.config.rms_norm_eps;
         let mut stream = x;
         let mut branch: Option<Tensor> = None;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -484,9 +497,39 @@ impl Decoder {
                 tape.end_segment();
             }
         }
-        match branch {
-            Some(b) => Ok(add_rmsnorm(cx, &b, &stream, &self.final_norm, eps)?.0),
-            None => rmsnorm(cx, &stream, &self.final_norm, eps),
+        Ok(self.enter(cx, stream, branch, Some(&self.final_norm))?.0)
+    }
+
+    /// Adds what is still to be added to the stream. Returns the input of what follows, normed if it
+    /// has a norm, and the stream.
+    fn enter(
+        &self,
+        cx: &mut Cx,
+        stream: Tensor,
+        branch: Option<Tensor>,
+        norm: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let how = self.config.norm();
+        match (branch, norm) {
+            (Some(b), Some(w)) => add_rmsnorm(cx, &b, &stream, w, how),
+            (None, Some(w)) => Ok((rmsnorm(cx, &stream, w, how)?, stream)),
+            (Some(b), None) => {
+                let sum = add(cx, &stream, &b)?;
+                Ok((sum.clone(), sum))
+            }
+            (None, None) => Ok((stream.clone(), stream)),
+        }
+    }
+
+    /// What attention or the MLP adds to the stream, from what it gives.
+    fn leave(&self, cx: &mut Cx, out: Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
+        let out = match norm {
+            Some(w) => rmsnorm(cx, &out, w, self.config.norm())?,
+            None => out,
+        };
+        match self.config.residual_scale {
+            1.0 => Ok(out),
+            factor => multiply(cx, &out, factor),
         }
     }
 
@@ -504,16 +547,12 @@ impl Decoder {
         positions: &Tensor,
         keys: &Keys,
     ) -> Result<(Tensor, Tensor)> {
-        let eps = self.config.rms_norm_eps;
-        let (normed, stream) = match branch {
-            Some(b) => add_rmsnorm(cx, &b, &stream, &layer.input_norm, eps)?,
-            None => (rmsnorm(cx, &stream, &layer.input_norm, eps)?, stream),
-        };
+        let (normed, stream) = self.enter(cx, stream, branch, layer.input_norm.as_ref())?;
         let shape = layer.shape;
         let qkv = layer.qkv.apply(cx, &normed)?;
         drop(normed);
-        let norm = match (&layer.q_norm, &layer.k_norm) {
-            (Some(q), Some(k)) => Some(QkNorm { q, k, eps }),
+        let norm = match (&layer.q_norm, &layer.k_norm, self.config.qk_norm) {
+            (Some(q), Some(k), Some(over)) => Some(QkNorm { q, k, norm: self.config.norm(), over }),
             _ => None,
         };
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
@@ -542,7 +581,8 @@ impl Decoder {
             attended = adapter.apply(cx, &attended, &stream)?;
         }
         drop(mixed);
-        let (normed, stream) = add_rmsnorm(cx, &attended, &stream, &layer.post_norm, eps)?;
+        let branch = self.leave(cx, attended, layer.attention_out_norm.as_ref())?;
+        let (normed, stream) = self.enter(cx, stream, Some(branch), layer.post_norm.as_ref())?;
         let gate_up = layer.gate_up.apply(cx, &normed)?;
         let act = match self.config.hidden_act {
             HiddenAct::Silu => Act::Silu,
@@ -555,7 +595,8 @@ impl Decoder {
         if let Some(adapter) = &layer.after_mlp {
             out = adapter.apply(cx, &out, &stream)?;
         }
-        Ok((stream, out))
+        let branch = self.leave(cx, out, layer.mlp_out_norm.as_ref())?;
+        Ok((stream, branch))
     }
 }
 

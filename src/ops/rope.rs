@@ -8,8 +8,9 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::RowSums;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::rmsnorm::{Norm, NormWeight};
+use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
 /// Angles of every position: cosine and sine, each F32 [positions, head_dim / 2] (scaling factors
@@ -20,11 +21,22 @@ pub struct RopeTable {
     pub sine: Tensor,
 }
 
-/// Weights of the norm of each q head and each k head, `[head_dim]` each, and its eps.
+/// Weights of the norm of q and of k: `[head_dim]` each, or `[heads head_dim]` and `[kv_heads
+/// head_dim]` where the norm is over all heads.
 pub struct QkNorm<'a> {
     pub q: &'a Tensor,
     pub k: &'a Tensor,
-    pub eps: f32,
+    pub norm: Norm,
+    pub over: NormOver,
+}
+
+/// What one norm of q or k is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormOver {
+    /// Each head.
+    Head,
+    /// All heads together.
+    Heads,
 }
 
 /// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 `[n]`;
@@ -39,7 +51,7 @@ pub fn rope(
     kv_heads: usize,
     norm: Option<QkNorm>,
 ) -> Result<Tensor> {
-    let op = Rope { heads, kv_heads, eps: norm.as_ref().map(|n| n.eps) };
+    let op = Rope { heads, kv_heads, norm: norm.as_ref().map(|n| (n.norm, n.over)) };
     match norm {
         Some(n) => cx.apply1(op, &[qkv, &table.cosine, &table.sine, position, n.q, n.k]),
         None => cx.apply1(op, &[qkv, &table.cosine, &table.sine, position]),
@@ -50,11 +62,49 @@ pub fn rope(
 pub struct Rope {
     pub heads: usize,
     pub kv_heads: usize,
-    /// Some: q and k heads are normed first.
-    pub eps: Option<f32>,
+    /// Some: q and k are normed first.
+    pub norm: Option<(Norm, NormOver)>,
 }
 
 impl Rope {
+    /// As kernels take it: whether a norm is over all heads.
+    pub(super) fn whole(&self) -> i32 {
+        i32::from(self.norm.is_some_and(|(_, over)| over == NormOver::Heads))
+    }
+
+    /// Launch of a warp for each norm of each row.
+    fn norms(&self, rows: usize) -> Launch {
+        Launch::warps(rows * if self.whole() == 1 { 2 } else { self.heads + self.kv_heads })
+    }
+
+    /// Checks the weights of q and k for heads of `dim` values.
+    pub(super) fn check_weights(&self, op: &'static str, w: &[&Tensor], dim: usize) -> Result<()> {
+        let Some((_, over)) = self.norm else { return Ok(()) };
+        for (w, heads) in w.iter().zip([self.heads, self.kv_heads]) {
+            let width = if over == NormOver::Heads { heads * dim } else { dim };
+            expect_cols(op, "the norm's weight", w, width, "is head_dim in config.json right?")?;
+        }
+        Ok(())
+    }
+
+    /// F32 [rows, heads + kv_heads]: rstd of each head's norm.
+    pub(super) fn rstd(&self, cx: &Cx, qkv: &Tensor, norm: Norm) -> Result<Tensor> {
+        let rows = qkv.row_count();
+        let rstd = cx.float("rstd", &[rows, self.heads + self.kv_heads])?;
+        let args = kernels::HeadRstdArgs {
+            rstd: rstd.out(),
+            x: qkv,
+            rows: rows as i32,
+            heads: self.heads as i32,
+            kv: self.kv_heads as i32,
+            dim: (qkv.cols() / (self.heads + 2 * self.kv_heads)) as i32,
+            whole: self.whole(),
+            eps: norm.eps,
+        };
+        kernels::head_rstd(&*cx.device, self.norms(rows), args)?;
+        Ok(rstd)
+    }
+
     fn apply(
         &self,
         cx: &Cx,
@@ -76,6 +126,7 @@ impl Rope {
             Some((rstd, wq, wk)) => (Some(rstd), Some(wq), Some(wk)),
             None => (None, None, None),
         };
+        let kind = self.norm.map_or(Norm::new(0.0), |(norm, _)| norm);
         let args = kernels::RopeApplyArgs {
             y: y.out(),
             x,
@@ -89,6 +140,9 @@ impl Rope {
             heads: self.heads as i32,
             kv: self.kv_heads as i32,
             dim: dim as i32,
+            whole: self.whole(),
+            plus: kind.plus(),
+            once: kind.once(),
             sign,
         };
         kernels::rope_apply(
@@ -133,26 +187,8 @@ impl Op for Rope {
                 ),
             ));
         }
-        let rstd = match self.eps {
-            None => None,
-            Some(eps) => {
-                let (rows, normed) = (qkv.row_count(), self.heads + self.kv_heads);
-                let rstd = cx.float("rstd", &[rows, normed])?;
-                let at = Launch::warps(rows * normed);
-                let (h, k) = (self.heads as i32, self.kv_heads as i32);
-                let args = kernels::HeadRstdArgs {
-                    rstd: rstd.out(),
-                    x: qkv,
-                    rows: rows as i32,
-                    heads: h,
-                    kv: k,
-                    dim: dim as i32,
-                    eps,
-                };
-                kernels::head_rstd(&*cx.device, at, args)?;
-                Some(rstd)
-            }
-        };
+        self.check_weights("rope", &x[4..], dim)?;
+        let rstd = self.norm.map(|(norm, _)| self.rstd(cx, qkv, norm)).transpose()?;
         let y = cx.real("rope", qkv.shape())?;
         let norm = rstd.as_ref().map(|r| (r, x[4], x[5]));
         self.apply(
@@ -177,10 +213,10 @@ impl Op for Rope {
         let Some(dy) = &dy[0] else { return Ok(()) };
         let s = &node.saved;
         let saved = Saved { cosine: &s[0], sine: &s[1], position: &s[2], norm: None };
-        if self.eps.is_none() {
+        let Some((norm, over)) = self.norm else {
             let Some((dx, accumulate)) = g.slot(0)? else { return Ok(()) };
             return self.apply(cx, &dx, dy, &saved, -1.0, accumulate);
-        }
+        };
         let (rstd, wq, wk, x) = (&s[3], &s[4], &s[5], &s[6]);
         let back = cx.real("activation gradients", x.shape())?;
         self.apply(cx, &back, dy, &saved, -1.0, false)?;
@@ -188,7 +224,11 @@ impl Op for Rope {
         let (r, h, k, d) = (rows as i32, self.heads as i32, self.kv_heads as i32, dim as i32);
         for (input, first, count) in [(4, 0, self.heads), (5, self.heads, self.kv_heads)] {
             let Some((dw, accumulate)) = g.slot(input)? else { continue };
-            let sums = RowSums::new(cx, rows * count, dim, x.dtype())?;
+            let (count, width) = match over {
+                NormOver::Head => (count, dim),
+                NormOver::Heads => (1, count * dim),
+            };
+            let sums = RowSums::new(cx, rows * count, width, x.dtype())?;
             let args = kernels::HeadNormDwArgs {
                 partial: sums.partial.out(),
                 d: &back,
@@ -200,6 +240,7 @@ impl Op for Rope {
                 dim: d,
                 first: first as i32,
                 count: count as i32,
+                width: width as i32,
             };
             kernels::head_norm_dw(&*cx.device, sums.first, args)?;
             sums.finish(cx, &dw, accumulate)?;
@@ -215,12 +256,10 @@ impl Op for Rope {
                 heads: h,
                 kv: k,
                 dim: d,
+                whole: self.whole(),
+                plus: norm.plus(),
             };
-            kernels::head_norm_bwd(
-                &*cx.device,
-                Launch::warps(rows * (self.heads + self.kv_heads)),
-                args,
-            )?;
+            kernels::head_norm_bwd(&*cx.device, self.norms(rows), args)?;
             g.give(cx, 0, back)?;
         }
         Ok(())
@@ -233,17 +272,15 @@ impl Op for Rope {
         let mut y = x[0].clone();
         for r in 0..y.row_count() {
             let p = x[3].index(r);
+            if let Some((norm, over)) = self.norm {
+                let (q, rest) = y.row_mut(r).split_at_mut(self.heads * dim);
+                for (part, w) in [(q, &x[4]), (&mut rest[..self.kv_heads * dim], &x[5])] {
+                    let width = if over == NormOver::Heads { part.len() } else { dim };
+                    part.chunks_mut(width).for_each(|n| norm.oracle(round, n, &w.data));
+                }
+            }
             for head in 0..self.heads + self.kv_heads {
                 let row = &mut y.row_mut(r)[head * dim..(head + 1) * dim];
-                if let Some(eps) = self.eps {
-                    let w = if head < self.heads { &x[4] } else { &x[5] };
-                    let rstd = 1.0
-                        / (row.iter().map(|v| v * v).sum::<f64>() / dim as f64 + f64::from(eps))
-                            .sqrt();
-                    row.iter_mut()
-                        .enumerate()
-                        .for_each(|(j, v)| *v = round.at(w.data[j] * round.at(*v * rstd)));
-                }
                 for j in 0..half {
                     let (c, s) = (x[1].row(p)[j], x[2].row(p)[j]);
                     let (a, b) = (row[j], row[half + j]);
@@ -264,7 +301,7 @@ pub(super) fn case(
     rng: &mut Rng,
     rows: usize,
     [heads, kv, dim]: [usize; 3],
-    norm: bool,
+    norm: Option<(NormWeight, NormOver)>,
     last: usize,
 ) -> Case {
     let angle = F64::from_fn(&[last, dim / 2], |i| {
@@ -276,26 +313,43 @@ pub(super) fn case(
     let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
     let mut inputs =
         vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&position)];
-    if norm {
-        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
-        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
+    if let Some((_, over)) = norm {
+        for heads in [heads, kv] {
+            let width = if over == NormOver::Heads { heads * dim } else { dim };
+            inputs.push(Arg::param(F64::from_fn(&[width], |_| 1.0 + 0.2 * rng.normal())));
+        }
     }
-    let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
-    let normed = if norm { " normed" } else { "" };
+    let normed = match norm {
+        None => String::new(),
+        Some((NormWeight::Rounded, NormOver::Head)) => " normed".into(),
+        Some((weight, over)) => format!(" normed {weight:?} {over:?}"),
+    };
+    let norm = norm.map(|(weight, over)| (Norm { eps: 1e-6, weight }, over));
+    let op = Rope { heads, kv_heads: kv, norm };
     Case::new(format!("rows {rows} heads {heads}/{kv} dim {dim}{normed}"), op, inputs)
 }
 
+/// Qwen3's norm, OLMo 2's and Gemma 3's.
+pub(super) const QWEN3: Option<(NormWeight, NormOver)> =
+    Some((NormWeight::Rounded, NormOver::Head));
+pub(super) const OLMO2: Option<(NormWeight, NormOver)> = Some((NormWeight::Once, NormOver::Heads));
+pub(super) const GEMMA3: Option<(NormWeight, NormOver)> =
+    Some((NormWeight::PlusOne, NormOver::Head));
+
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let shapes = [
-        (3, [2, 1, 16], false),
-        (40, [4, 2, 32], false),
-        (5, [3, 3, 6], false),
-        (37, [4, 2, 64], true),
-        (3, [2, 2, 24], true),
+        (3, [2, 1, 16], None),
+        (40, [4, 2, 32], None),
+        (5, [3, 3, 6], None),
+        (37, [4, 2, 64], QWEN3),
+        (3, [2, 2, 24], QWEN3),
+        (37, [4, 2, 64], OLMO2),
+        (130, [3, 1, 6], OLMO2),
+        (37, [4, 2, 64], GEMMA3),
     ];
     shapes.map(|(rows, heads, norm)| case(rng, rows, heads, norm, 50)).into()
 }
 
 pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
-    vec![case(rng, s.tokens(), [s.heads, s.kv_heads, s.head_dim], false, s.length)]
+    vec![case(rng, s.tokens(), [s.heads, s.kv_heads, s.head_dim], None, s.length)]
 }

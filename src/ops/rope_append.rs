@@ -4,13 +4,14 @@
 //! Invariant: the values have the bits of [`rope`](super::rope::rope). Math and numerics:
 //! `kernels/rope.cu`.
 
-use super::rope::{QkNorm, Rope, RopeTable};
+use super::rope::{GEMMA3, NormOver, OLMO2, QWEN3, QkNorm, Rope, RopeTable};
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
+use crate::ops::rmsnorm::{Norm, NormWeight};
 use crate::ops::rope;
 use crate::tensor::Tensor;
 
@@ -29,7 +30,7 @@ pub fn rope_append(
     kv_heads: usize,
     norm: Option<QkNorm>,
 ) -> Result<()> {
-    let op = RopeAppend(Rope { heads, kv_heads, eps: norm.as_ref().map(|n| n.eps) });
+    let op = RopeAppend(Rope { heads, kv_heads, norm: norm.as_ref().map(|n| (n.norm, n.over)) });
     let x = [qkv, cache, &table.cosine, &table.sine, position, slots];
     match norm {
         Some(n) => op.run(cx, &[&x[..], &[n.q, n.k]].concat()),
@@ -43,7 +44,7 @@ pub struct RopeAppend(pub Rope);
 impl RopeAppend {
     /// `x`: qkv, cache, cosine, sine, position, slots and, with a norm, its two weights.
     fn run(&self, cx: &Cx, x: &[&Tensor]) -> Result<()> {
-        let (qkv, cache, Rope { heads, kv_heads, eps }) = (x[0], x[1], &self.0);
+        let (qkv, cache, Rope { heads, kv_heads, norm }) = (x[0], x[1], &self.0);
         let (all, rows) = (heads + 2 * kv_heads, qkv.row_count());
         let dim = qkv.cols() / all;
         expect_cols("rope_append", "qkv", qkv, all * dim, "it is q | k | v")?;
@@ -55,6 +56,13 @@ impl RopeAppend {
             let message = format!("{qkv:?}, table {:?}, {:?}, slots {:?}", x[2], x[4], x[5]);
             return Err(Error::op("rope_append", message));
         }
+        self.0.check_weights("rope_append", &x[6..], dim)?;
+        // A norm over all heads is taken before any of them is rotated in place.
+        let norms = match norm {
+            Some((norm, NormOver::Heads)) => Some(self.0.rstd(cx, qkv, *norm)?),
+            _ => None,
+        };
+        let kind = norm.map_or(Norm::new(0.0), |(norm, _)| norm);
         let args = kernels::RopeAppendArgs {
             qkv: qkv.out(),
             cache: cache.out(),
@@ -62,15 +70,18 @@ impl RopeAppend {
             sine: x[3],
             position: x[4],
             slots: x[5],
+            norms: norms.as_ref(),
             wq: x.get(6).copied(),
             wk: x.get(7).copied(),
             rows: rows as i32,
             heads: *heads as i32,
             kv: *kv_heads as i32,
             dim: dim as i32,
-            eps: eps.unwrap_or(0.0),
+            eps: kind.eps,
+            plus: kind.plus(),
+            once: kind.once(),
         };
-        let normed = usize::from(eps.is_some());
+        let normed = usize::from(norm.is_some());
         kernels::rope_append(&*cx.device, Launch::warps(rows * all), normed, args)
     }
 }
@@ -106,7 +117,13 @@ impl Op for RopeAppend {
 }
 
 /// A case of rope whose rows go to distinct rows of a cache, the last first; each seventh nowhere.
-fn case(rng: &mut Rng, rows: usize, heads: [usize; 3], norm: bool, last: usize) -> Case {
+fn case(
+    rng: &mut Rng,
+    rows: usize,
+    heads: [usize; 3],
+    norm: Option<(NormWeight, NormOver)>,
+    last: usize,
+) -> Case {
     let plain = rope::case(rng, rows, heads, norm, last);
     let [h, kv, dim] = heads;
     let slot = |r: i32| if r % 7 == 6 { -1 } else { rows as i32 - r };
@@ -114,23 +131,27 @@ fn case(rng: &mut Rng, rows: usize, heads: [usize; 3], norm: bool, last: usize) 
     inputs.insert(1, Arg::real(rng.array(&[rows + 1, 2 * kv * dim], 1.0)));
     inputs.insert(5, Arg::ints(&(0..rows as i32).map(slot).collect::<Vec<_>>()));
     let inputs = inputs.into_iter().map(|input| Arg { param: false, ..input }.no_grad()).collect();
-    let op = RopeAppend(Rope { heads: h, kv_heads: kv, eps: norm.then_some(1e-6) });
+    let norm = norm.map(|(weight, over)| (Norm { eps: 1e-6, weight }, over));
+    let op = RopeAppend(Rope { heads: h, kv_heads: kv, norm });
     Case::new(plain.label, op, inputs)
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let shapes = [
-        (3, [2, 1, 16], false),
-        (40, [4, 2, 32], false),
-        (9, [3, 3, 6], false),
-        (37, [4, 2, 64], true),
-        (15, [2, 1, 128], true),
-        (3, [2, 2, 24], true),
+        (3, [2, 1, 16], None),
+        (40, [4, 2, 32], None),
+        (9, [3, 3, 6], None),
+        (37, [4, 2, 64], QWEN3),
+        (15, [2, 1, 128], QWEN3),
+        (3, [2, 2, 24], QWEN3),
+        (37, [4, 2, 64], OLMO2),
+        (9, [3, 1, 6], OLMO2),
+        (37, [4, 2, 64], GEMMA3),
     ];
     shapes.map(|(rows, heads, norm)| case(rng, rows, heads, norm, 50)).into()
 }
 
 /// A decode step.
 pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
-    vec![case(rng, s.sequences, [s.heads, s.kv_heads, s.head_dim], false, s.length)]
+    vec![case(rng, s.sequences, [s.heads, s.kv_heads, s.head_dim], None, s.length)]
 }

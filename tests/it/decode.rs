@@ -10,7 +10,8 @@ use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::Decoder;
 use temper::model::layout::ModelConfig;
 use temper::ops::case::Rng;
-use temper::ops::rope::{QkNorm, RopeTable, rope};
+use temper::ops::rmsnorm::{Norm, NormWeight};
+use temper::ops::rope::{NormOver, QkNorm, RopeTable, rope};
 use temper::ops::rope_append::rope_append;
 use temper::rollout::sample::Sampling;
 use temper::rollout::{Completion, Counts, Engine, EngineOptions, Finish, Request};
@@ -197,7 +198,11 @@ fn steps_of_every_kind_of_model_are_recorded() {
 }
 
 /// q, k and v of every row, by rope and by the fused form that writes to a cache.
-fn fused_rope_has_the_bits_of_rope(dtype: DType, [heads, kv, dim]: [usize; 3], normed: bool) {
+fn fused_rope_has_the_bits_of_rope(
+    dtype: DType,
+    [heads, kv, dim]: [usize; 3],
+    normed: Option<(NormWeight, NormOver)>,
+) {
     let mut cx = cpu_in(dtype);
     let mut rng = Rng(8);
     let mut real = |cx: &Cx, shape: &[usize]| {
@@ -205,7 +210,11 @@ fn fused_rope_has_the_bits_of_rope(dtype: DType, [heads, kv, dim]: [usize; 3], n
     };
     let (rows, width) = (33, (heads + 2 * kv) * dim);
     let qkv = real(&cx, &[rows, width]);
-    let (q, k) = (real(&cx, &[dim]), real(&cx, &[dim]));
+    let width_of = |heads: usize| match normed {
+        Some((_, NormOver::Heads)) => heads * dim,
+        _ => dim,
+    };
+    let (q, k) = (real(&cx, &[width_of(heads)]), real(&cx, &[width_of(kv)]));
     let mut rng = Rng(9);
     let shape = [50, dim / 2];
     let mut float = || {
@@ -217,7 +226,10 @@ fn fused_rope_has_the_bits_of_rope(dtype: DType, [heads, kv, dim]: [usize; 3], n
     let position = cx.ints("position", &position).unwrap();
     let cache = Tensor::new(&cx.pool, "cache", dtype, &[41, 2 * kv * dim]).unwrap();
     cache.zero().unwrap();
-    let norm = || normed.then_some(QkNorm { q: &q, k: &k, eps: 1e-6 });
+    let norm = || {
+        let (weight, over) = normed?;
+        Some(QkNorm { q: &q, k: &k, norm: Norm { eps: 1e-6, weight }, over })
+    };
     let want = rope(&mut cx, &qkv, &table, &position, heads, kv, norm()).unwrap();
     let want = want.to_f32().unwrap();
     let places = cx.ints("slots", &slots).unwrap();
@@ -243,8 +255,12 @@ fn values(rng: &mut Rng, shape: &[usize]) -> Vec<f32> {
 fn rope_into_the_cache_has_the_bits_of_rope() {
     for dtype in [DType::F32, DType::BF16] {
         for heads in [[14, 2, 64], [4, 4, 128], [3, 1, 6]] {
-            fused_rope_has_the_bits_of_rope(dtype, heads, false);
-            fused_rope_has_the_bits_of_rope(dtype, heads, true);
+            fused_rope_has_the_bits_of_rope(dtype, heads, None);
+            for weight in [NormWeight::Rounded, NormWeight::Once, NormWeight::PlusOne] {
+                for over in [NormOver::Head, NormOver::Heads] {
+                    fused_rope_has_the_bits_of_rope(dtype, heads, Some((weight, over)));
+                }
+            }
         }
     }
 }

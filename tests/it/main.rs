@@ -13,6 +13,7 @@ mod data;
 mod decode;
 mod eval;
 mod exact;
+mod families;
 mod faults;
 mod forms;
 mod generate;

@@ -9,11 +9,14 @@ use temper::model::folder::{
 };
 use temper::model::layout::{ModelConfig, Role, expected_params};
 use temper::model::rope::RopeKind;
+use temper::ops::rope::NormOver;
 use temper::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec, write};
 
 use crate::support::{golden, json};
 
-const CASES: [&str; 12] = [
+const CASES: [&str; 15] = [
+    "gemma2",
+    "granite",
     "llama3_rope",
     "llama_bf16",
     "llama_biases",
@@ -23,6 +26,7 @@ const CASES: [&str; 12] = [
     "llama_tied",
     "llama_v4",
     "mistral_window",
+    "olmo2",
     "qwen2",
     "qwen2_yarn",
     "qwen3",
@@ -105,7 +109,7 @@ fn golden_configs_mean_what_they_were_made_with() {
     assert!(load("llama_tied").tie_word_embeddings && load("qwen2").tie_word_embeddings);
     let biases = load("llama_biases");
     assert!(biases.qkv_bias && biases.o_bias && biases.mlp_bias && load("qwen2").qkv_bias);
-    assert_eq!((load("qwen3").head_dim, load("qwen3").qk_norm), (16, true));
+    assert_eq!((load("qwen3").head_dim, load("qwen3").qk_norm), (16, Some(NormOver::Head)));
     assert_eq!(load("mistral_window").sliding_window, [Some(16); 2]);
     assert_eq!(load("llama_linear").rope.kind, RopeKind::Linear { factor: 4.0 });
     assert!(matches!(load("qwen2_yarn").rope.kind, RopeKind::Yarn { factor: 4.0, .. }));

@@ -89,6 +89,9 @@ impl Adapter {
         config: AdapterConfig,
         model: &ModelConfig,
     ) -> Result<Adapter> {
+        if matches!(config.kind, AdapterKind::Bottleneck(_)) {
+            bottleneck::check_norms(model)?;
+        }
         let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
         let mut adapter = Adapter { config, params, sites: Vec::new(), bottlenecks: Vec::new() };
         adapter.tune(None)?;

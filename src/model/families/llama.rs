@@ -11,7 +11,6 @@ pub const FAMILY: Family = Family {
     qkv_bias: BiasRule::Key("attention_bias"),
     o_bias: BiasRule::Key("attention_bias"),
     mlp_bias: BiasRule::Key("mlp_bias"),
-    qk_norm: false,
     window: WindowRule::Ignored,
     ia3_attention: "k_proj",
     heads_divide_hidden: true,
@@ -20,4 +19,5 @@ pub const FAMILY: Family = Family {
     default_max_positions: 2048,
     default_bos: Some(1),
     default_eos: Some(2),
+    ..Family::PLAIN
 };

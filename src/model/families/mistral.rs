@@ -10,7 +10,6 @@ pub const FAMILY: Family = Family {
     qkv_bias: BiasRule::Never,
     o_bias: BiasRule::Never,
     mlp_bias: BiasRule::Never,
-    qk_norm: false,
     window: WindowRule::Every { default: 4096 },
     ia3_attention: "k_proj",
     heads_divide_hidden: false,
@@ -19,4 +18,5 @@ pub const FAMILY: Family = Family {
     default_max_positions: 131072,
     default_bos: Some(1),
     default_eos: Some(2),
+    ..Family::PLAIN
 };

@@ -10,7 +10,6 @@ pub const FAMILY: Family = Family {
     qkv_bias: BiasRule::Always,
     o_bias: BiasRule::Never,
     mlp_bias: BiasRule::Never,
-    qk_norm: false,
     window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
     ia3_attention: "q_proj",
     heads_divide_hidden: false,
@@ -19,4 +18,5 @@ pub const FAMILY: Family = Family {
     default_max_positions: 32768,
     default_bos: None,
     default_eos: None,
+    ..Family::PLAIN
 };
