@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::rope::rope_table;
+use crate::model::rope::{RopeKind, rope_table};
 
 fn base(model_type: &str) -> Map<String, Value> {
     let family = families::find(model_type).unwrap();
@@ -101,14 +101,14 @@ fn all_problems_of_a_config_come_at_once() {
     let text = error(
         "llama",
         json!({ "hidden_size": "big", "vocab_size": null, "num_hidden_layers": 0, "hidden_act": "relu",
-                "rope_scaling": { "rope_type": "longrope" }, "tie_word_embeddings": 1, "dtype": "int8" }),
+                "rope_scaling": { "rope_type": "dynamic" }, "tie_word_embeddings": 1, "dtype": "int8" }),
     );
     for part in [
         "hidden_size is \"big\"; it must be an integer",
         "vocab_size is missing",
         "num_hidden_layers is 0; it must be",
         "hidden_act is \"relu\"; supported are silu, gelu",
-        "rope_type is \"longrope\"; supported are default, linear, llama3, yarn",
+        "rope_type is \"dynamic\"; supported are default, linear, llama3, yarn",
         "tie_word_embeddings is 1; it must be true or false",
         "dtype is \"int8\"",
     ] {
@@ -167,7 +167,7 @@ fn what_is_saved_changes_only_what_changed() {
     let out = config.to_json(HostDtype::BF16);
     assert_eq!((&out["eos_token_id"], &out["pad_token_id"]), (&json!([2, 9]), &json!(0)));
     let mut again = ModelConfig::from_json("config.json", out).unwrap();
-    assert_eq!(again.rope.kind, RopeKind::Linear { factor: 2.0 });
+    assert_eq!(again.ropes[0].kind, RopeKind::Linear { factor: 2.0 });
     again.raw = config.raw.clone();
     again.dtype = config.dtype;
     assert_eq!(again, config);
@@ -183,7 +183,7 @@ fn new_keys_are_saved_under_old_names_too() {
     assert_eq!(out["rope_scaling"]["rope_type"], "llama3");
     assert!(out["rope_scaling"].get("rope_theta").is_none());
     out.remove("rope_parameters");
-    assert_eq!(ModelConfig::from_json("config.json", out).unwrap().rope, config.rope);
+    assert_eq!(ModelConfig::from_json("config.json", out).unwrap().ropes, config.ropes);
 }
 
 #[test]
@@ -249,7 +249,9 @@ fn no_value_of_any_key_makes_the_reader_panic() {
                     Ok(config) => {
                         good += 1;
                         crate::model::layout::expected_params(&config);
-                        rope_table(&config.rope, config.head_dim, 2);
+                        for rope in &config.ropes {
+                            rope_table(rope, config.head_dim, 2, false);
+                        }
                         config.to_json(HostDtype::F16);
                     }
                     Err(_) => bad += 1,

@@ -78,7 +78,10 @@ pub struct ModelConfig {
     /// `[num_layers]`. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of
     /// them with its own.
     pub sliding_window: Vec<Option<usize>>,
-    pub rope: RopeConfig,
+    /// The rope tables that layers choose from.
+    pub ropes: Vec<RopeConfig>,
+    /// `[num_layers]`: which of `ropes` turns the heads of a layer; None: nothing does.
+    pub layer_rope: Vec<Option<usize>>,
     pub attention_dropout: f32,
     pub initializer_range: f32,
     pub bos: Option<u32>,
@@ -114,15 +117,56 @@ pub struct Family {
     pub mlp_bias: BiasRule,
     pub qk_norm: bool,
     pub window: WindowRule,
+    pub rope: RopeRule,
+    /// Whether q is scaled by its position: `llama_4_scaling_beta` of the rope settings.
+    pub query_scale: bool,
     /// The projection of attention that PEFT's IA3 scales, beside v_proj, where no targets are
     /// given.
     pub ia3_attention: &'static str,
+    /// q|k|v and gate|up are one module each, `qkv_proj` and `gate_up_proj`: for the folder, for
+    /// adapters, and for whatever else names projections.
+    pub fused_projections: bool,
     pub heads_divide_hidden: bool, // required even where head_dim is given
     pub default_kv_heads: Option<usize>, // None: as many as heads
     pub default_head_dim: Option<usize>, // None: hidden_size / heads
     pub default_max_positions: usize,
+    /// `original_max_position_embeddings`, where the config class has that field.
+    pub default_original_positions: Option<usize>,
+    pub default_theta: f64,
+    pub default_eps: f64,
+    pub default_tie: bool,
     pub default_bos: Option<u32>,
     pub default_eos: Option<u32>,
+    pub default_pad: Option<u32>,
+}
+
+impl Family {
+    /// What most families have: a decoder without switches. A family names only what it has of its
+    /// own, `..Family::PLAIN`.
+    pub const PLAIN: Family = Family {
+        model_type: "",
+        architecture: "",
+        qkv_bias: BiasRule::Never,
+        o_bias: BiasRule::Never,
+        mlp_bias: BiasRule::Never,
+        qk_norm: false,
+        window: WindowRule::Ignored,
+        rope: RopeRule::Every,
+        query_scale: false,
+        ia3_attention: "k_proj",
+        fused_projections: false,
+        heads_divide_hidden: false,
+        default_kv_heads: None,
+        default_head_dim: None,
+        default_max_positions: 2048,
+        default_original_positions: None,
+        default_theta: 1e4,
+        default_eps: 1e-6,
+        default_tie: false,
+        default_bos: Some(1),
+        default_eos: Some(2),
+        default_pad: None,
+    };
 }
 
 /// Two configs are of one family if they point to one entry.
@@ -145,11 +189,29 @@ pub enum BiasRule {
 pub enum WindowRule {
     /// None; the key, if there, is ignored.
     Ignored,
-    /// Every layer, unless the key is null; absent means this many positions.
-    Every { default: usize },
+    /// Every layer, unless the key is null; absent means this many positions, or no window.
+    Every { default: Option<usize> },
+    /// The layers that `layer_types` calls sliding, or without that key every layer, as `Every`.
+    Typed { default: usize },
     /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
     /// key those from `max_window_layers` on.
     Listed { default: usize, default_full_layers: usize },
+    /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
+    /// key those without rope.
+    WithoutRope,
+}
+
+/// Which layers have which rope.
+#[derive(Clone, Copy, Debug)]
+pub enum RopeRule {
+    /// One rope for all layers.
+    Every,
+    /// One rope; `no_rope_layers` has a 0 for a layer without it. Where the key is absent, each
+    /// `no_rope_layer_interval`th layer is without.
+    SomeLayers { default_interval: usize },
+    /// Full attention has `rope_theta` and `rope_scaling`, sliding attention has
+    /// `rope_local_base_freq` alone; or each has its `rope_parameters`.
+    ByLayerType { default_sliding_theta: f64 },
 }
 
 /// What a parameter does.

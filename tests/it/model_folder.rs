@@ -107,10 +107,10 @@ fn golden_configs_mean_what_they_were_made_with() {
     assert!(biases.qkv_bias && biases.o_bias && biases.mlp_bias && load("qwen2").qkv_bias);
     assert_eq!((load("qwen3").head_dim, load("qwen3").qk_norm), (16, true));
     assert_eq!(load("mistral_window").sliding_window, [Some(16); 2]);
-    assert_eq!(load("llama_linear").rope.kind, RopeKind::Linear { factor: 4.0 });
-    assert!(matches!(load("qwen2_yarn").rope.kind, RopeKind::Yarn { factor: 4.0, .. }));
+    assert_eq!(load("llama_linear").ropes[0].kind, RopeKind::Linear { factor: 4.0 });
+    assert!(matches!(load("qwen2_yarn").ropes[0].kind, RopeKind::Yarn { factor: 4.0, .. }));
     let v4 = load("llama_v4");
-    assert_eq!(v4.rope, load("llama3_rope").rope);
+    assert_eq!(v4.ropes, load("llama3_rope").ropes);
     assert_eq!(
         (v4.eos.as_slice(), v4.head_dim, v4.dtype),
         ([2, 3].as_slice(), 16, Some(HostDtype::BF16))
