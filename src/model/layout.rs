@@ -99,10 +99,25 @@ impl ModelConfig {
         match proj {
             Proj::Q => (q, hidden),
             Proj::K | Proj::V => (kv, hidden),
+            Proj::Qkv => (q + 2 * kv, hidden),
             Proj::O => (hidden, q),
             Proj::Gate | Proj::Up => (mlp, hidden),
+            Proj::GateUp => (2 * mlp, hidden),
             Proj::Down => (hidden, mlp),
         }
+    }
+
+    /// The projections of a block, in the order in which they lie.
+    pub fn projections(&self) -> &'static [Proj] {
+        match self.family.fused_projections {
+            true => &[Proj::Qkv, Proj::O, Proj::GateUp, Proj::Down],
+            false => &[Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down],
+        }
+    }
+
+    /// The projections that share a leader's input, in the order in which they lie side by side.
+    pub fn group(&self, leader: Proj) -> impl Iterator<Item = Proj> + Clone + use<> {
+        self.projections().iter().copied().filter(move |p| p.leader() == leader)
     }
 }
 
@@ -264,24 +279,28 @@ pub enum Proj {
     Gate,
     Up,
     Down,
+    /// q, k and v as one module.
+    Qkv,
+    /// gate and up as one module.
+    GateUp,
 }
 
 impl Proj {
-    pub const ALL: [Proj; 7] =
-        [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down];
+    /// Those that a block may have ([`ModelConfig::projections`] says which it has).
+    pub const ALL: [Proj; 9] = [
+        Proj::Q,
+        Proj::K,
+        Proj::V,
+        Proj::O,
+        Proj::Gate,
+        Proj::Up,
+        Proj::Down,
+        Proj::Qkv,
+        Proj::GateUp,
+    ];
 
     /// One of each group that shares an input.
     pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
-
-    /// The projections that share a leader's input, in the order in which they lie side by side.
-    pub fn group(self) -> &'static [Proj] {
-        match self {
-            Proj::Q => &[Proj::Q, Proj::K, Proj::V],
-            Proj::Gate => &[Proj::Gate, Proj::Up],
-            Proj::O => &[Proj::O],
-            _ => &[Proj::Down],
-        }
-    }
 
     /// The module's name in a block.
     pub fn module(self) -> &'static str {
@@ -293,16 +312,19 @@ impl Proj {
             Proj::Gate => "mlp.gate_proj",
             Proj::Up => "mlp.up_proj",
             Proj::Down => "mlp.down_proj",
+            Proj::Qkv => "self_attn.qkv_proj",
+            Proj::GateUp => "mlp.gate_up_proj",
         }
     }
 
+    /// The role of its weight; a fused module has that of its first part.
     pub fn role(self) -> Role {
         match self {
-            Proj::Q => Role::Q,
+            Proj::Q | Proj::Qkv => Role::Q,
             Proj::K => Role::K,
             Proj::V => Role::V,
             Proj::O => Role::O,
-            Proj::Gate => Role::Gate,
+            Proj::Gate | Proj::GateUp => Role::Gate,
             Proj::Up => Role::Up,
             Proj::Down => Role::Down,
         }
@@ -311,8 +333,8 @@ impl Proj {
     /// Whose input it shares: q, k and v read one input, so do gate and up.
     pub fn leader(self) -> Proj {
         match self {
-            Proj::K | Proj::V => Proj::Q,
-            Proj::Up => Proj::Gate,
+            Proj::K | Proj::V | Proj::Qkv => Proj::Q,
+            Proj::Up | Proj::GateUp => Proj::Gate,
             other => other,
         }
     }
@@ -377,10 +399,11 @@ impl ParamSpec {
 }
 
 /// Every parameter, in arena order: q, k, v weights side by side, so are their biases, and so are
-/// gate and up. A tied head is not a parameter: there is no [`Role::Head`] then.
+/// gate and up; in a family that fuses them they are one parameter. A tied head is not a parameter: there is no [`Role::Head`] then.
 pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
     let (hidden, mlp, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
     let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let fused = config.family.fused_projections;
     let mut specs = Vec::new();
     let mut push = |layer: Option<usize>, role: Role, name: &str, shape: &[usize]| {
         let name = layer.map_or(name.to_string(), |i| format!("model.layers.{i}.{name}"));
@@ -394,9 +417,10 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
             }
         };
         layer(true, Role::InputNorm, "input_layernorm.weight", &[hidden]);
-        layer(true, Role::Q, "self_attn.q_proj.weight", &[q, hidden]);
-        layer(true, Role::K, "self_attn.k_proj.weight", &[kv, hidden]);
-        layer(true, Role::V, "self_attn.v_proj.weight", &[kv, hidden]);
+        layer(fused, Role::Q, "self_attn.qkv_proj.weight", &[q + 2 * kv, hidden]);
+        layer(!fused, Role::Q, "self_attn.q_proj.weight", &[q, hidden]);
+        layer(!fused, Role::K, "self_attn.k_proj.weight", &[kv, hidden]);
+        layer(!fused, Role::V, "self_attn.v_proj.weight", &[kv, hidden]);
         layer(config.qkv_bias, Role::QBias, "self_attn.q_proj.bias", &[q]);
         layer(config.qkv_bias, Role::KBias, "self_attn.k_proj.bias", &[kv]);
         layer(config.qkv_bias, Role::VBias, "self_attn.v_proj.bias", &[kv]);
@@ -405,8 +429,9 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
         layer(true, Role::O, "self_attn.o_proj.weight", &[hidden, q]);
         layer(config.o_bias, Role::OBias, "self_attn.o_proj.bias", &[hidden]);
         layer(true, Role::PostNorm, "post_attention_layernorm.weight", &[hidden]);
-        layer(true, Role::Gate, "mlp.gate_proj.weight", &[mlp, hidden]);
-        layer(true, Role::Up, "mlp.up_proj.weight", &[mlp, hidden]);
+        layer(fused, Role::Gate, "mlp.gate_up_proj.weight", &[2 * mlp, hidden]);
+        layer(!fused, Role::Gate, "mlp.gate_proj.weight", &[mlp, hidden]);
+        layer(!fused, Role::Up, "mlp.up_proj.weight", &[mlp, hidden]);
         layer(config.mlp_bias, Role::GateBias, "mlp.gate_proj.bias", &[mlp]);
         layer(config.mlp_bias, Role::UpBias, "mlp.up_proj.bias", &[mlp]);
         layer(true, Role::Down, "mlp.down_proj.weight", &[hidden, mlp]);

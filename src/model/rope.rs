@@ -231,11 +231,15 @@ mod tests {
     fn tables_equal_those_of_transformers() {
         let cases: Vec<Case> =
             serde_json::from_str(include_str!("../../tests/fixtures/rope.json")).unwrap();
-        assert_eq!(cases.len(), 14);
+        assert_eq!(cases.len(), 19);
         for case in cases {
             let mut problems = Vec::new();
             let raw = json!({ "rope_parameters": case.rope_parameters });
-            let facts = RopeFacts { head_dim: case.head_dim, ..RopeFacts::SMALL };
+            let facts = RopeFacts {
+                head_dim: case.head_dim,
+                query_scale: case.q_scale.is_some(),
+                ..RopeFacts::SMALL
+            };
             let config = one_rope(raw.as_object().unwrap(), &facts, &mut problems);
             assert!(problems.is_empty(), "{problems:?}");
             let long = case.long.unwrap_or(false);

@@ -14,6 +14,9 @@ use super::rope::{QueryScale, RopeConfig, RopeKind};
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
+const PARTIAL: &str = "partial_rotary_factor";
+const ORIGINAL: &str = "original_max_position_embeddings";
+
 /// What rope settings refer to.
 #[derive(Clone, Copy, Debug)]
 pub struct RopeFacts {
@@ -94,8 +97,14 @@ fn of_type(raw: &Map<String, Value>, kind: &str, theta_key: &str) -> Map<String,
     }
     let Some(parameters) = raw.get("rope_parameters") else { return out };
     let typed = parameters.as_object().filter(|m| m.contains_key(FULL) || m.contains_key(SLIDING));
-    let own = typed.map_or(parameters, |m| m.get(kind).unwrap_or(&Value::Null));
-    out.insert("rope_parameters".into(), own.clone());
+    let mut own = typed.map_or(parameters, |m| m.get(kind).unwrap_or(&Value::Null)).clone();
+    // Beside settings of each type, the scaling of v4 is added to them.
+    if let (Some(_), Value::Object(own)) = (typed, &mut own)
+        && let Some(Value::Object(scaling)) = out.remove("rope_scaling")
+    {
+        own.extend(scaling);
+    }
+    out.insert("rope_parameters".into(), own);
     out
 }
 
@@ -116,13 +125,12 @@ pub fn one_rope(
         .or_else(|| top.number("rope_theta", positive, |x| x > 0.0))
         .unwrap_or(facts.default_theta);
     let share = "a number above 0, at most 1";
-    let [own, outer] = [&mut f, &mut top]
-        .map(|f| f.number("partial_rotary_factor", share, |x| x > 0.0 && x <= 1.0));
+    let [own, outer] =
+        [&mut f, &mut top].map(|f| f.number(PARTIAL, share, |x| x > 0.0 && x <= 1.0));
     let partial = own.or(outer).unwrap_or(1.0);
     if map.values().any(Value::is_object) {
         f.problem(format!("{name} one rope per layer type is not what this family has"));
     }
-    const ORIGINAL: &str = "original_max_position_embeddings";
     let [outer, own] = [&mut top, &mut f].map(|f| f.size(ORIGINAL, 1 << 40));
     let original = outer.or(facts.default_original_positions).or(own).unwrap_or(max_positions);
     let original = original as f64;
@@ -151,7 +159,7 @@ pub fn one_rope(
             RopeKind::Default
         }
     };
-    if f.problems.is_empty() && (turned == 0 || !turned.is_multiple_of(2)) {
+    if partial != 1.0 && (turned == 0 || !turned.is_multiple_of(2)) {
         f.problem(format!(
             "partial_rotary_factor {partial} of head_dim {} is {turned}; rope turns pairs",
             facts.head_dim
@@ -266,6 +274,17 @@ pub fn both_forms(out: &mut Map<String, Value>, rule: RopeRule, ropes: &[RopeCon
             if by_type { new.as_ref().and_then(|m| filled(m.get(FULL))) } else { new.clone() };
         let mut scaling = full.unwrap_or_default();
         scaling.shift_remove("rope_theta");
+        if let Some(partial) = scaling.shift_remove(PARTIAL) {
+            out.entry(PARTIAL).or_insert(partial);
+        }
+        if scaling.get("rope_type").is_some_and(|kind| kind == "longrope") {
+            // v4 of Phi-3 allows for three keys: type and the two lists.
+            scaling.shift_remove("rope_type");
+            scaling.insert("type".into(), json!("longrope"));
+            if out.contains_key(ORIGINAL) {
+                scaling.shift_remove(ORIGINAL);
+            }
+        }
         let kind = scaling.get("rope_type").or(scaling.get("type"));
         let plain = kind.is_none_or(|k| k == "default");
         out.insert("rope_scaling".into(), if plain { Value::Null } else { Value::Object(scaling) });

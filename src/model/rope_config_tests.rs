@@ -74,6 +74,26 @@ fn longrope_has_several_names_and_a_factor_of_its_own() {
 }
 
 #[test]
+fn longrope_is_written_for_old_readers_too() {
+    let new = json!({
+        "original_max_position_embeddings": 32,
+        "rope_parameters": { "rope_type": "longrope", "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5, "short_factor": [1, 1, 1, 1], "long_factor": [2, 3, 4, 5],
+            "original_max_position_embeddings": 32 }
+    });
+    let (config, problems) = parse(new.clone());
+    assert!(problems.is_empty() && config.turned(16) == 8, "{problems:?}");
+    let mut both = object(new);
+    both_forms(&mut both, RopeRule::Every, std::slice::from_ref(&config));
+    let old =
+        json!({ "type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [2, 3, 4, 5] });
+    assert_eq!((&both["rope_scaling"], &both["partial_rotary_factor"]), (&old, &json!(0.5)));
+    assert_eq!(parse(Value::Object(both.clone())).0, config);
+    both.remove("rope_parameters");
+    assert_eq!(parse(Value::Object(both)).0, config);
+}
+
+#[test]
 fn layers_without_rope_are_listed_or_counted() {
     let kinds = |json: Value, layers: usize| {
         let ((ropes, of), problems) = layered(SOME, json, &vec![false; layers]);

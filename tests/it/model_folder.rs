@@ -13,7 +13,7 @@ use temper::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec, write};
 
 use crate::support::{golden, json};
 
-const CASES: [&str; 12] = [
+const CASES: [&str; 18] = [
     "llama3_rope",
     "llama_bf16",
     "llama_biases",
@@ -22,10 +22,16 @@ const CASES: [&str; 12] = [
     "llama_sharded",
     "llama_tied",
     "llama_v4",
+    "ministral",
+    "ministral3",
     "mistral_window",
+    "phi3",
+    "phi3_long",
+    "phi4_mini",
     "qwen2",
     "qwen2_yarn",
     "qwen3",
+    "smollm3",
 ];
 
 type Weights = BTreeMap<String, (HostDtype, Vec<usize>, Vec<u8>)>;
