@@ -14,7 +14,8 @@ use super::layout::{
     ActRule, AttentionScaleRule, BiasRule, EmbeddingRule, EmbeddingScale, Family, HiddenAct,
     ModelConfig, NormPlace, SoftcapRule, Task, WindowRule,
 };
-use super::rope::{RopeConfig, RopeKind, inv_freq};
+use super::rope::{RopeConfig, inv_freq};
+use super::rope_config::{RopeFacts, both_forms, layer_ropes};
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::ops::head::LogitMap;
@@ -73,7 +74,7 @@ impl ModelConfig {
                 .number("rms_norm_eps", "a number of at least 0", |x| x >= 0.0)
                 .unwrap_or(family.default_eps) as f32,
             hidden_act: hidden_act(&mut f, family.hidden_act),
-            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(family.default_tied),
+            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(family.default_tie),
             qkv_bias: switch(&mut f, family.qkv_bias),
             o_bias: switch(&mut f, family.o_bias),
             mlp_bias: switch(&mut f, family.mlp_bias),
@@ -88,8 +89,9 @@ impl ModelConfig {
                 divisor: family.logits_divisor.map_or(1.0, |key| multiplier(&mut f, key)),
                 softcap: softcap(&mut f, family.logits_softcap),
             },
-            sliding_window: sliding_window(&mut f, family.window, num_layers),
-            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
+            sliding_window: Vec::new(),
+            ropes: Vec::new(),
+            layer_rope: Vec::new(),
             attention_dropout: f
                 .number("attention_dropout", "from 0 to 1", |x| (0.0..1.0).contains(&x))
                 .unwrap_or(0.0) as f32,
@@ -110,8 +112,26 @@ impl ModelConfig {
         if f.value("quantization_config").is_some() {
             f.problem("quantization_config: quantised weights are not read; use the folder that they were made from");
         }
+        let layers = num_layers.min(MAX_LAYERS);
+        let mut windows = sliding_window(&mut f, family.window, layers);
         let mut problems = f.problems;
-        config.rope = RopeConfig::parse(&raw, max_position_embeddings, &mut problems);
+        let facts = RopeFacts {
+            head_dim,
+            max_positions: max_position_embeddings,
+            default_theta: family.default_theta,
+            default_original_positions: family.default_original_positions,
+            query_scale: family.query_scale,
+        };
+        let sliding: Vec<bool> = windows.iter().map(Option::is_some).collect();
+        (config.ropes, config.layer_rope) =
+            layer_ropes(&raw, family.rope, &facts, &sliding, &mut problems);
+        if matches!(family.window, WindowRule::WithoutRope) && !raw.contains_key("layer_types") {
+            // Those that may have a window have it where nothing turns.
+            for (window, rope) in windows.iter_mut().zip(&config.layer_rope) {
+                *window = window.filter(|_| rope.is_none());
+            }
+        }
+        config.sliding_window = windows;
         problems.dedup();
         if problems.is_empty() {
             config.contradictions(&raw, &mut problems);
@@ -180,7 +200,8 @@ impl ModelConfig {
             residual_scale: 1.0,
             logits: LogitMap::PLAIN,
             sliding_window: vec![None; layers],
-            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
+            ropes: vec![RopeConfig::plain(1e4)],
+            layer_rope: vec![Some(0); layers],
             attention_dropout: 0.0,
             initializer_range: 0.02,
             bos: Some(1),
@@ -235,7 +256,7 @@ impl ModelConfig {
             set("dtype", json!(name));
             set("torch_dtype", json!(name));
         }
-        both_ropes(&mut out, self.rope.theta);
+        both_forms(&mut out, self.family.rope, &self.ropes);
         out
     }
 
@@ -269,11 +290,12 @@ impl ModelConfig {
             ));
             return; // the rest would allocate by these sizes
         }
-        if inv_freq(&self.rope, self.head_dim).iter().any(|f| !f.is_finite()) {
-            problems.push(format!(
-                "rope settings give frequencies that are not finite: {:?}",
-                self.rope
-            ));
+        for rope in &self.ropes {
+            let both = [false, true].map(|long| inv_freq(rope, self.head_dim, long));
+            if both.iter().flatten().any(|f| !f.is_finite()) {
+                problems
+                    .push(format!("rope settings give frequencies that are not finite: {rope:?}"));
+            }
         }
     }
 }
@@ -396,63 +418,86 @@ fn attention_scale(f: &mut Fields, rule: AttentionScaleRule, head_dim: usize) ->
 }
 
 fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option<usize>> {
-    let layers = layers.min(MAX_LAYERS);
+    let on = |f: &mut Fields| {
+        f.boolean("use_sliding_window").unwrap_or(false) && !f.is_null("sliding_window")
+    };
+    let every = |f: &mut Fields, default: Option<usize>| {
+        let window = default.filter(|_| !f.is_null("sliding_window"));
+        f.size("sliding_window", usize::MAX).or(window)
+    };
     match rule {
         WindowRule::Ignored => vec![None; layers],
-        WindowRule::Every { default } => {
-            let window = if f.is_null("sliding_window") { None } else { Some(default) };
-            vec![f.size("sliding_window", usize::MAX).or(window); layers]
+        WindowRule::Every { default } => vec![every(f, default); layers],
+        WindowRule::Typed { default } => {
+            let window = every(f, Some(default));
+            let types = layer_types(f, window, "sliding_window is null", layers);
+            types.unwrap_or_else(|| vec![window; layers])
+        }
+        WindowRule::WithoutRope => {
+            let given = f.size("sliding_window", usize::MAX);
+            let window = given.filter(|_| on(f));
+            let types = layer_types(f, window, WINDOW_OFF, layers);
+            types.unwrap_or_else(|| vec![window; layers])
         }
         WindowRule::Listed { default, default_full_layers } => {
-            let on =
-                f.boolean("use_sliding_window").unwrap_or(false) && !f.is_null("sliding_window");
+            let on = on(f);
             let window = f.size("sliding_window", usize::MAX).unwrap_or(default);
-            let Some(types) = f.array("layer_types") else {
-                let full = match f.value("max_window_layers").map(|v| (v, v.as_u64())) {
-                    None => default_full_layers,
-                    Some((_, Some(n))) => usize::try_from(n).unwrap_or(usize::MAX),
-                    Some((v, None)) => {
-                        f.wrong("max_window_layers", v, "an integer of at least 0").unwrap_or(0)
-                    }
-                };
-                return (0..layers).map(|i| (on && i >= full).then_some(window)).collect();
-            };
-            let sliding = sliding_types(f, types, layers);
-            if sliding.contains(&true) && !on {
-                f.problem("layer_types has sliding_attention, but use_sliding_window or sliding_window is off");
+            let window = on.then_some(window);
+            if let Some(types) = layer_types(f, window, WINDOW_OFF, layers) {
+                return types;
             }
-            sliding.into_iter().map(|s| s.then_some(window)).collect()
+            let full = match f.value("max_window_layers").map(|v| (v, v.as_u64())) {
+                None => default_full_layers,
+                Some((_, Some(n))) => usize::try_from(n).unwrap_or(usize::MAX),
+                Some((v, None)) => {
+                    f.wrong("max_window_layers", v, "an integer of at least 0").unwrap_or(0)
+                }
+            };
+            (0..layers).map(|i| window.filter(|_| i >= full)).collect()
         }
         WindowRule::Pattern { default, period, key } => {
-            let window = f.size("sliding_window", usize::MAX).unwrap_or(default);
-            let period = key.and_then(|key| f.size(key, usize::MAX)).unwrap_or(period);
-            let sliding: Vec<bool> = match f.array("layer_types") {
-                Some(types) => sliding_types(f, types, layers),
-                None => (1..=layers).map(|i| !i.is_multiple_of(period)).collect(),
-            };
-            if sliding.contains(&true) && f.is_null("sliding_window") {
-                f.problem("sliding_window is null, but there are layers of sliding attention");
+            let window = every(f, Some(default));
+            let off = "sliding_window is null";
+            if let Some(types) = layer_types(f, window, off, layers) {
+                return types;
             }
-            sliding.into_iter().map(|s| s.then_some(window)).collect()
+            let period = key.and_then(|key| f.size(key, usize::MAX)).unwrap_or(period);
+            let slides = |i: usize| !(i + 1).is_multiple_of(period);
+            if window.is_none() && (0..layers).any(slides) {
+                f.problem(format!("there are layers of sliding attention, but {off}"));
+            }
+            (0..layers).map(|i| window.filter(|_| slides(i))).collect()
         }
     }
 }
 
-/// Which layers `layer_types` calls sliding.
-fn sliding_types(f: &mut Fields, types: &[Value], layers: usize) -> Vec<bool> {
+const WINDOW_OFF: &str = "use_sliding_window or sliding_window is off";
+
+/// The windows that `layer_types` gives, if it is there; `off` says why there is no window.
+fn layer_types(
+    f: &mut Fields,
+    window: Option<usize>,
+    off: &str,
+    layers: usize,
+) -> Option<Vec<Option<usize>>> {
+    let types = f.array("layer_types")?;
     if types.len() != layers {
         f.problem(format!(
             "layer_types has {} entries, num_hidden_layers is {layers}",
             types.len()
         ));
     }
-    if let Some(other) = types.iter().find(|t| *t != "sliding_attention" && *t != "full_attention")
-    {
+    let known = |t: &&Value| **t != "sliding_attention" && **t != "full_attention";
+    if let Some(other) = types.iter().find(known) {
         f.problem(format!(
             "layer_types has {other}; supported are full_attention and sliding_attention"
         ));
     }
-    types.iter().map(|t| t == "sliding_attention").collect()
+    let sliding: Vec<bool> = types.iter().map(|t| t == "sliding_attention").collect();
+    if sliding.contains(&true) && window.is_none() {
+        f.problem(format!("layer_types has sliding_attention, but {off}"));
+    }
+    Some(sliding.into_iter().map(|s| window.filter(|_| s)).collect())
 }
 
 /// An id, negative ones (an old way to say none) and null being none; `default` only where the key
@@ -486,31 +531,6 @@ fn dtype(f: &mut Fields) -> Option<HostDtype> {
         f.problem(format!("{key} is {name:?}; supported are float32, float16, bfloat16"));
     }
     dtype
-}
-
-/// Adds whichever of `rope_theta` + `rope_scaling` (v4) and `rope_parameters` (v5) is not there
-/// yet.
-fn both_ropes(out: &mut Map<String, Value>, theta: f64) {
-    let filled =
-        |v: Option<&Value>| v.and_then(Value::as_object).filter(|m| !m.is_empty()).cloned();
-    let (old, new) = (filled(out.get("rope_scaling")), filled(out.get("rope_parameters")));
-    out.entry("rope_theta").or_insert(json!(theta));
-    if old.is_none() {
-        let mut scaling = new.clone().unwrap_or_default();
-        scaling.shift_remove("rope_theta");
-        let kind = scaling.get("rope_type").or(scaling.get("type"));
-        let plain = kind.is_none_or(|k| k == "default");
-        out.insert("rope_scaling".into(), if plain { Value::Null } else { Value::Object(scaling) });
-    }
-    if new.is_none() {
-        let mut parameters = old.unwrap_or_default();
-        if let Some(kind) = parameters.shift_remove("type") {
-            parameters.entry("rope_type").or_insert(kind);
-        }
-        parameters.entry("rope_type").or_insert(json!("default"));
-        parameters.entry("rope_theta").or_insert(json!(theta));
-        out.insert("rope_parameters".into(), Value::Object(parameters));
-    }
 }
 
 #[cfg(test)]

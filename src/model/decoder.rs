@@ -20,7 +20,7 @@ use crate::model::layout::{
     BottleneckSite, HiddenAct, ModelConfig, Proj, Role, Task, expected_params,
 };
 use crate::model::params::{ParamSet, initial};
-use crate::model::rope::rope_table;
+use crate::model::rope::{RopeConfig, rope_table};
 use crate::ops::activation::{Act, glu};
 use crate::ops::add::add;
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged};
@@ -55,7 +55,8 @@ pub struct Decoder {
     /// [vocab, hidden]: the embedding itself where it is tied. Of a classifier: its score.
     pub head: Head,
     score_bias: Option<Tensor>,
-    table: RopeTable,
+    /// One for each of the config's `ropes`.
+    tables: Vec<RopeTable>,
     positions: usize,
     /// Shared by clones, and by nothing that has other memory: see [`Decoder::same_memory`].
     wiring: Arc<()>,
@@ -77,6 +78,8 @@ struct Layer {
     down: Projection,
     after_mlp: Option<Bottleneck>,
     shape: AttnShape,
+    /// Which of the decoder's tables turns q and k; None: nothing does.
+    rope: Option<usize>,
 }
 
 /// A linear layer (of projections that share their input), with what an adapter adds to it.
@@ -213,8 +216,8 @@ impl<'a> DecoderBuilder<'a> {
                 })?;
             }
         }
-        let table = upload_table(cx, &config, self.positions)?;
-        Decoder::wire(config, params, None, table, self.positions)
+        let tables = upload_tables(cx, &config, self.positions)?;
+        Decoder::wire(config, params, None, tables, self.positions)
     }
 }
 
@@ -249,7 +252,7 @@ impl Decoder {
         config: ModelConfig,
         params: ParamSet,
         adapter: Option<Adapter>,
-        table: RopeTable,
+        tables: Vec<RopeTable>,
         positions: usize,
     ) -> Result<Decoder> {
         let fused = |layer, role| -> Result<Option<Tensor>> {
@@ -298,6 +301,7 @@ impl Decoder {
                     softcap: config.attention_softcap,
                     window: config.sliding_window[i],
                 },
+                rope: config.layer_rope[i],
             });
         }
         let embed = need(None, Role::Embed)?;
@@ -324,7 +328,7 @@ impl Decoder {
             final_norm,
             head,
             score_bias,
-            table,
+            tables,
             positions,
             wiring: Arc::new(()),
         })
@@ -332,7 +336,7 @@ impl Decoder {
 
     /// The model with an adapter on it (or, with None, without the one that it has).
     pub fn with_adapter(self, adapter: Option<Adapter>) -> Result<Decoder> {
-        Decoder::wire(self.config, self.params, adapter, self.table, self.positions)
+        Decoder::wire(self.config, self.params, adapter, self.tables, self.positions)
     }
 
     /// The parameters that training updates: the adapter's where there is one, else the model's.
@@ -358,7 +362,8 @@ impl Decoder {
             }
             None => {
                 let params = self.params.reference(cx)?;
-                Decoder::wire(self.config.clone(), params, None, self.table.clone(), self.positions)
+                let tables = self.tables.clone();
+                Decoder::wire(self.config.clone(), params, None, tables, self.positions)
             }
         }
     }
@@ -384,10 +389,22 @@ impl Decoder {
         if rest == 1.0 { Ok(x) } else { multiply(cx, &x, rest) }
     }
 
-    /// Makes the rope table cover sequences of `n` tokens.
+    /// Makes the rope tables cover sequences of `n` tokens. The first length that a model is given
+    /// (here or by its builder) chooses longrope's factors for good, since the results of a run must
+    /// not depend on what else it computes. Error: `n` needs the other factors.
     pub fn ensure_positions(&mut self, cx: &Cx, n: usize) -> Result<()> {
         if n > self.positions {
-            self.table = upload_table(cx, &self.config, n)?;
+            let flips = |r: &RopeConfig| r.is_long(n) && !r.is_long(self.positions);
+            if self.positions > 1 && self.config.ropes.iter().any(flips) {
+                let message = format!(
+                    "a sequence of {n} tokens: longrope was set up with its short factors, for \
+                     sequences of at most {} tokens, and one run uses one set of factors; limit \
+                     the length of all sequences, or let the longest come first",
+                    self.positions
+                );
+                return Err(Error::op("decoder", message));
+            }
+            self.tables = upload_tables(cx, &self.config, n)?;
             self.positions = n;
             self.wiring = Arc::new(());
         }
@@ -556,14 +573,15 @@ impl Decoder {
             _ => None,
         };
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
+        let table = layer.rope.map(|k| &self.tables[k]);
         let mixed = match keys {
             Keys::Batch(plan) => {
-                let qkv = rope(cx, &qkv, &self.table, positions, heads, kv_heads, norm)?;
+                let qkv = rope(cx, &qkv, table, positions, heads, kv_heads, norm)?;
                 attention(cx, &qkv, plan, shape)?
             }
             Keys::Cache(cache, step) => {
                 let (cache, slots) = (&cache.layers[i], &step.slots);
-                rope_append(cx, &qkv, cache, &self.table, positions, slots, heads, kv_heads, norm)?;
+                rope_append(cx, &qkv, cache, table, positions, slots, heads, kv_heads, norm)?;
                 attention_paged(
                     cx,
                     &qkv,
@@ -631,11 +649,20 @@ impl Projection {
     }
 }
 
-fn upload_table(cx: &Cx, config: &ModelConfig, positions: usize) -> Result<RopeTable> {
-    let (cos, sin) = rope_table(&config.rope, config.head_dim, positions);
-    let shape = [positions, config.head_dim / 2];
-    Ok(RopeTable {
-        cosine: Tensor::from_host(&cx.pool, "rope table", DType::F32, &shape, &cos)?,
-        sine: Tensor::from_host(&cx.pool, "rope table", DType::F32, &shape, &sin)?,
-    })
+fn upload_tables(cx: &Cx, config: &ModelConfig, positions: usize) -> Result<Vec<RopeTable>> {
+    let upload = |shape: &[usize], values: &[f32]| {
+        Tensor::from_host(&cx.pool, "rope table", DType::F32, shape, values)
+    };
+    let table = |rope: &RopeConfig| {
+        let long = rope.is_long(positions);
+        let (cos, sin) = rope_table(rope, config.head_dim, positions, long);
+        let shape = [positions, rope.turned(config.head_dim) / 2];
+        let scales = rope.query_scales(positions);
+        Ok(RopeTable {
+            cosine: upload(&shape, &cos)?,
+            sine: upload(&shape, &sin)?,
+            q_scale: scales.map(|scales| upload(&[positions], &scales)).transpose()?,
+        })
+    };
+    config.ropes.iter().map(table).collect()
 }

@@ -89,7 +89,10 @@ pub struct ModelConfig {
     /// `[num_layers]`. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of
     /// them with its own.
     pub sliding_window: Vec<Option<usize>>,
-    pub rope: RopeConfig,
+    /// The rope tables that layers choose from.
+    pub ropes: Vec<RopeConfig>,
+    /// `[num_layers]`: which of `ropes` turns the heads of a layer; None: nothing does.
+    pub layer_rope: Vec<Option<usize>>,
     pub attention_dropout: f32,
     pub initializer_range: f32,
     pub bos: Option<u32>,
@@ -151,10 +154,25 @@ impl ModelConfig {
         match proj {
             Proj::Q => (q, hidden),
             Proj::K | Proj::V => (kv, hidden),
+            Proj::Qkv => (q + 2 * kv, hidden),
             Proj::O => (hidden, q),
             Proj::Gate | Proj::Up => (mlp, hidden),
+            Proj::GateUp => (2 * mlp, hidden),
             Proj::Down => (hidden, mlp),
         }
+    }
+
+    /// The projections of a block, in the order in which they lie.
+    pub fn projections(&self) -> &'static [Proj] {
+        match self.family.fused_projections {
+            true => &[Proj::Qkv, Proj::O, Proj::GateUp, Proj::Down],
+            false => &[Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down],
+        }
+    }
+
+    /// The projections that share a leader's input, in the order in which they lie side by side.
+    pub fn group(&self, leader: Proj) -> impl Iterator<Item = Proj> + Clone + use<> {
+        self.projections().iter().copied().filter(move |p| p.leader() == leader)
     }
 }
 
@@ -178,18 +196,27 @@ pub struct Family {
     pub logits_divisor: Option<&'static str>, // its key; 1 where absent
     pub logits_softcap: SoftcapRule,
     pub window: WindowRule,
+    pub rope: RopeRule,
+    /// Whether q is scaled by its position: `llama_4_scaling_beta` of the rope settings.
+    pub query_scale: bool,
     /// The projection of attention that PEFT's IA3 scales, beside v_proj, where no targets are
     /// given.
     pub ia3_attention: &'static str,
+    /// q|k|v and gate|up are one module each, `qkv_proj` and `gate_up_proj`: for the folder, for
+    /// adapters, and for whatever else names projections.
+    pub fused_projections: bool,
     pub heads_divide_hidden: bool, // required even where head_dim is given
     pub default_kv_heads: Option<usize>, // None: as many as heads
     pub default_head_dim: Option<usize>, // None: hidden_size / heads
     pub default_max_positions: usize,
+    /// `original_max_position_embeddings`, where the config class has that field.
+    pub default_original_positions: Option<usize>,
+    pub default_theta: f64,
+    pub default_eps: f64,
+    pub default_tie: bool,
     pub default_bos: Option<u32>,
     pub default_eos: Option<u32>,
     pub default_pad: Option<u32>,
-    pub default_eps: f64,
-    pub default_tied: bool,
     /// What the names of its classifiers begin with, where it is not what the architecture begins
     /// with.
     pub classifier: Option<&'static str>,
@@ -198,7 +225,8 @@ pub struct Family {
 }
 
 impl Family {
-    /// Where a family is not told otherwise, it is as the first Llama was.
+    /// What most families have: a decoder without switches. A family names only what it has of its
+    /// own, `..Family::PLAIN`.
     pub const PLAIN: Family = Family {
         model_type: "",
         architecture: "",
@@ -217,15 +245,20 @@ impl Family {
         logits_softcap: SoftcapRule::Never,
         window: WindowRule::Ignored,
         ia3_attention: "k_proj",
+        rope: RopeRule::Every,
+        query_scale: false,
+        fused_projections: false,
         heads_divide_hidden: false,
         default_kv_heads: None,
         default_head_dim: None,
         default_max_positions: 2048,
-        default_bos: None,
-        default_eos: None,
-        default_pad: None,
+        default_original_positions: None,
+        default_theta: 1e4,
         default_eps: 1e-6,
-        default_tied: false,
+        default_tie: false,
+        default_bos: Some(1),
+        default_eos: Some(2),
+        default_pad: None,
         classifier: None,
         refused: None,
     };
@@ -296,14 +329,32 @@ pub enum SoftcapRule {
 pub enum WindowRule {
     /// None; the key, if there, is ignored.
     Ignored,
-    /// Every layer, unless the key is null; absent means this many positions.
-    Every { default: usize },
+    /// Every layer, unless the key is null; absent means this many positions, or no window.
+    Every { default: Option<usize> },
+    /// The layers that `layer_types` calls sliding, or without that key every layer, as `Every`.
+    Typed { default: usize },
     /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
     /// key those from `max_window_layers` on.
     Listed { default: usize, default_full_layers: usize },
     /// All layers but every `period`th (`key`, where the family has one), or what `layer_types`
     /// says.
     Pattern { default: usize, period: usize, key: Option<&'static str> },
+    /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
+    /// key those without rope.
+    WithoutRope,
+}
+
+/// Which layers have which rope.
+#[derive(Clone, Copy, Debug)]
+pub enum RopeRule {
+    /// One rope for all layers.
+    Every,
+    /// One rope; `no_rope_layers` has a 0 for a layer without it. Where the key is absent, each
+    /// `no_rope_layer_interval`th layer is without.
+    SomeLayers { default_interval: usize },
+    /// Full attention has `rope_theta` and `rope_scaling`, sliding attention has
+    /// `rope_local_base_freq` alone; or each has its `rope_parameters`.
+    ByLayerType { default_sliding_theta: f64 },
 }
 
 /// What a parameter does.
@@ -361,24 +412,28 @@ pub enum Proj {
     Gate,
     Up,
     Down,
+    /// q, k and v as one module.
+    Qkv,
+    /// gate and up as one module.
+    GateUp,
 }
 
 impl Proj {
-    pub const ALL: [Proj; 7] =
-        [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down];
+    /// Those that a block may have ([`ModelConfig::projections`] says which it has).
+    pub const ALL: [Proj; 9] = [
+        Proj::Q,
+        Proj::K,
+        Proj::V,
+        Proj::O,
+        Proj::Gate,
+        Proj::Up,
+        Proj::Down,
+        Proj::Qkv,
+        Proj::GateUp,
+    ];
 
     /// One of each group that shares an input.
     pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
-
-    /// The projections that share a leader's input, in the order in which they lie side by side.
-    pub fn group(self) -> &'static [Proj] {
-        match self {
-            Proj::Q => &[Proj::Q, Proj::K, Proj::V],
-            Proj::Gate => &[Proj::Gate, Proj::Up],
-            Proj::O => &[Proj::O],
-            _ => &[Proj::Down],
-        }
-    }
 
     /// The module's name in a block.
     pub fn module(self) -> &'static str {
@@ -390,16 +445,19 @@ impl Proj {
             Proj::Gate => "mlp.gate_proj",
             Proj::Up => "mlp.up_proj",
             Proj::Down => "mlp.down_proj",
+            Proj::Qkv => "self_attn.qkv_proj",
+            Proj::GateUp => "mlp.gate_up_proj",
         }
     }
 
+    /// The role of its weight; a fused module has that of its first part.
     pub fn role(self) -> Role {
         match self {
-            Proj::Q => Role::Q,
+            Proj::Q | Proj::Qkv => Role::Q,
             Proj::K => Role::K,
             Proj::V => Role::V,
             Proj::O => Role::O,
-            Proj::Gate => Role::Gate,
+            Proj::Gate | Proj::GateUp => Role::Gate,
             Proj::Up => Role::Up,
             Proj::Down => Role::Down,
         }
@@ -408,8 +466,8 @@ impl Proj {
     /// Whose input it shares: q, k and v read one input, so do gate and up.
     pub fn leader(self) -> Proj {
         match self {
-            Proj::K | Proj::V => Proj::Q,
-            Proj::Up => Proj::Gate,
+            Proj::K | Proj::V | Proj::Qkv => Proj::Q,
+            Proj::Up | Proj::GateUp => Proj::Gate,
             other => other,
         }
     }
@@ -475,7 +533,7 @@ impl ParamSpec {
 }
 
 /// Every parameter, in arena order: q, k, v weights side by side, so are their biases, and so are
-/// gate and up. A tied head is not a parameter: there is no [`Role::Head`] then.
+/// gate and up; in a family that fuses them they are one parameter. A tied head is not a parameter: there is no [`Role::Head`] then.
 pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
     let (hidden, mlp, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
     let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
@@ -489,6 +547,7 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
         Some(NormOver::Head) => (config.head_dim, config.head_dim),
         Some(NormOver::Heads) => (q, kv),
     };
+    let fused = config.family.fused_projections;
     let mut specs = Vec::new();
     let mut push = |layer: Option<usize>, role: Role, name: &str, shape: &[usize]| {
         let name = layer.map_or(name.to_string(), |i| format!("model.layers.{i}.{name}"));
@@ -502,9 +561,10 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
             }
         };
         layer(before, Role::InputNorm, "input_layernorm.weight", &[hidden]);
-        layer(true, Role::Q, "self_attn.q_proj.weight", &[q, hidden]);
-        layer(true, Role::K, "self_attn.k_proj.weight", &[kv, hidden]);
-        layer(true, Role::V, "self_attn.v_proj.weight", &[kv, hidden]);
+        layer(fused, Role::Q, "self_attn.qkv_proj.weight", &[q + 2 * kv, hidden]);
+        layer(!fused, Role::Q, "self_attn.q_proj.weight", &[q, hidden]);
+        layer(!fused, Role::K, "self_attn.k_proj.weight", &[kv, hidden]);
+        layer(!fused, Role::V, "self_attn.v_proj.weight", &[kv, hidden]);
         layer(config.qkv_bias, Role::QBias, "self_attn.q_proj.bias", &[q]);
         layer(config.qkv_bias, Role::KBias, "self_attn.k_proj.bias", &[kv]);
         layer(config.qkv_bias, Role::VBias, "self_attn.v_proj.bias", &[kv]);
@@ -514,8 +574,9 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
         layer(config.o_bias, Role::OBias, "self_attn.o_proj.bias", &[hidden]);
         layer(after, Role::AttentionOutNorm, "post_attention_layernorm.weight", &[hidden]);
         layer(before, Role::PostNorm, mlp_norm, &[hidden]);
-        layer(true, Role::Gate, "mlp.gate_proj.weight", &[mlp, hidden]);
-        layer(true, Role::Up, "mlp.up_proj.weight", &[mlp, hidden]);
+        layer(fused, Role::Gate, "mlp.gate_up_proj.weight", &[2 * mlp, hidden]);
+        layer(!fused, Role::Gate, "mlp.gate_proj.weight", &[mlp, hidden]);
+        layer(!fused, Role::Up, "mlp.up_proj.weight", &[mlp, hidden]);
         layer(config.mlp_bias, Role::GateBias, "mlp.gate_proj.bias", &[mlp]);
         layer(config.mlp_bias, Role::UpBias, "mlp.up_proj.bias", &[mlp]);
         layer(true, Role::Down, "mlp.down_proj.weight", &[hidden, mlp]);

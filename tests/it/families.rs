@@ -11,7 +11,8 @@ use temper::methods::offline::sft::{Sft, SftRun};
 use temper::model::batch::{Batch, Sequence};
 use temper::model::decoder::{Decoder, InitialWeights};
 use temper::model::folder::load_config;
-use temper::model::layout::{ModelConfig, NormPlace, expected_params};
+use temper::model::layout::{ModelConfig, NormPlace, Task, expected_params};
+use temper::model::rope::{RopeConfig, RopeKind};
 use temper::ops::case::Rng;
 use temper::ops::head::head_logps;
 use temper::ops::rmsnorm::NormWeight;
@@ -25,7 +26,7 @@ use temper::train::tuning::{prepare, scheme};
 use crate::support::{self, MODEL, bits, cpu, cpu_in, decoder, fixture, golden, words};
 
 /// The golden folders with the vocabulary of `sft/model`.
-const FAMILIES: [&str; 3] = ["gemma2", "granite", "olmo2"];
+const FAMILIES: [&str; 4] = ["gemma2", "gemma3", "granite", "olmo2"];
 const VOCAB: usize = 320;
 
 fn relative(a: f64, b: f64) -> f64 {
@@ -35,15 +36,14 @@ fn relative(a: f64, b: f64) -> f64 {
 #[test]
 fn families_of_other_blocks_train_as_trl_does() {
     let all: Value = support::json(fixture("family_sft.json"));
-    let all = all.as_object().unwrap();
-    assert_eq!(all.keys().map(String::as_str).collect::<Vec<_>>(), FAMILIES);
     let keys = "learning_rate=1e-3 per_device_train_batch_size=4 max_steps=20 \
                 train_sampling_strategy=sequential lr_scheduler_type=linear";
     let (run, _) = SftRun::load(None, &words(keys)).unwrap();
     let rows = support::rows("sft/text.jsonl");
     let mut report = String::new();
     let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
-    for (case, want) in all {
+    for case in FAMILIES {
+        let want = &all[case];
         let cx = cpu();
         let model = decoder(&cx, golden(case), 512);
         let (mut sft, _) =
@@ -241,6 +241,14 @@ fn layouts_say_what_sets_a_family_apart() {
     let root = 32f32.sqrt();
     assert_eq!(scale.factors(DType::F32), (root, 1.0));
     assert_eq!(scale.factors(DType::BF16), (5.65625, 1.0)); // the nearest bf16
+    let gemma = load("gemma3");
+    assert_eq!((gemma.attention_softcap, gemma.logits.softcap), (None, None));
+    assert_eq!(gemma.qk_norm, Some(NormOver::Head));
+    assert_eq!(gemma.sliding_window, [Some(16), None, Some(16), None]);
+    let ropes: Vec<&RopeConfig> =
+        gemma.layer_rope.iter().map(|rope| &gemma.ropes[rope.unwrap()]).collect();
+    assert!(ropes[0].theta == 1e4 && ropes[0].kind == RopeKind::Default);
+    assert!(ropes[1].theta == 1e6 && ropes[1].kind == RopeKind::Linear { factor: 8.0 });
     let granite = load("granite");
     assert_eq!(granite.embedding_scale.unwrap().factors(DType::BF16), (1.0, 3.0));
     assert_eq!((granite.attention_scale, granite.residual_scale), (0.2, 0.4));
@@ -281,11 +289,41 @@ fn gemma_2s_defaults_are_those_of_transformers() {
     }
 }
 
+/// As the hub's folders of Gemma 3 1B (v4 keys).
+#[test]
+fn gemma_3s_defaults_are_those_of_transformers() {
+    let raw = json!({
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 100,
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
+        "sliding_window_pattern": 3, "rope_theta": 1000000, "rope_local_base_freq": 10000,
+        "rope_scaling": { "rope_type": "linear", "factor": 8.0 },
+        "attn_logit_softcapping": null, "final_logit_softcapping": null
+    });
+    let read =
+        |raw: &Value| ModelConfig::from_json("config.json", raw.as_object().unwrap().clone());
+    let config = read(&raw).unwrap();
+    let full = [false, false, true, false, false, true, false];
+    assert_eq!(config.sliding_window, full.map(|f| (!f).then_some(512)));
+    let of = |i: usize| &config.ropes[config.layer_rope[i].unwrap()];
+    assert!(of(2).theta == 1e6 && of(2).kind == RopeKind::Linear { factor: 8.0 });
+    assert!(of(3).theta == 1e4 && of(3).kind == RopeKind::Default);
+    assert_eq!(config.logits.softcap, None);
+    assert_eq!(config.family.class(Task::CausalLm), "Gemma3ForCausalLM");
+    let reward = config.family.class(Task::SequenceClassification { labels: 1 });
+    assert_eq!(reward, "Gemma3TextForSequenceClassification");
+    let mut plain = raw.clone();
+    plain.as_object_mut().unwrap().retain(|k, _| !k.contains("slid") && !k.contains("rope"));
+    let config = read(&plain).unwrap();
+    assert_eq!(config.sliding_window.iter().filter(|w| w.is_none()).count(), 1); // every sixth
+    assert_eq!(config.sliding_window[0], Some(4096));
+}
+
 #[test]
 fn bottleneck_adapters_on_blocks_with_other_norms_are_refused() {
     let (run, _) = SftRun::load(None, &words("use_peft=true peft_type=seq_bn")).unwrap();
     let cx = cpu();
-    for (case, refused) in [("gemma2", true), ("olmo2", true), ("granite", false)] {
+    for (case, refused) in [("gemma3", true), ("olmo2", true), ("granite", false)] {
         let result =
             prepare(&cx, decoder(&cx, golden(case), 16), &run.peft, None, Path::new(MODEL), 1);
         match result {

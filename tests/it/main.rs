@@ -44,6 +44,7 @@ mod report;
 mod resume_inputs;
 mod rewards;
 mod rollout;
+mod rope_families;
 mod run_files;
 mod runs;
 mod score;

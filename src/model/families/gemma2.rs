@@ -33,7 +33,7 @@ pub const FAMILY: Family = Family {
     default_bos: Some(2),
     default_eos: Some(1),
     default_pad: Some(0),
-    default_tied: true,
+    default_tie: true,
     refused: Some("use_bidirectional_attention"),
     ..Family::PLAIN
 };

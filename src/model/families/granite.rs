@@ -15,7 +15,5 @@ pub const FAMILY: Family = Family {
     attention_scale: AttentionScaleRule::Key("attention_multiplier"),
     residual_scale: Some("residual_multiplier"),
     logits_divisor: Some("logits_scaling"),
-    default_bos: Some(1),
-    default_eos: Some(2),
     ..Family::PLAIN
 };

@@ -5,12 +5,17 @@
 //! file here and a line in [`FAMILIES`].
 
 mod gemma2;
+mod gemma3;
 mod granite;
 mod llama;
+mod ministral;
+mod ministral3;
 mod mistral;
 mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod smollm3;
 
 use crate::model::layout::Family;
 
@@ -23,6 +28,11 @@ pub const FAMILIES: &[&Family] = &[
     &granite::FAMILY,
     &olmo2::FAMILY,
     &gemma2::FAMILY,
+    &gemma3::FAMILY,
+    &ministral::FAMILY,
+    &ministral3::FAMILY,
+    &smollm3::FAMILY,
+    &phi3::FAMILY,
 ];
 
 /// The family of a `model_type` (`llama`) or of an architecture (`LlamaForCausalLM`).

@@ -15,6 +15,7 @@ pub const FAMILY: Family = Family {
     norm_weight: NormWeight::Once,
     norm_place: NormPlace::After,
     qk_norm: Some(NormOver::Heads),
+    default_bos: None,
     default_eos: Some(50279),
     default_pad: Some(1),
     default_eps: 1e-5,
