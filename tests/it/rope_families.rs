@@ -145,7 +145,8 @@ fn kinds() -> Vec<String> {
 }
 
 fn prepared(cx: &Cx, case: &str, run: &SftRun) -> Decoder {
-    let base = Decoder::folder(&golden(case)).unwrap().storage(scheme(&run.peft));
+    let dir = golden(case);
+    let base = Decoder::folder(&dir).unwrap().storage(scheme(&run.peft));
     let base = base.positions(128).build(cx).unwrap();
     prepare(cx, base, &run.peft, None, Path::new(MODEL), 42).unwrap()
 }
