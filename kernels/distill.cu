@@ -3,7 +3,7 @@
 //
 // Math     S, T the softmaxes of scale x logits, s, t their logarithms;  M = (1-b) S + b T;  KL(P, Q) = sum P log(P / Q)
 //          b = 0: KL(T, S)   b = 1: KL(S, T)   between: b KL(T, M) + (1-b) KL(S, M)
-//          d / dl_j = scale x:  b = 0: S_j - T_j   b = 1: S_j (s_j - t_j - KL(S, T))   between: (1-b) S_j (log(S_j/M_j) - KL(S, M))
+//          d / dz_j of the student = slope (1 - (l_j / softcap)^2) x (slope = scale / divisor; kernels/head.cu):  b = 0: S_j - T_j   b = 1: S_j (s_j - t_j - KL(S, T))   between: (1-b) S_j (log(S_j/M_j) - KL(S, M))
 // Shapes   student, teacher [rows, vocab] float (a chunk);  stats [rows, 5] float: maximum and log sum of each, KL(S, .);
 //          each, weight [rows] float;  dlogits [rows, vocab] real
 // Plan     A warp owns a slice of a row (common/logits.cuh) in each of three passes: maxima and sums, the divergence, the
@@ -124,13 +124,14 @@ KERNEL_WARP(distill_each)(float* each, INOUT(float) stats, const float* part, in
 // dlogits of the student: the row's weight times the gradient of its divergence
 KERNEL_WARP(distill_grad, HOT)(real* dlogits, const float* student, const float* teacher, const float* stats,
                                const float* weight, int rows, int vocab, int slices,
-                               float beta, float scale) {
+                               float beta, float scale, float slope, float softcap) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
   if (at.row >= rows) return;
   const long long row = at.row;
   const float *ls = student + row * vocab, *lt = teacher + row * vocab, *st = stats + DISTILL_STATS * row;
   const int begin = at.slice * LOGIT_SLICE, end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
-  const float ms = st[0], log_s = st[1], mt = st[2], log_t = st[3], center = st[4], up = weight[row] * scale;
+  const float ms = st[0], log_s = st[1], mt = st[2], log_t = st[3], center = st[4], up = weight[row] * slope;
+  const float part_of_cap = softcap > 0.f ? 1.f / softcap : 0.f;
   for (int i = begin + WCOL; i < end; i += WARP_STEP) {
     WarpPack s = load_row(ls, i, vocab, NEG_INF), t = load_row(lt, i, vocab, NEG_INF);
 #pragma unroll
@@ -144,7 +145,8 @@ KERNEL_WARP(distill_grad, HOT)(real* dlogits, const float* student, const float*
       } else {
         g = (1.f - beta) * exp_f(ps) * (ratios(pt - ps, beta).student - center);
       }
-      s.v[j] = up * g;
+      const float t = s.v[j] * part_of_cap;
+      s.v[j] = softcap > 0.f ? up * g * fmaf(-t, t, 1.f) : up * g;
     }
     store(dlogits + row * vocab + i, s, vocab - i);
   }

@@ -1,8 +1,10 @@
 // The rows of the language-model head: from logits to log-probs and their gradients. The products around it are matmul's.
 //
-// Math     l = scale * logits;  lse = log sum_j e^{l_j};  logp = l_t - lse;  p = e^{l - lse};  H = lse - sum_j p_j l_j
+// Math     logits = z / divisor, or c tanh(z / (divisor c)) with a softcap c, of the products z (map_logits, in place);
+//          l = scale * logits;  lse = log sum_j e^{l_j};  logp = l_t - lse;  p = e^{l - lse};  H = lse - sum_j p_j l_j
 //          d logp / d l_j = 1[j = t] - p_j;   d H / d l_j = -p_j (l_j - lse + H)
-//          head_grad: dl_j = scale * ( a (1[j=t] - p_j) - b p_j (l_j - lse + H) ), a, b the upstreams of logp and H
+//          head_grad: dz_j = slope * (1 - (logits_j / c)^2) * ( a (1[j=t] - p_j) - b p_j (l_j - lse + H) ), slope =
+//          scale / divisor, a, b the upstreams of logp and H; without a softcap the middle factor is 1
 // Shapes   logits [rows, vocab] float (a chunk of all rows); part [rows, HEAD_PARTS, slices] float: of each slice of a row
 //          max l, sum e^d, sum e^d d, sum e^2d with d = l - max; target, best [rows] int; logp, lse, entropy, a, b [rows]
 //          float; dlogits [rows, vocab] real
@@ -16,6 +18,19 @@
 //          warp a row 30.4), gradient 5.02 ms (2.97 TB/s; predicted 5.1; with a warp a row 9.7). What the figures lack
 //          is head_stats: 12 us a chunk of 883 rows.
 #include "common/logits.cuh"
+
+// Logits from the products, in place: the same bits for the trainer's head and the sampler.
+KERNEL_FLAT(map_logits)(INOUT(float) logits, long long n, float divisor, float softcap) {
+  const long long i = FLAT_INDEX * V;
+  if (i >= n) return;
+  FlatPack z = load<V>(logits + i, n - i);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    z.v[j] = z.v[j] / divisor;
+    if (softcap > 0.f) z.v[j] = softcap * tanh_f(z.v[j] / softcap);
+  }
+  store(logits + i, z, n - i);
+}
 
 // Floats that head_slices leaves of each slice.
 EXPORT(int, HEAD_PARTS, 4);
@@ -87,17 +102,18 @@ KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) e
 // dlogits of each slice of each row from the upstreams a (of logp) and b (of the entropy, or null)
 KERNEL_WARP(head_grad, HOT)(real* dlogits, const float* logits, const int* target, const float* lse,
                             MAYBE(const float) entropy, const float* a, MAYBE(const float) b, int rows, int vocab, int slices,
-                            float scale) {
+                            float scale, float slope, float softcap) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
   if (at.row >= rows) return;
   const float* l = logits + at.row * vocab;
   real* dl = dlogits + at.row * vocab;
   const int t = target[at.row], begin = at.slice * LOGIT_SLICE;
   const int end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
-  const float norm = lse[at.row], up = a[at.row] * scale;
-  const float h = b ? entropy[at.row] : 0.f, ue = b ? b[at.row] * scale : 0.f;
+  const float norm = lse[at.row], up = a[at.row] * slope, part_of_cap = softcap > 0.f ? 1.f / softcap : 0.f;
+  const float h = b ? entropy[at.row] : 0.f, ue = b ? b[at.row] * slope : 0.f;
   for (int i = begin + WCOL; i < end; i += WARP_STEP) {
     WarpPack v = load_row(l, i, vocab, NEG_INF), g;
+    const WarpPack logit = v;
 #pragma unroll
     for (int j = 0; j < WV; ++j) {
       v.v[j] = fmaf(v.v[j], scale, -norm);
@@ -113,6 +129,13 @@ KERNEL_WARP(head_grad, HOT)(real* dlogits, const float* logits, const int* targe
     }
 #pragma unroll
     for (int j = 0; j < WV; ++j) g.v[j] = b ? fmaf(up, g.v[j], v.v[j]) : up * g.v[j];
+    if (softcap > 0.f) {
+#pragma unroll
+      for (int j = 0; j < WV; ++j) {
+        const float t = logit.v[j] * part_of_cap;
+        g.v[j] *= fmaf(-t, t, 1.f);
+      }
+    }
     store(dl + i, g, vocab - i);
   }
 }

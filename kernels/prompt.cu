@@ -1,18 +1,25 @@
 // Token embedding with a learned prompt: rows of a second table for the ids past the vocabulary.
 //
-// Math     y[i] = w[ids[i]] for ids[i] < vocab, else p[ids[i] - vocab]
+// Math     y[i] = scale w[ids[i]] for ids[i] < vocab, else p[ids[i] - vocab]
 //          dw, dp: embedding_bwd (kernels/embedding.cu) over the distinct ids of each table
 //          (Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021)
 // Shapes   w [vocab, d], p [virtual tokens, d] real; ids [n] int; y [n, d] real
 // Plan     a warp copies one row.
-// Numerics moves are exact.
+// Numerics moves are exact; a scaled row is rounded to real.
 // Cost     2 n d sizeof(real). *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/warp.cuh"
 
-KERNEL_WARP(prompt_gather)(real* y, const real* w, const real* p, const int* ids, int n, int vocab, int d) {
+KERNEL_WARP(prompt_gather)(real* y, const real* w, const real* p, const int* ids, int n, int vocab, int d,
+                           float scale) {
   const long long i = WARP_INDEX;
   if (i >= n) return;
   const int id = ids[i];
   const real* from = id < vocab ? w + (long long)id * d : p + (long long)(id - vocab) * d;
-  for (int c = WCOL; c < d; c += WARP_STEP) store(y + i * d + c, load_row(from, c, d), d - c);
+  const float by = id < vocab ? scale : 1.f;
+  for (int c = WCOL; c < d; c += WARP_STEP) {
+    WarpPack v = load_row(from, c, d);
+#pragma unroll
+    for (int j = 0; j < WV; ++j) v.v[j] *= by;
+    store(y + i * d + c, v, d - c);
+  }
 }

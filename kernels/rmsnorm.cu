@@ -1,7 +1,7 @@
 // Root mean square norm, plain or with the residual addition that stands before it in every block.
 //
-// Math     s = x (+ r);  rstd = 1/sqrt(mean(s^2) + eps);  y = w * (s * rstd)
-//          Backward, with h = s * rstd, e = dy * w:  ds = rstd * (e - h * mean(e * h)) + dsum;  dw = sum_rows dy * h
+// Math     s = x (+ r);  rstd = 1/sqrt(mean(s^2) + eps);  y = (w + plus) * (s * rstd), plus 0, or 1 for Gemma
+//          Backward, with h = s * rstd, e = dy * (w + plus):  ds = rstd * (e - h * mean(e * h)) + dsum;  dw = sum_rows dy * h
 //          (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019)
 // Shapes   x, r, s, y, dy, ds [rows, d] real;  w [d] real;  rstd [rows] float;  dw [d] float
 // Plan     A warp owns a row. D > 0: it holds the row in registers, D packs a lane, all of whose loads are under way at
@@ -9,8 +9,8 @@
 //          for CPUs and for rows of other lengths, reads a row twice (the second read hits the cache) and leaves dw to
 //          rmsnorm_dw, where a warp owns 32 V columns of `per` rows. The partial sums are the same either way; sum_partials
 //          (reduce.cu) adds them in order. No atomics.
-// Numerics Sums in float. s is rounded to real when stored, h is rounded to real before the product with w (as
-//          transformers does), y when stored.
+// Numerics Sums in float. s is rounded to real when stored, h is rounded to real before the product with w (with `once` it
+//          is not: each as transformers does for its family), y when stored.
 // Cost     2 d (4 d with residual) x sizeof(real) bytes a row forward, 3 d (4 d with dsum) backward with dw, which adds 8 d / per
 //          bytes of partial sums. H100, 2026-11-27, bf16, with residual and dsum, of copy speed (2.88 TB/s): forward 16,384 x
 //          896 92% (43.9 us; with D=0 81%), 8,192 x 1,536 90%; a launch of 256 rows in a graph 2.55 us (D=0: 8.1 us by ncu).
@@ -31,9 +31,12 @@ struct RowPacks {
   DEVICE_MEMBER WarpPack operator[](int k) const { return values(p[k]); }
 };
 
+// y before it is rounded, from h and w.
+DEVICE float weighted(float h, float w, float plus, int once) { return (w + plus) * (once ? h : round_real(h)); }
+
 // y, rstd of each row of x; with `res` the norm is of x + res, which is written to `sum`.
 KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* rstd, const real* x, MAYBE(const real) res,
-                                               const real* w, int rows, int d, float eps) {
+                                               const real* w, int rows, int d, float eps, float plus, int once) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
   const long long at = row * d;
@@ -60,7 +63,7 @@ KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* 
       WarpPack v = s[k];
       const WarpPack f = g[k];
 #pragma unroll
-      for (int j = 0; j < WV; ++j) v.v[j] = f.v[j] * round_real(v.v[j] * scale);
+      for (int j = 0; j < WV; ++j) v.v[j] = weighted(v.v[j] * scale, f.v[j], plus, once);
       put(y + at + k * WARP_STEP + WCOL, packed<real>(v), d - k * WARP_STEP - WCOL);
     }
   } else {
@@ -81,7 +84,7 @@ KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* 
     for (int i = WCOL; i < d; i += WARP_STEP) {
       WarpPack s = load_row(s_row, i, d), g = load_row(w, i, d);
 #pragma unroll
-      for (int j = 0; j < WV; ++j) s.v[j] = g.v[j] * round_real(s.v[j] * scale);
+      for (int j = 0; j < WV; ++j) s.v[j] = weighted(s.v[j] * scale, g.v[j], plus, once);
       store(y + at + i, s, d - i);
     }
   }
@@ -91,7 +94,7 @@ KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* 
 // rows, and with `partial` (not in D=0) writes there the sum of dy * h over them.
 KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, const real* dy, MAYBE(const real) dsum,
                                                const real* s, const real* w, const float* rstd, int rows, int d, int per,
-                                               int accumulate) {
+                                               int accumulate, float plus) {
   const long long warp = WARP_INDEX;
   const long long first = warp * per, end = first + per < rows ? first + per : rows;
   if (first >= rows) return;
@@ -108,7 +111,7 @@ KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, con
 #pragma unroll
         for (int j = 0; j < WV; ++j) {
           const float norm = b.v[j] * scale;
-          dot.v[j] = fmaf(a.v[j] * f.v[j], norm, dot.v[j]);
+          dot.v[j] = fmaf(a.v[j] * (f.v[j] + plus), norm, dot.v[j]);
           if (partial) dw[k].v[j] = fmaf(a.v[j], norm, dw[k].v[j]);
         }
       }
@@ -119,7 +122,7 @@ KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, con
         const WarpPack b = h[k], f = g[k];
         if (dsum) more = up[k];
 #pragma unroll
-        for (int j = 0; j < WV; ++j) a.v[j] = scale * (a.v[j] * f.v[j] - b.v[j] * scale * mean) + more.v[j];
+        for (int j = 0; j < WV; ++j) a.v[j] = scale * (a.v[j] * (f.v[j] + plus) - b.v[j] * scale * mean) + more.v[j];
         const int i = k * WARP_STEP + WCOL;
         if (accumulate) {
           const WarpPack old = values(fetch<WV>((const real*)ds + at + i, d - i));
@@ -144,7 +147,7 @@ KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, con
       for (int i = WCOL; i < d; i += WARP_STEP) {
         WarpPack e = load_row(dy + at, i, d), g = load_row(w, i, d), h = load_row(s + at, i, d);
 #pragma unroll
-        for (int j = 0; j < WV; ++j) dot.v[j] = fmaf(e.v[j] * g.v[j], h.v[j] * scale, dot.v[j]);
+        for (int j = 0; j < WV; ++j) dot.v[j] = fmaf(e.v[j] * (g.v[j] + plus), h.v[j] * scale, dot.v[j]);
       }
       const float mean = pack_sum(dot) / (float)d;
       for (int i = WCOL; i < d; i += WARP_STEP) {
@@ -152,7 +155,7 @@ KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, con
         WarpPack up = {};
         if (dsum) up = load_row(dsum + at, i, d);
 #pragma unroll
-        for (int j = 0; j < WV; ++j) e.v[j] = scale * (e.v[j] * g.v[j] - h.v[j] * scale * mean) + up.v[j];
+        for (int j = 0; j < WV; ++j) e.v[j] = scale * (e.v[j] * (g.v[j] + plus) - h.v[j] * scale * mean) + up.v[j];
         store(ds + at + i, e, d - i, accumulate);
       }
     }

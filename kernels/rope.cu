@@ -1,16 +1,25 @@
-// Rotary position embedding on q and k, with the optional norm of each head before it (Qwen3's qk-norm).
+// Rotary position embedding on q and k, with the optional norm before it: of each head (Qwen3's and Gemma 3's qk-norm), or
+// of all heads of q and of all heads of k (OLMo 2's).
 //
-// Math     n = wq * h, h = x * rstd, rstd = 1/sqrt(mean(x^2) + eps) over a head (if normed; else n = x)
+// Math     n = (wq + plus) * h, h = x * rstd, rstd = 1/sqrt(mean(x^2) + eps) over a head, or (`whole`) over all of them
+//          (if normed; else n = x); plus is 0, or 1 for Gemma
 //          y1 = n1 cos - n2 sin, y2 = n2 cos + n1 sin for the halves n1, n2 of a head   (Su et al., RoFormer, 2021;
 //          halves as in GPT-NeoX and transformers' rotate_half); v is copied
-// Shapes   x, y [rows, (heads + 2 kv) * dim] real, q|k|v side by side; cos, sin [positions, dim/2] float;
-//          position [rows] int; wq, wk [dim] real; rstd [rows, heads + kv] float
+//          Of a head only the first `turned` values may turn, their halves against each other: all (turned = dim), a part
+//          (Phi-4-mini), none (turned = 0, SmolLM3's layers without rope). q may be multiplied by a number of its position
+//          (Ministral 3).
+// Shapes   x, y [rows, (heads + 2 kv) * dim] real, q|k|v side by side; cos, sin [positions, turned/2] float;
+//          q_scale [positions] float; position [rows] int; wq, wk [dim] real, whole [heads dim], [kv dim]; rstd [rows,
+//          heads + kv] float
 //          rope_append, for generation: q is rotated in place, k (rotated) and v go to a row of the cache instead, 2 kv
 //          dim wide, k|v; slots [rows] int say which row, -1: none
 // Plan     rope_apply: a thread owns V pairs (or V values of v) of ROPE_HEADS neighbouring heads, which turn by the same
-//          angles (of one head, where a half is no whole packs). Norm statistics, the normed backward and
-//          rope_append: a warp owns a head. dw: a warp sums 64 heads, sum_partials adds the partials.
-// Numerics float; h and n are rounded to real (as transformers does), y when stored. The backward rotates by -angle.
+//          angles (of one head, where a half is no whole packs). What does not turn lies in two halves, too, so a thread has
+//          pairs of either kind. Whole heads that only turn have kernels of their own (without MORE). Norm statistics, the normed
+//          backward and rope_append: a warp owns a head (`whole`: all heads of q, or of k; rope_append gets its rstd from
+//          head_rstd then, since q is rotated in place). dw: a warp sums 64 heads, sum_partials adds the partials.
+// Numerics float; h (unless `once`) and n are rounded to real (as transformers does), y when stored (q once, turned and
+//          scaled; transformers rounds between the two). The backward rotates by -angle.
 //          rope_append calls the functions that rope_apply and head_rstd call: its values have their bits.
 // Cost     2 (heads + 2 kv) dim sizeof(real) bytes a row. H100, 2026-11-27, of copy speed: rope_apply 83% at
 //          16,384 rows of 14 + 4 heads of 64 (31.6 us; with a head a thread 69%), 93% at 12 + 4 heads of 128, 69% at 16 + 16
@@ -39,14 +48,54 @@ DEVICE FlatPack half_pack(const T* p, int n) {
   return WHOLE ? values(fetch<V>(p, n)) : load<V>(p, n);
 }
 
-// A pack of pairs (a, b) of a head, from pair i on: n = w * (x * rstd).
+// The pairs of a head that a pack holds: values a + j and b + j of the head, j < n; `angle` is that of the first, -1: they
+// stay.
+struct HeadPairs {
+  int a, b, n, angle;
+};
+template <bool MORE>
+DEVICE HeadPairs head_pairs(int pack, int dim, int turned) {
+  if (!MORE) turned = dim;
+  const int half = turned / 2, packs = (half + V - 1) / V, i = pack * V;
+  if (!MORE || pack < packs) return {i, i + half, half - i, i};
+  const int rest = (dim - turned) / 2, j = (pack - packs) * V;
+  return {turned + j, turned + j + rest, rest - j, -1};
+}
+template <bool MORE>
+DEVICE int packs_of_head(int dim, int turned) {
+  if (!MORE) return (dim / 2 + V - 1) / V;
+  return (turned / 2 + V - 1) / V + ((dim - turned) / 2 + V - 1) / V;
+}
+
+// What one norm is taken over: a head of q or k, or (whole) all of q or all of k.
+struct NormPart {
+  long long row;
+  int head, width;  // the first head, and how many values
+};
+DEVICE NormPart norm_part(long long item, int heads, int kv, int dim, int whole) {
+  const int parts = whole ? 2 : heads + kv, part = (int)(item % parts);
+  if (!whole) return {item / parts, part, dim};
+  return {item / parts, part ? heads : 0, (part ? kv : heads) * dim};
+}
+
+// The weights of a head: of all heads the same, or (whole) its own.
+DEVICE const real* head_weights(const real* wq, const real* wk, int head, int heads, int dim, int whole) {
+  const real* w = head < heads ? wq : wk;
+  return whole ? w + (head < heads ? head : head - heads) * dim : w;
+}
+
+// A pack of pairs (a, b) of a head: n = (w + plus) * (x * rstd).
+DEVICE float normed(float x, float w, float rstd, float plus, int once) {
+  const float h = x * rstd;
+  return round_real((w + plus) * (once ? h : round_real(h)));
+}
 template <bool WHOLE = false>
-DEVICE void norm_pairs(FlatPack& a, FlatPack& b, const real* w, int i, int half, float rstd) {
-  FlatPack wa = half_pack<WHOLE>(w + i, half - i), wb = half_pack<WHOLE>(w + half + i, half - i);
+DEVICE void norm_pairs(FlatPack& a, FlatPack& b, const real* w, const HeadPairs& at, float rstd, float plus, int once) {
+  FlatPack wa = half_pack<WHOLE>(w + at.a, at.n), wb = half_pack<WHOLE>(w + at.b, at.n);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    a.v[j] = round_real(wa.v[j] * round_real(a.v[j] * rstd));
-    b.v[j] = round_real(wb.v[j] * round_real(b.v[j] * rstd));
+    a.v[j] = normed(a.v[j], wa.v[j], rstd, plus, once);
+    b.v[j] = normed(b.v[j], wb.v[j], rstd, plus, once);
   }
 }
 
@@ -59,51 +108,59 @@ DEVICE void rotate(FlatPack& a, FlatPack& b, const FlatPack& c, const FlatPack& 
     a.v[j] = first;
   }
 }
-DEVICE void rotate_pairs(FlatPack& a, FlatPack& b, const float* cosine, const float* sine, int n, float sign) {
-  rotate(a, b, load<V>(cosine, n), load<V>(sine, n), sign);
+DEVICE void scale_pairs(FlatPack& a, FlatPack& b, float by) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) a.v[j] *= by, b.v[j] *= by;
 }
 
-// rstd of each q and k head
-KERNEL_WARP(head_rstd)(float* rstd, const real* x, int rows, int heads, int kv, int dim, float eps) {
-  const long long item = WARP_INDEX;
-  const int normed = heads + kv;
-  if (item >= (long long)rows * normed) return;
-  const float scale = rstd_of_head(x + item / normed * (heads + 2 * kv) * dim + item % normed * dim, dim, eps);
-  if (LANE == 0) rstd[item] = scale;
+// rstd of each q and k head; whole: of all q heads the same, and of all k heads
+KERNEL_WARP(head_rstd)(float* rstd, const real* x, int rows, int heads, int kv, int dim, int whole, float eps) {
+  const NormPart part = norm_part(WARP_INDEX, heads, kv, dim, whole);
+  if (part.row >= rows) return;
+  const float scale = rstd_of_head(x + (part.row * (heads + 2 * kv) + part.head) * dim, part.width, eps);
+  float* to = rstd + part.row * (heads + kv) + part.head;
+  for (int i = LANE; i < part.width / dim; i += LANES) to[i] = scale;
 }
 
-// y = rotated (and normed, with rstd) x. sign -1 rotates back. Bit 0 of D: add to y; bit 1: halves are whole packs.
-KERNEL_FLAT(rope_apply, D=0,1,2,3)(real* y, const real* x, const float* cosine, const float* sine, const int* position,
-                                   MAYBE(const float) rstd, MAYBE(const real) wq, MAYBE(const real) wk, int rows,
-                                   int heads, int kv, int dim, float sign) {
-  constexpr bool ADD = D & 1, WHOLE = D & 2;
+// y = rotated (and normed, with rstd) x. sign -1 rotates back. Bit 0 of D: add to y; bit 1: halves are whole packs; bit 2,
+// MORE: not all of a head turns, or q is scaled.
+KERNEL_FLAT(rope_apply, D=0,1,2,3,4,5,6,7)(real* y, const real* x, MAYBE(const float) cosine, MAYBE(const float) sine,
+                                           MAYBE(const float) q_scale, const int* position, MAYBE(const float) rstd,
+                                           MAYBE(const real) wq, MAYBE(const real) wk, int rows, int heads, int kv, int dim,
+                                           int turned, int whole, float plus, int once, float sign) {
+  constexpr bool ADD = D & 1, WHOLE = D & 2, MORE = D & 4;
   constexpr int HEADS = WHOLE ? ROPE_HEADS : 1;
-  const int half = dim / 2, packs = (half + V - 1) / V, all = heads + 2 * kv, rotated = heads + kv;
+  const int packs = packs_of_head<MORE>(dim, turned), all = heads + 2 * kv, rotated = heads + kv;
   const int threads = packs * ((all + HEADS - 1) / HEADS);  // of a row
   const long long item = FLAT_INDEX, row = item / threads;
   if (row >= rows) return;
-  const int rest = (int)(item - row * threads), first = rest / packs * HEADS, i = rest % packs * V, n = half - i;
-  const long long at = (row * all + first) * dim + i, p = (long long)position[row] * half + i;
+  const int rest = (int)(item - row * threads), first = rest / packs * HEADS;
+  const HeadPairs at = head_pairs<MORE>(rest % packs, dim, turned);
+  const long long head0 = (row * all + first) * dim;
   FlatPack a[HEADS], b[HEADS], c = {}, s = {};
 #pragma unroll
   for (int k = 0; k < HEADS; ++k) {
-    const int there = first + k < all ? n : 0;
-    a[k] = half_pack<WHOLE>(x + at + k * dim, there);
-    b[k] = half_pack<WHOLE>(x + at + k * dim + half, there);
+    const int there = first + k < all ? at.n : 0;
+    a[k] = half_pack<WHOLE>(x + head0 + k * dim + at.a, there);
+    b[k] = half_pack<WHOLE>(x + head0 + k * dim + at.b, there);
   }
-  if (first < rotated) {
-    c = half_pack<WHOLE>(cosine + p, n);
-    s = half_pack<WHOLE>(sine + p, n);
+  const bool turns = !MORE || at.angle >= 0;
+  if (first < rotated && turns) {
+    const long long p = (long long)position[row] * ((MORE ? turned : dim) / 2) + at.angle;
+    c = half_pack<WHOLE>(cosine + p, at.n);
+    s = half_pack<WHOLE>(sine + p, at.n);
   }
 #pragma unroll
   for (int k = 0; k < HEADS; ++k) {
-    const int head = first + k, there = head < all ? n : 0;
+    const int head = first + k, there = head < all ? at.n : 0;
     if (head < rotated) {
       if (rstd)
-        norm_pairs<WHOLE>(a[k], b[k], head < heads ? wq : wk, i, half, rstd[row * rotated + head]);
-      rotate(a[k], b[k], c, s, sign);
+        norm_pairs<WHOLE>(a[k], b[k], head_weights(wq, wk, head, heads, dim, whole), at, rstd[row * rotated + head], plus,
+                          once);
+      if (turns) rotate(a[k], b[k], c, s, sign);
+      if (MORE && q_scale && head < heads) scale_pairs(a[k], b[k], q_scale[position[row]]);
     }
-    real *to = y + at + k * dim, *other = to + half;
+    real *to = y + head0 + k * dim + at.a, *other = y + head0 + k * dim + at.b;
     if constexpr (WHOLE) {
       if (ADD) {
         const FlatPack more = half_pack<true>((const real*)to, there), too = half_pack<true>((const real*)other, there);
@@ -113,18 +170,21 @@ KERNEL_FLAT(rope_apply, D=0,1,2,3)(real* y, const real* x, const float* cosine, 
       put(to, packed<real>(a[k]), there);
       put(other, packed<real>(b[k]), there);
     } else {
-      store(to, a[k], n, ADD);
-      store(other, b[k], n, ADD);
+      store(to, a[k], at.n, ADD);
+      store(other, b[k], at.n, ADD);
     }
   }
 }
 
-// Rotates (D=1: and norms) the q heads of qkv in place and writes k (rotated) and v of each row to row slots[row] of the
-// cache; slot -1: nowhere. A head is read whole (the sum needs it) before any of it is written.
-KERNEL_WARP(rope_append, D=0,1)(INOUT(real) qkv, INOUT(real) cache, const float* cosine, const float* sine,
-                                const int* position, const int* slots, MAYBE(const real) wq, MAYBE(const real) wk, int rows,
-                                int heads, int kv, int dim, float eps) {
-  const int half = dim / 2, all = heads + 2 * kv;
+// Rotates (bit 0 of D: and norms) the q heads of qkv in place and writes k (rotated) and v of each row to row slots[row] of the
+// cache; slot -1: nowhere. A head is read whole (the sum needs it) before any of it is written; `norms`, head_rstd's,
+// where the norm is over all heads. Bit 1 of D: MORE, as above.
+KERNEL_WARP(rope_append, D=0,1,2,3)(INOUT(real) qkv, INOUT(real) cache, MAYBE(const float) cosine, MAYBE(const float) sine,
+                                    MAYBE(const float) q_scale, const int* position, const int* slots, MAYBE(const float) norms,
+                                    MAYBE(const real) wq, MAYBE(const real) wk, int rows, int heads, int kv, int dim, int turned,
+                                    float eps, float plus, int once) {
+  constexpr bool NORM = D & 1, MORE = D & 2;
+  const int all = heads + 2 * kv;
   const long long item = WARP_INDEX, row = item / all;
   const int head = (int)(item % all);
   if (row >= rows) return;
@@ -134,49 +194,55 @@ KERNEL_WARP(rope_append, D=0,1)(INOUT(real) qkv, INOUT(real) cache, const float*
     const int slot = slots[row];
     if (slot < 0) return;
     to = cache + (long long)slot * 2 * kv * dim + (head - heads) * dim;
+  } else if (MORE && !NORM && turned == 0 && !q_scale) {
+    return;  // q stays as it is
   }
   const bool rotated = head < heads + kv;
   float rstd = 1.f;
-  if (D == 1 && rotated) rstd = rstd_of_head(x, dim, eps);
-  const long long p = (long long)position[row] * half;
-  for (int i = LANE * V; i < half; i += LANES * V) {
-    const int n = half - i;
-    FlatPack a = load<V>(x + i, n), b = load<V>(x + half + i, n);
-    if (D == 1 && rotated) norm_pairs(a, b, head < heads ? wq : wk, i, half, rstd);
-    if (rotated) rotate_pairs(a, b, cosine + p + i, sine + p + i, n, 1.f);
-    store(to + i, a, n);
-    store(to + half + i, b, n);
+  if (NORM && rotated) rstd = norms ? norms[row * (heads + kv) + head] : rstd_of_head(x, dim, eps);
+  const long long p = (long long)position[row] * ((MORE ? turned : dim) / 2);
+  const int packs = packs_of_head<MORE>(dim, turned);
+  for (int pack = LANE; pack < packs; pack += LANES) {
+    const HeadPairs at = head_pairs<MORE>(pack, dim, turned);
+    FlatPack a = load<V>(x + at.a, at.n), b = load<V>(x + at.b, at.n);
+    if (NORM && rotated) norm_pairs(a, b, head_weights(wq, wk, head, heads, dim, norms ? 1 : 0), at, rstd, plus, once);
+    if (rotated && (!MORE || at.angle >= 0))
+      rotate(a, b, load<V>(cosine + p + at.angle, at.n), load<V>(sine + p + at.angle, at.n), 1.f);
+    if (MORE && q_scale && head < heads) scale_pairs(a, b, q_scale[position[row]]);
+    store(to + at.a, a, at.n);
+    store(to + at.b, b, at.n);
   }
 }
 
 // dx of the normed heads, in place: on entry d holds the gradient of n (already rotated back), for q and k
 KERNEL_WARP(head_norm_bwd)(INOUT(real) d, const real* x, const float* rstd, const real* wq, const real* wk, int rows,
-                           int heads, int kv, int dim) {
-  const long long item = WARP_INDEX;
-  const int normed = heads + kv, head = (int)(item % normed);
-  if (item >= (long long)rows * normed) return;
-  const long long at = item / normed * (heads + 2 * kv) * dim + (long long)head * dim;
-  const real* w = head < heads ? wq : wk;
-  const float scale = rstd[item];
+                           int heads, int kv, int dim, int whole, float plus) {
+  const NormPart part = norm_part(WARP_INDEX, heads, kv, dim, whole);
+  if (part.row >= rows) return;
+  const long long at = (part.row * (heads + 2 * kv) + part.head) * dim;
+  const int width = part.width;
+  const real* w = part.head < heads ? wq : wk;
+  const float scale = rstd[part.row * (heads + kv) + part.head];
   WarpPack dot = {};
-  for (int i = WCOL; i < dim; i += WARP_STEP) {
-    WarpPack e = load_row(d + at, i, dim), g = load_row(w, i, dim), h = load_row(x + at, i, dim);
+  for (int i = WCOL; i < width; i += WARP_STEP) {
+    WarpPack e = load_row(d + at, i, width), g = load_row(w, i, width), h = load_row(x + at, i, width);
 #pragma unroll
-    for (int j = 0; j < WV; ++j) dot.v[j] = fmaf(e.v[j] * g.v[j], h.v[j] * scale, dot.v[j]);
+    for (int j = 0; j < WV; ++j) dot.v[j] = fmaf(e.v[j] * (g.v[j] + plus), h.v[j] * scale, dot.v[j]);
   }
-  const float mean = pack_sum(dot) / (float)dim;
-  for (int i = WCOL; i < dim; i += WARP_STEP) {
-    WarpPack e = load_row(d + at, i, dim), g = load_row(w, i, dim), h = load_row(x + at, i, dim);
+  const float mean = pack_sum(dot) / (float)width;
+  for (int i = WCOL; i < width; i += WARP_STEP) {
+    WarpPack e = load_row(d + at, i, width), g = load_row(w, i, width), h = load_row(x + at, i, width);
 #pragma unroll
-    for (int j = 0; j < WV; ++j) e.v[j] = scale * (e.v[j] * g.v[j] - h.v[j] * scale * mean);
-    store(d + at + i, e, dim - i);
+    for (int j = 0; j < WV; ++j) e.v[j] = scale * (e.v[j] * (g.v[j] + plus) - h.v[j] * scale * mean);
+    store(d + at + i, e, width - i);
   }
 }
 
-// partial[chunk] = sum of d * h over 64 of the (row, head) pairs of q (first 0, count heads) or k (first heads, count kv)
+// partial[chunk] = sum of d * h over 64 of the (row, head) pairs of q (first 0, count heads) or k (first heads, count kv); a
+// norm over all heads has one of them, as wide as they are together
 KERNEL_WARP(head_norm_dw)(float* partial, const real* d, const real* x, const float* rstd, int rows, int heads, int kv,
-                          int dim, int first, int count) {
-  const int steps = (dim + WARP_STEP - 1) / WARP_STEP;
+                          int dim, int first, int count, int width) {
+  const int steps = (width + WARP_STEP - 1) / WARP_STEP;
   const long long warp = WARP_INDEX, items = (long long)rows * count;
   const long long chunk = warp / steps;
   const int i = (int)(warp % steps) * WARP_STEP + WCOL;
@@ -188,9 +254,9 @@ KERNEL_WARP(head_norm_dw)(float* partial, const real* d, const real* x, const fl
     const int head = first + (int)(item % count);
     const long long at = row * (heads + 2 * kv) * dim + (long long)head * dim;
     const float scale = rstd[row * (heads + kv) + head];
-    WarpPack e = load_row(d + at, i, dim), h = load_row(x + at, i, dim);
+    WarpPack e = load_row(d + at, i, width), h = load_row(x + at, i, width);
 #pragma unroll
     for (int j = 0; j < WV; ++j) acc.v[j] = fmaf(e.v[j], h.v[j] * scale, acc.v[j]);
   }
-  store(partial + chunk * dim + i, acc, dim - i);
+  store(partial + chunk * width + i, acc, width - i);
 }

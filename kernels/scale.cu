@@ -1,4 +1,5 @@
-// A factor for each column: IA3's learned vectors, DoRA's magnitudes, the scale of LoRA's narrow product.
+// A factor for each column: IA3's learned vectors, DoRA's magnitudes, the scale of LoRA's narrow product. And one for all:
+// the multipliers of embeddings and of branches (Granite, Gemma).
 //
 // Math     y[r, j] = c[j] x[r, j] (+ bias[j]);   c[j] = s[j] / norm[j] (no norm: s[j]; no s: 1)
 //          dx = c dy;   dc[j] = sum_r dy[r, j] x[r, j];   ds = dc / norm (norm is a constant to the gradient)
@@ -28,6 +29,16 @@ KERNEL_FLAT(scale_columns)(real* y, const real* x, const float* c, MAYBE(const r
     for (int j = 0; j < V; ++j) p.v[j] *= f.v[j];
   }
   store(y + row * cols + i, p, n, accumulate);
+}
+
+// y (+)= c x
+KERNEL_FLAT(multiply)(real* y, const real* x, long long n, float c, int accumulate) {
+  const long long i = FLAT_INDEX * V;
+  if (i >= n) return;
+  FlatPack p = load<V>(x + i, n - i);
+#pragma unroll
+  for (int j = 0; j < V; ++j) p.v[j] *= c;
+  store(y + i, p, n - i, accumulate);
 }
 
 KERNEL_WARP(column_dots)(float* partial, const real* dy, const real* x, int rows, int cols) {

@@ -104,9 +104,20 @@ fn config(dir: &Path) -> Result<()> {
         config.head_dim
     ))?;
     print_line(format_args!(
-        "rope {:?}, eps {:e}, tied head {}, qk-norm {}",
-        config.rope, config.rms_norm_eps, config.tie_word_embeddings, config.qk_norm
+        "eps {:e}, tied head {}, qk-norm {}",
+        config.rms_norm_eps,
+        config.tie_word_embeddings,
+        config.qk_norm.map_or("no".into(), |over| format!("over each {over:?}").to_lowercase())
     ))?;
+    for (i, rope) in config.ropes.iter().enumerate() {
+        let layers = layers_where(&config.layer_rope, |r| *r == Some(i));
+        let turned = rope.turned(config.head_dim);
+        print_line(format_args!("layers {layers}: rope {rope:?}, {turned} of a head turn"))?;
+    }
+    if config.layer_rope.contains(&None) {
+        let layers = layers_where(&config.layer_rope, Option::is_none);
+        print_line(format_args!("layers {layers}: no rope"))?;
+    }
     for spec in &specs {
         print_line(format_args!("{:<56} {:?}", spec.name, spec.shape))?;
     }
@@ -116,6 +127,13 @@ fn config(dir: &Path) -> Result<()> {
         specs.len()
     ))?;
     Ok(())
+}
+
+/// `0, 1, 4` or, where it is each of them, `all`.
+fn layers_where<T>(layers: &[T], is: impl Fn(&T) -> bool) -> String {
+    let found: Vec<String> =
+        layers.iter().enumerate().filter(|(_, l)| is(l)).map(|(i, _)| i.to_string()).collect();
+    if found.len() == layers.len() { "all".into() } else { found.join(", ") }
 }
 
 /// Records the forward of a step over random tokens and prints it.

@@ -64,6 +64,7 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(LaunchCount
     let mut config = config.clone();
     config.num_layers = layers;
     config.sliding_window = vec![None; layers];
+    config.layer_rope = vec![config.layer_rope.first().copied().flatten(); layers];
     let (run, _) =
         SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
     let base = Decoder::builder(config).storage(scheme(&run.peft)).positions(64).build(&cx)?;

@@ -10,10 +10,16 @@ use serde_json::{Map, Value, json};
 
 use super::families;
 use super::fields::Fields;
-use super::layout::{BiasRule, Family, HiddenAct, ModelConfig, Task, WindowRule};
-use super::rope::{RopeConfig, RopeKind, inv_freq};
+use super::layout::{
+    ActRule, AttentionScaleRule, BiasRule, EmbeddingRule, EmbeddingScale, Family, HiddenAct,
+    ModelConfig, NormPlace, SoftcapRule, Task, WindowRule,
+};
+use super::rope::{RopeConfig, inv_freq};
+use super::rope_config::{RopeFacts, both_forms, layer_ropes};
 use crate::error::{Error, Result};
 use crate::fsio;
+use crate::ops::head::LogitMap;
+use crate::ops::rmsnorm::NormWeight;
 use crate::tensor::safetensors::HostDtype;
 
 const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far from overflow
@@ -66,15 +72,26 @@ impl ModelConfig {
             max_position_embeddings,
             rms_norm_eps: f
                 .number("rms_norm_eps", "a number of at least 0", |x| x >= 0.0)
-                .unwrap_or(1e-6) as f32,
-            hidden_act: hidden_act(&mut f),
-            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(false),
+                .unwrap_or(family.default_eps) as f32,
+            hidden_act: hidden_act(&mut f, family.hidden_act),
+            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(family.default_tie),
             qkv_bias: switch(&mut f, family.qkv_bias),
             o_bias: switch(&mut f, family.o_bias),
             mlp_bias: switch(&mut f, family.mlp_bias),
+            norm_weight: family.norm_weight,
+            norm_place: family.norm_place,
             qk_norm: family.qk_norm,
-            sliding_window: sliding_window(&mut f, family.window, num_layers),
-            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
+            embedding_scale: embedding_scale(&mut f, family.embedding_scale, hidden_size),
+            attention_scale: attention_scale(&mut f, family.attention_scale, head_dim),
+            attention_softcap: softcap(&mut f, family.attention_softcap),
+            residual_scale: family.residual_scale.map_or(1.0, |key| multiplier(&mut f, key)),
+            logits: LogitMap {
+                divisor: family.logits_divisor.map_or(1.0, |key| multiplier(&mut f, key)),
+                softcap: softcap(&mut f, family.logits_softcap),
+            },
+            sliding_window: Vec::new(),
+            ropes: Vec::new(),
+            layer_rope: Vec::new(),
             attention_dropout: f
                 .number("attention_dropout", "from 0 to 1", |x| (0.0..1.0).contains(&x))
                 .unwrap_or(0.0) as f32,
@@ -83,15 +100,38 @@ impl ModelConfig {
                 .unwrap_or(0.02) as f32,
             bos: one_id(&mut f, "bos_token_id", family.default_bos),
             eos: eos_ids(&mut f, family.default_eos),
-            pad: one_id(&mut f, "pad_token_id", None),
+            pad: one_id(&mut f, "pad_token_id", family.default_pad),
             dtype: dtype(&mut f),
             raw: Map::new(),
         };
+        if let Some(key) = family.refused
+            && f.boolean(key).unwrap_or(false)
+        {
+            f.problem(format!("{key} is true; it is not supported"));
+        }
         if f.value("quantization_config").is_some() {
             f.problem("quantization_config: quantised weights are not read; use the folder that they were made from");
         }
+        let layers = num_layers.min(MAX_LAYERS);
+        let mut windows = sliding_window(&mut f, family.window, layers);
         let mut problems = f.problems;
-        config.rope = RopeConfig::parse(&raw, max_position_embeddings, &mut problems);
+        let facts = RopeFacts {
+            head_dim,
+            max_positions: max_position_embeddings,
+            default_theta: family.default_theta,
+            default_original_positions: family.default_original_positions,
+            query_scale: family.query_scale,
+        };
+        let sliding: Vec<bool> = windows.iter().map(Option::is_some).collect();
+        (config.ropes, config.layer_rope) =
+            layer_ropes(&raw, family.rope, &facts, &sliding, &mut problems);
+        if matches!(family.window, WindowRule::WithoutRope) && !raw.contains_key("layer_types") {
+            // Those that may have a window have it where nothing turns.
+            for (window, rope) in windows.iter_mut().zip(&config.layer_rope) {
+                *window = window.filter(|_| rope.is_none());
+            }
+        }
+        config.sliding_window = windows;
         problems.dedup();
         if problems.is_empty() {
             config.contradictions(&raw, &mut problems);
@@ -151,9 +191,17 @@ impl ModelConfig {
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
-            qk_norm: false,
+            norm_weight: NormWeight::Rounded,
+            norm_place: NormPlace::Before,
+            qk_norm: None,
+            embedding_scale: None,
+            attention_scale: (head_dim as f32).powf(-0.5),
+            attention_softcap: None,
+            residual_scale: 1.0,
+            logits: LogitMap::PLAIN,
             sliding_window: vec![None; layers],
-            rope: RopeConfig { theta: 1e4, kind: RopeKind::Default },
+            ropes: vec![RopeConfig::plain(1e4)],
+            layer_rope: vec![Some(0); layers],
             attention_dropout: 0.0,
             initializer_range: 0.02,
             bos: Some(1),
@@ -174,8 +222,7 @@ impl ModelConfig {
             |same: fn(&Self, &Self) -> bool| before.as_ref().is_none_or(|b| !same(b, self));
         let mut set = |key: &str, value: Value| drop(out.insert(key.into(), value));
         if changed(|a, b| a.task == b.task) {
-            let base = self.family.architecture.trim_end_matches("ForCausalLM");
-            set("architectures", json!([format!("{base}{}", self.task.suffix())]));
+            set("architectures", json!([self.family.class(self.task)]));
             if let Some(n) = self.task.labels() {
                 let names = (0..n).map(|i| (i.to_string(), json!(format!("LABEL_{i}"))));
                 set("id2label", Value::Object(names.collect()));
@@ -209,7 +256,7 @@ impl ModelConfig {
             set("dtype", json!(name));
             set("torch_dtype", json!(name));
         }
-        both_ropes(&mut out, self.rope.theta);
+        both_forms(&mut out, self.family.rope, &self.ropes);
         out
     }
 
@@ -243,11 +290,12 @@ impl ModelConfig {
             ));
             return; // the rest would allocate by these sizes
         }
-        if inv_freq(&self.rope, self.head_dim).iter().any(|f| !f.is_finite()) {
-            problems.push(format!(
-                "rope settings give frequencies that are not finite: {:?}",
-                self.rope
-            ));
+        for rope in &self.ropes {
+            let both = [false, true].map(|long| inv_freq(rope, self.head_dim, long));
+            if both.iter().flatten().any(|f| !f.is_finite()) {
+                problems
+                    .push(format!("rope settings give frequencies that are not finite: {rope:?}"));
+            }
         }
     }
 }
@@ -268,7 +316,6 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
         f.problem(format!("model_type {name:?} is not supported; supported are {supported}"));
         return None;
     };
-    let base = family.architecture.trim_end_matches("ForCausalLM");
     let labels = labels(f);
     let tasks = [
         Task::CausalLm,
@@ -276,11 +323,10 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
         Task::TokenClassification { labels },
     ];
     let Some(a) = architecture else { return Some((family, Task::CausalLm)) };
-    match tasks.into_iter().find(|t| format!("{base}{}", t.suffix()) == a) {
+    match tasks.into_iter().find(|t| family.class(*t) == a) {
         Some(task) => Some((family, task)),
         None => {
-            let names: Vec<String> =
-                tasks.iter().map(|t| format!("{base}{}", t.suffix())).collect();
+            let names: Vec<String> = tasks.iter().map(|t| family.class(*t)).collect();
             f.problem(format!(
                 "architecture {a:?} is not supported here; of this family are {}",
                 names.join(", ")
@@ -306,62 +352,152 @@ fn switch(f: &mut Fields, switch: BiasRule) -> bool {
     }
 }
 
-fn hidden_act(f: &mut Fields) -> HiddenAct {
-    match f.string("hidden_act") {
-        None | Some("silu" | "swish") => HiddenAct::Silu,
+fn hidden_act(f: &mut Fields, rule: ActRule) -> HiddenAct {
+    let key = rule.key;
+    match f.string(key) {
+        None => rule.default,
+        Some("silu" | "swish") => HiddenAct::Silu,
         Some("gelu" | "gelu_python") => HiddenAct::Gelu,
         Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh") => HiddenAct::GeluTanh,
         Some(other) => {
             f.problem(format!(
-                "hidden_act is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"
+                "{key} is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"
             ));
             HiddenAct::Silu
         }
     }
 }
 
-fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option<usize>> {
-    let layers = layers.min(MAX_LAYERS);
+/// A factor above 0; 1 where absent.
+fn multiplier(f: &mut Fields, key: &str) -> f32 {
+    f.number(key, "a number above 0", in_f32).unwrap_or(1.0) as f32
+}
+
+/// Whether a number is a normal one above 0 in f32, too.
+fn in_f32(x: f64) -> bool {
+    (x as f32).is_normal() && x > 0.0
+}
+
+fn softcap(f: &mut Fields, rule: SoftcapRule) -> Option<f32> {
     match rule {
-        WindowRule::Ignored => vec![None; layers],
-        WindowRule::Every { default } => {
-            let window = if f.is_null("sliding_window") { None } else { Some(default) };
-            vec![f.size("sliding_window", usize::MAX).or(window); layers]
-        }
-        WindowRule::Listed { default, default_full_layers } => {
-            let on =
-                f.boolean("use_sliding_window").unwrap_or(false) && !f.is_null("sliding_window");
-            let window = f.size("sliding_window", usize::MAX).unwrap_or(default);
-            let Some(types) = f.array("layer_types") else {
-                let full = match f.value("max_window_layers").map(|v| (v, v.as_u64())) {
-                    None => default_full_layers,
-                    Some((_, Some(n))) => usize::try_from(n).unwrap_or(usize::MAX),
-                    Some((v, None)) => {
-                        f.wrong("max_window_layers", v, "an integer of at least 0").unwrap_or(0)
-                    }
-                };
-                return (0..layers).map(|i| (on && i >= full).then_some(window)).collect();
-            };
-            if types.len() != layers {
-                f.problem(format!(
-                    "layer_types has {} entries, num_hidden_layers is {layers}",
-                    types.len()
-                ));
-            }
-            let sliding: Vec<bool> = types.iter().map(|t| t == "sliding_attention").collect();
-            if let Some(other) =
-                types.iter().find(|t| *t != "sliding_attention" && *t != "full_attention")
-            {
-                f.problem(format!(
-                    "layer_types has {other}; supported are full_attention and sliding_attention"
-                ));
-            }
-            if sliding.contains(&true) && !on {
-                f.problem("layer_types has sliding_attention, but use_sliding_window or sliding_window is off");
-            }
-            sliding.into_iter().map(|s| s.then_some(window)).collect()
+        SoftcapRule::Never => None,
+        SoftcapRule::Key { key, .. } if f.is_null(key) => None,
+        SoftcapRule::Key { key, default } => {
+            f.number(key, "a number above 0, or null", in_f32).map(|c| c as f32).or(default)
         }
     }
+}
+
+fn embedding_scale(
+    f: &mut Fields,
+    rule: EmbeddingRule,
+    hidden_size: usize,
+) -> Option<EmbeddingScale> {
+    match rule {
+        EmbeddingRule::None => None,
+        EmbeddingRule::SqrtHidden => {
+            let factor = (hidden_size as f64).sqrt() as f32;
+            Some(EmbeddingScale::of_tokens(factor))
+        }
+        EmbeddingRule::Key(key) => {
+            let factor = multiplier(f, key);
+            (factor != 1.0).then_some(EmbeddingScale::of_inputs(factor))
+        }
+    }
+}
+
+fn attention_scale(f: &mut Fields, rule: AttentionScaleRule, head_dim: usize) -> f32 {
+    match rule {
+        AttentionScaleRule::HeadDim => (head_dim as f32).powf(-0.5),
+        AttentionScaleRule::InverseSqrt { key, default } => {
+            let number = f.number(key, "a number above 0", in_f32).unwrap_or(default);
+            number.powf(-0.5) as f32
+        }
+        AttentionScaleRule::Key(key) => multiplier(f, key),
+    }
+}
+
+fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option<usize>> {
+    let on = |f: &mut Fields| {
+        f.boolean("use_sliding_window").unwrap_or(false) && !f.is_null("sliding_window")
+    };
+    let every = |f: &mut Fields, default: Option<usize>| {
+        let window = default.filter(|_| !f.is_null("sliding_window"));
+        f.size("sliding_window", usize::MAX).or(window)
+    };
+    match rule {
+        WindowRule::Ignored => vec![None; layers],
+        WindowRule::Every { default } => vec![every(f, default); layers],
+        WindowRule::Typed { default } => {
+            let window = every(f, Some(default));
+            let types = layer_types(f, window, "sliding_window is null", layers);
+            types.unwrap_or_else(|| vec![window; layers])
+        }
+        WindowRule::WithoutRope => {
+            let given = f.size("sliding_window", usize::MAX);
+            let window = given.filter(|_| on(f));
+            let types = layer_types(f, window, WINDOW_OFF, layers);
+            types.unwrap_or_else(|| vec![window; layers])
+        }
+        WindowRule::Listed { default, default_full_layers } => {
+            let on = on(f);
+            let window = f.size("sliding_window", usize::MAX).unwrap_or(default);
+            let window = on.then_some(window);
+            if let Some(types) = layer_types(f, window, WINDOW_OFF, layers) {
+                return types;
+            }
+            let full = match f.value("max_window_layers").map(|v| (v, v.as_u64())) {
+                None => default_full_layers,
+                Some((_, Some(n))) => usize::try_from(n).unwrap_or(usize::MAX),
+                Some((v, None)) => {
+                    f.wrong("max_window_layers", v, "an integer of at least 0").unwrap_or(0)
+                }
+            };
+            (0..layers).map(|i| window.filter(|_| i >= full)).collect()
+        }
+        WindowRule::Pattern { default, period, key } => {
+            let window = every(f, Some(default));
+            let off = "sliding_window is null";
+            if let Some(types) = layer_types(f, window, off, layers) {
+                return types;
+            }
+            let period = key.and_then(|key| f.size(key, usize::MAX)).unwrap_or(period);
+            let slides = |i: usize| !(i + 1).is_multiple_of(period);
+            if window.is_none() && (0..layers).any(slides) {
+                f.problem(format!("there are layers of sliding attention, but {off}"));
+            }
+            (0..layers).map(|i| window.filter(|_| slides(i))).collect()
+        }
+    }
+}
+
+const WINDOW_OFF: &str = "use_sliding_window or sliding_window is off";
+
+/// The windows that `layer_types` gives, if it is there; `off` says why there is no window.
+fn layer_types(
+    f: &mut Fields,
+    window: Option<usize>,
+    off: &str,
+    layers: usize,
+) -> Option<Vec<Option<usize>>> {
+    let types = f.array("layer_types")?;
+    if types.len() != layers {
+        f.problem(format!(
+            "layer_types has {} entries, num_hidden_layers is {layers}",
+            types.len()
+        ));
+    }
+    let known = |t: &&Value| **t != "sliding_attention" && **t != "full_attention";
+    if let Some(other) = types.iter().find(known) {
+        f.problem(format!(
+            "layer_types has {other}; supported are full_attention and sliding_attention"
+        ));
+    }
+    let sliding: Vec<bool> = types.iter().map(|t| t == "sliding_attention").collect();
+    if sliding.contains(&true) && window.is_none() {
+        f.problem(format!("layer_types has sliding_attention, but {off}"));
+    }
+    Some(sliding.into_iter().map(|s| window.filter(|_| s)).collect())
 }
 
 /// An id, negative ones (an old way to say none) and null being none; `default` only where the key
@@ -395,31 +531,6 @@ fn dtype(f: &mut Fields) -> Option<HostDtype> {
         f.problem(format!("{key} is {name:?}; supported are float32, float16, bfloat16"));
     }
     dtype
-}
-
-/// Adds whichever of `rope_theta` + `rope_scaling` (v4) and `rope_parameters` (v5) is not there
-/// yet.
-fn both_ropes(out: &mut Map<String, Value>, theta: f64) {
-    let filled =
-        |v: Option<&Value>| v.and_then(Value::as_object).filter(|m| !m.is_empty()).cloned();
-    let (old, new) = (filled(out.get("rope_scaling")), filled(out.get("rope_parameters")));
-    out.entry("rope_theta").or_insert(json!(theta));
-    if old.is_none() {
-        let mut scaling = new.clone().unwrap_or_default();
-        scaling.shift_remove("rope_theta");
-        let kind = scaling.get("rope_type").or(scaling.get("type"));
-        let plain = kind.is_none_or(|k| k == "default");
-        out.insert("rope_scaling".into(), if plain { Value::Null } else { Value::Object(scaling) });
-    }
-    if new.is_none() {
-        let mut parameters = old.unwrap_or_default();
-        if let Some(kind) = parameters.shift_remove("type") {
-            parameters.entry("rope_type").or_insert(kind);
-        }
-        parameters.entry("rope_type").or_insert(json!("default"));
-        parameters.entry("rope_theta").or_insert(json!(theta));
-        out.insert("rope_parameters".into(), Value::Object(parameters));
-    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::rope::rope_table;
+use crate::model::rope::{RopeKind, rope_table};
 
 fn base(model_type: &str) -> Map<String, Value> {
     let family = families::find(model_type).unwrap();
@@ -34,7 +34,7 @@ fn absent_keys_mean_what_transformers_means() {
     let qwen2 = with("qwen2", json!({})).unwrap();
     assert!(qwen2.qkv_bias && !qwen2.o_bias && qwen2.bos.is_none() && qwen2.eos.is_empty());
     let qwen3 = with("qwen3", json!({})).unwrap();
-    assert!(qwen3.qk_norm && !qwen3.qkv_bias && qwen3.head_dim == 128);
+    assert!(qwen3.qk_norm.is_some() && !qwen3.qkv_bias && qwen3.head_dim == 128);
     assert_eq!(with("mistral", json!({})).unwrap().sliding_window, [Some(4096); 3]);
     let mut map = base("llama");
     map.remove("num_key_value_heads");
@@ -64,6 +64,65 @@ fn windows_follow_each_familys_rule() {
     let off = json!({ "layer_types": ["sliding_attention", "full_attention", "full_attention"] });
     assert!(error("qwen3", off).contains("use_sliding_window or sliding_window is off"));
     assert!(error("qwen3", json!({ "layer_types": ["full_attention"] })).contains("has 1 entries"));
+}
+
+#[test]
+fn new_families_have_the_defaults_of_their_config_classes() {
+    let smol =
+        with("smollm3", json!({ "num_hidden_layers": 5, "num_key_value_heads": 4 })).unwrap();
+    assert_eq!(smol.layer_rope, [Some(0), Some(0), Some(0), None, Some(0)]);
+    assert_eq!(
+        (smol.ropes[0].theta, smol.pad, smol.tie_word_embeddings),
+        (2e6, Some(128004), true)
+    );
+    assert_eq!(smol.sliding_window, [None; 5]);
+    let on =
+        json!({ "sliding_window": 16, "use_sliding_window": true, "no_rope_layer_interval": 2 });
+    assert_eq!(with("smollm3", on).unwrap().sliding_window, [None, Some(16), None]);
+    let listed = json!({ "sliding_window": 16, "use_sliding_window": true, "layer_types":
+                         ["sliding_attention", "full_attention", "full_attention"] });
+    assert_eq!(with("smollm3", listed).unwrap().sliding_window, [Some(16), None, None]);
+
+    let phi = with("phi3", json!({ "partial_rotary_factor": 0.5 })).unwrap();
+    assert_eq!(
+        (phi.rms_norm_eps, phi.eos.as_slice(), phi.pad),
+        (1e-5, [32000].as_slice(), Some(32000))
+    );
+    assert_eq!((phi.sliding_window.as_slice(), phi.ropes[0].turned(8)), ([None; 3].as_slice(), 4));
+    assert_eq!(
+        with("phi3", json!({ "sliding_window": 16 })).unwrap().sliding_window,
+        [Some(16); 3]
+    );
+    let specs = super::super::layout::expected_params(&phi);
+    let shape = |name: &str| specs.iter().find(|s| s.name.ends_with(name)).map(|s| s.shape.clone());
+    assert_eq!(shape("layers.2.self_attn.qkv_proj.weight"), Some(vec![32 + 2 * 16, 32]));
+    assert_eq!(shape("layers.0.mlp.gate_up_proj.weight"), Some(vec![96, 32]));
+    assert_eq!((shape("q_proj.weight"), shape("up_proj.weight")), (None, Some(vec![96, 32])));
+
+    let types = json!({ "sliding_window": 16, "layer_types":
+                        ["sliding_attention", "full_attention", "sliding_attention"] });
+    let ministral = with("ministral", types).unwrap();
+    assert_eq!(ministral.sliding_window, [Some(16), None, Some(16)]);
+    assert_eq!(with("ministral", json!({})).unwrap().sliding_window, [Some(4096); 3]);
+    assert_eq!(
+        with("ministral", json!({ "sliding_window": null })).unwrap().sliding_window,
+        [None; 3]
+    );
+
+    let yarn = json!({ "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "mscale": 1.0,
+                       "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384 });
+    let error = error("ministral3", json!({ "rope_parameters": yarn }));
+    assert!(error.contains("llama_4_scaling_beta is missing"), "{error}");
+    let mut yarn = yarn;
+    yarn["llama_4_scaling_beta"] = json!(0.1);
+    let three = with("ministral3", json!({ "rope_parameters": yarn })).unwrap();
+    assert_eq!((three.head_dim, three.ropes[0].attention_factor()), (128, 1.0));
+    assert!(three.ropes[0].query_scale.is_some());
+    // No other family reads it.
+    assert_eq!(
+        with("mistral", json!({ "rope_parameters": yarn })).unwrap().ropes[0].query_scale,
+        None
+    );
 }
 
 #[test]
@@ -101,14 +160,14 @@ fn all_problems_of_a_config_come_at_once() {
     let text = error(
         "llama",
         json!({ "hidden_size": "big", "vocab_size": null, "num_hidden_layers": 0, "hidden_act": "relu",
-                "rope_scaling": { "rope_type": "longrope" }, "tie_word_embeddings": 1, "dtype": "int8" }),
+                "rope_scaling": { "rope_type": "dynamic" }, "tie_word_embeddings": 1, "dtype": "int8" }),
     );
     for part in [
         "hidden_size is \"big\"; it must be an integer",
         "vocab_size is missing",
         "num_hidden_layers is 0; it must be",
         "hidden_act is \"relu\"; supported are silu, gelu",
-        "rope_type is \"longrope\"; supported are default, linear, llama3, yarn",
+        "rope_type is \"dynamic\"; supported are default, linear, llama3, yarn",
         "tie_word_embeddings is 1; it must be true or false",
         "dtype is \"int8\"",
     ] {
@@ -167,7 +226,7 @@ fn what_is_saved_changes_only_what_changed() {
     let out = config.to_json(HostDtype::BF16);
     assert_eq!((&out["eos_token_id"], &out["pad_token_id"]), (&json!([2, 9]), &json!(0)));
     let mut again = ModelConfig::from_json("config.json", out).unwrap();
-    assert_eq!(again.rope.kind, RopeKind::Linear { factor: 2.0 });
+    assert_eq!(again.ropes[0].kind, RopeKind::Linear { factor: 2.0 });
     again.raw = config.raw.clone();
     again.dtype = config.dtype;
     assert_eq!(again, config);
@@ -183,7 +242,7 @@ fn new_keys_are_saved_under_old_names_too() {
     assert_eq!(out["rope_scaling"]["rope_type"], "llama3");
     assert!(out["rope_scaling"].get("rope_theta").is_none());
     out.remove("rope_parameters");
-    assert_eq!(ModelConfig::from_json("config.json", out).unwrap().rope, config.rope);
+    assert_eq!(ModelConfig::from_json("config.json", out).unwrap().ropes, config.ropes);
 }
 
 #[test]
@@ -249,7 +308,9 @@ fn no_value_of_any_key_makes_the_reader_panic() {
                     Ok(config) => {
                         good += 1;
                         crate::model::layout::expected_params(&config);
-                        rope_table(&config.rope, config.head_dim, 2);
+                        for rope in &config.ropes {
+                            rope_table(rope, config.head_dim, 2, false);
+                        }
                         config.to_json(HostDtype::F16);
                     }
                     Err(_) => bad += 1,

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute};
-use crate::device::{DType, Layout};
+use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
 use crate::model::adapter::{Adapter, AdapterSite};
@@ -20,20 +20,21 @@ use crate::model::layout::{
     BottleneckSite, HiddenAct, ModelConfig, Proj, Role, Task, expected_params,
 };
 use crate::model::params::{ParamSet, initial};
-use crate::model::rope::rope_table;
+use crate::model::rope::{RopeConfig, rope_table};
 use crate::ops::activation::{Act, glu};
+use crate::ops::add::add;
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
-use crate::ops::head::head_logps;
+use crate::ops::head::{Head, LogitMap, head_logps};
 use crate::ops::lora::{Base, lora_linear};
-use crate::ops::matmul::{linear, product};
+use crate::ops::matmul::linear;
 use crate::ops::prompt::prompt_embedding;
 use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
-use crate::ops::rmsnorm::{add_rmsnorm, rmsnorm};
+use crate::ops::rmsnorm::{NormWeight, add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::rope_append::rope_append;
-use crate::ops::scale::scale_columns;
+use crate::ops::scale::{multiply, scale_columns};
 use crate::tensor::safetensors::HostDtype;
 use crate::tensor::{ParamSetId, Tensor};
 
@@ -52,9 +53,10 @@ pub struct Decoder {
     layers: Vec<Layer>,
     final_norm: Tensor,
     /// [vocab, hidden]: the embedding itself where it is tied. Of a classifier: its score.
-    pub head: Tensor,
+    pub head: Head,
     score_bias: Option<Tensor>,
-    table: RopeTable,
+    /// One for each of the config's `ropes`.
+    tables: Vec<RopeTable>,
     positions: usize,
     /// Shared by clones, and by nothing that has other memory: see [`Decoder::same_memory`].
     wiring: Arc<()>,
@@ -62,17 +64,22 @@ pub struct Decoder {
 
 #[derive(Clone)]
 struct Layer {
-    input_norm: Tensor,
+    /// Of attention's input and of what it gives; so for the MLP. Which a block has is its layout's.
+    input_norm: Option<Tensor>,
+    attention_out_norm: Option<Tensor>,
+    post_norm: Option<Tensor>,
+    mlp_out_norm: Option<Tensor>,
     qkv: Projection,
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
     o: Projection,
     after_attention: Option<Bottleneck>,
-    post_norm: Tensor,
     gate_up: Projection,
     down: Projection,
     after_mlp: Option<Bottleneck>,
     shape: AttnShape,
+    /// Which of the decoder's tables turns q and k; None: nothing does.
+    rope: Option<usize>,
 }
 
 /// A linear layer (of projections that share their input), with what an adapter adds to it.
@@ -178,6 +185,12 @@ impl<'a> DecoderBuilder<'a> {
             InitialWeights::Zero => params.zero_quantised(cx)?,
             InitialWeights::Random { seed } => {
                 params.initialise(std, seed)?;
+                if config.norm_weight == NormWeight::PlusOne {
+                    for (i, spec) in params.specs.iter().enumerate().filter(|s| s.1.role.is_norm())
+                    {
+                        params.store(i, &vec![0.0; spec.len()])?;
+                    }
+                }
                 params.initialise_quantised(cx, std, seed)?;
             }
             InitialWeights::Folder(dir) => {
@@ -203,8 +216,8 @@ impl<'a> DecoderBuilder<'a> {
                 })?;
             }
         }
-        let table = upload_table(cx, &config, self.positions)?;
-        Decoder::wire(config, params, None, table, self.positions)
+        let tables = upload_tables(cx, &config, self.positions)?;
+        Decoder::wire(config, params, None, tables, self.positions)
     }
 }
 
@@ -239,7 +252,7 @@ impl Decoder {
         config: ModelConfig,
         params: ParamSet,
         adapter: Option<Adapter>,
-        table: RopeTable,
+        tables: Vec<RopeTable>,
         positions: usize,
     ) -> Result<Decoder> {
         let fused = |layer, role| -> Result<Option<Tensor>> {
@@ -262,7 +275,10 @@ impl Decoder {
                 Ok(Projection { weight, bias: fused(l, bias)?, site })
             };
             layers.push(Layer {
-                input_norm: need(l, Role::InputNorm)?,
+                input_norm: fused(l, Role::InputNorm)?,
+                attention_out_norm: fused(l, Role::AttentionOutNorm)?,
+                post_norm: fused(l, Role::PostNorm)?,
+                mlp_out_norm: fused(l, Role::MlpOutNorm)?,
                 qkv: projection(Proj::Q, Role::QBias)?,
                 q_norm: fused(l, Role::QNorm)?,
                 k_norm: fused(l, Role::KNorm)?,
@@ -271,7 +287,6 @@ impl Decoder {
                     .as_ref()
                     .and_then(|a| a.bottleneck(i, BottleneckSite::Attention))
                     .cloned(),
-                post_norm: need(l, Role::PostNorm)?,
                 gate_up: projection(Proj::Gate, Role::GateBias)?,
                 down: projection(Proj::Down, Role::DownBias)?,
                 after_mlp: adapter
@@ -282,22 +297,24 @@ impl Decoder {
                     heads: config.num_heads,
                     kv_heads: config.num_kv_heads,
                     head_dim: config.head_dim,
-                    scale: (config.head_dim as f32).powf(-0.5),
-                    softcap: None,
+                    scale: config.attention_scale,
+                    softcap: config.attention_softcap,
                     window: config.sliding_window[i],
                 },
+                rope: config.layer_rope[i],
             });
         }
         let embed = need(None, Role::Embed)?;
-        let head = match config.task {
+        let (weight, map) = match config.task {
             // A tied head is the model's own embedding, also where the adapter trains a copy of
             // that (as in PEFT).
             Task::CausalLm => match fused(None, Role::Head)? {
-                Some(head) => head,
-                None => params.required(None, Role::Embed)?,
+                Some(head) => (head, config.logits),
+                None => (params.required(None, Role::Embed)?, config.logits),
             },
-            _ => need(None, Role::Score)?,
+            _ => (need(None, Role::Score)?, LogitMap::PLAIN),
         };
+        let head = Head { weight, map };
         let score_bias = fused(None, Role::ScoreBias)?;
         let final_norm = need(None, Role::FinalNorm)?;
         let prompt = fused(None, Role::Prompt)?;
@@ -311,7 +328,7 @@ impl Decoder {
             final_norm,
             head,
             score_bias,
-            table,
+            tables,
             positions,
             wiring: Arc::new(()),
         })
@@ -319,7 +336,7 @@ impl Decoder {
 
     /// The model with an adapter on it (or, with None, without the one that it has).
     pub fn with_adapter(self, adapter: Option<Adapter>) -> Result<Decoder> {
-        Decoder::wire(self.config, self.params, adapter, self.table, self.positions)
+        Decoder::wire(self.config, self.params, adapter, self.tables, self.positions)
     }
 
     /// The parameters that training updates: the adapter's where there is one, else the model's.
@@ -345,7 +362,8 @@ impl Decoder {
             }
             None => {
                 let params = self.params.reference(cx)?;
-                Decoder::wire(self.config.clone(), params, None, self.table.clone(), self.positions)
+                let tables = self.tables.clone();
+                Decoder::wire(self.config.clone(), params, None, tables, self.positions)
             }
         }
     }
@@ -362,16 +380,31 @@ impl Decoder {
     }
 
     fn embed(&self, cx: &mut Cx, tokens: &TokenIndex) -> Result<Tensor> {
-        match &self.prompt {
-            Some(prompt) => prompt_embedding(cx, &self.embed, prompt, tokens),
-            None => embedding(cx, &self.embed, tokens),
-        }
+        let scale = self.config.embedding_scale.map(|s| s.factors(self.params.weights.dtype()));
+        let (of_tokens, of_all) = scale.unwrap_or((1.0, 1.0));
+        let (x, rest) = match &self.prompt {
+            Some(p) => (prompt_embedding(cx, &self.embed, p, tokens, of_tokens)?, of_all),
+            None => (embedding(cx, &self.embed, tokens)?, of_tokens * of_all), // one of them is 1
+        };
+        if rest == 1.0 { Ok(x) } else { multiply(cx, &x, rest) }
     }
 
-    /// Makes the rope table cover sequences of `n` tokens.
+    /// Makes the rope tables cover sequences of `n` tokens. The first length that a model is given
+    /// (here or by its builder) chooses longrope's factors for good, since the results of a run must
+    /// not depend on what else it computes. Error: `n` needs the other factors.
     pub fn ensure_positions(&mut self, cx: &Cx, n: usize) -> Result<()> {
         if n > self.positions {
-            self.table = upload_table(cx, &self.config, n)?;
+            let flips = |r: &RopeConfig| r.is_long(n) && !r.is_long(self.positions);
+            if self.positions > 1 && self.config.ropes.iter().any(flips) {
+                let message = format!(
+                    "a sequence of {n} tokens: longrope was set up with its short factors, for \
+                     sequences of at most {} tokens, and one run uses one set of factors; limit \
+                     the length of all sequences, or let the longest come first",
+                    self.positions
+                );
+                return Err(Error::op("decoder", message));
+            }
+            self.tables = upload_tables(cx, &self.config, n)?;
             self.positions = n;
             self.wiring = Arc::new(());
         }
@@ -460,18 +493,15 @@ impl Decoder {
 
     /// Scores of a classifier's hidden rows: [rows, labels] real.
     pub fn scores(&self, cx: &mut Cx, hidden: &Tensor) -> Result<Tensor> {
-        linear(cx, hidden, &self.head, self.score_bias.as_ref())
+        linear(cx, hidden, &self.head.weight, self.score_bias.as_ref())
     }
 
     /// Logits of hidden rows, F32 [rows, vocab].
     pub fn logits(&self, cx: &Cx, hidden: &Tensor) -> Result<Tensor> {
-        let logits = cx.float("logits", &[hidden.row_count(), self.head.row_count()])?;
-        product(cx, Layout::NT, &logits, hidden, &self.head, None, false)?;
-        Ok(logits)
+        self.head.logits(cx, hidden)
     }
 
     fn run(&self, cx: &mut Cx, x: Tensor, positions: &Tensor, keys: Keys) -> Result<Tensor> {
-        let eps = self.config.rms_norm_eps;
         let mut stream = x;
         let mut branch: Option<Tensor> = None;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -484,9 +514,39 @@ impl Decoder {
                 tape.end_segment();
             }
         }
-        match branch {
-            Some(b) => Ok(add_rmsnorm(cx, &b, &stream, &self.final_norm, eps)?.0),
-            None => rmsnorm(cx, &stream, &self.final_norm, eps),
+        Ok(self.enter(cx, stream, branch, Some(&self.final_norm))?.0)
+    }
+
+    /// Adds what is still to be added to the stream. Returns the input of what follows, normed if it
+    /// has a norm, and the stream.
+    fn enter(
+        &self,
+        cx: &mut Cx,
+        stream: Tensor,
+        branch: Option<Tensor>,
+        norm: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let how = self.config.norm();
+        match (branch, norm) {
+            (Some(b), Some(w)) => add_rmsnorm(cx, &b, &stream, w, how),
+            (None, Some(w)) => Ok((rmsnorm(cx, &stream, w, how)?, stream)),
+            (Some(b), None) => {
+                let sum = add(cx, &stream, &b)?;
+                Ok((sum.clone(), sum))
+            }
+            (None, None) => Ok((stream.clone(), stream)),
+        }
+    }
+
+    /// What attention or the MLP adds to the stream, from what it gives.
+    fn leave(&self, cx: &mut Cx, out: Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
+        let out = match norm {
+            Some(w) => rmsnorm(cx, &out, w, self.config.norm())?,
+            None => out,
+        };
+        match self.config.residual_scale {
+            1.0 => Ok(out),
+            factor => multiply(cx, &out, factor),
         }
     }
 
@@ -504,27 +564,24 @@ impl Decoder {
         positions: &Tensor,
         keys: &Keys,
     ) -> Result<(Tensor, Tensor)> {
-        let eps = self.config.rms_norm_eps;
-        let (normed, stream) = match branch {
-            Some(b) => add_rmsnorm(cx, &b, &stream, &layer.input_norm, eps)?,
-            None => (rmsnorm(cx, &stream, &layer.input_norm, eps)?, stream),
-        };
+        let (normed, stream) = self.enter(cx, stream, branch, layer.input_norm.as_ref())?;
         let shape = layer.shape;
         let qkv = layer.qkv.apply(cx, &normed)?;
         drop(normed);
-        let norm = match (&layer.q_norm, &layer.k_norm) {
-            (Some(q), Some(k)) => Some(QkNorm { q, k, eps }),
+        let norm = match (&layer.q_norm, &layer.k_norm, self.config.qk_norm) {
+            (Some(q), Some(k), Some(over)) => Some(QkNorm { q, k, norm: self.config.norm(), over }),
             _ => None,
         };
         let (heads, kv_heads) = (shape.heads, shape.kv_heads);
+        let table = layer.rope.map(|k| &self.tables[k]);
         let mixed = match keys {
             Keys::Batch(plan) => {
-                let qkv = rope(cx, &qkv, &self.table, positions, heads, kv_heads, norm)?;
+                let qkv = rope(cx, &qkv, table, positions, heads, kv_heads, norm)?;
                 attention(cx, &qkv, plan, shape)?
             }
             Keys::Cache(cache, step) => {
                 let (cache, slots) = (&cache.layers[i], &step.slots);
-                rope_append(cx, &qkv, cache, &self.table, positions, slots, heads, kv_heads, norm)?;
+                rope_append(cx, &qkv, cache, table, positions, slots, heads, kv_heads, norm)?;
                 attention_paged(
                     cx,
                     &qkv,
@@ -542,7 +599,8 @@ impl Decoder {
             attended = adapter.apply(cx, &attended, &stream)?;
         }
         drop(mixed);
-        let (normed, stream) = add_rmsnorm(cx, &attended, &stream, &layer.post_norm, eps)?;
+        let branch = self.leave(cx, attended, layer.attention_out_norm.as_ref())?;
+        let (normed, stream) = self.enter(cx, stream, Some(branch), layer.post_norm.as_ref())?;
         let gate_up = layer.gate_up.apply(cx, &normed)?;
         let act = match self.config.hidden_act {
             HiddenAct::Silu => Act::Silu,
@@ -555,7 +613,8 @@ impl Decoder {
         if let Some(adapter) = &layer.after_mlp {
             out = adapter.apply(cx, &out, &stream)?;
         }
-        Ok((stream, out))
+        let branch = self.leave(cx, out, layer.mlp_out_norm.as_ref())?;
+        Ok((stream, branch))
     }
 }
 
@@ -590,11 +649,20 @@ impl Projection {
     }
 }
 
-fn upload_table(cx: &Cx, config: &ModelConfig, positions: usize) -> Result<RopeTable> {
-    let (cos, sin) = rope_table(&config.rope, config.head_dim, positions);
-    let shape = [positions, config.head_dim / 2];
-    Ok(RopeTable {
-        cosine: Tensor::from_host(&cx.pool, "rope table", DType::F32, &shape, &cos)?,
-        sine: Tensor::from_host(&cx.pool, "rope table", DType::F32, &shape, &sin)?,
-    })
+fn upload_tables(cx: &Cx, config: &ModelConfig, positions: usize) -> Result<Vec<RopeTable>> {
+    let upload = |shape: &[usize], values: &[f32]| {
+        Tensor::from_host(&cx.pool, "rope table", DType::F32, shape, values)
+    };
+    let table = |rope: &RopeConfig| {
+        let long = rope.is_long(positions);
+        let (cos, sin) = rope_table(rope, config.head_dim, positions, long);
+        let shape = [positions, rope.turned(config.head_dim) / 2];
+        let scales = rope.query_scales(positions);
+        Ok(RopeTable {
+            cosine: upload(&shape, &cos)?,
+            sine: upload(&shape, &sin)?,
+            q_scale: scales.map(|scales| upload(&[positions], &scales)).transpose()?,
+        })
+    };
+    config.ropes.iter().map(table).collect()
 }

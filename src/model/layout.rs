@@ -6,6 +6,10 @@
 use serde_json::{Map, Value};
 
 use super::rope::RopeConfig;
+use crate::device::DType;
+use crate::ops::head::LogitMap;
+use crate::ops::rmsnorm::{Norm, NormWeight};
+use crate::ops::rope::NormOver;
 use crate::tensor::safetensors::HostDtype;
 
 /// The function between gate and product in the MLP.
@@ -74,11 +78,21 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     pub o_bias: bool,
     pub mlp_bias: bool,
-    pub qk_norm: bool,
+    pub norm_weight: NormWeight,
+    pub norm_place: NormPlace,
+    pub qk_norm: Option<NormOver>,
+    pub embedding_scale: Option<EmbeddingScale>,
+    pub attention_scale: f32, // of q.k
+    pub attention_softcap: Option<f32>,
+    pub residual_scale: f32, // of what attention and the MLP add to the stream
+    pub logits: LogitMap,
     /// `[num_layers]`. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of
     /// them with its own.
     pub sliding_window: Vec<Option<usize>>,
-    pub rope: RopeConfig,
+    /// The rope tables that layers choose from.
+    pub ropes: Vec<RopeConfig>,
+    /// `[num_layers]`: which of `ropes` turns the heads of a layer; None: nothing does.
+    pub layer_rope: Vec<Option<usize>>,
     pub attention_dropout: f32,
     pub initializer_range: f32,
     pub bos: Option<u32>,
@@ -88,7 +102,51 @@ pub struct ModelConfig {
     pub raw: Map<String, Value>,  // config.json as read
 }
 
+/// Where a block has norms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlace {
+    /// Before attention and before the MLP.
+    Before,
+    /// After each, before what it gives is added to the stream.
+    After,
+    Both,
+}
+
+/// What embeddings are multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EmbeddingScale {
+    factor: f32,
+    /// It is a part of the token embedding: rounded to the storage dtype, and virtual tokens are
+    /// not scaled.
+    of_tokens: bool,
+}
+
+impl EmbeddingScale {
+    /// Of the rows of every input.
+    pub fn of_inputs(factor: f32) -> EmbeddingScale {
+        EmbeddingScale { factor, of_tokens: false }
+    }
+
+    pub fn of_tokens(factor: f32) -> EmbeddingScale {
+        EmbeddingScale { factor, of_tokens: true }
+    }
+
+    /// The factors of a token's embedding and of every row, for a storage dtype.
+    pub fn factors(self, dtype: DType) -> (f32, f32) {
+        match (self.of_tokens, dtype) {
+            (false, _) => (1.0, self.factor),
+            (true, DType::BF16) => (half::bf16::from_f32(self.factor).to_f32(), 1.0),
+            (true, _) => (self.factor, 1.0),
+        }
+    }
+}
+
 impl ModelConfig {
+    /// The norm of rows, heads and the last hidden state.
+    pub fn norm(&self) -> Norm {
+        Norm { eps: self.rms_norm_eps, weight: self.norm_weight }
+    }
+
     /// [out, in] of a projection.
     pub fn proj_shape(&self, proj: Proj) -> (usize, usize) {
         let (hidden, mlp) = (self.hidden_size, self.intermediate_size);
@@ -96,10 +154,25 @@ impl ModelConfig {
         match proj {
             Proj::Q => (q, hidden),
             Proj::K | Proj::V => (kv, hidden),
+            Proj::Qkv => (q + 2 * kv, hidden),
             Proj::O => (hidden, q),
             Proj::Gate | Proj::Up => (mlp, hidden),
+            Proj::GateUp => (2 * mlp, hidden),
             Proj::Down => (hidden, mlp),
         }
+    }
+
+    /// The projections of a block, in the order in which they lie.
+    pub fn projections(&self) -> &'static [Proj] {
+        match self.family.fused_projections {
+            true => &[Proj::Qkv, Proj::O, Proj::GateUp, Proj::Down],
+            false => &[Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down],
+        }
+    }
+
+    /// The projections that share a leader's input, in the order in which they lie side by side.
+    pub fn group(&self, leader: Proj) -> impl Iterator<Item = Proj> + Clone + use<> {
+        self.projections().iter().copied().filter(move |p| p.leader() == leader)
     }
 }
 
@@ -112,17 +185,92 @@ pub struct Family {
     pub qkv_bias: BiasRule,
     pub o_bias: BiasRule,
     pub mlp_bias: BiasRule,
-    pub qk_norm: bool,
+    pub hidden_act: ActRule,
+    pub norm_weight: NormWeight,
+    pub norm_place: NormPlace,
+    pub qk_norm: Option<NormOver>,
+    pub embedding_scale: EmbeddingRule,
+    pub attention_scale: AttentionScaleRule,
+    pub attention_softcap: SoftcapRule,
+    pub residual_scale: Option<&'static str>, // its key; 1 where absent
+    pub logits_divisor: Option<&'static str>, // its key; 1 where absent
+    pub logits_softcap: SoftcapRule,
     pub window: WindowRule,
+    pub rope: RopeRule,
+    /// Whether q is scaled by its position: `llama_4_scaling_beta` of the rope settings.
+    pub query_scale: bool,
     /// The projection of attention that PEFT's IA3 scales, beside v_proj, where no targets are
     /// given.
     pub ia3_attention: &'static str,
+    /// q|k|v and gate|up are one module each, `qkv_proj` and `gate_up_proj`: for the folder, for
+    /// adapters, and for whatever else names projections.
+    pub fused_projections: bool,
     pub heads_divide_hidden: bool, // required even where head_dim is given
     pub default_kv_heads: Option<usize>, // None: as many as heads
     pub default_head_dim: Option<usize>, // None: hidden_size / heads
     pub default_max_positions: usize,
+    /// `original_max_position_embeddings`, where the config class has that field.
+    pub default_original_positions: Option<usize>,
+    pub default_theta: f64,
+    pub default_eps: f64,
+    pub default_tie: bool,
     pub default_bos: Option<u32>,
     pub default_eos: Option<u32>,
+    pub default_pad: Option<u32>,
+    /// What the names of its classifiers begin with, where it is not what the architecture begins
+    /// with.
+    pub classifier: Option<&'static str>,
+    /// A key that must be absent, null or false: what it asks for is not done here.
+    pub refused: Option<&'static str>,
+}
+
+impl Family {
+    /// What most families have: a decoder without switches. A family names only what it has of its
+    /// own, `..Family::PLAIN`.
+    pub const PLAIN: Family = Family {
+        model_type: "",
+        architecture: "",
+        qkv_bias: BiasRule::Never,
+        o_bias: BiasRule::Never,
+        mlp_bias: BiasRule::Never,
+        hidden_act: ActRule { key: "hidden_act", default: HiddenAct::Silu },
+        norm_weight: NormWeight::Rounded,
+        norm_place: NormPlace::Before,
+        qk_norm: None,
+        embedding_scale: EmbeddingRule::None,
+        attention_scale: AttentionScaleRule::HeadDim,
+        attention_softcap: SoftcapRule::Never,
+        residual_scale: None,
+        logits_divisor: None,
+        logits_softcap: SoftcapRule::Never,
+        window: WindowRule::Ignored,
+        ia3_attention: "k_proj",
+        rope: RopeRule::Every,
+        query_scale: false,
+        fused_projections: false,
+        heads_divide_hidden: false,
+        default_kv_heads: None,
+        default_head_dim: None,
+        default_max_positions: 2048,
+        default_original_positions: None,
+        default_theta: 1e4,
+        default_eps: 1e-6,
+        default_tie: false,
+        default_bos: Some(1),
+        default_eos: Some(2),
+        default_pad: None,
+        classifier: None,
+        refused: None,
+    };
+
+    /// The class in `architectures` for a task.
+    pub fn class(&self, task: Task) -> String {
+        let base = self.architecture.trim_end_matches("ForCausalLM");
+        match task {
+            Task::CausalLm => self.architecture.into(),
+            _ => format!("{}{}", self.classifier.unwrap_or(base), task.suffix()),
+        }
+    }
 }
 
 /// Two configs are of one family if they point to one entry.
@@ -140,16 +288,73 @@ pub enum BiasRule {
     Key(&'static str), // a boolean in config.json, false where absent
 }
 
+/// Where the activation stands in config.json.
+#[derive(Clone, Copy, Debug)]
+pub struct ActRule {
+    pub key: &'static str,
+    pub default: HiddenAct,
+}
+
+/// What embeddings are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub enum EmbeddingRule {
+    None,
+    /// The root of hidden_size, as a part of the token embedding.
+    SqrtHidden,
+    Key(&'static str), // 1 where absent
+}
+
+/// The factor of q.k.
+#[derive(Clone, Copy, Debug)]
+pub enum AttentionScaleRule {
+    /// head_dim^-0.5
+    HeadDim,
+    /// The number's ^-0.5.
+    InverseSqrt {
+        key: &'static str,
+        default: f64,
+    },
+    Key(&'static str), // 1 where absent
+}
+
+/// Whether there is a softcap, and where it stands in config.json: null is none.
+#[derive(Clone, Copy, Debug)]
+pub enum SoftcapRule {
+    Never,
+    Key { key: &'static str, default: Option<f32> },
+}
+
 /// Which layers look back only `sliding_window` positions.
 #[derive(Clone, Copy, Debug)]
 pub enum WindowRule {
     /// None; the key, if there, is ignored.
     Ignored,
-    /// Every layer, unless the key is null; absent means this many positions.
-    Every { default: usize },
+    /// Every layer, unless the key is null; absent means this many positions, or no window.
+    Every { default: Option<usize> },
+    /// The layers that `layer_types` calls sliding, or without that key every layer, as `Every`.
+    Typed { default: usize },
     /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
     /// key those from `max_window_layers` on.
     Listed { default: usize, default_full_layers: usize },
+    /// All layers but every `period`th (`key`, where the family has one), or what `layer_types`
+    /// says.
+    Pattern { default: usize, period: usize, key: Option<&'static str> },
+    /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
+    /// key those without rope.
+    WithoutRope,
+}
+
+/// Which layers have which rope.
+#[derive(Clone, Copy, Debug)]
+pub enum RopeRule {
+    /// One rope for all layers.
+    Every,
+    /// One rope; `no_rope_layers` has a 0 for a layer without it. Where the key is absent, each
+    /// `no_rope_layer_interval`th layer is without.
+    SomeLayers { default_interval: usize },
+    /// Full attention has `rope_theta` and `rope_scaling`, sliding attention has
+    /// `rope_local_base_freq` alone; or each has its `rope_parameters`.
+    ByLayerType { default_sliding_theta: f64 },
 }
 
 /// What a parameter does.
@@ -167,6 +372,9 @@ pub enum Role {
     KNorm,
     O,
     OBias,
+    /// Of what attention gives, before it is added to the stream.
+    AttentionOutNorm,
+    /// Of the MLP's input.
     PostNorm,
     Gate,
     Up,
@@ -174,6 +382,8 @@ pub enum Role {
     UpBias,
     Down,
     DownBias,
+    /// Of what the MLP gives, before it is added to the stream.
+    MlpOutNorm,
     FinalNorm,
     Head,
     /// The score of a reward model, [labels, hidden], in the place of the head; of a token
@@ -202,24 +412,28 @@ pub enum Proj {
     Gate,
     Up,
     Down,
+    /// q, k and v as one module.
+    Qkv,
+    /// gate and up as one module.
+    GateUp,
 }
 
 impl Proj {
-    pub const ALL: [Proj; 7] =
-        [Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down];
+    /// Those that a block may have ([`ModelConfig::projections`] says which it has).
+    pub const ALL: [Proj; 9] = [
+        Proj::Q,
+        Proj::K,
+        Proj::V,
+        Proj::O,
+        Proj::Gate,
+        Proj::Up,
+        Proj::Down,
+        Proj::Qkv,
+        Proj::GateUp,
+    ];
 
     /// One of each group that shares an input.
     pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
-
-    /// The projections that share a leader's input, in the order in which they lie side by side.
-    pub fn group(self) -> &'static [Proj] {
-        match self {
-            Proj::Q => &[Proj::Q, Proj::K, Proj::V],
-            Proj::Gate => &[Proj::Gate, Proj::Up],
-            Proj::O => &[Proj::O],
-            _ => &[Proj::Down],
-        }
-    }
 
     /// The module's name in a block.
     pub fn module(self) -> &'static str {
@@ -231,16 +445,19 @@ impl Proj {
             Proj::Gate => "mlp.gate_proj",
             Proj::Up => "mlp.up_proj",
             Proj::Down => "mlp.down_proj",
+            Proj::Qkv => "self_attn.qkv_proj",
+            Proj::GateUp => "mlp.gate_up_proj",
         }
     }
 
+    /// The role of its weight; a fused module has that of its first part.
     pub fn role(self) -> Role {
         match self {
-            Proj::Q => Role::Q,
+            Proj::Q | Proj::Qkv => Role::Q,
             Proj::K => Role::K,
             Proj::V => Role::V,
             Proj::O => Role::O,
-            Proj::Gate => Role::Gate,
+            Proj::Gate | Proj::GateUp => Role::Gate,
             Proj::Up => Role::Up,
             Proj::Down => Role::Down,
         }
@@ -249,8 +466,8 @@ impl Proj {
     /// Whose input it shares: q, k and v read one input, so do gate and up.
     pub fn leader(self) -> Proj {
         match self {
-            Proj::K | Proj::V => Proj::Q,
-            Proj::Up => Proj::Gate,
+            Proj::K | Proj::V | Proj::Qkv => Proj::Q,
+            Proj::Up | Proj::GateUp => Proj::Gate,
             other => other,
         }
     }
@@ -276,6 +493,7 @@ impl Role {
     pub fn is_norm(self) -> bool {
         use Role::*;
         matches!(self, InputNorm | QNorm | KNorm | PostNorm | FinalNorm)
+            || matches!(self, AttentionOutNorm | MlpOutNorm)
     }
 
     pub fn is_bias(self) -> bool {
@@ -315,10 +533,21 @@ impl ParamSpec {
 }
 
 /// Every parameter, in arena order: q, k, v weights side by side, so are their biases, and so are
-/// gate and up. A tied head is not a parameter: there is no [`Role::Head`] then.
+/// gate and up; in a family that fuses them they are one parameter. A tied head is not a parameter: there is no [`Role::Head`] then.
 pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
     let (hidden, mlp, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
     let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let before = config.norm_place != NormPlace::After;
+    let after = config.norm_place != NormPlace::Before;
+    // With a norm after attention, the name that the MLP's norm has elsewhere is that one's.
+    let mlp_norm =
+        if after { "pre_feedforward_layernorm.weight" } else { "post_attention_layernorm.weight" };
+    let (q_norm, k_norm) = match config.qk_norm {
+        None => (0, 0),
+        Some(NormOver::Head) => (config.head_dim, config.head_dim),
+        Some(NormOver::Heads) => (q, kv),
+    };
+    let fused = config.family.fused_projections;
     let mut specs = Vec::new();
     let mut push = |layer: Option<usize>, role: Role, name: &str, shape: &[usize]| {
         let name = layer.map_or(name.to_string(), |i| format!("model.layers.{i}.{name}"));
@@ -331,24 +560,28 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
                 push(Some(i), role, name, shape);
             }
         };
-        layer(true, Role::InputNorm, "input_layernorm.weight", &[hidden]);
-        layer(true, Role::Q, "self_attn.q_proj.weight", &[q, hidden]);
-        layer(true, Role::K, "self_attn.k_proj.weight", &[kv, hidden]);
-        layer(true, Role::V, "self_attn.v_proj.weight", &[kv, hidden]);
+        layer(before, Role::InputNorm, "input_layernorm.weight", &[hidden]);
+        layer(fused, Role::Q, "self_attn.qkv_proj.weight", &[q + 2 * kv, hidden]);
+        layer(!fused, Role::Q, "self_attn.q_proj.weight", &[q, hidden]);
+        layer(!fused, Role::K, "self_attn.k_proj.weight", &[kv, hidden]);
+        layer(!fused, Role::V, "self_attn.v_proj.weight", &[kv, hidden]);
         layer(config.qkv_bias, Role::QBias, "self_attn.q_proj.bias", &[q]);
         layer(config.qkv_bias, Role::KBias, "self_attn.k_proj.bias", &[kv]);
         layer(config.qkv_bias, Role::VBias, "self_attn.v_proj.bias", &[kv]);
-        layer(config.qk_norm, Role::QNorm, "self_attn.q_norm.weight", &[config.head_dim]);
-        layer(config.qk_norm, Role::KNorm, "self_attn.k_norm.weight", &[config.head_dim]);
+        layer(q_norm > 0, Role::QNorm, "self_attn.q_norm.weight", &[q_norm]);
+        layer(k_norm > 0, Role::KNorm, "self_attn.k_norm.weight", &[k_norm]);
         layer(true, Role::O, "self_attn.o_proj.weight", &[hidden, q]);
         layer(config.o_bias, Role::OBias, "self_attn.o_proj.bias", &[hidden]);
-        layer(true, Role::PostNorm, "post_attention_layernorm.weight", &[hidden]);
-        layer(true, Role::Gate, "mlp.gate_proj.weight", &[mlp, hidden]);
-        layer(true, Role::Up, "mlp.up_proj.weight", &[mlp, hidden]);
+        layer(after, Role::AttentionOutNorm, "post_attention_layernorm.weight", &[hidden]);
+        layer(before, Role::PostNorm, mlp_norm, &[hidden]);
+        layer(fused, Role::Gate, "mlp.gate_up_proj.weight", &[2 * mlp, hidden]);
+        layer(!fused, Role::Gate, "mlp.gate_proj.weight", &[mlp, hidden]);
+        layer(!fused, Role::Up, "mlp.up_proj.weight", &[mlp, hidden]);
         layer(config.mlp_bias, Role::GateBias, "mlp.gate_proj.bias", &[mlp]);
         layer(config.mlp_bias, Role::UpBias, "mlp.up_proj.bias", &[mlp]);
         layer(true, Role::Down, "mlp.down_proj.weight", &[hidden, mlp]);
         layer(config.mlp_bias, Role::DownBias, "mlp.down_proj.bias", &[hidden]);
+        layer(after, Role::MlpOutNorm, "post_feedforward_layernorm.weight", &[hidden]);
     }
     push(None, Role::FinalNorm, "model.norm.weight", &[hidden]);
     match config.task {
@@ -372,8 +605,8 @@ mod tests {
     #[test]
     fn q_k_v_and_gate_up_lie_side_by_side() {
         let mut config = ModelConfig::llama(96, 32, 48, 2, 4, 2, 128, false);
-        (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) =
-            (true, true, true, true);
+        (config.qkv_bias, config.o_bias, config.mlp_bias) = (true, true, true);
+        config.qk_norm = Some(NormOver::Head);
         let specs = expected_params(&config);
         assert_eq!(specs.len(), 1 + 2 * 18 + 2);
         let roles: Vec<Role> =

@@ -17,3 +17,4 @@ pub mod layout;
 pub mod open;
 pub mod params;
 pub mod rope;
+pub mod rope_config;

@@ -1,4 +1,4 @@
-//! Rotary position tables: default, linear, llama3 and yarn. Layer 5.
+//! Rotary position tables: default, linear, llama3, yarn and longrope. Layer 5.
 //!
 //! Invariant: the angle is made the way transformers makes it, `f32(position) * inv_freq` in f32,
 //! so that the tables agree for every position and not only for small ones. Powers, cosines and
@@ -10,16 +10,20 @@
 
 use std::f64::consts::PI;
 
-use serde_json::{Map, Value};
-
-use super::fields::Fields;
-
-const DEFAULT_THETA: f64 = 10_000.0;
-
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     pub theta: f64,
     pub kind: RopeKind,
+    /// The share of a head that turns, from its first value on.
+    pub partial: f64,
+    pub query_scale: Option<QueryScale>,
+}
+
+/// q at position p is multiplied by `1 + beta ln(1 + floor(p / original_max_positions))`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScale {
+    pub beta: f64,
+    pub original_max_positions: f64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -46,76 +50,71 @@ pub enum RopeKind {
         beta_slow: f64,
         truncate: bool,
     },
+    /// Each frequency divided by a factor of its own, and cos and sin multiplied by
+    /// `attention_factor`. There are two lists of factors, `[turned / 2]`: the long one serves runs
+    /// with sequences longer than the original length ([`RopeConfig::is_long`]).
+    LongRope {
+        short: Vec<f64>,
+        long: Vec<f64>,
+        original_max_positions: f64,
+        attention_factor: f64,
+    },
 }
 
 impl RopeConfig {
-    /// From a config.json with v4 keys (`rope_theta`, `rope_scaling`) or v5 keys
-    /// (`rope_parameters`). Where both are there, a non-empty `rope_scaling` wins, as in
-    /// transformers. Problems go to `problems`.
-    pub fn parse(
-        raw: &Map<String, Value>,
-        max_positions: usize,
-        problems: &mut Vec<String>,
-    ) -> Self {
-        let mut top = Fields::new(raw, "");
-        let empty = Map::new();
-        let (name, map) = parameters(&mut top).unwrap_or(("rope_parameters.", &empty));
-        let mut f = Fields::new(map, name);
-        let positive = "a number above 0";
-        let theta = f.number("rope_theta", positive, |x| x > 0.0);
-        let theta = theta
-            .or_else(|| top.number("rope_theta", positive, |x| x > 0.0))
-            .unwrap_or(DEFAULT_THETA);
-        for partial in [
-            f.number("partial_rotary_factor", positive, |_| true),
-            top.number("partial_rotary_factor", positive, |_| true),
-        ] {
-            if partial.is_some_and(|p| p != 1.0) {
-                f.problem("partial_rotary_factor: rotating a part of the head is not supported");
-            }
-        }
-        if map.values().any(Value::is_object) {
-            f.problem(format!("{name} one rope per layer type is not supported"));
-        }
-        let original = match top.size("original_max_position_embeddings", 1 << 40) {
-            Some(n) => n,
-            None => f.size("original_max_position_embeddings", 1 << 40).unwrap_or(max_positions),
-        } as f64;
-        let rope_type = f.string("rope_type").or_else(|| f.string("type")).unwrap_or("default");
-        let kind = match rope_type {
-            "default" => RopeKind::Default,
-            "linear" => RopeKind::Linear { factor: required(&mut f, "factor") },
-            "llama3" => llama3(&mut f, original),
-            "yarn" => yarn(&mut f, original, max_positions as f64, theta),
-            other => {
-                f.problem(format!(
-                    "{name}rope_type is \"{other}\"; supported are default, linear, llama3, yarn"
-                ));
-                RopeKind::Default
-            }
-        };
-        problems.append(&mut top.problems);
-        problems.append(&mut f.problems);
-        RopeConfig { theta, kind }
+    /// The usual one: a theta, and nothing scaled.
+    pub fn plain(theta: f64) -> RopeConfig {
+        RopeConfig { theta, kind: RopeKind::Default, partial: 1.0, query_scale: None }
     }
 
-    /// What cos and sin are multiplied by: 1 except for yarn.
+    /// How many values of a head turn, from its first on.
+    pub fn turned(&self, head_dim: usize) -> usize {
+        (head_dim as f64 * self.partial) as usize
+    }
+
+    /// What cos and sin are multiplied by: 1 except for yarn and longrope.
     pub fn attention_factor(&self) -> f64 {
         match self.kind {
-            RopeKind::Yarn { attention_factor, .. } => attention_factor,
+            RopeKind::Yarn { attention_factor, .. }
+            | RopeKind::LongRope { attention_factor, .. } => attention_factor,
             _ => 1.0,
         }
     }
+
+    /// Whether a run whose longest sequence has `longest` tokens uses longrope's long factors.
+    pub fn is_long(&self, longest: usize) -> bool {
+        match self.kind {
+            RopeKind::LongRope { original_max_positions, .. } => {
+                longest as f64 > original_max_positions
+            }
+            _ => false,
+        }
+    }
+
+    /// What q is multiplied by at each position, if it is: transformers'
+    /// `get_llama_4_attn_scale`.
+    pub fn query_scales(&self, positions: usize) -> Option<Vec<f32>> {
+        let QueryScale { beta, original_max_positions } = self.query_scale?;
+        let scale = |p: usize| {
+            let steps = (p as f32 / original_max_positions as f32).floor();
+            1.0 + beta as f32 * f64::from(1.0 + steps).ln() as f32
+        };
+        Some((0..positions).map(scale).collect())
+    }
 }
 
-/// Angle per position of each pair of dimensions: [head_dim / 2].
-pub fn inv_freq(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
-    let dim = head_dim as f32;
+/// Angle per position of each pair of dimensions that turns: [turned / 2]. `long` chooses
+/// longrope's factors.
+pub fn inv_freq(config: &RopeConfig, head_dim: usize, long: bool) -> Vec<f32> {
+    let turned = config.turned(head_dim);
+    let dim = turned as f32;
     let base = f64::from(config.theta as f32);
     let powers: Vec<f32> =
-        (0..head_dim / 2).map(|i| base.powf(f64::from((2 * i) as f32 / dim)) as f32).collect();
+        (0..turned / 2).map(|i| base.powf(f64::from((2 * i) as f32 / dim)) as f32).collect();
     let plain = powers.iter().map(|p| 1.0 / p);
     match config.kind {
+        RopeKind::LongRope { short: ref factors, .. } if !long => scaled(&powers, factors),
+        RopeKind::LongRope { long: ref factors, .. } => scaled(&powers, factors),
         RopeKind::Default => plain.collect(),
         RopeKind::Linear { factor } => plain.map(|f| f / factor as f32).collect(),
         RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
@@ -142,7 +141,7 @@ pub fn inv_freq(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
             factor, original_max_positions, beta_fast, beta_slow, truncate, ..
         } => {
             let (low, high) = yarn_range(
-                head_dim,
+                turned,
                 config.theta,
                 original_max_positions,
                 beta_fast,
@@ -150,7 +149,7 @@ pub fn inv_freq(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
                 truncate,
             );
             let (start, width) = (low as f32, (high - low) as f32);
-            let ramp = (0..head_dim / 2).map(|i| ((i as f32 - start) / width).clamp(0.0, 1.0));
+            let ramp = (0..turned / 2).map(|i| ((i as f32 - start) / width).clamp(0.0, 1.0));
             powers
                 .iter()
                 .zip(ramp)
@@ -163,10 +162,19 @@ pub fn inv_freq(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
     }
 }
 
-/// (cos, sin), each row-major [positions, head_dim / 2], with yarn's attention factor multiplied
-/// in.
-pub fn rope_table(config: &RopeConfig, head_dim: usize, positions: usize) -> (Vec<f32>, Vec<f32>) {
-    let inv_freq = inv_freq(config, head_dim);
+fn scaled(powers: &[f32], factors: &[f64]) -> Vec<f32> {
+    powers.iter().zip(factors).map(|(power, factor)| 1.0 / (*factor as f32 * power)).collect()
+}
+
+/// (cos, sin), each row-major [positions, turned / 2], with the attention factor of yarn and
+/// longrope multiplied in.
+pub fn rope_table(
+    config: &RopeConfig,
+    head_dim: usize,
+    positions: usize,
+    long: bool,
+) -> (Vec<f32>, Vec<f32>) {
+    let inv_freq = inv_freq(config, head_dim, long);
     let factor = config.attention_factor() as f32;
     let n = positions * inv_freq.len();
     let (mut cos, mut sin) = (Vec::with_capacity(n), Vec::with_capacity(n));
@@ -180,69 +188,17 @@ pub fn rope_table(config: &RopeConfig, head_dim: usize, positions: usize) -> (Ve
     (cos, sin)
 }
 
-/// The object that holds the rope settings, and its name in messages.
-fn parameters<'a>(top: &mut Fields<'a>) -> Option<(&'static str, &'a Map<String, Value>)> {
-    let old = top.object("rope_scaling").filter(|m| !m.is_empty());
-    let new = top.object("rope_parameters");
-    old.map(|m| ("rope_scaling.", m)).or(new.map(|m| ("rope_parameters.", m)))
-}
-
-fn required(f: &mut Fields, key: &str) -> f64 {
-    if f.value(key).is_none() {
-        f.problem(format!("rope: {key} is missing, and this rope_type needs it"));
-    }
-    f.number(key, "a number above 0", |x| x > 0.0).unwrap_or(1.0)
-}
-
-fn llama3(f: &mut Fields, original_max_positions: f64) -> RopeKind {
-    let factor = required(f, "factor");
-    let (low_freq_factor, high_freq_factor) =
-        (required(f, "low_freq_factor"), required(f, "high_freq_factor"));
-    if f.problems.is_empty() && high_freq_factor <= low_freq_factor {
-        f.problem(format!("rope: high_freq_factor {high_freq_factor} must be above low_freq_factor {low_freq_factor}"));
-    }
-    RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions }
-}
-
-fn yarn(f: &mut Fields, original_max_positions: f64, max_positions: f64, theta: f64) -> RopeKind {
-    let positive = "a number above 0";
-    let factor =
-        f.number("factor", positive, |x| x > 0.0).unwrap_or(max_positions / original_max_positions);
-    let number = |f: &mut Fields, key: &str| f.number(key, "a number of at least 0", |x| x >= 0.0);
-    let truthy = |x: Option<f64>| x.filter(|x| *x != 0.0);
-    let mscale = truthy(number(f, "mscale")).zip(truthy(number(f, "mscale_all_dim")));
-    let growth = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
-    let attention_factor = number(f, "attention_factor").unwrap_or_else(|| match mscale {
-        Some((one, all)) => growth(one) / growth(all),
-        None => growth(1.0),
-    });
-    let beta_fast = truthy(number(f, "beta_fast")).unwrap_or(32.0);
-    let beta_slow = truthy(number(f, "beta_slow")).unwrap_or(1.0);
-    let truncate = f.boolean("truncate").unwrap_or(true);
-    if theta <= 1.0 {
-        f.problem(format!("rope_theta is {theta}; yarn needs more than 1"));
-    }
-    RopeKind::Yarn {
-        factor,
-        original_max_positions,
-        attention_factor,
-        beta_fast,
-        beta_slow,
-        truncate,
-    }
-}
-
 /// The dimensions between which yarn's ramp runs: those that turn `fast` and `slow` times over the
 /// original length.
 fn yarn_range(
-    head_dim: usize,
+    dim: usize,
     theta: f64,
     original: f64,
     fast: f64,
     slow: f64,
     truncate: bool,
 ) -> (f64, f64) {
-    let dim = head_dim as f64;
+    let dim = dim as f64;
     let turning = |turns: f64| dim * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
     let (mut low, mut high) = (turning(fast), turning(slow));
     if truncate {
@@ -254,7 +210,10 @@ fn yarn_range(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Map, Value, json};
+
     use super::*;
+    use crate::model::rope_config::{RopeFacts, one_rope};
 
     #[derive(serde::Deserialize)]
     struct Case {
@@ -264,26 +223,37 @@ mod tests {
         inv_freq: Vec<f32>,
         cos: Vec<f32>,
         sin: Vec<f32>,
-    }
-
-    fn parse(json: Value) -> (RopeConfig, Vec<String>) {
-        let mut problems = Vec::new();
-        let raw = json.as_object().cloned().unwrap_or_default();
-        (RopeConfig::parse(&raw, 128, &mut problems), problems)
+        long: Option<bool>,
+        q_scale: Option<Vec<f32>>,
     }
 
     #[test]
     fn tables_equal_those_of_transformers() {
         let cases: Vec<Case> =
             serde_json::from_str(include_str!("../../tests/fixtures/rope.json")).unwrap();
-        assert_eq!(cases.len(), 14);
+        assert_eq!(cases.len(), 19);
         for case in cases {
-            let (config, problems) =
-                parse(serde_json::json!({ "rope_parameters": case.rope_parameters }));
+            let mut problems = Vec::new();
+            let raw = json!({ "rope_parameters": case.rope_parameters });
+            let facts = RopeFacts {
+                head_dim: case.head_dim,
+                query_scale: case.q_scale.is_some(),
+                ..RopeFacts::SMALL
+            };
+            let config = one_rope(raw.as_object().unwrap(), &facts, &mut problems);
             assert!(problems.is_empty(), "{problems:?}");
-            let got = inv_freq(&config, case.head_dim);
-            let half = case.head_dim / 2;
-            let (cos, sin) = rope_table(&config, case.head_dim, 128);
+            let long = case.long.unwrap_or(false);
+            let got = inv_freq(&config, case.head_dim, long);
+            let half = config.turned(case.head_dim) / 2;
+            assert_eq!(half, case.inv_freq.len());
+            let (cos, sin) = rope_table(&config, case.head_dim, 128, long);
+            let scales = config.query_scales(128);
+            for (position, want) in case.positions.iter().zip(case.q_scale.iter().flatten()) {
+                // The logarithm, rounded once here and by PyTorch in its own way.
+                let got = scales.as_ref().unwrap()[*position];
+                assert!((got - want).abs() <= 1.2e-7, "{config:?}: q at {position}");
+            }
+            assert_eq!(scales.is_some(), case.q_scale.is_some(), "{config:?}");
             let mut off = 0;
             for i in 0..half {
                 let (got, want) = (got[i], case.inv_freq[i]);
@@ -311,36 +281,5 @@ mod tests {
                 "{config:?}: {off} of {half} frequencies differ in the last bit"
             );
         }
-    }
-
-    #[test]
-    fn old_and_new_keys_mean_the_same() {
-        let scaling = serde_json::json!({ "type": "linear", "factor": 2.0 });
-        let (old, _) = parse(serde_json::json!({ "rope_theta": 5e5, "rope_scaling": scaling }));
-        assert_eq!(old, RopeConfig { theta: 5e5, kind: RopeKind::Linear { factor: 2.0 } });
-        let new = serde_json::json!({ "rope_type": "linear", "factor": 2.0, "rope_theta": 5e5 });
-        assert_eq!(parse(serde_json::json!({ "rope_parameters": new })).0, old);
-        let both =
-            serde_json::json!({ "rope_theta": 1.0, "rope_scaling": null, "rope_parameters": new });
-        assert_eq!(parse(both).0, old);
-        assert_eq!(
-            parse(serde_json::json!({})).0,
-            RopeConfig { theta: 1e4, kind: RopeKind::Default }
-        );
-    }
-
-    #[test]
-    fn bad_settings_are_all_reported() {
-        let bad = serde_json::json!({ "rope_parameters": { "rope_type": "dynamic", "rope_theta": -1, "partial_rotary_factor": 0.5 } });
-        let (_, problems) = parse(bad);
-        assert_eq!(problems.len(), 3, "{problems:?}");
-        assert!(
-            problems
-                .iter()
-                .any(|p| p.contains("\"dynamic\"; supported are default, linear, llama3, yarn"))
-        );
-        let (_, problems) =
-            parse(serde_json::json!({ "rope_scaling": { "rope_type": "llama3", "factor": 8 } }));
-        assert_eq!(problems.len(), 2, "{problems:?}");
     }
 }

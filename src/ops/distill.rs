@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
-use crate::ops::head::{chunk_rows, chunks, slices};
+use crate::ops::head::{Head, LogitMap, chunk_rows, chunks, slices};
 use crate::ops::matmul::product;
 use crate::tensor::{Id, Tensor};
 
@@ -20,11 +20,11 @@ pub struct DistillIn<'a> {
     /// [n, d] real
     pub student: &'a Tensor,
     /// [vocab, d] real
-    pub student_head: &'a Tensor,
+    pub student_head: &'a Head,
     /// [n, e] real: e need not be d
     pub teacher: &'a Tensor,
     /// [vocab, e] real
-    pub teacher_head: &'a Tensor,
+    pub teacher_head: &'a Head,
     pub weight: &'a Tensor,
 }
 
@@ -33,8 +33,10 @@ pub struct DistillIn<'a> {
 /// by `scale` (1 / temperature). Only `loss` carries a gradient, for the student, and its upstream
 /// must be 1.
 pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Tensor, Tensor)> {
-    let op = Distill { beta, scale, chunk: chunk_rows(cx, x.student_head) };
-    let inputs = [x.student, x.student_head, x.teacher, x.teacher_head, x.weight];
+    let (student, teacher) = (x.student_head, x.teacher_head);
+    let maps = [student.map, teacher.map];
+    let op = Distill { beta, scale, maps, chunk: chunk_rows(cx, &student.weight) };
+    let inputs = [x.student, &student.weight, x.teacher, &teacher.weight, x.weight];
     cx.apply_many(op, &inputs).map(Into::into)
 }
 
@@ -42,6 +44,8 @@ pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Ten
 pub struct Distill {
     pub beta: f32,
     pub scale: f32,
+    /// The student's and the teacher's.
+    pub maps: [LogitMap; 2],
     pub chunk: usize,
 }
 
@@ -97,6 +101,8 @@ impl Op for Distill {
             let h = hs.rows(from, to)?;
             product(cx, Layout::NT, &s, &h, ws, None, false)?;
             product(cx, Layout::NT, &t, &ht.rows(from, to)?, wt, None, false)?;
+            self.maps[0].apply(cx, &s)?;
+            self.maps[1].apply(cx, &t)?;
             let (by_slice, by_row) = (Launch::warps(n * slices), Launch::warps(n));
             let (count, width, pieces) = (n as i32, vocab as i32, slices as i32);
             let args = kernels::DistillSlicesArgs {
@@ -152,6 +158,8 @@ impl Op for Distill {
                 slices: pieces,
                 beta: self.beta,
                 scale: self.scale,
+                slope: self.maps[0].slope(self.scale),
+                softcap: self.maps[0].cap(),
             };
             kernels::distill_grad(&*cx.device, by_slice, args)?;
             if let Some(dx) = &dx {
@@ -184,10 +192,10 @@ impl Op for Distill {
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let b = f64::from(self.beta);
-        let logs = |h: &F64, w: &F64, r: usize| -> Vec<f64> {
+        let logs = |h: &F64, w: &F64, r: usize, map: LogitMap| -> Vec<f64> {
             let dot = |j: usize| {
-                h.row(r).iter().zip(w.row(j)).map(|(a, b)| a * b).sum::<f64>()
-                    * f64::from(self.scale)
+                let z = h.row(r).iter().zip(w.row(j)).map(|(a, b)| a * b).sum::<f64>();
+                map.oracle(z) * f64::from(self.scale)
             };
             let logits: Vec<f64> = (0..w.row_count()).map(dot).collect();
             let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -197,7 +205,7 @@ impl Op for Distill {
         let kl =
             |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         let rows = F64::from_fn(&[x[0].row_count()], |r| {
-            let (s, t) = (logs(&x[0], &x[1], r), logs(&x[2], &x[3], r));
+            let (s, t) = (logs(&x[0], &x[1], r, self.maps[0]), logs(&x[2], &x[3], r, self.maps[1]));
             let m: Vec<f64> =
                 s.iter().zip(&t).map(|(s, t)| ((1.0 - b) * s.exp() + b * t.exp()).ln()).collect();
             match b {
@@ -235,8 +243,15 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             let label = format!(
                 "beta {beta} rows {rows} d {d} e {e} vocab {vocab} chunk {chunk} scale {scale}"
             );
-            let case = Case::new(label, Distill { beta, scale, chunk }, inputs);
-            cases.push(Case { upstream: vec![Some(1.0), Some(0.0)], ..case });
+            let plain = [LogitMap::PLAIN; 2];
+            let mapped = [
+                LogitMap { divisor: 2.0, softcap: Some(4.0) },
+                LogitMap { divisor: 0.7, softcap: None },
+            ];
+            for (maps, label) in [(plain, label.clone()), (mapped, label + " mapped")] {
+                let case = Case::new(label, Distill { beta, scale, maps, chunk }, inputs.clone());
+                cases.push(Case { upstream: vec![Some(1.0), Some(0.0)], ..case });
+            }
         }
     }
     cases
@@ -249,6 +264,6 @@ pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     };
     let mut inputs = [model(), model()].concat();
     inputs.push(Arg::float(F64::from_fn(&[s.tokens()], |_| 1.0)));
-    let op = Distill { beta: 0.5, scale: 1.0, chunk: 1024 };
+    let op = Distill { beta: 0.5, scale: 1.0, maps: [LogitMap::PLAIN; 2], chunk: 1024 };
     vec![Case::new("beta 0.5, chunks of 1024", op, inputs)]
 }

@@ -15,6 +15,72 @@ use crate::ops::expect_cols;
 use crate::ops::matmul::product;
 use crate::tensor::{Id, Tensor};
 
+/// The language-model head: its weight [vocab, d] real, and what is made of the products with it.
+#[derive(Clone, Debug)]
+pub struct Head {
+    pub weight: Tensor,
+    pub map: LogitMap,
+}
+
+impl Head {
+    /// A head whose logits are the products themselves.
+    pub fn plain(weight: Tensor) -> Head {
+        Head { weight, map: LogitMap::PLAIN }
+    }
+
+    /// Logits of hidden rows, F32 [rows, vocab]. Not on the tape.
+    pub fn logits(&self, cx: &Cx, hidden: &Tensor) -> Result<Tensor> {
+        let logits = cx.float("logits", &[hidden.row_count(), self.weight.row_count()])?;
+        product(cx, Layout::NT, &logits, hidden, &self.weight, None, false)?;
+        self.map.apply(cx, &logits)?;
+        Ok(logits)
+    }
+}
+
+/// What a model makes of the products with its head: `l = z / divisor`, then `c tanh(l / c)` with a
+/// softcap c.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LogitMap {
+    pub divisor: f32,
+    pub softcap: Option<f32>,
+}
+
+impl LogitMap {
+    pub const PLAIN: LogitMap = LogitMap { divisor: 1.0, softcap: None };
+
+    /// In place, F32. The trainer's head, distillation and the sampler all call this, so they have
+    /// the same bits.
+    pub(super) fn apply(self, cx: &Cx, logits: &Tensor) -> Result<()> {
+        if self == LogitMap::PLAIN {
+            return Ok(());
+        }
+        let args = kernels::MapLogitsArgs {
+            logits: logits.out(),
+            n: logits.numel() as i64,
+            divisor: self.divisor,
+            softcap: self.cap(),
+        };
+        // The kernel's packs are as wide as the storage dtype's.
+        let packs = logits.numel().div_ceil(kernels::pack_width(cx.dtype.size()));
+        kernels::map_logits(&*cx.device, Launch::flat(packs), args)
+    }
+
+    /// The factor of a gradient of logits that are scaled by `scale`.
+    pub(super) fn slope(self, scale: f32) -> f32 {
+        scale / self.divisor
+    }
+
+    /// As kernels take it: 0 is none.
+    pub(super) fn cap(self) -> f32 {
+        self.softcap.unwrap_or(0.0)
+    }
+
+    pub(super) fn oracle(self, z: f64) -> f64 {
+        let l = z / f64::from(self.divisor);
+        self.softcap.map_or(l, |c| f64::from(c) * (l / f64::from(c)).tanh())
+    }
+}
+
 /// What the head tells of each row, F32 `[n]` unless said otherwise.
 pub struct HeadOut {
     /// log p(target)
@@ -27,20 +93,19 @@ pub struct HeadOut {
     pub log_square: Option<Tensor>,
 }
 
-/// `loss = -sum_i weight[i] logp[i]` F32 `[1]`, and the rows' metrics. x [n, d] real, w [vocab, d]
-/// real, target I32 `[n]` below the vocabulary, weight F32 `[n]`; logits are scaled by `scale` (1 /
+/// `loss = -sum_i weight[i] logp[i]` F32 `[1]`, and the rows' metrics. x [n, d] real, target I32 `[n]` below the vocabulary, weight F32 `[n]`; logits are scaled by `scale` (1 /
 /// temperature). Only `loss` carries a gradient, and its upstream must be 1: gradients of x and w
 /// are made in the forward, chunk by chunk.
 pub fn head_loss(
     cx: &mut Cx,
     x: &Tensor,
-    w: &Tensor,
+    head: &Head,
     target: &Tensor,
     weight: &Tensor,
     scale: f32,
 ) -> Result<(Tensor, HeadOut)> {
-    let chunk = chunk_rows(cx, w);
-    let op = HeadLoss { scale, chunk };
+    let (w, map, chunk) = (&head.weight, head.map, chunk_rows(cx, &head.weight));
+    let op = HeadLoss { scale, map, chunk };
     let [loss, logp, entropy, best] = cx.apply_many(op, &[x, w, target, weight])?;
     Ok((loss, HeadOut { logp, entropy, best, log_square: None }))
 }
@@ -50,24 +115,24 @@ pub fn head_loss(
 pub fn head_logps(
     cx: &mut Cx,
     x: &Tensor,
-    w: &Tensor,
+    head: &Head,
     target: &Tensor,
     scale: f32,
 ) -> Result<HeadOut> {
-    head_rows(cx, x, w, target, scale, false)
+    head_rows(cx, x, head, target, scale, false)
 }
 
 /// As [`head_logps`]; with `squares`, `log_square` comes too (it carries no gradient).
 pub fn head_rows(
     cx: &mut Cx,
     x: &Tensor,
-    w: &Tensor,
+    head: &Head,
     target: &Tensor,
     scale: f32,
     square: bool,
 ) -> Result<HeadOut> {
-    let chunk = chunk_rows(cx, w);
-    let mut out = cx.apply(HeadLogps { scale, chunk, square }, &[x, w, target])?;
+    let (w, map, chunk) = (&head.weight, head.map, chunk_rows(cx, &head.weight));
+    let mut out = cx.apply(HeadLogps { scale, map, chunk, square }, &[x, w, target])?;
     let log_square = if square { out.pop() } else { None };
     match <[Tensor; 3]>::try_from(out) {
         Ok([logp, entropy, best]) => Ok(HeadOut { logp, entropy, best, log_square }),
@@ -76,17 +141,36 @@ pub fn head_rows(
 }
 
 /// The mean of each row's logits over the vocabulary, F32 `[n]`: a row times the mean row of the
-/// head. Not on the tape.
-pub fn mean_logits(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let (n, vocab) = (x.row_count(), w.row_count());
+/// head, or, with a softcap, a sum over the logits themselves. Not on the tape.
+pub fn mean_logits(cx: &Cx, x: &Tensor, head: &Head) -> Result<Tensor> {
+    let (n, w) = (x.row_count(), &head.weight);
+    let vocab = w.row_count();
+    let mean = cx.float("mean logits", &[n])?;
+    mean.zero()?;
+    if head.map.softcap.is_some() {
+        let size = chunk_rows(cx, w);
+        for (from, to) in chunks(n, size) {
+            let logits = head.logits(cx, &x.rows(from, to)?)?;
+            let starts: Vec<i32> = (0..=to - from).map(|r| (r * vocab) as i32).collect();
+            let (starts, sums) = (cx.ints("starts", &starts)?, cx.float("sums", &[to - from])?);
+            let args = kernels::SegmentSumsFwdArgs {
+                sums: sums.out(),
+                values: &logits,
+                weights: None,
+                starts: &starts,
+                segments: (to - from) as i32,
+            };
+            kernels::segment_sums_fwd(&*cx.device, Launch::warps(to - from), args)?;
+            axpy(cx, &mean.rows(from, to)?, &sums, 1.0 / vocab as f32)?;
+        }
+        return Ok(mean);
+    }
     let ones = Tensor::from_f32(&cx.pool, "ones", w.dtype(), &[1, vocab], &vec![1.0; vocab])?;
     let sum = cx.real("sum of the head", &[1, w.cols()])?;
     product(cx, Layout::NN, &sum, &ones, w, None, false)?;
     let sums = cx.float("mean logits", &[n, 1])?;
     product(cx, Layout::NT, &sums, x, &sum, None, false)?;
-    let mean = cx.float("mean logits", &[n])?;
-    mean.zero()?;
-    axpy(cx, &mean, &sums.reshape(&[n])?, 1.0 / vocab as f32)?;
+    axpy(cx, &mean, &sums.reshape(&[n])?, 1.0 / vocab as f32 / head.map.divisor)?;
     Ok(mean)
 }
 
@@ -104,12 +188,14 @@ pub(super) fn slices(vocab: usize) -> usize {
 #[derive(Debug)]
 pub struct HeadLoss {
     pub scale: f32,
+    pub map: LogitMap,
     pub chunk: usize,
 }
 
 #[derive(Debug)]
 pub struct HeadLogps {
     pub scale: f32,
+    pub map: LogitMap,
     pub chunk: usize,
     /// Give log sum p^2, too.
     pub square: bool,
@@ -151,11 +237,12 @@ impl Pass {
         w: &Tensor,
         target: &Tensor,
         rows: (usize, usize),
-        scale: f32,
+        (scale, map): (f32, LogitMap),
     ) -> Result<Tensor> {
         let (from, to) = rows;
         let logits = self.logits.rows(0, to - from)?;
         product(cx, Layout::NT, &logits, &x.rows(from, to)?, w, None, false)?;
+        map.apply(cx, &logits)?;
         let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
         let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);
         let (entropy, best) = (self.entropy.rows(from, to)?, self.best.rows(from, to)?);
@@ -234,7 +321,7 @@ impl Op for HeadLoss {
             kernels::nll_upstream(&*cx.device, Launch::flat(rows), args)?;
         }
         for range in chunks(rows, self.chunk) {
-            let logits = pass.forward(cx, h, w, target, range, self.scale)?;
+            let logits = pass.forward(cx, h, w, target, range, (self.scale, self.map))?;
             let Some(dlogits) = &dlogits else { continue };
             let dl = dlogits.rows(0, range.1 - range.0)?;
             let lse = pass.lse.rows(range.0, range.1)?;
@@ -247,7 +334,7 @@ impl Op for HeadLoss {
                 &lse,
                 None,
                 (&up, None),
-                self.scale,
+                (self.scale, self.map),
             )?;
             if let Some(dx) = &dx {
                 product(cx, Layout::NN, &dx.rows(range.0, range.1)?, &dl, w, None, false)?;
@@ -277,8 +364,8 @@ impl Op for HeadLoss {
         node.saved.first().map_or(Ok(()), |dx| g.give(cx, 0, dx.clone()))
     }
 
-    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        let [logp, entropy, best, _] = rows_reference(round, x, self.scale);
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let [logp, entropy, best, _] = rows_reference(x, self.scale, self.map);
         let loss = -x[3].data.iter().zip(&logp.data).map(|(w, l)| w * l).sum::<f64>();
         vec![F64::new(&[1], vec![loss]), logp, entropy, best]
     }
@@ -297,7 +384,7 @@ impl Op for HeadLogps {
         check("head_logps", x)?;
         let pass = Pass::new(cx, x[0].row_count(), x[1].row_count(), self.chunk, self.square)?;
         for range in chunks(x[0].row_count(), self.chunk) {
-            pass.forward(cx, x[0], x[1], x[2], range, self.scale)?;
+            pass.forward(cx, x[0], x[1], x[2], range, (self.scale, self.map))?;
         }
         let saved =
             vec![x[0].clone(), x[1].clone(), x[2].clone(), pass.lse.clone(), pass.entropy.clone()];
@@ -325,6 +412,7 @@ impl Op for HeadLogps {
             let (l, dl, x) =
                 (logits.rows(0, to - from)?, dlogits.rows(0, to - from)?, h.rows(from, to)?);
             product(cx, Layout::NT, &l, &x, w, None, false)?;
+            self.map.apply(cx, &l)?;
             let de = dy[1].as_ref().map(|d| d.rows(from, to)).transpose()?;
             let (lse, entropy) = (lse.rows(from, to)?, entropy.rows(from, to)?);
             let up = (&dlogp.rows(from, to)?, de.as_ref());
@@ -336,7 +424,7 @@ impl Op for HeadLogps {
                 &lse,
                 Some(&entropy),
                 up,
-                self.scale,
+                (self.scale, self.map),
             )?;
             if let Some((dx, accumulate)) = &dx {
                 product(cx, Layout::NN, &dx.rows(from, to)?, &dl, w, None, *accumulate)?;
@@ -349,8 +437,8 @@ impl Op for HeadLogps {
         Ok(())
     }
 
-    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        let mut out = Vec::from(rows_reference(round, x, self.scale));
+    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+        let mut out = Vec::from(rows_reference(x, self.scale, self.map));
         out.truncate(if self.square { 4 } else { 3 });
         out
     }
@@ -369,7 +457,7 @@ fn gradient_rows(
     lse: &Tensor,
     entropy: Option<&Tensor>,
     (a, b): (&Tensor, Option<&Tensor>),
-    scale: f32,
+    (scale, map): (f32, LogitMap),
 ) -> Result<()> {
     let (rows, vocab) = (logits.row_count(), logits.cols());
     let args = kernels::HeadGradArgs {
@@ -384,6 +472,8 @@ fn gradient_rows(
         vocab: vocab as i32,
         slices: slices(vocab) as i32,
         scale,
+        slope: map.slope(scale),
+        softcap: map.cap(),
     };
     kernels::head_grad(&*cx.device, Launch::warps(rows * slices(vocab)), args)
 }
@@ -393,14 +483,14 @@ fn head_cost(x: &[&Tensor]) -> Cost {
     Cost { flops: 2.0 * (m * n * k) as f64, ..Cost::memory(x, 12 * m * n) }
 }
 
-fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 4] {
+fn rows_reference(x: &[F64], scale: f32, map: LogitMap) -> [F64; 4] {
     let (rows, vocab) = (x[0].row_count(), x[1].row_count());
     let mut out = [(); 4].map(|()| F64::zeros(&[rows]));
     for r in 0..rows {
         let logits: Vec<f64> = (0..vocab)
             .map(|j| {
-                f64::from(scale)
-                    * x[0].row(r).iter().zip(x[1].row(j)).map(|(a, b)| a * b).sum::<f64>()
+                let z = x[0].row(r).iter().zip(x[1].row(j)).map(|(a, b)| a * b).sum::<f64>();
+                f64::from(scale) * map.oracle(z)
             })
             .collect();
         let top = logits.iter().cloned().fold(f64::NEG_INFINITY, f64::max);
@@ -415,14 +505,24 @@ fn rows_reference(_round: Round, x: &[F64], scale: f32) -> [F64; 4] {
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (rows, d, vocab, chunk, scale) in
-        [(1, 4, 3, 32, 1.0f32), (33, 16, 130, 16, 1.0), (9, 24, 1031, 4, 0.7), (5, 8, 4999, 3, 0.9)]
-    {
+    let plain = LogitMap::PLAIN;
+    for (rows, d, vocab, chunk, scale, map) in [
+        (1, 4, 3, 32, 1.0f32, plain),
+        (33, 16, 130, 16, 1.0, plain),
+        (9, 24, 1031, 4, 0.7, plain),
+        (5, 8, 4999, 3, 0.9, plain),
+        (33, 16, 130, 16, 1.0, LogitMap { divisor: 3.0, softcap: None }),
+        (9, 24, 1031, 4, 0.7, LogitMap { divisor: 1.0, softcap: Some(5.0) }),
+        (5, 8, 4999, 3, 1.3, LogitMap { divisor: 0.8, softcap: Some(2.0) }),
+    ] {
         let x = rng.array(&[rows, d], 1.0);
         let w = rng.array(&[vocab, d], 1.0);
         let target: Vec<i32> = (0..rows).map(|_| rng.below(vocab) as i32).collect();
         let weight = F64::from_fn(&[rows], |_| rng.uniform());
-        let label = format!("rows {rows} d {d} vocab {vocab} chunk {chunk} scale {scale}");
+        let mut label = format!("rows {rows} d {d} vocab {vocab} chunk {chunk} scale {scale}");
+        if map != plain {
+            label += &format!(" {map:?}");
+        }
         let inputs = vec![Arg::real(x), Arg::param(w), Arg::ints(&target)];
         let mut with_weight = inputs.clone();
         with_weight.push(Arg::float(weight));
@@ -430,13 +530,13 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         // tests of its own.
         for square in [false, true] {
             let label = format!("{label}{}", if square { " square" } else { "" });
-            let case = Case::new(label, HeadLogps { scale, chunk, square }, inputs.clone());
+            let case = Case::new(label, HeadLogps { scale, map, chunk, square }, inputs.clone());
             // What has no gradient gets no upstream.
             let upstream =
                 [None, None, Some(0.0), Some(0.0)][..if square { 4 } else { 3 }].to_vec();
             cases.push(Case { skip: vec![2], upstream, ..case });
         }
-        let case = Case::new(label, HeadLoss { scale, chunk }, with_weight);
+        let case = Case::new(label, HeadLoss { scale, map, chunk }, with_weight);
         cases.push(Case {
             skip: vec![3],
             upstream: vec![Some(1.0), Some(0.0), Some(0.0), Some(0.0)],
@@ -453,6 +553,6 @@ pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
         Arg::param(rng.array(&[s.vocab, s.hidden], 0.02)),
         Arg::ints(&target),
     ];
-    let op = HeadLogps { scale: 1.0, chunk: 1024, square: false };
+    let op = HeadLogps { scale: 1.0, map: LogitMap::PLAIN, chunk: 1024, square: false };
     vec![Case::new("log-probs in chunks of 1024", op, inputs)]
 }

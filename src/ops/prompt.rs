@@ -10,13 +10,20 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::embedding::{TokenIndex, copied_rows, sorted_places, sum_places};
+use crate::ops::scale::Multiply;
 use crate::tensor::Tensor;
 
-/// `y[i] = w[ids[i]]`, or `p[ids[i] - vocab]` from vocab on: w [vocab, d], p [virtual tokens, d]
+/// `y[i] = scale w[ids[i]]`, or `p[ids[i] - vocab]` from vocab on: w [vocab, d], p [virtual tokens, d]
 /// real; y [n, d] real. The caller has checked that ids lie below vocab + virtual tokens.
-pub fn prompt_embedding(cx: &mut Cx, w: &Tensor, p: &Tensor, index: &TokenIndex) -> Result<Tensor> {
+pub fn prompt_embedding(
+    cx: &mut Cx,
+    w: &Tensor,
+    p: &Tensor,
+    index: &TokenIndex,
+    scale: f32,
+) -> Result<Tensor> {
     let vocab = w.row_count();
-    let op = PromptEmbedding { text: index.distinct_below(vocab) };
+    let op = PromptEmbedding { text: index.distinct_below(vocab), scale };
     cx.apply1(op, &[w, p, &index.ids, &index.unique, &index.starts, &index.order])
 }
 
@@ -24,6 +31,8 @@ pub fn prompt_embedding(cx: &mut Cx, w: &Tensor, p: &Tensor, index: &TokenIndex)
 pub struct PromptEmbedding {
     /// How many of the distinct ids are ordinary tokens: they come first.
     pub text: usize,
+    /// Of the first table's rows.
+    pub scale: f32,
 }
 
 impl Op for PromptEmbedding {
@@ -40,8 +49,16 @@ impl Op for PromptEmbedding {
         let (n, d) = (ids.numel(), w.cols());
         let y = cx.real("embedding", &[n, d])?;
         let vocab = w.row_count() as i32;
-        let args =
-            kernels::PromptGatherArgs { y: y.out(), w, p, ids, n: n as i32, vocab, d: d as i32 };
+        let args = kernels::PromptGatherArgs {
+            y: y.out(),
+            w,
+            p,
+            ids,
+            n: n as i32,
+            vocab,
+            d: d as i32,
+            scale: self.scale,
+        };
         kernels::prompt_gather(&*cx.device, Launch::warps(n), args)?;
         let saved = x[3..6].iter().map(|t| (*t).clone()).collect();
         Ok(Fwd { outputs: vec![y], saved })
@@ -62,6 +79,13 @@ impl Op for PromptEmbedding {
                 }
                 // Ids of the prompt's rows start over at 0.
                 let shift = if input == 0 { 0 } else { node.inputs[0].shape[0] };
+                let scaled;
+                let dy = if input == 0 && self.scale != 1.0 {
+                    scaled = Multiply { factor: self.scale }.of(cx, dy)?;
+                    &scaled
+                } else {
+                    dy
+                };
                 sum_places(
                     cx,
                     &dw,
@@ -76,12 +100,17 @@ impl Op for PromptEmbedding {
         Ok(())
     }
 
-    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let mut y = F64::zeros(&[x[2].data.len(), x[0].cols()]);
         for i in 0..x[2].data.len() {
             let (id, vocab) = (x[2].index(i), x[0].row_count());
-            let row = if id < vocab { x[0].row(id) } else { x[1].row(id - vocab) };
-            y.row_mut(i).copy_from_slice(row);
+            let (row, by) = match id.checked_sub(vocab) {
+                None => (x[0].row(id), f64::from(self.scale)),
+                Some(id) => (x[1].row(id), 1.0),
+            };
+            for (y, v) in y.row_mut(i).iter_mut().zip(row) {
+                *y = round.at(by * v);
+            }
         }
         vec![y]
     }
@@ -91,7 +120,7 @@ impl Op for PromptEmbedding {
     }
 }
 
-fn case(rng: &mut Rng, vocab: usize, virtuals: usize, d: usize, lengths: &[usize]) -> Case {
+fn case(rng: &mut Rng, [vocab, virtuals, d]: [usize; 3], lengths: &[usize], scale: f32) -> Case {
     let mut ids: Vec<i32> = Vec::new();
     for n in lengths {
         ids.extend((vocab..vocab + virtuals).map(|i| i as i32));
@@ -101,14 +130,20 @@ fn case(rng: &mut Rng, vocab: usize, virtuals: usize, d: usize, lengths: &[usize
     let text = unique.iter().filter(|i| (**i as usize) < vocab).count();
     let mut inputs = [vocab, virtuals].map(|n| Arg::param(rng.array(&[n, d], 1.0))).to_vec();
     inputs.extend([&ids, &unique, &starts, &order].map(|v| Arg::ints(v)));
-    let label = format!("vocab {vocab} virtual {virtuals} d {d} n {}", ids.len());
-    Case { exact: true, ..Case::new(label, PromptEmbedding { text }, inputs) }
+    let label = format!("vocab {vocab} virtual {virtuals} d {d} n {} scale {scale}", ids.len());
+    let exact = scale == 1.0; // then it is a move
+    Case { exact, ..Case::new(label, PromptEmbedding { text, scale }, inputs) }
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    vec![case(rng, 3, 1, 5, &[1]), case(rng, 20, 4, 64, &[9, 1, 17]), case(rng, 7, 2, 300, &[5, 5])]
+    vec![
+        case(rng, [3, 1, 5], &[1], 1.0),
+        case(rng, [20, 4, 64], &[9, 1, 17], 1.0),
+        case(rng, [7, 2, 300], &[5, 5], 1.0),
+        case(rng, [20, 4, 64], &[9, 1, 17], 5.5),
+    ]
 }
 
 pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
-    vec![case(rng, s.vocab, 20, s.hidden, &vec![s.length; s.sequences])]
+    vec![case(rng, [s.vocab, 20, s.hidden], &vec![s.length; s.sequences], 1.0)]
 }

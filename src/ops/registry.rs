@@ -29,6 +29,8 @@ pub fn registry() -> Vec<Entry> {
     const FAMILIES: &[Variant] = &[SIMT, TENSOR_CORE, WGMMA];
     const MMA: &[&str] =
         &["attention", "attention_mma", "attention_hopper", "attention_hopper_bwd"];
+    const PROMPT: &[&str] = &["prompt", "embedding", "scale"];
+    const DISTILL: &[&str] = &["distill", "head", "matmul", "preference"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
     let op =
         |name, kernels, cases, perf: Perf, variants| Entry { name, kernels, cases, perf, variants };
@@ -38,7 +40,7 @@ pub fn registry() -> Vec<Entry> {
         op("adamw8", &["adamw8", "quant"], adamw8::cases, adamw8::perf, PLAIN),
         op("add", &["add"], add::cases, add::perf, PLAIN),
         op("copy_cached", &["cache"], cache::cases, cache::perf, PLAIN),
-        op("distill", &["distill", "matmul", "preference"], distill::cases, distill::perf, GEMM),
+        op("distill", DISTILL, distill::cases, distill::perf, GEMM),
         op("dropout", &["dropout"], dropout::cases, dropout::perf, PLAIN),
         op("embedding", &["embedding"], embedding::cases, embedding::perf, PLAIN),
         op("gather_rows", &["embedding"], embedding::gather_cases, embedding::gather_perf, PLAIN),
@@ -48,8 +50,9 @@ pub fn registry() -> Vec<Entry> {
         op("lora_linear", &["lora", "matmul", "scale", "reduce"], lora::cases, lora::perf, GEMM),
         op("preference", &["preference"], preference::cases, preference::perf, PLAIN),
         op("segment_sums", &["preference"], segment_cases, segment_perf, PLAIN),
+        op("multiply", &["scale"], scale::multiply_cases, scale::multiply_perf, PLAIN),
         op("policy", &["policy"], policy::cases, policy::perf, &[ONE_DTYPE]),
-        op("prompt_embedding", &["prompt", "embedding"], prompt::cases, prompt::perf, PLAIN),
+        op("prompt_embedding", PROMPT, prompt::cases, prompt::perf, PLAIN),
         op("quantise", &["quant"], quant::cases, quant::perf, PLAIN),
         op("quant_linear", &["quant", "matmul", "reduce"], linear_cases, linear_perf, GEMM),
         op("rmsnorm", &["rmsnorm", "reduce"], rmsnorm::cases, rmsnorm::perf, PLAIN),

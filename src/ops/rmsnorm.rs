@@ -11,10 +11,58 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
-/// `y = w * x / sqrt(mean(x^2) + eps)`: x [rows, d] real, w `[d]`; y as x. Error if w is not as
-/// wide as x.
-pub fn rmsnorm(cx: &mut Cx, x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
-    cx.apply1(RmsNorm { eps }, &[x, w])
+/// A family's norm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    pub eps: f32,
+    pub weight: NormWeight,
+}
+
+/// What the weight w does to h, the normed row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormWeight {
+    /// `w round(h)`
+    Rounded,
+    /// `w h`, rounded once
+    Once,
+    /// `(1 + w) h`, rounded once: w is 0 where the others' is 1
+    PlusOne,
+}
+
+impl Norm {
+    /// Llama's.
+    pub fn new(eps: f32) -> Norm {
+        Norm { eps, weight: NormWeight::Rounded }
+    }
+
+    /// What kernels add to w.
+    pub(super) fn plus(self) -> f32 {
+        if self.weight == NormWeight::PlusOne { 1.0 } else { 0.0 }
+    }
+
+    /// Whether kernels leave h unrounded.
+    pub(super) fn once(self) -> i32 {
+        i32::from(self.weight != NormWeight::Rounded)
+    }
+
+    /// y of a row and its weights, in place.
+    pub(super) fn oracle(self, round: Round, row: &mut [f64], w: &[f64]) {
+        let mean = row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64;
+        let rstd = 1.0 / (mean + f64::from(self.eps)).sqrt();
+        for (v, w) in row.iter_mut().zip(w) {
+            *v = round.at(match self.weight {
+                NormWeight::Rounded => w * round.at(*v * rstd),
+                NormWeight::Once => w * *v * rstd,
+                NormWeight::PlusOne => (1.0 + w) * *v * rstd,
+            });
+        }
+    }
+}
+
+/// `y = w * x / sqrt(mean(x^2) + eps)` (or what [`NormWeight`] says of w): x [rows, d] real, w
+/// `[d]`; y as x. Error if w is not as wide as x.
+pub fn rmsnorm(cx: &mut Cx, x: &Tensor, w: &Tensor, norm: Norm) -> Result<Tensor> {
+    cx.apply1(RmsNorm { norm }, &[x, w])
 }
 
 /// The residual stream's step: `s = x + residual`, `y = norm(s)`. Returns (y, s), both as x.
@@ -23,9 +71,9 @@ pub fn add_rmsnorm(
     x: &Tensor,
     residual: &Tensor,
     w: &Tensor,
-    eps: f32,
+    norm: Norm,
 ) -> Result<(Tensor, Tensor)> {
-    let mut out = cx.apply(AddRmsNorm { eps }, &[x, residual, w])?;
+    let mut out = cx.apply(AddRmsNorm { norm }, &[x, residual, w])?;
     match (out.pop(), out.pop()) {
         (Some(s), Some(y)) => Ok((y, s)),
         _ => Err(Error::op("add_rmsnorm", "gave no outputs")),
@@ -34,12 +82,12 @@ pub fn add_rmsnorm(
 
 #[derive(Debug)]
 pub struct RmsNorm {
-    pub eps: f32,
+    pub norm: Norm,
 }
 
 #[derive(Debug)]
 pub struct AddRmsNorm {
-    pub eps: f32,
+    pub norm: Norm,
 }
 
 /// Warps that fill a GPU, and the fewest and most rows of which one adds up weight gradients.
@@ -58,7 +106,7 @@ impl Op for RmsNorm {
         let (x, w) = (x[0], x[1]);
         expect_cols("rmsnorm", "weight", w, x.cols(), HINT)?;
         let (y, rstd) = (cx.real("rmsnorm", x.shape())?, cx.float("rstd", &[x.row_count()])?);
-        forward(cx, [&y, &rstd], None, x, w, self.eps)?;
+        forward(cx, [&y, &rstd], None, x, w, self.norm)?;
         let saved = vec![x.clone(), w.clone(), rstd];
         Ok(Fwd { outputs: vec![y], saved })
     }
@@ -68,11 +116,11 @@ impl Op for RmsNorm {
         let [s, w, rstd] = &node.saved[..] else { return Ok(()) };
         let (dx, dw) = (g.slot(0)?, g.slot(1)?);
         let dx = dx.as_ref().map(|(dx, accumulate)| (dx, None, *accumulate));
-        backward(cx, Read { s, w, rstd, dy }, dx, dw)
+        backward(cx, Read { s, w, rstd, dy, norm: self.norm }, dx, dw)
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        vec![norm(round, &x[0], &x[1], self.eps)]
+        vec![normed(round, &x[0], &x[1], self.norm)]
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -94,7 +142,7 @@ impl Op for AddRmsNorm {
         }
         let (y, s) = (cx.real("rmsnorm", x.shape())?, cx.real("residual", x.shape())?);
         let rstd = cx.float("rstd", &[x.row_count()])?;
-        forward(cx, [&y, &rstd], Some((&s, residual)), x, w, self.eps)?;
+        forward(cx, [&y, &rstd], Some((&s, residual)), x, w, self.norm)?;
         let saved = vec![s.clone(), w.clone(), rstd];
         Ok(Fwd { outputs: vec![y, s], saved })
     }
@@ -112,7 +160,8 @@ impl Op for AddRmsNorm {
         let wanted = g.wants(0) || g.wants(1);
         let ds = wanted.then(|| cx.real("activation gradients", s.shape())).transpose()?;
         let to = ds.as_ref().map(|ds| (ds, dy[1].as_ref(), false));
-        backward(cx, Read { s, w, rstd, dy: up }, to, g.slot(2)?)?;
+        let read = Read { s, w, rstd, dy: up, norm: self.norm };
+        backward(cx, read, to, g.slot(2)?)?;
         if let Some(ds) = ds {
             g.give(cx, 0, ds.clone())?;
             g.give(cx, 1, ds)?;
@@ -122,7 +171,7 @@ impl Op for AddRmsNorm {
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let s = F64::from_fn(&x[0].shape, |i| round.at(x[0].data[i] + x[1].data[i]));
-        vec![norm(round, &s, &x[2], self.eps), s]
+        vec![normed(round, &s, &x[2], self.norm), s]
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
@@ -151,7 +200,7 @@ fn forward(
     sum_residual: Option<(&Tensor, &Tensor)>,
     x: &Tensor,
     w: &Tensor,
-    eps: f32,
+    norm: Norm,
 ) -> Result<()> {
     let args = kernels::RmsnormFwdArgs {
         y: y.out(),
@@ -162,7 +211,9 @@ fn forward(
         w,
         rows: x.row_count() as i32,
         d: x.cols() as i32,
-        eps,
+        eps: norm.eps,
+        plus: norm.plus(),
+        once: norm.once(),
     };
     let held = instance(
         cx,
@@ -179,6 +230,7 @@ struct Read<'a> {
     w: &'a Tensor,
     rstd: &'a Tensor,
     dy: &'a Tensor,
+    norm: Norm,
 }
 
 /// `ds (+)=` its gradient (plus `dsum`), and `dw (+)=` its own; each if it is wanted.
@@ -214,6 +266,7 @@ fn backward(
             d: d as i32,
             per: per as i32,
             accumulate: i32::from(accumulate),
+            plus: r.norm.plus(),
         };
         kernels::rmsnorm_bwd(&*cx.device, Launch::warps(rows.div_ceil(per)), held, args)?;
     }
@@ -233,15 +286,10 @@ fn backward(
     sums.finish(cx, &dw, accumulate)
 }
 
-fn norm(round: Round, s: &F64, w: &F64, eps: f32) -> F64 {
-    let mut y = F64::zeros(&s.shape);
+fn normed(round: Round, s: &F64, w: &F64, norm: Norm) -> F64 {
+    let mut y = s.clone();
     for r in 0..s.row_count() {
-        let row = s.row(r);
-        let rstd = 1.0
-            / (row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64 + f64::from(eps)).sqrt();
-        for (j, o) in y.row_mut(r).iter_mut().enumerate() {
-            *o = round.at(w.data[j] * round.at(row[j] * rstd));
-        }
+        norm.oracle(round, y.row_mut(r), &w.data);
     }
     y
 }
@@ -264,11 +312,19 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         let x = rng.array(&[rows, d], 1.5);
         let w = F64::from_fn(&[d], |_| 1.0 + 0.3 * rng.normal());
         let r = rng.array(&[rows, d], 1.0);
-        let inputs = vec![Arg::real(x.clone()), Arg::param(w.clone())];
-        cases.push(Case::new(format!("rows {rows} d {d}"), RmsNorm { eps: 1e-5 }, inputs));
-        let inputs = vec![Arg::real(x), Arg::real(r), Arg::param(w)];
-        let label = format!("residual rows {rows} d {d}");
-        cases.push(Case::new(label, AddRmsNorm { eps: 1e-6 }, inputs));
+        for weight in [NormWeight::Rounded, NormWeight::Once, NormWeight::PlusOne] {
+            let (plain, added) = (Norm { eps: 1e-5, weight }, Norm { eps: 1e-6, weight });
+            let kind = match weight {
+                NormWeight::Rounded => String::new(),
+                other => format!(" {other:?}"),
+            };
+            let inputs = vec![Arg::real(x.clone()), Arg::param(w.clone())];
+            let label = format!("rows {rows} d {d}{kind}");
+            cases.push(Case::new(label, RmsNorm { norm: plain }, inputs));
+            let inputs = vec![Arg::real(x.clone()), Arg::real(r.clone()), Arg::param(w.clone())];
+            let label = format!("residual rows {rows} d {d}{kind}");
+            cases.push(Case::new(label, AddRmsNorm { norm: added }, inputs));
+        }
     }
     cases
 }
@@ -277,6 +333,7 @@ pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     let mut rows = || Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
     let (x, residual) = (rows(), rows());
     let w = Arg::param(F64::from_fn(&[s.hidden], |_| 1.0));
-    let plain = Case::new("plain", RmsNorm { eps: 1e-5 }, vec![x.clone(), w.clone()]);
-    vec![plain, Case::new("residual", AddRmsNorm { eps: 1e-5 }, vec![x, residual, w])]
+    let norm = Norm::new(1e-5);
+    let plain = Case::new("plain", RmsNorm { norm }, vec![x.clone(), w.clone()]);
+    vec![plain, Case::new("residual", AddRmsNorm { norm }, vec![x, residual, w])]
 }

@@ -8,53 +8,195 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::RowSums;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::rmsnorm::{Norm, NormWeight};
+use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
-/// Angles of every position: cosine and sine, each F32 [positions, head_dim / 2] (scaling factors
-/// included).
+/// Angles of every position: cosine and sine, each F32 [positions, turned / 2] (scaling factors
+/// included), where the first `turned` values of a head turn; and what q is multiplied by, F32
+/// `[positions]`, if it is.
 #[derive(Clone)]
 pub struct RopeTable {
     pub cosine: Tensor,
     pub sine: Tensor,
+    pub q_scale: Option<Tensor>,
 }
 
-/// Weights of the norm of each q head and each k head, `[head_dim]` each, and its eps.
+/// Weights of the norm of q and of k: `[head_dim]` each, or `[heads head_dim]` and `[kv_heads
+/// head_dim]` where the norm is over all heads.
 pub struct QkNorm<'a> {
     pub q: &'a Tensor,
     pub k: &'a Tensor,
-    pub eps: f32,
+    pub norm: Norm,
+    pub over: NormOver,
+}
+
+/// What one norm of q or k is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormOver {
+    /// Each head.
+    Head,
+    /// All heads together.
+    Heads,
 }
 
 /// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 `[n]`;
-/// v is copied. Errors if the widths do not fit or the table is too short for the batch (the batch
-/// checks its positions).
+/// v is copied. Without a table nothing turns, and without a norm either, the result is `qkv`
+/// itself. Errors if the widths do not fit or the table is too short for the batch (the batch checks
+/// its positions).
 pub fn rope(
     cx: &mut Cx,
     qkv: &Tensor,
-    table: &RopeTable,
+    table: Option<&RopeTable>,
     position: &Tensor,
     heads: usize,
     kv_heads: usize,
     norm: Option<QkNorm>,
 ) -> Result<Tensor> {
-    let op = Rope { heads, kv_heads, eps: norm.as_ref().map(|n| n.eps) };
-    match norm {
-        Some(n) => cx.apply1(op, &[qkv, &table.cosine, &table.sine, position, n.q, n.k]),
-        None => cx.apply1(op, &[qkv, &table.cosine, &table.sine, position]),
+    let op = Rope::new(heads, kv_heads, table, norm.as_ref());
+    if op.is_identity() {
+        return Ok(qkv.clone());
     }
+    cx.apply1(op, &rope_inputs(&[qkv, position], table, norm.as_ref()))
 }
 
-#[derive(Debug)]
+/// The inputs of the op: those that it always has, then the table's and the norm's.
+pub(super) fn rope_inputs<'a>(
+    first: &[&'a Tensor],
+    table: Option<&'a RopeTable>,
+    norm: Option<&QkNorm<'a>>,
+) -> Vec<&'a Tensor> {
+    let mut inputs = first.to_vec();
+    if let Some(table) = table {
+        inputs.extend([&table.cosine, &table.sine]);
+        inputs.extend(&table.q_scale);
+    }
+    inputs.extend(norm.iter().flat_map(|n| [n.q, n.k]));
+    inputs
+}
+
+#[derive(Clone, Copy, Debug)]
 pub struct Rope {
     pub heads: usize,
     pub kv_heads: usize,
-    /// Some: q and k heads are normed first.
-    pub eps: Option<f32>,
+    /// Values of a head that turn, from its first on: 0 without a table.
+    pub turned: usize,
+    /// Whether q is multiplied by a number of its position.
+    pub scaled: bool,
+    /// Some: q and k are normed first.
+    pub norm: Option<(Norm, NormOver)>,
+}
+
+/// A kernel's optional arguments among an op's inputs.
+#[derive(Clone, Copy, Default)]
+pub(super) struct RopeArgs<'a, T> {
+    pub cosine: Option<&'a T>,
+    pub sine: Option<&'a T>,
+    pub q_scale: Option<&'a T>,
+    pub wq: Option<&'a T>,
+    pub wk: Option<&'a T>,
 }
 
 impl Rope {
+    pub(super) fn new(
+        heads: usize,
+        kv_heads: usize,
+        table: Option<&RopeTable>,
+        norm: Option<&QkNorm>,
+    ) -> Rope {
+        Rope {
+            heads,
+            kv_heads,
+            turned: table.map_or(0, |t| 2 * t.cosine.cols()),
+            scaled: table.is_some_and(|t| t.q_scale.is_some()),
+            norm: norm.map(|n| (n.norm, n.over)),
+        }
+    }
+
+    fn is_identity(&self) -> bool {
+        self.turned == 0 && !self.scaled && self.norm.is_none()
+    }
+
+    /// Where the weights of the norm stand among [`Rope::args`].
+    fn norm_at(&self) -> usize {
+        if self.turned == 0 { 0 } else { 2 + usize::from(self.scaled) }
+    }
+
+    /// What follows the inputs that there always are.
+    pub(super) fn args<'a, T>(&self, rest: &[&'a T]) -> RopeArgs<'a, T> {
+        let at = |i: usize, on: bool| if on { rest.get(i).copied() } else { None };
+        let (turns, norm) = (self.turned > 0, self.norm_at());
+        RopeArgs {
+            cosine: at(0, turns),
+            sine: at(1, turns),
+            q_scale: at(2, self.scaled),
+            wq: at(norm, self.norm.is_some()),
+            wk: at(norm + 1, self.norm.is_some()),
+        }
+    }
+
+    /// Whether heads of `dim` values need the kernels that do more than turn whole heads.
+    pub(super) fn more(&self, dim: usize) -> bool {
+        self.turned != dim || self.scaled
+    }
+
+    /// Whether heads of `dim` values fit the table.
+    pub(super) fn fits(&self, dim: usize, args: &RopeArgs<Tensor>) -> bool {
+        let half = self.turned / 2;
+        let table = [args.cosine, args.sine];
+        dim.is_multiple_of(2)
+            && self.turned.is_multiple_of(2)
+            && self.turned <= dim
+            && table.iter().flatten().all(|t| t.cols() == half)
+            && table.iter().flatten().count() == if half == 0 { 0 } else { 2 }
+            && (!self.scaled || half > 0)
+    }
+
+    /// As kernels take it: whether a norm is over all heads.
+    pub(super) fn whole(&self) -> i32 {
+        i32::from(self.norm.is_some_and(|(_, over)| over == NormOver::Heads))
+    }
+
+    /// Launch of a warp for each norm of each row.
+    fn norms(&self, rows: usize) -> Launch {
+        Launch::warps(rows * if self.whole() == 1 { 2 } else { self.heads + self.kv_heads })
+    }
+
+    /// Checks the weights of q and k for heads of `dim` values.
+    pub(super) fn check_weights(
+        &self,
+        op: &'static str,
+        args: &RopeArgs<Tensor>,
+        dim: usize,
+    ) -> Result<()> {
+        let Some((_, over)) = self.norm else { return Ok(()) };
+        for (w, heads) in [(args.wq, self.heads), (args.wk, self.kv_heads)] {
+            let Some(w) = w else { continue };
+            let width = if over == NormOver::Heads { heads * dim } else { dim };
+            expect_cols(op, "the norm's weight", w, width, "is head_dim in config.json right?")?;
+        }
+        Ok(())
+    }
+
+    /// F32 [rows, heads + kv_heads]: rstd of each head's norm.
+    pub(super) fn rstd(&self, cx: &Cx, qkv: &Tensor, norm: Norm) -> Result<Tensor> {
+        let rows = qkv.row_count();
+        let rstd = cx.float("rstd", &[rows, self.heads + self.kv_heads])?;
+        let args = kernels::HeadRstdArgs {
+            rstd: rstd.out(),
+            x: qkv,
+            rows: rows as i32,
+            heads: self.heads as i32,
+            kv: self.kv_heads as i32,
+            dim: (qkv.cols() / (self.heads + 2 * self.kv_heads)) as i32,
+            whole: self.whole(),
+            eps: norm.eps,
+        };
+        kernels::head_rstd(&*cx.device, self.norms(rows), args)?;
+        Ok(rstd)
+    }
+
     fn apply(
         &self,
         cx: &Cx,
@@ -66,21 +208,25 @@ impl Rope {
     ) -> Result<()> {
         let heads = self.heads + 2 * self.kv_heads;
         let (dim, size) = (x.cols() / heads, x.dtype().size());
-        // A half of a head in whole packs lets a thread rotate several heads by the same angles.
-        let whole = (dim / 2 * size).is_multiple_of(16)
+        // Halves in whole packs let a thread rotate several heads by the same angles.
+        let halves = [self.turned / 2, (dim - self.turned) / 2];
+        let whole = halves.iter().all(|half| (half * size).is_multiple_of(16))
             && [x, y].iter().all(|t| t.address().is_multiple_of(16));
         let together = if whole { kernels::ROPE_HEADS } else { 1 };
-        let threads = (dim / 2).div_ceil(kernels::pack_width(size)) * heads.div_ceil(together);
+        let packs: usize = halves.iter().map(|h| h.div_ceil(kernels::pack_width(size))).sum();
+        let threads = packs * heads.div_ceil(together);
         let norm = if sign > 0.0 { saved.norm } else { None };
         let (rstd, wq, wk) = match norm {
             Some((rstd, wq, wk)) => (Some(rstd), Some(wq), Some(wk)),
             None => (None, None, None),
         };
+        let kind = self.norm.map_or(Norm::new(0.0), |(norm, _)| norm);
         let args = kernels::RopeApplyArgs {
             y: y.out(),
             x,
-            cosine: saved.cosine,
-            sine: saved.sine,
+            cosine: saved.args.cosine,
+            sine: saved.args.sine,
+            q_scale: saved.args.q_scale,
             position: saved.position,
             rstd,
             wq,
@@ -89,21 +235,24 @@ impl Rope {
             heads: self.heads as i32,
             kv: self.kv_heads as i32,
             dim: dim as i32,
+            turned: self.turned as i32,
+            whole: self.whole(),
+            plus: kind.plus(),
+            once: kind.once(),
             sign,
         };
         kernels::rope_apply(
             &*cx.device,
             Launch::flat(x.row_count() * threads),
-            usize::from(accumulate) + 2 * usize::from(whole),
+            usize::from(accumulate) + 2 * usize::from(whole) + 4 * usize::from(self.more(dim)),
             args,
         )
     }
 }
 
 struct Saved<'a> {
-    cosine: &'a Tensor,
-    sine: &'a Tensor,
     position: &'a Tensor,
+    args: RopeArgs<'a, Tensor>,
     /// rstd, wq, wk
     norm: Option<(&'a Tensor, &'a Tensor, &'a Tensor)>,
 }
@@ -116,58 +265,26 @@ impl Op for Rope {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         let qkv = x[0];
         let all = self.heads + 2 * self.kv_heads;
-        let dim = qkv.cols() / all;
-        if qkv.cols() != all * dim
-            || !dim.is_multiple_of(2)
-            || x[1].cols() != dim / 2
-            || x[3].numel() != qkv.row_count()
+        let (dim, position) = (qkv.cols() / all, x[1]);
+        let args = self.args(&x[2..]);
+        if qkv.cols() != all * dim || !self.fits(dim, &args) || position.numel() != qkv.row_count()
         {
-            return Err(Error::op(
-                "rope",
-                format!(
-                    "{qkv:?} with {} + 2 x {} heads, table {:?}, {} positions",
-                    self.heads,
-                    self.kv_heads,
-                    x[1],
-                    x[3].numel()
-                ),
-            ));
+            let message = format!("{qkv:?}, table {:?}, {position:?}: {self:?}", args.cosine);
+            return Err(Error::op("rope", message));
         }
-        let rstd = match self.eps {
-            None => None,
-            Some(eps) => {
-                let (rows, normed) = (qkv.row_count(), self.heads + self.kv_heads);
-                let rstd = cx.float("rstd", &[rows, normed])?;
-                let at = Launch::warps(rows * normed);
-                let (h, k) = (self.heads as i32, self.kv_heads as i32);
-                let args = kernels::HeadRstdArgs {
-                    rstd: rstd.out(),
-                    x: qkv,
-                    rows: rows as i32,
-                    heads: h,
-                    kv: k,
-                    dim: dim as i32,
-                    eps,
-                };
-                kernels::head_rstd(&*cx.device, at, args)?;
-                Some(rstd)
-            }
-        };
+        self.check_weights("rope", &args, dim)?;
+        let rstd = self.norm.map(|(norm, _)| self.rstd(cx, qkv, norm)).transpose()?;
         let y = cx.real("rope", qkv.shape())?;
-        let norm = rstd.as_ref().map(|r| (r, x[4], x[5]));
-        self.apply(
-            cx,
-            &y,
-            qkv,
-            &Saved { cosine: x[1], sine: x[2], position: x[3], norm },
-            1.0,
-            false,
-        )?;
+        let norm = match (&rstd, args.wq, args.wk) {
+            (Some(rstd), Some(wq), Some(wk)) => Some((rstd, wq, wk)),
+            _ => None,
+        };
+        self.apply(cx, &y, qkv, &Saved { position, args, norm }, 1.0, false)?;
         let mut saved = vec![];
         if need.tape {
-            saved.extend([x[1].clone(), x[2].clone(), x[3].clone()]);
+            saved.extend(x[1..].iter().map(|t| (*t).clone()));
             if let Some(rstd) = rstd {
-                saved.extend([rstd, x[4].clone(), x[5].clone(), qkv.clone()]);
+                saved.extend([rstd, qkv.clone()]);
             }
         }
         Ok(Fwd { outputs: vec![y], saved })
@@ -175,20 +292,28 @@ impl Op for Rope {
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let Some(dy) = &dy[0] else { return Ok(()) };
-        let s = &node.saved;
-        let saved = Saved { cosine: &s[0], sine: &s[1], position: &s[2], norm: None };
-        if self.eps.is_none() {
+        let s: Vec<&Tensor> = node.saved.iter().collect();
+        let args = self.args(&s[1..]);
+        let saved = Saved { position: s[0], args, norm: None };
+        let Some((norm, over)) = self.norm else {
             let Some((dx, accumulate)) = g.slot(0)? else { return Ok(()) };
             return self.apply(cx, &dx, dy, &saved, -1.0, accumulate);
-        }
-        let (rstd, wq, wk, x) = (&s[3], &s[4], &s[5], &s[6]);
+        };
+        let weights = 2 + self.norm_at(); // among the inputs
+        let (wq, wk, rstd, x) = (s[weights - 1], s[weights], s[weights + 1], s[weights + 2]);
         let back = cx.real("activation gradients", x.shape())?;
         self.apply(cx, &back, dy, &saved, -1.0, false)?;
         let (rows, dim) = (x.row_count(), x.cols() / (self.heads + 2 * self.kv_heads));
         let (r, h, k, d) = (rows as i32, self.heads as i32, self.kv_heads as i32, dim as i32);
-        for (input, first, count) in [(4, 0, self.heads), (5, self.heads, self.kv_heads)] {
+        for (input, first, count) in
+            [(weights, 0, self.heads), (weights + 1, self.heads, self.kv_heads)]
+        {
             let Some((dw, accumulate)) = g.slot(input)? else { continue };
-            let sums = RowSums::new(cx, rows * count, dim, x.dtype())?;
+            let (count, width) = match over {
+                NormOver::Head => (count, dim),
+                NormOver::Heads => (1, count * dim),
+            };
+            let sums = RowSums::new(cx, rows * count, width, x.dtype())?;
             let args = kernels::HeadNormDwArgs {
                 partial: sums.partial.out(),
                 d: &back,
@@ -200,6 +325,7 @@ impl Op for Rope {
                 dim: d,
                 first: first as i32,
                 count: count as i32,
+                width: width as i32,
             };
             kernels::head_norm_dw(&*cx.device, sums.first, args)?;
             sums.finish(cx, &dw, accumulate)?;
@@ -215,12 +341,10 @@ impl Op for Rope {
                 heads: h,
                 kv: k,
                 dim: d,
+                whole: self.whole(),
+                plus: norm.plus(),
             };
-            kernels::head_norm_bwd(
-                &*cx.device,
-                Launch::warps(rows * (self.heads + self.kv_heads)),
-                args,
-            )?;
+            kernels::head_norm_bwd(&*cx.device, self.norms(rows), args)?;
             g.give(cx, 0, back)?;
         }
         Ok(())
@@ -229,27 +353,30 @@ impl Op for Rope {
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let all = self.heads + 2 * self.kv_heads;
         let dim = x[0].cols() / all;
-        let half = dim / 2;
+        let half = self.turned / 2;
+        let rest: Vec<&F64> = x[2..].iter().collect();
+        let args = self.args(&rest);
         let mut y = x[0].clone();
         for r in 0..y.row_count() {
-            let p = x[3].index(r);
+            let p = x[1].index(r);
+            if let (Some((norm, over)), Some(wq), Some(wk)) = (self.norm, args.wq, args.wk) {
+                let (q, rest) = y.row_mut(r).split_at_mut(self.heads * dim);
+                for (part, w) in [(q, wq), (&mut rest[..self.kv_heads * dim], wk)] {
+                    let width = if over == NormOver::Heads { part.len() } else { dim };
+                    part.chunks_mut(width).for_each(|n| norm.oracle(round, n, &w.data));
+                }
+            }
             for head in 0..self.heads + self.kv_heads {
                 let row = &mut y.row_mut(r)[head * dim..(head + 1) * dim];
-                if let Some(eps) = self.eps {
-                    let w = if head < self.heads { &x[4] } else { &x[5] };
-                    let rstd = 1.0
-                        / (row.iter().map(|v| v * v).sum::<f64>() / dim as f64 + f64::from(eps))
-                            .sqrt();
-                    row.iter_mut()
-                        .enumerate()
-                        .for_each(|(j, v)| *v = round.at(w.data[j] * round.at(*v * rstd)));
+                let scale = args.q_scale.filter(|_| head < self.heads).map_or(1.0, |s| s.data[p]);
+                if let (Some(cosine), Some(sine)) = (args.cosine, args.sine) {
+                    for j in 0..half {
+                        let (c, s) = (cosine.row(p)[j], sine.row(p)[j]);
+                        let (a, b) = (row[j], row[half + j]);
+                        (row[j], row[half + j]) = (a * c - b * s, b * c + a * s);
+                    }
                 }
-                for j in 0..half {
-                    let (c, s) = (x[1].row(p)[j], x[2].row(p)[j]);
-                    let (a, b) = (row[j], row[half + j]);
-                    row[j] = round.at(a * c - b * s);
-                    row[half + j] = round.at(b * c + a * s);
-                }
+                row.iter_mut().for_each(|v| *v = round.at(*v * scale));
             }
         }
         vec![y]
@@ -260,42 +387,97 @@ impl Op for Rope {
     }
 }
 
+/// What a case has beside its sizes.
+#[derive(Clone, Copy, Default)]
+pub(super) struct CaseOptions {
+    pub norm: Option<(NormWeight, NormOver)>,
+    /// Values of a head that turn, if not all.
+    pub turned: Option<usize>,
+    pub scaled: bool,
+}
+
+impl CaseOptions {
+    pub const PLAIN: CaseOptions = CaseOptions { norm: None, turned: None, scaled: false };
+    /// Qwen3's, OLMo 2's and Gemma 3's norm.
+    pub const NORMED: CaseOptions =
+        CaseOptions { norm: Some((NormWeight::Rounded, NormOver::Head)), ..CaseOptions::PLAIN };
+    pub const OLMO2: CaseOptions =
+        CaseOptions { norm: Some((NormWeight::Once, NormOver::Heads)), ..CaseOptions::PLAIN };
+    pub const GEMMA3: CaseOptions =
+        CaseOptions { norm: Some((NormWeight::PlusOne, NormOver::Head)), ..CaseOptions::PLAIN };
+
+    pub fn norm(&self) -> Option<(Norm, NormOver)> {
+        self.norm.map(|(weight, over)| (Norm { eps: 1e-6, weight }, over))
+    }
+}
+
 pub(super) fn case(
     rng: &mut Rng,
     rows: usize,
     [heads, kv, dim]: [usize; 3],
-    norm: bool,
+    options: CaseOptions,
     last: usize,
 ) -> Case {
-    let angle = F64::from_fn(&[last, dim / 2], |i| {
-        (i / (dim / 2)) as f64 * 100f64.powf(-((i % (dim / 2)) as f64) / (dim / 2) as f64)
+    let turned = options.turned.unwrap_or(dim);
+    let half = turned / 2;
+    let angle = F64::from_fn(&[last, half], |i| {
+        (i / half) as f64 * 100f64.powf(-((i % half) as f64) / half as f64)
     });
     let cosine = F64::from_fn(&angle.shape, |i| angle.data[i].cos());
     let sine = F64::from_fn(&angle.shape, |i| angle.data[i].sin());
     let position: Vec<i32> = (0..rows).map(|_| rng.below(last) as i32).collect();
     let qkv = rng.array(&[rows, (heads + 2 * kv) * dim], 1.0);
-    let mut inputs =
-        vec![Arg::real(qkv), Arg::float(cosine), Arg::float(sine), Arg::ints(&position)];
-    if norm {
-        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
-        inputs.push(Arg::param(F64::from_fn(&[dim], |_| 1.0 + 0.2 * rng.normal())));
+    let mut inputs = vec![Arg::real(qkv), Arg::ints(&position)];
+    if turned > 0 {
+        inputs.extend([Arg::float(cosine), Arg::float(sine)]);
     }
-    let op = Rope { heads, kv_heads: kv, eps: norm.then_some(1e-6) };
-    let normed = if norm { " normed" } else { "" };
-    Case::new(format!("rows {rows} heads {heads}/{kv} dim {dim}{normed}"), op, inputs)
+    if options.scaled {
+        inputs.push(Arg::float(F64::from_fn(&[last], |i| 1.0 + (i / 8) as f64 * 0.25)));
+    }
+    if let Some((_, over)) = options.norm {
+        for heads in [heads, kv] {
+            let width = if over == NormOver::Heads { heads * dim } else { dim };
+            inputs.push(Arg::param(F64::from_fn(&[width], |_| 1.0 + 0.2 * rng.normal())));
+        }
+    }
+    let norm = options.norm();
+    let op = Rope { heads, kv_heads: kv, turned, scaled: options.scaled, norm };
+    let mut label = format!("rows {rows} heads {heads}/{kv} dim {dim}");
+    label += &match options.norm {
+        None => String::new(),
+        Some((NormWeight::Rounded, NormOver::Head)) => " normed".into(),
+        Some((weight, over)) => format!(" normed {weight:?} {over:?}"),
+    };
+    label += if options.scaled { " q scaled" } else { "" };
+    if turned != dim {
+        label += &format!(" turned {turned}");
+    }
+    Case::new(label, op, inputs)
 }
 
+/// The shapes that both rope ops are tested with, beside those of their own.
+pub(super) const SHAPES: [(usize, [usize; 3], CaseOptions); 12] = [
+    (3, [2, 1, 16], CaseOptions::PLAIN),
+    (40, [4, 2, 32], CaseOptions::PLAIN),
+    (37, [4, 2, 64], CaseOptions::NORMED),
+    (3, [2, 2, 24], CaseOptions::NORMED),
+    (21, [3, 1, 64], CaseOptions { turned: Some(32), ..CaseOptions::PLAIN }),
+    (9, [2, 1, 16], CaseOptions { turned: Some(12), ..CaseOptions::NORMED }),
+    (9, [2, 2, 18], CaseOptions { turned: Some(0), ..CaseOptions::NORMED }),
+    (9, [4, 2, 32], CaseOptions { scaled: true, ..CaseOptions::PLAIN }),
+    (9, [2, 1, 20], CaseOptions { scaled: true, turned: Some(10), ..CaseOptions::NORMED }),
+    (37, [4, 2, 64], CaseOptions::OLMO2),
+    (130, [3, 1, 6], CaseOptions::OLMO2),
+    (37, [4, 2, 64], CaseOptions::GEMMA3),
+];
+
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
-    let shapes = [
-        (3, [2, 1, 16], false),
-        (40, [4, 2, 32], false),
-        (5, [3, 3, 6], false),
-        (37, [4, 2, 64], true),
-        (3, [2, 2, 24], true),
-    ];
-    shapes.map(|(rows, heads, norm)| case(rng, rows, heads, norm, 50)).into()
+    let own = [(5, [3, 3, 6], CaseOptions::PLAIN)];
+    let shapes = SHAPES.into_iter().chain(own);
+    shapes.map(|(rows, heads, options)| case(rng, rows, heads, options, 50)).collect()
 }
 
 pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
-    vec![case(rng, s.tokens(), [s.heads, s.kv_heads, s.head_dim], false, s.length)]
+    let heads = [s.heads, s.kv_heads, s.head_dim];
+    vec![case(rng, s.tokens(), heads, CaseOptions::PLAIN, s.length)]
 }

@@ -1,4 +1,5 @@
-//! A factor for each column, learned for some of them: IA3's vectors, DoRA's magnitudes. Layer 4.
+//! A factor for each column, learned for some of them: IA3's vectors, DoRA's magnitudes; and one
+//! constant for all. Layer 4.
 //!
 //! Invariant: columns that no segment names pass unchanged. Math and sources: `kernels/scale.cu`.
 
@@ -26,6 +27,11 @@ pub fn scale_columns(
     let inputs: Vec<&Tensor> =
         std::iter::once(x).chain(norm).chain(bias).chain(scales.iter().map(|s| &s.1)).collect();
     cx.apply1(op, &inputs)
+}
+
+/// `y = c x` with a constant c: x real; y as x, rounded once.
+pub fn multiply(cx: &mut Cx, x: &Tensor, factor: f32) -> Result<Tensor> {
+    cx.apply1(Multiply { factor }, &[x])
 }
 
 /// The length of each row of w F32 [rows, cols]: F32 `[rows]`. Not on the tape.
@@ -176,6 +182,69 @@ impl Op for ScaleColumns {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost::memory(x, x[0].bytes())
     }
+}
+
+#[derive(Debug)]
+pub struct Multiply {
+    pub factor: f32,
+}
+
+impl Multiply {
+    /// As [`multiply`], not on the tape.
+    pub(super) fn of(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
+        let y = cx.real("scaled", x.shape())?;
+        self.run(cx, &y, x, false)?;
+        Ok(y)
+    }
+
+    fn run(&self, cx: &Cx, y: &Tensor, x: &Tensor, accumulate: bool) -> Result<()> {
+        let args = kernels::MultiplyArgs {
+            y: y.out(),
+            x,
+            n: x.numel() as i64,
+            c: self.factor,
+            accumulate: i32::from(accumulate),
+        };
+        let packs = x.numel().div_ceil(kernels::pack_width(x.dtype().size()));
+        kernels::multiply(&*cx.device, Launch::flat(packs), args)
+    }
+}
+
+impl Op for Multiply {
+    fn name(&self) -> &'static str {
+        "multiply"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        Ok(Fwd { outputs: vec![self.of(cx, x[0])?], saved: vec![] })
+    }
+
+    fn backward(&self, cx: &mut Cx, _node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
+        let (Some(dy), Some((dx, accumulate))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
+        self.run(cx, &dx, dy, accumulate)
+    }
+
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        vec![F64::from_fn(&x[0].shape, |i| round.at(f64::from(self.factor) * x[0].data[i]))]
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        Cost::memory(x, x[0].bytes())
+    }
+}
+
+pub fn multiply_cases(rng: &mut Rng) -> Vec<Case> {
+    [(1, 1, 0.22f32), (3, 7, 12.0), (70, 64, 55.5)]
+        .map(|(rows, cols, factor)| {
+            let x = Arg::real(rng.array(&[rows, cols], 1.0));
+            Case::new(format!("rows {rows} cols {cols} by {factor}"), Multiply { factor }, vec![x])
+        })
+        .into()
+}
+
+pub fn multiply_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let x = Arg::real(rng.array(&[s.tokens(), s.hidden], 1.0));
+    vec![Case::new("hidden states", Multiply { factor: 0.22 }, vec![x])]
 }
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {

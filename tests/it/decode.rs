@@ -10,7 +10,8 @@ use temper::methods::offline::sft::SftRun;
 use temper::model::decoder::Decoder;
 use temper::model::layout::ModelConfig;
 use temper::ops::case::Rng;
-use temper::ops::rope::{QkNorm, RopeTable, rope};
+use temper::ops::rmsnorm::{Norm, NormWeight};
+use temper::ops::rope::{NormOver, QkNorm, RopeTable, rope};
 use temper::ops::rope_append::rope_append;
 use temper::rollout::sample::Sampling;
 use temper::rollout::{Completion, Counts, Engine, EngineOptions, Finish, Request};
@@ -197,7 +198,13 @@ fn steps_of_every_kind_of_model_are_recorded() {
 }
 
 /// q, k and v of every row, by rope and by the fused form that writes to a cache.
-fn fused_rope_has_the_bits_of_rope(dtype: DType, [heads, kv, dim]: [usize; 3], normed: bool) {
+/// Of each head `turned` values turn; where it is odd, q is scaled by its position, too.
+fn fused_rope_has_the_bits_of_rope(
+    dtype: DType,
+    [heads, kv, dim]: [usize; 3],
+    normed: Option<(NormWeight, NormOver)>,
+    turned: usize,
+) {
     let mut cx = cpu_in(dtype);
     let mut rng = Rng(8);
     let mut real = |cx: &Cx, shape: &[usize]| {
@@ -205,23 +212,35 @@ fn fused_rope_has_the_bits_of_rope(dtype: DType, [heads, kv, dim]: [usize; 3], n
     };
     let (rows, width) = (33, (heads + 2 * kv) * dim);
     let qkv = real(&cx, &[rows, width]);
-    let (q, k) = (real(&cx, &[dim]), real(&cx, &[dim]));
-    let mut rng = Rng(9);
-    let shape = [50, dim / 2];
-    let mut float = || {
-        Tensor::from_f32(&cx.pool, "table", DType::F32, &shape, &values(&mut rng, &shape)).unwrap()
+    let width_of = |heads: usize| match normed {
+        Some((_, NormOver::Heads)) => heads * dim,
+        _ => dim,
     };
-    let table = RopeTable { cosine: float(), sine: float() };
+    let (q, k) = (real(&cx, &[width_of(heads)]), real(&cx, &[width_of(kv)]));
+    let mut rng = Rng(9);
+    let mut float = |shape: &[usize]| {
+        Tensor::from_f32(&cx.pool, "table", DType::F32, shape, &values(&mut rng, shape)).unwrap()
+    };
+    let (shape, scaled) = ([50, turned / 2], turned % 2 == 1);
+    let table = (turned > 0).then(|| RopeTable {
+        cosine: float(&shape),
+        sine: float(&shape),
+        q_scale: scaled.then(|| float(&shape[..1])),
+    });
+    let table = table.as_ref();
     let position: Vec<i32> = (0..rows as i32).map(|r| r * 7 % 50).collect();
     let slots: Vec<i32> = (0..rows as i32).map(|r| if r == 4 { -1 } else { 40 - r }).collect();
     let position = cx.ints("position", &position).unwrap();
     let cache = Tensor::new(&cx.pool, "cache", dtype, &[41, 2 * kv * dim]).unwrap();
     cache.zero().unwrap();
-    let norm = || normed.then_some(QkNorm { q: &q, k: &k, eps: 1e-6 });
-    let want = rope(&mut cx, &qkv, &table, &position, heads, kv, norm()).unwrap();
+    let norm = || {
+        let (weight, over) = normed?;
+        Some(QkNorm { q: &q, k: &k, norm: Norm { eps: 1e-6, weight }, over })
+    };
+    let want = rope(&mut cx, &qkv, table, &position, heads, kv, norm()).unwrap();
     let want = want.to_f32().unwrap();
     let places = cx.ints("slots", &slots).unwrap();
-    rope_append(&mut cx, &qkv, &cache, &table, &position, &places, heads, kv, norm()).unwrap();
+    rope_append(&mut cx, &qkv, &cache, table, &position, &places, heads, kv, norm()).unwrap();
     let (found, cached) = (qkv.to_f32().unwrap(), cache.to_f32().unwrap());
     let keys = 2 * kv * dim;
     for (r, slot) in slots.iter().enumerate() {
@@ -243,8 +262,16 @@ fn values(rng: &mut Rng, shape: &[usize]) -> Vec<f32> {
 fn rope_into_the_cache_has_the_bits_of_rope() {
     for dtype in [DType::F32, DType::BF16] {
         for heads in [[14, 2, 64], [4, 4, 128], [3, 1, 6]] {
-            fused_rope_has_the_bits_of_rope(dtype, heads, false);
-            fused_rope_has_the_bits_of_rope(dtype, heads, true);
+            let dim = heads[2];
+            let mut norms = vec![None];
+            for weight in [NormWeight::Rounded, NormWeight::Once, NormWeight::PlusOne] {
+                norms.extend([NormOver::Head, NormOver::Heads].map(|over| Some((weight, over))));
+            }
+            for turned in [dim, 0, dim / 4 * 2, dim + 1] {
+                for norm in &norms {
+                    fused_rope_has_the_bits_of_rope(dtype, heads, *norm, turned);
+                }
+            }
         }
     }
 }
@@ -275,6 +302,7 @@ fn a_replayed_decode_step_is_one_launch() {
     let three: usize = launched.launches.values().sum();
     config.num_layers = 2;
     config.sliding_window.truncate(2);
+    config.layer_rope.truncate(2);
     let two: usize = decode_step(&config, 5, false).unwrap().launches.values().sum();
     assert_eq!(three - two, 9, "of a layer: {:?}", launched.launches);
 }

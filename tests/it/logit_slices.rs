@@ -4,12 +4,11 @@
 use std::sync::Arc;
 
 use temper::autograd::Cx;
+use temper::device::DType;
 use temper::device::cpu::Cpu;
-use temper::device::{DType, Layout};
 use temper::kernels::LOGIT_SLICE;
 use temper::ops::case::Rng;
-use temper::ops::head::{head_logps, head_rows};
-use temper::ops::matmul::product;
+use temper::ops::head::{Head, LogitMap, head_logps, head_rows, mean_logits};
 use temper::ops::sample::{Draw, Sampling, sample, seen_words};
 use temper::tensor::Tensor;
 
@@ -83,19 +82,40 @@ fn sampler_and_head_agree_bit_for_bit_over_slices() {
     let mut cx = cpu();
     let x = floats(&cx, "x", &[n, d], &gauss(&mut rng, n * d, 1.0));
     let w = floats(&cx, "w", &[vocab, d], &gauss(&mut rng, vocab * d, 1.0));
-    let logits = cx.float("logits", &[n, vocab]).unwrap();
-    product(&cx, Layout::NT, &logits, &x, &w, None, false).unwrap();
-    let logits = logits.to_f32().unwrap();
-    for how in ways() {
-        let drawn = draws(&mut cx, &how, &logits, vocab, &[0, 1, 2, 3, 4, 5]);
-        let tokens: Vec<i32> = drawn.iter().map(|d| d.token as i32).collect();
-        let target = cx.ints("target", &tokens).unwrap();
-        let plain = head_logps(&mut cx, &x, &w, &target, 1.0).unwrap();
-        let scaled = head_logps(&mut cx, &x, &w, &target, how.scale()).unwrap();
-        let of = |pick: fn(&Draw) -> f32| bits(&drawn.iter().map(pick).collect::<Vec<_>>());
-        assert_eq!(of(|d| d.logp), bits(&plain.logp.to_f32().unwrap()), "{how:?}");
-        assert_eq!(of(|d| d.logp_scaled), bits(&scaled.logp.to_f32().unwrap()), "{how:?}");
-        assert_eq!(of(|d| d.entropy), bits(&scaled.entropy.to_f32().unwrap()), "{how:?}");
+    for map in [LogitMap::PLAIN, LogitMap { divisor: 1.7, softcap: Some(3.0) }] {
+        let head = Head { weight: w.clone(), map };
+        let logits = head.logits(&cx, &x).unwrap().to_f32().unwrap();
+        assert!(map == LogitMap::PLAIN || logits.iter().all(|l| l.abs() <= 3.0));
+        for how in ways() {
+            let drawn = draws(&mut cx, &how, &logits, vocab, &[0, 1, 2, 3, 4, 5]);
+            let tokens: Vec<i32> = drawn.iter().map(|d| d.token as i32).collect();
+            let target = cx.ints("target", &tokens).unwrap();
+            let plain = head_logps(&mut cx, &x, &head, &target, 1.0).unwrap();
+            let scaled = head_logps(&mut cx, &x, &head, &target, how.scale()).unwrap();
+            let of = |pick: fn(&Draw) -> f32| bits(&drawn.iter().map(pick).collect::<Vec<_>>());
+            assert_eq!(of(|d| d.logp), bits(&plain.logp.to_f32().unwrap()), "{how:?}");
+            assert_eq!(of(|d| d.logp_scaled), bits(&scaled.logp.to_f32().unwrap()), "{how:?}");
+            assert_eq!(of(|d| d.entropy), bits(&scaled.entropy.to_f32().unwrap()), "{how:?}");
+        }
+    }
+}
+
+/// The mean that DPO reports, with a softcap from the logits themselves.
+#[test]
+fn mean_logits_are_the_mean_of_the_logits() {
+    let (vocab, n, d) = (LOGIT_SLICE + 77, 37, 8);
+    let mut rng = Rng(14);
+    let cx = cpu();
+    let x = floats(&cx, "x", &[n, d], &gauss(&mut rng, n * d, 1.0));
+    let w = floats(&cx, "w", &[vocab, d], &gauss(&mut rng, vocab * d, 1.0));
+    for softcap in [None, Some(2.0)] {
+        let head = Head { weight: w.clone(), map: LogitMap { divisor: 1.7, softcap } };
+        let logits = head.logits(&cx, &x).unwrap().to_f32().unwrap();
+        let got = mean_logits(&cx, &x, &head).unwrap().to_f32().unwrap();
+        for (row, got) in logits.chunks(vocab).zip(got) {
+            let want = row.iter().map(|l| f64::from(*l)).sum::<f64>() / vocab as f64;
+            assert!((f64::from(got) - want).abs() < 1e-5, "{softcap:?}: {got} {want}");
+        }
     }
 }
 
@@ -133,7 +153,7 @@ fn a_row_of_more_slices_than_a_pack_has_f64s_figures() {
         head[best] = 12.0;
         let (x, head) = (floats(&cx, "x", &[1, 1], &[1.0]), floats(&cx, "w", &[vocab, 1], &head));
         let target = cx.ints("target", &[best as i32]).unwrap();
-        let out = head_rows(&mut cx, &x, &head, &target, 0.9, true).unwrap();
+        let out = head_rows(&mut cx, &x, &Head::plain(head), &target, 0.9, true).unwrap();
         assert_eq!(out.best.to_vec::<i32>().unwrap(), [best as i32]);
         let square = out.log_square.unwrap();
         rows.push([out.logp, out.entropy, square].map(|t| t.to_f32().unwrap()[0]));

@@ -9,11 +9,15 @@ use temper::model::folder::{
 };
 use temper::model::layout::{ModelConfig, Role, expected_params};
 use temper::model::rope::RopeKind;
+use temper::ops::rope::NormOver;
 use temper::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec, write};
 
 use crate::support::{golden, json};
 
-const CASES: [&str; 12] = [
+const CASES: [&str; 22] = [
+    "gemma2",
+    "gemma3",
+    "granite",
     "llama3_rope",
     "llama_bf16",
     "llama_biases",
@@ -22,10 +26,17 @@ const CASES: [&str; 12] = [
     "llama_sharded",
     "llama_tied",
     "llama_v4",
+    "ministral",
+    "ministral3",
     "mistral_window",
+    "olmo2",
+    "phi3",
+    "phi3_long",
+    "phi4_mini",
     "qwen2",
     "qwen2_yarn",
     "qwen3",
+    "smollm3",
 ];
 
 type Weights = BTreeMap<String, (HostDtype, Vec<usize>, Vec<u8>)>;
@@ -105,12 +116,12 @@ fn golden_configs_mean_what_they_were_made_with() {
     assert!(load("llama_tied").tie_word_embeddings && load("qwen2").tie_word_embeddings);
     let biases = load("llama_biases");
     assert!(biases.qkv_bias && biases.o_bias && biases.mlp_bias && load("qwen2").qkv_bias);
-    assert_eq!((load("qwen3").head_dim, load("qwen3").qk_norm), (16, true));
+    assert_eq!((load("qwen3").head_dim, load("qwen3").qk_norm), (16, Some(NormOver::Head)));
     assert_eq!(load("mistral_window").sliding_window, [Some(16); 2]);
-    assert_eq!(load("llama_linear").rope.kind, RopeKind::Linear { factor: 4.0 });
-    assert!(matches!(load("qwen2_yarn").rope.kind, RopeKind::Yarn { factor: 4.0, .. }));
+    assert_eq!(load("llama_linear").ropes[0].kind, RopeKind::Linear { factor: 4.0 });
+    assert!(matches!(load("qwen2_yarn").ropes[0].kind, RopeKind::Yarn { factor: 4.0, .. }));
     let v4 = load("llama_v4");
-    assert_eq!(v4.rope, load("llama3_rope").rope);
+    assert_eq!(v4.ropes, load("llama3_rope").ropes);
     assert_eq!(
         (v4.eos.as_slice(), v4.head_dim, v4.dtype),
         ([2, 3].as_slice(), 16, Some(HostDtype::BF16))

@@ -21,6 +21,7 @@ use temper::model::decoder::Decoder;
 use temper::model::folder;
 use temper::model::layout::Task;
 use temper::ops::distill::{DistillIn, distill};
+use temper::ops::head::Head;
 use temper::tensor::safetensors::HostDtype;
 use temper::tensor::{Id, ParamSetId, Tensor};
 use temper::train::{Step, Trainer};
@@ -354,9 +355,9 @@ fn distillation_has_the_divergences_and_gradients_of_f64() {
         cx.tape = Some(Tape::default());
         let x = DistillIn {
             student: &student,
-            student_head: &head,
+            student_head: &Head::plain(head),
             teacher: &teacher,
-            teacher_head: &teacher_head,
+            teacher_head: &Head::plain(teacher_head),
             weight: &weight,
         };
         let (beta, temperature) =

@@ -35,7 +35,7 @@ fn every_family_scores_as_transformers_does() {
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
     cases.sort();
-    assert!(cases.len() >= 12);
+    assert!(cases.len() >= 22);
     let mut report = String::new();
     let mut largest = 0f64;
     for case in &cases {

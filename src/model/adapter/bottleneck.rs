@@ -19,7 +19,9 @@ use serde_json::{Map, Value, json};
 use crate::autograd::Cx;
 use crate::config::{PeftConfig, PeftType};
 use crate::error::{Error, Result};
-use crate::model::layout::{BottleneckPart, BottleneckSite, ModelConfig, ParamSpec, Role, Task};
+use crate::model::layout::{
+    BottleneckPart, BottleneckSite, ModelConfig, NormPlace, ParamSpec, Role, Task,
+};
 use crate::model::params::ParamSet;
 use crate::ops::activation::{Act, activation};
 use crate::ops::add::add;
@@ -99,6 +101,17 @@ pub struct BottleneckBase {
     pub hidden_size: usize,
     pub model_class: String,
     pub model_type: String,
+}
+
+/// The sums above are those of a block that norms what it reads, not what it adds.
+pub(super) fn check_norms(model: &ModelConfig) -> Result<()> {
+    if model.norm_place == NormPlace::Before {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "bottleneck adapters: not for {}, whose blocks norm what they add to the stream; use lora",
+        model.family.model_type
+    )))
 }
 
 impl BottleneckConfig {

@@ -125,7 +125,10 @@ impl AdapterConfig {
                 r: keys.lora_r,
                 alpha: keys.lora_alpha,
                 dropout: keys.lora_dropout as f32,
-                targets: targets(&["q_proj", "v_proj"]),
+                targets: targets(match model.family.fused_projections {
+                    true => &["qkv_proj"],
+                    false => &["q_proj", "v_proj"],
+                }),
                 rank_pattern: pairs("rank_pattern", &keys.rank_pattern)?,
                 alpha_pattern: pairs("alpha_pattern", &keys.alpha_pattern)?,
                 use_rslora: keys.use_rslora,
@@ -138,7 +141,11 @@ impl AdapterConfig {
                 let feedforward =
                     keys.feedforward_modules.clone().unwrap_or_else(|| vec!["down_proj".into()]);
                 AdapterKind::Ia3(Ia3Config {
-                    targets: targets(&[model.family.ia3_attention, "v_proj", "down_proj"]),
+                    targets: match model.family.fused_projections {
+                        // As PEFT's own defaults for families that fuse them, such as GPT-2.
+                        true => targets(&["qkv_proj", "down_proj"]),
+                        false => targets(&[model.family.ia3_attention, "v_proj", "down_proj"]),
+                    },
                     feedforward,
                 })
             }

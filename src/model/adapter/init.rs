@@ -49,7 +49,7 @@ impl Adapter {
                 Role::Magnitude(_) => vec![1.0; n],
                 Role::Prompt => match &self.config.kind {
                     AdapterKind::Prompt(c) if !c.init_ids.is_empty() => {
-                        embeddings(base, &c.init_ids, n)?
+                        embeddings(base, model, &c.init_ids, n)?
                     }
                     _ => normals(seed, p as u32, n), // as torch fills an Embedding
                 },
@@ -138,12 +138,15 @@ fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> 
     base.weight_view(i)?.to_f32()
 }
 
-/// `n` values: the embeddings of `ids`, again from the first after the last.
-fn embeddings(base: &ParamSet, ids: &[u32], n: usize) -> Result<Vec<f32>> {
+/// `n` values: the embeddings of `ids`, scaled as the model's own are, again from the first after
+/// the last.
+fn embeddings(base: &ParamSet, model: &ModelConfig, ids: &[u32], n: usize) -> Result<Vec<f32>> {
     let table = base.required(None, Role::Embed)?;
+    let scale = model.embedding_scale.map_or(1.0, |s| s.factors(table.dtype()).0);
     let mut values = Vec::with_capacity(n);
     for id in ids.iter().cycle().take(n / table.cols()) {
-        values.extend(table.rows(*id as usize, *id as usize + 1)?.to_f32()?);
+        let row = table.rows(*id as usize, *id as usize + 1)?.to_f32()?;
+        values.extend(row.into_iter().map(|v| v * scale));
     }
     Ok(values)
 }

@@ -55,18 +55,14 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
     let found = model.params.by_name(stored);
     let i = found.ok_or_else(|| Error::op("merge", format!("{} has no place", spec.name)))?;
     let mut values = model.params.weight_view(i)?.to_f32()?;
-    let (Some(layer), Some((proj, bias))) = (spec.layer, projection(spec.role)) else {
+    let (Some(layer), Some((proj, bias))) = (spec.layer, projection(&model.config, spec.role))
+    else {
         return Ok(values);
     };
     let Some(site) = adapter.site(layer, proj.leader()) else { return Ok(values) };
     let (rows, cols) = model.config.proj_shape(proj);
-    let from: usize = proj
-        .leader()
-        .group()
-        .iter()
-        .take_while(|p| **p != proj)
-        .map(|p| model.config.proj_shape(*p).0)
-        .sum();
+    let before = model.config.group(proj.leader()).take_while(|p| *p != proj);
+    let from: usize = before.map(|p| model.config.proj_shape(p).0).sum();
     if let (false, Some(lora)) = (bias, &site.lora) {
         let mut w = model.params.weight_view(i)?;
         // PiSSA has two segments over the same columns.
@@ -103,7 +99,7 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
 }
 
 /// The projection of a weight's or a bias's role, and whether it is the bias.
-fn projection(role: Role) -> Option<(Proj, bool)> {
+fn projection(config: &ModelConfig, role: Role) -> Option<(Proj, bool)> {
     let bias = match role {
         Role::QBias => Some(Proj::Q),
         Role::KBias => Some(Proj::K),
@@ -116,6 +112,6 @@ fn projection(role: Role) -> Option<(Proj, bool)> {
     };
     match bias {
         Some(proj) => Some((proj, true)),
-        None => Proj::ALL.iter().find(|p| p.role() == role).map(|p| (*p, false)),
+        None => config.projections().iter().find(|p| p.role() == role).map(|p| (*p, false)),
     }
 }

@@ -89,6 +89,9 @@ impl Adapter {
         config: AdapterConfig,
         model: &ModelConfig,
     ) -> Result<Adapter> {
+        if matches!(config.kind, AdapterKind::Bottleneck(_)) {
+            bottleneck::check_norms(model)?;
+        }
         let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
         let mut adapter = Adapter { config, params, sites: Vec::new(), bottlenecks: Vec::new() };
         adapter.tune(None)?;
@@ -198,9 +201,9 @@ impl Adapter {
         // Each projection with its columns of the site's output.
         let mut columns = Vec::new();
         let mut width = 0;
-        for proj in leader.group() {
-            let (cols, _) = model.proj_shape(*proj);
-            columns.push((*proj, width, cols));
+        for proj in model.group(leader) {
+            let (cols, _) = model.proj_shape(proj);
+            columns.push((proj, width, cols));
             width += cols;
         }
         for (proj, from, _) in &columns {
@@ -340,7 +343,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             for (layer, proj) in bound(&c.targets, excluded.as_ref(), None, model)? {
                 let (out, input) = model.proj_shape(proj);
                 let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
-                if feeds && proj.leader().group().len() > 1 {
+                if feeds && model.group(proj.leader()).count() > 1 {
                     let message =
                         "shares its input with its neighbours; scale its output, not its input";
                     return Err(Error::Config(format!(

@@ -26,7 +26,7 @@ pub fn bound(
     config: &ModelConfig,
 ) -> Result<Vec<Module>> {
     let all: Vec<Module> = (0..config.num_layers)
-        .flat_map(|layer| Proj::ALL.into_iter().map(move |proj| (layer, proj)))
+        .flat_map(|layer| config.projections().iter().map(move |proj| (layer, *proj)))
         .collect();
     if let Some(bad) = layers.into_iter().flatten().find(|l| **l >= config.num_layers) {
         return Err(Error::Config(format!(
@@ -59,7 +59,7 @@ pub fn bound(
             let lost: Vec<&String> =
                 names.iter().filter(|t| !known.iter().any(|n| is(n, t))).collect();
             if !lost.is_empty() {
-                return Err(Error::Config(unbound(&lost)));
+                return Err(Error::Config(unbound(&lost, config)));
             }
             known.iter().map(|name| names.iter().any(|t| is(name, t))).collect()
         }
@@ -79,12 +79,19 @@ pub fn bound(
     Ok(modules)
 }
 
-fn unbound(lost: &[&String]) -> String {
-    let short: Vec<&str> = Proj::ALL.iter().filter_map(|p| p.module().rsplit('.').next()).collect();
+fn unbound(lost: &[&String], config: &ModelConfig) -> String {
+    let projections = config.projections();
+    let short: Vec<&str> =
+        projections.iter().filter_map(|p| p.module().rsplit('.').next()).collect();
     let one = |name: &&String| {
         let near = nearest(name, short.iter().copied());
         let special = ["lm_head", "embed_tokens"].contains(&name.as_str());
         match near {
+            _ if config.family.fused_projections && split(name).is_some() => format!(
+                "{name} is no module of {}: it is a part of {}; name that",
+                config.family.model_type,
+                split(name).unwrap_or_default()
+            ),
             _ if special => {
                 format!("{name} takes no LoRA here; train it whole: lora_modules_to_save={name}")
             }
@@ -95,6 +102,15 @@ fn unbound(lost: &[&String]) -> String {
         }
     };
     format!("lora_target_modules: {}", lost.iter().map(one).collect::<Vec<_>>().join("\n"))
+}
+
+/// The fused module that holds a projection.
+fn split(name: &str) -> Option<&'static str> {
+    match name {
+        "q_proj" | "k_proj" | "v_proj" => Some("qkv_proj"),
+        "gate_proj" | "up_proj" => Some("gate_up_proj"),
+        _ => None,
+    }
 }
 
 /// The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and

@@ -3,7 +3,7 @@
 //! Invariant: this is the decoder without switches; biases come only where config.json asks for
 //! them.
 
-use crate::model::layout::{BiasRule, Family, WindowRule};
+use crate::model::layout::{BiasRule, Family};
 
 pub const FAMILY: Family = Family {
     model_type: "llama",
@@ -11,13 +11,6 @@ pub const FAMILY: Family = Family {
     qkv_bias: BiasRule::Key("attention_bias"),
     o_bias: BiasRule::Key("attention_bias"),
     mlp_bias: BiasRule::Key("mlp_bias"),
-    qk_norm: false,
-    window: WindowRule::Ignored,
-    ia3_attention: "k_proj",
     heads_divide_hidden: true,
-    default_kv_heads: None,
-    default_head_dim: None,
-    default_max_positions: 2048,
-    default_bos: Some(1),
-    default_eos: Some(2),
+    ..Family::PLAIN
 };

@@ -4,16 +4,36 @@
 //! which tensors the decoder has then; no code elsewhere asks which family it is. Adding one is a
 //! file here and a line in [`FAMILIES`].
 
+mod gemma2;
+mod gemma3;
+mod granite;
 mod llama;
+mod ministral;
+mod ministral3;
 mod mistral;
+mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod smollm3;
 
 use crate::model::layout::Family;
 
 /// All families, the order in which errors list them.
-pub const FAMILIES: &[&Family] =
-    &[&llama::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY, &mistral::FAMILY];
+pub const FAMILIES: &[&Family] = &[
+    &llama::FAMILY,
+    &qwen2::FAMILY,
+    &qwen3::FAMILY,
+    &mistral::FAMILY,
+    &granite::FAMILY,
+    &olmo2::FAMILY,
+    &gemma2::FAMILY,
+    &gemma3::FAMILY,
+    &ministral::FAMILY,
+    &ministral3::FAMILY,
+    &smollm3::FAMILY,
+    &phi3::FAMILY,
+];
 
 /// The family of a `model_type` (`llama`) or of an architecture (`LlamaForCausalLM`).
 pub fn find(name: &str) -> Option<&'static Family> {

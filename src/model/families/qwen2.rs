@@ -8,15 +8,11 @@ pub const FAMILY: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
     qkv_bias: BiasRule::Always,
-    o_bias: BiasRule::Never,
-    mlp_bias: BiasRule::Never,
-    qk_norm: false,
     window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
     ia3_attention: "q_proj",
-    heads_divide_hidden: false,
     default_kv_heads: Some(32),
-    default_head_dim: None,
     default_max_positions: 32768,
     default_bos: None,
     default_eos: None,
+    ..Family::PLAIN
 };

@@ -4,20 +4,20 @@
 //! hidden_size / heads.
 
 use crate::model::layout::{BiasRule, Family, WindowRule};
+use crate::ops::rope::NormOver;
 
 pub const FAMILY: Family = Family {
     model_type: "qwen3",
     architecture: "Qwen3ForCausalLM",
     qkv_bias: BiasRule::Key("attention_bias"),
     o_bias: BiasRule::Key("attention_bias"),
-    mlp_bias: BiasRule::Never,
-    qk_norm: true,
+    qk_norm: Some(NormOver::Head),
     window: WindowRule::Listed { default: 4096, default_full_layers: 28 },
     ia3_attention: "q_proj",
-    heads_divide_hidden: false,
     default_kv_heads: Some(32),
     default_head_dim: Some(128),
     default_max_positions: 32768,
     default_bos: None,
     default_eos: None,
+    ..Family::PLAIN
 };

@@ -1,0 +1,354 @@
+//! Families that differ in rope and in how they load: training against TRL
+//! (tests/fixtures/make_family_sft.py), adapters on fused projections against PEFT
+//! (make_fused_peft.py), rollouts with the trainer's bits, quantised bases and the memory plan. Their
+//! log-probs and greedy tokens are compared in the tests of all golden folders.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use temper::autograd::{Cx, Recompute};
+use temper::device::DType;
+use temper::methods::offline::sft::{Sft, SftRun};
+use temper::model::adapter::{Adapter, folder as adapter_folder};
+use temper::model::batch::{Batch, Sequence};
+use temper::model::decoder::{Decoder, InitialWeights};
+use temper::model::folder::load_config;
+use temper::ops::case::Rng;
+use temper::ops::head::head_logps;
+use temper::rollout::sample::Sampling;
+use temper::rollout::{Engine, EngineOptions, Request, generate};
+use temper::tensor::safetensors::SafeFolder;
+use temper::train::Trainer;
+use temper::train::plan::{Plan, PlanRequest};
+use temper::train::tuning::{prepare, scheme};
+
+use crate::support::{
+    self, MODEL, bits, cpu, cpu_in, decoder, fixture, floats, golden, ids, words,
+};
+
+/// The golden folders with the vocabulary of `sft/model`, and the longest sequence of a run on each:
+/// that of phi4_mini must stay within its original length, since TRL's batches do.
+const FAMILIES: [&str; 6] =
+    ["ministral", "ministral3", "phi3", "phi3_long", "phi4_mini", "smollm3"];
+const VOCAB: usize = 320;
+const LONGEST: usize = 240;
+
+fn relative(a: f64, b: f64) -> f64 {
+    (a - b).abs() / b.abs().max(1e-12)
+}
+
+/// The largest differences over 20 steps on the rows of sft/text.jsonl: of losses and of gradient
+/// norms.
+fn trained_as(cx: Cx, model: Decoder, keys: &str, want: &Value) -> (f64, f64) {
+    let keys = format!(
+        "{keys} per_device_train_batch_size=4 max_steps=20 train_sampling_strategy=sequential \
+         lr_scheduler_type=linear"
+    );
+    let (run, _) = SftRun::load(None, &words(&keys)).unwrap();
+    let rows = support::rows("sft/text.jsonl");
+    let (mut sft, _) =
+        support::with_inputs(&model.config, &rows, |i| Sft::new(&run.method, i).unwrap());
+    let count = temper::methods::Method::rows(&sft);
+    let mut trainer = Trainer::new(cx, model, run.training, count).unwrap();
+    let (mut loss, mut norm) = (0f64, 0f64);
+    for i in 0..20 {
+        let step = trainer.step(&mut sft).unwrap();
+        let of = |key: &str| want[key][i].as_f64().unwrap();
+        loss = loss.max(relative(f64::from(step.loss), of("loss")));
+        norm = norm.max(relative(f64::from(step.grad_norm), of("grad_norm")));
+    }
+    (loss, norm)
+}
+
+#[test]
+fn families_of_other_ropes_train_as_trl_does() {
+    let all: Value = support::json(fixture("family_sft.json"));
+    let mut report = String::new();
+    let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
+    for case in FAMILIES {
+        let cx = cpu();
+        let model = decoder(&cx, golden(case), LONGEST);
+        let (loss, norm) = trained_as(cx, model, "learning_rate=1e-3", &all[case]);
+        report += &format!("{case}: loss {loss:.1e}, grad_norm {norm:.1e}\n");
+        (worst_loss, worst_norm) = (worst_loss.max(loss), worst_norm.max(norm));
+    }
+    println!("{report}");
+    assert!(worst_loss <= 1e-5 && worst_norm <= 1e-4, "{report}");
+}
+
+/// Log-probs and entropies of a completion, as training computes them.
+fn trained(
+    cx: &mut Cx,
+    model: &Decoder,
+    prompt: &[u32],
+    completion: &[u32],
+    scale: f32,
+) -> (Vec<u32>, Vec<u32>) {
+    let ids: Vec<u32> = prompt.iter().chain(completion).copied().collect();
+    let target: Vec<bool> = (0..ids.len()).map(|i| i >= prompt.len()).collect();
+    let sequence = [Sequence { ids: &ids, target: Some(&target) }];
+    let batch = Batch::new(cx, &sequence, VOCAB).unwrap();
+    let hidden = model.target_hidden(cx, &batch).unwrap();
+    let out = head_logps(cx, &hidden, &model.head, &batch.targets, scale).unwrap();
+    (bits(&out.logp.to_f32().unwrap()), bits(&out.entropy.to_f32().unwrap()))
+}
+
+#[test]
+fn rollouts_of_other_ropes_have_the_trainers_bits() {
+    for case in FAMILIES {
+        for dtype in [DType::F32, DType::BF16] {
+            let mut cx = cpu_in(dtype);
+            let mut model = decoder(&cx, golden(case), 160);
+            let mut rng = Rng(5);
+            // Longer than a window and than a page of the cache.
+            let requests: Vec<Request> = [1, 15, 64, 90]
+                .iter()
+                .enumerate()
+                .map(|(g, n)| Request {
+                    prompt: (0..*n).map(|_| rng.below(VOCAB) as u32).collect(),
+                    n: 2,
+                    number: 2 * g as u32,
+                })
+                .collect();
+            let sampling = Sampling { temperature: 0.7, seed: 9, ..Sampling::greedy() };
+            let mut options = EngineOptions::new(30, sampling.clone(), vec![], 5);
+            options.max_step_tokens = 37;
+            let mut engine = Engine::new(&cx, &mut model, options, 160).unwrap();
+            let done = engine.generate(&mut cx, &model, &requests).unwrap();
+            assert_eq!(done.len(), 8);
+            for c in &done {
+                let prompt = &requests[c.request].prompt;
+                let (plain, _) = trained(&mut cx, &model, prompt, &c.ids, 1.0);
+                let (scaled, entropy) = trained(&mut cx, &model, prompt, &c.ids, sampling.scale());
+                assert_eq!(bits(&c.logps), plain, "{case} {dtype:?}");
+                assert_eq!(bits(&c.logps_scaled), scaled, "{case} {dtype:?}");
+                assert_eq!(bits(&c.entropies), entropy, "{case} {dtype:?}");
+            }
+        }
+    }
+}
+
+const LORA: &str = "use_peft=true lora_target_modules=all-linear";
+
+/// Keys of runs: all weights, adapters, quantised bases.
+fn kinds() -> Vec<String> {
+    let mut kinds = vec![String::new(), LORA.into(), "use_peft=true".into()];
+    for more in
+        ["use_dora=true", "init_lora_weights=pissa", "load_in_4bit=true", "load_in_8bit=true"]
+    {
+        kinds.push(format!("{LORA} {more}"));
+    }
+    for kind in ["ia3", "prompt_tuning num_virtual_tokens=5", "seq_bn"] {
+        kinds.push(format!("use_peft=true peft_type={kind}"));
+    }
+    kinds.into_iter().map(|k| format!("{k} per_device_train_batch_size=2")).collect()
+}
+
+fn prepared(cx: &Cx, case: &str, run: &SftRun) -> Decoder {
+    let dir = golden(case);
+    let base = Decoder::folder(&dir).unwrap().storage(scheme(&run.peft));
+    let base = base.positions(128).build(cx).unwrap();
+    prepare(cx, base, &run.peft, None, Path::new(MODEL), 42).unwrap()
+}
+
+fn sequences() -> Vec<(Vec<u32>, Vec<bool>)> {
+    let row =
+        |r: usize| ((0..40).map(|i| ((r * 7 + i * 3) % VOCAB) as u32).collect(), vec![true; 40]);
+    (0..4).map(row).collect()
+}
+
+#[test]
+fn adapters_and_quantised_bases_of_other_ropes_learn_and_generate() {
+    for case in FAMILIES {
+        for keys in kinds() {
+            let keys = format!("{keys} learning_rate=1e-2");
+            let (run, _) = SftRun::load(None, &words(&keys)).unwrap();
+            let losses = |recompute| {
+                let mut cx = cpu();
+                cx.set_rng(0, 0, 0).unwrap();
+                cx.recompute = recompute;
+                let model = prepared(&cx, case, &run);
+                let mut sft = Sft::from_sequences(sequences());
+                let mut trainer = Trainer::new(cx, model, run.training.clone(), 4).unwrap();
+                let losses: Vec<f32> =
+                    (0..8).map(|_| trainer.step(&mut sft).unwrap().loss).collect();
+                (losses, trainer)
+            };
+            let (first, mut trainer) = losses(Recompute::Off);
+            assert!(first[7] < first[0] && first.iter().all(|l| l.is_finite()), "{case} {keys}");
+            assert_eq!(first, losses(Recompute::Layers).0, "{case} {keys}: recomputed");
+            let requests: [Vec<u32>; 2] = [vec![5, 9, 11], (3..40).collect()];
+            let greedy = |n| EngineOptions::new(12, Sampling::greedy(), vec![], n);
+            let (cx, model) = (&mut trainer.cx, &mut trainer.model);
+            cx.tape = None;
+            let one = generate(cx, model, &requests, &greedy(1), |_, _| {}).unwrap();
+            let two = generate(cx, model, &requests, &greedy(2), |_, _| {}).unwrap();
+            for (one, two) in one.iter().zip(&two) {
+                assert_eq!(one.ids, two.ids, "{case} {keys}");
+                assert_eq!(bits(&one.logps), bits(&two.logps), "{case} {keys}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_plan_of_other_ropes_is_their_high_water_mark() {
+    for case in FAMILIES {
+        let model = load_config(golden(case)).unwrap();
+        for (keys, recompute) in [
+            ("per_device_train_batch_size=2".to_string(), Recompute::Off),
+            ("per_device_train_batch_size=2".to_string(), Recompute::Layers),
+            (format!("{LORA} load_in_4bit=true per_device_train_batch_size=2"), Recompute::Off),
+        ] {
+            let (run, _) = SftRun::load(None, &words(&keys)).unwrap();
+            let mut cx = cpu();
+            cx.set_rng(0, 0, 0).unwrap();
+            cx.recompute = recompute;
+            let base = Decoder::builder(model.clone())
+                .weights(InitialWeights::Random { seed: 1 })
+                .storage(scheme(&run.peft))
+                .positions(40)
+                .build(&cx)
+                .unwrap();
+            let trained = prepare(&cx, base, &run.peft, None, Path::new("model"), 1).unwrap();
+            let mut sft = Sft::from_sequences(sequences());
+            let mut trainer = Trainer::new(cx, trained, run.training.clone(), 4).unwrap();
+            for _ in 0..2 {
+                trainer.step(&mut sft).unwrap();
+            }
+            let actual = trainer.cx.pool.in_use().1;
+            let request = PlanRequest {
+                model: &model,
+                dir: Path::new("model"),
+                adapter: None,
+                peft: run.peft.clone(),
+                training: run.training.clone(),
+                length: 40,
+                tokens: 80,
+                reference: false,
+                online: None,
+                sequences: None,
+            };
+            let planned = Plan::new(&cpu(), &request, recompute).unwrap().peak;
+            assert!(
+                relative(planned as f64, actual as f64) <= 0.05,
+                "{case} {keys} {recompute:?}: planned {planned}, used {actual}"
+            );
+        }
+    }
+}
+
+/// The largest difference of a model's log-probs from a score.json's.
+fn difference(cx: &mut Cx, model: &Decoder, score: &Value) -> f64 {
+    let rows = score["rows"].as_array().unwrap();
+    let all: Vec<Vec<u32>> = rows.iter().map(|r| ids(&r["input_ids"])).collect();
+    let sequences: Vec<Sequence> = all.iter().map(|ids| Sequence { ids, target: None }).collect();
+    let got = model.logps(cx, &sequences).unwrap();
+    let mut worst = 0f64;
+    for (got, row) in got.iter().zip(rows) {
+        for (a, b) in got.iter().zip(floats(&row["logps"])) {
+            worst = worst.max((f64::from(*a) - b).abs());
+        }
+    }
+    worst
+}
+
+#[test]
+fn adapters_on_fused_projections_are_pefts() {
+    let all: Value = support::json(fixture("fused_peft.json"));
+    for (case, want) in all.as_object().unwrap() {
+        let dir = fixture("fused_peft").join(case);
+        let mut cx = cpu();
+        let base = decoder(&cx, golden("phi3"), LONGEST);
+        let adapter = Adapter::load(&cx, &dir, &base.config, &base.params).unwrap();
+        let model = base.with_adapter(Some(adapter)).unwrap();
+        let start = difference(&mut cx, &model, &want["start"]);
+        assert!(start <= 5e-5, "{case}: log-probs at the start {start:.1e}");
+
+        // What is saved is what PEFT saved.
+        let adapter = model.adapter.as_ref().unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let written = match std::env::var_os("TEMPER_SAVED") {
+            Some(root) => PathBuf::from(root).join(case), // for make_fused_peft.py --load
+            None => out.path().join(case),
+        };
+        adapter_folder::write(&written, adapter, &[], &mut |i| {
+            adapter.params.weight_view(i)?.to_f32()
+        })
+        .unwrap();
+        let file =
+            |dir: &Path| SafeFolder::open_file(dir.join("adapter_model.safetensors")).unwrap();
+        let (theirs, ours) = (file(&dir), file(&written));
+        assert_eq!(ours.names().collect::<Vec<_>>(), theirs.names().collect::<Vec<_>>(), "{case}");
+        assert!(theirs.names().any(|n| n.contains("qkv_proj")), "{case}");
+        for name in theirs.names() {
+            let (a, b) = (theirs.get(name).unwrap(), ours.get(name).unwrap());
+            assert_eq!((a.shape, a.bytes), (b.shape, b.bytes), "{case}: {name}");
+        }
+
+        let mut model = model;
+        model.adapter.as_mut().unwrap().tune(None).unwrap();
+        let keys = "use_peft=true learning_rate=1e-2";
+        let (loss, norm) = trained_as(cx, model, keys, want);
+        println!("{case}: start {start:.1e}, loss {loss:.1e}, grad_norm {norm:.1e}");
+        assert!(loss <= 1e-5 && norm <= 1e-4, "{case}: loss {loss:.1e}, grad_norm {norm:.1e}");
+    }
+}
+
+#[test]
+fn parts_of_a_fused_projection_are_named_in_the_error() {
+    let of = |keys: &str| {
+        let (run, _) = SftRun::load(None, &words(keys)).unwrap();
+        let cx = cpu();
+        let base = decoder(&cx, golden("phi3"), 16);
+        prepare(&cx, base, &run.peft, None, Path::new(MODEL), 1).map(|m| m.trained().specs.clone())
+    };
+    let error = of("use_peft=true lora_target_modules=q_proj,up_proj").unwrap_err().to_string();
+    for part in
+        ["q_proj is no module of phi3: it is a part of qkv_proj", "it is a part of gate_up_proj"]
+    {
+        assert!(error.contains(part), "{error}");
+    }
+    // The default is the attention's input, as it is q_proj and v_proj elsewhere.
+    let specs = of("use_peft=true").unwrap();
+    assert!(specs.iter().all(|s| s.name.contains("qkv_proj.lora_")), "{specs:?}");
+    assert_eq!(specs.len(), 2 * 2);
+}
+
+#[test]
+fn one_run_has_one_choice_of_longropes_factors() {
+    let mut cx = cpu();
+    let ids: Vec<u32> = (0..40).collect();
+    let logps = |cx: &mut Cx, model: &Decoder| {
+        let sequence = [Sequence { ids: &ids, target: None }];
+        bits(&model.logps(cx, &sequence).unwrap().concat())
+    };
+    // 256 is the original length: up to it the factors are the short ones, whatever the length.
+    let mut short = decoder(&cx, golden("phi4_mini"), 64);
+    let first = logps(&mut cx, &short);
+    short.ensure_positions(&cx, 256).unwrap();
+    assert_eq!(logps(&mut cx, &short), first);
+    let error = short.ensure_positions(&cx, 257).unwrap_err().to_string();
+    assert!(error.contains("a sequence of 257 tokens: longrope was set up with its short"));
+    assert_eq!(logps(&mut cx, &short), first, "an error changes nothing");
+    let mut long = decoder(&cx, golden("phi4_mini"), 1);
+    long.ensure_positions(&cx, 257).unwrap();
+    let other = logps(&mut cx, &long);
+    assert_ne!(other, first);
+    long.ensure_positions(&cx, 400).unwrap();
+    assert_eq!(logps(&mut cx, &long), other);
+}
+
+#[test]
+fn layouts_say_which_layers_turn_what() {
+    let load = |case: &str| load_config(golden(case)).unwrap();
+    let smol = load("smollm3");
+    assert_eq!(smol.layer_rope, [Some(0), None, Some(0), None]);
+    assert_eq!(smol.sliding_window, [None, Some(16), None, Some(16)]);
+    let mini = load("phi4_mini");
+    assert_eq!((mini.head_dim, mini.ropes[0].turned(mini.head_dim)), (16, 12));
+    assert_eq!(mini.ropes[0].attention_factor(), (1.0 + 2f64.ln() / 256f64.ln()).sqrt());
+    assert!(load("phi3_long").ropes[0].is_long(3));
+    assert_eq!(load("ministral").sliding_window, [Some(16), None, Some(16), None]);
+    assert_eq!(load("ministral3").ropes[0].query_scale.unwrap().beta, 0.5);
+}
