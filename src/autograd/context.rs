@@ -24,8 +24,22 @@ use crate::tensor::{Id, Tensor};
 pub enum Recompute {
     /// Nothing.
     Off,
+    /// The outputs of norms and activations, which their ops make again from what those keep
+    /// anyway, for about the time of a copy.
+    Light,
     /// The activations inside each layer, from the layer's input.
     Layers,
+}
+
+impl Recompute {
+    /// As `gradient_checkpointing` says it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Recompute::Off => "false",
+            Recompute::Light => "light",
+            Recompute::Layers => "true",
+        }
+    }
 }
 
 /// Values of operands by pattern (its number), rows and columns.
@@ -169,7 +183,8 @@ impl Cx {
         if need.tape
             && let Some(tape) = self.tape.as_mut()
         {
-            tape.push(op, x, &need, &mut fwd.outputs, fwd.saved);
+            let light = self.recompute == Recompute::Light;
+            tape.push(op, x, &need, &mut fwd.outputs, fwd.saved, light);
         }
         Ok(fwd.outputs)
     }

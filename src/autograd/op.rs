@@ -37,6 +37,16 @@ pub trait Op: Debug + Send + Sync {
         Err(Error::op(self.name(), "is a state writer and has no backward"))
     }
 
+    /// Whether [`Op::recompute_output`] can make output `k` again, for about the time of a copy.
+    fn recomputes_output(&self, _k: usize) -> bool {
+        false
+    }
+
+    /// Output `k` again, bit for bit, from what the forward saved in `node`.
+    fn recompute_output(&self, _cx: &mut Cx, _node: &Node, k: usize) -> Result<Tensor> {
+        Err(Error::op(self.name(), format!("does not recompute output {k}")))
+    }
+
     /// The definition, in naive f64; `round` stands wherever the kernel's Numerics says that a
     /// value is stored.
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64>;

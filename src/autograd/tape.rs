@@ -2,7 +2,8 @@
 //! Layer 3.
 //!
 //! Invariant: a node owns all that its backward needs; a node's memory is freed as soon as its
-//! backward has run. A checkpointed segment keeps only the values that enter it and runs its own
+//! backward has run, but for outputs that their ops make again ([`Op::recomputes_output`]). A
+//! checkpointed segment keeps only the values that enter it and runs its own
 //! forward again, from the same data, so the gradients have the same bits as without checkpointing.
 
 use std::collections::HashMap;
@@ -24,7 +25,16 @@ pub struct Node {
     /// What the op's forward kept for its backward. Empty while its segment waits for
     /// recomputation.
     pub saved: Vec<Tensor>,
+    /// What was taken out of `saved` because the op that made it makes it again, in order.
+    omitted: Vec<Omitted>,
     segment: Option<usize>,
+}
+
+/// A tensor that belongs in a node's `saved`.
+struct Omitted {
+    slot: usize,
+    value: u32,
+    shape: Dims,
 }
 
 pub struct Input {
@@ -43,6 +53,8 @@ pub struct Tape {
     values: u32,
     segments: Vec<Segment>,
     open: Option<usize>,
+    /// Values that their ops can make again: node, output and number of elements.
+    remakable: HashMap<u32, (usize, usize, usize)>,
 }
 
 #[derive(Default)]
@@ -54,14 +66,16 @@ struct Segment {
 }
 
 impl Tape {
-    /// Records one application and gives its outputs their ids.
+    /// Records one application and gives its outputs their ids. With `light`, what an earlier op
+    /// can make again is not kept: see [`Op::recomputes_output`].
     pub fn push(
         &mut self,
         op: Arc<dyn Op>,
         x: &[&Tensor],
         need: &Need,
         outputs: &mut [Tensor],
-        saved: Vec<Tensor>,
+        mut saved: Vec<Tensor>,
+        light: bool,
     ) {
         let first_inside = self.open.map(|s| self.segments[s].first);
         let mut inputs = Vec::with_capacity(x.len());
@@ -81,13 +95,51 @@ impl Tape {
                 tensor,
             });
         }
+        let omitted = if light { self.omit(&mut saved) } else { Vec::new() };
         let mut ids = Vec::with_capacity(outputs.len());
-        for t in outputs.iter_mut() {
+        for (k, t) in outputs.iter_mut().enumerate() {
+            if light && op.recomputes_output(k) {
+                self.remakable.insert(self.values, (self.nodes.len(), k, t.numel()));
+            }
             ids.push(self.values);
             *t = t.clone().with_id(Id::Value(self.values));
             self.values += 1;
         }
-        self.nodes.push(Node { op, inputs, outputs: ids, saved, segment: self.open });
+        self.nodes.push(Node { op, inputs, outputs: ids, saved, omitted, segment: self.open });
+    }
+
+    /// Takes what can be made again out of `saved`.
+    fn omit(&self, saved: &mut Vec<Tensor>) -> Vec<Omitted> {
+        let of = |t: &Tensor| {
+            let Id::Value(value) = t.id() else { return None };
+            let (.., numel) = self.remakable.get(&value)?;
+            (*numel == t.numel()).then_some(value)
+        };
+        let omitted: Vec<Omitted> = saved
+            .iter()
+            .enumerate()
+            .filter_map(|(slot, t)| of(t).map(|value| Omitted { slot, value, shape: t.dims() }))
+            .collect();
+        for one in omitted.iter().rev() {
+            saved.remove(one.slot);
+        }
+        omitted
+    }
+
+    /// Puts back what was taken out of a node's `saved`. `made` holds what was made again until the
+    /// op that made it has run backwards.
+    fn restore(&self, cx: &mut Cx, node: &mut Node, made: &mut HashMap<u32, Tensor>) -> Result<()> {
+        for one in std::mem::take(&mut node.omitted) {
+            if let std::collections::hash_map::Entry::Vacant(e) = made.entry(one.value)
+                && let Some((maker, k, _)) = self.remakable.get(&one.value)
+            {
+                let maker = &self.nodes[*maker];
+                e.insert(maker.op.recompute_output(cx, maker, *k)?);
+            }
+            let tensor = made[&one.value].reshape(&one.shape)?;
+            node.saved.insert(one.slot, tensor);
+        }
+        Ok(())
     }
 
     /// From here to [`Tape::end_segment`] nothing is kept but what enters: it is computed again on
@@ -173,6 +225,7 @@ impl Tape {
                 values.insert(v, grad);
             }
         }
+        let mut made: HashMap<u32, Tensor> = HashMap::new();
         while let Some(mut node) = self.nodes.pop() {
             if let Some(s) = node.segment
                 && self.segments[s].dropped
@@ -185,9 +238,11 @@ impl Tape {
                     .ok_or_else(|| Error::Device("tape: an empty segment".into()))?;
             }
             let dy: Vec<Option<Tensor>> = node.outputs.iter().map(|v| values.remove(v)).collect();
+            node.outputs.iter().for_each(|v| drop(made.remove(v)));
             if dy.iter().all(Option::is_none) {
                 continue;
             }
+            self.restore(cx, &mut node, &mut made)?;
             let mut params = std::mem::take(&mut cx.param_grads);
             let mut grads = Grads {
                 pool: cx.pool.clone(),

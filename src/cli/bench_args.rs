@@ -4,7 +4,8 @@
 
 use super::args::{Where, choice};
 use super::bench_grpo::GrpoArgs;
-use super::parsers::count;
+use super::parsers::{count, recompute};
+use crate::autograd::Recompute;
 use crate::config::MatmulChoice;
 
 /// Measure ops, training steps, decoding and GRPO steps on random weights of a real shape
@@ -44,9 +45,10 @@ pub struct BenchArgs {
     /// auto, library, exact or own: which matrix products
     #[arg(long, default_value = "auto", value_parser = choice::<MatmulChoice>)]
     pub(super) matmul: MatmulChoice,
-    /// recompute each layer's activations on the way back
-    #[arg(long)]
-    pub(super) recompute: bool,
+    /// recompute activations in the backward pass: light (outputs of norms and activations) or
+    /// layers, which is meant where no word follows
+    #[arg(long, num_args = 0..=1, default_missing_value = "layers", value_parser = recompute)]
+    pub(super) recompute: Option<Recompute>,
     #[command(flatten)]
     pub(super) grpo: GrpoArgs,
     /// one JSON object on standard output

@@ -63,7 +63,7 @@ pub struct GrpoBench<'a> {
     pub repeat: usize,
     pub lora: Option<usize>,
     pub base: Option<&'a str>,
-    pub recompute: bool,
+    pub recompute: Option<Recompute>,
     pub ceilings: Ceilings,
 }
 
@@ -127,9 +127,7 @@ impl GrpoBench<'_> {
             .positions(method.longest())
             .build(&cx)?;
         let model = prepare(&cx, base, &run.peft, None, Path::new("random"), 1)?;
-        if self.recompute {
-            cx.recompute = Recompute::Layers;
-        }
+        cx.recompute = self.recompute.unwrap_or(Recompute::Off);
         let device = cx.device.clone();
         let plan = StepPlan::online(&run.training, method.micro_batches().unwrap_or(1))?;
         let mut trainer = Trainer::with_plan(cx, model, run.training, plan)?;
@@ -178,7 +176,7 @@ impl GrpoBench<'_> {
             "trained_parameters": trainer.model.trained().trained_count(),
             "prompts": sizes.prompts, "completions": rows, "prompt_tokens": sizes.prompt_tokens,
             "completion_tokens": work.completion, "batch": self.batch, "reference": sizes.reference,
-            "max_sequences": work.at_once as usize, "recompute": self.recompute, "lora_r": self.lora,
+            "max_sequences": work.at_once as usize, "recompute": self.recompute.unwrap_or(Recompute::Off).word(), "lora_r": self.lora,
             "base": self.base,
             "ceiling_matmul_tflops": ceilings.flops / 1e12,
             "ceiling_copy_gb_per_second": ceilings.bytes / 1e9,

@@ -51,9 +51,7 @@ fn trainer(
         "dpo" => Box::new(DpoObjective::from_pairs(&DpoConfig::default(), pairs_of(rows))),
         _ => Box::new(Sft::from_sequences(rows)),
     };
-    if args.recompute {
-        cx.recompute = Recompute::Layers;
-    }
+    cx.recompute = args.recompute.unwrap_or(Recompute::Off);
     method.attach(&mut cx, &model)?;
     Ok((Trainer::new(cx, model, run.training, args.batch)?, method))
 }
@@ -90,7 +88,7 @@ pub(super) fn train(cx: Cx, args: &BenchArgs) -> Result<Value> {
         "bench": "train", "method": args.method, "device": name, "dtype": dtype, "parameters": params,
         "batch": args.batch, "length": args.length, "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
-        "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute, "seconds_to_build": ready,
+        "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute.unwrap_or(Recompute::Off).word(), "seconds_to_build": ready,
         "trained_parameters": trained, "lora_r": args.lora, "base": args.base,
         "matmul": format!("{:?}", args.matmul).to_lowercase(),
     }))
@@ -120,7 +118,7 @@ pub(super) fn launches(args: &BenchArgs) -> Result<Value> {
     let of_launch = |ns: f64| ns / 1e3 / (args.repeat() + WARM_UP) as f64 / launches as f64;
     Ok(json!({
         "bench": "launches", "device": device.name(), "dtype": trainer.cx.dtype.name(), "batch": args.batch,
-        "length": args.length, "lora_r": args.lora, "base": args.base, "recompute": args.recompute,
+        "length": args.length, "lora_r": args.lora, "base": args.base, "recompute": args.recompute.unwrap_or(Recompute::Off).word(),
         "launches_per_step": launches, "wall_microseconds_per_launch": seconds * 1e6 / launches as f64,
         "cpu_microseconds_per_launch": spent.map(of_launch),
     }))

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::autograd::{Cx, Recompute, Tape};
 use crate::cli::args::Where;
 use crate::cli::launches;
-use crate::cli::parsers::{check_tokens, count};
+use crate::cli::parsers::{check_tokens, count, recompute};
 use crate::device::dry_run::DryRun;
 use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};
@@ -38,9 +38,10 @@ pub struct InspectArgs {
     /// tokens of a row; tape: 64, memory: max_length
     #[arg(long, value_parser = count)]
     length: Option<usize>,
-    /// tape: recompute each layer's activations on the way back
-    #[arg(long)]
-    recompute: bool,
+    /// tape: recompute activations in the backward pass: light (outputs of norms and activations)
+    /// or layers, which is meant where no word follows
+    #[arg(long, num_args = 0..=1, default_missing_value = "layers", value_parser = recompute)]
+    recompute: Option<Recompute>,
     /// memory: an adapter folder that the run would go on with
     #[arg(long)]
     adapter: Option<PathBuf>,
@@ -150,9 +151,7 @@ fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
     let rows: Vec<_> = (0..args.batch).map(|_| (row(), vec![true; length])).collect();
     let batch = Sft::from_sequences(rows).0.whole_batch(&cx, &model)?;
     cx.tape = Some(Tape::default());
-    if args.recompute {
-        cx.recompute = Recompute::Layers;
-    }
+    cx.recompute = args.recompute.unwrap_or(Recompute::Off);
     model.target_hidden(&mut cx, &batch)?;
     if let Some(tape) = cx.tape.take() {
         print(format_args!("{}", tape.describe()))?;

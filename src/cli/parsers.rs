@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use crate::autograd::Recompute;
 use crate::error::{Error, Result};
 
 /// The largest number that an argument may be, and the most tokens that a batch may have.
@@ -14,6 +15,15 @@ const MOST_TOKENS: usize = 1 << 26;
 pub fn count(text: &str) -> std::result::Result<usize, String> {
     let number = text.replace('_', "").parse().ok().filter(|n| (1..=MOST).contains(n));
     number.ok_or_else(|| format!("must be a whole number from 1 to {MOST}"))
+}
+
+/// What a backward pass computes again.
+pub fn recompute(text: &str) -> std::result::Result<Recompute, String> {
+    match text {
+        "light" => Ok(Recompute::Light),
+        "layers" => Ok(Recompute::Layers),
+        _ => Err("must be light or layers".into()),
+    }
 }
 
 /// A file or folder that is replaced whole when it is written; standard output is none.

@@ -64,6 +64,7 @@ words! {
     /// Recomputing activations in the backward pass.
     pub enum GradientCheckpointing {
         Auto = "auto",
+        Light = "light",
         On = "true",
         Off = "false",
     }
@@ -162,8 +163,10 @@ section! {
         /// Ours. Rows split off for evaluation where no --eval-data is given, or below 1 a share of
         /// the rows.
         pub eval_rows: Amount = Amount::Count(0),
-        /// Recompute activations in the backward pass. Changes memory and speed, not
-        /// one bit of the result. auto: as the memory plan needs it (TRL: true).
+        /// Recompute activations in the backward pass. It changes memory and speed, but no bit of
+        /// the result. true: whole layers. light: only the outputs of norms and activations, for a
+        /// few per cent of the time. auto: the first of false, light and true that fits (TRL:
+        /// true).
         pub gradient_checkpointing: GradientCheckpointing = GradientCheckpointing::Auto,
         /// Ours. Number type of the forward and backward pass. auto: bfloat16 on a GPU, float32 on
         /// a CPU.

@@ -43,20 +43,26 @@ pub struct Activation {
     pub act: Act,
 }
 
+impl Glu {
+    fn y(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
+        let (rows, f) = (x.row_count(), x.cols() / 2);
+        let y = cx.real("glu", &[rows, f])?;
+        let args = kernels::GluFwdArgs { y: y.out(), x, rows: rows as i32, f: f as i32 };
+        kernels::glu_fwd(&*cx.device, row_packs(rows, f, y.dtype()), self.act as usize, args)?;
+        Ok(y)
+    }
+}
+
 impl Op for Glu {
     fn name(&self) -> &'static str {
         "glu"
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        let (rows, f) = (x[0].row_count(), x[0].cols() / 2);
         if !x[0].cols().is_multiple_of(2) {
             return Err(Error::op("glu", format!("{:?} has no two halves", x[0])));
         }
-        let y = cx.real("glu", &[rows, f])?;
-        let args = kernels::GluFwdArgs { y: y.out(), x: x[0], rows: rows as i32, f: f as i32 };
-        kernels::glu_fwd(&*cx.device, row_packs(rows, f, y.dtype()), self.act as usize, args)?;
-        Ok(Fwd { outputs: vec![y], saved: vec![x[0].clone()] })
+        Ok(Fwd { outputs: vec![self.y(cx, x[0])?], saved: vec![x[0].clone()] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
@@ -71,6 +77,14 @@ impl Op for Glu {
             accumulate: i32::from(acc),
         };
         kernels::glu_bwd(&*cx.device, row_packs(rows, f, dy.dtype()), self.act as usize, args)
+    }
+
+    fn recomputes_output(&self, _k: usize) -> bool {
+        true
+    }
+
+    fn recompute_output(&self, cx: &mut Cx, node: &Node, _k: usize) -> Result<Tensor> {
+        self.y(cx, &node.saved[0])
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
@@ -89,16 +103,22 @@ impl Op for Glu {
     }
 }
 
+impl Activation {
+    fn y(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
+        let y = cx.real("activation", x.shape())?;
+        let args = kernels::ActFwdArgs { y: y.out(), x, n: y.numel() as i64 };
+        kernels::act_fwd(&*cx.device, flat(&y), self.act as usize, args)?;
+        Ok(y)
+    }
+}
+
 impl Op for Activation {
     fn name(&self) -> &'static str {
         "activation"
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        let y = cx.real("activation", x[0].shape())?;
-        let args = kernels::ActFwdArgs { y: y.out(), x: x[0], n: y.numel() as i64 };
-        kernels::act_fwd(&*cx.device, flat(&y), self.act as usize, args)?;
-        Ok(Fwd { outputs: vec![y], saved: vec![x[0].clone()] })
+        Ok(Fwd { outputs: vec![self.y(cx, x[0])?], saved: vec![x[0].clone()] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
@@ -112,6 +132,14 @@ impl Op for Activation {
             accumulate: i32::from(acc),
         };
         kernels::act_bwd(&*cx.device, flat(dy), self.act as usize, args)
+    }
+
+    fn recomputes_output(&self, _k: usize) -> bool {
+        true
+    }
+
+    fn recompute_output(&self, cx: &mut Cx, node: &Node, _k: usize) -> Result<Tensor> {
+        self.y(cx, &node.saved[0])
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {

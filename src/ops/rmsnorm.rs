@@ -119,6 +119,14 @@ impl Op for RmsNorm {
         backward(cx, Read { s, w, rstd, dy, norm: self.norm }, dx, dw)
     }
 
+    fn recomputes_output(&self, k: usize) -> bool {
+        k == 0
+    }
+
+    fn recompute_output(&self, cx: &mut Cx, node: &Node, _k: usize) -> Result<Tensor> {
+        recompute(cx, node, self.norm)
+    }
+
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         vec![normed(round, &x[0], &x[1], self.norm)]
     }
@@ -167,6 +175,14 @@ impl Op for AddRmsNorm {
             g.give(cx, 1, ds)?;
         }
         Ok(())
+    }
+
+    fn recomputes_output(&self, k: usize) -> bool {
+        k == 0
+    }
+
+    fn recompute_output(&self, cx: &mut Cx, node: &Node, _k: usize) -> Result<Tensor> {
+        recompute(cx, node, self.norm)
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
@@ -221,6 +237,14 @@ fn forward(
         &[x, sum_residual.map_or(x, |(_, residual)| residual), w],
     );
     kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), held, args)
+}
+
+/// y again, from the saved input (of the norm after an addition: the sum) and weight.
+fn recompute(cx: &Cx, node: &Node, norm: Norm) -> Result<Tensor> {
+    let (s, w) = (&node.saved[0], &node.saved[1]);
+    let (y, rstd) = (cx.real("rmsnorm", s.shape())?, cx.float("rstd", &[s.row_count()])?);
+    forward(cx, [&y, &rstd], None, s, w, norm)?;
+    Ok(y)
 }
 
 /// What a norm's backward reads: its input, weight and rstd, and the gradient of its output.

@@ -109,7 +109,7 @@ impl Plan {
         };
         let mut text = format!(
             "memory plan, {what}{generated}, gradient_checkpointing={}:\n",
-            self.recompute == Recompute::Layers
+            self.recompute.word()
         );
         for (part, bytes) in &self.parts {
             text += &format!("{:>14}  {part}\n", mebibytes(*bytes));
@@ -258,14 +258,16 @@ pub fn fit(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
 fn with_recompute(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
     Ok(match request.training.gradient_checkpointing {
         GradientCheckpointing::On => Plan::new(cx, request, Recompute::Layers)?,
+        GradientCheckpointing::Light => Plan::new(cx, request, Recompute::Light)?,
         GradientCheckpointing::Off => Plan::new(cx, request, Recompute::Off)?,
         GradientCheckpointing::Auto => {
-            let plan = Plan::new(cx, request, Recompute::Off)?;
-            if plan.peak > available / 10 * 9 {
-                Plan::new(cx, request, Recompute::Layers)?
-            } else {
-                plan
+            for recompute in [Recompute::Off, Recompute::Light] {
+                let plan = Plan::new(cx, request, recompute)?;
+                if plan.peak <= available / 10 * 9 {
+                    return Ok(plan);
+                }
             }
+            Plan::new(cx, request, Recompute::Layers)?
         }
     })
 }
@@ -286,8 +288,11 @@ fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Res
             t.per_device_train_batch_size > 0
         }),
         ("gradient_checkpointing=true".into(), |a| {
-            std::mem::replace(&mut a.training.gradient_checkpointing, GradientCheckpointing::On)
-                == GradientCheckpointing::Off
+            let before = std::mem::replace(
+                &mut a.training.gradient_checkpointing,
+                GradientCheckpointing::On,
+            );
+            matches!(before, GradientCheckpointing::Off | GradientCheckpointing::Light)
         }),
         (format!("max_length={}", request.length / 2), |a| {
             (a.length, a.tokens) = (a.length / 2, a.tokens.div_ceil(2));

@@ -88,8 +88,10 @@ fn the_plan_is_within_five_per_cent_of_the_high_water_mark() {
         format!("{LORA} load_in_4bit=true use_bnb_nested_quant=true"),
         format!("{LORA} use_dora=true"),
     );
-    let runs: [(&str, Recompute); 10] = [
+    let runs: [(&str, Recompute); 12] = [
         ("", Recompute::Off),
+        ("", Recompute::Light),
+        (LORA, Recompute::Light),
         ("", Recompute::Layers),
         (LORA, Recompute::Off),
         (LORA, Recompute::Layers),
@@ -145,12 +147,15 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_make_it_fit() {
         Plan::new(&cx, &ask(model, run, *length), recompute).unwrap().peak
     };
     let (whole, less) = (peak(&off, Recompute::Off), peak(&on, Recompute::Layers));
+    let light = peak(&off, Recompute::Light);
     assert!(less < whole * 8 / 10, "{less} {whole}");
-    // auto: without recomputation where it fits with a tenth to spare, else with it.
+    assert!(light < whole * 97 / 100, "{light} {whole}");
+    // auto: the cheapest kind of recomputation that fits with a tenth to spare.
     let auto = with("");
     let chosen = |available| fit(&cx, &ask(model, &auto, *length), available).unwrap().recompute;
     assert_eq!(chosen(whole * 2), Recompute::Off);
-    assert_eq!(chosen(whole), Recompute::Layers);
+    assert_eq!(chosen(light / 9 * 10 + 10), Recompute::Light);
+    assert_eq!(chosen(light), Recompute::Layers);
     // Told not to, it does not, and says what would help.
     let e = fit(&cx, &ask(model, &off, *length), whole - 1).unwrap_err().to_string();
     for said in [

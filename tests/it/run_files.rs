@@ -68,3 +68,29 @@ fn bombs_and_deep_nesting_in_yaml_are_errors_at_once() {
         }
     }
 }
+
+#[test]
+fn every_example_run_file_is_read_by_the_command_in_its_head() {
+    let mut seen = 0;
+    for entry in std::fs::read_dir("examples/runs").unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "toml") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("#   temper ")).unwrap();
+        let config = format!("--config {}", path.display());
+        assert!(line.contains(&config) && text.contains("# Measured ("), "{}", path.display());
+        let entry = temper::methods::registry::find(line.split(' ').next().unwrap()).unwrap();
+        let keys: Vec<String> = line
+            .split(' ')
+            .filter(|word| word.contains('=') && !word.starts_with('-'))
+            .map(String::from)
+            .collect();
+        let mut run = (entry.run)();
+        let notes = run.read(Some(&path), &keys, 0);
+        assert_eq!(notes.map_err(|e| e.to_string()), Ok(vec![]), "{}", path.display());
+        seen += 1;
+    }
+    assert!(seen >= 10, "{seen} run files");
+}

@@ -116,6 +116,7 @@ fn the_same_run_twice_and_with_checkpointing_has_the_same_bits() {
     };
     let first = run(Recompute::Off);
     assert_eq!(first, run(Recompute::Off), "the same run twice");
+    assert_eq!(first, run(Recompute::Light), "with gradient_checkpointing=light");
     assert_eq!(first, run(Recompute::Layers), "with gradient_checkpointing");
 }
 
