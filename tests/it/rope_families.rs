@@ -133,9 +133,12 @@ const LORA: &str = "use_peft=true lora_target_modules=all-linear";
 /// Keys of runs: all weights, adapters, quantised bases.
 fn kinds() -> Vec<String> {
     let mut kinds = vec![String::new(), LORA.into(), "use_peft=true".into()];
-    for more in
-        ["use_dora=true", "init_lora_weights=pissa", "load_in_4bit=true", "load_in_8bit=true"]
-    {
+    for more in [
+        "use_dora=true",
+        "init_lora_weights=pissa lora_dropout=0",
+        "load_in_4bit=true",
+        "load_in_8bit=true",
+    ] {
         kinds.push(format!("{LORA} {more}"));
     }
     for kind in ["ia3", "prompt_tuning num_virtual_tokens=5", "seq_bn"] {
@@ -175,7 +178,9 @@ fn adapters_and_quantised_bases_of_other_ropes_learn_and_generate() {
                 (losses, trainer)
             };
             let (first, mut trainer) = losses(Recompute::Off);
-            assert!(first[7] < first[0] && first.iter().all(|l| l.is_finite()), "{case} {keys}");
+            // Two steps see all rows.
+            let [start, end] = [0, 6].map(|i| first[i] + first[i + 1]);
+            assert!(end < start && first.iter().all(|l| l.is_finite()), "{case} {keys}: {first:?}");
             assert_eq!(first, losses(Recompute::Layers).0, "{case} {keys}: recomputed");
             let requests: [Vec<u32>; 2] = [vec![5, 9, 11], (3..40).collect()];
             let greedy = |n| EngineOptions::new(12, Sampling::greedy(), vec![], n);
