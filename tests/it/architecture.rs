@@ -262,7 +262,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cuda/downloads.rs", 6),
     ("device/cuda/find_blas.rs", 3),
     ("device/cuda/mod.rs", 32),
-    ("device/cuda/probe.rs", 3),
+    ("device/cuda/probe.rs", 2),
     ("device/pool.rs", 2),
     ("ops/library.rs", 1),
     ("rollout/record.rs", 1),

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use temper::config::{GenerateConfig, Section};
+use temper::config::{DataOptions, EvalConfig, GenerateConfig, Section, TemplateOptions};
 use temper::methods::registry::REGISTRY;
 
 use crate::support::done;
@@ -152,8 +152,11 @@ impl Commands {
             keys.iter().map(|k| k.name.to_string()).collect()
         };
         let generate = of(GenerateConfig::default().keys());
-        let eval = of(temper::config::EvalConfig::default().keys());
+        let eval = of(EvalConfig::default().keys());
         options.insert("eval".into(), generate.union(&eval).cloned().collect());
+        let rows = of([DataOptions::default().keys(), TemplateOptions::default().keys()].concat());
+        options.insert("score".into(), rows.clone());
+        let generate: BTreeSet<String> = generate.union(&rows).cloned().collect();
         options.insert("generate".into(), generate.clone());
         options.insert("chat".into(), generate);
         // These take the options of training commands.

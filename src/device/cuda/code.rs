@@ -8,9 +8,7 @@ use std::collections::HashMap;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUfunction_attribute as FunctionAttribute};
 
-use super::Cuda;
-use super::probe::text;
-use crate::device::{Kernel, KernelDef, lock};
+use crate::device::{Kernel, KernelDef};
 use crate::error::{Error, Result};
 
 /// Dynamic shared memory that every kernel may use without asking.
@@ -43,36 +41,25 @@ fn shared_too_large(kernel: &str, asked: u32, fixed: u32, most: u32, device: &st
     ))
 }
 
-impl Cuda {
-    pub(super) fn launch_error(&self, kernel: &str, what: &str, e: DriverError) -> Error {
-        use sys::CUresult::*;
-        match e.0 {
-            CUDA_ERROR_NO_BINARY_FOR_GPU
-            | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-            | CUDA_ERROR_INVALID_PTX => Error::Device(format!(
-                "{kernel}: this build has no GPU code for sm_{}{}; build again with TEMPER_CUDA_ARCHS=sm_{0}{1} ({})",
-                self.capability.0,
-                self.capability.1,
-                text(e)
-            )),
-            // These come from work before, not from this launch.
-            CUDA_ERROR_ILLEGAL_ADDRESS
-            | CUDA_ERROR_MISALIGNED_ADDRESS
-            | CUDA_ERROR_ILLEGAL_INSTRUCTION
-            | CUDA_ERROR_LAUNCH_FAILED
-            | CUDA_ERROR_LAUNCH_TIMEOUT => self.late(&format!("found while launching {kernel}"), e),
-            _ => Error::Device(format!("{kernel}: {what}: {}", text(e))),
-        }
-    }
+/// An error of what was being done to a kernel.
+pub(super) type LaunchError<'a> = &'a dyn Fn(&str, DriverError) -> Error;
 
+impl Code {
     /// The function of a kernel with room for `shared` bytes; loads its module first if need be.
-    pub(super) fn function(&self, kernel: Kernel, shared: u32) -> Result<sys::CUfunction> {
-        let mut code = lock(&self.code);
+    /// `error` makes an error of what could not be done to the kernel; `limits` are the most shared
+    /// memory of a block and the device's name.
+    pub(super) fn function(
+        &mut self,
+        kernel: Kernel,
+        shared: u32,
+        limits: (u32, &str),
+        error: LaunchError,
+    ) -> Result<sys::CUfunction> {
         let key = std::ptr::from_ref(kernel) as usize;
-        let function = match code.functions.get(&key) {
+        let function = match self.functions.get(&key) {
             Some(f) if f.shared >= shared => return Ok(f.handle),
             Some(f) => *f,
-            None => Function { handle: self.load(&mut code, kernel)?, shared: PLAIN_SHARED },
+            None => Function { handle: self.load(kernel, error)?, shared: PLAIN_SHARED },
         };
         let (handle, mut allowed) = (function.handle, function.shared);
         if shared > allowed {
@@ -83,16 +70,9 @@ impl Cuda {
                     FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
                 )
             }
-            .map_err(|e| self.launch_error(kernel.name, "reading its attributes", e))?
-                as u32;
-            if shared + fixed > self.max_shared {
-                return Err(shared_too_large(
-                    kernel.name,
-                    shared,
-                    fixed,
-                    self.max_shared,
-                    &self.name,
-                ));
+            .map_err(|e| error("reading its attributes", e))? as u32;
+            if shared + fixed > limits.0 {
+                return Err(shared_too_large(kernel.name, shared, fixed, limits.0, limits.1));
             }
             // SAFETY: as above.
             unsafe {
@@ -102,16 +82,16 @@ impl Cuda {
                     shared as i32,
                 )
             }
-            .map_err(|e| self.launch_error(kernel.name, "asking for shared memory", e))?;
+            .map_err(|e| error("asking for shared memory", e))?;
             allowed = shared;
         }
-        code.functions.insert(key, Function { handle, shared: allowed });
+        self.functions.insert(key, Function { handle, shared: allowed });
         Ok(handle)
     }
 
-    fn load(&self, code: &mut Code, kernel: &KernelDef) -> Result<sys::CUfunction> {
+    fn load(&mut self, kernel: &KernelDef, error: LaunchError) -> Result<sys::CUfunction> {
         let image = kernel.image;
-        let module = match code.modules.get(image.name) {
+        let module = match self.modules.get(image.name) {
             Some(module) => module.0,
             None => {
                 if image.bytes.is_empty() {
@@ -125,24 +105,17 @@ impl Cuda {
                 bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..image.bytes.len()]
                     .copy_from_slice(image.bytes);
                 // SAFETY: a whole fatbin; the driver copies what it keeps.
-                let module =
-                    unsafe { result::module::load_data(words.as_ptr().cast()) }.map_err(|e| {
-                        self.launch_error(
-                            kernel.name,
-                            &format!("loading GPU code {}", image.name),
-                            e,
-                        )
-                    })?;
-                code.modules.insert(image.name, Module(module));
+                let module = unsafe { result::module::load_data(words.as_ptr().cast()) }
+                    .map_err(|e| error(&format!("loading GPU code {}", image.name), e))?;
+                self.modules.insert(image.name, Module(module));
                 module
             }
         };
         let symbol =
             std::ffi::CString::new(kernel.name).map_err(|e| Error::Device(e.to_string()))?;
         // SAFETY: the module is loaded and stays so until `Drop`.
-        unsafe { result::module::get_function(module, symbol) }.map_err(|e| {
-            self.launch_error(kernel.name, &format!("looking it up in GPU code {}", image.name), e)
-        })
+        unsafe { result::module::get_function(module, symbol) }
+            .map_err(|e| error(&format!("looking it up in GPU code {}", image.name), e))
     }
 }
 

@@ -229,6 +229,27 @@ impl Cuda {
         self.bind()?;
         work().map_err(|e| self.late(what, e))
     }
+
+    fn launch_error(&self, kernel: &str, what: &str, e: DriverError) -> Error {
+        use sys::CUresult::*;
+        match e.0 {
+            CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUDA_ERROR_INVALID_PTX => Error::Device(format!(
+                "{kernel}: this build has no GPU code for sm_{}{}; build again with TEMPER_CUDA_ARCHS=sm_{0}{1} ({})",
+                self.capability.0,
+                self.capability.1,
+                text(e)
+            )),
+            // These come from work before, not from this launch.
+            CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUDA_ERROR_LAUNCH_FAILED
+            | CUDA_ERROR_LAUNCH_TIMEOUT => self.late(&format!("found while launching {kernel}"), e),
+            _ => Error::Device(format!("{kernel}: {what}: {}", text(e))),
+        }
+    }
 }
 
 impl Device for Cuda {
@@ -363,7 +384,12 @@ impl Device for Cuda {
     unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
         kernel.check_block(at)?;
         self.bind()?;
-        let function = self.function(kernel, at.shared)?;
+        let function = lock(&self.code).function(
+            kernel,
+            at.shared,
+            (self.max_shared, &self.name),
+            &|what, e| self.launch_error(kernel.name, what, e),
+        )?;
         let ([x, y, z], block) = (at.grid, (at.block, 1, 1));
         // SAFETY: the caller's promise; the driver reads `args` before it returns.
         unsafe { result::launch_kernel(function, (x, y, z), block, at.shared, self.stream, args) }
