@@ -46,6 +46,8 @@ mod rollout;
 mod run_files;
 mod runs;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod sft;
 mod shim;
 mod signature;
