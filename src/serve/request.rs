@@ -311,7 +311,10 @@ fn ids(
         false => served.text.renderer(served.vocab).prompt(&row).map(|prompt| prompt.ids),
     };
     ids.map_err(|e| match e {
-        Error::Data { message, .. } => ApiError::field(field, format!("`{field}` {message}")),
+        Error::Data { message, .. } => {
+            let message = message.replace("field \"prompt", &format!("field \"{field}"));
+            ApiError::field(field, format!("`{field}`: {message}"))
+        }
         other => ApiError::field(field, other),
     })
 }
