@@ -9,7 +9,6 @@ use super::rows::{GroupDraws, SampleGroup, Sampled, StepArrays, StepRows};
 use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::Result;
-use crate::kernels::SAMPLE_INFO;
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvStep;
 use crate::ops::embedding::{TokenIndex, gather_rows};
@@ -149,12 +148,13 @@ impl Engine {
         }
         let logits = model.logits(cx, &hidden)?;
         let seen = self.seen.as_ref();
+        let ints = info.numel() / logits.row_count();
         let (mut all, mut first) = (Vec::new(), 0);
         for (group, seed) in &arrays.groups {
             let last = first + group.rows;
             let own = logits.rows(first, last)?;
-            let rows = group.rows * SAMPLE_INFO;
-            let info = info.view(4 * first * SAMPLE_INFO, DType::I32, &[rows])?;
+            let rows = group.rows * ints;
+            let info = info.view(4 * first * ints, DType::I32, &[rows])?;
             let draws = sample(cx, &group.sampling, &own, &info, seed, seen)?;
             if let Some(latest) = &self.latest {
                 keep_tokens(cx, &draws.tokens()?, &info, latest)?;

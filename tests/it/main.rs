@@ -40,6 +40,7 @@ mod quickstart;
 mod read;
 mod rendering;
 mod report;
+mod requests;
 mod resume_inputs;
 mod rewards;
 mod rollout;
