@@ -40,7 +40,7 @@
 //! | 6 | [`data`], [`optim`], [`rollout`], [`rewards`], [`eval`] | rows to tokens and masks; AdamW; generation; scores; metrics of a model |
 //! | 7 | [`methods`] | training objectives, one file each |
 //! | 8 | [`train`], [`checkpoint`], [`log`], [`check`], [`report`] | the loop, durable state, the run log, the self-check, the page |
-//! | 9 | [`cli`], [`quickstart`] | the commands; the pipeline on data and a model made from nothing |
+//! | 9 | [`cli`], [`quickstart`], [`serve`] | the commands; the pipeline on data and a model made from nothing; OpenAI's API over HTTP |
 //!
 //! Two data paths. A training step: config -> `train` -> parameters (safetensors, mapped) -> `data`
 //! (rows, template and mask, packing) -> `model::batch` -> `model::decoder` -> `ops::head` -> a
@@ -70,6 +70,8 @@ pub mod report;
 pub mod rewards;
 pub mod rng;
 pub mod rollout;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod signals;
 pub mod tensor;
 pub mod train;

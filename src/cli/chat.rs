@@ -17,7 +17,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::observer::output::{self, clean};
-use crate::rollout::{Engine, EngineOptions, Request};
+use crate::rollout::{Engine, EngineOptions, Request, SampledToken};
 
 /// Talk to a model
 ///
@@ -98,7 +98,7 @@ fn reply(
     let mut stream = tokenizer.stream(true);
     let mut all = String::new();
     while engine.has_work() {
-        for (_, _, token) in engine.step(cx, model)?.tokens {
+        for SampledToken { token, .. } in engine.step(cx, model)?.tokens {
             let text = stream.push(token)?;
             say(&text)?;
             all += &text;

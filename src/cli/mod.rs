@@ -23,13 +23,14 @@ mod parsers;
 mod quickstart;
 mod report;
 mod score;
+mod serve;
 mod train;
 
 use std::ffi::OsString;
 
 use clap::{Args as _, FromArgMatches, Subcommand};
 
-use crate::config::{EvalConfig, GenerateConfig, Key, Section};
+use crate::config::{EvalConfig, GenerateConfig, Key, Section, ServeConfig};
 use crate::device::start_threads;
 use crate::error::Result;
 use crate::methods::MethodEntry;
@@ -45,6 +46,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     Chat(chat::ChatArgs),
     Score(score::ScoreArgs),
+    Serve(serve::ServeArgs),
     Eval(eval::EvalArgs),
     Data(data::DataArgs),
     Check(check::CheckArgs),
@@ -82,6 +84,7 @@ fn options(name: &str) -> Option<Vec<Key>> {
         _ if method.is_some() => method.map(of),
         "data" | "inspect" => Some(of(&SFT)),
         "generate" | "chat" => Some(GenerateConfig::default().keys()),
+        "serve" => Some(ServeConfig::default().keys()),
         "eval" => Some([EvalConfig::default().keys(), GenerateConfig::default().keys()].concat()),
         _ => None,
     }
@@ -139,6 +142,7 @@ pub fn main() -> i32 {
             Command::Generate(args) => generate::run(args),
             Command::Chat(args) => chat::run(args),
             Command::Score(args) => score::run(args),
+            Command::Serve(args) => serve::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Data(args) => data::run(args),
             Command::Check(args) => check::run(args),

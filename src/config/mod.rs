@@ -17,6 +17,7 @@ mod paths;
 mod peft;
 mod resume;
 mod reward_specs;
+mod serve;
 mod shared;
 mod template;
 mod training;
@@ -40,6 +41,7 @@ pub use paths::PathText;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
 pub use resume::changes;
 pub use reward_specs::{REWARD_NAMES, RewardSpecs};
+pub use serve::ServeConfig;
 pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
     SamplingOptions, TruncationMode, TruncationOptions,

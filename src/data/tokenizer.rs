@@ -216,7 +216,7 @@ impl Tokenizer {
 
     /// Decodes a growing list of ids piece by piece, for printing while sampling.
     pub fn stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, skip_special, ids: Vec::new(), start: 0, end: 0 }
+        DecodeStream { tokenizer: self, state: DecodeState::new(skip_special) }
     }
 
     /// The text of each id, special tokens included; together they are the whole text. A character
@@ -349,30 +349,52 @@ impl Tokenizer {
 /// See [`Tokenizer::stream`]. Text comes out as soon as its characters are whole.
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
+    state: DecodeState,
+}
+
+impl DecodeStream<'_> {
+    /// Adds an id; returns the new text, empty while a character is incomplete.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.state.push(self.tokenizer, id)
+    }
+
+    /// What is left, incomplete characters included.
+    pub fn finish(mut self) -> Result<String> {
+        self.state.finish(self.tokenizer)
+    }
+}
+
+/// A [`DecodeStream`] that is given its tokenizer, always the same one, at each call.
+pub struct DecodeState {
     skip_special: bool,
     ids: Vec<u32>,
     start: usize, // the window that is decoded begins here, so that a leading space keeps its context
     end: usize,   // ids before this one have been given out
 }
 
-impl DecodeStream<'_> {
-    /// Adds an id; returns the new text, empty while a character is incomplete.
-    pub fn push(&mut self, id: u32) -> Result<String> {
+impl DecodeState {
+    /// Of no tokens yet.
+    pub fn new(skip_special: bool) -> DecodeState {
+        DecodeState { skip_special, ids: Vec::new(), start: 0, end: 0 }
+    }
+
+    /// See [`DecodeStream::push`].
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<String> {
         self.ids.push(id);
-        let text = self.window()?;
+        let text = self.window(tokenizer)?;
         if text.ends_with('\u{FFFD}') { Ok(String::new()) } else { Ok(self.advance(text)) }
     }
 
-    /// What is left, incomplete characters included.
-    pub fn finish(mut self) -> Result<String> {
-        let text = self.window()?;
+    /// See [`DecodeStream::finish`].
+    pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
+        let text = self.window(tokenizer)?;
         Ok(self.advance(text))
     }
 
     /// The text of the window beyond what was given out.
-    fn window(&self) -> Result<String> {
-        let given = self.tokenizer.decode(&self.ids[self.start..self.end], self.skip_special)?;
-        let all = self.tokenizer.decode(&self.ids[self.start..], self.skip_special)?;
+    fn window(&self, tokenizer: &Tokenizer) -> Result<String> {
+        let given = tokenizer.decode(&self.ids[self.start..self.end], self.skip_special)?;
+        let all = tokenizer.decode(&self.ids[self.start..], self.skip_special)?;
         Ok(all.strip_prefix(given.as_str()).unwrap_or_default().to_string())
     }
 

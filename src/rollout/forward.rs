@@ -5,13 +5,14 @@
 
 use super::Engine;
 use super::record::DecodeStep;
-use super::rows::{Sampled, StepArrays, StepRows};
+use super::rows::{GroupDraws, SampleGroup, Sampled, StepArrays, StepRows};
 use crate::autograd::Cx;
+use crate::device::DType;
 use crate::error::Result;
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvStep;
 use crate::ops::embedding::{TokenIndex, gather_rows};
-use crate::ops::sample::{Draws, sample};
+use crate::ops::sample::sample;
 use crate::ops::tokens::{keep_tokens, take_tokens};
 
 impl Engine {
@@ -33,25 +34,26 @@ impl Engine {
             None => {
                 let arrays = rows.upload(cx, None)?;
                 let draws = self.forward(cx, model, &arrays)?;
-                draws.map(|d| d.begin_download()).transpose()?
+                draws.iter().map(GroupDraws::begin_download).collect::<Result<Vec<_>>>()?
             }
             Some(mut recorder) => {
-                let draws = if rows.all_predict() {
+                let sampling = rows.one_sampling().filter(|_| rows.all_predict()).cloned();
+                let draws = if let Some(sampling) = &sampling {
                     let step = DecodeStep {
                         forward: &|cx: &mut Cx, arrays: &StepArrays| {
                             self.forward(cx, model, arrays)
                         },
                         model,
-                        sampling: &self.options.sampling,
+                        sampling,
                         most_rows: self.options.max_sequences,
                         longest: self.longest + self.vocab.virtuals,
                     };
-                    recorder.decode(cx, &step, &mut rows).map(Some)
+                    recorder.decode(cx, &step, &mut rows).map(|draws| vec![draws])
                 } else {
                     recorder.in_its_memory(cx, |cx| {
                         let arrays = rows.upload(cx, None)?;
                         let draws = self.forward(cx, model, &arrays)?;
-                        draws.map(|d| d.begin_download()).transpose()
+                        draws.iter().map(GroupDraws::begin_download).collect()
                     })
                 };
                 self.counts.replayed = recorder.replayed;
@@ -59,9 +61,10 @@ impl Engine {
                 draws?
             }
         };
-        let sampled = draws.map(|draws| Sampled { draws, rows: rows.sampled });
-        let any = sampled.is_some();
-        self.in_flight.extend(sampled);
+        let any = !draws.is_empty();
+        if any {
+            self.in_flight.push_back(Sampled { draws, rows: rows.sampled });
+        }
         Ok(any)
     }
 
@@ -69,7 +72,11 @@ impl Engine {
     /// count as cached from here on.
     fn rows(&mut self, scheduled: &[usize]) -> Result<StepRows> {
         let mut rows = StepRows::default();
-        for (s, take) in self.running.iter_mut().zip(scheduled).filter(|(_, take)| **take > 0) {
+        for i in self.sampled_alike() {
+            let (s, take) = (&mut self.running[i], &scheduled[i]);
+            if *take == 0 {
+                continue;
+            }
             self.table.set(s.slot, &s.cached.pages);
             for position in s.cached.len..s.cached.len + take {
                 let unread = -1 - s.slot as i32;
@@ -85,14 +92,42 @@ impl Engine {
                 rows.ends.push(rows.count() as i32 - 1);
                 rows.info.extend([s.number as i32, position as i32, s.slot as i32]);
                 rows.sampled.push((s.slot, s.serial));
+                let group = SampleGroup {
+                    rows: 1,
+                    sampling: s.options.sampling.clone(),
+                    logits: s.options.top_logprobs > 0,
+                };
+                match rows.groups.last_mut().filter(|last| last.has(&group)) {
+                    Some(last) => last.rows += 1,
+                    None => rows.groups.push(group),
+                }
                 s.pending += 1;
             }
         }
         Ok(rows)
     }
 
+    /// The running sequences, those that are sampled alike side by side.
+    fn sampled_alike(&self) -> Vec<usize> {
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        for (i, s) in self.running.iter().enumerate() {
+            let like =
+                |group: &&mut Vec<usize>| self.running[group[0]].options.samples_like(&s.options);
+            match groups.iter_mut().find(like) {
+                Some(group) => group.push(i),
+                None => groups.push(vec![i]),
+            }
+        }
+        groups.concat()
+    }
+
     /// The work of a step, launches only: the same list whatever the arrays hold.
-    fn forward(&self, cx: &mut Cx, model: &Decoder, arrays: &StepArrays) -> Result<Option<Draws>> {
+    fn forward(
+        &self,
+        cx: &mut Cx,
+        model: &Decoder,
+        arrays: &StepArrays,
+    ) -> Result<Vec<GroupDraws>> {
         let ids = match &self.latest {
             Some(latest) => take_tokens(cx, &arrays.given, latest)?,
             None => arrays.given.clone(),
@@ -107,16 +142,26 @@ impl Engine {
             vocab: self.vocab.total(),
         };
         let mut hidden = model.cached(cx, &self.cache, &step)?;
-        let Some(info) = &arrays.info else { return Ok(None) };
+        let Some(info) = &arrays.info else { return Ok(Vec::new()) };
         if let Some(ends) = &arrays.ends {
             hidden = gather_rows(cx, &hidden, ends)?;
         }
         let logits = model.logits(cx, &hidden)?;
         let seen = self.seen.as_ref();
-        let draws = sample(cx, &self.options.sampling, &logits, info, &self.seed, seen)?;
-        if let Some(latest) = &self.latest {
-            keep_tokens(cx, &draws.tokens()?, info, latest)?;
+        let ints = info.numel() / logits.row_count();
+        let (mut all, mut first) = (Vec::new(), 0);
+        for (group, seed) in &arrays.groups {
+            let last = first + group.rows;
+            let own = logits.rows(first, last)?;
+            let rows = group.rows * ints;
+            let info = info.view(4 * first * ints, DType::I32, &[rows])?;
+            let draws = sample(cx, &group.sampling, &own, &info, seed, seen)?;
+            if let Some(latest) = &self.latest {
+                keep_tokens(cx, &draws.tokens()?, &info, latest)?;
+            }
+            all.push(GroupDraws { draws, logits: group.logits.then_some(own) });
+            first = last;
         }
-        Ok(Some(draws))
+        Ok(all)
     }
 }

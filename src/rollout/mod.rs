@@ -13,6 +13,7 @@ mod rows;
 pub mod sample;
 mod schedule;
 pub mod stop;
+mod top;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,7 +31,8 @@ use crate::ops::sample::seen_words;
 use crate::tensor::Tensor;
 
 pub use options::EngineOptions;
-pub use request::{Completion, Finish, Request};
+pub use request::{Completion, Finish, Request, RequestOptions, SampledToken};
+pub use top::top_logps;
 
 /// What happened, all in all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,8 +51,7 @@ pub struct Counts {
 /// What a step gave.
 #[derive(Default)]
 pub struct Stepped {
-    /// (request, member, token) of each sampled token.
-    pub tokens: Vec<(usize, usize, u32)>,
+    pub tokens: Vec<SampledToken>,
     pub done: Vec<Completion>,
 }
 
@@ -63,8 +64,6 @@ pub struct Engine {
     longest: usize,
     /// With the virtual tokens of a tuned prompt: every sequence starts with them.
     vocab: Vocab,
-    /// I32 [2]
-    seed: Tensor,
     /// I32 [max_sequences, words]: a bit for each token that a running sequence has; only for a
     /// repetition penalty.
     seen: Option<Tensor>,
@@ -104,17 +103,14 @@ impl Engine {
             );
             return Err(Error::op("rollout", message));
         }
-        let shape = [options.max_sequences, seen_words(vocab.tokens)];
-        let seen = options
-            .sampling
-            .penalises()
-            .then(|| Tensor::new(&cx.pool, "seen tokens", DType::I32, &shape));
-        let seed = options.sampling.seed;
+        let penalises = options.sampling.penalises();
+        let seen = penalises.then(|| seen_tokens(cx, options.max_sequences, vocab.tokens));
         let asynchronous = cx.device.capabilities().asynchronous;
         let ahead = options.ahead.unwrap_or(asynchronous);
         // The strict device records nothing.
         let replay = options.replay.unwrap_or(asynchronous) && !cx.device.is_strict();
-        let latest = || Tensor::new(&cx.pool, "latest tokens", DType::I32, &shape[..1]);
+        let latest =
+            || Tensor::new(&cx.pool, "latest tokens", DType::I32, &[options.max_sequences]);
         Ok(Engine {
             cache: KvCache::new(cx, &model.config, pages)?,
             table: PageTable::new(cx, options.max_sequences, longest + vocab.virtuals)?,
@@ -125,7 +121,6 @@ impl Engine {
             in_flight: VecDeque::new(),
             longest,
             vocab,
-            seed: cx.ints("sampling seed", &[seed as i32, (seed >> 32) as i32])?,
             seen: seen.transpose()?,
             free_slots: (0..options.max_sequences).rev().collect(),
             waiting: VecDeque::new(),
@@ -136,10 +131,9 @@ impl Engine {
         })
     }
 
-    /// Another seed for the tokens sampled from now on.
-    pub fn set_seed(&mut self, seed: u64) -> Result<()> {
+    /// Another seed for what is submitted from now on.
+    pub fn set_seed(&mut self, seed: u64) {
         self.options.sampling.seed = seed;
-        self.seed.upload(&[seed as u32, (seed >> 32) as u32])
     }
 
     /// Hands pages out in another order from now on: for tests, results do not depend on it.
@@ -168,6 +162,19 @@ impl Engine {
     /// Queues a request and returns its number (counted from the last time that the engine had
     /// nothing to do).
     pub fn submit(&mut self, request: &Request) -> Result<usize> {
+        let all = &self.options;
+        let own = RequestOptions {
+            max_new_tokens: all.max_new_tokens,
+            sampling: all.sampling.clone(),
+            stop: all.stop.clone(),
+            stop_strings: all.stop_strings.clone(),
+            top_logprobs: 0,
+        };
+        self.submit_with(request, own)
+    }
+
+    /// As [`Engine::submit`], with options of its own in place of the engine's.
+    pub fn submit_with(&mut self, request: &Request, options: RequestOptions) -> Result<usize> {
         if !self.has_work() {
             self.requests = 0;
         }
@@ -185,7 +192,7 @@ impl Engine {
             );
             return Err(Error::op("rollout", message));
         }
-        let total = request.prompt.len() + self.options.max_new_tokens;
+        let total = request.prompt.len() + options.max_new_tokens;
         if total > self.longest {
             let message = format!(
                 "prompt {index} and its completion are {total} tokens; at most {}",
@@ -200,10 +207,10 @@ impl Engine {
             );
             return Err(Error::op("rollout", message));
         }
-        let prompt: Arc<[u32]> = self.vocab.prompted(&request.prompt).into();
+        let (prompt, options) = (self.vocab.prompted(&request.prompt), Arc::new(options));
         for member in 0..request.n {
             let number = request.number.wrapping_add(member as u32);
-            self.waiting.push_back(Sequence::new(index, member, number, &prompt));
+            self.waiting.push_back(Sequence::new(&options, index, member, number, &prompt));
         }
         self.requests += 1;
         Ok(index)
@@ -222,6 +229,24 @@ impl Engine {
         self.waiting.clear();
     }
 
+    /// Forgets a request: its completions end where they are, and nobody hears of them.
+    pub fn cancel(&mut self, request: usize) {
+        self.waiting.retain(|s| s.completion.request != request);
+        let (gone, still): (Vec<_>, Vec<_>) = std::mem::take(&mut self.running)
+            .into_iter()
+            .partition(|s| s.completion.request == request);
+        self.running = still;
+        gone.into_iter().for_each(|mut s| self.leave(&mut s));
+        if self.running.is_empty() {
+            self.in_flight.clear();
+        }
+    }
+
+    /// Sequences that run, and that wait.
+    pub fn load(&self) -> (usize, usize) {
+        (self.running.len(), self.waiting.len())
+    }
+
     /// One step: tokens go in (prompts in pieces, one token of each sequence that decodes), one
     /// token is sampled of each sequence whose tokens are all in. One upload, one download. What
     /// comes out is what this step sampled or, where tokens are read late, the step before.
@@ -231,6 +256,9 @@ impl Engine {
             // A sequence that starts again needs all of its tokens; and one that has ended may have
             // left its pages.
             self.read_all_but(0, &mut stepped)?;
+        }
+        if self.seen.is_none() && self.waiting.iter().any(|s| s.options.sampling.penalises()) {
+            self.seen = Some(seen_tokens(cx, self.options.max_sequences, self.vocab.tokens)?);
         }
         let scheduled = self.schedule()?;
         let sampled = self.launch(cx, model, &scheduled)?;
@@ -250,28 +278,34 @@ impl Engine {
     }
 
     fn read(&mut self, sampled: Sampled, stepped: &mut Stepped) -> Result<()> {
-        let draws = sampled.draws.wait()?;
-        if draws.len() < sampled.rows.len() {
-            return Err(Error::op("rollout", "fewer tokens than sequences"));
-        }
         let mut in_slot = vec![usize::MAX; self.options.max_sequences];
         self.running.iter().enumerate().for_each(|(i, s)| in_slot[s.slot] = i);
-        for ((slot, serial), d) in sampled.rows.into_iter().zip(&draws) {
-            let running = self.running.get_mut(in_slot[slot]).filter(|s| s.serial == serial);
-            // Its last token was read a step ago, when this step ran already.
-            let Some(s) = running else { continue };
-            s.push(d);
-            stepped.tokens.push((s.completion.request, s.completion.member, d.token));
-            self.counts.tokens_out += 1;
-            let said = match &self.options.stop_strings {
-                Some(strings) => strings.reached(&s.completion.ids)?,
-                None => false,
-            };
-            if said || self.options.stop.contains(&d.token) {
-                s.end = Some(Finish::Stop);
-            } else if s.completion.ids.len() >= self.options.max_new_tokens {
-                s.end = Some(Finish::Length);
+        let mut rows = sampled.rows.into_iter();
+        for group in sampled.draws {
+            let draws = group.draws.wait()?;
+            let logits = group.logits.map(|logits| logits.wait::<f32>()).transpose()?;
+            let mut logits = logits.iter().flat_map(|all| all.chunks(self.vocab.tokens));
+            for draw in &draws {
+                let logits = logits.next();
+                let Some((slot, serial)) = rows.next() else { break }; // rows of padding
+                let running = self.running.get_mut(in_slot[slot]).filter(|s| s.serial == serial);
+                // Its last token was read a step ago, when this step ran already.
+                let Some(s) = running else { continue };
+                let n = s.options.top_logprobs;
+                let top = |logits| top_logps(logits, draw.token, draw.logp, n);
+                stepped.tokens.push(SampledToken {
+                    request: s.completion.request,
+                    member: s.completion.member,
+                    token: draw.token,
+                    logp: draw.logp,
+                    top: logits.map(top).unwrap_or_default(),
+                });
+                s.take(draw)?;
+                self.counts.tokens_out += 1;
             }
+        }
+        if rows.next().is_some() {
+            return Err(Error::op("rollout", "fewer tokens than sequences"));
         }
         let (ended, still): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.running).into_iter().partition(|s| s.end.is_some());
@@ -286,6 +320,11 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// I32 [sequences, words]: a bit for each token that a sequence has.
+fn seen_tokens(cx: &Cx, sequences: usize, vocab: usize) -> Result<Tensor> {
+    Tensor::new(&cx.pool, "seen tokens", DType::I32, &[sequences, seen_words(vocab)])
 }
 
 /// One completion of every prompt (none empty), by an engine made for them. `done` hears of each

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::options::EngineOptions;
-use super::rows::{ROW_INTS, StepArrays, StepRows};
+use super::rows::{GroupDraws, PendingGroup, ROW_INTS, SEED_INTS, StepArrays, StepRows};
 use super::sample::Sampling;
 use crate::autograd::Cx;
 use crate::config::{AttentionChoice, MatmulChoice};
@@ -16,11 +16,10 @@ use crate::device::{DType, Device, Graph, Pool};
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
-use crate::ops::sample::{Draws, PendingDraws};
 use crate::tensor::Tensor;
 
-/// The forward of an engine's step over these arrays; None: no row predicts.
-type Forward<'a> = &'a dyn Fn(&mut Cx, &StepArrays) -> Result<Option<Draws>>;
+/// The forward of an engine's step over these arrays: what each group samples.
+type Forward<'a> = &'a dyn Fn(&mut Cx, &StepArrays) -> Result<Vec<GroupDraws>>;
 
 /// What an engine's decode step is made of.
 pub(super) struct DecodeStep<'a> {
@@ -58,7 +57,7 @@ struct RecordedFor {
 struct RecordedStep {
     device: Arc<dyn Device>,
     graph: Graph,
-    draws: Draws,
+    draws: GroupDraws,
 }
 
 impl Drop for RecordedStep {
@@ -85,7 +84,7 @@ impl Recorder {
         let bytes = options.max_step_tokens * row * cx.dtype.size()
             + options.max_sequences * model.vocab_size * DType::F32.size();
         drop(memory.alloc("decode steps", bytes)?);
-        let ints = [ROW_INTS * options.max_sequences];
+        let ints = [ROW_INTS * options.max_sequences + SEED_INTS];
         Ok(Recorder {
             memory,
             rows: Tensor::new(&cx.pool, "decode rows", DType::I32, &ints)?,
@@ -105,14 +104,14 @@ impl Recorder {
         result
     }
 
-    /// A step of rows that all predict: launched the first time that there are so many, recorded the
+    /// A step of rows that all predict and are sampled alike: launched the first time that there are so many, recorded the
     /// second time, replayed from then on.
     pub fn decode(
         &mut self,
         cx: &mut Cx,
         step: &DecodeStep,
         rows: &mut StepRows,
-    ) -> Result<PendingDraws> {
+    ) -> Result<PendingGroup> {
         self.keep_if_for(cx, step.model, step.sampling);
         let n = padded(rows.count(), step.most_rows);
         rows.pad(n);
@@ -169,9 +168,9 @@ impl Recorder {
     }
 }
 
-fn draws(cx: &mut Cx, step: &DecodeStep, arrays: &StepArrays) -> Result<Draws> {
+fn draws(cx: &mut Cx, step: &DecodeStep, arrays: &StepArrays) -> Result<GroupDraws> {
     let none = || Error::op("rollout", "a decode step that samples nothing");
-    (step.forward)(cx, arrays)?.ok_or_else(none)
+    (step.forward)(cx, arrays)?.pop().ok_or_else(none)
 }
 
 #[cfg(test)]

@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
-use super::sample::Draw;
+use super::sample::{Draw, Sampling};
+use super::stop::StopStrings;
+use crate::error::Result;
 use crate::model::kv::CachedSequence;
 
 /// Why a completion ended.
@@ -40,6 +42,38 @@ impl Request {
     }
 }
 
+/// How the completions of one request are generated.
+#[derive(Clone)]
+pub struct RequestOptions {
+    pub max_new_tokens: usize,
+    pub sampling: Sampling,
+    /// Tokens that end a completion.
+    pub stop: Vec<u32>,
+    pub stop_strings: Option<StopStrings>,
+    /// How many of the most probable tokens are told beside each sampled one.
+    pub top_logprobs: usize,
+}
+
+impl RequestOptions {
+    /// Whether one launch can sample for both.
+    pub(super) fn samples_like(&self, other: &RequestOptions) -> bool {
+        self.sampling == other.sampling && (self.top_logprobs > 0) == (other.top_logprobs > 0)
+    }
+}
+
+/// A token that a step sampled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampledToken {
+    /// Which request, and which of its completions.
+    pub request: usize,
+    pub member: usize,
+    pub token: u32,
+    /// Under the model's full distribution at temperature 1.
+    pub logp: f32,
+    /// The most probable tokens there, best first: as many as the request asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
 /// A sampled continuation of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
@@ -60,6 +94,7 @@ pub struct Completion {
 
 /// A completion as it is generated.
 pub(super) struct Sequence {
+    pub options: Arc<RequestOptions>,
     pub number: u32,
     /// Prompt and completion, as far as it was read.
     pub tokens: Vec<u32>,
@@ -76,7 +111,13 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(request: usize, member: usize, number: u32, prompt: &Arc<[u32]>) -> Sequence {
+    pub fn new(
+        options: &Arc<RequestOptions>,
+        request: usize,
+        member: usize,
+        number: u32,
+        prompt: &[u32],
+    ) -> Sequence {
         let completion = Completion {
             request,
             member,
@@ -89,6 +130,7 @@ impl Sequence {
         };
         let cached = CachedSequence::default();
         Sequence {
+            options: options.clone(),
             number,
             tokens: prompt.to_vec(),
             prompt: prompt.len(),
@@ -107,13 +149,28 @@ impl Sequence {
     }
 
     /// How many of its tokens are to go in: none once the last that it may have was sampled.
-    pub fn wanted(&self, max_new_tokens: usize) -> usize {
-        let full = self.completion.ids.len() + self.pending >= max_new_tokens;
+    pub fn wanted(&self) -> usize {
+        let full = self.completion.ids.len() + self.pending >= self.options.max_new_tokens;
         if self.pending > 0 && full { 0 } else { self.left() }
     }
 
-    /// Takes a token that was pending.
-    pub fn push(&mut self, d: &Draw) {
+    /// Takes a token that was pending; it may be the last one.
+    pub fn take(&mut self, d: &Draw) -> Result<()> {
+        self.push(d);
+        let (options, ids) = (&self.options, &self.completion.ids);
+        let said = match &options.stop_strings {
+            Some(strings) => strings.reached(ids)?,
+            None => false,
+        };
+        if said || options.stop.contains(&d.token) {
+            self.end = Some(Finish::Stop);
+        } else if ids.len() >= options.max_new_tokens {
+            self.end = Some(Finish::Length);
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, d: &Draw) {
         self.pending -= 1;
         self.tokens.push(d.token);
         let c = &mut self.completion;

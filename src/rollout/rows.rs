@@ -5,14 +5,51 @@
 use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::Result;
-use crate::ops::sample::PendingDraws;
-use crate::tensor::Tensor;
+use crate::ops::sample::{Draws, PendingDraws};
+use crate::tensor::{PendingDownload, Tensor};
+
+use super::sample::Sampling;
 
 /// What a step sampled, on its way to the host.
 pub(super) struct Sampled {
-    pub draws: PendingDraws,
-    /// Slot and serial number of the sequence of each row.
+    pub draws: Vec<PendingGroup>,
+    /// Slot and serial number of the sequence of each row, the groups one after the other.
     pub rows: Vec<(usize, u64)>,
+}
+
+/// Rows of a step, side by side, that are sampled alike: one launch for all of them.
+#[derive(Clone)]
+pub(super) struct SampleGroup {
+    pub rows: usize,
+    pub sampling: Sampling,
+    /// Whether their logits go to the host too.
+    pub logits: bool,
+}
+
+impl SampleGroup {
+    /// Whether rows of `other` belong to it.
+    pub fn has(&self, other: &SampleGroup) -> bool {
+        self.sampling == other.sampling && self.logits == other.logits
+    }
+}
+
+/// What a group sampled, on the device.
+pub(super) struct GroupDraws {
+    pub draws: Draws,
+    pub logits: Option<Tensor>,
+}
+
+/// The same on its way to the host.
+pub(super) struct PendingGroup {
+    pub draws: PendingDraws,
+    pub logits: Option<PendingDownload>,
+}
+
+impl GroupDraws {
+    pub fn begin_download(&self) -> Result<PendingGroup> {
+        let logits = self.logits.as_ref().map(Tensor::begin_download).transpose()?;
+        Ok(PendingGroup { draws: self.draws.begin_download()?, logits })
+    }
 }
 
 /// The rows of a step on the host: a column for each array.
@@ -30,6 +67,8 @@ pub(super) struct StepRows {
     /// Number, position in the completion and slot of each row that predicts.
     pub(super) info: Vec<i32>,
     pub(super) sampled: Vec<(usize, u64)>,
+    /// Of the rows that predict, in order.
+    pub(super) groups: Vec<SampleGroup>,
     pub(super) longest: usize,
 }
 
@@ -44,6 +83,8 @@ pub(super) struct StepArrays {
     pub(super) info: Option<Tensor>,
     /// None: every row predicts.
     pub(super) ends: Option<Tensor>,
+    /// With the seed of each, I32 `[2]`.
+    pub(super) groups: Vec<(SampleGroup, Tensor)>,
     pub(super) longest: usize,
 }
 
@@ -56,6 +97,8 @@ impl StepArrays {
 
 /// Ints of a row that predicts.
 pub(super) const ROW_INTS: usize = 7;
+/// Ints of a seed.
+pub(super) const SEED_INTS: usize = 2;
 
 impl StepRows {
     pub fn count(&self) -> usize {
@@ -66,8 +109,17 @@ impl StepRows {
         self.ends.len() == self.count()
     }
 
-    /// Rows that change nothing, until there are `n`; all rows predict.
+    /// What all rows are sampled with, where that is one thing and only the draws go to the host.
+    pub fn one_sampling(&self) -> Option<&Sampling> {
+        match self.groups.as_slice() {
+            [group] if !group.logits => Some(&group.sampling),
+            _ => None,
+        }
+    }
+
+    /// Rows that change nothing, until there are `n`; all rows predict, in one group.
     pub fn pad(&mut self, n: usize) {
+        self.groups.iter_mut().for_each(|group| group.rows += n - self.given.len());
         for _ in self.count()..n {
             self.given.push(0);
             self.positions.push(0);
@@ -83,6 +135,10 @@ impl StepRows {
         let mut all = [&self.given, &self.positions, &self.sequences, &self.slots, &self.info]
             .map(Vec::as_slice)
             .concat();
+        for group in &self.groups {
+            let seed = group.sampling.seed;
+            all.extend([seed as i32, (seed >> 32) as i32]);
+        }
         if !self.all_predict() {
             all.extend(&self.ends);
         }
@@ -103,8 +159,10 @@ impl StepRows {
         let n = self.count();
         let (given, positions, sequences, slots) = (part(n)?, part(n)?, part(n)?, part(n)?);
         let info = if self.info.is_empty() { None } else { Some(part(self.info.len())?) };
+        let seeded = |group: &SampleGroup| Ok((group.clone(), part(SEED_INTS)?));
+        let groups = self.groups.iter().map(seeded).collect::<Result<_>>()?;
         let ends = if self.all_predict() { None } else { Some(part(self.ends.len())?) };
         let longest = self.longest;
-        Ok(StepArrays { given, positions, sequences, slots, info, ends, longest })
+        Ok(StepArrays { given, positions, sequences, slots, info, ends, groups, longest })
     }
 }

@@ -21,7 +21,7 @@ impl Engine {
     pub(super) fn pages_run_out(&self) -> bool {
         let (mut budget, mut free) = (self.options.max_step_tokens, self.cache.free_pages());
         self.running.iter().any(|s| {
-            let take = s.wanted(self.options.max_new_tokens).min(budget);
+            let take = s.wanted().min(budget);
             let pages = (s.cached.len + take).div_ceil(PAGE).saturating_sub(s.cached.pages.len());
             let short = pages > free;
             (budget, free) = (budget - take, free.saturating_sub(pages));
@@ -36,7 +36,7 @@ impl Engine {
         let mut scheduled = Vec::new();
         while scheduled.len() < self.running.len() {
             let i = scheduled.len();
-            let take = self.running[i].wanted(self.options.max_new_tokens).min(budget);
+            let take = self.running[i].wanted().min(budget);
             while i < self.running.len() && !self.cache.reserve(&mut self.running[i].cached, take) {
                 self.preempt_youngest();
             }

@@ -40,6 +40,15 @@ pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> 
             Some(value) => ids.push(id(value)?),
         }
     }
+    ids.extend(special_ids(tokenizer, stop)?);
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// Those of `stop` that are special tokens.
+pub fn special_ids(tokenizer: &Tokenizer, stop: &[String]) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
     for text in stop.iter().filter(|text| !text.is_empty()) {
         if let Some(id) = tokenizer.token_to_id(text)
             && tokenizer.decode(&[id], true)?.is_empty()
@@ -47,8 +56,6 @@ pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> 
             ids.push(id);
         }
     }
-    ids.sort_unstable();
-    ids.dedup();
     Ok(ids)
 }
 

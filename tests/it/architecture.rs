@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use regex::Regex;
-use temper::config::{Section, markdown, one_line};
+use temper::config::{Section, ServeConfig, markdown, one_line};
 use temper::methods::registry::REGISTRY;
 
 fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
@@ -547,6 +547,7 @@ fn the_docs_tables_of_options_are_the_programs() {
         let table = format!("{own}Shared options: {}.\n", mentions.join(", "));
         check_table(&format!("docs/methods/{}.md", entry.page), entry.name, &table);
     }
+    check_table("docs/serve.md", "serve", &markdown(&ServeConfig::default().own_keys()));
     for (name, section) in shared {
         check_table("docs/options.md", name, &markdown(&section.default_keys()));
     }

@@ -150,7 +150,7 @@ fn a_graph_serves_new_weights_and_not_another_model_or_sampling() {
     replaying.options.sampling = Sampling::greedy();
     let greedy = fresh(&mut cx, &mut second, &Sampling::greedy());
     assert!(completed(&mut replaying, &mut cx, &second, &requests) == greedy);
-    replaying.set_seed(99).unwrap();
+    replaying.set_seed(99);
     replaying.options.sampling = Sampling { seed: 99, ..sampling };
     let reseeded = fresh(&mut cx, &mut second, &replaying.options.sampling);
     assert!(

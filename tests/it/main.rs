@@ -42,6 +42,7 @@ mod quickstart;
 mod read;
 mod rendering;
 mod report;
+mod requests;
 mod resume_inputs;
 mod rewards;
 mod rollout;
@@ -49,6 +50,8 @@ mod rope_families;
 mod run_files;
 mod runs;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod sft;
 mod shim;
 mod signature;

@@ -130,7 +130,7 @@ impl Sampler {
         }
         let ids = indices.iter().map(|p| prompts[*p].ids.clone());
         let requests = Request::numbered(ids, n);
-        engine.set_seed(self.seed ^ (stream + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))?;
+        engine.set_seed(self.seed ^ (stream + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let sampling = engine.options.sampling.clone();
         if greedy {
             engine.options.sampling = Sampling::greedy();

@@ -1,0 +1,179 @@
+//! An answer as it comes: events to pieces of text and log-probs. Layer 9.
+//!
+//! Invariant: a whole answer is the sum of the pieces that a stream of it has.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::error::ApiError;
+use super::events::Event;
+use super::request::Asked;
+use super::text::ChoiceText;
+use super::ticket::Ticket;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::Error;
+use crate::rollout::Finish;
+
+/// A token, as `logprobs` tells it.
+pub(super) struct TokenInfo {
+    pub text: String,
+    /// None: the first of a prompt, which nothing predicts.
+    pub logp: Option<f32>,
+    /// Characters of the choice's text before it.
+    pub offset: usize,
+    /// Best first.
+    pub top: Vec<(String, f32)>,
+}
+
+/// What a choice has gained.
+pub(super) struct Delta {
+    pub choice: usize,
+    pub text: String,
+    pub tokens: Vec<TokenInfo>,
+    pub finish: Option<Finish>,
+}
+
+pub(super) struct Answer {
+    pub asked: Asked,
+    pub ticket: Ticket,
+    pub completion_tokens: usize,
+    tokenizer: Arc<Tokenizer>,
+    /// Of each choice; None: it has ended.
+    texts: Vec<Option<ChoiceText>>,
+    left: usize,
+    first_token: bool,
+}
+
+impl Answer {
+    pub fn new(asked: Asked, ticket: Ticket) -> Answer {
+        let tokenizer = ticket.app.models[asked.model].text.tokenizer.clone();
+        let prompt_tokens: usize = asked.prompts.iter().map(|p| p.ids.len()).sum();
+        ticket.app.metrics.prompt_tokens.fetch_add(prompt_tokens as u64, Ordering::Relaxed);
+        let texts = (0..asked.choices()).map(|_| Some(ChoiceText::new(&asked.stop, 0))).collect();
+        let left = asked.choices();
+        Answer { asked, ticket, tokenizer, texts, left, completion_tokens: 0, first_token: true }
+    }
+
+    /// Whether nothing more comes.
+    pub fn is_done(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Whether the worker has something to do.
+    pub fn needs_worker(&self) -> bool {
+        self.asked.score().is_some() || self.asked.options.max_new_tokens > 0
+    }
+
+    /// What is there before the first event.
+    pub fn begin(&mut self) -> Result<Vec<Delta>, ApiError> {
+        if !self.asked.echo || self.asked.score().is_some() {
+            return Ok(Vec::new());
+        }
+        (0..self.asked.prompts.len())
+            .map(|prompt| self.echo(prompt, None))
+            .collect::<Result<Vec<_>, _>>()
+            .map(|all| all.into_iter().flatten().collect())
+    }
+
+    pub fn on(&mut self, event: Event) -> Result<Vec<Delta>, ApiError> {
+        match event {
+            Event::Token { choice, token, logp, top } => {
+                self.token(choice, token, logp, &top).map_err(ApiError::internal)
+            }
+            Event::Done { choice, finish } => {
+                let text = self.texts[choice].take();
+                let text = text.map(|mut text| text.finish(&self.tokenizer)).transpose();
+                let text = text.map_err(ApiError::internal)?.unwrap_or_default();
+                self.end_one();
+                Ok(vec![Delta { choice, text, tokens: Vec::new(), finish: Some(finish) }])
+            }
+            Event::Scored { prompt, logps, top } => self.echo(prompt, Some((logps, top))),
+            Event::Failed(message) => {
+                self.ticket.ended = true; // the worker has forgotten it
+                Err(ApiError::internal(message))
+            }
+        }
+    }
+
+    fn end_one(&mut self) {
+        self.left -= 1;
+        self.ticket.ended = self.left == 0;
+    }
+
+    fn token(
+        &mut self,
+        choice: usize,
+        token: u32,
+        logp: f32,
+        top: &[(u32, f32)],
+    ) -> Result<Vec<Delta>, Error> {
+        let metrics = &self.ticket.app.metrics;
+        if std::mem::take(&mut self.first_token) {
+            metrics.first_token_time.observe(self.ticket.began.elapsed());
+        }
+        metrics.completion_tokens.fetch_add(1, Ordering::Relaxed);
+        self.completion_tokens += 1;
+        let tokenizer = &self.tokenizer;
+        let Some(own) = &mut self.texts[choice] else { return Ok(Vec::new()) };
+        let mut tokens = Vec::new();
+        if self.asked.logprobs.is_some() {
+            let (text, offset) = own.piece(tokenizer, token)?;
+            let top = named(tokenizer, top)?;
+            tokens.push(TokenInfo { text, logp: Some(logp), offset, top });
+        }
+        let text = own.push(tokenizer, token)?;
+        Ok(vec![Delta { choice, text, tokens, finish: None }])
+    }
+
+    /// The prompt as the beginning of its choices.
+    fn echo(
+        &mut self,
+        prompt: usize,
+        scores: Option<(Vec<f32>, Vec<Vec<(u32, f32)>>)>,
+    ) -> Result<Vec<Delta>, ApiError> {
+        let asked = &self.asked.prompts[prompt];
+        let text = match &asked.text {
+            Some(text) => text.clone(),
+            None => self.tokenizer.decode(&asked.ids, true).map_err(ApiError::internal)?,
+        };
+        let chars = text.chars().count();
+        let ends = self.asked.options.max_new_tokens == 0;
+        let mut deltas = Vec::new();
+        for choice in prompt * self.asked.n..(prompt + 1) * self.asked.n {
+            let tokens = match &scores {
+                Some((logps, top)) => prompt_tokens(&self.tokenizer, &asked.ids, logps, top),
+                None => Ok(Vec::new()),
+            };
+            let tokens = tokens.map_err(ApiError::internal)?;
+            let finish = ends.then_some(Finish::Length);
+            deltas.push(Delta { choice, text: text.clone(), tokens, finish });
+            self.texts[choice] = (!ends).then(|| ChoiceText::new(&self.asked.stop, chars));
+        }
+        if ends {
+            (0..self.asked.n).for_each(|_| self.end_one());
+        }
+        Ok(deltas)
+    }
+}
+
+fn prompt_tokens(
+    tokenizer: &Tokenizer,
+    ids: &[u32],
+    logps: &[f32],
+    top: &[Vec<(u32, f32)>],
+) -> Result<Vec<TokenInfo>, Error> {
+    let mut text = ChoiceText::new(&[], 0);
+    let token = |(i, id): (usize, &u32)| {
+        let (piece, offset) = text.piece(tokenizer, *id)?;
+        text.push(tokenizer, *id)?;
+        let before = i.checked_sub(1); // the first has no log-prob
+        let logp = before.and_then(|i| logps.get(i)).copied();
+        let top = before.and_then(|i| top.get(i)).map_or(&[][..], Vec::as_slice);
+        Ok(TokenInfo { text: piece, logp, offset, top: named(tokenizer, top)? })
+    };
+    ids.iter().enumerate().map(token).collect()
+}
+
+fn named(tokenizer: &Tokenizer, top: &[(u32, f32)]) -> Result<Vec<(String, f32)>, Error> {
+    top.iter().map(|(id, logp)| Ok((tokenizer.decode(&[*id], false)?, *logp))).collect()
+}

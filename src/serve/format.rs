@@ -1,0 +1,172 @@
+//! Answers in OpenAI's JSON. Layer 9.
+//!
+//! Invariant: nothing is decided here.
+
+use serde_json::{Map, Value, json};
+
+use super::answer::{Answer, Delta, TokenInfo};
+use super::ticket::now;
+use crate::rollout::Finish;
+
+/// What is the same in all pieces of an answer.
+pub(super) struct Head {
+    id: String,
+    created: u64,
+    model: String,
+    chat: bool,
+    logprobs: bool,
+}
+
+/// A choice of a whole answer.
+#[derive(Default)]
+pub(super) struct WholeChoice {
+    text: String,
+    tokens: Vec<TokenInfo>,
+    finish: Option<Finish>,
+}
+
+impl WholeChoice {
+    pub fn add(&mut self, delta: Delta) {
+        self.text += &delta.text;
+        self.tokens.extend(delta.tokens);
+        self.finish = delta.finish.or(self.finish);
+    }
+}
+
+impl Head {
+    pub fn of(answer: &Answer) -> Head {
+        let (app, asked) = (&answer.ticket.app, &answer.asked);
+        let prefix = if asked.chat { "chatcmpl" } else { "cmpl" };
+        Head {
+            id: format!("{prefix}-{:x}-{}", app.started, answer.ticket.id),
+            created: now(),
+            model: app.models[asked.model].name.clone(),
+            chat: asked.chat,
+            logprobs: asked.logprobs.is_some(),
+        }
+    }
+
+    fn object(&self, name: &str, choices: Vec<Value>) -> Map<String, Value> {
+        let Head { id, created, model, .. } = self;
+        let object = json!({
+            "id": id, "object": name, "created": created, "model": model, "choices": choices,
+        });
+        if let Value::Object(map) = object { map } else { Map::new() }
+    }
+
+    pub fn whole(&self, answer: &Answer, choices: Vec<WholeChoice>) -> Value {
+        let choice = |(i, c): (usize, WholeChoice)| {
+            let (logprobs, reason) = (self.logprobs(&c.tokens), reason(c.finish));
+            if self.chat {
+                let message = json!({ "role": "assistant", "content": c.text, "refusal": null });
+                return json!({
+                    "index": i, "message": message, "logprobs": logprobs, "finish_reason": reason,
+                });
+            }
+            json!({ "index": i, "text": c.text, "logprobs": logprobs, "finish_reason": reason })
+        };
+        let choices = choices.into_iter().enumerate().map(choice).collect();
+        let name = if self.chat { "chat.completion" } else { "text_completion" };
+        let mut whole = self.object(name, choices);
+        whole.insert("usage".into(), usage(answer));
+        Value::Object(whole)
+    }
+
+    fn chunk_name(&self) -> &'static str {
+        if self.chat { "chat.completion.chunk" } else { "text_completion" }
+    }
+
+    /// The first piece of a choice: who speaks. Only a chat has it.
+    pub fn role(&self, choice: usize) -> Option<Value> {
+        let delta = json!({ "role": "assistant", "content": "" });
+        let choice = json!({
+            "index": choice, "delta": delta, "logprobs": null, "finish_reason": null,
+        });
+        self.chat.then(|| Value::Object(self.object(self.chunk_name(), vec![choice])))
+    }
+
+    /// A piece of a stream; None: it would say nothing.
+    pub fn chunk(&self, delta: &Delta) -> Option<Value> {
+        if delta.text.is_empty() && delta.tokens.is_empty() && delta.finish.is_none() {
+            return None;
+        }
+        let logprobs = match delta.tokens.is_empty() {
+            true => Value::Null,
+            false => self.logprobs(&delta.tokens),
+        };
+        let reason = delta.finish.map_or(Value::Null, |finish| reason(Some(finish)));
+        let (index, text) = (delta.choice, &delta.text);
+        let choice = match (self.chat, text.is_empty()) {
+            (false, _) => json!({
+                "index": index, "text": text, "logprobs": logprobs, "finish_reason": reason,
+            }),
+            (true, empty) => {
+                let delta = if empty { json!({}) } else { json!({ "content": text }) };
+                json!({
+                    "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason,
+                })
+            }
+        };
+        Some(Value::Object(self.object(self.chunk_name(), vec![choice])))
+    }
+
+    /// The last piece of a stream that was asked for it.
+    pub fn usage_chunk(&self, answer: &Answer) -> Value {
+        let mut chunk = self.object(self.chunk_name(), Vec::new());
+        chunk.insert("usage".into(), usage(answer));
+        Value::Object(chunk)
+    }
+
+    fn logprobs(&self, tokens: &[TokenInfo]) -> Value {
+        match (self.logprobs, self.chat) {
+            (false, _) => Value::Null,
+            (true, true) => json!({ "content": tokens.iter().map(chat_token).collect::<Vec<_>>() }),
+            (true, false) => completion_tokens(tokens),
+        }
+    }
+}
+
+fn chat_token(token: &TokenInfo) -> Value {
+    let named = |text: &str, logp: Option<f32>| {
+        // A token may hold a part of a character, which has no text.
+        let bytes = (!text.contains('\u{FFFD}')).then(|| text.as_bytes());
+        json!({ "token": text, "logprob": logp, "bytes": bytes })
+    };
+    let mut value = named(&token.text, token.logp);
+    value["top_logprobs"] = token.top.iter().map(|(text, logp)| named(text, Some(*logp))).collect();
+    value
+}
+
+fn completion_tokens(tokens: &[TokenInfo]) -> Value {
+    let top = |token: &TokenInfo| {
+        let mut map = Map::new();
+        for (text, logp) in &token.top {
+            // Parts of characters may have one text: the more probable keeps it.
+            map.entry(text.clone()).or_insert_with(|| json!(logp));
+        }
+        if let Some(logp) = token.logp.filter(|_| !map.is_empty()) {
+            map.entry(token.text.clone()).or_insert_with(|| json!(logp));
+        }
+        if map.is_empty() { Value::Null } else { Value::Object(map) }
+    };
+    json!({
+        "tokens": tokens.iter().map(|t| &t.text).collect::<Vec<_>>(),
+        "token_logprobs": tokens.iter().map(|t| t.logp).collect::<Vec<_>>(),
+        "top_logprobs": tokens.iter().map(top).collect::<Vec<_>>(),
+        "text_offset": tokens.iter().map(|t| t.offset).collect::<Vec<_>>(),
+    })
+}
+
+fn reason(finish: Option<Finish>) -> Value {
+    json!(if finish == Some(Finish::Stop) { "stop" } else { "length" })
+}
+
+fn usage(answer: &Answer) -> Value {
+    let prompt: usize = answer.asked.prompts.iter().map(|p| p.ids.len()).sum();
+    let completion = answer.completion_tokens;
+    json!({
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    })
+}
