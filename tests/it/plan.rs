@@ -49,6 +49,7 @@ fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> PlanRequest<'
         reference: false,
         online: None,
         sequences: None,
+        samples: None,
     }
 }
 
