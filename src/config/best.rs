@@ -18,11 +18,11 @@ section! {
         pub metric_for_best_model: Option<String> = None,
         /// Whether a larger metric_for_best_model is better. none: unless its name ends in loss.
         pub greater_is_better: Option<bool> = None,
-        /// End the run after so many evaluations in a row that did not improve on the best. none:
-        /// never.
+        /// Ours. End the run after so many evaluations in a row that did not improve on the best, as
+        /// transformers' EarlyStoppingCallback does. none: never.
         pub early_stopping_patience: Option<usize> = None,
-        /// What an evaluation must improve by, or more, to count as better for
-        /// early_stopping_patience.
+        /// Ours. An evaluation counts as better for early_stopping_patience if it is better by more than
+        /// this.
         pub early_stopping_threshold: f64 = 0.0,
     }
 }

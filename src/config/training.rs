@@ -118,8 +118,8 @@ section! {
         /// How the learning rate moves after the warmup.
         pub lr_scheduler_type: LearningRateSchedule = LearningRateSchedule::Linear,
         /// Arguments of the schedule, a JSON object such as {"min_lr_rate": 0.1}; docs/optimizers.md
-        /// lists them.
-        pub lr_scheduler_kwargs: JsonObject = JsonObject::default(),
+        /// lists them. none: their defaults.
+        pub lr_scheduler_kwargs: Option<JsonObject> = None,
         /// Steps of linear warmup from 0, or below 1 a share of the run's steps (rounded up).
         pub warmup_steps: Amount = Amount::Count(0),
         /// Decoupled weight decay. Biases and norm weights have none.
@@ -204,6 +204,12 @@ impl TrainingConfig {
         }
     }
 
+    /// The arguments of the schedule. Error: what is wrong with them.
+    pub fn schedule_arguments(&self) -> Result<ScheduleArguments, String> {
+        let given = self.lr_scheduler_kwargs.clone().unwrap_or_default();
+        ScheduleArguments::read(self.lr_scheduler_type, &given.0)
+    }
+
     fn rules(&self, report: &mut Report) {
         for to in &self.report_to {
             if !["none", "all", "tensorboard"].contains(&to.as_str()) {
@@ -269,7 +275,7 @@ impl TrainingConfig {
                 "lr_scheduler_type is \"constant\"; constant_with_warmup has one",
             );
         }
-        match ScheduleArguments::read(self.lr_scheduler_type, &self.lr_scheduler_kwargs.0) {
+        match self.schedule_arguments() {
             Ok(arguments) => {
                 if let Some(m) = arguments.beyond(self.lr_scheduler_type, self.learning_rate) {
                     report.problem(m);

@@ -23,10 +23,9 @@ impl Schedule {
     /// take.
     pub fn of(training: &TrainingConfig, peak: f64, total: u64) -> Result<Schedule> {
         let kind = training.lr_scheduler_type;
-        let arguments = ScheduleArguments::read(kind, &training.lr_scheduler_kwargs.0);
         Ok(Schedule {
             kind,
-            arguments: arguments.map_err(Error::Config)?,
+            arguments: training.schedule_arguments().map_err(Error::Config)?,
             peak,
             warmup: training.warmup_steps.of(total) as f64,
             total: total as f64,

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::layout::{ModelConfig, Task};
 use crate::observer::Observer;
+use crate::observer::output::excerpt;
 use crate::rollout::stop::stop_ids;
 use crate::rollout::{Completion, Engine, EngineOptions, Request};
 
@@ -26,8 +27,6 @@ use crate::rollout::{Completion, Engine, EngineOptions, Request};
 const MOST: usize = 64;
 /// Sequences decoded at once.
 const AT_ONCE: usize = 8;
-/// Characters of a prompt and of a completion that are printed.
-const SHOWN: usize = 300;
 
 /// The prompts of `sample_prompts`.
 pub struct Samples {
@@ -120,7 +119,7 @@ impl Samples {
                 Value::String(text) => text.clone(),
                 messages => said_last(messages),
             };
-            observer.info(&format!("sample  {}\n  -> {}", short(&asked), short(&text)));
+            observer.info(&format!("  sample  {} -> {}", excerpt(&asked), excerpt(&text)));
             lines.push(json!({ "prompt": prompt, "completion": text, "by": "sample" }));
         }
         Ok(lines)
@@ -138,13 +137,4 @@ fn is_conversation(row: &Row) -> bool {
 fn said_last(messages: &Value) -> String {
     let last = messages.as_array().and_then(|all| all.last());
     last.and_then(|m| m["content"].as_str()).unwrap_or_default().to_string()
-}
-
-/// A text on one line, cut where it is long.
-fn short(text: &str) -> String {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(SHOWN) {
-        Some((at, _)) => format!("{} ...", &line[..at]),
-        None => line,
-    }
 }

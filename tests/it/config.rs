@@ -58,7 +58,7 @@ fn the_defaults_are_those_of_trl() {
         };
         assert_eq!(&ours, theirs, "{}", key.name);
     }
-    assert_eq!(compared, 31);
+    assert_eq!(compared, 35);
 }
 
 #[test]
