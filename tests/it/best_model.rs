@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use temper::tensor::safetensors::SafeFolder;
+use temper::{Silent, Training};
 
 use crate::support::{MODEL, command, done, finish, json, json_lines, metrics, write_rows};
 
@@ -185,6 +186,35 @@ fn dpo_samples_a_file_of_prompts_and_a_classifier_refuses() {
     let bad = write_rows(dir.path().join("bad.jsonl"), &[json!({ "text": "x" })]);
     let (_, text) = of("dpo", &bad);
     assert!(text.contains("bad.jsonl:1: "), "{text}");
+}
+
+#[test]
+fn the_memory_plan_has_room_for_the_samples() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, prompts: usize| {
+        let prompts: Vec<String> = (0..prompts).map(|i| format!("prompt {i}")).collect();
+        let options = [
+            "max_steps=1".to_string(),
+            "per_device_train_batch_size=1".into(),
+            "per_device_eval_batch_size=1".into(),
+            "eval_strategy=epoch".into(),
+            "save_strategy=no".into(),
+            "device=cpu".into(),
+            format!("sample_prompts={}", json!(prompts)),
+        ];
+        let training = Training::new("sft").unwrap().options(options).model(MODEL);
+        let training = match prompts.is_empty() {
+            true => training,
+            false => training.option("sample_max_new_tokens", 600),
+        };
+        let data = training.data([ROWS]).eval_data([HELD_OUT]);
+        let finished = data.output(dir.path().join(name)).observer(Silent).run().unwrap();
+        (finished.planned, finished.summary.peak_memory as usize)
+    };
+    let ((without, _), (with, measured)) = (run("without", 0), run("with", 8));
+    // Of 8 sequences: keys and values of 2 layers, 16 floats each, for 600 tokens.
+    assert!(with > without + 8 * 600 * 2 * 2 * 16 * 4 / 2, "{with} {without}");
+    assert!(measured <= with + with / 20 && measured > with / 2, "{measured} of {with}");
 }
 
 #[test]
