@@ -173,7 +173,7 @@ fn values_out_of_range_and_contradictions_are_found() {
         ("warmup_steps=5 lr_scheduler_type=constant", "constant_with_warmup"),
         (
             "lr_scheduler_type=cosinus",
-            "one of linear, cosine, constant, constant_with_warmup; did you mean cosine?",
+            "warmup_stable_decay, constant, constant_with_warmup; did you mean cosine?",
         ),
         ("logging_steps=0", "at least 1"),
         ("save_steps=0", "save_strategy"),
