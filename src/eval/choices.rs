@@ -243,8 +243,8 @@ pub fn choose(
             .collect::<Result<Vec<_>>>()?;
         Ok((question.answer, answers, sequences))
     })?;
-    let (questions, sequences): (Vec<(usize, Vec<String>)>, Vec<Vec<MaskedSequence>>) =
-        made.into_iter().map(|(_, (answer, texts, s))| ((answer, texts), s)).unzip();
+    let (questions, sequences): (Vec<_>, Vec<_>) =
+        made.into_iter().map(|(_, (answer, texts, own))| ((answer, texts), own)).unzip();
     let mut sums = Vec::new();
     score(cx, model, &sequences.concat(), options.batch_tokens, &mut |row| {
         if let RowScore::Tokens { sum, .. } = row {
