@@ -33,6 +33,8 @@ pub mod seed {
     pub const DYNAMIC: u64 = 0x6479_6e61;
     /// The order of PPO's sequences ("ppo").
     pub const PPO: u64 = 0x70_70_6f;
+    /// The examples before a multiple-choice question ("shot").
+    pub const SHOTS: u64 = 0x7368_6f74;
 }
 
 /// Four 32-bit numbers from key (two words) and counter (four words).
@@ -71,7 +73,7 @@ mod tests {
             assert_eq!(kernel << 8, 0, "{kernel:#010x} has more than its top byte");
         }
         tags.extend(kernels);
-        let seeds = [0, seed::ROLLOUTS, seed::DYNAMIC, seed::PPO].map(|s| s as u32);
+        let seeds = [0, seed::ROLLOUTS, seed::DYNAMIC, seed::PPO, seed::SHOTS].map(|s| s as u32);
         for mut numbers in [tags, seeds.to_vec()] {
             let count = numbers.len();
             numbers.sort_unstable();

@@ -228,11 +228,24 @@ pub fn prune(
     limit: Option<usize>,
     step: u64,
 ) -> Result<Vec<PathBuf>> {
+    prune_but(output_dir, limit, step, None)
+}
+
+/// As [`prune`]; the checkpoint of step `best` stays, too, and counts among the `limit`, but where
+/// that is 1.
+pub fn prune_but(
+    output_dir: impl AsRef<Path>,
+    limit: Option<usize>,
+    step: u64,
+    best: Option<u64>,
+) -> Result<Vec<PathBuf>> {
     let Some(limit) = limit else { return Ok(Vec::new()) };
     let mut old = list(output_dir.as_ref())?;
     old.retain(|(n, _)| *n < step);
-    let excess = old.len().saturating_sub(limit.saturating_sub(1));
-    let gone: Vec<PathBuf> = old.into_iter().take(excess).map(|(_, path)| path).collect();
+    let protected = 1 + usize::from(old.iter().any(|(n, _)| Some(*n) == best));
+    let excess = (old.len() + 1).saturating_sub(limit.max(protected));
+    let deletable = old.into_iter().filter(|(n, _)| Some(*n) != best);
+    let gone: Vec<PathBuf> = deletable.take(excess).map(|(_, path)| path).collect();
     gone.iter().try_for_each(|path| discard(path))?;
     Ok(gone)
 }

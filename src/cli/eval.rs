@@ -13,18 +13,18 @@ use crate::data::bad::BadRows;
 use crate::data::format::Format;
 use crate::data::read::FolderSplit;
 use crate::error::Result;
-use crate::eval::{EvalMetric, EvalOptions, evaluate};
+use crate::eval::{EvalMetric, EvalOptions, are_questions, evaluate, evaluate_questions};
 use crate::fsio;
 use crate::observer::output::{note_line, print_line};
 
-/// Metrics of a model: right answers (pass@k) on prompts, perplexity on texts, accuracy of a reward
-/// model on pairs
+/// Metrics of a model: right answers (pass@k) on prompts, accuracy on multiple-choice questions,
+/// perplexity on texts, accuracy of a reward model on pairs
 #[derive(clap::Args)]
 pub struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// files of rows, folders of them or patterns (docs/data.md): prompt and an answer column; text, messages or prompt and
-    /// completion; chosen and rejected
+    /// files of rows, folders of them or patterns (docs/data.md): prompt and an answer column; question, choices and answer;
+    /// text, messages or prompt and completion; chosen and rejected
     #[arg(long, num_args = 1.., required = true)]
     data: Vec<PathBuf>,
     /// a JSON file with the metrics and what each row gave
@@ -36,7 +36,7 @@ pub struct EvalArgs {
     /// tokens in one forward, where nothing is generated
     #[arg(long, default_value_t = 4096, value_parser = count)]
     batch_tokens: usize,
-    /// key=value: reward_funcs, pass_score, n, temperature (0, the default: greedy),
+    /// key=value: reward_funcs, pass_score, question_format, num_fewshot, fewshot_data, n, temperature (0, the default: greedy),
     /// max_new_tokens, and generate's others
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
@@ -54,12 +54,23 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     options.check()?;
     let text = args.model.text(&options.generate.template)?;
     let rows = read_data(&args.data, FolderSplit::Eval, &options.data)?;
-    let text_field = &options.eval.dataset_text_field;
-    let mut bad = BadRows::new(options.data.on_bad_row);
-    let kinds = bad.filter(&rows, |row| Format::detect(row, text_field))?;
-    let format = kinds[0].1;
-    let (mut cx, mut model) = args.model.open()?;
-    let found = evaluate(&mut cx, &mut model, &text, &rows, format, &options)?;
+    let found = if are_questions(&rows) {
+        let file = options.eval.fewshot_data.as_ref().map(|path| PathBuf::from(&path.0));
+        let files: Vec<PathBuf> = file.into_iter().collect();
+        let shots = match files.is_empty() {
+            true => Vec::new(),
+            false => read_data(&files, FolderSplit::Train, &options.data)?,
+        };
+        let (mut cx, mut model) = args.model.open()?;
+        evaluate_questions(&mut cx, &mut model, &text, &rows, &shots, &options)?
+    } else {
+        let text_field = &options.eval.dataset_text_field;
+        let mut bad = BadRows::new(options.data.on_bad_row);
+        let kinds = bad.filter(&rows, |row| Format::detect(row, text_field))?;
+        let format = kinds[0].1;
+        let (mut cx, mut model) = args.model.open()?;
+        evaluate(&mut cx, &mut model, &text, &rows, format, &options)?
+    };
     if found.bad.count > 0 {
         note_line(format_args!("note: {}", found.bad));
     }
@@ -82,8 +93,8 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let mut all = given(&options.eval);
     all.extend(given(&options.generate));
     let report = json!({
-        "model": args.model.model, "adapter": args.model.adapter, "data": args.data, "keys": all,
-        "figures": found.metrics.iter().map(metric).collect::<Map<_, _>>(), "rows": found.rows,
+        "model": args.model.model, "adapter": args.model.adapter, "data": args.data, "options": all,
+        "metrics": found.metrics.iter().map(metric).collect::<Map<_, _>>(), "rows": found.rows,
     });
     fsio::atomic_write(path, format!("{report:#}\n").as_bytes()).map(drop)
 }

@@ -192,6 +192,7 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
         reference: false,
         online: None,
         sequences: None,
+        samples: None,
     };
     // A GPU that is not here has all of its memory free.
     let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;

@@ -11,6 +11,7 @@ mod bench_measure;
 mod bench_train;
 mod chat;
 mod check;
+mod completions;
 mod data;
 mod eval;
 mod forms;
@@ -30,7 +31,7 @@ use std::ffi::OsString;
 
 use clap::{Args as _, FromArgMatches, Subcommand};
 
-use crate::config::{EvalConfig, GenerateConfig, Key, Section, ServeConfig};
+use crate::config::{DataOptions, EvalConfig, GenerateConfig, Key, Section, ServeConfig};
 use crate::device::start_threads;
 use crate::error::Result;
 use crate::methods::MethodEntry;
@@ -55,6 +56,8 @@ enum Command {
     Merge(merge::MergeArgs),
     Report(report::ReportArgs),
     Quickstart(quickstart::QuickstartArgs),
+    Completions(completions::CompletionsArgs),
+    Man(completions::ManArgs),
 }
 
 /// The whole command line: a subcommand for each method, then the others.
@@ -85,9 +88,17 @@ fn options(name: &str) -> Option<Vec<Key>> {
         "data" | "inspect" => Some(of(&SFT)),
         "generate" | "chat" => Some(GenerateConfig::default().keys()),
         "serve" => Some(ServeConfig::default().keys()),
-        "eval" => Some([EvalConfig::default().keys(), GenerateConfig::default().keys()].concat()),
+        "eval" => {
+            let (eval, generate) = (EvalConfig::default(), GenerateConfig::default());
+            Some([eval.keys(), generate.keys(), DataOptions::default().keys()].concat())
+        }
         _ => None,
     }
+}
+
+/// The whole command line with its options: for completions and the manual.
+fn described() -> clap::Command {
+    completions::described(command(), options)
 }
 
 /// The command line in one form: see [`forms::normal`]. What is not UTF-8 is left as it is.
@@ -151,6 +162,8 @@ pub fn main() -> i32 {
             Command::Merge(args) => merge::run(args),
             Command::Report(args) => report::run(args),
             Command::Quickstart(args) => quickstart::run(args),
+            Command::Completions(args) => completions::completions(args, described()),
+            Command::Man(args) => completions::man(args, described()),
         },
     };
     match result {

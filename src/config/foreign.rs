@@ -205,17 +205,13 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         &["entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"],
         "only use_adaptive_entropy reads it, which is refused",
     ),
-    (
-        &["eval_accumulation_steps", "metric_for_best_model", "greater_is_better"],
-        "nothing here reads it",
-    ),
+    (&["eval_accumulation_steps"], "nothing here reads it"),
 ];
 
 /// Keys that would change the run: (key, neutral values beside none, what to do).
 const MATTERS: &[(&str, &[&str], &str)] = &[
     ("label_smoothing_factor", &["0", "0.0"], "label smoothing is not built; set it to 0"),
     ("neftune_noise_alpha", &[], "NEFTune is not built; leave it out"),
-    ("lr_scheduler_kwargs", &["{}"], "the schedules take no arguments; leave it out"),
     ("optim_args", &[], "the optimizer takes adam_beta1, adam_beta2, adam_epsilon; leave it out"),
     ("optim_target_modules", &[], "GaLore and APOLLO are not built; leave it out"),
     ("data_seed", &["42"], "the order of rows comes from seed; leave it out"),
@@ -228,7 +224,6 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("shuffle_dataset", &["false"], "give true or false"),
     ("eval_packing", &[], "evaluation rows are treated as training rows; leave it out"),
     ("logging_strategy", &["steps"], "give logging_steps"),
-    ("load_best_model_at_end", &["false"], "the last model is the result; leave it out"),
     ("eval_delay", &["0", "0.0"], "evaluation begins at once; leave it out"),
     ("eval_on_start", &["false"], "eval_strategy decides when to evaluate; leave it out"),
     (

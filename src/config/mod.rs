@@ -8,15 +8,19 @@
 //! that of its method. [`load`] reads file and command line, checks everything and reports all
 //! problems at once.
 
+mod best;
 mod bounds;
 mod data;
 mod eval;
 mod foreign;
 mod generate;
+mod muon;
 mod paths;
 mod peft;
 mod resume;
 mod reward_specs;
+mod samples;
+mod schedule;
 mod serve;
 mod shared;
 mod template;
@@ -33,14 +37,18 @@ use value::Given;
 use crate::error::{Error, Result, nearest};
 use crate::fsio;
 
+pub use best::BestModelOptions;
 pub use data::{ColumnMap, DataOptions, OnBadRow};
-pub use eval::EvalConfig;
+pub use eval::{EvalConfig, ScoredChoice};
 pub use foreign::is_foreign;
 pub use generate::GenerateConfig;
+pub use muon::{MuonAdjust, MuonOptions};
 pub use paths::PathText;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
 pub use resume::changes;
 pub use reward_specs::{REWARD_NAMES, RewardSpecs};
+pub use samples::{SampleOptions, SamplePrompts};
+pub use schedule::{LearningRateSchedule, RampShape, ScheduleArguments};
 pub use serve::ServeConfig;
 pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
@@ -48,8 +56,8 @@ pub use shared::{
 };
 pub use template::{JsonObject, JsonObjects, TemplateOptions};
 pub use training::{
-    AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, LearningRateSchedule,
-    MatmulChoice, Optim, SamplingStrategy, TrainingConfig, When,
+    AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, MatmulChoice, Optim,
+    SamplingStrategy, TrainingConfig, When,
 };
 pub use value::Amount;
 

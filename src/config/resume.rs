@@ -20,6 +20,8 @@ const FREE_ON_RESUME: &[&str] = &[
     "resume_with_changes",
     "max_row_bytes",
     "report_to",
+    "sample_prompts",
+    "sample_max_new_tokens",
 ];
 
 /// Options that name files: their contents are compared, not their paths.

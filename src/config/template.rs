@@ -50,7 +50,7 @@ impl Value for JsonObject {
         }
         match json(given) {
             Some(Json::Object(map)) => Ok(JsonObject(map)),
-            _ => Err("a JSON object, such as '{\"enable_thinking\": false}'".into()),
+            _ => Err("a JSON object, such as '{\"NAME\": 1}'".into()),
         }
     }
     fn written(&self) -> Toml {

@@ -6,17 +6,10 @@
 #![deny(missing_docs)]
 
 use super::value::{Amount, words};
-use super::{DataOptions, PathText, Report, TemplateOptions, section};
-
-words! {
-    /// How the learning rate moves after the warmup.
-    pub enum LearningRateSchedule {
-        Linear = "linear",
-        Cosine = "cosine",
-        Constant = "constant",
-        ConstantWithWarmup = "constant_with_warmup",
-    }
-}
+use super::{
+    BestModelOptions, DataOptions, JsonObject, LearningRateSchedule, MuonOptions, PathText, Report,
+    SampleOptions, ScheduleArguments, TemplateOptions, section,
+};
 
 words! {
     /// When something is done during a run.
@@ -39,6 +32,8 @@ words! {
         AdamwBf16Moments = "adamw_bf16_moments",
         /// Float master weights; moments in 8-bit codes, a scale for each 256.
         Adamw8bit = "adamw_8bit" | "adamw_bnb_8bit",
+        /// Orthogonalised updates for the matrices of the layers, AdamW for the rest.
+        Muon = "muon",
     }
 }
 
@@ -108,7 +103,7 @@ words! {
 section! {
     /// Keys common to all methods.
     pub struct TrainingConfig = "training" {
-        /// Peak learning rate of AdamW. Each method has its own default (SFT: 2e-5).
+        /// Peak learning rate. Each method has its own default (SFT: 2e-5).
         pub learning_rate: f64 = 5e-5,
         /// Rows in a micro-batch. Times gradient_accumulation_steps, this is the step batch; losses are
         /// normalised over the step batch.
@@ -123,6 +118,9 @@ section! {
         pub max_steps: i64 = -1,
         /// How the learning rate moves after the warmup.
         pub lr_scheduler_type: LearningRateSchedule = LearningRateSchedule::Linear,
+        /// Arguments of the schedule, a JSON object such as {"min_lr_rate": 0.1}; docs/optimizers.md
+        /// lists them. none: their defaults.
+        pub lr_scheduler_kwargs: Option<JsonObject> = None,
         /// Steps of linear warmup from 0, or below 1 a share of the run's steps (rounded up).
         pub warmup_steps: Amount = Amount::Count(0),
         /// Decoupled weight decay. Biases and norm weights have none.
@@ -137,7 +135,8 @@ section! {
         pub max_grad_norm: f64 = 1.0,
         /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic
         /// rounding; adamw_8bit: moments in 8 bits; adamw_bf16_moments: moments in bfloat16, and
-        /// weights as adamw_bf16's where they are bfloat16.
+        /// weights as adamw_bf16's where they are bfloat16; muon: orthogonalised updates for the
+        /// matrices of the layers, adamw for the rest.
         pub optim: Optim = Optim::Adamw,
         /// Seed of everything random: data order, dropout, sampling, new weights.
         pub seed: u64 = 42,
@@ -191,6 +190,9 @@ section! {
         pub resume_with_changes: bool = false,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
+        ..pub best: BestModelOptions = BestModelOptions::default(),
+        ..pub samples: SampleOptions = SampleOptions::default(),
+        ..pub muon: MuonOptions = MuonOptions::default(),
         ..pub template: TemplateOptions = TemplateOptions::default(),
         ..pub data: DataOptions = DataOptions::default(),
     }
@@ -203,6 +205,12 @@ impl TrainingConfig {
             Ok(steps) if steps > 0 => steps,
             _ => (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64,
         }
+    }
+
+    /// The arguments of the schedule. Error: what is wrong with them.
+    pub fn schedule_arguments(&self) -> Result<ScheduleArguments, String> {
+        let given = self.lr_scheduler_kwargs.clone().unwrap_or_default();
+        ScheduleArguments::read(self.lr_scheduler_type, &given.0)
     }
 
     fn rules(&self, report: &mut Report) {
@@ -269,6 +277,23 @@ impl TrainingConfig {
                 "lr_scheduler_type",
                 "lr_scheduler_type is \"constant\"; constant_with_warmup has one",
             );
+        }
+        match self.schedule_arguments() {
+            Ok(arguments) => {
+                if let Some(m) = arguments.beyond(self.lr_scheduler_type, self.learning_rate) {
+                    report.problem(m);
+                }
+            }
+            Err(message) => report.problem(message),
+        }
+        self.best.rules_of_run(self, report);
+        if self.eval_strategy == When::No {
+            report.idle("sample_prompts", "eval_strategy", "eval_strategy is \"no\"");
+        }
+        if self.optim != Optim::Muon {
+            MuonOptions::idle(report);
+        } else if self.learning_rate == 0.0 && self.muon.muon_learning_rate.is_some() {
+            report.problem("muon_learning_rate: learning_rate must be above 0, too".into());
         }
         if self.optim == Optim::AdamwBf16 && self.dtype == Dtype::Float32 {
             report.problem(

@@ -1,17 +1,19 @@
 //! How good a model is on rows, and what it says of each of them. Layer 6.
 //!
 //! Invariant: the rows decide what is measured: prompts are answered and verified, texts give a
-//! perplexity, pairs give the accuracy of a reward model. No row is left out of a metric without
-//! being counted. Nothing is printed here.
+//! perplexity, pairs give the accuracy of a reward model, questions with choices an accuracy. No row
+//! is left out of a metric without being counted. Nothing is printed here.
 //!
 //! | rows | function | metrics |
 //! |---|---|---|
 //! | prompt (and an answer) | [`answers`] | the mean of each reward, pass@k |
 //! | text, messages, prompt and completion | [`perplexity`] | loss, perplexity, tokens |
 //! | chosen and rejected | [`preferences`] | accuracy and margin of a reward model |
+//! | question, choices, answer | [`evaluate_questions`] | acc, acc_norm |
 //! | any of these, or input_ids | [`score`] | none: log-probs or scores, row by row |
 
 mod answers;
+mod choices;
 mod options;
 mod preferences;
 mod result;
@@ -25,12 +27,33 @@ use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
 use crate::rewards::model::one_score;
+use choices::choose;
 
 pub use answers::{answers, pass_at_k};
+pub use choices::are_questions;
 pub use options::EvalOptions;
 pub use preferences::preferences;
 pub use result::{EvalMetric, EvalRow, Evaluation, SkippedRows};
 pub use score::{RowScore, perplexity, score, sequences};
+
+/// As [`evaluate`], of multiple-choice questions, with `examples` to choose few-shot examples from.
+/// Errors: a model that is no language model; rows that are no questions.
+pub fn evaluate_questions(
+    cx: &mut Cx,
+    model: &mut Decoder,
+    text: &ModelText,
+    rows: &[Row],
+    examples: &[Row],
+    options: &EvalOptions,
+) -> Result<Evaluation> {
+    if model.config.task != Task::CausalLm {
+        return Err(Error::model(
+            text.tokenizer.dir(),
+            "is no language model; questions with choices need one",
+        ));
+    }
+    choose(cx, model, text, rows, examples, options)
+}
 
 /// Evaluates a model, whose tokenizer and templates are `text`, on rows of the kind `format`, by which the metrics are
 /// chosen. Errors: a model of another task than the rows need; several greedy completions.

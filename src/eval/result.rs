@@ -44,6 +44,8 @@ pub enum EvalRow {
     Likelihood { nll: f64, tokens: usize },
     /// A reward model's scores of a pair.
     Preference { chosen: f32, rejected: f32 },
+    /// Log-probs of each choice, and which are right, the highest, the highest a byte (from 0).
+    Choices { logps: Vec<f64>, answer: usize, chosen: usize, chosen_norm: usize },
 }
 
 impl EvalMetric {
@@ -54,5 +56,51 @@ impl EvalMetric {
         let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
         let stderr = (values.len() > 1).then(|| (variance / n).sqrt());
         EvalMetric { name: name.into(), value: mean, stderr, rows: values.len() }
+    }
+
+    /// The quotient of two sums over rows, such as nats over tokens, with its standard error: that
+    /// of the rows' residuals, divided by the mean of the second (of at least two rows).
+    pub fn ratio(name: impl Into<String>, over: &[f64], under: &[f64]) -> EvalMetric {
+        let (n, total) = (over.len() as f64, under.iter().sum::<f64>());
+        let value = over.iter().sum::<f64>() / total;
+        let residuals = over.iter().zip(under).map(|(x, y)| (x - value * y).powi(2)).sum::<f64>();
+        let stderr = (over.len() > 1).then(|| (residuals * n / (n - 1.0)).sqrt() / total);
+        EvalMetric { name: name.into(), value, stderr, rows: over.len() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_of_a_ratio_is_that_of_the_mean_where_all_rows_weigh_the_same() {
+        let values = [1.0, 4.0, 2.5, 0.5];
+        let (mean, ratio) =
+            (EvalMetric::mean("x", &values), EvalMetric::ratio("x", &values, &[1.0; 4]));
+        assert!((mean.value - ratio.value).abs() < 1e-15);
+        assert!((mean.stderr.unwrap() - ratio.stderr.unwrap()).abs() < 1e-15);
+        assert_eq!(EvalMetric::ratio("x", &[3.0], &[2.0]).stderr, None);
+    }
+
+    #[test]
+    fn the_error_of_a_ratio_is_about_that_of_many_samples() {
+        // Rows of 1 to 8 tokens, whose nats a token differ: the spread of 400 samples of 200 rows.
+        let draw = |sample: u32, row: u32| {
+            let bits = crate::rng::philox([7, 0], [row, sample, 0, 0]);
+            let (a, b) = (crate::rng::uniform(bits[0]), crate::rng::uniform(bits[1]));
+            let tokens = (1.0 + 8.0 * f64::from(a)).floor();
+            (tokens * (1.0 + f64::from(b)), tokens)
+        };
+        let of = |sample: u32| -> EvalMetric {
+            let (over, under): (Vec<f64>, Vec<f64>) = (0..200).map(|row| draw(sample, row)).unzip();
+            EvalMetric::ratio("loss", &over, &under)
+        };
+        let all: Vec<EvalMetric> = (0..400).map(of).collect();
+        let spread = EvalMetric::mean("", &all.iter().map(|m| m.value).collect::<Vec<_>>());
+        let spread = spread.stderr.unwrap() * 400f64.sqrt();
+        let said = all.iter().map(|m| m.stderr.unwrap()).sum::<f64>() / 400.0;
+        // The spread of 400 samples is itself known to 4%.
+        assert!((said / spread - 1.0).abs() < 0.1, "{said} {spread}");
     }
 }

@@ -136,34 +136,33 @@ pub fn perplexity(
     sequences: &[MaskedSequence],
     budget: usize,
 ) -> Result<Evaluation> {
-    let (mut total, mut tokens, mut rows) = (0f64, 0, Vec::new());
+    let (mut nats, mut tokens, mut rows) = (Vec::new(), Vec::new(), Vec::new());
     score(cx, model, sequences, budget, &mut |row| {
         let RowScore::Tokens { logps, sum } = row else {
             return Err(Error::Run(
                 "a classifier gives no perplexity; use a language model".into(),
             ));
         };
-        total -= sum;
-        tokens += logps.len();
+        nats.push(-sum);
+        tokens.push(logps.len() as f64);
         rows.push(EvalRow::Likelihood { nll: -sum, tokens: logps.len() });
         Ok(())
     })?;
-    if tokens == 0 {
+    let total: f64 = tokens.iter().sum();
+    if total == 0.0 {
         return Err(Error::Run(
             "no row has a token to predict; give rows of at least two tokens".into(),
         ));
     }
-    let loss = total / tokens as f64;
-    let metric = |name: &str, value: f64| EvalMetric {
-        name: name.into(),
-        value,
-        stderr: None,
-        rows: rows.len(),
+    let loss = EvalMetric::ratio("loss", &nats, &tokens);
+    // To first order, exp(x) is off by exp(x) times what x is off by.
+    let perplexity = EvalMetric {
+        name: "perplexity".into(),
+        value: loss.value.exp(),
+        stderr: loss.stderr.map(|e| e * loss.value.exp()),
+        ..loss.clone()
     };
-    let metrics = vec![
-        metric("loss", loss),
-        metric("perplexity", loss.exp()),
-        metric("tokens", tokens as f64),
-    ];
+    let count = EvalMetric { name: "tokens".into(), value: total, stderr: None, rows: rows.len() };
+    let metrics = vec![loss, perplexity, count];
     Ok(Evaluation { metrics, rows, skipped: Vec::new(), bad: BadRows::default() })
 }

@@ -506,6 +506,17 @@ impl Role {
     pub fn decays(self) -> bool {
         !self.is_norm() && !self.is_bias()
     }
+
+    /// Whether it is a matrix of a layer, which Muon orthogonalises: a projection, or what an
+    /// adapter adds to one or puts behind a block.
+    pub fn is_layer_matrix(self) -> bool {
+        let part = |part| matches!(part, BottleneckPart::Down | BottleneckPart::Up);
+        match self {
+            Role::LoraA(_) | Role::LoraB(_) => true,
+            Role::Bottleneck(_, of) => part(of),
+            other => Proj::ALL.iter().any(|p| p.role() == other),
+        }
+    }
 }
 
 /// One parameter of a decoder.

@@ -193,10 +193,18 @@ impl ParamSet {
 
     /// What the optimizer updates, in as few ranges as weight decay and learning rates allow.
     pub fn ranges(&self) -> Vec<TrainRange> {
+        self.ranges_of(|_| true)
+    }
+
+    /// As [`ParamSet::ranges`], of the parameters that `chosen` says.
+    pub fn ranges_of(&self, chosen: impl Fn(&ParamSpec) -> bool) -> Vec<TrainRange> {
+        let taken: Vec<bool> = (self.slots.iter().zip(&self.specs))
+            .map(|(slot, spec)| slot.tuning.trainable && chosen(spec))
+            .collect();
         let mut ranges: Vec<TrainRange> = Vec::new();
         for (i, spec) in self.specs.iter().enumerate() {
             let offset = self.slots[i].offset;
-            let (Some(state), true) = (self.state_offset(i), self.slots[i].tuning.trainable) else {
+            let (Some(state), true) = (self.state_offset(i), taken[i]) else {
                 continue;
             };
             let (decays, lr_scale) = (spec.role.decays(), self.slots[i].tuning.lr_scale);
@@ -205,7 +213,8 @@ impl ParamSet {
                 && offset - last.weight == state - last.state
                 && self.slots[..i]
                     .iter()
-                    .all(|slot| slot.offset < last.weight || slot.tuning.trainable)
+                    .zip(&taken)
+                    .all(|(slot, taken)| slot.offset < last.weight || *taken)
             {
                 // The gap of an alignment between them is zero in every arena and stays so.
                 last.len = offset + spec.len() - last.weight;

@@ -45,6 +45,21 @@ pub fn has_room_for_a_bar() -> bool {
     std::io::stderr().is_terminal()
 }
 
+/// Characters of a completion that are shown, at most.
+const EXCERPT: usize = 300;
+
+/// The beginning of a text that others wrote, in one line.
+pub fn excerpt(text: &str) -> String {
+    let mut characters = text.chars();
+    let mut shown: String = characters.by_ref().take(EXCERPT).collect();
+    let rest = characters.count();
+    shown = clean(&shown).split_whitespace().collect::<Vec<_>>().join(" ");
+    if rest > 0 {
+        shown += &format!(" [{rest} more characters]");
+    }
+    shown
+}
+
 /// Text that others wrote, for a terminal: without escape sequences and control characters, new
 /// lines and tabs apart, and without the characters that turn the direction of writing.
 pub fn clean(text: &str) -> String {

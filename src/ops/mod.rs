@@ -19,6 +19,7 @@ pub mod lora;
 pub mod lora_kernels;
 pub mod matmul;
 mod matmul_hopper;
+pub mod muon;
 pub mod policy;
 pub mod preference;
 pub mod prompt;

@@ -9,7 +9,8 @@ use super::preference::{segment_cases, segment_perf};
 use super::quant::{linear_cases, linear_perf};
 use super::{
     activation, adamw, adamw8, add, attention, cache, distill, dropout, embedding, head, lora,
-    matmul, policy, preference, prompt, quant, rmsnorm, rope, rope_append, sample, scale, tokens,
+    matmul, muon, policy, preference, prompt, quant, rmsnorm, rope, rope_append, sample, scale,
+    tokens,
 };
 
 pub struct Entry {
@@ -48,6 +49,14 @@ pub fn registry() -> Vec<Entry> {
         op("head", &["head", "matmul"], head::cases, head::perf, GEMM),
         op("linear", &["matmul", "matmul_hopper", "reduce"], matmul::cases, matmul::perf, GEMM),
         op("lora_linear", &["lora", "matmul", "scale", "reduce"], lora::cases, lora::perf, GEMM),
+        op("muon", &["muon", "matmul"], muon::cases, muon::perf, GEMM),
+        op(
+            "orthogonalise",
+            &["muon", "matmul"],
+            muon::orthogonalise_cases,
+            muon::orthogonalise_perf,
+            GEMM,
+        ),
         op("preference", &["preference"], preference::cases, preference::perf, PLAIN),
         op("segment_sums", &["preference"], segment_cases, segment_perf, PLAIN),
         op("multiply", &["scale"], scale::multiply_cases, scale::multiply_perf, PLAIN),

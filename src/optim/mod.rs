@@ -10,11 +10,13 @@ pub mod state;
 use state::{MomentKind, Moments, Target};
 
 use crate::autograd::Cx;
-use crate::config::{Optim, TrainingConfig};
+use crate::config::{MuonAdjust, Optim, TrainingConfig};
 use crate::device::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::layout::ParamSpec;
 use crate::model::params::ParamSet;
 use crate::ops::adamw::{AdamW, hyper, norm_and_clip};
+use crate::ops::muon::{Muon, MuonSlice, muon};
 use crate::tensor::Tensor;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,6 +30,43 @@ pub struct AdamWConfig {
     /// bf16 only: no float master, stochastic rounding.
     pub stochastic: bool,
     pub moments: MomentKind,
+    /// What the matrices of the layers are trained by; None: by AdamW, as the rest.
+    pub muon: Option<MuonConfig>,
+}
+
+/// Muon's constants, for all matrices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MuonConfig {
+    pub momentum: f32,
+    pub nesterov: bool,
+    pub ns_steps: usize,
+    pub adjust: MuonAdjust,
+    /// The matrices' learning rate as a share of the others'.
+    pub lr_ratio: f32,
+}
+
+impl MuonConfig {
+    fn of(keys: &TrainingConfig) -> MuonConfig {
+        let muon = &keys.muon;
+        let ratio = muon.muon_learning_rate.map_or(1.0, |rate| rate / keys.learning_rate);
+        MuonConfig {
+            momentum: muon.muon_momentum as f32,
+            nesterov: muon.muon_nesterov,
+            ns_steps: muon.muon_ns_steps,
+            adjust: muon.muon_adjust_lr_fn,
+            lr_ratio: ratio as f32,
+        }
+    }
+
+    /// What a matrix's learning rate is multiplied with.
+    fn adjustment(&self, shape: &[usize]) -> f32 {
+        let (rows, cols) = (shape[0] as f64, shape[1] as f64);
+        let factor = match self.adjust {
+            MuonAdjust::Original => (rows / cols).max(1.0).sqrt(),
+            MuonAdjust::MatchRmsAdamw => 0.2 * rows.max(cols).sqrt(),
+        };
+        factor as f32
+    }
 }
 
 impl AdamWConfig {
@@ -44,8 +83,15 @@ impl AdamWConfig {
                 Optim::Adamw | Optim::AdamwBf16 => MomentKind::F32,
                 Optim::AdamwBf16Moments => MomentKind::Bf16,
                 Optim::Adamw8bit => MomentKind::Blockwise8,
+                Optim::Muon => MomentKind::Muon,
             },
+            muon: (keys.optim == Optim::Muon).then(|| MuonConfig::of(keys)),
         }
+    }
+
+    /// Whether AdamW trains a parameter.
+    fn by_adamw(&self, spec: &ParamSpec) -> bool {
+        self.muon.is_none() || !spec.role.is_layer_matrix() || spec.shape.len() != 2
     }
 }
 
@@ -79,8 +125,9 @@ impl Optimizer {
         } else {
             None
         };
+        let ranges = params.ranges_of(|spec| config.by_adamw(spec));
         let ranges: Vec<(usize, usize)> =
-            params.ranges().iter().map(|r| (r.state, r.state + r.len)).collect();
+            ranges.iter().map(|r| (r.state, r.state + r.len)).collect();
         let moments = Moments::new(cx, params.state_len, &ranges, config.moments)?;
         Ok(Optimizer { config, master, moments, grad, hyper: hyper(cx)? })
     }
@@ -164,7 +211,8 @@ impl Optimizer {
 
     /// Applies the step that was measured.
     pub fn apply(&self, cx: &Cx, params: &ParamSet) -> Result<()> {
-        for (group, r) in params.ranges().into_iter().enumerate() {
+        let ranges = params.ranges_of(|spec| self.config.by_adamw(spec));
+        for (group, r) in ranges.into_iter().enumerate() {
             let weight = params.weights.rows(r.weight, r.weight + r.len)?;
             let state = |arena: &Tensor| arena.rows(r.state, r.state + r.len);
             let master = match (&self.master, self.config.stochastic && cx.dtype == DType::BF16) {
@@ -185,6 +233,42 @@ impl Optimizer {
                 group: group as i32,
             };
             self.moments.step(cx, &constants, (r.state, r.state + r.len), &target, &self.hyper)?;
+        }
+        match (&self.config.muon, &self.moments) {
+            (Some(config), Moments::Muon(moments)) => {
+                self.apply_muon(cx, params, config, &moments.m)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The step of the matrices that Muon trains, one after the other.
+    fn apply_muon(
+        &self,
+        cx: &Cx,
+        params: &ParamSet,
+        config: &MuonConfig,
+        means: &Tensor,
+    ) -> Result<()> {
+        for i in params.trained().filter(|i| !self.config.by_adamw(&params.specs[*i])) {
+            let state = |arena: &Tensor| {
+                let view = params.state_view(arena, i)?;
+                let name = &params.specs[i].name;
+                view.ok_or_else(|| Error::op("muon", format!("{name} has no state")))
+            };
+            let (weight, m, grad) = (params.weight_view(i)?, state(means)?, state(&self.grad)?);
+            let master = self.master.as_ref().map(state).transpose()?;
+            let constants = Muon {
+                momentum: config.momentum,
+                nesterov: config.nesterov,
+                ns_steps: config.ns_steps,
+                weight_decay: self.config.weight_decay,
+                lr_scale: params.tuning(i).lr_scale * config.lr_ratio,
+                adjust: config.adjustment(weight.shape()),
+            };
+            let master = master.as_ref().unwrap_or(&weight);
+            let slice = MuonSlice { master, weight: &weight, m: &m, grad: &grad };
+            muon(cx, &constants, &slice, &self.hyper)?;
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! The moments of AdamW over a parameter arena, in the precision that was asked for. Layer 6.
+//! The moments of AdamW and Muon over a parameter arena, in the precision that was asked for.
+//! Layer 6.
 //!
 //! Invariant: `new` gives zeros; a step touches one of the ranges that `new` was given, whole; what
 //! `named_tensors` names is all that a resumed run needs.
@@ -19,13 +20,27 @@ pub enum MomentKind {
     Bf16,
     /// 8-bit codes with a float for each block of 256 (`adamw_8bit`).
     Blockwise8,
+    /// F32; the second moment has the ranges that AdamW steps alone. The first is Muon's running
+    /// mean elsewhere.
+    Muon,
 }
 
 pub enum Moments {
     F32 { m: Tensor, v: Tensor },
     Bf16 { m: Tensor, v: Tensor },
     Blockwise8(Box<Blockwise8>),
+    Muon(MuonMoments),
 }
+
+/// `m` is in the arena's layout; `v` has range after range.
+pub struct MuonMoments {
+    pub m: Tensor,
+    pub v: Tensor,
+    ranges: Vec<(usize, usize)>,
+}
+
+/// Alignment of a range in `v`, in values: a whole number of 16-byte packs.
+const ALIGN: usize = 128;
 
 /// `m` and `v` are codes in the arena's layout; scales lie range after range, each range in blocks
 /// of its own.
@@ -74,6 +89,14 @@ impl Moments {
             MomentKind::Bf16 => {
                 Moments::Bf16 { m: zeros(DType::BF16, len)?, v: zeros(DType::BF16, len)? }
             }
+            MomentKind::Muon => {
+                let values: usize = ranges.iter().map(|r| aligned(*r)).sum();
+                Moments::Muon(MuonMoments {
+                    m: zeros(DType::F32, len)?,
+                    v: zeros(DType::F32, values)?,
+                    ranges: ranges.to_vec(),
+                })
+            }
             MomentKind::Blockwise8 => {
                 let mut end = 0;
                 for &(from, to) in ranges {
@@ -103,6 +126,7 @@ impl Moments {
             Moments::F32 { .. } => MomentKind::F32,
             Moments::Bf16 { .. } => MomentKind::Bf16,
             Moments::Blockwise8(_) => MomentKind::Blockwise8,
+            Moments::Muon(_) => MomentKind::Muon,
         }
     }
 
@@ -121,12 +145,7 @@ impl Moments {
                 adamw(cx, group, &at.slice(&m.rows(from, to)?, &v.rows(from, to)?), hyper)
             }
             Moments::Blockwise8(s) => {
-                let place = s.ranges.iter().position(|r| *r == range).ok_or_else(|| {
-                    Error::op(
-                        "adamw8",
-                        format!("a step of {range:?}: the moments were made for {:?}", s.ranges),
-                    )
-                })?;
+                let place = place("adamw8", &s.ranges, range)?;
                 let first: usize = s.ranges[..place].iter().map(|r| blocks(*r)).sum();
                 let end = first + blocks(range);
                 let (m, v) = (s.m.rows(from, to)?, s.v.rows(from, to)?);
@@ -137,6 +156,12 @@ impl Moments {
                 };
                 adamw8(cx, group, &slice, &s.maps, hyper)
             }
+            Moments::Muon(s) => {
+                let place = place("muon", &s.ranges, range)?;
+                let first: usize = s.ranges[..place].iter().map(|r| aligned(*r)).sum();
+                let v = s.v.rows(first, first + to - from)?;
+                adamw(cx, group, &at.slice(&s.m.rows(from, to)?, &v), hyper)
+            }
         }
     }
 
@@ -145,6 +170,7 @@ impl Moments {
     pub fn named_tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Moments::F32 { m, v } | Moments::Bf16 { m, v } => vec![("m", m), ("v", v)],
+            Moments::Muon(s) => vec![("m", &s.m), ("v", &s.v)],
             Moments::Blockwise8(s) => {
                 vec![("m", &s.m), ("v", &s.v), ("m_absmax", &s.m_absmax), ("v_absmax", &s.v_absmax)]
             }
@@ -158,4 +184,15 @@ impl Moments {
 
 fn blocks((from, to): (usize, usize)) -> usize {
     (to - from).div_ceil(BLOCK8)
+}
+
+fn aligned((from, to): (usize, usize)) -> usize {
+    (to - from).next_multiple_of(ALIGN)
+}
+
+/// Which of the ranges that the moments were made for it is.
+fn place(op: &'static str, ranges: &[(usize, usize)], range: (usize, usize)) -> Result<usize> {
+    ranges.iter().position(|r| *r == range).ok_or_else(|| {
+        Error::op(op, format!("a step of {range:?}: the moments were made for {ranges:?}"))
+    })
 }

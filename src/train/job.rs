@@ -10,6 +10,7 @@ use std::path::Path;
 use super::inputs::RunInputs;
 use super::plan::{self, BuildOnline, PlanRequest};
 use super::run::{Run, flops_per_token, peak_flops};
+use super::samples::Samples;
 use super::state::{parts_of, started};
 use super::summary::Summary;
 use super::tuning::{prepare, scheme};
@@ -119,6 +120,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     same_inputs(&read, job, &*observer)?;
     let mut parts = parts_of(&tokenizer, &mut config, dtype)?;
     parts.started = Some(began);
+    let samples = Samples::of(&run.training, &tokenizer, template.as_ref(), &config, job.train)?;
     let longest = method.longest();
     let footprint = run.method.footprint();
     let mut peft = run.peft.clone();
@@ -136,6 +138,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         reference: footprint.reference,
         online: method.generates().then_some(&build as &BuildOnline),
         sequences: method.planned_sequences(),
+        samples: samples.as_ref(),
     };
     let available = plan::available(&cx)?;
     let plan = plan::fit(&cx, &ask, available)?;
@@ -196,6 +199,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         config_toml: run.to_toml(job.command),
         peak_flops: peak,
         flops_per_token: flops,
+        samples,
         masks: method
             .masks()
             .iter()

@@ -5,10 +5,12 @@
 //! state is the parameters, the optimizer and the step number: rows, random numbers and learning
 //! rate follow from the number. So a resumed run equals an uninterrupted one, bit for bit.
 
+pub mod best;
 pub mod inputs;
 pub mod job;
 pub mod plan;
 pub mod run;
+pub mod samples;
 pub mod state;
 mod step;
 pub mod summary;

@@ -8,6 +8,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::samples::Samples;
 use super::tuning::{prepare, scheme};
 use super::{StepPlan, Trainer};
 use crate::autograd::{Cx, Recompute};
@@ -39,6 +40,8 @@ pub struct PlanRequest<'a> {
     pub online: Option<&'a BuildOnline<'a>>,
     /// Sequences generated at once at most, where the options leave it to the plan.
     pub sequences: Option<usize>,
+    /// What is completed at every evaluation.
+    pub samples: Option<&'a Samples>,
 }
 
 /// An online method for a run's options.
@@ -80,10 +83,13 @@ impl Plan {
             .positions(request.length)
             .build(&cx)?;
         let model = prepare(&cx, base, &request.peft, request.adapter, request.dir, 0)?;
-        let trainer = match request.online {
+        let mut trainer = match request.online {
             Some(build) => online_step(cx, model, request, build)?,
             None => row_step(cx, model, request)?,
         };
+        if let Some(samples) = request.samples {
+            samples.complete(&mut trainer.cx, &mut trainer.model)?;
+        }
         let (peak, blocks) = (trainer.cx.pool.in_use().1, trainer.cx.pool.high_water());
         let mut parts: Vec<(&'static str, usize)> = Vec::new();
         for (name, bytes) in &blocks {
@@ -181,7 +187,7 @@ fn part(block: &str) -> &'static str {
         "logits chunk" | "dlogits chunk" | "head rows" => "head chunk",
         "activation gradients" => "activation gradients",
         "dequantised weight" | "weight to quantise" => "a dequantised weight",
-        "partial sums" | "column factors" | "attention delta" => "scratch",
+        "partial sums" | "column factors" | "attention delta" | "newton-schulz" => "scratch",
         "rope table" => "rope table",
         name if name.starts_with("nf4")
             || name.starts_with("int8")

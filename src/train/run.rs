@@ -8,7 +8,9 @@ use std::path::Path;
 
 use serde_json::json;
 
+use super::best::BestModel;
 use super::inputs::{self, RunInputs};
+use super::samples::Samples;
 use super::state::{FolderParts, RunState};
 use super::summary::Summary;
 use super::watch::Watch;
@@ -36,6 +38,8 @@ pub struct Run<'a> {
     /// Peak flop/s of the device, if known, and a token's flops: for `mfu`.
     pub peak_flops: Option<f64>,
     pub flops_per_token: f64,
+    /// Prompts that are completed at every evaluation.
+    pub samples: Option<Samples>,
     /// Some training rows, for report.html.
     pub masks: Vec<MaskRow>,
     /// What the page says of the run before its curves: a name, and a value.
@@ -80,13 +84,14 @@ impl Run<'_> {
             let peak = trainer.cx.pool.in_use().1 as u64;
             Summary::new(log, trainer.done - first, state.num_tokens, before, peak)
         };
-        if trainer.done >= total {
+        let ends = |trainer: &Trainer, state: &RunState| state.best.ends(&trainer.config.best);
+        if trainer.done >= total || ends(trainer, &state) {
             observer.info("this run is finished; nothing is left to do");
         }
         let mut watch = Watch::default();
-        while trainer.done < total {
+        while trainer.done < total && !ends(trainer, &state) {
             if self.stop.requested() {
-                self.save(trainer, method, &state, &mut log, Prune::Yes)?;
+                self.save(trainer, method, &mut state, &mut log, Prune::Yes)?;
                 self.page(&*observer, &summary(trainer, &state, &log));
                 let message = format!(
                     "stopped after step {} of {total}; go on with the same command and --resume",
@@ -106,7 +111,7 @@ impl Run<'_> {
                     // unless that gave the numbers that are not finite.
                     let usable = !trainer.not_finite && trainer.done > 0;
                     if usable && trainer.config.save_strategy != When::No {
-                        self.save(trainer, method, &state, &mut log, Prune::No)?;
+                        self.save(trainer, method, &mut state, &mut log, Prune::No)?;
                         if checkpoint::is_saved(dir, trainer.done) {
                             observer.warn(&format!(
                                 "checkpoint-{} holds the steps before the error",
@@ -124,9 +129,10 @@ impl Run<'_> {
             self.take(trainer, method, &step, &mut state, &mut log, &mut watch)?;
         }
         // The checkpoint first: if the model cannot be written, --resume writes it.
-        if trainer.config.save_strategy != When::No && resumed != Some(total) {
-            self.save(trainer, method, &state, &mut log, Prune::Yes)?;
+        if trainer.config.save_strategy != When::No && resumed != Some(trainer.done) {
+            self.save(trainer, method, &mut state, &mut log, Prune::Yes)?;
         }
+        self.take_best(trainer, &state.best)?;
         trainer.write_model(dir, &self.parts).map_err(|e| self.way_out(trainer, e))?;
         self.folder.discard_overwritten()?;
         log.sync();
@@ -160,6 +166,38 @@ impl Run<'_> {
             }
         }
         Err(first)
+    }
+
+    /// Says that the run ended early, and takes up the best checkpoint where the options ask for
+    /// it.
+    fn take_best(&self, trainer: &mut Trainer, best: &BestModel) -> Result<()> {
+        let (options, done) = (trainer.config.best.clone(), trainer.done);
+        let observer = trainer.cx.observer.clone();
+        if best.ends(&options) && done < trainer.plan.total_steps {
+            observer.info(&format!(
+                "stopped early, after step {done}: {}; {} evaluations in a row did not improve on it",
+                best.told(&options),
+                best.misses()
+            ));
+        }
+        if !options.load_best_model_at_end {
+            return Ok(());
+        }
+        let Some(step) = best.saved() else {
+            observer.warn("no best checkpoint was saved; the result is the last model");
+            return Ok(());
+        };
+        if step != done {
+            let path = checkpoint::checkpoint_path(self.folder.path(), step);
+            checkpoint::verify(&path)?;
+            trainer.read_state(&path)?;
+            trainer.done = done;
+        }
+        observer.info(&format!(
+            "the result is the model of checkpoint-{step}: {}",
+            best.told(&options)
+        ));
+        Ok(())
     }
 
     /// Logs, evaluates and saves where a step asks for it.
@@ -217,12 +255,18 @@ impl Run<'_> {
         if evaluate && method.eval_rows() > 0 {
             let batch = trainer.config.per_device_eval_batch_size;
             let results = method.evaluate(&mut trainer.cx, &trainer.model, batch)?;
+            state.best.take(&trainer.config.best, step.number, &results)?;
             let named: Vec<(String, f64)> =
                 results.into_iter().map(|(n, v)| (format!("eval_{n}"), v)).collect();
             let mut metrics: Vec<(&str, MetricValue)> =
                 named.iter().map(|(n, v)| (n.as_str(), (*v).into())).collect();
             metrics.push(("epoch", step.epoch.into()));
             log.log(step.number, &metrics)?;
+            if let Some(samples) = &self.samples {
+                let observer = trainer.cx.observer.clone();
+                let lines = samples.take(&mut trainer.cx, &mut trainer.model, &*observer)?;
+                log.completions(step.number, lines)?;
+            }
         }
         let save = match trainer.config.save_strategy {
             When::No => false,
@@ -290,7 +334,7 @@ impl Run<'_> {
         &self,
         trainer: &Trainer,
         method: &dyn Method,
-        state: &RunState,
+        state: &mut RunState,
         log: &mut RunLog,
         prune: Prune,
     ) -> Result<()> {
@@ -299,28 +343,42 @@ impl Run<'_> {
             return Ok(());
         }
         log.sync();
-        let log = &*log;
+        let (log, before) = (&*log, state.best.clone());
+        state.best.saving(step);
+        let state_now = &*state;
         // Their errors end the run; below, an `Error::Run` is a state that is not finite.
         let (read, files) = (self.inputs.to_bytes()?, method.state()?);
         let write = || -> Result<()> {
             let mut writer = CheckpointWriter::new(dir, step, trainer.state_bytes(&self.parts))?;
-            trainer.write_state(&mut writer, &self.parts, state)?;
+            trainer.write_state(&mut writer, &self.parts, state_now)?;
             writer.add_file(inputs::FILE, &read)?;
             for (name, bytes) in &files {
                 writer.add_file(name, bytes)?;
             }
-            let more = [("train_batch_size", json!(trainer.config.per_device_train_batch_size))];
+            let (metric, best_step) = state_now.best.shown();
+            let best = state_now.best.saved().map(|n| checkpoint::checkpoint_path(dir, n));
+            let more = [
+                ("train_batch_size", json!(trainer.config.per_device_train_batch_size)),
+                ("best_metric", metric),
+                ("best_global_step", best_step),
+                ("best_model_checkpoint", json!(best)),
+            ];
             writer.add_file(
                 "trainer_state.json",
                 &log.trainer_state(step, trainer.plan.epoch(step), &more),
             )?;
             writer.finish()?;
             if prune == Prune::Yes {
-                checkpoint::prune(dir, trainer.config.save_total_limit, step)?;
+                let best = state_now.best.kept(&trainer.config.best);
+                checkpoint::prune_but(dir, trainer.config.save_total_limit, step, best)?;
             }
             Ok(())
         };
-        match write() {
+        let written = write();
+        if written.is_err() {
+            state.best = before;
+        }
+        match written {
             // No space, or a state that is not finite.
             Err(e) if e.is_no_space() || matches!(e, Error::Run(_)) => {
                 let text =

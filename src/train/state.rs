@@ -8,6 +8,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::best::BestModel;
 use super::{Means, Trainer};
 use crate::checkpoint::CheckpointWriter;
 use crate::data::jinja::Clock;
@@ -30,6 +31,7 @@ use crate::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec};
 pub struct RunState {
     pub num_tokens: u64,
     pub means: Means,
+    pub best: BestModel,
 }
 
 /// What a written model folder needs beside the weights.
@@ -160,7 +162,7 @@ impl Trainer {
         }
         let state = json!({
             "step": self.done, "num_tokens": run.num_tokens, "seed": self.config.seed, "rows": self.plan.rows(),
-            "means": run.means.state(), "temper": env!("CARGO_PKG_VERSION"), "device": self.cx.device.name(),
+            "means": run.means.state(), "best": run.best.state(), "temper": env!("CARGO_PKG_VERSION"), "device": self.cx.device.name(),
             "dtype": self.cx.dtype.name(), "started": parts.started.map(|c| c.strftime(STARTED)),
         });
         writer.add_file(STATE, format!("{state:#}\n").as_bytes())
@@ -259,7 +261,11 @@ impl Trainer {
         self.done = number("step")?;
         let means = serde_json::from_value(state["means"].clone())
             .map_err(|e| Error::checkpoint(&path, format!("\"means\": {e}")))?;
-        Ok(RunState { num_tokens: number("num_tokens")?, means: Means::from_state(means) })
+        Ok(RunState {
+            num_tokens: number("num_tokens")?,
+            means: Means::from_state(means),
+            best: BestModel::from_state(&state["best"]),
+        })
     }
 
     /// About how many bytes a checkpoint has.

@@ -10,7 +10,8 @@ use crate::data::order::epoch_order;
 use crate::error::{Error, Result};
 use crate::methods::{Method, Metric};
 use crate::model::decoder::Decoder;
-use crate::optim::{AdamWConfig, Optimizer, schedule};
+use crate::optim::schedule::Schedule;
+use crate::optim::{AdamWConfig, Optimizer};
 
 /// What one optimizer step gave.
 #[derive(Clone, Debug)]
@@ -34,6 +35,7 @@ pub struct Trainer {
     pub optimizer: Optimizer,
     pub config: TrainingConfig,
     pub plan: StepPlan,
+    pub schedule: Schedule,
     /// Optimizer steps done.
     pub done: u64,
     /// The last step gave a loss or gradient that is not finite.
@@ -122,15 +124,8 @@ impl Trainer {
         plan: StepPlan,
     ) -> Result<Trainer> {
         let optimizer = Optimizer::new(&mut cx, model.trained(), AdamWConfig::of(&config))?;
-        Ok(Trainer { cx, model, optimizer, config, plan, done: 0, not_finite: false })
-    }
-
-    /// The learning rate of step `number` (from 0).
-    pub fn learning_rate(&self, number: u64) -> f64 {
-        let total = self.plan.total_steps;
-        let warmup = self.config.warmup_steps.of(total);
-        self.config.learning_rate
-            * schedule::factor(self.config.lr_scheduler_type, number, warmup, total)
+        let schedule = Schedule::of(&config, config.learning_rate, plan.total_steps)?;
+        Ok(Trainer { cx, model, optimizer, config, plan, schedule, done: 0, not_finite: false })
     }
 
     /// One optimizer step. A loss or gradient that is not finite changes nothing and is an error
@@ -144,7 +139,7 @@ impl Trainer {
         self.cx.param_grads[set].reset();
         method.begin(number)?;
         let report = method.step(&mut self.cx, &self.model, &refs)?;
-        let learning_rate = self.learning_rate(number);
+        let learning_rate = self.schedule.rate(number);
         let grad_norm = self.optimizer.measure(
             &mut self.cx,
             self.model.trained(),

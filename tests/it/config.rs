@@ -58,7 +58,7 @@ fn the_defaults_are_those_of_trl() {
         };
         assert_eq!(&ours, theirs, "{}", key.name);
     }
-    assert_eq!(compared, 31);
+    assert_eq!(compared, 35);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn values_out_of_range_and_contradictions_are_found() {
         ("warmup_steps=5 lr_scheduler_type=constant", "constant_with_warmup"),
         (
             "lr_scheduler_type=cosinus",
-            "one of linear, cosine, constant, constant_with_warmup; did you mean cosine?",
+            "warmup_stable_decay, constant, constant_with_warmup; did you mean cosine?",
         ),
         ("logging_steps=0", "at least 1"),
         ("save_steps=0", "save_strategy"),

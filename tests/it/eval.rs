@@ -57,12 +57,12 @@ fn prompts_are_answered_and_verified() {
         .collect();
     let data = write_rows(dir.path().join("rows.jsonl"), &rows);
     let found = eval(dir.path(), MODEL, &data, &["max_new_tokens=8"]);
-    let exact = &found["figures"]["exact_match"];
+    let exact = &found["metrics"]["exact_match"];
     assert_eq!((&exact["value"], &exact["rows"]), (&json!(0.5), &json!(4)), "{found}");
     // half of four: the deviation is sqrt(1/3), the mean's error half of it
     assert!((exact["stderr"].as_f64().unwrap() - (1f64 / 12.0).sqrt()).abs() < 1e-12);
     assert_eq!(found["rows"][4]["rewards"]["exact_match"], json!([null]));
-    assert_eq!(found["keys"]["temperature"], json!(0.0));
+    assert_eq!(found["options"]["temperature"], json!(0.0));
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn pass_at_k_is_of_the_sampled_completions() {
     let data = write_rows(dir.path().join("rows.jsonl"), &rows);
     let keys = ["n=4", "temperature=1", "max_new_tokens=6", "reward_funcs=regex:[aeiou]{2}|e.*t"];
     let found = eval(dir.path(), MODEL, &data, &keys);
-    let figure = |name: &str| found["figures"][name]["value"].as_f64().unwrap();
+    let figure = |name: &str| found["metrics"][name]["value"].as_f64().unwrap();
     let rows = found["rows"].as_array().unwrap();
     let right: Vec<f64> = rows
         .iter()
@@ -108,7 +108,7 @@ fn perplexity_is_of_the_log_probs_that_score_gives() {
         sum -= line["sum"].as_f64().unwrap();
         tokens += line["logps"].as_array().unwrap().len();
     }
-    let figure = |name: &str| found["figures"][name]["value"].as_f64().unwrap();
+    let figure = |name: &str| found["metrics"][name]["value"].as_f64().unwrap();
     assert_eq!(figure("tokens"), tokens as f64);
     // the same numbers, added in the same order
     assert!((figure("perplexity") / (sum / tokens as f64).exp() - 1.0).abs() < 1e-9, "{found}");
@@ -138,9 +138,9 @@ fn pairs_are_ranked_as_the_reward_run_ranks_them() {
     ]);
     let last = metrics(Path::new(model)).pop().unwrap();
     let found = eval(dir.path(), model, pairs, &[]);
-    assert_eq!(found["figures"]["accuracy"]["value"], last["eval_accuracy"], "{last}");
+    assert_eq!(found["metrics"]["accuracy"]["value"], last["eval_accuracy"], "{last}");
     // a shared prompt is computed once in the run: other blocks of the same sums
-    let margin = found["figures"]["margin"]["value"].as_f64().unwrap();
+    let margin = found["metrics"]["margin"]["value"].as_f64().unwrap();
     assert!((margin - last["eval_margin"].as_f64().unwrap()).abs() < 1e-5, "{last} {margin}");
     let (code, _, err) = temper(&["eval", "--model", MODEL, "--device", "cpu", "--data", pairs]);
     assert!(code == Some(2) && err.contains("reward model"), "{err}");

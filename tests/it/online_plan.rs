@@ -207,6 +207,7 @@ fn the_cache_takes_what_is_left() {
             reference: false,
             online: Some(&build),
             sequences: method.planned_sequences(),
+            samples: None,
         };
         let cx = cpu_in(DType::F32);
         let fitted = |available| fit(&cx, &ask, available).unwrap();

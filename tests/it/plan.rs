@@ -49,6 +49,7 @@ fn ask<'a>(model: &'a ModelConfig, run: &SftRun, length: usize) -> PlanRequest<'
         reference: false,
         online: None,
         sequences: None,
+        samples: None,
     }
 }
 
@@ -88,7 +89,7 @@ fn the_plan_is_within_five_per_cent_of_the_high_water_mark() {
         format!("{LORA} load_in_4bit=true use_bnb_nested_quant=true"),
         format!("{LORA} use_dora=true"),
     );
-    let runs: [(&str, Recompute); 12] = [
+    let runs: [(&str, Recompute); 13] = [
         ("", Recompute::Off),
         ("", Recompute::Light),
         (LORA, Recompute::Light),
@@ -101,6 +102,7 @@ fn the_plan_is_within_five_per_cent_of_the_high_water_mark() {
         (&dora, Recompute::Off),
         ("optim=adamw_8bit", Recompute::Off),
         ("optim=adamw_bf16_moments", Recompute::Layers),
+        ("optim=muon", Recompute::Off),
     ];
     let mut report = String::new();
     for (model, rows, length) in shapes() {

@@ -27,7 +27,7 @@ use crate::methods::{MethodInputs, Metric};
 use crate::model::batch::{Batch, Group, Sequence};
 use crate::model::decoder::Decoder;
 use crate::observer::number;
-use crate::observer::output::clean;
+use crate::observer::output::excerpt;
 use crate::ops::head::head_logps;
 use crate::rewards::Scores;
 
@@ -325,19 +325,4 @@ impl RolloutEnv {
         self.seconds = Seconds::default();
         Ok(metrics::of_generation(&rollouts, &scores))
     }
-}
-
-/// Characters of a completion that are shown, at most.
-const EXCERPT: usize = 300;
-
-/// The beginning of a text, in one line.
-fn excerpt(text: &str) -> String {
-    let mut characters = text.chars();
-    let mut shown: String = characters.by_ref().take(EXCERPT).collect();
-    let rest = characters.count();
-    shown = clean(&shown).split_whitespace().collect::<Vec<_>>().join(" ");
-    if rest > 0 {
-        shown += &format!(" [{rest} more characters]");
-    }
-    shown
 }

@@ -47,7 +47,7 @@ use crate::ops::head::head_logps;
 use crate::ops::policy::{
     ImportanceLevel, PolicyInputs, PolicyLoss, Term, policy_loss, value_loss,
 };
-use crate::optim::schedule;
+use crate::optim::schedule::Schedule;
 use crate::rng::seed;
 use crate::tensor::Tensor;
 
@@ -302,12 +302,11 @@ impl Ppo {
     }
 
     /// The value model's learning rate at a step.
-    fn learning_rate(&self, step: u64) -> f64 {
+    fn learning_rate(&self, step: u64) -> Result<f64> {
         let each = self.schedule.epoch() / self.schedule.accumulation;
         let total = self.training.total_steps(each as u64);
-        let warmup = self.training.warmup_steps.of(total);
         let peak = self.options.value_learning_rate.unwrap_or(self.training.learning_rate);
-        peak * schedule::factor(self.training.lr_scheduler_type, step, warmup, total)
+        Ok(Schedule::of(&self.training, peak, total)?.rate(step))
     }
 }
 
@@ -352,7 +351,7 @@ impl OnlineObjective for Ppo {
         }
         report.metrics.push(("loss/policy_avg".into(), f64::from(policy)));
         report.metrics.push(("loss/value_avg".into(), f64::from(value)));
-        let rate = self.learning_rate(at.step);
+        let rate = self.learning_rate(at.step)?;
         let norm = self.critic()?.measure(cx, rate, at.step + 1)?;
         report.metrics.push(("val/grad_norm".into(), f64::from(norm)));
         let loss = policy + self.options.vf_coef as f32 * value;
