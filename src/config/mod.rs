@@ -20,6 +20,7 @@ mod reward_specs;
 mod shared;
 mod template;
 mod training;
+mod trl;
 pub mod value;
 mod yaml;
 
@@ -34,7 +35,7 @@ use crate::fsio;
 
 pub use data::{ColumnMap, DataOptions, OnBadRow};
 pub use eval::EvalConfig;
-pub use foreign::is_foreign;
+pub use foreign::{described, is_foreign};
 pub use generate::GenerateConfig;
 pub use paths::PathText;
 pub use peft::{LoraBias, PeftConfig, PeftType, Quantisation};
@@ -49,6 +50,7 @@ pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, LearningRateSchedule,
     MatmulChoice, Optim, SamplingStrategy, TrainingConfig, When,
 };
+pub use trl::{TrlFiles, has_trl_key, to_trl};
 pub use value::Amount;
 
 /// A key, as `--help-options` prints it and the parser reads it.
