@@ -170,8 +170,8 @@ fn preferences_count_only_what_the_assistant_says_if_asked() {
     assert_eq!(text(&said.chosen), "sure<|im_end|>done<|im_end|>");
     assert_eq!(text(&said.rejected), "no<|im_end|>");
     assert_eq!(all.shared, said.shared, "the prompt is shared all the same");
-    // One turn: the option changes nothing.
-    assert_eq!(all.rejected, said.rejected);
+    // The template has tags, and what it writes after a turn is outside of them.
+    assert_eq!(text(&all.rejected), "no<|im_end|>\n");
 
     let single = |assistant_only_loss: bool| {
         let options = PreferenceOptions { assistant_only_loss, ..Default::default() };
@@ -204,7 +204,9 @@ fn every_method_with_masks_trains_on_assistant_turns() {
     let messages: Value = [&ask[..], talk().as_array().unwrap().as_slice()].concat().into();
     let no = [turn("assistant", "no")];
     let model = MODEL;
-    let teacher = format!("teacher_model_name_or_path={model}");
+    // What the run of SFT leaves: from its own weights a student has nothing to learn.
+    let teacher = dir.path().join("sft assistant_only_loss=true");
+    let teacher = format!("teacher_model_name_or_path={}", teacher.display());
     let mut unpaired = vec![json!({ "prompt": ask, "completion": talk(), "label": true }); 2];
     unpaired.extend(vec![json!({ "prompt": ask, "completion": no, "label": false }); 2]);
     for (method, data, more) in [
