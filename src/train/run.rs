@@ -124,8 +124,13 @@ impl Run<'_> {
             self.take(trainer, method, &step, &mut state, &mut log, &mut watch)?;
         }
         // The checkpoint first: if the model cannot be written, --resume writes it.
-        if trainer.config.save_strategy != When::No && resumed != Some(total) {
-            self.save(trainer, method, &state, &mut log, Prune::Yes)?;
+        if trainer.config.save_strategy != When::No {
+            if resumed == Some(total) {
+                // The run was killed after its last checkpoint, perhaps before older ones went.
+                checkpoint::prune(dir, trainer.config.save_total_limit, total)?;
+            } else {
+                self.save(trainer, method, &state, &mut log, Prune::Yes)?;
+            }
         }
         trainer.write_model(dir, &self.parts).map_err(|e| self.way_out(trainer, e))?;
         self.folder.discard_overwritten()?;
