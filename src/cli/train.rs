@@ -40,6 +40,9 @@ pub struct TrainArgs {
     /// replace the run that --output holds
     #[arg(long)]
     overwrite: bool,
+    /// write the options to FILE, for `trl COMMAND --config FILE`, and train nothing
+    #[arg(long, value_name = "FILE")]
+    write_trl: Option<PathBuf>,
     /// print every option with its type, default and meaning
     #[arg(long, alias = "help-keys")]
     help_options: bool,
@@ -74,5 +77,8 @@ pub fn run(entry: &MethodEntry, mut args: TrainArgs) -> Result<()> {
     if let Some(dir) = args.adapter {
         training = training.adapter(dir);
     }
-    training.run().map(drop)
+    match args.write_trl {
+        Some(file) => training.write_trl(&file),
+        None => training.run().map(drop),
+    }
 }

@@ -60,6 +60,14 @@ fn meaning(key: &str, given: &Given, online: bool) -> Option<Fate> {
         ("shuffle_dataset", "false") if online => {
             means("train_sampling_strategy", "sequential", "shuffle_dataset = false")
         }
+        ("reward_model_name_or_path", _) if !given.is_none() => {
+            let value = given.shown().trim_matches('"').to_string();
+            Some(Fate::Means(
+                "reward_model",
+                value,
+                "reward_model_name_or_path is reward_model here",
+            ))
+        }
         ("evaluation_strategy", _) => means(
             "eval_strategy",
             shown.trim_matches('"'),
@@ -69,6 +77,35 @@ fn meaning(key: &str, given: &Given, online: bool) -> Option<Fate> {
     }
 }
 
+/// What becomes of a key in words, for the docs; None: neither TRL nor transformers has it, as far
+/// as we know.
+pub fn described(key: &str) -> Option<String> {
+    if let Some((_, meaning)) = MEANINGS.iter().find(|(keys, _)| keys.contains(&key)) {
+        return Some(format!("means {meaning}"));
+    }
+    if let Some((_, why)) = NO_EFFECT.iter().find(|(keys, _)| keys.contains(&key)) {
+        return Some(format!("no effect: {why}"));
+    }
+    let (_, neutral, message) = MATTERS.iter().find(|(k, ..)| *k == key)?;
+    let off = neutral.iter().filter(|n| !n.is_empty()).map(|n| format!("`{n}`, "));
+    Some(format!("refused, but for {}none: {message}", off.collect::<String>()))
+}
+
+/// What [`meaning`] makes of keys, in words.
+const MEANINGS: &[(&[&str], &str)] = &[
+    (&["bf16"], "`dtype`: true bfloat16, false float32"),
+    (&["torch_dtype"], "`dtype`"),
+    (&["use_cpu", "no_cuda"], "`device = \"cpu\"`, if true"),
+    (&["warmup_ratio"], "`warmup_steps`, a share of the steps"),
+    (&["do_sample"], "`temperature = 0`, if false"),
+    (
+        &["shuffle_dataset"],
+        "`train_sampling_strategy`: true random, false sequential (in online methods)",
+    ),
+    (&["evaluation_strategy"], "`eval_strategy`"),
+    (&["reward_model_name_or_path"], "`reward_model`"),
+];
+
 /// Keys that change no number here, and why.
 const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["fp16"], "float16 is not computed in; dtype says what is"),
@@ -77,7 +114,11 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["use_cpu", "no_cuda"], "device says where the run is"),
     (&["warmup_ratio", "do_sample"], "it is off"),
     (&["model_name_or_path"], "--model says which model"),
-    (&["dataset_name"], "--data FILE says which rows"),
+    (&["dataset_name", "datasets"], "--data FILE says which rows"),
+    (&["test_split_size"], "--eval-data or eval_rows says which rows are evaluated on"),
+    (&["streaming"], "rows are read before the run"),
+    (&["env"], "temper sets no environment variables; set them in the shell"),
+    (&["reward_model_name_or_path"], "no reward model is named"),
     (&["output_dir", "overwrite_output_dir"], "--output DIR says where the run is written"),
     (
         &["run_name", "logging_dir", "project", "trackio_space_id"],
@@ -273,6 +314,17 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_key_means_is_said_in_words() {
+        for (keys, _) in MEANINGS {
+            for key in *keys {
+                let fates =
+                    ["true", "false", "x"].map(|value| fate(key, &Given::Text(value.into()), true));
+                assert!(fates.iter().flatten().any(|f| matches!(f, Fate::Means(..))), "{key}");
+            }
+        }
+    }
 
     #[test]
     fn a_foreign_key_stands_in_one_list() {

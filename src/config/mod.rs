@@ -25,6 +25,7 @@ mod serve;
 mod shared;
 mod template;
 mod training;
+mod trl;
 pub mod value;
 mod yaml;
 
@@ -40,7 +41,7 @@ use crate::fsio;
 pub use best::BestModelOptions;
 pub use data::{ColumnMap, DataOptions, OnBadRow};
 pub use eval::{EvalConfig, ScoredChoice};
-pub use foreign::is_foreign;
+pub use foreign::{described, is_foreign};
 pub use generate::GenerateConfig;
 pub use muon::{MuonAdjust, MuonOptions};
 pub use paths::PathText;
@@ -59,6 +60,7 @@ pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, MatmulChoice, Optim,
     SamplingStrategy, TrainingConfig, When,
 };
+pub use trl::{TrlFiles, has_trl_key, to_trl};
 pub use value::Amount;
 
 /// A key, as `--help-options` prints it and the parser reads it.

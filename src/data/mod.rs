@@ -43,4 +43,4 @@ pub mod sft;
 pub mod split;
 mod template;
 pub mod tokenizer;
-mod turns;
+pub mod turns;

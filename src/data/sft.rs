@@ -21,7 +21,7 @@ use super::packing::PackingStrategy;
 use super::render::{EosToken, Renderer};
 use super::rows::Row;
 use super::tokenizer::Tokenizer;
-use super::turns::assistant_spans;
+use super::turns::assistant_mask;
 use crate::error::{Error, Result};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -294,40 +294,7 @@ impl<'a> Maker<'a> {
             let ids = self.renderer.encode(row, &rendered.text, false)?;
             return Ok(MaskedSequence::new(&[], &ids));
         }
-        let (ids, spans) = self.renderer.tokenizer.encode_offsets(&rendered.text, false)?;
-        self.renderer.check(row, &ids)?;
-        let mut mask = vec![false; ids.len()];
-        let token_at = |c: usize| spans.iter().position(|(start, end)| (*start..*end).contains(&c));
-        let spans_said = match self.renderer.marks_turns(example) {
-            true => rendered.generation_spans,
-            false => assistant_spans(&self.renderer, row, example, messages, &rendered.text)?,
-        };
-        for span in spans_said {
-            // as transformers: the first token that holds a character; no last token means up to
-            // the end
-            let Some(start) = token_at(span.start) else { break };
-            let end = match span.end.checked_sub(1).and_then(token_at) {
-                None | Some(0) => ids.len(),
-                Some(last) => last + 1,
-            };
-            if start < end {
-                mask[start..end].fill(true);
-            }
-        }
-        if !mask.contains(&true) {
-            let message = match self.renderer.marks_turns(example) {
-                true => {
-                    "assistant_only_loss=true, and the assistant says nothing here; remove the row"
-                }
-                false => {
-                    "assistant_only_loss=true, and the chat template shows nothing that the assistant \
-                     says here; remove the row, or put {% generation %} and {% endgeneration %} around \
-                     what the assistant says in the template (chat_template_path)"
-                }
-            };
-            return Err(row.error(message));
-        }
-        Ok(MaskedSequence { input_ids: ids, target_mask: mask })
+        assistant_mask(&self.renderer, row, example, messages, rendered)
     }
 }
 

@@ -2,8 +2,8 @@
 //! Layer 6.
 //!
 //! Invariant: a turn begins where the generation prompt ends (what the model is given when it
-//! speaks) and ends with the token that ends it, without the white space that the template writes
-//! after it. A turn whose place is not certain is an error that shows it.
+//! speaks) and ends where the template begins the next message, as in TRL's templates with tags. A
+//! turn whose place is not certain is an error that shows it.
 //!
 //! The place comes from prefixes: messages before the turn with the generation prompt, and messages
 //! up to the turn. Templates that write earlier turns in another way than the last (Qwen3 and
@@ -14,8 +14,9 @@ use std::ops::Range;
 
 use serde_json::{Value, json};
 
+use super::chat::Rendered;
 use super::format::ParsedRow;
-use super::masked::common;
+use super::masked::{MaskedSequence, common};
 use super::render::Renderer;
 use super::rows::Row;
 use crate::error::{Error, Result};
@@ -30,6 +31,49 @@ struct Talk<'a> {
     example: &'a ParsedRow,
     messages: &'a [Value],
     whole: &'a str,
+}
+
+/// The ids of a rendered conversation, with what the assistant says as targets: what the template
+/// marks, else its turns.
+pub fn assistant_mask(
+    renderer: &Renderer,
+    row: &Row,
+    example: &ParsedRow,
+    messages: &[Value],
+    rendered: Rendered,
+) -> Result<MaskedSequence> {
+    let (ids, spans) = renderer.tokenizer.encode_offsets(&rendered.text, false)?;
+    renderer.check(row, &ids)?;
+    let mut mask = vec![false; ids.len()];
+    let token_at = |c: usize| spans.iter().position(|(start, end)| (*start..*end).contains(&c));
+    let marked = renderer.marks_turns(example);
+    let said = match marked {
+        true => rendered.generation_spans,
+        false => assistant_spans(renderer, row, example, messages, &rendered.text)?,
+    };
+    for span in said {
+        // as transformers: the first token that holds a character; no last token means up to the
+        // end
+        let Some(start) = token_at(span.start) else { break };
+        let end = match span.end.checked_sub(1).and_then(token_at) {
+            None | Some(0) => ids.len(),
+            Some(last) => last + 1,
+        };
+        if start < end {
+            mask[start..end].fill(true);
+        }
+    }
+    if mask.contains(&true) {
+        return Ok(MaskedSequence { input_ids: ids, target_mask: mask });
+    }
+    Err(row.error(match marked {
+        true => "assistant_only_loss=true, and the assistant says nothing here; remove the row",
+        false => {
+            "assistant_only_loss=true, and the chat template shows nothing that the assistant says \
+             here; remove the row, or put {% generation %} and {% endgeneration %} around what the \
+             assistant says in the template (chat_template_path)"
+        }
+    }))
 }
 
 /// The spans, in characters of `whole`, of the assistant's turns.
@@ -70,17 +114,19 @@ impl Talk<'_> {
         let last = i + 1 == self.messages.len();
         let ended =
             if last { Ok(self.whole.into()) } else { self.render(&self.messages[..=i], false) };
-        let start = match (&before, &begun) {
+        // A prompt that is whole here gives the place. Of one that is begun (`<think>` after the
+        // header, and the turn does not think), what the turn begins with may match by chance.
+        let (start, certain) = match (&before, &begun) {
             (Ok(before), Ok(begun)) => {
                 let same = shared(begun, self.whole);
-                (same > before.len() || begun.len() == same).then_some(same)
+                let whole = begun.len() == same;
+                ((same > before.len() || whole).then_some(same), whole)
             }
-            _ => None,
+            _ => (None, false),
         };
-        let end = ended.ok().filter(|e| self.whole.starts_with(e.as_str()));
-        let end = end.map(|e| e.trim_end().len());
+        let end = ended.ok().filter(|e| self.whole.starts_with(e.as_str())).map(|e| e.len());
         match (start, end) {
-            (Some(start), Some(end)) if start <= end => Ok(start..end),
+            (Some(start), Some(end)) if certain && start <= end => Ok(start..end),
             _ => self.probed(i, start, end).ok_or_else(|| self.unclear(i)),
         }
     }
@@ -96,8 +142,8 @@ impl Talk<'_> {
         let body = shared(&other, self.whole);
         let tail = shared_end(&other[body..], &self.whole[body..]);
         let body_end = self.whole.len() - tail;
-        let start = match start.filter(|s| *s <= body) {
-            Some(start) => start,
+        let start = match start {
+            Some(start) => start.min(body),
             None => {
                 let prompt = self.generation_prompt(i)?;
                 self.whole[..body].rfind(&prompt)? + prompt.len()
@@ -108,11 +154,11 @@ impl Talk<'_> {
             None => {
                 let alone = self.render(&self.messages[..=i], false).ok()?;
                 let other = probe(&self.messages[..=i])?;
-                let closing = alone[alone.len() - shared_end(&alone, &other)..].trim_end();
+                let closing = &alone[alone.len() - shared_end(&alone, &other)..];
                 let rest = &self.whole[body_end..];
-                match rest.starts_with(closing) {
-                    true => body_end + closing.len(),
-                    false => body_end + self.renderer.tokenizer.special_prefix(rest)?,
+                match [closing, closing.trim_end()].iter().find(|c| rest.starts_with(**c)) {
+                    Some(closing) => body_end + closing.len(),
+                    None => body_end + self.renderer.tokenizer.special_prefix(rest)?,
                 }
             }
         };

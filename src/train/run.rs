@@ -129,8 +129,14 @@ impl Run<'_> {
             self.take(trainer, method, &step, &mut state, &mut log, &mut watch)?;
         }
         // The checkpoint first: if the model cannot be written, --resume writes it.
-        if trainer.config.save_strategy != When::No && resumed != Some(trainer.done) {
-            self.save(trainer, method, &mut state, &mut log, Prune::Yes)?;
+        if trainer.config.save_strategy != When::No {
+            if resumed == Some(trainer.done) {
+                // The run was killed after its last checkpoint, perhaps before older ones went.
+                let best = state.best.kept(&trainer.config.best);
+                checkpoint::prune_but(dir, trainer.config.save_total_limit, trainer.done, best)?;
+            } else {
+                self.save(trainer, method, &mut state, &mut log, Prune::Yes)?;
+            }
         }
         self.take_best(trainer, &state.best)?;
         trainer.write_model(dir, &self.parts).map_err(|e| self.way_out(trainer, e))?;

@@ -13,7 +13,7 @@ use super::job::{FinishedJob, Job, execute};
 use super::summary::{Summary, next_commands};
 use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
-use crate::config::{self, TrainingConfig, When};
+use crate::config::{self, TrainingConfig, TrlFiles, When};
 use crate::data::read::{FolderSplit, WantedFields, read};
 use crate::data::rows::Row;
 use crate::error::{Error, Result};
@@ -184,6 +184,24 @@ impl Training {
         let finished = self.execute(cx, &dir, &folder)?;
         self.observer.summary(&self.summary(&finished.summary));
         Ok(finished)
+    }
+
+    /// Writes the options into a file for TRL's command of the same method, and trains nothing.
+    /// Error: see [`config::to_trl`].
+    pub fn write_trl(mut self, file: &Path) -> Result<()> {
+        self.prepare()?;
+        let files = TrlFiles {
+            model: &self.model,
+            data: &self.data,
+            eval_data: &self.eval_data,
+            output: &self.output,
+        };
+        let defaults = (self.entry.run)();
+        let name = self.entry.name;
+        let text = config::to_trl(name, &self.run.sections(), &defaults.sections(), &files)?;
+        fsio::atomic_write(file, text.as_bytes())?;
+        self.observer.note(&format!("{} is for trl {name} --config", file.display()));
+        Ok(())
     }
 
     /// What the run took and reached, where it is, and what to try next.

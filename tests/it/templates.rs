@@ -20,8 +20,8 @@ fn chatml(head: &str, open: &str, close: &str) -> String {
         "{{%- set ns = namespace(last=0) %}}{{%- for m in messages %}}{{%- if m.role == 'user' %}}\
          {{%- set ns.last = loop.index0 %}}{{%- endif %}}{{%- endfor %}}\
          {{%- for m in messages %}}{{{{- '<|im_start|>' + m.role + '\\n' }}}}\
-         {{%- if m.role == 'assistant' %}}{open}{head}{{{{- m.content + '<|im_end|>' }}}}{close}\
-         {{%- else %}}{{{{- m.content + '<|im_end|>' }}}}{{%- endif %}}{{{{- '\\n' }}}}{{%- endfor %}}\
+         {{%- if m.role == 'assistant' %}}{open}{head}{{{{- m.content + '<|im_end|>\\n' }}}}{close}\
+         {{%- else %}}{{{{- m.content + '<|im_end|>\\n' }}}}{{%- endif %}}{{%- endfor %}}\
          {{%- if add_generation_prompt %}}{{{{- '<|im_start|>assistant\\n' }}}}{{%- endif %}}"
     )
 }

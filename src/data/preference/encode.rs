@@ -7,10 +7,11 @@ use serde_json::Value;
 
 use crate::data::chat::ChatTemplate;
 use crate::data::format::{Content, Format, ParsedRow, RowContent};
-use crate::data::masked::common;
+use crate::data::masked::{MaskedSequence, common};
 use crate::data::render::{EosToken, Renderer, mixed};
 use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
+use crate::data::turns::assistant_mask;
 use crate::error::Result;
 
 /// What turns texts into ids: the same for all rows.
@@ -47,6 +48,40 @@ impl<'a> Encoder<'a> {
     ) -> Result<(Vec<u32>, Vec<u32>)> {
         let whole = self.renderer.whole(row, example, prompt, answer, Some(self.eos))?;
         Ok((self.renderer.prompt_ids(row, example, prompt)?, whole))
+    }
+
+    /// Prompt and answer as one sequence whose first `prompt` tokens are no targets: of the rest
+    /// all, or with `assistant_only` those of the assistant's turns.
+    pub fn completion(
+        &self,
+        row: &Row,
+        example: &ParsedRow,
+        content: (&Content, &Content),
+        whole: &[u32],
+        prompt: usize,
+        assistant_only: bool,
+    ) -> Result<MaskedSequence> {
+        let mut sequence = MaskedSequence::new(&whole[..prompt], &whole[prompt..]);
+        if !assistant_only {
+            return Ok(sequence);
+        }
+        let (Content::Chat(before), Content::Chat(answer)) = content else {
+            return Err(row.error(
+                "assistant_only_loss=true needs conversations, and this row is plain text; unset it",
+            ));
+        };
+        let messages = [before.as_slice(), answer].concat();
+        let rendered = self.renderer.render(row, example, &messages, false)?;
+        let said = assistant_mask(&self.renderer, row, example, &messages, rendered)?;
+        for (target, said) in sequence.target_mask.iter_mut().zip(&said.target_mask) {
+            *target &= *said;
+        }
+        match sequence.target_mask.contains(&true) {
+            true => Ok(sequence),
+            false => Err(row.error(
+                "assistant_only_loss=true, and the assistant says nothing in a completion; remove the row",
+            )),
+        }
     }
 
     /// How many leading tokens the prompt shares with prompt and answer, for one or both answers.

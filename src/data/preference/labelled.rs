@@ -19,6 +19,8 @@ use crate::error::Result;
 pub struct Labelled {
     pub prompt: Vec<u32>,
     pub completion: Vec<u32>,
+    /// Which tokens of the completion count.
+    pub target_mask: Vec<bool>,
     pub label: bool,
     pub row: usize,
 }
@@ -26,12 +28,14 @@ pub struct Labelled {
 impl Labelled {
     /// The row's own sequence, cut at the end.
     pub fn sequence(&self, max_length: Option<usize>) -> MaskedSequence {
-        joined(&self.prompt, &self.completion, max_length)
+        joined(&self.prompt, self, max_length)
     }
 }
 
-fn joined(prompt: &[u32], completion: &[u32], max_length: Option<usize>) -> MaskedSequence {
-    let mut sequence = MaskedSequence::new(prompt, completion);
+/// A prompt with an example's completion.
+fn joined(prompt: &[u32], of: &Labelled, max_length: Option<usize>) -> MaskedSequence {
+    let mut sequence = MaskedSequence::new(prompt, &of.completion);
+    sequence.target_mask[prompt.len()..].copy_from_slice(&of.target_mask);
     sequence.cut(max_length.unwrap_or(usize::MAX), TruncationMode::KeepStart);
     sequence
 }
@@ -44,7 +48,7 @@ pub fn mismatched(
     max_length: Option<usize>,
 ) -> Vec<MaskedSequence> {
     let rotate = |chunk: &[Labelled]| -> Vec<MaskedSequence> {
-        let before = |i: usize| &chunk[(i + chunk.len() - 1) % chunk.len()].completion;
+        let before = |i: usize| &chunk[(i + chunk.len() - 1) % chunk.len()];
         (0..chunk.len()).map(|i| joined(&chunk[i].prompt, before(i), max_length)).collect()
     };
     examples.chunks(batch.max(1)).flat_map(rotate).collect()
@@ -65,10 +69,11 @@ pub fn labelled(
 ) -> Result<(Vec<Labelled>, PreferenceStats)> {
     let mut stats = PreferenceStats::new(rows, options)?;
     let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
+    let maker = Maker { encoder, assistant_only: options.assistant_only_loss };
     let paired = rows[0].has("chosen") || rows[0].has("rejected");
     let made: Vec<Result<Vec<Made>>> = rows
         .par_iter()
-        .map(|row| if paired { both(&encoder, row) } else { Ok(vec![single(&encoder, row)?]) })
+        .map(|row| if paired { both(&maker, row) } else { Ok(vec![single(&maker, row)?]) })
         .collect();
     let mut good: Vec<(usize, Vec<Made>)> = Vec::with_capacity(rows.len());
     for (row, made) in made.into_iter().enumerate() {
@@ -95,8 +100,8 @@ pub fn labelled(
         if !stats.admit(&rows[row], n, options, true)? {
             continue;
         }
-        let example =
-            Labelled { prompt: made.prompt, completion: made.completion, label: made.label, row };
+        let Made { prompt, completion, target_mask, label, .. } = made;
+        let example = Labelled { prompt, completion, target_mask, label, row };
         stats.count(&example.sequence(options.max_length));
         examples.push(example);
     }
@@ -104,22 +109,29 @@ pub fn labelled(
     Ok((examples, stats))
 }
 
+/// What is the same for all rows.
+struct Maker<'a> {
+    encoder: Encoder<'a>,
+    assistant_only: bool,
+}
+
 #[derive(Clone)]
 struct Made {
     prompt: Vec<u32>,
     completion: Vec<u32>,
+    target_mask: Vec<bool>,
     label: bool,
     mismatch: Option<String>,
 }
 
-fn single(encoder: &Encoder, row: &Row) -> Result<Made> {
+fn single(maker: &Maker, row: &Row) -> Result<Made> {
     for field in ["prompt", "completion", "label"] {
         row.need(field)?;
     }
     let example = Format::Unpaired.parse(row, "text")?;
     match &example.content {
         RowContent::Unpaired { prompt, completion, label } => {
-            made(encoder, row, &example, prompt, completion, *label)
+            made(maker, row, &example, prompt, completion, *label)
         }
         _ => {
             Err(row.error("is no row with a label; give \"prompt\", \"completion\" and \"label\""))
@@ -127,24 +139,33 @@ fn single(encoder: &Encoder, row: &Row) -> Result<Made> {
     }
 }
 
-fn both(encoder: &Encoder, row: &Row) -> Result<Vec<Made>> {
+fn both(maker: &Maker, row: &Row) -> Result<Vec<Made>> {
     let pair = pair(row, true)?;
     let Some(prompt) = &pair.prompt else { return Err(row.error("has no prompt")) };
     Ok(vec![
-        made(encoder, row, &pair.example, prompt, &pair.chosen, true)?,
-        made(encoder, row, &pair.example, prompt, &pair.rejected, false)?,
+        made(maker, row, &pair.example, prompt, &pair.chosen, true)?,
+        made(maker, row, &pair.example, prompt, &pair.rejected, false)?,
     ])
 }
 
 fn made(
-    encoder: &Encoder,
+    maker: &Maker,
     row: &Row,
     example: &ParsedRow,
     prompt: &Content,
     completion: &Content,
     label: bool,
 ) -> Result<Made> {
+    let Maker { encoder, assistant_only } = maker;
     let (ids, whole) = encoder.prompt_and_whole(row, example, prompt, completion)?;
     let (same, mismatch) = encoder.shared(row, &ids, &[&whole])?;
-    Ok(Made { prompt: ids[..same].to_vec(), completion: whole[same..].to_vec(), label, mismatch })
+    let content = (prompt, completion);
+    let sequence = encoder.completion(row, example, content, &whole, same, *assistant_only)?;
+    Ok(Made {
+        prompt: whole[..same].to_vec(),
+        completion: whole[same..].to_vec(),
+        target_mask: sequence.target_mask[same..].to_vec(),
+        label,
+        mismatch,
+    })
 }

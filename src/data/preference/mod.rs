@@ -35,6 +35,9 @@ pub struct PreferenceOptions {
     pub on_truncation: OnTruncation,
     /// None: the tokenizer's.
     pub eos_token: Option<String>,
+    /// Of the completions' conversations, only what the assistant says counts ([`PairStyle::Dpo`]
+    /// and [`labelled`]).
+    pub assistant_only_loss: bool,
     pub on_bad_row: OnBadRow,
 }
 
@@ -45,6 +48,7 @@ impl Default for PreferenceOptions {
             truncation_mode: TruncationMode::KeepStart,
             on_truncation: OnTruncation::Truncate,
             eos_token: None,
+            assistant_only_loss: false,
             on_bad_row: OnBadRow::Error,
         }
     }

@@ -65,7 +65,7 @@ pub fn pairs(
     let make = |row: &Row| -> Result<Made> {
         let margin = if margins { Some(margin(row)?) } else { None };
         let (chosen, rejected, mismatch) = match style {
-            PairStyle::Dpo => dpo(&encoder, row)?,
+            PairStyle::Dpo => dpo(&encoder, row, options.assistant_only_loss)?,
             PairStyle::Orpo => orpo(&encoder, row)?,
             PairStyle::Reward => reward(&encoder, row)?,
         };
@@ -83,8 +83,8 @@ pub fn pairs(
         let long = options.max_length.is_some_and(|limit| longest > limit);
         // a prompt that fills max_length leaves no completion at the start, whatever else would be
         // done
-        let prompt = |s: &MaskedSequence| s.input_ids.len() - s.completion_tokens();
-        let fills = |limit: usize| prompt(&chosen).max(prompt(&rejected)) >= limit;
+        let free = |s: &MaskedSequence| s.target_mask.iter().take_while(|t| !**t).count();
+        let fills = |limit: usize| free(&chosen).max(free(&rejected)) >= limit;
         let mode = if style == PairStyle::Dpo {
             options.truncation_mode
         } else {
@@ -105,7 +105,6 @@ pub fn pairs(
             chosen.cut(limit, mode);
             rejected.cut(limit, mode);
         }
-        let free = |s: &MaskedSequence| s.target_mask.iter().take_while(|t| !**t).count();
         let shared =
             common(&chosen.input_ids, &rejected.input_ids).min(free(&chosen)).min(free(&rejected));
         stats.count(&chosen);
@@ -144,13 +143,16 @@ fn with_prompt(row: &Row) -> Result<(Pair, Content)> {
     }
 }
 
-fn dpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
+fn dpo(encoder: &Encoder, row: &Row, assistant_only: bool) -> Result<Sides> {
     let (pair, prompt) = with_prompt(row)?;
     let (ids, chosen) = encoder.prompt_and_whole(row, &pair.example, &prompt, &pair.chosen)?;
     let (_, rejected) = encoder.prompt_and_whole(row, &pair.example, &prompt, &pair.rejected)?;
     let (same, mismatch) = encoder.shared(row, &ids, &[&chosen, &rejected])?;
-    let side = |whole: &[u32]| MaskedSequence::new(&ids[..same], &whole[same..]);
-    Ok((side(&chosen), side(&rejected), mismatch))
+    let side = |answer: &Content, whole: &[u32]| {
+        let content = (&prompt, answer);
+        encoder.completion(row, &pair.example, content, whole, same, assistant_only)
+    };
+    Ok((side(&pair.chosen, &chosen)?, side(&pair.rejected, &rejected)?, mismatch))
 }
 
 fn reward(encoder: &Encoder, row: &Row) -> Result<Sides> {

@@ -29,6 +29,11 @@ section! {
     pub struct DistillConfig = "distill" {
         /// Softens both distributions.
         pub temperature: f64 = 0.9,
+        /// Compare on the completion only. none: yes for prompt-completion rows, no for others.
+        pub completion_only_loss: Option<bool> = None,
+        /// Compare on the assistant's turns only: what the chat template marks with
+        /// {% generation %}, else what follows its generation prompt.
+        pub assistant_only_loss: bool = false,
         ..pub teacher: TeacherOptions = TeacherOptions::default(),
         ..pub truncation: TruncationOptions = TruncationOptions::default(),
     }
@@ -49,7 +54,12 @@ impl BuildMethod for DistillConfig {
 
     fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
         let MethodInputs { tokenizer, template, model, on_bad_row, .. } = *inputs;
-        let options = SftOptions { on_bad_row, ..(&self.truncation).into() };
+        let options = SftOptions {
+            completion_only_loss: self.completion_only_loss,
+            assistant_only_loss: self.assistant_only_loss,
+            on_bad_row,
+            ..(&self.truncation).into()
+        };
         let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
             prepare(rows, tokenizer, template, model.vocab_size, &options)
         })?;

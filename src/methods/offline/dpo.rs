@@ -29,7 +29,7 @@ use std::path::Path;
 use crate::autograd::Cx;
 use crate::config::{ReferenceOptions, Report, TrainingConfig, TruncationOptions, section};
 use crate::data::masked::MaskedSequence;
-use crate::data::preference::{PairExample, PairStyle};
+use crate::data::preference::{PairExample, PairStyle, PreferenceOptions};
 use crate::error::Result;
 use crate::methods::offline::completions::{
     Forward, HeadPass, PairRows, chosen_nll, forward, pair_metrics, sums,
@@ -72,6 +72,9 @@ section! {
         pub use_weighting: bool = false,
         /// Ours. No reference model: its log-probs count as 0.
         pub reference_free: bool = false,
+        /// Ours. Of conversations, only the assistant's turns in a completion count. TRL: all that
+        /// follows the prompt, what a user says in between too.
+        pub assistant_only_loss: bool = false,
         ..pub reference: ReferenceOptions = ReferenceOptions::default(),
         ..pub truncation: TruncationOptions = TruncationOptions::default(),
     }
@@ -178,7 +181,11 @@ impl DpoObjective {
         training: &TrainingConfig,
         inputs: &MethodInputs,
     ) -> Result<(DpoObjective, String)> {
-        let (pairs, stats) = PairRows::new(inputs, PairStyle::Dpo, &(&config.truncation).into())?;
+        let options = PreferenceOptions {
+            assistant_only_loss: config.assistant_only_loss,
+            ..(&config.truncation).into()
+        };
+        let (pairs, stats) = PairRows::new(inputs, PairStyle::Dpo, &options)?;
         let longest = pairs.rows.longest();
         let reference = Reference::of(&config.reference, training, inputs, longest);
         let dpo = DpoObjective {

@@ -52,6 +52,9 @@ section! {
         pub desirable_weight: f64 = 1.0,
         /// Weight of the completions labelled false.
         pub undesirable_weight: f64 = 1.0,
+        /// Ours. Of conversations, only the assistant's turns in a completion count. TRL: all that
+        /// follows the prompt, what a user says in between too.
+        pub assistant_only_loss: bool = false,
         ..pub reference: ReferenceOptions = ReferenceOptions::default(),
         ..pub length: LengthOptions = LengthOptions::default(),
     }
@@ -125,7 +128,9 @@ impl KtoObjective {
         }
         let limit = config.length.max_length;
         let MethodInputs { tokenizer, template, model, on_bad_row, .. } = *inputs;
-        let options = PreferenceOptions { on_bad_row, ..(&config.length).into() };
+        let assistant_only_loss = config.assistant_only_loss;
+        let options =
+            PreferenceOptions { assistant_only_loss, on_bad_row, ..(&config.length).into() };
         let (rows, mut stats) = Rows::tokenise(inputs, |split, rows| {
             let (examples, stats) =
                 labelled(rows, tokenizer, template, model.vocab_size, &options)?;

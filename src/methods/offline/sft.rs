@@ -67,7 +67,8 @@ section! {
         pub packing_strategy: PackingStrategy = PackingStrategy::Bfd,
         /// Loss on the completion only. none: yes for prompt-completion rows, no for others.
         pub completion_only_loss: Option<bool> = None,
-        /// Loss on assistant turns only; the chat template must mark them with {% generation %}.
+        /// Loss on the assistant's turns only: what the chat template marks with {% generation %},
+        /// else what follows its generation prompt.
         pub assistant_only_loss: bool = false,
         /// The field of plain-text rows.
         pub dataset_text_field: String = "text".into(),
