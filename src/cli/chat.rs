@@ -93,6 +93,8 @@ fn reply(
     request: &Request,
 ) -> Result<String> {
     let longest = request.prompt.len() + options.max_new_tokens;
+    // Every reply computes its whole conversation anew.
+    model.begin_run(cx, longest + model.vocab().virtuals)?;
     let mut engine = Engine::new(cx, model, options.clone(), longest)?;
     engine.submit(request)?;
     let mut stream = tokenizer.stream(true);

@@ -47,7 +47,8 @@ section! {
         /// Dropout on LoRA's input. Projections that share an input share its mask.
         pub lora_dropout: f64 = 0.05,
         /// Names of the projections, all-linear, or a regular expression (text with one of ^ $ * +
-        /// ? ( [ |) over whole module names. none: the family's default (LoRA: q_proj, v_proj).
+        /// ? ( [ |) over whole module names. none: the family's default (LoRA: q_proj,
+        /// v_proj, or qkv_proj).
         pub lora_target_modules: Option<Vec<String>> = None,
         /// Modules that are trained whole beside the adapter, and saved with it: embed_tokens,
         /// lm_head, score, norm.

@@ -487,8 +487,8 @@ fn layer_types(
             types.len()
         ));
     }
-    let known = |t: &&Value| **t != "sliding_attention" && **t != "full_attention";
-    if let Some(other) = types.iter().find(known) {
+    let unknown = |t: &&Value| **t != "sliding_attention" && **t != "full_attention";
+    if let Some(other) = types.iter().find(unknown) {
         f.problem(format!(
             "layer_types has {other}; supported are full_attention and sliding_attention"
         ));

@@ -397,10 +397,9 @@ impl Decoder {
             let flips = |r: &RopeConfig| r.is_long(n) && !r.is_long(self.positions);
             if self.positions > 1 && self.config.ropes.iter().any(flips) {
                 let message = format!(
-                    "a sequence of {n} tokens: longrope was set up with its short factors, for \
-                     sequences of at most {} tokens, and one run uses one set of factors; limit \
-                     the length of all sequences, or let the longest come first",
-                    self.positions
+                    "a sequence of {n} tokens is longer than longrope's original length, and this \
+                     run began with the factors for shorter ones; a run uses one set of factors: \
+                     limit the length of its sequences"
                 );
                 return Err(Error::op("decoder", message));
             }
@@ -409,6 +408,16 @@ impl Decoder {
             self.wiring = Arc::new(());
         }
         Ok(())
+    }
+
+    /// As [`Decoder::ensure_positions`], for a run of its own that shares no results with what the
+    /// model did before: it may have longrope's other factors.
+    pub fn begin_run(&mut self, cx: &Cx, n: usize) -> Result<()> {
+        let other = |r: &RopeConfig| r.is_long(n) != r.is_long(self.positions);
+        if self.config.ropes.iter().any(other) {
+            self.positions = 1;
+        }
+        self.ensure_positions(cx, n.max(2))
     }
 
     /// Whether a forward of `other` reads the very memory that one of this model reads: one is a

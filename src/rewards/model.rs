@@ -38,7 +38,8 @@ impl RewardModel {
     /// Reads a folder. `setup`: what the run gives its template. Error: it is no reward model (one
     /// label).
     pub fn load(cx: &Cx, dir: &Path, setup: &TemplateSetup) -> Result<RewardModel> {
-        let model = Decoder::folder(dir)?.set(ParamSetId::Reward).build(cx)?;
+        // Longrope's short factors, always: a score must not depend on what came before it.
+        let model = Decoder::folder(dir)?.set(ParamSetId::Reward).positions(2).build(cx)?;
         if model.config.task != (Task::SequenceClassification { labels: 1 }) {
             let message = "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
             return Err(Error::model(dir, message));

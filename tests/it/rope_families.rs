@@ -334,13 +334,21 @@ fn one_run_has_one_choice_of_longropes_factors() {
     short.ensure_positions(&cx, 256).unwrap();
     assert_eq!(logps(&mut cx, &short), first);
     let error = short.ensure_positions(&cx, 257).unwrap_err().to_string();
-    assert!(error.contains("a sequence of 257 tokens: longrope was set up with its short"));
+    assert!(
+        error.contains("a sequence of 257 tokens is longer than longrope's original"),
+        "{error}"
+    );
     assert_eq!(logps(&mut cx, &short), first, "an error changes nothing");
     let mut long = decoder(&cx, golden("phi4_mini"), 1);
     long.ensure_positions(&cx, 257).unwrap();
     let other = logps(&mut cx, &long);
     assert_ne!(other, first);
     long.ensure_positions(&cx, 400).unwrap();
+    assert_eq!(logps(&mut cx, &long), other);
+    // Another run chooses anew, either way.
+    long.begin_run(&cx, 60).unwrap();
+    assert_eq!(logps(&mut cx, &long), first);
+    long.begin_run(&cx, 300).unwrap();
     assert_eq!(logps(&mut cx, &long), other);
 }
 
