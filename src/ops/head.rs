@@ -60,8 +60,8 @@ impl LogitMap {
             divisor: self.divisor,
             softcap: self.cap(),
         };
-        // The kernel's packs are as wide as the storage dtype's.
-        let packs = logits.numel().div_ceil(kernels::pack_width(cx.dtype.size()));
+        // All that it has is float, so its packs are, too, whatever the storage dtype.
+        let packs = logits.numel().div_ceil(kernels::pack_width(logits.dtype().size()));
         kernels::map_logits(&*cx.device, Launch::flat(packs), args)
     }
 

@@ -171,7 +171,16 @@ fn with(
 
 #[test]
 fn the_sizes_of_a_model_are_believed_only_within_bounds() {
-    for model in ["llama_gqa", "llama3_rope", "qwen3", "qwen2_yarn", "mistral_window"] {
+    for model in [
+        "llama_gqa",
+        "llama3_rope",
+        "qwen3",
+        "qwen2_yarn",
+        "mistral_window",
+        "gemma3",
+        "granite",
+        "olmo2",
+    ] {
         let map = object(fixture("models").join(model).join("config.json"));
         for at in numbers(&map) {
             for value in extremes() {

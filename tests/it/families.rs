@@ -279,7 +279,7 @@ fn gemma_2s_defaults_are_those_of_transformers() {
         ("use_bidirectional_attention", json!(true), "use_bidirectional_attention is true"),
         ("attn_logit_softcapping", json!(-1), "attn_logit_softcapping is -1; it must be a number"),
         ("query_pre_attn_scalar", json!(0), "query_pre_attn_scalar is 0; it must be a number"),
-        ("sliding_window", json!(null), "sliding_window is null, but there are layers"),
+        ("sliding_window", json!(null), "sliding attention, but sliding_window is null"),
         ("hidden_activation", json!("relu"), "hidden_activation is \"relu\"; supported are"),
     ] {
         let mut bad = raw.clone();
