@@ -223,6 +223,7 @@ fn the_plan_of_other_ropes_is_their_high_water_mark() {
             }
             let actual = trainer.cx.pool.in_use().1;
             let request = PlanRequest {
+                samples: None,
                 model: &model,
                 dir: Path::new("model"),
                 adapter: None,
