@@ -289,9 +289,16 @@ fn attack(inputs: &[Input], n: usize, dice: &mut Dice) -> Vec<String> {
         let input = &inputs[i % inputs.len()];
         let bad = damage(dice, &input.good);
         std::fs::write(input.dir.join(input.file), &bad).unwrap();
-        let start = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| (input.read)(&input.dir)));
-        let took = start.elapsed();
+        let timed = || {
+            let start = Instant::now();
+            let result = catch_unwind(AssertUnwindSafe(|| (input.read)(&input.dir)));
+            (result, start.elapsed())
+        };
+        // A machine that is busy is not the input's fault: what is slow is read once more.
+        let (result, took) = match timed() {
+            (Ok(()), took) if took > LIMIT => timed(),
+            other => other,
+        };
         if result.is_err() || took > LIMIT {
             let kept = std::env::temp_dir().join(format!("damage-{}-{i}", input.name));
             let _ = std::fs::write(&kept, &bad);
