@@ -165,7 +165,8 @@ fn adapters_and_quantised_bases_of_other_blocks_learn_and_generate() {
                 (losses, trainer)
             };
             let (first, mut trainer) = losses(Recompute::Off);
-            assert!(first[7] < first[0] && first.iter().all(|l| l.is_finite()), "{case} {keys}");
+            // Two batches are an epoch.
+            assert!(first[6] + first[7] < first[0] + first[1], "{case} {keys}: {first:?}");
             assert_eq!(first, losses(Recompute::Layers).0, "{case} {keys}: recomputed");
             let requests: [Vec<u32>; 2] = [vec![5, 9, 11], (3..40).collect()];
             let greedy = |n| EngineOptions::new(12, Sampling::greedy(), vec![], n);
