@@ -146,7 +146,7 @@ impl ScheduleArguments {
         given: &Map<String, Json>,
     ) -> Result<ScheduleArguments, String> {
         let (name, takes) = (schedule.name(), schedule.arguments());
-        for key in given.keys().filter(|key| !takes.contains(&key.as_str())) {
+        if let Some(key) = given.keys().find(|key| !takes.contains(&key.as_str())) {
             let hint = match (key.as_str(), takes.is_empty()) {
                 ("num_warmup_steps", _) => "give warmup_steps".to_string(),
                 (_, true) => format!("{name} takes no arguments"),
