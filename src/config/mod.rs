@@ -18,6 +18,7 @@ mod peft;
 mod resume;
 mod reward_specs;
 mod shared;
+mod sources;
 mod template;
 mod training;
 pub mod value;
@@ -44,6 +45,7 @@ pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
     SamplingOptions, TruncationMode, TruncationOptions,
 };
+pub use sources::{DataFile, DataFiles, MixtureStop};
 pub use template::{JsonObject, JsonObjects, TemplateOptions};
 pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, LearningRateSchedule,

@@ -20,6 +20,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "resume_with_changes",
     "max_row_bytes",
     "report_to",
+    "data_cache",
 ];
 
 /// Options that name files: their contents are compared, not their paths.
@@ -29,6 +30,7 @@ const COMPARED_BY_CONTENTS: &[&str] = &[
     "teacher_model_name_or_path",
     "reward_model",
     "reward_funcs",
+    "data",
 ];
 
 /// Compares the resolved file of the run that is resumed with `sections`: one line for each option

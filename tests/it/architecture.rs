@@ -262,10 +262,10 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cuda/find_blas.rs", 3),
     ("device/cuda/mod.rs", 40),
     ("device/pool.rs", 2),
+    ("fsio.rs", 1),
     ("ops/library.rs", 1),
     ("rollout/record.rs", 1),
     ("tensor/mod.rs", 6),
-    ("tensor/safetensors.rs", 1),
 ];
 
 #[test]
