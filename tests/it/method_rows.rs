@@ -80,7 +80,9 @@ fn the_plan_of_every_method_is_the_one_that_training_prints() {
         }
         let length = match entry.name {
             "online-dpo" | "gkd" => "max_new_tokens=4",
-            "grpo" | "rloo" | "reinforce" | "ppo" | "on-policy-distill" => "max_completion_length=4",
+            "grpo" | "rloo" | "reinforce" | "ppo" | "on-policy-distill" => {
+                "max_completion_length=4"
+            }
             _ => "max_length=64",
         };
         options.push(length);
