@@ -8,13 +8,20 @@ use crate::support::{MODEL, command, finish, write_rows};
 
 struct Setup {
     dir: tempfile::TempDir,
+    pairs: bool,
 }
 
 const HIT: &str = "tokenised rows are taken from ";
 
 impl Setup {
     fn new() -> Setup {
-        let setup = Setup { dir: tempfile::tempdir().unwrap() };
+        Setup::of("sft")
+    }
+
+    /// With rows of the method's kind.
+    fn of(method: &str) -> Setup {
+        let pairs = ["dpo", "reward", "orpo", "cpo"].contains(&method);
+        let setup = Setup { dir: tempfile::tempdir().unwrap(), pairs };
         setup.rows("a");
         setup
     }
@@ -24,7 +31,12 @@ impl Setup {
     }
 
     fn rows(&self, word: &str) {
-        let row = |i: usize| json!({ "prompt": format!("{word} {i}"), "completion": " x", "chosen": " y", "rejected": " z", "label": i % 2 == 0 });
+        let row = |i: usize| match self.pairs {
+            true => json!({ "prompt": format!("{word} {i}"), "chosen": " y", "rejected": " z" }),
+            false => {
+                json!({ "prompt": format!("{word} {i}"), "completion": " x", "label": i % 2 == 0 })
+            }
+        };
         write_rows(self.path("rows.jsonl"), &(0..8).map(row).collect::<Vec<_>>());
     }
 
@@ -64,7 +76,7 @@ fn a_second_start_has_the_same_rows_digests_and_bytes_for_every_method() {
         ("kto", &[]),
         ("distill", &[teacher]),
     ] {
-        let setup = Setup::new();
+        let setup = Setup::of(method);
         let (first, one) = setup.train(method, "one", more);
         assert!(!first.contains(HIT), "{method}: {first}");
         let (second, two) = setup.train(method, "two", more);
