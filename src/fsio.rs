@@ -224,6 +224,16 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     std::fs::read(path.as_ref()).map_err(|e| Error::io(path, e))
 }
 
+/// Maps a file to be read.
+pub fn map(path: impl AsRef<Path>) -> Result<memmap2::Mmap> {
+    let path = path.as_ref();
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    // SAFETY: the map is read-only and belongs to the caller. A file that another process cuts
+    // while it is mapped ends this process with SIGBUS; there is no undefined value. Our own files
+    // are replaced, never changed in place; those of a user are the user's.
+    unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))
+}
+
 /// The folder that holds `path` (`.` for a bare name).
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {

@@ -19,6 +19,8 @@ pub mod tag {
     pub const QUICKSTART: u32 = 0x0500_0000;
     /// Operands of the check of a library product ("gemm").
     pub const PRODUCT_CHECK: u32 = 0x6765_6d6d;
+    /// The source of each row of a mixture ("mixt").
+    pub const MIXTURE: u32 = 0x6d69_7874;
     /// GKD: whether a micro-batch is on-policy ("gkd").
     pub const ON_POLICY: u32 = 0x676b_6400;
     /// The order of rows in an epoch ("ordr").
@@ -27,6 +29,8 @@ pub mod tag {
 
 /// What a run's seed is xor-ed with where one kind of draw needs several streams of its own.
 pub mod seed {
+    /// The order of the rows of a mixture's sources ("mix").
+    pub const MIXTURE: u64 = 0x6d_69_78;
     /// The order of rollouts in a pass over them ("roll").
     pub const ROLLOUTS: u64 = 0x726f_6c6c;
     /// Prompts that dynamic sampling takes in addition ("dyna").

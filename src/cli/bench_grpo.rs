@@ -119,6 +119,7 @@ impl GrpoBench<'_> {
                 output: &folder.0,
                 rewards: &[reward],
                 setup: &Default::default(),
+                stored: None,
             },
         )?;
         let base = Decoder::builder(config)

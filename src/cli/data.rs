@@ -1,31 +1,37 @@
-//! `temper data`: what SFT makes of rows, before it trains on them. Layer 9.
+//! `temper data`: what a method makes of rows, before it trains on them. Layer 9.
 //!
-//! Invariant: tokens, masks and counts are those of `temper sft` with the same keys; every row that
-//! it would drop is named with its reason.
+//! Invariant: rows, tokens and masks are those of the method itself, which is built as training
+//! builds it; every row that it would drop is named with its reason.
 
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
-use crate::cli::args::{part_keys, read_data};
-use crate::data::chat::ChatTemplate;
-use crate::data::read::FolderSplit;
-use crate::data::rows::Row;
-use crate::data::sft::{OnTruncation, SftExample, SftOptions, prepare};
+use crate::cli::args::part_keys;
+use crate::config::value::Given;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
-use crate::methods::offline::sft::SftRun;
+use crate::methods::registry;
+use crate::methods::{BuiltMethod, Method, MethodRun, RowPart, RowView};
 use crate::model::hub::resolve_model;
-use crate::model::layout::ModelConfig;
+use crate::observer::Terminal;
 use crate::observer::output::{clean, note_line, print_line, shows_to_a_person};
+use crate::rewards::RewardFunction;
+use crate::train::rows::{RunFiles, RunRows};
+use crate::train::setup::{RunSetup, Weights};
+use crate::train::take_data;
 
-/// What `temper sft` would make of rows: loss mask, lengths, EOS and BOS, what is cut or dropped
-/// and why
+/// What a method would make of rows: tokens, loss mask, lengths, EOS and BOS, what is cut or
+/// dropped and why
 #[derive(clap::Args)]
 pub struct DataArgs {
     /// model folder (no weights needed), or a hub name in the local cache
     #[arg(long)]
     model: String,
-    /// files of rows, folders of them or patterns (docs/data.md)
-    #[arg(long, num_args = 1.., required = true)]
+    /// the training command that would read the rows
+    #[arg(long, default_value = "sft")]
+    method: String,
+    /// files of rows, folders of them or patterns; with weights (a.jsonl:0.7 b.parquet:0.3) a mixture (docs/data.md)
+    #[arg(long, num_args = 1.., required_unless_present = "config")]
     data: Vec<PathBuf>,
     /// rows that are shown token by token
     #[arg(long, default_value_t = 3)]
@@ -33,7 +39,7 @@ pub struct DataArgs {
     /// run file (TOML, YAML or JSON)
     #[arg(long)]
     config: Option<PathBuf>,
-    /// any key of `temper sft`
+    /// any option of the training command
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
 }
@@ -43,47 +49,134 @@ const NAMED: usize = 10;
 
 pub fn run(mut args: DataArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
-    let (run, notes) = SftRun::load(args.config.as_deref(), &args.keys)?;
-    for note in notes {
+    let mut run = (registry::find(&args.method)?.run)();
+    // Prompts are shown without any reward, too.
+    let none = [RewardFunction::new("none", |_| None)];
+    for note in run.read(args.config.as_deref(), &args.keys, none.len())? {
         note_line(format_args!("note: {note}"));
     }
+    take_data(&mut run, &args.data)?;
     let dir = resolve_model(&args.model)?;
-    let tokenizer = Tokenizer::load(&dir)?;
-    let template = ChatTemplate::choose(run.training.chat_template_path.as_deref(), &tokenizer)?;
-    let vocab = ModelConfig::load(&dir)?.vocab_size;
-    let rows = read_data(&args.data, FolderSplit::Train, &run.training.data)?;
-    let on_bad_row = run.training.data.on_bad_row;
-    let options = SftOptions { on_bad_row, ..run.method.options() };
+    let setup = RunSetup::open(&run, &dir, None, Weights::NotNeeded, None)?;
+    let files = RunFiles { train: run.training.data.clone(), eval: Vec::new() };
+    let rows = RunRows::read(&run, &files, &Terminal::default())?;
+    let given =
+        option(&run, "reward_funcs").is_some_and(|v| v.as_array().is_some_and(|a| !a.is_empty()));
+    let rewards = if given { &none[..0] } else { &none[..] };
+    let nowhere = Path::new("");
+    let inputs = setup.inputs(&run, &rows, None, nowhere, rewards);
+    let build = |run: &MethodRun| run.method.build(&run.training, &inputs);
+    let made = build(&run);
     // As if nothing were cut or packed: lengths, and which rows have a target at all.
-    let whole = SftOptions { max_length: None, packing: None, ..options.clone() };
-    let (uncut, _) = prepare(&rows, &tokenizer, template.as_ref(), vocab, &whole)?;
-    let made = prepare(&rows, &tokenizer, template.as_ref(), vocab, &options);
-
+    let limit = option(&run, "max_length").and_then(|v| v.as_integer()).map(|n| n as usize);
+    let uncut = match limit {
+        None => None,
+        Some(_) => Some(build(&uncut(&args.method, &run)?)?),
+    };
+    let shown = match (&made, &uncut) {
+        (Ok(made), _) | (Err(_), Some(made)) => made,
+        (Err(_), None) => return made.map(drop),
+    };
+    let tokenizer = &setup.tokenizer;
     let colour = shows_to_a_person();
-    let shown = made.as_ref().map_or(&uncut, |(kept, _)| kept);
-    for example in shown.iter().take(args.rows) {
-        let place = rows[example.row].place();
-        let targets = example.target_mask.iter().skip(1).filter(|t| **t).count();
-        print_line(format_args!(
-            "{place}: {} tokens, {targets} loss targets\n{}\n",
-            example.input_ids.len(),
-            marked(&tokenizer, example, colour)?
-        ))?;
+    let trains = !shown.method.generates();
+    for row in 0..shown.method.rows().min(args.rows) {
+        let view = shown.method.row_view(row);
+        print_line(format_args!("{}", text_of(tokenizer, &view, trains, colour)?))?;
     }
-    print_line(format_args!("{}", histogram(&uncut, options.max_length)))?;
-    print_line(format_args!("{}", ends(&tokenizer, &uncut, options.eos_token.as_deref())?))?;
-    let (kept, stats) = made?; // its error says what leaves nothing to train on
-    print_line(format_args!("{}", dropped(&rows, &uncut, &kept, &options)))?;
-    print_line(format_args!("{stats}"))?;
+    let all = uncut.as_ref().unwrap_or(shown);
+    let lengths = Lengths::of(&*all.method);
+    print_line(format_args!("{}", histogram(&lengths.sequences, limit)))?;
+    print_line(format_args!("{}", ends(tokenizer, &*all.method, run.method.eos_token(), trains)?))?;
+    let BuiltMethod { method, summary } = made?; // its error says what leaves nothing to train on
+    let kept: BTreeSet<String> = views(&*method).flat_map(|v| v.places).collect();
+    let dropped = dropped(&run, &rows, &lengths, &kept, limit);
+    print_line(format_args!("{dropped}"))?;
+    print_line(format_args!("{summary}"))?;
     Ok(())
 }
 
-/// The text of a row: loss targets in colour, or in [[ ]].
-fn marked(tokenizer: &Tokenizer, example: &SftExample, colour: bool) -> Result<String> {
+fn option(run: &MethodRun, name: &str) -> Option<toml::Value> {
+    let keys = run.sections().into_iter().flat_map(|s| s.keys());
+    keys.filter(|k| k.name == name).map(|k| k.value).next()
+}
+
+/// The same run where nothing is cut, packed or dropped for its length.
+fn uncut(method: &str, run: &MethodRun) -> Result<Box<MethodRun>> {
+    let mut whole = (registry::find(method)?.run)();
+    whole.training = run.training.clone();
+    for key in run.method.keys() {
+        let value = match key.name {
+            "max_length" => Given::Text("none".into()),
+            "packing" => Given::Text("false".into()),
+            _ => Given::File(key.value),
+        };
+        // What was read once can be read again.
+        let _ = whole.method.set(key.name, &value);
+    }
+    Ok(whole)
+}
+
+fn views(method: &dyn Method) -> impl Iterator<Item = RowView> {
+    (0..method.rows()).map(|row| method.row_view(row))
+}
+
+/// How long rows are before anything is cut.
+struct Lengths {
+    sequences: Vec<usize>,
+    /// The longest sequence of each row, by its place.
+    rows: BTreeMap<String, usize>,
+}
+
+impl Lengths {
+    fn of(method: &dyn Method) -> Lengths {
+        let mut lengths = Lengths { sequences: Vec::new(), rows: BTreeMap::new() };
+        for view in views(method) {
+            let own: Vec<usize> = view.parts.iter().map(|part| part.ids.len()).collect();
+            let longest = own.iter().copied().max().unwrap_or(0);
+            for place in view.places {
+                let known = lengths.rows.entry(place).or_default();
+                *known = longest.max(*known);
+            }
+            lengths.sequences.extend(own);
+        }
+        lengths
+    }
+}
+
+/// A row: where it comes from, and each of its sequences.
+fn text_of(tokenizer: &Tokenizer, view: &RowView, trains: bool, colour: bool) -> Result<String> {
+    let mut text = String::new();
+    let mut place = view.places.clone();
+    place.dedup();
+    let place = place.join(" + ");
+    let note = if view.note.is_empty() { String::new() } else { format!("; {}", view.note) };
+    for (i, part) in view.parts.iter().enumerate() {
+        let name = match part.name {
+            "" if view.parts.len() > 1 => format!("{} of {}, ", i + 1, view.parts.len()),
+            "" => String::new(),
+            name => format!("{name}, "),
+        };
+        let targets = part.mask.iter().skip(1).filter(|t| **t).count();
+        let targets = match trains || targets > 0 {
+            true => format!(", {targets} loss targets"),
+            false => String::new(),
+        };
+        text += &format!(
+            "{place}: {name}{} tokens{targets}{note}\n{}\n",
+            part.ids.len(),
+            marked(tokenizer, part, colour)?
+        );
+    }
+    Ok(text)
+}
+
+/// The text of a sequence: loss targets in colour, or in [[ ]].
+fn marked(tokenizer: &Tokenizer, part: &RowPart, colour: bool) -> Result<String> {
     let (on, off) = if colour { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
-    let pieces = tokenizer.pieces(&example.input_ids)?;
+    let pieces = tokenizer.pieces(&part.ids)?;
     let (mut text, mut inside) = (String::new(), false);
-    for (i, (piece, target)) in pieces.iter().zip(&example.target_mask).enumerate() {
+    for (i, (piece, target)) in pieces.iter().zip(&part.mask).enumerate() {
         let target = *target && i > 0; // nothing predicts the first token
         if target != inside {
             text.push_str(if target { on } else { off });
@@ -98,8 +191,8 @@ fn marked(tokenizer: &Tokenizer, example: &SftExample, colour: bool) -> Result<S
 }
 
 /// Rows by length, before anything is cut, in steps of two; and what `max_length` cuts off.
-fn histogram(examples: &[SftExample], max_length: Option<usize>) -> String {
-    let mut lengths: Vec<usize> = examples.iter().map(|e| e.input_ids.len()).collect();
+fn histogram(lengths: &[usize], max_length: Option<usize>) -> String {
+    let mut lengths = lengths.to_vec();
     lengths.sort_unstable();
     let Some(longest) = lengths.last().copied() else { return String::new() };
     let at = |share: f64| lengths[((lengths.len() - 1) as f64 * share).round() as usize];
@@ -140,34 +233,41 @@ fn histogram(examples: &[SftExample], max_length: Option<usize>) -> String {
     text
 }
 
-/// Whether rows begin and end as a model of this tokenizer has them.
-fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Result<String> {
-    let n = examples.len();
-    let count = |holds: &dyn Fn(&SftExample) -> bool| examples.iter().filter(|e| holds(e)).count();
+/// Whether sequences begin and end as a model of this tokenizer has them.
+fn ends(
+    tokenizer: &Tokenizer,
+    method: &dyn Method,
+    eos: Option<&str>,
+    trains: bool,
+) -> Result<String> {
+    let parts = || views(method).flat_map(|view| view.parts);
+    let n = parts().count();
+    let what = if views(method).all(|view| view.parts.len() == 1) { "rows" } else { "sequences" };
     let mut text = String::new();
     match eos.or(tokenizer.eos_token()).map(|token| (token, tokenizer.token_to_id(token))) {
+        _ if !trains => {}
         Some((token, Some(id))) => {
-            let learnt = |e: &SftExample| {
-                e.input_ids.iter().zip(&e.target_mask).skip(1).any(|(i, t)| *t && *i == id)
+            let learnt = |e: &RowPart| {
+                e.ids.iter().zip(&e.mask).skip(1).any(|(i, target)| *target && *i == id)
             };
-            let twice = |e: &SftExample| e.input_ids.windows(2).any(|w| w == [id, id]);
-            text += &format!("EOS {token:?}: a loss target in {} of {n} rows", count(&learnt));
-            match count(&twice) {
+            let learnt = parts().filter(learnt).count();
+            text += &format!("EOS {token:?}: a loss target in {learnt} of {n} {what}");
+            match parts().filter(|e| e.ids.windows(2).any(|w| w == [id, id])).count() {
                 0 => {}
                 doubled => {
                     text +=
                         &format!("; twice in a row in {doubled}: the data has it, and it is added")
                 }
             }
+            text.push('\n');
         }
-        _ => text += "EOS: the tokenizer names none; a model does not learn to stop",
+        _ => text += "EOS: the tokenizer names none; a model does not learn to stop\n",
     }
-    text.push('\n');
     let Some((token, id)) = tokenizer.bos_token().zip(tokenizer.bos_id()) else {
         return Ok(text + "BOS: the tokenizer names none");
     };
-    let begins = count(&|e| e.input_ids.first() == Some(&id));
-    text += &format!("BOS {token:?}: begins {begins} of {n} rows");
+    let begins = parts().filter(|e| e.ids.first() == Some(&id)).count();
+    text += &format!("BOS {token:?}: begins {begins} of {n} {what}");
     if begins < n && tokenizer.encode("", true)?.first() == Some(&id) {
         text += "; the tokenizer puts it before plain text, so rows without it look other than in pretraining: let the \
                  chat template write it";
@@ -177,21 +277,21 @@ fn ends(tokenizer: &Tokenizer, examples: &[SftExample], eos: Option<&str>) -> Re
 
 /// The rows that are not trained on, each with its reason.
 fn dropped(
-    rows: &[Row],
-    uncut: &[SftExample],
-    kept: &[SftExample],
-    options: &SftOptions,
+    run: &MethodRun,
+    rows: &RunRows,
+    lengths: &Lengths,
+    kept: &BTreeSet<String>,
+    limit: Option<usize>,
 ) -> String {
-    let mut lengths = vec![None; rows.len()];
-    uncut.iter().for_each(|e| lengths[e.row] = Some(e.input_ids.len()));
-    let mut there = vec![false; rows.len()];
-    kept.iter().for_each(|e| there[e.row] = true);
-    let gone: Vec<usize> = (0..rows.len()).filter(|i| !there[*i]).collect();
-    let mut text = format!("{} of {} rows are dropped", gone.len(), rows.len());
-    for i in gone.iter().take(NAMED) {
-        let why = match (lengths[*i], options.max_length) {
-            (None, _) => "no token of it is a loss target".to_string(),
-            (Some(n), Some(limit)) if options.on_truncation == OnTruncation::Drop && n > limit => {
+    let mut gone: Vec<String> = rows.train.iter().map(|row| row.place()).collect();
+    let all = gone.len();
+    gone.retain(|place| !kept.contains(place));
+    let drops = option(run, "on_truncation").is_some_and(|v| v.as_str() == Some("drop"));
+    let mut text = format!("{} of {all} rows are dropped", gone.len());
+    for place in gone.iter().take(NAMED) {
+        let why = match (lengths.rows.get(place), limit) {
+            (None, _) => "nothing of it can be trained on (no loss target, or a bad row)".into(),
+            (Some(n), Some(limit)) if drops && *n > limit => {
                 format!("{n} tokens, more than max_length={limit}, and on_truncation=drop")
             }
             (Some(n), Some(limit)) => {
@@ -199,7 +299,7 @@ fn dropped(
             }
             (Some(n), None) => format!("{n} tokens, none of them a loss target"),
         };
-        text += &format!("\n  {}: {why}", rows[*i].place());
+        text += &format!("\n  {place}: {why}");
     }
     if gone.len() > NAMED {
         text += &format!("\n  and {} more", gone.len() - NAMED);

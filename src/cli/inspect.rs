@@ -6,21 +6,28 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute, Tape};
-use crate::cli::args::Where;
+use crate::cli::args::{Where, part_keys};
 use crate::cli::launches;
 use crate::cli::parsers::{check_tokens, count, recompute};
 use crate::device::dry_run::DryRun;
 use crate::device::{Capabilities, Device, MemoryInfo};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::methods::offline::sft::{Sft, SftRun};
+use crate::methods::offline::sft::Sft;
+use crate::methods::{BuiltMethod, registry};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
+use crate::observer::Terminal;
 use crate::observer::output::{note_line, print, print_line};
 use crate::ops::case::Rng;
 use crate::tensor::ParamSetId;
 use crate::train::plan::{self, PlanRequest};
+use crate::train::rows::{RunFiles, RunRows};
+use crate::train::setup::{
+    PlannedModel, RunSetup, Weights, build_again, plan_request, row_request,
+};
+use crate::train::take_data;
 
 /// Print a model's config and parameters, the tape of a training step with the bytes each node
 /// holds, what a run will hold in memory, the launches of a layer, or the kernels
@@ -42,6 +49,15 @@ pub struct InspectArgs {
     /// or layers, which is meant where no word follows
     #[arg(long, num_args = 0..=1, default_missing_value = "layers", value_parser = recompute)]
     recompute: Option<Recompute>,
+    /// memory: the training command
+    #[arg(long, default_value = "sft")]
+    method: String,
+    /// memory: rows that the run would read; without any, all are as long as --length says
+    #[arg(long, num_args = 1..)]
+    data: Vec<PathBuf>,
+    /// memory: run file (TOML, YAML or JSON)
+    #[arg(long)]
+    config: Option<PathBuf>,
     /// memory: an adapter folder that the run would go on with
     #[arg(long)]
     adapter: Option<PathBuf>,
@@ -51,14 +67,15 @@ pub struct InspectArgs {
     /// memory: also list every block by its allocator's name
     #[arg(long)]
     blocks: bool,
-    /// memory: any key of the run file
+    /// memory: any option of the training command
     #[arg(value_name = "KEY=VALUE")]
     keys: Vec<String>,
     #[command(flatten)]
     on: Where,
 }
 
-pub fn run(args: InspectArgs) -> Result<()> {
+pub fn run(mut args: InspectArgs) -> Result<()> {
+    part_keys(&mut args.data, &mut args.keys);
     if args.what == "kernels" {
         for kernel in kernels::ALL {
             let hot = if kernel.hot { ", hot" } else { "" };
@@ -159,10 +176,11 @@ fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What `temper sft` with these keys would hold at its peak, planned without running it.
+/// What a training command with these options would hold at its peak, planned as it plans itself,
+/// without running it.
 fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
-    let (run, notes) = SftRun::load(None, &args.keys)?;
-    for note in notes {
+    let mut run = (registry::find(&args.method)?.run)();
+    for note in run.read(args.config.as_deref(), &args.keys, 0)? {
         note_line(format_args!("note: {note}"));
     }
     let cx = match args.gpu_gib {
@@ -174,34 +192,45 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
         }
         None => args.on.open()?,
     };
-    let model = folder::load_config(dir)?;
-    let Some(length) = args.length.or(run.method.truncation.length.max_length) else {
-        return Err(Error::Config(
-            "max_length is none: say --length, the tokens of the longest row".into(),
-        ));
-    };
-    let batch = run.training.per_device_train_batch_size;
-    let ask = PlanRequest {
-        model: &model,
-        dir,
-        adapter: args.adapter.as_deref(),
-        peft: run.peft,
-        training: run.training,
-        length,
-        tokens: batch * length,
-        reference: false,
-        online: None,
-        sequences: None,
-        samples: None,
-    };
+    let adapter = args.adapter.as_deref();
+    let setup = RunSetup::open(&run, dir, adapter, Weights::Needed, None)?;
+    let model = PlannedModel { config: &setup.config, dir, adapter };
     // A GPU that is not here has all of its memory free.
     let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;
-    let plan = plan::fit(&cx, &ask, available)?;
-    print_line(format_args!("{}", plan.table(&ask, available)))?;
-    if args.blocks {
-        for (name, bytes) in &plan.blocks {
+    let print = |ask: &PlanRequest| -> Result<()> {
+        let plan = plan::fit(&cx, ask, available)?;
+        print_line(format_args!("{}", plan.table(ask, available)))?;
+        for (name, bytes) in plan.blocks.iter().filter(|_| args.blocks) {
             print_line(format_args!("{bytes:>14}  {name}"))?;
         }
+        Ok(())
+    };
+    if !args.data.is_empty() || !run.training.data.0.is_empty() {
+        take_data(&mut run, &args.data)?;
+        let files = RunFiles { train: run.training.data.clone(), eval: Vec::new() };
+        let rows = RunRows::read(&run, &files, &Terminal::default())?;
+        let nowhere = Path::new("");
+        let inputs = setup.inputs(&run, &rows, None, nowhere, &[]);
+        let BuiltMethod { method, summary } = run.method.build(&run.training, &inputs)?;
+        note_line(format_args!("{summary}"));
+        let build = build_again(&run, &inputs);
+        return print(&plan_request(&run, model, &*method, &build));
     }
-    Ok(())
+    if !run.method.rows_are_stored() {
+        return Err(Error::Config(format!(
+            "the plan of {} is a step of it, with the longest prompts: say --data FILE",
+            args.method
+        )));
+    }
+    let limit = run.method.keys().into_iter().find(|k| k.name == "max_length");
+    let limit = limit.and_then(|k| k.value.as_integer()).map(|n| n as usize);
+    let Some(length) = args.length.or(limit) else {
+        return Err(Error::Config(
+            "max_length is none: say --length, the tokens of the longest row, or --data FILE"
+                .into(),
+        ));
+    };
+    let sequences = run.method.footprint().sequences;
+    let tokens = run.training.per_device_train_batch_size * length * sequences;
+    print(&row_request(&run, model, length, tokens))
 }

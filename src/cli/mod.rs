@@ -36,7 +36,7 @@ use crate::device::start_threads;
 use crate::error::Result;
 use crate::methods::MethodEntry;
 use crate::methods::offline::sft::METHOD as SFT;
-use crate::methods::registry::REGISTRY;
+use crate::methods::registry::{self, REGISTRY};
 use crate::observer::output::{is_reader_gone, note_line};
 use crate::signals::Stop;
 
@@ -80,12 +80,12 @@ enum Parsed {
 }
 
 /// The options that a command takes beside its arguments; None: it takes none.
-fn options(name: &str) -> Option<Vec<Key>> {
+fn options(name: &str, args: &[String]) -> Option<Vec<Key>> {
     let method = REGISTRY.iter().copied().find(|e| e.name == name);
     let of = |entry: &MethodEntry| (entry.run)().sections().iter().flat_map(|s| s.keys()).collect();
     match name {
         _ if method.is_some() => method.map(of),
-        "data" | "inspect" => Some(of(&SFT)),
+        "data" | "inspect" => Some(of(named_method(args))),
         "generate" | "chat" => Some(GenerateConfig::default().keys()),
         "serve" => Some(ServeConfig::default().keys()),
         "eval" => {
@@ -98,7 +98,21 @@ fn options(name: &str) -> Option<Vec<Key>> {
 
 /// The whole command line with its options: for completions and the manual.
 fn described() -> clap::Command {
-    completions::described(command(), options)
+    completions::described(command(), |name| options(name, &[]))
+}
+
+/// The method that `--method` names, in either form; SFT where there is none. A wrong name is said
+/// by the command.
+fn named_method(args: &[String]) -> &'static MethodEntry {
+    let name = args.iter().enumerate().find_map(|(i, arg)| {
+        let arg = arg.strip_prefix("--").unwrap_or(arg);
+        match arg.split_once('=') {
+            Some(("method", name)) => Some(name),
+            None if arg == "method" => args.get(i + 1).map(String::as_str),
+            _ => None,
+        }
+    });
+    name.and_then(|name| registry::find(name).ok()).unwrap_or(&SFT)
 }
 
 /// The command line in one form: see [`forms::normal`]. What is not UTF-8 is left as it is.
@@ -107,7 +121,7 @@ fn arguments(temper: &clap::Command, given: Vec<OsString>) -> Vec<OsString> {
         given.iter().map(|arg| arg.to_str().map(String::from)).collect();
     let Some([program, name, rest @ ..]) = text.as_deref() else { return given };
     let Some(own) = temper.find_subcommand(name) else { return given };
-    let normal = forms::normal(own, options(name).as_deref(), rest);
+    let normal = forms::normal(own, options(name, rest).as_deref(), rest);
     [program.clone(), name.clone()].into_iter().chain(normal).map(Into::into).collect()
 }
 

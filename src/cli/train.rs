@@ -22,8 +22,8 @@ pub struct TrainArgs {
     /// an adapter folder to train further
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// files of rows, folders of them or patterns (docs/data.md)
-    #[arg(long, num_args = 1.., required_unless_present = "help_options")]
+    /// files of rows, folders of them or patterns; with weights (a.jsonl:0.7 b.parquet:0.3) a mixture (docs/data.md)
+    #[arg(long, num_args = 1.., required_unless_present_any = ["help_options", "config"])]
     data: Vec<PathBuf>,
     /// rows to evaluate on (else eval_rows splits some off the end of the data)
     #[arg(long, num_args = 1..)]

@@ -23,6 +23,7 @@ mod samples;
 mod schedule;
 mod serve;
 mod shared;
+mod sources;
 mod template;
 mod training;
 mod trl;
@@ -55,6 +56,7 @@ pub use shared::{
     LengthOptions, OnTruncation, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
     SamplingOptions, TruncationMode, TruncationOptions,
 };
+pub use sources::{DataFile, DataFiles, MixtureStop};
 pub use template::{JsonObject, JsonObjects, TemplateOptions};
 pub use training::{
     AttentionChoice, Compat, DeviceChoice, Dtype, GradientCheckpointing, MatmulChoice, Optim,

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use toml::Value as Toml;
 
+use super::sources::DataFiles;
 use super::value::{Given, Value};
 
 /// The path of a file or folder.
@@ -40,6 +41,9 @@ impl Value for PathText {
 /// the command line. A name that is no path there (of a hub model) stays.
 pub(super) fn placed(kind: &str, key: &str, given: Given, folder: Option<&Path>) -> Given {
     let is_path = kind.split(" or ").any(|k| k == KIND);
+    if key == "data" {
+        return data(given, folder);
+    }
     if given.is_none() || !(is_path || key == "reward_funcs") {
         return given;
     }
@@ -62,6 +66,17 @@ pub(super) fn placed(kind: &str, key: &str, given: Given, folder: Option<&Path>)
         }
         other => other,
     }
+}
+
+/// Files of rows: on the command line they stay as they are written.
+fn data(given: Given, folder: Option<&Path>) -> Given {
+    let (Some(folder), Ok(DataFiles(mut files))) = (folder, DataFiles::read(&given)) else {
+        return given;
+    };
+    for file in &mut files {
+        file.path = std::path::absolute(folder.join(&file.path)).unwrap_or(file.path.clone());
+    }
+    Given::File(DataFiles(files).written())
 }
 
 /// A reward that names a file: `python:FILE.py:FUNC`, `json_schema:FILE`.

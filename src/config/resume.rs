@@ -22,6 +22,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "report_to",
     "sample_prompts",
     "sample_max_new_tokens",
+    "data_cache",
 ];
 
 /// Options that name files: their contents are compared, not their paths.
@@ -31,6 +32,7 @@ const COMPARED_BY_CONTENTS: &[&str] = &[
     "teacher_model_name_or_path",
     "reward_model",
     "reward_funcs",
+    "data",
 ];
 
 /// Compares the resolved file of the run that is resumed with `sections`: one line for each option

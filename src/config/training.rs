@@ -5,6 +5,7 @@
 
 #![deny(missing_docs)]
 
+use super::sources::{DataFiles, MixtureStop};
 use super::value::{Amount, words};
 use super::{
     BestModelOptions, DataOptions, JsonObject, LearningRateSchedule, MuonOptions, PathText, Report,
@@ -190,11 +191,20 @@ section! {
         pub resume_with_changes: bool = false,
         /// Ours. Whose defaults this file was written against; written into every resolved file.
         pub compat: Compat = Compat::Trl1_16,
+        /// Ours. Files of rows, folders or patterns, where no --data is given; with weights a mixture:
+        /// `a.jsonl:0.7,b.parquet:0.3`.
+        pub data: DataFiles = DataFiles::default(),
+        /// Ours. When a mixture ends. first_exhausted: with the last row of the file that is used up
+        /// first; all_exhausted: when every file was used up, those used up before begin again.
+        pub stopping_strategy: MixtureStop = MixtureStop::FirstExhausted,
+        /// Ours. Where tokenised rows are kept for the next start: auto (TEMPER_CACHE, else
+        /// ~/.cache/temper, for files of 8 MiB or more), off, or a folder.
+        pub data_cache: PathText = PathText("auto".into()),
         ..pub best: BestModelOptions = BestModelOptions::default(),
         ..pub samples: SampleOptions = SampleOptions::default(),
         ..pub muon: MuonOptions = MuonOptions::default(),
         ..pub template: TemplateOptions = TemplateOptions::default(),
-        ..pub data: DataOptions = DataOptions::default(),
+        ..pub reading: DataOptions = DataOptions::default(),
     }
 }
 
@@ -214,6 +224,9 @@ impl TrainingConfig {
     }
 
     fn rules(&self, report: &mut Report) {
+        if let Some(problem) = self.data.problem() {
+            report.problem(problem);
+        }
         for to in &self.report_to {
             if !["none", "all", "tensorboard"].contains(&to.as_str()) {
                 report.note(format!(

@@ -19,6 +19,9 @@
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
 //! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |
 //! | [`masked`] | a sequence with its loss targets, cut to a length |
+//! | [`mixture`] | which rows of weighted sources a run has |
+//! | [`store`] | tokenised rows, flat |
+//! | [`cache`] | them in a file |
 //! | [`split`] | training rows or evaluation rows |
 //! | [`packing`] | which sequences share a row |
 //! | `turns` | where the assistant speaks, for templates that do not say it |
@@ -26,11 +29,13 @@
 
 pub mod bad;
 pub mod bpe;
+pub mod cache;
 pub mod chat;
 mod folder;
 pub mod format;
 pub mod jinja;
 pub mod masked;
+pub mod mixture;
 pub mod order;
 pub mod packing;
 mod panics;
@@ -41,6 +46,7 @@ pub mod row;
 pub mod rows;
 pub mod sft;
 pub mod split;
+pub mod store;
 mod template;
 pub mod tokenizer;
 pub mod turns;

@@ -108,7 +108,11 @@ pub fn prepare(
     if options.packing.is_some() && options.max_length.is_none() {
         return Err(Error::Config("packing needs max_length, the length of a pack".to_string()));
     }
-    let made: Vec<Result<Tokens>> = rows.par_iter().map(|row| maker.tokens(row)).collect();
+    // A part at a time, so that what is made of all rows is not held beside what is kept of them.
+    let part = |rows: &[Row]| -> Vec<Result<Tokens>> {
+        rows.par_iter().map(|row| maker.tokens(row)).collect()
+    };
+    let made = rows.chunks(PART).flat_map(part);
 
     let mut stats =
         SftStats { rows: rows.len(), max_length: options.max_length, ..SftStats::default() };
@@ -117,7 +121,7 @@ pub fn prepare(
     stats.eos_token = maker.eos.map(|eos| eos.text.to_string());
     let bos = tokenizer.bos_id();
     let mut examples = Vec::with_capacity(rows.len());
-    for (row, tokens) in made.into_iter().enumerate() {
+    for (row, tokens) in made.enumerate() {
         let Some(Tokens { mut sequence, mismatch, empty }) = stats.bad.admit(tokens)? else {
             continue;
         };
@@ -172,6 +176,9 @@ pub fn prepare(
     }
     Ok((examples, stats))
 }
+
+/// Rows that are tokenised at once.
+const PART: usize = 16384;
 
 /// What a row becomes before truncation.
 struct Tokens {

@@ -19,9 +19,11 @@ use std::path::Path;
 use crate::autograd::Cx;
 use crate::config::{self, PeftConfig, Section, TrainingConfig};
 use crate::data::bad::OnBadRow;
+use crate::data::cache::TokenisedRun;
 use crate::data::chat::{ChatTemplate, TemplateSetup};
 use crate::data::rows::Row;
 use crate::data::split::Split;
+use crate::data::store::TokenStore;
 use crate::data::tokenizer::Tokenizer;
 use crate::digest::Digest;
 use crate::error::Result;
@@ -34,6 +36,26 @@ pub type Metric = (Cow<'static, str>, f64);
 
 /// A sequence, and which of its tokens are loss targets.
 pub type MaskedIds = (Vec<u32>, Vec<bool>);
+
+/// A training row as a method has it.
+#[derive(Clone, Debug, Default)]
+pub struct RowView {
+    /// `file:line` of each row that it comes from: several of a pack.
+    pub places: Vec<String>,
+    pub parts: Vec<RowPart>,
+    /// What it teaches beside its sequences.
+    pub note: String,
+}
+
+/// A sequence of a row.
+#[derive(Clone, Debug, Default)]
+pub struct RowPart {
+    /// What it is, where a row has several.
+    pub name: &'static str,
+    pub ids: Vec<u32>,
+    /// True where the loss is. The first token has nothing before it and is never a target.
+    pub mask: Vec<bool>,
+}
 
 /// How many sequences [`Method::masks`] gives.
 pub const MASKS: usize = 4;
@@ -77,6 +99,9 @@ pub struct MethodInputs<'a> {
     pub rewards: &'a [RewardFunction],
     /// What the run gives chat templates, those of reward models too.
     pub setup: &'a TemplateSetup,
+    /// The rows of both splits, tokenised by an earlier run: for methods with
+    /// [`BuildMethod::rows_are_stored`]. Then `train` and `eval` are empty.
+    pub stored: Option<&'a TokenisedRun>,
 }
 
 /// A method over its rows.
@@ -121,6 +146,12 @@ pub trait BuildMethod: Section {
     /// What a micro-batch takes beside its rows, for the memory plan.
     fn footprint(&self) -> Footprint {
         Footprint { sequences: 1, reference: false }
+    }
+
+    /// Whether its rows are token sequences and nothing else, which a file can keep from one run to
+    /// the next: see [`Method::store`].
+    fn rows_are_stored(&self) -> bool {
+        false
     }
 
     /// Tokenises the rows and builds the method. Errors name file and line.
@@ -287,6 +318,14 @@ pub trait Method {
     /// are not sequences.
     fn masks(&self) -> Vec<MaskedIds> {
         Vec::new()
+    }
+
+    /// A training row as it is trained on: for `temper data`.
+    fn row_view(&self, row: usize) -> RowView;
+
+    /// The tokenised rows of a split; None where [`BuildMethod::rows_are_stored`] is false.
+    fn store(&self, _split: Split) -> Option<Cow<'_, TokenStore>> {
+        None
     }
 
     /// Called after the parameters have changed, with the number of steps done.

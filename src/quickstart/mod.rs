@@ -23,10 +23,10 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::model::layout::ModelConfig;
 use crate::model::open::open_model;
-use crate::observer::Work;
+use crate::observer::{Observer, Work};
 use crate::report::{self, ReportInput, Table};
-use crate::rewards::RewardBatch;
 use crate::rewards::model::RewardModel;
+use crate::rewards::{Reward, RewardBatch};
 use crate::rollout::sample::Sampling;
 use crate::rollout::stop::stop_ids;
 use crate::rollout::{EngineOptions, generate};
@@ -243,7 +243,8 @@ fn write_start(out: &Path, scale: &QuickstartScale, seed: u64) -> Result<Asked> 
         |p: &Problem| json!({ "prompt": question(p), "answer": p.answer, "kind": p.kind.name() });
     write_lines(&dir.join("prompts.jsonl"), pairs.iter().map(asks))?;
     write_lines(&dir.join("chains.jsonl"), data::chains(seed, scale.chains).iter().map(asks))?;
-    write_lines(&dir.join("heldout.jsonl"), asked.basic.iter().chain(&asked.chains).map(asks))?;
+    write_lines(&dir.join("heldout.jsonl"), asked.basic.iter().map(asks))?;
+    write_lines(&dir.join("heldout_chains.jsonl"), asked.chains.iter().map(asks))?;
     // Roles are told to the tokenizer, so that a turn's head is three tokens.
     let replies: Vec<String> =
         training.iter().zip(&taught).map(|(p, r)| format!("{} {r}", p.question)).collect();
@@ -344,8 +345,22 @@ fn ask(
     })?;
     let replies =
         completions.iter().map(|c| tokenizer.decode(&c.ids, true)).collect::<Result<Vec<_>>>()?;
-    let right = replies.iter().zip(problems).map(|(r, p)| data::is_right(r, &p.answer)).collect();
+    let right = right(&replies, problems, &*cx.observer)?;
     Ok(Score { model: name, replies, right })
+}
+
+/// What the table calls exact match, as a reward of `temper eval`.
+pub const MEASURE: &str = "exact_match:after=The answer is,until=.";
+
+/// Which replies are right.
+fn right(replies: &[String], problems: &[Problem], observer: &dyn Observer) -> Result<Vec<bool>> {
+    let mut batch = RewardBatch::default();
+    for (reply, problem) in replies.iter().zip(problems) {
+        let answer = ("answer".to_string(), json!(problem.answer));
+        batch.push(&question(problem), std::iter::once((&answer.0, &answer.1)), reply, Vec::new());
+    }
+    let scores = Reward::parse(MEASURE)?.score(&batch, observer)?;
+    Ok(scores.into_iter().map(|score| score == Some(1.0)).collect())
 }
 
 /// The reward model's scores of replies.

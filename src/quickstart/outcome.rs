@@ -84,15 +84,15 @@ impl QuickstartOutcome {
             caption: "What each stage was for, on held-out questions".into(),
             columns: row(["stage", "metric", "before", "after"]),
             rows: vec![
-                row(["sft", "exact match", &exact("pretrained"), &exact("sft")]),
-                row(["lora", "exact match", &exact("pretrained"), &exact("lora")]),
+                row(["sft", "exact_match", &exact("pretrained"), &exact("sft")]),
+                row(["lora", "exact_match", &exact("pretrained"), &exact("lora")]),
                 row(["reward", "pairs ranked right", "-", &percent(Some(self.ranked))]),
                 row(["dpo", "replies in the preferred style", &styled("sft"), &styled("dpo")]),
-                row(["dpo", "exact match", &exact("sft"), &exact("dpo")]),
+                row(["dpo", "exact_match", &exact("sft"), &exact("dpo")]),
                 row(["ppo", "reward model's score", &judged("sft"), &judged("ppo")]),
-                row(["ppo", "exact match", &exact("sft"), &exact("ppo")]),
-                row(["grpo", "exact match, two-step questions", &chain("sft"), &chain("grpo")]),
-                row(["grpo", "exact match", &exact("sft"), &exact("grpo")]),
+                row(["ppo", "exact_match", &exact("sft"), &exact("ppo")]),
+                row(["grpo", "exact_match, two-step questions", &chain("sft"), &chain("grpo")]),
+                row(["grpo", "exact_match", &exact("sft"), &exact("grpo")]),
             ],
         }
     }

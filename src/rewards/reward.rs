@@ -23,7 +23,7 @@ pub struct Reward {
 /// How a completion is scored.
 #[derive(Debug)]
 pub(super) enum Verifier {
-    ExactMatch { column: Option<String> },
+    ExactMatch { column: Option<String>, after: Option<String>, until: Option<String> },
     NumericMatch { column: Option<String> },
     Regex { pattern: Box<fancy_regex::Regex> },
     ThinkFormat,
@@ -63,13 +63,14 @@ impl Reward {
         let truth = |yes: bool| Some(f64::from(u8::from(yes)));
         let text = || batch.completion_text(row);
         Ok(match &self.kind {
-            Verifier::ExactMatch { column } => {
+            Verifier::ExactMatch { column, after, until } => {
                 let answers = self.answers(batch, column.as_deref(), row)?;
-                let text = text();
+                let whole = text();
+                let said = text::between(&whole, after.as_deref(), until.as_deref());
                 if answers.is_empty() {
                     None
                 } else {
-                    truth(answers.iter().any(|a| a.trim() == text.trim()))
+                    truth(said.is_some_and(|said| answers.iter().any(|a| a.trim() == said.trim())))
                 }
             }
             Verifier::NumericMatch { column } => {

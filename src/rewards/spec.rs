@@ -14,7 +14,7 @@ use crate::error::{Error, Result, nearest};
 
 /// Name, what its plain argument is called (empty: it takes none), and its other keys.
 const KINDS: [(&str, &str, &[&str]); 10] = [
-    ("exact_match", "", &["column"]),
+    ("exact_match", "", &["column", "after", "until"]),
     ("numeric_match", "", &["column"]),
     ("regex", "pattern", &[]),
     ("think_format", "", &[]),
@@ -129,7 +129,9 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
     let column = take("column");
     let mut name = kind.to_string();
     let kind = match kind {
-        "exact_match" => Verifier::ExactMatch { column },
+        "exact_match" => {
+            Verifier::ExactMatch { column, after: take("after"), until: take("until") }
+        }
         "numeric_match" => Verifier::NumericMatch { column },
         "think_format" => Verifier::ThinkFormat,
         "regex" => {

@@ -41,6 +41,19 @@ pub fn plain(value: &Value) -> String {
     }
 }
 
+/// What follows the last `after`, up to the first `until` behind it; all of the text without
+/// either. None: one of them is not there.
+pub fn between<'a>(text: &'a str, after: Option<&str>, until: Option<&str>) -> Option<&'a str> {
+    let tail = match after {
+        Some(after) => text.rsplit_once(after)?.1,
+        None => text,
+    };
+    match until {
+        Some(until) => tail.split_once(until).map(|(head, _)| head),
+        None => Some(tail),
+    }
+}
+
 /// The reasoning is in one `<think>` ... `</think>` at the very beginning, as TRL's
 /// `think_format_reward` asks.
 pub fn has_think_format(text: &str) -> bool {

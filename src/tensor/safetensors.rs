@@ -8,7 +8,6 @@ mod write;
 
 use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use ::safetensors::{Dtype, SafeTensors, tensor::Metadata};
@@ -297,11 +296,7 @@ impl SafeFolder {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
-        // SAFETY: the map is read-only and private to this struct. A file that another process
-        // truncates while it is mapped ends this process with SIGBUS; there is no undefined value.
-        // Files that change in place are the user's.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?;
+        let map = fsio::map(&path)?;
         let (header_len, header) =
             SafeTensors::read_metadata(&map).map_err(|e| broken(&path, &map, &e))?;
         let data = header_len + 8;

@@ -8,27 +8,26 @@
 use std::path::Path;
 
 use super::inputs::RunInputs;
-use super::plan::{self, BuildOnline, PlanRequest};
+use super::plan::{self, PlanRequest};
+use super::row_cache::RowCache;
+use super::rows::{RunFiles, RunRows};
 use super::run::{Run, flops_per_token, peak_flops};
 use super::samples::Samples;
+use super::setup::{PlannedModel, RunSetup, Weights, build_again, plan_request};
 use super::state::{parts_of, started};
 use super::summary::Summary;
 use super::tuning::{prepare, scheme};
 use super::{StepPlan, Trainer};
 use crate::autograd::Cx;
 use crate::checkpoint::RunFolder;
-use crate::config::TrainingConfig;
-use crate::data::chat::ChatTemplate;
-use crate::data::jinja::Clock;
-use crate::data::render::template_setup;
-use crate::data::rows::Row;
+use crate::config::DataFile;
+use crate::data::cache::TokenisedRun;
+use crate::data::split::Split;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::methods::{BuildMethod, BuiltMethod, MaskedIds, Method, MethodInputs, MethodRun};
+use crate::methods::{BuiltMethod, MaskedIds, Method, MethodRun};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::{Decoder, InitialWeights};
-use crate::model::folder;
-use crate::model::layout::{ModelConfig, Task};
 use crate::observer::{Observer, number};
 use crate::report::MaskRow;
 use crate::rewards::RewardFunction;
@@ -44,10 +43,8 @@ pub struct Job<'a> {
     pub adapter: Option<&'a Path>,
     /// New weights where the folder has none.
     pub fresh: bool,
-    /// Rows to train on.
-    pub train: &'a [Row],
-    /// Rows to evaluate on; may be empty.
-    pub eval: &'a [Row],
+    /// Rows to train on and to evaluate on.
+    pub rows: JobRows<'a>,
     /// Rewards of the program itself, beside those of the options.
     pub rewards: &'a [RewardFunction],
     /// Where the run is written.
@@ -56,6 +53,15 @@ pub struct Job<'a> {
     pub command: &'a str,
     /// Ends the run with a checkpoint.
     pub stop: Stop,
+}
+
+/// Where the rows of a job come from.
+#[derive(Clone, Copy)]
+pub enum JobRows<'a> {
+    /// They are read, or taken as an earlier run has tokenised them.
+    Files(&'a RunFiles),
+    /// They are here.
+    Given(&'a RunRows),
 }
 
 /// A job that has ended. The context comes back for the next.
@@ -76,73 +82,57 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
     let observer = cx.observer.clone();
     cx.stop = job.stop.clone();
-    let mut tokenizer = Tokenizer::of_model(dir, job.adapter)?;
-    if let Some(path) = &run.training.chat_template_path {
-        tokenizer.take_template(Path::new(&**path))?;
-    }
-    if let Some(token) = run.method.eos_token() {
-        tokenizer.take_eos(token)?;
-    }
     // A resumed run shows its templates the date of its start.
     let began = job.folder.resume().map(|found| started(&found.path)).transpose()?.flatten();
-    let began = began.unwrap_or_else(Clock::now);
-    let setup = template_setup(&run.training.template, began);
-    let template = ChatTemplate::of_run(&tokenizer, &setup)?;
-    let mut config = if job.fresh { ModelConfig::load(dir)? } else { folder::load_config(dir)? };
-    let dtype = config.dtype;
-    config.task = task(dir, &run.method, config.task)?;
+    let weights = if job.fresh { Weights::NotNeeded } else { Weights::Needed };
+    let setup = RunSetup::open(run, dir, job.adapter, weights, began)?;
+    let mut config = setup.config.clone();
     if config.attention_dropout > 0.0 {
         let p = config.attention_dropout;
         observer.note(&format!(
             "config.json has attention_dropout {p}; temper trains without dropout on attention weights"
         ));
     }
-    let own = config.clone();
-    let inputs = MethodInputs {
-        tokenizer: &tokenizer,
-        template: template.as_ref(),
-        model: &own,
-        train: job.train,
-        eval: job.eval,
-        on_bad_row: run.training.data.on_bad_row,
-        output: job.folder.path(),
-        rewards: job.rewards,
-        setup: &setup,
-    };
+    let rows = JobData::open(job, &setup, &*observer)?;
+    let inputs =
+        setup.inputs(run, rows.rows(), rows.stored.as_ref(), job.folder.path(), job.rewards);
     let BuiltMethod { mut method, summary } = run.method.build(&run.training, &inputs)?;
-    // The plan takes a step of a method of its own: what a step leaves behind is not the run's.
-    let build = |training: &TrainingConfig| -> Result<Box<dyn Method>> {
-        Ok(run.method.build(training, &inputs)?.method)
-    };
     observer.info(&summary);
-    let read =
-        RunInputs::of(run, dir, job.adapter, &tokenizer, template.as_ref(), &*method, job.rewards)?;
-    same_inputs(&read, job, &*observer)?;
-    let mut parts = parts_of(&tokenizer, &mut config, dtype)?;
-    parts.started = Some(began);
-    let samples = Samples::of(&run.training, &tokenizer, template.as_ref(), &config, job.train)?;
-    let longest = method.longest();
-    let footprint = run.method.footprint();
-    let mut peft = run.peft.clone();
-    if run.training.disable_dropout {
-        peft.lora_dropout = 0.0;
-    }
-    let ask = PlanRequest {
-        model: &config,
+    rows.keep(&*method, &summary, &*observer);
+    let read = RunInputs::of(
+        run,
         dir,
-        adapter: job.adapter,
-        peft,
-        training: run.training.clone(),
-        length: longest,
-        tokens: method.widest(run.training.per_device_train_batch_size) * footprint.sequences,
-        reference: footprint.reference,
-        online: method.generates().then_some(&build as &BuildOnline),
-        sequences: method.planned_sequences(),
-        samples: samples.as_ref(),
+        job.adapter,
+        &setup.tokenizer,
+        setup.template.as_ref(),
+        &*method,
+        job.rewards,
+    )?;
+    same_inputs(&read, job, &*observer)?;
+    let dtype = config.dtype;
+    let mut parts = parts_of(&setup.tokenizer, &mut config, dtype)?;
+    parts.started = Some(setup.began);
+    let samples = Samples::of(
+        &run.training,
+        &setup.tokenizer,
+        setup.template.as_ref(),
+        &config,
+        &rows.rows().train,
+    )?;
+    let longest = method.longest();
+    let plan = {
+        // It takes a step of a method of its own: what a step leaves behind is not the run's.
+        let build = build_again(run, &inputs);
+        let planned = PlannedModel { config: &config, dir, adapter: job.adapter };
+        let ask = PlanRequest {
+            samples: samples.as_ref(),
+            ..plan_request(run, planned, &*method, &build)
+        };
+        let available = plan::available(&cx)?;
+        let plan = plan::fit(&cx, &ask, available)?;
+        observer.info(&plan.table(&ask, available));
+        plan
     };
-    let available = plan::available(&cx)?;
-    let plan = plan::fit(&cx, &ask, available)?;
-    observer.info(&plan.table(&ask, available));
     if let Some(n) = plan.sequences {
         method.set_sequences(n);
     }
@@ -183,7 +173,8 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         "parameters trained: {parameters}; {} rows a step",
         training.per_device_train_batch_size * training.gradient_accumulation_steps
     ));
-    let facts = facts(job, &cx, &parameters);
+    let facts = facts(job, &rows, &cx, &parameters);
+    drop(rows); // the method has what it needs of them
     let steps = match method.micro_batches() {
         Some(n) => StepPlan::online(training, n)?,
         None => StepPlan::new(training, method.rows())?,
@@ -203,7 +194,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         masks: method
             .masks()
             .iter()
-            .map(|row| mask_row(&tokenizer, row))
+            .map(|row| mask_row(&setup.tokenizer, row))
             .collect::<Result<Vec<_>>>()?,
         facts,
     };
@@ -241,18 +232,81 @@ fn same_inputs(inputs: &RunInputs, job: &Job, observer: &dyn Observer) -> Result
     )))
 }
 
-/// What the page says of a run before its curves.
-fn facts(job: &Job, cx: &Cx, parameters: &str) -> Vec<(String, String)> {
-    let mut files: Vec<String> = Vec::new();
-    for row in job.train {
-        let file = row.file.display().to_string();
-        if files.last() != Some(&file) && !files.contains(&file) {
-            files.push(file);
+/// The rows of a job: read, or as an earlier run has tokenised them.
+struct JobData<'a> {
+    job: &'a Job<'a>,
+    read: RunRows,
+    cache: Option<RowCache>,
+    stored: Option<TokenisedRun>,
+}
+
+impl<'a> JobData<'a> {
+    fn open(job: &'a Job, setup: &RunSetup, observer: &dyn Observer) -> Result<JobData<'a>> {
+        let mut data = JobData { job, read: RunRows::default(), cache: None, stored: None };
+        if let JobRows::Files(files) = job.rows {
+            // Whether sample_prompts are chats is seen from the rows, so these are read then.
+            if job.run.training.samples.sample_prompts.0.is_empty() {
+                data.cache = RowCache::of(job.run, setup, files, observer);
+            }
+            data.stored = data.cache.as_ref().and_then(|cache| cache.read(observer));
+            if data.stored.is_none() {
+                data.read = RunRows::read(job.run, files, observer)?;
+            }
+        }
+        Ok(data)
+    }
+
+    fn rows(&self) -> &RunRows {
+        match self.job.rows {
+            JobRows::Files(_) => &self.read,
+            JobRows::Given(rows) => rows,
         }
     }
-    let mut rows = number::count(job.train.len() as f64);
-    if !job.eval.is_empty() {
-        rows += &format!(", and {} to evaluate on", number::count(job.eval.len() as f64));
+
+    /// Rows read: to train on and to evaluate on.
+    fn counts(&self) -> [usize; 2] {
+        let rows = self.rows();
+        self.stored.as_ref().map_or([rows.train.len(), rows.eval.len()], |stored| stored.read)
+    }
+
+    /// Keeps what was tokenised for the next start.
+    fn keep(&self, method: &dyn Method, summary: &str, observer: &dyn Observer) {
+        let (Some(cache), None) = (&self.cache, &self.stored) else { return };
+        let (train, eval) = (method.store(Split::Train), method.store(Split::Eval));
+        let (Some(train), Some(eval)) = (train, eval) else { return };
+        let run = TokenisedRun {
+            summary: summary.into(),
+            notes: self.read.notes.clone(),
+            read: self.counts(),
+            train: train.into_owned(),
+            eval: eval.into_owned(),
+        };
+        cache.write(&run, observer);
+    }
+
+    /// The training files, as they are called.
+    fn files(&self) -> Vec<String> {
+        let mut files: Vec<String> = Vec::new();
+        if let JobRows::Files(given) = self.job.rows {
+            files.extend(given.train.0.iter().map(DataFile::to_string));
+            return files;
+        }
+        for row in &self.rows().train {
+            let file = row.file.display().to_string();
+            if files.last() != Some(&file) && !files.contains(&file) {
+                files.push(file);
+            }
+        }
+        files
+    }
+}
+
+/// What the page says of a run before its curves.
+fn facts(job: &Job, data: &JobData, cx: &Cx, parameters: &str) -> Vec<(String, String)> {
+    let (files, [train, eval]) = (data.files(), data.counts());
+    let mut rows = number::count(train as f64);
+    if eval > 0 {
+        rows += &format!(", and {} to evaluate on", number::count(eval as f64));
     }
     let adapter = job.adapter.map(|dir| format!(" with {}", dir.display())).unwrap_or_default();
     [
@@ -282,25 +336,4 @@ fn mask_row(tokenizer: &Tokenizer, (ids, mask): &MaskedIds) -> Result<MaskRow> {
         row.mask.push(false);
     }
     Ok(row)
-}
-
-/// The task that the method trains for, on a folder of task `own`.
-fn task(dir: &Path, method: &dyn BuildMethod, own: Task) -> Result<Task> {
-    match (method.task(), own) {
-        (wanted, own) if wanted == own => Ok(own),
-        // A language model becomes a classifier: its score is new.
-        (wanted, Task::CausalLm) => Ok(wanted),
-        (Task::SequenceClassification { labels: 1 }, Task::SequenceClassification { labels }) => {
-            let message = format!(
-                "has {labels} labels (num_labels, the names in id2label); a reward model has 1: start from a language model, \
-                 or from a reward model"
-            );
-            Err(Error::model(dir.join("config.json"), message))
-        }
-        (wanted, own) => {
-            let message =
-                format!("temper {} trains {wanted:?}, the folder holds {own:?}", method.name());
-            Err(Error::model(dir, message))
-        }
-    }
 }

@@ -9,8 +9,11 @@ pub mod best;
 pub mod inputs;
 pub mod job;
 pub mod plan;
+mod row_cache;
+pub mod rows;
 pub mod run;
 pub mod samples;
+pub mod setup;
 pub mod state;
 mod step;
 pub mod summary;
@@ -19,4 +22,4 @@ pub mod tuning;
 mod watch;
 
 pub use step::{Means, Step, StepPlan, Trainer};
-pub use training::Training;
+pub use training::{Training, take_data};

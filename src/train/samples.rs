@@ -63,7 +63,7 @@ impl Samples {
             let path = PathBuf::from(given);
             if path.is_file() {
                 rows.extend(
-                    read(&[path], FolderSplit::Eval, &training.data, &WantedFields::All)?.rows,
+                    read(&[path], FolderSplit::Eval, &training.reading, &WantedFields::All)?.rows,
                 );
                 continue;
             }

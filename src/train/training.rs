@@ -9,13 +9,12 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::job::{FinishedJob, Job, execute};
+use super::job::{FinishedJob, Job, JobRows, execute};
+use super::rows::RunFiles;
 use super::summary::{Summary, next_commands};
 use crate::autograd::Cx;
 use crate::checkpoint::{RunFolder, prepare_output};
-use crate::config::{self, TrainingConfig, TrlFiles, When};
-use crate::data::read::{FolderSplit, WantedFields, read};
-use crate::data::rows::Row;
+use crate::config::{self, DataFile, DataFiles, TrainingConfig, TrlFiles, When};
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::{BuildMethod, MethodRun};
@@ -207,7 +206,9 @@ impl Training {
     /// What the run took and reached, where it is, and what to try next.
     fn summary(&self, summary: &Summary) -> String {
         let out = &self.output;
-        let data = if self.eval_data.is_empty() { &self.data } else { &self.eval_data };
+        let own: Vec<PathBuf> =
+            self.run.training.data.0.iter().map(|file| file.path.clone()).collect();
+        let data = if self.eval_data.is_empty() { &own } else { &self.eval_data };
         let is_adapter = out.join("adapter_config.json").is_file();
         let next = next_commands(&self.run, &self.model, out, is_adapter, data);
         let what = if is_adapter { "adapter" } else { "model" };
@@ -230,10 +231,11 @@ impl Training {
 
     /// Reads run file and options, and finds the model's folder.
     fn prepare(&mut self) -> Result<PathBuf> {
-        if self.model.is_empty() || self.data.is_empty() {
-            return Err(Error::Config("a training run needs a model and data".into()));
+        if self.model.is_empty() {
+            return Err(Error::Config("a training run needs a model".into()));
         }
         let notes = self.run.read(self.config.as_deref(), &self.overrides, self.rewards.len())?;
+        take_data(&mut self.run, &self.data)?;
         let scores =
             self.run.sections().iter().any(|s| s.keys().iter().any(|k| k.name == "reward_funcs"));
         if !self.rewards.is_empty() && !scores {
@@ -255,15 +257,14 @@ impl Training {
         if folder.resume().is_some() {
             same_run(folder.path(), &self.run, &*self.observer)?;
         }
-        let mut rows = self.read(&self.data, FolderSplit::Train)?;
-        let eval = self.eval_rows(&mut rows)?;
+        let files =
+            RunFiles { train: self.run.training.data.clone(), eval: self.eval_data.clone() };
         let job = Job {
             run: &self.run,
             model: dir,
             adapter: self.adapter.as_deref(),
             fresh: self.entry.from_scratch && !has_weights(dir),
-            train: &rows,
-            eval: &eval,
+            rows: JobRows::Files(&files),
             rewards: &self.rewards,
             folder,
             command: &self.command(),
@@ -275,7 +276,7 @@ impl Training {
     /// The command that does the same, for config.toml.
     fn command(&self) -> String {
         let adapter = self.adapter.as_ref().map(|a| format!(" --adapter {}", a.display()));
-        let data: Vec<String> = self.data.iter().map(|p| p.display().to_string()).collect();
+        let data: Vec<String> = self.run.training.data.0.iter().map(DataFile::to_string).collect();
         let rewards =
             self.rewards.iter().map(|r| format!("\nwith the program's reward {}", r.name()));
         format!(
@@ -287,38 +288,26 @@ impl Training {
             rewards.collect::<String>()
         )
     }
+}
 
-    /// The rows of files. Rewards may use any column, other methods only what they know.
-    fn read(&self, files: &[PathBuf], split: FolderSplit) -> Result<Vec<Row>> {
-        let keys: Vec<config::Key> =
-            self.run.sections().iter().flat_map(|section| section.keys()).collect();
-        let fields = match keys.iter().any(|k| k.name == "reward_funcs") {
-            true => WantedFields::All,
-            false => {
-                let field = keys.iter().find(|k| k.name == "dataset_text_field");
-                let field = field.and_then(|k| k.value.as_str());
-                WantedFields::Known(field.map(str::to_string).into_iter().collect())
-            }
+/// Files given beside the options come before those of the options. Error: there are none.
+pub fn take_data(run: &mut MethodRun, given: &[PathBuf]) -> Result<()> {
+    if !given.is_empty() {
+        let parse = |path: &PathBuf| match path.to_str() {
+            Some(text) => DataFiles::parse(text),
+            None => vec![DataFile { path: path.clone(), weight: None }],
         };
-        let read = read(files, split, &self.run.training.data, &fields)?;
-        read.told().iter().for_each(|text| self.observer.note(text));
-        Ok(read.rows)
+        run.training.data = DataFiles(given.iter().flat_map(parse).collect());
     }
-
-    /// The evaluation rows: files of their own, or the last of `rows`, which loses them.
-    fn eval_rows(&self, rows: &mut Vec<Row>) -> Result<Vec<Row>> {
-        if !self.eval_data.is_empty() {
-            return self.read(&self.eval_data, FolderSplit::Eval);
-        }
-        let training: &TrainingConfig = &self.run.training;
-        let n = training.eval_rows.of(rows.len() as u64) as usize;
-        if n >= rows.len() && n > 0 {
-            let all = rows.len();
-            return Err(Error::Config(format!(
-                "eval_rows = {n} leaves no row of {all} to train on"
-            )));
-        }
-        Ok(rows.split_off(rows.len() - n))
+    if run.training.data.0.is_empty() {
+        return Err(Error::Config(
+            "there are no rows to train on; give --data FILE, or data = [\"FILE\"] in the run file"
+                .into(),
+        ));
+    }
+    match run.training.data.problem() {
+        Some(problem) => Err(Error::Config(problem)),
+        None => Ok(()),
     }
 }
 

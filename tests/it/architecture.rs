@@ -264,10 +264,10 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cuda/mod.rs", 32),
     ("device/cuda/probe.rs", 2),
     ("device/pool.rs", 2),
+    ("fsio.rs", 1),
     ("ops/library.rs", 1),
     ("rollout/record.rs", 1),
     ("tensor/mod.rs", 6),
-    ("tensor/safetensors.rs", 1),
 ];
 
 #[test]

@@ -18,7 +18,8 @@ use temper::methods::online::reinforce::ReinforceConfig;
 use temper::methods::online::rloo::RlooConfig;
 use temper::methods::{BuildMethod, MethodRun};
 use temper::signals::Stop;
-use temper::train::job::{Job, execute};
+use temper::train::job::{Job, JobRows, execute};
+use temper::train::rows::RunRows;
 
 use crate::support::{MODEL, cpu_in, fixture, json_lines, metrics, write_rows};
 
@@ -61,8 +62,7 @@ fn run<M: BuildMethod + Default + 'static>(
         model: Path::new(MODEL),
         adapter: None,
         fresh: false,
-        train: &rows,
-        eval: &[],
+        rows: JobRows::Given(&RunRows { train: rows, ..Default::default() }),
         rewards: &[],
         folder: &folder,
         command: "test",

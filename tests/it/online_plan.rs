@@ -21,8 +21,9 @@ use temper::methods::{BuildMethod, BuiltMethod, Method, MethodRun};
 use temper::observer::Observer;
 use temper::rewards::RewardFunction;
 use temper::signals::Stop;
-use temper::train::job::{Job, execute};
+use temper::train::job::{Job, JobRows, execute};
 use temper::train::plan::{PlanRequest, fit};
+use temper::train::rows::RunRows;
 
 use crate::support::{MODEL, cpu_in, rows, with_inputs, words, write_rows};
 
@@ -72,8 +73,7 @@ fn run<M: BuildMethod + Default + 'static>(keys: &str, dtype: DType) -> Ran {
         model: Path::new(MODEL),
         adapter: None,
         fresh: false,
-        train: &rows,
-        eval: &[],
+        rows: JobRows::Given(&RunRows { train: rows, ..Default::default() }),
         rewards: &rewards,
         folder: &folder,
         command: "test",

@@ -7,7 +7,7 @@ use temper::data::tokenizer::Tokenizer;
 use temper::quickstart::data::{self, is_right};
 use temper::quickstart::{self, QuickstartOptions, QuickstartOutcome, QuickstartScale};
 
-use crate::support::{cpu, json_lines};
+use crate::support::{cpu, done, json, json_lines};
 
 fn tiny() -> QuickstartScale {
     let keys = |more: &str| {
@@ -67,7 +67,7 @@ fn a_short_pipeline_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
     assert_eq!((outcome.chain_scores.len(), outcome.judged.len()), (2, 2));
     assert!(std::fs::read_to_string(a.join("report.html")).unwrap().contains("temper quickstart"));
     let text = outcome.to_string();
-    assert!(text.contains("exact match") && text.contains("tokens/s"), "{text}");
+    assert!(text.contains("exact_match") && text.contains("tokens/s"), "{text}");
     for stage in ["pretrained", "sft"] {
         let dir = a.join(stage);
         for file in [
@@ -85,6 +85,31 @@ fn a_short_pipeline_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
         {
             assert!(metrics[0][key].is_number(), "{stage}: {key}");
         }
+    }
+    // The table's measure is that of `temper eval`, under the same name.
+    for (file, scores) in
+        [("heldout.jsonl", &outcome.scores), ("heldout_chains.jsonl", &outcome.chain_scores)]
+    {
+        let score = scores.iter().find(|s| s.model == "sft").unwrap();
+        let (model, rows, found) = (a.join("sft"), a.join("data").join(file), tmp.path().join("f"));
+        let measure = format!("reward_funcs={}", temper::quickstart::MEASURE);
+        let out = done(&[
+            "eval",
+            "--model",
+            model.to_str().unwrap(),
+            "--data",
+            rows.to_str().unwrap(),
+            "--output",
+            found.to_str().unwrap(),
+            "--device",
+            "cpu",
+            "max_new_tokens=40",
+            &measure,
+        ]);
+        assert!(out.starts_with("exact_match "), "{out}");
+        let found = json(&found);
+        assert_eq!(found["figures"]["exact_match"]["value"], score.exact_match());
+        assert_eq!(found["figures"]["exact_match"]["rows"], score.right.len());
     }
     // A number that is met often is one token, a turn's head is three.
     let tokenizer = Tokenizer::load(&a.join("sft")).unwrap();

@@ -117,6 +117,7 @@ pub fn with_inputs<T>(
         on_bad_row: Default::default(),
         output: Path::new("unused"),
         rewards: &[],
+        stored: None,
     })
 }
 

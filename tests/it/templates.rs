@@ -177,4 +177,19 @@ fn extra_special_tokens_are_one_id_whatever_names_them() {
         assert_eq!(tokenizer.decode(&[id], true).unwrap(), "", "{change}");
         assert_eq!(tokenizer.encode(&word, false).unwrap(), [id], "{change}");
     }
+    // The oldest form: a file of its own, where tokenizer_config.json has no added_tokens_decoder.
+    let dir = copy(json!({ "additional_special_tokens": [word] }));
+    let path = dir.path().join("tokenizer_config.json");
+    let mut config = crate::support::json(&path);
+    config.as_object_mut().unwrap().remove("added_tokens_decoder");
+    std::fs::write(&path, config.to_string()).unwrap();
+    let new = "<zqx>".to_string();
+    let next = known as u32;
+    let added = json!({ word.clone(): id, new.clone(): next });
+    std::fs::write(dir.path().join("added_tokens.json"), added.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert_eq!(tokenizer.encode(&word, false).unwrap(), [id]);
+    assert_eq!(tokenizer.decode(&[id], true).unwrap(), "", "it is special");
+    assert_eq!(tokenizer.encode(&new, false).unwrap(), [next]);
+    assert_eq!(tokenizer.decode(&[next], true).unwrap(), new, "it is not special");
 }

@@ -41,6 +41,20 @@ pub struct PairExample {
     pub row: usize,
 }
 
+impl PairExample {
+    pub fn new(
+        chosen: MaskedSequence,
+        rejected: MaskedSequence,
+        margin: Option<f32>,
+        row: usize,
+    ) -> PairExample {
+        let free = |s: &MaskedSequence| s.target_mask.iter().take_while(|t| !**t).count();
+        let shared =
+            common(&chosen.input_ids, &rejected.input_ids).min(free(&chosen)).min(free(&rejected));
+        PairExample { chosen, rejected, shared, margin, row }
+    }
+}
+
 /// A row before truncation.
 struct Made {
     chosen: MaskedSequence,
@@ -105,11 +119,9 @@ pub fn pairs(
             chosen.cut(limit, mode);
             rejected.cut(limit, mode);
         }
-        let shared =
-            common(&chosen.input_ids, &rejected.input_ids).min(free(&chosen)).min(free(&rejected));
         stats.count(&chosen);
         stats.count(&rejected);
-        examples.push(PairExample { chosen, rejected, shared, margin, row });
+        examples.push(PairExample::new(chosen, rejected, margin, row));
     }
     let stats = stats.finish(examples.len(), rows)?;
     Ok((examples, stats))

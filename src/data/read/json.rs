@@ -103,7 +103,11 @@ fn array(path: &Path, text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()>
         let bytes = text.fill_buf().map_err(|e| open::broken(path, e))?;
         if bytes.is_empty() {
             let message = "not valid JSON: its array does not end; is the file complete?";
-            return Err(Error::data(path, None, message));
+            // Of a download that was cut short, the rows before are whole.
+            return match number {
+                0 => Err(Error::data(path, None, message)),
+                _ => rows.push(number + 1, Err(message.into())),
+            };
         }
         let mut end = None;
         for (at, byte) in bytes.iter().enumerate() {

@@ -30,6 +30,11 @@ use file::FileRows;
 pub use file::{ReadRows, WantedFields};
 pub use open::FolderSplit;
 
+/// The files that paths name, in the order in which they are read.
+pub fn files(paths: &[PathBuf], split: FolderSplit) -> Result<Vec<PathBuf>> {
+    open::expand(paths, split, &mut Vec::new())
+}
+
 /// Reads files one after the other. Files without rows are errors.
 pub fn read(
     paths: &[PathBuf],

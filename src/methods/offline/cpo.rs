@@ -67,6 +67,10 @@ impl CpoConfig {
 }
 
 impl BuildMethod for CpoConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 1e-6, disable_dropout: true, ..Default::default() }
     }

@@ -48,6 +48,10 @@ impl DistillConfig {
 }
 
 impl BuildMethod for DistillConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 2e-5, disable_dropout: true, ..Default::default() }
     }

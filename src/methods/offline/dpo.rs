@@ -151,6 +151,10 @@ impl DpoConfig {
 }
 
 impl BuildMethod for DpoConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 1e-6, disable_dropout: true, ..Default::default() }
     }

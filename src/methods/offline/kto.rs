@@ -73,6 +73,10 @@ impl KtoConfig {
 }
 
 impl BuildMethod for KtoConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig {
             learning_rate: 1e-6,
@@ -143,7 +147,9 @@ impl KtoObjective {
             let pair = |e| LabelledPair::new(e, limit, crossed.next());
             Ok((examples.iter().map(pair).collect(), stats))
         })?;
-        stats += &imbalance(&rows.train, config).unwrap_or_default();
+        if inputs.stored.is_none() {
+            stats += &imbalance(&rows.train, config).unwrap_or_default();
+        }
         let reference = Reference::of(&config.reference, training, inputs, rows.longest());
         let op = Unpaired {
             loss: config.loss_type,

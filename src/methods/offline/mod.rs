@@ -15,15 +15,17 @@ pub mod reward;
 pub mod rows;
 pub mod sft;
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use rows::{RowSet, Split};
 
 use crate::autograd::{Cx, Tape};
+use crate::data::store::TokenStore;
 use crate::device::DType;
 use crate::digest::Digest;
 use crate::error::Result;
-use crate::methods::{Averages, MaskedIds, Method, Metric, StateFiles, StepReport};
+use crate::methods::{Averages, MaskedIds, Method, Metric, RowView, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
 use crate::tensor::Tensor;
 
@@ -91,6 +93,11 @@ pub trait OfflineObjective {
     /// See [`Method::masks`].
     fn masks(&self) -> Vec<MaskedIds> {
         self.rows().masks()
+    }
+
+    /// See [`Method::row_view`].
+    fn row_view(&self, row: usize) -> RowView {
+        self.rows().view(row)
     }
 
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
@@ -166,6 +173,14 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
 
     fn masks(&self) -> Vec<MaskedIds> {
         self.0.masks()
+    }
+
+    fn row_view(&self, row: usize) -> RowView {
+        self.0.row_view(row)
+    }
+
+    fn store(&self, split: Split) -> Option<Cow<'_, TokenStore>> {
+        self.0.rows().store(split)
     }
 
     fn stepped(&mut self, cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {

@@ -46,6 +46,10 @@ impl OrpoConfig {
 }
 
 impl BuildMethod for OrpoConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 1e-6, disable_dropout: true, ..Default::default() }
     }

@@ -52,6 +52,10 @@ impl PrmConfig {
 }
 
 impl BuildMethod for PrmConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 1e-5, disable_dropout: true, ..Default::default() }
     }

@@ -21,7 +21,7 @@ use crate::methods::offline::rows::RowSet;
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::floats;
 use crate::methods::{
-    BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodEntry, MethodInputs, Metric,
+    BuildMethod, BuiltMethod, Footprint, MaskedIds, MethodEntry, MethodInputs, Metric, RowView,
 };
 use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
@@ -59,6 +59,10 @@ impl RewardConfig {
 }
 
 impl BuildMethod for RewardConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 1e-4, disable_dropout: true, ..Default::default() }
     }
@@ -97,12 +101,17 @@ impl OfflineObjective for RewardObjective {
     }
 
     fn masks(&self) -> Vec<MaskedIds> {
-        // The last token is scored.
         let last = |(ids, _): MaskedIds| {
-            let mask = (1..=ids.len()).map(|i| i == ids.len()).collect();
+            let mask = scored(&ids);
             (ids, mask)
         };
         self.rows().masks().into_iter().map(last).collect()
+    }
+
+    fn row_view(&self, row: usize) -> RowView {
+        let mut view = self.rows().view(row);
+        view.parts.iter_mut().for_each(|part| part.mask = scored(&part.ids));
+        view
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
@@ -119,6 +128,11 @@ impl OfflineObjective for RewardObjective {
         let loss = bradley_terry(cx, self.op.clone(), &scores, &of.weight, margin.as_ref())?;
         Ok(LossOutput::new(loss, of.tokens, move || Ok(metrics(&scores.to_f32()?))))
     }
+}
+
+/// The last token is scored.
+fn scored(ids: &[u32]) -> Vec<bool> {
+    (1..=ids.len()).map(|i| i == ids.len()).collect()
 }
 
 /// TRL's metrics of the scores [n, 2].

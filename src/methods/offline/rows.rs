@@ -2,6 +2,7 @@
 //!
 //! Invariant: `sources[i]` names the file and line of training row i.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 
 use crate::config::{LengthOptions, TruncationOptions};
@@ -10,9 +11,10 @@ use crate::data::preference::{Labelled, PairExample, PreferenceOptions, StepExam
 use crate::data::rows::Row;
 use crate::data::sft::{SftExample, SftOptions};
 pub use crate::data::split::Split;
+use crate::data::store::{Places, TokenStore};
 use crate::digest::Digest;
-use crate::error::Result;
-use crate::methods::{MASKS, MaskedIds, MethodInputs};
+use crate::error::{Error, Result};
+use crate::methods::{MASKS, MaskedIds, MethodInputs, RowPart, RowView};
 
 /// A tokenised row.
 pub trait Example {
@@ -25,6 +27,21 @@ pub trait Example {
     /// What it teaches beside its masks, for digests: labels, a margin.
     fn labels(&self) -> Vec<u8> {
         Vec::new()
+    }
+
+    /// From its sequences and labels, as they were stored. None: they are of another kind.
+    fn of_stored(sequences: Vec<MaskedSequence>, labels: &[u8], row: usize) -> Option<Self>
+    where
+        Self: Sized;
+
+    /// What its sequences are called, where it has several.
+    fn names(&self) -> &'static [&'static str] {
+        &[""]
+    }
+
+    /// What a reader is told of it beside its sequences.
+    fn note(&self) -> String {
+        String::new()
     }
 }
 
@@ -43,13 +60,43 @@ pub trait RowSet {
     fn digest(&self, split: Split, digest: &mut Digest);
     /// The first training sequences.
     fn masks(&self) -> Vec<MaskedIds>;
+    /// A training row as the method has it, for `temper data`.
+    fn view(&self, row: usize) -> RowView {
+        RowView { places: vec![self.source(row)], ..RowView::default() }
+    }
+    /// The rows of a split, for the cache. None: they are made again at each start.
+    fn store(&self, _split: Split) -> Option<Cow<'_, TokenStore>> {
+        None
+    }
 }
 
 #[derive(Default)]
 pub struct Rows<E> {
     pub train: Vec<E>,
     pub eval: Vec<E>,
-    sources: Vec<String>,
+    sources: Places,
+    eval_sources: Places,
+}
+
+/// The examples of a stored split.
+fn stored<E: Example>(store: &TokenStore) -> Result<(Vec<E>, Places)> {
+    let sequence = |(ids, mask): (&[u32], &[bool])| MaskedSequence {
+        input_ids: ids.to_vec(),
+        target_mask: mask.to_vec(),
+    };
+    let example = |row: usize| {
+        let sequences = store.sequences(row).map(sequence).collect();
+        E::of_stored(sequences, store.labels(row), row)
+            .ok_or_else(|| Error::Run("the row cache holds rows of another kind".into()))
+    };
+    let examples = (0..store.count()).map(example).collect::<Result<_>>()?;
+    Ok((examples, store.places.clone()))
+}
+
+fn places<E: Example>(examples: &[E], rows: &[Row]) -> Places {
+    let mut places = Places::default();
+    examples.iter().for_each(|e| places.push_row(&rows[e.row()]));
+    places
 }
 
 impl<E: Example> Rows<E> {
@@ -58,19 +105,25 @@ impl<E: Example> Rows<E> {
         inputs: &MethodInputs,
         encode: impl Fn(Split, &[Row]) -> Result<(Vec<E>, S)>,
     ) -> Result<(Rows<E>, String)> {
+        if let Some(run) = inputs.stored {
+            let (train, sources) = stored(&run.train)?;
+            let (eval, eval_sources) = stored(&run.eval)?;
+            return Ok((Rows { train, eval, sources, eval_sources }, run.summary.clone()));
+        }
         let (train, stats) = encode(Split::Train, inputs.train)?;
         let eval = match inputs.eval {
             [] => Vec::new(),
             rows => encode(Split::Eval, rows)?.0,
         };
-        let sources = train.iter().map(|e| inputs.train[e.row()].place()).collect();
-        Ok((Rows { train, eval, sources }, stats.to_string()))
+        let (sources, eval_sources) = (places(&train, inputs.train), places(&eval, inputs.eval));
+        Ok((Rows { train, eval, sources, eval_sources }, stats.to_string()))
     }
 
     /// Training rows that come from no file; `source` names each.
     pub fn of_examples(train: Vec<E>, source: impl Fn(usize) -> String) -> Rows<E> {
-        let sources = (0..train.len()).map(source).collect();
-        Rows { train, eval: Vec::new(), sources }
+        let mut sources = Places::default();
+        (0..train.len()).for_each(|row| sources.push_name(&source(row)));
+        Rows { train, eval: Vec::new(), sources, eval_sources: Places::default() }
     }
 
     pub fn of(&self, split: Split) -> &[E] {
@@ -105,7 +158,33 @@ impl<E: Example> RowSet for Rows<E> {
     }
 
     fn source(&self, row: usize) -> String {
-        self.sources[row].clone()
+        self.sources.text(row)
+    }
+
+    fn view(&self, row: usize) -> RowView {
+        let example = &self.train[row];
+        let part = |(i, (ids, mask)): (usize, (&[u32], &[bool]))| RowPart {
+            name: example.names().get(i).copied().unwrap_or_default(),
+            ids: ids.to_vec(),
+            mask: mask.to_vec(),
+        };
+        RowView {
+            places: self.sources.lines(row),
+            parts: example.sequences().into_iter().enumerate().map(part).collect(),
+            note: example.note(),
+        }
+    }
+
+    fn store(&self, split: Split) -> Option<Cow<'_, TokenStore>> {
+        let mut store = TokenStore::default();
+        for example in self.of(split) {
+            store.add_labelled(example.sequences(), &example.labels());
+        }
+        store.places = match split {
+            Split::Train => self.sources.clone(),
+            Split::Eval => self.eval_sources.clone(),
+        };
+        Some(Cow::Owned(store))
     }
 
     fn digest(&self, split: Split, digest: &mut Digest) {
@@ -142,6 +221,23 @@ impl Example for PairExample {
     fn labels(&self) -> Vec<u8> {
         self.margin.map(|m| m.to_le_bytes().to_vec()).unwrap_or_default()
     }
+
+    fn of_stored(sequences: Vec<MaskedSequence>, labels: &[u8], row: usize) -> Option<Self> {
+        let [chosen, rejected] = <[MaskedSequence; 2]>::try_from(sequences).ok()?;
+        let margin = match labels {
+            [] => None,
+            bytes => Some(f32::from_le_bytes(bytes.try_into().ok()?)),
+        };
+        Some(PairExample::new(chosen, rejected, margin, row))
+    }
+
+    fn names(&self) -> &'static [&'static str] {
+        &["chosen", "rejected"]
+    }
+
+    fn note(&self) -> String {
+        self.margin.map(|m| format!("margin {m}")).unwrap_or_default()
+    }
 }
 
 impl Example for SftExample {
@@ -151,6 +247,11 @@ impl Example for SftExample {
 
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         vec![(&self.input_ids, &self.target_mask)]
+    }
+
+    fn of_stored(sequences: Vec<MaskedSequence>, _: &[u8], row: usize) -> Option<Self> {
+        let [one] = <[MaskedSequence; 1]>::try_from(sequences).ok()?;
+        Some(SftExample { input_ids: one.input_ids, target_mask: one.target_mask, row })
     }
 }
 
@@ -185,6 +286,21 @@ impl Example for LabelledPair {
     fn labels(&self) -> Vec<u8> {
         vec![u8::from(self.label)]
     }
+
+    fn of_stored(sequences: Vec<MaskedSequence>, labels: &[u8], row: usize) -> Option<Self> {
+        let mut sequences = sequences.into_iter();
+        let (own, crossed, rest) = (sequences.next()?, sequences.next(), sequences.next());
+        let &[label @ (0 | 1)] = labels else { return None };
+        rest.is_none().then_some(LabelledPair { own, crossed, label: label == 1, row })
+    }
+
+    fn names(&self) -> &'static [&'static str] {
+        &["completion", "with another row's completion, for the KL"]
+    }
+
+    fn note(&self) -> String {
+        format!("label {}", self.label)
+    }
 }
 
 /// Steps with labels. The mask marks the labelled tokens.
@@ -212,6 +328,18 @@ impl Example for LabelledSteps {
 
     fn labels(&self) -> Vec<u8> {
         self.example.labels.iter().map(|(_, right)| u8::from(*right)).collect()
+    }
+
+    fn of_stored(sequences: Vec<MaskedSequence>, labels: &[u8], row: usize) -> Option<Self> {
+        let [one] = <[MaskedSequence; 1]>::try_from(sequences).ok()?;
+        let marked = one.target_mask.iter().enumerate().filter(|(_, m)| **m).map(|(at, _)| at);
+        let labels: Vec<(usize, bool)> = marked.zip(labels.iter().map(|l| *l == 1)).collect();
+        Some(LabelledSteps::new(StepExample { input_ids: one.input_ids, labels, row }))
+    }
+
+    fn note(&self) -> String {
+        let right = |(_, right): &(usize, bool)| if *right { "right" } else { "wrong" };
+        format!("steps: {}", self.example.labels.iter().map(right).collect::<Vec<_>>().join(", "))
     }
 }
 

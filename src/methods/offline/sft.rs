@@ -9,14 +9,18 @@
 //! Layer 7. Invariant: packing changes which rows are computed together, never what a sequence
 //! sees.
 
+use std::borrow::Cow;
+
 use crate::autograd::Cx;
 use crate::config::value::words;
 use crate::config::{
     OnTruncation, Report, TrainingConfig, TruncationMode, TruncationOptions, section,
 };
+use crate::data::cache::TokenisedRun;
 use crate::data::packing::{PackingStrategy, pack};
 use crate::data::rows::Row;
 use crate::data::sft::{SftExample, SftOptions, prepare};
+use crate::data::store::TokenStore;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::methods::offline::rows::{RowSet, Split, targets};
@@ -24,6 +28,7 @@ use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObje
 use crate::methods::reference::floats;
 use crate::methods::{
     BuildMethod, BuiltMethod, MASKS, MaskedIds, MethodEntry, MethodInputs, MethodRun, Metric,
+    RowPart, RowView,
 };
 use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::Decoder;
@@ -118,6 +123,10 @@ impl SftConfig {
 }
 
 impl BuildMethod for SftConfig {
+    fn rows_are_stored(&self) -> bool {
+        true
+    }
+
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 2e-5, ..Default::default() }
     }
@@ -134,16 +143,11 @@ impl BuildMethod for SftConfig {
 
 pub type SftRun = MethodRun<SftConfig>;
 
-/// One row of the step batch: a sequence, or a pack of several that do not see each other.
-struct TrainRow {
-    sequences: Vec<MaskedIds>,
-    source: String,
-}
-
+/// Rows of the step batch: a sequence each, or a pack of several that do not see each other.
 #[derive(Default)]
 struct PackedRows {
-    train: Vec<TrainRow>,
-    eval: Vec<TrainRow>,
+    train: TokenStore,
+    eval: TokenStore,
 }
 
 pub struct Sft(PackedRows);
@@ -152,26 +156,34 @@ impl Sft {
     /// Tokenises, truncates and packs. Returns what to print about the training rows, too.
     pub fn new(config: &SftConfig, inputs: &MethodInputs) -> Result<(OfflineMethod<Sft>, String)> {
         let MethodInputs { tokenizer, template, model, .. } = *inputs;
+        if let Some(TokenisedRun { train, eval, summary, .. }) = inputs.stored {
+            let rows = PackedRows { train: train.clone(), eval: eval.clone() };
+            return Ok((OfflineMethod(Sft(rows)), summary.clone()));
+        }
         let options = SftOptions { on_bad_row: inputs.on_bad_row, ..config.options() };
         let read = |rows: &[Row]| {
             let (examples, stats) = prepare(rows, tokenizer, template, model.vocab_size, &options)?;
-            Ok((step_rows(&examples, rows, &options)?, stats))
+            Ok((step_rows(examples, rows, &options)?, stats))
         };
         let (train, stats) = read(inputs.train)?;
-        let eval = if inputs.eval.is_empty() { Vec::new() } else { read(inputs.eval)?.0 };
+        let eval =
+            if inputs.eval.is_empty() { TokenStore::default() } else { read(inputs.eval)?.0 };
         Ok((OfflineMethod(Sft(PackedRows { train, eval })), stats.to_string()))
     }
 
     /// For pretraining on token streams and for tests: sequences with their masks, one a row.
     pub fn from_sequences(sequences: Vec<MaskedIds>) -> OfflineMethod<Sft> {
-        let row = |(i, s)| TrainRow { sequences: vec![s], source: format!("row {}", i + 1) };
-        let train = sequences.into_iter().enumerate().map(row).collect();
-        OfflineMethod(Sft(PackedRows { train, eval: Vec::new() }))
+        let mut train = TokenStore::default();
+        for (i, (ids, mask)) in sequences.iter().enumerate() {
+            train.add([(&**ids, &**mask)]);
+            train.places.push_name(&format!("row {}", i + 1));
+        }
+        OfflineMethod(Sft(PackedRows { train, eval: TokenStore::default() }))
     }
 
     /// All training rows as one batch: for `temper inspect tape`.
     pub fn whole_batch(&self, cx: &Cx, model: &Decoder) -> Result<Batch> {
-        let all: Vec<usize> = (0..self.0.train.len()).collect();
+        let all: Vec<usize> = (0..self.0.train.count()).collect();
         self.batch(cx, model, Split::Train, &all)
     }
 
@@ -179,7 +191,7 @@ impl Sft {
         let set = self.0.of(split);
         let sequences: Vec<Sequence> = rows
             .iter()
-            .flat_map(|r| &set[*r].sequences)
+            .flat_map(|r| set.sequences(*r))
             .map(|(ids, mask)| Sequence { ids, target: Some(mask) })
             .collect();
         Batch::new(cx, &sequences, model.vocab())
@@ -187,7 +199,7 @@ impl Sft {
 }
 
 impl PackedRows {
-    fn of(&self, split: Split) -> &[TrainRow] {
+    fn of(&self, split: Split) -> &TokenStore {
         match split {
             Split::Train => &self.train,
             Split::Eval => &self.eval,
@@ -197,29 +209,28 @@ impl PackedRows {
 
 impl RowSet for PackedRows {
     fn count(&self, split: Split) -> usize {
-        self.of(split).len()
+        self.of(split).count()
     }
 
     fn longest(&self) -> usize {
-        let sequences = self.train.iter().chain(&self.eval).flat_map(|r| &r.sequences);
-        sequences.map(|s| s.0.len()).max().unwrap_or(1)
+        self.train.longest().max(self.eval.longest()).unwrap_or(1)
     }
 
     fn widest(&self, rows: usize) -> usize {
-        let tokens = |r: &TrainRow| r.sequences.iter().map(|s| s.0.len()).sum();
-        let mut all: Vec<usize> = self.train.iter().map(tokens).collect();
+        let mut all = self.train.row_lengths();
         all.sort_unstable_by_key(|n| std::cmp::Reverse(*n));
         all.iter().take(rows).sum()
     }
 
     fn source(&self, row: usize) -> String {
-        self.train[row].source.clone()
+        self.train.places.text(row)
     }
 
     fn digest(&self, split: Split, digest: &mut Digest) {
-        for row in self.of(split) {
-            digest.number(row.sequences.len() as u64);
-            for (ids, mask) in &row.sequences {
+        let set = self.of(split);
+        for row in 0..set.count() {
+            digest.number(set.sequences(row).count() as u64);
+            for (ids, mask) in set.sequences(row) {
                 digest.ids(ids);
                 digest.mask(mask);
             }
@@ -227,7 +238,25 @@ impl RowSet for PackedRows {
     }
 
     fn masks(&self) -> Vec<MaskedIds> {
-        self.train.iter().flat_map(|r| &r.sequences).take(MASKS).cloned().collect()
+        let first = self.train.all_sequences().take(MASKS);
+        first.map(|(ids, mask)| (ids.to_vec(), mask.to_vec())).collect()
+    }
+
+    fn view(&self, row: usize) -> RowView {
+        let part = |(ids, mask): (&[u32], &[bool])| RowPart {
+            name: "",
+            ids: ids.to_vec(),
+            mask: mask.to_vec(),
+        };
+        RowView {
+            places: self.train.places.lines(row),
+            parts: self.train.sequences(row).map(part).collect(),
+            note: String::new(),
+        }
+    }
+
+    fn store(&self, split: Split) -> Option<Cow<'_, TokenStore>> {
+        Some(Cow::Borrowed(self.of(split)))
     }
 }
 
@@ -239,8 +268,8 @@ impl OfflineObjective for Sft {
     /// Behind a tuned prompt a first token that is a target adds to the loss and does not count
     /// here: transformers counts labels from the second on.
     fn weight(&self, split: Split, row: usize) -> f64 {
-        let sequences = &self.0.of(split)[row].sequences;
-        sequences.iter().map(|(_, mask)| targets(mask)).sum::<usize>() as f64
+        let sequences = self.0.of(split).sequences(row);
+        sequences.map(|(_, mask)| targets(mask)).sum::<usize>() as f64
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
@@ -267,23 +296,22 @@ fn metrics(out: &HeadOut, batch: &Batch) -> Result<Vec<Metric>> {
 
 /// Examples to rows of the step batch: one each, or packs.
 fn step_rows(
-    examples: &[SftExample],
+    examples: Vec<SftExample>,
     source: &[Row],
     options: &SftOptions,
-) -> Result<Vec<TrainRow>> {
-    let name = |e: &SftExample| source.get(e.row).map(Row::place).unwrap_or_default();
+) -> Result<TokenStore> {
+    let mut rows = TokenStore::default();
     let (Some(strategy), Some(max_length)) = (options.packing, options.max_length) else {
-        let row = |e: &SftExample| TrainRow {
-            sequences: vec![(e.input_ids.clone(), e.target_mask.clone())],
-            source: name(e),
-        };
-        return Ok(examples.iter().map(row).collect());
+        for e in examples {
+            rows.add([(&*e.input_ids, &*e.target_mask)]);
+            rows.places.push_row(&source[e.row]);
+        }
+        return Ok(rows);
     };
     let lengths: Vec<usize> = examples.iter().map(|e| e.input_ids.len()).collect();
-    let mut rows = Vec::new();
     for pack in pack(strategy, &lengths, max_length) {
-        let mut sequences: Vec<(Vec<u32>, Vec<bool>)> = Vec::new();
-        let mut sources: Vec<String> = Vec::new();
+        let mut sequences: Vec<MaskedIds> = Vec::new();
+        let mut lines = Vec::new();
         for (example, range) in pack {
             let e = examples
                 .get(example)
@@ -296,10 +324,10 @@ fn step_rows(
                 }
                 None => sequences.push((ids.to_vec(), mask.to_vec())),
             }
-            sources.push(name(e));
+            lines.push((&source[e.row].file, source[e.row].line));
         }
-        sources.dedup();
-        rows.push(TrainRow { sequences, source: sources.join(" + ") });
+        rows.add(sequences.iter().map(|(ids, mask)| (&**ids, &**mask)));
+        rows.places.push(lines);
     }
     Ok(rows)
 }

@@ -31,7 +31,9 @@ use crate::data::sft::{SftExample, SftOptions, prepare};
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
 use crate::methods::teacher::{Teacher, TeacherOptions, all_targets};
-use crate::methods::{BuildMethod, BuiltMethod, MethodEntry, MethodInputs, Metric, StepReport};
+use crate::methods::{
+    BuildMethod, BuiltMethod, MethodEntry, MethodInputs, Metric, RowPart, RowView, StepReport,
+};
 use crate::model::decoder::Decoder;
 use crate::rng::{philox, tag, uniform};
 use crate::rollout::Engine;
@@ -278,6 +280,16 @@ fn with_completion(row: &Row) -> Result<Row> {
 
 impl OnlineObjective for Gkd {
     env_field!();
+
+    fn row_view(&self, row: usize) -> RowView {
+        let mut view = self.env.prompts.view(row);
+        view.note.clear(); // no reward sees the columns
+        if let Some(Some(data)) = self.data.get(row) {
+            let (ids, mask) = (data.input_ids.clone(), data.target_mask.clone());
+            view.parts.push(RowPart { name: "with the data's completion", ids, mask });
+        }
+        view
+    }
 
     fn longest(&self) -> usize {
         let data = self.data.iter().flatten().chain(&self.eval).map(|e| e.input_ids.len());

@@ -38,7 +38,7 @@ use crate::autograd::Cx;
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::methods::offline::rows::Split;
-use crate::methods::{Method, Metric, StateFiles, StepReport};
+use crate::methods::{Method, Metric, RowView, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
 
 /// A method over generated completions; [`OnlineMethod`] makes a [`Method`] of it.
@@ -81,6 +81,11 @@ pub trait OnlineObjective {
 
     fn row_source(&self, _step: u64, row: usize) -> String {
         self.env().prompts.train[row].source.clone()
+    }
+
+    /// See [`Method::row_view`].
+    fn row_view(&self, row: usize) -> RowView {
+        self.env().prompts.view(row)
     }
 
     fn state(&self) -> Result<StateFiles> {
@@ -192,6 +197,10 @@ impl<O: OnlineObjective> Method for OnlineMethod<O> {
 
     fn row_source(&self, row: usize) -> String {
         self.objective.row_source(self.step, row)
+    }
+
+    fn row_view(&self, row: usize) -> RowView {
+        self.objective.row_view(row)
     }
 
     fn take_completions(&mut self) -> Vec<Value> {

@@ -12,8 +12,8 @@ use crate::data::render::{RenderedPrompt, Renderer};
 use crate::data::rows::Row;
 use crate::digest::Digest;
 use crate::error::Result;
-use crate::methods::MethodInputs;
 use crate::methods::offline::rows::Split;
+use crate::methods::{MethodInputs, RowPart, RowView};
 
 /// A row of the data.
 pub struct Prompt {
@@ -69,6 +69,19 @@ impl Prompts {
             digest.text(&prompt.value.to_string());
             digest.text(&Value::Object(prompt.columns.clone()).to_string());
         }
+    }
+
+    /// A training prompt, and the columns that rewards see.
+    pub fn view(&self, row: usize) -> RowView {
+        let prompt = &self.train[row];
+        let columns: Vec<&str> = prompt.columns.keys().map(String::as_str).collect();
+        let note = match columns.is_empty() {
+            true => String::new(),
+            false => format!("columns for the rewards: {}", columns.join(", ")),
+        };
+        let (ids, mask) = (prompt.ids.clone(), vec![false; prompt.ids.len()]);
+        let part = RowPart { name: "prompt", ids, mask };
+        RowView { places: vec![prompt.source.clone()], parts: vec![part], note }
     }
 
     /// Every prompt of the evaluation set.
