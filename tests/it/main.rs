@@ -18,6 +18,7 @@ mod forms;
 mod generate;
 mod hopper;
 mod jinja;
+mod levels;
 mod library;
 mod logit_slices;
 mod lora_kernels;
