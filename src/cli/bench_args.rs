@@ -7,13 +7,14 @@ use super::bench_grpo::GrpoArgs;
 use super::parsers::count;
 use crate::config::MatmulChoice;
 
-/// Time ops against measured ceilings, a training step, decoding, a step of GRPO and its parts, or
-/// the host's work for a launch, on random weights of a real shape
+/// Time ops against measured ceilings, a training step, decoding, a step of GRPO and its parts, the
+/// levels of kernels/levels, or the host's work for a launch, on random weights of a real shape
 #[derive(clap::Args)]
 pub struct BenchArgs {
-    /// what is timed; launches: the host's time for each launch of a training step, on a stand-in
+    /// what is timed; levels: a matrix product and attention, each from its definition to a fast
+    /// kernel, all sizes fixed, on a CPU for correctness only; launches: the host's time for each launch of a training step, on a stand-in
     /// for a GPU that computes nothing, whatever --device says
-    #[arg(value_parser = ["ops", "train", "decode", "grpo", "launches"])]
+    #[arg(value_parser = ["ops", "train", "decode", "grpo", "levels", "launches"])]
     pub(super) what: String,
     /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b,
     /// qwen3-1.7b

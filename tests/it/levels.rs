@@ -8,6 +8,8 @@ use temper::device::{DType, Device, cpu::Cpu};
 use temper::ops::case::{Case, DEFAULT, Rng};
 use temper::ops::levels::LEVELS;
 
+use crate::support::done;
+
 fn all_pass(device: Cpu) {
     let device: Arc<dyn Device> = Arc::new(device);
     let outcomes = check_ops(&device, "level", |_| {}).unwrap();
@@ -110,4 +112,18 @@ fn every_level_has_a_file_and_its_number_in_the_list() {
         }
     }
     assert_eq!(LEVELS.len(), 14);
+}
+
+#[test]
+fn on_a_cpu_the_bench_shows_correctness_and_no_time() {
+    let out = done(&["bench", "levels", "--device", "cpu"]);
+    for level in LEVELS {
+        let line = out.lines().find(|line| line.starts_with(level.name)).expect(level.name);
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert!(words[1].parse::<usize>().unwrap() >= 2, "{line}");
+        assert!(line.ends_with(level.idea), "{line}");
+    }
+    assert!(out.contains("say nothing about a GPU"), "{out}");
+    assert!(out.contains("temper bench levels --device cuda"), "{out}");
+    assert!(!out.contains("TFLOP/s"), "{out}");
 }
