@@ -1,6 +1,7 @@
 //! The levels of `kernels/levels/`: against the f64 oracle in both modes of the CPU, and against
 //! each other.
 
+use std::process::Command;
 use std::sync::Arc;
 
 use temper::check::{check_ops, run_case};
@@ -8,7 +9,7 @@ use temper::device::{DType, Device, cpu::Cpu};
 use temper::ops::case::{Case, DEFAULT, Rng};
 use temper::ops::levels::LEVELS;
 
-use crate::support::done;
+use crate::support::{done, finish};
 
 fn all_pass(device: Cpu) {
     let device: Arc<dyn Device> = Arc::new(device);
@@ -126,4 +127,21 @@ fn on_a_cpu_the_bench_shows_correctness_and_no_time() {
     assert!(out.contains("say nothing about a GPU"), "{out}");
     assert!(out.contains("temper bench levels --device cuda"), "{out}");
     assert!(!out.contains("TFLOP/s"), "{out}");
+}
+
+#[test]
+fn the_program_for_gdb_runs_each_level_that_it_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    for level in 1..=6 {
+        let program = dir.path().join(format!("step{level}"));
+        let mut compile = Command::new(&compiler);
+        compile.args("-g -O0 -std=c++17 -w -I kernels".split(' ')).arg(format!("-DLEVEL={level}"));
+        compile.args(["kernels/levels/step.cpp", "kernels/shim/shim.cpp", "-o"]).arg(&program);
+        let (code, text) = finish(&mut compile);
+        assert_eq!(code, Some(0), "{text}");
+        let (code, text) = finish(&mut Command::new(&program));
+        assert_eq!(code, Some(0), "{text}");
+        assert_eq!(text, format!("level {level}: 0 of 32768 values are wrong\n"));
+    }
 }
