@@ -163,6 +163,7 @@ pub fn table(result: &Value) -> String {
     if let Some(note) = result["note"].as_str() {
         out += &format!("{note}\n");
     }
+    out.truncate(out.trim_end().len());
     out
 }
 
