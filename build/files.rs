@@ -54,6 +54,7 @@ impl Sources {
             ("kernels/common", true),
             ("kernels/prim", true),
             ("kernels", true),
+            ("kernels/levels", true),
             ("kernels/shim", false),
         ] {
             for path in listed(folder, &["cu", "cuh"]) {

@@ -18,6 +18,7 @@ use crate::autograd::{Cx, F64, ParamGrads, Round, Tape};
 use crate::device::{DType, Device};
 use crate::error::{Error, Result};
 use crate::ops::case::{Arg, Case, Kind, Rng, Variant};
+use crate::ops::levels;
 use crate::ops::registry::registry;
 use crate::tensor::{Id, ParamSetId, Tensor};
 
@@ -33,14 +34,15 @@ pub struct CheckOutcome {
     pub failure: Option<String>,
 }
 
-/// Runs every case of every registered op whose name contains `filter`.
+/// Runs every case of every registered op whose name contains `filter`, and of every level.
 pub fn check_ops(
     device: &Arc<dyn Device>,
     filter: &str,
     mut each: impl FnMut(&CheckOutcome),
 ) -> Result<Vec<CheckOutcome>> {
     let mut all = Vec::new();
-    for entry in registry().into_iter().filter(|e| e.name.contains(filter)) {
+    let entries = registry().into_iter().chain(levels::entries());
+    for entry in entries.filter(|e| e.name.contains(filter)) {
         for variant in entry.variants.iter().filter(|v| v.runs_on(&**device)) {
             for &dtype in variant.dtypes {
                 let mut rng = Rng(0x7e57);

@@ -10,6 +10,7 @@ use crate::autograd::{Cx, Tape};
 use crate::check::{differentiable, prepare_case, upstream};
 use crate::cli::bench_args::BenchArgs;
 use crate::cli::bench_grpo::GrpoBench;
+use crate::cli::bench_levels;
 use crate::cli::bench_measure::{Ceilings, median, preset, time};
 use crate::cli::bench_train;
 use crate::cli::launches::{DecodeStep, decode_step};
@@ -32,6 +33,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     };
     let mut result = match args.what.as_str() {
         "launches" => bench_train::launches(&args)?,
+        "levels" => bench_levels::run(&mut open()?, args.repeat())?,
         "ops" => ops(&mut open()?, &args)?,
         "train" => bench_train::train(open()?, &args)?,
         "decode" => decode(&mut open()?, &args)?,
@@ -56,15 +58,22 @@ pub fn run(args: BenchArgs) -> Result<()> {
         }
         other => {
             return Err(Error::Config(format!(
-                "temper bench ops, train, decode, grpo or launches, not \"{other}\""
+                "temper bench ops, train, decode, grpo, levels or launches, not \"{other}\""
             )));
         }
     };
     if let Value::Object(map) = &mut result {
         map.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
-        map.insert("shape".into(), json!(args.shape));
+        if args.what != "levels" {
+            map.insert("shape".into(), json!(args.shape)); // the levels have sizes of their own
+        }
     }
-    print_line(format_args!("{}", if args.json { result.to_string() } else { readable(&result) }))?;
+    let text = match args.what.as_str() {
+        _ if args.json => result.to_string(),
+        "levels" => bench_levels::table(&result),
+        _ => readable(&result),
+    };
+    print_line(text)?;
     Ok(())
 }
 

@@ -8,14 +8,16 @@ use super::parsers::{count, recompute};
 use crate::autograd::Recompute;
 use crate::config::MatmulChoice;
 
-/// Measure ops, training steps, decoding and GRPO steps on random weights of a real shape
+/// Measure ops, training steps, decoding, GRPO steps and the kernels of the course
 ///
-/// Ops are compared with the copy and matmul speeds that the command measures on the same device.
+/// Ops are compared with the copy and matmul speeds that the command measures on the same device;
+/// models have random weights of a real shape.
 #[derive(clap::Args)]
 pub struct BenchArgs {
-    /// what is timed; launches: the host's time for each launch of a training step, on a stand-in
-    /// for a GPU that computes nothing, whatever --device says
-    #[arg(value_parser = ["ops", "train", "decode", "grpo", "launches"])]
+    /// what to measure. levels: the matrix products and attentions of kernels/levels, from the
+    /// definition to a fast kernel (on a CPU for correctness only). launches: the host's time for
+    /// each launch of a training step, on a stand-in for a GPU, whatever --device says
+    #[arg(value_parser = ["ops", "train", "decode", "grpo", "levels", "launches"])]
     pub(super) what: String,
     /// quickstart, smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, llama-3.2-1b, qwen2.5-1.5b,
     /// qwen3-1.7b

@@ -7,6 +7,7 @@ mod args;
 mod bench;
 mod bench_args;
 mod bench_grpo;
+mod bench_levels;
 mod bench_measure;
 mod bench_train;
 mod chat;

@@ -25,6 +25,7 @@ mod generate;
 mod hopper;
 mod jinja;
 mod kills;
+mod levels;
 mod library;
 mod limits;
 mod logit_slices;

@@ -1,0 +1,133 @@
+// Causal attention, level 6: two consumers in ping-pong. bf16 and sm_90a only.
+//
+// Changes  Two warpgroups take turns at the tensor cores: one's products run under the other's softmax. And within each, S of
+//          a step is started together with P V of the step before, which runs under its own softmax.
+// Math     as attention_4.cu
+// Shapes   as attention_5.cu
+// Plan     a consumer owns 64 of 128 queries, the first one has one step less; 64 keys a step, five stages. Named barrier 1 + w
+//          is consumer w's turn: it waits there, and the other one arrives there when its products are under way. A thread of
+//          consumer 0 starts the copies, two steps ahead: a producer's registers would cost the second block a multiprocessor
+// Numerics bit for bit those of attention_4.cu
+// Cost     4 D flops a pair. H100, 112 heads of 2048, *predicted*: 370 TFLOP/s, 0.46 of the ceiling of 798, as
+//          kernels/attention_hopper.cu (374), which leaves the turns to the scheduler. sm_90a: 113 registers, no spills.
+#include "common/online_softmax.cuh"
+#include "prim/wgmma_loop.cuh"
+
+#if defined(REAL_BF16) && defined(HOPPER)
+constexpr int DIM = 64, SIDE = 64, STAGES = 5, AHEAD = 2;
+constexpr int TILE = SIDE * DIM;
+typedef float Flat[SIDE / 2];  // 64 x 64 accumulators as wgmma takes them
+
+DEVICE void start_scores(float (&s)[SIDE / 8][4], const bf16* tq, const bf16* tk) {
+#pragma unroll
+  for (int d = 0; d < DIM; d += 16) wgmma_ss<SIDE, false, false>((Flat&)s, wgmma_desc<true>(tq + d), wgmma_desc<true>(tk + d), d > 0);
+  wgmma_commit();
+}
+DEVICE void start_sums(float (&sum)[DIM / 8][4], const unsigned (&p)[SIDE / 16][4], const bf16* tv) {
+#pragma unroll
+  for (int j = 0; j < SIDE / 16; ++j) wgmma_rs<DIM, true>((Flat&)sum, p[j], wgmma_desc<false>(tv + j * 16 * 64), true);
+  wgmma_commit();
+}
+DEVICE void pack(unsigned (&p)[SIDE / 16][4], const float (&s)[SIDE / 8][4]) {
+#pragma unroll
+  for (int j = 0; j < SIDE / 8; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) p[j / 2][j % 2 * 2 + h] = pack_bf16(s[j][2 * h], s[j][2 * h + 1]);
+}
+#endif
+
+KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
+(real* o, const tensor_map& q, const tensor_map& k, const tensor_map& v, int heads, int t, float scale) {
+#if defined(REAL_BF16) && defined(HOPPER)
+  bf16 *tq = (bf16*)shared_base(), *tk = tq + 2 * TILE, *tv = tk + STAGES * TILE;
+  mbarrier *full = (mbarrier*)(tv + STAGES * TILE), *empty = full + STAGES;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) {
+      mbarrier_init(full + s, 1);
+      mbarrier_init(empty + s, 2);
+    }
+    mbarrier_fence();
+  }
+  block_sync();
+  const int first = (gridDim.x - 1 - blockIdx.x) * 2 * SIDE, steps = first / SIDE + 2, base = blockIdx.y * t;
+
+  // By one thread. The stage was last used AHEAD - STAGES steps from now, which both are long done with.
+  auto start = [&](int step) {
+    if (step >= steps) return;
+    const int stage = step % STAGES;
+    mbarrier_wait(empty + stage, step / STAGES & 1 ^ 1);  // at once, the first time around
+    mbarrier_expect(full + stage, (step == 0 ? 4 : 2) * TILE * sizeof(bf16));
+    for (int i = 0; i < 2 && step == 0; ++i) tma_load(tq + i * TILE, &q, full, 0, base + first + i * SIDE);
+    tma_load(tk + stage * TILE, &k, full + stage, 0, base + step * SIDE);
+    tma_load(tv + stage * TILE, &v, full + stage, 0, base + step * SIDE);
+  };
+  if (threadIdx.x == 0)
+    for (int step = 0; step < AHEAD; ++step) start(step);
+
+  const int w = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int position[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
+  const int both = steps - 1, mine = both + w;  // the steps that both take; the last one is all of consumer 1's
+  const float factor = score_factor(scale, 0.f);
+  OnlineSoftmax softmax;
+  float sum[DIM / 8][4], s[SIDE / 8][4], alpha[2];
+  unsigned p[SIDE / 16][4];
+#pragma unroll
+  for (int d = 0; d < DIM / 8; ++d)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[d][e] = 0.f;
+  const bf16* my_q = tq + w * TILE;
+
+  // Once the stage is there and it is this consumer's turn.
+  auto turn = [&](int step) {
+    mbarrier_wait(full + step % STAGES, step / STAGES & 1);
+    if (step < both) named_barrier(1 + w, 256);
+    wgmma_fence();
+  };
+  auto pass_turn = [&](int step) {
+    if (step + w < both) named_barrier_arrive(2 - w, 256);
+    if (threadIdx.x == 0) start(step + AHEAD);
+  };
+  auto weights = [&](int step) {
+    hold((Flat&)s);
+    hide_scores(s, position, t, step * SIDE);
+    return softmax.step(s, alpha, factor);
+  };
+  if (w == 1) named_barrier_arrive(1, 256);  // consumer 0 begins
+  turn(0);
+  start_scores(s, my_q, tk);
+  pass_turn(0);
+  wgmma_wait<0>();
+  weights(0);
+  pack(p, s);
+  for (int step = 1; step < mine; ++step) {
+    const int before = (step - 1) % STAGES;
+    turn(step);
+    start_scores(s, my_q, tk + step % STAGES * TILE);
+    start_sums(sum, p, tv + before * TILE);
+    pass_turn(step);
+    wgmma_wait<1>();  // S is there, P V still runs
+    if (warp_any(weights(step))) {
+      // Two waits in two branches: at one before them the compiler would put it before the softmax.
+      wgmma_wait<0>();
+      hold((Flat&)sum);
+      scale_rows(sum, alpha);
+    } else {
+      wgmma_wait<0>();
+      hold((Flat&)sum);
+    }
+    if (threadIdx.x % 128 == 0) mbarrier_arrive(empty + before);
+    pack(p, s);
+  }
+  wgmma_fence();
+  start_sums(sum, p, tv + (mine - 1) % STAGES * TILE);
+  wgmma_wait<0>();
+  hold((Flat&)sum);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float inverse = 1.f / row_sum(softmax.l[h]);
+    unsigned* to = (unsigned*)(o + (long long)(base + position[h]) * DIM) + lane % 4;
+#pragma unroll
+    for (int d = 0; d < DIM / 8; ++d) to[d * 4] = pack_bf16(sum[d][2 * h] * inverse, sum[d][2 * h + 1] * inverse);
+  }
+#endif
+}
