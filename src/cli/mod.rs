@@ -11,8 +11,10 @@ mod bench_measure;
 mod bench_train;
 mod chat;
 mod check;
+mod convert;
 mod data;
 mod eval;
+mod export;
 mod forms;
 mod generate;
 mod inspect;
@@ -47,6 +49,8 @@ enum Command {
     Bench(Box<bench_args::BenchArgs>),
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
+    Convert(convert::ConvertArgs),
+    Export(export::ExportArgs),
     Report(report::ReportArgs),
     Quickstart(quickstart::QuickstartArgs),
 }
@@ -142,6 +146,8 @@ pub fn main() -> i32 {
             Command::Bench(args) => bench::run(*args),
             Command::Inspect(args) => inspect::run(args),
             Command::Merge(args) => merge::run(args),
+            Command::Convert(args) => convert::run(args),
+            Command::Export(args) => export::run(args),
             Command::Report(args) => report::run(args),
             Command::Quickstart(args) => quickstart::run(args),
         },

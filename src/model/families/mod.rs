@@ -4,6 +4,7 @@
 //! which tensors the decoder has then; no code elsewhere asks which family it is. Adding one is a
 //! file here and a line in [`FAMILIES`].
 
+pub mod gguf;
 mod llama;
 mod mistral;
 mod qwen2;
