@@ -24,7 +24,8 @@ fi
 
 step "convert"
 model=$work/smollm2
-"$temper" convert "$gguf" "$model" --overwrite
+rm -rf "$model" "$work/merged" "$work/again"
+"$temper" convert "$gguf" "$model"
 
 step "ids and log-probs against tests/fixtures/smollm2.json"
 TEMPER_SMOLLM2="$PWD/$model" cargo test --quiet --test it smollm2 -- --nocapture
@@ -51,13 +52,13 @@ PY
 done
 
 step "merge"
-"$temper" merge --model "$model" --adapter "$work/sft" --output "$work/merged" --overwrite
+"$temper" merge --model "$model" --adapter "$work/sft" --output "$work/merged"
 
 step "export"
 "$temper" export --gguf "$work/merged" "$work/merged.gguf" --type q8_0 --overwrite
 
 step "generate from what was exported"
-"$temper" convert "$work/merged.gguf" "$work/again" --overwrite
+"$temper" convert "$work/merged.gguf" "$work/again"
 out=$("$temper" generate --model "$work/again" --chat --prompt "What is 12 + 7?" max_new_tokens=24 temperature=0)
 echo "   $out"
 [ -n "$out" ]

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Sums in several phrasings, as rows for temper: sh examples/real/make.sh [FOLDER] writes
 #
-#     sft.jsonl      600 rows, prompt and completion: a short reply that ends in the number
+#     sft.jsonl      600 rows, prompt and completion: the sum written out
 #     prompts.jsonl  600 rows, prompt and answer: for online RL
 #     pairs.jsonl    200 rows, prompt, chosen (right) and rejected (a sum that is off)
 #     heldout.jsonl  200 rows, prompt and answer, to measure with: none of its pairs of numbers is in the others
@@ -23,7 +23,7 @@ function ask(a, b, way) {
 }
 function says(who, text) { return "[{\"role\": \"" who "\", \"content\": \"" text "\"}]" }
 function row(file, held, kind,   a, b, sum, out) {
-  do { a = 2 + below(39); b = 2 + below(39) } while (((a * 100 + b) % 8 == 0) != held)
+  do { a = 10 + below(90); b = 10 + below(90) } while (((a * 100 + b) % 8 == 0) != held)
   sum = a " + " b " = "
   out = "{\"prompt\": " says("user", ask(a, b, below(6)))
   if (kind == "answer") out = out ", \"answer\": \"" a + b "\"}"

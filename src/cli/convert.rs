@@ -4,7 +4,6 @@
 
 use std::path::PathBuf;
 
-use crate::checkpoint::prepare_output;
 use crate::cli::parsers::file;
 use crate::error::{Error, Result};
 use crate::gguf::convert::convert;
@@ -24,9 +23,6 @@ pub struct ConvertArgs {
     /// f32 for quantised types
     #[arg(long, default_value = "auto")]
     dtype: String,
-    /// replace the model that DIR holds
-    #[arg(long)]
-    overwrite: bool,
 }
 
 pub fn run(args: ConvertArgs) -> Result<()> {
@@ -41,9 +37,14 @@ pub fn run(args: ConvertArgs) -> Result<()> {
             )));
         }
     };
-    let out = prepare_output(&args.dir, args.overwrite, false)?;
-    let done = convert(&args.input, out.path(), dtype)?;
-    out.discard_overwritten()?;
+    let held = ["config.json", "model.safetensors", "model.safetensors.index.json"];
+    if let Some(name) = held.iter().find(|name| args.dir.join(name).exists()) {
+        let shown = args.dir.display();
+        return Err(Error::Config(format!(
+            "{shown} already holds a model ({name}); give another folder, or remove it"
+        )));
+    }
+    let done = convert(&args.input, &args.dir, dtype)?;
     let types: Vec<String> = done.types.iter().map(|(name, n)| format!("{n} {name}")).collect();
     let kept = if done.exact { "every value kept" } else { "values rounded" };
     let name = done.dtype.torch_name().unwrap_or_default();

@@ -41,6 +41,10 @@ pub struct ExportArgs {
     /// f32, f16, bf16, q8_0 or q4_0: how matrices are stored; norms and biases are f32
     #[arg(long = "type", default_value = "f16")]
     stored: String,
+    /// the most by which a log-prob may differ; by the type if absent: f32 1e-4, f16 2e-3, bf16 0.5,
+    /// q8_0 0.05, q4_0 without limit
+    #[arg(long)]
+    limit: Option<f32>,
     /// replace FILE
     #[arg(long)]
     overwrite: bool,
@@ -57,6 +61,9 @@ const TYPES: [(&str, GgufType, f32); 5] = [
     ("q8_0", GgufType::Q8_0, 0.05),
     ("q4_0", GgufType::Q4_0, f32::MAX),
 ];
+
+/// Tokens of the sequences whose log-probs are compared.
+const LENGTH: usize = 48;
 
 /// What both tokenizers are asked to split.
 const PROBE: &str =
@@ -75,20 +82,24 @@ pub fn run(args: ExportArgs) -> Result<()> {
     }
     let (dir, adapter) = model_and_adapter(&args)?;
     let cx = Cx::new(Arc::new(Cpu::new()), DType::F32)?;
-    let model = open_model(&cx, &dir, adapter.as_deref())?;
+    let mut model = open_model(&cx, &dir, adapter.as_deref())?;
+    model.ensure_positions(&cx, LENGTH)?;
     let tokenizer = Tokenizer::of_model(&dir, adapter.as_deref())?;
     // Under another name until it was read back.
     let staged = Staged::new(&args.file)?;
     let notes = export(&cx, &model, &tokenizer, &staged.file, *dtype)?;
     convert(&staged.file, &staged.folder, Some(crate::tensor::safetensors::HostDtype::F32))?;
     check_tokens(&tokenizer, &staged.folder)?;
-    let window = model.config.sliding_window.iter().flatten().min().copied().unwrap_or(48);
-    let off = difference(cx, &model, &staged.folder, window.clamp(2, 48))?;
-    if off.is_nan() || off > *limit {
+    let window = model.config.sliding_window.iter().flatten().min().copied();
+    let length = window.map_or(LENGTH, |w| w.clamp(2, LENGTH));
+    let off = difference(cx, &model, &staged.folder, length)?;
+    let limit = args.limit.unwrap_or(*limit);
+    if off.is_nan() || off > limit {
         let failed = with_suffix(&args.file, ".failed");
         std::fs::rename(&staged.file, &failed).map_err(|e| Error::io(&failed, e))?;
         return Err(Error::Run(format!(
-            "the file's log-probs are off by {off:.2e} (limit {limit:.0e}); it was named {}. Give a --type with more bits",
+            "the file's log-probs are off by {off:.2e} (limit {limit:.0e}); it was named {}. Give a --type \
+             with more bits, or a higher --limit if that is near enough",
             failed.display()
         )));
     }

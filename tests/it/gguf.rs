@@ -94,7 +94,7 @@ fn a_converted_golden_model_has_its_log_probs() {
         // The weights have the bits of the folder's, so the log-probs do too.
         assert_eq!(got, own, "{case}");
         assert!(furthest(&got, &want) < 5e-5, "{case}: {}", furthest(&got, &want));
-        assert_eq!(Tokenizer::load(&out).unwrap().encode("ab", false).unwrap().len(), 2);
+        assert_eq!(Tokenizer::load(&out).unwrap().encode("ab", false).unwrap(), [95]);
     }
 }
 
@@ -186,7 +186,10 @@ fn export_measures_each_type_and_replaces_nothing_unasked() {
     let out = dir.path().join("m.gguf");
     let (model, shown) = (model.to_str().unwrap(), out.to_str().unwrap());
     for stored in ["f32", "f16", "bf16", "q8_0", "q4_0"] {
-        let (code, _, err) = temper(&["export", "--gguf", model, shown, "--type", stored]);
+        // Random weights of this size leave a log-prob uncertain by more than a trained model's.
+        let limit = if stored == "f32" { "1e-4" } else { "2" };
+        let args = ["export", "--gguf", model, shown, "--type", stored, "--limit", limit];
+        let (code, _, err) = temper(&args);
         assert_eq!(code, Some(0), "{stored}: {err}");
         assert!(err.contains("log-probs differ by"), "{err}");
         let (code, _, err) = temper(&["export", "--gguf", model, shown, "--type", stored]);
@@ -380,9 +383,9 @@ fn convert_says_what_it_wrote_and_keeps_what_is_there() {
     let (code, err) =
         finish(&mut crate::support::command(&["convert", input.to_str().unwrap(), shown]));
     assert_eq!(code, Some(2));
-    assert!(err.contains("--overwrite"), "{err}");
-    let args = ["convert", input.to_str().unwrap(), shown, "--overwrite", "--dtype", "f16"];
-    let (code, _, err) = temper(&args);
+    assert!(err.contains("already holds a model (config.json)"), "{err}");
+    std::fs::remove_dir_all(&out).unwrap();
+    let (code, _, err) = temper(&["convert", input.to_str().unwrap(), shown, "--dtype", "f16"]);
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("written as float16, values rounded"), "{err}");
     let (code, _, err) = temper(&["convert", "no.gguf", dir.path().join("new").to_str().unwrap()]);
