@@ -37,7 +37,7 @@
 //! | 3 | [`autograd`] | the context, the tape, the trait of an op, oracle arithmetic |
 //! | 4 | [`ops`] | every op with its backward and its f64 oracle; the registry |
 //! | 5 | [`model`] | Hugging Face folders, one decoder, parameters in one arena, adapters, the paged cache |
-//! | 6 | [`data`], [`optim`], [`rollout`], [`rewards`], [`eval`] | rows to tokens and masks; AdamW; generation; scores; metrics of a model |
+//! | 6 | [`data`], [`optim`], [`rollout`], [`rewards`], [`eval`], [`gguf`] | rows to tokens and masks; AdamW; generation; scores; metrics of a model; GGUF files |
 //! | 7 | [`methods`] | training objectives, one file each |
 //! | 8 | [`train`], [`checkpoint`], [`log`], [`check`], [`report`] | the loop, durable state, the run log, the self-check, the page |
 //! | 9 | [`cli`], [`quickstart`], [`serve`] | the commands; the pipeline on data and a model made from nothing; OpenAI's API over HTTP |
@@ -58,6 +58,7 @@ pub mod digest;
 pub mod error;
 pub mod eval;
 pub mod fsio;
+pub mod gguf;
 pub mod kernels;
 pub mod log;
 pub mod methods;

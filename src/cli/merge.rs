@@ -80,7 +80,7 @@ pub fn run(args: MergeArgs) -> Result<()> {
         dtype,
         values,
     )?;
-    let off = difference(cx, &model, out.path())?;
+    let off = difference(cx, &model, out.path(), &random_rows(model.config.vocab_size))?;
     let limit = TOLERANCE.iter().find(|(d, _)| *d == dtype).map_or(TOLERANCE[1].1, |t| t.1);
     if off.is_nan() || off > limit {
         let _ = std::fs::rename(
@@ -100,13 +100,20 @@ pub fn run(args: MergeArgs) -> Result<()> {
     Ok(())
 }
 
-/// The largest difference of any log-prob over some random sequences.
-fn difference(mut cx: Cx, model: &Decoder, dir: &std::path::Path) -> Result<f32> {
-    let merged = Decoder::folder(dir)?.positions(64).build(&cx)?;
+/// Four random sequences of 48 tokens.
+fn random_rows(vocab: usize) -> Vec<Vec<u32>> {
     let mut rng = Rng(9);
-    let rows: Vec<Vec<u32>> = (0..4)
-        .map(|_| (0..48).map(|_| rng.below(model.config.vocab_size) as u32).collect())
-        .collect();
+    (0..4).map(|_| (0..48).map(|_| rng.below(vocab) as u32).collect()).collect()
+}
+
+/// The largest difference of any log-prob of `rows` between `model` and the folder.
+pub fn difference(
+    mut cx: Cx,
+    model: &Decoder,
+    dir: &std::path::Path,
+    rows: &[Vec<u32>],
+) -> Result<f32> {
+    let merged = Decoder::folder(dir)?.positions(64).build(&cx)?;
     let sequences: Vec<Sequence> = rows.iter().map(|ids| Sequence { ids, target: None }).collect();
     let (a, b) =
         (model.logps(&mut cx, &sequences)?.concat(), merged.logps(&mut cx, &sequences)?.concat());

@@ -13,8 +13,10 @@ mod bench_train;
 mod chat;
 mod check;
 mod completions;
+mod convert;
 mod data;
 mod eval;
+mod export;
 mod forms;
 mod generate;
 mod help;
@@ -55,6 +57,8 @@ enum Command {
     Bench(Box<bench_args::BenchArgs>),
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
+    Convert(convert::ConvertArgs),
+    Export(export::ExportArgs),
     Report(report::ReportArgs),
     Quickstart(quickstart::QuickstartArgs),
     Completions(completions::CompletionsArgs),
@@ -175,6 +179,8 @@ pub fn main() -> i32 {
             Command::Bench(args) => bench::run(*args),
             Command::Inspect(args) => inspect::run(args),
             Command::Merge(args) => merge::run(args),
+            Command::Convert(args) => convert::run(args),
+            Command::Export(args) => export::run(args),
             Command::Report(args) => report::run(args),
             Command::Quickstart(args) => quickstart::run(args),
             Command::Completions(args) => completions::completions(args, described()),

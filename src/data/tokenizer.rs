@@ -241,6 +241,11 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// Of a token that was added to the vocabulary: whether it is special.
+    pub fn added_token(&self, id: u32) -> Option<bool> {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).map(|t| t.special)
+    }
+
     /// Bytes of the special token that `text` begins with.
     pub(super) fn special_prefix(&self, text: &str) -> Option<usize> {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
@@ -298,6 +303,11 @@ impl Tokenizer {
     /// `default`.
     pub fn named_template(&self, name: &str) -> Option<&str> {
         self.templates.get(name)
+    }
+
+    /// All chat templates by name.
+    pub fn templates(&self) -> &[(String, String)] {
+        &self.templates.list
     }
 
     /// Where the chat templates were read from, for messages.

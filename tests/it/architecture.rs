@@ -265,6 +265,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cuda/probe.rs", 2),
     ("device/pool.rs", 2),
     ("fsio.rs", 1),
+    ("gguf/read.rs", 1),
     ("ops/library.rs", 1),
     ("rollout/record.rs", 1),
     ("tensor/mod.rs", 6),

@@ -6,6 +6,7 @@
 
 mod gemma2;
 mod gemma3;
+pub mod gguf;
 mod granite;
 mod llama;
 mod ministral;

@@ -1,0 +1,197 @@
+//! A GGUF file as a Hugging Face folder. Layer 6.
+//!
+//! Invariant: every tensor of the file goes to a parameter of the model, and every parameter gets
+//! one; the folder appears whole or not at all.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::blocks::GgufType;
+use super::config::{ROPE_FACTORS, config_of, names};
+use super::read::{GgufFile, GgufTensor};
+use super::tokenizer::tokenizer_of;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::fsio::{self, AtomicDir};
+use crate::model::families::gguf::GgufNames;
+use crate::model::folder::write_folder;
+use crate::model::layout::{ModelConfig, ParamSpec, Role, expected_params};
+use crate::tensor::safetensors::HostDtype;
+
+/// What was written.
+pub struct Converted {
+    pub config: ModelConfig,
+    pub dtype: HostDtype,
+    /// Every value of the file was kept as it is.
+    pub exact: bool,
+    /// How many tensors of each type the file has.
+    pub types: Vec<(&'static str, usize)>,
+}
+
+/// Writes the model of the file at `path` to `dir`, its weights in `dtype`, or in the narrowest one
+/// that keeps every value: f16 or bf16 where the file has these, f32 alone, else f32.
+pub fn convert(path: &Path, dir: &Path, dtype: Option<HostDtype>) -> Result<Converted> {
+    let file = GgufFile::open(path)?;
+    let names = names(&file)?;
+    let config = config_of(&file, names)?;
+    let specs = expected_params(&config);
+    let tensors = matched(&file, names, &config, &specs)?;
+    let tokenizer = tokenizer_of(&file, config.vocab_size)?;
+    check_tokenizer(&file, dir, &tokenizer.files)?;
+    let kept = kept_by(&file)?;
+    let dtype = dtype.unwrap_or(kept[0]);
+    let values = &mut |spec: &ParamSpec| {
+        let place = specs.iter().position(|s| s.name == spec.name);
+        let tensor = place.and_then(|i| tensors.get(i));
+        let tensor =
+            tensor.ok_or_else(|| Error::model(path, format!("{} is missing", spec.name)))?;
+        let values = file.values(tensor)?;
+        let heads = rope_heads(names, &config, spec);
+        match heads {
+            Some(heads) => dtype.encode(&to_halves(&values, heads, config.head_dim)),
+            None => dtype.encode(&values),
+        }
+    };
+    let generation = Some(tokenizer.generation_config).filter(|map| !map.is_empty());
+    write_folder(dir, &config, &tokenizer.files, generation, dtype, values)?;
+    let mut types: Vec<(&'static str, usize)> = Vec::new();
+    for tensor in file.tensors() {
+        match types.iter_mut().find(|t| t.0 == tensor.dtype.name()) {
+            Some(found) => found.1 += 1,
+            None => types.push((tensor.dtype.name(), 1)),
+        }
+    }
+    Ok(Converted { config, dtype, exact: kept.contains(&dtype), types })
+}
+
+/// The tensor of each parameter, in the order of `specs`. All that does not fit is named at once.
+fn matched<'a>(
+    file: &'a GgufFile,
+    names: &GgufNames,
+    config: &ModelConfig,
+    specs: &[ParamSpec],
+) -> Result<Vec<&'a GgufTensor>> {
+    let mut problems = Vec::new();
+    let mut expected: BTreeSet<String> = BTreeSet::from([ROPE_FACTORS.to_string()]);
+    let mut found = Vec::new();
+    for spec in specs {
+        let Some(name) = names.tensor(&spec.name) else {
+            problems.push(format!("no name: {} has none in GGUF files", spec.name));
+            continue;
+        };
+        match file.tensor(&name) {
+            None => problems.push(format!("missing: {name} {:?}", spec.shape)),
+            Some(tensor) if tensor.shape != spec.shape => problems.push(format!(
+                "shape: {name} is {:?}, the metadata mean {:?}",
+                tensor.shape, spec.shape
+            )),
+            Some(tensor) => found.push(tensor),
+        }
+        expected.insert(name);
+    }
+    let strange = file.tensors().iter().filter(|t| !expected.contains(&t.name));
+    problems.extend(strange.map(|t| format!("unexpected: {} {:?}", t.name, t.shape)));
+    if problems.is_empty() {
+        return Ok(found);
+    }
+    let more = problems.len().saturating_sub(20);
+    problems.truncate(20);
+    if more > 0 {
+        problems.push(format!("and {more} more"));
+    }
+    let message = format!(
+        "holds tensors that are not those of {}:\n  {}",
+        config.family.architecture,
+        problems.join("\n  ")
+    );
+    Err(Error::model(file.path(), message))
+}
+
+/// Builds the tokenizer before anything is written.
+fn check_tokenizer(file: &GgufFile, dir: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
+    let staged = AtomicDir::create(dir)?;
+    for (name, bytes) in files {
+        fsio::atomic_write(staged.tmp().join(name), bytes)?;
+    }
+    let tokenizer = Tokenizer::load(staged.tmp());
+    let bad = |e: &dyn std::fmt::Display| {
+        Error::model(file.path(), format!("its metadata make no tokenizer: {e}"))
+    };
+    tokenizer.map_err(|e| bad(&e))?.encode("a", true).map_err(|e| bad(&e))?;
+    Ok(())
+}
+
+/// The dtypes that keep every value, the narrowest first; f32 does always.
+fn kept_by(file: &GgufFile) -> Result<Vec<HostDtype>> {
+    use GgufType::{BF16, F16, F32};
+    let has = |dtype| file.tensors().iter().any(|t| t.dtype == dtype);
+    let narrow = match (has(F16), has(BF16)) {
+        (true, false) => Some((F16, HostDtype::F16)),
+        (false, true) => Some((BF16, HostDtype::BF16)),
+        _ => None,
+    };
+    let all = file.tensors().iter();
+    if let Some((stored, dtype)) =
+        narrow.filter(|n| all.clone().all(|t| [n.0, F32].contains(&t.dtype)))
+    {
+        for tensor in all.filter(|t| t.dtype == F32) {
+            let values = file.values(tensor)?;
+            let mut back = vec![0f32; values.len()];
+            stored.widen(&stored.narrow(&values).unwrap_or_default(), &mut back);
+            if values.iter().zip(&back).any(|(a, b)| a.to_bits() != b.to_bits()) {
+                return Ok(vec![HostDtype::F32]);
+            }
+        }
+        return Ok(vec![dtype, HostDtype::F32]);
+    }
+    Ok(vec![HostDtype::F32])
+}
+
+/// The heads of a parameter whose rows stand in the order of llama.cpp's rope.
+pub fn rope_heads(names: &GgufNames, config: &ModelConfig, spec: &ParamSpec) -> Option<usize> {
+    match spec.role {
+        _ if !names.neighbours => None,
+        Role::Q | Role::QBias => Some(config.num_heads),
+        Role::K | Role::KBias => Some(config.num_kv_heads),
+        _ => None,
+    }
+}
+
+/// Rows of each head in pairs, (0, d/2), (1, d/2 + 1) ..., into halves.
+fn to_halves(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
+    let half = head_dim / 2;
+    moved(values, heads, head_dim, |row| row % half * 2 + row / half)
+}
+
+/// The other way.
+pub fn to_neighbours(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
+    let half = head_dim / 2;
+    moved(values, heads, head_dim, |row| row % 2 * half + row / 2)
+}
+
+/// Row `r` of each head is what row `from(r)` was.
+fn moved(values: &[f32], heads: usize, head_dim: usize, from: impl Fn(usize) -> usize) -> Vec<f32> {
+    let width = values.len() / (heads * head_dim);
+    let mut out = Vec::with_capacity(values.len());
+    for row in 0..heads * head_dim {
+        let at = (row / head_dim * head_dim + from(row % head_dim)) * width;
+        out.extend_from_slice(&values[at..at + width]);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_a_rope_go_to_halves_and_back() {
+        // Two heads of 4 rows of 1 value: pairs (0, 2), (1, 3) in Hugging Face's order.
+        let neighbours = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
+        let halves = [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0];
+        assert_eq!(to_halves(&neighbours, 2, 4), halves);
+        assert_eq!(to_neighbours(&halves, 2, 4), neighbours);
+        let wide: Vec<f32> = (0..48).map(|i| i as f32).collect();
+        assert_eq!(to_halves(&to_neighbours(&wide, 2, 8), 2, 8), wide);
+    }
+}

@@ -1,0 +1,95 @@
+//! Merges of a sentencepiece BPE from the scores of its tokens, and back. Layer 6.
+//!
+//! Invariant: the merges are those that transformers makes of the same scores; scores that do not
+//! give a tokenizer's merges back are refused.
+
+use std::collections::HashMap;
+
+use super::tokenizer::kind;
+
+/// Every way to make a normal token of two, the best score first; where scores are equal, the
+/// longer left part. None where scores say nothing: there are merges and all scores are one.
+pub fn merges_of<'a>(
+    tokens: &[&'a str],
+    kinds: &[i32],
+    scores: &[f32],
+) -> Option<Vec<[&'a str; 2]>> {
+    let normal = |id: usize| kinds[id] == kind::NORMAL;
+    let ids: HashMap<&str, usize> =
+        tokens.iter().enumerate().filter(|(id, _)| normal(*id)).map(|(id, t)| (*t, id)).collect();
+    let mut merges: Vec<(f32, [&str; 2])> = Vec::new();
+    for (id, token) in tokens.iter().enumerate().filter(|(id, _)| normal(*id)) {
+        let mut ways: Vec<(usize, usize, [&str; 2])> = Vec::new();
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
+                ways.push((*l, *r, [left, right]));
+            }
+        }
+        ways.sort_by_key(|(l, r, _)| (*l, *r));
+        merges.extend(ways.into_iter().map(|(_, _, way)| (scores[id], way)));
+    }
+    let chars = |text: &str| text.chars().count();
+    merges.sort_by(|(a, x), (b, y)| {
+        b.total_cmp(a)
+            .then_with(|| chars(y[0]).cmp(&chars(x[0])))
+            .then_with(|| chars(y[1]).cmp(&chars(x[1])))
+    });
+    let same = merges.first().zip(merges.last()).is_some_and(|(a, b)| a.0 == b.0);
+    if same && merges.len() > 1 {
+        return None;
+    }
+    Some(merges.into_iter().map(|(_, way)| way).collect())
+}
+
+/// Scores that give `merges` back by [`merges_of`]: a token's is minus the place of its first
+/// merge. None where no scores do.
+pub fn scores_of(tokens: &[&str], kinds: &[i32], merges: &[[&str; 2]]) -> Option<Vec<f32>> {
+    let mut places: HashMap<String, usize> = HashMap::new();
+    for [left, right] in merges {
+        let next = places.len();
+        places.entry(format!("{left}{right}")).or_insert(next);
+    }
+    let last = places.len();
+    let score = |token: &&str| -(*places.get(*token).unwrap_or(&last) as f32);
+    let scores: Vec<f32> = tokens.iter().map(score).collect();
+    // How a token is made matters as a set: no two of its ways begin at one place of a text.
+    let ways = |merges: &[[&str; 2]]| {
+        let mut out: Vec<(String, Vec<String>)> = Vec::new();
+        for [left, right] in merges {
+            let token = format!("{left}{right}");
+            match out.last_mut() {
+                Some((made, ways)) if *made == token => ways.push(left.to_string()),
+                _ => out.push((token, vec![left.to_string()])),
+            }
+        }
+        out.iter_mut().for_each(|(_, ways)| ways.sort());
+        out
+    };
+    let back = merges_of(tokens, kinds, &scores)?;
+    (ways(&back) == ways(merges)).then_some(scores)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKENS: [&str; 7] = ["<unk>", "a", "b", "c", "ab", "bc", "abc"];
+    const KINDS: [i32; 7] = [kind::UNKNOWN, 1, 1, 1, 1, 1, 1];
+
+    #[test]
+    fn merges_stand_by_score_and_by_the_longer_left_part() {
+        let scores = [0.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0];
+        let merges = merges_of(&TOKENS, &KINDS, &scores).unwrap();
+        assert_eq!(merges, [["b", "c"], ["a", "b"], ["ab", "c"], ["a", "bc"]]);
+        let back = scores_of(&TOKENS, &KINDS, &merges).unwrap();
+        assert_eq!(merges_of(&TOKENS, &KINDS, &back).unwrap(), merges);
+    }
+
+    #[test]
+    fn scores_that_say_nothing_are_refused() {
+        assert_eq!(merges_of(&TOKENS, &KINDS, &[0.0; 7]), None);
+        // A tokenizer without one of the ways cannot be said by scores.
+        assert_eq!(scores_of(&TOKENS, &KINDS, &[["b", "c"], ["a", "b"], ["ab", "c"]]), None);
+    }
+}
