@@ -193,7 +193,7 @@ fn llama3(theta: f64, head_dim: usize, factors: &[f32]) -> Option<Value> {
             high_freq_factor: 4.0,
             original_max_positions: original as f64,
         };
-        let found = divisors(&RopeConfig { theta, kind }, head_dim);
+        let found = divisors(&RopeConfig { kind, ..RopeConfig::plain(theta) }, head_dim);
         // Rounding of the f32 steps by which the two programs come to a factor.
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-4 * b.abs();
         let same = found.len() == factors.len() && found.iter().zip(factors).all(near);
@@ -208,8 +208,8 @@ fn llama3(theta: f64, head_dim: usize, factors: &[f32]) -> Option<Value> {
 
 /// What a rope divides the plain frequencies by.
 fn divisors(rope: &RopeConfig, head_dim: usize) -> Vec<f32> {
-    let plain = RopeConfig { theta: rope.theta, kind: RopeKind::Default };
-    inv_freq(&plain, head_dim).iter().zip(inv_freq(rope, head_dim)).map(|(p, f)| p / f).collect()
+    let of = |rope: &RopeConfig| inv_freq(rope, head_dim, false);
+    of(&RopeConfig::plain(rope.theta)).iter().zip(of(rope)).map(|(p, f)| p / f).collect()
 }
 
 /// Every key of the architecture is one that was read, or one that changes nothing.
@@ -273,7 +273,9 @@ pub fn entries_of(
     let model_type = config.family.model_type;
     let Some(names) = GgufNames::of_model_type(model_type) else {
         let supported = GgufNames::supported();
-        return bad(format!("{model_type} has no name in GGUF files; supported are {supported}"));
+        return bad(format!(
+            "GGUF files of {model_type} are not supported; supported are {supported}"
+        ));
     };
     let act = match config.hidden_act {
         HiddenAct::Silu => "silu",
@@ -316,23 +318,30 @@ pub fn entries_of(
             None => {}
         }
     }
+    let [rope] = &config.ropes[..] else {
+        return bad("has several ropes, which a GGUF file of its architecture cannot hold".into());
+    };
+    let whole = rope.partial == 1.0 && rope.query_scale.is_none();
+    if !whole || config.layer_rope.iter().any(|layer| *layer != Some(0)) {
+        return bad("turns a part of its heads or layers only, which a GGUF file of its architecture cannot hold".into());
+    }
     let mut put = |key: &str, entry| out.push((format!("{arch}.{key}"), entry));
     put("vocab_size", MetaEntry::U32(config.vocab_size as u32));
     put("attention.value_length", MetaEntry::U32(config.head_dim as u32));
     put("rope.dimension_count", MetaEntry::U32(config.head_dim as u32));
-    put("rope.freq_base", MetaEntry::F32(config.rope.theta as f32));
+    put("rope.freq_base", MetaEntry::F32(rope.theta as f32));
     let mut factors = None;
     let mut scaling = |key: &str, entry| put(&format!("rope.scaling.{key}"), entry);
-    match config.rope.kind {
+    match rope.kind {
         RopeKind::Default => {}
         RopeKind::Linear { factor } => {
             scaling("type", MetaEntry::Text("linear".into()));
             scaling("factor", MetaEntry::F32(factor as f32));
         }
         RopeKind::Llama3 { .. } => {
-            let found = divisors(&config.rope, config.head_dim);
-            if llama3(config.rope.theta, config.head_dim, &found).is_none() {
-                return bad(format!("{:?} is not a rope that a GGUF file can say", config.rope));
+            let found = divisors(rope, config.head_dim);
+            if llama3(rope.theta, config.head_dim, &found).is_none() {
+                return bad(format!("{:?} is not a rope that a GGUF file can hold", rope.kind));
             }
             factors = Some(found);
         }
@@ -356,6 +365,9 @@ pub fn entries_of(
             if (attention_factor / usual - 1.0).abs() > 1e-6 {
                 scaling("attn_factor", MetaEntry::F32((attention_factor / usual) as f32));
             }
+        }
+        RopeKind::LongRope { .. } => {
+            return bad("longrope is not supported in GGUF files".into());
         }
     }
     Ok((names, out, factors))
