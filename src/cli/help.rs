@@ -17,6 +17,7 @@ const GROUPS: &[(&str, &[&str])] = &[
     ("Use a model", &["generate", "chat", "serve", "score", "merge", "convert", "export"]),
     ("Look at data, models and runs", &["data", "eval", "inspect", "report"]),
     ("Check and measure", &["check", "bench"]),
+    ("Shell", &["completions", "man"]),
     ("More", &[]),
 ];
 
@@ -74,8 +75,14 @@ const EXAMPLES: &[(&str, &str)] = &[
          temper generate --model DIR --data prompts.jsonl --output completions.jsonl temperature=0",
     ),
     ("chat", "temper chat --model DIR --adapter OUT temperature=0.7"),
+    (
+        "serve",
+        "temper serve DIR --port 8000\n  temper serve DIR --adapter sums=OUT --api-key SECRET",
+    ),
     ("score", "temper score --model DIR --data rows.jsonl --output scores.jsonl"),
     ("merge", "temper merge --model DIR --adapter OUT --output MERGED"),
+    ("convert", "temper convert FILE.gguf DIR"),
+    ("export", "temper export --gguf DIR FILE.gguf --type q8_0"),
     ("data", "temper data --model DIR --data rows.jsonl --show 2 assistant_only_loss=true"),
     ("eval", "temper eval --model DIR --data questions.jsonl reward_funcs=numeric_match n=4"),
     (
@@ -84,6 +91,8 @@ const EXAMPLES: &[(&str, &str)] = &[
          temper inspect memory --model DIR max_length=2048 per_device_train_batch_size=4",
     ),
     ("report", "temper report OUT"),
+    ("completions", "temper completions bash > temper.bash"),
+    ("man", "temper man sft > temper-sft.1\n  temper man --output man1"),
     ("check", "temper check --device cuda\n  temper check --device cpu --op attention"),
     (
         "bench",

@@ -65,14 +65,13 @@ impl Value for ColumnMap {
 section! {
     /// How rows are read.
     pub struct DataOptions = "data" {
-        /// Ours. Which column of the files is which field of a row, FIELD:COLUMN: with
-        /// `prompt:question,completion:answer`, question is read as the prompt.
+        /// Ours. Which column to read as which field, FIELD:COLUMN. With
+        /// `prompt:question,completion:answer` the column question is the prompt.
         pub columns: ColumnMap = ColumnMap::default(),
-        /// Ours. What happens to a row that cannot be parsed, has no content or is refused by the
-        /// chat template. error ends the run; drop leaves it out, counts it and names the first
-        /// three.
+        /// Ours. What to do with a row that cannot be parsed, is empty or is refused by the chat
+        /// template. error: end the run. drop: leave it out, count it and name the first three.
         pub on_bad_row: OnBadRow = OnBadRow::Error,
-        /// Ours. Largest row in bytes; a larger one is a bad row.
+        /// Ours. Largest row in bytes. A larger one is a bad row.
         pub max_row_bytes: usize = 16 << 20,
     }
 }

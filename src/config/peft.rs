@@ -35,14 +35,14 @@ words! {
 section! {
     /// Keys of what is trained, common to all methods.
     pub struct PeftConfig = "adapters and tuning" {
-        /// Train an adapter; the model's own weights stay as they are.
+        /// Train an adapter and leave the model's weights as they are.
         pub use_peft: bool = false,
         /// Ours. The kind of adapter: LoRA, IA3, prompt tuning, or a bottleneck adapter (seq_bn:
         /// Pfeiffer, double_seq_bn: Houlsby, par_bn: parallel).
         pub peft_type: PeftType = PeftType::Lora,
         /// Rank of LoRA's matrices.
         pub lora_r: usize = 16,
-        /// LoRA's product is scaled by lora_alpha / lora_r.
+        /// Scale of LoRA's product: lora_alpha / lora_r.
         pub lora_alpha: f64 = 32.0,
         /// Dropout on LoRA's input. Projections that share an input share its mask.
         pub lora_dropout: f64 = 0.05,
@@ -50,16 +50,16 @@ section! {
         /// ? ( [ |) over whole module names. none: the family's default (LoRA: q_proj,
         /// v_proj, or qkv_proj).
         pub lora_target_modules: Option<Vec<String>> = None,
-        /// Modules that are trained whole beside the adapter, and saved with it: embed_tokens,
-        /// lm_head, score, norm.
+        /// Modules to train in full beside the adapter and save with it: embed_tokens, lm_head,
+        /// score, norm.
         pub lora_modules_to_save: Option<Vec<String>> = None,
         /// Scale by lora_alpha / sqrt(lora_r).
         pub use_rslora: bool = false,
-        /// Weight-decomposed LoRA: a learned length for each row of the weight.
+        /// Use DoRA: LoRA plus a trained length for each row of the weight.
         pub use_dora: bool = false,
-        /// PEFT's. Biases that are trained: none, all, or those of layers with LoRA.
+        /// PEFT's. Biases to train: none, all, or those of layers with LoRA.
         pub bias: LoraBias = LoraBias::None,
-        /// PEFT's. Layers that get adapters. none: all.
+        /// PEFT's. Layers that get an adapter. none: all.
         pub layers_to_transform: Option<Vec<usize>> = None,
         /// PEFT's. Other ranks for some modules: pattern=rank, ...
         pub rank_pattern: Option<Vec<String>> = None,
@@ -69,23 +69,22 @@ section! {
         pub init_lora_weights: String = "true".into(),
         /// LoRA+: B's learning rate over A's. none: one rate.
         pub loraplus_lr_ratio: Option<f64> = None,
-        /// PEFT's, for IA3. Which of the targets scale their input, not their output. none:
-        /// down_proj.
+        /// PEFT's, for IA3. Targets whose input is scaled instead of their output. none: down_proj.
         pub feedforward_modules: Option<Vec<String>> = None,
-        /// PEFT's. Length of a prompt that is tuned.
+        /// PEFT's, for prompt tuning. Length of the tuned prompt in tokens.
         pub num_virtual_tokens: usize = 20,
-        /// PEFT's. A prompt that starts as this text's embeddings. none: random.
+        /// PEFT's, for prompt tuning. Initialise the prompt with the embeddings of this text. none:
+        /// random.
         pub prompt_tuning_init_text: Option<String> = None,
-        /// adapter-hub's. Hidden size over bottleneck size. none: the kind's (16; par_bn: 2).
+        /// adapter-hub's. Hidden size divided by bottleneck size. none: 16 (par_bn: 2).
         pub reduction_factor: Option<f64> = None,
-        /// adapter-hub's. relu, swish or gelu. none: the kind's (seq_bn, par_bn: relu;
-        /// double_seq_bn: swish).
+        /// adapter-hub's. relu, swish or gelu. none: relu (double_seq_bn: swish).
         pub non_linearity: Option<String> = None,
-        /// Ours. Patterns (regular expressions over parameter names) of what a full run does not
-        /// train.
+        /// Ours. Parameters that full fine-tuning does not train: regular expressions over their
+        /// names.
         pub freeze: Option<Vec<String>> = None,
-        /// Ours. Other learning rates for some parameters of a full run: pattern=factor, ... the
-        /// first that matches counts.
+        /// Ours. Learning rates of some parameters in full fine-tuning: pattern=factor, ... The
+        /// first match counts.
         pub lr_multipliers: Option<Vec<String>> = None,
         /// Hold the frozen base weights in 4 bits (QLoRA).
         pub load_in_4bit: bool = false,
@@ -93,7 +92,7 @@ section! {
         pub load_in_8bit: bool = false,
         /// The 4-bit number format.
         pub bnb_4bit_quant_type: Quantisation = Quantisation::Nf4,
-        /// Quantise the scales of 4-bit blocks, too.
+        /// Quantise the scales of the 4-bit blocks too.
         pub use_bnb_nested_quant: bool = false,
     }
 }

@@ -24,10 +24,11 @@ words! {
 section! {
     /// How long a row may be.
     pub struct LengthOptions = "length" {
-        /// Longest row in tokens, prompt and completion together; with packing, the length of a
+        /// Longest row in tokens, prompt and completion together. With packing: the length of a
         /// pack. none: no limit.
         pub max_length: Option<usize> = Some(1024),
-        /// Ours. What happens to a longer row (TRL: truncate). drop leaves it out, error names it.
+        /// Ours. What to do with a longer row (TRL: truncate). drop: leave it out. error: end the
+        /// run and name it.
         pub on_truncation: OnTruncation = OnTruncation::Truncate,
     }
 }
@@ -49,7 +50,7 @@ impl LengthOptions {
 section! {
     /// How long a row may be, and which end of a longer one is kept.
     pub struct TruncationOptions = "truncation" {
-        /// Which end of a row longer than max_length is kept.
+        /// Which end to keep of a row longer than max_length.
         pub truncation_mode: TruncationMode = TruncationMode::KeepStart,
         ..pub length: LengthOptions = LengthOptions::default(),
     }
@@ -68,9 +69,9 @@ section! {
     pub struct ReferenceSyncOptions = "reference sync" {
         /// Move the reference model towards the policy during training.
         pub sync_ref_model: bool = false,
-        /// The policy's share in the reference: reference = (1 - alpha) reference + alpha policy.
+        /// Share of the policy in an update: reference = (1 - alpha) reference + alpha policy.
         pub ref_model_mixup_alpha: f64 = 0.6,
-        /// Optimizer steps between two moves.
+        /// Optimizer steps between two updates of the reference.
         pub ref_model_sync_steps: usize = 512,
     }
 }
@@ -101,9 +102,9 @@ section! {
     pub struct ReferenceOptions = "reference" {
         /// Ours. Folder of the reference model. none: the initial weights.
         pub ref_model: Option<PathText> = None,
-        /// Compute the reference's log-probs once, before training, and keep them on disk.
+        /// Compute the reference log-probs once, before training, and keep them on disk.
         pub precompute_ref_log_probs: bool = false,
-        /// Rows in a batch while they are computed. none: per_device_train_batch_size.
+        /// Batch size for precomputing reference log-probs. none: per_device_train_batch_size.
         pub precompute_ref_batch_size: Option<usize> = None,
         ..pub sync: ReferenceSyncOptions = ReferenceSyncOptions::default(),
     }
@@ -126,17 +127,16 @@ impl ReferenceOptions {
 section! {
     /// How tokens are sampled.
     pub struct SamplingOptions = "sampling" {
-        /// Divides the logits; 0 always takes the most probable token (not in online RL, whose loss
+        /// Divides the logits. 0: take the most probable token (not in online RL, where the loss
         /// divides by it too).
         pub temperature: f64 = 1.0,
-        /// Sample from the k most probable tokens; 0: all.
+        /// Sample from the k most probable tokens. 0: all.
         pub top_k: usize = 0,
-        /// Sample from the smallest set of tokens whose probabilities add up to this; 1: all.
+        /// Sample from the smallest set of tokens whose probabilities add up to this. 1: all.
         pub top_p: f64 = 1.0,
-        /// Sample from tokens with at least this share of the most probable token's probability.
-        /// none: all.
+        /// Sample from tokens with at least this fraction of the highest probability. none: all.
         pub min_p: Option<f64> = None,
-        /// Penalty for tokens already in the sequence; 1 disables it.
+        /// Penalty for tokens already in the sequence. 1: no penalty.
         pub repetition_penalty: f64 = 1.0,
     }
 }
@@ -172,15 +172,15 @@ section! {
         /// regex:PATTERN, think_format, json_schema:FILE, length, soft_overlong, repetition,
         /// command:CMD, python:FILE.py:FUNC; docs/rewards.md lists them.
         pub reward_funcs: RewardSpecs = RewardSpecs::default(),
-        /// A weight for each reward (reward_funcs first, then reward_model; in a program its own
-        /// functions go between them). none: 1 each.
+        /// A weight for each reward: reward_funcs first, then functions of a program, then
+        /// reward_model. none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,
-        /// Ours. Environment variables that reward programs see, beside PATH and HOME. none: all of
-        /// them, tokens and keys too.
+        /// Ours. Environment variables passed to reward programs besides PATH and HOME. none: all,
+        /// including tokens and keys.
         pub reward_env: Option<Vec<String>> = None,
-        /// Ours. Folder of a reward model, whose score is one more reward.
+        /// Ours. Folder of a reward model whose score is added as a reward.
         pub reward_model: Option<PathText> = None,
-        /// Show the best and the worst completion of the last generation beside each log line.
+        /// Show the best and the worst completion of the last generation with each log line.
         pub log_completions: bool = false,
     }
 }

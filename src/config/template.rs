@@ -19,11 +19,11 @@ pub struct JsonObjects(pub Vec<Json>);
 section! {
     /// What every command that renders conversations gives the chat template.
     pub struct TemplateOptions = "chat template" {
-        /// Ours. Tools that the chat template shows, a list of JSON schemas; a row's own tools replace
-        /// them. none: none.
+        /// Ours. Tools for the chat template: a list of JSON schemas. A row's own tools replace
+        /// them. none: no tools.
         pub tools: Option<JsonObjects> = None,
-        /// Ours. Variables for the chat template, a JSON object such as {"enable_thinking": false}; those
-        /// of a row win.
+        /// Ours. Variables for the chat template: a JSON object such as {"enable_thinking": false}.
+        /// A row's own variables override them.
         pub chat_template_kwargs: JsonObject = JsonObject::default(),
     }
 }

@@ -106,61 +106,59 @@ section! {
     pub struct TrainingConfig = "training" {
         /// Peak learning rate. Each method has its own default (SFT: 2e-5).
         pub learning_rate: f64 = 5e-5,
-        /// Rows in a micro-batch. Times gradient_accumulation_steps, this is the step batch; losses are
-        /// normalised over the step batch.
+        /// Rows in a micro-batch. An optimizer step has gradient_accumulation_steps micro-batches;
+        /// losses are normalised over all of its rows.
         pub per_device_train_batch_size: usize = 8,
         /// Rows in an evaluation batch.
         pub per_device_eval_batch_size: usize = 8,
-        /// Step batches whose gradients are added up before an optimizer step.
+        /// Micro-batches in an optimizer step.
         pub gradient_accumulation_steps: usize = 1,
-        /// Passes over the data, if max_steps does not say otherwise. May be fractional.
+        /// Passes over the data; may be fractional. max_steps overrides it.
         pub num_train_epochs: f64 = 3.0,
-        /// Optimizer steps of the run; -1: as many as num_train_epochs gives.
+        /// Optimizer steps of the run. -1: as many as num_train_epochs needs.
         pub max_steps: i64 = -1,
-        /// How the learning rate moves after the warmup.
+        /// Shape of the learning rate after the warmup.
         pub lr_scheduler_type: LearningRateSchedule = LearningRateSchedule::Linear,
         /// Arguments of the schedule, a JSON object such as {"min_lr_rate": 0.1}; docs/optimizers.md
         /// lists them. none: their defaults.
         pub lr_scheduler_kwargs: Option<JsonObject> = None,
-        /// Steps of linear warmup from 0, or below 1 a share of the run's steps (rounded up).
+        /// Steps of linear warmup from 0. Below 1: a share of the run's steps, rounded up.
         pub warmup_steps: Amount = Amount::Count(0),
-        /// Decoupled weight decay. Biases and norm weights have none.
+        /// Decoupled weight decay. Biases and norm weights are not decayed.
         pub weight_decay: f64 = 0.0,
         /// Decay rate of AdamW's first moment.
         pub adam_beta1: f64 = 0.9,
         /// Decay rate of AdamW's second moment.
         pub adam_beta2: f64 = 0.999,
-        /// Added to the root of the second moment.
+        /// Added to the square root of the second moment.
         pub adam_epsilon: f64 = 1e-8,
-        /// The gradient is scaled down to this global L2 norm; 0: never.
+        /// Clip the gradient to this global L2 norm. 0: no clipping.
         pub max_grad_norm: f64 = 1.0,
         /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic
         /// rounding; adamw_8bit: moments in 8 bits; adamw_bf16_moments: moments in bfloat16, and
         /// weights as adamw_bf16's where they are bfloat16; muon: orthogonalised updates for the
         /// matrices of the layers, adamw for the rest.
         pub optim: Optim = Optim::Adamw,
-        /// Seed of everything random: data order, dropout, sampling, new weights.
+        /// Seed for data order, dropout, sampling and new weights.
         pub seed: u64 = 42,
         /// random: a new permutation every epoch; sequential: the file's order.
         pub train_sampling_strategy: SamplingStrategy = SamplingStrategy::Random,
-        /// Steps between two log lines, or below 1 a share of the run's steps.
+        /// Steps between two log lines. Below 1: a share of the run's steps.
         pub logging_steps: Amount = Amount::Count(10),
-        /// Where metrics go beside metrics.jsonl: tensorboard writes an event file into
-        /// OUTPUT/runs. Other services have no effect.
+        /// Where metrics go besides metrics.jsonl. tensorboard: an event file in OUTPUT/runs. Other
+        /// services have no effect.
         pub report_to: Vec<String> = vec!["none".into()],
-        /// When a checkpoint is written. The end of a run always leaves the final model.
+        /// When to write a checkpoint. The final model is always written.
         pub save_strategy: When = When::Steps,
-        /// Steps between two checkpoints, or below 1 a share of the run's steps.
+        /// Steps between two checkpoints. Below 1: a share of the run's steps.
         pub save_steps: Amount = Amount::Count(500),
-        /// Checkpoints that are kept; older ones are deleted once a newer one is on disk. none:
-        /// all.
+        /// Checkpoints to keep. Older ones are deleted once a newer one is on disk. none: keep all.
         pub save_total_limit: Option<usize> = None,
-        /// When the evaluation rows are scored.
+        /// When to evaluate on the evaluation rows.
         pub eval_strategy: When = When::No,
-        /// Steps between two evaluations, or below 1 a share of the run's steps. none:
-        /// logging_steps.
+        /// Steps between two evaluations. Below 1: a share of the run's steps. none: logging_steps.
         pub eval_steps: Option<Amount> = None,
-        /// Ours. Rows split off for evaluation where no --eval-data is given, or below 1 a share of
+        /// Ours. Rows to split off for evaluation if there is no --eval-data. Below 1: a share of
         /// the rows.
         pub eval_rows: Amount = Amount::Count(0),
         /// Recompute activations in the backward pass. It changes memory and speed, but no bit of
@@ -173,23 +171,26 @@ section! {
         pub dtype: Dtype = Dtype::Auto,
         /// Ours. auto: the GPU if there is one.
         pub device: DeviceChoice = DeviceChoice::Auto,
-        /// Ours. Which matrix products run on a GPU. library: cuBLASLt's fastest, whose bits may
-        /// depend on the number of rows; exact: in the forward pass only those that were found to
-        /// have the bits of the engine's own; own: the engine's own; auto: exact for online methods,
-        /// else library.
+        /// Ours. Which matrix products run on a GPU. library: the fastest of cuBLASLt, whose bits
+        /// may depend on the number of rows. exact: in the forward pass, only those found to have
+        /// the bits of the engine's own kernel. own: the engine's own kernels. auto: exact for
+        /// online methods, library for others.
         pub matmul: MatmulChoice = MatmulChoice::Auto,
-        /// Ours. Family of attention kernels. auto: wgmma for bfloat16 on a Hopper GPU, tensor_core on others, else simt. wgmma has the bits of tensor_core; head sizes other than 64 and 128 run as tensor_core.
+        /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,
+        /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma has the bits of
+        /// tensor_core and is for head sizes 64 and 128; others run as tensor_core.
         pub attention: AttentionChoice = AttentionChoice::Auto,
-        /// Ours where TRL has none. A Jinja file, or a folder with a tokenizer, whose chat template
-        /// replaces the model's.
+        /// Ours where TRL has no such option. A Jinja file, or a folder with a tokenizer, whose
+        /// chat template replaces the model's.
         pub chat_template_path: Option<PathText> = None,
-        /// Ours. Switch the model's dropout off (TRL: an option of some trainers). The default of
-        /// a method is its trainer's.
+        /// Ours. Disable the model's dropout (in TRL an option of some trainers). Each method has
+        /// the default of its TRL trainer.
         pub disable_dropout: bool = false,
         /// Ours. Resume although options or inputs (rows, template, tokenizer, models) have changed
         /// since the checkpoint; the changes are printed as warnings.
         pub resume_with_changes: bool = false,
-        /// Ours. Whose defaults this file was written against; written into every resolved file.
+        /// Ours. The version whose defaults this run file assumes; written into every resolved run
+        /// file.
         pub compat: Compat = Compat::Trl1_16,
         /// Ours. Files of rows, folders or patterns, where no --data is given; with weights a mixture:
         /// `a.jsonl:0.7,b.parquet:0.3`.

@@ -47,6 +47,18 @@ const OURS: &[&str] = &[
     "reward_env",
     "reward_model",
     "max_sequences",
+    "data",
+    "stopping_strategy",
+    "data_cache",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "sample_prompts",
+    "sample_max_new_tokens",
+    "muon_learning_rate",
+    "muon_momentum",
+    "muon_nesterov",
+    "muon_ns_steps",
+    "muon_adjust_lr_fn",
 ];
 
 /// Options that only some commands of TRL have.
@@ -178,7 +190,7 @@ impl TrlFile<'_> {
                 self.note("dtype = \"auto\": bfloat16 on a GPU, as TRL's default; float32 on a CPU")
             }
             ("device", "cpu") => self.line("use_cpu", "true"),
-            ("gradient_checkpointing", "auto") => {} // no number depends on it; TRL's default is true
+            ("gradient_checkpointing", "auto" | "light") => {} // no number depends on it; TRL's default is true
             ("optim", "adamw" | "adamw_8bit") => {
                 self.line("optim", if word == "adamw" { "adamw_torch" } else { "adamw_8bit" });
             }
@@ -191,7 +203,7 @@ impl TrlFile<'_> {
             }
             ("eval_strategy", _) if !self.evaluates() => self.line("eval_strategy", "\"no\""),
             ("eval_steps", _) if !self.evaluates() => {}
-            ("eval_rows", _) => {} // the head has it
+            ("eval_rows" | "data", _) => {} // the head has it
             ("peft_type", other) if other != "lora" && self.is("use_peft", "true") => {
                 return unlike("TRL's commands make LoRA adapters only");
             }

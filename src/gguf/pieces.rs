@@ -5,7 +5,15 @@
 
 use std::collections::HashMap;
 
-use super::tokenizer::kind;
+/// Kinds of tokens, as GGUF numbers them.
+pub mod kind {
+    pub const NORMAL: i32 = 1;
+    pub const UNKNOWN: i32 = 2;
+    pub const CONTROL: i32 = 3;
+    pub const USER: i32 = 4;
+    pub const UNUSED: i32 = 5;
+    pub const BYTE: i32 = 6;
+}
 
 /// Every way to make a normal token of two, the best score first; where scores are equal, the
 /// longer left part. None where scores say nothing: there are merges and all scores are one.

@@ -7,21 +7,11 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::pieces::merges_of;
+use super::pieces::{kind, merges_of};
 use super::pre::PreTokenizer;
 use super::read::GgufFile;
 use crate::error::{Error, Result};
 use crate::model::folder::NamedFiles;
-
-/// Kinds of tokens, as GGUF numbers them.
-pub mod kind {
-    pub const NORMAL: i32 = 1;
-    pub const UNKNOWN: i32 = 2;
-    pub const CONTROL: i32 = 3;
-    pub const USER: i32 = 4;
-    pub const UNUSED: i32 = 5;
-    pub const BYTE: i32 = 6;
-}
 
 /// Named special tokens here and in tokenizer_config.json.
 pub const SPECIAL: [(&str, &str); 4] = [

@@ -19,7 +19,7 @@ section! {
     pub struct TeacherOptions = "teacher" {
         /// Folder of the teacher, with the student's vocabulary.
         pub teacher_model_name_or_path: Option<PathText> = None,
-        /// 0: forward KL, teacher to student; 1: reverse KL, student to teacher; between: the
+        /// 0: forward KL, teacher to student. 1: reverse KL, student to teacher. Between:
         /// generalised Jensen-Shannon divergence.
         pub beta: f64 = 0.5,
     }

@@ -152,7 +152,7 @@ impl Commands {
             keys.iter().map(|k| k.name.to_string()).collect()
         };
         let generate = of(GenerateConfig::default().keys());
-        let eval = of(EvalConfig::default().keys());
+        let eval = of([EvalConfig::default().keys(), DataOptions::default().keys()].concat());
         options.insert("eval".into(), generate.union(&eval).cloned().collect());
         let rows = of([DataOptions::default().keys(), TemplateOptions::default().keys()].concat());
         options.insert("score".into(), rows.clone());
@@ -176,7 +176,9 @@ impl Commands {
         let Some(help) = self.arguments.get(name) else {
             return Some(format!("no command {name}"));
         };
-        for word in rest {
+        for (i, word) in rest.iter().enumerate() {
+            // --adapter NAME=DIR: what an argument takes is its own.
+            let taken = i > 0 && rest[i - 1].starts_with("--") && !rest[i - 1].contains('=');
             if ["|", "&&", ">", "#", ";"].contains(word) || word.starts_with('#') {
                 break;
             }
@@ -194,6 +196,7 @@ impl Commands {
                     return Some(format!("{name} has no --{flag}"));
                 }
             } else if let Some((key, _)) = word.split_once('=')
+                && !taken
                 && !key.is_empty()
                 && key.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
                 && !named(&key.replace('_', "-"))

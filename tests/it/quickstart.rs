@@ -108,8 +108,8 @@ fn a_short_pipeline_runs_end_to_end_and_the_same_seed_gives_the_same_bits() {
         ]);
         assert!(out.starts_with("exact_match "), "{out}");
         let found = json(&found);
-        assert_eq!(found["figures"]["exact_match"]["value"], score.exact_match());
-        assert_eq!(found["figures"]["exact_match"]["rows"], score.right.len());
+        assert_eq!(found["metrics"]["exact_match"]["value"], score.exact_match());
+        assert_eq!(found["metrics"]["exact_match"]["rows"], score.right.len());
     }
     // A number that is met often is one token, a turn's head is three.
     let tokenizer = Tokenizer::load(&a.join("sft")).unwrap();

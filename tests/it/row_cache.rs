@@ -106,7 +106,7 @@ fn whatever_changes_the_rows_makes_them_anew() {
     assert!(!hit("b", &["max_length=7"]));
     assert!(!hit("c", &["chat_template_kwargs={\"a\": 1}"]));
     assert!(!hit("d", &["eos_token=<|im_start|>"]));
-    assert!(!hit("e", &["eval_rows=1"]));
+    assert!(!hit("e", &["eval_rows=1", "eval_strategy=steps"]));
     assert!(!hit("f", &["columns=prompt:completion,completion:prompt"]));
     assert!(hit("g", &["learning_rate=1e-3", "seed=9", "gradient_accumulation_steps=2"]));
     setup.rows("b"); // the same size

@@ -37,9 +37,9 @@ section! {
         pub beta: f64 = 0.1,
         /// Share of wrong labels, of sigmoid and simpo.
         pub label_smoothing: f64 = 0.0,
-        /// Weight of the chosen completions' likelihood; 0 with simpo is SimPO as published.
+        /// Weight of the likelihood of the chosen completions. 0 with simpo: SimPO as published.
         pub cpo_alpha: f64 = 1.0,
-        /// Margin that simpo asks for.
+        /// Target margin of simpo.
         pub simpo_gamma: f64 = 0.5,
         /// Shape of the reward, (1 - p^-alpha) / alpha; 0: log p.
         pub alpha: f64 = 0.0,

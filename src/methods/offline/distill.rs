@@ -27,7 +27,7 @@ pub const METHOD: MethodEntry =
 section! {
     /// What TRL's `GKDConfig` has for rows that are there.
     pub struct DistillConfig = "distill" {
-        /// Softens both distributions.
+        /// Temperature of both distributions.
         pub temperature: f64 = 0.9,
         /// Compare on the completion only. none: yes for prompt-completion rows, no for others.
         pub completion_only_loss: Option<bool> = None,

@@ -51,24 +51,24 @@ pub const METHOD: MethodEntry = MethodEntry::new::<DpoConfig>(
 section! {
     /// TRL's `DPOConfig`.
     pub struct DpoConfig = "dpo" {
-        /// Strength of the pull to the reference model; of ipo the regulariser tau.
+        /// How strongly the policy is held to the reference model. For ipo: the regulariser tau.
         pub beta: f64 = 0.1,
-        /// A loss, or a list of losses that are summed with loss_weights.
+        /// A loss, or a list of losses summed with loss_weights.
         pub loss_type: Vec<DpoLoss> = vec![DpoLoss::Sigmoid],
         /// A weight for each loss of the list. none: 1 each.
         pub loss_weights: Option<Vec<f64>> = None,
-        /// Share of wrong labels: of exo_pair above 0, of robust, aot and aot_unpaired below 0.5.
-        /// Others do not use it.
+        /// Assumed share of wrong labels. exo_pair needs more than 0; robust, aot and aot_unpaired
+        /// less than 0.5. Other losses ignore it.
         pub label_smoothing: f64 = 0.0,
-        /// Which divergence from the reference model is penalised.
+        /// The divergence from the reference model to penalise.
         pub f_divergence_type: FDivergence = FDivergence::ReverseKl,
         /// The alpha of alpha_divergence; at 1 it is reverse_kl.
         pub f_alpha_divergence_coef: f64 = 0.5,
         /// Temperature of discopop's blend.
         pub discopop_tau: f64 = 0.05,
-        /// Weight of the tokens beyond the shorter completion's length (LD-DPO). none: 1.
+        /// Weight of the tokens beyond the length of the shorter completion (LD-DPO). none: 1.
         pub ld_alpha: Option<f64> = None,
-        /// Weight pairs by how likely the policy finds them (WPO).
+        /// Weight each pair by its likelihood under the policy (WPO).
         pub use_weighting: bool = false,
         /// Ours. No reference model: its log-probs count as 0.
         pub reference_free: bool = false,

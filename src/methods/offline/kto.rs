@@ -43,8 +43,8 @@ pub const METHOD: MethodEntry =
 section! {
     /// TRL's `KTOConfig`, and what BCO adds.
     pub struct KtoConfig = "kto" {
-        /// kto; apo_zero_unpaired: no KL estimate; bco (a trainer of its own in TRL): against the
-        /// running mean reward.
+        /// kto: against an estimate of the KL. apo_zero_unpaired: no estimate. bco (a separate
+        /// trainer in TRL): against the running mean reward.
         pub loss_type: UnpairedLoss = UnpairedLoss::Kto,
         /// Strength of the pull to the reference model.
         pub beta: f64 = 0.1,

@@ -35,7 +35,7 @@ section! {
     pub struct PrmConfig = "prm" {
         /// The text after each step; its last token carries the step's label.
         pub step_separator: String = "\n".into(),
-        /// Only the last step's label counts in training.
+        /// Train on the label of the last step only.
         pub train_on_last_step_only: bool = false,
         ..pub length: LengthOptions = LengthOptions::default(),
     }

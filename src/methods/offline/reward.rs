@@ -39,7 +39,7 @@ section! {
     /// TRL's `RewardConfig`. A pair longer than max_length is dropped, whether on_truncation says
     /// truncate or drop: a cut answer has another worth.
     pub struct RewardConfig = "reward" {
-        /// Weight of (chosen + rejected)^2, which holds rewards around 0; 0.01 is usual. none: off.
+        /// Weight of (chosen + rejected)^2, which keeps rewards near 0. 0.01 is usual. none: off.
         pub center_rewards_coefficient: Option<f64> = None,
         /// The token that ends a row. none: the tokenizer's.
         pub eos_token: Option<String> = None,

@@ -64,13 +64,14 @@ words! {
 section! {
     /// TRL's `SFTConfig`.
     pub struct SftConfig = "sft" {
-        /// Put several rows into one sequence of max_length; they do not see each other (but:
-        /// wrapped).
+        /// Pack several rows into one sequence of max_length tokens. Rows do not attend to each
+        /// other, except with wrapped.
         pub packing: bool = false,
-        /// bfd: best fit, long rows lose their end; bfd_split: long rows are split; wrapped: cut
-        /// anywhere.
+        /// bfd: best fit, truncating long rows. bfd_split: best fit, splitting long rows. wrapped:
+        /// cut the token stream anywhere.
         pub packing_strategy: PackingStrategy = PackingStrategy::Bfd,
-        /// Loss on the completion only. none: yes for prompt-completion rows, no for others.
+        /// Train on the completion only. none: yes for rows with prompt and completion, no for
+        /// others.
         pub completion_only_loss: Option<bool> = None,
         /// Loss on the assistant's turns only: what the chat template marks with {% generation %},
         /// else what follows its generation prompt.

@@ -44,15 +44,15 @@ pub const METHOD: MethodEntry =
 section! {
     /// TRL's `GKDConfig`.
     pub struct GkdConfig = "gkd" {
-        /// The probability that a micro-batch has the student's own completions; else it has the
-        /// data's.
+        /// Probability that a micro-batch has completions sampled by the student instead of those
+        /// of the data.
         pub lmbda: f64 = 0.5,
         /// Of the sampling. TRL's loss does not use it either: both distributions are compared
         /// unscaled.
         pub temperature: f64 = 0.9,
         /// Longest generated completion in tokens.
         pub max_new_tokens: usize = 128,
-        /// Take the teacher's completions, not the data's, where the student's are not taken.
+        /// Use completions of the teacher instead of those of the data.
         pub seq_kd: bool = false,
         ..pub teacher: TeacherOptions = TeacherOptions::default(),
         ..pub truncation: TruncationOptions = TruncationOptions::default(),

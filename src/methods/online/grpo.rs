@@ -45,18 +45,19 @@ words! {
 section! {
     /// TRL's `GRPOConfig`.
     pub struct GrpoConfig = "grpo" {
-        /// The loss: how a token counts, and what the sum is divided by.
+        /// The loss: how tokens are weighted and what their sum is divided by.
         pub loss_type: GrpoLoss = GrpoLoss::Dapo,
-        /// Bound of the ratio on both sides of the advantage (INTELLECT-2). none: none.
+        /// Upper bound of the ratio, for either sign of the advantage (INTELLECT-2). none: no
+        /// bound.
         pub delta: Option<f64> = None,
-        /// A ratio for each token, or one for the sequence (GSPO).
+        /// token: a ratio for each token. sequence: one for the sequence, the geometric mean
+        /// (GSPO). sequence_sum: their product.
         pub importance_sampling_level: ImportanceLevel = ImportanceLevel::Token,
-        /// What advantages are divided by: the standard deviation of the group, of the batch, or
-        /// nothing.
+        /// Divide advantages by the standard deviation of the group, of the batch, or by nothing.
         pub scale_rewards: ScaleRewards = ScaleRewards::Group,
-        /// Several rewards: summed first, or normalised one by one first (GDPO).
+        /// With several rewards: sum, then normalise; or normalise each, then sum (GDPO).
         pub multi_objective_aggregation: RewardAggregation = RewardAggregation::SumThenNormalize,
-        /// The KL term times the ratio, so that its gradient is unbiased.
+        /// Multiply the KL term by the ratio, so that its gradient is unbiased.
         pub use_bias_correction_kl: bool = true,
         /// sapo's temperature for positive advantages.
         pub sapo_temperature_pos: f64 = 1.0,
@@ -70,15 +71,15 @@ section! {
         pub vespo_k_neg: f64 = 3.0,
         /// vespo's rate for negative advantages.
         pub vespo_lambda_neg: f64 = 2.0,
-        /// Only the tokens of this share of highest entropy are trained; 1: all.
+        /// Train only on this share of tokens, those of highest entropy. 1: all.
         pub top_entropy_quantile: f64 = 1.0,
-        /// Weight of the mean token entropy, which is added to what is maximised.
+        /// Weight of the entropy bonus (mean token entropy).
         pub entropy_coef: f64 = 0.0,
-        /// Sequences of negative advantage that the policy has left by more than this are dropped.
-        /// none: none are.
+        /// Drop sequences with a negative advantage whose KL from the sampling policy exceeds this.
+        /// none: keep all.
         pub off_policy_mask_threshold: Option<f64> = None,
-        /// Ours (DAPO). Groups whose rewards do not differ are generated anew for other prompts,
-        /// this many times at most.
+        /// Ours (DAPO). Replace groups whose rewards are all equal by groups of other prompts, in
+        /// at most this many rounds.
         pub dynamic_sampling: usize = 0,
         ..pub clip: ClipOptions = ClipOptions::default(),
         ..pub online: OnlineConfig = OnlineConfig::default(),

@@ -49,8 +49,8 @@ section! {
         pub max_new_tokens: usize = 64,
         /// Taken off the reward of a completion that did not end. none: nothing.
         pub missing_eos_penalty: Option<f64> = None,
-        /// Strength of the pull to the reference model; a list has one for each epoch, the last one
-        /// holds from there on.
+        /// How strongly the policy is held to the reference model. A list has one value for each
+        /// epoch; the last one holds from then on.
         pub beta: Vec<f64> = vec![0.1],
         /// The loss of a pair: sigmoid or ipo.
         pub loss_type: DpoLoss = DpoLoss::Sigmoid,

@@ -7,8 +7,8 @@ use crate::config::{ReferenceSyncOptions, Report, RewardOptions, SamplingOptions
 section! {
     /// How many sequences are generated at once.
     pub struct RolloutOptions = "rollout" {
-        /// Ours. Sequences decoded at once. none: as many as the memory plan has room for, at most
-        /// 1024.
+        /// Ours. Sequences to decode at once. none: as many as the memory plan has room for, at
+        /// most 1024.
         pub max_sequences: Option<usize> = None,
     }
 }
@@ -27,7 +27,7 @@ section! {
         pub num_generations: usize = 8,
         /// Longest completion in tokens.
         pub max_completion_length: usize = 512,
-        /// Micro-batches that one generation serves. none: gradient_accumulation_steps.
+        /// Micro-batches that use one generation. none: gradient_accumulation_steps.
         pub steps_per_generation: Option<usize> = None,
         /// Passes over a generation.
         pub num_iterations: usize = 1,
@@ -67,9 +67,9 @@ pub fn explores(sampling: &SamplingOptions, report: &mut Report) {
 section! {
     /// How far a probability ratio may move.
     pub struct ClipOptions = "clipping" {
-        /// The ratio is clipped below 1 - epsilon,
+        /// Clip the ratio below 1 - epsilon.
         pub epsilon: f64 = 0.2,
-        /// and above 1 + epsilon_high. none: epsilon.
+        /// Clip the ratio above 1 + epsilon_high. none: epsilon.
         pub epsilon_high: Option<f64> = None,
     }
 }

@@ -27,9 +27,9 @@ pub const METHOD: MethodEntry =
 section! {
     /// REINFORCE++ and ReMax, beside the options of all policy losses.
     pub struct ReinforceConfig = "reinforce" {
-        /// Take the mean of a prompt's completions off first (REINFORCE++-baseline).
+        /// Subtract the mean reward of the prompt's completions first (REINFORCE++-baseline).
         pub group_baseline: bool = false,
-        /// ReMax: the baseline is the reward of the greedy completion, and nothing is whitened.
+        /// ReMax: subtract the reward of the greedy completion, and whiten nothing.
         pub greedy_baseline: bool = false,
         ..pub clip: ClipOptions = ClipOptions::default(),
         ..pub online: OnlineConfig = OnlineConfig::default(),

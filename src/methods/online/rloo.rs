@@ -25,7 +25,7 @@ section! {
     pub struct RlooConfig = "rloo" {
         /// Divide advantages by their standard deviation over the batch.
         pub normalize_advantages: bool = false,
-        /// Rewards are clipped into this range. none: they are not.
+        /// Clip rewards to this range. none: no clipping.
         pub reward_clip_range: Option<Vec<f64>> = None,
         ..pub clip: ClipOptions = ClipOptions::default(),
         ..pub online: OnlineConfig =

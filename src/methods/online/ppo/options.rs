@@ -22,22 +22,22 @@ section! {
     pub struct PpoConfig = "ppo" {
         /// Passes over a generation.
         pub num_ppo_epochs: usize = 4,
-        /// Mini-batches that a pass is cut into, an optimizer step each.
+        /// Mini-batches in a pass, one optimizer step each.
         pub num_mini_batches: usize = 1,
         /// Weight of the KL divergence in the token rewards.
         pub kl_coef: f64 = 0.05,
-        /// k1: log pi - log ref; k3: the unbiased one that is never negative.
+        /// k1: log pi - log ref. k3: the unbiased estimator that is never negative.
         pub kl_estimator: KlEstimator = KlEstimator::K1,
-        /// Ours (Ziegler et al.). Steer kl_coef so that a sequence's KL is this. none: kl_coef is
-        /// fixed.
+        /// Ours (Ziegler et al., 2019). Adapt kl_coef to reach this KL per sequence. none: kl_coef
+        /// is fixed.
         pub target_kl: Option<f64> = None,
-        /// Ours. Episodes over which a steered kl_coef moves.
+        /// Ours. Episodes over which an adaptive kl_coef changes.
         pub kl_horizon: f64 = 10000.0,
-        /// The policy's ratio is clipped to 1 +- this.
+        /// Clip the policy's ratio to 1 +- this.
         pub cliprange: f64 = 0.2,
         /// Weight of the value loss.
         pub vf_coef: f64 = 0.1,
-        /// Values may leave those of the generation by this before they are clipped.
+        /// Clip values to this distance from those of the generation.
         pub cliprange_value: f64 = 0.2,
         /// Discount of later rewards.
         pub gamma: f64 = 1.0,
@@ -45,11 +45,11 @@ section! {
         pub lam: f64 = 0.95,
         /// Divide token rewards by their standard deviation.
         pub whiten_rewards: bool = false,
-        /// Taken off the score of a completion that did not end. none: nothing.
+        /// Subtracted from the score of a completion without EOS. none: 0.
         pub missing_eos_penalty: Option<f64> = None,
-        /// Ours. Scores are clipped to +- this. none: they are not.
+        /// Ours. Clip scores to +- this. none: no clipping.
         pub reward_clip: Option<f64> = None,
-        /// Ours. Where values come from: a model of its own, or a score on the policy's trunk.
+        /// Ours. own: a separate value model. shared: a value head on the policy.
         pub value_model: ValueModel = ValueModel::Own,
         /// Ours. Learning rate of the value model. none: learning_rate.
         pub value_learning_rate: Option<f64> = None,
