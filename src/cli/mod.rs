@@ -81,7 +81,7 @@ fn command() -> clap::Command {
 /// What a command line asks for.
 enum Parsed {
     Train(&'static MethodEntry, Box<train::TrainArgs>),
-    Other(Command),
+    Other(Box<Command>),
 }
 
 /// The options that a command takes beside its arguments; None: it takes none.
@@ -139,14 +139,15 @@ fn parse(given: Vec<OsString>) -> std::result::Result<Parsed, clap::Error> {
     {
         return Ok(Parsed::Train(entry, Box::new(train::TrainArgs::from_arg_matches(own)?)));
     }
-    Command::from_arg_matches(&matches).map(Parsed::Other)
+    Command::from_arg_matches(&matches).map(Box::new).map(Parsed::Other)
 }
 
 /// Makes a file-size limit an error of the write, and starts the threads.
 fn prepare(parsed: &Parsed) -> Result<()> {
     Stop::ignore_file_size_signal()?;
     match parsed {
-        Parsed::Other(Command::Quickstart(_)) => Ok(()), // it has an option for their number
+        // It has an option for their number.
+        Parsed::Other(command) if matches!(**command, Command::Quickstart(_)) => Ok(()),
         _ => start_threads(None),
     }
 }
@@ -168,7 +169,7 @@ pub fn main() -> i32 {
     }
     let result = match parsed {
         Parsed::Train(entry, args) => train::run(entry, *args),
-        Parsed::Other(command) => match command {
+        Parsed::Other(command) => match *command {
             Command::Generate(args) => generate::run(args),
             Command::Chat(args) => chat::run(args),
             Command::Score(args) => score::run(args),

@@ -33,7 +33,7 @@ pub fn draw(
         MixtureStop::FirstExhausted => expected.fold(f64::INFINITY, f64::min),
         MixtureStop::AllExhausted => expected.fold(0.0, f64::max),
     };
-    if !(expected < MOST) {
+    if expected.is_nan() || expected >= MOST {
         return Err(Error::Config(format!(
             "the mixture would have about {expected:.1e} rows; bring the weights closer together, \
              or set stopping_strategy=first_exhausted"

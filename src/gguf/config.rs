@@ -256,13 +256,16 @@ const ROPE_SCALING: &[&str] = &[
     "yarn_beta_slow",
 ];
 
+/// The names of a family, its metadata, and factors of the rope that a tensor holds.
+pub type GgufEntries = (&'static GgufNames, Vec<(String, MetaEntry)>, Option<Vec<f32>>);
+
 /// What a config is in a GGUF file: metadata, and the rope's factors where a tensor holds them.
 /// `notes` gets what the file cannot say. Errors: what would change the model and has no place.
 pub fn entries_of(
     dir: &Path,
     config: &ModelConfig,
     notes: &mut Vec<String>,
-) -> Result<(&'static GgufNames, Vec<(String, MetaEntry)>, Option<Vec<f32>>)> {
+) -> Result<GgufEntries> {
     let bad = |message: String| Err(Error::model(dir, message));
     if config.task != Task::CausalLm {
         return bad(format!(

@@ -6,9 +6,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::pieces::kind;
 use super::pieces::scores_of;
 use super::pre::{PreTokenizer, steps_of};
-use super::tokenizer::{SPECIAL, kind};
+use super::tokenizer::SPECIAL;
 use super::write::MetaEntry;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};

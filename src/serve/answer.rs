@@ -1,6 +1,6 @@
 //! An answer as it comes: events to pieces of text and log-probs. Layer 9.
 //!
-//! Invariant: a whole answer is the sum of the pieces that a stream of it has.
+//! Invariant: a whole answer is the sum of the pieces that a stream of it has, however it is made.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,6 +24,9 @@ pub(super) struct TokenInfo {
     /// Best first.
     pub top: Vec<(String, f32)>,
 }
+
+/// The log-probs of a prompt's tokens from the second on, and the most probable tokens there.
+type PromptScores = (Vec<f32>, Vec<Vec<(u32, f32)>>);
 
 /// What a choice has gained.
 pub(super) struct Delta {
@@ -80,9 +83,14 @@ impl Answer {
             Event::Token { choice, token, logp, top } => {
                 self.token(choice, token, logp, &top).map_err(ApiError::internal)
             }
-            Event::Done { choice, finish } => {
-                let text = self.texts[choice].take();
-                let text = text.map(|mut text| text.finish(&self.tokenizer)).transpose();
+            Event::Done { choice, ids, finish } => {
+                self.completion_tokens += ids.len();
+                let (text, each) = (self.texts[choice].take(), self.asked.each_token());
+                let text = text.map(|mut text| match each {
+                    true => text.finish(&self.tokenizer),
+                    false => text.whole(&self.tokenizer, &ids),
+                });
+                let text = text.transpose();
                 let text = text.map_err(ApiError::internal)?.unwrap_or_default();
                 self.end_one();
                 Ok(vec![Delta { choice, text, tokens: Vec::new(), finish: Some(finish) }])
@@ -111,8 +119,9 @@ impl Answer {
         if std::mem::take(&mut self.first_token) {
             metrics.first_token_time.observe(self.ticket.began.elapsed());
         }
-        metrics.completion_tokens.fetch_add(1, Ordering::Relaxed);
-        self.completion_tokens += 1;
+        if !self.asked.each_token() {
+            return Ok(Vec::new());
+        }
         let tokenizer = &self.tokenizer;
         let Some(own) = &mut self.texts[choice] else { return Ok(Vec::new()) };
         let mut tokens = Vec::new();
@@ -129,7 +138,7 @@ impl Answer {
     fn echo(
         &mut self,
         prompt: usize,
-        scores: Option<(Vec<f32>, Vec<Vec<(u32, f32)>>)>,
+        scores: Option<PromptScores>,
     ) -> Result<Vec<Delta>, ApiError> {
         let asked = &self.asked.prompts[prompt];
         let text = match &asked.text {

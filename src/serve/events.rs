@@ -29,6 +29,8 @@ pub(super) struct RunJob {
     pub seeded: bool,
     /// Score the prompts, and tell so many of the most probable tokens at each place.
     pub score: Option<usize>,
+    /// Tell each token as it comes; else the first one, and all of a completion at its end.
+    pub each_token: bool,
     pub events: UnboundedSender<Event>,
 }
 
@@ -43,6 +45,7 @@ pub(super) enum Event {
     },
     Done {
         choice: usize,
+        ids: Vec<u32>,
         finish: Finish,
     },
     /// Of the prompt's tokens from the second on: log-probs, and the most probable tokens.

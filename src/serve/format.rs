@@ -129,7 +129,7 @@ impl Head {
 fn chat_token(token: &TokenInfo) -> Value {
     let named = |text: &str, logp: Option<f32>| {
         // A token may hold a part of a character, which has no text.
-        let bytes = (!text.contains('\u{FFFD}')).then(|| text.as_bytes());
+        let bytes = (!text.contains('\u{FFFD}')).then_some(text.as_bytes());
         json!({ "token": text, "logprob": logp, "bytes": bytes })
     };
     let mut value = named(&token.text, token.logp);

@@ -237,6 +237,7 @@ async fn answer(app: &Arc<App>, chat: bool, request: Request<Body>) -> Result<Re
             options: asked.options.clone(),
             seeded: asked.seeded,
             score: asked.score(),
+            each_token: asked.each_token(),
             events: send,
         }))?;
     }

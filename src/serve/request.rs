@@ -60,6 +60,11 @@ impl Asked {
         self.prompts.len() * self.n
     }
 
+    /// Whether tokens are wanted one by one.
+    pub fn each_token(&self) -> bool {
+        self.stream || self.logprobs.is_some()
+    }
+
     /// Whether prompts are scored, and with how many of the most probable tokens.
     pub fn score(&self) -> Option<usize> {
         self.logprobs.filter(|_| self.echo)

@@ -38,6 +38,12 @@ impl ChoiceText {
         Ok(self.show(&new))
     }
 
+    /// All tokens at once, in place of each [`ChoiceText::push`]; returns all that can be shown.
+    pub fn whole(&mut self, tokenizer: &Tokenizer, ids: &[u32]) -> Result<String> {
+        let text = self.show(&tokenizer.decode(ids, true)?);
+        Ok(if self.stopped { text } else { text + &std::mem::take(&mut self.held) })
+    }
+
     /// What is left at the end.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
         let new = self.visible.finish(tokenizer)?;

@@ -60,6 +60,9 @@ struct OpenRequest {
     /// Number of its first sequence.
     number: u32,
     events: UnboundedSender<Event>,
+    each_token: bool,
+    /// No token was told yet.
+    first_token: bool,
     /// Prompts that are not done.
     left: usize,
 }
@@ -127,7 +130,7 @@ impl Worker {
     }
 
     fn begin(&mut self, job: RunJob) {
-        let RunJob { id, model, prompts, n, mut options, seeded, score, events } = job;
+        let RunJob { id, model, prompts, n, mut options, seeded, score, each_token, events } = job;
         let mut number = 0;
         if !seeded {
             let wanted = (prompts.len() * n) as u32;
@@ -141,7 +144,17 @@ impl Worker {
             }
         }
         let left = prompts.len();
-        let request = OpenRequest { model, prompts, n, options, number, events, left };
+        let request = OpenRequest {
+            model,
+            prompts,
+            n,
+            options,
+            number,
+            events,
+            each_token,
+            first_token: true,
+            left,
+        };
         match score {
             Some(top) => {
                 let task = |(prompt, ids): (usize, &Vec<u32>)| ScoreTask {
@@ -231,14 +244,19 @@ impl Worker {
     /// Events of a step go to those who asked. Where nobody listens any more, a cancellation is on
     /// its way.
     fn tell(&mut self, line: usize, stepped: Stepped) {
+        self.metrics.completion_tokens.fetch_add(stepped.tokens.len() as u64, Relaxed);
         for sampled in stepped.tokens {
             let Some(running) = self.lines[line].prompts.get(&sampled.request) else { continue };
-            let Some(open) = self.open.get(&running.id) else { continue };
+            let Some(open) = self.open.get_mut(&running.id) else { continue };
+            // To wake the thread that answers for each token costs more than a small model's step.
+            if !std::mem::take(&mut open.first_token) && !open.each_token {
+                continue;
+            }
             let choice = running.prompt * open.n + sampled.member;
             let (token, logp, top) = (sampled.token, sampled.logp, sampled.top);
             let _ = open.events.send(Event::Token { choice, token, logp, top });
         }
-        for Completion { request, member, finish, .. } in stepped.done {
+        for Completion { request, member, ids, finish, .. } in stepped.done {
             let Some(running) = self.lines[line].prompts.get_mut(&request) else { continue };
             running.left -= 1;
             let RunningPrompt { id, prompt, left } = *running;
@@ -246,7 +264,8 @@ impl Worker {
                 self.lines[line].prompts.remove(&request);
             }
             let Some(open) = self.open.get(&id) else { continue };
-            let _ = open.events.send(Event::Done { choice: prompt * open.n + member, finish });
+            let choice = prompt * open.n + member;
+            let _ = open.events.send(Event::Done { choice, ids, finish });
             if left == 0 {
                 self.prompt_done(id);
             }

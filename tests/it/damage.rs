@@ -227,7 +227,8 @@ fn rows(dir: &Path) {
     for on_bad_row in [OnBadRow::Error, OnBadRow::Drop] {
         let options = DataOptions { on_bad_row, ..DataOptions::default() };
         let fields = WantedFields::Known(vec!["text".into()]);
-        let Ok(read) = read(&[file.clone()], FolderSplit::Train, &options, &fields) else {
+        let Ok(read) = read(std::slice::from_ref(&file), FolderSplit::Train, &options, &fields)
+        else {
             continue;
         };
         let (tokenizer, template) = tokenizer_and_template();

@@ -12,7 +12,7 @@ use crate::support::{MODEL, command, finish, json_lines, temper, write_rows};
 fn sources() -> (TempDir, String, String) {
     let dir = tempfile::tempdir().unwrap();
     let rows = |name: &str, n: usize| {
-        let row = |i: usize| json!({ "prompt": format!("{name} {i}"), "completion": " x", "label": i % 2 == 0 });
+        let row = |i: usize| json!({ "prompt": format!("{name} {i}"), "completion": " x", "label": i.is_multiple_of(2) });
         write_rows(dir.path().join(format!("{name}.jsonl")), &(0..n).map(row).collect::<Vec<_>>())
     };
     let (a, b) = (rows("a", 30), rows("b", 10));

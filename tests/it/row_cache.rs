@@ -34,7 +34,7 @@ impl Setup {
         let row = |i: usize| match self.pairs {
             true => json!({ "prompt": format!("{word} {i}"), "chosen": " y", "rejected": " z" }),
             false => {
-                json!({ "prompt": format!("{word} {i}"), "completion": " x", "label": i % 2 == 0 })
+                json!({ "prompt": format!("{word} {i}"), "completion": " x", "label": i.is_multiple_of(2) })
             }
         };
         write_rows(self.path("rows.jsonl"), &(0..8).map(row).collect::<Vec<_>>());

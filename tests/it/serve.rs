@@ -225,7 +225,7 @@ fn clients_at_once_get_the_greedy_answers_of_generate() {
 #[test]
 fn a_chat_is_rendered_as_generate_renders_it() {
     let messages = json!([{ "role": "user", "content": "one two three" }]);
-    let want = generated(&[messages.clone()], &["temperature=0", "max_new_tokens=30"]);
+    let want = generated(std::slice::from_ref(&messages), &["temperature=0", "max_new_tokens=30"]);
     let server = Server::start(&[]);
     let mut body = json!({ "messages": messages, "temperature": 0, "max_tokens": 30 });
     let answer = server.post(CHAT, &body).ok();
@@ -281,7 +281,7 @@ fn a_stream_says_what_a_whole_answer_says() {
                 own().filter_map(|c| c["logprobs"][field].as_array()).flatten().cloned().collect();
             assert_eq!(json!(all), want["logprobs"][field], "{field}");
         }
-        assert_eq!(own().last().unwrap()["finish_reason"], want["finish_reason"]);
+        assert_eq!(own().next_back().unwrap()["finish_reason"], want["finish_reason"]);
     }
 }
 
