@@ -41,8 +41,8 @@ pub struct ExportArgs {
     /// f32, f16, bf16, q8_0 or q4_0: how matrices are stored; norms and biases are f32
     #[arg(long = "type", default_value = "f16")]
     stored: String,
-    /// the most by which a log-prob may differ; by the type if absent: f32 1e-4, f16 2e-3, bf16 0.5,
-    /// q8_0 0.05, q4_0 without limit
+    /// the most by which log-probs may differ on average; by the type if absent: f32 1e-4, f16 2e-3,
+    /// bf16 0.05, q8_0 0.05, q4_0 without limit
     #[arg(long)]
     limit: Option<f32>,
     /// replace FILE
@@ -50,13 +50,14 @@ pub struct ExportArgs {
     overwrite: bool,
 }
 
-/// Types and the most by which a log-prob may differ. f32: sums in another order, as after a merge.
+/// Types and the most by which log-probs of text may differ on average: the largest difference is one
+/// of an improbable token, and grows with the text. f32: sums in another order, as after a merge.
 /// f16 rounds a weight by 2^-12 of itself, bf16 by 2^-9, q8_0 by 1/254 of the largest of its
 /// block of 32; docs/gguf.md says what was measured. A difference of q4_0 is shown and not judged.
 const TYPES: [(&str, GgufType, f32); 5] = [
     ("f32", GgufType::F32, 1e-4),
     ("f16", GgufType::F16, 2e-3),
-    ("bf16", GgufType::BF16, 0.5),
+    ("bf16", GgufType::BF16, 0.05),
     ("q8_0", GgufType::Q8_0, 0.05),
     ("q4_0", GgufType::Q4_0, f32::MAX),
 ];
@@ -117,12 +118,14 @@ pub fn run(args: ExportArgs) -> Result<()> {
     let length = window.map_or(LENGTH, |w| w.clamp(2, LENGTH));
     let off = difference(cx, &model, &staged.folder, &rows(&tokenizer, length)?)?;
     let limit = args.limit.unwrap_or(*limit);
-    if off.is_nan() || off > limit {
+    if off.mean.is_nan() || off.mean > limit {
         let failed = with_suffix(&args.file, ".failed");
         std::fs::rename(&staged.file, &failed).map_err(|e| Error::io(&failed, e))?;
         return Err(Error::Run(format!(
-            "the file's log-probs are off by {off:.2e} (limit {limit:.0e}); it was named {}. Give a --type \
-             with more bits, or a higher --limit if that is near enough",
+            "the file's log-probs are off by {:.2e} on average (limit {limit:.0e}), {:.2e} at most; it was named {}. \
+             Give a --type with more bits, or a higher --limit if that is near enough",
+            off.mean,
+            off.largest,
             failed.display()
         )));
     }
@@ -133,7 +136,9 @@ pub fn run(args: ExportArgs) -> Result<()> {
         note_line(format_args!("note: {note}"));
     }
     note_line(format_args!(
-        "read back: log-probs differ by {off:.1e} at most from the folder's; wrote {} ({})",
+        "read back: log-probs differ by {:.1e} on average and {:.1e} at most from the folder's; wrote {} ({})",
+        off.mean,
+        off.largest,
         args.file.display(),
         crate::fsio::size_text(bytes)
     ));

@@ -80,7 +80,7 @@ pub fn run(args: MergeArgs) -> Result<()> {
         dtype,
         values,
     )?;
-    let off = difference(cx, &model, out.path(), &random_rows(model.config.vocab_size))?;
+    let off = difference(cx, &model, out.path(), &random_rows(model.config.vocab_size))?.largest;
     let limit = TOLERANCE.iter().find(|(d, _)| *d == dtype).map_or(TOLERANCE[1].1, |t| t.1);
     if off.is_nan() || off > limit {
         let _ = std::fs::rename(
@@ -112,13 +112,20 @@ pub fn difference(
     model: &Decoder,
     dir: &std::path::Path,
     rows: &[Vec<u32>],
-) -> Result<f32> {
+) -> Result<Difference> {
     let merged = Decoder::folder(dir)?.positions(64).build(&cx)?;
     let sequences: Vec<Sequence> = rows.iter().map(|ids| Sequence { ids, target: None }).collect();
     let (a, b) =
         (model.logps(&mut cx, &sequences)?.concat(), merged.logps(&mut cx, &sequences)?.concat());
-    Ok(a.iter()
-        .zip(&b)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, |m, d| if d.is_nan() { d } else { d.max(m) }))
+    let off: Vec<f32> = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).collect();
+    let largest = off.iter().fold(0.0, |m: f32, d| if d.is_nan() { *d } else { d.max(m) });
+    let mean = off.iter().map(|d| f64::from(*d)).sum::<f64>() / off.len().max(1) as f64;
+    Ok(Difference { mean: mean as f32, largest })
+}
+
+/// How far log-probs of one model are from another's. NaN: some are.
+#[derive(Clone, Copy, Debug)]
+pub struct Difference {
+    pub mean: f32,
+    pub largest: f32,
 }
