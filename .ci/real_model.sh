@@ -33,7 +33,7 @@ TEMPER_SMOLLM2="$PWD/$model" cargo test --quiet --test it smollm2 -- --nocapture
 step "rows"
 sh examples/real/make.sh "$work/sums"
 
-lora="use_peft=true lora_target_modules=all-linear lora_r=16 lora_alpha=32 logging_steps=1"
+lora="use_peft=true lora_target_modules=all-linear lora_r=16 lora_alpha=32 lora_dropout=0 logging_steps=1"
 for run in \
   "sft --data $work/sums/sft.jsonl learning_rate=1e-3 max_steps=4" \
   "dpo --data $work/sums/pairs.jsonl learning_rate=1e-4 max_steps=2 per_device_train_batch_size=4" \
