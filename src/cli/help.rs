@@ -83,7 +83,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("merge", "temper merge --model DIR --adapter OUT --output MERGED"),
     ("convert", "temper convert FILE.gguf DIR"),
     ("export", "temper export --gguf DIR FILE.gguf --type q8_0"),
-    ("data", "temper data --model DIR --data rows.jsonl --show 2 assistant_only_loss=true"),
+    ("data", "temper data --model DIR --data rows.jsonl --rows 2 assistant_only_loss=true"),
     ("eval", "temper eval --model DIR --data questions.jsonl reward_funcs=numeric_match n=4"),
     (
         "inspect",

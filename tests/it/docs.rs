@@ -140,7 +140,12 @@ impl Commands {
             .filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()))
             .filter_map(|line| line.split_whitespace().next().map(String::from))
             .collect();
-        let arguments = names.iter().map(|name| (name.clone(), done(&[name, "--help"]))).collect();
+        // Without the example below it, which is as much in question as the pages.
+        let help = |name: &String| {
+            let text = done(&[name, "--help"]);
+            (name.clone(), text.split("Example:").next().unwrap_or_default().to_string())
+        };
+        let arguments = names.iter().map(help).collect();
         let mut options: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for entry in REGISTRY {
             let run = (entry.run)();
