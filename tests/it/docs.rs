@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use temper::config::{DataOptions, EvalConfig, GenerateConfig, Section, TemplateOptions};
+use temper::config::{
+    DataOptions, EvalConfig, GenerateConfig, Section, ServeConfig, TemplateOptions,
+};
 use temper::methods::registry::REGISTRY;
 
 use crate::support::done;
@@ -161,6 +163,7 @@ impl Commands {
         options.insert("eval".into(), generate.union(&eval).cloned().collect());
         let rows = of([DataOptions::default().keys(), TemplateOptions::default().keys()].concat());
         options.insert("score".into(), rows.clone());
+        options.insert("serve".into(), of(ServeConfig::default().keys()));
         let generate: BTreeSet<String> = generate.union(&rows).cloned().collect();
         options.insert("generate".into(), generate.clone());
         options.insert("chat".into(), generate);
