@@ -174,7 +174,7 @@ impl Run<'_> {
         Err(first)
     }
 
-    /// Says that the run ended early, and takes up the best checkpoint where the options ask for
+    /// Reports an early end of the run, and loads the best checkpoint if the options ask for
     /// it.
     fn take_best(&self, trainer: &mut Trainer, best: &BestModel) -> Result<()> {
         let (options, done) = (trainer.config.best.clone(), trainer.done);
