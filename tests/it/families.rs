@@ -83,7 +83,12 @@ fn trained(
 
 #[test]
 fn rollouts_of_other_blocks_have_the_trainers_bits() {
-    for case in FAMILIES {
+    rollouts_have_the_trainers_bits(&FAMILIES);
+}
+
+/// Of golden folders with the vocabulary of `sft/model`.
+pub fn rollouts_have_the_trainers_bits(cases: &[&str]) {
+    for case in cases {
         for dtype in [DType::F32, DType::BF16] {
             let mut cx = cpu_in(dtype);
             let mut model = decoder(&cx, golden(case), 160);

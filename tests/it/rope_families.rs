@@ -7,24 +7,19 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use temper::autograd::{Cx, Recompute};
-use temper::device::DType;
 use temper::methods::offline::sft::{Sft, SftRun};
 use temper::model::adapter::{Adapter, folder as adapter_folder};
-use temper::model::batch::{Batch, Sequence};
+use temper::model::batch::Sequence;
 use temper::model::decoder::{Decoder, InitialWeights};
 use temper::model::folder::load_config;
-use temper::ops::case::Rng;
-use temper::ops::head::head_logps;
 use temper::rollout::sample::Sampling;
-use temper::rollout::{Engine, EngineOptions, Request, generate};
+use temper::rollout::{EngineOptions, generate};
 use temper::tensor::safetensors::SafeFolder;
 use temper::train::Trainer;
 use temper::train::plan::{Plan, PlanRequest};
 use temper::train::tuning::{prepare, scheme};
 
-use crate::support::{
-    self, MODEL, bits, cpu, cpu_in, decoder, fixture, floats, golden, ids, words,
-};
+use crate::support::{self, MODEL, bits, cpu, decoder, fixture, floats, golden, ids, words};
 
 /// The golden folders with the vocabulary of `sft/model`, and the longest sequence of a run on each:
 /// that of phi4_mini must stay within its original length, since TRL's batches do.
@@ -76,56 +71,9 @@ fn families_of_other_ropes_train_as_trl_does() {
     assert!(worst_loss <= 1e-5 && worst_norm <= 1e-4, "{report}");
 }
 
-/// Log-probs and entropies of a completion, as training computes them.
-fn trained(
-    cx: &mut Cx,
-    model: &Decoder,
-    prompt: &[u32],
-    completion: &[u32],
-    scale: f32,
-) -> (Vec<u32>, Vec<u32>) {
-    let ids: Vec<u32> = prompt.iter().chain(completion).copied().collect();
-    let target: Vec<bool> = (0..ids.len()).map(|i| i >= prompt.len()).collect();
-    let sequence = [Sequence { ids: &ids, target: Some(&target) }];
-    let batch = Batch::new(cx, &sequence, VOCAB).unwrap();
-    let hidden = model.target_hidden(cx, &batch).unwrap();
-    let out = head_logps(cx, &hidden, &model.head, &batch.targets, scale).unwrap();
-    (bits(&out.logp.to_f32().unwrap()), bits(&out.entropy.to_f32().unwrap()))
-}
-
 #[test]
 fn rollouts_of_other_ropes_have_the_trainers_bits() {
-    for case in FAMILIES {
-        for dtype in [DType::F32, DType::BF16] {
-            let mut cx = cpu_in(dtype);
-            let mut model = decoder(&cx, golden(case), 160);
-            let mut rng = Rng(5);
-            // Longer than a window and than a page of the cache.
-            let requests: Vec<Request> = [1, 15, 64, 90]
-                .iter()
-                .enumerate()
-                .map(|(g, n)| Request {
-                    prompt: (0..*n).map(|_| rng.below(VOCAB) as u32).collect(),
-                    n: 2,
-                    number: 2 * g as u32,
-                })
-                .collect();
-            let sampling = Sampling { temperature: 0.7, seed: 9, ..Sampling::greedy() };
-            let mut options = EngineOptions::new(30, sampling.clone(), vec![], 5);
-            options.max_step_tokens = 37;
-            let mut engine = Engine::new(&cx, &mut model, options, 160).unwrap();
-            let done = engine.generate(&mut cx, &model, &requests).unwrap();
-            assert_eq!(done.len(), 8);
-            for c in &done {
-                let prompt = &requests[c.request].prompt;
-                let (plain, _) = trained(&mut cx, &model, prompt, &c.ids, 1.0);
-                let (scaled, entropy) = trained(&mut cx, &model, prompt, &c.ids, sampling.scale());
-                assert_eq!(bits(&c.logps), plain, "{case} {dtype:?}");
-                assert_eq!(bits(&c.logps_scaled), scaled, "{case} {dtype:?}");
-                assert_eq!(bits(&c.entropies), entropy, "{case} {dtype:?}");
-            }
-        }
-    }
+    crate::families::rollouts_have_the_trainers_bits(&FAMILIES);
 }
 
 const LORA: &str = "use_peft=true lora_target_modules=all-linear";
