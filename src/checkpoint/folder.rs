@@ -38,7 +38,7 @@ pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> R
     let shown = path.display().to_string();
     if overwrite && resume {
         return Err(Error::Config(
-            "--overwrite and --resume exclude each other: give one of them".into(),
+            "--overwrite and --resume cannot be combined: give one of them".into(),
         ));
     }
     if resume && !path.is_dir() {
@@ -51,7 +51,7 @@ pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> R
     let mut folder = RunFolder { path, resume: None, notes: Vec::new(), _lock: lock };
     if folder._lock.is_none() {
         folder.notes.push(format!(
-            "{shown}: this file system has no locks; see that only one run writes here"
+            "{shown}: this file system has no locks; make sure that only one run writes here"
         ));
     }
     folder.clean()?;

@@ -127,7 +127,7 @@ impl CheckpointWriter {
         if !plain || name == MANIFEST || self.files.contains_key(name) {
             return Err(Error::checkpoint(
                 &self.tmp,
-                format!("{name:?} cannot be a file's name here, or is taken"),
+                format!("{name:?} is not a valid file name here, or is in use"),
             ));
         }
         Ok(self.tmp.join(name))
@@ -168,7 +168,7 @@ pub fn latest(output_dir: impl AsRef<Path>) -> Result<Search> {
             Ok(manifest) => {
                 search
                     .skipped
-                    .push((path, format!("its MANIFEST is that of step {}", manifest.step)));
+                    .push((path, format!("its MANIFEST belongs to step {}", manifest.step)));
             }
             Err(Error::Checkpoint { message, .. }) => search.skipped.push((path, message)),
             Err(e) => search.skipped.push((path, e.to_string())),

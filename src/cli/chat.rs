@@ -69,7 +69,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
             }
             text if is_command(text) => {
                 say(&format!(
-                    "{text} is no command: /reset forgets the conversation, /quit ends it\n"
+                    "{text} is not a command: /reset forgets the conversation, /quit ends it\n"
                 ))?;
                 continue;
             }

@@ -261,15 +261,15 @@ fn ends(
             }
             text.push('\n');
         }
-        _ => text += "EOS: the tokenizer names none; a model does not learn to stop\n",
+        _ => text += "EOS: the tokenizer has none, so the model does not learn to stop\n",
     }
     let Some((token, id)) = tokenizer.bos_token().zip(tokenizer.bos_id()) else {
-        return Ok(text + "BOS: the tokenizer names none");
+        return Ok(text + "BOS: the tokenizer has none");
     };
     let begins = parts().filter(|e| e.ids.first() == Some(&id)).count();
     text += &format!("BOS {token:?}: begins {begins} of {n} {what}");
     if begins < n && tokenizer.encode("", true)?.first() == Some(&id) {
-        text += "; the tokenizer puts it before plain text, so rows without it look other than in pretraining: let the \
+        text += "; the tokenizer puts it before plain text, so rows without it look different from those of pretraining: let the \
                  chat template write it";
     }
     Ok(text)
@@ -290,7 +290,7 @@ fn dropped(
     let mut text = format!("{} of {all} rows are dropped", gone.len());
     for place in gone.iter().take(NAMED) {
         let why = match (lengths.rows.get(place), limit) {
-            (None, _) => "nothing of it can be trained on (no loss target, or a bad row)".into(),
+            (None, _) => "nothing to train on (no loss target, or a bad row)".into(),
             (Some(n), Some(limit)) if drops && *n > limit => {
                 format!("{n} tokens, more than max_length={limit}, and on_truncation=drop")
             }

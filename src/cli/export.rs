@@ -123,7 +123,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
         std::fs::rename(&staged.file, &failed).map_err(|e| Error::io(&failed, e))?;
         return Err(Error::Run(format!(
             "the file's log-probs are off by {:.2e} on average (limit {limit:.0e}), {:.2e} at most; it was named {}. \
-             Give a --type with more bits, or a higher --limit if that is near enough",
+             Give a --type with more bits, or a higher --limit if that is close enough",
             off.mean,
             off.largest,
             failed.display()
@@ -176,7 +176,7 @@ impl Staged {
     fn new(file: &Path) -> Result<Self> {
         let (staged, folder) = (with_suffix(file, ".unchecked"), with_suffix(file, ".check"));
         if folder.exists() {
-            let message = "is in the way: the written file is read back here; remove it";
+            let message = "is in the way; remove it (the written file is read back here)";
             return Err(Error::model(folder, message));
         }
         Ok(Staged { file: staged, folder })
@@ -198,7 +198,7 @@ fn check_tokens(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
         if a != b {
             let at = a.iter().zip(&b).position(|(a, b)| a != b).unwrap_or(a.len().min(b.len()));
             return Err(Error::Run(format!(
-                "the file's tokenizer splits {PROBE:?} otherwise from token {at} on: {:?} there, {:?} here; nothing was written",
+                "the file's tokenizer splits {PROBE:?} differently from token {at} on: {:?} there, {:?} here; nothing was written",
                 b.get(at..).unwrap_or_default(),
                 a.get(at..).unwrap_or_default()
             )));

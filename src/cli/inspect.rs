@@ -218,7 +218,7 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     }
     if !run.method.rows_are_stored() {
         return Err(Error::Config(format!(
-            "the plan of {} is a step of it, with the longest prompts: say --data FILE",
+            "the plan of {} is one step with the longest prompts; give --data FILE",
             args.method
         )));
     }
@@ -226,8 +226,7 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     let limit = limit.and_then(|k| k.value.as_integer()).map(|n| n as usize);
     let Some(length) = args.length.or(limit) else {
         return Err(Error::Config(
-            "max_length is none: say --length, the tokens of the longest row, or --data FILE"
-                .into(),
+            "max_length is none; give --length (tokens of the longest row) or --data FILE".into(),
         ));
     };
     let sequences = run.method.footprint().sequences;

@@ -108,10 +108,10 @@ const MEANINGS: &[(&[&str], &str)] = &[
 
 /// Keys that change no number here, and why.
 const NO_EFFECT: &[(&[&str], &str)] = &[
-    (&["fp16"], "float16 is not computed in; dtype says what is"),
-    (&["bf16", "torch_dtype", "bf16_full_eval", "fp16_full_eval"], "dtype says the number type"),
+    (&["fp16"], "float16 is not supported; dtype sets the number type"),
+    (&["bf16", "torch_dtype", "bf16_full_eval", "fp16_full_eval"], "dtype sets the number type"),
     (&["tf32"], "float32 products are float32 products"),
-    (&["use_cpu", "no_cuda"], "device says where the run is"),
+    (&["use_cpu", "no_cuda"], "device sets where the run is computed"),
     (&["warmup_ratio", "do_sample"], "it is off"),
     (&["model_name_or_path"], "--model says which model"),
     (&["dataset_name", "datasets"], "--data FILE says which rows"),
@@ -195,7 +195,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["trust_remote_code"], "no code of a model folder is ever run"),
     (
         &["use_cache", "do_train", "do_eval", "do_predict", "prediction_loss_only"],
-        "the command says what is done",
+        "the command sets the task",
     ),
     (
         &[
@@ -240,7 +240,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         "completions.jsonl holds every completion",
     ),
     (&["bnb_4bit_quant_storage"], "it changes where 4-bit codes lie, not their values"),
-    (&["lora_task_type"], "the command says what is trained"),
+    (&["lora_task_type"], "the command sets what is trained"),
     (&["dataset_train_split", "dataset_test_split"], "--data and --eval-data name files"),
     (
         &["entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"],

@@ -392,7 +392,7 @@ fn apply(
             }
             None if matches!(given, Given::File(toml::Value::Table(_))) => {
                 report.problem(format!(
-                    "{source}: [{key}]: a run file has no tables; its keys stand at the top"
+                    "{source}: [{key}]: a run file has no tables; write its keys at the top level"
                 ));
             }
             None => {

@@ -189,7 +189,7 @@ impl PeftConfig {
             (
                 &["reduction_factor", "non_linearity"],
                 bottleneck,
-                "peft_type is no bottleneck adapter",
+                "peft_type is not a bottleneck adapter",
             ),
         ] {
             if self.use_peft && !on {

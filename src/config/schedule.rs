@@ -152,7 +152,7 @@ impl ScheduleArguments {
                 (_, true) => format!("{name} takes no arguments"),
                 _ => format!("{name} takes {}", takes.join(", ")),
             };
-            return Err(format!("lr_scheduler_kwargs: {key} is no argument of {name}; {hint}"));
+            return Err(format!("lr_scheduler_kwargs: {key} is not an argument of {name}; {hint}"));
         }
         let of = Arguments { name, given };
         let restarts = schedule == LearningRateSchedule::CosineWithRestarts;

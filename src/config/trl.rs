@@ -252,7 +252,7 @@ impl TrlFile<'_> {
                 ("think_format", _) => named.push("think_format_reward".to_string()),
                 (_, Some(function)) => named.push(function),
                 _ => self.note(&format!(
-                    "reward {spec}: TRL has none of this name; write it in Python and add MODULE.FUNCTION to reward_funcs"
+                    "reward {spec}: TRL has no reward of this name; write it in Python and add MODULE.FUNCTION to reward_funcs"
                 )),
             }
         }

@@ -183,7 +183,7 @@ impl<T: Value> Value for Vec<T> {
         };
         items
             .iter()
-            .map(|item| T::read(item).map_err(|expected| format!("a list, each of it {expected}")))
+            .map(|item| T::read(item).map_err(|expected| format!("a list, each item {expected}")))
             .collect()
     }
     fn written(&self) -> Toml {

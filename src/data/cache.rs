@@ -150,7 +150,7 @@ pub fn read(
     let map = Arc::new(map);
     let mut from = Reader { map: &map, at: 0, end: body };
     if from.array::<u8>(8)? != MAGIC {
-        return Err("is no row cache of this version".into());
+        return Err("is not a row cache of this version".into());
     }
     let length = from.array::<u64>(1)?[0];
     let description: Description = serde_json::from_slice(from.array::<u8>(length as usize)?)

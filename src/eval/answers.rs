@@ -71,7 +71,7 @@ fn metrics(
             each.chunks(n).filter_map(|row| row.iter().copied().collect()).collect();
         if known.is_empty() {
             return Err(Error::Run(format!(
-                "reward `{name}` skipped every row; has its column an answer?"
+                "reward `{name}` skipped every row; does its column hold an answer?"
             )));
         }
         let rows = each.len() / n - known.len();

@@ -37,7 +37,7 @@ pub use result::{EvalMetric, EvalRow, Evaluation, SkippedRows};
 pub use score::{RowScore, perplexity, score, sequences};
 
 /// As [`evaluate`], of multiple-choice questions, with `examples` to choose few-shot examples from.
-/// Errors: a model that is no language model; rows that are no questions.
+/// Errors: a model that is not a language model; rows that are no questions.
 pub fn evaluate_questions(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -49,7 +49,7 @@ pub fn evaluate_questions(
     if model.config.task != Task::CausalLm {
         return Err(Error::model(
             text.tokenizer.dir(),
-            "is no language model; questions with choices need one",
+            "is not a language model; questions with choices need one",
         ));
     }
     choose(cx, model, text, rows, examples, options)
@@ -72,7 +72,7 @@ pub fn evaluate(
         }
         _ if model.config.task != Task::CausalLm => Err(Error::model(
             text.tokenizer.dir(),
-            "is no language model; a classifier is evaluated on rows with chosen and rejected",
+            "is not a language model; a classifier is evaluated on rows with chosen and rejected",
         )),
         Format::PromptOnly => answers(cx, model, text, rows, options),
         _ => {

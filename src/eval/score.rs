@@ -139,9 +139,7 @@ pub fn perplexity(
     let (mut nats, mut tokens, mut rows) = (Vec::new(), Vec::new(), Vec::new());
     score(cx, model, sequences, budget, &mut |row| {
         let RowScore::Tokens { logps, sum } = row else {
-            return Err(Error::Run(
-                "a classifier gives no perplexity; use a language model".into(),
-            ));
+            return Err(Error::Run("a classifier has no perplexity; use a language model".into()));
         };
         nats.push(-sum);
         tokens.push(logps.len() as f64);

@@ -58,7 +58,7 @@ pub fn names(file: &GgufFile) -> Result<&'static GgufNames> {
 /// The config of the model in `file`, checked as a folder's is.
 pub fn config_of(file: &GgufFile, names: &GgufNames) -> Result<ModelConfig> {
     let Some(family) = families::find(names.model_type) else {
-        return Err(model(file, format!("{} is no family", names.model_type)));
+        return Err(model(file, format!("{} is not a supported family", names.model_type)));
     };
     let arch = names.architecture;
     let mut raw = Map::new();
@@ -269,7 +269,7 @@ pub fn entries_of(
     let bad = |message: String| Err(Error::model(dir, message));
     if config.task != Task::CausalLm {
         return bad(format!(
-            "is no language model ({}); a GGUF file holds one",
+            "is not a language model ({}); a GGUF file holds one",
             config.task.suffix()
         ));
     }
@@ -294,7 +294,7 @@ pub fn entries_of(
     }
     if let Some(window) = config.sliding_window.iter().flatten().min() {
         notes.push(format!(
-            "a GGUF file of architecture {} has no sliding window: texts of more than {window} tokens are read otherwise",
+            "a GGUF file of architecture {} has no sliding window: texts of more than {window} tokens would be read differently",
             names.architecture
         ));
     }

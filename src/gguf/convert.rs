@@ -115,7 +115,7 @@ fn check_tokenizer(file: &GgufFile, dir: &Path, files: &[(String, Vec<u8>)]) -> 
     }
     let tokenizer = Tokenizer::load(staged.tmp());
     let bad = |e: &dyn std::fmt::Display| {
-        Error::model(file.path(), format!("its metadata make no tokenizer: {e}"))
+        Error::model(file.path(), format!("its metadata do not describe a tokenizer: {e}"))
     };
     tokenizer.map_err(|e| bad(&e))?.encode("a", true).map_err(|e| bad(&e))?;
     Ok(())

@@ -76,7 +76,7 @@ pub fn export(
     if other > 0 {
         let (of, block) = (dtype.name(), dtype.block());
         notes.push(format!(
-            "{other} matrices are stored as F16: their rows are no multiple of the {block} values of a block of {of}"
+            "{other} matrices are stored as F16: their rows are not a multiple of the {block} values of a block of {of}"
         ));
     }
     if let Some(factors) = &factors {

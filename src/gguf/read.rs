@@ -299,7 +299,7 @@ impl<'a> Reader<'a> {
             let kind = self.u32("the type of a value")?;
             let value = self.value(kind)?;
             if meta.contains_key(&key) {
-                return self.bad(at, format_args!("the key {key} stands there twice"));
+                return self.bad(at, format_args!("the key {key} appears twice"));
             }
             meta.insert(key, value);
         }
@@ -330,7 +330,7 @@ impl<'a> Reader<'a> {
             item::BOOL => match self.fixed::<1>("a value")?[0] {
                 0 => MetaValue::Bool(false),
                 1 => MetaValue::Bool(true),
-                n => return self.bad(at, format_args!("true or false is {n}")),
+                n => return self.bad(at, format_args!("a boolean is {n}")),
             },
             item::TEXT => MetaValue::Text(self.text()?.to_string()),
             item::LIST => self.list(0)?,
@@ -414,7 +414,7 @@ impl<'a> Reader<'a> {
             if !offset.is_multiple_of(alignment) {
                 return self.bad(
                     at,
-                    format_args!("{name} has the offset {offset}, no multiple of {alignment}"),
+                    format_args!("{name} has the offset {offset}, not a multiple of {alignment}"),
                 );
             }
             shape.reverse();
@@ -448,7 +448,7 @@ impl<'a> Reader<'a> {
         for pair in order.windows(2) {
             let ((a, _, _), (b, _, at)) = (&found[pair[0]], &found[pair[1]]);
             if a.name == b.name {
-                return self.bad(*at, format_args!("the tensor {} stands there twice", b.name));
+                return self.bad(*at, format_args!("the tensor {} appears twice", b.name));
             }
         }
         Ok(found.into_iter().map(|(tensor, _, _)| tensor).collect())

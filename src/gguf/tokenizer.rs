@@ -200,7 +200,7 @@ fn pieces_bpe(
     }
     let Some(merges) = merges_of(tokens, kinds, &scores) else {
         return bad(
-            "tokenizer.ggml.scores are all one: the order of merges is not determined".into()
+            "tokenizer.ggml.scores are all equal: the order of merges is not determined".into()
         );
     };
     let prefix = file.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);

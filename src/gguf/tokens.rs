@@ -107,7 +107,7 @@ fn is_byte(text: &str) -> bool {
 
 impl Parts<'_> {
     fn bad<T>(&self, why: impl std::fmt::Display) -> Result<T> {
-        let message = format!("cannot be said in a GGUF file: {why}");
+        let message = format!("cannot be expressed in a GGUF file: {why}");
         Err(Error::model(self.path, message))
     }
 
@@ -131,7 +131,7 @@ impl Parts<'_> {
         for merge in list {
             match pair_of(merge) {
                 Some(two) => out.push(two),
-                None => return self.bad(format_args!("{merge} is no merge")),
+                None => return self.bad(format_args!("{merge} is not a merge")),
             }
         }
         Ok(out)
@@ -237,6 +237,6 @@ fn added_ends(tokenizer: &Tokenizer, path: &Path) -> Result<(bool, bool)> {
         }
     }
     let message =
-        "cannot be said in a GGUF file: its post_processor adds other tokens than BOS and EOS";
+        "cannot be expressed in a GGUF file: its post_processor adds tokens other than BOS and EOS";
     Err(Error::model(path, message))
 }

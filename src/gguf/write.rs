@@ -88,7 +88,10 @@ fn size(path: &Path, tensor: &GgufSpec) -> Result<usize> {
     let bytes = tensor.dtype.bytes(tensor.shape.iter().product());
     bytes.filter(|_| row.is_multiple_of(tensor.dtype.block())).ok_or_else(|| {
         let (name, of) = (&tensor.name, tensor.dtype.name());
-        Error::model(path, format!("{name}: rows of {row} values are no blocks of {of}"))
+        Error::model(
+            path,
+            format!("{name}: rows of {row} values are not a whole number of blocks of {of}"),
+        )
     })
 }
 

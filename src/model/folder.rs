@@ -176,7 +176,7 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
         }
         if let HostDtype::Other(_) = view.dtype {
             problems.push(format!(
-                "dtype: {} is {}, read are F32, F16, BF16",
+                "dtype: {} is {}; supported are F32, F16, BF16",
                 spec.name,
                 view.dtype.name()
             ));

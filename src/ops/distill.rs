@@ -90,7 +90,7 @@ impl Op for Distill {
         let dx = if wants(0) { Some(cx.real("activation gradients", hs.shape())?) } else { None };
         let mut dw = match (wants(1), ws.id()) {
             (true, Id::Param { set, index }) => cx.param_grads[set].slot(index),
-            (true, _) => return Err(Error::op("distill", "the student's head is no parameter")),
+            (true, _) => return Err(Error::op("distill", "the student's head is not a parameter")),
             _ => None,
         };
         let dlogits =

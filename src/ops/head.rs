@@ -308,7 +308,7 @@ impl Op for HeadLoss {
             (true, _) => {
                 return Err(Error::op(
                     "head_loss",
-                    "the head's weight is no parameter; use head_logps",
+                    "the head's weight is not a parameter; use head_logps",
                 ));
             }
             _ => None,

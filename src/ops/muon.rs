@@ -72,7 +72,7 @@ pub fn muon(cx: &Cx, c: &Muon, s: &MuonSlice, hyper: &Tensor) -> Result<()> {
 /// steps.
 pub fn orthogonalise(cx: &Cx, x: &Tensor, steps: usize) -> Result<()> {
     let &[rows, cols] = x.shape() else {
-        return Err(Error::op("muon", format!("{x:?} is no matrix")));
+        return Err(Error::op("muon", format!("{x:?} is not a matrix")));
     };
     let n = x.numel();
     let chunks = n.div_ceil(kernels::MUON_CHUNK).max(1);

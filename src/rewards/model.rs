@@ -35,13 +35,13 @@ pub struct RewardModel {
 const TOKENS: usize = 8192;
 
 impl RewardModel {
-    /// Reads a folder. `setup`: what the run gives its template. Error: it is no reward model (one
+    /// Reads a folder. `setup`: what the run gives its template. Error: it is not a reward model (one
     /// label).
     pub fn load(cx: &Cx, dir: &Path, setup: &TemplateSetup) -> Result<RewardModel> {
         // Longrope's short factors, always: a score must not depend on what came before it.
         let model = Decoder::folder(dir)?.set(ParamSetId::Reward).positions(2).build(cx)?;
         if model.config.task != (Task::SequenceClassification { labels: 1 }) {
-            let message = "is no reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
+            let message = "is not a reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
             return Err(Error::model(dir, message));
         }
         let tokenizer = Tokenizer::load(dir)?;
@@ -96,7 +96,7 @@ impl RewardModel {
         let row = Row { value, file: Path::new("completion").into(), line: i + 1 };
         let example = Format::PromptCompletion.parse(&row, "")?;
         let RowContent::PromptCompletion { prompt, completion } = &example.content else {
-            return Err(row.error("is no prompt with a completion"));
+            return Err(row.error("is not a prompt with a completion"));
         };
         let vocab = self.model.config.vocab_size;
         let renderer = Renderer::new(&self.tokenizer, self.template.as_ref(), vocab);
@@ -105,7 +105,7 @@ impl RewardModel {
     }
 }
 
-/// Error: the model is no reward model, a sequence classifier of one label.
+/// Error: the model is not a reward model, a sequence classifier of one label.
 pub fn one_score(model: &ModelConfig) -> Result<()> {
     match model.task {
         Task::SequenceClassification { labels: 1 } => Ok(()),

@@ -47,7 +47,7 @@ impl Reward {
             let table: Result<toml::Table, _> = toml::from_str(&format!("it = {spec}"));
             let table = table.map_err(|e| Error::Config(format!("reward `{spec}`: {e}")))?;
             return table.get("it").map_or_else(
-                || Err(Error::Config(format!("reward `{spec}` is no table"))),
+                || Err(Error::Config(format!("reward `{spec}` is not a table"))),
                 Reward::from_toml,
             );
         }
@@ -211,7 +211,7 @@ fn optional<T: std::str::FromStr>(key: &str, value: Option<String>, default: T) 
 }
 
 fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
-    value.parse().map_err(|_| Error::Config(format!("`{key}` is no number it can be: {value}")))
+    value.parse().map_err(|_| Error::Config(format!("`{key}` = {value} is not a valid number")))
 }
 
 /// Default 60 s: a judge that needs longer for one row says so.

@@ -77,7 +77,7 @@ impl Metrics {
             ("requests_active", "gauge", active as u64, "Requests being worked on."),
             ("connections", "gauge", level(&self.connections), "Open connections."),
             ("sequences_running", "gauge", level(&self.running), "Sequences being decoded."),
-            ("sequences_waiting", "gauge", level(&self.waiting), "Sequences that wait for room."),
+            ("sequences_waiting", "gauge", level(&self.waiting), "Sequences waiting for room."),
             (
                 "requests_cancelled_total",
                 "counter",

@@ -138,7 +138,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     }
     let weights = if job.fresh {
         observer.info(&format!(
-            "{} holds no weights: they are made at random from seed {}",
+            "{} has no weights: random weights are drawn from seed {}",
             dir.display(),
             run.training.seed
         ));

@@ -323,7 +323,7 @@ fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Res
         }),
     ];
     let mut text =
-        format!("the run does not fit.\n{}\nWhat would change it:", plan.table(request, available));
+        format!("the run does not fit.\n{}\nWhat would help:", plan.table(request, available));
     let mut all = request.clone();
     let mut together = Vec::new();
     for (keys, change) in &changes {

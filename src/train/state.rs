@@ -186,7 +186,7 @@ impl Trainer {
             );
             return Err(Error::checkpoint(
                 dir,
-                message + "; give the same --data and keys to resume",
+                message + "; give the same --data and options to resume",
             ));
         }
         if state["dtype"].as_str() != Some(self.cx.dtype.name()) {
@@ -343,7 +343,7 @@ pub fn started(checkpoint: &Path) -> Result<Option<Clock>> {
     let clock = Clock::parse(text);
     clock
         .map(Some)
-        .ok_or_else(|| Error::checkpoint(&path, format!("\"started\" is no time: {text}")))
+        .ok_or_else(|| Error::checkpoint(&path, format!("\"started\" is not a time: {text}")))
 }
 
 /// What [`Trainer::write_model`] needs to write a folder of what was trained with `tokenizer`. The

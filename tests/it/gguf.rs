@@ -307,11 +307,11 @@ fn a_lying_gguf_file_is_refused_with_its_place() {
         (after(tensor, 12, &(1u64 << 60).to_le_bytes()), "has too many values"),
         (after(tensor, 20, &10u32.to_le_bytes()), "is of type 10 (Q2_K); read are F32, F16"),
         (after(tensor, 20, &12u32.to_le_bytes()), "has rows of 32 values; Q4_K has blocks of 256"),
-        (after(tensor, 24, &33u64.to_le_bytes()), "no multiple of 32"),
+        (after(tensor, 24, &33u64.to_le_bytes()), "not a multiple of 32"),
         (after(tensor, 24, &(1u64 << 50).to_le_bytes()), "truncated, or a wrong offset"),
         (after(tensor, 24, &(u64::MAX - 31).to_le_bytes()), "truncated, or a wrong offset"),
         (after(tensor, 24, &0u64.to_le_bytes()), "lies in the bytes of"),
-        (with(&good, b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "stands there twice"),
+        (with(&good, b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "appears twice"),
         (
             with(&good, b"blk.1.attn_q.weight", b"blk.9.attn_q.weight"),
             "missing: blk.1.attn_q.weight",

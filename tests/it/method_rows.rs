@@ -115,7 +115,7 @@ fn a_plan_without_rows_is_that_of_rows_as_long_as_max_length() {
         assert!(code == Some(0) && out.contains("at the peak"), "{method}: {err}");
     }
     let (code, _, err) = plan("grpo", &["reward_funcs=exact_match"]);
-    assert!(code == Some(2) && err.contains("say --data FILE"), "{err}");
+    assert!(code == Some(2) && err.contains("give --data FILE"), "{err}");
 }
 
 #[test]

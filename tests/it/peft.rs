@@ -201,7 +201,7 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
             "neither lora nor ia3",
         ),
         (vec!["use_peft=true", "peft_type=seq_bn", "non_linearity=tan"], "relu, swish, gelu"),
-        (vec!["use_peft=true", "reduction_factor=4"], "no bottleneck adapter"),
+        (vec!["use_peft=true", "reduction_factor=4"], "not a bottleneck adapter"),
         (vec!["freeze=layers.9"], "matches no parameter"),
         (vec!["freeze=."], "nothing is left to train"),
     ] {

@@ -259,7 +259,7 @@ fn parts_of_a_fused_projection_are_named_in_the_error() {
     };
     let error = of("use_peft=true lora_target_modules=q_proj,up_proj").unwrap_err().to_string();
     for part in
-        ["q_proj is no module of phi3: it is a part of qkv_proj", "it is a part of gate_up_proj"]
+        ["q_proj is not a module of phi3: it is part of qkv_proj", "it is part of gate_up_proj"]
     {
         assert!(error.contains(part), "{error}");
     }

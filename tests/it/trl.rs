@@ -161,7 +161,7 @@ fn what_trl_has_not_is_a_comment_or_an_error() {
         &["reward_funcs=think_format,exact_match,python:mine.py:score"],
     );
     assert!(text.contains("reward_funcs: [\"think_format_reward\", \"mine.score\"]"), "{text}");
-    assert!(text.contains("# reward \"exact_match\": TRL has none"), "{text}");
+    assert!(text.contains("# reward \"exact_match\": TRL has no reward"), "{text}");
     for (args, why) in [
         (&["sft", "use_peft=true", "peft_type=ia3"][..], "LoRA adapters only"),
         (&["kto", "loss_type=bco"], "no such loss"),

@@ -19,7 +19,7 @@ fn a_chat_says_which_commands_it_has() {
     let model = ["chat", "--model", MODEL, "max_new_tokens=1"];
     let (code, out, err) = temper_reading(&model, "/rest\n/quit\n");
     assert_eq!(code, Some(0), "{err}");
-    assert!(out.contains("/rest is no command") && out.contains("/reset"), "{out}");
+    assert!(out.contains("/rest is not a command") && out.contains("/reset"), "{out}");
 }
 
 #[test]

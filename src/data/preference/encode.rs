@@ -96,7 +96,7 @@ impl<'a> Encoder<'a> {
         let same = wholes.iter().map(|w| common(prompt, w)).min().unwrap_or(0);
         if same == 0 && !prompt.is_empty() {
             return Err(row.error(
-                "the tokens of the prompt do not begin those of prompt and completion: the prompt is no prefix; check \
+                "the tokens of the prompt do not begin those of prompt and completion: the prompt is not a prefix; check \
                  that the chat template writes the prompt the same way with and without an answer",
             ));
         }
@@ -124,7 +124,7 @@ pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
     }
     let example = Format::Preference.parse(row, "text")?;
     let RowContent::Preference { prompt, chosen, rejected } = &example.content else {
-        return Err(row.error("is no preference row; give \"chosen\" and \"rejected\""));
+        return Err(row.error("is not a preference row; give \"chosen\" and \"rejected\""));
     };
     if chosen == rejected {
         return Err(

@@ -134,7 +134,8 @@ fn single(maker: &Maker, row: &Row) -> Result<Made> {
             made(maker, row, &example, prompt, completion, *label)
         }
         _ => {
-            Err(row.error("is no row with a label; give \"prompt\", \"completion\" and \"label\""))
+            Err(row
+                .error("is not a row with a label; give \"prompt\", \"completion\" and \"label\""))
         }
     }
 }

@@ -250,7 +250,7 @@ fn orpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
 
 fn no_prefix(row: &Row) -> Error {
     row.error(
-        "the tokens of the prompt do not begin those of prompt and completion: the prompt is no prefix; end it where a \
+        "the tokens of the prompt do not begin those of prompt and completion: the prompt is not a prefix; end it where a \
          token ends",
     )
 }

@@ -45,10 +45,8 @@ pub fn steps(
     let mut stats = PreferenceStats::new(rows, options)?;
     let encoder = Encoder::new(tokenizer, None, vocab, options.eos_token.as_deref())?;
     if tokenizer.encode(&how.step_separator, false)?.is_empty() {
-        let message = format!(
-            "step_separator={:?} has no token for the labels to stand on",
-            how.step_separator
-        );
+        let message =
+            format!("step_separator={:?} has no token to carry the labels", how.step_separator);
         return Err(Error::Config(message));
     }
     let made: Vec<Result<StepExample>> =

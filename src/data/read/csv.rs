@@ -56,7 +56,7 @@ fn value(names: &[String], record: &::csv::ByteRecord, rows: &FileRows) -> Resul
     }
     if record.len() != names.len() {
         return Err(format!(
-            "has {} fields, and the head names {}; put quotes around fields with a delimiter in them",
+            "has {} fields, but the header names {}; put quotes around fields with a delimiter in them",
             record.len(),
             names.len()
         ));

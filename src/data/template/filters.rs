@@ -51,7 +51,7 @@ fn float(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error
     let default = argument(&args, &kwargs, 0, "default")?;
     kwargs.assert_all_used()?;
     let number = match value.kind() {
-        ValueKind::Undefined => return fault("an undefined value is no number"),
+        ValueKind::Undefined => return fault("an undefined value is not a number"),
         ValueKind::Bool => Some(f64::from(u8::from(value.is_true()))),
         ValueKind::String => value.as_str().and_then(parsed),
         ValueKind::Number => f64::try_from(value).ok(),
@@ -74,7 +74,7 @@ fn int(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> 
     // a whole number of more than 127 bits has no form here
     let whole = |x: f64| (x.abs() < 1e38).then(|| Value::from(x as i128));
     let number = match value.kind() {
-        ValueKind::Undefined => return fault("an undefined value is no number"),
+        ValueKind::Undefined => return fault("an undefined value is not a number"),
         ValueKind::Bool => Some(Value::from(i64::from(value.is_true()))),
         ValueKind::Number if value.is_integer() => Some(value),
         ValueKind::Number => match f64::try_from(value) {

@@ -365,9 +365,7 @@ fn unescape(text: &str) -> Result<String, String> {
             };
             let code = u32::from_str_radix(hex, 16).unwrap_or(u32::MAX);
             let Some(ch) = char::from_u32(code) else {
-                return Err(format!(
-                    "the escape \\{c}{hex} is no character, which is not supported"
-                ));
+                return Err(format!("the escape \\{c}{hex} is not a character"));
             };
             out.push(ch);
             rest = &after[width..];

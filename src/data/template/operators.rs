@@ -97,8 +97,8 @@ fn contains(state: &State, item: &Value, all: &Value) -> Result<bool, Error> {
             _ => fault(format!("'in' looks for a string in a string, not for a {}", item.kind())),
         },
         ValueKind::Map => match item.kind() {
-            ValueKind::Map => fault("a mapping is no key"),
-            ValueKind::Seq if !item.is_tuple() => fault("a list is no key"),
+            ValueKind::Map => fault("a mapping cannot be a key"),
+            ValueKind::Seq if !item.is_tuple() => fault("a list cannot be a key"),
             _ => Ok(!all.get_item(item)?.is_undefined() || all.try_iter()?.any(|key| key == *item)),
         },
         ValueKind::Seq | ValueKind::Iterable => {

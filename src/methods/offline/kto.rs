@@ -124,7 +124,7 @@ impl KtoObjective {
         let cross = config.loss_type == UnpairedLoss::Kto;
         if cross && training.per_device_train_batch_size < 2 {
             return Err(Error::Config(
-                "loss_type = \"kto\" estimates its KL inside of a batch: \
+                "loss_type = \"kto\" estimates its KL within a batch: \
                  per_device_train_batch_size must be at least 2 (loss_type=apo_zero_unpaired needs \
                  no estimate)"
                     .into(),

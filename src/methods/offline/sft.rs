@@ -316,7 +316,7 @@ fn step_rows(
         for (example, range) in pack {
             let e = examples
                 .get(example)
-                .ok_or_else(|| Error::Run("packing named an example that is not there".into()))?;
+                .ok_or_else(|| Error::Run("packing names an example that does not exist".into()))?;
             let (ids, mask) = (&e.input_ids[range.clone()], &e.target_mask[range]);
             match sequences.last_mut().filter(|_| !strategy.isolates()) {
                 Some(last) => {

@@ -214,7 +214,7 @@ pub fn mean_std(rewards: &[Option<f64>]) -> (f64, f64) {
 fn groups(n: usize, size: usize) -> Result<()> {
     if size == 0 || !n.is_multiple_of(size) {
         return Err(Error::Config(format!(
-            "{n} completions are no whole number of groups of num_generations={size}"
+            "{n} completions are not a whole number of groups of num_generations={size}"
         )));
     }
     Ok(())

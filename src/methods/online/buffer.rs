@@ -187,8 +187,7 @@ impl<S: StoredRollout> RolloutBuffer<S> {
         let (generation, samples) = read(&mut from).ok_or_else(cut)?;
         let whole = samples.len() == if generation.is_some() { size } else { 0 };
         if !whole || !samples.iter().all(|s| s.fits(prompts)) {
-            let message = "does not fit this run: a completion of a prompt that the data has not, or \
-                           another number of completions";
+            let message = "does not fit this run: it has a completion of a prompt that is not in the data, or a different number of completions";
             return Err(Error::checkpoint(&path, message));
         }
         (self.generation, self.samples) = (generation, samples);

@@ -273,7 +273,7 @@ fn with_completion(row: &Row) -> Result<Row> {
         }
         _ => {
             Err(row
-                .error("its messages must end with the assistant's answer to what stands before"))
+                .error("its messages must end with the assistant's answer to the turns before it"))
         }
     }
 }

@@ -109,14 +109,14 @@ pub(super) fn check_norms(model: &ModelConfig) -> Result<()> {
         return Ok(());
     }
     Err(Error::Config(format!(
-        "bottleneck adapters: not for {}, whose blocks norm what they add to the stream; use lora",
+        "bottleneck adapters do not work with {}, whose blocks normalise what they add to the residual stream; use lora",
         model.family.model_type
     )))
 }
 
 impl BottleneckConfig {
     /// A new adapter as the options say, with adapter-hub's defaults for its type. Errors: a model
-    /// that is no language model, an activation or a factor that is not possible.
+    /// that is not a language model, an activation or a factor that is not possible.
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig) -> Result<BottleneckConfig> {
         let preset = match keys.peft_type {
             PeftType::DoubleSeqBn => DOUBLE_SEQ_BN,

@@ -234,7 +234,7 @@ impl AdapterConfig {
             let Some(map) = raw.get(key).and_then(Value::as_object) else { return Ok(Vec::new()) };
             let pair = |(k, v): (&String, &Value)| v.as_f64().map(|v| (k.clone(), v));
             map.iter()
-                .map(|p| pair(p).ok_or_else(|| wrong(format!("{key}: {} is no number", p.1))))
+                .map(|p| pair(p).ok_or_else(|| wrong(format!("{key}: {} is not a number", p.1))))
                 .collect()
         };
         let peft = text("peft_type");
@@ -262,7 +262,8 @@ impl AdapterConfig {
                 }
                 let r = size(&raw, "r").map_err(wrong)?.unwrap_or(8);
                 let layer = |v: &Value| {
-                    whole(v).ok_or_else(|| wrong(format!("layers_to_transform: {v} is no layer")))
+                    whole(v)
+                        .ok_or_else(|| wrong(format!("layers_to_transform: {v} is not a layer")))
                 };
                 let layers = match raw.get("layers_to_transform") {
                     Some(Value::Array(items)) => {
@@ -273,7 +274,9 @@ impl AdapterConfig {
                 };
                 let decimal = |key: &str, absent: f64| match raw.get(key) {
                     None | Some(Value::Null) => Ok(absent),
-                    Some(v) => v.as_f64().ok_or_else(|| wrong(format!("{key} = {v}: no number"))),
+                    Some(v) => {
+                        v.as_f64().ok_or_else(|| wrong(format!("{key} = {v}: not a number")))
+                    }
                 };
                 let init = match raw.get("init_lora_weights") {
                     Some(Value::Bool(b)) => b.to_string(),
@@ -488,7 +491,7 @@ fn checked(config: LoraConfig) -> Result<LoraConfig> {
         return Err(Error::Config(message));
     }
     if config.pissa().is_some() && (config.dropout > 0.0 || config.use_dora) {
-        let message = "init_lora_weights = pissa goes with lora_dropout=0 and without use_dora: the part that is taken out \
+        let message = "init_lora_weights = pissa needs lora_dropout=0 and use_dora=false: the part that is taken out \
                        of the weight must see the input as the weight does";
         return Err(Error::Config(message.into()));
     }

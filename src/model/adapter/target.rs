@@ -88,7 +88,7 @@ fn unbound(lost: &[&String], config: &ModelConfig) -> String {
         let special = ["lm_head", "embed_tokens"].contains(&name.as_str());
         match near {
             _ if config.family.fused_projections && split(name).is_some() => format!(
-                "{name} is no module of {}: it is a part of {}; name that",
+                "{name} is not a module of {}: it is part of {}; name that",
                 config.family.model_type,
                 split(name).unwrap_or_default()
             ),
