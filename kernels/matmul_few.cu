@@ -11,7 +11,7 @@
 // Numerics As matmul.cu: one chain of float sums over k in steps of 16, bias added in float, one rounding when stored; so the
 //          bits of matmul_nt, whatever m. few_glu rounds g and u to real first, as glu_fwd finds them, and has its bits.
 // Cost     The weight once: n k sizeof bytes; X once a block, from L2. At least 33 cycles for each 16 of k. H100, *predicted*
-//          (docs/kernels.md, "Few rows"), m 1 to 16: n 896, k 4,864 8 us; n 9,728, k 896 8 us, with glu the same.
+//          (docs/kernels.md, "Few rows"), m 1 to 16: n 896, k 4,864 9 us; n 9,728, k 896 8.5 us, few_glu the same.
 #include "common/activate.cuh"
 #include "prim/tile.cuh"
 
