@@ -81,6 +81,8 @@ struct Cut {
 
 /// Warps that copy, in a block where few multiply.
 const COPIERS: usize = 4;
+/// Copies that a thread may have under way: as many as the CPU's shim keeps.
+const PENDING: usize = 64;
 /// A stage has 64 to 512 of k.
 const SHIFTS: std::ops::RangeInclusive<u32> = 3..=6;
 
@@ -96,7 +98,10 @@ impl Cut {
         let shared = if device.wgmma { 224 << 10 } else { 96 << 10 };
         let room = shared / blocks.div_ceil(device.multiprocessors).clamp(1, 3);
         let bytes = |shift: u32| FEW_STAGES * (rows + FEW_COLS * warps) * (16 << shift);
-        let fits = |shift: &u32| bytes(*shift) <= room && 4 << shift < k;
+        let copiers = 32 * if warps < 8 { COPIERS } else { warps };
+        let pending =
+            |shift: u32| (FEW_STAGES - 1) * ((rows + FEW_COLS * warps) << shift) / copiers;
+        let fits = |s: &u32| bytes(*s) <= room && pending(*s) <= PENDING && 4 << s < k;
         let shift = SHIFTS.rev().find(fits).unwrap_or(*SHIFTS.start());
         let threads = 32 * if warps < 8 { warps + COPIERS } else { warps };
         let launch = Launch::blocks([blocks, 1, 1], threads as u32, bytes(shift));
