@@ -37,7 +37,8 @@ use crate::device::{Algorithm, DType, Gemm, Launch, Layout, LibraryProduct, Oper
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::fastest;
-use crate::ops::own::{Operands, OwnKernel};
+use crate::ops::operands::Operands;
+use crate::ops::own::OwnKernel;
 use crate::rng::{philox, tag, uniform};
 use crate::tensor::Tensor;
 

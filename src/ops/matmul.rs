@@ -9,7 +9,8 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::library::{self, Ran};
-use crate::ops::own::{Operands, OwnKernel};
+use crate::ops::operands::Operands;
+use crate::ops::own::OwnKernel;
 use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 

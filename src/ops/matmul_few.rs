@@ -7,7 +7,7 @@ use crate::autograd::Cx;
 use crate::device::{Capabilities, DType, Launch, Layout};
 use crate::error::Result;
 use crate::kernels::{self, FEW_COLS, FEW_ROWS, FEW_STAGES};
-use crate::ops::own::Operands;
+use crate::ops::operands::Operands;
 use crate::tensor::Tensor;
 
 /// Whether it is such a product.

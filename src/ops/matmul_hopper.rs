@@ -8,7 +8,7 @@ use crate::autograd::Cx;
 use crate::device::{DType, Launch, Layout};
 use crate::error::Result;
 use crate::kernels::{self, Boxes, SPLIT_BLOCKS, SPLIT_STEPS};
-use crate::ops::own::Operands;
+use crate::ops::operands::Operands;
 use crate::tensor::Tensor;
 
 /// Rows of a tile of C, and k of a step.

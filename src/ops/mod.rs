@@ -24,6 +24,7 @@ pub mod matmul;
 mod matmul_few;
 mod matmul_hopper;
 pub mod muon;
+mod operands;
 pub mod own;
 pub mod policy;
 pub mod preference;

@@ -8,28 +8,8 @@ use crate::autograd::Cx;
 use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
+use crate::ops::operands::Operands;
 use crate::ops::{matmul_few, matmul_hopper};
-use crate::tensor::Tensor;
-
-/// `c = op(a) op(b) (+ bias)`, or `c += ...`, of fitting sizes.
-#[derive(Clone, Copy)]
-pub(super) struct Operands<'a> {
-    pub layout: Layout,
-    pub c: &'a Tensor,
-    pub a: &'a Tensor,
-    pub b: &'a Tensor,
-    pub bias: Option<&'a Tensor>,
-    pub accumulate: bool,
-}
-
-impl Operands<'_> {
-    /// (m, n, k)
-    pub fn sizes(&self) -> (usize, usize, usize) {
-        let (m, k) = (self.a.row_count(), self.a.cols());
-        let n = if self.layout == Layout::NT { self.b.row_count() } else { self.b.cols() };
-        if self.layout == Layout::TN { (k, n, m) } else { (m, n, k) }
-    }
-}
 
 /// One of the engine's own kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -265,7 +265,7 @@ fn many_rows_are_timed_once_and_then_only_checked() {
     let (exact, _) = context(&device, MatmulChoice::Exact);
     let (own, _) = context(&device, MatmulChoice::Own);
     let w = random(4 * 6, 2);
-    let mut runs = |m: usize| {
+    let runs = |m: usize| {
         let x = random(m * 6, 1);
         let got = multiply(&exact, m, &x, &w, false);
         let ran = device.take_ran().len();

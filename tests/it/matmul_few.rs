@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use temper::autograd::{Cx, Tape};
+use temper::autograd::{Cx, ParamGrads, Tape};
 use temper::config::MatmulChoice;
 use temper::device::{DType, Device, Layout, cpu::Cpu};
 use temper::error::Result;
@@ -131,8 +131,10 @@ fn on_the_tape_it_is_two_ops_with_the_same_bits() {
     let mut cx = context(Cpu::new());
     let (x, w) = (random(&cx, 1, &[3, 16], DType::BF16), random(&cx, 2, &[8, 16], DType::BF16));
     let free = bits(&linear_glu(&mut cx, &x, &w, None, Act::Silu).unwrap());
+    let gradient = Tensor::new(&cx.pool, "gradient", DType::F32, &[8, 16]).unwrap();
+    cx.param_grads[ParamSetId::Model] = ParamGrads::new(vec![Some(gradient)]);
+    let w = w.with_id(Id::Param { set: ParamSetId::Model, index: 0 });
     cx.tape = Some(Tape::default());
-    let x = x.with_id(Id::Param { set: ParamSetId::Model, index: 0 });
     let taped = linear_glu(&mut cx, &x, &w, None, Act::Silu).unwrap();
     assert!(free == bits(&taped));
     assert_eq!(cx.tape.unwrap().len(), 2);
