@@ -301,14 +301,3 @@ STEP_UNROLL
   store_reals<D>(dqkv + (long long)row * ld + column, dk, 1.f, accumulate);
   store_reals<D>(dqkv + (long long)row * ld + column + kv_heads * D, dv, 1.f, accumulate);
 }
-
-// Copies the k and v of each row to its slot of the cache; slot -1: nowhere. A thread V values.
-KERNEL_FLAT(kv_append)(INOUT(real) cache, const real* qkv, const int* slots, int rows, int ld, int offset, int width) {
-  const int packs = width / V;
-  const long long index = FLAT_INDEX;
-  if (index >= (long long)rows * packs) return;
-  const int row = (int)(index / packs), column = (int)(index % packs) * V;
-  const int slot = slots[row];
-  if (slot < 0) return;
-  store(cache + (long long)slot * width + column, load<V>(qkv + (long long)row * ld + offset + column, V), V);
-}

@@ -14,7 +14,7 @@
 // Numerics Float sums, in y and dx from left to right, the low-rank term last; in t and dt eight chains in a fixed order,
 //          which depends on k alone. One rounding when stored, after the scale. t and dt are real.
 // Cost     y: 2 m n (k + R) flops, 2 m R more bytes read than without the adapter. t and dt: one read of x or dy; at 4,096
-//          rows on an H100 t of k 1,024, R 48 9 us, dt of two segments of 3,072 15 us, *predicted* (docs/kernels.md, Log).
+//          rows on an H100 t of k 1,024, R 48 9 us, dt of two segments of 3,072 19 us, *predicted* (docs/kernels.md, Log).
 #include "prim/tile.cuh"
 
 // The segments of a unit; absent ones are empty. A rank's offset in R is the sum of the ranks before it.
@@ -128,20 +128,42 @@ DEVICE void eight(unsigned (&to)[4], const Matrix& a, int row, int col) {
   }
 }
 
-// Eight neighbours of a column.
-DEVICE void eight_down(unsigned (&to)[4], const Matrix& a, int row, int col) {
+// Eight neighbours of each of four columns. WHOLE: the four of a row lie in one aligned run of 8 bytes, or outside, and all
+// rows are there.
+struct alignas(8) Quad {
+  unsigned low, high;
+};
+template <bool WHOLE>
+DEVICE void eight_down(unsigned (&to)[NARROW_TILES][4], const Matrix& a, int row, int col) {
+  static_assert(NARROW_TILES == 4, "a lane has four columns");
   const bf16* p = a.p + (long long)row * a.ld + col;
+  Quad v[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    v[e] = {0, 0};
+    if constexpr (WHOLE) {
+      if (col < a.cols) v[e] = *(const Quad*)(p + e * a.ld);
+    } else if (row + e < a.rows) {
+      unsigned c[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) c[j] = col + j < a.cols ? p[e * a.ld + j].bits : 0;
+      v[e] = {c[0] | c[1] << 16, c[2] | c[3] << 16};
+    }
+  }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const bool one = col < a.cols && row + 2 * e < a.rows, two = col < a.cols && row + 2 * e + 1 < a.rows;
-    const unsigned low = one ? p[2 * e * a.ld].bits : 0, high = two ? p[(2 * e + 1) * a.ld].bits : 0;
-    to[e] = low | high << 16;
+    const Quad even = v[2 * e], odd = v[2 * e + 1];
+    to[0][e] = (even.low & 0xffffu) | odd.low << 16;
+    to[1][e] = even.low >> 16 | (odd.low & 0xffff0000u);
+    to[2][e] = (even.high & 0xffffu) | odd.high << 16;
+    to[3][e] = even.high >> 16 | (odd.high & 0xffff0000u);
   }
 }
 
 // This warp's part of the products of rows m0.. of x and columns c0.. of w (D=0: w's rows): every NARROW_WARPS-th 32 of k.
-// Lane 4 g + q takes k = 8 q .. 8 q + 7 of them, for both operands, so a fragment is one load; all loads of a chunk are
-// under way before its first product.
+// Lane 4 g + q takes k = 8 q .. 8 q + 7 of them, for both operands, so a fragment is one load. Where w's columns lie apart
+// (D=1) it takes four neighbours, 4 g .. 4 g + 3, one for each tile: one load a row. All loads of a chunk are under way
+// before its first product.
 template <int D, bool WHOLE>
 DEVICE void narrow_sums(float (&acc)[2][NARROW_TILES][4], const Matrix& x, const Matrix& w, int m0, int c0, int k) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -152,10 +174,11 @@ DEVICE void narrow_sums(float (&acc)[2][NARROW_TILES][4], const Matrix& x, const
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) eight<WHOLE>(fx[i][h], x, m0 + i * 16 + h * 8 + g, k0 + 8 * q);
+    if constexpr (D == 1) {
+      eight_down<WHOLE>(fw, w, k0 + 8 * q, c0 + 4 * g);
+    } else {
 #pragma unroll
-    for (int j = 0; j < NARROW_TILES; ++j) {
-      if constexpr (D == 0) eight<WHOLE>(fw[j], w, c0 + j * 8 + g, k0 + 8 * q);
-      else eight_down(fw[j], w, k0 + 8 * q, c0 + j * 8 + g);
+      for (int j = 0; j < NARROW_TILES; ++j) eight<WHOLE>(fw[j], w, c0 + j * 8 + g, k0 + 8 * q);
     }
 #pragma unroll
     for (int j = 0; j < NARROW_TILES; ++j)
@@ -185,7 +208,8 @@ KERNEL(lora_narrow, D=0,1, BLOCKS=1, SHARED=narrow_shared(sizeof(real)), HOT)(re
 #ifdef REAL_BF16
   float acc[2][NARROW_TILES][4] = {};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (left.aligned && k % 32 == 0 && (D == 1 || right.aligned))
+  const bool quads = ((((unsigned long long)wz >> 1) | (unsigned)rank) & 3) == 0;
+  if (left.aligned && k % 32 == 0 && (D == 1 ? quads : right.aligned))
     narrow_sums<D, true>(acc, left, right, m0, c0, k);
   else
     narrow_sums<D, false>(acc, left, right, m0, c0, k);
@@ -196,7 +220,7 @@ KERNEL(lora_narrow, D=0,1, BLOCKS=1, SHARED=narrow_shared(sizeof(real)), HOT)(re
     for (int j = 0; j < NARROW_TILES; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = i * 16 + e / 2 * 8 + lane / 4, col = j * 8 + lane % 4 * 2 + e % 2;
+        const int row = i * 16 + e / 2 * 8 + lane / 4, n = lane % 4 * 2 + e % 2, col = D == 1 ? n * 4 + j : j * 8 + n;
         sums[(warp * NARROW_ROWS + row) * NARROW_PITCH + col] = acc[i][j][e];
       }
   block_sync();

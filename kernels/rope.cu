@@ -24,8 +24,8 @@
 // Cost     2 (heads + 2 kv) dim sizeof(real) bytes a row. H100, 2026-11-27, of copy speed: rope_apply 83% at
 //          16,384 rows of 14 + 4 heads of 64 (31.6 us; with a head a thread 69%), 93% at 12 + 4 heads of 128, 69% at 16 + 16
 //          normed heads of 128 and 4,096 rows (59%).
-//          rope_append at 256 rows of Qwen2.5-0.5B moves 1.2 MB in one wave of blocks, so a launch is what it costs: 2.5 us,
-//          *predicted*, where rope_apply and the kv_append after it took 4.6 + 3.5 us.
+//          rope_append at 256 rows of Qwen2.5-0.5B moves 1.2 MB in one wave of blocks: 6.4 us, where 2.5 was predicted, and
+//          where rope_apply and a copy into the cache took 4.6 + 3.5 us: a warp a head leaves latency alone.
 #include "prim/warp.cuh"
 
 // rstd of one head. All lanes of the warp call it.

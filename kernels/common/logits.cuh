@@ -54,22 +54,8 @@ DEVICE float slice_max(const Slice& s) {
   return pack_max(top);
 }
 
-// e^x for x up to 0 or a little more, which `no_less` has bounded: exp_f's polynomial without its denormals, overflow and
-// conversion to an integer (the bits of n hold it). NaN stays NaN.
+// What exp_down takes.
 DEVICE float no_less(float x) { return x < -86.f ? -86.f : x; }
-DEVICE float exp_down(float x) {
-  const float n = fmaf(x, 1.44269504f, 12582912.f), k = n - 12582912.f;
-  float r = fmaf(k, -0.693145752f, x);
-  r = fmaf(k, -1.42860677e-6f, r);
-  float p = 1.98756850e-4f;
-  p = fmaf(p, r, 1.39819994e-3f);
-  p = fmaf(p, r, 8.33345205e-3f);
-  p = fmaf(p, r, 4.16657962e-2f);
-  p = fmaf(p, r, 1.66666657e-1f);
-  p = fmaf(p, r, 0.5f);
-  p = fmaf(p * r, r, r) + 1.f;
-  return p * bits_to_float((int)(((unsigned)float_to_bits(n) << 23) + 0x3f800000u));
-}
 // As exp_down of an x that is not bounded; below -86 it is 0.
 DEVICE float exp_or_zero(float x) {
   const float y = exp_down(no_less(x));

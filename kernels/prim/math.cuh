@@ -23,12 +23,12 @@ DEVICE float min2(float a, float b) { return a < b ? a : b; }
 
 constexpr float NEG_INF = -__builtin_huge_valf();
 
-// e^x. x = n ln2 + r, |r| <= ln2/2; e^r by a degree-6 polynomial; 2^n in two factors so that denormal results are
-// reached. Below -104 it is 0, above 88.73 infinity; NaN stays NaN.
-DEVICE float exp_f(float x) {
-  float c = min2(max2(x, -104.f), 89.f);
-  float n = fmaf(c, 1.44269504f, 12582912.f) - 12582912.f;  // round to nearest even
-  float r = fmaf(n, -0.693145752f, c);
+// e^x = 2^n p with x = n ln2 + r, |r| <= ln2/2: gives p = e^r by a degree-6 polynomial, and n + 12582912, whose low bits
+// hold the integer n (rounded to nearest even). For |x| below 2^21.
+DEVICE float exp_parts(float x, float& shifted) {
+  shifted = fmaf(x, 1.44269504f, 12582912.f);
+  const float n = shifted - 12582912.f;
+  float r = fmaf(n, -0.693145752f, x);
   r = fmaf(n, -1.42860677e-6f, r);
   float p = 1.98756850e-4f;
   p = fmaf(p, r, 1.39819994e-3f);
@@ -36,10 +36,24 @@ DEVICE float exp_f(float x) {
   p = fmaf(p, r, 4.16657962e-2f);
   p = fmaf(p, r, 1.66666657e-1f);
   p = fmaf(p, r, 0.5f);
-  p = fmaf(p * r, r, r) + 1.f;
-  int k = (int)n, half = k >> 1;
-  float y = p * bits_to_float((half + 127) << 23) * bits_to_float((k - half + 127) << 23);
+  return fmaf(p * r, r, r) + 1.f;
+}
+
+// e^x, 2^n in two factors so that denormal results are reached. Below -104 it is 0, above 88.73 infinity; NaN stays NaN.
+DEVICE float exp_f(float x) {
+  float shifted;
+  const float p = exp_parts(min2(max2(x, -104.f), 89.f), shifted);
+  const int k = (int)(shifted - 12582912.f), half = k >> 1;
+  const float y = p * bits_to_float((half + 127) << 23) * bits_to_float((k - half + 127) << 23);
   return x == x ? y : x;
+}
+
+// exp_f, with its bits, for x from -86 to 0 or a little more: no denormals, no overflow, no conversion to an integer. NaN
+// stays NaN.
+DEVICE float exp_down(float x) {
+  float shifted;
+  const float p = exp_parts(x, shifted);
+  return p * bits_to_float((int)(((unsigned)float_to_bits(shifted) << 23) + 0x3f800000u));
 }
 
 // 2^x, for a softmax to base 2: 2 ulp; below -126 it is 0 (no denormals), above 127 it stays there; NaN stays NaN.

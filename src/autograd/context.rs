@@ -45,6 +45,30 @@ impl Recompute {
 /// Values of operands by pattern (its number), rows and columns.
 pub type ProductPatterns = Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>;
 
+/// Forward products whose kernel is chosen once (`matmul=exact`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProductShape {
+    /// Up to so many rows.
+    pub rows: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// The inner dimension.
+    pub k: usize,
+    /// Of the operands.
+    pub input: DType,
+    /// Of the result.
+    pub output: DType,
+}
+
+/// Whose kernel was fastest.
+#[derive(Clone, Copy, Debug)]
+pub struct ProductChoice {
+    /// The number of one of the engine's own; None: the library's.
+    pub own: Option<u32>,
+    /// Microseconds.
+    pub time: f32,
+}
+
 /// What checking the library's matrix products takes (`matmul=exact`).
 #[derive(Default)]
 pub struct ProductCheck {
@@ -52,9 +76,11 @@ pub struct ProductCheck {
     pub pool: Mutex<Option<Arc<Pool>>>,
     /// Values of operands by their kind, columns and stride.
     pub patterns: ProductPatterns,
+    /// What the clock said of products that were timed.
+    pub choices: Mutex<HashMap<ProductShape, ProductChoice>>,
     /// Shapes that the library computes.
     pub library: AtomicUsize,
-    /// Shapes for which it has no algorithm with the own kernel's bits.
+    /// Shapes for which its faster algorithms have other bits than the own kernel.
     pub own: AtomicUsize,
 }
 

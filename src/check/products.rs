@@ -1,10 +1,9 @@
-//! The self-check of `matmul=exact`: the library's products against the engine's own. Layer 8.
+//! The self-check of `matmul=exact`: what was fastest against the engine's oldest kernel. Layer 8.
 //!
 //! Invariant: it looks at the operands of a user, not at those of the check that chose the
 //! library's algorithms.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::CheckOutcome;
 use crate::autograd::Cx;
@@ -12,7 +11,8 @@ use crate::config::MatmulChoice;
 use crate::device::{DType, Device, Layout};
 use crate::error::Result;
 use crate::ops::case::Rng;
-use crate::ops::matmul::product;
+use crate::ops::matmul::{product, product_by};
+use crate::ops::own::OwnKernel;
 use crate::tensor::Tensor;
 
 /// Rows of a decoding step, of odd steps, and of training.
@@ -30,7 +30,7 @@ const SHAPES: [(usize, usize, bool, bool, bool); 6] = [
 ];
 
 /// Compares, on a device whose library depends on the number of rows, each product with the own
-/// kernel's, bit for bit. The case says for how many numbers of rows the library was used.
+/// kernel's, bit for bit. The case says who was fastest, up to which number of rows.
 pub fn check_products(
     device: &Arc<dyn Device>,
     mut each: impl FnMut(&CheckOutcome),
@@ -73,28 +73,43 @@ fn compare(
     let output = if float { DType::F32 } else { dtype };
     let before = tensor(most, n, output)?;
     let mut different = Vec::new();
+    cx.matmul = MatmulChoice::Exact;
     for m in ROWS {
         let mut results = Vec::new();
-        for choice in [MatmulChoice::Exact, MatmulChoice::Own] {
-            cx.matmul = choice;
+        for exact in [true, false] {
             let c = Tensor::new(&cx.pool, "product", output, &[m, n])?;
             c.copy_from(&before.rows(0, m)?)?;
-            product(&cx, Layout::NT, &c, &a.rows(0, m)?, &b, added.as_ref(), accumulate)?;
+            let (a, bias) = (a.rows(0, m)?, added.as_ref());
+            match exact {
+                true => product(&cx, Layout::NT, &c, &a, &b, bias, accumulate)?,
+                false => {
+                    let tile = OwnKernel::Tile;
+                    product_by(&cx, tile, Layout::NT, &c, (&a, &b), bias, accumulate)?;
+                }
+            }
             results.push(c.to_bytes()?);
         }
         if results[0] != results[1] {
             different.push(m);
         }
     }
-    let (library, rows) = (cx.product_check.library.load(Ordering::Relaxed), ROWS.len());
     let form = match (bias, float, accumulate) {
         (true, ..) => " with bias",
         (_, true, _) => " to float",
         (.., true) => ", added",
         _ => "",
     };
-    Ok((
-        format!("n {n} k {k}{form}: the library for {library} of {rows} numbers of rows"),
-        different,
-    ))
+    let mut fastest: Vec<(usize, String)> = Vec::new();
+    for (shape, choice) in cx.product_check.choices.lock().unwrap_or_else(|e| e.into_inner()).iter()
+    {
+        let name = choice.own.map_or("library".into(), |own| OwnKernel::of_number(own).name());
+        fastest.push((shape.rows, format!("{} {name} {:.1} us", shape.rows, choice.time)));
+    }
+    fastest.sort();
+    let fastest: Vec<String> = fastest.into_iter().map(|(_, text)| text).collect();
+    let case = match fastest.is_empty() {
+        true => format!("n {n} k {k}{form}: the engine's own"),
+        false => format!("n {n} k {k}{form}; rows, fastest: {}", fastest.join(", ")),
+    };
+    Ok((case, different))
 }

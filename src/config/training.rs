@@ -172,9 +172,10 @@ section! {
         /// Ours. auto: the GPU if there is one.
         pub device: DeviceChoice = DeviceChoice::Auto,
         /// Ours. Which matrix products run on a GPU. library: the fastest of cuBLASLt, whose bits
-        /// may depend on the number of rows. exact: in the forward pass, only those found to have
-        /// the bits of the engine's own kernel. own: the engine's own kernels. auto: exact for
-        /// online methods, library for others.
+        /// may depend on the number of rows. exact: in the forward pass, the fastest of those found
+        /// to have the bits of the engine's own kernel. own: the engine's own kernels. auto: exact
+        /// for online methods; for others library, but for products of few rows that end in an
+        /// activation.
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,
         /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma has the bits of

@@ -27,6 +27,7 @@ use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
 use crate::ops::head::{Head, LogitMap, head_logps};
+use crate::ops::linear_glu::linear_glu;
 use crate::ops::lora::{Base, lora_linear};
 use crate::ops::matmul::linear;
 use crate::ops::prompt::prompt_embedding;
@@ -610,14 +611,20 @@ impl Decoder {
         drop(mixed);
         let branch = self.leave(cx, attended, layer.attention_out_norm.as_ref())?;
         let (normed, stream) = self.enter(cx, stream, Some(branch), layer.post_norm.as_ref())?;
-        let gate_up = layer.gate_up.apply(cx, &normed)?;
         let act = match self.config.hidden_act {
             HiddenAct::Silu => Act::Silu,
             HiddenAct::Gelu => Act::Gelu,
             HiddenAct::GeluTanh => Act::GeluTanh,
         };
-        let gated = glu(cx, &gate_up, act)?;
-        drop(gate_up);
+        let gated = match (&layer.gate_up.site, &layer.gate_up.weight) {
+            (None, Weight::Dense(w)) => {
+                linear_glu(cx, &normed, w, layer.gate_up.bias.as_ref(), act)?
+            }
+            _ => {
+                let gate_up = layer.gate_up.apply(cx, &normed)?;
+                glu(cx, &gate_up, act)?
+            }
+        };
         let mut out = layer.down.apply(cx, &gated)?;
         if let Some(adapter) = &layer.after_mlp {
             out = adapter.apply(cx, &out, &stream)?;

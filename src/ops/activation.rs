@@ -44,7 +44,8 @@ pub struct Activation {
 }
 
 impl Glu {
-    fn y(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
+    /// Without a tape.
+    pub(super) fn of(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
         let (rows, f) = (x.row_count(), x.cols() / 2);
         let y = cx.real("glu", &[rows, f])?;
         let args = kernels::GluFwdArgs { y: y.out(), x, rows: rows as i32, f: f as i32 };
@@ -62,7 +63,7 @@ impl Op for Glu {
         if !x[0].cols().is_multiple_of(2) {
             return Err(Error::op("glu", format!("{:?} has no two halves", x[0])));
         }
-        Ok(Fwd { outputs: vec![self.y(cx, x[0])?], saved: vec![x[0].clone()] })
+        Ok(Fwd { outputs: vec![self.of(cx, x[0])?], saved: vec![x[0].clone()] })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
@@ -84,7 +85,7 @@ impl Op for Glu {
     }
 
     fn recompute_output(&self, cx: &mut Cx, node: &Node, _k: usize) -> Result<Tensor> {
-        self.y(cx, &node.saved[0])
+        self.of(cx, &node.saved[0])
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {

@@ -6,9 +6,12 @@
 //! rows; so a row's bits do not depend on its batch, although the library's choice does.
 //!
 //! How it is kept. Before the first product of a shape (and types, strides, alignment), each
-//! algorithm that the library proposes without split-K, the fastest first, computes one product of
-//! that shape, and every bit of it is compared with the own kernel's. The first that agrees is used
-//! from then on; where none does, the own kernel is, and the run says so once.
+//! algorithm that the library proposes without split-K and each of the own kernels computes a
+//! product of that shape a few times, and is timed (`fastest`). From the fastest on, every bit of a
+//! result is compared with the own kernel's; the first that agrees is used from then on. Where one
+//! that is faster has other bits and an own kernel runs, the run says so once. Numbers of rows up to
+//! the same power of two share the verdict that an own kernel is fastest; more than [`TIMED`] rows
+//! share the other one, too, and then take the first algorithm that agrees in the library's order.
 //!
 //! Why one product is enough. In which order an algorithm adds up is fixed by the algorithm and the
 //! shape, not by the values; so it is enough to look at values that any other order would betray.
@@ -28,11 +31,14 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use crate::autograd::{Cx, ProductCheck, ProductPatterns};
+use crate::autograd::{Cx, ProductCheck, ProductChoice, ProductPatterns, ProductShape};
 use crate::config::MatmulChoice;
 use crate::device::{Algorithm, DType, Gemm, Launch, Layout, LibraryProduct, Operand, Pool};
 use crate::error::{Error, Result};
 use crate::kernels;
+use crate::ops::fastest;
+use crate::ops::operands::Operands;
+use crate::ops::own::OwnKernel;
 use crate::rng::{philox, tag, uniform};
 use crate::tensor::Tensor;
 
@@ -46,19 +52,19 @@ const ROWS: usize = 17;
 /// Of biases: as large as the rounding errors beside them.
 const SMALL: f32 = 1e-6;
 
-/// `c = op(a) op(b) (+ bias)`, or `c += ...`, of fitting sizes.
-#[derive(Clone, Copy)]
-pub(super) struct Operands<'a> {
-    pub layout: Layout,
-    pub c: &'a Tensor,
-    pub a: &'a Tensor,
-    pub b: &'a Tensor,
-    pub bias: Option<&'a Tensor>,
-    pub accumulate: bool,
-}
+/// Up to this many rows each number of rows is timed of its own, unless an own kernel is fastest
+/// for its like: a step of a decoder has few such numbers, a packed batch any.
+const TIMED: usize = 256;
+/// Bytes that are written before each run that is timed: more than an L2 cache holds.
+const FLUSHED: usize = 64 << 20;
 
-/// The engine's own kernel.
-pub(super) type OwnProduct = fn(&Cx, &Operands) -> Result<()>;
+/// What became of a product.
+pub(super) enum Ran {
+    /// The library computes it.
+    Library,
+    /// Nobody does yet: this kernel is to.
+    Not(OwnKernel),
+}
 
 /// What a pattern of values is for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -70,111 +76,183 @@ enum Pattern {
     Small,
 }
 
-impl Operands<'_> {
-    /// (m, n, k)
-    pub fn sizes(&self) -> (usize, usize, usize) {
-        let (m, k) = (self.a.row_count(), self.a.cols());
-        let n = if self.layout == Layout::NT { self.b.row_count() } else { self.b.cols() };
-        if self.layout == Layout::TN { (k, n, m) } else { (m, n, k) }
+fn gemm(p: &Operands) -> Gemm {
+    let operand =
+        |t: &Tensor| Operand { address: t.address(), dtype: t.dtype(), stride: t.stride() };
+    let (m, n, k) = p.sizes();
+    Gemm {
+        layout: p.layout,
+        m,
+        n,
+        k,
+        a: operand(p.a),
+        b: operand(p.b),
+        c: operand(p.c),
+        bias: p.bias.map(operand),
+        accumulate: p.accumulate,
     }
+}
 
-    fn gemm(&self) -> Gemm {
-        let operand =
-            |t: &Tensor| Operand { address: t.address(), dtype: t.dtype(), stride: t.stride() };
-        let (m, n, k) = self.sizes();
-        Gemm {
-            layout: self.layout,
-            m,
-            n,
-            k,
-            a: operand(self.a),
-            b: operand(self.b),
-            c: operand(self.c),
-            bias: self.bias.map(operand),
-            accumulate: self.accumulate,
-        }
+fn ask(cx: &Cx, p: &Operands, algorithm: Algorithm) -> Result<LibraryProduct> {
+    // SAFETY: the tensors lie in live memory by construction, and their sizes fit.
+    unsafe { cx.device.gemm(&gemm(p), algorithm) }
+}
+
+/// What products share whose kernel is chosen once.
+fn shape(p: &Operands) -> ProductShape {
+    let (m, n, k) = p.sizes();
+    ProductShape { rows: fastest::bucket(m), n, k, input: p.a.dtype(), output: p.c.dtype() }
+}
+
+/// Lets the library compute the product, if the context's choice allows it and it can.
+pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
+    let exact = cx.matmul == MatmulChoice::Exact
+        && p.layout == Layout::NT
+        && cx.device.capabilities().gemm_depends_on_rows;
+    let preferred = || Ran::Not(OwnKernel::preferred(cx, p));
+    // Where C is added to, an algorithm may begin its chain with C instead of adding it last. Operands
+    // whose terms cancel do not tell the two apart (for k 16 nothing is left to round), and on an H100
+    // cuBLASLt's bits differed: so these are the engine's own.
+    if cx.matmul == MatmulChoice::Own || exact && p.accumulate {
+        return Ok(preferred());
     }
-
-    fn ask(&self, cx: &Cx, algorithm: Algorithm) -> Result<LibraryProduct> {
-        // SAFETY: the tensors lie in live memory by construction, and their sizes fit.
-        unsafe { cx.device.gemm(&self.gemm(), algorithm) }
+    if !exact {
+        return Ok(match ask(cx, p, Algorithm::Fastest)? {
+            LibraryProduct::Queued => Ran::Library,
+            _ => preferred(),
+        });
     }
-
-    /// Lets the library compute the product, if the context's choice allows it and it can.
-    pub fn by_library(&self, cx: &Cx, own: OwnProduct) -> Result<bool> {
-        let exact = cx.matmul == MatmulChoice::Exact
-            && self.layout == Layout::NT
-            && cx.device.capabilities().gemm_depends_on_rows;
-        // Where C is added to, an algorithm may begin its chain with C instead of adding it last. Operands
-        // whose terms cancel do not tell the two apart (for k 16 nothing is left to round), and on an H100
-        // cuBLASLt's bits differed: so these are the engine's own.
-        if cx.matmul == MatmulChoice::Own || exact && self.accumulate {
-            return Ok(false);
-        }
-        if !exact {
-            return Ok(self.ask(cx, Algorithm::Fastest)? == LibraryProduct::Queued);
-        }
-        let mut answer = self.ask(cx, Algorithm::Trusted)?;
-        if answer == LibraryProduct::Untried {
-            let no_bits = "the library has no algorithm with the bits of the engine's own one";
-            let (found, why) = match self.matching(cx, own) {
-                Err(Error::OutOfMemory(_)) => (None, "no memory is left to check the library's"),
-                found => (found?, no_bits),
-            };
-            cx.device.trust_gemm(&self.gemm(), found);
-            match found {
-                Some(_) => drop(cx.product_check.library.fetch_add(1, Ordering::Relaxed)),
-                None => self.refused(cx, why),
+    if let Some(kernel) = chosen_own(cx, p) {
+        return Ok(Ran::Not(kernel));
+    }
+    let mut answer = ask(cx, p, Algorithm::Trusted)?;
+    if answer == LibraryProduct::Untried {
+        let found = match choose(cx, p) {
+            Err(Error::OutOfMemory(_)) => {
+                refused(cx, p, "no memory is left to check the library's");
+                None
             }
-            answer = self.ask(cx, Algorithm::Trusted)?;
+            found => found?,
+        };
+        cx.device.trust_gemm(&gemm(p), found);
+        if let Some(kernel) = chosen_own(cx, p) {
+            return Ok(Ran::Not(kernel));
         }
-        Ok(answer == LibraryProduct::Queued)
+        answer = ask(cx, p, Algorithm::Trusted)?;
     }
+    Ok(if answer == LibraryProduct::Queued { Ran::Library } else { preferred() })
+}
 
-    /// Counts it, and says the first.
-    fn refused(&self, cx: &Cx, why: &str) {
-        if cx.product_check.own.fetch_add(1, Ordering::Relaxed) > 0 {
-            return;
-        }
-        let ((m, n, k), dtype) = (self.sizes(), self.a.dtype().name());
-        cx.observer.note(&format!(
-            "matmul=exact: the engine's own product runs for m {m}, n {n}, k {k} in {dtype}, and wherever else it must: \
-             {why}"
-        ));
+/// The own kernel that was fastest for products like this, where one was.
+fn chosen_own(cx: &Cx, p: &Operands) -> Option<OwnKernel> {
+    let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+    let kernel = OwnKernel::of_number(choices.get(&shape(p))?.own?);
+    drop(choices);
+    Some(if kernel.can(cx, p) { kernel } else { OwnKernel::preferred(cx, p) })
+}
+
+/// Counts it, and says the first.
+fn refused(cx: &Cx, p: &Operands, why: &str) {
+    if cx.product_check.own.fetch_add(1, Ordering::Relaxed) > 0 {
+        return;
     }
+    let ((m, n, k), dtype) = (p.sizes(), p.a.dtype().name());
+    cx.observer.note(&format!(
+        "matmul=exact: the engine's own product runs for m {m}, n {n}, k {k} in {dtype}, and wherever else it must: \
+         {why}"
+    ));
+}
 
-    /// The first candidate of the library that has the own kernel's bits.
-    fn matching(&self, cx: &Cx, own: OwnProduct) -> Result<Option<usize>> {
-        let check = Check::begin(cx)?;
-        let a = check.rows_like(self.a, self.a.row_count(), Pattern::Left)?;
-        let b = check.rows_like(self.b, self.b.row_count(), Pattern::Right)?;
-        let bias = self.bias.map(|t| check.rows_like(t, 1, Pattern::Small)).transpose()?;
-        let m = self.c.row_count();
-        let row = self.c.stride() * self.c.dtype().size();
-        // Whole patterns, so that each chunk begins with the first row of one.
-        let at_once = ((CHUNK / row.max(1)) / ROWS).max(1) * ROWS;
-        for candidate in 0.. {
-            // Nobody needs what C holds now: a product that is added does not come here.
-            let c = self.c.clone();
-            let whole = Operands { c: &c, a: &a, b: &b, bias: bias.as_ref(), ..*self };
-            if whole.ask(cx, Algorithm::Candidate(candidate))? != LibraryProduct::Queued {
+/// The library's candidate for products like this; None: an own kernel.
+fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
+    let check = Check::begin(cx)?;
+    let a = check.rows_like(p.a, p.a.row_count(), Pattern::Left)?;
+    let b = check.rows_like(p.b, p.b.row_count(), Pattern::Right)?;
+    let bias = p.bias.map(|t| check.rows_like(t, 1, Pattern::Small)).transpose()?;
+    // Nobody needs what C holds now: a product that is added does not come here.
+    let test = Operands { a: &a, b: &b, bias: bias.as_ref(), ..*p };
+    let candidate = |i| Ok(ask(cx, &test, Algorithm::Candidate(i))? == LibraryProduct::Queued);
+    let known = |rows: usize| {
+        let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+        rows > TIMED && choices.contains_key(&shape(p))
+    };
+    let (mut found, mut other_bits) = (None, false);
+    if known(p.sizes().0) {
+        for i in 0.. {
+            if !candidate(i)? {
                 break;
             }
-            let mut same = true;
-            for from in (0..m).step_by(at_once) {
-                let to = (from + at_once).min(m);
-                let expected = check.block_like(self.c, to - from)?.1;
-                own(cx, &Operands { c: &expected, a: &a.rows(from, to)?, ..whole })?;
-                same = same && equal(&check.pool, cx, &expected, &c, from)?;
+            if same_bits(cx, &check, &test)? {
+                found = Some(i);
+                break;
             }
-            if same {
-                check.end();
-                return Ok(Some(candidate));
-            }
+            other_bits = true;
         }
-        check.end();
-        Ok(None)
+    } else {
+        let own = OwnKernel::contenders(cx, p);
+        let times = times(cx, &check, &test, &own)?;
+        let library = times.len() - own.len();
+        let mut choice = None;
+        for i in fastest::by_time(&times, |i| i >= library) {
+            let kernel = i.checked_sub(library).map(|i| own[i]);
+            match kernel {
+                Some(kernel) => kernel.run(cx, &test)?,
+                None if candidate(i)? => {}
+                None => continue,
+            }
+            if same_bits(cx, &check, &test)? {
+                found = if kernel.is_none() { Some(i) } else { None };
+                let time = fastest::median(&times[i]).unwrap_or_default();
+                choice = Some(ProductChoice { own: kernel.map(OwnKernel::number), time });
+                break;
+            }
+            other_bits = true;
+        }
+        let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+        choices.extend(choice.map(|choice| (shape(p), choice)));
     }
+    check.end();
+    match found {
+        Some(_) => drop(cx.product_check.library.fetch_add(1, Ordering::Relaxed)),
+        None if other_bits => refused(cx, p, "the library's faster algorithms have other bits"),
+        None => {}
+    }
+    Ok(found)
+}
+
+/// Microseconds of the library's candidates, then of the own kernels.
+fn times(cx: &Cx, check: &Check, test: &Operands, own: &[OwnKernel]) -> Result<Vec<Vec<f32>>> {
+    // Where there is no memory for it, all contenders find their operands in the cache alike.
+    let flush = Tensor::new(&check.pool, "product check", DType::U8, &[FLUSHED]).ok();
+    let clear = || flush.as_ref().map_or(Ok(()), Tensor::zero);
+    let mut all = Vec::new();
+    while ask(cx, test, Algorithm::Candidate(all.len()))? == LibraryProduct::Queued {
+        let algorithm = Algorithm::Candidate(all.len());
+        all.push(fastest::timed(cx, &clear, &|| ask(cx, test, algorithm).map(drop))?);
+    }
+    for kernel in own {
+        all.push(fastest::timed(cx, &clear, &|| kernel.run(cx, test))?);
+    }
+    Ok(all)
+}
+
+/// Whether C holds what the own kernel makes of the operands, bit for bit: the oldest one, or, where
+/// there are so many rows that it takes long, the preferred one.
+fn same_bits(cx: &Cx, check: &Check, test: &Operands) -> Result<bool> {
+    let m = test.c.row_count();
+    let row = test.c.stride() * test.c.dtype().size();
+    // Whole patterns, so that each chunk begins with the first row of one.
+    let at_once = ((CHUNK / row.max(1)) / ROWS).max(1) * ROWS;
+    let mut same = true;
+    for from in (0..m).step_by(at_once) {
+        let to = (from + at_once).min(m);
+        let expected = check.block_like(test.c, to - from)?.1;
+        let part = Operands { c: &expected, a: &test.a.rows(from, to)?, ..*test };
+        let many = m > TIMED;
+        if many { OwnKernel::preferred(cx, &part) } else { OwnKernel::Tile }.run(cx, &part)?;
+        same = same && equal(&check.pool, cx, &expected, test.c, from)?;
+    }
+    Ok(same)
 }
 
 /// Whether `expected` has the bits of the rows of `c` that begin at `from`.

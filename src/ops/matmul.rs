@@ -1,16 +1,17 @@
 //! The matrix product of a linear layer, and the raw product that other ops build on. Layer 4.
 //!
 //! Invariant: with `matmul=own` and `exact`, a forward product's row has bits that do not depend on
-//! its batch, whichever kernel runs (see `library`). Math and numerics of the engine's own kernels,
-//! which have the same bits: `kernels/matmul.cu` and, for Hopper, `kernels/matmul_hopper.cu`.
+//! its batch, whichever kernel runs (see `library` and `own`).
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
-use crate::device::{Launch, Layout};
+use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
-use crate::ops::library::Operands;
-use crate::ops::{RowSums, expect_cols, matmul_hopper};
+use crate::ops::library::{self, Ran};
+use crate::ops::operands::Operands;
+use crate::ops::own::OwnKernel;
+use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
 /// `y = x w^T (+ bias)`: x [m, k] real, w [n, k] (an HF `weight`), bias `[n]`; y [m, n] real.
@@ -109,44 +110,23 @@ pub fn product(
         return Ok(());
     }
     let operands = Operands { layout, c, a, b, bias, accumulate };
-    if operands.by_library(cx, own)? {
-        return Ok(());
+    match library::run(cx, &operands)? {
+        Ran::Library => Ok(()),
+        Ran::Not(own) => own.run(cx, &operands),
     }
-    own(cx, &operands)
 }
 
-/// A product by one of the engine's own kernels.
-fn own(cx: &Cx, operands: &Operands) -> Result<()> {
-    let (m, n, k) = operands.sizes();
-    let Operands { layout, c, a, b, bias, accumulate } = *operands;
-    if matmul_hopper::product(cx, layout, c, (a, b, bias), (m, n, k), accumulate)? {
-        return Ok(());
-    }
-    let tile = kernels::tile_side(a.dtype().size());
-    let at = Launch::grid([n.div_ceil(tile), m.div_ceil(tile), 1]);
-    let kernel = match layout {
-        Layout::NT => kernels::matmul_nt,
-        Layout::NN => kernels::matmul_nn,
-        Layout::TN => kernels::matmul_tn,
-    };
-    // A real C takes the instance D = 0, a float C of a bf16 product D = 1; in f32 both are the
-    // same type.
-    let float_out = c.dtype() != a.dtype();
-    let args = kernels::MatmulNtArgs {
-        c: (!float_out).then(|| c.out()),
-        cf: float_out.then(|| c.out()),
-        a,
-        b,
-        bias,
-        m: m as i32,
-        n: n as i32,
-        k: k as i32,
-        lda: a.stride() as i32,
-        ldb: b.stride() as i32,
-        ldc: c.stride() as i32,
-        accumulate: i32::from(accumulate),
-    };
-    kernel(&*cx.device, at, usize::from(float_out), args)
+/// The product by this one of the engine's own kernels. Error: it cannot.
+pub fn product_by(
+    cx: &Cx,
+    kernel: OwnKernel,
+    layout: Layout,
+    c: &Tensor,
+    (a, b): (&Tensor, &Tensor),
+    bias: Option<&Tensor>,
+    accumulate: bool,
+) -> Result<()> {
+    kernel.run(cx, &Operands { layout, c, a, b, bias, accumulate })
 }
 
 /// `out[c] (+)= sum_r x[r, c]` in f32, in a fixed order.

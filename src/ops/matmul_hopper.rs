@@ -8,36 +8,46 @@ use crate::autograd::Cx;
 use crate::device::{DType, Launch, Layout};
 use crate::error::Result;
 use crate::kernels::{self, Boxes, SPLIT_BLOCKS, SPLIT_STEPS};
+use crate::ops::operands::Operands;
 use crate::tensor::Tensor;
 
 /// Rows of a tile of C, and k of a step.
 const ROWS: usize = 128;
 const STEP: usize = 64;
 
-/// `c = op(a) op(b) (+ bias) (+ c)` of m x n x k, if this device and these tensors allow it:
-/// Ok(false) means they do not, and nothing was done.
-pub fn product(
-    cx: &Cx,
-    layout: Layout,
-    c: &Tensor,
-    (a, b, bias): (&Tensor, &Tensor, Option<&Tensor>),
-    (m, n, k): (usize, usize, usize),
-    accumulate: bool,
-) -> Result<bool> {
+/// The widths of tiles that a forward product (NT) may have.
+pub(super) const WIDTHS: [u32; 4] = [256, 224, 192, 128];
+
+/// The width of the tiles that take the least time, if this device and these tensors allow this
+/// kernel.
+pub(super) fn width(cx: &Cx, p: &Operands) -> Option<usize> {
     let capabilities = cx.device.capabilities();
+    let Operands { layout, c, a, b, .. } = *p;
+    let (m, n, k) = p.sizes();
     let float = c.dtype() == DType::F32;
-    if !capabilities.wgmma || a.dtype() != DType::BF16 || k == 0 {
-        return Ok(false);
+    let exists =
+        matches!((layout, float), (Layout::NT, _) | (Layout::NN, false) | (Layout::TN, true));
+    if !exists || !capabilities.wgmma || a.dtype() != DType::BF16 || k == 0 {
+        return None;
     }
     // Pairs of C are read and written at once.
     let pairs =
         n.is_multiple_of(2) && c.stride().is_multiple_of(2) && c.address().is_multiple_of(8);
     if !Boxes::fit(a) || !Boxes::fit(b) || !(if float { pairs } else { pairs && Boxes::fit(c) }) {
-        return Ok(false);
+        return None;
     }
-    let steps = k.div_ceil(STEP);
-    let (tiles, width) = choose(layout, (m, n), steps, capabilities.multiprocessors);
-    let at = Launch::grid([tiles.min(capabilities.multiprocessors), 1, 1]);
+    Some(choose(layout, (m, n), k.div_ceil(STEP), capabilities.multiprocessors))
+}
+
+/// The product with tiles of `width` columns, where [`width`] allows it. The bits of a gradient of
+/// a weight (TN) depend on the width.
+pub(super) fn product(cx: &Cx, p: &Operands, width: usize) -> Result<()> {
+    let multiprocessors = cx.device.capabilities().multiprocessors;
+    let Operands { layout, c, a, b, bias, accumulate } = *p;
+    let (m, n, k) = p.sizes();
+    let float = c.dtype() == DType::F32;
+    let (tiles, steps) = (tiles((m, n), width), k.div_ceil(STEP));
+    let at = Launch::grid([tiles.min(multiprocessors), 1, 1]);
     // Boxes: along k where that is contiguous, else 64 rows of k.
     let a = Boxes::swizzled(a, if layout == Layout::TN { 64 } else { ROWS });
     let b = Boxes::swizzled(b, if layout == Layout::NT { width } else { 64 });
@@ -54,15 +64,15 @@ pub fn product(
                 Layout::NT => kernels::hopper_nt,
                 _ => kernels::hopper_nn,
             };
-            kernel(&*cx.device, at, width, args)?;
+            kernel(&*cx.device, at, width, args)
         }
         (Layout::NT, true) => {
             let c = c.out();
             let args =
                 kernels::HopperNtFloatArgs { a, b, c, bias, m, n, k, ldc, accumulate, group };
-            kernels::hopper_nt_float(&*cx.device, at, width, args)?;
+            kernels::hopper_nt_float(&*cx.device, at, width, args)
         }
-        (Layout::TN, true) => {
+        (Layout::TN | Layout::NN, _) => {
             let workers = workers(tiles, steps);
             let shared = Shared::new(cx, workers, width)?;
             let (parts, flags) = match &shared {
@@ -90,11 +100,9 @@ pub fn product(
                 workers,
                 group,
             };
-            kernels::hopper_tn_float(&*cx.device, at, width, args)?;
+            kernels::hopper_tn_float(&*cx.device, at, width, args)
         }
-        _ => return Ok(false),
     }
-    Ok(true)
 }
 
 /// The work space of tiles that several blocks share.
@@ -136,17 +144,15 @@ fn workers(tiles: usize, steps: usize) -> usize {
 /// Rows of tiles that are taken together, so that blocks at work side by side share what L2 holds.
 const GROUP: i32 = 8;
 
-/// How many tiles of which width take the least time: waves of tiles over the multiprocessors, times
-/// the time of a tile.
-fn choose(
-    layout: Layout,
-    (m, n): (usize, usize),
-    steps: usize,
-    multiprocessors: usize,
-) -> (usize, usize) {
-    let tiles = |width: usize| m.div_ceil(ROWS) * n.div_ceil(width);
+fn tiles((m, n): (usize, usize), width: usize) -> usize {
+    m.div_ceil(ROWS) * n.div_ceil(width)
+}
+
+/// Which width of a tile takes the least time: waves of tiles over the multiprocessors, times the
+/// time of a tile.
+fn choose(layout: Layout, size: (usize, usize), steps: usize, multiprocessors: usize) -> usize {
     let time = |&(width, per_column): &(usize, f64)| {
-        let tiles = tiles(width);
+        let tiles = tiles(size, width);
         let waves = match layout {
             Layout::NT | Layout::NN => tiles.div_ceil(multiprocessors) as f64,
             Layout::TN => {
@@ -161,8 +167,7 @@ fn choose(
         Layout::NN => widths(steps, 1.13), // loads the room of 256 columns
         Layout::TN => widths(steps, 1.03)[1..].to_vec(),
     };
-    let width = widths.iter().min_by(|x, y| time(x).total_cmp(&time(y))).map_or(128, |w| w.0);
-    (tiles(width), width)
+    widths.iter().min_by(|x, y| time(x).total_cmp(&time(y))).map_or(128, |w| w.0)
 }
 
 /// The widths of a tile, and the time a column of it takes relative to 256, from what an H100
@@ -181,7 +186,7 @@ mod tests {
 
     #[test]
     fn tiles_are_as_wide_as_was_fastest_on_an_h100() {
-        let width = |layout, m, n, k: usize| choose(layout, (m, n), k.div_ceil(STEP), 132).1;
+        let width = |layout, m, n, k: usize| choose(layout, (m, n), k.div_ceil(STEP), 132);
         assert_eq!(width(Layout::NT, 8192, 8192, 8192), 256);
         assert_eq!(width(Layout::NT, 16384, 9728, 896), 256);
         assert_eq!(width(Layout::NT, 16384, 896, 4864), 224);

@@ -8,9 +8,9 @@ use super::case::{
 use super::preference::{segment_cases, segment_perf};
 use super::quant::{linear_cases, linear_perf};
 use super::{
-    activation, adamw, adamw8, add, attention, cache, distill, dropout, embedding, head, lora,
-    matmul, muon, policy, preference, prompt, quant, rmsnorm, rope, rope_append, sample, scale,
-    tokens,
+    activation, adamw, adamw8, add, attention, cache, distill, dropout, embedding, head,
+    linear_glu, lora, matmul, muon, policy, preference, prompt, quant, rmsnorm, rope, rope_append,
+    sample, scale, tokens,
 };
 
 pub struct Entry {
@@ -30,6 +30,8 @@ pub fn registry() -> Vec<Entry> {
     const FAMILIES: &[Variant] = &[SIMT, TENSOR_CORE, WGMMA];
     const MMA: &[&str] =
         &["attention", "attention_mma", "attention_hopper", "attention_hopper_bwd"];
+    const LINEAR: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "reduce"];
+    const LINEAR_GLU: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "activation", "reduce"];
     const PROMPT: &[&str] = &["prompt", "embedding", "scale"];
     const DISTILL: &[&str] = &["distill", "head", "matmul", "preference"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
@@ -47,7 +49,8 @@ pub fn registry() -> Vec<Entry> {
         op("gather_rows", &["embedding"], embedding::gather_cases, embedding::gather_perf, PLAIN),
         op("glu", &["activation"], activation::cases, activation::perf, PLAIN),
         op("head", &["head", "matmul"], head::cases, head::perf, GEMM),
-        op("linear", &["matmul", "matmul_hopper", "reduce"], matmul::cases, matmul::perf, GEMM),
+        op("linear", LINEAR, matmul::cases, matmul::perf, GEMM),
+        op("linear_glu", LINEAR_GLU, linear_glu::cases, linear_glu::perf, GEMM),
         op("lora_linear", &["lora", "matmul", "scale", "reduce"], lora::cases, lora::perf, GEMM),
         op("muon", &["muon", "matmul"], muon::cases, muon::perf, GEMM),
         op(
@@ -74,6 +77,5 @@ pub fn registry() -> Vec<Entry> {
         op("to_float", &["add"], add::to_float_cases, add::to_float_perf, PLAIN),
         op("attention", MMA, attention::cases, attention::perf, FAMILIES),
         op("attention_paged", MMA, attention::paged_cases, attention::paged_perf, FAMILIES),
-        op("kv_append", &["attention"], attention::append_cases, attention::append_perf, PLAIN),
     ]
 }

@@ -7,8 +7,9 @@ use temper::autograd::{Cx, F64, ParamGrads, Tape};
 use temper::config::AttentionChoice;
 use temper::device::DType;
 use temper::ops::attention::oracle::{gradient, segments, shape};
-use temper::ops::attention::{AttnPlan, AttnShape, PAGE, attention, attention_paged, kv_append};
+use temper::ops::attention::{AttnPlan, AttnShape, PAGE, attention, attention_paged};
 use temper::ops::case::Rng;
+use temper::ops::rope_append::rope_append;
 use temper::tensor::{Id, ParamSetId, Tensor};
 
 use crate::support::cpu_in;
@@ -91,7 +92,8 @@ fn paged_equals_training(
         let part = gather(&cx, &qkv, &rows);
         let [sequence, position, slots] =
             [sequence, position, slots].map(|v| cx.ints("rows", &v).unwrap());
-        kv_append(&cx, &part, &cache, &slots, s.kv_heads, s.head_dim, s.heads).unwrap();
+        let (q, kv) = (s.heads, s.kv_heads); // without a table nothing turns
+        rope_append(&mut cx, &part, &cache, None, &position, &slots, q, kv, None).unwrap();
         let got = bits(
             &attention_paged(&mut cx, &part, &cache, &pages, &sequence, &position, s).unwrap(),
         );

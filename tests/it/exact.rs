@@ -1,5 +1,5 @@
 //! `matmul=exact`: which of a library's algorithms are used. The library is a stand-in on the CPU
-//! whose algorithms add up in orders that the test chooses.
+//! whose algorithms add up in orders, and take times, that the test chooses.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -31,19 +31,33 @@ enum Order {
 /// m, n, k, and whether it is added.
 type ProductKey = (usize, usize, usize, bool);
 
-/// A CPU whose library has these algorithms, the first the fastest.
+/// A CPU whose library has these algorithms, and a clock that knows products alone.
 struct Library {
     cpu: Cpu,
-    algorithms: Vec<Order>,
+    /// Each with its microseconds.
+    algorithms: Vec<(Order, f32)>,
+    /// Microseconds of the engine's own kernel.
+    own: f32,
+    clock: Mutex<f32>,
+    marks: Mutex<Vec<f32>>,
     trusted: Mutex<HashMap<ProductKey, Option<usize>>>,
     ran: Mutex<Vec<(Algorithm, Order)>>,
 }
 
 impl Library {
+    /// Algorithms that are all faster than the own kernel, the first the fastest.
     fn new(algorithms: &[Order]) -> Arc<Library> {
+        let timed = algorithms.iter().enumerate().map(|(i, order)| (*order, 1.0 + i as f32));
+        Library::timed(&timed.collect::<Vec<_>>(), 100.0)
+    }
+
+    fn timed(algorithms: &[(Order, f32)], own: f32) -> Arc<Library> {
         Arc::new(Library {
             cpu: Cpu::new(),
             algorithms: algorithms.to_vec(),
+            own,
+            clock: Mutex::default(),
+            marks: Mutex::default(),
             trusted: Mutex::default(),
             ran: Mutex::default(),
         })
@@ -121,6 +135,9 @@ impl Device for Library {
         unsafe { self.cpu.fill(dst, byte, bytes) }
     }
     unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
+        if kernel.name.starts_with("matmul") {
+            *self.clock.lock().unwrap() += self.own;
+        }
         unsafe { self.cpu.launch(kernel, at, args) }
     }
     unsafe fn gemm(&self, g: &Gemm, algorithm: Algorithm) -> Result<LibraryProduct> {
@@ -132,11 +149,12 @@ impl Device for Library {
                 None => return Ok(LibraryProduct::Untried),
             },
         };
-        let Some(order) = chosen.and_then(|i| self.algorithms.get(i)) else {
+        let Some((order, time)) = chosen.and_then(|i| self.algorithms.get(i)) else {
             return Ok(LibraryProduct::Unavailable);
         };
         unsafe { Library::multiply(g, *order) };
         self.ran.lock().unwrap().push((algorithm, *order));
+        *self.clock.lock().unwrap() += time;
         Ok(LibraryProduct::Queued)
     }
     fn trust_gemm(&self, g: &Gemm, candidate: Option<usize>) {
@@ -149,10 +167,13 @@ impl Device for Library {
         self.cpu.memory()
     }
     fn mark(&self) -> Result<Mark> {
-        self.cpu.mark()
+        let mut marks = self.marks.lock().unwrap();
+        marks.push(*self.clock.lock().unwrap());
+        Ok(marks.len() - 1)
     }
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
-        self.cpu.elapsed_ms(from, to)
+        let marks = self.marks.lock().unwrap();
+        Ok((marks[to] - marks[from]) / 1000.0)
     }
     fn begin_capture(&self) -> Result<()> {
         self.cpu.begin_capture()
@@ -202,21 +223,59 @@ fn random(n: usize, seed: u64) -> Vec<f32> {
 }
 
 #[test]
-fn the_first_algorithm_with_the_own_kernels_bits_is_used() {
-    let device = Library::new(&[Order::Split, Order::Chain]);
+fn the_fastest_algorithm_with_the_own_kernels_bits_is_used() {
+    let algorithms = [(Order::Split, 1.0), (Order::Chain, 9.0), (Order::Chain, 5.0)];
+    let device = Library::timed(&algorithms, 6.0);
     let (exact, notes) = context(&device, MatmulChoice::Exact);
     let (own, _) = context(&device, MatmulChoice::Own);
-    for (m, accumulate) in [(1, false), (37, false)] {
+    for m in [1, 37] {
         let (x, w) = (random(m * 50, 1), random(19 * 50, 2));
-        let got = multiply(&exact, m, &x, &w, accumulate);
-        let tried: Vec<Order> = device.take_ran().iter().map(|r| r.1).collect();
-        assert_eq!(tried, [Order::Split, Order::Chain, Order::Chain], "two candidates, then it");
-        assert_eq!(got, multiply(&own, m, &x, &w, accumulate));
+        let got = multiply(&exact, m, &x, &w, false);
+        device.take_ran();
+        assert_eq!(got, multiply(&own, m, &x, &w, false));
         // The next product of the shape is the library's at once.
-        multiply(&exact, m, &x, &w, accumulate);
+        multiply(&exact, m, &x, &w, false);
         assert_eq!(device.take_ran(), [(Algorithm::Trusted, Order::Chain)]);
+        let trusted = device.trusted.lock().unwrap()[&(m, 19, 50, false)];
+        assert_eq!(trusted, Some(2), "5 us, where the first has other bits and the second 9 us");
     }
     assert!(notes.0.lock().unwrap().is_empty());
+}
+
+#[test]
+fn the_own_kernel_runs_where_it_is_fastest_and_for_rows_like_these() {
+    let device = Library::timed(&[(Order::Chain, 5.0), (Order::Chain, 5.1)], 5.1);
+    let (exact, notes) = context(&device, MatmulChoice::Exact);
+    let w = random(19 * 50, 2);
+    multiply(&exact, 3, &random(3 * 50, 1), &w, false);
+    let tried = device.take_ran();
+    assert!(tried.len() > 2 && tried.iter().all(|r| matches!(r.0, Algorithm::Candidate(_))));
+    for m in [3, 1, 16] {
+        multiply(&exact, m, &random(m * 50, 1), &w, false);
+        assert_eq!(device.take_ran(), [], "{m} rows: hardly slower, and there is nothing to check");
+    }
+    multiply(&exact, 17, &random(17 * 50, 1), &w, false);
+    assert!(!device.take_ran().is_empty(), "other numbers of rows are timed on their own");
+    assert!(notes.0.lock().unwrap().is_empty(), "nothing was refused");
+}
+
+#[test]
+fn many_rows_are_timed_once_and_then_only_checked() {
+    let device = Library::timed(&[(Order::Split, 1.0), (Order::Chain, 5.0)], 50.0);
+    let (exact, _) = context(&device, MatmulChoice::Exact);
+    let (own, _) = context(&device, MatmulChoice::Own);
+    let w = random(4 * 6, 2);
+    let runs = |m: usize| {
+        let x = random(m * 6, 1);
+        let got = multiply(&exact, m, &x, &w, false);
+        let ran = device.take_ran().len();
+        assert_eq!(got, multiply(&own, m, &x, &w, false), "{m} rows");
+        ran
+    };
+    let timed = runs(300);
+    let checked = runs(301);
+    assert_eq!(checked, 3, "two candidates, then the product");
+    assert!(timed > checked);
 }
 
 #[test]
@@ -225,14 +284,14 @@ fn without_such_an_algorithm_the_own_kernel_runs_and_one_note_says_so() {
     let (exact, notes) = context(&device, MatmulChoice::Exact);
     let (own, _) = context(&device, MatmulChoice::Own);
     let w = random(19 * 50, 2);
-    for m in [1, 2, 40] {
+    for m in [1, 20, 40] {
         let x = random(m * 50, 1);
         for _ in 0..2 {
             assert_eq!(multiply(&exact, m, &x, &w, false), multiply(&own, m, &x, &w, false));
         }
     }
     let ran = device.take_ran();
-    assert!(ran.iter().all(|r| r.0 == Algorithm::Candidate(0)) && ran.len() == 3, "{ran:?}");
+    assert!(!ran.is_empty() && ran.iter().all(|r| r.0 == Algorithm::Candidate(0)), "{ran:?}");
     let notes = notes.0.lock().unwrap();
     assert_eq!(notes.len(), 1);
     assert!(notes[0].contains("m 1, n 19, k 50"), "{}", notes[0]);

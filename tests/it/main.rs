@@ -32,6 +32,7 @@ mod limits;
 mod logit_slices;
 mod lora_kernels;
 mod masks;
+mod matmul_few;
 mod method_rows;
 mod mixtures;
 mod model_folder;

@@ -4,7 +4,7 @@
 
 use super::oracle::{segments, shape};
 use super::packed::Attention;
-use super::paged::{AttentionPaged, KvAppend};
+use super::paged::AttentionPaged;
 use super::plan::AttnPlan;
 use super::shape::{AttnShape, PAGE};
 use crate::autograd::F64;
@@ -94,18 +94,6 @@ pub fn paged_cases(rng: &mut Rng) -> Vec<Case> {
     cases
 }
 
-pub fn append_cases(rng: &mut Rng) -> Vec<Case> {
-    let op = KvAppend { heads: 3, kv_heads: 1, head_dim: 16 };
-    let inputs = vec![
-        Arg::real(rng.array(&[4, 5 * 16], 1.0)).no_grad(),
-        Arg::real(rng.array(&[128, 2 * 16], 1.0)).no_grad(),
-        Arg::ints(&[70, 3, -1, 127]),
-    ];
-    let mut case = Case::new("four tokens, one nowhere", op, inputs);
-    case.exact = true;
-    vec![case]
-}
-
 fn perf_shape(s: &PerfShape) -> AttnShape {
     shape(s.heads, s.kv_heads, s.head_dim)
 }
@@ -130,15 +118,4 @@ pub fn paged_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
         Arg::ints(&vec![s.length as i32 - 1; s.sequences]),
     ];
     vec![Case::new("a decode step", AttentionPaged { shape: perf_shape(s) }, inputs)]
-}
-
-pub fn append_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
-    let slots = s.tokens().next_multiple_of(PAGE);
-    let inputs = vec![
-        Arg::real(rng.array(&[s.tokens(), s.qkv()], 1.0)).no_grad(),
-        Arg::real(rng.array(&[slots, 2 * s.kv_heads * s.head_dim], 1.0)).no_grad(),
-        Arg::ints(&(0..s.tokens() as i32).collect::<Vec<_>>()),
-    ];
-    let op = KvAppend { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim };
-    vec![Case::new("a prefill", op, inputs)]
 }

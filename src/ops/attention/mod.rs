@@ -13,8 +13,8 @@ mod paged;
 mod plan;
 mod shape;
 
-pub use cases::{append_cases, append_perf, cases, paged_cases, paged_perf, perf};
+pub use cases::{cases, paged_cases, paged_perf, perf};
 pub use packed::{Attention, attention};
-pub use paged::{AttentionPaged, KvAppend, attention_paged, kv_append};
+pub use paged::{AttentionPaged, attention_paged};
 pub use plan::{AttnPlan, Segment};
 pub use shape::{AttnShape, PAGE};

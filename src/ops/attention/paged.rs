@@ -1,4 +1,4 @@
-//! Attention over a paged KV cache, and the writing of it. Layer 4.
+//! Attention over a paged KV cache. Layer 4.
 //!
 //! Invariant: a row has the bits of the packed form, however its pages lie in memory.
 
@@ -6,8 +6,7 @@ use super::shape::{AttnShape, PAGE};
 use super::{launch, oracle};
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::error::{Error, Result};
-use crate::kernels;
-use crate::ops::{expect_cols, row_packs};
+use crate::ops::expect_cols;
 use crate::tensor::Tensor;
 
 /// As [`attention`](super::attention), with the keys and values (the rows' own included) read from
@@ -26,30 +25,9 @@ pub fn attention_paged(
     AttentionPaged { shape }.run(cx, &[qkv, cache, page_table, row_sequence, row_position])
 }
 
-/// Writes the k and v columns of each row of `qkv` to row `slots[r]` of `cache` [pages * 64, 2 K
-/// D]; slot -1: nowhere.
-pub fn kv_append(
-    cx: &Cx,
-    qkv: &Tensor,
-    cache: &Tensor,
-    slots: &Tensor,
-    kv_heads: usize,
-    head_dim: usize,
-    heads: usize,
-) -> Result<()> {
-    KvAppend { heads, kv_heads, head_dim }.run(cx, qkv, cache, slots)
-}
-
 #[derive(Debug)]
 pub struct AttentionPaged {
     pub shape: AttnShape,
-}
-
-#[derive(Debug)]
-pub struct KvAppend {
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
 }
 
 impl AttentionPaged {
@@ -88,53 +66,5 @@ impl Op for AttentionPaged {
         let row = 2 * self.shape.kv_heads * self.shape.head_dim * x[1].dtype().size();
         let bytes = x[0].bytes() + rows * width * x[0].dtype().size() + x[2].numel() * PAGE * row;
         Cost { bytes: bytes as f64, flops: 4.0 * (rows * width * x[2].cols() * PAGE) as f64 }
-    }
-}
-
-impl KvAppend {
-    fn run(&self, cx: &Cx, qkv: &Tensor, cache: &Tensor, slots: &Tensor) -> Result<()> {
-        let width = 2 * self.kv_heads * self.head_dim;
-        let hint = "it is q | k | v";
-        expect_cols("kv_append", "qkv", qkv, self.heads * self.head_dim + width, hint)?;
-        expect_cols("kv_append", "cache", cache, width, "a cache row is k | v of one token")?;
-        if slots.numel() != qkv.row_count() || !width.is_multiple_of(8) || !cache.is_contiguous() {
-            let message = format!("{qkv:?}, slots {slots:?}, cache {cache:?}");
-            return Err(Error::op("kv_append", message));
-        }
-        let args = kernels::KvAppendArgs {
-            cache: cache.out(),
-            qkv,
-            slots,
-            rows: qkv.row_count() as i32,
-            ld: qkv.stride() as i32,
-            offset: (self.heads * self.head_dim) as i32,
-            width: width as i32,
-        };
-        kernels::kv_append(&*cx.device, row_packs(qkv.row_count(), width, qkv.dtype()), args)
-    }
-}
-
-impl Op for KvAppend {
-    fn name(&self) -> &'static str {
-        "kv_append"
-    }
-
-    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        self.run(cx, x[0], x[1], x[2])?;
-        Ok(Fwd { outputs: vec![x[1].clone()], saved: vec![] })
-    }
-
-    fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        let mut cache = x[1].clone();
-        let first = self.heads * self.head_dim;
-        for r in (0..x[0].row_count()).filter(|r| x[2].data[*r] >= 0.0) {
-            cache.row_mut(x[2].index(r)).copy_from_slice(&x[0].row(r)[first..]);
-        }
-        vec![cache]
-    }
-
-    fn cost(&self, x: &[&Tensor]) -> Cost {
-        let moved = x[0].row_count() * 2 * self.kv_heads * self.head_dim * x[0].dtype().size();
-        Cost { bytes: 2.0 * moved as f64, flops: 0.0 }
     }
 }

@@ -1,0 +1,163 @@
+// Products of few rows, as in a decoding step: the weight goes by once, and nothing else counts.
+//
+// Math     few_nt: C = X W^T (+ bias) (+ C);  few_glu: y = act(g) * u with g|u = X W^T (+ bias), W's rows g above u
+// Shapes   X [m, k] real, m up to D; W [n, k] (few_glu: [2 f, k]) real; C [m, n] real or float, y [m, f] real;
+//          bias [n] or [2 f] real; row strides ldx, ldw, ldc, ldy. bf16 only.
+// Plan     A warp owns 16 columns (few_glu: 8 of g and the same 8 of u) and all m rows, over the whole of k: one chain, so k
+//          cannot be shared out. `warps` of a block are such; few where n is small, so that every multiprocessor has some,
+//          and then the block's other warps do the copies. Four stages of cp.async of 8 << shift of k each, long where
+//          warps are few: what counts is bytes under way, some 20 KB a multiprocessor. ldmatrix, mma.sync m16n8k16; the
+//          fragments of the next 16 of k are read while this one's product runs, whose latency bounds a long k.
+// Numerics As matmul.cu: one chain of float sums over k in steps of 16, bias added in float, one rounding when stored; so the
+//          bits of matmul_nt, whatever m. few_glu rounds g and u to real first, as glu_fwd finds them, and has its bits.
+// Cost     The weight once: n k sizeof bytes; X once a block, from L2. At least 33 cycles for each 16 of k. H100, *predicted*
+//          (docs/kernels.md, "Few rows"), m 1 to 16: n 896, k 4,864 9 us; n 9,728, k 896 8.5 us, few_glu the same.
+#include "common/activate.cuh"
+#include "prim/tile.cuh"
+
+EXPORT(int, FEW_STAGES, 4);
+// Columns that a warp owns.
+EXPORT(int, FEW_COLS, 16);
+// The most rows.
+EXPORT(int, FEW_ROWS, 64);
+
+#ifdef REAL_BF16
+// Byte offset of the 16-byte piece `piece` of a row of (1 << shift) pieces; the xor spreads the eight rows that one ldmatrix
+// reads over all banks.
+DEVICE int few_at(int row, int piece, int shift) { return ((row << shift) + (piece ^ (row & 7))) << 4; }
+
+template <int D>
+struct FewFragments {
+  unsigned x[D / 16][4], w[4];
+  DEVICE_MEMBER void load(const unsigned char* tx, const unsigned char* tw, int kk, int shift) {
+    const int lane = threadIdx.x % 32, half = lane / 8 % 2, upper = lane / 16, r = lane % 8;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) ldmatrix4<false>(x[i], tx + few_at(i * 16 + half * 8 + r, kk / 8 + upper, shift));
+    ldmatrix4<false>(w, tw + few_at(upper * 8 + r, kk / 8 + half, shift));
+  }
+};
+
+template <int D>
+DEVICE void few_multiply(float (&acc)[D / 16][2][4], const FewFragments<D>& f) {
+  const unsigned w[2][2] = {{f.w[0], f.w[1]}, {f.w[2], f.w[3]}};
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) mma_bf16(acc[i][j], f.x[i], w[j]);
+}
+
+// This thread's share of a stage's copies: always the same piece of k, of each (copiers >> shift)-th row.
+template <class Row>
+DEVICE void few_copy(unsigned char* tile, const Matrix& a, int rows, int k0, int copier, int copiers, int shift, Row row) {
+  const int piece = copier & ((1 << shift) - 1), col = k0 + piece * 8;
+  const int left = a.cols - col, valid = left < 0 ? 0 : left > 8 ? 8 : left;
+  const bf16* column = valid ? a.p + col : a.p;
+  if (a.aligned) {
+#pragma unroll 4
+    for (int r = copier >> shift; r < rows; r += copiers >> shift) {
+      const int from = row(r), n = from < a.rows ? valid : 0;
+      copy_async16(tile + few_at(r, piece, shift), n ? column + (long long)from * a.ld : a.p, n * 2);
+    }
+    return;
+  }
+  for (int r = copier >> shift; r < rows; r += copiers >> shift) {
+    bf16* to = (bf16*)(tile + few_at(r, piece, shift));
+    const int from = row(r), n = from < a.rows ? valid : 0;
+    for (int j = 0; j < 8; ++j) to[j] = j < n ? column[(long long)from * a.ld + j] : to_bf16(0.f);
+  }
+}
+
+// This warp's sums. `row(i)` says which row of W is the block's column i, one past the last for none.
+template <int D, class Row>
+DEVICE void few_sums(float (&acc)[D / 16][2][4], const Matrix& x, const Matrix& w, int k, int warps, int shift, Row row) {
+  const int columns = FEW_COLS * warps, chunk = 8 << shift, stage = (D + columns) * chunk * 2;
+  const int steps = (k + chunk - 1) / chunk, warp = threadIdx.x / 32;
+  // Who copies: the warps that have nothing to multiply; all where there are none.
+  const int copiers = blockDim.x > 32 * warps ? blockDim.x - 32 * warps : blockDim.x;
+  const int copier = (int)threadIdx.x - ((int)blockDim.x - copiers);
+  unsigned char* shared = shared_base();
+  auto start = [&](int step) {
+    if (step < steps && copier >= 0) {
+      unsigned char* tile = shared + step % FEW_STAGES * stage;
+      few_copy(tile, x, D, step * chunk, copier, copiers, shift, [](int i) { return i; });
+      few_copy(tile + D * chunk * 2, w, columns, step * chunk, copier, copiers, shift, row);
+    }
+    copy_commit();  // also when empty, so that the wait below always counts the same
+  };
+  for (int s = 0; s < FEW_STAGES - 1; ++s) start(s);
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<FEW_STAGES - 2>();
+    block_sync();
+    start(step + FEW_STAGES - 1);
+    if (warp >= warps) continue;
+    const unsigned char* tx = shared + step % FEW_STAGES * stage;
+    const unsigned char* tw = tx + (D + warp * FEW_COLS) * chunk * 2;
+    const int left = k - step * chunk, end = left < chunk ? left : chunk;
+    FewFragments<D> one, other;
+    one.load(tx, tw, 0, shift);
+#pragma unroll 2
+    for (int kk = 0; kk < end; kk += 32) {  // what lies beyond k is zero
+      other.load(tx, tw, kk + 16, shift);
+      few_multiply<D>(acc, one);
+      if (kk + 32 < end) one.load(tx, tw, kk + 32, shift);
+      few_multiply<D>(acc, other);
+    }
+  }
+  copy_wait<0>();
+}
+#endif
+
+KERNEL(few_nt, D=16,32,64, HOT)(MAYBE(real) c, MAYBE(float) cf, const real* x, const real* w, MAYBE(const real) bias, int m, int n,
+                    int k, int ldx, int ldw, int ldc, int accumulate, int warps, int shift) {
+#ifdef REAL_BF16
+  const int n0 = blockIdx.x * warps * FEW_COLS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float acc[D / 16][2][4] = {};
+  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, n, k), k, warps, shift, [&](int i) { return n0 + i; });
+  if (warp >= warps) return;
+  const int row = lane / 4, col = n0 + warp * FEW_COLS + lane % 4 * 2;
+  auto put = [&](const auto& to) {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) to.put(row + i * 16 + h * 8, col + j * 8, acc[i][j][2 * h], acc[i][j][2 * h + 1]);
+  };
+  if (cf) put(Target<float>(cf, bias, m, n, ldc, accumulate));
+  else put(Target<real>(c, bias, m, n, ldc, accumulate));
+#endif
+}
+
+KERNEL(few_glu, D=16,32,64, HOT)(real* y, const real* x, const real* w, MAYBE(const real) bias, int m, int f, int k, int ldx,
+                     int ldw, int ldy, int activation, int warps, int shift) {
+#ifdef REAL_BF16
+  constexpr int HALF = FEW_COLS / 2;
+  const int f0 = blockIdx.x * warps * HALF, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float acc[D / 16][2][4] = {};
+  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, 2 * f, k), k, warps, shift, [&](int i) {
+    const int column = f0 + i / FEW_COLS * HALF + i % HALF;
+    return column >= f ? 2 * f : i % FEW_COLS < HALF ? column : f + column;
+  });
+  if (warp >= warps) return;
+  const int col = f0 + warp * HALF + lane % 4 * 2;
+  const Target<real> to(y, nullptr, m, f, ldy, false);
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = i * 16 + h * 8 + lane / 4;
+      float g[2], u[2], v[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        g[e] = acc[i][0][2 * h + e];
+        u[e] = acc[i][1][2 * h + e];
+        if (bias && col + e < f) {
+          g[e] += to_float(bias[col + e]);
+          u[e] += to_float(bias[f + col + e]);
+        }
+        v[e] = gated(activation, round_real(g[e]), round_real(u[e]));
+      }
+      to.put(row, col, v[0], v[1]);
+    }
+#endif
+}

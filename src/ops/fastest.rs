@@ -1,0 +1,77 @@
+//! Which of several products with the same bits takes the least time. Layer 4.
+//!
+//! Invariant: the clock chooses among results that are equal, so it changes none.
+
+use crate::autograd::Cx;
+use crate::error::Result;
+
+/// Runs of a contender that are timed, after one that is not.
+const RUNS: usize = 3;
+/// Of a favoured contender's time, what it may be slower by.
+const MARGIN: f32 = 0.03;
+
+/// Numbers of rows that share what was timed for one of them: those up to the same power of two.
+pub(super) fn bucket(m: usize) -> usize {
+    m.next_power_of_two().max(16)
+}
+
+/// Microseconds of some runs, with `clear` before each so that operands come from memory and not
+/// from a cache.
+pub(super) fn timed(
+    cx: &Cx,
+    clear: &dyn Fn() -> Result<()>,
+    run: &dyn Fn() -> Result<()>,
+) -> Result<Vec<f32>> {
+    run()?; // its code is loaded, its memory there
+    let one = |_| {
+        clear()?;
+        let from = cx.device.mark()?;
+        run()?;
+        Ok(1000.0 * cx.device.elapsed_ms(from, cx.device.mark()?)?)
+    };
+    (0..RUNS).map(one).collect()
+}
+
+pub(super) fn median(times: &[f32]) -> Option<f32> {
+    let mut sorted = times.to_vec();
+    sorted.sort_by(f32::total_cmp);
+    sorted.get(sorted.len() / 2).copied()
+}
+
+/// The contenders from the fastest to the slowest by the median of their times; equals stay in
+/// order, who has no times is left out. Who is favoured wins if it is hardly slower.
+pub(super) fn by_time(times: &[Vec<f32>], favoured: impl Fn(usize) -> bool) -> Vec<usize> {
+    let weighed = |(i, times): (usize, &Vec<f32>)| {
+        let factor = if favoured(i) { 1.0 - MARGIN } else { 1.0 };
+        median(times).map(|time| (i, time * factor))
+    };
+    let mut all: Vec<(usize, f32)> = times.iter().enumerate().filter_map(weighed).collect();
+    all.sort_by(|x, y| x.1.total_cmp(&y.1));
+    all.into_iter().map(|(i, _)| i).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_decides_and_not_the_best_run() {
+        let times = [vec![9.0, 1.0, 9.0], vec![8.0, 30.0, 8.0], vec![]];
+        assert_eq!(by_time(&times, |_| false), [1, 0]);
+        assert_eq!(by_time(&[vec![], vec![]], |_| true), [0; 0]);
+    }
+
+    #[test]
+    fn equals_stay_in_order_and_a_favoured_one_may_be_a_little_slower() {
+        let times = [vec![10.0], vec![10.0], vec![10.2], vec![10.4]];
+        assert_eq!(by_time(&times, |_| false), [0, 1, 2, 3]);
+        assert_eq!(by_time(&times, |i| i == 2), [2, 0, 1, 3]);
+        assert_eq!(by_time(&times, |i| i == 3), [0, 1, 3, 2]);
+    }
+
+    #[test]
+    fn rows_up_to_a_power_of_two_share_a_contest() {
+        assert_eq!([1, 16, 17, 256].map(bucket), [16, 16, 32, 256]);
+        assert_eq!([257, 512, 513, 16_384].map(bucket), [512, 512, 1024, 16_384]);
+    }
+}

@@ -1,0 +1,121 @@
+//! A linear layer and the gated activation after it, in one launch for few rows. Layer 4.
+//!
+//! Invariant: the bits are those of `linear` and `glu` one after the other, wherever the products
+//! are the engine's own. Math and numerics: `kernels/matmul_few.cu`, `kernels/activation.cu`.
+
+use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
+use crate::config::MatmulChoice;
+use crate::device::{DType, Layout};
+use crate::error::Result;
+use crate::kernels::FEW_ROWS;
+use crate::ops::activation::{Act, Glu, glu};
+use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::matmul::{Linear, linear, product};
+use crate::ops::{expect_cols, matmul_few};
+use crate::tensor::Tensor;
+
+/// `y = act(g) * u` with `g|u = x w^T (+ bias)`: x [m, k] real, w [2 f, k], bias `[2 f]`; y [m, f].
+/// On the tape these are two ops, whose backward needs g|u.
+pub fn linear_glu(
+    cx: &mut Cx,
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    act: Act,
+) -> Result<Tensor> {
+    if cx.tape.is_some() {
+        let gate_up = linear(cx, x, w, bias)?;
+        return glu(cx, &gate_up, act);
+    }
+    LinearGlu { act, bias: bias.is_some() }.y(cx, x, w, bias)
+}
+
+/// Without a tape.
+#[derive(Debug)]
+pub struct LinearGlu {
+    pub act: Act,
+    pub bias: bool,
+}
+
+/// Whether one kernel computes both. A row's bits may depend on the rows beside it only where the
+/// library may make them do so, so a library whose rows stand alone is not mixed with it.
+fn fused(cx: &Cx, x: &Tensor) -> bool {
+    let device = cx.device.capabilities();
+    let chosen = match cx.matmul {
+        MatmulChoice::Own => true,
+        MatmulChoice::Library => false,
+        _ => device.tensor_cores && device.gemm_depends_on_rows,
+    };
+    chosen && x.dtype() == DType::BF16 && (1..=FEW_ROWS).contains(&x.row_count())
+}
+
+impl LinearGlu {
+    fn y(&self, cx: &mut Cx, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let hint = "do the weights belong to this config.json?";
+        expect_cols("linear_glu", "weight", w, x.cols(), hint)?;
+        if let Some(bias) = bias {
+            expect_cols("linear_glu", "bias", bias, w.row_count(), hint)?;
+        }
+        if fused(cx, x) && w.row_count().is_multiple_of(2) {
+            let y = cx.real("glu", &[x.row_count(), w.row_count() / 2])?;
+            matmul_few::glu(cx, &y, (x, w, bias), self.act as i32)?;
+            return Ok(y);
+        }
+        let gate_up = cx.real("linear", &[x.row_count(), w.row_count()])?;
+        product(cx, Layout::NT, &gate_up, x, w, bias, false)?;
+        Glu { act: self.act }.of(cx, &gate_up)
+    }
+}
+
+impl Op for LinearGlu {
+    fn name(&self) -> &'static str {
+        "linear_glu"
+    }
+
+    fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
+        let bias = self.bias.then(|| x[2]);
+        Ok(Fwd { outputs: vec![self.y(cx, x[0], x[1], bias)?], saved: vec![] })
+    }
+
+    fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
+        let gate_up = Linear { bias: self.bias }.oracle(round, x);
+        Glu { act: self.act }.oracle(round, &gate_up)
+    }
+
+    fn cost(&self, x: &[&Tensor]) -> Cost {
+        let (m, n, k) = (x[0].row_count(), x[1].row_count(), x[0].cols());
+        Cost { flops: 2.0 * (m * n * k) as f64, ..Cost::memory(x, m * n / 2 * x[0].dtype().size()) }
+    }
+}
+
+pub fn cases(rng: &mut Rng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (m, f, k, bias, act) in [
+        (1, 8, 16, false, Act::Silu),
+        (5, 13, 72, true, Act::Silu),
+        (17, 36, 200, true, Act::GeluTanh),
+        (40, 24, 40, false, Act::Gelu),
+        (70, 16, 64, false, Act::Silu),
+    ] {
+        let weight = rng.array(&[2 * f, k], (k as f64).powf(-0.5));
+        let x = rng.array(&[m, k], 1.0);
+        let mut inputs = vec![Arg::real(x).no_grad(), Arg::real(weight).no_grad()];
+        if bias {
+            inputs.push(Arg::real(rng.array(&[2 * f], 0.5)).no_grad());
+        }
+        let label = format!("{act:?} m {m} f {f} k {k}{}", if bias { " bias" } else { "" });
+        cases.push(Case::new(label, LinearGlu { act, bias }, inputs));
+    }
+    cases
+}
+
+/// A decoding step.
+pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
+    let case = |rng: &mut Rng, m: usize| {
+        let x = Arg::real(rng.array(&[m, s.hidden], 1.0)).no_grad();
+        let w = Arg::real(rng.array(&[2 * s.intermediate, s.hidden], 0.02)).no_grad();
+        let op = LinearGlu { act: Act::Silu, bias: false };
+        Case::new(format!("silu, rows {m}"), op, vec![x, w])
+    };
+    vec![case(rng, 1), case(rng, FEW_ROWS)]
+}

@@ -1,0 +1,26 @@
+//! What a matrix product reads and writes. Layer 4.
+//!
+//! Invariant: it borrows tensors, so their memory lives.
+
+use crate::device::Layout;
+use crate::tensor::Tensor;
+
+/// `c = op(a) op(b) (+ bias)`, or `c += ...`, of fitting sizes.
+#[derive(Clone, Copy)]
+pub(super) struct Operands<'a> {
+    pub layout: Layout,
+    pub c: &'a Tensor,
+    pub a: &'a Tensor,
+    pub b: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
+    pub accumulate: bool,
+}
+
+impl Operands<'_> {
+    /// (m, n, k)
+    pub fn sizes(&self) -> (usize, usize, usize) {
+        let (m, k) = (self.a.row_count(), self.a.cols());
+        let n = if self.layout == Layout::NT { self.b.row_count() } else { self.b.cols() };
+        if self.layout == Layout::TN { (k, n, m) } else { (m, n, k) }
+    }
+}

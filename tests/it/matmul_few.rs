@@ -1,0 +1,141 @@
+//! Products of few rows (`kernels/matmul_few.cu`): the bits of the other kernels, in all modes.
+
+use std::sync::Arc;
+
+use temper::autograd::{Cx, ParamGrads, Tape};
+use temper::config::MatmulChoice;
+use temper::device::{DType, Device, Layout, cpu::Cpu};
+use temper::error::Result;
+use temper::ops::activation::{Act, Glu};
+use temper::ops::case::Rng;
+use temper::ops::linear_glu::linear_glu;
+use temper::ops::matmul::{linear, product_by};
+use temper::ops::own::OwnKernel;
+use temper::tensor::{Id, ParamSetId, Tensor};
+
+fn context(device: impl Device + 'static) -> Cx {
+    let mut cx = Cx::new(Arc::new(device), DType::BF16).unwrap();
+    cx.matmul = MatmulChoice::Own;
+    cx
+}
+
+fn random(cx: &Cx, seed: u64, shape: &[usize], dtype: DType) -> Tensor {
+    let values: Vec<f32> = Rng(seed).array(shape, 1.0).data.iter().map(|v| *v as f32).collect();
+    Tensor::from_f32(&cx.pool, "t", dtype, shape, &values).unwrap()
+}
+
+fn bits(t: &Tensor) -> Vec<u32> {
+    t.to_f32().unwrap().iter().map(|v| v.to_bits()).collect()
+}
+
+/// Bits of a product, and of one with a bias that is added to what is there.
+fn products(cx: &Cx, kernel: OwnKernel, c: DType, [m, n, k]: [usize; 3]) -> Result<Vec<u32>> {
+    let (a, b) = (random(cx, 1, &[m, k], DType::BF16), random(cx, 2, &[n, k], DType::BF16));
+    let bias = random(cx, 3, &[n], DType::BF16);
+    let (plain, added) = (random(cx, 4, &[m, n], c), random(cx, 5, &[m, n], c));
+    product_by(cx, kernel, Layout::NT, &plain, (&a, &b), None, false)?;
+    product_by(cx, kernel, Layout::NT, &added, (&a, &b), Some(&bias), true)?;
+    Ok([bits(&plain), bits(&added)].concat())
+}
+
+/// Ragged in every direction; unaligned rows; several stages; two warps' columns and more.
+const SHAPES: [[usize; 3]; 7] = [
+    [1, 1, 1],
+    [1, 40, 64],
+    [7, 33, 100],
+    [16, 24, 1088],
+    [17, 50, 72],
+    [33, 16, 200],
+    [64, 20, 520],
+];
+
+#[test]
+fn a_product_of_few_rows_has_the_bits_of_the_other_kernel() {
+    for c in [DType::BF16, DType::F32] {
+        for shape in SHAPES {
+            let cx = context(Cpu::new());
+            let few = products(&cx, OwnKernel::FewRows, c, shape).unwrap();
+            assert!(few == products(&cx, OwnKernel::Tile, c, shape).unwrap(), "{c:?} {shape:?}");
+        }
+    }
+}
+
+#[test]
+fn strict_mode_gives_the_same_bits_and_finds_nothing() {
+    for shape in SHAPES {
+        let few = products(&context(Cpu::new()), OwnKernel::FewRows, DType::BF16, shape).unwrap();
+        for seed in 0..2 {
+            let strict = context(Cpu::strict(seed));
+            let strict = products(&strict, OwnKernel::FewRows, DType::BF16, shape).unwrap();
+            assert!(few == strict, "seed {seed}, {shape:?}");
+        }
+    }
+}
+
+#[test]
+fn many_columns_take_blocks_of_several_warps_with_the_same_bits() {
+    // With two multiprocessors: 2, 4 and 8 warps a block, the last with all of them copying.
+    for n in [160, 320, 1200] {
+        let cx = context(Cpu::new());
+        let few = products(&cx, OwnKernel::FewRows, DType::BF16, [3, n, 80]).unwrap();
+        assert!(few == products(&cx, OwnKernel::Tile, DType::BF16, [3, n, 80]).unwrap(), "{n}");
+    }
+    let strict = products(&context(Cpu::strict(1)), OwnKernel::FewRows, DType::F32, [3, 1200, 80]);
+    let cx = context(Cpu::new());
+    assert!(strict.unwrap() == products(&cx, OwnKernel::Tile, DType::F32, [3, 1200, 80]).unwrap());
+}
+
+#[test]
+fn more_rows_than_it_knows_are_refused() {
+    let cx = context(Cpu::new());
+    let e = products(&cx, OwnKernel::FewRows, DType::BF16, [65, 8, 16]).unwrap_err().to_string();
+    assert!(e.contains("few rows"), "{e}");
+}
+
+#[test]
+fn the_widths_of_hopper_have_the_bits_of_few_rows() {
+    let shape = [40, 264, 136];
+    let few = products(&context(Cpu::new()), OwnKernel::FewRows, DType::BF16, shape).unwrap();
+    for width in [128, 192, 224, 256] {
+        let cx = context(Cpu::new().with_wgmma());
+        let wide = products(&cx, OwnKernel::Hopper(width), DType::BF16, shape).unwrap();
+        assert!(few == wide, "{width}");
+    }
+}
+
+/// The bits of the fused op and of the two ops.
+fn glu_bits(device: impl Device + 'static, [m, f, k]: [usize; 3], act: Act) -> [Vec<u32>; 2] {
+    let mut cx = context(device);
+    let x = random(&cx, 1, &[m, k], DType::BF16);
+    let w = random(&cx, 2, &[2 * f, k], DType::BF16);
+    let bias = random(&cx, 3, &[2 * f], DType::BF16);
+    let fused = linear_glu(&mut cx, &x, &w, Some(&bias), act).unwrap();
+    let gate_up = linear(&mut cx, &x, &w, Some(&bias)).unwrap();
+    let apart = cx.apply1(Glu { act }, &[&gate_up]).unwrap();
+    [bits(&fused), bits(&apart)]
+}
+
+#[test]
+fn a_product_that_ends_in_a_gated_activation_has_the_bits_of_the_two_ops() {
+    for act in [Act::Silu, Act::GeluTanh, Act::Gelu] {
+        for shape in [[1, 8, 16], [5, 13, 72], [17, 40, 100], [64, 24, 520]] {
+            let [fused, apart] = glu_bits(Cpu::new(), shape, act);
+            assert!(fused == apart, "{act:?} {shape:?}");
+            assert!(fused == glu_bits(Cpu::strict(3), shape, act)[0], "strict {act:?} {shape:?}");
+        }
+    }
+}
+
+#[test]
+fn on_the_tape_it_is_two_ops_with_the_same_bits() {
+    let mut cx = context(Cpu::new());
+    let (x, w) = (random(&cx, 1, &[3, 16], DType::BF16), random(&cx, 2, &[8, 16], DType::BF16));
+    let free = bits(&linear_glu(&mut cx, &x, &w, None, Act::Silu).unwrap());
+    let gradient = Tensor::new(&cx.pool, "gradient", DType::F32, &[8, 16]).unwrap();
+    cx.param_grads[ParamSetId::Model] = ParamGrads::new(vec![Some(gradient)]);
+    let w = w.with_id(Id::Param { set: ParamSetId::Model, index: 0 });
+    cx.tape = Some(Tape::default());
+    let taped = linear_glu(&mut cx, &x, &w, None, Act::Silu).unwrap();
+    assert!(free == bits(&taped));
+    assert_eq!(cx.tape.unwrap().len(), 2);
+}
