@@ -238,12 +238,10 @@ mod tests {
             (4, 3, 0),
         ];
         for (case, (m, n, k)) in shapes.into_iter().enumerate() {
-            for (layout, accumulate) in
-                [Layout::NT, Layout::NN, Layout::TN].into_iter().zip([false, false, true]).chain([
-                    (Layout::NT, true),
-                    (Layout::NN, true),
-                    (Layout::TN, false),
-                ])
+            for (layout, accumulate) in [Layout::NT, Layout::NN, Layout::TN]
+                .into_iter()
+                .zip([false, false, true])
+                .chain([(Layout::NT, true), (Layout::NN, true), (Layout::TN, false)])
             {
                 let (a, b) = (values(m * k, case as u32), values(k * n, 100 + case as u32));
                 let (lda, ldb) = (
