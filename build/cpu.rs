@@ -94,7 +94,27 @@ pub fn build(out: &Path, sources: &Sources) {
     for unit in &units {
         build.object(object(unit));
     }
+    for object in products(&build, out) {
+        build.object(object);
+    }
     build.compile("temper_kernels");
+}
+
+/// The matrix product, once for each width of vectors: the same bits (src/device/cpu/gemm.rs), so the
+/// machine may choose at run time.
+fn products(build: &cc::Build, out: &Path) -> Vec<PathBuf> {
+    let wide = env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64";
+    let mut widths = vec![("temper_product", None)];
+    widths.extend(wide.then_some(("temper_product_512", Some("-march=x86-64-v4"))));
+    let compile = |(name, flag): (&str, Option<&str>)| {
+        let mut one = build.clone();
+        one.define("PRODUCT_NAME", name).out_dir(out.join(name)).file("kernels/cpu/product.cpp");
+        flag.into_iter().for_each(|flag| {
+            one.flag(flag);
+        });
+        one.compile_intermediates()
+    };
+    widths.into_iter().flat_map(compile).collect()
 }
 
 fn unit(out: &Path, sources: &Sources, file: &KernelFile, real: &Real, strict: bool) -> Unit {

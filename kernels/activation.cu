@@ -6,7 +6,7 @@
 //          3 relu max(x, 0), with derivative 0 at 0
 //          (Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks & Gimpel, GELU, 2016)
 // Shapes   gated: x [rows, 2 f] real, y [rows, f];  plain: flat n
-// Plan     a thread owns V values. The gated kernels move as much as they compute, so on a GPU whole packs have a way without
+// Plan     a thread owns V values (gated, on a CPU: every fourth thread 4 V). The gated kernels move as much as they compute, so on a GPU whole packs have a way without
 //          branches.
 // Numerics float, one rounding when stored.
 // Cost     6 f (forward), 10 f (backward) x sizeof(real) / 2 bytes a row. H100, 2026-11-27, bf16 silu, 16,384 x 4,864: forward
@@ -14,22 +14,27 @@
 #include "common/activate.cuh"
 #include "prim/vec.cuh"
 
+// Packs that a thread of a gated kernel takes. A CPU's vectors are longer than a GPU's packs: there every fourth thread takes the
+// four packs that start at its own, where a row has whole fours, and the others none.
+constexpr int GATED_PACKS = LANES == 1 ? 4 : 1;
+DEVICE bool by_fours(int f) { return GATED_PACKS > 1 && f % (GATED_PACKS * V) == 0; }
+
 // n values of a pack; WHOLE: all of them, in one aligned load that nothing waits for until they are used.
-template <bool WHOLE>
-DEVICE FlatPack gate_pack(const real* p, int n) {
-  return WHOLE ? values(fetch<V>(p, V)) : load<V>(p, n);
+template <bool WHOLE, int N>
+DEVICE Pack<N> gate_pack(const real* p, int n) {
+  return WHOLE ? values(fetch<N>(p, N)) : load<N>(p, n);
 }
 
-template <int D, bool WHOLE>
+template <int D, bool WHOLE, int N = V>
 DEVICE void glu_pack(real* y, const real* x, int f, int n) {
-  FlatPack g = gate_pack<WHOLE>(x, n), u = gate_pack<WHOLE>(x + f, n);
+  Pack<N> g = gate_pack<WHOLE, N>(x, n), u = gate_pack<WHOLE, N>(x + f, n);
 #pragma unroll
-  for (int j = 0; j < V; ++j) {
+  for (int j = 0; j < N; ++j) {
     float a, da;
     activate<D>(g.v[j], a, da);
     g.v[j] = a * u.v[j];
   }
-  if (WHOLE) put(y, packed<real>(g), V);
+  if (WHOLE) put(y, packed<real>(g), N);
   else store(y, g, n);
 }
 
@@ -37,8 +42,11 @@ KERNEL_FLAT(glu_fwd, D=0,1,2)(real* y, const real* x, int rows, int f) {
   const int packs = (f + V - 1) / V;
   const long long item = FLAT_INDEX;
   if (item >= (long long)rows * packs) return;
+  const bool fours = by_fours(f);
+  if (fours && item % GATED_PACKS) return;
   const long long row = item / packs;
   const int i = (int)(item % packs) * V;
+  if (fours) return glu_pack<D, false, GATED_PACKS * V>(y + row * f + i, x + row * 2 * f + i, f, f - i);
   // A CPU, whose threads are the lanes of its vectors, has no use for the whole packs.
   if (LANES > 1 && whole_packs(x, f) && whole_packs(y, 0))
     glu_pack<D, true>(y + row * f + i, x + row * 2 * f + i, f, f - i);
@@ -46,19 +54,19 @@ KERNEL_FLAT(glu_fwd, D=0,1,2)(real* y, const real* x, int rows, int f) {
     glu_pack<D, false>(y + row * f + i, x + row * 2 * f + i, f, f - i);
 }
 
-template <int D, bool WHOLE>
+template <int D, bool WHOLE, int N = V>
 DEVICE void glu_bwd_pack(real* dx, const real* dy, const real* x, int f, int n, int accumulate) {
-  FlatPack g = gate_pack<WHOLE>(x, n), u = gate_pack<WHOLE>(x + f, n), d = gate_pack<WHOLE>(dy, n);
+  Pack<N> g = gate_pack<WHOLE, N>(x, n), u = gate_pack<WHOLE, N>(x + f, n), d = gate_pack<WHOLE, N>(dy, n);
 #pragma unroll
-  for (int j = 0; j < V; ++j) {
+  for (int j = 0; j < N; ++j) {
     float a, da;
     activate<D>(g.v[j], a, da);
     g.v[j] = d.v[j] * u.v[j] * da;
     u.v[j] = d.v[j] * a;
   }
   if (WHOLE && !accumulate) {
-    put(dx, packed<real>(g), V);
-    put(dx + f, packed<real>(u), V);
+    put(dx, packed<real>(g), N);
+    put(dx + f, packed<real>(u), N);
   } else {
     store(dx, g, n, accumulate);
     store(dx + f, u, n, accumulate);
@@ -69,8 +77,13 @@ KERNEL_FLAT(glu_bwd, D=0,1,2)(real* dx, const real* dy, const real* x, int rows,
   const int packs = (f + V - 1) / V;
   const long long item = FLAT_INDEX;
   if (item >= (long long)rows * packs) return;
+  const bool fours = by_fours(f);
+  if (fours && item % GATED_PACKS) return;
   const long long row = item / packs;
   const int i = (int)(item % packs) * V;
+  if (fours)
+    return glu_bwd_pack<D, false, GATED_PACKS * V>(dx + row * 2 * f + i, dy + row * f + i, x + row * 2 * f + i, f, f - i,
+                                                   accumulate);
   if (LANES > 1 && whole_packs(x, f) && whole_packs(dy, 0) && whole_packs(dx, 0))
     glu_bwd_pack<D, true>(dx + row * 2 * f + i, dy + row * f + i, x + row * 2 * f + i, f, f - i, accumulate);
   else

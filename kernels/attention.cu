@@ -41,19 +41,43 @@ COLUMNS_UNROLL
   return add8(even, odd);
 }
 
-// s[j] = a . x[at[j]] for j in [from, to). On the CPU the trees are taken for all 64 at once, vectorised.
+#ifndef __CUDACC__
+// sum8 of eight registers at once, in the same order.
+DEVICE F8 sums8(const F8* a) {
+#if defined(__AVX2__)
+  F8 halves[4], quarters[2];
+  for (int i = 0; i < 4; ++i)  // of a[i] and a[i + 4]: lane + lane 4 further on
+    halves[i] = __builtin_ia32_vperm2f128_ps256(a[i], a[i + 4], 0x20) + __builtin_ia32_vperm2f128_ps256(a[i], a[i + 4], 0x31);
+  for (int i = 0; i < 2; ++i)
+    quarters[i] = __builtin_ia32_shufps256(halves[2 * i], halves[2 * i + 1], 0x44) +
+                  __builtin_ia32_shufps256(halves[2 * i], halves[2 * i + 1], 0xee);
+  return __builtin_ia32_shufps256(quarters[0], quarters[1], 0x88) + __builtin_ia32_shufps256(quarters[0], quarters[1], 0xdd);
+#else
+  F8 r;
+  for (int i = 0; i < 8; ++i) r[i] = sum8(a[i]);
+  return r;
+#endif
+}
+#endif
+
+// s[j] = a . x[at[j]] for j in [from, to).
 template <int D>
 DEVICE void dots(float* s, const float* a, const real* x, const long long* at, int from, int to) {
 #ifdef __CUDACC__
 #pragma unroll 1
   for (int j = from; j < to; ++j) s[j] = sum8(dot_lanes<D>(a, x + at[j]));
 #else
-  float lanes[QB * 8];
-  for (int j = from; j < to; ++j) store8(lanes + j * 8, dot_lanes<D>(a, x + at[j]));
-  for (int j = from; j < to; ++j) {
-    const float* l = lanes + j * 8;
-    s[j] = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
+  int j = from;
+  for (; j + 8 <= to; j += 8) {
+    F8 lanes[8];
+    for (int i = 0; i < 8; ++i) lanes[i] = dot_lanes<D>(a, x + at[j + i]);
+    store8(s + j, sums8(lanes));
   }
+  if (j == to) return;
+  F8 lanes[8] = {};
+  for (int i = 0; i < to - j; ++i) lanes[i] = dot_lanes<D>(a, x + at[j + i]);
+  const F8 rest = sums8(lanes);
+  for (int i = 0; i < to - j; ++i) s[j + i] = rest[i];
 #endif
 }
 
@@ -93,6 +117,10 @@ COLUMNS_UNROLL
 COLUMNS_UNROLL
     for (int i = 0; i < D; ++i) to[i] = to_real(from[i] * factor);
 }
+
+// Exponentials are taken some at a time, up to the last that is wanted: none for most of a row's last block.
+constexpr int SOME = 16;
+DEVICE int past_last(int to) { return (to + SOME - 1) / SOME * SOME; }
 
 DEVICE float max_of(const float* s) {
   F8 m = load8(s);
@@ -134,8 +162,13 @@ STEP_UNROLL
     const float m_new = max2(m, max_of(s));
     const float base = m_new == NEG_INF ? 0.f : m_new;
     const float alpha = exp_f(m - base);
+    const int end = past_last(to);
 STEP_UNROLL
-    for (int j = 0; j < QB; ++j) s[j] = exp_f(s[j] - base);
+    for (int i = 0; i < end; i += SOME)
+STEP_UNROLL
+      for (int j = i; j < i + SOME; ++j) s[j] = exp_f(s[j] - base);
+STEP_UNROLL
+    for (int j = end; j < QB; ++j) s[j] = 0.f;
     l = fmaf(l, alpha, sum_of(s));
     m = m_new;
 COLUMNS_UNROLL
@@ -192,7 +225,7 @@ KERNEL_FLAT(attention_delta, D=16,32,64,80,96,128,256, HOT)(float* delta, const 
   delta[index] = sum8(dot_lanes<D>(out + index * D, dout + index * D));
 }
 
-// From 64 scores q.k and dO.v: s becomes P, ds the gradient of q.k. Places outside [from, to) become 0.
+// From 64 scores q.k and dO.v: s becomes P, ds the gradient of q.k, in the places [from, to).
 DEVICE void score_gradients(float* s, float* ds, const float* lse, const float* delta, int from, int to, float scale,
                             float softcap) {
   float slope[QB];
@@ -209,11 +242,12 @@ STEP_UNROLL
       slope[j] = scale * fmaf(-t, t, 1.f);
     }
 STEP_UNROLL
-  for (int j = 0; j < QB; ++j) {
-    const float p = exp_f(s[j] - lse[j]);
-    s[j] = j >= from && j < to ? p : 0.f;
-    ds[j] = s[j] * (ds[j] - delta[j]) * slope[j];
-  }
+  for (int i = from / SOME * SOME; i < past_last(to); i += SOME)
+STEP_UNROLL
+    for (int j = i; j < i + SOME; ++j) {
+      s[j] = exp_f(s[j] - lse[j]);
+      ds[j] = s[j] * (ds[j] - delta[j]) * slope[j];
+    }
 }
 
 // The q columns of dqkv.

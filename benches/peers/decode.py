@@ -2,15 +2,20 @@
 
 Versions: torch 2.11.0, transformers 5.17.0. Both use the same cores, shape, batch, prompt and completion lengths in f32 on
 the CPU, with random weights and no end token; they run in turn, five rounds, and the ratio of the medians counts. On a
-machine that others use too, compare by --threads 1 and the CPU time: temper's is that of the whole process, start included,
-transformers' that of generate alone; with more threads OpenMP's waiting counts as CPU time.
+machine that others use too, compare by --threads 1 and the CPU time, which is that of the generation alone on both sides;
+with more threads OpenMP's waiting counts as CPU time.
 
     cargo build --release
-    python benches/peers/decode.py --batch 32 --length 128 [--threads 2] [--json benches/results/FILE.json]
+    python benches/peers/decode.py --batch 32 --length 128 [--shape smollm2-135m] [--threads 2] [--json benches/results/FILE.json]
 """
-import argparse, json, os, resource, statistics, subprocess, time
+import argparse, json, os, statistics, subprocess, time
 
+SHAPES = {  # as `temper bench decode --shape` has them: hidden, intermediate, layers, heads, kv heads, head_dim, vocab
+    "quickstart": (128, 384, 4, 4, 2, 32, 512),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
+}
 parser = argparse.ArgumentParser()
+parser.add_argument("--shape", choices=SHAPES, default="quickstart")
 parser.add_argument("--temper", default="target/release/temper")
 parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--length", type=int, default=128)
@@ -25,14 +30,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(args.threads)
 torch.manual_seed(0)
-# The shape that `temper bench decode --shape quickstart` has, and its split of the length.
-config = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=32768,
-                     rms_norm_eps=1e-5, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+# `temper bench decode` splits the length in the same way.
+hidden, mlp, layers, heads, kv, dim, vocab = SHAPES[args.shape]
+config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+                     num_key_value_heads=kv, head_dim=dim, tie_word_embeddings=True, max_position_embeddings=32768, rms_norm_eps=1e-5,
+                     eos_token_id=None, bos_token_id=None, pad_token_id=0)
 model = LlamaForCausalLM(config).float().eval()
 prompt = max(args.length // 4, 1)
 new = args.length - prompt
-ids = torch.randint(0, 512, (args.batch, prompt))
+ids = torch.randint(0, vocab, (args.batch, prompt))
 
 
 def torch_round():
@@ -42,18 +48,12 @@ def torch_round():
     return args.batch * new / (time.perf_counter() - start), args.batch * new / (time.process_time() - cpu)
 
 
-def children():
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def temper_round():
-    command = [args.temper, "bench", "decode", "--shape", "quickstart", "--batch", str(args.batch), "--length",
+    command = [args.temper, "bench", "decode", "--shape", args.shape, "--batch", str(args.batch), "--length",
                str(args.length), "--device", "cpu", "--dtype", "float32", "--json"]
     env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads))
-    cpu = children()
     out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
-    return out["tokens_per_second"], args.batch * new / (children() - cpu)
+    return out["tokens_per_second"], args.batch * new / out["cpu_seconds"]
 
 
 torch_round()  # warm
@@ -61,13 +61,13 @@ rounds = [torch_round() + temper_round() for _ in range(args.rounds)]
 theirs, theirs_cpu, ours, ours_cpu = (statistics.median(r[i] for r in rounds) for i in range(4))
 names = ["transformers", "transformers_per_cpu_second", "temper", "temper_per_cpu_second"]
 result = {
-    "what": "greedy decoding, quickstart shape (0.85 M parameters), f32, CPU: tokens a second, and a second of CPU time",
+    "what": f"greedy decoding, {args.shape} shape, f32, CPU: tokens a second, and a second of CPU time",
     "batch": args.batch, "prompt": prompt, "new_tokens": new, "threads": args.threads,
     "load_average": os.getloadavg()[0], "torch": torch.__version__, "transformers": transformers.__version__,
     "transformers_tokens_per_second": theirs, "temper_tokens_per_second": ours, "ratio": ours / theirs,
     "ratio_by_cpu_time": ours_cpu / theirs_cpu,
     "rounds": [dict(zip(names, r)) for r in rounds],
-    "command": f"python benches/peers/decode.py --batch {args.batch} --length {args.length} --threads {args.threads}",
+    "command": f"python benches/peers/decode.py --shape {args.shape} --batch {args.batch} --length {args.length} --threads {args.threads}",
 }
 print(json.dumps(result, indent=1))
 if args.json:

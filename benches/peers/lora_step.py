@@ -1,13 +1,13 @@
 """A LoRA step beside the full step, temper's and PyTorch's (transformers' Llama, peft, AdamW), on the same shape and tokens.
 
 Versions: torch 2.11.0, transformers 5.17.0, peft 0.19.1. Rank 16 on all seven projections, no dropout, f32 on a CPU, one optimizer
-step over full-length rows with every token scored. All kinds run in turn, round after round, and medians count. CPU seconds are the
-processes' own, so a busy machine changes them little; temper's are those of a run less those of one with no timed step.
+step over full-length rows with every token scored. All kinds run in turn, round after round, and medians count. CPU seconds are those
+of the timed steps on the processes' own threads, so a busy machine changes them little.
 
     cargo build --release
     python benches/peers/lora_step.py [--shape smollm2-135m] [--batch 2] [--length 256] [--threads 1] [--json benches/results/FILE.json]
 """
-import argparse, json, os, resource, statistics, subprocess, time
+import argparse, json, os, statistics, subprocess, time
 
 SHAPES = {  # as `temper bench train --shape` has them: hidden, intermediate, layers, heads, kv heads, head_dim, vocab
     "quickstart": (128, 384, 4, 4, 2, 32, 512),
@@ -61,20 +61,13 @@ def torch_round(model, trained, optimizer):
     return statistics.median(times[1:]), (time.process_time() - cpu) / args.steps
 
 
-def temper_run(repeat, more):
-    command = [args.temper, "bench", "train", "--shape", args.shape, "--batch", str(args.batch), "--length", str(args.length),
-               "--repeat", str(repeat), "--device", "cpu", "--dtype", "float32", "--json", *more]
-    env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads))
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    before = used()
-    run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
-    return run, used() - before
-
-
 def temper_round(*more):
-    run, cpu = temper_run(args.steps, more)
+    command = [args.temper, "bench", "train", "--shape", args.shape, "--batch", str(args.batch), "--length", str(args.length),
+               "--repeat", str(args.steps), "--device", "cpu", "--dtype", "float32", "--json", *more]
+    env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads))
+    run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
     peaks[" ".join(more) or "full"] = run["peak_memory_bytes"]
-    return run["seconds_per_step"], (cpu - temper_run(0, more)[1]) / args.steps
+    return run["seconds_per_step"], run["cpu_seconds_per_step"]
 
 
 peaks = {}
@@ -95,9 +88,10 @@ result = {
     "what": f"training step, {args.shape} shape, f32, CPU, LoRA rank {args.rank} on all seven projections", "batch": args.batch,
     "length": args.length, "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__,
     "peft": peft.__version__, "wall_seconds_per_step": wall, "cpu_seconds_per_step": cpu,
+    "cpu seconds: torch full over temper full": cpu["torch full"] / cpu["temper full"],
+    "cpu seconds: torch lora over temper lora": cpu["torch lora (peft)"] / cpu["temper lora"],
     "cpu seconds: temper lora over temper full": cpu["temper lora"] / cpu["temper full"],
     "cpu seconds: torch lora over torch full": cpu["torch lora (peft)"] / cpu["torch full"],
-    "cpu seconds: temper lora over torch lora": cpu["temper lora"] / cpu["torch lora (peft)"],
     "temper_peak_memory_bytes": peaks, "rounds": rounds, "load_average": os.getloadavg(),
 }
 print(json.dumps(result, indent=1))

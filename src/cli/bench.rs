@@ -11,7 +11,7 @@ use crate::check::{differentiable, prepare_case, upstream};
 use crate::cli::bench_args::BenchArgs;
 use crate::cli::bench_grpo::GrpoBench;
 use crate::cli::bench_levels;
-use crate::cli::bench_measure::{Ceilings, median, preset, time};
+use crate::cli::bench_measure::{Ceilings, cpu_seconds, median, preset, time};
 use crate::cli::bench_train;
 use crate::cli::launches::{DecodeStep, decode_step};
 use crate::cli::parsers::check_tokens;
@@ -91,7 +91,7 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let options =
         EngineOptions::new(args.length - prompt, Sampling::greedy(), Vec::new(), args.batch);
     let new_tokens = options.max_new_tokens;
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), cpu_seconds());
     let mut engine = Engine::new(cx, &mut model, options, args.length)?;
     for request in Request::numbered(prompts, 1) {
         engine.submit(&request)?;
@@ -105,6 +105,7 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
         }
     }
     let seconds = start.elapsed().as_secs_f64();
+    let spent = before.zip(cpu_seconds()).map(|(from, to)| to - from);
     let tokens = args.batch * new_tokens;
     let steady = decoding.map(|(since, before)| {
         let (seconds, after) = (since.elapsed().as_secs_f64(), engine.counts);
@@ -116,7 +117,7 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let us = |step: &DecodeStep| step.host.as_secs_f64() * 1e6;
     Ok(json!({
         "bench": "decode", "device": cx.device.name(), "dtype": cx.dtype.name(), "batch": args.batch, "prompt": prompt,
-        "new_tokens": new_tokens, "seconds": seconds, "tokens_per_second": tokens as f64 / seconds,
+        "new_tokens": new_tokens, "seconds": seconds, "cpu_seconds": spent, "tokens_per_second": tokens as f64 / seconds,
         "steady_tokens_per_second": steady.map(|s| s.0), "steady_microseconds_per_step": steady.map(|s| s.1),
         "steps": engine.counts.steps, "replayed_steps": engine.counts.replayed,
         "peak_memory_bytes": cx.pool.in_use().1,

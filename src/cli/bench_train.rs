@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::bench_args::BenchArgs;
-use super::bench_measure::{median, peft_keys, preset};
+use super::bench_measure::{cpu_seconds, median, peft_keys, preset};
 use crate::autograd::{Cx, Recompute};
 use crate::data::masked::MaskedSequence;
 use crate::data::preference::PairExample;
@@ -59,11 +59,18 @@ fn trainer(
 /// Steps that are not counted.
 const WARM_UP: usize = 3;
 
-/// Median seconds of a step.
-fn time_steps(trainer: &mut Trainer, method: &mut dyn Method, repeat: usize) -> Result<f64> {
+/// Median seconds of a step, and its seconds on cores, on average.
+fn time_steps(
+    trainer: &mut Trainer,
+    method: &mut dyn Method,
+    repeat: usize,
+) -> Result<(f64, Option<f64>)> {
     let device = trainer.cx.device.clone();
-    let mut times = Vec::new();
+    let (mut times, mut before) = (Vec::new(), None);
     for i in 0..repeat + WARM_UP {
+        if i == WARM_UP {
+            before = cpu_seconds();
+        }
         let start = Instant::now();
         trainer.step(method)?;
         device.sync()?;
@@ -71,7 +78,8 @@ fn time_steps(trainer: &mut Trainer, method: &mut dyn Method, repeat: usize) -> 
             times.push(start.elapsed().as_secs_f64());
         }
     }
-    Ok(median(times))
+    let spent = before.zip(cpu_seconds()).map(|(from, to)| (to - from) / repeat as f64);
+    Ok((median(times), spent))
 }
 
 pub(super) fn train(cx: Cx, args: &BenchArgs) -> Result<Value> {
@@ -81,12 +89,12 @@ pub(super) fn train(cx: Cx, args: &BenchArgs) -> Result<Value> {
     let ready = started.elapsed().as_secs_f64();
     let (trained, params) = (trainer.model.trained().trained_count(), trainer.model.params.count());
     let flops = flops_per_token(&trainer.model.config, params, args.length);
-    let seconds = time_steps(&mut trainer, &mut *method, args.repeat())?;
+    let (seconds, spent) = time_steps(&mut trainer, &mut *method, args.repeat())?;
     let sides = if args.method == "dpo" { 2 } else { 1 };
     let tokens = (sides * args.batch * args.length) as f64;
     Ok(json!({
         "bench": "train", "method": args.method, "device": name, "dtype": dtype, "parameters": params,
-        "batch": args.batch, "length": args.length, "seconds_per_step": seconds,
+        "batch": args.batch, "length": args.length, "seconds_per_step": seconds, "cpu_seconds_per_step": spent,
         "tokens_per_second": tokens / seconds, "tflops": tokens * flops / seconds / 1e12,
         "peak_memory_bytes": trainer.cx.pool.in_use().1, "recompute": args.recompute.unwrap_or(Recompute::Off).word(), "seconds_to_build": ready,
         "trained_parameters": trained, "lora_r": args.lora, "base": args.base,
@@ -112,8 +120,8 @@ pub(super) fn launches(args: &BenchArgs) -> Result<Value> {
     trainer.step(&mut *method)?;
     let launches: usize = device.take_launches().values().sum();
     let before = thread_nanoseconds();
-    let seconds = time_steps(&mut trainer, &mut *method, args.repeat())?;
-    // Time on a core: on a busy machine the clock on the wall tells of others' work.
+    let (seconds, _) = time_steps(&mut trainer, &mut *method, args.repeat())?;
+    // Of this thread alone.
     let spent = before.zip(thread_nanoseconds()).map(|(from, to)| (to - from) as f64);
     let of_launch = |ns: f64| ns / 1e3 / (args.repeat() + WARM_UP) as f64 / launches as f64;
     Ok(json!({

@@ -174,10 +174,10 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, head: &Head) -> Result<Tensor> {
     Ok(mean)
 }
 
-/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache); 1 GiB on a GPU, since each
-/// chunk reads and writes the whole gradient of the head.
+/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 GiB on a GPU, 256 rows at least: each
+/// chunk reads the whole head, and reads and writes its whole gradient.
 pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
-    (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(32, 16384)
+    (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(256, 16384)
 }
 
 /// Warps that share a row of logits.

@@ -1,11 +1,10 @@
 //! The CPU device: kernels run through the shim on all cores, matrix products through
-//! `matrixmultiply`. Layer 1.
+//! `gemm`. Layer 1.
 //!
 //! Invariant: results do not depend on the number of threads. Blocks are independent, so each
-//! worker runs a fixed range of them; a matrix product is cut into row chunks whose bits do not
+//! worker runs a fixed range of them; a matrix product is cut into pieces whose bits do not
 //! depend on the cut.
 
-mod few_rows;
 mod gemm;
 
 use std::alloc::{Layout as MemoryLayout, alloc, dealloc};
