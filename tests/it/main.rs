@@ -23,6 +23,7 @@ mod faults;
 mod forms;
 mod generate;
 mod gguf;
+mod gguf_families;
 mod hopper;
 mod jinja;
 mod kills;
