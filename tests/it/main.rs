@@ -42,6 +42,7 @@ mod online_chunks;
 mod online_plan;
 mod ops;
 mod peft;
+mod peft_variants;
 mod plan;
 mod policy;
 mod preference_config;
