@@ -17,10 +17,13 @@ use crate::fsio::{fsync_dir, parent, with_suffix};
 use crate::gguf::blocks::GgufType;
 use crate::gguf::convert::convert;
 use crate::gguf::export::export;
+use crate::gguf::same::differences;
 use crate::model::adapter::config::AdapterConfig;
+use crate::model::adapter::merge::merged_config;
 use crate::model::hub::resolve_model;
 use crate::model::open::open_model;
 use crate::observer::output::note_line;
+use crate::tensor::safetensors::HostDtype;
 
 /// Write a model as one GGUF file, as llama.cpp reads it, and compare what the file gives with the
 /// folder before it counts as done
@@ -112,7 +115,14 @@ pub fn run(args: ExportArgs) -> Result<()> {
     // Under another name until it was read back.
     let staged = Staged::new(&args.file)?;
     let notes = export(&cx, &model, &tokenizer, &staged.file, *dtype)?;
-    convert(&staged.file, &staged.folder, Some(crate::tensor::safetensors::HostDtype::F32))?;
+    let read = convert(&staged.file, &staged.folder, Some(HostDtype::F32))?;
+    let off = differences(&merged_config(&model), &read.config);
+    if !off.is_empty() {
+        return Err(Error::Run(format!(
+            "a GGUF file cannot say all that this model is; nothing was written:\n  {}",
+            off.join("\n  ")
+        )));
+    }
     check_tokens(&tokenizer, &staged.folder)?;
     let window = model.config.sliding_window.iter().flatten().min().copied();
     let length = window.map_or(LENGTH, |w| w.clamp(2, LENGTH));

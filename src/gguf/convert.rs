@@ -7,15 +7,17 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::blocks::GgufType;
-use super::config::{ROPE_FACTORS, config_of, names};
+use super::config::{config_of, names};
 use super::read::{GgufFile, GgufTensor};
+use super::rope;
 use super::tokenizer::tokenizer_of;
+use super::values::from_file;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio::{self, AtomicDir};
 use crate::model::families::gguf::GgufNames;
 use crate::model::folder::write_folder;
-use crate::model::layout::{ModelConfig, ParamSpec, Role, expected_params};
+use crate::model::layout::{ModelConfig, ParamSpec, expected_params};
 use crate::tensor::safetensors::HostDtype;
 
 /// What was written.
@@ -38,19 +40,17 @@ pub fn convert(path: &Path, dir: &Path, dtype: Option<HostDtype>) -> Result<Conv
     let tensors = matched(&file, names, &config, &specs)?;
     let tokenizer = tokenizer_of(&file, config.vocab_size)?;
     check_tokenizer(&file, dir, &tokenizer.files)?;
-    let kept = kept_by(&file)?;
+    let stored = |spec: &ParamSpec, tensor: &GgufTensor| {
+        file.values(tensor).map(|values| from_file(names, &config, spec, values))
+    };
+    let kept = kept_by(&specs, &tensors, &stored)?;
     let dtype = dtype.unwrap_or(kept[0]);
     let values = &mut |spec: &ParamSpec| {
         let place = specs.iter().position(|s| s.name == spec.name);
         let tensor = place.and_then(|i| tensors.get(i));
         let tensor =
             tensor.ok_or_else(|| Error::model(path, format!("{} is missing", spec.name)))?;
-        let values = file.values(tensor)?;
-        let heads = rope_heads(names, &config, spec);
-        match heads {
-            Some(heads) => dtype.encode(&to_halves(&values, heads, config.head_dim)),
-            None => dtype.encode(&values),
-        }
+        dtype.encode(&stored(spec, tensor)?)
     };
     let generation = Some(tokenizer.generation_config).filter(|map| !map.is_empty());
     write_folder(dir, &config, &tokenizer.files, generation, dtype, values)?;
@@ -72,7 +72,7 @@ fn matched<'a>(
     specs: &[ParamSpec],
 ) -> Result<Vec<&'a GgufTensor>> {
     let mut problems = Vec::new();
-    let mut expected: BTreeSet<String> = BTreeSet::from([ROPE_FACTORS.to_string()]);
+    let mut expected = BTreeSet::from(rope::FACTORS.map(String::from));
     let mut found = Vec::new();
     for spec in specs {
         let Some(name) = names.tensor(&spec.name) else {
@@ -122,76 +122,28 @@ fn check_tokenizer(file: &GgufFile, dir: &Path, files: &[(String, Vec<u8>)]) -> 
 }
 
 /// The dtypes that keep every value, the narrowest first; f32 does always.
-fn kept_by(file: &GgufFile) -> Result<Vec<HostDtype>> {
+fn kept_by(
+    specs: &[ParamSpec],
+    tensors: &[&GgufTensor],
+    stored: &dyn Fn(&ParamSpec, &GgufTensor) -> Result<Vec<f32>>,
+) -> Result<Vec<HostDtype>> {
     use GgufType::{BF16, F16, F32};
-    let has = |dtype| file.tensors().iter().any(|t| t.dtype == dtype);
+    let has = |dtype| tensors.iter().any(|t| t.dtype == dtype);
     let narrow = match (has(F16), has(BF16)) {
-        (true, false) => Some((F16, HostDtype::F16)),
-        (false, true) => Some((BF16, HostDtype::BF16)),
-        _ => None,
+        (true, false) => (F16, HostDtype::F16),
+        (false, true) => (BF16, HostDtype::BF16),
+        _ => return Ok(vec![HostDtype::F32]),
     };
-    let all = file.tensors().iter();
-    if let Some((stored, dtype)) =
-        narrow.filter(|n| all.clone().all(|t| [n.0, F32].contains(&t.dtype)))
-    {
-        for tensor in all.filter(|t| t.dtype == F32) {
-            let values = file.values(tensor)?;
-            let mut back = vec![0f32; values.len()];
-            stored.widen(&stored.narrow(&values).unwrap_or_default(), &mut back);
-            if values.iter().zip(&back).any(|(a, b)| a.to_bits() != b.to_bits()) {
-                return Ok(vec![HostDtype::F32]);
-            }
+    if tensors.iter().any(|t| ![narrow.0, F32].contains(&t.dtype)) {
+        return Ok(vec![HostDtype::F32]);
+    }
+    for (spec, tensor) in specs.iter().zip(tensors).filter(|(_, t)| t.dtype == F32) {
+        let values = stored(spec, tensor)?;
+        let mut back = vec![0f32; values.len()];
+        narrow.0.widen(&narrow.0.narrow(&values).unwrap_or_default(), &mut back);
+        if values.iter().zip(&back).any(|(a, b)| a.to_bits() != b.to_bits()) {
+            return Ok(vec![HostDtype::F32]);
         }
-        return Ok(vec![dtype, HostDtype::F32]);
     }
-    Ok(vec![HostDtype::F32])
-}
-
-/// The heads of a parameter whose rows stand in the order of llama.cpp's rope.
-pub fn rope_heads(names: &GgufNames, config: &ModelConfig, spec: &ParamSpec) -> Option<usize> {
-    match spec.role {
-        _ if !names.neighbours => None,
-        Role::Q | Role::QBias => Some(config.num_heads),
-        Role::K | Role::KBias => Some(config.num_kv_heads),
-        _ => None,
-    }
-}
-
-/// Rows of each head in pairs, (0, d/2), (1, d/2 + 1) ..., into halves.
-fn to_halves(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
-    let half = head_dim / 2;
-    moved(values, heads, head_dim, |row| row % half * 2 + row / half)
-}
-
-/// The other way.
-pub fn to_neighbours(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
-    let half = head_dim / 2;
-    moved(values, heads, head_dim, |row| row % 2 * half + row / 2)
-}
-
-/// Row `r` of each head is what row `from(r)` was.
-fn moved(values: &[f32], heads: usize, head_dim: usize, from: impl Fn(usize) -> usize) -> Vec<f32> {
-    let width = values.len() / (heads * head_dim);
-    let mut out = Vec::with_capacity(values.len());
-    for row in 0..heads * head_dim {
-        let at = (row / head_dim * head_dim + from(row % head_dim)) * width;
-        out.extend_from_slice(&values[at..at + width]);
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_of_a_rope_go_to_halves_and_back() {
-        // Two heads of 4 rows of 1 value: pairs (0, 2), (1, 3) in Hugging Face's order.
-        let neighbours = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
-        let halves = [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0];
-        assert_eq!(to_halves(&neighbours, 2, 4), halves);
-        assert_eq!(to_neighbours(&halves, 2, 4), neighbours);
-        let wide: Vec<f32> = (0..48).map(|i| i as f32).collect();
-        assert_eq!(to_halves(&to_neighbours(&wide, 2, 8), 2, 8), wide);
-    }
+    Ok(vec![narrow.1, HostDtype::F32])
 }

@@ -6,9 +6,9 @@
 use std::path::Path;
 
 use super::blocks::GgufType;
-use super::config::{self, ROPE_FACTORS};
-use super::convert::{rope_heads, to_neighbours};
+use super::entries;
 use super::tokens;
+use super::values::to_file;
 use super::write::{GgufSpec, MetaEntry, write};
 use crate::autograd::Cx;
 use crate::data::tokenizer::Tokenizer;
@@ -44,7 +44,7 @@ pub fn export(
     let mut notes = Vec::new();
     let config = merged_config(model);
     let dir = tokenizer.model_dir();
-    let (names, mut meta, factors) = config::entries_of(dir, &config, &mut notes)?;
+    let (names, mut meta, factors) = entries::entries_of(dir, &config, &mut notes)?;
     let name = std::fs::canonicalize(dir).ok();
     let name = name.as_ref().and_then(|d| d.file_name()?.to_str());
     meta.insert(1, ("general.type".into(), MetaEntry::Text("model".into())));
@@ -79,12 +79,12 @@ pub fn export(
             "{other} matrices are stored as F16: their rows are not a multiple of the {block} values of a block of {of}"
         ));
     }
-    if let Some(factors) = &factors {
-        let shape = vec![factors.len()];
-        specs.push(GgufSpec { name: ROPE_FACTORS.into(), dtype: GgufType::F32, shape });
+    for (name, values) in &factors {
+        let shape = vec![values.len()];
+        specs.push(GgufSpec { name: name.to_string(), dtype: GgufType::F32, shape });
     }
     write(path, &meta, &specs, &mut |i| {
-        let Some(spec) = params.get(i) else { return Ok(factors.clone().unwrap_or_default()) };
+        let Some(spec) = params.get(i) else { return Ok(factors[i - params.len()].1.clone()) };
         let values = if model.adapter.is_some() {
             merged_values(cx, model, spec)?
         } else {
@@ -92,10 +92,7 @@ pub fn export(
             let at = at.ok_or_else(|| Error::op("gguf", format!("{} has no place", spec.name)))?;
             model.params.weight_view(at)?.to_f32()?
         };
-        Ok(match rope_heads(names, &config, spec) {
-            Some(heads) => to_neighbours(&values, heads, config.head_dim),
-            None => values,
-        })
+        Ok(to_file(names, &config, spec, values))
     })?;
     Ok(notes)
 }

@@ -7,10 +7,14 @@
 pub mod blocks;
 pub mod config;
 pub mod convert;
+pub mod entries;
 pub mod export;
 pub mod pieces;
 pub mod pre;
 pub mod read;
+pub mod rope;
+pub mod same;
 pub mod tokenizer;
 pub mod tokens;
+pub mod values;
 pub mod write;

@@ -357,6 +357,17 @@ pub enum RopeRule {
     ByLayerType { default_sliding_theta: f64 },
 }
 
+impl RopeRule {
+    /// Which layers have rope where config.json does not say.
+    pub fn layers(self, layers: usize) -> Vec<bool> {
+        let interval = match self {
+            RopeRule::SomeLayers { default_interval } => default_interval,
+            RopeRule::Every | RopeRule::ByLayerType { .. } => usize::MAX,
+        };
+        (0..layers).map(|i| !(i + 1).is_multiple_of(interval)).collect()
+    }
+}
+
 /// What a parameter does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {

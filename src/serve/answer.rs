@@ -10,6 +10,7 @@ use super::events::Event;
 use super::request::Asked;
 use super::text::ChoiceText;
 use super::ticket::Ticket;
+use super::tools::{CallReader, ToolCall};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Error;
 use crate::rollout::Finish;
@@ -32,8 +33,17 @@ type PromptScores = (Vec<f32>, Vec<Vec<(u32, f32)>>);
 pub(super) struct Delta {
     pub choice: usize,
     pub text: String,
+    pub calls: Vec<ToolCall>,
     pub tokens: Vec<TokenInfo>,
-    pub finish: Option<Finish>,
+    pub finish: Option<FinishReason>,
+}
+
+/// Why a choice has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FinishReason {
+    Stop,
+    Length,
+    ToolCalls,
 }
 
 pub(super) struct Answer {
@@ -43,6 +53,8 @@ pub(super) struct Answer {
     tokenizer: Arc<Tokenizer>,
     /// Of each choice; None: it has ended.
     texts: Vec<Option<ChoiceText>>,
+    /// Of each choice, where calls are told.
+    readers: Vec<CallReader>,
     left: usize,
     first_token: bool,
 }
@@ -54,7 +66,10 @@ impl Answer {
         ticket.app.metrics.prompt_tokens.fetch_add(prompt_tokens as u64, Ordering::Relaxed);
         let texts = (0..asked.choices()).map(|_| Some(ChoiceText::new(&asked.stop, 0))).collect();
         let left = asked.choices();
-        Answer { asked, ticket, tokenizer, texts, left, completion_tokens: 0, first_token: true }
+        let told = if asked.calls { left } else { 0 };
+        let readers = (0..told).map(|_| CallReader::default()).collect();
+        let (completion_tokens, first_token) = (0, true);
+        Answer { asked, ticket, completion_tokens, tokenizer, texts, readers, left, first_token }
     }
 
     /// Whether nothing more comes.
@@ -93,13 +108,30 @@ impl Answer {
                 let text = text.transpose();
                 let text = text.map_err(ApiError::internal)?.unwrap_or_default();
                 self.end_one();
-                Ok(vec![Delta { choice, text, tokens: Vec::new(), finish: Some(finish) }])
+                let (mut text, calls) = self.part(choice, text);
+                let reader = self.readers.get_mut(choice);
+                let made = reader.as_ref().is_some_and(|reader| reader.made_calls());
+                text += &reader.map(CallReader::finish).unwrap_or_default();
+                let finish = Some(match finish {
+                    Finish::Stop if made => FinishReason::ToolCalls,
+                    Finish::Stop => FinishReason::Stop,
+                    Finish::Length => FinishReason::Length,
+                });
+                Ok(vec![Delta { choice, text, calls, tokens: Vec::new(), finish }])
             }
             Event::Scored { prompt, logps, top } => self.echo(prompt, Some((logps, top))),
             Event::Failed(message) => {
                 self.ticket.ended = true; // the worker has forgotten it
                 Err(ApiError::internal(message))
             }
+        }
+    }
+
+    /// Text of a choice as content and calls.
+    fn part(&mut self, choice: usize, text: String) -> (String, Vec<ToolCall>) {
+        match self.readers.get_mut(choice) {
+            Some(reader) => reader.push(&text),
+            None => (text, Vec::new()),
         }
     }
 
@@ -131,7 +163,8 @@ impl Answer {
             tokens.push(TokenInfo { text, logp: Some(logp), offset, top });
         }
         let text = own.push(tokenizer, token)?;
-        Ok(vec![Delta { choice, text, tokens, finish: None }])
+        let (text, calls) = self.part(choice, text);
+        Ok(vec![Delta { choice, text, calls, tokens, finish: None }])
     }
 
     /// The prompt as the beginning of its choices.
@@ -154,8 +187,8 @@ impl Answer {
                 None => Ok(Vec::new()),
             };
             let tokens = tokens.map_err(ApiError::internal)?;
-            let finish = ends.then_some(Finish::Length);
-            deltas.push(Delta { choice, text: text.clone(), tokens, finish });
+            let finish = ends.then_some(FinishReason::Length);
+            deltas.push(Delta { choice, text: text.clone(), calls: Vec::new(), tokens, finish });
             self.texts[choice] = (!ends).then(|| ChoiceText::new(&self.asked.stop, chars));
         }
         if ends {

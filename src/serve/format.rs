@@ -4,9 +4,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::answer::{Answer, Delta, TokenInfo};
+use super::answer::{Answer, Delta, FinishReason, TokenInfo};
 use super::ticket::now;
-use crate::rollout::Finish;
+use super::tools::ToolCall;
 
 /// What is the same in all pieces of an answer.
 pub(super) struct Head {
@@ -21,13 +21,15 @@ pub(super) struct Head {
 #[derive(Default)]
 pub(super) struct WholeChoice {
     text: String,
+    calls: Vec<ToolCall>,
     tokens: Vec<TokenInfo>,
-    finish: Option<Finish>,
+    finish: Option<FinishReason>,
 }
 
 impl WholeChoice {
     pub fn add(&mut self, delta: Delta) {
         self.text += &delta.text;
+        self.calls.extend(delta.calls);
         self.tokens.extend(delta.tokens);
         self.finish = delta.finish.or(self.finish);
     }
@@ -58,7 +60,15 @@ impl Head {
         let choice = |(i, c): (usize, WholeChoice)| {
             let (logprobs, reason) = (self.logprobs(&c.tokens), reason(c.finish));
             if self.chat {
-                let message = json!({ "role": "assistant", "content": c.text, "refusal": null });
+                let mut message =
+                    json!({ "role": "assistant", "content": c.text, "refusal": null });
+                if !c.calls.is_empty() {
+                    if c.text.is_empty() {
+                        message["content"] = Value::Null;
+                    }
+                    let calls = c.calls.iter().map(|call| call.json(&self.call_id(i, call)));
+                    message["tool_calls"] = calls.collect();
+                }
                 return json!({
                     "index": i, "message": message, "logprobs": logprobs, "finish_reason": reason,
                 });
@@ -70,6 +80,11 @@ impl Head {
         let mut whole = self.object(name, choices);
         whole.insert("usage".into(), usage(answer));
         Value::Object(whole)
+    }
+
+    /// A name for a call that no other has.
+    fn call_id(&self, choice: usize, call: &ToolCall) -> String {
+        format!("call-{}-{choice}-{}", self.id, call.index)
     }
 
     fn chunk_name(&self) -> &'static str {
@@ -87,7 +102,8 @@ impl Head {
 
     /// A piece of a stream; None: it would say nothing.
     pub fn chunk(&self, delta: &Delta) -> Option<Value> {
-        if delta.text.is_empty() && delta.tokens.is_empty() && delta.finish.is_none() {
+        let says = !delta.text.is_empty() || !delta.calls.is_empty() || !delta.tokens.is_empty();
+        if !says && delta.finish.is_none() {
             return None;
         }
         let logprobs = match delta.tokens.is_empty() {
@@ -101,9 +117,17 @@ impl Head {
                 "index": index, "text": text, "logprobs": logprobs, "finish_reason": reason,
             }),
             (true, empty) => {
-                let delta = if empty { json!({}) } else { json!({ "content": text }) };
+                let mut piece = if empty { json!({}) } else { json!({ "content": text }) };
+                if !delta.calls.is_empty() {
+                    let calls = delta.calls.iter().map(|call| {
+                        let mut json = call.json(&self.call_id(index, call));
+                        json["index"] = json!(call.index);
+                        json
+                    });
+                    piece["tool_calls"] = calls.collect();
+                }
                 json!({
-                    "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason,
+                    "index": index, "delta": piece, "logprobs": logprobs, "finish_reason": reason,
                 })
             }
         };
@@ -157,8 +181,12 @@ fn completion_tokens(tokens: &[TokenInfo]) -> Value {
     })
 }
 
-fn reason(finish: Option<Finish>) -> Value {
-    json!(if finish == Some(Finish::Stop) { "stop" } else { "length" })
+fn reason(finish: Option<FinishReason>) -> Value {
+    json!(match finish {
+        Some(FinishReason::Stop) => "stop",
+        Some(FinishReason::ToolCalls) => "tool_calls",
+        Some(FinishReason::Length) | None => "length",
+    })
 }
 
 fn usage(answer: &Answer) -> Value {

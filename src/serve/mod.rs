@@ -18,6 +18,7 @@ mod request;
 mod score;
 mod text;
 mod ticket;
+mod tools;
 mod worker;
 
 use std::net::SocketAddr;

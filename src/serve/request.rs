@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::names::Served;
+use super::tools::{self, arguments_to_objects};
 use crate::config::ServeConfig;
 use crate::data::rows::Row;
 use crate::error::Error;
@@ -46,6 +47,8 @@ pub(super) struct Asked {
     pub options: RequestOptions,
     pub seeded: bool,
     pub stop: Vec<String>,
+    /// Tool calls in the text are told as such.
+    pub calls: bool,
     pub echo: bool,
     /// Tell log-probs, and those of so many of the most probable tokens.
     pub logprobs: Option<usize>,
@@ -145,6 +148,7 @@ impl Asked {
             options,
             seeded: seed.is_some(),
             stop,
+            calls: own.tools && tools::reads_calls(served),
             echo: own.echo,
             logprobs: own.logprobs,
             stream,
@@ -160,6 +164,8 @@ struct OwnFields {
     default_tokens: usize,
     echo: bool,
     logprobs: Option<usize>,
+    /// The prompt names tools.
+    tools: bool,
 }
 
 /// The model of a name; the first where none is given.
@@ -233,7 +239,8 @@ fn completion_fields(f: &mut Fields, served: &Served, n: usize) -> Result<OwnFie
         Ok(AskedPrompt { ids, text })
     });
     let prompts = prompts.collect::<Result<_, _>>()?;
-    Ok(OwnFields { prompts, max_tokens, default_tokens: DEFAULT_TOKENS, echo, logprobs })
+    let default_tokens = DEFAULT_TOKENS;
+    Ok(OwnFields { prompts, max_tokens, default_tokens, echo, logprobs, tools: false })
 }
 
 fn chat_fields(f: &mut Fields, served: &Served, _n: usize) -> Result<OwnFields, ApiError> {
@@ -249,7 +256,7 @@ fn chat_fields(f: &mut Fields, served: &Served, _n: usize) -> Result<OwnFields, 
             return Err(ApiError::field("top_logprobs", message));
         }
     };
-    f.ignore(&["parallel_tool_calls"]); // what the model writes is given as text
+    f.ignore(&["parallel_tool_calls"]); // what the model writes is told
     let is = |wanted: Value| move |v: &Value| *v == wanted;
     f.only("response_format", "{\"type\": \"text\"}", is(json!({ "type": "text" })))?;
     f.only("modalities", "[\"text\"]", is(json!(["text"])))?;
@@ -269,8 +276,12 @@ fn chat_fields(f: &mut Fields, served: &Served, _n: usize) -> Result<OwnFields, 
         return Err(wrong("messages", "a list of messages", &messages));
     };
     list.iter_mut().enumerate().try_for_each(|(i, message)| one_text(i, message))?;
+    list.iter_mut().for_each(arguments_to_objects);
     let mut row: Map<String, Value> = [("prompt".to_string(), messages)].into_iter().collect();
-    row.extend(tools.filter(|_| !none).map(|tools| ("tools".to_string(), tools)));
+    let tools = tools.filter(|_| !none);
+    let own = served.text.template.as_ref().and_then(|t| t.setup().tools.as_ref());
+    let named = tools.as_ref().or(own).and_then(Value::as_array).is_some_and(|t| !t.is_empty());
+    row.extend(tools.map(|tools| ("tools".to_string(), tools)));
     row.extend(kwargs.map(|kwargs| ("chat_template_kwargs".to_string(), kwargs)));
     let ids = ids(served, 0, row, "messages")?;
     Ok(OwnFields {
@@ -279,6 +290,7 @@ fn chat_fields(f: &mut Fields, served: &Served, _n: usize) -> Result<OwnFields, 
         default_tokens: usize::MAX,
         echo: false,
         logprobs,
+        tools: named && !none,
     })
 }
 

@@ -679,3 +679,93 @@ fn wrong_command_lines_say_what_to_do() {
     said(&[MODEL, "--port", "0", "--host", "192.0.2.7"], 1, "another --port");
     said(&[MODEL, "--port", "0", "--device", "cpu", "--adapter", "model=nowhere"], 1, "nowhere");
 }
+
+/// A model that has learned to call a tool, if its prompt names one.
+fn caller(dir: &std::path::Path, call: &str, tools: &Value) -> String {
+    let (model, out) = (dir.join("model"), dir.join("caller"));
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(MODEL).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    let template = model.join("chat_template.jinja");
+    let plain = std::fs::read_to_string(&template).unwrap();
+    let named = r#"{%- if tools %}{{- '<|im_start|>system\n' }}{% for tool in tools %}{{ tool.function.name }}{% endfor %}
+    {{- ': <tool_call>{"name": NAME, "arguments": ARGUMENTS}</tool_call><|im_end|>\n' }}{%- endif %}
+"#;
+    std::fs::write(&template, named.to_string() + &plain).unwrap();
+    let messages = json!([
+        { "role": "user", "content": "1 + 2" }, { "role": "assistant", "content": call },
+    ]);
+    let data = dir.join("rows.jsonl");
+    std::fs::write(&data, json!({ "messages": messages, "tools": tools }).to_string()).unwrap();
+    let [model, data, out] = [&model, &data, &out].map(|p| p.to_str().unwrap().to_string());
+    done(&[
+        "sft",
+        "--model",
+        &model,
+        "--data",
+        &data,
+        "--output",
+        &out,
+        "--device",
+        "cpu",
+        "max_steps=120",
+        "learning_rate=0.01",
+        "per_device_train_batch_size=1",
+        "save_steps=120",
+    ]);
+    out
+}
+
+#[test]
+fn tool_calls_in_an_answer_are_told_as_such() {
+    let dir = tempfile::tempdir().unwrap();
+    let tools = json!([{ "type": "function", "function": {
+        "name": "add", "description": "Add.", "parameters": { "type": "object", "properties": {} },
+    } }]);
+    let call = "I add.\n<tool_call>\n{\"name\": \"add\", \"arguments\": {\"a\": 1, \"b\": 2}}\n</tool_call>";
+    let model = caller(dir.path(), call, &tools);
+    let server = Server::of(&["serve", &model, "--device", "cpu", "--port", "0"]);
+    let mut body = json!({
+        "messages": [{ "role": "user", "content": "1 + 2" }], "tools": tools,
+        "temperature": 0, "max_tokens": 120,
+    });
+    let whole = server.post(CHAT, &body).ok()["choices"][0].clone();
+    assert_eq!(whole["finish_reason"], "tool_calls", "{whole}");
+    let message = &whole["message"];
+    assert_eq!(message["content"], "I add.");
+    let made = &message["tool_calls"][0];
+    let function = json!({ "name": "add", "arguments": "{\"a\":1,\"b\":2}" });
+    assert_eq!((&made["type"], &made["function"]), (&json!("function"), &function));
+    assert!(made["id"].as_str().unwrap().starts_with("call-"));
+    assert_eq!(message["tool_calls"].as_array().unwrap().len(), 1);
+
+    body["stream"] = json!(true);
+    let events = server.post(CHAT, &body).events();
+    let deltas: Vec<&Value> = events.iter().map(|e| &e["choices"][0]["delta"]).collect();
+    let text: String = deltas.iter().filter_map(|d| d["content"].as_str()).collect();
+    assert_eq!(text, "I add.");
+    let calls: Vec<&Value> = deltas.iter().filter_map(|d| d.get("tool_calls")).collect();
+    assert_eq!(calls.len(), 1);
+    assert_eq!((&calls[0][0]["index"], &calls[0][0]["function"]), (&json!(0), &function));
+    assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+
+    // A conversation that goes on after a call: its arguments are text, as OpenAI's clients send them.
+    body["stream"] = json!(false);
+    body["messages"] = json!([
+        { "role": "user", "content": "1 + 2" },
+        { "role": "assistant", "content": "I add.", "tool_calls": [made] },
+        { "role": "tool", "content": "3", "tool_call_id": made["id"] },
+    ]);
+    server.post(CHAT, &body).ok();
+    // Without tools, what the model writes is text, whatever it looks like.
+    for choice in [json!({ "tool_choice": "none" }), json!({ "tools": null })] {
+        let mut plain = body.clone();
+        plain["messages"] = json!([{ "role": "user", "content": call }]);
+        plain.as_object_mut().unwrap().extend(choice.as_object().unwrap().clone());
+        let choice = server.post(CHAT, &plain).ok()["choices"][0].clone();
+        assert!(choice["message"].get("tool_calls").is_none(), "{choice}");
+        assert_ne!(choice["finish_reason"], "tool_calls");
+    }
+}

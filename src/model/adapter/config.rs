@@ -252,6 +252,11 @@ impl AdapterConfig {
                     "trainable_token_indices",
                     "target_parameters",
                     "use_bdlora",
+                    "alora_invocation_tokens",
+                    "arrow_config",
+                    "kasa_config",
+                    "monteclora_config",
+                    "velora_config",
                 ] {
                     if raw
                         .get(key)

@@ -3,24 +3,36 @@
 //! Invariant: a family is data here too. Adding one is an entry of [`GGUF_NAMES`]: its
 //! `general.architecture`; how its rope turns q and k; the modules and metadata keys whose names
 //! are not the common ones. What the entry does not say is an error of the reader, never a guess.
-//! A family without an entry is neither read from GGUF files nor written to them.
+//! What follows from the family (ropes by layer type, norms of 1 + w, layers with windows at a
+//! period) is not said again. A family without an entry is neither read nor written.
 
 /// A number of config.json under its name in a GGUF file, where the architecture stands before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GgufKey {
     pub gguf: &'static str,
     pub config: &'static str,
-    pub integer: bool,
+    pub kind: GgufKind,
     /// A file without it is an error; else the family's default holds.
     pub required: bool,
+}
+
+/// How a key is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GgufKind {
+    Size,
+    /// 0 is null.
+    SizeOrNull,
+    Number,
 }
 
 /// A family's names.
 #[derive(Debug)]
 pub struct GgufNames {
     pub model_type: &'static str,
-    /// `general.architecture`. The first entry of an architecture is the family that reads it.
+    /// `general.architecture`. Of several families, the first whose `marker` a file has reads it.
     pub architecture: &'static str,
+    /// A key that files of this family have, and those of another with its architecture have not.
+    pub marker: Option<&'static str>,
     /// The rows of q and k stand in pairs that rope turns, (0, d/2), (1, d/2 + 1) ...: llama.cpp's
     /// form for families whose rope it runs over neighbours. Hugging Face keeps halves.
     pub neighbours: bool,
@@ -30,41 +42,116 @@ pub struct GgufNames {
     pub tensors: &'static [(&'static str, &'static str)],
     /// Metadata beside [`KEYS`].
     pub keys: &'static [GgufKey],
+    /// Flags that must be true where they are there.
+    pub true_flags: &'static [&'static str],
+    /// Whether the head is the embedding, where the architecture has one form only.
+    pub tied: Option<bool>,
+    /// Layers of the model whose number in the root of q.k's factor is hidden_size / heads; all
+    /// others have head_dim there. For families that name the number, which files do not.
+    pub wide_scale_layers: Option<usize>,
+    /// A part of a head may turn, and two tensors may hold longrope's factors.
+    pub long_rope: bool,
 }
 
+/// Llama's.
+const PLAIN: GgufNames = GgufNames {
+    model_type: "llama",
+    architecture: "llama",
+    marker: None,
+    neighbours: true,
+    hidden_act: "silu",
+    tensors: &[],
+    keys: &[],
+    true_flags: &[],
+    tied: None,
+    wide_scale_layers: None,
+    long_rope: false,
+};
+
+const GEMMA2: GgufNames = GgufNames {
+    model_type: "gemma2",
+    architecture: "gemma2",
+    neighbours: false,
+    hidden_act: "gelu_pytorch_tanh",
+    tensors: &[
+        ("post_attention_layernorm", "post_attention_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+    ],
+    keys: &[
+        size("attention.sliding_window", "sliding_window", false),
+        number("attn_logit_softcapping", "attn_logit_softcapping", true),
+        number("final_logit_softcapping", "final_logit_softcapping", true),
+    ],
+    tied: Some(true),
+    wide_scale_layers: Some(46), // 27B
+    ..PLAIN
+};
+
 pub const GGUF_NAMES: &[GgufNames] = &[
+    PLAIN,
+    // Files of these carry the architecture llama, which has no sliding window.
+    GgufNames { model_type: "mistral", ..PLAIN },
+    GgufNames { model_type: "ministral", ..PLAIN },
+    GgufNames { model_type: "qwen2", architecture: "qwen2", neighbours: false, ..PLAIN },
+    GgufNames { model_type: "qwen3", architecture: "qwen3", neighbours: false, ..PLAIN },
     GgufNames {
-        model_type: "llama",
-        architecture: "llama",
-        neighbours: true,
-        hidden_act: "silu",
-        tensors: &[],
-        keys: &[],
+        model_type: "ministral3",
+        architecture: "mistral3",
+        marker: Some("attention.temperature_scale"),
+        ..PLAIN
     },
-    // Its files carry the architecture llama, which has no sliding window.
+    GgufNames { model_type: "mistral", architecture: "mistral3", ..PLAIN },
+    GgufNames { model_type: "smollm3", architecture: "smollm3", ..PLAIN },
     GgufNames {
-        model_type: "mistral",
-        architecture: "llama",
-        neighbours: true,
-        hidden_act: "silu",
-        tensors: &[],
-        keys: &[],
+        model_type: "granite",
+        architecture: "granite",
+        keys: &[
+            number("attention.scale", "attention_multiplier", true),
+            number("embedding_scale", "embedding_multiplier", false),
+            number("residual_scale", "residual_multiplier", false),
+            number("logit_scale", "logits_scaling", true),
+        ],
+        true_flags: &["rope.scaling.finetuned"], // a switch of the rope in this architecture
+        ..PLAIN
     },
     GgufNames {
-        model_type: "qwen2",
-        architecture: "qwen2",
+        model_type: "olmo2",
+        architecture: "olmo2",
         neighbours: false,
-        hidden_act: "silu",
-        tensors: &[],
-        keys: &[],
+        tensors: &[
+            ("post_attention_layernorm", "post_attention_norm"),
+            ("post_feedforward_layernorm", "post_ffw_norm"),
+        ],
+        tied: Some(false),
+        ..PLAIN
+    },
+    GEMMA2,
+    GgufNames {
+        model_type: "gemma3_text",
+        architecture: "gemma3",
+        keys: &[
+            size("attention.sliding_window", "sliding_window", true),
+            number("final_logit_softcapping", "final_logit_softcapping", false),
+        ],
+        tied: None,
+        wide_scale_layers: Some(62), // 27B
+        ..GEMMA2
     },
     GgufNames {
-        model_type: "qwen3",
-        architecture: "qwen3",
+        model_type: "phi3",
+        architecture: "phi3",
         neighbours: false,
-        hidden_act: "silu",
-        tensors: &[],
-        keys: &[],
+        tensors: &[("self_attn.qkv_proj", "attn_qkv"), ("mlp.gate_up_proj", "ffn_up")],
+        keys: &[
+            GgufKey {
+                kind: GgufKind::SizeOrNull,
+                ..size("attention.sliding_window", "sliding_window", false)
+            },
+            size("rope.scaling.original_context_length", "original_max_position_embeddings", false),
+        ],
+        long_rope: true,
+        ..PLAIN
     },
 ];
 
@@ -87,7 +174,11 @@ pub const TENSORS: &[(&str, &str)] = &[
 ];
 
 const fn size(gguf: &'static str, config: &'static str, required: bool) -> GgufKey {
-    GgufKey { gguf, config, integer: true, required }
+    GgufKey { gguf, config, kind: GgufKind::Size, required }
+}
+
+const fn number(gguf: &'static str, config: &'static str, required: bool) -> GgufKey {
+    GgufKey { gguf, config, kind: GgufKind::Number, required }
 }
 
 /// Metadata of every family.
@@ -99,20 +190,18 @@ pub const KEYS: &[GgufKey] = &[
     size("attention.head_count", "num_attention_heads", true),
     size("attention.head_count_kv", "num_key_value_heads", false),
     size("attention.key_length", "head_dim", false),
-    GgufKey {
-        gguf: "attention.layer_norm_rms_epsilon",
-        config: "rms_norm_eps",
-        integer: false,
-        required: true,
-    },
+    number("attention.layer_norm_rms_epsilon", "rms_norm_eps", true),
 ];
 
 impl GgufNames {
-    /// The family that reads an architecture.
-    pub fn reading(architecture: &str) -> Option<&'static GgufNames> {
-        GGUF_NAMES.iter().find(|n| n.architecture == architecture)
+    /// The family that reads a file of an architecture; `has` says whether a key is in it.
+    pub fn reading(architecture: &str, has: impl Fn(&str) -> bool) -> Option<&'static GgufNames> {
+        let marked =
+            |n: &GgufNames| n.marker.is_none_or(|key| has(&format!("{architecture}.{key}")));
+        GGUF_NAMES.iter().find(|n| n.architecture == architecture && marked(n))
     }
 
+    /// What writes a family.
     pub fn of_model_type(model_type: &str) -> Option<&'static GgufNames> {
         GGUF_NAMES.iter().find(|n| n.model_type == model_type)
     }
@@ -147,6 +236,11 @@ impl GgufNames {
         Some(format!("{layer}{}.{kind}", found.1))
     }
 
+    /// Whether files say which layers have a window.
+    pub fn has_windows(&self) -> bool {
+        self.all_keys().any(|key| key.config == "sliding_window")
+    }
+
     /// All keys of the family.
     pub fn all_keys(&self) -> impl Iterator<Item = &GgufKey> {
         KEYS.iter().chain(self.keys)
@@ -163,13 +257,19 @@ mod tests {
         for names in GGUF_NAMES {
             assert!(FAMILIES.iter().any(|f| f.model_type == names.model_type), "{names:?}");
         }
-        assert_eq!(GgufNames::reading("llama").unwrap().model_type, "llama");
-        assert!(GgufNames::supported().starts_with("llama (llama, mistral), qwen2"));
+        let reading = |arch: &str, has: bool| GgufNames::reading(arch, |_| has).unwrap().model_type;
+        assert_eq!(reading("llama", false), "llama");
+        assert_eq!(
+            [reading("mistral3", true), reading("mistral3", false)],
+            ["ministral3", "mistral"]
+        );
+        assert_eq!(GgufNames::of_model_type("mistral").unwrap().architecture, "llama");
+        assert!(GgufNames::supported().starts_with("llama (llama, mistral, ministral), qwen2"));
     }
 
     #[test]
     fn names_of_tensors_are_those_of_llama_cpp() {
-        let llama = GgufNames::reading("llama").unwrap();
+        let llama = &PLAIN;
         let name = |n: &str| llama.tensor(n).unwrap();
         assert_eq!(name("model.layers.11.self_attn.o_proj.weight"), "blk.11.attn_output.weight");
         assert_eq!(name("model.layers.0.self_attn.q_proj.bias"), "blk.0.attn_q.bias");

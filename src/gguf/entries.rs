@@ -1,0 +1,183 @@
+//! The metadata of a model's config in a GGUF file. Layer 6.
+//!
+//! Invariant: what would change the model and has no place there is an error; what changes long
+//! texts alone is a note.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::config::{PATTERN, usual_scalar};
+use super::rope::{self, Factors};
+use super::write::MetaEntry;
+use crate::device::DType;
+use crate::error::{Error, Result};
+use crate::model::families::gguf::{GgufKind, GgufNames};
+use crate::model::layout::{
+    AttentionScaleRule, EmbeddingRule, EmbeddingScale, HiddenAct, ModelConfig, SoftcapRule, Task,
+    WindowRule,
+};
+use crate::model::rope::RopeKind;
+use crate::tensor::safetensors::HostDtype;
+
+/// The names of a family, its metadata, and factors of the rope that tensors hold.
+pub type GgufEntries = (&'static GgufNames, Vec<(String, MetaEntry)>, Factors);
+
+/// What a config is in a GGUF file. `notes` gets what the file cannot say. Errors: what would
+/// change the model and has no place.
+pub fn entries_of(
+    dir: &Path,
+    config: &ModelConfig,
+    notes: &mut Vec<String>,
+) -> Result<GgufEntries> {
+    let bad = |message: String| Err(Error::model(dir, message));
+    if config.task != Task::CausalLm {
+        return bad(format!(
+            "is no language model ({}); a GGUF file holds one",
+            config.task.suffix()
+        ));
+    }
+    let model_type = config.family.model_type;
+    let Some(names) = GgufNames::of_model_type(model_type) else {
+        let supported = GgufNames::supported();
+        return bad(format!(
+            "GGUF files of {model_type} are not supported; supported are {supported}"
+        ));
+    };
+    if let Some(why) = unlike(names, config) {
+        let arch = names.architecture;
+        return bad(format!("is not what a GGUF file of architecture {arch} means: {why}"));
+    }
+    windows(names, config, notes);
+    let arch = names.architecture;
+    let mut out = vec![("general.architecture".to_string(), MetaEntry::Text(arch.into()))];
+    for key in names.all_keys() {
+        let value = value_of(config, key.config);
+        let entry = match key.kind {
+            GgufKind::SizeOrNull if value.is_null() => Some(MetaEntry::U32(0)),
+            GgufKind::Size | GgufKind::SizeOrNull => {
+                value.as_u64().and_then(|n| u32::try_from(n).ok()).map(MetaEntry::U32)
+            }
+            GgufKind::Number => value.as_f64().map(|x| MetaEntry::F32(x as f32)),
+        };
+        match entry {
+            Some(entry) => out.push((format!("{arch}.{}", key.gguf), entry)),
+            None if key.required => return bad(format!("{} is {value}", key.config)),
+            None => {}
+        }
+    }
+    let mut put = |key: &str, entry| out.push((format!("{arch}.{key}"), entry));
+    put("vocab_size", MetaEntry::U32(config.vocab_size as u32));
+    put("attention.value_length", MetaEntry::U32(config.head_dim as u32));
+    match period(config) {
+        Ok(None) => {}
+        Ok(Some(period)) => put(PATTERN, MetaEntry::U32(period as u32)),
+        Err(why) => return bad(why),
+    }
+    match rope::entries(names, config, &mut out) {
+        Ok(factors) => Ok((names, out, factors)),
+        Err(why) => bad(format!("cannot be said in a GGUF file of architecture {arch}: {why}")),
+    }
+}
+
+/// What of a model the architecture fixes otherwise.
+fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
+    let act = match config.hidden_act {
+        HiddenAct::Silu => "silu",
+        HiddenAct::Gelu => "gelu",
+        HiddenAct::GeluTanh => "gelu_pytorch_tanh",
+    };
+    if act != names.hidden_act {
+        let key = config.family.hidden_act.key;
+        return Some(format!("{key} is {act}, there it is {}", names.hidden_act));
+    }
+    if let Some(tied) = names.tied.filter(|tied| *tied != config.tie_word_embeddings) {
+        return Some(format!("tie_word_embeddings is {}, there it is {tied}", !tied));
+    }
+    let (layers, hidden, heads) = (config.num_layers, config.hidden_size, config.num_heads);
+    let usual = usual_scalar(names, layers, hidden, heads, config.head_dim);
+    if let (Some(usual), AttentionScaleRule::InverseSqrt { key, .. }) =
+        (usual, config.family.attention_scale)
+        && config.attention_scale != (usual as f64).powf(-0.5) as f32
+    {
+        let given = config.raw.get(key).unwrap_or(&Value::Null);
+        return Some(format!("{key} is {given}, there it is {usual}"));
+    }
+    // A layer without rope stands where the architecture has it.
+    let default = config.family.rope.layers(layers);
+    let turns: Vec<bool> = config.layer_rope.iter().map(Option::is_some).collect();
+    (turns != default).then(|| {
+        let list = |turns: &[bool]| turns.iter().map(|on| u8::from(*on)).collect::<Vec<_>>();
+        format!("the layers with rope are {:?}, there they are {:?}", list(&turns), list(&default))
+    })
+}
+
+/// Says which windows the readers of a file do not have.
+fn windows(names: &GgufNames, config: &ModelConfig, notes: &mut Vec<String>) {
+    let arch = names.architecture;
+    let Some(window) = config.sliding_window.iter().flatten().min() else { return };
+    if !names.has_windows() {
+        notes.push(format!(
+            "a GGUF file of architecture {arch} has no sliding window: texts of more than {window} tokens are read otherwise"
+        ));
+    } else if names.long_rope {
+        notes.push(format!(
+            "llama.cpp reads files of architecture {arch} without their sliding window of {window} tokens"
+        ));
+    }
+}
+
+/// The period at which layers have no window, where it is not the family's.
+fn period(config: &ModelConfig) -> std::result::Result<Option<usize>, String> {
+    let WindowRule::Pattern { period: usual, .. } = config.family.window else { return Ok(None) };
+    let slides: Vec<bool> = config.sliding_window.iter().map(Option::is_some).collect();
+    let at = |period: usize| {
+        slides.iter().enumerate().all(|(i, s)| *s != (i + 1).is_multiple_of(period))
+    };
+    if at(usual) {
+        return Ok(None);
+    }
+    let found = (1..=slides.len() + 1).find(|p| at(*p));
+    found.map(Some).ok_or_else(|| {
+        "has layers without a window at no fixed period, which a GGUF file cannot say".into()
+    })
+}
+
+/// The value of a key of config.json, its default where it is absent.
+fn value_of(config: &ModelConfig, key: &str) -> Value {
+    let family = config.family;
+    let named = |rule: Option<&str>| rule == Some(key);
+    let cap = |rule: SoftcapRule| match rule {
+        SoftcapRule::Never => None,
+        SoftcapRule::Key { key, .. } => Some(key),
+    };
+    // As a decimal: what is stored in 32 bits.
+    let number = |x: f32| json!(x.to_string().parse::<f64>().ok());
+    match key {
+        "num_key_value_heads" => json!(config.num_kv_heads),
+        "head_dim" => json!(config.head_dim),
+        "max_position_embeddings" => json!(config.max_position_embeddings),
+        "rms_norm_eps" => number(config.rms_norm_eps),
+        "sliding_window" => json!(config.sliding_window.iter().flatten().next()),
+        "original_max_position_embeddings" => match config.ropes.first().map(|r| &r.kind) {
+            Some(RopeKind::LongRope { original_max_positions, .. }) => {
+                json!(*original_max_positions as u64)
+            }
+            _ => config.raw.get(key).cloned().unwrap_or(json!(family.default_original_positions)),
+        },
+        _ if matches!(family.attention_scale, AttentionScaleRule::Key(k) if k == key) => {
+            number(config.attention_scale)
+        }
+        _ if matches!(family.embedding_scale, EmbeddingRule::Key(k) if k == key) => {
+            let of = |scale: EmbeddingScale| scale.factors(DType::F32).1;
+            number(config.embedding_scale.map_or(1.0, of))
+        }
+        _ if named(family.residual_scale) => number(config.residual_scale),
+        _ if named(family.logits_divisor) => number(config.logits.divisor),
+        _ if named(cap(family.attention_softcap)) => {
+            config.attention_softcap.map_or(Value::Null, number)
+        }
+        _ if named(cap(family.logits_softcap)) => config.logits.softcap.map_or(Value::Null, number),
+        _ => config.to_json(HostDtype::F32).get(key).cloned().unwrap_or(Value::Null),
+    }
+}

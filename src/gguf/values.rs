@@ -1,0 +1,94 @@
+//! How the values of a parameter stand in a GGUF file. Layer 6.
+//!
+//! Invariant: `from_file` undoes `to_file`: rows keep their bits, and a norm that is stored as 1 + w
+//! keeps w to half of the last bit of 1 + w.
+
+use crate::model::families::gguf::GgufNames;
+use crate::model::layout::{ModelConfig, ParamSpec, Role};
+use crate::ops::rmsnorm::NormWeight;
+
+/// The values of a parameter in the file's form.
+pub fn to_file(
+    names: &GgufNames,
+    config: &ModelConfig,
+    spec: &ParamSpec,
+    values: Vec<f32>,
+) -> Vec<f32> {
+    if adds_one(config, spec) {
+        return values.into_iter().map(|w| w + 1.0).collect();
+    }
+    match rope_heads(names, config, spec) {
+        Some(heads) => to_neighbours(&values, heads, config.head_dim),
+        None => values,
+    }
+}
+
+/// The other way.
+pub fn from_file(
+    names: &GgufNames,
+    config: &ModelConfig,
+    spec: &ParamSpec,
+    values: Vec<f32>,
+) -> Vec<f32> {
+    if adds_one(config, spec) {
+        return values.into_iter().map(|w| w - 1.0).collect();
+    }
+    match rope_heads(names, config, spec) {
+        Some(heads) => to_halves(&values, heads, config.head_dim),
+        None => values,
+    }
+}
+
+/// Norms of 1 + w are stored as the whole factor.
+fn adds_one(config: &ModelConfig, spec: &ParamSpec) -> bool {
+    config.norm_weight == NormWeight::PlusOne && spec.role.is_norm()
+}
+
+/// The heads of a parameter whose rows stand in the order of llama.cpp's rope.
+fn rope_heads(names: &GgufNames, config: &ModelConfig, spec: &ParamSpec) -> Option<usize> {
+    match spec.role {
+        _ if !names.neighbours => None,
+        Role::Q | Role::QBias => Some(config.num_heads),
+        Role::K | Role::KBias => Some(config.num_kv_heads),
+        _ => None,
+    }
+}
+
+/// Rows of each head in pairs, (0, d/2), (1, d/2 + 1) ..., into halves.
+fn to_halves(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
+    let half = head_dim / 2;
+    moved(values, heads, head_dim, |row| row % half * 2 + row / half)
+}
+
+/// The other way.
+fn to_neighbours(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
+    let half = head_dim / 2;
+    moved(values, heads, head_dim, |row| row % 2 * half + row / 2)
+}
+
+/// Row `r` of each head is what row `from(r)` was.
+fn moved(values: &[f32], heads: usize, head_dim: usize, from: impl Fn(usize) -> usize) -> Vec<f32> {
+    let width = values.len() / (heads * head_dim);
+    let mut out = Vec::with_capacity(values.len());
+    for row in 0..heads * head_dim {
+        let at = (row / head_dim * head_dim + from(row % head_dim)) * width;
+        out.extend_from_slice(&values[at..at + width]);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_a_rope_go_to_halves_and_back() {
+        // Two heads of 4 rows of 1 value: pairs (0, 2), (1, 3) in Hugging Face's order.
+        let neighbours = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
+        let halves = [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0];
+        assert_eq!(to_halves(&neighbours, 2, 4), halves);
+        assert_eq!(to_neighbours(&halves, 2, 4), neighbours);
+        let wide: Vec<f32> = (0..48).map(|i| i as f32).collect();
+        assert_eq!(to_halves(&to_neighbours(&wide, 2, 8), 2, 8), wide);
+    }
+}
