@@ -108,6 +108,9 @@ fn trained(method: &str, rows: &str, more: &[&str]) -> Vec<Value> {
     run.arg(dir.path().join("out")).args(["max_steps=2", "logging_steps=1", "device=cpu"]);
     let (code, said) = finish(run.args(more));
     assert_eq!(code, Some(0), "{method} {more:?}: {said}");
+    // The next command reads the rows in the same way.
+    let next = said.lines().find(|line| line.trim().starts_with("temper eval"));
+    assert!(next.is_some_and(|next| next.contains(more[0])), "{said}");
     let logged = metrics(&dir.path().join("out"));
     assert!(logged.iter().any(|line| line["loss"].is_number()), "{logged:?}");
     let path = dir.path().join("out/completions.jsonl");

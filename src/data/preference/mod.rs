@@ -168,9 +168,7 @@ impl fmt::Display for PreferenceStats {
             write!(f, " (the first: {place})")?;
         }
         write!(f, ".")?;
-        if self.bad.count > 0 {
-            write!(f, " {}", self.bad)?;
-        }
-        write_mismatches(f, self.prefix_mismatches, &self.mismatch)
+        write_mismatches(f, self.prefix_mismatches, &self.mismatch)?;
+        self.bad.write_last(f)
     }
 }
