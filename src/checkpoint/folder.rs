@@ -147,7 +147,8 @@ impl RunFolder {
     }
 
     fn move_away(&mut self, held: &[String]) -> Result<()> {
-        if !held.iter().any(|name| name == "config.toml" || name == "metrics.jsonl")
+        let own = |name: &str| self.path.join(name).exists();
+        if !["config.toml", "metrics.jsonl", MERGE_FILE].into_iter().any(own)
             && list(&self.path)?.is_empty()
         {
             return Err(Error::Config(format!(
@@ -161,10 +162,7 @@ impl RunFolder {
         let Some(aside) = free else { return Ok(()) }; // never: u32 folders
         std::fs::create_dir(&aside).map_err(|e| Error::io(&aside, e))?;
         for (name, path) in entries(&self.path)? {
-            if name.starts_with("checkpoint-")
-                || is_weights(&name)
-                || RUN_FILES.contains(&name.as_str())
-            {
+            if is_run_file(&name) {
                 std::fs::rename(&path, aside.join(&name)).map_err(|e| Error::io(&path, e))?;
             }
         }
@@ -177,8 +175,26 @@ impl RunFolder {
     }
 }
 
+/// Whether `--overwrite` on `output` moves `input` away: it is that folder, or one of the files and
+/// checkpoints that a run leaves in it.
+pub fn is_moved_away(output: &Path, input: &Path) -> bool {
+    let (Ok(output), Ok(input)) = (output.canonicalize(), input.canonicalize()) else {
+        return false;
+    };
+    let Ok(rest) = input.strip_prefix(&output) else { return false };
+    rest.components().next().is_none_or(|first| is_run_file(&first.as_os_str().to_string_lossy()))
+}
+
+/// What `temper merge` writes beside a model: what it was made of.
+pub const MERGE_FILE: &str = "merge.json";
+
+fn is_run_file(name: &str) -> bool {
+    name.starts_with("checkpoint-") || is_weights(name) || RUN_FILES.contains(&name)
+}
+
 /// What a run leaves beside checkpoints and weights.
 const RUN_FILES: &[&str] = &[
+    MERGE_FILE,
     "config.toml",
     "metrics.jsonl",
     "trainer_state.json",

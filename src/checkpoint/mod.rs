@@ -26,7 +26,7 @@ use crate::fsio::{self, Written};
 use crate::tensor::safetensors::{self, TensorSpec};
 
 pub use disk::{Lock, free_bytes};
-pub use folder::{RunFolder, prepare_output};
+pub use folder::{MERGE_FILE, RunFolder, is_moved_away, prepare_output};
 
 const MANIFEST: &str = "MANIFEST";
 const HEAD: &str = "temper checkpoint 1";

@@ -6,12 +6,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde_json::json;
+
 use crate::autograd::Cx;
-use crate::checkpoint::prepare_output;
+use crate::checkpoint::{MERGE_FILE, is_moved_away, prepare_output};
 use crate::data::tokenizer::Tokenizer;
 use crate::device::DType;
 use crate::device::cpu::Cpu;
 use crate::error::{Error, Result};
+use crate::fsio::atomic_write;
 use crate::model::adapter::Adapter;
 use crate::model::adapter::merge::{mergeable, merged_config, merged_values};
 use crate::model::batch::Sequence;
@@ -53,6 +56,14 @@ const TOLERANCE: [(HostDtype, f32); 2] = [(HostDtype::F32, 1e-4), (HostDtype::BF
 
 pub fn run(args: MergeArgs) -> Result<()> {
     let dir = resolve_model(&args.model)?;
+    for (flag, input) in [("--model", &dir), ("--adapter", &args.adapter)] {
+        if is_moved_away(&args.output, input) {
+            return Err(Error::Config(format!(
+                "{flag} {} is in --output, whose model would be replaced; give another --output",
+                input.display()
+            )));
+        }
+    }
     let cx = Cx::new(Arc::new(Cpu::new()), DType::F32)?;
     let base = Decoder::folder(&dir)?.positions(64).build(&cx)?;
     let adapter = Adapter::load(&cx, &args.adapter, &base.config, &base.params)?;
@@ -92,6 +103,10 @@ pub fn run(args: MergeArgs) -> Result<()> {
              model.safetensors.failed. Try --dtype float32, and check that --model is the adapter's base"
         )));
     }
+    let made_of = json!({
+        "model": args.model, "adapter": args.adapter, "temper": env!("CARGO_PKG_VERSION"),
+    });
+    atomic_write(out.path().join(MERGE_FILE), format!("{made_of:#}\n").as_bytes())?;
     out.discard_overwritten()?;
     note_line(format_args!(
         "log-probs differ by {off:.1e} at most from the adapter's; wrote {}",

@@ -55,6 +55,11 @@ impl BadRows {
         Ok(good)
     }
 
+    /// Ends a paragraph about the rows: a list, behind which no sentence follows.
+    pub fn write_last(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        if self.count > 0 { write!(f, " {self}") } else { Ok(()) }
+    }
+
     /// An error if all rows are bad.
     pub fn some_left(&self, rows: usize) -> Result<()> {
         match self.named.first() {

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::fsio::{self, AtomicFile};
 
 /// Changes with the layout of the file.
-const MAGIC: &[u8; 8] = b"temperc1";
+const MAGIC: &[u8; 8] = b"temperc2";
 
 /// What a run made of its rows.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +31,8 @@ pub struct TokenisedRun {
     pub notes: Vec<String>,
     /// Rows that were read, before any was dropped.
     pub read: [usize; 2],
+    /// The training rows are conversations.
+    pub conversations: bool,
     pub train: TokenStore,
     pub eval: TokenStore,
 }
@@ -42,6 +44,7 @@ struct Description {
     summary: String,
     notes: Vec<String>,
     read: [usize; 2],
+    conversations: bool,
     splits: [Counts; 2],
 }
 
@@ -74,6 +77,7 @@ pub fn write(path: &Path, key: &str, files: &[Arc<Path>], run: &TokenisedRun) ->
         summary: run.summary.clone(),
         notes: run.notes.clone(),
         read: run.read,
+        conversations: run.conversations,
         splits: [Counts::of(&run.train), Counts::of(&run.eval)],
     };
     let description =
@@ -163,6 +167,7 @@ pub fn read(
         summary: description.summary,
         notes: description.notes,
         read: description.read,
+        conversations: description.conversations,
         train: from.store(train, files)?,
         eval: from.store(eval, files)?,
     })
@@ -229,6 +234,7 @@ mod tests {
             summary: "said".into(),
             notes: vec!["note".into()],
             read: [5, 0],
+            conversations: true,
             train: store,
             eval: TokenStore::default(),
         };
@@ -244,6 +250,7 @@ mod tests {
         let moved: Vec<Arc<Path>> = vec![Path::new("c").into(), Path::new("b").into()];
         let back = read(&path, "k", &moved).unwrap();
         assert_eq!((back.summary, back.notes, back.read), (run.summary, run.notes, run.read));
+        assert!(back.conversations);
         assert_eq!(back.train.count(), 2);
         for row in 0..2 {
             assert!(back.train.sequences(row).eq(run.train.sequences(row)));

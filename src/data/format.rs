@@ -150,6 +150,13 @@ impl Format {
     }
 }
 
+/// Whether a row is a conversation, as far as its fields say.
+pub fn is_conversation(row: &Row) -> bool {
+    let list = |field: &str| row.get(field).is_some_and(Value::is_array);
+    ["messages", "conversations", "instruction"].iter().any(|field| row.has(field))
+        || ["prompt", "chosen"].iter().any(|field| list(field))
+}
+
 /// A string or a list of messages.
 fn content(row: &Row, field: &str) -> Result<Content> {
     match row.need(field)? {

@@ -345,9 +345,6 @@ impl fmt::Display for SftStats {
             write!(f, ", {} kept without a target (packing does)", self.kept_no_target)?;
         }
         write!(f, ".")?;
-        if self.bad.count > 0 {
-            write!(f, " {}", self.bad)?;
-        }
         if let (Some(eos), 0) = (&self.eos_token, self.rows_with_eos) {
             write!(
                 f,
@@ -363,6 +360,7 @@ impl fmt::Display for SftStats {
                 self.doubled_bos
             )?;
         }
-        write_mismatches(f, self.prefix_mismatches, &self.mismatch)
+        write_mismatches(f, self.prefix_mismatches, &self.mismatch)?;
+        self.bad.write_last(f)
     }
 }

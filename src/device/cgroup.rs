@@ -46,6 +46,19 @@ pub fn memory(root: &Path) -> Option<MemoryInfo> {
     tightest
 }
 
+/// The memory of this machine, or of its container where that has less. `root` stands for `/`.
+pub fn host_memory(root: &Path) -> MemoryInfo {
+    let text = std::fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
+    let field = |name: &str| -> Option<usize> {
+        let line = text.lines().find(|l| l.starts_with(name))?;
+        line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib * 1024)
+    };
+    let total = field("MemTotal:").unwrap_or(usize::MAX / 2);
+    let free = field("MemAvailable:").unwrap_or(total);
+    let left = memory(root).unwrap_or(MemoryInfo { free, total });
+    MemoryInfo { free: free.min(left.free), total: total.min(left.total) }
+}
+
 /// What a version calls its files.
 struct Files {
     mount: &'static str,

@@ -4,6 +4,8 @@
 //! the output folder (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or given, never made up:
 //! a file that is absent leaves its section out.
 
+mod charts;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
@@ -165,7 +167,13 @@ fn page(
     overlay: bool,
 ) -> Result<PathBuf> {
     let runs = stages.iter().map(run).collect::<Result<Vec<_>>>()?;
-    let data = json!({ "title": title, "table": table, "overlay": overlay, "runs": runs });
+    let layouts: Vec<Value> = match overlay {
+        true => vec![charts::layout(&runs.iter().collect::<Vec<_>>())],
+        false => runs.iter().map(|run| charts::layout(&[run])).collect(),
+    };
+    let data = json!({
+        "title": title, "table": table, "overlay": overlay, "layouts": layouts, "runs": runs,
+    });
     // in a script element only `</` and `<!--` could end the data; escaped, the page is closed to
     // what models write
     let data = data.to_string().replace('<', "\\u003c");

@@ -160,28 +160,11 @@ class Chart {
 
 function key(line) { return el("i", { class: "key", style: `background:${line.colour}` }); }
 
-// Metrics that never change in any run, and the others. A metric of an evaluation stands in the chart of training's.
-function charted(runs) {
-  const names = [];
-  for (const run of runs) for (const [name] of run.series) if (!name.startsWith("time/") && !names.includes(name)) names.push(name);
-  const of = (run, name) => (run.series.find((s) => s[0] === name) || [null, null])[1];
-  const moves = (points) => points && new Set(points.map((p) => p[1])).size > 1;
-  const still = names.filter((name) => !runs.some((run) => moves(of(run, name))));
-  const table = still.sort((a, b) => rank(a) - rank(b)).map((name) => [name, ...runs.map((run) => {
-    const points = of(run, name);
-    return points ? points[0][1] : "";
-  })]);
-  const charts = new Map();
-  for (const name of names.filter((n) => !still.includes(n))) {
-    const plain = name.startsWith("eval_") && names.includes(name.slice(5)) && !still.includes(name.slice(5)) ? name.slice(5) : name;
-    if (!charts.has(plain)) charts.set(plain, []);
-    runs.forEach((run, i) => {
-      const points = of(run, name), dashed = name !== plain;
-      if (points) charts.get(plain).push({ points, run: i, dashed, label: dashed ? "evaluation" : runs.length > 1 ? run.name : "training",
-        colour: COLOURS[(runs.length > 1 ? i : dashed ? 1 : 0) % COLOURS.length] });
-    });
-  }
-  return [[...charts].sort((a, b) => rank(a[0]) - rank(b[0])), table];
+// The lines of each chart of a layout.
+function charted(layout, runs) {
+  return layout.charts.map(([name, lines]) => [name, lines.map(([run, at, dashed]) => ({
+    points: runs[run].series[at][1], run, dashed, label: dashed ? "evaluation" : runs.length > 1 ? runs[run].name : "training",
+    colour: COLOURS[(runs.length > 1 ? run : dashed ? 1 : 0) % COLOURS.length] }))]);
 }
 
 // All charts of a run share their zoom and their smoothing.
@@ -205,14 +188,6 @@ class Group {
   }
   zoom(range) { this.range = range; this.draw(); }
   draw() { this.reset.disabled = !this.range; this.charts.forEach((c) => c.draw()); }
-}
-
-// What people look at first comes first.
-const FIRST = ["loss", "eval_loss", "reward", "reward_std", "rewards", "eval", "kl", "entropy", "clip_ratio", "completions", "policy", "val"];
-const LAST = ["grad_norm", "learning_rate", "num_tokens", "epoch", "tokens_per_second", "mfu", "peak_memory"];
-function rank(name) {
-  const head = name.split("/")[0], first = FIRST.indexOf(head), last = LAST.indexOf(head);
-  return first >= 0 ? first : last >= 0 ? 200 + last : 100;
 }
 
 function table(t) {
@@ -281,8 +256,8 @@ function facts(list) {
 }
 
 const groups = [];
-function metrics(runs) {
-  const [charts, still] = charted(runs), parts = [];
+function metrics(layout, runs) {
+  const charts = charted(layout, runs), still = layout.still, parts = [];
   if (charts.length) {
     const group = new Group(charts, runs);
     groups.push(group);
@@ -297,7 +272,7 @@ function metrics(runs) {
 const main = document.getElementById("main"), nav = document.getElementById("nav");
 document.getElementById("title").textContent = data.title;
 if (data.table) main.append(el("h3", {}, "Before and after"), table(data.table));
-if (data.overlay) main.append(...metrics(data.runs));
+if (data.overlay) main.append(...metrics(data.layouts[0], data.runs));
 data.runs.forEach((run, i) => {
   const id = "run-" + i, part = el("section", { class: "run", id });
   main.append(part);
@@ -308,7 +283,7 @@ data.runs.forEach((run, i) => {
   if (run.facts.length) part.append(facts(run.facts));
   run.notes.forEach((n) => part.append(el("p", { class: "note" }, n)));
   if (run.table) part.append(el("h3", {}, "Before and after"), table(run.table));
-  if (!data.overlay) part.append(...metrics([run]));
+  if (!data.overlay) part.append(...metrics(data.layouts[i], [run]));
   const times = run.series.filter(([name]) => name.startsWith("time/"));
   if (times.length) part.append(el("h3", {}, "Where the time goes"), timeSplit(times));
   if (run.samples.length) part.append(el("h3", {}, "Samples and their rewards"), samples(run.samples));

@@ -22,6 +22,7 @@ use crate::autograd::Cx;
 use crate::checkpoint::RunFolder;
 use crate::config::DataFile;
 use crate::data::cache::TokenisedRun;
+use crate::data::format::is_conversation;
 use crate::data::split::Split;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -117,7 +118,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         &setup.tokenizer,
         setup.template.as_ref(),
         &config,
-        &rows.rows().train,
+        rows.are_conversations(),
     )?;
     let longest = method.longest();
     let plan = {
@@ -244,10 +245,7 @@ impl<'a> JobData<'a> {
     fn open(job: &'a Job, setup: &RunSetup, observer: &dyn Observer) -> Result<JobData<'a>> {
         let mut data = JobData { job, read: RunRows::default(), cache: None, stored: None };
         if let JobRows::Files(files) = job.rows {
-            // Whether sample_prompts are chats is seen from the rows, so these are read then.
-            if job.run.training.samples.sample_prompts.0.is_empty() {
-                data.cache = RowCache::of(job.run, setup, files, observer);
-            }
+            data.cache = RowCache::of(job.run, setup, files, observer);
             data.stored = data.cache.as_ref().and_then(|cache| cache.read(observer));
             if data.stored.is_none() {
                 data.read = RunRows::read(job.run, files, observer)?;
@@ -260,6 +258,14 @@ impl<'a> JobData<'a> {
         match self.job.rows {
             JobRows::Files(_) => &self.read,
             JobRows::Given(rows) => rows,
+        }
+    }
+
+    /// Whether the training rows are conversations: the first says it for all.
+    fn are_conversations(&self) -> bool {
+        match &self.stored {
+            Some(stored) => stored.conversations,
+            None => self.rows().train.first().is_some_and(is_conversation),
         }
     }
 
@@ -278,6 +284,7 @@ impl<'a> JobData<'a> {
             summary: summary.into(),
             notes: self.read.notes.clone(),
             read: self.counts(),
+            conversations: self.are_conversations(),
             train: train.into_owned(),
             eval: eval.into_owned(),
         };

@@ -39,14 +39,15 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// Reads and tokenises the prompts; None: there are none, or nothing is evaluated. `train`
-    /// says whether texts are what a user says. Errors name the file and line.
+    /// Reads and tokenises the prompts; None: there are none, or nothing is evaluated.
+    /// `conversations`: the training rows are, so texts are what a user says. Errors name the file
+    /// and line.
     pub fn of(
         training: &TrainingConfig,
         tokenizer: &Tokenizer,
         template: Option<&ChatTemplate>,
         model: &ModelConfig,
-        train: &[Row],
+        conversations: bool,
     ) -> Result<Option<Samples>> {
         let options = &training.samples;
         if options.sample_prompts.0.is_empty() {
@@ -57,7 +58,7 @@ impl Samples {
                 "sample_prompts: this method trains a classifier, which completes nothing; leave it out".into(),
             ));
         }
-        let chat = template.is_some() && train.first().is_some_and(is_conversation);
+        let chat = template.is_some() && conversations;
         let mut rows = Vec::new();
         for (i, given) in options.sample_prompts.0.iter().enumerate() {
             let path = PathBuf::from(given);
@@ -124,13 +125,6 @@ impl Samples {
         }
         Ok(lines)
     }
-}
-
-/// Whether a training row is a conversation.
-fn is_conversation(row: &Row) -> bool {
-    let list = |field: &str| row.get(field).is_some_and(Value::is_array);
-    ["messages", "conversations", "instruction"].iter().any(|field| row.has(field))
-        || ["prompt", "chosen"].iter().any(|field| list(field))
 }
 
 /// The text of a conversation's last message.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use crate::config::Section;
+use crate::config::{DataOptions, OnBadRow, Section};
 use crate::log::RunLog;
 use crate::methods::MethodRun;
 use crate::model::layout::Task;
@@ -139,7 +139,7 @@ pub fn next_commands(
         false => format!("--model {out}"),
     };
     let data: Vec<String> = data.iter().map(|p| quoted(p.as_ref())).collect();
-    let data = data.join(" ");
+    let data = data.join(" ") + &read_as(&run.training.reading);
     let mut commands = Vec::new();
     match run.method.task() {
         Task::CausalLm => {
@@ -174,6 +174,23 @@ pub fn next_commands(
     }
     commands.push(format!("temper report {out}"));
     commands
+}
+
+/// The options that say how the rows are read, as arguments, where they are not the defaults.
+fn read_as(options: &DataOptions) -> String {
+    let DataOptions { columns, on_bad_row, max_row_bytes } = options;
+    let mut text = String::new();
+    if !columns.0.is_empty() {
+        let pairs: Vec<String> = columns.0.iter().map(|(f, c)| format!("{f}:{c}")).collect();
+        text += &format!(" {}", quoted(Path::new(&format!("columns={}", pairs.join(",")))));
+    }
+    if *on_bad_row == OnBadRow::Drop {
+        text += " on_bad_row=drop";
+    }
+    if *max_row_bytes != DataOptions::default().max_row_bytes {
+        text += &format!(" max_row_bytes={max_row_bytes}");
+    }
+    text
 }
 
 /// The rewards of a method's options, by name; None where it has none.

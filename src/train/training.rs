@@ -13,7 +13,7 @@ use super::job::{FinishedJob, Job, JobRows, execute};
 use super::rows::RunFiles;
 use super::summary::{Summary, next_commands};
 use crate::autograd::Cx;
-use crate::checkpoint::{RunFolder, prepare_output};
+use crate::checkpoint::{RunFolder, is_moved_away, prepare_output};
 use crate::config::{self, DataFile, DataFiles, TrainingConfig, TrlFiles, When};
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -178,11 +178,38 @@ impl Training {
             return Err(Error::Config("a training run needs an output folder".into()));
         }
         let dir = self.prepare()?;
+        if self.overwrite {
+            self.keeps_its_inputs(&dir)?;
+        }
         let cx = Cx::open(&self.run.training, self.observer.clone())?;
         let folder = prepare_output(&self.output, self.overwrite, self.resume)?;
         let finished = self.execute(cx, &dir, &folder)?;
         self.observer.summary(&self.summary(&finished.summary));
         Ok(finished)
+    }
+
+    /// An error where the run reads what `--overwrite` would move away.
+    fn keeps_its_inputs(&self, dir: &Path) -> Result<()> {
+        const FILES: [&str; 4] =
+            ["ref_model", "teacher_model_name_or_path", "reward_model", "chat_template_path"];
+        let keys = self.run.sections().into_iter().flat_map(|section| section.keys());
+        let named: Vec<config::Key> = keys.filter(|key| FILES.contains(&key.name)).collect();
+        let mut inputs: Vec<(&str, PathBuf)> = vec![("--model", dir.to_path_buf())];
+        inputs.extend(self.adapter.iter().map(|path| ("--adapter", path.clone())));
+        inputs.extend(self.run.training.data.0.iter().map(|file| ("--data", file.path.clone())));
+        inputs.extend(self.eval_data.iter().map(|path| ("--eval-data", path.clone())));
+        inputs.extend(
+            named.iter().filter_map(|key| Some((key.name, PathBuf::from(key.value.as_str()?)))),
+        );
+        for (name, path) in inputs {
+            if is_moved_away(&self.output, &path) {
+                return Err(Error::Config(format!(
+                    "{name} {} is part of the run in --output, which --overwrite replaces; give another --output",
+                    path.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Writes the options into a file for TRL's command of the same method, and trains nothing.

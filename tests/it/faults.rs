@@ -82,3 +82,23 @@ fn a_hostile_reward_command_is_bounded_and_said_without_escapes() {
     let empty = "yes '' | head -n 300000; read -r line; echo '{\"id\": 0, \"reward\": 1}'; sleep 1";
     assert_eq!(score(empty).0.unwrap(), [Some(1.0)]);
 }
+
+#[test]
+fn rewards_of_which_none_is_usable_are_told_at_the_first_step_and_end_the_run() {
+    let rows = "tests/fixtures/sft/prompt_completion.jsonl";
+    for value in ["null", "1e308"] {
+        let dir = tempfile::tempdir().unwrap();
+        // It answers each line with the line's own id.
+        let answer = format!(
+            "command:sed -u 's/^{{\"id\": *\\([0-9]*\\).*/{{\"id\": \\1, \"reward\": {value}}}/'"
+        );
+        let mut grpo = command(&["grpo", "--model", MODEL, "--data", rows, "--output"]);
+        grpo.arg(dir.path()).arg(format!("reward_funcs={answer}"));
+        grpo.args(["device=cpu", "max_steps=20", "logging_steps=2", "num_generations=4"]);
+        let (code, said) =
+            finish(grpo.args(["max_completion_length=4", "per_device_train_batch_size=4"]));
+        assert_eq!(code, Some(1), "{value}: {said}");
+        assert!(said.contains("step 1: none of 4 completions has a usable reward"), "{said}");
+        assert!(said.contains("step 2: none of the last 8 completions"), "{said}");
+    }
+}

@@ -91,7 +91,9 @@ fn bad_rows_are_dropped_counted_and_the_first_three_named() {
     let sft = SftOptions { on_bad_row: OnBadRow::Drop, ..SftOptions::default() };
     let (examples, stats) = prepare(&found.rows, &tokenizer, Some(&template), 320, &sft).unwrap();
     assert_eq!((examples.len(), stats.bad.count), (1, 1));
-    assert!(stats.to_string().contains("r.jsonl:6: field \"text\" must be a string"));
+    let said = stats.to_string();
+    let last = said.lines().last().unwrap();
+    assert!(last.contains("r.jsonl:6: field \"text\" must be a string"), "{said}");
     assert!(rows_of(&path, &options("", OnBadRow::Error)).is_err());
 }
 

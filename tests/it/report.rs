@@ -263,6 +263,11 @@ fn the_command_writes_pages_again() {
         (&page["runs"][0]["name"], &page["runs"][1]["masks"][0]["mask"][9]),
         (&json!("first"), &json!(true))
     );
+    // the runs' curves of a metric are in one chart
+    assert_eq!(page["overlay"], true);
+    let charts = page["layouts"][0]["charts"].as_array().unwrap();
+    let lines = |name: &str| charts.iter().find(|c| c[0] == name).unwrap()[1].clone();
+    assert_eq!(lines("reward"), json!([[0, 1, false], [1, 1, false]]));
     // a pipeline's page is the same again, wherever its folder went
     let stages = ["second", "first"].map(|name| ReportStage {
         name: name.into(),

@@ -90,6 +90,24 @@ fn a_second_start_has_the_same_rows_digests_and_bytes_for_every_method() {
 }
 
 #[test]
+fn sample_prompts_are_the_same_prompts_at_a_second_start() {
+    // Whether the rows are conversations decides what a text of sample_prompts is.
+    for talks in [false, true] {
+        let setup = Setup::new();
+        if talks {
+            std::fs::copy("tests/fixtures/sft/messages.jsonl", setup.path("rows.jsonl")).unwrap();
+        }
+        let more = ["eval_rows=2", "eval_strategy=steps", "eval_steps=2", "sample_prompts=Who?"];
+        let (first, one) = setup.train("sft", "one", &more);
+        let (second, two) = setup.train("sft", "two", &more);
+        assert!(!first.contains(HIT) && second.contains(HIT) && one == two, "{second}");
+        let said = |out: &str| std::fs::read(setup.path(out).join("completions.jsonl")).unwrap();
+        assert!(!said("one").is_empty() && said("one") == said("two"));
+        assert_eq!(String::from_utf8(said("two")).unwrap().contains("\"user\""), talks);
+    }
+}
+
+#[test]
 fn steps_with_labels_come_back_from_the_cache() {
     let setup = Setup::new();
     std::fs::copy("tests/fixtures/preferences/steps.jsonl", setup.path("rows.jsonl")).unwrap();

@@ -56,3 +56,12 @@ fn quickstarts_help_says_what_it_does() {
         assert!(help.contains(word), "{word}: {help}");
     }
 }
+
+#[test]
+fn statistics_of_a_reward_model_speak_of_no_completions() {
+    let rows = "tests/fixtures/preferences/plain.jsonl";
+    let of = |method| done(&["data", "--model", MODEL, "--method", method, "--data", rows]);
+    let (reward, dpo) = (of("reward"), of("dpo"));
+    assert!(reward.contains(" tokens. The longest sequence has"), "{reward}");
+    assert!(!reward.contains("in completions") && dpo.contains(" of them in completions"), "{dpo}");
+}

@@ -64,7 +64,8 @@ pub struct PreferenceStats {
     pub dropped_too_long: usize,  // by on_truncation=drop, and by reward models always
     pub dropped_no_target: usize, // the prompt alone fills max_length
     pub tokens: usize,            // of the kept examples
-    pub target_tokens: usize,
+    /// None where sequences are scored whole, without a mask.
+    pub target_tokens: Option<usize>,
     pub longest: usize, // sequence before truncation
     pub prefix_mismatches: usize,
     pub mismatch: Option<String>, // the end of the first prompt that is no prefix
@@ -78,6 +79,7 @@ impl PreferenceStats {
         Ok(PreferenceStats {
             rows: rows.len(),
             max_length: options.max_length,
+            target_tokens: Some(0),
             bad: BadRows::new(options.on_bad_row),
             ..PreferenceStats::default()
         })
@@ -121,7 +123,7 @@ impl PreferenceStats {
 
     fn count(&mut self, sequence: &MaskedSequence) {
         self.tokens += sequence.input_ids.len();
-        self.target_tokens += sequence.targets();
+        self.target_tokens = self.target_tokens.map(|n| n + sequence.targets());
     }
 
     /// An error if nothing is left.
@@ -143,16 +145,11 @@ impl PreferenceStats {
 impl fmt::Display for PreferenceStats {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let rows = if self.rows == 1 { "row" } else { "rows" };
-        write!(
-            f,
-            "{} {rows} read, {} examples: {} tokens, ",
-            self.rows, self.examples, self.tokens
-        )?;
-        write!(
-            f,
-            "{} of them in completions. The longest sequence has {} tokens",
-            self.target_tokens, self.longest
-        )?;
+        write!(f, "{} {rows} read, {} examples: {} tokens", self.rows, self.examples, self.tokens)?;
+        if let Some(n) = self.target_tokens {
+            write!(f, ", {n} of them in completions")?;
+        }
+        write!(f, ". The longest sequence has {} tokens", self.longest)?;
         match self.max_length {
             Some(limit) => write!(f, "; {} rows were cut at max_length={limit}", self.truncated)?,
             None => write!(f, "; nothing is cut")?,
@@ -171,9 +168,7 @@ impl fmt::Display for PreferenceStats {
             write!(f, " (the first: {place})")?;
         }
         write!(f, ".")?;
-        if self.bad.count > 0 {
-            write!(f, " {}", self.bad)?;
-        }
-        write_mismatches(f, self.prefix_mismatches, &self.mismatch)
+        write_mismatches(f, self.prefix_mismatches, &self.mismatch)?;
+        self.bad.write_last(f)
     }
 }

@@ -74,6 +74,9 @@ pub fn pairs(
     options: &PreferenceOptions,
 ) -> Result<(Vec<PairExample>, PreferenceStats)> {
     let mut stats = PreferenceStats::new(rows, options)?;
+    if style == PairStyle::Reward {
+        stats.target_tokens = None;
+    }
     let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
     let margins = rows[0].has("margin");
     let make = |row: &Row| -> Result<Made> {

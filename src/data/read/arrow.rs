@@ -208,9 +208,9 @@ fn cell(array: &ArrayRef, i: usize, left: &mut usize) -> Result<Value, CellError
         }
         Dictionary(..) => {
             let dictionary = array.as_any_dictionary();
-            match dictionary.normalized_keys().get(i) {
-                Some(key) if *key < dictionary.values().len() => {
-                    cell(dictionary.values(), *key, left)
+            match key(dictionary.keys(), i) {
+                Some(key) if key < dictionary.values().len() => {
+                    cell(dictionary.values(), key, left)
                 }
                 _ => Err(CellError::Unreadable("has a dictionary key without a value".into())),
             }
@@ -221,6 +221,26 @@ fn cell(array: &ArrayRef, i: usize, left: &mut usize) -> Result<Value, CellError
             Err(e) => Err(CellError::Unreadable(format!("cannot be shown as text: {e}"))),
         },
         other => Err(CellError::Unreadable(format!("has values of type {other}"))),
+    }
+}
+
+/// The key of one row of a dictionary; not of all rows, which a file may have by the million.
+fn key(keys: &dyn Array, i: usize) -> Option<usize> {
+    macro_rules! of {
+        ($kind:ty) => {
+            usize::try_from(keys.as_primitive::<$kind>().value(i)).ok()
+        };
+    }
+    match keys.data_type() {
+        DataType::Int8 => of!(Int8Type),
+        DataType::Int16 => of!(Int16Type),
+        DataType::Int32 => of!(Int32Type),
+        DataType::Int64 => of!(Int64Type),
+        DataType::UInt8 => of!(UInt8Type),
+        DataType::UInt16 => of!(UInt16Type),
+        DataType::UInt32 => of!(UInt32Type),
+        DataType::UInt64 => of!(UInt64Type),
+        _ => None,
     }
 }
 

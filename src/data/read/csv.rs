@@ -1,10 +1,13 @@
 //! Comma- and tab-separated text with a head. Layer 6.
 //!
 //! Invariant: a field is text, and an empty one is absent, as `datasets` reads it. Only in fields
-//! that are never text (see [`NOT_TEXT`]) it is read as JSON.
+//! that are never text (see [`NOT_TEXT`]) it is read as JSON. No more than `max_row_bytes` of a
+//! record are held, even where a quote is never closed.
 
+use std::io::BufRead;
 use std::path::Path;
 
+use csv_core::ReadRecordResult;
 use serde_json::{Map, Value};
 
 use super::file::FileRows;
@@ -25,12 +28,16 @@ const NOT_TEXT: [&str; 9] = [
 ];
 
 pub fn read(path: &Path, delimiter: u8, rows: &mut FileRows) -> Result<()> {
-    let text = open::open(path)?;
-    let mut reader =
-        ::csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text);
-    let head = reader.byte_headers().map_err(|e| failed(path, e))?.clone();
-    let mut names = Vec::with_capacity(head.len());
-    for name in &head {
+    let mut text = open::open(path)?;
+    let mut reader = csv_core::ReaderBuilder::new().delimiter(delimiter).build();
+    let mut record = Record::default();
+    let head = record.read(&mut reader, &mut text, rows.limit());
+    let head = head.map_err(|e| open::broken(path, e))?;
+    if head == Some(RecordSize::TooLarge) {
+        return Err(Error::data(path, Some(1), "its head is too long; is it text in columns?"));
+    }
+    let mut names = Vec::with_capacity(record.fields);
+    for name in record.iter() {
         let name = std::str::from_utf8(name).map_err(|_| {
             Error::data(
                 path,
@@ -41,28 +48,88 @@ pub fn read(path: &Path, delimiter: u8, rows: &mut FileRows) -> Result<()> {
         names.push(name.trim_start_matches('\u{FEFF}').trim().to_string());
     }
     rows.columns.extend(names.iter().cloned());
-    let mut record = ::csv::ByteRecord::new();
-    while reader.read_byte_record(&mut record).map_err(|e| failed(path, e))? {
-        let line = record.position().map_or(0, |p| p.line() as usize);
-        let value = value(&names, &record, rows);
-        rows.push(line, value)?;
+    loop {
+        let line = reader.line() as usize;
+        match record.read(&mut reader, &mut text, rows.limit()) {
+            Ok(Some(RecordSize::Whole)) => {
+                let value = value(&names, &record, rows);
+                rows.push(line, value)?;
+            }
+            Ok(Some(RecordSize::TooLarge)) => {
+                let reason = format!("{}; or is a quote not closed?", rows.too_large());
+                rows.push(line, Err(reason))?;
+            }
+            Ok(None) => return Ok(()),
+            Err(e) => return rows.broken(line, e),
+        }
     }
-    Ok(())
 }
 
-fn value(names: &[String], record: &::csv::ByteRecord, rows: &FileRows) -> Result<Value, String> {
-    if record.as_slice().len() > rows.limit() {
-        return Err(rows.too_large());
+/// A record: its fields one after the other, and where each ends.
+#[derive(Default)]
+struct Record {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+    fields: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum RecordSize {
+    Whole,
+    TooLarge,
+}
+
+impl Record {
+    /// Reads the next record; None at the end of the text. Of one that is longer than `limit`, its
+    /// end is found and nothing is kept.
+    fn read(
+        &mut self,
+        reader: &mut csv_core::Reader,
+        text: &mut dyn BufRead,
+        limit: usize,
+    ) -> std::io::Result<Option<RecordSize>> {
+        let (mut at, mut size) = (0, RecordSize::Whole);
+        self.fields = 0;
+        loop {
+            let input = text.fill_buf()?;
+            let (bytes, ends) = (&mut self.bytes[at..], &mut self.ends[self.fields..]);
+            let (result, read, written, fields) = reader.read_record(input, bytes, ends);
+            text.consume(read);
+            (at, self.fields) = (at + written, self.fields + fields);
+            match result {
+                ReadRecordResult::InputEmpty => {}
+                ReadRecordResult::OutputFull if at < limit => {
+                    self.bytes.resize((2 * at).clamp(1 << 10, limit.max(1 << 10)), 0);
+                }
+                ReadRecordResult::OutputEndsFull if self.fields < limit => {
+                    self.ends.resize((2 * self.fields).max(16), 0);
+                }
+                ReadRecordResult::OutputFull | ReadRecordResult::OutputEndsFull => {
+                    (at, self.fields, size) = (0, 0, RecordSize::TooLarge);
+                }
+                ReadRecordResult::Record if at > limit => return Ok(Some(RecordSize::TooLarge)),
+                ReadRecordResult::Record => return Ok(Some(size)),
+                ReadRecordResult::End => return Ok(None),
+            }
+        }
     }
-    if record.len() != names.len() {
+
+    fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let start = |i: usize| if i == 0 { 0 } else { self.ends[i - 1] };
+        (0..self.fields).map(move |i| &self.bytes[start(i)..self.ends[i]])
+    }
+}
+
+fn value(names: &[String], record: &Record, rows: &FileRows) -> Result<Value, String> {
+    if record.fields != names.len() {
         return Err(format!(
-            "has {} fields, but the header names {}; put quotes around fields with a delimiter in them",
-            record.len(),
+            "has {} fields, and the head names {}; put quotes around fields with a delimiter in them",
+            record.fields,
             names.len()
         ));
     }
     let mut value = Map::new();
-    for (name, field) in names.iter().zip(record) {
+    for (name, field) in names.iter().zip(record.iter()) {
         let text = std::str::from_utf8(field).map_err(|_| {
             format!("field {name:?} is not UTF-8 text; convert the file, e.g. with iconv -t UTF-8")
         })?;
@@ -82,12 +149,4 @@ fn value(names: &[String], record: &::csv::ByteRecord, rows: &FileRows) -> Resul
         value.insert(name.clone(), parsed.unwrap_or_else(|| Value::from(text)));
     }
     Ok(Value::Object(value))
-}
-
-fn failed(path: &Path, e: ::csv::Error) -> Error {
-    let line = e.position().map(|p| p.line() as usize);
-    match e.into_kind() {
-        ::csv::ErrorKind::Io(e) => open::broken(path, e),
-        _ => Error::data(path, line, "is not text in columns; check its quotes and delimiters"),
-    }
 }

@@ -3,16 +3,20 @@
 //! Invariant: every row of every format comes through here, with its line.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::config::DataOptions;
+use super::open;
+use crate::config::{DataOptions, OnBadRow};
 use crate::data::bad::BadRows;
 use crate::data::format::FIELDS;
 use crate::data::row::{Row, kind};
+use crate::device::cgroup;
 use crate::error::{Error, Result};
+use crate::fsio::size_text;
 
 /// Which columns are read where a file stores them apart.
 #[derive(Clone, Debug)]
@@ -28,9 +32,34 @@ pub struct ReadRows {
     pub bad: BadRows,
     /// What to tell about the files.
     pub notes: Vec<String>,
+    /// Bytes that the rows take, about, and may take.
+    held: usize,
+    most: usize,
 }
 
 impl ReadRows {
+    /// No rows yet. They may take half of the memory that is free: what is made of them needs the
+    /// rest.
+    pub fn new(on_bad_row: OnBadRow, notes: Vec<String>) -> ReadRows {
+        let most = cgroup::host_memory(Path::new("/")).free / 2;
+        ReadRows { rows: Vec::new(), bad: BadRows::new(on_bad_row), notes, held: 0, most }
+    }
+
+    /// Takes a row. Error: there is no memory for it.
+    fn take(&mut self, row: Row) -> Result<()> {
+        self.held += size_of::<Row>() + row.value.iter().map(|(k, v)| entry(k, v)).sum::<usize>();
+        if self.held > self.most {
+            return Err(Error::OutOfMemory(format!(
+                "{}: the rows before it take {}, half of the memory that is free, and what is made of them needs the rest; \
+                 give fewer rows, or take a machine with more memory",
+                row.place(),
+                size_text(self.most as u64)
+            )));
+        }
+        self.rows.push(row);
+        Ok(())
+    }
+
     /// Everything to tell: notes, then what was dropped.
     pub fn told(&self) -> Vec<String> {
         let bad = (self.bad.count > 0).then(|| self.bad.to_string());
@@ -74,13 +103,34 @@ impl<'a> FileRows<'a> {
         )
     }
 
+    /// A file that cannot be read on. Where it ends in the middle of its compressed data, behind
+    /// whole rows, only the row that is cut off is bad.
+    pub fn broken(&mut self, line: usize, e: std::io::Error) -> Result<()> {
+        let cut = e.kind() == ErrorKind::UnexpectedEof && self.rows > 0;
+        match open::broken(&self.file, e) {
+            Error::Data { message, .. } if cut => self.cut_off(line, &message),
+            other => Err(other),
+        }
+    }
+
+    /// The end of a file that ends inside of a row: a bad row, if whole ones stand before it.
+    pub fn cut_off(&mut self, line: usize, message: &str) -> Result<()> {
+        match self.rows {
+            0 => Err(Error::data(&self.file, None, message)),
+            _ => self.push(
+                line,
+                Err(format!("{message} on_bad_row=drop takes the rows before and names this one")),
+            ),
+        }
+    }
+
     /// Takes a row, or the reason why there is none.
     pub fn push(&mut self, line: usize, value: Result<Value, String>) -> Result<()> {
         let row = self.row(line, value);
-        if let Some(row) = self.read.bad.admit(row)? {
-            self.read.rows.push(row);
+        match self.read.bad.admit(row)? {
+            Some(row) => self.read.take(row),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn row(&mut self, line: usize, value: Result<Value, String>) -> Result<Row> {
@@ -115,7 +165,7 @@ impl<'a> FileRows<'a> {
             }
             value.insert(field.clone(), content);
         }
-        Ok(Row { value, file: self.file.clone(), line })
+        Ok(Row { value: compact(value), file: self.file.clone(), line })
     }
 
     /// Whether a column is read.
@@ -172,5 +222,72 @@ impl<'a> FileRows<'a> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// The same object without room for more: readers leave room for four fields where there is one,
+/// and rows come by the million.
+fn compact(object: Map<String, Value>) -> Map<String, Value> {
+    fn within(value: Value) -> Value {
+        match value {
+            Value::Object(object) => Value::Object(compact(object)),
+            Value::Array(items) => {
+                let mut items: Vec<Value> = items.into_iter().map(within).collect();
+                items.shrink_to_fit();
+                Value::Array(items)
+            }
+            other => other,
+        }
+    }
+    let mut out = Map::with_capacity(object.len());
+    out.extend(object.into_iter().map(|(key, value)| (key, within(value))));
+    out
+}
+
+/// What a field takes, about: its slot in the object and in its table, and what the allocator adds to
+/// each of its parts.
+fn entry(key: &str, value: &Value) -> usize {
+    const SLOT: usize = 64;
+    size_of::<(String, Value)>() + SLOT + key.len() + heap(value)
+}
+
+/// What a value takes beside itself, about.
+fn heap(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len() + size_of::<usize>(),
+        Value::Array(items) => items.iter().map(|v| size_of::<Value>() + heap(v)).sum(),
+        Value::Object(object) => object.iter().map(|(k, v)| entry(k, v)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_beyond_the_memory_are_an_error_at_their_line() {
+        let options = DataOptions::default();
+        let fields = WantedFields::All;
+        let mut read = ReadRows::new(options.on_bad_row, Vec::new());
+        read.most = 100_000;
+        let mut file = FileRows::new(Path::new("a.jsonl"), &options, &fields, &mut read);
+        let row = || Ok(serde_json::json!({ "text": "x".repeat(1000) }));
+        let line = (1..).find(|line| file.push(*line, row()).is_err()).unwrap();
+        assert!((60..100).contains(&line), "{line}");
+        let said = file.push(line, row()).unwrap_err().to_string();
+        assert!(
+            said.contains(&format!("a.jsonl:{line}: the rows before it take 97.7 KiB")),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_compact_row_is_the_same_row() {
+        let row = serde_json::json!({ "b": [{ "z": 1, "a": null }, "x", []], "a": {}, "c": 1.5 });
+        let Value::Object(object) = row.clone() else { panic!() };
+        let small = compact(object);
+        assert_eq!(small.keys().collect::<Vec<_>>(), ["b", "a", "c"]);
+        assert_eq!(Value::Object(small), row);
     }
 }

@@ -29,7 +29,7 @@ pub fn read(path: &Path, layout: JsonLayout, rows: &mut FileRows) -> Result<()> 
         text.consume(1);
         return array(path, &mut text, rows);
     }
-    lines(path, &mut text, rows)
+    lines(&mut text, rows)
 }
 
 /// The first byte that is not white space, which stays unread. Lines are counted from there.
@@ -49,14 +49,14 @@ fn first(text: &mut dyn BufRead) -> std::io::Result<Option<u8>> {
     }
 }
 
-fn lines(path: &Path, text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()> {
+fn lines(text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()> {
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
-        let Some(whole) =
-            capped_line(text, &mut line, rows.limit()).map_err(|e| open::broken(path, e))?
-        else {
-            break;
+        let whole = match capped_line(text, &mut line, rows.limit()) {
+            Ok(Some(whole)) => whole,
+            Ok(None) => break,
+            Err(e) => return rows.broken(number, e),
         };
         if !whole {
             let reason = rows.too_large();
@@ -100,14 +100,13 @@ fn array(path: &Path, text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()>
     let (mut element, mut number) = (Vec::new(), 0);
     let (mut depth, mut quoted, mut escaped, mut large) = (0usize, false, false, false);
     loop {
-        let bytes = text.fill_buf().map_err(|e| open::broken(path, e))?;
+        let bytes = match text.fill_buf() {
+            Ok(bytes) => bytes,
+            Err(e) => return rows.broken(number + 1, e),
+        };
         if bytes.is_empty() {
             let message = "not valid JSON: its array does not end; is the file complete?";
-            // Of a download that was cut short, the rows before are whole.
-            return match number {
-                0 => Err(Error::data(path, None, message)),
-                _ => rows.push(number + 1, Err(message.into())),
-            };
+            return rows.cut_off(number + 1, message);
         }
         let mut end = None;
         for (at, byte) in bytes.iter().enumerate() {

@@ -22,7 +22,6 @@ mod parquet;
 
 use std::path::PathBuf;
 
-use super::bad::BadRows;
 use crate::config::DataOptions;
 use crate::error::{Error, Result};
 use file::FileRows;
@@ -44,7 +43,7 @@ pub fn read(
 ) -> Result<ReadRows> {
     let mut notes = Vec::new();
     let files = open::expand(paths, split, &mut notes)?;
-    let mut read = ReadRows { rows: Vec::new(), bad: BadRows::new(options.on_bad_row), notes };
+    let mut read = ReadRows::new(options.on_bad_row, notes);
     for path in files {
         let (before, bad) = (read.rows.len(), read.bad.count);
         let mut file = FileRows::new(&path, options, fields, &mut read);

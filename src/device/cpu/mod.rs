@@ -308,16 +308,7 @@ impl Device for Cpu {
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let field = |name: &str| -> Option<usize> {
-            let line = text.lines().find(|l| l.starts_with(name))?;
-            line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kib| kib * 1024)
-        };
-        let total = field("MemTotal:").unwrap_or(usize::MAX / 2);
-        let free = field("MemAvailable:").unwrap_or(total);
-        // A container's limit counts where it is nearer.
-        let left = cgroup::memory(Path::new("/")).unwrap_or(MemoryInfo { free, total });
-        Ok(MemoryInfo { free: free.min(left.free), total: total.min(left.total) })
+        Ok(cgroup::host_memory(Path::new("/")))
     }
 
     fn mark(&self) -> Result<Mark> {

@@ -148,7 +148,9 @@ impl KtoObjective {
             Ok((examples.iter().map(pair).collect(), stats))
         })?;
         if inputs.stored.is_none() {
-            stats += &imbalance(&rows.train, config).unwrap_or_default();
+            // Behind a list of bad rows a sentence begins a line.
+            stats +=
+                &imbalance(&rows.train, config).map(|said| format!("\n{said}")).unwrap_or_default();
         }
         let reference = Reference::of(&config.reference, training, inputs, rows.longest());
         let op = Unpaired {
@@ -234,7 +236,7 @@ fn imbalance(rows: &[LabelledPair], config: &KtoConfig) -> Option<String> {
         && !(0.99..=1.34).contains(&ratio);
     off.then(|| {
         format!(
-            " {good} completions are good, {bad} bad: weighted {ratio:.2} to 1, where the paper advises 1 to 4/3; \
+            "{good} completions are good, {bad} bad: weighted {ratio:.2} to 1, where the paper advises 1 to 4/3; \
              desirable_weight and undesirable_weight set it."
         )
     })
