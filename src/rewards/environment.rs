@@ -165,10 +165,7 @@ impl Environment {
     }
 
     /// Reads answers until one is new; None without `wait` if there is none.
-    fn exchange(
-        &mut self,
-        wait: bool,
-    ) -> Result<Option<(usize, EnvironmentAnswer)>, (u64, Fault)> {
+    fn exchange(&mut self, wait: bool) -> Result<Option<(usize, EnvironmentAnswer)>, (u64, Fault)> {
         while let Some((first, _)) = self.owed.first_key_value() {
             let first = *first;
             if !self.program.is_running() {
@@ -234,7 +231,7 @@ impl Environment {
     /// Sends the next request of an episode.
     fn ask(&mut self, number: usize) {
         let Some(episode) = self.episodes.get(&number) else { return };
-        let Some(request) = episode.requests.get(episode.answered) else { return };
+        let Some(request) = episode.requests.get(episode.answered).cloned() else { return };
         if self.owed.is_empty() {
             self.heard();
         }
@@ -242,7 +239,7 @@ impl Environment {
         self.next_id += 1;
         self.owed.insert(id, number);
         let mut line = object(json!({ "id": id }));
-        line.extend(request.clone());
+        line.extend(request);
         // Whoever listens hears why it does not start.
         let _ = self.program.start();
         self.program.tell(format!("{}\n", Value::Object(line)));
@@ -294,7 +291,9 @@ impl EnvironmentAnswer {
         let observation = answer.get("observation").filter(|o| !o.is_null()).cloned();
         let said = |m: &Value| {
             let role = m.get("role").and_then(Value::as_str).unwrap_or_default();
-            !role.is_empty() && role != "assistant" && m.get("content").is_some_and(Value::is_string)
+            !role.is_empty()
+                && role != "assistant"
+                && m.get("content").is_some_and(Value::is_string)
         };
         let understood = match &observation {
             None | Some(Value::String(_)) => true,
@@ -308,7 +307,9 @@ impl EnvironmentAnswer {
         }
         let answer = EnvironmentAnswer { observation, reward, done };
         if reset && answer != EnvironmentAnswer::default() {
-            return Err("expected an answer to reset with an id alone (the prompt is the row's)".into());
+            return Err(
+                "expected an answer to reset with an id alone (the prompt is the row's)".into()
+            );
         }
         Ok(answer)
     }

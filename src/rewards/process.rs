@@ -172,8 +172,10 @@ impl Program {
             )));
         }
         self.restarts -= 1;
-        observer
-            .warn(&format!("{message}\nIt is started again ({} restarts are left).", self.restarts));
+        observer.warn(&format!(
+            "{message}\nIt is started again ({} restarts are left).",
+            self.restarts
+        ));
         Ok(())
     }
 

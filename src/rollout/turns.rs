@@ -22,17 +22,19 @@ impl Engine {
     /// Puts `ids` behind what a paused completion has; its next turn is sampled after them, before
     /// requests that wait for their first step. Error: they leave no room for a token.
     pub fn resume(&mut self, request: usize, member: usize, ids: &[u32]) -> Result<()> {
-        let mut s = self.take_paused(request, member)?;
-        let most = s.options.max_new_tokens;
-        if ids.is_empty() || s.length() + ids.len() >= most {
+        let at = self.paused_at(request, member)?;
+        let most = self.paused[at].options.max_new_tokens;
+        if ids.is_empty() || self.paused[at].length() + ids.len() >= most {
             let n = ids.len();
-            let message = format!("{n} tokens behind a turn, and the completion has {most} at most");
+            let message =
+                format!("{n} tokens behind a turn, and the completion has {most} at most");
             return Err(Error::op("rollout", message));
         }
         if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab.tokens) {
             let message = format!("token {id}; the vocabulary has {}", self.vocab.tokens);
             return Err(Error::op("rollout", message));
         }
+        let mut s = self.paused.remove(at);
         s.tokens.extend_from_slice(ids);
         s.inserted += ids.len();
         self.waiting.push_front(s);
@@ -41,21 +43,19 @@ impl Engine {
 
     /// Ends a paused completion.
     pub fn finish(&mut self, request: usize, member: usize, finish: Finish) -> Result<Completion> {
-        let mut s = self.take_paused(request, member)?;
+        let at = self.paused_at(request, member)?;
+        let mut s = self.paused.remove(at);
         self.cache.release(&mut s.cached);
         s.completion.finish = finish;
         Ok(s.completion)
     }
 
-    fn take_paused(&mut self, request: usize, member: usize) -> Result<Sequence> {
+    fn paused_at(&self, request: usize, member: usize) -> Result<usize> {
         let is = |s: &Sequence| (s.completion.request, s.completion.member) == (request, member);
-        match self.paused.iter().position(is) {
-            Some(at) => Ok(self.paused.remove(at)),
-            None => {
-                let message = format!("completion {member} of request {request} does not wait");
-                Err(Error::op("rollout", message))
-            }
-        }
+        self.paused.iter().position(is).ok_or_else(|| {
+            let message = format!("completion {member} of request {request} does not wait");
+            Error::op("rollout", message)
+        })
     }
 
     /// Takes the pages of a sequence that holds some and does not run; it computes its tokens again

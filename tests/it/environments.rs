@@ -39,12 +39,16 @@ fn say(body: &str) -> String {
 
 /// Three turns; each is worth 1 if its text ends with a letter of the first half.
 fn letters(before: &str) -> String {
+    shell(&letters_step(before))
+}
+
+fn letters_step(before: &str) -> String {
     let good = say(r#""reward": 1, "observation": "8""#);
     let end = say(r#""reward": 0, "done": true"#);
     let other = say(r#""reward": 0, "observation": [{"role": "tool", "content": "no"}]"#);
-    shell(&format!(
+    format!(
         "{before} case $line in *'\"turn\":3,'*) {end};; *[a-m]'\",\"completion_ids\"'*) {good};; *) {other};; esac"
-    ))
+    )
 }
 
 /// The fixture's model with more end tokens, so that turns end: the printable ASCII characters.
@@ -170,10 +174,8 @@ fn the_first_ratio_is_one_over_turns_and_observations_are_no_targets() {
         let all: Vec<Vec<&str>> = lines.iter().map(roles).collect();
         let three = |a, b| ["assistant", a, "assistant", b, "assistant"];
         assert!(all.iter().any(|r| *r == three("user", "user") || *r == three("user", "tool")));
-        for (line, roles) in lines.iter().zip(&all) {
+        for roles in &all {
             assert!(roles.iter().step_by(2).all(|r| *r == "assistant") && roles.len() <= 5);
-            // Cut off while it spoke, or no room for what the environment said: not finished.
-            assert!(line["finished"] == true || roles.len() < 5 || roles.len() == 5, "{line}");
         }
     }
 }
@@ -209,13 +211,11 @@ fn neither_time_nor_order_of_the_answers_changes_a_run() {
     let mut setup = Setup::new(&letters(""));
     setup.go::<GrpoConfig>("at once", &[GROUP], false, DType::F32).unwrap();
     // Some answers come late, others later than the ones asked for after them.
-    let slow = letters("[ $((id % 3)) = 0 ] && sleep 0.02;");
-    setup.environment = slow.clone();
+    let slow = "[ $((id % 3)) = 0 ] && sleep 0.02;";
+    setup.environment = letters(slow);
     setup.go::<GrpoConfig>("late", &[GROUP, "max_sequences=3"], false, DType::F32).unwrap();
     setup.same("at once", "late");
-    let step = slow.split(" *) ").nth(1).unwrap().split(";; esac; done").next().unwrap();
-    let (first, last) = (step.to_string(), "");
-    setup.environment = shell(&format!("({first};; esac{last}) &"));
+    setup.environment = shell(&format!("({}) &", letters_step(slow)));
     setup.go::<GrpoConfig>("any order", &[GROUP, "max_sequences=5"], false, DType::F32).unwrap();
     setup.same("at once", "any order");
 }
@@ -251,7 +251,9 @@ fn turns_and_tokens_have_limits() {
     // An answer that leaves no room ends the completion, which is not finished then.
     let long = say(&format!(r#""observation": "{}""#, "x".repeat(100)));
     setup.environment = shell(&long);
-    setup.go::<GrpoConfig>("long", &[GROUP, "reward_funcs=length:max=9"], false, DType::F32).unwrap();
+    setup
+        .go::<GrpoConfig>("long", &[GROUP, "reward_funcs=length:max=9"], false, DType::F32)
+        .unwrap();
     for line in setup.completions("long") {
         assert_eq!((roles(&line), &line["finished"]), (vec!["assistant"], &json!(false)));
     }
@@ -289,8 +291,7 @@ fn methods_without_turns_know_no_environment() {
 
 /// An environment with three episodes; the answers to their first turns, in order of the episode.
 fn first_turns(command: &str, timeout: f64, restarts: usize) -> Result<Vec<EnvironmentAnswer>> {
-    let mut environment =
-        Environment::new(command, Duration::from_secs_f64(timeout), restarts);
+    let mut environment = Environment::new(command, Duration::from_secs_f64(timeout), restarts);
     let columns = Map::from_iter([("answer".to_string(), json!(4))]);
     for episode in 0..3 {
         let place = format!("rows.jsonl:{}", episode + 1);
@@ -308,7 +309,7 @@ fn first_turns(command: &str, timeout: f64, restarts: usize) -> Result<Vec<Envir
 
 fn fails(step: &str, restarts: usize) -> String {
     let begin = Instant::now();
-    let error = first_turns(&shell(step), 0.5, restarts).unwrap_err().to_string();
+    let error = first_turns(&shell(step), 60.0, restarts).unwrap_err().to_string();
     assert!(begin.elapsed() < Duration::from_secs(30), "its children were waited for");
     error
 }
@@ -350,9 +351,9 @@ fn an_environment_that_crashes_is_reported_with_row_turn_and_last_words() {
 
 #[test]
 fn an_environment_that_hangs_floods_or_leaves_is_ended() {
-    let error = fails("sleep 100", 0);
-    assert!(error.contains("within 0.5 s (key `environment_timeout`)"), "{error}");
-    assert!(error.contains("rows.jsonl:1, turn 1"), "{error}");
+    let error = first_turns(&shell("sleep 100"), 2.0, 0).unwrap_err().to_string();
+    assert!(error.contains("within 2 s (key `environment_timeout`)"), "{error}");
+    assert!(error.contains("environment, rows.jsonl:1, "), "{error}");
     let error = fails("head -c 40000000 /dev/zero | tr '\\0' x; sleep 20", 0);
     assert!(error.contains("longer than 16 MiB"), "{error}");
     let error = fails("yes '{\"id\": 99999}'", 0);
@@ -379,7 +380,11 @@ fn garbage_from_an_environment_is_shown_as_it_came() {
         assert!(error.contains(want) && error.contains("turn 1"), "{want}: {error}");
     }
     // A reset has nothing to say.
-    let error = first_turns("read -r line; echo '{\"id\": 0, \"observation\": \"hi\"}'; cat > /dev/null", 9.0, 0);
+    let error = first_turns(
+        "read -r line; echo '{\"id\": 0, \"observation\": \"hi\"}'; cat > /dev/null",
+        9.0,
+        0,
+    );
     let error = error.unwrap_err().to_string();
     assert!(error.contains("an id alone") && error.contains("reset"), "{error}");
     let error = fails(&say(r#""error": "no such file""#), 5);
@@ -393,13 +398,13 @@ fn a_restarted_environment_hears_its_episodes_again_and_must_not_change_its_mind
     let start = format!("echo x >> {0}; starts=$(wc -l < {0});", starts.display());
     let dies = "n=$((n + 1)); [ $starts = 1 ] && [ $n = 3 ] && exit 3;";
     let steady = say(r#""observation": "8""#);
-    let answers = first_turns(&format!("{start} {}", shell(&format!("{dies} {steady}"))), 9.0, 1);
+    let answers = first_turns(&format!("{start} {}", shell(&format!("{dies} {steady}"))), 60.0, 1);
     let want = EnvironmentAnswer { observation: Some(json!("8")), ..Default::default() };
     assert_eq!(answers.unwrap(), vec![want; 3]);
     assert_eq!(std::fs::read_to_string(&starts).unwrap().lines().count(), 2);
     std::fs::remove_file(&starts).unwrap();
     let fickle = "echo \"{\\\"id\\\": $id, \\\"observation\\\": \\\"$starts\\\"}\"";
-    let error = first_turns(&format!("{start} {}", shell(&format!("{dies} {fickle}"))), 9.0, 9);
+    let error = first_turns(&format!("{start} {}", shell(&format!("{dies} {fickle}"))), 60.0, 9);
     let error = error.unwrap_err().to_string();
     assert!(error.contains("answered turn 1 otherwise than before"), "{error}");
 }
@@ -436,7 +441,12 @@ fn the_calculator_of_the_examples_answers_needs_python3() {
         ("18-4-5=", observed("9"), 0.0, false),
         ("<calc>(2 + 1) * -3.5</calc>", observed("-10.5"), 0.0, false),
         ("<calc>1/0</calc>", observed("error: division by zero"), 0.0, false),
-        ("<calc>9**9**9</calc>", observed("error: not an expression of numbers, + - * / and brackets"), 0.0, false),
+        (
+            "<calc>9**9**9</calc>",
+            observed("error: not an expression of numbers, + - * / and brackets"),
+            0.0,
+            false,
+        ),
         ("18-4=14. The answer is 14.", again, 0.0, false),
         ("The answer is 9.", None, 0.5, true),
     ]

@@ -35,7 +35,8 @@ fn rows_that_are_offered_early_are_scored_as_others() {
     let whole = batch(&["a", "b", "c", "d"]);
     let mut usual = counting(&plain, "");
     let mut rewards = counting(&early, "");
-    let wanted = |first: u32| vec![(first..first + 4).map(|n| Some(f64::from(n))).collect::<Vec<_>>()];
+    let wanted =
+        |first: u32| vec![(first..first + 4).map(|n| Some(f64::from(n))).collect::<Vec<_>>()];
     for (generation, offered) in [0usize, 2, 4, 1].into_iter().enumerate() {
         for row in 0..offered {
             // Later rows are not there yet.

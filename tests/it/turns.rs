@@ -223,7 +223,10 @@ fn turn_and_continuation_are_the_tokens_of_the_whole_conversation() {
     let stop = tokenizer.token_to_id("<|im_end|>").unwrap();
     for (said, reply) in [
         ("5 + 3 =", json!([{ "role": "user", "content": "8" }])),
-        (" two  spaces ", json!([{ "role": "tool", "content": "a" }, { "role": "user", "content": "🙂" }])),
+        (
+            " two  spaces ",
+            json!([{ "role": "tool", "content": "a" }, { "role": "user", "content": "🙂" }]),
+        ),
         ("", json!([{ "role": "user", "content": "" }])),
     ] {
         let user = json!({ "role": "user", "content": "How many?" });

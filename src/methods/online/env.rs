@@ -16,8 +16,8 @@ use super::sampler::{SampleRequest, Sampler};
 use super::scorer::Scorer;
 use crate::autograd::Cx;
 use crate::config::{
-    EnvironmentOptions, MatmulChoice, ReferenceOptions, ReferenceSyncOptions, RewardOptions, SamplingOptions,
-    TrainingConfig,
+    EnvironmentOptions, MatmulChoice, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
+    SamplingOptions, TrainingConfig,
 };
 use crate::data::masked::MaskedSequence;
 use crate::data::sft::SftExample;
