@@ -46,8 +46,12 @@ impl Talk<'_> {
             Some((_, closing)) if so_far.ends_with(closing) => closing,
             _ => return Err(self.unclear()),
         };
-        let stop = self.stop_text()?;
-        let rest = closing.strip_prefix(stop.as_str()).unwrap_or(closing);
+        // The model has said the template's end token itself, or another one.
+        let ids = self.renderer.tokenizer.encode(closing, false)?;
+        let rest = match ids.first() == Some(&self.stop) {
+            true => closing.strip_prefix(self.stop_text()?.as_str()).unwrap_or(closing),
+            false => closing,
+        };
         self.behind_stop(&format!("{rest}{added}"))
     }
 

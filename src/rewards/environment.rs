@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::process::{Fault, Program, shortened};
+use super::process::{Program, ProgramFault, shortened};
 use crate::error::Result;
 use crate::observer::Observer;
 use crate::observer::output::clean;
@@ -165,7 +165,10 @@ impl Environment {
     }
 
     /// Reads answers until one is new; None without `wait` if there is none.
-    fn exchange(&mut self, wait: bool) -> Result<Option<(usize, EnvironmentAnswer)>, (u64, Fault)> {
+    fn exchange(
+        &mut self,
+        wait: bool,
+    ) -> Result<Option<(usize, EnvironmentAnswer)>, (u64, ProgramFault)> {
         while let Some((first, _)) = self.owed.first_key_value() {
             let first = *first;
             if !self.program.is_running() {
@@ -187,32 +190,35 @@ impl Environment {
         &mut self,
         first: u64,
         line: &str,
-    ) -> Result<Option<(usize, EnvironmentAnswer)>, (u64, Fault)> {
+    ) -> Result<Option<(usize, EnvironmentAnswer)>, (u64, ProgramFault)> {
         let got = shortened(line);
         let answer: Option<Map<String, Value>> = serde_json::from_str(line).ok();
         let id = answer.as_ref().and_then(|a| a.get("id")).and_then(Value::as_u64);
         let known = id.and_then(|id| Some((id, *self.owed.get(&id)?)));
         let (Some(answer), Some((id, number))) = (answer, known) else {
             let wanted = format!("expected a JSON object with the \"id\" of a request, got {got}");
-            return Err((first, Fault::Restart(wanted)));
+            return Err((first, ProgramFault::Restart(wanted)));
         };
         if let Some(error) = answer.get("error") {
             let text = error.as_str().map_or_else(|| error.to_string(), str::to_string);
-            return Err((id, Fault::Stop(format!("it says: {}", clean(&text)))));
+            return Err((id, ProgramFault::Stop(format!("it says: {}", clean(&text)))));
         }
         let Some(episode) = self.episodes.get_mut(&number) else {
-            return Err((first, Fault::Restart(format!("its episode has ended, got {got}"))));
+            return Err((
+                first,
+                ProgramFault::Restart(format!("its episode has ended, got {got}")),
+            ));
         };
         let turn = episode.answered;
         let read = EnvironmentAnswer::read(&answer, turn == 0)
             .and_then(|read| read.fits(&episode.requests[turn]).map(|()| read))
-            .map_err(|wanted| (id, Fault::Restart(format!("{wanted}, got {got}"))))?;
+            .map_err(|wanted| (id, ProgramFault::Restart(format!("{wanted}, got {got}"))))?;
         if episode.answers.get(turn).is_some_and(|before| *before != read) {
             let message = format!(
                 "it was started again and answered turn {turn} otherwise than before: {got}. An \
                  environment must answer an episode's turns by that episode alone (its seed and row)"
             );
-            return Err((id, Fault::Stop(message)));
+            return Err((id, ProgramFault::Stop(message)));
         }
         self.owed.remove(&id);
         episode.answered += 1;

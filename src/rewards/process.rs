@@ -1,6 +1,6 @@
 //! A program that answers in JSON lines: started once, ended with all its children. Layer 6.
 //!
-//! Invariant: whatever it does (end, silence, garbage, a line without end) is a [`Fault`] that says
+//! Invariant: whatever it does (end, silence, garbage, a line without end) is a [`ProgramFault`] that says
 //! what was read, in bounded memory; it is started again at most `restarts` times a run, and
 //! it never outlives this process.
 
@@ -31,7 +31,7 @@ const GLANCE: Duration = Duration::from_millis(50);
 const FOREVER: Duration = Duration::from_secs(1 << 32);
 
 /// Why an exchange ended before all answers were there.
-pub enum Fault {
+pub enum ProgramFault {
     /// Worth another start.
     Restart(String),
     Stop(String),
@@ -100,9 +100,10 @@ impl Program {
     }
 
     /// Starts the program unless it runs.
-    pub fn start(&mut self) -> Result<(), Fault> {
+    pub fn start(&mut self) -> Result<(), ProgramFault> {
         if self.running.is_none() {
-            self.running = Some(start(&self.argv, self.env.as_deref()).map_err(Fault::Stop)?);
+            self.running =
+                Some(start(&self.argv, self.env.as_deref()).map_err(ProgramFault::Stop)?);
         }
         Ok(())
     }
@@ -116,9 +117,14 @@ impl Program {
 
     /// The next line that it writes, which must be the answer for `id` before `until`. Without
     /// `wait`, None if there is none yet.
-    pub fn hear(&mut self, id: u64, until: Instant, wait: bool) -> Result<Option<String>, Fault> {
+    pub fn hear(
+        &mut self,
+        id: u64,
+        until: Instant,
+        wait: bool,
+    ) -> Result<Option<String>, ProgramFault> {
         let Some(running) = &mut self.running else {
-            return Err(Fault::Stop("it is not running".into()));
+            return Err(ProgramFault::Stop("it is not running".into()));
         };
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -127,23 +133,23 @@ impl Program {
                 Ok(Line::Whole(line)) => return Ok(Some(line)),
                 Ok(Line::TooLong) => {
                     let most = LONGEST >> 20;
-                    return Err(Fault::Restart(format!(
+                    return Err(ProgramFault::Restart(format!(
                         "its answer for id {id} is longer than {most} MiB without an end of line"
                     )));
                 }
                 Err(RecvTimeoutError::Timeout) if left.is_zero() => {
                     let (seconds, key) = (self.timeout.as_secs_f64(), self.timeout_key);
-                    return Err(Fault::Restart(format!(
+                    return Err(ProgramFault::Restart(format!(
                         "no answer for id {id} within {seconds} s (key `{key}`)"
                     )));
                 }
                 Err(RecvTimeoutError::Timeout) if !wait => return Ok(None),
                 Err(RecvTimeoutError::Timeout) if self.stop.requested() => {
-                    return Err(Fault::Interrupted);
+                    return Err(ProgramFault::Interrupted);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Fault::Restart(format!(
+                    return Err(ProgramFault::Restart(format!(
                         "it ended {} before the answer for id {id}",
                         running.status()
                     )));
@@ -154,11 +160,16 @@ impl Program {
 
     /// After a fault at `place`: the program is ended, and may be started again. Error: the run
     /// is to stop, or there are no restarts left.
-    pub fn mend(&mut self, fault: Fault, place: &str, observer: &dyn Observer) -> Result<()> {
+    pub fn mend(
+        &mut self,
+        fault: ProgramFault,
+        place: &str,
+        observer: &dyn Observer,
+    ) -> Result<()> {
         let (what, again) = match fault {
-            Fault::Restart(what) => (what, self.restarts > 0),
-            Fault::Stop(what) => (what, false),
-            Fault::Interrupted => {
+            ProgramFault::Restart(what) => (what, self.restarts > 0),
+            ProgramFault::Stop(what) => (what, false),
+            ProgramFault::Interrupted => {
                 self.end();
                 return Err(Error::Interrupted(format!("stopped before the answer for {place}")));
             }

@@ -18,7 +18,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::batch::RewardBatch;
-use super::process::{Fault, Program, shortened};
+use super::process::{Program, ProgramFault, shortened};
 use crate::error::Result;
 use crate::observer::Observer;
 use crate::observer::output::clean;
@@ -111,7 +111,7 @@ impl Worker {
         &mut self,
         batch: &RewardBatch,
         rewards: &mut Vec<Option<f64>>,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), ProgramFault> {
         let first = rewards.len();
         let mut id_of_first = self.next_id - self.early.len() as u64;
         let line = |row: usize, id_of_first: u64| {
@@ -134,32 +134,32 @@ impl Worker {
     }
 
     /// The reward of row `id`.
-    fn answer(&mut self, id: u64) -> Result<Option<f64>, Fault> {
+    fn answer(&mut self, id: u64) -> Result<Option<f64>, ProgramFault> {
         let until = self.program.deadline();
         let line = self.program.hear(id, until, true)?.unwrap_or_default();
         let got = shortened(&line);
         let wanted = format!("expected {{\"id\": {id}, \"reward\": NUMBER or null}}, got {got}");
         let Ok(Value::Object(answer)) = serde_json::from_str::<Value>(&line) else {
-            return Err(Fault::Restart(wanted));
+            return Err(ProgramFault::Restart(wanted));
         };
         match answer.get("id").and_then(Value::as_u64) {
             Some(other) if other == id => {}
             Some(_) => {
-                return Err(Fault::Restart(format!(
+                return Err(ProgramFault::Restart(format!(
                     "answers come in the order of the rows: {wanted}"
                 )));
             }
-            None => return Err(Fault::Restart(wanted)),
+            None => return Err(ProgramFault::Restart(wanted)),
         }
         if let Some(error) = answer.get("error") {
             let text = error.as_str().map_or_else(|| error.to_string(), str::to_string);
-            return Err(Fault::Stop(format!("it says: {}", clean(&text))));
+            return Err(ProgramFault::Stop(format!("it says: {}", clean(&text))));
         }
         match answer.get("reward") {
             Some(Value::Null) => Ok(None),
             Some(Value::Bool(b)) => Ok(Some(f64::from(u8::from(*b)))),
             Some(Value::Number(n)) => Ok(n.as_f64()),
-            _ => Err(Fault::Restart(wanted)),
+            _ => Err(ProgramFault::Restart(wanted)),
         }
     }
 }

@@ -59,7 +59,9 @@ fn talk(
 ) -> (BTreeMap<(usize, usize), (Completion, Turns)>, Counts) {
     let requests = requests(&mut Rng(17));
     let mut engine = Engine::new(cx, model, options.clone(), LONGEST).unwrap();
-    requests.iter().for_each(|r| drop(engine.submit(r).unwrap()));
+    for request in &requests {
+        engine.submit(request).unwrap();
+    }
     let mut turns: BTreeMap<(usize, usize), Turns> = BTreeMap::new();
     let mut whole: BTreeMap<(usize, usize), (Vec<u32>, usize)> = BTreeMap::new();
     let mut done = BTreeMap::new();
@@ -105,7 +107,7 @@ fn talk(
 fn equals_fresh_prompts(dtype: DType) {
     let mut cx = cpu_in(dtype);
     let mut model = model(&cx);
-    let stop: Vec<u32> = (0..VOCAB as u32).step_by(9).collect();
+    let stop: Vec<u32> = (0..VOCAB as u32).step_by(17).collect();
     let mut options = EngineOptions::new(MOST, Sampling::greedy(), stop, 30);
     options.turns = true;
     let (all, counts) = talk(&mut cx, &mut model, &options, &mut Rng(1));
@@ -174,7 +176,7 @@ fn what_is_forgotten_between_two_turns_leaves_no_trace() {
     let mut model = model(&cx);
     let stop: Vec<u32> = (0..VOCAB as u32).collect();
     let mut options = EngineOptions::new(8, Sampling::greedy(), stop, 4);
-    (options.turns, options.pages) = (true, Some(4));
+    (options.turns, options.pages) = (true, Some(5));
     let mut engine = Engine::new(&cx, &mut model, options, 20).unwrap();
     for _ in 0..5 {
         for number in 0..4 {
@@ -249,6 +251,10 @@ fn turn_and_continuation_are_the_tokens_of_the_whole_conversation() {
     let usual = continuation(&tokenizer, &template, "5", stop, &reply).unwrap();
     let other = continuation(&tokenizer, &template, "5", 0, &reply).unwrap();
     assert_eq!(other, [&[stop][..], &usual].concat());
+    // One that the text of the template's begins with.
+    let less = tokenizer.token_to_id("<").unwrap();
+    let other = continuation(&tokenizer, &template, "5<", less, &reply).unwrap();
+    assert_eq!(other, [&[stop][..], &usual].concat());
 }
 
 #[test]
@@ -274,6 +280,6 @@ fn a_template_that_writes_earlier_turns_otherwise_is_refused_with_the_turn() {
     // Without reasoning nothing is dropped.
     continuation(&tokenizer, &template, "5", stop, &user).unwrap();
     // An end token that is no token of a text.
-    let error = continuation(&tokenizer, &template, "5", 200, &user).unwrap_err().to_string();
+    let error = continuation(&tokenizer, &template, "5", 150, &user).unwrap_err().to_string();
     assert!(error.contains("is not one token"), "{error}");
 }
