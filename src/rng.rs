@@ -19,6 +19,8 @@ pub mod tag {
     pub const QUICKSTART: u32 = 0x0500_0000;
     /// Operands of the check of a library product ("gemm").
     pub const PRODUCT_CHECK: u32 = 0x6765_6d6d;
+    /// The seed of an environment's episode ("env").
+    pub const ENVIRONMENT: u32 = 0x656e_7600;
     /// The source of each row of a mixture ("mixt").
     pub const MIXTURE: u32 = 0x6d69_7874;
     /// GKD: whether a micro-batch is on-policy ("gkd").
@@ -71,6 +73,7 @@ mod tests {
         let kernels = [DROPOUT_TAG, WEIGHT_NOISE_TAG, SAMPLE_TAG, M_NOISE_TAG, V_NOISE_TAG];
         let mut tags = vec![tag::PAGE_ORDER, tag::INIT_NORMAL, tag::INIT_UNIFORM];
         tags.extend([tag::QUICKSTART, tag::ON_POLICY, tag::ROW_ORDER, tag::PRODUCT_CHECK]);
+        tags.push(tag::ENVIRONMENT);
         // A dropout's site fills the low bits of its tag.
         for kernel in kernels {
             assert!(tags.iter().all(|t| t >> 24 != kernel >> 24), "{kernel:#010x} is taken");

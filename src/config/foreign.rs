@@ -303,7 +303,6 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("chat_template_kwargs", &["{}"], "give them as the column chat_template_kwargs of the rows"),
     ("vllm_structured_outputs_regex", &[], "guided decoding is not built; leave it out"),
     ("use_adaptive_entropy", &["false"], "give a fixed entropy_coef"),
-    ("max_tool_calling_iterations", &[], "tools are not called during a run; leave it out"),
     ("model_revision", &["main"], "--model names a folder; download the revision into one"),
     ("lora_target_parameters", &[], "name modules in lora_target_modules"),
     ("dataset_config", &[], "give --data FILE on the command line"),

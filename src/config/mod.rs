@@ -11,6 +11,7 @@
 mod best;
 mod bounds;
 mod data;
+mod environment;
 mod eval;
 mod foreign;
 mod generate;
@@ -41,6 +42,7 @@ use crate::fsio;
 
 pub use best::BestModelOptions;
 pub use data::{ColumnMap, DataOptions, OnBadRow};
+pub use environment::EnvironmentOptions;
 pub use eval::{EvalConfig, ScoredChoice};
 pub use foreign::{described, is_foreign};
 pub use generate::GenerateConfig;
@@ -163,7 +165,7 @@ pub struct Report {
     overruled: BTreeSet<&'static str>,
     at_default: BTreeSet<&'static str>,
     no_effect: BTreeMap<&'static str, Vec<String>>, // why, "key = value" ...
-    /// Rewards that the program gives beside the options.
+    /// Rewards that the program, or an environment, gives beside the options.
     reward_functions: usize,
 }
 

@@ -23,6 +23,8 @@ const FREE_ON_RESUME: &[&str] = &[
     "sample_prompts",
     "sample_max_new_tokens",
     "data_cache",
+    "environment_timeout",
+    "environment_restarts",
 ];
 
 /// Options that name files: their contents are compared, not their paths.
@@ -32,6 +34,7 @@ const COMPARED_BY_CONTENTS: &[&str] = &[
     "teacher_model_name_or_path",
     "reward_model",
     "reward_funcs",
+    "environment",
     "data",
 ];
 

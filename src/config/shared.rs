@@ -172,11 +172,11 @@ section! {
         /// regex:PATTERN, think_format, json_schema:FILE, length, soft_overlong, repetition,
         /// command:CMD, python:FILE.py:FUNC; docs/rewards.md lists them.
         pub reward_funcs: RewardSpecs = RewardSpecs::default(),
-        /// A weight for each reward: reward_funcs first, then functions of a program, then
-        /// reward_model. none: 1 each.
+        /// A weight for each reward: reward_funcs first, then functions of a program, then the
+        /// environment, then reward_model. none: 1 each.
         pub reward_weights: Option<Vec<f64>> = None,
-        /// Ours. Environment variables passed to reward programs besides PATH and HOME. none: all,
-        /// including tokens and keys.
+        /// Ours. Environment variables passed to reward programs (and to an environment) besides
+        /// PATH and HOME. none: all, including tokens and keys.
         pub reward_env: Option<Vec<String>> = None,
         /// Ours. Folder of a reward model whose score is added as a reward.
         pub reward_model: Option<PathText> = None,

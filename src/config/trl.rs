@@ -47,6 +47,9 @@ const OURS: &[&str] = &[
     "reward_env",
     "reward_model",
     "max_sequences",
+    "environment",
+    "environment_timeout",
+    "environment_restarts",
     "data",
     "stopping_strategy",
     "data_cache",
@@ -67,6 +70,7 @@ const SOME: &[(&str, &[&str])] = &[
     ("disable_dropout", &["dpo", "reward", "kto", "grpo", "rloo"]),
     ("chat_template_kwargs", &["grpo", "rloo"]),
     ("assistant_only_loss", &["sft"]),
+    ("max_tool_calling_iterations", &["grpo"]),
     ("reward_funcs", &[]), // the script's argument, with names of its own
 ];
 

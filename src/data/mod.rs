@@ -16,6 +16,7 @@
 //! | [`bad`] | rows that cannot be used: an error, or counted and dropped |
 //! | [`mod@format`] | TRL's dataset types, detected and checked |
 //! | [`render`] | conversations, prompts and end tokens to ids: one function each for all commands |
+//! | [`continuation`] | what the template writes from the end of one turn to the model's next |
 //! | [`sft`] | rows to ids and loss masks, as TRL's SFTTrainer does |
 //! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |
 //! | [`masked`] | a sequence with its loss targets, cut to a length |
@@ -31,6 +32,7 @@ pub mod bad;
 pub mod bpe;
 pub mod cache;
 pub mod chat;
+pub mod continuation;
 mod folder;
 pub mod format;
 pub mod jinja;

@@ -115,9 +115,7 @@ impl<'a> Renderer<'a> {
                 self.tokenizer.dir().display()
             ))
         })?;
-        let own = example.template_kwargs.get(CONTINUE);
-        let continues =
-            prompt && own.or(template.setup().kwargs.get(CONTINUE)) == Some(&Value::Bool(true));
+        let continues = prompt && self.continues(example);
         let tools = example.tools.as_ref().or(template.setup().tools.as_ref());
         let mut kwargs = template.setup().kwargs.clone();
         kwargs.extend(example.template_kwargs.clone());
@@ -134,6 +132,12 @@ impl<'a> Renderer<'a> {
             cut_after_final_message(row, messages, &mut rendered.text)?;
         }
         Ok(rendered)
+    }
+
+    /// Whether the prompt of this row ends within its last message (`continue_final_message`).
+    pub(super) fn continues(&self, example: &ParsedRow) -> bool {
+        let of_run = self.template.and_then(|template| template.setup().kwargs.get(CONTINUE));
+        example.template_kwargs.get(CONTINUE).or(of_run) == Some(&Value::Bool(true))
     }
 
     /// Whether the template for this row marks what the assistant says.
@@ -194,7 +198,7 @@ impl<'a> Renderer<'a> {
 }
 
 /// The argument of transformers' `apply_chat_template`, read from a row's `chat_template_kwargs`.
-const CONTINUE: &str = "continue_final_message";
+pub(super) const CONTINUE: &str = "continue_final_message";
 
 /// Ends a rendered conversation with the text of its last message, so that the model continues it.
 /// Trailing spaces stay where the template keeps them (transformers 5.17).

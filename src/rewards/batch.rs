@@ -19,6 +19,14 @@ pub struct RewardBatch {
     pub columns: Map<String, Value>,
 }
 
+/// A completion like its prompt: a text, or an assistant's message.
+pub fn said(prompt: &Value, text: &str) -> Value {
+    match prompt {
+        Value::Array(_) => json!([{ "role": "assistant", "content": text }]),
+        _ => json!(text),
+    }
+}
+
 impl RewardBatch {
     pub fn len(&self) -> usize {
         self.completions.len()
@@ -31,6 +39,18 @@ impl RewardBatch {
         prompt: &Value,
         columns: impl Iterator<Item = (&'a String, &'a Value)>,
         text: &str,
+        ids: Vec<u32>,
+    ) {
+        let completion = said(prompt, text);
+        self.push_whole(prompt, columns, completion, ids);
+    }
+
+    /// As [`RewardBatch::push`], with the completion as it is to be: a text, or messages.
+    pub fn push_whole<'a>(
+        &mut self,
+        prompt: &Value,
+        columns: impl Iterator<Item = (&'a String, &'a Value)>,
+        completion: Value,
         ids: Vec<u32>,
     ) {
         let n = self.len();
@@ -46,12 +66,14 @@ impl RewardBatch {
                 cells.resize(n + 1, Value::Null);
             }
         }
-        self.completions.push(match prompt {
-            Value::Array(_) => json!([{ "role": "assistant", "content": text }]),
-            _ => json!(text),
-        });
+        self.completions.push(completion);
         self.prompts.push(prompt.clone());
         self.completion_ids.push(ids);
+    }
+
+    /// Puts a completion in the place of another.
+    pub fn replace(&mut self, row: usize, completion: Value, ids: Vec<u32>) {
+        (self.completions[row], self.completion_ids[row]) = (completion, ids);
     }
 
     pub fn is_empty(&self) -> bool {

@@ -6,10 +6,12 @@
 //! follow TRL 1.16.0.
 
 mod batch;
+mod environment;
 mod function;
 mod lines;
 pub mod model;
 mod numeric;
+mod process;
 mod reward;
 mod schema;
 mod spec;
@@ -17,7 +19,8 @@ mod text;
 mod total;
 mod worker;
 
-pub use batch::RewardBatch;
+pub use batch::{RewardBatch, said};
+pub use environment::{Environment, EnvironmentAnswer, EnvironmentTurn};
 pub use function::{RewardFunction, RewardRow};
 pub use reward::Reward;
 pub use schema::Schema;

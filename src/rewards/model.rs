@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use serde_json::{Map, json};
+use serde_json::Map;
 
 use crate::autograd::Cx;
 use crate::data::chat::{ChatTemplate, TemplateSetup};
@@ -79,14 +79,9 @@ impl RewardModel {
     /// What the model reads of completion `i`: the row as `temper reward` would tokenise it.
     fn ids(&self, rows: &RewardBatch, i: usize) -> Result<Vec<u32>> {
         let prompt = &rows.prompts[i];
-        let text = rows.completion_text(i);
-        let completion = match prompt.is_array() {
-            true => json!([{ "role": "assistant", "content": text }]),
-            false => json!(text),
-        };
         let mut value = Map::new();
         value.insert("prompt".into(), prompt.clone());
-        value.insert("completion".into(), completion);
+        value.insert("completion".into(), rows.completions[i].clone());
         for field in ["tools", "chat_template_kwargs"] {
             let cell = rows.cell(field, i);
             if !cell.is_null() {

@@ -80,6 +80,21 @@ impl Rewards {
         }
     }
 
+    /// Whether any is computed by another program.
+    pub fn have_programs(&self) -> bool {
+        self.list.iter().any(|reward| matches!(reward.kind, Verifier::Worker(_)))
+    }
+
+    /// Sends row `row` of a batch whose later rows are not known yet to the programs; rows come in
+    /// order. The columns of all rows are in `batch`.
+    pub fn offer(&mut self, batch: &RewardBatch, row: usize) {
+        for reward in &mut self.list {
+            if let Verifier::Worker(worker) = &mut reward.kind {
+                worker.offer(batch, row);
+            }
+        }
+    }
+
     pub fn score(&mut self, batch: &RewardBatch, observer: &dyn Observer) -> Result<Scores> {
         let mut scores = Scores::default();
         for reward in &mut self.list {

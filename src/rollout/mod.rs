@@ -14,6 +14,7 @@ pub mod sample;
 mod schedule;
 pub mod stop;
 mod top;
+mod turns;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ use crate::ops::sample::seen_words;
 use crate::tensor::Tensor;
 
 pub use options::EngineOptions;
-pub use request::{Completion, Finish, Request, RequestOptions, SampledToken};
+pub use request::{Completion, Finish, Request, RequestOptions, SampledToken, Turn};
 pub use top::top_logps;
 
 /// What happened, all in all.
@@ -53,6 +54,8 @@ pub struct Counts {
 pub struct Stepped {
     pub tokens: Vec<SampledToken>,
     pub done: Vec<Completion>,
+    /// Completions that wait for more tokens.
+    pub turns: Vec<Turn>,
 }
 
 pub struct Engine {
@@ -71,6 +74,8 @@ pub struct Engine {
     waiting: VecDeque<Sequence>,
     /// Oldest first.
     running: Vec<Sequence>,
+    /// Between two turns; they keep their pages while nobody needs them.
+    paused: Vec<Sequence>,
     requests: usize,
     /// Sequences that have run so far: the serial number of the next one.
     admitted: u64,
@@ -125,6 +130,7 @@ impl Engine {
             free_slots: (0..options.max_sequences).rev().collect(),
             waiting: VecDeque::new(),
             running: Vec::new(),
+            paused: Vec::new(),
             requests: 0,
             counts: Counts::default(),
             options,
@@ -169,13 +175,14 @@ impl Engine {
             stop: all.stop.clone(),
             stop_strings: all.stop_strings.clone(),
             top_logprobs: 0,
+            turns: all.turns,
         };
         self.submit_with(request, own)
     }
 
     /// As [`Engine::submit`], with options of its own in place of the engine's.
     pub fn submit_with(&mut self, request: &Request, options: RequestOptions) -> Result<usize> {
-        if !self.has_work() {
+        if !self.has_work() && self.paused.is_empty() {
             self.requests = 0;
         }
         let index = self.requests;
@@ -216,6 +223,7 @@ impl Engine {
         Ok(index)
     }
 
+    /// Whether a step does something: completions between two turns are no work.
     pub fn has_work(&self) -> bool {
         !self.waiting.is_empty() || !self.running.is_empty()
     }
@@ -226,12 +234,12 @@ impl Engine {
         while let Some(mut sequence) = self.running.pop() {
             self.leave(&mut sequence);
         }
-        self.waiting.clear();
+        self.forget_idle(|_| true);
     }
 
     /// Forgets a request: its completions end where they are, and nobody hears of them.
     pub fn cancel(&mut self, request: usize) {
-        self.waiting.retain(|s| s.completion.request != request);
+        self.forget_idle(|s| s.completion.request == request);
         let (gone, still): (Vec<_>, Vec<_>) = std::mem::take(&mut self.running)
             .into_iter()
             .partition(|s| s.completion.request == request);
@@ -311,6 +319,10 @@ impl Engine {
             std::mem::take(&mut self.running).into_iter().partition(|s| s.end.is_some());
         self.running = still;
         for mut s in ended {
+            if s.options.turns && s.end == Some(Finish::Stop) {
+                stepped.turns.push(self.pause(s));
+                continue;
+            }
             self.leave(&mut s);
             s.completion.finish = s.end.unwrap_or(Finish::Length);
             stepped.done.push(s.completion);

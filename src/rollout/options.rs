@@ -32,6 +32,8 @@ pub struct EngineOptions {
     /// Read the tokens of a step while the next one runs. A stop is then noticed a step late, and
     /// the token that came after it is dropped. None: where the device works behind the host.
     pub ahead: Option<bool>,
+    /// As [`super::RequestOptions::turns`].
+    pub turns: bool,
 }
 
 impl EngineOptions {
@@ -67,6 +69,7 @@ impl EngineOptions {
             pages: None,
             replay: None,
             ahead: None,
+            turns: false,
         }
     }
 }

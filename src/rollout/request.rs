@@ -52,6 +52,8 @@ pub struct RequestOptions {
     pub stop_strings: Option<StopStrings>,
     /// How many of the most probable tokens are told beside each sampled one.
     pub top_logprobs: usize,
+    /// A stop ends a turn and not the completion, which then waits: see [`Turn`].
+    pub turns: bool,
 }
 
 impl RequestOptions {
@@ -74,12 +76,24 @@ pub struct SampledToken {
     pub top: Vec<(u32, f32)>,
 }
 
+/// The end of a completion's turn, by a stop. The completion keeps its place in the cache until
+/// `Engine::resume` or `Engine::finish`; its slot goes to others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Turn {
+    /// Which request, and which of its completions.
+    pub request: usize,
+    pub member: usize,
+    /// What was sampled of the completion so far, earlier turns included.
+    pub ids: Vec<u32>,
+}
+
 /// A sampled continuation of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
     /// Which request, and which of its completions.
     pub request: usize,
     pub member: usize,
+    /// What was sampled; tokens that were put between its turns are not here.
     pub ids: Vec<u32>,
     /// log p of each token under the model's full distribution at temperature 1.
     pub logps: Vec<f32>,
@@ -98,6 +112,8 @@ pub(super) struct Sequence {
     pub number: u32,
     /// Prompt and completion, as far as it was read.
     pub tokens: Vec<u32>,
+    /// How many of them were put between turns.
+    pub inserted: usize,
     /// Sampled and not read yet.
     pub pending: usize,
     pub prompt: usize,
@@ -133,6 +149,7 @@ impl Sequence {
             options: options.clone(),
             number,
             tokens: prompt.to_vec(),
+            inserted: 0,
             prompt: prompt.len(),
             pending: 0,
             cached,
@@ -143,6 +160,11 @@ impl Sequence {
         }
     }
 
+    /// Tokens of the completion, those between its turns included.
+    pub fn length(&self) -> usize {
+        self.completion.ids.len() + self.inserted
+    }
+
     /// Tokens that are not in the cache.
     pub fn left(&self) -> usize {
         self.tokens.len() + self.pending - self.cached.len
@@ -150,7 +172,7 @@ impl Sequence {
 
     /// How many of its tokens are to go in: none once the last that it may have was sampled.
     pub fn wanted(&self) -> usize {
-        let full = self.completion.ids.len() + self.pending >= self.options.max_new_tokens;
+        let full = self.length() + self.pending >= self.options.max_new_tokens;
         if self.pending > 0 && full { 0 } else { self.left() }
     }
 
@@ -164,7 +186,7 @@ impl Sequence {
         };
         if said || options.stop.contains(&d.token) {
             self.end = Some(Finish::Stop);
-        } else if ids.len() >= options.max_new_tokens {
+        } else if self.length() >= options.max_new_tokens {
             self.end = Some(Finish::Length);
         }
         Ok(())

@@ -38,7 +38,9 @@ impl Engine {
             let i = scheduled.len();
             let take = self.running[i].wanted().min(budget);
             while i < self.running.len() && !self.cache.reserve(&mut self.running[i].cached, take) {
-                self.preempt_youngest();
+                if !self.reclaim() {
+                    self.preempt_youngest();
+                }
             }
             if i < self.running.len() {
                 budget -= take;
@@ -71,15 +73,15 @@ impl Engine {
     }
 
     fn admit(&mut self, at: usize, budget: usize) -> Result<Admission> {
+        let held = std::mem::take(&mut self.waiting[at].cached);
+        let goes_on = held.len > 0;
         let s = &self.waiting[at];
         // All of the prompt but its last token: that one goes in alone, and predicts the first of
         // the completion.
         let prefix = s.prompt - 1;
-        let siblings = self
-            .running
-            .iter()
-            .filter(|r| prefix > 0 && r.completion.request == s.completion.request);
-        let mut cached = match siblings.max_by_key(|r| r.cached.len) {
+        let same = |r: &&Sequence| prefix > 0 && r.completion.request == s.completion.request;
+        let mut cached = match self.running.iter().filter(same).max_by_key(|r| r.cached.len) {
+            _ if goes_on => held,
             Some(sibling) if sibling.cached.len < prefix => return Ok(Admission::LaterThanSibling),
             Some(sibling) => match self.cache.fork(&sibling.cached, prefix)? {
                 Some(cached) => cached,
@@ -87,20 +89,26 @@ impl Engine {
             },
             None => CachedSequence::default(),
         };
-        let shared = cached.len;
-        let take = (s.tokens.len() - shared).min(budget);
+        let (shared, tokens) = (cached.len, s.tokens.len());
+        let take = (tokens - shared).min(budget);
         // One page to spare, or the next step might throw somebody out again.
-        let need = (shared + take).div_ceil(PAGE) - cached.pages.len();
+        let need = (shared + take).div_ceil(PAGE).saturating_sub(cached.pages.len());
         let spare = usize::from(!self.running.is_empty());
+        while need + spare > self.cache.free_pages() && self.reclaim() {}
         if need + spare > self.cache.free_pages() || !self.cache.reserve(&mut cached, take) {
-            self.cache.release(&mut cached);
+            match goes_on {
+                true => self.waiting[at].cached = cached,
+                false => self.cache.release(&mut cached),
+            }
             return Ok(Admission::NoRoom);
         }
         let (Some(mut s), Some(slot)) = (self.waiting.remove(at), self.free_slots.pop()) else {
             self.cache.release(&mut cached);
             return Ok(Admission::NoRoom);
         };
-        self.counts.shared += shared;
+        if !goes_on {
+            self.counts.shared += shared;
+        }
         (s.cached, s.slot, s.serial) = (cached, slot, self.admitted);
         self.admitted += 1;
         if let Some(seen) = &self.seen {

@@ -139,6 +139,7 @@ impl Asked {
             stop: ends,
             stop_strings: StopStrings::new(&stop, tokenizer),
             top_logprobs: own.logprobs.unwrap_or(0),
+            turns: false,
         };
         Ok(Asked {
             chat,

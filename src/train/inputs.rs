@@ -39,7 +39,7 @@ struct Input {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunInputs {
     inputs: BTreeMap<String, Input>,
-    /// Rewards may change: a resumed run warns.
+    /// Rewards and an environment may change: a resumed run warns.
     rewards: BTreeMap<String, Input>,
 }
 
@@ -95,6 +95,10 @@ impl RunInputs {
         let rewards = keys.iter().find(|k| k.name == "reward_funcs");
         for spec in rewards.and_then(|k| k.value.as_array()).into_iter().flatten() {
             all.reward(spec)?;
+        }
+        let environment = keys.iter().find(|k| k.name == "environment");
+        if let Some(command) = environment.and_then(|k| k.value.as_str()).filter(|c| *c != "none") {
+            all.environment(command)?;
         }
         for function in functions {
             let name = function.name().to_string();
@@ -156,6 +160,18 @@ impl RunInputs {
             }
         }
         self.rewards.insert(text.clone(), Input { digest: digest.finish(), shown: text });
+        Ok(())
+    }
+
+    /// The command of an environment, and the files that it names.
+    fn environment(&mut self, command: &str) -> Result<()> {
+        let mut digest = Digest::default();
+        digest.text(command);
+        for path in command.split_whitespace().map(Path::new).filter(|path| path.is_file()) {
+            digest.text(&digest::file(path)?);
+        }
+        let input = Input { digest: digest.finish(), shown: command.into() };
+        self.rewards.insert("environment".into(), input);
         Ok(())
     }
 }

@@ -36,6 +36,7 @@ fn asked() -> Vec<(Request, RequestOptions)> {
             stop: if i % 2 == 0 { vec![2] } else { vec![2, 40] },
             stop_strings: None,
             top_logprobs: if i % 3 == 0 { 4 } else { 0 },
+            turns: false,
         };
         (Request { prompt, n: 1 + i % 2, number: 3 * i as u32 }, options)
     };

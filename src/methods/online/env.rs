@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::buffer::RolloutSchedule;
 use super::chunks::{ChunkRow, chunks, token_budget};
+use super::episodes::Episodes;
 use super::metrics;
 use super::prompts::Prompts;
 use super::rollout::{Rollout, split};
@@ -15,8 +16,8 @@ use super::sampler::{SampleRequest, Sampler};
 use super::scorer::Scorer;
 use crate::autograd::Cx;
 use crate::config::{
-    MatmulChoice, ReferenceOptions, ReferenceSyncOptions, RewardOptions, SamplingOptions,
-    TrainingConfig,
+    EnvironmentOptions, MatmulChoice, ReferenceOptions, ReferenceSyncOptions, RewardOptions,
+    SamplingOptions, TrainingConfig,
 };
 use crate::data::masked::MaskedSequence;
 use crate::data::sft::SftExample;
@@ -39,6 +40,7 @@ pub struct EnvOptions {
     pub sync: ReferenceSyncOptions,
     pub max_completion_length: usize,
     pub max_sequences: Option<usize>,
+    pub environment: EnvironmentOptions,
     /// Completions of a generation.
     pub generation: usize,
 }
@@ -72,16 +74,14 @@ impl RolloutEnv {
         training: &TrainingConfig,
         inputs: &MethodInputs,
     ) -> Result<RolloutEnv> {
+        let length = options.max_completion_length;
+        let mut sampler =
+            Sampler::new(&options.sampling, length, options.max_sequences, training.seed, inputs)?;
+        sampler.episodes = Episodes::new(&options.environment, length, training.seed, inputs)?;
         Ok(RolloutEnv {
             prompts: Prompts::new(training, inputs)?,
-            sampler: Sampler::new(
-                &options.sampling,
-                options.max_completion_length,
-                options.max_sequences,
-                training.seed,
-                inputs,
-            )?,
-            scorer: Scorer::new(&options.rewards, inputs)?,
+            sampler,
+            scorer: Scorer::new(&options.rewards, options.environment.is_set(), inputs)?,
             reference: Reference::default(),
             generation: options.generation,
             sync: options.sync.clone(),
@@ -130,7 +130,11 @@ impl RolloutEnv {
             let none = |cx: &mut Cx, _: &Decoder, _| cx.float("no log-probs", &[0]);
             self.reference = Reference::new(setup).attached(cx, model, 0, 0, none)?;
         }
-        self.scorer.attach(cx)
+        self.scorer.attach(cx)?;
+        if let Some(episodes) = &mut self.sampler.episodes {
+            episodes.govern(&cx.stop, self.scorer.reward_env());
+        }
+        Ok(())
     }
 
     /// Completions of prompts of `split`, those of one prompt side by side.
@@ -152,7 +156,13 @@ impl RolloutEnv {
                 &longest
             }
         };
-        let rollouts = self.sampler.sample(cx, model, self.prompts.of(split), prompts, request);
+        let of = self.prompts.of(split);
+        if cx.device.computes() {
+            self.scorer.expect(of, prompts, request.n);
+        }
+        let scorer = &mut self.scorer;
+        let done = &mut |i: usize, rollout: &Rollout| scorer.hear(i, rollout);
+        let rollouts = self.sampler.sample(cx, model, of, prompts, request, done);
         self.seconds.generate += begin.elapsed().as_secs_f64();
         rollouts
     }
@@ -214,7 +224,7 @@ impl RolloutEnv {
         let row = |r: &Rollout| ChunkRow {
             prompt: r.prompt,
             prompt_tokens: self.prompts.train[r.prompt].ids.len() + virtuals,
-            tokens: r.ids.len(),
+            tokens: r.whole().len(),
         };
         chunks(&rollouts.map(row).collect::<Vec<_>>(), budget)
     }
@@ -231,7 +241,7 @@ impl RolloutEnv {
         let mut groups: Vec<Group> = Vec::new();
         let mut last = None;
         for r in rollouts {
-            let completion = Sequence { ids: &r.ids, target: None };
+            let completion = Sequence { ids: r.whole(), target: r.targets() };
             match groups.last_mut() {
                 Some(group) if last == Some(r.prompt) => group.completions.push(completion),
                 _ => groups.push(Group {
@@ -244,11 +254,16 @@ impl RolloutEnv {
         Batch::grouped(cx, &groups, model.vocab())
     }
 
-    /// Rows to train on: the prompt of `split`, then the completion, whose tokens are the targets.
+    /// Rows to train on: the prompt of `split`, then the completion, whose sampled tokens are the
+    /// targets.
     pub fn examples(&self, split: Split, rollouts: Vec<Rollout>) -> Vec<SftExample> {
         let one = |r: Rollout| {
             let prompt = &self.prompts.of(split)[r.prompt].ids;
-            let MaskedSequence { input_ids, target_mask } = MaskedSequence::new(prompt, &r.ids);
+            let MaskedSequence { input_ids, mut target_mask } =
+                MaskedSequence::new(prompt, r.whole());
+            if let Some(targets) = r.targets() {
+                target_mask[prompt.len()..].copy_from_slice(targets);
+            }
             SftExample { input_ids, target_mask, row: r.prompt }
         };
         rollouts.into_iter().map(one).collect()
@@ -265,8 +280,9 @@ impl RolloutEnv {
         for (i, r) in rollouts.iter().enumerate() {
             let names = scores.names.iter().zip(&scores.each);
             let each: Map<String, Value> = names.map(|(n, e)| (n.clone(), json!(e[i]))).collect();
+            let said = r.conversation.as_ref().map_or_else(|| json!(r.text), |c| c.said.clone());
             self.log.push(json!({
-                "prompt": self.prompts.train[r.prompt].value, "completion": r.text,
+                "prompt": self.prompts.train[r.prompt].value, "completion": said,
                 "reward": total[i], "rewards": each, "advantage": advantages.get(i),
                 "finished": r.finished,
             }));

@@ -29,6 +29,12 @@ pub fn of_generation(rollouts: &[Rollout], scores: &Scores) -> Vec<Metric> {
     }
     let cut = rollouts.iter().filter(|r| !r.finished).count();
     put("completions/clipped_ratio".into(), cut as f64 / rollouts.len().max(1) as f64);
+    let talks: Vec<_> = rollouts.iter().filter_map(|r| r.conversation.as_deref()).collect();
+    if !talks.is_empty() {
+        put("environment/mean_turns".into(), mean(talks.iter().map(|t| t.turns as f64)));
+        let theirs = talks.iter().map(|t| t.sampled.iter().filter(|s| !**s).count() as f64);
+        put("environment/mean_tokens".into(), mean(theirs));
+    }
     for (name, each) in scores.names.iter().zip(&scores.each) {
         let (mean, std) = mean_std(each);
         put(format!("rewards/{name}/mean"), mean);

@@ -11,6 +11,7 @@ pub mod advantage;
 pub mod buffer;
 pub mod chunks;
 pub mod env;
+pub mod episodes;
 pub mod gkd;
 pub mod grpo;
 mod metrics;

@@ -93,6 +93,7 @@ impl BuildMethod for OnlineDpoConfig {
             generation: 2
                 * training.per_device_train_batch_size
                 * training.gradient_accumulation_steps,
+            ..EnvOptions::default()
         };
         let env = RolloutEnv::new(&env, training, inputs)?;
         let summary = format!("{} prompts, 2 completions each", env.prompts.train.len());

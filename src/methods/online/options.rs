@@ -2,7 +2,9 @@
 //!
 //! Invariant: names and defaults are those of TRL's `GRPOConfig`; an option of ours says so.
 
-use crate::config::{ReferenceSyncOptions, Report, RewardOptions, SamplingOptions, section};
+use crate::config::{
+    EnvironmentOptions, ReferenceSyncOptions, Report, RewardOptions, SamplingOptions, section,
+};
 
 section! {
     /// How many sequences are generated at once.
@@ -25,7 +27,7 @@ section! {
     pub struct OnlineConfig = "online" {
         /// Completions of a prompt.
         pub num_generations: usize = 8,
-        /// Longest completion in tokens.
+        /// Longest completion in tokens; with an environment, of all turns and answers together.
         pub max_completion_length: usize = 512,
         /// Micro-batches that use one generation. none: gradient_accumulation_steps.
         pub steps_per_generation: Option<usize> = None,
@@ -35,6 +37,7 @@ section! {
         pub beta: f64 = 0.0,
         /// Exclude truncated completions from the loss.
         pub mask_truncated_completions: bool = false,
+        ..pub environment: EnvironmentOptions = EnvironmentOptions::default(),
         ..pub rewards: RewardOptions = RewardOptions::default(),
         ..pub sampling: SamplingOptions = SamplingOptions::default(),
         ..pub rollout: RolloutOptions = RolloutOptions::default(),

@@ -162,6 +162,7 @@ impl OnlineConfig {
             sync: self.sync.clone(),
             max_completion_length: self.max_completion_length,
             max_sequences: self.rollout.max_sequences,
+            environment: self.environment.clone(),
         }
     }
 

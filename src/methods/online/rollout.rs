@@ -2,6 +2,8 @@
 //!
 //! Invariant: what is read back has the bits that were written.
 
+use serde_json::Value;
+
 use crate::autograd::Cx;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -11,6 +13,7 @@ use crate::tensor::Tensor;
 pub struct Rollout {
     /// Index of the prompt.
     pub prompt: usize,
+    /// The tokens that were sampled, which are those that a loss sees.
     pub ids: Vec<u32>,
     /// Log-probs of its tokens when they were sampled: at the sampling temperature, of the full
     /// distribution.
@@ -19,6 +22,62 @@ pub struct Rollout {
     /// It ended with a stop token, not at the length limit.
     pub finished: bool,
     pub text: String,
+    /// What it is as a whole, where an environment answered it.
+    pub conversation: Option<Box<Conversation>>,
+}
+
+/// A completion of several turns. Everything else about it (log-probs, values, weights) is of its
+/// sampled tokens alone.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Conversation {
+    /// What follows the prompt: sampled tokens, and between them the environment's.
+    pub ids: Vec<u32>,
+    /// Which of them were sampled.
+    pub sampled: Vec<bool>,
+    /// What was said since the prompt: messages; of a prompt that is a text, one text.
+    pub said: Value,
+    /// Turns of the model.
+    pub turns: usize,
+    /// The sum of the environment's rewards; None: it gave none.
+    pub reward: Option<f64>,
+}
+
+impl Rollout {
+    /// All tokens that follow the prompt.
+    pub fn whole(&self) -> &[u32] {
+        self.conversation.as_ref().map_or(&self.ids, |c| &c.ids)
+    }
+
+    /// Which of them are targets; None: all.
+    pub fn targets(&self) -> Option<&[bool]> {
+        self.conversation.as_ref().map(|c| c.sampled.as_slice())
+    }
+}
+
+impl Conversation {
+    fn write(&self, out: &mut StateWriter) {
+        out.values(&self.ids);
+        out.bytes(&self.sampled.iter().map(|s| u8::from(*s)).collect::<Vec<_>>());
+        out.bytes(self.said.to_string().as_bytes());
+        out.word(self.turns as u64);
+        out.word(u64::from(self.reward.is_some()));
+        out.word(self.reward.unwrap_or_default().to_bits());
+    }
+
+    fn read(from: &mut StateReader) -> Option<Conversation> {
+        let ids = from.values()?;
+        let sampled = from.bytes()?.iter().map(|s| *s == 1).collect();
+        let said = serde_json::from_slice(from.bytes()?).ok()?;
+        let turns = from.word()? as usize;
+        let (known, reward) = (from.word()? == 1, f64::from_bits(from.word()?));
+        Some(Conversation { ids, sampled, said, turns, reward: known.then_some(reward) })
+    }
+
+    /// Whether its sampled tokens are `ids`.
+    fn fits(&self, ids: &[u32]) -> bool {
+        let sampled = self.ids.iter().zip(&self.sampled).filter(|(_, s)| **s).map(|(id, _)| id);
+        self.ids.len() == self.sampled.len() && ids.iter().eq(sampled)
+    }
 }
 
 /// Where each of `lengths` values starts when they lie side by side, and where the last ends.
@@ -52,24 +111,33 @@ pub trait StoredRollout: Sized {
 impl StoredRollout for Rollout {
     fn write(&self, out: &mut StateWriter) {
         out.word(self.prompt as u64);
-        out.word(u64::from(self.finished));
+        out.word(u64::from(self.finished) | u64::from(self.conversation.is_some()) << 1);
         out.bytes(self.text.as_bytes());
         out.values(&self.ids);
         out.values(&self.logps);
         out.values(&self.entropies);
+        if let Some(conversation) = &self.conversation {
+            conversation.write(out);
+        }
     }
 
     fn read(from: &mut StateReader) -> Option<Rollout> {
-        let (prompt, finished) = (from.word()? as usize, from.word()? == 1);
+        let (prompt, flags) = (from.word()? as usize, from.word()?);
         let text = String::from_utf8(from.bytes()?.to_vec()).ok()?;
         let (ids, logps, entropies) = (from.values()?, from.values()?, from.values()?);
-        Some(Rollout { prompt, ids, logps, entropies, finished, text })
+        let conversation = match flags & 2 {
+            0 => None,
+            _ => Some(Box::new(Conversation::read(from)?)),
+        };
+        let finished = flags & 1 == 1;
+        Some(Rollout { prompt, ids, logps, entropies, finished, text, conversation })
     }
 
     fn fits(&self, prompts: usize) -> bool {
         let n = self.ids.len();
         let lists = self.logps.len() == n && [0, n].contains(&self.entropies.len());
-        self.prompt < prompts && lists
+        let whole = self.conversation.as_ref().is_none_or(|c| c.fits(&self.ids));
+        self.prompt < prompts && lists && whole
     }
 }
 

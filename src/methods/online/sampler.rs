@@ -2,6 +2,7 @@
 //!
 //! Invariant: sampled tokens are a function of (weights, prompts, seed, stream).
 
+use super::episodes::{EpisodeBatch, Episodes};
 use super::prompts::Prompt;
 use super::rollout::Rollout;
 use crate::autograd::Cx;
@@ -12,7 +13,7 @@ use crate::methods::MethodInputs;
 use crate::model::decoder::Decoder;
 use crate::rollout::sample::Sampling;
 use crate::rollout::stop::stop_ids;
-use crate::rollout::{Engine, EngineOptions, Finish, Request};
+use crate::rollout::{Completion, Engine, EngineOptions, Finish, Request};
 
 pub struct Sampler {
     pub options: SamplingOptions,
@@ -24,6 +25,8 @@ pub struct Sampler {
     stop: Vec<u32>,
     tokenizer: Tokenizer,
     engine: Option<Engine>,
+    /// With an environment, completions have several turns.
+    pub episodes: Option<Episodes>,
 }
 
 /// Sequences decoded at once where neither the options nor a plan say.
@@ -71,6 +74,7 @@ impl Sampler {
             stop,
             tokenizer,
             engine: None,
+            episodes: None,
         })
     }
 
@@ -94,8 +98,9 @@ impl Sampler {
             );
         }
         let (stop, length) = (self.stop.clone(), self.max_completion_length);
-        let options =
+        let mut options =
             EngineOptions::new(length, sampling, stop, self.max_sequences.unwrap_or(self.planned));
+        options.turns = self.episodes.is_some();
         // The engine only makes sure that positions are covered, and they are.
         Engine::new(cx, &mut model.clone(), options, longest)
     }
@@ -110,7 +115,8 @@ impl Sampler {
         std::mem::swap(&mut self.engine, other);
     }
 
-    /// Completions of `prompts` (`indices` say which prompts they are), side by side.
+    /// Completions of `prompts` (`indices` say which prompts they are), side by side. `done` hears
+    /// of each when it ends, with its place among them.
     pub fn sample(
         &mut self,
         cx: &mut Cx,
@@ -118,6 +124,7 @@ impl Sampler {
         prompts: &[Prompt],
         indices: &[usize],
         request: SampleRequest,
+        done: &mut dyn FnMut(usize, &Rollout),
     ) -> Result<Vec<Rollout>> {
         let Some(engine) = self.engine.as_mut() else {
             return Err(Error::Run("the sampler is missing; attach comes first".into()));
@@ -125,6 +132,9 @@ impl Sampler {
         let SampleRequest { n, stream, greedy } = request;
         if !cx.device.computes() {
             let all: Vec<Vec<u32>> = indices.iter().map(|p| prompts[*p].ids.clone()).collect();
+            if engine.options.turns {
+                rehearse_answers(cx, engine, model, &all)?;
+            }
             rehearse(cx, engine, model, &Request::numbered(all, n))?;
             return Ok(longest_rollouts(indices, n, self.max_completion_length));
         }
@@ -135,20 +145,51 @@ impl Sampler {
         if greedy {
             engine.options.sampling = Sampling::greedy();
         }
-        let done = engine.generate(cx, model, &requests);
-        engine.options.sampling = sampling;
-        let rollout = |c: crate::rollout::Completion| {
-            Ok(Rollout {
-                prompt: indices[c.request],
-                text: self.tokenizer.decode(&c.ids, true)?,
-                ids: c.ids,
-                logps: c.logps_scaled,
-                entropies: c.entropies,
-                finished: c.finish == Finish::Stop,
-            })
+        let tokenizer = &self.tokenizer;
+        engine.abort();
+        let rollouts = match &mut self.episodes {
+            Some(episodes) => {
+                let batch = EpisodeBatch { prompts, indices, n, stream, tokenizer };
+                let submitted = requests.iter().try_for_each(|r| engine.submit(r).map(drop));
+                submitted.and_then(|()| episodes.run(cx, model, engine, &batch, done))
+            }
+            None => sample_all(cx, model, engine, &requests, &mut |c| {
+                let at = c.request * n + c.member;
+                let rollout = Rollout {
+                    prompt: indices[c.request],
+                    text: tokenizer.decode(&c.ids, true)?,
+                    ids: c.ids,
+                    logps: c.logps_scaled,
+                    entropies: c.entropies,
+                    finished: c.finish == Finish::Stop,
+                    conversation: None,
+                };
+                done(at, &rollout);
+                Ok((at, rollout))
+            }),
         };
-        done?.into_iter().map(rollout).collect()
+        engine.options.sampling = sampling;
+        rollouts
     }
+}
+
+/// Completes every request; a completion becomes a rollout as it ends.
+fn sample_all(
+    cx: &mut Cx,
+    model: &Decoder,
+    engine: &mut Engine,
+    requests: &[Request],
+    ended: &mut dyn FnMut(Completion) -> Result<(usize, Rollout)>,
+) -> Result<Vec<Rollout>> {
+    requests.iter().try_for_each(|r| engine.submit(r).map(drop))?;
+    let mut all = Vec::new();
+    while engine.has_work() {
+        for completion in engine.step(cx, model)?.done {
+            all.push(ended(completion)?);
+        }
+    }
+    all.sort_by_key(|(at, _)| *at);
+    Ok(all.into_iter().map(|(_, rollout)| rollout).collect())
 }
 
 /// For the memory plan: prompts go in, until as many sequences are decoded as there can be at once.
@@ -164,6 +205,26 @@ fn rehearse(cx: &mut Cx, engine: &mut Engine, model: &Decoder, requests: &[Reque
     Ok(())
 }
 
+/// For the memory plan: an environment's answers go in as prompts do, and may be longer than they.
+fn rehearse_answers(
+    cx: &mut Cx,
+    engine: &mut Engine,
+    model: &Decoder,
+    prompts: &[Vec<u32>],
+) -> Result<()> {
+    let most = std::mem::replace(&mut engine.options.max_new_tokens, 1);
+    let answered = prompts.iter().map(|prompt| vec![0; prompt.len() + most - 1]);
+    let many = engine.options.max_sequences;
+    engine.abort();
+    let requests = Request::numbered(answered.take(many), 1);
+    let submitted = requests.iter().try_for_each(|r| engine.submit(r).map(drop));
+    engine.options.max_new_tokens = most;
+    submitted?;
+    engine.step(cx, model)?;
+    engine.abort();
+    Ok(())
+}
+
 /// For the memory plan: completions none of which ends before its limit.
 fn longest_rollouts(indices: &[usize], n: usize, tokens: usize) -> Vec<Rollout> {
     let rollout = |prompt: &usize| Rollout {
@@ -173,6 +234,7 @@ fn longest_rollouts(indices: &[usize], n: usize, tokens: usize) -> Vec<Rollout> 
         entropies: vec![0.0; tokens],
         finished: true,
         text: String::new(),
+        conversation: None,
     };
     indices.iter().flat_map(|p| std::iter::repeat_n(rollout(p), n)).collect()
 }

@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::prompts::Prompt;
 use super::rollout::Rollout;
 use crate::autograd::Cx;
@@ -13,18 +15,33 @@ use crate::data::chat::TemplateSetup;
 use crate::error::Result;
 use crate::methods::MethodInputs;
 use crate::rewards::model::RewardModel;
-use crate::rewards::{RewardBatch, Rewards, Scores};
+use crate::rewards::{RewardBatch, Rewards, Scores, said};
 
 pub struct Scorer {
     options: RewardOptions,
     rewards: Rewards,
     pub reward_model: Option<RewardModel>,
     setup: TemplateSetup,
+    /// An environment gives rewards, too.
+    environment: bool,
+    /// A batch that is being generated, for programs that score it meanwhile.
+    coming: Option<ComingBatch>,
+}
+
+struct ComingBatch {
+    /// All of its prompts and columns; completions as far as they are there.
+    batch: RewardBatch,
+    ended: Vec<bool>,
+    offered: usize,
 }
 
 impl Scorer {
     /// The rewards of the options, and those of the program.
-    pub fn new(options: &RewardOptions, inputs: &MethodInputs) -> Result<Scorer> {
+    pub fn new(
+        options: &RewardOptions,
+        environment: bool,
+        inputs: &MethodInputs,
+    ) -> Result<Scorer> {
         let functions = inputs.rewards;
         let (specs, weights) = (&options.reward_funcs, options.reward_weights.as_deref());
         let rewards = match specs.len() + functions.len() {
@@ -35,7 +52,39 @@ impl Scorer {
             }
         };
         let (options, setup) = (options.clone(), inputs.setup.clone());
-        Ok(Scorer { options, rewards, reward_model: None, setup })
+        let (reward_model, coming) = (None, None);
+        Ok(Scorer { options, rewards, reward_model, setup, environment, coming })
+    }
+
+    /// The variables that programs see; None: all.
+    pub fn reward_env(&self) -> Option<&[String]> {
+        self.options.reward_env.as_deref()
+    }
+
+    /// `n` completions of each of `indices` are going to be generated, and then scored.
+    pub fn expect(&mut self, prompts: &[Prompt], indices: &[usize], n: usize) {
+        self.coming = None;
+        if !self.rewards.have_programs() {
+            return;
+        }
+        let mut batch = RewardBatch::default();
+        for index in indices.iter().flat_map(|i| std::iter::repeat_n(i, n)) {
+            let prompt = &prompts[*index];
+            batch.push(&prompt.value, prompt.columns.iter(), "", Vec::new());
+        }
+        let ended = vec![false; batch.len()];
+        self.coming = Some(ComingBatch { batch, ended, offered: 0 });
+    }
+
+    /// Completion `i` has ended: programs get it when all before it have.
+    pub fn hear(&mut self, i: usize, rollout: &Rollout) {
+        let Some(coming) = &mut self.coming else { return };
+        coming.batch.replace(i, said_of(&coming.batch.prompts[i], rollout), rollout.whole().into());
+        coming.ended[i] = true;
+        while coming.ended.get(coming.offered) == Some(&true) {
+            self.rewards.offer(&coming.batch, coming.offered);
+            coming.offered += 1;
+        }
     }
 
     pub fn attach(&mut self, cx: &Cx) -> Result<()> {
@@ -56,17 +105,26 @@ impl Scorer {
         if !cx.device.computes() {
             return self.rehearse(cx, prompts, rollouts);
         }
+        self.coming = None;
         let mut batch = RewardBatch::default();
         for r in rollouts {
             let prompt = &prompts[r.prompt];
-            batch.push(&prompt.value, prompt.columns.iter(), &r.text, r.ids.clone());
+            let (said, ids) = (said_of(&prompt.value, r), r.whole().to_vec());
+            batch.push_whole(&prompt.value, prompt.columns.iter(), said, ids);
         }
         let mut scores = self.rewards.score(&batch, &*cx.observer)?;
+        let weights = self.options.reward_weights.as_ref();
+        if self.environment {
+            let reward = |r: &Rollout| r.conversation.as_ref().and_then(|c| c.reward);
+            scores.each.push(rollouts.iter().map(reward).collect());
+            scores.names.push("environment".into());
+            let at = scores.weights.len();
+            scores.weights.push(weights.and_then(|w| w.get(at).copied()).unwrap_or(1.0));
+        }
         if let Some(model) = &mut self.reward_model {
             let each = model.score(cx, &batch)?.into_iter().map(|s| Some(f64::from(s))).collect();
             scores.each.push(each);
             scores.names.push("reward_model".into());
-            let weights = self.options.reward_weights.as_ref();
             scores.weights.push(weights.and_then(|w| w.last().copied()).unwrap_or(1.0));
         }
         Ok(scores)
@@ -81,10 +139,18 @@ impl Scorer {
         rollouts: &[Rollout],
     ) -> Result<Scores> {
         if let Some(model) = &mut self.reward_model {
-            let length = |r: &Rollout| prompts[r.prompt].ids.len() + r.ids.len();
+            let length = |r: &Rollout| prompts[r.prompt].ids.len() + r.whole().len();
             model.rehearse(cx, rollouts.iter().map(length))?;
         }
         let each = (0..rollouts.len()).map(|i| Some(i as f64)).collect();
         Ok(Scores { names: vec!["plan".into()], weights: vec![1.0], each: vec![each] })
+    }
+}
+
+/// What rewards see of a completion: of a conversation, all of it.
+fn said_of(prompt: &Value, rollout: &Rollout) -> Value {
+    match &rollout.conversation {
+        Some(conversation) => conversation.said.clone(),
+        None => said(prompt, &rollout.text),
     }
 }

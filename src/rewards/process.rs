@@ -1,0 +1,331 @@
+//! A program that answers in JSON lines: started once, ended with all its children. Layer 6.
+//!
+//! Invariant: whatever it does (end, silence, garbage, a line without end) is a [`ProgramFault`] that says
+//! what was read, in bounded memory; it is started again at most `restarts` times a run, and
+//! it never outlives this process.
+
+use std::collections::VecDeque;
+use std::io::{BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::lines::{Line, next_line};
+use crate::error::{Error, Result};
+use crate::observer::Observer;
+use crate::observer::output::clean;
+use crate::signals::Stop;
+
+const STDERR_LINES: usize = 12;
+/// Bytes of an answer, at most, and of a line of stderr that is kept.
+const LONGEST: usize = 16 << 20;
+const LONGEST_STDERR: usize = 4096;
+/// Answers that are read ahead of what is asked for; then the program waits.
+const READ_AHEAD: usize = 8;
+/// How often a wait looks whether the run is to stop.
+const GLANCE: Duration = Duration::from_millis(50);
+/// Stands for a timeout that no clock can count.
+const FOREVER: Duration = Duration::from_secs(1 << 32);
+
+/// Why an exchange ended before all answers were there.
+pub enum ProgramFault {
+    /// Worth another start.
+    Restart(String),
+    Stop(String),
+    /// The run is to stop.
+    Interrupted,
+}
+
+/// A program, and how it is run.
+#[derive(Debug)]
+pub struct Program {
+    argv: Vec<String>,
+    timeout: Duration,
+    /// The option that sets `timeout`.
+    timeout_key: &'static str,
+    /// How many more times it may be started again.
+    restarts: usize,
+    running: Option<Running>,
+    stop: Stop,
+    env: Option<Vec<String>>,
+}
+
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    /// Ends the program's group when this process ends, however it ends.
+    guard: Option<Child>,
+    to: Sender<String>,
+    from: Receiver<Line>,
+    stderr: Arc<Mutex<VecDeque<String>>>,
+}
+
+impl Program {
+    pub fn new(
+        argv: Vec<String>,
+        timeout: Duration,
+        timeout_key: &'static str,
+        restarts: usize,
+    ) -> Program {
+        let (running, stop, env) = (None, Stop::default(), None);
+        Program { argv, timeout, timeout_key, restarts, running, stop, env }
+    }
+
+    /// What the shell runs as `command`.
+    pub fn shell(command: &str) -> Vec<String> {
+        vec!["sh".into(), "-c".into(), command.into()]
+    }
+
+    /// Ends the wait for an answer when `stop` is requested.
+    pub fn heed(&mut self, stop: &Stop) {
+        self.stop = stop.clone();
+    }
+
+    /// Gives the program these variables of the environment alone, and PATH and HOME.
+    pub fn limit_environment(&mut self, names: &[String]) {
+        self.env = Some(names.to_vec());
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// When an answer that is asked for now is late.
+    pub fn deadline(&self) -> Instant {
+        let now = Instant::now();
+        now.checked_add(self.timeout).unwrap_or(now + FOREVER)
+    }
+
+    /// Starts the program unless it runs.
+    pub fn start(&mut self) -> Result<(), ProgramFault> {
+        if self.running.is_none() {
+            self.running =
+                Some(start(&self.argv, self.env.as_deref()).map_err(ProgramFault::Stop)?);
+        }
+        Ok(())
+    }
+
+    /// Sends a line. A program that has ended shows as an end of the answers, which says more.
+    pub fn tell(&self, line: String) {
+        if let Some(running) = &self.running {
+            let _ = running.to.send(line);
+        }
+    }
+
+    /// The next line that it writes, which must be the answer for `id` before `until`. Without
+    /// `wait`, None if there is none yet.
+    pub fn hear(
+        &mut self,
+        id: u64,
+        until: Instant,
+        wait: bool,
+    ) -> Result<Option<String>, ProgramFault> {
+        let Some(running) = &mut self.running else {
+            return Err(ProgramFault::Stop("it is not running".into()));
+        };
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let glance = if wait { left.min(GLANCE) } else { Duration::ZERO };
+            match running.from.recv_timeout(glance) {
+                Ok(Line::Whole(line)) => return Ok(Some(line)),
+                Ok(Line::TooLong) => {
+                    let most = LONGEST >> 20;
+                    return Err(ProgramFault::Restart(format!(
+                        "its answer for id {id} is longer than {most} MiB without an end of line"
+                    )));
+                }
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => {
+                    let (seconds, key) = (self.timeout.as_secs_f64(), self.timeout_key);
+                    return Err(ProgramFault::Restart(format!(
+                        "no answer for id {id} within {seconds} s (key `{key}`)"
+                    )));
+                }
+                Err(RecvTimeoutError::Timeout) if !wait => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if self.stop.requested() => {
+                    return Err(ProgramFault::Interrupted);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(ProgramFault::Restart(format!(
+                        "it ended {} before the answer for id {id}",
+                        running.status()
+                    )));
+                }
+            }
+        }
+    }
+
+    /// After a fault at `place`: the program is ended, and may be started again. Error: the run
+    /// is to stop, or there are no restarts left.
+    pub fn mend(
+        &mut self,
+        fault: ProgramFault,
+        place: &str,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let (what, again) = match fault {
+            ProgramFault::Restart(what) => (what, self.restarts > 0),
+            ProgramFault::Stop(what) => (what, false),
+            ProgramFault::Interrupted => {
+                self.end();
+                return Err(Error::Interrupted(format!("stopped before the answer for {place}")));
+            }
+        };
+        let said = self.end();
+        let message = format!("{place}: {what}{said}");
+        if !again {
+            return Err(Error::Run(format!(
+                "{message}\nThe program was `{}`. Mend it and resume the run from its last checkpoint.",
+                self.shown()
+            )));
+        }
+        self.restarts -= 1;
+        observer.warn(&format!(
+            "{message}\nIt is started again ({} restarts are left).",
+            self.restarts
+        ));
+        Ok(())
+    }
+
+    /// Ends the program; what it last said on stderr.
+    pub fn end(&mut self) -> String {
+        let Some(mut running) = self.running.take() else { return String::new() };
+        running.kill();
+        let lines = match running.stderr.lock() {
+            Ok(lines) => lines.iter().map(|l| clean(l)).collect::<Vec<_>>().join("\n  "),
+            Err(_) => String::new(),
+        };
+        if lines.is_empty() { lines } else { format!("\nIts last words on stderr:\n  {lines}") }
+    }
+
+    fn shown(&self) -> String {
+        match self.argv.as_slice() {
+            [_, _, _, _, file, function] => format!("{}:{}", file, function),
+            argv => argv.last().cloned().unwrap_or_default(),
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        if let Some(running) = &mut self.running {
+            running.kill();
+        }
+    }
+}
+
+fn start(argv: &[String], env: Option<&[String]>) -> Result<Running, String> {
+    let Some((program, arguments)) = argv.split_first() else {
+        return Err("no program is given".into());
+    };
+    let mut command = Command::new(program);
+    if let Some(names) = env {
+        let kept = names.iter().map(String::as_str).chain(["PATH", "HOME"]);
+        command.env_clear().envs(kept.filter_map(|n| Some((n, std::env::var_os(n)?))));
+    }
+    let mut child = command
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        // a group of its own: it ends with its children, and Ctrl-C reaches the run first, which
+        // then ends it
+        .process_group(0)
+        .spawn()
+        .map_err(|e| format!("`{program}` does not start ({e}); is it installed and on PATH?"))?;
+    let (Some(mut stdin), Some(stdout), Some(errors)) =
+        (child.stdin.take(), child.stdout.take(), child.stderr.take())
+    else {
+        return Err("its pipes are missing".into());
+    };
+    let (to, lines) = channel::<String>();
+    let (tell, from) = sync_channel(READ_AHEAD);
+    // Threads, because a program may write before it has read everything: neither side may wait for
+    // the other.
+    thread::spawn(move || {
+        for line in lines {
+            if stdin.write_all(line.as_bytes()).and_then(|()| stdin.flush()).is_err() {
+                return;
+            }
+        }
+    });
+    thread::spawn(move || {
+        let mut stdout = BufReader::new(stdout);
+        while let Some(line) = next_line(&mut stdout, LONGEST, false) {
+            let last = line == Line::TooLong;
+            if tell.send(line).is_err() || last {
+                return;
+            }
+        }
+    });
+    let stderr = Arc::new(Mutex::new(VecDeque::new()));
+    let kept = stderr.clone();
+    thread::spawn(move || {
+        let mut errors = BufReader::new(errors);
+        while let Some(Line::Whole(line)) = next_line(&mut errors, LONGEST_STDERR, true) {
+            let Ok(mut lines) = kept.lock() else { return };
+            if lines.len() == STDERR_LINES {
+                lines.pop_front();
+            }
+            lines.push_back(line);
+        }
+    });
+    let guard = guard(child.id());
+    Ok(Running { child, guard, to, from, stderr })
+}
+
+/// A shell that waits for the end of its stdin, which this process holds open, and then ends the
+/// group: also after SIGKILL, when nothing else can. It has a group of its own, so that Ctrl-C
+/// passes it by. A program that leaves its group (setsid) is not reached.
+fn guard(group: u32) -> Option<Child> {
+    Command::new("sh")
+        .args(["-c", "read -r _; kill -KILL -\"$1\"", "sh", &group.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .ok()
+}
+
+impl Running {
+    /// How the program ended; its stderr is read to the end, or for a moment if a child of it lives
+    /// on.
+    fn status(&mut self) -> String {
+        for _ in 0..20 {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                thread::sleep(Duration::from_millis(20)); // lets the thread that reads stderr catch up
+                return format!("({status})");
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        "(its stdout is closed)".into()
+    }
+
+    fn kill(&mut self) {
+        // std kills one process only; the shell's `kill` reaches the group without a line of unsafe
+        // code
+        let group = format!("kill -KILL -{}", self.child.id());
+        let _ = Command::new("sh").args(["-c", &group]).stderr(Stdio::null()).status();
+        let _ = self.child.kill();
+        // Before the group's number can be another's.
+        if let Some(guard) = &mut self.guard {
+            let _ = guard.kill();
+            let _ = guard.wait();
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// A line as an error shows it.
+pub fn shortened(line: &str) -> String {
+    const MOST: usize = 200;
+    let line = &clean(line);
+    match line.char_indices().nth(MOST) {
+        Some((at, _)) => format!("`{}...` ({} bytes)", &line[..at], line.len()),
+        None => format!("`{line}`"),
+    }
+}

@@ -1,0 +1,80 @@
+//! Completions of several turns: who waits between two of them, and how one goes on. Layer 6.
+//!
+//! Invariant: a completion that goes on has the bits of one that never waited: its tokens stay in
+//! the cache, or are computed again with the same bits where the pages went to others.
+
+use super::Engine;
+use super::request::{Completion, Finish, Sequence, Turn};
+use crate::error::{Error, Result};
+
+impl Engine {
+    /// A sequence whose turn has ended: its slot goes to others, its pages stay for now.
+    pub(super) fn pause(&mut self, mut s: Sequence) -> Turn {
+        self.free_slots.push(s.slot);
+        // What was sampled after the stop is dropped when it is read.
+        (s.end, s.pending) = (None, 0);
+        let (c, ids) = (&s.completion, s.completion.ids.clone());
+        let turn = Turn { request: c.request, member: c.member, ids };
+        self.paused.push(s);
+        turn
+    }
+
+    /// Puts `ids` behind what a paused completion has; its next turn is sampled after them, before
+    /// requests that wait for their first step. Error: they leave no room for a token.
+    pub fn resume(&mut self, request: usize, member: usize, ids: &[u32]) -> Result<()> {
+        let at = self.paused_at(request, member)?;
+        let most = self.paused[at].options.max_new_tokens;
+        if ids.is_empty() || self.paused[at].length() + ids.len() >= most {
+            let n = ids.len();
+            let message =
+                format!("{n} tokens behind a turn, and the completion has {most} at most");
+            return Err(Error::op("rollout", message));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab.tokens) {
+            let message = format!("token {id}; the vocabulary has {}", self.vocab.tokens);
+            return Err(Error::op("rollout", message));
+        }
+        let mut s = self.paused.remove(at);
+        s.tokens.extend_from_slice(ids);
+        s.inserted += ids.len();
+        self.waiting.push_front(s);
+        Ok(())
+    }
+
+    /// Ends a paused completion.
+    pub fn finish(&mut self, request: usize, member: usize, finish: Finish) -> Result<Completion> {
+        let at = self.paused_at(request, member)?;
+        let mut s = self.paused.remove(at);
+        self.cache.release(&mut s.cached);
+        s.completion.finish = finish;
+        Ok(s.completion)
+    }
+
+    fn paused_at(&self, request: usize, member: usize) -> Result<usize> {
+        let is = |s: &Sequence| (s.completion.request, s.completion.member) == (request, member);
+        self.paused.iter().position(is).ok_or_else(|| {
+            let message = format!("completion {member} of request {request} does not wait");
+            Error::op("rollout", message)
+        })
+    }
+
+    /// Takes the pages of a sequence that holds some and does not run; it computes its tokens again
+    /// when it does. False: there is none.
+    pub(super) fn reclaim(&mut self) -> bool {
+        let idle = self.paused.iter_mut().chain(self.waiting.iter_mut().rev());
+        let mut idle = idle.filter(|s| !s.cached.pages.is_empty());
+        let Some(s) = idle.next() else { return false };
+        self.cache.release(&mut s.cached);
+        self.counts.preempted += 1;
+        true
+    }
+
+    /// Forgets those that do not run and of which `whose` holds.
+    pub(super) fn forget_idle(&mut self, whose: impl Fn(&Sequence) -> bool) {
+        for s in self.paused.iter_mut().chain(&mut self.waiting).filter(|s| whose(s)) {
+            self.cache.release(&mut s.cached);
+        }
+        self.paused.retain(|s| !whose(s));
+        self.waiting.retain(|s| !whose(s));
+    }
+}
