@@ -46,9 +46,9 @@ section! {
         pub lora_alpha: f64 = 32.0,
         /// Dropout on LoRA's input. Projections that share an input share its mask.
         pub lora_dropout: f64 = 0.05,
-        /// Names of the projections, all-linear, or a regular expression (text with one of ^ $ * +
-        /// ? ( [ |) over whole module names. none: the family's default (LoRA: q_proj,
-        /// v_proj, or qkv_proj).
+        /// Names of the projections (with LoRA also embed_tokens and lm_head), all-linear, or a
+        /// regular expression (text with one of ^ $ * + ? ( [ |) over whole module names. none: the
+        /// family's default (LoRA: q_proj, v_proj, or qkv_proj).
         pub lora_target_modules: Option<Vec<String>> = None,
         /// Modules to train in full beside the adapter and save with it: embed_tokens, lm_head,
         /// score, norm.

@@ -48,6 +48,19 @@ pub struct Ia3Config {
     pub feedforward: Vec<String>,
 }
 
+impl Targets {
+    /// As `lora_target_modules` says it.
+    pub fn of(list: &[String]) -> Targets {
+        match list {
+            [one] if one == "all-linear" => Targets::AllLinear,
+            [one] if one.contains(['^', '$', '*', '+', '?', '(', '[', '|', '\\']) => {
+                Targets::Pattern(one.clone())
+            }
+            names => Targets::Names(names.to_vec()),
+        }
+    }
+}
+
 impl LoraConfig {
     /// PiSSA: how many rounds of subspace iteration, None for an exact decomposition. None: another
     /// initialisation.
@@ -112,13 +125,7 @@ impl AdapterConfig {
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig, base: &str) -> Result<AdapterConfig> {
         let targets = |default: &[&str]| match &keys.lora_target_modules {
             None => Targets::Names(default.iter().map(|s| s.to_string()).collect()),
-            Some(list) => match &list[..] {
-                [one] if one == "all-linear" => Targets::AllLinear,
-                [one] if one.contains(['^', '$', '*', '+', '?', '(', '[', '|', '\\']) => {
-                    Targets::Pattern(one.clone())
-                }
-                names => Targets::Names(names.to_vec()),
-            },
+            Some(list) => Targets::of(list),
         };
         let kind = match keys.peft_type {
             PeftType::Lora => AdapterKind::Lora(checked(LoraConfig {
@@ -246,6 +253,13 @@ impl AdapterConfig {
                     if on(key) != least {
                         return Err(wrong(format!("{key} = true is not supported here")));
                     }
+                }
+                if on("ensure_weight_tying") {
+                    return Err(wrong(
+                        "ensure_weight_tying = true is not supported here: embedding and head have adapters of \
+                         their own"
+                            .into(),
+                    ));
                 }
                 for key in [
                     "layer_replication",
