@@ -1,6 +1,7 @@
 //! Builds the kernels twice from one source: for the CPU with the host C++ compiler (always), for
 //! the GPU with nvcc (when found), and generates the typed Rust launchers from the kernels'
-//! signatures. Nothing is written outside OUT_DIR.
+//! signatures. Nothing is written outside OUT_DIR; what another
+//! build of this package in the same target folder has made already is copied from there.
 //!
 //! Environment: `NVCC` or `CUDA_HOME` says where nvcc is (`NVCC=none` builds without),
 //! `TEMPER_CUDA_ARCHS` the GPU targets (default `sm_80,sm_90a,sm_120` plus compute_80 PTX),
@@ -12,6 +13,8 @@ mod cpu;
 mod files;
 #[path = "build/gpu.rs"]
 mod gpu;
+#[path = "build/kept.rs"]
+mod kept;
 #[path = "build/launchers.rs"]
 mod launchers;
 #[path = "build/signature.rs"]

@@ -12,6 +12,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use crate::files::{KernelFile, REALS, Real, Sources, listed, text, write_if_changed};
+use crate::kept;
 use crate::signature::{Kind, Role};
 
 /// A translation unit and the text that its object depends on, beside what all include.
@@ -70,23 +71,24 @@ pub fn build(out: &Path, sources: &Sources) {
         (&compilers[usize::from(unit.strict)], &shared, &unit.from).hash(&mut hash);
         format!("{:x}", hash.finish())
     };
-    // OUT/NAME.o and the stamp of what it was made from, OUT/NAME.stamp.
     let object = |unit: &Unit| out.join(format!("{}.o", unit.stem()));
-    let stamp_file = |unit: &Unit| out.join(format!("{}.stamp", unit.stem()));
-    let fresh = |unit: &&Unit| {
-        let old = fs::read_to_string(stamp_file(unit));
-        old.is_ok_and(|old| old == stamp(unit)) && object(unit).exists()
-    };
     for (strict, base) in [(false, &build), (true, &quick)] {
-        let stale: Vec<&Unit> = units.iter().filter(|u| u.strict == strict && !fresh(u)).collect();
+        let kept = |unit: &Unit| {
+            let (name, stamp) = (unit.stem(), stamp(unit));
+            kept::is_fresh(out, name, &["o"], "stamp", &stamp)
+                || kept::take(out, name, &["o"], "stamp", &stamp)
+        };
+        let stale: Vec<&Unit> =
+            units.iter().filter(|unit| unit.strict == strict && !kept(unit)).collect();
         if stale.is_empty() {
             continue;
         }
         let mut compile = base.clone();
         compile.files(stale.iter().map(|u| &u.path));
         for (unit, from) in stale.iter().zip(compile.compile_intermediates()) {
+            kept::remove_stamp(out, unit.stem(), "stamp");
             fs::rename(from, object(unit)).unwrap();
-            fs::write(stamp_file(unit), stamp(unit)).unwrap();
+            kept::write_stamp(out, unit.stem(), "stamp", &stamp(unit));
         }
     }
     for unit in &units {

@@ -14,6 +14,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::files::{KernelFile, REALS, Real, Sources, listed, text, write_if_changed};
+use crate::kept;
 
 /// A third of the size, for drivers of CUDA 12.4 and later; compilers before 12.8 do not know the
 /// option.
@@ -114,10 +115,14 @@ fn compile_fatbin(
     let command = (&compiler.nvcc, &compiler.flags, &compiler.included);
     (command, &generated, text(&file.path)).hash(&mut hash);
     let stamp = format!("{:x}", hash.finish());
-    let kept = fs::read_to_string(path("gpu-stamp")).is_ok_and(|old| old == stamp);
+    let name = format!("{}_{}", file.stem, real.name);
+    let endings = ["fatbin", "ptxas"];
+    let kept = kept::is_fresh(out, &name, &endings, "gpu-stamp", &stamp)
+        || kept::take(out, &name, &endings, "gpu-stamp", &stamp);
     let log = match fs::read_to_string(path("ptxas")) {
-        Ok(log) if kept && image.exists() => log,
+        Ok(log) if kept => log,
         _ => {
+            kept::remove_stamp(out, &name, "gpu-stamp");
             write_if_changed(&source, &generated);
             let output = Command::new(&compiler.nvcc)
                 .args([
@@ -138,7 +143,7 @@ fn compile_fatbin(
             let log = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(output.status.success(), "nvcc failed on {}:\n{log}", file.path.display());
             fs::write(path("ptxas"), &log).unwrap();
-            fs::write(path("gpu-stamp"), stamp).unwrap();
+            kept::write_stamp(out, &name, "gpu-stamp", &stamp);
             log
         }
     };
