@@ -308,9 +308,12 @@ impl Decoder {
         let embed = need(None, Role::Embed)?;
         let (weight, map) = match config.task {
             // A tied head is the model's own embedding, also where the adapter trains a copy of
-            // that (as in PEFT).
+            // that (as in PEFT), unless it keeps them tied.
             Task::CausalLm => match fused(None, Role::Head)? {
                 Some(head) => (head, config.logits),
+                None if adapter.as_ref().is_some_and(Adapter::ties_head) => {
+                    (embed.clone(), config.logits)
+                }
                 None => (params.required(None, Role::Embed)?, config.logits),
             },
             _ => (need(None, Role::Score)?, LogitMap::PLAIN),

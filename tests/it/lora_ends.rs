@@ -9,9 +9,12 @@ use temper::autograd::Cx;
 use temper::checkpoint::{CheckpointWriter, checkpoint_path};
 use temper::device::DType;
 use temper::methods::offline::sft::SftRun;
+use temper::model::adapter::config::Targets;
+use temper::model::adapter::target::{TargetRules, bound};
 use temper::model::adapter::{Adapter, folder};
 use temper::model::batch::Sequence;
 use temper::model::decoder::Decoder;
+use temper::model::layout::ModelConfig;
 use temper::observer::Silent;
 use temper::ops::case::Rng;
 use temper::rollout::sample::Sampling;
@@ -187,7 +190,8 @@ fn what_does_not_go_with_pairs_on_embedding_and_head_is_refused() {
         (format!("{ENDS} use_dora=true"), "take plain LoRA"),
         (format!("{ENDS} init_lora_weights=pissa lora_dropout=0"), "take plain LoRA"),
         ("use_peft=true peft_type=ia3 lora_target_modules=lm_head".into(), "take LoRA alone"),
-        ("use_peft=true lora_target_modules=embed_toknes".into(), "exists in no layer"),
+        ("use_peft=true lora_target_modules=embed_toknes".into(), "did you mean embed_tokens?"),
+        (format!("{ENDS} ensure_weight_tying=true"), "pairs of their own"),
         (
             "use_peft=true lora_target_modules=lm_head layers_to_transform=1".into(),
             "binds no module",
@@ -202,4 +206,29 @@ fn what_does_not_go_with_pairs_on_embedding_and_head_is_refused() {
     let adapter = decoder.adapter.as_ref().unwrap();
     assert!(adapter.head.is_none() && adapter.embedding.is_some());
     assert!(adapter.params.by_name("base_model.model.lm_head.weight").is_some());
+}
+
+/// What PEFT 0.19.1's `check_target_module_exists` finds of the modules outside of the blocks.
+#[test]
+fn embedding_and_head_are_bound_where_peft_binds_them() {
+    let model = ModelConfig::load(Path::new("tests/fixtures/sft/model")).unwrap();
+    let names = |names: &[&str]| Targets::Names(names.iter().map(|s| s.to_string()).collect());
+    let find = |targets: &Targets, layers: Option<&[usize]>, saved: &[String]| {
+        let rules = TargetRules { targets, excluded: None, layers, saved };
+        bound(&rules, &model).map(|b| (b.projections.len(), b.embedding, b.head))
+    };
+    let (layers, saved) = (model.num_layers, ["lm_head".to_string()]);
+    for (targets, found) in [
+        (names(&["q_proj", "lm_head"]), (layers, false, true)),
+        (names(&["model.embed_tokens"]), (0, true, false)),
+        (names(&["embed_tokens", "lm_head"]), (0, true, true)),
+        (Targets::Pattern(r".*(v_proj|embed_tokens)".into()), (layers, true, false)),
+        (Targets::AllLinear, (7 * layers, false, false)),
+    ] {
+        assert_eq!(find(&targets, None, &[]).unwrap(), found, "{targets:?}");
+    }
+    let both = names(&["v_proj", "embed_tokens", "lm_head"]);
+    assert_eq!(find(&both, Some(&[1]), &[]).unwrap(), (1, false, false), "no layer's");
+    assert_eq!(find(&both, None, &saved).unwrap(), (layers, true, false), "trained whole");
+    assert!(find(&names(&["embed"]), None, &[]).is_err(), "a whole part of the name");
 }

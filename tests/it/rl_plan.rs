@@ -43,7 +43,7 @@ fn the_plan_of_every_method_and_storage_is_within_five_per_cent() {
         let mut add = |method: &str, with: &str, ran: Ran| {
             table.push(([method, held, with].map(String::from), ran));
         };
-        for (with, beta) in [("", ""), ("reference", "beta=0.1")] {
+        for (with, beta) in [("", "beta=0"), ("reference", "beta=0.1")] {
             let keys = format!("{group} {REWARD} {beta} {peft}");
             add("grpo", with, run::<GrpoConfig>(&keys, f32));
             add("rloo", with, run::<RlooConfig>(&keys, f32));
@@ -60,7 +60,7 @@ fn the_plan_of_every_method_and_storage_is_within_five_per_cent() {
                 add("ppo", &format!("critic {with}"), run::<PpoConfig>(&keys, f32));
             }
         }
-        let keys = format!("{many} {scorer} num_generations=1 {peft}");
+        let keys = format!("{length} {scorer} {peft}");
         add("ppo", "critic own, reference, reward model", run::<PpoConfig>(&keys, f32));
         add("online-dpo", "reference", run::<OnlineDpoConfig>(&format!("{tokens} {peft}"), f32));
         let keys = format!("{tokens} {teacher} lmbda=1 {peft}");

@@ -112,6 +112,8 @@ pub enum AdapterKind {
 pub struct AdapterConfig {
     pub kind: AdapterKind,
     pub modules_to_save: Vec<String>,
+    /// `ensure_weight_tying`: a tied head stays tied to an embedding that is trained whole.
+    pub tied: bool,
     /// `base_model_name_or_path`
     pub base: String,
     /// PEFT's task_type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS.
@@ -186,6 +188,7 @@ impl AdapterConfig {
         Ok(AdapterConfig {
             kind,
             modules_to_save,
+            tied: keys.ensure_weight_tying,
             base: base.into(),
             task: model.task.peft_name().into(),
             raw: Map::new(),
@@ -215,6 +218,7 @@ impl AdapterConfig {
             return Ok(AdapterConfig {
                 kind: AdapterKind::Bottleneck(config),
                 modules_to_save: Vec::new(),
+                tied: false,
                 base,
                 task,
                 raw,
@@ -253,13 +257,6 @@ impl AdapterConfig {
                     if on(key) != least {
                         return Err(wrong(format!("{key} = true is not supported here")));
                     }
-                }
-                if on("ensure_weight_tying") {
-                    return Err(wrong(
-                        "ensure_weight_tying = true is not supported here: embedding and head have adapters of \
-                         their own"
-                            .into(),
-                    ));
                 }
                 for key in [
                     "layer_replication",
@@ -355,6 +352,7 @@ impl AdapterConfig {
         Ok(AdapterConfig {
             kind,
             modules_to_save: list("modules_to_save")?,
+            tied: on("ensure_weight_tying"),
             base: text("base_model_name_or_path"),
             task,
             raw,
@@ -396,6 +394,9 @@ impl AdapterConfig {
         let save =
             if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) };
         set("modules_to_save", save);
+        if self.tied {
+            set("ensure_weight_tying", json!(true));
+        }
         match &self.kind {
             AdapterKind::Lora(c) => {
                 let c = c.saved();

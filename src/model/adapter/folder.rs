@@ -166,6 +166,13 @@ impl Adapter {
         }
         let known: Vec<&str> = self.params.specs.iter().map(|s| s.name.as_str()).collect();
         for name in names.iter().filter(|n| !known.contains(n)) {
+            if self.ties_head() && *name == tied_head() {
+                let embedding = file.get(&format!("{PREFIX}{EMBEDDING}.weight"));
+                if embedding.map(|view| view.bytes) != file.get(name).map(|view| view.bytes) {
+                    problems.push(format!("other: {name} is not the embedding that it is tied to"));
+                }
+                continue;
+            }
             if self.holds_base(name) {
                 problems.extend(self.other_base(file, name, base)?);
                 continue;
@@ -259,6 +266,10 @@ impl Adapter {
                 saved.shape[usize::from(by_columns)] += spec.shape[usize::from(by_columns)];
             }
         }
+        // PEFT writes both of what is tied.
+        if let (true, Some(i)) = (self.ties_head(), self.params.by_role(None, Role::Embed)) {
+            all.push(SavedParam::whole(&tied_head(), &self.params.specs[i].shape, i));
+        }
         all
     }
 
@@ -279,6 +290,11 @@ impl AdapterConfig {
             _ => WEIGHTS,
         }
     }
+}
+
+/// What PEFT's file calls a head that is tied to the embedding.
+fn tied_head() -> String {
+    format!("{PREFIX}{HEAD}.weight")
 }
 
 /// A classifier on a language model has its score from the adapter alone: without it, it would be

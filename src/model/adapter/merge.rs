@@ -35,7 +35,8 @@ pub fn merged_config(model: &Decoder) -> ModelConfig {
         model.adapter.as_ref().is_some_and(|a| matches!(a.params.fused(None, role), Ok(Some(_))))
     };
     let parts = [Role::Head, Role::Embed, Role::HeadA, Role::EmbedA];
-    if config.task == Task::CausalLm && parts.into_iter().any(brings) {
+    let tied = model.adapter.as_ref().is_some_and(Adapter::ties_head);
+    if config.task == Task::CausalLm && !tied && parts.into_iter().any(brings) {
         config.tie_word_embeddings = false;
     }
     config

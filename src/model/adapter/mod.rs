@@ -14,6 +14,8 @@ pub mod merge;
 mod pissa;
 pub mod target;
 
+use std::collections::HashSet;
+
 use bottleneck::Bottleneck;
 use config::{AdapterConfig, AdapterKind, LoraConfig};
 use target::{BoundModules, EMBEDDING, HEAD, TargetRules, bound, by_pattern, module_name};
@@ -186,6 +188,11 @@ impl Adapter {
             AdapterKind::Bottleneck(c) => c.init == "mam_adapter",
         };
         plain && self.config.raw.is_empty()
+    }
+
+    /// Whether a tied head reads the embedding that the adapter trains.
+    pub fn ties_head(&self) -> bool {
+        self.config.tied && self.params.by_role(None, Role::Embed).is_some()
     }
 
     /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
@@ -483,14 +490,23 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     });
     let base = expected_params(model);
     let mut copies: Vec<ParamSpec> = Vec::new();
+    let tied = config.tied && model.tie_word_embeddings;
+    if tied && first.iter().any(|s| matches!(s.role, Role::EmbedA | Role::HeadA)) {
+        let message = "ensure_weight_tying = true: embed_tokens and lm_head have pairs of their own here; \
+                       leave it out, or train them whole: lora_modules_to_save";
+        return Err(Error::Config(message.into()));
+    }
+    let is_end = |name: &str| [EMBEDDING, "embed_tokens", HEAD].contains(&name);
     for name in &config.modules_to_save {
+        // One copy for both.
+        let name = if tied && is_end(name) { EMBEDDING } else { name.as_str() };
         let is = |spec: &&ParamSpec| {
             let module = spec
                 .name
                 .strip_suffix(".weight")
                 .or(spec.name.strip_suffix(".bias"))
                 .unwrap_or(&spec.name);
-            module.ends_with(name.as_str()) // as PEFT matches: "norm" is every norm
+            module.ends_with(name) // as PEFT matches: "norm" is every norm
         };
         let mut found: Vec<ParamSpec> = base.iter().filter(is).cloned().collect();
         if name == "lm_head" && model.tie_word_embeddings {
@@ -537,7 +553,8 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
         let fused_with = |s: &&ParamSpec| wanted.contains(&(s.layer, fused_role(s.role)));
         copies.extend(base.iter().filter(|s| s.role.is_bias()).filter(fused_with).cloned());
     }
-    copies.dedup_by(|a, b| a.name == b.name);
+    let mut seen = HashSet::new();
+    copies.retain(|spec| seen.insert(spec.name.clone()));
     for spec in &mut copies {
         // PEFT wraps a layer that it adapts: its own bias is one level down.
         let module = spec.name.trim_end_matches(".bias");

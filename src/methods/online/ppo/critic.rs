@@ -23,7 +23,7 @@ use crate::tensor::{ParamSetId, Tensor};
 
 pub struct Critic {
     source: ValueSource,
-    optimizer: Optimizer,
+    pub optimizer: Optimizer,
 }
 
 enum ValueSource {
@@ -56,6 +56,19 @@ impl Critic {
         };
         let optimizer = Optimizer::new(cx, params(&source), AdamWConfig::of(training))?;
         Ok(Critic { source, optimizer })
+    }
+
+    /// What is trained.
+    pub fn params(&self) -> &ParamSet {
+        params(&self.source)
+    }
+
+    /// The model that gives the values. None: a score on the policy's trunk.
+    pub fn trunk(&self) -> Option<&Decoder> {
+        match &self.source {
+            ValueSource::Own(trunk) => Some(trunk),
+            ValueSource::Shared { .. } => None,
+        }
     }
 
     /// Whether values come from the policy's trunk.
@@ -205,6 +218,7 @@ fn lora(cx: &Cx, policy: &Decoder, options: &PpoConfig, seed: u64) -> Result<Dec
     let config = AdapterConfig {
         kind: AdapterKind::Lora(kind),
         modules_to_save: vec!["score".into()],
+        tied: false,
         base: adapter.config.base.clone(),
         task: task.peft_name().into(),
         raw: Default::default(),
@@ -213,7 +227,3 @@ fn lora(cx: &Cx, policy: &Decoder, options: &PpoConfig, seed: u64) -> Result<Dec
     let own = Adapter::in_set(cx, ParamSetId::Value, config, &model, &policy.params, seed)?;
     policy.classifier(task, own)
 }
-
-#[cfg(test)]
-#[path = "critic_tests.rs"]
-mod tests;

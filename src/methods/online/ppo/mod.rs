@@ -17,7 +17,7 @@
 //! Layer 7. Invariant: a value is read at the row that predicts the token, from the same tokens as
 //! the policy's log-prob.
 
-mod critic;
+pub mod critic;
 mod generation;
 mod options;
 
