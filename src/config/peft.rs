@@ -46,13 +46,16 @@ section! {
         pub lora_alpha: f64 = 32.0,
         /// Dropout on LoRA's input. Projections that share an input share its mask.
         pub lora_dropout: f64 = 0.05,
-        /// Names of the projections, all-linear, or a regular expression (text with one of ^ $ * +
-        /// ? ( [ |) over whole module names. none: the family's default (LoRA: q_proj,
-        /// v_proj, or qkv_proj).
+        /// Names of the projections (with LoRA also embed_tokens and lm_head), all-linear, or a
+        /// regular expression (text with one of ^ $ * + ? ( [ |) over whole module names. none: the
+        /// family's default (LoRA: q_proj, v_proj, or qkv_proj).
         pub lora_target_modules: Option<Vec<String>> = None,
         /// Modules to train in full beside the adapter and save with it: embed_tokens, lm_head,
         /// score, norm.
         pub lora_modules_to_save: Option<Vec<String>> = None,
+        /// PEFT's. Keep a tied head tied to the embedding where lora_modules_to_save names one of
+        /// them.
+        pub ensure_weight_tying: bool = false,
         /// Scale by lora_alpha / sqrt(lora_r).
         pub use_rslora: bool = false,
         /// Use DoRA: LoRA plus a trained length for each row of the weight.
@@ -126,6 +129,7 @@ impl PeftConfig {
                 "lora_dropout",
                 "lora_target_modules",
                 "lora_modules_to_save",
+                "ensure_weight_tying",
                 "use_rslora",
                 "use_dora",
                 "bias",
@@ -171,7 +175,13 @@ impl PeftConfig {
             matches!(self.peft_type, PeftType::SeqBn | PeftType::DoubleSeqBn | PeftType::ParBn);
         for (keys, on, why) in [
             (
-                &["layers_to_transform", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio"][..],
+                &[
+                    "layers_to_transform",
+                    "rank_pattern",
+                    "alpha_pattern",
+                    "loraplus_lr_ratio",
+                    "ensure_weight_tying",
+                ][..],
                 lora,
                 "peft_type is not lora",
             ),

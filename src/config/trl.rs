@@ -33,6 +33,7 @@ const OURS: &[&str] = &[
     "alpha_pattern",
     "init_lora_weights",
     "loraplus_lr_ratio",
+    "ensure_weight_tying",
     "feedforward_modules",
     "num_virtual_tokens",
     "prompt_tuning_init_text",

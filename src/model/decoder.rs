@@ -12,7 +12,7 @@ use crate::autograd::{Cx, Recompute};
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
-use crate::model::adapter::{Adapter, AdapterSite};
+use crate::model::adapter::{Adapter, AdapterSite, EmbeddingPair};
 use crate::model::batch::{Batch, Sequence, Vocab};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
@@ -49,6 +49,7 @@ pub struct Decoder {
     /// What is trained in place of the weights, where there is one.
     pub adapter: Option<Adapter>,
     embed: Tensor,
+    embed_pair: Option<EmbeddingPair>,
     /// [virtual tokens, hidden]: prompt tuning's rows, before every sequence.
     prompt: Option<Tensor>,
     layers: Vec<Layer>,
@@ -308,14 +309,19 @@ impl Decoder {
         let embed = need(None, Role::Embed)?;
         let (weight, map) = match config.task {
             // A tied head is the model's own embedding, also where the adapter trains a copy of
-            // that (as in PEFT).
+            // that (as in PEFT), unless it keeps them tied.
             Task::CausalLm => match fused(None, Role::Head)? {
                 Some(head) => (head, config.logits),
+                None if adapter.as_ref().is_some_and(Adapter::ties_head) => {
+                    (embed.clone(), config.logits)
+                }
                 None => (params.required(None, Role::Embed)?, config.logits),
             },
             _ => (need(None, Role::Score)?, LogitMap::PLAIN),
         };
-        let head = Head { weight, map };
+        let pair = adapter.as_ref().and_then(|a| a.head.clone());
+        let head = Head { weight, map, pair };
+        let embed_pair = adapter.as_ref().and_then(|a| a.embedding.clone());
         let score_bias = fused(None, Role::ScoreBias)?;
         let final_norm = need(None, Role::FinalNorm)?;
         let prompt = fused(None, Role::Prompt)?;
@@ -324,6 +330,7 @@ impl Decoder {
             params,
             adapter,
             embed,
+            embed_pair,
             prompt,
             layers,
             final_norm,
@@ -338,6 +345,14 @@ impl Decoder {
     /// The model with an adapter on it (or, with None, without the one that it has).
     pub fn with_adapter(self, adapter: Option<Adapter>) -> Result<Decoder> {
         Decoder::wire(self.config, self.params, adapter, self.tables, self.positions)
+    }
+
+    /// A classifier on this model's own weights, which stay as they are: `adapter`, made for this
+    /// task, brings the score and takes the place of the model's adapter.
+    pub fn classifier(&self, task: Task, adapter: Adapter) -> Result<Decoder> {
+        let config = ModelConfig { task, ..self.config.clone() };
+        let (params, tables) = (self.params.clone(), self.tables.clone());
+        Decoder::wire(config, params, Some(adapter), tables, self.positions)
     }
 
     /// The parameters that training updates: the adapter's where there is one, else the model's.
@@ -386,6 +401,15 @@ impl Decoder {
         let (x, rest) = match &self.prompt {
             Some(p) => (prompt_embedding(cx, &self.embed, p, tokens, of_tokens)?, of_all),
             None => (embedding(cx, &self.embed, tokens)?, of_tokens * of_all), // one of them is 1
+        };
+        let x = match &self.embed_pair {
+            Some(pair) => {
+                let low = embedding(cx, &pair.a, tokens)?;
+                let low = if pair.scale == 1.0 { low } else { multiply(cx, &low, pair.scale)? };
+                let low = linear(cx, &low, &pair.b, None)?;
+                add(cx, &x, &low)?
+            }
+            None => x,
         };
         if rest == 1.0 { Ok(x) } else { multiply(cx, &x, rest) }
     }

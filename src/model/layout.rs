@@ -407,6 +407,12 @@ pub enum Role {
     /// PiSSA: the pair as it started, B negated. It takes out of the base what A and B start as.
     InitialA(Proj),
     InitialB(Proj),
+    /// LoRA on the token embedding: A as [vocab, r], whose rows are looked up, and B.
+    EmbedA,
+    EmbedB,
+    /// LoRA on the head.
+    HeadA,
+    HeadB,
     Magnitude(Proj),
     Ia3(Proj),
     Prompt,

@@ -313,6 +313,21 @@ impl ParamSet {
         self.quantised.as_ref()?.fused.get(&(layer, fused_role(role)))
     }
 
+    /// The values of a parameter by its name, however it is held. None: there is no such parameter.
+    pub fn values(&self, cx: &Cx, name: &str) -> Result<Option<Vec<f32>>> {
+        if let Some(i) = self.by_name(name) {
+            return self.weight_view(i)?.to_f32().map(Some);
+        }
+        let outside = || self.quantised.iter().flat_map(|q| &q.specs);
+        let Some(spec) = outside().find(|s| s.name == name) else { return Ok(None) };
+        let whole = self.dense(cx, spec.layer, spec.role)?;
+        let beside =
+            |s: &&ParamSpec| (s.layer, fused_role(s.role)) == (spec.layer, fused_role(spec.role));
+        let from: usize =
+            outside().filter(beside).take_while(|s| s.name != name).map(|s| s.shape[0]).sum();
+        whole.rows(from, from + spec.shape[0])?.to_f32().map(Some)
+    }
+
     /// The values of a fused projection, however it is held: the arena's own memory, or a copy that
     /// was dequantised.
     pub fn dense(&self, cx: &Cx, layer: Option<usize>, role: Role) -> Result<Tensor> {

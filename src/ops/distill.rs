@@ -6,14 +6,14 @@
 //! there. Math: `kernels/distill.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
-use crate::device::{Launch, Layout};
+use crate::device::Launch;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
 use crate::ops::head::{Head, LogitMap, chunk_rows, chunks, slices};
-use crate::ops::matmul::product;
-use crate::tensor::{Id, Tensor};
+use crate::ops::head_terms::{self, gradients_of, logits_of, oracle_row, slots_in_forward, terms};
+use crate::tensor::Tensor;
 
 /// The student's rows and head, the teacher's rows and head, a weight F32 `[n]` each row.
 pub struct DistillIn<'a> {
@@ -35,8 +35,13 @@ pub struct DistillIn<'a> {
 pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Tensor, Tensor)> {
     let (student, teacher) = (x.student_head, x.teacher_head);
     let maps = [student.map, teacher.map];
-    let op = Distill { beta, scale, maps, chunk: chunk_rows(cx, &student.weight) };
-    let inputs = [x.student, &student.weight, x.teacher, &teacher.weight, x.weight];
+    let pairs = [student.pair.is_some(), teacher.pair.is_some()];
+    let op = Distill { beta, scale, maps, chunk: chunk_rows(cx, &student.weight), pairs };
+    let own = student.pair.as_ref().map(|p| p.narrow(cx, x.student)).transpose()?;
+    let theirs = teacher.pair.as_ref().map(|p| p.narrow_alone(cx, x.teacher)).transpose()?;
+    let mut inputs = vec![x.student, &student.weight, x.teacher, &teacher.weight, x.weight];
+    inputs.extend(student.with_narrow(own.as_ref()));
+    inputs.extend(teacher.with_narrow(theirs.as_ref()));
     cx.apply_many(op, &inputs).map(Into::into)
 }
 
@@ -47,6 +52,19 @@ pub struct Distill {
     /// The student's and the teacher's.
     pub maps: [LogitMap; 2],
     pub chunk: usize,
+    /// Whether the student's and the teacher's head have a pair.
+    pub pairs: [bool; 2],
+}
+
+/// Where the inputs of the pairs begin: t and B of the student's, then of the teacher's.
+const PAIRS: usize = 5;
+
+impl Distill {
+    /// The inputs of the student's pair and of the teacher's.
+    fn split<'a, T>(&self, x: &'a [T]) -> [&'a [T]; 2] {
+        let (own, theirs) = x[PAIRS..].split_at(2 * usize::from(self.pairs[0]));
+        [own, theirs]
+    }
 }
 
 fn check(x: &[&Tensor]) -> Result<()> {
@@ -76,6 +94,10 @@ impl Op for Distill {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         check(x)?;
         let (hs, ws, ht, wt, weight) = (x[0], x[1], x[2], x[3], x[4]);
+        let [own, theirs] = self.split(x);
+        let (own, theirs) = (terms([hs, ws], own), terms([ht, wt], theirs));
+        head_terms::check("distill", &own)?;
+        head_terms::check("distill", &theirs)?;
         let (rows, vocab) = (hs.row_count(), ws.row_count());
         let size = self.chunk.min(rows.max(1));
         let (student, teacher) =
@@ -87,20 +109,15 @@ impl Op for Distill {
         let slices = slices(vocab);
         let part = cx.float("logit slices", &[size, kernels::DISTILL_PARTS, slices])?;
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
-        let dx = if wants(0) { Some(cx.real("activation gradients", hs.shape())?) } else { None };
-        let mut dw = match (wants(1), ws.id()) {
-            (true, Id::Param { set, index }) => cx.param_grads[set].slot(index),
-            (true, _) => return Err(Error::op("distill", "the student's head is not a parameter")),
-            _ => None,
-        };
+        let wanted = [0, PAIRS].map(|i| [wants(i), wants(i + 1)]);
+        let mut slots = slots_in_forward(cx, "distill", &own, &wanted)?;
         let dlogits =
             if need.tape { Some(cx.real("dlogits chunk", &[size, vocab])?) } else { None };
         for (from, to) in chunks(rows, self.chunk) {
             let n = to - from;
             let (s, t, st) = (student.rows(0, n)?, teacher.rows(0, n)?, stats.rows(0, n)?);
-            let h = hs.rows(from, to)?;
-            product(cx, Layout::NT, &s, &h, ws, None, false)?;
-            product(cx, Layout::NT, &t, &ht.rows(from, to)?, wt, None, false)?;
+            logits_of(cx, &s, &own, (from, to))?;
+            logits_of(cx, &t, &theirs, (from, to))?;
             self.maps[0].apply(cx, &s)?;
             self.maps[1].apply(cx, &t)?;
             let (by_slice, by_row) = (Launch::warps(n * slices), Launch::warps(n));
@@ -162,13 +179,7 @@ impl Op for Distill {
                 softcap: self.maps[0].cap(),
             };
             kernels::distill_grad(&*cx.device, by_slice, args)?;
-            if let Some(dx) = &dx {
-                product(cx, Layout::NN, &dx.rows(from, to)?, &dl, ws, None, false)?;
-            }
-            if let Some((dw, accumulate)) = &mut dw {
-                product(cx, Layout::TN, dw, &dl, &h, None, *accumulate)?;
-                *accumulate = true;
-            }
+            gradients_of(cx, &dl, &own, &mut slots, (from, to))?;
         }
         let loss = cx.float("loss", &[1])?;
         let starts = cx.ints("starts", &[0, rows as i32])?;
@@ -180,24 +191,25 @@ impl Op for Distill {
             segments: 1,
         };
         kernels::segment_sums_fwd(&*cx.device, Launch::warps(1), args)?;
-        Ok(Fwd { outputs: vec![loss, each], saved: dx.into_iter().collect() })
+        let saved = slots.into_iter().filter_map(|slot| Some(slot.rows?.0)).collect();
+        Ok(Fwd { outputs: vec![loss, each], saved })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         if dy[0].is_none() {
             return Err(Error::op("distill", "only the loss carries a gradient"));
         }
-        node.saved.first().map_or(Ok(()), |dx| g.give(cx, 0, dx.clone()))
+        let places = [0, PAIRS].into_iter().take(1 + usize::from(self.pairs[0]));
+        let wanted: Vec<usize> = places.filter(|i| g.wants(*i)).collect();
+        wanted.into_iter().zip(&node.saved).try_for_each(|(i, dx)| g.give(cx, i, dx.clone()))
     }
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
         let b = f64::from(self.beta);
-        let logs = |h: &F64, w: &F64, r: usize, map: LogitMap| -> Vec<f64> {
-            let dot = |j: usize| {
-                let z = h.row(r).iter().zip(w.row(j)).map(|(a, b)| a * b).sum::<f64>();
-                map.oracle(z) * f64::from(self.scale)
-            };
-            let logits: Vec<f64> = (0..w.row_count()).map(dot).collect();
+        let [own, theirs] = self.split(x);
+        let logs = |h: &F64, w: &F64, pair: &[F64], r: usize, map: LogitMap| -> Vec<f64> {
+            let z = oracle_row(h, w, pair, r).into_iter();
+            let logits: Vec<f64> = z.map(|z| map.oracle(z) * f64::from(self.scale)).collect();
             let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let lse = top + logits.iter().map(|l| (l - top).exp()).sum::<f64>().ln();
             logits.iter().map(|l| l - lse).collect()
@@ -205,7 +217,8 @@ impl Op for Distill {
         let kl =
             |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         let rows = F64::from_fn(&[x[0].row_count()], |r| {
-            let (s, t) = (logs(&x[0], &x[1], r, self.maps[0]), logs(&x[2], &x[3], r, self.maps[1]));
+            let s = logs(&x[0], &x[1], own, r, self.maps[0]);
+            let t = logs(&x[2], &x[3], theirs, r, self.maps[1]);
             let m: Vec<f64> =
                 s.iter().zip(&t).map(|(s, t)| ((1.0 - b) * s.exp() + b * t.exp()).ln()).collect();
             match b {
@@ -249,8 +262,29 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
                 LogitMap { divisor: 0.7, softcap: None },
             ];
             for (maps, label) in [(plain, label.clone()), (mapped, label + " mapped")] {
-                let case = Case::new(label, Distill { beta, scale, maps, chunk }, inputs.clone());
+                let pairs = [false; 2];
+                let op = Distill { beta, scale, maps, chunk, pairs };
+                let case = Case::new(label, op, inputs.clone());
                 cases.push(Case { upstream: vec![Some(1.0), Some(0.0)], ..case });
+            }
+            if rows == 33 {
+                for pairs in [[true, false], [true, true]] {
+                    let mut inputs = inputs.clone();
+                    for _ in pairs.iter().filter(|pair| **pair) {
+                        inputs.push(Arg::real(rng.array(&[rows, 3], 0.5)));
+                        inputs.push(Arg::param(rng.array(&[vocab, 3], 0.5)));
+                    }
+                    if pairs[1] {
+                        for input in &mut inputs[PAIRS + 2..] {
+                            *input = input.clone().no_grad();
+                            input.param = false;
+                        }
+                    }
+                    let label = format!("beta {beta} rows {rows} vocab {vocab} pairs {pairs:?}");
+                    let op = Distill { beta, scale, maps: plain, chunk, pairs };
+                    let case = Case::new(label, op, inputs);
+                    cases.push(Case { upstream: vec![Some(1.0), Some(0.0)], ..case });
+                }
             }
         }
     }
@@ -264,6 +298,7 @@ pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     };
     let mut inputs = [model(), model()].concat();
     inputs.push(Arg::float(F64::from_fn(&[s.tokens()], |_| 1.0)));
-    let op = Distill { beta: 0.5, scale: 1.0, maps: [LogitMap::PLAIN; 2], chunk: 1024 };
+    let maps = [LogitMap::PLAIN; 2];
+    let op = Distill { beta: 0.5, scale: 1.0, maps, chunk: 1024, pairs: [false; 2] };
     vec![Case::new("beta 0.5, chunks of 1024", op, inputs)]
 }

@@ -12,28 +12,42 @@ use crate::kernels;
 use crate::ops::add::axpy;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
+use crate::ops::head_terms::{
+    self, HeadPair, LogitTerm, TermSlots, gradients_of, logits_of, oracle_row, slots_in_forward,
+    terms,
+};
 use crate::ops::matmul::product;
-use crate::tensor::{Id, Tensor};
+use crate::tensor::Tensor;
 
 /// The language-model head: its weight [vocab, d] real, and what is made of the products with it.
 #[derive(Clone, Debug)]
 pub struct Head {
     pub weight: Tensor,
     pub map: LogitMap,
+    /// LoRA's, where the head has one.
+    pub pair: Option<HeadPair>,
 }
 
 impl Head {
     /// A head whose logits are the products themselves.
     pub fn plain(weight: Tensor) -> Head {
-        Head { weight, map: LogitMap::PLAIN }
+        Head { weight, map: LogitMap::PLAIN, pair: None }
     }
 
     /// Logits of hidden rows, F32 [rows, vocab]. Not on the tape.
     pub fn logits(&self, cx: &Cx, hidden: &Tensor) -> Result<Tensor> {
         let logits = cx.float("logits", &[hidden.row_count(), self.weight.row_count()])?;
-        product(cx, Layout::NT, &logits, hidden, &self.weight, None, false)?;
+        let narrow = self.pair.as_ref().map(|p| p.narrow_alone(cx, hidden)).transpose()?;
+        let pair = self.with_narrow(narrow.as_ref());
+        let terms = terms([hidden, &self.weight], &pair);
+        logits_of(cx, &logits, &terms, (0, hidden.row_count()))?;
         self.map.apply(cx, &logits)?;
         Ok(logits)
+    }
+
+    /// An op's inputs for the pair: its narrow product and B.
+    pub(super) fn with_narrow<'a>(&'a self, narrow: Option<&'a Tensor>) -> Vec<&'a Tensor> {
+        narrow.into_iter().zip(&self.pair).flat_map(|(t, pair)| [t, &pair.b]).collect()
     }
 }
 
@@ -106,7 +120,10 @@ pub fn head_loss(
 ) -> Result<(Tensor, HeadOut)> {
     let (w, map, chunk) = (&head.weight, head.map, chunk_rows(cx, &head.weight));
     let op = HeadLoss { scale, map, chunk };
-    let [loss, logp, entropy, best] = cx.apply_many(op, &[x, w, target, weight])?;
+    let narrow = head.pair.as_ref().map(|p| p.narrow(cx, x)).transpose()?;
+    let mut inputs = vec![x, w, target, weight];
+    inputs.extend(head.with_narrow(narrow.as_ref()));
+    let [loss, logp, entropy, best] = cx.apply_many(op, &inputs)?;
     Ok((loss, HeadOut { logp, entropy, best, log_square: None }))
 }
 
@@ -132,7 +149,10 @@ pub fn head_rows(
     square: bool,
 ) -> Result<HeadOut> {
     let (w, map, chunk) = (&head.weight, head.map, chunk_rows(cx, &head.weight));
-    let mut out = cx.apply(HeadLogps { scale, map, chunk, square }, &[x, w, target])?;
+    let narrow = head.pair.as_ref().map(|p| p.narrow(cx, x)).transpose()?;
+    let mut inputs = vec![x, w, target];
+    inputs.extend(head.with_narrow(narrow.as_ref()));
+    let mut out = cx.apply(HeadLogps { scale, map, chunk, square }, &inputs)?;
     let log_square = if square { out.pop() } else { None };
     match <[Tensor; 3]>::try_from(out) {
         Ok([logp, entropy, best]) => Ok(HeadOut { logp, entropy, best, log_square }),
@@ -166,10 +186,14 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, head: &Head) -> Result<Tensor> {
         return Ok(mean);
     }
     let ones = Tensor::from_f32(&cx.pool, "ones", w.dtype(), &[1, vocab], &vec![1.0; vocab])?;
-    let sum = cx.real("sum of the head", &[1, w.cols()])?;
-    product(cx, Layout::NN, &sum, &ones, w, None, false)?;
     let sums = cx.float("mean logits", &[n, 1])?;
-    product(cx, Layout::NT, &sums, x, &sum, None, false)?;
+    let narrow = head.pair.as_ref().map(|p| p.narrow_alone(cx, x)).transpose()?;
+    let pair = head.with_narrow(narrow.as_ref());
+    for (i, term) in terms([x, w], &pair).iter().enumerate() {
+        let sum = cx.real("sum of the head", &[1, term.weight.cols()])?;
+        product(cx, Layout::NN, &sum, &ones, term.weight, None, false)?;
+        product(cx, Layout::NT, &sums, term.rows, &sum, None, i > 0)?;
+    }
     axpy(cx, &mean, &sums.reshape(&[n])?, 1.0 / vocab as f32 / head.map.divisor)?;
     Ok(mean)
 }
@@ -184,6 +208,10 @@ pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
 pub(super) fn slices(vocab: usize) -> usize {
     vocab.div_ceil(kernels::LOGIT_SLICE)
 }
+
+/// Where the inputs of the head's pair begin, t and B, where it has one.
+const PAIR_OF_LOGPS: usize = 3;
+const PAIR_OF_LOSS: usize = 4;
 
 #[derive(Debug)]
 pub struct HeadLoss {
@@ -233,20 +261,20 @@ impl Pass {
     fn forward(
         &self,
         cx: &Cx,
-        x: &Tensor,
-        w: &Tensor,
+        terms: &[LogitTerm],
         target: &Tensor,
         rows: (usize, usize),
         (scale, map): (f32, LogitMap),
     ) -> Result<Tensor> {
         let (from, to) = rows;
         let logits = self.logits.rows(0, to - from)?;
-        product(cx, Layout::NT, &logits, &x.rows(from, to)?, w, None, false)?;
+        logits_of(cx, &logits, terms, rows)?;
         map.apply(cx, &logits)?;
         let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
         let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);
         let (entropy, best) = (self.entropy.rows(from, to)?, self.best.rows(from, to)?);
-        let (n, vocab, slices) = (to - from, w.row_count(), slices(w.row_count()));
+        let (n, vocab) = (to - from, logits.cols());
+        let slices = slices(vocab);
         let args = kernels::HeadSlicesArgs {
             part: self.part.out(),
             logits: &logits,
@@ -280,10 +308,12 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, 
     (0..rows.div_ceil(chunk)).map(move |i| (i * chunk, ((i + 1) * chunk).min(rows)))
 }
 
-fn check(name: &'static str, x: &[&Tensor]) -> Result<()> {
+/// `rows`: how many inputs have one value a row, after x and the weight.
+fn check(name: &'static str, x: &[&Tensor], rows: usize) -> Result<()> {
     let hint = "is hidden_size in config.json right?";
     expect_cols(name, "the head's weight", x[1], x[0].cols(), hint)?;
-    if x[2..].iter().any(|t| t.numel() != x[0].row_count()) {
+    head_terms::check(name, &terms([x[0], x[1]], &x[2 + rows..]))?;
+    if x[2..2 + rows].iter().any(|t| t.numel() != x[0].row_count()) {
         return Err(Error::op(name, format!("{:?} has not one target (and weight) a row", x[0])));
     }
     Ok(())
@@ -295,24 +325,16 @@ impl Op for HeadLoss {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
-        check("head_loss", x)?;
+        check("head_loss", x, 2)?;
         let (h, w, target, weight) = (x[0], x[1], x[2], x[3]);
         let (rows, vocab) = (h.row_count(), w.row_count());
+        let terms = terms([h, w], &x[PAIR_OF_LOSS..]);
         let pass = Pass::new(cx, rows, vocab, self.chunk, false)?;
         let loss = cx.float("loss", &[1])?;
         let upstream = cx.float("head rows", &[rows])?;
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
-        let dx = if wants(0) { Some(cx.real("activation gradients", h.shape())?) } else { None };
-        let mut dw = match (wants(1), w.id()) {
-            (true, Id::Param { set, index }) => cx.param_grads[set].slot(index),
-            (true, _) => {
-                return Err(Error::op(
-                    "head_loss",
-                    "the head's weight is not a parameter; use head_logps",
-                ));
-            }
-            _ => None,
-        };
+        let wanted = [0, PAIR_OF_LOSS].map(|i| [wants(i), wants(i + 1)]);
+        let mut slots = slots_in_forward(cx, "head_loss", &terms, &wanted)?;
         let dlogits =
             if need.tape { Some(cx.real("dlogits chunk", pass.logits.shape())?) } else { None };
         if need.tape {
@@ -321,7 +343,7 @@ impl Op for HeadLoss {
             kernels::nll_upstream(&*cx.device, Launch::flat(rows), args)?;
         }
         for range in chunks(rows, self.chunk) {
-            let logits = pass.forward(cx, h, w, target, range, (self.scale, self.map))?;
+            let logits = pass.forward(cx, &terms, target, range, (self.scale, self.map))?;
             let Some(dlogits) = &dlogits else { continue };
             let dl = dlogits.rows(0, range.1 - range.0)?;
             let lse = pass.lse.rows(range.0, range.1)?;
@@ -336,13 +358,7 @@ impl Op for HeadLoss {
                 (&up, None),
                 (self.scale, self.map),
             )?;
-            if let Some(dx) = &dx {
-                product(cx, Layout::NN, &dx.rows(range.0, range.1)?, &dl, w, None, false)?;
-            }
-            if let Some((dw, accumulate)) = &mut dw {
-                product(cx, Layout::TN, dw, &dl, &h.rows(range.0, range.1)?, None, *accumulate)?;
-                *accumulate = true;
-            }
+            gradients_of(cx, &dl, &terms, &mut slots, range)?;
         }
         let args = kernels::WeightedNllArgs {
             loss: loss.out(),
@@ -353,7 +369,7 @@ impl Op for HeadLoss {
         kernels::weighted_nll(&*cx.device, Launch::warps(1), args)?;
         Ok(Fwd {
             outputs: vec![loss, pass.logp, pass.entropy, pass.best],
-            saved: dx.into_iter().collect(),
+            saved: slots.into_iter().filter_map(|slot| Some(slot.rows?.0)).collect(),
         })
     }
 
@@ -361,17 +377,19 @@ impl Op for HeadLoss {
         if dy[0].is_none() {
             return Err(Error::op("head_loss", "only the loss carries a gradient; use head_logps"));
         }
-        node.saved.first().map_or(Ok(()), |dx| g.give(cx, 0, dx.clone()))
+        let wanted = [0, PAIR_OF_LOSS].into_iter().filter(|i| *i < node.inputs.len());
+        let wanted: Vec<usize> = wanted.filter(|i| g.wants(*i)).collect();
+        wanted.into_iter().zip(&node.saved).try_for_each(|(i, dx)| g.give(cx, i, dx.clone()))
     }
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        let [logp, entropy, best, _] = rows_reference(x, self.scale, self.map);
+        let [logp, entropy, best, _] = rows_reference(x, &x[PAIR_OF_LOSS..], self.scale, self.map);
         let loss = -x[3].data.iter().zip(&logp.data).map(|(w, l)| w * l).sum::<f64>();
         vec![F64::new(&[1], vec![loss]), logp, entropy, best]
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        head_cost(x)
+        head_cost(x, PAIR_OF_LOSS)
     }
 }
 
@@ -381,20 +399,22 @@ impl Op for HeadLogps {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        check("head_logps", x)?;
+        check("head_logps", x, 1)?;
+        let terms = terms([x[0], x[1]], &x[PAIR_OF_LOGPS..]);
         let pass = Pass::new(cx, x[0].row_count(), x[1].row_count(), self.chunk, self.square)?;
         for range in chunks(x[0].row_count(), self.chunk) {
-            pass.forward(cx, x[0], x[1], x[2], range, (self.scale, self.map))?;
+            pass.forward(cx, &terms, x[2], range, (self.scale, self.map))?;
         }
-        let saved =
+        let mut saved =
             vec![x[0].clone(), x[1].clone(), x[2].clone(), pass.lse.clone(), pass.entropy.clone()];
+        saved.extend(x[PAIR_OF_LOGPS..].iter().map(|t| (*t).clone()));
         let mut outputs = vec![pass.logp, pass.entropy, pass.best];
         outputs.extend(pass.square);
         Ok(Fwd { outputs, saved })
     }
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
-        let [h, w, target, lse, entropy] = &node.saved[..] else { return Ok(()) };
+        let [h, w, target, lse, entropy, pair @ ..] = &node.saved[..] else { return Ok(()) };
         let rows = h.row_count();
         let zeros;
         let dlogp = match &dy[0] {
@@ -405,13 +425,17 @@ impl Op for HeadLogps {
                 &zeros
             }
         };
-        let (dx, mut dw) = (g.slot(0)?, g.slot(1)?);
+        let pair: Vec<&Tensor> = pair.iter().collect();
+        let terms = terms([h, w], &pair);
+        let mut slots = Vec::new();
+        for at in [0, PAIR_OF_LOGPS].into_iter().take(terms.len()) {
+            slots.push(TermSlots { rows: g.slot(at)?, weight: g.slot(at + 1)? });
+        }
         let logits = cx.float("logits chunk", &[self.chunk.min(rows.max(1)), w.row_count()])?;
         let dlogits = cx.real("dlogits chunk", logits.shape())?;
         for (from, to) in chunks(rows, self.chunk) {
-            let (l, dl, x) =
-                (logits.rows(0, to - from)?, dlogits.rows(0, to - from)?, h.rows(from, to)?);
-            product(cx, Layout::NT, &l, &x, w, None, false)?;
+            let (l, dl) = (logits.rows(0, to - from)?, dlogits.rows(0, to - from)?);
+            logits_of(cx, &l, &terms, (from, to))?;
             self.map.apply(cx, &l)?;
             let de = dy[1].as_ref().map(|d| d.rows(from, to)).transpose()?;
             let (lse, entropy) = (lse.rows(from, to)?, entropy.rows(from, to)?);
@@ -426,25 +450,19 @@ impl Op for HeadLogps {
                 up,
                 (self.scale, self.map),
             )?;
-            if let Some((dx, accumulate)) = &dx {
-                product(cx, Layout::NN, &dx.rows(from, to)?, &dl, w, None, *accumulate)?;
-            }
-            if let Some((dw, accumulate)) = &mut dw {
-                product(cx, Layout::TN, dw, &dl, &x, None, *accumulate)?;
-                *accumulate = true;
-            }
+            gradients_of(cx, &dl, &terms, &mut slots, (from, to))?;
         }
         Ok(())
     }
 
     fn oracle(&self, _round: Round, x: &[F64]) -> Vec<F64> {
-        let mut out = Vec::from(rows_reference(x, self.scale, self.map));
+        let mut out = Vec::from(rows_reference(x, &x[PAIR_OF_LOGPS..], self.scale, self.map));
         out.truncate(if self.square { 4 } else { 3 });
         out
     }
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
-        head_cost(x)
+        head_cost(x, PAIR_OF_LOGPS)
     }
 }
 
@@ -478,21 +496,18 @@ fn gradient_rows(
     kernels::head_grad(&*cx.device, Launch::warps(rows * slices(vocab)), args)
 }
 
-fn head_cost(x: &[&Tensor]) -> Cost {
-    let (m, n, k) = (x[0].row_count(), x[1].row_count(), x[0].cols());
+fn head_cost(x: &[&Tensor], pair: usize) -> Cost {
+    let (m, n) = (x[0].row_count(), x[1].row_count());
+    let k = x[0].cols() + x.get(pair).map_or(0, |t| t.cols());
     Cost { flops: 2.0 * (m * n * k) as f64, ..Cost::memory(x, 12 * m * n) }
 }
 
-fn rows_reference(x: &[F64], scale: f32, map: LogitMap) -> [F64; 4] {
-    let (rows, vocab) = (x[0].row_count(), x[1].row_count());
+fn rows_reference(x: &[F64], pair: &[F64], scale: f32, map: LogitMap) -> [F64; 4] {
+    let rows = x[0].row_count();
     let mut out = [(); 4].map(|()| F64::zeros(&[rows]));
     for r in 0..rows {
-        let logits: Vec<f64> = (0..vocab)
-            .map(|j| {
-                let z = x[0].row(r).iter().zip(x[1].row(j)).map(|(a, b)| a * b).sum::<f64>();
-                f64::from(scale) * map.oracle(z)
-            })
-            .collect();
+        let z = oracle_row(&x[0], &x[1], pair, r).into_iter();
+        let logits: Vec<f64> = z.map(|z| f64::from(scale) * map.oracle(z)).collect();
         let top = logits.iter().cloned().fold(f64::NEG_INFINITY, f64::max);
         let lse = top + logits.iter().map(|l| (l - top).exp()).sum::<f64>().ln();
         out[0].data[r] = logits[x[2].index(r)] - lse;
@@ -506,14 +521,17 @@ fn rows_reference(x: &[F64], scale: f32, map: LogitMap) -> [F64; 4] {
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
     let plain = LogitMap::PLAIN;
-    for (rows, d, vocab, chunk, scale, map) in [
-        (1, 4, 3, 32, 1.0f32, plain),
-        (33, 16, 130, 16, 1.0, plain),
-        (9, 24, 1031, 4, 0.7, plain),
-        (5, 8, 4999, 3, 0.9, plain),
-        (33, 16, 130, 16, 1.0, LogitMap { divisor: 3.0, softcap: None }),
-        (9, 24, 1031, 4, 0.7, LogitMap { divisor: 1.0, softcap: Some(5.0) }),
-        (5, 8, 4999, 3, 1.3, LogitMap { divisor: 0.8, softcap: Some(2.0) }),
+    let capped = LogitMap { divisor: 1.0, softcap: Some(5.0) };
+    for (rows, d, vocab, chunk, scale, map, rank) in [
+        (1, 4, 3, 32, 1.0f32, plain, 0),
+        (33, 16, 130, 16, 1.0, plain, 0),
+        (9, 24, 1031, 4, 0.7, plain, 0),
+        (5, 8, 4999, 3, 0.9, plain, 0),
+        (33, 16, 130, 16, 1.0, LogitMap { divisor: 3.0, softcap: None }, 0),
+        (9, 24, 1031, 4, 0.7, capped, 0),
+        (5, 8, 4999, 3, 1.3, LogitMap { divisor: 0.8, softcap: Some(2.0) }, 0),
+        (33, 16, 130, 16, 1.0, plain, 3),
+        (9, 24, 1031, 4, 0.7, capped, 8),
     ] {
         let x = rng.array(&[rows, d], 1.0);
         let w = rng.array(&[vocab, d], 1.0);
@@ -523,9 +541,17 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         if map != plain {
             label += &format!(" {map:?}");
         }
-        let inputs = vec![Arg::real(x), Arg::param(w), Arg::ints(&target)];
+        let mut pair = Vec::new();
+        if rank > 0 {
+            label += &format!(" rank {rank}");
+            pair.push(Arg::real(rng.array(&[rows, rank], 0.5)));
+            pair.push(Arg::param(rng.array(&[vocab, rank], 0.5)));
+        }
+        let mut inputs = vec![Arg::real(x), Arg::param(w), Arg::ints(&target)];
         let mut with_weight = inputs.clone();
         with_weight.push(Arg::float(weight));
+        with_weight.extend(pair.clone());
+        inputs.extend(pair);
         // The arg max of near ties may differ: it is compared where it decides nothing else, in
         // tests of its own.
         for square in [false, true] {

@@ -15,6 +15,7 @@ pub mod dropout;
 pub mod embedding;
 mod fastest;
 pub mod head;
+pub mod head_terms;
 pub mod levels;
 mod library;
 pub mod linear_glu;

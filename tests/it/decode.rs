@@ -164,12 +164,13 @@ fn a_graph_serves_new_weights_and_not_another_model_or_sampling() {
 #[test]
 fn steps_of_every_kind_of_model_are_recorded() {
     const LORA: [&str; 2] = ["use_peft=true", "lora_target_modules=all-linear"];
-    let kinds: [&[&str]; 9] = [
+    let kinds: [&[&str]; 10] = [
         &[],
         &LORA,
         &[LORA[0], LORA[1], "use_dora=true"],
         &[LORA[0], LORA[1], "load_in_4bit=true"],
         &[LORA[0], LORA[1], "load_in_8bit=true"],
+        &[LORA[0], "lora_target_modules=q_proj,embed_tokens,lm_head"],
         &["use_peft=true", "peft_type=ia3"],
         &["use_peft=true", "peft_type=prompt_tuning", "num_virtual_tokens=5"],
         &["use_peft=true", "peft_type=seq_bn"],

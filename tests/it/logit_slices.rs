@@ -83,7 +83,7 @@ fn sampler_and_head_agree_bit_for_bit_over_slices() {
     let x = floats(&cx, "x", &[n, d], &gauss(&mut rng, n * d, 1.0));
     let w = floats(&cx, "w", &[vocab, d], &gauss(&mut rng, vocab * d, 1.0));
     for map in [LogitMap::PLAIN, LogitMap { divisor: 1.7, softcap: Some(3.0) }] {
-        let head = Head { weight: w.clone(), map };
+        let head = Head { map, ..Head::plain(w.clone()) };
         let logits = head.logits(&cx, &x).unwrap().to_f32().unwrap();
         assert!(map == LogitMap::PLAIN || logits.iter().all(|l| l.abs() <= 3.0));
         for how in ways() {
@@ -109,7 +109,7 @@ fn mean_logits_are_the_mean_of_the_logits() {
     let x = floats(&cx, "x", &[n, d], &gauss(&mut rng, n * d, 1.0));
     let w = floats(&cx, "w", &[vocab, d], &gauss(&mut rng, vocab * d, 1.0));
     for softcap in [None, Some(2.0)] {
-        let head = Head { weight: w.clone(), map: LogitMap { divisor: 1.7, softcap } };
+        let head = Head { map: LogitMap { divisor: 1.7, softcap }, ..Head::plain(w.clone()) };
         let logits = head.logits(&cx, &x).unwrap().to_f32().unwrap();
         let got = mean_logits(&cx, &x, &head).unwrap().to_f32().unwrap();
         for (row, got) in logits.chunks(vocab).zip(got) {

@@ -27,7 +27,7 @@ use temper::train::rows::RunRows;
 
 use crate::support::{MODEL, cpu_in, rows, with_inputs, words, write_rows};
 
-const REWARD: &str = "reward_funcs=regex:^[a-z]";
+pub const REWARD: &str = "reward_funcs=regex:^[a-z]";
 
 /// Hears what a run says.
 #[derive(Clone, Default)]
@@ -50,14 +50,14 @@ fn prompts(dir: &Path) -> PathBuf {
     write_rows(dir.join("prompts.jsonl"), &(1..9).map(row).collect::<Vec<_>>()).into()
 }
 
-struct Ran {
-    planned: usize,
-    measured: usize,
-    said: String,
+pub struct Ran {
+    pub planned: usize,
+    pub measured: usize,
+    pub said: String,
 }
 
 /// Two steps of a method; its completions reach their limit (the fixture's model seldom ends one).
-fn run<M: BuildMethod + Default + 'static>(keys: &str, dtype: DType) -> Ran {
+pub fn run<M: BuildMethod + Default + 'static>(keys: &str, dtype: DType) -> Ran {
     let common = "per_device_train_batch_size=8 gradient_accumulation_steps=1 max_steps=2 \
                   save_strategy=no learning_rate=1e-6";
     let keys = [words(common), words(keys)].concat();
@@ -95,7 +95,7 @@ fn differing() -> RewardFunction {
 }
 
 /// A reward model on the fixture's model.
-fn reward_model(dir: &Path) -> String {
+pub fn reward_model(dir: &Path) -> String {
     let pair = |i: usize| json!({ "prompt": "a", "chosen": format!("b {i}"), "rejected": "c" });
     let data = write_rows(dir.join("pairs.jsonl"), &(0..4).map(pair).collect::<Vec<_>>());
     let out = dir.join("reward");

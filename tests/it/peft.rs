@@ -180,7 +180,6 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
     for (keys, said) in [
         (vec!["use_peft=true", "lora_r=0"], "rank 0"),
         (vec!["use_peft=true", "lora_target_modules=q_porj,v_proj"], "did you mean q_proj?"),
-        (vec!["use_peft=true", "lora_target_modules=lm_head"], "lora_modules_to_save=lm_head"),
         (vec!["use_peft=true", "lora_target_modules=.*nothing.*"], "binds no module"),
         (vec!["use_peft=true", "layers_to_transform=7"], "layer 7; the model has 2"),
         (vec!["use_peft=true", "rank_pattern=q_proj=0"], "a whole number from 1"),

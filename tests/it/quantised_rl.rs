@@ -87,3 +87,76 @@ fn a_quantised_base_is_a_policy_of_online_rl() {
         assert!(of(1, "kl") > 0.0, "{storage}: the policy has moved");
     }
 }
+
+/// Every method that generates, over a base of each storage: at its first step a policy is its
+/// reference and its own sampler, to the bit.
+#[test]
+fn every_online_method_takes_a_quantised_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = |i: usize| {
+        json!({
+            "prompt": format!("Ana had 21 stones and lost {i}.\n"),
+            "completion": format!("21 - {i} = {}.", 21 - i),
+        })
+    };
+    let data = write_rows(dir.path().join("rows.jsonl"), &(1..9).map(row).collect::<Vec<_>>());
+    let length = "max_completion_length=12";
+    let teacher = format!("teacher_model_name_or_path={MODEL}");
+    let group = format!("{length} num_generations=4");
+    let methods = [
+        ("grpo", format!("{group} beta=0.1")),
+        ("rloo", format!("{group} beta=0.1")),
+        ("reinforce", format!("{group} beta=0.1")),
+        ("ppo", format!("{length} num_ppo_epochs=1")),
+        ("ppo", format!("{length} num_ppo_epochs=1 value_model=lora")),
+        ("ppo", format!("{length} num_ppo_epochs=1 value_model=shared")),
+        ("online-dpo", "max_new_tokens=12".into()),
+        ("gkd", format!("max_new_tokens=12 {teacher} lmbda=1")),
+        ("on-policy-distill", format!("max_completion_length=12 {teacher}")),
+    ];
+    for storage in ["load_in_4bit=true use_bnb_nested_quant=true", "load_in_8bit=true"] {
+        for (i, (method, keys)) in methods.iter().enumerate() {
+            let out = dir.path().join(format!("{storage}{i}"));
+            let options = format!(
+                "{storage} use_peft=true lora_target_modules=all-linear lora_dropout=0 \
+                 max_steps=3 per_device_train_batch_size=8 gradient_accumulation_steps=1 \
+                 learning_rate=1e-2 logging_steps=1 save_strategy=no device=cpu {keys}"
+            );
+            let run = temper::Training::new(method).unwrap().options(words(&options));
+            let mut run = run.model(MODEL).data([&data]).output(&out);
+            if !keys.contains("teacher") {
+                // Completions differ in it, so that every step learns.
+                run =
+                    run.reward("digits", |row| Some(f64::from(row.ids().iter().sum::<u32>() % 97)));
+            }
+            run.observer(temper::observer::Silent).run().unwrap();
+            let log = metrics(&out);
+            assert_eq!(log.len(), 3, "{method}");
+            let of = |i: usize, name: &str| {
+                let value = log[i][name].as_f64();
+                value.unwrap_or_else(|| panic!("{method} has no {name}: {:?}", log[i]))
+            };
+            for i in 0..3 {
+                assert!(of(i, "loss").is_finite() && of(i, "grad_norm").is_finite(), "{method}");
+                match *method {
+                    // One step a generation: every ratio is of the same weights.
+                    "grpo" | "rloo" | "reinforce" => {
+                        assert_eq!(of(i, "sampling/ratio_off_one_max"), 0.0, "{method} {storage}");
+                    }
+                    "ppo" => {
+                        assert_eq!(of(i, "val/ratio"), 1.0, "{method} {storage}");
+                        assert_eq!(of(i, "val/ratio_var"), 0.0, "{method} {storage}");
+                    }
+                    _ => {}
+                }
+            }
+            // The sampler's log-probs less those of the reference's own forward.
+            match *method {
+                "ppo" | "online-dpo" => assert_eq!(of(0, "objective/kl"), 0.0, "{method}"),
+                "grpo" => assert_eq!(of(0, "kl"), 0.0, "{method}"),
+                _ => {}
+            }
+            assert!((0..3).any(|i| of(i, "grad_norm") > 0.0), "{method} learns: {log:?}");
+        }
+    }
+}

@@ -48,6 +48,19 @@ pub struct Ia3Config {
     pub feedforward: Vec<String>,
 }
 
+impl Targets {
+    /// As `lora_target_modules` says it.
+    pub fn of(list: &[String]) -> Targets {
+        match list {
+            [one] if one == "all-linear" => Targets::AllLinear,
+            [one] if one.contains(['^', '$', '*', '+', '?', '(', '[', '|', '\\']) => {
+                Targets::Pattern(one.clone())
+            }
+            names => Targets::Names(names.to_vec()),
+        }
+    }
+}
+
 impl LoraConfig {
     /// PiSSA: how many rounds of subspace iteration, None for an exact decomposition. None: another
     /// initialisation.
@@ -99,6 +112,8 @@ pub enum AdapterKind {
 pub struct AdapterConfig {
     pub kind: AdapterKind,
     pub modules_to_save: Vec<String>,
+    /// `ensure_weight_tying`: a tied head stays tied to an embedding that is trained whole.
+    pub tied: bool,
     /// `base_model_name_or_path`
     pub base: String,
     /// PEFT's task_type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS.
@@ -112,13 +127,7 @@ impl AdapterConfig {
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig, base: &str) -> Result<AdapterConfig> {
         let targets = |default: &[&str]| match &keys.lora_target_modules {
             None => Targets::Names(default.iter().map(|s| s.to_string()).collect()),
-            Some(list) => match &list[..] {
-                [one] if one == "all-linear" => Targets::AllLinear,
-                [one] if one.contains(['^', '$', '*', '+', '?', '(', '[', '|', '\\']) => {
-                    Targets::Pattern(one.clone())
-                }
-                names => Targets::Names(names.to_vec()),
-            },
+            Some(list) => Targets::of(list),
         };
         let kind = match keys.peft_type {
             PeftType::Lora => AdapterKind::Lora(checked(LoraConfig {
@@ -179,6 +188,7 @@ impl AdapterConfig {
         Ok(AdapterConfig {
             kind,
             modules_to_save,
+            tied: keys.ensure_weight_tying,
             base: base.into(),
             task: model.task.peft_name().into(),
             raw: Map::new(),
@@ -208,6 +218,7 @@ impl AdapterConfig {
             return Ok(AdapterConfig {
                 kind: AdapterKind::Bottleneck(config),
                 modules_to_save: Vec::new(),
+                tied: false,
                 base,
                 task,
                 raw,
@@ -349,6 +360,7 @@ impl AdapterConfig {
         Ok(AdapterConfig {
             kind,
             modules_to_save: list("modules_to_save")?,
+            tied: on("ensure_weight_tying"),
             base: text("base_model_name_or_path"),
             task,
             raw,
@@ -390,6 +402,9 @@ impl AdapterConfig {
         let save =
             if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) };
         set("modules_to_save", save);
+        if self.tied {
+            set("ensure_weight_tying", json!(true));
+        }
         match &self.kind {
             AdapterKind::Lora(c) => {
                 let c = c.saved();

@@ -9,8 +9,10 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::config::{AdapterConfig, AdapterKind};
-use super::{Adapter, bottleneck};
+use super::target::{EMBEDDING, HEAD};
+use super::{Adapter, PREFIX, base_name, bottleneck};
 use crate::autograd::Cx;
+use crate::device::DType;
 use crate::error::{Error, Result, nearest};
 use crate::fsio::{self, AtomicDir};
 use crate::model::layout::{ModelConfig, ParamSpec, Role, Task};
@@ -28,6 +30,24 @@ pub struct SavedParam {
     /// Parameters and their widths.
     pieces: Vec<(usize, usize)>,
     by_columns: bool,
+    /// The parameter lies turned: see [`file_shape`].
+    turned: bool,
+}
+
+/// A parameter's shape in the file. PEFT has an embedding's A as [r, vocab]; here a token's values
+/// lie side by side.
+fn file_shape(spec: &ParamSpec) -> Vec<usize> {
+    let mut shape = spec.shape.clone();
+    if spec.role == Role::EmbedA {
+        shape.reverse();
+    }
+    shape
+}
+
+/// The transpose of a matrix of this many columns.
+fn turned(values: &[f32], cols: usize) -> Vec<f32> {
+    let rows = values.len() / cols.max(1);
+    (0..values.len()).map(|i| values[i % rows * cols + i / rows]).collect()
 }
 
 impl SavedParam {
@@ -38,6 +58,15 @@ impl SavedParam {
             shape: shape.to_vec(),
             pieces: vec![(i, width)],
             by_columns: false,
+            turned: false,
+        }
+    }
+
+    /// A parameter of an adapter as its file has it.
+    fn of(spec: &ParamSpec, i: usize) -> SavedParam {
+        SavedParam {
+            turned: spec.role == Role::EmbedA,
+            ..SavedParam::whole(&spec.name, &file_shape(spec), i)
         }
     }
 
@@ -52,6 +81,9 @@ impl SavedParam {
     /// The tensor, from its parameters' values.
     pub fn join(&self, values: &mut dyn FnMut(usize) -> Result<Vec<f32>>) -> Result<Vec<f32>> {
         let parts = self.pieces.iter().map(|(i, _)| values(*i)).collect::<Result<Vec<_>>>()?;
+        if self.turned {
+            return Ok(turned(&parts.concat(), self.shape[0]));
+        }
         if !self.by_columns {
             return Ok(parts.concat());
         }
@@ -66,6 +98,10 @@ impl SavedParam {
         let mut parts: Vec<(usize, Vec<f32>)> =
             self.pieces.iter().map(|p| (p.0, Vec::new())).collect();
         let mut rest = values;
+        if self.turned {
+            parts[0].1 = turned(values, self.shape[1]);
+            return parts;
+        }
         if !self.by_columns {
             let each = values.len() / parts.len();
             parts.iter_mut().zip(values.chunks(each)).for_each(|(p, v)| p.1.extend(v));
@@ -101,12 +137,12 @@ impl Adapter {
             .map_err(|e| Error::model(dir, e.to_string()))?;
         adapter.copy_biases(model, base)?;
         adapter.set_principal(base, 0, false)?;
-        adapter.read_values(&file, dir)?;
+        adapter.read_values(&file, dir, base)?;
         adapter.refresh(cx, base)?;
         Ok(adapter)
     }
 
-    fn read_values(&self, file: &SafeFolder, dir: &Path) -> Result<()> {
+    fn read_values(&self, file: &SafeFolder, dir: &Path, base: &ParamSet) -> Result<()> {
         let mut problems = Vec::new();
         let names: Vec<&str> = file.names().collect();
         let in_file =
@@ -119,15 +155,28 @@ impl Adapter {
                     let near = near.map(|n| format!("; the file has {n}")).unwrap_or_default();
                     problems.push(format!("missing: {} {:?}{near}", spec.name, spec.shape));
                 }
-                Some(view) if view.shape != spec.shape => problems.push(format!(
+                Some(view) if view.shape != file_shape(spec) => problems.push(format!(
                     "shape: {} is {:?}, for this model it is {:?}",
-                    spec.name, view.shape, spec.shape
+                    spec.name,
+                    view.shape,
+                    file_shape(spec)
                 )),
                 Some(_) => {}
             }
         }
         let known: Vec<&str> = self.params.specs.iter().map(|s| s.name.as_str()).collect();
         for name in names.iter().filter(|n| !known.contains(n)) {
+            if self.ties_head() && *name == tied_head() {
+                let embedding = file.get(&format!("{PREFIX}{EMBEDDING}.weight"));
+                if embedding.map(|view| view.bytes) != file.get(name).map(|view| view.bytes) {
+                    problems.push(format!("other: {name} is not the embedding that it is tied to"));
+                }
+                continue;
+            }
+            if self.holds_base(name) {
+                problems.extend(self.other_base(file, name, base)?);
+                continue;
+            }
             let near = nearest(name, known.iter().copied())
                 .map(|n| format!("; near: {n}"))
                 .unwrap_or_default();
@@ -158,9 +207,42 @@ impl Adapter {
                     format!("{} is NaN or infinite at value {at}", spec.name),
                 ));
             }
-            self.params.store(i, &values)?;
+            match SavedParam::of(spec, i) {
+                saved if saved.turned => self.params.store(i, &turned(&values, saved.shape[1]))?,
+                _ => self.params.store(i, &values)?,
+            }
         }
         Ok(())
+    }
+
+    /// Whether a tensor is the base's weight below a pair: PEFT saves an embedding and a head that
+    /// have LoRA with their adapter.
+    fn holds_base(&self, name: &str) -> bool {
+        let module = |on: bool, module| on.then(|| format!("{PREFIX}{module}.base_layer.weight"));
+        let embedding = module(self.embedding.is_some(), EMBEDDING);
+        [embedding, module(self.head.is_some(), HEAD)].iter().flatten().any(|n| n == name)
+    }
+
+    /// What is wrong with such a tensor: it must be what the base has, since it is not read.
+    fn other_base(&self, file: &SafeFolder, name: &str, base: &ParamSet) -> Result<Option<String>> {
+        let own = base_name(name);
+        // A tied head is the embedding.
+        let at = base.by_name(&own).or_else(|| base.by_name(&format!("{EMBEDDING}.weight")));
+        let (Some(at), Some(view)) = (at, file.get(name)) else { return Ok(None) };
+        let weight = base.weight_view(at)?;
+        let mut values = vec![0.0; view.len()];
+        view.to_f32_into(&mut values)?;
+        let same = view.shape == weight.shape() && {
+            let rounded = |v: &f32| match weight.dtype() {
+                DType::BF16 => half::bf16::from_f32(*v).to_f32(),
+                _ => *v,
+            };
+            values.iter().map(rounded).eq(weight.to_f32()?)
+        };
+        let message = || {
+            format!("other: {name} holds other values than {own} of this model, whose own are used")
+        };
+        Ok((!same).then(message))
     }
 
     /// What of the adapter goes into its file. A bias that is not trained stays out; PiSSA's pairs
@@ -173,7 +255,7 @@ impl Adapter {
                 Role::InitialB(p) => (Role::LoraB(p), true),
                 _ if spec.role.is_bias() && !self.params.tuning(i).trainable => continue,
                 _ => {
-                    all.push(SavedParam::whole(&spec.name, &spec.shape, i));
+                    all.push(SavedParam::of(spec, i));
                     continue;
                 }
             };
@@ -183,6 +265,10 @@ impl Adapter {
                 saved.by_columns = by_columns;
                 saved.shape[usize::from(by_columns)] += spec.shape[usize::from(by_columns)];
             }
+        }
+        // PEFT writes both of what is tied.
+        if let (true, Some(i)) = (self.ties_head(), self.params.by_role(None, Role::Embed)) {
+            all.push(SavedParam::whole(&tied_head(), &self.params.specs[i].shape, i));
         }
         all
     }
@@ -204,6 +290,11 @@ impl AdapterConfig {
             _ => WEIGHTS,
         }
     }
+}
+
+/// What PEFT's file calls a head that is tied to the embedding.
+fn tied_head() -> String {
+    format!("{PREFIX}{HEAD}.weight")
 }
 
 /// A classifier on a language model has its score from the adapter alone: without it, it would be

@@ -5,6 +5,7 @@
 
 use super::config::AdapterKind;
 use super::pissa::principal;
+use super::target::module_name;
 use super::{Adapter, base_name};
 use crate::autograd::Cx;
 use crate::error::{Error, Result};
@@ -38,10 +39,14 @@ impl Adapter {
                 uniforms(seed, p as u32, n).into_iter().map(|u| (2.0 * u - 1.0) * bound).collect()
             };
             let values = match spec.role {
-                Role::LoraA(_) if init != "gaussian" => kaiming(),
-                Role::LoraA(_) => scaled(p, n, 1.0 / spec.shape[0] as f32),
-                Role::LoraB(_) if init == "false" => kaiming(),
-                Role::LoraB(_) => vec![0.0; n],
+                Role::LoraA(_) | Role::HeadA if init != "gaussian" => kaiming(),
+                Role::LoraA(_) | Role::HeadA => scaled(p, n, 1.0 / spec.shape[0] as f32),
+                Role::LoraB(_) | Role::HeadB if init == "false" => kaiming(),
+                Role::LoraB(_) | Role::HeadB => vec![0.0; n],
+                // As torch fills an Embedding.
+                Role::EmbedA if init == "false" => normals(seed, p as u32, n),
+                Role::EmbedA => vec![0.0; n],
+                Role::EmbedB => normals(seed, p as u32, n),
                 // PiSSA's are set below.
                 Role::InitialA(_) | Role::InitialB(_) => vec![0.0; n],
                 Role::Ia3(_) => vec![1.0; n],
@@ -59,6 +64,7 @@ impl Adapter {
                     scaled(p, n, 0.02)
                 }
                 Role::Bottleneck(..) => vec![0.0; n],
+                Role::Score if base.by_role(None, Role::Score).is_none() => vec![0.0; n],
                 _ => copied(base, &spec.name, model)?,
             };
             self.params.store(p, &values)?;
@@ -84,7 +90,7 @@ impl Adapter {
                 weight.ok_or_else(|| Error::op("pissa", format!("the model has no {proj:?}")))?;
             let view = base.weight_view(weight)?;
             let (shape, rank) = ((view.row_count(), view.cols()), spec.shape[0]);
-            let scale = super::scale(config, (layer, proj), rank)?;
+            let scale = super::scale(config, &module_name((layer, proj)), rank)?;
             let (a, mut b) =
                 principal(&view.to_f32()?, shape, rank, scale, rounds, (seed, p as u32))?;
             self.params.store(p, &a)?;

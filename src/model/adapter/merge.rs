@@ -6,9 +6,12 @@
 use super::config::AdapterKind;
 use super::{Adapter, base_name, merged};
 use crate::autograd::Cx;
+use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::layout::{ModelConfig, ParamSpec, Proj, Role, Task};
+use crate::ops::matmul::product;
+use crate::tensor::Tensor;
 
 /// Errors for a kind of adapter that no weight of the base can hold.
 pub fn mergeable(adapter: &Adapter) -> Result<()> {
@@ -31,7 +34,9 @@ pub fn merged_config(model: &Decoder) -> ModelConfig {
     let brings = |role| {
         model.adapter.as_ref().is_some_and(|a| matches!(a.params.fused(None, role), Ok(Some(_))))
     };
-    if config.task == Task::CausalLm && (brings(Role::Head) || brings(Role::Embed)) {
+    let parts = [Role::Head, Role::Embed, Role::HeadA, Role::EmbedA];
+    let tied = model.adapter.as_ref().is_some_and(Adapter::ties_head);
+    if config.task == Task::CausalLm && !tied && parts.into_iter().any(brings) {
         config.tie_word_embeddings = false;
     }
     config
@@ -54,7 +59,17 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
     };
     let found = model.params.by_name(stored);
     let i = found.ok_or_else(|| Error::op("merge", format!("{} has no place", spec.name)))?;
-    let mut values = model.params.weight_view(i)?.to_f32()?;
+    let w = model.params.weight_view(i)?;
+    match (spec.role, &adapter.embedding, &adapter.head) {
+        (Role::Embed, Some(pair), _) => {
+            return merged_end(cx, &w, (Layout::NT, &pair.a, &pair.b), pair.scale);
+        }
+        (Role::Head, _, Some(pair)) => {
+            return merged_end(cx, &w, (Layout::NN, &pair.b, &pair.a), pair.scale);
+        }
+        _ => {}
+    }
+    let mut values = w.to_f32()?;
     let (Some(layer), Some((proj, bias))) = (spec.layer, projection(&model.config, spec.role))
     else {
         return Ok(values);
@@ -95,6 +110,20 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
             .zip(scale)
             .for_each(|(row, s)| row.iter_mut().for_each(|v| *v *= s));
     }
+    Ok(values)
+}
+
+/// w + scale a b, b transposed as the layout says.
+fn merged_end(
+    cx: &Cx,
+    w: &Tensor,
+    (layout, a, b): (Layout, &Tensor, &Tensor),
+    scale: f32,
+) -> Result<Vec<f32>> {
+    let delta = cx.float("merged weight", w.shape())?;
+    product(cx, layout, &delta, a, b, None, false)?;
+    let mut values = w.to_f32()?;
+    values.iter_mut().zip(delta.to_f32()?).for_each(|(v, d)| *v += scale * d);
     Ok(values)
 }
 

@@ -14,9 +14,11 @@ pub mod merge;
 mod pissa;
 pub mod target;
 
+use std::collections::HashSet;
+
 use bottleneck::Bottleneck;
 use config::{AdapterConfig, AdapterKind, LoraConfig};
-use target::{bound, by_pattern, module_name};
+use target::{BoundModules, EMBEDDING, HEAD, TargetRules, bound, by_pattern, module_name};
 
 use crate::autograd::{Cx, add_into};
 use crate::config::LoraBias;
@@ -24,6 +26,7 @@ use crate::device::Layout;
 use crate::error::{Error, Result, nearest};
 use crate::model::layout::{BottleneckSite, ModelConfig, ParamSpec, Proj, Role, expected_params};
 use crate::model::params::{ParamSet, Tuning, fused_role};
+use crate::ops::head_terms::HeadPair;
 use crate::ops::lora::{Pairs, Segment};
 use crate::ops::matmul::product;
 use crate::ops::scale::{constant, row_norms};
@@ -39,6 +42,19 @@ pub struct Adapter {
     sites: Vec<[AdapterSite; 4]>,
     /// By layer: after attention, after the MLP.
     bottlenecks: Vec<[Option<Bottleneck>; 2]>,
+    /// LoRA on the token embedding and on the head.
+    pub embedding: Option<EmbeddingPair>,
+    pub head: Option<HeadPair>,
+}
+
+/// LoRA on the token embedding: a token's row of A, scaled, times the transpose of B.
+#[derive(Clone)]
+pub struct EmbeddingPair {
+    /// [vocab, r] real
+    pub a: Tensor,
+    /// [hidden, r] real
+    pub b: Tensor,
+    pub scale: f32,
 }
 
 /// What an adapter adds to projections that share an input.
@@ -76,7 +92,20 @@ impl Adapter {
         base: &ParamSet,
         seed: u64,
     ) -> Result<Adapter> {
-        let adapter = Adapter::zeros(cx, ParamSetId::Adapter, config, model)?;
+        Adapter::in_set(cx, ParamSetId::Adapter, config, model, base, seed)
+    }
+
+    /// As [`Adapter::new`], as another set of parameters: for a model that is trained beside the
+    /// one with the run's adapter. A score that the base does not have starts at zero.
+    pub fn in_set(
+        cx: &Cx,
+        set: ParamSetId,
+        config: AdapterConfig,
+        model: &ModelConfig,
+        base: &ParamSet,
+        seed: u64,
+    ) -> Result<Adapter> {
+        let adapter = Adapter::zeros(cx, set, config, model)?;
         adapter.initialise(cx, model, base, seed)?;
         Ok(adapter)
     }
@@ -93,7 +122,9 @@ impl Adapter {
             bottleneck::check_norms(model)?;
         }
         let params = ParamSet::new(cx, set, adapter_params(&config, model)?)?;
-        let mut adapter = Adapter { config, params, sites: Vec::new(), bottlenecks: Vec::new() };
+        let (embedding, head) = ends(&config, &params)?;
+        let (sites, bottlenecks) = (Vec::new(), Vec::new());
+        let mut adapter = Adapter { config, params, sites, bottlenecks, embedding, head };
         adapter.tune(None)?;
         for layer in 0..model.num_layers {
             let mut sites: [AdapterSite; 4] = Default::default();
@@ -125,7 +156,8 @@ impl Adapter {
             trainable: !matches!(spec.role, Role::InitialA(_) | Role::InitialB(_))
                 && (!spec.role.is_bias()
                     || trained_biases.as_ref().is_none_or(|names| names.contains(&spec.name))),
-            lr_scale: if matches!(spec.role, Role::LoraB(_)) || spec.shape.len() == 1 {
+            lr_scale: if matches!(spec.role, Role::LoraB(_) | Role::HeadB) || spec.shape.len() == 1
+            {
                 ratio
             } else {
                 1.0
@@ -156,6 +188,11 @@ impl Adapter {
             AdapterKind::Bottleneck(c) => c.init == "mam_adapter",
         };
         plain && self.config.raw.is_empty()
+    }
+
+    /// Whether a tied head reads the embedding that the adapter trains.
+    pub fn ties_head(&self) -> bool {
+        self.config.tied && self.params.by_role(None, Role::Embed).is_some()
     }
 
     /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
@@ -224,7 +261,7 @@ impl Adapter {
             for (proj, from, cols) in columns.iter().copied() {
                 let Some(pair) = fused(role(proj))? else { continue };
                 let rank = pair.cols();
-                let scale = scale(config, (layer, proj), rank)?;
+                let scale = scale(config, &module_name((layer, proj)), rank)?;
                 segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
                 scales.extend(vec![scale; rank]);
                 b.push(pair);
@@ -260,6 +297,7 @@ impl Adapter {
             .flatten()
             .filter_map(|s| s.lora.as_mut())
             .for_each(|l| l.dropout = 0.0);
+        self.head.iter_mut().for_each(|pair| pair.dropout = 0.0);
     }
 
     /// A frozen copy with values of its own, as the set of the reference.
@@ -290,10 +328,75 @@ pub fn merged(
 }
 
 /// alpha / r, or alpha / sqrt(r).
-fn scale(config: &LoraConfig, module: target::Module, rank: usize) -> Result<f32> {
-    let alpha = by_pattern(&config.alpha_pattern, &module_name(module))?.unwrap_or(config.alpha);
+fn scale(config: &LoraConfig, module: &str, rank: usize) -> Result<f32> {
+    let alpha = by_pattern(&config.alpha_pattern, module)?.unwrap_or(config.alpha);
     let r = rank as f64;
     Ok((alpha / if config.use_rslora { r.sqrt() } else { r }) as f32)
+}
+
+/// LoRA's pairs outside of the blocks.
+fn ends(
+    config: &AdapterConfig,
+    params: &ParamSet,
+) -> Result<(Option<EmbeddingPair>, Option<HeadPair>)> {
+    let AdapterKind::Lora(lora) = &config.kind else { return Ok((None, None)) };
+    let pair = |a, b| Ok::<_, Error>(params.fused(None, a)?.zip(params.fused(None, b)?));
+    let embedding = match pair(Role::EmbedA, Role::EmbedB)? {
+        Some((a, b)) => Some(EmbeddingPair { scale: scale(lora, EMBEDDING, b.cols())?, a, b }),
+        None => None,
+    };
+    let head = match pair(Role::HeadA, Role::HeadB)? {
+        Some((a, b)) => {
+            let scale = scale(lora, HEAD, b.cols())?;
+            Some(HeadPair { a, b, scale, dropout: lora.dropout })
+        }
+        None => None,
+    };
+    Ok((embedding, head))
+}
+
+/// LoRA's parameters outside of the blocks: A, B of each pair.
+fn end_params(
+    config: &LoraConfig,
+    bound: &BoundModules,
+    model: &ModelConfig,
+) -> Result<Vec<[ParamSpec; 2]>> {
+    if (bound.embedding || bound.head) && (config.use_dora || config.pissa().is_some()) {
+        let message = "lora_target_modules: embed_tokens and lm_head take plain LoRA; leave them out, or leave out \
+                       use_dora and init_lora_weights=pissa";
+        return Err(Error::Config(message.into()));
+    }
+    let spec = |name: &str, part: &str, role, shape: [usize; 2]| ParamSpec {
+        name: format!("{PREFIX}{name}.{part}"),
+        shape: shape.into(),
+        role,
+        layer: None,
+    };
+    let (vocab, hidden) = (model.vocab_size, model.hidden_size);
+    let mut pairs = Vec::new();
+    if bound.embedding {
+        let r = rank(config, EMBEDDING)?;
+        pairs.push([
+            spec(EMBEDDING, "lora_embedding_A", Role::EmbedA, [vocab, r]),
+            spec(EMBEDDING, "lora_embedding_B", Role::EmbedB, [hidden, r]),
+        ]);
+    }
+    if bound.head {
+        let r = rank(config, HEAD)?;
+        pairs.push([
+            spec(HEAD, "lora_A.weight", Role::HeadA, [r, hidden]),
+            spec(HEAD, "lora_B.weight", Role::HeadB, [vocab, r]),
+        ]);
+    }
+    Ok(pairs)
+}
+
+/// A module's rank.
+fn rank(config: &LoraConfig, module: &str) -> Result<usize> {
+    match by_pattern(&config.rank_pattern, module)?.map_or(config.r, |r| r as usize) {
+        0 => Err(Error::Config(format!("{module}: rank 0 learns nothing; give at least 1"))),
+        rank => Ok(rank),
+    }
 }
 
 /// Every parameter of an adapter under PEFT's names, in arena order: all A, then all B and vectors,
@@ -306,15 +409,21 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     match &config.kind {
         AdapterKind::Lora(c) => {
             bias = c.bias;
-            for (layer, proj) in bound(&c.targets, excluded.as_ref(), c.layers.as_deref(), model)? {
+            let rules = TargetRules {
+                targets: &c.targets,
+                excluded: excluded.as_ref(),
+                layers: c.layers.as_deref(),
+                saved: &config.modules_to_save,
+            };
+            let bound = bound(&rules, model)?;
+            for [a, b] in end_params(c, &bound, model)? {
+                first.push(a);
+                second.push(b);
+            }
+            for (layer, proj) in bound.projections {
                 let name = module_name((layer, proj));
                 let (out, input) = model.proj_shape(proj);
-                let rank = by_pattern(&c.rank_pattern, &name)?.map_or(c.r, |r| r as usize);
-                if rank == 0 {
-                    return Err(Error::Config(format!(
-                        "{name}: rank 0 learns nothing; give at least 1"
-                    )));
-                }
+                let rank = rank(c, &name)?;
                 let spec = |part: &str, role, shape: &[usize]| ParamSpec {
                     name: format!("{PREFIX}{name}.{part}"),
                     shape: shape.to_vec(),
@@ -340,7 +449,19 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
         }),
         AdapterKind::Bottleneck(c) => second.extend(c.params(model)),
         AdapterKind::Ia3(c) => {
-            for (layer, proj) in bound(&c.targets, excluded.as_ref(), None, model)? {
+            let rules = TargetRules {
+                targets: &c.targets,
+                excluded: excluded.as_ref(),
+                layers: None,
+                saved: &config.modules_to_save,
+            };
+            let bound = bound(&rules, model)?;
+            if bound.embedding || bound.head {
+                let message = "lora_target_modules: embed_tokens and lm_head take LoRA alone; leave them out, or \
+                               train them whole: lora_modules_to_save";
+                return Err(Error::Config(message.into()));
+            }
+            for (layer, proj) in bound.projections {
                 let (out, input) = model.proj_shape(proj);
                 let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
                 if feeds && model.group(proj.leader()).count() > 1 {
@@ -369,14 +490,23 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     });
     let base = expected_params(model);
     let mut copies: Vec<ParamSpec> = Vec::new();
+    let tied = config.tied && model.tie_word_embeddings;
+    if tied && first.iter().any(|s| matches!(s.role, Role::EmbedA | Role::HeadA)) {
+        let message = "ensure_weight_tying = true: embed_tokens and lm_head have pairs of their own here; \
+                       leave it out, or train them whole: lora_modules_to_save";
+        return Err(Error::Config(message.into()));
+    }
+    let is_end = |name: &str| [EMBEDDING, "embed_tokens", HEAD].contains(&name);
     for name in &config.modules_to_save {
+        // One copy for both.
+        let name = if tied && is_end(name) { EMBEDDING } else { name.as_str() };
         let is = |spec: &&ParamSpec| {
             let module = spec
                 .name
                 .strip_suffix(".weight")
                 .or(spec.name.strip_suffix(".bias"))
                 .unwrap_or(&spec.name);
-            module.ends_with(name.as_str()) // as PEFT matches: "norm" is every norm
+            module.ends_with(name) // as PEFT matches: "norm" is every norm
         };
         let mut found: Vec<ParamSpec> = base.iter().filter(is).cloned().collect();
         if name == "lm_head" && model.tie_word_embeddings {
@@ -423,7 +553,8 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
         let fused_with = |s: &&ParamSpec| wanted.contains(&(s.layer, fused_role(s.role)));
         copies.extend(base.iter().filter(|s| s.role.is_bias()).filter(fused_with).cloned());
     }
-    copies.dedup_by(|a, b| a.name == b.name);
+    let mut seen = HashSet::new();
+    copies.retain(|spec| seen.insert(spec.name.clone()));
     for spec in &mut copies {
         // PEFT wraps a layer that it adapts: its own bias is one level down.
         let module = spec.name.trim_end_matches(".bias");

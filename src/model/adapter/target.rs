@@ -7,7 +7,7 @@ use regex::Regex;
 
 use super::config::Targets;
 use crate::error::{Error, Result, nearest};
-use crate::model::layout::{ModelConfig, Proj};
+use crate::model::layout::{ModelConfig, Proj, Task};
 
 /// A projection of a block, by its place.
 pub type Module = (usize, Proj);
@@ -17,24 +17,48 @@ pub fn module_name((layer, proj): Module) -> String {
     format!("model.layers.{layer}.{}", proj.module())
 }
 
-/// The projections that `targets` names and `excluded` does not, in order of layers. Errors: a pattern that is none, a
-/// target that exists in no layer, nothing bound at all.
-pub fn bound(
-    targets: &Targets,
-    excluded: Option<&Targets>,
-    layers: Option<&[usize]>,
-    config: &ModelConfig,
-) -> Result<Vec<Module>> {
-    let all: Vec<Module> = (0..config.num_layers)
-        .flat_map(|layer| config.projections().iter().map(move |proj| (layer, *proj)))
-        .collect();
+/// The names of the modules before and behind the blocks.
+pub const EMBEDDING: &str = "model.embed_tokens";
+pub const HEAD: &str = "lm_head";
+
+/// What an adapter binds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BoundModules {
+    /// In order of layers.
+    pub projections: Vec<Module>,
+    pub embedding: bool,
+    pub head: bool,
+}
+
+/// Which modules are meant: those that `targets` names and neither `excluded` nor `saved` does, in
+/// `layers` alone where these are given.
+#[derive(Clone, Copy)]
+pub struct TargetRules<'a> {
+    pub targets: &'a Targets,
+    pub excluded: Option<&'a Targets>,
+    pub layers: Option<&'a [usize]>,
+    /// `modules_to_save`: what is trained whole gets no adapter.
+    pub saved: &'a [String],
+}
+
+/// The modules that are meant. Errors: a pattern that is none, a target that exists in no layer,
+/// nothing bound at all.
+pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> {
+    let TargetRules { targets, excluded, layers, saved } = *rules;
+    let projections = (0..config.num_layers)
+        .flat_map(|layer| config.projections().iter().map(move |proj| Some((layer, *proj))));
+    // A classifier has no head.
+    let ends = 1 + usize::from(config.task == Task::CausalLm);
+    let all: Vec<Option<Module>> = projections.chain(vec![None; ends]).collect();
     if let Some(bad) = layers.into_iter().flatten().find(|l| **l >= config.num_layers) {
         return Err(Error::Config(format!(
             "layers_to_transform: layer {bad}; the model has {}",
             config.num_layers
         )));
     }
-    let known: Vec<String> = all.iter().map(|m| module_name(*m)).collect();
+    let mut known: Vec<String> = all.iter().flatten().map(|m| module_name(*m)).collect();
+    let blocks = known.len();
+    known.extend([EMBEDDING, HEAD].into_iter().take(ends).map(String::from));
     let is = |name: &str, target: &str| name == target || name.ends_with(&format!(".{target}"));
     let out: Vec<bool> = match excluded {
         None => vec![false; all.len()],
@@ -48,8 +72,10 @@ pub fn bound(
             known.iter().map(|name| regex.is_match(name)).collect()
         }
     };
+    let whole_part = |name: &str, part: &str| format!(".{name}.").contains(&format!(".{part}."));
     let fits: Vec<bool> = match targets {
-        Targets::AllLinear => vec![true; all.len()],
+        // PEFT leaves the output layer out; an embedding is not linear.
+        Targets::AllLinear => all.iter().map(Option::is_some).collect(),
         Targets::Pattern(pattern) => {
             let regex = whole(pattern)
                 .map_err(|e| Error::Config(format!("lora_target_modules: {pattern}: {e}")))?;
@@ -64,36 +90,45 @@ pub fn bound(
             known.iter().map(|name| names.iter().any(|t| is(name, t))).collect()
         }
     };
-    let modules: Vec<Module> = all
-        .into_iter()
-        .zip(fits.iter().zip(&out).map(|(fits, out)| *fits && !out))
-        .filter(|((layer, _), fits)| *fits && layers.is_none_or(|l| l.contains(layer)))
-        .map(|(m, _)| m)
-        .collect();
+    let is_bound = |i: &usize| {
+        let in_layers = match all[*i] {
+            Some((layer, _)) => layers.is_none_or(|l| l.contains(&layer)),
+            None => layers.is_none() && !saved.iter().any(|m| whole_part(&known[*i], m)),
+        };
+        fits[*i] && !out[*i] && in_layers
+    };
+    let modules: Vec<usize> = (0..all.len()).filter(is_bound).collect();
     if modules.is_empty() {
         return Err(Error::Config(format!(
             "the adapter binds no module: target_modules {targets:?}, layers {layers:?}; modules are named like {}",
             known.first().map(String::as_str).unwrap_or("model.layers.0.self_attn.q_proj")
         )));
     }
-    Ok(modules)
+    Ok(BoundModules {
+        projections: modules.iter().filter_map(|i| all[*i]).collect(),
+        embedding: modules.contains(&blocks),
+        head: modules.contains(&(blocks + 1)),
+    })
 }
 
 fn unbound(lost: &[&String], config: &ModelConfig) -> String {
     let projections = config.projections();
-    let short: Vec<&str> =
+    let mut short: Vec<&str> =
         projections.iter().filter_map(|p| p.module().rsplit('.').next()).collect();
+    short.push("embed_tokens");
+    if config.task == Task::CausalLm {
+        short.push(HEAD);
+    }
     let one = |name: &&String| {
         let near = nearest(name, short.iter().copied());
-        let special = ["lm_head", "embed_tokens"].contains(&name.as_str());
         match near {
             _ if config.family.fused_projections && split(name).is_some() => format!(
                 "{name} is not a module of {}: it is part of {}; name that",
                 config.family.model_type,
                 split(name).unwrap_or_default()
             ),
-            _ if special => {
-                format!("{name} takes no LoRA here; train it whole: lora_modules_to_save={name}")
+            _ if name.as_str() == HEAD => {
+                "lm_head: the model is a classifier and has none; score is trained whole".into()
             }
             Some(near) => format!("{name} exists in no layer; did you mean {near}?"),
             None => {
@@ -155,8 +190,14 @@ mod tests {
             let raw = raw.as_object().unwrap().clone();
             let config = AdapterConfig::from_json(Path::new("adapter_config.json"), raw).unwrap();
             assert_eq!(config.to_json()["exclude_modules"], exclude);
-            bound(&Targets::AllLinear, config.excluded().unwrap().as_ref(), None, &model)
-                .map(|modules| modules.len())
+            let excluded = config.excluded().unwrap();
+            let rules = TargetRules {
+                targets: &Targets::AllLinear,
+                excluded: excluded.as_ref(),
+                layers: None,
+                saved: &[],
+            };
+            bound(&rules, &model).map(|modules| modules.projections.len())
         };
         let (all, layers) = (7 * model.num_layers, model.num_layers);
         assert_eq!(count(json!(null)).unwrap(), all);

@@ -1,53 +1,74 @@
-//! What gives PPO's values: a model of its own, or a score on the policy's trunk; with its
-//! optimizer. Layer 7.
+//! What gives PPO's values: a model of its own, a LoRA of its own on the policy's base, or a score
+//! on the policy's trunk; with its optimizer. Layer 7.
 //!
 //! Invariant: a value is read at the row that predicts the token.
 
-use super::options::ValueModel;
+use super::options::{PpoConfig, ValueModel};
 use crate::autograd::Cx;
-use crate::config::TrainingConfig;
+use crate::config::{LoraBias, TrainingConfig};
 use crate::error::{Error, Result};
 use crate::methods::online::rollout::{StateReader, StateWriter};
+use crate::model::adapter::Adapter;
+use crate::model::adapter::config::{AdapterConfig, AdapterKind, LoraConfig, Targets};
+use crate::model::adapter::target::HEAD;
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
-use crate::model::layout::{ParamSpec, Role, Task};
+use crate::model::layout::{ModelConfig, ParamSpec, Role, Task};
 use crate::model::params::ParamSet;
 use crate::ops::add::to_float;
 use crate::ops::matmul::linear;
 use crate::optim::{AdamWConfig, Optimizer};
+use crate::rng::seed;
 use crate::tensor::{ParamSetId, Tensor};
 
 pub struct Critic {
     source: ValueSource,
-    optimizer: Optimizer,
+    pub optimizer: Optimizer,
 }
 
 enum ValueSource {
+    /// Weights of its own, or an adapter of its own on the policy's base.
     Own(Box<Decoder>),
     /// The score alone: the trunk is the policy's.
-    Shared {
-        params: Box<ParamSet>,
-        score: Tensor,
-    },
+    Shared { params: Box<ParamSet>, score: Tensor },
 }
 
 impl Critic {
     /// A trunk of its own starts as `start`, the reward model where there is one, else the policy's
-    /// base with a score of zero. `longest`: tokens of the longest sequence.
+    /// base with a score of zero; so does one of LoRA, always. `longest`: tokens of the longest
+    /// sequence.
     pub fn new(
         cx: &mut Cx,
         policy: &Decoder,
         start: &Decoder,
-        kind: ValueModel,
+        options: &PpoConfig,
         longest: usize,
         training: &TrainingConfig,
     ) -> Result<Critic> {
-        let source = match kind {
+        let source = match options.value_model {
             ValueModel::Shared => shared(cx, policy)?,
             ValueModel::Own => ValueSource::Own(Box::new(own(cx, policy, start, longest)?)),
+            ValueModel::Lora => {
+                let mut trunk = lora(cx, policy, options, training.seed ^ seed::PPO)?;
+                trunk.ensure_positions(cx, longest)?;
+                ValueSource::Own(Box::new(trunk))
+            }
         };
         let optimizer = Optimizer::new(cx, params(&source), AdamWConfig::of(training))?;
         Ok(Critic { source, optimizer })
+    }
+
+    /// What is trained.
+    pub fn params(&self) -> &ParamSet {
+        params(&self.source)
+    }
+
+    /// The model that gives the values. None: a score on the policy's trunk.
+    pub fn trunk(&self) -> Option<&Decoder> {
+        match &self.source {
+            ValueSource::Own(trunk) => Some(trunk),
+            ValueSource::Shared { .. } => None,
+        }
     }
 
     /// Whether values come from the policy's trunk.
@@ -79,9 +100,14 @@ impl Critic {
         to_float(cx, &scores)?.reshape(&[n])
     }
 
-    /// Starts a step: gradients are overwritten from here on.
-    pub fn reset(&self, cx: &mut Cx) {
+    /// Starts a step: what follows from the values is brought up to date (they may be a
+    /// checkpoint's), and gradients are overwritten from here on.
+    pub fn reset(&self, cx: &mut Cx) -> Result<()> {
         cx.param_grads[params(&self.source).set].reset();
+        match &self.source {
+            ValueSource::Own(trunk) => trunk.refresh(cx),
+            ValueSource::Shared { .. } => Ok(()),
+        }
     }
 
     /// The gradient's norm; the optimizer is ready to apply step `step` (from 1).
@@ -108,7 +134,7 @@ impl Critic {
 
 fn params(source: &ValueSource) -> &ParamSet {
     match source {
-        ValueSource::Own(trunk) => &trunk.params,
+        ValueSource::Own(trunk) => trunk.trained(),
         ValueSource::Shared { params, .. } => params,
     }
 }
@@ -133,9 +159,71 @@ fn own(cx: &Cx, policy: &Decoder, start: &Decoder, longest: usize) -> Result<Dec
     shape.task = Task::SequenceClassification { labels: 1 };
     let trunk = Decoder::builder(shape).set(ParamSetId::Value).positions(longest).build(cx)?;
     for (i, spec) in trunk.params.specs.iter().enumerate() {
-        if let Some(at) = start.params.by_name(&spec.name) {
-            trunk.params.store(i, &start.params.weight_view(at)?.to_f32()?)?;
+        if let Some(values) = start.params.values(cx, &spec.name)? {
+            trunk.params.store(i, &values)?;
         }
     }
     Ok(trunk)
+}
+
+/// The policy's base with a LoRA of its own and a score of zero.
+fn lora(cx: &Cx, policy: &Decoder, options: &PpoConfig, seed: u64) -> Result<Decoder> {
+    let Some(adapter) = &policy.adapter else {
+        return Err(Error::Config(
+            "value_model = lora: its LoRA stands on a base that does not change; set use_peft=true, or \
+             value_model=own or shared"
+                .into(),
+        ));
+    };
+    let task = Task::SequenceClassification { labels: 1 };
+    let plain = LoraConfig {
+        r: 16,
+        alpha: 32.0,
+        dropout: 0.0,
+        targets: Targets::AllLinear,
+        rank_pattern: Vec::new(),
+        alpha_pattern: Vec::new(),
+        use_rslora: false,
+        use_dora: false,
+        bias: LoraBias::None,
+        layers: None,
+        init: "true".into(),
+    };
+    let mut kind = match &adapter.config.kind {
+        AdapterKind::Lora(c) => LoraConfig {
+            dropout: plain.dropout,
+            bias: plain.bias,
+            init: plain.init.clone(),
+            ..c.clone()
+        },
+        _ => plain,
+    };
+    if let Some(r) = options.value_lora_r {
+        (kind.r, kind.rank_pattern) = (r, Vec::new());
+    }
+    if let Some(alpha) = options.value_lora_alpha {
+        (kind.alpha, kind.alpha_pattern) = (alpha, Vec::new());
+    }
+    match (&options.value_lora_target_modules, &mut kind.targets) {
+        (Some(list), targets) => *targets = Targets::of(list),
+        // The policy's head is not the critic's.
+        (None, Targets::Names(names)) => {
+            names.retain(|name| name != HEAD);
+            if names.is_empty() {
+                kind.targets = Targets::AllLinear;
+            }
+        }
+        (None, _) => {}
+    }
+    let config = AdapterConfig {
+        kind: AdapterKind::Lora(kind),
+        modules_to_save: vec!["score".into()],
+        tied: false,
+        base: adapter.config.base.clone(),
+        task: task.peft_name().into(),
+        raw: Default::default(),
+    };
+    let model = ModelConfig { task, ..policy.config.clone() };
+    let own = Adapter::in_set(cx, ParamSetId::Value, config, &model, &policy.params, seed)?;
+    policy.classifier(task, own)
 }

@@ -17,7 +17,7 @@
 //! Layer 7. Invariant: a value is read at the row that predicts the token, from the same tokens as
 //! the policy's log-prob.
 
-mod critic;
+pub mod critic;
 mod generation;
 mod options;
 
@@ -323,8 +323,8 @@ impl OnlineObjective for Ppo {
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
         let start = self.env.scorer.reward_model.as_ref().map_or(model, |r| r.decoder());
-        let (kind, longest) = (self.options.value_model, self.env.longest());
-        self.critic = Some(Critic::new(cx, model, start, kind, longest, &self.training)?);
+        let longest = self.env.longest();
+        self.critic = Some(Critic::new(cx, model, start, &self.options, longest, &self.training)?);
         Ok(())
     }
 
@@ -333,7 +333,7 @@ impl OnlineObjective for Ppo {
     }
 
     fn step(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<StepReport> {
-        self.critic()?.reset(cx);
+        self.critic()?.reset(cx)?;
         let mut report = StepReport::default();
         let (mut policy, mut value) = (0f32, 0f32);
         for slots in self.schedule.spans(at.step, at.micro) {

@@ -12,6 +12,8 @@ words! {
     pub enum ValueModel {
         /// A trunk of its own, which starts as the reward model's or the policy's.
         Own = "own",
+        /// A LoRA of its own on the policy's frozen base.
+        Lora = "lora",
         /// A score on the policy's last hidden state.
         Shared = "shared",
     }
@@ -49,8 +51,15 @@ section! {
         pub missing_eos_penalty: Option<f64> = None,
         /// Ours. Clip scores to +- this. none: no clipping.
         pub reward_clip: Option<f64> = None,
-        /// Ours. own: a separate value model. shared: a value head on the policy.
+        /// Ours. own: a separate value model. lora: a LoRA of its own on the policy's base
+        /// (use_peft=true). shared: a value head on the policy.
         pub value_model: ValueModel = ValueModel::Own,
+        /// Ours, for value_model=lora. Rank of the value model's LoRA. none: the policy's.
+        pub value_lora_r: Option<usize> = None,
+        /// Ours, for value_model=lora. Scale: value_lora_alpha / value_lora_r. none: the policy's.
+        pub value_lora_alpha: Option<f64> = None,
+        /// Ours, for value_model=lora. As lora_target_modules. none: the policy's.
+        pub value_lora_target_modules: Option<Vec<String>> = None,
         /// Ours. Learning rate of the value model. none: learning_rate.
         pub value_learning_rate: Option<f64> = None,
         ..pub online: OnlineConfig = default_online(),
@@ -72,5 +81,14 @@ impl PpoConfig {
             report.must((0.0..=1.0).contains(&value), || format!("{key} = {value}: from 0 to 1"));
         }
         report.must(self.cliprange > 0.0, || "cliprange: must be above 0".into());
+        report.must(self.value_lora_r != Some(0), || "value_lora_r = 0: give at least 1".into());
+        report.must(self.value_lora_alpha.is_none_or(|alpha| alpha > 0.0), || {
+            "value_lora_alpha: must be above 0".into()
+        });
+        if self.value_model != ValueModel::Lora {
+            for key in ["value_lora_r", "value_lora_alpha", "value_lora_target_modules"] {
+                report.idle(key, "value_model", "value_model is not lora");
+            }
+        }
     }
 }
