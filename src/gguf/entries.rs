@@ -33,7 +33,7 @@ pub fn entries_of(
     let bad = |message: String| Err(Error::model(dir, message));
     if config.task != Task::CausalLm {
         return bad(format!(
-            "is no language model ({}); a GGUF file holds one",
+            "is not a language model ({}); a GGUF file holds one",
             config.task.suffix()
         ));
     }
@@ -76,7 +76,9 @@ pub fn entries_of(
     }
     match rope::entries(names, config, &mut out) {
         Ok(factors) => Ok((names, out, factors)),
-        Err(why) => bad(format!("cannot be said in a GGUF file of architecture {arch}: {why}")),
+        Err(why) => {
+            bad(format!("cannot be expressed in a GGUF file of architecture {arch}: {why}"))
+        }
     }
 }
 
@@ -118,7 +120,7 @@ fn windows(names: &GgufNames, config: &ModelConfig, notes: &mut Vec<String>) {
     let Some(window) = config.sliding_window.iter().flatten().min() else { return };
     if !names.has_windows() {
         notes.push(format!(
-            "a GGUF file of architecture {arch} has no sliding window: texts of more than {window} tokens are read otherwise"
+            "a GGUF file of architecture {arch} has no sliding window: texts of more than {window} tokens would be read differently"
         ));
     } else if names.long_rope {
         notes.push(format!(

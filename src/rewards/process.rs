@@ -178,15 +178,12 @@ impl Program {
         let message = format!("{place}: {what}{said}");
         if !again {
             return Err(Error::Run(format!(
-                "{message}\nThe program was `{}`. Mend it and resume the run from its last checkpoint.",
+                "{message}\nThe program was `{}`. Fix it and resume the run from its last checkpoint.",
                 self.shown()
             )));
         }
         self.restarts -= 1;
-        observer.warn(&format!(
-            "{message}\nIt is started again ({} restarts are left).",
-            self.restarts
-        ));
+        observer.warn(&format!("{message}\nRestarting it ({} restarts left).", self.restarts));
         Ok(())
     }
 
@@ -198,7 +195,7 @@ impl Program {
             Ok(lines) => lines.iter().map(|l| clean(l)).collect::<Vec<_>>().join("\n  "),
             Err(_) => String::new(),
         };
-        if lines.is_empty() { lines } else { format!("\nIts last words on stderr:\n  {lines}") }
+        if lines.is_empty() { lines } else { format!("\nThe last lines on its stderr:\n  {lines}") }
     }
 
     fn shown(&self) -> String {

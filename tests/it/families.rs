@@ -337,7 +337,10 @@ fn bottleneck_adapters_on_blocks_with_other_norms_are_refused() {
             Ok(_) => assert!(!refused, "{case}"),
             Err(e) => {
                 let e = e.to_string();
-                assert!(refused && e.contains("whose blocks normalise what they add"), "{case}: {e}");
+                assert!(
+                    refused && e.contains("whose blocks normalise what they add"),
+                    "{case}: {e}"
+                );
             }
         }
     }

@@ -123,7 +123,7 @@ impl Record {
 fn value(names: &[String], record: &Record, rows: &FileRows) -> Result<Value, String> {
     if record.fields != names.len() {
         return Err(format!(
-            "has {} fields, and the head names {}; put quotes around fields with a delimiter in them",
+            "has {} fields, but the header names {}; put quotes around fields with a delimiter in them",
             record.fields,
             names.len()
         ));
