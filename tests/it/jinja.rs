@@ -1,7 +1,7 @@
 //! Chat templates against Jinja2: each snippet renders the same text, or is an error.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Map, json};
 use temper::data::chat::{ChatTemplate, RenderOptions};
@@ -144,24 +144,31 @@ fn hostile() -> Vec<String> {
 /// The stack of the thread: half of what a Rust thread has by default.
 const STACK: usize = 1 << 20;
 
+/// The CPU time of this thread.
+fn cpu_time() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+}
+
 #[test]
 fn hostile_templates_end_in_an_error_in_time_and_memory() {
     let run = || {
         let (mut worst, mut fine, all) = ((Duration::ZERO, String::new()), Vec::new(), hostile());
         for source in &all {
-            let start = Instant::now();
+            let before = cpu_time();
             let result = render(source);
             let head: String = source.chars().take(100).collect();
             if result.is_ok() {
                 fine.push(head.clone());
             }
-            worst = worst.max((start.elapsed(), head));
+            worst = worst.max((cpu_time() - before, head));
         }
         println!("{} templates, worst {worst:?}, rendered: {fine:#?}", all.len());
         if let Ok(status) = std::fs::read_to_string("/proc/self/status") {
             println!("{}", status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or_default());
         }
-        // two seconds on an idle machine; tests share theirs
+        // Two seconds of an optimised build; what bounds a template is its work, so other processes
+        // do not count.
         assert!(worst.0 < Duration::from_secs(10), "{worst:?}");
         assert!(fine.is_empty(), "these rendered: {fine:#?}");
     };
