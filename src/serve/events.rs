@@ -9,7 +9,7 @@ use crate::rollout::{Finish, RequestOptions};
 
 /// What the worker is asked to do.
 pub(super) enum Job {
-    Run(RunJob),
+    Run(Box<RunJob>),
     /// The client of this request has gone, or its time is up.
     Cancel(u64),
 }

@@ -229,7 +229,7 @@ async fn answer(app: &Arc<App>, chat: bool, request: Request<Body>) -> Result<Re
     let (send, mut events) = tokio::sync::mpsc::unbounded_channel();
     if answer.needs_worker() {
         let asked = &answer.asked;
-        app.send(Job::Run(RunJob {
+        app.send(Job::Run(Box::new(RunJob {
             id: answer.ticket.id,
             model: asked.model,
             prompts: asked.prompts.iter().map(|p| p.ids.clone()).collect(),
@@ -239,7 +239,7 @@ async fn answer(app: &Arc<App>, chat: bool, request: Request<Body>) -> Result<Re
             score: asked.score(),
             each_token: asked.each_token(),
             events: send,
-        }))?;
+        })))?;
     }
     if answer.asked.stream {
         let stream = EventStream::new(answer, events, tokio::time::sleep_until(deadline), active)?;

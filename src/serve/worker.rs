@@ -124,7 +124,7 @@ impl Worker {
 
     fn take(&mut self, job: Job) {
         match job {
-            Job::Run(job) => self.begin(job),
+            Job::Run(job) => self.begin(*job),
             Job::Cancel(id) => self.close(id),
         }
     }
