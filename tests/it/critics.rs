@@ -195,12 +195,38 @@ fn gradients_of_a_lora_critic_are_those_of_its_merged_weights() {
         let scale = if spec.role == Role::Score { 1.0 } else { 0.2 };
         set.store(i, &gauss(&mut rng, spec.len(), scale)).unwrap();
     }
-    let whole = critic(&mut cx, &policy, ValueModel::Own);
     let batch = batch(&cx, &policy);
     let upstream = gauss(&mut rng, batch.target_ids.len(), 1.0);
+    let start: Vec<Vec<f32>> =
+        (0..set.specs.len()).map(|i| set.weight_view(i).unwrap().to_f32().unwrap()).collect();
+    let (low_values, low_grads) = gradients(&mut cx, &low, &policy, &batch, &upstream);
+
+    let loss = |values: &[f32]| {
+        values.iter().zip(&upstream).map(|(v, u)| f64::from(*v) * f64::from(*u)).sum::<f64>()
+    };
+    let square: f64 = low_grads.iter().flatten().map(|g| f64::from(*g).powi(2)).sum();
+    let step = 1e-3 / square.sqrt();
+    let mut along = |sign: f64| {
+        for (i, (w, g)) in start.iter().zip(&low_grads).enumerate() {
+            let moved = w.iter().zip(g).map(|(w, g)| *w + (sign * step * f64::from(*g)) as f32);
+            set.store(i, &moved.collect::<Vec<_>>()).unwrap();
+        }
+        loss(&low.values(&mut cx, &policy, &batch, None).unwrap().to_f32().unwrap())
+    };
+    let slope = (along(1.0) - along(-1.0)) / (2.0 * step * square);
+    // A difference of f32 sums over a step of 1e-3.
+    assert!((slope - 1.0).abs() < 2e-2, "{slope}");
+
+    low.measure(&mut cx, 1e-3, 1).unwrap();
+    low.apply(&cx).unwrap();
+    let after = [&policy.params, policy.trained()].map(|p| p.weights.to_vec::<u32>().unwrap());
+    assert!(before == after, "the policy is not the critic's to change");
+
+    // One set of gradients a context: the other critic comes when this one is done.
+    let whole = critic(&mut cx, &policy, ValueModel::Own);
     let value_of = |name: &str| {
         let i = set.by_name(&format!("{PREFIX}{name}")).unwrap();
-        (i, set.weight_view(i).unwrap().to_f32().unwrap())
+        (i, start[i].clone())
     };
     // r, and s = alpha / r.
     let (r, s) = (4, 1.5f64);
@@ -223,7 +249,6 @@ fn gradients_of_a_lora_critic_are_those_of_its_merged_weights() {
         }
         dense.store(i, &w).unwrap();
     }
-    let (low_values, low_grads) = gradients(&mut cx, &low, &policy, &batch, &upstream);
     let (values, grads) = gradients(&mut cx, &whole, &policy, &batch, &upstream);
     let mut worst = off(&values.iter().map(|v| f64::from(*v)).collect::<Vec<_>>(), &low_values);
     let mut compared = 0;
@@ -255,29 +280,6 @@ fn gradients_of_a_lora_critic_are_those_of_its_merged_weights() {
     assert_eq!(compared, set.specs.len(), "every parameter of the critic");
     // Sums of f32 in another order.
     assert!(worst < 2e-5, "{worst:e}");
-
-    let loss = |values: &[f32]| {
-        values.iter().zip(&upstream).map(|(v, u)| f64::from(*v) * f64::from(*u)).sum::<f64>()
-    };
-    let square: f64 = low_grads.iter().flatten().map(|g| f64::from(*g).powi(2)).sum();
-    let start: Vec<Vec<f32>> =
-        (0..set.specs.len()).map(|i| set.weight_view(i).unwrap().to_f32().unwrap()).collect();
-    let step = 1e-3 / square.sqrt();
-    let mut along = |sign: f64| {
-        for (i, (w, g)) in start.iter().zip(&low_grads).enumerate() {
-            let moved = w.iter().zip(g).map(|(w, g)| *w + (sign * step * f64::from(*g)) as f32);
-            set.store(i, &moved.collect::<Vec<_>>()).unwrap();
-        }
-        loss(&low.values(&mut cx, &policy, &batch, None).unwrap().to_f32().unwrap())
-    };
-    let slope = (along(1.0) - along(-1.0)) / (2.0 * step * square);
-    // A difference of f32 sums over a step of 1e-3.
-    assert!((slope - 1.0).abs() < 2e-2, "{slope}");
-
-    low.measure(&mut cx, 1e-3, 1).unwrap();
-    low.apply(&cx).unwrap();
-    let after = [&policy.params, policy.trained()].map(|p| p.weights.to_vec::<u32>().unwrap());
-    assert!(before == after, "the policy is not the critic's to change");
 }
 
 #[test]
