@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::files::{KernelFile, REALS, Real, Sources, listed, text, write_if_changed};
 use crate::kept;
@@ -64,8 +65,7 @@ pub fn build(out: &Path, sources: &Sources) {
     // the higher levels its half of the units takes half of the time.
     let mut quick = build.clone();
     quick.opt_level(1);
-    let compilers =
-        [&build, &quick].map(|build| format!("{:?}", build.get_compiler().to_command()));
+    let compilers = [&build, &quick].map(|build| identity(&build.get_compiler().to_command()));
     let stamp = |unit: &Unit| {
         let mut hash = DefaultHasher::new();
         (&compilers[usize::from(unit.strict)], &shared, &unit.from).hash(&mut hash);
@@ -115,6 +115,15 @@ fn products(build: &cc::Build, out: &Path) -> Vec<PathBuf> {
         one.compile_intermediates()
     };
     widths.into_iter().flat_map(compile).collect()
+}
+
+/// What decides an object beside its text: program, version and arguments. Not the environment, of
+/// which a `Command` shows every variable.
+fn identity(compiler: &Command) -> String {
+    let version = Command::new(compiler.get_program()).arg("--version").output();
+    let version = version.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let arguments: Vec<_> = compiler.get_args().collect();
+    format!("{:?} {arguments:?} {}", compiler.get_program(), version.unwrap_or_default())
 }
 
 fn unit(out: &Path, sources: &Sources, file: &KernelFile, real: &Real, strict: bool) -> Unit {
