@@ -20,6 +20,9 @@ use temper::rollout::{Completion, Counts, Engine, EngineOptions, Finish, Request
 
 use crate::support::{bits, cpu_in, tokenizer_and_template};
 
+/// By prompt and member.
+type Finished = BTreeMap<(usize, usize), (Completion, Turns)>;
+
 const VOCAB: usize = 96;
 const LONGEST: usize = 200;
 const MOST: usize = 70;
@@ -56,7 +59,7 @@ fn talk(
     model: &mut Decoder,
     options: &EngineOptions,
     delays: &mut Rng,
-) -> (BTreeMap<(usize, usize), (Completion, Turns)>, Counts) {
+) -> (Finished, Counts) {
     let requests = requests(&mut Rng(17));
     let mut engine = Engine::new(cx, model, options.clone(), LONGEST).unwrap();
     for request in &requests {
