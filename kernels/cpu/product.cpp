@@ -6,7 +6,7 @@
 //          values side by side); c [m, n]. Strides in floats.
 // Plan     The columns are taken in blocks of at most 512 (COLUMNS), k in pieces of 256: a block of B is packed once, as panels
 //          of NR columns, [k][NR], and stays in the second cache. Tiles of MR rows of A are packed as [k][AW] and go over
-//          the panels. C's tile of MR x NR stays in registers. Of few rows (decoding) all of A is packed first and B
+//          the panels (of few columns, rows of A are read where they lie). C's tile of MR x NR stays in registers. Of few rows (decoding) all of A is packed first and B
 //          goes by one panel at a time, which the first cache holds.
 // Numerics An element is one chain of fused multiply-adds along k from 0 in pieces of 256, whose sums are added from left to
 //          right. So its bits depend on its row and its column alone: not on m, n, tile, cut, thread or vector width.
@@ -32,7 +32,7 @@ constexpr int VL = 8, MR = 6, AW = 8;
 constexpr int VL = 4, MR = 8, AW = 8;
 #endif
 constexpr int NR = 2 * VL;
-constexpr size_t PIECE = 256, COLUMNS = 512, FEW_ROWS = 64, DIRECT_ROWS = 4;
+constexpr size_t PIECE = 256, COLUMNS = 512, NARROW = 768, FEW_ROWS = 64, DIRECT_ROWS = 4;
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
@@ -112,17 +112,23 @@ void pack(float* dst, size_t size, const float* src, size_t stride, bool along_k
     }
 }
 
-// R rows and W vectors of columns of C, of which `columns` are stored.
-template <int R, int W>
-void tile(const float* a, const float* b, int k, float* c, size_t ldc, int columns, bool add) {
+// R rows and W vectors of columns of C, of which `columns` are stored. A is a packed tile, or (ALONG) R rows of A itself, `lda`
+// apart.
+template <int R, int W, bool ALONG>
+void tile(const float* a, size_t lda, const float* b, int k, float* c, size_t ldc, int columns, bool add) {
   Vector sum[R][W] = {};
-  for (int t = 0; t < k; ++t, a += AW, b += NR) {
+  // A pointer for each three rows: base, base + lda and base + 2 lda are addresses of one instruction.
+  const float* rows[(R + 2) / 3];
+  for (int i = 0; i < (R + 2) / 3; ++i) rows[i] = ALONG ? a + 3 * i * lda : a;
+  for (int t = 0; t < k; ++t, b += NR) {
     Vector x[W];
     for (int w = 0; w < W; ++w) x[w] = load(b + w * VL);
     for (int r = 0; r < R; ++r) {
-      const Vector s = a[r] - Vector{};
+      const Vector s = (ALONG ? rows[r / 3][r % 3 * lda] : a[r]) - Vector{};
       for (int w = 0; w < W; ++w) sum[r][w] = fma(s, x[w], sum[r][w]);
     }
+    if (ALONG) for (int i = 0; i < (R + 2) / 3; ++i) ++rows[i];
+    else a += AW;
   }
   for (int r = 0; r < R; ++r, c += ldc) {
     if (columns == W * VL) {
@@ -135,12 +141,12 @@ void tile(const float* a, const float* b, int k, float* c, size_t ldc, int colum
   }
 }
 
-template <int R>
-inline void rows_tile(int rows, const float* a, const float* b, int k, float* c, size_t ldc, int columns, bool add) {
+template <int R, bool ALONG>
+inline void rows_tile(int rows, const float* a, size_t lda, const float* b, int k, float* c, size_t ldc, int columns, bool add) {
   if constexpr (R > 1)
-    if (rows < R) return rows_tile<R - 1>(rows, a, b, k, c, ldc, columns, add);
-  if (columns <= VL) tile<R, 1>(a, b, k, c, ldc, columns, add);
-  else tile<R, 2>(a, b, k, c, ldc, columns, add);
+    if (rows < R) return rows_tile<R - 1, ALONG>(rows, a, lda, b, k, c, ldc, columns, add);
+  if (columns <= VL) tile<R, 1, ALONG>(a, lda, b, k, c, ldc, columns, add);
+  else tile<R, 2, ALONG>(a, lda, b, k, c, ldc, columns, add);
 }
 
 // Packed operands of this thread, at a cache line.
@@ -216,6 +222,9 @@ void packed(const Product& p) {
   // Tiles of nearly equal height, blocks of nearly equal width.
   const size_t height = ceil_div(p.m, ceil_div(p.m, MR));
   const bool few = p.m <= FEW_ROWS;
+  // Packing A costs 1 / n of the product. Of few columns A is read where it lies, unless its rows fall on the same lines of
+  // the first cache.
+  const bool along = !few && p.a_along_k && p.n <= NARROW && p.lda % 1024 != 0;
   const size_t width = few ? NR : ceil_div(ceil_div(p.n, ceil_div(p.n, COLUMNS)), NR) * NR;
   const size_t group = few ? p.m : 4 * height;  // rows of A that are packed at once
   const size_t depth_of_a = few ? p.k : PIECE, of_b = width * PIECE, of_a = ceil_div(group, height) * depth_of_a * AW;
@@ -232,12 +241,17 @@ void packed(const Product& p) {
       const float* from = p.b_along_k ? p.b + j * p.ldb + t : p.b + t * p.ldb + j;
       pack<NR>(panels, NR * PIECE, from, p.ldb, p.b_along_k, columns, NR, depth);
       for (size_t i = 0; i < p.m; i += group) {
-        if (!few) pack_rows(i, t, depth);
+        if (!few && !along) pack_rows(i, t, depth);
         const float* tile = few ? tiles + t * AW : tiles;
         for (size_t ii = i; ii < smaller(i + group, p.m); ii += height, tile += depth_of_a * AW)
-          for (size_t jj = 0; jj < columns; jj += NR)
-            rows_tile<MR>((int)smaller(height, p.m - ii), tile, panels + jj * PIECE, (int)depth, p.c + ii * p.ldc + j + jj,
-                          p.ldc, (int)smaller(NR, columns - jj), p.add || t > 0);
+          for (size_t jj = 0; jj < columns; jj += NR) {
+            const int rows = (int)smaller(height, p.m - ii), wide = (int)smaller(NR, columns - jj);
+            const float* panel = panels + jj * PIECE;
+            float* c = p.c + ii * p.ldc + j + jj;
+            const bool add = p.add || t > 0;
+            if (along) rows_tile<MR, true>(rows, p.a + ii * p.lda + t, p.lda, panel, (int)depth, c, p.ldc, wide, add);
+            else rows_tile<MR, false>(rows, tile, 0, panel, (int)depth, c, p.ldc, wide, add);
+          }
       }
     }
   }
