@@ -5,9 +5,9 @@
 // Shapes   a: `m` rows of A, b: `n` columns of B, each either `along_k` (its k values side by side) or not (for each t its
 //          values side by side); c [m, n]. Strides in floats.
 // Plan     The columns are taken in blocks of at most 512 (COLUMNS), k in pieces of 256: a block of B is packed once, as panels
-//          of NR columns, [k][NR], and stays in the second cache. Tiles of MR rows of A are packed as [k][AW] and go over
-//          the panels (of few columns, rows of A are read where they lie). C's tile of MR x NR stays in registers. Of few rows (decoding) all of A is packed first and B
-//          goes by one panel at a time, which the first cache holds.
+//          of NR columns, [k][NR], and stays in the second cache. Tiles of MR rows of A are packed as [k][AW] (of few columns
+//          they are read where they lie) and go over the panels. C's tile of MR x NR stays in registers. Of few rows
+//          (decoding) all of A is packed first and B goes by one panel at a time, which the first cache holds.
 // Numerics An element is one chain of fused multiply-adds along k from 0 in pieces of 256, whose sums are added from left to
 //          right. So its bits depend on its row and its column alone: not on m, n, tile, cut, thread or vector width.
 // Cost     2 m n k flops. One core with AVX-512: see benches/results/2026-11-27-cpu.md.
