@@ -167,7 +167,8 @@ impl<T: Value> Value for Option<T> {
     }
 }
 
-/// On the command line a list is `a,b`; a single value is a list of one in both places.
+/// On the command line a list is `a,b`, or as in a run file, `[1, 2]`; a single value is a list of one
+/// in both places.
 impl<T: Value> Value for Vec<T> {
     fn kind() -> String {
         format!("list of {}", T::kind())
@@ -178,6 +179,9 @@ impl<T: Value> Value for Vec<T> {
             Given::File(_) => vec![given.clone()],
             Given::Text(text) if text.trim().is_empty() => Vec::new(),
             Given::Text(text) => {
+                if let Some(list) = in_brackets(text) {
+                    return Self::read(&Given::File(list));
+                }
                 text.split(',').map(|item| Given::Text(item.trim().to_string())).collect()
             }
         };
@@ -189,6 +193,15 @@ impl<T: Value> Value for Vec<T> {
     fn written(&self) -> Toml {
         Toml::Array(self.iter().map(Value::written).collect())
     }
+}
+
+/// A list as a run file has it. A pattern such as `[qv]` is none.
+fn in_brackets(text: &str) -> Option<Toml> {
+    let text = text.trim();
+    if !(text.starts_with('[') && text.ends_with(']')) {
+        return None;
+    }
+    toml::from_str::<toml::Table>(&format!("list = {text}")).ok()?.remove("list")
 }
 
 /// HF's "whole number, or below 1 a share of the whole": steps of a run, rows of a file.

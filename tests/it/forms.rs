@@ -163,3 +163,18 @@ fn every_field_of_trl_is_known_and_its_default_accepted() {
     }
     assert!(refused.is_empty(), "{}", refused.join("\n"));
 }
+
+#[test]
+fn a_list_may_stand_in_brackets_as_in_a_run_file() {
+    let read = |text: &str| Vec::<u64>::read(&Given::Text(text.into()));
+    assert_eq!(read("[15, 16]"), Ok(vec![15, 16]));
+    assert_eq!(read("15,16"), Ok(vec![15, 16]));
+    assert_eq!(read("[]"), Ok(vec![]));
+    assert!(read("[15, x]").unwrap_err().contains("each item"));
+    let texts = |text: &str| Vec::<String>::read(&Given::Text(text.into()));
+    assert_eq!(texts("[\"q_proj\", \"v_proj\"]"), Ok(vec!["q_proj".into(), "v_proj".into()]));
+    // A pattern is one text, whatever it begins and ends with.
+    assert_eq!(texts("[qv]_proj"), Ok(vec!["[qv]_proj".into()]));
+    assert_eq!(texts("q_pro[j-l]"), Ok(vec!["q_pro[j-l]".into()]));
+    assert_eq!(texts("[a-c]"), Ok(vec!["[a-c]".into()]));
+}
