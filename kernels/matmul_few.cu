@@ -10,8 +10,8 @@
 //          fragments of the next 16 of k are read while this one's product runs, whose latency bounds a long k.
 // Numerics As matmul.cu: one chain of float sums over k in steps of 16, bias added in float, one rounding when stored; so the
 //          bits of matmul_nt, whatever m. few_glu rounds g and u to real first, as glu_fwd finds them, and has its bits.
-// Cost     The weight once: n k sizeof bytes; X once a block, from L2. At least 33 cycles for each 16 of k. H100, *predicted*
-//          (docs/kernels.md, "Few rows"), m 1 to 16: n 896, k 4,864 9 us; n 9,728, k 896 8.5 us, few_glu the same.
+// Cost     The weight once: n k sizeof bytes; X once a block, from L2. At least 33 cycles for each 16 of k. H100, 2026-11-27, 16 rows:
+//          n 896, k 4,864 20.4 us (9 predicted), n 9,728, k 896 13.5 us, few_glu 12.5 us (8.5 predicted).
 #include "common/activate.cuh"
 #include "prim/tile.cuh"
 

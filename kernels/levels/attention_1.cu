@@ -6,7 +6,7 @@
 // Shapes   q, k, v, o [heads, t, 64] real, without gaps;  s [heads, t, t] float. For all levels: t % 128 = 0
 // Plan     scores, out: a thread a value; softmax: a warp a row
 // Numerics float throughout; o is rounded when stored
-// Cost     4 D flops a pair (i, j). H100, bf16, 112 heads of 2048, *predicted*: 3 TFLOP/s, 0.004 of the ceiling of 798 (scores
+// Cost     4 D flops a pair (i, j). H100, bf16, 112 heads of 2048, 2026-11-27: 0.5 TFLOP/s, 0.001 of the ceiling of 800 (3 predicted) (scores
 //          alone move 9 GB). sm_90a: 30, 34 and 32 registers.
 #include "prim/math.cuh"
 #include "prim/warp.cuh"

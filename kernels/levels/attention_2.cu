@@ -7,8 +7,8 @@
 // Shapes   as attention_1.cu, without s
 // Plan     a thread a query row, q and o in registers; the threads of a warp read the same key at the same time
 // Numerics float throughout, keys from left to right; o is rounded when stored
-// Cost     4 D flops a pair, a load for two of them: the load unit ends at 14 TFLOP/s. H100, bf16, 112 heads of 2048, *predicted*:
-//          10 TFLOP/s, 0.012 of the ceiling of 798. sm_90a: 166 registers, no spills.
+// Cost     4 D flops a pair, a load for two of them: the load unit ends at 14 TFLOP/s. H100, bf16, 112 heads of 2048, 2026-11-27:
+//          4.8 TFLOP/s, 0.006 of the ceiling of 800 (10 predicted). sm_90a: 166 registers, no spills.
 #include "prim/math.cuh"
 #include "prim/real.cuh"
 

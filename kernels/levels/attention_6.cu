@@ -8,7 +8,7 @@
 //          is consumer w's turn: it waits there, and the other one arrives there when its products are under way. A thread of
 //          consumer 0 starts the copies, two steps ahead: a producer's registers would cost the second block a multiprocessor
 // Numerics bit for bit those of attention_4.cu
-// Cost     4 D flops a pair. H100, 112 heads of 2048, *predicted*: 370 TFLOP/s, 0.46 of the ceiling of 798, as
+// Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: 307 TFLOP/s, 0.38 of the ceiling of 800 (370 predicted), as
 //          kernels/attention_hopper.cu (374), which leaves the turns to the scheduler. sm_90a: 113 registers, no spills.
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"

@@ -7,7 +7,7 @@
 // Plan     thread i owns row i / n, column i % n
 // Numerics as matmul_1.cu, bit for bit
 // Cost     2 m n k flops, and still two loads for each product: the load unit takes one warp a clock, so 7 TFLOP/s is its
-//          limit. H100, bf16, 8192^3, *predicted*: 5 TFLOP/s, 0.006 of the ceiling of 798. sm_90a: 32 registers.
+//          limit. H100, bf16, 8192^3, 2026-11-27: 3.7 TFLOP/s, 0.005 of the ceiling of 800 (5 predicted). sm_90a: 32 registers.
 #include "prim/real.cuh"
 
 KERNEL_FLAT(level_matmul_2)(real* c, const real* a, const real* b, int m, int n, int k) {

@@ -7,7 +7,7 @@
 // Plan     8 warps own 128 x 128 of C, 64 x 32 each; 32 of k a step, three stages. Rows are swizzled: 16-byte chunks change
 //          places, so that the eight rows of one ldmatrix lie in different banks (kernels/README.md has a drawing)
 // Numerics a chain of float sums over k in steps of 16, inside the tensor core; C is rounded when stored
-// Cost     2 m n k flops. H100, 8192^3, *predicted*: 310 TFLOP/s, 0.39 of the ceiling of 798, as kernels/matmul.cu, which has this
+// Cost     2 m n k flops. H100, 8192^3, 2026-11-27: 355 TFLOP/s, 0.44 of the ceiling of 800 (310 predicted), as kernels/matmul.cu, which has this
 //          structure (mma.sync cannot reach all of a Hopper's tensor cores). sm_90a: 126 registers, no spills.
 #include "prim/async.cuh"
 #include "prim/mma.cuh"

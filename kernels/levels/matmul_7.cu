@@ -7,7 +7,7 @@
 // Plan     two warpgroups own 128 x 128 of C, 64 rows each; 64 of k a step, three stages. A stage is filled again when both are
 //          done with it; meanwhile the tensor cores wait, but a multiprocessor has a second block
 // Numerics bit for bit those of matmul_6.cu: wgmma accumulates like a chain of mma.sync
-// Cost     2 m n k flops. H100, 8192^3, *predicted*: 520 TFLOP/s, 0.65 of the ceiling of 798. sm_90a: 90 registers, no spills.
+// Cost     2 m n k flops. H100, 8192^3, 2026-11-27: 442 TFLOP/s, 0.55 of the ceiling of 800 (520 predicted). sm_90a: 90 registers, no spills.
 #include "prim/wgmma.cuh"
 
 #if defined(REAL_BF16) && defined(HOPPER)

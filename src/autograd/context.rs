@@ -50,6 +50,8 @@ pub type ProductPatterns = Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>;
 pub struct ProductShape {
     /// Up to so many rows.
     pub rows: usize,
+    /// Just so many, to which the steps of a decoder are padded.
+    pub padded: bool,
     /// Columns of the result.
     pub n: usize,
     /// The inner dimension.

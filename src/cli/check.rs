@@ -2,12 +2,11 @@
 //!
 //! Invariant: a failure of any case makes the exit code 1.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::check::check_ops;
 use crate::check::model::check_model;
 use crate::check::products::check_products;
+use crate::check::{CheckOutcome, check_ops};
 use crate::cli::args::choice;
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
@@ -43,26 +42,23 @@ pub fn run(args: CheckArgs) -> Result<()> {
         "{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance",
         "op", "variant", "dtype", "cases", "failed"
     ))?;
-    let mut outcomes = check_ops(&device, &args.op, |_| {})?;
+    // A row for each op, variant and dtype as soon as its last case is done: where a kernel hangs, the last row
+    // says which came before it.
+    let mut row = Row { key: ("", "", ""), cases: 0, failed: 0, ratio: 0.0, printed: Ok(()) };
+    let mut each = |outcome: &CheckOutcome| row.add(outcome);
+    let mut outcomes = check_ops(&device, &args.op, &mut each)?;
     if args.op.is_empty() {
-        outcomes.extend(check_model(&device, |_| {})?);
+        outcomes.extend(check_model(&device, &mut each)?);
     }
     if "exact products".contains(&args.op) {
-        let products = check_products(&device, |_| {})?;
+        let products = check_products(&device, &mut each)?;
+        row.finish()?;
         for o in &products {
             print_line(format_args!("{} {}: {}", o.op, o.dtype.name(), o.case))?;
         }
         outcomes.extend(products);
-    }
-    let mut table: BTreeMap<(&str, &str, &str), (usize, usize, f64)> = BTreeMap::new();
-    for o in &outcomes {
-        let row = table.entry((o.op, o.variant, o.dtype.name())).or_default();
-        *row = (row.0 + 1, row.1 + usize::from(o.failure.is_some()), row.2.max(o.ratio));
-    }
-    for ((op, variant, dtype), (cases, failed, ratio)) in &table {
-        print_line(format_args!(
-            "{op:<18} {variant:<12} {dtype:<9} {cases:>6} {failed:>7}  {ratio:.3}"
-        ))?;
+    } else {
+        row.finish()?;
     }
     let failures: Vec<_> = outcomes.iter().filter(|o| o.failure.is_some()).collect();
     for o in &failures {
@@ -87,5 +83,45 @@ pub fn run(args: CheckArgs) -> Result<()> {
         Ok(())
     } else {
         Err(Error::Run(format!("{} cases fail on this device", failures.len())))
+    }
+}
+
+/// The cases of one op, variant and dtype, which follow one another.
+struct Row {
+    key: (&'static str, &'static str, &'static str),
+    cases: usize,
+    failed: usize,
+    ratio: f64,
+    /// The first error of printing.
+    printed: Result<()>,
+}
+
+impl Row {
+    fn add(&mut self, outcome: &CheckOutcome) {
+        let key = (outcome.op, outcome.variant, outcome.dtype.name());
+        if key != self.key {
+            self.show();
+            (self.key, self.cases, self.failed, self.ratio) = (key, 0, 0, 0.0);
+        }
+        self.cases += 1;
+        self.failed += usize::from(outcome.failure.is_some());
+        self.ratio = self.ratio.max(outcome.ratio);
+    }
+
+    fn show(&mut self) {
+        let ((op, variant, dtype), cases, failed) = (self.key, self.cases, self.failed);
+        if cases > 0 && self.printed.is_ok() {
+            self.printed = print_line(format_args!(
+                "{op:<18} {variant:<12} {dtype:<9} {cases:>6} {failed:>7}  {:.3}",
+                self.ratio
+            ));
+        }
+        self.cases = 0;
+    }
+
+    /// Prints the last one. Error: of any row.
+    fn finish(mut self) -> Result<()> {
+        self.show();
+        self.printed
     }
 }

@@ -10,9 +10,12 @@ const RUNS: usize = 3;
 /// Of a favoured contender's time, what it may be slower by.
 const MARGIN: f32 = 0.03;
 
-/// Numbers of rows that share what was timed for one of them: those up to the same power of two.
-pub(super) fn bucket(m: usize) -> usize {
-    m.next_power_of_two().max(16)
+/// The rows that a step of `n` is padded to where steps are recorded: a power of two, or one and a
+/// half of one, so that at most a third is padding.
+pub fn padded_rows(n: usize) -> usize {
+    let power = n.next_power_of_two();
+    let between = power / 4 * 3;
+    if between >= n { between } else { power }
 }
 
 /// Microseconds of some runs, with `clear` before each so that operands come from memory and not
@@ -70,8 +73,13 @@ mod tests {
     }
 
     #[test]
-    fn rows_up_to_a_power_of_two_share_a_contest() {
-        assert_eq!([1, 16, 17, 256].map(bucket), [16, 16, 32, 256]);
-        assert_eq!([257, 512, 513, 16_384].map(bucket), [512, 512, 1024, 16_384]);
+    fn at_most_a_third_of_a_step_is_padding() {
+        let all: Vec<usize> = (1..=9).map(padded_rows).collect();
+        assert_eq!(all, [1, 2, 3, 4, 6, 6, 8, 8, 12]);
+        assert_eq!([256, 257, 513].map(padded_rows), [256, 384, 768]);
+        for n in 1..2000 {
+            let rows = padded_rows(n);
+            assert!(rows >= n && 3 * (rows - n) <= rows, "{n} {rows}");
+        }
     }
 }

@@ -9,9 +9,10 @@
 //! algorithm that the library proposes without split-K and each of the own kernels computes a
 //! product of that shape a few times, and is timed (`fastest`). From the fastest on, every bit of a
 //! result is compared with the own kernel's; the first that agrees is used from then on. Where one
-//! that is faster has other bits and an own kernel runs, the run says so once. Numbers of rows up to
-//! the same power of two share the verdict that an own kernel is fastest; more than [`TIMED`] rows
-//! share the other one, too, and then take the first algorithm that agrees in the library's order.
+//! that is faster has other bits and an own kernel runs, the run says so once. A number
+//! of rows that steps are padded to is timed itself. Others that are padded to the same number share
+//! the verdict that an own kernel is fastest; more than [`TIMED`] rows share the other one, too, and
+//! then take the first algorithm that agrees in the library's order.
 //!
 //! Why one product is enough. In which order an algorithm adds up is fixed by the algorithm and the
 //! shape, not by the values; so it is enough to look at values that any other order would betray.
@@ -101,7 +102,9 @@ fn ask(cx: &Cx, p: &Operands, algorithm: Algorithm) -> Result<LibraryProduct> {
 /// What products share whose kernel is chosen once.
 fn shape(p: &Operands) -> ProductShape {
     let (m, n, k) = p.sizes();
-    ProductShape { rows: fastest::bucket(m), n, k, input: p.a.dtype(), output: p.c.dtype() }
+    let rows = fastest::padded_rows(m);
+    let (input, output) = (p.a.dtype(), p.c.dtype());
+    ProductShape { rows, padded: rows == m && m <= TIMED, n, k, input, output }
 }
 
 /// Lets the library compute the product, if the context's choice allows it and it can.

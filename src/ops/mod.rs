@@ -13,7 +13,7 @@ pub mod case;
 pub mod distill;
 pub mod dropout;
 pub mod embedding;
-mod fastest;
+pub mod fastest;
 pub mod head;
 pub mod head_terms;
 pub mod levels;

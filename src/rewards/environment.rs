@@ -156,7 +156,7 @@ impl Environment {
                 Ok(None) => return Ok(None),
                 Err((id, fault)) => {
                     let place = self.place(id);
-                    self.program.mend(fault, &place, observer)?;
+                    self.program.recover(fault, &place, observer)?;
                     self.begin_again();
                 }
             }
@@ -246,7 +246,7 @@ impl Environment {
         self.owed.insert(id, number);
         let mut line = object(json!({ "id": id }));
         line.extend(request);
-        // Whoever listens hears why it does not start.
+        // If it does not start, the next answer that is waited for says why.
         let _ = self.program.start();
         self.program.tell(format!("{}\n", Value::Object(line)));
     }

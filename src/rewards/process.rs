@@ -160,7 +160,7 @@ impl Program {
 
     /// After a fault at `place`: the program is ended, and may be started again. Error: the run
     /// is to stop, or there are no restarts left.
-    pub fn mend(
+    pub fn recover(
         &mut self,
         fault: ProgramFault,
         place: &str,

@@ -101,7 +101,7 @@ impl Worker {
         while rewards.len() < batch.len() {
             let Err(fault) = self.exchange(batch, &mut rewards) else { continue };
             let place = format!("reward `{name}`, row {} of {}", rewards.len(), batch.len());
-            self.program.mend(fault, &place, observer)?;
+            self.program.recover(fault, &place, observer)?;
         }
         Ok(rewards)
     }

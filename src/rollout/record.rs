@@ -16,6 +16,7 @@ use crate::device::{DType, Device, Graph, Pool};
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
+use crate::ops::fastest::padded_rows;
 use crate::tensor::Tensor;
 
 /// The forward of an engine's step over these arrays: what each group samples.
@@ -66,14 +67,6 @@ impl Drop for RecordedStep {
     }
 }
 
-/// The rows that a step of `n` is padded to: a power of two, or one and a half of one, so that at
-/// most a third is padding; never more than `most`.
-fn padded(n: usize, most: usize) -> usize {
-    let power = n.next_power_of_two();
-    let between = power / 4 * 3;
-    (if between >= n { between } else { power }).min(most)
-}
-
 impl Recorder {
     pub fn new(cx: &Cx, model: &ModelConfig, options: &EngineOptions) -> Result<Recorder> {
         let memory = Pool::within(&cx.pool, "decode steps");
@@ -113,7 +106,7 @@ impl Recorder {
         rows: &mut StepRows,
     ) -> Result<PendingGroup> {
         self.keep_if_for(cx, step.model, step.sampling);
-        let n = padded(rows.count(), step.most_rows);
+        let n = padded_rows(rows.count()).min(step.most_rows);
         rows.pad(n);
         let arrays = rows.upload(cx, Some(&self.rows))?;
         let first = self.warm.insert(n);
@@ -171,20 +164,4 @@ impl Recorder {
 fn draws(cx: &mut Cx, step: &DecodeStep, arrays: &StepArrays) -> Result<GroupDraws> {
     let none = || Error::op("rollout", "a decode step that samples nothing");
     (step.forward)(cx, arrays)?.pop().ok_or_else(none)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::padded;
-
-    #[test]
-    fn at_most_a_third_of_a_step_is_padding() {
-        let all: Vec<usize> = (1..=9).map(|n| padded(n, 1000)).collect();
-        assert_eq!(all, [1, 2, 3, 4, 6, 6, 8, 8, 12]);
-        assert_eq!((padded(900, 1000), padded(513, 1000)), (1000, 768));
-        for n in 1..2000 {
-            let rows = padded(n, 5000);
-            assert!(rows >= n && 3 * (rows - n) <= rows, "{n} {rows}");
-        }
-    }
 }

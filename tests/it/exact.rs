@@ -247,15 +247,22 @@ fn the_own_kernel_runs_where_it_is_fastest_and_for_rows_like_these() {
     let device = Library::timed(&[(Order::Chain, 5.0), (Order::Chain, 5.1)], 5.1);
     let (exact, notes) = context(&device, MatmulChoice::Exact);
     let w = random(19 * 50, 2);
-    multiply(&exact, 3, &random(3 * 50, 1), &w, false);
+    multiply(&exact, 25, &random(25 * 50, 1), &w, false);
     let tried = device.take_ran();
     assert!(tried.len() > 2 && tried.iter().all(|r| matches!(r.0, Algorithm::Candidate(_))));
-    for m in [3, 1, 16] {
+    for m in [25, 26, 31] {
         multiply(&exact, m, &random(m * 50, 1), &w, false);
         assert_eq!(device.take_ran(), [], "{m} rows: hardly slower, and there is nothing to check");
     }
-    multiply(&exact, 17, &random(17 * 50, 1), &w, false);
-    assert!(!device.take_ran().is_empty(), "other numbers of rows are timed on their own");
+    for m in [32, 33] {
+        multiply(&exact, m, &random(m * 50, 1), &w, false);
+        assert!(
+            !device.take_ran().is_empty(),
+            "{m} rows: a step's own number, and others, are timed"
+        );
+    }
+    multiply(&exact, 32, &random(32 * 50, 1), &w, false);
+    assert_eq!(device.take_ran(), [], "32 rows have their verdict");
     assert!(notes.0.lock().unwrap().is_empty(), "nothing was refused");
 }
 

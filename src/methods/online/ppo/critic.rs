@@ -170,7 +170,7 @@ fn own(cx: &Cx, policy: &Decoder, start: &Decoder, longest: usize) -> Result<Dec
 fn lora(cx: &Cx, policy: &Decoder, options: &PpoConfig, seed: u64) -> Result<Decoder> {
     let Some(adapter) = &policy.adapter else {
         return Err(Error::Config(
-            "value_model = lora: its LoRA stands on a base that does not change; set use_peft=true, or \
+            "value_model = lora: its LoRA needs a base that does not change; set use_peft=true, or \
              value_model=own or shared"
                 .into(),
         ));
