@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
+use crate::cpu;
 use crate::files::{KernelFile, REALS, Sources};
 use crate::gpu::Images;
 use crate::signature::{Export, Fact, Kernel, Param, Role, Type};
@@ -97,11 +98,18 @@ fn instances(
             let (symbol, shared) = (&instance.symbol, instance.shared);
             let upper = symbol.to_uppercase();
             let image = format!("{}_{}", file.stem, real.name).to_uppercase();
+            let wide = if cpu::has_wide(file, k, real) {
+                writeln!(s, "unsafe extern \"C\" {{ fn {symbol}_wide(l: *const CpuLaunch); }}")
+                    .unwrap();
+                format!("Some({symbol}_wide)")
+            } else {
+                "None".into()
+            };
             writeln!(
                 s,
                 "unsafe extern \"C\" {{ fn {symbol}(l: *const CpuLaunch); fn {symbol}_strict(l: *const CpuLaunch); }}\n\
                  static {upper}: KernelDef = KernelDef {{ name: \"{symbol}\", image: &IMAGE_{image}, threads: {}, \
-                 shared: {shared}, hot: {}, args: &{sizes:?}, cpu: {symbol}, strict: {symbol}_strict }};",
+                 shared: {shared}, hot: {}, args: &{sizes:?}, cpu: {symbol}, wide: {wide}, strict: {symbol}_strict }};",
                 k.threads, k.hot
             )
             .unwrap();

@@ -29,35 +29,47 @@
 
 constexpr int QB = PAGE;  // keys (or, for dk and dv, queries) a step
 
-// a.b by 16 chains over the columns; the tree over them is sum8's.
+// a.b by 16 chains over the columns; the tree over them is folded16's and then sum8's.
 template <int D, class A>
-DEVICE F8 dot_lanes(const A* a, const real* b) {
-  F8 even = mul8(load8(a), load8(b)), odd = mul8(load8(a + 8), load8(b + 8));
+DEVICE F16 dot_lanes(const A* a, const real* b) {
+  F16 sum = mul16(load16(a), load16(b));
 COLUMNS_UNROLL
-  for (int d = 16; d < D; d += 16) {
-    even = fma8(load8(a + d), load8(b + d), even);
-    odd = fma8(load8(a + d + 8), load8(b + d + 8), odd);
-  }
-  return add8(even, odd);
+  for (int d = 16; d < D; d += 16) sum = fma16(load16(a + d), load16(b + d), sum);
+  return sum;
 }
 
 #ifndef __CUDACC__
-// sum8 of eight registers at once, in the same order.
-DEVICE F8 sums8(const F8* a) {
-#if defined(__AVX2__)
-  F8 halves[4], quarters[2];
-  for (int i = 0; i < 4; ++i)  // of a[i] and a[i + 4]: lane + lane 4 further on
-    halves[i] = __builtin_ia32_vperm2f128_ps256(a[i], a[i + 4], 0x20) + __builtin_ia32_vperm2f128_ps256(a[i], a[i + 4], 0x31);
+// SUMS sums at once, each sum8(folded16(.)): a step halves the lanes that are left of each.
+#if defined(__AVX512F__)
+constexpr int SUMS = 16;
+DEVICE void store_sums(float* to, const F16* a) {
+  __m512 h[8], g[4], q[2];
+  for (int i = 0; i < 8; ++i)  // of a[i] and a[i + 8]: lane + lane 8 further on
+    h[i] = _mm512_shuffle_f32x4((__m512)a[i], (__m512)a[i + 8], 0x44) + _mm512_shuffle_f32x4((__m512)a[i], (__m512)a[i + 8], 0xee);
+  for (int i = 0; i < 4; ++i) g[i] = _mm512_shuffle_f32x4(h[i], h[i + 4], 0x88) + _mm512_shuffle_f32x4(h[i], h[i + 4], 0xdd);
   for (int i = 0; i < 2; ++i)
-    quarters[i] = __builtin_ia32_shufps256(halves[2 * i], halves[2 * i + 1], 0x44) +
-                  __builtin_ia32_shufps256(halves[2 * i], halves[2 * i + 1], 0xee);
-  return __builtin_ia32_shufps256(quarters[0], quarters[1], 0x88) + __builtin_ia32_shufps256(quarters[0], quarters[1], 0xdd);
-#else
-  F8 r;
-  for (int i = 0; i < 8; ++i) r[i] = sum8(a[i]);
-  return r;
-#endif
+    q[i] = _mm512_shuffle_ps(g[2 * i], g[2 * i + 1], 0x44) + _mm512_shuffle_ps(g[2 * i], g[2 * i + 1], 0xee);
+  const __m512 sums = _mm512_shuffle_ps(q[0], q[1], 0x88) + _mm512_shuffle_ps(q[0], q[1], 0xdd);  // 0-3, 8-11, 4-7, 12-15
+  store16(to, (F16)_mm512_shuffle_f32x4(sums, sums, 0xd8));
 }
+#elif defined(__AVX2__)
+constexpr int SUMS = 8;
+DEVICE void store_sums(float* to, const F16* a) {
+  F8 h[4], q[2];
+  for (int i = 0; i < 4; ++i) {  // of a[i] and a[i + 4]: lane + lane 4 further on
+    const F8 x = folded16(a[i]), y = folded16(a[i + 4]);
+    h[i] = __builtin_ia32_vperm2f128_ps256(x, y, 0x20) + __builtin_ia32_vperm2f128_ps256(x, y, 0x31);
+  }
+  for (int i = 0; i < 2; ++i)
+    q[i] = __builtin_ia32_shufps256(h[2 * i], h[2 * i + 1], 0x44) + __builtin_ia32_shufps256(h[2 * i], h[2 * i + 1], 0xee);
+  store8(to, __builtin_ia32_shufps256(q[0], q[1], 0x88) + __builtin_ia32_shufps256(q[0], q[1], 0xdd));
+}
+#else
+constexpr int SUMS = 8;
+DEVICE void store_sums(float* to, const F16* a) {
+  for (int i = 0; i < SUMS; ++i) to[i] = sum8(folded16(a[i]));
+}
+#endif
 #endif
 
 // s[j] = a . x[at[j]] for j in [from, to).
@@ -65,19 +77,19 @@ template <int D>
 DEVICE void dots(float* s, const float* a, const real* x, const long long* at, int from, int to) {
 #ifdef __CUDACC__
 #pragma unroll 1
-  for (int j = from; j < to; ++j) s[j] = sum8(dot_lanes<D>(a, x + at[j]));
+  for (int j = from; j < to; ++j) s[j] = sum8(folded16(dot_lanes<D>(a, x + at[j])));
 #else
+  F16 lanes[SUMS];
   int j = from;
-  for (; j + 8 <= to; j += 8) {
-    F8 lanes[8];
-    for (int i = 0; i < 8; ++i) lanes[i] = dot_lanes<D>(a, x + at[j + i]);
-    store8(s + j, sums8(lanes));
+  for (; j + SUMS <= to; j += SUMS) {
+    for (int i = 0; i < SUMS; ++i) lanes[i] = dot_lanes<D>(a, x + at[j + i]);
+    store_sums(s + j, lanes);
   }
   if (j == to) return;
-  F8 lanes[8] = {};
-  for (int i = 0; i < to - j; ++i) lanes[i] = dot_lanes<D>(a, x + at[j + i]);
-  const F8 rest = sums8(lanes);
-  for (int i = 0; i < to - j; ++i) s[j + i] = rest[i];
+  float rest[SUMS];
+  for (int i = 0; i < SUMS; ++i) lanes[i] = dot_lanes<D>(a, x + at[min_int(j + i, to - 1)]);
+  store_sums(rest, lanes);
+  for (int i = 0; j + i < to; ++i) s[j + i] = rest[i];
 #endif
 }
 
@@ -87,18 +99,18 @@ DEVICE void add_rows(float* o, const float* w, const real* x, const long long* a
   constexpr int C = D % 64 == 0 ? 64 : D;
 STEP_UNROLL
   for (int c = 0; c < D; c += C) {
-    F8 acc[C / 8];
+    F16 acc[C / 16];
 COLUMNS_UNROLL
-    for (int i = 0; i < C / 8; ++i) acc[i] = load8(o + c + i * 8);
+    for (int i = 0; i < C / 16; ++i) acc[i] = load16(o + c + i * 16);
 STEP_UNROLL
     for (int j = from; j < to; ++j) {
       const real* row = x + at[j] + c;
-      const F8 f = splat8(w[j]);
+      const F16 f = splat16(w[j]);
 COLUMNS_UNROLL
-      for (int i = 0; i < C / 8; ++i) acc[i] = fma8(f, load8(row + i * 8), acc[i]);
+      for (int i = 0; i < C / 16; ++i) acc[i] = fma16(f, load16(row + i * 16), acc[i]);
     }
 COLUMNS_UNROLL
-    for (int i = 0; i < C / 8; ++i) store8(o + c + i * 8, acc[i]);
+    for (int i = 0; i < C / 16; ++i) store16(o + c + i * 16, acc[i]);
   }
 }
 
@@ -222,7 +234,7 @@ COLUMNS_UNROLL
 KERNEL_FLAT(attention_delta, D=16,32,64,80,96,128,256, HOT)(float* delta, const real* dout, const real* out, int count) {
   const long long index = FLAT_INDEX;
   if (index >= count) return;
-  delta[index] = sum8(dot_lanes<D>(out + index * D, dout + index * D));
+  delta[index] = sum8(folded16(dot_lanes<D>(out + index * D, dout + index * D)));
 }
 
 // From 64 scores q.k and dO.v: s becomes P, ds the gradient of q.k, in the places [from, to).

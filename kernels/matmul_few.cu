@@ -11,7 +11,9 @@
 // Numerics As matmul.cu: one chain of float sums over k in steps of 16, bias added in float, one rounding when stored; so the
 //          bits of matmul_nt, whatever m. few_glu rounds g and u to real first, as glu_fwd finds them, and has its bits.
 // Cost     The weight once: n k sizeof bytes; X once a block, from L2. At least 33 cycles for each 16 of k. H100, 2026-11-27, 16 rows:
-//          n 896, k 4,864 20.4 us (9 predicted), n 9,728, k 896 13.5 us, few_glu 12.5 us (8.5 predicted).
+//          n 896, k 4,864 20.4 us, n 9,728, k 896 13.5 us, few_glu 12.5 us, where 9 and 8.5 were predicted: each of the few
+//          copying threads took some 28 instructions a copy, 2,000 cycles a stage, in which the products took 1,300. Now
+//          about 5; *predicted* 9, 9 and 9 us, not measured.
 #include "common/activate.cuh"
 #include "prim/tile.cuh"
 
@@ -29,11 +31,12 @@ DEVICE int few_at(int row, int piece, int shift) { return ((row << shift) + (pie
 template <int D>
 struct FewFragments {
   unsigned x[D / 16][4], w[4];
-  DEVICE_MEMBER void load(const unsigned char* tx, const unsigned char* tw, int kk, int shift) {
-    const int lane = threadIdx.x % 32, half = lane / 8 % 2, upper = lane / 16, r = lane % 8;
+  // `high`: rows from tw to the warp's other rows of W.
+  DEVICE_MEMBER void load(const unsigned char* tx, const unsigned char* tw, int high, int kk, int shift) {
+    const int lane = threadIdx.x % 32, eight = lane / 8 % 2, upper = lane / 16, r = lane % 8;
 #pragma unroll
-    for (int i = 0; i < D / 16; ++i) ldmatrix4<false>(x[i], tx + few_at(i * 16 + half * 8 + r, kk / 8 + upper, shift));
-    ldmatrix4<false>(w, tw + few_at(upper * 8 + r, kk / 8 + half, shift));
+    for (int i = 0; i < D / 16; ++i) ldmatrix4<false>(x[i], tx + few_at(i * 16 + eight * 8 + r, kk / 8 + upper, shift));
+    ldmatrix4<false>(w, tw + few_at(upper * high + r, kk / 8 + eight, shift));
   }
 };
 
@@ -46,31 +49,30 @@ DEVICE void few_multiply(float (&acc)[D / 16][2][4], const FewFragments<D>& f) {
     for (int j = 0; j < 2; ++j) mma_bf16(acc[i][j], f.x[i], w[j]);
 }
 
-// This thread's share of a stage's copies: always the same piece of k, of each (copiers >> shift)-th row.
-template <class Row>
-DEVICE void few_copy(unsigned char* tile, const Matrix& a, int rows, int k0, int copier, int copiers, int shift, Row row) {
-  const int piece = copier & ((1 << shift) - 1), col = k0 + piece * 8;
-  const int left = a.cols - col, valid = left < 0 ? 0 : left > 8 ? 8 : left;
-  const bf16* column = valid ? a.p + col : a.p;
-  if (a.aligned) {
+// This thread's share of a stage's copies of `rows` rows: from `low` on, and past `half` of them from `high` on. Eight threads copy 128 bytes of a row, then the next 128: these lie at constant distances on both sides, so a copy that is not at
+// an edge is one instruction. (With twenty, the few threads that copy took longer than the products.)
+DEVICE void few_copy(unsigned char* tile, const Matrix& a, int low, int high, int half, int rows, int k0, int copier, int copiers,
+                     int shift) {
+  const int piece = copier % 8, turns = 1 << (shift - 3), col = k0 + piece * 8;
+  const bool inside = a.aligned && k0 + (8 << shift) <= a.cols;
+  for (int r = copier / 8; r < rows; r += copiers / 8) {
+    const int row = r < half ? low + r : high + r - half;
+    unsigned char* to = tile + few_at(r, piece, shift);
+    if (inside && row < a.rows) {
+      const bf16* p = a.p + (long long)row * a.ld + col;
 #pragma unroll 4
-    for (int r = copier >> shift; r < rows; r += copiers >> shift) {
-      const int from = row(r), n = from < a.rows ? valid : 0;
-      copy_async16(tile + few_at(r, piece, shift), n ? column + (long long)from * a.ld : a.p, n * 2);
+      for (int t = 0; t < turns; ++t, to += 128, p += 64) copy_async16(to, p, 16);
+    } else {
+      for (int t = 0; t < turns; ++t) a.chunk((bf16*)(to + 128 * t), row, col + 64 * t);
     }
-    return;
-  }
-  for (int r = copier >> shift; r < rows; r += copiers >> shift) {
-    bf16* to = (bf16*)(tile + few_at(r, piece, shift));
-    const int from = row(r), n = from < a.rows ? valid : 0;
-    for (int j = 0; j < 8; ++j) to[j] = j < n ? column[(long long)from * a.ld + j] : to_bf16(0.f);
   }
 }
 
-// This warp's sums. `row(i)` says which row of W is the block's column i, one past the last for none.
-template <int D, class Row>
-DEVICE void few_sums(float (&acc)[D / 16][2][4], const Matrix& x, const Matrix& w, int k, int warps, int shift, Row row) {
-  const int columns = FEW_COLS * warps, chunk = 8 << shift, stage = (D + columns) * chunk * 2;
+// This warp's sums, with 8 rows of W from each of the block's two halves: from row `low` and from row `high`.
+template <int D>
+DEVICE void few_sums(float (&acc)[D / 16][2][4], const Matrix& x, const Matrix& w, int low, int high, int k, int warps,
+                     int shift) {
+  const int half = FEW_COLS / 2 * warps, columns = 2 * half, chunk = 8 << shift, stage = (D + columns) * chunk * 2;
   const int steps = (k + chunk - 1) / chunk, warp = threadIdx.x / 32;
   // Who copies: the warps that have nothing to multiply; all where there are none.
   const int copiers = blockDim.x > 32 * warps ? blockDim.x - 32 * warps : blockDim.x;
@@ -79,8 +81,9 @@ DEVICE void few_sums(float (&acc)[D / 16][2][4], const Matrix& x, const Matrix& 
   auto start = [&](int step) {
     if (step < steps && copier >= 0) {
       unsigned char* tile = shared + step % FEW_STAGES * stage;
-      few_copy(tile, x, D, step * chunk, copier, copiers, shift, [](int i) { return i; });
-      few_copy(tile + D * chunk * 2, w, columns, step * chunk, copier, copiers, shift, row);
+      // Rows past X's are zeros, which stay: every stage gets them once.
+      few_copy(tile, x, 0, 0, D, step < FEW_STAGES ? D : x.rows, step * chunk, copier, copiers, shift);
+      few_copy(tile + D * chunk * 2, w, low, high, half, columns, step * chunk, copier, copiers, shift);
     }
     copy_commit();  // also when empty, so that the wait below always counts the same
   };
@@ -91,15 +94,15 @@ DEVICE void few_sums(float (&acc)[D / 16][2][4], const Matrix& x, const Matrix& 
     start(step + FEW_STAGES - 1);
     if (warp >= warps) continue;
     const unsigned char* tx = shared + step % FEW_STAGES * stage;
-    const unsigned char* tw = tx + (D + warp * FEW_COLS) * chunk * 2;
+    const unsigned char* tw = tx + (D + warp * (FEW_COLS / 2)) * chunk * 2;  // of the low half
     const int left = k - step * chunk, end = left < chunk ? left : chunk;
     FewFragments<D> one, other;
-    one.load(tx, tw, 0, shift);
+    one.load(tx, tw, half, 0, shift);
 #pragma unroll 2
     for (int kk = 0; kk < end; kk += 32) {  // what lies beyond k is zero
-      other.load(tx, tw, kk + 16, shift);
+      other.load(tx, tw, half, kk + 16, shift);
       few_multiply<D>(acc, one);
-      if (kk + 32 < end) one.load(tx, tw, kk + 32, shift);
+      if (kk + 32 < end) one.load(tx, tw, half, kk + 32, shift);
       few_multiply<D>(acc, other);
     }
   }
@@ -112,16 +115,17 @@ KERNEL(few_nt, D=16,32,64, HOT)(MAYBE(real) c, MAYBE(float) cf, const real* x, c
 #ifdef REAL_BF16
   const int n0 = blockIdx.x * warps * FEW_COLS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float acc[D / 16][2][4] = {};
-  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, n, k), k, warps, shift, [&](int i) { return n0 + i; });
+  const int half = FEW_COLS / 2 * warps;
+  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, n, k), n0, n0 + half, k, warps, shift);
   if (warp >= warps) return;
-  const int row = lane / 4, col = n0 + warp * FEW_COLS + lane % 4 * 2;
+  const int row = lane / 4, col = n0 + warp * (FEW_COLS / 2) + lane % 4 * 2;
   auto put = [&](const auto& to) {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) to.put(row + i * 16 + h * 8, col + j * 8, acc[i][j][2 * h], acc[i][j][2 * h + 1]);
+        for (int h = 0; h < 2; ++h) to.put(row + i * 16 + h * 8, col + j * half, acc[i][j][2 * h], acc[i][j][2 * h + 1]);
   };
   if (cf) put(Target<float>(cf, bias, m, n, ldc, accumulate));
   else put(Target<real>(c, bias, m, n, ldc, accumulate));
@@ -134,10 +138,8 @@ KERNEL(few_glu, D=16,32,64, HOT)(real* y, const real* x, const real* w, MAYBE(co
   constexpr int HALF = FEW_COLS / 2;
   const int f0 = blockIdx.x * warps * HALF, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float acc[D / 16][2][4] = {};
-  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, 2 * f, k), k, warps, shift, [&](int i) {
-    const int column = f0 + i / FEW_COLS * HALF + i % HALF;
-    return column >= f ? 2 * f : i % FEW_COLS < HALF ? column : f + column;
-  });
+  // Columns past f, in the last block, are sums of other rows: they are not stored.
+  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, 2 * f, k), f0, f + f0, k, warps, shift);
   if (warp >= warps) return;
   const int col = f0 + warp * HALF + lane % 4 * 2;
   const Target<real> to(y, nullptr, m, f, ldy, false);

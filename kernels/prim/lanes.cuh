@@ -1,6 +1,7 @@
 // Eight floats side by side, for kernels where a thread walks along rows alone (KERNEL_FLAT): one SIMD register on a CPU,
 // eight registers on a GPU. Compilers unroll short loops over arrays before they would vectorise them; this they cannot.
-// Every operation is lane by lane, and the sums below have one order, so both give the same bits.
+// Every operation is lane by lane, and the sums below have one order, so both give the same bits. F16 is two of them, in one
+// register where the machine has registers of sixteen (a unit that build/cpu.rs compiles a second time).
 #pragma once
 #include "prim/math.cuh"
 #include "prim/vec.cuh"
@@ -64,3 +65,38 @@ DEVICE float sum8(F8 a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]
 DEVICE float largest8(F8 a) {
   return max2(max2(max2(a[0], a[4]), max2(a[2], a[6])), max2(max2(a[1], a[5]), max2(a[3], a[7])));
 }
+
+#if !defined(__CUDACC__) && defined(__AVX512F__)
+typedef float F16 __attribute__((vector_size(64)));
+DEVICE F16 splat16(float a) { return a - (F16){}; }
+DEVICE F16 mul16(F16 a, F16 b) { return a * b; }
+DEVICE F16 fma16(F16 a, F16 b, F16 c) { return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+DEVICE F16 load16(const float* p) {
+  F16 r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+DEVICE void store16(float* p, F16 a) { memcpy(p, &a, sizeof a); }
+// The first eight lanes plus the last eight.
+DEVICE F8 folded16(F16 a) {
+  F8 half[2];
+  memcpy(half, &a, sizeof a);
+  return half[0] + half[1];
+}
+#else
+struct F16 {
+  F8 low, high;
+};
+DEVICE F16 splat16(float a) { return {splat8(a), splat8(a)}; }
+DEVICE F16 mul16(F16 a, F16 b) { return {mul8(a.low, b.low), mul8(a.high, b.high)}; }
+DEVICE F16 fma16(F16 a, F16 b, F16 c) { return {fma8(a.low, b.low, c.low), fma8(a.high, b.high, c.high)}; }
+template <class T>
+DEVICE F16 load16(const T* p) {
+  return {load8(p), load8(p + 8)};
+}
+DEVICE void store16(float* p, F16 a) {
+  store8(p, a.low);
+  store8(p + 8, a.high);
+}
+DEVICE F8 folded16(F16 a) { return add8(a.low, a.high); }
+#endif

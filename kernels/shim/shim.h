@@ -14,6 +14,9 @@
 
 #define __device__
 #define __forceinline__ inline
+
+// Every function that is defined here is `static`: units are compiled for machines of several kinds (build/cpu.rs), and a
+// linker may keep any one copy of a function that they share.
 #define __restrict__ __restrict
 
 namespace shim {
@@ -35,12 +38,12 @@ struct Launch {
   size_t error_bytes;
 };
 
-inline float as_float(unsigned u) {
+static inline float as_float(unsigned u) {
   float f;
   memcpy(&f, &u, 4);
   return f;
 }
-inline unsigned as_bits(float f) {
+static inline unsigned as_bits(float f) {
   unsigned u;
   memcpy(&u, &f, 4);
   return u;
@@ -61,7 +64,7 @@ struct FlatThread {
   static unsigned char* shared_base() = delete;
 };
 
-inline void set_block(FlatThread& t, const Launch& l, uint64_t b) {
+static inline void set_block(FlatThread& t, const Launch& l, uint64_t b) {
   t.gridDim = {l.grid[0], l.grid[1], l.grid[2]};
   t.blockIdx = {(unsigned)(b % l.grid[0]), (unsigned)(b / l.grid[0] % l.grid[1]), (unsigned)(b / l.grid[0] / l.grid[1])};
 }
@@ -72,11 +75,11 @@ void run_fibers(const Launch& l, Body body, void* arg);
 void run_permuted(const Launch& l, Body body, void* arg);  // FLAT kernels in strict mode: one thread after another
 
 template <class F>
-void fibers(const Launch& l, F f) {
+static void fibers(const Launch& l, F f) {
   run_fibers(l, [](void* p) { (*(F*)p)(); }, &f);
 }
 template <class F>
-void permuted(const Launch& l, F f) {
+static void permuted(const Launch& l, F f) {
   run_permuted(l, [](void* p) { (*(F*)p)(); }, &f);
 }
 
@@ -101,7 +104,7 @@ struct ShuffleLane {
 void shuffle(ShuffleLane* mine);
 
 template <class T>
-T shfl(T v, int lane) {
+static T shfl(T v, int lane) {
   static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
   ShuffleLane s = {0, lane & 31};
   memcpy(&s.value, &v, sizeof(T));
@@ -111,7 +114,7 @@ T shfl(T v, int lane) {
 }
 int lane_id();
 template <class T>
-T shfl_xor(T v, int mask) {
+static T shfl_xor(T v, int mask) {
   return shfl(v, lane_id() ^ mask);
 }
 void warp_sync();

@@ -99,8 +99,11 @@ impl Cut {
         let room = shared / blocks.div_ceil(device.multiprocessors).clamp(1, 3);
         let bytes = |shift: u32| FEW_STAGES * (rows + FEW_COLS * warps) * (16 << shift);
         let copiers = 32 * if warps < 8 { COPIERS } else { warps };
-        let pending =
-            |shift: u32| (FEW_STAGES - 1) * ((rows + FEW_COLS * warps) << shift) / copiers;
+        let pending = |shift: u32| {
+            let at_once = copiers / 8; // rows, 8 threads each
+            let turns = rows.div_ceil(at_once) + (FEW_COLS * warps).div_ceil(at_once);
+            (FEW_STAGES - 1) * (turns << (shift - 3))
+        };
         let fits = |s: &u32| bytes(*s) <= room && pending(*s) <= PENDING && 4 << s < k;
         let shift = SHIFTS.rev().find(fits).unwrap_or(*SHIFTS.start());
         let threads = 32 * if warps < 8 { warps + COPIERS } else { warps };

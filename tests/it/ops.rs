@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use temper::check::{check_ops, prepare_case};
+use temper::check::{CaseRun, check_ops, prepare_case, run_case};
 use temper::device::{DType, Device, cpu::Cpu};
-use temper::ops::case::{DEFAULT, PerfShape, Rng};
+use temper::ops::case::{DEFAULT, PerfShape, Rng, Variant};
 use temper::ops::registry::registry;
 use temper::tensor::Tensor;
 
@@ -36,6 +36,31 @@ fn every_op_case_passes_on_the_cpu() {
 #[test]
 fn every_op_case_passes_on_the_strict_cpu() {
     all_pass(Arc::new(Cpu::strict(1)));
+}
+
+/// Where the machine has no AVX-512 the two devices are the same.
+#[test]
+fn wider_vectors_change_no_bit() {
+    let devices: [Arc<dyn Device>; 2] = [Arc::new(Cpu::narrow()), Arc::new(Cpu::new())];
+    let mut compared = 0;
+    for entry in registry() {
+        let fits = |v: &&Variant| v.runs_on(&*devices[0]) && v.dtypes.contains(&DType::F32);
+        for variant in entry.variants.iter().filter(fits) {
+            for case in (entry.cases)(&mut Rng(4)) {
+                let run = |device| run_case(device, &case, DType::F32, variant, 5).unwrap();
+                let [narrow, wide] = devices.each_ref().map(run);
+                assert_eq!(bits(&narrow), bits(&wide), "{} {}", entry.name, case.label);
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 100, "{compared} cases");
+}
+
+/// Of all outputs and gradients.
+fn bits(run: &CaseRun) -> Vec<u64> {
+    let values = run.outputs.iter().chain(run.gradients.iter().flatten()).flatten();
+    values.map(|x| x.to_bits()).collect()
 }
 
 #[test]

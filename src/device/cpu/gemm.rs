@@ -36,18 +36,19 @@ unsafe extern "C" {
     fn temper_product_512(p: *const Product);
 }
 
-/// The products that this machine can run, the fastest first.
-fn entries() -> Vec<Entry> {
+/// Whether this machine runs code for x86-64-v4.
+pub fn has_avx512() -> bool {
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512f")
-        && std::arch::is_x86_feature_detected!("avx512bw")
-        && std::arch::is_x86_feature_detected!("avx512cd")
-        && std::arch::is_x86_feature_detected!("avx512dq")
-        && std::arch::is_x86_feature_detected!("avx512vl")
     {
-        return vec![temper_product_512, temper_product];
+        use std::arch::is_x86_feature_detected as has;
+        has!("avx512f")
+            && has!("avx512bw")
+            && has!("avx512cd")
+            && has!("avx512dq")
+            && has!("avx512vl")
     }
-    vec![temper_product]
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// A product of fewer multiply-adds takes microseconds: not worth waking anybody.
@@ -66,16 +67,12 @@ fn part(long: usize, work: usize, workers: usize) -> usize {
 }
 
 /// # Safety
-/// The operands lie in live memory.
-pub unsafe fn gemm(g: &Gemm) {
-    static ENTRIES: std::sync::OnceLock<Vec<Entry>> = std::sync::OnceLock::new();
-    // SAFETY: the caller's promise.
-    unsafe { gemm_by(ENTRIES.get_or_init(entries)[0], g) }
-}
-
-/// # Safety
-/// The operands lie in live memory, and the machine has what `entry` needs.
-unsafe fn gemm_by(entry: Entry, g: &Gemm) {
+/// The operands lie in live memory; `wide` only where [`has_avx512`].
+pub unsafe fn gemm(g: &Gemm, wide: bool) {
+    #[cfg(target_arch = "x86_64")]
+    let entry: Entry = if wide { temper_product_512 } else { temper_product };
+    #[cfg(not(target_arch = "x86_64"))]
+    let (entry, _): (Entry, _) = (temper_product, wide);
     let (m, n, k) = (g.m, g.n, g.k);
     let (a_along_k, b_along_k) = (g.layout != Layout::TN, g.layout == Layout::NT);
     // bf16 operands are widened whole: bf16 on the CPU is for checks, not for speed.
@@ -249,7 +246,7 @@ mod tests {
                     if layout == Layout::NT { k } else { n },
                 );
                 let old = values(m * n, 200 + case as u32);
-                let product = |entry: Entry, first: usize, m: usize, c: &mut [f32]| {
+                let product = |wide: bool, first: usize, m: usize, c: &mut [f32]| {
                     let operand = |p: *const f32, stride: usize| Operand {
                         address: p as u64,
                         dtype: DType::F32,
@@ -259,9 +256,8 @@ mod tests {
                     let a = operand(a.as_ptr().wrapping_add(at), lda); // of k = 0 none is read
                     let (b, c) = (operand(b.as_ptr(), ldb), operand(c.as_mut_ptr(), n));
                     let g = Gemm { layout, m, n, k, a, b, c, bias: None, accumulate };
-                    // SAFETY: the operands are the vectors above, and the entry one of the
-                    // machine's.
-                    unsafe { gemm_by(entry, &g) };
+                    // SAFETY: the operands are the vectors above, and the machine has `wide`.
+                    unsafe { gemm(&g, wide) };
                 };
                 let mut want = old.clone();
                 for (r, row) in want.chunks_exact_mut(n).enumerate() {
@@ -271,15 +267,15 @@ mod tests {
                         *v = chain(accumulate.then_some(*v), k, |t| (a[of_a(t)], b[of_b(t)]));
                     }
                 }
-                for (which, entry) in entries().into_iter().enumerate() {
-                    let at = format!("{layout:?} {m} {n} {k} {accumulate}, entry {which}");
+                for wide in [false, has_avx512()] {
+                    let at = format!("{layout:?} {m} {n} {k} {accumulate}, wide: {wide}");
                     let mut whole = old.clone();
-                    product(entry, 0, m, &mut whole);
+                    product(wide, 0, m, &mut whole);
                     assert_eq!(bits(&whole), bits(&want), "{at}");
                     for row in [0, m / 2, m - 1] {
                         let of_row = row * n..(row + 1) * n;
                         let mut alone = old[of_row.clone()].to_vec();
-                        product(entry, row, 1, &mut alone);
+                        product(wide, row, 1, &mut alone);
                         assert_eq!(bits(&alone), bits(&want[of_row]), "{at}, row {row} alone");
                     }
                 }

@@ -32,6 +32,8 @@ pub const POISON: u16 = 0x7ff7;
 
 pub struct Cpu {
     strict: bool,
+    /// With AVX-512: never more than the machine has.
+    wide: bool,
     seed: u64,
     wgmma: bool,
     launches: AtomicU64,
@@ -61,6 +63,7 @@ impl Cpu {
     pub fn new() -> Self {
         Cpu {
             strict: false,
+            wide: gemm::has_avx512(),
             seed: 0,
             wgmma: false,
             launches: AtomicU64::new(0),
@@ -90,6 +93,11 @@ impl Cpu {
     /// zones. Slow.
     pub fn strict(seed: u64) -> Self {
         Cpu { strict: true, seed, ..Cpu::new() }
+    }
+
+    /// Kernels and products without AVX-512 even where the machine has it, for tests: the same bits.
+    pub fn narrow() -> Self {
+        Cpu { wide: false, ..Cpu::new() }
     }
 
     /// Ops choose the kernels of Hopper, for tests: slow here.
@@ -252,7 +260,11 @@ impl Device for Cpu {
             return Ok(());
         }
         let blocks = at.grid.iter().map(|g| u64::from(*g)).product::<u64>();
-        let entry = if self.strict { kernel.strict } else { kernel.cpu };
+        let entry = match kernel.wide {
+            _ if self.strict => kernel.strict,
+            Some(wide) if self.wide => wide,
+            _ => kernel.cpu,
+        };
         let number = self.launches.fetch_add(1, Ordering::Relaxed);
         let args = Args(args.as_ptr());
         let args = &args;
@@ -298,7 +310,7 @@ impl Device for Cpu {
     unsafe fn gemm(&self, g: &Gemm, _algorithm: Algorithm) -> Result<LibraryProduct> {
         if !self.record(|| Step::Gemm(*g)) {
             // SAFETY: the caller's promise.
-            unsafe { gemm::gemm(g) };
+            unsafe { gemm::gemm(g, self.wide) };
         }
         Ok(LibraryProduct::Queued)
     }
