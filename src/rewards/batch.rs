@@ -28,6 +28,12 @@ pub fn said(prompt: &Value, text: &str) -> Value {
 }
 
 impl RewardBatch {
+    /// An empty batch with these columns. A column that a row does not have is null in that row.
+    pub fn with_columns(names: &[String]) -> RewardBatch {
+        let columns = names.iter().map(|name| (name.clone(), Value::Array(Vec::new()))).collect();
+        RewardBatch { columns, ..RewardBatch::default() }
+    }
+
     pub fn len(&self) -> usize {
         self.completions.len()
     }
