@@ -21,7 +21,7 @@ pub enum QuestionKind {
 }
 
 impl QuestionKind {
-    /// Those that SFT is for.
+    /// The kinds for SFT.
     pub const ALL: [QuestionKind; 4] =
         [QuestionKind::Add, QuestionKind::Subtract, QuestionKind::Share, QuestionKind::Next];
 
