@@ -23,7 +23,7 @@ pub struct RolloutSchedule {
     /// Micro-batches of a pass over a generation, and passes.
     pub micro_batches: usize,
     pub passes: usize,
-    /// Completions of a prompt.
+    /// Completions of each prompt.
     pub group: usize,
     /// Prompts of the data.
     pub prompts: usize,

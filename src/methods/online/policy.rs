@@ -79,7 +79,7 @@ pub struct AdvantageContext<'a> {
     /// Log-probs under the reference, where there is one.
     pub reference: Option<&'a [Vec<f32>]>,
     pub generation: u64,
-    /// Completions of a prompt.
+    /// Completions of each prompt.
     pub group: usize,
 }
 
