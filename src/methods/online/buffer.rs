@@ -23,7 +23,7 @@ pub struct RolloutSchedule {
     /// Micro-batches of a pass over a generation, and passes.
     pub micro_batches: usize,
     pub passes: usize,
-    /// Completions of a prompt.
+    /// Completions of each prompt.
     pub group: usize,
     /// Prompts of the data.
     pub prompts: usize,
@@ -64,7 +64,8 @@ impl RolloutSchedule {
         if prompts < schedule.prompts_per_generation() {
             let needed = schedule.prompts_per_generation();
             return Err(Error::Config(format!(
-                "a generation takes {needed} prompts, the data has {prompts}"
+                "a generation takes {needed} prompts, the data has {prompts}; give more rows, or a smaller \
+                 per_device_train_batch_size"
             )));
         }
         Ok(schedule)

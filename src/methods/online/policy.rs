@@ -79,7 +79,7 @@ pub struct AdvantageContext<'a> {
     /// Log-probs under the reference, where there is one.
     pub reference: Option<&'a [Vec<f32>]>,
     pub generation: u64,
-    /// Completions of a prompt.
+    /// Completions of each prompt.
     pub group: usize,
 }
 
@@ -168,7 +168,9 @@ impl OnlineConfig {
 
     /// What to print about the data.
     pub fn summary(&self, env: &RolloutEnv) -> String {
-        format!("{} prompts, {} completions each", env.prompts.train.len(), self.num_generations)
+        let n = self.num_generations;
+        let completions = if n == 1 { "completion" } else { "completions" };
+        format!("{} prompts, {n} {completions} each", env.prompts.train.len())
     }
 }
 
