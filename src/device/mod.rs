@@ -60,7 +60,7 @@ pub struct Launch {
 
 impl Launch {
     const THREADS: u32 = 256;
-    /// Number of blocks up to which [`Launch::warps`] keeps blocks at one warp: several for each
+    /// [`Launch::warps`] enlarges blocks only if at least this many remain: several for each
     /// multiprocessor of a large GPU.
     const SPREAD: usize = 1024;
 

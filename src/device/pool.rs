@@ -14,7 +14,7 @@ const GRAIN: usize = 256;
 
 pub struct Pool {
     device: Arc<dyn Device>,
-    /// The pool that provides the slabs and their name in it. None: the device provides them.
+    /// The pool that provides the slabs, and their name in it. None: the device provides them.
     parent: Option<(Arc<Pool>, String)>,
     state: Mutex<State>,
 }

@@ -261,8 +261,8 @@ impl Engine {
     pub fn step(&mut self, cx: &mut Cx, model: &Decoder) -> Result<Stepped> {
         let mut stepped = Stepped::default();
         if !self.in_flight.is_empty() && self.pages_run_out() {
-            // A preempted sequence needs all of its tokens to start again, and a sequence that has
-            // ended may give its pages back.
+            // A preempted sequence needs all of its tokens to start again, and reading may end a
+            // sequence, whose pages are then free.
             self.read_all_but(0, &mut stepped)?;
         }
         if self.seen.is_none() && self.waiting.iter().any(|s| s.options.sampling.penalises()) {
@@ -295,7 +295,7 @@ impl Engine {
             let mut logits = logits.iter().flat_map(|all| all.chunks(self.vocab.tokens));
             for draw in &draws {
                 let logits = logits.next();
-                let Some((slot, serial)) = rows.next() else { break }; // rows of padding
+                let Some((slot, serial)) = rows.next() else { break }; // padding rows
                 let running = self.running.get_mut(in_slot[slot]).filter(|s| s.serial == serial);
                 // The sequence ended with the previous step, when this step was already queued.
                 let Some(s) = running else { continue };

@@ -12,7 +12,7 @@ use crate::model::kv::CachedSequence;
 /// Why a completion ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// A stop token or a stop string, which is the end of the completion.
+    /// The last token is a stop token, or completes a stop string.
     Stop,
     /// The limit max_new_tokens.
     Length,
@@ -72,7 +72,7 @@ pub struct SampledToken {
     pub token: u32,
     /// Log-prob under the model's full distribution at temperature 1.
     pub logp: f32,
-    /// The most probable tokens in its place, best first: as many as the request asked for.
+    /// The most probable tokens at this position, best first: as many as the request asked for.
     pub top: Vec<(u32, f32)>,
 }
 

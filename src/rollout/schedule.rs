@@ -91,7 +91,7 @@ impl Engine {
         };
         let (shared, tokens) = (cached.len, s.tokens.len());
         let take = (tokens - shared).min(budget);
-        // Keeps one page free, or the next step might preempt a sequence again.
+        // Keeps one page free. Otherwise the next step might preempt a sequence again.
         let need = (shared + take).div_ceil(PAGE).saturating_sub(cached.pages.len());
         let spare = usize::from(!self.running.is_empty());
         while need + spare > self.cache.free_pages() && self.reclaim() {}

@@ -1,7 +1,7 @@
 //! The most probable tokens of a row of logits. Layer 6.
 //!
-//! Invariant: the log-prob of the known token has the bits that the device computed; the others
-//! differ from it by their difference in logits.
+//! Invariant: the log-prob of the known token has the bits that the device computed; that of
+//! another token differs from it by the difference of their logits.
 
 /// The ids and log-probs of the `n` largest logits, best first (of equal logits the lower id
 /// first). `logp` is the log-prob of `token`, so the row needs no sum.

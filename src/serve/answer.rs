@@ -26,8 +26,8 @@ pub(super) struct TokenInfo {
     pub top: Vec<(String, f32)>,
 }
 
-/// The log-probs of a prompt's tokens from the second on, and the most probable tokens in their
-/// places.
+/// The log-probs of a prompt's tokens from the second on, and the most probable tokens at each
+/// position.
 type PromptScores = (Vec<f32>, Vec<Vec<(u32, f32)>>);
 
 /// New text, calls and tokens of a choice.

@@ -27,7 +27,7 @@ pub(super) struct RunJob {
     /// Whether the request chose its seed. Then its sequences are numbered from 0, as in `temper
     /// generate`.
     pub seeded: bool,
-    /// Some: score the prompts and report this many of the most probable tokens in each place.
+    /// Some: score the prompts and report this many of the most probable tokens at each position.
     pub score: Option<usize>,
     /// Whether to send each token at once. Otherwise only the first token of the request is sent,
     /// and each completion as a whole at its end.
@@ -50,8 +50,8 @@ pub(super) enum Event {
         ids: Vec<u32>,
         finish: Finish,
     },
-    /// The log-probs of a prompt's tokens from the second on, and the most probable tokens in their
-    /// places.
+    /// The log-probs of a prompt's tokens from the second on, and the most probable tokens at each
+    /// position.
     Scored {
         prompt: usize,
         logps: Vec<f32>,

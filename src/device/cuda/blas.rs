@@ -1,5 +1,5 @@
-//! cuBLASLt, the only library in use: plain matrix products with one fixed algorithm per shape.
-//! Layer 1.
+//! cuBLASLt, the only library that computes: plain matrix products with one fixed algorithm per
+//! shape. Layer 1.
 //!
 //! Invariant: the bits of a product are a function of its operands, its [`Key`] and, for
 //! [`Algorithm::Trusted`], the chosen candidate. The heuristic is asked once per key. Split-K is
