@@ -114,6 +114,8 @@ pub(super) struct Sequence {
     pub tokens: Vec<u32>,
     /// Number of tokens that were inserted between turns.
     pub inserted: usize,
+    /// Sampled tokens before the present turn.
+    pub turn: usize,
     /// Number of tokens that are sampled but not read.
     pub pending: usize,
     pub prompt: usize,
@@ -150,6 +152,7 @@ impl Sequence {
             number,
             tokens: prompt.to_vec(),
             inserted: 0,
+            turn: 0,
             prompt: prompt.len(),
             pending: 0,
             cached,
@@ -181,7 +184,8 @@ impl Sequence {
         self.push(d);
         let (options, ids) = (&self.options, &self.completion.ids);
         let said = match &options.stop_strings {
-            Some(strings) => strings.reached(ids)?,
+            // An earlier turn may have ended with one.
+            Some(strings) => strings.reached(&ids[self.turn..])?,
             None => false,
         };
         if said || options.stop.contains(&d.token) {

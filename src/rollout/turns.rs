@@ -38,6 +38,7 @@ impl Engine {
         let mut s = self.paused.remove(at);
         s.tokens.extend_from_slice(ids);
         s.inserted += ids.len();
+        s.turn = s.completion.ids.len();
         self.waiting.push_front(s);
         Ok(())
     }

@@ -212,6 +212,8 @@ impl Tensor {
     }
 
     /// Copies `src`, which has the same size and dtype. Both are contiguous.
+    ///
+    /// Errors: they differ in dtype or size; they overlap.
     pub fn copy_from(&self, src: &Tensor) -> Result<()> {
         if self.dtype != src.dtype
             || self.numel() != src.numel()
@@ -222,10 +224,12 @@ impl Tensor {
                 "copy of {src:?} into {self:?}: they differ in dtype or size"
             )));
         }
-        // SAFETY: both views lie in their blocks; distinct tensors of a copy do not overlap.
-        unsafe {
-            self.device().copy(self.address(), src.address(), self.numel() * self.dtype.size())
+        let (to, from, bytes) = (self.address(), src.address(), self.numel() * self.dtype.size());
+        if to.abs_diff(from) < bytes as u64 {
+            return Err(Error::Device(format!("copy of {src:?} into {self:?}: they overlap")));
         }
+        // SAFETY: both views lie in their blocks, and they do not overlap.
+        unsafe { self.device().copy(to, from, bytes) }
     }
 
     // --- views ---

@@ -107,9 +107,9 @@ impl Run<'_> {
                     continue;
                 }
                 Err(e) => {
-                    // The failed step has not been applied, so the state before it can be
+                    // A failed step has as a rule not been applied, so the state before it can be
                     // continued, unless that state gives values that are not finite.
-                    let usable = !trainer.not_finite && trainer.done > 0;
+                    let usable = !trainer.not_finite && !trainer.half_applied && trainer.done > 0;
                     if usable && trainer.config.save_strategy != When::No {
                         self.save(trainer, method, &mut state, &mut log, Prune::No)?;
                         if checkpoint::is_saved(dir, trainer.done) {
@@ -399,9 +399,11 @@ impl Run<'_> {
     }
 }
 
-/// Dense bf16 peak of known GPUs in flop/s.
+/// Dense bf16 peak of known GPUs in flop/s, by a part of their name; the first that fits counts.
 pub fn peak_flops(device: &str) -> Option<f64> {
     let known = [
+        ("H100 PCIe", 756e12),
+        ("H100 NVL", 835e12),
         ("H100", 989e12),
         ("H200", 989e12),
         ("A100", 312e12),

@@ -40,6 +40,9 @@ pub struct Trainer {
     pub done: u64,
     /// Whether the last step gave a loss or gradient that is not finite.
     pub not_finite: bool,
+    /// A step failed after its update had begun: neither the state before it nor the one after it
+    /// is there, so no checkpoint can be written.
+    pub half_applied: bool,
 }
 
 /// The rows of each step: Hugging Face's order of epochs, batches and accumulation, as a function
@@ -125,7 +128,17 @@ impl Trainer {
     ) -> Result<Trainer> {
         let optimizer = Optimizer::new(&mut cx, model.trained(), AdamWConfig::of(&config))?;
         let schedule = Schedule::of(&config, config.learning_rate, plan.total_steps)?;
-        Ok(Trainer { cx, model, optimizer, config, plan, schedule, done: 0, not_finite: false })
+        Ok(Trainer {
+            cx,
+            model,
+            optimizer,
+            config,
+            plan,
+            schedule,
+            done: 0,
+            not_finite: false,
+            half_applied: false,
+        })
     }
 
     /// Runs one optimizer step. If the loss or gradient is not finite, nothing is changed and the
@@ -150,10 +163,12 @@ impl Trainer {
             self.not_finite = true;
             return Err(self.explain_not_finite(method, report.loss, grad_norm, &micro_batches));
         }
+        self.half_applied = true;
         self.optimizer.apply(&self.cx, self.model.trained())?;
         self.model.refresh(&self.cx)?;
         self.done += 1;
         method.stepped(&mut self.cx, &self.model, self.done)?;
+        self.half_applied = false;
         Ok(Step {
             number: self.done,
             epoch: self.plan.epoch(self.done),

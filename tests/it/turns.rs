@@ -16,6 +16,7 @@ use temper::model::decoder::Decoder;
 use temper::model::layout::ModelConfig;
 use temper::ops::case::Rng;
 use temper::rollout::sample::Sampling;
+use temper::rollout::stop::StopStrings;
 use temper::rollout::{Completion, Counts, Engine, EngineOptions, Finish, Request};
 
 use crate::support::{bits, cpu_in, tokenizer_and_template};
@@ -104,6 +105,29 @@ fn talk(
     let counts = engine.counts;
     let all = done.into_iter().map(|(at, c)| (at, (c, turns.remove(&at).unwrap()))).collect();
     (all, counts)
+}
+
+#[test]
+fn a_stop_string_ends_its_own_turn_alone() {
+    let mut cx = cpu_in(DType::F32);
+    let mut model = model(&cx);
+    let tokenizer = std::sync::Arc::new(tokenizer_and_template().0);
+    let strings: Vec<String> = ["e", "a", "7", ")"].map(str::to_string).to_vec();
+    let mut options = EngineOptions::new(MOST, Sampling::greedy(), Vec::new(), 30);
+    options.stop_strings = StopStrings::new(&strings, &tokenizer);
+    options.turns = true;
+    let (all, _) = talk(&mut cx, &mut model, &options, &mut Rng(1));
+    let (mut later, mut longer) = (0, 0);
+    for (completion, turns) in all.values() {
+        for (i, (_, said)) in turns.iter().enumerate() {
+            let text = tokenizer.decode(said, true).unwrap();
+            let cut = i + 1 == turns.len() && completion.finish == Finish::Length;
+            assert!(cut || strings.iter().any(|s| text.contains(s)), "turn {i}: {text:?}");
+            later += usize::from(i > 0);
+            longer += usize::from(i > 0 && said.len() > 1);
+        }
+    }
+    assert!(later > 5 && longer > 0, "{later} turns behind another, {longer} of several tokens");
 }
 
 /// Each turn equals the completion of a fresh prompt of all that stood before it.
