@@ -1,12 +1,13 @@
 // Causal attention, level 6: two consumers in ping-pong. bf16 and sm_90a only.
 //
-// Changes  Two warpgroups take turns at the tensor cores: one's products run under the other's softmax. And within each, S of
-//          a step is started together with P V of the step before, which runs under its own softmax.
+// Changes  Two warpgroups take turns on the tensor cores: the products of one run during the softmax of the other. Within each,
+//          S of a step is started together with P V of the previous step, which runs during its own softmax.
 // Math     as attention_4.cu
 // Shapes   as attention_5.cu
-// Plan     a consumer owns 64 of 128 queries, the first one has one step less; 64 keys a step, five stages. Named barrier 1 + w
-//          is consumer w's turn: it waits there, and the other one arrives there when its products are under way. A thread of
-//          consumer 0 starts the copies, two steps ahead: a producer's registers would cost the second block a multiprocessor
+// Plan     A consumer owns 64 of 128 queries, the first one has one step less; 64 keys per step, five stages. Named barrier 1 + w
+//          is consumer w's turn: it waits there, and the other one arrives there once its products are started. A thread of
+//          consumer 0 starts the copies, two steps ahead: with the registers of a producer warpgroup a second block would not fit
+//          on the SM
 // Numerics bit for bit those of attention_4.cu
 // Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: 307 TFLOP/s, 0.38 of the ceiling of 800 (370 predicted), as
 //          kernels/attention_hopper.cu (374), which leaves the turns to the scheduler. sm_90a: 113 registers, no spills.
@@ -16,7 +17,7 @@
 #if defined(REAL_BF16) && defined(HOPPER)
 constexpr int DIM = 64, SIDE = 64, STAGES = 5, AHEAD = 2;
 constexpr int TILE = SIDE * DIM;
-typedef float Flat[SIDE / 2];  // 64 x 64 accumulators as wgmma takes them
+typedef float Flat[SIDE / 2];  // 64 x 64 accumulators in the type that wgmma takes
 
 DEVICE void start_scores(float (&s)[SIDE / 8][4], const bf16* tq, const bf16* tk) {
 #pragma unroll
@@ -51,11 +52,11 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
   block_sync();
   const int first = (gridDim.x - 1 - blockIdx.x) * 2 * SIDE, steps = first / SIDE + 2, base = blockIdx.y * t;
 
-  // By one thread. The stage was last used AHEAD - STAGES steps from now, which both are long done with.
+  // Called by one thread. The stage was last used STAGES - AHEAD steps ago; both consumers have long finished with it.
   auto start = [&](int step) {
     if (step >= steps) return;
     const int stage = step % STAGES;
-    mbarrier_wait(empty + stage, step / STAGES & 1 ^ 1);  // at once, the first time around
+    mbarrier_wait(empty + stage, step / STAGES & 1 ^ 1);  // returns at once the first time around
     mbarrier_expect(full + stage, (step == 0 ? 4 : 2) * TILE * sizeof(bf16));
     for (int i = 0; i < 2 && step == 0; ++i) tma_load(tq + i * TILE, &q, full, 0, base + first + i * SIDE);
     tma_load(tk + stage * TILE, &k, full + stage, 0, base + step * SIDE);
@@ -66,7 +67,7 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
 
   const int w = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int position[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
-  const int both = steps - 1, mine = both + w;  // the steps that both take; the last one is all of consumer 1's
+  const int both = steps - 1, mine = both + w;  // the steps that both take; the last step is consumer 1's alone
   const float factor = score_factor(scale, 0.f);
   OnlineSoftmax softmax;
   float sum[DIM / 8][4], s[SIDE / 8][4], alpha[2];
@@ -77,7 +78,7 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
     for (int e = 0; e < 4; ++e) sum[d][e] = 0.f;
   const bf16* my_q = tq + w * TILE;
 
-  // Once the stage is there and it is this consumer's turn.
+  // Waits until the stage is full and it is this consumer's turn.
   auto turn = [&](int step) {
     mbarrier_wait(full + step % STAGES, step / STAGES & 1);
     if (step < both) named_barrier(1 + w, 256);
@@ -105,9 +106,9 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
     start_scores(s, my_q, tk + step % STAGES * TILE);
     start_sums(sum, p, tv + before * TILE);
     pass_turn(step);
-    wgmma_wait<1>();  // S is there, P V still runs
+    wgmma_wait<1>();  // S is done, P V still runs
     if (warp_any(weights(step))) {
-      // Two waits in two branches: at one before them the compiler would put it before the softmax.
+      // One wait per branch: the compiler would move a single wait before the branch to before the softmax.
       wgmma_wait<0>();
       hold((Flat&)sum);
       scale_rows(sum, alpha);
