@@ -22,21 +22,21 @@ pub struct Scorer {
     rewards: Rewards,
     pub reward_model: Option<RewardModel>,
     setup: TemplateSetup,
-    /// An environment gives rewards, too.
+    /// Whether the environment gives rewards as well.
     environment: bool,
-    /// A batch that is being generated, for programs that score it meanwhile.
+    /// The batch being generated, for programs that score completions as they end.
     coming: Option<ComingBatch>,
 }
 
 struct ComingBatch {
-    /// All of its prompts and columns; completions as far as they are there.
+    /// All its prompts and columns; the completions that have ended so far.
     batch: RewardBatch,
     ended: Vec<bool>,
     offered: usize,
 }
 
 impl Scorer {
-    /// The rewards of the options, and those of the program.
+    /// The rewards of the options, and those of the calling program.
     pub fn new(
         options: &RewardOptions,
         environment: bool,
@@ -56,12 +56,12 @@ impl Scorer {
         Ok(Scorer { options, rewards, reward_model, setup, environment, coming })
     }
 
-    /// The variables that programs see; None: all.
+    /// The environment variables that programs see; None: all.
     pub fn reward_env(&self) -> Option<&[String]> {
         self.options.reward_env.as_deref()
     }
 
-    /// `n` completions of each of `indices` are going to be generated, and then scored.
+    /// Announces that `n` completions of each of `indices` will be generated, and then scored.
     pub fn expect(&mut self, prompts: &[Prompt], indices: &[usize], n: usize) {
         self.coming = None;
         if !self.rewards.have_programs() {
@@ -76,7 +76,7 @@ impl Scorer {
         self.coming = Some(ComingBatch { batch, ended, offered: 0 });
     }
 
-    /// Completion `i` has ended: programs get it when all before it have.
+    /// Records that completion `i` has ended: programs receive it once all before it have ended.
     pub fn hear(&mut self, i: usize, rollout: &Rollout) {
         let Some(coming) = &mut self.coming else { return };
         coming.batch.replace(i, said_of(&coming.batch.prompts[i], rollout), rollout.whole().into());
@@ -130,8 +130,8 @@ impl Scorer {
         Ok(scores)
     }
 
-    /// For the memory plan: the reward model reads what is there, and nobody else is asked. Scores
-    /// differ, so that every group has something to learn from.
+    /// For the memory plan: runs the reward model, and calls no other reward. Scores differ, so
+    /// that no group has zero variance.
     fn rehearse(
         &mut self,
         cx: &mut Cx,
@@ -147,7 +147,7 @@ impl Scorer {
     }
 }
 
-/// What rewards see of a completion: of a conversation, all of it.
+/// The completion that rewards see: the whole of a conversation.
 fn said_of(prompt: &Value, rollout: &Rollout) -> Value {
     match &rollout.conversation {
         Some(conversation) => conversation.said.clone(),
