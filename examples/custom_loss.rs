@@ -1,4 +1,4 @@
-//! A loss of one's own, written with the ops of the tape: the likelihood of the rows, less a share
+//! A custom loss, written with the ops of the tape: the likelihood of the rows, less a share
 //! of the entropy, so that the model stays unsure (Pereyra et al., "Regularizing Neural Networks by
 //! Penalizing Confident Output Distributions", 2017).
 //!

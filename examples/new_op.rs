@@ -1,4 +1,4 @@
-//! An op of one's own: forward and backward, the f64 oracle that defines it, and the check that
+//! A custom op: forward and backward, the f64 oracle that defines it, and the check that
 //! holds both against the oracle and its central differences.
 //!
 //! This one computes on the host, which is the quickest way to a correct op; a kernel can replace

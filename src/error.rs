@@ -19,7 +19,7 @@ pub enum Error {
     #[error("{0}")]
     Config(String),
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}{}", path.display(), next_step(source))]
     Io { path: PathBuf, source: std::io::Error },
     /// A model folder (config.json, weights, tokenizer) that cannot be used as it is.
     #[error("{}: {message}", path.display())]
@@ -90,6 +90,18 @@ impl Error {
     }
 }
 
+/// What to do about the input and output errors that a user can mend.
+fn next_step(error: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    match error.kind() {
+        NotFound => "; check the path",
+        PermissionDenied => "; check the permissions of the file and of its folder",
+        IsADirectory => "; name a file in it",
+        NotADirectory => "; a part of the path is a file",
+        _ => "",
+    }
+}
+
 /// The known name nearest to `name` (by edit distance), for "did you mean" in messages. None if
 /// nothing is near.
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
@@ -119,6 +131,17 @@ fn edit_distance(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_of_a_file_says_what_to_do() {
+        let error = Error::io("rows.jsonl", std::io::ErrorKind::NotFound.into()).to_string();
+        assert!(
+            error.starts_with("rows.jsonl: ") && error.ends_with("; check the path"),
+            "{error}"
+        );
+        let other = Error::io("rows.jsonl", std::io::ErrorKind::TimedOut.into()).to_string();
+        assert!(!other.contains(';'), "{other}");
+    }
 
     #[test]
     fn nearest_finds_a_typo_and_refuses_a_stranger() {

@@ -4,7 +4,7 @@
 
 A turn that ends in `EXPRESSION=` (or has <calc>EXPRESSION</calc>) is a call: the environment answers with
 the value. Any other turn is an answer: the last number in it is compared with the row's column `answer`.
-A right answer is worth 1, a wrong one may be mended once, for half of that.
+A right answer is worth 1. After a wrong one the model may try once more, for half of that.
 
 Standard library only. It reads a JSON line a request and writes one for each: docs/environments.md.
 """

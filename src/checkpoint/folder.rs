@@ -62,8 +62,10 @@ pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> R
     } else if !held.is_empty() && overwrite {
         folder.move_away(&held)?;
     } else if !held.is_empty() {
+        let resumes = held.iter().any(|name| name.starts_with("checkpoint-"));
+        let or = if resumes { ", --resume to go on with it," } else { "" };
         return Err(Error::Config(format!(
-            "{shown}: already holds a run ({}); give another --output, --resume to go on with it, or --overwrite",
+            "{shown}: already holds a run ({}); give another --output{or} or --overwrite",
             some(&held)
         )));
     }

@@ -27,7 +27,7 @@ use crate::train::tuning::scheme;
 /// Where to run and in which storage type.
 #[derive(clap::Args, Clone)]
 pub struct Where {
-    /// auto, cuda or cpu; auto takes the GPU where there is one
+    /// auto, cuda or cpu; auto takes the GPU if there is one
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     pub device: DeviceChoice,
     /// auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU

@@ -29,10 +29,10 @@ pub struct BenchArgs {
     /// ops, train, decode: tokens of a row
     #[arg(long, default_value_t = 128, value_parser = count)]
     pub(super) length: usize,
-    /// timed repetitions, of which the median counts; grpo: 3, otherwise 10
+    /// timed repetitions, whose median is reported; if absent 10, for grpo 3
     #[arg(long, value_parser = count)]
     pub(super) repeat: Option<usize>,
-    /// train, grpo: LoRA of this rank on all seven projections, no dropout, in the place of full
+    /// train, grpo: LoRA of this rank on all seven projections, without dropout, instead of full
     /// fine-tuning
     #[arg(long, value_parser = count)]
     pub(super) lora: Option<usize>,
@@ -40,15 +40,15 @@ pub struct BenchArgs {
     /// or 8 bits (int8)
     #[arg(long, requires = "lora")]
     pub(super) base: Option<String>,
-    /// train: sft, or dpo with pairs of --length tokens a side, of which the first half is the
-    /// prompt that both share
+    /// train: sft, or dpo with pairs of --length tokens a side, the first half of which is a common
+    /// prompt
     #[arg(long, default_value = "sft", value_parser = ["sft", "dpo"])]
     pub(super) method: String,
-    /// auto, library, exact or own: which matrix products
+    /// which matrix products to use: auto, library, exact or own
     #[arg(long, default_value = "auto", value_parser = choice::<MatmulChoice>)]
     pub(super) matmul: MatmulChoice,
     /// recompute activations in the backward pass: light (outputs of norms and activations) or
-    /// layers, which is meant where no word follows
+    /// layers (the default without a value)
     #[arg(long, num_args = 0..=1, default_missing_value = "layers", value_parser = recompute)]
     pub(super) recompute: Option<Recompute>,
     #[command(flatten)]

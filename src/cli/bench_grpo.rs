@@ -46,7 +46,7 @@ pub struct GrpoArgs {
     /// grpo: compare with a reference model (KL)
     #[arg(long)]
     reference: bool,
-    /// grpo: any key of the run file
+    /// grpo: any option of the run file
     #[arg(long = "option", value_name = "KEY=VALUE")]
     options: Vec<String>,
 }

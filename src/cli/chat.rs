@@ -26,7 +26,7 @@ use crate::rollout::{Engine, EngineOptions, Request, SampledToken};
 pub struct ChatArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// what the model is told first
+    /// the system message
     #[arg(long)]
     system: Option<String>,
     /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,

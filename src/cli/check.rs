@@ -24,7 +24,8 @@ pub struct CheckArgs {
     /// only ops whose name contains this; "exact products" is one
     #[arg(long, default_value = "")]
     op: String,
-    /// CPU only: 32 real lanes a warp in an order permuted by this seed, poisoned memory, red zones
+    /// CPU only: run 32 real lanes for each warp, in an order permuted by this seed, over poisoned
+    /// memory with red zones
     #[arg(long)]
     strict: Option<u64>,
 }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::fsio;
 use crate::observer::output::{note_line, print};
 
-/// A script that completes commands, options and their values in a shell
+/// Print a shell script that completes commands, options and their values
 #[derive(clap::Args)]
 #[command(
     after_help = "bash: temper completions bash > ~/.local/share/bash-completion/completions/temper
@@ -33,7 +33,7 @@ enum Shell {
     Fish,
 }
 
-/// The manual as roff: of temper, or of one command
+/// Print the manual page (roff) of temper or of one command
 #[derive(clap::Args)]
 pub struct ManArgs {
     /// a command; none: temper itself

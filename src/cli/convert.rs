@@ -10,7 +10,7 @@ use crate::gguf::convert::convert;
 use crate::observer::output::note_line;
 use crate::tensor::safetensors::HostDtype;
 
-/// Make a model folder of a GGUF file: weights, config, tokenizer and chat template
+/// Make a model folder from a GGUF file: weights, config, tokenizer and chat template
 #[derive(clap::Args)]
 pub struct ConvertArgs {
     /// the GGUF file

@@ -20,7 +20,7 @@ use crate::train::rows::{RunFiles, RunRows};
 use crate::train::setup::{RunSetup, Weights};
 use crate::train::take_data;
 
-/// What a method would make of rows: tokens, loss mask, lengths, EOS and BOS, what is cut or
+/// Show what a method makes of rows: tokens, loss mask, lengths, EOS and BOS, what is cut or
 /// dropped and why
 #[derive(clap::Args)]
 pub struct DataArgs {
@@ -33,7 +33,7 @@ pub struct DataArgs {
     /// files of rows, folders of them or patterns; with weights (a.jsonl:0.7 b.parquet:0.3) a mixture (docs/data.md)
     #[arg(long, num_args = 1.., required_unless_present = "config")]
     data: Vec<PathBuf>,
-    /// rows that are shown token by token
+    /// number of rows to show
     #[arg(long, default_value_t = 3)]
     rows: usize,
     /// run file (TOML, YAML or JSON)

@@ -17,7 +17,7 @@ use crate::eval::{EvalMetric, EvalOptions, are_questions, evaluate, evaluate_que
 use crate::fsio;
 use crate::observer::output::{note_line, print_line};
 
-/// Metrics of a model: right answers (pass@k) on prompts, accuracy on multiple-choice questions,
+/// Measure a model: right answers (pass@k) on prompts, accuracy on multiple-choice questions,
 /// perplexity on texts, accuracy of a reward model on pairs
 #[derive(clap::Args)]
 pub struct EvalArgs {

@@ -25,11 +25,10 @@ use crate::model::open::open_model;
 use crate::observer::output::note_line;
 use crate::tensor::safetensors::HostDtype;
 
-/// Write a model as one GGUF file, as llama.cpp reads it, and compare what the file gives with the
-/// folder before it counts as done
+/// Write a model as a GGUF file for llama.cpp, and compare its log-probs with the folder's
 #[derive(clap::Args)]
 pub struct ExportArgs {
-    /// the format to write: the only one there is
+    /// the format to write (the only one)
     #[arg(long, required = true)]
     gguf: bool,
     /// model folder, a hub name in the local cache, or an adapter folder: its base is merged with it
@@ -44,8 +43,8 @@ pub struct ExportArgs {
     /// f32, f16, bf16, q8_0 or q4_0: how matrices are stored; norms and biases are f32
     #[arg(long = "type", default_value = "f16")]
     stored: String,
-    /// the most by which log-probs may differ on average; by the type if absent: f32 1e-4, f16 2e-3,
-    /// bf16 0.05, q8_0 0.05, q4_0 without limit
+    /// largest mean difference of log-probs; if absent, by type: f32 1e-4, f16 2e-3, bf16 0.05,
+    /// q8_0 0.05, q4_0 no limit
     #[arg(long)]
     limit: Option<f32>,
     /// replace FILE

@@ -38,7 +38,7 @@ pub struct GenerateArgs {
     /// sequences decoded at once
     #[arg(long, default_value_t = 32, value_parser = count)]
     batch: usize,
-    /// tokens that go in at once: longer prompts are prefilled in pieces
+    /// most tokens in one step; longer prompts are prefilled in pieces
     #[arg(long, default_value_t = 2048, value_parser = count)]
     step_tokens: usize,
     /// key=value: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,

@@ -46,22 +46,22 @@ pub struct InspectArgs {
     #[arg(long, value_parser = count)]
     length: Option<usize>,
     /// tape: recompute activations in the backward pass: light (outputs of norms and activations)
-    /// or layers, which is meant where no word follows
+    /// or layers (the default without a value)
     #[arg(long, num_args = 0..=1, default_missing_value = "layers", value_parser = recompute)]
     recompute: Option<Recompute>,
     /// memory: the training command
     #[arg(long, default_value = "sft")]
     method: String,
-    /// memory: rows that the run would read; without any, all are as long as --length says
+    /// memory: rows that the run would read; without them, all rows have --length tokens
     #[arg(long, num_args = 1..)]
     data: Vec<PathBuf>,
     /// memory: run file (TOML, YAML or JSON)
     #[arg(long)]
     config: Option<PathBuf>,
-    /// memory: an adapter folder that the run would go on with
+    /// memory: an adapter folder to train further
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// memory: plan for a GPU with this many GiB, which need not be here
+    /// memory: plan for a GPU with this many GiB, whether or not it is here
     #[arg(long, value_parser = count)]
     gpu_gib: Option<usize>,
     /// memory: also list every block by its allocator's name

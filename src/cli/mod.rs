@@ -160,6 +160,12 @@ pub fn main() -> i32 {
             let code = if e.use_stderr() { 2 } else { 0 };
             // A closed pipe while help is printed is no error of ours.
             let _ = e.print();
+            if e.kind() == clap::error::ErrorKind::InvalidSubcommand {
+                let temper = command();
+                let names: Vec<&str> =
+                    temper.get_subcommands().map(clap::Command::get_name).collect();
+                note_line(format_args!("The commands are: {}", names.join(", ")));
+            }
             return code;
         }
     };

@@ -29,7 +29,7 @@ pub struct QuickstartArgs {
     /// seed of the data, the weights and the order of rows
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// auto, cuda or cpu; auto takes the GPU where there is one
+    /// auto, cuda or cpu; auto takes the GPU if there is one
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     device: DeviceChoice,
     /// number of CPU threads; all cores if absent

@@ -7,14 +7,13 @@ use std::path::Path;
 use crate::cli::args::Where;
 use crate::error::{Error, Result};
 
-/// Serve a model folder, and adapters on it, over HTTP with OpenAI's API (docs/serve.md): completions,
-/// chat, streams, log-probs; Ctrl-C or SIGTERM ends it once requests have ended
+/// Serve a model, with adapters, over HTTP with OpenAI's API: completions, chat, streams, log-probs
 #[derive(clap::Args)]
 pub struct ServeArgs {
     /// model folder, or a hub name in the local cache; the same as the first word
     #[arg(long)]
     model: Option<String>,
-    /// NAME=DIR: an adapter on the model, which requests ask for by NAME; may be given several times
+    /// NAME=DIR: an adapter, which requests select by NAME; may be given several times
     #[arg(long)]
     adapter: Vec<String>,
     /// hold the linear layers in 4 bits (nf4), as load_in_4bit trains on them

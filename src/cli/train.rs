@@ -31,16 +31,16 @@ pub struct TrainArgs {
     /// where the run is written
     #[arg(long, required_unless_present = "help_options", value_parser = file)]
     output: Option<PathBuf>,
-    /// run file (TOML, YAML or JSON; TRL's, too)
+    /// run file (TOML, YAML or JSON; TRL's work too)
     #[arg(long)]
     config: Option<PathBuf>,
-    /// go on from the newest checkpoint of --output that verifies
+    /// continue from the newest valid checkpoint of --output
     #[arg(long)]
     resume: bool,
     /// replace the run that --output holds
     #[arg(long)]
     overwrite: bool,
-    /// write the options to FILE, for `trl COMMAND --config FILE`, and train nothing
+    /// write the options to FILE, for `trl COMMAND --config FILE`, without training
     #[arg(long, value_name = "FILE")]
     write_trl: Option<PathBuf>,
     /// print every option with its type, default and meaning

@@ -9,20 +9,20 @@ use super::{Report, TrainingConfig, When, section};
 section! {
     /// Which checkpoint is the result.
     pub struct BestModelOptions = "best model" {
-        /// End with the model of the best checkpoint by metric_for_best_model, not with the last one.
-        /// save_strategy must be eval_strategy, and save_steps a multiple of eval_steps;
-        /// save_total_limit keeps the best checkpoint.
+        /// End with the model of the best checkpoint by metric_for_best_model instead of the last
+        /// one. save_strategy must equal eval_strategy, and save_steps must be a multiple of
+        /// eval_steps; save_total_limit keeps the best checkpoint.
         pub load_best_model_at_end: bool = false,
-        /// The metric of evaluations that says which model is best, with or without `eval_` in front.
-        /// none: loss.
+        /// The evaluation metric that decides which model is best, with or without the prefix
+        /// `eval_`. none: loss.
         pub metric_for_best_model: Option<String> = None,
-        /// Whether a larger metric_for_best_model is better. none: unless its name ends in loss.
+        /// Whether a larger metric_for_best_model is better. none: true unless its name ends in
+        /// loss.
         pub greater_is_better: Option<bool> = None,
-        /// Ours. End the run after so many evaluations in a row that did not improve on the best, as
-        /// transformers' EarlyStoppingCallback does. none: never.
+        /// Ours. End the run after this many evaluations in a row without improvement on the best,
+        /// as transformers' EarlyStoppingCallback does. none: never.
         pub early_stopping_patience: Option<usize> = None,
-        /// Ours. An evaluation counts as better for early_stopping_patience if it is better by more than
-        /// this.
+        /// Ours. For early_stopping_patience, count only improvements larger than this.
         pub early_stopping_threshold: f64 = 0.0,
     }
 }

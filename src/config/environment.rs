@@ -11,12 +11,12 @@ section! {
         /// answers the model's turns; docs/environments.md has its protocol. none: a completion has
         /// one turn.
         pub environment: Option<String> = None,
-        /// Answers of the environment after which a completion goes on. none: as many as
-        /// max_completion_length has room for.
+        /// Most answers of the environment in a completion. none: as many as max_completion_length
+        /// has room for.
         pub max_tool_calling_iterations: Option<usize> = None,
-        /// Ours. Seconds that the environment may be silent while it owes an answer.
+        /// Ours. Longest silence in seconds of an environment that owes an answer.
         pub environment_timeout: f64 = 60.0,
-        /// Ours. Times that the environment is started again in a run.
+        /// Ours. How often the environment may be started again in a run.
         pub environment_restarts: usize = 2,
     }
 }

@@ -87,8 +87,10 @@ pub fn described(key: &str) -> Option<String> {
         return Some(format!("no effect: {why}"));
     }
     let (_, neutral, message) = MATTERS.iter().find(|(k, ..)| *k == key)?;
-    let off = neutral.iter().filter(|n| !n.is_empty()).map(|n| format!("`{n}`, "));
-    Some(format!("refused, but for {}none: {message}", off.collect::<String>()))
+    let off: Vec<String> =
+        neutral.iter().filter(|n| !n.is_empty()).map(|n| format!("`{n}`")).collect();
+    let or = if off.is_empty() { "" } else { " or " };
+    Some(format!("refused unless {}{or}none: {message}", off.join(", ")))
 }
 
 /// The translations of [`meaning`], in words.
@@ -110,12 +112,12 @@ const MEANINGS: &[(&[&str], &str)] = &[
 const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["fp16"], "float16 is not supported; dtype sets the number type"),
     (&["bf16", "torch_dtype", "bf16_full_eval", "fp16_full_eval"], "dtype sets the number type"),
-    (&["tf32"], "float32 products are float32 products"),
+    (&["tf32"], "float32 products are computed in float32"),
     (&["use_cpu", "no_cuda"], "device sets where the run is computed"),
     (&["warmup_ratio", "do_sample"], "it is off"),
     (&["model_name_or_path"], "--model says which model"),
-    (&["dataset_name", "datasets"], "--data FILE says which rows"),
-    (&["test_split_size"], "--eval-data or eval_rows says which rows are evaluated on"),
+    (&["dataset_name", "datasets"], "--data FILE names the rows"),
+    (&["test_split_size"], "--eval-data or eval_rows says which rows to evaluate on"),
     (&["streaming"], "rows are read before the run"),
     (&["env"], "temper sets no environment variables; set them in the shell"),
     (&["reward_model_name_or_path"], "no reward model is named"),
@@ -145,7 +147,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         ],
         "rows are prepared once, before the run",
     ),
-    (&["remove_unused_columns", "label_names"], "fields that are not used are left out anyway"),
+    (&["remove_unused_columns", "label_names"], "unused fields are always left out"),
     (
         &[
             "use_liger_kernel",
@@ -154,9 +156,9 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
             "torch_compile_backend",
             "torch_compile_mode",
         ],
-        "the kernels are fused as they are",
+        "kernels are always fused",
     ),
-    (&["attn_implementation"], "attention says which kernels"),
+    (&["attn_implementation"], "the option attention chooses the kernels"),
     (
         &["gradient_checkpointing_kwargs", "activation_offloading", "torch_empty_cache_steps"],
         "the memory plan decides",
@@ -167,7 +169,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         "a run has one GPU",
     ),
     (&["save_on_each_node", "local_rank", "ddp_find_unused_parameters"], "a run has one GPU"),
-    (&["save_safetensors", "enable_jit_checkpoint"], "always so here"),
+    (&["save_safetensors", "enable_jit_checkpoint"], "temper always does this"),
     (&["full_determinism"], "every run is deterministic"),
     (
         &[
@@ -190,7 +192,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["trackio_bucket_id", "trackio_static_space_id"], "metrics.jsonl holds every logged step"),
     (
         &["length_column_name", "debug", "restore_callback_states_from_checkpoint"],
-        "nothing here reads it",
+        "temper does not use it",
     ),
     (&["trust_remote_code"], "no code of a model folder is ever run"),
     (
@@ -229,7 +231,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         "the sampler's log-probs are the trainer's: there is nothing to correct",
     ),
     (&["ds3_gather_for_generation", "ignore_bias_buffers"], "a run has one GPU"),
-    (&["cast_lm_head_to_fp32"], "the head's logits are float32 sums anyway"),
+    (&["cast_lm_head_to_fp32"], "logits are always float32"),
     (
         &[
             "log_multimodal",
@@ -239,14 +241,14 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
         ],
         "completions.jsonl holds every completion",
     ),
-    (&["bnb_4bit_quant_storage"], "it changes where 4-bit codes lie, not their values"),
+    (&["bnb_4bit_quant_storage"], "it changes how 4-bit codes are stored, not their values"),
     (&["lora_task_type"], "the command sets what is trained"),
     (&["dataset_train_split", "dataset_test_split"], "--data and --eval-data name files"),
     (
         &["entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"],
-        "only use_adaptive_entropy reads it, which is refused",
+        "only use_adaptive_entropy uses it, and that is refused",
     ),
-    (&["eval_accumulation_steps"], "nothing here reads it"),
+    (&["eval_accumulation_steps"], "temper does not use it"),
 ];
 
 /// Options that would change the run: (key, neutral values beside none, what to do).
@@ -260,7 +262,7 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     (
         "auto_find_batch_size",
         &["false"],
-        "what fits in memory is found without changing the batch; leave it out",
+        "temper fits a batch into memory without changing it; leave it out",
     ),
     ("shuffle_dataset", &["false"], "give true or false"),
     ("eval_packing", &[], "evaluation rows are treated as training rows; leave it out"),
@@ -280,7 +282,7 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ("fsdp", &["", "[]"], "a run has one GPU; leave it out"),
     ("fsdp_config", &["{}"], "a run has one GPU; leave it out"),
     ("load_in_8bit", &["false"], "weights are trained as they are; leave it out"),
-    ("model_init_kwargs", &["{}"], "give dtype and attention as keys of their own"),
+    ("model_init_kwargs", &["{}"], "give dtype and attention as options of their own"),
     ("dataset_kwargs", &["{}"], "leave it out"),
     (
         "router_aux_loss_coef",
@@ -289,7 +291,7 @@ const MATTERS: &[(&str, &[&str], &str)] = &[
     ),
     ("repetition_penalty", &["1", "1.0"], "it would change the distribution; leave it out"),
     ("num_beams", &["1"], "completions are sampled, or greedy with temperature = 0"),
-    ("num_generations_eval", &[], "evaluation has num_generations, too; leave it out"),
+    ("num_generations_eval", &[], "evaluation uses num_generations; leave it out"),
     (
         "generation_batch_size",
         &[],

@@ -395,7 +395,7 @@ fn apply(
             }
             None if matches!(given, Given::File(toml::Value::Table(_))) => {
                 report.problem(format!(
-                    "{source}: [{key}]: a run file has no tables; write its keys at the top level"
+                    "{source}: [{key}]: a run file has no tables; write its options at the top level"
                 ));
             }
             None => {
@@ -404,7 +404,7 @@ fn apply(
                     || "--help-options lists the options".into(),
                     |n| format!("did you mean {n}?"),
                 );
-                report.problem(format!("{source}: unknown key {key}; {hint}"));
+                report.problem(format!("{source}: unknown option {key}; {hint}"));
             }
         },
     }
@@ -461,7 +461,7 @@ fn stand_in(
             ));
         }
         None => {
-            report.note(format!("{source}: {why} has no effect: this command has no key {key}"))
+            report.note(format!("{source}: {why} has no effect: this command has no option {key}"))
         }
     }
 }

@@ -19,8 +19,8 @@ words! {
 section! {
     /// Options of `optim=muon`.
     pub struct MuonOptions = "muon" {
-        /// Ours. Peak learning rate of the matrices that Muon trains; the rest have learning_rate. Both
-        /// follow one schedule. none: learning_rate.
+        /// Ours. Peak learning rate of the matrices that Muon trains; the rest use learning_rate.
+        /// Both follow one schedule. none: learning_rate.
         pub muon_learning_rate: Option<f64> = None,
         /// Ours. Decay rate of the running mean of gradients.
         pub muon_momentum: f64 = 0.95,
@@ -28,9 +28,8 @@ section! {
         pub muon_nesterov: bool = true,
         /// Ours. Newton-Schulz steps.
         pub muon_ns_steps: usize = 5,
-        /// Ours. What a matrix's learning rate is multiplied with. original: sqrt(max(1, rows /
-        /// columns)); match_rms_adamw: 0.2 sqrt(max(rows, columns)), with which AdamW's learning rates
-        /// fit.
+        /// Ours. Factor on a matrix's learning rate. original: sqrt(max(1, rows / columns)).
+        /// match_rms_adamw: 0.2 sqrt(max(rows, columns)), for learning rates that suit AdamW.
         pub muon_adjust_lr_fn: MuonAdjust = MuonAdjust::Original,
     }
 }

@@ -83,11 +83,10 @@ section! {
         pub reduction_factor: Option<f64> = None,
         /// adapter-hub's. relu, swish or gelu. none: relu (double_seq_bn: swish).
         pub non_linearity: Option<String> = None,
-        /// Ours. Parameters that full fine-tuning does not train: regular expressions over their
-        /// names.
+        /// Ours. Parameters to freeze in full fine-tuning: regular expressions over their names.
         pub freeze: Option<Vec<String>> = None,
-        /// Ours. Learning rates of some parameters in full fine-tuning: pattern=factor, ... The
-        /// first match counts.
+        /// Ours. Factors on the learning rate of some parameters in full fine-tuning:
+        /// pattern=factor, ... The first match counts.
         pub lr_multipliers: Option<Vec<String>> = None,
         /// Hold the frozen base weights in 4 bits (QLoRA).
         pub load_in_4bit: bool = false,

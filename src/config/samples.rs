@@ -55,11 +55,11 @@ impl Value for SamplePrompts {
 section! {
     /// Completions of a run's own prompts.
     pub struct SampleOptions = "samples" {
-        /// Ours. Prompts that the model completes at every evaluation, greedily: texts, or a file of
-        /// rows with prompt. Where the training rows are conversations, a text is what the user says. The
-        /// completions are printed and written to completions.jsonl.
+        /// Ours. Prompts that the model completes greedily at every evaluation: texts, or a file of
+        /// rows with prompt. If the training rows are conversations, a text becomes a user's
+        /// message. The completions are printed and written to completions.jsonl.
         pub sample_prompts: SamplePrompts = SamplePrompts::default(),
-        /// Ours. Longest of these completions in tokens.
+        /// Ours. Longest completion of sample_prompts in tokens.
         pub sample_max_new_tokens: usize = 64,
     }
 }

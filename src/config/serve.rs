@@ -7,12 +7,12 @@ use super::{Report, TemplateOptions, section};
 section! {
     /// Options of `temper serve`.
     pub struct ServeConfig = "serve" {
-        /// Address to listen on. 127.0.0.1: only this machine; 0.0.0.0: every network it is in.
+        /// Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: all its networks.
         pub host: String = "127.0.0.1".into(),
-        /// Port to listen on; 0: a free one, which is printed.
+        /// Port to listen on. 0: a free one, which is printed.
         pub port: usize = 8000,
-        /// Key that requests must send as `Authorization: Bearer KEY`; the environment variable
-        /// TEMPER_API_KEY sets it out of sight of other users. none: no key is asked for.
+        /// Key that requests must send as `Authorization: Bearer KEY`. The environment variable
+        /// TEMPER_API_KEY sets it too, hidden from other users. none: no key is needed.
         pub api_key: Option<String> = None,
         /// Name of the model in requests. none: the last part of its folder's name.
         pub served_name: Option<String> = None,
@@ -23,18 +23,18 @@ section! {
         pub max_new_tokens: Option<usize> = None,
         /// Sequences decoded at once, for each name.
         pub max_sequences: usize = 64,
-        /// Tokens whose keys and values are held at once, for each name; at least max_model_len.
-        /// Sequences wait, or start again, where they run out.
+        /// Tokens whose keys and values are held at once, for each name; at least max_model_len. If
+        /// they do not suffice, sequences wait or start again.
         pub cache_tokens: usize = 32768,
-        /// Tokens that go in at once: longer prompts are prefilled in pieces.
+        /// Most tokens in one step; longer prompts are prefilled in pieces.
         pub step_tokens: usize = 2048,
-        /// Sequences that may wait for room, all names together; more are refused with 429.
+        /// Most waiting sequences, all names together; more are refused with 429.
         pub max_queue: usize = 1024,
-        /// Largest body of a request.
+        /// Largest body of a request in bytes.
         pub max_request_bytes: usize = 4 << 20,
-        /// Seconds that a request may take, its wait included.
+        /// Most seconds for a request, including its wait.
         pub request_timeout: usize = 600,
-        /// Seconds that requests may take to their end after SIGTERM or Ctrl-C.
+        /// Seconds that running requests get to finish after SIGTERM or Ctrl-C.
         pub drain_timeout: usize = 30,
         ..pub template: TemplateOptions = TemplateOptions::default(),
     }

@@ -133,14 +133,14 @@ section! {
         pub adam_epsilon: f64 = 1e-8,
         /// Clip the gradient to this global L2 norm. 0: no clipping.
         pub max_grad_norm: f64 = 1.0,
-        /// adamw: float master weights and moments; adamw_bf16: bfloat16 weights with stochastic
-        /// rounding; adamw_8bit: moments in 8 bits; adamw_bf16_moments: moments in bfloat16, and
-        /// weights as adamw_bf16's where they are bfloat16; muon: orthogonalised updates for the
-        /// matrices of the layers, adamw for the rest.
+        /// adamw: float master weights and moments. adamw_bf16: bfloat16 weights with stochastic
+        /// rounding. adamw_8bit: moments in 8 bits. adamw_bf16_moments: moments in bfloat16, and
+        /// bfloat16 weights as with adamw_bf16. muon: orthogonalised updates for the matrices of
+        /// the layers, adamw for the rest.
         pub optim: Optim = Optim::Adamw,
         /// Seed for data order, dropout, sampling and new weights.
         pub seed: u64 = 42,
-        /// random: a new permutation every epoch; sequential: the file's order.
+        /// Order of rows. random: a new permutation every epoch. sequential: the file's order.
         pub train_sampling_strategy: SamplingStrategy = SamplingStrategy::Random,
         /// Steps between two log lines. Below 1: a share of the run's steps.
         pub logging_steps: Amount = Amount::Count(10),
@@ -168,17 +168,17 @@ section! {
         /// Ours. Number type of the forward and backward pass. auto: bfloat16 on a GPU, float32 on
         /// a CPU.
         pub dtype: Dtype = Dtype::Auto,
-        /// Ours. auto: the GPU if there is one.
+        /// Ours. Where to run. auto: the GPU if there is one.
         pub device: DeviceChoice = DeviceChoice::Auto,
-        /// Ours. Which matrix products run on a GPU. library: the fastest of cuBLASLt, whose bits
-        /// may depend on the number of rows. exact: in the forward pass, the fastest of those found
-        /// to have the bits of the engine's own kernel. own: the engine's own kernels. auto: exact
-        /// for online methods; for others library, but for products of few rows that end in an
-        /// activation.
+        /// Ours. Which matrix products to use on a GPU. library: the fastest of cuBLASLt, whose
+        /// bits may depend on the number of rows. exact: in the forward pass, the fastest of those
+        /// found to have the bits of the engine's own kernel. own: the engine's own kernels. auto:
+        /// exact for online methods, library for others (except products of few rows that end in an
+        /// activation).
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,
-        /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma has the bits of
-        /// tensor_core and is for head sizes 64 and 128; others run as tensor_core.
+        /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma gives the same bits as
+        /// tensor_core; it exists for head sizes 64 and 128, others run as tensor_core.
         pub attention: AttentionChoice = AttentionChoice::Auto,
         /// Ours where TRL has no such option. A Jinja file, or a folder with a tokenizer, whose
         /// chat template replaces the model's.
@@ -192,14 +192,14 @@ section! {
         /// Ours. The version whose defaults this run file assumes; written into every resolved run
         /// file.
         pub compat: Compat = Compat::Trl1_16,
-        /// Ours. Files of rows, folders or patterns, where no --data is given; with weights a mixture:
+        /// Ours. Files of rows, folders or patterns, if no --data is given; with weights a mixture:
         /// `a.jsonl:0.7,b.parquet:0.3`.
         pub data: DataFiles = DataFiles::default(),
-        /// Ours. When a mixture ends. first_exhausted: with the last row of the file that is used up
-        /// first; all_exhausted: when every file was used up, those used up before begin again.
+        /// Ours. When a mixture ends. first_exhausted: when the first file is used up.
+        /// all_exhausted: when every file has been used up; files that end earlier begin again.
         pub stopping_strategy: MixtureStop = MixtureStop::FirstExhausted,
-        /// Ours. Where tokenised rows are kept for the next start: auto (TEMPER_CACHE, else
-        /// ~/.cache/temper, for files of 8 MiB or more), off, or a folder.
+        /// Ours. Where to keep tokenised rows for the next start. auto: TEMPER_CACHE, else
+        /// ~/.cache/temper, for files of 8 MiB or more. off: nowhere. Otherwise a folder.
         pub data_cache: PathText = PathText("auto".into()),
         ..pub best: BestModelOptions = BestModelOptions::default(),
         ..pub samples: SampleOptions = SampleOptions::default(),

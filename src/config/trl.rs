@@ -201,7 +201,7 @@ impl TrlFile<'_> {
             }
             ("optim", _) => {
                 self.line("optim", "adamw_torch");
-                self.note(&format!("optim = {shown} is only temper's: {}", key.doc));
+                self.note(&format!("optim = {shown} exists only in temper: {}", key.doc));
             }
             ("train_sampling_strategy", _) if online => {
                 self.line("shuffle_dataset", if word == "random" { "true" } else { "false" });
@@ -235,7 +235,7 @@ impl TrlFile<'_> {
             ("compat", _) => {}
             _ if !is_default => {
                 let doc = key.doc.trim_start_matches("Ours. ");
-                self.note(&format!("{} = {shown} is only temper's: {doc}", key.name));
+                self.note(&format!("{} = {shown} exists only in temper: {doc}", key.name));
             }
             _ => {}
         }

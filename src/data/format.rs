@@ -108,7 +108,8 @@ impl Format {
                     row.value.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
                 return Err(row.error(format!(
                     "fields {known} fit no known kind of row; give {text_field:?}, \"messages\", \"prompt\" and \
-                     \"completion\", or \"chosen\" and \"rejected\" (or set dataset_text_field)"
+                     \"completion\", or \"chosen\" and \"rejected\", or name the columns: \
+                     columns=prompt:COLUMN,completion:COLUMN"
                 )));
             }
         })

@@ -42,7 +42,10 @@ impl Row {
         self.get(field).ok_or_else(|| {
             let known = self.value.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
             let near = crate::error::nearest(field, self.value.keys().map(String::as_str));
-            let hint = near.map(|n| format!("; did you mean {n:?}?")).unwrap_or_default();
+            let hint = near.map_or_else(
+                || format!("; columns={field}:COLUMN reads it from another column"),
+                |n| format!("; did you mean {n:?}?"),
+            );
             self.error(format!("has no field {field:?} (it has {known}){hint}"))
         })
     }

@@ -45,22 +45,17 @@ pub fn assistant_mask(
     let (ids, spans) = renderer.tokenizer.encode_offsets(&rendered.text, false)?;
     renderer.check(row, &ids)?;
     let mut mask = vec![false; ids.len()];
-    let token_at = |c: usize| spans.iter().position(|(start, end)| (*start..*end).contains(&c));
     let marked = renderer.marks_turns(example);
     let said = match marked {
         true => rendered.generation_spans,
         false => assistant_spans(renderer, row, example, messages, &rendered.text)?,
     };
+    // Every token that shares a character with a span, as transformers since 5.24. (5.17 took only
+    // the first token of a span's last character, so that no model learned to end an emoji.)
     for span in said {
-        // as transformers: the first token that holds a character; no last token means up to the
-        // end
-        let Some(start) = token_at(span.start) else { break };
-        let end = match span.end.checked_sub(1).and_then(token_at) {
-            None | Some(0) => ids.len(),
-            Some(last) => last + 1,
-        };
-        if start < end {
-            mask[start..end].fill(true);
+        let shares = |(start, end): &(usize, usize)| *start < span.end && *end > span.start;
+        for (target, _) in mask.iter_mut().zip(&spans).filter(|(_, token)| shares(token)) {
+            *target = true;
         }
     }
     if mask.contains(&true) {

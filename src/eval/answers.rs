@@ -33,6 +33,7 @@ pub fn answers(
     let mut bad = BadRows::new(options.data.on_bad_row);
     let good = bad.filter(rows, |row| Ok(renderer.prompt(row)?.ids))?;
     let (rows, prompts): (Vec<&Row>, Vec<_>) = good.into_iter().unzip();
+    rewards.columns(rows.iter().map(|row| &row.value))?;
     let requests = Request::numbered(prompts, n);
     let longest = Request::longest(&requests) + options.generate.max_new_tokens;
     let batch = options.batch.clamp(1, (rows.len() * n).max(1));

@@ -31,7 +31,13 @@ impl ModelConfig {
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let path = dir.as_ref().join("config.json");
         if !path.exists() {
-            return Err(Error::model(dir, "has no config.json: give a Hugging Face model folder"));
+            let message = match dir.as_ref().join("adapter_config.json").exists() {
+                true => {
+                    "is an adapter, not a model: give its base as --model, and this folder as --adapter"
+                }
+                false => "has no config.json: give a Hugging Face model folder",
+            };
+            return Err(Error::model(dir, message));
         }
         let raw: Map<String, Value> = serde_json::from_slice(&fsio::read(&path)?)
             .map_err(|e| Error::model(&path, format!("is not a JSON object: {e}")))?;

@@ -28,6 +28,12 @@ pub fn said(prompt: &Value, text: &str) -> Value {
 }
 
 impl RewardBatch {
+    /// An empty batch with columns of these names: one that none of its rows has is null.
+    pub fn with_columns(names: &[String]) -> RewardBatch {
+        let columns = names.iter().map(|name| (name.clone(), Value::Array(Vec::new()))).collect();
+        RewardBatch { columns, ..RewardBatch::default() }
+    }
+
     pub fn len(&self) -> usize {
         self.completions.len()
     }

@@ -63,8 +63,8 @@ impl Reward {
         let truth = |yes: bool| Some(f64::from(u8::from(yes)));
         let text = || batch.completion_text(row);
         Ok(match &self.kind {
-            Verifier::ExactMatch { column, after, until } => {
-                let answers = self.answers(batch, column.as_deref(), row)?;
+            Verifier::ExactMatch { after, until, .. } => {
+                let answers = self.answers(batch, row)?;
                 let whole = text();
                 let said = text::between(&whole, after.as_deref(), until.as_deref());
                 if answers.is_empty() {
@@ -73,8 +73,8 @@ impl Reward {
                     truth(said.is_some_and(|said| answers.iter().any(|a| a.trim() == said.trim())))
                 }
             }
-            Verifier::NumericMatch { column } => {
-                let answers = self.answers(batch, column.as_deref(), row)?;
+            Verifier::NumericMatch { .. } => {
+                let answers = self.answers(batch, row)?;
                 let gold: Vec<f64> = answers.iter().filter_map(|a| numeric::answer(a)).collect();
                 match (gold.is_empty(), numeric::answer(&text())) {
                     (true, _) => None, // as TRL: a row whose truth cannot be read is skipped
@@ -110,31 +110,42 @@ impl Reward {
         })
     }
 
-    /// The right answers of a row; none where the cell is null, which skips the row.
-    fn answers(
+    /// The column that holds the right answers, among `columns`; None for a reward that reads none.
+    ///
+    /// Errors: the column is missing.
+    pub(super) fn answer_column<'a>(
         &self,
-        batch: &RewardBatch,
-        column: Option<&str>,
-        row: usize,
-    ) -> Result<Vec<String>> {
-        let columns = &batch.columns;
+        mut columns: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<Option<&'a str>> {
+        let (Verifier::ExactMatch { column, .. } | Verifier::NumericMatch { column }) = &self.kind
+        else {
+            return Ok(None);
+        };
+        let all = columns.clone();
         let found = match column {
-            Some(name) => columns.contains_key(name).then_some(name),
-            None => ANSWER_COLUMNS.into_iter().find(|c| columns.contains_key(*c)),
+            Some(name) => columns.find(|c| c == name),
+            None => ANSWER_COLUMNS.iter().find_map(|name| all.clone().find(|c| c == name)),
         };
-        let Some(found) = found else {
-            let wanted = column
-                .map_or_else(|| format!("one of {}", ANSWER_COLUMNS.join(", ")), str::to_string);
-            let has = columns.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            let name = &self.name;
-            return Err(Error::Config(format!(
-                "reward `{name}` needs the column {wanted}; the data has [{has}]. Name it: `{name}:column=NAME`"
-            )));
+        if found.is_some() {
+            return Ok(found);
+        }
+        let wanted = match column {
+            Some(name) => name.clone(),
+            None => format!("one of {}", ANSWER_COLUMNS.join(", ")),
         };
-        Ok(match batch.cell(found, row) {
-            Value::Null => Vec::new(),
-            Value::Array(list) => list.iter().map(text::plain).collect(),
-            one => vec![text::plain(one)],
+        let (name, has) = (&self.name, all.collect::<Vec<_>>().join(", "));
+        Err(Error::Config(format!(
+            "reward `{name}` needs the column {wanted}; the data has [{has}]. Name it: `{name}:column=NAME`"
+        )))
+    }
+
+    /// The right answers of a row; none where the cell is null, which skips the row.
+    fn answers(&self, batch: &RewardBatch, row: usize) -> Result<Vec<String>> {
+        let columns = batch.columns.keys().map(String::as_str);
+        Ok(match self.answer_column(columns)?.map(|found| batch.cell(found, row)) {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Array(list)) => list.iter().map(text::plain).collect(),
+            Some(one) => vec![text::plain(one)],
         })
     }
 }

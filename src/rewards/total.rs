@@ -2,6 +2,10 @@
 //!
 //! Invariant: a completion that no reward scored has no total: it is in no baseline.
 
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+
 use super::batch::RewardBatch;
 use super::function::RewardFunction;
 use super::reward::{Reward, Verifier};
@@ -78,6 +82,21 @@ impl Rewards {
                 env.into_iter().for_each(|names| worker.limit_environment(names));
             }
         }
+    }
+
+    /// The names of all columns of `rows` beside the prompt.
+    ///
+    /// Errors: a reward reads a column that no row has. So it shows before anything is generated.
+    pub fn columns<'a>(
+        &self,
+        rows: impl Iterator<Item = &'a Map<String, Value>>,
+    ) -> Result<Vec<String>> {
+        let names = rows.flat_map(|row| row.keys().map(String::as_str));
+        let names: BTreeSet<&str> = names.filter(|name| *name != "prompt").collect();
+        for reward in &self.list {
+            reward.answer_column(names.iter().copied())?;
+        }
+        Ok(names.into_iter().map(str::to_string).collect())
     }
 
     /// Whether any is computed by another program.

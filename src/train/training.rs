@@ -226,7 +226,8 @@ impl Training {
         let name = self.entry.name;
         let text = config::to_trl(name, &self.run.sections(), &defaults.sections(), &files)?;
         fsio::atomic_write(file, text.as_bytes())?;
-        self.observer.note(&format!("{} is for trl {name} --config", file.display()));
+        let file = file.display();
+        self.observer.note(&format!("wrote {file}; run it with `trl {name} --config {file}`"));
         Ok(())
     }
 

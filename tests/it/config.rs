@@ -136,10 +136,10 @@ fn all_problems_are_reported_at_once_with_their_place() {
     );
     let expected = [
         "command line: \"warmup\" is not of the form key=value",
-        "run.toml:1: unknown key learning_rte; did you mean learning_rate?",
+        "run.toml:1: unknown option learning_rte; did you mean learning_rate?",
         "run.toml:6: seed = \"x\": expected a whole number, not negative",
         "command line: packing = yes: expected true or false",
-        "command line: unknown key top; --help-options lists the options",
+        "command line: unknown option top; --help-options lists the options",
         "per_device_train_batch_size = 0: must be at least 1",
         "learning_rate = -1: must not be negative",
         "adam_beta2 = 1: must be at least 0 and below 1",

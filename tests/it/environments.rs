@@ -319,7 +319,9 @@ fn an_environment_sees_rows_and_turns() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let step = say(r#""reward": true, "observation": "8""#);
-    let command = format!("tee {} | {}", log.display(), shell(&step));
+    // Logged before they are passed on: what is answered is in the log.
+    let pass = format!("printf '%s\\n' \"$line\" >> {}; printf '%s\\n' \"$line\"", log.display());
+    let command = format!("while read -r line; do {pass}; done | {}", shell(&step));
     let answers = first_turns(&command, 30.0, 0).unwrap();
     let want = EnvironmentAnswer { observation: Some(json!("8")), reward: Some(1.0), done: false };
     assert_eq!(answers, vec![want; 3]);

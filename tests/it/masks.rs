@@ -243,7 +243,7 @@ fn every_method_with_masks_trains_on_assistant_turns() {
         "--output",
         "o",
     ]);
-    assert!(code == Some(2) && err.contains("unknown key"), "{err}");
+    assert!(code == Some(2) && err.contains("unknown option"), "{err}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use temper::observer::Silent;
 use temper::rewards::{Reward, RewardBatch, Rewards};
 
-use crate::support::json_lines;
+use crate::support::{fixture, json_lines, temper, write_rows};
 
 fn batch(completions: &[&str], columns: Value) -> RewardBatch {
     RewardBatch {
@@ -41,6 +41,31 @@ fn a_column_that_some_rows_have_is_null_in_the_others() {
     assert_eq!(b.columns["answer"], json!(["2", null, 3]));
     assert_eq!(b.columns["other"], json!([null, [1], null]));
     assert_eq!(scores("exact_match", &b), [Some(1.0), None, Some(1.0)]);
+}
+
+#[test]
+fn a_missing_answer_column_is_an_error_before_anything_is_generated() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = [json!({ "prompt": "a", "more": "b" }), json!({ "prompt": "c", "other": 1 })];
+    let data = write_rows(dir.path().join("rows.jsonl"), &rows);
+    let model = fixture("sft/model").display().to_string();
+    let out = dir.path().join("out").display().to_string();
+    let run = |method: &str, reward: &str| {
+        let args = [method, "--model", &model, "--data", &data, "--device", "cpu", reward];
+        let output = ["--output", &out];
+        let (code, _, error) = temper(&[&args[..], &output[..]].concat());
+        assert_eq!(code, Some(2), "{method}: {error}");
+        assert!(error.contains("; the data has [more, other]"), "{method}: {error}");
+        assert!(!error.contains("memory"), "{method} planned its memory first: {error}");
+        error
+    };
+    for method in ["grpo", "rloo", "reinforce", "ppo", "online-dpo"] {
+        let error = run(method, "reward_funcs=numeric_match");
+        assert!(error.contains("needs the column one of answer, solution"), "{error}");
+        let error = run(method, "reward_funcs=exact_match:column=gold");
+        assert!(error.contains("needs the column gold"), "{error}");
+    }
+    run("eval", "reward_funcs=exact_match");
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn the_same_options_in_three_languages_are_the_same_run() {
 fn an_error_in_a_yaml_file_names_its_line() {
     for (text, line) in [
         ("max_steps: 7\nlearning_rate: fast\n", ":2: learning_rate = fast: expected a number"),
-        ("max_steps: 7\n\nlearning_rat: 1e-5\n", ":3: unknown key learning_rat"),
+        ("max_steps: 7\n\nlearning_rat: 1e-5\n", ":3: unknown option learning_rat"),
         ("max_steps: 7\nseed: 1\nseed: 2\n", "line 3"),
         ("max_steps: 7\n  seed: [1\n", "line 2"),
     ] {

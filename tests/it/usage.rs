@@ -65,3 +65,10 @@ fn statistics_of_a_reward_model_speak_of_no_completions() {
     assert!(reward.contains(" tokens. The longest sequence has"), "{reward}");
     assert!(!reward.contains("in completions") && dpo.contains(" of them in completions"), "{dpo}");
 }
+
+#[test]
+fn an_unknown_command_gets_the_list_of_commands() {
+    let (code, _, error) = temper(&["fintune"]);
+    assert_eq!(code, Some(2));
+    assert!(error.contains("The commands are: ") && error.contains(" sft, "), "{error}");
+}

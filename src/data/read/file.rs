@@ -213,7 +213,13 @@ impl<'a> FileRows<'a> {
         match missing {
             Some((field, column)) if self.rows > 0 => {
                 let near = crate::error::nearest(column, self.columns.iter().map(String::as_str));
-                let hint = near.map(|n| format!("; did you mean {n:?}?")).unwrap_or_default();
+                let hint = match near {
+                    _ if FIELDS.contains(&column.as_str()) && self.columns.contains(field) => {
+                        format!("; the field comes first: columns={column}:{field}")
+                    }
+                    Some(near) => format!("; did you mean {near:?}?"),
+                    None => String::new(),
+                };
                 let message = format!(
                     "has no column {column:?}, which columns={field}:{column} names (it has {}){hint}",
                     self.listed()

@@ -119,6 +119,8 @@ pub fn expand(
             }
             notes.push(format!("{pattern}: {} files", found.len()));
             files.extend(found);
+        } else if !path.exists() {
+            return Err(Error::data(path, None, "there is no such file; check the path"));
         } else {
             files.push(path.clone());
         }

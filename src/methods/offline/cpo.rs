@@ -31,11 +31,11 @@ pub const METHOD: MethodEntry = MethodEntry::new::<CpoConfig>(
 section! {
     /// TRL's `CPOConfig`.
     pub struct CpoConfig = "cpo" {
-        /// alphapo is simpo with cpo_alpha = 0; its shape is alpha.
+        /// alphapo: simpo without the likelihood term; alpha sets its shape.
         pub loss_type: CpoLoss = CpoLoss::Sigmoid,
-        /// Scale of the difference in log-probs; of ipo the regulariser tau.
+        /// Scale of the difference in log-probs. For ipo: the regulariser tau.
         pub beta: f64 = 0.1,
-        /// Share of wrong labels, of sigmoid and simpo.
+        /// Assumed share of wrong labels, for sigmoid and simpo.
         pub label_smoothing: f64 = 0.0,
         /// Weight of the likelihood of the chosen completions. 0 with simpo: SimPO as published.
         pub cpo_alpha: f64 = 1.0,

@@ -72,8 +72,8 @@ section! {
         pub use_weighting: bool = false,
         /// Ours. No reference model: its log-probs count as 0.
         pub reference_free: bool = false,
-        /// Ours. Of conversations, only the assistant's turns in a completion count. TRL: all that
-        /// follows the prompt, what a user says in between too.
+        /// Ours. In conversations, count only the assistant's turns of a completion. TRL counts all
+        /// that follows the prompt, also user messages in between.
         pub assistant_only_loss: bool = false,
         ..pub reference: ReferenceOptions = ReferenceOptions::default(),
         ..pub truncation: TruncationOptions = TruncationOptions::default(),

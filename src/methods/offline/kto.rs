@@ -44,8 +44,8 @@ pub const METHOD: MethodEntry =
 section! {
     /// TRL's `KTOConfig`, and what BCO adds.
     pub struct KtoConfig = "kto" {
-        /// kto: against an estimate of the KL. apo_zero_unpaired: no estimate. bco (a separate
-        /// trainer in TRL): against the running mean reward.
+        /// kto: rewards relative to an estimate of the KL. apo_zero_unpaired: without it. bco (not
+        /// in TRL 1.16.0): relative to the running mean reward.
         pub loss_type: UnpairedLoss = UnpairedLoss::Kto,
         /// Strength of the pull to the reference model.
         pub beta: f64 = 0.1,
@@ -53,8 +53,8 @@ section! {
         pub desirable_weight: f64 = 1.0,
         /// Weight of the completions labelled false.
         pub undesirable_weight: f64 = 1.0,
-        /// Ours. Of conversations, only the assistant's turns in a completion count. TRL: all that
-        /// follows the prompt, what a user says in between too.
+        /// Ours. In conversations, count only the assistant's turns of a completion. TRL counts all
+        /// that follows the prompt, also user messages in between.
         pub assistant_only_loss: bool = false,
         ..pub reference: ReferenceOptions = ReferenceOptions::default(),
         ..pub length: LengthOptions = LengthOptions::default(),

@@ -64,7 +64,8 @@ impl RolloutSchedule {
         if prompts < schedule.prompts_per_generation() {
             let needed = schedule.prompts_per_generation();
             return Err(Error::Config(format!(
-                "a generation takes {needed} prompts, the data has {prompts}"
+                "a generation takes {needed} prompts, the data has {prompts}; give more rows, or a smaller \
+                 per_device_train_batch_size"
             )));
         }
         Ok(schedule)

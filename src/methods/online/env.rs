@@ -80,10 +80,13 @@ impl RolloutEnv {
         let mut sampler =
             Sampler::new(&options.sampling, length, options.max_sequences, training.seed, inputs)?;
         sampler.episodes = Episodes::new(&options.environment, length, training.seed, inputs)?;
+        let mut scorer = Scorer::new(&options.rewards, options.environment.is_set(), inputs)?;
+        let prompts = Prompts::new(training, inputs)?;
+        scorer.set_columns(&prompts)?;
         Ok(RolloutEnv {
-            prompts: Prompts::new(training, inputs)?,
+            prompts,
             sampler,
-            scorer: Scorer::new(&options.rewards, options.environment.is_set(), inputs)?,
+            scorer,
             reference: Reference::default(),
             generation: options.generation,
             sync: options.sync.clone(),

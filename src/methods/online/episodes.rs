@@ -82,7 +82,7 @@ impl Episodes {
         let Some(command) = &options.environment else { return Ok(None) };
         let seconds = options.environment_timeout;
         let timeout = Duration::try_from_secs_f64(seconds).map_err(|_| {
-            Error::Config(format!("environment_timeout = {seconds}: no number of seconds"))
+            Error::Config(format!("environment_timeout = {seconds}: must be a number of seconds"))
         })?;
         Ok(Some(Episodes {
             environment: Environment::new(command, timeout, options.environment_restarts),

@@ -48,8 +48,7 @@ section! {
         /// Probability that a micro-batch has completions sampled by the student instead of those
         /// of the data.
         pub lmbda: f64 = 0.5,
-        /// Of the sampling. TRL's loss does not use it either: both distributions are compared
-        /// unscaled.
+        /// Sampling temperature. As in TRL, the loss compares both distributions at temperature 1.
         pub temperature: f64 = 0.9,
         /// Longest generated completion in tokens.
         pub max_new_tokens: usize = 128,

@@ -47,10 +47,10 @@ section! {
     pub struct OnlineDpoConfig = "online-dpo" {
         /// Longest completion in tokens.
         pub max_new_tokens: usize = 64,
-        /// Taken off the reward of a completion that did not end. none: nothing.
+        /// Subtracted from the reward of a completion without EOS. none: 0.
         pub missing_eos_penalty: Option<f64> = None,
         /// How strongly the policy is held to the reference model. A list has one value for each
-        /// epoch; the last one holds from then on.
+        /// epoch; the last one applies to all later epochs.
         pub beta: Vec<f64> = vec![0.1],
         /// The loss of a pair: sigmoid or ipo.
         pub loss_type: DpoLoss = DpoLoss::Sigmoid,

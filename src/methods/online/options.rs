@@ -25,7 +25,7 @@ impl RolloutOptions {
 section! {
     /// What the methods with a policy loss share.
     pub struct OnlineConfig = "online" {
-        /// Completions of a prompt.
+        /// Completions of each prompt.
         pub num_generations: usize = 8,
         /// Longest completion in tokens; with an environment, of all turns and answers together.
         pub max_completion_length: usize = 512,

@@ -168,7 +168,9 @@ impl OnlineConfig {
 
     /// A summary of the data, to print.
     pub fn summary(&self, env: &RolloutEnv) -> String {
-        format!("{} prompts, {} completions each", env.prompts.train.len(), self.num_generations)
+        let n = self.num_generations;
+        let completions = if n == 1 { "completion" } else { "completions" };
+        format!("{} prompts, {n} {completions} each", env.prompts.train.len())
     }
 }
 

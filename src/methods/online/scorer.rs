@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::prompts::Prompt;
+use super::prompts::{Prompt, Prompts};
 use super::rollout::Rollout;
 use crate::autograd::Cx;
 use crate::config::RewardOptions;
@@ -22,6 +22,8 @@ pub struct Scorer {
     rewards: Rewards,
     pub reward_model: Option<RewardModel>,
     setup: TemplateSetup,
+    /// Columns of the prompts. In a batch whose prompts lack one, its values are null.
+    columns: Vec<String>,
     /// Whether the environment gives rewards as well.
     environment: bool,
     /// The batch being generated, for programs that score completions as they end.
@@ -52,8 +54,22 @@ impl Scorer {
             }
         };
         let (options, setup) = (options.clone(), inputs.setup.clone());
-        let (reward_model, coming) = (None, None);
-        Ok(Scorer { options, rewards, reward_model, setup, environment, coming })
+        let (reward_model, coming, columns) = (None, None, Vec::new());
+        Ok(Scorer { options, rewards, reward_model, setup, columns, environment, coming })
+    }
+
+    /// Records the columns that the prompts of each split have. Error if a reward reads a column that
+    /// no prompt of a split has.
+    pub fn set_columns(&mut self, prompts: &Prompts) -> Result<()> {
+        for split in [&prompts.train, &prompts.eval] {
+            if !split.is_empty() {
+                let columns = self.rewards.columns(split.iter().map(|prompt| &prompt.columns))?;
+                self.columns.extend(columns);
+            }
+        }
+        self.columns.sort();
+        self.columns.dedup();
+        Ok(())
     }
 
     /// The environment variables that programs see; None: all.
@@ -67,7 +83,7 @@ impl Scorer {
         if !self.rewards.have_programs() {
             return;
         }
-        let mut batch = RewardBatch::default();
+        let mut batch = RewardBatch::with_columns(&self.columns);
         for index in indices.iter().flat_map(|i| std::iter::repeat_n(i, n)) {
             let prompt = &prompts[*index];
             batch.push(&prompt.value, prompt.columns.iter(), "", Vec::new());
@@ -106,7 +122,7 @@ impl Scorer {
             return self.rehearse(cx, prompts, rollouts);
         }
         self.coming = None;
-        let mut batch = RewardBatch::default();
+        let mut batch = RewardBatch::with_columns(&self.columns);
         for r in rollouts {
             let prompt = &prompts[r.prompt];
             let (said, ids) = (said_of(&prompt.value, r), r.whole().to_vec());

@@ -416,7 +416,9 @@ impl AdapterConfig {
                 set("peft_type", json!("LORA"));
                 set("r", json!(c.r));
                 set("lora_alpha", number(c.alpha));
-                set("lora_dropout", json!(f64::from(c.dropout)));
+                // As a user writes it, not as the nearest f32: 0.05.
+                let dropout: f64 = c.dropout.to_string().parse().unwrap_or(f64::from(c.dropout));
+                set("lora_dropout", json!(dropout));
                 set("target_modules", targets(&c.targets));
                 set("rank_pattern", map(&c.rank_pattern));
                 set("alpha_pattern", map(&c.alpha_pattern));
