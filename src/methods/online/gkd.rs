@@ -91,8 +91,8 @@ impl BuildMethod for GkdConfig {
 pub struct Gkd {
     env: RolloutEnv,
     options: GkdConfig,
-    /// The data's completions by row; None for rows dropped for their length, empty if none are
-    /// used.
+    /// The data's completions by row; None for rows dropped for their length, and for all rows if
+    /// none are used.
     data: Vec<Option<SftExample>>,
     eval: Vec<SftExample>,
     seed: u64,

@@ -3,7 +3,8 @@
 //! Invariant: the choice between simt and tensor cores depends on the context and the dtype alone,
 //! so forward, backward and decode agree. Both take the same arguments; only the items of a launch
 //! differ: rows (simt) or tiles of rows (tensor cores). The Hopper kernels belong to the tensor
-//! cores: their forward has the same bits, so each may run or not on its own.
+//! cores. Their forward has the bits of the mma.sync kernels, so it may run or not; their backward
+//! has bits of its own.
 
 use super::plan::AttnPlan;
 use super::shape::{Numbers, PAGE};
