@@ -58,8 +58,8 @@ impl Scorer {
         Ok(Scorer { options, rewards, reward_model, setup, columns, environment, coming })
     }
 
-    /// Records the columns that the prompts of each split have. Error if a reward reads a column that
-    /// no prompt of a split has.
+    /// Records the columns that the prompts of each split have. Error if a reward reads a column
+    /// that no prompt of a split has.
     pub fn set_columns(&mut self, prompts: &Prompts) -> Result<()> {
         for split in [&prompts.train, &prompts.eval] {
             if !split.is_empty() {
