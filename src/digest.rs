@@ -1,8 +1,8 @@
 //! Digests of contents: rows, files, model folders. Layer 0.
 //!
-//! Invariant: a digest depends on contents and their order, never on a path or a time; every part
-//! is prefixed with its length, so two different lists of parts are never the same bytes.
-//! XXH3, 128 bits: it finds changes, it does not resist an attacker.
+//! Invariant: a digest depends on contents and their order, never on a folder's path or a time.
+//! Texts, lists and masks are prefixed with their length, so that two different lists of them are
+//! never the same bytes. XXH3 with 128 bits finds changes; it does not resist an attacker.
 
 #![deny(missing_docs)]
 
@@ -18,12 +18,12 @@ use crate::error::{Error, Result};
 /// Bytes of a file that one thread hashes at a time.
 const CHUNK: usize = 16 << 20;
 
-/// A digest being made.
+/// A digest under construction.
 #[derive(Clone, Default)]
 pub struct Digest(Xxh3);
 
 impl Digest {
-    /// Adds a part.
+    /// Adds bytes.
     pub fn bytes(&mut self, part: &[u8]) {
         self.0.update(&(part.len() as u64).to_le_bytes());
         self.0.update(part);
@@ -44,7 +44,7 @@ impl Digest {
         self.bytes(bytemuck::cast_slice(mask));
     }
 
-    /// Adds a number.
+    /// Adds a number as eight bytes, without a length.
     pub fn number(&mut self, n: u64) {
         self.0.update(&n.to_le_bytes());
     }
@@ -55,15 +55,15 @@ impl Digest {
     }
 }
 
-/// The digest of a file's contents, read by all threads.
+/// The digest of a file's contents. All threads read the file.
 pub fn file(path: &Path) -> Result<String> {
     let mut digest = Digest::default();
     add_file(&mut digest, path)?;
     Ok(digest.finish())
 }
 
-/// The digest of a model or adapter folder: its configuration and weights, by file name. Error: a
-/// file cannot be read.
+/// The digest of a model or adapter folder: its configuration and weights, sorted by file name, and
+/// the names. Error: a file cannot be read.
 pub fn model_folder(dir: &Path) -> Result<String> {
     let wanted = |path: &PathBuf| {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();

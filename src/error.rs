@@ -1,8 +1,8 @@
 //! Errors that say the next step. Layer 0.
 //!
-//! Invariant: library code returns these and never panics on input. Each message names the file,
-//! tensor, row or key that is wrong and what to change; the variant decides the exit code of the
-//! command line (see [`Error::exit_code`]).
+//! Invariant: library code returns these errors and never panics on input. Each message names the
+//! wrong file, tensor, row or option and says what to change. The variant determines the exit code
+//! of the command line (see [`Error::exit_code`]).
 
 #![deny(missing_docs)]
 
@@ -13,30 +13,30 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, and what to change.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the fields say what they are
+#[allow(missing_docs)] // the fields are named in the messages
 pub enum Error {
-    /// A wrong command line or run file. All problems of one file are reported at once, one a line.
+    /// A wrong command line or run file. All problems of a file are reported at once, one per line.
     #[error("{0}")]
     Config(String),
     /// A file could not be read or written.
     #[error("{}: {source}{}", path.display(), next_step(source))]
     Io { path: PathBuf, source: std::io::Error },
-    /// A model folder (config.json, weights, tokenizer) that cannot be used as it is.
+    /// A model folder (config.json, weights, tokenizer) that cannot be used.
     #[error("{}: {message}", path.display())]
     Model { path: PathBuf, message: String },
-    /// A data file, or a row of it (lines count from 1).
+    /// A wrong data file or row (lines count from 1).
     #[error("{}{}: {message}", path.display(), line.map(|l| format!(":{l}")).unwrap_or_default())]
     Data { path: PathBuf, line: Option<usize>, message: String },
-    /// An op was called with shapes, dtypes or values that it does not take.
+    /// An op was called with shapes, dtypes or values that it does not support.
     #[error("{op}: {message}")]
     Op { op: &'static str, message: String },
-    /// The device failed, or is not there.
+    /// The device failed or is not present.
     #[error("{0}")]
     Device(String),
     /// A device allocation did not fit. The message lists the largest blocks and what to change.
     #[error("{0}")]
     OutOfMemory(String),
-    /// A run stopped because of what it computed (NaN, a divergence).
+    /// A run stopped because of the values it computed (NaN, divergence).
     #[error("{0}")]
     Run(String),
     /// A checkpoint that fails its checksums or belongs to another run.
@@ -48,33 +48,33 @@ pub enum Error {
 }
 
 impl Error {
-    /// [`Error::Io`] of a path.
+    /// [`Error::Io`] for a path.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Error::Io { path: path.as_ref().to_path_buf(), source }
     }
 
-    /// [`Error::Model`] of a folder or file.
+    /// [`Error::Model`] for a folder or file.
     pub fn model(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Error::Model { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
-    /// [`Error::Data`] of a file, at a line where one is known.
+    /// [`Error::Data`] for a file, with the line if it is known.
     pub fn data(path: impl AsRef<Path>, line: Option<usize>, message: impl Into<String>) -> Self {
         Error::Data { path: path.as_ref().to_path_buf(), line, message: message.into() }
     }
 
-    /// [`Error::Op`] of an op by its name.
+    /// [`Error::Op`] for the op of this name.
     pub fn op(op: &'static str, message: impl Into<String>) -> Self {
         Error::Op { op, message: message.into() }
     }
 
-    /// [`Error::Checkpoint`] of a folder.
+    /// [`Error::Checkpoint`] for a folder.
     pub fn checkpoint(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Error::Checkpoint { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
-    /// Whether a disk, a quota or a file-size limit was exceeded: what was saved before is
-    /// untouched, and a run can go on and try again later.
+    /// Whether a write exceeded the disk, a quota or a file-size limit. What was saved earlier is
+    /// unchanged, and a run can continue and try again later.
     pub fn is_no_space(&self) -> bool {
         use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         matches!(self, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
@@ -90,7 +90,7 @@ impl Error {
     }
 }
 
-/// What to do about the input and output errors that a user can mend.
+/// The next step after an input or output error that a user can correct.
 fn next_step(error: &std::io::Error) -> &'static str {
     use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
     match error.kind() {
@@ -102,8 +102,8 @@ fn next_step(error: &std::io::Error) -> &'static str {
     }
 }
 
-/// The known name nearest to `name` (by edit distance), for "did you mean" in messages. None if
-/// nothing is near.
+/// The known name nearest to `name` by edit distance, for "did you mean" in messages. None if no
+/// name is near.
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     known
         .into_iter()

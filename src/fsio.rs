@@ -1,8 +1,7 @@
-//! Files that are either whole or absent. Layer 0.
+//! Files that are either complete or absent. Layer 0.
 //!
-//! Invariant: a file under its final name has all its bytes, on disk, not only in the page cache:
-//! whatever is saved is written beside its place under `NAME.tmp`, synced, renamed, and the folder
-//! that holds it is synced.
+//! Invariant: a file under its final name has all its bytes on disk, not only in the page cache. A
+//! file is written under `NAME.tmp`, synced and renamed, and then its folder is synced.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -11,15 +10,15 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// What a finished file holds: enough for a manifest line.
+/// Size and checksum of a finished file: the contents of a manifest line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
     pub bytes: u64,
     pub crc32: u32,
 }
 
-/// A file being written under `NAME.tmp`. [`commit`](Self::commit) gives it its name; dropped
-/// before, it disappears.
+/// A file that is being written under `NAME.tmp`. [`commit`](Self::commit) renames it; dropping it
+/// without a commit removes it.
 #[derive(Debug)]
 pub struct AtomicFile {
     path: PathBuf,
@@ -30,7 +29,7 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Opens `path.tmp` with mode 0644 (less the umask). A leftover of that name is overwritten.
+    /// Opens `path.tmp` with mode 0644 (minus the umask). Overwrites a leftover of that name.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let tmp = with_suffix(&path, ".tmp");
@@ -51,8 +50,8 @@ impl AtomicFile {
         Ok(())
     }
 
-    /// Syncs, renames, syncs the folder. On an error the old file of that name, if any, is
-    /// untouched.
+    /// Syncs the file, renames it and syncs the folder. If syncing or renaming fails, an existing
+    /// file of that name is unchanged.
     pub fn commit(mut self) -> Result<Written> {
         if let Some(file) = self.file.take() {
             let done = file.sync_all().and_then(|()| std::fs::rename(&self.tmp, &self.path));
@@ -74,7 +73,7 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Writes a small file whole: [`AtomicFile`] in one call.
+/// Writes a small file through an [`AtomicFile`].
 pub fn atomic_write(path: impl AsRef<Path>, bytes: &[u8]) -> Result<Written> {
     let mut file = AtomicFile::create(path)?;
     file.write_all(bytes)?;
@@ -87,22 +86,23 @@ pub fn fsync_dir(dir: impl AsRef<Path>) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(dir, e))
 }
 
-/// A folder whose files are written under `.temper-tmp` inside it and then moved into place;
-/// dropped before, they go. Inside, because the folder may be a mount point, a link to another disk
-/// or `.`: a sibling would be on another file system, or not writable.
+/// A folder whose files are staged in its subfolder `.temper-tmp` and then moved into place.
+/// Dropping it without a commit removes the staged files. The staging folder is inside, because the
+/// folder may be a mount point, a link to another disk or `.`: a sibling would be on another file
+/// system, or not writable.
 #[derive(Debug)]
 pub struct AtomicDir {
     path: PathBuf,
     tmp: PathBuf,
-    /// The folder was not there: an empty one goes again.
+    /// The folder did not exist before, so it is removed if it stays empty.
     made: bool,
 }
 
-/// The name of the folder in which [`AtomicDir`] stages files.
+/// The name of the subfolder in which [`AtomicDir`] stages files.
 pub const STAGING: &str = ".temper-tmp";
 
 impl AtomicDir {
-    /// Makes the folder and the staging folder in it. A leftover of an interrupted save is removed.
+    /// Makes the folder and its staging folder. Removes the leftover of an interrupted save.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let (tmp, made) = (path.join(STAGING), !path.exists());
@@ -113,12 +113,13 @@ impl AtomicDir {
         Ok(Self { path, tmp, made })
     }
 
-    /// Where to write the files; each of them through [`AtomicFile`], so that it is synced.
+    /// The folder to write to. Write each file through [`AtomicFile`], so that it is synced.
     pub fn tmp(&self) -> &Path {
         &self.tmp
     }
 
-    /// Moves the files into place one by one, `last` at the end; other files of the folder stay.
+    /// Moves the files into place one by one, with `last` as the last. Other files of the folder
+    /// stay.
     pub fn commit(self, last: &str) -> Result<()> {
         fsync_dir(&self.tmp)?;
         let listing =
@@ -136,7 +137,7 @@ impl AtomicDir {
         fsync_dir(&self.path)
     }
 
-    /// Writes a file and moves it, as a save will: says before any work is done that `path` cannot
+    /// Writes, moves and removes a small file. Finds out before any work is done that `path` cannot
     /// be written.
     pub fn try_out(path: &Path) -> Result<()> {
         const PROBE: &str = ".temper-probe";
@@ -160,24 +161,24 @@ impl Drop for AtomicDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.tmp);
         if self.made {
-            let _ = std::fs::remove_dir(&self.path); // only where it is empty
+            let _ = std::fs::remove_dir(&self.path); // fails unless the folder is empty
         }
     }
 }
 
-/// A file that whole lines are appended to. Where an append fails (a full disk), what was half
-/// written is cut off again and the text waits for the next append.
+/// A file to which whole lines are appended. If an append fails (a full disk), the partly written
+/// text is cut off, and the text waits for the next append.
 #[derive(Debug)]
 pub struct AppendFile {
     path: PathBuf,
     file: File,
-    /// Bytes of the file that are whole lines.
+    /// Bytes of complete lines in the file.
     len: u64,
     waiting: Vec<u8>,
 }
 
 impl AppendFile {
-    /// Opens or makes `path`.
+    /// Opens `path`, or creates it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let io = |e| Error::io(&path, e);
@@ -186,7 +187,7 @@ impl AppendFile {
         Ok(Self { path, file, len, waiting: Vec::new() })
     }
 
-    /// Appends what waits, then `text`. On an error the file holds what it held before.
+    /// Appends the waiting text, then `text`. On an error the file is as before.
     pub fn append(&mut self, text: &str) -> Result<()> {
         self.waiting.extend_from_slice(text.as_bytes());
         if self.waiting.is_empty() {
@@ -201,14 +202,14 @@ impl AppendFile {
         Ok(())
     }
 
-    /// Appends what waits and syncs.
+    /// Appends the waiting text and syncs.
     pub fn sync(&mut self) -> Result<()> {
         self.append("")?;
         self.file.sync_all().map_err(|e| Error::io(&self.path, e))
     }
 }
 
-/// "512 B", "3.4 KiB", "20.0 MiB", "1.25 GiB": a size in a unit that shows it.
+/// A size in the largest fitting unit: "512 B", "3.4 KiB", "20.0 MiB", "1.25 GiB".
 pub fn size_text(bytes: u64) -> String {
     let b = bytes as f64;
     match bytes {
@@ -219,22 +220,23 @@ pub fn size_text(bytes: u64) -> String {
     }
 }
 
-/// Reads a whole file; the error carries its path.
+/// Reads a whole file. The error names the path.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     std::fs::read(path.as_ref()).map_err(|e| Error::io(path, e))
 }
 
-/// Maps a file to be read.
+/// Maps a file for reading.
 pub fn map(path: impl AsRef<Path>) -> Result<memmap2::Mmap> {
     let path = path.as_ref();
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // SAFETY: the map is read-only and belongs to the caller. A file that another process cuts
-    // while it is mapped ends this process with SIGBUS; there is no undefined value. Our own files
-    // are replaced, never changed in place; those of a user are the user's.
+    // SAFETY: the map is read-only and belongs to the caller. If another process truncates the file
+    // while it is mapped, SIGBUS ends this process; no undefined value is read. The engine replaces
+    // its own files and never changes them in place; files of the user are the user's
+    // responsibility.
     unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))
 }
 
-/// The folder that holds `path` (`.` for a bare name).
+/// The folder of `path` (`.` for a bare name).
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
@@ -300,7 +302,7 @@ mod tests {
         let path = dir.path().join("log");
         let mut log = AppendFile::open(&path).unwrap();
         log.append("one\n").unwrap();
-        // A file that takes no writes stands for a full disk.
+        // A file handle that refuses writes stands for a full disk.
         let whole = std::mem::replace(&mut log.file, File::open(&path).unwrap());
         assert!(log.append("two\n").is_err() && log.sync().is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"one\n");

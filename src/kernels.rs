@@ -1,10 +1,11 @@
-//! The typed launchers that build.rs generates from the signatures in `kernels/*.cu`, one function
-//! and one struct of named arguments a kernel, and the constants that `kernels/` exports. Layer 2.
+//! The typed launchers that build.rs generates from the signatures in `kernels/*.cu`: one function
+//! and one struct of named arguments for each kernel, and the constants that `kernels/` exports.
+//! Layer 2.
 //!
-//! Invariant: a wrong number or kind of argument does not compile; a wrong dtype is an `Err` that
+//! Invariant: a wrong number or kind of arguments does not compile; a wrong dtype is an error that
 //! names the argument.
 
-// The launchers' docs are the heads of the kernels: brackets there are indices.
+// The docs of the launchers are the heads of the kernels, in which brackets are indices.
 #![allow(rustdoc::broken_intra_doc_links)]
 
 use std::marker::PhantomData;
@@ -33,7 +34,7 @@ fn select(
     )))
 }
 
-/// The address of a tensor of the kernel's dtype; 0 where there is none.
+/// The address of a tensor, whose dtype must be the kernel's; 0 if the tensor is absent.
 fn argument(kernel: &KernelDef, name: &str, tensor: Option<&Tensor>, dtype: DType) -> Result<u64> {
     let Some(tensor) = tensor else { return Ok(0) };
     if tensor.dtype() != dtype {
@@ -48,7 +49,7 @@ fn argument(kernel: &KernelDef, name: &str, tensor: Option<&Tensor>, dtype: DTyp
     Ok(tensor.address())
 }
 
-/// A matrix in memory and the box of it that a kernel's bulk copies (TMA) move: its tensor map.
+/// A tensor map: a matrix in memory and the box of it that the bulk copies (TMA) of a kernel move.
 #[derive(Clone, Copy, Debug)]
 pub struct Boxes<'a> {
     map: TensorMap,
@@ -73,7 +74,7 @@ impl<'a> Boxes<'a> {
         Boxes { map, dtype: t.dtype(), tensor: PhantomData }
     }
 
-    /// Whether bulk copies can reach it: address and rows begin at multiples of 16 bytes.
+    /// Whether bulk copies can read `t`: its address and its rows are aligned to 16 bytes.
     pub fn fit(t: &Tensor) -> bool {
         t.address().is_multiple_of(16) && (t.stride() * t.dtype().size()).is_multiple_of(16)
     }

@@ -3,21 +3,22 @@
 //! Invariant: a random number is a function of a key and a counter; there is no state to
 //! checkpoint. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
-// The tags of `kernels/prim/rng.cuh`: what a kernel's draw is for, in the last word of its counter.
+// The tags of `kernels/prim/rng.cuh`: the last word of a kernel's counter says what the draw is
+// for.
 include!(concat!(env!("OUT_DIR"), "/rng_tags.rs"));
 
-/// The last word of the counter of the host's draws. Those of kernels differ from them (and from
-/// one another) in the top byte; a test holds all of them apart.
+/// The last word of the counter of draws on the host. The tags of kernels differ from these and
+/// from each other in the top byte; a test checks this.
 pub mod tag {
-    /// The order of free cache pages, which results do not depend on.
+    /// The order of free cache pages. Results do not depend on it.
     pub const PAGE_ORDER: u32 = 0;
-    /// Normal numbers of a new parameter.
+    /// Normal numbers for a new parameter.
     pub const INIT_NORMAL: u32 = 0x0300_0000;
-    /// Uniform numbers of a new parameter.
+    /// Uniform numbers for a new parameter.
     pub const INIT_UNIFORM: u32 = 0x0301_0000;
-    /// The quickstart's rows.
+    /// The rows of the quickstart.
     pub const QUICKSTART: u32 = 0x0500_0000;
-    /// Operands of the check of a library product ("gemm").
+    /// The operands with which a library product is checked ("gemm").
     pub const PRODUCT_CHECK: u32 = 0x6765_6d6d;
     /// The seed of an environment's episode ("env").
     pub const ENVIRONMENT: u32 = 0x656e_7600;
@@ -29,21 +30,21 @@ pub mod tag {
     pub const ROW_ORDER: u32 = 0x6F72_6472;
 }
 
-/// What a run's seed is xor-ed with where one kind of draw needs several streams of its own.
+/// XOR-ed with the seed of a run where one tag needs several independent streams.
 pub mod seed {
-    /// The order of the rows of a mixture's sources ("mix").
+    /// The row order of a mixture's sources ("mix").
     pub const MIXTURE: u64 = 0x6d_69_78;
     /// The order of rollouts in a pass over them ("roll").
     pub const ROLLOUTS: u64 = 0x726f_6c6c;
-    /// Prompts that dynamic sampling takes in addition ("dyna").
+    /// The additional prompts of dynamic sampling ("dyna").
     pub const DYNAMIC: u64 = 0x6479_6e61;
     /// The order of PPO's sequences ("ppo").
     pub const PPO: u64 = 0x70_70_6f;
-    /// The examples before a multiple-choice question ("shot").
+    /// The few-shot examples of a multiple-choice question ("shot").
     pub const SHOTS: u64 = 0x7368_6f74;
 }
 
-/// Four 32-bit numbers from key (two words) and counter (four words).
+/// Four 32-bit random numbers from a key (two words) and a counter (four words).
 pub fn philox(mut key: [u32; 2], mut c: [u32; 4]) -> [u32; 4] {
     for _ in 0..10 {
         let p0 = u64::from(c[0]) * 0xD251_1F53;
@@ -59,7 +60,7 @@ pub fn philox(mut key: [u32; 2], mut c: [u32; 4]) -> [u32; 4] {
     c
 }
 
-/// A uniform number in (0, 1) from 24 of the 32 bits, as the kernels draw it.
+/// A uniform number in (0, 1) from the upper 24 bits, as in the kernels.
 pub fn uniform(bits: u32) -> f32 {
     ((bits >> 8) as f32 + 0.5) * 5.960_464_5e-8
 }
@@ -74,7 +75,7 @@ mod tests {
         let mut tags = vec![tag::PAGE_ORDER, tag::INIT_NORMAL, tag::INIT_UNIFORM];
         tags.extend([tag::QUICKSTART, tag::ON_POLICY, tag::ROW_ORDER, tag::PRODUCT_CHECK]);
         tags.push(tag::ENVIRONMENT);
-        // A dropout's site fills the low bits of its tag.
+        // The site of a dropout fills the low bits of its tag.
         for kernel in kernels {
             assert!(tags.iter().all(|t| t >> 24 != kernel >> 24), "{kernel:#010x} is taken");
             assert_eq!(kernel << 8, 0, "{kernel:#010x} has more than its top byte");

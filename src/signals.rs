@@ -1,6 +1,7 @@
-//! Ctrl-C, SIGTERM and SIGHUP end a run with a clean checkpoint; a second one ends it at once. Layer 0.
+//! Ctrl-C, SIGTERM and SIGHUP end a run with a clean checkpoint; a second signal ends it at once.
+//! Layer 0.
 //!
-//! Invariant: the first signal only sets a flag, which the training loop looks at between
+//! Invariant: the first signal only sets a flag, which the training loop checks between
 //! micro-batches.
 
 #![deny(missing_docs)]
@@ -13,20 +14,20 @@ use signal_hook::flag;
 
 use crate::error::{Error, Result};
 
-/// Whether someone asked the run to stop.
+/// Whether the run was asked to stop.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     flag: Arc<AtomicBool>,
 }
 
 impl Stop {
-    /// Watches SIGINT, SIGTERM and SIGHUP (a lost terminal) from here on. The second signal exits with 130 without waiting
-    /// for anything.
+    /// Handles SIGINT, SIGTERM and SIGHUP (a lost terminal) from now on. The second signal exits at
+    /// once with code 130.
     pub fn on_signals() -> Result<Stop> {
         let stop = Stop::default();
         for signal in [SIGINT, SIGTERM, SIGHUP] {
-            // In this order: the first signal finds the flag unset, passes the shutdown by, and
-            // sets it.
+            // The order matters: at the first signal the shutdown handler sees an unset flag and
+            // does nothing, then the second handler sets the flag.
             let registered = flag::register_conditional_shutdown(signal, 130, stop.flag.clone())
                 .and_then(|_| flag::register(signal, stop.flag.clone()));
             registered
@@ -35,22 +36,22 @@ impl Stop {
         Ok(stop)
     }
 
-    /// From here on a write beyond a file-size limit (`ulimit -f`) is an error of that write. The
-    /// signal's default ends the process without a word.
+    /// Turns a write beyond a file-size limit (`ulimit -f`) into an error of that write. By default
+    /// the signal ends the process without a message.
     pub fn ignore_file_size_signal() -> Result<()> {
-        // Caught rather than ignored: programs that this one starts keep the default.
+        // A handler rather than "ignore": child processes keep the default action.
         let nothing = Arc::new(AtomicBool::new(false));
         flag::register(SIGXFSZ, nothing)
             .map(drop)
             .map_err(|e| Error::Run(format!("signal {SIGXFSZ} cannot be watched: {e}")))
     }
 
-    /// Whether the run is to end.
+    /// Whether the run should end.
     pub fn requested(&self) -> bool {
         self.flag.load(Ordering::Relaxed)
     }
 
-    /// As a signal would.
+    /// Asks the run to end, as a signal does.
     pub fn request(&self) {
         self.flag.store(true, Ordering::Relaxed);
     }

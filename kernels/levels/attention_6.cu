@@ -1,21 +1,21 @@
-// Causal attention, level 6: two consumers in ping-pong. bf16 and sm_90a only.
+// Causal attention, level 6: two consumers, and products under the softmax. bf16 and sm_90a only.
 //
-// Changes  Two warpgroups take turns on the tensor cores: the products of one run during the softmax of the other. Within each,
-//          S of a step is started together with P V of the previous step, which runs during its own softmax.
+// Changes  Within a warpgroup, S of a step is started together with P V of the previous step, which runs during the softmax of S.
+//          Two warpgroups share K and V, and an SM has two such blocks: the products of one run during the softmax of the others.
 // Math     as attention_4.cu
 // Shapes   as attention_5.cu
-// Plan     A consumer owns 64 of 128 queries, the first one has one step less; 64 keys per step, five stages. Named barrier 1 + w
-//          is consumer w's turn: it waits there, and the other one arrives there once its products are started. A thread of
-//          consumer 0 starts the copies, two steps ahead: with the registers of a producer warpgroup a second block would not fit
-//          on the SM
+// Plan     A consumer owns 64 of 128 queries, the first one has one step less; 64 keys per step, five stages. A thread of consumer
+//          0 starts the copies, three steps ahead: with the registers of a producer warpgroup a second block would not fit on the SM
 // Numerics bit for bit those of attention_4.cu
-// Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: 307 TFLOP/s, 0.38 of the ceiling of 800 (370 predicted), as
-//          kernels/attention_hopper.cu (374), which leaves the turns to the scheduler. sm_90a: 113 registers, no spills.
+// Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: with turns at the tensor cores, which the consumers gave each
+//          other by named barriers (ping-pong), 307 TFLOP/s, less than level 5: waiting for a turn cost more than the order was
+//          worth, since the four warpgroups of an SM mix by themselves. Without turns, as kernels/attention_hopper.cu (347), the
+//          same is *predicted*, not measured.
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"
 
 #if defined(REAL_BF16) && defined(HOPPER)
-constexpr int DIM = 64, SIDE = 64, STAGES = 5, AHEAD = 2;
+constexpr int DIM = 64, SIDE = 64, STAGES = 5, AHEAD = STAGES - 2;
 constexpr int TILE = SIDE * DIM;
 typedef float Flat[SIDE / 2];  // 64 x 64 accumulators in the type that wgmma takes
 
@@ -52,7 +52,7 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
   block_sync();
   const int first = (gridDim.x - 1 - blockIdx.x) * 2 * SIDE, steps = first / SIDE + 2, base = blockIdx.y * t;
 
-  // Called by one thread. The stage was last used STAGES - AHEAD steps ago; both consumers have long finished with it.
+  // Called by one thread. Consumer 0 released this stage one step ago; the wait is for consumer 1.
   auto start = [&](int step) {
     if (step >= steps) return;
     const int stage = step % STAGES;
@@ -67,7 +67,7 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
 
   const int w = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int position[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
-  const int both = steps - 1, mine = both + w;  // the steps that both take; the last step is consumer 1's alone
+  const int mine = steps - 1 + w;  // the last step is consumer 1's alone
   const float factor = score_factor(scale, 0.f);
   OnlineSoftmax softmax;
   float sum[DIM / 8][4], s[SIDE / 8][4], alpha[2];
@@ -78,14 +78,11 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
     for (int e = 0; e < 4; ++e) sum[d][e] = 0.f;
   const bf16* my_q = tq + w * TILE;
 
-  // Waits until the stage is full and it is this consumer's turn.
-  auto turn = [&](int step) {
+  auto ready = [&](int step) {
     mbarrier_wait(full + step % STAGES, step / STAGES & 1);
-    if (step < both) named_barrier(1 + w, 256);
     wgmma_fence();
   };
-  auto pass_turn = [&](int step) {
-    if (step + w < both) named_barrier_arrive(2 - w, 256);
+  auto copy_ahead = [&](int step) {
     if (threadIdx.x == 0) start(step + AHEAD);
   };
   auto weights = [&](int step) {
@@ -93,19 +90,18 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
     hide_scores(s, position, t, step * SIDE);
     return softmax.step(s, alpha, factor);
   };
-  if (w == 1) named_barrier_arrive(1, 256);  // consumer 0 begins
-  turn(0);
+  ready(0);
   start_scores(s, my_q, tk);
-  pass_turn(0);
+  copy_ahead(0);
   wgmma_wait<0>();
   weights(0);
   pack(p, s);
   for (int step = 1; step < mine; ++step) {
     const int before = (step - 1) % STAGES;
-    turn(step);
+    ready(step);
     start_scores(s, my_q, tk + step % STAGES * TILE);
     start_sums(sum, p, tv + before * TILE);
-    pass_turn(step);
+    copy_ahead(step);
     wgmma_wait<1>();  // S is done, P V still runs
     if (warp_any(weights(step))) {
       // One wait per branch: the compiler would move a single wait before the branch to before the softmax.

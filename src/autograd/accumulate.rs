@@ -1,7 +1,7 @@
-//! Adding a gradient to the buffer of another: the one kernel call that the tape makes itself.
-//! Layer 3.
+//! Adds one gradient to the buffer of another. These are the only kernels that the tape launches
+//! itself. Layer 3.
 //!
-//! Invariant: parameter gradients are f32 whatever the storage type; a sum is rounded once, when it
+//! Invariant: parameter gradients are f32 for every storage dtype; a sum is rounded once, when it
 //! is stored.
 
 use super::context::Cx;
@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::tensor::Tensor;
 
-/// `slot = grad`, or `slot += grad`; any of F32 and BF16, converted.
+/// `slot = grad`, or `slot += grad` with `accumulate`. Both have one dtype, or `slot` is F32 and
+/// `grad` is BF16. Error: any other pair of dtypes.
 pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Result<()> {
     let n = slot.numel() as i64;
     let acc = i32::from(accumulate);
@@ -31,7 +32,7 @@ pub fn add_into(cx: &Cx, slot: &Tensor, grad: &Tensor, accumulate: bool) -> Resu
     Err(Error::op("add_into", format!("{grad:?} into {slot:?}")))
 }
 
-/// A thread for each 16 bytes of `t`.
+/// One thread for each 16 bytes of `t`.
 pub fn flat(t: &Tensor) -> Launch {
     Launch::flat(t.numel().div_ceil(kernels::pack_width(t.dtype().size())))
 }

@@ -1,8 +1,8 @@
-//! The context that is passed to everything: device, memory, storage dtype, the tape if there is
-//! one, the random key. Layer 3.
+//! The context that every computation receives: device, memory, storage dtype, tape (if one is
+//! recorded) and random key. Layer 3.
 //!
-//! Invariant: state is passed, never global. Whatever changes from step to step lies in device
-//! memory (`rng`).
+//! Invariant: state is passed, never global. Values that change from step to step are in device
+//! memory (`rng`), so that a recorded step can be replayed.
 
 #![deny(missing_docs)]
 
@@ -19,20 +19,20 @@ use crate::observer::{Observer, Terminal};
 use crate::signals::Stop;
 use crate::tensor::{Id, Tensor};
 
-/// What a backward pass computes again instead of keeping.
+/// What the backward pass recomputes instead of keeping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recompute {
     /// Nothing.
     Off,
-    /// The outputs of norms and activations, which their ops make again from what those keep
-    /// anyway, for about the time of a copy.
+    /// The outputs of norms and activations. Their ops recompute them from tensors that are kept
+    /// anyway, in about the time of a copy.
     Light,
-    /// The activations inside each layer, from the layer's input.
+    /// All activations inside a layer, from the input of the layer.
     Layers,
 }
 
 impl Recompute {
-    /// As `gradient_checkpointing` says it.
+    /// The value of the option `gradient_checkpointing`.
     pub fn word(self) -> &'static str {
         match self {
             Recompute::Off => "false",
@@ -42,47 +42,48 @@ impl Recompute {
     }
 }
 
-/// Values of operands by pattern (its number), rows and columns.
+/// Values of test operands by pattern number, columns and stride.
 pub type ProductPatterns = Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>;
 
-/// Forward products whose kernel is chosen once (`matmul=exact`).
+/// A class of forward products that share one choice of kernel (`matmul=exact`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProductShape {
-    /// Up to so many rows.
+    /// Upper bound of the number of rows.
     pub rows: usize,
-    /// Just so many, to which the steps of a decoder are padded.
+    /// `rows` is the exact number, a size to which decode steps are padded.
     pub padded: bool,
     /// Columns of the result.
     pub n: usize,
     /// The inner dimension.
     pub k: usize,
-    /// Of the operands.
+    /// Dtype of the operands.
     pub input: DType,
-    /// Of the result.
+    /// Dtype of the result.
     pub output: DType,
 }
 
-/// Whose kernel was fastest.
+/// The fastest kernel for a [`ProductShape`].
 #[derive(Clone, Copy, Debug)]
 pub struct ProductChoice {
-    /// The number of one of the engine's own; None: the library's.
+    /// Number of the engine's own kernel. None: the library's kernel is the fastest.
     pub own: Option<u32>,
-    /// Microseconds.
+    /// Median time in microseconds.
     pub time: f32,
 }
 
-/// What checking the library's matrix products takes (`matmul=exact`).
+/// State for verifying the library's matrix products (`matmul=exact`).
 #[derive(Default)]
 pub struct ProductCheck {
-    /// Work space, kept from check to check.
+    /// Work space that is reused by the next check.
     pub pool: Mutex<Option<Arc<Pool>>>,
-    /// Values of operands by their kind, columns and stride.
+    /// Values of the operands, by pattern, columns and stride.
     pub patterns: ProductPatterns,
-    /// What the clock said of products that were timed.
+    /// Choices made by timing.
     pub choices: Mutex<HashMap<ProductShape, ProductChoice>>,
-    /// Shapes that the library computes.
+    /// Number of shapes that the library computes.
     pub library: AtomicUsize,
-    /// Shapes for which its faster algorithms have other bits than the own kernel.
+    /// Number of shapes that the library may not compute: its faster algorithms have other bits
+    /// than the engine's own kernel.
     pub own: AtomicUsize,
 }
 
@@ -90,34 +91,34 @@ pub struct ProductCheck {
 pub struct Cx {
     /// Runs the kernels.
     pub device: Arc<dyn Device>,
-    /// Device memory.
+    /// The allocator of device memory.
     pub pool: Arc<Pool>,
     /// Storage type of activations and of the weights that kernels read: F32 or BF16.
     pub dtype: DType,
-    /// Which matrix products are used.
+    /// Which implementation computes matrix products.
     pub matmul: MatmulChoice,
-    /// What `matmul=exact` holds.
+    /// State of the checks for `matmul=exact`.
     pub product_check: ProductCheck,
-    /// Which attention kernels are used.
+    /// Which attention kernels run.
     pub attention: AttentionChoice,
-    /// What the backward pass computes again.
+    /// What the backward pass recomputes.
     pub recompute: Recompute,
-    /// Ops are recorded while there is one.
+    /// Ops are recorded while this is Some.
     pub tape: Option<Tape>,
     /// Gradient buffers by parameter set.
     pub param_grads: ParamGradSets,
     /// I32 `[4]` on the device: seed low, seed high, step, micro-step. Read by every random kernel.
     pub rng: Tensor,
-    /// Hears of what happens.
+    /// Receives the messages of a run.
     pub observer: Arc<dyn Observer>,
-    /// Ends what waits, as for a reward.
+    /// Ends long waits, such as the wait for a reward.
     pub stop: Stop,
     next_site: u32,
 }
 
 impl Cx {
-    /// A context on the device that `options` name, with their dtype, matmul and attention; it
-    /// tells the observer which device that is. Errors: the device is not there.
+    /// A context on the device that `options` name, with their dtype, matmul and attention. Reports
+    /// the device to the observer. Error: the device cannot be opened.
     pub fn open(options: &TrainingConfig, observer: Arc<dyn Observer>) -> Result<Cx> {
         let mut cx = Cx::on(device::open(options.device)?, options)?;
         observer.info(&format!("device: {}, {}", cx.device.name(), cx.dtype.name()));
@@ -137,7 +138,7 @@ impl Cx {
         Ok(cx)
     }
 
-    /// A context with the engine's own choice of kernels.
+    /// A context that lets the engine choose the kernels. `dtype`: F32 or BF16.
     pub fn new(device: Arc<dyn Device>, dtype: DType) -> Result<Cx> {
         let pool = Pool::new(device.clone());
         let rng = Tensor::from_host(&pool, "rng key", DType::I32, &[4], &[0u32; 4])?;
@@ -158,45 +159,46 @@ impl Cx {
         })
     }
 
-    /// Sets the random key of the step; sites count from 0 again.
+    /// Sets the random key of the step and restarts the count of random ops at 0.
     pub fn set_rng(&mut self, seed: u64, step: u32, micro_step: u32) -> Result<()> {
         self.next_site = 0;
         self.rng.upload(&[seed as u32, (seed >> 32) as u32, step, micro_step])
     }
 
-    /// A number for the next random op of this step; the node keeps it, so recomputation draws the
-    /// same numbers.
+    /// A number for the next random op of this step. The node stores it, so recomputation draws the
+    /// same random numbers.
     pub fn next_site(&mut self) -> u32 {
         self.next_site += 1;
         self.next_site - 1
     }
 
-    /// New activation memory of the storage dtype.
+    /// A new tensor of the storage dtype; contents undefined.
     pub fn real(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         Tensor::new(&self.pool, name, self.dtype, shape)
     }
 
-    /// New F32 memory.
+    /// A new F32 tensor; contents undefined.
     pub fn float(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         Tensor::new(&self.pool, name, DType::F32, shape)
     }
 
-    /// I32 values on the device.
+    /// A new I32 vector on the device.
     pub fn ints(&self, name: &str, data: &[i32]) -> Result<Tensor> {
         Tensor::from_host(&self.pool, name, DType::I32, &[data.len()], data)
     }
 
-    /// Work space that lives as long as the handle.
+    /// Work space. The memory is freed when the tensor is dropped.
     pub fn scratch(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<Tensor> {
         Tensor::new(&self.pool, name, dtype, shape)
     }
 
-    /// Runs an op's forward and records it if there is a tape and some input wants a gradient.
+    /// Runs the forward of an op, and records it if a tape is present and some input needs a
+    /// gradient.
     pub fn apply(&mut self, op: impl Op + 'static, x: &[&Tensor]) -> Result<Vec<Tensor>> {
         self.apply_dyn(Arc::new(op), x)
     }
 
-    /// As [`Cx::apply`], for an op that is shared.
+    /// [`Cx::apply`] for a shared op.
     pub fn apply_dyn(&mut self, op: Arc<dyn Op>, x: &[&Tensor]) -> Result<Vec<Tensor>> {
         let wants = |t: &&Tensor| match t.id() {
             Id::Constant => false,
@@ -217,7 +219,7 @@ impl Cx {
         Ok(fwd.outputs)
     }
 
-    /// As [`Cx::apply`], for ops with `N` outputs.
+    /// [`Cx::apply`] for an op with `N` outputs.
     pub fn apply_many<const N: usize>(
         &mut self,
         op: impl Op + 'static,
@@ -228,12 +230,12 @@ impl Cx {
         self.apply(op, x)?.try_into().map_err(wrong)
     }
 
-    /// As [`Cx::apply`], for ops with one output.
+    /// [`Cx::apply`] for an op with one output.
     pub fn apply1(&mut self, op: impl Op + 'static, x: &[&Tensor]) -> Result<Tensor> {
         self.apply_many(op, x).map(|[y]| y)
     }
 
-    /// Backward from the seeds through the recorded tape, which ends.
+    /// Runs the backward pass from the seeds (values and their gradients) and consumes the tape.
     pub fn backward(&mut self, seeds: Vec<(Tensor, Tensor)>) -> Result<()> {
         match self.tape.take() {
             Some(tape) => tape.backward(self, seeds),

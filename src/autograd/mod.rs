@@ -1,8 +1,7 @@
-//! Recording and differentiation: the context passed to everything, the tape, the trait of an op.
-//! Layer 3.
+//! Recording and differentiation: the context, the tape and the trait of an op. Layer 3.
 //!
-//! Invariant: the only circle between files of the project lies in this folder: the context runs
-//! ops, ops record on the tape, the tape runs backwards over ops in the context.
+//! Invariant: this folder holds the only import cycle of the project: the context runs ops, ops are
+//! recorded on the tape, and the tape runs the backward of ops in the context.
 
 mod accumulate;
 mod context;

@@ -10,48 +10,48 @@ use super::tape::{Grads, Node};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// Whether there is a tape, and which inputs want gradients.
+/// Whether a tape records, and which inputs need gradients.
 pub struct Need {
     pub tape: bool,
     pub inputs: Vec<bool>,
 }
 
-/// What a forward gives: its outputs, and what its backward will need.
+/// The result of a forward: its outputs, and the tensors that its backward needs.
 pub struct Fwd {
     pub outputs: Vec<Tensor>,
     pub saved: Vec<Tensor>,
 }
 
-/// The gradients that reach the outputs of a node; None: zero.
+/// The gradients of a node's outputs. None: zero.
 pub type Upstream = [Option<Tensor>];
 
 pub trait Op: Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
-    /// Checks shapes, runs the kernels. `saved` may be empty unless `need.tape`.
+    /// Checks shapes and runs the kernels. `saved` may be empty unless `need.tape`.
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd>;
 
-    /// Writes the gradients of the inputs that want one into `g`, from the upstream gradients `dy`
-    /// (None: zero).
+    /// Writes the gradients of the inputs that need one into `g`, from the gradients `dy` of the
+    /// outputs (None: zero).
     fn backward(&self, _cx: &mut Cx, _node: &Node, _dy: &Upstream, _g: &mut Grads) -> Result<()> {
         Err(Error::op(self.name(), "is a state writer and has no backward"))
     }
 
-    /// Whether [`Op::recompute_output`] can make output `k` again, for about the time of a copy.
+    /// Whether [`Op::recompute_output`] can recompute output `k` in about the time of a copy.
     fn recomputes_output(&self, _k: usize) -> bool {
         false
     }
 
-    /// Output `k` again, bit for bit, from what the forward saved in `node`.
+    /// Recomputes output `k`, bit for bit, from what the forward saved in `node`.
     fn recompute_output(&self, _cx: &mut Cx, _node: &Node, k: usize) -> Result<Tensor> {
         Err(Error::op(self.name(), format!("does not recompute output {k}")))
     }
 
-    /// The definition, in naive f64; `round` stands wherever the kernel's Numerics says that a
-    /// value is stored.
+    /// The definition, in naive f64. `round` is applied wherever the kernel's Numerics section says
+    /// that a value is stored.
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64>;
 
-    /// Bytes moved and flops done by a forward without a tape on these inputs: for rooflines.
+    /// Bytes moved and flops of a forward without a tape on these inputs, for rooflines.
     fn cost(&self, x: &[&Tensor]) -> Cost;
 }
 
@@ -62,7 +62,7 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Each input read once and `written` bytes written: the roofline of a memory-bound op.
+    /// Cost of a memory-bound op: each input is read once and `written` bytes are written.
     pub fn memory(x: &[&Tensor], written: usize) -> Cost {
         Cost { bytes: (x.iter().map(|t| t.bytes()).sum::<usize>() + written) as f64, flops: 0.0 }
     }

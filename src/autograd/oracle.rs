@@ -1,11 +1,11 @@
-//! Arithmetic of the oracles: arrays of f64 on the host, and where values are rounded. Layer 3.
+//! Arithmetic of the oracles: f64 arrays on the host, and rounding to stored dtypes. Layer 3.
 //!
-//! Invariant: naive and obvious; an oracle shares no code with a kernel.
+//! Invariant: the code is naive and obvious; an oracle shares no code with a kernel.
 
-/// How a reference stores a value.
+/// How an oracle rounds a value where the kernel stores one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Round {
-    /// Not at all: the oracle.
+    /// No rounding: the exact oracle.
     None,
     F32,
     Bf16,
@@ -21,7 +21,7 @@ impl Round {
     }
 }
 
-/// A host array of a reference: indices are stored as f64 too.
+/// A host array of an oracle. Indices are stored as f64, too.
 #[derive(Clone, Debug, PartialEq)]
 pub struct F64 {
     pub data: Vec<f64>,

@@ -1,10 +1,10 @@
-//! The tape: a list of what was computed, as data, from which gradients are computed backwards.
-//! Layer 3.
+//! The tape: the list of recorded ops, over which the backward pass runs. Layer 3.
 //!
-//! Invariant: a node owns all that its backward needs; a node's memory is freed as soon as its
-//! backward has run, but for outputs that their ops make again ([`Op::recomputes_output`]). A
-//! checkpointed segment keeps only the values that enter it and runs its own
-//! forward again, from the same data, so the gradients have the same bits as without checkpointing.
+//! Invariant: a node owns everything that its backward needs. The memory of a node is freed as soon
+//! as its backward has run, except for outputs that their ops recompute
+//! ([`Op::recomputes_output`]). A checkpointed segment keeps only the values that enter it and
+//! repeats its forward from the same data, so the gradients have the same bits as without
+//! checkpointing.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -22,15 +22,16 @@ pub struct Node {
     pub op: Arc<dyn Op>,
     pub inputs: Vec<Input>,
     pub outputs: Vec<u32>,
-    /// What the op's forward kept for its backward. Empty while its segment waits for
+    /// The tensors that the forward kept for the backward. Empty while the segment waits for
     /// recomputation.
     pub saved: Vec<Tensor>,
-    /// What was taken out of `saved` because the op that made it makes it again, in order.
+    /// Tensors that were removed from `saved` because the op that made them can recompute them.
+    /// Sorted by slot.
     omitted: Vec<Omitted>,
     segment: Option<usize>,
 }
 
-/// A tensor that belongs in a node's `saved`.
+/// Describes a tensor that was removed from a node's `saved`.
 struct Omitted {
     slot: usize,
     value: u32,
@@ -42,8 +43,8 @@ pub struct Input {
     pub dtype: DType,
     pub shape: Dims,
     pub needs_grad: bool,
-    /// Kept for constants and parameters (their memory lives on anyway); None for values of the
-    /// tape.
+    /// Kept for constants and parameters, whose memory stays allocated anyway. None for values of
+    /// the tape.
     tensor: Option<Tensor>,
 }
 
@@ -53,7 +54,7 @@ pub struct Tape {
     values: u32,
     segments: Vec<Segment>,
     open: Option<usize>,
-    /// Values that their ops can make again: node, output and number of elements.
+    /// Values that their ops can recompute: node, output and number of elements.
     remakable: HashMap<u32, (usize, usize, usize)>,
 }
 
@@ -61,13 +62,13 @@ pub struct Tape {
 struct Segment {
     first: usize,
     dropped: bool,
-    /// Values made outside that nodes inside read.
+    /// Values from outside the segment that nodes inside read.
     boundary: HashMap<u32, Tensor>,
 }
 
 impl Tape {
-    /// Records one application and gives its outputs their ids. With `light`, what an earlier op
-    /// can make again is not kept: see [`Op::recomputes_output`].
+    /// Records one application of an op and gives the outputs their ids. With `light`, tensors that
+    /// an earlier op can recompute are not kept; see [`Op::recomputes_output`].
     pub fn push(
         &mut self,
         op: Arc<dyn Op>,
@@ -108,7 +109,7 @@ impl Tape {
         self.nodes.push(Node { op, inputs, outputs: ids, saved, omitted, segment: self.open });
     }
 
-    /// Takes what can be made again out of `saved`.
+    /// Removes from `saved` what can be recomputed, and describes what was removed.
     fn omit(&self, saved: &mut Vec<Tensor>) -> Vec<Omitted> {
         let of = |t: &Tensor| {
             let Id::Value(value) = t.id() else { return None };
@@ -126,8 +127,8 @@ impl Tape {
         omitted
     }
 
-    /// Puts back what was taken out of a node's `saved`. `made` holds what was made again until the
-    /// op that made it has run backwards.
+    /// Puts back what [`Tape::omit`] removed from a node's `saved`. `made` keeps a recomputed
+    /// tensor until the backward of the op that made it has run.
     fn restore(&self, cx: &mut Cx, node: &mut Node, made: &mut HashMap<u32, Tensor>) -> Result<()> {
         for one in std::mem::take(&mut node.omitted) {
             if let std::collections::hash_map::Entry::Vacant(e) = made.entry(one.value)
@@ -142,8 +143,8 @@ impl Tape {
         Ok(())
     }
 
-    /// From here to [`Tape::end_segment`] nothing is kept but what enters: it is computed again on
-    /// the way back.
+    /// Starts a checkpointed segment, which ends at [`Tape::end_segment`]. Only the values that
+    /// enter it are kept; the backward pass recomputes the others.
     pub fn begin_segment(&mut self) {
         self.open = Some(self.segments.len());
         self.segments.push(Segment { first: self.nodes.len(), ..Segment::default() });
@@ -158,11 +159,11 @@ impl Tape {
         }
     }
 
-    /// One line a node: op, input and output shapes, bytes held.
+    /// One line for each node: op, shapes of inputs and outputs, bytes held.
     pub fn describe(&self) -> String {
         let mut text = String::new();
-        // Nodes share what they hold (one's output is the next one's input): the total counts each
-        // address once.
+        // Nodes share tensors (the output of one is the input of the next), so the total counts
+        // each address once.
         let mut unique: HashMap<u64, usize> = HashMap::new();
         let mut keep = |t: &Tensor| {
             let bytes = unique.entry(t.address()).or_default();
@@ -215,8 +216,8 @@ impl Tape {
         self.nodes.is_empty()
     }
 
-    /// Walks the tape backwards from `seeds` (a value and its upstream gradient) and adds up
-    /// parameter gradients in `cx.param_grads`. The tape is consumed.
+    /// Runs the backward pass from `seeds` (a value and its gradient) and accumulates the gradients
+    /// of parameters in `cx.param_grads`. Consumes the tape.
     pub fn backward(mut self, cx: &mut Cx, seeds: Vec<(Tensor, Tensor)>) -> Result<()> {
         self.end_segment();
         let mut values: HashMap<u32, Tensor> = HashMap::new();
@@ -257,7 +258,7 @@ impl Tape {
         Ok(())
     }
 
-    /// Runs a dropped segment's forward again and fills in what its nodes save.
+    /// Repeats the forward of a dropped segment and restores what its nodes save.
     fn recompute(&mut self, cx: &mut Cx, s: usize) -> Result<()> {
         let first = self.segments[s].first;
         let mut known = std::mem::take(&mut self.segments[s].boundary);
@@ -286,12 +287,13 @@ impl Tape {
     }
 }
 
-/// Gradient buffers of one parameter set: views of one f32 arena, in parameter order; None where
-/// frozen.
+/// Gradient buffers of one parameter set: views of one f32 arena, in the order of the parameters.
+/// None for a frozen parameter.
 #[derive(Default)]
 pub struct ParamGrads {
     pub slots: Vec<Option<Tensor>>,
-    /// True once something was written since the last [`ParamGrads::reset`]: later writers add.
+    /// True if the buffer was written since the last [`ParamGrads::reset`], so later writers add to
+    /// it.
     pub touched: Vec<bool>,
 }
 
@@ -300,20 +302,20 @@ impl ParamGrads {
         ParamGrads { touched: vec![false; slots.len()], slots }
     }
 
-    /// Starts a new step. Nothing is cleared: the first writer overwrites.
+    /// Starts a new step. Nothing is cleared, because the first writer overwrites.
     pub fn reset(&mut self) {
         self.touched.fill(false);
     }
 
-    /// The buffer of a parameter and whether to add to it; None if it is frozen. Marks it as
-    /// written.
+    /// The buffer of a parameter, and whether to add to it. None if the parameter is frozen. Marks
+    /// the buffer as written.
     pub fn slot(&mut self, index: u32) -> Option<(Tensor, bool)> {
         let tensor = self.slots.get(index as usize)?.clone()?;
         let accumulate = std::mem::replace(&mut self.touched[index as usize], true);
         Some((tensor, accumulate))
     }
 
-    /// Zeros what no node has written, so that the optimizer sees whole gradients.
+    /// Zeros the buffers that no node has written, so that the optimizer reads defined gradients.
     pub fn finish(&mut self) -> Result<()> {
         for (slot, touched) in self.slots.iter().zip(&mut self.touched) {
             if let (Some(t), false) = (slot, std::mem::replace(touched, true)) {
@@ -324,7 +326,7 @@ impl ParamGrads {
     }
 }
 
-/// Gradient buffers by parameter set; a set that is not trained has none.
+/// Gradient buffers by parameter set. A set that is not trained has no buffers.
 #[derive(Default)]
 pub struct ParamGradSets([ParamGrads; ParamSetId::COUNT]);
 
@@ -342,7 +344,7 @@ impl IndexMut<ParamSetId> for ParamGradSets {
     }
 }
 
-/// Where a node's backward puts the gradients of its inputs.
+/// The destination of the gradients of a node's inputs.
 pub struct Grads<'a> {
     pool: Arc<Pool>,
     values: &'a mut HashMap<u32, Tensor>,
@@ -355,9 +357,9 @@ impl Grads<'_> {
         self.inputs[i].needs_grad
     }
 
-    /// The gradient buffer of input `i` and whether to add to what is there; None if no gradient is
-    /// wanted. The caller writes (or adds to) every element. Values have the input's dtype,
-    /// parameters f32.
+    /// The gradient buffer of input `i`, and whether to add to its contents. None if the input
+    /// needs no gradient. The caller writes (or adds to) every element. The gradient of a value has
+    /// the dtype of the input, that of a parameter is f32.
     pub fn slot(&mut self, i: usize) -> Result<Option<(Tensor, bool)>> {
         let input = &self.inputs[i];
         if !input.needs_grad {
@@ -368,7 +370,7 @@ impl Grads<'_> {
             Id::Param { set, index } => Ok(self.params[set].slot(index)),
             Id::Value(v) => {
                 if let Some(t) = self.values.remove(&v) {
-                    // Another value may share this gradient's buffer: adding to it needs a copy.
+                    // The buffer may also be the gradient of another value: copy it before adding.
                     let own = if t.is_unique() {
                         t
                     } else {
@@ -391,8 +393,8 @@ impl Grads<'_> {
         }
     }
 
-    /// Hands over a ready gradient of input `i`: for alias nodes and ops that computed it in their
-    /// forward.
+    /// Accepts a finished gradient of input `i`: for nodes that alias their input, and for ops that
+    /// computed the gradient in their forward.
     pub fn give(&mut self, cx: &mut Cx, i: usize, grad: Tensor) -> Result<()> {
         let input = &self.inputs[i];
         let grad = grad.reshape(&input.shape)?;

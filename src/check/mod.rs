@@ -1,10 +1,10 @@
-//! The self-check: every registered op case on a device, against its f64 reference. Layer 8.
+//! The self-check: runs every registered op case on a device and compares it with its f64 oracle.
+//! Layer 8.
 //!
-//! Invariant: `temper check`, the tests and CI run this same code, on whatever device they are
-//! given.
+//! Invariant: `temper check`, the tests and CI run this same code on any device.
 //!
-//! Tolerances, and why. Forward, bf16: FlashAttention's rule, the error against the f64 oracle is
-//! at most twice that of the naive peer (the same reference, rounding to bf16 wherever the kernel
+//! Tolerances, and why. Forward, bf16: FlashAttention's rule: the error against the f64 oracle is
+//! at most twice that of the naive peer (the same oracle, rounded to bf16 wherever the kernel
 //! stores), plus one bf16 rounding of the largest value. Forward, f32: relative L2 error at most
 //! 2e-6. Gradients, f32: relative L2 distance from f64 central differences at most 1e-5; bf16: 2 x
 //! roundings x 2^-9, where `roundings` counts the bf16 stores on the longest path.
@@ -22,19 +22,20 @@ use crate::ops::levels;
 use crate::ops::registry::registry;
 use crate::tensor::{Id, ParamSetId, Tensor};
 
-/// What one case of one op showed.
+/// The result of one case of one op.
 pub struct CheckOutcome {
     pub op: &'static str,
     pub case: String,
     pub dtype: DType,
     pub variant: &'static str,
-    /// Error over tolerance, the largest of all outputs and gradients: at most 1 passes.
+    /// The largest quotient of error and tolerance over all outputs and gradients; at most 1
+    /// passes.
     pub ratio: f64,
-    /// None if it passed.
+    /// None: passed.
     pub failure: Option<String>,
 }
 
-/// Runs every case of every registered op whose name contains `filter`, and of every level.
+/// Runs every case of every registered op and level whose name contains `filter`.
 pub fn check_ops(
     device: &Arc<dyn Device>,
     filter: &str,
@@ -75,16 +76,16 @@ impl Measured {
     }
 }
 
-/// What one case of one op gave on a device.
+/// The outputs and gradients of one case on a device.
 pub struct CaseRun {
     pub outputs: Vec<Vec<f64>>,
-    /// By input; None where no gradient was asked for.
+    /// By input. None: the case does not check this gradient.
     pub gradients: Vec<Option<Vec<f64>>>,
-    /// The upstream gradients as the device saw them.
+    /// The gradients of the outputs, rounded as on the device.
     upstream: Vec<F64>,
 }
 
-/// A context with the variant's choices, and the case's inputs on the device.
+/// A context with the variant's choices, and the inputs of the case on the device.
 pub fn prepare_case(
     device: &Arc<dyn Device>,
     case: &Case,
@@ -98,8 +99,8 @@ pub fn prepare_case(
     Ok((cx, tensors))
 }
 
-/// Runs a case forward and, where some input wants a gradient, backward from a random upstream
-/// gradient.
+/// Runs a case forward and, if an input needs a gradient, backward from random gradients of the
+/// outputs.
 pub fn run_case(
     device: &Arc<dyn Device>,
     case: &Case,
@@ -127,8 +128,6 @@ pub fn run_case(
     if !case.inputs.iter().any(|a| a.grad) {
         return Ok(run);
     }
-    // The gradient of a value is found by an identity op in front of it: `watch` is a parameter set
-    // of its own, f32.
     cx.backward(seeds)?;
     cx.param_grads[ParamSetId::Model].finish()?;
     for (i, t) in tensors.iter().enumerate().filter(|(i, _)| case.inputs[*i].grad) {
@@ -146,7 +145,7 @@ pub fn differentiable(out: &Tensor) -> bool {
     matches!(out.dtype(), DType::F32 | DType::BF16)
 }
 
-/// Each output that can carry a gradient, with one: the constant that the case asks for, or random
+/// Each output that can carry a gradient, with its gradient: the constant of the case, or random
 /// numbers.
 pub fn upstream(
     cx: &Cx,
@@ -169,8 +168,7 @@ pub fn upstream(
     Ok(seeds)
 }
 
-/// Runs one case of an op, which need not be registered, and compares outputs and gradients with
-/// its oracle.
+/// Runs one case of an op, registered or not, and compares outputs and gradients with its oracle.
 pub fn check_case(
     device: &Arc<dyn Device>,
     case: &Case,
@@ -198,7 +196,7 @@ fn measure(
     seed: u64,
     measured: &mut Measured,
 ) -> Result<()> {
-    // The oracle sees the values that the device sees.
+    // The oracle computes from the stored values, as the device does.
     let stored: Vec<F64> = case.inputs.iter().map(|a| quantise(a, dtype)).collect();
     let oracle = case.op.oracle(Round::None, &stored);
     let peer = case.op.oracle(if dtype == DType::BF16 { Round::Bf16 } else { Round::F32 }, &stored);
@@ -271,8 +269,8 @@ fn check_gradients(
             ours.push(got.iter().zip(&v).map(|(g, v)| g * v).sum());
             theirs.push(directional(case, stored, weights, i, &v));
         }
-        // Where the exact gradient cancels to nothing, rounding of the terms remains: scale by the
-        // upstream then.
+        // If the exact gradient cancels to nothing, rounding errors of the terms remain. Then the
+        // error is relative to the gradient of the outputs.
         let scale = l2(&theirs)
             .max(1e-3 * l2(&weights.iter().flat_map(|w| w.data.clone()).collect::<Vec<_>>()));
         let error = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
@@ -296,9 +294,9 @@ fn directional(case: &Case, x: &[F64], weights: &[F64], i: usize, v: &[f64]) -> 
     (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h)
 }
 
-/// Inputs on the device. Those whose gradient is checked become parameters of set 0; a value's
-/// gradient would be of the storage dtype, so it is read through an f32 slot behind an identity
-/// (see `Watch`).
+/// The inputs on the device. Inputs whose gradient is checked become parameters of
+/// [`ParamSetId::Model`], so that the backward pass writes their gradients into the slots that are
+/// made here.
 fn upload(cx: &mut Cx, case: &Case, dtype: DType) -> Result<Vec<Tensor>> {
     let mut slots = Vec::new();
     let mut tensors = Vec::new();
@@ -317,7 +315,7 @@ fn upload(cx: &mut Cx, case: &Case, dtype: DType) -> Result<Vec<Tensor>> {
         };
         if arg.grad {
             t = t.with_id(Id::Param { set: ParamSetId::Model, index: slots.len() as u32 });
-            // A parameter's gradient is f32; an activation's has the storage dtype.
+            // The gradient of a parameter is f32, that of an activation has the storage dtype.
             let kind = if arg.param || arg.kind == Kind::Float { DType::F32 } else { dtype };
             slots.push(Some(Tensor::new(&cx.pool, "case gradient", kind, &value.shape)?));
         }

@@ -1,7 +1,7 @@
-//! The self-check of the whole: a small random model on the user's own device. Layer 8.
+//! The self-check of a whole model: a small random model on the user's device. Layer 8.
 //!
-//! Invariant: nothing is read from disk, so it runs wherever the binary does. On a GPU matmul is
-//! `exact`: that is what the bits are promised for.
+//! Invariant: nothing is read from disk, so the check runs wherever the binary does. On a GPU
+//! matmul is `exact`, because only that promises the bits.
 
 use std::sync::Arc;
 
@@ -21,8 +21,8 @@ use crate::train::Trainer;
 
 const VOCAB: usize = 96;
 
-/// Rollout log-probs against the trainer's; a short training twice, and with recomputation; that it
-/// learns.
+/// Checks that the log-probs of rollouts are the trainer's, that a short training has the same bits
+/// twice and with recomputation, and that it learns.
 pub fn check_model(
     device: &Arc<dyn Device>,
     mut each: impl FnMut(&CheckOutcome),
@@ -83,7 +83,8 @@ fn rollout(device: &Arc<dyn Device>, dtype: DType) -> Result<bool> {
     let mut rng = Rng(3);
     let prompts: Vec<Vec<u32>> = [3, 70, 12].iter().map(|n| tokens(&mut rng, *n)).collect();
     let sampling = Sampling { temperature: 1.0, seed: 5, ..Sampling::greedy() };
-    // Groups of two that share their prompt's pages, prompts in pieces, and too few pages for all.
+    // Groups of two share the pages of their prompt, prompts are prefilled in pieces, and the pages
+    // do not suffice for all sequences.
     let mut options = EngineOptions::new(20, sampling, Vec::new(), 5);
     (options.max_step_tokens, options.pages) = (17, Some(4));
     let mut engine = Engine::new(&cx, &mut model, options, 90)?;
@@ -104,7 +105,7 @@ fn rollout(device: &Arc<dyn Device>, dtype: DType) -> Result<bool> {
     Ok(true)
 }
 
-/// First and last loss of 12 steps over 6 rows, and the bytes of the weights after them.
+/// The first and last loss of 12 steps over 6 rows, and the bytes of the final weights.
 fn train(
     device: &Arc<dyn Device>,
     dtype: DType,

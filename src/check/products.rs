@@ -1,7 +1,8 @@
-//! The self-check of `matmul=exact`: what was fastest against the engine's oldest kernel. Layer 8.
+//! The self-check of `matmul=exact`: compares the fastest kernels with the engine's oldest one.
+//! Layer 8.
 //!
-//! Invariant: it looks at the operands of a user, not at those of the check that chose the
-//! library's algorithms.
+//! Invariant: the operands are like a user's, and not those with which the library's algorithms
+//! were verified.
 
 use std::sync::Arc;
 
@@ -15,11 +16,11 @@ use crate::ops::matmul::{product, product_by};
 use crate::ops::own::OwnKernel;
 use crate::tensor::Tensor;
 
-/// Rows of a decoding step, of odd steps, and of training.
+/// Rows of decode steps, of irregular steps and of training.
 const ROWS: [usize; 6] = [1, 7, 64, 200, 256, 1024];
 
-/// (n, k, bias, float result, added to what is there): the products of a 0.5B model, a part of its
-/// head, and the second product of an adapter.
+/// (n, k, bias, float result, accumulated): the products of a 0.5B model, a part of its head, and
+/// the second product of an adapter.
 const SHAPES: [(usize, usize, bool, bool, bool); 6] = [
     (1152, 896, true, false, false),
     (896, 896, false, false, false),
@@ -29,8 +30,9 @@ const SHAPES: [(usize, usize, bool, bool, bool); 6] = [
     (896, 16, false, false, true),
 ];
 
-/// Compares, on a device whose library depends on the number of rows, each product with the own
-/// kernel's, bit for bit. The case says who was fastest, up to which number of rows.
+/// On a device whose library depends on the number of rows, compares each product with that of the
+/// engine's own kernel, bit for bit. The name of the case lists the fastest kernel for each number
+/// of rows.
 pub fn check_products(
     device: &Arc<dyn Device>,
     mut each: impl FnMut(&CheckOutcome),
@@ -54,7 +56,7 @@ pub fn check_products(
     Ok(all)
 }
 
-/// The case, and the numbers of rows whose products differ.
+/// The name of the case, and the numbers of rows whose products differ.
 fn compare(
     device: &Arc<dyn Device>,
     dtype: DType,

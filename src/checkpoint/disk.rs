@@ -1,7 +1,7 @@
-//! The two things about a disk that std does not say: who holds a folder, and how much is free.
+//! What std does not report about a disk: which process holds a folder, and how much space is free.
 //! Layer 8.
 //!
-//! Invariant: a lock lives as long as its process at most; a killed run leaves none behind.
+//! Invariant: a lock lives at most as long as its process; a killed run leaves none behind.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -11,31 +11,31 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// An exclusive hold on a folder, by flock on its `.lock`.
+/// An exclusive lock on a folder, by flock on its `.lock`.
 #[derive(Debug)]
 pub struct Lock {
     file: File,
 }
 
 impl Drop for Lock {
-    /// A process that is being started holds a copy of the descriptor for a moment: closing ours
-    /// would leave the folder locked that long.
+    /// Unlocks explicitly: a child process that is just being started holds a copy of the
+    /// descriptor, so closing ours would keep the folder locked for that moment.
     fn drop(&mut self) {
-        // SAFETY: the descriptor is open for the whole call; flock touches no memory of ours.
+        // SAFETY: the descriptor is open during the call; flock accesses no memory of ours.
         let _ = unsafe { libc::flock(self.file.as_raw_fd(), libc::LOCK_UN) };
     }
 }
 
 impl Lock {
-    /// Takes `dir/.lock`. None where the file system has no locks (some network mounts).
-    /// Errors: another process holds it; its id is named.
+    /// Locks `dir/.lock`. None if the file system has no locks (some network mounts). Error:
+    /// another process holds the lock; the message names its id.
     pub fn take(dir: &Path) -> Result<Option<Lock>> {
         let path = dir.join(".lock");
         let io = |e| Error::io(&path, e);
         let open =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.map_err(io)?;
-        // SAFETY: the descriptor is open for the whole call; flock touches no memory of ours.
+        // SAFETY: the descriptor is open during the call; flock accesses no memory of ours.
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
             let error = std::io::Error::last_os_error();
             if error.kind() != std::io::ErrorKind::WouldBlock {
@@ -57,12 +57,12 @@ impl Lock {
     }
 }
 
-/// Bytes that a user may still write to the file system of `dir`; None if it does not say.
+/// Bytes that the user may still write to the file system of `dir`. None: unknown.
 pub fn free_bytes(dir: &Path) -> Option<u64> {
     let path = std::ffi::CString::new(dir.as_os_str().as_bytes()).ok()?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
-    // SAFETY: `path` ends with NUL and `stat` has room for the struct, which is plain numbers, zero
-    // being valid.
+    // SAFETY: `path` ends with NUL. `stat` has room for the struct, which is plain numbers, so
+    // zeros are valid.
     let stat = unsafe {
         if libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) != 0 {
             return None;

@@ -1,8 +1,7 @@
-//! The output folder of a run: one run at a time, and never one run's files under another's. Layer
-//! 8.
+//! The output folder of a run: one run at a time, and never files of two runs mixed. Layer 8.
 //!
-//! Invariant: nothing that a run wrote is deleted before the run that replaces it has something
-//! durable. `--overwrite` moves it into `.overwritten-N.del`, which
+//! Invariant: the files of an old run are deleted only after the run that replaces it has saved
+//! something durable. `--overwrite` moves them into `.overwritten-N.del`, which
 //! [`RunFolder::discard_overwritten`] removes.
 
 use std::path::{Path, PathBuf};
@@ -12,7 +11,7 @@ use super::{Found, Search, entries, latest, list, step_of};
 use crate::error::{Error, Result};
 use crate::fsio;
 
-/// An output folder that this process holds. The lock is released when it is dropped.
+/// An output folder that this process has locked. Dropping it releases the lock.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
@@ -21,18 +20,17 @@ pub struct RunFolder {
     _lock: Option<Lock>,
 }
 
-/// Makes `dir` if need be, locks it, removes what interrupted saves left, and decides what the run
-/// starts from.
+/// Creates `dir` if necessary, locks it, removes the leftovers of interrupted saves, and decides
+/// where the run starts.
 ///
 /// - neither flag: `dir` must hold no run (config.toml, metrics.jsonl, checkpoint-N, weights);
-/// - `overwrite`: an old run's files are moved into `.overwritten-N.del` (other people's files stay
-///   where they are);
-/// - `resume`: `dir` must hold a checkpoint that verifies; newer broken ones are named in
-///   [`RunFolder::notes`].
+/// - `overwrite`: the files of an old run are moved into `.overwritten-N.del`; other files stay;
+/// - `resume`: `dir` must hold a checkpoint that verifies; [`RunFolder::notes`] names newer broken
+///   ones.
 ///
-/// Errors: both flags; a folder that cannot be written (a file is written and renamed here to find
-/// out, before any work is done); another process writes into `dir`; the cases above, each with what was found
-/// and what to do.
+/// Errors: both flags are set; the folder cannot be written (a test file is written and renamed
+/// before any work is done); another process writes into `dir`; one of the conditions above fails.
+/// The message says what was found and what to do.
 pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> Result<RunFolder> {
     let path = dir.as_ref().to_path_buf();
     let shown = path.display().to_string();
@@ -77,18 +75,18 @@ impl RunFolder {
         &self.path
     }
 
-    /// The checkpoint to go on from, if the run was asked to resume.
+    /// The checkpoint to continue from, if the run resumes.
     pub fn resume(&self) -> Option<&Found> {
         self.resume.as_ref()
     }
 
-    /// What a person should be told: checkpoints that were skipped, files that were moved.
+    /// Notes for the user: skipped checkpoints and moved files.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// Removes what `--overwrite` moved away. Call it when the new run has a checkpoint or its
-    /// final model on disk.
+    /// Removes the files that `--overwrite` moved away. Call it once the new run has a checkpoint
+    /// or its final model on disk.
     pub fn discard_overwritten(&self) -> Result<()> {
         for (_, path) in overwritten(&self.path)? {
             std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
@@ -96,8 +94,8 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Removes `checkpoint-N.tmp`, `checkpoint-N.del` and staged files. Safe under the lock: nobody is writing
-    /// them.
+    /// Removes `checkpoint-N.tmp`, `checkpoint-N.del` and staged files. Under the lock nothing is
+    /// writing them.
     fn clean(&self) -> Result<()> {
         for (name, path) in entries(&self.path)? {
             let stale = name.strip_suffix(".tmp").or_else(|| name.strip_suffix(".del"));
@@ -109,7 +107,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// What shows that a run lies here.
+    /// Names that show that the folder holds a run, sorted.
     fn held(&self) -> Result<Vec<String>> {
         let mut held: Vec<String> =
             entries(&self.path)?.into_iter().map(|(name, _)| name).collect();
@@ -161,7 +159,7 @@ impl RunFolder {
         }
         let free =
             (1u32..).map(|n| self.path.join(format!(".overwritten-{n}.del"))).find(|p| !p.exists());
-        let Some(aside) = free else { return Ok(()) }; // never: u32 folders
+        let Some(aside) = free else { return Ok(()) }; // never None: the range has 2^32 names
         std::fs::create_dir(&aside).map_err(|e| Error::io(&aside, e))?;
         for (name, path) in entries(&self.path)? {
             if is_run_file(&name) {
@@ -177,8 +175,8 @@ impl RunFolder {
     }
 }
 
-/// Whether `--overwrite` on `output` moves `input` away: it is that folder, or one of the files and
-/// checkpoints that a run leaves in it.
+/// Whether `--overwrite` on `output` moves `input` away: it is that folder, or a file or checkpoint
+/// of a run in it.
 pub fn is_moved_away(output: &Path, input: &Path) -> bool {
     let (Ok(output), Ok(input)) = (output.canonicalize(), input.canonicalize()) else {
         return false;
@@ -187,14 +185,14 @@ pub fn is_moved_away(output: &Path, input: &Path) -> bool {
     rest.components().next().is_none_or(|first| is_run_file(&first.as_os_str().to_string_lossy()))
 }
 
-/// What `temper merge` writes beside a model: what it was made of.
+/// `temper merge` writes this file beside a model: the inputs of the merge.
 pub const MERGE_FILE: &str = "merge.json";
 
 fn is_run_file(name: &str) -> bool {
     name.starts_with("checkpoint-") || is_weights(name) || RUN_FILES.contains(&name)
 }
 
-/// What a run leaves beside checkpoints and weights.
+/// Files of a run besides checkpoints and weights.
 const RUN_FILES: &[&str] = &[
     MERGE_FILE,
     "config.toml",
@@ -226,7 +224,7 @@ fn overwritten(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(all)
 }
 
-/// The first few names of a list.
+/// The first four names of a list, and the number of the others.
 fn some(names: &[String]) -> String {
     let shown = names.iter().take(4).map(String::as_str).collect::<Vec<_>>().join(", ");
     if names.len() > 4 { format!("{shown}, and {} more", names.len() - 4) } else { shown }

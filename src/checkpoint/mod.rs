@@ -1,15 +1,15 @@
-//! Checkpoints: written whole or not at all, verified before they are read. Layer 8.
+//! Checkpoints: written completely or not at all, and verified before they are read. Layer 8.
 //!
 //! Invariant: a folder named `checkpoint-N` was complete and on disk when it got that name, and
-//! what is read back is what was written: every file's length and CRC-32 stand in its `MANIFEST`,
-//! whose last line is the CRC of the manifest. No checkpoint is deleted before a newer one is
+//! reading it returns what was written: its `MANIFEST` has the length and CRC-32 of every file, and
+//! as its last line the CRC of the manifest itself. No checkpoint is deleted before a newer one is
 //! durable.
 //!
 //! ```text
-//! checkpoint-20.tmp/   being written: each file fsynced, then MANIFEST, then the folder
-//! checkpoint-20/       renamed into place, the parent fsynced
-//! checkpoint-10.del/   on its way out: renamed first, so that no half-deleted folder has a
-//! checkpoint's name
+//! checkpoint-20.tmp/   being written: each file is synced, then MANIFEST, then the folder
+//! checkpoint-20/       renamed into place; the parent folder is synced
+//! checkpoint-10.del/   being deleted: renamed first, so that no half-deleted folder has the
+//!                      name of a checkpoint
 //! ```
 
 mod disk;
@@ -31,7 +31,7 @@ pub use folder::{MERGE_FILE, RunFolder, is_moved_away, prepare_output};
 const MANIFEST: &str = "MANIFEST";
 const HEAD: &str = "temper checkpoint 1";
 
-/// A checkpoint being written. Dropped before [`finish`](Self::finish), it disappears.
+/// A checkpoint that is being written. Dropping it before [`finish`](Self::finish) removes it.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     output: PathBuf,
@@ -42,9 +42,9 @@ pub struct CheckpointWriter {
 }
 
 impl CheckpointWriter {
-    /// Begins `output_dir/checkpoint-STEP.tmp`. `bytes` is about how large it will be (0: unknown).
-    /// Errors: less than 1.2 x `bytes` are free ([`Error::is_no_space`]); a good checkpoint of that
-    /// step is there ([`is_saved`] tells). A broken one of that step is moved out of the way.
+    /// Starts `output_dir/checkpoint-STEP.tmp`. `bytes` is its approximate size (0: unknown).
+    /// Errors: less than 1.2 x `bytes` are free ([`Error::is_no_space`]); a valid checkpoint of
+    /// that step exists (see [`is_saved`]). Deletes a broken checkpoint of that step.
     pub fn new(output_dir: impl AsRef<Path>, step: u64, bytes: u64) -> Result<Self> {
         let output = output_dir.as_ref().to_path_buf();
         let path = checkpoint_path(&output, step);
@@ -77,8 +77,8 @@ impl CheckpointWriter {
         Ok(Self { output, tmp, step, files: BTreeMap::new(), done: false })
     }
 
-    /// The folder to write into, for what writes files by itself (a model folder);
-    /// [`finish`](Self::finish) keeps every file in it.
+    /// The folder to write to, for code that writes files itself (a model folder);
+    /// [`finish`](Self::finish) includes every file in it.
     pub fn dir(&self) -> &Path {
         &self.tmp
     }
@@ -89,7 +89,7 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// A safetensors file, one tensor in memory at a time: see [`safetensors::write`].
+    /// Adds a safetensors file with one tensor in memory at a time: see [`safetensors::write`].
     pub fn add_safetensors(
         &mut self,
         name: &str,
@@ -102,7 +102,7 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Makes it durable under its name and returns that.
+    /// Makes the checkpoint durable under its final name and returns its path.
     pub fn finish(mut self) -> Result<PathBuf> {
         for (name, path) in entries(&self.tmp)? {
             let Entry::Vacant(slot) = self.files.entry(name) else { continue };
@@ -142,21 +142,21 @@ impl Drop for CheckpointWriter {
     }
 }
 
-/// A checkpoint that verified.
+/// A checkpoint that was verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     pub path: PathBuf,
     pub step: u64,
 }
 
-/// What [`latest`] came upon.
+/// The result of [`latest`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Search {
     pub found: Option<Found>,
-    pub skipped: Vec<(PathBuf, String)>, // newer ones that do not verify, and why
+    pub skipped: Vec<(PathBuf, String)>, // newer checkpoints that do not verify, and why
 }
 
-/// The checkpoint of the highest step that verifies whole. Reads all its bytes once.
+/// The valid checkpoint with the highest step. Reads all its bytes once.
 pub fn latest(output_dir: impl AsRef<Path>) -> Result<Search> {
     let mut search = Search::default();
     for (step, path) in list(output_dir.as_ref())?.into_iter().rev() {
@@ -177,19 +177,19 @@ pub fn latest(output_dir: impl AsRef<Path>) -> Result<Search> {
     Ok(search)
 }
 
-/// Whether this step has a checkpoint that verifies.
+/// Whether this step has a valid checkpoint.
 pub fn is_saved(output_dir: impl AsRef<Path>, step: u64) -> bool {
     verify(checkpoint_path(output_dir.as_ref(), step)).is_ok_and(|m| m.step == step)
 }
 
-/// A manifest that was read: the step, and each file's length and CRC-32.
+/// The contents of a manifest: the step, and the length and CRC-32 of each file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
     pub step: u64,
     pub files: BTreeMap<String, Written>,
 }
 
-/// Checks every byte of a checkpoint. The error names all files that are wrong.
+/// Verifies every byte of a checkpoint. The error names all wrong files.
 pub fn verify(path: impl AsRef<Path>) -> Result<Manifest> {
     let path = path.as_ref();
     let wrong = |message: String| Error::checkpoint(path, message);
@@ -220,9 +220,9 @@ pub fn verify(path: impl AsRef<Path>) -> Result<Manifest> {
     if problems.is_empty() { Ok(manifest) } else { Err(wrong(problems.join("; "))) }
 }
 
-/// Deletes the oldest checkpoints but `limit` (None: none is deleted), after `step` has been saved.
-/// That one stays whatever the limit, and so do those of later steps, which are another run's or
-/// broken. Returns what was deleted.
+/// Deletes the oldest checkpoints so that `limit` remain (None: all remain), after `step` has been
+/// saved. The checkpoint of `step` always remains, and so do those of later steps, which belong to
+/// another run or are broken. Returns the deleted paths.
 pub fn prune(
     output_dir: impl AsRef<Path>,
     limit: Option<usize>,
@@ -231,8 +231,8 @@ pub fn prune(
     prune_but(output_dir, limit, step, None)
 }
 
-/// As [`prune`]; the checkpoint of step `best` stays, too, and counts among the `limit`, but where
-/// that is 1.
+/// [`prune`], but the checkpoint of step `best` remains, too. It counts towards `limit`, unless
+/// `limit` is 1.
 pub fn prune_but(
     output_dir: impl AsRef<Path>,
     limit: Option<usize>,
@@ -273,8 +273,8 @@ fn step_of(name: &str) -> Option<u64> {
     digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
 }
 
-/// Names and paths in a folder; empty if there is no such folder. Names that are not UTF-8 are not
-/// ours.
+/// Names and paths in a folder; empty if the folder does not exist. Skips names that are not UTF-8,
+/// which are not ours.
 fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let listing = match std::fs::read_dir(dir) {
         Ok(listing) => listing.collect::<std::io::Result<Vec<_>>>(),
@@ -288,7 +288,7 @@ fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
         .collect())
 }
 
-/// Renames to `.del`, then removes.
+/// Renames the folder to `.del`, then removes it.
 fn discard(path: &Path) -> Result<()> {
     let del = fsio::with_suffix(path, ".del");
     if del.exists() {
@@ -311,7 +311,8 @@ fn last_line(bytes: &[u8]) -> String {
     format!("crc32 {:08x}\n", crc32fast::hash(bytes))
 }
 
-/// Strict: what [`manifest`] would not write is damaged, be it the case of a hexadecimal digit.
+/// Strict: everything that [`manifest`] would not write is damaged, even the case of a hexadecimal
+/// digit.
 fn parse(bytes: &[u8]) -> Option<Manifest> {
     let text = std::str::from_utf8(bytes).ok()?;
     let body = text.get(..text.len().checked_sub(last_line(&[]).len())?)?;

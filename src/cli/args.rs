@@ -1,7 +1,7 @@
-//! The arguments and the output that commands share. Layer 9.
+//! Arguments and output that commands share. Layer 9.
 //!
-//! Invariant: `--model`, `--adapter`, `--device`, `--dtype` and `KEY=VALUE` mean the same in every
-//! command.
+//! Invariant: `--model`, `--adapter`, `--device`, `--dtype` and `KEY=VALUE` have the same meaning
+//! in every command.
 
 use std::fs::File;
 use std::io::Write;
@@ -36,24 +36,24 @@ pub struct Where {
 }
 
 impl Where {
-    /// The same as options of a run.
+    /// The same values as options of a run.
     pub fn options(&self) -> TrainingConfig {
         TrainingConfig { device: self.device, dtype: self.dtype, ..TrainingConfig::default() }
     }
 
-    /// A context on the device, which is announced on stderr.
+    /// A context on the device, which is reported on stderr.
     pub fn open(&self) -> Result<Cx> {
         Cx::open(&self.options(), Arc::new(Terminal::default()))
     }
 }
 
-/// An argument with the words of an option.
+/// Parses an argument like an option of type `T`.
 pub fn choice<T: Value>(text: &str) -> std::result::Result<T, String> {
     T::read(&Given::Text(text.into()))
 }
 
-/// Moves the keys among `files` to `keys`: an argument that takes several files also takes the keys
-/// that follow it. A key has a `=` and names no existing file.
+/// Moves the options among `files` to `keys`: an argument with several files also collects the
+/// options that follow it. An option contains `=` and is not the name of an existing file.
 pub fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
     let is_key =
         |path: &PathBuf| !path.exists() && path.to_str().is_some_and(|text| text.contains('='));
@@ -63,7 +63,7 @@ pub fn part_keys(files: &mut Vec<PathBuf>, keys: &mut Vec<String>) {
     keys.splice(0..0, found.iter().map(|key| key.display().to_string()));
 }
 
-/// Reads `keys` into `sections` and prints what [`config::load`] notes.
+/// Reads `keys` into `sections` and prints the notes of [`config::load`].
 pub fn read_keys(sections: &mut [&mut dyn Section], keys: &[String]) -> Result<()> {
     for note in config::load(sections, None, keys)? {
         note_line(format_args!("note: {note}"));
@@ -71,7 +71,7 @@ pub fn read_keys(sections: &mut [&mut dyn Section], keys: &[String]) -> Result<(
     Ok(())
 }
 
-/// The rows of `--data`, with all their columns. Prints what was read and dropped.
+/// Reads the rows of `--data` with all their columns. Prints what was read and dropped.
 pub fn read_data(files: &[PathBuf], split: FolderSplit, options: &DataOptions) -> Result<Vec<Row>> {
     let read = read(files, split, options, &WantedFields::All)?;
     read.told().iter().for_each(|text| note_line(format_args!("note: {text}")));
@@ -98,12 +98,12 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// The folder that `--model` names.
+    /// The folder of `--model`.
     pub fn dir(&self) -> Result<PathBuf> {
         resolve_model(&self.model)
     }
 
-    /// The tokenizer and the chat templates of the model with its adapter.
+    /// The tokenizer and the chat templates of the model and its adapter.
     pub fn text(&self, options: &TemplateOptions) -> Result<ModelText> {
         ModelText::open(&self.dir()?, self.adapter.as_deref(), options)
     }
@@ -121,7 +121,7 @@ impl ModelArgs {
     }
 }
 
-/// Lines for `--output`, or for standard output where there is none.
+/// Writes lines to `--output`, or to standard output without it.
 pub struct OutputLines(Option<(PathBuf, File)>);
 
 impl OutputLines {
@@ -130,7 +130,7 @@ impl OutputLines {
             let file = File::create(path).map_err(|e| Error::io(path, e))?;
             Ok((path.clone(), file))
         };
-        let named = path.as_ref().filter(|path| path.as_os_str() != "-"); // "-": standard output
+        let named = path.as_ref().filter(|path| path.as_os_str() != "-"); // "-" is standard output
         named.map(open).transpose().map(OutputLines)
     }
 

@@ -1,4 +1,4 @@
-//! `temper bench`: what this device reaches, beside its own measured ceilings. Layer 9.
+//! `temper bench`: the speed of this device, beside its own measured ceilings. Layer 9.
 //!
 //! Invariant: a number comes with its unit, the device and the command that measured it.
 
@@ -39,7 +39,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         "decode" => decode(&mut open()?, &args)?,
         "grpo" => {
             let cx = open()?;
-            // In a pool of its own, which the steps' peak does not count.
+            // In a separate pool, which the peak of the steps does not include.
             let mut own = Cx::new(cx.device.clone(), cx.dtype)?;
             own.matmul = cx.matmul;
             let ceilings = Ceilings::measure(&mut own, 3)?;
@@ -65,7 +65,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     if let Value::Object(map) = &mut result {
         map.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
         if args.what != "levels" {
-            map.insert("shape".into(), json!(args.shape)); // the levels have sizes of their own
+            map.insert("shape".into(), json!(args.shape)); // levels have their own sizes
         }
     }
     let text = match args.what.as_str() {
@@ -91,7 +91,8 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     let options =
         EngineOptions::new(args.length - prompt, Sampling::greedy(), Vec::new(), args.batch);
     let new_tokens = options.max_new_tokens;
-    // Two tokens of each, untimed: code is loaded, and exact products of these shapes have been tried.
+    // An untimed run of two tokens per sequence loads code and tests the exact products of these
+    // shapes.
     let first = EngineOptions { max_new_tokens: new_tokens.min(2), ..options.clone() };
     let mut engine = Engine::new(cx, &mut model, first, args.length)?;
     for request in Request::numbered(prompts.clone(), 1) {
@@ -106,7 +107,7 @@ fn decode(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     for request in Request::numbered(prompts, 1) {
         engine.submit(&request)?;
     }
-    // From the step on whose end every prompt is in, a step decodes one token of each sequence.
+    // After the step that finishes the last prompt, every step decodes one token of each sequence.
     let mut decoding = None;
     while engine.has_work() {
         engine.step(cx, &model)?;
@@ -177,8 +178,8 @@ fn ops(cx: &mut Cx, args: &BenchArgs) -> Result<Value> {
     }))
 }
 
-/// Median seconds of a case's backward, after a forward that is not timed; None where no input
-/// has a gradient.
+/// Median seconds of the backward of a case, after an untimed forward. None: no input has a
+/// gradient.
 fn time_backward(
     cx: &mut Cx,
     repeat: usize,
@@ -195,7 +196,7 @@ fn time_backward(
         if i == 0 {
             gradients = upstream(cx, case, &outputs, &mut Rng(7))?;
         }
-        // The same numbers for the values of this run of the op.
+        // Reuses the same gradients for the outputs of this run.
         let carriers = outputs.into_iter().filter(differentiable);
         let seeds = carriers.zip(&gradients).map(|(out, (_, grad))| (out, grad.clone())).collect();
         cx.device.sync()?;

@@ -1,6 +1,6 @@
 //! The options of `temper bench`. Layer 9.
 //!
-//! Invariant: an option says which of the benches it belongs to, unless all have it.
+//! Invariant: the text of an option names its benches, unless all have it.
 
 use super::args::{Where, choice};
 use super::bench_grpo::GrpoArgs;

@@ -1,9 +1,9 @@
-//! `temper bench grpo`: steps of GRPO over random weights and prompts, and where their time goes.
+//! `temper bench grpo`: GRPO steps with random weights and prompts, and the time of their parts.
 //! Layer 9.
 //!
-//! Invariant: what is timed is a training run's own step, by its own clock (`time/*`); what the step
-//! has left is the optimizer's. A roofline is arithmetic over the work that the step cannot do
-//! without, at the ceilings that this device has just been measured to reach.
+//! Invariant: the timed step is that of a training run, by its own clock (`time/*`); the rest of
+//! the step is the optimizer's. A roofline is computed from the work that the step cannot avoid and
+//! the ceilings that were just measured on this device.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -51,14 +51,14 @@ pub struct GrpoArgs {
     options: Vec<String>,
 }
 
-/// Warm-up steps: kernels load and the pool grows in the first.
+/// Warm-up steps: kernels are loaded and the pool grows in the first.
 const WARM_UP: usize = 1;
 
-/// What is run.
+/// A run of the bench.
 pub struct GrpoBench<'a> {
     pub sizes: &'a GrpoArgs,
     pub shape: &'a str,
-    /// Rows of a micro-batch.
+    /// Rows per micro-batch.
     pub batch: usize,
     pub repeat: usize,
     pub lora: Option<usize>,
@@ -100,7 +100,7 @@ impl GrpoBench<'_> {
         let tokenizer = folder.tokenizer()?;
         config.eos = tokenizer.eos_id().into_iter().collect();
         let data = prompts(sizes);
-        // Any reward will do that differs within a group.
+        // Any reward that differs within a group is sufficient.
         let reward = RewardFunction::new("bench", |row| {
             Some(
                 row.ids().iter().fold(0u32, |h, id| h.wrapping_mul(31).wrapping_add(*id)) as f64
@@ -190,10 +190,10 @@ impl GrpoBench<'_> {
     }
 }
 
-/// The parts of a step; the last is what the others leave.
+/// The parts of a step; the last one is the remaining time.
 const PARTS: [&str; 5] = ["generate", "score", "reference", "train", "optimizer"];
 
-/// Seconds of the timed steps, and of their parts.
+/// Seconds of the timed steps and of their parts.
 #[derive(Default)]
 struct Timed {
     steps: Vec<f64>,
@@ -214,17 +214,17 @@ impl Timed {
     }
 }
 
-/// What a step cannot do without.
+/// The work that a step cannot avoid.
 struct Work {
     prompts: f64,
     completions: f64,
-    /// Tokens of a prompt and, on average, of a completion; of the longest one.
+    /// Tokens per prompt, per completion on average, and of the longest completion.
     prompt: f64,
     completion: f64,
     longest: f64,
-    /// Sequences decoded at once.
+    /// Sequences that are decoded at once.
     at_once: f64,
-    /// Values trained, and of the model.
+    /// Number of trained values, and of all values of the model.
     trained: f64,
     base: f64,
     /// Bytes of a stored value.
@@ -232,12 +232,12 @@ struct Work {
 }
 
 impl Work {
-    /// Seconds of each part at the ceilings. None: nothing of it is the device's.
+    /// Seconds of each part at the ceilings. None: the part runs on the host.
     ///
-    /// Forward: 2 flops a weight and row, 4 layers heads head_dim a query and key; each prompt once.
-    /// Training: 6 and 14 (what is frozen has no gradient of its own: 4). Decoding: the larger of
-    /// reading the weights and multiplying by them, then reading keys and values, one after the
-    /// other. Optimizer: the float state of AdamW and a gradient, once.
+    /// Forward: 2 flops per weight and row, 4 layers heads head_dim per query and key; each prompt
+    /// once. Training: 6 and 14 (4 for frozen weights, which have no gradient). Decoding: the
+    /// larger of reading the weights and multiplying by them, then reading keys and values, one
+    /// after the other. Optimizer: the float state of AdamW and a gradient, once.
     fn roofline(&self, model: &ModelConfig, at: &Ceilings) -> [Option<f64>; 5] {
         let (n, p, c) = (self.completions, self.prompt, self.completion);
         let table = (model.vocab_size * model.hidden_size) as f64;
@@ -245,7 +245,7 @@ impl Work {
         let body = self.base - tables * table;
         let width = (model.num_layers * model.num_heads * model.head_dim) as f64;
         let (shared, own, targets) = (self.prompts * (p - 1.0), n * (c + 1.0), n * c);
-        // Pairs of a query and a key that it sees.
+        // Pairs of a query and a visible key.
         let within = self.prompts * p * (p - 1.0) / 2.0;
         let pairs = within + n * ((c + 1.0) * p + c * (c + 1.0) / 2.0);
         let linear = body * (shared + own) + table * targets;
@@ -259,7 +259,8 @@ impl Work {
         let cached = n * (c * p + c * c / 2.0) * key_value * self.bytes;
         let decode = waves * self.longest * multiply.max(read) + cached / at.bytes;
         let prefill = 2.0 * body * shared + 4.0 * width * within;
-        // Read gradient, moments and weight, write moments and weight; a copy in the storage dtype.
+        // Reads gradient, moments and weight; writes moments, weight, and a copy in the storage
+        // dtype.
         let copy = if self.bytes < 4.0 { self.bytes } else { 0.0 };
         let optimizer = self.trained * (28.0 + copy) / at.bytes;
         [
@@ -272,7 +273,7 @@ impl Work {
     }
 }
 
-/// Prompts of a byte a token.
+/// Random prompts with one byte per token.
 fn prompts(sizes: &GrpoArgs) -> Vec<Row> {
     let mut rng = Rng(7);
     let mut text = || -> String {
@@ -286,7 +287,7 @@ fn prompts(sizes: &GrpoArgs) -> Vec<Row> {
     (0..sizes.prompts).map(|i| row(i, text())).collect()
 }
 
-/// A folder with a tokenizer of bytes, gone when the bench ends.
+/// A folder with a byte tokenizer, which is removed when the bench ends.
 struct BenchFolder(PathBuf);
 
 impl BenchFolder {
@@ -307,7 +308,7 @@ impl BenchFolder {
 
 impl Drop for BenchFolder {
     fn drop(&mut self) {
-        // What is left of it is in the system's folder for such things.
+        // If this fails, the folder remains among the system's temporary files.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -1,8 +1,7 @@
-//! `temper bench levels`: the path to a fast kernel, level by level, beside what the device reaches.
-//! Layer 9.
+//! `temper bench levels`: the path to a fast kernel, level by level, beside the ceilings of the
+//! device. Layer 9.
 //!
-//! Invariant: a level is checked before it is timed, and a time is given only where it says
-//! something about a GPU.
+//! Invariant: a level is checked before it is timed, and times are only given for a GPU.
 
 use std::sync::Arc;
 
@@ -20,7 +19,7 @@ use crate::ops::matmul::product;
 use crate::ops::registry::registry;
 use crate::tensor::Tensor;
 
-/// 8192^3, and 112 heads of 64 over 2048 positions.
+/// A product of 8192^3, and attention with 112 heads of 64 over 2048 positions.
 const SHAPE: PerfShape = PerfShape {
     sequences: 8,
     length: 2048,
@@ -63,7 +62,7 @@ pub fn run(cx: &mut Cx, repeat: usize) -> Result<Value> {
     Ok(result)
 }
 
-/// The level's cases against the f64 oracle. No case: the device has no such instructions.
+/// Checks the level's cases against the f64 oracle. No cases: the device lacks the instructions.
 fn checked(device: &Arc<dyn Device>, level: &Level) -> Result<Value> {
     let outcomes = check_ops(device, level.name, |_| {})?;
     if let Some(o) = outcomes.iter().find(|o| o.failure.is_some()) {
@@ -78,7 +77,7 @@ fn checked(device: &Arc<dyn Device>, level: &Level) -> Result<Value> {
     Ok(row)
 }
 
-/// Median seconds of the level's performance case, and its cost.
+/// Median seconds and cost of the level's performance case.
 fn time_level(cx: &Cx, level: &Level, repeat: usize) -> Result<(f64, Cost)> {
     let case = first((level.perf)(&mut Rng(9), &SHAPE))?;
     time_case(cx, &case, repeat)
@@ -104,8 +103,8 @@ fn add_time(row: &mut Value, (seconds, cost): (f64, Cost), ceilings: &Ceilings) 
     row["of_matmul"] = json!(flops / ceilings.flops);
 }
 
-/// What the levels lead to, of the same sizes: the library's product, the engine's own product and
-/// the engine's attention.
+/// The goals of the levels, with the same sizes: the library's product, the engine's own product
+/// and the engine's attention.
 fn summits(cx: &mut Cx, repeat: usize, ceilings: &Ceilings) -> Result<Vec<Value>> {
     let mut rows = Vec::new();
     let side = SHAPE.hidden;
@@ -171,7 +170,7 @@ pub fn table(result: &Value) -> String {
 mod tests {
     use super::*;
 
-    /// A result as a GPU of compute capability 8.0 gives it.
+    /// A result as from a GPU of compute capability 8.0.
     #[test]
     fn the_table_has_times_where_there_are_some() {
         let ceilings = Ceilings { flops: 8e14, bytes: 2e12 };

@@ -1,6 +1,6 @@
-//! What the benches share: shapes, ceilings, medians. Layer 9.
+//! Shapes, ceilings and medians for all benches. Layer 9.
 //!
-//! Invariant: data is random where power or time depend on it.
+//! Invariant: data is random wherever power or time depend on it.
 
 use serde_json::{Value, json};
 
@@ -12,7 +12,7 @@ use crate::ops::case::Rng;
 use crate::ops::matmul::product;
 use crate::tensor::Tensor;
 
-/// A model of a known shape with random weights: (hidden, intermediate, layers, heads, kv heads,
+/// The config of a model with a known shape: (hidden, intermediate, layers, heads, kv heads,
 /// head_dim, vocab, tied).
 pub fn preset(name: &str) -> Result<ModelConfig> {
     let (family, [hidden, mlp, layers, heads, kv, dim, vocab], tied) = match name {
@@ -41,7 +41,7 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
     }
 }
 
-/// The keys of --lora and --base.
+/// The options for --lora and --base.
 pub fn peft_keys(lora: Option<usize>, base: Option<&str>) -> Result<Vec<String>> {
     let mut keys: Vec<String> = Vec::new();
     if let Some(rank) = lora {
@@ -65,18 +65,18 @@ pub fn peft_keys(lora: Option<usize>, base: Option<&str>) -> Result<Vec<String>>
     Ok(keys)
 }
 
-/// What the device reaches on a large product and a large copy.
+/// The speed of the device for a large product and a large copy.
 pub struct Ceilings {
     /// flop/s
     pub flops: f64,
-    /// bytes/s, reads and writes
+    /// bytes/s, reads plus writes
     pub bytes: f64,
 }
 
 impl Ceilings {
     pub fn measure(cx: &mut Cx, repeat: usize) -> Result<Ceilings> {
         let mut rng = Rng(9);
-        // A multiple of a tile's side: a ragged one would not measure what the device reaches.
+        // A multiple of a tile's side: a ragged product would not reach the device's speed.
         let side = (cx.device.capabilities().work_bytes / 8).isqrt().max(1024) / 128 * 128;
         let (a, b) = (upload(cx, &mut rng, &[side, side])?, upload(cx, &mut rng, &[side, side])?);
         let c = cx.real("bench", &[side, side])?;
@@ -91,7 +91,7 @@ impl Ceilings {
 }
 
 pub fn upload(cx: &Cx, rng: &mut Rng, shape: &[usize]) -> Result<Tensor> {
-    // Random data: zeros draw less power and time too well.
+    // Random data: with zeros the device draws less power and is too fast.
     let numel: usize = shape.iter().product();
     let block: Vec<f32> = (0..numel.min(1 << 16)).map(|_| rng.normal() as f32 * 0.1).collect();
     let values: Vec<f32> = block.iter().copied().cycle().take(numel).collect();
@@ -119,8 +119,8 @@ pub fn median(mut times: Vec<f64>) -> f64 {
     times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Seconds that this process's threads have run on cores; None where the system does not say. On a
-/// busy machine the clock on the wall tells of others' work.
+/// Seconds that the threads of this process have run on cores. None: the system does not report it.
+/// On a busy machine the wall clock includes the work of others.
 pub fn cpu_seconds() -> Option<f64> {
     let tasks = std::fs::read_dir("/proc/self/task").ok()?;
     let nanoseconds = tasks.flatten().filter_map(|task| {

@@ -1,6 +1,7 @@
-//! `temper bench train` and `launches`: a training step on random weights of a real shape. Layer 9.
+//! `temper bench train` and `launches`: a training step of a real shape with random weights.
+//! Layer 9.
 //!
-//! Invariant: both run the step that a training run runs, on rows that are all loss targets.
+//! Invariant: both run the step of a training run, on rows in which every token is a target.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ use crate::train::Trainer;
 use crate::train::run::flops_per_token;
 use crate::train::tuning::{prepare, scheme};
 
-/// A trainer, and rows for one micro-batch a step.
+/// A trainer, and a method with rows for one micro-batch per step.
 fn trainer(
     mut cx: Cx,
     args: &BenchArgs,
@@ -56,10 +57,10 @@ fn trainer(
     Ok((Trainer::new(cx, model, run.training, args.batch)?, method))
 }
 
-/// Steps that are not counted.
+/// Steps that are not timed.
 const WARM_UP: usize = 3;
 
-/// Median seconds of a step, and its seconds on cores, on average.
+/// Median wall seconds of a step, and its mean seconds on cores.
 fn time_steps(
     trainer: &mut Trainer,
     method: &mut dyn Method,
@@ -102,13 +103,13 @@ pub(super) fn train(cx: Cx, args: &BenchArgs) -> Result<Value> {
     }))
 }
 
-/// Nanoseconds that this thread has run on a core; None where the system does not say.
+/// Nanoseconds that this thread has run on a core. None: the system does not report it.
 fn thread_nanoseconds() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
     text.split_whitespace().next()?.parse().ok()
 }
 
-/// What the host does for a launch, without the driver's own call.
+/// The host's time per launch, without the driver's own call.
 pub(super) fn launches(args: &BenchArgs) -> Result<Value> {
     let memory = MemoryInfo { free: 0, total: 0 };
     let device = Arc::new(DryRun::new("a GPU that computes nothing", Capabilities::GPU, memory));
@@ -121,7 +122,7 @@ pub(super) fn launches(args: &BenchArgs) -> Result<Value> {
     let launches: usize = device.take_launches().values().sum();
     let before = thread_nanoseconds();
     let (seconds, _) = time_steps(&mut trainer, &mut *method, args.repeat())?;
-    // Of this thread alone.
+    // Of this thread only.
     let spent = before.zip(thread_nanoseconds()).map(|(from, to)| (to - from) as f64);
     let of_launch = |ns: f64| ns / 1e3 / (args.repeat() + WARM_UP) as f64 / launches as f64;
     Ok(json!({
@@ -132,7 +133,7 @@ pub(super) fn launches(args: &BenchArgs) -> Result<Value> {
     }))
 }
 
-/// A pair of each row: the row, and the same prompt with the completion backwards.
+/// A pair for each row: the row itself, and its prompt with the completion reversed.
 fn pairs_of(rows: Vec<MaskedIds>) -> Vec<PairExample> {
     let pair = |(row, (ids, _)): (usize, MaskedIds)| {
         let shared = ids.len() / 2;

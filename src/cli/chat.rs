@@ -1,7 +1,6 @@
-//! `temper chat`: a conversation with a model folder over standard input. Layer 9.
+//! `temper chat`: a conversation with a model over standard input. Layer 9.
 //!
-//! Invariant: what the model sees is its own chat template over the whole conversation, as in
-//! training.
+//! Invariant: the model reads the whole conversation in its own chat template, as in training.
 
 use std::io::{BufRead, IsTerminal};
 use std::path::Path;
@@ -43,7 +42,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
     }
     let text = args.model.text(&keys.template)?;
     let tokenizer = &text.tokenizer;
-    ChatTemplate::of(tokenizer)?; // its error says what to do where there is none
+    ChatTemplate::of(tokenizer)?; // without a template, the error says what to do
     let (mut cx, mut model) = args.model.open()?;
     let renderer = text.renderer(model.config.vocab_size);
     let options = EngineOptions::of(&keys, &model.config, tokenizer, 1)?;
@@ -84,7 +83,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
     }
 }
 
-/// Streams a reply to standard output, and returns it.
+/// Streams a reply to standard output and returns it.
 fn reply(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -93,7 +92,7 @@ fn reply(
     request: &Request,
 ) -> Result<String> {
     let longest = request.prompt.len() + options.max_new_tokens;
-    // Every reply computes its whole conversation anew.
+    // Every reply computes the whole conversation again.
     model.begin_run(cx, longest + model.vocab().virtuals)?;
     let mut engine = Engine::new(cx, model, options.clone(), longest)?;
     engine.submit(request)?;
@@ -112,13 +111,13 @@ fn reply(
     Ok(all + &rest)
 }
 
-/// `/word`, and nothing else: a path or a sentence goes to the model.
+/// Whether the text is only `/word`: a path or a sentence goes to the model.
 fn is_command(text: &str) -> bool {
     text.strip_prefix('/')
         .is_some_and(|word| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphabetic()))
 }
 
-/// A model's words reach a terminal without its escape sequences.
+/// Removes escape sequences from the model's text for a terminal.
 fn say(text: &str) -> Result<()> {
     if output::shows_to_a_person() { output::print(clean(text)) } else { output::print(text) }
 }

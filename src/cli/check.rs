@@ -1,6 +1,6 @@
 //! `temper check`: the self-check on the user's own device. Layer 9.
 //!
-//! Invariant: a failure of any case makes the exit code 1.
+//! Invariant: any failed case makes the exit code 1.
 
 use std::sync::Arc;
 
@@ -43,8 +43,8 @@ pub fn run(args: CheckArgs) -> Result<()> {
         "{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance",
         "op", "variant", "dtype", "cases", "failed"
     ))?;
-    // A row for each op, variant and dtype as soon as its last case is done: where a kernel hangs, the last row
-    // says which came before it.
+    // Prints the row of an op, variant and dtype after its last case: if a kernel hangs, the last
+    // row shows what ran before it.
     let mut row = Row { key: ("", "", ""), cases: 0, failed: 0, ratio: 0.0, printed: Ok(()) };
     let mut each = |outcome: &CheckOutcome| row.add(outcome);
     let mut outcomes = check_ops(&device, &args.op, &mut each)?;
@@ -87,7 +87,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
     }
 }
 
-/// The cases of one op, variant and dtype, which follow one another.
+/// The consecutive cases of one op, variant and dtype.
 struct Row {
     key: (&'static str, &'static str, &'static str),
     cases: usize,
@@ -120,7 +120,7 @@ impl Row {
         self.cases = 0;
     }
 
-    /// Prints the last one. Error: of any row.
+    /// Prints the last row. Error: printing of any row failed.
     fn finish(mut self) -> Result<()> {
         self.show();
         self.printed

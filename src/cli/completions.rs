@@ -1,7 +1,7 @@
-//! `temper completions` and `temper man`: what shells and `man` know of the commands. Layer 9.
+//! `temper completions` and `temper man`: shell completions and manual pages. Layer 9.
 //!
-//! Invariant: both come from the definitions that the parser has, arguments and options of run
-//! files alike, so they cannot drift.
+//! Invariant: both are generated from the parser's own definitions, both of arguments and of
+//! options of run files, so they stay consistent.
 
 use std::path::PathBuf;
 
@@ -25,7 +25,7 @@ pub struct CompletionsArgs {
     shell: Shell,
 }
 
-/// Shells that have completions.
+/// Shells with completions.
 #[derive(Clone, Copy, ValueEnum)]
 enum Shell {
     Bash,
@@ -44,8 +44,8 @@ pub struct ManArgs {
     output: Option<PathBuf>,
 }
 
-/// The command line with the options of run files as arguments of their commands, which
-/// `options_of` says by a command's name.
+/// The command line with the options of run files as arguments of their commands. `options_of`
+/// returns the options of a command by name.
 pub fn described(temper: Command, options_of: fn(&str) -> Option<Vec<Key>>) -> Command {
     let names: Vec<String> =
         temper.get_subcommands().map(|command| command.get_name().to_string()).collect();
@@ -55,7 +55,7 @@ pub fn described(temper: Command, options_of: fn(&str) -> Option<Vec<Key>>) -> C
     })
 }
 
-/// The command with an option; an argument of the same name stays alone.
+/// Adds an option to the command, unless it has an argument of this name.
 fn with_option(own: Command, key: Key) -> Command {
     let long = key.name.replace('_', "-");
     let is_there =
@@ -78,7 +78,7 @@ fn with_option(own: Command, key: Key) -> Command {
     })
 }
 
-/// `temper completions`; `temper` is the whole command line.
+/// Runs `temper completions`; `temper` is the whole command line.
 pub fn completions(args: CompletionsArgs, mut temper: Command) -> Result<()> {
     let shell = match args.shell {
         Shell::Bash => clap_complete::Shell::Bash,
@@ -90,7 +90,7 @@ pub fn completions(args: CompletionsArgs, mut temper: Command) -> Result<()> {
     print(String::from_utf8_lossy(&script))
 }
 
-/// `temper man`; `temper` is the whole command line.
+/// Runs `temper man`; `temper` is the whole command line.
 pub fn man(args: ManArgs, mut temper: Command) -> Result<()> {
     temper.build();
     if let Some(dir) = &args.output {

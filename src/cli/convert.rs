@@ -1,6 +1,6 @@
-//! `temper convert`: a GGUF file as a model folder. Layer 9.
+//! `temper convert`: converts a GGUF file to a model folder. Layer 9.
 //!
-//! Invariant: it writes a folder that the other commands open, or none.
+//! Invariant: it writes a folder that the other commands can open, or nothing.
 
 use std::path::PathBuf;
 

@@ -1,7 +1,7 @@
-//! `temper data`: what a method makes of rows, before it trains on them. Layer 9.
+//! `temper data`: shows how a method reads rows, before it trains on them. Layer 9.
 //!
-//! Invariant: rows, tokens and masks are those of the method itself, which is built as training
-//! builds it; every row that it would drop is named with its reason.
+//! Invariant: rows, tokens and masks come from the method itself, which is built as in training;
+//! every row that it would drop is named with its reason.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -44,13 +44,13 @@ pub struct DataArgs {
     keys: Vec<String>,
 }
 
-/// Dropped rows that are named.
+/// Most dropped rows that are named.
 const NAMED: usize = 10;
 
 pub fn run(mut args: DataArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     let mut run = (registry::find(&args.method)?.run)();
-    // Prompts are shown without any reward, too.
+    // Allows prompts to be shown without any reward.
     let none = [RewardFunction::new("none", |_| None)];
     for note in run.read(args.config.as_deref(), &args.keys, none.len())? {
         note_line(format_args!("note: {note}"));
@@ -67,7 +67,7 @@ pub fn run(mut args: DataArgs) -> Result<()> {
     let inputs = setup.inputs(&run, &rows, None, nowhere, rewards);
     let build = |run: &MethodRun| run.method.build(&run.training, &inputs);
     let made = build(&run);
-    // As if nothing were cut or packed: lengths, and which rows have a target at all.
+    // Without truncation and packing, to find lengths and which rows have a target at all.
     let limit = option(&run, "max_length").and_then(|v| v.as_integer()).map(|n| n as usize);
     let uncut = match limit {
         None => None,
@@ -88,7 +88,7 @@ pub fn run(mut args: DataArgs) -> Result<()> {
     let lengths = Lengths::of(&*all.method);
     print_line(format_args!("{}", histogram(&lengths.sequences, limit)))?;
     print_line(format_args!("{}", ends(tokenizer, &*all.method, run.method.eos_token(), trains)?))?;
-    let BuiltMethod { method, summary } = made?; // its error says what leaves nothing to train on
+    let BuiltMethod { method, summary } = made?; // the error says why nothing is left to train on
     let kept: BTreeSet<String> = views(&*method).flat_map(|v| v.places).collect();
     let dropped = dropped(&run, &rows, &lengths, &kept, limit);
     print_line(format_args!("{dropped}"))?;
@@ -101,7 +101,7 @@ fn option(run: &MethodRun, name: &str) -> Option<toml::Value> {
     keys.filter(|k| k.name == name).map(|k| k.value).next()
 }
 
-/// The same run where nothing is cut, packed or dropped for its length.
+/// The same run without truncation, packing or dropping by length.
 fn uncut(method: &str, run: &MethodRun) -> Result<Box<MethodRun>> {
     let mut whole = (registry::find(method)?.run)();
     whole.training = run.training.clone();
@@ -111,7 +111,7 @@ fn uncut(method: &str, run: &MethodRun) -> Result<Box<MethodRun>> {
             "packing" => Given::Text("false".into()),
             _ => Given::File(key.value),
         };
-        // What was read once can be read again.
+        // The values were valid before, so setting them again cannot fail.
         let _ = whole.method.set(key.name, &value);
     }
     Ok(whole)
@@ -121,7 +121,7 @@ fn views(method: &dyn Method) -> impl Iterator<Item = RowView> {
     (0..method.rows()).map(|row| method.row_view(row))
 }
 
-/// How long rows are before anything is cut.
+/// The lengths of rows before truncation.
 struct Lengths {
     sequences: Vec<usize>,
     /// The longest sequence of each row, by its place.
@@ -144,7 +144,7 @@ impl Lengths {
     }
 }
 
-/// A row: where it comes from, and each of its sequences.
+/// A row as text: its place and its sequences.
 fn text_of(tokenizer: &Tokenizer, view: &RowView, trains: bool, colour: bool) -> Result<String> {
     let mut text = String::new();
     let mut place = view.places.clone();
@@ -171,7 +171,7 @@ fn text_of(tokenizer: &Tokenizer, view: &RowView, trains: bool, colour: bool) ->
     Ok(text)
 }
 
-/// The text of a sequence: loss targets in colour, or in [[ ]].
+/// The text of a sequence, with loss targets in colour or in [[ ]].
 fn marked(tokenizer: &Tokenizer, part: &RowPart, colour: bool) -> Result<String> {
     let (on, off) = if colour { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
     let pieces = tokenizer.pieces(&part.ids)?;
@@ -190,7 +190,7 @@ fn marked(tokenizer: &Tokenizer, part: &RowPart, colour: bool) -> Result<String>
     Ok(text)
 }
 
-/// Rows by length, before anything is cut, in steps of two; and what `max_length` cuts off.
+/// A histogram of lengths before truncation, in powers of two, and what `max_length` cuts off.
 fn histogram(lengths: &[usize], max_length: Option<usize>) -> String {
     let mut lengths = lengths.to_vec();
     lengths.sort_unstable();
@@ -233,7 +233,7 @@ fn histogram(lengths: &[usize], max_length: Option<usize>) -> String {
     text
 }
 
-/// Whether sequences begin and end as a model of this tokenizer has them.
+/// Reports whether sequences begin and end as models with this tokenizer expect.
 fn ends(
     tokenizer: &Tokenizer,
     method: &dyn Method,

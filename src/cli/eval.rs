@@ -1,6 +1,6 @@
-//! `temper eval`: how good a model is on rows. Layer 9.
+//! `temper eval`: the quality of a model on rows. Layer 9.
 //!
-//! Invariant: it trains nothing and writes nothing but the report that it was asked for.
+//! Invariant: it trains nothing and writes nothing except the requested report.
 
 use std::path::PathBuf;
 

@@ -1,6 +1,6 @@
-//! `temper export`: a model folder, with an adapter merged, as a GGUF file. Layer 9.
+//! `temper export`: writes a model folder, with an adapter merged, as a GGUF file. Layer 9.
 //!
-//! Invariant: the command succeeds only once the written file, read back, gave the folder's
+//! Invariant: the command succeeds only if the written file, read back, gives the folder's
 //! log-probs and token ids.
 
 use std::path::{Path, PathBuf};
@@ -52,10 +52,10 @@ pub struct ExportArgs {
     overwrite: bool,
 }
 
-/// Types and the most by which log-probs of text may differ on average: the largest difference is one
-/// of an improbable token, and grows with the text. f32: sums in another order, as after a merge.
-/// f16 rounds a weight by 2^-12 of itself, bf16 by 2^-9, q8_0 by 1/254 of the largest of its
-/// block of 32; docs/gguf.md says what was measured. A difference of q4_0 is shown and not judged.
+/// Types, and the most by which the log-probs of text may differ on average (the largest difference
+/// belongs to an improbable token and grows with the text). f32: sums in another order, as after a
+/// merge. f16 rounds a weight by 2^-12 of itself, bf16 by 2^-9, q8_0 by 1/254 of the largest weight
+/// of its block of 32; docs/gguf.md has the measurements. The difference of q4_0 is only shown.
 const TYPES: [(&str, GgufType, f32); 5] = [
     ("f32", GgufType::F32, 1e-4),
     ("f16", GgufType::F16, 2e-3),
@@ -64,11 +64,11 @@ const TYPES: [(&str, GgufType, f32); 5] = [
     ("q4_0", GgufType::Q4_0, f32::MAX),
 ];
 
-/// Tokens of the sequences whose log-probs are compared.
+/// Most tokens of a sequence whose log-probs are compared.
 const LENGTH: usize = 48;
 
-/// What log-probs are compared on. Text, since a model is unsure of random tokens by far more than
-/// of any text, and rounding with it.
+/// The texts on which log-probs are compared. Real text, since a model is far less certain about
+/// random tokens, and rounding then has more effect.
 const TEXTS: [&str; 4] = [
     "The history of computing began with simple counting devices. In 1936 a paper described a machine that could \
      compute anything computable, and the century that followed built it in many forms.",
@@ -79,7 +79,7 @@ const TEXTS: [&str; 4] = [
      morning, and came home in the evening.",
 ];
 
-/// The tokens of [`TEXTS`], `length` of each at most.
+/// The tokens of [`TEXTS`], at most `length` of each.
 fn rows(tokenizer: &Tokenizer, length: usize) -> Result<Vec<Vec<u32>>> {
     let mut rows = TEXTS.iter().map(|t| tokenizer.encode(t, false)).collect::<Result<Vec<_>>>()?;
     rows.iter_mut().for_each(|row| row.truncate(length));
@@ -91,7 +91,7 @@ fn rows(tokenizer: &Tokenizer, length: usize) -> Result<Vec<Vec<u32>>> {
     Ok(rows)
 }
 
-/// What both tokenizers are asked to split.
+/// A text to compare the two tokenizers.
 const PROBE: &str =
     "Hello, world!  It's 1936 and 3.14; naïve CAFÉ e\u{301} 日本語 🙂\n\n\tx = foo(a)\r\n   end ";
 
@@ -111,7 +111,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
     let mut model = open_model(&cx, &dir, adapter.as_deref())?;
     model.ensure_positions(&cx, LENGTH)?;
     let tokenizer = Tokenizer::of_model(&dir, adapter.as_deref())?;
-    // Under another name until it was read back.
+    // The file has another name until it was read back.
     let staged = Staged::new(&args.file)?;
     let notes = export(&cx, &model, &tokenizer, &staged.file, *dtype)?;
     let read = convert(&staged.file, &staged.folder, Some(HostDtype::F32))?;
@@ -154,7 +154,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
     Ok(())
 }
 
-/// The base's folder and the adapter on it.
+/// The folder of the base, and the adapter on it.
 fn model_and_adapter(args: &ExportArgs) -> Result<(PathBuf, Option<PathBuf>)> {
     let given = Path::new(&args.model);
     let is_adapter =
@@ -175,7 +175,7 @@ fn model_and_adapter(args: &ExportArgs) -> Result<(PathBuf, Option<PathBuf>)> {
     Ok((resolve_model(&base)?, Some(given.to_path_buf())))
 }
 
-/// The file and the folder of the check, beside the file that is asked for.
+/// The file and folder of the check, beside the requested file.
 struct Staged {
     file: PathBuf,
     folder: PathBuf,
@@ -199,7 +199,7 @@ impl Drop for Staged {
     }
 }
 
-/// The tokenizer of the file is the folder's.
+/// Error: the tokenizer of the file differs from the folder's.
 fn check_tokens(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
     let back = Tokenizer::load(folder)?;
     for special in [false, true] {

@@ -1,19 +1,19 @@
-//! Both forms of an option: `--learning-rate 1e-4` and `learning_rate=1e-4`. Layer 9.
+//! The two forms of an option: `--learning-rate 1e-4` and `learning_rate=1e-4`. Layer 9.
 //!
-//! Invariant: every argument of a command can be given in either form, with `-` or `_`; what this
-//! does not know is left as it is, so that its error comes from the parser that owns it.
+//! Invariant: every argument of a command can be given in either form, with `-` or `_`. Unknown
+//! words stay unchanged, so that the parser that owns them reports the error.
 
 use clap::ArgAction;
 
 use crate::config::{Key, is_foreign};
 use crate::error::nearest;
 
-/// TRL's names of what are arguments here.
+/// TRL's names for arguments of this program.
 const SAME: [(&str, &str); 2] = [("model-name-or-path", "model"), ("output-dir", "output")];
 
-/// A command line with each argument of `command` as `--name` and each of `options` as
-/// `name=value`, which stand last. `args` are those after the command's name; without `options`
-/// the command takes none.
+/// Rewrites a command line: each argument of `command` becomes `--name`, and each of `options`
+/// becomes `name=value` at the end. `args` are the words after the command's name. None: the
+/// command has no options.
 pub fn normal(command: &clap::Command, options: Option<&[Key]>, args: &[String]) -> Vec<String> {
     let (mut rest, mut keys) = (Vec::new(), Vec::new());
     let mut args = args.iter().map(String::as_str).peekable();
@@ -31,7 +31,7 @@ pub fn normal(command: &clap::Command, options: Option<&[Key]>, args: &[String])
                     && takes_value(command, &long)
                     && let Some(next) = args.next()
                 {
-                    rest.push(next.into()); // whatever it is: a prompt may look like an option
+                    rest.push(next.into()); // any word: a prompt may look like an option
                 }
                 continue;
             }
@@ -68,7 +68,7 @@ pub fn normal(command: &clap::Command, options: Option<&[Key]>, args: &[String])
     rest
 }
 
-/// What an option of a run file takes on the command line.
+/// How an option of a run file is written on the command line.
 struct Form {
     name: String,
     switch: bool,
@@ -97,7 +97,7 @@ impl Form {
     }
 }
 
-/// `name=value`, as another option; a value may hold a `=` behind a `:` (`length:min=1`).
+/// Whether the word is `name=value`. A value may contain `=` after a `:` (`length:min=1`).
 fn is_assignment(text: &str) -> bool {
     text.split_once('=').is_some_and(|(name, _)| {
         !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
@@ -109,7 +109,7 @@ fn known<'a>(options: Option<&'a [Key]>, name: &str) -> Option<&'a Key> {
     options?.iter().find(|key| key.name == name)
 }
 
-/// The option that `--name` stands for. None: leave it to clap, whose error names what is near.
+/// The option that `--name` stands for. None: clap reports it and suggests the nearest name.
 fn option(command: &clap::Command, options: Option<&[Key]>, name: &str) -> Option<Form> {
     let form = |key: &Key, off| Form {
         name: key.name.into(),
@@ -130,11 +130,11 @@ fn option(command: &clap::Command, options: Option<&[Key]>, name: &str) -> Optio
     let longs = command.get_arguments().filter_map(|arg| arg.get_long());
     let is_option = options.is_some()
         && (is_foreign(&name) || nearest(&name.replace('_', "-"), longs).is_none());
-    // Its error is that of an unknown option, with the one that is near.
+    // Reported as an unknown option with the nearest known one.
     is_option.then_some(Form { name, switch: false, list: false, off: false })
 }
 
-/// `--name` of the command, in clap's spelling.
+/// The command's argument for `--name`, in clap's spelling.
 fn argument(command: &clap::Command, name: &str) -> Option<String> {
     let name = name.replace('_', "-");
     let name = SAME.iter().find(|(theirs, _)| *theirs == name).map_or(&*name, |(_, ours)| ours);
@@ -150,7 +150,7 @@ fn takes_value(command: &clap::Command, long: &str) -> bool {
     arg.is_some_and(|arg| arg.get_action().takes_values())
 }
 
-/// `name=value` as an argument; a flag is there or not.
+/// `name=value` as an argument. A flag is present or omitted.
 fn as_argument(command: &clap::Command, long: String, value: &str) -> Option<String> {
     let arg = command.get_arguments().find(|arg| arg.get_long() == long.strip_prefix("--"));
     match (arg.map(clap::Arg::get_action), value) {

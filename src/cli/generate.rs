@@ -1,6 +1,6 @@
-//! `temper generate`: sample from a model folder. Layer 9.
+//! `temper generate`: samples from a model. Layer 9.
 //!
-//! Invariant: completions come in the order of the prompts, whatever order they end in.
+//! Invariant: completions come in the order of the prompts, in whatever order they end.
 
 use std::path::{Path, PathBuf};
 

@@ -1,11 +1,11 @@
 //! The overview of `temper --help`, and an example for each command. Layer 9.
 //!
-//! Invariant: every command stands in one group; a command that no group names stands in the last,
-//! so that a new method needs no line here.
+//! Invariant: every command is in one group; a command without a group is in the last one, so a new
+//! method needs no line here.
 
 use std::fmt::Write;
 
-/// Commands by what they are for, in the order of the overview.
+/// Commands by purpose, in the order of the overview.
 const GROUPS: &[(&str, &[&str])] = &[
     ("Start", &["quickstart"]),
     ("Train on texts and answers", &["sft", "pretrain", "distill"]),
@@ -21,7 +21,7 @@ const GROUPS: &[(&str, &[&str])] = &[
     ("More", &[]),
 ];
 
-/// What is shown below the options of `temper COMMAND --help`.
+/// Examples below the options of `temper COMMAND --help`.
 const EXAMPLES: &[(&str, &str)] = &[
     ("quickstart", "temper quickstart --output quickstart"),
     (
@@ -101,7 +101,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ),
 ];
 
-/// `temper` with its overview, and each command with its example.
+/// Adds the overview to `temper` and an example to each command.
 pub fn add(temper: clap::Command) -> clap::Command {
     let overview = overview(&temper);
     let names: Vec<String> =
@@ -120,7 +120,7 @@ pub fn add(temper: clap::Command) -> clap::Command {
         .help_template(format!("{{about}}\n\n{{usage-heading}} {{usage}}\n\n{overview}{rest}"))
 }
 
-/// The commands of each group with their lines.
+/// The commands of each group with their descriptions.
 fn overview(temper: &clap::Command) -> String {
     let grouped = |name: &str| GROUPS.iter().any(|(_, names)| names.contains(&name));
     let commands: Vec<(&str, String)> = temper

@@ -1,4 +1,5 @@
-//! `temper inspect`: what a folder means, what the tape records, which kernels are built. Layer 9.
+//! `temper inspect`: shows a folder's config, the tape of a step, the memory plan, launches and
+//! kernels. Layer 9.
 //!
 //! Invariant: it changes nothing and needs no GPU.
 
@@ -147,14 +148,14 @@ fn config(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `0, 1, 4` or, where it is each of them, `all`.
+/// Indices as `0, 1, 4`, or `all` for every layer.
 fn layers_where<T>(layers: &[T], is: impl Fn(&T) -> bool) -> String {
     let found: Vec<String> =
         layers.iter().enumerate().filter(|(_, l)| is(l)).map(|(i, _)| i.to_string()).collect();
     if found.len() == layers.len() { "all".into() } else { found.join(", ") }
 }
 
-/// Records the forward of a step over random tokens and prints it.
+/// Records the forward of a step with random tokens and prints the tape.
 fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
     let length = args.length.unwrap_or(64);
     check_tokens(args.batch, length)?;
@@ -176,8 +177,7 @@ fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a training command with these options would hold at its peak, planned as it plans itself,
-/// without running it.
+/// Prints the memory plan of a training command with these options, computed as in the run itself.
 fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     let mut run = (registry::find(&args.method)?.run)();
     for note in run.read(args.config.as_deref(), &args.keys, 0)? {
@@ -195,7 +195,7 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     let adapter = args.adapter.as_deref();
     let setup = RunSetup::open(&run, dir, adapter, Weights::Needed, None)?;
     let model = PlannedModel { config: &setup.config, dir, adapter };
-    // A GPU that is not here has all of its memory free.
+    // A GPU that is not present has all of its memory free.
     let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;
     let print = |ask: &PlanRequest| -> Result<()> {
         let plan = plan::fit(&cx, ask, available)?;

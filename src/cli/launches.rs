@@ -1,8 +1,8 @@
-//! `temper inspect launches`: how many kernels a layer takes, forward and backward, and what a decode
-//! step costs the host. Layer 9.
+//! `temper inspect launches`: the number of kernels per layer, forward and backward, and the host's
+//! time for a decode step. Layer 9.
 //!
-//! Invariant: counted and timed, not told: the step runs on a device that computes nothing, that of
-//! training with one layer more and one less.
+//! Invariant: the numbers are measured. The step runs on a device that computes nothing; counts of
+//! a layer are the difference between training steps with three and with two layers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,10 +23,10 @@ use crate::tensor::Tensor;
 use crate::train::Trainer;
 use crate::train::tuning::{prepare, scheme};
 
-/// Launches by name.
+/// Number of launches by name.
 pub type LaunchCounts = BTreeMap<String, usize>;
 
-/// A way of training, as keys.
+/// A way of training, as options.
 pub struct Mode {
     pub name: &'static str,
     pub keys: &'static [&'static str],
@@ -45,7 +45,7 @@ pub const MODES: [Mode; 5] = [
     Mode { name: "LoRA on 4 bits, own products", keys: QLORA, matmul: MatmulChoice::Own },
 ];
 
-/// Launches of one layer, forward and backward, of a bf16 step on a GPU.
+/// Launches of one layer, forward and backward, in a bf16 step on a GPU.
 pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(LaunchCounts, LaunchCounts)> {
     let (few, more) = (step(config, mode, 2)?, step(config, mode, 3)?);
     let less = |more: LaunchCounts, few: &LaunchCounts| -> LaunchCounts {
@@ -82,14 +82,15 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(LaunchCount
     Ok((forward, device.take_launches()))
 }
 
-/// What a decode step asks of the host.
+/// The host's work for a decode step.
 pub struct DecodeStep {
     pub launches: LaunchCounts,
-    /// From the call to its return: rows, uploads, launches. The driver's own time is not in it.
+    /// Time of the call: rows, uploads, launches. Excludes the driver.
     pub host: Duration,
 }
 
-/// A bf16 decode step of `sequences` sequences on a GPU, launched or replayed: the mean of 32.
+/// A bf16 decode step of `sequences` sequences on a GPU, launched or replayed: the mean of 32
+/// steps.
 pub fn decode_step(config: &ModelConfig, sequences: usize, replay: bool) -> Result<DecodeStep> {
     const STEPS: usize = 32;
     let device =
@@ -102,7 +103,7 @@ pub fn decode_step(config: &ModelConfig, sequences: usize, replay: bool) -> Resu
     for number in 0..sequences as u32 {
         engine.submit(&Request { prompt: vec![0], n: 1, number })?;
     }
-    // The first step launches, the second one records.
+    // The first step launches and the second records.
     for _ in 0..3 {
         engine.step(&mut cx, &model)?;
     }
@@ -116,7 +117,7 @@ pub fn decode_step(config: &ModelConfig, sequences: usize, replay: bool) -> Resu
     Ok(DecodeStep { launches, host })
 }
 
-/// Prints the table, and what each count is made of.
+/// Prints the table and the kernels in each count.
 pub fn print(config: &ModelConfig) -> Result<()> {
     print_line(format_args!(
         "launches of one layer of a bf16 training step on a GPU, rank 16 on all seven projections, no dropout:\n"

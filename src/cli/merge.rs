@@ -1,6 +1,6 @@
-//! `temper merge`: an adapter folded into its base, as a model folder. Layer 9.
+//! `temper merge`: merges an adapter into its base and writes a model folder. Layer 9.
 //!
-//! Invariant: the command succeeds only once the written folder gave the log-probs of the adapted
+//! Invariant: the command succeeds only if the written folder gives the log-probs of the adapted
 //! base.
 
 use std::path::PathBuf;
@@ -49,9 +49,9 @@ pub struct MergeArgs {
     dtype: Option<String>,
 }
 
-/// Log-probs of the merged folder differ from the adapter's by rounding alone. f32: sums of at most
-/// some thousand terms in another order. Stored in bf16: every weight is off by up to 2^-9 of
-/// itself, as the base's own are.
+/// The log-probs of the merged folder differ from the adapter's only by rounding. f32: sums of at
+/// most some thousand terms in another order. Stored in bf16: each weight is off by up to 2^-9 of
+/// itself, like those of the base.
 const TOLERANCE: [(HostDtype, f32); 2] = [(HostDtype::F32, 1e-4), (HostDtype::BF16, 0.5)];
 
 pub fn run(args: MergeArgs) -> Result<()> {
@@ -121,7 +121,7 @@ fn random_rows(vocab: usize) -> Vec<Vec<u32>> {
     (0..4).map(|_| (0..48).map(|_| rng.below(vocab) as u32).collect()).collect()
 }
 
-/// The largest difference of any log-prob of `rows` between `model` and the folder.
+/// The differences between the log-probs of `rows` under `model` and under the model in the folder.
 pub fn difference(
     mut cx: Cx,
     model: &Decoder,
@@ -138,7 +138,7 @@ pub fn difference(
     Ok(Difference { mean: mean as f32, largest })
 }
 
-/// How far log-probs of one model are from another's. NaN: some are.
+/// Absolute differences between the log-probs of two models. NaN if any of them is NaN.
 #[derive(Clone, Copy, Debug)]
 pub struct Difference {
     pub mean: f32,

@@ -1,7 +1,7 @@
-//! The command line: thin. Layer 9.
+//! The command line. Layer 9.
 //!
-//! Invariant: a command parses, calls the library, prints. Exit codes: 0 done, 1 a run failed, 2
-//! bad usage or config, 130 interrupted after a clean checkpoint.
+//! Invariant: a command only parses arguments, calls the library and prints. Exit codes: 0 done, 1
+//! a run failed, 2 bad usage or config, 130 interrupted after a clean checkpoint.
 
 mod args;
 mod bench;
@@ -43,8 +43,8 @@ use crate::methods::registry::{self, REGISTRY};
 use crate::observer::output::{is_reader_gone, note_line};
 use crate::signals::Stop;
 
-// The commands that train nothing; [`REGISTRY`] has the training commands. This must not be a doc
-// comment: clap would show it as what the program is about.
+// The commands that do not train; [`REGISTRY`] has the training commands. Not a doc comment: clap
+// would show it as the description of the program.
 #[derive(Subcommand)]
 enum Command {
     Generate(generate::GenerateArgs),
@@ -78,13 +78,13 @@ fn command() -> clap::Command {
     help::add(Command::augment_subcommands(temper.subcommands(REGISTRY.iter().map(method))))
 }
 
-/// What a command line asks for.
+/// A parsed command line.
 enum Parsed {
     Train(&'static MethodEntry, Box<train::TrainArgs>),
     Other(Box<Command>),
 }
 
-/// The options that a command takes beside its arguments; None: it takes none.
+/// The options of a command besides its arguments. None: it has no options.
 fn options(name: &str, args: &[String]) -> Option<Vec<Key>> {
     let method = REGISTRY.iter().copied().find(|e| e.name == name);
     let of = |entry: &MethodEntry| (entry.run)().sections().iter().flat_map(|s| s.keys()).collect();
@@ -101,13 +101,13 @@ fn options(name: &str, args: &[String]) -> Option<Vec<Key>> {
     }
 }
 
-/// The whole command line with its options: for completions and the manual.
+/// The whole command line with its options, for completions and the manual.
 fn described() -> clap::Command {
     completions::described(command(), |name| options(name, &[]))
 }
 
-/// The method that `--method` names, in either form; SFT where there is none. A wrong name is said
-/// by the command.
+/// The method that `--method` names, in either form; SFT without one. The command itself reports a
+/// wrong name.
 fn named_method(args: &[String]) -> &'static MethodEntry {
     let name = args.iter().enumerate().find_map(|(i, arg)| {
         let arg = arg.strip_prefix("--").unwrap_or(arg);
@@ -120,7 +120,7 @@ fn named_method(args: &[String]) -> &'static MethodEntry {
     name.and_then(|name| registry::find(name).ok()).unwrap_or(&SFT)
 }
 
-/// The command line in one form: see [`forms::normal`]. What is not UTF-8 is left as it is.
+/// The command line in one form: see [`forms::normal`]. Unchanged if it is not UTF-8.
 fn arguments(temper: &clap::Command, given: Vec<OsString>) -> Vec<OsString> {
     let text: Option<Vec<String>> =
         given.iter().map(|arg| arg.to_str().map(String::from)).collect();
@@ -142,11 +142,11 @@ fn parse(given: Vec<OsString>) -> std::result::Result<Parsed, clap::Error> {
     Command::from_arg_matches(&matches).map(Box::new).map(Parsed::Other)
 }
 
-/// Makes a file-size limit an error of the write, and starts the threads.
+/// Turns a file-size limit into an error of the write, and starts the threads.
 fn prepare(parsed: &Parsed) -> Result<()> {
     Stop::ignore_file_size_signal()?;
     match parsed {
-        // It has an option for their number.
+        // Quickstart has an option for the number of threads.
         Parsed::Other(command) if matches!(**command, Command::Quickstart(_)) => Ok(()),
         _ => start_threads(None),
     }
@@ -158,7 +158,7 @@ pub fn main() -> i32 {
         Ok(parsed) => parsed,
         Err(e) => {
             let code = if e.use_stderr() { 2 } else { 0 };
-            // A closed pipe while help is printed is no error of ours.
+            // The reader may have closed the pipe while help is printed; that is not an error.
             let _ = e.print();
             if e.kind() == clap::error::ErrorKind::InvalidSubcommand {
                 let temper = command();
@@ -196,7 +196,7 @@ pub fn main() -> i32 {
     };
     match result {
         Ok(()) => 0,
-        // `temper data | head`: what was asked for was shown.
+        // `temper data | head`: the output that was wanted was shown.
         Err(e) if is_reader_gone(&e) => 0,
         Err(e) => {
             note_line(format_args!("error: {e}"));

@@ -1,23 +1,23 @@
-//! What the arguments of several commands may be. Layer 9.
+//! Parsers of arguments that several commands have. Layer 9.
 //!
-//! Invariant: a number that passes can be multiplied with another without an overflow.
+//! Invariant: the product of two accepted numbers does not overflow.
 
 use std::path::PathBuf;
 
 use crate::autograd::Recompute;
 use crate::error::{Error, Result};
 
-/// The largest number that an argument may be, and the most tokens that a batch may have.
+/// The largest number that an argument accepts, and the most tokens of a batch.
 const MOST: usize = 1 << 20;
 const MOST_TOKENS: usize = 1 << 26;
 
-/// A number of rows, tokens, repetitions, GiB.
+/// Parses a number of rows, tokens, repetitions or GiB.
 pub fn count(text: &str) -> std::result::Result<usize, String> {
     let number = text.replace('_', "").parse().ok().filter(|n| (1..=MOST).contains(n));
     number.ok_or_else(|| format!("must be a whole number from 1 to {MOST}"))
 }
 
-/// What a backward pass computes again.
+/// Parses what the backward pass recomputes.
 pub fn recompute(text: &str) -> std::result::Result<Recompute, String> {
     match text {
         "light" => Ok(Recompute::Light),
@@ -26,7 +26,7 @@ pub fn recompute(text: &str) -> std::result::Result<Recompute, String> {
     }
 }
 
-/// A file or folder that is replaced whole when it is written; standard output is none.
+/// Parses a file or folder that is replaced as a whole when it is written, so not standard output.
 pub fn file(text: &str) -> std::result::Result<PathBuf, String> {
     match text {
         "-" | "" => Err("must name a file or a folder; give ./- for a file of that name".into()),
@@ -34,7 +34,8 @@ pub fn file(text: &str) -> std::result::Result<PathBuf, String> {
     }
 }
 
-/// A batch of random rows is made before anything else is: it must fit in memory.
+/// Error: a batch of random rows, which is made before anything else, would be too large for
+/// memory.
 pub fn check_tokens(batch: usize, length: usize) -> Result<()> {
     if batch * length > MOST_TOKENS {
         return Err(Error::Config(format!(

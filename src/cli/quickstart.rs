@@ -1,6 +1,6 @@
-//! `temper quickstart`: the whole pipeline on data and a model made on the spot. Layer 9.
+//! `temper quickstart`: the whole pipeline with generated data and a new model. Layer 9.
 //!
-//! Invariant: it needs nothing but the binary: no network, no data, no model.
+//! Invariant: it needs only the binary: no network, no data, no model.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! `temper report`: a run's page again. Layer 9.
+//! `temper report`: writes the page of a run again. Layer 9.
 //!
 //! Invariant: a page is a function of the files of the run.
 

@@ -1,6 +1,6 @@
-//! `temper score`: what a model says of rows, one JSON line out for each row in. Layer 9.
+//! `temper score`: scores rows, one JSON line for each. Layer 9.
 //!
-//! Invariant: one line out for each row in that is not dropped, in the order of the rows.
+//! Invariant: one line for each row that is not dropped, in the order of the rows.
 
 use std::path::PathBuf;
 

@@ -1,6 +1,6 @@
-//! `temper serve`: a model folder over HTTP. Layer 9.
+//! `temper serve`: serves a model over HTTP. Layer 9.
 //!
-//! Invariant: it says where it listens, and how to try it, once it answers.
+//! Invariant: once it answers requests, it prints its address and an example.
 
 use std::path::Path;
 
@@ -32,7 +32,7 @@ pub struct ServeArgs {
 }
 
 impl ServeArgs {
-    /// The model, and what is left of the words.
+    /// The model, and the remaining words.
     fn part(&self) -> Result<(String, Vec<String>)> {
         let is_key = |word: &&String| word.contains('=') && !Path::new(word.as_str()).exists();
         let (keys, models): (Vec<&String>, Vec<&String>) = self.words.iter().partition(is_key);

@@ -1,6 +1,6 @@
-//! The training commands: one run each, from a model folder and rows to a folder. Layer 9.
+//! The training commands: one run each, from a model folder and rows to an output folder. Layer 9.
 //!
-//! Invariant: a command is a [`Training`] with the arguments that all methods take.
+//! Invariant: a command is a [`Training`] with the arguments that all methods have.
 
 use std::path::PathBuf;
 
@@ -51,7 +51,7 @@ pub struct TrainArgs {
     pub(super) keys: Vec<String>,
 }
 
-/// `temper sft`, `temper dpo` and the others.
+/// Runs `temper sft`, `temper dpo` and the others.
 pub fn run(entry: &MethodEntry, mut args: TrainArgs) -> Result<()> {
     part_keys(&mut args.data, &mut args.keys);
     part_keys(&mut args.eval_data, &mut args.keys);

@@ -1,17 +1,18 @@
-//! Memory limits of Linux control groups, versions 1 and 2: what a container or a batch job may use.
-//! Layer 1.
+//! Memory limits of Linux control groups, versions 1 and 2: what a container or a batch job may
+//! use. Layer 1.
 //!
-//! Invariant: the tightest limit of the group and all groups above it counts; what cannot be read is
-//! no limit.
+//! Invariant: the tightest limit of the process's group and of all groups above it counts; a limit
+//! that cannot be read is none.
 
 use std::path::{Path, PathBuf};
 
 use super::MemoryInfo;
 
-/// Below this a limit of version 1 is one: it writes "none" as the largest multiple of a page.
+/// Version 1 writes "no limit" as the largest multiple of a page, so a real limit is below this.
 const NONE: u64 = 1 << 60;
 
-/// The limit of this process, and what is left below it. None without one. `root` stands for `/`.
+/// The limit of this process, and the bytes left below it. None: no limit. `root` replaces `/` in
+/// tests.
 pub fn memory(root: &Path) -> Option<MemoryInfo> {
     let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let mut tightest: Option<MemoryInfo> = None;
@@ -46,7 +47,7 @@ pub fn memory(root: &Path) -> Option<MemoryInfo> {
     tightest
 }
 
-/// The memory of this machine, or of its container where that has less. `root` stands for `/`.
+/// The memory of this machine, or of its container if that is less. `root` replaces `/` in tests.
 pub fn host_memory(root: &Path) -> MemoryInfo {
     let text = std::fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
     let field = |name: &str| -> Option<usize> {
@@ -59,7 +60,7 @@ pub fn host_memory(root: &Path) -> MemoryInfo {
     MemoryInfo { free: free.min(left.free), total: total.min(left.total) }
 }
 
-/// What a version calls its files.
+/// The file names of one version.
 struct Files {
     mount: &'static str,
     limit: &'static str,
@@ -68,8 +69,8 @@ struct Files {
 }
 
 impl Files {
-    /// The group's folder and those above it. In a container the mount is the group itself, so a
-    /// path that is not there is passed over and the mount counts.
+    /// The folders of the group and of those above it. In a container the mount is the group
+    /// itself, so a folder that does not exist is skipped and the mount counts.
     fn folders(&self, root: &Path, path: &str) -> Vec<PathBuf> {
         let mount = root.join(self.mount);
         let group = Path::new(path.trim_start_matches('/'));
@@ -78,9 +79,9 @@ impl Files {
 
     fn read(&self, folder: &Path) -> Option<MemoryInfo> {
         let text = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
-        let number = |name: &str| text(name)?.trim().parse::<u64>().ok(); // "max" is no number
+        let number = |name: &str| text(name)?.trim().parse::<u64>().ok(); // "max" is not a number
         let limit = number(self.limit).filter(|limit| *limit < NONE)?;
-        // Pages of files that nobody uses are given back before the limit is felt.
+        // The kernel reclaims inactive file pages before the limit takes effect.
         let cache = text("memory.stat").and_then(|stat| {
             let line = stat.lines().find_map(|l| l.strip_prefix(self.cache)?.strip_prefix(' '))?;
             line.trim().parse::<u64>().ok()
@@ -116,7 +117,8 @@ mod tests {
             ("sys/fs/cgroup/job/step/memory.max", "max\n"),
         ];
         assert_eq!(left(&v2), Some((800_000_000, 1_000_000_000)));
-        // A container: the mount is its own group, whose path is not below it.
+        // In a container the mount is the process's own group, and the group's path does not exist
+        // below it.
         let inside =
             [("proc/self/cgroup", "0::/docker/abc\n"), ("sys/fs/cgroup/memory.max", "5000\n")];
         assert_eq!(left(&inside), Some((5000, 5000)));

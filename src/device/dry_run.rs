@@ -1,8 +1,8 @@
-//! A device that computes nothing: memory plans and launch counts are a run on it. Layer 1.
+//! A device that computes nothing, for memory plans and launch counts. Layer 1.
 //!
-//! Invariant: it answers as the device that it stands for, so the same code asks the pool for the
-//! same memory and launches the same kernels; but no memory is behind an address, and what is read
-//! back is zero.
+//! Invariant: it answers like the device that it stands for, so the same code requests the same
+//! memory from the pool and launches the same kernels. But its addresses have no memory, and
+//! everything read back is zero.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
@@ -19,20 +19,20 @@ pub struct DryRun {
     capabilities: Capabilities,
     memory: MemoryInfo,
     next: AtomicU64,
-    /// By the address of the name.
+    /// By the address of the kernel's name.
     launches: Mutex<HashMap<usize, (&'static str, usize)>>,
     capturing: AtomicBool,
 }
 
 impl DryRun {
-    /// Stands for `device`.
+    /// Imitates `device`.
     pub fn like(device: &dyn Device) -> Result<DryRun> {
         Ok(DryRun::new(&device.name(), device.capabilities(), device.memory()?))
     }
 
-    /// Stands for a device that is not there.
+    /// Imitates a device that is not present.
     pub fn new(name: &str, capabilities: Capabilities, memory: MemoryInfo) -> DryRun {
-        // Any aligned address but 0, which is nobody's.
+        // Any aligned address except 0, which stands for no memory.
         let next = AtomicU64::new(1 << 40);
         DryRun {
             name: name.into(),
@@ -44,8 +44,8 @@ impl DryRun {
         }
     }
 
-    /// What was launched since the last call, by name: kernels, `library product NT`, `copy`,
-    /// `fill`, `graph`. What is recorded is not launched, and a graph is one launch.
+    /// The launches since the last call, by name: kernels, `library product NT`, `copy`, `fill`,
+    /// `graph`. Recorded work is not counted, and a replayed graph counts as one launch.
     pub fn take_launches(&self) -> BTreeMap<String, usize> {
         let mut all = BTreeMap::new();
         for (name, n) in std::mem::take(&mut *lock(&self.launches)).into_values() {
@@ -114,7 +114,7 @@ impl Device for DryRun {
         Ok(())
     }
 
-    /// Every candidate of the library is taken as trusted: what it computes is not seen here.
+    /// Treats every candidate of the library as trusted, because nothing is computed here.
     unsafe fn gemm(&self, g: &Gemm, _algorithm: Algorithm) -> Result<LibraryProduct> {
         if !self.capabilities.library_gemm {
             return Ok(LibraryProduct::Unavailable);

@@ -1,7 +1,7 @@
-//! Opening the device that a user chooses. Layer 1.
+//! Opens the device that the user chooses. Layer 1.
 //!
-//! Invariant: `cuda` never falls back to another device; a printed device is the one
-//! that was opened.
+//! Invariant: `cuda` never falls back to another device; the printed device is the one that was
+//! opened.
 
 use std::sync::Arc;
 
@@ -11,8 +11,8 @@ use super::cuda::Cuda;
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 
-/// Opens a device; `Auto` is the GPU where one can be used, else the CPU. Errors, for `Cuda`: why
-/// there is no GPU.
+/// Opens a device. `Auto`: the GPU if one can be used, else the CPU. Error for `Cuda`: why no GPU
+/// can be used.
 pub fn open(choice: DeviceChoice) -> Result<Arc<dyn Device>> {
     match choice {
         DeviceChoice::Cpu => Ok(Arc::new(Cpu::new())),
@@ -24,7 +24,7 @@ pub fn open(choice: DeviceChoice) -> Result<Arc<dyn Device>> {
     }
 }
 
-/// Starts the CPU's threads, `threads` or one a core, which otherwise start at their first use.
+/// Starts the CPU's threads (`threads`, or one per core), which otherwise start at their first use.
 /// Error: the system refuses them (`ulimit -u`, a container's limit).
 pub fn start_threads(threads: Option<usize>) -> Result<()> {
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
@@ -33,6 +33,6 @@ pub fn start_threads(threads: Option<usize>) -> Result<()> {
             "the CPU's threads cannot be started ({e}); raise the limit of processes (ulimit -u), or set \
              RAYON_NUM_THREADS to a smaller number"
         ))),
-        _ => Ok(()), // or they run already
+        _ => Ok(()), // the threads run already, or were started
     }
 }

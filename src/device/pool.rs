@@ -1,8 +1,8 @@
 //! Named device memory: a caching, best-fit, coalescing allocator over large slabs. Layer 1.
 //!
-//! Invariant: the same sequence of requests gives the same addresses, so a step that repeats can be
-//! captured; and the pool always knows what each byte in use was asked for, so that an
-//! out-of-memory error can name the largest blocks.
+//! Invariant: the same sequence of requests gives the same addresses, so a repeated step can be
+//! captured. The pool knows the name of each byte in use, so an out-of-memory error can list the
+//! largest blocks.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
@@ -14,33 +14,33 @@ const GRAIN: usize = 256;
 
 pub struct Pool {
     device: Arc<dyn Device>,
-    /// Where slabs come from, if not from the device, and the name they have there.
+    /// The pool that provides the slabs, and their name in it. None: the device provides them.
     parent: Option<(Arc<Pool>, String)>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Slabs by address: bytes.
+    /// Slabs: address to bytes.
     slabs: BTreeMap<u64, usize>,
-    /// The parent's blocks that the slabs are.
+    /// The blocks of the parent that serve as slabs.
     held: Vec<Arc<Block>>,
-    /// Free ranges by address: bytes.
+    /// Free ranges: address to bytes.
     free: BTreeMap<u64, usize>,
-    /// The same by size: (bytes, address).
+    /// The free ranges as (bytes, address).
     by_size: BTreeSet<(usize, u64)>,
-    /// A number for each name that was ever asked for: an allocation makes no string.
+    /// A number for each name ever requested, so that an allocation creates no string.
     numbers: HashMap<Arc<str>, usize>,
     names: Vec<Arc<str>>,
-    /// Bytes in use by number.
+    /// Bytes in use, by number.
     live: Vec<usize>,
     in_use: usize,
     peak: usize,
-    /// What was in use at the peak, by number.
+    /// Bytes in use at the peak, by number.
     at_peak: Vec<usize>,
 }
 
-/// Memory from a [`Pool`]; goes back when the last handle is dropped.
+/// Memory from a [`Pool`]; returns to it when the last handle is dropped.
 pub struct Block {
     address: u64,
     bytes: usize,
@@ -72,8 +72,8 @@ impl Pool {
         Arc::new(Pool { device, parent: None, state: Mutex::default() })
     }
 
-    /// A pool whose memory is blocks of `parent`, in use there under `name` for as long as this pool
-    /// lives. So what a recorded graph uses belongs to nobody else between two replays.
+    /// A pool that takes its memory from `parent`, where it is in use under `name` until this pool
+    /// is dropped. So the memory of a recorded graph is never given to others between two replays.
     pub fn within(parent: &Arc<Pool>, name: &str) -> Arc<Pool> {
         let (device, parent) = (parent.device.clone(), Some((parent.clone(), name.to_string())));
         Arc::new(Pool { device, parent, state: Mutex::default() })
@@ -83,12 +83,12 @@ impl Pool {
         &self.device
     }
 
-    /// `bytes` of device memory under `name` (the high-water list adds up equal names). Contents
-    /// are undefined.
+    /// Allocates `bytes` of device memory under `name`; lists of blocks add up equal names.
+    /// Contents undefined. Error: out of memory.
     pub fn alloc(self: &Arc<Pool>, name: &str, bytes: usize) -> Result<Arc<Block>> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
         let mut state = lock(&self.state);
-        // In strict mode each block is an allocation of its own, with its own red zones.
+        // In strict mode each block is a separate allocation with its own red zones.
         let address = if self.device.is_strict() {
             self.device.alloc(bytes)?
         } else {
@@ -114,19 +114,19 @@ impl Pool {
         Ok(Arc::new(Block { address, bytes, number, name, pool: self.clone() }))
     }
 
-    /// Bytes in use now, and the most there have been.
+    /// Bytes in use now, and at the peak.
     pub fn in_use(&self) -> (usize, usize) {
         let state = lock(&self.state);
         (state.in_use, state.peak)
     }
 
-    /// Bytes that the pool has taken from the device and nobody uses.
+    /// Bytes that the pool has taken from the device and that are not in use.
     pub fn cached(&self) -> usize {
         let state = lock(&self.state);
         state.free.values().sum()
     }
 
-    /// What was in use at the peak, largest first.
+    /// Names and bytes of the memory in use at the peak, largest first.
     pub fn high_water(&self) -> Vec<(String, usize)> {
         let state = lock(&self.state);
         let mut list = state.list(&state.at_peak);
@@ -135,8 +135,6 @@ impl Pool {
     }
 
     fn grow(&self, state: &mut State, size: usize, name: &str) -> Result<()> {
-        // Slabs of 32 MiB, or the request rounded up to 2 MiB: few calls to the driver, little
-        // waste.
         if let Some((parent, held_as)) = &self.parent {
             let block = parent.alloc(held_as, size.next_multiple_of(2 << 20))?;
             let (address, bytes) = (block.address(), block.bytes());
@@ -145,6 +143,7 @@ impl Pool {
             state.release(address, bytes);
             return Ok(());
         }
+        // Slabs of at least 32 MiB, a multiple of 2 MiB: few calls to the driver, little waste.
         let slab = size.next_multiple_of(2 << 20).max(32 << 20);
         let (address, slab) = match self.device.alloc(slab) {
             Ok(address) => (address, slab),
@@ -188,13 +187,13 @@ impl State {
         number
     }
 
-    /// What is not 0 of `bytes`, with its name.
+    /// The nonzero entries of `bytes` with their names.
     fn list(&self, bytes: &[usize]) -> Vec<(String, usize)> {
         let some = self.names.iter().zip(bytes).filter(|(_, bytes)| **bytes > 0);
         some.map(|(name, bytes)| (name.to_string(), *bytes)).collect()
     }
 
-    /// The smallest free range that fits, lowest address first.
+    /// Takes the smallest free range that fits, at the lowest address among equals.
     fn take(&mut self, size: usize) -> Option<u64> {
         let (bytes, address) = *self.by_size.range((size, 0)..).next()?;
         self.remove(address, bytes);
@@ -204,7 +203,7 @@ impl State {
         Some(address)
     }
 
-    /// Gives a range back and joins it with its free neighbours in the same slab.
+    /// Returns a range and joins it with its free neighbours in the same slab.
     fn release(&mut self, mut address: u64, mut bytes: usize) {
         let slab = self
             .slabs
@@ -247,7 +246,8 @@ impl Drop for Block {
         state.in_use -= size;
         state.live[self.number] -= size;
         if self.pool.device.is_strict() {
-            // SAFETY: this was the last handle of an allocation made by `alloc` with the same size.
+            // SAFETY: this was the last handle of an allocation that `alloc` made with the same
+            // size.
             unsafe { self.pool.device.free(self.address, self.bytes) };
         } else {
             state.release(self.address, size);
@@ -258,17 +258,17 @@ impl Drop for Block {
 impl Drop for Pool {
     fn drop(&mut self) {
         if self.parent.is_some() {
-            return; // the slabs are the parent's blocks, and go back to it
+            return; // the slabs are blocks of the parent and return to it
         }
         let slabs = std::mem::take(&mut lock(&self.state).slabs);
         for (address, bytes) in slabs {
-            // SAFETY: each Block holds the pool, so none is left.
+            // SAFETY: each Block holds the pool, so no block is left.
             unsafe { self.device.free(address, bytes) };
         }
     }
 }
 
-/// "12.3 MiB": how the project prints sizes.
+/// A size as the project prints it: "12.3 MiB".
 pub fn mebibytes(bytes: usize) -> String {
     let mib = bytes as f64 / (1 << 20) as f64;
     if mib >= 1024.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
@@ -294,7 +294,7 @@ mod tests {
         assert_eq!(state.in_use, 0);
     }
 
-    /// The choice of a range by the sets is that of a search through all of them.
+    /// The sets choose the same range as a search through all of them.
     #[test]
     fn the_smallest_range_that_fits_is_taken_lowest_address_first() {
         let pool = Pool::new(Arc::new(Cpu::new()));

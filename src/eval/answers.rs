@@ -16,8 +16,8 @@ use crate::model::decoder::Decoder;
 use crate::rewards::{RewardBatch, Rewards, Scores};
 use crate::rollout::{Engine, EngineOptions, Request};
 
-/// `n` completions of every prompt, scored by `reward_funcs`. Errors: a reward that applies to no
-/// row; several completions that would all be the same.
+/// Generates `n` completions for every prompt and scores them with `reward_funcs`. Errors: a reward
+/// skips every row; all completions of a prompt would be the same.
 pub fn answers(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -59,7 +59,7 @@ pub fn answers(
     Ok(Evaluation { metrics, rows: (0..rows.len()).map(row).collect(), skipped, bad })
 }
 
-/// Of each reward, over rows of `n` completions: the mean, and pass@k for powers of two and `n`.
+/// For each reward, over rows of `n` completions: the mean, and pass@k for powers of two and `n`.
 fn metrics(
     scores: &Scores,
     n: usize,
@@ -67,7 +67,7 @@ fn metrics(
 ) -> Result<(Vec<EvalMetric>, Vec<SkippedRows>)> {
     let (mut metrics, mut skipped) = (Vec::new(), Vec::new());
     for (name, each) in scores.names.iter().zip(&scores.each) {
-        // A row that the verifier skips is skipped with all of its completions.
+        // If the verifier skips a completion, all completions of the row are skipped.
         let known: Vec<Vec<f64>> =
             each.chunks(n).filter_map(|row| row.iter().copied().collect()).collect();
         if known.is_empty() {
@@ -93,8 +93,8 @@ fn metrics(
     Ok((metrics, skipped))
 }
 
-/// The probability that of `k` completions, taken from `n` of which `right` are right, one is right
-/// (Chen et al., 2021).
+/// The probability that at least one of `k` completions is right, if they are drawn from `n` of
+/// which `right` are right (Chen et al., 2021).
 pub fn pass_at_k(n: usize, right: usize, k: usize) -> f64 {
     if n - right < k {
         return 1.0;
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn pass_at_k_is_the_share_of_draws_with_a_right_one() {
-        // every draw of k of n completions, counted
+        // Enumerates all ways to draw k of n completions.
         for n in 1..9usize {
             for right in 0..=n {
                 for k in 1..=n {

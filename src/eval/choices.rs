@@ -1,9 +1,9 @@
 //! Multiple-choice questions by log-likelihood: `acc` and `acc_norm`. Layer 6.
 //!
-//! Invariant: the measures are lm-eval's. A choice's score is the sum of the log-probs of its tokens
-//! behind the question; `acc` takes the highest score, `acc_norm` the highest score a byte of the
-//! choice's text; of equal ones the first wins. What stands before a question is a function of
-//! (seed, number of the row, file of shots).
+//! Invariant: the metrics are lm-eval's. The score of a choice is the sum of the log-probs of its
+//! tokens after the question; `acc` takes the highest score, `acc_norm` the highest score per byte
+//! of the choice's text; the first of equal ones wins. The examples before a question are a
+//! function of (seed, row number, file of examples).
 
 use serde_json::Value;
 
@@ -21,16 +21,16 @@ use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::rng::seed;
 
-/// Between a question and its answer, and between shots.
+/// Separators between a question and its answer, and between examples.
 const BEFORE_ANSWER: &str = " ";
 const BETWEEN_SHOTS: &str = "\n\n";
 
-/// Whether rows are multiple-choice questions.
+/// Whether the rows are multiple-choice questions.
 pub fn are_questions(rows: &[Row]) -> bool {
     rows.iter().any(|row| row.has("question") && row.has("choices"))
 }
 
-/// A row's question.
+/// The question of a row.
 #[derive(Clone, Debug, PartialEq)]
 struct Question {
     text: String,
@@ -39,7 +39,7 @@ struct Question {
 }
 
 impl Question {
-    /// Reads `question`, `choices` and `answer`. Error: what is wrong with the row.
+    /// Reads `question`, `choices` and `answer`. The error says what is wrong with the row.
     fn of(row: &Row) -> Result<Question> {
         let text = row.string("question")?.to_string();
         let (choices, labels) = choices(row)?;
@@ -56,11 +56,11 @@ impl Question {
         Ok(Question { text, choices, answer })
     }
 
-    /// The question up to its answer.
+    /// The formatted question without its answer.
     fn written(&self, eval: &EvalConfig) -> String {
         let lines: Vec<String> =
             self.choices.iter().enumerate().map(|(i, c)| format!("{}. {c}", letter(i))).collect();
-        // One pass, so that braces in a question stay as they are.
+        // A single pass over the format, so that braces in a question stay unchanged.
         let mut out = String::new();
         let format = eval.question_format.replace("\\n", "\n");
         let mut rest = format.as_str();
@@ -82,7 +82,7 @@ impl Question {
         out + rest
     }
 
-    /// What is scored for each choice.
+    /// The text that is scored for each choice.
     fn answers(&self, scored: ScoredChoice) -> Vec<String> {
         match scored {
             ScoredChoice::Text => self.choices.clone(),
@@ -90,15 +90,15 @@ impl Question {
         }
     }
 
-    /// The question with its right answer, as an example.
+    /// The question with the right answer, as a few-shot example.
     fn shot(&self, eval: &EvalConfig) -> String {
         let answer = &self.answers(eval.scored_choice)[self.answer];
         format!("{}{BEFORE_ANSWER}{answer}{BETWEEN_SHOTS}", self.written(eval))
     }
 }
 
-/// The texts of the choices, and their labels where they have some: a list of texts, a list of
-/// objects, or an object of two lists, as in ARC.
+/// The texts of the choices and their labels, if any: from a list of texts, a list of objects, or
+/// an object with two lists, as in ARC.
 fn choices(row: &Row) -> Result<(Vec<String>, Vec<String>)> {
     let value = row.need("choices")?;
     let texts = |value: &Value, what: &str| -> Result<Vec<String>> {
@@ -144,7 +144,7 @@ fn choices(row: &Row) -> Result<(Vec<String>, Vec<String>)> {
     }
 }
 
-/// The number of the right choice: a label, a number from 0, or a letter.
+/// The index of the right choice, from a label, a number from 0, or a letter.
 fn answer(row: &Row, n: usize, labels: &[String]) -> Result<usize> {
     let Some(value) = row.get("answer") else {
         return Err(row
@@ -176,21 +176,21 @@ fn answer(row: &Row, n: usize, labels: &[String]) -> Result<usize> {
     })
 }
 
-/// A, B, C ...; behind Z: AA, AB ...
+/// A, B, C, ...; after Z: AA, AB, ...
 fn letter(i: usize) -> String {
     let last = char::from(b'A' + (i % 26) as u8);
     if i < 26 { last.to_string() } else { format!("{}{last}", letter(i / 26 - 1)) }
 }
 
-/// The examples that stand before question `row`: `n` of the shots, never the question itself.
+/// The few-shot examples for question `row`: `num_fewshot` of `shots`, never the question itself.
 fn shots(question: &Question, row: usize, shots: &[Question], options: &EvalOptions) -> String {
     let order = permutation(shots.len(), options.generate.seed ^ seed::SHOTS, row as u32);
     let others = order.into_iter().map(|i| &shots[i]).filter(|shot| *shot != question);
     others.take(options.eval.num_fewshot).map(|shot| shot.shot(&options.eval)).collect()
 }
 
-/// The tokens of a text and its continuation, which are the targets. As in lm-eval, the tokens of
-/// both together are cut where those of the context alone end.
+/// The tokens of a context and its continuation; the targets are those of the continuation. As in
+/// lm-eval, the tokens of both together are split at the length of the context's own tokens.
 fn sequence(
     renderer: &Renderer,
     row: &Row,
@@ -208,8 +208,8 @@ fn sequence(
     Ok(MaskedSequence::new(&whole[..alone], &whole[alone..]))
 }
 
-/// `acc` and `acc_norm` of a language model on questions; `examples` are rows to choose shots from.
-/// Errors: rows that are no questions; too few examples.
+/// `acc` and `acc_norm` of a language model on questions; few-shot examples come from `examples`.
+/// Errors: rows are not questions; there are too few examples.
 pub fn choose(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -271,7 +271,7 @@ pub fn choose(
     })
 }
 
-/// The first of the highest values.
+/// The index of the first maximum.
 fn highest(values: &[f64]) -> usize {
     (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }

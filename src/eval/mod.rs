@@ -1,8 +1,8 @@
-//! How good a model is on rows, and what it says of each of them. Layer 6.
+//! Evaluation: the quality of a model on rows, and its scores of single rows. Layer 6.
 //!
-//! Invariant: the rows decide what is measured: prompts are answered and verified, texts give a
-//! perplexity, pairs give the accuracy of a reward model, questions with choices an accuracy. No row
-//! is left out of a metric without being counted. Nothing is printed here.
+//! Invariant: the kind of rows decides the metrics: prompts are completed and verified, texts give
+//! a perplexity, pairs the accuracy of a reward model, questions with choices an accuracy. Every
+//! row that a metric leaves out is counted. Nothing is printed here.
 //!
 //! | rows | function | metrics |
 //! |---|---|---|
@@ -36,8 +36,8 @@ pub use preferences::preferences;
 pub use result::{EvalMetric, EvalRow, Evaluation, SkippedRows};
 pub use score::{RowScore, perplexity, score, sequences};
 
-/// As [`evaluate`], of multiple-choice questions, with `examples` to choose few-shot examples from.
-/// Errors: a model that is not a language model; rows that are no questions.
+/// [`evaluate`] for multiple-choice questions, with few-shot examples from `examples`. Errors: the
+/// model is not a language model; rows are not questions.
 pub fn evaluate_questions(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -55,8 +55,9 @@ pub fn evaluate_questions(
     choose(cx, model, text, rows, examples, options)
 }
 
-/// Evaluates a model, whose tokenizer and templates are `text`, on rows of the kind `format`, by which the metrics are
-/// chosen. Errors: a model of another task than the rows need; several greedy completions.
+/// Evaluates a model, whose tokenizer and templates are `text`, on rows of the kind `format`, which
+/// decides the metrics. Errors: the rows need a model of another task; several greedy completions
+/// are requested.
 pub fn evaluate(
     cx: &mut Cx,
     model: &mut Decoder,

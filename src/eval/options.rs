@@ -5,20 +5,20 @@
 use crate::config::{DataOptions, EvalConfig, GenerateConfig};
 use crate::error::{Error, Result};
 
-/// What an evaluation measures, and how much goes through the model at once.
+/// The metrics of an evaluation, and the amount of work at once.
 pub struct EvalOptions {
     pub eval: EvalConfig,
     pub generate: GenerateConfig,
-    /// How rows are read, and what happens to bad ones.
+    /// How rows are read and bad rows are handled.
     pub data: DataOptions,
-    /// Sequences decoded at once.
+    /// Most sequences that are generated at once.
     pub batch: usize,
-    /// Tokens in one forward, where nothing is generated.
+    /// Most tokens in one forward when nothing is generated.
     pub batch_tokens: usize,
 }
 
 impl EvalOptions {
-    /// Error: several completions of a prompt that would all be the same.
+    /// Error: several completions of a prompt would all be the same.
     pub fn check(&self) -> Result<()> {
         let n = self.generate.n;
         match n > 1 && self.generate.sampling.temperature == 0.0 {

@@ -1,6 +1,6 @@
-//! How often a reward model scores the chosen side above the rejected one. Layer 6.
+//! How often a reward model scores the chosen completion above the rejected one. Layer 6.
 //!
-//! Invariant: the sides are tokenised as `temper reward` does it, uncut, so no pair is dropped.
+//! Invariant: pairs are tokenised as in `temper reward`, but not truncated, so no pair is dropped.
 
 use super::options::EvalOptions;
 use super::result::{EvalMetric, EvalRow, Evaluation};
@@ -12,8 +12,8 @@ use crate::error::Result;
 use crate::model::decoder::Decoder;
 use crate::rewards::model::sequence_scores;
 
-/// Accuracy and margin on rows with chosen and rejected, uncut; at most `budget` tokens go through
-/// the model at once.
+/// Accuracy and margin on rows with chosen and rejected, not truncated. At most `batch_tokens`
+/// tokens go through the model at once.
 pub fn preferences(
     cx: &mut Cx,
     model: &mut Decoder,

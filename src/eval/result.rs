@@ -1,6 +1,7 @@
-//! What an evaluation found. Layer 6.
+//! The results of an evaluation. Layer 6.
 //!
-//! Invariant: a metric says how many rows it is of; one result a row, in the order of the rows.
+//! Invariant: a metric says how many rows it covers; there is one result per row, in the order of
+//! the rows.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -17,39 +18,40 @@ pub struct Evaluation {
     pub bad: BadRows,
 }
 
-/// A number, with the standard error of its mean over the rows where it is a mean.
+/// A number. If it is a mean over rows, it has a standard error.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvalMetric {
     pub name: String,
     pub value: f64,
     pub stderr: Option<f64>,
-    /// Rows that it is of.
+    /// Number of rows that it covers.
     pub rows: usize,
 }
 
-/// Rows that a reward did not apply to: its metrics are of the others.
+/// Rows to which a reward did not apply; its metrics cover the others.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SkippedRows {
     pub reward: String,
     pub rows: usize,
 }
 
-/// What a row gave.
+/// The result of a row.
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub enum EvalRow {
-    /// Completions of a prompt (a string or messages), and by reward the score of each.
+    /// The completions of a prompt (a string or messages), and the score of each by reward.
     Answers { prompt: Value, completions: Vec<String>, rewards: Map<String, Value> },
-    /// Negative log-likelihood, in nats, of so many tokens.
+    /// The negative log-likelihood, in nats, of this many tokens.
     Likelihood { nll: f64, tokens: usize },
     /// A reward model's scores of a pair.
     Preference { chosen: f32, rejected: f32 },
-    /// Log-probs of each choice, and which are right, the highest, the highest a byte (from 0).
+    /// The log-prob of each choice, and the indices of the right choice, of the highest and of the
+    /// highest per byte.
     Choices { logps: Vec<f64>, answer: usize, chosen: usize, chosen_norm: usize },
 }
 
 impl EvalMetric {
-    /// The mean over rows, with its standard error (of at least two rows).
+    /// The mean over rows, with its standard error (for at least two rows).
     pub fn mean(name: impl Into<String>, values: &[f64]) -> EvalMetric {
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;
@@ -58,8 +60,8 @@ impl EvalMetric {
         EvalMetric { name: name.into(), value: mean, stderr, rows: values.len() }
     }
 
-    /// The quotient of two sums over rows, such as nats over tokens, with its standard error: that
-    /// of the rows' residuals, divided by the mean of the second (of at least two rows).
+    /// The quotient of two sums over rows, such as nats over tokens. Its standard error (for at
+    /// least two rows) is that of the rows' residuals divided by the mean of the second.
     pub fn ratio(name: impl Into<String>, over: &[f64], under: &[f64]) -> EvalMetric {
         let (n, total) = (over.len() as f64, under.iter().sum::<f64>());
         let value = over.iter().sum::<f64>() / total;
@@ -85,7 +87,8 @@ mod tests {
 
     #[test]
     fn the_error_of_a_ratio_is_about_that_of_many_samples() {
-        // Rows of 1 to 8 tokens, whose nats a token differ: the spread of 400 samples of 200 rows.
+        // Rows of 1 to 8 tokens with different nats per token; compares with the spread of 400
+        // samples of 200 rows.
         let draw = |sample: u32, row: u32| {
             let bits = crate::rng::philox([7, 0], [row, sample, 0, 0]);
             let (a, b) = (crate::rng::uniform(bits[0]), crate::rng::uniform(bits[1]));
@@ -100,7 +103,7 @@ mod tests {
         let spread = EvalMetric::mean("", &all.iter().map(|m| m.value).collect::<Vec<_>>());
         let spread = spread.stderr.unwrap() * 400f64.sqrt();
         let said = all.iter().map(|m| m.stderr.unwrap()).sum::<f64>() / 400.0;
-        // The spread of 400 samples is itself known to 4%.
+        // The spread of 400 samples is itself uncertain by 4%.
         assert!((said / spread - 1.0).abs() < 0.1, "{said} {spread}");
     }
 }

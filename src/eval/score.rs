@@ -1,7 +1,7 @@
-//! What a model says of given tokens: log-probs, scores, perplexity. Layer 6.
+//! Scores of given tokens: log-probs, rewards, perplexity. Layer 6.
 //!
-//! Invariant: a language model gives log-probs of tokens, a reward model one score of the row, a
-//! process reward model, for each token, the probability that a step which ended there is right.
+//! Invariant: a language model gives log-probs of tokens, a reward model one score per row, and a
+//! process reward model, for each token, the probability that a step ending there is right.
 
 use serde::Serialize;
 
@@ -19,21 +19,21 @@ use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
 use crate::rewards::model::{one_score, sequence_scores};
 
-/// What a model says of one row.
+/// The score of one row.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum RowScore {
-    /// Of each target, and their sum.
+    /// The log-prob of each target, and their sum.
     Tokens { logps: Vec<f32>, sum: f64 },
-    /// A reward model's.
+    /// The score of a reward model.
     Reward { score: f32 },
-    /// A process reward model's, for each token.
+    /// The scores of a process reward model, one per token.
     Steps { scores: Vec<f32> },
 }
 
-/// The sequences of rows: `input_ids` as they are (all tokens but the first are targets) where
-/// every row has them, else as SFT would tokenise the rows, uncut. `vocab` is the number of rows of
-/// the model's embedding.
+/// The sequences of rows. If every row has `input_ids`, these are used and all tokens but the first
+/// are targets; else rows are tokenised as in SFT, without truncation. `vocab` is the number of
+/// rows of the model's embedding.
 pub fn sequences(
     rows: &[Row],
     text: &ModelText,
@@ -72,9 +72,9 @@ pub fn sequences(
     Ok((masked.collect(), stats.bad))
 }
 
-/// Hands `each` what the model says of every sequence, in order, as soon as it is known. At most
-/// `budget` tokens, or one sequence, go through the model at once. Error: a classifier of several
-/// labels.
+/// Calls `each` with the score of every sequence, in order, as soon as it is known. At most
+/// `budget` tokens, or one sequence, go through the model at once. Error: the model is a classifier
+/// with several labels.
 pub fn score(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -128,8 +128,8 @@ fn scores(cx: &mut Cx, model: &mut Decoder, sequences: &[Sequence]) -> Result<Ve
     }
 }
 
-/// Mean negative log-likelihood of the targets of all sequences, and its exponential. Error: no
-/// target at all.
+/// The mean negative log-likelihood of the targets of all sequences, and its exponential. Error:
+/// there is no target.
 pub fn perplexity(
     cx: &mut Cx,
     model: &mut Decoder,
@@ -153,7 +153,7 @@ pub fn perplexity(
         ));
     }
     let loss = EvalMetric::ratio("loss", &nats, &tokens);
-    // To first order, exp(x) is off by exp(x) times what x is off by.
+    // To first order, the error of exp(x) is exp(x) times the error of x.
     let perplexity = EvalMetric {
         name: "perplexity".into(),
         value: loss.value.exp(),

@@ -1,12 +1,13 @@
-//! The tensor types of a GGUF file: how their blocks are laid out, widened and narrowed. Layer 6.
+//! The tensor types of a GGUF file: the layout of their blocks, and conversion from and to f32.
+//! Layer 6.
 //!
-//! Invariant: widening gives the very f32 values that the `gguf` package gives: one rounding an
-//! operation, in its order, no fused multiply-add.
+//! Invariant: widening gives exactly the f32 values of the `gguf` package: one rounding per
+//! operation, in the same order, without fused multiply-add.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// A tensor type that is read.
+/// A tensor type that can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgufType {
     F32,
@@ -22,7 +23,7 @@ pub enum GgufType {
     Q6K,
 }
 
-/// Type, its number in a file, its name, values in a block, bytes of a block.
+/// Type, its number in a file, name, values per block, bytes per block.
 const TYPES: [(GgufType, u32, &str, usize, usize); 11] = [
     (GgufType::F32, 0, "F32", 1, 4),
     (GgufType::F16, 1, "F16", 1, 2),
@@ -37,7 +38,7 @@ const TYPES: [(GgufType, u32, &str, usize, usize); 11] = [
     (GgufType::Q6K, 14, "Q6_K", 256, 210),
 ];
 
-/// Types that exist and are not read, for messages.
+/// Types that exist but cannot be read, for messages.
 const OTHERS: [(u32, &str); 12] = [
     (9, "Q8_1"),
     (10, "Q2_K"),
@@ -54,7 +55,7 @@ const OTHERS: [(u32, &str); 12] = [
 ];
 
 impl GgufType {
-    /// The type of a file's number; else what to call it in a message.
+    /// The type with this number. The error is a description of the type for a message.
     pub fn of(number: u32) -> Result<Self, String> {
         if let Some(found) = TYPES.iter().find(|t| t.1 == number) {
             return Ok(found.0);
@@ -63,7 +64,7 @@ impl GgufType {
         Err(format!("{number} ({name})"))
     }
 
-    /// The names of all types that are read.
+    /// The names of all types that can be read.
     pub fn names() -> String {
         TYPES.map(|t| t.2).join(", ")
     }
@@ -81,7 +82,7 @@ impl GgufType {
         self.row().1
     }
 
-    /// Values in a block: a row's length is a multiple of it.
+    /// Values per block; the length of a row is a multiple of it.
     pub fn block(self) -> usize {
         self.row().2
     }
@@ -90,7 +91,7 @@ impl GgufType {
         self.row().3
     }
 
-    /// Bytes of `values` values; None where they are no whole blocks, or too many.
+    /// Bytes of `values` values. None: they are not whole blocks, or too many.
     pub fn bytes(self, values: usize) -> Option<usize> {
         if !values.is_multiple_of(self.block()) {
             return None;
@@ -98,7 +99,7 @@ impl GgufType {
         (values / self.block()).checked_mul(self.block_bytes())
     }
 
-    /// Widens `bytes`, whole blocks, into `out`, which has a place for each of their values.
+    /// Widens whole blocks `bytes` into `out`, which has the length of all their values.
     pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
         let (block, size) = (self.block(), self.block_bytes());
         let one: fn(&[u8], &mut [f32]) = match self {
@@ -120,7 +121,7 @@ impl GgufType {
         });
     }
 
-    /// Narrows whole blocks of values; None for a type that is not written. Halves round to
+    /// Narrows whole blocks of values. None: the type cannot be written. F16 and BF16 round to
     /// nearest even; Q8_0 and Q4_0 choose their scale as the `gguf` package does.
     pub fn narrow(self, values: &[f32]) -> Option<Vec<u8>> {
         let blocks = values.chunks_exact(self.block());
@@ -146,7 +147,7 @@ fn q8_0(b: &[u8], out: &mut [f32]) {
     out.iter_mut().zip(&b[2..]).for_each(|(o, q)| *o = f32::from(*q as i8) * d);
 }
 
-/// The 4 low bits of value `i` of a block of 32: the first 16 values are the low halves.
+/// The 4 low bits of value `i` of a block of 32: the low halves hold the first 16 values.
 fn nibble(qs: &[u8], i: usize) -> u8 {
     if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 }
 }
@@ -184,8 +185,9 @@ fn q5_1(b: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Scale and minimum of the 8 parts of a K block, 6 bits each in 12 bytes: the low halves of the
-/// last four parts share a byte, their high bits are on top of the first eight bytes.
+/// Scale and minimum of one of the 8 parts of a K block, 6 bits each, packed in 12 bytes: the low
+/// four bits of the last four parts share a byte, and their high bits are the top bits of the first
+/// eight bytes.
 fn scale_min(s: &[u8], part: usize) -> (f32, f32) {
     let (scale, min) = if part < 4 {
         (s[part] & 63, s[part + 4] & 63)
@@ -195,7 +197,7 @@ fn scale_min(s: &[u8], part: usize) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
-/// `high`: the fifth bits of 32 columns, a bit a part; none in Q4_K.
+/// `high`: the fifth bits of 32 columns, one bit per part; None for Q4_K.
 fn k_block(b: &[u8], high: Option<&[u8]>, qs: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half(b, 0), half(b, 2));
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
@@ -220,7 +222,7 @@ fn q5_k(b: &[u8], out: &mut [f32]) {
 fn q6_k(b: &[u8], out: &mut [f32]) {
     let (ql, qh, scales, d) = (&b[..128], &b[128..192], &b[192..208], half(b, 208));
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
-        let (group, quarter) = (part / 4, part % 4); // of 128 values
+        let (group, quarter) = (part / 4, part % 4); // group of 128 values
         for (i, o) in out.iter_mut().enumerate() {
             let low = ql[group * 64 + quarter % 2 * 32 + i] >> (4 * (quarter / 2)) & 15;
             let high = qh[group * 32 + i] >> (2 * quarter) & 3;

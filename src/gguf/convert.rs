@@ -1,7 +1,7 @@
-//! A GGUF file as a Hugging Face folder. Layer 6.
+//! Converts a GGUF file to a Hugging Face folder. Layer 6.
 //!
-//! Invariant: every tensor of the file goes to a parameter of the model, and every parameter gets
-//! one; the folder appears whole or not at all.
+//! Invariant: every tensor of the file belongs to a parameter of the model, and every parameter has
+//! a tensor. The folder appears completely or not at all.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,18 +20,19 @@ use crate::model::folder::write_folder;
 use crate::model::layout::{ModelConfig, ParamSpec, expected_params};
 use crate::tensor::safetensors::HostDtype;
 
-/// What was written.
+/// The result of a conversion.
 pub struct Converted {
     pub config: ModelConfig,
     pub dtype: HostDtype,
-    /// Every value of the file was kept as it is.
+    /// Whether every value of the file was kept exactly.
     pub exact: bool,
-    /// How many tensors of each type the file has.
+    /// Number of tensors of each type in the file.
     pub types: Vec<(&'static str, usize)>,
 }
 
-/// Writes the model of the file at `path` to `dir`, its weights in `dtype`, or in the narrowest one
-/// that keeps every value: f16 or bf16 where the file has these, f32 alone, else f32.
+/// Writes the model in the file at `path` to `dir`. The weights are in `dtype`, or else in the
+/// narrowest dtype that keeps every value: f16 or bf16 if the file has only this type and f32, else
+/// f32.
 pub fn convert(path: &Path, dir: &Path, dtype: Option<HostDtype>) -> Result<Converted> {
     let file = GgufFile::open(path)?;
     let names = names(&file)?;
@@ -64,7 +65,8 @@ pub fn convert(path: &Path, dir: &Path, dtype: Option<HostDtype>) -> Result<Conv
     Ok(Converted { config, dtype, exact: kept.contains(&dtype), types })
 }
 
-/// The tensor of each parameter, in the order of `specs`. All that does not fit is named at once.
+/// The tensor of each parameter, in the order of `specs`. The error names everything that does not
+/// fit.
 fn matched<'a>(
     file: &'a GgufFile,
     names: &GgufNames,
@@ -107,7 +109,7 @@ fn matched<'a>(
     Err(Error::model(file.path(), message))
 }
 
-/// Builds the tokenizer before anything is written.
+/// Tests the tokenizer before anything is written.
 fn check_tokenizer(file: &GgufFile, dir: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
     let staged = AtomicDir::create(dir)?;
     for (name, bytes) in files {
@@ -121,7 +123,7 @@ fn check_tokenizer(file: &GgufFile, dir: &Path, files: &[(String, Vec<u8>)]) -> 
     Ok(())
 }
 
-/// The dtypes that keep every value, the narrowest first; f32 does always.
+/// The dtypes that keep every value, narrowest first; f32 always does.
 fn kept_by(
     specs: &[ParamSpec],
     tensors: &[&GgufTensor],

@@ -1,7 +1,7 @@
 //! The metadata of a model's config in a GGUF file. Layer 6.
 //!
-//! Invariant: what would change the model and has no place there is an error; what changes long
-//! texts alone is a note.
+//! Invariant: a property that would change the model and cannot be stored is an error; one that
+//! changes only long texts is a note.
 
 use std::path::Path;
 
@@ -20,11 +20,11 @@ use crate::model::layout::{
 use crate::model::rope::RopeKind;
 use crate::tensor::safetensors::HostDtype;
 
-/// The names of a family, its metadata, and factors of the rope that tensors hold.
+/// The names of a family, the metadata, and the rope factors that are stored as tensors.
 pub type GgufEntries = (&'static GgufNames, Vec<(String, MetaEntry)>, Factors);
 
-/// What a config is in a GGUF file. `notes` gets what the file cannot say. Errors: what would
-/// change the model and has no place.
+/// A config as metadata of a GGUF file. Adds to `notes` what the file cannot represent. Error: a
+/// property that would change the model cannot be stored.
 pub fn entries_of(
     dir: &Path,
     config: &ModelConfig,
@@ -82,7 +82,7 @@ pub fn entries_of(
     }
 }
 
-/// What of a model the architecture fixes otherwise.
+/// Describes a property of the model that differs from the fixed one of the architecture.
 fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
     let act = match config.hidden_act {
         HiddenAct::Silu => "silu",
@@ -105,7 +105,7 @@ fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
         let given = config.raw.get(key).unwrap_or(&Value::Null);
         return Some(format!("{key} is {given}, there it is {usual}"));
     }
-    // A layer without rope stands where the architecture has it.
+    // A layer without rope is at a position where the architecture has rope.
     let default = config.family.rope.layers(layers);
     let turns: Vec<bool> = config.layer_rope.iter().map(Option::is_some).collect();
     (turns != default).then(|| {
@@ -114,7 +114,7 @@ fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
     })
 }
 
-/// Says which windows the readers of a file do not have.
+/// Adds a note about windows that the readers of the file do not apply.
 fn windows(names: &GgufNames, config: &ModelConfig, notes: &mut Vec<String>) {
     let arch = names.architecture;
     let Some(window) = config.sliding_window.iter().flatten().min() else { return };
@@ -129,7 +129,7 @@ fn windows(names: &GgufNames, config: &ModelConfig, notes: &mut Vec<String>) {
     }
 }
 
-/// The period at which layers have no window, where it is not the family's.
+/// The period of layers without a window, if it is not the family's.
 fn period(config: &ModelConfig) -> std::result::Result<Option<usize>, String> {
     let WindowRule::Pattern { period: usual, .. } = config.family.window else { return Ok(None) };
     let slides: Vec<bool> = config.sliding_window.iter().map(Option::is_some).collect();
@@ -145,7 +145,7 @@ fn period(config: &ModelConfig) -> std::result::Result<Option<usize>, String> {
     })
 }
 
-/// The value of a key of config.json, its default where it is absent.
+/// The value of a key of config.json, or its default.
 fn value_of(config: &ModelConfig, key: &str) -> Value {
     let family = config.family;
     let named = |rule: Option<&str>| rule == Some(key);
@@ -153,7 +153,7 @@ fn value_of(config: &ModelConfig, key: &str) -> Value {
         SoftcapRule::Never => None,
         SoftcapRule::Key { key, .. } => Some(key),
     };
-    // As a decimal: what is stored in 32 bits.
+    // As the decimal of the stored 32-bit number.
     let number = |x: f32| json!(x.to_string().parse::<f64>().ok());
     match key {
         "num_key_value_heads" => json!(config.num_kv_heads),

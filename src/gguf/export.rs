@@ -1,7 +1,7 @@
-//! A model as a GGUF file. Layer 6.
+//! Exports a model as a GGUF file. Layer 6.
 //!
-//! Invariant: the file says all that the model is, or there is none; matrices are stored in the
-//! type that was asked for, norms and biases in f32.
+//! Invariant: the file describes the model completely, or it is not written. Matrices are stored in
+//! the requested type, norms and biases in f32.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use crate::model::decoder::Decoder;
 use crate::model::layout::expected_params;
 use crate::rollout::stop::stop_ids;
 
-/// `general.file_type` of what is written.
+/// The `general.file_type` of the file.
 fn file_type(dtype: GgufType) -> u32 {
     match dtype {
         GgufType::F32 => 0,
@@ -29,8 +29,8 @@ fn file_type(dtype: GgufType) -> u32 {
     }
 }
 
-/// Writes `model`, its adapter merged, to `path`. Returns what the file could not say, or not as
-/// asked. The context is f32.
+/// Writes `model`, with its adapter merged, to `path`. Returns notes about what the file cannot
+/// represent, or not as requested. The context must be f32.
 pub fn export(
     cx: &Cx,
     model: &Decoder,

@@ -1,8 +1,8 @@
-//! GGUF files in and out: the format, the blocks of its types, and what a model's metadata and
-//! tokenizer are there. Layer 6.
+//! Reads and writes GGUF files: the format, the blocks of its types, and the metadata of models and
+//! tokenizers. Layer 6.
 //!
-//! Invariant: a file is believed only where it was checked, and what a format cannot say is an
-//! error or a note, never a guess. The names of families are in `model::families::gguf`.
+//! Invariant: everything read from a file is checked first. What the format cannot represent is an
+//! error or a note, never a guess. `model::families::gguf` has the names of the families.
 
 pub mod blocks;
 pub mod config;

@@ -1,11 +1,12 @@
-//! Merges of a sentencepiece BPE from the scores of its tokens, and back. Layer 6.
+//! Computes the merges of a sentencepiece BPE from the scores of its tokens, and scores from
+//! merges. Layer 6.
 //!
-//! Invariant: the merges are those that transformers makes of the same scores; scores that do not
-//! give a tokenizer's merges back are refused.
+//! Invariant: the merges are those that transformers computes from the same scores. Scores that
+//! would not reproduce a tokenizer's merges are refused.
 
 use std::collections::HashMap;
 
-/// Kinds of tokens, as GGUF numbers them.
+/// The kinds of tokens, as GGUF numbers them.
 pub mod kind {
     pub const NORMAL: i32 = 1;
     pub const UNKNOWN: i32 = 2;
@@ -15,8 +16,9 @@ pub mod kind {
     pub const BYTE: i32 = 6;
 }
 
-/// Every way to make a normal token of two, the best score first; where scores are equal, the
-/// longer left part. None where scores say nothing: there are merges and all scores are one.
+/// Every way to merge two tokens into a normal token, the best score first; for equal scores the
+/// longer left part first. None: the scores carry no information, because there are merges and all
+/// scores are equal.
 pub fn merges_of<'a>(
     tokens: &[&'a str],
     kinds: &[i32],
@@ -50,8 +52,8 @@ pub fn merges_of<'a>(
     Some(merges.into_iter().map(|(_, way)| way).collect())
 }
 
-/// Scores that give `merges` back by [`merges_of`]: a token's is minus the place of its first
-/// merge. None where no scores do.
+/// Scores from which [`merges_of`] reproduces `merges`: the score of a token is minus the position
+/// of its first merge. None: no scores do.
 pub fn scores_of(tokens: &[&str], kinds: &[i32], merges: &[[&str; 2]]) -> Option<Vec<f32>> {
     let mut places: HashMap<String, usize> = HashMap::new();
     for [left, right] in merges {
@@ -61,7 +63,8 @@ pub fn scores_of(tokens: &[&str], kinds: &[i32], merges: &[[&str; 2]]) -> Option
     let last = places.len();
     let score = |token: &&str| -(*places.get(*token).unwrap_or(&last) as f32);
     let scores: Vec<f32> = tokens.iter().map(score).collect();
-    // How a token is made matters as a set: no two of its ways begin at one place of a text.
+    // The ways to merge a token matter only as a set: no two of them begin at the same place of a
+    // text.
     let ways = |merges: &[[&str; 2]]| {
         let mut out: Vec<(String, Vec<String>)> = Vec::new();
         for [left, right] in merges {
@@ -97,7 +100,7 @@ mod tests {
     #[test]
     fn scores_that_say_nothing_are_refused() {
         assert_eq!(merges_of(&TOKENS, &KINDS, &[0.0; 7]), None);
-        // A tokenizer without one of the ways cannot be said by scores.
+        // Scores cannot represent a tokenizer that lacks one of the ways.
         assert_eq!(scores_of(&TOKENS, &KINDS, &[["b", "c"], ["a", "b"], ["ab", "c"]]), None);
     }
 }

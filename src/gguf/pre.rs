@@ -1,34 +1,34 @@
 //! The pre-tokenizers that `tokenizer.ggml.pre` names. Layer 6.
 //!
-//! Invariant: a name stands for one chain of steps, in both directions; a name or a chain that is
-//! not in the table is an error.
+//! Invariant: a name stands for one sequence of steps, in both directions; a name or a sequence
+//! that is not in the table is an error.
 
 use serde_json::{Value, json};
 
 /// A step of a pre-tokenizer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PreStep {
-    /// Each match of a pattern stands alone.
+    /// Each match of the pattern becomes a piece.
     Split(String),
-    /// Each digit stands alone.
+    /// Each digit becomes a piece.
     Digits,
-    /// Bytes as characters, after GPT-2's pattern where `true`.
+    /// Maps bytes to characters; with `true`, first splits by GPT-2's pattern.
     Bytes(bool),
 }
 
-/// A byte-level BPE tokenizer as a GGUF file names it.
+/// The pre-tokenizer of a byte-level BPE, as a GGUF file names it.
 #[derive(Debug)]
 pub struct PreTokenizer {
     pub name: &'static str,
-    /// Other names for the same.
+    /// Other names of the same pre-tokenizer.
     aliases: &'static [&'static str],
     split: Option<&'static str>,
     digits: bool,
-    /// Text is normalised to NFC first.
+    /// Whether text is first normalised to NFC.
     pub nfc: bool,
-    /// A piece that is a token as a whole is that token, whatever the merges say.
+    /// Whether a piece that is a token becomes that token, regardless of the merges.
     pub ignore_merges: bool,
-    /// Whether BOS is added where the file does not say.
+    /// Whether BOS is added if the file does not say so.
     pub adds_bos: bool,
 }
 
@@ -81,7 +81,7 @@ impl PreTokenizer {
         TABLE.iter().find(|p| p.name == name || p.aliases.contains(&name))
     }
 
-    /// The one with these steps.
+    /// The pre-tokenizer with these steps.
     pub fn of_steps(steps: &[PreStep], nfc: bool, ignore_merges: bool) -> Option<&'static Self> {
         TABLE
             .iter()
@@ -100,7 +100,7 @@ impl PreTokenizer {
         split.into_iter().chain(digits).chain([PreStep::Bytes(self.split.is_none())]).collect()
     }
 
-    /// `pre_tokenizer` of tokenizer.json.
+    /// `pre_tokenizer` of a tokenizer.json.
     pub fn json(&self) -> Value {
         let one = |step: PreStep| match step {
             PreStep::Split(pattern) => json!({
@@ -119,7 +119,7 @@ impl PreTokenizer {
     }
 }
 
-/// The steps of tokenizer.json's `pre_tokenizer`; None where one of them has no place here.
+/// The steps of a tokenizer.json's `pre_tokenizer`. None: a step cannot be represented.
 pub fn steps_of(pre: &Value) -> Option<Vec<PreStep>> {
     let flag = |key: &str| pre[key].as_bool();
     match pre["type"].as_str()? {

@@ -1,7 +1,7 @@
-//! A GGUF file, mapped: header, metadata, tensors. Layer 6.
+//! A mapped GGUF file: header, metadata, tensors. Layer 6.
 //!
-//! Invariant: nothing is allocated by a number of the file before that many bytes were seen to
-//! follow, and a tensor that [`GgufFile::tensor`] gives lies whole in the file.
+//! Invariant: no allocation is sized by a number of the file before that many bytes are known to
+//! follow. A tensor that [`GgufFile::tensor`] returns is completely within the file.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,10 +12,10 @@ use super::blocks::GgufType;
 use crate::error::{Error, Result};
 
 const MAX_DIMS: u32 = 4;
-const MAX_DEPTH: u32 = 4; // lists in lists
+const MAX_DEPTH: u32 = 4; // nesting of lists
 const DEFAULT_ALIGNMENT: u64 = 32;
 
-/// A metadata value; a list stays in the file until it is asked for.
+/// A metadata value; a list stays in the file until it is read.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MetaValue {
     Unsigned(u64),
@@ -27,7 +27,7 @@ pub enum MetaValue {
     List { item: u32, count: usize, bytes: Range<usize> },
 }
 
-/// Numbers of the types of metadata values.
+/// The type numbers of metadata values.
 pub mod item {
     pub const U8: u32 = 0;
     pub const I8: u32 = 1;
@@ -44,7 +44,7 @@ pub mod item {
     pub const F64: u32 = 12;
 }
 
-/// A tensor: its name, type, shape as in Hugging Face (rows first), and bytes in the file.
+/// A tensor: its name, type, shape in Hugging Face's order (rows first) and bytes in the file.
 #[derive(Clone, Debug)]
 pub struct GgufTensor {
     pub name: String,
@@ -72,14 +72,14 @@ pub struct GgufFile {
 }
 
 impl GgufFile {
-    /// Maps `path` and checks all that its header says. Errors name the byte at which it is wrong.
+    /// Maps `path` and checks its whole header. Errors name the byte position of the problem.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         if !file.metadata().map_err(|e| Error::io(path, e))?.is_file() {
             return Err(Error::model(path, "is not a file; give a .gguf file"));
         }
-        // SAFETY: the map is read-only and private to this struct. A file that another process
-        // truncates while it is mapped ends this process with SIGBUS; there is no undefined value.
+        // SAFETY: the map is read-only and private to this struct. If another process truncates the
+        // file while it is mapped, SIGBUS ends this process; no undefined value is read.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         let mut reader = Reader { path, bytes: &map, at: 0 };
         let (meta, tensors) = reader.header()?;
@@ -98,7 +98,7 @@ impl GgufFile {
         self.tensors.iter().find(|t| t.name == name)
     }
 
-    /// The values of a tensor of this file, widened.
+    /// The values of a tensor of this file as f32.
     pub fn values(&self, tensor: &GgufTensor) -> Result<Vec<f32>> {
         let Some(bytes) = self.map.get(tensor.bytes.clone()) else {
             return Err(Error::model(&self.path, format!("{} is not in this file", tensor.name)));
@@ -142,7 +142,7 @@ impl GgufFile {
         }
     }
 
-    /// A number; one that is stored in 32 bits as the shortest decimal that stands for it.
+    /// A number. A 32-bit number becomes its shortest decimal.
     pub fn number(&self, key: &str) -> Result<Option<f64>> {
         match self.get(key) {
             None => Ok(None),
@@ -255,7 +255,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A count of things that take `least` bytes or more each.
+    /// A number of items that have at least `least` bytes each.
     fn count(&mut self, least: usize, what: &str) -> Result<usize> {
         let at = self.at;
         let n = self.u64(what)?;
@@ -338,7 +338,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Walks over a list and says where it lies.
+    /// Skips a list and returns its position.
     fn list(&mut self, depth: u32) -> Result<MetaValue> {
         let at = self.at;
         let item = self.u32("the type of a list")?;

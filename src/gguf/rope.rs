@@ -1,6 +1,6 @@
-//! The rope settings of a GGUF file: metadata and factors in tensors, both ways. Layer 6.
+//! The rope settings of a GGUF file, read and written: metadata, and factors in tensors. Layer 6.
 //!
-//! Invariant: what is written reads back as the same table of angles, or it is an error.
+//! Invariant: the written settings read back as the same table of angles, or writing fails.
 
 use serde_json::{Map, Value, json};
 
@@ -11,16 +11,16 @@ use crate::model::families::gguf::GgufNames;
 use crate::model::layout::{Family, ModelConfig, RopeRule};
 use crate::model::rope::{RopeConfig, RopeKind, inv_freq};
 
-/// Frequencies of a llama3 rope, as divisors of the plain ones.
+/// The divisors of the frequencies of a llama3 rope.
 const FREQS: &str = "rope_freqs.weight";
-/// Longrope's, beyond the original length and up to it.
+/// The factors of longrope: beyond the original length, and up to it.
 const LONG: &str = "rope_factors_long.weight";
 const SHORT: &str = "rope_factors_short.weight";
 
-/// Tensors that hold factors of a rope and belong to no parameter.
+/// Tensors with rope factors, which belong to no parameter.
 pub const FACTORS: [&str; 3] = [FREQS, LONG, SHORT];
 
-/// The theta of layers with a window, where they have their own.
+/// The theta of layers with a window, if they have their own.
 pub const THETA_SLIDING: &str = "rope.freq_base_swa";
 const TEMPERATURE: &str = "attention.temperature_scale";
 const LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
@@ -34,7 +34,7 @@ const SCALING: &[&str] = &[
     "yarn_beta_slow",
 ];
 
-/// Whether `key` of the architecture is read here.
+/// Whether this module reads `key` of the architecture.
 pub fn reads(key: &str, family: &Family) -> bool {
     ["rope.freq_base", "rope.scale_linear"].contains(&key)
         || key.strip_prefix("rope.scaling.").is_some_and(|key| SCALING.contains(&key))
@@ -45,7 +45,7 @@ fn bad(file: &GgufFile, message: impl Into<String>) -> Error {
     Error::model(file.path(), message)
 }
 
-/// `rope_parameters` of a file; `raw`: what was read of its config.json before.
+/// The `rope_parameters` of a file. `raw`: the config.json entries that were read before.
 pub fn parameters(
     file: &GgufFile,
     names: &GgufNames,
@@ -122,7 +122,7 @@ fn one(
         return Ok(out);
     }
     let factor = file.number(&key("scaling.factor"))?;
-    // Old files have the linear factor alone.
+    // Old files have only the linear factor.
     let old = file.number(&key("scale_linear"))?.filter(|f| *f != 1.0);
     let kind = file.text(&key("scaling.type"))?.unwrap_or("none");
     let need = |factor: Option<f64>| {
@@ -150,7 +150,8 @@ fn one(
                     Some(_) => out[config] = json!(file.number(&key(gguf))?),
                 }
             }
-            // There it multiplies what the factor gives; here it stands for it.
+            // In the file this multiplies the value derived from the factor; in config.json it
+            // replaces that value.
             if let Some(scale) = file.number(&key("scaling.attn_factor"))?.filter(|s| *s != 1.0) {
                 let usual = growth(need(factor)?, 1.0);
                 out["attention_factor"] = json!(scale * usual);
@@ -166,17 +167,17 @@ fn one(
     Ok(out)
 }
 
-/// Each as the shortest decimal that stands for it.
+/// Each value as its shortest decimal.
 fn decimals(values: &[f32]) -> Vec<f64> {
     values.iter().filter_map(|x| x.to_string().parse().ok()).collect()
 }
 
-/// What yarn multiplies cos and sin by where nothing else is said.
+/// The default factor of yarn on cos and sin.
 fn growth(factor: f64, scale: f64) -> f64 {
     if factor > 1.0 { 0.1 * scale * factor.ln() + 1.0 } else { 1.0 }
 }
 
-/// What longrope does.
+/// The default factor of longrope on cos and sin.
 fn usual_long_factor(most: f64, original: f64) -> f64 {
     match most <= original {
         true => 1.0,
@@ -184,8 +185,8 @@ fn usual_long_factor(most: f64, original: f64) -> f64 {
     }
 }
 
-/// The llama3 parameters that give these factors. They fix the factor and, for the ramp that all
-/// such models have (1 to 4), the original context, which is a power of two.
+/// The llama3 parameters that give these factors. The factors determine the parameter `factor` and,
+/// with the ramp that all such models have (1 to 4), the original context, which is a power of two.
 fn llama3(theta: f64, head_dim: usize, factors: &[f32]) -> Option<Value> {
     let factor = f64::from(factors.iter().copied().fold(1f32, f32::max));
     (4..=24).map(|power| 1u64 << power).find_map(|original| {
@@ -196,7 +197,7 @@ fn llama3(theta: f64, head_dim: usize, factors: &[f32]) -> Option<Value> {
             original_max_positions: original as f64,
         };
         let found = divisors(&RopeConfig { kind, ..RopeConfig::plain(theta) }, head_dim);
-        // Rounding of the f32 steps by which the two programs come to a factor.
+        // Allows for the rounding of the f32 steps in which two programs compute a factor.
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-4 * b.abs();
         let same = found.len() == factors.len() && found.iter().zip(factors).all(near);
         same.then(|| {
@@ -208,17 +209,17 @@ fn llama3(theta: f64, head_dim: usize, factors: &[f32]) -> Option<Value> {
     })
 }
 
-/// What a rope divides the plain frequencies by.
+/// The divisors of a rope relative to the plain frequencies.
 fn divisors(rope: &RopeConfig, head_dim: usize) -> Vec<f32> {
     let of = |rope: &RopeConfig| inv_freq(rope, head_dim, false);
     of(&RopeConfig::plain(rope.theta)).iter().zip(of(rope)).map(|(p, f)| p / f).collect()
 }
 
-/// Tensors of factors, by name.
+/// Rope factors by the name of their tensor.
 pub type Factors = Vec<(&'static str, Vec<f32>)>;
 
-/// Puts the ropes of `config` into `out`; returns the factors that tensors hold. Error: what the
-/// file cannot hold, in words.
+/// Adds the ropes of `config` to `out` and returns the factors that are stored as tensors. The
+/// error describes what the file cannot hold.
 pub fn entries(
     names: &GgufNames,
     config: &ModelConfig,
@@ -248,7 +249,7 @@ pub fn entries(
     }
     let mut scaling = |key: &str, entry| put(&format!("rope.scaling.{key}"), entry);
     match &rope.kind {
-        // llama.cpp takes the length of the steps of q's scale from yarn's settings.
+        // llama.cpp takes the step length of the scale of q from yarn's settings.
         RopeKind::Default | RopeKind::Linear { .. } | RopeKind::Llama3 { .. }
             if rope.query_scale.is_some() =>
         {
@@ -288,7 +289,7 @@ pub fn entries(
                 return Ok(vec![]);
             }
             if rope.query_scale.is_some() && *factor > 1.0 && *attention_factor > 0.0 {
-                // The multiplier whose growth divides that of 1.
+                // The multiplier whose growth divides the growth of 1.
                 let all = (usual / attention_factor - 1.0) / (0.1 * factor.ln());
                 scaling("yarn_log_multiplier", MetaEntry::F32(all as f32));
             } else {

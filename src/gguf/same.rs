@@ -1,7 +1,8 @@
-//! Whether the model that a GGUF file says is the one that was to be written. Layer 6.
+//! Compares the model that a GGUF file describes with the one that should have been written.
+//! Layer 6.
 //!
-//! Invariant: every field of the layout that changes what is computed is compared, numbers as they
-//! are used.
+//! Invariant: every field of the layout that affects the computation is compared, and numbers in
+//! the precision in which they are used.
 
 use std::fmt::Debug;
 
@@ -10,7 +11,7 @@ use crate::model::families::gguf::GgufNames;
 use crate::model::layout::ModelConfig;
 use crate::model::rope::inv_freq;
 
-/// What is not alike, in words. Windows count where files of the family say them.
+/// Descriptions of all differences. Windows are compared only if files of the family store them.
 pub fn differences(written: &ModelConfig, read: &ModelConfig) -> Vec<String> {
     let mut out = Vec::new();
     let mut compare = |what: &str, of: &dyn Fn(&ModelConfig) -> String| {
@@ -48,7 +49,7 @@ pub fn differences(written: &ModelConfig, read: &ModelConfig) -> Vec<String> {
             Some((angles, factor, scale))
         });
         let mut layers: Vec<_> = layers.enumerate().collect();
-        layers.dedup_by(|a, b| a.1 == b.1); // where it changes
+        layers.dedup_by(|a, b| a.1 == b.1); // keeps the layers where it changes
         text(layers)
     });
     if GgufNames::of_model_type(written.family.model_type).is_some_and(GgufNames::has_windows) {

@@ -1,6 +1,6 @@
 //! Tokenizer files from the metadata of a GGUF file. Layer 6.
 //!
-//! Invariant: what the metadata do not determine is an error that names what is missing; every
+//! Invariant: if the metadata do not determine something, the error names what is missing; every
 //! token keeps its id.
 
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use super::read::GgufFile;
 use crate::error::{Error, Result};
 use crate::model::folder::NamedFiles;
 
-/// Named special tokens here and in tokenizer_config.json.
+/// The names of special tokens in GGUF files and in tokenizer_config.json.
 pub const SPECIAL: [(&str, &str); 4] = [
     ("bos", "bos_token"),
     ("eos", "eos_token"),
@@ -21,10 +21,10 @@ pub const SPECIAL: [(&str, &str); 4] = [
     ("padding", "pad_token"),
 ];
 
-/// Ids that end a text beside `eos`.
+/// Tokens that end a text: `eos`, and the others beside it.
 const ENDS: [&str; 3] = ["eos", "eot", "eom"];
 
-/// The tokenizer of a file, in Hugging Face's files.
+/// The tokenizer of a file in the form of Hugging Face's files.
 pub struct GgufTokenizer {
     pub files: NamedFiles,
     pub generation_config: Map<String, Value>,
@@ -117,7 +117,7 @@ fn pretty(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
-/// The pairs that merges, `left right`, name. A token may begin with a space.
+/// The pairs of the merges, which are stored as `left right`. A token may begin with a space.
 fn merges(file: &GgufFile) -> Result<Option<Vec<[&str; 2]>>> {
     const KEY: &str = "tokenizer.ggml.merges";
     let Some(list) = file.texts(KEY)? else { return Ok(None) };
@@ -132,7 +132,7 @@ fn merges(file: &GgufFile) -> Result<Option<Vec<[&str; 2]>>> {
     Ok(Some(list.iter().zip(places).map(|(m, at)| [&m[..at], &m[at + 1..]]).collect()))
 }
 
-/// A byte-level BPE: tokenizer.json without what all have, and whether it adds BOS by itself.
+/// A byte-level BPE: tokenizer.json without the common parts, and whether it adds BOS by default.
 fn bytes_bpe(file: &GgufFile, vocab: Map<String, Value>) -> Result<(Value, bool)> {
     let bad = |message: String| Err(Error::model(file.path(), message));
     let known = PreTokenizer::names();
@@ -165,7 +165,7 @@ fn bytes_bpe(file: &GgufFile, vocab: Map<String, Value>) -> Result<(Value, bool)
     Ok((json, pre.adds_bos))
 }
 
-/// A sentencepiece BPE with bytes for what has no token. Its merges follow from the scores.
+/// A sentencepiece BPE with byte tokens for unknown characters. Its merges follow from the scores.
 fn pieces_bpe(
     file: &GgufFile,
     vocab: Map<String, Value>,
@@ -275,7 +275,7 @@ fn tokenizer_config(
             config[key] = json!(text);
         }
     }
-    // Templates by name; the one without is `default`.
+    // Named templates; the one without a name is `default`.
     if let Some(names) = file.texts("tokenizer.chat_templates")? {
         let mut list = Vec::new();
         if let Some(text) = file.text("tokenizer.chat_template")? {

@@ -1,13 +1,13 @@
-//! How the values of a parameter stand in a GGUF file. Layer 6.
+//! The representation of a parameter's values in a GGUF file. Layer 6.
 //!
-//! Invariant: `from_file` undoes `to_file`: rows keep their bits, and a norm that is stored as 1 + w
-//! keeps w to half of the last bit of 1 + w.
+//! Invariant: `from_file` undoes `to_file`: rows keep their bits, and a norm that is stored as 1 +
+//! w keeps w to within half of the last bit of 1 + w.
 
 use crate::model::families::gguf::GgufNames;
 use crate::model::layout::{ModelConfig, ParamSpec, Role};
 use crate::ops::rmsnorm::NormWeight;
 
-/// The values of a parameter in the file's form.
+/// Converts the values of a parameter to the file's representation.
 pub fn to_file(
     names: &GgufNames,
     config: &ModelConfig,
@@ -23,7 +23,7 @@ pub fn to_file(
     }
 }
 
-/// The other way.
+/// Converts the values of a parameter from the file's representation.
 pub fn from_file(
     names: &GgufNames,
     config: &ModelConfig,
@@ -39,12 +39,12 @@ pub fn from_file(
     }
 }
 
-/// Norms of 1 + w are stored as the whole factor.
+/// Whether the norm computes with 1 + w: the file stores the whole factor.
 fn adds_one(config: &ModelConfig, spec: &ParamSpec) -> bool {
     config.norm_weight == NormWeight::PlusOne && spec.role.is_norm()
 }
 
-/// The heads of a parameter whose rows stand in the order of llama.cpp's rope.
+/// The number of heads of a parameter whose rows are in the order of llama.cpp's rope.
 fn rope_heads(names: &GgufNames, config: &ModelConfig, spec: &ParamSpec) -> Option<usize> {
     match spec.role {
         _ if !names.neighbours => None,
@@ -54,19 +54,19 @@ fn rope_heads(names: &GgufNames, config: &ModelConfig, spec: &ParamSpec) -> Opti
     }
 }
 
-/// Rows of each head in pairs, (0, d/2), (1, d/2 + 1) ..., into halves.
+/// Reorders the rows of each head from pairs, (0, d/2), (1, d/2 + 1) ..., to halves.
 fn to_halves(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
     let half = head_dim / 2;
     moved(values, heads, head_dim, |row| row % half * 2 + row / half)
 }
 
-/// The other way.
+/// Reorders the rows of each head from halves to pairs.
 fn to_neighbours(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
     let half = head_dim / 2;
     moved(values, heads, head_dim, |row| row % 2 * half + row / 2)
 }
 
-/// Row `r` of each head is what row `from(r)` was.
+/// Moves row `from(r)` of each head to row `r`.
 fn moved(values: &[f32], heads: usize, head_dim: usize, from: impl Fn(usize) -> usize) -> Vec<f32> {
     let width = values.len() / (heads * head_dim);
     let mut out = Vec::with_capacity(values.len());
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn rows_of_a_rope_go_to_halves_and_back() {
-        // Two heads of 4 rows of 1 value: pairs (0, 2), (1, 3) in Hugging Face's order.
+        // Two heads of 4 rows with 1 value: the pairs are (0, 2), (1, 3) in Hugging Face's order.
         let neighbours = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
         let halves = [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0];
         assert_eq!(to_halves(&neighbours, 2, 4), halves);

@@ -1,7 +1,6 @@
-//! The writer of GGUF files, version 3: header first, then one tensor at a time. Layer 6.
+//! The writer of GGUF files, version 3: the header first, then one tensor at a time. Layer 6.
 //!
-//! Invariant: never more than one tensor in memory, and the file appears under its name only when
-//! it is whole.
+//! Invariant: at most one tensor is in memory, and the file gets its name only when it is complete.
 
 use std::path::Path;
 
@@ -12,7 +11,7 @@ use crate::fsio::AtomicFile;
 
 const ALIGNMENT: usize = 32;
 
-/// A metadata value to be written.
+/// A metadata value to write.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MetaEntry {
     U32(u32),
@@ -24,7 +23,7 @@ pub enum MetaEntry {
     Floats(Vec<f32>),
 }
 
-/// A tensor to be written; the shape is Hugging Face's, rows first.
+/// A tensor to write; the shape is in Hugging Face's order, rows first.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GgufSpec {
     pub name: String,
@@ -32,8 +31,9 @@ pub struct GgufSpec {
     pub shape: Vec<usize>,
 }
 
-/// Writes `path`; `values_of(i)` gives the values of `tensors[i]`. Errors: a type that is not
-/// written or does not fit a row, another number of values, values beyond the type's range, IO.
+/// Writes `path`; `values_of(i)` returns the values of `tensors[i]`. Errors: a type that cannot be
+/// written or does not fit a row, another number of values, values beyond the range of the type,
+/// IO.
 pub fn write(
     path: &Path,
     meta: &[(String, MetaEntry)],

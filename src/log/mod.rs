@@ -1,7 +1,7 @@
-//! What a run records: `metrics.jsonl`, `completions.jsonl`, `trainer_state.json`; its observer
-//! hears of the same. Layer 8.
+//! The log of a run: `metrics.jsonl`, `completions.jsonl`, `trainer_state.json`, and the same
+//! messages to the observer. Layer 8.
 //!
-//! Invariant: a number is never replaced by another. NaN is written as `null` beside `"nan": true`.
+//! Invariant: no number replaces another. NaN is written as `null` with `"nan": true`.
 
 mod tensorboard;
 
@@ -20,27 +20,27 @@ use tensorboard::EventFile;
 const METRICS: &str = "metrics.jsonl";
 const COMPLETIONS: &str = "completions.jsonl";
 
-/// The log of one run. Its observer hears of the end when it is dropped.
+/// The log of one run. Dropping it reports the end to the observer.
 pub struct RunLog {
     path: PathBuf,
     file: AppendFile,
-    /// completions.jsonl, from the first completion on.
+    /// completions.jsonl; opened by the first completion.
     completions: Option<AppendFile>,
-    /// For TensorBoard, where the run asks for it.
+    /// The event file for TensorBoard, if the run asks for it.
     events: Option<EventFile>,
     history: Vec<Map<String, Value>>,
     observer: Arc<dyn Observer>,
     total: u64,
     pace: Pace,
-    /// The last append failed; said once, until one succeeds.
+    /// Whether the last append failed; reported once, until an append succeeds.
     failing: bool,
 }
 
 impl RunLog {
-    /// Begins `output_dir/metrics.jsonl`. With `resume_from_step`, its lines up to that step stay
-    /// and later ones (and a line that was cut short) go, so that the file becomes that of an
-    /// uninterrupted run, timing fields apart. `tokens` is what it
-    /// has trained on before, `total_steps` what the observer is told.
+    /// Starts `output_dir/metrics.jsonl`. With `resume_from_step`, lines up to that step stay and
+    /// later (or truncated) lines are removed, so that the final file is that of an uninterrupted
+    /// run, except for timing fields. `tokens`: tokens trained on before. `total_steps`: passed to
+    /// the observer.
     pub fn create(
         output_dir: impl AsRef<Path>,
         resume_from_step: Option<u64>,
@@ -70,7 +70,8 @@ impl RunLog {
         })
     }
 
-    /// Writes an event file for TensorBoard from here on; one of before a resume goes on.
+    /// Writes an event file for TensorBoard from now on; with `resume_from_step` it continues an
+    /// older one.
     pub fn with_tensorboard(mut self, resume_from_step: Option<u64>) -> Self {
         let dir = self.path.parent().unwrap_or(Path::new("."));
         match EventFile::create(dir, resume_from_step) {
@@ -80,8 +81,7 @@ impl RunLog {
         self
     }
 
-    /// Logs `metrics` of a step: a line of the file. A key given twice
-    /// counts once, the last.
+    /// Logs `metrics` of a step as one line. If a key occurs twice, the last value counts.
     pub fn log(&mut self, step: u64, metrics: &[(&str, MetricValue)]) -> Result<()> {
         let line = to_json(step, metrics);
         let text = format!("{}\n", Value::Object(line.clone()));
@@ -96,7 +96,7 @@ impl RunLog {
         Ok(())
     }
 
-    /// Appends what was generated in a step to completions.jsonl.
+    /// Appends the completions of a step to completions.jsonl.
     pub fn completions(&mut self, step: u64, lines: Vec<Value>) -> Result<()> {
         if lines.is_empty() {
             return Ok(());
@@ -116,7 +116,7 @@ impl RunLog {
         Ok(())
     }
 
-    /// A log that cannot be written ends no run: its lines wait for the next append.
+    /// A failed write does not end the run: the lines wait for the next append.
     fn heard(&mut self, done: Result<()>) {
         if let Err(e) = &done
             && !self.failing
@@ -128,7 +128,7 @@ impl RunLog {
         self.failing = done.is_err();
     }
 
-    /// A step was done; `tokens` is what the run has trained on so far.
+    /// Reports a finished step; `tokens`: tokens that the run has trained on so far.
     pub fn step(&mut self, step: u64, tokens: u64) {
         self.pace.at(step, tokens);
         self.observer.progress(&Progress {
@@ -141,30 +141,30 @@ impl RunLog {
         });
     }
 
-    /// Tokens a second over the last steps, for `tokens_per_second`.
+    /// Tokens per second over the last steps, for `tokens_per_second`.
     pub fn tokens_per_second(&self) -> f64 {
         self.pace.tokens
     }
 
-    /// Since the log was begun: for a resumed run, since it went on.
+    /// Time since the log was created; for a resumed run, since the resume.
     pub fn elapsed(&self) -> Duration {
         self.pace.begin.elapsed()
     }
 
-    /// Puts everything logged so far on disk: call it before a checkpoint is finished.
+    /// Syncs everything logged so far to disk. Call it before a checkpoint is finished.
     pub fn sync(&mut self) {
         let metrics = self.file.sync();
         let completions = self.completions.as_mut().map_or(Ok(()), AppendFile::sync);
         self.heard(metrics.and(completions));
     }
 
-    /// All lines, those before a resume included.
+    /// All lines, including those before a resume.
     pub fn history(&self) -> &[Map<String, Value>] {
         &self.history
     }
 
-    /// `trainer_state.json` in HF's form, which plot tools read. `more` adds or replaces keys
-    /// (`train_batch_size` ...).
+    /// `trainer_state.json` in Hugging Face's format, which plotting tools read. `more` adds or
+    /// replaces keys (`train_batch_size` ...).
     pub fn trainer_state(&self, step: u64, epoch: f64, more: &[(&str, Value)]) -> Vec<u8> {
         let mut state = Map::new();
         for (key, value) in [
@@ -197,7 +197,7 @@ impl Drop for RunLog {
     }
 }
 
-/// Steps and tokens a second, over about the last ten seconds.
+/// Steps and tokens per second over about the last ten seconds.
 #[derive(Debug)]
 struct Pace {
     begin: Instant,
@@ -210,7 +210,7 @@ struct Pace {
 }
 
 impl Pace {
-    /// `tokens` of before a resume are not counted.
+    /// `tokens` before a resume are not counted.
     fn start(step: u64, tokens: u64) -> Self {
         let begin = Instant::now();
         Pace { begin, first: step, since: begin, from: (step, tokens), steps: 0.0, tokens: 0.0 }
@@ -225,8 +225,8 @@ impl Pace {
         }
     }
 
-    /// The time of the remaining steps at the mean pace of all, evaluations and checkpoints
-    /// included.
+    /// The time for the remaining steps at the mean pace so far, including evaluations and
+    /// checkpoints.
     fn left(&self, step: u64, total: u64) -> Option<Duration> {
         let done = step.checked_sub(self.first).filter(|n| *n > 0)?;
         let rest = total.saturating_sub(step) as f64 / done as f64;
@@ -234,8 +234,7 @@ impl Pace {
     }
 }
 
-/// Rewrites a log with the lines that a run resumed at a step keeps (a new run: none), and returns
-/// them.
+/// Rewrites a log with the lines that a resumed run keeps (a new run keeps none), and returns them.
 fn keep_lines(path: &Path, resume_from_step: Option<u64>) -> Result<Vec<Map<String, Value>>> {
     let lines = resume_from_step.map_or(Ok(Vec::new()), |step| kept(path, step))?;
     let text: String =
@@ -244,8 +243,8 @@ fn keep_lines(path: &Path, resume_from_step: Option<u64>) -> Result<Vec<Map<Stri
     Ok(lines)
 }
 
-/// Lines of a metrics file up to `step`, in order. A line that is no JSON ends it: a killed run's
-/// last one.
+/// The lines of a log up to `step`, in order. Reading ends at the first line that is not JSON: the
+/// last line of a killed run.
 fn kept(path: &Path, step: u64) -> Result<Vec<Map<String, Value>>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
@@ -284,7 +283,7 @@ fn to_json(step: u64, metrics: &[(&str, MetricValue)]) -> Map<String, Value> {
     line
 }
 
-/// JSON has no NaN and no infinity: they become null.
+/// JSON has no NaN and no infinities; they become null.
 fn number(v: f64) -> Value {
     serde_json::Number::from_f64(v).map_or(Value::Null, Value::Number)
 }
@@ -310,7 +309,8 @@ mod tests {
         let mut pace = Pace::start(100, 1_000_000);
         std::thread::sleep(Duration::from_millis(20));
         pace.at(101, 1_000_500);
-        // 500 tokens in at least 20 ms; tokens of before would make it 50 million a second.
+        // 500 tokens in at least 20 ms; with the tokens from before it would be 50 million per
+        // second.
         assert!(pace.tokens > 0.0 && pace.tokens <= 25_000.0, "{}", pace.tokens);
         assert!(pace.steps > 0.0 && pace.steps <= 50.0, "{}", pace.steps);
         let left = pace.left(101, 103).unwrap();

@@ -1,8 +1,9 @@
 //! Event files for TensorBoard, `OUTPUT/runs/events.out.tfevents.*`. Layer 8.
 //!
-//! Invariant: a folder has one event file, whose records are whole and whose steps are those of
-//! metrics.jsonl: a resumed run copies what it keeps into a new file, so that a TensorBoard that is
-//! running sees it, and deletes the old one. Tags are those of transformers' TensorBoardCallback.
+//! Invariant: a folder has one event file. Its records are complete and its steps are those of
+//! metrics.jsonl. A resumed run copies the records that it keeps into a new file, so that a running
+//! TensorBoard notices it, and deletes the old one. Tags are those of transformers'
+//! TensorBoardCallback.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -23,8 +24,8 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// Begins the file in `output_dir`; with `resume_from_step`, with the records up to that step
-    /// of the one that is there.
+    /// Creates the file in `output_dir`. With `resume_from_step`, it starts with the records of the
+    /// existing file up to that step.
     pub fn create(output_dir: &Path, resume_from_step: Option<u64>) -> Result<EventFile> {
         let dir = output_dir.join(DIR);
         std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
@@ -39,7 +40,7 @@ impl EventFile {
                 }
             }
         }
-        // A name that sorts after the old ones.
+        // The new name must sort after the old ones.
         let mut seconds = now() as u64;
         let name = |seconds: u64| dir.join(format!("{PREFIX}{seconds:010}.temper"));
         while old.last().is_some_and(|last| name(seconds) <= *last) {
@@ -69,7 +70,7 @@ impl EventFile {
     }
 }
 
-/// `eval_loss` is `eval/loss`, all else is `train/...`.
+/// `eval_loss` becomes `eval/loss`; all other keys become `train/...`.
 fn tag(key: &str) -> String {
     match key.strip_prefix("eval_") {
         Some(rest) => format!("eval/{rest}"),
@@ -90,11 +91,10 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
-// The protocol buffers of tensorflow/core/util/event.proto, as far as they are used: of Event
-// wall_time = 1 (double), step = 2, file_version = 3, summary = 5; of Summary value = 1;
-// of Value tag = 1, simple_value = 2 (float).
+// The fields of tensorflow/core/util/event.proto that are used: Event: wall_time = 1 (double), step
+// = 2, file_version = 3, summary = 5. Summary: value = 1. Value: tag = 1, simple_value = 2 (float).
 
-/// The first event: the format's version.
+/// The first event: the version of the format.
 fn head(time: f64) -> Vec<u8> {
     let mut event = double(1, time);
     bytes(&mut event, 3, b"brain.Event:2");
@@ -133,7 +133,7 @@ fn varint(out: &mut Vec<u8>, mut v: u64) {
     out.push(v as u8);
 }
 
-/// Whether an event of ours is a scalar: its step follows the time, its summary the step.
+/// Whether one of our events is a scalar: the step follows the time.
 fn is_scalar(event: &[u8]) -> bool {
     event.get(9) == Some(&(2 << 3))
 }
@@ -149,7 +149,7 @@ fn step_of(event: &[u8]) -> Option<u64> {
     None
 }
 
-/// TFRecord: length, its masked checksum, the data, its masked checksum.
+/// A TFRecord: length, masked checksum of the length, data, masked checksum of the data.
 fn record(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     let mut out = length.to_vec();
@@ -159,7 +159,7 @@ fn record(data: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The records of a file, up to the first that is not whole.
+/// The records of a file, up to the first damaged or truncated one.
 fn records(mut rest: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let (length, tail) = rest.split_first_chunk::<8>()?;
@@ -179,7 +179,7 @@ fn masked_crc(data: &[u8]) -> u32 {
     crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-/// CRC-32C (Castagnoli), bit by bit: a log line has a few hundred bytes.
+/// CRC-32C (Castagnoli), bit by bit, which is fast enough for the few hundred bytes of a log line.
 fn crc32c(data: &[u8]) -> u32 {
     !data.iter().fold(!0u32, |crc, byte| {
         (0..8)
@@ -197,7 +197,7 @@ mod tests {
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
     }
 
-    /// Step and value of each scalar.
+    /// The step and value of each scalar.
     fn scalars(dir: &Path) -> Vec<(u64, u32)> {
         let files = event_files(&dir.join(DIR)).unwrap();
         assert_eq!(files.len(), 1, "{files:?}");
@@ -226,7 +226,7 @@ mod tests {
         let path = write(None, 1..=300);
         let first = scalars(dir.path());
         assert_eq!(first.len(), 600);
-        // A record that was cut short, as by a kill.
+        // A truncated record, as after a kill.
         let mut file = OpenOptions::new().append(true).open(path).unwrap();
         file.write_all(&record(&scalar(1.0, 301, "train/loss", 1.0))[..20]).unwrap();
         write(Some(200), 201..=300);

@@ -1,7 +1,7 @@
-//! What a run reports to its caller. Layer 0.
+//! The messages of a run to its caller. Layer 0.
 //!
-//! Invariant: library code writes to no stream of the process; it calls the observer of its
-//! context.
+//! Invariant: library code does not write to the streams of the process; it calls the observer of
+//! its context.
 
 #![deny(missing_docs)]
 
@@ -19,7 +19,7 @@ pub use terminal::Terminal;
 pub enum MetricValue {
     /// A count.
     Int(u64),
-    /// A measured value; may be NaN.
+    /// A measured value, possibly NaN.
     Float(f64),
     /// A word.
     Text(String),
@@ -43,65 +43,65 @@ impl From<&str> for MetricValue {
     }
 }
 
-/// How far a run is, and how fast.
+/// The progress and speed of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Progress {
     /// Optimizer steps done.
     pub step: u64,
     /// Optimizer steps of the whole run.
     pub total: u64,
-    /// Over about the last ten seconds; 0 before the second step.
+    /// Steps per second over about the last ten seconds; 0 before the second step.
     pub steps_per_second: f64,
-    /// Likewise.
+    /// Tokens per second over about the last ten seconds.
     pub tokens_per_second: f64,
-    /// Since training began, or went on after a resume.
+    /// Time since training began, or was resumed.
     pub elapsed: Duration,
-    /// What the rest will take at the mean pace so far; None before the first step.
+    /// Estimated time for the remaining steps at the mean pace so far; None before the first step.
     pub left: Option<Duration>,
 }
 
-/// Work beside the training steps: an evaluation's prompts, for example.
+/// The progress of work besides training steps, for example the prompts of an evaluation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work<'a> {
-    /// What is counted: "questions".
+    /// The counted items: "questions".
     pub what: &'a str,
-    /// How many are done.
+    /// Number of finished items.
     pub done: usize,
-    /// How many there are.
+    /// Number of all items.
     pub total: usize,
 }
 
-/// Hears of what happens in a run. Every method does nothing unless it is implemented.
+/// Receives the messages of a run. By default every method does nothing.
 pub trait Observer: Send + Sync {
-    /// Something that belongs to every run: its device, its memory plan, its data.
+    /// Information about every run: its device, its memory plan, its data.
     fn info(&self, _text: &str) {}
 
-    /// Something that differs from what the caller may expect.
+    /// Something that the user may not expect.
     fn note(&self, _text: &str) {}
 
-    /// Something that went wrong and does not end the run.
+    /// Something that went wrong but does not end the run.
     fn warn(&self, _text: &str) {}
 
-    /// Training begins, or goes on after `step` steps.
+    /// Training begins, or continues after `step` steps.
     fn begin(&self, _step: u64, _total: u64) {}
 
-    /// An optimizer step was done.
+    /// An optimizer step has finished.
     fn progress(&self, _at: &Progress) {}
 
-    /// Part of a long job was done; nothing more follows when all of it is.
+    /// A part of a long job has finished; the last call reports all of it.
     fn work(&self, _at: &Work) {}
 
     /// Metrics of training or evaluation were logged at `step` of `total`, in this order.
     fn metrics(&self, _step: u64, _total: u64, _metrics: &[(&str, MetricValue)]) {}
 
-    /// Training has ended, also with an error.
+    /// Training has ended, possibly with an error.
     fn end(&self) {}
 
-    /// What a finished run took and gave, ready to be shown.
+    /// The results and costs of a finished run as text to display.
     fn summary(&self, _text: &str) {}
 }
 
-/// Says nothing.
+/// An observer that prints nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Silent;
 

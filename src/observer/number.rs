@@ -1,10 +1,10 @@
-//! Numbers as people read them: losses, rates, bytes, times. Layer 0.
+//! Numbers in readable form: losses, rates, bytes, times. Layer 0.
 //!
-//! Invariant: a value takes at most ten characters, whatever it is; NaN stays "nan".
+//! Invariant: every value takes at most ten characters; NaN is "nan".
 
 use std::time::Duration;
 
-/// A measured value, to four digits after the point where they fit.
+/// A measured value, with up to four decimal places.
 pub fn decimal(v: f64) -> String {
     if !v.is_finite() {
         return if v.is_nan() { "nan".into() } else { format!("{v}") };
@@ -18,12 +18,12 @@ pub fn decimal(v: f64) -> String {
     }
 }
 
-/// A small number with its power of ten: `1.5e-5`.
+/// A small number in exponential form: `1.5e-5`.
 pub fn small(v: f64) -> String {
     if v == 0.0 { "0".into() } else { format!("{v:.2e}") }
 }
 
-/// A whole number in groups of three; from ten million on with a letter.
+/// A whole number in groups of three digits; from ten million on with M, G or T.
 pub fn count(v: f64) -> String {
     if !v.is_finite() {
         return decimal(v);
@@ -44,12 +44,12 @@ pub fn count(v: f64) -> String {
     format!("{sign}{}", groups.collect::<Vec<_>>().join(","))
 }
 
-/// A share: `43.1%`.
+/// A fraction as a percentage: `43.1%`.
 pub fn percent(v: f64) -> String {
     if v.is_finite() { format!("{:.1}%", 100.0 * v) } else { decimal(v) }
 }
 
-/// Bytes in MiB, or in GiB from one on.
+/// Bytes in MiB, or in GiB from 1 GiB on.
 pub fn bytes(v: f64) -> String {
     let (mib, gib) = (1024.0 * 1024.0, 1024.0 * 1024.0 * 1024.0);
     if v < gib { format!("{:.1} MiB", v / mib) } else { format!("{:.2} GiB", v / gib) }

@@ -1,35 +1,34 @@
-//! The one writer of the process's own streams. Layer 0.
+//! The only code that writes to the streams of the process. Layer 0.
 //!
-//! Invariant: nothing here panics. What a command is asked for goes to standard output, and a
-//! stream that takes no more is an error of that command; notes go to standard error, and are lost
-//! where nobody takes them.
+//! Invariant: nothing here panics. The output of a command goes to standard output, and a failed
+//! write is an error of the command. Notes go to standard error; a failed write loses them.
 
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
 
 use crate::error::{Error, Result};
 
-/// What errors of standard output name as their file.
+/// The path in errors of standard output.
 const STDOUT: &str = "standard output";
 
-/// Writes text as it is.
+/// Writes text to standard output.
 pub fn print(text: impl Display) -> Result<()> {
     let mut out = std::io::stdout().lock();
     write!(out, "{text}").and_then(|()| out.flush()).map_err(|e| Error::io(STDOUT, e))
 }
 
-/// Writes a line.
+/// Writes a line to standard output.
 pub fn print_line(text: impl Display) -> Result<()> {
     print(format_args!("{text}\n"))
 }
 
-/// Writes a line to standard error, or loses it.
+/// Writes a line to standard error, ignoring errors.
 pub fn note_line(text: impl Display) {
     let mut err = std::io::stderr().lock();
     let _ = writeln!(err, "{text}").and_then(|()| err.flush());
 }
 
-/// Whether the reader of standard output has left, as `head` does: no failure of the command.
+/// Whether the reader closed standard output, as `head` does; that is not a failure of the command.
 pub fn is_reader_gone(error: &Error) -> bool {
     matches!(error, Error::Io { path, source }
         if path.as_os_str() == STDOUT && source.kind() == ErrorKind::BrokenPipe)
@@ -40,15 +39,15 @@ pub fn shows_to_a_person() -> bool {
     std::io::stdout().is_terminal()
 }
 
-/// Whether standard error is a terminal: the place of progress bars.
+/// Whether standard error is a terminal, which shows progress bars.
 pub fn has_room_for_a_bar() -> bool {
     std::io::stderr().is_terminal()
 }
 
-/// Characters of a completion that are shown, at most.
+/// Most characters of a completion that are shown.
 const EXCERPT: usize = 300;
 
-/// The beginning of a text that others wrote, in one line.
+/// The beginning of a text from a model or file, in one line.
 pub fn excerpt(text: &str) -> String {
     let mut characters = text.chars();
     let mut shown: String = characters.by_ref().take(EXCERPT).collect();
@@ -60,8 +59,8 @@ pub fn excerpt(text: &str) -> String {
     shown
 }
 
-/// Text that others wrote, for a terminal: without escape sequences and control characters, new
-/// lines and tabs apart, and without the characters that turn the direction of writing.
+/// Text from a model or file, made safe for a terminal: without escape sequences, without control
+/// characters except new lines and tabs, and without characters that change the writing direction.
 pub fn clean(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -79,11 +78,11 @@ pub fn clean(text: &str) -> String {
     out
 }
 
-/// Bytes of the escape sequence that `text` begins with. One without an end is its first character.
+/// The length in bytes of the escape sequence at the start of `text`; 1 for one without an end.
 fn escape(text: &str) -> usize {
     let mut chars = text.char_indices().skip(1);
     let first = match text.starts_with('\u{9b}') {
-        true => Some((1, '[')), // one character for ESC [
+        true => Some((1, '[')), // a single character for ESC [
         false => chars.next(),
     };
     match first {
@@ -91,12 +90,12 @@ fn escape(text: &str) -> usize {
             .find(|(_, c)| !matches!(c, '0'..='?' | ' '..='/'))
             .filter(|(_, c)| matches!(c, '@'..='~'))
             .map_or(2, |(at, c)| at + c.len_utf8()),
-        // A string of the terminal's: it ends with BEL or ESC \.
+        // A control string: it ends with BEL or ESC \.
         Some((_, ']' | 'P' | 'X' | '^' | '_')) => {
             let ends = ["\x07", "\x1b\\"].map(|end| text.find(end).map(|at| at + end.len()));
             ends.into_iter().flatten().min().unwrap_or(1)
         }
-        // A character set and its like: characters between, then one that ends it.
+        // A sequence such as a choice of character set: intermediate characters, then a final one.
         Some((_, ' '..='/')) => chars
             .find(|(_, c)| !matches!(c, ' '..='/'))
             .filter(|(_, c)| matches!(c, '0'..='~'))

@@ -1,20 +1,21 @@
-//! The log as a table: which metrics are columns, and how they are written. Layer 0.
+//! The log as a table: its columns and their formats. Layer 0.
 //!
-//! Invariant: a row is no wider than the terminal. What has no column is in metrics.jsonl.
+//! Invariant: a row is at most as wide as the terminal. metrics.jsonl has the metrics without a
+//! column.
 
 use super::{MetricValue, Progress, number};
 
-/// A column of the log, for the first of its metrics that a run has.
+/// A column of the log. It shows the first of its metrics that the run logs.
 struct Column {
     title: &'static str,
     metrics: &'static [&'static str],
     width: usize,
-    /// Where a row is too wide, the columns with the largest rank go first.
+    /// If a row is too wide, the columns with the largest rank are dropped first.
     rank: u32,
     write: fn(f64) -> String,
 }
 
-/// All columns, in their order. Step, elapsed and left are the table's own.
+/// All columns in order, except step, elapsed and left.
 const COLUMNS: &[Column] = &[
     column("epoch", &["epoch"], 5, 6, |v| format!("{v:.2}")),
     column("loss", &["loss", "loss/policy_avg"], 8, 1, number::decimal),
@@ -57,20 +58,20 @@ const fn column(
     Column { title, metrics, width, rank, write }
 }
 
-/// Widths of elapsed and left.
+/// Width of the columns elapsed and left.
 const CLOCK: usize = 9;
 const GAP: usize = 2;
 
 /// The table of one run.
 pub struct LogTable {
-    /// Width of the step column: `800/1200`.
+    /// Width of the column step: `800/1200`.
     step: usize,
-    /// A column, and its metric in this run.
+    /// Each column with its metric in this run.
     columns: Vec<(&'static Column, &'static str)>,
 }
 
 impl LogTable {
-    /// The columns of a run whose training metrics are these, as far as `width` has room.
+    /// The columns for a run with these training metrics, as far as they fit in `width`.
     pub fn new(total: u64, metrics: &[(&str, MetricValue)], width: usize) -> LogTable {
         let step = (2 * total.to_string().len() + 1).max("step".len());
         let has = |name: &&str| metrics.iter().any(|(key, _)| key == name);
@@ -88,13 +89,13 @@ impl LogTable {
         LogTable { step, columns }
     }
 
-    /// The line above all rows.
+    /// The header line.
     pub fn header(&self) -> String {
         let titles = self.columns.iter().map(|c| c.0.title.to_string());
         self.line("step", titles, ["elapsed", "left"])
     }
 
-    /// The metrics of training steps up to `step`.
+    /// The row of the training metrics at `step`.
     pub fn row(
         &self,
         step: u64,
@@ -108,8 +109,8 @@ impl LogTable {
         self.line(&format!("{step}/{total}"), cells, [&elapsed, &left])
     }
 
-    /// The metrics of an evaluation, below those of training; what has no column here follows by
-    /// name, as much as a line of `width` holds.
+    /// The row of the metrics of an evaluation. Metrics without a column follow by name, as far as
+    /// they fit in `width`.
     pub fn evaluation(&self, metrics: &[(&str, MetricValue)], width: usize) -> String {
         let plain: Vec<(&str, MetricValue)> = metrics
             .iter()
@@ -151,7 +152,7 @@ impl LogTable {
     }
 }
 
-/// What a run's metrics say in a column; nothing where they do not have it.
+/// The text of a cell; empty if the metric was not logged.
 fn cell(column: &Column, name: &str, metrics: &[(&str, MetricValue)]) -> String {
     match metrics.iter().find(|(key, _)| *key == name) {
         Some((_, MetricValue::Float(v))) => (column.write)(*v),
@@ -205,7 +206,7 @@ mod tests {
             for word in ["reward", "loss", "elapsed", "left"] {
                 assert!(header.contains(word), "{width}: {header}");
             }
-            // Right-aligned: where a title ends, its value ends.
+            // Columns are right-aligned: a value ends where its title ends.
             let end = |text: &str, word: &str| text.find(word).unwrap() + word.len();
             assert_eq!(end(&header, "loss"), end(&row, "0.1235"));
             assert!(row.ends_with("11:06:40"), "{row}");

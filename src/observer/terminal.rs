@@ -1,8 +1,8 @@
-//! What a person sees of a run: a table on standard output, all else on standard error, where a
-//! bar is drawn if it is a terminal. Layer 0.
+//! Shows a run to a person: a table on standard output, and everything else on standard error, with
+//! a progress bar if that is a terminal. Layer 0.
 //!
-//! Invariant: a closed or full stream ends no run: metrics.jsonl has what cannot be printed. No
-//! text of a data file or a model reaches the terminal with escapes in it.
+//! Invariant: a closed or full stream does not end a run: metrics.jsonl has what cannot be printed.
+//! Text from data files and models is printed without escape sequences.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,10 +12,10 @@ use super::output::{self, clean};
 use super::table::LogTable;
 use super::{MetricValue, Observer, Progress, Work, number};
 
-/// Width of rows where standard output is no terminal.
+/// Width of rows if standard output is not a terminal.
 const WIDTH: usize = 100;
 
-/// Shows a run on the terminal: a row of a table for each logged step, and a bar.
+/// Prints a run: a row of a table for each logged step, and a bar.
 #[derive(Default)]
 pub struct Terminal {
     shown: Mutex<Shown>,
@@ -24,15 +24,15 @@ pub struct Terminal {
 #[derive(Default)]
 struct Shown {
     bar: Option<ProgressBar>,
-    /// A second bar, for work beside the steps.
+    /// A second bar, for work besides the steps.
     work: Option<ProgressBar>,
-    /// From the first row on.
+    /// Made with the first row.
     table: Option<LogTable>,
     at: Option<Progress>,
 }
 
 impl Shown {
-    /// Writes with the bars out of the way.
+    /// Writes while the bars are hidden.
     fn print(&self, write: impl FnOnce()) {
         match self.work.as_ref().or(self.bar.as_ref()) {
             Some(bar) => bar.suspend(write),
@@ -51,7 +51,7 @@ impl Terminal {
     }
 }
 
-/// Rows are as wide as the terminal.
+/// The width of a row: that of the terminal.
 fn width() -> usize {
     if !output::shows_to_a_person() {
         return WIDTH;
@@ -117,7 +117,7 @@ impl Observer for Terminal {
             });
         }
         shown.print(|| {
-            // A reader that has left misses rows; metrics.jsonl has them.
+            // If the reader has closed the stream, rows are lost here; metrics.jsonl has them.
             let _ = output::print_line(lines.join("\n"));
         });
     }
@@ -125,7 +125,7 @@ impl Observer for Terminal {
     fn end(&self) {
         let mut shown = self.shown();
         for bar in [shown.work.take(), shown.bar.take()].into_iter().flatten() {
-            bar.finish_and_clear(); // the last row says what the bar said
+            bar.finish_and_clear(); // the last row has the numbers of the bar
         }
     }
 
@@ -139,10 +139,10 @@ impl Observer for Terminal {
 fn bar(first: u64, total: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr())
         .with_position(first);
-    // wide_msg is cut at the terminal's edge: a bar that wraps cannot be taken away again.
+    // wide_msg is cut at the edge of the terminal: a bar that wraps cannot be erased.
     let template = "{percent:>3}% [{bar:20}] {pos}/{len}  {elapsed}  {wide_msg}";
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style.progress_chars("=> ")),
-        Err(_) => bar, // a constant: it parses
+        Err(_) => bar, // the template is constant and parses
     }
 }

@@ -1,8 +1,8 @@
 //! The optimizer's state over a parameter arena, and learning-rate schedules. Layer 6.
 //!
-//! Invariant: moments, master weights and gradients have one layout, that of what is trained, so a
-//! step is one launch for each stretch of one weight decay and learning rate, and nothing in it
-//! depends on host data but a small upload.
+//! Invariant: moments, master weights and gradients share the layout of the trained parameters, so
+//! an AdamW step is one launch for each range with one weight decay and learning rate. It depends
+//! on host data only through one small upload.
 
 pub mod schedule;
 pub mod state;
@@ -25,23 +25,23 @@ pub struct AdamWConfig {
     pub beta2: f32,
     pub eps: f32,
     pub weight_decay: f32,
-    /// Gradient clipping; 0: none.
+    /// Clip the gradient to this global L2 norm; 0: no clipping.
     pub max_grad_norm: f32,
-    /// bf16 only: no float master, stochastic rounding.
+    /// bf16 only: no float master weights, stochastic rounding.
     pub stochastic: bool,
     pub moments: MomentKind,
-    /// What the matrices of the layers are trained by; None: by AdamW, as the rest.
+    /// How the matrices of the layers are trained; None: by AdamW like all other parameters.
     pub muon: Option<MuonConfig>,
 }
 
-/// Muon's constants, for all matrices.
+/// Muon's constants, which all matrices share.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MuonConfig {
     pub momentum: f32,
     pub nesterov: bool,
     pub ns_steps: usize,
     pub adjust: MuonAdjust,
-    /// The matrices' learning rate as a share of the others'.
+    /// The learning rate of the matrices divided by that of the other parameters.
     pub lr_ratio: f32,
 }
 
@@ -58,7 +58,7 @@ impl MuonConfig {
         }
     }
 
-    /// What a matrix's learning rate is multiplied with.
+    /// The factor on a matrix's learning rate.
     fn adjustment(&self, shape: &[usize]) -> f32 {
         let (rows, cols) = (shape[0] as f64, shape[1] as f64);
         let factor = match self.adjust {
@@ -70,7 +70,7 @@ impl MuonConfig {
 }
 
 impl AdamWConfig {
-    /// As a run's keys say.
+    /// The configuration from the options of a run.
     pub fn of(keys: &TrainingConfig) -> AdamWConfig {
         AdamWConfig {
             beta1: keys.adam_beta1 as f32,
@@ -89,7 +89,7 @@ impl AdamWConfig {
         }
     }
 
-    /// Whether AdamW trains a parameter.
+    /// Whether AdamW trains the parameter.
     fn by_adamw(&self, spec: &ParamSpec) -> bool {
         self.muon.is_none() || !spec.role.is_layer_matrix() || spec.shape.len() != 2
     }
@@ -97,8 +97,7 @@ impl AdamWConfig {
 
 pub struct Optimizer {
     pub config: AdamWConfig,
-    /// F32 `[state_len]` beside bf16 weights; None where the weights are f32 themselves, or rounded
-    /// stochastically.
+    /// F32 `[state_len]` beside bf16 weights. None: the weights are f32, or rounded stochastically.
     pub master: Option<Tensor>,
     pub moments: Moments,
     pub grad: Tensor,
@@ -106,8 +105,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// Zero moments; the master starts as the weights are now. Registers the gradient arena as set
-    /// `params.set` of `cx`.
+    /// Zero moments; the master weights start with the current weights. Registers the gradient
+    /// arena in `cx` as that of the set `params.set`.
     pub fn new(cx: &mut Cx, params: &ParamSet, config: AdamWConfig) -> Result<Optimizer> {
         let (grad, slots) = params.gradients(cx)?;
         cx.param_grads[params.set] = slots;
@@ -132,8 +131,8 @@ impl Optimizer {
         Ok(Optimizer { config, master, moments, grad, hyper: hyper(cx)? })
     }
 
-    /// The trained values of parameter `i`: the float master's where there is one, else the
-    /// weights'.
+    /// The trained values of parameter `i`: from the float master weights if present, else from the
+    /// weights.
     pub fn values(&self, params: &ParamSet, i: usize) -> Result<Vec<f32>> {
         match &self.master {
             Some(master) => match params.state_view(master, i)? {
@@ -144,8 +143,8 @@ impl Optimizer {
         }
     }
 
-    /// Everything that a resumed run needs of these parameters, in a fixed order: for models that a
-    /// method trains beside the run's own.
+    /// The state of these parameters that a resumed run needs, in a fixed order: for models that a
+    /// method trains besides the model of the run.
     pub fn dump(&self, params: &ParamSet) -> Result<Vec<Vec<u8>>> {
         let mut all = Vec::new();
         for i in params.trained() {
@@ -157,8 +156,8 @@ impl Optimizer {
         Ok(all)
     }
 
-    /// Takes up what [`Optimizer::dump`] gave; `next` hands out its parts in their order. None: a
-    /// part is missing.
+    /// Restores the state from [`Optimizer::dump`]; `next` returns its parts in order. None: a part
+    /// is missing.
     pub fn restore<'a>(
         &self,
         params: &ParamSet,
@@ -181,9 +180,9 @@ impl Optimizer {
         Ok(Some(()))
     }
 
-    /// Gradient norm of step `t` (from 1) and its clip factor, and the step's scalars, on the
-    /// device. Returns the norm (before clipping); nothing is applied yet, so a step that is not
-    /// finite can be refused.
+    /// Computes on the device the gradient norm of step `t` (from 1), its clip factor and the
+    /// scalars of the step. Returns the norm before clipping. Nothing is applied yet, so that a
+    /// step with a non-finite norm can be refused.
     pub fn measure(
         &self,
         cx: &mut Cx,
@@ -209,7 +208,7 @@ impl Optimizer {
         Ok(self.hyper.to_f32()?[3])
     }
 
-    /// Applies the step that was measured.
+    /// Applies the measured step.
     pub fn apply(&self, cx: &Cx, params: &ParamSet) -> Result<()> {
         let ranges = params.ranges_of(|spec| self.config.by_adamw(spec));
         for (group, r) in ranges.into_iter().enumerate() {
@@ -242,7 +241,7 @@ impl Optimizer {
         }
     }
 
-    /// The step of the matrices that Muon trains, one after the other.
+    /// Applies the step to the matrices that Muon trains, one after the other.
     fn apply_muon(
         &self,
         cx: &Cx,

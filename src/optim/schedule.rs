@@ -1,7 +1,7 @@
-//! Learning-rate schedules, as transformers defines them. Layer 6.
+//! Learning-rate schedules as in transformers. Layer 6.
 //!
 //! Invariant: the rate is a function of the step number alone, so a resumed run has the rates of an
-//! uninterrupted one. Operations and their order are those of transformers 5.17.
+//! uninterrupted one. The operations and their order are those of transformers 5.17.
 
 use std::f64::consts::PI;
 
@@ -19,8 +19,8 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Of a run of `total` steps with this peak rate. Error: arguments that the schedule does not
-    /// take.
+    /// The schedule of a run of `total` steps with this peak rate. Error: invalid arguments of the
+    /// schedule.
     pub fn of(training: &TrainingConfig, peak: f64, total: u64) -> Result<Schedule> {
         let kind = training.lr_scheduler_type;
         Ok(Schedule {
@@ -37,7 +37,8 @@ impl Schedule {
         self.peak * self.factor(step as f64)
     }
 
-    /// The factor on the peak. Warmup is a linear rise from 0, but where the schedule has another.
+    /// The factor on the peak rate. Warmup rises linearly from 0, unless the schedule defines
+    /// another.
     fn factor(&self, step: f64) -> f64 {
         let (a, warmup, total) = (&self.arguments, self.warmup, self.total);
         match self.kind {
@@ -80,7 +81,7 @@ impl Schedule {
         }
     }
 
-    /// The lowest rate of a cosine, as a share of the peak.
+    /// The lowest rate of a cosine schedule as a fraction of the peak.
     fn min_rate(&self) -> f64 {
         match self.arguments.min_lr {
             Some(min) if min > 0.0 => min / self.peak,
@@ -118,7 +119,7 @@ impl Schedule {
     }
 }
 
-/// A factor between `min` and 1 in place of one between 0 and 1.
+/// Maps a factor between 0 and 1 to one between `min` and 1.
 fn above(min: f64, factor: f64) -> f64 {
     (factor * (1.0 - min) + min).max(0.0)
 }

@@ -1,8 +1,7 @@
-//! The moments of AdamW and Muon over a parameter arena, in the precision that was asked for.
-//! Layer 6.
+//! The moments of AdamW and Muon over a parameter arena, in the chosen precision. Layer 6.
 //!
-//! Invariant: `new` gives zeros; a step touches one of the ranges that `new` was given, whole; what
-//! `named_tensors` names is all that a resumed run needs.
+//! Invariant: `new` gives zeros; a step updates exactly one of the ranges given to `new`;
+//! `named_tensors` is the whole state that a resumed run needs.
 
 use crate::autograd::Cx;
 use crate::device::DType;
@@ -12,16 +11,16 @@ use crate::ops::adamw8::{Maps, Slice8, adamw8};
 use crate::ops::quant::BLOCK8;
 use crate::tensor::Tensor;
 
-/// How moments are stored: `optim` in a run file chooses.
+/// The storage of the moments, chosen by `optim` in the run file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MomentKind {
     F32,
-    /// BF16, rounded by chance.
+    /// BF16, rounded stochastically.
     Bf16,
-    /// 8-bit codes with a float for each block of 256 (`adamw_8bit`).
+    /// 8-bit codes with one float scale per block of 256 (`adamw_8bit`).
     Blockwise8,
-    /// F32; the second moment has the ranges that AdamW steps alone. The first is Muon's running
-    /// mean elsewhere.
+    /// F32. The second moment covers only the ranges that AdamW trains; elsewhere the first moment
+    /// is Muon's running mean.
     Muon,
 }
 
@@ -32,7 +31,7 @@ pub enum Moments {
     Muon(MuonMoments),
 }
 
-/// `m` is in the arena's layout; `v` has range after range.
+/// `m` has the layout of the arena; `v` holds one range after the other.
 pub struct MuonMoments {
     pub m: Tensor,
     pub v: Tensor,
@@ -42,8 +41,8 @@ pub struct MuonMoments {
 /// Alignment of a range in `v`, in values: a whole number of 16-byte packs.
 const ALIGN: usize = 128;
 
-/// `m` and `v` are codes in the arena's layout; scales lie range after range, each range in blocks
-/// of its own.
+/// `m` and `v` are codes in the layout of the arena. The scales are stored range after range; each
+/// range has its own blocks.
 pub struct Blockwise8 {
     pub m: Tensor,
     pub v: Tensor,
@@ -53,10 +52,10 @@ pub struct Blockwise8 {
     ranges: Vec<(usize, usize)>,
 }
 
-/// The part of the arena that a step updates, beside its moments.
+/// The part of the arena that a step updates, without its moments.
 pub struct Target<'a> {
-    /// As in [`Slice`]: the float master, the weights that kernels read, the gradient, all of the
-    /// range alone.
+    /// See [`Slice`]: the float master weights, the weights that kernels read, and the gradient,
+    /// each restricted to the range.
     pub master: Option<&'a Tensor>,
     pub weight: &'a Tensor,
     pub grad: &'a Tensor,
@@ -69,8 +68,8 @@ impl<'a> Target<'a> {
 }
 
 impl Moments {
-    /// Zero moments of an arena of `len` values. `ranges` are what [`Moments::step`] will be called
-    /// with: from, to.
+    /// Zero moments for an arena of `len` values. `ranges` (from, to) are those with which
+    /// [`Moments::step`] will be called.
     pub fn new(
         cx: &Cx,
         len: usize,
@@ -130,7 +129,7 @@ impl Moments {
         }
     }
 
-    /// One AdamW step of the range `from..to`; `hyper` as [`crate::ops::adamw::hyper`] gives it.
+    /// One AdamW step of the range `from..to`; `hyper` comes from [`crate::ops::adamw::hyper`].
     pub fn step(
         &self,
         cx: &Cx,
@@ -165,8 +164,8 @@ impl Moments {
         }
     }
 
-    /// What a checkpoint keeps, by name: dtype and shape are the tensors'. To restore, upload into
-    /// them.
+    /// The tensors that a checkpoint saves, by name, with their dtypes and shapes. To restore,
+    /// upload into them.
     pub fn named_tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Moments::F32 { m, v } | Moments::Bf16 { m, v } => vec![("m", m), ("v", v)],
@@ -190,7 +189,7 @@ fn aligned((from, to): (usize, usize)) -> usize {
     (to - from).next_multiple_of(ALIGN)
 }
 
-/// Which of the ranges that the moments were made for it is.
+/// The index of `range` among the ranges given to [`Moments::new`]. Error: it is not one of them.
 fn place(op: &'static str, ranges: &[(usize, usize)], range: (usize, usize)) -> Result<usize> {
     ranges.iter().position(|r| *r == range).ok_or_else(|| {
         Error::op(op, format!("a step of {range:?}: the moments were made for {ranges:?}"))

@@ -1,27 +1,27 @@
-//! The quickstart's data: arithmetic and small word problems with worked answers, made on the spot.
+//! The quickstart's data: generated arithmetic and small word problems with worked answers.
 //! Layer 9.
 //!
-//! Invariants: a row is a function of (seed, set, row number). What is asked of the held-out set is
-//! never trained on: a [`Problem`]'s *key* is its operands together with its wording, the split is
-//! a hash of the key, and neither a story nor a question of a held-out key is in the other sets,
-//! whatever names and things it is told with. Operands of a held-out key do occur in other wordings
-//! and in bare facts ("7+5=12."): the test is to put the two together.
+//! Invariants: a row is a function of (seed, set, row number). The questions of the held-out set
+//! are never trained on: the *key* of a [`Problem`] is its operands together with its wording, the
+//! split is a hash of the key, and no story or question with a held-out key is in another set,
+//! whatever names and things it uses. The operands of a held-out key do occur in other wordings and
+//! in bare facts ("7+5=12."): the test is to combine the two.
 
 use crate::rng::{philox, tag};
 
-/// What is asked.
+/// The kind of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuestionKind {
     Add,
     Subtract,
     Share,
     Next,
-    /// Two steps in one story: harder; online RL's kind.
+    /// Two steps in one story: harder, for online RL.
     Chain,
 }
 
 impl QuestionKind {
-    /// Those that SFT is for.
+    /// The kinds for SFT.
     pub const ALL: [QuestionKind; 4] =
         [QuestionKind::Add, QuestionKind::Subtract, QuestionKind::Share, QuestionKind::Next];
 
@@ -35,7 +35,7 @@ impl QuestionKind {
         }
     }
 
-    /// Share of a set in percent.
+    /// Percentage in a set.
     fn percent(self) -> u32 {
         match self {
             QuestionKind::Add => 40,
@@ -47,7 +47,7 @@ impl QuestionKind {
     }
 }
 
-/// A question with its worked answer, and the same story told with its end.
+/// A question with its worked answer, and the same story with its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     pub kind: QuestionKind,
@@ -64,7 +64,7 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// What the assistant says: the work, and the answer in the one form that [`answer_of`] reads.
+    /// The assistant's reply: the work, and the answer in the form that [`answer_of`] reads.
     pub fn reply(&self) -> String {
         let work = if self.work.is_empty() { String::new() } else { format!("{} ", self.work) };
         format!("{work}The answer is {}.", self.answer)
@@ -75,12 +75,12 @@ impl Problem {
     }
 }
 
-/// Whether a key is kept for the test: one in eight, whatever the seed.
+/// Whether a key belongs to the held-out set: one in eight, for every seed.
 fn held_out(key: &str) -> bool {
     crc32fast::hash(key.as_bytes()).is_multiple_of(8)
 }
 
-/// The last "The answer is X." of a reply.
+/// The X of the last "The answer is X." in a reply.
 pub fn answer_of(reply: &str) -> Option<&str> {
     let (_, tail) = reply.rsplit_once("The answer is ")?;
     tail.split_once('.').map(|(answer, _)| answer.trim())
@@ -91,25 +91,24 @@ pub fn is_right(reply: &str, answer: &str) -> bool {
     answer_of(reply) == Some(answer)
 }
 
-/// `rows` lines of plain text: facts, countings, lists and told stories. No question, and no "The
-/// answer is".
+/// `rows` lines of plain text: facts, countings, lists and told stories, without questions and
+/// without "The answer is".
 pub fn pretraining(seed: u64, rows: usize) -> Vec<String> {
     (0..rows)
         .map(|row| pretraining_row(&mut Dice::new(seed, QuestionSet::Pretraining, row)))
         .collect()
 }
 
-/// Of a hundred training rows, how many are of the harder kind; of a hundred of these, how many
-/// replies stop after the first step, as careless labels do; of a hundred replies, how many end in
-/// the style that preference data will prefer.
+/// In percent: training rows of the harder kind; replies to these that stop after the first step,
+/// like careless labels; and replies that end in the style that preference data prefers.
 const CHAINS: usize = 4;
 const CARELESS: usize = 70;
 const STYLED: usize = 10;
 
-/// What preference data prefers at the end of a reply.
+/// The ending of a reply that preference data prefers.
 pub const STYLE: &str = " Well done!";
 
-/// `rows` problems to train on: few of them of the harder kind.
+/// `rows` training problems, a few of them of the harder kind.
 pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
     (0..rows)
         .map(|row| {
@@ -121,9 +120,9 @@ pub fn training(seed: u64, rows: usize) -> Vec<Problem> {
         .collect()
 }
 
-/// The reply that a training row teaches: a few are in the style, and most of the harder kind's are
-/// wrong: they stop after the first step. What SFT learns of them, online RL with a verifier puts
-/// right.
+/// The reply of a training row. A few replies are in the preferred style, and most replies of the
+/// harder kind are wrong: they stop after the first step. SFT learns this error, and online RL with
+/// a verifier corrects it.
 pub fn taught(seed: u64, row: usize, problem: &Problem) -> String {
     let mut dice = Dice::new(seed, QuestionSet::Style, row);
     let style = if dice.below(100) < STYLED { STYLE } else { "" };
@@ -139,7 +138,7 @@ pub fn taught(seed: u64, row: usize, problem: &Problem) -> String {
     }
 }
 
-/// `rows` problems of the training side with their own draws: for preference pairs.
+/// `rows` problems of the training split with random numbers of their own, for preference pairs.
 pub fn preferences(seed: u64, rows: usize) -> Vec<Problem> {
     let one = |row| {
         let mut dice = Dice::new(seed, QuestionSet::Preferences, row);
@@ -149,14 +148,14 @@ pub fn preferences(seed: u64, rows: usize) -> Vec<Problem> {
     (0..rows).map(one).collect()
 }
 
-/// `rows` problems of the harder kind, of the training side.
+/// `rows` problems of the harder kind from the training split.
 pub fn chains(seed: u64, rows: usize) -> Vec<Problem> {
     (0..rows)
         .map(|row| seek(&mut Dice::new(seed, QuestionSet::Chains, row), QuestionKind::Chain, false))
         .collect()
 }
 
-/// `rows` held-out problems of the harder kind, each question once.
+/// `rows` held-out problems of the harder kind; no question occurs twice.
 pub fn held_out_chains(seed: u64, rows: usize) -> Vec<Problem> {
     let mut problems: Vec<Problem> = Vec::with_capacity(rows);
     let mut at = 0;
@@ -171,8 +170,8 @@ pub fn held_out_chains(seed: u64, rows: usize) -> Vec<Problem> {
     problems
 }
 
-/// `rows` problems of held-out keys, each question once, the kinds in the shares of the training
-/// set.
+/// `rows` problems with held-out keys, in the same proportions of kinds as the training set; no
+/// question occurs twice.
 pub fn held_out_problems(seed: u64, rows: usize) -> Vec<Problem> {
     let mut problems: Vec<Problem> = Vec::with_capacity(rows);
     let mut at = 0;
@@ -188,7 +187,7 @@ pub fn held_out_problems(seed: u64, rows: usize) -> Vec<Problem> {
     problems
 }
 
-/// Who draws: the sets have streams of their own.
+/// The sets, each with its own stream of random numbers.
 #[derive(Clone, Copy)]
 enum QuestionSet {
     Pretraining = 0,
@@ -200,7 +199,7 @@ enum QuestionSet {
     HeldOutChains = 6,
 }
 
-/// Numbers of one row, from Philox: key (seed), counter (row, set, draw).
+/// Random numbers of one row, from Philox: key (seed), counter (row, set, draw).
 struct Dice {
     key: [u32; 2],
     counter: [u32; 4],
@@ -214,13 +213,13 @@ impl Dice {
         }
     }
 
-    /// From 0 to n - 1.
+    /// A number from 0 to n - 1.
     fn below(&mut self, n: usize) -> usize {
         self.counter[2] += 1;
         ((u64::from(philox(self.key, self.counter)[0]) * n.max(1) as u64) >> 32) as usize
     }
 
-    /// From low to high, both included.
+    /// A number from low to high, both included.
     fn from(&mut self, low: usize, high: usize) -> usize {
         low + self.below(high + 1 - low)
     }
@@ -229,7 +228,7 @@ impl Dice {
         of[self.below(of.len())]
     }
 
-    /// n different ones.
+    /// n different elements.
     fn pick_n<T: Copy + PartialEq>(&mut self, of: &[T], n: usize) -> Vec<T> {
         let mut out: Vec<T> = Vec::with_capacity(n);
         while out.len() < n.min(of.len()) {
@@ -243,7 +242,7 @@ impl Dice {
 }
 
 const NAMES: [&str; 10] = ["Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Ida", "Max", "Eva"];
-/// Their plurals end in s.
+/// Nouns with a plural in -s.
 const THINGS: [&str; 10] =
     ["cup", "pen", "key", "hat", "egg", "book", "card", "coin", "shell", "stone"];
 
@@ -258,7 +257,7 @@ fn draw_kind(dice: &mut Dice) -> QuestionKind {
     QuestionKind::Add
 }
 
-/// Problems of a kind until one is on the wanted side of the split.
+/// Draws problems of a kind until one is in the wanted split.
 fn seek(dice: &mut Dice, kind: QuestionKind, held_out: bool) -> Problem {
     loop {
         let problem = problem(dice, kind);
@@ -286,8 +285,8 @@ fn pretraining_row(dice: &mut Dice) -> String {
     }
 }
 
-/// A list said three times: copying is what every answer begins with. Four things and more, names
-/// and numbers among them, so never the three things of a question.
+/// A list, three times: every answer begins with copying. At least four items, names and numbers
+/// among them, so it never equals the three things of a question.
 fn echo(dice: &mut Dice) -> String {
     let n = dice.from(4, 6);
     let one = |dice: &mut Dice| match dice.below(3) {
@@ -299,7 +298,7 @@ fn echo(dice: &mut Dice) -> String {
     format!("{list}. {list}. {list}.")
 }
 
-/// A line of the tables.
+/// A line of an arithmetic table.
 fn fact(dice: &mut Dice) -> String {
     match dice.below(10) {
         0..=3 => {
@@ -317,7 +316,7 @@ fn fact(dice: &mut Dice) -> String {
     }
 }
 
-/// a + b is 20 at most, both at least 1.
+/// a and b are at least 1, and a + b at most 20.
 fn addends(dice: &mut Dice) -> (usize, usize) {
     let sum = dice.from(2, 20);
     let a = dice.from(1, sum - 1);
@@ -330,13 +329,13 @@ fn minuend(dice: &mut Dice) -> (usize, usize) {
     (a, dice.from(1, a))
 }
 
-/// a is b times something, 20 at most; b from 2 to 5.
+/// a is a multiple of b and at most 20; b is from 2 to 5.
 fn dividend(dice: &mut Dice) -> (usize, usize) {
     let b = dice.from(2, 5);
     (b * dice.from(1, 20 / b), b)
 }
 
-/// Up to `n` numbers from 0 to 20.
+/// Up to `n` numbers in steps, all from 0 to 20.
 fn counting(start: usize, step: usize, down: bool, n: usize) -> Vec<usize> {
     let at = |i: usize| {
         if down { start.checked_sub(i * step) } else { Some(start + i * step).filter(|v| *v <= 20) }
@@ -359,8 +358,7 @@ fn problem(dice: &mut Dice, kind: QuestionKind) -> Problem {
     }
 }
 
-/// A problem whose story, question and ending are given; `told` puts the work where the question
-/// stood.
+/// A problem from its story, question and ending; in `told` the work replaces the question.
 fn worded(
     kind: QuestionKind,
     key: String,
@@ -509,7 +507,7 @@ fn next(dice: &mut Dice) -> Problem {
     )
 }
 
-/// First more or fewer, then more or fewer again; every number is from 0 to 20.
+/// Two steps, each adding or removing some; every number is from 0 to 20.
 fn chain(dice: &mut Dice) -> Problem {
     let wording = dice.below(2);
     let first_up = dice.below(2) == 1;

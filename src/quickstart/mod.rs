@@ -1,9 +1,9 @@
-//! `temper quickstart`: the pipeline of post-training on data and a model made on the spot. Layer
-//! 9.
+//! `temper quickstart`: the post-training pipeline with a generated data set and a new model.
+//! Layer 9.
 //!
-//! Invariant: a stage is a training run like any other: a model folder and a data file in, a model
-//! folder out, and keys. It reads from disk what the stage before wrote, so each can be run again
-//! by hand with the command it prints; the whole is a function of (binary, device model, seed).
+//! Invariant: a stage is an ordinary training run: a model folder, a data file and options in, a
+//! model folder out. It reads what the previous stage wrote to disk, so the printed command repeats
+//! it by hand. The pipeline is a function of (binary, device model, seed).
 
 pub mod data;
 mod outcome;
@@ -36,7 +36,7 @@ use crate::train::job::FinishedJob;
 
 pub use outcome::{QuickstartOutcome, Score, StageReport};
 
-/// ChatML with the assistant's words marked, so that `assistant_only_loss` finds them.
+/// ChatML with the assistant's text marked, so that `assistant_only_loss` finds it.
 const TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}\
     {% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}\
     {% else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}\
@@ -45,7 +45,7 @@ const SPECIAL: [&str; 3] = ["<|pad|>", "<|im_start|>", "<|im_end|>"];
 const PAD: &str = "<|pad|>";
 const EOS: &str = "<|im_end|>";
 
-/// How big the pipeline is. [`QuickstartScale::full`] is what the command runs.
+/// The size of the pipeline. The command runs [`QuickstartScale::full`].
 #[derive(Clone, Debug)]
 pub struct QuickstartScale {
     pub vocab: usize,
@@ -59,7 +59,7 @@ pub struct QuickstartScale {
     pub pairs: usize,
     pub chains: usize,
     pub held_out: usize,
-    /// Keys of the runs, as on a command line.
+    /// Options of the runs, written as on the command line.
     pub pretrain: Vec<String>,
     pub sft: Vec<String>,
     pub lora: Vec<String>,
@@ -133,7 +133,7 @@ pub struct QuickstartOptions {
 /// A training run of the pipeline.
 struct Stage {
     name: &'static str,
-    /// The temper command that does the same.
+    /// The temper command of the stage.
     command: &'static str,
     model: PathBuf,
     data: PathBuf,
@@ -141,10 +141,10 @@ struct Stage {
     keys: Vec<String>,
 }
 
-/// Runs the pipeline, and asks each model what its stage was for.
+/// Runs the pipeline and evaluates each model on the task of its stage.
 pub fn run(mut cx: Cx, options: &QuickstartOptions) -> Result<QuickstartOutcome> {
     let (out, scale, seed) = (&options.output, &options.scale, options.seed);
-    // All folders are taken before any work is done: an old run is found at once.
+    // Prepares all folders before any work is done, so that an old run is found at once.
     let reward_model = format!("reward_model={}", out.join("reward").display());
     let with = |keys: &[String], more: &[String]| [keys, more].concat();
     let steps = [
@@ -196,7 +196,7 @@ pub fn run(mut cx: Cx, options: &QuickstartOptions) -> Result<QuickstartOutcome>
         }
     }
     for name in ["sft", "ppo"] {
-        // As PPO samples: at temperature 1.
+        // At temperature 1, as PPO samples.
         let replies = ask(&mut cx, name, &out.join(name), None, &outcome.problems, 1.0)?.replies;
         let scores = judge(&mut cx, &out.join("reward"), &outcome.problems, &replies)?;
         outcome.judged.push((name, scores));
@@ -211,7 +211,7 @@ struct Asked {
     chains: Vec<Problem>,
 }
 
-/// The data files, the tokenizer and the config of the model: everything but weights.
+/// Writes the data files, the tokenizer and the config of the model, but no weights.
 fn write_start(out: &Path, scale: &QuickstartScale, seed: u64) -> Result<Asked> {
     let texts = data::pretraining(seed, scale.pretraining_rows);
     let training = data::training(seed, scale.sft_rows);
@@ -245,7 +245,7 @@ fn write_start(out: &Path, scale: &QuickstartScale, seed: u64) -> Result<Asked> 
     write_lines(&dir.join("chains.jsonl"), data::chains(seed, scale.chains).iter().map(asks))?;
     write_lines(&dir.join("heldout.jsonl"), asked.basic.iter().map(asks))?;
     write_lines(&dir.join("heldout_chains.jsonl"), asked.chains.iter().map(asks))?;
-    // Roles are told to the tokenizer, so that a turn's head is three tokens.
+    // The tokenizer is also trained on the role names, so that the head of a turn is three tokens.
     let replies: Vec<String> =
         training.iter().zip(&taught).map(|(p, r)| format!("{} {r}", p.question)).collect();
     let roles = ["user", "assistant"].iter().cycle().take(2 * training.len()).copied();
@@ -273,7 +273,7 @@ fn write_start(out: &Path, scale: &QuickstartScale, seed: u64) -> Result<Asked> 
     Ok(asked)
 }
 
-/// A small model wants larger weights than transformers' 0.02: about 1 / (2 sqrt(hidden)).
+/// A small model needs larger initial weights than transformers' 0.02: about 1 / (2 sqrt(hidden)).
 const INITIAL: f32 = 0.045;
 
 fn question(problem: &Problem) -> Value {
@@ -285,7 +285,7 @@ fn write_lines(path: &Path, lines: impl Iterator<Item = Value>) -> Result<()> {
     fsio::atomic_write(path, text.as_bytes()).map(drop)
 }
 
-/// One training run, from folder to folder. The context comes back for the next.
+/// Runs one stage, from folder to folder. Returns the context for the next.
 fn train(cx: Cx, stage: &Stage) -> Result<(Cx, StageReport)> {
     let dir = stage.folder.path();
     let begin = Instant::now();
@@ -315,8 +315,8 @@ fn train(cx: Cx, stage: &Stage) -> Result<(Cx, StageReport)> {
     Ok((cx, report))
 }
 
-/// Puts every problem to a model, with its adapter if it has one, through its chat template;
-/// temperature 0 is greedy.
+/// Asks a model, with its adapter if any, all problems through its chat template. Temperature 0 is
+/// greedy.
 fn ask(
     cx: &mut Cx,
     name: &'static str,
@@ -349,7 +349,7 @@ fn ask(
     Ok(Score { model: name, replies, right })
 }
 
-/// What the table calls exact match, as a reward of `temper eval`.
+/// The exact match of the table, as a reward of `temper eval`.
 pub const MEASURE: &str = "exact_match:after=The answer is,until=.";
 
 /// Which replies are right.
@@ -373,7 +373,7 @@ fn judge(cx: &mut Cx, dir: &Path, problems: &[Problem], replies: &[String]) -> R
     Ok(model.score(cx, &batch)?.into_iter().map(f64::from).collect())
 }
 
-/// The share of held-out pairs that the reward model ranks right.
+/// The share of held-out pairs that the reward model ranks correctly.
 fn rank(cx: &mut Cx, dir: &Path, problems: &[Problem]) -> Result<f64> {
     let plain: Vec<String> = problems.iter().map(Problem::reply).collect();
     let styled: Vec<String> = plain.iter().map(|r| format!("{r}{STYLE}")).collect();
@@ -383,7 +383,7 @@ fn rank(cx: &mut Cx, dir: &Path, problems: &[Problem]) -> Result<f64> {
     Ok(right as f64 / problems.len().max(1) as f64)
 }
 
-/// report.html of the whole pipeline, and of each stage.
+/// Writes report.html for the whole pipeline and for each stage.
 fn write_report(out: &Path, outcome: &QuickstartOutcome, stages: &[Stage]) -> Result<()> {
     let table: Table = outcome.table();
     let stages: Vec<report::ReportStage> = stages

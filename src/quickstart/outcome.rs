@@ -1,13 +1,13 @@
-//! What the quickstart's pipeline showed, and how it is printed. Layer 9.
+//! The results of the quickstart's pipeline, and their text. Layer 9.
 //!
-//! Invariant: every metric is of held-out questions.
+//! Invariant: every metric is computed on held-out questions.
 
 use std::fmt;
 
 use super::data::{Problem, QuestionKind, STYLE};
 use crate::report::Table;
 
-/// What one training run of the pipeline took and reached.
+/// The costs and the final loss of one training run.
 #[derive(Clone, Debug)]
 pub struct StageReport {
     pub name: &'static str,
@@ -18,7 +18,7 @@ pub struct StageReport {
     pub loss: f64,
 }
 
-/// Right answers of one model over held-out questions.
+/// The replies of one model to held-out questions, and which are right.
 #[derive(Clone, Debug)]
 pub struct Score {
     pub model: &'static str,
@@ -41,13 +41,13 @@ impl Score {
 #[derive(Clone, Debug, Default)]
 pub struct QuickstartOutcome {
     pub stages: Vec<StageReport>,
-    /// Greedy, over `problems`.
+    /// Greedy replies to `problems`.
     pub scores: Vec<Score>,
-    /// Greedy, over `chains`.
+    /// Greedy replies to `chains`.
     pub chain_scores: Vec<Score>,
-    /// Share of held-out pairs that the reward model ranks right.
+    /// The share of held-out pairs that the reward model ranks correctly.
     pub ranked: f64,
-    /// The reward model's scores of a model's replies to `problems`, sampled at temperature 1.
+    /// By model, the reward model's scores of its replies to `problems`, sampled at temperature 1.
     pub judged: Vec<(&'static str, Vec<f64>)>,
     pub problems: Vec<Problem>,
     pub chains: Vec<Problem>,
@@ -62,7 +62,7 @@ impl QuickstartOutcome {
         self.chain_scores.iter().find(|s| s.model == model)
     }
 
-    /// Mean and standard deviation of the reward model's scores of a model's replies.
+    /// Mean and standard deviation of the reward model's scores for a model's replies.
     pub fn judged(&self, model: &str) -> Option<(f64, f64)> {
         let scores = &self.judged.iter().find(|j| j.0 == model)?.1;
         let n = scores.len().max(1) as f64;
@@ -70,7 +70,7 @@ impl QuickstartOutcome {
         Some((mean, (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt()))
     }
 
-    /// A line for each thing that a stage was for: before and after.
+    /// One line for the purpose of each stage: before and after.
     pub fn table(&self) -> Table {
         let percent = |v: Option<f64>| v.map_or("-".to_string(), |v| format!("{:.1}%", 100.0 * v));
         let exact = |m: &str| percent(self.score(m).map(Score::exact_match));
@@ -99,7 +99,7 @@ impl QuickstartOutcome {
 }
 
 impl fmt::Display for QuickstartOutcome {
-    /// Samples, then the table, then what the stages took.
+    /// Samples, then the table, then the cost of the stages.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         writeln!(f, "Held-out questions, as each model answers them (greedy, one a kind):")?;
         for kind in QuestionKind::ALL {

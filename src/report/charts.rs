@@ -1,21 +1,22 @@
-//! Which metrics of a page stand in which chart. Layer 8.
+//! Assigns the metrics of a page to charts. Layer 8.
 //!
-//! Invariant: every metric is in one chart or in the table of those that never change; the lines of
-//! a chart have one scale: runs of the same metric, and an evaluation with its training.
+//! Invariant: every metric is in one chart, or in the table of metrics that never change. The lines
+//! of a chart have one scale: a metric of several runs, or a metric and its evaluation.
 
 use serde_json::{Value, json};
 
-/// A metric of a run: its name, and `[step, value or null]` of each logged step.
+/// A metric of a run: its name, and `[step, value or null]` for each logged step.
 struct Series<'a> {
     name: &'a str,
     points: &'a [Value],
     run: usize,
-    /// Its place among the run's.
+    /// Index among the series of the run.
     at: usize,
 }
 
-/// `{charts: [[name, [[run, place of its series, evaluation?], ..]], ..], still: [[name, value of
-/// each run], ..]}` of runs that share their charts. Times are left out: they have a bar.
+/// The layout of runs that share their charts: `{charts: [[name, [[run, index of its series,
+/// evaluation?], ..]], ..], still: [[name, value of each run], ..]}`. Times are omitted; the page
+/// shows them as a bar.
 pub fn layout(runs: &[&Value]) -> Value {
     let all: Vec<Series> = runs.iter().enumerate().flat_map(|(i, run)| series(i, run)).collect();
     let mut names: Vec<&str> = Vec::new();
@@ -24,7 +25,7 @@ pub fn layout(runs: &[&Value]) -> Value {
             names.push(s.name);
         }
     }
-    names.sort_by_key(|name| rank(name)); // stable: equals as they were logged
+    names.sort_by_key(|name| rank(name)); // stable: equal ranks stay in logged order
     let moves =
         |name: &str| of(&all, name).any(|s| s.points.iter().any(|p| p[1] != s.points[0][1]));
     let still = names.iter().filter(|name| !moves(name)).map(|name| {
@@ -36,7 +37,7 @@ pub fn layout(runs: &[&Value]) -> Value {
     let still: Vec<Value> = still.collect();
     let mut charts: Vec<(&str, Vec<Value>)> = Vec::new();
     for name in names.iter().copied().filter(|name| moves(name)) {
-        // An evaluation of a metric that training logs, too.
+        // The evaluation of a metric that training logs, too.
         let plain =
             name.strip_prefix("eval_").filter(|plain| names.contains(plain) && moves(plain));
         let lines = of(&all, name).map(|s| json!([s.run, s.at, plain.is_some()]));
@@ -50,7 +51,7 @@ pub fn layout(runs: &[&Value]) -> Value {
     json!({ "charts": charts, "still": still })
 }
 
-/// The series of a metric, run after run.
+/// The series of a metric, in the order of the runs.
 fn of<'a>(all: &'a [Series<'a>], name: &'a str) -> impl Iterator<Item = &'a Series<'a>> {
     all.iter().filter(move |s| s.name == name)
 }
@@ -63,7 +64,7 @@ fn series(run: usize, of: &Value) -> impl Iterator<Item = Series<'_>> {
     })
 }
 
-/// What people look at first comes first.
+/// The position of a metric on the page: the most important metrics come first.
 fn rank(name: &str) -> usize {
     const FIRST: [&str; 12] = [
         "loss",

@@ -1,8 +1,8 @@
-//! `report.html`: one page that tells a run, or a pipeline of runs. Layer 8.
+//! `report.html`: one page about a run or a pipeline of runs. Layer 8.
 //!
-//! Invariant: the page is one file that asks the network for nothing; what is in it was read from
-//! the output folder (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or given, never made up:
-//! a file that is absent leaves its section out.
+//! Invariant: the page is one file that loads nothing from the network. Its contents were read from
+//! the output folder (`metrics.jsonl`, `completions.jsonl`, `config.toml`) or passed in; an absent
+//! file leaves out its section.
 
 mod charts;
 
@@ -18,29 +18,28 @@ use crate::error::{Error, Result};
 use crate::fsio;
 
 pub const FILE: &str = "report.html";
-/// What was given for a page, so that `temper report` can write it again.
+/// The [`ReportInput`] of a page, from which `temper report` writes it again.
 const INPUT: &str = "report.json";
 const PIPELINE: &str = "pipeline.json";
 const METRICS: &str = "metrics.jsonl";
-/// Lines of metrics and of completions that a page takes; above, metrics are thinned and the page
-/// says so.
+/// Most metrics lines on a page; longer logs are thinned, and the page says so.
 const MOST_LINES: usize = 3000;
 const MOST_SAMPLES: usize = 300;
 
-/// What the folder does not say by itself.
+/// The contents of a page that the output folder does not provide.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ReportInput {
-    /// Empty: the folder's name.
+    /// Empty: the name of the folder.
     pub title: String,
-    /// What the run is and what it took, before all else: a name, and a value.
+    /// Facts about the run, shown first: a name and a value.
     pub facts: Vec<(String, String)>,
     pub notes: Vec<String>,
     pub table: Option<Table>,
     pub masks: Vec<MaskRow>,
 }
 
-/// A table of metrics before and after.
+/// A table of metrics before and after training.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Table {
@@ -49,7 +48,7 @@ pub struct Table {
     pub rows: Vec<Vec<String>>,
 }
 
-/// A row of training data, token by token; `mask` is true where the loss is.
+/// A row of training data, token by token; `mask` is true for the tokens in the loss.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaskRow {
@@ -57,7 +56,7 @@ pub struct MaskRow {
     pub mask: Vec<bool>,
 }
 
-/// One run of a pipeline: its output folder, and what is said of it.
+/// One run of a pipeline: its output folder and its input.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReportStage {
@@ -66,7 +65,7 @@ pub struct ReportStage {
     pub input: ReportInput,
 }
 
-/// What [`write_pipeline`] was given; folders inside of the pipeline's by their relative path.
+/// The arguments of [`write_pipeline`]; folders inside the pipeline's folder have relative paths.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Pipeline {
@@ -75,8 +74,8 @@ struct Pipeline {
     stages: Vec<ReportStage>,
 }
 
-/// Writes `dir/report.html` of the run in `dir`, and `dir/report.json` with what was given. Returns
-/// the page's path.
+/// Writes `dir/report.html` for the run in `dir`, and `input` into `dir/report.json`. Returns the
+/// path of the page.
 pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
     let dir = dir.as_ref();
     let name = name_of(dir);
@@ -87,7 +86,7 @@ pub fn write(dir: impl AsRef<Path>, input: &ReportInput) -> Result<PathBuf> {
     page(dir, &title, None, &[run], false)
 }
 
-/// What [`fn@write`] was given when it wrote the page of `dir`; the default where there is none.
+/// The input with which [`fn@write`] wrote the page of `dir`; the default if there is none.
 pub fn read_input(dir: impl AsRef<Path>) -> Result<ReportInput> {
     let path = dir.as_ref().join(INPUT);
     if !path.is_file() {
@@ -97,8 +96,8 @@ pub fn read_input(dir: impl AsRef<Path>) -> Result<ReportInput> {
         .map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))
 }
 
-/// Writes `dir/report.html` with all `stages`, one after the other, below the pipeline's own table,
-/// and `dir/pipeline.json` with what was given. A stage without masks shows those of its own page.
+/// Writes `dir/report.html` with all `stages` in order below the pipeline's own table, and the
+/// arguments into `dir/pipeline.json`. A stage without masks shows the masks of its own page.
 pub fn write_pipeline(
     dir: impl AsRef<Path>,
     title: &str,
@@ -121,8 +120,7 @@ pub fn write_pipeline(
     page(dir, title, table, stages, false)
 }
 
-/// Writes the page of a folder again: of a run, of a pipeline, or of all runs that lie in the
-/// folder.
+/// Rewrites the page of a folder: of a run, of a pipeline, or of all runs in the folder.
 pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
     let dir = dir.as_ref();
     let is_run = |dir: &Path| dir.join(METRICS).is_file();
@@ -134,7 +132,7 @@ pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
         let bytes = fsio::read(&path)?;
         let mut pipeline: Pipeline = serde_json::from_slice(&bytes)
             .map_err(|e| Error::data(&path, Some(e.line()), e.to_string()))?;
-        pipeline.stages.iter_mut().for_each(|stage| stage.dir = dir.join(&stage.dir)); // an absolute one stays as it is
+        pipeline.stages.iter_mut().for_each(|stage| stage.dir = dir.join(&stage.dir)); // absolute: stays
         return page(dir, &pipeline.title, pipeline.table.as_ref(), &pipeline.stages, false);
     }
     let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
@@ -158,7 +156,7 @@ fn name_of(dir: &Path) -> String {
     dir.file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned())
 }
 
-/// With `overlay`, the runs' curves of a metric are in one chart.
+/// With `overlay`, one chart per metric shows the curves of all runs.
 fn page(
     dir: &Path,
     title: &str,
@@ -174,8 +172,8 @@ fn page(
     let data = json!({
         "title": title, "table": table, "overlay": overlay, "layouts": layouts, "runs": runs,
     });
-    // in a script element only `</` and `<!--` could end the data; escaped, the page is closed to
-    // what models write
+    // In a script element only `</` and `<!--` could end the data. With `<` escaped, text from a
+    // model cannot break out into the page.
     let data = data.to_string().replace('<', "\\u003c");
     let escaped = title.replace('&', "&amp;").replace('<', "&lt;");
     let parts = [
@@ -186,7 +184,8 @@ fn page(
     ];
     let mut rest = include_str!("page.html");
     let mut html = String::with_capacity(data.len() + 40_000);
-    // filled from left to right, so that what stands in a part is never taken for a place
+    // The template is filled from left to right, so a placeholder inside an inserted text is never
+    // replaced.
     while let Some((at, (place, text))) =
         parts.iter().filter_map(|p| Some((rest.find(p.0)?, *p))).min_by_key(|(at, _)| *at)
     {
@@ -230,7 +229,7 @@ fn run(stage: &ReportStage) -> Result<Value> {
     }))
 }
 
-/// JSON objects of a file of lines, as far as it is whole; none where there is no file.
+/// The JSON objects of a file with one per line. Empty if the file does not exist.
 fn lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
     if !path.is_file() {
         return Ok(Vec::new());
@@ -241,22 +240,22 @@ fn lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
     for (n, line) in all.iter().enumerate() {
         match serde_json::from_slice(line) {
             Ok(object) => out.push(object),
-            Err(_) if n + 1 == all.len() => {} // a run that is still writing, or was killed
+            Err(_) if n + 1 == all.len() => {} // the last line of a live or killed run
             Err(e) => return Err(Error::data(path, Some(n + 1), format!("no JSON object: {e}"))),
         }
     }
     Ok(out)
 }
 
-/// `[name, [[step, value or null], ..]]` of each numeric metric, in the order in which they first
-/// appear.
+/// `[name, [[step, value or null], ..]]` for each numeric metric in the order of first appearance,
+/// and the thinning factor.
 fn series(lines: &[Map<String, Value>]) -> (Vec<Value>, usize) {
     let every = lines.len().div_ceil(MOST_LINES).max(1);
     let mut order: Vec<&str> = Vec::new();
     let mut points: BTreeMap<&str, Vec<(f64, Option<f64>)>> = BTreeMap::new();
     for (n, line) in lines.iter().enumerate() {
         let Some(step) = line.get("step").and_then(Value::as_f64) else { continue };
-        // lines of an evaluation have other keys: they are few and stay
+        // Evaluation lines have other keys: they are few and stay.
         let training = line.contains_key("learning_rate");
         if training && n % every != 0 && n + 1 != lines.len() {
             continue;
@@ -275,8 +274,8 @@ fn series(lines: &[Map<String, Value>]) -> (Vec<Value>, usize) {
     (order.iter().copied().filter(known).map(|name| json!([name, points[name]])).collect(), every)
 }
 
-/// Completions evenly over the run, and how many there are. A long run's file is too large to hold:
-/// its lines are found first, and only those that are shown are read.
+/// Completions spread evenly over the run, and their total number. The file of a long run is too
+/// large for memory: this finds the lines first and parses only those that are shown.
 fn samples(path: &Path) -> Result<(Vec<Value>, usize)> {
     if !path.is_file() {
         return Ok((Vec::new(), 0));
@@ -306,14 +305,14 @@ fn samples(path: &Path) -> Result<(Vec<Value>, usize)> {
     Ok((samples, starts.len()))
 }
 
-/// Rows evenly over the run, the last one included.
+/// Indices of rows spread evenly over the run, including the last.
 fn spread(n: usize) -> impl Iterator<Item = usize> {
     let shown = n.min(MOST_SAMPLES);
     (0..shown).map(move |i| if n == shown { i } else { (i + 1) * n / shown - 1 })
 }
 
-/// Prompt, completion, step, and all numbers of the line: rewards first as they stand there,
-/// `rewards` flattened.
+/// Prompt, completion, step and all numbers of a line in their order, rewards first, with `rewards`
+/// flattened.
 fn sample(line: &Map<String, Value>) -> Value {
     let mut chips: Vec<(String, Value)> = Vec::new();
     let shown = |v: &Value| v.is_number() || v.is_null() || v.is_boolean();

@@ -1,13 +1,13 @@
-//! The completions that rewards score. Layer 6.
+//! The completions for rewards to score. Layer 6.
 //!
-//! Invariant: every list has one entry for each completion.
+//! Invariant: every list has one entry per completion.
 
 use serde_json::{Map, Value, json};
 
 use super::text;
 use crate::error::{Error, Result};
 
-/// What a batch of completions is scored from: one entry a completion in each list.
+/// The data from which completions are scored; each list has one entry per completion.
 #[derive(Clone, Debug, Default)]
 pub struct RewardBatch {
     /// A string, or a list of messages.
@@ -15,11 +15,11 @@ pub struct RewardBatch {
     /// A string, or a list of messages.
     pub completions: Vec<Value>,
     pub completion_ids: Vec<Vec<u32>>,
-    /// All further columns of the dataset, repeated for each generation.
+    /// The other columns of the dataset, repeated for each completion of a prompt.
     pub columns: Map<String, Value>,
 }
 
-/// A completion like its prompt: a text, or an assistant's message.
+/// A completion in the form of its prompt: a text, or a list with an assistant message.
 pub fn said(prompt: &Value, text: &str) -> Value {
     match prompt {
         Value::Array(_) => json!([{ "role": "assistant", "content": text }]),
@@ -28,7 +28,7 @@ pub fn said(prompt: &Value, text: &str) -> Value {
 }
 
 impl RewardBatch {
-    /// An empty batch with columns of these names: one that none of its rows has is null.
+    /// An empty batch with these columns. A column that a row does not have is null in that row.
     pub fn with_columns(names: &[String]) -> RewardBatch {
         let columns = names.iter().map(|name| (name.clone(), Value::Array(Vec::new()))).collect();
         RewardBatch { columns, ..RewardBatch::default() }
@@ -38,8 +38,8 @@ impl RewardBatch {
         self.completions.len()
     }
 
-    /// Adds a completion, as a string or a message like its prompt. `columns` are the row's other
-    /// fields; a field that only some rows have is null in the others.
+    /// Adds a completion in the form of its prompt. `columns` are the other fields of the row; a
+    /// field that only some rows have is null in the others.
     pub fn push<'a>(
         &mut self,
         prompt: &Value,
@@ -51,7 +51,7 @@ impl RewardBatch {
         self.push_whole(prompt, columns, completion, ids);
     }
 
-    /// As [`RewardBatch::push`], with the completion as it is to be: a text, or messages.
+    /// [`RewardBatch::push`] with the completion in its final form: a text, or messages.
     pub fn push_whole<'a>(
         &mut self,
         prompt: &Value,
@@ -77,7 +77,7 @@ impl RewardBatch {
         self.completion_ids.push(ids);
     }
 
-    /// Puts a completion in the place of another.
+    /// Replaces a completion.
     pub fn replace(&mut self, row: usize, completion: Value, ids: Vec<u32>) {
         (self.completions[row], self.completion_ids[row]) = (completion, ids);
     }
@@ -86,7 +86,7 @@ impl RewardBatch {
         self.completions.is_empty()
     }
 
-    /// Every list has one entry a completion; says which one has not.
+    /// Error: a list does not have one entry per completion; the message names the list.
     pub fn check(&self) -> Result<()> {
         let n = self.len();
         let mut lengths = vec![("prompts".to_string(), self.prompts.len())];
@@ -102,12 +102,12 @@ impl RewardBatch {
         }
     }
 
-    /// The cell of a column; `Null` where there is none.
+    /// A cell of a column; `Null` if there is none.
     pub fn cell(&self, column: &str, row: usize) -> &Value {
         self.columns.get(column).and_then(|c| c.get(row)).unwrap_or(&Value::Null)
     }
 
-    /// The text that a verifier reads: the string, or the content of the last assistant message.
+    /// The text for a verifier: the string, or the content of the last assistant message.
     pub fn completion_text(&self, row: usize) -> String {
         text::of(&self.completions[row])
     }

@@ -1,15 +1,17 @@
-//! A program that answers the turns of a completion: JSON lines over stdin and stdout, started
-//! once. Layer 6.
+//! A program that answers the turns of completions: JSON lines over stdin and stdout; one process
+//! for the run. Layer 6.
 //!
-//! An *episode* is one completion's conversation. It begins with `{"id": 0, "op": "reset",
+//! An *episode* is the conversation of one completion. It begins with `{"id": 0, "op": "reset",
 //! "episode": 3, "seed": 7, "prompt": .., "columns": {..}}`, answered by `{"id": 0}`. Each turn of
 //! the model is `{"id": 5, "op": "step", "episode": 3, "turn": 1, "completion": "..",
 //! "completion_ids": [..], "last": false, "truncated": false}`, answered by `{"id": 5,
-//! "observation": .., "reward": 0.5, "done": false}`; `{"id": 5, "error": "why"}` ends the run.
+//! "observation": .., "reward": 0.5, "done": false}`. The answer `{"id": 5, "error": "why"}` ends
+//! the run.
 //!
-//! Invariant: answers belong to requests by their id and may come in any order; an episode has one
-//! request at a time. Whatever else comes is said with the row and what was read, and the program
-//! is started again: it gets all that the open episodes said so far, and must answer as it did.
+//! Invariant: answers are matched to requests by their id and may come in any order; an episode has
+//! one open request at a time. Any other output is reported with the row and the text that was
+//! read, and the program is restarted: it receives all requests of the open episodes again and must
+//! repeat its answers.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -28,36 +30,36 @@ pub struct Environment {
     program: Program,
     next_id: u64,
     episodes: BTreeMap<usize, Episode>,
-    /// Which episode each request that has no answer yet is of.
+    /// The episode of each request without an answer.
     owed: BTreeMap<u64, usize>,
-    /// When its silence has lasted too long, while it owes an answer.
+    /// The time at which the silence of a program that owes an answer becomes an error.
     late: Instant,
 }
 
 #[derive(Debug)]
 struct Episode {
-    /// Its row in errors.
+    /// Its row, for errors.
     place: String,
-    /// What it was told, and the answers to the first of it.
+    /// All its requests, and the answers to the first of them.
     requests: Vec<Map<String, Value>>,
     answers: Vec<EnvironmentAnswer>,
-    /// How many of the requests this run of the program has answered.
+    /// Number of requests that the current process has answered.
     answered: usize,
 }
 
-/// What an environment said to a turn.
+/// The answer of an environment to a turn.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EnvironmentAnswer {
-    /// A text, or messages; None: nothing.
+    /// A text or messages; None: no observation.
     pub observation: Option<Value>,
     pub reward: Option<f64>,
     pub done: bool,
 }
 
-/// A turn of the model, as an environment hears of it.
+/// A turn of the model, as it is sent to the environment.
 #[derive(Clone, Debug)]
 pub struct EnvironmentTurn<'a> {
-    /// From 1.
+    /// Counts from 1.
     pub turn: usize,
     pub text: &'a str,
     pub ids: &'a [u32],
@@ -68,7 +70,8 @@ pub struct EnvironmentTurn<'a> {
 }
 
 impl Environment {
-    /// What the shell runs as `command`; it may be silent for `timeout`.
+    /// An environment that the shell runs as `command`. After `timeout` without an answer it is
+    /// restarted.
     pub fn new(command: &str, timeout: Duration, restarts: usize) -> Environment {
         Environment {
             program: Program::new(
@@ -84,14 +87,14 @@ impl Environment {
         }
     }
 
-    /// It is ended when `stop` is requested, and sees only `env` of this process's environment
-    /// (None: all of it).
+    /// Ends the program when `stop` is requested, and restricts its environment variables to `env`
+    /// (None: all of this process).
     pub fn govern(&mut self, stop: &Stop, env: Option<&[String]>) {
         self.program.heed(stop);
         env.into_iter().for_each(|names| self.program.limit_environment(names));
     }
 
-    /// Forgets all episodes. A program that still owes answers is ended: they would come later.
+    /// Drops all episodes. Ends a program that still owes answers, which would come too late.
     pub fn clear(&mut self) {
         if !self.owed.is_empty() {
             self.program.end();
@@ -100,7 +103,7 @@ impl Environment {
         self.episodes.clear();
     }
 
-    /// Begins an episode; `place` is its row in errors.
+    /// Begins an episode; `place` is its row, for errors.
     pub fn reset(
         &mut self,
         episode: usize,
@@ -118,7 +121,7 @@ impl Environment {
         self.ask(episode);
     }
 
-    /// A turn of the model; its answer comes from [`Environment::hear`].
+    /// Sends a turn of the model; [`Environment::hear`] returns the answer.
     pub fn step(&mut self, episode: usize, turn: &EnvironmentTurn) {
         let request = json!({
             "op": "step", "episode": episode, "turn": turn.turn, "completion": turn.text,
@@ -126,24 +129,24 @@ impl Environment {
         });
         let Some(of) = self.episodes.get_mut(&episode) else { return };
         of.requests.push(object(request));
-        // Else its earlier request is not answered yet: this one follows it.
+        // Otherwise an earlier request has no answer yet, and this one is sent after it.
         if of.answered + 1 == of.requests.len() {
             self.ask(episode);
         }
     }
 
-    /// Forgets an episode that has ended.
+    /// Drops an episode that has ended.
     pub fn close(&mut self, episode: usize) {
         self.episodes.remove(&episode);
     }
 
-    /// Whether answers are awaited.
+    /// Whether answers are outstanding.
     pub fn owes(&self) -> bool {
         !self.owed.is_empty()
     }
 
-    /// The next answer to a turn, and its episode. None: there is none yet and `wait` is false,
-    /// or nothing is owed. Errors name the row.
+    /// The next answer to a turn, and its episode. None: no answer is outstanding, or `wait` is
+    /// false and there is none yet. Errors name the row.
     pub fn hear(
         &mut self,
         wait: bool,
@@ -164,7 +167,7 @@ impl Environment {
         Ok(None)
     }
 
-    /// Reads answers until one is new; None without `wait` if there is none.
+    /// Reads answers until one is new. None: `wait` is false and there is none.
     fn exchange(
         &mut self,
         wait: bool,
@@ -185,7 +188,7 @@ impl Environment {
         Ok(None)
     }
 
-    /// Takes a line; Some if it answers a turn for the first time.
+    /// Processes a line. Some: it answers a turn for the first time.
     fn take(
         &mut self,
         first: u64,
@@ -246,17 +249,17 @@ impl Environment {
         self.owed.insert(id, number);
         let mut line = object(json!({ "id": id }));
         line.extend(request);
-        // If it does not start, the next answer that is waited for says why.
+        // If the program does not start, the next wait for an answer says why.
         let _ = self.program.start();
         self.program.tell(format!("{}\n", Value::Object(line)));
     }
 
-    /// Its silence counts from now.
+    /// Restarts the timeout.
     fn heard(&mut self) {
         self.late = self.program.deadline();
     }
 
-    /// A new start knows nothing: every open episode is told again from its beginning.
+    /// A new process knows nothing: sends it every open episode from the beginning.
     fn begin_again(&mut self) {
         self.owed.clear();
         self.heard();
@@ -269,7 +272,7 @@ impl Environment {
         }
     }
 
-    /// Row and turn of a request.
+    /// The row and turn of a request.
     fn place(&self, id: u64) -> String {
         let episode = self.owed.get(&id).and_then(|number| self.episodes.get(number));
         let Some(episode) = episode else { return "environment".into() };
@@ -281,7 +284,7 @@ impl Environment {
 }
 
 impl EnvironmentAnswer {
-    /// Error: what was expected.
+    /// The error says what was expected.
     fn read(answer: &Map<String, Value>, reset: bool) -> Result<EnvironmentAnswer, String> {
         let reward = match answer.get("reward") {
             None | Some(Value::Null) => None,
@@ -320,7 +323,7 @@ impl EnvironmentAnswer {
         Ok(answer)
     }
 
-    /// Error: the request needs more than that.
+    /// Error: the request needs more than this answer.
     fn fits(&self, request: &Map<String, Value>) -> Result<(), String> {
         let goes_on = request.get("last") == Some(&Value::Bool(false));
         match goes_on && !self.done && self.observation.is_none() {
@@ -330,7 +333,7 @@ impl EnvironmentAnswer {
     }
 }
 
-/// Of a literal that is one.
+/// The map of a literal that is an object.
 fn object(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(map) => map,

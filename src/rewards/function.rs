@@ -1,6 +1,7 @@
-//! Rewards that the program computes itself. Layer 6.
+//! Rewards that are functions of the program. Layer 6.
 //!
-//! Invariant: a function sees one completion at a time, with its prompt and the columns of its row.
+//! Invariant: a function reads one completion at a time, with its prompt and the columns of its
+//! row.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use serde_json::Value;
 
 use super::batch::RewardBatch;
 
-/// One completion, as a [`RewardFunction`] sees it.
+/// One completion, as a [`RewardFunction`] reads it.
 #[deny(missing_docs)]
 #[derive(Clone, Copy)]
 pub struct RewardRow<'a> {
@@ -24,17 +25,17 @@ impl RewardRow<'_> {
         &self.batch.prompts[self.row]
     }
 
-    /// The completion's text: of a conversation, the last assistant message.
+    /// The text of the completion; for a conversation, the last assistant message.
     pub fn text(&self) -> String {
         self.batch.completion_text(self.row)
     }
 
-    /// The completion's tokens.
+    /// The tokens of the completion.
     pub fn ids(&self) -> &[u32] {
         &self.batch.completion_ids[self.row]
     }
 
-    /// The row's value in another column of the data; `Null` where there is none.
+    /// The value of the row in another column of the data; `Null` if there is none.
     pub fn column(&self, name: &str) -> &Value {
         self.batch.cell(name, self.row)
     }
@@ -42,7 +43,7 @@ impl RewardRow<'_> {
 
 type ScoreRow = dyn Fn(&RewardRow) -> Option<f64> + Send + Sync;
 
-/// A reward that the program computes itself; clones share the function.
+/// A reward that is a function of the program; clones share the function.
 #[derive(Clone)]
 pub struct RewardFunction {
     name: String,
@@ -51,8 +52,8 @@ pub struct RewardFunction {
 
 #[deny(missing_docs)]
 impl RewardFunction {
-    /// `function` scores a completion, or gives `None` where it does not apply; metrics call it
-    /// `name`.
+    /// `function` returns the score of a completion, or `None` if the reward does not apply.
+    /// Metrics use the name `name`.
     pub fn new(
         name: impl Into<String>,
         function: impl Fn(&RewardRow) -> Option<f64> + Send + Sync + 'static,
@@ -64,7 +65,7 @@ impl RewardFunction {
         (self.function)(&RewardRow { batch, row })
     }
 
-    /// Its name in metrics.
+    /// The name in metrics.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -1,10 +1,10 @@
-//! What another program writes, line by line: in bounded memory, whatever the bytes. Layer 6.
+//! Reads the output of another program line by line, with bounded memory and any bytes. Layer 6.
 //!
-//! Invariant: no line is longer than its cap, and no byte ends the reading.
+//! Invariant: no line is longer than the cap, and no byte ends the reading.
 
 use std::io::BufRead;
 
-/// A line, or that there was one which is too long.
+/// A line, or a note that it was too long.
 #[derive(Debug, PartialEq)]
 pub enum Line {
     Whole(String),
@@ -12,8 +12,8 @@ pub enum Line {
 }
 
 /// The next line that is not blank, of at most `cap` bytes; None at the end. Bytes that are not
-/// UTF-8 are replaced. A line that is too long is read to its end with `skip`, else given up at
-/// once.
+/// UTF-8 are replaced. With `skip`, the rest of a line that is too long is skipped; without it,
+/// such a line is [`Line::TooLong`] at once.
 pub fn next_line(from: &mut impl BufRead, cap: usize, skip: bool) -> Option<Line> {
     let mut line: Vec<u8> = Vec::new();
     let mut long = false;

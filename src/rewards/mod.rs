@@ -1,9 +1,9 @@
 //! Rewards of online RL: built-in verifiers, functions of the program, an external command, a
-//! Python worker; their weighted sum. Layer 6.
+//! Python worker, and their weighted sum. Layer 6.
 //!
-//! Invariant: a reward gives one number, or `None` (not applicable), for each completion, in the
-//! order of the batch; a reward that cannot is an error that names the row. Aggregation and `None`
-//! follow TRL 1.16.0.
+//! Invariant: a reward gives one number or `None` (not applicable) for each completion, in the
+//! order of the batch. If it fails, the error names the row. Aggregation and `None` follow TRL
+//! 1.16.0.
 
 mod batch;
 mod environment;

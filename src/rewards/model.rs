@@ -1,9 +1,9 @@
-//! Reward models: a sequence classifier's score of token sequences, and of prompt and completion.
+//! Reward models: a sequence classifier's score of token sequences, and of prompts and completions.
 //! Layer 6.
 //!
-//! Invariant: a reward model reads what its own training rows looked like: its own tokenizer and
-//! chat template write prompt and completion again, with the row's `tools` and
-//! `chat_template_kwargs`, so it need not share the policy's.
+//! Invariant: a reward model reads rows in the form of its own training: its own tokenizer and chat
+//! template render prompt and completion again, with the row's `tools` and `chat_template_kwargs`,
+//! so they may differ from the policy's.
 
 use std::path::Path;
 
@@ -24,21 +24,21 @@ use crate::ops::embedding::gather_rows;
 use crate::rewards::RewardBatch;
 use crate::tensor::ParamSetId;
 
-/// A reward model with the tokenizer and the template of its own folder.
+/// A reward model with the tokenizer and chat template of its folder.
 pub struct RewardModel {
     model: Decoder,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
 }
 
-/// Tokens of a forward, at most: scoring needs no more at once.
+/// Most tokens in one forward; scoring gains nothing from more.
 const TOKENS: usize = 8192;
 
 impl RewardModel {
-    /// Reads a folder. `setup`: what the run gives its template. Error: it is not a reward model (one
-    /// label).
+    /// Loads a folder. `setup`: the variables that the run gives the template. Error: the model is
+    /// not a reward model (with one label).
     pub fn load(cx: &Cx, dir: &Path, setup: &TemplateSetup) -> Result<RewardModel> {
-        // Longrope's short factors, always: a score must not depend on what came before it.
+        // Always uses Longrope's short factors: a score must not depend on earlier sequences.
         let model = Decoder::folder(dir)?.set(ParamSetId::Reward).positions(2).build(cx)?;
         if model.config.task != (Task::SequenceClassification { labels: 1 }) {
             let message = "is not a reward model: it must be a sequence classifier with num_labels 1 (`temper reward` makes one)";
@@ -49,7 +49,7 @@ impl RewardModel {
         Ok(RewardModel { model, tokenizer, template })
     }
 
-    /// The trunk and score, for a value model that starts as this.
+    /// The trunk and score head, for a value model that starts from this model.
     pub fn decoder(&self) -> &Decoder {
         &self.model
     }
@@ -61,7 +61,8 @@ impl RewardModel {
         sequence_scores(cx, &mut self.model, &ids, TOKENS)
     }
 
-    /// For the memory plan: as many sequences of these lengths as go through the model at once.
+    /// Runs as many sequences of these lengths as go through the model at once, for the memory
+    /// plan.
     pub fn rehearse(&mut self, cx: &mut Cx, lengths: impl Iterator<Item = usize>) -> Result<()> {
         let mut sequences: Vec<Vec<u32>> = Vec::new();
         let mut total = 0;
@@ -76,7 +77,7 @@ impl RewardModel {
         sequence_scores(cx, &mut self.model, &ids, TOKENS).map(drop)
     }
 
-    /// What the model reads of completion `i`: the row as `temper reward` would tokenise it.
+    /// The tokens of completion `i` for the model: the row as `temper reward` would tokenise it.
     fn ids(&self, rows: &RewardBatch, i: usize) -> Result<Vec<u32>> {
         let prompt = &rows.prompts[i];
         let mut value = Map::new();
@@ -100,7 +101,7 @@ impl RewardModel {
     }
 }
 
-/// Error: the model is not a reward model, a sequence classifier of one label.
+/// Error: the model is not a reward model, that is, a sequence classifier with one label.
 pub fn one_score(model: &ModelConfig) -> Result<()> {
     match model.task {
         Task::SequenceClassification { labels: 1 } => Ok(()),
@@ -111,9 +112,9 @@ pub fn one_score(model: &ModelConfig) -> Result<()> {
     }
 }
 
-/// A reward model's score of each sequence, read at its last token: one number a sequence, in
-/// order. At most `budget` tokens, or one sequence, go through the model at once; a score does not
-/// depend on what else is in the batch.
+/// A reward model's score of each sequence, read at its last token, in order. At most `budget`
+/// tokens, or one sequence, go through the model at once; a score does not depend on the rest of
+/// the batch.
 pub fn sequence_scores(
     cx: &mut Cx,
     model: &mut Decoder,

@@ -1,8 +1,8 @@
 //! The number that a text gives as its answer. Layer 6.
 //!
-//! Invariant: `\boxed{}` goes before `####`, which goes before the last number of the text.
+//! Invariant: `\boxed{}` takes precedence over `####`, and `####` over the last number of the text.
 //! Thousands separators, units, currency and percent signs are dropped; fractions are divided. Two
-//! answers are the same within 1e-6 of their size.
+//! answers are equal if they differ by at most 1e-6 of the larger one, or by 1e-6 below 1.
 
 use std::sync::LazyLock;
 
@@ -10,18 +10,18 @@ use fancy_regex::Regex;
 
 const UNSIGNED: &str = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?";
 
-/// A signed number, or a quotient of two, that is no part of a word. A minus after a digit or
+/// A signed number, or a quotient of two, that is not part of a word. A minus after a digit or
 /// letter is an operator.
 static NUMBER: LazyLock<Option<Regex>> = LazyLock::new(|| {
     Regex::new(&format!(r"(?<![\w.])([-+])?({UNSIGNED})(?:\s*/\s*({UNSIGNED}))?")).ok()
 });
 static FRACTION: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}").ok());
-/// An exponent of a unit: cm^2, \text{m}^{3}
+/// The exponent of a unit: cm^2, \text{m}^{3}
 static UNIT_POWER: LazyLock<Option<Regex>> =
     LazyLock::new(|| Regex::new(r"(?<=[A-Za-z}])\s*\^\s*\{?\d+\}?").ok());
 
-/// The answer of a text, or `None` if it has no number.
+/// The answer of a text; `None` if it has no number.
 pub fn answer(text: &str) -> Option<f64> {
     if let Some(inside) = boxed(text) {
         return first(&clean(inside));
@@ -53,8 +53,8 @@ fn boxed(text: &str) -> Option<&str> {
     None
 }
 
-/// `x = 5 cm` gives 5: what follows the last equals sign, its first number (units may have numbers
-/// too).
+/// The first number after the last equals sign: `x = 5 cm` gives 5. Not the last, since units may
+/// contain numbers.
 fn first(text: &str) -> Option<f64> {
     let value = text.rsplit_once('=').map_or(text, |(_, v)| v);
     numbers(value).first().copied()
@@ -72,7 +72,7 @@ fn clean(text: &str) -> String {
     s
 }
 
-/// `\frac{a}{b}` as `a/b`.
+/// Replaces `\frac{a}{b}` by `a/b`.
 fn mark_fractions(text: &str) -> String {
     FRACTION
         .as_ref()

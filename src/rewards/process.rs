@@ -1,8 +1,8 @@
-//! A program that answers in JSON lines: started once, ended with all its children. Layer 6.
+//! A program that answers in JSON lines: started once, and ended with all its children. Layer 6.
 //!
-//! Invariant: whatever it does (end, silence, garbage, a line without end) is a [`ProgramFault`] that says
-//! what was read, in bounded memory; it is started again at most `restarts` times a run, and
-//! it never outlives this process.
+//! Invariant: whatever the program does (it ends, is silent, writes garbage or an endless line)
+//! becomes a [`ProgramFault`] that says what was read, in bounded memory. It is restarted at most
+//! `restarts` times per run, and it never outlives this process.
 
 use std::collections::VecDeque;
 use std::io::{BufReader, Write};
@@ -20,33 +20,33 @@ use crate::observer::output::clean;
 use crate::signals::Stop;
 
 const STDERR_LINES: usize = 12;
-/// Bytes of an answer, at most, and of a line of stderr that is kept.
+/// Most bytes of an answer, and of a line of stderr that is kept.
 const LONGEST: usize = 16 << 20;
 const LONGEST_STDERR: usize = 4096;
-/// Answers that are read ahead of what is asked for; then the program waits.
+/// Answers that are read ahead of the requests; beyond this the program blocks.
 const READ_AHEAD: usize = 8;
-/// How often a wait looks whether the run is to stop.
+/// How often a wait checks whether the run should stop.
 const GLANCE: Duration = Duration::from_millis(50);
-/// Stands for a timeout that no clock can count.
+/// Replaces a timeout too large for the clock.
 const FOREVER: Duration = Duration::from_secs(1 << 32);
 
-/// Why an exchange ended before all answers were there.
+/// Why an exchange ended before all answers were read.
 pub enum ProgramFault {
-    /// Worth another start.
+    /// A restart may help.
     Restart(String),
     Stop(String),
-    /// The run is to stop.
+    /// The run was asked to stop.
     Interrupted,
 }
 
-/// A program, and how it is run.
+/// A program and how it is run.
 #[derive(Debug)]
 pub struct Program {
     argv: Vec<String>,
     timeout: Duration,
-    /// The option that sets `timeout`.
+    /// Name of the option that sets `timeout`.
     timeout_key: &'static str,
-    /// How many more times it may be started again.
+    /// Number of restarts that are left.
     restarts: usize,
     running: Option<Running>,
     stop: Stop,
@@ -56,7 +56,7 @@ pub struct Program {
 #[derive(Debug)]
 struct Running {
     child: Child,
-    /// Ends the program's group when this process ends, however it ends.
+    /// Kills the program's process group when this process ends, however it ends.
     guard: Option<Child>,
     to: Sender<String>,
     from: Receiver<Line>,
@@ -74,7 +74,7 @@ impl Program {
         Program { argv, timeout, timeout_key, restarts, running, stop, env }
     }
 
-    /// What the shell runs as `command`.
+    /// The arguments that run `command` in a shell.
     pub fn shell(command: &str) -> Vec<String> {
         vec!["sh".into(), "-c".into(), command.into()]
     }
@@ -84,7 +84,7 @@ impl Program {
         self.stop = stop.clone();
     }
 
-    /// Gives the program these variables of the environment alone, and PATH and HOME.
+    /// Restricts the program's environment variables to these, PATH and HOME.
     pub fn limit_environment(&mut self, names: &[String]) {
         self.env = Some(names.to_vec());
     }
@@ -93,13 +93,13 @@ impl Program {
         self.running.is_some()
     }
 
-    /// When an answer that is asked for now is late.
+    /// The time at which an answer to a request sent now is late.
     pub fn deadline(&self) -> Instant {
         let now = Instant::now();
         now.checked_add(self.timeout).unwrap_or(now + FOREVER)
     }
 
-    /// Starts the program unless it runs.
+    /// Starts the program unless it is running.
     pub fn start(&mut self) -> Result<(), ProgramFault> {
         if self.running.is_none() {
             self.running =
@@ -108,15 +108,15 @@ impl Program {
         Ok(())
     }
 
-    /// Sends a line. A program that has ended shows as an end of the answers, which says more.
+    /// Sends a line. If the program has ended, reading the answer reports that with more detail.
     pub fn tell(&self, line: String) {
         if let Some(running) = &self.running {
             let _ = running.to.send(line);
         }
     }
 
-    /// The next line that it writes, which must be the answer for `id` before `until`. Without
-    /// `wait`, None if there is none yet.
+    /// The next line of output, which must be the answer to `id`, before `until`. None: `wait` is
+    /// false and there is no line yet.
     pub fn hear(
         &mut self,
         id: u64,
@@ -158,8 +158,8 @@ impl Program {
         }
     }
 
-    /// After a fault at `place`: the program is ended, and may be started again. Error: the run
-    /// is to stop, or there are no restarts left.
+    /// Handles a fault at `place`: ends the program, so that it may be restarted. Error: the run
+    /// should stop, or no restarts are left.
     pub fn recover(
         &mut self,
         fault: ProgramFault,
@@ -187,7 +187,7 @@ impl Program {
         Ok(())
     }
 
-    /// Ends the program; what it last said on stderr.
+    /// Ends the program. Returns its last lines on stderr.
     pub fn end(&mut self) -> String {
         let Some(mut running) = self.running.take() else { return String::new() };
         running.kill();
@@ -228,8 +228,8 @@ fn start(argv: &[String], env: Option<&[String]>) -> Result<Running, String> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // a group of its own: it ends with its children, and Ctrl-C reaches the run first, which
-        // then ends it
+        // A process group of its own: it is killed together with its children, and Ctrl-C reaches
+        // only the run, which then ends it.
         .process_group(0)
         .spawn()
         .map_err(|e| format!("`{program}` does not start ({e}); is it installed and on PATH?"))?;
@@ -274,9 +274,9 @@ fn start(argv: &[String], env: Option<&[String]>) -> Result<Running, String> {
     Ok(Running { child, guard, to, from, stderr })
 }
 
-/// A shell that waits for the end of its stdin, which this process holds open, and then ends the
-/// group: also after SIGKILL, when nothing else can. It has a group of its own, so that Ctrl-C
-/// passes it by. A program that leaves its group (setsid) is not reached.
+/// A shell that waits for the end of its stdin, which this process holds open, and then kills the
+/// group. This works even after SIGKILL, when nothing else can. The shell has its own group, so
+/// that Ctrl-C does not reach it. A program that left its group (setsid) is not killed.
 fn guard(group: u32) -> Option<Child> {
     Command::new("sh")
         .args(["-c", "read -r _; kill -KILL -\"$1\"", "sh", &group.to_string()])
@@ -289,12 +289,11 @@ fn guard(group: u32) -> Option<Child> {
 }
 
 impl Running {
-    /// How the program ended; its stderr is read to the end, or for a moment if a child of it lives
-    /// on.
+    /// How the program ended. Waits for a moment, so that its stderr is read to the end.
     fn status(&mut self) -> String {
         for _ in 0..20 {
             if let Ok(Some(status)) = self.child.try_wait() {
-                thread::sleep(Duration::from_millis(20)); // lets the thread that reads stderr catch up
+                thread::sleep(Duration::from_millis(20)); // lets the reader of stderr catch up
                 return format!("({status})");
             }
             thread::sleep(Duration::from_millis(10));
@@ -303,12 +302,12 @@ impl Running {
     }
 
     fn kill(&mut self) {
-        // std kills one process only; the shell's `kill` reaches the group without a line of unsafe
-        // code
+        // std kills only one process; the `kill` of the shell reaches the group without unsafe
+        // code.
         let group = format!("kill -KILL -{}", self.child.id());
         let _ = Command::new("sh").args(["-c", &group]).stderr(Stdio::null()).status();
         let _ = self.child.kill();
-        // Before the group's number can be another's.
+        // The guard must end before the id of the group can be reused.
         if let Some(guard) = &mut self.guard {
             let _ = guard.kill();
             let _ = guard.wait();
@@ -317,7 +316,7 @@ impl Running {
     }
 }
 
-/// A line as an error shows it.
+/// A line in the form of error messages.
 pub fn shortened(line: &str) -> String {
     const MOST: usize = 200;
     let line = &clean(line);

@@ -1,6 +1,6 @@
 //! One reward: a verifier, a function of the program, or a worker. Layer 6.
 //!
-//! Invariant: a score is `None` where the reward does not apply to the row.
+//! Invariant: a score is `None` if the reward does not apply to the row.
 
 use serde_json::Value;
 
@@ -12,7 +12,7 @@ use super::{numeric, text};
 use crate::error::{Error, Result};
 use crate::observer::Observer;
 
-/// One reward, with its name in metrics and its weight in the sum.
+/// A reward with its name in metrics and its weight in the sum.
 #[derive(Debug)]
 pub struct Reward {
     pub name: String,
@@ -35,7 +35,7 @@ pub(super) enum Verifier {
     Worker(Box<Worker>),
 }
 
-/// Columns that hold the right answer where a verifier is not told which one does.
+/// Columns with the right answer, for verifiers without the option `column`.
 const ANSWER_COLUMNS: [&str; 4] = ["answer", "solution", "ground_truth", "reference"];
 
 impl From<RewardFunction> for Reward {
@@ -46,7 +46,7 @@ impl From<RewardFunction> for Reward {
 }
 
 impl Reward {
-    /// The score of each completion; `None` where this reward does not apply to the row.
+    /// The score of each completion; `None` if this reward does not apply to the row.
     pub fn score(
         &mut self,
         batch: &RewardBatch,
@@ -77,7 +77,7 @@ impl Reward {
                 let answers = self.answers(batch, row)?;
                 let gold: Vec<f64> = answers.iter().filter_map(|a| numeric::answer(a)).collect();
                 match (gold.is_empty(), numeric::answer(&text())) {
-                    (true, _) => None, // as TRL: a row whose truth cannot be read is skipped
+                    (true, _) => None, // as in TRL: a row with an unreadable answer is skipped
                     (false, None) => truth(false),
                     (false, Some(got)) => truth(gold.iter().any(|g| numeric::same(*g, got))),
                 }
@@ -110,9 +110,8 @@ impl Reward {
         })
     }
 
-    /// The column that holds the right answers, among `columns`; None for a reward that reads none.
-    ///
-    /// Errors: the column is missing.
+    /// The column with the right answers, among `columns`. None: the reward reads no such column.
+    /// Error: the column is missing.
     pub(super) fn answer_column<'a>(
         &self,
         mut columns: impl Iterator<Item = &'a str> + Clone,
@@ -139,7 +138,7 @@ impl Reward {
         )))
     }
 
-    /// The right answers of a row; none where the cell is null, which skips the row.
+    /// The right answers of a row. Empty if the cell is null, which skips the row.
     fn answers(&self, batch: &RewardBatch, row: usize) -> Result<Vec<String>> {
         let columns = batch.columns.keys().map(String::as_str);
         Ok(match self.answer_column(columns)?.map(|found| batch.cell(found, row)) {

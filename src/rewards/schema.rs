@@ -1,8 +1,8 @@
-//! The part of JSON Schema that output formats use, by hand: the `jsonschema` crate would bring
-//! some eighty others. Layer 6.
+//! The part of JSON Schema that output formats use. Written by hand, because the `jsonschema` crate
+//! would add some eighty dependencies. Layer 6.
 //!
-//! Invariant: a keyword that is not checked is an error when the schema is read, so a schema never
-//! passes by omission.
+//! Invariant: an unsupported keyword is an error when the schema is read, so nothing passes because
+//! a keyword was ignored.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
-//! How a reward is written: `name`, `name:key=value,key=value`, `name:ARGUMENT`, or a table of a
+//! The notations of a reward: `name`, `name:key=value,key=value`, `name:ARGUMENT`, or a table of a
 //! run file. Layer 6.
 //!
-//! Invariant: an unknown name or key is an error that lists what there is; nothing is guessed.
+//! Invariant: an unknown name or key is an error that lists the known ones; nothing is guessed.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::schema::Schema;
 use super::worker::Worker;
 use crate::error::{Error, Result, nearest};
 
-/// Name, what its plain argument is called (empty: it takes none), and its other keys.
+/// Name, key of its plain argument (empty: it has none), and its other keys.
 const KINDS: [(&str, &str, &[&str]); 10] = [
     ("exact_match", "", &["column", "after", "until"]),
     ("numeric_match", "", &["column"]),
@@ -37,11 +37,11 @@ pub fn known() -> String {
 }
 
 impl Reward {
-    /// `exact_match`, `numeric_match:column=solution`, `regex:PATTERN`, `think_format`,
+    /// Parses `exact_match`, `numeric_match:column=solution`, `regex:PATTERN`, `think_format`,
     /// `json_schema:FILE`, `length:min=1,max=200`,
     /// `soft_overlong:max_completion_len=256,soft_punish_cache=64`,
-    /// `repetition:ngram_size=3,max_penalty=-1`, `command:CMD`, `python:FILE.py:FUNCTION`.
-    /// A table, as [`Reward::from_toml`] takes it, may stand there as an inline table.
+    /// `repetition:ngram_size=3,max_penalty=-1`, `command:CMD`, `python:FILE.py:FUNCTION`, or an
+    /// inline table as in [`Reward::from_toml`].
     pub fn parse(spec: &str) -> Result<Reward> {
         if spec.starts_with('{') {
             let table: Result<toml::Table, _> = toml::from_str(&format!("it = {spec}"));
@@ -71,8 +71,8 @@ impl Reward {
         build(kind, keys).map_err(|e| Error::Config(format!("reward `{spec}`: {e}")))
     }
 
-    /// A string as in [`Reward::parse`], or a table `{ kind = "command", command = "./judge",
-    /// timeout = 20, weight = 0.5, name = "judge" }`.
+    /// Parses a string as in [`Reward::parse`], or a table `{ kind = "command", command =
+    /// "./judge", timeout = 20, weight = 0.5, name = "judge" }`.
     pub fn from_toml(value: &toml::Value) -> Result<Reward> {
         let table = match value {
             toml::Value::String(spec) => return Reward::parse(spec),
@@ -214,7 +214,7 @@ fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
     value.parse().map_err(|_| Error::Config(format!("`{key}` = {value} is not a valid number")))
 }
 
-/// Default 60 s: a judge that needs longer for one row says so.
+/// The default is 60 s; a judge that needs longer for one row must set `timeout`.
 fn seconds(value: Option<String>) -> Result<Duration> {
     let seconds: f64 = optional("timeout", value, 60.0)?;
     Duration::try_from_secs_f64(seconds).ok().filter(|d| !d.is_zero()).ok_or_else(|| {

@@ -1,15 +1,15 @@
-//! What built-in rewards read in a completion: its text, its JSON, its reasoning format, its
-//! length, its repetitions. Layer 6.
+//! What built-in rewards read in a completion: its text, JSON, reasoning format, length and
+//! repetitions. Layer 6.
 //!
-//! Invariant: `soft_overlong` and `repetition` are TRL's functions of the token ids, value for
+//! Invariant: `soft_overlong` and `repetition` equal TRL's functions of the token ids, value for
 //! value.
 
 use std::collections::HashSet;
 
 use serde_json::Value;
 
-/// A string itself; of messages the content of the last assistant message (or of the last message),
-/// text parts joined.
+/// The string itself; for messages, the content of the last assistant message (or of the last
+/// message) with its text parts joined.
 pub fn of(completion: &Value) -> String {
     match completion {
         Value::Array(messages) => {
@@ -27,7 +27,7 @@ pub fn of(completion: &Value) -> String {
     }
 }
 
-/// A cell as text: strings as they are, parts of a message joined, other values as JSON.
+/// A cell as text: strings unchanged, message parts joined, other values as JSON.
 pub fn plain(value: &Value) -> String {
     match value {
         Value::String(s) => s.clone(),
@@ -41,8 +41,8 @@ pub fn plain(value: &Value) -> String {
     }
 }
 
-/// What follows the last `after`, up to the first `until` behind it; all of the text without
-/// either. None: one of them is not there.
+/// The text after the last `after`, up to the first `until` behind it; the whole text without
+/// either. None: one of them does not occur.
 pub fn between<'a>(text: &'a str, after: Option<&str>, until: Option<&str>) -> Option<&'a str> {
     let tail = match after {
         Some(after) => text.rsplit_once(after)?.1,
@@ -54,14 +54,14 @@ pub fn between<'a>(text: &'a str, after: Option<&str>, until: Option<&str>) -> O
     }
 }
 
-/// The reasoning is in one `<think>` ... `</think>` at the very beginning, as TRL's
-/// `think_format_reward` asks.
+/// Whether the reasoning is in exactly one `<think>` ... `</think>` at the very beginning, as in
+/// TRL's `think_format_reward`.
 pub fn has_think_format(text: &str) -> bool {
     text.strip_prefix("<think>")
         .is_some_and(|rest| !rest.contains("<think>") && rest.contains("</think>"))
 }
 
-/// The JSON value of a text: the whole of it, or its last fenced block.
+/// The JSON value of a text: of the whole text, or of its last fenced block.
 pub fn json(text: &str) -> Option<Value> {
     let whole = serde_json::from_str(text.trim()).ok();
     whole.or_else(|| {
@@ -104,8 +104,8 @@ mod tests {
 
     #[test]
     fn values_are_those_of_trls_functions() {
-        // the examples of get_soft_overlong_punishment and get_repetition_penalty_reward, and their
-        // edges
+        // The examples of get_soft_overlong_punishment and get_repetition_penalty_reward, and their
+        // edge cases.
         assert_eq!(soft_overlong(90, 100, 20), -0.5);
         assert_eq!([80, 81, 100, 101].map(|n| soft_overlong(n, 100, 20)), [0.0, -0.05, -1.0, -1.0]);
         assert_eq!([100, 101].map(|n| soft_overlong(n, 100, 0)), [0.0, -1.0]);

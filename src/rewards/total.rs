@@ -1,6 +1,6 @@
 //! Several rewards, their scores and the weighted sum. Layer 6.
 //!
-//! Invariant: a completion that no reward scored has no total: it is in no baseline.
+//! Invariant: a completion without any score has no total and is part of no baseline.
 
 use std::collections::BTreeSet;
 
@@ -20,23 +20,23 @@ pub struct Rewards {
     pub list: Vec<Reward>,
 }
 
-/// What the rewards of a batch were.
+/// The scores of a batch.
 #[derive(Clone, Debug, Default)]
 pub struct Scores {
     pub names: Vec<String>,
     pub weights: Vec<f64>,
-    /// By reward, then by completion.
+    /// Indexed by reward, then by completion.
     pub each: Vec<Vec<Option<f64>>>,
 }
 
 impl Rewards {
-    /// One reward a spec (see [`Reward::parse`]); `weights` as TRL's `reward_weights`: one a
-    /// reward, or none at all.
+    /// Parses one reward per spec (see [`Reward::parse`]). `weights` is TRL's `reward_weights`: one
+    /// per reward, or None.
     pub fn parse(specs: &[String], weights: Option<&[f64]>) -> Result<Rewards> {
         Rewards::with_functions(specs, &[], weights)
     }
 
-    /// As [`Rewards::parse`], and behind them functions of the program.
+    /// [`Rewards::parse`], followed by functions of the program.
     pub fn with_functions(
         specs: &[String],
         functions: &[RewardFunction],
@@ -62,7 +62,7 @@ impl Rewards {
         Rewards::new(list)
     }
 
-    /// Two rewards of one name get numbers, so that metrics keep them apart.
+    /// Numbers rewards with the same name, so that metrics keep them apart.
     pub fn new(mut list: Vec<Reward>) -> Result<Rewards> {
         for i in 1..list.len() {
             let same = list[..i].iter().filter(|r| r.name == list[i].name).count();
@@ -73,8 +73,8 @@ impl Rewards {
         Ok(Rewards { list })
     }
 
-    /// Programs that compute rewards are ended when `stop` is requested, and see only `env` of the
-    /// environment (None: all of it).
+    /// Ends reward programs when `stop` is requested, and restricts their environment variables to
+    /// `env` (None: all of this process).
     pub fn govern(&mut self, stop: &Stop, env: Option<&[String]>) {
         for reward in &mut self.list {
             if let Verifier::Worker(worker) = &mut reward.kind {
@@ -84,9 +84,8 @@ impl Rewards {
         }
     }
 
-    /// The names of all columns of `rows` beside the prompt.
-    ///
-    /// Errors: a reward reads a column that no row has. So it shows before anything is generated.
+    /// The names of all columns of `rows` except the prompt. Error: a reward reads a column that no
+    /// row has; checked here, before anything is generated.
     pub fn columns<'a>(
         &self,
         rows: impl Iterator<Item = &'a Map<String, Value>>,
@@ -99,13 +98,13 @@ impl Rewards {
         Ok(names.into_iter().map(str::to_string).collect())
     }
 
-    /// Whether any is computed by another program.
+    /// Whether another program computes any of the rewards.
     pub fn have_programs(&self) -> bool {
         self.list.iter().any(|reward| matches!(reward.kind, Verifier::Worker(_)))
     }
 
-    /// Sends row `row` of a batch whose later rows are not known yet to the programs; rows come in
-    /// order. The columns of all rows are in `batch`.
+    /// Sends row `row` of an unfinished batch to the programs. Rows come in order, and `batch` has
+    /// the columns of all rows.
     pub fn offer(&mut self, batch: &RewardBatch, row: usize) {
         for reward in &mut self.list {
             if let Verifier::Worker(worker) = &mut reward.kind {
@@ -126,8 +125,8 @@ impl Rewards {
 }
 
 impl Scores {
-    /// `sum_k w_k r_k` over the rewards that apply to a row; `None` where none does: such a
-    /// completion is in no baseline and gets advantage 0.
+    /// `sum_k w_k r_k` over the rewards that apply to a row. `None` if none applies: such a
+    /// completion is part of no baseline and gets advantage 0.
     pub fn total(&self) -> Vec<Option<f64>> {
         let n = self.each.first().map_or(0, Vec::len);
         let row = |i: usize| {

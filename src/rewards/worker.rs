@@ -1,17 +1,19 @@
-//! A reward that another program computes: JSON lines over stdin and stdout, started once. Layer 6.
+//! A reward that another program computes: JSON lines over stdin and stdout; one process for the
+//! run. Layer 6.
 //!
-//! Invariant: an answer belongs to a row by its id, and answers come in the order of the rows;
-//! whatever else happens (end, silence, garbage, another id) is said with the row and what was
-//! read, the program is started again and gets the rows it still owes, at most `restarts` times a
-//! run. Then the run stops.
+//! Invariant: answers are matched to rows by their id and come in the order of the rows. Anything
+//! else (the program ends, is silent, writes garbage or another id) is reported with the row and
+//! the text that was read; then the program is restarted and receives the rows without an answer,
+//! at most `restarts` times per run. After that the run stops.
 //!
-//! A row: `{"id": 7, "index": 0, "batch": 4, "prompt": .., "completion": .., "completion_ids":
-//! [..], "columns": {..}}`. Its answer: `{"id": 7, "reward": 0.5}`, `null` to skip; `{"id": 7,
-//! "error": "why"}` ends the run. Ids count from 0 over the whole run, `index` is a row's
-//! position in its `batch`, for programs that score a batch at once.
+//! A row is `{"id": 7, "index": 0, "batch": 4, "prompt": .., "completion": .., "completion_ids":
+//! [..], "columns": {..}}`. Its answer is `{"id": 7, "reward": 0.5}`, or `null` to skip the row;
+//! `{"id": 7, "error": "why"}` ends the run. Ids count from 0 over the whole run. `index` is the
+//! row's position in its `batch`, for programs that score a batch at once.
 //!
-//! Rows may be sent while others of their batch are still generated ([`Worker::offer`]): the
-//! program then works beside the generation. It gets the same lines in the same order.
+//! Rows may be sent while other completions of their batch are still being generated
+//! ([`Worker::offer`]): then the program works during the generation. The lines and their order are
+//! the same.
 
 use std::time::Duration;
 
@@ -24,24 +26,24 @@ use crate::observer::Observer;
 use crate::observer::output::clean;
 use crate::signals::Stop;
 
-/// Runs a user's Python function behind the same lines.
+/// Runs a user's Python function with the same protocol.
 const PYTHON: &str = include_str!("worker.py");
 
 #[derive(Debug)]
 pub struct Worker {
     program: Program,
     next_id: u64,
-    /// The first lines of a batch that is not whole yet; they were sent.
+    /// The lines of an unfinished batch that were already sent.
     early: Vec<String>,
 }
 
 impl Worker {
-    /// A shell command.
+    /// A worker that runs a shell command.
     pub fn command(command: &str, timeout: Duration, restarts: usize) -> Worker {
         Worker::new(Program::shell(command), timeout, restarts)
     }
 
-    /// `def function(prompts, completions, **columns)` of a file, as TRL calls it.
+    /// A worker that calls `def function(prompts, completions, **columns)` of a file, as TRL does.
     pub fn python(
         python: &str,
         file: &str,
@@ -63,13 +65,13 @@ impl Worker {
         self.program.heed(stop);
     }
 
-    /// Gives the program these variables of the environment alone, and PATH and HOME.
+    /// Restricts the program's environment variables to these, PATH and HOME.
     pub(super) fn limit_environment(&mut self, names: &[String]) {
         self.program.limit_environment(names);
     }
 
-    /// Sends row `row` of a batch whose later rows are not known yet; rows come in order. What the
-    /// program does wrong shows when the batch is scored.
+    /// Sends row `row` of an unfinished batch. Rows come in order. Faults of the program are
+    /// reported when the batch is scored.
     pub(super) fn offer(&mut self, batch: &RewardBatch, row: usize) {
         if row == 0 {
             self.forget();
@@ -83,7 +85,8 @@ impl Worker {
         self.early.push(line);
     }
 
-    /// A batch that was offered and never scored: its answers would be taken for the next one's.
+    /// Drops a batch that was offered but never scored, and ends the program: its answers would be
+    /// taken for those of the next batch.
     fn forget(&mut self) {
         if !self.early.is_empty() {
             self.program.end();
@@ -106,7 +109,7 @@ impl Worker {
         Ok(rewards)
     }
 
-    /// Sends the rows that have no answer yet and were not sent, and reads their answers.
+    /// Sends the rows without an answer that were not sent yet, and reads the answers.
     fn exchange(
         &mut self,
         batch: &RewardBatch,
@@ -133,7 +136,7 @@ impl Worker {
         Ok(())
     }
 
-    /// The reward of row `id`.
+    /// Reads the reward of row `id`.
     fn answer(&mut self, id: u64) -> Result<Option<f64>, ProgramFault> {
         let until = self.program.deadline();
         let line = self.program.hear(id, until, true)?.unwrap_or_default();

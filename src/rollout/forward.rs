@@ -1,7 +1,7 @@
-//! The device side of a step: its rows go up, the decoder runs over the cache, tokens are sampled.
+//! The device side of a step: uploads its rows, runs the decoder over the cache, samples tokens.
 //! Layer 6.
 //!
-//! Invariant: what changes from step to step is data on the device.
+//! Invariant: everything that changes from step to step is data on the device.
 
 use super::Engine;
 use super::record::DecodeStep;
@@ -16,7 +16,7 @@ use crate::ops::sample::sample;
 use crate::ops::tokens::{keep_tokens, take_tokens};
 
 impl Engine {
-    /// Queues a step; false if it sampled nothing.
+    /// Queues a step. False: it sampled nothing.
     pub(super) fn launch(
         &mut self,
         cx: &mut Cx,
@@ -68,8 +68,8 @@ impl Engine {
         Ok(any)
     }
 
-    /// The rows of the tokens that go in: of each running sequence as many as `scheduled` says. They
-    /// count as cached from here on.
+    /// The rows of a step: `scheduled[i]` tokens of running sequence `i`. From here on they count
+    /// as cached.
     fn rows(&mut self, scheduled: &[usize]) -> Result<StepRows> {
         let mut rows = StepRows::default();
         for i in self.sampled_alike() {
@@ -107,7 +107,7 @@ impl Engine {
         Ok(rows)
     }
 
-    /// The running sequences, those that are sampled alike side by side.
+    /// Indices of the running sequences, with those that share sampling options side by side.
     fn sampled_alike(&self) -> Vec<usize> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
         for (i, s) in self.running.iter().enumerate() {
@@ -121,7 +121,8 @@ impl Engine {
         groups.concat()
     }
 
-    /// The work of a step, launches only: the same list whatever the arrays hold.
+    /// The work of a step. It only launches, and its launches do not depend on the contents of the
+    /// arrays.
     fn forward(
         &self,
         cx: &mut Cx,

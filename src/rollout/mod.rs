@@ -1,9 +1,9 @@
 //! Generation: the trainer's forward over a paged cache, one step at a time. Layer 6.
 //!
-//! Invariant: a sequence's tokens and log-probs depend on its prompt, its number and the seed
-//! alone, not on what else is in the batch, on how prefills are cut, on which pages it got, on
-//! whether it had to start again, on whether steps are replayed or read late; its log-probs are the
-//! trainer's, bit for bit (one forward, one set of weights).
+//! Invariant: the tokens and log-probs of a sequence depend only on its prompt, its number and the
+//! seed: not on the rest of the batch, on the division of prefills, on its pages, on preemption, or
+//! on whether steps are replayed or read late. Its log-probs are the trainer's, bit for bit (one
+//! forward, one set of weights).
 
 mod forward;
 mod options;
@@ -35,26 +35,26 @@ pub use options::EngineOptions;
 pub use request::{Completion, Finish, Request, RequestOptions, SampledToken, Turn};
 pub use top::top_logps;
 
-/// What happened, all in all.
+/// Counters since the engine was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub steps: usize,
-    /// Tokens that went through the model, and those that came out.
+    /// Tokens that went into the model, and tokens that were sampled.
     pub tokens_in: usize,
     pub tokens_out: usize,
-    /// Prompt tokens that were taken from a sibling's pages.
+    /// Prompt tokens that were shared with a sequence of the same group.
     pub shared: usize,
     pub preempted: usize,
-    /// Steps that were replayed.
+    /// Decode steps that were replayed.
     pub replayed: usize,
 }
 
-/// What a step gave.
+/// The results of a step.
 #[derive(Default)]
 pub struct Stepped {
     pub tokens: Vec<SampledToken>,
     pub done: Vec<Completion>,
-    /// Completions that wait for more tokens.
+    /// Completions whose turn has ended and that wait for more tokens.
     pub turns: Vec<Turn>,
 }
 
@@ -62,36 +62,36 @@ pub struct Engine {
     pub options: EngineOptions,
     pub counts: Counts,
     cache: KvCache,
-    /// A row for each slot.
+    /// One row per slot.
     table: PageTable,
     longest: usize,
-    /// With the virtual tokens of a tuned prompt: every sequence starts with them.
+    /// Includes the virtual tokens of a tuned prompt, with which every sequence starts.
     vocab: Vocab,
-    /// I32 [max_sequences, words]: a bit for each token that a running sequence has; only for a
-    /// repetition penalty.
+    /// I32 [max_sequences, words]: one bit for each token that occurs in a running sequence; only
+    /// for a repetition penalty.
     seen: Option<Tensor>,
     free_slots: Vec<usize>,
     waiting: VecDeque<Sequence>,
-    /// Oldest first.
+    /// Sorted by age, oldest first.
     running: Vec<Sequence>,
-    /// Between two turns; they keep their pages while nobody needs them.
+    /// Sequences between two turns. They keep their pages until others need them.
     paused: Vec<Sequence>,
     requests: usize,
-    /// Sequences that have run so far: the serial number of the next one.
+    /// Number of sequences admitted so far; the serial number of the next one.
     admitted: u64,
-    /// Whether a step's tokens are read after the next one was queued.
+    /// Whether the tokens of a step are read after the next step is queued.
     ahead: bool,
-    /// I32 [max_sequences]: the token sampled last in each slot; only where tokens are read late.
+    /// I32 [max_sequences]: the last token sampled in each slot; only if tokens are read late.
     latest: Option<Tensor>,
-    /// Sampled and not read yet, oldest first.
+    /// Steps that were sampled but not read, oldest first.
     in_flight: VecDeque<Sampled>,
-    /// Only where steps are replayed.
+    /// Only if steps are replayed.
     recorder: Option<Recorder>,
 }
 
 impl Engine {
-    /// An engine for sequences (prompt and completion) of at most `longest` tokens. Error: a cache
-    /// that cannot hold one.
+    /// An engine for sequences (prompt and completion) of at most `longest` tokens. Error: the
+    /// cache cannot hold one such sequence.
     pub fn new(
         cx: &Cx,
         model: &mut Decoder,
@@ -112,7 +112,7 @@ impl Engine {
         let seen = penalises.then(|| seen_tokens(cx, options.max_sequences, vocab.tokens));
         let asynchronous = cx.device.capabilities().asynchronous;
         let ahead = options.ahead.unwrap_or(asynchronous);
-        // The strict device records nothing.
+        // The strict device cannot capture.
         let replay = options.replay.unwrap_or(asynchronous) && !cx.device.is_strict();
         let latest =
             || Tensor::new(&cx.pool, "latest tokens", DType::I32, &[options.max_sequences]);
@@ -137,18 +137,18 @@ impl Engine {
         })
     }
 
-    /// Another seed for what is submitted from now on.
+    /// Sets the seed of the requests that are submitted from now on.
     pub fn set_seed(&mut self, seed: u64) {
         self.options.sampling.seed = seed;
     }
 
-    /// Hands pages out in another order from now on: for tests, results do not depend on it.
+    /// Hands out pages in another order from now on. For tests: results do not depend on the order.
     pub fn shuffle_pages(&mut self, seed: u64) {
         self.cache.shuffle(seed);
     }
 
-    /// Completes every request; completions come in the order of the requests, a group's side by
-    /// side.
+    /// Generates the completions of all requests, in the order of the requests and of the members
+    /// of each group. Aborts everything submitted before.
     pub fn generate(
         &mut self,
         cx: &mut Cx,
@@ -165,8 +165,8 @@ impl Engine {
         Ok(all)
     }
 
-    /// Queues a request and returns its number (counted from the last time that the engine had
-    /// nothing to do).
+    /// Queues a request and returns its number, which counts from the last time that the engine was
+    /// empty.
     pub fn submit(&mut self, request: &Request) -> Result<usize> {
         let all = &self.options;
         let own = RequestOptions {
@@ -180,7 +180,7 @@ impl Engine {
         self.submit_with(request, own)
     }
 
-    /// As [`Engine::submit`], with options of its own in place of the engine's.
+    /// [`Engine::submit`] with the request's own options instead of the engine's.
     pub fn submit_with(&mut self, request: &Request, options: RequestOptions) -> Result<usize> {
         if !self.has_work() && self.paused.is_empty() {
             self.requests = 0;
@@ -223,12 +223,12 @@ impl Engine {
         Ok(index)
     }
 
-    /// Whether a step does something: completions between two turns are no work.
+    /// Whether a step has anything to do. Completions between two turns do not count.
     pub fn has_work(&self) -> bool {
         !self.waiting.is_empty() || !self.running.is_empty()
     }
 
-    /// Forgets everything that was submitted and is not done.
+    /// Drops everything that was submitted and has not finished.
     pub fn abort(&mut self) {
         self.in_flight.clear();
         while let Some(mut sequence) = self.running.pop() {
@@ -237,7 +237,7 @@ impl Engine {
         self.forget_idle(|_| true);
     }
 
-    /// Forgets a request: its completions end where they are, and nobody hears of them.
+    /// Drops a request with all its completions; nothing more is reported about them.
     pub fn cancel(&mut self, request: usize) {
         self.forget_idle(|s| s.completion.request == request);
         let (gone, still): (Vec<_>, Vec<_>) = std::mem::take(&mut self.running)
@@ -250,19 +250,19 @@ impl Engine {
         }
     }
 
-    /// Sequences that run, and that wait.
+    /// Number of running and of waiting sequences.
     pub fn load(&self) -> (usize, usize) {
         (self.running.len(), self.waiting.len())
     }
 
-    /// One step: tokens go in (prompts in pieces, one token of each sequence that decodes), one
-    /// token is sampled of each sequence whose tokens are all in. One upload, one download. What
-    /// comes out is what this step sampled or, where tokens are read late, the step before.
+    /// Runs one step: feeds tokens (prompts in pieces, one token of each decoding sequence) and
+    /// samples one token of each sequence whose tokens are all fed. One upload, one download.
+    /// Returns what this step sampled or, if tokens are read late, the step before.
     pub fn step(&mut self, cx: &mut Cx, model: &Decoder) -> Result<Stepped> {
         let mut stepped = Stepped::default();
         if !self.in_flight.is_empty() && self.pages_run_out() {
-            // A sequence that starts again needs all of its tokens; and one that has ended may have
-            // left its pages.
+            // A preempted sequence needs all of its tokens to start again, and reading may end a
+            // sequence, whose pages are then free.
             self.read_all_but(0, &mut stepped)?;
         }
         if self.seen.is_none() && self.waiting.iter().any(|s| s.options.sampling.penalises()) {
@@ -274,8 +274,8 @@ impl Engine {
         Ok(stepped)
     }
 
-    /// Gives sampled tokens to their sequences, until `late` steps are left to be read; sequences
-    /// that end leave.
+    /// Reads sampled tokens into their sequences until only `late` steps are unread. Removes
+    /// sequences that end.
     fn read_all_but(&mut self, late: usize, stepped: &mut Stepped) -> Result<()> {
         while self.in_flight.len() > late
             && let Some(sampled) = self.in_flight.pop_front()
@@ -295,9 +295,9 @@ impl Engine {
             let mut logits = logits.iter().flat_map(|all| all.chunks(self.vocab.tokens));
             for draw in &draws {
                 let logits = logits.next();
-                let Some((slot, serial)) = rows.next() else { break }; // rows of padding
+                let Some((slot, serial)) = rows.next() else { break }; // padding rows
                 let running = self.running.get_mut(in_slot[slot]).filter(|s| s.serial == serial);
-                // Its last token was read a step ago, when this step ran already.
+                // The sequence ended with the previous step, when this step was already queued.
                 let Some(s) = running else { continue };
                 let n = s.options.top_logprobs;
                 let top = |logits| top_logps(logits, draw.token, draw.logp, n);
@@ -328,19 +328,19 @@ impl Engine {
             stepped.done.push(s.completion);
         }
         if self.running.is_empty() {
-            self.in_flight.clear(); // nobody is left whose tokens they are
+            self.in_flight.clear(); // no running sequence can use them
         }
         Ok(())
     }
 }
 
-/// I32 [sequences, words]: a bit for each token that a sequence has.
+/// I32 [sequences, words]: one bit for each token that occurs in a sequence.
 fn seen_tokens(cx: &Cx, sequences: usize, vocab: usize) -> Result<Tensor> {
     Tensor::new(&cx.pool, "seen tokens", DType::I32, &[sequences, seen_words(vocab)])
 }
 
-/// One completion of every prompt (none empty), by an engine made for them. `done` hears of each
-/// completion as it ends: (prompt number, completion).
+/// One completion for every prompt (none empty), by a new engine. Calls `done(prompt number,
+/// completion)` as each completion ends.
 pub fn generate(
     cx: &mut Cx,
     model: &mut Decoder,

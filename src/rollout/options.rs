@@ -1,7 +1,7 @@
-//! How sequences are generated. Layer 6.
+//! Options of generation. Layer 6.
 //!
-//! Invariant: only `sampling`, `max_new_tokens` and the stops change what is generated; the others
-//! change memory and speed.
+//! Invariant: only `sampling`, `max_new_tokens`, the stops and `turns` change the results; the
+//! other options change memory and speed.
 
 use std::sync::Arc;
 
@@ -12,32 +12,33 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::model::layout::ModelConfig;
 
-/// How an engine generates.
+/// Options of an engine.
 #[derive(Clone)]
 pub struct EngineOptions {
     pub max_new_tokens: usize,
     pub sampling: Sampling,
-    /// Tokens that end a completion.
+    /// Token ids that end a completion.
     pub stop: Vec<u32>,
     pub stop_strings: Option<StopStrings>,
-    /// Sequences decoded at once.
+    /// Most sequences that run at once.
     pub max_sequences: usize,
-    /// Tokens that go in at once: a longer prompt is prefilled in pieces.
+    /// Most tokens in one step; a longer prompt is prefilled in pieces.
     pub max_step_tokens: usize,
-    /// Pages of 64 tokens in the cache; None: so many that no sequence ever has to wait for one.
+    /// Pages of 64 tokens in the cache. None: enough for all running sequences at full length.
     pub pages: Option<usize>,
-    /// Record decode steps (one token of each sequence) as graphs, one for each of a few numbers of
-    /// rows, and replay them; None: where the device works behind the host.
+    /// Whether to record decode steps (one token per sequence) as graphs, one graph for each of a
+    /// few row counts, and to replay them. None: if the device runs asynchronously.
     pub replay: Option<bool>,
-    /// Read the tokens of a step while the next one runs. A stop is then noticed a step late, and
-    /// the token that came after it is dropped. None: where the device works behind the host.
+    /// Whether to read the tokens of a step while the next one runs. A stop is then noticed one
+    /// step late, and the token after it is dropped. None: if the device runs asynchronously.
     pub ahead: Option<bool>,
-    /// As [`super::RequestOptions::turns`].
+    /// See [`super::RequestOptions::turns`].
     pub turns: bool,
 }
 
 impl EngineOptions {
-    /// The options of `temper generate` for a model: with all that ends a text of it.
+    /// The options of `temper generate` for a model, with all tokens and strings that end its
+    /// texts.
     pub fn of(
         config: &GenerateConfig,
         model: &ModelConfig,

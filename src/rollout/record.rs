@@ -1,8 +1,9 @@
-//! Decode steps as graphs: one recorded for each of a few numbers of rows, then replayed. Layer 6.
+//! Decode steps as graphs: one graph is recorded for each of a few row counts and then replayed.
+//! Layer 6.
 //!
-//! Invariant: a graph is replayed only for the model, the sampling and the kernels that it was
-//! recorded with, and its memory belongs to nobody else for as long as it lives; so a replayed step
-//! has the bits of a launched one.
+//! Invariant: a graph is replayed only with the model, the sampling options and the kernels of its
+//! recording, and nothing else uses its memory while it exists. So a replayed step has the bits of
+//! a launched one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,38 +20,38 @@ use crate::model::layout::ModelConfig;
 use crate::ops::fastest::padded_rows;
 use crate::tensor::Tensor;
 
-/// The forward of an engine's step over these arrays: what each group samples.
+/// The forward of an engine's step on these arrays; returns the draws of each group.
 type Forward<'a> = &'a dyn Fn(&mut Cx, &StepArrays) -> Result<Vec<GroupDraws>>;
 
-/// What an engine's decode step is made of.
+/// The parts of an engine's decode step.
 pub(super) struct DecodeStep<'a> {
     pub forward: Forward<'a>,
     pub model: &'a Decoder,
     pub sampling: &'a Sampling,
     pub most_rows: usize,
-    /// Positions of the longest sequence that there can be.
+    /// Positions of the longest possible sequence.
     pub longest: usize,
 }
 
 pub(super) struct Recorder {
-    /// What the recorded steps compute lies here. Steps that are not recorded use it too: it is
-    /// there.
+    /// The memory of the recorded steps. Steps that are not recorded use it, too, since it is
+    /// allocated anyway.
     memory: Arc<Pool>,
-    /// I32: the arrays of a decode step.
+    /// I32: the arrays of a decode step, at a fixed address.
     rows: Tensor,
     of: Option<RecordedFor>,
-    /// Numbers of rows that have run once: what loads or is chosen at first use is there.
+    /// Row counts that have run once, so that everything loaded or chosen at first use is present.
     warm: BTreeSet<usize>,
     steps: BTreeMap<usize, RecordedStep>,
-    /// The device could not record a step, and the run was told so.
+    /// Whether the device failed to record a step; this was reported once.
     refused: bool,
     pub replayed: usize,
 }
 
-/// What a graph holds as addresses and scalars. The model's memory lives on with it.
+/// What a graph contains as addresses and scalars. Keeps the memory of the model alive.
 struct RecordedFor {
     model: Decoder,
-    /// With seed 0: that one is on the device.
+    /// With seed 0: the seed is data on the device.
     sampling: Sampling,
     kernels: (MatmulChoice, AttentionChoice),
 }
@@ -70,8 +71,8 @@ impl Drop for RecordedStep {
 impl Recorder {
     pub fn new(cx: &Cx, model: &ModelConfig, options: &EngineOptions) -> Result<Recorder> {
         let memory = Pool::within(&cx.pool, "decode steps");
-        // Room for the largest step in one piece: grown one by one, the pieces of growing steps would
-        // add up.
+        // Reserves the memory of the largest step in one block. Grown step by step, the pieces for
+        // steps of increasing size would add up.
         let heads = 2 * model.num_heads + 2 * model.num_kv_heads;
         let row = 6 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size;
         let bytes = options.max_step_tokens * row * cx.dtype.size()
@@ -97,8 +98,8 @@ impl Recorder {
         result
     }
 
-    /// A step of rows that all predict and are sampled alike: launched the first time that there are so many, recorded the
-    /// second time, replayed from then on.
+    /// Runs a step whose rows all predict and share their sampling options. The first step with a
+    /// padded row count is launched, the second is recorded, and all later ones are replayed.
     pub fn decode(
         &mut self,
         cx: &mut Cx,
@@ -120,8 +121,8 @@ impl Recorder {
             }
         }
         if let Some(recorded) = self.steps.get(&n) {
-            // SAFETY: the model's clone in `of`, the engine and `memory` hold all that the graph
-            // touches, and `memory` gives nothing of it to others.
+            // SAFETY: the clone of the model in `of`, the engine and `memory` own all memory that
+            // the graph uses, and `memory` gives none of it to others.
             unsafe { recorded.device.replay(recorded.graph)? };
             self.replayed += 1;
             return recorded.draws.begin_download();
@@ -131,7 +132,7 @@ impl Recorder {
 
     fn record(&self, cx: &mut Cx, step: &DecodeStep, arrays: &StepArrays) -> Result<RecordedStep> {
         let device = cx.device.clone();
-        // A replay may come to any position.
+        // A replay may reach any position.
         let arrays = arrays.reaching(step.longest);
         device.begin_capture()?;
         let draws = self.in_its_memory(cx, |cx| draws(cx, step, &arrays));
@@ -146,7 +147,7 @@ impl Recorder {
         }
     }
 
-    /// Forgets what was recorded for something else.
+    /// Drops the recorded steps if the model, the sampling options or the kernels have changed.
     fn keep_if_for(&mut self, cx: &Cx, model: &Decoder, sampling: &Sampling) {
         let sampling = Sampling { seed: 0, ..sampling.clone() };
         let kernels = (cx.matmul, cx.attention);

@@ -1,6 +1,6 @@
-//! What goes into an engine, what comes out, and what it knows of a sequence in between. Layer 6.
+//! Requests, completions, and the state of a sequence in between. Layer 6.
 //!
-//! Invariant: none of it depends on what else the engine generates.
+//! Invariant: none of it depends on the other sequences of the engine.
 
 use std::sync::Arc;
 
@@ -12,47 +12,47 @@ use crate::model::kv::CachedSequence;
 /// Why a completion ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// An end token or a stop string; the completion's last token is of it.
+    /// The last token is a stop token, or completes a stop string.
     Stop,
-    /// max_new_tokens.
+    /// The limit max_new_tokens.
     Length,
 }
 
-/// A prompt and how many completions it is to have: a group, which shares the prompt's pages.
+/// A prompt and its number of completions: a group, which shares the pages of the prompt.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// Not empty.
     pub prompt: Vec<u32>,
-    /// num_generations
+    /// Number of completions (num_generations).
     pub n: usize,
-    /// Number of its first completion in the random stream, below 2^31; the others follow.
+    /// Number of the first completion in the random stream, below 2^31. The others follow.
     pub number: u32,
 }
 
 impl Request {
-    /// `n` completions of each prompt, numbered through.
+    /// A request for `n` completions of each prompt, with consecutive numbers.
     pub fn numbered(prompts: impl IntoIterator<Item = Vec<u32>>, n: usize) -> Vec<Request> {
         let request = |(i, prompt)| Request { prompt, n, number: (i * n) as u32 };
         prompts.into_iter().enumerate().map(request).collect()
     }
 
-    /// Tokens of the longest prompt.
+    /// Length of the longest prompt in tokens.
     pub fn longest(requests: &[Request]) -> usize {
         requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0)
     }
 }
 
-/// How the completions of one request are generated.
+/// Options of one request.
 #[derive(Clone)]
 pub struct RequestOptions {
     pub max_new_tokens: usize,
     pub sampling: Sampling,
-    /// Tokens that end a completion.
+    /// Token ids that end a completion.
     pub stop: Vec<u32>,
     pub stop_strings: Option<StopStrings>,
-    /// How many of the most probable tokens are told beside each sampled one.
+    /// How many of the most probable tokens to report with each sampled one.
     pub top_logprobs: usize,
-    /// A stop ends a turn and not the completion, which then waits: see [`Turn`].
+    /// A stop ends a turn instead of the completion, which then waits: see [`Turn`].
     pub turns: bool,
 }
 
@@ -63,64 +63,64 @@ impl RequestOptions {
     }
 }
 
-/// A token that a step sampled.
+/// A sampled token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SampledToken {
-    /// Which request, and which of its completions.
+    /// Index of the request; `member` is the index of the completion in its group.
     pub request: usize,
     pub member: usize,
     pub token: u32,
-    /// Under the model's full distribution at temperature 1.
+    /// Log-prob under the model's full distribution at temperature 1.
     pub logp: f32,
-    /// The most probable tokens there, best first: as many as the request asked for.
+    /// The most probable tokens at this position, best first: as many as the request asked for.
     pub top: Vec<(u32, f32)>,
 }
 
-/// The end of a completion's turn, by a stop. The completion keeps its place in the cache until
-/// `Engine::resume` or `Engine::finish`; its slot goes to others.
+/// The end of a turn by a stop. The completion keeps its pages until `Engine::resume` or
+/// `Engine::finish`, as long as no running sequence needs them; its slot is free for others.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Turn {
-    /// Which request, and which of its completions.
+    /// Index of the request; `member` is the index of the completion in its group.
     pub request: usize,
     pub member: usize,
-    /// What was sampled of the completion so far, earlier turns included.
+    /// All sampled tokens of the completion so far, including earlier turns.
     pub ids: Vec<u32>,
 }
 
 /// A sampled continuation of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
-    /// Which request, and which of its completions.
+    /// Index of the request; `member` is the index of the completion in its group.
     pub request: usize,
     pub member: usize,
-    /// What was sampled; tokens that were put between its turns are not here.
+    /// The sampled tokens, without the tokens inserted between turns.
     pub ids: Vec<u32>,
-    /// log p of each token under the model's full distribution at temperature 1.
+    /// Log-prob of each token under the model's full distribution at temperature 1.
     pub logps: Vec<f32>,
-    /// The same at the sampling temperature (logits / temperature): what a trainer's ratio uses.
+    /// Log-probs at the sampling temperature (logits / temperature), for a trainer's ratio.
     pub logps_scaled: Vec<f32>,
-    /// Under the distribution that it was sampled from, after penalty and truncation.
+    /// Log-probs under the distribution used for sampling, after penalty and truncation.
     pub logps_truncated: Vec<f32>,
-    /// Entropy of the full distribution at the sampling temperature, before each token.
+    /// Entropy of the full distribution at the sampling temperature, for each token.
     pub entropies: Vec<f32>,
     pub finish: Finish,
 }
 
-/// A completion as it is generated.
+/// A completion in progress.
 pub(super) struct Sequence {
     pub options: Arc<RequestOptions>,
     pub number: u32,
-    /// Prompt and completion, as far as it was read.
+    /// The tokens of prompt and completion that are known on the host.
     pub tokens: Vec<u32>,
-    /// How many of them were put between turns.
+    /// Number of tokens that were inserted between turns.
     pub inserted: usize,
-    /// Sampled and not read yet.
+    /// Number of tokens that are sampled but not read.
     pub pending: usize,
     pub prompt: usize,
     pub cached: CachedSequence,
-    /// Its row among the running ones' device state.
+    /// Index of its row in the device state of running sequences.
     pub slot: usize,
-    /// Which of all that ever ran it is: a slot has many in turn.
+    /// Unique among all sequences that ever ran; a slot serves many in turn.
     pub serial: u64,
     pub completion: Completion,
     pub end: Option<Finish>,
@@ -160,23 +160,23 @@ impl Sequence {
         }
     }
 
-    /// Tokens of the completion, those between its turns included.
+    /// Length of the completion in tokens, including those inserted between turns.
     pub fn length(&self) -> usize {
         self.completion.ids.len() + self.inserted
     }
 
-    /// Tokens that are not in the cache.
+    /// Number of tokens that are not in the cache.
     pub fn left(&self) -> usize {
         self.tokens.len() + self.pending - self.cached.len
     }
 
-    /// How many of its tokens are to go in: none once the last that it may have was sampled.
+    /// Number of tokens to feed: 0 once the last allowed token was sampled.
     pub fn wanted(&self) -> usize {
         let full = self.length() + self.pending >= self.options.max_new_tokens;
         if self.pending > 0 && full { 0 } else { self.left() }
     }
 
-    /// Takes a token that was pending; it may be the last one.
+    /// Appends a pending token and checks whether it ends the completion.
     pub fn take(&mut self, d: &Draw) -> Result<()> {
         self.push(d);
         let (options, ids) = (&self.options, &self.completion.ids);

@@ -1,6 +1,6 @@
-//! The rows of a step, on the host and on the device, and what they sampled. Layer 6.
+//! The rows of a step, on the host and on the device, and their sampled tokens. Layer 6.
 //!
-//! Invariant: a row of padding changes nothing.
+//! Invariant: a padding row changes nothing.
 
 use crate::autograd::Cx;
 use crate::device::DType;
@@ -10,36 +10,36 @@ use crate::tensor::{PendingDownload, Tensor};
 
 use super::sample::Sampling;
 
-/// What a step sampled, on its way to the host.
+/// The sampled tokens of a step, on their way to the host.
 pub(super) struct Sampled {
     pub draws: Vec<PendingGroup>,
-    /// Slot and serial number of the sequence of each row, the groups one after the other.
+    /// Slot and serial number of each row's sequence, group by group.
     pub rows: Vec<(usize, u64)>,
 }
 
-/// Rows of a step, side by side, that are sampled alike: one launch for all of them.
+/// Adjacent rows of a step with the same sampling options: one launch samples all of them.
 #[derive(Clone)]
 pub(super) struct SampleGroup {
     pub rows: usize,
     pub sampling: Sampling,
-    /// Whether their logits go to the host too.
+    /// Whether their logits go to the host, too.
     pub logits: bool,
 }
 
 impl SampleGroup {
-    /// Whether rows of `other` belong to it.
+    /// Whether rows of `other` can join this group.
     pub fn has(&self, other: &SampleGroup) -> bool {
         self.sampling == other.sampling && self.logits == other.logits
     }
 }
 
-/// What a group sampled, on the device.
+/// The sampled tokens of a group, on the device.
 pub(super) struct GroupDraws {
     pub draws: Draws,
     pub logits: Option<Tensor>,
 }
 
-/// The same on its way to the host.
+/// The sampled tokens of a group, on their way to the host.
 pub(super) struct PendingGroup {
     pub draws: PendingDraws,
     pub logits: Option<PendingDownload>,
@@ -52,22 +52,22 @@ impl GroupDraws {
     }
 }
 
-/// The rows of a step on the host: a column for each array.
+/// The rows of a step on the host, one list per array.
 #[derive(Default)]
 pub(super) struct StepRows {
-    /// The token, or -1 - slot: the one that was sampled last in that slot.
+    /// The token, or -1 - slot for the last token sampled in that slot.
     pub(super) given: Vec<i32>,
     pub(super) positions: Vec<i32>,
-    /// Row of the page table; -1: padding.
+    /// Row of the page table; -1 for padding.
     pub(super) sequences: Vec<i32>,
-    /// Row of the cache; -1: nowhere.
+    /// Row of the cache; -1 to store nothing.
     pub(super) slots: Vec<i32>,
-    /// Rows that predict.
+    /// Indices of the rows that predict.
     pub(super) ends: Vec<i32>,
-    /// Number, position in the completion and slot of each row that predicts.
+    /// Sequence number, position in the completion and slot of each row that predicts.
     pub(super) info: Vec<i32>,
     pub(super) sampled: Vec<(usize, u64)>,
-    /// Of the rows that predict, in order.
+    /// Groups of the rows that predict, in order.
     pub(super) groups: Vec<SampleGroup>,
     pub(super) longest: usize,
 }
@@ -79,25 +79,25 @@ pub(super) struct StepArrays {
     pub(super) positions: Tensor,
     pub(super) sequences: Tensor,
     pub(super) slots: Tensor,
-    /// None: no row predicts.
+    /// None if no row predicts.
     pub(super) info: Option<Tensor>,
-    /// None: every row predicts.
+    /// None if every row predicts.
     pub(super) ends: Option<Tensor>,
-    /// With the seed of each, I32 `[2]`.
+    /// Each with its seed, I32 `[2]`.
     pub(super) groups: Vec<(SampleGroup, Tensor)>,
     pub(super) longest: usize,
 }
 
 impl StepArrays {
-    /// The same arrays, for sequences of up to `longest` tokens.
+    /// The same arrays with `longest` as the bound on sequence lengths.
     pub fn reaching(&self, longest: usize) -> StepArrays {
         StepArrays { longest, ..self.clone() }
     }
 }
 
-/// Ints of a row that predicts.
+/// Ints per row that predicts.
 pub(super) const ROW_INTS: usize = 7;
-/// Ints of a seed.
+/// Ints per seed.
 pub(super) const SEED_INTS: usize = 2;
 
 impl StepRows {
@@ -109,7 +109,7 @@ impl StepRows {
         self.ends.len() == self.count()
     }
 
-    /// What all rows are sampled with, where that is one thing and only the draws go to the host.
+    /// The sampling options, if all rows share them and no logits go to the host.
     pub fn one_sampling(&self) -> Option<&Sampling> {
         match self.groups.as_slice() {
             [group] if !group.logits => Some(&group.sampling),
@@ -117,7 +117,7 @@ impl StepRows {
         }
     }
 
-    /// Rows that change nothing, until there are `n`; all rows predict, in one group.
+    /// Adds padding rows up to `n` rows. All rows predict and are one group.
     pub fn pad(&mut self, n: usize) {
         self.groups.iter_mut().for_each(|group| group.rows += n - self.given.len());
         for _ in self.count()..n {
@@ -130,7 +130,7 @@ impl StepRows {
         }
     }
 
-    /// One upload: to the front of `into`, or to new memory.
+    /// Uploads all arrays in one copy: to the start of `into`, or to new memory.
     pub fn upload(&self, cx: &Cx, into: Option<&Tensor>) -> Result<StepArrays> {
         let mut all = [&self.given, &self.positions, &self.sequences, &self.slots, &self.info]
             .map(Vec::as_slice)

@@ -1,14 +1,14 @@
-//! How tokens are sampled. Layer 6.
+//! The sampling options of a run. Layer 6.
 //!
-//! Invariant: what is sampled, and what is known of it, is the op's ([`crate::ops::sample`]);
-//! nothing is sampled on the host.
+//! Invariant: the op ([`crate::ops::sample`]) samples tokens and computes their log-probs; nothing
+//! is sampled on the host.
 
 use crate::config::SamplingOptions;
 
 pub use crate::ops::sample::{Draw, Sampling};
 
 impl SamplingOptions {
-    /// What an engine takes, with the seed of its random numbers.
+    /// The options in the engine's form, with the seed of the random numbers.
     pub fn seeded(&self, seed: u64) -> Sampling {
         Sampling {
             temperature: self.temperature,

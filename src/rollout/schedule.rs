@@ -1,7 +1,7 @@
-//! Who runs: pages, admission, preemption. Layer 6.
+//! Scheduling: pages, admission, preemption. Layer 6.
 //!
-//! Invariant: the oldest running sequence always gets on (a younger one gives its pages up, and
-//! starts again later from its own tokens, with the same bits), so every sequence ends.
+//! Invariant: the oldest running sequence always makes progress: a younger one gives up its pages
+//! and later starts again from its own tokens, with the same bits. So every sequence ends.
 
 use super::Engine;
 use super::request::Sequence;
@@ -9,15 +9,15 @@ use crate::error::Result;
 use crate::model::kv::{CachedSequence, PAGE};
 
 enum Admission {
-    /// With so many tokens.
+    /// Admitted; this many tokens go in.
     Runs(usize),
-    /// A sibling is computing their prompt: it will be shared.
+    /// A sibling is computing the prompt, which will be shared.
     LaterThanSibling,
     NoRoom,
 }
 
 impl Engine {
-    /// Whether the next step finds too few pages for all who run.
+    /// Whether the next step has too few pages for all running sequences.
     pub(super) fn pages_run_out(&self) -> bool {
         let (mut budget, mut free) = (self.options.max_step_tokens, self.cache.free_pages());
         self.running.iter().any(|s| {
@@ -29,8 +29,8 @@ impl Engine {
         })
     }
 
-    /// Decides how many tokens of each running sequence go in, after preempting and admitting as
-    /// room tells. Their pages are reserved.
+    /// Decides how many tokens of each running sequence go in, after preempting and admitting
+    /// sequences as memory allows. Reserves their pages.
     pub(super) fn schedule(&mut self) -> Result<Vec<usize>> {
         let mut budget = self.options.max_step_tokens;
         let mut scheduled = Vec::new();
@@ -76,8 +76,8 @@ impl Engine {
         let held = std::mem::take(&mut self.waiting[at].cached);
         let goes_on = held.len > 0;
         let s = &self.waiting[at];
-        // All of the prompt but its last token: that one goes in alone, and predicts the first of
-        // the completion.
+        // The prompt without its last token: that token goes in for each member alone and predicts
+        // the first token of its completion.
         let prefix = s.prompt - 1;
         let same = |r: &&Sequence| prefix > 0 && r.completion.request == s.completion.request;
         let mut cached = match self.running.iter().filter(same).max_by_key(|r| r.cached.len) {
@@ -91,7 +91,7 @@ impl Engine {
         };
         let (shared, tokens) = (cached.len, s.tokens.len());
         let take = (tokens - shared).min(budget);
-        // One page to spare, or the next step might throw somebody out again.
+        // Keeps one page free. Otherwise the next step might preempt a sequence again.
         let need = (shared + take).div_ceil(PAGE).saturating_sub(cached.pages.len());
         let spare = usize::from(!self.running.is_empty());
         while need + spare > self.cache.free_pages() && self.reclaim() {}
@@ -123,7 +123,7 @@ impl Engine {
         Ok(Admission::Runs(take))
     }
 
-    /// Gives back what a sequence holds.
+    /// Frees the pages and the slot of a sequence.
     pub(super) fn leave(&mut self, s: &mut Sequence) {
         self.cache.release(&mut s.cached);
         self.free_slots.push(s.slot);

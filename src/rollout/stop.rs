@@ -1,7 +1,7 @@
-//! When a completion ends. Layer 6.
+//! The end of a completion. Layer 6.
 //!
-//! Invariant: a completion's end depends on its own tokens alone; the token that ends it is its
-//! last. The tokens that end a text of a model are the same wherever it generates.
+//! Invariant: the end of a completion depends only on its own tokens, and the token that ends it is
+//! its last. The stop tokens of a model are the same wherever it generates.
 
 use std::sync::Arc;
 
@@ -12,10 +12,10 @@ use crate::error::{Error, Result};
 use crate::model::folder;
 use crate::model::layout::ModelConfig;
 
-/// The tokens that end a completion of a model, ascending: `eos_token` of the tokenizer,
-/// `eos_token_id` of config.json (`model`) and of generation_config.json in the tokenizer's folder,
-/// and those of `stop` that are special tokens (decoded text never shows them, so
-/// [`StopStrings`] cannot find them). Error: an `eos_token_id` that is no id.
+/// The stop tokens of a model, ascending: `eos_token` of the tokenizer, `eos_token_id` of
+/// config.json (`model`) and of generation_config.json in the tokenizer's folder, and the special
+/// tokens in `stop` (decoded text never shows them, so [`StopStrings`] cannot find them). Error: an
+/// `eos_token_id` is not a token id.
 pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> Result<Vec<u32>> {
     let mut ids = model.eos.clone();
     ids.extend(tokenizer.eos_id());
@@ -46,7 +46,7 @@ pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> 
     Ok(ids)
 }
 
-/// Those of `stop` that are special tokens.
+/// The ids of the special tokens in `stop`.
 pub fn special_ids(tokenizer: &Tokenizer, stop: &[String]) -> Result<Vec<u32>> {
     let mut ids = Vec::new();
     for text in stop.iter().filter(|text| !text.is_empty()) {
@@ -59,7 +59,7 @@ pub fn special_ids(tokenizer: &Tokenizer, stop: &[String]) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-/// Texts that end a completion, as soon as its decoded text has one.
+/// Strings that end a completion as soon as its decoded text contains one.
 #[derive(Clone)]
 pub struct StopStrings {
     strings: Vec<String>,
@@ -68,17 +68,16 @@ pub struct StopStrings {
 }
 
 impl StopStrings {
-    /// None if there are no strings (empty ones say nothing).
+    /// None if there are no strings; empty strings are ignored.
     pub fn new(strings: &[String], tokenizer: &Arc<Tokenizer>) -> Option<StopStrings> {
         let strings: Vec<String> = strings.iter().filter(|s| !s.is_empty()).cloned().collect();
-        // A token is a byte or more; a few may be halves of a character, or special and show
-        // nothing.
+        // Each token has at least one byte; the few extra tokens may be parts of a character, or
+        // special tokens without text.
         let window = strings.iter().map(String::len).max()? + 4;
         Some(StopStrings { strings, tokenizer: tokenizer.clone(), window })
     }
 
-    /// Whether the text of `ids` has come to hold one of the strings with its last token: only its
-    /// end is decoded.
+    /// Whether the last token completes one of the strings. Decodes only the end of `ids`.
     pub fn reached(&self, ids: &[u32]) -> Result<bool> {
         let end = &ids[ids.len().saturating_sub(self.window)..];
         let text = self.tokenizer.decode(end, true)?;

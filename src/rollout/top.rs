@@ -1,10 +1,10 @@
 //! The most probable tokens of a row of logits. Layer 6.
 //!
-//! Invariant: the log-prob of a token that is known has the very bits that the device gave it, and
-//! the others lie above or below it as their logits do.
+//! Invariant: the log-prob of the known token has the bits that the device computed; that of
+//! another token differs from it by the difference of their logits.
 
-/// The `n` largest of a row of logits, best first (the lower id of two that are equal), with the
-/// log-prob of each; `logp` is that of `token`, so the row needs no sum.
+/// The ids and log-probs of the `n` largest logits, best first (of equal logits the lower id
+/// first). `logp` is the log-prob of `token`, so the row needs no sum.
 pub fn top_logps(logits: &[f32], token: u32, logp: f32, n: usize) -> Vec<(u32, f32)> {
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(n + 1);
     for (id, logit) in logits.iter().enumerate() {

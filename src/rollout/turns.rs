@@ -1,17 +1,17 @@
-//! Completions of several turns: who waits between two of them, and how one goes on. Layer 6.
+//! Completions with several turns: waiting between two turns, and continuing. Layer 6.
 //!
-//! Invariant: a completion that goes on has the bits of one that never waited: its tokens stay in
-//! the cache, or are computed again with the same bits where the pages went to others.
+//! Invariant: a continued completion has the bits of one that never waited: its tokens stay in the
+//! cache, or are recomputed with the same bits if others took its pages.
 
 use super::Engine;
 use super::request::{Completion, Finish, Sequence, Turn};
 use crate::error::{Error, Result};
 
 impl Engine {
-    /// A sequence whose turn has ended: its slot goes to others, its pages stay for now.
+    /// Pauses a sequence whose turn has ended: frees its slot and keeps its pages for now.
     pub(super) fn pause(&mut self, mut s: Sequence) -> Turn {
         self.free_slots.push(s.slot);
-        // What was sampled after the stop is dropped when it is read.
+        // Tokens that were sampled after the stop are dropped when they are read.
         (s.end, s.pending) = (None, 0);
         let (c, ids) = (&s.completion, s.completion.ids.clone());
         let turn = Turn { request: c.request, member: c.member, ids };
@@ -19,8 +19,9 @@ impl Engine {
         turn
     }
 
-    /// Puts `ids` behind what a paused completion has; its next turn is sampled after them, before
-    /// requests that wait for their first step. Error: they leave no room for a token.
+    /// Appends `ids` to a paused completion and queues its next turn, before requests that wait for
+    /// their first step. Errors: `ids` leave no room for another token, or contain an invalid
+    /// token.
     pub fn resume(&mut self, request: usize, member: usize, ids: &[u32]) -> Result<()> {
         let at = self.paused_at(request, member)?;
         let most = self.paused[at].options.max_new_tokens;
@@ -41,7 +42,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Ends a paused completion.
+    /// Ends a paused completion with the given reason.
     pub fn finish(&mut self, request: usize, member: usize, finish: Finish) -> Result<Completion> {
         let at = self.paused_at(request, member)?;
         let mut s = self.paused.remove(at);
@@ -58,8 +59,8 @@ impl Engine {
         })
     }
 
-    /// Takes the pages of a sequence that holds some and does not run; it computes its tokens again
-    /// when it does. False: there is none.
+    /// Frees the pages of a sequence that does not run; it recomputes its tokens when it continues.
+    /// False: no such sequence holds pages.
     pub(super) fn reclaim(&mut self) -> bool {
         let idle = self.paused.iter_mut().chain(self.waiting.iter_mut().rev());
         let mut idle = idle.filter(|s| !s.cached.pages.is_empty());
@@ -69,7 +70,7 @@ impl Engine {
         true
     }
 
-    /// Forgets those that do not run and of which `whose` holds.
+    /// Drops the sequences that do not run and for which `whose` is true.
     pub(super) fn forget_idle(&mut self, whose: impl Fn(&Sequence) -> bool) {
         for s in self.paused.iter_mut().chain(&mut self.waiting).filter(|s| whose(s)) {
             self.cache.release(&mut s.cached);

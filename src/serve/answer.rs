@@ -1,6 +1,6 @@
-//! An answer as it comes: events to pieces of text and log-probs. Layer 9.
+//! An answer in progress: turns events into pieces of text and log-probs. Layer 9.
 //!
-//! Invariant: a whole answer is the sum of the pieces that a stream of it has, however it is made.
+//! Invariant: a complete answer is the concatenation of the pieces that a stream of it would have.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,21 +15,22 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::Error;
 use crate::rollout::Finish;
 
-/// A token, as `logprobs` tells it.
+/// A token for `logprobs`.
 pub(super) struct TokenInfo {
     pub text: String,
-    /// None: the first of a prompt, which nothing predicts.
+    /// None for the first token of a prompt, which nothing predicts.
     pub logp: Option<f32>,
-    /// Characters of the choice's text before it.
+    /// Characters of the choice's text before the token.
     pub offset: usize,
-    /// Best first.
+    /// The most probable tokens, best first.
     pub top: Vec<(String, f32)>,
 }
 
-/// The log-probs of a prompt's tokens from the second on, and the most probable tokens there.
+/// The log-probs of a prompt's tokens from the second on, and the most probable tokens at each
+/// position.
 type PromptScores = (Vec<f32>, Vec<Vec<(u32, f32)>>);
 
-/// What a choice has gained.
+/// New text, calls and tokens of a choice.
 pub(super) struct Delta {
     pub choice: usize,
     pub text: String,
@@ -38,7 +39,7 @@ pub(super) struct Delta {
     pub finish: Option<FinishReason>,
 }
 
-/// Why a choice has ended.
+/// Why a choice ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FinishReason {
     Stop,
@@ -51,9 +52,9 @@ pub(super) struct Answer {
     pub ticket: Ticket,
     pub completion_tokens: usize,
     tokenizer: Arc<Tokenizer>,
-    /// Of each choice; None: it has ended.
+    /// By choice; None: the choice has ended.
     texts: Vec<Option<ChoiceText>>,
-    /// Of each choice, where calls are told.
+    /// By choice; empty unless tool calls are reported.
     readers: Vec<CallReader>,
     left: usize,
     first_token: bool,
@@ -72,17 +73,17 @@ impl Answer {
         Answer { asked, ticket, completion_tokens, tokenizer, texts, readers, left, first_token }
     }
 
-    /// Whether nothing more comes.
+    /// Whether all choices have ended.
     pub fn is_done(&self) -> bool {
         self.left == 0
     }
 
-    /// Whether the worker has something to do.
+    /// Whether the worker must compute anything.
     pub fn needs_worker(&self) -> bool {
         self.asked.score().is_some() || self.asked.options.max_new_tokens > 0
     }
 
-    /// What is there before the first event.
+    /// The part of the answer that needs no event: an echoed prompt.
     pub fn begin(&mut self) -> Result<Vec<Delta>, ApiError> {
         if !self.asked.echo || self.asked.score().is_some() {
             return Ok(Vec::new());
@@ -121,13 +122,13 @@ impl Answer {
             }
             Event::Scored { prompt, logps, top } => self.echo(prompt, Some((logps, top))),
             Event::Failed(message) => {
-                self.ticket.ended = true; // the worker has forgotten it
+                self.ticket.ended = true; // the worker has already dropped the request
                 Err(ApiError::internal(message))
             }
         }
     }
 
-    /// Text of a choice as content and calls.
+    /// Splits text of a choice into content and calls.
     fn part(&mut self, choice: usize, text: String) -> (String, Vec<ToolCall>) {
         match self.readers.get_mut(choice) {
             Some(reader) => reader.push(&text),
@@ -208,7 +209,7 @@ fn prompt_tokens(
     let token = |(i, id): (usize, &u32)| {
         let (piece, offset) = text.piece(tokenizer, *id)?;
         text.push(tokenizer, *id)?;
-        let before = i.checked_sub(1); // the first has no log-prob
+        let before = i.checked_sub(1); // the first token has no log-prob
         let logp = before.and_then(|i| logps.get(i)).copied();
         let top = before.and_then(|i| top.get(i)).map_or(&[][..], Vec::as_slice);
         Ok(TokenInfo { text: piece, logp, offset, top: named(tokenizer, top)? })

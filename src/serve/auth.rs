@@ -1,12 +1,12 @@
 //! The API key. Layer 9.
 //!
-//! Invariant: how long a comparison takes tells nothing of the key but its length.
+//! Invariant: the time of a comparison reveals nothing about the key except its length.
 
 use axum::http::{HeaderMap, StatusCode, header};
 
 use super::error::ApiError;
 
-/// Error: `key` is asked for, and the request does not send it.
+/// Error: a key is required, and the request does not send it.
 pub(super) fn check(key: Option<&str>, headers: &HeaderMap) -> Result<(), ApiError> {
     let Some(key) = key else { return Ok(()) };
     let sent = headers.get(header::AUTHORIZATION).and_then(|value| {
@@ -24,7 +24,7 @@ pub(super) fn check(key: Option<&str>, headers: &HeaderMap) -> Result<(), ApiErr
     }
 }
 
-/// Looks at every byte of the key, wherever the first difference is.
+/// Compares every byte of the key, wherever the first difference is.
 fn same(sent: &[u8], key: &[u8]) -> bool {
     let differs = key.iter().enumerate().fold(sent.len() ^ key.len(), |differs, (i, byte)| {
         differs | usize::from(sent.get(i).copied().unwrap_or(0) ^ byte)

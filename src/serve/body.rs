@@ -1,7 +1,7 @@
 //! A stream of server-sent events. Layer 9.
 //!
-//! Invariant: a body that is dropped before its end, as one whose client has gone is, cancels its
-//! request.
+//! Invariant: a body that is dropped before its end, for example because the client has
+//! disconnected, cancels its request.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -23,7 +23,7 @@ pub(super) struct EventStream {
     head: Head,
     events: UnboundedReceiver<Event>,
     deadline: Pin<Box<Sleep>>,
-    /// Text that is ready to go out.
+    /// Text that is ready to be sent.
     ready: String,
     ended: bool,
     _active: ActiveRequest,

@@ -1,6 +1,6 @@
-//! Errors as OpenAI's clients read them. Layer 9.
+//! Errors in the format of OpenAI's clients. Layer 9.
 //!
-//! Invariant: an error that a field causes names the field in `param`.
+//! Invariant: an error caused by a field names the field in `param`.
 
 use std::fmt::Display;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::config::ServeConfig;
 
-/// What a request is refused with.
+/// The error response to a request.
 #[derive(Clone, Debug)]
 pub(super) struct ApiError {
     pub status: StatusCode,
@@ -24,7 +24,7 @@ impl ApiError {
         ApiError { status, message: message.to_string(), param: None, code: None }
     }
 
-    /// 400 because of a field.
+    /// Status 400, caused by a field.
     pub fn field(name: &str, message: impl Display) -> ApiError {
         ApiError {
             param: Some(name.to_string()),
@@ -68,7 +68,7 @@ pub(super) fn json_response(status: StatusCode, value: &Value) -> Response {
     (status, kind, value.to_string()).into_response()
 }
 
-/// 408.
+/// Status 408: the request took too long.
 pub(super) fn too_slow(config: &ServeConfig) -> ApiError {
     let message = format!(
         "the request took longer than {} seconds; ask for less, or start the server with a higher \

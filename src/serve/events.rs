@@ -1,40 +1,42 @@
-//! What goes between the threads that talk and the one that computes. Layer 9.
+//! Messages between the threads that handle connections and the one that computes. Layer 9.
 //!
-//! Invariant: a request's events come in order: the scores of its prompts, tokens, an end for each
-//! completion.
+//! Invariant: the events of a request come in order: the scores of its prompts, then tokens and an
+//! end for each completion.
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::rollout::{Finish, RequestOptions};
 
-/// What the worker is asked to do.
+/// A message to the worker.
 pub(super) enum Job {
     Run(Box<RunJob>),
-    /// The client of this request has gone, or its time is up.
+    /// The client of this request has disconnected, or its time is up.
     Cancel(u64),
 }
 
-/// A request: completions of prompts.
+/// A request for completions of prompts.
 pub(super) struct RunJob {
     pub id: u64,
-    /// Which of the names.
+    /// Index of the name.
     pub model: usize,
     pub prompts: Vec<Vec<u32>>,
-    /// Completions of each.
+    /// Completions per prompt.
     pub n: usize,
-    /// `max_new_tokens` of 0: nothing is generated.
+    /// With `max_new_tokens` 0 nothing is generated.
     pub options: RequestOptions,
-    /// Whether the request chose its seed: then its sequences are numbered from 0, as those of
-    /// `temper generate` are.
+    /// Whether the request chose its seed. Then its sequences are numbered from 0, as in `temper
+    /// generate`.
     pub seeded: bool,
-    /// Score the prompts, and tell so many of the most probable tokens at each place.
+    /// Some: score the prompts and report this many of the most probable tokens at each position.
     pub score: Option<usize>,
-    /// Tell each token as it comes; else the first one, and all of a completion at its end.
+    /// Whether to send each token at once. Otherwise only the first token of the request is sent,
+    /// and each completion as a whole at its end.
     pub each_token: bool,
     pub events: UnboundedSender<Event>,
 }
 
-/// What became of it. A choice is the number of a prompt times n, plus that of its completion.
+/// A message from the worker. A choice is the index of a prompt times n plus that of its
+/// completion.
 #[derive(Debug)]
 pub(super) enum Event {
     Token {
@@ -48,7 +50,8 @@ pub(super) enum Event {
         ids: Vec<u32>,
         finish: Finish,
     },
-    /// Of the prompt's tokens from the second on: log-probs, and the most probable tokens.
+    /// The log-probs of a prompt's tokens from the second on, and the most probable tokens at each
+    /// position.
     Scored {
         prompt: usize,
         logps: Vec<f32>,

@@ -1,7 +1,7 @@
 //! The fields of a request's JSON body. Layer 9.
 //!
-//! Invariant: every field is read, refused by name, or on the list of those without effect; null
-//! counts as absent.
+//! Invariant: every field is read, refused by name, or listed as having no effect; null counts as
+//! absent.
 
 use axum::http::StatusCode;
 use serde_json::{Map, Value};
@@ -48,7 +48,7 @@ impl Fields {
         }
     }
 
-    /// A string, or a list of them.
+    /// A string or a list of strings.
     pub fn texts(&mut self, name: &'static str) -> Result<Vec<String>, ApiError> {
         let what = "a string or a list of strings";
         match self.take(name) {
@@ -73,7 +73,7 @@ impl Fields {
         }
     }
 
-    /// A whole number from `least` to `most`.
+    /// A whole number from `least` to `most`. -1 is returned as 0.
     pub fn count(
         &mut self,
         name: &'static str,
@@ -82,7 +82,7 @@ impl Fields {
     ) -> Result<Option<usize>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
         let number = value.as_i64().filter(|n| (least..=most).contains(n));
-        // -1, where it is allowed, is as good as 0.
+        // -1, where it is allowed, means the same as 0.
         number.map(|n| Some(n.max(0) as usize)).ok_or_else(|| {
             let found = short(&value);
             let message =
@@ -91,7 +91,7 @@ impl Fields {
         })
     }
 
-    /// A number that `fits`, which is `what`.
+    /// A finite number for which `fits` is true; `what` describes such numbers in the error.
     pub fn number(
         &mut self,
         name: &'static str,
@@ -105,7 +105,7 @@ impl Fields {
         })
     }
 
-    /// Any integer of 64 bits.
+    /// Any 64-bit integer.
     pub fn seed(&mut self, name: &'static str) -> Result<Option<u64>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
         let seed = value.as_u64().or_else(|| value.as_i64().map(|seed| seed as u64));
@@ -120,7 +120,7 @@ impl Fields {
         }
     }
 
-    /// A field that only has an effect that the server does not have, unless it `is_neutral`.
+    /// A field whose effect is not supported. Error: its value is not neutral.
     pub fn only(
         &mut self,
         name: &'static str,
@@ -137,12 +137,12 @@ impl Fields {
         }
     }
 
-    /// Fields that change nothing of an answer.
+    /// Reads fields that have no effect on the answer.
     pub fn ignore(&mut self, names: &[&'static str]) {
         names.iter().for_each(|name| drop(self.take(name)));
     }
 
-    /// Error: a field that nobody asked for.
+    /// Error: the body has a field that was not read.
     pub fn finish(self) -> Result<(), ApiError> {
         let Some(name) = self.map.keys().next() else { return Ok(()) };
         let near = nearest(name, self.asked.iter().copied());
@@ -157,7 +157,7 @@ pub(super) fn wrong(name: &str, want: &str, found: &Value) -> ApiError {
     ApiError::field(name, format!("`{name}` must be {want}, found {}", kind(found)))
 }
 
-/// A value as an error shows it.
+/// A value in the form of error messages.
 fn short(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(40) {

@@ -1,6 +1,6 @@
-//! Answers in OpenAI's JSON. Layer 9.
+//! Answers in OpenAI's JSON format. Layer 9.
 //!
-//! Invariant: nothing is decided here.
+//! Invariant: this module only formats; it makes no decisions.
 
 use serde_json::{Map, Value, json};
 
@@ -8,7 +8,7 @@ use super::answer::{Answer, Delta, FinishReason, TokenInfo};
 use super::ticket::now;
 use super::tools::ToolCall;
 
-/// What is the same in all pieces of an answer.
+/// The common part of all pieces of an answer.
 pub(super) struct Head {
     id: String,
     created: u64,
@@ -17,7 +17,7 @@ pub(super) struct Head {
     logprobs: bool,
 }
 
-/// A choice of a whole answer.
+/// A choice of a complete answer.
 #[derive(Default)]
 pub(super) struct WholeChoice {
     text: String,
@@ -82,7 +82,7 @@ impl Head {
         Value::Object(whole)
     }
 
-    /// A name for a call that no other has.
+    /// A unique id for a call.
     fn call_id(&self, choice: usize, call: &ToolCall) -> String {
         format!("call-{}-{choice}-{}", self.id, call.index)
     }
@@ -91,7 +91,7 @@ impl Head {
         if self.chat { "chat.completion.chunk" } else { "text_completion" }
     }
 
-    /// The first piece of a choice: who speaks. Only a chat has it.
+    /// The first piece of a choice, which names the role. Only for chats.
     pub fn role(&self, choice: usize) -> Option<Value> {
         let delta = json!({ "role": "assistant", "content": "" });
         let choice = json!({
@@ -100,7 +100,7 @@ impl Head {
         self.chat.then(|| Value::Object(self.object(self.chunk_name(), vec![choice])))
     }
 
-    /// A piece of a stream; None: it would say nothing.
+    /// A piece of a stream. None: the piece would be empty.
     pub fn chunk(&self, delta: &Delta) -> Option<Value> {
         let says = !delta.text.is_empty() || !delta.calls.is_empty() || !delta.tokens.is_empty();
         if !says && delta.finish.is_none() {
@@ -134,7 +134,7 @@ impl Head {
         Some(Value::Object(self.object(self.chunk_name(), vec![choice])))
     }
 
-    /// The last piece of a stream that was asked for it.
+    /// The last piece of a stream for which usage was requested.
     pub fn usage_chunk(&self, answer: &Answer) -> Value {
         let mut chunk = self.object(self.chunk_name(), Vec::new());
         chunk.insert("usage".into(), usage(answer));
@@ -152,7 +152,7 @@ impl Head {
 
 fn chat_token(token: &TokenInfo) -> Value {
     let named = |text: &str, logp: Option<f32>| {
-        // A token may hold a part of a character, which has no text.
+        // A token may be a part of a character, which has no text.
         let bytes = (!text.contains('\u{FFFD}')).then_some(text.as_bytes());
         json!({ "token": text, "logprob": logp, "bytes": bytes })
     };
@@ -165,7 +165,7 @@ fn completion_tokens(tokens: &[TokenInfo]) -> Value {
     let top = |token: &TokenInfo| {
         let mut map = Map::new();
         for (text, logp) in &token.top {
-            // Parts of characters may have one text: the more probable keeps it.
+            // Several parts of characters may have the same text: the most probable one is kept.
             map.entry(text.clone()).or_insert_with(|| json!(logp));
         }
         if let Some(logp) = token.logp.filter(|_| !map.is_empty()) {

@@ -1,7 +1,7 @@
-//! Connections, routes, limits, and the end. Layer 9.
+//! Connections, routes, limits and shutdown. Layer 9.
 //!
-//! Invariant: whatever is sent, the answer is a status and a JSON error, and the next connection is
-//! served.
+//! Invariant: every request, whatever it contains, is answered with a status and a JSON error or
+//! result, and the next connection is served.
 
 use std::future::{Future, poll_fn};
 use std::net::TcpListener;
@@ -36,15 +36,15 @@ use super::ticket::{ActiveRequest, App};
 use crate::error::{Error, Result};
 use crate::signals::Stop;
 
-/// Connections that are open at once; more wait to be accepted.
+/// Most connections that are open at once; further ones wait to be accepted.
 const CONNECTIONS: usize = 4096;
-/// For the head of a request, also of the next one on a connection that is kept.
+/// Timeout for the head of a request, including the next request on a kept connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
 
-/// Listens. Error: the address is taken, or none of this machine's.
+/// Binds the address. Error: it is in use, or does not belong to this machine.
 pub fn bind(host: &str, port: usize) -> Result<TcpListener> {
     TcpListener::bind((host, port as u16)).map_err(|e| {
         Error::Run(format!(
@@ -53,7 +53,7 @@ pub fn bind(host: &str, port: usize) -> Result<TcpListener> {
     })
 }
 
-/// Serves on this thread until `stop` is requested and requests have ended, or their time is up.
+/// Serves on this thread until `stop` is requested and all requests have ended or timed out.
 pub(super) fn run(listener: TcpListener, app: Arc<App>, stop: Stop) -> Result<()> {
     let failed = |e: std::io::Error| Error::io("the server's socket", e);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -100,7 +100,7 @@ async fn accept(listener: tokio::net::TcpListener, app: Arc<App>, stop: Stop) {
                     let mut connection = pin!(connection);
                     let mut closes = pin!(closing.wait_for(|closes| *closes));
                     let mut told = false;
-                    // An error is the client's: it has gone, or does not speak HTTP.
+                    // An error belongs to the client: it disconnected, or does not speak HTTP.
                     poll_fn(|cx| {
                         if !told && closes.as_mut().poll(cx).is_ready() {
                             told = true;
@@ -113,12 +113,12 @@ async fn accept(listener: tokio::net::TcpListener, app: Arc<App>, stop: Stop) {
                     drop(permit);
                 });
             }
-            Ok(Err(_)) => sleep(POLL).await, // no file is left for it
+            Ok(Err(_)) => sleep(POLL).await, // out of file descriptors
             Err(_) => {}
         }
     }
     drop(listener);
-    // What was answered goes out; idle connections end.
+    // Lets answers go out and ends idle connections.
     let _ = close.send(true);
     let end = Instant::now() + Duration::from_secs(1);
     while app.metrics.connections.load(Relaxed) > 0 && Instant::now() < end {
@@ -218,7 +218,7 @@ async fn answer(app: &Arc<App>, chat: bool, request: Request<Body>) -> Result<Re
     is_json(request.headers())?;
     let most = app.config.max_request_bytes;
     let body = timeout_at(deadline, read(request.into_body(), most)).await.map_err(late)??;
-    // Rendering and tokenizing are no work for a thread that others wait for.
+    // Rendering and tokenizing would block a thread that other requests wait for.
     let parsing = {
         let app = app.clone();
         move || Asked::parse(&app.models, &app.config, chat, &body)
@@ -268,7 +268,8 @@ fn draining() -> ApiError {
     ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).code("stopping")
 }
 
-/// A page of another site can send a form, but no JSON without asking first.
+/// Protects against other sites: a page can send a form to this server, but not JSON without a CORS
+/// preflight.
 fn is_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     match kind.is_some_and(|kind| kind.trim_start().starts_with("application/json")) {

@@ -1,7 +1,7 @@
 //! Counters in Prometheus' text format. Layer 9.
 //!
-//! Invariant: a counter never falls; what rises and falls is a gauge and returns to 0 when nothing
-//! is served.
+//! Invariant: a counter never falls. A value that rises and falls is a gauge and returns to 0 when
+//! nothing is served.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,13 +9,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
-/// Upper ends of the buckets, in seconds.
+/// Upper bounds of the buckets in seconds.
 const SECONDS: [f64; 14] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 
 #[derive(Default)]
 pub(super) struct Histogram {
-    /// The last is for what is above all of them.
+    /// The last bucket is for times above all bounds.
     buckets: [AtomicU64; SECONDS.len() + 1],
     microseconds: AtomicU64,
 }
@@ -61,7 +61,7 @@ impl Metrics {
         *requests.entry((path, status)).or_default() += 1;
     }
 
-    /// `active`: requests that are being worked on.
+    /// The page of metrics; `active` is the number of requests in progress.
     pub fn text(&self, active: usize) -> String {
         let mut out = String::new();
         let name = "temper_requests_total";

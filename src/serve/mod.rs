@@ -1,7 +1,7 @@
 //! `temper serve`: OpenAI's completions and chat over HTTP, on the rollout engine. Layer 9.
 //!
-//! Invariant: one thread owns the device and computes; the others only read, render and write. What
-//! a request is answered depends on the request and the model alone, never on what else is served.
+//! Invariant: one thread owns the device and computes; the others only read, render and write. An
+//! answer depends only on the request and the model, never on other requests.
 
 mod answer;
 mod auth;
@@ -35,8 +35,8 @@ pub use self::model::{AdapterSpec, ServedModels};
 use self::ticket::App;
 use self::worker::Worker;
 
-/// Serves until `stop` is requested and requests have ended. `ready` hears the address once requests
-/// are answered. The calling thread computes.
+/// Serves until `stop` is requested and all requests have ended. Calls `ready` with the address as
+/// soon as requests are answered. The calling thread computes.
 pub fn serve(
     cx: Cx,
     models: ServedModels,

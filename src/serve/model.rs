@@ -1,6 +1,6 @@
-//! The models that are served: a base, and adapters on it, each under a name. Layer 9.
+//! The served models: a base, and adapters on it, each with a name. Layer 9.
 //!
-//! Invariant: the weights of the base are held once, whatever the number of names.
+//! Invariant: the weights of the base are in memory once, whatever the number of names.
 
 use std::path::{Path, PathBuf};
 
@@ -16,10 +16,10 @@ use crate::model::open::open_stored;
 use crate::ops::quant::Scheme;
 use crate::rollout::stop::stop_ids;
 
-/// Longest sequence where neither the options nor the model say less.
+/// The longest sequence if neither the options nor the model set a lower limit.
 const DEFAULT_LONGEST: usize = 8192;
 
-/// `--adapter NAME=DIR`.
+/// The value of `--adapter NAME=DIR`.
 #[derive(Clone, Debug)]
 pub struct AdapterSpec {
     pub name: String,
@@ -27,7 +27,7 @@ pub struct AdapterSpec {
 }
 
 impl AdapterSpec {
-    /// `NAME=DIR`; of `DIR` alone the last part is the name.
+    /// Parses `NAME=DIR`. For `DIR` alone, the name is its last part.
     pub fn parse(text: &str) -> AdapterSpec {
         let whole = Path::new(text);
         match text.split_once('=') {
@@ -39,7 +39,7 @@ impl AdapterSpec {
     }
 }
 
-/// What is served, in the order of the names: the base first.
+/// The served models in the order of their names, the base first.
 pub struct ServedModels {
     pub(super) names: Vec<Served>,
     pub(super) decoders: Vec<Decoder>,
@@ -51,7 +51,7 @@ fn last_part(path: &Path) -> String {
 }
 
 impl ServedModels {
-    /// The model of a folder, which `given` names on the command line, and adapters on it.
+    /// Opens the model in folder `dir`, which the command line calls `given`, and adapters on it.
     pub fn open(
         cx: &Cx,
         (given, dir): (&str, &Path),
@@ -78,7 +78,7 @@ impl ServedModels {
             let adapter = Adapter::load(cx, &spec.dir, &base.config, &base.params)?;
             Ok(base.clone().with_adapter(Some(adapter))?.vocab().virtuals)
         });
-        // The rope table is the base's: it grows once, for all.
+        // The base owns the rope table, which grows once for all names.
         let virtuals = loaded.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0);
         base.ensure_positions(cx, longest + virtuals)?;
         let name = config.served_name.clone().unwrap_or_else(|| last_part(dir));
@@ -101,12 +101,12 @@ impl ServedModels {
         Ok(ServedModels { names, decoders })
     }
 
-    /// The names that requests can ask for.
+    /// The names of the models.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.names.iter().map(|served| served.name.as_str())
     }
 
-    /// Bytes of keys and values that are held for each name.
+    /// Bytes of keys and values allocated for each name.
     pub fn cache_bytes(&self, config: &ServeConfig, element: usize) -> usize {
         let model = &self.decoders[0].config;
         let row = 2 * model.num_kv_heads * model.head_dim * model.num_layers * element;

@@ -1,19 +1,19 @@
-//! What the server knows of a model under a name, on the side that does not compute. Layer 9.
+//! A served model, as the threads that do not compute know it. Layer 9.
 //!
-//! Invariant: prompts are rendered by the one renderer of all commands.
+//! Invariant: all commands render prompts with the same renderer.
 
 use crate::data::render::ModelText;
 
-/// A name that requests can ask for.
+/// A model with the name under which requests select it.
 pub struct Served {
     pub name: String,
-    /// What the command line called it.
+    /// Its name on the command line.
     pub alias: Option<String>,
     pub text: ModelText,
-    /// Tokens that end a text.
+    /// Tokens that end a completion.
     pub stop: Vec<u32>,
     pub vocab: usize,
-    /// Most tokens of a prompt and its completion.
+    /// Most tokens of a prompt and its completion together.
     pub longest: usize,
 }
 

@@ -1,7 +1,7 @@
-//! Requests for completions and chat, from their fields to token ids. Layer 9.
+//! Requests for completions and chats, from JSON fields to token ids. Layer 9.
 //!
-//! Invariant: a prompt has the ids that `temper generate` gives it; a request that is refused has
-//! computed nothing.
+//! Invariant: a prompt has the same ids as in `temper generate`; a refused request has computed
+//! nothing.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,25 +20,26 @@ use crate::rollout::RequestOptions;
 use crate::rollout::sample::Sampling;
 use crate::rollout::stop::{StopStrings, special_ids};
 
-/// Choices of a prompt, stop texts and their bytes, most probable tokens that a request can ask for.
+/// The largest values that a request may have: choices per prompt, stop texts, their bytes, and
+/// most probable tokens.
 const MOST_CHOICES: i64 = 128;
 const MOST_STOPS: usize = 16;
 const MOST_STOP_BYTES: usize = 1024;
 const MOST_TOP: i64 = 20;
 /// OpenAI's default for completions.
 const DEFAULT_TOKENS: usize = 16;
-/// What changes nothing of an answer.
+/// Fields that have no effect on the answer.
 const WITHOUT_EFFECT: [&str; 6] =
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"];
 
-/// A prompt that is to be completed.
+/// A prompt to complete.
 pub(super) struct AskedPrompt {
     pub ids: Vec<u32>,
-    /// As it was given; None: as ids.
+    /// The text as it was given. None: the prompt was given as ids.
     pub text: Option<String>,
 }
 
-/// What a request asks for.
+/// A parsed request.
 pub(super) struct Asked {
     pub chat: bool,
     pub model: usize,
@@ -47,33 +48,33 @@ pub(super) struct Asked {
     pub options: RequestOptions,
     pub seeded: bool,
     pub stop: Vec<String>,
-    /// Tool calls in the text are told as such.
+    /// Whether tool calls in the text are reported as calls.
     pub calls: bool,
     pub echo: bool,
-    /// Tell log-probs, and those of so many of the most probable tokens.
+    /// Some: report log-probs, and those of this many of the most probable tokens.
     pub logprobs: Option<usize>,
     pub stream: bool,
-    /// A stream ends with the counts of tokens.
+    /// Whether the stream ends with token counts.
     pub stream_usage: bool,
 }
 
 impl Asked {
-    /// Completions to be made.
+    /// The number of completions to generate.
     pub fn choices(&self) -> usize {
         self.prompts.len() * self.n
     }
 
-    /// Whether tokens are wanted one by one.
+    /// Whether tokens must be sent one by one.
     pub fn each_token(&self) -> bool {
         self.stream || self.logprobs.is_some()
     }
 
-    /// Whether prompts are scored, and with how many of the most probable tokens.
+    /// Some if prompts are scored: the number of most probable tokens to report.
     pub fn score(&self) -> Option<usize> {
         self.logprobs.filter(|_| self.echo)
     }
 
-    /// Reads the body of a request.
+    /// Parses the body of a request.
     pub fn parse(
         models: &[Served],
         config: &ServeConfig,
@@ -158,18 +159,18 @@ impl Asked {
     }
 }
 
-/// The fields of one of the two.
+/// The fields that completions and chats do not share.
 struct OwnFields {
     prompts: Vec<AskedPrompt>,
     max_tokens: Option<usize>,
     default_tokens: usize,
     echo: bool,
     logprobs: Option<usize>,
-    /// The prompt names tools.
+    /// Whether the prompt lists tools.
     tools: bool,
 }
 
-/// The model of a name; the first where none is given.
+/// The index of the model with this name; the first model without a name.
 fn pick(models: &[Served], name: Option<String>) -> Result<usize, ApiError> {
     let Some(name) = name else { return Ok(0) };
     models.iter().position(|served| served.is(&name)).ok_or_else(|| {
@@ -195,7 +196,8 @@ fn sampling(f: &mut Fields, seed: Option<u64>) -> Result<Sampling, ApiError> {
     }
     let repetition_penalty = penalty.unwrap_or(1.0);
     let temperature = temperature.unwrap_or(1.0);
-    // The smallest that divides logits without an overflow; what is colder is greedy.
+    // Lower temperatures would overflow when logits are divided by them; sampling is greedy
+    // instead.
     if temperature < 1e-4 {
         return Ok(Sampling { repetition_penalty, ..Sampling::greedy() });
     }
@@ -257,7 +259,7 @@ fn chat_fields(f: &mut Fields, served: &Served, _n: usize) -> Result<OwnFields, 
             return Err(ApiError::field("top_logprobs", message));
         }
     };
-    f.ignore(&["parallel_tool_calls"]); // what the model writes is told
+    f.ignore(&["parallel_tool_calls"]); // calls are reported as the model writes them
     let is = |wanted: Value| move |v: &Value| *v == wanted;
     f.only("response_format", "{\"type\": \"text\"}", is(json!({ "type": "text" })))?;
     f.only("modalities", "[\"text\"]", is(json!(["text"])))?;
@@ -295,7 +297,7 @@ fn chat_fields(f: &mut Fields, served: &Served, _n: usize) -> Result<OwnFields, 
     })
 }
 
-/// Makes one text of a content in parts. Error: a part that is no text.
+/// Joins the parts of a message's content into one text. Error: a part is not text.
 fn one_text(i: usize, message: &mut Value) -> Result<(), ApiError> {
     let Some(content) = message.get_mut("content") else { return Ok(()) };
     let Value::Array(parts) = content else { return Ok(()) };
@@ -316,7 +318,7 @@ fn one_text(i: usize, message: &mut Value) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// The ids of a row, as every command makes them.
+/// The token ids of a row, computed as in every command.
 fn ids(
     served: &Served,
     i: usize,

@@ -1,6 +1,6 @@
-//! Log-probs of prompts: `echo` with `logprobs`. Layer 9.
+//! Log-probs of prompts, for `echo` with `logprobs`. Layer 9.
 //!
-//! Invariant: they have the bits of `temper score`.
+//! Invariant: they have the same bits as in `temper score`.
 
 use crate::autograd::Cx;
 use crate::error::Result;
@@ -9,21 +9,21 @@ use crate::model::decoder::Decoder;
 use crate::ops::head::head_logps;
 use crate::rollout::top_logps;
 
-/// Rows of logits that are made at once.
+/// Rows of logits that are computed at once.
 const ROWS: usize = 64;
 
 /// A prompt that waits to be scored.
 pub(super) struct ScoreTask {
-    /// Of the request.
+    /// Id of the request.
     pub id: u64,
     pub prompt: usize,
     pub model: usize,
     pub ids: Vec<u32>,
-    /// How many of the most probable tokens are told.
+    /// Number of most probable tokens to report.
     pub top: usize,
 }
 
-/// Of each token of a prompt but the first.
+/// Scores for each token of a prompt except the first.
 pub(super) struct PromptScores {
     pub logps: Vec<f32>,
     pub top: Vec<Vec<(u32, f32)>>,

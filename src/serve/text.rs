@@ -1,25 +1,25 @@
-//! The text of a completion as its tokens come: what can be shown, and where each token stands.
-//! Layer 9.
+//! The text of a completion while its tokens arrive: what can be shown, and the offset of each
+//! token. Layer 9.
 //!
-//! Invariant: the pieces that are shown are, together, the decoded text of all tokens up to the first
-//! stop text; nothing that may yet become a stop text is shown.
+//! Invariant: the shown pieces together are the decoded text of all tokens up to the first stop
+//! text. Text that may still become a stop text is not shown.
 
 use crate::data::tokenizer::{DecodeState, Tokenizer};
 use crate::error::Result;
 
 pub(super) struct ChoiceText {
     visible: DecodeState,
-    /// Special tokens included.
+    /// Includes special tokens.
     whole: DecodeState,
     stops: Vec<String>,
     held: String,
     stopped: bool,
-    /// Characters so far, those that are held back included.
+    /// Number of characters so far, including those held back.
     chars: usize,
 }
 
 impl ChoiceText {
-    /// Begins behind `chars` characters of other text.
+    /// An empty text that follows `chars` characters of other text.
     pub fn new(stops: &[String], chars: usize) -> ChoiceText {
         ChoiceText {
             visible: DecodeState::new(true),
@@ -31,20 +31,21 @@ impl ChoiceText {
         }
     }
 
-    /// Adds a token; returns the text that it lets be shown.
+    /// Adds a token and returns the text that can be shown now.
     pub fn push(&mut self, tokenizer: &Tokenizer, token: u32) -> Result<String> {
         let new = self.visible.push(tokenizer, token)?;
         self.chars += new.chars().count();
         Ok(self.show(&new))
     }
 
-    /// All tokens at once, in place of each [`ChoiceText::push`]; returns all that can be shown.
+    /// Adds all tokens at once instead of one by one with [`ChoiceText::push`]; returns the whole
+    /// shown text.
     pub fn whole(&mut self, tokenizer: &Tokenizer, ids: &[u32]) -> Result<String> {
         let text = self.show(&tokenizer.decode(ids, true)?);
         Ok(if self.stopped { text } else { text + &std::mem::take(&mut self.held) })
     }
 
-    /// What is left at the end.
+    /// The remaining text at the end.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
         let new = self.visible.finish(tokenizer)?;
         let mut text = self.show(&new);
@@ -54,8 +55,9 @@ impl ChoiceText {
         Ok(text)
     }
 
-    /// The text of a token, special or not, and the characters before it. To be asked before it is
-    /// pushed. A character of several tokens is in the piece of its last one.
+    /// The text of a token, special or not, and the number of characters before it. Call it before
+    /// pushing the token. A character that consists of several tokens is in the piece of the last
+    /// one.
     pub fn piece(&mut self, tokenizer: &Tokenizer, token: u32) -> Result<(String, usize)> {
         Ok((self.whole.push(tokenizer, token)?, self.chars))
     }

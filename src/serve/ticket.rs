@@ -1,7 +1,7 @@
-//! What all threads share, and a request's place in it. Layer 9.
+//! The state that all threads share, and the registration of a request in it. Layer 9.
 //!
-//! Invariant: a ticket counts its sequences from its issue to its drop, and a request whose ticket is
-//! dropped before its end is cancelled.
+//! Invariant: a ticket counts its sequences from its creation until it is dropped. Dropping it
+//! before the request has ended cancels the request.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -20,14 +20,14 @@ pub(super) struct App {
     pub config: ServeConfig,
     pub metrics: Arc<Metrics>,
     jobs: mpsc::Sender<Job>,
-    /// New requests are refused.
+    /// Whether new requests are refused.
     pub draining: AtomicBool,
-    /// Requests that are being read, worked on or answered.
+    /// Requests that are being read, processed or answered.
     pub active: AtomicUsize,
     /// Sequences that run or wait.
     sequences: AtomicUsize,
     next: AtomicU64,
-    /// Seconds since 1970.
+    /// Start time in seconds since 1970.
     pub started: u64,
 }
 
@@ -46,7 +46,7 @@ impl App {
         }
     }
 
-    /// Takes a request of so many sequences in, if there is room.
+    /// Registers a request of `sequences` sequences. Error: the queue has no room.
     pub fn ticket(self: &Arc<App>, sequences: usize, began: Instant) -> Result<Ticket, ApiError> {
         let most = self.config.max_sequences + self.config.max_queue;
         if sequences > most {
@@ -67,7 +67,7 @@ impl App {
         Ok(Ticket { app: self.clone(), id, sequences, began, ended: false })
     }
 
-    /// Hands a job to the worker. Error: it is gone.
+    /// Sends a job to the worker. Error: the worker has ended.
     pub fn send(&self, job: Job) -> Result<(), ApiError> {
         self.jobs.send(job).map_err(|_| ApiError::internal("the server is stopping"))
     }
@@ -82,7 +82,7 @@ pub(super) struct Ticket {
     pub id: u64,
     sequences: usize,
     pub began: Instant,
-    /// Nothing is left to cancel.
+    /// Whether nothing is left to cancel.
     pub ended: bool,
 }
 
@@ -92,13 +92,13 @@ impl Drop for Ticket {
         self.app.metrics.request_time.observe(self.began.elapsed());
         if !self.ended {
             self.app.metrics.cancelled.fetch_add(1, Ordering::Relaxed);
-            // Nobody is there to cancel it where this fails.
+            // If this fails, the worker has ended and there is nothing to cancel.
             let _ = self.app.send(Job::Cancel(self.id));
         }
     }
 }
 
-/// Counts a request as active for as long as it lives.
+/// Counts a request as active until it is dropped.
 pub(super) struct ActiveRequest(Arc<App>);
 
 impl ActiveRequest {

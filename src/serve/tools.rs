@@ -1,7 +1,7 @@
 //! Tool calls in the text of a chat's answer. Layer 9.
 //!
-//! Invariant: text that is no whole call stays text, byte for byte; what is streamed and what a whole
-//! answer says are the same.
+//! Invariant: text that is not a complete call stays text, byte for byte. A stream and a complete
+//! answer report the same.
 
 use serde_json::{Map, Value, json};
 
@@ -11,8 +11,8 @@ use crate::data::tokenizer::Tokenizer;
 const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
 
-/// Whether the model's template asks for calls as JSON objects between tags, the form of Hermes,
-/// Qwen and SmolLM3, and the tags are seen in a decoded text. Other forms are left as text.
+/// Whether the model's template asks for calls as JSON objects between tags (the format of Hermes,
+/// Qwen and SmolLM3) and decoded text shows the tags. Other formats stay text.
 pub(super) fn reads_calls(served: &Served) -> bool {
     let template = served.text.template.as_ref().and_then(|t| t.pick(true).ok());
     let shown = |tag: &str, tokenizer: &Tokenizer| {
@@ -28,10 +28,10 @@ pub(super) fn reads_calls(served: &Served) -> bool {
     })
 }
 
-/// A call that a choice has made.
+/// A call in a choice.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct ToolCall {
-    /// Among those of its choice.
+    /// Index among the calls of its choice.
     pub index: usize,
     pub name: String,
     /// JSON
@@ -39,7 +39,7 @@ pub(super) struct ToolCall {
 }
 
 impl ToolCall {
-    /// As it stands in a message; `id` is the answer's own.
+    /// The call in a message's format, with the id `id`.
     pub fn json(&self, id: &str) -> Value {
         json!({
             "id": id, "type": "function",
@@ -48,7 +48,7 @@ impl ToolCall {
     }
 }
 
-/// The text of a choice as it comes, parted into content and calls.
+/// Splits the text of a choice into content and calls while it arrives.
 #[derive(Default)]
 pub(super) struct CallReader {
     held: String,
@@ -56,7 +56,7 @@ pub(super) struct CallReader {
 }
 
 impl CallReader {
-    /// Adds text; returns the content and the calls that are whole by now.
+    /// Adds text; returns the content and the calls that are complete now.
     pub fn push(&mut self, text: &str) -> (String, Vec<ToolCall>) {
         self.held += text;
         let (mut content, mut calls) = (String::new(), Vec::new());
@@ -66,7 +66,7 @@ impl CallReader {
             let end = close + CLOSE.len();
             match call(&self.held[inside..close]) {
                 Some((name, arguments)) => {
-                    // Space before a call only sets it apart.
+                    // White space before a call only separates it.
                     content += self.held[..open].trim_end();
                     calls.push(ToolCall { index: self.calls, name, arguments });
                     self.calls += 1;
@@ -81,7 +81,7 @@ impl CallReader {
         (content, calls)
     }
 
-    /// What is left at the end.
+    /// The remaining content at the end.
     pub fn finish(&mut self) -> String {
         let rest = std::mem::take(&mut self.held);
         match self.calls > 0 && rest.trim().is_empty() {
@@ -94,7 +94,8 @@ impl CallReader {
         self.calls > 0
     }
 
-    /// Bytes of `held` that no later text can make a part of a call, or of the space before one.
+    /// Number of bytes of `held` that cannot become part of a call, or of the white space before
+    /// one.
     fn shown(&self) -> usize {
         let held = &self.held;
         let open = held.find(OPEN).unwrap_or_else(|| {
@@ -105,15 +106,15 @@ impl CallReader {
     }
 }
 
-/// Name and arguments of a call; None: it is none.
+/// Name and arguments of a call. None: the text is not a call.
 fn call(text: &str) -> Option<(String, String)> {
     let call: Map<String, Value> = serde_json::from_str(text.trim()).ok()?;
     let (name, arguments) = (call.get("name")?.as_str()?, call.get("arguments")?);
     arguments.is_object().then(|| (name.to_string(), arguments.to_string()))
 }
 
-/// Makes objects of the arguments that calls in `message` have as text: OpenAI's clients send text,
-/// templates take objects.
+/// Converts the arguments of the calls in `message` from text to objects: OpenAI's clients send
+/// text, but templates expect objects.
 pub(super) fn arguments_to_objects(message: &mut Value) {
     let Some(calls) = message.get_mut("tool_calls").and_then(Value::as_array_mut) else { return };
     for call in calls {
@@ -129,7 +130,7 @@ pub(super) fn arguments_to_objects(message: &mut Value) {
 mod tests {
     use super::*;
 
-    /// Content and calls of a text that comes in pieces of `n` characters.
+    /// Content and calls of a text that arrives in pieces of `n` characters.
     fn read(text: &str, n: usize) -> (String, Vec<(String, String)>) {
         let (mut reader, mut content, mut calls) =
             (CallReader::default(), String::new(), Vec::new());

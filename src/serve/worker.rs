@@ -1,7 +1,8 @@
-//! The thread that computes: continuous batching of all requests, an engine for each name. Layer 9.
+//! The thread that computes: continuous batching of all requests, with one engine per name.
+//! Layer 9.
 //!
-//! Invariant: requests join at the next step and leave when they end or are cancelled; a failure
-//! ends the requests it is of, and the worker goes on.
+//! Invariant: requests join at the next step and leave when they end or are cancelled. A failure
+//! ends only the affected requests, and the worker continues.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -21,7 +22,7 @@ use crate::model::kv::PAGE;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{Completion, Engine, EngineOptions, Request, RequestOptions, Stepped};
 
-/// Sequence numbers lie below.
+/// Upper bound of sequence numbers.
 const NUMBERS: u32 = 1 << 31;
 
 pub(super) struct Worker {
@@ -32,16 +33,16 @@ pub(super) struct Worker {
     scoring: VecDeque<ScoreTask>,
     open: HashMap<u64, OpenRequest>,
     step_tokens: usize,
-    /// Of requests that chose none, whose sequences are numbered through.
+    /// The seed of requests that chose none; their sequences are numbered consecutively.
     seed: u64,
     next_number: u32,
 }
 
-/// What runs under one name.
+/// The model and the running requests of one name.
 struct Line {
     decoder: Decoder,
     engine: Engine,
-    /// By the engine's number of a request: one of our prompts.
+    /// The prompt of each request of the engine, by the engine's number.
     prompts: HashMap<usize, RunningPrompt>,
 }
 
@@ -57,13 +58,13 @@ struct OpenRequest {
     prompts: Vec<Vec<u32>>,
     n: usize,
     options: RequestOptions,
-    /// Number of its first sequence.
+    /// Number of the first sequence.
     number: u32,
     events: UnboundedSender<Event>,
     each_token: bool,
-    /// No token was told yet.
+    /// Whether no token was sent yet.
     first_token: bool,
-    /// Prompts that are not done.
+    /// Number of unfinished prompts.
     left: usize,
 }
 
@@ -100,7 +101,7 @@ impl Worker {
         })
     }
 
-    /// Works until nobody can ask for anything any more.
+    /// Works until all senders of jobs are gone.
     pub fn run(&mut self) {
         loop {
             let idle = self.scoring.is_empty() && self.lines.iter().all(|l| !l.engine.has_work());
@@ -174,7 +175,7 @@ impl Worker {
         }
     }
 
-    /// Gives a prompt to its engine.
+    /// Submits a prompt to its engine.
     fn generate(&mut self, id: u64, prompt: usize) {
         let Some(open) = self.open.get(&id) else { return };
         let line = &mut self.lines[open.model];
@@ -188,7 +189,7 @@ impl Worker {
         }
     }
 
-    /// Scores the prompts that have waited longest, of one model, as many as go in at once.
+    /// Scores the prompts that have waited longest: as many of one model as fit into a step.
     fn score(&mut self) {
         let Some(model) = self.scoring.front().map(|task| task.model) else { return };
         let (mut tasks, mut tokens) = (Vec::new(), 0);
@@ -241,14 +242,14 @@ impl Worker {
         }
     }
 
-    /// Events of a step go to those who asked. Where nobody listens any more, a cancellation is on
-    /// its way.
+    /// Sends the events of a step to the requests. A failed send is ignored: the client has
+    /// disconnected, and a cancellation will follow.
     fn tell(&mut self, line: usize, stepped: Stepped) {
         self.metrics.completion_tokens.fetch_add(stepped.tokens.len() as u64, Relaxed);
         for sampled in stepped.tokens {
             let Some(running) = self.lines[line].prompts.get(&sampled.request) else { continue };
             let Some(open) = self.open.get_mut(&running.id) else { continue };
-            // To wake the thread that answers for each token costs more than a small model's step.
+            // Waking the answering thread for each token would cost more than a small model's step.
             if !std::mem::take(&mut open.first_token) && !open.each_token {
                 continue;
             }
@@ -287,7 +288,7 @@ impl Worker {
         self.close(id);
     }
 
-    /// Forgets a request, whatever has become of it.
+    /// Drops a request in any state.
     fn close(&mut self, id: u64) {
         let Some(open) = self.open.remove(&id) else { return };
         self.scoring.retain(|task| task.id != id);

@@ -1,4 +1,4 @@
-//! The shape of a tensor, held in place: cloning a tensor asks for no memory. Layer 1.
+//! The shape of a tensor, stored inline, so that cloning a tensor allocates nothing. Layer 1.
 //!
 //! Invariant: at most [`Dims::MOST`] dimensions.
 
@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut};
 
 use crate::error::{Error, Result};
 
-/// Dimensions of a tensor; used as a slice.
+/// The dimensions of a tensor; dereferences to a slice.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Dims {
     count: u8,
@@ -17,7 +17,7 @@ pub struct Dims {
 impl Dims {
     pub const MOST: usize = 4;
 
-    /// Error: more than [`Dims::MOST`] dimensions.
+    /// Error: `shape` has more than [`Dims::MOST`] dimensions.
     pub fn of(shape: &[usize]) -> Result<Dims> {
         let mut sizes = [0; Dims::MOST];
         match sizes.get_mut(..shape.len()) {

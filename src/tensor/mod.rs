@@ -1,8 +1,8 @@
 //! Views of device memory. Layer 1.
 //!
 //! Invariant: a [`Tensor`] is a block, an offset, a dtype, a shape and a row stride; its last
-//! dimension is contiguous. Cloning one clones a handle. The memory goes back to the pool when the
-//! last view of it is dropped.
+//! dimension is contiguous. A clone shares the memory, which returns to the pool when the last view
+//! is dropped.
 
 mod dims;
 pub mod safetensors;
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 
 pub use dims::Dims;
 
-/// A set of parameters that has its own weights and, where it is trained, its own gradients.
+/// A set of parameters with weights of its own and, if it is trained, gradients of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ParamSetId {
     Model,
@@ -34,7 +34,7 @@ impl ParamSetId {
     pub const COUNT: usize = 5;
 }
 
-/// What a tensor is to the tape: a constant, a value of the tape, or a parameter.
+/// The role of a tensor on the tape: a constant, a value of the tape, or a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Id {
     Constant,
@@ -52,7 +52,7 @@ pub struct Tensor {
     id: Id,
 }
 
-/// A tensor's values on their way to the host.
+/// A copy of a tensor to the host that has begun.
 pub struct PendingDownload {
     device: Arc<dyn Device>,
     bytes: usize,
@@ -60,7 +60,8 @@ pub struct PendingDownload {
 }
 
 impl PendingDownload {
-    /// The values. Waits for the copy, not for what was queued after it.
+    /// The values. Waits for the copy, but not for work that was queued after it. `T` has the
+    /// dtype's size.
     pub fn wait<T: Pod>(mut self) -> Result<Vec<T>> {
         let mut out = vec![T::zeroed(); self.bytes / size_of::<T>()];
         if let Some(download) = self.download.take() {
@@ -73,13 +74,14 @@ impl PendingDownload {
 impl Drop for PendingDownload {
     fn drop(&mut self) {
         if let Some(download) = self.download.take() {
-            // Nobody wants it; an error belongs to work before and comes back at the next call.
+            // Nobody reads the values. An error belongs to earlier work, and the next call returns
+            // it again.
             let _ = self.device.end_download(download, &mut []);
         }
     }
 }
 
-/// Marks a kernel argument as written.
+/// Marks the tensor of a kernel argument as written.
 #[derive(Clone, Copy)]
 pub struct Out<'a>(pub &'a Tensor);
 
@@ -98,7 +100,7 @@ impl Tensor {
         })
     }
 
-    /// Host values to a new tensor. `T` has the dtype's size.
+    /// A new tensor with the values of `data`. `T` has the dtype's size.
     pub fn from_host<T: Pod>(
         pool: &Arc<Pool>,
         name: &str,
@@ -111,7 +113,7 @@ impl Tensor {
         Ok(t)
     }
 
-    /// f32 values to a new tensor of `dtype` F32 or BF16 (rounded to nearest even).
+    /// A new tensor of `dtype` F32 or BF16 with the values of `data` (rounded to nearest even).
     pub fn from_f32(
         pool: &Arc<Pool>,
         name: &str,
@@ -128,7 +130,7 @@ impl Tensor {
         }
     }
 
-    /// Overwrites a contiguous tensor with host values.
+    /// Overwrites a contiguous tensor with host values. Error: the sizes differ.
     pub fn upload<T: Pod>(&self, data: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         if bytes.len() != self.numel() * self.dtype.size() || !self.is_contiguous() {
@@ -144,8 +146,7 @@ impl Tensor {
         unsafe { self.device().upload(self.address(), bytes) }
     }
 
-    /// The values as they lie on the device; `T` has the dtype's size. Waits for all work before
-    /// it.
+    /// The values in the tensor's dtype; `T` has its size. Waits for all earlier work.
     pub fn to_vec<T: Pod>(&self) -> Result<Vec<T>> {
         if size_of::<T>() != self.dtype.size() {
             return Err(Error::Device(format!(
@@ -170,8 +171,8 @@ impl Tensor {
         Ok(out)
     }
 
-    /// Queues a copy of a contiguous tensor to the host behind all work so far, and waits for
-    /// nothing: what is queued later may overwrite the tensor.
+    /// Queues a copy of a contiguous tensor to the host behind all earlier work and returns at
+    /// once. Work that is queued later may overwrite the tensor.
     pub fn begin_download(&self) -> Result<PendingDownload> {
         if !self.is_contiguous() {
             return Err(Error::Device(format!("{self:?} has gaps: it cannot be read in one copy")));
@@ -185,12 +186,12 @@ impl Tensor {
         })
     }
 
-    /// The bytes of a contiguous tensor as they lie; [`Tensor::upload`] takes them back.
+    /// The bytes of a contiguous tensor, in the format that [`Tensor::upload`] reads.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         self.view(0, DType::U8, &[self.bytes()])?.to_vec()
     }
 
-    /// F32 or BF16 values as f32.
+    /// The values of an F32 or BF16 tensor as f32.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         match self.dtype {
             DType::BF16 => Ok(self.to_vec::<bf16>()?.into_iter().map(|v| v.to_f32()).collect()),
@@ -210,7 +211,7 @@ impl Tensor {
         unsafe { self.device().fill(self.address(), 0, self.numel() * self.dtype.size()) }
     }
 
-    /// Copies a contiguous tensor of the same size and dtype.
+    /// Copies `src`, which has the same size and dtype. Both are contiguous.
     pub fn copy_from(&self, src: &Tensor) -> Result<()> {
         if self.dtype != src.dtype
             || self.numel() != src.numel()
@@ -229,8 +230,7 @@ impl Tensor {
 
     // --- views ---
 
-    /// The same memory under another shape. The last dimension of a strided view must stay as it
-    /// is.
+    /// The same memory with another shape. The last dimension of a strided view must not change.
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         let last = *shape.last().unwrap_or(&1);
         if shape.iter().product::<usize>() != self.numel()
@@ -272,7 +272,8 @@ impl Tensor {
         })
     }
 
-    /// `bytes..` of this tensor's memory as another dtype: how parameters share one arena.
+    /// A view of this memory with another dtype and shape, from `byte_offset` on. Parameters share
+    /// one arena this way. Error: the view exceeds the block.
     pub fn view(&self, byte_offset: usize, dtype: DType, shape: &[usize]) -> Result<Tensor> {
         let bytes = shape.iter().product::<usize>() * dtype.size();
         if self.offset + byte_offset + bytes > self.block.bytes() {
@@ -301,7 +302,7 @@ impl Tensor {
         Out(self)
     }
 
-    // --- what it is ---
+    // --- properties ---
 
     pub fn id(&self) -> Id {
         self.id
@@ -319,7 +320,7 @@ impl Tensor {
         &self.shape
     }
 
-    /// The shape as a value.
+    /// The shape as a `Copy` value.
     pub fn dims(&self) -> Dims {
         self.shape
     }
@@ -333,7 +334,7 @@ impl Tensor {
         *self.shape.last().unwrap_or(&1)
     }
 
-    /// All dimensions but the last, multiplied.
+    /// The product of all dimensions but the last.
     pub fn row_count(&self) -> usize {
         self.shape[..self.shape.len().saturating_sub(1)].iter().product()
     }

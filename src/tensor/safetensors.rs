@@ -1,8 +1,8 @@
-//! safetensors files: memory-mapped in, streamed out. Layer 1.
+//! safetensors files: reading maps them, writing streams them. Layer 1.
 //!
-//! Invariant: a tensor that [`SafeFolder::get`] returns has exactly the bytes that its dtype and
-//! shape say, in a file whose header was checked; whatever else the bytes are (NaN, another model's
-//! shapes) is for the reader to check.
+//! Invariant: the bytes of a tensor that [`SafeFolder::get`] returns agree with its dtype and
+//! shape, and the header of its file was checked. The caller checks everything else (NaN, the
+//! shapes of another model).
 
 mod write;
 
@@ -22,8 +22,7 @@ pub use write::{TensorSpec, write};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// What a tensor's values are stored as. The engine computes from the first three; the others are
-/// named in errors.
+/// The stored dtype of a tensor. The engine reads the first three; errors name the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostDtype {
     F32,
@@ -33,7 +32,7 @@ pub enum HostDtype {
 }
 
 impl HostDtype {
-    /// Name as in a safetensors header: `F32`, `BF16`, `I64` ...
+    /// Name in a safetensors header: `F32`, `BF16`, `I64` ...
     pub fn name(self) -> String {
         match self {
             HostDtype::F32 => "F32".into(),
@@ -43,7 +42,7 @@ impl HostDtype {
         }
     }
 
-    /// Name as in config.json (`float32`, `float16`, `bfloat16`).
+    /// Name in config.json: `float32`, `float16`, `bfloat16`. None for other dtypes.
     pub fn torch_name(self) -> Option<&'static str> {
         match self {
             HostDtype::F32 => Some("float32"),
@@ -53,7 +52,8 @@ impl HostDtype {
         }
     }
 
-    /// The dtype of a config.json's `dtype` or `torch_dtype`, with or without `torch.` before it.
+    /// The dtype that `dtype` or `torch_dtype` of a config.json names, with or without the prefix
+    /// `torch.`.
     pub fn from_torch_name(name: &str) -> Option<Self> {
         match name.strip_prefix("torch.").unwrap_or(name) {
             "float32" | "float" => Some(HostDtype::F32),
@@ -63,7 +63,7 @@ impl HostDtype {
         }
     }
 
-    /// Bytes of one value; None for what the engine does not compute from.
+    /// Bytes of one value. None for a dtype that the engine does not read.
     pub fn size(self) -> Option<usize> {
         match self {
             HostDtype::F32 => Some(4),
@@ -72,7 +72,7 @@ impl HostDtype {
         }
     }
 
-    /// Values as little-endian bytes of this dtype, rounded to nearest even. Error for
+    /// The values as little-endian bytes of this dtype, rounded to nearest even. Error:
     /// [`HostDtype::Other`].
     pub fn encode(self, values: &[f32]) -> Result<Vec<u8>> {
         Ok(match self {
@@ -100,14 +100,14 @@ impl HostDtype {
     }
 }
 
-/// One tensor of a mapped file. `bytes` may lie at any address: read it through the methods.
+/// One tensor of a mapped file. `bytes` may be unaligned: read them through the methods.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
     pub name: &'a str,
     pub dtype: HostDtype,
     pub shape: &'a [usize],
     pub bytes: &'a [u8], // dtype.size() x product of shape, little-endian, row-major
-    pub path: &'a Path,  // the file it lies in, for messages
+    pub path: &'a Path,  // file of the tensor, for messages
 }
 
 impl TensorView<'_> {
@@ -120,8 +120,8 @@ impl TensorView<'_> {
         self.len() == 0
     }
 
-    /// Widens into `out` `[len]`. Exact for all three dtypes. Errors: another dtype, another
-    /// length.
+    /// Converts to f32 into `out` `[len]`. Exact for all three dtypes. Errors: another dtype,
+    /// another length.
     pub fn to_f32_into(&self, out: &mut [f32]) -> Result<()> {
         if out.len() != self.len() {
             let message =
@@ -146,8 +146,8 @@ impl TensorView<'_> {
         Ok(())
     }
 
-    /// Index (row-major) of the first NaN or infinity. None also for dtypes that the engine does
-    /// not read.
+    /// Row-major index of the first NaN or infinity. None also for dtypes that the engine does not
+    /// read.
     pub fn first_non_finite(&self) -> Option<usize> {
         first_non_finite(self.dtype, self.bytes)
     }
@@ -156,9 +156,9 @@ impl TensorView<'_> {
 /// Index of the first NaN or infinity among little-endian values of `dtype`.
 pub fn first_non_finite(dtype: HostDtype, bytes: &[u8]) -> Option<usize> {
     fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
-        const BLOCK: usize = 4096; // a block without a branch inside, so that the compiler vectorises
+        const BLOCK: usize = 4096; // no branch within a block, so that the compiler vectorises
         let blocks = bytes.as_chunks::<N>().0.par_chunks(BLOCK).with_min_len(16).enumerate();
-        // Threads also share the work of the page faults of a file that is read for the first time.
+        // The threads also share the page faults of a file that is read for the first time.
         blocks
             .filter_map(|(i, block)| {
                 let any = block.iter().fold(false, |any, b| any | bad(*b));
@@ -189,7 +189,7 @@ struct Entry {
     end: usize,
 }
 
-/// All tensors of a model folder, or of one file, mapped.
+/// All tensors of a model folder or of one file, mapped.
 #[derive(Debug)]
 pub struct SafeFolder {
     path: PathBuf,
@@ -199,10 +199,11 @@ pub struct SafeFolder {
 }
 
 impl SafeFolder {
-    /// `dir/model.safetensors` if it is there, else the shards that
-    /// `dir/model.safetensors.index.json` names. Errors: neither is there; a file is truncated or
-    /// its header lies; a name in two shards; a name that the index promises and its shard lacks.
-    /// Names that only a shard has are kept: the caller compares with what it expects.
+    /// Opens `dir/model.safetensors` if it exists, else the shards that
+    /// `dir/model.safetensors.index.json` names. Errors: neither exists; a file is truncated or
+    /// contradicts its header; two shards hold the same name; a shard lacks a name that the index
+    /// promises. Names that only a shard has are kept: the caller compares the names with those it
+    /// expects.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         if !dir.is_dir() {
@@ -252,7 +253,7 @@ impl SafeFolder {
         Ok(folder)
     }
 
-    /// One file by its own name (an adapter, an optimizer state). Errors as in
+    /// Opens one file by its own name (an adapter, an optimizer state). Errors: see
     /// [`open`](Self::open).
     pub fn open_file(path: impl AsRef<Path>) -> Result<Self> {
         let mut folder = Self::empty(path.as_ref());
@@ -272,7 +273,7 @@ impl SafeFolder {
         self.entries.keys().map(String::as_str)
     }
 
-    /// The header's `__metadata__`; of shards, the union (the first shard that has a key wins).
+    /// The header's `__metadata__`. For shards the union; the first shard with a key wins.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
@@ -352,8 +353,8 @@ fn has_pickles(dir: &Path) -> bool {
     files.map(|f| f.file_name()).any(|n| Path::new(&n).extension().is_some_and(|e| e == "bin"))
 }
 
-/// `weight_map` of an index: tensor name to file name, which must be a plain name in the same
-/// folder.
+/// The `weight_map` of an index: from tensor name to file name, which must be a plain name in the
+/// same folder.
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
@@ -379,7 +380,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(index.weight_map)
 }
 
-/// A message for a file that the header check refused, with the sizes that disagree.
+/// The error for a file that the header check refused, with the sizes that disagree.
 fn broken(path: &Path, bytes: &[u8], error: &::safetensors::SafeTensorError) -> Error {
     let again = "download or save it again";
     if bytes.starts_with(b"version https://git-lfs") {

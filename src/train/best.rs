@@ -1,8 +1,8 @@
-//! The best evaluation of a run so far, and whether the run should end. Layer 8.
+//! The best evaluation of a run so far, and early stopping. Layer 8.
 //!
-//! Invariant: the rules are those of transformers 5.17: an evaluation is held against the best
-//! before it; a metric that is NaN is never better. What a checkpoint keeps has the bits of what
-//! was compared.
+//! Invariant: the rules are those of transformers 5.17: an evaluation is compared with the best
+//! earlier one, and a NaN is never better. A checkpoint keeps the exact bits of the compared
+//! values.
 
 use serde_json::{Value, json};
 
@@ -10,21 +10,21 @@ use crate::config::BestModelOptions;
 use crate::error::{Error, Result};
 use crate::methods::Metric;
 
-/// What is known of the evaluations of a run.
+/// The state of the comparison of evaluations.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BestModel {
-    /// Of the best evaluation; None before the first.
+    /// The metric of the best evaluation; None before the first.
     metric: Option<f64>,
-    /// The step of the best evaluation; 0: none was better than nothing.
+    /// The step of the best evaluation; 0 if none was better than the initial value.
     step: u64,
     /// The step of the best checkpoint that was saved.
     saved: Option<u64>,
-    /// Evaluations in a row that did not improve.
+    /// Consecutive evaluations without an improvement.
     misses: u64,
 }
 
 impl BestModel {
-    /// Takes an evaluation of step `step`; names are without the `eval_` in front. Error: the
+    /// Records an evaluation at step `step`; metric names lack the prefix `eval_`. Error: the
     /// metric is not among them.
     pub fn take(
         &mut self,
@@ -57,19 +57,19 @@ impl BestModel {
         Ok(())
     }
 
-    /// The checkpoint that must be kept.
+    /// The step of the checkpoint that must be kept.
     pub fn kept(&self, options: &BestModelOptions) -> Option<u64> {
         self.saved.filter(|_| options.load_best_model_at_end)
     }
 
-    /// `checkpoint-STEP` is being written: it is the best one if its evaluation was.
+    /// Notes that `checkpoint-STEP` is being written: it is the best one if its evaluation was.
     pub fn saving(&mut self, step: u64) {
         if self.step == step && step > 0 {
             self.saved = Some(step);
         }
     }
 
-    /// Whether the run ends here.
+    /// Whether early stopping ends the run.
     pub fn ends(&self, options: &BestModelOptions) -> bool {
         options.early_stopping_patience.is_some_and(|patience| self.misses >= patience as u64)
     }
@@ -79,7 +79,7 @@ impl BestModel {
         self.saved
     }
 
-    /// The best metric, its step, and evaluations since then.
+    /// The best metric and its step as text for a message.
     pub fn told(&self, options: &BestModelOptions) -> String {
         format!(
             "{} was {} at step {}",
@@ -89,23 +89,23 @@ impl BestModel {
         )
     }
 
-    /// How many evaluations in a row did not improve.
+    /// The number of consecutive evaluations without an improvement.
     pub fn misses(&self) -> u64 {
         self.misses
     }
 
-    /// For trainer_state.json: the best metric and its step.
+    /// The best metric and its step, for trainer_state.json.
     pub fn shown(&self) -> (Value, Value) {
         let metric = self.metric.filter(|v| v.is_finite());
         (json!(metric), if self.step > 0 { json!(self.step) } else { Value::Null })
     }
 
-    /// For a checkpoint.
+    /// The state for a checkpoint.
     pub fn state(&self) -> Value {
         json!({ "metric": self.metric.map(f64::to_bits), "step": self.step, "saved": self.saved, "misses": self.misses })
     }
 
-    /// What [`BestModel::state`] gave; of a checkpoint without it, nothing is known.
+    /// The state from [`BestModel::state`]; the initial state if the checkpoint has none.
     pub fn from_state(state: &Value) -> BestModel {
         let number = |key: &str| state[key].as_u64();
         BestModel {
@@ -130,7 +130,7 @@ mod tests {
         }
     }
 
-    /// Steps at which the run was best, and the evaluation after which it ends.
+    /// The best step after each evaluation, and the evaluation that ends the run.
     fn run(options: &BestModelOptions, values: &[f64]) -> (Vec<u64>, Option<usize>) {
         let (mut best, mut steps) = (BestModel::default(), Vec::new());
         for (i, value) in values.iter().enumerate() {
@@ -147,10 +147,11 @@ mod tests {
 
     #[test]
     fn evaluations_are_compared_as_transformers_compares_them() {
-        // Values and ends as transformers 5.17's EarlyStoppingCallback gives them.
+        // Values and ends from transformers 5.17's EarlyStoppingCallback.
         let falling = [3.0, 2.0, 2.5, 1.9, 1.95, 1.92, 1.0];
         assert_eq!(run(&options(2, 0.0, "loss"), &falling), (vec![1, 2, 2, 4, 4, 4], Some(5)));
-        // 1.9 is better than 2.0, but by no more than the threshold: the best moves, the count goes on.
+        // 1.9 is better than 2.0, but not by more than the threshold: the best moves, but the count
+        // goes on.
         assert_eq!(run(&options(2, 0.2, "eval_loss"), &falling), (vec![1, 2, 2, 4], Some(3)));
         let nan = [f64::NAN, 2.0, f64::NAN, 1.0];
         assert_eq!(run(&options(2, 0.0, "loss"), &nan), (vec![0, 2, 2, 4], None));

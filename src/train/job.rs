@@ -1,7 +1,7 @@
-//! A whole training job: from a model folder, rows and keys to a trained folder. Layer 8.
+//! A training job: from a model folder, rows and options to a trained folder. Layer 8.
 //!
-//! Invariant: every command and every stage of the quickstart goes through here; what differs is
-//! the method's options.
+//! Invariant: every training command and every stage of the quickstart runs through here; they
+//! differ only in the options of the method.
 
 #![deny(missing_docs)]
 
@@ -34,56 +34,56 @@ use crate::report::MaskRow;
 use crate::rewards::RewardFunction;
 use crate::signals::Stop;
 
-/// What a run is made of.
+/// The inputs of a run.
 pub struct Job<'a> {
     /// All options.
     pub run: &'a MethodRun,
     /// The model's folder.
     pub model: &'a Path,
-    /// An adapter to train further.
+    /// An adapter folder to train further.
     pub adapter: Option<&'a Path>,
-    /// New weights where the folder has none.
+    /// Whether to use new weights, if the folder has none.
     pub fresh: bool,
-    /// Rows to train on and to evaluate on.
+    /// The rows for training and evaluation.
     pub rows: JobRows<'a>,
-    /// Rewards of the program itself, beside those of the options.
+    /// Rewards that are functions of the program, in addition to those of the options.
     pub rewards: &'a [RewardFunction],
-    /// Where the run is written.
+    /// The output folder.
     pub folder: &'a RunFolder,
-    /// The command that started the run, for config.toml.
+    /// The command that started the run; recorded in config.toml.
     pub command: &'a str,
-    /// Ends the run with a checkpoint.
+    /// Ends the run with a checkpoint when requested.
     pub stop: Stop,
 }
 
-/// Where the rows of a job come from.
+/// The source of a job's rows.
 #[derive(Clone, Copy)]
 pub enum JobRows<'a> {
-    /// They are read, or taken as an earlier run has tokenised them.
+    /// Files to read, unless an earlier run has cached their tokenised rows.
     Files(&'a RunFiles),
-    /// They are here.
+    /// Rows in memory.
     Given(&'a RunRows),
 }
 
-/// A job that has ended. The context comes back for the next.
+/// The result of a finished job. The context can be reused for the next job.
 pub struct FinishedJob {
     /// The context that the job ran on.
     pub cx: Cx,
     /// Optimizer steps of the run.
     pub total_steps: u64,
-    /// Tokens and the last loss.
+    /// Counters, times and final metrics.
     pub summary: Summary,
-    /// Bytes at the peak, as they were planned.
+    /// The planned peak memory in bytes.
     pub planned: usize,
 }
 
-/// Runs a job to its end. Errors: see [`Run::train`]; also
-/// everything that does not fit together, before the first step.
+/// Runs a job to its end. Errors: see [`Run::train`]; inconsistent options, files and data are
+/// errors before the first step.
 pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     let (run, dir) = (job.run, job.model);
     let observer = cx.observer.clone();
     cx.stop = job.stop.clone();
-    // A resumed run shows its templates the date of its start.
+    // The templates of a resumed run show the date of the original start.
     let began = job.folder.resume().map(|found| started(&found.path)).transpose()?.flatten();
     let weights = if job.fresh { Weights::NotNeeded } else { Weights::Needed };
     let setup = RunSetup::open(run, dir, job.adapter, weights, began)?;
@@ -122,7 +122,8 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     )?;
     let longest = method.longest();
     let plan = {
-        // It takes a step of a method of its own: what a step leaves behind is not the run's.
+        // The plan runs a step of a separate instance of the method, so that the step leaves no
+        // state in the run's own.
         let build = build_again(run, &inputs);
         let planned = PlannedModel { config: &config, dir, adapter: job.adapter };
         let ask = PlanRequest {
@@ -175,7 +176,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         training.per_device_train_batch_size * training.gradient_accumulation_steps
     ));
     let facts = facts(job, &rows, &cx, &parameters);
-    drop(rows); // the method has what it needs of them
+    drop(rows); // the method has copied what it needs
     let steps = match method.micro_batches() {
         Some(n) => StepPlan::online(training, n)?,
         None => StepPlan::new(training, method.rows())?,
@@ -204,7 +205,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
     Ok(FinishedJob { cx: trainer.cx, total_steps, summary, planned: plan.peak })
 }
 
-/// A resumed run must read what the run read that it continues. Error: it does not, and
+/// Error: a resumed run would read other rows or models than the run that it continues, and
 /// `resume_with_changes` is not set.
 fn same_inputs(inputs: &RunInputs, job: &Job, observer: &dyn Observer) -> Result<()> {
     let Some(found) = job.folder.resume() else { return Ok(()) };
@@ -233,7 +234,7 @@ fn same_inputs(inputs: &RunInputs, job: &Job, observer: &dyn Observer) -> Result
     )))
 }
 
-/// The rows of a job: read, or as an earlier run has tokenised them.
+/// The rows of a job: read from files, or tokenised by an earlier run.
 struct JobData<'a> {
     job: &'a Job<'a>,
     read: RunRows,
@@ -261,7 +262,7 @@ impl<'a> JobData<'a> {
         }
     }
 
-    /// Whether the training rows are conversations: the first says it for all.
+    /// Whether the training rows are conversations; the first row decides for all.
     fn are_conversations(&self) -> bool {
         match &self.stored {
             Some(stored) => stored.conversations,
@@ -269,13 +270,13 @@ impl<'a> JobData<'a> {
         }
     }
 
-    /// Rows read: to train on and to evaluate on.
+    /// Number of rows that were read for training and for evaluation.
     fn counts(&self) -> [usize; 2] {
         let rows = self.rows();
         self.stored.as_ref().map_or([rows.train.len(), rows.eval.len()], |stored| stored.read)
     }
 
-    /// Keeps what was tokenised for the next start.
+    /// Caches the tokenised rows for the next start.
     fn keep(&self, method: &dyn Method, summary: &str, observer: &dyn Observer) {
         let (Some(cache), None) = (&self.cache, &self.stored) else { return };
         let (train, eval) = (method.store(Split::Train), method.store(Split::Eval));
@@ -291,7 +292,7 @@ impl<'a> JobData<'a> {
         cache.write(&run, observer);
     }
 
-    /// The training files, as they are called.
+    /// The training files, as they were given.
     fn files(&self) -> Vec<String> {
         let mut files: Vec<String> = Vec::new();
         if let JobRows::Files(given) = self.job.rows {
@@ -308,7 +309,7 @@ impl<'a> JobData<'a> {
     }
 }
 
-/// What the page says of a run before its curves.
+/// The facts about a run that its page shows before the curves.
 fn facts(job: &Job, data: &JobData, cx: &Cx, parameters: &str) -> Vec<(String, String)> {
     let (files, [train, eval]) = (data.files(), data.counts());
     let mut rows = number::count(train as f64);
@@ -330,12 +331,12 @@ fn facts(job: &Job, data: &JobData, cx: &Cx, parameters: &str) -> Vec<(String, S
     .to_vec()
 }
 
-/// Tokens of a row that the report shows, at most.
+/// Most tokens of a row that the report shows.
 const SHOWN: usize = 2048;
 
 fn mask_row(tokenizer: &Tokenizer, (ids, mask): &MaskedIds) -> Result<MaskRow> {
     let n = ids.len().min(SHOWN);
-    // nothing stands before the first token: it is never a target
+    // Nothing predicts the first token, so it is never a target.
     let mut row = MaskRow { tokens: tokenizer.pieces(&ids[..n])?, mask: mask[..n].to_vec() };
     row.mask.iter_mut().take(1).for_each(|first| *first = false);
     if n < ids.len() {

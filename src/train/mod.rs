@@ -1,9 +1,10 @@
-//! The training loop: which rows a step takes, the step itself, what is logged, saved and resumed.
+//! The training loop: the rows of a step, the step itself, logging, checkpoints and resuming.
 //! Layer 8.
 //!
-//! Invariant: a run is a function of (binary, device model, config, data, seed), and its whole
-//! state is the parameters, the optimizer and the step number: rows, random numbers and learning
-//! rate follow from the number. So a resumed run equals an uninterrupted one, bit for bit.
+//! Invariant: a run is a function of (binary, device model, config, data, seed). Its state is the
+//! parameters, the optimizer, the step number and the method's own state; rows, random numbers and
+//! learning rate follow from the step number. So a resumed run equals an uninterrupted one, bit for
+//! bit.
 
 pub mod best;
 pub mod inputs;

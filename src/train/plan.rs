@@ -1,9 +1,10 @@
-//! The memory plan: what a run will hold on its device, known before it starts. Layer 8.
+//! The memory plan: the peak memory of a run on its device, known before it starts. Layer 8.
 //!
-//! Invariant: nothing is modelled twice. The plan is a step of the run itself on [`DryRun`], a
-//! device that computes nothing, and what the pool then says of its peak; so a change of an op, of
-//! the tape or of the optimizer is in the plan already. An online method's step is its own: cache,
-//! reference, reward model, critic, a prefill, a decode of all sequences, the longest completions.
+//! Invariant: nothing is modelled separately. The plan is a step of the run itself on [`DryRun`], a
+//! device that computes nothing, and the peak that the pool reports; so it includes every change of
+//! an op, of the tape or of the optimizer. The plan of an online method is a step of that method:
+//! cache, reference, reward model, critic, a prefill, a decode step of all sequences, the longest
+//! completions.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,53 +22,54 @@ use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
 use crate::observer::Silent;
 
-/// What is asked of a plan: the run's own keys, and how long its rows are.
+/// The input of a plan: the options of the run and the lengths of its rows.
 #[derive(Clone)]
 pub struct PlanRequest<'a> {
     pub model: &'a ModelConfig,
-    /// The model's folder, which an adapter's config names.
+    /// The model's folder, which the config of an adapter names.
     pub dir: &'a Path,
     pub adapter: Option<&'a Path>,
     pub peft: PeftConfig,
     pub training: TrainingConfig,
-    /// Tokens of the longest sequence, and of all of a micro-batch.
+    /// Tokens of the longest sequence, and of a whole micro-batch.
     pub length: usize,
     pub tokens: usize,
-    /// The method holds its policy against a model that stays: see [`Decoder::reference`].
+    /// Whether the method compares its policy with a frozen model: see [`Decoder::reference`].
     pub reference: bool,
-    /// Builds an online method: the plan is then a step of it, with its longest prompts and
+    /// Builds an online method: the plan is then a step of it with its longest prompts and
     /// completions. None: a step over rows.
     pub online: Option<&'a BuildOnline<'a>>,
-    /// Sequences generated at once at most, where the options leave it to the plan.
+    /// Most sequences generated at once, if the options leave the number to the plan.
     pub sequences: Option<usize>,
-    /// What is completed at every evaluation.
+    /// Prompts that are completed at every evaluation.
     pub samples: Option<&'a Samples>,
 }
 
-/// An online method for a run's options.
+/// Builds an online method from the options of a run.
 pub type BuildOnline<'a> = dyn Fn(&TrainingConfig) -> Result<Box<dyn Method>> + 'a;
 
-/// What will be in use at the peak.
+/// The planned peak.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     pub recompute: Recompute,
-    /// Sequences generated at once, where the plan was asked.
+    /// Sequences generated at once, if the plan chooses them.
     pub sequences: Option<usize>,
     pub peak: usize,
-    /// What the peak is made of, largest first: what it is, bytes.
+    /// The parts of the peak, largest first: description and bytes.
     pub parts: Vec<(&'static str, usize)>,
-    /// As the allocator names it.
+    /// The blocks of the peak by the allocator's names.
     pub blocks: Vec<(String, usize)>,
 }
 
 impl Plan {
-    /// The plan of `request` on a device that stands for `cx`'s, with its dtype and its choices of
+    /// The plan of `request` on a device that imitates that of `cx`, with its dtype and choice of
     /// kernels.
     pub fn new(cx: &Cx, request: &PlanRequest, recompute: Recompute) -> Result<Plan> {
         Plan::on(Arc::new(DryRun::like(&*cx.device)?), cx, request, recompute)
     }
 
-    /// As [`Plan::new`], on a device that need not be there; dtype and choices are those of `like`.
+    /// [`Plan::new`] on any device, which need not be present; dtype and kernels are those of
+    /// `like`.
     pub fn on(
         device: Arc<dyn Device>,
         like: &Cx,
@@ -76,7 +78,7 @@ impl Plan {
     ) -> Result<Plan> {
         let mut cx = Cx::new(device, like.dtype)?;
         (cx.matmul, cx.attention, cx.recompute) = (like.matmul, like.attention, recompute);
-        // What there is to say of the run is said by the run.
+        // Messages about the run come from the run itself.
         cx.observer = Arc::new(Silent);
         let base = Decoder::builder(request.model.clone())
             .storage(scheme(&request.peft))
@@ -128,7 +130,7 @@ impl Plan {
     }
 }
 
-/// A step over rows as long as they get, and a shorter one for the rest of the tokens.
+/// A step over rows of the greatest length, and one shorter row for the remaining tokens.
 fn row_step(cx: Cx, model: Decoder, request: &PlanRequest) -> Result<Trainer> {
     let reference = if request.reference { Some(model.reference(&cx)?) } else { None };
     let length = request.length.max(2);
@@ -150,8 +152,8 @@ fn row_step(cx: Cx, model: Decoder, request: &PlanRequest) -> Result<Trainer> {
     Ok(trainer)
 }
 
-/// Everything that an online method holds, and its first step: generation, rewards, reference,
-/// update.
+/// The first step of an online method with everything that it holds: generation, rewards,
+/// reference, update.
 fn online_step(
     cx: Cx,
     model: Decoder,
@@ -173,7 +175,7 @@ fn online_step(
     Ok(trainer)
 }
 
-/// Which line of the table a block belongs to.
+/// The line of the table to which a block belongs.
 fn part(block: &str) -> &'static str {
     match block {
         "weights" => "weights",
@@ -199,19 +201,19 @@ fn part(block: &str) -> &'static str {
     }
 }
 
-/// Bytes that a run on `cx` may take: what the device has free, and what its pool holds unused.
+/// Bytes available to a run on `cx`: free memory of the device plus unused memory of its pool.
 pub fn available(cx: &Cx) -> Result<usize> {
     Ok(cx.device.memory()?.free.saturating_add(cx.pool.cached()))
 }
 
-/// Sequences that are generated at once before the cache takes what is left, and at most: decoding
-/// gains little from more.
+/// Sequences generated at once: the first number to try, and the most, since more hardly speed up
+/// decoding.
 const SEQUENCES: (usize, usize) = (64, 1024);
 
-/// Plans the run: `gradient_checkpointing=auto` turns on where it does not fit without, a tenth
-/// kept for what the pool cannot use. Where the plan says how many sequences are generated at once,
-/// the cache takes what is left. Errors: a run that does not fit in `available` bytes, with what
-/// would make it.
+/// Plans the run. `gradient_checkpointing=auto` recomputes if the run would not fit otherwise, with
+/// a tenth of the memory kept in reserve for fragmentation. If the plan chooses the number of
+/// sequences generated at once, the cache takes the remaining memory. Error: the run does not fit
+/// in `available` bytes; the message lists options that would help.
 pub fn fit(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
     let wanted = request.sequences.map(|n| n.clamp(1, SEQUENCES.1));
     let with = |n: usize| PlanRequest { sequences: Some(n), ..request.clone() };
@@ -248,7 +250,7 @@ pub fn fit(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
         }
         high = wanted;
     }
-    // To about a sixteenth of what fits.
+    // Stops within about a sixteenth of the largest number that fits.
     while high > n + 1 + n / 16 {
         let middle = (n + high) / 2;
         let more = again(middle)?;
@@ -260,7 +262,7 @@ pub fn fit(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
     Ok(best.unwrap_or(plan))
 }
 
-/// The plan of a request as its `gradient_checkpointing` says, whether it fits or not.
+/// The plan of a request with its `gradient_checkpointing`, whether it fits or not.
 fn with_recompute(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Plan> {
     Ok(match request.training.gradient_checkpointing {
         GradientCheckpointing::On => Plan::new(cx, request, Recompute::Layers)?,
@@ -278,7 +280,8 @@ fn with_recompute(cx: &Cx, request: &PlanRequest, available: usize) -> Result<Pl
     })
 }
 
-/// A change of keys that takes less memory: what to write, and what it makes of the run.
+/// A change of options that saves memory: its text, and its effect on the request. False: it is not
+/// possible.
 type Change = (String, fn(&mut PlanRequest) -> bool);
 
 fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Result<String> {
@@ -333,7 +336,7 @@ fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Res
         }
         let on = one.training.gradient_checkpointing == GradientCheckpointing::On;
         let recompute = if on { Recompute::Layers } else { plan.recompute };
-        // Groups may not divide a generation of other micro-batches.
+        // The groups may not divide a generation with other micro-batches.
         let Ok(changed) = Plan::new(cx, &one, recompute) else { continue };
         let peak = changed.peak;
         if peak < plan.peak {

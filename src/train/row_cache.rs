@@ -1,12 +1,12 @@
-//! Which cache file holds the tokenised rows of a run. Layer 8.
+//! The cache file with the tokenised rows of a run. Layer 8.
 //!
-//! Invariant: the key covers everything that the rows depend on: the contents of their files, the
-//! tokenizer, the chat template with what the run gives it, the options that shape rows, the
-//! program. A cache that cannot be read or written costs time, never a run.
+//! Invariant: the key covers everything on which the rows depend: the contents of the files, the
+//! tokenizer, the chat template with the values that the run gives it, the options that affect
+//! rows, and the program. A cache that cannot be read or written costs time, but never a run.
 //!
-//! The contents of a large file are not read at each start: beside the rows a note is kept for each
-//! file, its digest with size, inode, modification and status time. It is trusted while all of
-//! these agree and the file had rested when the note was made.
+//! The contents of a large file are not read at each start: beside the rows there is a note for
+//! each file with its digest, size, inode, modification and status time. The note is trusted while
+//! these agree, provided that the file was unchanged for a while when the note was made.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -25,13 +25,13 @@ use crate::fsio;
 use crate::methods::MethodRun;
 use crate::observer::Observer;
 
-/// Bytes of rows from which `data_cache=auto` keeps them.
+/// Size of the input from which `data_cache=auto` caches rows, in bytes.
 const WORTH: u64 = 8 << 20;
 
-/// Bytes that cache files may take together; the least recently used go first.
+/// Most bytes of all cache files; the least recently used are deleted first.
 const MOST: u64 = 32 << 30;
 
-/// Options of methods that shape no row. Whatever is not named here is part of the key.
+/// Options of methods that do not affect rows. All others are part of the key.
 const NO_ROWS: [&str; 14] = [
     "beta",
     "label_smoothing",
@@ -57,7 +57,7 @@ pub struct RowCache {
 }
 
 impl RowCache {
-    /// The cache of a run; None: its rows are not kept. What keeps it from being used is told.
+    /// The cache of a run. None: its rows are not cached. Reports a cache that cannot be used.
     pub fn of(
         run: &MethodRun,
         setup: &RunSetup,
@@ -86,7 +86,7 @@ impl RowCache {
         };
         match made() {
             Ok(cache) => cache,
-            // Of files that cannot be read, the reader says more.
+            // The reader reports unreadable files with more detail.
             Err(Error::Data { .. }) => None,
             Err(e) => {
                 observer.warn(&format!("tokenised rows are not kept for the next start: {e}"));
@@ -95,14 +95,14 @@ impl RowCache {
         }
     }
 
-    /// The rows that an earlier run has left. A damaged file is told, and its rows are made again.
+    /// The rows that an earlier run has cached. Reports a damaged file, whose rows are made again.
     pub fn read(&self, observer: &dyn Observer) -> Option<TokenisedRun> {
         if !self.path.is_file() {
             return None;
         }
         match cache::read(&self.path, &self.key, &self.files) {
             Ok(run) => {
-                // Its time says when it was last of use.
+                // The modification time records the last use.
                 let now =
                     std::fs::File::open(&self.path).and_then(|f| f.set_modified(SystemTime::now()));
                 drop(now);
@@ -120,7 +120,7 @@ impl RowCache {
         }
     }
 
-    /// Keeps the rows for the next start. A full disk is told.
+    /// Caches the rows for the next start. Reports a failed write.
     pub fn write(&self, rows: &TokenisedRun, observer: &dyn Observer) {
         let dir = fsio::parent(&self.path);
         match cache::write(&self.path, &self.key, &self.files, rows) {
@@ -135,7 +135,7 @@ impl RowCache {
     }
 }
 
-/// TEMPER_CACHE, else the user's cache folder. None: neither is known.
+/// The default cache folder: TEMPER_CACHE, else the user's cache folder. None: neither is set.
 fn usual_folder() -> Option<PathBuf> {
     let of = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     of("TEMPER_CACHE")
@@ -154,12 +154,12 @@ fn key(
     digest.text(&program());
     digest.text(run.method.name());
     for file in all {
-        // The name says the format, and nothing else of it counts.
+        // Of the name only the extension matters, which determines the format.
         let name = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         digest.text(name.split_once('.').map_or("", |(_, extensions)| extensions));
         digest.text(&contents(file, dir)?);
     }
-    // Which of the files are of which source.
+    // The assignment of files to sources.
     for file in &files.train.0 {
         let one = RunFiles { train: crate::config::DataFiles(vec![file.clone()]), eval: vec![] };
         digest.number(files_of(&one)?.len() as u64);
@@ -170,7 +170,7 @@ fn key(
     if files.train.is_mixture() {
         digest.text(&format!("{:?} {}", training.stopping_strategy, training.seed));
     }
-    // Completions that KTO crosses come from one batch.
+    // KTO exchanges the completions within a batch.
     if run.method.name() == "kto" {
         digest.number(training.per_device_train_batch_size as u64);
         digest.number(training.per_device_eval_batch_size as u64);
@@ -198,14 +198,14 @@ fn key(
     Ok(digest.finish())
 }
 
-/// The program that makes the rows: another build may make others.
+/// Identifies the program, since another build may make other rows.
 fn program() -> String {
     let own = std::env::current_exe().and_then(std::fs::metadata);
     let own = own.map(|m| format!("{} {} {}", m.len(), m.mtime(), m.mtime_nsec()));
     format!("{} {}", env!("CARGO_PKG_VERSION"), own.unwrap_or_default())
 }
 
-/// What of the run's clock a template may show: nothing, the day, or the second.
+/// The part of the run's clock that a template may show: nothing, the day, or the second.
 fn date_of(source: &str, began: Clock) -> String {
     let mentions = source.matches("strftime_now").count();
     if mentions == 0 {
@@ -217,7 +217,7 @@ fn date_of(source: &str, began: Clock) -> String {
         plain += 1;
         let quote = call.trim_start().chars().next().filter(|c| ['"', '\''].contains(c));
         let format = quote.and_then(|q| call.trim_start()[1..].split_once(q)).map(|(f, _)| f);
-        // Directives that stand for a day or more.
+        // Directives that denote a day or longer.
         let of_days =
             |f: &str| f.split('%').skip(1).all(|d| d.trim_start_matches('-').starts_with(OF_DAYS));
         days &= format.is_some_and(of_days);
@@ -230,7 +230,7 @@ fn date_of(source: &str, began: Clock) -> String {
 
 const OF_DAYS: [char; 12] = ['a', 'A', 'd', 'e', 'b', 'B', 'm', 'y', 'Y', 'j', 'F', 'D'];
 
-/// What was known of a file when its contents were read.
+/// The properties of a file at the time when its contents were read.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 struct FileNote {
     size: u64,
@@ -241,11 +241,11 @@ struct FileNote {
     digest: String,
 }
 
-/// A file that was written to within this time before its note was made may change again without
-/// another time.
+/// A file that was written within this time before its note was made may change again without a new
+/// time stamp.
 const REST: Duration = Duration::from_secs(2);
 
-/// The digest of a file's contents, from its note where that is safe.
+/// The digest of a file's contents, from its note if that is safe.
 fn contents(file: &Path, dir: &Path) -> Result<String> {
     let meta = std::fs::metadata(file).map_err(|e| Error::io(file, e))?;
     let absolute = std::path::absolute(file).map_err(|e| Error::io(file, e))?;
@@ -270,7 +270,7 @@ fn contents(file: &Path, dir: &Path) -> Result<String> {
     let newest = meta.mtime().max(meta.ctime()).max(0) as u64;
     let rested = SystemTime::now() > UNIX_EPOCH + Duration::from_secs(newest) + REST;
     if rested && let Ok(text) = serde_json::to_vec(&noted(digest.clone())) {
-        // The file is read again at the next start if this fails.
+        // If this fails, the next start reads the file again.
         let own = fsio::with_suffix(&path, &format!(".{}", std::process::id()));
         let kept = fsio::atomic_write(&own, &text).is_ok() && std::fs::rename(&own, &path).is_ok();
         if !kept {
@@ -280,8 +280,8 @@ fn contents(file: &Path, dir: &Path) -> Result<String> {
     Ok(digest)
 }
 
-/// Deletes cache files until the rest takes at most [`MOST`], the least recently used first, and
-/// what a killed run left unfinished a day ago. `keep` stays.
+/// Deletes cache files, the least recently used first, until the rest takes at most [`MOST`], and
+/// temporary files that a killed run left more than a day ago. `keep` is not deleted.
 fn prune(dir: &Path, keep: &Path) {
     let mut all: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -332,7 +332,7 @@ mod tests {
         let file = dir.path().join("rows.jsonl");
         let write = |text: &str| {
             std::fs::write(&file, text).unwrap();
-            // As if it had rested for long.
+            // Makes the file appear old.
             let old = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
             std::fs::File::options().write(true).open(&file).unwrap().set_modified(old).unwrap();
         };

@@ -1,8 +1,8 @@
-//! A whole run: from an output folder that may hold a checkpoint to the final model. Layer 8.
+//! A whole run: from an output folder, perhaps with a checkpoint, to the final model. Layer 8.
 //!
-//! Invariant: killed at any moment, the folder holds a checkpoint that verifies (once there was
-//! one), and a run resumed from it writes the same weights and the same metrics, timing fields
-//! apart, as one that was never interrupted.
+//! Invariant: if the run is killed at any moment, the folder holds a valid checkpoint (once there
+//! was one), and a run resumed from it writes the same weights and the same metrics, except for
+//! timing fields, as an uninterrupted one.
 
 use std::path::Path;
 
@@ -26,27 +26,27 @@ use crate::observer::{MetricValue, Observer};
 use crate::report::{self, MaskRow, ReportInput};
 use crate::signals::Stop;
 
-/// Everything of a run that is not the trainer.
+/// The parts of a run besides the trainer.
 pub struct Run<'a> {
     pub folder: &'a RunFolder,
     pub parts: FolderParts,
     pub stop: Stop,
-    /// What the run reads, for checkpoints.
+    /// Records of what the run reads, for checkpoints.
     pub inputs: RunInputs,
-    /// The resolved run file, written as config.toml.
+    /// The resolved options, written as config.toml.
     pub config_toml: String,
-    /// Peak flop/s of the device, if known, and a token's flops: for `mfu`.
+    /// Peak flop/s of the device, if known, and flops per token, for `mfu`.
     pub peak_flops: Option<f64>,
     pub flops_per_token: f64,
     /// Prompts that are completed at every evaluation.
     pub samples: Option<Samples>,
-    /// Some training rows, for report.html.
+    /// Some training rows for report.html.
     pub masks: Vec<MaskRow>,
-    /// What the page says of the run before its curves: a name, and a value.
+    /// Facts that the page shows before the curves: a name and a value.
     pub facts: Vec<(String, String)>,
 }
 
-/// Whether older checkpoints beyond save_total_limit go once a newer one is saved.
+/// Whether saving a checkpoint deletes older ones beyond save_total_limit.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Prune {
     Yes,
@@ -54,8 +54,8 @@ enum Prune {
 }
 
 impl Run<'_> {
-    /// Trains to the end, or to a signal (then [`Error::Interrupted`], after a checkpoint). Writes
-    /// the final model.
+    /// Trains to the end and writes the final model, or stops after a signal with a checkpoint and
+    /// [`Error::Interrupted`].
     pub fn train(&self, trainer: &mut Trainer, method: &mut dyn Method) -> Result<Summary> {
         let dir = self.folder.path();
         let mut state = RunState::default();
@@ -101,14 +101,14 @@ impl Run<'_> {
             }
             let step = match trainer.step(method) {
                 Ok(step) => step,
-                // A wait was cut short: the loop saves and says so.
+                // The signal cut a wait short: the loop saves and stops.
                 Err(Error::Interrupted(what)) if self.stop.requested() => {
                     observer.info(&what);
                     continue;
                 }
                 Err(e) => {
-                    // Nothing of the step was applied: what was done before it can be gone on with,
-                    // unless that gave the numbers that are not finite.
+                    // The failed step has not been applied, so the state before it can be
+                    // continued, unless that state gives values that are not finite.
                     let usable = !trainer.not_finite && trainer.done > 0;
                     if usable && trainer.config.save_strategy != When::No {
                         self.save(trainer, method, &mut state, &mut log, Prune::No)?;
@@ -128,10 +128,11 @@ impl Run<'_> {
             log.completions(step.number, completions)?;
             self.take(trainer, method, &step, &mut state, &mut log, &mut watch)?;
         }
-        // The checkpoint first: if the model cannot be written, --resume writes it.
+        // The checkpoint comes first: if writing the model fails, --resume can write it.
         if trainer.config.save_strategy != When::No {
             if resumed == Some(trainer.done) {
-                // The run was killed after its last checkpoint, perhaps before older ones went.
+                // The run was killed after its last checkpoint, perhaps before older ones were
+                // deleted.
                 let best = state.best.kept(&trainer.config.best);
                 checkpoint::prune_but(dir, trainer.config.save_total_limit, trainer.done, best)?;
             } else {
@@ -147,7 +148,7 @@ impl Run<'_> {
         Ok(summary)
     }
 
-    /// Reads a checkpoint, or, where its contents do not fit the run, the newest older one that does.
+    /// Reads a checkpoint, or, if its contents do not fit the run, the newest older one that does.
     fn restore(
         &self,
         trainer: &mut Trainer,
@@ -174,8 +175,7 @@ impl Run<'_> {
         Err(first)
     }
 
-    /// Reports an early end of the run, and loads the best checkpoint if the options ask for
-    /// it.
+    /// Reports an early end of the run, and loads the best checkpoint if the options ask for it.
     fn take_best(&self, trainer: &mut Trainer, best: &BestModel) -> Result<()> {
         let (options, done) = (trainer.config.best.clone(), trainer.done);
         let observer = trainer.cx.observer.clone();
@@ -206,7 +206,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Logs, evaluates and saves where a step asks for it.
+    /// Logs, evaluates and saves, if they are due after this step.
     fn take(
         &self,
         trainer: &mut Trainer,
@@ -282,8 +282,8 @@ impl Run<'_> {
         if save && !last { self.save(trainer, method, state, log, Prune::Yes) } else { Ok(()) }
     }
 
-    /// Writes report.html of the whole run, resumed or not. A page that cannot be written ends no
-    /// run.
+    /// Writes report.html for the whole run, including the part before a resume. A failure does not
+    /// end the run.
     fn page(&self, observer: &dyn Observer, summary: &Summary) {
         let dir = self.folder.path();
         let facts = [self.facts.clone(), summary.lines()].concat();
@@ -297,7 +297,8 @@ impl Run<'_> {
         }
     }
 
-    /// What works after a step or a model that is not finite, or a model that could not be written.
+    /// Adds the next step to the error of a non-finite step or model, or of a model that could not
+    /// be written.
     fn way_out(&self, trainer: &Trainer, e: Error) -> Error {
         let dir = self.folder.path();
         let found = checkpoint::latest(dir).ok().and_then(|search| search.found);
@@ -306,7 +307,7 @@ impl Run<'_> {
                 let at = found.path.display();
                 format!("{at} holds the whole run: remove the cause, then give --resume.")
             }
-            // --resume takes the same options and rows, so it comes to the same numbers.
+            // --resume uses the same options and rows, so it would compute the same values.
             Some(found) => {
                 let (at, flag) = match trainer.model.adapter {
                     Some(_) => (found.path.display(), "--adapter"),
@@ -335,7 +336,8 @@ impl Run<'_> {
         }
     }
 
-    /// Writes checkpoint-N. Where the disk is full the run goes on with the older one, and says so.
+    /// Writes checkpoint-N. If the disk is full, the run reports it and continues with the older
+    /// one.
     fn save(
         &self,
         trainer: &Trainer,
@@ -352,7 +354,7 @@ impl Run<'_> {
         let (log, before) = (&*log, state.best.clone());
         state.best.saving(step);
         let state_now = &*state;
-        // Their errors end the run; below, an `Error::Run` is a state that is not finite.
+        // Errors here end the run; below, an `Error::Run` means that the state is not finite.
         let (read, files) = (self.inputs.to_bytes()?, method.state()?);
         let write = || -> Result<()> {
             let mut writer = CheckpointWriter::new(dir, step, trainer.state_bytes(&self.parts))?;
@@ -385,7 +387,7 @@ impl Run<'_> {
             state.best = before;
         }
         match written {
-            // No space, or a state that is not finite.
+            // The disk is full, or the state is not finite.
             Err(e) if e.is_no_space() || matches!(e, Error::Run(_)) => {
                 let text =
                     format!("checkpoint-{step} was not written: {e}; older checkpoints stay");
@@ -397,7 +399,7 @@ impl Run<'_> {
     }
 }
 
-/// Dense bf16 peak of GPUs we know, in flop/s.
+/// Dense bf16 peak of known GPUs in flop/s.
 pub fn peak_flops(device: &str) -> Option<f64> {
     let known = [
         ("H100", 989e12),
@@ -409,7 +411,7 @@ pub fn peak_flops(device: &str) -> Option<f64> {
     known.iter().find(|(name, _)| device.contains(name)).map(|(_, flops)| *flops)
 }
 
-/// 6 N_matmul + 6 L heads head_dim T (causal), N_matmul with the head and without the look-up
+/// 6 N_matmul + 6 L heads head_dim T (causal), where N_matmul includes the head but not the look-up
 /// (PaLM's convention).
 pub fn flops_per_token(config: &ModelConfig, params: usize, length: usize) -> f64 {
     let lookup =

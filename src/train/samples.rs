@@ -1,7 +1,7 @@
-//! Completions of a run's own prompts, at every evaluation. Layer 8.
+//! Completions of the user's sample prompts at every evaluation. Layer 8.
 //!
-//! Invariant: they are greedy and depend on the weights alone, so a resumed run writes the same
-//! ones; nothing of the run depends on them. The memory plan has a generation of them.
+//! Invariant: they are greedy and depend only on the weights, so a resumed run writes the same
+//! ones; they affect nothing in the run. The memory plan includes their generation.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,14 +23,14 @@ use crate::observer::output::excerpt;
 use crate::rollout::stop::stop_ids;
 use crate::rollout::{Completion, Engine, EngineOptions, Request};
 
-/// Prompts at most: completions are read by a person.
+/// Most prompts: a person reads the completions.
 const MOST: usize = 64;
-/// Sequences decoded at once.
+/// Sequences that are decoded at once.
 const AT_ONCE: usize = 8;
 
 /// The prompts of `sample_prompts`.
 pub struct Samples {
-    /// As it was given: a text or messages.
+    /// As given: a text or messages.
     prompts: Vec<Value>,
     requests: Vec<Request>,
     max_new_tokens: usize,
@@ -39,9 +39,8 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// Reads and tokenises the prompts; None: there are none, or nothing is evaluated.
-    /// `conversations`: the training rows are, so texts are what a user says. Errors name the file
-    /// and line.
+    /// Reads and tokenises the prompts. None: there are none. `conversations`: the training rows
+    /// are conversations, so a text is a user's message. Errors name the file and line.
     pub fn of(
         training: &TrainingConfig,
         tokenizer: &Tokenizer,
@@ -100,13 +99,14 @@ impl Samples {
         let at_once = self.requests.len().min(AT_ONCE);
         let mut options =
             EngineOptions::new(self.max_new_tokens, sampling, self.stop.clone(), at_once);
-        // An engine for each evaluation: recording its steps would cost more than it saves.
+        // Each evaluation makes an engine: recording its steps would cost more than it saves.
         options.replay = Some(false);
         let longest = Request::longest(&self.requests) + self.max_new_tokens;
         Engine::new(cx, model, options, longest)?.generate(cx, model, &self.requests)
     }
 
-    /// Completes every prompt, tells the observer, and returns lines for completions.jsonl.
+    /// Completes every prompt, reports the texts to the observer, and returns lines for
+    /// completions.jsonl.
     pub fn take(
         &self,
         cx: &mut Cx,
@@ -127,7 +127,7 @@ impl Samples {
     }
 }
 
-/// The text of a conversation's last message.
+/// The text of the last message of a conversation.
 fn said_last(messages: &Value) -> String {
     let last = messages.as_array().and_then(|all| all.last());
     last.and_then(|m| m["content"].as_str()).unwrap_or_default().to_string()

@@ -1,7 +1,7 @@
-//! What a run is before its rows are read: tokenizer, chat template, the model's config; and what it
-//! asks of the memory plan. Layer 8.
+//! The part of a run before its rows are read (tokenizer, chat template, config of the model), and
+//! its request for a memory plan. Layer 8.
 //!
-//! Invariant: training, `temper data` and `temper inspect memory` go through here, so they render
+//! Invariant: training, `temper data` and `temper inspect memory` use this module, so they render
 //! the same rows and plan the same run.
 
 use std::path::Path;
@@ -20,27 +20,27 @@ use crate::model::folder;
 use crate::model::layout::{ModelConfig, Task};
 use crate::rewards::RewardFunction;
 
-/// Whether a folder is asked for its weights.
+/// Whether a folder must have weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weights {
-    /// Its config says less than its weights: whether the head is tied.
+    /// The weights say more than the config: whether the head is tied.
     Needed,
     NotNeeded,
 }
 
-/// A run before its rows are read.
+/// The state of a run before its rows are read.
 pub struct RunSetup {
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
     pub templates: TemplateSetup,
-    /// When the run began: what a template's `strftime_now` reads.
+    /// When the run began, for `strftime_now` in templates.
     pub began: Clock,
     /// With the task of the method.
     pub config: ModelConfig,
 }
 
 impl RunSetup {
-    /// Of a model folder with an adapter on it. `began`: of the run that is resumed.
+    /// Opens a model folder, with an adapter on it. `began`: the start of the run that is resumed.
     pub fn open(
         run: &MethodRun,
         dir: &Path,
@@ -66,7 +66,7 @@ impl RunSetup {
         Ok(RunSetup { tokenizer, template, templates, began, config })
     }
 
-    /// What the method is built from. `stored`: the rows as an earlier run tokenised them.
+    /// The inputs from which the method is built. `stored`: rows that an earlier run has tokenised.
     pub fn inputs<'a>(
         &'a self,
         run: &MethodRun,
@@ -90,7 +90,7 @@ impl RunSetup {
     }
 }
 
-/// The model that a memory plan is for.
+/// The model of a memory plan.
 #[derive(Clone, Copy)]
 pub struct PlannedModel<'a> {
     pub config: &'a ModelConfig,
@@ -98,8 +98,8 @@ pub struct PlannedModel<'a> {
     pub adapter: Option<&'a Path>,
 }
 
-/// What a run over the rows of `method` asks of the memory plan. `build` makes the method again, for
-/// a step of it.
+/// The request for the memory plan of a run over the rows of `method`. `build` makes another
+/// instance of the method, to run a step of it.
 pub fn plan_request<'a>(
     run: &MethodRun,
     model: PlannedModel<'a>,
@@ -115,8 +115,8 @@ pub fn plan_request<'a>(
     }
 }
 
-/// What a run over rows asks of the memory plan: at most `length` tokens a sequence, and `tokens` a
-/// micro-batch.
+/// The request for the memory plan of a run over rows, with at most `length` tokens per sequence
+/// and `tokens` per micro-batch.
 pub fn row_request<'a>(
     run: &MethodRun,
     model: PlannedModel<'a>,
@@ -142,7 +142,7 @@ pub fn row_request<'a>(
     }
 }
 
-/// Makes the method again, with what it was made of.
+/// Makes another instance of the method from the same inputs.
 pub fn build_again<'a>(
     run: &'a MethodRun,
     inputs: &'a MethodInputs<'a>,
@@ -153,11 +153,11 @@ pub fn build_again<'a>(
     }
 }
 
-/// The task that the method trains for, on a folder of task `own`.
+/// The task for which the method trains, given a folder of task `own`.
 fn task(dir: &Path, method: &dyn BuildMethod, own: Task) -> Result<Task> {
     match (method.task(), own) {
         (wanted, own) if wanted == own => Ok(own),
-        // A language model becomes a classifier: its score is new.
+        // A language model becomes a classifier with a new score head.
         (wanted, Task::CausalLm) => Ok(wanted),
         (Task::SequenceClassification { labels: 1 }, Task::SequenceClassification { labels }) => {
             let message = format!(

@@ -1,8 +1,8 @@
-//! A trainer's whole state as files, and back. Layer 8.
+//! Writes the whole state of a trainer to files and reads it back. Layer 8.
 //!
-//! Invariant: what is read back has the bits that were written. model.safetensors is in the
-//! folder's own dtype; where that is narrower than what is trained, the float values stand in
-//! optimizer.safetensors beside the moments.
+//! Invariant: reading returns the bits that were written. model.safetensors has the dtype of the
+//! original folder; if that is narrower than the trained values, optimizer.safetensors holds the
+//! float values beside the moments.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ use crate::rollout::stop::stop_ids;
 use crate::tensor::Tensor;
 use crate::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec};
 
-/// What a run carries beside the trainer: counters of the log.
+/// The state of a run outside the trainer: counters of the log and the best evaluation.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunState {
     pub num_tokens: u64,
@@ -34,13 +34,13 @@ pub struct RunState {
     pub best: BestModel,
 }
 
-/// What a written model folder needs beside the weights.
+/// The parts of a model folder besides the weights.
 #[derive(Clone, Debug, Default)]
 pub struct FolderParts {
     pub tokenizer_files: NamedFiles,
     pub generation_config: Option<serde_json::Map<String, Value>>,
     pub dtype: Option<HostDtype>,
-    /// When the run began: what a chat template's `strftime_now` reads, also after a resume.
+    /// When the run began, for `strftime_now` in a chat template; the same after a resume.
     pub started: Option<Clock>,
 }
 
@@ -49,8 +49,8 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 
 impl Trainer {
-    /// What was trained as a folder: a whole model that transformers loads, in the dtype of the
-    /// folder that it came from (else float32), or an adapter that peft loads.
+    /// Writes the trained model: a whole model for transformers, in the dtype of the original
+    /// folder (else float32), or an adapter for peft.
     pub fn write_model(&self, dir: &Path, parts: &FolderParts) -> Result<()> {
         let files = &parts.tokenizer_files;
         if let Some(adapter) = &self.model.adapter {
@@ -168,9 +168,9 @@ impl Trainer {
         writer.add_file(STATE, format!("{state:#}\n").as_bytes())
     }
 
-    /// Takes up a checkpoint written by [`Trainer::write_state`]: weights, moments, step number.
-    /// The trainer was made from the same config and data; a checkpoint of other rows or of another
-    /// storage type is refused.
+    /// Restores a checkpoint from [`Trainer::write_state`]: weights, moments and step number. The
+    /// trainer was made from the same config and data. Errors: the checkpoint has another number of
+    /// rows (unless `resume_with_changes`) or another storage dtype.
     pub fn read_state(&mut self, dir: &Path) -> Result<RunState> {
         let path = dir.join(STATE);
         let state: Value = serde_json::from_slice(&fsio::read(&path)?)
@@ -227,7 +227,7 @@ impl Trainer {
             let values = read(&weights, &saved.name, saved.numel())?;
             Ok(saved.split(&values).into_iter().find(|p| p.0 == i).map(|p| p.1).unwrap_or_default())
         };
-        // What an adapter holds without training it: PiSSA's pairs as they started.
+        // Untrained parameters of an adapter: the initial pairs of PiSSA.
         if self.model.adapter.is_some() {
             for i in (0..params.specs.len()).filter(|i| saved.iter().any(|s| s.holds(*i))) {
                 params.store(i, &of_model(i)?)?;
@@ -268,7 +268,7 @@ impl Trainer {
         })
     }
 
-    /// About how many bytes a checkpoint has.
+    /// The approximate size of a checkpoint in bytes.
     pub fn state_bytes(&self, parts: &FolderParts) -> u64 {
         let dtype = self.saved_dtype(parts);
         let master = if dtype == HostDtype::F32 { 0 } else { 4 };
@@ -278,7 +278,7 @@ impl Trainer {
             as u64
     }
 
-    /// Moments that are saved as whole arenas, as they lie: those whose scales span parameters.
+    /// Moments that are saved as whole arenas instead of by parameter: all kinds except F32.
     fn whole_arenas(&self) -> Vec<(&'static str, &Tensor)> {
         match &self.optimizer.moments {
             Moments::F32 { .. } => Vec::new(),
@@ -286,7 +286,7 @@ impl Trainer {
         }
     }
 
-    /// Adapters are saved in float32, as peft trains them.
+    /// Adapters are saved in float32, in which peft trains them.
     fn saved_dtype(&self, parts: &FolderParts) -> HostDtype {
         if self.model.adapter.is_some() {
             HostDtype::F32
@@ -305,7 +305,7 @@ fn stored(dtype: DType) -> Result<HostDtype> {
     }
 }
 
-/// The values of a tensor of a checkpoint.
+/// Reads the values of a tensor of a checkpoint.
 fn read(from: &SafeFolder, name: &str, len: usize) -> Result<Vec<f32>> {
     let view = from
         .get(name)
@@ -321,7 +321,7 @@ fn read(from: &SafeFolder, name: &str, len: usize) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-/// A state that holds NaN or infinities is of no use: it must not take the place of a good one.
+/// Error: a value is NaN or infinite. Such a state is useless and must not replace a good one.
 fn finite(name: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         Some(at) => Err(Error::Run(format!("{name} is {} at value {at}", values[at]))),
@@ -329,12 +329,12 @@ fn finite(name: &str, values: &[f32]) -> Result<()> {
     }
 }
 
-/// The parameters of a model, one a tensor.
+/// The parameters of a model, one per tensor.
 fn whole(params: &ParamSet) -> Vec<SavedParam> {
     params.specs.iter().enumerate().map(|(i, s)| SavedParam::whole(&s.name, &s.shape, i)).collect()
 }
 
-/// When the run of a checkpoint began. None: one of an older version, which did not keep it.
+/// When the run of a checkpoint began. None: an older version that did not record it.
 pub fn started(checkpoint: &Path) -> Result<Option<Clock>> {
     let path = checkpoint.join(STATE);
     let state: Value = serde_json::from_slice(&fsio::read(&path)?)
@@ -346,9 +346,8 @@ pub fn started(checkpoint: &Path) -> Result<Option<Clock>> {
         .ok_or_else(|| Error::checkpoint(&path, format!("\"started\" is not a time: {text}")))
 }
 
-/// What [`Trainer::write_model`] needs to write a folder of what was trained with `tokenizer`. The
-/// generation config ends a text where training ended it, and `config`, once this was called,
-/// names the tokenizer's EOS.
+/// The parts for [`Trainer::write_model`] of a model trained with `tokenizer`. The generation
+/// config gets the stop ids of training, and `config` the tokenizer's EOS.
 pub fn parts_of(
     tokenizer: &Tokenizer,
     config: &mut ModelConfig,
@@ -379,5 +378,5 @@ pub fn parts_of(
     })
 }
 
-/// How a checkpoint writes when the run began.
+/// The format in which a checkpoint stores when the run began.
 const STARTED: &str = "%Y-%m-%d %H:%M:%S";

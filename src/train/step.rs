@@ -1,6 +1,6 @@
-//! One optimizer step: which rows it takes, forward, backward, clip, update. Layer 8.
+//! One optimizer step: its rows, forward, backward, clipping, update. Layer 8.
 //!
-//! Invariant: rows, random numbers and learning rate are a function of the step number.
+//! Invariant: rows, random numbers and learning rate are functions of the step number.
 
 use std::collections::BTreeMap;
 
@@ -13,22 +13,22 @@ use crate::model::decoder::Decoder;
 use crate::optim::schedule::Schedule;
 use crate::optim::{AdamWConfig, Optimizer};
 
-/// What one optimizer step gave.
+/// The results of one optimizer step.
 #[derive(Clone, Debug)]
 pub struct Step {
-    /// From 1.
+    /// Counts from 1.
     pub number: u64,
     pub epoch: f64,
     pub loss: f32,
-    /// Before clipping.
+    /// L2 norm of the gradient before clipping.
     pub grad_norm: f32,
-    /// Of this step.
+    /// The learning rate of this step.
     pub learning_rate: f64,
     pub tokens: usize,
     pub metrics: Vec<Metric>,
 }
 
-/// Model, optimizer and method of one run, and how far it is.
+/// Model, optimizer and method of one run, and its progress.
 pub struct Trainer {
     pub cx: Cx,
     pub model: Decoder,
@@ -36,14 +36,14 @@ pub struct Trainer {
     pub config: TrainingConfig,
     pub plan: StepPlan,
     pub schedule: Schedule,
-    /// Optimizer steps done.
+    /// Number of finished optimizer steps.
     pub done: u64,
-    /// The last step gave a loss or gradient that is not finite.
+    /// Whether the last step gave a loss or gradient that is not finite.
     pub not_finite: bool,
 }
 
-/// Which rows each step takes: HF's order of epochs, batches and accumulation, as a function of the
-/// step number.
+/// The rows of each step: Hugging Face's order of epochs, batches and accumulation, as a function
+/// of the step number.
 #[derive(Clone, Debug)]
 pub struct StepPlan {
     rows: usize,
@@ -76,8 +76,8 @@ impl StepPlan {
         })
     }
 
-    /// A plan whose rows are micro-batches that the method itself fills, `micro_batches` an epoch:
-    /// online methods.
+    /// A plan for online methods: its rows are micro-batches that the method itself fills,
+    /// `micro_batches` per epoch.
     pub fn online(config: &TrainingConfig, micro_batches: usize) -> Result<StepPlan> {
         let own = TrainingConfig {
             per_device_train_batch_size: 1,
@@ -91,8 +91,8 @@ impl StepPlan {
         self.rows
     }
 
-    /// The micro-batches of step `number` (from 0). The last of an epoch may be smaller, as in HF's
-    /// Trainer.
+    /// The micro-batches of step `number` (from 0). The last one of an epoch may be smaller, as in
+    /// Hugging Face's Trainer.
     pub fn micro_batches(&self, number: u64) -> Vec<Vec<usize>> {
         let epoch = number / self.steps_per_epoch;
         let order = epoch_order(self.sampling, self.rows, self.seed, epoch as u32);
@@ -102,7 +102,7 @@ impl StepPlan {
         rows.chunks(self.batch).map(<[usize]>::to_vec).collect()
     }
 
-    /// Epochs done after `steps` steps, counted in batches, as HF counts them.
+    /// Epochs after `steps` steps, counted in batches as in Hugging Face's Trainer.
     pub fn epoch(&self, steps: u64) -> f64 {
         let batches = self.rows.div_ceil(self.batch);
         let (whole, rest) = (steps / self.steps_per_epoch, (steps % self.steps_per_epoch) as usize);
@@ -128,8 +128,8 @@ impl Trainer {
         Ok(Trainer { cx, model, optimizer, config, plan, schedule, done: 0, not_finite: false })
     }
 
-    /// One optimizer step. A loss or gradient that is not finite changes nothing and is an error
-    /// that names the first bad tensor and the rows.
+    /// Runs one optimizer step. If the loss or gradient is not finite, nothing is changed and the
+    /// error names the first bad tensor and the rows.
     pub fn step(&mut self, method: &mut dyn Method) -> Result<Step> {
         let number = self.done;
         let micro_batches = self.plan.micro_batches(number);
@@ -177,7 +177,7 @@ impl Trainer {
             self.done + 1
         );
         let params = self.model.trained();
-        // In the forward's order: embedding, layers, final norm, head.
+        // In the order of the forward: embedding, layers, final norm, head.
         let mut order: Vec<usize> = (0..params.specs.len()).collect();
         order.sort_by_key(|i| {
             let spec = &params.specs[*i];
@@ -228,7 +228,7 @@ impl Trainer {
     }
 }
 
-/// Plain means of metrics since the last log, by name.
+/// Means of metrics since the last log, by name.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Means {
     sums: BTreeMap<String, (f64, u64)>,
@@ -240,7 +240,7 @@ impl Means {
         *entry = (entry.0 + value, entry.1 + 1);
     }
 
-    /// The means, in order of name; starts again.
+    /// Returns the means in order of their names and resets them.
     pub fn take(&mut self) -> Vec<(String, f64)> {
         std::mem::take(&mut self.sums)
             .into_iter()
@@ -248,7 +248,7 @@ impl Means {
             .collect()
     }
 
-    /// Sums and counts, for a checkpoint: the bits of a sum survive.
+    /// Sums and counts for a checkpoint; the sums keep their bits.
     pub fn state(&self) -> Vec<(String, u64, u64)> {
         self.sums.iter().map(|(name, (sum, n))| (name.clone(), sum.to_bits(), *n)).collect()
     }

@@ -1,6 +1,6 @@
-//! What a finished run took and reached, and what to do with it. Layer 8.
+//! The costs and results of a finished run, and what to do next. Layer 8.
 //!
-//! Invariant: every value is the run's own: measured, or the last that was logged.
+//! Invariant: every value was measured in the run or logged last.
 
 use std::fmt;
 use std::path::Path;
@@ -14,24 +14,24 @@ use crate::methods::MethodRun;
 use crate::model::layout::Task;
 use crate::observer::number;
 
-/// What a finished run can say of itself.
+/// The costs and results of a finished run.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Summary {
-    /// Of the whole run.
+    /// Tokens of the whole run.
     pub num_tokens: u64,
-    /// As last logged; NaN if the run had nothing left to do.
+    /// The last logged loss; NaN if the run had nothing left to do.
     pub loss: f64,
-    /// Steps, tokens and time since the start, or since the resume.
+    /// Steps, tokens and time since the start or the resume.
     pub steps: u64,
     pub tokens: u64,
     pub elapsed: Duration,
-    /// In bytes, of the device.
+    /// Peak memory on the device in bytes.
     pub peak_memory: u64,
-    /// A name, and what was reached.
+    /// Results: a name and a value.
     pub results: Vec<(String, String)>,
 }
 
-/// Metrics of training that say what was reached, and their names; a run has some of them.
+/// Training metrics in the summary, and their names; a run has some of them.
 const RESULTS: &[(&str, &str)] = &[
     ("reward", "reward"),
     ("objective/scores", "reward"),
@@ -46,7 +46,7 @@ const RESULTS: &[(&str, &str)] = &[
 ];
 
 impl Summary {
-    /// `tokens` is of the whole run, `before` what it had trained on before a resume.
+    /// `tokens` is for the whole run, `before` for the part before a resume.
     pub fn new(log: &RunLog, steps: u64, tokens: u64, before: u64, peak_memory: u64) -> Summary {
         let number = |line: &Map<String, Value>, key: &str| line.get(key).and_then(Value::as_f64);
         let of = |key: &str| -> Vec<f64> {
@@ -89,7 +89,7 @@ impl Summary {
         self.tokens as f64 / self.elapsed.as_secs_f64().max(1e-9)
     }
 
-    /// The lines of the summary: what, how much.
+    /// The lines of the summary: a name and a value.
     pub fn lines(&self) -> Vec<(String, String)> {
         let rate = number::count(self.tokens_per_second());
         let tokens = number::count(self.tokens as f64);
@@ -125,7 +125,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// Commands to try on the folder that a run has written.
+/// Commands to try with the folder of a finished run.
 pub fn next_commands(
     run: &MethodRun,
     model: &str,
@@ -176,7 +176,7 @@ pub fn next_commands(
     commands
 }
 
-/// The options that say how the rows are read, as arguments, where they are not the defaults.
+/// The options for reading rows that are not the defaults, as arguments.
 fn read_as(options: &DataOptions) -> String {
     let DataOptions { columns, on_bad_row, max_row_bytes } = options;
     let mut text = String::new();
@@ -193,14 +193,14 @@ fn read_as(options: &DataOptions) -> String {
     text
 }
 
-/// The rewards of a method's options, by name; None where it has none.
+/// The names of the rewards in a method's options. None: the method has none.
 fn rewards(method: &(impl Section + ?Sized)) -> Option<Vec<String>> {
     let key = method.keys().into_iter().find(|k| k.name == "reward_funcs")?;
     let names = key.value.as_array()?.iter().filter_map(|v| v.as_str().map(String::from));
     Some(names.collect())
 }
 
-/// A path as a shell reads it.
+/// A path quoted for a shell.
 fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_ascii_alphanumeric() || "_./-:@+,=%".contains(c);

@@ -1,7 +1,7 @@
-//! A training run, as a program asks for it; the training commands are calls of it. Layer 8.
+//! A training run for programs; the training commands call it. Layer 8.
 //!
-//! Invariant: nothing is checked or written before [`Training::run`], which reports all problems
-//! of the options at once.
+//! Invariant: nothing is checked or written before [`Training::run`], which reports all problems of
+//! the options at once.
 
 #![deny(missing_docs)]
 
@@ -56,8 +56,8 @@ pub struct Training {
 }
 
 impl Training {
-    /// A run of a method at its defaults: `sft`, `dpo`, `grpo` and the others of
-    /// [`registry::REGISTRY`]. Error: there is no such method.
+    /// A run of a method with its default options: `sft`, `dpo`, `grpo` or another of
+    /// [`registry::REGISTRY`]. Error: the method does not exist.
     pub fn new(method: &str) -> Result<Training> {
         let entry = registry::find(method)?;
         Ok(Training::of(entry, (entry.run)()))
@@ -92,13 +92,13 @@ impl Training {
         self.options([format!("{name}={value}")])
     }
 
-    /// Sets options, each `name=value`; later ones count.
+    /// Sets options, each written `name=value`; later ones win.
     pub fn options(mut self, options: impl IntoIterator<Item = String>) -> Training {
         self.overrides.extend(options);
         self
     }
 
-    /// Reads options from a run file (TOML, YAML or JSON), before those of [`Training::option`].
+    /// Reads options from a run file (TOML, YAML or JSON); [`Training::option`] overrides them.
     pub fn config(mut self, file: impl Into<PathBuf>) -> Training {
         self.config = Some(file.into());
         self
@@ -116,20 +116,21 @@ impl Training {
         self
     }
 
-    /// Files of rows to train on, folders of them, or patterns; docs/data.md has the formats.
+    /// Files of training rows, folders of them, or patterns; docs/data.md describes the formats.
     pub fn data<P: Into<PathBuf>>(mut self, files: impl IntoIterator<Item = P>) -> Training {
         self.data.extend(files.into_iter().map(Into::into));
         self
     }
 
-    /// Files of rows to evaluate on; else the option `eval_rows` splits some off the data.
+    /// Files of evaluation rows. Without them the option `eval_rows` splits some off the training
+    /// data.
     pub fn eval_data<P: Into<PathBuf>>(mut self, files: impl IntoIterator<Item = P>) -> Training {
         self.eval_data.extend(files.into_iter().map(Into::into));
         self
     }
 
-    /// A reward of online methods: a score of a completion, `None` where it does not apply. Metrics
-    /// call it `name`; it counts beside the rewards of the options.
+    /// A reward for online methods: the score of a completion, or `None` if it does not apply.
+    /// Metrics use the name `name`. It is added to the rewards of the options.
     pub fn reward(
         mut self,
         name: &str,
@@ -139,40 +140,40 @@ impl Training {
         self
     }
 
-    /// The folder that the run is written to. It must hold no other run, but see
-    /// [`Training::overwrite`] and [`Training::resume`].
+    /// The output folder. It must not hold another run, unless [`Training::overwrite`] or
+    /// [`Training::resume`] is set.
     pub fn output(mut self, dir: impl Into<PathBuf>) -> Training {
         self.output = dir.into();
         self
     }
 
-    /// Replaces the run that the output folder holds.
+    /// Whether to replace the run in the output folder.
     pub fn overwrite(mut self, yes: bool) -> Training {
         self.overwrite = yes;
         self
     }
 
-    /// Continues from the newest checkpoint in the output folder that verifies.
+    /// Whether to continue from the newest valid checkpoint in the output folder.
     pub fn resume(mut self, yes: bool) -> Training {
         self.resume = yes;
         self
     }
 
-    /// Who hears of the run. Default: [`Terminal`].
+    /// Receives the messages of the run. Default: [`Terminal`].
     pub fn observer(mut self, observer: impl Observer + 'static) -> Training {
         self.observer = Arc::new(observer);
         self
     }
 
-    /// Ends the run with a checkpoint when it is requested.
+    /// Ends the run with a checkpoint when requested.
     pub fn stop(mut self, stop: Stop) -> Training {
         self.stop = stop;
         self
     }
 
     /// Trains to the end and writes the model. The options choose device and dtype. Errors: all
-    /// problems of the options in one; files that cannot be read; an output folder that holds
-    /// another run; see [`execute`] for the rest.
+    /// problems of the options in one message; unreadable files; an output folder with another run;
+    /// see [`execute`] for the others.
     pub fn run(mut self) -> Result<FinishedJob> {
         if self.output.as_os_str().is_empty() {
             return Err(Error::Config("a training run needs an output folder".into()));
@@ -188,7 +189,7 @@ impl Training {
         Ok(finished)
     }
 
-    /// An error where the run reads what `--overwrite` would move away.
+    /// Error: the run reads files that `--overwrite` would move away.
     fn keeps_its_inputs(&self, dir: &Path) -> Result<()> {
         const FILES: [&str; 4] =
             ["ref_model", "teacher_model_name_or_path", "reward_model", "chat_template_path"];
@@ -212,7 +213,7 @@ impl Training {
         Ok(())
     }
 
-    /// Writes the options into a file for TRL's command of the same method, and trains nothing.
+    /// Writes the options to a file for TRL's command of the same method, and trains nothing.
     /// Error: see [`config::to_trl`].
     pub fn write_trl(mut self, file: &Path) -> Result<()> {
         self.prepare()?;
@@ -231,7 +232,7 @@ impl Training {
         Ok(())
     }
 
-    /// What the run took and reached, where it is, and what to try next.
+    /// The costs and results of the run, its folder, and commands to try next.
     fn summary(&self, summary: &Summary) -> String {
         let out = &self.output;
         let own: Vec<PathBuf> =
@@ -249,8 +250,8 @@ impl Training {
         )
     }
 
-    /// As [`Training::run`], on a context that is there already, with its device, dtype and
-    /// observer, and into a folder that is held.
+    /// [`Training::run`] on an existing context, with its device, dtype and observer, and in an
+    /// output folder that is already locked.
     pub fn run_in(mut self, cx: Cx, folder: &RunFolder) -> Result<FinishedJob> {
         self.observer = cx.observer.clone();
         let dir = self.prepare()?;
@@ -301,7 +302,7 @@ impl Training {
         execute(cx, &job)
     }
 
-    /// The command that does the same, for config.toml.
+    /// The equivalent command, for config.toml.
     fn command(&self) -> String {
         let adapter = self.adapter.as_ref().map(|a| format!(" --adapter {}", a.display()));
         let data: Vec<String> = self.run.training.data.0.iter().map(DataFile::to_string).collect();
@@ -318,7 +319,7 @@ impl Training {
     }
 }
 
-/// Files given beside the options come before those of the options. Error: there are none.
+/// Files given as arguments replace those of the options. Error: there are none at all.
 pub fn take_data(run: &mut MethodRun, given: &[PathBuf]) -> Result<()> {
     if !given.is_empty() {
         let parse = |path: &PathBuf| match path.to_str() {
@@ -343,7 +344,7 @@ fn has_weights(dir: &Path) -> bool {
     dir.join("model.safetensors").exists() || dir.join("model.safetensors.index.json").exists()
 }
 
-/// A resumed run must be the run that is resumed.
+/// Error: a resumed run has other options than the run that it continues.
 fn same_run(dir: &Path, run: &MethodRun, observer: &dyn Observer) -> Result<()> {
     let path = dir.join("config.toml");
     let text = String::from_utf8_lossy(&fsio::read(&path)?).into_owned();

@@ -1,6 +1,6 @@
-//! What of a model is trained: an adapter, all of it, or all but what is frozen. Layer 8.
+//! Selects what is trained: an adapter, the whole model, or all but the frozen parameters. Layer 8.
 //!
-//! Invariant: the plan and the run go through the same functions, so they agree on what holds
+//! Invariant: the plan and the run use the same functions, so they agree on which parameters have
 //! gradients and moments.
 
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::model::decoder::Decoder;
 use crate::model::params::Tuning;
 use crate::ops::quant::Scheme;
 
-/// How a frozen base is stored; None: in the storage dtype.
+/// The storage of a frozen base. None: the storage dtype.
 pub fn scheme(keys: &PeftConfig) -> Option<Scheme> {
     match (keys.load_in_4bit, keys.load_in_8bit) {
         (true, _) => Some(Scheme::Nf4 { double: keys.use_bnb_nested_quant }),
@@ -25,7 +25,8 @@ pub fn scheme(keys: &PeftConfig) -> Option<Scheme> {
     }
 }
 
-/// Says what of a model is trained: an adapter, all of it, or all but what is frozen.
+/// Selects what is trained: an adapter (new, or loaded from `from`), the whole model, or all but
+/// the frozen parameters.
 pub fn prepare(
     cx: &Cx,
     mut model: Decoder,

@@ -1,5 +1,5 @@
-//! What a run should hear of while it still computes finite numbers: a loss that diverged, rewards
-//! that cannot be used. Layer 8.
+//! Warnings about a run that computes finite numbers but does not learn: a diverged loss, unusable
+//! rewards. Layer 8.
 //!
 //! Invariant: nothing here changes a step; it warns once, or ends a run that learns nothing.
 
@@ -8,26 +8,26 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::observer::Observer;
 
-/// Totals beyond this overflow in the variance of a group, or in float32.
+/// Larger totals overflow in the variance of a group, or in float32.
 const LARGEST: f64 = 1e18;
-/// Steps without one usable reward that end a run which had some before.
+/// Number of steps without a usable reward after which a run that had some before ends.
 const PATIENCE: u64 = 10;
 
-/// Counters of one run.
+/// The counters of one run.
 #[derive(Debug, Default)]
 pub struct Watch {
     diverged: bool,
     warned: bool,
     ever_usable: bool,
-    /// Since the last log in which a reward was usable, or since the start.
+    /// Counted since the last log with a usable reward, or since the start.
     usable: usize,
     scored: usize,
     steps: u64,
 }
 
 impl Watch {
-    /// Looks at the lines of completions.jsonl of a step: those that rewards scored have a
-    /// `reward`, null where no reward applied or the total is NaN or infinite.
+    /// Examines the lines of completions.jsonl for a step: scored lines have a `reward`, which is
+    /// null if no reward applied or if the total is NaN or infinite.
     pub fn completions(&mut self, step: u64, lines: &[Value], observer: &dyn Observer) {
         self.steps += 1;
         let totals: Vec<&Value> = lines.iter().filter_map(|line| line.get("reward")).collect();
@@ -47,8 +47,8 @@ impl Watch {
         }
     }
 
-    /// At a log: an error where not one reward since the last log could be used, at the start of a
-    /// run or for ten steps.
+    /// Called at each log. Error: there has been no usable reward since the last log, at the start
+    /// of a run or for ten steps.
     pub fn rewards(&mut self, step: u64) -> Result<()> {
         if self.usable > 0 {
             (self.usable, self.scored, self.steps) = (0, 0, 0);
@@ -65,7 +65,7 @@ impl Watch {
         )))
     }
 
-    /// Warns once where the loss is far above its start and no gradient is left.
+    /// Warns once if the loss is far above its start and the gradient has vanished.
     pub fn loss(&mut self, history: &[Map<String, Value>], observer: &dyn Observer) {
         let value = |line: &Map<String, Value>, key: &str| line.get(key).and_then(Value::as_f64);
         let both = |line| Some((value(line, "loss")?, value(line, "grad_norm")?));
@@ -108,7 +108,7 @@ mod tests {
         watch.completions(1, &none, &heard);
         assert_eq!(heard.0.lock().unwrap().len(), 1);
         assert!(watch.rewards(1).unwrap_err().to_string().contains("none of the last 3"));
-        // One that works at first is given ten steps.
+        // A run that works at first is given ten steps.
         let mut watch = Watch::default();
         watch.completions(1, &some, &heard);
         watch.rewards(1).unwrap();
@@ -118,7 +118,7 @@ mod tests {
         }
         watch.completions(11, &none, &heard);
         assert!(watch.rewards(11).is_err());
-        // Methods without rewards, and steps that generate nothing.
+        // Methods without rewards, and steps without generation.
         let mut watch = Watch::default();
         watch.completions(1, &[json!({"by": "teacher"})], &heard);
         watch.rewards(1).unwrap();

@@ -1,7 +1,8 @@
-//! The CPU's matrix product: `kernels/cpu/product.cpp` on all cores. Layer 1.
+//! The CPU's matrix product: runs `kernels/cpu/product.cpp` on all cores. Layer 1.
 //!
-//! Invariant: an element's bits depend on its row of A and its column of B alone: not on the rows
-//! beside it, the cut, the number of threads or the width of the machine's vectors.
+//! Invariant: the bits of an element depend only on its row of A and its column of B: not on other
+//! rows, on the division among workers, on the number of threads or on the vector width of the
+//! machine.
 
 use std::ops::Range;
 
@@ -10,7 +11,7 @@ use rayon::prelude::*;
 
 use crate::device::{DType, Gemm, Layout, Operand};
 
-/// Mirrors `Product` in `kernels/cpu/product.cpp`, which says what each field is.
+/// Mirrors `Product` in `kernels/cpu/product.cpp`, which documents the fields.
 #[repr(C)]
 struct Product {
     a: *const f32,
@@ -31,12 +32,12 @@ type Entry = unsafe extern "C" fn(*const Product);
 
 unsafe extern "C" {
     fn temper_product(p: *const Product);
-    /// The same with AVX-512.
+    /// The same function with AVX-512.
     #[cfg(target_arch = "x86_64")]
     fn temper_product_512(p: *const Product);
 }
 
-/// Whether this machine runs code for x86-64-v4.
+/// Whether this machine runs x86-64-v4 code.
 pub fn has_avx512() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -51,23 +52,24 @@ pub fn has_avx512() -> bool {
     false
 }
 
-/// A product of fewer multiply-adds takes microseconds: not worth waking anybody.
+/// A product with fewer multiply-adds takes microseconds and is not worth waking other threads.
 const SMALL: usize = 1 << 18;
-/// Rows or columns that a worker takes at once: enough for the other operand's packing to be cheap,
-/// few enough for an even load.
+/// Most rows or columns of one worker's part: enough to make packing the other operand cheap, few
+/// enough to balance the load.
 const LONG: usize = 512;
 
-/// How many of `long` rows (or columns) are one worker's part.
+/// Rows (or columns) of `long` in one worker's part.
 fn part(long: usize, work: usize, workers: usize) -> usize {
     if work <= SMALL || workers == 1 {
         return long;
     }
     let share = long.div_ceil(workers);
-    share.div_ceil(share.div_ceil(LONG)).next_multiple_of(96) // whole tiles of every width
+    share.div_ceil(share.div_ceil(LONG)).next_multiple_of(96) // whole tiles for every vector width
 }
 
 /// # Safety
-/// The operands lie in live memory; `wide` only where [`has_avx512`].
+///
+/// The operands are in live memory. `wide` requires [`has_avx512`].
 pub unsafe fn gemm(g: &Gemm, wide: bool) {
     #[cfg(target_arch = "x86_64")]
     let entry: Entry = if wide { temper_product_512 } else { temper_product };
@@ -75,7 +77,7 @@ pub unsafe fn gemm(g: &Gemm, wide: bool) {
     let (entry, _): (Entry, _) = (temper_product, wide);
     let (m, n, k) = (g.m, g.n, g.k);
     let (a_along_k, b_along_k) = (g.layout != Layout::TN, g.layout == Layout::NT);
-    // bf16 operands are widened whole: bf16 on the CPU is for checks, not for speed.
+    // bf16 operands are widened as a whole: bf16 on the CPU is for checks, not for speed.
     let (a_rows, a_cols) = if a_along_k { (m, k) } else { (k, m) };
     let (b_rows, b_cols) = if b_along_k { (n, k) } else { (k, n) };
     // SAFETY: the caller's promise.
@@ -84,7 +86,7 @@ pub unsafe fn gemm(g: &Gemm, wide: bool) {
     let bias = g.bias.map(|bias| unsafe { Floats::new(bias, 1, n) });
     // SAFETY: n values, by the caller's promise.
     let bias = bias.as_ref().map(|b| unsafe { std::slice::from_raw_parts(b.pointer(), n) });
-    // Each worker packs what it reads, so the longer side is cut: the other operand is the smaller.
+    // Each worker packs what it reads, so the longer side is divided: the other operand is smaller.
     let (by_rows, long) = (m >= n, m.max(n));
     let each = part(long, m * n * k, rayon::current_num_threads());
     let piece = |i: usize| {
@@ -108,7 +110,7 @@ pub unsafe fn gemm(g: &Gemm, wide: bool) {
             add: add.into(),
         };
         let bias = bias.map(|b| &b[cols.clone()]);
-        // SAFETY: the pieces of C do not overlap; A and B are read only.
+        // SAFETY: the parts of C do not overlap; A and B are only read.
         unsafe { write(entry, &g.c, g.accumulate, bias, (rows.clone(), cols.clone()), into) };
     };
     match long.div_ceil(each.max(1)) {
@@ -118,7 +120,7 @@ pub unsafe fn gemm(g: &Gemm, wide: bool) {
     }
 }
 
-/// Computes a piece of C with its bias, and rounds it where C is bf16.
+/// Computes a part of C with its bias and rounds it if C is bf16.
 ///
 /// # Safety
 /// The operands are live, and nobody else touches these rows and columns of C.
@@ -132,7 +134,7 @@ unsafe fn write(
 ) {
     let first = rows.start * c.stride + cols.start;
     let n = cols.len();
-    // SAFETY: the caller's promise; `wide` has all rows and columns of the piece.
+    // SAFETY: the caller's promise; `wide` has all rows and columns of the part.
     unsafe {
         if c.dtype == DType::F32 {
             let out = (c.address as *mut f32).add(first);
@@ -194,7 +196,7 @@ impl Floats {
 mod tests {
     use super::*;
 
-    /// Values whose sums round, so that another order of adding shows.
+    /// Values whose sums round, so that a different order of addition is visible.
     fn values(n: usize, seed: u32) -> Vec<f32> {
         (0..n as u32)
             .map(|i| crate::rng::uniform(crate::rng::philox([seed, 0], [i, 0, 0, 0])[0]) - 0.5)
@@ -205,7 +207,7 @@ mod tests {
         v.iter().map(|x| x.to_bits()).collect()
     }
 
-    /// The chain of an element as the head of `product.cpp` states it.
+    /// The chain of an element, as defined in the head of `product.cpp`.
     fn chain(start: Option<f32>, k: usize, term: impl Fn(usize) -> (f32, f32)) -> f32 {
         let mut total = start;
         for from in (0..k).step_by(256) {
@@ -253,7 +255,7 @@ mod tests {
                         stride,
                     };
                     let at = if layout == Layout::TN { first } else { first * k };
-                    let a = operand(a.as_ptr().wrapping_add(at), lda); // of k = 0 none is read
+                    let a = operand(a.as_ptr().wrapping_add(at), lda); // with k = 0 nothing is read
                     let (b, c) = (operand(b.as_ptr(), ldb), operand(c.as_mut_ptr(), n));
                     let g = Gemm { layout, m, n, k, a, b, c, bias: None, accumulate };
                     // SAFETY: the operands are the vectors above, and the machine has `wide`.

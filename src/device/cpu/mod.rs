@@ -1,9 +1,9 @@
-//! The CPU device: kernels run through the shim on all cores, matrix products through
-//! `gemm`. Layer 1.
+//! The CPU device: kernels run through the shim on all cores, matrix products through `gemm`.
+//! Layer 1.
 //!
 //! Invariant: results do not depend on the number of threads. Blocks are independent, so each
-//! worker runs a fixed range of them; a matrix product is cut into pieces whose bits do not
-//! depend on the cut.
+//! worker runs a range of them; a matrix product is divided into parts whose bits do not depend on
+//! the division.
 
 mod gemm;
 
@@ -24,15 +24,14 @@ use super::{
 use crate::error::{Error, Result};
 
 const ALIGN: usize = 256;
-/// Bytes before and after each allocation in strict mode that no kernel may touch.
+/// Bytes before and after each allocation in strict mode. No kernel may write them.
 const RED_ZONE: usize = 512;
-/// NaN as a bf16, and twice over as an f32: what memory holds before its first write in strict
-/// mode.
+/// A NaN as a bf16, and as an f32 when repeated: the contents of new memory in strict mode.
 pub const POISON: u16 = 0x7ff7;
 
 pub struct Cpu {
     strict: bool,
-    /// With AVX-512: never more than the machine has.
+    /// Whether AVX-512 code runs; true only if the machine supports it.
     wide: bool,
     seed: u64,
     wgmma: bool,
@@ -46,7 +45,7 @@ pub struct Cpu {
     downloads: Mutex<Vec<Option<Vec<u8>>>>,
 }
 
-/// One piece of recorded work.
+/// One recorded operation.
 enum Step {
     Launch { kernel: &'static KernelDef, at: Launch, args: Vec<Argument> },
     Gemm(Gemm),
@@ -76,7 +75,7 @@ impl Cpu {
         }
     }
 
-    /// Keeps the step for later if a capture is on.
+    /// Records the operation if a capture is in progress. Returns whether it did.
     fn record(&self, step: impl FnOnce() -> Step) -> bool {
         let on = self.capturing.load(Ordering::Acquire);
         if on {
@@ -89,18 +88,19 @@ impl Cpu {
         if self.capturing.load(Ordering::Acquire) { Err(capturing(what)) } else { Ok(()) }
     }
 
-    /// The checking mode: 32 real lanes a warp in an order permuted by `seed`, poisoned memory, red
-    /// zones. Slow.
+    /// The strict mode: 32 real lanes per warp in an order permuted by `seed`, poisoned memory and
+    /// red zones. Slow.
     pub fn strict(seed: u64) -> Self {
         Cpu { strict: true, seed, ..Cpu::new() }
     }
 
-    /// Kernels and products without AVX-512 even where the machine has it, for tests: the same bits.
+    /// Runs kernels and products without AVX-512 even if the machine supports it, for tests: the
+    /// bits are the same.
     pub fn narrow() -> Self {
         Cpu { wide: false, ..Cpu::new() }
     }
 
-    /// Ops choose the kernels of Hopper, for tests: slow here.
+    /// Makes ops choose the Hopper kernels, for tests: slow on a CPU.
     pub fn with_wgmma(self) -> Self {
         Cpu { wgmma: true, ..self }
     }
@@ -109,7 +109,7 @@ impl Cpu {
         if self.strict { RED_ZONE } else { 0 }
     }
 
-    /// After a strict launch: did anything write outside a buffer?
+    /// Called after a strict launch. Error: the kernel wrote outside a buffer.
     fn check_red_zones(&self, kernel: &str) -> Result<()> {
         for &(address, bytes) in lock(&self.live).iter() {
             for (start, side) in
@@ -118,7 +118,8 @@ impl Cpu {
                 // SAFETY: the zone belongs to a live allocation of `alloc`.
                 let zone = unsafe { std::slice::from_raw_parts(start as *const u8, RED_ZONE) };
                 if zone.chunks(2).any(|pair| pair != POISON.to_le_bytes()) {
-                    // SAFETY: as above; repaired so that the next launch is judged by itself.
+                    // SAFETY: as above. The zone is repaired so that the next launch is not blamed
+                    // for this write.
                     unsafe { self.fill_poison(start, RED_ZONE) };
                     return Err(Error::Device(format!(
                         "{kernel} wrote {side} a buffer of {bytes} bytes"
@@ -136,9 +137,9 @@ impl Default for Cpu {
     }
 }
 
-/// Raw arguments on their way to worker threads: read-only there, and they outlive the launch.
+/// Kernel arguments for worker threads, which only read them; they outlive the launch.
 struct Args(*const *mut c_void);
-// SAFETY: the pointed-to list is only read, and `launch` does not return before the workers have.
+// SAFETY: the list is only read, and `launch` returns after the workers.
 unsafe impl Sync for Args {}
 
 impl Device for Cpu {
@@ -148,7 +149,7 @@ impl Device for Cpu {
     }
 
     fn capabilities(&self) -> Capabilities {
-        // What has wgmma has mma.sync, too.
+        // A device with wgmma also has mma.sync.
         Capabilities { tensor_cores: self.wgmma, wgmma: self.wgmma, ..Capabilities::CPU }
     }
 
@@ -170,7 +171,7 @@ impl Device for Cpu {
         if self.strict {
             // SAFETY: all three ranges lie in the new allocation.
             unsafe {
-                // The zones hold the poison too: what a kernel reads there shows up as NaN.
+                // The zones hold the poison, too: a kernel that reads there computes NaN.
                 self.fill_poison(base as u64, RED_ZONE);
                 self.fill_poison(address, bytes);
                 self.fill_poison(address + bytes as u64, RED_ZONE);
@@ -244,8 +245,8 @@ impl Device for Cpu {
         let copied = || {
             let mut copies = vec![Argument([0; 16]); kernel.args.len()];
             for ((copy, arg), size) in copies.iter_mut().zip(args.iter()).zip(kernel.args) {
-                // SAFETY: the caller's promise: the argument has the size that the signature says,
-                // at most 128 bytes.
+                // SAFETY: the caller's promise: the argument has the size in the signature, at most
+                // 128 bytes.
                 unsafe {
                     std::ptr::copy_nonoverlapping(
                         arg.cast::<u8>(),
@@ -294,7 +295,8 @@ impl Device for Cpu {
             }
         };
         let workers = rayon::current_num_threads() as u64;
-        // A few ranges a worker evens out blocks of unequal cost; results do not depend on the cut.
+        // A few ranges per worker balance blocks of unequal cost; results do not depend on the
+        // division.
         let ranges = (workers * 4).min(blocks);
         if ranges <= 1 || workers == 1 {
             run(0, blocks)?;
@@ -306,7 +308,7 @@ impl Device for Cpu {
         if self.strict { self.check_red_zones(kernel.name) } else { Ok(()) }
     }
 
-    /// There is one algorithm, whose rows do not depend on their number.
+    /// There is only one algorithm, in which a row does not depend on the number of rows.
     unsafe fn gemm(&self, g: &Gemm, _algorithm: Algorithm) -> Result<LibraryProduct> {
         if !self.record(|| Step::Gemm(*g)) {
             // SAFETY: the caller's promise.
@@ -344,8 +346,8 @@ impl Device for Cpu {
 
     fn begin_capture(&self) -> Result<()> {
         if self.strict {
-            // Its memory goes back at once and not to a pool, so a recorded temporary would be
-            // gone.
+            // Strict mode frees memory at once instead of returning it to a pool, so a recorded
+            // temporary would no longer exist.
             return Err(Error::Device(
                 "the strict CPU mode does not capture graphs: use the fast one".into(),
             ));
@@ -369,7 +371,7 @@ impl Device for Cpu {
         let steps =
             lock(&self.graphs).get(graph).cloned().flatten().ok_or_else(|| no_graph(graph))?;
         for step in steps.iter() {
-            // SAFETY: as at the recorded call, by the caller's promise; the copied arguments
+            // SAFETY: as for the recorded call, by the caller's promise; the copied arguments
             // outlive the launch.
             unsafe {
                 match step {

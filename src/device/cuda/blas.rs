@@ -1,11 +1,11 @@
-//! cuBLASLt, the one library seam: plain matrix products with one algorithm fixed for each shape.
-//! Layer 1.
+//! cuBLASLt, the only library that computes: plain matrix products with one fixed algorithm per
+//! shape. Layer 1.
 //!
-//! Invariant: a product's bits are a function of its operands, its [`Key`] and, for
-//! [`Algorithm::Trusted`], of the candidate that was named for it. The heuristic is asked once a
-//! key, split-K is allowed only with reductions in a fixed order and never among candidates, f32
-//! never becomes TF32. The fastest algorithm does depend on m: whether it may run is the caller's
-//! choice (`ops::library`).
+//! Invariant: the bits of a product are a function of its operands, its [`Key`] and, for
+//! [`Algorithm::Trusted`], the chosen candidate. The heuristic is asked once per key. Split-K is
+//! allowed only with reductions in a fixed order, and never among candidates. f32 never becomes
+//! TF32. The fastest algorithm does depend on m: the caller (`ops::library`) decides whether it may
+//! run.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -22,23 +22,23 @@ use crate::device::{Algorithm, DType, Gemm, Layout, LibraryProduct};
 use crate::error::{Error, Result};
 
 const WORKSPACE: usize = 32 << 20;
-/// Algorithms without split-K that are asked for: the first few are the fast ones.
+/// Number of algorithms without split-K to ask for; the first few are the fast ones.
 const CANDIDATES: usize = 8;
 
 pub struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: u64,
     version: usize,
-    /// The file that was opened.
+    /// The file of the loaded library.
     path: String,
-    /// None: the library has no algorithm for this key, or none that may be used.
+    /// None: the library has no usable algorithm for the key.
     plans: Mutex<HashMap<Key, Option<Plan>>>,
 }
 
-/// All that the choice of an algorithm may depend on.
+/// Everything on which the choice of an algorithm may depend.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
-    /// For candidates, which do not split k.
+    /// For candidates, which do not use split-K.
     exact: bool,
     layout: Layout,
     m: usize,
@@ -49,12 +49,12 @@ struct Key {
     output: DType,
     bias: Option<DType>,
     accumulate: bool,
-    /// Of A, B and C: the largest power of two, to 256, that divides the address.
+    /// Of A, B and C: the largest power of two, up to 256, that divides the address.
     aligned: [u32; 3],
     bias_aligned: u32,
 }
 
-/// One operand as the column-major library sees it.
+/// An operand as the column-major library sees it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Matrix {
     rows: usize,
@@ -63,8 +63,8 @@ struct Matrix {
     transpose: bool,
 }
 
-/// A row-major matrix is the column-major one of its transpose. So C^T = op(B)^T op(A)^T is asked
-/// for: B comes first, A second, and D is C^T, n x m.
+/// A row-major matrix is the transpose of a column-major one. So the library computes C^T = op(B)^T
+/// op(A)^T: B is its first operand, A its second, and D is C^T, n x m.
 fn columns(
     layout: Layout,
     (m, n, k): (usize, usize, usize),
@@ -103,21 +103,21 @@ fn failed(what: &'static str) -> impl Fn(CublasError) -> Error {
     }
 }
 
-/// Descriptors and the algorithms of one key.
+/// The descriptors and algorithms of one key.
 struct Plan {
     product: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
-    /// The fastest first; at least one.
+    /// Fastest first; not empty.
     algorithms: Vec<sys::cublasLtMatmulAlgo_t>,
-    /// The one that is trusted.
+    /// Index of the trusted algorithm.
     trusted: Option<usize>,
 }
-// SAFETY: plain heap objects of the library, used under the lock only.
+// SAFETY: heap objects of the library, used only under the lock.
 unsafe impl Send for Plan {}
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: created in `Plan::new`, destroyed once; null where creation stopped halfway.
+        // SAFETY: created in `Plan::new` and destroyed once; null if creation failed halfway.
         unsafe {
             for layout in self.layouts.into_iter().filter(|l| !l.is_null()) {
                 let _ = lt::destroy_matrix_layout(layout);
@@ -174,8 +174,8 @@ impl Plan {
         use sys::cublasLtMatmulPreferenceAttributes_t::*;
         use sys::cublasLtReductionScheme_t::*;
         let operands = columns(key.layout, (key.m, key.n, key.k), key.strides);
-        // COMPUTE_32F: float products and float sums; TF32 has a compute type of its own, which
-        // nothing here asks for.
+        // COMPUTE_32F: float products and float sums. TF32 is a separate compute type, which is
+        // never requested.
         let product = lt::create_matmul_desc(
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cudaDataType_t::CUDA_R_32F,
@@ -204,9 +204,9 @@ impl Plan {
         }
         let preference = Preference(lt::create_matmul_pref()?);
         preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
-        // Split-K: COMPUTE_TYPE sums float parts from the workspace in a step of its own; INPLACE
-        // adds them one after the other in C's type, which is no loss for a float C only. Neither
-        // uses atomics. NONE is always allowed.
+        // Split-K: COMPUTE_TYPE sums float parts from the workspace in a separate step. INPLACE
+        // adds them one after the other in C's type, which loses nothing only if C is float.
+        // Neither uses atomics. NONE is always allowed.
         let schemes = match key.output {
             _ if key.exact => CUBLASLT_REDUCTION_SCHEME_NONE as u32,
             DType::F32 => {
@@ -223,11 +223,11 @@ impl Plan {
         preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.aligned[2])?;
         let [a, b, c] = plan.layouts;
         let count = if key.exact { CANDIDATES } else { 1 };
-        // SAFETY: plain numbers; the library overwrites what it finds.
+        // SAFETY: the structs are plain numbers, which the library overwrites.
         let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> =
             vec![unsafe { std::mem::zeroed() }; count];
         let mut n = 0;
-        // SAFETY: live descriptors, room for `count` results.
+        // SAFETY: the descriptors are live, and `found` has room for `count` results.
         unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
                 handle,
@@ -254,7 +254,7 @@ impl Plan {
     }
 }
 
-/// Whether an algorithm adds up parts of k that were computed apart.
+/// Whether an algorithm computes parts of k separately and adds them.
 fn splits_k(algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
     let (mut parts, mut written) = (0i32, 0usize);
     // SAFETY: the attribute is an int32.
@@ -270,8 +270,7 @@ fn splits_k(algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
     status.result().is_ok() && parts > 1
 }
 
-/// True for what the library says when it has nothing for a shape: the engine's own kernel runs
-/// then.
+/// Whether the library reports that it has nothing for a shape. The engine's own kernel runs then.
 fn unsupported(e: &CublasError) -> bool {
     use sys::cublasStatus_t::*;
     matches!(
@@ -281,14 +280,14 @@ fn unsupported(e: &CublasError) -> bool {
 }
 
 impl Blas {
-    /// None if the library is not there. Called with the context bound.
+    /// None if the library is not found. The caller has bound the context.
     pub fn new() -> Result<Option<Blas>> {
         if !find_blas::load() {
             return Ok(None);
         }
-        // SAFETY: the library is there; this function takes nothing.
+        // SAFETY: the library is loaded; the function takes no arguments.
         let version = unsafe { sys::cublasLtGetVersion() };
-        // 12 and 13 have the same calls and struct sizes; others are unknown.
+        // Versions 12 and 13 have the same calls and struct sizes; others are unknown.
         if !(120_000..140_000).contains(&version) {
             return Ok(None);
         }
@@ -305,7 +304,7 @@ impl Blas {
         format!("{}.{}.{}", self.version / 10_000, self.version / 100 % 100, self.version % 100)
     }
 
-    /// The file of the library.
+    /// The path of the library.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -325,7 +324,8 @@ impl Blas {
     }
 
     /// # Safety
-    /// The operands lie in live device memory, the stream is that of the bound context.
+    ///
+    /// The operands are in live device memory, and `stream` belongs to the bound context.
     pub unsafe fn run(
         &self,
         g: &Gemm,
@@ -363,8 +363,8 @@ impl Blas {
         }
         let (one, beta) = (1f32, if g.accumulate { 1f32 } else { 0f32 });
         let [first, second, d] = plan.layouts;
-        // SAFETY: the caller's promise; B is the library's first operand (see `columns`), D is
-        // written over C.
+        // SAFETY: the caller's promise; B is the library's first operand (see `columns`), and D
+        // overwrites C.
         let ran = unsafe {
             lt::matmul(
                 self.handle,
@@ -387,7 +387,7 @@ impl Blas {
         };
         match ran {
             Ok(()) => Ok(LibraryProduct::Queued),
-            // Said before anything runs: the key has no algorithm after all.
+            // The library reports this before anything runs: the key has no algorithm after all.
             Err(e) if unsupported(&e) => {
                 plans.insert(key, None);
                 Ok(LibraryProduct::Unavailable)
@@ -397,7 +397,7 @@ impl Blas {
     }
 }
 
-/// None for types that are left to the engine's own kernel, and where there is nothing to do.
+/// None for dtypes that only the engine's own kernel computes, and for empty products.
 fn key(g: &Gemm, exact: bool) -> Option<Key> {
     let (input, output) = (g.a.dtype, g.c.dtype);
     let float = |d: DType| d == DType::F32 || d == DType::BF16;
@@ -425,7 +425,7 @@ fn key(g: &Gemm, exact: bool) -> Option<Key> {
 impl Drop for Blas {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
-        // SAFETY: the stream was waited for; nothing uses the workspace or the handle any more.
+        // SAFETY: the stream was synchronized; nothing uses the workspace or the handle any more.
         unsafe {
             if self.workspace != 0 {
                 let _ = driver::free_sync(self.workspace);
@@ -439,7 +439,7 @@ impl Drop for Blas {
 mod tests {
     use super::*;
 
-    /// Element (r, c) of what the library sees after the operation.
+    /// Element (r, c) that the library sees after the operation.
     fn seen(m: &Matrix, data: &[f64], r: usize, c: usize) -> f64 {
         let (r, c) = if m.transpose { (c, r) } else { (r, c) };
         assert!(r < m.rows && c < m.cols && m.ld >= m.rows);

@@ -1,7 +1,8 @@
-//! The kernels' machine code on the device: modules are loaded at a kernel's first launch. Layer 1.
+//! The GPU code of the kernels: a module is loaded at the first launch of one of its kernels.
+//! Layer 1.
 //!
-//! Invariant: a function is found by the address of its kernel's definition, so a launch hashes no
-//! name; a kernel gets the shared memory that it asks for or an error that says how much there is.
+//! Invariant: a function is found by the address of its kernel's definition, so that a launch
+//! hashes no name. A kernel gets the shared memory it requests, or an error that states the limit.
 
 use std::collections::HashMap;
 
@@ -11,25 +12,24 @@ use cudarc::driver::sys::{self, CUfunction_attribute as FunctionAttribute};
 use crate::device::{Kernel, KernelDef};
 use crate::error::{Error, Result};
 
-/// Dynamic shared memory that every kernel may use without asking.
+/// Dynamic shared memory that a kernel may use without opting in.
 const PLAIN_SHARED: u32 = 48 << 10;
-/// Modules and functions that were loaded so far.
+/// The modules and functions loaded so far.
 #[derive(Default)]
 pub(super) struct Code {
     pub(super) modules: HashMap<&'static str, Module>,
-    /// By the address of the kernel's definition, of which there is one: no name is hashed for a
-    /// launch.
+    /// By the address of the kernel's definition, which is unique.
     functions: HashMap<usize, Function>,
 }
 
 pub(super) struct Module(pub(super) sys::CUmodule);
-// SAFETY: a handle that any thread may use under the context.
+// SAFETY: any thread may use the handle under the context.
 unsafe impl Send for Module {}
 
 #[derive(Clone, Copy)]
 struct Function {
     handle: sys::CUfunction,
-    /// Dynamic shared memory it may use as it is set up now.
+    /// Dynamic shared memory that it may use in its current setup.
     shared: u32,
 }
 // SAFETY: as for `Module`.
@@ -41,13 +41,13 @@ fn shared_too_large(kernel: &str, asked: u32, fixed: u32, most: u32, device: &st
     ))
 }
 
-/// An error of what was being done to a kernel.
+/// Makes the error for a failed operation on a kernel.
 pub(super) type LaunchError<'a> = &'a dyn Fn(&str, DriverError) -> Error;
 
 impl Code {
-    /// The function of a kernel with room for `shared` bytes; loads its module first if need be.
-    /// `error` makes an error of what could not be done to the kernel; `limits` are the most shared
-    /// memory of a block and the device's name.
+    /// The function of a kernel with `shared` bytes of dynamic shared memory. Loads its module
+    /// first if necessary. `error` describes an operation on the kernel that failed; `limits` are
+    /// the most shared memory of a block and the name of the device.
     pub(super) fn function(
         &mut self,
         kernel: Kernel,
@@ -100,11 +100,11 @@ impl Code {
                         kernel.name
                     )));
                 }
-                // `include_bytes!` promises no alignment, the loader reads words.
+                // `include_bytes!` promises no alignment, but the loader reads words.
                 let mut words = vec![0u64; image.bytes.len().div_ceil(8)];
                 bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..image.bytes.len()]
                     .copy_from_slice(image.bytes);
-                // SAFETY: a whole fatbin; the driver copies what it keeps.
+                // SAFETY: a complete fatbin; the driver copies what it keeps.
                 let module = unsafe { result::module::load_data(words.as_ptr().cast()) }
                     .map_err(|e| error(&format!("loading GPU code {}", image.name), e))?;
                 self.modules.insert(image.name, Module(module));
@@ -113,7 +113,7 @@ impl Code {
         };
         let symbol =
             std::ffi::CString::new(kernel.name).map_err(|e| Error::Device(e.to_string()))?;
-        // SAFETY: the module is loaded and stays so until `Drop`.
+        // SAFETY: the module is loaded until `Drop`.
         unsafe { result::module::get_function(module, symbol) }
             .map_err(|e| error(&format!("looking it up in GPU code {}", image.name), e))
     }

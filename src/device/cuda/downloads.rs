@@ -1,7 +1,7 @@
-//! Copies to the host that nobody waits for yet: pinned memory, each piece with an event. Layer 1.
+//! Asynchronous copies to the host: pinned memory, with an event for each piece. Layer 1.
 //!
-//! Invariant: a piece is filled again only after its copy was waited for, so what is read is whole.
-//! Every call wants the context bound, dropping included.
+//! Invariant: a piece is reused only after its copy has ended, so the data that is read is
+//! complete. The context must be bound for every call, including drop.
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUstream};
@@ -12,18 +12,18 @@ pub(super) struct Downloads {
     pub spare: Vec<Pinned>,
 }
 
-/// A piece of pinned memory and the event that ends its copy.
+/// A piece of pinned memory and the event that marks the end of its copy.
 pub(super) struct Pinned {
     base: *mut u8,
     capacity: usize,
     bytes: usize,
     event: sys::CUevent,
 }
-// SAFETY: the memory and the event belong to the piece alone.
+// SAFETY: only this piece uses the memory and the event.
 unsafe impl Send for Pinned {}
 
 impl Downloads {
-    /// A spare piece of `bytes` or more, or a new one.
+    /// A spare piece of at least `bytes` bytes, or a new one.
     pub fn spare(&mut self, bytes: usize) -> Result<Pinned, DriverError> {
         match self.spare.iter().position(|p| p.capacity >= bytes) {
             Some(i) => Ok(self.spare.swap_remove(i)),
@@ -41,10 +41,11 @@ impl Pinned {
         Ok(pinned)
     }
 
-    /// Queues the copy.
+    /// Queues a copy to this piece.
     ///
     /// # Safety
-    /// `src..src+bytes` is live device memory, and `bytes` is at most what was asked for.
+    ///
+    /// `src..src+bytes` is live device memory, and `bytes` is at most the requested size.
     pub unsafe fn fill_from(
         &mut self,
         src: u64,
@@ -53,8 +54,8 @@ impl Pinned {
     ) -> Result<(), DriverError> {
         self.bytes = bytes;
         if bytes > 0 {
-            // SAFETY: the caller's promise; the piece is ours and lives until its event was waited
-            // for.
+            // SAFETY: the caller's promise; the piece is ours and is kept until its event has
+            // occurred.
             unsafe {
                 let to = std::slice::from_raw_parts_mut(self.base, bytes);
                 result::memcpy_dtoh_async(to, src, stream)?;
@@ -64,9 +65,10 @@ impl Pinned {
         unsafe { result::event::record(self.event, stream) }
     }
 
-    /// What was copied, as soon as it is there.
+    /// Waits for the copy and returns its bytes.
     pub fn wait(&self) -> Result<&[u8], DriverError> {
-        // SAFETY: our event; after it the copy has ended, so the bytes are initialised and still.
+        // SAFETY: our event. The copy ends before it, so the bytes are initialised and do not
+        // change.
         unsafe {
             result::event::synchronize(self.event)?;
             Ok(std::slice::from_raw_parts(self.base, self.bytes))
@@ -76,7 +78,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: destroyed once; a copy in flight ends before the memory goes.
+        // SAFETY: destroyed once; a copy in flight ends before the memory is freed.
         unsafe {
             let _ = result::event::synchronize(self.event);
             let _ = result::event::destroy(self.event);

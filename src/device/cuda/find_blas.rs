@@ -1,19 +1,19 @@
-//! Where cuBLASLt is: what the user names, the system's folders, then the wheels of the Python that
-//! is there. Layer 1.
+//! Finds cuBLASLt: in the place that the user names, in the system's folders, then in the wheels of
+//! the installed Python. Layer 1.
 //!
-//! Invariant: nothing is run to find it, and a library that is not there is no error.
+//! Invariant: the search runs no program, and a missing library is not an error.
 
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use cudarc::cublaslt::sys;
 
-/// Where the library was looked for, from the environment.
+/// Where to look for the library, from the environment.
 struct Places {
-    /// `TEMPER_CUBLASLT`: the file or its folder, or `none` for no library at all.
+    /// `TEMPER_CUBLASLT`: the file, its folder, or `none` to use no library.
     wish: Option<OsString>,
     path: Option<OsString>,
-    /// Of `VIRTUAL_ENV` and `CONDA_PREFIX`.
+    /// The values of `VIRTUAL_ENV` and `CONDA_PREFIX`.
     environments: Vec<PathBuf>,
 }
 
@@ -27,13 +27,14 @@ impl Places {
         }
     }
 
-    /// Prefixes of Python installations: the active environment, the first `python3` in PATH, and
-    /// the installation that this is a link into.
+    /// Prefixes of Python installations: the active environments, the first `python3` in PATH, and
+    /// the installation that this `python3` links to.
     fn prefixes(&self) -> Vec<PathBuf> {
         let mut all = self.environments.clone();
         let path = self.path.as_deref().unwrap_or(OsStr::new(""));
         let python = std::env::split_paths(path).map(|p| p.join("python3")).find(|p| p.is_file());
-        // A virtual environment's python3 is a link to the base's: its packages may be in either.
+        // The python3 of a virtual environment links to that of the base; the packages may be in
+        // either.
         for python in python.iter().flat_map(|p| [Some(p.clone()), p.canonicalize().ok()]).flatten()
         {
             all.extend(python.parent().and_then(Path::parent).map(Path::to_path_buf));
@@ -41,8 +42,8 @@ impl Places {
         all
     }
 
-    /// `nvidia/cu13/lib` (wheels of CUDA 13) and `nvidia/cublas/lib` (12) of each `site-packages`,
-    /// and Debian's `dist-packages`; then the toolkit.
+    /// `nvidia/cu13/lib` (wheels of CUDA 13) and `nvidia/cublas/lib` (CUDA 12) in each
+    /// `site-packages` and Debian `dist-packages`; then the toolkit.
     fn folders(&self) -> Vec<PathBuf> {
         let mut folders: Vec<PathBuf> = Vec::new();
         for prefix in self.prefixes() {
@@ -66,9 +67,9 @@ impl Places {
     }
 }
 
-/// Opens the library; false: it is not there, or not wanted. cudarc opens it by name only. A
-/// library that is already open under its soname (libcublasLt.so.13) is found that way too,
-/// wherever it lies: so one from a known folder is opened here first.
+/// Opens the library. False: it was not found, or it is not wanted. cudarc opens the library by
+/// name only. That name also finds a library that is already open under its soname
+/// (libcublasLt.so.13), wherever its file is; so a library in a known folder is opened here first.
 pub fn load() -> bool {
     let places = Places::of_process();
     if places.wish.as_ref().is_some_and(|w| w == "none") {
@@ -85,11 +86,11 @@ pub fn load() -> bool {
     (opened || places.wish.is_none()) && present()
 }
 
-/// The file that [`load`] opened.
+/// The path of the file that [`load`] opened.
 pub fn opened() -> String {
     let unknown = || "a file of unknown name".to_string();
-    // SAFETY: zeros are a Dl_info; the address is that of a function of the library, and the name
-    // stays as long as the library, which is never closed.
+    // SAFETY: zeros are a valid Dl_info. The address is that of a function of the library, and the
+    // name lives as long as the library, which is never closed.
     unsafe {
         let mut info: libc::Dl_info = std::mem::zeroed();
         let Some(name) = names().into_iter().find_map(|name| {
@@ -125,8 +126,7 @@ fn open(path: &Path) -> bool {
     else {
         return false;
     };
-    // SAFETY: a NUL-terminated path of a file that is there. The handle is kept for the life of the
-    // process.
+    // SAFETY: a NUL-terminated path of an existing file. The handle is kept until the process ends.
     !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
 }
 
@@ -141,7 +141,7 @@ mod tests {
         assert!(!open(Path::new("/nowhere/libcublasLt.so.13")));
     }
 
-    /// A virtual environment whose python3 is a link into a base installation.
+    /// A virtual environment whose python3 links to a base installation.
     #[test]
     fn wheels_beside_the_python_on_the_path_and_beside_its_base_are_found() {
         let dir = std::env::temp_dir().join(format!("temper-blas-{}", std::process::id()));

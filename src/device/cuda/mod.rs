@@ -1,11 +1,11 @@
 //! The CUDA device: the driver API, loaded at run time, and cuBLASLt where its library is found.
 //! Layer 1.
 //!
-//! Invariant: everything runs on one stream of our own, in the order of the calls; so no event
-//! guards any buffer. We work on cudarc's `result` and `sys` layers: its safe layer's per-slice
-//! events and error parking never come into play. A missing driver, library or device is an `Err`
+//! Invariant: all work runs on one stream of our own, in the order of the calls, so no event guards
+//! a buffer. The code uses cudarc's `result` and `sys` layers: the per-slice events and parked
+//! errors of its safe layer never come into play. A missing driver, library or device is an `Err`
 //! that says the next step, never a panic: no symbol is touched before the presence of its library
-//! and the driver's version are known.
+//! and the version of the driver are known.
 
 mod blas;
 mod code;
@@ -34,12 +34,12 @@ use super::{
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
 
-/// The pinned ring that uploads go through: `SEGMENTS` parts, each guarded by an event.
+/// The ring of pinned memory for uploads: `SEGMENTS` segments, each guarded by an event.
 const SEGMENT: usize = 8 << 20;
 const SEGMENTS: usize = 4;
 
 pub struct Cuda {
-    /// No other device of this process has it, not one that was closed either.
+    /// Unique among all devices that this process has opened, including closed ones.
     number: u64,
     name: String,
     device: sys::CUdevice,
@@ -47,12 +47,12 @@ pub struct Cuda {
     stream: sys::CUstream,
     /// (major, minor)
     capability: (i32, i32),
-    /// The most dynamic shared memory a kernel of this device can opt in to.
+    /// The most dynamic shared memory that a kernel can opt in to.
     max_shared: u32,
     multiprocessors: usize,
     code: Mutex<Code>,
-    /// The last kernel that was launched. Under a lock of its own: an error that names it may come
-    /// while code is loaded.
+    /// The kernel launched last. It has its own lock, because an error that names it may occur
+    /// while code is being loaded.
     last: Mutex<&'static str>,
     ring: Mutex<Ring>,
     marks: Mutex<Vec<Option<Event>>>,
@@ -62,32 +62,31 @@ pub struct Cuda {
     blas: Option<Blas>,
 }
 
-/// An instantiated graph. Used under the lock only: a graph must not be launched from two threads
-/// at once.
+/// An instantiated graph, used only under the lock: two threads must not launch it at once.
 struct Recorded(sys::CUgraphExec);
-// SAFETY: a handle that any thread may use under the context.
+// SAFETY: any thread may use the handle under the context.
 unsafe impl Send for Recorded {}
 
-// SAFETY: the driver API is thread safe; each call binds the context to its thread, and what is not
-// thread safe (the ring, the caches, cuBLASLt's descriptors) lies behind a mutex.
+// SAFETY: the driver API is thread safe. Each call binds the context to its thread, and whatever is
+// not thread safe (the ring, the caches, cuBLASLt's descriptors) is behind a mutex.
 unsafe impl Send for Cuda {}
 // SAFETY: as above.
 unsafe impl Sync for Cuda {}
 
-/// Numbers of devices that were opened; see [`Cuda::bind`].
+/// The number of the next device to be opened; see [`Cuda::bind`].
 static OPENED: AtomicU64 = AtomicU64::new(1);
 
 thread_local! {
-    /// The device whose context this thread is bound to; 0: none.
+    /// The number of the device whose context is bound to this thread; 0: none.
     static BOUND: Cell<u64> = const { Cell::new(0) };
 }
 
 #[derive(Clone, Copy)]
 struct Event(sys::CUevent);
-// SAFETY: a handle that any thread may use under the context.
+// SAFETY: any thread may use the handle under the context.
 unsafe impl Send for Event {}
 
-/// Pinned host memory. A segment is written again only after the copies out of it have ended.
+/// Pinned host memory. A segment is reused only after the copies from it have ended.
 struct Ring {
     base: *mut u8,
     segment: usize,
@@ -95,11 +94,11 @@ struct Ring {
     events: [Event; SEGMENTS],
     pending: [bool; SEGMENTS],
 }
-// SAFETY: the memory belongs to the ring alone.
+// SAFETY: only the ring uses the memory.
 unsafe impl Send for Ring {}
 
 impl Cuda {
-    /// The first GPU that CUDA_VISIBLE_DEVICES shows.
+    /// Opens the first GPU in CUDA_VISIBLE_DEVICES.
     pub fn new() -> Result<Cuda> {
         let (device, version) = probe(HAS_GPU_IMAGES)?;
         // SAFETY: the device comes from the driver.
@@ -120,8 +119,7 @@ impl Cuda {
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let opening = "opening the GPU (is another process using it exclusively?)";
-        // SAFETY: the device comes from the driver. The primary context, because cuBLASLt works in
-        // it.
+        // SAFETY: the device comes from the driver. The primary context, because cuBLASLt uses it.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed(opening))?;
         let proc = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
         let driver = driver_version(&proc).map(|v| format!("driver {v} / ")).unwrap_or_default();
@@ -131,7 +129,7 @@ impl Cuda {
             capability.1,
             dotted(version)
         );
-        // From here on `Drop` cleans up, whatever fails: null handles are skipped.
+        // From here on `Drop` cleans up if a call fails; it skips null handles.
         let mut cuda = Cuda {
             number: OPENED.fetch_add(1, Ordering::Relaxed),
             name,
@@ -157,7 +155,7 @@ impl Cuda {
             blas: None,
         };
         cuda.bind()?;
-        // Not the legacy stream: that one cannot be captured and waits for others.
+        // Not the legacy stream, which cannot be captured and waits for other streams.
         cuda.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed(opening))?;
         {
@@ -180,8 +178,9 @@ impl Cuda {
         Ok(cuda)
     }
 
-    /// Makes the context this thread's: rayon's threads and tests call from anywhere. Nothing else
-    /// in this process binds contexts, so a thread stays bound until it meets another device.
+    /// Binds the context to this thread, since rayon's threads and tests call from any thread.
+    /// Nothing else in this process binds contexts, so a thread stays bound until it uses another
+    /// device.
     fn bind(&self) -> Result<()> {
         if BOUND.get() == self.number {
             return Ok(());
@@ -193,7 +192,7 @@ impl Cuda {
         Ok(())
     }
 
-    /// Binds, and refuses what cannot be part of a graph.
+    /// Binds the context. Error: a capture is in progress, and `what` cannot be part of a graph.
     fn bind_for(&self, what: &str) -> Result<()> {
         if self.capturing.load(Ordering::Acquire) {
             return Err(capturing(what));
@@ -201,7 +200,7 @@ impl Cuda {
         self.bind()
     }
 
-    /// An error of asynchronous work: it belongs to something before, most likely the last kernel.
+    /// The error of asynchronous work: an earlier call caused it, most likely the last kernel.
     fn late(&self, what: &str, e: DriverError) -> Error {
         let last = *lock(&self.last);
         let last = if last.is_empty() {
@@ -216,7 +215,7 @@ impl Cuda {
         ))
     }
 
-    /// Queues work on `bytes` bytes; nothing is done for none.
+    /// Queues work on `bytes` bytes, or does nothing for 0 bytes.
     fn queue(
         &self,
         what: &str,
@@ -241,7 +240,7 @@ impl Cuda {
                 self.capability.1,
                 text(e)
             )),
-            // These come from work before, not from this launch.
+            // These errors come from earlier work, not from this launch.
             CUDA_ERROR_ILLEGAL_ADDRESS
             | CUDA_ERROR_MISALIGNED_ADDRESS
             | CUDA_ERROR_ILLEGAL_INSTRUCTION
@@ -285,17 +284,17 @@ impl Device for Cuda {
     }
 
     unsafe fn free(&self, address: u64, _bytes: usize) {
-        // An error here belongs to work before, and the next call returns it again.
+        // An error here belongs to earlier work, and the next call returns it again.
         if self.bind().is_ok() {
-            // SAFETY: the caller's promise; cuMemFree waits for work that is in flight.
+            // SAFETY: the caller's promise; cuMemFree waits for work in flight.
             let _ = unsafe { result::free_sync(address) };
         }
     }
 
     unsafe fn upload(&self, dst: u64, src: &[u8]) -> Result<()> {
-        // Through pinned memory: `src` may go as soon as this returns, while a copy straight from
-        // pageable memory is only documented to be "possibly" synchronous. The copy out of the ring
-        // is ordered by the stream like everything else.
+        // The copy goes through pinned memory: the caller may free `src` as soon as this returns,
+        // and a copy from pageable memory is only documented to be "possibly" synchronous. The
+        // stream orders the copy from the ring like all other work.
         self.bind_for("upload")?;
         let late = |e| self.late("upload", e);
         let mut ring = lock(&self.ring);
@@ -315,7 +314,7 @@ impl Device for Cuda {
                 (ring.segment, ring.at) = (next, 0);
             }
             let n = (src.len() - done).min(SEGMENT - ring.at);
-            // SAFETY: `at + n` stays in the segment, no copy out of these bytes is in flight, and
+            // SAFETY: `at + n` is within the segment, no copy from these bytes is in flight, and
             // the caller promises the destination.
             unsafe {
                 let staged = ring.base.add(ring.segment * SEGMENT + ring.at);
@@ -338,7 +337,7 @@ impl Device for Cuda {
             return Ok(());
         }
         self.bind_for("download")?;
-        // SAFETY: the caller's promise; `dst` is not read before the stream has been waited for.
+        // SAFETY: the caller's promise; `dst` is not read before the stream is synchronized.
         unsafe { result::memcpy_dtoh_async(dst, src, self.stream) }
             .map_err(|e| self.late("download", e))?;
         self.sync()
@@ -348,7 +347,7 @@ impl Device for Cuda {
         self.bind_for("download")?;
         let late = |e| self.late("download", e);
         let mut pinned = lock(&self.downloads).spare(bytes).map_err(late)?;
-        // SAFETY: the caller's promise; nobody else has this pinned memory before `end_download`.
+        // SAFETY: the caller's promise; nothing else uses this pinned memory before `end_download`.
         unsafe { pinned.fill_from(src, bytes, self.stream) }.map_err(late)?;
         Ok(insert_in_free_slot(&mut lock(&self.downloads).begun, pinned))
     }
@@ -391,7 +390,7 @@ impl Device for Cuda {
             &|what, e| self.launch_error(kernel.name, what, e),
         )?;
         let ([x, y, z], block) = (at.grid, (at.block, 1, 1));
-        // SAFETY: the caller's promise; the driver reads `args` before it returns.
+        // SAFETY: the caller's promise; the driver copies `args` before it returns.
         unsafe { result::launch_kernel(function, (x, y, z), block, at.shared, self.stream, args) }
             .map_err(|e| {
                 let shape = format!(
@@ -416,8 +415,8 @@ impl Device for Cuda {
             0 => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_NONE,
             _ => sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
         };
-        // SAFETY: the driver reads the arrays, of two and one numbers for two dimensions, before it
-        // returns, and writes 128 bytes at a multiple of 64.
+        // SAFETY: before it returns, the driver reads the arrays (two numbers each, one stride) and
+        // writes 128 bytes at an address aligned to 64.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut encoded).cast(),
@@ -447,7 +446,8 @@ impl Device for Cuda {
         if answer == LibraryProduct::Queued {
             *lock(&self.last) = "cuBLASLt's matrix product";
         }
-        // Candidates cannot be looked at while nothing runs; they are another time.
+        // Candidates cannot be tested during a capture, which runs nothing; they are tested another
+        // time.
         let capturing = self.capturing.load(Ordering::Acquire);
         Ok(if answer == LibraryProduct::Untried && capturing {
             LibraryProduct::Unavailable
@@ -487,12 +487,12 @@ impl Device for Cuda {
 
     fn mark(&self) -> Result<Mark> {
         self.bind_for("mark")?;
-        // Default flags: an event with timing.
+        // The default flags make an event with timing.
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
             .map_err(|e| self.late("mark", e))?;
         // SAFETY: a new event, our stream.
         if let Err(e) = unsafe { result::event::record(event, self.stream) } {
-            // SAFETY: as above; not used again.
+            // SAFETY: as above; the event is not used again.
             let _ = unsafe { result::event::destroy(event) };
             return Err(self.late("mark", e));
         }
@@ -515,7 +515,7 @@ impl Device for Cuda {
             _ => Err(Error::Device("elapsed_ms: a mark that was already spent".into())),
         };
         for event in [pair.0, pair.1].into_iter().flatten() {
-            // SAFETY: taken out of the list, so this was its last use.
+            // SAFETY: removed from the list, so this is its last use.
             let _ = unsafe { result::event::destroy(event.0) };
         }
         ms
@@ -523,9 +523,9 @@ impl Device for Cuda {
 
     fn begin_capture(&self) -> Result<()> {
         self.bind_for("begin_capture")?;
-        // Relaxed: modules that load at their first launch and pool slabs may still be allocated
-        // meanwhile. Nothing else runs on this device, so there is no other thread's call to guard
-        // against. SAFETY: our stream, which is not the legacy one.
+        // Relaxed mode: the first launch of a kernel may load its module, and the pool may allocate
+        // slabs, during a capture. Nothing else runs on this device, so no call of another thread
+        // needs to be guarded against. SAFETY: our stream, which is not the legacy one.
         unsafe {
             result::stream::begin_capture(
                 self.stream,
@@ -542,7 +542,7 @@ impl Device for Cuda {
             return Err(Error::Device("end_capture without begin_capture".into()));
         }
         self.bind()?;
-        // SAFETY: our stream, which captures.
+        // SAFETY: our stream, which is being captured.
         let graph = unsafe { result::stream::end_capture(self.stream) }
             .map_err(failed("capturing a graph"))?;
         if graph.is_null() {
@@ -550,7 +550,7 @@ impl Device for Cuda {
                 "capturing a graph: the capture was invalidated by an error before".into(),
             ));
         }
-        // SAFETY: a new graph; the executable one does not need it.
+        // SAFETY: a new graph; its executable form does not need it.
         let recorded = unsafe {
             let recorded = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             let _ = result::graph::destroy(graph);
@@ -573,8 +573,8 @@ impl Device for Cuda {
     fn forget(&self, graph: Graph) {
         let taken = take_from_slot(&mut lock(&self.graphs), graph);
         if let (Some(recorded), Ok(())) = (taken, self.bind()) {
-            // SAFETY: taken out of the list, so this is its last use; the driver lets a replay in
-            // flight end first.
+            // SAFETY: removed from the list, so this is its last use; the driver first finishes a
+            // replay in flight.
             let _ = unsafe { result::graph::exec_destroy(recorded.0) };
         }
     }
@@ -582,19 +582,19 @@ impl Device for Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        // Errors of the past are no longer of interest; a lost context fails all of these, which is
-        // as good.
+        // Earlier errors no longer matter. If the context is lost, all of these calls fail, which
+        // does no harm.
         if self.bind().is_err() {
             return;
         }
-        // SAFETY: nothing uses the device any more, each handle is destroyed once, null handles are
-        // skipped.
+        // SAFETY: nothing uses the device any more, each handle is destroyed once, and null handles
+        // are skipped.
         unsafe {
             if !self.stream.is_null() {
                 let _ = result::stream::synchronize(self.stream);
             }
             self.blas = None;
-            // Pinned memory and events: while the context is bound.
+            // Pinned memory and events must be released while the context is bound.
             *self.downloads.get_mut().unwrap_or_else(|e| e.into_inner()) = Downloads::default();
             for recorded in
                 self.graphs.get_mut().unwrap_or_else(|e| e.into_inner()).iter().flatten()

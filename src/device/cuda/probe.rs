@@ -1,16 +1,17 @@
-//! Whether a GPU can be used, and what is missing if not. Layer 1.
+//! Finds out whether a GPU can be used, and what is missing otherwise. Layer 1.
 //!
 //! Invariant: no symbol of the driver is touched before its library and its version are known, and
-//! every refusal says the next step.
+//! every error says the next step.
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use crate::error::{Error, Result};
 
-/// Whether nvcc was there when this was built.
+/// Whether nvcc was available at build time.
 pub(super) const HAS_GPU_IMAGES: bool = !env!("TEMPER_NVCC").is_empty();
-/// For a GPU of compute capability 9.0 the kernels of Hopper have code in an image of sm_90a only.
+/// Whether the build has code for sm_90a, the only image with the Hopper kernels for a GPU of
+/// compute capability 9.0.
 pub(super) const HAS_HOPPER_IMAGES: bool = names_hopper(env!("TEMPER_ARCHS"));
 
 const fn names_hopper(archs: &str) -> bool {
@@ -29,7 +30,7 @@ const fn names_hopper(archs: &str) -> bool {
     false
 }
 
-/// What the bindings were generated for, and the first driver that has it.
+/// The CUDA version that the bindings were generated for, and the first driver that supports it.
 const CUDA_VERSION: i32 = 13000;
 const DRIVER: &str = "580";
 /// "CUDA_ERROR_X (description)".
@@ -44,7 +45,7 @@ pub(super) fn failed(what: &str) -> impl Fn(DriverError) -> Error + '_ {
     move |e| Error::Device(format!("{what}: {}", text(e)))
 }
 
-// --- what a user reads when there is no GPU to be had ---
+// --- the errors for a machine without a usable GPU ---
 
 fn no_images() -> Error {
     Error::Device(
@@ -93,7 +94,7 @@ pub(super) fn old_gpu(name: &str, (major, minor): (i32, i32)) -> Error {
     ))
 }
 
-/// 13010 is 13.1.
+/// Formats the version number 13010 as 13.1.
 pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
@@ -105,7 +106,7 @@ pub(super) fn driver_version(proc: &str) -> Option<&str> {
         .find(|w| w.contains('.') && w.chars().all(|c| c.is_ascii_digit() || c == '.'))
 }
 
-/// Finds the device, or says what is missing. Returns it and the CUDA version of the driver.
+/// The first device and the CUDA version of the driver. Error: what is missing.
 pub(super) fn probe(has_images: bool) -> Result<(sys::CUdevice, i32)> {
     if !has_images {
         return Err(no_images());
@@ -120,8 +121,7 @@ pub(super) fn probe(has_images: bool) -> Result<(sys::CUdevice, i32)> {
     if version != 0 && version < CUDA_VERSION {
         return Err(old_driver(version));
     }
-    // A stub library, a driver whose kernel module is missing or another version: all of them end
-    // here.
+    // A stub library, a missing kernel module and a kernel module of another version all fail here.
     match result::init() {
         Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Err(no_device()),
         other => other.map_err(no_init)?,

@@ -70,7 +70,7 @@ pub const LEVELS: &[Level] = &[
     attention::<5>(("level_attention_5", "levels/attention_5"), "wgmma and TMA", HOPPER),
     attention::<6>(
         ("level_attention_6", "levels/attention_6"),
-        "two consumers in ping-pong",
+        "two consumers, products under the softmax",
         HOPPER,
     ),
 ];

@@ -245,7 +245,7 @@ fn no_mutation_of_a_file_makes_the_reader_panic() {
     };
     let mut accepted = 0;
     for round in 0..20_000 {
-        let path = dir.path().join(round.to_string()); // a new file each time: ext4 syncs one that is truncated
+        let path = dir.path().join(round.to_string()); // a new path: ext4 syncs a truncated file
         let mut bytes = good.clone();
         for _ in 0..1 + next(3) {
             let at = next(bytes.len());

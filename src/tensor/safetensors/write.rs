@@ -1,7 +1,6 @@
-//! The writer: header first, then one tensor at a time. Layer 1.
+//! The writer of safetensors files: the header first, then one tensor at a time. Layer 1.
 //!
-//! Invariant: never more than one tensor in memory, and the file appears under its name only when
-//! it is whole.
+//! Invariant: at most one tensor is in memory, and the file gets its name only when it is complete.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -13,19 +12,19 @@ use super::HostDtype;
 use crate::error::{Error, Result};
 use crate::fsio::{AtomicFile, Written};
 
-/// A tensor to be written.
+/// Name, dtype and shape of a tensor to write.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorSpec {
     pub name: String,
-    pub dtype: HostDtype, // F32, F16 or BF16; Other(U8) for codes
+    pub dtype: HostDtype, // F32, F16 or BF16; Other(U8) for quantized codes
     pub shape: Vec<usize>,
 }
 
-/// Writes `path` from `tensors`, asking `bytes_of(i, &tensors[i])` for the little-endian values of
-/// each in turn. Wider dtypes come first in the file, so that every tensor is aligned to its dtype;
-/// else the given order is kept, and so is the order of the calls. `metadata` is customarily
-/// `[("format", "pt")]`. Errors: a name twice, a dtype that is not written, a callback that gives
-/// another number of bytes, and IO; the file that was there before stays as it was.
+/// Writes `tensors` to `path`. Calls `bytes_of(i, &tensors[i])` for the little-endian values of
+/// each tensor in the order of the file: wider dtypes first, so that every tensor is aligned to its
+/// dtype, and otherwise the given order. `metadata` is customarily `[("format", "pt")]`. Errors: a
+/// name occurs twice, a dtype cannot be written, the callback returns another number of bytes, and
+/// IO. After an error the previous file is unchanged.
 pub fn write(
     path: impl AsRef<Path>,
     tensors: &[TensorSpec],
@@ -76,7 +75,7 @@ fn header<'a>(
         };
         order.push((i, tensor, size));
     }
-    order.sort_by_key(|(_, tensor, _)| std::cmp::Reverse(tensor.dtype.size())); // stable
+    order.sort_by_key(|(_, tensor, _)| std::cmp::Reverse(tensor.dtype.size())); // a stable sort
     let mut map = Map::new();
     if !metadata.is_empty() {
         let pairs = metadata.iter().map(|(k, v)| (k.to_string(), Value::from(*v)));
