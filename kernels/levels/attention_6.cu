@@ -4,8 +4,9 @@
 //          Two warpgroups share K and V, and an SM has two such blocks: the products of one run during the softmax of the others.
 // Math     as attention_4.cu
 // Shapes   as attention_5.cu
-// Plan     A consumer owns 64 of 128 queries, the first one has one step less; 64 keys per step, five stages. A thread of consumer
-//          0 starts the copies, three steps ahead: with the registers of a producer warpgroup a second block would not fit on the SM
+// Plan     A consumer owns 64 of 128 queries, the first one has one step less; 64 keys per step, five stages. A thread of
+//          consumer 0 starts the copies, three steps ahead: with the registers of a producer warpgroup a second block would not
+//          fit on the SM
 // Numerics bit for bit those of attention_4.cu
 // Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: with turns at the tensor cores, which the consumers gave each
 //          other by named barriers (ping-pong), 307 TFLOP/s, less than level 5: waiting for a turn cost more than the order was
