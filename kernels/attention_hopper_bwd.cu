@@ -170,7 +170,7 @@ template <bool CAPPED>
 DEVICE float weight(float s, float nlse, float softcap) {
   return CAPPED ? exp2_fast(fmaf(softcap * s, LOG2_E, nlse)) : s;
 }
-// The gradient of q.k / scale.
+// The gradient of q.k, without the factor `scale`.
 template <bool CAPPED>
 DEVICE float gradient(float s, float dp, float nlse, float delta, float softcap) {
   const float x = weight<CAPPED>(s, nlse, softcap) * (dp - delta);

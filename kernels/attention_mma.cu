@@ -215,7 +215,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
   for (int c = mine[4] - 1; c < mine[5]; ++c) {
     const bool own = c < mine[4];
     const int* user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
-    // Rows of the user that see some key of the tile.
+    // Rows [0, to) of the segment `user` reach at least one key of the tile.
     const long long reach = (long long)end - 1 + window - user[3];
     const int to = reach < user[1] ? (int)reach : user[1];
     for (int g = 0; g < group; ++g) {

@@ -9,7 +9,7 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::row_packs;
 use crate::tensor::Tensor;
 
-/// The kernels' template argument.
+/// The activations, with the kernels' template argument D.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Act {

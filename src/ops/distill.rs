@@ -49,7 +49,7 @@ pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Ten
 pub struct Distill {
     pub beta: f32,
     pub scale: f32,
-    /// The student's and the teacher's.
+    /// The logit maps of the student and of the teacher.
     pub maps: [LogitMap; 2],
     pub chunk: usize,
     /// Whether the student's and the teacher's head have a LoRA pair.

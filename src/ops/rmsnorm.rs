@@ -30,7 +30,7 @@ pub enum NormWeight {
 }
 
 impl Norm {
-    /// Llama's.
+    /// Llama's norm.
     pub fn new(eps: f32) -> Norm {
         Norm { eps, weight: NormWeight::Rounded }
     }

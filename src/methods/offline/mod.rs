@@ -81,7 +81,7 @@ impl LossOutput {
     }
 }
 
-/// A loss over micro-batches of rows; [`OfflineMethod`] makes a method of it.
+/// A loss over micro-batches of rows; [`OfflineMethod`] turns it into a method.
 pub trait OfflineObjective {
     fn rows(&self) -> &dyn RowSet;
 

@@ -11,7 +11,7 @@ pub enum Normalizer {
     Sequence,
     /// bnpo, PPO: the mean over the tokens of the batch.
     Token,
-    /// dr_grpo
+    /// dr_grpo: a constant divisor, `max_completion_length` per sequence.
     Constant { max_completion_length: usize },
     /// dapo, cispo, vespo: the mean over the tokens of an accumulation window, estimated as
     /// `num_items_in_batch / steps_per_generation` times the accumulation; already includes the

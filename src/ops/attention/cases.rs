@@ -1,6 +1,6 @@
 //! The cases of the attention ops. Layer 4.
 //!
-//! Invariant: ragged lengths, shared prefixes, windows and every head size are among them.
+//! Invariant: ragged lengths, shared prefixes, windows and every head size are covered.
 
 use super::oracle::{segments, shape};
 use super::packed::Attention;
