@@ -1,6 +1,7 @@
 //! Options of Muon beside those of every optimizer. Layer 1.
 //!
-//! Invariant: names after the prefix `muon_` and defaults are those of `torch.optim.Muon`, torch 2.11.
+//! Invariant: names after the prefix `muon_` and defaults are those of `torch.optim.Muon`, torch
+//! 2.11.
 
 use super::value::words;
 use super::{Report, section};
