@@ -25,7 +25,7 @@ struct Dim3 {
   unsigned x, y, z;
 };
 
-// One call runs the blocks [block_begin, block_end) of a grid on this OS thread. Must match `Launch` in `src/device/cpu/mod.rs`.
+// One call runs the blocks [block_begin, block_end) of a grid on this OS thread. Must match `CpuLaunch` in `src/device/mod.rs`.
 struct Launch {
   void* const* args;
   unsigned grid[3];
