@@ -1,7 +1,7 @@
-//! Builds the kernels twice from one source: for the CPU with the host C++ compiler (always), for
-//! the GPU with nvcc (when found), and generates the typed Rust launchers from the kernels'
-//! signatures. Nothing is written outside OUT_DIR; what another
-//! build of this package in the same target folder has made already is copied from there.
+//! Builds the kernels twice from one source: for the CPU with the host C++ compiler (always) and
+//! for the GPU with nvcc (if found). Generates the typed Rust launchers from the kernels'
+//! signatures. Nothing is written outside OUT_DIR; results that another build of this package in
+//! the same target folder has already made are copied from there.
 //!
 //! Environment: `NVCC` or `CUDA_HOME` says where nvcc is (`NVCC=none` builds without),
 //! `TEMPER_CUDA_ARCHS` the GPU targets (default `sm_80,sm_90a,sm_120` plus compute_80 PTX),

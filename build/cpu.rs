@@ -1,9 +1,9 @@
-//! The CPU build: every kernel file four times (f32 and bf16, fast and strict) by the host C++
-//! compiler.
+//! The CPU build: the host C++ compiler compiles every kernel file four times (f32 and bf16, fast
+//! and strict), and some a fifth time for AVX-512.
 //!
 //! Invariant: one source, one result: the flags are the same on every machine of an architecture
-//! and in every cargo profile. An object is compiled again only if its own text or what all include
-//! has changed.
+//! and in every cargo profile. An object is compiled again only if its own text, or the text that
+//! all units include, has changed.
 
 use std::env;
 use std::fmt::Write as _;
@@ -20,7 +20,7 @@ use crate::signature::{Kernel, Kind, Role};
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
     Fast,
-    /// For AVX-512: the same bits, chosen at run time where the machine has it.
+    /// For AVX-512: the same bits, chosen at run time if the machine supports it.
     Wide,
     Strict,
 }
@@ -35,12 +35,12 @@ impl Form {
     }
 }
 
-/// The files whose loops gain from AVX-512. Of the others, most are bounded by memory; each more
-/// costs its compilation.
+/// The files whose loops gain from AVX-512. Most of the others are limited by memory, and each one
+/// costs compile time.
 const WIDE: [&str; 3] = ["activation", "attention", "rmsnorm"];
 
-/// Whether a kernel has a wide form, beside its fast one. Fibers do not: a block's threads take
-/// turns.
+/// Whether a kernel has a wide form beside its fast one. Fiber kernels have none: the threads of a
+/// block take turns.
 pub fn has_wide(file: &KernelFile, kernel: &Kernel, real: &Real) -> bool {
     env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64"
         && real.name == "f32"
@@ -48,7 +48,7 @@ pub fn has_wide(file: &KernelFile, kernel: &Kernel, real: &Real) -> bool {
         && kernel.kind != Kind::Fiber
 }
 
-/// A translation unit and the text that its object depends on, beside what all include.
+/// A translation unit, and the text that its object depends on besides the common includes.
 struct Unit {
     path: PathBuf,
     from: String,
@@ -64,14 +64,15 @@ impl Unit {
 pub fn build(out: &Path, sources: &Sources) {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").opt_level(3).warnings(false).include("kernels").debug(false);
-    // Never native, never contracted.
+    // Never -march=native, never contracted.
     for flag in [
         "-ffp-contract=off",
         "-fno-trapping-math",
         "-fno-math-errno",
         "-Wno-unknown-pragmas",
         "-Wno-attributes",
-        // A tensor map is passed by value, aligned to 64 bytes; both sides of the call are compiled here.
+        // A tensor map is passed by value, aligned to 64 bytes. Both sides of the call are compiled
+        // here, so the ABI warning is irrelevant.
         "-Wno-psabi",
     ] {
         build.flag_if_supported(flag);
@@ -95,8 +96,8 @@ pub fn build(out: &Path, sources: &Sources) {
         .flat_map(|folder| listed(folder, &["cuh", "h", "cpp"]))
         .map(|p| text(&p))
         .collect();
-    // Strict mode looks for bugs, not for speed, and a level of optimisation changes no bit: without
-    // the higher levels its half of the units takes half of the time.
+    // Strict mode looks for bugs, not speed, and the optimisation level changes no bit: at this
+    // level its half of the units takes half the time.
     let mut quick = build.clone();
     quick.opt_level(1);
     let mut wide = build.clone();
@@ -137,8 +138,8 @@ pub fn build(out: &Path, sources: &Sources) {
     build.compile("temper_kernels");
 }
 
-/// The matrix product, once for each width of vectors: the same bits (src/device/cpu/gemm.rs), so the
-/// machine may choose at run time.
+/// Compiles the matrix product once for each vector width, with the same bits
+/// (src/device/cpu/gemm.rs), so the machine may choose at run time.
 fn products(build: &cc::Build, out: &Path) -> Vec<PathBuf> {
     let wide = env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64";
     let mut widths = vec![("temper_product", None)];
@@ -154,8 +155,8 @@ fn products(build: &cc::Build, out: &Path) -> Vec<PathBuf> {
     widths.into_iter().flat_map(compile).collect()
 }
 
-/// What decides an object beside its text: program, version and arguments. Not the environment, of
-/// which a `Command` shows every variable.
+/// What determines an object besides its text: compiler, version and arguments. The environment is
+/// excluded: `Command` would show every variable of it.
 fn identity(compiler: &Command) -> String {
     let version = Command::new(compiler.get_program()).arg("--version").output();
     let version = version.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
@@ -189,7 +190,8 @@ fn source(
     if form == Form::Wide {
         s += "#include <immintrin.h>\n";
     }
-    // A namespace a translation unit: the same names mean other code where `real` or LANES differ.
+    // One namespace per translation unit: the same names are other code where `real` or LANES
+    // differ.
     writeln!(s, "namespace k_{namespace} {{\n#include \"prim/real.cuh\"").unwrap();
     for k in &file.kernels {
         if !strict && k.kind != Kind::Fiber {

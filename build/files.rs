@@ -1,14 +1,14 @@
-//! The files of `kernels/` as the build sees them: what each declares, and the instances of each
+//! The files of `kernels/` as the build sees them: their declarations, and the instances of each
 //! kernel.
 //!
-//! Invariant: an exported name means one thing in all files.
+//! Invariant: an exported name means the same in all files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::signature::{Export, Kernel, Param, Role, Source, parse};
 
-/// The dtypes that `real` is, and their names in Rust.
+/// The dtypes of `real`, and their names in Rust.
 pub const REALS: [Real; 2] =
     [Real { name: "f32", dtype: "F32", bytes: 4 }, Real { name: "bf16", dtype: "BF16", bytes: 2 }];
 
@@ -22,27 +22,27 @@ pub struct Real {
 pub struct KernelFile {
     pub stem: String,
     pub path: PathBuf,
-    /// As a generated unit includes it, below `kernels/`: no unit names the folder of the checkout,
-    /// so that its object can be kept when that moves.
+    /// Its path in an include, below `kernels/`: no unit names the folder of the checkout, so that
+    /// objects can be kept when that moves.
     pub include: String,
-    /// False: for the CPU only (tests of the shim).
+    /// False for files that are built for the CPU only (tests of the shim).
     pub gpu: bool,
     pub kernels: Vec<Kernel>,
 }
 
 pub struct Sources {
     pub files: Vec<KernelFile>,
-    /// With the file of each, relative to the crate.
+    /// Each with its file, relative to the crate.
     pub exports: Vec<(PathBuf, Export)>,
 }
 
 /// One kernel for one D and one dtype.
 pub struct Instance<'a> {
     pub kernel: &'a Kernel,
-    /// 0 where the kernel is not templated.
+    /// 0 if the kernel is not templated.
     pub d: u32,
     pub symbol: String,
-    /// Bytes of dynamic shared memory; 0 where the caller says.
+    /// Bytes of dynamic shared memory; 0 if the caller sets it.
     pub shared: i64,
 }
 
@@ -100,7 +100,8 @@ impl Sources {
         }
     }
 
-    /// All D of a kernel for one dtype. Error if SHARED names something that is not exported.
+    /// All instances of a kernel for one dtype. Error if SHARED names something that is not
+    /// exported.
     pub fn instances<'a>(
         &self,
         kernel: &'a Kernel,
@@ -134,7 +135,7 @@ impl Param {
             Role::Scalar => self.ty.c().into(),
             Role::Map => "const tensor_map&".into(),
             Role::In | Role::MaybeIn => format!("const {}*{restrict}", self.ty.c()),
-            // Outputs are not restrict: an in-place call (y == x) is allowed where the op says so.
+            // Outputs are not restrict: an in-place call (y == x) is allowed if the op says so.
             Role::Out | Role::MaybeOut => format!("{}*", self.ty.c()),
         }
     }
@@ -146,7 +147,7 @@ impl Kernel {
         self.params.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
-    /// The parameters of the entry point that a GPU is launched with.
+    /// The parameters of the entry point of a GPU launch.
     pub fn entry_params(&self) -> String {
         let one = |p: &Param| match p.role {
             Role::Map => format!("const __grid_constant__ tensor_map {}", p.name),
@@ -160,7 +161,7 @@ impl Kernel {
     }
 }
 
-/// The files of a folder with one of these endings, in order of their names.
+/// The files of a folder with one of these extensions, sorted by name.
 pub fn listed(folder: &str, endings: &[&str]) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> =
         fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();

@@ -1,8 +1,9 @@
-//! The GPU build: every kernel file twice (f32 and bf16) by nvcc, into one fatbin of all targets.
+//! The GPU build: nvcc compiles every kernel file twice (f32 and bf16), into one fatbin with all
+//! targets.
 //!
-//! Invariant: a kernel marked HOT whose bf16 instance spills registers fails the build, also where
-//! its fatbin is kept from the build before. A fatbin is made again only if its own text, what all
-//! include, or the compiler's command has changed.
+//! Invariant: a kernel marked HOT whose bf16 instance spills registers fails the build, even if its
+//! fatbin is kept from an earlier build. A fatbin is made again only if its own text, the text that
+//! all files include, or the compiler's command has changed.
 
 use std::env;
 use std::fmt::Write as _;
@@ -16,8 +17,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::files::{KernelFile, REALS, Real, Sources, listed, text, write_if_changed};
 use crate::kept;
 
-/// A third of the size, for drivers of CUDA 12.4 and later; compilers before 12.8 do not know the
-/// option.
+/// The option that makes fatbins a third of the size, for drivers of CUDA 12.4 and later; compilers
+/// before 12.8 do not have it.
 fn smaller(nvcc: &Path) -> Option<&'static str> {
     let help = Command::new(nvcc).arg("--help").output().ok()?;
     String::from_utf8_lossy(&help.stdout)
@@ -25,7 +26,7 @@ fn smaller(nvcc: &Path) -> Option<&'static str> {
         .then_some("--compress-mode=size")
 }
 
-/// Per file and dtype, the fatbin's path; None where there is no GPU build of it.
+/// The path of the fatbin, per file and dtype; None if there is no GPU build of it.
 pub type Images = Vec<[Option<PathBuf>; 2]>;
 
 pub fn build(out: &Path, sources: &Sources) -> Images {
@@ -81,7 +82,7 @@ pub fn build(out: &Path, sources: &Sources) -> Images {
     images.into_inner().unwrap()
 }
 
-/// For .ci/kernel-table: threads and dynamic shared memory of the hot bf16 instances.
+/// For .ci/kernel-table: threads and dynamic shared memory of the HOT bf16 instances.
 fn hot_kernels(sources: &Sources) -> String {
     let mut lines = String::new();
     let hot = sources.files.iter().flat_map(|f| &f.kernels).filter(|k| k.hot);
@@ -99,8 +100,8 @@ struct Compiler {
     included: String,
 }
 
-/// The fatbin of a file, what ptxas said of it, and the spills of its hot kernels. Beside
-/// OUT/NAME.fatbin lie OUT/NAME.ptxas and, as the fatbin's stamp, OUT/NAME.gpu-stamp.
+/// The fatbin of a file, ptxas' output, and the spills of its HOT kernels. Beside OUT/NAME.fatbin
+/// there are OUT/NAME.ptxas and, as the fatbin's stamp, OUT/NAME.gpu-stamp.
 fn compile_fatbin(
     out: &Path,
     compiler: &Compiler,
@@ -151,8 +152,8 @@ fn compile_fatbin(
     (image, log, defects)
 }
 
-/// The spills of HOT kernels: ptxas names a kernel and its target, then says what it spills. The
-/// f32 twins of the tensor-core kernels are for checks and are not hot.
+/// The spills of HOT kernels: ptxas names a kernel and its target, then reports its spills. The f32
+/// instances of the tensor-core kernels exist for checks and do not count.
 fn hot_spills(log: &str, sources: &Sources, file: &KernelFile, real: &Real) -> Vec<String> {
     let kernels = file.kernels.iter().filter(|k| k.hot && real.name == "bf16");
     let hot: Vec<String> = kernels

@@ -1,16 +1,16 @@
-//! Results of earlier builds: an object is made once, whatever profile, features or checkout it
-//! is wanted for.
+//! Reuses results of earlier builds: an object is compiled once for all profiles, features and
+//! checkouts that need it.
 //!
-//! Invariant: beside a result NAME.ENDING lies NAME.STAMP, a digest of all it was made from; the
-//! stamp is removed before the result changes and written after it. Other builds' folders are only
-//! read.
+//! Invariant: beside a result NAME.ENDING there is NAME.STAMP, a digest of everything it was made
+//! from; the stamp is removed before the result changes and written after it. Other builds' folders
+//! are only read.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Takes `name` from another build of this package in the same target folder, if one has all of
-/// `endings` under this stamp. Without it `cargo test` and `cargo build --release` each compile
-/// the same kernels with the same flags.
+/// Copies `name` from another build of this package in the same target folder, if one has all of
+/// `endings` under this stamp. Without this, `cargo test` and `cargo build --release` would each
+/// compile the same kernels with the same flags.
 pub fn take(out: &Path, name: &str, endings: &[&str], stamp_ending: &str, stamp: &str) -> bool {
     let stamped = |folder: &Path| {
         let path = folder.join(format!("{name}.{stamp_ending}"));
@@ -21,7 +21,7 @@ pub fn take(out: &Path, name: &str, endings: &[&str], stamp_ending: &str, stamp:
             let file = format!("{name}.{ending}");
             fs::copy(other.join(&file), out.join(&file)).is_ok()
         };
-        // Read again afterwards: a build that runs beside this one may have replaced the result.
+        // Checked again afterwards: a concurrent build may have replaced the result.
         let taken = stamped(&other) && endings.iter().all(copied) && stamped(&other);
         if taken {
             write_stamp(out, name, stamp_ending, stamp);
@@ -36,7 +36,7 @@ pub fn is_fresh(out: &Path, name: &str, endings: &[&str], stamp_ending: &str, st
         && endings.iter().all(|ending| path(ending).exists())
 }
 
-/// Before a result is made again.
+/// Call before a result is made again.
 pub fn remove_stamp(out: &Path, name: &str, stamp_ending: &str) {
     let _ = fs::remove_file(out.join(format!("{name}.{stamp_ending}")));
 }
@@ -45,7 +45,8 @@ pub fn write_stamp(out: &Path, name: &str, stamp_ending: &str, stamp: &str) {
     fs::write(out.join(format!("{name}.{stamp_ending}")), stamp).unwrap();
 }
 
-/// OUT_DIR is TARGET/PROFILE/build/PACKAGE-HASH/out: those of the same package, in all profiles.
+/// The output folders of the same package in all profiles: OUT_DIR is
+/// TARGET/PROFILE/build/PACKAGE-HASH/out.
 fn others(out: &Path) -> Vec<PathBuf> {
     let Some(profiles) = out.ancestors().nth(4) else { return Vec::new() };
     let package = format!("{}-", std::env::var("CARGO_PKG_NAME").unwrap());

@@ -1,5 +1,5 @@
-//! The Rust side of the kernels: for each a struct of its arguments and a function that launches
-//! it, and what the kernels export.
+//! The Rust side of the kernels: for each kernel a struct of its arguments and a function that
+//! launches it; and the kernels' exports.
 //!
 //! Invariant: kernels whose arguments have the same names and types share one struct, so that
 //! either can be called with it.
@@ -54,8 +54,8 @@ pub fn write(out: &Path, sources: &Sources, images: &Images) {
     fs::write(out.join("launchers.rs"), s).unwrap();
 }
 
-/// An int is a `usize` in Rust (a count or a size), a number of an enum an `i32`, as kernels take
-/// it.
+/// An int becomes a `usize` in Rust (a count or a size), a number of an enum an `i32`, the type
+/// that kernels take.
 fn exported(e: &Export) -> String {
     let (doc, name) = (docs(&e.doc), &e.name);
     match &e.fact {
@@ -78,7 +78,7 @@ fn docs(text: &str) -> String {
     text.lines().map(|l| format!("/// {l}\n")).collect()
 }
 
-/// The definitions of a kernel's instances. Returns the table that a launcher chooses from.
+/// Writes the definitions of a kernel's instances. Returns the table that a launcher chooses from.
 fn instances(
     s: &mut String,
     sources: &Sources,
@@ -126,7 +126,7 @@ fn struct_name(k: &Kernel) -> String {
     k.name.split('_').filter(|w| !w.is_empty()).map(word).collect::<String>() + "Args"
 }
 
-/// The sizes that a templated kernel has.
+/// Writes the values of D of a templated kernel.
 fn sizes(s: &mut String, k: &Kernel) {
     if !k.d.is_empty() {
         let (name, n) = (k.name.to_uppercase(), k.d.len());
@@ -135,7 +135,7 @@ fn sizes(s: &mut String, k: &Kernel) {
     }
 }
 
-/// The struct of a kernel's arguments, or another name for one that is there already.
+/// Writes the struct of a kernel's arguments, or an alias of an existing one.
 fn arguments(s: &mut String, k: &Kernel, structs: &mut Vec<(String, String)>) {
     let name = struct_name(k);
     let field = |p: &Param| format!("    pub {}: {},\n", p.name, rust_type(p));
@@ -163,7 +163,7 @@ fn launcher(s: &mut String, k: &Kernel, table: &str) {
         docs(&k.doc)
     )
     .unwrap();
-    // The dtype of the instance is that of the first `real` argument or tensor map that is there.
+    // The dtype of the instance is that of the first `real` argument or tensor map that is present.
     let mut real = String::from("DType::F32");
     for p in k.params.iter().rev().filter(|p| p.ty == Type::Real) {
         let n = &p.name;

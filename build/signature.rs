@@ -17,11 +17,11 @@ pub struct Source {
 pub struct Kernel {
     pub name: String,
     pub kind: Kind,
-    /// The values of template parameter D; empty: not templated.
+    /// The values of template parameter D; empty if not templated.
     pub d: Vec<u32>,
     /// The largest block.
     pub threads: u32,
-    /// (D, n): that instance leaves registers for n blocks a multiprocessor; None: every instance.
+    /// (D, n): that instance leaves registers for n blocks per SM; None: every instance.
     pub blocks: Vec<(Option<u32>, u32)>,
     /// Bytes of dynamic shared memory, in terms of D and sizeof(real).
     pub shared: Option<Expr>,
@@ -43,7 +43,7 @@ pub enum Kind {
 pub struct Param {
     pub name: String,
     pub role: Role,
-    /// Of the element for pointers.
+    /// For pointers, the type of the element.
     pub ty: Type,
 }
 
@@ -105,7 +105,7 @@ pub enum Fact {
         unsigned: bool,
         value: Expr,
     },
-    /// Of one int.
+    /// A function of one int.
     Function {
         param: String,
         body: Expr,
@@ -114,7 +114,7 @@ pub enum Fact {
     Numbers(Vec<String>),
 }
 
-/// An integer expression. `Display` writes it in Rust.
+/// An integer expression. `Display` writes it in Rust syntax.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Expr {
     Number(i64),
@@ -306,7 +306,7 @@ fn is_word(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_'
 }
 
-/// Where the parenthesis that was opened before `text` is closed.
+/// The position of the parenthesis that closes the one opened before `text`.
 fn matching_paren(text: &str) -> Option<usize> {
     let mut depth = 1;
     for (i, c) in text.char_indices() {
@@ -318,7 +318,7 @@ fn matching_paren(text: &str) -> Option<usize> {
     None
 }
 
-/// Split by the commas outside of parentheses.
+/// Splits at the commas outside parentheses.
 fn top_level(text: &str) -> Vec<&str> {
     let (mut parts, mut depth, mut from) = (Vec::new(), 0, 0);
     for (i, c) in text.char_indices() {
@@ -420,7 +420,7 @@ fn primary(rest: &mut &str) -> Result<Expr, String> {
 }
 
 impl Expr {
-    /// The value, where `variables` and `exports` define the names.
+    /// The value of the expression; `variables` and `exports` define the names.
     pub fn value(&self, variables: &[(&str, i64)], exports: &[&Export]) -> Result<i64, String> {
         let find = |name: &str| exports.iter().find(|e| e.name == name).map(|e| &e.fact);
         match self {

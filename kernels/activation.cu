@@ -6,20 +6,20 @@
 //          3 relu max(x, 0), with derivative 0 at 0
 //          (Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks & Gimpel, GELU, 2016)
 // Shapes   gated: x [rows, 2 f] real, y [rows, f];  plain: flat n
-// Plan     a thread owns V values (gated, on a CPU: every fourth thread 4 V). The gated kernels move as much as they compute, so on a GPU whole packs have a way without
-//          branches.
-// Numerics float, one rounding when stored.
+// Plan     One thread per V values (gated, on a CPU: every fourth thread takes 4 V). The gated kernels are limited by memory and
+//          arithmetic alike, so on a GPU whole packs take a path without branches.
+// Numerics float, rounded once when stored.
 // Cost     6 f (forward), 10 f (backward) x sizeof(real) / 2 bytes a row. H100, 2026-11-27, bf16 silu, 16,384 x 4,864: forward
 //          174.7 us, 95% of copy speed (190.9 with the branches), backward 267.7 us, 103% (296.4).
 #include "common/activate.cuh"
 #include "prim/vec.cuh"
 
-// Packs that a thread of a gated kernel takes. A CPU's vectors are longer than a GPU's packs: there every fourth thread takes the
-// four packs that start at its own, where a row has whole fours, and the others none.
+// Packs per thread of a gated kernel. A CPU's vectors are longer than a GPU's packs: if a row is a whole number of fours of
+// packs, every fourth CPU thread takes the four packs from its own on, and the other threads none.
 constexpr int GATED_PACKS = LANES == 1 ? 4 : 1;
 DEVICE bool by_fours(int f) { return GATED_PACKS > 1 && f % (GATED_PACKS * V) == 0; }
 
-// n values of a pack; WHOLE: all of them, in one aligned load that nothing waits for until they are used.
+// n values of a pack. WHOLE: all N, in one aligned load that stalls only at its first use.
 template <bool WHOLE, int N>
 DEVICE Pack<N> gate_pack(const real* p, int n) {
   return WHOLE ? values(fetch<N>(p, N)) : load<N>(p, n);
@@ -47,7 +47,7 @@ KERNEL_FLAT(glu_fwd, D=0,1,2)(real* y, const real* x, int rows, int f) {
   const long long row = item / packs;
   const int i = (int)(item % packs) * V;
   if (fours) return glu_pack<D, false, GATED_PACKS * V>(y + row * f + i, x + row * 2 * f + i, f, f - i);
-  // A CPU, whose threads are the lanes of its vectors, has no use for the whole packs.
+  // The path of whole packs is for GPUs only: a CPU's threads are lanes of its vectors and gain nothing from it.
   if (LANES > 1 && whole_packs(x, f) && whole_packs(y, 0))
     glu_pack<D, true>(y + row * f + i, x + row * 2 * f + i, f, f - i);
   else

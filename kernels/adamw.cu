@@ -4,24 +4,25 @@
 //          m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2
 //          p = p (1 - lr wd) - (lr / (1 - b1^t)) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 //          (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019; the order of operations is PyTorch's)
-// Shapes   p, m, v, g flat n float (adamw_bf16: m, v bf16); w flat n real, the weights that kernels read
-//          hyper [8] float on the device: lr (times lr_scale, the group's), 1 - b1^t, sqrt(1 - b2^t), norm, clip factor; key as in dropout.cu
-// Plan     norm: a warp sums 8192 squares, one warp sums the partials. Update: a thread owns V values.
-// Numerics float. D=0: a float master p, w is p rounded to nearest. D=1: no master; w itself is the parameter and is
-//          rounded stochastically, up with the probability of the dropped fraction (Philox by index and step, so the
-//          result does not depend on the layout of the launch). Moments in bf16 are rounded so too, after the step that
-//          used them unrounded: rounded to nearest, a v that moves by 1/1000 of itself would stand still.
-// Cost     D=0: 28 n + sizeof(real) n bytes; D=1: 20 n + 2 sizeof(real) n; 8 n less with moments in bf16. H100, 494 M
-//          parameters, 2026-11-27: adamw<0> 5.0 ms, at copy speed; square_sums 0.66 ms, at copy speed; norm_and_clip, one
-//          warp's walk through 60,000 partial sums, 36 us (107 us with a load at a time).
+// Shapes   p, m, v, g flat n float (adamw_bf16: m, v bf16);  w flat n real, the weights that kernels read;
+//          hyper [8] float on the device: lr (lr_scale, the parameter group's factor, multiplies it), 1 - b1^t, sqrt(1 - b2^t),
+//          norm, clip factor;  key as in dropout.cu
+// Plan     Norm: a warp sums 8192 squares, one warp sums the partials. Update: one thread per V values.
+// Numerics float. D=0: a float master p, and w is p rounded to nearest. D=1: no master; w itself is the parameter and is rounded
+//          stochastically, up with the probability of the dropped fraction (Philox by index and step, so the result does not
+//          depend on the launch configuration). bf16 moments are rounded stochastically too, after the step has used them
+//          unrounded: with rounding to nearest, a v that changes by 1/1000 of itself would never change.
+// Cost     D=0: 28 n + sizeof(real) n bytes; D=1: 20 n + 2 sizeof(real) n; 8 n less with moments in bf16. H100, 494 M parameters,
+//          2026-11-27: adamw<0> 5.0 ms, at copy speed; square_sums 0.66 ms, at copy speed; norm_and_clip, where one warp walks
+//          through 60,000 partial sums, 36 us (107 us with one load at a time).
 #include "common/adam.cuh"
 #include "prim/warp.cuh"
 
-// Squares that one warp adds up.
+// Squares that one warp sums.
 EXPORT(int, NORM_CHUNK, 8192);
-// Packs that a lane of norm_and_clip has under way at once. (A CPU's one lane per warp would only copy.)
+// Packs that a lane of norm_and_clip loads at once. (On a CPU, with one lane per warp, this would only add copies.)
 constexpr int AHEAD = 4;
-// Values of a thread of adamw_bf16.
+// Values per thread of adamw_bf16.
 EXPORT(int, ADAMW_BF16_PACK, 8);
 
 KERNEL_WARP(square_sums)(float* partial, const float* g, long long n) {
@@ -86,7 +87,7 @@ KERNEL_FLAT(adamw, D=0,1)(MAYBE(float) p, INOUT(real) w, INOUT(float) m, INOUT(f
   store(w + i, x, n - i);
 }
 
-// As adamw, with moments in bf16.
+// adamw with moments in bf16.
 KERNEL_FLAT(adamw_bf16, D=0,1)(MAYBE(float) p, INOUT(real) w, INOUT(bf16) m, INOUT(bf16) v, const float* g,
                                const float* hyper, const int* key, long long n, float beta1, float beta2, float eps,
                                float weight_decay, float lr_scale, int group) {

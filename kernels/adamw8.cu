@@ -1,22 +1,22 @@
-// AdamW with moments in 8 bits, in blocks of 256.
+// AdamW with 8-bit moments, in blocks of 256.
 //
-// Math     m' = map_m[codes_m] absmax_m, v' = map_v[codes_v] absmax_v; the step of adamw.cu on m', v'; then of each block
-//          absmax = max |m|, code = the entry of the map nearest to m / absmax, and so for v
+// Math     m' = map_m[codes_m] absmax_m, v' = map_v[codes_v] absmax_v; the step of adamw.cu on m', v'; then per block absmax =
+//          max |m|, code = the entry of the map nearest to m / absmax, and the same for v
 //          (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022)
-// Shapes   p, g flat n float; w flat n real; codes n bytes each; absmax n / 256 float each; maps [256] float, sorted, for m
-//          with negative values, for v without; hyper, key as in adamw.cu. Blocks count from the start of the range
-// Plan     A warp owns a block and holds its moments in registers between reading and writing; a map is searched in 8
-//          steps, its 1 KiB stays in the first cache.
-// Numerics float. The step uses the moments before they are rounded to codes. Where a block is not whole, it is divided by
-//          absmax (at least 1e-38) instead of multiplied by 1 / absmax, as bitsandbytes' reference does. D as in adamw.cu.
+// Shapes   p, g flat n float; w flat n real; codes n bytes each; absmax n / 256 float each; maps [256] float, sorted, with
+//          negative values for m, without for v; hyper, key as in adamw.cu. Blocks count from the start of the range
+// Plan     A warp owns a block and keeps its moments in registers between reading and writing; a map is searched in 8 steps, its
+//          1 KiB stays in L1.
+// Numerics float. The step uses the moments before they are rounded to codes. A block that is not whole is divided by absmax (at
+//          least 1e-38) instead of multiplied by 1 / absmax, as in bitsandbytes' reference. D as in adamw.cu.
 // Cost     D=0: 16 n + sizeof(real) n bytes. *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "common/adam.cuh"
 #include "common/quant.cuh"
 #include "prim/warp.cuh"
 
-constexpr int BLOCK = CODE8_BLOCK, PARTS = BLOCK / WARP_STEP;  // packs of a lane in a block
+constexpr int BLOCK = CODE8_BLOCK, PARTS = BLOCK / WARP_STEP;  // packs per lane in a block
 
-// New codes and absmax of a block of `count` values, of which this lane holds a pack of each part.
+// Writes codes and absmax of a block of `count` values; this lane holds one pack of each part.
 DEVICE void store_block(unsigned char* codes, float* absmax, const float* map, const WarpPack (&x)[PARTS], int count) {
   WarpPack most = {};
 #pragma unroll

@@ -2,9 +2,9 @@
 //
 // Math     add: y = a + b.  axpy: y (+)= scale x.  to_real / to_float: conversion, rounding to nearest even.
 // Shapes   flat arrays of n elements
-// Plan     a thread moves V elements (128 bits of `real`).
-// Numerics float arithmetic, one rounding when a real is stored.
-// Cost     add: 3 n reads and writes of sizeof(real). *Predicted* at copy speed, 2.95 TB/s on an H100.
+// Plan     One thread per V elements (128 bits of `real`).
+// Numerics float arithmetic; a real is rounded once, when stored.
+// Cost     add: 3 n sizeof(real) bytes read and written. *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/vec.cuh"
 
 KERNEL_FLAT(add_fwd)(real* y, const real* a, const real* b, long long n) {
@@ -26,7 +26,7 @@ KERNEL_FLAT(axpy)(real* y, const real* x, float scale, long long n, int accumula
   store(y + i, p, n - i, accumulate);
 }
 
-// float master values to the weights that kernels read
+// Converts float master values to the weights that kernels read.
 KERNEL_FLAT(to_real_copy)(real* y, const float* x, long long n) {
   const long long i = FLAT_INDEX * V;
   if (i >= n) return;

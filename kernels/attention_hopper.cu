@@ -1,34 +1,34 @@
 // Causal attention over packed sequences, forward, with TMA and wgmma: bf16, sm_90a, head sizes 64 and 128. Math: attention.cu.
 //
-// Math     as attention_mma.cu, whose softmax it shares
-// Shapes   as attention_mma_fwd, but items are of hopper_fwd_rows(D) rows;  map: boxes of 64 x 64 of qkv
-// Plan     a block a (128 or 192 query rows, head); a warpgroup owns 64 of the rows and skips the blocks of 64 positions that none
-//          of them sees. A ring of such blocks of K and V in shared memory is filled by TMA, or by cp.async where a block is
-//          not one box: where a prefix ends inside it, and at the end of the segment (so that no neighbour's NaN comes in).
-//          Head size 64: two warpgroups, of which the first also fills the ring; registers for two blocks a multiprocessor.
-//          Head size 128: three warpgroups beside one that does nothing but fill the ring, a block a multiprocessor. S of a
-//          block is started before the product of P and V of the block before, which runs under the softmax.
-// Numerics bit for bit those of attention_mma_fwd: wgmma accumulates like a chain of mma.sync, the accumulators lie in the
-//          same lanes, and the blocks and the softmax are the same
+// Math     As attention_mma.cu, with the same softmax code
+// Shapes   As attention_mma_fwd, but items are of hopper_fwd_rows(D) rows;  map: boxes of 64 x 64 of qkv
+// Plan     One block per (128 or 192 query rows, head). A warpgroup owns 64 of the rows and skips the blocks of 64 positions that
+//          none of them sees. K and V pass through a ring of such blocks in shared memory, filled by TMA, or by cp.async where a
+//          block is not one box: where a prefix ends inside it, and at the end of the segment (so that no NaN of a neighbour is
+//          read). Head size 64: two warpgroups, the first of which also fills the ring; registers allow two blocks per SM. Head
+//          size 128: three warpgroups and a fourth that only fills the ring; one block per SM. S of a block is started before the
+//          product of P and V of the previous block, which runs during the softmax.
+// Numerics Bit for bit those of attention_mma_fwd: wgmma accumulates like a chain of mma.sync, the accumulators lie in the same
+//          lanes, and blocks and softmax are the same
 // Cost     4 D flops a pair. H100 80GB, 2026-11-27, causal, this file compiled alone: 8 x 2048, 14/2 heads of 64: 374 TFLOP/s
-//          (cuDNN 362 to 367, FlashAttention-2 237 to 243); 2 x 8192, 16/8 heads of 128: 641 (580 to 616, 318 to 320).
-//          Measured before two waits were added against a race (see `skip` and `fill`); since then unmeasured.
+//          (cuDNN 362 to 367, FlashAttention-2 237 to 243); 2 x 8192, 16/8 heads of 128: 641 (580 to 616, 318 to 320). Measured
+//          before two waits were added against a race (see `skip` and `fill`); since then unmeasured.
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"
 
-// Query rows of a block, and stages of its ring.
+// Query rows per block, and stages of its ring.
 EXPORT_FN(hopper_fwd_rows, d, d <= 64 ? 128 : 192);
 EXPORT_FN(hopper_fwd_stages, d, d <= 64 ? 5 : 4);
-// Bytes of shared memory: Q, the ring of K and V, two mbarriers a stage.
+// Bytes of shared memory: Q, the ring of K and V, two mbarriers per stage.
 EXPORT_FN(hopper_fwd_shared, d, (hopper_fwd_rows(d) + 2 * 64 * hopper_fwd_stages(d)) * d * 2 + 16 * hopper_fwd_stages(d));
 
 #if HOPPER && defined(REAL_BF16)
-constexpr int SIDE = 64;           // rows of a tile: of a warpgroup's queries, of a block's keys
+constexpr int SIDE = 64;           // rows of a tile: a warpgroup's queries, or a block's keys
 constexpr int BOX = SIDE * 64;     // values of a box; a tile of D columns is D / 64 boxes
 constexpr int GROUP = 128;         // threads of a warpgroup
 
-// Starts the copy of a tile of D columns by a warpgroup; row i lies at base + offset(i), and is zeros where that is negative.
-// Not unrolled: its addresses would cost the registers that the products need.
+// Starts the copy of a tile of D columns by a warpgroup. Row i is read from base + offset(i), and is zero where offset(i) is
+// negative. Not unrolled: the addresses would take the registers that the products need.
 template <int D, class Offset>
 DEVICE void fetch_tile(bf16* tile, const bf16* base, const Offset& offset) {
   constexpr int CHUNKS = D / 8;
@@ -69,14 +69,14 @@ DEVICE void pack_weights(unsigned (&p)[SIDE / 16][4], const float (&s)[SIDE / 8]
     for (int h = 0; h < 2; ++h) p[j / 2][j % 2 * 2 + h] = pack_bf16(s[j][2 * h], s[j][2 * h + 1]);
 }
 
-// The ring of K and V: what one warpgroup fills and all empty, each at its own place.
+// The ring of K and V. One warpgroup fills it and all empty it, each at its own stage.
 template <int D>
 struct Ring {
   static constexpr int STAGES = hopper_fwd_stages(D), TILE = SIDE * D;
   bf16 *k, *v;
   mbarrier *full, *empty;
   int stage = 0, phase = 0, before = 0;
-  int fill_stage = 0, fill_phase = 1;  // an empty ring has no one to wait for
+  int fill_stage = 0, fill_phase = 1;  // the stages of a new ring are free
   DEVICE_MEMBER Ring(bf16* base) : k(base), v(base + STAGES * TILE), full((mbarrier*)(v + STAGES * TILE)), empty(full + STAGES) {}
   DEVICE_MEMBER void init(int consumers) {
     for (int i = 0; i < STAGES; ++i) {
@@ -99,7 +99,7 @@ template <int D, bool CAPPED>
 DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_map& map, const int* items, const int* segments,
                            int ld, int heads, int kv_heads, float scale, float softcap, int window) {
   constexpr int ROWS = hopper_fwd_rows(D), CONSUMERS = ROWS / SIDE, TILE = SIDE * D, STAGES = Ring<D>::STAGES;
-  constexpr bool PRODUCER = D > 64;  // a warpgroup of its own fills the ring
+  constexpr bool PRODUCER = D > 64;  // a separate warpgroup fills the ring
   bf16* sq = (bf16*)shared_base();
   Ring<D> ring(sq + ROWS * D);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wg = shfl(warp / 4, 0);
@@ -119,8 +119,8 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
   if (threadIdx.x == 0) ring.init(CONSUMERS);
   block_sync();
 
-  // Starts the copy of a block, by all threads of one warpgroup, once all consumers have released its stage. A producer's
-  // threads wait for every stage, each of them: one that ran ahead could take a phase for the one after next.
+  // Starts the copy of a block once all consumers have released its stage; all threads of one warpgroup call it. Every thread of
+  // a producer warpgroup waits for every stage: a thread that ran ahead could mistake one phase for the one two turns later.
   auto fill = [&](int block) {
     if (block >= end_block) return;
     const bool leader = threadIdx.x % GROUP == 0;
@@ -155,8 +155,8 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
     for (int block = first_block; block < end_block; ++block) fill(block);
   } else {
     if (PRODUCER) registers_inc<160>();
-    // Without a producer, at block b the first warpgroup is done with b - 2: its stage takes b - 2 + STAGES, if the others are
-    // done with it too.
+    // Without a producer: at block b the first warpgroup has finished b - 2, and refills that stage with b - 2 + STAGES once the
+    // others have finished it too.
     auto fill_ahead = [&](int block) {
       if (!PRODUCER && wg == 0) fill(block - 2 + STAGES);
     };
@@ -166,7 +166,7 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
     for (int i = 0; i < STAGES - 2; ++i) fill_ahead(first_block + i + 2 - STAGES);
     copy_wait<0>();
     fence_async_proxy();
-    named_barrier(2 + wg, GROUP);  // a warpgroup reads its own rows of Q alone
+    named_barrier(2 + wg, GROUP);  // a warpgroup reads only its own rows of Q
 
     const wgmma_operand q = wgmma_desc<true>(sq + wg * TILE), k0 = wgmma_desc<true>(ring.k), v0 = wgmma_desc<false>(ring.v);
     const float factor = score_factor(scale, softcap);
@@ -187,7 +187,7 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
     auto skip = [&](int block) {
       fill_ahead(block);
       ring.wait();
-      // No product keeps the warpgroup together here: a warp that came late would wait for a phase that is over.
+      // No product keeps the warpgroup together here: a warp that came late would wait for a phase that is already over.
       named_barrier(2 + wg, GROUP);
       ring.release(ring.stage);
       ring.advance();
@@ -218,7 +218,7 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
         start_weighted<D>(o, p, wgmma_step(v0, ring.before * TILE));
         fill_ahead(block);
         wgmma_wait<1>();
-        // Two waits in two branches: at one before them the compiler would put it before the softmax.
+        // One wait per branch: the compiler would move a single wait before the branch to before the softmax.
         if (warp_any(weights(block))) {
           wgmma_wait<0>();
           hold((float (&)[D / 2])o);
@@ -255,7 +255,7 @@ DEVICE void hopper_forward(real* out, float* lse, const real* qkv, const tensor_
 }
 #endif
 
-// out and lse of the rows of one item, of one head.
+// out and lse of the rows of one item, for one head.
 KERNEL(attention_hopper_fwd, D=64, THREADS=256, BLOCKS=64:2, SHARED=hopper_fwd_shared(D), HOT)
 (real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int ld, int heads,
  int kv_heads, float scale, float softcap, int window) {
@@ -276,7 +276,7 @@ KERNEL(attention_hopper_fwd_wide, D=128, THREADS=512, BLOCKS=128:1, SHARED=hoppe
 #endif
 }
 
-// With softcap, whose tanh spills a little.
+// With softcap; its tanh spills a few registers.
 KERNEL(attention_hopper_fwd_wide_capped, D=128, THREADS=512, BLOCKS=128:1, SHARED=hopper_fwd_shared(D))
 (real* out, MAYBE(float) lse, const real* qkv, const tensor_map& map, const int* items, const int* segments, int ld, int heads,
  int kv_heads, float scale, float softcap, int window) {

@@ -1,41 +1,41 @@
-// The backward of causal attention on sm_90a by wgmma: bf16, head sizes 64 and 128. Math and shapes: attention.cu.
+// Backward of causal attention on sm_90a with wgmma: bf16, head sizes 64 and 128. Math and shapes: attention.cu.
 //
-// Math     As attention.cu, to base 2: P = 2^(s scale log2(e) - lse log2(e)), one fmaf and one ex2 a score. The factor
-//          `scale` of dS is taken out of the sums and applied to dq and dk at the end.
-// Shapes   As attention.cu.  items [tiles, 2] int: segment, first row in it, of each 128 rows;  stats [2, heads, stat_rows]
-//          float: -lse log2(e), then delta; the rows of segment i begin at the next multiple of 4 after its start, + 4 i
-// Plan     attention_hopper_dq: a block a multiprocessor, which takes tiles of 128 query rows of a head in turn, longest
-//          first; delta comes from out and dout on the way, and goes to `stats` for the second kernel.
-//          attention_hopper_dkv: a block a (128 key rows, kv head), over the heads of the group and the queries that see
-//          them. In both a warpgroup produces (cp.async into a ring of stages with 128-byte swizzle) and two consume, 64
-//          rows each, sharing the ring. dkv takes the scores transposed (keys x queries), so that P and dS are A operands
-//          in registers as they are: nothing goes back through shared memory. The products of a step run beside the
-//          scores of the next where registers allow (dq; dkv at head size 64); else in halves beside dS. No atomics.
-// Numerics As attention_mma.cu: sums in float, P and dS rounded to bf16 as operands. Each element is one chain over the
-//          steps in an order that the segment alone fixes. Rows outside a segment are zeros: their P may be anything
-//          finite. The bits are not those of attention_mma.cu.
-// Cost     14 D flops a pair executed, 10 D counted. H100 (2026-11-27), TFLOP/s counted, beside torch 2.11's cuDNN and
-//          flash backward:  8 x 2048, 14/2 heads, D 64:  328 (265, 160);  2 x 8192, 16/8 heads, D 128:  476 (478, 274),
-//          the latter before dq took turns (docs/kernels.md; with them *predicted* 490).
+// Math     As attention.cu, in base 2: P = 2^(s scale log2(e) - lse log2(e)), one fmaf and one ex2 a score. The factor `scale` of
+//          dS is taken out of the sums and applied to dq and dk at the end.
+// Shapes   As attention.cu.  items [tiles, 2] int: segment and first row in it, for each 128 rows;  stats [2, heads, stat_rows]
+//          float: -lse log2(e), then delta; the rows of segment i begin at its start rounded up to a multiple of 4, + 4 i
+// Plan     attention_hopper_dq: one block per SM, which takes tiles of 128 query rows of a head in turn, longest first. It also
+//          computes delta from out and dout and writes it to `stats` for the second kernel. attention_hopper_dkv: one block per
+//          (128 key rows, kv head), over the heads of the group and the queries that see them. In both, one warpgroup produces
+//          (cp.async into a ring of stages with 128-byte swizzle) and two consume, 64 rows each, sharing the ring. dkv computes
+//          the scores transposed (keys x queries), so that P and dS are A operands in registers without a way through shared
+//          memory. The products of a step overlap the scores of the next where registers allow (dq; dkv at head size 64);
+//          otherwise they overlap dS, in halves. No atomics.
+// Numerics As attention_mma.cu: sums in float, P and dS rounded to bf16 as operands. Each element is one chain over the steps in
+//          an order that depends on the segment alone. Rows outside a segment are zeros: their P may be anything finite. The bits
+//          are not those of attention_mma.cu.
+// Cost     14 D flops a pair executed, 10 D counted. H100 (2026-11-27), TFLOP/s counted, beside torch 2.11's cuDNN and flash
+//          backward:  8 x 2048, 14/2 heads, D 64:  328 (265, 160);  2 x 8192, 16/8 heads, D 128:  476 (478, 274), the latter
+//          before dq took turns (docs/kernels.md; with them *predicted* 490).
 #include "common/mask.cuh"
 #include "prim/async.cuh"
 #include "prim/wgmma.cuh"
 
-// Rows of a block: 64 for each of its two consumer warpgroups.
+// Rows per block: 64 for each of its two consumer warpgroups.
 EXPORT(int, HOPPER_BWD_ROWS, 128);
-// Stages of the rings of streamed tiles, each of two tiles of 64 rows: what fits.
+// Stages of the rings, each of two tiles of 64 rows: as many as fit.
 EXPORT_FN(hopper_dkv_stages, d, d == 64 ? 8 : 5);
 EXPORT_FN(hopper_dq_stages, d, d == 64 ? 8 : 4);
-// Registers of a producer's thread; the consumers share the rest of 504.
+// Registers per producer thread; the consumers share the rest of 504.
 constexpr int PRODUCER_REGISTERS = 40;
-// Bytes of shared memory: five tiles of 64 rows and more, the ring with 132 floats a stage, the barriers.
+// Bytes of shared memory: the resident tiles of 64 rows (dkv 4, dq 6), the ring (dkv: with 132 floats per stage), the barriers.
 EXPORT_FN(hopper_dkv_shared, d, 4 * 64 * d * 2 + hopper_dkv_stages(d) * (2 * 64 * d * 2 + 528) + 144);
 EXPORT_FN(hopper_dq_shared, d, 6 * 64 * d * 2 + hopper_dq_stages(d) * 2 * 64 * d * 2 + 144);
 
 #if defined(REAL_BF16) && HOPPER
 constexpr float LOG2_E = 1.44269504f;
 
-// Place in the ring: the stage, and the parity of its turn.
+// Position in the ring: the stage, and the parity of its phase.
 struct Turn {
   int stage, parity;
   template <int STAGES>
@@ -47,8 +47,8 @@ struct Turn {
   }
 };
 
-// Starts the copy of 64 rows of D values by 128 threads, as boxes of 64 columns with the 128-byte swizzle; row i lies at
-// from + i ld, and from row `count` on they are zeros.
+// 128 threads start the copy of 64 rows of D values, as boxes of 64 columns with the 128-byte swizzle. Row i is read from from +
+// i ld; rows from `count` on are zero.
 template <int D>
 DEVICE void fetch_box(bf16* tile, const bf16* from, int ld, int count) {
   const int t = threadIdx.x % 128, chunk = t % 8, first = t / 8;
@@ -64,7 +64,7 @@ DEVICE void fetch_box(bf16* tile, const bf16* from, int ld, int count) {
   }
 }
 
-// The same for the keys and, `values` further, the values of the positions from `block` on, which may lie in two places.
+// The same for the keys of the positions from `block` on, which may lie in two places, and for their values, `values` further on.
 template <int D>
 DEVICE void fetch_keys(bf16* tile, const bf16* k, int values, const SegmentKeys& keys, int block, int to) {
   const int t = threadIdx.x % 128, chunk = t % 8, first = t / 8;
@@ -82,14 +82,14 @@ DEVICE void fetch_keys(bf16* tile, const bf16* k, int values, const SegmentKeys&
   }
 }
 
-// Stages in flight when the producer waits for the oldest. A consumer holds two stages, that of its step and the one
-// before: with two in flight of four it would find the next one published only after it gave one back.
+// Stages in flight when the producer waits for the oldest. A consumer holds two stages, that of its step and the previous one:
+// with two of four in flight the next would be published only after a consumer had released one.
 template <int STAGES>
 constexpr int AHEAD_OF = STAGES > 4 ? 2 : 1;
-// Floats beside a stage of dkv, and the position that says that no more follow.
+// Floats stored with each stage of dkv, and the position that marks the end.
 constexpr int NOTES = 132, END = -1;
 
-// The producer's side of a barrier: this thread's oldest copies but LEFT groups have landed, and wgmma may read them.
+// The producer's side of a barrier: all but the newest LEFT groups of this thread's copies have landed, and wgmma may read them.
 template <int LEFT>
 DEVICE void publish(mbarrier* barrier) {
   copy_wait<LEFT>();
@@ -98,7 +98,7 @@ DEVICE void publish(mbarrier* barrier) {
   if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
 
-// acc = A B^T: 64 rows of A and of B, D columns.
+// acc = A B^T: 64 rows of A and 64 of B, D columns.
 template <int D>
 DEVICE void score_products(float (&acc)[32], const bf16* a, const bf16* b) {
 #pragma unroll
@@ -108,8 +108,8 @@ DEVICE void score_products(float (&acc)[32], const bf16* a, const bf16* b) {
   }
 }
 
-// The A operand that stays for all steps. COPIED: in registers, which spares shared memory a third of its reads; else it
-// is read where it lies.
+// The A operand that stays for all steps. COPIED: kept in registers, which saves a third of the shared memory reads; otherwise
+// read from shared memory.
 template <int D, bool COPIED>
 struct Resident {
   const bf16* tile;
@@ -144,10 +144,10 @@ DEVICE void clear(unsigned (&w)[4][4]) {
     for (int i = 0; i < 4; ++i) w[k][i] = 0;
 }
 
-// Where the stats of a segment begin in a row of `stats`: at a multiple of four, for copies of 16 bytes.
+// Where the stats of a segment begin in a row of `stats`: at a multiple of four, for 16-byte copies.
 DEVICE int stats_of(const int* segments, int segment) { return (segments[segment * SEGMENT_INTS] + 3) / 4 * 4 + segment * 4; }
 
-// Two neighbouring values of a gradient.
+// Stores two neighbouring values of a gradient.
 DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
   if (accumulate) {
     const unsigned old = *(const unsigned*)to;
@@ -157,20 +157,20 @@ DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
   *(unsigned*)to = pack_bf16(a, b);
 }
 
-// From s = q.k what is kept of it: without a softcap P, with one its tanh, from which P and the slope come again twice:
-// registers are shorter than the exponent's unit.
+// The value kept of s = q.k: P, or with a softcap its tanh, from which P and the slope are computed twice: registers are scarcer
+// than exponentials.
 template <bool CAPPED>
 DEVICE float kept(float s, float nlse, float scale, float softcap) {
   return CAPPED ? tanh_f(s * scale / softcap) : exp2_fast(fmaf(s, scale * LOG2_E, nlse));
 }
-// What is kept of a score that is not seen: no tanh is so low, and its P is 0.
+// The kept value of a score that is masked: lower than any tanh, so its P is 0.
 template <bool CAPPED>
 constexpr float UNSEEN = CAPPED ? -1e15f : 0.f;
 template <bool CAPPED>
 DEVICE float weight(float s, float nlse, float softcap) {
   return CAPPED ? exp2_fast(fmaf(softcap * s, LOG2_E, nlse)) : s;
 }
-// The gradient of q.k / scale.
+// The gradient of q.k, without the factor `scale`.
 template <bool CAPPED>
 DEVICE float gradient(float s, float dp, float nlse, float delta, float softcap) {
   const float x = weight<CAPPED>(s, nlse, softcap) * (dp - delta);
@@ -183,12 +183,12 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
                           const int* children, int segment, int first, int kv_head, int stat_rows, int ld, int heads, int kv_heads,
                           float scale, float softcap, int window, int accumulate) {
   constexpr int TILE = 64 * D, STAGES = hopper_dkv_stages(D), AHEAD = AHEAD_OF<STAGES>;
-  // Whether the products of a step run beside the scores of the next, where registers allow.
+  // Whether the products of a step overlap the scores of the next: only where registers allow.
   constexpr bool OVERLAP = D == 64 && !CAPPED;
   bf16* sk = (bf16*)shared_base();
   bf16* sv = sk + 2 * TILE;
-  bf16* ring = sv + 2 * TILE;  // a stage: queries, then the gradients of their outputs
-  float* notes = (float*)(ring + STAGES * 2 * TILE);  // a stage: 64 times -lse to base 2, 64 times delta, the position
+  bf16* ring = sv + 2 * TILE;  // per stage: queries, then the gradients of their outputs
+  float* notes = (float*)(ring + STAGES * 2 * TILE);  // per stage: 64 times -lse in base 2, 64 times delta, the position
   mbarrier* full = (mbarrier*)(notes + STAGES * NOTES);
   mbarrier* empty = full + STAGES;
   mbarrier* resident = empty + STAGES;
@@ -205,8 +205,8 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     mbarrier_fence();
   }
   block_sync();
-  // Calls f(first row, its position, its place in stats, rows, head) for each 64 queries that see some key of the block. The producer alone
-  // walks; the consumers find the position in the stage and spare the registers.
+  // Calls f(first row, its position, its place in stats, rows, head) for each 64 queries that see a key of the block. Only the
+  // producer walks; the consumers read the position from the stage, which saves registers.
   auto each_step = [&](auto f) {
     for (int c = mine[4] - 1; c < mine[5]; ++c) {
       const int index = c < mine[4] ? segment : children[c];
@@ -266,7 +266,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0.f;
   unsigned p[4][4], ds[4][4];
-  int pending = -1;  // the stage of p and ds, whose products are still to come
+  int pending = -1;  // the stage of p and ds, whose products are still to be started
   clear(p);
   clear(ds);
   auto products = [&](int stage) {
@@ -286,19 +286,19 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     clear(ds);
   };
   mbarrier_wait(resident, 0);
-  // ptxas 13.0 gives the registers of copied operands away inside this loop where P and dS do not outlive a step (the
-  // first GPU run of a softcap found it), so they are copied with OVERLAP only.
+  // ptxas 13.0 reuses the registers of copied operands inside this loop where P and dS do not outlive a step (the first GPU run
+  // of a softcap found it), so operands are copied with OVERLAP only.
   const Resident<D, OVERLAP> keys(sk + w * TILE), values(sv + w * TILE);
   for (;;) {
-    const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
+    const int stage = shfl(turn.stage, 0);  // uniform: a descriptor must be
     mbarrier_wait(full + stage, turn.parity);
     turn.next<STAGES>();
     const float* note = notes + stage * NOTES;
     const int position = *(const int*)(note + 128);
     if (position == END) break;
-    if (w * 64 >= count || position + 63 < low_key || first_seen(position, window) > high_key) {  // sees none of its keys
+    if (w * 64 >= count || position + 63 < low_key || first_seen(position, window) > high_key) {  // sees none of these keys
       finish();
-      named_barrier(1 + w, 128);  // no product keeps the warps together here: all have read the stage
+      named_barrier(1 + w, 128);  // no product keeps the warps together here: wait until all have read the stage
       if (leader) mbarrier_arrive(empty + stage);
       continue;
     }
@@ -310,7 +310,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
     wgmma_commit();
     values.scores(dp, go);
     wgmma_commit();
-    if (OVERLAP) products(shfl(pending < 0 ? stage : pending, 0));  // of zeros the first time: a branch would serialise
+    if (OVERLAP) products(shfl(pending < 0 ? stage : pending, 0));  // the first time with zeros: a branch would serialise
     wgmma_commit();
     wgmma_wait<2>();
 #pragma unroll
@@ -367,7 +367,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
       pack_p(0, 4);
       pack_ds(0, 4);
     } else {
-      // In halves: dV of the first beside dS of the first, for whose P there are just the registers.
+      // In halves: dV of a half overlaps dS of the same half; there are just enough registers for its P.
 #pragma unroll
       for (int half = 0; half < 4; half += 2) {
         pack_p(half, half + 2);
@@ -397,7 +397,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
   }
 }
 
-// The sum over D of out dout, of row r in tiles of 64 rows; the four lanes of a row share it.
+// delta of row r in tiles of 64 rows: the sum over D of out dout. The four lanes of a row share the work.
 template <int D>
 DEVICE float row_delta(const bf16* out, const bf16* go, int r) {
   const int lane = threadIdx.x % 4;
@@ -428,7 +428,7 @@ struct QueryTile {
   DEVICE_MEMBER int to() const { return first_position + count; }
 };
 
-// The tile of this block's n-th turn. The order of odd turns is reversed, so that no block has the longest of each.
+// The tile of this block's n-th turn. Odd turns go in reverse order, so that no block has the longest tile of every turn.
 DEVICE int turn_index(int n) {
   return n * (int)gridDim.x + (int)(n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
@@ -443,11 +443,11 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
   bf16* sq = (bf16*)shared_base();
   bf16* sgo = sq + 2 * TILE;
   bf16* sout = sgo + 2 * TILE;
-  bf16* ring = sout + 2 * TILE;  // a stage: keys, then values
+  bf16* ring = sout + 2 * TILE;  // per stage: keys, then values
   mbarrier* full = (mbarrier*)(ring + STAGES * 2 * TILE);
   mbarrier* empty = full + STAGES;
-  mbarrier* resident = empty + STAGES;  // q, dout and out of a tile
-  mbarrier* vacant = resident + 1;      // and their place for the next
+  mbarrier* resident = empty + STAGES;  // q, dout and out of a tile have arrived
+  mbarrier* vacant = resident + 1;      // their place is free for the next tile
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -486,7 +486,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
         if (++issued > AHEAD) publish<AHEAD>(full + (turn.stage + STAGES - AHEAD) % STAGES);
         turn.next<STAGES>();
       }
-      // All, before this may wait for a vacant place: the consumers need them to get there.
+      // Publish everything before the wait for a vacant place: the consumers need these stages to vacate it.
       for (int i = min_int(issued, AHEAD); i > 0; --i) publish<0>(full + (turn.stage + STAGES - i) % STAGES);
     }
     return;
@@ -496,7 +496,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
   const bool leader = threadIdx.x % 128 == 0;
   float nlse[2], delta[2], dq[D / 2];
   unsigned ds[4][4];
-  int pending = -1;  // the stage of ds, whose product is still to come
+  int pending = -1;  // the stage of ds, whose product is still to be started
   auto vacate = [&]() {
     warp_sync();
     if (lane == 0) mbarrier_arrive(vacant);
@@ -516,7 +516,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
   for (int n = 0; turn_index(n) < tiles * heads; ++n) {
     const QueryTile tile = next;
     const int count = tile.count, to = tile.to(), low_row = tile.first_position + w * 64, high_row = low_row + 63;
-    // Long before it is used: the loads depend on each other.
+    // Long before its use: the loads depend on each other.
     next = QueryTile(items, segments, min_int(turn_index(n + 1), tiles * heads - 1), heads, ld);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -539,12 +539,12 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
     const Resident<D, COPIED> queries(sq + w * TILE), gradients(sgo + w * TILE);
     if (COPIED) vacate();
     for (int block = tile.from(window); block < to; block += 64) {
-      const int stage = shfl(turn.stage, 0);  // uniform, as a descriptor wants it
+      const int stage = shfl(turn.stage, 0);  // uniform: a descriptor must be
       mbarrier_wait(full + stage, turn.parity);
       turn.next<STAGES>();
       if (w * 64 >= count || block > high_row || block + 63 < first_seen(low_row, window)) {  // its rows see none of these
         finish();
-        named_barrier(1 + w, 128);  // no product keeps the warps together here: all have seen the stage
+        named_barrier(1 + w, 128);  // no product keeps the warps together here: wait until all have seen the stage
         if (leader) mbarrier_arrive(empty + stage);
         continue;
       }
@@ -555,7 +555,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
       wgmma_commit();
       gradients.scores(dp, v);
       wgmma_commit();
-      weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // of zeros the first time
+      weighted_rows<D>(dq, ds, ring + shfl(pending < 0 ? stage : pending, 0) * 2 * TILE);  // the first time with zeros
       wgmma_commit();
       wgmma_wait<2>();
 #pragma unroll
@@ -600,7 +600,7 @@ DEVICE void query_gradients(real* dqkv, float* stats, const real* dout, const re
 }
 #endif
 
-// The q columns of dqkv, and `stats` [2, heads, stat_rows]: -lse to base 2, and delta.
+// The q columns of dqkv, and `stats` [2, heads, stat_rows]: -lse in base 2, and delta.
 KERNEL(attention_hopper_dq, D=64,128, THREADS=384, BLOCKS=1, SHARED=hopper_dq_shared(D), HOT)
 (INOUT(real) dqkv, float* stats, const real* dout, const real* qkv, const real* out, const float* lse, const int* items,
  const int* segments, int tiles, int stat_rows, int ld, int heads, int kv_heads, float scale, float softcap, int window,

@@ -1,17 +1,17 @@
-// Causal attention over packed sequences, the tensor-core family: bf16, sm_80 and newer. Math and shapes: attention.cu.
+// Causal attention over packed sequences on tensor cores: bf16, sm_80 and newer. Math and shapes: attention.cu.
 //
 // Math     FlashAttention-2 (Dao, 2023), with the exponent in base 2: P = 2^(s log2(e) - m)
-// Shapes   as attention.cu, with the same arguments, so that one struct serves both families (`rows` and, in dq, `children`
-//          have no use here);  items [tiles, 2] int: segment, first row in it
-// Plan     4 warps own 64 rows, 16 each; a step is 64 positions of the other side (32 where registers are short), copied
-//          to shared memory by cp.async. attention_mma_fwd: a block a (64 query rows, head). attention_mma_paged: a block
-//          a (run of rows of one sequence, kv head), the heads of a group side by side in the 64 rows: a decode step
-//          reads a key once. attention_mma_dq: as the forward. attention_mma_dkv: a block a (64 key rows, kv head), over
-//          the queries that see them; head size 256 takes two blocks, one for dk and one for dv. No atomics.
-// Numerics s, the softmax and all sums in float; P, dS rounded to bf16 as operands; l sums P before that. A row is one
+// Shapes   As attention.cu, with the same arguments, so that one struct serves both variants (`rows` and, in dq, `children` are
+//          unused here);  items [tiles, 2] int: segment, first row in it
+// Plan     4 warps own 64 rows, 16 each; a step is 64 positions of the other side (32 where registers are short), copied to
+//          shared memory by cp.async. attention_mma_fwd: one block per (64 query rows, head). attention_mma_paged: one block per
+//          (run of rows of one sequence, kv head), with the heads of a group side by side in the 64 rows, so a decode step reads
+//          each key once. attention_mma_dq: as the forward. attention_mma_dkv: one block per (64 key rows, kv head), over the
+//          queries that see them; head size 256 takes two blocks, one for dk and one for dv. No atomics.
+// Numerics s, the softmax and all sums in float; P and dS are rounded to bf16 as operands; l sums P before rounding. A row is one
 //          chain over the blocks of 64 positions from position 0 of its own sequence, whatever else is in its tile.
-// Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). H100, 2026-11-27: forward
-//          218 TFLOP/s at head size 64 (8 x 2048, 14/2 heads), 230 at 128 (2 x 8192, 16/8); backward 88 at 64, before ex2.
+// Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). H100, 2026-11-27: forward 218
+//          TFLOP/s at head size 64 (8 x 2048, 14/2 heads), 230 at 128 (2 x 8192, 16/8); backward 88 at 64, before ex2.
 #include "prim/async.cuh"
 #include "common/mask.cuh"
 #include "common/online_softmax.cuh"
@@ -19,14 +19,14 @@
 
 // Rows of a block, and positions of a forward step.
 EXPORT(int, MMA_ROWS, 64);
-// Eight values of padding a row: an odd number of 16-byte chunks, so that eight rows of one ldmatrix hit all banks.
+// Row stride with eight values of padding: an odd number of 16-byte chunks, so the eight rows of an ldmatrix hit all banks.
 EXPORT_FN(mma_stride, d, d + 8);
-// Positions of a step of dq and of dkv: fewer where registers are short.
+// Positions per step of dq and of dkv: fewer where registers are short.
 EXPORT_FN(mma_dq_step, d, d <= 128 ? 64 : 32);
 EXPORT_FN(mma_dkv_step, d, d > 80 || d == 32 ? 32 : 64);
-// Blocks a tile of keys: from head size 256 on one for dk and one for dv.
+// Blocks per tile of keys: above head size 128 one for dk and one for dv.
 EXPORT_FN(mma_dkv_parts, d, d <= 128 ? 1 : 2);
-// Bytes of shared memory: a tile of MMA_ROWS and two of a step; two of MMA_ROWS and two of a step.
+// Bytes of shared memory. Forward: three tiles of MMA_ROWS. Backward: two of MMA_ROWS and two of a step.
 EXPORT_FN(mma_fwd_shared, d, 3 * MMA_ROWS * mma_stride(d) * 2);
 EXPORT_FN(mma_dq_shared, d, 2 * (MMA_ROWS + mma_dq_step(d)) * mma_stride(d) * 2);
 EXPORT_FN(mma_dkv_shared, d, 2 * (MMA_ROWS + mma_dkv_step(d)) * mma_stride(d) * 2);
@@ -37,11 +37,11 @@ constexpr int ROWS = MMA_ROWS;
 template <int D>
 constexpr int STRIDE = mma_stride(D);
 
-// Starts the copy of N rows of D values; row i lies at base + offset(i), and is zeros where that is negative.
+// Starts the copy of N rows of D values. Row i is read from base + offset(i), and is zero where offset(i) is negative.
 template <int D, int N, class Offset>
 DEVICE void fetch_rows(bf16* tile, const bf16* base, const Offset& offset) {
   static_assert(N * D / 8 % 128 == 0, "128 threads take whole turns");
-  constexpr int TURNS = N * D / 8 / 128, UNROLL = TURNS <= 5 ? TURNS : 4;  // all addresses at once would cost registers
+  constexpr int TURNS = N * D / 8 / 128, UNROLL = TURNS <= 5 ? TURNS : 4;  // unrolling all would cost registers for addresses
 #pragma unroll UNROLL
   for (int i = 0; i < TURNS; ++i) {
     const int c = (int)threadIdx.x + i * 128, r = c / (D / 8), col = c % (D / 8) * 8;
@@ -72,7 +72,7 @@ DEVICE void scores(float (&acc)[N / 8][4], const bf16* a, const bf16* b) {
   }
 }
 
-// acc += W B: W is this warp's 16 x N, in the registers that `scores` fills; B has N rows of D columns.
+// acc += W B: W is this warp's 16 x N, in the register layout of `scores`; B has N rows of D columns.
 template <int D, int N>
 DEVICE void weighted_rows(float (&acc)[D / 8][4], const float (&w)[N / 8][4], const bf16* b) {
   const int lane = threadIdx.x % 32, half = lane / 8 % 2 * 8, upper = lane / 16 * 8, r = lane % 8;
@@ -98,7 +98,7 @@ DEVICE void clear(float (&acc)[N][4]) {
     for (int e = 0; e < 4; ++e) acc[j][e] = 0.f;
 }
 
-// Two neighbouring values of a gradient.
+// Stores two neighbouring values of a gradient.
 DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
   if (accumulate) {
     const unsigned old = *(const unsigned*)to;
@@ -108,7 +108,7 @@ DEVICE void store_pair(bf16* to, float a, float b, int accumulate) {
   *(unsigned*)to = pack_bf16(a, b);
 }
 
-// What the 64 rows of a forward block are. Place i is of global row row(i), -1 where there is none.
+// The 64 rows of a forward block. Index i maps to the global row row(i), -1 if there is none.
 struct SegmentRows {
   int first_row, count, h, first_position;
   DEVICE_MEMBER int row(int i) const { return i < count ? first_row + i : -1; }
@@ -131,7 +131,7 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
   bf16* sk = sq + ROWS * STRIDE<D>;
   bf16* sv = sk + ROWS * STRIDE<D>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int position[2], place[2];  // place: row and head in out, -1 if there is no row
+  int position[2], place[2];  // place: index of (row, head) in out, -1 if there is no row
   const float factor = score_factor(scale, softcap);
   OnlineSoftmax softmax;
   float o[D / 8][4];
@@ -177,7 +177,7 @@ DEVICE void forward(real* out, float* lse, const real* q, const real* k, const r
   }
 }
 
-// s (q.k) becomes P and dp (dO.v) the gradient of q.k, for one element.
+// For one element: replaces s (q.k) by P and dp (dO.v) by the gradient of q.k.
 DEVICE void score_gradient(float& s, float& dp, bool seen, float lse, float delta, float scale, float softcap) {
   float x = s, slope = scale;
   if (softcap > 0.f) {
@@ -197,7 +197,7 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
   constexpr int N = mma_dkv_step(D), S = STRIDE<D>;
   bf16* sk = (bf16*)shared_base();
   bf16* sv = sk + ROWS * S;
-  bf16* sq = sv + ROWS * S;  // lse and delta of a row lie in its padding
+  bf16* sq = sv + ROWS * S;  // the padding of a row holds its lse and delta
   bf16* sdo = sq + N * S;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = heads / kv_heads;
   const int* mine = segments + segment * SEGMENT_INTS;
@@ -215,13 +215,13 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
   for (int c = mine[4] - 1; c < mine[5]; ++c) {
     const bool own = c < mine[4];
     const int* user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
-    // Rows of the user that see some key of the tile.
+    // Rows [0, to) of the segment `user` reach at least one key of the tile.
     const long long reach = (long long)end - 1 + window - user[3];
     const int to = reach < user[1] ? (int)reach : user[1];
     for (int g = 0; g < group; ++g) {
       const int head = kv_head * group + g;
       for (int block = own ? first : 0; block < to; block += N) {
-        block_sync();  // all have read the tiles of the step before
+        block_sync();  // all warps have read the tiles of the previous step
         fetch_rows<D, N>(sq, qkv + head * D, [&](int i) {
           return block + i < to ? (long long)(user[0] + block + i) * ld : -1ll;
         });
@@ -294,8 +294,8 @@ KERNEL(attention_mma_fwd, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:5, BL
 #endif
 }
 
-// The same over the cache: a block for each row and kv head, of which only the first of a run of rows of one sequence
-// does the work of the run; a run ends at the latest where its heads fill the 64 rows.
+// The same over the paged cache. There is a block for each (row, kv head), but only the block of the first row of a run of rows
+// of one sequence works, for the whole run. A run ends where its heads fill the 64 rows.
 KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=16:6, BLOCKS=80:3, SHARED=mma_fwd_shared(D), HOT)
 (real* out, const real* qkv, const real* cache, const int* page_table, const int* row_sequence, const int* row_position, int rows,
  int ld, int heads, int kv_heads, int max_pages, float scale, float softcap, int window) {
@@ -348,7 +348,7 @@ KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dq_sh
     return i < count ? (long long)(keys.start + first + i) * heads * D : -1ll;
   });
   for (int block = first_seen(first_position, window) / N * N; block < to; block += N) {
-    block_sync();  // all have read the tiles of the step before
+    block_sync();  // all warps have read the tiles of the previous step
     auto key_row = [&](int i) { return block + i < to ? keys.at(block + i) : -1ll; };
     fetch_rows<D, N>(sk, k, key_row);
     fetch_rows<D, N>(sv, v, key_row);

@@ -1,13 +1,13 @@
-// Where two arrays differ in any bit: how a library product is checked against the engine's own.
+// Finds where two arrays differ in any bit: checks a library product against the engine's own.
 //
 // Math     differ[r, s] = 1 if any bit of segment s of row r differs, else 0
 // Shapes   a, b: rows of `bytes` bytes, lda and ldb bytes apart;  differ [rows, ceil(bytes / 1024)]
-// Plan     a thread owns a segment of 1024 bytes, and reads words where both rows begin at one.
-// Numerics exact: bits are compared, so -0 is not 0 and a NaN equals itself.
-// Cost     one read of a and b. It runs once for each plan of the library, never in a step that repeats: not tuned.
+// Plan     One thread per segment of 1024 bytes; it reads words where both segments are aligned to 4 bytes.
+// Numerics Exact: bits are compared, so -0 differs from 0 and a NaN equals itself.
+// Cost     One read of a and b. It runs once for each plan of the library, never in a step that repeats: not tuned.
 #include "prim/vec.cuh"
 
-// Bytes that one number of `differ` speaks for.
+// Bytes covered by one entry of `differ`.
 EXPORT(int, COMPARE_SEGMENT, 1024);
 
 KERNEL_FLAT(rows_differ)(unsigned* differ, const unsigned char* a, const unsigned char* b, int rows, long long bytes,

@@ -1,32 +1,33 @@
-// Distillation over the whole vocabulary: the divergence of a student's distribution from a teacher's, row by row, and its
-// gradient. The products around it are matmul's; neither model's logits are ever whole (src/ops/distill.rs).
+// The divergence of a student's distribution from a teacher's over the whole vocabulary, row by row, and its gradient. The
+// products around it are matmul's; neither model's logits are ever held whole (src/ops/distill.rs).
 //
-// Math     S, T the softmaxes of scale x logits, s, t their logarithms;  M = (1-b) S + b T;  KL(P, Q) = sum P log(P / Q)
+// Math     S, T are the softmaxes of scale x logits, s, t their logarithms;  M = (1-b) S + b T;  KL(P, Q) = sum P log(P / Q)
 //          b = 0: KL(T, S)   b = 1: KL(S, T)   between: b KL(T, M) + (1-b) KL(S, M)
-//          d / dz_j of the student = slope (1 - (l_j / softcap)^2) x (slope = scale / divisor; kernels/head.cu):  b = 0: S_j - T_j   b = 1: S_j (s_j - t_j - KL(S, T))   between: (1-b) S_j (log(S_j/M_j) - KL(S, M))
-// Shapes   student, teacher [rows, vocab] float (a chunk);  stats [rows, 5] float: maximum and log sum of each, KL(S, .);
+//          d / dz_j of the student = slope (1 - (l_j / softcap)^2) x (with slope = scale / divisor, see kernels/head.cu):
+//            b = 0: S_j - T_j   b = 1: S_j (s_j - t_j - KL(S, T))   between: (1-b) S_j (log(S_j/M_j) - KL(S, M))
+// Shapes   student, teacher [rows, vocab] float (a chunk);  stats [rows, 5] float: maximum and log sum of each model, KL(S, .);
 //          each, weight [rows] float;  dlogits [rows, vocab] real
-// Plan     A warp owns a slice of a row (common/logits.cuh) in each of three passes: maxima and sums, the divergence, the
-//          gradient; after the first two a warp a row adds up what the slices left in part [rows, DISTILL_PARTS, slices].
-// Numerics float. log(S/M) and log(T/M) come from d = t - s by log1p and expm1 of -|d|, so that nearly equal distributions do
-//          not cancel; a maximum and a log sum are kept apart for the same reason. A probability below e^-3000 counts as that.
-// Cost     16 vocab bytes a row read for the divergence, 8 read and sizeof(real) written for the gradient. On an H100
-//          (2026-11-27, 442 rows of 151,936): 382 and 230 us at b = 0 and 1 (2.81, 2.91 TB/s); 983 and 830 us between, where
-//          log1p, expm1 and three exponentials a value take longer than the memory.
+// Plan     One warp per slice of a row (common/logits.cuh) in each of three passes: maxima and sums, divergence, gradient. After
+//          the first and the second pass one warp per row adds up what its slices wrote to part [rows, DISTILL_PARTS, slices].
+// Numerics float. log(S/M) and log(T/M) come from d = t - s by log1p and expm1 of -|d|, so that nearly equal distributions do not
+//          cancel; maximum and log sum are stored separately for the same reason. Log-probs are clamped at -3000.
+// Cost     The divergence reads 16 vocab bytes a row; the gradient reads 8 and writes sizeof(real). On an H100 (2026-11-27, 442
+//          rows of 151,936): divergence and gradient 382 and 230 us at b = 0 and 1 (2.81, 2.91 TB/s); 983 and 830 us between,
+//          where log1p, expm1 and three exponentials a value take longer than the memory.
 #include "common/logits.cuh"
 #include "common/softplus.cuh"
 
-// Floats of a row of `stats`.
+// Floats of one row of `stats`.
 EXPORT(int, DISTILL_STATS, 5);
-// Floats of a slice of `part`: of each model max l, sum e^d, sum e^d d; then its shares of the sums of the divergence.
+// Floats of one slice in `part`: max l, sum e^d, sum e^d d of each model; later the slice's shares of the divergence.
 EXPORT(int, DISTILL_PARTS, 6);
 
-// log p of a logit; what lies behind the row's end gets a log p whose probability is 0
+// The log-prob of a logit. Columns past the end of the row are loaded as -inf; clamped, their probability is 0.
 DEVICE float log_prob(float logit, float scale, float top, float log_sum) {
   return max2(fmaf(logit, scale, -top) - log_sum, -3000.f);
 }
 
-// log(S/M) and log(T/M) from d = log(T/S)
+// log(S/M) and log(T/M) from d = log(T/S).
 struct Ratios {
   float student, teacher;
 };
@@ -42,7 +43,7 @@ DEVICE Ratios ratios(float d, float beta) {
   return r;
 }
 
-// Maximum and sums of each slice of each row of both models' logits
+// Maximum and sums of each slice of each row, for both models.
 KERNEL_WARP(distill_slices, HOT)(float* part, const float* student, const float* teacher, int rows, int vocab, int slices,
                                  float scale) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
@@ -60,7 +61,7 @@ KERNEL_WARP(distill_slices, HOT)(float* part, const float* student, const float*
   }
 }
 
-// The first four of each row's stats, from its slices
+// The first four stats of each row, from its slices.
 KERNEL_WARP(distill_sums)(float* stats, const float* part, int rows, int slices, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
@@ -74,7 +75,7 @@ KERNEL_WARP(distill_sums)(float* stats, const float* part, int rows, int slices,
   }
 }
 
-// Each slice's share of the divergence and of KL(S, .), in `part`
+// Each slice's share of the divergence and of KL(S, .), in `part`.
 KERNEL_WARP(distill_rows, HOT)(float* part, const float* student, const float* teacher, const float* stats, int rows, int vocab,
                                int slices, float beta, float scale) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
@@ -109,7 +110,7 @@ KERNEL_WARP(distill_rows, HOT)(float* part, const float* student, const float* t
   }
 }
 
-// The divergence of each row and the last of its stats, from its slices
+// The divergence of each row and the last of its stats, from its slices.
 KERNEL_WARP(distill_each)(float* each, INOUT(float) stats, const float* part, int rows, int slices, float beta) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
@@ -121,7 +122,7 @@ KERNEL_WARP(distill_each)(float* each, INOUT(float) stats, const float* part, in
   }
 }
 
-// dlogits of the student: the row's weight times the gradient of its divergence
+// dlogits of the student: the weight of the row times the gradient of its divergence.
 KERNEL_WARP(distill_grad, HOT)(real* dlogits, const float* student, const float* teacher, const float* stats,
                                const float* weight, int rows, int vocab, int slices,
                                float beta, float scale, float slope, float softcap) {

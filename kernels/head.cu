@@ -1,25 +1,25 @@
 // The rows of the language-model head: from logits to log-probs and their gradients. The products around it are matmul's.
 //
-// Math     logits = z / divisor, or c tanh(z / (divisor c)) with a softcap c, of the products z (map_logits, in place);
+// Math     From the products z: logits = z / divisor, or c tanh(z / (divisor c)) with a softcap c (map_logits, in place);
 //          l = scale * logits;  lse = log sum_j e^{l_j};  logp = l_t - lse;  p = e^{l - lse};  H = lse - sum_j p_j l_j
 //          d logp / d l_j = 1[j = t] - p_j;   d H / d l_j = -p_j (l_j - lse + H)
-//          head_grad: dz_j = slope * (1 - (logits_j / c)^2) * ( a (1[j=t] - p_j) - b p_j (l_j - lse + H) ), slope =
-//          scale / divisor, a, b the upstreams of logp and H; without a softcap the middle factor is 1
-// Shapes   logits [rows, vocab] float (a chunk of all rows); part [rows, HEAD_PARTS, slices] float: of each slice of a row
-//          max l, sum e^d, sum e^d d, sum e^2d with d = l - max; target, best [rows] int; logp, lse, entropy, a, b [rows]
-//          float; dlogits [rows, vocab] real
-// Plan     A warp owns a slice of a row (common/logits.cuh), reads it once into registers and leaves its figures in `part`;
-//          then a warp a row adds those up in the slices' order. The gradient is one more pass, again a warp a slice.
-//          A chunk has too few rows to give each to one warp: 883 of 151,936 columns would be 7 warps an SM of an H100.
-// Numerics Logits are float, also in a bf16 build: half-precision logits cost accuracy where it matters most. Sums in
-//          float in a fixed order; dlogits is rounded when stored. The gradient of H as it stands has no cancellation.
-// Cost     4 vocab bytes a row read for the figures; 4 read and sizeof(real) written for the gradient. 16,384 rows of
-//          151,936 columns on an H100 (2026-11-27, copy 2.97 TB/s): figures 3.65 ms (2.72 TB/s; predicted 3.6 to 3.9; with a
-//          warp a row 30.4), gradient 5.02 ms (2.97 TB/s; predicted 5.1; with a warp a row 9.7). What the figures lack
+//          head_grad: dz_j = slope * (1 - (logits_j / c)^2) * ( a (1[j=t] - p_j) - b p_j (l_j - lse + H) ), slope = scale /
+//          divisor, a, b the upstreams of logp and H; without a softcap the middle factor is 1
+// Shapes   logits [rows, vocab] float (a chunk of all rows); part [rows, HEAD_PARTS, slices] float, for each slice of a row: max
+//          l, sum e^d, sum e^d d, sum e^2d with d = l - max; target, best [rows] int; logp, lse, entropy, a, b [rows] float;
+//          dlogits [rows, vocab] real
+// Plan     A warp owns a slice of a row (common/logits.cuh), reads it once into registers and writes its statistics to `part`;
+//          then one warp per row combines them in the order of the slices. The gradient is one more pass, again one warp per
+//          slice. A chunk has too few rows for one warp per row: 883 of 151,936 columns would be 7 warps an SM of an H100.
+// Numerics Logits are float, also in a bf16 build: half-precision logits cost accuracy where it matters most. Sums in float in a
+//          fixed order; dlogits is rounded when stored. The gradient of H in this form has no cancellation.
+// Cost     The statistics read 4 vocab bytes a row; the gradient reads 4 and writes sizeof(real). 16,384 rows of 151,936 columns
+//          on an H100 (2026-11-27, copy 2.97 TB/s): statistics 3.65 ms (2.72 TB/s; predicted 3.6 to 3.9; with one warp per row
+//          30.4), gradient 5.02 ms (2.97 TB/s; predicted 5.1; with one warp per row 9.7). What the statistics lack to copy speed
 //          is head_stats: 12 us a chunk of 883 rows.
 #include "common/logits.cuh"
 
-// Logits from the products, in place: the same bits for the trainer's head and the sampler.
+// Logits from the products, in place. Trainer and sampler both call this, so their logits have the same bits.
 KERNEL_FLAT(map_logits)(INOUT(float) logits, long long n, float divisor, float softcap) {
   const long long i = FLAT_INDEX * V;
   if (i >= n) return;
@@ -32,10 +32,10 @@ KERNEL_FLAT(map_logits)(INOUT(float) logits, long long n, float divisor, float s
   store(logits + i, z, n - i);
 }
 
-// Floats that head_slices leaves of each slice.
+// Floats that head_slices writes per slice.
 EXPORT(int, HEAD_PARTS, 4);
 
-// The figures of each slice of each row; the last of them (sum e^2d) only if `square` is not 0
+// The statistics of each slice of each row; the last one (sum e^2d) only if `square` is not 0.
 KERNEL_WARP(head_slices, HOT)(float* part, const float* logits, int rows, int vocab, int slices, float scale, int square) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
   if (at.row >= rows) return;
@@ -65,7 +65,7 @@ KERNEL_WARP(head_slices, HOT)(float* part, const float* logits, int rows, int vo
   }
 }
 
-// logp, lse and (if asked) entropy, log sum_j p_j^2 and the arg max (the lowest of equals) of each row
+// logp, lse and (if requested) entropy, log sum_j p_j^2 and the arg max (lowest index on ties) of each row.
 KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(float) square, MAYBE(int) best,
                                          const float* part, const float* logits, const int* target, int rows, int vocab,
                                          int slices, float scale) {
@@ -99,7 +99,7 @@ KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) e
   }
 }
 
-// dlogits of each slice of each row from the upstreams a (of logp) and b (of the entropy, or null)
+// dlogits of each slice of each row from the upstreams a (of logp) and b (of the entropy, or null).
 KERNEL_WARP(head_grad, HOT)(real* dlogits, const float* logits, const int* target, const float* lse,
                             MAYBE(const float) entropy, const float* a, MAYBE(const float) b, int rows, int vocab, int slices,
                             float scale, float slope, float softcap) {
@@ -140,7 +140,7 @@ KERNEL_WARP(head_grad, HOT)(real* dlogits, const float* logits, const int* targe
   }
 }
 
-// upstream[i] = -weight[i]: the gradient of the weighted loss for each log-prob
+// upstream[i] = -weight[i]: the gradient of the weighted NLL with respect to each log-prob.
 KERNEL_FLAT(nll_upstream)(float* upstream, const float* weight, int rows) {
   const long long i = FLAT_INDEX;
   if (i < rows) upstream[i] = -weight[i];

@@ -1,23 +1,24 @@
-// Low-rank adapters fused with the products beside which they stand.
+// Low-rank adapters fused with the products that they accompany.
 //
-// Math     A unit's output columns have up to three segments (q|k|v, gate|up) [start_i, end_i), each with an adapter of rank
-//          r_i: t = s x A^T [m, R], R = sum r_i;  y = x W^T (+ bias) + t Bd^T, with Bd block-diagonal: B_i in the rows of
-//          segment i and the columns of its ranks;  dt_i = s_i dy_i B_i;  dx = dy W + dt A;  dA = dt^T x;  dB_i = dy_i^T t_i
+// Math     The output columns of a fused projection have up to three segments (q|k|v, gate|up) [start_i, end_i), each with an
+//          adapter of rank r_i: t = s x A^T [m, R], R = sum r_i;  y = x W^T (+ bias) + t Bd^T, with Bd block-diagonal: B_i in the
+//          rows of segment i and the columns of its ranks;  dt_i = s_i dy_i B_i;  dx = dy W + dt A;  dA = dt^T x;  dB_i = dy_i^T
+//          t_i
 //          (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021)
-// Shapes   x, dx [m, k], y, dy [m, n], W [n, k], A [R, k], B_i [end_i - start_i, r_i], t, dt [m, R] real with row strides;
-//          bias [n] real; dA, dB_i float, without strides
-// Plan     t and dt (lora_narrow): few columns and a long k. A block owns 32 rows, its eight warps share out k in chunks of
-//          32, fragments come straight from global memory, the warps' sums are added in order in shared memory. One launch
-//          for all segments, with the scales. y and dx: the tile of prim/tile.cuh; the loop over k (n) goes on over R more
-//          columns, from t and Bd (dt and A); Bd is put together as its tiles are read. Gradients: a launch whose blocks
-//          share out the tiles of dA and of all dB.
-// Numerics Float sums, in y and dx from left to right, the low-rank term last; in t and dt eight chains in a fixed order,
-//          which depends on k alone. One rounding when stored, after the scale. t and dt are real.
-// Cost     y: 2 m n (k + R) flops, 2 m R more bytes read than without the adapter. t and dt: one read of x or dy; at 4,096
-//          rows on an H100 t of k 1,024, R 48 9 us, dt of two segments of 3,072 19 us, *predicted* (docs/kernels.md, Log).
+// Shapes   x, dx [m, k], y, dy [m, n], W [n, k], A [R, k], B_i [end_i - start_i, r_i], t, dt [m, R] real with row strides; bias
+//          [n] real; dA, dB_i float, without strides
+// Plan     t and dt (lora_narrow): few columns and a long k. A block owns 32 rows; its eight warps share k in chunks of 32, read
+//          fragments straight from global memory, and their sums are added in order in shared memory. One launch for all
+//          segments, with the scales. y and dx: the tile of prim/tile.cuh; the loop over k (n) continues over R more columns,
+//          from t and Bd (dt and A); Bd is assembled as its tiles are read. Gradients: one launch whose blocks share the tiles of
+//          dA and of all dB.
+// Numerics Float sums, in y and dx from left to right, the low-rank term last; in t and dt eight chains in a fixed order, which
+//          depends on k alone. Rounded once when stored, after the scale. t and dt are real.
+// Cost     y: 2 m n (k + R) flops, 2 m R more bytes read than without the adapter. t and dt: one read of x or dy; at 4,096 rows
+//          on an H100 t of k 1,024, R 48 9 us, dt of two segments of 3,072 19 us, *predicted* (docs/kernels.md, Log).
 #include "prim/tile.cuh"
 
-// The segments of a unit; absent ones are empty. A rank's offset in R is the sum of the ranks before it.
+// The segments of a fused projection; absent ones are empty. A rank's offset in R is the sum of the ranks before it.
 struct Segments {
   const real* b[3];
   int start[3], end[3], rank[3];
@@ -43,7 +44,7 @@ struct BlockDiagonal {
   }
 #ifdef REAL_BF16
   DEVICE_MEMBER void chunk(bf16* dst, int row, int col) const {
-    const bf16* whole = nullptr;  // the 8 values, if they lie side by side where a copy can start
+    const bf16* whole = nullptr;  // the 8 values, if they are contiguous and aligned for a copy
     bool mixed = false;
     int offset = 0;
 #pragma unroll
@@ -107,16 +108,16 @@ KERNEL(lora_nn, SHARED=tile_shared(sizeof(real)), HOT)(real* dx, const real* dy,
   each_pair(acc, m0, k0, [&](int row, int col, float u, float v) { to.put(row, col, u, v); });
 }
 
-// The narrow products, whose few columns leave no work for a tile of prim/tile.cuh: a block owns NARROW_ROWS rows and
-// NARROW_COLS columns, and its warps share out k.
+// The narrow products, whose few columns would leave most of a tile of prim/tile.cuh empty: a block owns NARROW_ROWS rows and
+// NARROW_COLS columns, and its warps share k.
 EXPORT(int, NARROW_ROWS, 32);
 EXPORT(int, NARROW_COLS, 32);
-// Shared memory of a block: each warp's sums, in rows 8 banks apart.
+// Shared memory of a block: each warp's sums, with rows 8 banks apart.
 EXPORT_FN(narrow_shared, real_bytes, real_bytes == 2 ? 8 * 32 * (32 + 8) * 4 : 0);
 constexpr int NARROW_WARPS = 8, NARROW_PITCH = NARROW_COLS + 8, NARROW_TILES = NARROW_COLS / 8;
 
 #ifdef REAL_BF16
-// Eight neighbours of a row as four words; zero outside. WHOLE: they lie in one aligned run of 16 bytes, or outside.
+// Eight neighbours of a row as four words; zero outside. WHOLE: they are one aligned run of 16 bytes, or entirely outside.
 template <bool WHOLE>
 DEVICE void eight(unsigned (&to)[4], const Matrix& a, int row, int col) {
   if constexpr (WHOLE) {
@@ -128,8 +129,8 @@ DEVICE void eight(unsigned (&to)[4], const Matrix& a, int row, int col) {
   }
 }
 
-// Eight neighbours of each of four columns. WHOLE: the four of a row lie in one aligned run of 8 bytes, or outside, and all
-// rows are there.
+// Eight neighbours of each of four columns. WHOLE: the four of a row are one aligned run of 8 bytes, or entirely outside, and all
+// rows exist.
 struct alignas(8) Quad {
   unsigned low, high;
 };
@@ -160,10 +161,10 @@ DEVICE void eight_down(unsigned (&to)[NARROW_TILES][4], const Matrix& a, int row
   }
 }
 
-// This warp's part of the products of rows m0.. of x and columns c0.. of w (D=0: w's rows): every NARROW_WARPS-th 32 of k.
-// Lane 4 g + q takes k = 8 q .. 8 q + 7 of them, for both operands, so a fragment is one load. Where w's columns lie apart
-// (D=1) it takes four neighbours, 4 g .. 4 g + 3, one for each tile: one load a row. All loads of a chunk are under way
-// before its first product.
+// This warp's part of the products of rows m0.. of x and columns c0.. of w (D=0: w's rows): every NARROW_WARPS-th 32 of k. Lane 4
+// g + q takes k = 8 q .. 8 q + 7 of them, for both operands, so a fragment is one load. Where w's columns are strided (D=1) it
+// takes four neighbours, 4 g .. 4 g + 3, one for each tile: one load per row. All loads of a chunk are issued before its first
+// product.
 template <int D, bool WHOLE>
 DEVICE void narrow_sums(float (&acc)[2][NARROW_TILES][4], const Matrix& x, const Matrix& w, int m0, int c0, int k) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -193,8 +194,8 @@ DEVICE void narrow_sums(float (&acc)[2][NARROW_TILES][4], const Matrix& x, const
 }
 #endif
 
-// out_i = s_i x_i W_i. D=0: t = s x A^T, one segment of all columns of x, W = A [R, k]. D=1: dt_i = s_i dy_i B_i, a segment
-// a blockIdx.z, W = B_i [k, rank].
+// out_i = s_i x_i W_i. D=0: t = s x A^T, one segment of all columns of x, W = A [R, k]. D=1: dt_i = s_i dy_i B_i, one segment per
+// blockIdx.z, W = B_i [k, rank].
 KERNEL(lora_narrow, D=0,1, BLOCKS=1, SHARED=narrow_shared(sizeof(real)), HOT)(real* out, const real* x, const real* w0, MAYBE(const real) w1,
                 MAYBE(const real) w2, const float* scale, int m, int ldx, int ldout, int start0, int end0, int rank0,
                 int start1, int end1, int rank1, int start2, int end2, int rank2) {
@@ -240,7 +241,7 @@ KERNEL(lora_narrow, D=0,1, BLOCKS=1, SHARED=narrow_shared(sizeof(real)), HOT)(re
   }
 }
 
-// dA (+)= dt^T x and dB_i (+)= dy_i^T t_i, each if it is given; bit 0 of `accumulate` adds to dA, bit i + 1 to dB_i. The
+// dA (+)= dt^T x and dB_i (+)= dy_i^T t_i, each if its pointer is given; bit 0 of `accumulate` adds to dA, bit i + 1 to dB_i. The
 // blocks of the grid (blockIdx.x) are dA's tiles, then dB_0's and so on.
 KERNEL(lora_grads, SHARED=tile_shared(sizeof(real)), HOT)(MAYBE(float) da, MAYBE(float) db0, MAYBE(float) db1, MAYBE(float) db2, const real* x, const real* dt,
                         const real* dy, const real* t, int m, int k, int ranks, int ldx, int lddt, int lddy, int ldt,

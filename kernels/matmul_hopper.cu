@@ -1,42 +1,42 @@
-// The engine's own matrix product on Hopper (sm_90a): the same function, and the same bits, as matmul.cu.
+// The engine's own matrix product on Hopper (sm_90a): the same function, with the same bits, as matmul.cu.
 //
 // Math     C = op(A) op(B) (+ bias) (+ R), in the layouts of matmul.cu; R real is C itself where C accumulates
 // Shapes   A, B real by tensor map: nt A [m,k] boxes of 128 rows, B [n,k] boxes of D rows; nn B [k,n] boxes of 64 rows; tn A
 //          [k,m] boxes of 64 rows. C [m,n] real, also by tensor map, boxes of 16 rows, or float (names in _float); R [m,n] or
 //          bias [n] real. Rows begin at multiples of 16 bytes (float C: 8), n is even.
-// Plan     A persistent block owns 128 x D of C at a time. One thread of its first warpgroup keeps a ring of stages full by
-//          TMA (128-byte swizzle, k 64 a stage); the other two warpgroups multiply 64 x D each by wgmma and release a stage
-//          when the next one's products are under way. Real C leaves through shared memory by TMA. Tiles are taken in groups
-//          of `group` rows, column by column, so that neighbours share L2. tn: the tiles that do not fill the last wave are
-//          cut along k, all alike, for `workers` blocks in all; a part that does not begin its tile goes to `parts`, the block
-//          that begins the tile adds them up in the order of k.
-// Numerics As matmul.cu: one chain of float sums over k in steps of 16, the same bits whatever D (measured on an H100). A
-//          tile of tn that is cut is a sum of such chains from left to right; where the cuts lie depends on m, n, k, D.
-// Cost     2 m n k flops; (m k + k n + m n) x sizeof bytes. H100 80GB, 2026-11-27, 8192^3, TFLOP/s: nt 804, nn 791, tn 630 with
-//          C += (cuBLASLt in the same process: 804, 655, 647 with bf16 C =). More shapes: docs/kernels.md, Log.
+// Plan     A persistent block owns 128 x D of C at a time. One thread of its first warpgroup keeps a ring of stages full by TMA
+//          (128-byte swizzle, k 64 per stage); the other two warpgroups multiply 64 x D each by wgmma and release a stage once
+//          the next one's products are started. Real C leaves through shared memory by TMA. Tiles are taken in groups of `group`
+//          rows, column by column, so that neighbours share L2. tn: the tiles that do not fill the last wave are cut along k, all
+//          at the same places, for `workers` blocks in all. A part that does not begin its tile goes to `parts`; the block that
+//          begins the tile adds the parts in the order of k.
+// Numerics As matmul.cu: one chain of float sums over k in steps of 16, the same bits whatever D (measured on an H100). A tile of
+//          tn that is cut is a sum of such chains from left to right; where the cuts lie depends on m, n, k, D.
+// Cost     2 m n k flops; (m k + k n + m n) x sizeof bytes. H100 80GB, 2026-11-27, 8192^3, TFLOP/s: nt 804, nn 791, tn 630 with C
+//          += (cuBLASLt in the same process: 804, 655, 647 with bf16 C =). More shapes: docs/kernels.md, Log.
 #include "prim/flag.cuh"
 #include "prim/tile.cuh"
 #include "prim/wgmma.cuh"
 
-// Stages of the ring, and the block's shared memory: the ring, two boxes of 16 x 64 of C a warp (real C), 512 bytes of
-// barriers. A stage of 224 has room for four boxes of 64.
+// Stages of the ring, and the block's shared memory: the ring, two boxes of 16 x 64 of C per warp (real C), 512 bytes of
+// barriers. A stage of D=224 has room for four boxes of 64.
 EXPORT_FN(hopper_stages, d, d >= 192 ? 4 : 6);
 EXPORT_FN(hopper_float_stages, d, d > 192 ? 4 : d == 192 ? 5 : 7);
 EXPORT_FN(hopper_stage, d, (128 + (d == 224 ? 256 : d)) * 128);
 EXPORT_FN(hopper_shared, d, hopper_stages(d) * hopper_stage(d) + 8 * 2 * 2048 + 512);
 EXPORT_FN(hopper_float_shared, d, hopper_float_stages(d) * hopper_stage(d) + 512);
 
-// Blocks that share the k of tiles where these do not fill the last wave; a number of its own, so that the bits of a
-// gradient do not depend on the GPU's multiprocessors. At least SPLIT_STEPS steps of 64 k for each.
+// Blocks that share the k of the tiles that do not fill the last wave: a constant, so that the bits of a gradient do not depend
+// on the number of SMs. Each takes at least SPLIT_STEPS steps of 64 k.
 EXPORT(int, SPLIT_BLOCKS, 132);
 EXPORT(int, SPLIT_STEPS, 8);
-// Floats of a block's part of a tile in `parts`.
+// Floats of one block's part of a tile in `parts`.
 EXPORT_FN(hopper_part, d, 128 * d);
 
 #if defined(REAL_BF16) && defined(HOPPER)
-constexpr int ROWS = 128, DEPTH = 64;  // of a tile; of a stage
+constexpr int ROWS = 128, DEPTH = 64;  // rows of a tile; k of a stage
 
-// Where tile t of tm x tn lies.
+// Row i and column j of tile t in a grid of tm x tn tiles.
 DEVICE void place(int t, int tm, int tn, int group, int& i, int& j) {
   const int per = group * tn, g = t / per, first = g * group, rest = tm - first;
   const int size = rest < group ? rest : group, r = t - g * per;
@@ -44,9 +44,9 @@ DEVICE void place(int t, int tm, int tn, int group, int& i, int& j) {
   j = r / size;
 }
 
-// What a block does: whole tiles, then its part of the steps of those that are split, `workers` parts of equal size. A
-// tile's first steps come last in a part, and its other steps first in the next ones, so the block that has the first
-// steps can add up the others': by then they are there.
+// The work of a block: whole tiles, then its part of the steps of the split tiles, in `workers` parts of equal size. A block ends
+// its part with the first steps of a tile, and the next blocks begin theirs with that tile's other steps: when the block with the
+// first steps adds the other parts, they are already there.
 struct Work {
   int whole, steps, workers, split_steps, rank, at, to, next_tile;
   DEVICE_MEMBER Work(int tiles, int steps, int workers)
@@ -55,7 +55,7 @@ struct Work {
     if (workers && rank >= 0) at = start(rank), to = start(rank + 1);
   }
   DEVICE_MEMBER int start(int r) const { return (int)((long long)split_steps * r / workers); }
-  // The next tile, and its steps from `first` to `last`.
+  // The next tile, and its range of steps [first, last).
   DEVICE_MEMBER bool next(int& tile, int& first, int& last) {
     if (next_tile < whole) {
       tile = next_tile;
@@ -71,7 +71,7 @@ struct Work {
     at += last - first;
     return true;
   }
-  // Where the tile that a part ends in goes on: the steps up to its end belong to the ranks after this one.
+  // Where the tile in which this part ends goes on: the steps up to its end belong to the ranks after this one.
   DEVICE_MEMBER int end_of_tile() const { return (at + steps - 1) / steps * steps; }
 };
 
@@ -79,21 +79,21 @@ struct alignas(16) Four {
   float v[4];
 };
 
-// Where real C goes: by TMA, and what is left of it straight to `direct`; R is `residual` or null.
+// Where real C goes: through TMA to `map`, and the columns that fill no box directly to `direct`. R is `residual` or null.
 struct RealC {
   const tensor_map* map;
   real* direct;
   const real* residual;
   int ldc, ldr;
 };
-// Where float C goes, and the parts of tiles that several blocks share.
+// Where float C goes, and the parts of split tiles.
 struct FloatC {
   float *c, *parts;
   int* flags;
   int ldc, accumulate, workers;
 };
 
-// Brings what is added to a consumer's 64 x D of C into L2 before it is needed: 128 bytes a thread and turn.
+// Prefetches into L2 what is added to a consumer's 64 x D of C: 128 bytes per thread and turn.
 template <int D, class T>
 DEVICE void prefetch_tile(const T* from, int ld, int row0, int col0, int m, int n, int thread) {
   constexpr int WIDTH = 128 / sizeof(T), LINES = (D + WIDTH - 1) / WIDTH;
@@ -104,7 +104,7 @@ DEVICE void prefetch_tile(const T* from, int ld, int row0, int col0, int m, int 
   }
 }
 
-// A consumer's part of a tile, kept as its threads hold it.
+// A consumer's part of a tile, in the register layout of its threads.
 template <int D>
 DEVICE Four* part_of(const FloatC& to, int rank, int w, int thread) {
   return (Four*)(to.parts + (long long)rank * hopper_part(D)) + w * 128 + thread;
@@ -117,7 +117,7 @@ DEVICE void put_part(const FloatC& to, int rank, const float (&d)[D / 2], int w,
   named_barrier(1 + w, 128);
   if (thread == 0) flag_set(to.flags + 2 * rank + w);
 }
-// Adds the parts of the tile that this block has begun, in the order of k.
+// Adds the parts of the tile that this block began, in the order of k.
 template <int D>
 DEVICE void add_parts(const FloatC& to, const Work& work, float (&d)[D / 2], int w, int thread) {
   const int end = work.end_of_tile();
@@ -134,7 +134,7 @@ DEVICE void add_parts(const FloatC& to, const Work& work, float (&d)[D / 2], int
   }
 }
 
-// This thread's pairs of float C, the loads of four at a time, so that their latencies overlap.
+// Stores this thread's pairs of float C, loading four at a time so that their latencies overlap.
 template <int D>
 DEVICE void put_float(const FloatC& to, const float (&d)[D / 2], int row, int col, int m, int n) {
   float* c = to.c + (long long)row * to.ldc + col;
@@ -161,14 +161,14 @@ DEVICE void put_float(const FloatC& to, const float (&d)[D / 2], int row, int co
   }
 }
 
-// A warp's 16 x D of real C, 64 columns at a time through one of its two boxes in `out` to TMA, so that warps and turns
-// wait for nothing but the box. The last 32 columns of 224 go straight to memory.
+// Stores a warp's 16 x D of real C by TMA, 64 columns at a time through one of its two boxes in `out`, so that a warp waits only
+// for the box. The last 32 columns of 224 go straight to memory.
 template <int D>
 DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int& turn, int lane, int row0, int col0, int m,
                      int n) {
   const int row = row0 + lane / 4, col = col0 + lane % 4 * 2;
 #pragma unroll
-  for (int from = 0; from < D / 8; from += 8) {  // in eights of columns
+  for (int from = 0; from < D / 8; from += 8) {  // in units of 8 columns
     constexpr int LEFT = D / 8 % 8;
     const int pairs = from + 8 <= D / 8 ? 8 : LEFT;
     if (to.residual) {
@@ -191,12 +191,12 @@ DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int
           }
     }
     if (pairs == 8) {
-      unsigned char* box = out + (turn++ & 1) * 2048;  // on across tiles: they have an odd number of boxes too
-      if (lane == 0) tma_wait_read<1>();  // the box before the last has left
+      unsigned char* box = out + (turn++ & 1) * 2048;  // turn goes on across tiles, whose number of boxes may be odd
+      if (lane == 0) tma_wait_read<1>();  // the box used two turns ago has been read
       warp_sync();
 #pragma unroll
       for (int x = 0; x < 8; x += 2) {
-        // Four 8 x 8: rows 0 and 8, then the same of the next 8 columns.
+        // Four 8 x 8 matrices: rows 0 and 8, then the same of the next 8 columns.
         unsigned r[4];
 #pragma unroll
         for (int y = 0; y < 4; ++y) r[y] = pack_bf16(d[4 * (from + x) + 2 * y], d[4 * (from + x) + 2 * y + 1]);
@@ -227,10 +227,10 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
   constexpr int STAGES = FLOAT_OUT ? hopper_float_stages(D) : hopper_stages(D);
   static_assert(hopper_shared(D) <= 227 * 1024 && hopper_float_shared(D) <= 227 * 1024, "what a block of Hopper may have");
   constexpr int WIDTH = hopper_stage(D) / 128 - ROWS;  // room for B in a stage
-  constexpr int LOADED = BK_CONTIGUOUS ? D : WIDTH;    // what a load fills of it
+  constexpr int LOADED = BK_CONTIGUOUS ? D : WIDTH;    // how much of it a load fills
   bf16* sa = (bf16*)shared_base();           // STAGES x 128 x 64
   bf16* sb = sa + STAGES * ROWS * DEPTH;     // STAGES x WIDTH x 64
-  bf16* sc = sb + STAGES * WIDTH * DEPTH;    // two boxes of 16 x 64 a warp (real C only)
+  bf16* sc = sb + STAGES * WIDTH * DEPTH;    // two boxes of 16 x 64 per warp (real C only)
   mbarrier* full = (mbarrier*)(sc + (FLOAT_OUT ? 0 : 8 * 2 * 16 * 64));
   mbarrier* empty = full + STAGES;
   const int warpgroup = threadIdx.x / 128;
@@ -304,7 +304,7 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
     wgmma_wait<0>();
     if (thread == 0) mbarrier_arrive(empty + last);
 
-    if (TRANS == TN && first_step > 0) {  // others have this tile's first steps
+    if (TRANS == TN && first_step > 0) {  // another block has this tile's first steps
       put_part<D>(float_c, work.rank, d, w, thread);
       continue;
     }
@@ -329,7 +329,7 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
 }
 #endif
 
-// C and R real; `direct` is C too, ldc and ldr are row strides.
+// C and R real; `direct` is C too; ldc and ldr are row strides.
 KERNEL(hopper_nt, D=128,192,224,256, THREADS=384, SHARED=hopper_shared(D), HOT)(const tensor_map& a, const tensor_map& b, const tensor_map& c,
        INOUT(real) direct, MAYBE(const real) residual, MAYBE(const real) bias, int m, int n, int k, int ldc, int ldr, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)

@@ -1,30 +1,32 @@
-// Muon: momentum, the orthogonalisation of a matrix by Newton-Schulz steps, and the update.
+// Muon: momentum, orthogonalisation of a matrix by Newton-Schulz steps, and the update.
 //
 // Math     m = m + (1 - mu) (c g - m);  u = g' + mu (m - g') with g' = c g (no Nesterov: u = m);  c the clip factor
-//          X = u / max(|u|_F, 1e-7);  five times: A = X X^T, B = b A + c A A, X = a X + B X, (a, b, c) = (3.4445, -4.7750, 2.0315)
+//          X = u / max(|u|_F, 1e-7);  five times: A = X X^T, B = b A + c A A, X = a X + B X, (a, b, c) = (3.4445, -4.7750,
+//          2.0315)
 //          p = p (1 - lr wd) - lr s X, s by the shape: sqrt(max(1, rows / cols)) or 0.2 sqrt(max(rows, cols))
 //          A matrix with more rows than columns takes A = X^T X and X = a X + X B: the same, without a transpose.
-//          (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; Liu et al., "Muon is Scalable for
-//          LLM Training", 2025; the order of operations is that of torch.optim.Muon, torch 2.11)
-// Shapes   p, m, g [rows, cols] float; w as p, real, the weights that kernels read; X [rows, cols] and A [side, side] real, side
-//          the smaller of rows and cols; A A and B X float;  hyper [8] float on the device, as in adamw.cu
-// Plan     element-wise kernels: a thread owns V values. Norm: a warp sums 8192 squares, one warp sums the partials. The
+//          (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; Liu et al., "Muon is Scalable for LLM
+//          Training", 2025; the order of operations is that of torch.optim.Muon, torch 2.11)
+// Shapes   p, m, g [rows, cols] float;  w as p, but real: the weights that kernels read;  X [rows, cols] and A [side, side] real,
+//          side = min(rows, cols);  A A and B X float;  hyper [8] float on the device, as in adamw.cu
+// Plan     Element-wise kernels: one thread per V values. Norm: a warp sums 8192 squares, one warp sums the partials. The
 //          products are those of matmul.cu and matmul_hopper.cu.
-// Numerics X and A are rounded to `real` where they are stored: float in a float run (torch casts to bf16), bf16 in a bf16
-//          run, as in torch. Products are float sums, and a A + b (A A) is rounded once. Momentum and update are float.
-// Cost     a matrix of r x c, s the smaller: 10 s r c (1 + s / (2 max(r, c))) flops in 15 products; 16 r c bytes for momentum and
-//          update, about 20 + 12 sizeof(real) bytes an element and step beside them. *Predicted*, not measured on a GPU.
+// Numerics X and A are rounded to `real` when stored: float in a float run (torch casts to bf16), bf16 in a bf16 run, as in
+//          torch. Products are float sums, and a A + b (A A) is rounded once. Momentum and update are float.
+// Cost     For an r x c matrix with s = min(r, c): 10 s r c (1 + s / (2 max(r, c))) flops in 15 products; 16 r c bytes for
+//          momentum and update, and about 20 + 12 sizeof(real) bytes per element and Newton-Schulz step. *Predicted*, not
+//          measured on a GPU.
 #include "prim/warp.cuh"
 
-// Squares that one warp adds up.
+// Squares that one warp sums.
 EXPORT(int, MUON_CHUNK, 8192);
 
-// a + w (b - a), rounded as torch rounds it.
+// a + w (b - a), with torch's rounding.
 DEVICE float lerp(float a, float b, float w) {
   return w < 0.5f ? a + w * (b - a) : b - (b - a) * (1.f - w);
 }
 
-// The running mean of gradients, and what is orthogonalised.
+// Updates the momentum and writes the matrix to orthogonalise to x.
 KERNEL_FLAT(muon_momentum)(INOUT(float) m, real* x, const float* g, const float* hyper, long long n, float momentum,
                            int nesterov) {
   const long long i = FLAT_INDEX * V;
@@ -54,7 +56,7 @@ KERNEL_WARP(muon_squares)(float* partial, const real* x, long long n) {
   if (LANE == 0) partial[chunk] = s;
 }
 
-// norm[0] = max(the norm, eps). One warp.
+// norm[0] = max(norm, eps). One warp.
 KERNEL_WARP(muon_norm)(float* norm, const float* partial, int chunks, float eps) {
   if (WARP_INDEX > 0) return;
   WarpPack acc = {};
@@ -86,7 +88,7 @@ KERNEL_FLAT(muon_blend)(INOUT(real) x, const float* s, float a, float b, long lo
   store(x + i, p, n - i);
 }
 
-// In float, w is p.
+// In a float build w and p are the same buffer.
 KERNEL_FLAT(muon_update)(INOUT(float) p, INOUT(real) w, const real* x, const float* hyper, long long n, float weight_decay,
                          float lr_scale, float adjust) {
   const long long i = FLAT_INDEX * V;

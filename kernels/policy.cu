@@ -1,37 +1,39 @@
-// Policy losses of online RL on the log-probs of the chosen tokens, with their gradient, the value loss of PPO,
-// generalised advantage estimation, and masked whitening.
+// Policy losses of online RL on the log-probs of the sampled tokens, with their gradient; PPO's value loss; generalised advantage
+// estimation; masked whitening.
 //
-// Math     Of a sequence with tokens t, mask m_t = [weight_t != 0]:  d_t = logp_t - old_t, and the log of the ratio
+// Math     Over a sequence with tokens t and mask m_t = [weight_t != 0]:  d_t = logp_t - old_t, and the log of the ratio
 //            level 0 (token)     l_t = d_t
 //            level 1 (mean)      l   = sum m d / max(1, sum m)             (GSPO)
 //            level 2 (sum)       l   = sum m d                            (RLOO)
-//          r = e^l;  c_t by loss, A = advantage, hat = no gradient:
+//          r = e^l;  c_t by loss, with A the advantage and hat = no gradient:
 //            D=0 clip   -min( min(r, delta) A, clamp(r, 1 - low, 1 + high) A )
 //            D=1 cispo  -hat(min(r, high)) A logp_t
 //            D=2 sapo   -sigmoid(tau (r - 1)) (4 / tau) A,  tau = tau_pos if A > 0 else tau_neg
 //            D=3 vespo  -hat(phi) A logp_t,  phi = e^(lambda + k log w - lambda w),
 //                       log w = clamp( sum m clamp(d, -20, 20) + log_is, log 1e-8, 20 ),  k, lambda by A >= 0
 //          k3_t = e^(ref_t - logp_t) - (ref_t - logp_t) - 1;  kl_t = k3_t, or k3_t r with the bias correction
-//          loss = sum_t weight_t (scale_t c_t + beta kl_t).  min of equals shares its gradient, as in PyTorch.
+//          loss = sum_t weight_t (scale_t c_t + beta kl_t).  If both arguments of min are equal they share the gradient, as in
+//          PyTorch.
 //          (the losses of TRL 1.16.0; papers: GRPO 2402.03300, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585,
 //          SAPO 2511.20347, VESPO 2602.10693, RLOO 2402.14740, dual clip 1912.09729, unbiased KL 2512.02556)
 //          value:  1/2 weight max( (v - R)^2, (clamp(v, old - c, old + c) - R)^2 )      (PPO, 1707.06347)
 //          gae:    A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1},  R = A + V,  0 after the last token (1506.02438)
 //          whiten: (x - mean) / sqrt(var + 1e-8) (+ mean unless `shift`) over mask != 0, var with Bessel; 0 elsewhere
-// Shapes   all [n] float but starts [sequences + 1] int, log_is [sequences], loss and upstream [1]
-// Plan     policy_loss: a warp owns a sequence: one pass for its sums, one for the tokens, one more to share a gradient
-//          that belongs to the whole sequence. value_loss: a warp owns 1024 tokens. Sequences are added up by one warp, in
-//          order. gae: a thread owns a sequence and goes from right to left. whiten: one warp for the moments.
-// Numerics float. k3 and its derivative by a series near 0, where the difference cancels.
-// Cost     policy_loss about 40 n bytes; gae is bound by the latency of one load a token. *Predicted*: policy_loss 3 us, a launch, on an H100.
+// Shapes   all [n] float except starts [sequences + 1] int, log_is [sequences], loss and upstream [1]
+// Plan     policy_loss: one warp per sequence, with one pass for its sums, one for the tokens, and one more to distribute a
+//          gradient that belongs to the whole sequence. value_loss: one warp per 1024 tokens. One warp sums over the sequences,
+//          in order. gae: one thread per sequence, right to left. whiten: one warp computes the moments.
+// Numerics float. k3 and its derivative use a series near 0, where the difference cancels.
+// Cost     policy_loss about 40 n bytes; gae is bound by the latency of one load per token. *Predicted*: policy_loss 3 us, a
+//          launch, on an H100.
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 
-// The terms, D of policy_loss.
+// The loss terms, D of policy_loss.
 EXPORT_ENUM(policy_term, CLIP, CISPO, SAPO, VESPO);
-// What a ratio belongs to.
+// The level at which the ratio is taken.
 EXPORT_ENUM(ratio_level, TOKEN, SEQUENCE, SEQUENCE_SUM);
-// Tokens that one warp of value_loss adds up.
+// Tokens per warp of value_loss.
 EXPORT(int, VALUE_CHUNK, 1024);
 
 constexpr float LOG_1E8 = -18.4206807f;
@@ -52,8 +54,8 @@ DEVICE float k3(float x) {
   return x < 0.5f && x > -0.5f ? near : far;
 }
 
-// seq_loss [sequences]; ratio [n]: r (vespo: phi); kl [n]; clip [n]: 1 where r lies below its bound and A < 0, 2 where it
-// lies above and A > 0; dlogp [n]: the gradient of the loss. D: the term.
+// seq_loss [sequences]; ratio [n]: r (vespo: phi); kl [n]; clip [n]: 1 where r is below its bound and A < 0, 2 where it is above
+// and A > 0; dlogp [n]: the gradient of the loss. D: the loss term.
 KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, float* clip, float* dlogp, const float* logp,
                                     const float* old, const float* advantage, const float* weight, MAYBE(const float) ref_logp,
                                     MAYBE(const float) scale, MAYBE(const float) log_is, const int* starts, int sequences,
@@ -92,7 +94,7 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
     for (int j = 0; j < WV; ++j) {
       const float A = a.v[j], by = scale ? s.v[j] : 1.f;
       const float r = exp_f(level == ratio_level::TOKEN ? lp.v[j] - b.v[j] : seq_l);
-      // c, its derivative by log r (which may belong to the sequence) and by logp_t alone
+      // c, its derivative by log r (which may belong to the sequence) and its derivative by logp_t alone
       float c = 0.f, dc_r = 0.f, dc_t = 0.f, shown = r, side = 0.f;
       if (D == policy_term::CLIP) {
         const float r1 = min2(r, delta), r2 = clamp_f(r, 1.f - low, 1.f + high);
@@ -125,7 +127,7 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
         d_t = fmaf(beta, bias_correction ? dk * r : dk, d_t);
         d_r = fmaf(beta, bias_correction ? div : 0.f, d_r);
       }
-      const bool in = w.v[j] != 0.f;  // what is masked may hold anything
+      const bool in = w.v[j] != 0.f;  // masked tokens may hold any value, NaN included
       total.v[j] = in ? fmaf(w.v[j], v, total.v[j]) : total.v[j];
       own.v[j] = in ? w.v[j] * (level == ratio_level::TOKEN ? d_t + d_r : d_t) : 0.f;
       shared.v[j] = in ? fmaf(w.v[j], d_r, shared.v[j]) : shared.v[j];
@@ -150,7 +152,7 @@ KERNEL_WARP(policy_loss, D=0,1,2,3)(float* seq_loss, float* ratio, float* kl, fl
   }
 }
 
-// out[0] = the sum of x, by one warp, in a fixed order
+// out[0] = the sum of x, by one warp in a fixed order.
 KERNEL_WARP(sum_all)(float* out, const float* x, int n) {
   if (WARP_INDEX > 0) return;
   WarpPack acc = {};
@@ -174,7 +176,7 @@ KERNEL_FLAT(scale_by_upstream)(float* dx, const float* saved, const float* upstr
   store(dx + i, p, n - i, accumulate);
 }
 
-// part [chunks of 1024]: sums of the loss; clip [n]: 1 where the clipped error counts; dvalue [n]: the gradient
+// part [chunks of 1024]: sums of the loss; clip [n]: 1 where the clipped error is the larger; dvalue [n]: the gradient.
 KERNEL_WARP(value_loss)(float* part, float* clip, float* dvalue, const float* value, const float* old, const float* returns,
                         const float* weight, int n, float range) {
   const long long chunk = WARP_INDEX, at = chunk * VALUE_CHUNK;

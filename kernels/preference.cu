@@ -1,5 +1,5 @@
-// The preference losses: scalar functions of a few numbers a pair. What stands before them is the head's log-probs,
-// summed over each sequence; what leaves them is one loss and its gradient for each sum.
+// The preference losses: scalar functions of a few numbers per pair. The input is the head's log-probs, summed over each
+// sequence; the output is one loss and its gradient with respect to each sum.
 //
 // Math     segment_sums: out[s] = sum over the segment of weight x value
 //          DPO family, for a pair (w, l): u = logp - ref;  s = f'(e^u) by divergence: u | 1 - e^-u | log 2 + LS(u) |
@@ -8,32 +8,32 @@
 //            exo_pair q (log q - log(1-e)) + (1-q) (log(1-q) - log e), q = sigmoid(x)
 //            nca_pair SP(-a) + SP(a)/2 + SP(r)/2   robust ((1-e) SP(-x) - e SP(x)) / (1-2e)   bco_pair SP(-a) + SP(r)
 //            sppo_hard (u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2   apo_zero sig(-a) + sig(r)   apo_down sig(a) + sig(r-a)
-//            discopop SP(-x) (1-m) + e^-x m, m = sig(x/tau)   sft: a mean NLL that the caller has
+//            discopop SP(-x) (1-m) + e^-x m, m = sig(x/tau)   sft: the mean NLL, which the caller computes
 //            aot, aot_unpaired (1-e) SP(-beta d) + e SP(beta d), d the k-th of sort(p) minus the k-th of sort(q), where
 //            (p, q) = (logp_w - logp_l, ref_w - ref_l) or (u_w, u_l)
 //          unpaired, label y: kto sig(-beta (u-z)) or sig(-beta (z-u));  apo_zero sig(-beta u) or sig(beta u);
 //          bco SP(-(beta u - z)) or SP(beta u - z)
 //          ORPO: NLL - beta LS(log odds), log odds = (p_w - p_l) - (log1mexp(p_w) - log1mexp(p_l)), p = logp / n
-//          CPO: r = logp (a token's mean for ipo, simpo), alpha != 0: (1 - e^{-alpha r})/alpha;  d = r_w - r_l;
+//          CPO: r = logp (mean per token for ipo, simpo), alpha != 0: (1 - e^{-alpha r})/alpha;  d = r_w - r_l;
 //          sigmoid, simpo (1-e) SP(-t) + e SP(t), t = beta d (- gamma);  hinge max(0, 1 - beta d);  ipo (d - 1/(2 beta))^2
 //          Bradley-Terry: SP(-(s_w - s_l - margin)) + c (s_w + s_l)^2
-//          Sources of the formulas: docs of src/methods. Each loss is summed over pairs with the pair's weight.
-// Shapes   pairs [n, 2] float, the chosen first;  weight, each, margin [n] float;  label [n] int;  starts [s+1] int
-// Plan     A thread owns a pair and makes loss and gradient together; a list of losses is a launch each. One warp adds
-//          the pairs up. A sort is by counting: n comparisons a thread, nothing for the few pairs of a step.
-// Numerics float in every build: these numbers are few, and a pair's gradient is a small difference.
-// Cost     Nothing beside the head: 60 bytes a pair. *Predicted* a launch, 3 us on an H100.
+//          Papers: see the docs of src/methods. Each loss is summed over pairs with the pair's weight.
+// Shapes   pairs [n, 2] float, chosen first;  weight, each, margin [n] float;  label [n] int;  starts [s+1] int
+// Plan     One thread per pair computes loss and gradient together; a list of losses takes one launch each. One warp sums over
+//          the pairs. Sorting is by counting: n comparisons per thread, which is cheap for the few pairs of a step.
+// Numerics float in every build: there are few numbers, and a pair's gradient is a small difference.
+// Cost     Negligible beside the head: 60 bytes a pair. *Predicted*: 3 us, a launch, on an H100.
 #include "common/softplus.cuh"
 #include "prim/warp.cuh"
 
-// The losses of a DPO list.
+// The DPO losses.
 EXPORT_ENUM(dpo_loss, SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO,
             APO_DOWN, DISCOPOP, SFT, SIGMOID_NORM);
 EXPORT_ENUM(divergence_kind, REVERSE_KL, FORWARD_KL, JS, ALPHA);
 EXPORT_ENUM(unpaired_loss, KTO, APO_ZERO_UNPAIRED, BCO);
 EXPORT_ENUM(cpo_loss, SIGMOID, HINGE, IPO, SIMPO);
 
-// sums[s] = sum of weights x values over [starts[s], starts[s+1]); weights null: 1. A warp a segment.
+// sums[s] = sum of weights x values over [starts[s], starts[s+1]); null weights mean 1. One warp per segment.
 KERNEL_WARP(segment_sums_fwd)(float* sums, const float* values, MAYBE(const float) weights, const int* starts, int segments) {
   const long long s = WARP_INDEX;
   if (s >= segments) return;
@@ -54,12 +54,12 @@ KERNEL_WARP(segment_sums_fwd)(float* sums, const float* values, MAYBE(const floa
   if (LANE == 0) sums[s] = sum;
 }
 
-// dvalues = the segment's upstream times the weight; 0 outside of all segments. A thread a value.
+// dvalues = upstream of the value's segment times its weight; 0 outside all segments. One thread per value.
 KERNEL_FLAT(segment_sums_bwd)(float* dvalues, const float* dsums, MAYBE(const float) weights, const int* starts, int segments,
                               int n, int accumulate) {
   const long long i = FLAT_INDEX;
   if (i >= n) return;
-  int low = 0, high = segments;  // the last segment that does not start after i
+  int low = 0, high = segments;  // first segment that ends after i
   while (low < high) {
     const int mid = (low + high) / 2;
     if (starts[mid + 1] > i) high = mid; else low = mid + 1;
@@ -77,7 +77,7 @@ KERNEL_FLAT(scaled_by_upstream)(float* out, const float* grad, const float* upst
   out[i] = accumulate ? out[i] + d : d;
 }
 
-// loss = sum each + factor nll sum pair_weight, and the gradient of nll. One warp.
+// loss = sum each + factor nll sum pair_weight, and the gradient with respect to nll. One warp.
 KERNEL_WARP(pair_totals)(float* loss, MAYBE(float) dnll, const float* each, const float* pair_weight, MAYBE(const float) nll,
                          int n, float factor) {
   if (WARP_INDEX > 0) return;
@@ -110,7 +110,7 @@ KERNEL_WARP(mean_difference)(float* mean, const float* a, const float* b, int n,
   if (LANE == 0) mean[0] = m < floor ? floor : m;
 }
 
-// state = (mean, count) of all batches' means, this one included; delta = that mean. One thread.
+// state = (mean, count) of the means of all batches, including this one; delta = that mean. One thread.
 KERNEL_FLAT(running_mean)(float* delta, INOUT(float) state, const float* mean, float scale) {
   if (FLAT_INDEX > 0) return;
   const float count = state[1] + 1.f, now = state[0] + (mean[0] * scale - state[0]) / count;
@@ -125,7 +125,7 @@ DEVICE float aot_key(const float* logps, const float* base, int unpaired, int re
   return reference ? logps[2 * i + 1] - base[2 * i + 1] : logps[2 * i] - base[2 * i];
 }
 
-// ranks and sorted values of both sides of an aot loss; side 0 in [0, n), side 1 in [n, 2n)
+// Ranks and sorted values of both sides of an aot loss; side 0 in [0, n), side 1 in [n, 2n).
 KERNEL_FLAT(aot_sort)(float* sorted, int* rank, const float* logps, const float* base, int n, int unpaired) {
   const long long t = FLAT_INDEX;
   if (t >= 2 * n) return;
@@ -156,7 +156,7 @@ DEVICE Score divergence_score(int divergence, float alpha, float u) {
   return r;
 }
 
-// The smoothed logistic loss (1-e) SP(-x) + e SP(x), and its slope.
+// The label-smoothed logistic loss (1-e) SP(-x) + e SP(x), and its slope.
 DEVICE Score smoothed(float x, float e) {
   Score r;
   r.s = (1.f - e) * softplus_f(-x) + e * softplus_f(x);
@@ -164,7 +164,7 @@ DEVICE Score smoothed(float x, float e) {
   return r;
 }
 
-// One loss of a DPO list for each pair: its weighted value, its gradient for both log-probs, the rewards.
+// One DPO loss for each pair: its weighted value, its gradient with respect to both log-probs, the rewards.
 KERNEL_FLAT(dpo_pairs)(INOUT(float) each, INOUT(float) grad, float* rewards, float* pair_weight, const float* logps, const float* base,
                        const float* lens, const float* weight, MAYBE(const float) aligned, MAYBE(const float) sorted,
                        MAYBE(const int) rank, int n, int kind, int divergence, float alpha, float beta, float e, float tau,
@@ -176,7 +176,7 @@ KERNEL_FLAT(dpo_pairs)(INOUT(float) each, INOUT(float) grad, float* rewards, flo
   const Score sw = divergence_score(divergence, alpha, uw), sl = divergence_score(divergence, alpha, ul);
   const float nw = max2(lens[2 * i], 1.f), nl = max2(lens[2 * i + 1], 1.f);
   const float x = beta * (sw.s - sl.s), a = beta * uw, r = beta * ul, half = 0.5f / beta;
-  float loss = 0.f, slope = 0.f, gw = 0.f, gl = 0.f;  // slope: of the loss for x; gw, gl: for uw and ul directly
+  float loss = 0.f, slope = 0.f, gw = 0.f, gl = 0.f;  // slope: d loss / d x; gw, gl: d loss / d uw, d ul directly
   float scale = w, scale_l = w;
   switch (kind) {
     case dpo_loss::SIGMOID: loss = softplus_f(-x), slope = -sigmoid_f(-x); break;
@@ -232,7 +232,7 @@ KERNEL_FLAT(dpo_pairs)(INOUT(float) each, INOUT(float) grad, float* rewards, flo
       loss = sp * o + y * m, slope = -sigmoid_f(-x) * o - y * m + m * o / tau * (y - sp);
       break;
     }
-    case dpo_loss::SFT: break;  // pair_totals adds it
+    case dpo_loss::SFT: break;  // added by pair_totals
     case dpo_loss::SIGMOID_NORM: {
       const float d = beta * (sw.s / nw - sl.s / nl), bend = -beta * sigmoid_f(-d);
       loss = softplus_f(-d), gw = bend / nw * sw.slope, gl = -bend / nl * sl.slope;
@@ -250,7 +250,7 @@ KERNEL_FLAT(dpo_pairs)(INOUT(float) each, INOUT(float) grad, float* rewards, flo
   pair_weight[i] = w;
 }
 
-// KTO, apo_zero_unpaired, BCO: sequences with a label; `baseline` is KTO's z, BCO's running mean.
+// KTO, apo_zero_unpaired, BCO: sequences with a label. `baseline` is KTO's z or BCO's running mean.
 KERNEL_FLAT(unpaired_rows)(float* each, float* grad, float* rewards, const float* logps, const float* base, const int* label,
                            const float* weight, const float* baseline, int n, int kind, float beta, float desirable,
                            float undesirable) {
@@ -266,7 +266,7 @@ KERNEL_FLAT(unpaired_rows)(float* each, float* grad, float* rewards, const float
   rewards[i] = beta * u;
 }
 
-// -beta LS(log odds) of each pair; `odds` has LS(log odds) and the log odds.
+// -beta LS(log odds) of each pair; `odds` receives LS(log odds) and the log odds.
 KERNEL_FLAT(orpo_pairs)(float* each, float* grad, float* rewards, float* odds, const float* logps, const float* lens,
                         const float* weight, int n, float beta) {
   const long long i = FLAT_INDEX;
@@ -283,7 +283,7 @@ KERNEL_FLAT(orpo_pairs)(float* each, float* grad, float* rewards, float* odds, c
   odds[2 * i + 1] = x;
 }
 
-// CPO: one of cpo_loss; ipo and simpo are of a token's mean
+// CPO with one of cpo_loss; ipo and simpo use the mean per token.
 KERNEL_FLAT(cpo_pairs)(float* each, float* grad, float* rewards, const float* logps, const float* lens, const float* weight, int n,
                        int kind, float beta, float e, float gamma, float alpha) {
   const long long i = FLAT_INDEX;
@@ -296,7 +296,7 @@ KERNEL_FLAT(cpo_pairs)(float* each, float* grad, float* rewards, const float* lo
     rw = -expm1_f(-alpha * rw) / alpha, rl = -expm1_f(-alpha * rl) / alpha;
   }
   const float d = rw - rl, x = beta * d - (kind == cpo_loss::SIMPO ? gamma : 0.f);
-  float loss, slope;  // slope: for d
+  float loss, slope;  // slope: d loss / d d
   if (kind == cpo_loss::HINGE) {
     loss = max2(1.f - x, 0.f), slope = x < 1.f ? -beta : 0.f;
   } else if (kind == cpo_loss::IPO) {
@@ -313,7 +313,7 @@ KERNEL_FLAT(cpo_pairs)(float* each, float* grad, float* rewards, const float* lo
   rewards[2 * i + 1] = beta * rl;
 }
 
-// Bradley-Terry with a margin and a pull of the pair's mean to 0
+// Bradley-Terry with a margin and a penalty that centres the pair's scores at 0.
 KERNEL_FLAT(bradley_terry_pairs)(float* each, float* grad, const float* scores, MAYBE(const float) margin, const float* weight, int n,
                                  float center) {
   const long long i = FLAT_INDEX;

@@ -1,11 +1,11 @@
-// Token embedding with a learned prompt: rows of a second table for the ids past the vocabulary.
+// Token embedding with a learned prompt: ids past the vocabulary read rows of a second table.
 //
 // Math     y[i] = scale w[ids[i]] for ids[i] < vocab, else p[ids[i] - vocab]
 //          dw, dp: embedding_bwd (kernels/embedding.cu) over the distinct ids of each table
 //          (Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021)
 // Shapes   w [vocab, d], p [virtual tokens, d] real; ids [n] int; y [n, d] real
-// Plan     a warp copies one row.
-// Numerics moves are exact; a scaled row is rounded to real.
+// Plan     One warp copies one row.
+// Numerics Copies are exact; a scaled row is rounded to real.
 // Cost     2 n d sizeof(real). *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/warp.cuh"
 

@@ -1,28 +1,28 @@
 // Weights in 4 and 8 bits: NF4 in blocks of 64 with or without double quantisation, and int8 by rows.
 //
 // Math     NF4: a = max |x| of a block of 64; code = the entry of a map of 16 values nearest to x / a; x' = map[code] a
-//          Double quantisation: offset = mean of all a; a - offset in blocks of 256, by a map of 256 values:
+//          Double quantisation: offset = mean of all a; a - offset is stored in blocks of 256, by a map of 256 values:
 //          a' = map8[code8] a2 + offset   (Dettmers et al., "QLoRA", 2023)
 //          int8: a = max |x| of a row, code = round(x (127 (1 / a))), x' = code a / 127   (Dettmers et al., "LLM.int8()", 2022)
 // Shapes   x flat n real (int8: [rows, cols]); codes (n + 1) / 2 bytes, the even value in the high half (int8: n bytes, two's
 //          complement); absmax n / 64 float, or as many codes8 with absmax2 n / 64 / 256 float and offset [1] float
-// Plan     Quantising happens once, at load: a thread owns a block. Dequantising stands beside each product, a launch for all
-//          segments of its weight: a thread owns 8 values, 4 bytes of codes and one scale; the map of 16 values lies in one
-//          cache line.
-// Numerics float, operation for operation what bitsandbytes' reference in PyTorch does, so codes and scales have its bits:
-//          a whole block is multiplied by 1 / a, the last one, if it is not whole, divided by a (which is then at least
-//          1e-38). absmax_mean adds in the order of PyTorch's sum with vectors of 8 on one thread: 4 x 8 columns, each in
-//          a cascade of four levels. x' is rounded once, when stored.
-// Cost     dequantise: n / 2 + 4 n / 64 bytes read (double: n / 64), n sizeof(real) written. H100, 2026-11-27: nf4_dequantise
-//          of two segments of 3,072 x 1,024 to bf16, 16 MB, 10.3 us (11.2 with double quantisation), launch included; a
-//          launch a segment took 16.7 (14.8).
+// Plan     Quantising happens once, at load: one thread per block. Dequantising precedes each product, in one launch for all
+//          segments of its weight: a thread owns 8 values, 4 bytes of codes and one scale; the map of 16 values fits one cache
+//          line.
+// Numerics float, operation for operation as in bitsandbytes' reference in PyTorch, so codes and scales have its bits: a whole
+//          block is multiplied by 1 / a; a last block that is not whole is divided by a (which is then at least 1e-38).
+//          absmax_mean adds in the order of PyTorch's sum with vectors of 8 on one thread: 4 x 8 columns, each in a cascade of
+//          four levels. x' is rounded once, when stored.
+// Cost     dequantise: n / 2 + 4 n / 64 bytes read (double: n / 64), n sizeof(real) written. H100, 2026-11-27: nf4_dequantise of
+//          two segments of 3,072 x 1,024 to bf16, 16 MB, 10.3 us (11.2 with double quantisation), launch included; one launch per
+//          segment took 16.7 (14.8).
 #include "common/quant.cuh"
 #include "prim/warp.cuh"
 
-// Values of a thread of nf4_dequantise and int8_dequantise.
+// Values per thread of nf4_dequantise and int8_dequantise.
 EXPORT(int, DEQUANTISE_PACK, 8);
 
-// A thread a block.
+// One thread per block.
 KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, const float* map, long long n) {
   const long long block = FLAT_INDEX, start = block * NF4_BLOCK;
   if (start >= n) return;
@@ -43,8 +43,8 @@ KERNEL_FLAT(nf4_quantise)(unsigned char* codes, float* absmax, const real* x, co
   }
 }
 
-// Up to three segments of one weight, one below the other in y: blockIdx.y. Of each: absmax, or scales8 with map8, absmax2
-// and offset, gives the scales.
+// Up to three segments of one weight (blockIdx.y), one below the other in y. The scales of a segment are its absmax, or come from
+// scales, map8, absmax and offset.
 KERNEL_FLAT(nf4_dequantise, HOT)(real* y, const float* map, MAYBE(const float) map8, const unsigned char* codes0,
                                  MAYBE(const unsigned char) codes1, MAYBE(const unsigned char) codes2,
                                  MAYBE(const float) absmax0, MAYBE(const float) absmax1, MAYBE(const float) absmax2,
@@ -75,7 +75,7 @@ KERNEL_FLAT(nf4_dequantise, HOT)(real* y, const float* map, MAYBE(const float) m
   store(y + before + i, v, n - i);
 }
 
-// A thread a block of x (less offset, if there is one), by a sorted map.
+// Quantises x (minus offset, if given) by a sorted map. One thread per block.
 KERNEL_FLAT(blockwise8_quantise)(unsigned char* codes, float* absmax, const float* x, MAYBE(const float) offset,
                                  const float* map, long long n) {
   const long long block = FLAT_INDEX, start = block * CODE8_BLOCK;
@@ -99,8 +99,8 @@ KERNEL_FLAT(blockwise8_dequantise)(float* y, const unsigned char* codes, const f
   y[i] = map[codes[i]] * absmax[i / CODE8_BLOCK];
 }
 
-// mean[0] = the mean of x. One warp; lane 8 k + v adds up the values 32 r + 8 k + v (below 8 values: lane k the values
-// 4 r + k).
+// mean[0] = the mean of x. One warp; lane 8 k + v adds up the values 32 r + 8 k + v (with fewer than 8 values lane k takes the
+// values 4 r + k).
 KERNEL(absmax_mean, THREADS=32)(float* mean, const float* x, int n) {
   const int lane = threadIdx.x, wide = n >= 8 ? 8 : 1, columns = 4 * wide, rows = n / columns;
   int power = 0;
@@ -122,7 +122,7 @@ KERNEL(absmax_mean, THREADS=32)(float* mean, const float* x, int n) {
     for (; r < rows; ++r) level[0] += x[r * columns + lane];
 #pragma unroll
     for (int j = 1; j < 4; ++j) level[0] += level[j];
-    // Whole vectors that no row of columns holds go to the first column.
+    // Vectors left over after the last row of columns go to the first column.
     if (lane < wide)
       for (int k = rows * columns + lane; k < n / wide * wide; k += wide) level[0] += x[k];
   }
@@ -141,7 +141,7 @@ KERNEL(absmax_mean, THREADS=32)(float* mean, const float* x, int n) {
   if (lane == 0) mean[0] = total / (float)n;
 }
 
-// A warp a row of x.
+// One warp per row of x.
 KERNEL_WARP(int8_quantise)(unsigned char* codes, float* absmax, const real* x, int rows, int cols) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;

@@ -2,17 +2,17 @@
 //
 // Math     out[c] = sum_r x[r, c]
 // Shapes   x [rows, cols] real (row stride ld);  partial [chunks, cols] float, a chunk is 64 rows;  out [cols] float
-// Plan     column_sums: a warp owns 32 V columns of one chunk. sum_partials: a thread owns a column of a group of chunks; more
-//          than 64 chunks are added up in groups of 32 first (RowSums in ops/mod.rs). Few threads each walk down a long
-//          column, so both have many loads under way at once.
-// Numerics Float sums from the first row to the last, then from the first chunk of a group to the last, then from the first
-//          group to the last: no atomics, same bits always.
-// Cost     one read of x. H100, 2026-11-27: column_sums of 16,384 x 1,152 bf16 21.9 us with 8 rows under way (60% of copy
-//          speed; one at a time 44.1 us, 16 under way 21.6). Two stages of sum_partials in a graph: 4.1 us for 256 x 1,152,
-//          6.1 us for 2,048 x 896; one stage, a load at a time, took 17.4 us for 256 x 1,152.
+// Plan     column_sums: one warp per 32 V columns of one chunk. sum_partials: one thread per column of a group of chunks; more
+//          than 64 chunks are first summed in groups of 32 (RowSums in ops/mod.rs). Few threads walk down long columns, so both
+//          kernels keep many loads in flight.
+// Numerics Float sums from the first row to the last, then from the first chunk of a group to the last, then from the first group
+//          to the last: no atomics, always the same bits.
+// Cost     One read of x. H100, 2026-11-27: column_sums of 16,384 x 1,152 bf16 21.9 us with 8 rows in flight (60% of copy speed;
+//          one at a time 44.1 us, 16 in flight 21.6). Two stages of sum_partials in a graph: 4.1 us for 256 x 1,152, 6.1 us for
+//          2,048 x 896; one stage with one load at a time took 17.4 us for 256 x 1,152.
 #include "prim/warp.cuh"
 
-// Loads that a lane has under way at once. (A CPU's one lane per warp would only copy.)
+// Loads that a lane keeps in flight. (On a CPU, with one lane per warp, this would only add copies.)
 constexpr int AHEAD = 8, CHUNKS_AHEAD = 16;
 
 KERNEL_WARP(column_sums, BLOCKS=0:4)(float* partial, const real* x, int rows, int cols, int ld) {
@@ -44,7 +44,7 @@ KERNEL_WARP(column_sums, BLOCKS=0:4)(float* partial, const real* x, int rows, in
   store(partial + (long long)chunk * cols + i, acc, cols - i);
 }
 
-// out[g, c] (+)= sum over the chunks of group g of partial[chunk, c]; a group is `group` chunks, blockIdx.y.
+// out[g, c] (+)= sum of partial[chunk, c] over the chunks of group g = blockIdx.y; a group has `group` chunks.
 KERNEL_FLAT(sum_partials, BLOCKS=0:4)(float* out, const float* partial, int chunks, int cols, int group, int accumulate) {
   const long long c = FLAT_INDEX;
   const int first = blockIdx.y * group, end = first + group < chunks ? first + group : chunks;

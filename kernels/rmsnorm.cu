@@ -1,26 +1,26 @@
-// Root mean square norm, plain or with the residual addition that stands before it in every block.
+// Root mean square norm, plain or fused with the residual addition that precedes it in every block.
 //
-// Math     s = x (+ r);  rstd = 1/sqrt(mean(s^2) + eps);  y = (w + plus) * (s * rstd), plus 0, or 1 for Gemma
+// Math     s = x (+ r);  rstd = 1/sqrt(mean(s^2) + eps);  y = (w + plus) * (s * rstd), plus = 0, or 1 for Gemma
 //          Backward, with h = s * rstd, e = dy * (w + plus):  ds = rstd * (e - h * mean(e * h)) + dsum;  dw = sum_rows dy * h
 //          (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019)
 // Shapes   x, r, s, y, dy, ds [rows, d] real;  w [d] real;  rstd [rows] float;  dw [d] float
-// Plan     A warp owns a row. D > 0: it holds the row in registers, D packs a lane, all of whose loads are under way at
-//          once; backward, it goes on through `per` rows and sums dw on the way, so that dy and s are read once for both. D=0,
-//          for CPUs and for rows of other lengths, reads a row twice (the second read hits the cache) and leaves dw to
-//          rmsnorm_dw, where a warp owns 32 V columns of `per` rows. The partial sums are the same either way; sum_partials
+// Plan     One warp per row. With D > 0 the row stays in registers, D packs per lane, and all its loads are issued before the
+//          first is used; the backward walks through `per` rows and accumulates dw on the way, so that dy and s are read once for
+//          both results. D=0, for CPUs and for other row lengths, reads a row twice (the second read hits the cache) and leaves
+//          dw to rmsnorm_dw, where a warp owns 32 V columns of `per` rows. The partial sums are the same either way; sum_partials
 //          (reduce.cu) adds them in order. No atomics.
-// Numerics Sums in float. s is rounded to real when stored, h is rounded to real before the product with w (with `once` it
-//          is not: each as transformers does for its family), y when stored.
-// Cost     2 d (4 d with residual) x sizeof(real) bytes a row forward, 3 d (4 d with dsum) backward with dw, which adds 8 d / per
-//          bytes of partial sums. H100, 2026-11-27, bf16, with residual and dsum, of copy speed (2.88 TB/s): forward 16,384 x
+// Numerics Sums in float. s is rounded to real when stored; h is rounded to real before the product with w unless `once` is set
+//          (each as transformers does for its family); y is rounded when stored.
+// Cost     Forward 2 d (4 d with residual) x sizeof(real) bytes a row. Backward with dw 3 d (4 d with dsum), plus 8 d / per bytes
+//          of partial sums. H100, 2026-11-27, bf16, with residual and dsum, as shares of copy speed (2.88 TB/s): forward 16,384 x
 //          896 92% (43.9 us; with D=0 81%), 8,192 x 1,536 90%; a launch of 256 rows in a graph 2.55 us (D=0: 8.1 us by ncu).
-//          Backward 88% (46.4 us; D=0 68%), with dw and per = 8 82% (49.9 us) where D=0 and rmsnorm_dw took 60.0 + 77.5 us;
-//          8,192 x 1,536 75%; 4,096 rows of 1,024, 34 MB, which is a start and an end: 60% (19.2 us).
+//          Backward 88% (46.4 us; D=0 68%), with dw and per = 8 82% (49.9 us) where D=0 and rmsnorm_dw took 60.0 + 77.5 us; 8,192
+//          x 1,536 75%; 4,096 rows of 1,024, 34 MB, mostly start and end of the kernel: 60% (19.2 us).
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 
-// A row of whole packs, of which each lane holds D (D=0: any row, read in a loop): with all of a row's loads under way at
-// once, few warps keep the memory busy.
+// A row of whole packs, D per lane (D=0: any row, read in a loop). All loads of a row are issued at once, so few warps keep the
+// memory busy.
 template <int D>
 struct RowPacks {
   Packed<WV, real> p[D];
@@ -31,10 +31,10 @@ struct RowPacks {
   DEVICE_MEMBER WarpPack operator[](int k) const { return values(p[k]); }
 };
 
-// y before it is rounded, from h and w.
+// y before rounding, from h and w.
 DEVICE float weighted(float h, float w, float plus, int once) { return (w + plus) * (once ? h : round_real(h)); }
 
-// y, rstd of each row of x; with `res` the norm is of x + res, which is written to `sum`.
+// y and rstd of each row of x. With `res` the norm is that of x + res, which is written to `sum`.
 KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* rstd, const real* x, MAYBE(const real) res,
                                                const real* w, int rows, int d, float eps, float plus, int once) {
   const long long row = WARP_INDEX;
@@ -90,8 +90,8 @@ KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* 
   }
 }
 
-// ds of each row; `dsum` is the gradient that reaches s from elsewhere (the residual stream), or null. A warp takes `per`
-// rows, and with `partial` (not in D=0) writes there the sum of dy * h over them.
+// ds of each row. `dsum` is the gradient that reaches s through the residual stream, or null. A warp takes `per` rows; with
+// `partial` (not with D=0) it also writes their sum of dy * h there.
 KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, const real* dy, MAYBE(const real) dsum,
                                                const real* s, const real* w, const float* rstd, int rows, int d, int per,
                                                int accumulate, float plus) {
@@ -162,7 +162,7 @@ KERNEL_WARP(rmsnorm_bwd, D=0,1,2,3,4,6, HOT)(real* ds, MAYBE(float) partial, con
   }
 }
 
-// The same sums where rmsnorm_bwd does not take them. A warp a (chunk of `per` rows, 32 V columns).
+// The same partial sums where rmsnorm_bwd does not compute them. One warp per (chunk of `per` rows, 32 V columns).
 KERNEL_WARP(rmsnorm_dw)(float* partial, const real* dy, const real* s, const float* rstd, int rows, int d, int per) {
   const int steps = (d + WARP_STEP - 1) / WARP_STEP;
   const long long warp = WARP_INDEX, chunk = warp / steps;

@@ -1,34 +1,35 @@
-// Rotary position embedding on q and k, with the optional norm before it: of each head (Qwen3's and Gemma 3's qk-norm), or
-// of all heads of q and of all heads of k (OLMo 2's).
+// Rotary position embedding of q and k, with the optional norm before it: over each head (Qwen3's and Gemma 3's qk-norm), or over
+// all heads of q and all heads of k (OLMo 2's).
 //
-// Math     n = (wq + plus) * h, h = x * rstd, rstd = 1/sqrt(mean(x^2) + eps) over a head, or (`whole`) over all of them
-//          (if normed; else n = x); plus is 0, or 1 for Gemma
-//          y1 = n1 cos - n2 sin, y2 = n2 cos + n1 sin for the halves n1, n2 of a head   (Su et al., RoFormer, 2021;
-//          halves as in GPT-NeoX and transformers' rotate_half); v is copied
-//          Of a head only the first `turned` values may turn, their halves against each other: all (turned = dim), a part
-//          (Phi-4-mini), none (turned = 0, SmolLM3's layers without rope). q may be multiplied by a number of its position
-//          (Ministral 3).
-// Shapes   x, y [rows, (heads + 2 kv) * dim] real, q|k|v side by side; cos, sin [positions, turned/2] float;
-//          q_scale [positions] float; position [rows] int; wq, wk [dim] real, whole [heads dim], [kv dim]; rstd [rows,
-//          heads + kv] float
-//          rope_append, for generation: q is rotated in place, k (rotated) and v go to a row of the cache instead, 2 kv
-//          dim wide, k|v; slots [rows] int say which row, -1: none
-// Plan     rope_apply: a thread owns V pairs (or V values of v) of ROPE_HEADS neighbouring heads, which turn by the same
-//          angles (of one head, where a half is no whole packs). What does not turn lies in two halves, too, so a thread has
-//          pairs of either kind. Whole heads that only turn have kernels of their own (without MORE). Norm statistics, the normed
-//          backward and rope_append: a warp owns a head (`whole`: all heads of q, or of k; rope_append gets its rstd from
-//          head_rstd then, since q is rotated in place). dw: a warp sums 64 heads, sum_partials adds the partials.
-// Numerics float; h (unless `once`) and n are rounded to real (as transformers does), y when stored (q once, turned and
-//          scaled; transformers rounds between the two). The backward rotates by -angle.
-//          rope_append calls the functions that rope_apply and head_rstd call: its values have their bits.
-// Cost     2 (heads + 2 kv) dim sizeof(real) bytes a row. H100, 2026-11-27, of copy speed: rope_apply 83% at
-//          16,384 rows of 14 + 4 heads of 64 (31.6 us; with a head a thread 69%), 93% at 12 + 4 heads of 128, 69% at 16 + 16
-//          normed heads of 128 and 4,096 rows (59%).
-//          rope_append at 256 rows of Qwen2.5-0.5B moves 1.2 MB in one wave of blocks: 6.4 us, where 2.5 was predicted, and
-//          where rope_apply and a copy into the cache took 4.6 + 3.5 us: a warp a head leaves latency alone.
+// Math     n = (wq + plus) * h, h = x * rstd, rstd = 1/sqrt(mean(x^2) + eps) over a head, or (`whole`) over all heads (without a
+//          norm n = x); plus = 0, or 1 for Gemma
+//          y1 = n1 cos - n2 sin, y2 = n2 cos + n1 sin for the halves n1, n2 of a head   (Su et al., RoFormer, 2021; halves as in
+//          GPT-NeoX and transformers' rotate_half); v is copied
+//          Only the first `turned` values of a head are rotated, the first half of them against the second: all (turned = dim), a
+//          part (Phi-4-mini), none (turned = 0, SmolLM3's layers without rope). q may be multiplied by a factor that depends on
+//          its position (Ministral 3).
+// Shapes   x, y [rows, (heads + 2 kv) * dim] real, q|k|v side by side;  cos, sin [positions, turned/2] float;  q_scale
+//          [positions] float;  position [rows] int;  wq, wk [dim] real, with `whole` [heads dim], [kv dim];  rstd [rows, heads +
+//          kv] float
+//          rope_append, for generation: q is rotated in place; k (rotated) and v go to a row of the cache, 2 kv dim wide, k|v;
+//          slots [rows] int gives that row, -1: none
+// Plan     rope_apply: one thread per V pairs (or V values of v) of ROPE_HEADS neighbouring heads, which share their angles (of
+//          one head, where half a head is not a whole number of packs). The values that are not rotated are split in two halves
+//          as well, so a thread always has pairs. Heads that are rotated whole and not scaled have variants of their own (without
+//          MORE). Norm statistics, the backward of the norm and rope_append: one warp per head (`whole`: all heads of q, or of k;
+//          rope_append then takes rstd from head_rstd, since q is rotated in place). dw: a warp sums 64 heads, sum_partials adds
+//          the partials.
+// Numerics float; h (unless `once`) and n are rounded to real as in transformers; y is rounded when stored (q once, after
+//          rotation and scaling; transformers rounds between the two). The backward rotates by -angle. rope_append calls the same
+//          functions as rope_apply and head_rstd, so its values have the same bits.
+// Cost     2 (heads + 2 kv) dim sizeof(real) bytes a row. H100, 2026-11-27, as shares of copy speed: rope_apply 83% at 16,384
+//          rows of 14 + 4 heads of 64 (31.6 us; with one head per thread 69%), 93% at 12 + 4 heads of 128, 69% at 16 + 16 normed
+//          heads of 128 and 4,096 rows (59%).
+//          rope_append at 256 rows of Qwen2.5-0.5B moves 1.2 MB in one wave of blocks: 6.4 us, where 2.5 was predicted, and where
+//          rope_apply and a copy into the cache took 4.6 + 3.5 us. With one warp per head only latency is left.
 #include "prim/warp.cuh"
 
-// rstd of one head. All lanes of the warp call it.
+// rstd of one head. All lanes of the warp must call it.
 DEVICE float rstd_of_head(const real* p, int dim, float eps) {
   WarpPack square = {};
   for (int i = WCOL; i < dim; i += WARP_STEP) {
@@ -39,17 +40,17 @@ DEVICE float rstd_of_head(const real* p, int dim, float eps) {
   return 1.f / sqrtf(pack_sum(square) / (float)dim + eps);
 }
 
-// Heads of a row that a thread of rope_apply rotates by the same angles, where their halves are whole packs (else one).
+// Heads of a row that a thread of rope_apply rotates by the same angles, if half a head is a whole number of packs (else 1).
 EXPORT(int, ROPE_HEADS, 2);
 
-// A pack of a head's half; `n` values are left of it. WHOLE: one aligned load that nothing waits for until it is used.
+// A pack of half a head; `n` values are left from its start. WHOLE: one aligned load, which stalls only at its first use.
 template <bool WHOLE, class T>
 DEVICE FlatPack half_pack(const T* p, int n) {
   return WHOLE ? values(fetch<V>(p, n)) : load<V>(p, n);
 }
 
-// The pairs of a head that a pack holds: values a + j and b + j of the head, j < n; `angle` is that of the first, -1: they
-// stay.
+// The pairs of a head in one pack: values a + j and b + j of the head, j < n. `angle` is the index of the first angle; -1: not
+// rotated.
 struct HeadPairs {
   int a, b, n, angle;
 };
@@ -67,10 +68,10 @@ DEVICE int packs_of_head(int dim, int turned) {
   return (turned / 2 + V - 1) / V + ((dim - turned) / 2 + V - 1) / V;
 }
 
-// What one norm is taken over: a head of q or k, or (whole) all of q or all of k.
+// The range of one norm: a head of q or k, or (whole) all of q or all of k.
 struct NormPart {
   long long row;
-  int head, width;  // the first head, and how many values
+  int head, width;  // first head; number of values
 };
 DEVICE NormPart norm_part(long long item, int heads, int kv, int dim, int whole) {
   const int parts = whole ? 2 : heads + kv, part = (int)(item % parts);
@@ -78,13 +79,13 @@ DEVICE NormPart norm_part(long long item, int heads, int kv, int dim, int whole)
   return {item / parts, part ? heads : 0, (part ? kv : heads) * dim};
 }
 
-// The weights of a head: of all heads the same, or (whole) its own.
+// The norm weights of a head: shared by all heads, or (whole) its own.
 DEVICE const real* head_weights(const real* wq, const real* wk, int head, int heads, int dim, int whole) {
   const real* w = head < heads ? wq : wk;
   return whole ? w + (head < heads ? head : head - heads) * dim : w;
 }
 
-// A pack of pairs (a, b) of a head: n = (w + plus) * (x * rstd).
+// Norm of a pack of pairs (a, b) of a head: n = (w + plus) * (x * rstd).
 DEVICE float normed(float x, float w, float rstd, float plus, int once) {
   const float h = x * rstd;
   return round_real((w + plus) * (once ? h : round_real(h)));
@@ -99,7 +100,7 @@ DEVICE void norm_pairs(FlatPack& a, FlatPack& b, const real* w, const HeadPairs&
   }
 }
 
-// The same pack rotated by the angles with cosines c and sines s.
+// Rotates a pack of pairs by the angles with cosines c and sines s.
 DEVICE void rotate(FlatPack& a, FlatPack& b, const FlatPack& c, const FlatPack& s, float sign) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
@@ -113,7 +114,7 @@ DEVICE void scale_pairs(FlatPack& a, FlatPack& b, float by) {
   for (int j = 0; j < V; ++j) a.v[j] *= by, b.v[j] *= by;
 }
 
-// rstd of each q and k head; whole: of all q heads the same, and of all k heads
+// rstd of each q and k head; with `whole`, one value for all q heads and one for all k heads.
 KERNEL_WARP(head_rstd)(float* rstd, const real* x, int rows, int heads, int kv, int dim, int whole, float eps) {
   const NormPart part = norm_part(WARP_INDEX, heads, kv, dim, whole);
   if (part.row >= rows) return;
@@ -122,8 +123,8 @@ KERNEL_WARP(head_rstd)(float* rstd, const real* x, int rows, int heads, int kv, 
   for (int i = LANE; i < part.width / dim; i += LANES) to[i] = scale;
 }
 
-// y = rotated (and normed, with rstd) x. sign -1 rotates back. Bit 0 of D: add to y; bit 1: halves are whole packs; bit 2,
-// MORE: not all of a head turns, or q is scaled.
+// y = x, normed (if rstd is given) and rotated; sign -1 rotates back. Bit 0 of D: add to y; bit 1: half a head is a whole number
+// of packs; bit 2, MORE: a head is rotated in part, or q is scaled.
 KERNEL_FLAT(rope_apply, D=0,1,2,3,4,5,6,7)(real* y, const real* x, MAYBE(const float) cosine, MAYBE(const float) sine,
                                            MAYBE(const float) q_scale, const int* position, MAYBE(const float) rstd,
                                            MAYBE(const real) wq, MAYBE(const real) wk, int rows, int heads, int kv, int dim,
@@ -131,7 +132,7 @@ KERNEL_FLAT(rope_apply, D=0,1,2,3,4,5,6,7)(real* y, const real* x, MAYBE(const f
   constexpr bool ADD = D & 1, WHOLE = D & 2, MORE = D & 4;
   constexpr int HEADS = WHOLE ? ROPE_HEADS : 1;
   const int packs = packs_of_head<MORE>(dim, turned), all = heads + 2 * kv, rotated = heads + kv;
-  const int threads = packs * ((all + HEADS - 1) / HEADS);  // of a row
+  const int threads = packs * ((all + HEADS - 1) / HEADS);  // per row
   const long long item = FLAT_INDEX, row = item / threads;
   if (row >= rows) return;
   const int rest = (int)(item - row * threads), first = rest / packs * HEADS;
@@ -177,8 +178,8 @@ KERNEL_FLAT(rope_apply, D=0,1,2,3,4,5,6,7)(real* y, const real* x, MAYBE(const f
 }
 
 // Rotates (bit 0 of D: and norms) the q heads of qkv in place and writes k (rotated) and v of each row to row slots[row] of the
-// cache; slot -1: nowhere. A head is read whole (the sum needs it) before any of it is written; `norms`, head_rstd's,
-// where the norm is over all heads. Bit 1 of D: MORE, as above.
+// cache; slot -1: nowhere. A head is read completely (its sum needs it) before any of it is written; where the norm is over all
+// heads, `norms` holds head_rstd's values. Bit 1 of D: MORE, as above.
 KERNEL_WARP(rope_append, D=0,1,2,3)(INOUT(real) qkv, INOUT(real) cache, MAYBE(const float) cosine, MAYBE(const float) sine,
                                     MAYBE(const float) q_scale, const int* position, const int* slots, MAYBE(const float) norms,
                                     MAYBE(const real) wq, MAYBE(const real) wk, int rows, int heads, int kv, int dim, int turned,
@@ -195,7 +196,7 @@ KERNEL_WARP(rope_append, D=0,1,2,3)(INOUT(real) qkv, INOUT(real) cache, MAYBE(co
     if (slot < 0) return;
     to = cache + (long long)slot * 2 * kv * dim + (head - heads) * dim;
   } else if (MORE && !NORM && turned == 0 && !q_scale) {
-    return;  // q stays as it is
+    return;  // q is unchanged
   }
   const bool rotated = head < heads + kv;
   float rstd = 1.f;
@@ -214,7 +215,7 @@ KERNEL_WARP(rope_append, D=0,1,2,3)(INOUT(real) qkv, INOUT(real) cache, MAYBE(co
   }
 }
 
-// dx of the normed heads, in place: on entry d holds the gradient of n (already rotated back), for q and k
+// dx of the normed q and k heads, in place: on entry d holds the gradient of n (already rotated back).
 KERNEL_WARP(head_norm_bwd)(INOUT(real) d, const real* x, const float* rstd, const real* wq, const real* wk, int rows,
                            int heads, int kv, int dim, int whole, float plus) {
   const NormPart part = norm_part(WARP_INDEX, heads, kv, dim, whole);
@@ -238,8 +239,8 @@ KERNEL_WARP(head_norm_bwd)(INOUT(real) d, const real* x, const float* rstd, cons
   }
 }
 
-// partial[chunk] = sum of d * h over 64 of the (row, head) pairs of q (first 0, count heads) or k (first heads, count kv); a
-// norm over all heads has one of them, as wide as they are together
+// partial[chunk] = sum of d * h over 64 of the (row, head) pairs of q (first 0, count heads) or k (first heads, count kv). A norm
+// over all heads has one head, as wide as all of them together.
 KERNEL_WARP(head_norm_dw)(float* partial, const real* d, const real* x, const float* rstd, int rows, int heads, int kv,
                           int dim, int first, int count, int width) {
   const int steps = (width + WARP_STEP - 1) / WARP_STEP;

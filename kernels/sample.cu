@@ -1,41 +1,41 @@
-// Drawing the next token of each sequence from its row of logits.
+// Sampling of the next token of each sequence from its row of logits.
 //
-// Math     l' = l, or for a token that the sequence has: l / r where l >= 0, l r where l < 0 (repetition penalty r);
-//          z = l' / temperature; kept: the top_k largest, of these the smallest set of largest whose probability reaches
-//          top_p, of these all with p >= min_p max p. Of equal values all are kept. token ~ softmax(z | kept), by inversion
-//          of the distribution function in the order of the columns at u = Philox(seed; position, number).
+// Math     l' = l, or for a token that the sequence already has: l / r where l >= 0, l r where l < 0 (repetition penalty r);
+//          z = l' / temperature; kept: the top_k largest, of these the smallest set of largest whose probability reaches top_p,
+//          of these all with p >= min_p max p. Ties at a threshold are all kept. token ~ softmax(z | kept), by inversion of the
+//          distribution function in the order of the columns at u = Philox(seed; position, number).
 //          logp = log softmax(l)[token]; logp_scaled = log softmax(l / temperature)[token], and `entropy` its entropy;
-//          logp_truncated = log softmax(z | kept)[token]. Greedy: the lowest of the largest l', temperature 1, 0.
-// Shapes   logits [rows, vocab] float; who [rows, 3] int: sequence number (-1: the row is padding), position in its
-//          completion, row of `seen`; seed [2] int; seen [.., words] bits of vocab; part [rows, SAMPLE_PARTS, slices] float:
-//          of each slice of a row max l, the sums of l and of l / temperature, max l', the weight that a draw counts;
-//          sums [rows, SAMPLE_WAYS, slices], rank, width, digit [rows] int, base, limit, top [rows]: state of a search
-// Plan     A warp owns a slice of a row (common/logits.cuh). sample_slices reads it once, for the figures of both
-//          distributions; `sample`, a warp a row, adds the slices up, finds the slice in which the running sum passes u,
-//          and walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order
-//          that the floats' bits have. sample_bounds tells where it can lie at all, sample_above sums for 7 thresholds at once
-//          what lies above, sample_narrow keeps an eighth: at most 11 passes whatever the values, and when one float is left
-//          the rest return at once. A slice that has nothing left of them is not read. With a threshold or min_p,
-//          sample_kept makes the weights of the slices again.
+//          logp_truncated = log softmax(z | kept)[token]. Greedy: the first largest l', temperature 1, logp_truncated 0.
+// Shapes   logits [rows, vocab] float; who [rows, 3] int: sequence number (-1: the row is padding), position in its completion,
+//          row of `seen`; seed [2] int; seen [.., words] bits of vocab; part [rows, SAMPLE_PARTS, slices] float, for each slice
+//          of a row: max l, the sums of l and of l / temperature, max l', the weight used for sampling; sums [rows, SAMPLE_WAYS,
+//          slices], rank, width, digit [rows] int, base, limit, top [rows]: state of a search
+// Plan     A warp owns a slice of a row (common/logits.cuh). sample_slices reads it once, for the statistics of both
+//          distributions; `sample`, one warp per row, combines the slices, finds the slice in which the running sum passes u, and
+//          walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order of the
+//          floats' bits. sample_bounds bounds the threshold, sample_above sums what lies above 7 thresholds at once,
+//          sample_narrow keeps an eighth of the interval: at most 11 passes whatever the values, and once one float is left the
+//          other passes return at once. A slice without values in the interval is not read. With a threshold or min_p,
+//          sample_kept computes the weights of the slices again.
 //          Each sum has one order, and leaving out values can only lower it, so every search is over a monotone function.
 // Numerics As the head's (common/logits.cuh): logp, logp_scaled and entropy have the bits of head_stats.
-// Cost     Full distribution: one pass over the row, 4 vocab bytes. 256 rows of 151,936 columns on an H100 (2026-11-27, one
-//          CUDA graph): 84 us (copy speed alone: 52; with a warp a row 1,622), at another temperature 97, min_p 128, greedy
-//          78; one row 24. A pass of a search reads what it cannot skip: docs/kernels.md has the figures of thresholds.
+// Cost     Full distribution: one pass over the row, 4 vocab bytes. 256 rows of 151,936 columns on an H100 (2026-11-27, one CUDA
+//          graph): 84 us (copy speed alone: 52; with one warp per row 1,622), at another temperature 97, min_p 128, greedy 78;
+//          one row 24. A pass of a search reads what it cannot skip: docs/kernels.md has the figures of thresholds.
 #include "prim/rng.cuh"
 #include "common/logits.cuh"
 
-// Ints of a row of `who`.
+// Ints per row of `who`.
 EXPORT(int, SAMPLE_INFO, 3);
-// Rows of numbers that `sample` gives: token, logp, logp_scaled, logp_truncated, entropy.
+// Rows of `sample`'s output: token, logp, logp_scaled, logp_truncated, entropy.
 EXPORT(int, SAMPLE_OUTPUTS, 5);
-// Floats that sample_slices leaves of each slice: max l; sum, mean at temperature 1; sum, mean at its own; max l'; weight.
+// Floats that sample_slices writes per slice: max l; sum, mean at temperature 1; sum, mean at its own; max l'; weight.
 EXPORT(int, SAMPLE_PARTS, 7);
-// A pass of a search for a threshold tells this many intervals apart, so that these passes are enough for 32 bits.
+// Intervals that one pass of a search distinguishes, and the passes that suffice for 32 bits.
 EXPORT(int, SAMPLE_WAYS, 8);
 EXPORT(int, SAMPLE_PASSES, 11);
 
-// The float that is number k in the order of all floats (NaNs at both ends).
+// The k-th float in the order of all floats (NaNs at both ends).
 DEVICE float float_of_rank(unsigned k) {
   return bits_to_float((int)(k & 0x80000000u ? k & 0x7fffffffu : ~k));
 }
@@ -48,7 +48,7 @@ DEVICE float penalised_value(float v, int i, const int* bits, float penalty, flo
   const bool has = (bits[i >> 5] >> (i & 31)) & 1;
   return !has ? v : v * (v < 0.f ? penalty : inverse);
 }
-// l' of the pack at column i; beyond the row's end, where `bits` has nothing, v stays.
+// l' of the pack at column i; v is unchanged beyond the end of the row, where `bits` has no entry.
 DEVICE void penalise(WarpPack& v, int i, int vocab, const int* bits, float penalty) {
   const float inverse = 1.f / penalty;
 #pragma unroll
@@ -65,7 +65,7 @@ DEVICE const int* seen_row(const int* seen, const int* info, int words) {
   return seen ? seen + (long long)info[2] * words : seen;
 }
 
-// The figures of each slice of each row, in `part`
+// The statistics of each slice of each row, in `part`.
 KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float* logits, const int* who, int rows, int vocab,
                                 int slices, int words, float scale, float penalty) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
@@ -98,10 +98,10 @@ KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float*
   }
 }
 
-// Where each row's threshold t lies: from number `rank` on, in `width` floats. t is the least float with
-// sum of { w : v > t } < limit  (top_k: w = 1, limit top_k; top_p: w = e^{scale v - max}, limit top_p times the sum of all).
-// top_k: not below the top_k-th of the slices' maxima. top_p: of `vocab` weights the least that is kept is at least
-// (1 - top_p) / vocab of their sum, which is 1 or more; nor below `floor`, where the weights are sample_kept's.
+// Bounds each row's threshold t: it is one of `width` floats from number `rank` on. t is the least float with sum of { w : v > t
+// } < limit  (top_k: w = 1, limit top_k; top_p: w = e^{scale v - max}, limit top_p times the sum of all). top_k: t is not below
+// the top_k-th largest of the slices' maxima. top_p: the least kept of `vocab` weights is at least (1 - top_p) / vocab of their
+// sum, which is 1 or more; nor is t below `floor_rank`, where the weights are sample_kept's.
 KERNEL_WARP(sample_bounds)(int* rank, int* width, int* digit, float* base, float* limit, float* top, const float* part,
                            const int* who, MAYBE(const int) floor_rank, int rows, int vocab, int slices, int count,
                            float top_p, float scale) {
@@ -150,12 +150,12 @@ KERNEL_WARP(sample_bounds)(int* rank, int* width, int* digit, float* base, float
   }
 }
 
-// An eighth of the floats among which a threshold is searched for
+// An eighth of the interval in which a threshold is searched for.
 DEVICE unsigned part_of(unsigned width) { return width / SAMPLE_WAYS + (width % SAMPLE_WAYS ? 1u : 0u); }
 
-// Of each slice of each row, for the thresholds t_c = number rank + c part_of(width) - 1 in the order of the floats: the sum of
-// { w : v > t_c, v not above the interval that is left },  w = 1 (`count`) or e^{scale v - top}. Of a slice that has nothing
-// left, which the sums of the pass before tell, it stays 0.
+// For each slice of each row and the thresholds t_c = number rank + c part_of(width) - 1 in the order of the floats: the sum of {
+// w : v > t_c, v not above the remaining interval },  w = 1 (`count`) or e^{scale v - top}. It is 0 for a slice without values in
+// the interval, as the sums of the previous pass tell.
 KERNEL_WARP(sample_above, HOT)(INOUT(float) sums, MAYBE(const int) seen, const float* logits, const int* who,
                                const float* part, const int* rank, const int* width, const int* digit, const float* top,
                                int rows, int vocab, int slices, int words, int count, float scale, float penalty) {
@@ -190,7 +190,7 @@ KERNEL_WARP(sample_above, HOT)(INOUT(float) sums, MAYBE(const int) seen, const f
 #pragma unroll 1
   for (int k = 0; k < SLICE_PACKS; k += 4) {
     const int begin = at.slice * LOGIT_SLICE + k * WARP_STEP + WCOL;
-    WarpPack four[4];  // four loads are on their way at once; the sums need the other registers
+    WarpPack four[4];  // four loads in flight; the sums need the other registers
     if (begin - WCOL + 4 * WARP_STEP <= vocab) {
 #pragma unroll
       for (int q = 0; q < 4; ++q) four[q] = load<WV>(l + begin + q * WARP_STEP, WV);
@@ -228,8 +228,8 @@ KERNEL_WARP(sample_above, HOT)(INOUT(float) sums, MAYBE(const int) seen, const f
   }
 }
 
-// What is left of each row's interval: from behind the last threshold whose sum is not below the limit. base: the sum
-// above what is left.
+// Narrows each row's interval: it starts after the last threshold whose sum is not below the limit. base: the sum above the new
+// interval.
 KERNEL_WARP(sample_narrow)(INOUT(int) rank, INOUT(int) width, int* digit, INOUT(float) base, const float* limit,
                            const float* sums, const int* who, int rows, int slices) {
   const long long row = WARP_INDEX;
@@ -254,7 +254,7 @@ KERNEL_WARP(sample_narrow)(INOUT(int) rank, INOUT(int) width, int* digit, INOUT(
   }
 }
 
-// What is kept of a row: values not below `floor` whose weight e^{scale v - m} is not below min_p.
+// The kept values of a row: not below `floor`, and with a weight e^{scale v - m} not below min_p.
 struct Kept {
   float floor, scale, m, min_p;
   DEVICE_MEMBER WarpPack weights(WarpPack v) const {
@@ -267,7 +267,7 @@ struct Kept {
   }
 };
 
-// The higher of the thresholds that were searched for
+// The higher of the thresholds found.
 DEVICE float kept_floor(const int* top_k_rank, const int* top_p_rank, long long row) {
   float floor = top_k_rank ? float_of_rank((unsigned)top_k_rank[row]) : NEG_INF;
   if (top_p_rank) {
@@ -277,7 +277,7 @@ DEVICE float kept_floor(const int* top_k_rank, const int* top_p_rank, long long 
   return floor;
 }
 
-// The weight of what is kept of each slice of each row, in the last of its figures in `part`
+// The weight of the kept values of each slice of each row, in the last of its statistics in `part`.
 KERNEL_WARP(sample_kept, HOT)(INOUT(float) part, MAYBE(const int) seen, const float* logits, const int* who,
                               MAYBE(const int) top_k_rank, MAYBE(const int) top_p_rank, int rows, int vocab, int slices,
                               int words, float scale, float min_p, float penalty) {
@@ -310,9 +310,9 @@ KERNEL_WARP(sample_kept, HOT)(INOUT(float) part, MAYBE(const int) seen, const fl
   if (LANE == 0) *out = sum;
 }
 
-// Where the running sum of weights, `before` at `begin`, passes u. Not at all, because the sum that u was made from was
-// rounded otherwise: the last place that has a weight. `weights(i, k)` gives pack k, at place i; PACKS packs are held in
-// registers, so that one more look at the pack that was found is `again(i)`.
+// Finds where the running sum of weights, `before` at `begin`, passes u. If it never does, because the sum from which u was
+// computed was rounded differently: the last place with a weight. `weights(i, k)` returns pack k, at place i. PACKS packs are
+// held in registers; `again(i)` loads the pack that was found once more.
 struct Found {
   int column;
   float before;  // the running sum up to the column
@@ -352,7 +352,7 @@ DEVICE Found find(int begin, int end, float before, float u, Weights weights, Ag
   return {at + low, under};
 }
 
-// The draw and what is known of it. `truncates`: the weights of the slices are sample_kept's.
+// Samples a token and computes its log-probs. `truncates`: the weights of the slices are sample_kept's.
 KERNEL_WARP(sample, BLOCKS=0:2)(int* token, float* logp, float* logp_scaled, float* logp_truncated, float* entropy,
                     MAYBE(int) seen, const float* part, const float* logits, const int* who, const int* seed, MAYBE(const int) top_k_rank,
                     MAYBE(const int) top_p_rank, int rows, int vocab, int slices, int words, int greedy, int truncates,
@@ -407,7 +407,7 @@ KERNEL_WARP(sample, BLOCKS=0:2)(int* token, float* logp, float* logp_scaled, flo
     };
     const auto again = [&](int i) { return kept.weights(penalised(l, i, vocab, bits, penalty)); };
     chosen = find<SLICE_PACKS>(s.begin, end, place.before, u, held, again).column;
-    if (chosen >= vocab) chosen = vocab - 1;  // only if there is no number among the weights
+    if (chosen >= vocab) chosen = vocab - 1;  // only if no weight is a number
     const float z = bits ? penalised_value(l[chosen], chosen, bits, penalty, 1.f / penalty) : l[chosen];
     truncated = fmaf(z, scale, -m) - log_f(total);
   }

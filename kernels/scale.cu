@@ -1,14 +1,14 @@
-// A factor for each column: IA3's learned vectors, DoRA's magnitudes, the scale of LoRA's narrow product. And one for all:
-// the multipliers of embeddings and of branches (Granite, Gemma).
+// Multiplication by one factor per column (IA3's learned vectors, DoRA's magnitudes, the scale of LoRA's narrow product) or by
+// one factor for all values (the multipliers of embeddings and of branches in Granite and Gemma).
 //
 // Math     y[r, j] = c[j] x[r, j] (+ bias[j]);   c[j] = s[j] / norm[j] (no norm: s[j]; no s: 1)
-//          dx = c dy;   dc[j] = sum_r dy[r, j] x[r, j];   ds = dc / norm (norm is a constant to the gradient)
-//          (Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022,
-//          section 3.3; Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, section 4.3)
+//          dx = c dy;   dc[j] = sum_r dy[r, j] x[r, j];   ds = dc / norm (norm is a constant in the gradient)
+//          (Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022, section
+//          3.3; Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, section 4.3)
 // Shapes   x, y, dy, dx [rows, cols] real;  c, norm, dc [cols] float;  s, bias [cols] real
-// Plan     scale_columns: a thread owns V values of a row. column_dots: a warp owns 32 V columns of 64 rows, sum_partials
-//          of reduce.cu adds the partials. The vectors: a thread a column.
-// Numerics Float, one rounding when stored. Sums over rows in a fixed order.
+// Plan     scale_columns: one thread per V values of a row. column_dots: one warp per 32 V columns of 64 rows; sum_partials of
+//          reduce.cu adds the partials. The vectors: one thread per column.
+// Numerics float, rounded once when stored. Sums over rows in a fixed order.
 // Cost     2 rows cols sizeof(real) bytes each. *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "prim/warp.cuh"
 
@@ -56,7 +56,7 @@ KERNEL_WARP(column_dots)(float* partial, const real* dy, const real* x, int rows
   store(partial + (long long)chunk * cols + i, acc, cols - i);
 }
 
-// c = s / norm
+// c = s / norm; a missing s or norm counts as 1.
 KERNEL_FLAT(column_factor)(float* c, MAYBE(const real) s, MAYBE(const float) norm, int cols) {
   const long long j = FLAT_INDEX;
   if (j < cols) c[j] = (s ? to_float(s[j]) : 1.f) / (norm ? norm[j] : 1.f);
@@ -70,7 +70,7 @@ KERNEL_FLAT(column_factor_grad)(float* ds, const float* dc, MAYBE(const float) n
   ds[j] = accumulate ? ds[j] + d : d;
 }
 
-// norm[j] = |w[j, :]|, the length of a row
+// norm[j] = |w[j, :]|
 KERNEL_WARP(row_norms)(float* norm, const float* w, int rows, int cols) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;

@@ -1,12 +1,13 @@
-// Activations and their derivatives, for the kernels of activation.cu and for the products that end in one.
+// Activations and their derivatives, for the kernels of activation.cu and for products with an activation in the epilogue.
 #pragma once
 #include "prim/math.cuh"
 
 // The activations, D of the kernels of activation.cu.
 EXPORT_ENUM(act, SILU, GELU_TANH, GELU, RELU);
 
-// sigmoid_f with its bits (all 2^32 floats were compared on an H100). Numerator and denominator lie in [0, 1] and [1, 2], so on a GPU the quotient needs none of the
-// range checks of a division, whose branches keep the elements of a pack from overlapping.
+// The same bits as sigmoid_f (all 2^32 floats were compared on an H100). Numerator and denominator lie in [0, 1] and [1, 2], so
+// on a GPU the quotient needs none of the range checks of a division, whose branches keep the elements of a pack from
+// overlapping.
 DEVICE float gate_sigmoid(float x) {
 #ifdef __CUDACC__
   const float e = exp_f(x < 0.f ? x : -x), n = x < 0.f ? e : 1.f, d = 1.f + e;
@@ -20,7 +21,7 @@ DEVICE float gate_sigmoid(float x) {
 #endif
 }
 
-// value and derivative
+// Value and derivative.
 template <int ACT>
 DEVICE void activate(float x, float& y, float& dy) {
   if (ACT == act::SILU) {
@@ -42,7 +43,7 @@ DEVICE void activate(float x, float& y, float& dy) {
   }
 }
 
-// A gated unit's y of g and u, both as they are stored: what the glu kernels give.
+// y of a gated unit from g and u after both are rounded to storage: the value that the glu kernels compute.
 DEVICE float gated(int activation, float g, float u) {
   float y, dy;
   if (activation == act::SILU) activate<act::SILU>(g, y, dy);

@@ -1,10 +1,11 @@
-// One parameter's AdamW step, and rounding by chance: shared by the optimizer kernels, which differ in how moments are stored.
+// The AdamW step of one parameter, and stochastic rounding: shared by the optimizer kernels, which differ in how moments are
+// stored.
 #pragma once
 #include "prim/math.cuh"
 #include "prim/rng.cuh"
 #include "prim/vec.cuh"
 
-// The scalars of a step. `hyper` [8] lies on the device: lr, 1 - b1^t, sqrt(1 - b2^t), norm, clip factor.
+// The scalars of a step. `hyper` [8] is on the device: lr, 1 - b1^t, sqrt(1 - b2^t), norm, clip factor.
 struct AdamStep {
   float beta1, beta2, eps, step, keep, correction2, clip;
   DEVICE_MEMBER AdamStep(const float* hyper, float beta1, float beta2, float eps, float weight_decay, float lr_scale)
@@ -19,7 +20,7 @@ struct AdamStep {
   }
 };
 
-// 16 random bits for each of the 8 values of the aligned group that index `i` is in; `use` is a tag of prim/rng.cuh.
+// 16 random bits for each of the 8 values of the aligned group that contains index `i`; `use` is a tag of prim/rng.cuh.
 struct Noise {
   unsigned words[4];
   DEVICE_MEMBER Noise(const int* key, long long i, int group, unsigned use) {
@@ -29,14 +30,14 @@ struct Noise {
   DEVICE_MEMBER unsigned at(int k) const { return words[k / 2] >> (k % 2 * 16) & 0xffffu; }
 };
 
-// Adding a uniform 16-bit number below the kept bits and cutting rounds to bf16, up with the right probability.
+// Stochastic rounding to bf16: adds a uniform 16-bit number below the kept bits and truncates.
 DEVICE float round_by_chance(float x, unsigned noise) {
   const unsigned bits = (unsigned)float_to_bits(x);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return finite ? bits_to_float((int)((bits + noise) & 0xffff0000u)) : x;
 }
 
-// The N values from index i on, which is a multiple of N (a divisor of 8).
+// The N values from index i on; i is a multiple of N, and N divides 8.
 template <int N>
 DEVICE void round_by_chance(Pack<N>& x, const int* key, long long i, int group, unsigned use) {
   const Noise noise(key, i, group, use);

@@ -1,27 +1,27 @@
-// A row of logits, cut into slices of a fixed size so that many warps share it: what log-probs and entropies are made of.
-// The same bits in the trainer's head and in the sampler, because both call this; a row's bits depend on the row alone.
+// Log-probs and entropies from a row of logits, cut into slices of a fixed size so that many warps share it. Both the trainer's
+// head and the sampler call this, so they have the same bits; a row's bits depend on the row alone.
 #pragma once
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 
-// Columns of a slice. One warp reads it once and keeps it in registers: on a GPU 8 loads of 128 bits are in flight a lane.
+// Columns of a slice. One warp reads it once and keeps it in registers: on a GPU a lane has 8 loads of 128 bits in flight.
 EXPORT(int, LOGIT_SLICE, 1024);
 constexpr int SLICE_PACKS = LOGIT_SLICE / WARP_STEP;
 
-// The row and the slice of this warp, where warps are numbered row by row.
+// The row and slice of this warp; warps are numbered row by row.
 struct SlicePlace {
   long long row;
   int slice;
 };
 DEVICE SlicePlace slice_place(long long index, int slices) {
-  const unsigned i = (unsigned)index, row = i / (unsigned)slices;  // 32 bits: rows times slices stay far below
+  const unsigned i = (unsigned)index, row = i / (unsigned)slices;  // 32 bits suffice: rows times slices stays far below
   return {(long long)row, (int)(i - row * (unsigned)slices)};
 }
 
 struct Slice {
   WarpPack pack[SLICE_PACKS];
   int begin, vocab;
-  // Whether the slice has a pack k: the same answer in all lanes.
+  // Whether the slice has a pack k. All lanes agree.
   DEVICE_MEMBER bool has(int k) const { return begin + k * WARP_STEP < vocab; }
 };
 
@@ -30,7 +30,7 @@ DEVICE Slice load_slice(const float* l, int slice, int vocab) {
   s.begin = slice * LOGIT_SLICE;
   s.vocab = vocab;
   const float* p = l + s.begin + WCOL;
-  if (s.begin + LOGIT_SLICE <= vocab) {  // straight code: every load is on its way before the first is used
+  if (s.begin + LOGIT_SLICE <= vocab) {  // no branches: every load is issued before the first is used
 #pragma unroll
     for (int k = 0; k < SLICE_PACKS; ++k) s.pack[k] = load<WV>(p + k * WARP_STEP, WV);
   } else {
@@ -54,16 +54,16 @@ DEVICE float slice_max(const Slice& s) {
   return pack_max(top);
 }
 
-// What exp_down takes.
+// Clamps x to the domain of exp_down.
 DEVICE float no_less(float x) { return x < -86.f ? -86.f : x; }
-// As exp_down of an x that is not bounded; below -86 it is 0.
+// exp_down for any x up to about 0; 0 below -86.
 DEVICE float exp_or_zero(float x) {
   const float y = exp_down(no_less(x));
   return x < -86.f ? 0.f : y;
 }
 
-// Of a slice, with d_j = scale l_j - scale max:  sum e^{d_j}  and  sum e^{d_j} d_j. Where d_j < -86 it counts as that: a
-// term below 1e-35 beside one of 1.
+// Over a slice, with d_j = scale l_j - scale max:  sum e^{d_j}  and  sum e^{d_j} d_j. d_j is clamped at -86: a term below 1e-35
+// beside one of 1.
 struct SliceSums {
   float sum, mean;
 };
@@ -83,7 +83,7 @@ DEVICE SliceSums slice_sums(const Slice& s, float largest, float scale) {
   return {pack_sum(sum), pack_sum(mean)};
 }
 
-// Where a row has one slice, what is made of slices is that slice's (e^0 is 1, exactly): a small vocabulary on a CPU.
+// If a row has one slice, its statistics are that slice's (e^0 is 1, exactly): the case of a small vocabulary on a CPU.
 DEVICE float row_max(const float* l, int n) {
   float largest = l[0];
   if (n > 1) {
@@ -108,7 +108,7 @@ struct RowFigures {
   DEVICE_MEMBER float entropy() const { return log_sum - centered; }
 };
 
-// From the maxima and sums of a row's slices.
+// Combines the maxima and sums of a row's slices.
 DEVICE RowFigures row_figures(const float* largest, const float* sums, const float* means, int slices, float scale) {
   const float top = row_max(largest, slices) * scale;
   if (slices == 1) return {top, log_f(sums[0]), means[0] / sums[0]};
@@ -126,7 +126,7 @@ DEVICE RowFigures row_figures(const float* largest, const float* sums, const flo
   return {top, log_f(s), pack_sum(mean) / s};
 }
 
-// The sum of a figure of a row's slices.
+// The sum of one statistic over a row's slices.
 DEVICE float slice_total(const float* of_slices, int slices) {
   if (slices == 1) return of_slices[0];
   WarpPack all = {};
@@ -138,7 +138,7 @@ DEVICE float slice_total(const float* of_slices, int slices) {
   return pack_sum(all);
 }
 
-// The lowest of the columns from `begin` to `end` whose value is `top`; `values(i)` gives the pack at column i.
+// The first column from `begin` to `end` whose value is `top`; `values(i)` returns the pack at column i.
 template <class Values>
 DEVICE int first_equal(int begin, int end, float top, Values values) {
   WarpPack first;
@@ -154,7 +154,7 @@ DEVICE int first_equal(int begin, int end, float top, Values values) {
   return (int)-pack_max(first);
 }
 
-// The lowest column of a row's largest value, from the maxima of its slices. No such column (a row of NaNs): 0.
+// The first column of a row's largest value, from the maxima of its slices. If there is none (a row of NaNs): 0.
 template <class Values>
 DEVICE int row_first(const float* largest, int slices, int vocab, Values values) {
   const float top = row_max(largest, slices);

@@ -1,15 +1,15 @@
-// The softmax of attention's tensor-core kernels over blocks of scores, from left to right: the same bits in training,
-// prefill and decode, and for mma.sync and wgmma, because all call this.
+// The softmax of attention's tensor-core kernels over blocks of scores, from left to right. Training, prefill and decode, with
+// mma.sync and with wgmma, all call this, so they have the same bits.
 //
-// A warp holds 16 rows of a block in the accumulators of m16n8 products side by side: s[j][2h + e] is row g + 8h and column
-// 8j + 2t + e, where g = lane / 4 and t = lane % 4.
+// A warp holds 16 rows of a block in the accumulators of adjacent m16n8 products: s[j][2h + e] is row g + 8h and column 8j + 2t +
+// e, where g = lane / 4 and t = lane % 4.
 #pragma once
 #include "common/mask.cuh"
 #include "prim/warp.cuh"
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// P is 2^(score * factor - base). One factor for scale and base 2, so that a weight takes one fmaf and one exp2.
+// P is 2^(score * factor - base). Scale and base 2 are one factor, so that a weight takes one fmaf and one exp2.
 DEVICE float score_factor(float scale, float softcap) { return softcap > 0.f ? LOG2_E : scale * LOG2_E; }
 
 template <int N>
@@ -23,14 +23,14 @@ DEVICE void cap_scores(float (&s)[N][4], float scale, float softcap) {
   }
 }
 
-// What the two rows do not see becomes -inf: all but the `window` columns up to `position` (-1: no row, which sees nothing);
-// the columns begin at `block`.
+// Sets to -inf what the two rows do not see: all but the `window` columns up to `position` (-1: no row, which sees nothing). The
+// columns begin at `block`.
 template <int N>
 DEVICE void hide_scores(float (&s)[N][4], const int (&position)[2], int window, int block) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int high = position[h] - block - (int)threadIdx.x % 4 * 2;
-    const int low = (int)((unsigned)high - (unsigned)window + 1u);  // wraps where high < 0: then nothing is seen anyway
+    const int low = (int)((unsigned)high - (unsigned)window + 1u);  // wraps where high < 0, but then nothing is seen anyway
     if (low > 0 || high < N * 8) {
 #pragma unroll
       for (int j = 0; j < N; ++j)
@@ -49,7 +49,7 @@ DEVICE void scale_rows(float (&o)[N][4], const float (&alpha)[2]) {
     for (int e = 0; e < 4; ++e) o[j][e] *= alpha[e / 2];
 }
 
-// Over the four lanes that share a row.
+// Maximum and sum over the four lanes that share a row.
 DEVICE float row_max(float v) {
   v = max_fast(v, shfl_xor(v, 1));
   return max_fast(v, shfl_xor(v, 2));
@@ -59,16 +59,16 @@ DEVICE float row_sum(float v) {
   return v + shfl_xor(v, 2);
 }
 
-// P may reach 2^LEEWAY before a row's base follows its maximum: most blocks then rescale nothing. The choice is a row's own.
+// P may reach 2^LEEWAY before a row's base follows its maximum, so most blocks rescale nothing. Each row decides for itself.
 constexpr float LEEWAY = 8.f;
-// The base of a row that has seen nothing: finite, so that no difference is NaN.
+// The base of a row that has seen no key: finite, so that no difference is NaN.
 constexpr float NO_BASE = -3e38f;
 
-// Two rows: weights are relative to 2^base; l is this lane's part of their sum.
+// State of two rows: weights are relative to 2^base; l is this lane's part of their sum.
 struct OnlineSoftmax {
   float base[2] = {NO_BASE, NO_BASE}, l[2] = {0.f, 0.f};
 
-  // Scores become weights. True: what was summed with earlier weights has to be multiplied by alpha first.
+  // Turns scores into weights. Returns true if the sums over earlier weights have to be multiplied by alpha first.
   template <int N>
   DEVICE_MEMBER bool step(float (&s)[N][4], float (&alpha)[2], float factor) {
     const float before[2] = {base[0], base[1]};

@@ -1,16 +1,16 @@
-// 8-bit and 4-bit code books: the nearest entry of a sorted map, and moves of codes.
+// 8-bit and 4-bit code books: search for the nearest entry of a sorted map, loads and stores of codes.
 #pragma once
 #include "prim/math.cuh"
 #include "prim/vec.cuh"
 
-// Values of one NF4 scale, and scales of one scale in double quantisation (and 8-bit moments of one scale).
+// Values per NF4 scale; scales per scale in double quantisation, and 8-bit moments per scale.
 EXPORT(int, NF4_BLOCK, 64);
 EXPORT(int, CODE8_BLOCK, 256);
-// Values of the maps.
+// Entries of the maps.
 EXPORT(int, NF4_MAP, 16);
 EXPORT(int, CODE8_MAP, 256);
 
-// The entry of a sorted map of N (a power of two) values that is nearest to v; in the middle of two, the lower one.
+// The entry of a sorted map of N (a power of two) values that is nearest to v; on a tie, the lower one.
 template <int N>
 DEVICE int nearest_code(const float* map, float v) {
   int at = 0;
@@ -24,7 +24,7 @@ DEVICE int nearest_code(const float* map, float v) {
 
 DEVICE float clamp_one(float v) { return v < -1.f ? -1.f : v > 1.f ? 1.f : v; }
 
-// What a block is multiplied by to lie in [-1, 1]. A block of zeros is scaled by a large finite number.
+// The factor that maps a block to [-1, 1]. For a block of zeros it is a large finite number.
 DEVICE float code_scale(float absmax) { return 1.f / (absmax < 1e-38f ? 1e-38f : absmax); }
 
 // The first min(n, N) codes at p; the rest is 0. One access where N bytes are whole and aligned.

@@ -1,5 +1,5 @@
-// log(1 + x), e^x - 1 and what the preference losses build of them, without cancellation: log sigmoid, log(1 - e^x).
-// The corrected quotients are Kahan's: where 1 + x (or e^x) is rounded, the rounding's effect on the logarithm is
+// log(1 + x), e^x - 1 and the functions that the preference losses build from them, without cancellation: log sigmoid, log(1 -
+// e^x). The corrected quotients are Kahan's: where 1 + x (or e^x) is rounded, the effect of the rounding on the logarithm is
 // divided out again, so the error is a few units in the last place for every x.
 #pragma once
 #include "prim/math.cuh"
@@ -17,7 +17,7 @@ DEVICE float expm1_f(float x) {
 // log(1 + e^x) = -log sigmoid(-x)
 DEVICE float softplus_f(float x) {
   const float e = exp_f(x < 0.f ? x : -x);
-  return max2(x, 0.f) + log1p_f(e);  // NaN comes through e
+  return max2(x, 0.f) + log1p_f(e);  // NaN propagates through e
 }
 
 // log(1 - e^x) for x < 0 (Maechler, "Accurately computing log(1 - exp(-|a|))", 2012)

@@ -1,13 +1,13 @@
-// The matrix product of CPUs, in float: what the library's is on a GPU. Compiled once for each width of vectors that
-// build/cpu.rs names; src/device/cpu/gemm.rs chooses by what the machine has.
+// The matrix product on CPUs, in float: the counterpart of the GPU's library product. Compiled once for each vector width that
+// build/cpu.rs names; src/device/cpu/gemm.rs chooses at run time.
 //
 // Math     c[i][j] = sum_t a(i, t) b(t, j), or += with `add`
-// Shapes   a: `m` rows of A, b: `n` columns of B, each either `along_k` (its k values side by side) or not (for each t its
-//          values side by side); c [m, n]. Strides in floats.
+// Shapes   a: `m` rows of A, b: `n` columns of B, each either `along_k` (the k values of a row or column are contiguous) or not
+//          (for each t the values of all rows or columns are contiguous); c [m, n]. Strides in floats.
 // Plan     The columns are taken in blocks of at most 512 (COLUMNS), k in pieces of 256: a block of B is packed once, as panels
-//          of NR columns, [k][NR], and stays in the second cache. Tiles of MR rows of A are packed as [k][AW] (of few columns
-//          they are read where they lie) and go over the panels. C's tile of MR x NR stays in registers. Of few rows
-//          (decoding) all of A is packed first and B goes by one panel at a time, which the first cache holds.
+//          of NR columns, [k][NR], and stays in L2. Tiles of MR rows of A are packed as [k][AW] (for few columns they are read in
+//          place) and go over the panels. C's tile of MR x NR stays in registers. For few rows (decoding) all of A is packed
+//          first, and B is packed one panel at a time, which fits L1.
 // Numerics An element is one chain of fused multiply-adds along k from 0 in pieces of 256, whose sums are added from left to
 //          right. So its bits depend on its row and its column alone: not on m, n, tile, cut, thread or vector width.
 // Cost     2 m n k flops. One core with AVX-512: see benches/results/2026-11-27-cpu.md.
@@ -23,7 +23,7 @@
 
 namespace {
 
-// VL floats a register; AW: floats that a packed row of A's tile takes.
+// VL: floats per register; MR: rows of a tile; AW: floats per packed row of A's tile.
 #if defined(__AVX512F__)
 constexpr int VL = 16, MR = 12, AW = 16;
 #elif defined(__AVX2__)
@@ -59,7 +59,7 @@ inline Vector fma(Vector a, Vector b, Vector c) {
 }
 
 #if defined(__AVX2__)
-// line[t][i] = src[i][t] for t, i < 8.
+// Transposes 8 x 8: line[t][i] = src[i][t].
 inline void turn8(__m256 line[8], const float* src, size_t stride) {
   __m256 half[8], pair[8];
   for (int i = 0; i < 4; ++i) {
@@ -80,8 +80,8 @@ inline void turn8(__m256 line[8], const float* src, size_t stride) {
 }
 #endif
 
-// Panels of WIDTH rows of an operand, of which `height` are used: dst[panel][t][i] = element t of row panel height + i, for
-// t < k and rows < count. A panel takes `size` floats. What lies behind the rows is never stored in C.
+// Packs an operand into panels of WIDTH rows, of which `height` are used: dst[panel][t][i] = element t of row panel height + i,
+// for t < k and rows < count. A panel takes `size` floats. Unused rows are left as they are: their results are never stored in C.
 template <int WIDTH>
 void pack(float* dst, size_t size, const float* src, size_t stride, bool along_k, size_t count, size_t height, size_t k) {
   if (!along_k) {
@@ -112,12 +112,12 @@ void pack(float* dst, size_t size, const float* src, size_t stride, bool along_k
     }
 }
 
-// R rows and W vectors of columns of C, of which `columns` are stored. A is a packed tile, or (ALONG) R rows of A itself, `lda`
+// R rows and W vectors of columns of C, of which `columns` are stored. A is a packed tile, or (ALONG) R rows of A in place, `lda`
 // apart.
 template <int R, int W, bool ALONG>
 void tile(const float* a, size_t lda, const float* b, int k, float* c, size_t ldc, int columns, bool add) {
   Vector sum[R][W] = {};
-  // A pointer for each three rows: base, base + lda and base + 2 lda are addresses of one instruction.
+  // One pointer per three rows: base, base + lda and base + 2 lda are addressing modes of one instruction.
   const float* rows[(R + 2) / 3];
   for (int i = 0; i < (R + 2) / 3; ++i) rows[i] = ALONG ? a + 3 * i * lda : a;
   for (int t = 0; t < k; ++t, b += NR) {
@@ -149,7 +149,7 @@ inline void rows_tile(int rows, const float* a, size_t lda, const float* b, int 
   else tile<R, 2, ALONG>(a, lda, b, k, c, ldc, columns, add);
 }
 
-// Packed operands of this thread, at a cache line.
+// This thread's buffer for packed operands, aligned to a cache line.
 float* work(size_t floats) {
   static thread_local std::vector<float> memory;
   if (memory.size() < floats + 16) memory.resize(floats + 16);
@@ -158,7 +158,7 @@ float* work(size_t floats) {
 
 }  // namespace
 
-// Mirrors `Product` in src/device/cpu/gemm.rs.
+// Must match `Product` in src/device/cpu/gemm.rs.
 struct Product {
   const float *a, *b;
   float* c;
@@ -169,7 +169,8 @@ struct Product {
 namespace {
 
 #if defined(__AVX2__)
-// R rows times groups of 8 columns of B that lie along k, without packing: columns become lanes on the way.
+// R rows times groups of 8 columns of B that are contiguous along k, without packing: an 8 x 8 transpose turns columns into
+// lanes.
 template <int R, int GROUPS>
 void direct(const Product& p, size_t j) {
   const size_t of_row = p.a_along_k ? p.lda : 1, of_t = p.a_along_k ? 1 : p.lda;
@@ -185,7 +186,7 @@ void direct(const Product& p, size_t j) {
     for (; t + 8 <= to; t += 8)
       for (int g = 0; g < GROUPS; ++g) {
         const float* b = p.b + (j + 8 * g) * p.ldb + t;
-        // Where the next columns are: a line of 16 values is asked for once, by every other step of 8.
+        // Prefetches the next columns. A line of 16 values is requested once, by every other step of 8.
         for (int i = 0; i < 8; i += 2)
           __builtin_prefetch(b + (8 * GROUPS + i + (t / 8 & 1)) * p.ldb);
         __m256 line[8];
@@ -206,7 +207,7 @@ void direct(const Product& p, size_t j) {
   }
 }
 
-// The columns that it has done.
+// Returns the number of columns it has done.
 template <int R>
 size_t directly(const Product& p) {
   if constexpr (R > 1)
@@ -222,11 +223,10 @@ void packed(const Product& p) {
   // Tiles of nearly equal height, blocks of nearly equal width.
   const size_t height = ceil_div(p.m, ceil_div(p.m, MR));
   const bool few = p.m <= FEW_ROWS;
-  // Packing A costs 1 / n of the product. Of few columns A is read where it lies, unless its rows fall on the same lines of
-  // the first cache.
+  // Packing A costs 1 / n of the product. For few columns A is read in place, unless its rows fall on the same lines of L1.
   const bool along = !few && p.a_along_k && p.n <= NARROW && p.lda % 1024 != 0;
   const size_t width = few ? NR : ceil_div(ceil_div(p.n, ceil_div(p.n, COLUMNS)), NR) * NR;
-  const size_t group = few ? p.m : 4 * height;  // rows of A that are packed at once
+  const size_t group = few ? p.m : 4 * height;  // rows of A that are packed together
   const size_t depth_of_a = few ? p.k : PIECE, of_b = width * PIECE, of_a = ceil_div(group, height) * depth_of_a * AW;
   float *panels = work(of_b + of_a), *tiles = panels + of_b;
   const auto pack_rows = [&](size_t i, size_t t, size_t depth) {

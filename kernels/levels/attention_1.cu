@@ -1,13 +1,13 @@
 // Causal attention, level 1: the scores in memory.
 //
-// Changes  Nothing yet: three kernels, one a line of the formula. The t x t scores of each head are written once, read and
-//          written by the softmax, and read again: 20 bytes a score, where the products on it need 4 D flops.
+// Changes  Nothing yet: three kernels, one per line of the formula. The t x t scores of each head are written once, read and
+//          written by the softmax, and read again: 20 bytes a score, where its products need 4 D flops.
 // Math     S = scale Q K^T, key j seen by query i where j <= i;  P = softmax of each row of S;  O = P V
 // Shapes   q, k, v, o [heads, t, 64] real, without gaps;  s [heads, t, t] float. For all levels: t % 128 = 0
-// Plan     scores, out: a thread a value; softmax: a warp a row
+// Plan     scores, out: one thread per value; softmax: one warp per row
 // Numerics float throughout; o is rounded when stored
-// Cost     4 D flops a pair (i, j). H100, bf16, 112 heads of 2048, 2026-11-27: 0.5 TFLOP/s, 0.001 of the ceiling of 800 (3 predicted) (scores
-//          alone move 9 GB). sm_90a: 30, 34 and 32 registers.
+// Cost     4 D flops a pair (i, j). H100, bf16, 112 heads of 2048, 2026-11-27: 0.5 TFLOP/s, 0.001 of the ceiling of 800 (3
+//          predicted) (scores alone move 9 GB). sm_90a: 30, 34 and 32 registers.
 #include "prim/math.cuh"
 #include "prim/warp.cuh"
 

@@ -1,14 +1,14 @@
 // Causal attention, level 2: the online softmax.
 //
-// Changes  No score is ever stored. A row keeps its largest score m so far, the sum l of e^(s - m), and o; where a new key
-//          raises m, what was summed is multiplied by e^(old m - new m). Memory for the scores: none. Keys that are not
+// Changes  No score is stored. A row keeps its largest score m so far, the sum l of e^(s - m), and o; when a new key
+//          raises m, both sums are multiplied by e^(old m - new m). Memory for the scores: none. Keys that are not
 //          seen cost nothing.
 // Math     m' = max(m, s);  l = l e^(m - m') + e^(s - m');  o = o e^(m - m') + e^(s - m') v;  in the end o / l
 // Shapes   as attention_1.cu, without s
-// Plan     a thread a query row, q and o in registers; the threads of a warp read the same key at the same time
+// Plan     one thread per query row, q and o in registers; the threads of a warp read the same key at the same time
 // Numerics float throughout, keys from left to right; o is rounded when stored
-// Cost     4 D flops a pair, a load for two of them: the load unit ends at 14 TFLOP/s. H100, bf16, 112 heads of 2048, 2026-11-27:
-//          4.8 TFLOP/s, 0.006 of the ceiling of 800 (10 predicted). sm_90a: 166 registers, no spills.
+// Cost     4 D flops a pair, one load per two of them: the load unit limits this to 14 TFLOP/s. H100, bf16, 112 heads of 2048,
+//          2026-11-27: 4.8 TFLOP/s, 0.006 of the ceiling of 800 (10 predicted). sm_90a: 166 registers, no spills.
 #include "prim/math.cuh"
 #include "prim/real.cuh"
 

@@ -1,17 +1,17 @@
 // Causal attention, level 3: tiles of keys.
 //
-// Changes  A block of 128 queries brings 32 keys and values at a time into shared memory, where each is read 128 times. The
-//          softmax takes eight scores in one step: one maximum and one rescaling of o for them all, not one a score.
+// Changes  A block of 128 queries copies 32 keys and values at a time into shared memory, where each is read 128 times. The
+//          softmax processes eight scores per step: one maximum and one rescaling of o for all eight.
 // Math     as attention_2.cu, eight scores at a time
 // Shapes   as attention_2.cu
-// Plan     a thread a query row; all threads read the same place of a tile, four floats at a time, which costs one access
-// Numerics as attention_2.cu, but l and o are rescaled once for eight keys
-// Cost     4 D flops a pair; one load for eight flops, so the float units come near their limit. H100, bf16, 112 heads of
-//          2048, 2026-11-27: 19.6 TFLOP/s, 0.025 of the ceiling of 800 (25 predicted). sm_90a: 206 registers, no spills.
+// Plan     one thread per query row; all threads read the same address of a tile, four floats at a time, which costs one access
+// Numerics as attention_2.cu, but l and o are rescaled once per eight keys
+// Cost     4 D flops a pair; one load for eight flops, so the float units come near their limit. H100, bf16, 112 heads of 2048,
+//          2026-11-27: 19.6 TFLOP/s, 0.025 of the ceiling of 800 (25 predicted). sm_90a: 206 registers, no spills.
 #include "prim/block.cuh"
 #include "prim/math.cuh"
 
-constexpr int DIM = 64, QUERIES = 128, KEYS = 32, STEP = 8;  // keys of a tile, of a step of the softmax
+constexpr int DIM = 64, QUERIES = 128, KEYS = 32, STEP = 8;  // KEYS per tile, STEP per step of the softmax
 
 struct alignas(16) Four {
   float v[4];
@@ -30,7 +30,7 @@ KERNEL(level_attention_3, THREADS=128, SHARED=2 * 32 * 64 * 4)
     sum[d] = 0.f;
   }
   for (int j0 = 0; j0 < first + QUERIES; j0 += KEYS) {
-    block_sync();  // all are done with the tile before
+    block_sync();  // all threads have finished the previous tile
     for (int e = threadIdx.x; e < KEYS * DIM; e += QUERIES) {
       ((float*)tk)[e] = to_float(k[base + (long long)j0 * DIM + e]);
       ((float*)tv)[e] = to_float(v[base + (long long)j0 * DIM + e]);

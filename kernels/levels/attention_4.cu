@@ -1,12 +1,12 @@
 // Causal attention, level 4: tensor cores by mma.sync. bf16 only.
 //
-// Changes  Both products by tensor cores. The accumulators of S = Q K^T, packed to bf16, lie in a warp's lanes exactly as the
-//          next product O += P V wants its left operand: P never leaves registers.
+// Changes  Both products use tensor cores. The accumulators of S = Q K^T, packed to bf16, lie in a warp's lanes exactly as the
+//          next product O += P V needs its left operand: P never leaves registers.
 // Math     as attention_2.cu, with the exponent in base 2 (common/online_softmax.cuh, which all further levels share)
 // Shapes   as attention_2.cu, bf16
-// Plan     4 warps own 64 queries, 16 each; 64 keys a step, copied by cp.async one step ahead. The blocks with most keys start
-//          first, so that the last ones are short
-// Numerics S, the softmax and the sums in float; P is rounded to bf16 for its product, l sums it before that
+// Plan     4 warps own 64 queries, 16 each; 64 keys per step, copied by cp.async one step ahead. The blocks with the most keys
+//          start first, so that the last ones are short
+// Numerics S, the softmax and the sums in float; P is rounded to bf16 for its product, l sums it before rounding
 // Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: 227 TFLOP/s, 0.28 of the ceiling of 800 (215 predicted), as
 //          kernels/attention_mma.cu, which has this structure. sm_90a: 128 registers, no spills.
 #include "common/online_softmax.cuh"
@@ -14,7 +14,7 @@
 #include "prim/mma.cuh"
 
 #ifdef REAL_BF16
-constexpr int DIM = 64, SIDE = 64;  // of a head; queries of a block, keys of a step
+constexpr int DIM = 64, SIDE = 64;  // head size; queries of a block and keys of a step
 constexpr int STRIDE = DIM + 8;     // an odd number of 16-byte chunks: the eight rows of one ldmatrix hit all banks
 constexpr int TILE = SIDE * STRIDE;
 
@@ -54,7 +54,7 @@ KERNEL(level_attention_4, THREADS=128, SHARED=5 * 64 * 72 * 2)
     block_sync();
     const bf16 *tk = ring + step % 2 * 2 * TILE, *tv = tk + TILE;
 
-    float s[SIDE / 8][4] = {};  // S = Q K^T: 16 rows, 64 columns a warp
+    float s[SIDE / 8][4] = {};  // S = Q K^T: 16 rows, 64 columns per warp
 #pragma unroll
     for (int d = 0; d < DIM; d += 16) {
       unsigned fq[4], fk[4];
@@ -67,7 +67,7 @@ KERNEL(level_attention_4, THREADS=128, SHARED=5 * 64 * 72 * 2)
       }
     }
 
-    float alpha[2];  // scores become weights; a row whose maximum rose rescales
+    float alpha[2];  // scores become weights; rows whose maximum rose are rescaled
     hide_scores(s, position, t, step * SIDE);
     if (softmax.step(s, alpha, factor)) scale_rows(sum, alpha);
 
@@ -83,7 +83,7 @@ KERNEL(level_attention_4, THREADS=128, SHARED=5 * 64 * 72 * 2)
         mma_bf16(sum[d + 1], p, {fv[2], fv[3]});
       }
     }
-    block_sync();  // all are done with this stage
+    block_sync();  // all warps have finished this stage
   }
   copy_wait<0>();
 #pragma unroll

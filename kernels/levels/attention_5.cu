@@ -1,13 +1,13 @@
 // Causal attention, level 5: wgmma, fed by TMA. bf16 and sm_90a only.
 //
 // Changes  A warpgroup multiplies 64 queries by 64 keys from shared memory; P stays in registers, as in level 4. TMA copies K and
-//          V. Within a block nothing overlaps: products, softmax, products; other blocks fill the gaps, where they can.
+//          V. Within a block nothing overlaps: products, softmax, products; other blocks on the SM fill some of the gaps.
 // Math     as attention_4.cu
 // Shapes   as attention_4.cu; q, k, v by tensor map, boxes of 64 rows of 128 bytes
-// Plan     one warpgroup owns 64 queries; 64 keys a step, two stages; four blocks a multiprocessor
+// Plan     one warpgroup owns 64 queries; 64 keys per step, two stages; four blocks per SM
 // Numerics bit for bit those of attention_4.cu: the accumulators lie in the same lanes
-// Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: 332 TFLOP/s, 0.42 of the ceiling of 800 (290 predicted). sm_90a:
-//          106 registers, no spills.
+// Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: 332 TFLOP/s, 0.42 of the ceiling of 800 (290 predicted).
+//          sm_90a: 106 registers, no spills.
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"
 
@@ -23,10 +23,10 @@ KERNEL(level_attention_5, THREADS=128, BLOCKS=4, SHARED=(1 + 2 * 2) * 64 * 64 * 
   mbarrier* full = (mbarrier*)(ring + STAGES * 2 * TILE);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = (gridDim.x - 1 - blockIdx.x) * SIDE, steps = first / SIDE + 1, base = blockIdx.y * t;
-  auto start = [&](int step) {  // by one thread
+  auto start = [&](int step) {  // called by one thread
     mbarrier* arrived = full + step % STAGES;
     bf16 *tk = ring + step % STAGES * 2 * TILE, *tv = tk + TILE;
-    mbarrier_expect(arrived, (step == 0 ? 3 : 2) * TILE * sizeof(bf16));  // Q comes with the first step
+    mbarrier_expect(arrived, (step == 0 ? 3 : 2) * TILE * sizeof(bf16));  // Q arrives with the first step
     if (step == 0) tma_load(tq, &q, arrived, 0, base + first);
     tma_load(tk, &k, arrived, 0, base + step * SIDE);
     tma_load(tv, &v, arrived, 0, base + step * SIDE);
@@ -55,7 +55,7 @@ KERNEL(level_attention_5, THREADS=128, BLOCKS=4, SHARED=(1 + 2 * 2) * 64 * 64 * 
       wgmma_ss<SIDE, false, false>((float (&)[SIDE / 2])s, wgmma_desc<true>(tq + d), wgmma_desc<true>(tk + d), d > 0);
     wgmma_commit();
     wgmma_wait<0>();
-    hold((float (&)[SIDE / 2])s);  // the compiler reads no accumulator before the wait
+    hold((float (&)[SIDE / 2])s);  // keeps the compiler from reading an accumulator before the wait
 
     float alpha[2];
     hide_scores(s, position, t, step * SIDE);
@@ -73,7 +73,7 @@ KERNEL(level_attention_5, THREADS=128, BLOCKS=4, SHARED=(1 + 2 * 2) * 64 * 64 * 
     wgmma_commit();
     wgmma_wait<0>();
     hold((float (&)[DIM / 2])sum);
-    block_sync();  // all are done with the stage
+    block_sync();  // all threads have finished this stage
     if (threadIdx.x == 0 && step + STAGES < steps) start(step + STAGES);
   }
 #pragma unroll

@@ -1,23 +1,24 @@
 // Causal attention, level 6: two consumers, and products under the softmax. bf16 and sm_90a only.
 //
-// Changes  Within a warpgroup, S of a step is started together with P V of the step before, which runs under the softmax of S. Two
-//          warpgroups share K and V, and there are two such blocks a multiprocessor: one's products run under the others' softmax.
+// Changes  Within a warpgroup, S of a step is started together with P V of the previous step, which runs during the softmax of S.
+//          Two warpgroups share K and V, and an SM has two such blocks: the products of one run during the softmax of the others.
 // Math     as attention_4.cu
 // Shapes   as attention_5.cu
-// Plan     a consumer owns 64 of 128 queries, the first one has one step less; 64 keys a step, five stages. A thread of consumer 0
-//          starts the copies, three steps ahead: a producer's registers would cost the second block a multiprocessor.
+// Plan     A consumer owns 64 of 128 queries, the first one has one step less; 64 keys per step, five stages. A thread of
+//          consumer 0 starts the copies, three steps ahead: with the registers of a producer warpgroup a second block would not
+//          fit on the SM
 // Numerics bit for bit those of attention_4.cu
 // Cost     4 D flops a pair. H100, 112 heads of 2048, 2026-11-27: with turns at the tensor cores, which the consumers gave each
 //          other by named barriers (ping-pong), 307 TFLOP/s, less than level 5: waiting for a turn cost more than the order was
-//          worth, since four warpgroups a multiprocessor mix by themselves. Without turns, as kernels/attention_hopper.cu (347),
-//          the same is *predicted*, not measured.
+//          worth, since the four warpgroups of an SM mix by themselves. Without turns, as kernels/attention_hopper.cu (347), the
+//          same is *predicted*, not measured.
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"
 
 #if defined(REAL_BF16) && defined(HOPPER)
 constexpr int DIM = 64, SIDE = 64, STAGES = 5, AHEAD = STAGES - 2;
 constexpr int TILE = SIDE * DIM;
-typedef float Flat[SIDE / 2];  // 64 x 64 accumulators as wgmma takes them
+typedef float Flat[SIDE / 2];  // 64 x 64 accumulators in the type that wgmma takes
 
 DEVICE void start_scores(float (&s)[SIDE / 8][4], const bf16* tq, const bf16* tk) {
 #pragma unroll
@@ -52,11 +53,11 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
   block_sync();
   const int first = (gridDim.x - 1 - blockIdx.x) * 2 * SIDE, steps = first / SIDE + 2, base = blockIdx.y * t;
 
-  // By one thread. Consumer 0 is done with the stage's last step, two steps ago; it waits for consumer 1.
+  // Called by one thread. Consumer 0 released this stage one step ago; the wait is for consumer 1.
   auto start = [&](int step) {
     if (step >= steps) return;
     const int stage = step % STAGES;
-    mbarrier_wait(empty + stage, step / STAGES & 1 ^ 1);  // at once, the first time around
+    mbarrier_wait(empty + stage, step / STAGES & 1 ^ 1);  // returns at once the first time around
     mbarrier_expect(full + stage, (step == 0 ? 4 : 2) * TILE * sizeof(bf16));
     for (int i = 0; i < 2 && step == 0; ++i) tma_load(tq + i * TILE, &q, full, 0, base + first + i * SIDE);
     tma_load(tk + stage * TILE, &k, full + stage, 0, base + step * SIDE);
@@ -102,9 +103,9 @@ KERNEL(level_attention_6, BLOCKS=2, SHARED=(2 + 5 * 2) * 64 * 64 * 2 + 128)
     start_scores(s, my_q, tk + step % STAGES * TILE);
     start_sums(sum, p, tv + before * TILE);
     copy_ahead(step);
-    wgmma_wait<1>();  // S is there, P V still runs
+    wgmma_wait<1>();  // S is done, P V still runs
     if (warp_any(weights(step))) {
-      // Two waits in two branches: at one before them the compiler would put it before the softmax.
+      // One wait per branch: the compiler would move a single wait before the branch to before the softmax.
       wgmma_wait<0>();
       hold((Flat&)sum);
       scale_rows(sum, alpha);

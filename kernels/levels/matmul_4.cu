@@ -1,13 +1,14 @@
 // Matrix product, level 4: tiles in registers.
 //
-// Changes  A thread owns 8 x 8 of C in registers: 16 loads from shared memory now feed 64 products, not 2 for 1. The float
-//          units become the limit, for the first time; they do 67 TFLOP/s, a fifteenth of the tensor cores.
+// Changes  A thread owns 8 x 8 of C in registers: 16 loads from shared memory now feed 64 products, instead of 2 feeding 1.
+//          For the first time the float units are the limit; they do 67 TFLOP/s, a fifteenth of the tensor cores.
 // Math     C = A B
 // Shapes   as matmul_1.cu
-// Plan     256 threads own 128 x 128 of C, 16 of k a step; thread (y, x) the rows y + 16 i and the columns x + 16 j, so that
-//          a warp reads 16 neighbours of B's tile (no two in one bank) and two values of A's
+// Plan     256 threads own 128 x 128 of C, 16 of k per step; thread (y, x) owns the rows y + 16 i and the columns x + 16 j, so
+//          that a warp reads 16 neighbours of B's tile (no two in one bank) and two values of A's
 // Numerics as matmul_1.cu, bit for bit
-// Cost     2 m n k flops. H100, bf16, 8192^3, 2026-11-27: 28.7 TFLOP/s, 0.036 of the ceiling of 800 (25 predicted). sm_90a: 128 registers, no spills.
+// Cost     2 m n k flops. H100, bf16, 8192^3, 2026-11-27: 28.7 TFLOP/s, 0.036 of the ceiling of 800 (25 predicted). sm_90a: 128
+//          registers, no spills.
 #include "prim/block.cuh"
 
 constexpr int SIDE = 128, DEPTH = 16;

@@ -1,24 +1,24 @@
 // Matrix product, level 5: vector loads.
 //
-// Changes  Every load moves 16 bytes: packs of A and B from memory, four floats at a time from shared memory. A quarter of
-//          the load instructions leaves the slots to the products. A thread's columns come in fours for that.
+// Changes  Every load moves 16 bytes: packs of A and B from memory, four floats at a time from shared memory. With a quarter
+//          of the load instructions, more issue slots are left for products. A thread's columns therefore come in fours.
 // Math     C = A B
 // Shapes   as matmul_1.cu
 // Plan     as matmul_4.cu, but thread (y, x) owns the rows 4 y + i and 64 + 4 y + i, and columns likewise
 // Numerics as matmul_1.cu, bit for bit
-// Cost     2 m n k flops. H100, bf16, 8192^3, 2026-11-27: 41.1 TFLOP/s, 0.051 of the ceiling of 800 (40 predicted); the float units end at
-//          67, so this is where a kernel without tensor cores ends. sm_90a: 111 registers, no spills.
+// Cost     2 m n k flops. H100, bf16, 8192^3, 2026-11-27: 41.1 TFLOP/s, 0.051 of the ceiling of 800 (40 predicted); the float
+//          units end at 67, so this is where a kernel without tensor cores ends. sm_90a: 111 registers, no spills.
 #include "prim/block.cuh"
 #include "prim/vec.cuh"
 
 constexpr int SIDE = 128, DEPTH = 16;
-constexpr int STRIDE = SIDE + 4;  // a multiple of four floats, and not of all banks
+constexpr int STRIDE = SIDE + 4;  // a multiple of four floats, but not of all banks
 
 struct alignas(16) Four {
   float v[4];
 };
 
-// The eight values that place q of 16 owns in a row of a tile.
+// The eight values that thread coordinate q (of 16) owns in a row of a tile.
 DEVICE void eight(float (&to)[8], const float* row, int q) {
   const Four low = *(const Four*)(row + 4 * q), high = *(const Four*)(row + 64 + 4 * q);
 #pragma unroll

@@ -4,26 +4,27 @@
 //          fragments, no ldmatrix. One thread starts the copy of a whole box by its tensor map; an mbarrier counts its bytes.
 // Math     C = A B
 // Shapes   as matmul_1.cu, bf16; A and B by tensor map: boxes of 128 rows of A, of 64 rows of B, each row 128 bytes
-// Plan     two warpgroups own 128 x 128 of C, 64 rows each; 64 of k a step, three stages. A stage is filled again when both are
-//          done with it; meanwhile the tensor cores wait, but a multiprocessor has a second block
+// Plan     two warpgroups own 128 x 128 of C, 64 rows each; 64 of k per step, three stages. A stage is refilled once both have
+//          finished with it; meanwhile the tensor cores wait, but the SM has a second block
 // Numerics bit for bit those of matmul_6.cu: wgmma accumulates like a chain of mma.sync
-// Cost     2 m n k flops. H100, 8192^3, 2026-11-27: 442 TFLOP/s, 0.55 of the ceiling of 800 (520 predicted). sm_90a: 90 registers, no spills.
+// Cost     2 m n k flops. H100, 8192^3, 2026-11-27: 442 TFLOP/s, 0.55 of the ceiling of 800 (520 predicted). sm_90a: 90
+//          registers, no spills.
 #include "prim/wgmma.cuh"
 
 #if defined(REAL_BF16) && defined(HOPPER)
 constexpr int SIDE = 128, DEPTH = 64, STAGES = 3;
-constexpr int TILE = SIDE * DEPTH;  // values of either tile
+constexpr int TILE = SIDE * DEPTH;  // values per tile of A or of B
 #endif
 
 KERNEL(level_matmul_7, BLOCKS=2, SHARED=3 * 2 * 128 * 64 * 2 + 64)
 (real* c, const tensor_map& a, const tensor_map& b, int m, int n, int k) {
 #if defined(REAL_BF16) && defined(HOPPER)
   bf16* shared = (bf16*)shared_base();
-  mbarrier* full = (mbarrier*)(shared + STAGES * 2 * TILE);  // of each stage: its copies are there
+  mbarrier* full = (mbarrier*)(shared + STAGES * 2 * TILE);  // per stage: its copies have arrived
   const int row0 = blockIdx.y * SIDE, col0 = blockIdx.x * SIDE, steps = k / DEPTH;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  auto start = [&](int step) {  // by one thread
+  auto start = [&](int step) {  // called by one thread
     mbarrier* arrived = full + step % STAGES;
     bf16 *ta = shared + step % STAGES * 2 * TILE, *tb = ta + TILE;
     mbarrier_expect(arrived, 2 * TILE * sizeof(bf16));

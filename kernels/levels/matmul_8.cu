@@ -1,14 +1,15 @@
-// Matrix product, level 8: persistent, warp-specialised, with an epilogue that overlaps. bf16 and sm_90a only.
+// Matrix product, level 8: persistent, warp-specialised, with an overlapped epilogue. bf16 and sm_90a only.
 //
 // Changes  One warpgroup only copies and two only multiply, 64 x 256 each: the tensor cores never wait for a copy to be started.
-//          A block stays and takes tile after tile, so copies for the next one run while C leaves, by TMA, through shared
+//          A block stays and takes tile after tile, so copies for the next one run while C leaves by TMA through shared
 //          memory. A larger tile reads less, and tiles are taken in groups of 8 rows, so that neighbours share L2.
 // Math     C = A B
 // Shapes   as matmul_7.cu; C by tensor map too, boxes of 16 rows
-// Plan     128 x 256 of C a tile, 64 of k a stage, four stages; the producer gives its registers to the consumers
+// Plan     128 x 256 of C per tile, 64 of k per stage, four stages; the producer gives its registers to the consumers
 // Numerics bit for bit those of matmul_6.cu
-// Cost     2 m n k flops. H100, 8192^3, 2026-11-27: 772 TFLOP/s, 0.96 of the ceiling of 800 (785 predicted), as kernels/matmul_hopper.cu, which has
-//          this structure, and more: layouts, widths, ragged ends. sm_90a: 168 registers at the start, no spills.
+// Cost     2 m n k flops. H100, 8192^3, 2026-11-27: 772 TFLOP/s, 0.96 of the ceiling of 800 (785 predicted), as
+//          kernels/matmul_hopper.cu, which has this structure, and more: layouts, widths, ragged ends. sm_90a: 168 registers at
+//          the start, no spills.
 #include "prim/wgmma.cuh"
 
 #if defined(REAL_BF16) && defined(HOPPER)
@@ -21,8 +22,8 @@ KERNEL(level_matmul_8, THREADS=384, SHARED=4 * (128 + 256) * 64 * 2 + 8 * 2 * 16
   bf16* sa = (bf16*)shared_base();                   // STAGES tiles of A
   bf16* sb = sa + STAGES * ROWS * DEPTH;             // and of B
   bf16* sc = sb + STAGES * DEPTH * COLS;             // two boxes of 16 x 64 of C for each of 8 warps
-  mbarrier* full = (mbarrier*)(sc + 8 * 2 * 16 * 64);  // of each stage: its copies are there
-  mbarrier* empty = full + STAGES;                     // both consumers are done with it
+  mbarrier* full = (mbarrier*)(sc + 8 * 2 * 16 * 64);  // per stage: its copies have arrived
+  mbarrier* empty = full + STAGES;                     // both consumers have finished with it
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       mbarrier_init(full + s, 1);
@@ -33,7 +34,7 @@ KERNEL(level_matmul_8, THREADS=384, SHARED=4 * (128 + 256) * 64 * 2 + 8 * 2 * 16
   block_sync();
 
   const int tiles_m = m / ROWS, tiles_n = n / COLS, steps = k / DEPTH;
-  int stage = 0, phase = 0;  // they go on from tile to tile, in producer and consumers alike
+  int stage = 0, phase = 0;  // they continue from tile to tile, in producer and consumers alike
   auto next_stage = [&] {
     if (++stage == STAGES) stage = 0, phase ^= 1;
   };
@@ -50,7 +51,7 @@ KERNEL(level_matmul_8, THREADS=384, SHARED=4 * (128 + 256) * 64 * 2 + 8 * 2 * 16
     if (threadIdx.x != 0) return;
     each_tile([&](int row0, int col0) {
       for (int step = 0; step < steps; ++step, next_stage()) {
-        mbarrier_wait(empty + stage, phase ^ 1);  // at once, the first time around
+        mbarrier_wait(empty + stage, phase ^ 1);  // returns at once the first time around
         mbarrier_expect(full + stage, (ROWS + COLS) * DEPTH * sizeof(bf16));
         tma_load(sa + stage * ROWS * DEPTH, &a, full + stage, step * DEPTH, row0);
         for (int x = 0; x < COLS; x += 64) tma_load(sb + (stage * COLS + x) * DEPTH, &b, full + stage, col0 + x, step * DEPTH);
@@ -73,7 +74,7 @@ KERNEL(level_matmul_8, THREADS=384, SHARED=4 * (128 + 256) * 64 * 2 + 8 * 2 * 16
         wgmma_ss<COLS, false, true>(sum, wgmma_desc<true>(ta + p), wgmma_desc<false>(tb + p * 64), step > 0 || p > 0);
       wgmma_commit();
       if (last >= 0) {
-        wgmma_wait<1>();  // the step before is done, this one is under way
+        wgmma_wait<1>();  // the previous step is done, this one is in flight
         if (thread == 0) mbarrier_arrive(empty + last);
       }
       last = stage;
@@ -84,10 +85,10 @@ KERNEL(level_matmul_8, THREADS=384, SHARED=4 * (128 + 256) * 64 * 2 + 8 * 2 * 16
 #pragma unroll
     for (int x = 0; x < COLS / 64; ++x) {  // a warp's 16 x 256 of C, 64 columns at a time through its two boxes
       unsigned char* box = (unsigned char*)(sc + (warp * 2 + x % 2) * 16 * 64);
-      if (lane == 0) tma_wait_read<1>();  // the box before the last has left
+      if (lane == 0) tma_wait_read<1>();  // the box used two turns ago has been read
       warp_sync();
 #pragma unroll
-      for (int y = 0; y < 8; y += 2) {  // four 8 x 8: rows 0 and 8, then the same of the next 8 columns
+      for (int y = 0; y < 8; y += 2) {  // four 8 x 8 matrices: rows 0 and 8, then the same of the next 8 columns
         const float* d = sum + 4 * (8 * x + y);
         const unsigned r[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
         stmatrix4(box + swizzle128(lane / 8 % 2 * 8 + lane % 8, y + lane / 16), r);

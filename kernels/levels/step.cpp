@@ -1,6 +1,6 @@
 // One level of the matrix product on a CPU, alone, to step through in gdb (kernels/README.md has the commands):
 //   c++ -g -O0 -std=c++17 -w -I kernels -D LEVEL=6 kernels/levels/step.cpp kernels/shim/shim.cpp -o target/step
-// LEVEL is 1 to 6. The kernel runs in strict mode, on one thread of the system, each of its threads as a fiber.
+// LEVEL is 1 to 6. The kernel runs in strict mode on one OS thread, each of its threads as a fiber.
 #include <cstdio>
 #include <vector>
 
@@ -21,7 +21,7 @@ int main() {
   for (int i = 0; i < m * k; ++i) a[i] = to_real((float)(i % 5 - 2));
   for (int i = 0; i < k * n; ++i) b[i] = to_real((float)(i % 7 - 3));
 
-  // Blocks, threads and shared memory as src/ops/levels/matmul.rs launches the level.
+  // The same blocks, threads and shared memory as in src/ops/levels/matmul.rs.
   const int side = LEVEL < 3 ? 0 : LEVEL == 3 ? 32 : 128, threads = LEVEL == 3 ? 1024 : 256;
   char error[1000] = "";
   shim::Launch launch = {};

@@ -1,8 +1,8 @@
-// Asynchronous copies from global to shared memory (cp.async, sm_80 and newer). In the shim they land at their wait.
+// Asynchronous copies from global to shared memory (cp.async, sm_80 and newer). In the shim the data arrives at the wait.
 #pragma once
 #include "prim/block.cuh"
 
-// 16 bytes; only the first `valid` (0 to 16) are read, the rest becomes zero. Both addresses are 16-byte aligned.
+// Copies 16 bytes: reads only the first `valid` (0 to 16) and writes zeros for the rest. Both addresses are 16-byte aligned.
 DEVICE void copy_async16(void* shared, const void* global, int valid) {
 #ifdef __CUDACC__
   unsigned s = (unsigned)__cvta_generic_to_shared(shared);

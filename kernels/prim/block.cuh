@@ -1,4 +1,4 @@
-// What the threads of a block share: the barrier and the dynamic shared memory.
+// What the threads of a block share: the barrier and dynamic shared memory.
 #pragma once
 #include "prim/warp.cuh"
 
@@ -14,7 +14,7 @@ DEVICE void block_sync() {
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 #endif
 
-// All of the block's shared memory; its size is set at the launch. A kernel carves its arrays from it by offset.
+// All of the block's shared memory; its size is set at launch. A kernel places its arrays in it by offset.
 DEVICE unsigned char* shared_base() {
 #ifdef __CUDACC__
   return dynamic_shared;

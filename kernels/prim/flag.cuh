@@ -1,9 +1,9 @@
-// Flags in global memory by which one block tells another that its results are there. A block may only wait for blocks
-// of a smaller index: those run first, on a GPU with too few multiprocessors as on the CPU.
+// Flags in global memory by which one block tells another that its results are ready. A block may only wait for blocks of a
+// smaller index: those start first, both on a GPU with few SMs and on the CPU.
 #pragma once
 #include "prim/block.cuh"
 
-// By one thread, after a barrier of all that wrote.
+// Called by one thread, after a barrier of all threads that wrote.
 DEVICE void flag_set(int* flag) {
 #ifdef __CUDACC__
   asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
@@ -11,7 +11,7 @@ DEVICE void flag_set(int* flag) {
   __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
 #endif
 }
-// By one thread, before a barrier of all that read.
+// Called by one thread, before a barrier of all threads that read.
 DEVICE void flag_wait(const int* flag) {
 #ifdef __CUDACC__
   int set;
@@ -22,7 +22,7 @@ DEVICE void flag_wait(const int* flag) {
 #endif
 }
 
-// Starts to bring the 128 bytes around p into L2.
+// Starts a prefetch of the 128 bytes around p into L2.
 DEVICE void prefetch_l2(const void* p) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

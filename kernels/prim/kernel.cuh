@@ -1,11 +1,11 @@
-// How a kernel is declared. One source, two compilers: nvcc makes a GPU kernel of it, the host C++ compiler (through
+// How to declare a kernel. One source, two compilers: nvcc makes a GPU kernel of it, the host C++ compiler (through
 // shim/shim.h) a function that runs the same body on a CPU.
 //
 //   KERNEL(name, D=64,128)(const real* x, float* y, int n) { ... }
 //
 // build.rs reads the signature and writes (a) the `extern "C" __global__` instances name_64_f32, name_128_bf16, ...,
 // (b) their CPU entry points and (c) a Rust launcher with a struct of named arguments. The signature may contain:
-//   const T* x       input            T* y            output: every element that is promised is written
+//   const T* x       input            T* y            output: every element the kernel promises is written
 //   INOUT(T) y       read and written SCRATCH(T) s    work space, contents undefined before and after
 //   MAYBE(const T) b input that may be null           MAYBE(T) y  output that may be null
 //   const tensor_map& a  a matrix in memory and the box of it that one tma_load or tma_store moves; by value
@@ -14,15 +14,15 @@
 //
 // Three kinds, by what the threads of a block share:
 //   KERNEL_FLAT  nothing. On the CPU the body is inlined into a loop over threadIdx.
-//   KERNEL_WARP  warp collectives of prim/warp.cuh, no barrier, no shared memory. On the CPU a warp is *one* thread
-//                whose packs are 32 times as wide (LANES 1, WV = 32 V), so the compiler vectorises; the sums are taken
+//   KERNEL_WARP  warp collectives of prim/warp.cuh; no barrier, no shared memory. On the CPU a warp is *one* thread
+//                whose packs are 32 times as wide (LANES 1, WV = 32 V), so the compiler vectorises; sums are taken
 //                in the order of the 32 lanes, so both give the same bits. The strict CPU mode runs 32 real lanes.
 //   KERNEL       everything: barriers, shared memory, mma, async copies. On the CPU each thread is a fiber. Its lane is
 //                threadIdx.x % 32; LANE, WCOL and the packs' collectives belong to KERNEL_WARP.
-// HOT in the attribute list marks a kernel whose spills fail the build check. THREADS=n is its largest block.
-// SHARED=e is its dynamic shared memory in bytes, an expression of D and sizeof(real); without it the launch says.
-// BLOCKS=d:n asks ptxas to leave registers for n blocks a multiprocessor in the instance of D=d (left alone it aims at a
-// number of registers of its own choice, for which it may spill).
+// HOT in the attribute list marks a kernel whose register spills fail the build check. THREADS=n is its largest block.
+// SHARED=e is its dynamic shared memory in bytes, an expression of D and sizeof(real); without it the launch sets the size.
+// BLOCKS=d:n asks ptxas to leave registers for n blocks per SM in the instance D=d (otherwise it aims at a number of
+// registers of its own choice and may spill to reach it).
 #pragma once
 
 // Facts that Rust needs too are written once, here or in a .cu, and generated into `crate::kernels`. At the start of a line:
@@ -41,8 +41,8 @@
     enum { __VA_ARGS__ }; \
   }
 
-// The device encodes it from `TensorMap` in src/device/mod.rs: for the driver on a GPU, as it is on the CPU. Kernels only
-// pass its address on.
+// The device encodes this from `TensorMap` in src/device/mod.rs: in the driver's format on a GPU, unchanged on the CPU. Kernels
+// only pass its address on.
 #ifdef __CUDACC__
 struct alignas(64) tensor_map {
   unsigned long long opaque[16];
@@ -78,7 +78,7 @@ typedef shim::TensorMap tensor_map;
 #define LANES 1
 #endif
 
-// Where a thread stands. FLAT: its index in the grid. WARP: its warp's index in the grid, and its lane.
+// The position of a thread. FLAT: its index in the grid. WARP: its warp's index in the grid, and its lane.
 #define FLAT_INDEX ((long long)blockIdx.x * blockDim.x + threadIdx.x)
 #define WARP_INDEX ((long long)blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES)
 #define LANE (int)(LANES == 1 ? 0 : threadIdx.x % LANES)

@@ -1,7 +1,7 @@
-// Eight floats side by side, for kernels where a thread walks along rows alone (KERNEL_FLAT): one SIMD register on a CPU,
-// eight registers on a GPU. Compilers unroll short loops over arrays before they would vectorise them; this they cannot.
-// Every operation is lane by lane, and the sums below have one order, so both give the same bits. F16 is two of them, in one
-// register where the machine has registers of sixteen (a unit that build/cpu.rs compiles a second time).
+// Eight floats side by side, for kernels in which each thread walks along a row alone (KERNEL_FLAT): one SIMD register on a CPU,
+// eight registers on a GPU. Compilers unroll short loops over arrays before they would vectorise them; a vector type they cannot
+// unroll. Every operation is lane by lane, and the sums below have one order, so both give the same bits. F16 is two F8, in one
+// register where the machine has registers of sixteen floats (in the unit that build/cpu.rs compiles a second time).
 #pragma once
 #include "prim/math.cuh"
 #include "prim/vec.cuh"

@@ -1,6 +1,6 @@
-// exp, log, tanh, erf of our own: one source means one result on every device, and the host compiler can vectorise them.
-// Accuracy, measured against f64 over all binades (tests/it/prim.rs holds them to it): exp 1.1 ulp, log 0.9 ulp, tanh 1.4
-// ulp, sigmoid 2.5 ulp, erf 2e-7 absolute and inside |x| < 1 2.1 ulp. The sign of a zero is not kept.
+// Our own exp, log, tanh and erf: the same source gives the same result on every device, and the host compiler can vectorise
+// them. Accuracy, measured against f64 over all binades (tests/it/prim.rs enforces it): exp 1.1 ulp, log 0.9 ulp, tanh 1.4 ulp,
+// sigmoid 2.5 ulp, erf 2e-7 absolute and for |x| < 1 2.1 ulp. The sign of a zero is not kept.
 #pragma once
 #include "prim/kernel.cuh"
 
@@ -23,8 +23,8 @@ DEVICE float min2(float a, float b) { return a < b ? a : b; }
 
 constexpr float NEG_INF = -__builtin_huge_valf();
 
-// e^x = 2^n p with x = n ln2 + r, |r| <= ln2/2: gives p = e^r by a degree-6 polynomial, and n + 12582912, whose low bits
-// hold the integer n (rounded to nearest even). For |x| below 2^21.
+// e^x = 2^n p with x = n ln2 + r, |r| <= ln2/2. Returns p = e^r by a degree-6 polynomial, and in `shifted` n + 12582912, whose
+// low bits hold the integer n (rounded to nearest even). For |x| below 2^21.
 DEVICE float exp_parts(float x, float& shifted) {
   shifted = fmaf(x, 1.44269504f, 12582912.f);
   const float n = shifted - 12582912.f;
@@ -39,7 +39,8 @@ DEVICE float exp_parts(float x, float& shifted) {
   return fmaf(p * r, r, r) + 1.f;
 }
 
-// e^x, 2^n in two factors so that denormal results are reached. Below -104 it is 0, above 88.73 infinity; NaN stays NaN.
+// e^x. 2^n is applied in two factors so that denormal results are reached. Below -104 it is 0, above 88.73 infinity; NaN stays
+// NaN.
 DEVICE float exp_f(float x) {
   float shifted;
   const float p = exp_parts(min2(max2(x, -104.f), 89.f), shifted);
@@ -48,7 +49,7 @@ DEVICE float exp_f(float x) {
   return x == x ? y : x;
 }
 
-// exp_f, with its bits, for x from -86 to 0 or a little more: no denormals, no overflow, no conversion to an integer. NaN
+// The same bits as exp_f, for x from -86 to 0 or slightly above: no denormals, no overflow, no conversion to an integer. NaN
 // stays NaN.
 DEVICE float exp_down(float x) {
   float shifted;
@@ -56,10 +57,10 @@ DEVICE float exp_down(float x) {
   return p * bits_to_float((int)(((unsigned)float_to_bits(shifted) << 23) + 0x3f800000u));
 }
 
-// 2^x, for a softmax to base 2: 2 ulp; below -126 it is 0 (no denormals), above 127 it stays there; NaN stays NaN.
+// 2^x, for a softmax in base 2: 2 ulp. Below -126 it is 0 (no denormals), above 127 it is 2^127; NaN stays NaN.
 DEVICE float exp2_f(float x) {
   float c = min2(127.f, max2(-126.f, x));
-  float n = c + 12582912.f;  // round to nearest even: the integer lies in the low bits
+  float n = c + 12582912.f;  // round to nearest even: the integer is in the low bits
   float f = c - (n - 12582912.f);
   float p = 1.32186723e-3f;
   p = fmaf(p, f, 9.67169832e-3f);
@@ -71,8 +72,8 @@ DEVICE float exp2_f(float x) {
   return x < -126.f ? 0.f : y;
 }
 
-// 2^x where speed counts most, for all of attention's tensor-core kernels: 2 ulp, and below -126 it is 0. On a GPU it is
-// one instruction, on a CPU exp2_f: they differ in last bits, and above 127 the GPU gives infinity.
+// 2^x where speed matters most, for all tensor-core kernels of attention: 2 ulp, and 0 below -126. On a GPU it is one
+// instruction, on a CPU exp2_f: they differ in the last bits, and above 127 the GPU gives infinity.
 DEVICE float exp2_fast(float x) {
 #ifdef __CUDACC__
   float y;
@@ -83,7 +84,7 @@ DEVICE float exp2_fast(float x) {
 #endif
 }
 
-// The larger, in one instruction on a GPU; max2 takes two there, for what it makes of NaN.
+// The larger of two, in one instruction on a GPU; max2 takes two there because of its rule for NaN.
 DEVICE float max_fast(float a, float b) {
 #ifdef __CUDACC__
   return fmaxf(a, b);
@@ -119,13 +120,13 @@ DEVICE float log_f(float x) {
   return x >= 0.f ? y : x - x + bits_to_float(0x7fc00000);
 }
 
-// 1 / (1 + e^-x), by e^-|x|: nothing overflows, and the small values of negative x keep their bits.
+// 1 / (1 + e^-x), through e^-|x|: nothing overflows, and the small values of negative x keep their precision.
 DEVICE float sigmoid_f(float x) {
   float e = exp_f(x < 0.f ? x : -x);
   return (x < 0.f ? e : 1.f) / (1.f + e);
 }
 
-// tanh by e^2|x|; near 0, where that cancels, by its odd polynomial.
+// tanh through e^2|x|; near 0, where that cancels, by an odd polynomial.
 DEVICE float tanh_f(float x) {
   float a = x < 0.f ? -x : x;
   float z = x * x;
@@ -140,7 +141,7 @@ DEVICE float tanh_f(float x) {
   return a < 0.625f ? small : big;
 }
 
-// erf by Abramowitz & Stegun 7.1.26's successor form: Taylor series inside 1, 1 - e^{-x^2} P(1/(1+a x)) outside.
+// erf: Taylor series for |x| < 1, else 1 - e^{-x^2} P(1/(1+a x)), Abramowitz & Stegun 7.1.26.
 DEVICE float erf_f(float x) {
   float a = x < 0.f ? -x : x;
   float z = x * x;

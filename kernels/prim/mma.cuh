@@ -70,8 +70,8 @@ DEVICE void mma_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[
 #endif
 }
 
-// Four 8x8 tiles of 16-bit values; lane 8i + j gives the (16-byte aligned) shared address of row j of tile i, and each
-// lane gets from tile i the values (lane/4, 2(lane%4)) and its right neighbour; with TRANS of the transposed tile.
+// Loads four 8x8 tiles of 16-bit values. Lane 8i + j passes the (16-byte aligned) shared address of row j of tile i; each lane
+// receives from tile i the values (lane/4, 2(lane%4)) and its right neighbour; with TRANS those of the transposed tile.
 template <bool TRANS>
 DEVICE void ldmatrix4(unsigned (&r)[4], const void* row) {
 #ifdef __CUDACC__

@@ -1,5 +1,5 @@
-// The storage type `real` (float, or bf16 in a bf16 build) and bf16 itself.
-// Arithmetic is always float; a bf16 is rounded to nearest even when, and only when, it is stored.
+// The storage type `real` (float, or bf16 in a bf16 build) and bf16 itself. Arithmetic is always float; a bf16 is rounded to
+// nearest even when, and only when, it is stored.
 #pragma once
 #include "prim/kernel.cuh"
 
@@ -23,12 +23,12 @@ DEVICE bf16 to_bf16(float v) {
   return {r};
 #else
   unsigned u = shim::as_bits(v);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // what cvt.rn gives for any NaN
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // cvt.rn's result for any NaN
   return {(unsigned short)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 #endif
 }
 
-// Two floats to two bf16 in one word, `lo` in the low half: the operand format of mma.
+// Packs two floats as two bf16 in one word, `lo` in the low half: the operand format of mma.
 DEVICE unsigned pack_bf16(float lo, float hi) {
 #ifdef __CUDACC__
   unsigned r;
@@ -47,5 +47,5 @@ typedef float real;
 DEVICE real to_real(float v) { return v; }
 #endif
 
-// v as it reads back after being stored as a real.
+// v after a round trip through `real`.
 DEVICE float round_real(float v) { return to_float(to_real(v)); }

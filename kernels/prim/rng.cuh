@@ -1,11 +1,11 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter-based generator.
-// Key: (seed, stream). Counter: what the number is for (step, site, row, position). No state, so nothing to checkpoint,
-// and a number does not depend on who computes it.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter-based generator. Key: (seed,
+// stream). Counter: what the number is for (step, site, row, position). There is no state to checkpoint, and a number does not
+// depend on which thread computes it.
 #pragma once
 #include "prim/kernel.cuh"
 
-// What a draw is for, in the last word of the counter, so that no two uses share a number. The other tags are in
-// src/rng.rs, where a test holds all of them apart. A dropout's site is in the low bits of its tag.
+// The use of a random number, in the last word of the counter, so that no two uses share a number. The other tags are in
+// src/rng.rs, where a test checks that all are distinct. The low bits of DROPOUT_TAG hold the site.
 EXPORT(unsigned, DROPOUT_TAG, 0x01000000u);
 EXPORT(unsigned, WEIGHT_NOISE_TAG, 0x02000000u);
 EXPORT(unsigned, SAMPLE_TAG, 0x04000000u);

@@ -1,15 +1,15 @@
-// The tile of a matrix product: what a block of 256 threads does with its part of C, for every kernel that multiplies.
+// The tile of a matrix product: how a block of 256 threads computes its part of C, for every kernel that multiplies.
 //
 // bf16: 128 x 128 of C in steps of k 32, three stages of cp.async, ldmatrix, mma.sync m16n8k16; a warp owns 64 x 32.
-// f32: 64 x 64 in steps of 16, 4 x 4 a thread. Each element of C is one chain of sums over k from left to right.
-// A kernel gives `fetch(step, ta, tb)`, which starts the copies of a step's operands (by load_tile), so that the chain may
-// go on from one pair of operands to the next; and `put(row, col, x, y)`, which takes two neighbours of a row.
+// f32: 64 x 64 in steps of 16, 4 x 4 per thread. Each element of C is one chain of sums over k from left to right.
+// A kernel passes `fetch(step, ta, tb)`, which starts the copies of a step's operands (by load_tile), so that the chain may
+// continue from one pair of operands to the next; and `put(row, col, x, y)`, which takes two neighbours of a row.
 #pragma once
 #include "prim/async.cuh"
 #include "prim/mma.cuh"
 #include "prim/vec.cuh"
 
-// Rows and columns of a block's part of C, and its shared memory: three stages of two tiles, or two padded tiles.
+// Rows and columns of a block's part of C, and its shared memory: three stages of two tiles (bf16), or two padded tiles (f32).
 EXPORT_FN(tile_side, real_bytes, real_bytes == 2 ? 128 : 64);
 EXPORT_FN(tile_shared, real_bytes, real_bytes == 2 ? 3 * 2 * 128 * 32 * 2 : 2 * 16 * (64 + 4) * 4);
 
@@ -20,7 +20,7 @@ struct alignas(2 * sizeof(T)) Two {
   T x, y;
 };
 
-// Where a tile's sums go: rows x cols of T with row stride ld, with a bias or not, added to what is there or not.
+// Where a tile's sums go: rows x cols of T with row stride ld, with an optional bias, optionally added to what is there.
 template <class T>
 struct Target {
   T* c;
@@ -30,7 +30,7 @@ struct Target {
   DEVICE_MEMBER Target(T* c, const real* bias, int rows, int cols, int ld, bool accumulate)
       : c(c), bias(bias), ld(ld), rows(rows), cols(cols), accumulate(accumulate),
         paired((((unsigned long long)c / sizeof(T)) | (unsigned)ld) % 2 == 0) {}
-  // x at (row, col) and y beside it, in one access where the address allows; what lies outside is left out.
+  // Stores x at (row, col) and y to its right, in one access where the address allows; what lies outside is dropped.
   DEVICE_MEMBER void put(int row, int col, float x, float y) const {
     if (row >= rows || col >= cols) return;
     const bool two = col + 1 < cols;
@@ -52,7 +52,7 @@ struct Target {
   }
 };
 
-// An operand in memory, rows x cols; outside it is zero. `chunk` starts the copy of 8 values, `at` gives one.
+// An operand in memory, rows x cols, zero outside. `chunk` starts the copy of 8 values, `at` returns one.
 struct Matrix {
   const real* p;
   int ld, rows, cols;
@@ -78,7 +78,7 @@ struct Matrix {
 
 #ifdef REAL_BF16
 constexpr int BM = tile_side(2), BN = BM, BK = 32, STAGES = 3;
-constexpr int TILE = BM * BK;  // elements of one operand's tile, either way round
+constexpr int TILE = BM * BK;  // elements of one operand's tile, in either layout
 static_assert(tile_shared(2) == STAGES * 2 * TILE * (int)sizeof(bf16), "the launch asks for what is used");
 
 struct Sums {
@@ -122,7 +122,7 @@ DEVICE void multiply(Sums& acc, int steps, Fetch fetch) {
   auto start = [&](int step) {
     bf16* ta = shared + step % STAGES * 2 * TILE;
     if (step < steps) fetch(step, ta, ta + TILE);
-    copy_commit();  // also when empty, so that the wait below always counts the same
+    copy_commit();  // also when empty, so that copy_wait always counts the same groups
   };
   for (int s = 0; s < STAGES - 1; ++s) start(s);
   for (int step = 0; step < steps; ++step) {
@@ -186,7 +186,7 @@ struct Sums {
 
 template <bool K_CONTIGUOUS, class Operand>
 DEVICE void load_tile(float* tile, const Operand& src, int outer, int k0) {
-  // Neighbouring threads read neighbouring addresses of whichever dimension is contiguous.
+  // Neighbouring threads read neighbouring addresses along the contiguous dimension.
   for (int i = threadIdx.x; i < 64 * BK; i += 256) {
     const int r = K_CONTIGUOUS ? i / BK : i % 64, kk = K_CONTIGUOUS ? i % BK : i / 64;
     tile[kk * (64 + 4) + r] = K_CONTIGUOUS ? src.at(outer + r, k0 + kk) : src.at(k0 + kk, outer + r);

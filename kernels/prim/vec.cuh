@@ -1,10 +1,10 @@
-// Packs: the V (flat) or WV (warp) consecutive values that one thread moves at once, as floats in registers.
-// V reals are 16 bytes, so on the GPU each load and store below is one 128-bit access when the pack is whole and
-// aligned (row starts and lengths are multiples of V in every real model); a ragged end takes the element path.
+// Packs: the V (flat) or WV (warp) consecutive values that one thread moves at once, as floats in registers. V reals are 16
+// bytes, so on the GPU each load and store below is one 128-bit access if the pack is whole and aligned (row starts and lengths
+// are multiples of V in every real model); a ragged end takes the element-wise path.
 #pragma once
 #include "prim/real.cuh"
 
-// Values that a thread moves at once, by the bytes of a value.
+// Values that a thread moves at once, given the bytes of a value.
 EXPORT_FN(pack_width, bytes, 16 / bytes);
 // Columns that a warp covers at once.
 EXPORT_FN(warp_columns, bytes, 32 * pack_width(bytes));
@@ -23,7 +23,7 @@ template <class T>
 DEVICE bool aligned16(const T* p) { return ((unsigned long long)p & 15) == 0; }
 #endif
 
-// The first min(n, N) values at p; the rest reads as `fill`.
+// The first min(n, N) values at p; the rest is `fill`.
 template <int N, class T>
 DEVICE Pack<N> load(const T* p, long long n, float fill = 0.f) {
   Pack<N> r;
@@ -53,7 +53,7 @@ DEVICE Pack<N> load(const T* p, long long n, float fill = 0.f) {
 DEVICE void assign(float& d, float v) { d = v; }
 DEVICE void assign(bf16& d, float v) { d = to_bf16(v); }
 
-// Stores the first min(n, N) values; with `accumulate` adds them to what is there.
+// Stores the first min(n, N) values, or with `accumulate` adds them to memory.
 template <int N, class T>
 DEVICE void store(T* p, Pack<N> r, long long n, bool accumulate = false) {
   if (accumulate) {
@@ -85,9 +85,9 @@ DEVICE void store(T* p, Pack<N> r, long long n, bool accumulate = false) {
     if (i < n) assign(p[i], r.v[i]);
 }
 
-// The N values of a pack as they lie in memory. `load` converts, and so waits; a thread that fetches several packs and
-// takes their values later has all of them under way at once. For whole packs only: p is a multiple of 16 bytes, and a
-// pack lies within the n values that follow or outside (on a CPU, where packs are wider, the rest of one is zero).
+// The N values of a pack in their storage format. `load` converts, and so waits for the data; a thread that fetches several packs
+// and converts them later has all their loads in flight at once. For whole packs only: p is a multiple of 16 bytes, and a pack
+// lies either within the next n values or outside (on a CPU, where packs are wider, the rest of a pack is zero).
 template <int N, class T>
 struct Packed {
 #ifdef __CUDACC__
@@ -148,7 +148,7 @@ DEVICE void put(T* p, const Packed<N, T>& r, long long n) {
 #endif
 }
 
-// Whether packs that start at p and `stride` values further on are whole ones.
+// Whether the packs at p and at every multiple of `stride` values from it are aligned.
 template <class T>
 DEVICE bool whole_packs(const T* p, long long stride) {
   return (((unsigned long long)p / sizeof(T) | (unsigned long long)stride) % V) == 0;

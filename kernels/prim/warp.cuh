@@ -1,11 +1,11 @@
-// Warp collectives. All 32 lanes take part, always: a collective under divergence is an error that the shim reports.
-// With LANES 1 (KERNEL_WARP on the CPU) the one thread holds what 32 lanes would hold, lane after lane, and the sums
-// below are taken in the lanes' order: first each lane's own values from left to right, then the butterfly.
+// Warp collectives. All 32 lanes must take part: a collective under divergence is an error that the shim reports. With LANES 1
+// (KERNEL_WARP on the CPU) one thread holds what 32 lanes would hold, lane after lane, and the sums below are taken in the order
+// of the lanes: first each lane's own values from left to right, then the butterfly.
 #pragma once
 #include "prim/vec.cuh"
 
-// In a KERNEL: one lane's view. A KERNEL_WARP has `pack_sum` and `pack_max` instead (its fast CPU build has no lanes, so
-// the names below do not compile there).
+// For a KERNEL: one lane's view. A KERNEL_WARP uses `pack_sum` and `pack_max` instead (its fast CPU build has no lanes, so the
+// functions below do not compile there).
 template <class T>
 DEVICE T shfl_xor(T v, int mask) {
 #ifdef __CUDACC__
@@ -58,7 +58,7 @@ DEVICE float pack_sum(const WarpPack& p) {
 #endif
 }
 
-// Largest of all values of the warp's packs; a NaN counts as absent, -inf if there is nothing else.
+// Largest of all values of the warp's packs. NaNs are ignored; -inf if there is nothing else.
 DEVICE float pack_max(const WarpPack& p) {
 #if LANES == 32
   float s = -__builtin_huge_valf();
@@ -76,11 +76,12 @@ DEVICE float pack_max(const WarpPack& p) {
 #endif
 }
 
-// The values of a row of n that this lane holds in the pack that starts at column i: `p + i + WCOL`, `n - i - WCOL`.
+// In the pack that starts at column i of a row of n this lane holds the values from `p + i + WCOL` on, of which `n - i - WCOL`
+// exist.
 #define WCOL (LANE * V)
 constexpr int WARP_STEP = warp_columns(sizeof(real));
 
-// Rows that a warp adds up in the first stage of a sum over rows; sum_partials (reduce.cu) is the second.
+// Rows that a warp sums in the first stage of a sum over rows; sum_partials (reduce.cu) is the second.
 EXPORT(int, SUM_ROWS, 64);
 
 template <class T>

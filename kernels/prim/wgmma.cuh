@@ -1,9 +1,9 @@
-// Tensor-core products of a warpgroup (wgmma m64nNk16, sm_90a), four warps at once, their operands in shared memory.
+// Tensor-core products of a warpgroup (wgmma m64nNk16, sm_90a): four warps at once, with operands in shared memory.
 //
-// Fragments: warp w of the warpgroup owns rows 16 w to 16 w + 15, and in them each lane what it owns in mma.cuh:
+// Fragments: warp w of the warpgroup owns rows 16 w to 16 w + 15; within them each lane owns the same elements as in mma.cuh:
 //   D 64xN float: d[4c + 2h + e] = (row 16 w + lane / 4 + 8 h, column 8 c + lane % 4 * 2 + e)
 //   A 64x16 in registers: a[0..3] as A of mma.m16n8k16, so the accumulators of one product, packed, are the A of the next
-// Each element is one chain over k in steps of 16: bit for bit that of mma_bf16 (measured on an H100, and so on the CPU).
+// Each element is one chain over k in steps of 16: bit for bit that of mma_bf16 (measured on an H100; the CPU does the same).
 //
 // Operands have 128-byte swizzle, as tma_load writes it with boxes 64 wide: 16-byte chunk c of 128-byte row r lies at
 // swizzle128(r, c), and a tile starts at a multiple of 1024 bytes.
@@ -31,7 +31,7 @@ DEVICE wgmma_operand wgmma_desc(const bf16* tile) {
 #endif
 }
 
-// Before a warpgroup's first wgmma, and after it has touched accumulators or operands in registers.
+// Required before a warpgroup's first wgmma, and after it has touched accumulators or operands in registers.
 DEVICE void wgmma_fence() {
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -46,8 +46,8 @@ DEVICE void wgmma_commit() {
   shim::wgmma_commit();
 #endif
 }
-// Until at most N of the warpgroup's newest groups are in flight. Before it nothing may touch their accumulators, and
-// their operands' memory may not be given back.
+// Waits until at most N of the warpgroup's newest groups are in flight. Until then nothing may touch their accumulators, and
+// their operands' memory may not be released.
 template <int N>
 DEVICE void wgmma_wait() {
 #ifdef __CUDACC__
@@ -58,7 +58,7 @@ DEVICE void wgmma_wait() {
 }
 
 #ifdef __CUDACC__
-// wgmma_ss and wgmma_rs for one N: the list of its N/2 accumulators, then the numbers of the operands after them.
+// wgmma_ss and wgmma_rs for one N: the list of its N/2 accumulators, then the numbers of the operands that follow.
 #define TEN(p) \
   "%" #p "0,%" #p "1,%" #p "2,%" #p "3,%" #p "4,%" #p "5,%" #p "6,%" #p "7,%" #p "8,%" #p "9"
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -113,7 +113,7 @@ WGMMA(256, TEN() "," TEN(1) "," TEN(2) "," TEN(3) "," TEN(4) "," TEN(5) "," TEN(
 #undef TEN
 #endif
 
-// d = (accumulate ? d : 0) + A B over k = 16. TRANS: that operand's k is not contiguous. In flight until wgmma_wait.
+// d = (accumulate ? d : 0) + A B over k = 16. TRANS: that operand is not contiguous in k. In flight until wgmma_wait.
 template <int N, bool TRANS_A, bool TRANS_B>
 DEVICE void wgmma_ss(float (&d)[N / 2], wgmma_operand a, wgmma_operand b, bool accumulate) {
 #ifdef __CUDACC__
@@ -141,7 +141,7 @@ static inline void stmatrix_of_warp(void* const* lanes) {
     }
 }
 #endif
-// The inverse of ldmatrix4: lane 8i + j gives the address of row j of tile i.
+// The inverse of ldmatrix4: lane 8i + j passes the address of row j of tile i.
 DEVICE void stmatrix4(void* row, const unsigned (&r)[4]) {
 #ifdef __CUDACC__
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),

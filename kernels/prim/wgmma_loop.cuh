@@ -1,8 +1,8 @@
-// What a loop of wgmma needs beside the products: accumulators that stay where they are, and cheap steps of operands.
+// What a loop of wgmma needs beside the products: accumulators that the compiler does not move, and cheap steps between operands.
 #pragma once
 #include "prim/wgmma.cuh"
 
-// Whether it is true in some lane of the warp.
+// Whether p is true in any lane of the warp.
 DEVICE bool warp_any(bool p) {
 #ifdef __CUDACC__
   return __any_sync(0xffffffffu, p);
@@ -14,7 +14,7 @@ DEVICE bool warp_any(bool p) {
 }
 
 #if HOPPER
-// Nothing that reads or writes these moves across: after wgmma_wait, so that no use of them comes before the wait.
+// Call after wgmma_wait: the compiler moves no read or write of these accumulators across, so none comes before the wait.
 template <int N>
 DEVICE void hold(float (&d)[N]) {
 #ifdef __CUDACC__
@@ -23,7 +23,7 @@ DEVICE void hold(float (&d)[N]) {
 #endif
 }
 
-// A number from which the compiler computes nothing ahead of this point: what follows from it takes no registers before.
+// Hides v from the optimiser: nothing that depends on it is computed, and held in registers, before this point.
 DEVICE int hold(int v) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(v));
@@ -31,7 +31,7 @@ DEVICE int hold(int v) {
   return v;
 }
 
-// The operand `values` (a multiple of 8) further in the same shared memory: one addition, where wgmma_desc takes five.
+// The operand `values` (a multiple of 8) further on in the same shared memory: one addition, where wgmma_desc takes five.
 DEVICE wgmma_operand wgmma_step(wgmma_operand o, int values) {
 #ifdef __CUDACC__
   return (o & ~0xffffffffull) | ((unsigned)o + (unsigned)(values / 8));

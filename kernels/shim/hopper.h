@@ -1,7 +1,7 @@
-// The part of shim.cpp behind prim/tma.cuh and prim/wgmma.cuh: mbarriers, bulk copies by tensor map, named barriers,
-// products of a warpgroup. Fast mode does each at once. Strict mode does it as late as a GPU might: a load lands when
-// somebody waits for its mbarrier and is poison until then; a store reads shared memory, and a product its operands and
-// accumulators, when its thread waits for it; both see shared memory as it was at the last proxy fence.
+// The part of shim.cpp behind prim/tma.cuh and prim/wgmma.cuh: mbarriers, bulk copies by tensor map, named barriers, products of
+// a warpgroup. Fast mode does each of them at once. Strict mode does it as late as a GPU might: a load lands when a thread waits
+// for its mbarrier and is poison until then; a store reads shared memory, and a product its operands and accumulators, when its
+// thread waits for it; both see shared memory as it was at the last proxy fence.
 #pragma once
 
 namespace shim {
@@ -34,12 +34,12 @@ void expect_shared(const char* what, const void* p, size_t bytes, size_t align) 
   stop(text);
 }
 
-// As TMA stores and wgmma see the byte at p.
+// The byte at p as TMA stores and wgmma see it.
 const unsigned char* seen(const void* p) {
   return strict() ? worker->async_view + shared_offset(p) : (const unsigned char*)p;
 }
 
-// --- mbarriers: count, arrivals still missing, bytes still missing and the parity of the phase, in 8 bytes ---
+// --- mbarriers, in 8 bytes: expected arrivals, arrivals and bytes still missing, parity of the phase ---
 struct Mbarrier {
   unsigned short count, missing;
   int bytes : 31;
@@ -68,7 +68,7 @@ void arrive(Mbarrier& m) {
 // --- boxes ---
 size_t box_bytes(const TensorMap& m) { return (size_t)m.box_rows * m.box_cols * m.element_bytes; }
 
-// Calls f(byte offset in the box as it lies in shared memory, byte offset in global memory or -1 outside, bytes).
+// Calls f(byte offset in the box in shared memory, byte offset in global memory or -1 if outside, bytes).
 template <class F>
 void each_chunk(const TensorMap& m, int x, int y, F f) {
   const size_t e = m.element_bytes, row_bytes = m.box_cols * e;
@@ -105,7 +105,7 @@ void store_box(const Store& s) {
   });
 }
 
-// Lands what was started for b, in order.
+// Completes, in order, the copies and arrivals started for b.
 void land(unsigned long long* b) {
   Worker& w = *worker;
   size_t kept = 0;
@@ -131,7 +131,7 @@ void land(unsigned long long* b) {
   w.bulk.resize(kept);
 }
 
-// A wait that would not block lands nothing: with the wrong parity one reads what was there before.
+// A wait that would not block lands nothing: with the wrong parity a thread reads the previous contents.
 bool mbarrier_passed(Fiber& f) {
   Mbarrier& m = *(Mbarrier*)f.mbarrier;
   if (m.parity == (unsigned)f.parity) land(f.mbarrier);
@@ -147,7 +147,7 @@ size_t span(const WgmmaOperand& o, int rows) {
 
 bool overlap(const unsigned char* a, size_t an, const unsigned char* b, size_t bn) { return a < b + bn && b < a + an; }
 
-// Strict: no product in flight reads these bytes.
+// Strict: fails if a product in flight may read these bytes.
 void expect_free(const char* what, const unsigned char* at, size_t bytes) {
   Worker& w = *worker;
   for (unsigned g = 0; g < w.threads / 128; ++g)
@@ -191,7 +191,7 @@ void read_operand(float (*to)[16], const WgmmaOperand& o, int rows) {
     }
 }
 
-// The arithmetic of mma_bf16: the 16 products of a step from left to right, and then their sum onto d.
+// The arithmetic of mma_bf16: sums the 16 products of a step from left to right, then adds the sum to d.
 void multiply(const Wgmma& p) {
   static thread_local float a[64][16], b[256][16], bt[16][256];
   if (p.from_registers) {
@@ -219,7 +219,7 @@ void multiply(const Wgmma& p) {
   }
 }
 
-// Keeps the accumulators of each product that is the first in flight on them, and poisons them.
+// For each product in flight that is the first on its accumulators: saves the accumulators and poisons them.
 void keep_accumulators(Warpgroup& g) {
   for (size_t i = 0; i < g.pending.size(); ++i) {
     Wgmma& p = g.pending[i];

@@ -1,13 +1,13 @@
 // Bugs that the strict CPU mode must catch, each beside its correct twin. CPU only: tests/it/shim.rs runs them.
 //
-// Math     y = x for the twins of D = 0, unless a kernel says otherwise; D > 0 plants the bug
+// Math     y = x for the twins (D = 0), unless a kernel says otherwise; D > 0 plants the bug
 // Shapes   x, y [n] float, one block of n threads
-// Plan     one thread an element
-// Numerics moves only
+// Plan     one thread per element
+// Numerics copies only
 // Cost     nothing; never launched outside the tests
 #include "prim/async.cuh"
 
-// y[i] = x[i ^ 1]. D = 1: half of the lanes are in another collective; D = 2: half of the lanes are in none.
+// y[i] = x[i ^ 1]. D = 1: half of the lanes are in another collective; D = 2: half of the lanes are in no collective.
 KERNEL(planted_divergence, D=0,1,2)(float* y, const float* x, int n) {
   const int i = threadIdx.x;
   float v = x[i];
@@ -27,7 +27,7 @@ KERNEL(planted_barrier, D=0,1)(float* y, const float* x, int n) {
   if (i < n) y[i] = s[i];
 }
 
-// D = 1: half of each warp waits for the other half, which waits at the barrier.
+// D = 1: half of each warp waits for the other half, which waits at the block barrier.
 KERNEL(planted_deadlock, D=0,1)(float* y, const float* x, int n) {
   const int i = threadIdx.x;
   if (D == 0 || i % 32 < 16) {
@@ -40,7 +40,7 @@ KERNEL(planted_deadlock, D=0,1)(float* y, const float* x, int n) {
   if (i < n) y[i] = x[i];
 }
 
-// y[i] = x[n - 1 - i], through shared memory of 2 n floats. D = 1 reads the half that nothing wrote.
+// y[i] = x[n - 1 - i], through shared memory of 2 n floats. D = 1 reads the half that was never written.
 KERNEL(planted_unwritten, D=0,1)(float* y, const float* x, int n) {
   const int i = threadIdx.x;
   float* s = (float*)shared_base();
@@ -73,8 +73,8 @@ KERNEL(planted_shared, D=0,1)(float* y, const float* x, int n) {
   y[i] = s[i];
 }
 
-// y = x by async copies of four values a thread. D = 1 never waits; D = 2 waits after it has read; D = 3 copies from an
-// address that is not a multiple of 16.
+// y = x by async copies of four values per thread. D = 1 never waits; D = 2 waits after it has read; D = 3 copies from an address
+// that is not a multiple of 16.
 KERNEL(planted_copy, D=0,1,2,3)(float* y, const float* x, int n) {
   const int i = threadIdx.x * 4;
   float* s = (float*)shared_base();

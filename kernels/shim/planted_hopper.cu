@@ -1,5 +1,5 @@
-// Bugs of a Hopper kernel that the strict CPU mode must catch, each beside its correct twin. CPU only: tests/it/hopper.rs
-// runs them.
+// Bugs of a Hopper kernel that the strict CPU mode must catch, each beside its correct twin. CPU only: tests/it/hopper.rs runs
+// them.
 //
 // Math     C = A B^T for the twin, D = 0; D > 0 plants one bug
 // Shapes   A, B [64, 64 steps], C [64, 64] real, boxes of 64 rows; one block of 256 threads
@@ -68,7 +68,7 @@ KERNEL(planted_hopper, D=0,1,2,3,4,5,6,7,8,9,10, SHARED=5 * 8192 + 64)(const ten
 #endif
 }
 
-// y[i] = x[n - 1 - i] through shared memory of n floats, copied by cp.async that arrive at an mbarrier. D = 1 reads
+// y[i] = x[n - 1 - i] through shared memory of n floats, filled by cp.async whose completion arrives at an mbarrier. D = 1 reads
 // without waiting for it.
 KERNEL(planted_copy_arrival, D=0,1)(float* y, const float* x, int n) {
   const int i = threadIdx.x;

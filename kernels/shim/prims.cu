@@ -1,8 +1,9 @@
 // The functions of prim/ one by one, for tests/it/prim.rs. CPU only.
 //
-// Math     prim_unary: y = f(x), f = exp, log, tanh, erf, sigmoid, exp2_fast for which = 0 to 5. prim_philox: y = philox(key, counter)
+// Math     prim_unary: y = f(x), f = exp, log, tanh, erf, sigmoid, exp2_fast for which = 0 to 5. prim_philox: y = philox(key,
+//          counter)
 // Shapes   x, y [n] float;  input [n, 6] (key0, key1, counter 0 to 3), output [n, 4] unsigned
-// Plan     one thread an element
+// Plan     one thread per element
 // Numerics those of prim/math.cuh
 // Cost     nothing; never launched outside the tests
 #include "prim/math.cuh"

@@ -1,5 +1,5 @@
-// The fiber runtime behind shim.h: one Worker an OS thread, holding the stacks, the shared memory and the state of the
-// block that is running. See shim.h for what it promises.
+// The fiber runtime behind shim.h: one Worker per OS thread, which holds the stacks, the shared memory and the state of the
+// running block. See shim.h for its guarantees.
 #include "shim/shim.h"
 
 #include <cstdio>
@@ -10,7 +10,7 @@
 
 __thread shim::Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// --- switching stacks: the callee-saved registers of the platform, nothing else ---
+// --- switching stacks: saves and restores only the callee-saved registers ---
 extern "C" void temper_shim_switch(void** save_sp, void* load_sp) asm("temper_shim_switch");
 #if defined(__x86_64__)
 asm(R"(
@@ -79,7 +79,7 @@ const size_t STACK_BYTES = 128 << 10;
 const size_t GUARD_BYTES = 16 << 10;
 const size_t RED_ZONE = 256;
 const unsigned MAX_COPIES = 64;
-const unsigned short POISON = 0x7ff7;  // NaN as a bf16, and twice over as a float
+const unsigned short POISON = 0x7ff7;  // NaN as a bf16; two of them are a NaN as a float
 
 enum State : unsigned char { READY, AT_BARRIER, AT_COLLECTIVE, AT_MBARRIER, AT_NAMED, DONE };
 
@@ -92,16 +92,16 @@ struct Copy {
 struct Fiber {
   void* sp;
   State state;
-  const char* at;  // name of the collective it waits in
+  const char* at;  // name of the collective where it waits
   void* data;
-  unsigned groups, copies;  // async copy groups committed; copies pending
+  unsigned groups, copies;  // async copy groups committed; async copies pending
   Copy pending[MAX_COPIES];
-  unsigned long long* mbarrier;  // the one it waits at, and for which parity
-  int parity, named;             // the named barrier it waits at
+  unsigned long long* mbarrier;  // the mbarrier and the parity that it waits for
+  int parity, named;             // named: the named barrier where it waits
 };
 
-// A copy that lands when somebody waits for its mbarrier: a box of a map, or a cp.async of this thread, or an arrival
-// after those (dst null).
+// A copy that lands when a thread waits for its mbarrier: a box of a map, a cp.async of this thread, or the arrival after its
+// cp.async (dst null).
 struct Bulk {
   unsigned long long* mbarrier;
   const TensorMap* map;
@@ -109,7 +109,7 @@ struct Bulk {
   Copy copy;
 };
 
-// A box on its way to global memory.
+// A box in flight to global memory.
 struct Store {
   const TensorMap* map;
   const void* src;
@@ -125,7 +125,7 @@ struct Wgmma {
   unsigned registers[128][4];
   float* d[128];
   unsigned group;
-  std::vector<float> old;  // the accumulators before it, 128 times n/2, if `kept`; meanwhile they hold poison
+  std::vector<float> old;  // the accumulators before it, 128 times n/2, if `kept`; until it is done they hold poison
 };
 
 struct Warpgroup {
@@ -145,7 +145,7 @@ struct Worker {
   void* arg = nullptr;
   unsigned threads = 0, current = 0, at_barrier = 0, done = 0;
   unsigned arrived[MAX_THREADS / 32];           // lanes of each warp that wait in its collective
-  const char* collective[MAX_THREADS / 32];     // which one that is
+  const char* collective[MAX_THREADS / 32];     // the name of that collective
   unsigned group_arrived[MAX_THREADS / 128];    // the same for warpgroups
   const char* group_collective[MAX_THREADS / 128];
   unsigned named[16];                           // arrivals at each named barrier
@@ -161,14 +161,14 @@ struct Worker {
 
 __thread Worker* worker;
 
-// Frees a worker with its thread. The stacks are thousands of mappings, and a process may have 65,530:
-// a program that opens many devices, as the tests do, ran out of them.
+// Frees a worker when its thread ends. The stacks are thousands of mappings, and a process may have only 65,530: a program that
+// opens many devices, as the tests do, ran out of them.
 thread_local struct WorkerOwner {
   ~WorkerOwner() {
     delete worker;
     worker = nullptr;
   }
-  void touch() {}  // the first use makes it, so that it ends with the thread
+  void touch() {}  // the first use constructs it, so that it is destroyed when the thread ends
 } owner;
 
 void fail(const char* text) {
@@ -204,7 +204,7 @@ void fiber_main() {
 void prepare(Fiber& f, char* stack) {
   void** top = (void**)(stack + STACK_BYTES) - 2;  // 16-byte aligned
 #if defined(__x86_64__)
-  *--top = nullptr;  // the return address fiber_main would see: keeps the ABI's alignment at its entry
+  *--top = nullptr;  // the return address of fiber_main: gives the stack alignment that the ABI requires at its entry
   *--top = (void*)fiber_main;
   top -= SAVED_WORDS;
   memset(top, 0, SAVED_WORDS * sizeof(void*));
@@ -240,7 +240,7 @@ void set_thread(const Launch& l, unsigned t) {
   threadIdx = {t % l.block[0], t / l.block[0] % l.block[1], t / l.block[0] / l.block[1]};
 }
 
-// Names who waits where, for a block that cannot go on.
+// Lists which threads wait where, for a block that cannot make progress.
 void report_deadlock() {
   Worker& w = *worker;
   unsigned collective = 0, ended = 0;
@@ -399,7 +399,7 @@ void block_barrier() {
 int lane_id() { return (int)(worker->current % 32); }
 
 namespace {
-// Of the `size` threads around this one. `arrived` and `current` are the counter and the name of their collective.
+// A collective of the aligned `size` threads around this one. `arrived` and `current` are its counter and its name.
 void collective(const char* name, void* mine, WarpCompute compute, unsigned size, unsigned& arrived, const char*& current) {
   Worker& w = *worker;
   const unsigned first = w.current / size * size;

@@ -1,11 +1,11 @@
-// CUDA on a CPU, for the host compiler only: what a kernel finds when it is compiled by g++ or clang++.
+// CUDA on a CPU, for the host compiler only: what a kernel uses when it is compiled by g++ or clang++.
 //
-// FLAT and WARP kernels run as loops. A KERNEL runs each thread of a block as a fiber on the calling OS thread;
-// a fiber gives way only at a barrier or a warp collective. A collective is computed once, by the last lane to arrive.
-// Strict mode (tests, `temper check`) runs lanes in an order permuted by the seed, poisons shared memory, and turns
-// into errors: divergent collectives, barriers that some threads skip, deadlocks, writes past shared memory, async
-// copies that nothing waited for or that are misaligned, and what a Hopper kernel can get wrong (kernels/shim/planted.cu
-// and planted_hopper.cu have one of each). What passes here can still fail on a GPU: the memory model is not emulated.
+// FLAT and WARP kernels run as loops. A KERNEL runs each thread of a block as a fiber on the calling OS thread; a fiber yields
+// only at a barrier, a collective or a wait for an mbarrier. A collective is computed once, by the last lane to arrive. Strict
+// mode (tests, `temper check`) runs lanes in an order permuted by the seed, poisons shared memory, and turns into errors:
+// divergent collectives, barriers that some threads skip, deadlocks, writes past shared memory, async copies that nothing waited
+// for or that are misaligned, and the mistakes specific to Hopper kernels (kernels/shim/planted.cu and planted_hopper.cu have one
+// of each). A kernel that passes here can still fail on a GPU: the memory model is not emulated.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -15,8 +15,8 @@
 #define __device__
 #define __forceinline__ inline
 
-// Every function that is defined here is `static`: units are compiled for machines of several kinds (build/cpu.rs), and a
-// linker may keep any one copy of a function that they share.
+// Every function defined here is `static`: units are compiled for several instruction sets (build/cpu.rs), and a linker may keep
+// any one copy of a function that they share.
 #define __restrict__ __restrict
 
 namespace shim {
@@ -25,7 +25,7 @@ struct Dim3 {
   unsigned x, y, z;
 };
 
-// One call runs the blocks [block_begin, block_end) of a grid on this OS thread. Mirrors `device/cpu.rs`.
+// One call runs the blocks [block_begin, block_end) of a grid on this OS thread. Must match `CpuLaunch` in `src/device/mod.rs`.
 struct Launch {
   void* const* args;
   unsigned grid[3];
@@ -34,7 +34,7 @@ struct Launch {
   unsigned strict;
   uint64_t seed;
   uint64_t block_begin, block_end;
-  char* error;  // a message here makes the launch fail
+  char* error;  // a message written here makes the launch fail
   size_t error_bytes;
 };
 
@@ -49,8 +49,8 @@ static inline unsigned as_bits(float f) {
   return u;
 }
 
-// What a KERNEL_FLAT or KERNEL_WARP body is a member of: its indices are plain members, so that the thread loop inlines.
-// What such a body does not have is deleted here, so that its use does not compile instead of failing at run time.
+// A KERNEL_FLAT or KERNEL_WARP body is a member of this: its indices are plain members, so that the thread loop inlines.
+// Functions that such a body may not use are deleted here, so that using one fails to compile instead of failing at run time.
 struct FlatThread {
   Dim3 threadIdx, blockIdx, blockDim, gridDim;
   template <class T>
@@ -83,16 +83,17 @@ static void permuted(const Launch& l, F f) {
   run_permuted(l, [](void* p) { (*(F*)p)(); }, &f);
 }
 
-// A collective of the 32 lanes of a warp. `compute` gets the 32 lanes' data pointers, in lane order.
+// A collective of the 32 lanes of a warp. `compute` receives the data pointers of the 32 lanes, in lane order.
 typedef void (*WarpCompute)(void* const* lanes);
 void warp_collective(const char* name, void* mine, WarpCompute compute);
 void block_barrier();
 unsigned char* shared_memory();
 
-// Strict mode: 16 bytes at p lie in the launch's shared memory, at a multiple of 16, as ldmatrix and cp.async want it.
+// Strict mode: checks that the 16 bytes at p are inside the launch's shared memory and 16-byte aligned, as ldmatrix and cp.async
+// require.
 void expect_shared16(const char* what, const void* p);
 
-// Async copies of this thread land when it waits for their group, not before.
+// Async copies of a thread land when it waits for their group, not before.
 void async_copy(void* dst, const void* src, unsigned bytes, unsigned valid_bytes);
 void async_commit();
 void async_wait(int newest_groups_left_in_flight);
@@ -119,19 +120,19 @@ static T shfl_xor(T v, int mask) {
 }
 void warp_sync();
 
-// Lets other OS threads run, while a block waits for another one.
+// Lets other OS threads run while a block waits for another block.
 void yield_thread();
 
-// --- Hopper (hopper.h): prim/tma.cuh and prim/wgmma.cuh say what each does ---
+// --- Hopper (hopper.h): prim/tma.cuh and prim/wgmma.cuh document each function ---
 // A row-major matrix and the box of it that one copy moves. `Device::encode_map` in `device/mod.rs` writes it.
 struct alignas(64) TensorMap {
-  uint64_t address, row_bytes;  // from one row to the next
+  uint64_t address, row_bytes;  // row_bytes: from one row to the next
   uint32_t rows, cols, box_rows, box_cols, element_bytes, swizzled;
   uint32_t unused[22];
 };
 static_assert(sizeof(TensorMap) == 128, "as large as the driver's");
 
-// box: bytes between boxes of 64 columns; 0: k is contiguous.
+// box: bytes between boxes of 64 columns; 0 if k is contiguous.
 struct WgmmaOperand {
   const void* tile;
   int box;
@@ -149,7 +150,7 @@ void named_barrier(int id, int threads, bool wait);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int newest_groups_left_in_flight);
-// a_registers: A's four words, or null where A is `a`.
+// a_registers: the four words of A, or null if A is `a`.
 void wgmma(int n, bool trans_a, bool trans_b, float* d, const unsigned* a_registers, WgmmaOperand a, WgmmaOperand b,
            bool accumulate);
 

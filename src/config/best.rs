@@ -35,7 +35,7 @@ impl BestModelOptions {
             || self.metric_for_best_model.is_some()
     }
 
-    /// The metric as it is logged, with `eval_` in front.
+    /// The metric under its logged name, with the prefix `eval_`.
     pub fn metric(&self) -> String {
         let name = self.metric_for_best_model.as_deref().unwrap_or("loss");
         if name.starts_with("eval_") { name.into() } else { format!("eval_{name}") }
@@ -64,7 +64,7 @@ impl BestModelOptions {
         }
     }
 
-    /// What must hold between these options and those that say when a run evaluates and saves.
+    /// The rules that combine these options with those that say when a run evaluates and saves.
     pub(super) fn rules_of_run(&self, training: &TrainingConfig, report: &mut Report) {
         let (evaluates, saves) = (training.eval_strategy, training.save_strategy);
         if evaluates == When::No {

@@ -1,13 +1,13 @@
 //! The largest and the smallest number that an option may be. Layer 1.
 //!
-//! Invariant: what passes can be cast to f32, and multiplied with the other factors of a batch,
-//! without an overflow; so this is asked before the rules of any section.
+//! Invariant: a number that passes can be cast to f32, and multiplied by the other factors of a
+//! batch, without overflow; so this check comes before the rules of any section.
 
 use toml::Value as Toml;
 
 /// Rows, generations, repetitions: several of them are multiplied, and held in memory together.
 const FACTOR: i64 = 1 << 15;
-/// Tokens of a row, ranks, layers, and whatever else is counted.
+/// Tokens of a row, ranks, layers, and other counts.
 const COUNT: i64 = 1 << 20;
 /// Steps and rows of a whole run.
 const STEPS: i64 = 1_000_000_000_000;
@@ -33,7 +33,7 @@ const FACTORS: [&str; 13] = [
 /// What is wrong with the number, or one of the numbers, that the option is set to.
 pub(super) fn problem(name: &str, kind: &str, value: &Toml) -> Option<String> {
     if name == "seed" {
-        return None; // any will do
+        return None; // any number is fine
     }
     let most = match name {
         name if FACTORS.contains(&name) => FACTOR,

@@ -1,6 +1,6 @@
-//! How rows are read from files: the same options for every command that reads some. Layer 1.
+//! How rows are read from files: the same options for every command that reads rows. Layer 1.
 //!
-//! Invariant: they say what becomes of a row before any method sees it.
+//! Invariant: they decide what happens to a row before any method sees it.
 
 use toml::Value as Toml;
 
@@ -8,7 +8,7 @@ use super::value::{Given, Value, words};
 use super::{Report, section};
 
 words! {
-    /// What happens to a row that cannot be used.
+    /// What to do with an unusable row.
     #[derive(Default)]
     pub enum OnBadRow {
         #[default]
@@ -17,7 +17,7 @@ words! {
     }
 }
 
-/// Fields of rows, and the columns of a file that they are read from.
+/// Fields of rows, with the columns of a file that they are read from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ColumnMap(pub Vec<(String, String)>);
 

@@ -32,7 +32,7 @@ impl EnvironmentOptions {
         match &self.environment {
             Some(command) => {
                 report.must(!command.trim().is_empty(), || "environment: name a command".into());
-                // It may give rewards.
+                // An environment may give rewards.
                 report.reward_functions += 1;
             }
             None => {

@@ -1,13 +1,12 @@
-//! Keys of `temper eval`, beside those of sampling. Layer 1.
+//! Options of `temper eval`, beside those of sampling. Layer 1.
 //!
-//! Invariant: what a completion is measured by has the names and the spelling that online RL's
-//! rewards have.
+//! Invariant: the measures of a completion have the names and the syntax of online RL's rewards.
 
 use super::value::words;
 use super::{PathText, Report, RewardSpecs, section};
 
 words! {
-    /// What of a choice is scored.
+    /// Which part of a choice is scored.
     pub enum ScoredChoice {
         Text = "text",
         Letter = "letter",

@@ -1,14 +1,14 @@
-//! Keys of TRL and transformers that are no keys of ours, so that people can bring their configs.
-//! Layer 1.
+//! Options of TRL and transformers that this engine does not have, so that users can bring their
+//! configs. Layer 1.
 //!
-//! Invariant: such a key is never dropped silently. It becomes a key of ours, or a note that it has
-//! no effect; one that would change the numbers, if it were obeyed, is an error unless its value is
-//! neutral.
+//! Invariant: such an option is never dropped silently. It is translated into one of ours, or
+//! produces a note that it has no effect; an option that would change the numbers if it were obeyed
+//! is an error unless its value is neutral.
 
 use super::value::Given;
 
 pub enum Fate {
-    /// Stands for `key = value` of ours; with a word about it.
+    /// Stands for `key = value` of ours; the third field explains it.
     Means(&'static str, String, &'static str),
     /// Accepted with this note.
     NoEffect(&'static str),
@@ -16,14 +16,14 @@ pub enum Fate {
     Refused(&'static str),
 }
 
-/// Whether TRL or transformers has the key, as far as we know.
+/// Whether TRL or transformers has the option, as far as we know.
 pub fn is_foreign(key: &str) -> bool {
     fate(key, &Given::Text(String::new()), false).is_some()
         || ["torch_dtype", "evaluation_strategy"].contains(&key)
 }
 
-/// What becomes of a foreign key, in a method that generates (`online`) or another; None if neither
-/// TRL nor transformers has it, as far as we know.
+/// What happens to a foreign option, in a method that generates (`online`) or another; None if
+/// neither TRL nor transformers has it, as far as we know.
 pub fn fate(key: &str, given: &Given, online: bool) -> Option<Fate> {
     if let Some(fate) = meaning(key, given, online) {
         return Some(fate);
@@ -56,7 +56,7 @@ fn meaning(key: &str, given: &Given, online: bool) -> Option<Fate> {
         ("shuffle_dataset", "true") => {
             means("train_sampling_strategy", "random", "shuffle_dataset = true")
         }
-        // Online, TRL takes the order from it; elsewhere it shuffles before the sampler does.
+        // Online, TRL takes the order from this; elsewhere it shuffles before the sampler does.
         ("shuffle_dataset", "false") if online => {
             means("train_sampling_strategy", "sequential", "shuffle_dataset = false")
         }
@@ -77,8 +77,8 @@ fn meaning(key: &str, given: &Given, online: bool) -> Option<Fate> {
     }
 }
 
-/// What becomes of a key in words, for the docs; None: neither TRL nor transformers has it, as far
-/// as we know.
+/// The treatment of an option in words, for the docs; None if neither TRL nor transformers has it,
+/// as far as we know.
 pub fn described(key: &str) -> Option<String> {
     if let Some((_, meaning)) = MEANINGS.iter().find(|(keys, _)| keys.contains(&key)) {
         return Some(format!("means {meaning}"));
@@ -93,7 +93,7 @@ pub fn described(key: &str) -> Option<String> {
     Some(format!("refused unless {}{or}none: {message}", off.join(", ")))
 }
 
-/// What [`meaning`] makes of keys, in words.
+/// The translations of [`meaning`], in words.
 const MEANINGS: &[(&[&str], &str)] = &[
     (&["bf16"], "`dtype`: true bfloat16, false float32"),
     (&["torch_dtype"], "`dtype`"),
@@ -108,7 +108,7 @@ const MEANINGS: &[(&[&str], &str)] = &[
     (&["reward_model_name_or_path"], "`reward_model`"),
 ];
 
-/// Keys that change no number here, and why.
+/// Options that change no number here, and why.
 const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["fp16"], "float16 is not supported; dtype sets the number type"),
     (&["bf16", "torch_dtype", "bf16_full_eval", "fp16_full_eval"], "dtype sets the number type"),
@@ -251,7 +251,7 @@ const NO_EFFECT: &[(&[&str], &str)] = &[
     (&["eval_accumulation_steps"], "temper does not use it"),
 ];
 
-/// Keys that would change the run: (key, neutral values beside none, what to do).
+/// Options that would change the run: (key, neutral values beside none, what to do).
 const MATTERS: &[(&str, &[&str], &str)] = &[
     ("label_smoothing_factor", &["0", "0.0"], "label smoothing is not built; set it to 0"),
     ("neftune_noise_alpha", &[], "NEFTune is not built; leave it out"),

@@ -1,7 +1,7 @@
 //! Options of sampling (`temper generate`, `temper chat`). Layer 1.
 //!
-//! Invariant: the neutral value of an option leaves the model's distribution as it is; nothing is
-//! read from the model folder's generation_config.json but the tokens that end a text.
+//! Invariant: the neutral value of an option leaves the model's distribution as it is; only the
+//! tokens that end a text are read from the model folder's generation_config.json.
 
 use super::{Report, SamplingOptions, TemplateOptions, section};
 

@@ -1,11 +1,12 @@
-//! Run files: TOML, YAML or JSON, any key of which can be given on the command line as `key=value`. Layer 1.
+//! Run files in TOML, YAML or JSON, any option of which can be given on the command line as
+//! `key=value`. Layer 1.
 //!
 //! Invariant: an option is one documented field of a section. Its name, type, default and doc in
 //! `--help-options`, in the parser and in the resolved file all come from that field, so they
-//! cannot drift.
+//! cannot drift apart.
 //!
-//! A command has its sections, flat in one file: `temper sft` has [`TrainingConfig`] and
-//! that of its method. [`load`] reads file and command line, checks everything and reports all
+//! A command has sections, all flat in one file: `temper sft` has [`TrainingConfig`] and the
+//! section of its method. [`load`] reads file and command line, checks everything and reports all
 //! problems at once.
 
 mod best;
@@ -67,40 +68,40 @@ pub use training::{
 pub use trl::{TrlFiles, has_trl_key, to_trl};
 pub use value::Amount;
 
-/// A key, as `--help-options` prints it and the parser reads it.
+/// An option as `--help-options` prints it and the parser reads it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Key {
     pub name: &'static str,
     pub kind: String,
-    pub value: toml::Value, // the section's value: of a default section, the default
+    pub value: toml::Value, // the section's value: for a default section, the default
     pub doc: String,
 }
 
-/// A struct whose fields are options; the macro `section!` declares it. Sections nest: a section
+/// A struct whose fields are options, declared by the macro `section!`. Sections nest: a section
 /// shared by several methods is a field of each.
 pub trait Section {
-    /// What its table is called: a command, or what a shared section is about.
+    /// The title of its table: a command, or the topic of a shared section.
     fn name(&self) -> &'static str;
     /// Its own options with their values, in the order of the fields.
     fn own_keys(&self) -> Vec<Key>;
-    /// Its own options with the defaults of the section, which a method may have overridden.
+    /// Its own options with the section's defaults, which a method may have overridden.
     fn default_keys(&self) -> Vec<Key>;
-    /// The sections in it.
+    /// The nested sections.
     fn nested(&self) -> Vec<&dyn Section>;
-    /// Sets an option; None if it is not of this section, an error that says what was expected.
+    /// Sets an option. None if the option is not in this section; an error says what was expected.
     fn set(&mut self, key: &str, given: &Given) -> Option<Result<(), String>>;
-    /// Says what is out of range or contradicts itself.
+    /// Reports values that are out of range or contradict each other.
     fn check(&self, report: &mut Report);
 
-    /// All options: its own, then those of the sections in it.
+    /// All options: its own, then those of the nested sections.
     fn keys(&self) -> Vec<Key> {
         let nested = self.nested().into_iter().flat_map(|s| s.keys());
         self.own_keys().into_iter().chain(nested).collect()
     }
 }
 
-/// Declares a section: the struct, its defaults, its options, then the sections in it, each behind
-/// two dots. The struct gives `fn rules(&self, &mut Report)` itself.
+/// Declares a section: the struct, its defaults and options, then the nested sections, each after
+/// two dots. The struct implements `fn rules(&self, &mut Report)` itself.
 macro_rules! section {
     ($(#[$meta:meta])* pub struct $name:ident = $title:literal {
         $($(#[doc = $doc:literal])+ pub $key:ident: $ty:ty = $default:expr,)*
@@ -138,7 +139,7 @@ pub(crate) fn key<T: value::Value>(name: &'static str, doc: &str, value: &T) -> 
     Key { name, kind: T::kind(), value: value.written(), doc: doc.trim().to_string() }
 }
 
-/// Where a key was given.
+/// Where an option was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Source {
     File(String), // path:line
@@ -154,8 +155,7 @@ impl std::fmt::Display for Source {
     }
 }
 
-/// What was found while a configuration was read: problems are reported together, notes are
-/// printed.
+/// The findings while a configuration is read: problems are reported together, notes are printed.
 #[derive(Debug, Default)]
 pub struct Report {
     given: BTreeMap<String, Source>,
@@ -165,7 +165,7 @@ pub struct Report {
     overruled: BTreeSet<&'static str>,
     at_default: BTreeSet<&'static str>,
     no_effect: BTreeMap<&'static str, Vec<String>>, // why, "key = value" ...
-    /// Rewards that the program, or an environment, gives beside the options.
+    /// Rewards that the calling program or an environment gives in addition to the options.
     reward_functions: usize,
 }
 
@@ -192,9 +192,9 @@ impl Report {
         self.given.contains_key(key)
     }
 
-    /// `key` has no effect, because of what the key `cause` is set to. If it was given
-    /// nevertheless, that is a contradiction; but a command line overrules a file, and a default
-    /// value does no harm: then it is a note.
+    /// Records that `key` has no effect because of the value of the option `cause`. If `key` was
+    /// given nevertheless, that is a contradiction; but if a command line overrides a file, or the
+    /// value is the default, it is only a note.
     pub fn idle(&mut self, key: &'static str, cause: &str, why: &'static str) {
         self.idle.insert(key, why);
         match (self.given.get(key), self.given.get(cause)) {
@@ -214,8 +214,8 @@ impl Report {
 }
 
 /// Reads `file` (if any), then `overrides` (`key=value`), into `sections`, and checks them. Returns
-/// notes to print. Errors: a file that cannot be read; else one [`Error::Config`] with every
-/// problem, one a line.
+/// notes to print. Errors: an unreadable file; otherwise one [`Error::Config`] with every problem,
+/// one per line.
 pub fn load(
     sections: &mut [&mut dyn Section],
     file: Option<&Path>,
@@ -224,7 +224,7 @@ pub fn load(
     load_with(sections, file, overrides, 0)
 }
 
-/// As [`load`], where the program itself gives `reward_functions` rewards.
+/// [`load`] for a program that gives `reward_functions` rewards itself.
 pub fn load_with(
     sections: &mut [&mut dyn Section],
     file: Option<&Path>,
@@ -292,8 +292,8 @@ pub fn load_with(
     Ok(report.notes)
 }
 
-/// The resolved file: every key, loadable again to the same values. `head` goes before it as a
-/// comment.
+/// The resolved file: every option, so that loading it gives the same values. `head` precedes it as
+/// a comment.
 pub fn to_toml(head: &str, sections: &[&dyn Section]) -> String {
     let mut report = Report::default();
     sections.iter().for_each(|s| s.check(&mut report));
@@ -307,7 +307,7 @@ pub fn to_toml(head: &str, sections: &[&dyn Section]) -> String {
     out
 }
 
-/// What `--help-options` prints: name, type, default, doc of every key.
+/// The text of `--help-options`: name, type, default and doc of every option.
 pub fn help(sections: &[&dyn Section]) -> String {
     let keys = sections.iter().flat_map(|s| s.keys());
     keys.map(|k| format!("{} = {}    ({})\n    {}\n", k.name, one_line(&k.value), k.kind, k.doc))
@@ -324,7 +324,8 @@ pub fn markdown(keys: &[Key]) -> String {
     std::iter::once(head.to_string()).chain(keys.iter().map(row)).collect()
 }
 
-/// A value as it can be given; TOML itself would write a text with a line break over several lines.
+/// A value in the syntax in which it can be given; TOML itself would write a text with line breaks
+/// over several lines.
 pub fn one_line(value: &toml::Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), |text| format!("{text:?}"))
 }
@@ -355,8 +356,8 @@ fn read_file(path: &Path, items: &mut Vec<Item>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a line of a run file gives `key`. Only top-level keys are looked for, so this is exact
-/// but inside of multi-line strings, where it can name a wrong line in a message.
+/// Whether a line of a run file sets `key`. Only top-level options are searched for, so this is
+/// exact except inside multi-line strings, where it can name a wrong line in a message.
 fn is_line_of(line: &str, key: &str) -> bool {
     let line = line.trim_start().trim_start_matches(['[', '{', '"', '\'']);
     line.strip_prefix(key).is_some_and(|rest| {
@@ -409,8 +410,7 @@ fn apply(
     }
 }
 
-/// Sets the key of ours that a foreign one stands for, unless that was given, too: then they must
-/// agree.
+/// Sets our option that a foreign one stands for, unless that was given too: then they must agree.
 fn stand_in(
     sections: &mut [&mut dyn Section],
     key: &'static str,

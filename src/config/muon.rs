@@ -1,16 +1,18 @@
 //! Options of Muon beside those of every optimizer. Layer 1.
 //!
-//! Invariant: names behind `muon_` and defaults are those of `torch.optim.Muon`, torch 2.11.
+//! Invariant: names after the prefix `muon_` and defaults are those of `torch.optim.Muon`, torch
+//! 2.11.
 
 use super::value::words;
 use super::{Report, section};
 
 words! {
-    /// How a matrix's learning rate follows from its shape.
+    /// How the learning rate of a matrix depends on its shape.
     pub enum MuonAdjust {
         /// sqrt(max(1, rows / columns)).
         Original = "original",
-        /// 0.2 sqrt(max(rows, columns)): AdamW's learning rate and weight decay fit.
+        /// 0.2 sqrt(max(rows, columns)): with this, AdamW's learning rate and weight decay can be
+        /// used.
         MatchRmsAdamw = "match_rms_adamw",
     }
 }
@@ -49,7 +51,7 @@ impl MuonOptions {
         });
     }
 
-    /// Says that none of them has an effect.
+    /// Records that none of these options has an effect.
     pub(super) fn idle(report: &mut Report) {
         for key in [
             "muon_learning_rate",

@@ -1,8 +1,8 @@
-//! Files and folders that options name. Layer 1.
+//! Files and folders named by options. Layer 1.
 //!
-//! Invariant: a relative path is relative to the file that it stands in, or, on the command line,
-//! to the current folder; once read it is absolute, so the resolved run file means the same
-//! wherever it lies.
+//! Invariant: a relative path is relative to the file that contains it or, on the command line, to
+//! the current folder. Once read it is absolute, so the resolved run file means the same wherever
+//! it is.
 
 use std::ops::Deref;
 use std::path::Path;
@@ -37,8 +37,8 @@ impl Value for PathText {
     }
 }
 
-/// `given` for an option of `kind`, with its path made absolute. `folder`: of the run file; None on
-/// the command line. A name that is no path there (of a hub model) stays.
+/// `given` for an option of `kind`, with its path made absolute. `folder` is that of the run file;
+/// None on the command line. A name that is not a path there (a hub model's) is unchanged.
 pub(super) fn placed(kind: &str, key: &str, given: Given, folder: Option<&Path>) -> Given {
     let is_path = kind.split(" or ").any(|k| k == KIND);
     if key == "data" {
@@ -68,7 +68,7 @@ pub(super) fn placed(kind: &str, key: &str, given: Given, folder: Option<&Path>)
     }
 }
 
-/// Files of rows: on the command line they stay as they are written.
+/// Files of rows. On the command line they are unchanged.
 fn data(given: Given, folder: Option<&Path>) -> Given {
     let (Some(folder), Ok(DataFiles(mut files))) = (folder, DataFiles::read(&given)) else {
         return given;

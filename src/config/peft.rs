@@ -1,7 +1,7 @@
-//! Keys of what is trained: all of the model, parts of it, or an adapter beside it. Layer 1.
+//! Options of what is trained: the whole model, parts of it, or an adapter beside it. Layer 1.
 //!
 //! Invariant: names and defaults are those of trl 1.16.0's `ModelConfig`, and of peft 0.19.1 where
-//! TRL has no key; a key of ours says so in its doc.
+//! TRL has no such option; an option of ours says so in its doc.
 
 use super::value::words;
 use super::{Report, section};

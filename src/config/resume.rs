@@ -1,7 +1,7 @@
 //! Which options a resumed run may change. Layer 1.
 //!
 //! Invariant: an option that changes a number of the run is compared here, or its contents are (see
-//! `train::inputs`); nothing is compared by a path.
+//! `train::inputs`); no option is compared by a path.
 
 use super::Section;
 use crate::error::{Error, Result};
@@ -38,9 +38,9 @@ const COMPARED_BY_CONTENTS: &[&str] = &[
     "data",
 ];
 
-/// Compares the resolved file of the run that is resumed with `sections`: one line for each option
-/// whose change would make the resumed run another one than the uninterrupted run. Empty: go on.
-/// Errors: `old` is not a run file.
+/// Compares the resolved file of the run to resume with `sections`: one line for each option whose
+/// change would make the resumed run differ from the uninterrupted one. Empty: the run may resume.
+/// Error if `old` is not a run file.
 pub fn changes(old: &str, sections: &[&dyn Section]) -> Result<Vec<String>> {
     let old: toml::Table =
         toml::from_str(old).map_err(|e| Error::Config(format!("config.toml: {e}")))?;

@@ -1,6 +1,6 @@
-//! A list of rewards, as an option: texts, or tables of a run file. Layer 1.
+//! The option type for a list of rewards: texts, or tables of a run file. Layer 1.
 //!
-//! Invariant: a comma ends a reward only where another reward's name follows it, so that
+//! Invariant: a comma ends a reward only if another reward's name follows it, so that
 //! `length:min=1,max=200` and `regex:a{1,3}` are one reward each.
 
 use std::ops::Deref;
@@ -10,7 +10,7 @@ use toml::Value as Toml;
 use super::value::{Given, Value};
 use crate::error::nearest;
 
-/// The names of rewards. `rewards::spec` says what each takes; a test compares the two.
+/// The names of rewards. `rewards::spec` defines the arguments of each; a test compares the two.
 pub const REWARD_NAMES: [&str; 10] = [
     "exact_match",
     "numeric_match",
@@ -24,7 +24,7 @@ pub const REWARD_NAMES: [&str; 10] = [
     "python",
 ];
 
-/// Rewards as they were written; a table is kept as an inline table of TOML.
+/// Rewards as they were given; a table is kept as an inline table of TOML.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RewardSpecs(pub Vec<String>);
 
@@ -84,7 +84,7 @@ fn split(text: &str) -> Vec<String> {
     let mut specs: Vec<String> = Vec::new();
     for piece in text.split(',') {
         let name = piece.split(':').next().unwrap_or_default().trim();
-        // A misspelled name begins a reward too: its error names the right one.
+        // A misspelled name begins a reward too: its error suggests the right one.
         let begins = nearest(name, REWARD_NAMES).is_some();
         match specs.last_mut().filter(|_| !begins) {
             Some(last) => *last = format!("{last},{piece}"),

@@ -12,7 +12,7 @@ use super::{Report, section};
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SamplePrompts(pub Vec<String>);
 
-/// A single text on the command line is one prompt, whatever commas are in it.
+/// A single text on the command line is one prompt, even if it contains commas.
 impl Value for SamplePrompts {
     fn kind() -> String {
         "list of text or path".into()

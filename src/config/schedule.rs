@@ -1,4 +1,4 @@
-//! Learning-rate schedules by transformers' names, and the arguments that each takes. Layer 1.
+//! Learning-rate schedules under transformers' names, and the arguments that each takes. Layer 1.
 //!
 //! Invariant: names, arguments and defaults are those of transformers 5.17; an argument that the
 //! chosen schedule does not take is an error.
@@ -8,26 +8,26 @@ use toml::Value as Toml;
 
 use super::value::{Given, Value, choose, word};
 
-/// How the learning rate moves; `lr_scheduler_type`.
+/// The learning-rate schedule: `lr_scheduler_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LearningRateSchedule {
     /// Falls to 0 at the end.
     Linear,
     /// Half a cosine wave (or `num_cycles` waves) down to 0.
     Cosine,
-    /// `num_cycles` times half a cosine wave, each from the peak.
+    /// `num_cycles` times half a cosine wave, each starting from the peak.
     CosineWithRestarts,
-    /// As cosine, down to `min_lr` or `min_lr_rate`.
+    /// Like cosine, down to `min_lr` or `min_lr_rate`.
     CosineWithMinLr,
-    /// As cosine_with_min_lr; its warmup starts above 0.
+    /// Like cosine_with_min_lr, with a warmup that starts above 0.
     CosineWarmupWithMinLr,
-    /// A power of what is left, down to `lr_end`.
+    /// A power of the remaining share, down to `lr_end`.
     Polynomial,
-    /// Falls with the root of the step.
+    /// Falls with the inverse square root of the step.
     InverseSqrt,
     /// Constant until the last `num_decay_steps`.
     WarmupStableDecay,
-    /// The peak throughout.
+    /// The peak throughout, without warmup.
     Constant,
     /// The peak after the warmup.
     ConstantWithWarmup,
@@ -47,7 +47,7 @@ const NAMES: [(&[&str], LearningRateSchedule); 10] = [
 ];
 
 impl LearningRateSchedule {
-    /// The word of a run file.
+    /// The word in a run file.
     pub fn name(self) -> &'static str {
         NAMES.iter().find(|(_, s)| *s == self).map_or("", |(names, _)| names[0])
     }
@@ -110,37 +110,37 @@ pub enum RampShape {
     OneMinusSqrt,
 }
 
-/// What `lr_scheduler_kwargs` says, with the defaults of the rest.
+/// The values of `lr_scheduler_kwargs`, with defaults for the rest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScheduleArguments {
-    /// Waves, or restarts.
+    /// Number of waves or restarts.
     pub num_cycles: f64,
-    /// The lowest rate of a cosine with one: the rate itself, or a share of the peak.
+    /// The lowest rate of a cosine with a minimum: the rate itself.
     pub min_lr: Option<f64>,
-    /// See `min_lr`.
+    /// The same as a share of the peak.
     pub min_lr_rate: f64,
-    /// Where a warmup that does not start at 0 starts, as a share of the peak.
+    /// Start of a warmup that does not start at 0, as a share of the peak.
     pub warmup_lr_rate: Option<f64>,
-    /// The last rate of a polynomial.
+    /// The last rate of a polynomial schedule.
     pub lr_end: f64,
-    /// Its power.
+    /// The power of a polynomial schedule.
     pub power: f64,
-    /// Of inverse_sqrt; None: the warmup's steps, or 10,000.
+    /// Time scale of inverse_sqrt; None: the warmup's steps, or 10,000.
     pub timescale: Option<f64>,
     /// Steps of the decay of warmup_stable_decay.
     pub num_decay_steps: u64,
     /// Steps at the peak; None: all but warmup and decay.
     pub num_stable_steps: Option<u64>,
-    /// How it rises.
+    /// Shape of the warmup.
     pub warmup_type: RampShape,
-    /// How it falls.
+    /// Shape of the decay.
     pub decay_type: RampShape,
-    /// Where it begins and ends, as a share of the peak.
+    /// Start of the warmup and end of the decay, as a share of the peak.
     pub min_lr_ratio: f64,
 }
 
 impl ScheduleArguments {
-    /// Reads `lr_scheduler_kwargs` for a schedule. Error: what is wrong with it.
+    /// Reads `lr_scheduler_kwargs` for a schedule. The error says what is wrong with it.
     pub fn read(
         schedule: LearningRateSchedule,
         given: &Map<String, Json>,
@@ -195,7 +195,7 @@ impl ScheduleArguments {
         })
     }
 
-    /// What does not fit the peak rate of a run.
+    /// A problem if an argument exceeds the peak rate of the run.
     pub fn beyond(&self, schedule: LearningRateSchedule, peak: f64) -> Option<String> {
         let (name, rate) = match schedule {
             LearningRateSchedule::Polynomial if self.lr_end >= peak => ("lr_end", self.lr_end),
@@ -207,14 +207,14 @@ impl ScheduleArguments {
     }
 }
 
-/// The arguments that were given.
+/// The given arguments.
 struct Arguments<'a> {
     name: &'static str,
     given: &'a Map<String, Json>,
 }
 
 impl Arguments<'_> {
-    /// null is transformers' None: the default.
+    /// null is transformers' None, the default.
     fn get(&self, key: &str) -> Option<&Json> {
         self.given.get(key).filter(|value| !value.is_null())
     }

@@ -1,6 +1,6 @@
 //! Sections that several commands share. Layer 1.
 //!
-//! Invariant: a shared option exists once; a method that wants another default says so where it
+//! Invariant: a shared option exists once; a method that needs another default sets it where it
 //! nests the section.
 
 use super::value::words;
@@ -77,7 +77,7 @@ section! {
 }
 
 impl ReferenceSyncOptions {
-    /// The policy's share and the steps between two moves, where the reference moves.
+    /// The policy's share and the steps between two updates, if the reference is updated.
     pub fn schedule(&self) -> Option<(f64, u64)> {
         self.sync_ref_model
             .then_some((self.ref_model_mixup_alpha, self.ref_model_sync_steps as u64))

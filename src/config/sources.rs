@@ -9,7 +9,7 @@ use toml::Value as Toml;
 use super::value::{Given, Value, words};
 
 words! {
-    /// When the rows of a mixture are drawn.
+    /// When sampling from a mixture ends.
     #[derive(Default)]
     pub enum MixtureStop {
         #[default]
@@ -25,13 +25,13 @@ pub struct DataFile {
     pub weight: Option<f64>,
 }
 
-/// What a run reads its rows from.
+/// The files that a run reads its rows from.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DataFiles(pub Vec<DataFile>);
 
 impl DataFiles {
-    /// The files of a text: `a.jsonl`, `a.jsonl:0.7,b.parquet:0.3`. Commas inside of brackets are
-    /// a pattern's.
+    /// Parses the files of a text such as `a.jsonl` or `a.jsonl:0.7,b.parquet:0.3`. Commas inside
+    /// brackets belong to a pattern.
     pub fn parse(text: &str) -> Vec<DataFile> {
         if let Some(one) = existing(text) {
             return vec![one];
@@ -74,13 +74,13 @@ impl DataFiles {
         })
     }
 
-    /// Whether rows are drawn by weights.
+    /// Whether rows are sampled by weights.
     pub fn is_mixture(&self) -> bool {
         self.0.iter().any(|f| f.weight.is_some())
     }
 }
 
-/// The text as a file that is there, or as one with a weight.
+/// The text as an existing file, or as an existing file with a weight.
 fn existing(text: &str) -> Option<DataFile> {
     if Path::new(text).exists() {
         return Some(DataFile { path: text.into(), weight: None });

@@ -1,6 +1,7 @@
-//! What a run gives its chat template beside the messages. Layer 1.
+//! What a run passes to its chat template beside the messages. Layer 1.
 //!
-//! Invariant: a value is JSON, whole: what is written into the resolved file reads back as it was.
+//! Invariant: values are JSON, kept whole: what is written into the resolved file reads back
+//! unchanged.
 
 use serde_json::{Map, Value as Json};
 use toml::Value as Toml;
@@ -12,7 +13,7 @@ use super::{Report, section};
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct JsonObject(pub Map<String, Json>);
 
-/// A list of JSON objects, likewise.
+/// A list of JSON objects, in the same syntax.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct JsonObjects(pub Vec<Json>);
 

@@ -1,7 +1,7 @@
-//! The keys that every training run has: TRL's over HF's `TrainingArguments`. Layer 1.
+//! The options that every training run has: TRL's over HF's `TrainingArguments`. Layer 1.
 //!
 //! Invariant: names and defaults that change the numbers are those of trl 1.16.0 over transformers
-//! 5.17; a key of ours says so in its doc.
+//! 5.17; an option of ours says so in its doc.
 
 #![deny(missing_docs)]
 
@@ -13,7 +13,7 @@ use super::{
 };
 
 words! {
-    /// When something is done during a run.
+    /// When an action happens during a run.
     pub enum When {
         No = "no",
         Steps = "steps",
@@ -28,10 +28,9 @@ words! {
         Adamw = "adamw" | "adamw_torch_fused" | "adamw_torch",
         /// No master weights: bfloat16 weights, stochastically rounded.
         AdamwBf16 = "adamw_bf16",
-        /// As adamw_bf16 where weights are bfloat16, and moments in bfloat16 too, stochastically
-        /// rounded.
+        /// bfloat16 moments, stochastically rounded; bfloat16 weights as in adamw_bf16.
         AdamwBf16Moments = "adamw_bf16_moments",
-        /// Float master weights; moments in 8-bit codes, a scale for each 256.
+        /// Float master weights; moments in 8-bit codes, with one scale per 256.
         Adamw8bit = "adamw_8bit" | "adamw_bnb_8bit",
         /// Orthogonalised updates for the matrices of the layers, AdamW for the rest.
         Muon = "muon",
@@ -75,7 +74,7 @@ words! {
 }
 
 words! {
-    /// Which matrix products a run uses.
+    /// The choice of matrix products.
     pub enum MatmulChoice {
         Auto = "auto",
         Library = "library",
@@ -85,7 +84,7 @@ words! {
 }
 
 words! {
-    /// Which attention kernels a run uses.
+    /// The choice of attention kernels.
     pub enum AttentionChoice {
         Auto = "auto",
         Simt = "simt" | "light",
@@ -95,7 +94,7 @@ words! {
 }
 
 words! {
-    /// Whose defaults a run file was written against.
+    /// The version whose defaults a run file assumes.
     pub enum Compat {
         Trl1_16 = "trl-1.16.0",
     }
@@ -211,7 +210,7 @@ section! {
 }
 
 impl TrainingConfig {
-    /// Steps of the run: max_steps, or what the epochs give.
+    /// Steps of the run: max_steps, or as many as the epochs have.
     pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
         match u64::try_from(self.max_steps) {
             Ok(steps) if steps > 0 => steps,
@@ -219,7 +218,7 @@ impl TrainingConfig {
         }
     }
 
-    /// The arguments of the schedule. Error: what is wrong with them.
+    /// The arguments of the schedule. The error says what is wrong with them.
     pub fn schedule_arguments(&self) -> Result<ScheduleArguments, String> {
         let given = self.lr_scheduler_kwargs.clone().unwrap_or_default();
         ScheduleArguments::read(self.lr_scheduler_type, &given.0)

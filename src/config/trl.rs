@@ -1,7 +1,7 @@
 //! The options of a run as a YAML file for TRL's commands. Layer 1.
 //!
-//! Invariant: TRL 1.16.0's parser takes the file, and read back here it gives the same options, but
-//! for those that TRL has not; these are comments that say what they change.
+//! Invariant: TRL 1.16.0's parser accepts the file, and read back here it gives the same options,
+//! except those that TRL does not have; these become comments that say what they change.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use toml::Value as Toml;
 use super::{Key, Report, Section};
 use crate::error::{Error, Result};
 
-/// The commands of TRL 1.16.0 that have ours.
+/// The commands of TRL 1.16.0 that correspond to ours.
 const COMMANDS: [&str; 6] = ["sft", "dpo", "reward", "kto", "grpo", "rloo"];
 
 /// Options that no command of TRL has.
@@ -72,7 +72,7 @@ const SOME: &[(&str, &[&str])] = &[
     ("chat_template_kwargs", &["grpo", "rloo"]),
     ("assistant_only_loss", &["sft"]),
     ("max_tool_calling_iterations", &["grpo"]),
-    ("reward_funcs", &[]), // the script's argument, with names of its own
+    ("reward_funcs", &[]), // an argument of the script, with its own names
 ];
 
 /// Whether the command of TRL has the option under our name.
@@ -83,7 +83,7 @@ pub fn has_trl_key(command: &str, key: &str) -> bool {
     }
 }
 
-/// What a run reads and writes.
+/// The model, rows and output folder of a run.
 pub struct TrlFiles<'a> {
     pub model: &'a str,
     pub data: &'a [PathBuf],
@@ -91,8 +91,8 @@ pub struct TrlFiles<'a> {
     pub output: &'a Path,
 }
 
-/// The file for `trl COMMAND --config FILE`. `defaults`: the options as nobody has set them. Error:
-/// TRL has no such command, or nothing that does what an option asks for.
+/// The file for `trl COMMAND --config FILE`. `defaults`: the options at their defaults. Error if
+/// TRL has no such command, or no equivalent of an option's value.
 pub fn to_trl(
     command: &str,
     sections: &[&dyn Section],
@@ -134,7 +134,7 @@ struct TrlFile<'a> {
 
 impl TrlFile<'_> {
     fn line(&mut self, key: &str, value: &str) {
-        let _ = writeln!(self.yaml, "{key}: {value}"); // a String takes everything
+        let _ = writeln!(self.yaml, "{key}: {value}"); // writing to a String cannot fail
     }
 
     fn note(&mut self, text: &str) {
@@ -149,7 +149,7 @@ impl TrlFile<'_> {
         self.value(key).is_some_and(|value| value.to_string().trim_matches('"') == shown)
     }
 
-    /// Model, rows and output.
+    /// Writes model, rows and output.
     fn head(&mut self, files: &TrlFiles) {
         self.line("model_name_or_path", &quoted(files.model));
         self.line("output_dir", &quoted(&files.output.display().to_string()));
@@ -177,7 +177,7 @@ impl TrlFile<'_> {
         }
     }
 
-    /// Whether TRL gets rows to evaluate on.
+    /// Whether TRL gets rows for evaluation.
     fn evaluates(&self) -> bool {
         self.yaml.contains("\ntest_split_size:")
     }
@@ -195,7 +195,7 @@ impl TrlFile<'_> {
                 self.note("dtype = \"auto\": bfloat16 on a GPU, as TRL's default; float32 on a CPU")
             }
             ("device", "cpu") => self.line("use_cpu", "true"),
-            ("gradient_checkpointing", "auto" | "light") => {} // no number depends on it; TRL's default is true
+            ("gradient_checkpointing", "auto" | "light") => {} // changes no number; TRL: true
             ("optim", "adamw" | "adamw_8bit") => {
                 self.line("optim", if word == "adamw" { "adamw_torch" } else { "adamw_8bit" });
             }
@@ -208,7 +208,7 @@ impl TrlFile<'_> {
             }
             ("eval_strategy", _) if !self.evaluates() => self.line("eval_strategy", "\"no\""),
             ("eval_steps", _) if !self.evaluates() => {}
-            ("eval_rows" | "data", _) => {} // the head has it
+            ("eval_rows" | "data", _) => {} // written in the head
             ("peft_type", other) if other != "lora" && self.is("use_peft", "true") => {
                 return unlike("TRL's commands make LoRA adapters only");
             }
@@ -242,7 +242,7 @@ impl TrlFile<'_> {
         Ok(())
     }
 
-    /// Rewards under TRL's names; the others as comments.
+    /// Writes the rewards that TRL has under TRL's names, and the others as comments.
     fn rewards(&mut self, specs: &Toml) {
         let specs = specs.as_array().cloned().unwrap_or_default();
         let mut named = Vec::new();
@@ -287,18 +287,18 @@ fn scalar(value: &Toml) -> String {
         Toml::Array(list) => {
             format!("[{}]", list.iter().map(scalar).collect::<Vec<_>>().join(", "))
         }
-        // Without an exponent, which YAML 1.1 takes for text; some of TRL's numbers are whole.
+        // Without an exponent, which YAML 1.1 reads as text; some of TRL's numbers are integers.
         Toml::Float(number) => number.to_string(),
         other => other.to_string(),
     }
 }
 
-/// In quotes, so that no word is a number, a truth value or a date.
+/// In quotes, so that no word is read as a number, a boolean or a date.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// The builder of `datasets` that reads files like the first.
+/// The builder of `datasets` for files like the first.
 fn builder(files: &[PathBuf]) -> &'static str {
     let name = files.first().map(|file| file.display().to_string()).unwrap_or_default();
     let has = |ends: &[&str]| ends.iter().any(|end| name.contains(end));

@@ -1,10 +1,10 @@
-//! What the value of a key may be, in TOML and on the command line. Layer 1.
+//! The value types of options, in TOML and on the command line. Layer 1.
 //!
-//! Invariant: `read(written(v)) == v` for every value, so the resolved file loads back as it is.
+//! Invariant: `read(written(v)) == v` for every value, so the resolved file loads back unchanged.
 
 use toml::Value as Toml;
 
-/// A value as it was given: typed in a run file, text on the command line.
+/// A given value: typed in a run file, text on the command line.
 #[derive(Clone, Debug)]
 pub enum Given {
     File(Toml),
@@ -12,7 +12,7 @@ pub enum Given {
 }
 
 impl Given {
-    /// How it is shown in messages: as the user wrote it.
+    /// The value for messages, as the user wrote it.
     pub fn shown(&self) -> String {
         match self {
             Given::File(value) => value.to_string(),
@@ -20,7 +20,7 @@ impl Given {
         }
     }
 
-    /// `none` (also Python's `None`, and `null`): the optional key is off.
+    /// Whether it is `none` (also Python's `None`, and `null`), which turns an optional option off.
     pub fn is_none(&self) -> bool {
         let text = match self {
             Given::File(Toml::String(text)) | Given::Text(text) => text,
@@ -58,9 +58,9 @@ impl Given {
     }
 }
 
-/// The type of a key. `read` says what was expected where it cannot.
+/// The type of an option. An error of `read` says what was expected.
 pub trait Value: Sized {
-    /// The type's name in messages and in the list of keys.
+    /// The type's name in messages and in the list of options.
     fn kind() -> String;
     fn read(given: &Given) -> Result<Self, String>;
     fn written(&self) -> Toml;
@@ -101,7 +101,7 @@ impl Value for u64 {
             .ok_or_else(|| "a whole number, not negative".into())
     }
     fn written(&self) -> Toml {
-        Toml::Integer(i64::try_from(*self).unwrap_or(i64::MAX)) // `read` gave at most i64::MAX
+        Toml::Integer(i64::try_from(*self).unwrap_or(i64::MAX)) // `read` accepts at most i64::MAX
     }
 }
 
@@ -167,8 +167,8 @@ impl<T: Value> Value for Option<T> {
     }
 }
 
-/// On the command line a list is `a,b`, or as in a run file, `[1, 2]`; a single value is a list of one
-/// in both places.
+/// On the command line a list is `a,b` or, as in a run file, `[1, 2]`; a single value is a list of
+/// one in both places.
 impl<T: Value> Value for Vec<T> {
     fn kind() -> String {
         format!("list of {}", T::kind())
@@ -195,7 +195,7 @@ impl<T: Value> Value for Vec<T> {
     }
 }
 
-/// A list as a run file has it. A pattern such as `[qv]` is none.
+/// A list in a run file's syntax. A pattern such as `[qv]` is not one.
 fn in_brackets(text: &str) -> Option<Toml> {
     let text = text.trim();
     if !(text.starts_with('[') && text.ends_with(']')) {
@@ -212,7 +212,7 @@ pub enum Amount {
 }
 
 impl Amount {
-    /// The amount out of `total`, a share rounded up, as transformers rounds it.
+    /// The amount out of `total`; a share is rounded up, as in transformers.
     pub fn of(self, total: u64) -> u64 {
         match self {
             Amount::Count(count) => count,
@@ -244,8 +244,8 @@ impl Value for Amount {
     }
 }
 
-/// An enum whose variants are words of the run file; the first word is the one that is written,
-/// others are aliases. `=> NUMBER` is its number in a kernel.
+/// Declares an enum whose variants are words of the run file. The first word is the one that is
+/// written, the others are aliases. `=> NUMBER` is the variant's number in a kernel.
 macro_rules! words {
     ($(#[$meta:meta])* pub enum $name:ident {
         $($(#[$vmeta:meta])* $variant:ident = $word:literal $(| $alias:literal)* $(=> $number:path)?,)+
@@ -277,7 +277,7 @@ macro_rules! words {
 }
 pub(crate) use words;
 
-/// The choice whose words hold the given one.
+/// The choice that has the given word.
 pub(crate) fn choose<T: Copy>(given: &Given, choices: &[(&[&str], T)]) -> Result<T, String> {
     let word = given.word().unwrap_or_default();
     let found = choices.iter().find(|(words, _)| words.contains(&word.as_str()));
@@ -290,7 +290,7 @@ pub(crate) fn choose<T: Copy>(given: &Given, choices: &[(&[&str], T)]) -> Result
     })
 }
 
-/// `true` and `false` are written as such, other words as text.
+/// `true` and `false` are written as booleans, other words as text.
 pub(crate) fn word(word: &str) -> Toml {
     word.parse().map_or_else(|_| Toml::String(word.into()), Toml::Boolean)
 }

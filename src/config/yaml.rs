@@ -8,7 +8,7 @@ use toml::Value as Toml;
 
 use super::value::Given;
 
-/// The options of a YAML text, of which JSON is a part; an error names line and column.
+/// The options of a YAML text (JSON is a subset of YAML). An error names line and column.
 pub(super) fn items(text: &str) -> Result<Vec<(String, Given)>, String> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
@@ -26,7 +26,7 @@ pub(super) fn items(text: &str) -> Result<Vec<(String, Given)>, String> {
     Ok(map.into_iter().map(|(key, value)| (key, given(value))).collect())
 }
 
-/// A text is as one on the command line: YAML reads `1e-5` as one, which is a number to us.
+/// A text is treated as on the command line: YAML reads `1e-5` as a text, which is a number here.
 fn given(value: Json) -> Given {
     match value {
         Json::String(text) => Given::Text(text),
@@ -41,7 +41,7 @@ fn toml(value: Json) -> Toml {
         Json::Bool(b) => Toml::Boolean(b),
         Json::Number(n) => match n.as_i64() {
             Some(i) => Toml::Integer(i),
-            None => Toml::Float(n.as_f64().unwrap_or(f64::NAN)), // refused by every option
+            None => Toml::Float(n.as_f64().unwrap_or(f64::NAN)), // every option rejects NaN
         },
         Json::String(text) => Toml::String(text),
         Json::Array(items) => Toml::Array(items.into_iter().map(toml).collect()),

@@ -1,4 +1,4 @@
-//! Training objectives: one file each, whose doc is the method. Layer 7.
+//! Training objectives: one file each, whose doc describes the method. Layer 7.
 //!
 //! A method is its options, a docs page, and a step: over fixed rows ([`offline`]) or over what the
 //! policy generates ([`online`]). [`registry`] lists them; commands, help, docs tables and tests of
@@ -31,46 +31,46 @@ use crate::model::decoder::Decoder;
 use crate::model::layout::{ModelConfig, Task};
 use crate::rewards::RewardFunction;
 
-/// A metric's name, TRL's, and its value.
+/// A metric's name (TRL's) and value.
 pub type Metric = (Cow<'static, str>, f64);
 
 /// A sequence, and which of its tokens are loss targets.
 pub type MaskedIds = (Vec<u32>, Vec<bool>);
 
-/// A training row as a method has it.
+/// A training row in the form that a method trains on.
 #[derive(Clone, Debug, Default)]
 pub struct RowView {
-    /// `file:line` of each row that it comes from: several of a pack.
+    /// `file:line` of each source row; several for a pack.
     pub places: Vec<String>,
     pub parts: Vec<RowPart>,
-    /// What it teaches beside its sequences.
+    /// Training signals beside the sequences, such as labels.
     pub note: String,
 }
 
 /// A sequence of a row.
 #[derive(Clone, Debug, Default)]
 pub struct RowPart {
-    /// What it is, where a row has several.
+    /// The name of the part, if a row has several.
     pub name: &'static str,
     pub ids: Vec<u32>,
-    /// True where the loss is. The first token has nothing before it and is never a target.
+    /// True for loss targets. The first token has no predecessor and is never a target.
     pub mask: Vec<bool>,
 }
 
-/// How many sequences [`Method::masks`] gives.
+/// How many sequences [`Method::masks`] returns.
 pub const MASKS: usize = 4;
 
 /// Files of a checkpoint: name and contents.
 pub type StateFiles = Vec<(String, Vec<u8>)>;
 
-/// What one optimizer step of a method showed.
+/// The results of one optimizer step of a method.
 #[derive(Default)]
 pub struct StepReport {
-    /// The step's loss, as its gradient was taken.
+    /// The step's loss, of which the gradient was taken.
     pub loss: f32,
-    /// Tokens that went through the model.
+    /// Tokens processed by the model.
     pub tokens: usize,
-    /// A value for each micro-batch; the log takes the plain mean, as TRL does.
+    /// One value per micro-batch; the log takes the plain mean, as TRL does.
     pub metrics: Vec<Metric>,
 }
 
@@ -83,7 +83,7 @@ impl StepReport {
     }
 }
 
-/// What a method is built from.
+/// The inputs that a method is built from.
 #[derive(Clone, Copy)]
 pub struct MethodInputs<'a> {
     pub tokenizer: &'a Tokenizer,
@@ -91,23 +91,23 @@ pub struct MethodInputs<'a> {
     pub model: &'a ModelConfig,
     pub train: &'a [Row],
     pub eval: &'a [Row],
-    /// What happens to a row that cannot be used.
+    /// How to treat an unusable row.
     pub on_bad_row: OnBadRow,
-    /// The run's folder, for what is worth keeping from one run to the next.
+    /// The run's folder, for data that is kept from one run to the next.
     pub output: &'a Path,
-    /// Rewards of the program itself, beside those of the options.
+    /// Rewards of the calling program, in addition to those of the options.
     pub rewards: &'a [RewardFunction],
-    /// What the run gives chat templates, those of reward models too.
+    /// The run's settings for chat templates, including those of reward models.
     pub setup: &'a TemplateSetup,
-    /// The rows of both splits, tokenised by an earlier run: for methods with
-    /// [`BuildMethod::rows_are_stored`]. Then `train` and `eval` are empty.
+    /// The tokenised rows of both splits from an earlier run, for methods with
+    /// [`BuildMethod::rows_are_stored`]. `train` and `eval` are then empty.
     pub stored: Option<&'a TokenisedRun>,
 }
 
-/// A method over its rows.
+/// A method with its rows.
 pub struct BuiltMethod {
     pub method: Box<dyn Method>,
-    /// What to print about its data.
+    /// A summary of its data, to print.
     pub summary: String,
 }
 
@@ -117,39 +117,40 @@ impl BuiltMethod {
     }
 }
 
-/// What the memory plan must know about a method.
+/// What the memory plan needs to know about a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
-    /// Sequences of a row: 2 of a pair.
+    /// Sequences per row: 2 for a pair.
     pub sequences: usize,
-    /// It compares its policy with a frozen copy: see [`Decoder::reference`].
+    /// Whether it compares the policy with a frozen copy: see [`Decoder::reference`].
     pub reference: bool,
 }
 
 /// The options of a method; they build the method.
 pub trait BuildMethod: Section {
-    /// The common options at this method's defaults.
+    /// The common options with this method's defaults.
     fn training(&self) -> TrainingConfig {
         TrainingConfig::default()
     }
 
-    /// What the model must be; a language model gets a new score where a classifier is wanted.
+    /// The kind of model that it trains. If that is a classifier, a language model gets a new score
+    /// head.
     fn task(&self) -> Task {
         Task::CausalLm
     }
 
-    /// The token that ends a row, where an option says another than the tokenizer's.
+    /// The token that ends a row, if an option overrides the tokenizer's.
     fn eos_token(&self) -> Option<&str> {
         None
     }
 
-    /// What a micro-batch takes beside its rows, for the memory plan.
+    /// The memory that a micro-batch needs beside its rows, for the memory plan.
     fn footprint(&self) -> Footprint {
         Footprint { sequences: 1, reference: false }
     }
 
-    /// Whether its rows are token sequences and nothing else, which a file can keep from one run to
-    /// the next: see [`Method::store`].
+    /// Whether its rows are nothing but token sequences, which a file can keep from one run to the
+    /// next: see [`Method::store`].
     fn rows_are_stored(&self) -> bool {
         false
     }
@@ -179,7 +180,8 @@ impl<M: BuildMethod + Default> Default for MethodRun<M> {
 
 #[deny(missing_docs)]
 impl<M: BuildMethod + Default + 'static> MethodRun<M> {
-    /// The defaults, then a run file, then `key=value` overrides. Returns notes to print, too.
+    /// Loads the defaults, then a run file, then `key=value` overrides. Also returns notes to
+    /// print.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Vec<String>)> {
         let mut run = Self::default();
         let notes = config::load(
@@ -190,7 +192,7 @@ impl<M: BuildMethod + Default + 'static> MethodRun<M> {
         Ok((run, notes))
     }
 
-    /// The same options, whatever the method.
+    /// The same options with the method's type erased.
     pub fn erased(&self) -> &MethodRun {
         self
     }
@@ -198,17 +200,17 @@ impl<M: BuildMethod + Default + 'static> MethodRun<M> {
 
 #[deny(missing_docs)]
 impl MethodRun {
-    /// Its three groups of options.
+    /// The three groups of options.
     pub fn sections(&self) -> [&dyn Section; 3] {
         [&self.training, &self.peft, &self.method]
     }
 
-    /// The resolved run file; `head` goes in front as a comment.
+    /// The resolved run file, with `head` as a comment at the top.
     pub fn to_toml(&self, head: &str) -> String {
         config::to_toml(head, &self.sections())
     }
 
-    /// Reads a run file, then `key=value` overrides, for a program that gives `reward_functions`
+    /// Reads a run file, then `key=value` overrides, for a program that passes `reward_functions`
     /// rewards of its own. Returns notes to print.
     pub fn read(
         &mut self,
@@ -224,7 +226,7 @@ impl MethodRun {
 
 /// A training command.
 pub struct MethodEntry {
-    /// The command.
+    /// Name of the command.
     pub name: &'static str,
     /// Its line in the help.
     pub about: &'static str,
@@ -232,7 +234,7 @@ pub struct MethodEntry {
     pub page: &'static str,
     /// All of its options at their defaults.
     pub run: fn() -> Box<MethodRun>,
-    /// A folder without weights gets new ones, drawn at random.
+    /// Whether a model folder without weights gets new random ones.
     pub from_scratch: bool,
 }
 
@@ -246,7 +248,7 @@ impl MethodEntry {
         MethodEntry { name, about, page: name, run, from_scratch: false }
     }
 
-    /// The same on another method's page.
+    /// The same method, documented on another method's page.
     pub const fn on_page(self, page: &'static str) -> MethodEntry {
         MethodEntry { page, ..self }
     }
@@ -263,35 +265,34 @@ pub trait Method {
     /// Tokens of the longest sequence of either set.
     fn longest(&self) -> usize;
 
-    /// Tokens of the widest micro-batch of `rows` rows, as one sequence of each.
+    /// Tokens of the widest micro-batch of `rows` rows, one sequence per row.
     fn widest(&self, rows: usize) -> usize {
         rows * self.longest()
     }
 
-    /// Called once, before the first step and before a checkpoint is read, with the initial model:
-    /// for references.
+    /// Called once with the initial model, before the first step and before a checkpoint is read,
+    /// to set up references.
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
         Ok(())
     }
 
-    /// Where a method fills its micro-batches itself: how many an epoch has. Then a step's "rows"
-    /// are their numbers.
+    /// For a method that fills its micro-batches itself: their number in an epoch. The "rows" of a
+    /// step are then numbers of micro-batches.
     fn micro_batches(&self) -> Option<usize> {
         None
     }
 
-    /// Whether its rows are generated: then a step of it is its memory plan.
+    /// Whether its rows are generated; one of its steps then serves as the memory plan.
     fn generates(&self) -> bool {
         false
     }
 
-    /// Where the memory plan says how many sequences are generated at once: how many would be at
-    /// most.
+    /// If the memory plan chooses how many sequences are generated at once: their upper limit.
     fn planned_sequences(&self) -> Option<usize> {
         None
     }
 
-    /// Takes what the memory plan says; before [`Method::attach`].
+    /// Sets the number that the memory plan chose; called before [`Method::attach`].
     fn set_sequences(&mut self, _n: usize) {}
 
     /// Called before [`Method::step`] with the step's number, from 0.
@@ -303,24 +304,24 @@ pub trait Method {
     /// in `cx.param_grads`.
     fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport>;
 
-    /// What was generated since the last call, a line each for completions.jsonl.
+    /// Everything generated since the last call, one line each for completions.jsonl.
     fn take_completions(&mut self) -> Vec<serde_json::Value> {
         Vec::new()
     }
 
-    /// Completions to show beside a log line, where the options ask for them: those of the last
-    /// generation since the call before.
+    /// Completions to show beside a log line, if the options ask for them: those of the last
+    /// generation since the previous call.
     fn shown_completions(&mut self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Some training sequences, true where the loss is: for the report. None where training rows
+    /// Some training sequences, with true for loss targets, for the report. Empty if training rows
     /// are not sequences.
     fn masks(&self) -> Vec<MaskedIds> {
         Vec::new()
     }
 
-    /// A training row as it is trained on: for `temper data`.
+    /// A training row in the form that the method trains on, for `temper data`.
     fn row_view(&self, row: usize) -> RowView;
 
     /// The tokenised rows of a split; None where [`BuildMethod::rows_are_stored`] is false.
@@ -334,25 +335,25 @@ pub trait Method {
     }
 
     /// Loss and metrics over the whole evaluation set, `batch` rows at a time; names without the
-    /// `eval_` in front.
+    /// prefix `eval_`.
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>>;
 
     /// The loss of one training row alone, to find the rows behind a NaN.
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32>;
 
-    /// Where a training row comes from: `file:line`, for messages.
+    /// The source of a training row, `file:line`, for messages.
     fn row_source(&self, row: usize) -> String;
 
-    /// Adds what a split trains on, in order: tokens, masks, labels and columns that rewards see,
-    /// but no file name.
+    /// Adds what a split trains on, in order: tokens, masks, labels and the columns that rewards
+    /// see, but no file name.
     fn digest_rows(&self, split: Split, digest: &mut Digest);
 
-    /// What a run carries beside model and optimizer, as files of a checkpoint.
+    /// The state of a run beside model and optimizer, as files of a checkpoint.
     fn state(&self) -> Result<StateFiles> {
         Ok(Vec::new())
     }
 
-    /// Takes up what [`Method::state`] gave, from a checkpoint's folder.
+    /// Restores the state written by [`Method::state`] from a checkpoint's folder.
     fn restore(&mut self, _cx: &mut Cx, _dir: &Path) -> Result<()> {
         Ok(())
     }

@@ -1,9 +1,9 @@
-//! The model that a policy is held against: the base under an adapter, a second folder, or the
+//! The model that a policy is compared with: the base under an adapter, a second folder, or the
 //! initial weights. Layer 7.
 //!
-//! Invariant: the reference changes in [`Reference::stepped`] alone, and only where
-//! `sync_ref_model` says so. Log-probs kept on disk are named after the weights, the rows and the
-//! kind of device that gave them, so a stale file is never read.
+//! Invariant: the reference changes in [`Reference::stepped`] alone, and only if `sync_ref_model`
+//! is on. Log-probs kept on disk are named after the weights, the rows and the kind of device that
+//! computed them, so a stale file is never read.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -22,13 +22,13 @@ use crate::tensor::Tensor;
 
 const STATE: &str = "reference.f32";
 
-/// What a reference is made from.
+/// The inputs that a reference is built from.
 #[derive(Clone, Default)]
 pub struct ReferenceSetup {
-    /// There is none: its log-probs count as 0.
+    /// Whether there is none: its log-probs count as 0.
     pub free: bool,
     pub options: ReferenceOptions,
-    /// Rows in a batch while log-probs are computed beforehand.
+    /// Rows per batch when log-probs are precomputed.
     pub batch: usize,
     /// Tokens of the longest sequence.
     pub longest: usize,
@@ -42,7 +42,7 @@ pub struct Reference {
     source: LogProbSource,
 }
 
-/// Where the reference's log-probs come from.
+/// The source of the reference's log-probs.
 #[derive(Default)]
 enum LogProbSource {
     #[default]
@@ -69,13 +69,13 @@ impl Reference {
         Reference::new(ReferenceSetup { free: false, options, batch, longest, output })
     }
 
-    /// Without a reference model: its log-probs count as 0.
+    /// Uses no reference model if `free`: its log-probs count as 0.
     pub fn free(mut self, free: bool) -> Reference {
         self.setup.free = free;
         self
     }
 
-    /// The reference model, where its log-probs are computed as training goes.
+    /// The reference model, if its log-probs are computed during training.
     pub fn model(&self) -> Option<&Decoder> {
         match &self.source {
             LogProbSource::Model(model) => Some(model),
@@ -83,8 +83,8 @@ impl Reference {
         }
     }
 
-    /// Its values at `indices` of what [`Reference::attached`] computed, F32 `[n]`; where nothing
-    /// was computed beforehand, what `compute` gives for the model, and zeros without a reference.
+    /// The reference's values at `indices` of what [`Reference::attached`] precomputed, F32 `[n]`.
+    /// If nothing was precomputed, what `compute` returns for the model; zeros without a reference.
     pub fn values(
         &self,
         cx: &mut Cx,
@@ -103,8 +103,8 @@ impl Reference {
         }
     }
 
-    /// Takes the reference from the initial policy, or from its folder. Where log-probs are
-    /// computed beforehand, `compute` gives those of a range of `rows` rows, whose digest is
+    /// Takes the reference from the initial policy or from its folder. If log-probs are
+    /// precomputed, `compute` returns those of a range of the `rows` rows, whose digest is
     /// `digest`, unless the disk has them.
     pub fn attached(
         &self,
@@ -151,13 +151,14 @@ impl Reference {
         with(LogProbSource::Stored(values))
     }
 
-    /// The policy's share, the steps between two moves, and the model, where the reference moves.
+    /// The policy's share, the steps between two updates, and the model, if the reference is
+    /// updated.
     fn moving(&self) -> Option<(f64, u64, &Decoder)> {
         let (alpha, every) = self.setup.options.sync.schedule()?;
         Some((alpha, every, self.model()?))
     }
 
-    /// Moves the reference towards the policy where it is time to.
+    /// Moves the reference towards the policy, if this step is due for it.
     pub fn stepped(&self, policy: &Decoder, done: u64) -> Result<()> {
         let Some((alpha, every, model)) = self.moving() else { return Ok(()) };
         if !done.is_multiple_of(every) {
@@ -173,7 +174,7 @@ impl Reference {
         Ok(())
     }
 
-    /// The weights of a reference that moves, for a checkpoint.
+    /// The weights of a reference that is updated, for a checkpoint.
     pub fn state(&self) -> Result<StateFiles> {
         let Some((_, _, model)) = self.moving() else { return Ok(Vec::new()) };
         let mut bytes = Vec::with_capacity(4 * model.params.count());
@@ -202,7 +203,8 @@ impl Reference {
     }
 }
 
-/// A frozen model of `policy`'s vocabulary, from the folder (or hub name) that the key `key` names.
+/// A frozen model with `policy`'s vocabulary, from the folder (or hub name) given by the option
+/// `key`.
 pub fn load(cx: &Cx, policy: &Decoder, name: &str, key: &str, longest: usize) -> Result<Decoder> {
     let dir = resolve_model(name)?;
     let model = Decoder::folder(&dir)?.set(ParamSetId::Reference).positions(longest);
@@ -223,7 +225,7 @@ pub fn load(cx: &Cx, policy: &Decoder, name: &str, key: &str, longest: usize) ->
     model.build(cx)
 }
 
-/// A digest of everything that a model's log-probs follow from: its weights, storage type and kind
+/// A digest of everything that determines a model's log-probs: its weights, storage type and kind
 /// of device.
 fn weights_digest(cx: &Cx, model: &Decoder) -> Result<u32> {
     let mut crc = crc32fast::Hasher::new();
@@ -241,7 +243,7 @@ fn weights_digest(cx: &Cx, model: &Decoder) -> Result<u32> {
     Ok(crc.finalize())
 }
 
-/// A digest of what the log-probs of rows follow from, beside the model.
+/// A digest of everything else that determines the log-probs of rows.
 pub fn rows_digest<'a>(
     sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
     weights: &[f32],

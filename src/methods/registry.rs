@@ -1,4 +1,4 @@
-//! Every method, a line each. Layer 7.
+//! Every method, one line each. Layer 7.
 //!
 //! Invariant: the training commands, their help, the tables of options in the docs and the tests of
 //! options are loops over this list.
@@ -25,7 +25,7 @@ pub const REGISTRY: &[&MethodEntry] = &[
     &online::on_policy_distill::METHOD,
 ];
 
-/// The method of a command. Error: there is none.
+/// The method of a command. Error if there is none.
 pub fn find(name: &str) -> Result<&'static MethodEntry> {
     let names = || REGISTRY.iter().map(|e| e.name);
     REGISTRY.iter().copied().find(|e| e.name == name).ok_or_else(|| {

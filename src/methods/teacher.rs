@@ -1,6 +1,6 @@
 //! A frozen model that a student learns from: distillation's loss over given rows. Layer 7.
 //!
-//! Invariant: neither model's logits are ever whole; see `ops::distill`.
+//! Invariant: neither model's logits are ever held whole; see `ops::distill`.
 
 use super::StepReport;
 use super::offline::rows::targets;
@@ -50,7 +50,8 @@ impl Teacher {
         Ok(Teacher { folder, beta: options.beta as f32, model: None })
     }
 
-    /// Loads it for sequences of at most `longest` tokens. Errors: another task or vocabulary.
+    /// Loads the teacher for sequences of at most `longest` tokens. Errors if its task or
+    /// vocabulary differ.
     pub fn load(&mut self, cx: &Cx, student: &Decoder, longest: usize) -> Result<()> {
         let key = "teacher_model_name_or_path";
         self.model = Some(load(cx, student, &self.folder, key, longest)?);
@@ -64,8 +65,8 @@ impl Teacher {
     }
 
     /// The divergence of teacher and student, summed over the target tokens of `examples` and
-    /// divided by `total`; `scale` multiplies both logits. On the tape where `train`. None: there
-    /// is no target.
+    /// divided by `total`; `scale` multiplies the logits of both. On the tape if `train`. None if
+    /// there is no target.
     pub fn divergence(
         &self,
         cx: &mut Cx,
@@ -85,7 +86,7 @@ impl Teacher {
         if n == 0 {
             return Ok(None);
         }
-        // The teacher knows nothing of the student's virtual tokens.
+        // The teacher does not know the student's virtual tokens.
         let theirs = if student.vocab() == teacher.vocab() {
             teacher.target_hidden(cx, &batch)?
         } else {
@@ -106,7 +107,7 @@ impl Teacher {
         Ok(Some(Divergence { loss, tokens: batch.rows }))
     }
 
-    /// The mean loss of examples, `batch` at a time.
+    /// The mean loss over examples, `batch` at a time.
     pub fn mean_loss(
         &self,
         cx: &mut Cx,
@@ -122,7 +123,7 @@ impl Teacher {
         Ok(loss)
     }
 
-    /// One micro-batch of a step of `total` target tokens; with `train`, its backward.
+    /// One micro-batch of a step with `total` target tokens; with `train`, also its backward.
     pub fn update(
         &self,
         cx: &mut Cx,
@@ -143,14 +144,14 @@ impl Teacher {
     }
 }
 
-/// What a student's micro-batch gave, as it was launched.
+/// The outputs of a student's micro-batch, not yet read back.
 pub struct Divergence {
     /// F32 `[1]`
     pub loss: Tensor,
     pub tokens: usize,
 }
 
-/// Loss targets of examples.
+/// The number of loss targets of examples.
 pub fn all_targets<'a>(examples: impl IntoIterator<Item = &'a SftExample>) -> usize {
     examples.into_iter().map(|e| targets(&e.target_mask)).sum()
 }

@@ -9,16 +9,16 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::row_packs;
 use crate::tensor::Tensor;
 
-/// The kernels' template argument.
+/// The activations, with the kernels' template argument D.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Act {
     Silu = kernels::act::SILU,
-    /// `gelu_pytorch_tanh`, `gelu_new`
+    /// `gelu_pytorch_tanh`, `gelu_new`: the tanh approximation.
     GeluTanh = kernels::act::GELU_TANH,
-    /// By the error function.
+    /// Exact, with erf.
     Gelu = kernels::act::GELU,
-    /// Plain only: no gated unit has it.
+    /// Plain only: no family has a gated unit with relu.
     Relu = kernels::act::RELU,
 }
 
@@ -44,7 +44,7 @@ pub struct Activation {
 }
 
 impl Glu {
-    /// Without a tape.
+    /// The op without a tape.
     pub(super) fn of(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
         let (rows, f) = (x.row_count(), x.cols() / 2);
         let y = cx.real("glu", &[rows, f])?;
@@ -164,7 +164,8 @@ fn value(act: Act, x: f64) -> f64 {
     }
 }
 
-/// erf by its Maclaurin series where that converges well, else by the continued fraction of erfc.
+/// erf by its Maclaurin series where that converges well, otherwise by the continued fraction of
+/// erfc.
 fn erf(x: f64) -> f64 {
     let a = x.abs();
     if a < 2.5 {

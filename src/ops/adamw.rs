@@ -1,7 +1,7 @@
-//! State writers of the optimizer: gradient norm, clipping, AdamW. Layer 4.
+//! Optimizer updates: gradient norm, clipping, AdamW. Layer 4.
 //!
-//! Invariant: what changes from step to step (learning rate, bias corrections, clip factor) is read
-//! from device memory. Math, order of operations and sources: `kernels/adamw.cu`.
+//! Invariant: whatever changes from step to step (learning rate, bias corrections, clip factor) is
+//! read from device memory. Math, order of operations and sources: `kernels/adamw.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
 use crate::device::{DType, Launch};
@@ -19,14 +19,14 @@ pub struct AdamW {
     pub beta2: f32,
     pub eps: f32,
     pub weight_decay: f32,
-    /// The group's learning rate as a share of the step's.
+    /// The group's learning rate as a multiple of the step's.
     pub lr_scale: f32,
-    /// Tells groups apart in the random key of stochastic rounding.
+    /// Distinguishes groups in the random key of stochastic rounding.
     pub group: i32,
 }
 
-/// One range of an arena: float master (None: `weight` itself is the parameter, stochastically
-/// rounded), the weights that kernels read, both moments and the gradient; all contiguous and of
+/// One range of an arena: the float master (None: `weight` itself is the parameter, stochastically
+/// rounded), the weights that kernels read, both moments and the gradient, all contiguous and of
 /// one length.
 pub struct Slice<'a> {
     pub master: Option<&'a Tensor>,
@@ -37,7 +37,7 @@ pub struct Slice<'a> {
 }
 
 impl Slice<'_> {
-    /// The number of parameters. Error: the tensors differ in length.
+    /// The number of parameters. Error if the tensors differ in length.
     pub(crate) fn length(&self, op: &'static str) -> Result<usize> {
         same_length(op, self.weight, [self.m, self.v, self.grad])?;
         Ok(self.weight.numel())
@@ -73,7 +73,7 @@ pub fn norm_and_clip(cx: &Cx, hyper: &Tensor, grad: &Tensor, max_norm: f32) -> R
     kernels::norm_and_clip(&*cx.device, Launch::warps(1), args)
 }
 
-/// One AdamW step of a range. Moments are F32, or BF16 and then rounded by chance.
+/// One AdamW step of a range. Moments are F32, or BF16 with stochastic rounding.
 pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
     let n = s.length("adamw")?;
     let args = kernels::AdamwArgs {
@@ -102,8 +102,8 @@ pub fn adamw(cx: &Cx, group: &AdamW, s: &Slice, hyper: &Tensor) -> Result<()> {
     }
 }
 
-/// The step in f32, operation for operation: (parameter, m, v). For references that must agree in
-/// bits.
+/// The step in f32, operation for operation: (parameter, m, v). For oracles that must agree bit for
+/// bit.
 pub(crate) fn exact_step(
     c: &AdamW,
     hyper: &[f64],
@@ -121,8 +121,8 @@ pub(crate) fn exact_step(
     ((-(lr / h(1))).mul_add(m / (v.sqrt() / h(2) + c.eps), x), m, v)
 }
 
-/// f32 to bf16, up with the probability of the dropped bits: the noise of value `i` is 16 bits of
-/// Philox.
+/// Rounds f32 to bf16 stochastically: up with the probability of the dropped bits. The noise of
+/// value `i` is 16 bits of Philox.
 fn by_chance(x: f32, key: &F64, i: usize, group: i32, kind: u32) -> f64 {
     let k = |j: usize| key.data[j] as i32 as u32;
     let words = philox([k(0), k(1)], [(i / 8) as u32, k(2), group as u32, kind]);
@@ -130,7 +130,7 @@ fn by_chance(x: f32, key: &F64, i: usize, group: i32, kind: u32) -> f64 {
     f64::from(f32::from_bits((x.to_bits() + noise) & 0xffff_0000))
 }
 
-/// A copy that a step of a case may write.
+/// A copy of an input, which the step of a case may overwrite.
 pub(crate) fn case_copy(cx: &Cx, t: &Tensor) -> Result<Tensor> {
     let copy = cx.float("adamw case", t.shape())?;
     copy.copy_from(t)?;
@@ -172,13 +172,13 @@ impl Op for AdamWStep {
         out
     }
 
-    /// With a BF16 weight.
+    /// Assumes a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost { bytes: (30 * x[0].numel()) as f64, flops: 0.0 }
     }
 }
 
-/// As [`AdamWStep`] with moments in BF16; inputs p, m, v, g, hyper, key. Compared bit for bit.
+/// [`AdamWStep`] with moments in BF16; inputs p, m, v, g, hyper, key. Compared bit for bit.
 #[derive(Debug)]
 struct Bf16Step(AdamW);
 
@@ -213,13 +213,13 @@ impl Op for Bf16Step {
         out
     }
 
-    /// With a BF16 weight.
+    /// Assumes a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost { bytes: (22 * x[0].numel()) as f64, flops: 0.0 }
     }
 }
 
-/// p, m, v, g, hyper of a step in its middle.
+/// p, m, v, g and hyper as in the middle of training.
 pub(crate) fn case_inputs(rng: &mut Rng, n: usize) -> Vec<Arg> {
     let square = F64::from_fn(&[n], |_| rng.uniform() * 1e-2);
     let hyper = F64::new(&[8], vec![1e-3, 0.271, 0.0547, 2.0, 0.5, 0.0, 0.0, 0.0]);

@@ -27,7 +27,7 @@ impl Maps {
     }
 }
 
-/// One range of an arena, whose m and v are U8 codes with a float for each 256 of them.
+/// One range of an arena. Its m and v are U8 codes, with one float scale for each 256 of them.
 pub struct Slice8<'a> {
     pub values: Slice<'a>,
     pub m_absmax: &'a Tensor,
@@ -65,8 +65,8 @@ pub fn adamw8(cx: &Cx, group: &AdamW, x: &Slice8, maps: &Maps, hyper: &Tensor) -
     kernels::adamw8(&*cx.device, Launch::warps(blocks), usize::from(s.master.is_none()), args)
 }
 
-/// The registry's form: inputs p, m, v (float), g, hyper; outputs p, w, and the moments as codes,
-/// scales and values. Compared bit for bit.
+/// The op form, for the registry: inputs p, m, v (float), g, hyper; outputs p, w, and the moments
+/// as codes, scales and values. Compared bit for bit.
 #[derive(Debug)]
 struct AdamW8Step(AdamW);
 
@@ -120,7 +120,7 @@ impl Op for AdamW8Step {
         out
     }
 
-    /// With a BF16 weight.
+    /// Assumes a BF16 weight.
     fn cost(&self, x: &[&Tensor]) -> Cost {
         Cost { bytes: (18 * x[0].numel()) as f64, flops: 0.0 }
     }

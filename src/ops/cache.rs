@@ -1,6 +1,6 @@
-//! Copies inside of the paged cache of keys and values. Layer 4.
+//! Copies inside the paged cache of keys and values. Layer 4.
 //!
-//! Invariant: moves, exact. Math: `kernels/cache.cu`.
+//! Invariant: copies are exact. Math: `kernels/cache.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::Device;
@@ -10,8 +10,8 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::row_packs;
 use crate::tensor::Tensor;
 
-/// In `cache` [layers * slots, width] real, copies rows `from`.. of every layer over the `rows` rows
-/// from `to` on. They do not overlap.
+/// In every layer of `cache` [layers * slots, width] real, copies `rows` rows from `from` on to the
+/// rows from `to` on. The two ranges do not overlap.
 #[derive(Clone, Copy, Debug)]
 pub struct CopyCached {
     pub layers: usize,

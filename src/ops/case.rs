@@ -1,4 +1,4 @@
-//! Test and performance cases of ops, and the ways of running an op that are checked. Layer 4.
+//! Test and performance cases of ops, and the variants of running an op that are checked. Layer 4.
 //!
 //! Invariant: a case is small enough for a naive oracle; ragged sizes are included.
 
@@ -8,7 +8,7 @@ use crate::autograd::{F64, Op};
 use crate::config::{AttentionChoice, MatmulChoice};
 use crate::device::{DType, Device};
 
-/// How a case's input lies on the device.
+/// The storage of a case's input on the device.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
     /// The storage dtype under test.
@@ -23,9 +23,9 @@ pub enum Kind {
 pub struct Arg {
     pub value: F64,
     pub kind: Kind,
-    /// Its gradient is checked.
+    /// Whether its gradient is checked.
     pub grad: bool,
-    /// It is a parameter: its gradient is f32 and adds up in an arena.
+    /// Whether it is a parameter: its gradient is f32 and accumulates in an arena.
     pub param: bool,
 }
 
@@ -42,7 +42,7 @@ impl Arg {
         Arg { value, kind: Kind::Float, grad: false, param: false }
     }
 
-    /// F32 with a gradient.
+    /// F32 with a checked gradient.
     pub fn watched(value: F64) -> Arg {
         Arg { grad: true, ..Arg::float(value) }
     }
@@ -58,20 +58,20 @@ impl Arg {
     }
 }
 
-/// One input set of an op, small enough for a naive reference; ragged sizes included.
+/// One set of inputs of an op.
 pub struct Case {
     pub label: String,
     pub op: Arc<dyn Op>,
     pub inputs: Vec<Arg>,
-    /// A move or a gather: compared bit for bit.
+    /// Compare bit for bit: a copy or a gather.
     pub exact: bool,
-    /// Outputs to leave out of the comparison (argmax among near ties, say): indices.
+    /// Indices of outputs to leave out of the comparison, such as an argmax among near ties.
     pub skip: Vec<usize>,
-    /// Upstream gradient of each output: a constant where the op asks for one, else random. Empty:
-    /// all random.
+    /// Upstream gradient of each output: a constant where the op needs one, else None for a random
+    /// one. Empty: all random.
     pub upstream: Vec<Option<f64>>,
-    /// bf16 rounding points on the longest path from an input to a gradient: scales the gradient
-    /// tolerance.
+    /// Number of bf16 roundings on the longest path from an input to a gradient; scales the
+    /// gradient tolerance.
     pub roundings: f64,
 }
 
@@ -89,7 +89,7 @@ impl Case {
     }
 }
 
-/// A way of running an op that is checked of its own: which kernels are chosen.
+/// A choice of kernels under which an op is checked separately.
 #[derive(Clone, Copy)]
 pub struct Variant {
     pub name: &'static str,
@@ -99,7 +99,7 @@ pub struct Variant {
 }
 
 impl Variant {
-    /// Whether the device has what the variant asks for. A CPU has everything.
+    /// Whether the device supports the variant. A CPU supports all.
     pub fn runs_on(&self, device: &dyn Device) -> bool {
         let device = device.capabilities();
         self.attention != AttentionChoice::Wgmma || device.wgmma || !device.tensor_cores
@@ -112,7 +112,7 @@ pub const DEFAULT: Variant = Variant {
     matmul: MatmulChoice::Auto,
     attention: AttentionChoice::Auto,
 };
-/// For ops that know float only.
+/// For ops that exist in float only.
 pub const ONE_DTYPE: Variant = Variant { dtypes: &[DType::F32], ..DEFAULT };
 pub const OWN_MATMUL: Variant =
     Variant { name: "own kernel", matmul: MatmulChoice::Own, ..DEFAULT };
@@ -124,11 +124,11 @@ pub const TENSOR_CORE: Variant = Variant {
     ..DEFAULT
 };
 
-/// As `TENSOR_CORE`, with the kernels of Hopper for the head sizes that have them.
+/// `TENSOR_CORE` with the Hopper kernels for the head sizes that have them.
 pub const WGMMA: Variant =
     Variant { name: "wgmma", attention: AttentionChoice::Wgmma, ..TENSOR_CORE };
 
-/// The sizes that performance cases are made of: a batch of a model.
+/// The sizes of performance cases: a batch of a model.
 #[derive(Clone, Copy, Debug)]
 pub struct PerfShape {
     pub sequences: usize,
@@ -153,7 +153,7 @@ impl PerfShape {
     }
 }
 
-/// Test data: a small counter-based generator, the same everywhere.
+/// Generator of test data: small and counter-based, with the same numbers on every machine.
 pub struct Rng(pub u64);
 
 impl Rng {
@@ -174,13 +174,13 @@ impl Rng {
         (self.bits() % n as u64) as usize
     }
 
-    /// Standard normal (Box and Muller).
+    /// Standard normal (Box-Muller).
     pub fn normal(&mut self) -> f64 {
         let r = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
         r * (std::f64::consts::TAU * self.uniform()).cos()
     }
 
-    /// Normal numbers; beyond 2^20, for performance cases, the same ones over again.
+    /// Normal numbers; beyond 2^20 values, in performance cases, the same block repeats.
     pub fn array(&mut self, shape: &[usize], scale: f64) -> F64 {
         let numel: usize = shape.iter().product();
         let block: Vec<f64> = (0..numel.min(1 << 20)).map(|_| scale * self.normal()).collect();

@@ -1,9 +1,9 @@
 //! Distillation: a divergence of the student's distribution from the teacher's over the whole
 //! vocabulary. Layer 4.
 //!
-//! Invariant: memory is one chunk of logits of each model, whatever the vocabulary times the number
-//! of rows; a row's divergence does not depend on the chunk. Gradients are made while the chunk is
-//! there. Math: `kernels/distill.cu`.
+//! Invariant: memory is one chunk of logits per model, whatever the vocabulary and the number of
+//! rows; a row's divergence does not depend on the chunk. Gradients are computed while the chunk is
+//! in memory. Math: `kernels/distill.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
@@ -15,21 +15,21 @@ use crate::ops::head::{Head, LogitMap, chunk_rows, chunks, slices};
 use crate::ops::head_terms::{self, gradients_of, logits_of, oracle_row, slots_in_forward, terms};
 use crate::tensor::Tensor;
 
-/// The student's rows and head, the teacher's rows and head, a weight F32 `[n]` each row.
+/// The student's rows and head, the teacher's rows and head, and a weight per row, F32 `[n]`.
 pub struct DistillIn<'a> {
     /// [n, d] real
     pub student: &'a Tensor,
     /// [vocab, d] real
     pub student_head: &'a Head,
-    /// [n, e] real: e need not be d
+    /// [n, e] real; e may differ from d
     pub teacher: &'a Tensor,
     /// [vocab, e] real
     pub teacher_head: &'a Head,
     pub weight: &'a Tensor,
 }
 
-/// `loss = sum_i weight[i] D_i` F32 `[1]`, and D F32 `[n]`: at `beta` 0 KL(teacher, student), at 1
-/// KL(student, teacher), between them the generalised Jensen-Shannon divergence; logits are scaled
+/// `loss = sum_i weight[i] D_i` F32 `[1]`, and D F32 `[n]`: KL(teacher, student) at `beta` 0,
+/// KL(student, teacher) at 1, the generalised Jensen-Shannon divergence between. Logits are scaled
 /// by `scale` (1 / temperature). Only `loss` carries a gradient, for the student, and its upstream
 /// must be 1.
 pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Tensor, Tensor)> {
@@ -49,14 +49,14 @@ pub fn distill(cx: &mut Cx, x: &DistillIn, beta: f32, scale: f32) -> Result<(Ten
 pub struct Distill {
     pub beta: f32,
     pub scale: f32,
-    /// The student's and the teacher's.
+    /// The logit maps of the student and of the teacher.
     pub maps: [LogitMap; 2],
     pub chunk: usize,
-    /// Whether the student's and the teacher's head have a pair.
+    /// Whether the student's and the teacher's head have a LoRA pair.
     pub pairs: [bool; 2],
 }
 
-/// Where the inputs of the pairs begin: t and B of the student's, then of the teacher's.
+/// Index of the first input of the pairs: t and B of the student's, then of the teacher's.
 const PAIRS: usize = 5;
 
 impl Distill {
@@ -269,8 +269,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
             }
         }
     }
-    // Drawn after the others. The loss of one row of three tokens is a difference of its terms, and other draws than
-    // those above may cancel to more than f32's tolerance, which is relative to the loss.
+    // Generated after the others. The loss of a single row of three tokens is a difference of its
+    // terms; with other random values than those above they may cancel beyond f32's tolerance,
+    // which is relative to the loss.
     let (rows, d, e, vocab) = (33, 16, 24, 130);
     for beta in [0.0f32, 0.1, 0.5, 0.9, 1.0] {
         for pairs in [[true, false], [true, true]] {

@@ -1,7 +1,7 @@
 //! Dropout with counter-based random numbers. Layer 4.
 //!
 //! Invariant: the mask is a function of (seed, step, micro-step, site, index): the backward and a
-//! recomputation draw it again, nothing is saved. Kernel: `kernels/dropout.cu`.
+//! recomputation generate it again, nothing is saved. Kernel: `kernels/dropout.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;

@@ -13,8 +13,8 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::column_warps;
 use crate::tensor::Tensor;
 
-/// Token ids on the device, with the places of each distinct token: what the backward needs, sorted
-/// on the host.
+/// Token ids on the device, and the places of each distinct token, sorted on the host for the
+/// backward.
 #[derive(Clone)]
 pub struct TokenIndex {
     pub ids: Tensor,
@@ -26,8 +26,8 @@ pub struct TokenIndex {
 }
 
 impl TokenIndex {
-    /// `ids` must lie below the vocabulary (and the virtual tokens after it): the caller (the
-    /// batch) has checked them.
+    /// `ids` must be below the vocabulary size plus virtual tokens; the caller (the batch) has
+    /// checked them.
     pub fn new(cx: &Cx, ids: &[u32]) -> Result<TokenIndex> {
         let ints: Vec<i32> = ids.iter().map(|i| *i as i32).collect();
         let [unique, starts, order] = sorted_places(&ints);
@@ -40,7 +40,7 @@ impl TokenIndex {
         })
     }
 
-    /// For a forward without a tape: nothing is sorted, and a backward is an error.
+    /// An index for forwards without a tape: nothing is sorted, and a backward is an error.
     pub fn for_generation(ids: Tensor) -> Result<TokenIndex> {
         let none = ids.view(0, ids.dtype(), &[0])?;
         Ok(TokenIndex {
@@ -52,7 +52,7 @@ impl TokenIndex {
         })
     }
 
-    /// How many of the distinct ids lie below `vocab`.
+    /// The number of distinct ids below `vocab`.
     pub(crate) fn distinct_below(&self, vocab: usize) -> usize {
         self.distinct.partition_point(|id| (*id as usize) < vocab)
     }
@@ -78,7 +78,7 @@ pub fn embedding(cx: &mut Cx, w: &Tensor, index: &TokenIndex) -> Result<Tensor> 
     cx.apply1(Embedding, &[w, &index.ids, &index.unique, &index.starts, &index.order])
 }
 
-/// `y[i] = x[index[i]]`: x [n, d] real, index I32 `[m]` without repetition and in range; y [m, d].
+/// `y[i] = x[index[i]]`: x [n, d] real, index I32 `[m]` in range and without repetition; y [m, d].
 pub fn gather_rows(cx: &mut Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     cx.apply1(GatherRows, &[x, index])
 }
@@ -197,7 +197,7 @@ fn gathered(cx: &Cx, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-/// The cost of a copy of the rows of `w` that `ids` names.
+/// The cost of copying the rows of `w` that `ids` names.
 pub(crate) fn copied_rows(w: &Tensor, ids: &Tensor) -> Cost {
     Cost { bytes: 2.0 * (ids.numel() * w.cols() * w.dtype().size()) as f64, flops: 0.0 }
 }

@@ -1,31 +1,31 @@
-//! Which of several products with the same bits takes the least time. Layer 4.
+//! Finds the fastest of several products with the same bits. Layer 4.
 //!
-//! Invariant: the clock chooses among results that are equal, so it changes none.
+//! Invariant: the clock chooses among equal results, so it changes none.
 
 use crate::autograd::Cx;
 use crate::error::Result;
 
-/// Runs of a contender that are timed, after one that is not.
+/// Timed runs of a contender, after one that is not timed.
 const RUNS: usize = 3;
-/// Of a favoured contender's time, what it may be slower by.
+/// How much slower a favoured contender may be, as a share of its time.
 const MARGIN: f32 = 0.03;
 
-/// The rows that a step of `n` is padded to where steps are recorded: a power of two, or one and a
-/// half of one, so that at most a third is padding.
+/// The row count that a step of `n` rows is padded to where steps are recorded: a power of two or
+/// 1.5 times one, so that at most a third is padding.
 pub fn padded_rows(n: usize) -> usize {
     let power = n.next_power_of_two();
     let between = power / 4 * 3;
     if between >= n { between } else { power }
 }
 
-/// Microseconds of some runs, with `clear` before each so that operands come from memory and not
-/// from a cache.
+/// Microseconds of each of [`RUNS`] runs. `clear` runs before each, so that operands come from
+/// memory instead of a cache.
 pub(super) fn timed(
     cx: &Cx,
     clear: &dyn Fn() -> Result<()>,
     run: &dyn Fn() -> Result<()>,
 ) -> Result<Vec<f32>> {
-    run()?; // its code is loaded, its memory there
+    run()?; // loads its code and allocates its memory
     let one = |_| {
         clear()?;
         let from = cx.device.mark()?;
@@ -41,8 +41,9 @@ pub(super) fn median(times: &[f32]) -> Option<f32> {
     sorted.get(sorted.len() / 2).copied()
 }
 
-/// The contenders from the fastest to the slowest by the median of their times; equals stay in
-/// order, who has no times is left out. Who is favoured wins if it is hardly slower.
+/// The indices of the contenders, from the fastest to the slowest by the median of their times.
+/// Ties keep their order; contenders without times are left out. A favoured one wins if it is at
+/// most [`MARGIN`] slower.
 pub(super) fn by_time(times: &[Vec<f32>], favoured: impl Fn(usize) -> bool) -> Vec<usize> {
     let weighed = |(i, times): (usize, &Vec<f32>)| {
         let factor = if favoured(i) { 1.0 - MARGIN } else { 1.0 };

@@ -1,9 +1,9 @@
 //! The fused head: log-probs of chosen tokens without ever holding all logits. Layer 4.
 //!
-//! Invariant: memory is one chunk of logits, whatever the vocabulary times the number of rows; a
+//! Invariant: memory is one chunk of logits, whatever the vocabulary and the number of rows; a
 //! row's log-prob does not depend on the chunk. Two modes: weights known beforehand ([`head_loss`],
-//! three matrix products: gradients are made while the chunk is there) and weights known later
-//! ([`head_logps`], four: the chunk's logits are computed again). Math: `kernels/head.cu`.
+//! three matrix products: gradients are computed while the chunk is in memory) and weights known
+//! later ([`head_logps`], four: the chunk's logits are computed again). Math: `kernels/head.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{DType, Launch, Layout};
@@ -19,12 +19,12 @@ use crate::ops::head_terms::{
 use crate::ops::matmul::product;
 use crate::tensor::Tensor;
 
-/// The language-model head: its weight [vocab, d] real, and what is made of the products with it.
+/// The language-model head: its weight [vocab, d] real, and the map from its products to logits.
 #[derive(Clone, Debug)]
 pub struct Head {
     pub weight: Tensor,
     pub map: LogitMap,
-    /// LoRA's, where the head has one.
+    /// The head's LoRA pair, if it has one.
     pub pair: Option<HeadPair>,
 }
 
@@ -45,14 +45,14 @@ impl Head {
         Ok(logits)
     }
 
-    /// An op's inputs for the pair: its narrow product and B.
+    /// The inputs that an op has for the pair: its narrow product and B.
     pub(super) fn with_narrow<'a>(&'a self, narrow: Option<&'a Tensor>) -> Vec<&'a Tensor> {
         narrow.into_iter().zip(&self.pair).flat_map(|(t, pair)| [t, &pair.b]).collect()
     }
 }
 
-/// What a model makes of the products with its head: `l = z / divisor`, then `c tanh(l / c)` with a
-/// softcap c.
+/// A family's map from the products with the head to logits: `l = z / divisor`, then `c tanh(l /
+/// c)` with a softcap c.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LogitMap {
     pub divisor: f32,
@@ -62,8 +62,8 @@ pub struct LogitMap {
 impl LogitMap {
     pub const PLAIN: LogitMap = LogitMap { divisor: 1.0, softcap: None };
 
-    /// In place, F32. The trainer's head, distillation and the sampler all call this, so they have
-    /// the same bits.
+    /// Maps F32 products in place. The trainer's head, distillation and the sampler all call this,
+    /// so their logits have the same bits.
     pub(super) fn apply(self, cx: &Cx, logits: &Tensor) -> Result<()> {
         if self == LogitMap::PLAIN {
             return Ok(());
@@ -74,17 +74,17 @@ impl LogitMap {
             divisor: self.divisor,
             softcap: self.cap(),
         };
-        // All that it has is float, so its packs are, too, whatever the storage dtype.
+        // The logits are float whatever the storage dtype, so the packs are float's too.
         let packs = logits.numel().div_ceil(kernels::pack_width(logits.dtype().size()));
         kernels::map_logits(&*cx.device, Launch::flat(packs), args)
     }
 
-    /// The factor of a gradient of logits that are scaled by `scale`.
+    /// d l / d z for logits that are then multiplied by `scale`, without the softcap's factor.
     pub(super) fn slope(self, scale: f32) -> f32 {
         scale / self.divisor
     }
 
-    /// As kernels take it: 0 is none.
+    /// The softcap as kernels take it: 0 means none.
     pub(super) fn cap(self) -> f32 {
         self.softcap.unwrap_or(0.0)
     }
@@ -95,7 +95,7 @@ impl LogitMap {
     }
 }
 
-/// What the head tells of each row, F32 `[n]` unless said otherwise.
+/// The head's results for each row, F32 `[n]` unless noted.
 pub struct HeadOut {
     /// log p(target)
     pub logp: Tensor,
@@ -103,13 +103,14 @@ pub struct HeadOut {
     pub entropy: Tensor,
     /// I32 `[n]`: the most likely token
     pub best: Tensor,
-    /// log of the sum of the squared probabilities, where it was asked for (WPO)
+    /// log of the sum of the squared probabilities, if requested (WPO)
     pub log_square: Option<Tensor>,
 }
 
-/// `loss = -sum_i weight[i] logp[i]` F32 `[1]`, and the rows' metrics. x [n, d] real, target I32 `[n]` below the vocabulary, weight F32 `[n]`; logits are scaled by `scale` (1 /
-/// temperature). Only `loss` carries a gradient, and its upstream must be 1: gradients of x and w
-/// are made in the forward, chunk by chunk.
+/// `loss = -sum_i weight[i] logp[i]` F32 `[1]`, and the rows' metrics. x [n, d] real, target I32
+/// `[n]` below the vocabulary, weight F32 `[n]`; logits are scaled by `scale` (1 / temperature).
+/// Only `loss` carries a gradient, and its upstream must be 1: gradients of x and w are computed in
+/// the forward, chunk by chunk.
 pub fn head_loss(
     cx: &mut Cx,
     x: &Tensor,
@@ -127,8 +128,8 @@ pub fn head_loss(
     Ok((loss, HeadOut { logp, entropy, best, log_square: None }))
 }
 
-/// Log-prob, entropy and arg max of each row; gradients flow to x and w from upstreams of logp and
-/// entropy. Arguments as for [`head_loss`].
+/// Log-prob, entropy and arg max of each row. Gradients flow to x and w from the upstreams of logp
+/// and entropy. Arguments as for [`head_loss`].
 pub fn head_logps(
     cx: &mut Cx,
     x: &Tensor,
@@ -139,7 +140,7 @@ pub fn head_logps(
     head_rows(cx, x, head, target, scale, false)
 }
 
-/// As [`head_logps`]; with `squares`, `log_square` comes too (it carries no gradient).
+/// [`head_logps`] that, with `squares`, also returns `log_square` (which carries no gradient).
 pub fn head_rows(
     cx: &mut Cx,
     x: &Tensor,
@@ -160,8 +161,8 @@ pub fn head_rows(
     }
 }
 
-/// The mean of each row's logits over the vocabulary, F32 `[n]`: a row times the mean row of the
-/// head, or, with a softcap, a sum over the logits themselves. Not on the tape.
+/// The mean of each row's logits over the vocabulary, F32 `[n]`: the row times the mean row of the
+/// head or, with a softcap, a mean over the logits themselves. Not on the tape.
 pub fn mean_logits(cx: &Cx, x: &Tensor, head: &Head) -> Result<Tensor> {
     let (n, w) = (x.row_count(), &head.weight);
     let vocab = w.row_count();
@@ -198,8 +199,9 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, head: &Head) -> Result<Tensor> {
     Ok(mean)
 }
 
-/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 GiB on a GPU, 256 rows at least: each
-/// chunk reads the whole head, and reads and writes its whole gradient.
+/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 GiB on a GPU, and at
+/// least 256 rows, because each chunk reads the whole head, and reads and writes its whole
+/// gradient.
 pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
     (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(256, 16384)
 }
@@ -209,7 +211,7 @@ pub(super) fn slices(vocab: usize) -> usize {
     vocab.div_ceil(kernels::LOGIT_SLICE)
 }
 
-/// Where the inputs of the head's pair begin, t and B, where it has one.
+/// Index of the first input of the head's pair (t and B), if it has one.
 const PAIR_OF_LOGPS: usize = 3;
 const PAIR_OF_LOSS: usize = 4;
 
@@ -225,7 +227,7 @@ pub struct HeadLogps {
     pub scale: f32,
     pub map: LogitMap,
     pub chunk: usize,
-    /// Give log sum p^2, too.
+    /// Also compute log sum p^2.
     pub square: bool,
 }
 
@@ -236,7 +238,7 @@ struct Pass {
     entropy: Tensor,
     square: Option<Tensor>,
     best: Tensor,
-    /// What the slices of the chunk's rows leave for their sums.
+    /// The statistics of the slices of the chunk's rows.
     part: Tensor,
     logits: Tensor,
 }
@@ -257,7 +259,7 @@ impl Pass {
         })
     }
 
-    /// Logits of rows `from..to` and their figures. Returns the chunk's logits.
+    /// Computes and returns the logits of rows `from..to`, and their statistics.
     fn forward(
         &self,
         cx: &Cx,
@@ -308,7 +310,7 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, 
     (0..rows.div_ceil(chunk)).map(move |i| (i * chunk, ((i + 1) * chunk).min(rows)))
 }
 
-/// `rows`: how many inputs have one value a row, after x and the weight.
+/// `rows`: the number of inputs with one value per row, after x and the weight.
 fn check(name: &'static str, x: &[&Tensor], rows: usize) -> Result<()> {
     let hint = "is hidden_size in config.json right?";
     expect_cols(name, "the head's weight", x[1], x[0].cols(), hint)?;
@@ -552,12 +554,12 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         with_weight.push(Arg::float(weight));
         with_weight.extend(pair.clone());
         inputs.extend(pair);
-        // The arg max of near ties may differ: it is compared where it decides nothing else, in
-        // tests of its own.
+        // The arg max of near ties may differ. It decides nothing else here; tests of its own
+        // compare it.
         for square in [false, true] {
             let label = format!("{label}{}", if square { " square" } else { "" });
             let case = Case::new(label, HeadLogps { scale, map, chunk, square }, inputs.clone());
-            // What has no gradient gets no upstream.
+            // Outputs without a gradient get a zero upstream.
             let upstream =
                 [None, None, Some(0.0), Some(0.0)][..if square { 4 } else { 3 }].to_vec();
             cases.push(Case { skip: vec![2], upstream, ..case });

@@ -1,10 +1,10 @@
-//! The products that logits are the sum of: hidden rows times the head's weight and, with LoRA on
-//! the head, a narrow product times the pair's B. Layer 4.
+//! The products whose sum is the logits: hidden rows times the head's weight and, with LoRA on the
+//! head, a narrow product times the pair's B. Layer 4.
 //!
 //! Math: z = x W^T + t B^T, t = s xd A^T, xd = x or its dropout; dx = dz W, dW = dz^T x, dt = dz B,
-//! dB = dz^T t. t is a value of the tape like any other, so A and xd get their gradients from there.
+//! dB = dz^T t. t is an ordinary value on the tape, so A and xd get their gradients from there.
 //!
-//! Invariant: terms are added in one order, whether the trainer, a distillation or the sampler asks
+//! Invariant: terms are added in one order, whether the trainer, distillation or the sampler asks
 //! for the logits, so a row has the same bits in all of them.
 
 use crate::autograd::{Cx, F64};
@@ -24,7 +24,7 @@ pub struct HeadPair {
     /// [vocab, r] real
     pub b: Tensor,
     pub scale: f32,
-    /// Of the pair's input, on the tape only: it is training.
+    /// Dropout of the pair's input; applied only with a tape, that is in training.
     pub dropout: f32,
 }
 
@@ -37,7 +37,7 @@ impl HeadPair {
         if self.scale == 1.0 { Ok(t) } else { multiply(cx, &t, self.scale) }
     }
 
-    /// The same without a tape, by the same launches.
+    /// The same without a tape, with the same launches.
     pub(super) fn narrow_alone(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
         let t = cx.real("linear", &[x.row_count(), self.a.row_count()])?;
         product(cx, Layout::NT, &t, x, &self.a, None, false)?;
@@ -51,7 +51,7 @@ pub(super) struct LogitTerm<'a> {
     pub weight: &'a Tensor,
 }
 
-/// The terms of an op's inputs: x and W, then t and B where there are any.
+/// The terms among an op's inputs: x and W, then t and B if present.
 pub(super) fn terms<'a>(main: [&'a Tensor; 2], pair: &[&'a Tensor]) -> Vec<LogitTerm<'a>> {
     let mut terms = vec![LogitTerm { rows: main[0], weight: main[1] }];
     if let [rows, weight] = *pair {
@@ -60,7 +60,7 @@ pub(super) fn terms<'a>(main: [&'a Tensor; 2], pair: &[&'a Tensor]) -> Vec<Logit
     terms
 }
 
-/// Errors for a pair that does not fit the first term.
+/// Error if the pair does not fit the first term.
 pub(super) fn check(name: &'static str, terms: &[LogitTerm]) -> Result<()> {
     let [main, pair] = terms else { return Ok(()) };
     expect_cols(name, "the pair's B", pair.weight, pair.rows.cols(), "is it this head's?")?;
@@ -86,7 +86,7 @@ pub(super) fn logits_of(
     Ok(())
 }
 
-/// A buffer and whether to add to what is there.
+/// A buffer and whether to add to its contents.
 type Slot = Option<(Tensor, bool)>;
 
 /// Where a term's gradients go.
@@ -96,8 +96,8 @@ pub(super) struct TermSlots {
     pub weight: Slot,
 }
 
-/// Slots of a gradient that is made in a forward: new ones for rows, the parameters' for weights.
-/// `wants`: of rows and weight, by term.
+/// Slots for gradients that are computed in a forward: new buffers for rows, the parameters' own
+/// for weights. `wants`: whether rows and weight need one, per term.
 pub(super) fn slots_in_forward(
     cx: &mut Cx,
     name: &'static str,
@@ -144,7 +144,7 @@ pub(super) fn gradients_of(
     Ok(())
 }
 
-/// Row `r` of the oracle's logits before they are mapped: `pair` is t and B.
+/// Row `r` of the oracle's logits before the map; `pair` is t and B.
 pub(super) fn oracle_row(x: &F64, w: &F64, pair: &[F64], r: usize) -> Vec<f64> {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     let logit = |j: usize| {

@@ -2,30 +2,30 @@
 //! the engine's own kernel. Layer 4.
 //!
 //! Invariant: with `matmul=exact`, a forward product has the bits of the engine's own kernel,
-//! whoever computes it. That kernel is one chain over k for each element, whatever the number of
-//! rows; so a row's bits do not depend on its batch, although the library's choice does.
+//! whichever kernel computes it. That kernel is one chain over k for each element, whatever the
+//! number of rows; so a row's bits do not depend on its batch, although the library's choice does.
 //!
-//! How it is kept. Before the first product of a shape (and types, strides, alignment), each
-//! algorithm that the library proposes without split-K and each of the own kernels computes a
-//! product of that shape a few times, and is timed (`fastest`). From the fastest on, every bit of a
-//! result is compared with the own kernel's; the first that agrees is used from then on. Where one
-//! that is faster has other bits and an own kernel runs, the run says so once. A number
-//! of rows that steps are padded to is timed itself. Others that are padded to the same number share
-//! the verdict that an own kernel is fastest; more than [`TIMED`] rows share the other one, too, and
-//! then take the first algorithm that agrees in the library's order.
+//! How this is enforced. Before the first product of a shape (with its types, strides and
+//! alignment), each algorithm that the library proposes without split-K and each of the own kernels
+//! computes a product of that shape a few times, and is timed (`fastest`). From the fastest on,
+//! every bit of a result is compared with the own kernel's; the first that agrees is used from then
+//! on. If a faster one has other bits and an own kernel runs, the run says so once. A number of
+//! rows that steps are padded to is timed itself. Other numbers of rows padded to the same number
+//! share the verdict that an own kernel is fastest; above [`TIMED`] rows they share the verdict for
+//! the library too, and then take the first algorithm that agrees in the library's order.
 //!
-//! Why one product is enough. In which order an algorithm adds up is fixed by the algorithm and the
-//! shape, not by the values; so it is enough to look at values that any other order would betray.
-//! The operands are therefore the check's own: the second half of each row of A repeats the first,
-//! that of B is its negative. All terms cancel, what is left is the rounding errors alone, and they
-//! depend on the order in every element. (The user's values may hide it: a new adapter's B is zero,
-//! and where a sum is large, rounding to bfloat16 removes what differs.) It is needed: on an H100, 4
-//! of cuBLASLt 13.1's 269 candidates had other bits, though none splits k by its own account
-//! (benches/results/2026-11-27-h100-exact-products.md).
+//! Why one product is enough. The order in which an algorithm adds is fixed by the algorithm and
+//! the shape, not by the values; so it is enough to use values that reveal any other order. The
+//! operands are therefore the check's own: in each row of A the second half repeats the first, in B
+//! it is the negative of the first. All terms cancel, only the rounding errors remain, and they
+//! depend on the order in every element. (The user's values may hide a difference: a new adapter's
+//! B is zero, and where a sum is large, rounding to bfloat16 removes it.) The check is needed: on
+//! an H100, 4 of cuBLASLt 13.1's 269 candidates had other bits, though by its own account none
+//! splits k (benches/results/2026-11-27-h100-exact-products.md).
 //!
 //! What is not proven: that the library runs the same code on every call of one algorithm and
-//! shape. It is documented to (bit-wise reproducible on one device and version), and RL reports
-//! `sampling/ratio_off_one_max`, which is 0 as long as it does.
+//! shape. Its documentation says so (bit-wise reproducible on one device and version), and RL
+//! reports `sampling/ratio_off_one_max`, which is 0 as long as it does.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -45,29 +45,29 @@ use crate::tensor::Tensor;
 
 /// Bytes of the own kernel's result that are held at once.
 const CHUNK: usize = 32 << 20;
-/// Bytes of work space that are kept for the next check.
+/// Bytes of work space kept for the next check.
 const KEPT: usize = 64 << 20;
-/// Rows that differ in the operands of a check; more are copies of these. No size of a tile is a
-/// multiple of it, so no two tiles are alike.
+/// Distinct rows in the operands of a check; further rows are copies. No tile size is a multiple of
+/// it, so no two tiles are alike.
 const ROWS: usize = 17;
-/// Of biases: as large as the rounding errors beside them.
+/// Magnitude of biases: that of the rounding errors beside them.
 const SMALL: f32 = 1e-6;
 
-/// Up to this many rows each number of rows is timed of its own, unless an own kernel is fastest
-/// for its like: a step of a decoder has few such numbers, a packed batch any.
+/// Up to this many rows each number of rows is timed separately, unless an own kernel is fastest
+/// for its padded size: decoding has few such numbers, a packed batch may have any.
 const TIMED: usize = 256;
-/// Bytes that are written before each run that is timed: more than an L2 cache holds.
+/// Bytes written before each timed run: more than an L2 cache holds.
 const FLUSHED: usize = 64 << 20;
 
-/// What became of a product.
+/// What happened to a product.
 pub(super) enum Ran {
     /// The library computes it.
     Library,
-    /// Nobody does yet: this kernel is to.
+    /// It is still to be computed, by this kernel.
     Not(OwnKernel),
 }
 
-/// What a pattern of values is for.
+/// The use of a pattern of values.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Pattern {
     /// The second half of a row repeats the first.
@@ -95,11 +95,11 @@ fn gemm(p: &Operands) -> Gemm {
 }
 
 fn ask(cx: &Cx, p: &Operands, algorithm: Algorithm) -> Result<LibraryProduct> {
-    // SAFETY: the tensors lie in live memory by construction, and their sizes fit.
+    // SAFETY: tensors are live memory by construction, and their sizes fit.
     unsafe { cx.device.gemm(&gemm(p), algorithm) }
 }
 
-/// What products share whose kernel is chosen once.
+/// The key of products that share one choice of kernel.
 fn shape(p: &Operands) -> ProductShape {
     let (m, n, k) = p.sizes();
     let rows = fastest::padded_rows(m);
@@ -107,15 +107,15 @@ fn shape(p: &Operands) -> ProductShape {
     ProductShape { rows, padded: rows == m && m <= TIMED, n, k, input, output }
 }
 
-/// Lets the library compute the product, if the context's choice allows it and it can.
+/// Runs the product in the library, if the context allows it and the library can.
 pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
     let exact = cx.matmul == MatmulChoice::Exact
         && p.layout == Layout::NT
         && cx.device.capabilities().gemm_depends_on_rows;
     let preferred = || Ran::Not(OwnKernel::preferred(cx, p));
-    // Where C is added to, an algorithm may begin its chain with C instead of adding it last. Operands
-    // whose terms cancel do not tell the two apart (for k 16 nothing is left to round), and on an H100
-    // cuBLASLt's bits differed: so these are the engine's own.
+    // Where C is added to, an algorithm may begin its chain with C instead of adding it last.
+    // Operands whose terms cancel do not distinguish the two (for k 16 nothing is left to round),
+    // and on an H100 cuBLASLt's bits differed: so the engine computes these itself.
     if cx.matmul == MatmulChoice::Own || exact && p.accumulate {
         return Ok(preferred());
     }
@@ -146,7 +146,7 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
     Ok(if answer == LibraryProduct::Queued { Ran::Library } else { preferred() })
 }
 
-/// The own kernel that was fastest for products like this, where one was.
+/// The own kernel that was fastest for products like this, if one was.
 fn chosen_own(cx: &Cx, p: &Operands) -> Option<OwnKernel> {
     let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
     let kernel = OwnKernel::of_number(choices.get(&shape(p))?.own?);
@@ -154,7 +154,7 @@ fn chosen_own(cx: &Cx, p: &Operands) -> Option<OwnKernel> {
     Some(if kernel.can(cx, p) { kernel } else { OwnKernel::preferred(cx, p) })
 }
 
-/// Counts it, and says the first.
+/// Counts the refusal, and reports the first.
 fn refused(cx: &Cx, p: &Operands, why: &str) {
     if cx.product_check.own.fetch_add(1, Ordering::Relaxed) > 0 {
         return;
@@ -166,13 +166,13 @@ fn refused(cx: &Cx, p: &Operands, why: &str) {
     ));
 }
 
-/// The library's candidate for products like this; None: an own kernel.
+/// The library's candidate for products like this; None if an own kernel is used.
 fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
     let check = Check::begin(cx)?;
     let a = check.rows_like(p.a, p.a.row_count(), Pattern::Left)?;
     let b = check.rows_like(p.b, p.b.row_count(), Pattern::Right)?;
     let bias = p.bias.map(|t| check.rows_like(t, 1, Pattern::Small)).transpose()?;
-    // Nobody needs what C holds now: a product that is added does not come here.
+    // The contents of C are not needed: a product that accumulates does not come here.
     let test = Operands { a: &a, b: &b, bias: bias.as_ref(), ..*p };
     let candidate = |i| Ok(ask(cx, &test, Algorithm::Candidate(i))? == LibraryProduct::Queued);
     let known = |rows: usize| {
@@ -225,7 +225,7 @@ fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
 
 /// Microseconds of the library's candidates, then of the own kernels.
 fn times(cx: &Cx, check: &Check, test: &Operands, own: &[OwnKernel]) -> Result<Vec<Vec<f32>>> {
-    // Where there is no memory for it, all contenders find their operands in the cache alike.
+    // If there is no memory for it, all contenders find their operands in the cache alike.
     let flush = Tensor::new(&check.pool, "product check", DType::U8, &[FLUSHED]).ok();
     let clear = || flush.as_ref().map_or(Ok(()), Tensor::zero);
     let mut all = Vec::new();
@@ -239,8 +239,8 @@ fn times(cx: &Cx, check: &Check, test: &Operands, own: &[OwnKernel]) -> Result<V
     Ok(all)
 }
 
-/// Whether C holds what the own kernel makes of the operands, bit for bit: the oldest one, or, where
-/// there are so many rows that it takes long, the preferred one.
+/// Whether C has the bits of the own kernel's result: that of the tile kernel or, for so many rows
+/// that it would take long, that of the preferred kernel.
 fn same_bits(cx: &Cx, check: &Check, test: &Operands) -> Result<bool> {
     let m = test.c.row_count();
     let row = test.c.stride() * test.c.dtype().size();
@@ -258,7 +258,7 @@ fn same_bits(cx: &Cx, check: &Check, test: &Operands) -> Result<bool> {
     Ok(same)
 }
 
-/// Whether `expected` has the bits of the rows of `c` that begin at `from`.
+/// Whether `expected` has the same bits as the rows of `c` from `from` on.
 fn equal(pool: &Arc<Pool>, cx: &Cx, expected: &Tensor, c: &Tensor, from: usize) -> Result<bool> {
     let (rows, size) = (expected.row_count(), c.dtype().size());
     let (bytes, stride) = (c.cols() * size, c.stride() * size);
@@ -278,7 +278,7 @@ fn equal(pool: &Arc<Pool>, cx: &Cx, expected: &Tensor, c: &Tensor, from: usize) 
     Ok(differ.to_vec::<u32>()?.iter().all(|d| *d == 0))
 }
 
-/// The memory of a check: outside of the context's pool, whose peak is the run's.
+/// The memory of a check, outside the context's pool, whose peak belongs to the run.
 struct Check<'a> {
     pool: Arc<Pool>,
     kept: MutexGuard<'a, Option<Arc<Pool>>>,
@@ -293,8 +293,8 @@ impl<'a> Check<'a> {
         Ok(Check { pool, kept, patterns })
     }
 
-    /// `rows` rows in memory of their own, aligned as `t` and with its stride: all of their bytes,
-    /// and the rows.
+    /// `rows` rows in new memory with the alignment and the stride of `t`: all their bytes, and the
+    /// rows.
     fn block_like(&self, t: &Tensor, rows: usize) -> Result<(Tensor, Tensor)> {
         let (dtype, cols, stride) = (t.dtype(), t.cols(), t.stride().max(t.cols()));
         let (offset, bytes) = ((t.address() % 256) as usize, rows * stride * dtype.size());
@@ -303,7 +303,7 @@ impl<'a> Check<'a> {
         Ok((block.view(offset, DType::U8, &[bytes])?, rows))
     }
 
-    /// As [`Check::block_like`], filled with a pattern.
+    /// [`Check::block_like`], filled with a pattern.
     fn rows_like(&self, t: &Tensor, rows: usize, pattern: Pattern) -> Result<Tensor> {
         let (bytes, result) = self.block_like(t, rows)?;
         let (dtype, cols, stride) = (t.dtype(), t.cols(), t.stride().max(t.cols()));
@@ -336,7 +336,7 @@ impl<'a> Check<'a> {
         known.entry((pattern as u32, cols, stride)).or_insert_with(make).clone()
     }
 
-    /// Keeps the memory for the next check, unless there is much of it.
+    /// Keeps the memory for the next check, unless it is large.
     fn end(mut self) {
         if self.pool.cached() + self.pool.in_use().0 <= KEPT {
             *self.kept = Some(self.pool.clone());

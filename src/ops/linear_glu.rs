@@ -1,7 +1,7 @@
 //! A linear layer and the gated activation after it, in one launch for few rows. Layer 4.
 //!
-//! Invariant: the bits are those of `linear` and `glu` one after the other, wherever the products
-//! are the engine's own. Math and numerics: `kernels/matmul_few.cu`, `kernels/activation.cu`.
+//! Invariant: wherever the engine computes the products itself, the bits are those of `linear`
+//! followed by `glu`. Math and numerics: `kernels/matmul_few.cu`, `kernels/activation.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::config::MatmulChoice;
@@ -15,7 +15,7 @@ use crate::ops::{expect_cols, matmul_few};
 use crate::tensor::Tensor;
 
 /// `y = act(g) * u` with `g|u = x w^T (+ bias)`: x [m, k] real, w [2 f, k], bias `[2 f]`; y [m, f].
-/// On the tape these are two ops, whose backward needs g|u.
+/// On the tape these are two ops, since the backward needs g|u.
 pub fn linear_glu(
     cx: &mut Cx,
     x: &Tensor,
@@ -30,15 +30,15 @@ pub fn linear_glu(
     LinearGlu { act, bias: bias.is_some() }.y(cx, x, w, bias)
 }
 
-/// Without a tape.
+/// The op without a tape.
 #[derive(Debug)]
 pub struct LinearGlu {
     pub act: Act,
     pub bias: bool,
 }
 
-/// Whether one kernel computes both. A row's bits may depend on the rows beside it only where the
-/// library may make them do so, so a library whose rows stand alone is not mixed with it.
+/// Whether one kernel computes both. Where a library's bits do not depend on the number of rows,
+/// the library computes products of any number, and the fused kernel is not mixed with it.
 fn fused(cx: &Cx, x: &Tensor) -> bool {
     let device = cx.device.capabilities();
     let chosen = match cx.matmul {
@@ -109,7 +109,7 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
     cases
 }
 
-/// A decoding step.
+/// A decode step.
 pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     let case = |rng: &mut Rng, m: usize| {
         let x = Arg::real(rng.array(&[m, s.hidden], 1.0)).no_grad();

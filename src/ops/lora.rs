@@ -1,4 +1,4 @@
-//! A linear layer with low-rank additions (LoRA): the base product and, for some stretches of its
+//! A linear layer with low-rank additions (LoRA): the base product and, for some ranges of its
 //! columns, a narrow pair beside it. Layer 4.
 //!
 //! Math, for segment i of the columns: y_i = x W_i^T (+ bias_i) + t_i B_i^T,  t_i = s_i xd A_i^T,
@@ -6,12 +6,12 @@
 //! dt A;  dx = dy W (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; s =
 //! alpha / r, or alpha / sqrt(r): Kalajdzievski, "rsLoRA", 2023).
 //!
-//! Invariant: projections that share an input (q|k|v, gate|up) share one narrow product t, whose A
-//! lie one after the other as one matrix. A frozen base saves nothing: only xd and t [rows, sum of
-//! ranks] are kept. W is never changed; one that is quantised is dequantised right beside each
-//! product, into scratch. On a GPU t and dt, with their scales, are one launch each for all
-//! segments (`kernels/lora.cu`); without a library for products the low-rank terms ride along in
-//! the engine's own: neither choice depends on the number of rows.
+//! Invariant: projections that share an input (q|k|v, gate|up) share one narrow product t; their A
+//! are stacked into one matrix. A frozen base saves nothing: only xd and t [rows, sum of ranks] are
+//! kept. W is never changed; a quantised W is dequantised for each product, into scratch. On a GPU
+//! t and dt, with their scales, are one launch each for all segments (`kernels/lora.cu`). Without a
+//! library for products, the low-rank terms are fused into the engine's own products. Neither
+//! choice depends on the number of rows.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ use crate::ops::quant::{QuantWeight, values_of};
 use crate::ops::scale::scaled;
 use crate::tensor::Tensor;
 
-/// One projection's pair: which columns of y it adds to, which columns of t it reads, and its s.
+/// One projection's pair: the columns of y it adds to, the columns of t it reads, and its s.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Segment {
     pub from: usize,
@@ -49,16 +49,16 @@ pub struct Pairs {
     pub scale: Tensor,
 }
 
-/// The weight that the pairs stand beside, [n, k].
+/// The weight beside which the pairs add, [n, k].
 #[derive(Clone, Copy)]
 pub enum Base<'a> {
     Dense(&'a Tensor),
     Quantised(&'a Arc<QuantWeight>),
 }
 
-/// See the module. x [m, k] real, base [n, k], bias `[n]`; y [m, n] real. `xd` is x after dropout,
-/// None where there is none. Errors if the inner dimensions differ, or a pair does not fit its
-/// segment.
+/// See the module docs for the math. x [m, k] real, base [n, k], bias `[n]`; y [m, n] real. `xd` is
+/// x after dropout, None without dropout. Errors if the inner dimensions differ, or a pair does not
+/// fit its segment.
 pub fn lora_linear(
     cx: &mut Cx,
     x: &Tensor,
@@ -84,14 +84,14 @@ pub fn lora_linear(
 #[derive(Debug)]
 pub struct LoraLinear {
     pub bias: bool,
-    /// xd is an input of its own.
+    /// Whether xd is a separate input.
     pub dropped: bool,
     pub segments: Vec<Segment>,
-    /// The weight, where it is none of the inputs.
+    /// The weight, if it is not among the inputs.
     pub quantised: Option<Arc<QuantWeight>>,
 }
 
-/// Where the inputs are: x, scale, A, B ..., xd, w, bias, of which the last three may be missing.
+/// Indices of the inputs: x, scale, A, B ..., xd, w, bias. The last three may be missing.
 const SCALE: usize = 1;
 const A: usize = 2;
 const B: usize = 3;
@@ -142,7 +142,7 @@ impl LoraLinear {
         Ok(())
     }
 
-    /// The weight as a product reads it.
+    /// The weight in the form that a product reads.
     fn weight(&self, cx: &Cx, dense: Option<&Tensor>) -> Result<Tensor> {
         match (&self.quantised, dense) {
             (Some(q), _) => {
@@ -155,20 +155,20 @@ impl LoraLinear {
         }
     }
 
-    /// Whether the engine's own products run, into which the low-rank terms are fused.
+    /// Whether the engine's own products run, with the low-rank terms fused in.
     fn fused(&self, cx: &Cx) -> bool {
         let own = cx.matmul == MatmulChoice::Own || !cx.device.capabilities().library_gemm;
         own && self.apart()
     }
 
-    /// Whether the narrow products are the engine's own: one launch each way for all segments, with
-    /// the scale. On a CPU the library's are faster.
+    /// Whether the engine computes the narrow products itself: one launch in each direction for all
+    /// segments, scale included. On a CPU the library is faster.
     fn narrow(&self, cx: &Cx) -> bool {
         self.fused(cx) || (cx.device.capabilities().tensor_cores && self.apart())
     }
 
-    /// Whether the segments are such as the engine's own kernels take. PiSSA's pairs that stay as
-    /// they started lie over those that are trained.
+    /// Whether the engine's own kernels can take the segments. With PiSSA, the frozen initial pairs
+    /// overlap the trained ones.
     fn apart(&self) -> bool {
         let mut pairs = self.segments.iter().zip(self.segments.iter().skip(1));
         self.segments.len() <= OWN_SEGMENTS && pairs.all(|(a, b)| a.from + a.cols <= b.from)
@@ -184,7 +184,7 @@ impl LoraLinear {
     }
 }
 
-/// Segments that the engine's own kernels take at most: q, k, v.
+/// The most segments that the engine's own kernels take: q, k, v.
 const OWN_SEGMENTS: usize = 3;
 
 impl Op for LoraLinear {
@@ -318,7 +318,7 @@ impl Op for LoraLinear {
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let dot = |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(a, b)| a * b).sum::<f64>();
         let w = match &self.quantised {
-            // A weight that cannot be read back gives no outputs, which no check takes for a
+            // A weight that cannot be read back gives no outputs, which no check accepts as a
             // result.
             Some(q) => match values_of(q, round) {
                 Ok(w) => w,
@@ -349,8 +349,7 @@ impl Op for LoraLinear {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         let (m, [n, k], ranks) = (x[0].row_count(), self.shape(x), x[A].row_count());
         let narrow: usize = self.segments.iter().map(|s| s.cols * s.rank).sum();
-        // A quantised weight is read in its own storage, then written and read as the storage
-        // dtype.
+        // A quantised weight is read in its own format, then written and read in the storage dtype.
         let weight =
             self.quantised.as_ref().map_or(0, |q| q.bytes() + 2 * n * k * x[0].dtype().size());
         let moved = weight + m * n * x[0].dtype().size();
@@ -360,7 +359,7 @@ impl Op for LoraLinear {
 
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
-    type Three = (usize, usize, usize); // m, n, k; or of a pair: from, columns, rank
+    type Three = (usize, usize, usize); // m, n, k; or for a pair: from, columns, rank
     let shapes: [(Three, &[Three], bool, bool); 4] = [
         ((3, 5, 7), &[(0, 5, 2)], false, false),
         ((33, 48, 24), &[(0, 32, 8), (32, 8, 8), (40, 8, 8)], true, false),

@@ -9,7 +9,8 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::tensor::Tensor;
 
-/// Columns `start..end` of a unit's output have the adapter B `b` [end - start, rank], contiguous.
+/// Columns `start..end` of a fused projection's output have the adapter B `b` [end - start, rank],
+/// contiguous.
 #[derive(Clone, Copy)]
 pub struct Segment<'a> {
     pub b: &'a Tensor,
@@ -23,7 +24,7 @@ impl Segment<'_> {
     }
 }
 
-/// As the kernels take them: start, end and rank of three segments, absent ones empty.
+/// The arguments that kernels take: start, end and rank of three segments, absent ones empty.
 fn bounds(
     name: &'static str,
     segments: &[Segment],
@@ -82,8 +83,8 @@ macro_rules! with_bounds {
     }};
 }
 
-/// `y = x w^T (+ bias) + t Bd^T`: x [m, k], w [n, k], t [m, R]; y [m, n]. Columns outside of all
-/// segments get no such term.
+/// `y = x w^T (+ bias) + t Bd^T`: x [m, k], w [n, k], t [m, R]; y [m, n]. Columns outside all
+/// segments get no low-rank term.
 pub fn lora_nt(
     cx: &Cx,
     y: &Tensor,
@@ -120,8 +121,8 @@ pub fn lora_nt(
     kernels::lora_nt(&*cx.device, grid(x.dtype(), m, n, 1), args)
 }
 
-/// `dx (+)= dy w + dt a`: dy [m, n], w [n, k], dt [m, R], a [R, k] (all segments' A, one below the
-/// other); dx [m, k].
+/// `dx (+)= dy w + dt a`: dy [m, n], w [n, k], dt [m, R], a [R, k] (the A of all segments,
+/// stacked); dx [m, k].
 pub fn lora_nn(
     cx: &Cx,
     dx: &Tensor,
@@ -156,8 +157,8 @@ pub fn lora_nn(
     kernels::lora_nn(&*cx.device, grid(dy.dtype(), m, k, 1), args)
 }
 
-/// `t = scale x a^T`: x [m, k], a [R, k] (all segments' A, one below the other), scale F32 `[R]`;
-/// t [m, R].
+/// `t = scale x a^T`: x [m, k], a [R, k] (the A of all segments, stacked), scale F32 `[R]`; t [m,
+/// R].
 pub fn lora_t(cx: &Cx, t: &Tensor, x: &Tensor, a: &Tensor, scale: &Tensor) -> Result<()> {
     let (m, k, ranks) = (x.row_count(), x.cols(), a.row_count());
     expect("lora_t", &[(t, [m, ranks]), (a, [ranks, k])])?;
@@ -182,7 +183,7 @@ pub fn lora_dt(
     narrow(cx, 1, [dt, dy, scale], &b, bounds)
 }
 
-/// The narrow products of [`lora_t`] (`d` 0) and [`lora_dt`] (1), by the weights `w`.
+/// The narrow products of [`lora_t`] (`d` 0) and [`lora_dt`] (`d` 1), with the weights `w`.
 fn narrow(
     cx: &Cx,
     d: usize,
@@ -214,10 +215,10 @@ fn narrow(
     kernels::lora_narrow(&*cx.device, Launch::grid(blocks), d, args)
 }
 
-/// A gradient buffer (F32, contiguous) and whether to add to what is there.
+/// A gradient buffer (F32, contiguous) and whether to add to its contents.
 pub type Slot<'a> = Option<(&'a Tensor, bool)>;
 
-/// What [`lora_grads`] reads: x [m, k], dt and t [m, R], dy [m, n].
+/// The inputs of [`lora_grads`]: x [m, k], dt and t [m, R], dy [m, n].
 #[derive(Clone, Copy)]
 pub struct Read<'a> {
     pub x: &'a Tensor,
@@ -226,8 +227,8 @@ pub struct Read<'a> {
     pub t: &'a Tensor,
 }
 
-/// `da (+)= dt^T x` [R, k] and `db_i (+)= dy_i^T t_i` [end - start, rank], those that are given, in
-/// one launch.
+/// `da (+)= dt^T x` [R, k] and `db_i (+)= dy_i^T t_i` [end - start, rank], for the slots that are
+/// given, in one launch.
 pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]) -> Result<()> {
     let (m, k, n, ranks) = (r.x.row_count(), r.x.cols(), r.dy.cols(), r.dt.cols());
     let bounds = bounds("lora_grads", segments, n, ranks)?;

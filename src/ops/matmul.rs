@@ -1,7 +1,7 @@
 //! The matrix product of a linear layer, and the raw product that other ops build on. Layer 4.
 //!
-//! Invariant: with `matmul=own` and `exact`, a forward product's row has bits that do not depend on
-//! its batch, whichever kernel runs (see `library` and `own`).
+//! Invariant: with `matmul=own` and `exact`, the bits of a row of a forward product do not depend
+//! on its batch, whichever kernel runs (see `library` and `own`).
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Layout;
@@ -87,7 +87,7 @@ impl Op for Linear {
     }
 }
 
-/// `c = op(a) op(b) (+ bias)`, or `c += ...`; c real or f32, operands and bias of the storage
+/// `c = op(a) op(b) (+ bias)`, or `c += ...`; c real or f32, operands and bias in the storage
 /// dtype. Not on the tape.
 pub fn product(
     cx: &Cx,
@@ -116,7 +116,7 @@ pub fn product(
     }
 }
 
-/// The product by this one of the engine's own kernels. Error: it cannot.
+/// The product by one of the engine's own kernels. Error if it cannot compute it.
 pub fn product_by(
     cx: &Cx,
     kernel: OwnKernel,

@@ -1,7 +1,7 @@
 //! Launches of the products of few rows, `kernels/matmul_few.cu`. Layer 4.
 //!
-//! Invariant: an element's bits are those of `kernels/matmul.cu`; how a product is cut into blocks
-//! and stages changes none.
+//! Invariant: an element's bits are those of `kernels/matmul.cu`, however a product is cut into
+//! blocks and stages.
 
 use crate::autograd::Cx;
 use crate::device::{Capabilities, DType, Launch, Layout};
@@ -10,7 +10,7 @@ use crate::kernels::{self, FEW_COLS, FEW_ROWS, FEW_STAGES};
 use crate::ops::operands::Operands;
 use crate::tensor::Tensor;
 
-/// Whether it is such a product.
+/// Whether this is such a product.
 pub(super) fn fits(p: &Operands) -> bool {
     p.layout == Layout::NT && p.a.dtype() == DType::BF16 && (1..=FEW_ROWS).contains(&p.sizes().0)
 }
@@ -67,34 +67,34 @@ pub(super) fn glu(
     kernels::few_glu(&*cx.device, cut.launch, cut.rows, args)
 }
 
-/// How a product is cut.
+/// How a product is cut into blocks and stages.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
-    /// The instance: 16, 32 or 64 rows.
+    /// The instance of the kernel: 16, 32 or 64 rows.
     rows: usize,
-    /// Of a block, that multiply.
+    /// Multiplying warps per block.
     warps: usize,
     /// A stage is `8 << shift` of k.
     shift: u32,
     launch: Launch,
 }
 
-/// Warps that copy, in a block where few multiply.
+/// Copying warps, in a block with few multiplying ones.
 const COPIERS: usize = 4;
-/// Copies that a thread may have under way: as many as the CPU's shim keeps.
+/// Copies that a thread may have in flight: the limit of the CPU's shim.
 const PENDING: usize = 64;
-/// A stage has 64 to 512 of k.
+/// A stage holds 64 to 512 of k.
 const SHIFTS: std::ops::RangeInclusive<u32> = 3..=6;
 
 impl Cut {
-    /// For m rows, `groups` groups of columns, each a warp's, and k.
+    /// The cut for m rows, `groups` groups of columns (one warp each), and k.
     fn of(m: usize, groups: usize, k: usize, device: &Capabilities) -> Cut {
         let rows = m.next_power_of_two().clamp(16, FEW_ROWS);
-        // More warps a block only where every multiprocessor has some blocks all the same.
+        // More warps per block only if every SM still has some blocks.
         let many = |warps: &usize| groups.div_ceil(*warps) <= 4 * device.multiprocessors;
         let warps = [1, 2, 4].into_iter().find(many).unwrap_or(8);
         let blocks = groups.div_ceil(warps);
-        // The shared memory of a multiprocessor, for the blocks that are there at once.
+        // Shared memory per block: an SM's, divided among the blocks that run on it at once.
         let shared = if device.wgmma { 224 << 10 } else { 96 << 10 };
         let room = shared / blocks.div_ceil(device.multiprocessors).clamp(1, 3);
         let bytes = |shift: u32| FEW_STAGES * (rows + FEW_COLS * warps) * (16 << shift);

@@ -1,8 +1,9 @@
-//! The engine's own matrix product on Hopper: which of `kernels/matmul_hopper.cu` runs, and how.
-//! Layer 4.
+//! The engine's own matrix product on Hopper: which kernel of `kernels/matmul_hopper.cu` runs, and
+//! how. Layer 4.
 //!
 //! Invariant: an element's bits are those of `kernels/matmul.cu`, whatever is chosen here, so the
-//! choice may depend on M; but a gradient of a weight (TN) may be a sum of parts of k in their order.
+//! choice may depend on M. The exception is the gradient of a weight (TN), which may be a sum over
+//! parts of k, in order.
 
 use crate::autograd::Cx;
 use crate::device::{DType, Launch, Layout};
@@ -11,11 +12,11 @@ use crate::kernels::{self, Boxes, SPLIT_BLOCKS, SPLIT_STEPS};
 use crate::ops::operands::Operands;
 use crate::tensor::Tensor;
 
-/// Rows of a tile of C, and k of a step.
+/// Rows of a tile of C, and k per step.
 const ROWS: usize = 128;
 const STEP: usize = 64;
 
-/// The widths of tiles that a forward product (NT) may have.
+/// The tile widths of a forward product (NT).
 pub(super) const WIDTHS: [u32; 4] = [256, 224, 192, 128];
 
 /// The width of the tiles that take the least time, if this device and these tensors allow this
@@ -30,7 +31,7 @@ pub(super) fn width(cx: &Cx, p: &Operands) -> Option<usize> {
     if !exists || !capabilities.wgmma || a.dtype() != DType::BF16 || k == 0 {
         return None;
     }
-    // Pairs of C are read and written at once.
+    // Pairs of C are read and written together.
     let pairs =
         n.is_multiple_of(2) && c.stride().is_multiple_of(2) && c.address().is_multiple_of(8);
     if !Boxes::fit(a) || !Boxes::fit(b) || !(if float { pairs } else { pairs && Boxes::fit(c) }) {
@@ -39,8 +40,8 @@ pub(super) fn width(cx: &Cx, p: &Operands) -> Option<usize> {
     Some(choose(layout, (m, n), k.div_ceil(STEP), capabilities.multiprocessors))
 }
 
-/// The product with tiles of `width` columns, where [`width`] allows it. The bits of a gradient of
-/// a weight (TN) depend on the width.
+/// The product with tiles of `width` columns, where [`width`] allows it. For the gradient of a
+/// weight (TN) the bits depend on the width.
 pub(super) fn product(cx: &Cx, p: &Operands, width: usize) -> Result<()> {
     let multiprocessors = cx.device.capabilities().multiprocessors;
     let Operands { layout, c, a, b, bias, accumulate } = *p;
@@ -48,7 +49,7 @@ pub(super) fn product(cx: &Cx, p: &Operands, width: usize) -> Result<()> {
     let float = c.dtype() == DType::F32;
     let (tiles, steps) = (tiles((m, n), width), k.div_ceil(STEP));
     let at = Launch::grid([tiles.min(multiprocessors), 1, 1]);
-    // Boxes: along k where that is contiguous, else 64 rows of k.
+    // Boxes are 64 long in k where k is contiguous, otherwise 64 rows of k.
     let a = Boxes::swizzled(a, if layout == Layout::TN { 64 } else { ROWS });
     let b = Boxes::swizzled(b, if layout == Layout::NT { width } else { 64 });
     let (m, n, k, accumulate) = (m as i32, n as i32, k as i32, i32::from(accumulate));
@@ -105,7 +106,7 @@ pub(super) fn product(cx: &Cx, p: &Operands, width: usize) -> Result<()> {
     }
 }
 
-/// The work space of tiles that several blocks share.
+/// The work space for tiles that several blocks share.
 struct Shared {
     parts: Tensor,
     flags: Tensor,
@@ -124,8 +125,8 @@ impl Shared {
     }
 }
 
-/// Into how many parts of k each of those tiles is cut that do not fill a wave of blocks. All are cut
-/// alike: blocks that read the same rows of k at the same time share them in L2.
+/// How many parts along k each tile is cut into, for the tiles that do not fill a wave of blocks.
+/// All are cut alike: blocks that read the same rows of k at the same time share them in L2.
 fn parts(tiles: usize, steps: usize) -> usize {
     match tiles % SPLIT_BLOCKS {
         0 => 1,
@@ -133,7 +134,7 @@ fn parts(tiles: usize, steps: usize) -> usize {
     }
 }
 
-/// The blocks that share the tiles that are cut; 0: none is.
+/// The number of blocks that share the cut tiles; 0: none is cut.
 fn workers(tiles: usize, steps: usize) -> usize {
     match parts(tiles, steps) {
         1 => 0,
@@ -141,15 +142,14 @@ fn workers(tiles: usize, steps: usize) -> usize {
     }
 }
 
-/// Rows of tiles that are taken together, so that blocks at work side by side share what L2 holds.
+/// Rows of tiles that are taken together, so that blocks running at the same time share L2.
 const GROUP: i32 = 8;
 
 fn tiles((m, n): (usize, usize), width: usize) -> usize {
     m.div_ceil(ROWS) * n.div_ceil(width)
 }
 
-/// Which width of a tile takes the least time: waves of tiles over the multiprocessors, times the
-/// time of a tile.
+/// The tile width that takes the least time: waves of tiles over the SMs, times the time of a tile.
 fn choose(layout: Layout, size: (usize, usize), steps: usize, multiprocessors: usize) -> usize {
     let time = |&(width, per_column): &(usize, f64)| {
         let tiles = tiles(size, width);
@@ -164,15 +164,15 @@ fn choose(layout: Layout, size: (usize, usize), steps: usize, multiprocessors: u
     };
     let widths = match layout {
         Layout::NT => widths(steps, 1.03),
-        Layout::NN => widths(steps, 1.13), // loads the room of 256 columns
+        Layout::NN => widths(steps, 1.13), // loads as much as 256 columns
         Layout::TN => widths(steps, 1.03)[1..].to_vec(),
     };
     widths.iter().min_by(|x, y| time(x).total_cmp(&time(y))).map_or(128, |w| w.0)
 }
 
-/// The widths of a tile, and the time a column of it takes relative to 256, from what an H100
-/// reached. A narrow tile reads more for a product, but waits less between tiles, which counts
-/// where k is short.
+/// The tile widths, and the time per column of each relative to 256, as measured on an H100. A
+/// narrow tile reads more for a product but waits less between tiles, which counts where k is
+/// short.
 fn widths(steps: usize, at_224: f64) -> Vec<(usize, f64)> {
     match steps {
         0..32 => vec![(256, 1.0), (224, at_224.max(1.04)), (192, 1.02), (128, 1.06)],

@@ -1,7 +1,7 @@
 //! Ops: one file each here, one `.cu` in `kernels/`, one line in [`registry`]. Layer 4.
 //!
-//! Invariant: forward and backward are born together, with a naive f64 oracle. Tests, `temper
-//! check`, benches and the docs are loops over the registry. Ops are the only callers of kernels.
+//! Invariant: forward and backward are written together, with a naive f64 oracle. Tests, `temper
+//! check`, benches and the docs are loops over the registry. Only ops call kernels.
 
 pub mod activation;
 pub mod adamw;
@@ -71,26 +71,26 @@ pub(crate) fn same_length<'a>(
     }
 }
 
-/// A thread for each 16 bytes of each row.
+/// One thread per 16 bytes of each row.
 pub(crate) fn row_packs(rows: usize, cols: usize, dtype: DType) -> Launch {
     Launch::flat(rows * cols.div_ceil(kernels::pack_width(dtype.size())))
 }
 
 /// Warps that cover the columns of `n` rows (or of runs of rows), for a `KERNEL_WARP` that takes
-/// [`kernels::warp_columns`] of them at once.
+/// [`kernels::warp_columns`] at once.
 pub(crate) fn column_warps(n: usize, cols: usize, dtype: DType) -> Launch {
     Launch::warps(n * cols.div_ceil(kernels::warp_columns(dtype.size())))
 }
 
-/// A sum over rows in stages, in a fixed order: a kernel of the op writes `partial`, launched as
-/// `first` says; [`RowSums::finish`] adds its rows up.
+/// A sum over rows in stages, in a fixed order: a kernel of the op, launched as `first`, writes
+/// `partial`; [`RowSums::finish`] adds up its rows.
 pub(crate) struct RowSums {
-    /// F32, a row for each chunk of rows.
+    /// F32, one row per chunk of rows.
     pub partial: Tensor,
     pub first: Launch,
 }
 
-/// Chunks that one thread adds up, where there are more than `ONE_STAGE`.
+/// Chunks that one thread adds up, if there are more than `ONE_STAGE`.
 const STAGE: usize = 32;
 const ONE_STAGE: usize = 64;
 
@@ -100,7 +100,7 @@ impl RowSums {
         RowSums::chunks(cx, rows.div_ceil(kernels::SUM_ROWS).max(1), cols, dtype)
     }
 
-    /// For a given number of chunks.
+    /// The same for a given number of chunks.
     pub fn chunks(cx: &Cx, chunks: usize, cols: usize, dtype: DType) -> Result<RowSums> {
         let partial = cx.scratch("partial sums", DType::F32, &[chunks, cols])?;
         Ok(RowSums { partial, first: column_warps(chunks, cols, dtype) })
@@ -120,7 +120,7 @@ impl RowSums {
     }
 }
 
-/// `out[g] (+)=` the sum of the rows of group `g` of `partial`, `group` rows each.
+/// `out[g] (+)=` the sum of group `g` of the rows of `partial`; a group has `group` rows.
 fn add_chunks(
     cx: &Cx,
     out: &Tensor,

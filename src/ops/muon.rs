@@ -1,7 +1,7 @@
 //! Muon's update of a matrix: momentum, Newton-Schulz orthogonalisation, step. Layer 4.
 //!
-//! Invariant: nothing is read back to the host; what changes from step to step is in device memory.
-//! Math, order of operations and sources: `kernels/muon.cu`.
+//! Invariant: nothing is read back to the host; whatever changes from step to step is in device
+//! memory. Math, order of operations and sources: `kernels/muon.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round, flat};
 use crate::device::{DType, Launch, Layout};
@@ -13,7 +13,8 @@ use crate::ops::matmul::product;
 use crate::ops::same_length;
 use crate::tensor::Tensor;
 
-/// The quintic of a Newton-Schulz step, and the least norm that a matrix is divided by.
+/// The quintic of a Newton-Schulz step, and the lower bound of the norm that a matrix is divided
+/// by.
 const COEFFICIENTS: (f32, f32, f32) = (3.4445, -4.7750, 2.0315);
 const EPS: f32 = 1e-7;
 
@@ -24,14 +25,14 @@ pub struct Muon {
     pub nesterov: bool,
     pub ns_steps: usize,
     pub weight_decay: f32,
-    /// The matrix's learning rate as a share of the step's.
+    /// The matrix's learning rate as a multiple of the step's.
     pub lr_scale: f32,
-    /// What the learning rate is multiplied with for the orthogonalised update, not for the decay.
+    /// Factor of the learning rate in the orthogonalised update, but not in the weight decay.
     pub adjust: f32,
 }
 
-/// A matrix [rows, cols] with its state: float values (in a float run the weights themselves), the
-/// weights that kernels read, the running mean of gradients, the gradient.
+/// A matrix [rows, cols] and its state: float values (in a float run the weights themselves), the
+/// weights that kernels read, the momentum, the gradient.
 pub struct MuonSlice<'a> {
     pub master: &'a Tensor,
     pub weight: &'a Tensor,
@@ -39,7 +40,7 @@ pub struct MuonSlice<'a> {
     pub grad: &'a Tensor,
 }
 
-/// One step of Muon; `hyper` as [`crate::ops::adamw::hyper`] gives it.
+/// One step of Muon; `hyper` as returned by [`crate::ops::adamw::hyper`].
 pub fn muon(cx: &Cx, c: &Muon, s: &MuonSlice, hyper: &Tensor) -> Result<()> {
     same_length("muon", s.weight, [s.master, s.m, s.grad])?;
     let n = s.weight.numel() as i64;
@@ -68,7 +69,7 @@ pub fn muon(cx: &Cx, c: &Muon, s: &MuonSlice, hyper: &Tensor) -> Result<()> {
     kernels::muon_update(&*cx.device, flat(s.weight), args)
 }
 
-/// Moves the singular values of x [rows, cols] real towards 1, in place, by `steps` Newton-Schulz
+/// Moves the singular values of x [rows, cols] real towards 1, in place, with `steps` Newton-Schulz
 /// steps.
 pub fn orthogonalise(cx: &Cx, x: &Tensor, steps: usize) -> Result<()> {
     let &[rows, cols] = x.shape() else {
@@ -129,7 +130,7 @@ fn dot(a: &F64, b: &F64, transposed: (bool, bool)) -> F64 {
     })
 }
 
-/// [`orthogonalise`] in f64, with a rounding where Numerics has one.
+/// [`orthogonalise`] in f64, rounded where Numerics says.
 fn orthogonalised(round: Round, u: &F64, steps: usize) -> F64 {
     let f = |v: f32| f64::from(v);
     let (a, b, c) = (f(COEFFICIENTS.0), f(COEFFICIENTS.1), f(COEFFICIENTS.2));
@@ -232,7 +233,8 @@ const CASE: Muon = Muon {
     adjust: 1.5,
 };
 
-/// p, m, g of a step in its middle, and the scalars; a learning rate of 1 shows the update beside p.
+/// p, m, g and the scalars as in the middle of training; a learning rate of 1 makes the update
+/// visible beside p.
 fn step_inputs(rng: &mut Rng, shape: &[usize]) -> Vec<Arg> {
     let hyper = F64::new(&[8], vec![1.0, 1.0, 1.0, 2.0, 0.5, 0.0, 0.0, 0.0]);
     let arrays = [rng.array(shape, 0.1), rng.array(shape, 0.1), rng.array(shape, 1.0), hyper];
@@ -265,7 +267,7 @@ pub fn orthogonalise_cases(rng: &mut Rng) -> Vec<Case> {
         let label = format!("rows {rows} cols {cols} steps {steps}");
         cases.push(Case::new(label, Orthogonalise { steps }, vec![u]));
     }
-    // Nothing to orthogonalise: as LoRA's A has no gradient while B is zero.
+    // A zero matrix: the gradient of LoRA's A while B is zero.
     let zero = Arg::real(F64::zeros(&[6, 4])).no_grad();
     cases.push(Case::new("zero", Orthogonalise { steps: 5 }, vec![zero]));
     cases

@@ -1,11 +1,11 @@
-//! What a matrix product reads and writes. Layer 4.
+//! The operands of a matrix product. Layer 4.
 //!
-//! Invariant: it borrows tensors, so their memory lives.
+//! Invariant: tensors are borrowed, so their memory is live.
 
 use crate::device::Layout;
 use crate::tensor::Tensor;
 
-/// `c = op(a) op(b) (+ bias)`, or `c += ...`, of fitting sizes.
+/// `c = op(a) op(b) (+ bias)`, or `c += ...`, with matching sizes.
 #[derive(Clone, Copy)]
 pub(super) struct Operands<'a> {
     pub layout: Layout,

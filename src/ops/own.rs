@@ -1,4 +1,4 @@
-//! The engine's own matrix products: which kernels there are for a product, and their launches.
+//! The engine's own matrix products: the kernels that exist for a product, and their launches.
 //! Layer 4.
 //!
 //! Invariant: all kernels of a forward product (NT) have the same bits, so any of them may run.
@@ -18,12 +18,12 @@ pub enum OwnKernel {
     Tile,
     /// `matmul_few.cu`: a bf16 forward product of at most [`kernels::FEW_ROWS`] rows.
     FewRows,
-    /// `matmul_hopper.cu`, with tiles of so many columns.
+    /// `matmul_hopper.cu`, with tiles of this many columns.
     Hopper(u32),
 }
 
 impl OwnKernel {
-    /// Its number in `ProductChoice`.
+    /// The number that `ProductChoice` stores.
     pub(super) fn number(self) -> u32 {
         match self {
             OwnKernel::Tile => 0,
@@ -40,7 +40,7 @@ impl OwnKernel {
         }
     }
 
-    /// As reports name it.
+    /// The name in reports.
     pub fn name(self) -> String {
         match self {
             OwnKernel::Tile => "tile".into(),
@@ -49,7 +49,7 @@ impl OwnKernel {
         }
     }
 
-    /// The one that is held fastest.
+    /// The kernel that is assumed to be fastest.
     pub(super) fn preferred(cx: &Cx, p: &Operands) -> OwnKernel {
         if matmul_few::fits(p) {
             return OwnKernel::FewRows;
@@ -60,7 +60,7 @@ impl OwnKernel {
         }
     }
 
-    /// Whether it can compute the product on this device.
+    /// Whether this kernel can compute the product on this device.
     pub(super) fn can(self, cx: &Cx, p: &Operands) -> bool {
         match self {
             OwnKernel::Tile => true,
@@ -69,7 +69,7 @@ impl OwnKernel {
         }
     }
 
-    /// All that are worth a trial for a forward product, the one that is held fastest first.
+    /// All kernels worth timing for a forward product, the one assumed fastest first.
     pub(super) fn contenders(cx: &Cx, p: &Operands) -> Vec<OwnKernel> {
         let mut all = vec![OwnKernel::preferred(cx, p)];
         let others = match p.layout == Layout::NT && matmul_hopper::width(cx, p).is_some() {
@@ -80,7 +80,7 @@ impl OwnKernel {
         all
     }
 
-    /// Computes the product. Error: it cannot.
+    /// Computes the product. Error if this kernel cannot.
     pub(super) fn run(self, cx: &Cx, p: &Operands) -> Result<()> {
         match self {
             OwnKernel::Tile => tile(cx, p),
@@ -104,7 +104,7 @@ fn tile(cx: &Cx, p: &Operands) -> Result<()> {
         Layout::NN => kernels::matmul_nn,
         Layout::TN => kernels::matmul_tn,
     };
-    // A real C takes the instance D = 0, a float C of a bf16 product D = 1; in f32 both are the
+    // The instance D = 0 writes a real C, D = 1 the float C of a bf16 product; in f32 both are the
     // same type.
     let float_out = c.dtype() != a.dtype();
     let args = kernels::MatmulNtArgs {

@@ -1,5 +1,5 @@
 //! Token embedding with a learned prompt before each sequence: ids from the vocabulary's size on
-//! are the rows of a second table. Layer 4.
+//! are rows of a second table. Layer 4.
 //!
 //! Invariant: as for the plain embedding, the backward adds the places of an id in order. Kernel:
 //! `kernels/prompt.cu`.
@@ -13,8 +13,9 @@ use crate::ops::embedding::{TokenIndex, copied_rows, sorted_places, sum_places};
 use crate::ops::scale::Multiply;
 use crate::tensor::Tensor;
 
-/// `y[i] = scale w[ids[i]]`, or `p[ids[i] - vocab]` from vocab on: w [vocab, d], p [virtual tokens, d]
-/// real; y [n, d] real. The caller has checked that ids lie below vocab + virtual tokens.
+/// `y[i] = scale w[ids[i]]`, or `p[ids[i] - vocab]` for ids from vocab on: w [vocab, d], p [virtual
+/// tokens, d] real; y [n, d] real. The caller has checked that ids are below vocab + virtual
+/// tokens.
 pub fn prompt_embedding(
     cx: &mut Cx,
     w: &Tensor,
@@ -29,9 +30,9 @@ pub fn prompt_embedding(
 
 #[derive(Debug)]
 pub struct PromptEmbedding {
-    /// How many of the distinct ids are ordinary tokens: they come first.
+    /// How many of the distinct ids are ordinary tokens; these come first.
     pub text: usize,
-    /// Of the first table's rows.
+    /// Scale of the first table's rows.
     pub scale: f32,
 }
 
@@ -77,7 +78,7 @@ impl Op for PromptEmbedding {
                 if !accumulate {
                     dw.zero()?;
                 }
-                // Ids of the prompt's rows start over at 0.
+                // Ids of the prompt's rows are shifted to start at 0.
                 let shift = if input == 0 { 0 } else { node.inputs[0].shape[0] };
                 let scaled;
                 let dy = if input == 0 && self.scale != 1.0 {
@@ -131,7 +132,7 @@ fn case(rng: &mut Rng, [vocab, virtuals, d]: [usize; 3], lengths: &[usize], scal
     let mut inputs = [vocab, virtuals].map(|n| Arg::param(rng.array(&[n, d], 1.0))).to_vec();
     inputs.extend([&ids, &unique, &starts, &order].map(|v| Arg::ints(v)));
     let label = format!("vocab {vocab} virtual {virtuals} d {d} n {} scale {scale}", ids.len());
-    let exact = scale == 1.0; // then it is a move
+    let exact = scale == 1.0; // an unscaled row is a plain copy
     Case { exact, ..Case::new(label, PromptEmbedding { text, scale }, inputs) }
 }
 

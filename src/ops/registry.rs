@@ -1,4 +1,4 @@
-//! Every op of the engine, a line each. Layer 4.
+//! Every op of the engine, one line each. Layer 4.
 //!
 //! Invariant: tests, `temper check`, benches and the docs are loops over this list.
 
@@ -18,7 +18,7 @@ pub struct Entry {
     /// The `.cu` files it uses.
     pub kernels: &'static [&'static str],
     pub cases: fn(&mut Rng) -> Vec<Case>,
-    /// At least one, of the size that a model has.
+    /// At least one, at a model's size.
     pub perf: fn(&mut Rng, &PerfShape) -> Vec<Case>,
     pub variants: &'static [Variant],
 }

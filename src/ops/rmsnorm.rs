@@ -1,4 +1,4 @@
-//! Root mean square norm, plain and with the residual addition before it. Layer 4.
+//! Root mean square norm, plain and with the preceding residual addition. Layer 4.
 //!
 //! Invariant: a row's result depends on that row alone. Math, numerics and source:
 //! `kernels/rmsnorm.cu`.
@@ -18,24 +18,24 @@ pub struct Norm {
     pub weight: NormWeight,
 }
 
-/// What the weight w does to h, the normed row.
+/// How the weight w applies to h, the normed row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormWeight {
     /// `w round(h)`
     Rounded,
     /// `w h`, rounded once
     Once,
-    /// `(1 + w) h`, rounded once: w is 0 where the others' is 1
+    /// `(1 + w) h`, rounded once; w is stored as the offset from 1
     PlusOne,
 }
 
 impl Norm {
-    /// Llama's.
+    /// Llama's norm.
     pub fn new(eps: f32) -> Norm {
         Norm { eps, weight: NormWeight::Rounded }
     }
 
-    /// What kernels add to w.
+    /// The constant that kernels add to w.
     pub(super) fn plus(self) -> f32 {
         if self.weight == NormWeight::PlusOne { 1.0 } else { 0.0 }
     }
@@ -45,7 +45,7 @@ impl Norm {
         i32::from(self.weight != NormWeight::Rounded)
     }
 
-    /// y of a row and its weights, in place.
+    /// Norms a row in place.
     pub(super) fn oracle(self, round: Round, row: &mut [f64], w: &[f64]) {
         let mean = row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64;
         let rstd = 1.0 / (mean + f64::from(self.eps)).sqrt();
@@ -59,8 +59,8 @@ impl Norm {
     }
 }
 
-/// `y = w * x / sqrt(mean(x^2) + eps)` (or what [`NormWeight`] says of w): x [rows, d] real, w
-/// `[d]`; y as x. Error if w is not as wide as x.
+/// `y = w * x / sqrt(mean(x^2) + eps)`, with w applied as [`NormWeight`] says: x [rows, d] real, w
+/// `[d]`; y as x. Error if the widths of w and x differ.
 pub fn rmsnorm(cx: &mut Cx, x: &Tensor, w: &Tensor, norm: Norm) -> Result<Tensor> {
     cx.apply1(RmsNorm { norm }, &[x, w])
 }
@@ -90,7 +90,7 @@ pub struct AddRmsNorm {
     pub norm: Norm,
 }
 
-/// Warps that fill a GPU, and the fewest and most rows of which one adds up weight gradients.
+/// Warps that fill a GPU, and the fewest and most rows whose weight gradients one warp adds up.
 const WARPS: usize = 2048;
 const FEWEST_ROWS: usize = 4;
 const MOST_ROWS: usize = 64;
@@ -158,7 +158,7 @@ impl Op for AddRmsNorm {
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let [s, w, rstd] = &node.saved[..] else { return Ok(()) };
         let Some(up) = &dy[0] else {
-            // Only the residual stream goes on: both inputs get its gradient.
+            // Only the sum is used further on: both inputs get its gradient.
             if let Some(ds) = &dy[1] {
                 g.give(cx, 0, ds.clone())?;
                 g.give(cx, 1, ds.clone())?;
@@ -195,9 +195,10 @@ impl Op for AddRmsNorm {
     }
 }
 
-/// The instance of the kernels that holds a row of these tensors in registers; 0, which takes any
-/// row, where none does: rows of packs that are not whole, or too many. All give the same bits. A
-/// CPU has no use for it; in strict mode, where a warp is what it is on a GPU, it runs too.
+/// The kernel instance that holds a row of these tensors in registers, or 0, which takes any row,
+/// if there is none: for packs that are not whole, or too many of them. All instances give the same
+/// bits. A CPU does not benefit from them; strict mode, whose warps are like a GPU's, runs them
+/// too.
 fn instance(cx: &Cx, instances: &[usize], rows: &[&Tensor]) -> usize {
     let (d, size) = (rows[0].cols(), rows[0].dtype().size());
     let whole =
@@ -209,7 +210,7 @@ fn instance(cx: &Cx, instances: &[usize], rows: &[&Tensor]) -> usize {
     instances.iter().copied().find(|&held| packs <= held).unwrap_or(0)
 }
 
-/// y and rstd of x, or of x + residual, which is written to the tensor beside it.
+/// y and rstd of x, or of x + residual, where the sum is written to `sum_residual`'s first tensor.
 fn forward(
     cx: &Cx,
     [y, rstd]: [&Tensor; 2],
@@ -239,7 +240,7 @@ fn forward(
     kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), held, args)
 }
 
-/// y again, from the saved input (of the norm after an addition: the sum) and weight.
+/// Recomputes y from the saved input (for the fused norm: the sum) and weight.
 fn recompute(cx: &Cx, node: &Node, norm: Norm) -> Result<Tensor> {
     let (s, w) = (&node.saved[0], &node.saved[1]);
     let (y, rstd) = (cx.real("rmsnorm", s.shape())?, cx.float("rstd", &[s.row_count()])?);
@@ -247,7 +248,7 @@ fn recompute(cx: &Cx, node: &Node, norm: Norm) -> Result<Tensor> {
     Ok(y)
 }
 
-/// What a norm's backward reads: its input, weight and rstd, and the gradient of its output.
+/// The inputs of a norm's backward: its input, weight and rstd, and the gradient of its output.
 #[derive(Clone, Copy)]
 struct Read<'a> {
     s: &'a Tensor,
@@ -257,7 +258,8 @@ struct Read<'a> {
     norm: Norm,
 }
 
-/// `ds (+)=` its gradient (plus `dsum`), and `dw (+)=` its own; each if it is wanted.
+/// `ds (+)=` the gradient of the input (plus `dsum`), and `dw (+)=` that of the weight; each if
+/// requested.
 fn backward(
     cx: &Cx,
     r: Read,
@@ -265,7 +267,7 @@ fn backward(
     dw: Option<(Tensor, bool)>,
 ) -> Result<()> {
     let (rows, d) = (r.s.row_count(), r.s.cols());
-    // The sums are the same whichever kernel takes them.
+    // The partial sums are the same whichever kernel computes them.
     let per = rows.div_ceil(WARPS).clamp(FEWEST_ROWS, MOST_ROWS);
     let sums = dw
         .is_some()

@@ -1,4 +1,4 @@
-//! Rotary position embedding on a row of q|k|v, with the optional norm of q and k heads before it.
+//! Rotary position embedding on rows of q|k|v, with the optional norm of q and k heads before it.
 //! Layer 4.
 //!
 //! Invariant: a row's result depends on that row and its position alone. Math and numerics:
@@ -13,9 +13,9 @@ use crate::ops::rmsnorm::{Norm, NormWeight};
 use crate::ops::{RowSums, expect_cols};
 use crate::tensor::Tensor;
 
-/// Angles of every position: cosine and sine, each F32 [positions, turned / 2] (scaling factors
-/// included), where the first `turned` values of a head turn; and what q is multiplied by, F32
-/// `[positions]`, if it is.
+/// The angles of every position: cosine and sine, each F32 [positions, turned / 2] (scaling factors
+/// included), for the first `turned` values of a head; and the optional factor of q, F32
+/// `[positions]`.
 #[derive(Clone)]
 pub struct RopeTable {
     pub cosine: Tensor,
@@ -23,8 +23,8 @@ pub struct RopeTable {
     pub q_scale: Option<Tensor>,
 }
 
-/// Weights of the norm of q and of k: `[head_dim]` each, or `[heads head_dim]` and `[kv_heads
-/// head_dim]` where the norm is over all heads.
+/// Weights of the norms of q and k: `[head_dim]` each, or `[heads head_dim]` and `[kv_heads
+/// head_dim]` if the norm is over all heads.
 pub struct QkNorm<'a> {
     pub q: &'a Tensor,
     pub k: &'a Tensor,
@@ -32,7 +32,7 @@ pub struct QkNorm<'a> {
     pub over: NormOver,
 }
 
-/// What one norm of q or k is over.
+/// The range of one norm of q or k.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormOver {
     /// Each head.
@@ -42,9 +42,9 @@ pub enum NormOver {
 }
 
 /// Rotates (and norms) q and k of `qkv` [n, (heads + 2 kv_heads) head_dim] by `position` I32 `[n]`;
-/// v is copied. Without a table nothing turns, and without a norm either, the result is `qkv`
-/// itself. Errors if the widths do not fit or the table is too short for the batch (the batch checks
-/// its positions).
+/// v is copied. Without a table nothing is rotated; without a norm either, the result is `qkv`
+/// itself. Errors if the widths do not match or the table is too short for the batch (the batch
+/// checks its positions).
 pub fn rope(
     cx: &mut Cx,
     qkv: &Tensor,
@@ -61,7 +61,7 @@ pub fn rope(
     cx.apply1(op, &rope_inputs(&[qkv, position], table, norm.as_ref()))
 }
 
-/// The inputs of the op: those that it always has, then the table's and the norm's.
+/// The inputs of the op: the fixed ones, then those of the table and of the norm.
 pub(super) fn rope_inputs<'a>(
     first: &[&'a Tensor],
     table: Option<&'a RopeTable>,
@@ -80,11 +80,11 @@ pub(super) fn rope_inputs<'a>(
 pub struct Rope {
     pub heads: usize,
     pub kv_heads: usize,
-    /// Values of a head that turn, from its first on: 0 without a table.
+    /// Number of leading values of a head that are rotated: 0 without a table.
     pub turned: usize,
-    /// Whether q is multiplied by a number of its position.
+    /// Whether q is multiplied by a factor of its position.
     pub scaled: bool,
-    /// Some: q and k are normed first.
+    /// Norm q and k first.
     pub norm: Option<(Norm, NormOver)>,
 }
 
@@ -118,12 +118,12 @@ impl Rope {
         self.turned == 0 && !self.scaled && self.norm.is_none()
     }
 
-    /// Where the weights of the norm stand among [`Rope::args`].
+    /// Index of the norm's weights among [`Rope::args`].
     fn norm_at(&self) -> usize {
         if self.turned == 0 { 0 } else { 2 + usize::from(self.scaled) }
     }
 
-    /// What follows the inputs that there always are.
+    /// The optional arguments, from the inputs after the fixed ones.
     pub(super) fn args<'a, T>(&self, rest: &[&'a T]) -> RopeArgs<'a, T> {
         let at = |i: usize, on: bool| if on { rest.get(i).copied() } else { None };
         let (turns, norm) = (self.turned > 0, self.norm_at());
@@ -136,7 +136,7 @@ impl Rope {
         }
     }
 
-    /// Whether heads of `dim` values need the kernels that do more than turn whole heads.
+    /// Whether heads of `dim` values need the kernels with partial rotation or scaling of q.
     pub(super) fn more(&self, dim: usize) -> bool {
         self.turned != dim || self.scaled
     }
@@ -153,17 +153,17 @@ impl Rope {
             && (!self.scaled || half > 0)
     }
 
-    /// As kernels take it: whether a norm is over all heads.
+    /// Whether the norm is over all heads, as kernels take it.
     pub(super) fn whole(&self) -> i32 {
         i32::from(self.norm.is_some_and(|(_, over)| over == NormOver::Heads))
     }
 
-    /// Launch of a warp for each norm of each row.
+    /// One warp per norm of each row.
     fn norms(&self, rows: usize) -> Launch {
         Launch::warps(rows * if self.whole() == 1 { 2 } else { self.heads + self.kv_heads })
     }
 
-    /// Checks the weights of q and k for heads of `dim` values.
+    /// Checks the norm weights of q and k for heads of `dim` values.
     pub(super) fn check_weights(
         &self,
         op: &'static str,
@@ -208,7 +208,8 @@ impl Rope {
     ) -> Result<()> {
         let heads = self.heads + 2 * self.kv_heads;
         let (dim, size) = (x.cols() / heads, x.dtype().size());
-        // Halves in whole packs let a thread rotate several heads by the same angles.
+        // If half a head is a whole number of packs, a thread can rotate several heads by the same
+        // angles.
         let halves = [self.turned / 2, (dim - self.turned) / 2];
         let whole = halves.iter().all(|half| (half * size).is_multiple_of(16))
             && [x, y].iter().all(|t| t.address().is_multiple_of(16));
@@ -299,7 +300,7 @@ impl Op for Rope {
             let Some((dx, accumulate)) = g.slot(0)? else { return Ok(()) };
             return self.apply(cx, &dx, dy, &saved, -1.0, accumulate);
         };
-        let weights = 2 + self.norm_at(); // among the inputs
+        let weights = 2 + self.norm_at(); // their index among the inputs
         let (wq, wk, rstd, x) = (s[weights - 1], s[weights], s[weights + 1], s[weights + 2]);
         let back = cx.real("activation gradients", x.shape())?;
         self.apply(cx, &back, dy, &saved, -1.0, false)?;
@@ -387,18 +388,18 @@ impl Op for Rope {
     }
 }
 
-/// What a case has beside its sizes.
+/// The options of a case beside its sizes.
 #[derive(Clone, Copy, Default)]
 pub(super) struct CaseOptions {
     pub norm: Option<(NormWeight, NormOver)>,
-    /// Values of a head that turn, if not all.
+    /// Rotated values of a head, if not all.
     pub turned: Option<usize>,
     pub scaled: bool,
 }
 
 impl CaseOptions {
     pub const PLAIN: CaseOptions = CaseOptions { norm: None, turned: None, scaled: false };
-    /// Qwen3's, OLMo 2's and Gemma 3's norm.
+    /// The norms of Qwen3, OLMo 2 and Gemma 3.
     pub const NORMED: CaseOptions =
         CaseOptions { norm: Some((NormWeight::Rounded, NormOver::Head)), ..CaseOptions::PLAIN };
     pub const OLMO2: CaseOptions =
@@ -455,7 +456,7 @@ pub(super) fn case(
     Case::new(label, op, inputs)
 }
 
-/// The shapes that both rope ops are tested with, beside those of their own.
+/// The shapes with which both rope ops are tested, beside their own.
 pub(super) const SHAPES: [(usize, [usize; 3], CaseOptions); 12] = [
     (3, [2, 1, 16], CaseOptions::PLAIN),
     (40, [4, 2, 32], CaseOptions::PLAIN),

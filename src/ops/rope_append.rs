@@ -1,4 +1,4 @@
-//! Rope on the paged path: q is rotated where it is, k and v go to the cache. One launch for what
+//! Rope on the paged path: q is rotated in place, k and v go to the cache. One launch for what
 //! training does with `head_rstd`, `rope_apply` and the packed rows. Layer 4.
 //!
 //! Invariant: the values have the bits of [`rope`](super::rope::rope). Math and numerics:
@@ -17,8 +17,8 @@ use crate::tensor::Tensor;
 
 /// Rotates (and norms) the q columns of `qkv` [n, (heads + 2 kv_heads) head_dim] in place, and
 /// writes k, rotated too, and v of row `r` to row `slots[r]` of `cache` [rows, 2 kv_heads
-/// head_dim]; slot -1: nowhere. Without a table nothing turns. The k and v columns of `qkv` stay as
-/// they were. Not on the tape.
+/// head_dim]; slot -1: nowhere. Without a table nothing is rotated. The k and v columns of `qkv`
+/// are unchanged. Not on the tape.
 #[allow(clippy::too_many_arguments)]
 pub fn rope_append(
     cx: &mut Cx,
@@ -39,7 +39,7 @@ pub fn rope_append(
 pub struct RopeAppend(pub Rope);
 
 impl RopeAppend {
-    /// `x`: qkv, cache, position, slots, then what the table and the norm have.
+    /// `x`: qkv, cache, position, slots, then the inputs of the table and the norm.
     fn run(&self, cx: &Cx, x: &[&Tensor]) -> Result<()> {
         let (qkv, cache, position, slots) = (x[0], x[1], x[2], x[3]);
         let Rope { heads, kv_heads, turned, norm, .. } = self.0;
@@ -54,7 +54,7 @@ impl RopeAppend {
             return Err(Error::op("rope_append", message));
         }
         self.0.check_weights("rope_append", &rest, dim)?;
-        // A norm over all heads is taken before any of them is rotated in place.
+        // A norm over all heads must be computed before any head is rotated in place.
         let norms = match norm {
             Some((norm, NormOver::Heads)) => Some(self.0.rstd(cx, qkv, norm)?),
             _ => None,
@@ -115,7 +115,8 @@ impl Op for RopeAppend {
     }
 }
 
-/// A case of rope whose rows go to distinct rows of a cache, the last first; each seventh nowhere.
+/// A case of rope whose rows go to distinct rows of a cache, in reverse order; every seventh goes
+/// nowhere.
 fn case(rng: &mut Rng, rows: usize, heads: [usize; 3], options: CaseOptions, last: usize) -> Case {
     let plain = rope::case(rng, rows, heads, options, last);
     let [h, kv, dim] = heads;

@@ -1,9 +1,8 @@
-//! Drawing tokens on the device, with what is known of each: its log-probs and the entropy. Layer
-//! 4.
+//! Sampling of tokens on the device, with the log-probs and the entropy of each. Layer 4.
 //!
-//! Invariant: a draw is a function of (seed, sequence number, position, logits, the sequence's own
-//! tokens): no state, no dependence on neighbours. Log-probs have the bits of the head's. Math:
-//! `kernels/sample.cu`.
+//! Invariant: a sampled token is a function of (seed, sequence number, position, logits, the
+//! sequence's own tokens): no state, no dependence on neighbours. Log-probs have the bits of the
+//! head's. Math: `kernels/sample.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::{DType, Launch};
@@ -14,20 +13,20 @@ use crate::ops::head::slices;
 use crate::rng::{SAMPLE_TAG, philox, uniform};
 use crate::tensor::{PendingDownload, Tensor};
 
-/// Sampling keys under their usual names; they apply in transformers' order: repetition_penalty,
+/// Sampling options under their usual names. They apply in transformers' order: repetition_penalty,
 /// temperature, top_k, top_p, min_p.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// 0: the most likely token, always.
+    /// 0: always the most likely token.
     pub temperature: f64,
     /// Keep the k most likely; 0: all.
     pub top_k: usize,
     /// Keep the smallest set of most likely tokens whose probability reaches this; 1: all.
     pub top_p: f64,
-    /// Drop tokens less likely than this share of the most likely one; 0: none.
+    /// Drop tokens whose probability is below this share of the most likely one's; 0: none.
     pub min_p: f64,
-    /// Positive logits of tokens that the sequence has (prompt included) are divided by it,
-    /// negative ones multiplied; 1: off.
+    /// For tokens already in the sequence (prompt included), positive logits are divided by this
+    /// and negative ones multiplied; 1: off.
     pub repetition_penalty: f64,
     pub seed: u64,
 }
@@ -48,8 +47,8 @@ impl Sampling {
         self.temperature == 0.0
     }
 
-    /// The factor of the logits: what [`head_logps`](crate::ops::head::head_logps) takes to give
-    /// `logp_scaled`.
+    /// The factor of the logits: with this `scale`, [`head_logps`](crate::ops::head::head_logps)
+    /// returns `logp_scaled`.
     pub fn scale(&self) -> f32 {
         if self.is_greedy() { 1.0 } else { (1.0 / self.temperature) as f32 }
     }
@@ -58,7 +57,7 @@ impl Sampling {
         self.repetition_penalty != 1.0
     }
 
-    /// Whether the distribution that is drawn from is another than the model's at this temperature.
+    /// Whether the sampling distribution differs from the model's at this temperature.
     pub fn truncates(&self) -> bool {
         self.is_greedy()
             || self.top_k > 0
@@ -67,8 +66,8 @@ impl Sampling {
             || self.penalises()
     }
 
-    /// The distribution that is drawn from: a probability for each token; `seen` are the tokens
-    /// that the sequence has.
+    /// The sampling distribution: a probability for each token. `seen` are the tokens already in
+    /// the sequence.
     pub fn distribution(&self, logits: &[f64], seen: &[u32]) -> Vec<f64> {
         let mut z = logits.to_vec();
         let mut distinct = seen.to_vec();
@@ -85,8 +84,8 @@ impl Sampling {
             return (0..n).map(|i| f64::from(u8::from(i == first))).collect();
         }
         let mut p: Vec<f64> = z.iter().map(|l| ((l - top) / self.temperature).exp()).collect();
-        // A value is kept while what is strictly above it is not enough: all of equal values, or
-        // none.
+        // A value is kept while the values strictly above it are not enough: ties are kept or
+        // dropped together.
         let mut keep_while = |enough: &dyn Fn(&[f64], f64) -> bool| {
             let all = p.clone();
             p.iter_mut().filter(|v| enough(&all, **v)).for_each(|v| *v = 0.0);
@@ -106,13 +105,13 @@ impl Sampling {
     }
 }
 
-/// What a step draws: one block, so that it is one download.
+/// The sampled tokens of a step, in one block, so that one download suffices.
 pub struct Draws {
     block: Tensor,
     rows: usize,
 }
 
-/// A token and what is known of it.
+/// A token with its log-probs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
     pub token: u32,
@@ -120,30 +119,30 @@ pub struct Draw {
     pub logp: f32,
     /// Under the model's distribution at the sampling temperature: what a trainer's ratio uses.
     pub logp_scaled: f32,
-    /// Under the distribution that it was drawn from.
+    /// Under the sampling distribution.
     pub logp_truncated: f32,
     /// Of the model's distribution at the sampling temperature, nats.
     pub entropy: f32,
 }
 
 impl Draws {
-    /// The one download of a step. Waits for the device.
+    /// Downloads the step's results at once. Waits for the device.
     pub fn download(&self) -> Result<Vec<Draw>> {
         self.begin_download()?.wait()
     }
 
-    /// Queues the download behind the draw, and waits for nothing.
+    /// Queues the download behind the sampling, without waiting.
     pub fn begin_download(&self) -> Result<PendingDraws> {
         Ok(PendingDraws { block: self.block.begin_download()?, rows: self.rows })
     }
 
-    /// The tokens alone, where they are: I32 `[n]`.
+    /// The tokens alone, on the device: I32 `[n]`.
     pub fn tokens(&self) -> Result<Tensor> {
         self.block.view(0, DType::I32, &[self.rows])
     }
 }
 
-/// Draws on their way to the host.
+/// Sampled tokens in flight to the host.
 pub struct PendingDraws {
     block: PendingDownload,
     rows: usize,
@@ -164,10 +163,10 @@ impl PendingDraws {
     }
 }
 
-/// Draws a token from each row of `logits` F32 [n, vocab]. `who` I32 [n, 3]: sequence number (-1:
+/// Samples a token from each row of `logits` F32 [n, vocab]. `who` I32 [n, 3]: sequence number (-1:
 /// padding), position in its completion, row of `seen`. `seed` I32 `[2]`. `seen` I32 [rows, vocab /
-/// 32 rounded up]: a bit for each token that a sequence has, to which the draw is added; wanted if
-/// the sampling penalises repetition.
+/// 32 rounded up]: a bit for each token of a sequence, to which the sampled one is added; required
+/// if the sampling penalises repetition.
 pub fn sample(
     cx: &mut Cx,
     sampling: &Sampling,
@@ -183,7 +182,7 @@ pub fn sample(
     Ok(Draws { block, rows: logits.row_count() })
 }
 
-/// Bits of a row of `seen`.
+/// Words per row of `seen`.
 pub fn seen_words(vocab: usize) -> usize {
     vocab.div_ceil(32)
 }
@@ -274,7 +273,7 @@ impl Sample {
         Ok(block)
     }
 
-    /// Makes the weights of each row's slices those of what is kept.
+    /// Replaces the weights of each row's slices by those of the kept values.
     fn keep(
         &self,
         cx: &Cx,
@@ -304,7 +303,8 @@ impl Sample {
     }
 
     /// The threshold of each row, I32 `[n]`: its number in the order of all floats. With `floor`,
-    /// thresholds of a search before, the weights of the slices are those of what is not below it.
+    /// the thresholds of an earlier search, the weights of the slices are those of the values not
+    /// below it.
     fn search(
         &self,
         cx: &Cx,
@@ -375,7 +375,7 @@ impl Sample {
     }
 }
 
-/// What a search for a threshold reads.
+/// The inputs of a search for a threshold.
 struct Rows<'a> {
     logits: &'a Tensor,
     who: &'a Tensor,
@@ -481,7 +481,7 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
                 seed: 0,
             },
         ),
-        // Several slices of a row, the last of them ragged.
+        // Several slices per row, the last one ragged.
         (5, 4999, plain.clone()),
         (4, 6147, Sampling { repetition_penalty: 1.4, ..Sampling::greedy() }),
         (5, 4999, Sampling { temperature: 0.6, min_p: 0.02, ..plain.clone() }),

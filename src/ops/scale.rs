@@ -1,7 +1,7 @@
-//! A factor for each column, learned for some of them: IA3's vectors, DoRA's magnitudes; and one
-//! constant for all. Layer 4.
+//! Multiplication by a factor per column, some of them learned (IA3's vectors, DoRA's magnitudes),
+//! and by one constant for all. Layer 4.
 //!
-//! Invariant: columns that no segment names pass unchanged. Math and sources: `kernels/scale.cu`.
+//! Invariant: columns outside all segments are unchanged. Math and sources: `kernels/scale.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::{DType, Launch};
@@ -12,9 +12,9 @@ use crate::ops::matmul::column_sums;
 use crate::ops::{RowSums, expect_cols, row_packs};
 use crate::tensor::Tensor;
 
-/// `y = c x (+ bias)`, `c[j]` = `s[j]` / `norm[j]` for the columns that a vector of `scales`
-/// covers, else 1: x [rows, cols] real; `scales`: (first column, s `[n]` real); norm F32 `[cols]`,
-/// a constant to the gradient; bias `[cols]` real; y as x.
+/// `y = c x (+ bias)`, with `c[j]` = `s[j]` / `norm[j]` for the columns covered by a vector of
+/// `scales`, else 1: x [rows, cols] real; `scales`: (first column, s `[n]` real); norm F32
+/// `[cols]`, a constant in the gradient; bias `[cols]` real; y as x.
 pub fn scale_columns(
     cx: &mut Cx,
     x: &Tensor,
@@ -34,7 +34,7 @@ pub fn multiply(cx: &mut Cx, x: &Tensor, factor: f32) -> Result<Tensor> {
     cx.apply1(Multiply { factor }, &[x])
 }
 
-/// The length of each row of w F32 [rows, cols]: F32 `[rows]`. Not on the tape.
+/// The L2 norm of each row of w F32 [rows, cols]: F32 `[rows]`. Not on the tape.
 pub fn row_norms(cx: &Cx, w: &Tensor) -> Result<Tensor> {
     let rows = w.row_count();
     let norm = cx.float("row norms", &[rows])?;
@@ -52,7 +52,7 @@ pub struct ScaleColumns {
 }
 
 impl ScaleColumns {
-    /// The optional inputs and where the vectors begin.
+    /// The optional inputs, and the index of the first vector.
     fn split<'a, T>(&self, x: &'a [T]) -> (Option<&'a T>, Option<&'a T>, usize) {
         let bias = 1 + usize::from(self.norm);
         (self.norm.then(|| &x[1]), self.bias.then(|| &x[bias]), bias + usize::from(self.bias))
@@ -190,7 +190,7 @@ pub struct Multiply {
 }
 
 impl Multiply {
-    /// As [`multiply`], not on the tape.
+    /// [`multiply`] without a tape.
     pub(super) fn of(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
         let y = cx.real("scaled", x.shape())?;
         self.run(cx, &y, x, false)?;

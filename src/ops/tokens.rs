@@ -1,7 +1,7 @@
-//! The tokens that stay on the device between two steps of generation: what was sampled last in
-//! each slot. Layer 4.
+//! Sampled tokens that stay on the device between two steps of generation: the last one of each
+//! slot. Layer 4.
 //!
-//! Invariant: moves, exact. Math: `kernels/tokens.cu`.
+//! Invariant: copies are exact. Math: `kernels/tokens.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::device::{DType, Launch};
@@ -19,8 +19,8 @@ pub fn take_tokens(cx: &Cx, given: &Tensor, latest: &Tensor) -> Result<Tensor> {
     Ok(ids)
 }
 
-/// Puts the token of each row into `latest`, at the slot that its row of `info` I32 [n, 3] names
-/// (as [`sample`](crate::ops::sample::sample) takes it; a row of number -1 is padding).
+/// Stores the token of each row in `latest`, at the slot named by its row of `info` I32 [n, 3] (as
+/// for [`sample`](crate::ops::sample::sample); sequence number -1 is padding).
 pub fn keep_tokens(cx: &Cx, token: &Tensor, info: &Tensor, latest: &Tensor) -> Result<()> {
     let rows = token.numel();
     if info.numel() != SAMPLE_INFO * rows {
@@ -111,7 +111,7 @@ pub fn keep_perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     vec![keep_case(rng, s.sequences)]
 }
 
-/// Every fourth row is padding, the others fill the slots from the last one on.
+/// Every fourth row is padding; the others fill the slots in reverse order.
 fn keep_case(rng: &mut Rng, rows: usize) -> Case {
     let token: Vec<i32> = (0..rows).map(|_| rng.below(900) as i32).collect();
     let info: Vec<i32> = (0..rows as i32)

@@ -1,5 +1,5 @@
-//! Adapters beyond PEFT's losses: bottleneck adapters against adapter-hub's library, prompts in
-//! generation, merging, PiSSA's files, resuming.
+//! Adapter tests beyond PEFT's losses: bottleneck adapters against adapter-hub's library, prompts
+//! in generation, merging, PiSSA's files, resuming.
 
 use std::path::Path;
 

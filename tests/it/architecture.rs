@@ -1,5 +1,5 @@
-//! The rules of the architecture that a program can check: layers, who calls kernels, where
-//! `unsafe` is.
+//! The architecture rules that a program can check: layers, who calls kernels, where `unsafe` is
+//! used.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! What attention promises beyond its cases: exactness across packing, prefill and decode, and long
-//! gradients.
+//! What attention guarantees beyond its cases: exactness across packing, prefill and decode, and
+//! long gradients.
 
 use std::time::Instant;
 

@@ -1,5 +1,5 @@
-//! The backward of attention by wgmma, on the CPU twins of its instructions: against the f64
-//! backward, in strict mode, added to a gradient, and alone and in a batch.
+//! The backward of attention with wgmma, on the CPU twins of its instructions: against the f64
+//! backward, in strict mode, accumulating into a gradient, alone and in a batch.
 
 use std::sync::Arc;
 

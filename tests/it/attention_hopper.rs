@@ -1,5 +1,5 @@
-//! The attention forward of Hopper on the CPU's twins of wgmma and TMA: the bits of the tensor-core
-//! family, whatever the packing, in fast and in strict mode.
+//! The attention forward for Hopper on the CPU twins of wgmma and TMA: it has the bits of the
+//! tensor-core kernels, whatever the packing, in fast and in strict mode.
 
 use std::sync::Arc;
 

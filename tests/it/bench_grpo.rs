@@ -1,4 +1,4 @@
-//! `temper bench grpo`, small, on the CPU.
+//! `temper bench grpo` at a small size, on the CPU.
 
 use serde_json::Value;
 

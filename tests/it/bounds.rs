@@ -1,4 +1,4 @@
-//! Numbers beyond all sense in options, arguments, config.json and adapter_config.json.
+//! Absurdly large and small numbers in options, arguments, config.json and adapter_config.json.
 
 use std::path::Path;
 

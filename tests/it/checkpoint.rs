@@ -1,4 +1,4 @@
-//! Checkpoints against flipped bits, lost bytes, full disks and SIGKILL; output folders; signals.
+//! Checkpoints under flipped bits, lost bytes, full disks and SIGKILL; output folders; signals.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

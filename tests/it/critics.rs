@@ -1,4 +1,4 @@
-//! PPO's value model: its gradients, what it starts from, and runs with each kind.
+//! PPO's value model: its gradients, its initialisation, and runs with each kind.
 
 use std::path::Path;
 

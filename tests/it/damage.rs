@@ -1,7 +1,7 @@
 //! Damaged inputs: model folders, adapters, templates, rows and logs with bytes and values changed.
-//! Each must be read or refused with an error, at once: no panic, no hang.
+//! Each must be read or refused with an error, at once, without a panic or a hang.
 //!
-//! A small share runs with every `cargo test`. All of it:
+//! A small share runs with every `cargo test`. To run all:
 //! `TEMPER_DAMAGE=32000 cargo test --test it damage -- --ignored --nocapture`
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,5 +1,5 @@
-//! Decode steps that are recorded and replayed, and tokens that are read a step late: no completion
-//! changes. The fused rope, and what a step costs the host.
+//! Recorded and replayed decode steps, and tokens that are read one step late, change no
+//! completion. The fused rope, and the host's time per step.
 
 use std::path::Path;
 

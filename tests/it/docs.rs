@@ -1,4 +1,4 @@
-//! Pages say what is true: links, paths, commands, arguments, options, metrics and tests that they
+//! Pages are accurate: the links, paths, commands, arguments, options, metrics and tests that they
 //! name exist.
 
 use std::collections::{BTreeMap, BTreeSet};

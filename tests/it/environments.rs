@@ -1,5 +1,5 @@
-//! Completions of several turns with an environment: end to end with each method, and programs
-//! that crash, hang, flood, leave or answer otherwise when they are started again.
+//! Completions of several turns with an environment: end to end with each method, and with programs
+//! that crash, hang, flood, exit, or answer differently after a restart.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

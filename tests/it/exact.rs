@@ -1,5 +1,5 @@
-//! `matmul=exact`: which of a library's algorithms are used. The library is a stand-in on the CPU
-//! whose algorithms add up in orders, and take times, that the test chooses.
+//! `matmul=exact`: which of a library's algorithms are used. The library is a stand-in on the CPU;
+//! the test chooses the summation order and the time of each of its algorithms.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

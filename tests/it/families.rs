@@ -1,6 +1,7 @@
-//! Families whose blocks are not Llama's: training against TRL (tests/fixtures/make_family_sft.py),
-//! rollouts with the trainer's bits, adapters, quantised bases and the memory plan. Their log-probs
-//! and greedy tokens are compared in the tests of all golden folders.
+//! Families whose blocks differ from Llama's: training against TRL
+//! (tests/fixtures/make_family_sft.py), rollouts with the trainer's bits, adapters, quantised bases
+//! and the memory plan. Their log-probs and greedy tokens are compared in the tests of all golden
+//! folders.
 
 use std::path::Path;
 

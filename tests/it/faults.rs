@@ -1,4 +1,4 @@
-//! What happens around a run: disks, limits, rewards that cannot be used.
+//! The surroundings of a run: disks, limits, rewards that cannot be used.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! Both forms of options on the command line, in every command; lists of rewards.
+//! Both syntaxes of options on the command line, in every command; lists of rewards.
 
 use temper::config::value::{Given, Value};
 use temper::config::{RewardSpecs, Section, TrainingConfig, load};

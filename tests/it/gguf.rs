@@ -1,5 +1,5 @@
-//! GGUF files against the `gguf` package, the golden folders and the Python tokenizers; lying and
-//! truncated files.
+//! GGUF files against the `gguf` package, the golden folders and the Python tokenizers;
+//! inconsistent and truncated files.
 
 use std::path::{Path, PathBuf};
 

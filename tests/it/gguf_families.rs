@@ -1,5 +1,6 @@
-//! GGUF files of the families whose blocks are not Llama's: files as llama.cpp's converter lays them
-//! out (tests/fixtures/make_gguf.py), files of our own, and models that no file can hold.
+//! GGUF files of families whose blocks differ from Llama's: files in the layout of llama.cpp's
+//! converter (tests/fixtures/make_gguf.py), files of our own, and models that no GGUF file can
+//! hold.
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,5 @@
-//! The CPU's form of Hopper's instructions (`kernels/prim/tma.cuh`, `wgmma.cuh`): right numbers, and
-//! the strict mode catches each bug planted in `kernels/shim/planted_hopper.cu`.
+//! The CPU twins of Hopper's instructions (`kernels/prim/tma.cuh`, `wgmma.cuh`): their numbers are
+//! right, and strict mode catches each bug planted in `kernels/shim/planted_hopper.cu`.
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
-//! SIGKILL at random times of whole runs, each of which must end with the bytes of a run that was
-//! never interrupted.
+//! SIGKILL at random times of whole runs: each must end with the same bytes as an uninterrupted
+//! run.
 //!
-//! A few kills run with every `cargo test`. All of them, 200 for each kind of run:
+//! A few kills run with every `cargo test`. To run all, 200 for each kind of run:
 //! `TEMPER_KILLS=200 cargo test --test it kills -- --ignored --nocapture`
 
 use std::collections::BTreeMap;

@@ -1,5 +1,4 @@
-//! Runs as a program asks for them: options, rewards and observers take effect without the command
-//! line.
+//! Runs started by a program: options, rewards and observers take effect without the command line.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

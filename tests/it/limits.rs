@@ -1,4 +1,4 @@
-//! Signals, limits of the system, and checkpoints whose files are damaged.
+//! Signals, system limits, and checkpoints whose files are damaged.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

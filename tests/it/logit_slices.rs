@@ -1,5 +1,5 @@
-//! Rows of logits of several slices (kernels/common/logits.cuh): the head and the sampler take them
-//! apart, and a row's bits do not show it.
+//! Rows of logits with several slices (kernels/common/logits.cuh): head and sampler process them
+//! slice by slice without an effect on a row's bits.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! LoRA on the token embedding and on the head: exact in generation, in files, in a resumed run. Its
-//! losses against PEFT's are in `peft::`, merged models in `adapters::`.
+//! LoRA on the token embedding and on the head: exact in generation, in files, in a resumed run.
+//! Its losses are compared with PEFT's in `peft::`, merged models in `adapters::`.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
 //! The fused low-rank kernels against naive f64, in fast and strict mode: one to three segments,
-//! ranks that copies can and cannot start at, columns without an adapter, accumulation, strided
+//! ranks that are and are not aligned for copies, columns without an adapter, accumulation, strided
 //! operands.
 
 use std::sync::Arc;

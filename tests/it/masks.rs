@@ -1,5 +1,5 @@
-//! What the assistant says, found in templates without generation tags, against transformers' spans
-//! of the same templates with tags (`tests/fixtures/make_masks.py`); masks of distillation and
+//! The assistant's spans found in templates without generation tags, against transformers' spans of
+//! the same templates with tags (`tests/fixtures/make_masks.py`); masks of distillation and
 //! preferences.
 
 use std::ops::Range;

@@ -1,4 +1,4 @@
-//! Mixtures of files by weights.
+//! Weighted mixtures of files.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,5 +1,5 @@
-//! Online RL end to end: exactness of the ratio, resume, rewards that fail, what each method does
-//! with a plain reward.
+//! Online RL end to end: exactness of the ratio, resuming, failing rewards, and each method with a
+//! simple reward.
 
 use std::path::{Path, PathBuf};
 

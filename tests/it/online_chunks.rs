@@ -1,4 +1,5 @@
-//! Which completions of a step are computed together: each prompt once, and nothing else changes.
+//! Which completions of a step are computed together: each prompt is computed once, and nothing
+//! else changes.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! The memory plan of online methods against the pool's high-water mark of the run, and how many
-//! sequences it leaves room for.
+//! The memory plan of online methods against the high-water mark of the run's pool, and the number
+//! of sequences that it allows.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

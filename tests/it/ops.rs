@@ -1,4 +1,4 @@
-//! Every registered op case on the CPU device, fast and strict.
+//! Every case of every registered op on the CPU device, fast and strict.
 
 use std::sync::Arc;
 

@@ -1,5 +1,4 @@
-//! Rewards that are computed while completions are still generated: the same lines, the same
-//! scores.
+//! Rewards computed while completions are still being generated: the same lines, the same scores.
 
 use std::path::Path;
 

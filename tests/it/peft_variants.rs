@@ -1,5 +1,5 @@
-//! Adapters of newer PEFT versions: variants of LoRA that are not done here are refused, not read as
-//! plain LoRA.
+//! Adapters of newer PEFT versions: unsupported variants of LoRA are refused instead of being read
+//! as plain LoRA.
 
 use serde_json::{Value, json};
 use temper::model::adapter::config::AdapterConfig;

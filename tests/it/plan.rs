@@ -1,5 +1,4 @@
-//! The memory plan against the pool's high-water mark of the run that was planned, and what is
-//! refused.
+//! The memory plan against the high-water mark of the planned run's pool, and what is refused.
 
 use std::path::Path;
 

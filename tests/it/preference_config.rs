@@ -1,4 +1,5 @@
-//! The sections of the preference methods: TRL's keys at TRL's defaults, and what their rules find.
+//! The sections of the preference methods: TRL's options at TRL's defaults, and the problems that
+//! their rules find.
 
 use serde_json::Value;
 use temper::config::{Section, load, to_toml};

@@ -1,5 +1,5 @@
-//! Preference rows against what TRL 1.16.0's trainers make of them
-//! (`tests/fixtures/preferences/tokens.json`), and what is said of rows that cannot be used.
+//! Preference rows against the tokens that TRL 1.16.0's trainers make of them
+//! (`tests/fixtures/preferences/tokens.json`), and the messages about rows that cannot be used.
 
 use std::path::Path;
 

@@ -1,6 +1,6 @@
 //! The preference methods against TRL 1.16.0's trainers: every run of
 //! `tests/fixtures/preferences/losses.json`, 20 steps each from the same folder, f32, batches of 4
-//! in order; and what each method promises beside.
+//! in order; and what each method guarantees in addition.
 
 use std::path::{Path, PathBuf};
 

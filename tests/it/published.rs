@@ -1,4 +1,4 @@
-//! Data sets as they are published: files that were cut off, GSM8K's columns, the entries of
+//! Published data sets as they are: files that were cut off, GSM8K's columns, the entries of
 //! reasoning-gym, each with one command and no preparation.
 
 use std::io::Write;

@@ -1,4 +1,4 @@
-//! Quantised weights and 8-bit moments against what bitsandbytes made of the same numbers
+//! Quantised weights and 8-bit moments against bitsandbytes' results for the same numbers
 //! (`tests/fixtures/make_quant.py`).
 
 use std::collections::HashMap;

@@ -1,4 +1,4 @@
-//! Quantised bases where nothing is trained, and as policies of online RL.
+//! Quantised bases without training, and as policies of online RL.
 
 use serde_json::{Value, json};
 use temper::device::DType;

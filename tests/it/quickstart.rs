@@ -1,4 +1,4 @@
-//! The quickstart's pipeline, much shorter, end to end; its data; its checker.
+//! The quickstart's pipeline, much shortened, end to end; its data; its checker.
 
 use std::collections::BTreeSet;
 use std::path::Path;

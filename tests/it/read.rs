@@ -1,4 +1,4 @@
-//! What users bring as data: formats, columns, bad rows.
+//! The data that users bring: formats, columns, bad rows.
 
 use std::io::Write;
 use std::path::Path;

@@ -1,5 +1,5 @@
 //! `report.html` of made-up runs. `TEMPER_REPORT_SAMPLE=DIR cargo test --test it report` leaves the
-//! pages in DIR, to look at.
+//! pages in DIR for inspection.
 
 use std::path::{Path, PathBuf};
 

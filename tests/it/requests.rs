@@ -1,4 +1,4 @@
-//! Requests with options of their own in one engine.
+//! Requests with different options in one engine.
 
 use temper::autograd::Cx;
 use temper::model::decoder::Decoder;

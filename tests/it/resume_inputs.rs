@@ -1,4 +1,4 @@
-//! What a resumed run compares: contents of rows, templates, tokenizers, models and rewards.
+//! What a resumed run compares: the contents of rows, templates, tokenizers, models and rewards.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! Rewards: built-in verifiers, their sum, external commands that behave and that do not,
+//! Rewards: built-in verifiers, their sum, well-behaved and misbehaving external commands,
 //! advantages against TRL 1.16.0.
 
 use std::time::Instant;

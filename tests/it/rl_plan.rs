@@ -1,5 +1,5 @@
-//! The memory plan of every online method with every way of holding what it trains, against the
-//! pool's high-water mark: the table of `benches/results/2026-11-27-rl-memory.md`.
+//! The memory plan of every online method with every way of holding the trained parameters, against
+//! the pool's high-water mark: the table of `benches/results/2026-11-27-rl-memory.md`.
 
 use temper::device::DType;
 use temper::methods::online::gkd::GkdConfig;

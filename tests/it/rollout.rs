@@ -1,5 +1,5 @@
-//! The rollout engine: its log-probs are the trainer's, whatever else happens; and what the sampler
-//! draws.
+//! The rollout engine: its log-probs are the trainer's, whatever else runs; and what the sampler
+//! samples.
 
 use temper::autograd::Cx;
 use temper::device::DType;

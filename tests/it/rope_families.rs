@@ -1,7 +1,7 @@
-//! Families that differ in rope and in how they load: training against TRL
+//! Families that differ in rope and in loading: training against TRL
 //! (tests/fixtures/make_family_sft.py), adapters on fused projections against PEFT
-//! (make_fused_peft.py), rollouts with the trainer's bits, quantised bases and the memory plan. Their
-//! log-probs and greedy tokens are compared in the tests of all golden folders.
+//! (make_fused_peft.py), rollouts with the trainer's bits, quantised bases and the memory plan.
+//! Their log-probs and greedy tokens are compared in the tests of all golden folders.
 
 use std::path::{Path, PathBuf};
 

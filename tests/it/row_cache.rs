@@ -1,4 +1,4 @@
-//! Tokenised rows that a second start takes from a file.
+//! Tokenised rows that a second start reads from a file.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! `temper serve`: the binary on a free port, and clients that speak HTTP by hand.
+//! `temper serve`: the binary on a free port, and clients with hand-written HTTP.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};

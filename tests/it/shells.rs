@@ -1,4 +1,4 @@
-//! Shell completions and the manual, made from the definitions of the commands.
+//! Shell completions and the manual, generated from the definitions of the commands.
 
 use std::process::Command;
 

@@ -1,6 +1,6 @@
 //! The strict CPU mode catches what it promises to catch: each bug planted in
-//! `kernels/shim/planted.cu` is found, and its correct twin passes with the right numbers. And:
-//! fast mode, strict mode and any number of threads give the same bits.
+//! `kernels/shim/planted.cu` is found, and its correct twin passes with the right numbers. Fast
+//! mode, strict mode and any number of threads give the same bits.
 
 use std::sync::Arc;
 

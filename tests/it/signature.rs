@@ -1,4 +1,4 @@
-//! The parser of kernel signatures (`build/signature.rs`), on good input and on bad.
+//! The parser of kernel signatures (`build/signature.rs`), on valid and invalid input.
 
 #[path = "../../build/signature.rs"]
 mod parser;

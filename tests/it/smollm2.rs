@@ -1,5 +1,5 @@
 //! SmolLM2-135M-Instruct from its GGUF file: ids and log-probs against a forward in f64 that shares
-//! nothing with temper. It runs where TEMPER_SMOLLM2 names the file or a folder made of it.
+//! no code with temper. It runs if TEMPER_SMOLLM2 names the file or a folder made from it.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Set-up that the tests share: fixtures, the CPU device, small models and the binary.
+//! Shared set-up of the tests: fixtures, the CPU device, small models and the binary.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

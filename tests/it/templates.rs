@@ -1,4 +1,5 @@
-//! Chat templates, special tokens and masks: what training used and what its output says.
+//! Chat templates, special tokens and masks: those used in training and those recorded in the
+//! output.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What a person sees of a run, and what happens when nobody takes it.
+//! What a person sees of a run, and what happens when nobody reads its output.
 
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};

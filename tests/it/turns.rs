@@ -1,4 +1,4 @@
-//! Completions of several turns in the engine: they go on in the same cache, and neither waiting
+//! Completions of several turns in the engine: they continue in the same cache, and neither waiting
 //! nor a full cache changes a bit. The tokens that a chat template writes between two turns.
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! What commands say when they are asked for what there is not.
+//! What commands say when they are asked for something that does not exist.
 
 use crate::support::{MODEL, done, temper, temper_reading, write_rows};
 

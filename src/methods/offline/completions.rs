@@ -1,8 +1,8 @@
 //! Completions through the model: packed batches of pairs, log-probs summed over each sequence, and
-//! the metrics that all preference methods show. Layer 7.
+//! the metrics that all preference methods report. Layer 7.
 //!
-//! Invariant: a pair's two sides stand side by side, the chosen first, so sequence 2i + s of a
-//! batch is side s of pair i.
+//! Invariant: a pair's two sides are adjacent, the chosen first, so sequence 2i + s of a batch is
+//! side s of pair i.
 
 use crate::autograd::Cx;
 use crate::data::masked::MaskedSequence;
@@ -21,7 +21,8 @@ use crate::tensor::Tensor;
 /// The pairs of a run.
 pub struct PairRows {
     pub rows: Rows<PairExample>,
-    /// Compute the prompt of a pair once. Off: the same numbers up to rounding, slower; for tests.
+    /// Compute the prompt of a pair once. Without it: the same numbers up to rounding, but slower;
+    /// for tests.
     pub share_prompts: bool,
 }
 
@@ -30,12 +31,12 @@ pub struct PairBatch<'a> {
     pub pairs: Vec<&'a PairExample>,
     /// Tokens of both sides.
     pub tokens: usize,
-    /// F32 [pairs]: a pair's weight in the loss.
+    /// F32 [pairs]: the weight of each pair in the loss.
     pub weight: Tensor,
 }
 
 impl PairRows {
-    /// Tokenises the rows. Returns what to print about them, too.
+    /// Tokenises the rows. Also returns a summary to print.
     pub fn new(
         inputs: &MethodInputs,
         style: PairStyle,
@@ -56,8 +57,8 @@ impl PairRows {
         Ok(PairBatch { pairs, tokens, weight })
     }
 
-    /// The pairs as one packed batch for a model of `vocab`, and the row of each side's last token
-    /// (without virtual tokens).
+    /// The pairs as one packed batch for a model with vocabulary `vocab`, and the row of each
+    /// side's last token (not counting virtual tokens).
     pub fn batch(
         &self,
         cx: &Cx,
@@ -67,8 +68,8 @@ impl PairRows {
         let (mut groups, mut ends): (Vec<Group>, Vec<i32>) = (Vec::new(), Vec::new());
         let mut row = 0;
         for e in pairs {
-            // Without a common beginning (cut away, or not asked for) each side begins with its own
-            // first token.
+            // Without a shared beginning (truncated, or not requested) each side begins with its
+            // own first token.
             let shared = if self.share_prompts { e.shared } else { 0 };
             let at = shared.max(1);
             let sides = [&e.chosen, &e.rejected];
@@ -89,7 +90,7 @@ impl PairRows {
 }
 
 impl PairBatch<'_> {
-    /// A number of each side, F32 [pairs, 2].
+    /// One number for each side, F32 [pairs, 2].
     pub fn sides(&self, cx: &Cx, of: impl Fn(&MaskedSequence) -> usize) -> Result<Tensor> {
         let values: Vec<f32> = sequences(&self.pairs).map(|s| of(s) as f32).collect();
         floats(cx, &values)?.reshape(&[self.pairs.len(), 2])
@@ -105,12 +106,12 @@ fn tail(s: &MaskedSequence, at: usize) -> batch::Sequence<'_> {
     batch::Sequence { ids: &s.input_ids[at..], target: Some(&s.target_mask[at..]) }
 }
 
-/// A batch through the model.
+/// The results of a batch's forward.
 pub struct Forward {
     pub out: HeadOut,
     /// F32 `[sequences]`: sums of weight x log-prob.
     pub sums: Tensor,
-    /// By target: whether it is the completion's. All are, unless a method says otherwise.
+    /// For each target, whether it is part of the completion. All are, unless a method sets this.
     pub completion: Vec<bool>,
     mean_logits: Option<Tensor>,
     starts: Vec<usize>,
@@ -122,11 +123,11 @@ pub struct Forward {
 pub struct HeadPass {
     /// log sum p^2 of each target's distribution.
     pub squares: bool,
-    /// The mean logits that [`Forward::metrics`] shows.
+    /// The mean logits that [`Forward::metrics`] reports.
     pub logits: bool,
 }
 
-/// Log-probs of the batch's targets and their sums under `weights`, one a target. On the tape if
+/// Log-probs of the batch's targets and their sums under `weights`, one per target. On the tape, if
 /// there is one.
 pub fn forward(
     cx: &mut Cx,
@@ -149,7 +150,7 @@ pub fn forward(
     Ok(Forward { out, sums, completion, mean_logits, starts, targets: batch.target_ids.clone() })
 }
 
-/// `weights x values`, summed from each of `starts` to the next.
+/// Sums of `weights x values` from each of `starts` to the next.
 pub fn sums(cx: &mut Cx, values: &Tensor, weights: &[f32], starts: &[usize]) -> Result<Tensor> {
     let weights = floats(cx, weights)?;
     let starts: Vec<i32> = starts.iter().map(|s| *s as i32).collect();
@@ -158,13 +159,13 @@ pub fn sums(cx: &mut Cx, values: &Tensor, weights: &[f32], starts: &[usize]) -> 
 }
 
 impl Forward {
-    /// Where each sequence's targets begin, and the end.
+    /// Where each sequence's targets begin, and where the last ones end.
     pub fn starts(&self) -> &[usize] {
         &self.starts
     }
 
-    /// Means over the completion tokens: entropy of all, token accuracy of the sequences that
-    /// `chosen` says, and the mean logit of those and of the others.
+    /// Means over the completion tokens: the entropy over all; token accuracy and mean logit over
+    /// the sequences for which `chosen` is true; the mean logit over the others.
     pub fn metrics(&self, chosen: impl Fn(usize) -> bool) -> Result<Vec<Metric>> {
         let (entropy, best) = (self.out.entropy.to_f32()?, self.out.best.to_vec::<i32>()?);
         let logits = self.mean_logits.as_ref().map(Tensor::to_f32).transpose()?.unwrap_or_default();
@@ -189,7 +190,7 @@ impl Forward {
     }
 }
 
-/// Of pairs' numbers [n, 2]: the means of both sides, as `name/chosen` and `name/rejected`.
+/// The means of both sides of pairs' numbers [n, 2], as `name/chosen` and `name/rejected`.
 pub fn sides(name: &str, values: &[f32]) -> [Metric; 2] {
     let n = (values.len() / 2).max(1) as f64;
     let mean =
@@ -210,8 +211,8 @@ pub fn reward_metrics(rewards: &[f32]) -> Vec<Metric> {
     all
 }
 
-/// What every method over pairs shows: of a forward over both sides, the rewards [n, 2], and the
-/// log-probs [n, 2] as the method compares them.
+/// The metrics of every method over pairs, from a forward over both sides, the rewards [n, 2], and
+/// the log-probs [n, 2] that the method compares.
 pub fn pair_metrics(f: &Forward, rewards: &Tensor, logps: &[f32]) -> Result<Vec<Metric>> {
     let mut all = f.metrics(|k| k.is_multiple_of(2))?;
     all.extend(reward_metrics(&rewards.to_f32()?));
@@ -219,7 +220,7 @@ pub fn pair_metrics(f: &Forward, rewards: &Tensor, logps: &[f32]) -> Result<Vec<
     Ok(all)
 }
 
-/// The mean NLL of the chosen completions' tokens, F32 `[1]`. `f` has two sequences a pair.
+/// The mean NLL of the chosen completions' tokens, F32 `[1]`. `f` has two sequences per pair.
 pub fn chosen_nll(cx: &mut Cx, f: &Forward) -> Result<Tensor> {
     let lengths = || f.starts.windows(2).map(|w| w[1] - w[0]).enumerate();
     let count: usize = lengths().filter(|(k, _)| k.is_multiple_of(2)).map(|(_, n)| n).sum();

@@ -1,13 +1,13 @@
 //! Contrastive preference optimisation (Xu et al., 2024), SimPO (Meng, Xia and Chen, 2024), AlphaPO
 //! (Gupta et al., 2025): pairs without a reference.
 //!
-//! r = log pi(y|x), summed (sigmoid, hinge) or a token's mean (ipo, simpo); alpha other than 0: (1
-//! - p^-alpha) / alpha of that. d = r_w - r_l; the losses: -log sigmoid(beta d), max(0, 1 - beta
-//!   d), (d - 1/(2 beta))^2, -log sigmoid(beta d - gamma); plus `cpo_alpha` times the mean NLL of
-//!   the chosen completions' tokens. SimPO as published is loss_type=simpo with cpo_alpha=0;
-//!   `alphapo` is simpo without the NLL. As in TRL 1.16.0 (`experimental/cpo`) the NLL's mean is
-//!   over a micro-batch's tokens. Other than TRL: `logits/*` are means over completion tokens (TRL:
-//!   over all positions, padding included).
+//! r = log pi(y|x), summed (sigmoid, hinge) or averaged over tokens (ipo, simpo); with alpha other
+//! than 0, r = (1 - p^-alpha) / alpha for p = e^r. d = r_w - r_l; the losses are -log sigmoid(beta
+//! d), max(0, 1 - beta d), (d - 1/(2 beta))^2, -log sigmoid(beta d - gamma), plus `cpo_alpha` times
+//! the mean NLL of the chosen completions' tokens. SimPO as published is loss_type=simpo with
+//! cpo_alpha=0; `alphapo` is simpo without the NLL. As in TRL 1.16.0 (`experimental/cpo`) the NLL's
+//! mean is over a micro-batch's tokens. Unlike TRL: `logits/*` are means over completion tokens
+//! (TRL: over all positions, padding included).
 //!
 //! Layer 7. Invariant: there is no reference.
 

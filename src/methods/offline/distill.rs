@@ -1,15 +1,15 @@
-//! Distillation from a teacher, over rows that are there: the student learns the teacher's whole
-//! distribution at each target token, not the one token that stands there (Hinton, Vinyals and
-//! Dean, 2015; Agarwal et al., "On-Policy Distillation of Language Models" (GKD), 2024).
+//! Distillation from a teacher over given rows: the student learns the teacher's whole distribution
+//! at each target token instead of the token itself (Hinton, Vinyals and Dean, 2015; Agarwal et
+//! al., "On-Policy Distillation of Language Models" (GKD), 2024).
 //!
 //! loss = mean over the target tokens of the step of D(teacher, student), both softened by
-//! `temperature`: at beta 0 the forward KL, sum T log(T/S), which covers what the teacher does; at
-//! 1 the reverse KL, sum S log(S/T), which keeps to what it does most; between, with M = (1 - beta)
-//! S + beta T, beta KL(T, M) + (1 - beta) KL(S, M). TRL 1.16.0's GKDTrainer has the same
-//! divergences; its student-made rows (`lmbda`, `seq_kd`) are not here: rows are what the data
-//! holds.
+//! `temperature`: at beta 0 the forward KL, sum T log(T/S), which covers all that the teacher does;
+//! at 1 the reverse KL, sum S log(S/T), which concentrates on what it does most; between, with M =
+//! (1 - beta) S + beta T, beta KL(T, M) + (1 - beta) KL(S, M). TRL 1.16.0's GKDTrainer has the same
+//! divergences; its rows written by the student or the teacher (`lmbda`, `seq_kd`) are not
+//! supported here: rows come from the data.
 //!
-//! Layer 7. Invariant: neither model's logits are ever whole; see `ops::distill`.
+//! Layer 7. Invariant: neither model's logits are ever held whole; see `ops::distill`.
 
 use crate::autograd::Cx;
 use crate::config::{Report, TrainingConfig, TruncationOptions, section};

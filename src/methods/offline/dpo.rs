@@ -1,25 +1,25 @@
-//! Direct preference optimisation: a reward model inside of the policy, trained on pairs (Rafailov
-//! et al., "Direct Preference Optimization", 2023), and the losses that grew out of it.
+//! Direct preference optimisation: an implicit reward model in the policy, trained on pairs
+//! (Rafailov et al., "Direct Preference Optimization", 2023), and the losses derived from it.
 //!
 //! With u = log pi(y|x) - log ref(y|x) summed over a completion, w the chosen and l the rejected
-//! one, the reward is beta u and the loss of a pair, for `sigmoid`, -log sigmoid(beta (u_w - u_l)).
-//! All losses and their symbols stand in `kernels/preference.cu`; they are TRL 1.16.0's
-//! `loss_type`s: hinge (SLiC-HF, 2023), ipo (Azar et al., 2023; by the mean over tokens, as its
-//! authors ran it), exo_pair (Ji et al., 2024, eq. 16), nca_pair (Chen et al., 2024), robust
+//! one, the reward is beta u and the loss of a pair is, for `sigmoid`, -log sigmoid(beta (u_w -
+//! u_l)). All losses and their symbols are defined in `kernels/preference.cu`; they are TRL
+//! 1.16.0's `loss_type`s: hinge (SLiC-HF, 2023), ipo (Azar et al., 2023; over the mean per token,
+//! as its authors ran it), exo_pair (Ji et al., 2024, eq. 16), nca_pair (Chen et al., 2024), robust
 //! (Chowdhury et al., 2024), bco_pair (Jung et al., 2024), sppo_hard (Wu et al., 2024), aot and
 //! aot_unpaired (Melnyk et al., 2024), apo_zero and apo_down (D'Oosterlinck et al., 2024), discopop
 //! (Lu et al., 2024), sigmoid_norm (length-normalised DPO of Tulu 3, 2024), sft (the chosen
 //! completions' likelihood); lists of them with weights (MPO, Wang et al., 2024). Divergences other
-//! than the reverse KL: f-DPO (Wang et al., 2023). `ld_alpha`: LD-DPO (Liu et al., 2024) weighs
-//! tokens beyond the shorter completion's length. `use_weighting`: WPO (Zhou et al., 2024).
+//! than the reverse KL: f-DPO (Wang et al., 2023). `ld_alpha`: LD-DPO (Liu et al., 2024) weights
+//! the tokens beyond the shorter completion's length. `use_weighting`: WPO (Zhou et al., 2024).
 //! `sync_ref_model`: TR-DPO (Gorbatovski et al., 2024).
 //!
-//! As in TRL: ipo and sigmoid_norm divide by the completion's tokens, a first token without a
-//! log-prob included; `sft`'s mean is over a micro-batch's tokens, and `aot` sorts inside of a
-//! micro-batch, so both depend on how a step is cut into micro-batches. Other than TRL: a pair is
-//! weighted by the pairs of the whole step, which differs from a mean of means where the last
-//! micro-batch of a step is smaller; `reference_free` and a reference folder are keys; the prompt
-//! that both sides share is computed once.
+//! As in TRL: ipo and sigmoid_norm divide by the completion's tokens, including a first token
+//! without a log-prob; `sft`'s mean is over a micro-batch's tokens, and `aot` sorts within a
+//! micro-batch, so both depend on how a step is cut into micro-batches. Unlike TRL: a pair is
+//! weighted by the number of pairs of the whole step, which differs from a mean of means if the
+//! last micro-batch of a step is smaller; `reference_free` and a reference folder are options; the
+//! prompt that both sides share is computed once.
 //!
 //! Layer 7. Invariant: at the first step the policy is the reference, bit for bit, so the margins
 //! are exactly 0.
@@ -179,7 +179,7 @@ pub struct DpoObjective {
 }
 
 impl DpoObjective {
-    /// Tokenises the rows. Returns what to print about them, too.
+    /// Tokenises the rows. Also returns a summary to print.
     pub fn new(
         config: &DpoConfig,
         training: &TrainingConfig,
@@ -202,8 +202,8 @@ impl DpoObjective {
         Ok((dpo, stats))
     }
 
-    /// Over pairs that are tokenised already, against the initial weights or, under an adapter, the
-    /// base: for benches and tests.
+    /// A method over tokenised pairs, against the initial weights or, under an adapter, the base:
+    /// for benches and tests.
     pub fn from_pairs(config: &DpoConfig, pairs: Vec<PairExample>) -> OfflineMethod<DpoObjective> {
         let rows = Rows::of_examples(pairs, |row| format!("row {}", row + 1));
         let longest = rows.longest();

@@ -1,18 +1,19 @@
-//! KTO: single completions, each labelled good or bad (Ethayarajh et al., "Model Alignment as
-//! Prospect Theoretic Optimization", 2024); its unpaired APO-zero (D'Oosterlinck et al., 2024); BCO
-//! (Jung et al., "Binary Classifier Optimization", 2024).
+//! KTO: single completions, each labelled desirable or undesirable (Ethayarajh et al., "Model
+//! Alignment as Prospect Theoretic Optimization", 2024); its unpaired APO-zero (D'Oosterlinck et
+//! al., 2024); BCO (Jung et al., "Binary Classifier Optimization", 2024).
 //!
-//! With u = log pi(y|x) - log ref(y|x): kto 1 - sigmoid(beta (u - z)) for a good one, 1 -
-//! sigmoid(beta (z - u)) for a bad one, z = max(0, mean u) over mismatched completions of the
-//! micro-batch, without a gradient; apo_zero_unpaired 1 - sigmoid(beta u) and sigmoid(beta u); bco
-//! -log sigmoid(+-(beta u - delta)), delta the running mean of the batches' mean rewards, this
-//! batch's included. Good and bad ones are weighted by `desirable_weight` and `undesirable_weight`.
-//! As in TRL 1.16.0's KTOTrainer, the mismatched completions are made once, inside of batches of
-//! the rows in file order, so z is an estimate from a micro-batch's rows. Other than TRL: the mean
-//! is over the rows of the whole step; bco is a loss here, not a trainer (1.16.0 has none), without
-//! the density ratio for a shifted prompt distribution (its `prompt_sample_size`).
+//! With u = log pi(y|x) - log ref(y|x): kto is 1 - sigmoid(beta (u - z)) for a desirable and 1 -
+//! sigmoid(beta (z - u)) for an undesirable completion, with z = max(0, mean u) over mismatched
+//! completions of the micro-batch, without a gradient; apo_zero_unpaired is 1 - sigmoid(beta u) and
+//! sigmoid(beta u); bco is -log sigmoid(+-(beta u - delta)), with delta the running mean of the
+//! batches' mean rewards, including this batch's. The two labels are weighted by `desirable_weight`
+//! and `undesirable_weight`. As in TRL 1.16.0's KTOTrainer, the mismatched completions are made
+//! once, within batches of the rows in file order, so z is an estimate from a micro-batch's rows.
+//! Unlike TRL: the mean is over the rows of the whole step; bco is a loss here, not a trainer
+//! (1.16.0 has none), without the density ratio for a shifted prompt distribution (its
+//! `prompt_sample_size`).
 //!
-//! Layer 7. Invariant: a reference and its policy see the same sequences; evaluation never moves
+//! Layer 7. Invariant: a reference and its policy see the same sequences; evaluation never changes
 //! delta.
 
 use std::path::Path;
@@ -87,7 +88,7 @@ impl BuildMethod for KtoConfig {
     }
 
     fn footprint(&self) -> Footprint {
-        // A row and, for KTO's baseline, one with another's completion.
+        // A row and, for KTO's baseline, one with another row's completion.
         Footprint { sequences: 2, reference: !self.reference.precompute_ref_log_probs }
     }
 
@@ -103,15 +104,15 @@ pub struct KtoObjective {
     rows: Rows<LabelledPair>,
     op: Unpaired,
     reference: Reference,
-    /// Of bco, F32 [2]: mean and count.
+    /// State of bco, F32 [2]: mean and count.
     delta: Option<Tensor>,
 }
 
-/// What a micro-batch's loss is measured against.
+/// The baseline of a micro-batch's loss.
 struct Baseline {
     /// F32 `[1]`
     value: Tensor,
-    /// What the log calls it.
+    /// Its name in the log.
     name: &'static str,
 }
 
@@ -148,7 +149,7 @@ impl KtoObjective {
             Ok((examples.iter().map(pair).collect(), stats))
         })?;
         if inputs.stored.is_none() {
-            // Behind a list of bad rows a sentence begins a line.
+            // After a list of bad rows a sentence must begin on a new line.
             stats +=
                 &imbalance(&rows.train, config).map(|said| format!("\n{said}")).unwrap_or_default();
         }
@@ -162,12 +163,12 @@ impl KtoObjective {
         Ok((KtoObjective { rows, op, reference, delta: None }, stats))
     }
 
-    /// All sequences that the reference is asked for: of each row its own and the crossed one.
+    /// All sequences that the reference scores: each row's own and its crossed one.
     fn all(&self) -> Vec<&MaskedSequence> {
         self.rows.all().flat_map(|e| std::iter::once(&e.own).chain(&e.crossed)).collect()
     }
 
-    /// The reference's sums, F32 `[n]`, of the own sequences of the micro-batch, or of the crossed.
+    /// The reference's sums, F32 `[n]`, of the own or the crossed sequences of the micro-batch.
     fn reference_sums(
         &self,
         cx: &mut Cx,
@@ -181,8 +182,8 @@ impl KtoObjective {
         self.reference.values(cx, &indices, |cx, model| sums(cx, model, sequences))
     }
 
-    /// The baseline of a micro-batch, from (policy, reference) sums of its own sequences and of the
-    /// crossed ones.
+    /// The baseline of a micro-batch, from the (policy, reference) sums of its own sequences and of
+    /// the crossed ones.
     fn baseline(
         &self,
         cx: &mut Cx,
@@ -225,7 +226,8 @@ fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&MaskedSequence]) -> Result<T
     Ok(forward(cx, model, &batch, &vec![1.0; targets], HeadPass::default())?.sums)
 }
 
-/// The paper asks that desirable_weight x good : undesirable_weight x bad be in [1, 4/3].
+/// A warning if desirable_weight x desirable : undesirable_weight x undesirable is outside [1,
+/// 4/3], the range that the paper recommends.
 fn imbalance(rows: &[LabelledPair], config: &KtoConfig) -> Option<String> {
     let good = rows.iter().filter(|r| r.label).count() as f64;
     let bad = rows.len() as f64 - good;
@@ -294,7 +296,7 @@ impl OfflineObjective for KtoObjective {
         let (loss, rewards) = unpaired(cx, self.op.clone(), inputs)?;
         Ok(LossOutput::new(loss, tokens, move || {
             let mut all = f.metrics(|k| labels[k])?;
-            all.retain(|m| m.0 != "mean_token_accuracy"); // TRL shows none: half of the rows are bad
+            all.retain(|m| m.0 != "mean_token_accuracy"); // TRL has none: half of the rows are bad
             let (rewards, logps) = (rewards.to_f32()?, f.sums.to_f32()?);
             let mean = |values: &[f32], side: bool| -> Option<f64> {
                 let of = values.iter().zip(&labels).filter(|(_, l)| **l == side);

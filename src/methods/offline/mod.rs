@@ -1,5 +1,5 @@
-//! Methods over fixed rows, and the one loop that they share: the micro-batches of a step,
-//! evaluation, the row behind a NaN. Layer 7.
+//! Methods over fixed rows, and the loop that they share: the micro-batches of a step, evaluation,
+//! finding the row behind a NaN. Layer 7.
 //!
 //! Invariant: a micro-batch's loss is a sum over its rows divided by the weight of the whole step,
 //! so the losses and gradients of a step's micro-batches add up.
@@ -35,7 +35,7 @@ pub struct MicroBatch<'a> {
     pub rows: &'a [usize],
     /// The weight of all rows of the step.
     pub total: f64,
-    /// With gradients. Else the objective changes no state.
+    /// Whether to compute gradients. Without, the objective changes no state.
     pub train: bool,
 }
 
@@ -45,18 +45,18 @@ impl MicroBatch<'_> {
         (1.0 / self.total.max(1.0)) as f32
     }
 
-    /// From here on the policy is computed: call it once the references are done.
+    /// Starts recording: call it once the references are computed, before the policy.
     pub fn record(&self, cx: &mut Cx) {
         cx.tape = self.train.then(Tape::default);
     }
 }
 
-/// What a micro-batch gave, as it was launched.
+/// The outputs of a micro-batch, not yet read back.
 pub struct LossOutput {
-    /// F32 `[1]`. None: nothing in the micro-batch counts.
+    /// F32 `[1]`. None: the micro-batch has no loss target.
     pub loss: Option<Tensor>,
-    /// Of the rows' sequences, each in full: a prompt that two of them share counts twice, as in
-    /// TRL.
+    /// Tokens of the rows' sequences, each in full: a prompt that two of them share counts twice,
+    /// as in TRL.
     pub tokens: usize,
     /// Waits for the device; called once everything is launched.
     pub metrics: Box<dyn FnOnce() -> Result<Vec<Metric>>>,
@@ -71,7 +71,7 @@ impl LossOutput {
         LossOutput { loss: Some(loss), tokens, metrics: Box::new(metrics) }
     }
 
-    /// Of a micro-batch without a loss target.
+    /// The output of a micro-batch without a loss target.
     pub fn empty(tokens: usize) -> LossOutput {
         LossOutput { loss: None, tokens, metrics: Box::new(|| Ok(Vec::new())) }
     }
@@ -81,11 +81,11 @@ impl LossOutput {
     }
 }
 
-/// A loss over micro-batches of rows; [`OfflineMethod`] makes a method of it.
+/// A loss over micro-batches of rows; [`OfflineMethod`] turns it into a method.
 pub trait OfflineObjective {
     fn rows(&self) -> &dyn RowSet;
 
-    /// What a row counts in the step's normaliser.
+    /// A row's weight in the step's normaliser.
     fn weight(&self, _split: Split, _row: usize) -> f64 {
         1.0
     }
@@ -161,7 +161,7 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
             }
             outputs.push(output);
         }
-        // Everything was launched; only now wait for the numbers.
+        // Everything is launched; only now wait for the numbers.
         let mut report = StepReport::default();
         for output in outputs {
             report.loss += output.value()?;

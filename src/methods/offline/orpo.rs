@@ -1,10 +1,10 @@
-//! Odds-ratio preference optimisation: likelihood of the chosen row and its odds against the
+//! Odds-ratio preference optimisation: the likelihood of the chosen row and its odds against the
 //! rejected one, in one loss and without a reference (Hong, Lee and Thorne, "ORPO", 2024).
 //!
 //! loss = NLL(chosen row) - beta mean log sigmoid(log odds), log odds = (p_w - p_l) - (log(1 -
-//! e^{p_w}) - log(1 - e^{p_l})), p a completion's mean log-prob. As in TRL 1.16.0
-//! (`experimental/orpo`) the NLL is over prompt and completion, its mean over a micro-batch's
-//! tokens; the paper writes the NLL of the completion. Other than TRL: `logits/*` are means over
+//! e^{p_w}) - log(1 - e^{p_l})), with p a completion's mean log-prob. As in TRL 1.16.0
+//! (`experimental/orpo`) the NLL is over prompt and completion, and its mean over a micro-batch's
+//! tokens; the paper has the NLL of the completion. Unlike TRL: `logits/*` are means over
 //! completion tokens (TRL: over all positions, padding included).
 //!
 //! Layer 7. Invariant: there is no reference; the chosen rows are trained on in full, so no prompt
@@ -87,7 +87,7 @@ impl OfflineObjective for OrpoObjective {
         let rows: Vec<Sequence> = sequences(&of.pairs)
             .enumerate()
             .map(|(k, s)| {
-                // The likelihood of a chosen row is over its prompt, too.
+                // The likelihood of a chosen row includes its prompt.
                 let target = (k % 2 == 1).then_some(s.target_mask.as_slice());
                 Sequence { ids: &s.input_ids, target }
             })

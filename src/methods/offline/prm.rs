@@ -1,10 +1,10 @@
 //! Process reward models: a right-or-wrong label at the end of each step of a solution (Lightman et
 //! al., "Let's Verify Step by Step", 2023; Uesato et al., 2022).
 //!
-//! A token classifier with two labels; the loss is the cross-entropy at the labelled tokens, its
-//! mean over those of the step: with the scores s of a token, -log softmax(s)_y, which for two
-//! labels is -log sigmoid(+-(s_1 - s_0)). TRL has dropped its PRMTrainer before 1.16.0; rows become
-//! tokens as it made them. Other than that: the mean is over the whole step.
+//! A token classifier with two labels. The loss is the cross-entropy at the labelled tokens,
+//! averaged over those of the step: with the scores s of a token, -log softmax(s)_y, which for two
+//! labels is -log sigmoid(+-(s_1 - s_0)). TRL dropped its PRMTrainer before 1.16.0; rows are
+//! tokenised as it did. Unlike TRL: the mean is over the whole step.
 //!
 //! Layer 7. Invariant: only labelled tokens reach the score.
 

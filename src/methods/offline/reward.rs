@@ -1,16 +1,16 @@
-//! Reward models: one score of a prompt and its answer, trained on pairs (Bradley and Terry, 1952;
+//! Reward models: one score for a prompt and its answer, trained on pairs (Bradley and Terry, 1952;
 //! Ouyang et al., 2022).
 //!
-//! loss of a pair = -log sigmoid(s_w - s_l - margin) + c (s_w + s_l)^2, its mean over the pairs of
-//! the step; s is `score.weight` times the last hidden state of a sequence. `margin`: the row's
+//! loss of a pair = -log sigmoid(s_w - s_l - margin) + c (s_w + s_l)^2, averaged over the pairs of
+//! the step; s is `score.weight` times the last hidden state of a sequence. `margin` is the row's
 //! field, as in Llama 2 (Touvron et al., 2023); c = `center_rewards_coefficient` (Eisenstein et
-//! al., 2023) holds rewards around 0. TRL 1.16.0's RewardTrainer does the same. Other than TRL: a
-//! new score starts from `seed`'s normal(0, initializer_range) by this engine's generator; the
-//! beginning that both sides share is computed once; the pairs of the whole step are averaged, not
-//! micro-batches.
+//! al., 2023) keeps rewards near 0. TRL 1.16.0's RewardTrainer does the same. Unlike TRL: a new
+//! score head is drawn from normal(0, initializer_range) with `seed` by this engine's generator;
+//! the beginning that both sides share is computed once; the mean is over the pairs of the whole
+//! step, not of micro-batches.
 //!
-//! Layer 7. Invariant: a sequence is never cut; what is scored is its last token, which the
-//! template or EOS gives.
+//! Layer 7. Invariant: a sequence is never truncated; its last token is scored, which the template
+//! or EOS provides.
 
 use crate::autograd::Cx;
 use crate::config::{LengthOptions, OnTruncation, Report, TrainingConfig, section};
@@ -130,7 +130,7 @@ impl OfflineObjective for RewardObjective {
     }
 }
 
-/// The last token is scored.
+/// Marks the last token, which is scored.
 fn scored(ids: &[u32]) -> Vec<bool> {
     (1..=ids.len()).map(|i| i == ids.len()).collect()
 }

@@ -1,4 +1,4 @@
-//! The tokenised rows of a run: training and evaluation, with where they come from. Layer 7.
+//! The tokenised rows of a run, for training and evaluation, and their sources. Layer 7.
 //!
 //! Invariant: `sources[i]` names the file and line of training row i.
 
@@ -18,53 +18,53 @@ use crate::methods::{MASKS, MaskedIds, MethodInputs, RowPart, RowView};
 
 /// A tokenised row.
 pub trait Example {
-    /// Index of the row that it comes from.
+    /// Index of its source row.
     fn row(&self) -> usize;
 
     /// Its sequences: ids, and which of them are loss targets.
     fn sequences(&self) -> Vec<(&[u32], &[bool])>;
 
-    /// What it teaches beside its masks, for digests: labels, a margin.
+    /// Training signals beside the masks (labels, a margin), for digests.
     fn labels(&self) -> Vec<u8> {
         Vec::new()
     }
 
-    /// From its sequences and labels, as they were stored. None: they are of another kind.
+    /// An example from its stored sequences and labels. None if they are of another kind.
     fn of_stored(sequences: Vec<MaskedSequence>, labels: &[u8], row: usize) -> Option<Self>
     where
         Self: Sized;
 
-    /// What its sequences are called, where it has several.
+    /// The names of its sequences, if it has several.
     fn names(&self) -> &'static [&'static str] {
         &[""]
     }
 
-    /// What a reader is told of it beside its sequences.
+    /// Text to show a reader beside its sequences.
     fn note(&self) -> String {
         String::new()
     }
 }
 
-/// What the loop over rows and the memory plan ask about them.
+/// What the loop over rows and the memory plan need to know about them.
 pub trait RowSet {
     fn count(&self, split: Split) -> usize;
     /// Tokens of the longest sequence of either split.
     fn longest(&self) -> usize;
-    /// Tokens of the widest micro-batch of `rows` rows, as one sequence of each.
+    /// Tokens of the widest micro-batch of `rows` rows, one sequence per row.
     fn widest(&self, rows: usize) -> usize {
         rows * self.longest()
     }
     /// `file:line` of a training row.
     fn source(&self, row: usize) -> String;
-    /// Adds what the rows of a split say, in order.
+    /// Adds the contents of a split's rows, in order.
     fn digest(&self, split: Split, digest: &mut Digest);
     /// The first training sequences.
     fn masks(&self) -> Vec<MaskedIds>;
-    /// A training row as the method has it, for `temper data`.
+    /// A training row in the form that the method trains on, for `temper data`.
     fn view(&self, row: usize) -> RowView {
         RowView { places: vec![self.source(row)], ..RowView::default() }
     }
-    /// The rows of a split, for the cache. None: they are made again at each start.
+    /// The rows of a split, for the cache. None: they are built again at each start.
     fn store(&self, _split: Split) -> Option<Cow<'_, TokenStore>> {
         None
     }
@@ -100,7 +100,7 @@ fn places<E: Example>(examples: &[E], rows: &[Row]) -> Places {
 }
 
 impl<E: Example> Rows<E> {
-    /// Tokenises both splits. Returns what to print about the training rows, too.
+    /// Tokenises both splits. Also returns a summary of the training rows to print.
     pub fn tokenise<S: Display>(
         inputs: &MethodInputs,
         encode: impl Fn(Split, &[Row]) -> Result<(Vec<E>, S)>,
@@ -142,7 +142,7 @@ impl<E: Example> Rows<E> {
         self.train.iter().chain(&self.eval)
     }
 
-    /// Where a row of `split` is in [`Rows::all`].
+    /// The index of a row of `split` in [`Rows::all`].
     pub fn index(&self, split: Split, row: usize) -> usize {
         if split == Split::Train { row } else { self.train.len() + row }
     }
@@ -343,7 +343,7 @@ impl Example for LabelledSteps {
     }
 }
 
-/// Loss targets of a sequence: the first token has nothing before it and is none.
+/// The number of loss targets of a sequence: the first token has no predecessor and is never one.
 pub fn targets(mask: &[bool]) -> usize {
     mask.iter().skip(1).filter(|t| **t).count()
 }

@@ -1,9 +1,9 @@
 //! Supervised fine-tuning: the negative log-likelihood of the target tokens.
 //!
-//! loss = -(1/T) sum over the targets t of the step batch of log p(t | tokens before it), T their
-//! number over all micro-batches of the optimizer step (the first token of a sequence is never a
-//! target). The gradient of a batch of 8 is that of 8 batches of 1 accumulated, up to rounding. TRL
-//! 1.16.0 (`loss_type="nll"`) normalises in the same way. Metrics: `entropy` and
+//! loss = -(1/T) sum over the targets t of the step batch of log p(t | tokens before it), with T
+//! their number over all micro-batches of the optimizer step (the first token of a sequence is
+//! never a target). The gradient of a batch of 8 is that of 8 accumulated batches of 1, up to
+//! rounding. TRL 1.16.0 (`loss_type="nll"`) normalises in the same way. Metrics: `entropy` and
 //! `mean_token_accuracy`, means over the targets of a micro-batch.
 //!
 //! Layer 7. Invariant: packing changes which rows are computed together, never what a sequence
@@ -47,7 +47,7 @@ pub const PRETRAIN: MethodEntry = MethodEntry {
     ..METHOD
 };
 
-/// SFT over every token of `text` rows, in packs cut anywhere.
+/// The defaults of pretraining: SFT over every token of `text` rows, in packs cut anywhere.
 fn pretrain() -> Box<MethodRun> {
     let mut run = MethodRun::<SftConfig>::default();
     (run.training.learning_rate, run.training.num_train_epochs) = (3e-4, 1.0);
@@ -144,7 +144,8 @@ impl BuildMethod for SftConfig {
 
 pub type SftRun = MethodRun<SftConfig>;
 
-/// Rows of the step batch: a sequence each, or a pack of several that do not see each other.
+/// Rows of the step batch: one sequence each, or a pack of several that do not attend to each
+/// other.
 #[derive(Default)]
 struct PackedRows {
     train: TokenStore,
@@ -154,7 +155,7 @@ struct PackedRows {
 pub struct Sft(PackedRows);
 
 impl Sft {
-    /// Tokenises, truncates and packs. Returns what to print about the training rows, too.
+    /// Tokenises, truncates and packs. Also returns a summary of the training rows to print.
     pub fn new(config: &SftConfig, inputs: &MethodInputs) -> Result<(OfflineMethod<Sft>, String)> {
         let MethodInputs { tokenizer, template, model, .. } = *inputs;
         if let Some(TokenisedRun { train, eval, summary, .. }) = inputs.stored {
@@ -172,7 +173,7 @@ impl Sft {
         Ok((OfflineMethod(Sft(PackedRows { train, eval })), stats.to_string()))
     }
 
-    /// For pretraining on token streams and for tests: sequences with their masks, one a row.
+    /// For pretraining on token streams and for tests: sequences with their masks, one per row.
     pub fn from_sequences(sequences: Vec<MaskedIds>) -> OfflineMethod<Sft> {
         let mut train = TokenStore::default();
         for (i, (ids, mask)) in sequences.iter().enumerate() {
@@ -266,7 +267,7 @@ impl OfflineObjective for Sft {
         &self.0
     }
 
-    /// Behind a tuned prompt a first token that is a target adds to the loss and does not count
+    /// Behind a tuned prompt a first token that is a target adds to the loss but does not count
     /// here: transformers counts labels from the second on.
     fn weight(&self, split: Split, row: usize) -> f64 {
         let sequences = self.0.of(split).sequences(row);
@@ -295,7 +296,7 @@ fn metrics(out: &HeadOut, batch: &Batch) -> Result<Vec<Metric>> {
     Ok(vec![("entropy".into(), entropy), ("mean_token_accuracy".into(), right as f64 / n)])
 }
 
-/// Examples to rows of the step batch: one each, or packs.
+/// Turns examples into rows of the step batch: one each, or packs.
 fn step_rows(
     examples: Vec<SftExample>,
     source: &[Row],

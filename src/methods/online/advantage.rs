@@ -1,16 +1,16 @@
-//! From rewards to advantages, on the host: GRPO's, RLOO's and REINFORCE++'s forms, and PPO's token
+//! From rewards to advantages, on the host: those of GRPO, RLOO and REINFORCE++, and PPO's token
 //! rewards. Layer 7.
 //!
-//! Invariant: GRPO and RLOO are TRL 1.16.0's, with its treatment of missing rewards: a completion
-//! that no reward scored is in no mean and gets advantage 0. Standard deviations have Bessel's
-//! correction.
+//! Invariant: GRPO and RLOO are TRL 1.16.0's, including its treatment of missing rewards: a
+//! completion that no reward scored is excluded from all means and gets advantage 0. Standard
+//! deviations have Bessel's correction.
 
 use crate::config::value::words;
 use crate::error::{Error, Result};
 use crate::rewards::Scores;
 
 words! {
-    /// TRL's `scale_rewards`: what advantages are divided by.
+    /// TRL's `scale_rewards`: the divisor of advantages.
     pub enum ScaleRewards {
         Group = "group" | "true",
         Batch = "batch",
@@ -26,18 +26,19 @@ words! {
     }
 }
 
-/// Advantages, and what is logged of the rewards behind them.
+/// Advantages, and what is logged about the rewards.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Advantages {
     pub advantages: Vec<f64>,
-    /// A row each: its group (or the batch) has rewards that do not differ, so it teaches nothing.
+    /// For each row, whether all rewards of its group (or of the batch) are equal, so that it has
+    /// no gradient.
     pub zero_std: Vec<bool>,
 }
 
 /// TRL's guard against division by a standard deviation of zero.
 const EPS: f64 = 1e-4;
 
-/// GRPO: completions of a prompt lie side by side, `num_generations` of them.
+/// GRPO. The `num_generations` completions of a prompt are adjacent.
 pub fn grpo(
     scores: &Scores,
     num_generations: usize,
@@ -77,7 +78,7 @@ pub fn grpo(
     Ok(Advantages { advantages, zero_std })
 }
 
-/// RLOO: the baseline of a completion is the mean of its siblings. `rewards` already have the KL
+/// RLOO: the baseline of a completion is the mean of its siblings. `rewards` already include the KL
 /// penalty (see [`rloo_rewards`]). `normalize` is TRL's `normalize_advantages`.
 pub fn rloo(
     rewards: &[Option<f64>],
@@ -90,7 +91,7 @@ pub fn rloo(
     for group in rewards.chunks(num_generations) {
         let seen = group.iter().filter(|r| !r.is_nan());
         let (count, sum) = (seen.clone().count() as f64, seen.sum::<f64>());
-        // one scorable completion has no siblings: 0 / 0, which is zeroed below
+        // a single scored completion has no siblings: 0 / 0, which is zeroed below
         advantages.extend(
             group
                 .iter()
@@ -107,8 +108,8 @@ pub fn rloo(
     Ok(Advantages { advantages, zero_std })
 }
 
-/// RLOO's reward: clipped to `reward_clip_range`, less `beta` times the sequence's `sum (log pi_old
-/// - log pi_ref)`.
+/// RLOO's reward: clipped to `reward_clip_range`, minus `beta` times the sequence's `sum (log
+/// pi_old - log pi_ref)`.
 pub fn rloo_rewards(
     rewards: &[Option<f64>],
     clip: Option<(f64, f64)>,
@@ -122,9 +123,9 @@ pub fn rloo_rewards(
     rewards.iter().enumerate().map(one).collect()
 }
 
-/// REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens of the batch, each token having
-/// its sequence's reward; with `group` the mean of the prompt's completions is taken off first (the
-/// "baseline" form).
+/// REINFORCE++ (arXiv 2501.03262): rewards whitened over all tokens of the batch, where each token
+/// has its sequence's reward. With `group` the mean of the prompt's completions is subtracted first
+/// (the "baseline" form).
 pub fn reinforce_plus_plus(
     rewards: &[Option<f64>],
     lengths: &[usize],
@@ -188,7 +189,7 @@ pub fn token_rewards(
     TokenRewards { rewards: single(rewards), kl: single(kl) }
 }
 
-/// The KL coefficient that steers towards a target (Ziegler et al., arXiv 1909.08593, section 2.2).
+/// Adapts the KL coefficient to reach a target KL (Ziegler et al., arXiv 1909.08593, section 2.2).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdaptiveKl {
     pub coef: f64,
@@ -197,14 +198,14 @@ pub struct AdaptiveKl {
 }
 
 impl AdaptiveKl {
-    /// After a batch of `episodes` whose mean sequence KL was `kl`.
+    /// Updates the coefficient after a batch of `episodes` whose mean KL per sequence was `kl`.
     pub fn update(&mut self, kl: f64, episodes: usize) {
         let error = (kl / self.target - 1.0).clamp(-0.2, 0.2);
         self.coef *= 1.0 + error * episodes as f64 / self.horizon;
     }
 }
 
-/// Mean and standard deviation of a reward for the metrics, over the rows that it scored; NaN where
+/// Mean and standard deviation of a reward for the metrics, over the rows that it scored; NaN if
 /// there are too few.
 pub fn mean_std(rewards: &[Option<f64>]) -> (f64, f64) {
     let values = or_nan(rewards);
@@ -228,7 +229,7 @@ fn zeroed(v: f64) -> f64 {
     if v.is_nan() { 0.0 } else { v }
 }
 
-/// As `torch.isclose(std, 0)`.
+/// `torch.isclose(std, 0)`.
 fn is_zero(std: f64) -> bool {
     std.abs() <= 1e-8
 }
@@ -238,7 +239,7 @@ fn mean(values: &[f64]) -> f64 {
     seen.clone().sum::<f64>() / seen.count() as f64
 }
 
-/// NaN for fewer than two values, but 0 for a batch or group of one, as TRL.
+/// NaN for fewer than two scored values, but 0 for a batch or group of one, as in TRL.
 fn deviation(values: &[f64]) -> f64 {
     if values.len() == 1 {
         return 0.0;

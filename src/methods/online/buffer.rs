@@ -13,35 +13,35 @@ use crate::methods::{Metric, StateFiles};
 
 const STATE: &str = "rollouts.bin";
 
-/// How generations are served to micro-batches.
+/// How generations are divided among micro-batches.
 #[derive(Clone, Copy, Debug)]
 pub struct RolloutSchedule {
-    /// Completions of a micro-batch.
+    /// Completions per micro-batch.
     pub batch: usize,
-    /// Micro-batches of an optimizer step.
+    /// Micro-batches per optimizer step.
     pub accumulation: usize,
-    /// Micro-batches of a pass over a generation, and passes.
+    /// Micro-batches per pass over a generation, and passes.
     pub micro_batches: usize,
     pub passes: usize,
-    /// Completions of each prompt.
+    /// Completions per prompt.
     pub group: usize,
-    /// Prompts of the data.
+    /// Prompts in the data.
     pub prompts: usize,
 }
 
-/// The place of a micro-batch.
+/// The position of a micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RolloutSlot {
     pub generation: u64,
     pub pass: usize,
     /// Within the pass.
     pub micro: usize,
-    /// It is the first that the generation serves.
+    /// Whether it is the first that uses the generation.
     pub first: bool,
 }
 
 impl RolloutSchedule {
-    /// Errors: groups do not divide a generation, or the data has too few prompts for one.
+    /// Errors if groups do not divide a generation, or if the data has too few prompts for one.
     pub fn new(
         training: &TrainingConfig,
         micro_batches: usize,
@@ -71,7 +71,7 @@ impl RolloutSchedule {
         Ok(schedule)
     }
 
-    /// Completions of a generation.
+    /// Completions per generation.
     pub fn size(&self) -> usize {
         self.batch * self.micro_batches
     }
@@ -80,22 +80,22 @@ impl RolloutSchedule {
         self.size() / self.group
     }
 
-    /// Micro-batches that a generation serves.
+    /// Micro-batches that use one generation.
     fn served(&self) -> usize {
         self.micro_batches * self.passes
     }
 
-    /// Whole generations of an epoch, at least one.
+    /// Whole generations per epoch, at least one.
     fn generations(&self) -> usize {
         (self.prompts / self.prompts_per_generation()).max(1)
     }
 
-    /// Micro-batches of an epoch.
+    /// Micro-batches per epoch.
     pub fn epoch(&self) -> usize {
         self.generations() * self.served()
     }
 
-    /// The place of micro-batch `k` of the epoch that optimizer step `step` is in.
+    /// The position of micro-batch `k` of the epoch that contains optimizer step `step`.
     pub fn slot(&self, step: u64, k: usize) -> RolloutSlot {
         let epoch = step / self.epoch().div_ceil(self.accumulation) as u64;
         let within = k % self.served();
@@ -107,8 +107,8 @@ impl RolloutSchedule {
         }
     }
 
-    /// The places of the micro-batches of optimizer step `step`, in order; those of one pass over
-    /// one generation together.
+    /// The positions of the micro-batches of optimizer step `step`, in order, grouped by pass and
+    /// generation.
     pub fn spans(&self, step: u64, micro: &[&[usize]]) -> Vec<Vec<RolloutSlot>> {
         let numbers = micro.iter().copied().flatten();
         let slots: Vec<RolloutSlot> = numbers.map(|k| self.slot(step, *k)).collect();
@@ -116,17 +116,17 @@ impl RolloutSchedule {
         slots.chunk_by(|a, b| pass(a) == pass(b)).map(<[RolloutSlot]>::to_vec).collect()
     }
 
-    /// Whether each step takes a generation's groups whole.
+    /// Whether each step uses all groups of a generation.
     pub fn whole_groups(&self) -> bool {
         self.accumulation.is_multiple_of(self.micro_batches)
     }
 }
 
-/// The samples of the generation at hand.
+/// The samples of the current generation.
 pub struct RolloutBuffer<S> {
     generation: Option<u64>,
     pub samples: Vec<S>,
-    /// Metrics of the generation, for the step that made it.
+    /// Metrics of the generation, for the step that generated it.
     pub pending: Vec<Metric>,
 }
 
@@ -137,7 +137,7 @@ impl<S> Default for RolloutBuffer<S> {
 }
 
 impl<S> RolloutBuffer<S> {
-    /// Whether the generation of `slot` is to be made now. Error: it should be there already.
+    /// Whether the generation of `slot` must be generated now. Error if it should already exist.
     pub fn is_due(&self, slot: &RolloutSlot) -> Result<bool> {
         if self.generation == Some(slot.generation) {
             return Ok(false);
@@ -157,7 +157,7 @@ impl<S> RolloutBuffer<S> {
 }
 
 impl<S: StoredRollout> RolloutBuffer<S> {
-    /// The buffer as a file of a checkpoint; `more` adds what a method keeps beside it.
+    /// The buffer as a file of a checkpoint; `more` adds a method's other state.
     pub fn state(&self, more: impl FnOnce(&mut StateWriter) -> Result<()>) -> Result<StateFiles> {
         let mut out = StateWriter::default();
         out.word(self.generation.unwrap_or(u64::MAX));
@@ -167,9 +167,8 @@ impl<S: StoredRollout> RolloutBuffer<S> {
         Ok(vec![(STATE.into(), out.0)])
     }
 
-    /// Reads [`RolloutBuffer::state`] back; `more` gives None where the file ends too early.
-    /// Refused are samples of other prompts than the `prompts` there are, and another number of
-    /// them than a generation's `size`.
+    /// Reads [`RolloutBuffer::state`] back; `more` returns None if the file ends too early. Errors
+    /// if samples refer to prompts beyond `prompts`, or their number is not a generation's `size`.
     pub fn restore(
         &mut self,
         dir: &Path,

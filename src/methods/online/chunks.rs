@@ -1,21 +1,22 @@
 //! Which completions are computed together. Layer 7.
 //!
-//! A *chunk* is one forward and backward. It is not TRL's micro-batch: what a token's weight is
-//! divided by comes from that, and is known before the first forward; so a chunk may have the
-//! completions of any micro-batches of a step, which changes the rounding of sums and nothing else.
+//! A *chunk* is one forward and backward. It is not TRL's micro-batch: the micro-batch defines the
+//! divisor of a token's weight, which is known before the first forward. A chunk may therefore
+//! contain completions of any micro-batches of a step, which changes the rounding of sums and
+//! nothing else.
 //!
 //! Invariant: a chunk has at most its budget of tokens, or one completion; the completions of a
-//! prompt are side by side, and a group that fits into a chunk is never cut: its prompt is computed
-//! once.
+//! prompt are adjacent, and a group that fits into a chunk is never split, so its prompt is
+//! computed once.
 
 use super::buffer::RolloutSchedule;
 
 /// The sizes of a completion.
 #[derive(Clone, Copy, Debug)]
 pub struct ChunkRow {
-    /// Which prompt it continues.
+    /// The prompt that it continues.
     pub prompt: usize,
-    /// Tokens of the prompt, with the virtual ones of prompt tuning.
+    /// Tokens of the prompt, including the virtual ones of prompt tuning.
     pub prompt_tokens: usize,
     /// Tokens of the completion.
     pub tokens: usize,
@@ -27,14 +28,14 @@ impl ChunkRow {
         self.prompt_tokens.saturating_sub(1)
     }
 
-    /// Rows of its own: the prompt's last token, and the completion.
+    /// Rows that are not shared: the prompt's last token, and the completion.
     fn own(&self) -> usize {
         self.tokens + 1
     }
 }
 
-/// Tokens of a chunk: what `per_device_train_batch_size` completions take at their longest. Where
-/// groups are whole in a step, those of a prompt share it.
+/// Tokens of a chunk: those of `per_device_train_batch_size` completions of maximal length. If
+/// groups are whole in a step, the completions of a prompt share it.
 pub fn token_budget(
     schedule: &RolloutSchedule,
     longest_prompt: usize,
@@ -48,8 +49,8 @@ pub fn token_budget(
     prompts * longest_prompt.saturating_sub(1) + schedule.batch * (longest_completion + 1)
 }
 
-/// Cuts completions into chunks of at most `budget` tokens: the numbers of each chunk's, prompts
-/// side by side. Each group goes into the first chunk that has room for it.
+/// Cuts completions into chunks of at most `budget` tokens. Returns the indices in each chunk, with
+/// the completions of a prompt adjacent. Each group goes into the first chunk with room for it.
 pub fn chunks(rows: &[ChunkRow], budget: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|i| rows[*i].prompt);
@@ -68,7 +69,7 @@ pub fn chunks(rows: &[ChunkRow], budget: usize) -> Vec<Vec<usize>> {
     chunks.into_iter().map(|chunk| chunk.1).collect()
 }
 
-/// A group whole, or what of it fits into a chunk each.
+/// A group as a whole, or in pieces that each fit into a chunk.
 fn pieces(rows: &[ChunkRow], group: &[usize], budget: usize) -> Vec<(usize, Vec<usize>)> {
     let mut pieces: Vec<(usize, Vec<usize>)> = Vec::new();
     for i in group {
@@ -99,7 +100,8 @@ mod tests {
 
     #[test]
     fn a_group_that_fits_is_not_cut_and_a_chunk_keeps_its_budget() {
-        // Interleaved as a shuffled generation is: 64 prompts of 245 tokens, 16 of 256 each.
+        // Interleaved as in a shuffled generation: 64 prompts of 245 tokens, 16 completions of 256
+        // each.
         let rows: Vec<ChunkRow> = (0..1024).map(|i| row(i * 7 % 64, 245, 256)).collect();
         let schedule = RolloutSchedule {
             batch: 32,
@@ -121,10 +123,10 @@ mod tests {
 
     #[test]
     fn short_completions_fill_chunks_and_large_groups_are_cut() {
-        // Half as long: twice as many to a chunk.
+        // Half as long: twice as many per chunk.
         let short: Vec<ChunkRow> = (0..64).map(|i| row(i / 8, 11, 9)).collect();
         assert_eq!(chunks(&short, 180).len(), 4);
-        // A group of 300 tokens in chunks of 100: cut, and the rest shares a chunk.
+        // A group of 300 tokens in chunks of 100: it is split, and the rest shares a chunk.
         let large: Vec<ChunkRow> = (0..30).map(|i| row(i / 15, 11, 19)).collect();
         let all = chunks(&large, 100);
         assert!(all.iter().all(|chunk| size(&large, chunk) <= 100));

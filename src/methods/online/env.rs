@@ -1,6 +1,7 @@
-//! What an online method acts in: prompts, the sampler, the scorer and the reference. Layer 7.
+//! The environment of an online method: prompts, the sampler, the scorer and the reference. Layer
+//! 7.
 //!
-//! Invariant: nothing here knows a loss.
+//! Invariant: nothing here depends on the loss.
 
 use std::time::Instant;
 
@@ -32,7 +33,7 @@ use crate::observer::output::excerpt;
 use crate::ops::head::head_logps;
 use crate::rewards::Scores;
 
-/// What a method asks of its environment.
+/// The options of a method's environment.
 #[derive(Clone, Default)]
 pub struct EnvOptions {
     pub rewards: RewardOptions,
@@ -41,7 +42,7 @@ pub struct EnvOptions {
     pub max_completion_length: usize,
     pub max_sequences: Option<usize>,
     pub environment: EnvironmentOptions,
-    /// Completions of a generation.
+    /// Completions per generation.
     pub generation: usize,
 }
 
@@ -53,14 +54,15 @@ pub struct RolloutEnv {
     generation: usize,
     sync: ReferenceSyncOptions,
     log_completions: bool,
-    /// With `log_completions`: the best and the worst of the last generation, until they are shown.
+    /// With `log_completions`: the best and the worst completion of the last generation, until they
+    /// are shown.
     pub shown: Vec<String>,
     /// Lines for completions.jsonl.
     pub log: Vec<Value>,
     seconds: Seconds,
 }
 
-/// Time spent since it was last asked for.
+/// Time spent since it was last read.
 #[derive(Default)]
 struct Seconds {
     generate: f64,
@@ -100,13 +102,13 @@ impl RolloutEnv {
         self.prompts.longest() + self.sampler.max_completion_length
     }
 
-    /// Completions generated at once at most, where the memory plan says how many are.
+    /// The most completions generated at once, if the memory plan chooses how many.
     pub fn planned_sequences(&self) -> Option<usize> {
         self.sampler.is_planned().then_some(self.generation)
     }
 
-    /// Sets up what needs the initial policy: the sampler's cache, the reference (where wanted),
-    /// the reward model.
+    /// Sets up what needs the initial policy: the sampler's cache, the reference (if needed), the
+    /// reward model.
     pub fn attach(&mut self, cx: &mut Cx, model: &Decoder, reference: bool) -> Result<()> {
         if self.prompts.bad.count > 0 {
             cx.observer.note(&self.prompts.bad.to_string());
@@ -119,7 +121,7 @@ impl RolloutEnv {
             )));
         }
         if cx.device.capabilities().gemm_depends_on_rows && cx.matmul == MatmulChoice::Auto {
-            // The library may choose another kernel for another number of rows, with other bits.
+            // For another number of rows the library may choose another kernel, with other bits.
             let why = "so that the sampler's log-probs are the trainer's bit for bit";
             cx.observer.note(&format!("matmul=exact, {why}"));
             cx.matmul = MatmulChoice::Exact;
@@ -129,7 +131,7 @@ impl RolloutEnv {
         if reference {
             let options = ReferenceOptions { sync: self.sync.clone(), ..Default::default() };
             let setup = ReferenceSetup { options, longest, ..Default::default() };
-            // Nothing is computed beforehand: the completions are not there yet.
+            // Nothing can be precomputed: the completions do not exist yet.
             let none = |cx: &mut Cx, _: &Decoder, _| cx.float("no log-probs", &[0]);
             self.reference = Reference::new(setup).attached(cx, model, 0, 0, none)?;
         }
@@ -140,7 +142,7 @@ impl RolloutEnv {
         Ok(())
     }
 
-    /// Completions of prompts of `split`, those of one prompt side by side.
+    /// Generates completions of prompts of `split`; those of one prompt are adjacent.
     pub fn generate(
         &mut self,
         cx: &mut Cx,
@@ -153,7 +155,7 @@ impl RolloutEnv {
         let longest;
         let prompts = match cx.device.computes() {
             true => prompts,
-            // A plan is of the most that there can be.
+            // The memory plan assumes the longest prompts.
             false => {
                 longest = self.prompts.longest_of(split, prompts.len());
                 &longest
@@ -170,7 +172,7 @@ impl RolloutEnv {
         rollouts
     }
 
-    /// Every reward of every rollout. Errors of a reward name the row.
+    /// Every reward of every rollout. A reward's errors name the row.
     pub fn score(&mut self, cx: &mut Cx, split: Split, rollouts: &[Rollout]) -> Result<Scores> {
         let begin = Instant::now();
         let scores = self.scorer.score(cx, self.prompts.of(split), rollouts);
@@ -179,7 +181,7 @@ impl RolloutEnv {
     }
 
     /// Log-probs of training completions under the reference at the sampling temperature, in chunks
-    /// of `budget` tokens, without a tape. None: there is no reference model.
+    /// of `budget` tokens, without a tape. None if there is no reference model.
     pub fn reference_logps(
         &mut self,
         cx: &mut Cx,
@@ -197,7 +199,7 @@ impl RolloutEnv {
         Ok(Some(all))
     }
 
-    /// A value for each token of training completions, computed in chunks of `budget` tokens.
+    /// One value per token of training completions, computed in chunks of `budget` tokens.
     pub fn in_chunks(
         &self,
         model: &Decoder,
@@ -238,8 +240,7 @@ impl RolloutEnv {
         token_budget(schedule, prompt, self.sampler.max_completion_length, whole_groups)
     }
 
-    /// A packed batch of training completions: those of one prompt that lie side by side share its
-    /// rows.
+    /// A packed batch of training completions. Adjacent completions of one prompt share its rows.
     pub fn batch(&self, cx: &Cx, model: &Decoder, rollouts: &[&Rollout]) -> Result<Batch> {
         let mut groups: Vec<Group> = Vec::new();
         let mut last = None;
@@ -272,12 +273,13 @@ impl RolloutEnv {
         rollouts.into_iter().map(one).collect()
     }
 
-    /// The factor of the logits, 1 / temperature, as in the sampler.
+    /// The factor of the logits, 1 / temperature, the same as the sampler's.
     pub fn scale(&self) -> f32 {
         1.0 / self.sampler.options.temperature as f32
     }
 
-    /// Lines of completions.jsonl, and with `log_completions` the best and the worst to show.
+    /// Records lines for completions.jsonl and, with `log_completions`, the best and the worst to
+    /// show.
     pub fn record(&mut self, rollouts: &[Rollout], scores: &Scores, advantages: &[f64]) {
         let total = scores.total();
         for (i, r) in rollouts.iter().enumerate() {
@@ -306,7 +308,8 @@ impl RolloutEnv {
         self.shown = [("best", best), ("worst", worst)].into_iter().filter_map(show).collect();
     }
 
-    /// Lines of completions.jsonl for completions that nothing scores; `by` says who wrote them.
+    /// Records lines for completions.jsonl for completions without a score; `by` names their
+    /// author.
     pub fn record_written(&mut self, by: &str, rollouts: &[Rollout]) {
         for r in rollouts {
             let prompt = &self.prompts.train[r.prompt].value;
@@ -316,7 +319,7 @@ impl RolloutEnv {
         }
     }
 
-    /// How `total` seconds of a step were spent.
+    /// How the `total` seconds of a step were spent.
     pub fn take_seconds(&mut self, total: f64) -> Vec<Metric> {
         let Seconds { generate, score, reference } = std::mem::take(&mut self.seconds);
         let mut split: Vec<Metric> =
@@ -328,7 +331,7 @@ impl RolloutEnv {
         split
     }
 
-    /// Sampled completions of the evaluation prompts, one each; their time is not a step's.
+    /// One sampled completion for each evaluation prompt; their time does not count as a step's.
     pub fn eval_rollouts(&mut self, cx: &mut Cx, model: &Decoder) -> Result<Vec<Rollout>> {
         let prompts = self.prompts.all_eval();
         let request = SampleRequest::new(1, u64::MAX - 1);

@@ -1,12 +1,12 @@
-//! Completions of several turns: the model speaks, an environment answers, the model goes on.
+//! Completions of several turns: the model speaks, an environment answers, the model continues.
 //! Layer 7.
 //!
-//! Token-in, token-out: what was sampled stays as it is; the environment's answer becomes the
-//! tokens that the chat template writes between two turns (`data::continuation`), and the same
-//! cache goes on behind them. Those tokens are context, never targets.
+//! Token-in, token-out: sampled tokens are never changed; the environment's answer becomes the
+//! tokens that the chat template writes between two turns (`data::continuation`), and generation
+//! continues from the same cache. Those tokens are context, never targets.
 //!
-//! Invariant: which tokens an episode has depends on weights, seed, its row and the environment's
-//! answers, not on when an answer comes: a sequence that waits lets others run.
+//! Invariant: an episode's tokens depend on weights, seed, its row and the environment's answers,
+//! not on when an answer arrives: while one sequence waits, others run.
 
 use std::path::Path;
 use std::time::Duration;
@@ -31,12 +31,12 @@ use crate::rng::{philox, tag};
 use crate::rollout::{Completion, Engine, Finish};
 use crate::signals::Stop;
 
-/// The environment of a run, and what turns its answers into tokens.
+/// The environment of a run, and what is needed to turn its answers into tokens.
 pub struct Episodes {
     environment: Environment,
     template: Option<ChatTemplate>,
     vocab: usize,
-    /// Answers after which a completion goes on.
+    /// The most answers after which a completion continues.
     answers: Option<usize>,
     max_completion_length: usize,
     seed: u64,
@@ -45,7 +45,7 @@ pub struct Episodes {
 /// The completions of a generation.
 pub struct EpisodeBatch<'a> {
     pub prompts: &'a [Prompt],
-    /// Which prompts have completions, `n` each.
+    /// The prompts that are completed, `n` times each.
     pub indices: &'a [usize],
     pub n: usize,
     /// The generation's stream of random numbers.
@@ -53,26 +53,26 @@ pub struct EpisodeBatch<'a> {
     pub tokenizer: &'a Tokenizer,
 }
 
-/// A completion on its way.
+/// A completion in progress.
 struct Episode {
     prompt: usize,
     row: Row,
     example: ParsedRow,
-    /// The prompt's messages and what followed; empty where the prompt is a text.
+    /// The prompt's messages and those that followed; empty if the prompt is a text.
     messages: Vec<Value>,
-    /// What followed a prompt that is a text.
+    /// The text that followed a prompt that is a text.
     text: String,
     talk: Conversation,
-    /// How many of the sampled tokens are in `talk`.
+    /// How many of the sampled tokens `talk` contains.
     taken: usize,
-    /// No turn follows.
+    /// Whether no turn follows.
     last: bool,
-    /// Its completion, where the length limit ended it.
+    /// Its completion, if the length limit ended it.
     cut: Option<Completion>,
 }
 
 impl Episodes {
-    /// None: the options name no environment.
+    /// None if the options name no environment.
     pub fn new(
         options: &EnvironmentOptions,
         max_completion_length: usize,
@@ -99,8 +99,8 @@ impl Episodes {
         self.environment.govern(stop, env);
     }
 
-    /// Completes every request of `engine`, which has those of `batch` and no others. `done` hears
-    /// of each completion as it ends.
+    /// Completes every request of `engine`, which has those of `batch` and no others. Calls `done`
+    /// for each completion as it ends.
     pub fn run(
         &mut self,
         cx: &mut Cx,
@@ -145,8 +145,8 @@ impl Episodes {
         all.ok_or_else(|| Error::Run("the environment left an episode without an answer".into()))
     }
 
-    /// An episode for each completion. Those of one prompt have one seed, so that they differ by
-    /// what the model says alone.
+    /// One episode per completion. Those of one prompt share a seed, so that they differ only by
+    /// what the model says.
     fn begin(&mut self, batch: &EpisodeBatch) -> Result<Vec<Episode>> {
         let mut episodes = Vec::with_capacity(batch.indices.len() * batch.n);
         for (group, index) in batch.indices.iter().enumerate() {
@@ -163,7 +163,7 @@ impl Episodes {
         Ok(episodes)
     }
 
-    /// The model's turn has ended: the environment is asked.
+    /// Asks the environment at the end of a turn of the model.
     fn turn(
         &mut self,
         batch: &EpisodeBatch,
@@ -188,7 +188,7 @@ impl Episodes {
         Ok(())
     }
 
-    /// The environment's answer; Some if the completion ends with it.
+    /// Handles the environment's answer; returns Some if the completion ends with it.
     fn answered(
         &self,
         engine: &mut Engine,
@@ -212,7 +212,7 @@ impl Episodes {
         };
         let ids = self.tokens(batch.tokenizer, episode, &observation)?;
         if episode.talk.ids.len() + ids.len() >= self.max_completion_length {
-            // No room for the answer and a token behind it.
+            // No room for the answer and one more token.
             return engine.finish(request, member, Finish::Length).map(Some);
         }
         engine.resume(request, member, &ids)?;
@@ -227,7 +227,7 @@ impl Episodes {
         Ok(None)
     }
 
-    /// The tokens between the model's turn and its next.
+    /// The tokens between one turn of the model and the next.
     fn tokens(
         &self,
         tokenizer: &Tokenizer,
@@ -254,7 +254,7 @@ impl Episodes {
     }
 }
 
-/// An observation that is a text, in a conversation.
+/// The message for an observation that is a text, in a conversation.
 fn message(text: Value) -> Value {
     json!({ "role": "user", "content": text })
 }

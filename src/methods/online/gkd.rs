@@ -1,17 +1,18 @@
 //! On-policy distillation (Agarwal et al., "On-Policy Distillation of Language Models", 2024): the
 //! student learns the teacher's distribution at each token of completions that it wrote itself.
 //!
-//! For each micro-batch a number is drawn by (seed, step, micro-batch): with probability `lmbda`
-//! its completions are the student's, drawn as it is at the step; else those of the data, or with
-//! `seq_kd` the teacher's. The loss is the mean over the completion tokens of the step of the
-//! divergence that `methods::distill` states (`beta`); no gradient flows through the sampling.
+//! For each micro-batch a random number is drawn from (seed, step, micro-batch): with probability
+//! `lmbda` its completions are sampled from the student as it is at that step; otherwise they come
+//! from the data or, with `seq_kd`, from the teacher. The loss is the mean over the completion
+//! tokens of the step of the divergence defined in `methods::distill` (`beta`); no gradient flows
+//! through the sampling.
 //!
-//! TRL 1.16.0's names and defaults. As there, `temperature` is of the sampling alone. Differs: the
-//! mean goes over the tokens that are trained on; TRL divides by the tokens of the data's
-//! completions, also where it has replaced them.
+//! Names and defaults are TRL 1.16.0's. As there, `temperature` applies to the sampling alone.
+//! Unlike TRL: the mean is over the tokens that are trained on; TRL divides by the tokens of the
+//! data's completions even where it has replaced them.
 //!
-//! Layer 7. Invariant: nothing is carried from one step to the next, so a checkpoint holds nothing;
-//! neither model's logits are ever whole.
+//! Layer 7. Invariant: no state is carried from one step to the next, so a checkpoint holds none;
+//! neither model's logits are ever held whole.
 
 use serde_json::{Value, json};
 
@@ -60,7 +61,7 @@ section! {
 }
 
 impl GkdConfig {
-    /// Whether a micro-batch may have the data's completions.
+    /// Whether a micro-batch may use the data's completions.
     fn uses_data(&self) -> bool {
         self.lmbda < 1.0 && !self.seq_kd
     }
@@ -90,19 +91,19 @@ impl BuildMethod for GkdConfig {
 pub struct Gkd {
     env: RolloutEnv,
     options: GkdConfig,
-    /// The data's completions by row; none where a row was dropped for its length, or none are
-    /// used.
+    /// The data's completions by row; None for rows dropped for their length, and for all rows if
+    /// none are used.
     data: Vec<Option<SftExample>>,
     eval: Vec<SftExample>,
     seed: u64,
     teacher: Teacher,
     /// The teacher's cache, with `seq_kd`.
     teacher_engine: Option<Engine>,
-    /// The micro-batches of the step at hand.
+    /// The micro-batches of the current step.
     buffer: RolloutBuffer<Vec<SftExample>>,
 }
 
-/// Who writes completions.
+/// The author of generated completions.
 #[derive(Clone, Copy, PartialEq)]
 enum Writer {
     Student,
@@ -164,7 +165,7 @@ impl Gkd {
         Ok((gkd, told(stats.to_string(), &bad)))
     }
 
-    /// Whether micro-batch `m` of a step has the student's completions.
+    /// Whether micro-batch `m` of a step uses the student's completions.
     fn on_policy(&self, step: u64, m: usize) -> bool {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
         let bits = philox(key, [step as u32, m as u32, 0, tag::ON_POLICY]);
@@ -199,13 +200,13 @@ impl Gkd {
         self.data.iter().flatten().max_by_key(|e| e.input_ids.len())
     }
 
-    /// What each micro-batch is trained on. Returns metrics.
+    /// Fills the micro-batches of a step. Returns metrics.
     fn fill(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<Vec<Metric>> {
         let longest = self.longest_example().filter(|_| !cx.device.computes()).cloned();
         let own: Vec<bool> = (0..at.micro.len())
             .map(|m| match (cx.device.computes(), &longest) {
                 (true, _) => self.on_policy(at.step, m),
-                // A plan takes what is longest.
+                // The memory plan takes the longest.
                 (false, Some(data)) => {
                     self.options.lmbda > 0.0 && data.input_ids.len() <= self.env.longest()
                 }
@@ -255,7 +256,7 @@ fn told(stats: String, bad: &BadRows) -> String {
     if bad.count > 0 { format!("{stats} {bad}") } else { stats }
 }
 
-/// A row with `prompt` and `completion`: of `messages` the last is the completion, as in TRL.
+/// A row with `prompt` and `completion`. Of `messages` the last one is the completion, as in TRL.
 fn with_completion(row: &Row) -> Result<Row> {
     let mut row = row.clone();
     if row.has("prompt") {
@@ -282,7 +283,7 @@ impl OnlineObjective for Gkd {
 
     fn row_view(&self, row: usize) -> RowView {
         let mut view = self.env.prompts.view(row);
-        view.note.clear(); // no reward sees the columns
+        view.note.clear(); // rewards do not see the columns
         if let Some(Some(data)) = self.data.get(row) {
             let (ids, mask) = (data.input_ids.clone(), data.target_mask.clone());
             view.parts.push(RowPart { name: "with the data's completion", ids, mask });
@@ -313,7 +314,8 @@ impl OnlineObjective for Gkd {
         Ok(report)
     }
 
-    /// Over the data's completions; where none are used, over completions that the student writes.
+    /// Evaluates on the data's completions or, if none are used, on completions sampled from the
+    /// student.
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>> {
         let examples = if self.options.uses_data() {
             self.eval.clone()

@@ -1,15 +1,15 @@
-//! Group relative policy optimisation, and the losses that grew out of it.
+//! Group relative policy optimisation, and the losses derived from it.
 //!
-//! For a prompt, G completions are drawn from the policy; the advantage of one is its reward less
-//! the group's mean, over the group's standard deviation (+1e-4). The loss of a token is -min(rho
-//! A, clip(rho, 1 - eps, 1 + eps_high) A), rho the ratio of its probability now and as it was
-//! drawn, and + beta KL (k3) to the reference where beta is not 0 (Shao et al., "DeepSeekMath",
-//! 2024). `loss_type` says what the sum is divided by (grpo, bnpo, dr_grpo, dapo) or changes the
-//! term (cispo, sapo, luspo, vespo); `importance_sampling_level=sequence` is GSPO. TRL 1.16.0's
-//! formulas, names and defaults.
+//! For a prompt, G completions are sampled from the policy; the advantage of one is its reward
+//! minus the group's mean, divided by the group's standard deviation (+1e-4). The loss of a token
+//! is -min(rho A, clip(rho, 1 - eps, 1 + eps_high) A), with rho the ratio of its probability now to
+//! that at sampling, plus beta KL (k3) to the reference if beta is not 0 (Shao et al.,
+//! "DeepSeekMath", 2024). `loss_type` sets the divisor of the sum (grpo, bnpo, dr_grpo, dapo) or
+//! changes the term (cispo, sapo, luspo, vespo); `importance_sampling_level=sequence` is GSPO.
+//! Formulas, names and defaults are TRL 1.16.0's.
 //!
-//! Differs from TRL: log-probs of the sampler are the trainer's, so there is no second forward for
-//! old log-probs and no correction for a mismatch; `dynamic_sampling` (DAPO) refills groups without
+//! Unlike TRL: the sampler's log-probs are the trainer's, so there is no second forward for old
+//! log-probs and no correction for a mismatch; `dynamic_sampling` (DAPO) replaces groups without
 //! variance.
 //!
 //! Layer 7. Invariant: see `methods::online::policy`.

@@ -1,4 +1,4 @@
-//! What the log shows about generated completions: TRL's names. Layer 7.
+//! Metrics of generated completions, with TRL's names. Layer 7.
 //!
 //! Invariant: a mean over nothing is left out, never NaN.
 
@@ -50,7 +50,7 @@ fn max(values: &[f64]) -> f64 {
     values.iter().copied().fold(0.0, f64::max)
 }
 
-/// 0 of nothing.
+/// The mean; 0 if there are no values.
 pub fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     let n = values.len().max(1) as f64;
     values.sum::<f64>() / n

@@ -42,12 +42,12 @@ use crate::methods::offline::rows::Split;
 use crate::methods::{Method, Metric, RowView, StateFiles, StepReport};
 use crate::model::decoder::Decoder;
 
-/// A method over generated completions; [`OnlineMethod`] makes a [`Method`] of it.
+/// A method over generated completions; [`OnlineMethod`] turns it into a [`Method`].
 pub trait OnlineObjective {
     fn env(&self) -> &RolloutEnv;
     fn env_mut(&mut self) -> &mut RolloutEnv;
 
-    /// Whether log-probs under a reference are wanted.
+    /// Whether it needs log-probs under a reference.
     fn wants_reference(&self) -> bool {
         false
     }
@@ -56,7 +56,7 @@ pub trait OnlineObjective {
         self.env().longest()
     }
 
-    /// Called once the sampler, the reference and the reward model are there.
+    /// Called once the sampler, the reference and the reward model are set up.
     fn attach(&mut self, _cx: &mut Cx, _model: &Decoder) -> Result<()> {
         Ok(())
     }
@@ -66,7 +66,7 @@ pub trait OnlineObjective {
         None
     }
 
-    /// One optimizer step, number `step`; [`OnlineMethod`] adds the time split.
+    /// Optimizer step number `step`; [`OnlineMethod`] adds the time metrics.
     fn step(&mut self, cx: &mut Cx, model: &Decoder, at: StepRows) -> Result<StepReport>;
 
     fn stepped(&mut self, _cx: &mut Cx) -> Result<()> {

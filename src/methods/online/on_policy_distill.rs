@@ -3,13 +3,13 @@
 //! prompt and learns the teacher's distribution at each of its tokens.
 //!
 //! loss = mean over the completion tokens of the step of D(teacher, student), both softened by the
-//! sampling temperature; D is what `methods::offline::distill` states, by default the reverse KL
-//! (`beta` = 1). No gradient flows through the sampling, and no reference model is involved.
+//! sampling temperature; D is defined in `methods::offline::distill`, by default the reverse KL
+//! (`beta` = 1). No gradient flows through the sampling, and there is no reference model.
 //!
-//! TRL's names and defaults. Differs: the rows of a step are its prompts, one completion each
-//! (TRL samples a generation for several steps where steps_per_generation says so).
+//! Names and defaults are TRL's. Unlike TRL: the rows of a step are its prompts, with one
+//! completion each (TRL samples one generation for several steps, as steps_per_generation says).
 //!
-//! Layer 7. Invariant: nothing is carried from one step to the next, so a checkpoint holds nothing.
+//! Layer 7. Invariant: no state is carried from one step to the next, so a checkpoint holds none.
 
 use super::buffer::RolloutBuffer;
 use super::env::{EnvOptions, RolloutEnv};
@@ -74,11 +74,11 @@ impl BuildMethod for OnPolicyDistillConfig {
 pub struct OnPolicyDistill {
     env: RolloutEnv,
     teacher: Teacher,
-    /// The completions of the step at hand.
+    /// The completions of the current step.
     buffer: RolloutBuffer<SftExample>,
 }
 
-/// What the log shows about a step's completions.
+/// The metrics of a step's completions.
 fn metrics(rollouts: &[Rollout]) -> Vec<Metric> {
     let cut = rollouts.iter().filter(|r| !r.finished).count();
     let tokens = rollouts.iter().map(|r| r.ids.len()).sum::<usize>().max(1);

@@ -1,18 +1,18 @@
-//! Online DPO: preference pairs that the policy makes itself, as it is at the step (Guo et al.,
-//! "Direct Language Model Alignment from Online AI Feedback", 2024).
+//! Online DPO: preference pairs sampled from the policy as it is at each step (Guo et al., "Direct
+//! Language Model Alignment from Online AI Feedback", 2024).
 //!
-//! Two completions of each prompt of a step are drawn and scored; the one with the higher reward is
-//! the chosen one. With u = log pi(y|x) - log ref(y|x), summed over a completion at the sampling
+//! Two completions of each prompt of a step are sampled and scored; the one with the higher reward
+//! is the chosen one. With u = log pi(y|x) - log ref(y|x), summed over a completion at the sampling
 //! temperature, the loss of a pair is -log sigmoid(beta (u_w - u_l)), or for `ipo` (u_w - u_l - 1 /
-//! (2 beta))^2, its mean over the pairs of the step.
+//! (2 beta))^2, averaged over the pairs of the step.
 //!
-//! TRL 1.16.0's names and defaults. Differs: a pair whose rewards do not differ (or lack one) is
-//! dropped and counted, where TRL takes the first as chosen; the mean goes over the pairs of the
-//! step, not over a micro-batch's; the prompt of a pair is computed once; prompts are not cut
+//! Names and defaults are TRL 1.16.0's. Unlike TRL: a pair whose rewards are equal (or missing) is
+//! dropped and counted, where TRL takes the first as chosen; the mean is over the pairs of the
+//! step, not of a micro-batch; the prompt of a pair is computed once; prompts are not truncated
 //! (`max_length`).
 //!
-//! Layer 7. Invariant: pairs are made and used within one step, so a checkpoint holds none; as long
-//! as the policy is the reference, bit for bit, margins are exactly 0.
+//! Layer 7. Invariant: pairs are sampled and used within one step, so a checkpoint holds none; as
+//! long as the policy is the reference, bit for bit, margins are exactly 0.
 
 use super::buffer::RolloutBuffer;
 use super::env::{EnvOptions, RolloutEnv};
@@ -121,13 +121,13 @@ pub struct OnlineDpo {
 }
 
 impl OnlineDpo {
-    /// The beta of the epoch that a step is in.
+    /// The beta of the epoch that contains a step.
     fn beta(&self, step: u64) -> f64 {
         let epoch = (step / self.steps_per_epoch) as usize;
         self.options.beta[epoch.min(self.options.beta.len() - 1)]
     }
 
-    /// Rewards with the penalty of those that did not end. None: not scored.
+    /// Rewards, with the penalty for completions without EOS. None: not scored.
     fn ranks(&self, rollouts: &[Rollout], scores: &Scores) -> Vec<Option<f64>> {
         let penalty = self.options.missing_eos_penalty.unwrap_or(0.0);
         let rank = |(score, r): (Option<f64>, &Rollout)| {
@@ -136,7 +136,7 @@ impl OnlineDpo {
         scores.total().into_iter().zip(rollouts).map(rank).collect()
     }
 
-    /// Generate, score, rank: the pairs of a step. Returns for each prompt the number of its pair.
+    /// Generates, scores and ranks the pairs of a step. Returns the index of each prompt's pair.
     fn fill(
         &mut self,
         cx: &mut Cx,
@@ -147,7 +147,7 @@ impl OnlineDpo {
         let request = SampleRequest::new(2, step);
         let rollouts = self.env.generate(cx, model, Split::Train, prompts, request)?;
         let scores = self.env.score(cx, Split::Train, &rollouts)?;
-        // As many tokens as the pairs of a micro-batch take, a pair's prompt once.
+        // As many tokens as the pairs of a micro-batch take, with a pair's prompt counted once.
         let longest = self.env.prompts.longest() + model.vocab().virtuals;
         let budget = self.batch * (longest + 2 * self.env.sampler.max_completion_length + 1);
         let Some(reference) = self.env.reference_logps(cx, &rollouts, budget)? else {
@@ -156,7 +156,7 @@ impl OnlineDpo {
         let ranks = self.ranks(&rollouts, &scores);
         let mut metrics = of_generation(&rollouts, &scores);
         metrics.extend(objective(&rollouts, &reference, &ranks, self.beta(step)));
-        // What counts as a completion's advantage: 1 chosen, -1 rejected, 0 dropped.
+        // Recorded as a completion's advantage: 1 chosen, -1 rejected, 0 dropped.
         let mut places = vec![1.0; rollouts.len()];
         let mut pairs = Vec::new();
         let mut pair_of_prompt = Vec::with_capacity(prompts.len());
@@ -184,7 +184,7 @@ impl OnlineDpo {
         Ok(pair_of_prompt)
     }
 
-    /// Loss and metrics of some pairs, of `total` in the step; with `train`, the backward.
+    /// Loss and metrics of some of the step's `total` pairs; with `train`, also the backward.
     fn update(
         &self,
         cx: &mut Cx,
@@ -200,10 +200,11 @@ impl OnlineDpo {
         let starts = starts(rollouts.iter().map(|r| r.ids.len()));
         let ones = vec![1.0; starts[starts.len() - 1]];
         let reference: Vec<f32> = pairs.iter().flat_map(|p| p.reference.concat()).collect();
-        // The same sums by the same kernel, or margins would not be 0 at the first step.
+        // Summed by the same kernel as the policy's, otherwise margins would not be 0 at the first
+        // step.
         let reference = floats(cx, &reference)?;
         let reference = sums(cx, &reference, &ones, &starts)?.reshape(&[n, 2])?;
-        // TRL's ipo is of sums here, not of means.
+        // TRL's ipo uses sums here, not means.
         let lens = floats(cx, &vec![1.0; 2 * n])?.reshape(&[n, 2])?;
         let weight = floats(cx, &vec![(1.0 / total.max(1) as f64) as f32; n])?;
         let one = floats(cx, &[1.0])?;
@@ -223,7 +224,7 @@ impl OnlineDpo {
     }
 }
 
-/// TRL's `objective/*` metrics; log-probs of the sampler are the policy's.
+/// TRL's `objective/*` metrics; the sampler's log-probs are the policy's.
 fn objective(
     rollouts: &[Rollout],
     reference: &[Vec<f32>],

@@ -61,7 +61,7 @@ impl OnlineConfig {
     }
 }
 
-/// Online methods sample: the loss divides by the temperature, too.
+/// Requires a temperature above 0: online methods sample, and the loss divides by it.
 pub fn explores(sampling: &SamplingOptions, report: &mut Report) {
     let t = sampling.temperature;
     report.must(t > 0.0, || format!("temperature = {t}: must be above 0, the policy must explore"));

@@ -1,9 +1,9 @@
 //! Training with a clipped policy loss: a generation is cut into micro-batches, which one or
-//! several optimizer steps go over. Layer 7. The update itself is in `update`.
+//! several optimizer steps pass over. Layer 7. The update itself is in `update`.
 //!
 //! TRL 1.16.0's schedule: a generation has per_device_train_batch_size x steps_per_generation
-//! completions of as many prompts as num_generations gives, is shuffled, and serves
-//! steps_per_generation x num_iterations micro-batches.
+//! completions, num_generations per prompt; it is shuffled, and serves steps_per_generation x
+//! num_iterations micro-batches.
 //!
 //! Invariant: the ratio at the first pass over a generation is exactly 1, because the sampler's
 //! log-probs are the trainer's (`methods::online`); losses are normalised over the step batch,
@@ -31,25 +31,25 @@ use crate::ops::policy::{PolicyLoss, Term};
 use crate::rewards::Scores;
 use crate::rng::seed;
 
-/// What sets a method with a policy loss apart.
+/// What distinguishes methods with a policy loss.
 pub trait PolicyObjective {
-    /// One advantage a rollout, and metrics. May generate more (baselines).
+    /// One advantage per rollout, and metrics. May generate more completions (baselines).
     fn advantages(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts>;
 
     fn loss(&self) -> PolicyLoss;
 
     fn normalizer(&self, active_tokens: usize, steps_per_generation: usize) -> Normalizer;
 
-    /// The options that it shares with the others. A KL weight there asks for a reference.
+    /// The options shared with the other methods. A KL weight there requires a reference.
     fn online(&self) -> &OnlineConfig;
 
-    /// Choices of GRPO that leave the term unchanged.
+    /// GRPO's options that leave the loss term unchanged.
     fn extras(&self) -> PolicyExtras {
         PolicyExtras::default()
     }
 }
 
-/// Choices of GRPO that leave the term unchanged.
+/// GRPO's options that leave the loss term unchanged.
 #[derive(Clone, Copy, Debug)]
 pub struct PolicyExtras {
     pub top_entropy_quantile: f64,
@@ -69,21 +69,21 @@ impl Default for PolicyExtras {
     }
 }
 
-/// What an objective may use for its advantages.
+/// The inputs of an objective's advantages.
 pub struct AdvantageContext<'a> {
     pub cx: &'a mut Cx,
     pub model: &'a Decoder,
     pub env: &'a mut RolloutEnv,
     pub rollouts: &'a [Rollout],
     pub scores: &'a Scores,
-    /// Log-probs under the reference, where there is one.
+    /// Log-probs under the reference, if there is one.
     pub reference: Option<&'a [Vec<f32>]>,
     pub generation: u64,
-    /// Completions of each prompt.
+    /// Completions per prompt.
     pub group: usize,
 }
 
-/// The advantage of each rollout, and what to log.
+/// The advantage of each rollout, and metrics to log.
 pub struct WeighedRollouts {
     pub advantages: Vec<f64>,
     pub metrics: Vec<Metric>,
@@ -104,12 +104,12 @@ pub struct PolicySample {
     pub(super) rollout: Rollout,
     pub(super) reference: Option<Vec<f32>>,
     pub(super) advantage: f64,
-    /// Its tokens count.
+    /// Whether its tokens count in the loss.
     pub(super) counts: bool,
 }
 
 impl PolicySample {
-    /// The same value for each of its tokens.
+    /// `value` for each of its tokens.
     pub(super) fn spread<T: Clone>(&self, value: T) -> Vec<T> {
         vec![value; self.rollout.ids.len()]
     }
@@ -146,14 +146,14 @@ pub struct PolicyGradient<O> {
     pub(super) buffer: RolloutBuffer<PolicySample>,
 }
 
-/// The clipped term with TRL's defaults beside it.
+/// The clipped term, with TRL's defaults for the other options.
 pub fn clip_term(clip: &ClipOptions) -> Term {
     let (epsilon, epsilon_high) = clip.bounds();
     Term::Clip { epsilon, epsilon_high, delta: f32::INFINITY }
 }
 
 impl OnlineConfig {
-    /// What the environment is made of; a generation has `generation` completions.
+    /// The options of the environment; a generation has `generation` completions.
     pub fn env(&self, generation: usize) -> EnvOptions {
         EnvOptions {
             generation,
@@ -166,7 +166,7 @@ impl OnlineConfig {
         }
     }
 
-    /// What to print about the data.
+    /// A summary of the data, to print.
     pub fn summary(&self, env: &RolloutEnv) -> String {
         let n = self.num_generations;
         let completions = if n == 1 { "completion" } else { "completions" };
@@ -174,7 +174,7 @@ impl OnlineConfig {
     }
 }
 
-/// TRL's defaults, and the same way to build them all.
+/// TRL's defaults, and one way to build all policy objectives.
 impl<O: PolicyObjective + Section + Clone + 'static> BuildMethod for O {
     fn training(&self) -> TrainingConfig {
         TrainingConfig { learning_rate: 1e-6, ..Default::default() }
@@ -186,7 +186,7 @@ impl<O: PolicyObjective + Section + Clone + 'static> BuildMethod for O {
 }
 
 impl<O: PolicyObjective + 'static> PolicyGradient<O> {
-    /// Errors: a generation that its groups do not divide.
+    /// Errors if groups do not divide a generation.
     fn build(
         objective: O,
         training: &TrainingConfig,
@@ -211,7 +211,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         Ok(BuiltMethod::new(OnlineMethod::new(policy), summary))
     }
 
-    /// Generate, score, advantages: the buffer of generation `g`.
+    /// Fills the buffer with generation `g`: generate, score, compute advantages.
     fn fill(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<()> {
         let (rollouts, scores) = self.rollouts(cx, model, g)?;
         // The groups of a generation are whole here.
@@ -231,8 +231,9 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         self.buffer.pending = metrics::of_generation(&rollouts, &scores);
         self.buffer.pending.extend(metrics);
         self.env.record(&rollouts, &scores, &advantages);
-        // Shuffled as TRL shuffles, so that a micro-batch is not one group; then prompts side by side
-        // in each. What is computed together is another matter: see `update`.
+        // Shuffled as TRL shuffles, so that a micro-batch is not one group; then sorted by prompt
+        // within each micro-batch. Which completions are computed together is a separate choice:
+        // see `update`.
         let order = permutation(rollouts.len(), self.seed ^ seed::ROLLOUTS, g as u32);
         let sample = |i: usize| PolicySample {
             counts: rollouts[i].finished || !self.mask_truncated,
@@ -248,8 +249,8 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         Ok(())
     }
 
-    /// The scored completions of generation `g`. Groups whose rewards do not differ teach nothing:
-    /// with `dynamic_sampling` they are generated anew for other prompts.
+    /// The scored completions of generation `g`. Groups whose rewards are all equal have no
+    /// gradient: with `dynamic_sampling` they are replaced by completions of other prompts.
     fn rollouts(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<(Vec<Rollout>, Scores)> {
         let n = self.schedule.group;
         let mut prompts = self.env.prompts.of_generation(g, self.schedule.prompts_per_generation());
@@ -293,7 +294,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
     }
 }
 
-/// Groups of `n` whose summed rewards do not differ.
+/// Indices of the groups of `n` whose summed rewards are all equal.
 fn flat_groups(scores: &Scores, n: usize) -> Vec<usize> {
     let total = scores.total();
     let flat = |group: &[Option<f64>]| group.windows(2).all(|w| w[0] == w[1]);

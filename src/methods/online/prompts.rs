@@ -15,10 +15,10 @@ use crate::error::Result;
 use crate::methods::offline::rows::Split;
 use crate::methods::{MethodInputs, RowPart, RowView};
 
-/// A row of the data.
+/// A prompt of the data.
 pub struct Prompt {
     pub ids: Vec<u32>,
-    /// As the row has it: a string, or messages.
+    /// The prompt in the row's form: a string, or messages.
     pub value: Value,
     /// All other columns.
     pub columns: Map<String, Value>,
@@ -36,7 +36,7 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// Reads prompts (`prompt`: string or messages; other columns go to the rewards).
+    /// Reads prompts (`prompt`: a string or messages; other columns go to the rewards).
     pub fn new(training: &TrainingConfig, inputs: &MethodInputs) -> Result<Prompts> {
         let MethodInputs { tokenizer, template, model, .. } = *inputs;
         let renderer = Renderer::new(tokenizer, template, model.vocab_size);
@@ -102,7 +102,7 @@ impl Prompts {
         order.into_iter().cycle().take(count).collect()
     }
 
-    /// The `count` prompts of a generation, in the order of the epoch that it is in.
+    /// The `count` prompts of a generation, in the order of its epoch.
     pub fn of_generation(&self, generation: u64, count: usize) -> Vec<usize> {
         let each = (self.train.len() / count.max(1)).max(1) as u64;
         let (epoch, at) = (generation / each, (generation % each) as usize * count);

@@ -1,11 +1,11 @@
-//! REINFORCE++ and ReMax: one advantage a completion, without siblings or with them only as a
+//! REINFORCE++ and ReMax: one advantage per completion, without siblings or with them only as a
 //! baseline.
 //!
-//! REINFORCE++ whitens rewards over all tokens of the generation, each token having its
-//! completion's reward, and clips as PPO does; with `group_baseline` the prompt's mean is taken off
-//! first (Hu et al., arXiv 2501.03262). ReMax (`greedy_baseline`) takes off the reward of the
-//! greedy completion instead and whitens nothing (Li et al., arXiv 2310.10505). beta adds the k3
-//! divergence from the reference to the loss.
+//! REINFORCE++ whitens rewards over all tokens of the generation, where each token has its
+//! completion's reward, and clips as PPO does; with `group_baseline` the prompt's mean is
+//! subtracted first (Hu et al., arXiv 2501.03262). ReMax (`greedy_baseline`) instead subtracts the
+//! reward of the greedy completion and does not whiten (Li et al., arXiv 2310.10505). beta adds the
+//! k3 divergence from the reference to the loss.
 //!
 //! Layer 7. Invariant: see `methods::online::policy`.
 
@@ -43,7 +43,7 @@ impl ReinforceConfig {
         });
     }
 
-    /// ReMax's advantages: less the reward of the greedy completion.
+    /// ReMax's advantages: rewards minus the reward of the greedy completion.
     fn remax(&self, context: &mut AdvantageContext) -> Result<WeighedRollouts> {
         let AdvantageContext { cx, model, env, rollouts, scores, group, .. } = context;
         let prompts: Vec<usize> = rollouts.iter().step_by(*group).map(|r| r.prompt).collect();

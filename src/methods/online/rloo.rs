@@ -1,8 +1,8 @@
 //! REINFORCE leave-one-out: the baseline of a completion is the mean reward of its siblings.
 //!
-//! Rewards are clipped (`reward_clip_range`) and lessened by beta times the sequence's sum of log
-//! pi_old - log pi_ref; the loss is -min(rho A, clip(rho) A) with one ratio a sequence, exp of the
-//! summed log-ratios, averaged over sequences (Ahmadian et al., "Back to Basics", 2024; TRL
+//! Rewards are clipped (`reward_clip_range`), and beta times the sequence's sum of log pi_old - log
+//! pi_ref is subtracted. The loss is -min(rho A, clip(rho) A) with one ratio per sequence, exp of
+//! the summed log-ratios, averaged over sequences (Ahmadian et al., "Back to Basics", 2024; TRL
 //! 1.16.0).
 //!
 //! Layer 7. Invariant: see `methods::online::policy`.

@@ -1,6 +1,6 @@
-//! One completion, and how completions are kept in a checkpoint. Layer 7.
+//! A completion, and the format of completions in a checkpoint. Layer 7.
 //!
-//! Invariant: what is read back has the bits that were written.
+//! Invariant: reading back gives the bits that were written.
 
 use serde_json::Value;
 
@@ -13,37 +13,37 @@ use crate::tensor::Tensor;
 pub struct Rollout {
     /// Index of the prompt.
     pub prompt: usize,
-    /// The tokens that were sampled, which are those that a loss sees.
+    /// The sampled tokens, which are the ones in the loss.
     pub ids: Vec<u32>,
-    /// Log-probs of its tokens when they were sampled: at the sampling temperature, of the full
-    /// distribution.
+    /// Log-probs of its tokens at sampling time, under the full distribution at the sampling
+    /// temperature.
     pub logps: Vec<f32>,
     pub entropies: Vec<f32>,
-    /// It ended with a stop token, not at the length limit.
+    /// Whether it ended with a stop token, not at the length limit.
     pub finished: bool,
     pub text: String,
-    /// What it is as a whole, where an environment answered it.
+    /// The whole conversation, if an environment answered.
     pub conversation: Option<Box<Conversation>>,
 }
 
-/// A completion of several turns. Everything else about it (log-probs, values, weights) is of its
+/// A completion of several turns. Everything else about it (log-probs, values, weights) covers its
 /// sampled tokens alone.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Conversation {
-    /// What follows the prompt: sampled tokens, and between them the environment's.
+    /// All tokens after the prompt: sampled ones, and between them the environment's.
     pub ids: Vec<u32>,
     /// Which of them were sampled.
     pub sampled: Vec<bool>,
-    /// What was said since the prompt: messages; of a prompt that is a text, one text.
+    /// The conversation since the prompt: messages or, if the prompt is a text, one text.
     pub said: Value,
     /// Turns of the model.
     pub turns: usize,
-    /// The sum of the environment's rewards; None: it gave none.
+    /// The sum of the environment's rewards; None if it gave none.
     pub reward: Option<f64>,
 }
 
 impl Rollout {
-    /// All tokens that follow the prompt.
+    /// All tokens after the prompt.
     pub fn whole(&self) -> &[u32] {
         self.conversation.as_ref().map_or(&self.ids, |c| &c.ids)
     }
@@ -80,7 +80,7 @@ impl Conversation {
     }
 }
 
-/// Where each of `lengths` values starts when they lie side by side, and where the last ends.
+/// Offsets of concatenated sequences with these `lengths`, and the end of the last.
 pub fn starts(lengths: impl IntoIterator<Item = usize>) -> Vec<usize> {
     let mut starts = vec![0];
     for n in lengths {
@@ -95,16 +95,17 @@ pub fn starts_tensor(cx: &Cx, lengths: impl IntoIterator<Item = usize>) -> Resul
     cx.ints("sequence starts", &starts)
 }
 
-/// Values of sequences side by side, taken apart.
+/// Splits concatenated sequences of values.
 pub fn split<T: Clone>(values: &[T], lengths: impl IntoIterator<Item = usize>) -> Vec<Vec<T>> {
     starts(lengths).windows(2).map(|w| values[w[0]..w[1]].to_vec()).collect()
 }
 
-/// Something that a checkpoint keeps.
+/// A sample that a checkpoint keeps.
 pub trait StoredRollout: Sized {
     fn write(&self, out: &mut StateWriter);
     fn read(from: &mut StateReader) -> Option<Self>;
-    /// Whether it is one of `prompts` prompts and each of its lists has a value a token.
+    /// Whether it belongs to one of `prompts` prompts and each of its lists has one value per
+    /// token.
     fn fits(&self, prompts: usize) -> bool;
 }
 
@@ -141,7 +142,7 @@ impl StoredRollout for Rollout {
     }
 }
 
-/// Little-endian words, and byte strings with their length in front.
+/// Little-endian words, and byte strings with a length prefix.
 #[derive(Default)]
 pub struct StateWriter(pub Vec<u8>);
 

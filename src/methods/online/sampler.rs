@@ -1,4 +1,4 @@
-//! Completions by the trainer's own forward. Layer 7.
+//! Samples completions with the trainer's own forward. Layer 7.
 //!
 //! Invariant: sampled tokens are a function of (weights, prompts, seed, stream).
 
@@ -18,25 +18,25 @@ use crate::rollout::{Completion, Engine, EngineOptions, Finish, Request};
 pub struct Sampler {
     pub options: SamplingOptions,
     pub max_completion_length: usize,
-    /// Sequences decoded at once, where the options say; else `planned`.
+    /// Sequences decoded at once, if the options set it; otherwise `planned`.
     max_sequences: Option<usize>,
     planned: usize,
     seed: u64,
     stop: Vec<u32>,
     tokenizer: Tokenizer,
     engine: Option<Engine>,
-    /// With an environment, completions have several turns.
+    /// The environment, if completions have several turns.
     pub episodes: Option<Episodes>,
 }
 
-/// Sequences decoded at once where neither the options nor a plan say.
+/// Sequences decoded at once if neither the options nor a plan set it.
 const UNPLANNED: usize = 64;
 
-/// How many completions of each prompt are sampled.
+/// How many completions to sample per prompt, and how.
 #[derive(Clone, Copy)]
 pub struct SampleRequest {
     pub n: usize,
-    /// Every generation has a stream of random numbers of its own.
+    /// The stream of random numbers, distinct for every generation.
     pub stream: u64,
     pub greedy: bool,
 }
@@ -48,7 +48,7 @@ impl SampleRequest {
 }
 
 impl Sampler {
-    /// Errors: no token would end a completion.
+    /// Error if no token would end a completion.
     pub fn new(
         options: &SamplingOptions,
         max_completion_length: usize,
@@ -78,12 +78,12 @@ impl Sampler {
         })
     }
 
-    /// Whether the memory plan says how many sequences are decoded at once.
+    /// Whether the memory plan chooses how many sequences are decoded at once.
     pub fn is_planned(&self) -> bool {
         self.max_sequences.is_none()
     }
 
-    /// What the memory plan says; the options come before it.
+    /// Sets the memory plan's choice; the options take precedence.
     pub fn set_sequences(&mut self, n: usize) {
         self.planned = n;
     }
@@ -101,7 +101,7 @@ impl Sampler {
         let mut options =
             EngineOptions::new(length, sampling, stop, self.max_sequences.unwrap_or(self.planned));
         options.turns = self.episodes.is_some();
-        // The engine only makes sure that positions are covered, and they are.
+        // The engine only checks that the rope tables cover all positions, and they do.
         Engine::new(cx, &mut model.clone(), options, longest)
     }
 
@@ -110,13 +110,13 @@ impl Sampler {
         Ok(())
     }
 
-    /// Exchanges the engine for another model's, and back.
+    /// Swaps the engine with another model's.
     pub fn swap_engine(&mut self, other: &mut Option<Engine>) {
         std::mem::swap(&mut self.engine, other);
     }
 
-    /// Completions of `prompts` (`indices` say which prompts they are), side by side. `done` hears
-    /// of each when it ends, with its place among them.
+    /// Samples completions of the prompts at `indices` of `prompts`, in order. Calls `done` for
+    /// each as it ends, with its index.
     pub fn sample(
         &mut self,
         cx: &mut Cx,
@@ -192,11 +192,11 @@ fn sample_all(
     Ok(all.into_iter().map(|(_, rollout)| rollout).collect())
 }
 
-/// For the memory plan: prompts go in, until as many sequences are decoded as there can be at once.
+/// For the memory plan: submits prompts until as many sequences are decoded as can run at once.
 fn rehearse(cx: &mut Cx, engine: &mut Engine, model: &Decoder, requests: &[Request]) -> Result<()> {
     engine.abort();
     requests.iter().try_for_each(|r| engine.submit(r).map(drop))?;
-    // No token that a device gives that computes nothing ends a completion.
+    // On a device that computes nothing no sampled token may end a completion.
     let stop = std::mem::take(&mut engine.options.stop);
     let all = requests.iter().map(|r| r.n).sum::<usize>().min(engine.options.max_sequences);
     while engine.has_work() && engine.step(cx, model)?.tokens.len() < all {}
@@ -205,7 +205,7 @@ fn rehearse(cx: &mut Cx, engine: &mut Engine, model: &Decoder, requests: &[Reque
     Ok(())
 }
 
-/// For the memory plan: an environment's answers go in as prompts do, and may be longer than they.
+/// For the memory plan: an environment's answers are processed like prompts, and may be longer.
 fn rehearse_answers(
     cx: &mut Cx,
     engine: &mut Engine,
@@ -225,7 +225,7 @@ fn rehearse_answers(
     Ok(())
 }
 
-/// For the memory plan: completions none of which ends before its limit.
+/// For the memory plan: completions that all reach the length limit.
 fn longest_rollouts(indices: &[usize], n: usize, tokens: usize) -> Vec<Rollout> {
     let rollout = |prompt: &usize| Rollout {
         prompt: *prompt,

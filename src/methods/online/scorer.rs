@@ -22,23 +22,23 @@ pub struct Scorer {
     rewards: Rewards,
     pub reward_model: Option<RewardModel>,
     setup: TemplateSetup,
-    /// Of the prompts; in a batch whose prompts lack one it is null.
+    /// Columns of the prompts. In a batch whose prompts lack one, its values are null.
     columns: Vec<String>,
-    /// An environment gives rewards, too.
+    /// Whether the environment gives rewards as well.
     environment: bool,
-    /// A batch that is being generated, for programs that score it meanwhile.
+    /// The batch being generated, for programs that score completions as they end.
     coming: Option<ComingBatch>,
 }
 
 struct ComingBatch {
-    /// All of its prompts and columns; completions as far as they are there.
+    /// All its prompts and columns; the completions that have ended so far.
     batch: RewardBatch,
     ended: Vec<bool>,
     offered: usize,
 }
 
 impl Scorer {
-    /// The rewards of the options, and those of the program.
+    /// The rewards of the options, and those of the calling program.
     pub fn new(
         options: &RewardOptions,
         environment: bool,
@@ -58,9 +58,8 @@ impl Scorer {
         Ok(Scorer { options, rewards, reward_model, setup, columns, environment, coming })
     }
 
-    /// Takes note of the columns that the prompts of each split have.
-    ///
-    /// Errors: a reward reads a column that no prompt of a split has.
+    /// Records the columns that the prompts of each split have. Error if a reward reads a column
+    /// that no prompt of a split has.
     pub fn set_columns(&mut self, prompts: &Prompts) -> Result<()> {
         for split in [&prompts.train, &prompts.eval] {
             if !split.is_empty() {
@@ -73,12 +72,12 @@ impl Scorer {
         Ok(())
     }
 
-    /// The variables that programs see; None: all.
+    /// The environment variables that programs see; None: all.
     pub fn reward_env(&self) -> Option<&[String]> {
         self.options.reward_env.as_deref()
     }
 
-    /// `n` completions of each of `indices` are going to be generated, and then scored.
+    /// Announces that `n` completions of each of `indices` will be generated, and then scored.
     pub fn expect(&mut self, prompts: &[Prompt], indices: &[usize], n: usize) {
         self.coming = None;
         if !self.rewards.have_programs() {
@@ -93,7 +92,7 @@ impl Scorer {
         self.coming = Some(ComingBatch { batch, ended, offered: 0 });
     }
 
-    /// Completion `i` has ended: programs get it when all before it have.
+    /// Records that completion `i` has ended: programs receive it once all before it have ended.
     pub fn hear(&mut self, i: usize, rollout: &Rollout) {
         let Some(coming) = &mut self.coming else { return };
         coming.batch.replace(i, said_of(&coming.batch.prompts[i], rollout), rollout.whole().into());
@@ -147,8 +146,8 @@ impl Scorer {
         Ok(scores)
     }
 
-    /// For the memory plan: the reward model reads what is there, and nobody else is asked. Scores
-    /// differ, so that every group has something to learn from.
+    /// For the memory plan: runs the reward model, and calls no other reward. Scores differ, so
+    /// that no group has zero variance.
     fn rehearse(
         &mut self,
         cx: &mut Cx,
@@ -164,7 +163,7 @@ impl Scorer {
     }
 }
 
-/// What rewards see of a completion: of a conversation, all of it.
+/// The completion that rewards see: the whole of a conversation.
 fn said_of(prompt: &Value, rollout: &Rollout) -> Value {
     match &rollout.conversation {
         Some(conversation) => conversation.said.clone(),

@@ -1,12 +1,12 @@
 //! The update of a clipped policy loss: forward and backward over the completions of some
 //! micro-batches. Layer 7.
 //!
-//! Weights come from TRL's micro-batches, which is where their normalisers are defined; the
-//! completions are computed in chunks that keep a prompt's together (`chunks`).
+//! Weights come from TRL's micro-batches, which define their normalisers; the completions are
+//! computed in chunks that keep those of a prompt together (`chunks`).
 //!
 //! Invariant: a token's log-prob, weight and metrics do not depend on its chunk, so chunks change
-//! the order of the gradient's sums alone. Where an option looks at all tokens of a micro-batch at
-//! once (`top_entropy_quantile`), the chunks are the micro-batches.
+//! the order of the gradient's sums alone. If an option needs all tokens of a micro-batch at once
+//! (`top_entropy_quantile`), the chunks are the micro-batches.
 
 use std::ops::Range;
 
@@ -22,26 +22,26 @@ use crate::ops::head::head_logps;
 use crate::ops::policy::{PolicyInputs, policy_loss};
 use crate::tensor::Tensor;
 
-/// What the host knows of a completion before the forward.
+/// The weights of a completion, computed on the host before the forward.
 struct SampleWeights {
-    /// A weight a token.
+    /// One weight per token.
     loss: Vec<f32>,
     /// The upstream of its tokens' entropies.
     entropy: f32,
 }
 
-/// What a chunk gave, still on the device.
+/// The outputs of a chunk, still on the device.
 struct ChunkOutput {
     samples: Vec<usize>,
     tokens: usize,
     loss: Tensor,
-    /// As [`TokenValues`] has them.
+    /// In the order of [`TokenValues`].
     values: [Tensor; 3],
     kl: Option<Tensor>,
 }
 
-/// What is logged of each token, by completion: entropy, clip, ratio; and the divergence from the
-/// reference, where there is one.
+/// Logged values of each token, by completion: entropy, clip, ratio, and the divergence from the
+/// reference, if there is one.
 struct TokenValues {
     values: [Vec<Vec<f32>>; 3],
     kl: Option<Vec<Vec<f32>>>,
@@ -49,7 +49,7 @@ struct TokenValues {
 
 impl<O: PolicyObjective + 'static> PolicyGradient<O> {
     /// Loss and metrics of some micro-batches of the generation, all of one optimizer step; with
-    /// `train`, their backward.
+    /// `train`, also their backward.
     pub(super) fn update(
         &self,
         cx: &mut Cx,
@@ -76,7 +76,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         self.env.chunks(model, samples.iter().map(|s| &s.rollout), budget)
     }
 
-    /// Each completion's weights: the normalisers are its micro-batch's.
+    /// The weights of each completion, normalised over its micro-batch.
     fn sample_weights(&self, samples: &[&PolicySample]) -> Vec<SampleWeights> {
         let counted = self.buffer.samples.iter().filter(|s| s.counts);
         let active: usize = counted.map(|s| s.rollout.ids.len()).sum();
@@ -97,7 +97,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         all
     }
 
-    /// The forward of some completions; with `train`, the backward.
+    /// The forward of some completions; with `train`, also the backward.
     fn chunk(
         &self,
         cx: &mut Cx,
@@ -173,7 +173,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         })
     }
 
-    /// Reads what the chunks gave; metrics are means over each of TRL's micro-batches.
+    /// Reads the chunks' outputs back; metrics are means over each of TRL's micro-batches.
     fn report(&self, samples: &[&PolicySample], outputs: Vec<ChunkOutput>) -> Result<StepReport> {
         let mut report = StepReport::default();
         for output in &outputs {
@@ -202,7 +202,7 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
                 ("clip_ratio/low_mean".into(), share(1.0)),
                 ("clip_ratio/high_mean".into(), share(2.0)),
                 ("clip_ratio/region_mean".into(), share(1.0) + share(2.0)),
-                // Of the full distribution; exactly 0 at the first pass over a generation.
+                // For the full distribution; exactly 0 at the first pass over a generation.
                 ("sampling/ratio_off_one_max".into(), f64::from(off_one(&of(&ratios), &mask))),
             ];
             if let Some(kl) = &kl {
@@ -237,7 +237,7 @@ impl TokenValues {
     }
 }
 
-/// Which tokens count.
+/// Which tokens count in the loss.
 fn mask(samples: &[&PolicySample]) -> Vec<bool> {
     samples.iter().flat_map(|s| s.spread(s.counts)).collect()
 }

@@ -1,27 +1,28 @@
 //! Weights and factors of tokens in a policy loss, on the host: normalisers, off-policy mask,
 //! entropy mask. Layer 7.
 //!
-//! Invariant: TRL 1.16.0's, value for value; a weight is 0 exactly where the token is masked.
+//! Invariant: values are TRL 1.16.0's; a weight is 0 exactly where the token is masked.
 
-/// How a loss is averaged: TRL's `loss_type`. A *step batch* of `sequences` goes through the loss
-/// at once.
+/// How a loss is averaged: TRL's `loss_type`. One *step batch* of sequences enters the loss at
+/// once.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Normalizer {
-    /// grpo, sapo and RLOO: the mean of a sequence, then of sequences.
+    /// grpo, sapo and RLOO: the mean over a sequence, then over sequences.
     Sequence,
     /// bnpo, PPO: the mean over the tokens of the batch.
     Token,
-    /// dr_grpo
+    /// dr_grpo: a constant divisor, `max_completion_length` per sequence.
     Constant { max_completion_length: usize },
-    /// dapo, cispo, vespo: the tokens of an accumulation window, `num_items_in_batch /
-    /// steps_per_generation` of them times the accumulation; already counts the accumulation.
+    /// dapo, cispo, vespo: the mean over the tokens of an accumulation window, estimated as
+    /// `num_items_in_batch / steps_per_generation` times the accumulation; already includes the
+    /// accumulation.
     Window { num_items_in_batch: usize, steps_per_generation: usize },
-    /// luspo: the sum of a sequence, then the mean of sequences.
+    /// luspo: the sum over a sequence, then the mean over sequences.
     Sum,
 }
 
-/// The weight of each token: `mask` (true: it counts) times the normaliser, for tokens of sequences
-/// side by side.
+/// The weight of each token of concatenated sequences: `mask` (true: it counts) times the
+/// normaliser.
 pub fn token_weights(
     how: Normalizer,
     lengths: &[usize],
@@ -52,8 +53,8 @@ pub fn token_weights(
     weights
 }
 
-/// DeepSeek-V3.2's off-policy mask: sequences of negative advantage whose mean `sampled - logp`
-/// exceeds `threshold` are dropped. One factor a token.
+/// DeepSeek-V3.2's off-policy mask: drops sequences with a negative advantage whose mean `sampled -
+/// logp` exceeds `threshold`. One factor per token.
 pub fn off_policy_mask(
     lengths: &[usize],
     mask: &[bool],
@@ -76,8 +77,8 @@ pub fn off_policy_mask(
     keep
 }
 
-/// TRL's `top_entropy_quantile`: 1 for the tokens whose entropy is in the top `quantile` of the
-/// batch, else 0.
+/// TRL's `top_entropy_quantile`: 1 for tokens whose entropy is in the top `quantile` of the batch,
+/// else 0.
 pub fn top_entropy_mask(entropy: &[f32], mask: &[bool], quantile: f64) -> Vec<f32> {
     let mut seen: Vec<f32> =
         entropy.iter().zip(mask).filter(|(_, m)| **m).map(|(e, _)| *e).collect();
@@ -85,7 +86,7 @@ pub fn top_entropy_mask(entropy: &[f32], mask: &[bool], quantile: f64) -> Vec<f3
         return vec![0.0; mask.len()];
     }
     seen.sort_by(f32::total_cmp);
-    // linear between ranks, as torch.quantile
+    // linear interpolation between ranks, as torch.quantile
     let rank = (1.0 - quantile) * (seen.len() - 1) as f64;
     let (low, high) = (seen[rank.floor() as usize], seen[rank.ceil() as usize]);
     let threshold = low + (high - low) * (rank.fract() as f32);

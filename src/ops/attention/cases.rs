@@ -1,6 +1,6 @@
 //! The cases of the attention ops. Layer 4.
 //!
-//! Invariant: ragged lengths, shared prefixes, windows and every head size are among them.
+//! Invariant: ragged lengths, shared prefixes, windows and every head size are covered.
 
 use super::oracle::{segments, shape};
 use super::packed::Attention;
@@ -15,13 +15,13 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut add = |label: &str, shape: AttnShape, of: &[(usize, Option<usize>)], grad: bool| {
         let Ok(plan) = AttnPlan::on_host(&segments(of)) else { return };
         let cols = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-        // Gradients have 288 evaluations of the reference each, so the long cases are forward only;
-        // the tests in tests/it/attention.rs compare their gradients with those of an f64 backward.
+        // Each gradient takes 288 evaluations of the oracle, so the long cases are forward only;
+        // the tests in tests/it/attention.rs compare their gradients with an f64 backward.
         let qkv = Arg { grad, ..Arg::real(rng.array(&[plan.rows, cols], 1.0)) };
         let mut case = Case::new(label, Attention { plan, shape }, vec![qkv]);
-        // delta reads the rounded out; P, dS and the gradient are rounded: errors of dS do not
-        // average out where P is near one and dP - delta cancels, so a few more than the four
-        // stores are allowed.
+        // delta reads the rounded out; P, dS and the gradient are rounded. Errors of dS do not
+        // average out where P is near one and dP - delta cancels, so a few more roundings than the
+        // four stores are allowed.
         case.roundings = 6.0;
         cases.push(case);
     };

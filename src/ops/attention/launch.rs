@@ -1,9 +1,10 @@
-//! Which attention kernels run, and on what grid. Layer 4.
+//! The choice of attention kernels and their grids. Layer 4.
 //!
-//! Invariant: the family depends on the context and the dtype alone, so forward, backward and
-//! decode agree. Both families take the same arguments; only the items of a launch differ: rows
-//! (simt) or tiles of rows (tensor cores). The kernels of Hopper belong to the tensor-core family:
-//! they give its bits, so each may run or not on its own.
+//! Invariant: the choice between simt and tensor cores depends on the context and the dtype alone,
+//! so forward, backward and decode agree. Both take the same arguments; only the items of a launch
+//! differ: rows (simt) or tiles of rows (tensor cores). The Hopper kernels belong to the tensor
+//! cores. Their forward has the bits of the mma.sync kernels, so it may run or not; their backward
+//! has bits of its own.
 
 use super::plan::AttnPlan;
 use super::shape::{Numbers, PAGE};
@@ -18,7 +19,7 @@ use crate::kernels::{
 };
 use crate::tensor::Tensor;
 
-/// Head sizes of the forward on Hopper, which has a kernel for each.
+/// Head sizes of the forward on Hopper, each with a kernel of its own.
 const HOPPER_FWD_D: [usize; 2] =
     [kernels::ATTENTION_HOPPER_FWD_D[0], kernels::ATTENTION_HOPPER_FWD_WIDE_D[0]];
 
@@ -38,7 +39,7 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
         let message = format!("more than {MMA_ROWS} heads a key-value head; choose simt");
         return Err(Error::op("attention", message));
     }
-    // Rows are copied 16 bytes at once.
+    // Rows are copied 16 bytes at a time.
     match tensors.iter().find(|t| t.address() % 16 != 0 || t.stride() % 8 != 0) {
         Some(t) if chosen => {
             Err(Error::op("attention", format!("{t:?} has rows that are not 16-byte aligned")))
@@ -47,7 +48,7 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     }
 }
 
-/// Whether a kernel of Hopper, which has these head sizes, runs for the tensor-core family.
+/// Whether a Hopper kernel, which has these head sizes, runs in place of the mma.sync kernel.
 fn wgmma(cx: &Cx, n: &Numbers, head_sizes: &[usize]) -> Result<bool> {
     let device = cx.device.capabilities();
     match cx.attention {

@@ -2,8 +2,8 @@
 //!
 //! Invariant: a row's bits depend on its own sequence alone, and are the same in training, prefill
 //! and decode. Math, numerics and source: `kernels/attention.cu` (any dtype),
-//! `kernels/attention_mma.cu` (bf16, tensor cores) and `kernels/attention_hopper.cu` (the forward of
-//! the latter with TMA and wgmma, with the same bits).
+//! `kernels/attention_mma.cu` (bf16, tensor cores) and `kernels/attention_hopper.cu` (the forward
+//! of the latter with TMA and wgmma, with the same bits).
 
 mod cases;
 mod launch;

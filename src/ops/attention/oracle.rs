@@ -1,6 +1,6 @@
 //! The f64 definition of attention. Layer 4.
 //!
-//! Invariant: written from the math, with nothing of the kernels' blocks, tiles or online softmax.
+//! Invariant: written from the math, without the kernels' blocks, tiles or online softmax.
 
 use std::sync::Arc;
 
@@ -8,9 +8,9 @@ use super::plan::{AttnPlan, Segment};
 use super::shape::{AttnShape, PAGE};
 use crate::autograd::{F64, Round};
 
-/// Softmax over the scores of one query and the weighted sum of the values. `seen` gives the rows
-/// of k and v that the query sees. P is rounded where the tensor-core family rounds it; the simt
-/// family keeps it in float.
+/// Softmax over the scores of one query and the weighted sum of the values. `seen` lists the rows
+/// of k and v that the query sees. P is rounded where the tensor-core kernels round it; the simt
+/// kernels keep it in float.
 fn one_query(
     round: Round,
     shape: &AttnShape,

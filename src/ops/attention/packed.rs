@@ -1,6 +1,7 @@
 //! Attention over packed sequences, with its gradient. Layer 4.
 //!
-//! Invariant: a row attends to its own sequence alone, in blocks of 64 positions from left to right.
+//! Invariant: a row attends to its own sequence alone, in blocks of 64 positions from left to
+//! right.
 
 use std::sync::Arc;
 
@@ -11,9 +12,9 @@ use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// Softmax attention of each row of `qkv` [N, (H + 2K) D] real (q | k | v, rope applied) over the
-/// rows before it in its sequence, as `plan` tells; [N, H D] real. Error if the widths do not fit
-/// or D has no kernel.
+/// Softmax attention of each row of `qkv` [N, (H + 2K) D] real (q | k | v, rope applied) over
+/// itself and the earlier rows of its sequence, as `plan` defines; [N, H D] real. Error if the
+/// widths do not match or D has no kernel.
 pub fn attention(
     cx: &mut Cx,
     qkv: &Tensor,

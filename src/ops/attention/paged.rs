@@ -1,6 +1,6 @@
 //! Attention over a paged KV cache. Layer 4.
 //!
-//! Invariant: a row has the bits of the packed form, however its pages lie in memory.
+//! Invariant: a row has the bits of the packed form, wherever its pages are in memory.
 
 use super::shape::{AttnShape, PAGE};
 use super::{launch, oracle};
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::ops::expect_cols;
 use crate::tensor::Tensor;
 
-/// As [`attention`](super::attention), with the keys and values (the rows' own included) read from
+/// [`attention`](super::attention) with the keys and values (including the rows' own) read from
 /// `cache` [pages * 64, 2 K D] real: row `r` is at position `row_position[r]` of the sequence whose
 /// pages are row `row_sequence[r]` of `page_table` [sequences, max_pages] I32. A row of sequence -1
 /// is padding and gives 0. The bits are those of [`attention`](super::attention).
@@ -60,7 +60,7 @@ impl Op for AttentionPaged {
         vec![oracle::paged(round, &self.shape, x)]
     }
 
-    /// Of full tables: how far the sequences reach is known to the device alone.
+    /// The cost with full page tables: only the device knows how long the sequences are.
     fn cost(&self, x: &[&Tensor]) -> Cost {
         let (rows, width) = (x[0].row_count(), self.shape.heads * self.shape.head_dim);
         let row = 2 * self.shape.kv_heads * self.shape.head_dim * x[1].dtype().size();

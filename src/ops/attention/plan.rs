@@ -1,7 +1,7 @@
-//! Which rows of a packed batch see which: made on the host once a batch, shared by all layers.
+//! Which rows of a packed batch see which: built on the host once per batch, shared by all layers.
 //! Layer 4.
 //!
-//! Invariant: every table comes from the segments alone, and segments cover the rows in order,
+//! Invariant: every table is derived from the segments alone, and segments cover the rows in order,
 //! without gap or overlap.
 
 use std::sync::{Arc, OnceLock};
@@ -12,13 +12,13 @@ use crate::error::{Error, Result};
 use crate::kernels::{HOPPER_BWD_ROWS, MMA_ROWS, SEGMENT_INTS, hopper_fwd_rows};
 use crate::tensor::Tensor;
 
-/// A run of packed rows: a sequence, a shared prompt, or what follows one. Its queries see causally
-/// all rows of its prefix segment, then its own.
+/// A run of packed rows: a sequence, a shared prompt, or the continuation of one. Its queries see
+/// all rows of its prefix segment, then causally its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     pub start: usize,
     pub len: usize,
-    /// Index of the segment whose rows come first. It has no prefix itself.
+    /// Index of the segment whose rows precede these. That segment has no prefix itself.
     pub prefix: Option<usize>,
 }
 
@@ -26,7 +26,7 @@ pub struct Segment {
 pub struct AttnPlan {
     pub segments: Vec<Segment>,
     pub rows: usize,
-    /// Pairs of a query and a key that it sees (no window): 4 D flops each in a forward, 10 D in a
+    /// Number of (query, key) pairs without a window: 4 D flops each in a forward, 10 D in a
     /// backward.
     pub pairs: f64,
     tables: OnceLock<Tables>,
@@ -38,18 +38,18 @@ pub(super) struct Tables {
     pub row_segment: Tensor,
     /// I32 [n, 6]: start, length, start and length of the prefix, the range in `children`.
     pub segments: Tensor,
-    /// I32: the segments that have a segment as their prefix.
+    /// I32: for each prefix segment, the segments that continue it.
     pub children: Tensor,
-    /// I32 [tiles, 2]: segment and first row in it of each 64 rows; those with most keys before
-    /// them come first.
+    /// I32 [tiles, 2]: segment and first row in it of each 64 rows, those with the most keys before
+    /// them first.
     pub query_tiles: Tensor,
-    /// As `query_tiles`, of as many rows as the forward of head size 128 takes on Hopper.
+    /// `query_tiles` with as many rows as the forward of head size 128 takes on Hopper.
     pub hopper_tiles: Tensor,
-    /// As `query_tiles`, of each HOPPER_BWD_ROWS rows.
+    /// `query_tiles` of HOPPER_BWD_ROWS rows.
     pub wide_tiles: Tensor,
-    /// As `query_tiles`, in the order of the queries that see them.
+    /// `query_tiles` in the order of the number of queries that see them.
     pub key_tiles: Tensor,
-    /// As `key_tiles`, of each HOPPER_BWD_ROWS rows.
+    /// `key_tiles` of HOPPER_BWD_ROWS rows.
     pub wide_key_tiles: Tensor,
 }
 
@@ -60,14 +60,14 @@ impl std::fmt::Debug for Tables {
 }
 
 impl AttnPlan {
-    /// Checks the segments and uploads the tables. Errors name the segment that is wrong.
+    /// Checks the segments and uploads the tables. Errors name the wrong segment.
     pub fn new(cx: &Cx, segments: &[Segment]) -> Result<Arc<AttnPlan>> {
         let plan = AttnPlan::on_host(segments)?;
         plan.tables(cx)?;
         Ok(plan)
     }
 
-    /// As `new`, but the tables are uploaded at the first use.
+    /// `new`, but the tables are uploaded at first use.
     pub fn on_host(segments: &[Segment]) -> Result<Arc<AttnPlan>> {
         let wrong =
             |i: usize, what: String| Err(Error::op("attention", format!("segment {i}: {what}")));
@@ -111,7 +111,7 @@ impl AttnPlan {
         Ok(Arc::new(AttnPlan { segments: segments.to_vec(), rows, pairs, tables: OnceLock::new() }))
     }
 
-    /// Packed sequences of these lengths, nothing shared.
+    /// Packed sequences of these lengths, without shared prefixes.
     pub fn sequences(cx: &Cx, lengths: &[usize]) -> Result<Arc<AttnPlan>> {
         let mut start = 0;
         let segment = |&len: &usize| {
@@ -121,7 +121,7 @@ impl AttnPlan {
         AttnPlan::new(cx, &lengths.iter().map(segment).collect::<Vec<_>>())
     }
 
-    /// Rows that stand before a segment's own in its sequence.
+    /// The number of rows before a segment's own in its sequence.
     pub fn before(&self, segment: usize) -> usize {
         self.segments[segment].prefix.map_or(0, |p| self.segments[p].len)
     }
@@ -165,7 +165,7 @@ impl AttnPlan {
             wide_by_queries.extend((0..s.len).step_by(HOPPER_BWD_ROWS).map(tile));
             by_queries.extend((0..s.len).step_by(MMA_ROWS).map(tile));
         }
-        children.push(-1); // never read: a table is not empty
+        children.push(-1); // never read: keeps the table from being empty
         let order = |mut tiles: Vec<(usize, i32, i32)>| -> Vec<i32> {
             tiles.sort_by_key(|t| (std::cmp::Reverse(t.0), t.1, t.2));
             tiles.iter().flat_map(|t| [t.1, t.2]).collect()

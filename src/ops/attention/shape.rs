@@ -1,6 +1,6 @@
 //! Heads and scores of an attention layer. Layer 4.
 //!
-//! Invariant: what training, prefill and decoding share is written once, here.
+//! Invariant: what training, prefill and decoding share is defined once, here.
 
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -13,7 +13,7 @@ pub struct AttnShape {
     /// Each serves `heads / kv_heads` query heads.
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Factor of q.k, mostly `head_dim^-0.5`.
+    /// Factor of q.k, usually `head_dim^-0.5`.
     pub scale: f32,
     /// `s = c tanh(s / c)` before the softmax.
     pub softcap: Option<f32>,
@@ -24,7 +24,7 @@ pub struct AttnShape {
 /// Positions in one KV block and rows in one page of the cache.
 pub const PAGE: usize = kernels::PAGE;
 
-/// A shape as kernels take it: 0 is no softcap, i32::MAX no window.
+/// A shape as kernels take it: softcap 0 means none, window i32::MAX means none.
 pub(super) struct Numbers {
     pub d: usize,
     pub heads: i32,
@@ -35,7 +35,7 @@ pub(super) struct Numbers {
 }
 
 impl AttnShape {
-    /// The kernels' head sizes.
+    /// The head sizes that have kernels.
     pub const HEAD_DIMS: [usize; 7] = kernels::ATTENTION_FWD_D;
 
     pub(super) fn numbers(&self, op: &'static str, qkv: &Tensor) -> Result<Numbers> {

@@ -23,7 +23,7 @@ pub struct HeadsShape {
     pub t: usize,
 }
 
-/// The head size of all levels, and what divides t.
+/// The head size of all levels, and the divisor of t.
 const DIM: usize = 64;
 const ROWS: usize = 128;
 
@@ -39,7 +39,7 @@ const NAMES: [&str; 6] = [
 impl AttentionLevel {
     const SCALE: f32 = 0.125; // DIM^-0.5
 
-    /// Query and key pairs of all heads that the mask leaves.
+    /// Number of (query, key) pairs of all heads under the mask.
     fn pairs(&self) -> f64 {
         let HeadsShape { heads, t } = self.shape;
         heads as f64 * t as f64 * (t as f64 + 1.0) / 2.0
@@ -109,7 +109,7 @@ impl Op for AttentionLevel {
         Ok(Fwd { outputs: vec![o], saved: vec![] })
     }
 
-    /// P is rounded where the tensor cores take it.
+    /// P is rounded where the tensor cores take it as an operand.
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
         let (q, k, v) = (&x[0], &x[1], &x[2]);
         let mut out = F64::zeros(&[q.row_count(), DIM]);
@@ -145,7 +145,7 @@ pub(super) fn cases<const N: usize>(rng: &mut Rng) -> Vec<Case> {
     vec![case(rng, N, 3, 128), case(rng, N, 1, 512)]
 }
 
-/// As many heads and positions as the batch has, the positions rounded to whole tiles.
+/// As many heads and positions as the batch has, with positions rounded up to whole tiles.
 pub(super) fn perf<const N: usize>(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     vec![case(rng, N, s.sequences * s.heads, s.length.next_multiple_of(ROWS))]
 }

@@ -9,7 +9,7 @@ use crate::kernels::{self, Boxes};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::tensor::Tensor;
 
-/// `c = a b` by one level: a [m, k], b [k, n], where the largest tile divides m, n and k.
+/// `c = a b` by one level: a [m, k], b [k, n]; the largest tile divides m, n and k.
 #[derive(Debug)]
 pub struct MatmulLevel {
     pub level: usize,
@@ -118,7 +118,7 @@ pub(super) fn cases<const N: usize>(rng: &mut Rng) -> Vec<Case> {
     [[128, 256, 64], [128, 256, 448], [256, 768, 128]].map(|size| case(rng, N, size)).into()
 }
 
-/// A square, of `hidden` rounded to whole tiles.
+/// A square of size `hidden`, rounded up to whole tiles.
 pub(super) fn perf<const N: usize>(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     let side = s.hidden.next_multiple_of(256);
     vec![case(rng, N, [side, side, side])]

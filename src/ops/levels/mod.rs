@@ -1,7 +1,7 @@
-//! The levels: a matrix product in eight steps and attention in six, from the definition to the speed
-//! of the engine's own kernels (`kernels/levels/`), for reading. No model uses them. Layer 4.
+//! The levels: a matrix product in eight steps and attention in six, from the definition to the
+//! speed of the engine's own kernels (`kernels/levels/`), for reading. No model uses them. Layer 4.
 //!
-//! Invariant: the list of levels stands once, here; each is checked like an op of the engine.
+//! Invariant: the list of levels is defined once, here; each is checked like an op of the engine.
 
 mod attention;
 mod matmul;
@@ -14,16 +14,16 @@ use super::registry::Entry;
 
 /// One level of a path.
 pub struct Level {
-    /// Of its op: `level_matmul_1`.
+    /// The name of its op, such as `level_matmul_1`.
     pub name: &'static str,
     /// What it changes, in one line.
     pub idea: &'static str,
     /// Its `.cu` file.
     pub kernel: &'static str,
     pub cases: fn(&mut Rng) -> Vec<Case>,
-    /// One case of a size that shows what a GPU reaches.
+    /// One case, large enough to show a GPU's throughput.
     pub perf: fn(&mut Rng, &PerfShape) -> Vec<Case>,
-    /// With its dtypes and what it asks of a device.
+    /// Its dtypes and its requirements of a device.
     pub variant: &'static [Variant; 1],
 }
 
@@ -31,7 +31,7 @@ const ANY: &[Variant; 1] = &[DEFAULT];
 const MMA: &[Variant; 1] = &[TENSOR_CORE];
 const HOPPER: &[Variant; 1] = &[WGMMA];
 
-/// The level `N` of the matrix product.
+/// Level `N` of the matrix product.
 const fn product<const N: usize>(
     (name, kernel): (&'static str, &'static str),
     idea: &'static str,
@@ -40,7 +40,7 @@ const fn product<const N: usize>(
     Level { name, idea, kernel, cases: matmul::cases::<N>, perf: matmul::perf::<N>, variant }
 }
 
-/// The level `N` of attention.
+/// Level `N` of attention.
 const fn attention<const N: usize>(
     (name, kernel): (&'static str, &'static str),
     idea: &'static str,
@@ -49,7 +49,7 @@ const fn attention<const N: usize>(
     Level { name, idea, kernel, cases: attention::cases::<N>, perf: attention::perf::<N>, variant }
 }
 
-/// All levels, each path in the order in which it is read.
+/// All levels, each path in reading order.
 pub const LEVELS: &[Level] = &[
     product::<1>(("level_matmul_1", "levels/matmul_1"), "a thread for each element", ANY),
     product::<2>(("level_matmul_2", "levels/matmul_2"), "coalesced loads and stores", ANY),
@@ -82,8 +82,8 @@ impl Level {
     }
 }
 
-/// The levels as entries of a registry of their own: the self-check runs them after the engine's
-/// ops, and nothing else takes them for ops of the engine.
+/// The levels as entries of a separate registry: the self-check runs them after the engine's ops,
+/// and nothing else treats them as ops of the engine.
 pub fn entries() -> impl Iterator<Item = Entry> {
     LEVELS.iter().map(|level: &'static Level| level.entry())
 }

@@ -24,8 +24,8 @@ pub fn gae(
     cx.apply_many(Gae { gamma, lam }, &[rewards, values, starts]).map(Into::into)
 }
 
-/// `x` with mean 0 (its own mean unless `shift_mean`) and variance 1 where `mask` is not 0, and 0
-/// elsewhere; F32 `[n]`.
+/// Whitens `x` to variance 1 and mean 0 (without `shift_mean` it keeps its mean) where `mask` is
+/// not 0, and sets it to 0 elsewhere; F32 `[n]`.
 pub fn whiten(cx: &mut Cx, x: &Tensor, mask: &Tensor, shift_mean: bool) -> Result<Tensor> {
     cx.apply1(Whiten { shift_mean }, &[x, mask])
 }

@@ -1,6 +1,6 @@
 //! The cases of the ops of online RL. Layer 4.
 //!
-//! Invariant: every term, level and optional input is among them.
+//! Invariant: every term, level and optional input is covered.
 
 use super::advantage;
 use super::loss::{Policy, ValueLoss};
@@ -60,7 +60,7 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
     });
     for n in [1, 37, 2500] {
         let old = rng.array(&[n], 1.0);
-        // away from the bounds of the clip, where the derivative jumps
+        // avoid the bounds of the clip, where the derivative jumps
         let value = F64::from_fn(&[n], |i| {
             old.data[i] + [-0.5, -0.1, 0.1, 0.5][rng.below(4)] + 0.05 * rng.uniform()
         });
@@ -88,7 +88,8 @@ fn weights(rng: &mut Rng, n: usize) -> F64 {
     })
 }
 
-/// Log-ratios lie away from where a derivative jumps: clip bounds 0.8, 1.2, 1.28, 1.3 and 1.7.
+/// Log-ratios avoid the points where a derivative jumps: the clip bounds 0.8, 1.2, 1.28, 1.3 and
+/// 1.7.
 fn inputs(rng: &mut Rng, lengths: &[usize], config: PolicyLoss, more: [bool; 3]) -> Vec<Arg> {
     const RATIOS: [f64; 6] = [0.55, 0.72, 0.9, 1.1, 1.45, 2.2];
     let n: usize = lengths.iter().sum();
@@ -112,7 +113,7 @@ fn inputs(rng: &mut Rng, lengths: &[usize], config: PolicyLoss, more: [bool; 3])
                         target
                     },
             );
-            // positive more often, so that the loss is no difference of near equals
+            // more often positive, so that the loss is not a difference of nearly equal terms
             advantage.push(if rng.below(3) == 0 { -0.3 } else { 1.0 } * (0.5 + rng.uniform()));
         }
         starts.push(old.len() as i32);

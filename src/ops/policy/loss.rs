@@ -1,6 +1,6 @@
 //! The policy loss and PPO's value loss. Layer 4.
 //!
-//! Invariant: only the loss carries a gradient; what comes with it is for metrics.
+//! Invariant: only the loss carries a gradient; the other outputs are for metrics.
 
 use super::oracle;
 use super::term::{PolicyLoss, Term};
@@ -11,27 +11,27 @@ use crate::kernels::{self, policy_term};
 use crate::ops::same_length;
 use crate::tensor::{Id, Tensor};
 
-/// The inputs, F32 `[n]` unless said otherwise. Tokens of a sequence lie side by side.
+/// The inputs, F32 `[n]` unless noted. The tokens of a sequence are contiguous.
 pub struct PolicyInputs<'a> {
     /// Carries the gradient.
     pub logp: &'a Tensor,
-    /// None: the policy has not moved since (`logp` itself, ratio 1).
+    /// None: the policy has not moved since sampling (`logp` itself, ratio 1).
     pub old_logp: Option<&'a Tensor>,
     pub advantage: &'a Tensor,
-    /// Mask times the loss type's normaliser.
+    /// The mask times the normaliser of the loss type.
     pub weight: &'a Tensor,
-    /// Needed where beta is not 0.
+    /// Required if beta is not 0.
     pub ref_logp: Option<&'a Tensor>,
-    /// Factor of a token's term but not of its KL: importance correction, off-policy mask, entropy
-    /// mask.
+    /// Factor of a token's loss term but not of its KL: importance correction, off-policy mask,
+    /// entropy mask.
     pub scale: Option<&'a Tensor>,
     /// Vespo only, `[sequences]`: the log of the correction from the sampler's distribution.
     pub log_is: Option<&'a Tensor>,
-    /// I32 [sequences + 1]: where sequences start; from 0 to n.
+    /// I32 [sequences + 1]: the first token of each sequence; from 0 to n.
     pub starts: &'a Tensor,
 }
 
-/// What a policy loss gives. Only `loss` carries a gradient.
+/// The outputs of a policy loss. Only `loss` carries a gradient.
 pub struct PolicyOut {
     /// F32 `[1]`
     pub loss: Tensor,
@@ -43,8 +43,8 @@ pub struct PolicyOut {
     pub clip: Tensor,
 }
 
-/// `loss = sum_t weight_t (scale_t term_t + beta kl_t)`. Error if shapes differ, or beta is set
-/// without `ref_logp`.
+/// `loss = sum_t weight_t (scale_t term_t + beta kl_t)`. Error if shapes differ, or if only one of
+/// beta and `ref_logp` is given.
 pub fn policy_loss(cx: &mut Cx, config: &PolicyLoss, x: &PolicyInputs) -> Result<PolicyOut> {
     if (config.beta != 0.0) != x.ref_logp.is_some() {
         return Err(Error::op(
@@ -62,7 +62,8 @@ pub fn policy_loss(cx: &mut Cx, config: &PolicyLoss, x: &PolicyInputs) -> Result
 }
 
 /// PPO's clipped value loss `sum_t weight_t / 2 max(...)`: F32 `[1]`, and F32 `[n]` that is 1 where
-/// the clipped error counts (`val/clipfrac_avg`). `value` carries the gradient; all are F32 `[n]`.
+/// the clipped error is the larger (`val/clipfrac_avg`). `value` carries the gradient; all inputs
+/// are F32 `[n]`.
 pub fn value_loss(
     cx: &mut Cx,
     value: &Tensor,
@@ -75,7 +76,7 @@ pub fn value_loss(
 }
 
 /// The op: inputs logp, logp again as a constant, old, advantage, weight, starts, then those of
-/// `more` that are there.
+/// `more` that are present.
 #[derive(Debug)]
 pub(super) struct Policy {
     pub config: PolicyLoss,
@@ -223,7 +224,7 @@ impl Op for ValueLoss {
     }
 }
 
-/// The first input's gradient: the upstream of the loss times what the forward kept.
+/// The first input's gradient: the upstream of the loss times the gradient saved by the forward.
 fn scaled_gradient(cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
     let Some(up) = &dy[0] else { return Ok(()) };
     let Some((dx, accumulate)) = g.slot(0)? else { return Ok(()) };

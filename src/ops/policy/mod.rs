@@ -1,9 +1,9 @@
 //! The losses of online RL on log-probs: the GRPO family, RLOO and PPO's policy term in one op;
 //! PPO's value loss; advantages on the device. Layer 4.
 //!
-//! Invariant: the gradient is made in the forward, with the loss, and scaled by its upstream later;
-//! the normaliser of a loss type lies in the tokens' weights, and a token of weight 0 is masked.
-//! Math, numerics and sources: `kernels/policy.cu`.
+//! Invariant: the gradient is computed in the forward, with the loss, and scaled by its upstream
+//! later. The normaliser of a loss type is part of the tokens' weights, and a token of weight 0 is
+//! masked. Math, numerics and sources: `kernels/policy.cu`.
 
 mod advantage;
 mod cases;

@@ -1,7 +1,7 @@
 //! The policy loss in naive f64. Layer 4.
 //!
-//! Invariant: what has a hat in `kernels/policy.cu` is computed from the second input, a constant
-//! copy of the log-probs, so that finite differences by the first see what the gradient is.
+//! Invariant: terms with a hat in `kernels/policy.cu` are computed from the second input, a
+//! constant copy of the log-probs, so that finite differences of the first agree with the gradient.
 
 use super::term::{ImportanceLevel, PolicyLoss, Term};
 use crate::autograd::F64;

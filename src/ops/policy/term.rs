@@ -1,22 +1,22 @@
-//! Which policy loss: its term, its ratio, its KL penalty. Layer 4.
+//! The configuration of a policy loss: its term, its ratio, its KL penalty. Layer 4.
 //!
 //! Invariant: the numbers of terms and levels are the kernel's.
 
 use crate::config::value::words;
 use crate::kernels::ratio_level;
 
-/// The term of a token. TRL's `loss_type` grpo, bnpo, dr_grpo, dapo and luspo are all `Clip`: they
-/// differ in the weights.
+/// The loss term of a token. TRL's `loss_type` grpo, bnpo, dr_grpo, dapo and luspo are all `Clip`:
+/// they differ in the weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Term {
-    /// PPO's clipped ratio; `delta` bounds the ratio from above on both sides (infinity: not at
-    /// all).
+    /// PPO's clipped ratio; `delta` bounds the ratio from above for both signs of the advantage
+    /// (infinity: no bound).
     Clip {
         epsilon: f32,
         epsilon_high: f32,
         delta: f32,
     },
-    /// The ratio, bounded by `epsilon_high` itself (not 1 + it), as a constant.
+    /// The ratio as a constant factor, bounded by `epsilon_high` itself (not 1 + it).
     Cispo {
         epsilon_high: f32,
     },
@@ -33,7 +33,7 @@ pub enum Term {
 }
 
 words! {
-    /// What a ratio belongs to: TRL's `importance_sampling_level`.
+    /// The level at which the ratio is taken: TRL's `importance_sampling_level`.
     pub enum ImportanceLevel {
         Token = "token" => ratio_level::TOKEN,
         /// The mean of the log-ratios.
@@ -49,12 +49,12 @@ pub struct PolicyLoss {
     pub level: ImportanceLevel,
     /// Coefficient of the KL divergence from `ref_logp`.
     pub beta: f32,
-    /// TRL's `use_bias_correction_kl`: the divergence times the ratio.
+    /// TRL's `use_bias_correction_kl`: multiplies the divergence by the ratio.
     pub bias_correction_kl: bool,
 }
 
 impl PolicyLoss {
-    /// Of a positive and of a negative advantage: (temperature or k, lambda).
+    /// The parameters for positive and for negative advantages: (temperature or k, lambda).
     pub(super) fn shapes(&self) -> [f32; 4] {
         match self.term {
             Term::Sapo { temperature_pos, temperature_neg } => {

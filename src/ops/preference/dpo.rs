@@ -50,32 +50,32 @@ pub struct Dpo {
     /// The losses and their weights.
     pub losses: Vec<(DpoLoss, f32)>,
     pub divergence: FDivergence,
-    /// `f_alpha_divergence_coef`, of the alpha divergence.
+    /// `f_alpha_divergence_coef`, the coefficient of the alpha divergence.
     pub f_alpha: f32,
     pub beta: f32,
     pub label_smoothing: f32,
     pub discopop_tau: f32,
 }
 
-/// What a DPO loss is made of, F32.
+/// The inputs of a DPO loss, F32.
 pub struct DpoIn<'a> {
-    /// [n, 2] summed log-probs of the completions, by the policy: the only ones with a gradient,
-    /// beside `nll`.
+    /// [n, 2] summed log-probs of the completions under the policy; beside `nll` the only input
+    /// with a gradient
     pub logps: &'a Tensor,
-    /// [n, 2] the same by the reference; all zeros: reference-free
+    /// [n, 2] the same under the reference; all zeros: reference-free
     pub reference: &'a Tensor,
     /// [n, 2] completion tokens, for ipo and sigmoid_norm
     pub lens: &'a Tensor,
-    /// `[n]` a pair's weight in the loss
+    /// `[n]` weight of each pair in the loss
     pub weight: &'a Tensor,
-    /// `[1]` mean NLL of the chosen completions' tokens, where `sft` is in the list
+    /// `[1]` mean NLL of the tokens of the chosen completions, if `sft` is in the list
     pub nll: Option<&'a Tensor>,
-    /// [n, 2] WPO's mean of `logp - log sum p^2` over a completion, where `use_weighting` is on
+    /// [n, 2] WPO's mean of `logp - log sum p^2` over a completion, if `use_weighting` is on
     pub aligned: Option<&'a Tensor>,
 }
 
 impl<'a> DpoIn<'a> {
-    /// Without the optional inputs.
+    /// The inputs without the optional ones.
     pub fn new(
         logps: &'a Tensor,
         reference: &'a Tensor,
@@ -86,7 +86,8 @@ impl<'a> DpoIn<'a> {
     }
 }
 
-/// The loss `[1]`, and the rewards [n, 2] `beta (logp - ref)`.
+/// The loss `[1]`, and the rewards [n, 2] `beta (logp - ref)`. Error if `nll` is given without the
+/// loss sft, or the reverse.
 pub fn dpo(cx: &mut Cx, op: Dpo, x: &DpoIn) -> Result<(Tensor, Tensor)> {
     let sft = op.losses.iter().any(|(l, _)| *l == DpoLoss::Sft);
     if sft != x.nll.is_some() {
@@ -99,7 +100,7 @@ pub fn dpo(cx: &mut Cx, op: Dpo, x: &DpoIn) -> Result<(Tensor, Tensor)> {
 }
 
 impl Dpo {
-    /// One loss with the reverse KL, without smoothing.
+    /// A single loss with the reverse KL and without smoothing.
     pub fn plain(loss: DpoLoss, beta: f32) -> Dpo {
         Dpo {
             losses: vec![(loss, 1.0)],
@@ -111,7 +112,7 @@ impl Dpo {
         }
     }
 
-    /// At a coefficient of 1 the alpha divergence is the reverse KL.
+    /// With a coefficient of 1 the alpha divergence is the reverse KL.
     fn kernel_divergence(&self) -> FDivergence {
         let limit = self.divergence == FDivergence::Alpha && (self.f_alpha - 1.0).abs() < 1e-6;
         if limit { FDivergence::ReverseKl } else { self.divergence }
@@ -321,7 +322,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
             inputs.push(Arg::float(F64::from_fn(&[n, 2], |_| -rng.uniform())));
         }
         let label = format!("n {n} {losses:?} {divergence:?} beta {beta} e {e} aligned {aligned}");
-        // Rewards are metrics: nothing flows back through them.
+        // Rewards are metrics: they carry no gradient.
         cases.push(Case { upstream: vec![None, Some(0.0)], ..Case::new(label, op, inputs) });
     };
     let kl = (FDivergence::ReverseKl, 0.0);

@@ -2,11 +2,11 @@
 //!
 //! Invariant: everything here is F32 in every build, and a loss is a weighted sum over pairs (or
 //! sequences) whose weights the caller gives (1 / pairs, over gradient accumulation): no loss knows
-//! how many micro-batches a step has. A pair's numbers lie together: [n, 2], the chosen first.
-//! Math: `kernels/preference.cu`.
+//! how many micro-batches a step has. A pair's numbers are adjacent: [n, 2], chosen first. Math:
+//! `kernels/preference.cu`.
 //!
-//! The way to a loss: the head's log-probs `[tokens]` -> [`segment_sums`] -> `[sequences]` -> one
-//! of the ops below. Rewards and other metrics come with the loss and carry no gradient.
+//! The computation of a loss: the head's log-probs `[tokens]` -> [`segment_sums`] -> `[sequences]`
+//! -> one of the ops below. Rewards and other metrics come with the loss and carry no gradient.
 
 mod dpo;
 mod oracle;

@@ -1,6 +1,6 @@
 //! Functions of the losses in naive f64. Layer 4.
 //!
-//! Invariant: written from the formulas, with nothing of the kernels' numerics.
+//! Invariant: written from the formulas, independently of the kernels' numerics.
 
 pub fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())

@@ -1,6 +1,6 @@
-//! What the losses over pairs, and over completions, share. Layer 4.
+//! What the losses over pairs and over single completions share. Layer 4.
 //!
-//! Invariant: a pair has two numbers side by side, the chosen one first.
+//! Invariant: the two numbers of a pair are adjacent, chosen first.
 
 use crate::autograd::{Cx, F64, Grads, Node, Upstream};
 use crate::device::{DType, Launch};
@@ -9,7 +9,7 @@ use crate::kernels;
 use crate::ops::case::Rng;
 use crate::tensor::Tensor;
 
-/// What a loss over `n` pairs writes.
+/// The outputs of a loss over `n` pairs.
 pub struct PairOutputs {
     pub n: usize,
     /// F32 `[n]`
@@ -20,7 +20,7 @@ pub struct PairOutputs {
     pub rewards: Tensor,
 }
 
-/// Checks the inputs of a loss without a reference, and makes room for what it writes.
+/// Checks the inputs of a loss without a reference, and allocates its outputs.
 pub fn pair_outputs(
     cx: &Cx,
     op: &'static str,
@@ -34,7 +34,7 @@ pub fn pair_outputs(
     Ok(PairOutputs { n, each, grad, rewards })
 }
 
-/// Checks the inputs of a loss over pairs and gives their number.
+/// Checks the inputs of a loss over pairs and returns their number.
 pub fn pair_count(
     op: &'static str,
     pairs: &[(&str, &Tensor)],
@@ -57,7 +57,7 @@ pub fn pair_count(
     Ok(n)
 }
 
-/// Adds a loss up: sum of `each`, plus `factor x nll x sum of pair_weight`. Returns it and the
+/// Totals a loss: sum of `each`, plus `factor x nll x sum of pair_weight`. Returns it and the
 /// gradient of `nll`.
 pub fn totals(
     cx: &Cx,
@@ -81,7 +81,7 @@ pub fn totals(
     Ok((loss, dnll))
 }
 
-/// The gradient of input `i`: the loss's upstream times what the forward kept.
+/// The gradient of input `i`: the loss's upstream times the gradient saved by the forward.
 fn give_scaled(cx: &Cx, g: &mut Grads, i: usize, kept: &Tensor, upstream: &Tensor) -> Result<()> {
     let Some((out, accumulate)) = g.slot(i)? else { return Ok(()) };
     let n = kept.numel();
@@ -95,8 +95,8 @@ fn give_scaled(cx: &Cx, g: &mut Grads, i: usize, kept: &Tensor, upstream: &Tenso
     kernels::scaled_by_upstream(&*cx.device, Launch::flat(n), args)
 }
 
-/// The backward of a loss whose forward kept its gradient by input 0, and perhaps by the nll, input
-/// `nll`.
+/// The backward of a loss whose forward saved its gradients with respect to input 0 and, if given,
+/// to input `nll`.
 pub fn give_kept(
     cx: &Cx,
     node: &Node,
@@ -112,8 +112,8 @@ pub fn give_kept(
     }
 }
 
-/// What the cases of a loss over pairs share: log-probs of completions of some length, and the
-/// lengths.
+/// Inputs that the cases of losses over pairs share: log-probs of completions of some length, their
+/// lengths and weights.
 pub fn pair_inputs(rng: &mut Rng, n: usize, spread: f64) -> (F64, F64, F64) {
     let lens = F64::from_fn(&[n, 2], |_| (2 + rng.below(30)) as f64);
     let logps = F64::from_fn(&[n, 2], |i| -2.5 * lens.data[i] + spread * rng.normal());

@@ -1,7 +1,8 @@
-//! Losses of pairs without a reference: ORPO, the CPO family (SimPO, AlphaPO), Bradley-Terry. Layer
-//! 4.
+//! Losses over pairs without a reference: ORPO, the CPO family (SimPO, AlphaPO), Bradley-Terry.
+//! Layer 4.
 //!
-//! Invariant: as for the DPO family: weighted sums over pairs, gradients made with the loss.
+//! Invariant: as for the DPO family: weighted sums over pairs, with gradients computed in the
+//! forward.
 
 use super::oracle::{log_sigmoid, smoothed};
 use super::pair_loss::{PairOutputs, give_kept, pair_count, pair_inputs, pair_outputs, totals};
@@ -38,7 +39,7 @@ words! {
 }
 
 impl CpoLoss {
-    /// Whether it compares mean log-probs, not sums.
+    /// Whether it compares mean log-probs instead of sums.
     pub fn averages(self) -> bool {
         matches!(self, CpoLoss::Ipo | CpoLoss::Simpo | CpoLoss::Alphapo)
     }
@@ -60,12 +61,12 @@ pub struct Cpo {
     pub label_smoothing: f32,
     pub simpo_gamma: f32,
     pub alpha: f32,
-    /// The weight of `nll`.
+    /// Weight of `nll`.
     pub cpo_alpha: f32,
 }
 
-/// As [`orpo`]; nll is of the chosen completions alone. Returns the loss `[1]` and the rewards [n,
-/// 2].
+/// Inputs as for [`orpo`], but nll is that of the chosen completions alone. Returns the loss `[1]`
+/// and the rewards [n, 2].
 pub fn cpo(cx: &mut Cx, op: Cpo, x: [&Tensor; 4]) -> Result<(Tensor, Tensor)> {
     cx.apply_many(op, &x).map(Into::into)
 }
@@ -251,7 +252,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
     let nll = || Arg::watched(F64::new(&[1], vec![1.75]));
     for (n, beta, mean) in [(1, 0.1f32, 1.0), (4, 0.25, 0.02), (37, 1.0, 0.3)] {
         let (_, lens, weight) = pair_inputs(rng, n, 1.0);
-        // near 0 too, where 1 - p cancels
+        // also near 0, where 1 - p cancels
         let logps = F64::from_fn(&[n, 2], |i| -lens.data[i] * mean * (0.05 + rng.uniform()));
         let inputs = vec![Arg::watched(logps), Arg::float(lens), Arg::float(weight), nll()];
         let case = Case::new(format!("orpo n {n} beta {beta} mean {mean}"), Orpo { beta }, inputs);
@@ -265,7 +266,7 @@ pub(super) fn cases(rng: &mut Rng) -> Vec<Case> {
         ] {
             let (mut logps, lens, weight) = pair_inputs(rng, n, 2.0);
             if loss == CpoLoss::Sigmoid || loss == CpoLoss::Hinge {
-                logps.data.iter_mut().for_each(|l| *l *= 0.05); // sums: e^{-alpha r} of long ones is beyond any use
+                logps.data.iter_mut().for_each(|l| *l *= 0.05); // keeps e^{-alpha r} in range
             }
             let op = Cpo { loss, beta, label_smoothing: e, simpo_gamma: 0.5, alpha, cpo_alpha };
             let label = format!("{op:?} n {n}");

@@ -1,6 +1,6 @@
 //! Sums over the segments of a packed batch: log-probs of sequences from those of tokens. Layer 4.
 //!
-//! Invariant: each segment is one sum from left to right.
+//! Invariant: each segment is summed in a fixed order, which depends on its length alone.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::device::Launch;
@@ -10,7 +10,7 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::tensor::Tensor;
 
 /// Sums of `weights x values` over segments: values, weights F32 `[n]`; `starts` I32 [s + 1],
-/// ascending, the last at most n: segment k is `starts[k]..starts[k + 1]`. Returns F32 `[s]`;
+/// ascending, the last at most n; segment k is `starts[k]..starts[k + 1]`. Returns F32 `[s]`;
 /// gradients flow to `values` alone.
 pub fn segment_sums(
     cx: &mut Cx,

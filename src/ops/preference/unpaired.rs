@@ -1,7 +1,7 @@
 //! Losses of single completions with a label: KTO, its `apo_zero_unpaired`, BCO. Layer 4.
 //!
 //! Invariant: the baseline (KTO's KL estimate, BCO's running mean) is an input without a gradient,
-//! made by [`kl_baseline`] or [`running_mean`] from the same batch.
+//! computed by [`kl_baseline`] or [`running_mean`] from the same batch.
 
 use super::oracle::{log_sigmoid, sigmoid};
 use super::pair_loss::{give_kept, totals};
@@ -30,8 +30,8 @@ pub struct Unpaired {
     pub undesirable_weight: f32,
 }
 
-/// logps, reference F32 `[n]` summed over each completion; label I32 `[n]`, 1 desirable, 0 not;
-/// weight F32 `[n]`; baseline F32 `[1]`. Returns the loss `[1]` and the rewards `[n]`.
+/// logps, reference F32 `[n]`, summed over each completion; label I32 `[n]`, 1 desirable, 0
+/// undesirable; weight F32 `[n]`; baseline F32 `[1]`. Returns the loss `[1]` and the rewards `[n]`.
 pub fn unpaired(cx: &mut Cx, op: Unpaired, x: [&Tensor; 5]) -> Result<(Tensor, Tensor)> {
     cx.apply_many(op, &x).map(Into::into)
 }
@@ -52,8 +52,8 @@ fn mean_difference(cx: &Cx, a: &Tensor, b: &Tensor, floor: f32) -> Result<Tensor
     Ok(mean)
 }
 
-/// BCO's delta `[1]`: the mean, over all batches so far and this one, of a batch's mean reward.
-/// `state` F32 `[2]` (mean, count), zeros at the start of training, is brought up to date.
+/// BCO's delta `[1]`: the mean of the batches' mean rewards, over all batches so far including this
+/// one. Updates `state` F32 `[2]` (mean, count), which is zero at the start of training.
 pub fn running_mean(
     cx: &mut Cx,
     logps: &Tensor,

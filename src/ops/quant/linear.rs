@@ -1,6 +1,6 @@
 //! The linear layer over a frozen quantised weight. Layer 4.
 //!
-//! Invariant: the tape holds no dequantised weight; each product makes its own in scratch of the
+//! Invariant: the tape holds no dequantised weight; each product dequantises into scratch of the
 //! storage dtype.
 
 use std::sync::Arc;
@@ -76,7 +76,7 @@ impl Op for QuantLinear {
     }
 
     fn oracle(&self, round: Round, x: &[F64]) -> Vec<F64> {
-        // A weight that cannot be read back gives no outputs, which no check takes for a result.
+        // A weight that cannot be read back gives no outputs, which no check accepts as a result.
         match values_of(&self.weight, round) {
             Ok(w) => vec![product_of(round, &x[0], &w, self.bias.then(|| &x[1]))],
             Err(_) => vec![],
@@ -85,7 +85,7 @@ impl Op for QuantLinear {
 
     fn cost(&self, x: &[&Tensor]) -> Cost {
         let (m, [n, k]) = (x[0].row_count(), self.weight.shape);
-        // The dequantised weight is written and read.
+        // The dequantised weight is written and read once.
         let moved = self.weight.bytes() + (m * n + 2 * n * k) * x[0].dtype().size();
         Cost { flops: 2.0 * (m * n * k) as f64, ..Cost::memory(x, moved) }
     }
@@ -102,7 +102,7 @@ fn product_of(round: Round, x: &F64, w: &F64, bias: Option<&F64>) -> F64 {
     y
 }
 
-/// The registry's form: the weight is the last input, and is quantised first.
+/// The op form, for the registry: the weight is the last input, and is quantised first.
 #[derive(Debug)]
 struct FromFloat {
     scheme: Scheme,

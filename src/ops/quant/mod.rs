@@ -1,4 +1,4 @@
-//! Weights in 4 and 8 bits, in bitsandbytes' storage: code books, [`QuantWeight`], and the linear
+//! Weights in 4 and 8 bits, in bitsandbytes' format: code books, [`QuantWeight`], and the linear
 //! layer over one. Layer 4.
 //!
 //! Invariant: codes, scales and dequantised values have the bits of bitsandbytes' reference
@@ -20,7 +20,7 @@ pub(crate) use oracle::{blockwise_oracle, values_of};
 pub use oracle::{cases, perf};
 pub use weight::{QuantWeight, Scales, Scheme, Segment};
 
-/// Values of one scale in NF4, and scales of one scale in double quantisation and in 8-bit moments.
+/// Values per NF4 scale; scales per scale in double quantisation, and 8-bit moments per scale.
 pub const BLOCK4: usize = kernels::NF4_BLOCK;
 pub const BLOCK8: usize = kernels::CODE8_BLOCK;
 
@@ -46,13 +46,13 @@ pub const NF4: [f32; kernels::NF4_MAP] = [
 ];
 
 /// The dynamic 8-bit map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016):
-/// 256 sorted values, as many for each power of ten as its distance from 1 leaves bits for, with
-/// their negatives if `signed`.
+/// 256 sorted values. The further a power of ten is from 1, the fewer bits are left for its values.
+/// With negative values if `signed`.
 pub fn dynamic_map(signed: bool) -> Vec<f32> {
     let mut map = vec![0.0, 1.0];
     for i in 0..7 {
         let steps = if signed { 1usize << i } else { 2 << i };
-        // Evenly spaced from 0.1 to 1, from both ends to the middle, as torch.linspace does.
+        // Evenly spaced from 0.1 to 1, computed from both ends to the middle as in torch.linspace.
         let step = (1.0 - 0.1f32) / steps as f32;
         let boundary = |j: usize| {
             let half = steps.div_ceil(2);
@@ -86,8 +86,8 @@ pub fn dynamic_map_tensor(cx: &Cx, signed: bool) -> Result<Tensor> {
     )
 }
 
-/// `x` (flat, F32) in blocks of 256 by `map`, after `offset` was taken off if there is one. Returns
-/// (codes, absmax).
+/// Quantises `x` (flat, F32), minus `offset` if given, in blocks of 256 by `map`. Returns (codes,
+/// absmax).
 pub fn blockwise8_quantise(
     cx: &Cx,
     x: &Tensor,
@@ -109,7 +109,7 @@ pub fn blockwise8_quantise(
     Ok((codes, absmax))
 }
 
-/// The float values of block-wise 8-bit codes.
+/// The float values of blockwise 8-bit codes.
 pub fn blockwise8_dequantise(
     cx: &Cx,
     codes: &Tensor,

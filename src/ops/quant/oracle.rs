@@ -1,8 +1,8 @@
 //! The naive definition of the quantised formats on the host, operation for operation in f32, and
-//! the registry's form of quantising. Layer 4.
+//! the op form of quantising for the registry. Layer 4.
 //!
-//! Invariant: written from bitsandbytes' formulas without the kernels' shortcuts; both are held to
-//! each other bit for bit.
+//! Invariant: written from bitsandbytes' formulas without the kernels' shortcuts; tests compare the
+//! two bit for bit.
 
 use super::{BLOCK4, BLOCK8, NF4, QuantWeight, Scales, Scheme, Segment, dynamic_map};
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
@@ -25,8 +25,8 @@ fn nearest(map: &[f32], v: f32) -> u8 {
     map.windows(2).filter(|w| (w[0] + w[1]) / 2.0 < v).count() as u8
 }
 
-/// Codes and largest magnitudes in blocks; the last block, if it is not whole, is divided where
-/// others are multiplied.
+/// Codes and largest magnitudes in blocks. A last block that is not whole is divided by its
+/// magnitude; whole blocks are multiplied by the inverse.
 pub(crate) fn blockwise_oracle(x: &[f32], map: &[f32], block: usize) -> (Vec<u8>, Vec<f32>) {
     let (mut codes, mut absmax) = (Vec::new(), Vec::new());
     for part in x.chunks(block) {
@@ -126,7 +126,7 @@ fn dequantise(h: &Host, rows: usize, cols: usize, scheme: Scheme) -> Vec<f32> {
     (0..rows * cols).map(value).collect()
 }
 
-/// `w` [n, k] quantised in segments and dequantised, each value rounded as it is stored.
+/// `w` [n, k] quantised in segments and dequantised, with each value rounded to storage.
 pub(super) fn dequantised(round: Round, w: &F64, segment_rows: &[usize], scheme: Scheme) -> F64 {
     let mut values = Vec::new();
     let mut from = 0;
@@ -160,7 +160,7 @@ pub(crate) fn values_of(w: &QuantWeight, round: Round) -> Result<F64> {
     Ok(F64::new(&w.shape, values.into_iter().map(|v| round.at(f64::from(v))).collect()))
 }
 
-/// The registry's form: x to codes, scales and values, in one segment.
+/// The op form, for the registry: x to codes, scales and values, in one segment.
 #[derive(Debug)]
 struct Quantise(Scheme);
 

@@ -1,7 +1,6 @@
 //! The names under which bitsandbytes stores a 4-bit weight. Layer 4.
 //!
-//! Invariant: what is written here is what `Params4bit` writes; what is read is checked before it
-//! is used.
+//! Invariant: the written tensors are those of `Params4bit`; what is read is checked before use.
 
 use serde_json::{Value, json};
 
@@ -24,7 +23,7 @@ fn floats(values: &[f32]) -> Vec<u8> {
 impl QuantWeight {
     /// Segment `i` as bitsandbytes stores it: `name` (the codes), `name.absmax`, `name.quant_map`
     /// and so on. `dtype` is the one that readers dequantise to. Error for int8, which that format
-    /// does not hold.
+    /// does not support.
     pub fn stored(&self, i: usize, name: &str, dtype: DType) -> Result<Vec<Stored>> {
         let s = self
             .segments
@@ -61,8 +60,8 @@ impl QuantWeight {
         Ok(out)
     }
 
-    /// A weight of segments that bitsandbytes stored: each (name, codes), and `find` gives what
-    /// lies beside the codes (`name.absmax`, ...). Error for other formats, block sizes and maps
+    /// A weight from segments that bitsandbytes stored: (name, codes) each; `find` returns the
+    /// tensors beside the codes (`name.absmax`, ...). Error for formats, block sizes and maps other
     /// than NF4's with 64 and 256.
     pub fn from_stored(
         cx: &Cx,
@@ -121,8 +120,8 @@ impl QuantWeight {
             };
             let blocks = n.div_ceil(BLOCK4);
             let scales = if double {
-                // Maps differ in the last bit between versions: the file's is the one that its
-                // codes mean.
+                // Maps differ in the last bit between versions of bitsandbytes; the codes refer to
+                // the file's own.
                 let map = tensor("nested_quant_map", DType::F32, 256)?;
                 if i > 0 && map.to_vec::<f32>()? != weight.dynamic.to_vec::<f32>()? {
                     return Err(bad("its nested_quant_map is not that of its neighbours".into()));

@@ -1,7 +1,7 @@
 //! A frozen weight held in 4 or 8 bits. Layer 4.
 //!
-//! Invariant: each segment (one Hugging Face tensor of a fused unit) is quantised on its own, so
-//! its storage is what bitsandbytes would have made of that tensor.
+//! Invariant: each segment (one Hugging Face tensor of a fused parameter) is quantised on its own,
+//! so its storage is what bitsandbytes would write for that tensor.
 
 use super::{BLOCK4, BLOCK8, NF4, blockwise8_quantise, dynamic_map_tensor};
 use crate::autograd::Cx;
@@ -12,24 +12,24 @@ use crate::tensor::Tensor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
-    /// 4 bits in blocks of 64; `double`: the scales are 8-bit codes themselves
+    /// 4 bits in blocks of 64; `double`: the scales are 8-bit codes too
     /// (`bnb_4bit_use_double_quant`).
     Nf4 { double: bool },
-    /// 8 bits, a scale a row.
+    /// 8 bits, one scale per row.
     Int8,
 }
 
-/// What the codes are multiplied by.
+/// The factors of the codes.
 #[derive(Clone, Debug)]
 pub enum Scales {
-    /// A float a block of 64 (NF4) or a row (int8).
+    /// A float per block of 64 (NF4) or per row (int8).
     Float(Tensor),
-    /// `map[codes] * absmax[block of 256] + offset`, a code a block of 64.
+    /// `map[codes] * absmax[block of 256] + offset`, one code per block of 64.
     Nested { codes: Tensor, absmax: Tensor, offset: Tensor },
 }
 
 impl Scales {
-    /// The float scales: of the values, or of the codes that are their scales.
+    /// The float scales: those of the values or, if nested, those of the scales' codes.
     fn absmax(&self) -> &Tensor {
         match self {
             Scales::Float(absmax) | Scales::Nested { absmax, .. } => absmax,
@@ -37,13 +37,13 @@ impl Scales {
     }
 }
 
-/// Segments that one launch dequantises.
+/// The most segments that one launch dequantises.
 const NF4_SEGMENTS: usize = 3;
 
 #[derive(Clone, Debug)]
 pub struct Segment {
     pub rows: usize,
-    /// U8: two values a byte, the even one in the high half (NF4), or one in two's complement
+    /// U8: two values per byte, the even one in the high half (NF4), or one in two's complement
     /// (int8).
     pub codes: Tensor,
     pub scales: Scales,
@@ -99,7 +99,7 @@ impl QuantWeight {
         Ok(QuantWeight { scheme, shape: [n, k], segments, nf4, dynamic })
     }
 
-    /// The rows of `a`, then those of `b`, as one weight of all their segments.
+    /// One weight with the rows of `a`, then those of `b`, and all their segments.
     pub fn beside(a: &QuantWeight, b: QuantWeight) -> Result<QuantWeight> {
         if a.scheme != b.scheme || a.shape[1] != b.shape[1] {
             let message = format!("{:?} beside {:?}: other columns or schemes", a.shape, b.shape);
@@ -129,7 +129,8 @@ impl QuantWeight {
         segments + self.nf4.bytes() + self.dynamic.bytes()
     }
 
-    /// The values, rounded once to the dtype of `out` [n, k], which is contiguous F32 or BF16.
+    /// Writes the values, rounded once to the dtype of `out` [n, k], which is contiguous F32 or
+    /// BF16.
     pub fn dequantise_into(&self, cx: &Cx, out: &Tensor) -> Result<()> {
         if out.shape() != self.shape || !out.is_contiguous() {
             let message = format!("a weight of shape {:?} into {out:?}", self.shape);
@@ -188,7 +189,7 @@ impl QuantWeight {
     }
 }
 
-/// A launch a segment, one below the other in `out`.
+/// One launch per segment, one below the other in `out`.
 fn dequantise_int8(cx: &Cx, segments: &[Segment], out: &Tensor, k: usize) -> Result<()> {
     let mut from = 0;
     for s in segments {
@@ -225,7 +226,7 @@ fn quantise_nf4(cx: &Cx, x: &Tensor, map: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((codes, absmax))
 }
 
-/// The scales, less their mean, in blocks of 256 by the dynamic map.
+/// Quantises the scales, minus their mean, in blocks of 256 by the dynamic map.
 fn nest(cx: &Cx, absmax: &Tensor, dynamic: &Tensor) -> Result<Scales> {
     let offset = cx.float("nf4 offset", &[1])?;
     let n = i32::try_from(absmax.numel())

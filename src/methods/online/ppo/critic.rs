@@ -1,5 +1,5 @@
-//! What gives PPO's values: a model of its own, a LoRA of its own on the policy's base, or a score
-//! on the policy's trunk; with its optimizer. Layer 7.
+//! The source of PPO's values: a separate model, a separate LoRA on the policy's base, or a score
+//! on the policy's trunk; and its optimizer. Layer 7.
 //!
 //! Invariant: a value is read at the row that predicts the token.
 
@@ -27,16 +27,16 @@ pub struct Critic {
 }
 
 enum ValueSource {
-    /// Weights of its own, or an adapter of its own on the policy's base.
+    /// Separate weights, or a separate adapter on the policy's base.
     Own(Box<Decoder>),
-    /// The score alone: the trunk is the policy's.
+    /// The score alone; the trunk is the policy's.
     Shared { params: Box<ParamSet>, score: Tensor },
 }
 
 impl Critic {
-    /// A trunk of its own starts as `start`, the reward model where there is one, else the policy's
-    /// base with a score of zero; so does one of LoRA, always. `longest`: tokens of the longest
-    /// sequence.
+    /// A separate trunk is initialised from `start`: the reward model if there is one, otherwise
+    /// the policy's base with a zero score. A LoRA always starts from the policy's base with a zero
+    /// score. `longest`: tokens of the longest sequence.
     pub fn new(
         cx: &mut Cx,
         policy: &Decoder,
@@ -58,12 +58,12 @@ impl Critic {
         Ok(Critic { source, optimizer })
     }
 
-    /// What is trained.
+    /// The trained parameters.
     pub fn params(&self) -> &ParamSet {
         params(&self.source)
     }
 
-    /// The model that gives the values. None: a score on the policy's trunk.
+    /// The model that computes the values. None for a score on the policy's trunk.
     pub fn trunk(&self) -> Option<&Decoder> {
         match &self.source {
             ValueSource::Own(trunk) => Some(trunk),
@@ -76,8 +76,8 @@ impl Critic {
         matches!(self.source, ValueSource::Shared { .. })
     }
 
-    /// Values of the batch's targets, F32 `[n]`. `hidden`: the policy's, where its trunk has been
-    /// run already.
+    /// Values of the batch's targets, F32 `[n]`. `hidden` is the policy's, if its trunk has already
+    /// run.
     pub fn values(
         &self,
         cx: &mut Cx,
@@ -100,8 +100,8 @@ impl Critic {
         to_float(cx, &scores)?.reshape(&[n])
     }
 
-    /// Starts a step: what follows from the values is brought up to date (they may be a
-    /// checkpoint's), and gradients are overwritten from here on.
+    /// Starts a step: refreshes what is derived from the parameters (they may come from a
+    /// checkpoint), and lets new gradients overwrite the old ones.
     pub fn reset(&self, cx: &mut Cx) -> Result<()> {
         cx.param_grads[params(&self.source).set].reset();
         match &self.source {
@@ -110,7 +110,7 @@ impl Critic {
         }
     }
 
-    /// The gradient's norm; the optimizer is ready to apply step `step` (from 1).
+    /// Returns the gradient's norm, and prepares the optimizer to apply step `step` (from 1).
     pub fn measure(&self, cx: &mut Cx, learning_rate: f64, step: u64) -> Result<f32> {
         self.optimizer.measure(cx, params(&self.source), learning_rate, step)
     }
@@ -126,7 +126,7 @@ impl Critic {
         Ok(())
     }
 
-    /// None: the state ends too early.
+    /// None if the state ends too early.
     pub fn read(&self, from: &mut StateReader) -> Result<Option<()>> {
         self.optimizer.restore(params(&self.source), &mut || from.bytes())
     }
@@ -166,7 +166,7 @@ fn own(cx: &Cx, policy: &Decoder, start: &Decoder, longest: usize) -> Result<Dec
     Ok(trunk)
 }
 
-/// The policy's base with a LoRA of its own and a score of zero.
+/// The policy's base with a separate LoRA and a zero score.
 fn lora(cx: &Cx, policy: &Decoder, options: &PpoConfig, seed: u64) -> Result<Decoder> {
     let Some(adapter) = &policy.adapter else {
         return Err(Error::Config(
@@ -206,7 +206,7 @@ fn lora(cx: &Cx, policy: &Decoder, options: &PpoConfig, seed: u64) -> Result<Dec
     }
     match (&options.value_lora_target_modules, &mut kind.targets) {
         (Some(list), targets) => *targets = Targets::of(list),
-        // The policy's head is not the critic's.
+        // The policy's head does not exist in the critic.
         (None, Targets::Names(names)) => {
             names.retain(|name| name != HEAD);
             if names.is_empty() {

@@ -17,7 +17,7 @@ use crate::methods::reference::floats;
 use crate::model::decoder::Decoder;
 use crate::ops::policy::{gae, whiten};
 
-/// A completion with what PPO knows about its tokens.
+/// A completion with PPO's values for its tokens.
 #[derive(Clone)]
 pub struct PpoSample {
     pub rollout: Rollout,
@@ -47,33 +47,33 @@ impl StoredRollout for PpoSample {
     }
 }
 
-/// What the advantages of a generation follow from.
+/// The inputs of a generation's advantages.
 pub struct GenerationContext<'a> {
     pub env: &'a mut RolloutEnv,
     pub critic: &'a Critic,
     pub options: &'a PpoConfig,
     pub kl_coef: f64,
-    /// Tokens computed at a time.
+    /// Tokens computed at once.
     pub budget: usize,
 }
 
-/// A generation to train on, and what to log.
+/// A generation to train on, and metrics to log.
 pub struct WeighedGeneration {
     pub samples: Vec<PpoSample>,
     pub metrics: Vec<Metric>,
-    /// Mean KL of a sequence from the reference.
+    /// Mean KL per sequence from the reference.
     pub mean_kl: f64,
 }
 
 impl GenerationContext<'_> {
-    /// A completion's score as PPO counts it.
+    /// A completion's score after penalty and clipping.
     fn final_score(&self, rollout: &Rollout, score: f64) -> f64 {
         let penalty = self.options.missing_eos_penalty.filter(|_| !rollout.finished);
         let score = score - penalty.unwrap_or(0.0);
         self.options.reward_clip.map_or(score, |bound| score.clamp(-bound, bound))
     }
 
-    /// Token rewards, advantages and returns of scored completions.
+    /// Computes token rewards, advantages and returns of scored completions.
     pub fn weigh(
         &mut self,
         cx: &mut Cx,

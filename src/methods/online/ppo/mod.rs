@@ -4,15 +4,15 @@
 //! A rollout is scored at its end; each token's reward is -kl_coef times its KL from the reference
 //! (k1: log pi - log ref, or k3), plus the score on the last token. GAE(gamma, lam) over the values
 //! gives advantages, which are whitened over the tokens of the generation, and returns, which are
-//! advantages plus values. Then num_ppo_epochs passes over the generation, each cut into
+//! advantages plus values. Then num_ppo_epochs passes over the generation follow, each cut into
 //! num_mini_batches optimizer steps: policy loss -min(rho A, clip(rho, 1 +- cliprange) A), value
-//! loss max((v - R)^2, (clip(v, v_old +- cliprange_value) - R)^2) / 2, both means over the tokens
-//! of the step batch.
+//! loss max((v - R)^2, (clip(v, v_old +- cliprange_value) - R)^2) / 2, both averaged over the
+//! tokens of the step batch.
 //!
-//! Formulas and names are those of TRL's PPOTrainer before it left the package. Differs: log-probs
-//! of the generation are the sampler's (no second forward); a mean goes over the step batch, not
-//! over a micro-batch; the value model has an optimizer and a gradient norm of its own; rows are
-//! packed, so what TRL pads is not there.
+//! Formulas and names are those of TRL's PPOTrainer before it left the package. Unlike TRL:
+//! log-probs of the generation are the sampler's (no second forward); means are over the step
+//! batch, not over a micro-batch; the value model has its own optimizer and gradient norm; rows are
+//! packed, so there is no padding.
 //!
 //! Layer 7. Invariant: a value is read at the row that predicts the token, from the same tokens as
 //! the policy's log-prob.
@@ -96,18 +96,18 @@ pub struct Ppo {
     buffer: RolloutBuffer<PpoSample>,
 }
 
-/// What a chunk gave, still on the device.
+/// The outputs of a chunk, still on the device.
 struct PpoOutput {
-    /// Its completions, by their number in the generation.
+    /// The indices of its completions in the generation.
     rows: Vec<usize>,
     tokens: usize,
-    /// Of the policy and of the values.
+    /// Policy loss and value loss.
     losses: [Tensor; 2],
     /// Ratio, clip, entropy and value clip of each token.
     values: [Tensor; 4],
 }
 
-/// Some micro-batches: their losses, before the value loss is weighted.
+/// The results of some micro-batches, with the value loss not yet weighted.
 struct PpoUpdate {
     policy: f32,
     value: f32,
@@ -120,7 +120,7 @@ impl Ppo {
         self.critic.as_ref().ok_or_else(no_critic)
     }
 
-    /// The first three of the loop's four steps: generate, score, advantages.
+    /// The first three of the four steps: generate, score, advantages.
     fn fill(&mut self, cx: &mut Cx, model: &Decoder, g: u64) -> Result<()> {
         let prompts = self.env.prompts.of_generation(g, self.schedule.prompts_per_generation());
         let request = SampleRequest::new(self.schedule.group, g);
@@ -149,8 +149,8 @@ impl Ppo {
         Ok(())
     }
 
-    /// The fourth step: some completions of an optimizer step over `total` tokens, `micro` the
-    /// micro-batches that metrics are means over.
+    /// The fourth step: some completions of an optimizer step over `total` tokens. `micro` lists
+    /// the micro-batches that metrics are averaged over.
     fn update(
         &self,
         cx: &mut Cx,
@@ -169,7 +169,7 @@ impl Ppo {
         self.report(micro, &outputs)
     }
 
-    /// One forward; with `train`, the backward.
+    /// One forward; with `train`, also the backward.
     fn chunk(
         &self,
         cx: &mut Cx,
@@ -212,7 +212,8 @@ impl Ppo {
         let policy = policy_loss(cx, &config, &inputs)?;
         let critic = self.critic()?;
         let mut seeds = vec![(policy.loss.clone(), one)];
-        // A shared trunk gets both gradients in one walk; a model of its own has a tape of its own.
+        // With a shared trunk both gradients flow in one backward; a separate model has its own
+        // tape.
         if !critic.is_shared() && train {
             cx.backward(std::mem::take(&mut seeds))?;
             cx.tape = Some(Tape::default());
@@ -232,7 +233,7 @@ impl Ppo {
         })
     }
 
-    /// Reads what the chunks gave, after the last backward is launched.
+    /// Reads the chunks' outputs back, after the last backward is launched.
     fn report(&self, micro: &[Vec<usize>], outputs: &[PpoOutput]) -> Result<PpoUpdate> {
         let mut update = PpoUpdate { policy: 0.0, value: 0.0, tokens: 0, metrics: Vec::new() };
         // Ratio, clip, entropy and value clip of each token, by completion.
@@ -273,13 +274,13 @@ impl Ppo {
         Ok(update)
     }
 
-    /// The tokens of a chunk. A pass has an order of its own, so the mini-batches of a generation
+    /// The tokens of a chunk. Each pass has its own order, so the mini-batches of a generation
     /// split its groups.
     fn budget(&self, model: &Decoder) -> usize {
         self.env.budget(model, &self.schedule, self.schedule.whole_groups())
     }
 
-    /// The samples of a micro-batch: each pass over a generation has an order of its own.
+    /// The samples of a micro-batch: each pass over a generation has its own order.
     fn rows(&self, slot: &RolloutSlot) -> Vec<usize> {
         let size = self.schedule.batch;
         let mut rows = self.order(slot)[slot.micro * size..(slot.micro + 1) * size].to_vec();
@@ -287,7 +288,7 @@ impl Ppo {
         rows
     }
 
-    /// The tokens of the optimizer step that a micro-batch is in.
+    /// The tokens of the optimizer step that contains a micro-batch.
     fn step_tokens(&self, slot: &RolloutSlot) -> usize {
         let size = self.schedule.batch * self.schedule.accumulation;
         let step = slot.micro / self.schedule.accumulation * size;

@@ -8,11 +8,11 @@ use crate::methods::online::advantage::KlEstimator;
 use crate::methods::online::options::OnlineConfig;
 
 words! {
-    /// Where PPO's values come from.
+    /// The source of PPO's values.
     pub enum ValueModel {
-        /// A trunk of its own, which starts as the reward model's or the policy's.
+        /// A separate trunk, initialised from the reward model or the policy.
         Own = "own",
-        /// A LoRA of its own on the policy's frozen base.
+        /// A separate LoRA on the policy's frozen base.
         Lora = "lora",
         /// A score on the policy's last hidden state.
         Shared = "shared",
