@@ -11,8 +11,8 @@
 // Numerics Bit for bit those of attention_mma_fwd: wgmma accumulates like a chain of mma.sync, the accumulators lie in the same
 //          lanes, and blocks and softmax are the same
 // Cost     4 D flops a pair. H100 80GB, 2026-11-27, causal, this file compiled alone: 8 x 2048, 14/2 heads of 64: 374 TFLOP/s
-//          (cuDNN 362 to 367, FlashAttention-2 237 to 243); 2 x 8192, 16/8 heads of 128: 641 (580 to 616, 318 to 320). Measured
-//          before two waits were added against a race (see `skip` and `fill`); since then unmeasured.
+//          (cuDNN 362 to 367, FlashAttention-2 237 to 243); 2 x 8192, 16/8 heads of 128: 641 (580 to 616, 318 to 320). Since
+//          two waits were added against a race (see `skip` and `fill`): 347 at 112 heads of 2048, head size 128 unmeasured.
 #include "common/online_softmax.cuh"
 #include "prim/wgmma_loop.cuh"
 

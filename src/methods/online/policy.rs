@@ -263,10 +263,12 @@ impl<O: PolicyObjective + 'static> PolicyGradient<O> {
         let (mut rollouts, mut scores) = generate(cx, &prompts, g)?;
         for round in 0..self.objective.extras().dynamic_sampling {
             let flat = flat_groups(&scores, n);
+            // Sixteen rounds a generation have a stream each; more take another seed.
+            let (more_rounds, round_of) = ((round as u64 >> 4) << 32, round as u32 & 15);
             let order = permutation(
                 self.schedule.prompts,
-                self.seed ^ seed::DYNAMIC,
-                (g as u32) << 4 | round as u32,
+                self.seed ^ seed::DYNAMIC ^ more_rounds,
+                (g as u32) << 4 | round_of,
             );
             let fresh: Vec<usize> =
                 order.into_iter().filter(|p| !prompts.contains(p)).take(flat.len()).collect();
