@@ -254,7 +254,7 @@ fn only_ops_call_kernels() {
 /// (another process may cut it); libc calls of checkpoints and signals have no safe wrapper.
 const UNSAFE: &[(&str, usize)] = &[
     ("checkpoint/disk.rs", 3),
-    ("device/cpu/gemm.rs", 7),
+    ("device/cpu/gemm.rs", 6),
     ("device/cpu/mod.rs", 16),
     ("device/cuda/blas.rs", 12),
     ("device/cuda/code.rs", 6),
