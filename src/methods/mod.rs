@@ -21,6 +21,7 @@ use crate::config::{self, PeftConfig, Section, TrainingConfig};
 use crate::data::bad::OnBadRow;
 use crate::data::cache::TokenisedRun;
 use crate::data::chat::{ChatTemplate, TemplateSetup};
+use crate::data::feed::{HeldRows, RowFeed};
 use crate::data::rows::Row;
 use crate::data::split::Split;
 use crate::data::store::TokenStore;
@@ -102,6 +103,18 @@ pub struct MethodInputs<'a> {
     /// The rows of both splits, tokenised by an earlier run: for methods with
     /// [`BuildMethod::rows_are_stored`]. Then `train` and `eval` are empty.
     pub stored: Option<&'a TokenisedRun>,
+    /// The rows while they are read, for the same methods. Then `train` and `eval` are empty.
+    pub feed: Option<&'a dyn RowFeed>,
+}
+
+impl MethodInputs<'_> {
+    /// The rows, as they are read or as they are here.
+    pub fn feed<T>(&self, take: impl FnOnce(&dyn RowFeed) -> T) -> T {
+        match self.feed {
+            Some(feed) => take(feed),
+            None => take(&HeldRows { train: self.train, eval: self.eval }),
+        }
+    }
 }
 
 /// A method over its rows.
@@ -315,16 +328,17 @@ pub trait Method {
     }
 
     /// Some training sequences, true where the loss is: for the report. None where training rows
-    /// are not sequences.
-    fn masks(&self) -> Vec<MaskedIds> {
-        Vec::new()
+    /// are not sequences. Error: as of [`Method::row_view`].
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
+        Ok(Vec::new())
     }
 
-    /// A training row as it is trained on: for `temper data`.
-    fn row_view(&self, row: usize) -> RowView;
+    /// A training row as it is trained on: for `temper data`. Error: the file that holds its tokens
+    /// cannot be read.
+    fn row_view(&self, row: usize) -> Result<RowView>;
 
     /// The tokenised rows of a split; None where [`BuildMethod::rows_are_stored`] is false.
-    fn store(&self, _split: Split) -> Option<Cow<'_, TokenStore>> {
+    fn store(&self, _split: Split) -> Option<&TokenStore> {
         None
     }
 
@@ -344,8 +358,8 @@ pub trait Method {
     fn row_source(&self, row: usize) -> String;
 
     /// Adds what a split trains on, in order: tokens, masks, labels and columns that rewards see,
-    /// but no file name.
-    fn digest_rows(&self, split: Split, digest: &mut Digest);
+    /// but no file name. Error: as of [`Method::row_view`].
+    fn digest_rows(&self, split: Split, digest: &mut Digest) -> Result<()>;
 
     /// What a run carries beside model and optimizer, as files of a checkpoint.
     fn state(&self) -> Result<StateFiles> {

@@ -70,7 +70,7 @@ impl RunInputs {
             (Split::Eval, "evaluation rows", method.eval_rows()),
         ] {
             let mut digest = Digest::default();
-            method.digest_rows(split, &mut digest);
+            method.digest_rows(split, &mut digest)?;
             all.input(name, digest.finish(), format!("{count} rows"));
         }
         let vocabulary = digest::file(&tokenizer.dir().join("tokenizer.json"))?;

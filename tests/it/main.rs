@@ -22,6 +22,7 @@ mod eval;
 mod exact;
 mod families;
 mod faults;
+mod first_start;
 mod forms;
 mod generate;
 mod gguf;

@@ -6,7 +6,7 @@
 
 use crate::autograd::Cx;
 use crate::data::masked::MaskedSequence;
-use crate::data::preference::{PairExample, PairStyle, PreferenceOptions, pairs};
+use crate::data::preference::{PairEncoder, PairExample, PairStyle, PreferenceOptions};
 use crate::error::Result;
 use crate::methods::offline::MicroBatch;
 use crate::methods::offline::rows::Rows;
@@ -26,8 +26,8 @@ pub struct PairRows {
 }
 
 /// The pairs of a micro-batch.
-pub struct PairBatch<'a> {
-    pub pairs: Vec<&'a PairExample>,
+pub struct PairBatch {
+    pub pairs: Vec<PairExample>,
     /// Tokens of both sides.
     pub tokens: usize,
     /// F32 [pairs]: a pair's weight in the loss.
@@ -43,14 +43,13 @@ impl PairRows {
     ) -> Result<(PairRows, String)> {
         let MethodInputs { tokenizer, template, model, on_bad_row, .. } = *inputs;
         let options = PreferenceOptions { on_bad_row, ..options.clone() };
-        let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
-            pairs(rows, tokenizer, template, model.vocab_size, style, &options)
-        })?;
+        let encoder = |_| PairEncoder::new(tokenizer, template, model.vocab_size, style, &options);
+        let (rows, stats) = Rows::tokenise(inputs, encoder, |pair| pair)?;
         Ok((PairRows { rows, share_prompts: true }, stats))
     }
 
-    pub fn open(&self, cx: &Cx, micro: &MicroBatch) -> Result<PairBatch<'_>> {
-        let pairs = self.rows.pick(micro.split, micro.rows);
+    pub fn open(&self, cx: &Cx, micro: &MicroBatch) -> Result<PairBatch> {
+        let pairs = self.rows.pick(micro.split, micro.rows)?;
         let weight = floats(cx, &vec![micro.share(); pairs.len()])?;
         let tokens = sequences(&pairs).map(|s| s.input_ids.len()).sum();
         Ok(PairBatch { pairs, tokens, weight })
@@ -58,12 +57,7 @@ impl PairRows {
 
     /// The pairs as one packed batch for a model of `vocab`, and the row of each side's last token
     /// (without virtual tokens).
-    pub fn batch(
-        &self,
-        cx: &Cx,
-        vocab: Vocab,
-        pairs: &[&PairExample],
-    ) -> Result<(Batch, Vec<i32>)> {
+    pub fn batch(&self, cx: &Cx, vocab: Vocab, pairs: &[PairExample]) -> Result<(Batch, Vec<i32>)> {
         let (mut groups, mut ends): (Vec<Group>, Vec<i32>) = (Vec::new(), Vec::new());
         let mut row = 0;
         for e in pairs {
@@ -88,7 +82,7 @@ impl PairRows {
     }
 }
 
-impl PairBatch<'_> {
+impl PairBatch {
     /// A number of each side, F32 [pairs, 2].
     pub fn sides(&self, cx: &Cx, of: impl Fn(&MaskedSequence) -> usize) -> Result<Tensor> {
         let values: Vec<f32> = sequences(&self.pairs).map(|s| of(s) as f32).collect();
@@ -97,7 +91,7 @@ impl PairBatch<'_> {
 }
 
 /// Both sides of each pair, the chosen first.
-pub fn sequences<'a>(pairs: &'a [&PairExample]) -> impl Iterator<Item = &'a MaskedSequence> {
+pub fn sequences(pairs: &[PairExample]) -> impl Iterator<Item = &MaskedSequence> {
     pairs.iter().flat_map(|e| [&e.chosen, &e.rejected])
 }
 
