@@ -4,7 +4,7 @@
 
 use std::fmt::Display;
 
-use super::read::TakeRows;
+use super::read::{RowBatch, TakeRows};
 use super::row::{Row, RowPlace};
 use super::split::Split;
 use super::store::TokenStore;
@@ -27,16 +27,20 @@ pub struct HeldRows<'a> {
     pub eval: &'a [Row],
 }
 
-/// Rows of [`HeldRows`] that are copied at once.
-const COPIED: usize = 4096;
-
 impl RowFeed for HeldRows<'_> {
     fn each(&self, split: Split, take: &mut TakeRows) -> Result<()> {
         let rows = match split {
             Split::Train => self.train,
             Split::Eval => self.eval,
         };
-        rows.chunks(COPIED).try_for_each(|batch| take(batch.to_vec()))
+        let mut batch = RowBatch::default();
+        for row in rows {
+            batch.push(row.clone());
+            if batch.is_full() {
+                batch.hand_on(take)?;
+            }
+        }
+        batch.hand_on(take)
     }
 }
 

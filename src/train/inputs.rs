@@ -89,7 +89,12 @@ impl RunInputs {
         for (option, name) in MODELS {
             let value = keys.iter().find(|k| k.name == option).and_then(|k| k.value.as_str());
             if let Some(dir) = value.filter(|v| *v != "none") {
-                all.folder(name, &crate::model::hub::resolve_model(dir)?)?;
+                let dir = crate::model::hub::resolve_model(dir)?;
+                all.folder(name, &dir)?;
+                // A reward model reads completions as its own tokenizer and template write them.
+                if option == "reward_model" {
+                    all.tokenizer(&format!("tokenizer of the {name}"), &dir)?;
+                }
             }
         }
         let rewards = keys.iter().find(|k| k.name == "reward_funcs");
@@ -141,6 +146,17 @@ impl RunInputs {
 
     fn folder(&mut self, name: &str, dir: &Path) -> Result<()> {
         self.input(name, digest::model_folder(dir)?, dir.display().to_string());
+        Ok(())
+    }
+
+    /// The files of a model's own tokenizer, its chat template among them.
+    fn tokenizer(&mut self, name: &str, dir: &Path) -> Result<()> {
+        let mut digest = Digest::default();
+        for file in Tokenizer::of_model(dir, None)?.files() {
+            digest.text(file.file_name().and_then(|n| n.to_str()).unwrap_or_default());
+            digest.text(&digest::file(file)?);
+        }
+        self.input(name, digest.finish(), dir.display().to_string());
         Ok(())
     }
 

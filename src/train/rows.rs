@@ -11,7 +11,7 @@ use crate::config::{self, DataFile, DataFiles, MixtureStop};
 use crate::data::feed::RowFeed;
 use crate::data::format::is_conversation;
 use crate::data::mixture::draw;
-use crate::data::read::{self, FolderSplit, TakeRows, WantedFields};
+use crate::data::read::{self, FolderSplit, RowBatch, TakeRows, WantedFields};
 use crate::data::rows::Row;
 use crate::data::spill::KeptRows;
 use crate::data::split::Split;
@@ -161,19 +161,16 @@ impl<'a> RunFeed<'a> {
         last: bool,
         take: &mut TakeRows,
     ) -> Result<()> {
-        let mut batch = Vec::new();
+        let mut batch = RowBatch::default();
         for (source, row) in rows {
             batch.push(sources.rows[source].take(row, last)?);
-            if batch.len() == KEPT_BATCH {
-                take(std::mem::take(&mut batch))?;
+            if batch.is_full() {
+                batch.hand_on(take)?;
             }
         }
-        if batch.is_empty() { Ok(()) } else { take(batch) }
+        batch.hand_on(take)
     }
 }
-
-/// Rows kept aside that are handed on at once.
-const KEPT_BATCH: usize = 1024;
 
 impl RowFeed for RunFeed<'_> {
     fn each(&self, split: Split, take: &mut TakeRows) -> Result<()> {

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use crate::support::{MODEL, command, finish, json_lines};
 
 /// Bytes of a row's column that nobody reads: they make the rows large, and cost no tokenising.
-const NOTE: usize = 4096;
+const NOTE: usize = 16 << 10;
 
-/// Rows of the smaller file: 12 MiB, more than a batch. The larger has four times as many.
-const ROWS: usize = 3072;
+/// Rows of the smaller file: 24 MiB, some batches. The larger has four times as many.
+const ROWS: usize = 1536;
 
 /// A row of the method's kind.
 fn row(method: &str, i: usize) -> Value {
@@ -108,7 +108,9 @@ fn the_memory_of_a_first_start_does_not_grow_with_the_file() {
         });
         let grown = 3 * (ROWS * NOTE) as u64 / 1024;
         println!("{method} {name}{weight}: {peaks:?} kB, the file grew by {grown} kB");
-        assert!(peaks[1] < peaks[0] + grown / 3, "{method} {name}{weight}: {peaks:?} kB");
+        // Rows in memory would add what the file grew by, and more. The allocator keeps up to a batch
+        // or two of those that are gone.
+        assert!(peaks[1] < peaks[0] + grown / 2, "{method} {name}{weight}: {peaks:?} kB");
     }
 }
 

@@ -66,6 +66,7 @@ mod rendering;
 mod report;
 mod requests;
 mod resume_inputs;
+mod resume_models;
 mod rewards;
 mod rl_plan;
 mod rollout;

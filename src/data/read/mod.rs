@@ -33,7 +33,7 @@ use sink::RowSink;
 
 pub use file::WantedFields;
 pub use open::FolderSplit;
-pub use sink::TakeRows;
+pub use sink::{RowBatch, TakeRows};
 
 /// The rows of some files.
 pub struct ReadRows {
@@ -110,6 +110,6 @@ fn read_into<'t>(
     }
     sink.hand_on()?;
     sink.bad.some_left(sink.count)?;
-    let RowSink { rows, bad, notes, .. } = sink;
-    Ok(ReadRows { rows, bad, notes })
+    let RowSink { batch, bad, notes, .. } = sink;
+    Ok(ReadRows { rows: batch.rows, bad, notes })
 }

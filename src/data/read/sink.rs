@@ -23,10 +23,39 @@ const BATCH_BYTES: usize = 8 << 20;
 /// Rows that are handed on at once, at most.
 const BATCH_ROWS: usize = 8192;
 
+/// Rows that are handed on together.
+#[derive(Default)]
+pub struct RowBatch {
+    pub rows: Vec<Row>,
+    /// Bytes that they take, about.
+    held: usize,
+}
+
+impl RowBatch {
+    pub fn push(&mut self, row: Row) {
+        self.held += size_of::<Row>() + row.value.iter().map(|(k, v)| entry(k, v)).sum::<usize>();
+        self.rows.push(row);
+    }
+
+    /// Whether it is time to hand them on.
+    pub fn is_full(&self) -> bool {
+        self.held >= BATCH_BYTES || self.rows.len() >= BATCH_ROWS
+    }
+
+    /// Hands on what there is.
+    pub fn hand_on(&mut self, take: &mut TakeRows) -> Result<()> {
+        self.held = 0;
+        match std::mem::take(&mut self.rows) {
+            rows if rows.is_empty() => Ok(()),
+            rows => take(rows),
+        }
+    }
+}
+
 /// The rows of some files.
 pub struct RowSink<'t> {
     /// Those that were read and not handed on.
-    pub rows: Vec<Row>,
+    pub batch: RowBatch,
     /// None: all are kept.
     take: Option<&'t mut TakeRows<'t>>,
     /// Rows so far, without bad ones.
@@ -34,8 +63,7 @@ pub struct RowSink<'t> {
     pub bad: BadRows,
     /// What to tell about the files.
     pub notes: Vec<String>,
-    /// Bytes that `rows` take, about, and may take.
-    held: usize,
+    /// Bytes that rows may take.
     most: usize,
 }
 
@@ -49,35 +77,29 @@ impl<'t> RowSink<'t> {
     ) -> RowSink<'t> {
         let most = cgroup::host_memory(Path::new("/")).free / 2;
         let bad = BadRows::new(on_bad_row);
-        RowSink { rows: Vec::new(), take, count: 0, bad, notes, held: 0, most }
+        RowSink { batch: RowBatch::default(), take, count: 0, bad, notes, most }
     }
 
     /// Takes a row. Error: there is no memory for it, or what the rows are handed to fails.
     pub fn push(&mut self, row: Row) -> Result<()> {
-        self.held += size_of::<Row>() + row.value.iter().map(|(k, v)| entry(k, v)).sum::<usize>();
-        if self.held > self.most {
+        let place = row.at();
+        self.batch.push(row);
+        if self.batch.held > self.most {
             return Err(Error::OutOfMemory(format!(
-                "{}: the rows before it take {}, half of the memory that is free, and what is made of them needs the rest; \
+                "{place}: the rows before it take {}, half of the memory that is free, and what is made of them needs the rest; \
                  give fewer rows, or take a machine with more memory",
-                row.place(),
                 size_text(self.most as u64)
             )));
         }
         self.count += 1;
-        self.rows.push(row);
-        match self.held >= BATCH_BYTES || self.rows.len() >= BATCH_ROWS {
-            true => self.hand_on(),
-            false => Ok(()),
-        }
+        if self.batch.is_full() { self.hand_on() } else { Ok(()) }
     }
 
     /// Hands on what was read, where rows are not kept.
     pub fn hand_on(&mut self) -> Result<()> {
-        let Some(take) = &mut self.take else { return Ok(()) };
-        self.held = 0;
-        match std::mem::take(&mut self.rows) {
-            rows if rows.is_empty() => Ok(()),
-            rows => take(rows),
+        match &mut self.take {
+            Some(take) => self.batch.hand_on(take),
+            None => Ok(()),
         }
     }
 }
@@ -140,7 +162,7 @@ mod tests {
             file.push(line, Ok(serde_json::json!({ "text": "" }))).unwrap();
         }
         sink.hand_on().unwrap();
-        assert_eq!((sink.count, sink.rows.len()), (30_000, 0));
+        assert_eq!((sink.count, sink.batch.rows.len()), (30_000, 0));
         assert_eq!((rows, largest), (30_000, BATCH_ROWS));
     }
 }

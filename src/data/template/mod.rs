@@ -7,6 +7,7 @@ pub mod filters;
 pub mod lexer;
 pub mod operators;
 pub mod python;
+pub mod remainder;
 pub mod rewrite;
 
 /// Python's whitespace (`str.isspace`).
