@@ -28,6 +28,9 @@ const MODELS: [(&str, &str); 3] = [
     ("reward_model", "reward model"),
 ];
 
+/// The files that say how a reward model reads a completion.
+const REWARD_TOKENIZER: &str = "tokenizer of the reward model";
+
 /// One input: its digest, and what a message says of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Input {
@@ -93,7 +96,7 @@ impl RunInputs {
                 all.folder(name, &dir)?;
                 // A reward model reads completions as its own tokenizer and template write them.
                 if option == "reward_model" {
-                    all.tokenizer(&format!("tokenizer of the {name}"), &dir)?;
+                    all.tokenizer(REWARD_TOKENIZER, &dir)?;
                 }
             }
         }
@@ -134,8 +137,13 @@ impl RunInputs {
 
     /// What is not as it was in `old`.
     pub fn changes_from(&self, old: &RunInputs) -> Changes {
+        let mut inputs = self.inputs.clone();
+        // Earlier versions did not write it.
+        if old.inputs.contains_key("reward model") && !old.inputs.contains_key(REWARD_TOKENIZER) {
+            inputs.remove(REWARD_TOKENIZER);
+        }
         Changes {
-            inputs: differences(&old.inputs, &self.inputs),
+            inputs: differences(&old.inputs, &inputs),
             rewards: differences(&old.rewards, &self.rewards),
         }
     }
