@@ -120,8 +120,13 @@ fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
             None => fault("a division by zero"),
         };
     }
-    if (a.is_integer() || a.kind() == ValueKind::Bool) && b.is_integer() {
-        return fault("the remainder of a whole number of more than 127 bits is not supported");
+    // The engine's whole numbers go up to 128 bits, without a sign.
+    if a.is_integer() && b.is_integer() {
+        let large = |v: &Value| u128::try_from(v.clone()).ok();
+        return match large(a).zip(large(b)).and_then(|(a, b)| a.checked_rem(b)) {
+            Some(rest) => Ok(Value::from(rest)),
+            None => fault("the remainder of so large a number is not supported"),
+        };
     }
     match (number(a), number(b)) {
         (Some(_), Some(0.0)) => fault("a division by zero"),
