@@ -34,7 +34,7 @@ impl AtomicFile {
         let path = path.as_ref().to_path_buf();
         let tmp = with_suffix(&path, ".tmp");
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true);
+        options.read(true).write(true).create(true).truncate(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o644);
         let file = options.open(&tmp).map_err(|e| Error::io(&tmp, e))?;
@@ -50,8 +50,15 @@ impl AtomicFile {
         Ok(())
     }
 
-    /// Syncs the file, renames it and syncs the folder. If syncing or renaming fails, an existing
-    /// file of that name is unchanged.
+    /// The file, to read back what was written; it stays readable under its name and without one.
+    pub fn reader(&self) -> Result<File> {
+        let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let file = self.file.as_ref().ok_or_else(missing).and_then(File::try_clone);
+        file.map_err(|e| Error::io(&self.tmp, e))
+    }
+
+    /// Syncs, renames, syncs the folder. On an error the old file of that name, if any, is
+    /// untouched.
     pub fn commit(mut self) -> Result<Written> {
         if let Some(file) = self.file.take() {
             let done = file.sync_all().and_then(|()| std::fs::rename(&self.tmp, &self.path));

@@ -116,7 +116,7 @@ fn train(
     let mut rng = Rng(4);
     let rows: Vec<_> =
         [20, 33, 7, 64, 65, 18].iter().map(|n| (tokens(&mut rng, *n), vec![true; *n])).collect();
-    let mut sft = Sft::from_sequences(rows);
+    let mut sft = Sft::from_sequences(rows)?;
     let keys = [
         "learning_rate=1e-2",
         "per_device_train_batch_size=3",

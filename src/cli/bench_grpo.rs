@@ -120,6 +120,7 @@ impl GrpoBench<'_> {
                 rewards: &[reward],
                 setup: &Default::default(),
                 stored: None,
+                feed: None,
             },
         )?;
         let base = Decoder::builder(config)

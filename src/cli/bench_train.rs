@@ -49,8 +49,8 @@ fn trainer(
     let row = |_| (0..args.length).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>();
     let rows = (0..args.batch).map(row).map(|ids| (ids, vec![true; args.length])).collect();
     let mut method: Box<dyn Method> = match args.method.as_str() {
-        "dpo" => Box::new(DpoObjective::from_pairs(&DpoConfig::default(), pairs_of(rows))),
-        _ => Box::new(Sft::from_sequences(rows)),
+        "dpo" => Box::new(DpoObjective::from_pairs(&DpoConfig::default(), &pairs_of(rows))?),
+        _ => Box::new(Sft::from_sequences(rows)?),
     };
     cx.recompute = args.recompute.unwrap_or(Recompute::Off);
     method.attach(&mut cx, &model)?;

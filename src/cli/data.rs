@@ -3,21 +3,27 @@
 //! Invariant: rows, tokens and masks come from the method itself, which is built as in training;
 //! every row that it would drop is named with its reason.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::cli::args::part_keys;
 use crate::config::value::Given;
+use crate::data::feed::RowFeed;
+use crate::data::read::TakeRows;
+use crate::data::rows::Row;
+use crate::data::split::Split;
+use crate::data::store::Places;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::methods::registry;
 use crate::methods::{BuiltMethod, Method, MethodRun, RowPart, RowView};
 use crate::model::hub::resolve_model;
-use crate::observer::Terminal;
 use crate::observer::output::{clean, note_line, print_line, shows_to_a_person};
+use crate::observer::{Observer, Silent, Terminal};
 use crate::rewards::RewardFunction;
-use crate::train::rows::{RunFiles, RunRows};
-use crate::train::setup::{RunSetup, Weights};
+use crate::train::rows::{RunFeed, RunFiles, RunRows};
+use crate::train::setup::{MethodRows, RunSetup, Weights};
 use crate::train::take_data;
 
 /// Show what a method makes of rows: tokens, loss mask, lengths, EOS and BOS, what is cut or
@@ -59,19 +65,30 @@ pub fn run(mut args: DataArgs) -> Result<()> {
     let dir = resolve_model(&args.model)?;
     let setup = RunSetup::open(&run, &dir, None, Weights::NotNeeded, None)?;
     let files = RunFiles { train: run.training.data.clone(), eval: Vec::new() };
-    let rows = RunRows::read(&run, &files, &Terminal::default())?;
+    let terminal = Terminal::default();
     let given =
         option(&run, "reward_funcs").is_some_and(|v| v.as_array().is_some_and(|a| !a.is_empty()));
     let rewards = if given { &none[..0] } else { &none[..] };
     let nowhere = Path::new("");
-    let inputs = setup.inputs(&run, &rows, None, nowhere, rewards);
-    let build = |run: &MethodRun| run.method.build(&run.training, &inputs);
-    let made = build(&run);
+    let build = |run: &MethodRun, rows: MethodRows| {
+        run.method.build(&run.training, &setup.inputs(run, rows, nowhere, rewards))
+    };
+    // Offline methods read the rows once for each of the two; no row is held for the other.
+    let feed = NotedFeed::new(&run, &files, &terminal)?;
+    let (again, held);
+    let (rows, rows_again) = if run.method.rows_are_stored() {
+        again = NotedFeed::new(&run, &files, &Silent)?;
+        (MethodRows::Fed(&feed), MethodRows::Fed(&again))
+    } else {
+        held = RunRows::read(&run, &files, &terminal)?;
+        (MethodRows::Held(&held), MethodRows::Held(&held))
+    };
+    let made = build(&run, rows);
     // Without truncation and packing, to find lengths and which rows have a target at all.
     let limit = option(&run, "max_length").and_then(|v| v.as_integer()).map(|n| n as usize);
     let uncut = match limit {
         None => None,
-        Some(_) => Some(build(&uncut(&args.method, &run)?)?),
+        Some(_) => Some(build(&*uncut(&args.method, &run)?, rows_again)?),
     };
     let shown = match (&made, &uncut) {
         (Ok(made), _) | (Err(_), Some(made)) => made,
@@ -81,16 +98,23 @@ pub fn run(mut args: DataArgs) -> Result<()> {
     let colour = shows_to_a_person();
     let trains = !shown.method.generates();
     for row in 0..shown.method.rows().min(args.rows) {
-        let view = shown.method.row_view(row);
+        let view = shown.method.row_view(row)?;
         print_line(format_args!("{}", text_of(tokenizer, &view, trains, colour)?))?;
     }
     let all = uncut.as_ref().unwrap_or(shown);
-    let lengths = Lengths::of(&*all.method);
+    let lengths = Lengths::of(&*all.method)?;
     print_line(format_args!("{}", histogram(&lengths.sequences, limit)))?;
     print_line(format_args!("{}", ends(tokenizer, &*all.method, run.method.eos_token(), trains)?))?;
     let BuiltMethod { method, summary } = made?; // the error says why nothing is left to train on
-    let kept: BTreeSet<String> = views(&*method).flat_map(|v| v.places).collect();
-    let dropped = dropped(&run, &rows, &lengths, &kept, limit);
+    let mut kept = BTreeSet::new();
+    for view in views(&*method) {
+        kept.extend(view?.places);
+    }
+    let places: Vec<String> = match rows {
+        MethodRows::Held(rows) => rows.train.iter().map(Row::place).collect(),
+        MethodRows::Fed(_) | MethodRows::Stored(_) => feed.lines(),
+    };
+    let dropped = dropped(&run, places, &lengths, &kept, limit);
     print_line(format_args!("{dropped}"))?;
     print_line(format_args!("{summary}"))?;
     Ok(())
@@ -117,11 +141,47 @@ fn uncut(method: &str, run: &MethodRun) -> Result<Box<MethodRun>> {
     Ok(whole)
 }
 
-fn views(method: &dyn Method) -> impl Iterator<Item = RowView> {
+fn views(method: &dyn Method) -> impl Iterator<Item = Result<RowView>> {
     (0..method.rows()).map(|row| method.row_view(row))
 }
 
-/// The lengths of rows before truncation.
+/// The rows of a run while they are read, with their places.
+struct NotedFeed<'a> {
+    feed: RunFeed<'a>,
+    places: RefCell<Places>,
+}
+
+impl<'a> NotedFeed<'a> {
+    fn new(
+        run: &'a MethodRun,
+        files: &'a RunFiles,
+        observer: &'a dyn Observer,
+    ) -> Result<NotedFeed<'a>> {
+        let feed = RunFeed::new(run, files, None, observer)?;
+        Ok(NotedFeed { feed, places: RefCell::default() })
+    }
+
+    /// `file:line` of each row.
+    fn lines(&self) -> Vec<String> {
+        let places = self.places.borrow();
+        (0..places.count()).map(|row| places.text(row)).collect()
+    }
+}
+
+impl RowFeed for NotedFeed<'_> {
+    fn each(&self, split: Split, take: &mut TakeRows) -> Result<()> {
+        self.feed.each(split, &mut |rows: Vec<Row>| {
+            let mut places = self.places.borrow_mut();
+            if split == Split::Train {
+                rows.iter().for_each(|row| places.push_row(&row.at()));
+            }
+            drop(places);
+            take(rows)
+        })
+    }
+}
+
+/// How long rows are before anything is cut.
 struct Lengths {
     sequences: Vec<usize>,
     /// The longest sequence of each row, by its place.
@@ -129,9 +189,10 @@ struct Lengths {
 }
 
 impl Lengths {
-    fn of(method: &dyn Method) -> Lengths {
+    fn of(method: &dyn Method) -> Result<Lengths> {
         let mut lengths = Lengths { sequences: Vec::new(), rows: BTreeMap::new() };
         for view in views(method) {
+            let view = view?;
             let own: Vec<usize> = view.parts.iter().map(|part| part.ids.len()).collect();
             let longest = own.iter().copied().max().unwrap_or(0);
             for place in view.places {
@@ -140,7 +201,7 @@ impl Lengths {
             }
             lengths.sequences.extend(own);
         }
-        lengths
+        Ok(lengths)
     }
 }
 
@@ -240,33 +301,37 @@ fn ends(
     eos: Option<&str>,
     trains: bool,
 ) -> Result<String> {
-    let parts = || views(method).flat_map(|view| view.parts);
-    let n = parts().count();
-    let what = if views(method).all(|view| view.parts.len() == 1) { "rows" } else { "sequences" };
+    let eos = eos.or(tokenizer.eos_token()).map(|token| (token, tokenizer.token_to_id(token)));
+    let (eos_id, bos_id) = (eos.and_then(|(_, id)| id), tokenizer.bos_id());
+    let (mut n, mut learnt, mut doubled, mut begins, mut one_each) = (0, 0, 0, 0, true);
+    for view in views(method) {
+        let parts = view?.parts;
+        one_each &= parts.len() == 1;
+        n += parts.len();
+        for e in &parts {
+            let mut targets = e.ids.iter().zip(&e.mask).skip(1);
+            let is_eos = |id: u32| Some(id) == eos_id;
+            learnt += usize::from(targets.any(|(id, target)| *target && is_eos(*id)));
+            doubled += usize::from(e.ids.windows(2).any(|w| is_eos(w[0]) && is_eos(w[1])));
+            begins += usize::from(bos_id.is_some() && e.ids.first().copied() == bos_id);
+        }
+    }
+    let what = if one_each { "rows" } else { "sequences" };
     let mut text = String::new();
-    match eos.or(tokenizer.eos_token()).map(|token| (token, tokenizer.token_to_id(token))) {
+    match eos {
         _ if !trains => {}
-        Some((token, Some(id))) => {
-            let learnt = |e: &RowPart| {
-                e.ids.iter().zip(&e.mask).skip(1).any(|(i, target)| *target && *i == id)
-            };
-            let learnt = parts().filter(learnt).count();
+        Some((token, Some(_))) => {
             text += &format!("EOS {token:?}: a loss target in {learnt} of {n} {what}");
-            match parts().filter(|e| e.ids.windows(2).any(|w| w == [id, id])).count() {
-                0 => {}
-                doubled => {
-                    text +=
-                        &format!("; twice in a row in {doubled}: the data has it, and it is added")
-                }
+            if doubled > 0 {
+                text += &format!("; twice in a row in {doubled}: the data has it, and it is added");
             }
             text.push('\n');
         }
         _ => text += "EOS: the tokenizer has none, so the model does not learn to stop\n",
     }
-    let Some((token, id)) = tokenizer.bos_token().zip(tokenizer.bos_id()) else {
+    let Some((token, id)) = tokenizer.bos_token().zip(bos_id) else {
         return Ok(text + "BOS: the tokenizer has none");
     };
-    let begins = parts().filter(|e| e.ids.first() == Some(&id)).count();
     text += &format!("BOS {token:?}: begins {begins} of {n} {what}");
     if begins < n && tokenizer.encode("", true)?.first() == Some(&id) {
         text += "; the tokenizer puts it before plain text, so rows without it look different from those of pretraining: let the \
@@ -278,12 +343,12 @@ fn ends(
 /// The rows that are not trained on, each with its reason.
 fn dropped(
     run: &MethodRun,
-    rows: &RunRows,
+    places: Vec<String>,
     lengths: &Lengths,
     kept: &BTreeSet<String>,
     limit: Option<usize>,
 ) -> String {
-    let mut gone: Vec<String> = rows.train.iter().map(|row| row.place()).collect();
+    let mut gone = places;
     let all = gone.len();
     gone.retain(|place| !kept.contains(place));
     let drops = option(run, "on_truncation").is_some_and(|v| v.as_str() == Some("drop"));

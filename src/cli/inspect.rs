@@ -24,9 +24,9 @@ use crate::observer::output::{note_line, print, print_line};
 use crate::ops::case::Rng;
 use crate::tensor::ParamSetId;
 use crate::train::plan::{self, PlanRequest};
-use crate::train::rows::{RunFiles, RunRows};
+use crate::train::rows::{RunFeed, RunFiles, RunRows};
 use crate::train::setup::{
-    PlannedModel, RunSetup, Weights, build_again, plan_request, row_request,
+    MethodRows, PlannedModel, RunSetup, Weights, build_again, plan_request, row_request,
 };
 use crate::train::take_data;
 
@@ -167,7 +167,7 @@ fn tape(args: &InspectArgs, dir: &Path) -> Result<()> {
     let mut row =
         || (0..length).map(|_| rng.below(model.config.vocab_size) as u32).collect::<Vec<_>>();
     let rows: Vec<_> = (0..args.batch).map(|_| (row(), vec![true; length])).collect();
-    let batch = Sft::from_sequences(rows).0.whole_batch(&cx, &model)?;
+    let batch = Sft::from_sequences(rows)?.0.whole_batch(&cx, &model)?;
     cx.tape = Some(Tape::default());
     cx.recompute = args.recompute.unwrap_or(Recompute::Off);
     model.target_hidden(&mut cx, &batch)?;
@@ -208,9 +208,16 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     if !args.data.is_empty() || !run.training.data.0.is_empty() {
         take_data(&mut run, &args.data)?;
         let files = RunFiles { train: run.training.data.clone(), eval: Vec::new() };
-        let rows = RunRows::read(&run, &files, &Terminal::default())?;
-        let nowhere = Path::new("");
-        let inputs = setup.inputs(&run, &rows, None, nowhere, &[]);
+        let (terminal, nowhere) = (Terminal::default(), Path::new(""));
+        let (feed, held);
+        let rows = if run.method.rows_are_stored() {
+            feed = RunFeed::new(&run, &files, None, &terminal)?;
+            MethodRows::Fed(&feed)
+        } else {
+            held = RunRows::read(&run, &files, &terminal)?;
+            MethodRows::Held(&held)
+        };
+        let inputs = setup.inputs(&run, rows, nowhere, &[]);
         let BuiltMethod { method, summary } = run.method.build(&run.training, &inputs)?;
         note_line(format_args!("{summary}"));
         let build = build_again(&run, &inputs);

@@ -69,7 +69,7 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(LaunchCount
         SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
     let base = Decoder::builder(config).storage(scheme(&run.peft)).positions(64).build(&cx)?;
     let model = prepare(&cx, base, &run.peft, None, Path::new("model"), 0)?;
-    let sft = Sft::from_sequences(vec![(vec![0; 64], vec![true; 64])]);
+    let sft = Sft::from_sequences(vec![(vec![0; 64], vec![true; 64])])?;
     let mut trainer = Trainer::new(cx, model, run.training, 1)?;
     let (cx, model) = (&mut trainer.cx, &trainer.model);
     let batch = sft.0.whole_batch(cx, model)?;

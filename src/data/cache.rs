@@ -1,26 +1,24 @@
 //! Tokenised rows in a file, so that the next start need not make them again. Layer 6.
 //!
 //! Invariant: a file is read only whole: its checksum covers every byte, its key everything that
-//! its rows depend on. Ids stay in the file, which is mapped.
+//! its rows depend on. Tokens stay in the file.
 //!
-//! The file: eight bytes of magic, the length of the description, the description (JSON), then for
-//! each split its arrays, each from a multiple of eight bytes on; at the end XXH3 (128 bits) of all
-//! before. Numbers are little-endian.
+//! The file: eight bytes of magic; the tokens of each split, written while they are made; for each
+//! split its index, arrays from a multiple of eight bytes on; the description (JSON) and its length;
+//! at the end XXH3 (128 bits) of all before. Numbers are little-endian.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-use super::store::{Places, TokenIds, TokenStore};
+use super::store::{Places, StoredTokens, TOKEN_BYTES, TokenStore, Tokens};
+use super::token_file::TokenFile;
 use crate::error::{Error, Result};
-use crate::fsio::{self, AtomicFile};
 
 /// Changes with the layout of the file.
-const MAGIC: &[u8; 8] = b"temperc2";
+const MAGIC: &[u8; 8] = b"temperc3";
 
 /// What a run made of its rows.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +35,7 @@ pub struct TokenisedRun {
     pub eval: TokenStore,
 }
 
-/// What stands in front of the arrays.
+/// What the file says of itself.
 #[derive(Serialize, Deserialize)]
 struct Description {
     key: String,
@@ -50,64 +48,72 @@ struct Description {
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Counts {
+    /// Where the tokens begin.
+    start: u64,
     tokens: usize,
+    /// Where the index begins.
+    index: u64,
     sequences: usize,
     rows: usize,
     labels: usize,
     places: usize,
 }
 
-impl Counts {
-    fn of(store: &TokenStore) -> Counts {
-        Counts {
-            tokens: store.mask.len(),
-            sequences: store.ends.len(),
-            rows: store.rows.len(),
-            labels: store.labels.len(),
-            places: store.places.at.len(),
-        }
-    }
+/// Begins the file that [`finish`] names `path`; stores of [`TokenStore::in_file`] write to it.
+pub fn begin(path: &Path) -> Result<Arc<TokenFile>> {
+    let file = TokenFile::create(path)?;
+    file.append(MAGIC)?;
+    Ok(Arc::new(file))
 }
 
-/// Writes a run's rows under `path`. `files`: those of the run, in order; places name them by
-/// number, so that a file that was moved is named as it is called then.
-pub fn write(path: &Path, key: &str, files: &[Arc<Path>], run: &TokenisedRun) -> Result<()> {
+/// Finishes the file that holds the tokens of `run`. `files`: those of the run, in order; places
+/// name them by number, so that a file that was moved is named as it is called then.
+pub fn finish(
+    to: &TokenFile,
+    path: &Path,
+    key: &str,
+    files: &[Arc<Path>],
+    run: &TokenisedRun,
+) -> Result<()> {
     let description = Description {
         key: key.into(),
         summary: run.summary.clone(),
         notes: run.notes.clone(),
         read: run.read,
         conversations: run.conversations,
-        splits: [Counts::of(&run.train), Counts::of(&run.eval)],
+        splits: [index(to, &run.train, files)?, index(to, &run.eval, files)?],
     };
     let description =
         serde_json::to_vec(&description).map_err(|e| Error::Run(format!("row cache: {e}")))?;
-    // A name of its own, for others may write the same file at the same time.
-    let thread = format!("{:?}", std::thread::current().id());
-    let number: String = thread.chars().filter(char::is_ascii_digit).collect();
-    let own = fsio::with_suffix(path, &format!(".{}-{number}", std::process::id()));
-    let mut to = Writer { file: AtomicFile::create(&own)?, hash: Xxh3::new(), at: 0 };
-    to.bytes(MAGIC)?;
-    to.bytes(&(description.len() as u64).to_le_bytes())?;
-    to.array(&description)?;
-    for store in [&run.train, &run.eval] {
-        let numbers = file_numbers(&store.places, files)?;
-        to.array(store.ids.all())?;
-        to.array(bytemuck::cast_slice::<bool, u8>(&store.mask))?;
-        to.array(&store.ends)?;
-        to.array(&store.rows)?;
-        to.array(&store.labels)?;
-        to.array(&store.label_ends)?;
-        let of = |(file, line): &(u32, u32)| [numbers[*file as usize], *line];
-        to.array(&store.places.at.iter().map(of).collect::<Vec<[u32; 2]>>())?;
-        to.array(&store.places.ends)?;
-    }
-    let sum = to.hash.digest128();
-    to.bytes(&sum.to_le_bytes())?;
-    to.file.commit()?;
-    std::fs::rename(&own, path).map_err(|e| {
-        let _ = std::fs::remove_file(&own);
-        Error::io(path, e)
+    to.append(&description)?;
+    to.append(&(description.len() as u64).to_le_bytes())?;
+    to.finish(path)
+}
+
+/// Appends the index of a split.
+fn index(to: &TokenFile, store: &TokenStore, files: &[Arc<Path>]) -> Result<Counts> {
+    let start = match &store.tokens {
+        Tokens::File(tokens) => tokens.start,
+        Tokens::Memory { ids, .. } if ids.is_empty() => 0,
+        Tokens::Memory { .. } => return Err(Error::Run("its tokens could not be written".into())),
+    };
+    let numbers = file_numbers(&store.places, files)?;
+    let of = |(file, line): &(u32, u32)| [numbers[*file as usize], *line];
+    let places: Vec<[u32; 2]> = store.places.at.iter().map(of).collect();
+    let index = array(to, &store.ends)?;
+    array(to, &store.rows)?;
+    array(to, &store.labels)?;
+    array(to, &store.label_ends)?;
+    array(to, &places)?;
+    array(to, &store.places.ends)?;
+    Ok(Counts {
+        start,
+        tokens: store.ends.last().map_or(0, |end| *end as usize),
+        index,
+        sequences: store.ends.len(),
+        rows: store.rows.len(),
+        labels: store.labels.len(),
+        places: places.len(),
     })
 }
 
@@ -118,25 +124,11 @@ fn file_numbers(places: &Places, files: &[Arc<Path>]) -> Result<Vec<u32>> {
     all.ok_or_else(|| Error::Run("row cache: a row comes from none of the run's files".into()))
 }
 
-struct Writer {
-    file: AtomicFile,
-    hash: Xxh3,
-    at: usize,
-}
-
-impl Writer {
-    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hash.update(bytes);
-        self.at += bytes.len();
-        self.file.write_all(bytes)
-    }
-
-    /// An array, and zeros to the next multiple of eight.
-    fn array<T: Pod>(&mut self, values: &[T]) -> Result<()> {
-        self.bytes(bytemuck::cast_slice(values))?;
-        let rest = self.at.next_multiple_of(8) - self.at;
-        self.bytes(&[0; 8][..rest])
-    }
+/// Appends zeros to the next multiple of eight, then an array; returns where it begins.
+fn array<T: Pod>(to: &TokenFile, values: &[T]) -> Result<u64> {
+    let rest = to.end().next_multiple_of(8) - to.end();
+    to.append(&[0; 8][..rest as usize])?;
+    to.append(bytemuck::cast_slice(values))
 }
 
 /// The rows that `path` holds under `key`. Error: why the file cannot be used.
@@ -145,19 +137,21 @@ pub fn read(
     key: &str,
     files: &[Arc<Path>],
 ) -> std::result::Result<TokenisedRun, String> {
-    let map = fsio::map(path).map_err(|e| e.to_string())?;
-    let body = map.len().checked_sub(16).ok_or("is too short")?;
-    let sum = map[body..].try_into().map(u128::from_le_bytes).map_err(|_| "is too short")?;
-    if xxh3_128(&map[..body]) != sum {
+    let said = |e: Error| e.to_string();
+    let file = Arc::new(TokenFile::open(path).map_err(said)?);
+    if !file.is_whole().map_err(said)? {
         return Err("its checksum is wrong".into());
     }
-    let map = Arc::new(map);
-    let mut from = Reader { map: &map, at: 0, end: body };
+    let size = file.size().map_err(said)?;
+    let mut from = Reader { file: &file, at: 0, end: size - 16 };
     if from.array::<u8>(8)? != MAGIC {
         return Err("is not a row cache of this version".into());
     }
-    let length = from.array::<u64>(1)?[0];
-    let description: Description = serde_json::from_slice(from.array::<u8>(length as usize)?)
+    let short = "is too short";
+    from.at = from.end.checked_sub(8).ok_or(short)?;
+    let length = [from.at, from.array::<u64>(1)?[0]];
+    from.at = length[0].checked_sub(length[1]).ok_or(short)?;
+    let description: Description = serde_json::from_slice(&from.array::<u8>(length[1] as usize)?)
         .map_err(|e| format!("its description is damaged: {e}"))?;
     if description.key != key {
         return Err("holds the rows of another run".into());
@@ -174,30 +168,34 @@ pub fn read(
 }
 
 struct Reader<'a> {
-    map: &'a Arc<Mmap>,
-    at: usize,
-    end: usize,
+    file: &'a Arc<TokenFile>,
+    at: u64,
+    end: u64,
 }
 
-impl<'a> Reader<'a> {
-    fn array<T: Pod>(&mut self, count: usize) -> std::result::Result<&'a [T], String> {
-        let short = || "its arrays are longer than it is".to_string();
-        let bytes = count.checked_mul(size_of::<T>()).ok_or_else(short)?;
-        let end = self.at.checked_add(bytes).filter(|end| *end <= self.end).ok_or_else(short)?;
-        let part = &self.map[self.at..end];
-        self.at = end.next_multiple_of(8).min(self.end);
-        bytemuck::try_cast_slice(part).map_err(|e| e.to_string())
+impl Reader<'_> {
+    /// The bytes of `count` items of `size` bytes from `at` on; None: they are not all there.
+    fn bytes(&self, at: u64, count: usize, size: u64) -> Option<u64> {
+        let bytes = (count as u64).checked_mul(size)?;
+        at.checked_add(bytes).filter(|end| *end <= self.end)
+    }
+
+    fn array<T: Pod>(&mut self, count: usize) -> std::result::Result<Vec<T>, String> {
+        let end = self.bytes(self.at, count, size_of::<T>() as u64);
+        let end = end.ok_or("its arrays are longer than it is")?;
+        let mut values = vec![T::zeroed(); count];
+        self.file.read(self.at, &mut values).map_err(|e| e.to_string())?;
+        self.at = end.next_multiple_of(8);
+        Ok(values)
     }
 
     fn store(&mut self, n: Counts, files: &[Arc<Path>]) -> std::result::Result<TokenStore, String> {
-        let at = self.at;
-        self.array::<u32>(n.tokens)?;
-        let ids = TokenIds::Mapped { map: self.map.clone(), at, count: n.tokens };
-        let mask = bytemuck::checked::try_cast_slice::<u8, bool>(self.array(n.tokens)?);
-        let mask = mask.map_err(|e| e.to_string())?.to_vec();
+        self.bytes(n.start, n.tokens, TOKEN_BYTES).ok_or("its tokens are more than it holds")?;
+        let tokens = StoredTokens::finished(self.file.clone(), n.start, n.tokens as u64);
+        self.at = n.index;
         let ends = self.ends(n.sequences, n.tokens)?;
         let rows = self.ends(n.rows, n.sequences)?;
-        let labels = self.array::<u8>(n.labels)?.to_vec();
+        let labels = self.array::<u8>(n.labels)?;
         let label_ends = self.ends(n.rows, n.labels)?;
         let at: Vec<(u32, u32)> =
             self.array::<[u32; 2]>(n.places)?.iter().map(|[file, line]| (*file, *line)).collect();
@@ -205,12 +203,12 @@ impl<'a> Reader<'a> {
             return Err("its rows come from more files than the run has".into());
         }
         let places = Places { files: files.to_vec(), at, ends: self.ends(n.rows, n.places)? };
-        Ok(TokenStore { ids, mask, ends, rows, labels, label_ends, places })
+        Ok(TokenStore { tokens: Tokens::File(tokens), ends, rows, labels, label_ends, places })
     }
 
     /// Ends of `count` lists that share `all` items.
     fn ends(&mut self, count: usize, all: usize) -> std::result::Result<Vec<u64>, String> {
-        let ends = self.array::<u64>(count)?.to_vec();
+        let ends = self.array::<u64>(count)?;
         let last = ends.last().copied().unwrap_or(0) as usize;
         match ends.is_sorted() && last == all {
             true => Ok(ends),
@@ -223,37 +221,46 @@ impl<'a> Reader<'a> {
 mod tests {
     use super::*;
 
-    fn stored() -> (TokenisedRun, Vec<Arc<Path>>) {
-        let files: Vec<Arc<Path>> = vec![Path::new("a").into(), Path::new("b").into()];
-        let mut store = TokenStore::default();
-        store.add_labelled([(&[1, 2, 3][..], &[false, true, true][..])], &[7]);
+    fn rows(mut store: TokenStore, files: &[Arc<Path>]) -> TokenStore {
+        let first = (&[1, 2, 3][..], &[false, true, true][..]);
+        store.add_labelled([first], &[7]).unwrap();
         store.places.push([(&files[1], 4), (&files[0], 2)]);
-        store.add([(&[4][..], &[false][..]), (&[5, 6][..], &[true, false][..])]);
+        store.add([(&[4][..], &[false][..]), (&[5, 6][..], &[true, false][..])]).unwrap();
         store.places.push([(&files[0], 9)]);
+        store
+    }
+
+    /// Makes the file; the rows as they are in memory.
+    fn stored(path: &Path) -> (TokenisedRun, Vec<Arc<Path>>) {
+        let files: Vec<Arc<Path>> = vec![Path::new("a").into(), Path::new("b").into()];
+        let file = begin(path).unwrap();
+        let mut train = rows(TokenStore::in_file(file.clone()), &files);
+        train.write().unwrap();
         let run = TokenisedRun {
             summary: "said".into(),
             notes: vec!["note".into()],
             read: [5, 0],
             conversations: true,
-            train: store,
-            eval: TokenStore::default(),
+            train,
+            eval: TokenStore::in_file(file.clone()),
         };
-        (run, files)
+        finish(&file, path, "k", &files, &run).unwrap();
+        let train = rows(TokenStore::default(), &files);
+        (TokenisedRun { train, ..run }, files)
     }
 
     #[test]
     fn what_is_written_is_read_and_a_moved_file_has_its_new_name() {
-        let (run, files) = stored();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("k.rows");
-        write(&path, "k", &files, &run).unwrap();
+        let (run, _) = stored(&path);
         let moved: Vec<Arc<Path>> = vec![Path::new("c").into(), Path::new("b").into()];
         let back = read(&path, "k", &moved).unwrap();
         assert_eq!((back.summary, back.notes, back.read), (run.summary, run.notes, run.read));
         assert!(back.conversations);
         assert_eq!(back.train.count(), 2);
         for row in 0..2 {
-            assert!(back.train.sequences(row).eq(run.train.sequences(row)));
+            assert_eq!(back.train.row(row).unwrap(), run.train.row(row).unwrap());
             assert_eq!(back.train.labels(row), run.train.labels(row));
         }
         assert_eq!(back.train.places.text(0), "b:4 + c:2");
@@ -264,10 +271,9 @@ mod tests {
 
     #[test]
     fn every_damaged_byte_and_every_cut_is_found() {
-        let (run, files) = stored();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("k.rows");
-        write(&path, "k", &files, &run).unwrap();
+        let (_, files) = stored(&path);
         let whole = std::fs::read(&path).unwrap();
         for at in 0..whole.len() {
             let mut bytes = whole.clone();
@@ -280,5 +286,26 @@ mod tests {
         std::fs::write(&path, &whole).unwrap();
         assert!(read(&path, "other", &files).unwrap_err().contains("another run"));
         assert!(read(&path, "k", &files[..1]).unwrap_err().contains("more files"));
+    }
+
+    #[test]
+    fn rows_that_cannot_be_written_are_read_back_and_kept_in_memory() {
+        let files: Vec<Arc<Path>> = vec![Path::new("a").into(), Path::new("b").into()];
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("k.rows");
+        let file = begin(&path).unwrap();
+        let mut train = rows(TokenStore::in_file(file.clone()), &files);
+        train.write().unwrap();
+        // A file that another start has finished takes nothing more, as a full disk does.
+        file.finish(&path).unwrap();
+        let mut train = rows(train, &files);
+        train.write().unwrap();
+        let memory = rows(rows(TokenStore::default(), &files), &files);
+        assert_eq!(train.count(), 4);
+        for row in 0..4 {
+            assert_eq!(train.row(row).unwrap(), memory.row(row).unwrap(), "{row}");
+        }
+        let run = TokenisedRun { train, ..TokenisedRun::default() };
+        assert!(finish(&file, &path, "k", &files, &run).is_err());
     }
 }

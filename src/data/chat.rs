@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use super::jinja::{self, Clock};
 use super::template::emit::{self, MARK};
-use super::template::{filters, operators, python};
+use super::template::{filters, operators, percent, python};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -161,6 +161,7 @@ impl ChatTemplate {
         python::install(&mut env);
         filters::install(&mut env);
         operators::install(&mut env);
+        percent::install(&mut env);
         jinja::install(&mut env, clock);
         env.add_template_owned(NAME, rewritten).map_err(broken)?;
         let marker_taken = source.contains(MARKER);

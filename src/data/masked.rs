@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use super::rows::Row;
+use super::rows::RowPlace;
 use crate::config::TruncationMode;
 use crate::error::{Error, Result};
 
@@ -52,11 +52,13 @@ pub(super) fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Errors: no rows, or a `max_length` that leaves no tokens.
-pub(super) fn check_rows(rows: &[Row], max_length: Option<usize>) -> Result<()> {
-    if rows.is_empty() {
-        return Err(Error::Run("there are no rows to train on".into()));
-    }
+/// The error of a run without rows.
+pub(super) fn no_rows() -> Error {
+    Error::Run("there are no rows to train on".into())
+}
+
+/// Error: a `max_length` that leaves no tokens.
+pub(super) fn check_length(max_length: Option<usize>) -> Result<()> {
     match max_length {
         Some(0) => Err(Error::Config(
             "max_length=0 leaves no tokens; give a length, or none for no limit".into(),
@@ -66,7 +68,7 @@ pub(super) fn check_rows(rows: &[Row], max_length: Option<usize>) -> Result<()> 
 }
 
 /// The error of a row of `n` tokens where `on_truncation` is `error`.
-pub(super) fn too_long(row: &Row, n: usize, limit: usize) -> Error {
+pub(super) fn too_long(row: &RowPlace, n: usize, limit: usize) -> Error {
     row.error(format!(
         "has {n} tokens, more than max_length={limit}; raise max_length, or set on_truncation=truncate or drop"
     ))

@@ -21,8 +21,11 @@
 //! | [`preference`] | preference rows to ids and masks, as TRL's other trainers do |
 //! | [`masked`] | a sequence with its loss targets, cut to a length |
 //! | [`mixture`] | which rows of weighted sources a run has |
+//! | [`feed`] | rows from their files to what tokenises them, a batch at a time |
+//! | [`spill`] | rows that must be known in full first |
 //! | [`store`] | tokenised rows, flat |
-//! | [`cache`] | them in a file |
+//! | [`token_file`] | their tokens in a file, as they are made |
+//! | [`cache`] | the file for the next start |
 //! | [`split`] | training rows or evaluation rows |
 //! | [`packing`] | which sequences share a row |
 //! | `turns` | where the assistant speaks, for templates that do not say it |
@@ -33,6 +36,7 @@ pub mod bpe;
 pub mod cache;
 pub mod chat;
 pub mod continuation;
+pub mod feed;
 mod folder;
 pub mod format;
 pub mod jinja;
@@ -47,8 +51,10 @@ pub mod render;
 pub mod row;
 pub mod rows;
 pub mod sft;
+pub mod spill;
 pub mod split;
 pub mod store;
 mod template;
+pub mod token_file;
 pub mod tokenizer;
 pub mod turns;

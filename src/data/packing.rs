@@ -77,7 +77,7 @@ pub fn pack_wrapped(lengths: &[usize], max_len: usize) -> Vec<Pack> {
 }
 
 /// `datasets.map(batched=True)` works on this many examples at a time.
-const BATCH: usize = 1000;
+pub const BATCH: usize = 1000;
 
 fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> Pack) -> Vec<Pack> {
     let mut packs = Vec::new();

@@ -4,6 +4,7 @@
 //! with its place. A null field counts as absent, since `datasets` writes nulls for fields that a
 //! row does not have.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,7 +19,32 @@ pub struct Row {
     pub line: usize, // from 1; in .json and .parquet files the number of the row
 }
 
+/// Where a row stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowPlace {
+    pub file: Arc<Path>,
+    pub line: usize,
+}
+
+impl RowPlace {
+    /// An error at this row.
+    pub fn error(&self, message: impl Into<String>) -> Error {
+        Error::data(&self.file, Some(self.line), message)
+    }
+}
+
+impl fmt::Display for RowPlace {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
+    }
+}
+
 impl Row {
+    /// Its place, for what is said once the row itself is gone.
+    pub fn at(&self) -> RowPlace {
+        RowPlace { file: self.file.clone(), line: self.line }
+    }
+
     /// An error at this row.
     pub fn error(&self, message: impl Into<String>) -> Error {
         Error::data(&self.file, Some(self.line), message)

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use super::read::{self, FolderSplit, WantedFields};
-pub use super::row::{Row, kind};
+pub use super::row::{Row, RowPlace, kind};
 use crate::config::DataOptions;
 use crate::error::Result;
 

@@ -15,11 +15,12 @@ use serde_json::Value;
 
 use super::bad::{BadRows, OnBadRow};
 use super::chat::ChatTemplate;
+use super::feed::{Encoded, RowEncoder, encode_all};
 use super::format::{Content, Format, ParsedRow, RowContent};
-use super::masked::{MaskedSequence, check_rows, common, too_long, write_mismatches};
+use super::masked::{MaskedSequence, check_length, common, no_rows, too_long, write_mismatches};
 use super::packing::PackingStrategy;
 use super::render::{EosToken, Renderer};
-use super::rows::Row;
+use super::rows::{Row, RowPlace};
 use super::tokenizer::Tokenizer;
 use super::turns::assistant_mask;
 use crate::error::{Error, Result};
@@ -97,54 +98,155 @@ pub fn prepare(
     vocab: usize,
     options: &SftOptions,
 ) -> Result<(Vec<SftExample>, SftStats)> {
-    check_rows(rows, options.max_length)?;
-    let first = first_known(rows, options);
-    let maker = Maker::new(first, tokenizer, template, vocab, options)?;
-    let limit = if options.packing.is_none_or(|p| p == PackingStrategy::Bfd) {
-        options.max_length
-    } else {
-        None
-    };
-    if options.packing.is_some() && options.max_length.is_none() {
-        return Err(Error::Config("packing needs max_length, the length of a pack".to_string()));
-    }
-    // A part at a time, so that what is made of all rows is not held beside what is kept of them.
-    let part = |rows: &[Row]| -> Vec<Result<Tokens>> {
-        rows.par_iter().map(|row| maker.tokens(row)).collect()
-    };
-    let made = rows.chunks(PART).flat_map(part);
+    encode_all(SftEncoder::new(tokenizer, template, vocab, options)?, rows)
+}
 
-    let mut stats =
-        SftStats { rows: rows.len(), max_length: options.max_length, ..SftStats::default() };
-    stats.bad = BadRows::new(options.on_bad_row);
-    let eos = maker.eos.map(|eos| eos.id);
-    stats.eos_token = maker.eos.map(|eos| eos.text.to_string());
-    let bos = tokenizer.bos_id();
-    let mut examples = Vec::with_capacity(rows.len());
-    for (row, tokens) in made.enumerate() {
-        let Some(Tokens { mut sequence, mismatch, empty }) = stats.bad.admit(tokens)? else {
-            continue;
+/// Tokenises rows as they come.
+pub struct SftEncoder<'a> {
+    tokenizer: &'a Tokenizer,
+    template: Option<&'a ChatTemplate>,
+    vocab: usize,
+    options: &'a SftOptions,
+    /// None: no row so far has a type.
+    maker: Option<Maker<'a>>,
+    /// The rows before the first that has a type.
+    waiting: Vec<Row>,
+    first: Option<RowPlace>,
+    stats: SftStats,
+}
+
+impl<'a> SftEncoder<'a> {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: Option<&'a ChatTemplate>,
+        vocab: usize,
+        options: &'a SftOptions,
+    ) -> Result<SftEncoder<'a>> {
+        check_length(options.max_length)?;
+        if options.packing.is_some() && options.max_length.is_none() {
+            return Err(Error::Config(
+                "packing needs max_length, the length of a pack".to_string(),
+            ));
+        }
+        let stats = SftStats {
+            max_length: options.max_length,
+            bad: BadRows::new(options.on_bad_row),
+            ..SftStats::default()
+        };
+        let (maker, waiting, first) = (None, Vec::new(), None);
+        Ok(SftEncoder { tokenizer, template, vocab, options, maker, waiting, first, stats })
+    }
+
+    /// The row that decides the type of all: the first, or where bad rows are dropped the first that
+    /// has a type.
+    fn first_known<'r>(&self, rows: &'r [Row]) -> Option<&'r Row> {
+        let field = &self.options.dataset_text_field;
+        let known = |row: &&Row| {
+            self.options.on_bad_row == OnBadRow::Error
+                || Format::detect(row, field).is_ok_and(|f| f.parse(row, field).is_ok())
+        };
+        rows.iter().find(known)
+    }
+
+    /// Takes the type of all rows from `row`.
+    fn decide(&mut self, row: &Row) -> Result<()> {
+        let maker = Maker::new(row, self.tokenizer, self.template, self.vocab, self.options)?;
+        self.stats.eos_token = maker.eos.map(|eos| eos.text.to_string());
+        self.maker = Some(maker);
+        Ok(())
+    }
+
+    fn make(&mut self, rows: &[Row], examples: &mut Encoded<SftExample>) -> Result<()> {
+        let Some(maker) = &self.maker else { return Ok(()) };
+        for part in rows.chunks(PART) {
+            let made: Vec<Result<Tokens>> = part.par_iter().map(|row| maker.tokens(row)).collect();
+            for (row, tokens) in part.iter().zip(made) {
+                let number = self.stats.rows;
+                self.stats.rows += 1;
+                let eos = maker.eos.map(|eos| eos.id);
+                let bos = self.tokenizer.bos_id();
+                let made = self.stats.admit(row, tokens, self.options, eos, bos)?;
+                let example = |made: MaskedSequence| {
+                    let MaskedSequence { input_ids, target_mask } = made;
+                    (row.at(), SftExample { input_ids, target_mask, row: number })
+                };
+                examples.extend(made.map(example));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RowEncoder for SftEncoder<'_> {
+    type Example = SftExample;
+    type Stats = SftStats;
+
+    fn encode(&mut self, rows: &[Row], examples: &mut Encoded<SftExample>) -> Result<()> {
+        if let (None, Some(first)) = (&self.first, rows.first()) {
+            self.first = Some(first.at());
+        }
+        if self.maker.is_none() {
+            let Some(known) = self.first_known(rows) else {
+                self.waiting.extend_from_slice(rows);
+                return Ok(());
+            };
+            self.decide(known)?;
+            let waiting = std::mem::take(&mut self.waiting);
+            self.make(&waiting, examples)?;
+        }
+        self.make(rows, examples)
+    }
+
+    fn finish(mut self, examples: &mut Encoded<SftExample>) -> Result<SftStats> {
+        let waiting = std::mem::take(&mut self.waiting);
+        if let Some(first) = waiting.first() {
+            self.decide(first)?;
+            self.make(&waiting, examples)?;
+        }
+        let Some(first) = self.first else { return Err(no_rows()) };
+        self.stats.bad.some_left(self.stats.examples)?;
+        if self.stats.target_tokens == 0 {
+            return Err(Error::data(&first.file, None, nothing_left(&self.stats)));
+        }
+        Ok(self.stats)
+    }
+}
+
+impl SftStats {
+    /// Counts what a row became, and cuts it. None: it is dropped.
+    fn admit(
+        &mut self,
+        row: &Row,
+        tokens: Result<Tokens>,
+        options: &SftOptions,
+        eos: Option<u32>,
+        bos: Option<u32>,
+    ) -> Result<Option<MaskedSequence>> {
+        let Some(Tokens { mut sequence, mismatch, empty }) = self.bad.admit(tokens)? else {
+            return Ok(None);
         };
         if empty {
-            stats.dropped_empty += 1;
-            continue;
+            self.dropped_empty += 1;
+            return Ok(None);
         }
         let n = sequence.input_ids.len();
-        stats.longest = stats.longest.max(n);
-        stats.doubled_bos +=
+        self.longest = self.longest.max(n);
+        self.doubled_bos +=
             usize::from(bos.is_some_and(|bos| sequence.input_ids.starts_with(&[bos, bos])));
         if let Some(end) = mismatch {
-            stats.prefix_mismatches += 1;
-            stats.mismatch.get_or_insert(end);
+            self.prefix_mismatches += 1;
+            self.mismatch.get_or_insert(end);
         }
-        if let Some(limit) = limit.filter(|limit| n > *limit) {
+        // Other strategies of packing cut by themselves.
+        let cuts = options.packing.is_none_or(|p| p == PackingStrategy::Bfd);
+        if let Some(limit) = options.max_length.filter(|limit| cuts && n > *limit) {
             match options.on_truncation {
                 OnTruncation::Truncate => {}
                 OnTruncation::Drop => {
-                    stats.dropped_too_long += 1;
-                    continue;
+                    self.dropped_too_long += 1;
+                    return Ok(None);
                 }
-                OnTruncation::Error => return Err(too_long(&rows[row], n, limit)),
+                OnTruncation::Error => return Err(too_long(&row.at(), n, limit)),
             }
             // packing cuts from the end only
             let mode = match options.packing {
@@ -152,29 +254,22 @@ pub fn prepare(
                 None => options.truncation_mode,
             };
             sequence.cut(limit, mode);
-            stats.truncated += 1;
+            self.truncated += 1;
         }
         if !sequence.target_mask.contains(&true) {
             if options.packing.is_none() {
-                stats.dropped_no_target += 1;
-                continue;
+                self.dropped_no_target += 1;
+                return Ok(None);
             }
-            stats.kept_no_target += 1;
+            self.kept_no_target += 1;
         }
-        stats.tokens += sequence.input_ids.len();
-        stats.target_tokens += sequence.targets();
-        let MaskedSequence { input_ids: ids, target_mask: mask } = sequence;
-        stats.rows_with_eos += usize::from(
-            ids.iter().zip(&mask).skip(1).any(|(id, target)| *target && Some(*id) == eos),
-        );
-        examples.push(SftExample { input_ids: ids, target_mask: mask, row });
+        self.examples += 1;
+        self.tokens += sequence.input_ids.len();
+        self.target_tokens += sequence.targets();
+        let mut targets = sequence.input_ids.iter().zip(&sequence.target_mask).skip(1);
+        self.rows_with_eos += usize::from(targets.any(|(id, target)| *target && Some(*id) == eos));
+        Ok(Some(sequence))
     }
-    stats.examples = examples.len();
-    stats.bad.some_left(examples.len())?;
-    if stats.target_tokens == 0 {
-        return Err(Error::data(&rows[0].file, None, nothing_left(&stats)));
-    }
-    Ok((examples, stats))
 }
 
 /// Rows that are tokenised at once.
@@ -185,17 +280,6 @@ struct Tokens {
     sequence: MaskedSequence,
     mismatch: Option<String>,
     empty: bool, // a text without a character
-}
-
-/// The row that decides the type of all: the first, or where bad rows are dropped the first that
-/// has a type.
-fn first_known<'a>(rows: &'a [Row], options: &SftOptions) -> &'a Row {
-    let known = |row: &&Row| {
-        options.on_bad_row == OnBadRow::Error
-            || Format::detect(row, &options.dataset_text_field)
-                .is_ok_and(|f| f.parse(row, &options.dataset_text_field).is_ok())
-    };
-    rows.iter().find(known).unwrap_or(&rows[0])
 }
 
 /// Everything that is the same for all rows.

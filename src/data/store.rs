@@ -1,15 +1,16 @@
 //! Tokenised rows, flat. Layer 6.
 //!
 //! Invariant: the sequences of a row stand one after the other; ids and mask have the same length.
-//! Ids may lie in a mapped file: then they take no memory but the page cache.
+//! Tokens may lie in a file: then only the index is in memory, where rows begin and end.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
-
-use super::row::Row;
+use super::row::RowPlace;
+use super::token_file::TokenFile;
+use crate::error::{Error, Result};
 
 /// Where rows come from: files and lines. A pack comes from several.
 #[derive(Clone, Debug, Default)]
@@ -35,13 +36,18 @@ impl Places {
     }
 
     /// Adds a row that comes from a row of a file.
-    pub fn push_row(&mut self, row: &Row) {
+    pub fn push_row(&mut self, row: &RowPlace) {
         self.push([(&row.file, row.line)]);
     }
 
     /// Adds a row that comes from no file.
     pub fn push_name(&mut self, name: &str) {
         self.push([(&Path::new(name).into(), 0)]);
+    }
+
+    /// How many rows.
+    pub fn count(&self) -> usize {
+        self.ends.len()
     }
 
     /// `file:line` of each line that a row comes from.
@@ -63,38 +69,89 @@ impl Places {
     }
 }
 
-/// Token ids, in memory or in a file.
+/// Token ids and masks, in memory or in a file.
 #[derive(Clone, Debug)]
-pub(super) enum TokenIds {
-    Owned(Vec<u32>),
-    Mapped { map: Arc<Mmap>, at: usize, count: usize },
+pub(super) enum Tokens {
+    Memory { ids: Vec<u32>, mask: Vec<bool> },
+    File(StoredTokens),
 }
 
-impl TokenIds {
-    /// Adds ids; those of a file are copied first.
-    fn extend(&mut self, more: &[u32]) {
-        match self {
-            TokenIds::Owned(ids) => ids.extend_from_slice(more),
-            TokenIds::Mapped { .. } => *self = TokenIds::Owned([self.all(), more].concat()),
-        }
+/// Tokens in a file: of each row its ids, then its mask, a byte each.
+#[derive(Clone, Debug)]
+pub(super) struct StoredTokens {
+    pub(super) file: Arc<TokenFile>,
+    /// Where the first row begins.
+    pub(super) start: u64,
+    /// Rows that are not yet written.
+    pending: Vec<u8>,
+    /// Tokens that are written.
+    written: u64,
+}
+
+/// Bytes of a token in a file.
+pub(super) const TOKEN_BYTES: u64 = 5;
+
+/// Bytes that are written at once.
+const WRITE: usize = 1 << 20;
+
+impl StoredTokens {
+    /// The `tokens` tokens that stand at `start` of a finished file.
+    pub(super) fn finished(file: Arc<TokenFile>, start: u64, tokens: u64) -> StoredTokens {
+        StoredTokens { file, start, pending: Vec::new(), written: tokens }
     }
 
-    pub(super) fn all(&self) -> &[u32] {
-        match self {
-            TokenIds::Owned(ids) => ids,
-            // The range was checked when the file was opened.
-            TokenIds::Mapped { map, at, count } => {
-                bytemuck::cast_slice(&map[*at..*at + 4 * *count])
+    fn write(&mut self) -> Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let at = self.file.append(&self.pending)?;
+        match self.written {
+            0 => self.start = at,
+            n if at == self.start + TOKEN_BYTES * n => {}
+            _ => return Err(Error::Run("rows of two splits are mixed in the row cache".into())),
+        }
+        self.written += self.pending.len() as u64 / TOKEN_BYTES;
+        self.pending.clear();
+        Ok(())
+    }
+
+    /// The tokens of a row.
+    fn read(&self, tokens: Range<usize>) -> Result<(Vec<u32>, Vec<bool>)> {
+        let (first, count) = (tokens.start as u64, tokens.len());
+        let mut bytes = vec![0u8; TOKEN_BYTES as usize * count];
+        match first.checked_sub(self.written) {
+            None => self.file.read(self.start + TOKEN_BYTES * first, &mut bytes)?,
+            Some(later) => {
+                let at = (TOKEN_BYTES * later) as usize;
+                let end = at + bytes.len();
+                bytes.copy_from_slice(&self.pending[at..end]);
             }
         }
+        let (ids, mask) = bytes.split_at(4 * count);
+        let ids = bytemuck::allocation::pod_collect_to_vec(ids);
+        Ok((ids, mask.iter().map(|target| *target != 0).collect()))
+    }
+}
+
+/// A row of a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredRow<'a> {
+    ids: Cow<'a, [u32]>,
+    mask: Cow<'a, [bool]>,
+    parts: Vec<Range<usize>>,
+}
+
+impl StoredRow<'_> {
+    /// Its sequences: ids, and which of them are loss targets.
+    pub fn sequences(&self) -> impl Iterator<Item = (&[u32], &[bool])> {
+        self.parts.iter().map(|at| (&self.ids[at.clone()], &self.mask[at.clone()]))
     }
 }
 
 /// The tokenised rows of a split.
 #[derive(Clone, Debug)]
 pub struct TokenStore {
-    pub(super) ids: TokenIds,
-    pub(super) mask: Vec<bool>,
+    pub(super) tokens: Tokens,
     /// The end of each sequence, in tokens.
     pub(super) ends: Vec<u64>,
     /// The end of each row, in sequences.
@@ -106,9 +163,14 @@ pub struct TokenStore {
 
 impl Default for TokenStore {
     fn default() -> Self {
+        TokenStore::over(Tokens::Memory { ids: Vec::new(), mask: Vec::new() })
+    }
+}
+
+impl TokenStore {
+    fn over(tokens: Tokens) -> TokenStore {
         TokenStore {
-            ids: TokenIds::Owned(Vec::new()),
-            mask: Vec::new(),
+            tokens,
             ends: Vec::new(),
             rows: Vec::new(),
             labels: Vec::new(),
@@ -116,12 +178,18 @@ impl Default for TokenStore {
             places: Places::default(),
         }
     }
-}
 
-impl TokenStore {
+    /// An empty store whose tokens go to a file. If they cannot be written, they go to memory.
+    pub fn in_file(file: Arc<TokenFile>) -> TokenStore {
+        TokenStore::over(Tokens::File(StoredTokens::finished(file, 0, 0)))
+    }
+
     /// Adds a row of sequences with their masks; its place is pushed apart.
-    pub fn add<'a>(&mut self, sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) {
-        self.add_labelled(sequences, &[]);
+    pub fn add<'a>(
+        &mut self,
+        sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
+    ) -> Result<()> {
+        self.add_labelled(sequences, &[])
     }
 
     /// Adds a row that teaches more than its masks.
@@ -129,34 +197,79 @@ impl TokenStore {
         &mut self,
         sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
         labels: &[u8],
-    ) {
+    ) -> Result<()> {
+        let mut end = self.ends.last().copied().unwrap_or(0);
+        let mut masks: Vec<&[bool]> = Vec::new();
         for (ids, mask) in sequences {
-            self.ids.extend(ids);
-            self.mask.extend_from_slice(mask);
-            self.ends.push(self.mask.len() as u64);
+            match &mut self.tokens {
+                Tokens::Memory { ids: all, mask: masks } => {
+                    all.extend_from_slice(ids);
+                    masks.extend_from_slice(mask);
+                }
+                Tokens::File(to) => {
+                    to.pending.extend_from_slice(bytemuck::cast_slice(ids));
+                    masks.push(mask);
+                }
+            }
+            end += ids.len() as u64;
+            self.ends.push(end);
         }
         self.rows.push(self.ends.len() as u64);
         self.labels.extend_from_slice(labels);
         self.label_ends.push(self.labels.len() as u64);
+        if let Tokens::File(to) = &mut self.tokens {
+            masks.iter().for_each(|m| to.pending.extend_from_slice(bytemuck::cast_slice(m)));
+            if to.pending.len() >= WRITE {
+                self.write()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is not yet in the file; before rows of another split are added to it. Where that
+    /// fails, all rows are read back into memory. Error: they cannot be.
+    pub fn write(&mut self) -> Result<()> {
+        let Tokens::File(to) = &mut self.tokens else { return Ok(()) };
+        if to.write().is_ok() {
+            return Ok(());
+        }
+        let (mut ids, mut mask) = (Vec::new(), Vec::new());
+        for row in 0..self.count() {
+            let row = self.row(row)?;
+            ids.extend_from_slice(&row.ids);
+            mask.extend_from_slice(&row.mask);
+        }
+        self.tokens = Tokens::Memory { ids, mask };
+        Ok(())
     }
 
     pub fn count(&self) -> usize {
         self.rows.len()
     }
 
-    /// The sequences of a row.
-    pub fn sequences(&self, row: usize) -> impl Iterator<Item = (&[u32], &[bool])> {
-        range(&self.rows, row).map(|s| self.sequence(s))
+    /// The tokens of a row. Error: they cannot be read.
+    pub fn row(&self, row: usize) -> Result<StoredRow<'_>> {
+        let sequences = range(&self.rows, row);
+        let first = self.end(sequences.start) as usize;
+        let all = first..self.end(sequences.end) as usize;
+        let part = |s: usize| {
+            let at = range(&self.ends, s);
+            at.start - first..at.end - first
+        };
+        let parts = sequences.map(part).collect();
+        let (ids, mask) = match &self.tokens {
+            Tokens::Memory { ids, mask } => (ids[all.clone()].into(), mask[all].into()),
+            Tokens::File(file) => {
+                let (ids, mask) = file.read(all)?;
+                (ids.into(), mask.into())
+            }
+        };
+        Ok(StoredRow { ids, mask, parts })
     }
 
-    fn sequence(&self, s: usize) -> (&[u32], &[bool]) {
-        let at = range(&self.ends, s);
-        (&self.ids.all()[at.clone()], &self.mask[at])
-    }
-
-    /// All sequences, row after row.
-    pub fn all_sequences(&self) -> impl Iterator<Item = (&[u32], &[bool])> {
-        (0..self.ends.len()).map(|s| self.sequence(s))
+    /// Tokens of the sequences before `s`.
+    fn end(&self, s: usize) -> u64 {
+        if s == 0 { 0 } else { self.ends[s - 1] }
     }
 
     /// What a row teaches beside its masks.
@@ -171,13 +284,11 @@ impl TokenStore {
 
     /// Tokens of each row.
     pub fn row_lengths(&self) -> Vec<usize> {
-        let end = |s: usize| if s == 0 { 0 } else { self.ends[s - 1] as usize };
-        (0..self.count())
-            .map(|row| {
-                let sequences = range(&self.rows, row);
-                end(sequences.end) - end(sequences.start)
-            })
-            .collect()
+        let length = |row: usize| {
+            let sequences = range(&self.rows, row);
+            (self.end(sequences.end) - self.end(sequences.start)) as usize
+        };
+        (0..self.count()).map(length).collect()
     }
 }
 

@@ -21,6 +21,7 @@ use crate::config::{self, PeftConfig, Section, TrainingConfig};
 use crate::data::bad::OnBadRow;
 use crate::data::cache::TokenisedRun;
 use crate::data::chat::{ChatTemplate, TemplateSetup};
+use crate::data::feed::{HeldRows, RowFeed};
 use crate::data::rows::Row;
 use crate::data::split::Split;
 use crate::data::store::TokenStore;
@@ -102,6 +103,18 @@ pub struct MethodInputs<'a> {
     /// The tokenised rows of both splits from an earlier run, for methods with
     /// [`BuildMethod::rows_are_stored`]. `train` and `eval` are then empty.
     pub stored: Option<&'a TokenisedRun>,
+    /// The rows while they are read, for the same methods. Then `train` and `eval` are empty.
+    pub feed: Option<&'a dyn RowFeed>,
+}
+
+impl MethodInputs<'_> {
+    /// The rows, as they are read or as they are here.
+    pub fn feed<T>(&self, take: impl FnOnce(&dyn RowFeed) -> T) -> T {
+        match self.feed {
+            Some(feed) => take(feed),
+            None => take(&HeldRows { train: self.train, eval: self.eval }),
+        }
+    }
 }
 
 /// A method with its rows.
@@ -315,17 +328,18 @@ pub trait Method {
         Vec::new()
     }
 
-    /// Some training sequences, with true for loss targets, for the report. Empty if training rows
-    /// are not sequences.
-    fn masks(&self) -> Vec<MaskedIds> {
-        Vec::new()
+    /// Some training sequences, true where the loss is: for the report. None where training rows
+    /// are not sequences. Error: as of [`Method::row_view`].
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
+        Ok(Vec::new())
     }
 
-    /// A training row in the form that the method trains on, for `temper data`.
-    fn row_view(&self, row: usize) -> RowView;
+    /// A training row as it is trained on: for `temper data`. Error: the file that holds its tokens
+    /// cannot be read.
+    fn row_view(&self, row: usize) -> Result<RowView>;
 
     /// The tokenised rows of a split; None where [`BuildMethod::rows_are_stored`] is false.
-    fn store(&self, _split: Split) -> Option<Cow<'_, TokenStore>> {
+    fn store(&self, _split: Split) -> Option<&TokenStore> {
         None
     }
 
@@ -344,9 +358,9 @@ pub trait Method {
     /// The source of a training row, `file:line`, for messages.
     fn row_source(&self, row: usize) -> String;
 
-    /// Adds what a split trains on, in order: tokens, masks, labels and the columns that rewards
-    /// see, but no file name.
-    fn digest_rows(&self, split: Split, digest: &mut Digest);
+    /// Adds what a split trains on, in order: tokens, masks, labels and columns that rewards see,
+    /// but no file name. Error: as of [`Method::row_view`].
+    fn digest_rows(&self, split: Split, digest: &mut Digest) -> Result<()>;
 
     /// The state of a run beside model and optimizer, as files of a checkpoint.
     fn state(&self) -> Result<StateFiles> {

@@ -111,7 +111,7 @@ impl Reference {
         cx: &mut Cx,
         policy: &Decoder,
         rows: usize,
-        digest: u32,
+        digest: impl Fn() -> Result<u32>,
         compute: impl Fn(&mut Cx, &Decoder, Range<usize>) -> Result<Tensor>,
     ) -> Result<Reference> {
         let ReferenceSetup { free, options, batch, longest, output } = &self.setup;
@@ -135,7 +135,7 @@ impl Reference {
             return with(LogProbSource::Model(Box::new(model)));
         }
         let model = other.as_ref().unwrap_or(policy);
-        let name = format!("ref_log_probs-{:08x}{digest:08x}.f32", weights_digest(cx, model)?);
+        let name = format!("ref_log_probs-{:08x}{:08x}.f32", weights_digest(cx, model)?, digest()?);
         let path = output.join(name);
         if path.is_file() {
             cx.observer
@@ -243,19 +243,25 @@ fn weights_digest(cx: &Cx, model: &Decoder) -> Result<u32> {
     Ok(crc.finalize())
 }
 
-/// A digest of everything else that determines the log-probs of rows.
-pub fn rows_digest<'a>(
-    sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
-    weights: &[f32],
-) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    for (ids, mask) in sequences {
-        crc.update(&(ids.len() as u64).to_le_bytes());
-        crc.update(bytemuck::cast_slice(ids));
-        crc.update(&mask.iter().map(|m| u8::from(*m)).collect::<Vec<u8>>());
+/// A digest of what the log-probs of rows follow from, beside the model: all sequences, then all
+/// weights.
+#[derive(Default)]
+pub struct RowsDigest(crc32fast::Hasher);
+
+impl RowsDigest {
+    pub fn sequence(&mut self, (ids, mask): (&[u32], &[bool])) {
+        self.0.update(&(ids.len() as u64).to_le_bytes());
+        self.0.update(bytemuck::cast_slice(ids));
+        self.0.update(bytemuck::cast_slice(mask));
     }
-    crc.update(bytemuck::cast_slice(weights));
-    crc.finalize()
+
+    pub fn weights(&mut self, weights: &[f32]) {
+        self.0.update(bytemuck::cast_slice(weights));
+    }
+
+    pub fn finish(self) -> u32 {
+        self.0.finalize()
+    }
 }
 
 /// F32 `[n]`.

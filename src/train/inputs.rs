@@ -28,6 +28,9 @@ const MODELS: [(&str, &str); 3] = [
     ("reward_model", "reward model"),
 ];
 
+/// The files that say how a reward model reads a completion.
+const REWARD_TOKENIZER: &str = "tokenizer of the reward model";
+
 /// One input: its digest, and what a message says of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Input {
@@ -70,7 +73,7 @@ impl RunInputs {
             (Split::Eval, "evaluation rows", method.eval_rows()),
         ] {
             let mut digest = Digest::default();
-            method.digest_rows(split, &mut digest);
+            method.digest_rows(split, &mut digest)?;
             all.input(name, digest.finish(), format!("{count} rows"));
         }
         let vocabulary = digest::file(&tokenizer.dir().join("tokenizer.json"))?;
@@ -89,7 +92,12 @@ impl RunInputs {
         for (option, name) in MODELS {
             let value = keys.iter().find(|k| k.name == option).and_then(|k| k.value.as_str());
             if let Some(dir) = value.filter(|v| *v != "none") {
-                all.folder(name, &crate::model::hub::resolve_model(dir)?)?;
+                let dir = crate::model::hub::resolve_model(dir)?;
+                all.folder(name, &dir)?;
+                // A reward model reads completions as its own tokenizer and template write them.
+                if option == "reward_model" {
+                    all.tokenizer(REWARD_TOKENIZER, &dir)?;
+                }
             }
         }
         let rewards = keys.iter().find(|k| k.name == "reward_funcs");
@@ -129,8 +137,13 @@ impl RunInputs {
 
     /// What is not as it was in `old`.
     pub fn changes_from(&self, old: &RunInputs) -> Changes {
+        let mut inputs = self.inputs.clone();
+        // Earlier versions did not write it.
+        if old.inputs.contains_key("reward model") && !old.inputs.contains_key(REWARD_TOKENIZER) {
+            inputs.remove(REWARD_TOKENIZER);
+        }
         Changes {
-            inputs: differences(&old.inputs, &self.inputs),
+            inputs: differences(&old.inputs, &inputs),
             rewards: differences(&old.rewards, &self.rewards),
         }
     }
@@ -141,6 +154,17 @@ impl RunInputs {
 
     fn folder(&mut self, name: &str, dir: &Path) -> Result<()> {
         self.input(name, digest::model_folder(dir)?, dir.display().to_string());
+        Ok(())
+    }
+
+    /// The files of a model's own tokenizer, its chat template among them.
+    fn tokenizer(&mut self, name: &str, dir: &Path) -> Result<()> {
+        let mut digest = Digest::default();
+        for file in Tokenizer::of_model(dir, None)?.files() {
+            digest.text(file.file_name().and_then(|n| n.to_str()).unwrap_or_default());
+            digest.text(&digest::file(file)?);
+        }
+        self.input(name, digest.finish(), dir.display().to_string());
         Ok(())
     }
 

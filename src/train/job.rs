@@ -6,14 +6,15 @@
 #![deny(missing_docs)]
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::inputs::RunInputs;
 use super::plan::{self, PlanRequest};
 use super::row_cache::RowCache;
-use super::rows::{RunFiles, RunRows};
+use super::rows::{FeedReport, RunFeed, RunFiles, RunRows};
 use super::run::{Run, flops_per_token, peak_flops};
 use super::samples::Samples;
-use super::setup::{PlannedModel, RunSetup, Weights, build_again, plan_request};
+use super::setup::{MethodRows, PlannedModel, RunSetup, Weights, build_again, plan_request};
 use super::state::{parts_of, started};
 use super::summary::Summary;
 use super::tuning::{prepare, scheme};
@@ -22,8 +23,8 @@ use crate::autograd::Cx;
 use crate::checkpoint::RunFolder;
 use crate::config::DataFile;
 use crate::data::cache::TokenisedRun;
-use crate::data::format::is_conversation;
 use crate::data::split::Split;
+use crate::data::token_file::TokenFile;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::methods::{BuiltMethod, MaskedIds, Method, MethodRun};
@@ -95,8 +96,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         ));
     }
     let rows = JobData::open(job, &setup, &*observer)?;
-    let inputs =
-        setup.inputs(run, rows.rows(), rows.stored.as_ref(), job.folder.path(), job.rewards);
+    let inputs = setup.inputs(run, rows.rows(), job.folder.path(), job.rewards);
     let BuiltMethod { mut method, summary } = run.method.build(&run.training, &inputs)?;
     observer.info(&summary);
     rows.keep(&*method, &summary, &*observer);
@@ -118,7 +118,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         &setup.tokenizer,
         setup.template.as_ref(),
         &config,
-        rows.are_conversations(),
+        rows.report().conversations,
     )?;
     let longest = method.longest();
     let plan = {
@@ -194,7 +194,7 @@ pub fn execute(mut cx: Cx, job: &Job) -> Result<FinishedJob> {
         flops_per_token: flops,
         samples,
         masks: method
-            .masks()
+            .masks()?
             .iter()
             .map(|row| mask_row(&setup.tokenizer, row))
             .collect::<Result<Vec<_>>>()?,
@@ -234,72 +234,92 @@ fn same_inputs(inputs: &RunInputs, job: &Job, observer: &dyn Observer) -> Result
     )))
 }
 
-/// The rows of a job: read from files, or tokenised by an earlier run.
+/// The rows of a job, and where they come from.
 struct JobData<'a> {
     job: &'a Job<'a>,
-    read: RunRows,
+    rows: JobDataRows<'a>,
     cache: Option<RowCache>,
-    stored: Option<TokenisedRun>,
+    /// The cache file that is being made.
+    file: Option<Arc<TokenFile>>,
+}
+
+enum JobDataRows<'a> {
+    Given(&'a RunRows),
+    /// They are read while they are tokenised.
+    Fed(RunFeed<'a>),
+    /// They were read before: rewards need more of them than tokens.
+    Read(RunRows),
+    /// An earlier run has tokenised them.
+    Stored(TokenisedRun),
 }
 
 impl<'a> JobData<'a> {
-    fn open(job: &'a Job, setup: &RunSetup, observer: &dyn Observer) -> Result<JobData<'a>> {
-        let mut data = JobData { job, read: RunRows::default(), cache: None, stored: None };
-        if let JobRows::Files(files) = job.rows {
-            data.cache = RowCache::of(job.run, setup, files, observer);
-            data.stored = data.cache.as_ref().and_then(|cache| cache.read(observer));
-            if data.stored.is_none() {
-                data.read = RunRows::read(job.run, files, observer)?;
+    fn open(job: &'a Job, setup: &RunSetup, observer: &'a dyn Observer) -> Result<JobData<'a>> {
+        let (run, (cache, file)) = (job.run, (None, None));
+        let files = match job.rows {
+            JobRows::Given(rows) => {
+                return Ok(JobData { job, rows: JobDataRows::Given(rows), cache, file });
             }
+            JobRows::Files(files) => files,
+        };
+        if !run.method.rows_are_stored() {
+            let rows = JobDataRows::Read(RunRows::read(run, files, observer)?);
+            return Ok(JobData { job, rows, cache, file });
         }
-        Ok(data)
+        let cache = RowCache::of(run, setup, files, observer);
+        if let Some(stored) = cache.as_ref().and_then(|cache| cache.read(observer)) {
+            return Ok(JobData { job, rows: JobDataRows::Stored(stored), cache, file });
+        }
+        let file = cache.as_ref().and_then(|cache| cache.begin(observer));
+        let rows = JobDataRows::Fed(RunFeed::new(run, files, file.clone(), observer)?);
+        Ok(JobData { job, rows, cache, file })
     }
 
-    fn rows(&self) -> &RunRows {
-        match self.job.rows {
-            JobRows::Files(_) => &self.read,
-            JobRows::Given(rows) => rows,
+    fn rows(&self) -> MethodRows<'_> {
+        match &self.rows {
+            JobDataRows::Given(rows) => MethodRows::Held(rows),
+            JobDataRows::Read(rows) => MethodRows::Held(rows),
+            JobDataRows::Fed(feed) => MethodRows::Fed(feed),
+            JobDataRows::Stored(stored) => MethodRows::Stored(stored),
         }
     }
 
-    /// Whether the training rows are conversations; the first row decides for all.
-    fn are_conversations(&self) -> bool {
-        match &self.stored {
-            Some(stored) => stored.conversations,
-            None => self.rows().train.first().is_some_and(is_conversation),
+    /// What is known of the rows once the method is built.
+    fn report(&self) -> FeedReport {
+        match &self.rows {
+            JobDataRows::Given(rows) => rows.report(),
+            JobDataRows::Read(rows) => rows.report(),
+            JobDataRows::Fed(feed) => feed.told(),
+            JobDataRows::Stored(stored) => FeedReport {
+                notes: stored.notes.clone(),
+                read: stored.read,
+                conversations: stored.conversations,
+            },
         }
     }
 
-    /// Number of rows that were read for training and for evaluation.
-    fn counts(&self) -> [usize; 2] {
-        let rows = self.rows();
-        self.stored.as_ref().map_or([rows.train.len(), rows.eval.len()], |stored| stored.read)
-    }
-
-    /// Caches the tokenised rows for the next start.
+    /// Keeps what was tokenised for the next start.
     fn keep(&self, method: &dyn Method, summary: &str, observer: &dyn Observer) {
-        let (Some(cache), None) = (&self.cache, &self.stored) else { return };
+        let (Some(cache), Some(file)) = (&self.cache, &self.file) else { return };
         let (train, eval) = (method.store(Split::Train), method.store(Split::Eval));
         let (Some(train), Some(eval)) = (train, eval) else { return };
-        let run = TokenisedRun {
-            summary: summary.into(),
-            notes: self.read.notes.clone(),
-            read: self.counts(),
-            conversations: self.are_conversations(),
-            train: train.into_owned(),
-            eval: eval.into_owned(),
-        };
-        cache.write(&run, observer);
+        let FeedReport { notes, read, conversations } = self.report();
+        let (train, eval) = (train.clone(), eval.clone());
+        let run = TokenisedRun { summary: summary.into(), notes, read, conversations, train, eval };
+        cache.finish(file, &run, observer);
     }
 
     /// The training files, as they were given.
     fn files(&self) -> Vec<String> {
         let mut files: Vec<String> = Vec::new();
-        if let JobRows::Files(given) = self.job.rows {
-            files.extend(given.train.0.iter().map(DataFile::to_string));
-            return files;
-        }
-        for row in &self.rows().train {
+        let given = match self.job.rows {
+            JobRows::Given(rows) => rows,
+            JobRows::Files(given) => {
+                files.extend(given.train.0.iter().map(DataFile::to_string));
+                return files;
+            }
+        };
+        for row in &given.train {
             let file = row.file.display().to_string();
             if files.last() != Some(&file) && !files.contains(&file) {
                 files.push(file);
@@ -311,7 +331,7 @@ impl<'a> JobData<'a> {
 
 /// The facts about a run that its page shows before the curves.
 fn facts(job: &Job, data: &JobData, cx: &Cx, parameters: &str) -> Vec<(String, String)> {
-    let (files, [train, eval]) = (data.files(), data.counts());
+    let (files, [train, eval]) = (data.files(), data.report().read);
     let mut rows = number::count(train as f64);
     if eval > 0 {
         rows += &format!(", and {} to evaluate on", number::count(eval as f64));

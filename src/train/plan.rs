@@ -145,7 +145,8 @@ fn row_step(cx: Cx, model: Decoder, request: &PlanRequest) -> Result<Trainer> {
     let rows = lengths.len() * training.gradient_accumulation_steps;
     let vocab = request.model.vocab_size.max(1);
     let row = |n: usize| ((0..n).map(|i| (i % vocab) as u32).collect(), vec![true; n]);
-    let mut sft = Sft::from_sequences(lengths.iter().cycle().take(rows).map(|n| row(*n)).collect());
+    let rows_of_step = lengths.iter().cycle().take(rows).map(|n| row(*n)).collect();
+    let mut sft = Sft::from_sequences(rows_of_step)?;
     let mut trainer = Trainer::new(cx, model, training, rows)?;
     trainer.step(&mut sft)?;
     drop(reference);

@@ -19,6 +19,7 @@ use super::rows::{RunFiles, files_of};
 use super::setup::RunSetup;
 use crate::data::cache::{self, TokenisedRun};
 use crate::data::jinja::Clock;
+use crate::data::token_file::TokenFile;
 use crate::digest::{self, Digest};
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -120,22 +121,30 @@ impl RowCache {
         }
     }
 
-    /// Caches the rows for the next start. Reports a failed write.
-    pub fn write(&self, rows: &TokenisedRun, observer: &dyn Observer) {
-        let dir = fsio::parent(&self.path);
-        match cache::write(&self.path, &self.key, &self.files, rows) {
-            Ok(()) => prune(dir, &self.path),
-            Err(e) => {
-                observer.warn(&format!(
-                    "the tokenised rows were not kept for the next start: {e}; data_cache=off goes without, \
-                     data_cache=DIR keeps them elsewhere"
-                ));
-            }
+    /// The file that rows are written to while they are made. What keeps it from being made is
+    /// told; then they stay in memory.
+    pub fn begin(&self, observer: &dyn Observer) -> Option<Arc<TokenFile>> {
+        let begun = cache::begin(&self.path);
+        begun.map_err(|e| not_kept(&e, observer)).ok()
+    }
+
+    /// Keeps the rows for the next start. A full disk is told.
+    pub fn finish(&self, file: &TokenFile, rows: &TokenisedRun, observer: &dyn Observer) {
+        match cache::finish(file, &self.path, &self.key, &self.files, rows) {
+            Ok(()) => prune(fsio::parent(&self.path), &self.path),
+            Err(e) => not_kept(&e, observer),
         }
     }
 }
 
-/// The default cache folder: TEMPER_CACHE, else the user's cache folder. None: neither is set.
+fn not_kept(e: &Error, observer: &dyn Observer) {
+    observer.warn(&format!(
+        "the tokenised rows were not kept for the next start: {e}; data_cache=off goes without, \
+         data_cache=DIR keeps them elsewhere"
+    ));
+}
+
+/// TEMPER_CACHE, else the user's cache folder. None: neither is known.
 fn usual_folder() -> Option<PathBuf> {
     let of = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     of("TEMPER_CACHE")

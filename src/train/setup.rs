@@ -11,8 +11,10 @@ use super::rows::RunRows;
 use crate::config::TrainingConfig;
 use crate::data::cache::TokenisedRun;
 use crate::data::chat::{ChatTemplate, TemplateSetup};
+use crate::data::feed::RowFeed;
 use crate::data::jinja::Clock;
 use crate::data::render::template_setup;
+use crate::data::rows::Row;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::methods::{BuildMethod, BuiltMethod, Method, MethodInputs, MethodRun};
@@ -28,7 +30,18 @@ pub enum Weights {
     NotNeeded,
 }
 
-/// The state of a run before its rows are read.
+/// The rows that a method is built from.
+#[derive(Clone, Copy)]
+pub enum MethodRows<'a> {
+    /// They are here.
+    Held(&'a RunRows),
+    /// They are read while they are tokenised: for methods over fixed rows.
+    Fed(&'a dyn RowFeed),
+    /// An earlier run has tokenised them.
+    Stored(&'a TokenisedRun),
+}
+
+/// A run before its rows are read.
 pub struct RunSetup {
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
@@ -66,26 +79,32 @@ impl RunSetup {
         Ok(RunSetup { tokenizer, template, templates, began, config })
     }
 
-    /// The inputs from which the method is built. `stored`: rows that an earlier run has tokenised.
+    /// What the method is built from.
     pub fn inputs<'a>(
         &'a self,
         run: &MethodRun,
-        rows: &'a RunRows,
-        stored: Option<&'a TokenisedRun>,
+        rows: MethodRows<'a>,
         output: &'a Path,
         rewards: &'a [RewardFunction],
     ) -> MethodInputs<'a> {
+        let none: &[Row] = &[];
+        let (train, eval, feed, stored) = match rows {
+            MethodRows::Held(rows) => (&*rows.train, &*rows.eval, None, None),
+            MethodRows::Fed(rows) => (none, none, Some(rows), None),
+            MethodRows::Stored(rows) => (none, none, None, Some(rows)),
+        };
         MethodInputs {
             tokenizer: &self.tokenizer,
             template: self.template.as_ref(),
             model: &self.config,
-            train: &rows.train,
-            eval: &rows.eval,
+            train,
+            eval,
             on_bad_row: run.training.reading.on_bad_row,
             output,
             rewards,
             setup: &self.templates,
             stored,
+            feed,
         }
     }
 }

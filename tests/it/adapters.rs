@@ -67,7 +67,8 @@ fn bottleneck_adapters_match_adapter_hub_and_round_trip() {
         assert_eq!(logps(&mut cx, &again, &losses()["ids"]), found, "{name}: written and read");
 
         let mut sft =
-            Sft::from_sequences(ids.iter().map(|r| (r.clone(), vec![true; r.len()])).collect());
+            Sft::from_sequences(ids.iter().map(|r| (r.clone(), vec![true; r.len()])).collect())
+                .unwrap();
         let mut trainer = Trainer::new(cx, decoder, run.training.clone(), ids.len()).unwrap();
         trainer.step(&mut sft).unwrap();
         let params = trainer.model.trained();

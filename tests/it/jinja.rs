@@ -26,12 +26,14 @@ fn snippets_render_as_in_jinja2_or_are_an_error() {
         match (render(source), want) {
             (Ok(got), Some(want)) if got == *want => same += 1,
             (Err(_), None) => same += 1,
-            (Err(e), Some(_)) => refused.push(format!("{source}: {e}")),
+            // docs/templates.md says why.
+            (Err(e), Some(_)) if source == "{{ 10 ** 50 }}" => refused.push(e),
+            (Err(e), Some(_)) => differ.push(format!("{source}\n   {e}")),
             (Ok(got), want) => differ.push(format!("{source}\n   {got:?} not {want:?}")),
         }
     }
     println!("{same} same, {} refused:\n{}", refused.len(), refused.join("\n"));
-    assert!(refused.len() <= 3, "more snippets are refused than before");
+    assert!(refused.len() == 1 && refused[0].contains("**"), "{refused:?}");
     assert!(
         differ.is_empty(),
         "{} of {} differ:\n{}",

@@ -73,7 +73,7 @@ fn measured(
     let row = |r: usize| {
         ((0..length).map(|i| ((r * 7 + i * 3) % 300) as u32).collect(), vec![true; length])
     };
-    let mut sft = Sft::from_sequences((0..2 * rows).map(row).collect());
+    let mut sft = Sft::from_sequences((0..2 * rows).map(row).collect()).unwrap();
     let mut trainer = Trainer::new(cx, model, run.training.clone(), 2 * rows).unwrap();
     for _ in 0..2 {
         trainer.step(&mut sft).unwrap();

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::support::{MODEL, command, finish, write_rows};
 
-fn copy(from: &Path, to: &Path) {
+pub fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
@@ -18,19 +18,19 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// A model, rows and an output folder of which any part can be changed between two starts.
-struct Setup {
+pub struct Setup {
     dir: tempfile::TempDir,
 }
 
 impl Setup {
-    fn new() -> Setup {
+    pub fn new() -> Setup {
         let setup = Setup { dir: tempfile::tempdir().unwrap() };
         copy(Path::new(MODEL), &setup.path("model"));
         setup.rows("rows.jsonl", 8);
         setup
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -53,13 +53,13 @@ impl Setup {
 
     /// Trains to the end; then the newest checkpoint and the model go, so that there is a rest to
     /// resume.
-    fn first(&self, method: &str, more: &[&str]) {
+    pub fn first(&self, method: &str, more: &[&str]) {
         let (code, said) = finish(&mut self.command(method, "model", "rows.jsonl", more));
         assert_eq!(code, Some(0), "{said}");
         std::fs::remove_dir_all(self.path("out/checkpoint-4")).unwrap();
     }
 
-    fn resume(
+    pub fn resume(
         &self,
         method: &str,
         model: &str,

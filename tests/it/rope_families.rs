@@ -119,7 +119,7 @@ fn adapters_and_quantised_bases_of_other_ropes_learn_and_generate() {
                 cx.set_rng(0, 0, 0).unwrap();
                 cx.recompute = recompute;
                 let model = prepared(&cx, case, &run);
-                let mut sft = Sft::from_sequences(sequences());
+                let mut sft = Sft::from_sequences(sequences()).unwrap();
                 let mut trainer = Trainer::new(cx, model, run.training.clone(), 4).unwrap();
                 let losses: Vec<f32> =
                     (0..8).map(|_| trainer.step(&mut sft).unwrap().loss).collect();
@@ -164,7 +164,7 @@ fn the_plan_of_other_ropes_is_their_high_water_mark() {
                 .build(&cx)
                 .unwrap();
             let trained = prepare(&cx, base, &run.peft, None, Path::new("model"), 1).unwrap();
-            let mut sft = Sft::from_sequences(sequences());
+            let mut sft = Sft::from_sequences(sequences()).unwrap();
             let mut trainer = Trainer::new(cx, trained, run.training.clone(), 4).unwrap();
             for _ in 0..2 {
                 trainer.step(&mut sft).unwrap();

@@ -118,6 +118,7 @@ pub fn with_inputs<T>(
         output: Path::new("unused"),
         rewards: &[],
         stored: None,
+        feed: None,
     })
 }
 

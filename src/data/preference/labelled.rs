@@ -9,9 +9,10 @@ use rayon::prelude::*;
 use super::encode::{Encoder, pair};
 use super::{OnTruncation, PreferenceOptions, PreferenceStats, TruncationMode};
 use crate::data::chat::ChatTemplate;
+use crate::data::feed::{Encoded, RowEncoder, encode_all};
 use crate::data::format::{Content, Format, ParsedRow, RowContent};
 use crate::data::masked::MaskedSequence;
-use crate::data::rows::Row;
+use crate::data::rows::{Row, RowPlace};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 
@@ -54,6 +55,54 @@ pub fn mismatched(
     examples.chunks(batch.max(1)).flat_map(rotate).collect()
 }
 
+/// [`mismatched`] as the examples come.
+pub struct CrossedEncoder<'a> {
+    labelled: LabelledEncoder<'a>,
+    /// Rows of a batch. None: nothing is crossed.
+    batch: Option<usize>,
+    waiting: Encoded<Labelled>,
+}
+
+impl<'a> CrossedEncoder<'a> {
+    pub fn new(labelled: LabelledEncoder<'a>, batch: Option<usize>) -> CrossedEncoder<'a> {
+        CrossedEncoder { labelled, batch: batch.map(|n| n.max(1)), waiting: Vec::new() }
+    }
+
+    /// Crosses the whole batches that wait, or with `all` the rest, too.
+    fn cross(&mut self, all: bool, examples: &mut Encoded<CrossedExample>) {
+        let limit = self.labelled.options.max_length;
+        let whole = match self.batch {
+            Some(batch) if !all => self.waiting.len() - self.waiting.len() % batch,
+            _ => self.waiting.len(),
+        };
+        let (places, own): (Vec<RowPlace>, Vec<Labelled>) = self.waiting.drain(..whole).unzip();
+        let crossed = self.batch.map(|batch| mismatched(&own, batch, limit)).unwrap_or_default();
+        let mut crossed = crossed.into_iter();
+        let pairs = own.into_iter().map(|own| (own, crossed.next()));
+        examples.extend(places.into_iter().zip(pairs));
+    }
+}
+
+/// An example, and its prompt with another's completion.
+pub type CrossedExample = (Labelled, Option<MaskedSequence>);
+
+impl RowEncoder for CrossedEncoder<'_> {
+    type Example = CrossedExample;
+    type Stats = PreferenceStats;
+
+    fn encode(&mut self, rows: &[Row], examples: &mut Encoded<CrossedExample>) -> Result<()> {
+        self.labelled.encode(rows, &mut self.waiting)?;
+        self.cross(false, examples);
+        Ok(())
+    }
+
+    fn finish(mut self, examples: &mut Encoded<CrossedExample>) -> Result<PreferenceStats> {
+        self.labelled.take_apart(true, &mut self.waiting)?;
+        self.cross(true, examples);
+        self.labelled.stats.finish()
+    }
+}
+
 /// Rows that TRL takes apart at once when it unpairs: the chosen of so many rows come before their
 /// rejected.
 const UNPAIR: usize = 1000;
@@ -67,46 +116,100 @@ pub fn labelled(
     vocab: usize,
     options: &PreferenceOptions,
 ) -> Result<(Vec<Labelled>, PreferenceStats)> {
-    let mut stats = PreferenceStats::new(rows, options)?;
-    let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
-    let maker = Maker { encoder, assistant_only: options.assistant_only_loss };
-    let paired = rows[0].has("chosen") || rows[0].has("rejected");
-    let made: Vec<Result<Vec<Made>>> = rows
-        .par_iter()
-        .map(|row| if paired { both(&maker, row) } else { Ok(vec![single(&maker, row)?]) })
-        .collect();
-    let mut good: Vec<(usize, Vec<Made>)> = Vec::with_capacity(rows.len());
-    for (row, made) in made.into_iter().enumerate() {
-        good.extend(stats.bad.admit(made)?.map(|made| (row, made)));
+    encode_all(LabelledEncoder::new(tokenizer, template, vocab, options)?, rows)
+}
+
+/// Tokenises labelled rows, or pairs, as they come.
+pub struct LabelledEncoder<'a> {
+    maker: Maker<'a>,
+    options: &'a PreferenceOptions,
+    /// Whether rows are pairs: the first says it for all.
+    paired: Option<bool>,
+    /// Good rows that are not yet taken apart, each with its number.
+    good: Vec<(RowPlace, usize, Vec<Made>)>,
+    stats: PreferenceStats,
+}
+
+impl<'a> LabelledEncoder<'a> {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: Option<&'a ChatTemplate>,
+        vocab: usize,
+        options: &'a PreferenceOptions,
+    ) -> Result<LabelledEncoder<'a>> {
+        let stats = PreferenceStats::new(options)?;
+        let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
+        let maker = Maker { encoder, assistant_only: options.assistant_only_loss };
+        Ok(LabelledEncoder { maker, options, paired: None, good: Vec::new(), stats })
     }
-    let mut order: Vec<(usize, Made)> = Vec::new();
-    for made in good.chunks(UNPAIR) {
-        let sides = if paired { 2 } else { 1 };
-        for side in 0..sides {
-            order.extend(made.iter().map(|(row, sides)| (*row, sides[side].clone())));
+
+    /// Makes examples of the good rows, so many at a time as TRL does; with `all` of the rest, too.
+    fn take_apart(&mut self, all: bool, examples: &mut Encoded<Labelled>) -> Result<()> {
+        let good = std::mem::take(&mut self.good);
+        let mut rest = good.into_iter();
+        while rest.len() >= UNPAIR || (all && rest.len() > 0) {
+            let part: Vec<_> = rest.by_ref().take(UNPAIR).collect();
+            let sides = if self.paired == Some(true) { 2 } else { 1 };
+            for side in 0..sides {
+                for (place, number, made) in &part {
+                    let example = self.admit(place, made[side].clone(), *number)?;
+                    examples.extend(example.map(|example| (place.clone(), example)));
+                }
+            }
         }
+        self.good = rest.collect();
+        Ok(())
     }
-    let mut examples = Vec::with_capacity(order.len());
-    for (row, made) in order {
+
+    /// Counts what a side became. None: it is dropped.
+    fn admit(&mut self, place: &RowPlace, made: Made, row: usize) -> Result<Option<Labelled>> {
+        let LabelledEncoder { options, stats, .. } = self;
         stats.mismatched(made.mismatch);
         let n = made.prompt.len() + made.completion.len();
         let full = options.max_length.is_some_and(|limit| made.prompt.len() >= limit);
         if full && options.on_truncation == OnTruncation::Truncate {
             stats.longest = stats.longest.max(n);
             stats.dropped_no_target += 1;
-            stats.dropped(&rows[row]);
-            continue;
+            stats.dropped(place);
+            return Ok(None);
         }
-        if !stats.admit(&rows[row], n, options, true)? {
-            continue;
+        if !stats.admit(place, n, options, true)? {
+            return Ok(None);
         }
         let Made { prompt, completion, target_mask, label, .. } = made;
         let example = Labelled { prompt, completion, target_mask, label, row };
         stats.count(&example.sequence(options.max_length));
-        examples.push(example);
+        stats.examples += 1;
+        Ok(Some(example))
     }
-    let stats = stats.finish(examples.len(), rows)?;
-    Ok((examples, stats))
+}
+
+impl RowEncoder for LabelledEncoder<'_> {
+    type Example = Labelled;
+    type Stats = PreferenceStats;
+
+    fn encode(&mut self, rows: &[Row], examples: &mut Encoded<Labelled>) -> Result<()> {
+        let Some(first) = rows.first() else { return Ok(()) };
+        let is_pair = first.has("chosen") || first.has("rejected");
+        let paired = *self.paired.get_or_insert(is_pair);
+        let number = self.stats.rows;
+        self.stats.read(rows);
+        let make = |row: &Row| match paired {
+            true => both(&self.maker, row),
+            false => Ok(vec![single(&self.maker, row)?]),
+        };
+        let made: Vec<Result<Vec<Made>>> = rows.par_iter().map(make).collect();
+        for (i, made) in made.into_iter().enumerate() {
+            let made = self.stats.bad.admit(made)?;
+            self.good.extend(made.map(|made| (rows[i].at(), number + i, made)));
+        }
+        self.take_apart(false, examples)
+    }
+
+    fn finish(mut self, examples: &mut Encoded<Labelled>) -> Result<PreferenceStats> {
+        self.take_apart(true, examples)?;
+        self.stats.finish()
+    }
 }
 
 /// What is the same for all rows.

@@ -18,14 +18,14 @@ mod steps;
 use std::fmt;
 
 use super::bad::{BadRows, OnBadRow};
-use super::masked::{MaskedSequence, check_rows, too_long, write_mismatches};
-use super::rows::Row;
+use super::masked::{MaskedSequence, check_length, no_rows, too_long, write_mismatches};
+use super::rows::{Row, RowPlace};
 use crate::error::{Error, Result};
 
 pub use crate::config::{OnTruncation, TruncationMode};
-pub use labelled::{Labelled, labelled, mismatched};
-pub use pairs::{PairExample, PairStyle, pairs};
-pub use steps::{StepExample, StepOptions, steps};
+pub use labelled::{CrossedEncoder, Labelled, LabelledEncoder, labelled, mismatched};
+pub use pairs::{PairEncoder, PairExample, PairStyle, pairs};
+pub use steps::{StepEncoder, StepExample, StepOptions, steps};
 
 /// TRL's names and defaults.
 #[derive(Clone, Debug)]
@@ -71,13 +71,13 @@ pub struct PreferenceStats {
     pub mismatch: Option<String>, // the end of the first prompt that is no prefix
     pub bad: BadRows,
     pub first_dropped: Option<String>, // FILE:LINE of the first row that was dropped
+    first: Option<RowPlace>,
 }
 
 impl PreferenceStats {
-    fn new(rows: &[Row], options: &PreferenceOptions) -> Result<PreferenceStats> {
-        check_rows(rows, options.max_length)?;
+    fn new(options: &PreferenceOptions) -> Result<PreferenceStats> {
+        check_length(options.max_length)?;
         Ok(PreferenceStats {
-            rows: rows.len(),
             max_length: options.max_length,
             target_tokens: Some(0),
             bad: BadRows::new(options.on_bad_row),
@@ -92,15 +92,23 @@ impl PreferenceStats {
         }
     }
 
-    fn dropped(&mut self, row: &Row) {
-        self.first_dropped.get_or_insert_with(|| format!("{}:{}", row.file.display(), row.line));
+    /// Counts rows that were read.
+    fn read(&mut self, rows: &[Row]) {
+        self.rows += rows.len();
+        if let (None, Some(first)) = (&self.first, rows.first()) {
+            self.first = Some(first.at());
+        }
+    }
+
+    fn dropped(&mut self, row: &RowPlace) {
+        self.first_dropped.get_or_insert_with(|| row.to_string());
     }
 
     /// What becomes of a row with a sequence of `n` tokens: false if it is dropped. `cuts`: TRL
     /// would cut it.
     fn admit(
         &mut self,
-        row: &Row,
+        row: &RowPlace,
         n: usize,
         options: &PreferenceOptions,
         cuts: bool,
@@ -121,16 +129,17 @@ impl PreferenceStats {
         }
     }
 
+    /// Counts a sequence of an example.
     fn count(&mut self, sequence: &MaskedSequence) {
         self.tokens += sequence.input_ids.len();
         self.target_tokens = self.target_tokens.map(|n| n + sequence.targets());
     }
 
     /// An error if nothing is left.
-    fn finish(mut self, examples: usize, rows: &[Row]) -> Result<PreferenceStats> {
-        self.examples = examples;
-        self.bad.some_left(examples)?;
-        if examples > 0 {
+    fn finish(self) -> Result<PreferenceStats> {
+        let Some(first) = &self.first else { return Err(no_rows()) };
+        self.bad.some_left(self.examples)?;
+        if self.examples > 0 {
             return Ok(self);
         }
         let limit = self.max_length.unwrap_or(0);
@@ -138,7 +147,7 @@ impl PreferenceStats {
             "max_length={limit} leaves none of the {} rows; raise max_length (the longest sequence has {} tokens)",
             self.rows, self.longest
         );
-        Err(Error::data(&rows[0].file, None, message))
+        Err(Error::data(&first.file, None, message))
     }
 }
 

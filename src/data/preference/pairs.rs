@@ -8,10 +8,11 @@ use rayon::prelude::*;
 use super::encode::{Encoder, Pair, pair};
 use super::{OnTruncation, PreferenceOptions, PreferenceStats, TruncationMode};
 use crate::data::chat::ChatTemplate;
+use crate::data::feed::{Encoded, RowEncoder, encode_all};
 use crate::data::format::Content;
 use crate::data::masked::{MaskedSequence, common};
 use crate::data::render::mixed;
-use crate::data::rows::{Row, kind};
+use crate::data::rows::{Row, RowPlace, kind};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -73,28 +74,49 @@ pub fn pairs(
     style: PairStyle,
     options: &PreferenceOptions,
 ) -> Result<(Vec<PairExample>, PreferenceStats)> {
-    let mut stats = PreferenceStats::new(rows, options)?;
-    if style == PairStyle::Reward {
-        stats.target_tokens = None;
+    encode_all(PairEncoder::new(tokenizer, template, vocab, style, options)?, rows)
+}
+
+/// Tokenises pairs as they come.
+pub struct PairEncoder<'a> {
+    encoder: Encoder<'a>,
+    style: PairStyle,
+    options: &'a PreferenceOptions,
+    /// Whether rows have a margin: the first says it for all.
+    margins: Option<bool>,
+    stats: PreferenceStats,
+}
+
+impl<'a> PairEncoder<'a> {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: Option<&'a ChatTemplate>,
+        vocab: usize,
+        style: PairStyle,
+        options: &'a PreferenceOptions,
+    ) -> Result<PairEncoder<'a>> {
+        let mut stats = PreferenceStats::new(options)?;
+        if style == PairStyle::Reward {
+            stats.target_tokens = None;
+        }
+        let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
+        Ok(PairEncoder { encoder, style, options, margins: None, stats })
     }
-    let encoder = Encoder::new(tokenizer, template, vocab, options.eos_token.as_deref())?;
-    let margins = rows[0].has("margin");
-    let make = |row: &Row| -> Result<Made> {
+
+    fn make(&self, row: &Row, margins: bool) -> Result<Made> {
         let margin = if margins { Some(margin(row)?) } else { None };
-        let (chosen, rejected, mismatch) = match style {
-            PairStyle::Dpo => dpo(&encoder, row, options.assistant_only_loss)?,
-            PairStyle::Orpo => orpo(&encoder, row)?,
-            PairStyle::Reward => reward(&encoder, row)?,
+        let (chosen, rejected, mismatch) = match self.style {
+            PairStyle::Dpo => dpo(&self.encoder, row, self.options.assistant_only_loss)?,
+            PairStyle::Orpo => orpo(&self.encoder, row)?,
+            PairStyle::Reward => reward(&self.encoder, row)?,
         };
         Ok(Made { chosen, rejected, margin, mismatch })
-    };
-    let made: Vec<Result<Made>> = rows.par_iter().map(make).collect();
-    let mut examples = Vec::with_capacity(rows.len());
-    for (row, made) in made.into_iter().enumerate() {
-        let Some(Made { mut chosen, mut rejected, margin, mismatch }) = stats.bad.admit(made)?
-        else {
-            continue;
-        };
+    }
+
+    /// Counts what a row became, and cuts it. None: it is dropped.
+    fn admit(&mut self, place: &RowPlace, made: Made, row: usize) -> Result<Option<PairExample>> {
+        let PairEncoder { style, options, stats, .. } = self;
+        let Made { mut chosen, mut rejected, margin, mismatch } = made;
         stats.mismatched(mismatch);
         let longest = chosen.input_ids.len().max(rejected.input_ids.len());
         let long = options.max_length.is_some_and(|limit| longest > limit);
@@ -102,21 +124,21 @@ pub fn pairs(
         // done
         let free = |s: &MaskedSequence| s.target_mask.iter().take_while(|t| !**t).count();
         let fills = |limit: usize| free(&chosen).max(free(&rejected)) >= limit;
-        let mode = if style == PairStyle::Dpo {
-            options.truncation_mode
-        } else {
-            TruncationMode::KeepStart
+        let mode = match style {
+            PairStyle::Dpo => options.truncation_mode,
+            PairStyle::Orpo | PairStyle::Reward => TruncationMode::KeepStart,
         };
         let full =
             long && mode == TruncationMode::KeepStart && options.max_length.is_some_and(fills);
-        if full && style != PairStyle::Reward && options.on_truncation == OnTruncation::Truncate {
+        let cuts = *style != PairStyle::Reward;
+        if full && cuts && options.on_truncation == OnTruncation::Truncate {
             stats.longest = stats.longest.max(longest);
             stats.dropped_no_target += 1;
-            stats.dropped(&rows[row]);
-            continue;
+            stats.dropped(place);
+            return Ok(None);
         }
-        if !stats.admit(&rows[row], longest, options, style != PairStyle::Reward)? {
-            continue;
+        if !stats.admit(place, longest, options, cuts)? {
+            return Ok(None);
         }
         if let Some(limit) = options.max_length {
             chosen.cut(limit, mode);
@@ -124,10 +146,33 @@ pub fn pairs(
         }
         stats.count(&chosen);
         stats.count(&rejected);
-        examples.push(PairExample::new(chosen, rejected, margin, row));
+        stats.examples += 1;
+        Ok(Some(PairExample::new(chosen, rejected, margin, row)))
     }
-    let stats = stats.finish(examples.len(), rows)?;
-    Ok((examples, stats))
+}
+
+impl RowEncoder for PairEncoder<'_> {
+    type Example = PairExample;
+    type Stats = PreferenceStats;
+
+    fn encode(&mut self, rows: &[Row], examples: &mut Encoded<PairExample>) -> Result<()> {
+        let Some(first) = rows.first() else { return Ok(()) };
+        let margins = *self.margins.get_or_insert(first.has("margin"));
+        let number = self.stats.rows;
+        self.stats.read(rows);
+        let made: Vec<Result<Made>> = rows.par_iter().map(|row| self.make(row, margins)).collect();
+        for (i, made) in made.into_iter().enumerate() {
+            let Some(made) = self.stats.bad.admit(made)? else { continue };
+            let place = rows[i].at();
+            let example = self.admit(&place, made, number + i)?;
+            examples.extend(example.map(|example| (place, example)));
+        }
+        Ok(())
+    }
+
+    fn finish(self, _: &mut Encoded<PairExample>) -> Result<PreferenceStats> {
+        self.stats.finish()
+    }
 }
 
 fn margin(row: &Row) -> Result<f32> {

@@ -9,8 +9,9 @@ use serde_json::Value;
 
 use super::encode::Encoder;
 use super::{PreferenceOptions, PreferenceStats};
+use crate::data::feed::{Encoded, RowEncoder, encode_all};
 use crate::data::masked::MaskedSequence;
-use crate::data::rows::{Row, kind};
+use crate::data::rows::{Row, RowPlace, kind};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -42,38 +43,78 @@ pub fn steps(
     how: &StepOptions,
     options: &PreferenceOptions,
 ) -> Result<(Vec<StepExample>, PreferenceStats)> {
-    let mut stats = PreferenceStats::new(rows, options)?;
-    let encoder = Encoder::new(tokenizer, None, vocab, options.eos_token.as_deref())?;
-    if tokenizer.encode(&how.step_separator, false)?.is_empty() {
-        let message =
-            format!("step_separator={:?} has no token to carry the labels", how.step_separator);
-        return Err(Error::Config(message));
+    encode_all(StepEncoder::new(tokenizer, vocab, how, options)?, rows)
+}
+
+/// Tokenises steps as they come.
+pub struct StepEncoder<'a> {
+    encoder: Encoder<'a>,
+    how: &'a StepOptions,
+    options: &'a PreferenceOptions,
+    stats: PreferenceStats,
+}
+
+impl<'a> StepEncoder<'a> {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        vocab: usize,
+        how: &'a StepOptions,
+        options: &'a PreferenceOptions,
+    ) -> Result<StepEncoder<'a>> {
+        let stats = PreferenceStats::new(options)?;
+        let encoder = Encoder::new(tokenizer, None, vocab, options.eos_token.as_deref())?;
+        if tokenizer.encode(&how.step_separator, false)?.is_empty() {
+            let message =
+                format!("step_separator={:?} has no token to carry the labels", how.step_separator);
+            return Err(Error::Config(message));
+        }
+        Ok(StepEncoder { encoder, how, options, stats })
     }
-    let made: Vec<Result<StepExample>> =
-        rows.par_iter().enumerate().map(|(i, row)| one(&encoder, row, i, how)).collect();
-    let mut examples = Vec::with_capacity(rows.len());
-    for made in made {
-        let Some(mut example) = stats.bad.admit(made)? else { continue };
-        let row = &rows[example.row];
-        if !stats.admit(row, example.input_ids.len(), options, true)? {
-            continue;
+
+    /// Counts what a row became, and cuts it. None: it is dropped.
+    fn admit(&mut self, place: &RowPlace, mut made: StepExample) -> Result<Option<StepExample>> {
+        let StepEncoder { options, stats, .. } = self;
+        if !stats.admit(place, made.input_ids.len(), options, true)? {
+            return Ok(None);
         }
         let limit = options.max_length.unwrap_or(usize::MAX);
-        example.input_ids.truncate(limit);
-        example.labels.retain(|(at, _)| *at < limit);
-        if example.labels.is_empty() {
+        made.input_ids.truncate(limit);
+        made.labels.retain(|(at, _)| *at < limit);
+        if made.labels.is_empty() {
             stats.truncated -= 1;
             stats.dropped_no_target += 1;
-            stats.dropped(row);
-            continue;
+            stats.dropped(place);
+            return Ok(None);
         }
-        let mut mask = vec![false; example.input_ids.len()];
-        example.labels.iter().for_each(|(at, _)| mask[*at] = true);
-        stats.count(&MaskedSequence { input_ids: example.input_ids.clone(), target_mask: mask });
-        examples.push(example);
+        let mut mask = vec![false; made.input_ids.len()];
+        made.labels.iter().for_each(|(at, _)| mask[*at] = true);
+        stats.count(&MaskedSequence { input_ids: made.input_ids.clone(), target_mask: mask });
+        stats.examples += 1;
+        Ok(Some(made))
     }
-    let stats = stats.finish(examples.len(), rows)?;
-    Ok((examples, stats))
+}
+
+impl RowEncoder for StepEncoder<'_> {
+    type Example = StepExample;
+    type Stats = PreferenceStats;
+
+    fn encode(&mut self, rows: &[Row], examples: &mut Encoded<StepExample>) -> Result<()> {
+        let number = self.stats.rows;
+        self.stats.read(rows);
+        let make = |(i, row): (usize, &Row)| one(&self.encoder, row, number + i, self.how);
+        let made: Vec<Result<StepExample>> = rows.par_iter().enumerate().map(make).collect();
+        for (row, made) in rows.iter().zip(made) {
+            let Some(made) = self.stats.bad.admit(made)? else { continue };
+            let place = row.at();
+            let example = self.admit(&place, made)?;
+            examples.extend(example.map(|example| (place, example)));
+        }
+        Ok(())
+    }
+
+    fn finish(self, _: &mut Encoded<StepExample>) -> Result<PreferenceStats> {
+        self.stats.finish()
+    }
 }
 
 fn one(encoder: &Encoder, row: &Row, index: usize, how: &StepOptions) -> Result<StepExample> {

@@ -5,6 +5,7 @@
 //! of other rows are dropped at every depth; a message's null content stays, since templates ask
 //! for it.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::Path;
@@ -30,35 +31,38 @@ pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
         let message = "is feather version 1; write it again with version=2";
         return Err(Error::data(path, None, message));
     }
-    // the library checks less than it should on broken files
-    let read = || -> Result<()> {
-        if magic == *b"ARROW1" {
-            let reader = FileReader::try_new(file, None).map_err(|e| broken(path, e))?;
-            let wanted = readable(&reader.schema(), rows)?;
-            read_batches(path, reader, &wanted, rows)
-        } else {
-            let reader = StreamReader::try_new(file, None).map_err(|e| broken(path, e))?;
-            let wanted = readable(&reader.schema(), rows)?;
-            read_batches(path, reader, &wanted, rows)
-        }
-    };
-    caught(read).unwrap_or_else(|panic| Err(broken(path, panic)))
+    let failed = |e: String| broken(path, e);
+    if magic == *b"ARROW1" {
+        let reader = parsed(|| FileReader::try_new(file, None)).map_err(failed)?;
+        let wanted = readable(&reader.schema(), rows)?;
+        read_batches(path, reader, &wanted, rows)
+    } else {
+        let reader = parsed(|| StreamReader::try_new(file, None)).map_err(failed)?;
+        let wanted = readable(&reader.schema(), rows)?;
+        read_batches(path, reader, &wanted, rows)
+    }
 }
 
-fn broken(path: &Path, e: impl std::fmt::Display) -> Error {
+/// What the library makes of a file; it checks less than it should on broken ones. No more than
+/// its own calls stand inside: what becomes of a row later must not be taken for a broken file.
+pub fn parsed<T, E: Display>(f: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    caught(f)?.map_err(|e| e.to_string())
+}
+
+fn broken(path: &Path, e: impl Display) -> Error {
     Error::data(path, None, format!("not an arrow or feather file that can be read: {e}"))
 }
 
 fn read_batches(
     path: &Path,
-    batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    mut batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
     wanted: &[usize],
     rows: &mut FileRows,
 ) -> Result<()> {
     let mut first = 1;
-    for batch in batches {
-        let batch = batch.and_then(|b| b.project(wanted)).map_err(|e| broken(path, e))?;
-        first = push_batch(&batch, first, rows)?;
+    let mut next = || parsed(|| batches.next().map(|b| b?.project(wanted)).transpose());
+    while let Some(batch) = next().map_err(|e| broken(path, e))? {
+        first = push_batch(&batch, first, rows, |e| broken(path, e))?;
     }
     Ok(())
 }
@@ -78,7 +82,7 @@ pub fn readable(schema: &Schema, rows: &mut FileRows) -> Result<Vec<usize>> {
     for i in left {
         let field = schema.field(i);
         let why = unreadable(field.data_type()).unwrap_or_default();
-        rows.read.notes.push(format!(
+        rows.sink.notes.push(format!(
             "{}: column {:?} is not read, it holds {why}",
             rows.file.display(),
             field.name()
@@ -106,9 +110,14 @@ fn unreadable(of: &DataType) -> Option<String> {
 }
 
 /// Pushes the rows of a batch, of which the first has number `first`; returns the next number.
-pub fn push_batch(batch: &RecordBatch, first: usize, rows: &mut FileRows) -> Result<usize> {
+pub fn push_batch(
+    batch: &RecordBatch,
+    first: usize,
+    rows: &mut FileRows,
+    broken: impl Fn(String) -> Error,
+) -> Result<usize> {
     for i in 0..batch.num_rows() {
-        let value = row(batch, i, rows);
+        let value = caught(|| row(batch, i, rows)).map_err(&broken)?;
         rows.push(first + i, value)?;
     }
     Ok(first + batch.num_rows())

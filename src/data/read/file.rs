@@ -10,13 +10,11 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::open;
-use crate::config::{DataOptions, OnBadRow};
-use crate::data::bad::BadRows;
+use super::sink::RowSink;
+use crate::config::DataOptions;
 use crate::data::format::FIELDS;
 use crate::data::row::{Row, kind};
-use crate::device::cgroup;
 use crate::error::{Error, Result};
-use crate::fsio::size_text;
 
 /// Which columns are read where a file stores them apart.
 #[derive(Clone, Debug)]
@@ -26,53 +24,12 @@ pub enum WantedFields {
     Known(Vec<String>),
 }
 
-/// The rows of some files.
-pub struct ReadRows {
-    pub rows: Vec<Row>,
-    pub bad: BadRows,
-    /// What to tell about the files.
-    pub notes: Vec<String>,
-    /// Bytes that the rows take, about, and may take.
-    held: usize,
-    most: usize,
-}
-
-impl ReadRows {
-    /// No rows yet. They may take half of the memory that is free: what is made of them needs the
-    /// rest.
-    pub fn new(on_bad_row: OnBadRow, notes: Vec<String>) -> ReadRows {
-        let most = cgroup::host_memory(Path::new("/")).free / 2;
-        ReadRows { rows: Vec::new(), bad: BadRows::new(on_bad_row), notes, held: 0, most }
-    }
-
-    /// Takes a row. Error: there is no memory for it.
-    fn take(&mut self, row: Row) -> Result<()> {
-        self.held += size_of::<Row>() + row.value.iter().map(|(k, v)| entry(k, v)).sum::<usize>();
-        if self.held > self.most {
-            return Err(Error::OutOfMemory(format!(
-                "{}: the rows before it take {}, half of the memory that is free, and what is made of them needs the rest; \
-                 give fewer rows, or take a machine with more memory",
-                row.place(),
-                size_text(self.most as u64)
-            )));
-        }
-        self.rows.push(row);
-        Ok(())
-    }
-
-    /// Everything to tell: notes, then what was dropped.
-    pub fn told(&self) -> Vec<String> {
-        let bad = (self.bad.count > 0).then(|| self.bad.to_string());
-        self.notes.iter().cloned().chain(bad).collect()
-    }
-}
-
 /// Where the rows of one file go.
-pub struct FileRows<'a> {
+pub struct FileRows<'a, 't> {
     pub file: Arc<Path>,
     pub options: &'a DataOptions,
     fields: &'a WantedFields,
-    pub read: &'a mut ReadRows,
+    pub sink: &'a mut RowSink<'t>,
     /// Columns of `columns` that some row had.
     found: BTreeSet<&'a str>,
     /// All columns of the file, as far as they are known.
@@ -80,15 +37,15 @@ pub struct FileRows<'a> {
     rows: usize,
 }
 
-impl<'a> FileRows<'a> {
+impl<'a, 't> FileRows<'a, 't> {
     pub fn new(
         path: &Path,
         options: &'a DataOptions,
         fields: &'a WantedFields,
-        read: &'a mut ReadRows,
-    ) -> FileRows<'a> {
+        sink: &'a mut RowSink<'t>,
+    ) -> FileRows<'a, 't> {
         let (found, columns) = (BTreeSet::new(), BTreeSet::new());
-        FileRows { file: path.into(), options, fields, read, found, columns, rows: 0 }
+        FileRows { file: path.into(), options, fields, sink, found, columns, rows: 0 }
     }
 
     pub fn limit(&self) -> usize {
@@ -127,8 +84,8 @@ impl<'a> FileRows<'a> {
     /// Takes a row, or the reason why there is none.
     pub fn push(&mut self, line: usize, value: Result<Value, String>) -> Result<()> {
         let row = self.row(line, value);
-        match self.read.bad.admit(row)? {
-            Some(row) => self.read.take(row),
+        match self.sink.bad.admit(row)? {
+            Some(row) => self.sink.push(row),
             None => Ok(()),
         }
     }
@@ -250,43 +207,9 @@ fn compact(object: Map<String, Value>) -> Map<String, Value> {
     out
 }
 
-/// What a field takes, about: its slot in the object and in its table, and what the allocator adds to
-/// each of its parts.
-fn entry(key: &str, value: &Value) -> usize {
-    const SLOT: usize = 64;
-    size_of::<(String, Value)>() + SLOT + key.len() + heap(value)
-}
-
-/// What a value takes beside itself, about.
-fn heap(value: &Value) -> usize {
-    match value {
-        Value::String(text) => text.len() + size_of::<usize>(),
-        Value::Array(items) => items.iter().map(|v| size_of::<Value>() + heap(v)).sum(),
-        Value::Object(object) => object.iter().map(|(k, v)| entry(k, v)).sum(),
-        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rows_beyond_the_memory_are_an_error_at_their_line() {
-        let options = DataOptions::default();
-        let fields = WantedFields::All;
-        let mut read = ReadRows::new(options.on_bad_row, Vec::new());
-        read.most = 100_000;
-        let mut file = FileRows::new(Path::new("a.jsonl"), &options, &fields, &mut read);
-        let row = || Ok(serde_json::json!({ "text": "x".repeat(1000) }));
-        let line = (1..).find(|line| file.push(*line, row()).is_err()).unwrap();
-        assert!((60..100).contains(&line), "{line}");
-        let said = file.push(line, row()).unwrap_err().to_string();
-        assert!(
-            said.contains(&format!("a.jsonl:{line}: the rows before it take 97.7 KiB")),
-            "{said}"
-        );
-    }
 
     #[test]
     fn a_compact_row_is_the_same_row() {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `open` | which files are meant by a path, a folder or a pattern; compression |
 //! | `file` | columns renamed, bad rows counted |
+//! | `sink` | rows kept, or handed on in batches |
 //! | `json` | lines and arrays of JSON |
 //! | `csv` | comma- and tab-separated text |
 //! | `arrow` | columns of arrow, feather and parquet files |
@@ -19,15 +20,36 @@ mod file;
 mod json;
 mod open;
 mod parquet;
+mod sink;
 
 use std::path::PathBuf;
 
 use crate::config::DataOptions;
+use crate::data::bad::BadRows;
+use crate::data::row::Row;
 use crate::error::{Error, Result};
 use file::FileRows;
+use sink::RowSink;
 
-pub use file::{ReadRows, WantedFields};
+pub use file::WantedFields;
 pub use open::FolderSplit;
+pub use sink::{RowBatch, TakeRows};
+
+/// The rows of some files.
+pub struct ReadRows {
+    pub rows: Vec<Row>,
+    pub bad: BadRows,
+    /// What to tell about the files.
+    pub notes: Vec<String>,
+}
+
+impl ReadRows {
+    /// Everything to tell: notes, then what was dropped.
+    pub fn told(&self) -> Vec<String> {
+        let bad = (self.bad.count > 0).then(|| self.bad.to_string());
+        self.notes.iter().cloned().chain(bad).collect()
+    }
+}
 
 /// The files that paths name, in the order in which they are read.
 pub fn files(paths: &[PathBuf], split: FolderSplit) -> Result<Vec<PathBuf>> {
@@ -41,12 +63,34 @@ pub fn read(
     options: &DataOptions,
     fields: &WantedFields,
 ) -> Result<ReadRows> {
+    read_into(paths, split, options, fields, None)
+}
+
+/// The same, but hands the rows to `take`, a batch at a time, and keeps none. Returns everything to
+/// tell.
+pub fn each<'t>(
+    paths: &[PathBuf],
+    split: FolderSplit,
+    options: &DataOptions,
+    fields: &WantedFields,
+    take: &'t mut TakeRows<'t>,
+) -> Result<Vec<String>> {
+    Ok(read_into(paths, split, options, fields, Some(take))?.told())
+}
+
+fn read_into<'t>(
+    paths: &[PathBuf],
+    split: FolderSplit,
+    options: &DataOptions,
+    fields: &WantedFields,
+    take: Option<&'t mut TakeRows<'t>>,
+) -> Result<ReadRows> {
     let mut notes = Vec::new();
     let files = open::expand(paths, split, &mut notes)?;
-    let mut read = ReadRows::new(options.on_bad_row, notes);
+    let mut sink = RowSink::new(options.on_bad_row, notes, take);
     for path in files {
-        let (before, bad) = (read.rows.len(), read.bad.count);
-        let mut file = FileRows::new(&path, options, fields, &mut read);
+        let (before, bad) = (sink.count, sink.bad.count);
+        let mut file = FileRows::new(&path, options, fields, &mut sink);
         match open::format(&path)? {
             open::FileFormat::Lines => json::read(&path, json::JsonLayout::Lines, &mut file)?,
             open::FileFormat::Json => json::read(&path, json::JsonLayout::Array, &mut file)?,
@@ -56,7 +100,7 @@ pub fn read(
             open::FileFormat::Arrow => arrow::read(&path, &mut file)?,
         }
         file.finish()?;
-        if read.rows.len() == before && read.bad.count == bad {
+        if sink.count == before && sink.bad.count == bad {
             return Err(Error::data(
                 &path,
                 None,
@@ -64,6 +108,8 @@ pub fn read(
             ));
         }
     }
-    read.bad.some_left(read.rows.len())?;
-    Ok(read)
+    sink.hand_on()?;
+    sink.bad.some_left(sink.count)?;
+    let RowSink { batch, bad, notes, .. } = sink;
+    Ok(ReadRows { rows: batch.rows, bad, notes })
 }

@@ -12,7 +12,6 @@ use parquet::file::metadata::ParquetMetaData;
 
 use super::arrow;
 use super::file::FileRows;
-use crate::data::panics::caught;
 use crate::error::{Error, Result};
 
 /// Bytes that a batch may take.
@@ -24,22 +23,23 @@ pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
     let opened = File::open(path).map_err(|e| Error::io(path, e))?;
     let broken =
         |e: String| Error::data(path, None, format!("not a parquet file that can be read: {e}"));
-    // the library checks less than it should on broken files
-    let read = || -> Result<()> {
-        let builder =
-            ParquetRecordBatchReaderBuilder::try_new(opened).map_err(|e| broken(e.to_string()))?;
-        let wanted = arrow::readable(builder.schema(), rows)?;
+    let builder = arrow::parsed(|| ParquetRecordBatchReaderBuilder::try_new(opened));
+    let builder = builder.map_err(broken)?;
+    let wanted = arrow::readable(builder.schema(), rows)?;
+    let reader = arrow::parsed(|| {
         let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
         let batch = batch_rows(builder.metadata(), &mask);
-        let reader = builder.with_projection(mask).with_batch_size(batch).build();
-        let mut first = 1;
-        for batch in reader.map_err(|e| broken(e.to_string()))? {
-            let batch = batch.map_err(|e| broken(format!("{e} (near row {first})")))?;
-            first = arrow::push_batch(&batch, first, rows)?;
+        builder.with_projection(mask).with_batch_size(batch).build()
+    });
+    let mut reader = reader.map_err(broken)?;
+    let mut first = 1;
+    loop {
+        let batch = arrow::parsed(|| reader.next().transpose());
+        match batch.map_err(|e| broken(format!("{e} (near row {first})")))? {
+            Some(batch) => first = arrow::push_batch(&batch, first, rows, broken)?,
+            None => return Ok(()),
         }
-        Ok(())
-    };
-    caught(read).unwrap_or_else(|panic| Err(broken(panic)))
+    }
 }
 
 /// No value is larger than its column chunk, so this many rows of flat columns fit in a batch even

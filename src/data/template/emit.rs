@@ -147,14 +147,27 @@ fn extra(tokens: &[(Token, usize)]) -> bool {
     })
 }
 
+/// Whether these tokens ask of the name before them whether it is defined.
+fn asks_if_defined(next: &[(Token, usize)]) -> bool {
+    let word = |i: usize| match next.get(i) {
+        Some((Token::Name(name), _)) => name.as_str(),
+        _ => "",
+    };
+    let test = if word(1) == "not" { word(2) } else { word(1) };
+    word(0) == "is" && matches!(test, "defined" | "undefined")
+}
+
 /// Refuses what would exhaust the stack of a recursive compiler.
 fn bounded(tokens: &[(Token, usize)], line: usize) -> Result<(), Fault> {
     let (mut depth, mut operators, mut signs) = (0usize, vec![0usize], 0);
-    for (token, _) in tokens {
+    for (i, (token, _)) in tokens.iter().enumerate() {
+        let asked = asks_if_defined(&tokens[i + 1..]);
         let prefix = matches!(token, Token::Op("-" | "+"))
             || matches!(token, Token::Name(n) if matches!(n.as_str(), "not" | "else"));
         signs = if prefix { signs + 1 } else { 0 };
         match token {
+            // It is a function of random text; whether there is one can be asked.
+            Token::Name(n) if n == "lipsum" && asked => {}
             Token::Name(n) if matches!(n.as_str(), "lipsum" | "self" | "super") => {
                 return Err((format!("'{n}' is not supported"), line));
             }

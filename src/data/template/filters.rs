@@ -168,7 +168,11 @@ fn quote(text: &str, in_query: bool) -> String {
 }
 
 /// Jinja2's `format`, which is Python's `%`: `%s` and `%r` print as Python does.
-fn format_values(state: &mut State, format: Value, args: Rest<Value>) -> Result<Value, Error> {
+pub(super) fn format_values(
+    state: &mut State,
+    format: Value,
+    args: Rest<Value>,
+) -> Result<Value, Error> {
     let Some(text) = format.as_str() else { return fault("format takes a string") };
     super::python::widths(text)?;
     let mut args = args.0;

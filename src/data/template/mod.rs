@@ -6,7 +6,9 @@ pub mod emit;
 pub mod filters;
 pub mod lexer;
 pub mod operators;
+pub mod percent;
 pub mod python;
+pub mod remainder;
 pub mod rewrite;
 
 /// Python's whitespace (`str.isspace`).

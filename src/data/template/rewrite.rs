@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use super::lexer::{Fault, Token};
+use super::remainder;
 
 type Tokens = Vec<(Token, usize)>;
 
@@ -181,6 +182,10 @@ impl Rewrite<'_> {
                         operand.push((self.known(name, FILTERS, "filter", soft, *line)?, *line));
                     }
                 }
+                // What is asked of it is whether it is defined, and in Jinja2 it is.
+                Token::Name(name) if name == "lipsum" => {
+                    operand.push((Token::Name("true".into()), *line));
+                }
                 Token::Name(name) if name == "is" => {
                     operand.push((token.clone(), *line));
                     if name_of_at(tokens, i) == Some("not") {
@@ -253,8 +258,9 @@ impl Rewrite<'_> {
         parts: &mut Vec<(Tokens, &'static str, usize)>,
         operand: &mut Tokens,
     ) -> Result<(), Fault> {
-        let last = std::mem::take(operand);
+        let last = remainder::rewrite(std::mem::take(operand));
         let mut all = std::mem::take(parts);
+        all.iter_mut().for_each(|part| part.0 = remainder::rewrite(std::mem::take(&mut part.0)));
         let Some(line) = all.first().map(|p| p.2) else {
             out.extend(last);
             return Ok(());

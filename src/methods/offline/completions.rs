@@ -6,7 +6,7 @@
 
 use crate::autograd::Cx;
 use crate::data::masked::MaskedSequence;
-use crate::data::preference::{PairExample, PairStyle, PreferenceOptions, pairs};
+use crate::data::preference::{PairEncoder, PairExample, PairStyle, PreferenceOptions};
 use crate::error::Result;
 use crate::methods::offline::MicroBatch;
 use crate::methods::offline::rows::Rows;
@@ -27,8 +27,8 @@ pub struct PairRows {
 }
 
 /// The pairs of a micro-batch.
-pub struct PairBatch<'a> {
-    pub pairs: Vec<&'a PairExample>,
+pub struct PairBatch {
+    pub pairs: Vec<PairExample>,
     /// Tokens of both sides.
     pub tokens: usize,
     /// F32 [pairs]: the weight of each pair in the loss.
@@ -44,27 +44,21 @@ impl PairRows {
     ) -> Result<(PairRows, String)> {
         let MethodInputs { tokenizer, template, model, on_bad_row, .. } = *inputs;
         let options = PreferenceOptions { on_bad_row, ..options.clone() };
-        let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
-            pairs(rows, tokenizer, template, model.vocab_size, style, &options)
-        })?;
+        let encoder = |_| PairEncoder::new(tokenizer, template, model.vocab_size, style, &options);
+        let (rows, stats) = Rows::tokenise(inputs, encoder, |pair| pair)?;
         Ok((PairRows { rows, share_prompts: true }, stats))
     }
 
-    pub fn open(&self, cx: &Cx, micro: &MicroBatch) -> Result<PairBatch<'_>> {
-        let pairs = self.rows.pick(micro.split, micro.rows);
+    pub fn open(&self, cx: &Cx, micro: &MicroBatch) -> Result<PairBatch> {
+        let pairs = self.rows.pick(micro.split, micro.rows)?;
         let weight = floats(cx, &vec![micro.share(); pairs.len()])?;
         let tokens = sequences(&pairs).map(|s| s.input_ids.len()).sum();
         Ok(PairBatch { pairs, tokens, weight })
     }
 
-    /// The pairs as one packed batch for a model with vocabulary `vocab`, and the row of each
-    /// side's last token (not counting virtual tokens).
-    pub fn batch(
-        &self,
-        cx: &Cx,
-        vocab: Vocab,
-        pairs: &[&PairExample],
-    ) -> Result<(Batch, Vec<i32>)> {
+    /// The pairs as one packed batch for a model of `vocab`, and the row of each side's last token
+    /// (without virtual tokens).
+    pub fn batch(&self, cx: &Cx, vocab: Vocab, pairs: &[PairExample]) -> Result<(Batch, Vec<i32>)> {
         let (mut groups, mut ends): (Vec<Group>, Vec<i32>) = (Vec::new(), Vec::new());
         let mut row = 0;
         for e in pairs {
@@ -89,8 +83,8 @@ impl PairRows {
     }
 }
 
-impl PairBatch<'_> {
-    /// One number for each side, F32 [pairs, 2].
+impl PairBatch {
+    /// A number of each side, F32 [pairs, 2].
     pub fn sides(&self, cx: &Cx, of: impl Fn(&MaskedSequence) -> usize) -> Result<Tensor> {
         let values: Vec<f32> = sequences(&self.pairs).map(|s| of(s) as f32).collect();
         floats(cx, &values)?.reshape(&[self.pairs.len(), 2])
@@ -98,7 +92,7 @@ impl PairBatch<'_> {
 }
 
 /// Both sides of each pair, the chosen first.
-pub fn sequences<'a>(pairs: &'a [&PairExample]) -> impl Iterator<Item = &'a MaskedSequence> {
+pub fn sequences(pairs: &[PairExample]) -> impl Iterator<Item = &MaskedSequence> {
     pairs.iter().flat_map(|e| [&e.chosen, &e.rejected])
 }
 

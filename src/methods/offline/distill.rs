@@ -13,7 +13,7 @@
 
 use crate::autograd::Cx;
 use crate::config::{Report, TrainingConfig, TruncationOptions, section};
-use crate::data::sft::{SftExample, SftOptions, prepare};
+use crate::data::sft::{SftEncoder, SftExample, SftOptions};
 use crate::error::Result;
 use crate::methods::offline::rows::{RowSet, Rows, Split, targets};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
@@ -64,9 +64,8 @@ impl BuildMethod for DistillConfig {
             on_bad_row,
             ..(&self.truncation).into()
         };
-        let (rows, stats) = Rows::tokenise(inputs, |_, rows| {
-            prepare(rows, tokenizer, template, model.vocab_size, &options)
-        })?;
+        let encoder = |_| SftEncoder::new(tokenizer, template, model.vocab_size, &options);
+        let (rows, stats) = Rows::tokenise(inputs, encoder, |example| example)?;
         let teacher = Teacher::new(&self.teacher)?;
         let scale = (1.0 / self.temperature) as f32;
         let method = DistillObjective { rows, scale, teacher };
@@ -85,8 +84,8 @@ impl OfflineObjective for DistillObjective {
         &self.rows
     }
 
-    fn weight(&self, split: Split, row: usize) -> f64 {
-        targets(&self.rows.of(split)[row].target_mask) as f64
+    fn weight(&self, split: Split, row: usize) -> Result<f64> {
+        Ok(targets(&self.rows.example(split, row)?.target_mask) as f64)
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
@@ -94,7 +93,8 @@ impl OfflineObjective for DistillObjective {
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
-        let examples = self.rows.pick(micro.split, micro.rows);
+        let examples = self.rows.pick(micro.split, micro.rows)?;
+        let examples: Vec<&SftExample> = examples.iter().collect();
         let (total, train) = (micro.total, micro.train);
         Ok(match self.teacher.divergence(cx, model, &examples, total, self.scale, train)? {
             Some(Divergence { loss, tokens }) => LossOutput::new(loss, tokens, || Ok(Vec::new())),

@@ -24,6 +24,7 @@
 //! Layer 7. Invariant: at the first step the policy is the reference, bit for bit, so the margins
 //! are exactly 0.
 
+use std::ops::Range;
 use std::path::Path;
 
 use crate::autograd::Cx;
@@ -36,7 +37,7 @@ use crate::methods::offline::completions::{
 };
 use crate::methods::offline::rows::{Example, RowSet, Rows};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::reference::{Reference, ReferenceSetup, rows_digest};
+use crate::methods::reference::{Reference, ReferenceSetup, RowsDigest};
 use crate::methods::{BuildMethod, BuiltMethod, Footprint, MethodEntry, MethodInputs, StateFiles};
 use crate::model::decoder::Decoder;
 use crate::ops::add::axpy;
@@ -202,23 +203,26 @@ impl DpoObjective {
         Ok((dpo, stats))
     }
 
-    /// A method over tokenised pairs, against the initial weights or, under an adapter, the base:
-    /// for benches and tests.
-    pub fn from_pairs(config: &DpoConfig, pairs: Vec<PairExample>) -> OfflineMethod<DpoObjective> {
-        let rows = Rows::of_examples(pairs, |row| format!("row {}", row + 1));
+    /// Over pairs that are tokenised already, against the initial weights or, under an adapter, the
+    /// base: for benches and tests.
+    pub fn from_pairs(
+        config: &DpoConfig,
+        pairs: &[PairExample],
+    ) -> Result<OfflineMethod<DpoObjective>> {
+        let rows = Rows::of_examples(pairs, |row| format!("row {}", row + 1))?;
         let longest = rows.longest();
         let setup = ReferenceSetup { batch: 1, longest, ..Default::default() };
-        OfflineMethod(DpoObjective {
+        Ok(OfflineMethod(DpoObjective {
             pairs: PairRows { rows, share_prompts: true },
             op: config.op(),
             ld_alpha: config.ld_alpha.map(|a| a as f32),
             use_weighting: config.use_weighting,
             reference: Reference::new(setup).free(config.reference_free),
-        })
+        }))
     }
 
     /// The weight of each target's log-prob in its completion's sum.
-    fn token_weights(&self, pairs: &[&PairExample]) -> Vec<f32> {
+    fn token_weights(&self, pairs: &[PairExample]) -> Vec<f32> {
         let beyond = self.ld_alpha.unwrap_or(1.0);
         let mut weights = Vec::new();
         for e in pairs {
@@ -230,7 +234,7 @@ impl DpoObjective {
         weights
     }
 
-    fn sums(&self, cx: &mut Cx, model: &Decoder, pairs: &[&PairExample]) -> Result<Tensor> {
+    fn sums(&self, cx: &mut Cx, model: &Decoder, pairs: &[PairExample]) -> Result<Tensor> {
         let (batch, _) = self.pairs.batch(cx, model.vocab(), pairs)?;
         Ok(forward(cx, model, &batch, &self.token_weights(pairs), HeadPass::default())?.sums)
     }
@@ -255,11 +259,21 @@ impl OfflineObjective for DpoObjective {
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
-        let all: Vec<&PairExample> = self.pairs.rows.all().collect();
-        let sides = all.iter().flat_map(|e| e.sequences());
-        let digest = rows_digest(sides, &self.token_weights(&all));
-        let compute = |cx: &mut Cx, model: &Decoder, range| self.sums(cx, model, &all[range]);
-        self.reference = self.reference.attached(cx, model, all.len(), digest, compute)?;
+        let rows = &self.pairs.rows;
+        let digest = || {
+            let mut digest = RowsDigest::default();
+            for row in 0..rows.total() {
+                rows.nth(row)?.sequences().into_iter().for_each(|s| digest.sequence(s));
+            }
+            for row in 0..rows.total() {
+                digest.weights(&self.token_weights(&[rows.nth(row)?]));
+            }
+            Ok(digest.finish())
+        };
+        let compute = |cx: &mut Cx, model: &Decoder, range: Range<usize>| {
+            self.sums(cx, model, &range.map(|row| rows.nth(row)).collect::<Result<Vec<_>>>()?)
+        };
+        self.reference = self.reference.attached(cx, model, rows.total(), digest, compute)?;
         Ok(())
     }
 

@@ -16,6 +16,7 @@
 //! Layer 7. Invariant: a reference and its policy see the same sequences; evaluation never changes
 //! delta.
 
+use std::ops::Range;
 use std::path::Path;
 
 use crate::autograd::Cx;
@@ -23,13 +24,13 @@ use crate::config::{
     LengthOptions, ReferenceOptions, Report, SamplingStrategy, TrainingConfig, section,
 };
 use crate::data::masked::MaskedSequence;
-use crate::data::preference::{PreferenceOptions, labelled, mismatched};
+use crate::data::preference::{CrossedEncoder, LabelledEncoder, PreferenceOptions};
 use crate::error::{Error, Result};
 use crate::fsio;
 use crate::methods::offline::completions::{HeadPass, forward};
 use crate::methods::offline::rows::{Example, LabelledPair, RowSet, Rows, Split};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
-use crate::methods::reference::{Reference, floats, rows_digest};
+use crate::methods::reference::{Reference, RowsDigest, floats};
 use crate::methods::{
     BuildMethod, BuiltMethod, Footprint, MASKS, MaskedIds, MethodEntry, MethodInputs, StateFiles,
 };
@@ -136,22 +137,19 @@ impl KtoObjective {
         let assistant_only_loss = config.assistant_only_loss;
         let options =
             PreferenceOptions { assistant_only_loss, on_bad_row, ..(&config.length).into() };
-        let (rows, mut stats) = Rows::tokenise(inputs, |split, rows| {
-            let (examples, stats) =
-                labelled(rows, tokenizer, template, model.vocab_size, &options)?;
+        let encoder = |split| {
             let batch = match split {
                 Split::Train => training.per_device_train_batch_size,
                 Split::Eval => training.per_device_eval_batch_size,
             };
-            let crossed = if cross { mismatched(&examples, batch, limit) } else { Vec::new() };
-            let mut crossed = crossed.into_iter();
-            let pair = |e| LabelledPair::new(e, limit, crossed.next());
-            Ok((examples.iter().map(pair).collect(), stats))
-        })?;
+            let labelled = LabelledEncoder::new(tokenizer, template, model.vocab_size, &options)?;
+            Ok(CrossedEncoder::new(labelled, cross.then_some(batch)))
+        };
+        let pair = |(own, crossed)| LabelledPair::new(&own, limit, crossed);
+        let (rows, mut stats) = Rows::tokenise(inputs, encoder, pair)?;
         if inputs.stored.is_none() {
             // After a list of bad rows a sentence must begin on a new line.
-            stats +=
-                &imbalance(&rows.train, config).map(|said| format!("\n{said}")).unwrap_or_default();
+            stats += &imbalance(&rows, config).map(|said| format!("\n{said}")).unwrap_or_default();
         }
         let reference = Reference::of(&config.reference, training, inputs, rows.longest());
         let op = Unpaired {
@@ -163,9 +161,18 @@ impl KtoObjective {
         Ok((KtoObjective { rows, op, reference, delta: None }, stats))
     }
 
-    /// All sequences that the reference scores: each row's own and its crossed one.
-    fn all(&self) -> Vec<&MaskedSequence> {
-        self.rows.all().flat_map(|e| std::iter::once(&e.own).chain(&e.crossed)).collect()
+    /// Sequences of a row: its own and, for KTO's estimate, the crossed one.
+    fn each(&self) -> usize {
+        1 + usize::from(self.op.loss == UnpairedLoss::Kto)
+    }
+
+    /// Of all sequences that the reference is asked for, the one with number `i`.
+    fn sequence(&self, i: usize) -> Result<MaskedSequence> {
+        let LabelledPair { own, crossed, .. } = self.rows.nth(i / self.each())?;
+        match (i % self.each(), crossed) {
+            (1, Some(crossed)) => Ok(crossed),
+            _ => Ok(own),
+        }
     }
 
     /// The reference's sums, F32 `[n]`, of the own or the crossed sequences of the micro-batch.
@@ -176,8 +183,8 @@ impl KtoObjective {
         crossed: bool,
         sequences: &[&MaskedSequence],
     ) -> Result<Tensor> {
-        let each = 1 + usize::from(self.op.loss == UnpairedLoss::Kto);
-        let index = |r: &usize| each * self.rows.index(micro.split, *r) + usize::from(crossed);
+        let index =
+            |r: &usize| self.each() * self.rows.index(micro.split, *r) + usize::from(crossed);
         let indices: Vec<usize> = micro.rows.iter().map(index).collect();
         self.reference.values(cx, &indices, |cx, model| sums(cx, model, sequences))
     }
@@ -228,9 +235,10 @@ fn sums(cx: &mut Cx, model: &Decoder, sequences: &[&MaskedSequence]) -> Result<T
 
 /// A warning if desirable_weight x desirable : undesirable_weight x undesirable is outside [1,
 /// 4/3], the range that the paper recommends.
-fn imbalance(rows: &[LabelledPair], config: &KtoConfig) -> Option<String> {
-    let good = rows.iter().filter(|r| r.label).count() as f64;
-    let bad = rows.len() as f64 - good;
+fn imbalance(rows: &Rows<LabelledPair>, config: &KtoConfig) -> Option<String> {
+    let count = rows.count(Split::Train);
+    let good = (0..count).filter(|row| rows.labels(Split::Train, *row) == [1]).count() as f64;
+    let bad = count as f64 - good;
     let ratio = config.desirable_weight * good / (config.undesirable_weight * bad);
     let off = config.loss_type == UnpairedLoss::Kto
         && good > 0.0
@@ -249,24 +257,34 @@ impl OfflineObjective for KtoObjective {
         &self.rows
     }
 
-    fn masks(&self) -> Vec<MaskedIds> {
-        let own = self.rows.train.iter().take(MASKS).map(|e| &e.own);
-        own.map(|s| (s.input_ids.clone(), s.target_mask.clone())).collect()
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
+        let own = |row| self.rows.example(Split::Train, row).map(|e| e.own);
+        let own = (0..self.rows.count(Split::Train).min(MASKS)).map(own);
+        own.map(|s| s.map(|s| (s.input_ids, s.target_mask))).collect()
     }
 
     fn attach(&mut self, cx: &mut Cx, model: &Decoder) -> Result<()> {
         if self.op.loss == UnpairedLoss::Bco {
             self.delta = Some(floats(cx, &[0.0, 0.0])?);
         }
-        let all = self.all();
-        let digest = rows_digest(self.rows.all().flat_map(Example::sequences), &[]);
-        let compute = |cx: &mut Cx, model: &Decoder, range| sums(cx, model, &all[range]);
-        self.reference = self.reference.attached(cx, model, all.len(), digest, compute)?;
+        let all = self.each() * self.rows.total();
+        let digest = || {
+            let mut digest = RowsDigest::default();
+            for row in 0..self.rows.total() {
+                self.rows.nth(row)?.sequences().into_iter().for_each(|s| digest.sequence(s));
+            }
+            Ok(digest.finish())
+        };
+        let compute = |cx: &mut Cx, model: &Decoder, range: Range<usize>| {
+            let some = range.map(|i| self.sequence(i)).collect::<Result<Vec<_>>>()?;
+            sums(cx, model, &some.iter().collect::<Vec<_>>())
+        };
+        self.reference = self.reference.attached(cx, model, all, digest, compute)?;
         Ok(())
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
-        let rows = self.rows.pick(micro.split, micro.rows);
+        let rows = self.rows.pick(micro.split, micro.rows)?;
         let own: Vec<&MaskedSequence> = rows.iter().map(|e| &e.own).collect();
         let n = own.len();
         let tokens = own.iter().map(|s| s.input_ids.len()).sum();

@@ -15,7 +15,6 @@ pub mod reward;
 pub mod rows;
 pub mod sft;
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use rows::{RowSet, Split};
@@ -86,17 +85,17 @@ pub trait OfflineObjective {
     fn rows(&self) -> &dyn RowSet;
 
     /// A row's weight in the step's normaliser.
-    fn weight(&self, _split: Split, _row: usize) -> f64 {
-        1.0
+    fn weight(&self, _split: Split, _row: usize) -> Result<f64> {
+        Ok(1.0)
     }
 
     /// See [`Method::masks`].
-    fn masks(&self) -> Vec<MaskedIds> {
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
         self.rows().masks()
     }
 
     /// See [`Method::row_view`].
-    fn row_view(&self, row: usize) -> RowView {
+    fn row_view(&self, row: usize) -> Result<RowView> {
         self.rows().view(row)
     }
 
@@ -123,7 +122,7 @@ pub trait OfflineObjective {
 pub struct OfflineMethod<O>(pub O);
 
 impl<O: OfflineObjective> OfflineMethod<O> {
-    fn total<'a>(&self, split: Split, rows: impl IntoIterator<Item = &'a usize>) -> f64 {
+    fn total<'a>(&self, split: Split, rows: impl IntoIterator<Item = &'a usize>) -> Result<f64> {
         rows.into_iter().map(|r| self.0.weight(split, *r)).sum()
     }
 }
@@ -150,7 +149,7 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
     }
 
     fn step(&mut self, cx: &mut Cx, model: &Decoder, micro: &[&[usize]]) -> Result<StepReport> {
-        let total = self.total(Split::Train, micro.iter().copied().flatten());
+        let total = self.total(Split::Train, micro.iter().copied().flatten())?;
         let one = Tensor::from_host(&cx.pool, "loss", DType::F32, &[1], &[1f32])?;
         let mut outputs = Vec::new();
         for rows in micro {
@@ -171,15 +170,15 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
         Ok(report)
     }
 
-    fn masks(&self) -> Vec<MaskedIds> {
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
         self.0.masks()
     }
 
-    fn row_view(&self, row: usize) -> RowView {
+    fn row_view(&self, row: usize) -> Result<RowView> {
         self.0.row_view(row)
     }
 
-    fn store(&self, split: Split) -> Option<Cow<'_, TokenStore>> {
+    fn store(&self, split: Split) -> Option<&TokenStore> {
         self.0.rows().store(split)
     }
 
@@ -189,7 +188,7 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
 
     fn evaluate(&mut self, cx: &mut Cx, model: &Decoder, batch: usize) -> Result<Vec<Metric>> {
         let rows: Vec<usize> = (0..self.eval_rows()).collect();
-        let total = self.total(Split::Eval, &rows);
+        let total = self.total(Split::Eval, &rows)?;
         let (mut loss, mut averages) = (0f64, Averages::default());
         for rows in rows.chunks(batch.max(1)) {
             let micro = MicroBatch { split: Split::Eval, rows, total, train: false };
@@ -204,14 +203,14 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
 
     fn row_loss(&mut self, cx: &mut Cx, model: &Decoder, row: usize) -> Result<f32> {
         let rows = &[row];
-        let total = self.total(Split::Train, rows);
+        let total = self.total(Split::Train, rows)?;
         self.0
             .loss(cx, model, &MicroBatch { split: Split::Train, rows, total, train: false })?
             .value()
     }
 
-    fn digest_rows(&self, split: Split, digest: &mut Digest) {
-        self.0.rows().digest(split, digest);
+    fn digest_rows(&self, split: Split, digest: &mut Digest) -> Result<()> {
+        self.0.rows().digest(split, digest)
     }
 
     fn row_source(&self, row: usize) -> String {

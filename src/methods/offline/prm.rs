@@ -10,7 +10,7 @@
 
 use crate::autograd::Cx;
 use crate::config::{LengthOptions, Report, TrainingConfig, section};
-use crate::data::preference::{PreferenceOptions, StepOptions, steps};
+use crate::data::preference::{PreferenceOptions, StepEncoder, StepOptions};
 use crate::error::Result;
 use crate::methods::offline::completions::sums;
 use crate::methods::offline::rows::{LabelledSteps, RowSet, Rows, Split};
@@ -66,16 +66,17 @@ impl BuildMethod for PrmConfig {
 
     fn build(&self, _: &TrainingConfig, inputs: &MethodInputs) -> Result<BuiltMethod> {
         let (tokenizer, vocab) = (inputs.tokenizer, inputs.model.vocab_size);
-        let (rows, stats) = Rows::tokenise(inputs, |split, rows| {
-            let how = StepOptions {
-                step_separator: self.step_separator.clone(),
-                train_on_last_step_only: self.train_on_last_step_only && split == Split::Train,
-            };
-            let on_bad_row = inputs.on_bad_row;
-            let options = PreferenceOptions { on_bad_row, ..(&self.length).into() };
-            let (examples, stats) = steps(rows, tokenizer, vocab, &how, &options)?;
-            Ok((examples.into_iter().map(LabelledSteps::new).collect(), stats))
-        })?;
+        let how = |last_step: bool| StepOptions {
+            step_separator: self.step_separator.clone(),
+            train_on_last_step_only: last_step,
+        };
+        let (train, eval) = (how(self.train_on_last_step_only), how(false));
+        let options = PreferenceOptions { on_bad_row: inputs.on_bad_row, ..(&self.length).into() };
+        let encoder = |split| {
+            let how = if split == Split::Train { &train } else { &eval };
+            StepEncoder::new(tokenizer, vocab, how, &options)
+        };
+        let (rows, stats) = Rows::tokenise(inputs, encoder, LabelledSteps::new)?;
         Ok(BuiltMethod::new(OfflineMethod(PrmObjective { rows, vocab }), stats))
     }
 }
@@ -90,12 +91,12 @@ impl OfflineObjective for PrmObjective {
         &self.rows
     }
 
-    fn weight(&self, split: Split, row: usize) -> f64 {
-        self.rows.of(split)[row].example.labels.len() as f64
+    fn weight(&self, split: Split, row: usize) -> Result<f64> {
+        Ok(self.rows.labels(split, row).len() as f64)
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
-        let examples = self.rows.pick(micro.split, micro.rows);
+        let examples = self.rows.pick(micro.split, micro.rows)?;
         let examples = examples.iter().map(|e| &e.example);
         let (mut at, mut tokens, mut labels) = (Vec::new(), 0, Vec::new());
         for e in examples.clone() {

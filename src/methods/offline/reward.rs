@@ -100,18 +100,18 @@ impl OfflineObjective for RewardObjective {
         &self.pairs.rows
     }
 
-    fn masks(&self) -> Vec<MaskedIds> {
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
         let last = |(ids, _): MaskedIds| {
             let mask = scored(&ids);
             (ids, mask)
         };
-        self.rows().masks().into_iter().map(last).collect()
+        Ok(self.rows().masks()?.into_iter().map(last).collect())
     }
 
-    fn row_view(&self, row: usize) -> RowView {
-        let mut view = self.rows().view(row);
+    fn row_view(&self, row: usize) -> Result<RowView> {
+        let mut view = self.rows().view(row)?;
         view.parts.iter_mut().for_each(|part| part.mask = scored(&part.ids));
-        view
+        Ok(view)
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {

@@ -1,26 +1,24 @@
 //! The tokenised rows of a run, for training and evaluation, and their sources. Layer 7.
 //!
-//! Invariant: `sources[i]` names the file and line of training row i.
+//! Invariant: rows of either split are read from their store when they are asked for; in memory are
+//! those of a batch.
 
-use std::borrow::Cow;
-use std::fmt::Display;
+use std::marker::PhantomData;
 
 use crate::config::{LengthOptions, TruncationOptions};
+use crate::data::feed::{Encoded, RowEncoder, RowFeed};
 use crate::data::masked::MaskedSequence;
 use crate::data::preference::{Labelled, PairExample, PreferenceOptions, StepExample};
-use crate::data::rows::Row;
+use crate::data::rows::{Row, RowPlace};
 use crate::data::sft::{SftExample, SftOptions};
 pub use crate::data::split::Split;
-use crate::data::store::{Places, TokenStore};
+use crate::data::store::TokenStore;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::methods::{MASKS, MaskedIds, MethodInputs, RowPart, RowView};
 
 /// A tokenised row.
 pub trait Example {
-    /// Index of its source row.
-    fn row(&self) -> usize;
-
     /// Its sequences: ids, and which of them are loss targets.
     fn sequences(&self) -> Vec<(&[u32], &[bool])>;
 
@@ -45,7 +43,8 @@ pub trait Example {
     }
 }
 
-/// What the loop over rows and the memory plan need to know about them.
+/// What the loop over rows and the memory plan need to know about them. Errors: the rows cannot be
+/// read.
 pub trait RowSet {
     fn count(&self, split: Split) -> usize;
     /// Tokens of the longest sequence of either split.
@@ -57,152 +56,206 @@ pub trait RowSet {
     /// `file:line` of a training row.
     fn source(&self, row: usize) -> String;
     /// Adds the contents of a split's rows, in order.
-    fn digest(&self, split: Split, digest: &mut Digest);
+    fn digest(&self, split: Split, digest: &mut Digest) -> Result<()>;
     /// The first training sequences.
-    fn masks(&self) -> Vec<MaskedIds>;
+    fn masks(&self) -> Result<Vec<MaskedIds>>;
     /// A training row in the form that the method trains on, for `temper data`.
-    fn view(&self, row: usize) -> RowView {
-        RowView { places: vec![self.source(row)], ..RowView::default() }
+    fn view(&self, row: usize) -> Result<RowView> {
+        Ok(RowView { places: vec![self.source(row)], ..RowView::default() })
     }
-    /// The rows of a split, for the cache. None: they are built again at each start.
-    fn store(&self, _split: Split) -> Option<Cow<'_, TokenStore>> {
+    /// The tokens of a split, for the cache. None: they are made again at each start.
+    fn store(&self, _split: Split) -> Option<&TokenStore> {
         None
     }
 }
 
-#[derive(Default)]
+/// The tokens of both splits, as rows of some kind.
 pub struct Rows<E> {
-    pub train: Vec<E>,
-    pub eval: Vec<E>,
-    sources: Places,
-    eval_sources: Places,
+    train: TokenStore,
+    eval: TokenStore,
+    kind: PhantomData<E>,
 }
 
-/// The examples of a stored split.
-fn stored<E: Example>(store: &TokenStore) -> Result<(Vec<E>, Places)> {
-    let sequence = |(ids, mask): (&[u32], &[bool])| MaskedSequence {
-        input_ids: ids.to_vec(),
-        target_mask: mask.to_vec(),
-    };
-    let example = |row: usize| {
-        let sequences = store.sequences(row).map(sequence).collect();
-        E::of_stored(sequences, store.labels(row), row)
-            .ok_or_else(|| Error::Run("the row cache holds rows of another kind".into()))
-    };
-    let examples = (0..store.count()).map(example).collect::<Result<_>>()?;
-    Ok((examples, store.places.clone()))
+/// What takes the examples of some rows; the flag says that they are the last.
+pub type TakeExamples<'a, E> = dyn FnMut(&mut TokenStore, Encoded<E>, bool) -> Result<()> + 'a;
+
+/// Tokenises the rows of a split as they are read. None: there are no rows to evaluate on.
+pub fn tokenise<R: RowEncoder>(
+    feed: &dyn RowFeed,
+    split: Split,
+    mut encoder: R,
+    take: &mut TakeExamples<R::Example>,
+) -> Result<Option<(TokenStore, R::Stats)>> {
+    let (mut store, mut some) = (feed.store(), false);
+    feed.each(split, &mut |rows: Vec<Row>| {
+        some = true;
+        let mut examples = Vec::new();
+        encoder.encode(&rows, &mut examples)?;
+        drop(rows);
+        take(&mut store, examples, false)
+    })?;
+    if split == Split::Eval && !some {
+        return Ok(None);
+    }
+    let mut rest = Vec::new();
+    let stats = encoder.finish(&mut rest)?;
+    take(&mut store, rest, true)?;
+    store.write()?;
+    Ok(Some((store, stats)))
 }
 
-fn places<E: Example>(examples: &[E], rows: &[Row]) -> Places {
-    let mut places = Places::default();
-    examples.iter().for_each(|e| places.push_row(&rows[e.row()]));
-    places
+fn add<E: Example>(store: &mut TokenStore, place: &RowPlace, example: &E) -> Result<()> {
+    store.add_labelled(example.sequences(), &example.labels())?;
+    store.places.push_row(place);
+    Ok(())
 }
 
 impl<E: Example> Rows<E> {
-    /// Tokenises both splits. Also returns a summary of the training rows to print.
-    pub fn tokenise<S: Display>(
+    fn new(train: TokenStore, eval: TokenStore) -> Rows<E> {
+        Rows { train, eval, kind: PhantomData }
+    }
+
+    /// Tokenises both splits: what `encoder` makes of rows becomes examples by `make`. Returns what
+    /// to print about the training rows, too.
+    pub fn tokenise<R: RowEncoder>(
         inputs: &MethodInputs,
-        encode: impl Fn(Split, &[Row]) -> Result<(Vec<E>, S)>,
+        encoder: impl Fn(Split) -> Result<R>,
+        make: impl Fn(R::Example) -> E,
     ) -> Result<(Rows<E>, String)> {
         if let Some(run) = inputs.stored {
-            let (train, sources) = stored(&run.train)?;
-            let (eval, eval_sources) = stored(&run.eval)?;
-            return Ok((Rows { train, eval, sources, eval_sources }, run.summary.clone()));
+            return Ok((Rows::new(run.train.clone(), run.eval.clone()), run.summary.clone()));
         }
-        let (train, stats) = encode(Split::Train, inputs.train)?;
-        let eval = match inputs.eval {
-            [] => Vec::new(),
-            rows => encode(Split::Eval, rows)?.0,
+        let made = |split: Split| {
+            let mut take = |store: &mut TokenStore, examples: Encoded<R::Example>, _: bool| {
+                let mut examples = examples.into_iter();
+                examples.try_for_each(|(place, made)| add(store, &place, &make(made)))
+            };
+            inputs.feed(|feed| tokenise(feed, split, encoder(split)?, &mut take))
         };
-        let (sources, eval_sources) = (places(&train, inputs.train), places(&eval, inputs.eval));
-        Ok((Rows { train, eval, sources, eval_sources }, stats.to_string()))
+        // Evaluation rows come first: they are fewer, so what is wrong with them is said early.
+        let eval = made(Split::Eval)?.map(|(store, _)| store).unwrap_or_default();
+        match made(Split::Train)? {
+            Some((train, stats)) => Ok((Rows::new(train, eval), stats.to_string())),
+            None => Err(Error::Run("there are no rows to train on".into())),
+        }
     }
 
     /// Training rows that come from no file; `source` names each.
-    pub fn of_examples(train: Vec<E>, source: impl Fn(usize) -> String) -> Rows<E> {
-        let mut sources = Places::default();
-        (0..train.len()).for_each(|row| sources.push_name(&source(row)));
-        Rows { train, eval: Vec::new(), sources, eval_sources: Places::default() }
+    pub fn of_examples(train: &[E], source: impl Fn(usize) -> String) -> Result<Rows<E>> {
+        let mut store = TokenStore::default();
+        for (row, example) in train.iter().enumerate() {
+            store.add_labelled(example.sequences(), &example.labels())?;
+            store.places.push_name(&source(row));
+        }
+        Ok(Rows::new(store, TokenStore::default()))
     }
 
-    pub fn of(&self, split: Split) -> &[E] {
+    fn of(&self, split: Split) -> &TokenStore {
         match split {
             Split::Train => &self.train,
             Split::Eval => &self.eval,
         }
     }
 
-    pub fn pick(&self, split: Split, rows: &[usize]) -> Vec<&E> {
-        rows.iter().map(|r| &self.of(split)[*r]).collect()
+    /// A row of a split.
+    pub fn example(&self, split: Split, row: usize) -> Result<E> {
+        let store = self.of(split);
+        let sequence = |(ids, mask): (&[u32], &[bool])| MaskedSequence {
+            input_ids: ids.to_vec(),
+            target_mask: mask.to_vec(),
+        };
+        let sequences = store.row(row)?.sequences().map(sequence).collect();
+        E::of_stored(sequences, store.labels(row), row)
+            .ok_or_else(|| Error::Run("the row cache holds rows of another kind".into()))
     }
 
-    /// Every row of both splits, training rows first.
-    pub fn all(&self) -> impl Iterator<Item = &E> {
-        self.train.iter().chain(&self.eval)
+    pub fn pick(&self, split: Split, rows: &[usize]) -> Result<Vec<E>> {
+        rows.iter().map(|row| self.example(split, *row)).collect()
     }
 
-    /// The index of a row of `split` in [`Rows::all`].
+    /// What a row teaches beside its masks.
+    pub fn labels(&self, split: Split, row: usize) -> &[u8] {
+        self.of(split).labels(row)
+    }
+
+    /// Rows of both splits together.
+    pub fn total(&self) -> usize {
+        self.train.count() + self.eval.count()
+    }
+
+    /// Of all rows, training rows first, the one with number `index`.
+    pub fn nth(&self, index: usize) -> Result<E> {
+        match index.checked_sub(self.train.count()) {
+            None => self.example(Split::Train, index),
+            Some(row) => self.example(Split::Eval, row),
+        }
+    }
+
+    /// The number of a row of `split` among all.
     pub fn index(&self, split: Split, row: usize) -> usize {
-        if split == Split::Train { row } else { self.train.len() + row }
+        if split == Split::Train { row } else { self.train.count() + row }
     }
 }
 
 impl<E: Example> RowSet for Rows<E> {
     fn count(&self, split: Split) -> usize {
-        self.of(split).len()
+        self.of(split).count()
     }
 
     fn longest(&self) -> usize {
-        self.all().flat_map(E::sequences).map(|s| s.0.len()).max().unwrap_or(1)
+        self.train.longest().max(self.eval.longest()).unwrap_or(1)
     }
 
     fn source(&self, row: usize) -> String {
-        self.sources.text(row)
+        self.train.places.text(row)
     }
 
-    fn view(&self, row: usize) -> RowView {
-        let example = &self.train[row];
+    fn view(&self, row: usize) -> Result<RowView> {
+        let example = self.example(Split::Train, row)?;
         let part = |(i, (ids, mask)): (usize, (&[u32], &[bool]))| RowPart {
             name: example.names().get(i).copied().unwrap_or_default(),
             ids: ids.to_vec(),
             mask: mask.to_vec(),
         };
-        RowView {
-            places: self.sources.lines(row),
+        Ok(RowView {
+            places: self.train.places.lines(row),
             parts: example.sequences().into_iter().enumerate().map(part).collect(),
             note: example.note(),
-        }
+        })
     }
 
-    fn store(&self, split: Split) -> Option<Cow<'_, TokenStore>> {
-        let mut store = TokenStore::default();
-        for example in self.of(split) {
-            store.add_labelled(example.sequences(), &example.labels());
-        }
-        store.places = match split {
-            Split::Train => self.sources.clone(),
-            Split::Eval => self.eval_sources.clone(),
-        };
-        Some(Cow::Owned(store))
+    fn store(&self, split: Split) -> Option<&TokenStore> {
+        Some(self.of(split))
     }
 
-    fn digest(&self, split: Split, digest: &mut Digest) {
-        for example in self.of(split) {
-            let sequences = example.sequences();
-            digest.number(sequences.len() as u64);
-            for (ids, mask) in sequences {
+    fn digest(&self, split: Split, digest: &mut Digest) -> Result<()> {
+        let store = self.of(split);
+        for row in 0..store.count() {
+            let stored = store.row(row)?;
+            digest.number(stored.sequences().count() as u64);
+            for (ids, mask) in stored.sequences() {
                 digest.ids(ids);
                 digest.mask(mask);
             }
-            digest.bytes(&example.labels());
+            digest.bytes(store.labels(row));
         }
+        Ok(())
     }
 
-    fn masks(&self) -> Vec<MaskedIds> {
-        let sequences = self.train.iter().flat_map(E::sequences);
-        sequences.take(MASKS).map(|(ids, mask)| (ids.to_vec(), mask.to_vec())).collect()
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
+        first_sequences(&self.train, MASKS)
     }
+}
+
+/// The first `count` sequences of a store.
+pub fn first_sequences(store: &TokenStore, count: usize) -> Result<Vec<MaskedIds>> {
+    let mut found = Vec::new();
+    for row in 0..store.count().min(count) {
+        let row = store.row(row)?;
+        let owned = |(ids, mask): (&[u32], &[bool])| (ids.to_vec(), mask.to_vec());
+        found.extend(row.sequences().take(count - found.len()).map(owned));
+    }
+    Ok(found)
 }
 
 fn view(s: &MaskedSequence) -> (&[u32], &[bool]) {
@@ -210,10 +263,6 @@ fn view(s: &MaskedSequence) -> (&[u32], &[bool]) {
 }
 
 impl Example for PairExample {
-    fn row(&self) -> usize {
-        self.row
-    }
-
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         vec![view(&self.chosen), view(&self.rejected)]
     }
@@ -241,10 +290,6 @@ impl Example for PairExample {
 }
 
 impl Example for SftExample {
-    fn row(&self) -> usize {
-        self.row
-    }
-
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         vec![(&self.input_ids, &self.target_mask)]
     }
@@ -261,7 +306,6 @@ pub struct LabelledPair {
     pub own: MaskedSequence,
     pub crossed: Option<MaskedSequence>,
     pub label: bool,
-    row: usize,
 }
 
 impl LabelledPair {
@@ -270,15 +314,11 @@ impl LabelledPair {
         max_length: Option<usize>,
         crossed: Option<MaskedSequence>,
     ) -> LabelledPair {
-        LabelledPair { own: e.sequence(max_length), crossed, label: e.label, row: e.row }
+        LabelledPair { own: e.sequence(max_length), crossed, label: e.label }
     }
 }
 
 impl Example for LabelledPair {
-    fn row(&self) -> usize {
-        self.row
-    }
-
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         std::iter::once(&self.own).chain(&self.crossed).map(view).collect()
     }
@@ -287,11 +327,11 @@ impl Example for LabelledPair {
         vec![u8::from(self.label)]
     }
 
-    fn of_stored(sequences: Vec<MaskedSequence>, labels: &[u8], row: usize) -> Option<Self> {
+    fn of_stored(sequences: Vec<MaskedSequence>, labels: &[u8], _: usize) -> Option<Self> {
         let mut sequences = sequences.into_iter();
         let (own, crossed, rest) = (sequences.next()?, sequences.next(), sequences.next());
         let &[label @ (0 | 1)] = labels else { return None };
-        rest.is_none().then_some(LabelledPair { own, crossed, label: label == 1, row })
+        rest.is_none().then_some(LabelledPair { own, crossed, label: label == 1 })
     }
 
     fn names(&self) -> &'static [&'static str] {
@@ -318,10 +358,6 @@ impl LabelledSteps {
 }
 
 impl Example for LabelledSteps {
-    fn row(&self) -> usize {
-        self.example.row
-    }
-
     fn sequences(&self) -> Vec<(&[u32], &[bool])> {
         vec![(&self.example.input_ids, &self.mask)]
     }

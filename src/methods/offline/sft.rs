@@ -9,21 +9,20 @@
 //! Layer 7. Invariant: packing changes which rows are computed together, never what a sequence
 //! sees.
 
-use std::borrow::Cow;
-
 use crate::autograd::Cx;
 use crate::config::value::words;
 use crate::config::{
     OnTruncation, Report, TrainingConfig, TruncationMode, TruncationOptions, section,
 };
 use crate::data::cache::TokenisedRun;
-use crate::data::packing::{PackingStrategy, pack};
-use crate::data::rows::Row;
-use crate::data::sft::{SftExample, SftOptions, prepare};
-use crate::data::store::TokenStore;
+use crate::data::feed::Encoded;
+use crate::data::packing::{BATCH, PackingStrategy, pack};
+use crate::data::rows::RowPlace;
+use crate::data::sft::{SftEncoder, SftExample, SftOptions};
+use crate::data::store::{StoredRow, TokenStore};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::methods::offline::rows::{RowSet, Split, targets};
+use crate::methods::offline::rows::{RowSet, Split, first_sequences, targets, tokenise};
 use crate::methods::offline::{LossOutput, MicroBatch, OfflineMethod, OfflineObjective};
 use crate::methods::reference::floats;
 use crate::methods::{
@@ -163,24 +162,33 @@ impl Sft {
             return Ok((OfflineMethod(Sft(rows)), summary.clone()));
         }
         let options = SftOptions { on_bad_row: inputs.on_bad_row, ..config.options() };
-        let read = |rows: &[Row]| {
-            let (examples, stats) = prepare(rows, tokenizer, template, model.vocab_size, &options)?;
-            Ok((step_rows(examples, rows, &options)?, stats))
+        let made = |split: Split| {
+            let encoder = SftEncoder::new(tokenizer, template, model.vocab_size, &options)?;
+            let mut waiting = Vec::new();
+            let mut take = |store: &mut TokenStore, examples: Encoded<SftExample>, last: bool| {
+                waiting.extend(examples);
+                step_rows(store, &mut waiting, last, &options)
+            };
+            inputs.feed(|feed| tokenise(feed, split, encoder, &mut take))
         };
-        let (train, stats) = read(inputs.train)?;
-        let eval =
-            if inputs.eval.is_empty() { TokenStore::default() } else { read(inputs.eval)?.0 };
-        Ok((OfflineMethod(Sft(PackedRows { train, eval })), stats.to_string()))
+        // Evaluation rows come first: they are fewer, so what is wrong with them is said early.
+        let eval = made(Split::Eval)?.map(|(store, _)| store).unwrap_or_default();
+        match made(Split::Train)? {
+            Some((train, stats)) => {
+                Ok((OfflineMethod(Sft(PackedRows { train, eval })), stats.to_string()))
+            }
+            None => Err(Error::Run("there are no rows to train on".into())),
+        }
     }
 
-    /// For pretraining on token streams and for tests: sequences with their masks, one per row.
-    pub fn from_sequences(sequences: Vec<MaskedIds>) -> OfflineMethod<Sft> {
+    /// For pretraining on token streams and for tests: sequences with their masks, one a row.
+    pub fn from_sequences(sequences: Vec<MaskedIds>) -> Result<OfflineMethod<Sft>> {
         let mut train = TokenStore::default();
         for (i, (ids, mask)) in sequences.iter().enumerate() {
-            train.add([(&**ids, &**mask)]);
+            train.add([(&**ids, &**mask)])?;
             train.places.push_name(&format!("row {}", i + 1));
         }
-        OfflineMethod(Sft(PackedRows { train, eval: TokenStore::default() }))
+        Ok(OfflineMethod(Sft(PackedRows { train, eval: TokenStore::default() })))
     }
 
     /// All training rows as one batch: for `temper inspect tape`.
@@ -190,10 +198,10 @@ impl Sft {
     }
 
     fn batch(&self, cx: &Cx, model: &Decoder, split: Split, rows: &[usize]) -> Result<Batch> {
-        let set = self.0.of(split);
+        let rows = rows.iter().map(|row| self.0.of(split).row(*row)).collect::<Result<Vec<_>>>()?;
         let sequences: Vec<Sequence> = rows
             .iter()
-            .flat_map(|r| set.sequences(*r))
+            .flat_map(StoredRow::sequences)
             .map(|(ids, mask)| Sequence { ids, target: Some(mask) })
             .collect();
         Batch::new(cx, &sequences, model.vocab())
@@ -228,37 +236,38 @@ impl RowSet for PackedRows {
         self.train.places.text(row)
     }
 
-    fn digest(&self, split: Split, digest: &mut Digest) {
+    fn digest(&self, split: Split, digest: &mut Digest) -> Result<()> {
         let set = self.of(split);
         for row in 0..set.count() {
-            digest.number(set.sequences(row).count() as u64);
-            for (ids, mask) in set.sequences(row) {
+            let row = set.row(row)?;
+            digest.number(row.sequences().count() as u64);
+            for (ids, mask) in row.sequences() {
                 digest.ids(ids);
                 digest.mask(mask);
             }
         }
+        Ok(())
     }
 
-    fn masks(&self) -> Vec<MaskedIds> {
-        let first = self.train.all_sequences().take(MASKS);
-        first.map(|(ids, mask)| (ids.to_vec(), mask.to_vec())).collect()
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
+        first_sequences(&self.train, MASKS)
     }
 
-    fn view(&self, row: usize) -> RowView {
+    fn view(&self, row: usize) -> Result<RowView> {
         let part = |(ids, mask): (&[u32], &[bool])| RowPart {
             name: "",
             ids: ids.to_vec(),
             mask: mask.to_vec(),
         };
-        RowView {
+        Ok(RowView {
             places: self.train.places.lines(row),
-            parts: self.train.sequences(row).map(part).collect(),
+            parts: self.train.row(row)?.sequences().map(part).collect(),
             note: String::new(),
-        }
+        })
     }
 
-    fn store(&self, split: Split) -> Option<Cow<'_, TokenStore>> {
-        Some(Cow::Borrowed(self.of(split)))
+    fn store(&self, split: Split) -> Option<&TokenStore> {
+        Some(self.of(split))
     }
 }
 
@@ -269,9 +278,9 @@ impl OfflineObjective for Sft {
 
     /// Behind a tuned prompt a first token that is a target adds to the loss but does not count
     /// here: transformers counts labels from the second on.
-    fn weight(&self, split: Split, row: usize) -> f64 {
-        let sequences = self.0.of(split).sequences(row);
-        sequences.map(|(_, mask)| targets(mask)).sum::<usize>() as f64
+    fn weight(&self, split: Split, row: usize) -> Result<f64> {
+        let row = self.0.of(split).row(row)?;
+        Ok(row.sequences().map(|(_, mask)| targets(mask)).sum::<usize>() as f64)
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {
@@ -296,26 +305,40 @@ fn metrics(out: &HeadOut, batch: &Batch) -> Result<Vec<Metric>> {
     Ok(vec![("entropy".into(), entropy), ("mean_token_accuracy".into(), right as f64 / n)])
 }
 
-/// Turns examples into rows of the step batch: one each, or packs.
+/// Examples to rows of the step batch: one each, or packs. Packing takes a batch of examples at a
+/// time, the rest waits unless it is the `last`.
 fn step_rows(
-    examples: Vec<SftExample>,
-    source: &[Row],
+    rows: &mut TokenStore,
+    waiting: &mut Encoded<SftExample>,
+    last: bool,
     options: &SftOptions,
-) -> Result<TokenStore> {
-    let mut rows = TokenStore::default();
+) -> Result<()> {
     let (Some(strategy), Some(max_length)) = (options.packing, options.max_length) else {
-        for e in examples {
-            rows.add([(&*e.input_ids, &*e.target_mask)]);
-            rows.places.push_row(&source[e.row]);
+        for (place, e) in waiting.drain(..) {
+            rows.add([(&*e.input_ids, &*e.target_mask)])?;
+            rows.places.push_row(&place);
         }
-        return Ok(rows);
+        return Ok(());
     };
-    let lengths: Vec<usize> = examples.iter().map(|e| e.input_ids.len()).collect();
+    while waiting.len() >= BATCH || (last && !waiting.is_empty()) {
+        let batch: Encoded<SftExample> = waiting.drain(..waiting.len().min(BATCH)).collect();
+        add_packs(rows, &batch, strategy, max_length)?;
+    }
+    Ok(())
+}
+
+fn add_packs(
+    rows: &mut TokenStore,
+    examples: &[(RowPlace, SftExample)],
+    strategy: PackingStrategy,
+    max_length: usize,
+) -> Result<()> {
+    let lengths: Vec<usize> = examples.iter().map(|(_, e)| e.input_ids.len()).collect();
     for pack in pack(strategy, &lengths, max_length) {
         let mut sequences: Vec<MaskedIds> = Vec::new();
         let mut lines = Vec::new();
         for (example, range) in pack {
-            let e = examples
+            let (place, e) = examples
                 .get(example)
                 .ok_or_else(|| Error::Run("packing names an example that does not exist".into()))?;
             let (ids, mask) = (&e.input_ids[range.clone()], &e.target_mask[range]);
@@ -326,10 +349,10 @@ fn step_rows(
                 }
                 None => sequences.push((ids.to_vec(), mask.to_vec())),
             }
-            lines.push((&source[e.row].file, source[e.row].line));
+            lines.push((&place.file, place.line));
         }
-        rows.add(sequences.iter().map(|(ids, mask)| (&**ids, &**mask)));
+        rows.add(sequences.iter().map(|(ids, mask)| (&**ids, &**mask)))?;
         rows.places.push(lines);
     }
-    Ok(rows)
+    Ok(())
 }

@@ -133,7 +133,7 @@ impl RolloutEnv {
             let setup = ReferenceSetup { options, longest, ..Default::default() };
             // Nothing can be precomputed: the completions do not exist yet.
             let none = |cx: &mut Cx, _: &Decoder, _| cx.float("no log-probs", &[0]);
-            self.reference = Reference::new(setup).attached(cx, model, 0, 0, none)?;
+            self.reference = Reference::new(setup).attached(cx, model, 0, || Ok(0), none)?;
         }
         self.scorer.attach(cx)?;
         if let Some(episodes) = &mut self.sampler.episodes {

@@ -192,16 +192,17 @@ impl<O: OnlineObjective> Method for OnlineMethod<O> {
         self.objective.row_loss(cx, model, self.step, row)
     }
 
-    fn digest_rows(&self, split: Split, digest: &mut Digest) {
+    fn digest_rows(&self, split: Split, digest: &mut Digest) -> Result<()> {
         self.objective.env().prompts.digest(split, digest);
+        Ok(())
     }
 
     fn row_source(&self, row: usize) -> String {
         self.objective.row_source(self.step, row)
     }
 
-    fn row_view(&self, row: usize) -> RowView {
-        self.objective.row_view(row)
+    fn row_view(&self, row: usize) -> Result<RowView> {
+        Ok(self.objective.row_view(row))
     }
 
     fn take_completions(&mut self) -> Vec<Value> {
