@@ -250,7 +250,7 @@ enum JobDataRows<'a> {
     /// They were read before: rewards need more of them than tokens.
     Read(RunRows),
     /// An earlier run has tokenised them.
-    Stored(TokenisedRun),
+    Stored(Box<TokenisedRun>),
 }
 
 impl<'a> JobData<'a> {
@@ -268,7 +268,7 @@ impl<'a> JobData<'a> {
         }
         let cache = RowCache::of(run, setup, files, observer);
         if let Some(stored) = cache.as_ref().and_then(|cache| cache.read(observer)) {
-            return Ok(JobData { job, rows: JobDataRows::Stored(stored), cache, file });
+            return Ok(JobData { job, rows: JobDataRows::Stored(Box::new(stored)), cache, file });
         }
         let file = cache.as_ref().and_then(|cache| cache.begin(observer));
         let rows = JobDataRows::Fed(RunFeed::new(run, files, file.clone(), observer)?);
