@@ -36,12 +36,13 @@ impl RowSet for Texts {
         format!("row {}", row + 1)
     }
 
-    fn digest(&self, split: Split, digest: &mut Digest) {
+    fn digest(&self, split: Split, digest: &mut Digest) -> Result<()> {
         (0..self.count(split)).for_each(|row| digest.ids(&self.0[row]));
+        Ok(())
     }
 
-    fn masks(&self) -> Vec<MaskedIds> {
-        Vec::new()
+    fn masks(&self) -> Result<Vec<MaskedIds>> {
+        Ok(Vec::new())
     }
 }
 
@@ -57,8 +58,8 @@ impl OfflineObjective for ConfidencePenalty {
     }
 
     /// The step's loss is a mean over target tokens, whatever micro-batches it is cut into.
-    fn weight(&self, _split: Split, row: usize) -> f64 {
-        (self.texts.0[row].len() - 1) as f64
+    fn weight(&self, _split: Split, row: usize) -> Result<f64> {
+        Ok((self.texts.0[row].len() - 1) as f64)
     }
 
     fn loss(&mut self, cx: &mut Cx, model: &Decoder, micro: &MicroBatch) -> Result<LossOutput> {

@@ -179,7 +179,7 @@ impl<O: OfflineObjective> Method for OfflineMethod<O> {
     }
 
     fn store(&self, split: Split) -> Option<&TokenStore> {
-        Some(self.0.rows().store(split))
+        self.0.rows().store(split)
     }
 
     fn stepped(&mut self, cx: &mut Cx, model: &Decoder, done: u64) -> Result<()> {

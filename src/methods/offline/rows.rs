@@ -59,9 +59,13 @@ pub trait RowSet {
     /// The first training sequences.
     fn masks(&self) -> Result<Vec<MaskedIds>>;
     /// A training row as the method has it, for `temper data`.
-    fn view(&self, row: usize) -> Result<RowView>;
-    /// The tokens of a split.
-    fn store(&self, split: Split) -> &TokenStore;
+    fn view(&self, row: usize) -> Result<RowView> {
+        Ok(RowView { places: vec![self.source(row)], ..RowView::default() })
+    }
+    /// The tokens of a split, for the cache. None: they are made again at each start.
+    fn store(&self, _split: Split) -> Option<&TokenStore> {
+        None
+    }
 }
 
 /// The tokens of both splits, as rows of some kind.
@@ -219,8 +223,8 @@ impl<E: Example> RowSet for Rows<E> {
         })
     }
 
-    fn store(&self, split: Split) -> &TokenStore {
-        self.of(split)
+    fn store(&self, split: Split) -> Option<&TokenStore> {
+        Some(self.of(split))
     }
 
     fn digest(&self, split: Split, digest: &mut Digest) -> Result<()> {

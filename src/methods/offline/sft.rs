@@ -265,8 +265,8 @@ impl RowSet for PackedRows {
         })
     }
 
-    fn store(&self, split: Split) -> &TokenStore {
-        self.of(split)
+    fn store(&self, split: Split) -> Option<&TokenStore> {
+        Some(self.of(split))
     }
 }
 
