@@ -66,7 +66,7 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(LaunchCount
     // As many as the last layer's kind.
     config.mixers = vec![config.mixers.last().copied().unwrap_or(Mixer::Attention); layers];
     config.sliding_window = vec![None; layers];
-    config.layer_rope = vec![config.layer_rope.first().copied().flatten(); layers];
+    config.layer_rope = vec![config.layer_rope.iter().find_map(|rope| *rope); layers];
     let (run, _) =
         SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
     let base = Decoder::builder(config).storage(scheme(&run.peft)).positions(64).build(&cx)?;

@@ -132,6 +132,9 @@ impl ModelConfig {
         let sliding: Vec<bool> = windows.iter().map(Option::is_some).collect();
         (config.ropes, config.layer_rope) =
             layer_ropes(&raw, family.rope, &facts, &sliding, &mut problems);
+        for (rope, mixer) in config.layer_rope.iter_mut().zip(&config.mixers) {
+            *rope = rope.filter(|_| *mixer == Mixer::Attention);
+        }
         if matches!(family.window, WindowRule::WithoutRope) && !raw.contains_key("layer_types") {
             // Those that may have a window have it where nothing turns.
             for (window, rope) in windows.iter_mut().zip(&config.layer_rope) {

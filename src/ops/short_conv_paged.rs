@@ -104,8 +104,7 @@ impl Op for ShortConvPaged {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (bias, t) = self.split(x);
-        let rows =
-            PagedRows { slots: t[0], page_table: t[1], sequences: t[2], positions: t[3] };
+        let rows = PagedRows { slots: t[0], page_table: t[1], sequences: t[2], positions: t[3] };
         let y = self.run(cx, x[0], x[1], x[2], bias.copied(), rows)?;
         Ok(Fwd { outputs: vec![y, x[1].clone()], saved: vec![] })
     }

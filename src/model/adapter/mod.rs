@@ -283,9 +283,7 @@ impl Adapter {
 
     fn scales_input(&self, module: &str) -> bool {
         match &self.config.kind {
-            AdapterKind::Ia3(c) => {
-                c.feedforward.iter().any(|f| module.ends_with(f.as_str()))
-            }
+            AdapterKind::Ia3(c) => c.feedforward.iter().any(|f| module.ends_with(f.as_str())),
             _ => false,
         }
     }
