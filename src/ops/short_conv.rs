@@ -295,7 +295,9 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
 /// A batch of a model.
 pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
     let lengths = vec![s.length; s.sequences];
-    vec![case(rng, (&lengths, &vec![None; s.sequences]), s.hidden, 3, false)]
+    let case = case(rng, (&lengths, &vec![None; s.sequences]), s.hidden, 3, false);
+    let label = format!("{} x {} tokens, h {}, 3 taps", s.sequences, s.length, s.hidden);
+    vec![Case { label, ..case }]
 }
 
 #[cfg(test)]

@@ -181,5 +181,7 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
 
 /// A decode step.
 pub fn perf(rng: &mut Rng, s: &PerfShape) -> Vec<Case> {
-    vec![case(rng, &vec![s.length - 1; s.sequences], 1, s.hidden, 3, false)]
+    let case = case(rng, &vec![s.length - 1; s.sequences], 1, s.hidden, 3, false);
+    let label = format!("{} sequences, h {}, 3 taps", s.sequences, s.hidden);
+    vec![Case { label, ..case }]
 }

@@ -100,13 +100,17 @@ fn the_hubs_config_says_layers_and_sizes() {
     assert!(!with("tie_embedding", json!(false)).unwrap().tie_word_embeddings);
     let all = with("full_attn_idxs", Value::Null).unwrap();
     assert!(all.conv_taps().is_none(), "attention everywhere, as in transformers");
-    let listed = with("layer_types", json!(["conv"; 16])).unwrap();
+    let listed = with("layer_types", json!(vec!["conv"; 16])).unwrap();
     assert!(!listed.mixers.contains(&Mixer::Attention), "layer_types goes first");
     for (key, value, problem) in [
         ("conv_L_cache", json!(0), "conv_L_cache is 0; it must be an integer from 1 to 64"),
         ("full_attn_idxs", json!([2, 16]), "full_attn_idxs has 16; it must be the number of a"),
-        ("layer_types", json!(["conv"; 3]), "layer_types has 3 entries, num_hidden_layers is 16"),
-        ("layer_types", json!(["mamba"; 16]), "supported are full_attention and conv"),
+        (
+            "layer_types",
+            json!(vec!["conv"; 3]),
+            "layer_types has 3 entries, num_hidden_layers is 16",
+        ),
+        ("layer_types", json!(vec!["mamba"; 16]), "supported are full_attention and conv"),
         ("block_ffn_dim_multiplier", json!(-1), "block_ffn_dim_multiplier is -1; it must be"),
         ("block_ff_dim", json!("many"), "block_ff_dim is \"many\"; it must be an integer"),
     ] {
@@ -452,7 +456,11 @@ fn a_file_says_which_layers_have_attention() {
     // What llama.cpp has no place for.
     for (case, settings, want) in [
         ("lfm2_bias", json!({}), "conv_bias is true, there it is false"),
-        ("lfm2", json!({ "layer_types": ["conv"; 4] }), "no layer has attention, there some have"),
+        (
+            "lfm2",
+            json!({ "layer_types": ["conv", "conv", "conv", "conv"] }),
+            "no layer has attention, there some have",
+        ),
     ] {
         let mut config = load_config(golden(case)).unwrap();
         config.raw.extend(settings.as_object().unwrap().clone());
