@@ -83,8 +83,16 @@ struct Layer {
 /// What brings positions together.
 #[derive(Clone)]
 enum LayerMixer {
-    Attention(Box<LayerAttention>),
-    ShortConv { input: Projection, filters: Tensor, bias: Option<Tensor>, out: Projection },
+    Attention(LayerAttention),
+    ShortConv(LayerConv),
+}
+
+#[derive(Clone)]
+struct LayerConv {
+    input: Projection,
+    filters: Tensor,
+    bias: Option<Tensor>,
+    out: Projection,
 }
 
 #[derive(Clone)]
@@ -125,7 +133,7 @@ impl Weight {
 /// Where a forward finds the tokens before each row.
 enum Keys<'a> {
     /// With the rows that convolutions are over, where there are any.
-    Batch(&'a Arc<AttnPlan>, Option<ConvRows>),
+    Batch(&'a Arc<AttnPlan>, Option<&'a ConvRows>),
     Cache(&'a KvCache, &'a KvStep),
 }
 
@@ -297,7 +305,7 @@ impl Decoder {
                 post_norm: fused(l, Role::PostNorm)?,
                 mlp_out_norm: fused(l, Role::MlpOutNorm)?,
                 mixer: match config.mixers[i] {
-                    Mixer::Attention => LayerMixer::Attention(Box::new(LayerAttention {
+                    Mixer::Attention => LayerMixer::Attention(LayerAttention {
                         qkv: projection(Proj::Q, Role::QBias)?,
                         q_norm: fused(l, Role::QNorm)?,
                         k_norm: fused(l, Role::KNorm)?,
@@ -311,13 +319,13 @@ impl Decoder {
                             window: config.sliding_window[i],
                         },
                         rope: config.layer_rope[i],
-                    })),
-                    Mixer::ShortConv { .. } => LayerMixer::ShortConv {
+                    }),
+                    Mixer::ShortConv { .. } => LayerMixer::ShortConv(LayerConv {
                         input: projection(Proj::ConvIn, Role::ConvInBias)?,
                         filters: need(l, Role::Conv)?,
                         bias: fused(l, Role::ConvBias)?,
                         out: projection(Proj::ConvOut, Role::ConvOutBias)?,
-                    },
+                    }),
                 },
                 after_attention: adapter
                     .as_ref()
@@ -499,7 +507,7 @@ impl Decoder {
         let x = self.embed(cx, &batch.tokens)?;
         let taps = self.config.conv_taps();
         let rows = taps.map(|taps| ConvRows::new(cx, &batch.plan.segments, taps)).transpose()?;
-        self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan, rows))
+        self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan, rows.as_ref()))
     }
 
     /// Hidden states of the rows that predict a target: [targets, hidden].
@@ -630,13 +638,7 @@ impl Decoder {
             LayerMixer::Attention(attention) => {
                 self.attend(cx, i, attention, normed, positions, keys)?
             }
-            LayerMixer::ShortConv { input, filters, bias, out } => {
-                let bcx = input.apply(cx, &normed)?;
-                drop(normed);
-                let mixed = convolve(cx, i, &bcx, filters, bias.as_ref(), keys)?;
-                drop(bcx);
-                out.apply(cx, &mixed)?
-            }
+            LayerMixer::ShortConv(conv) => convolve(cx, i, conv, normed, keys)?,
         };
         if let Some(adapter) = &layer.after_attention {
             attended = adapter.apply(cx, &attended, &stream)?;
@@ -708,18 +710,22 @@ impl Decoder {
     }
 }
 
-/// The gated convolution of layer `i`.
+/// The gated convolution of layer `i`, from its input to what its output projection gives.
 fn convolve(
     cx: &mut Cx,
     i: usize,
-    bcx: &Tensor,
-    filters: &Tensor,
-    bias: Option<&Tensor>,
+    layer: &LayerConv,
+    normed: Tensor,
     keys: &Keys,
 ) -> Result<Tensor> {
-    match keys {
-        Keys::Batch(_, Some(rows)) => short_conv(cx, bcx, filters, bias, rows),
-        Keys::Batch(_, None) => Err(Error::op("decoder", "a convolution without its rows")),
+    let bcx = layer.input.apply(cx, &normed)?;
+    drop(normed);
+    let (filters, bias) = (&layer.filters, layer.bias.as_ref());
+    let mixed = match keys {
+        Keys::Batch(_, Some(rows)) => short_conv(cx, &bcx, filters, bias, rows)?,
+        Keys::Batch(_, None) => {
+            return Err(Error::op("decoder", "a convolution without its rows"));
+        }
         Keys::Cache(cache, step) => {
             let rows = PagedRows {
                 slots: &step.slots,
@@ -727,9 +733,11 @@ fn convolve(
                 sequences: &step.row_sequence,
                 positions: &step.positions,
             };
-            short_conv_paged(cx, bcx, &cache.layers[i], filters, bias, rows)
+            short_conv_paged(cx, &bcx, &cache.layers[i], filters, bias, rows)?
         }
-    }
+    };
+    drop(bcx);
+    layer.out.apply(cx, &mixed)
 }
 
 impl Projection {

@@ -199,6 +199,15 @@ impl ModelConfig {
         self.family.named(proj.module())
     }
 
+    /// What the family calls the projection whose module ends so in a Llama, where it is another
+    /// name.
+    pub fn renamed(&self, llama: &str) -> Option<&'static str> {
+        let ends = |name: &str| name.rsplit('.').next() == Some(llama);
+        let found = self.all_projections().into_iter().find(|p| ends(p.module()))?;
+        let own = self.module(found);
+        if ends(own) { None } else { own.rsplit('.').next() }
+    }
+
     /// The width of the convolutions, where layers have them.
     pub fn conv_taps(&self) -> Option<usize> {
         self.mixers.iter().find_map(|mixer| match mixer {

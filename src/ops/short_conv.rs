@@ -190,7 +190,8 @@ impl Op for ShortConv {
             };
             kernels::short_conv_bwd(&*cx.device, row_packs(rows, h, bcx.dtype()), args)?;
         }
-        if !g.wants(1) && !(self.bias && g.wants(2)) {
+        let wanted = g.wants(1) || self.bias && g.wants(2);
+        if !wanted {
             return Ok(());
         }
         let all = self.filter_gradients(cx, (bcx, dy, &tables[0]), (h, taps))?;

@@ -25,8 +25,8 @@ use temper::train::Trainer;
 use temper::train::tuning::prepare;
 
 use crate::support::{
-    self, MODEL, bits, cpu, cpu_in, decoder, done, fixture, floats, golden, ids, metrics, temper,
-    words, write_rows,
+    self, MODEL, bits, cpu, cpu_in, decoder, done, fixture, floats, golden, ids, metrics, words,
+    write_rows,
 };
 
 /// As transformers saves it; with biases, four taps and the hub's keys.
@@ -350,8 +350,9 @@ fn targets_are_named_as_in_the_model() {
     assert_eq!(count("peft_type=ia3"), 2 + 4, "k_proj, v_proj, and w2 of every layer");
     let error = |keys: &str| of(keys).unwrap_err().to_string();
     for (keys, want) in [
-        ("lora_target_modules=o_proj", "o_proj exists in no layer"),
-        ("lora_target_modules=down_proj", "q_proj, k_proj, v_proj, out_proj, in_proj, w1, w3, w2"),
+        ("lora_target_modules=o_proj", "o_proj is called out_proj in lfm2; name that"),
+        ("lora_target_modules=down_proj", "down_proj is called w2 in lfm2; name that"),
+        ("lora_target_modules=experts", "q_proj, k_proj, v_proj, out_proj, in_proj, w1, w3, w2"),
         ("lora_target_modules=conv", "conv exists in no layer"),
         ("lora_target_modules=q_proj lora_modules_to_save=conv", "name the inner one: conv.conv"),
         ("lora_target_modules=q_proj lora_modules_to_save=in_proj", "in_proj is a projection"),
@@ -495,7 +496,12 @@ fn damaged_lists_of_a_file_are_errors() {
         assert!(error.contains(want), "{error}");
         assert!(!out.exists());
     }
-    let (code, _, err) =
-        temper(&["inspect", "config", "--model", golden("lfm2").to_str().unwrap()]);
-    assert_eq!(code, Some(0), "{err}");
+}
+
+#[test]
+fn inspect_shows_what_a_layer_has() {
+    let text = done(&["inspect", "config", "--model", golden("lfm2").to_str().unwrap()]);
+    assert!(text.contains("layers 0, 1, 3: a short convolution over 3 tokens"), "{text}");
+    assert!(text.contains("layers 2: rope") && !text.contains("no rope"), "{text}");
+    assert!(text.contains("model.layers.3.conv.conv.weight"), "{text}");
 }

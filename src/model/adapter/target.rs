@@ -129,6 +129,9 @@ fn unbound(lost: &[&String], config: &ModelConfig) -> String {
         short.push(HEAD);
     }
     let one = |name: &&String| {
+        if let Some(own) = config.renamed(name) {
+            return format!("{name} is called {own} in {}; name that", config.family.model_type);
+        }
         let near = nearest(name, short.iter().copied());
         match near {
             _ if config.family.fused_projections && split(name).is_some() => format!(
