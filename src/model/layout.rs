@@ -199,13 +199,19 @@ impl ModelConfig {
         self.family.named(proj.module())
     }
 
+    /// What that name ends with: `q_proj`.
+    pub fn short_module(&self, proj: Proj) -> &'static str {
+        let module = self.module(proj);
+        module.rsplit('.').next().unwrap_or(module)
+    }
+
     /// What the family calls the projection whose module ends so in a Llama, where it is another
     /// name.
     pub fn renamed(&self, llama: &str) -> Option<&'static str> {
         let ends = |name: &str| name.rsplit('.').next() == Some(llama);
         let found = self.all_projections().into_iter().find(|p| ends(p.module()))?;
-        let own = self.module(found);
-        if ends(own) { None } else { own.rsplit('.').next() }
+        let own = self.short_module(found);
+        if own == llama { None } else { Some(own) }
     }
 
     /// The width of the convolutions, where layers have them.

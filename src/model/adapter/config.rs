@@ -9,7 +9,6 @@ use serde_json::{Map, Value, json};
 
 use super::bottleneck::BottleneckConfig;
 use super::pissa::rounds;
-use super::target::short_name;
 use crate::config::{LoraBias, PeftConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::fsio;
@@ -130,7 +129,7 @@ impl AdapterConfig {
             None => Targets::Names(default.iter().map(|s| s.to_string()).collect()),
             Some(list) => Targets::of(list),
         };
-        let down = short_name(model.module(Proj::Down));
+        let down = model.short_module(Proj::Down);
         let kind = match keys.peft_type {
             PeftType::Lora => AdapterKind::Lora(checked(LoraConfig {
                 r: keys.lora_r,

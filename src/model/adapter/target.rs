@@ -111,15 +111,10 @@ pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> 
     })
 }
 
-/// What a module's name ends with.
-pub fn short_name(module: &str) -> &str {
-    module.rsplit('.').next().unwrap_or(module)
-}
-
 fn unbound(lost: &[&String], config: &ModelConfig) -> String {
     let mut short: Vec<&str> = Vec::new();
     for proj in config.all_projections() {
-        let name = short_name(config.module(proj));
+        let name = config.short_module(proj);
         if !short.contains(&name) {
             short.push(name); // two modules may end alike
         }
