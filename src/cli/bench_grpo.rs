@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::methods::online::grpo::GrpoConfig;
 use crate::methods::{BuildMethod, BuiltMethod, MethodInputs, MethodRun, Metric};
 use crate::model::decoder::{Decoder, InitialWeights};
-use crate::model::layout::ModelConfig;
+use crate::model::layout::{Mixer, ModelConfig};
 use crate::ops::case::Rng;
 use crate::rewards::RewardFunction;
 use crate::train::tuning::{prepare, scheme};
@@ -244,7 +244,8 @@ impl Work {
         let table = (model.vocab_size * model.hidden_size) as f64;
         let tables = if model.tie_word_embeddings { 1.0 } else { 2.0 };
         let body = self.base - tables * table;
-        let width = (model.num_layers * model.num_heads * model.head_dim) as f64;
+        let attending = model.mixers.iter().filter(|m| **m == Mixer::Attention).count();
+        let width = (attending * model.num_heads * model.head_dim) as f64;
         let (shared, own, targets) = (self.prompts * (p - 1.0), n * (c + 1.0), n * c);
         // Pairs of a query and a visible key.
         let within = self.prompts * p * (p - 1.0) / 2.0;
@@ -256,7 +257,7 @@ impl Work {
         let waves = (n / self.at_once).ceil();
         let multiply = 2.0 * (body + table) * self.at_once.min(n) / at.flops;
         let read = (body + table) * self.bytes / at.bytes;
-        let key_value = (2 * model.num_layers * model.num_kv_heads * model.head_dim) as f64;
+        let key_value = (2 * attending * model.num_kv_heads * model.head_dim) as f64;
         let cached = n * (c * p + c * c / 2.0) * key_value * self.bytes;
         let decode = waves * self.longest * multiply.max(read) + cached / at.bytes;
         let prefill = 2.0 * body * shared + 4.0 * width * within;

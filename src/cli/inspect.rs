@@ -19,6 +19,7 @@ use crate::methods::{BuiltMethod, registry};
 use crate::model::decoder::Decoder;
 use crate::model::folder;
 use crate::model::hub::resolve_model;
+use crate::model::layout::Mixer;
 use crate::observer::Terminal;
 use crate::observer::output::{note_line, print, print_line};
 use crate::ops::case::Rng;
@@ -133,9 +134,15 @@ fn config(dir: &Path) -> Result<()> {
         let turned = rope.turned(config.head_dim);
         print_line(format_args!("layers {layers}: rope {rope:?}, {turned} of a head turn"))?;
     }
-    if config.layer_rope.contains(&None) {
-        let layers = layers_where(&config.layer_rope, Option::is_none);
-        print_line(format_args!("layers {layers}: no rope"))?;
+    let layers = config.mixers.iter().zip(&config.layer_rope);
+    let still: Vec<bool> =
+        layers.map(|(mixer, rope)| *mixer == Mixer::Attention && rope.is_none()).collect();
+    if still.contains(&true) {
+        print_line(format_args!("layers {}: no rope", layers_where(&still, |still| *still)))?;
+    }
+    if let Some(taps) = config.conv_taps() {
+        let layers = layers_where(&config.mixers, |mixer| *mixer != Mixer::Attention);
+        print_line(format_args!("layers {layers}: a short convolution over {taps} tokens"))?;
     }
     for spec in &specs {
         print_line(format_args!("{:<56} {:?}", spec.name, spec.shape))?;

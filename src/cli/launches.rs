@@ -15,7 +15,7 @@ use crate::device::{Capabilities, DType, MemoryInfo, dry_run::DryRun};
 use crate::error::Result;
 use crate::methods::offline::sft::{Sft, SftRun};
 use crate::model::decoder::Decoder;
-use crate::model::layout::ModelConfig;
+use crate::model::layout::{Mixer, ModelConfig};
 use crate::observer::output::print_line;
 use crate::rollout::sample::Sampling;
 use crate::rollout::{Engine, EngineOptions, Request};
@@ -63,8 +63,10 @@ fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(LaunchCount
     cx.matmul = mode.matmul;
     let mut config = config.clone();
     config.num_layers = layers;
+    // As many as the last layer's kind.
+    config.mixers = vec![config.mixers.last().copied().unwrap_or(Mixer::Attention); layers];
     config.sliding_window = vec![None; layers];
-    config.layer_rope = vec![config.layer_rope.first().copied().flatten(); layers];
+    config.layer_rope = vec![config.layer_rope.iter().find_map(|rope| *rope); layers];
     let (run, _) =
         SftRun::load(None, &mode.keys.iter().map(|k| k.to_string()).collect::<Vec<_>>())?;
     let base = Decoder::builder(config).storage(scheme(&run.peft)).positions(64).build(&cx)?;

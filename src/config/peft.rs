@@ -72,7 +72,8 @@ section! {
         pub init_lora_weights: String = "true".into(),
         /// LoRA+: B's learning rate over A's. none: one rate.
         pub loraplus_lr_ratio: Option<f64> = None,
-        /// PEFT's, for IA3. Targets whose input is scaled instead of their output. none: down_proj.
+        /// PEFT's, for IA3. Targets whose input is scaled instead of their output. none: the last
+        /// projection of the MLP (down_proj).
         pub feedforward_modules: Option<Vec<String>> = None,
         /// PEFT's, for prompt tuning. Length of the tuned prompt in tokens.
         pub num_virtual_tokens: usize = 20,

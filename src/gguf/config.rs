@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::families;
 use crate::model::families::gguf::{GgufKind, GgufNames};
 use crate::model::layout::{
-    AttentionScaleRule, BiasRule, Family, ModelConfig, RopeRule, WindowRule,
+    AttentionScaleRule, BiasRule, Family, MlpWidthRule, ModelConfig, RopeRule, WindowRule,
 };
 
 /// Keys that say nothing that the tensors do not say, and their only values where others would
@@ -71,6 +71,7 @@ pub fn config_of(file: &GgufFile, names: &GgufNames) -> Result<ModelConfig> {
             GgufKind::SizeOrNull => {
                 file.unsigned(&name)?.map(|n| if n == 0 { Value::Null } else { json!(n) })
             }
+            GgufKind::SizeOfAttention => size_of_attention(file, &name, &mut raw)?,
             GgufKind::Number => file.number(&name)?.map(|x| json!(x)),
         };
         match value {
@@ -78,6 +79,9 @@ pub fn config_of(file: &GgufFile, names: &GgufNames) -> Result<ModelConfig> {
             None if key.required => return Err(model(file, format!("has no {name}"))),
             None => {}
         }
+    }
+    if matches!(family.mlp_width, MlpWidthRule::TwoThirds { .. }) {
+        raw.insert("block_auto_adjust_ff_dim".into(), json!(false)); // files say the width itself
     }
     let Some(embed) = file.tensor("token_embd.weight") else {
         return Err(model(file, "has no token_embd.weight"));
@@ -127,6 +131,31 @@ pub fn config_of(file: &GgufFile, names: &GgufNames) -> Result<ModelConfig> {
     let config = ModelConfig::from_json(file.path(), raw)?;
     understood(file, names, &config)?;
     Ok(config)
+}
+
+/// The size that a list gives layers of attention; puts which those are into `raw`.
+fn size_of_attention(
+    file: &GgufFile,
+    name: &str,
+    raw: &mut Map<String, Value>,
+) -> Result<Option<Value>> {
+    let Some(list) = file.ints(name)? else { return Ok(None) };
+    let layers = raw.get("num_hidden_layers").and_then(Value::as_u64).unwrap_or(0);
+    if list.len() as u64 != layers {
+        let message = format!("{name} has {} entries, the model {layers} layers", list.len());
+        return Err(model(file, message));
+    }
+    let mut sizes = list.iter().filter(|n| **n != 0);
+    let Some(size) = sizes.next() else {
+        return Err(model(file, format!("{name} is 0 in every layer: no layer has attention")));
+    };
+    if let Some(other) = sizes.find(|n| *n != size) {
+        return Err(model(file, format!("{name} is {size} in one layer and {other} in another")));
+    }
+    let kind = |n: &i32| if *n == 0 { "conv" } else { "full_attention" };
+    let kinds: Vec<&str> = list.iter().map(kind).collect();
+    raw.insert("layer_types".into(), json!(kinds));
+    Ok(Some(json!(size)))
 }
 
 /// The number whose root q.k is divided by, for a family whose files do not say it.

@@ -11,7 +11,7 @@ use super::config::{config_of, names};
 use super::read::{GgufFile, GgufTensor};
 use super::rope;
 use super::tokenizer::tokenizer_of;
-use super::values::from_file;
+use super::values::{file_shape, from_file};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::fsio::{self, AtomicDir};
@@ -82,10 +82,11 @@ fn matched<'a>(
             continue;
         };
         match file.tensor(&name) {
-            None => problems.push(format!("missing: {name} {:?}", spec.shape)),
-            Some(tensor) if tensor.shape != spec.shape => problems.push(format!(
+            None => problems.push(format!("missing: {name} {:?}", file_shape(spec))),
+            Some(tensor) if tensor.shape != file_shape(spec) => problems.push(format!(
                 "shape: {name} is {:?}, the metadata mean {:?}",
-                tensor.shape, spec.shape
+                tensor.shape,
+                file_shape(spec)
             )),
             Some(tensor) => found.push(tensor),
         }

@@ -14,8 +14,8 @@ use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::families::gguf::{GgufKind, GgufNames};
 use crate::model::layout::{
-    AttentionScaleRule, EmbeddingRule, EmbeddingScale, HiddenAct, ModelConfig, SoftcapRule, Task,
-    WindowRule,
+    AttentionScaleRule, EmbeddingRule, EmbeddingScale, HiddenAct, Mixer, MixerRule, ModelConfig,
+    SoftcapRule, Task, WindowRule,
 };
 use crate::model::rope::RopeKind;
 use crate::tensor::safetensors::HostDtype;
@@ -58,6 +58,7 @@ pub fn entries_of(
             GgufKind::Size | GgufKind::SizeOrNull => {
                 value.as_u64().and_then(|n| u32::try_from(n).ok()).map(MetaEntry::U32)
             }
+            GgufKind::SizeOfAttention => size_of_attention(config, &value),
             GgufKind::Number => value.as_f64().map(|x| MetaEntry::F32(x as f32)),
         };
         match entry {
@@ -82,6 +83,14 @@ pub fn entries_of(
     }
 }
 
+/// A size for each layer: 0 where it has no attention. None: no layer has.
+fn size_of_attention(config: &ModelConfig, size: &Value) -> Option<MetaEntry> {
+    let size = size.as_i64().and_then(|n| i32::try_from(n).ok())?;
+    let of = |mixer: &Mixer| if *mixer == Mixer::Attention { size } else { 0 };
+    let list: Vec<i32> = config.mixers.iter().map(of).collect();
+    list.iter().any(|n| *n > 0).then_some(MetaEntry::Ints(list))
+}
+
 /// Describes a property of the model that differs from the fixed one of the architecture.
 fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
     let act = match config.hidden_act {
@@ -92,6 +101,12 @@ fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
     if act != names.hidden_act {
         let key = config.family.hidden_act.key;
         return Some(format!("{key} is {act}, there it is {}", names.hidden_act));
+    }
+    if config.mixers.iter().any(|m| matches!(m, Mixer::ShortConv { bias: true, .. })) {
+        return Some("conv_bias is true, there it is false".into());
+    }
+    if !config.mixers.contains(&Mixer::Attention) {
+        return Some("no layer has attention, there some have".into());
     }
     if let Some(tied) = names.tied.filter(|tied| *tied != config.tie_word_embeddings) {
         return Some(format!("tie_word_embeddings is {}, there it is {tied}", !tied));
@@ -106,7 +121,9 @@ fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
         return Some(format!("{key} is {given}, there it is {usual}"));
     }
     // A layer without rope is at a position where the architecture has rope.
-    let default = config.family.rope.layers(layers);
+    let attends = config.mixers.iter().map(|m| *m == Mixer::Attention);
+    let default: Vec<bool> =
+        config.family.rope.layers(layers).into_iter().zip(attends).map(|(a, b)| a && b).collect();
     let turns: Vec<bool> = config.layer_rope.iter().map(Option::is_some).collect();
     (turns != default).then(|| {
         let list = |turns: &[bool]| turns.iter().map(|on| u8::from(*on)).collect::<Vec<_>>();
@@ -159,7 +176,14 @@ fn value_of(config: &ModelConfig, key: &str) -> Value {
         "num_key_value_heads" => json!(config.num_kv_heads),
         "head_dim" => json!(config.head_dim),
         "max_position_embeddings" => json!(config.max_position_embeddings),
-        "rms_norm_eps" => number(config.rms_norm_eps),
+        "intermediate_size" => json!(config.intermediate_size),
+        "conv_L_cache" => match family.mixers {
+            MixerRule::AttentionOrConv { default_taps } => {
+                json!(config.conv_taps().unwrap_or(default_taps))
+            }
+            MixerRule::Attention => Value::Null,
+        },
+        _ if key == family.eps_key => number(config.rms_norm_eps),
         "sliding_window" => json!(config.sliding_window.iter().flatten().next()),
         "original_max_position_embeddings" => match config.ropes.first().map(|r| &r.kind) {
             Some(RopeKind::LongRope { original_max_positions, .. }) => {

@@ -8,14 +8,14 @@ use std::path::Path;
 use super::blocks::GgufType;
 use super::entries;
 use super::tokens;
-use super::values::to_file;
+use super::values::{file_shape, to_file};
 use super::write::{GgufSpec, MetaEntry, write};
 use crate::autograd::Cx;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::adapter::merge::{mergeable, merged_config, merged_values};
 use crate::model::decoder::Decoder;
-use crate::model::layout::expected_params;
+use crate::model::layout::{Role, expected_params};
 use crate::rollout::stop::stop_ids;
 
 /// The `general.file_type` of the file.
@@ -65,13 +65,15 @@ pub fn export(
         let row = spec.shape.last().copied().unwrap_or(1);
         let stored = match spec.shape.len() {
             1 => GgufType::F32,
+            // The only type that llama.cpp's convolution takes.
+            _ if spec.role == Role::Conv => GgufType::F32,
             _ if row.is_multiple_of(dtype.block()) => dtype,
             _ => {
                 other += 1;
                 GgufType::F16
             }
         };
-        specs.push(GgufSpec { name, dtype: stored, shape: spec.shape.clone() });
+        specs.push(GgufSpec { name, dtype: stored, shape: file_shape(spec) });
     }
     if other > 0 {
         let (of, block) = (dtype.name(), dtype.block());

@@ -52,7 +52,7 @@ const TABLE: &[PreTokenizer] = &[
     PreTokenizer { name: "smollm", aliases: &["starcoder", "refact"], digits: true, ..PLAIN },
     PreTokenizer {
         name: "llama-bpe",
-        aliases: &["llama3", "llama-v3"],
+        aliases: &["llama3", "llama-v3", "lfm2"],
         split: Some(LLAMA3),
         ignore_merges: true,
         adds_bos: true,

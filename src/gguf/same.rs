@@ -29,6 +29,7 @@ pub fn differences(written: &ModelConfig, read: &ModelConfig) -> Vec<String> {
             [c.num_heads, c.num_kv_heads, c.head_dim, c.max_position_embeddings],
         ))
     });
+    compare("what layers have in the place of attention", &|c| text(&c.mixers));
     compare("rms_norm_eps", &|c| text(c.rms_norm_eps));
     compare("the activation", &|c| text(c.hidden_act));
     compare("tie_word_embeddings", &|c| text(c.tie_word_embeddings));

@@ -7,6 +7,14 @@ use crate::model::families::gguf::GgufNames;
 use crate::model::layout::{ModelConfig, ParamSpec, Role};
 use crate::ops::rmsnorm::NormWeight;
 
+/// The shape of a parameter in the file: a filter for each channel is a row.
+pub fn file_shape(spec: &ParamSpec) -> Vec<usize> {
+    match spec.role {
+        Role::Conv => vec![spec.shape[0], spec.shape[2]],
+        _ => spec.shape.clone(),
+    }
+}
+
 /// Converts the values of a parameter to the file's representation.
 pub fn to_file(
     names: &GgufNames,

@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 use super::families;
 use super::fields::Fields;
 use super::layout::{
-    ActRule, AttentionScaleRule, BiasRule, EmbeddingRule, EmbeddingScale, Family, HiddenAct,
-    ModelConfig, NormPlace, SoftcapRule, Task, WindowRule,
+    ActRule, AttentionScaleRule, BiasRule, EmbeddingRule, EmbeddingScale, Family, HiddenAct, Mixer,
+    MixerRule, MlpWidthRule, ModelConfig, NormPlace, SoftcapRule, Task, WindowRule,
 };
 use super::rope::{RopeConfig, inv_freq};
 use super::rope_config::{RopeFacts, both_forms, layer_ropes};
@@ -24,6 +24,7 @@ use crate::tensor::safetensors::HostDtype;
 
 const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far from overflow
 const MAX_LAYERS: usize = 10_000;
+const MAX_TAPS: usize = 64; // of a convolution
 const MAX_PARAMETERS: u128 = 1 << 44;
 
 impl ModelConfig {
@@ -65,22 +66,26 @@ impl ModelConfig {
             .unwrap_or(hidden_size / num_heads);
         let max_position_embeddings =
             f.size("max_position_embeddings", 1 << 40).unwrap_or(family.default_max_positions);
+        let intermediate_size = mlp_width(&mut f, family);
+        let tied = family.old_key("tie_word_embeddings").and_then(|key| f.boolean(key));
         let mut config = ModelConfig {
             family,
             task,
             vocab_size: f.required_size("vocab_size", MAX_SIZE),
             hidden_size,
-            intermediate_size: f.required_size("intermediate_size", MAX_SIZE),
+            intermediate_size,
             num_layers,
             num_heads,
             num_kv_heads,
             head_dim,
             max_position_embeddings,
             rms_norm_eps: f
-                .number("rms_norm_eps", "a number of at least 0", |x| x >= 0.0)
+                .number(family.eps_key, "a number of at least 0", |x| x >= 0.0)
                 .unwrap_or(family.default_eps) as f32,
             hidden_act: hidden_act(&mut f, family.hidden_act),
-            tie_word_embeddings: f.boolean("tie_word_embeddings").unwrap_or(family.default_tie),
+            tie_word_embeddings: tied
+                .or_else(|| f.boolean("tie_word_embeddings"))
+                .unwrap_or(family.default_tie),
             qkv_bias: switch(&mut f, family.qkv_bias),
             o_bias: switch(&mut f, family.o_bias),
             mlp_bias: switch(&mut f, family.mlp_bias),
@@ -95,6 +100,7 @@ impl ModelConfig {
                 divisor: family.logits_divisor.map_or(1.0, |key| multiplier(&mut f, key)),
                 softcap: softcap(&mut f, family.logits_softcap),
             },
+            mixers: Vec::new(),
             sliding_window: Vec::new(),
             ropes: Vec::new(),
             layer_rope: Vec::new(),
@@ -119,6 +125,7 @@ impl ModelConfig {
             f.problem("quantization_config: quantised weights are not read; use the folder that they were made from");
         }
         let layers = num_layers.min(MAX_LAYERS);
+        config.mixers = mixers(&mut f, family.mixers, layers);
         let mut windows = sliding_window(&mut f, family.window, layers);
         let mut problems = f.problems;
         let facts = RopeFacts {
@@ -131,6 +138,9 @@ impl ModelConfig {
         let sliding: Vec<bool> = windows.iter().map(Option::is_some).collect();
         (config.ropes, config.layer_rope) =
             layer_ropes(&raw, family.rope, &facts, &sliding, &mut problems);
+        for (rope, mixer) in config.layer_rope.iter_mut().zip(&config.mixers) {
+            *rope = rope.filter(|_| *mixer == Mixer::Attention);
+        }
         if matches!(family.window, WindowRule::WithoutRope) && !raw.contains_key("layer_types") {
             // Those that may have a window have it where nothing turns.
             for (window, rope) in windows.iter_mut().zip(&config.layer_rope) {
@@ -205,6 +215,7 @@ impl ModelConfig {
             attention_softcap: None,
             residual_scale: 1.0,
             logits: LogitMap::PLAIN,
+            mixers: vec![Mixer::Attention; layers],
             sliding_window: vec![None; layers],
             ropes: vec![RopeConfig::plain(1e4)],
             layer_rope: vec![Some(0); layers],
@@ -242,7 +253,11 @@ impl ModelConfig {
             set("vocab_size", json!(self.vocab_size));
         }
         if changed(|a, b| a.tie_word_embeddings == b.tie_word_embeddings) {
-            set("tie_word_embeddings", json!(self.tie_word_embeddings));
+            let key = "tie_word_embeddings";
+            set(key, json!(self.tie_word_embeddings));
+            if let Some(old) = self.family.old_key(key).filter(|old| self.raw.contains_key(*old)) {
+                set(old, json!(self.tie_word_embeddings));
+            }
         }
         if changed(|a, b| a.bos == b.bos) {
             set("bos_token_id", json!(self.bos));
@@ -286,8 +301,10 @@ impl ModelConfig {
         // In u128, since a product of the largest sizes is beyond usize.
         let [h, m, q] = [hidden, self.intermediate_size, heads].map(|n| n as u128);
         let width = self.head_dim as u128 * (2 * q + 2 * kv as u128);
+        let taps = self.conv_taps().map(|taps| taps as u128);
+        let mixer = width.max(taps.map_or(0, |taps| 4 * h + taps + 6));
         let parameters = 2 * self.vocab_size as u128 * h
-            + self.num_layers as u128 * (h + 1) * (width + 3 * m + 4);
+            + self.num_layers as u128 * (h + 1) * (mixer + 3 * m + 4);
         if parameters > MAX_PARAMETERS || width > MAX_SIZE as u128 {
             problems.push(format!(
                 "the sizes give {parameters} parameters; at most {MAX_PARAMETERS} are possible: \
@@ -356,6 +373,53 @@ fn switch(f: &mut Fields, switch: BiasRule) -> bool {
         BiasRule::Always => true,
         BiasRule::Key(key) => f.boolean(key).unwrap_or(false),
     }
+}
+
+/// The width of the MLP, as its rule makes it of the key.
+fn mlp_width(f: &mut Fields, family: &Family) -> usize {
+    let old = family.old_key("intermediate_size").and_then(|key| f.size(key, MAX_SIZE));
+    let given = old.unwrap_or_else(|| f.required_size("intermediate_size", MAX_SIZE));
+    let MlpWidthRule::TwoThirds { default_multiple } = family.mlp_width else { return given };
+    if !f.boolean("block_auto_adjust_ff_dim").unwrap_or(true) {
+        return given;
+    }
+    let two_thirds = 2 * given / 3;
+    let key = "block_ffn_dim_multiplier";
+    if f.is_null(key) {
+        return two_thirds.max(1);
+    }
+    let factor = f.number(key, "a number above 0 and at most 1000", |x| x > 0.0 && x <= 1e3);
+    let multiple = f.size("block_multiple_of", MAX_SIZE).unwrap_or(default_multiple);
+    let width = (factor.unwrap_or(1.0) * two_thirds as f64) as usize;
+    width.next_multiple_of(multiple).clamp(1, MAX_SIZE)
+}
+
+/// What brings positions together in each layer.
+fn mixers(f: &mut Fields, rule: MixerRule, layers: usize) -> Vec<Mixer> {
+    let MixerRule::AttentionOrConv { default_taps } = rule else {
+        return vec![Mixer::Attention; layers];
+    };
+    let taps = f.size("conv_L_cache", MAX_TAPS).unwrap_or(default_taps);
+    let conv = Mixer::ShortConv { taps, bias: f.boolean("conv_bias").unwrap_or(false) };
+    let mixer = |attends: bool| if attends { Mixer::Attention } else { conv };
+    if let Some(types) = f.array("layer_types") {
+        if types.len() != layers {
+            let n = types.len();
+            f.problem(format!("layer_types has {n} entries, num_hidden_layers is {layers}"));
+        }
+        let unknown = |t: &&Value| **t != "full_attention" && **t != "conv";
+        if let Some(other) = types.iter().find(unknown) {
+            f.problem(format!("layer_types has {other}; supported are full_attention and conv"));
+        }
+        let kinds = types.iter().map(|t| t == "full_attention").chain(std::iter::repeat(true));
+        return kinds.take(layers).map(mixer).collect();
+    }
+    let Some(full) = f.array("full_attn_idxs") else { return vec![Mixer::Attention; layers] };
+    let is_layer = |v: &&Value| v.as_u64().is_some_and(|i| i < layers as u64);
+    if let Some(other) = full.iter().find(|v| !is_layer(v)) {
+        f.problem(format!("full_attn_idxs has {other}; it must be the number of a layer"));
+    }
+    (0..layers).map(|i| mixer(full.iter().any(|v| *v == i))).collect()
 }
 
 fn hidden_act(f: &mut Fields, rule: ActRule) -> HiddenAct {

@@ -17,7 +17,7 @@ use crate::model::batch::{Batch, Sequence, Vocab};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
 use crate::model::layout::{
-    BottleneckSite, HiddenAct, ModelConfig, Proj, Role, Task, expected_params,
+    BottleneckSite, HiddenAct, Mixer, ModelConfig, Proj, Role, Task, expected_params,
 };
 use crate::model::params::{ParamSet, initial};
 use crate::model::rope::{RopeConfig, rope_table};
@@ -36,6 +36,8 @@ use crate::ops::rmsnorm::{NormWeight, add_rmsnorm, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::rope_append::rope_append;
 use crate::ops::scale::{multiply, scale_columns};
+use crate::ops::short_conv::{ConvRows, short_conv};
+use crate::ops::short_conv_paged::{PagedRows, short_conv_paged};
 use crate::tensor::safetensors::HostDtype;
 use crate::tensor::{ParamSetId, Tensor};
 
@@ -71,14 +73,34 @@ struct Layer {
     attention_out_norm: Option<Tensor>,
     post_norm: Option<Tensor>,
     mlp_out_norm: Option<Tensor>,
-    qkv: Projection,
-    q_norm: Option<Tensor>,
-    k_norm: Option<Tensor>,
-    o: Projection,
+    mixer: LayerMixer,
     after_attention: Option<Bottleneck>,
     gate_up: Projection,
     down: Projection,
     after_mlp: Option<Bottleneck>,
+}
+
+/// What brings positions together.
+#[derive(Clone)]
+enum LayerMixer {
+    Attention(LayerAttention),
+    ShortConv(LayerConv),
+}
+
+#[derive(Clone)]
+struct LayerConv {
+    input: Projection,
+    filters: Tensor,
+    bias: Option<Tensor>,
+    out: Projection,
+}
+
+#[derive(Clone)]
+struct LayerAttention {
+    qkv: Projection,
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
+    o: Projection,
     shape: AttnShape,
     /// Which of the decoder's tables turns q and k; None: nothing does.
     rope: Option<usize>,
@@ -108,9 +130,10 @@ impl Weight {
     }
 }
 
-/// Where a forward's keys and values are.
+/// Where a forward finds the tokens before each row.
 enum Keys<'a> {
-    Batch(&'a Arc<AttnPlan>),
+    /// With the rows that convolutions are over, where there are any.
+    Batch(&'a Arc<AttnPlan>, Option<&'a ConvRows>),
     Cache(&'a KvCache, &'a KvStep),
 }
 
@@ -281,10 +304,29 @@ impl Decoder {
                 attention_out_norm: fused(l, Role::AttentionOutNorm)?,
                 post_norm: fused(l, Role::PostNorm)?,
                 mlp_out_norm: fused(l, Role::MlpOutNorm)?,
-                qkv: projection(Proj::Q, Role::QBias)?,
-                q_norm: fused(l, Role::QNorm)?,
-                k_norm: fused(l, Role::KNorm)?,
-                o: projection(Proj::O, Role::OBias)?,
+                mixer: match config.mixers[i] {
+                    Mixer::Attention => LayerMixer::Attention(LayerAttention {
+                        qkv: projection(Proj::Q, Role::QBias)?,
+                        q_norm: fused(l, Role::QNorm)?,
+                        k_norm: fused(l, Role::KNorm)?,
+                        o: projection(Proj::O, Role::OBias)?,
+                        shape: AttnShape {
+                            heads: config.num_heads,
+                            kv_heads: config.num_kv_heads,
+                            head_dim: config.head_dim,
+                            scale: config.attention_scale,
+                            softcap: config.attention_softcap,
+                            window: config.sliding_window[i],
+                        },
+                        rope: config.layer_rope[i],
+                    }),
+                    Mixer::ShortConv { .. } => LayerMixer::ShortConv(LayerConv {
+                        input: projection(Proj::ConvIn, Role::ConvInBias)?,
+                        filters: need(l, Role::Conv)?,
+                        bias: fused(l, Role::ConvBias)?,
+                        out: projection(Proj::ConvOut, Role::ConvOutBias)?,
+                    }),
+                },
                 after_attention: adapter
                     .as_ref()
                     .and_then(|a| a.bottleneck(i, BottleneckSite::Attention))
@@ -295,15 +337,6 @@ impl Decoder {
                     .as_ref()
                     .and_then(|a| a.bottleneck(i, BottleneckSite::Mlp))
                     .cloned(),
-                shape: AttnShape {
-                    heads: config.num_heads,
-                    kv_heads: config.num_kv_heads,
-                    head_dim: config.head_dim,
-                    scale: config.attention_scale,
-                    softcap: config.attention_softcap,
-                    window: config.sliding_window[i],
-                },
-                rope: config.layer_rope[i],
             });
         }
         let embed = need(None, Role::Embed)?;
@@ -472,7 +505,9 @@ impl Decoder {
             ));
         }
         let x = self.embed(cx, &batch.tokens)?;
-        self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan))
+        let taps = self.config.conv_taps();
+        let rows = taps.map(|taps| ConvRows::new(cx, &batch.plan.segments, taps)).transpose()?;
+        self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan, rows.as_ref()))
     }
 
     /// Hidden states of the rows that predict a target: [targets, hidden].
@@ -599,40 +634,15 @@ impl Decoder {
         keys: &Keys,
     ) -> Result<(Tensor, Tensor)> {
         let (normed, stream) = self.enter(cx, stream, branch, layer.input_norm.as_ref())?;
-        let shape = layer.shape;
-        let qkv = layer.qkv.apply(cx, &normed)?;
-        drop(normed);
-        let norm = match (&layer.q_norm, &layer.k_norm, self.config.qk_norm) {
-            (Some(q), Some(k), Some(over)) => Some(QkNorm { q, k, norm: self.config.norm(), over }),
-            _ => None,
-        };
-        let (heads, kv_heads) = (shape.heads, shape.kv_heads);
-        let table = layer.rope.map(|k| &self.tables[k]);
-        let mixed = match keys {
-            Keys::Batch(plan) => {
-                let qkv = rope(cx, &qkv, table, positions, heads, kv_heads, norm)?;
-                attention(cx, &qkv, plan, shape)?
+        let mut attended = match &layer.mixer {
+            LayerMixer::Attention(attention) => {
+                self.attend(cx, i, attention, normed, positions, keys)?
             }
-            Keys::Cache(cache, step) => {
-                let (cache, slots) = (&cache.layers[i], &step.slots);
-                rope_append(cx, &qkv, cache, table, positions, slots, heads, kv_heads, norm)?;
-                attention_paged(
-                    cx,
-                    &qkv,
-                    cache,
-                    &step.page_table,
-                    &step.row_sequence,
-                    &step.positions,
-                    shape,
-                )?
-            }
+            LayerMixer::ShortConv(conv) => convolve(cx, i, conv, normed, keys)?,
         };
-        drop(qkv);
-        let mut attended = layer.o.apply(cx, &mixed)?;
         if let Some(adapter) = &layer.after_attention {
             attended = adapter.apply(cx, &attended, &stream)?;
         }
-        drop(mixed);
         let branch = self.leave(cx, attended, layer.attention_out_norm.as_ref())?;
         let (normed, stream) = self.enter(cx, stream, Some(branch), layer.post_norm.as_ref())?;
         let act = match self.config.hidden_act {
@@ -656,6 +666,78 @@ impl Decoder {
         let branch = self.leave(cx, out, layer.mlp_out_norm.as_ref())?;
         Ok((stream, branch))
     }
+
+    /// Attention of layer `i`, from its input to what its output projection gives.
+    fn attend(
+        &self,
+        cx: &mut Cx,
+        i: usize,
+        layer: &LayerAttention,
+        normed: Tensor,
+        positions: &Tensor,
+        keys: &Keys,
+    ) -> Result<Tensor> {
+        let shape = layer.shape;
+        let qkv = layer.qkv.apply(cx, &normed)?;
+        drop(normed);
+        let norm = match (&layer.q_norm, &layer.k_norm, self.config.qk_norm) {
+            (Some(q), Some(k), Some(over)) => Some(QkNorm { q, k, norm: self.config.norm(), over }),
+            _ => None,
+        };
+        let (heads, kv_heads) = (shape.heads, shape.kv_heads);
+        let table = layer.rope.map(|k| &self.tables[k]);
+        let mixed = match keys {
+            Keys::Batch(plan, _) => {
+                let qkv = rope(cx, &qkv, table, positions, heads, kv_heads, norm)?;
+                attention(cx, &qkv, plan, shape)?
+            }
+            Keys::Cache(cache, step) => {
+                let (cache, slots) = (&cache.layers[i], &step.slots);
+                rope_append(cx, &qkv, cache, table, positions, slots, heads, kv_heads, norm)?;
+                attention_paged(
+                    cx,
+                    &qkv,
+                    cache,
+                    &step.page_table,
+                    &step.row_sequence,
+                    &step.positions,
+                    shape,
+                )?
+            }
+        };
+        drop(qkv);
+        layer.o.apply(cx, &mixed)
+    }
+}
+
+/// The gated convolution of layer `i`, from its input to what its output projection gives.
+fn convolve(
+    cx: &mut Cx,
+    i: usize,
+    layer: &LayerConv,
+    normed: Tensor,
+    keys: &Keys,
+) -> Result<Tensor> {
+    let bcx = layer.input.apply(cx, &normed)?;
+    drop(normed);
+    let (filters, bias) = (&layer.filters, layer.bias.as_ref());
+    let mixed = match keys {
+        Keys::Batch(_, Some(rows)) => short_conv(cx, &bcx, filters, bias, rows)?,
+        Keys::Batch(_, None) => {
+            return Err(Error::op("decoder", "a convolution without its rows"));
+        }
+        Keys::Cache(cache, step) => {
+            let rows = PagedRows {
+                slots: &step.slots,
+                page_table: &step.page_table,
+                sequences: &step.row_sequence,
+                positions: &step.positions,
+            };
+            short_conv_paged(cx, &bcx, &cache.layers[i], filters, bias, rows)?
+        }
+    };
+    drop(bcx);
+    layer.out.apply(cx, &mixed)
 }
 
 impl Projection {

@@ -1,4 +1,4 @@
-//! The paged cache of keys and values. Layer 5.
+//! The paged cache of keys and values, and of what convolutions are over. Layer 5.
 //!
 //! Invariant: a page is 64 rows, the attention kernels' key block; page tables say where a
 //! sequence's positions lie, so a cache never moves and sequences can share pages. Only a page that
@@ -19,10 +19,11 @@ use crate::tensor::Tensor;
 pub use crate::ops::attention::PAGE;
 
 pub struct KvCache {
-    /// One a layer: [pages * 64, 2 * kv_heads * head_dim] real, k|v of a token in a row.
+    /// One a layer: [pages * 64, width] real, a row for a token: its k|v, or what a convolution is
+    /// over.
     pub layers: Vec<Tensor>,
-    /// All of them, one after the other.
-    all: Tensor,
+    /// Those of one width, one after the other, and how many they are.
+    stores: Vec<(Tensor, usize)>,
     /// How many sequences hold each page.
     holders: Vec<u32>,
     free: Vec<i32>,
@@ -64,13 +65,27 @@ pub struct CachedSequence {
 
 impl KvCache {
     pub fn new(cx: &Cx, config: &ModelConfig, pages: usize) -> Result<KvCache> {
-        let width = 2 * config.num_kv_heads * config.head_dim;
-        let (rows, n) = (pages * PAGE, config.num_layers);
-        let all = Tensor::new(&cx.pool, "kv cache", cx.dtype, &[n * rows, width])?;
-        let layers = (0..n).map(|i| all.rows(i * rows, (i + 1) * rows)).collect::<Result<_>>()?;
+        let rows = pages * PAGE;
+        let width = |layer: usize| config.cached_width(layer);
+        let mut widths: Vec<usize> = (0..config.num_layers).map(width).collect();
+        widths.sort_unstable();
+        let mut stores = Vec::new();
+        for same in widths.chunk_by(|a, b| a == b) {
+            let n = same.len();
+            let store = Tensor::new(&cx.pool, "kv cache", cx.dtype, &[n * rows, same[0]])?;
+            stores.push((store, n));
+        }
+        let mut used = vec![0; stores.len()];
+        let layer = |layer: usize| {
+            let fits = |s: &(Tensor, usize)| s.0.cols() == width(layer);
+            let no_store = || Error::op("kv cache", format!("no store for layer {layer}"));
+            let at = stores.iter().position(fits).ok_or_else(no_store)?;
+            used[at] += rows;
+            stores[at].0.rows(used[at] - rows, used[at])
+        };
         Ok(KvCache {
-            layers,
-            all,
+            layers: (0..config.num_layers).map(layer).collect::<Result<_>>()?,
+            stores,
             holders: vec![0; pages],
             free: (0..pages as i32).rev().collect(),
         })
@@ -103,8 +118,10 @@ impl KvCache {
         if rest > 0 {
             let first = |s: &CachedSequence| s.pages[whole] as usize * PAGE;
             let (from, to) = (first(from), first(&new));
-            CopyCached { layers: self.layers.len(), from, to, rows: rest }
-                .run(&**self.all.device(), &self.all)?;
+            for (store, layers) in &self.stores {
+                CopyCached { layers: *layers, from, to, rows: rest }
+                    .run(&**store.device(), store)?;
+            }
         }
         new.len = tokens;
         Ok(Some(new))

@@ -86,6 +86,8 @@ pub struct ModelConfig {
     pub attention_softcap: Option<f32>,
     pub residual_scale: f32, // of what attention and the MLP add to the stream
     pub logits: LogitMap,
+    /// `[num_layers]`: what brings positions together.
+    pub mixers: Vec<Mixer>,
     /// `[num_layers]`. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of
     /// them with its own.
     pub sliding_window: Vec<Option<usize>>,
@@ -100,6 +102,17 @@ pub struct ModelConfig {
     pub pad: Option<u32>,
     pub dtype: Option<HostDtype>, // of the folder, if it says
     pub raw: Map<String, Value>,  // config.json as read
+}
+
+/// What brings positions together in a layer. Attention's fields mean nothing in a layer without it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mixer {
+    Attention,
+    /// A gated convolution over a token and the `taps - 1` before it; `bias`: so have its projections.
+    ShortConv {
+        taps: usize,
+        bias: bool,
+    },
 }
 
 /// Where a block has norms.
@@ -159,20 +172,67 @@ impl ModelConfig {
             Proj::Gate | Proj::Up => (mlp, hidden),
             Proj::GateUp => (2 * mlp, hidden),
             Proj::Down => (hidden, mlp),
+            Proj::ConvIn => (3 * hidden, hidden),
+            Proj::ConvOut => (hidden, hidden),
         }
     }
 
-    /// The projections of a block, in the order in which they lie.
-    pub fn projections(&self) -> &'static [Proj] {
-        match self.family.fused_projections {
-            true => &[Proj::Qkv, Proj::O, Proj::GateUp, Proj::Down],
-            false => &[Proj::Q, Proj::K, Proj::V, Proj::O, Proj::Gate, Proj::Up, Proj::Down],
+    /// The projections of a layer, in the order in which they lie.
+    pub fn projections(&self, layer: usize) -> &'static [Proj] {
+        use Proj::*;
+        match (self.mixers[layer], self.family.fused_projections) {
+            (Mixer::Attention, true) => &[Qkv, O, GateUp, Down],
+            (Mixer::Attention, false) => &[Q, K, V, O, Gate, Up, Down],
+            (Mixer::ShortConv { .. }, true) => &[ConvIn, ConvOut, GateUp, Down],
+            (Mixer::ShortConv { .. }, false) => &[ConvIn, ConvOut, Gate, Up, Down],
+        }
+    }
+
+    /// The projections that some layer has.
+    pub fn all_projections(&self) -> Vec<Proj> {
+        let has = |p: &Proj| (0..self.num_layers).any(|layer| self.projections(layer).contains(p));
+        Proj::ALL.into_iter().filter(has).collect()
+    }
+
+    /// The name of a projection's module in a block: `self_attn.q_proj`.
+    pub fn module(&self, proj: Proj) -> &'static str {
+        self.family.named(proj.module())
+    }
+
+    /// What that name ends with: `q_proj`.
+    pub fn short_module(&self, proj: Proj) -> &'static str {
+        let module = self.module(proj);
+        module.rsplit('.').next().unwrap_or(module)
+    }
+
+    /// What the family calls the projection whose module ends so in a Llama, where it is another
+    /// name.
+    pub fn renamed(&self, llama: &str) -> Option<&'static str> {
+        let ends = |name: &str| name.rsplit('.').next() == Some(llama);
+        let found = self.all_projections().into_iter().find(|p| ends(p.module()))?;
+        let own = self.short_module(found);
+        if own == llama { None } else { Some(own) }
+    }
+
+    /// The width of the convolutions, where layers have them.
+    pub fn conv_taps(&self) -> Option<usize> {
+        self.mixers.iter().find_map(|mixer| match mixer {
+            Mixer::ShortConv { taps, .. } => Some(*taps),
+            Mixer::Attention => None,
+        })
+    }
+
+    /// Values of a token that a layer keeps for those after it: k|v, or what a convolution is over.
+    pub fn cached_width(&self, layer: usize) -> usize {
+        match self.mixers[layer] {
+            Mixer::Attention => 2 * self.num_kv_heads * self.head_dim,
+            Mixer::ShortConv { .. } => self.hidden_size,
         }
     }
 
     /// The projections that share a leader's input, in the order in which they lie side by side.
     pub fn group(&self, leader: Proj) -> impl Iterator<Item = Proj> + Clone + use<> {
-        self.projections().iter().copied().filter(move |p| p.leader() == leader)
+        self.all_projections().into_iter().filter(move |p| p.leader() == leader)
     }
 }
 
@@ -196,6 +256,7 @@ pub struct Family {
     pub logits_divisor: Option<&'static str>, // its key; 1 where absent
     pub logits_softcap: SoftcapRule,
     pub window: WindowRule,
+    pub mixers: MixerRule,
     pub rope: RopeRule,
     /// Whether q is scaled by its position: `llama_4_scaling_beta` of the rope settings.
     pub query_scale: bool,
@@ -205,6 +266,12 @@ pub struct Family {
     /// q|k|v and gate|up are one module each, `qkv_proj` and `gate_up_proj`: for the folder, for
     /// adapters, and for whatever else names projections.
     pub fused_projections: bool,
+    /// Modules whose names are not Llama's: Llama's and its own.
+    pub modules: &'static [(&'static str, &'static str)],
+    /// Keys of config.json and an older name of each, which goes before it.
+    pub old_keys: &'static [(&'static str, &'static str)],
+    pub eps_key: &'static str,
+    pub mlp_width: MlpWidthRule,
     pub heads_divide_hidden: bool, // required even where head_dim is given
     pub default_kv_heads: Option<usize>, // None: as many as heads
     pub default_head_dim: Option<usize>, // None: hidden_size / heads
@@ -244,10 +311,15 @@ impl Family {
         logits_divisor: None,
         logits_softcap: SoftcapRule::Never,
         window: WindowRule::Ignored,
+        mixers: MixerRule::Attention,
         ia3_attention: "k_proj",
         rope: RopeRule::Every,
         query_scale: false,
         fused_projections: false,
+        modules: &[],
+        old_keys: &[],
+        eps_key: "rms_norm_eps",
+        mlp_width: MlpWidthRule::Given,
         heads_divide_hidden: false,
         default_kv_heads: None,
         default_head_dim: None,
@@ -262,6 +334,16 @@ impl Family {
         classifier: None,
         refused: None,
     };
+
+    /// A module by the family's name; `llama`: Llama's.
+    pub fn named(&self, llama: &'static str) -> &'static str {
+        self.modules.iter().find(|m| m.0 == llama).map_or(llama, |m| m.1)
+    }
+
+    /// The older name of a key, if it has one.
+    pub fn old_key(&self, key: &str) -> Option<&'static str> {
+        self.old_keys.iter().find(|k| k.0 == key).map(|k| k.1)
+    }
 
     /// The class in `architectures` for a task.
     pub fn class(&self, task: Task) -> String {
@@ -344,6 +426,27 @@ pub enum WindowRule {
     WithoutRope,
 }
 
+/// What brings positions together in which layers.
+#[derive(Clone, Copy, Debug)]
+pub enum MixerRule {
+    /// Attention in every layer.
+    Attention,
+    /// Attention or a short convolution, as `layer_types` says (`full_attention`, `conv`); without
+    /// it, attention in the layers of `full_attn_idxs`; without both in all. `conv_L_cache` is the
+    /// width of the convolutions, `conv_bias` gives them biases.
+    AttentionOrConv { default_taps: usize },
+}
+
+/// The width of the MLP.
+#[derive(Clone, Copy, Debug)]
+pub enum MlpWidthRule {
+    /// `intermediate_size`.
+    Given,
+    /// Two thirds of that, times `block_ffn_dim_multiplier`, rounded up to a multiple of
+    /// `block_multiple_of`, unless `block_auto_adjust_ff_dim` is false.
+    TwoThirds { default_multiple: usize },
+}
+
 /// Which layers have which rope.
 #[derive(Clone, Copy, Debug)]
 pub enum RopeRule {
@@ -383,6 +486,14 @@ pub enum Role {
     KNorm,
     O,
     OBias,
+    /// Gate, gate and input of a short convolution, side by side.
+    ConvIn,
+    ConvInBias,
+    /// [hidden, 1, taps]: a filter for each channel.
+    Conv,
+    ConvBias,
+    ConvOut,
+    ConvOutBias,
     /// Of what attention gives, before it is added to the stream.
     AttentionOutNorm,
     /// Of the MLP's input.
@@ -433,27 +544,33 @@ pub enum Proj {
     Qkv,
     /// gate and up as one module.
     GateUp,
+    /// Of a short convolution.
+    ConvIn,
+    ConvOut,
 }
 
 impl Proj {
     /// Those that a block may have ([`ModelConfig::projections`] says which it has).
-    pub const ALL: [Proj; 9] = [
+    pub const ALL: [Proj; 11] = [
         Proj::Q,
         Proj::K,
         Proj::V,
+        Proj::Qkv,
         Proj::O,
+        Proj::ConvIn,
+        Proj::ConvOut,
         Proj::Gate,
         Proj::Up,
-        Proj::Down,
-        Proj::Qkv,
         Proj::GateUp,
+        Proj::Down,
     ];
 
     /// One of each group that shares an input.
-    pub const LEADERS: [Proj; 4] = [Proj::Q, Proj::O, Proj::Gate, Proj::Down];
+    pub const LEADERS: [Proj; 6] =
+        [Proj::Q, Proj::O, Proj::Gate, Proj::Down, Proj::ConvIn, Proj::ConvOut];
 
-    /// The module's name in a block.
-    pub fn module(self) -> &'static str {
+    /// The module's name in a Llama's block ([`ModelConfig::module`] has the family's).
+    fn module(self) -> &'static str {
         match self {
             Proj::Q => "self_attn.q_proj",
             Proj::K => "self_attn.k_proj",
@@ -464,6 +581,8 @@ impl Proj {
             Proj::Down => "mlp.down_proj",
             Proj::Qkv => "self_attn.qkv_proj",
             Proj::GateUp => "mlp.gate_up_proj",
+            Proj::ConvIn => "conv.in_proj",
+            Proj::ConvOut => "conv.out_proj",
         }
     }
 
@@ -477,6 +596,8 @@ impl Proj {
             Proj::Gate | Proj::GateUp => Role::Gate,
             Proj::Up => Role::Up,
             Proj::Down => Role::Down,
+            Proj::ConvIn => Role::ConvIn,
+            Proj::ConvOut => Role::ConvOut,
         }
     }
 
@@ -516,6 +637,7 @@ impl Role {
     pub fn is_bias(self) -> bool {
         use Role::*;
         matches!(self, QBias | KBias | VBias | OBias | GateBias | UpBias | DownBias | ScoreBias)
+            || matches!(self, ConvInBias | ConvBias | ConvOutBias)
             || matches!(self, Bottleneck(_, BottleneckPart::DownBias | BottleneckPart::UpBias))
     }
 
@@ -568,59 +690,73 @@ pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
     let before = config.norm_place != NormPlace::After;
     let after = config.norm_place != NormPlace::Before;
     // With a norm after attention, the name that the MLP's norm has elsewhere is that one's.
-    let mlp_norm =
-        if after { "pre_feedforward_layernorm.weight" } else { "post_attention_layernorm.weight" };
+    let mlp_norm = if after { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
     let (q_norm, k_norm) = match config.qk_norm {
         None => (0, 0),
         Some(NormOver::Head) => (config.head_dim, config.head_dim),
         Some(NormOver::Heads) => (q, kv),
     };
-    let fused = config.family.fused_projections;
+    let family = config.family;
+    let fused = family.fused_projections;
     let mut specs = Vec::new();
-    let mut push = |layer: Option<usize>, role: Role, name: &str, shape: &[usize]| {
-        let name = layer.map_or(name.to_string(), |i| format!("model.layers.{i}.{name}"));
+    let mut push = |layer: Option<usize>, role: Role, module: &'static str, shape: &[usize]| {
+        let kind = if role.is_bias() { "bias" } else { "weight" };
+        let name = format!("{}.{kind}", family.named(module));
+        let name = layer.map_or(name.clone(), |i| format!("model.layers.{i}.{name}"));
         specs.push(ParamSpec { name, shape: shape.to_vec(), role, layer });
     };
-    push(None, Role::Embed, "model.embed_tokens.weight", &[vocab, hidden]);
-    for i in 0..config.num_layers {
-        let mut layer = |on: bool, role: Role, name: &str, shape: &[usize]| {
+    push(None, Role::Embed, "model.embed_tokens", &[vocab, hidden]);
+    for (i, mixer) in config.mixers.iter().enumerate() {
+        let mut layer = |on: bool, role: Role, module: &'static str, shape: &[usize]| {
             if on {
-                push(Some(i), role, name, shape);
+                push(Some(i), role, module, shape);
             }
         };
-        layer(before, Role::InputNorm, "input_layernorm.weight", &[hidden]);
-        layer(fused, Role::Q, "self_attn.qkv_proj.weight", &[q + 2 * kv, hidden]);
-        layer(!fused, Role::Q, "self_attn.q_proj.weight", &[q, hidden]);
-        layer(!fused, Role::K, "self_attn.k_proj.weight", &[kv, hidden]);
-        layer(!fused, Role::V, "self_attn.v_proj.weight", &[kv, hidden]);
-        layer(config.qkv_bias, Role::QBias, "self_attn.q_proj.bias", &[q]);
-        layer(config.qkv_bias, Role::KBias, "self_attn.k_proj.bias", &[kv]);
-        layer(config.qkv_bias, Role::VBias, "self_attn.v_proj.bias", &[kv]);
-        layer(q_norm > 0, Role::QNorm, "self_attn.q_norm.weight", &[q_norm]);
-        layer(k_norm > 0, Role::KNorm, "self_attn.k_norm.weight", &[k_norm]);
-        layer(true, Role::O, "self_attn.o_proj.weight", &[hidden, q]);
-        layer(config.o_bias, Role::OBias, "self_attn.o_proj.bias", &[hidden]);
-        layer(after, Role::AttentionOutNorm, "post_attention_layernorm.weight", &[hidden]);
+        layer(before, Role::InputNorm, "input_layernorm", &[hidden]);
+        match *mixer {
+            Mixer::Attention => {
+                layer(fused, Role::Q, "self_attn.qkv_proj", &[q + 2 * kv, hidden]);
+                layer(!fused, Role::Q, "self_attn.q_proj", &[q, hidden]);
+                layer(!fused, Role::K, "self_attn.k_proj", &[kv, hidden]);
+                layer(!fused, Role::V, "self_attn.v_proj", &[kv, hidden]);
+                layer(config.qkv_bias, Role::QBias, "self_attn.q_proj", &[q]);
+                layer(config.qkv_bias, Role::KBias, "self_attn.k_proj", &[kv]);
+                layer(config.qkv_bias, Role::VBias, "self_attn.v_proj", &[kv]);
+                layer(q_norm > 0, Role::QNorm, "self_attn.q_norm", &[q_norm]);
+                layer(k_norm > 0, Role::KNorm, "self_attn.k_norm", &[k_norm]);
+                layer(true, Role::O, "self_attn.o_proj", &[hidden, q]);
+                layer(config.o_bias, Role::OBias, "self_attn.o_proj", &[hidden]);
+            }
+            Mixer::ShortConv { taps, bias } => {
+                layer(true, Role::ConvIn, "conv.in_proj", &[3 * hidden, hidden]);
+                layer(bias, Role::ConvInBias, "conv.in_proj", &[3 * hidden]);
+                layer(true, Role::Conv, "conv.conv", &[hidden, 1, taps]);
+                layer(bias, Role::ConvBias, "conv.conv", &[hidden]);
+                layer(true, Role::ConvOut, "conv.out_proj", &[hidden, hidden]);
+                layer(bias, Role::ConvOutBias, "conv.out_proj", &[hidden]);
+            }
+        }
+        layer(after, Role::AttentionOutNorm, "post_attention_layernorm", &[hidden]);
         layer(before, Role::PostNorm, mlp_norm, &[hidden]);
-        layer(fused, Role::Gate, "mlp.gate_up_proj.weight", &[2 * mlp, hidden]);
-        layer(!fused, Role::Gate, "mlp.gate_proj.weight", &[mlp, hidden]);
-        layer(!fused, Role::Up, "mlp.up_proj.weight", &[mlp, hidden]);
-        layer(config.mlp_bias, Role::GateBias, "mlp.gate_proj.bias", &[mlp]);
-        layer(config.mlp_bias, Role::UpBias, "mlp.up_proj.bias", &[mlp]);
-        layer(true, Role::Down, "mlp.down_proj.weight", &[hidden, mlp]);
-        layer(config.mlp_bias, Role::DownBias, "mlp.down_proj.bias", &[hidden]);
-        layer(after, Role::MlpOutNorm, "post_feedforward_layernorm.weight", &[hidden]);
+        layer(fused, Role::Gate, "mlp.gate_up_proj", &[2 * mlp, hidden]);
+        layer(!fused, Role::Gate, "mlp.gate_proj", &[mlp, hidden]);
+        layer(!fused, Role::Up, "mlp.up_proj", &[mlp, hidden]);
+        layer(config.mlp_bias, Role::GateBias, "mlp.gate_proj", &[mlp]);
+        layer(config.mlp_bias, Role::UpBias, "mlp.up_proj", &[mlp]);
+        layer(true, Role::Down, "mlp.down_proj", &[hidden, mlp]);
+        layer(config.mlp_bias, Role::DownBias, "mlp.down_proj", &[hidden]);
+        layer(after, Role::MlpOutNorm, "post_feedforward_layernorm", &[hidden]);
     }
-    push(None, Role::FinalNorm, "model.norm.weight", &[hidden]);
+    push(None, Role::FinalNorm, "model.norm", &[hidden]);
     match config.task {
         Task::CausalLm if config.tie_word_embeddings => {}
-        Task::CausalLm => push(None, Role::Head, "lm_head.weight", &[vocab, hidden]),
+        Task::CausalLm => push(None, Role::Head, "lm_head", &[vocab, hidden]),
         Task::SequenceClassification { labels } => {
-            push(None, Role::Score, "score.weight", &[labels, hidden])
+            push(None, Role::Score, "score", &[labels, hidden])
         }
         Task::TokenClassification { labels } => {
-            push(None, Role::Score, "score.weight", &[labels, hidden]);
-            push(None, Role::ScoreBias, "score.bias", &[labels]);
+            push(None, Role::Score, "score", &[labels, hidden]);
+            push(None, Role::ScoreBias, "score", &[labels]);
         }
     }
     specs

@@ -37,6 +37,8 @@ pub mod rope;
 pub mod rope_append;
 pub mod sample;
 pub mod scale;
+pub mod short_conv;
+pub mod short_conv_paged;
 pub mod tokens;
 
 use crate::autograd::Cx;

@@ -10,7 +10,7 @@ use super::quant::{linear_cases, linear_perf};
 use super::{
     activation, adamw, adamw8, add, attention, cache, distill, dropout, embedding, head,
     linear_glu, lora, matmul, muon, policy, preference, prompt, quant, rmsnorm, rope, rope_append,
-    sample, scale, tokens,
+    sample, scale, short_conv, short_conv_paged, tokens,
 };
 
 pub struct Entry {
@@ -72,6 +72,14 @@ pub fn registry() -> Vec<Entry> {
         op("rope_append", &["rope"], rope_append::cases, rope_append::perf, PLAIN),
         op("scale_columns", &["scale", "reduce"], scale::cases, scale::perf, PLAIN),
         op("sample", &["sample"], sample::cases, sample::perf, PLAIN),
+        op("short_conv", &["short_conv", "reduce"], short_conv::cases, short_conv::perf, PLAIN),
+        op(
+            "short_conv_paged",
+            &["short_conv"],
+            short_conv_paged::cases,
+            short_conv_paged::perf,
+            PLAIN,
+        ),
         op("take_tokens", &["tokens"], tokens::take_cases, tokens::take_perf, PLAIN),
         op("keep_tokens", &["tokens"], tokens::keep_cases, tokens::keep_perf, PLAIN),
         op("to_float", &["add"], add::to_float_cases, add::to_float_perf, PLAIN),

@@ -74,7 +74,10 @@ impl Recorder {
         // Reserves the memory of the largest step in one block. Grown step by step, the pieces for
         // steps of increasing size would add up.
         let heads = 2 * model.num_heads + 2 * model.num_kv_heads;
-        let row = 6 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size;
+        // Of attention, or of a convolution.
+        let conv = model.conv_taps().map_or(0, |_| 4 * model.hidden_size);
+        let mixer = conv.max(heads * model.head_dim);
+        let row = 6 * model.hidden_size + mixer + 3 * model.intermediate_size;
         let bytes = options.max_step_tokens * row * cx.dtype.size()
             + options.max_sequences * model.vocab_size * DType::F32.size();
         drop(memory.alloc("decode steps", bytes)?);

@@ -109,7 +109,8 @@ impl ServedModels {
     /// Bytes of keys and values allocated for each name.
     pub fn cache_bytes(&self, config: &ServeConfig, element: usize) -> usize {
         let model = &self.decoders[0].config;
-        let row = 2 * model.num_kv_heads * model.head_dim * model.num_layers * element;
+        let widths = (0..model.num_layers).map(|layer| model.cached_width(layer));
+        let row = widths.sum::<usize>() * element;
         config.cache_tokens.max(self.names[0].longest) * row
     }
 }

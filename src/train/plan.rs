@@ -190,7 +190,8 @@ fn part(block: &str) -> &'static str {
         "logits chunk" | "dlogits chunk" | "head rows" => "head chunk",
         "activation gradients" => "activation gradients",
         "dequantised weight" | "weight to quantise" => "a dequantised weight",
-        "partial sums" | "column factors" | "attention delta" | "newton-schulz" => "scratch",
+        "partial sums" | "column factors" | "filter gradients" | "attention delta"
+        | "newton-schulz" => "scratch",
         "rope table" => "rope table",
         name if name.starts_with("nf4")
             || name.starts_with("int8")

@@ -179,6 +179,7 @@ fn the_sizes_of_a_model_are_believed_only_within_bounds() {
         "mistral_window",
         "gemma3",
         "granite",
+        "lfm2_bias",
         "olmo2",
     ] {
         let map = object(fixture("models").join(model).join("config.json"));

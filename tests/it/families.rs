@@ -27,7 +27,7 @@ use temper::train::tuning::{prepare, scheme};
 use crate::support::{self, MODEL, bits, cpu, cpu_in, decoder, fixture, golden, words};
 
 /// The golden folders with the vocabulary of `sft/model`.
-const FAMILIES: [&str; 4] = ["gemma2", "gemma3", "granite", "olmo2"];
+const FAMILIES: [&str; 6] = ["gemma2", "gemma3", "granite", "lfm2", "lfm2_bias", "olmo2"];
 const VOCAB: usize = 320;
 
 fn relative(a: f64, b: f64) -> f64 {

@@ -13,7 +13,7 @@ use temper::tensor::safetensors::{HostDtype, SafeFolder};
 use crate::support::{cpu, decoder, done, fixture, floats, golden, ids, json as read, temper};
 
 /// Golden folders, by family.
-const CASES: [&str; 9] = [
+const CASES: [&str; 10] = [
     "granite",
     "olmo2",
     "gemma2",
@@ -23,6 +23,7 @@ const CASES: [&str; 9] = [
     "phi3_long",
     "phi4_mini",
     "ministral3",
+    "lfm2",
 ];
 
 fn file(case: &str) -> PathBuf {

@@ -31,6 +31,7 @@ mod hopper;
 mod jinja;
 mod kills;
 mod levels;
+mod lfm2;
 mod library;
 mod limits;
 mod logit_slices;

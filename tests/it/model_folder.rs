@@ -14,10 +14,12 @@ use temper::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec, write};
 
 use crate::support::{golden, json};
 
-const CASES: [&str; 22] = [
+const CASES: [&str; 24] = [
     "gemma2",
     "gemma3",
     "granite",
+    "lfm2",
+    "lfm2_bias",
     "llama3_rope",
     "llama_bf16",
     "llama_biases",

@@ -12,7 +12,7 @@ use super::pissa::rounds;
 use crate::config::{LoraBias, PeftConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::model::layout::{ModelConfig, Task};
+use crate::model::layout::{ModelConfig, Proj, Task};
 
 /// Which modules an adapter is put on.
 #[derive(Clone, Debug, PartialEq)]
@@ -129,6 +129,7 @@ impl AdapterConfig {
             None => Targets::Names(default.iter().map(|s| s.to_string()).collect()),
             Some(list) => Targets::of(list),
         };
+        let down = model.short_module(Proj::Down);
         let kind = match keys.peft_type {
             PeftType::Lora => AdapterKind::Lora(checked(LoraConfig {
                 r: keys.lora_r,
@@ -148,12 +149,12 @@ impl AdapterConfig {
             })?),
             PeftType::Ia3 => {
                 let feedforward =
-                    keys.feedforward_modules.clone().unwrap_or_else(|| vec!["down_proj".into()]);
+                    keys.feedforward_modules.clone().unwrap_or_else(|| vec![down.into()]);
                 AdapterKind::Ia3(Ia3Config {
                     targets: match model.family.fused_projections {
                         // As PEFT's own defaults for families that fuse them, such as GPT-2.
-                        true => targets(&["qkv_proj", "down_proj"]),
-                        false => targets(&[model.family.ia3_attention, "v_proj", "down_proj"]),
+                        true => targets(&["qkv_proj", down]),
+                        false => targets(&[model.family.ia3_attention, "v_proj", down]),
                     },
                     feedforward,
                 })

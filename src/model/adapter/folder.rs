@@ -136,7 +136,7 @@ impl Adapter {
         let adapter = Adapter::zeros(cx, ParamSetId::Adapter, config, model)
             .map_err(|e| Error::model(dir, e.to_string()))?;
         adapter.copy_biases(model, base)?;
-        adapter.set_principal(base, 0, false)?;
+        adapter.set_principal(model, base, 0, false)?;
         adapter.read_values(&file, dir, base)?;
         adapter.refresh(cx, base)?;
         Ok(adapter)

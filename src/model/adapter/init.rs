@@ -69,14 +69,20 @@ impl Adapter {
             };
             self.params.store(p, &values)?;
         }
-        self.set_principal(base, seed, true)?;
+        self.set_principal(model, base, seed, true)?;
         self.refresh(cx, base)?;
         self.set_magnitudes()
     }
 
     /// PiSSA: the pair that is taken out of each weight and, for a new adapter, the one that is
     /// trained from there.
-    pub(super) fn set_principal(&self, base: &ParamSet, seed: u64, trained: bool) -> Result<()> {
+    pub(super) fn set_principal(
+        &self,
+        model: &ModelConfig,
+        base: &ParamSet,
+        seed: u64,
+        trained: bool,
+    ) -> Result<()> {
         let AdapterKind::Lora(config) = &self.config.kind else { return Ok(()) };
         let Some(rounds) = config.pissa() else { return Ok(()) };
         let index_of = |layer, role| {
@@ -90,7 +96,7 @@ impl Adapter {
                 weight.ok_or_else(|| Error::op("pissa", format!("the model has no {proj:?}")))?;
             let view = base.weight_view(weight)?;
             let (shape, rank) = ((view.row_count(), view.cols()), spec.shape[0]);
-            let scale = super::scale(config, &module_name((layer, proj)), rank)?;
+            let scale = super::scale(config, &module_name(model, (layer, proj)), rank)?;
             let (a, mut b) =
                 principal(&view.to_f32()?, shape, rank, scale, rounds, (seed, p as u32))?;
             self.params.store(p, &a)?;

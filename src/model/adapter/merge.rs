@@ -137,10 +137,12 @@ fn projection(config: &ModelConfig, role: Role) -> Option<(Proj, bool)> {
         Role::GateBias => Some(Proj::Gate),
         Role::UpBias => Some(Proj::Up),
         Role::DownBias => Some(Proj::Down),
+        Role::ConvInBias => Some(Proj::ConvIn),
+        Role::ConvOutBias => Some(Proj::ConvOut),
         _ => None,
     };
     match bias {
         Some(proj) => Some((proj, true)),
-        None => config.projections().iter().find(|p| p.role() == role).map(|p| (*p, false)),
+        None => config.all_projections().into_iter().find(|p| p.role() == role).map(|p| (p, false)),
     }
 }

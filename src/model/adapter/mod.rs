@@ -39,7 +39,7 @@ pub const PREFIX: &str = "base_model.model.";
 pub struct Adapter {
     pub config: AdapterConfig,
     pub params: ParamSet,
-    sites: Vec<[AdapterSite; 4]>,
+    sites: Vec<[AdapterSite; Proj::LEADERS.len()]>,
     /// By layer: after attention, after the MLP.
     bottlenecks: Vec<[Option<Bottleneck>; 2]>,
     /// LoRA on the token embedding and on the head.
@@ -127,7 +127,7 @@ impl Adapter {
         let mut adapter = Adapter { config, params, sites, bottlenecks, embedding, head };
         adapter.tune(None)?;
         for layer in 0..model.num_layers {
-            let mut sites: [AdapterSite; 4] = Default::default();
+            let mut sites: [AdapterSite; Proj::LEADERS.len()] = Default::default();
             for (site, leader) in sites.iter_mut().zip(Proj::LEADERS) {
                 *site = adapter.build_site(cx, layer, leader, model)?;
             }
@@ -247,7 +247,7 @@ impl Adapter {
             site.output_scales.extend(fused(Role::Magnitude(*proj))?.map(|s| (*from, s)));
             if let Some(vector) = fused(Role::Ia3(*proj))? {
                 let vector = vector.reshape(&[vector.numel()])?;
-                if self.scales_input(*proj) {
+                if self.scales_input(model.module(*proj)) {
                     site.input_scale = Some(vector);
                 } else {
                     site.output_scales.push((*from, vector));
@@ -261,7 +261,7 @@ impl Adapter {
             for (proj, from, cols) in columns.iter().copied() {
                 let Some(pair) = fused(role(proj))? else { continue };
                 let rank = pair.cols();
-                let scale = scale(config, &module_name((layer, proj)), rank)?;
+                let scale = scale(config, &module_name(model, (layer, proj)), rank)?;
                 segments.push(Segment { from, cols, rank_from: scales.len(), rank, scale });
                 scales.extend(vec![scale; rank]);
                 b.push(pair);
@@ -281,11 +281,9 @@ impl Adapter {
         Ok(site)
     }
 
-    fn scales_input(&self, proj: Proj) -> bool {
+    fn scales_input(&self, module: &str) -> bool {
         match &self.config.kind {
-            AdapterKind::Ia3(c) => {
-                c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()))
-            }
+            AdapterKind::Ia3(c) => c.feedforward.iter().any(|f| module.ends_with(f.as_str())),
             _ => false,
         }
     }
@@ -421,7 +419,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
                 second.push(b);
             }
             for (layer, proj) in bound.projections {
-                let name = module_name((layer, proj));
+                let name = module_name(model, (layer, proj));
                 let (out, input) = model.proj_shape(proj);
                 let rank = rank(c, &name)?;
                 let spec = |part: &str, role, shape: &[usize]| ParamSpec {
@@ -463,17 +461,18 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             }
             for (layer, proj) in bound.projections {
                 let (out, input) = model.proj_shape(proj);
-                let feeds = c.feedforward.iter().any(|f| proj.module().ends_with(f.as_str()));
+                let module = model.module(proj);
+                let feeds = c.feedforward.iter().any(|f| module.ends_with(f.as_str()));
                 if feeds && model.group(proj.leader()).count() > 1 {
                     let message =
                         "shares its input with its neighbours; scale its output, not its input";
                     return Err(Error::Config(format!(
                         "feedforward_modules: {} {message}",
-                        proj.module()
+                        module
                     )));
                 }
                 second.push(ParamSpec {
-                    name: format!("{PREFIX}{}.ia3_l", module_name((layer, proj))),
+                    name: format!("{PREFIX}{}.ia3_l", module_name(model, (layer, proj))),
                     shape: if feeds { vec![1, input] } else { vec![out, 1] },
                     role: Role::Ia3(proj),
                     layer: Some(layer),
@@ -532,9 +531,20 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             );
             return Err(Error::Config(message));
         }
-        if found.iter().any(|s| Proj::ALL.iter().any(|p| p.role() == s.role)) {
+        let is_projection = |s: &&ParamSpec| Proj::ALL.iter().any(|p| p.role() == s.role);
+        if found.iter().any(|s| is_projection(&s)) {
             return Err(Error::Config(format!(
                 "modules_to_save: {name} is a projection; give it LoRA, or train fully"
+            )));
+        }
+        // PEFT would train all of a module that ends with the name, projections too.
+        let parent = |s: &ParamSpec| s.name.rsplitn(3, '.').nth(2).map(String::from);
+        let holds = |s: &ParamSpec| parent(s).is_some_and(|module| module.ends_with(name));
+        if base.iter().filter(is_projection).any(holds) {
+            let inner: Vec<&str> = found.iter().filter_map(|s| s.name.rsplit('.').nth(1)).collect();
+            return Err(Error::Config(format!(
+                "modules_to_save: {name} is also a module that holds projections; name the inner one: {name}.{}",
+                inner.first().unwrap_or(&"weight")
             )));
         }
         copies.extend(found);

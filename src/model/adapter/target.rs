@@ -13,8 +13,8 @@ use crate::model::layout::{ModelConfig, Proj, Task};
 pub type Module = (usize, Proj);
 
 /// `model.layers.0.self_attn.q_proj`
-pub fn module_name((layer, proj): Module) -> String {
-    format!("model.layers.{layer}.{}", proj.module())
+pub fn module_name(model: &ModelConfig, (layer, proj): Module) -> String {
+    format!("model.layers.{layer}.{}", model.module(proj))
 }
 
 /// The names of the modules before and behind the blocks.
@@ -46,7 +46,7 @@ pub struct TargetRules<'a> {
 pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> {
     let TargetRules { targets, excluded, layers, saved } = *rules;
     let projections = (0..config.num_layers)
-        .flat_map(|layer| config.projections().iter().map(move |proj| Some((layer, *proj))));
+        .flat_map(|layer| config.projections(layer).iter().map(move |proj| Some((layer, *proj))));
     // A classifier has no head.
     let ends = 1 + usize::from(config.task == Task::CausalLm);
     let all: Vec<Option<Module>> = projections.chain(vec![None; ends]).collect();
@@ -56,7 +56,7 @@ pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> 
             config.num_layers
         )));
     }
-    let mut known: Vec<String> = all.iter().flatten().map(|m| module_name(*m)).collect();
+    let mut known: Vec<String> = all.iter().flatten().map(|m| module_name(config, *m)).collect();
     let blocks = known.len();
     known.extend([EMBEDDING, HEAD].into_iter().take(ends).map(String::from));
     let is = |name: &str, target: &str| name == target || name.ends_with(&format!(".{target}"));
@@ -112,14 +112,21 @@ pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> 
 }
 
 fn unbound(lost: &[&String], config: &ModelConfig) -> String {
-    let projections = config.projections();
-    let mut short: Vec<&str> =
-        projections.iter().filter_map(|p| p.module().rsplit('.').next()).collect();
+    let mut short: Vec<&str> = Vec::new();
+    for proj in config.all_projections() {
+        let name = config.short_module(proj);
+        if !short.contains(&name) {
+            short.push(name); // two modules may end alike
+        }
+    }
     short.push("embed_tokens");
     if config.task == Task::CausalLm {
         short.push(HEAD);
     }
     let one = |name: &&String| {
+        if let Some(own) = config.renamed(name) {
+            return format!("{name} is called {own} in {}; name that", config.family.model_type);
+        }
         let near = nearest(name, short.iter().copied());
         match near {
             _ if config.family.fused_projections && split(name).is_some() => format!(

@@ -22,6 +22,8 @@ pub enum GgufKind {
     Size,
     /// 0 is null.
     SizeOrNull,
+    /// A list of a number for each layer: 0 where it has no attention, else the size.
+    SizeOfAttention,
     Number,
 }
 
@@ -40,7 +42,7 @@ pub struct GgufNames {
     pub hidden_act: &'static str,
     /// Modules of Hugging Face and of GGUF, before those of [`TENSORS`].
     pub tensors: &'static [(&'static str, &'static str)],
-    /// Metadata beside [`KEYS`].
+    /// Metadata beside [`KEYS`], or in the place of those with the same name.
     pub keys: &'static [GgufKey],
     /// Flags that must be true where they are there.
     pub true_flags: &'static [&'static str],
@@ -153,6 +155,34 @@ pub const GGUF_NAMES: &[GgufNames] = &[
         long_rope: true,
         ..PLAIN
     },
+    GgufNames {
+        model_type: "lfm2",
+        architecture: "lfm2",
+        neighbours: false,
+        tensors: &[
+            ("model.embedding_norm", "token_embd_norm"),
+            ("operator_norm", "attn_norm"),
+            ("ffn_norm", "ffn_norm"),
+            ("self_attn.q_layernorm", "attn_q_norm"),
+            ("self_attn.k_layernorm", "attn_k_norm"),
+            ("self_attn.out_proj", "attn_output"),
+            ("conv.conv", "shortconv.conv"),
+            ("conv.in_proj", "shortconv.in_proj"),
+            ("conv.out_proj", "shortconv.out_proj"),
+            ("feed_forward.w1", "ffn_gate"),
+            ("feed_forward.w3", "ffn_up"),
+            ("feed_forward.w2", "ffn_down"),
+        ],
+        keys: &[
+            GgufKey {
+                kind: GgufKind::SizeOfAttention,
+                ..size("attention.head_count_kv", "num_key_value_heads", true)
+            },
+            number("attention.layer_norm_rms_epsilon", "norm_eps", true),
+            size("shortconv.l_cache", "conv_L_cache", true),
+        ],
+        ..PLAIN
+    },
 ];
 
 /// Modules: of the whole model, then of a layer (`model.layers.N.` here, `blk.N.` there).
@@ -243,7 +273,8 @@ impl GgufNames {
 
     /// All keys of the family.
     pub fn all_keys(&self) -> impl Iterator<Item = &GgufKey> {
-        KEYS.iter().chain(self.keys)
+        let common = |key: &&GgufKey| self.keys.iter().all(|own| own.gguf != key.gguf);
+        KEYS.iter().filter(common).chain(self.keys)
     }
 }
 

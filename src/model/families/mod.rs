@@ -8,6 +8,7 @@ mod gemma2;
 mod gemma3;
 pub mod gguf;
 mod granite;
+mod lfm2;
 mod llama;
 mod ministral;
 mod ministral3;
@@ -34,6 +35,7 @@ pub const FAMILIES: &[&Family] = &[
     &ministral3::FAMILY,
     &smollm3::FAMILY,
     &phi3::FAMILY,
+    &lfm2::FAMILY,
 ];
 
 /// The family of a `model_type` (`llama`) or of an architecture (`LlamaForCausalLM`).
