@@ -1,4 +1,4 @@
-// The gated short convolution of LFM2: what brings positions together in layers without attention.
+// The gated short convolution of LFM2: it mixes positions in layers without attention.
 //
 // Math     a row of bcx is b|c|x;  u = b x;  s[r, i] = bias[i] + sum_d w[i, T - 1 - d] u[r - d, i], d < T;  y = c s
 //          r - d is the token d places before r in its own sequence; those before its first count as 0.
@@ -9,14 +9,14 @@
 //          back [rows, T] int: row r - d, or -1 (d = 0: r itself);  starts [rows + 1], next [.., 2] int: the pairs (r, d) that
 //          read row p, by d, then by r. A shared prompt's last rows are read by the first rows of every completion.
 //          paged: cache [pages * PAGE, h] real holds the u of each token where attention has its k and v.
-// Plan     a thread owns V channels of a row, and reads the T rows that it is over. Backward of bcx: the same with the pairs of
-//          its row; nothing but bcx is kept. dw and dbias: a warp owns 32 V channels of 64 rows for one tap, sum_partials of
-//          reduce.cu adds the partials. Paged: the rows' u go to the cache first, then a launch reads them from pages, so it
-//          does not matter which of them came with this step.
-// Numerics u and s are rounded to real, as they are in memory elsewhere; s is one chain of fmaf from the oldest token to the
+// Plan     a thread owns V channels of a row and reads the T rows under its filter. Backward of bcx: the same with the pairs of
+//          its row; only bcx is saved. dw and dbias: a warp owns 32 V channels of 64 rows for one tap, sum_partials of
+//          reduce.cu adds the partials. Paged: the rows' u go to the cache first, then a launch reads all of them from pages,
+//          whether they came with this step or an earlier one.
+// Numerics u and s are rounded to real, as transformers rounds them; s is one chain of fmaf from the oldest token to the
 //          newest, y is rounded once. So training and both paged forms have the same bits. Gradients sum in float in the order
 //          of the pairs, then of the rows: no atomics.
-// Cost     forward 4 h sizeof(real) bytes a row (T - 1 rows of b and x come from cache), backward 7 h, dw 4 h.
+// Cost     forward 4 h sizeof(real) bytes a row (the T - 1 earlier rows of b and x hit the L2 cache), backward 7 h, dw 4 h.
 //          *Predicted* at copy speed, 2.95 TB/s on an H100.
 #include "common/mask.cuh"
 #include "prim/warp.cuh"

@@ -151,6 +151,17 @@ impl Format {
     }
 }
 
+/// What a run says if its rows (`first` is one of them) have texts as prompts or answers although
+/// the model has a chat template: such rows are joined as they are, as in TRL.
+pub fn unused_template(first: &Row, has_template: bool) -> Option<&'static str> {
+    let is_text = |field: &&str| first.value.get(*field).is_some_and(Value::is_string);
+    let texts = ["prompt", "completion", "chosen"].iter().any(is_text);
+    (has_template && texts).then_some(
+        "The rows are texts, so the model's chat template is not used. For a chat model give messages; \
+         columns=instruction:PROMPT,output:COMPLETION makes them of two columns.",
+    )
+}
+
 /// Whether a row is a conversation, as far as its fields say.
 pub fn is_conversation(row: &Row) -> bool {
     let list = |field: &str| row.get(field).is_some_and(Value::is_array);

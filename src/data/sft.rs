@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::bad::{BadRows, OnBadRow};
 use super::chat::ChatTemplate;
 use super::feed::{Encoded, RowEncoder, encode_all};
-use super::format::{Content, Format, ParsedRow, RowContent};
+use super::format::{Content, Format, ParsedRow, RowContent, unused_template};
 use super::masked::{MaskedSequence, check_length, common, no_rows, too_long, write_mismatches};
 use super::packing::PackingStrategy;
 use super::render::{EosToken, Renderer};
@@ -88,6 +88,8 @@ pub struct SftStats {
     pub doubled_bos: usize,
     pub prefix_mismatches: usize,
     pub mismatch: Option<String>, // the end of the first prompt that is not a prefix
+    /// See [`unused_template`].
+    pub unused_template: Option<&'static str>,
 }
 
 /// Tokenises rows. `vocab` is the number of rows of the model's embedding.
@@ -184,6 +186,7 @@ impl RowEncoder for SftEncoder<'_> {
     fn encode(&mut self, rows: &[Row], examples: &mut Encoded<SftExample>) -> Result<()> {
         if let (None, Some(first)) = (&self.first, rows.first()) {
             self.first = Some(first.at());
+            self.stats.unused_template = unused_template(first, self.template.is_some());
         }
         if self.maker.is_none() {
             let Some(known) = self.first_known(rows) else {
@@ -445,6 +448,9 @@ impl fmt::Display for SftStats {
             )?;
         }
         write_mismatches(f, self.prefix_mismatches, &self.mismatch)?;
+        if let Some(note) = self.unused_template {
+            write!(f, " {note}")?;
+        }
         self.bad.write_last(f)
     }
 }

@@ -1,8 +1,8 @@
-//! The gated short convolution over a packed batch: what brings positions together in layers without
-//! attention. Layer 4.
+//! The gated short convolution over a packed batch: it mixes positions in layers without attention.
+//! Layer 4.
 //!
-//! Invariant: a row sees the tokens before it in its own sequence alone, wherever their rows lie; a
-//! row that several sequences share adds their gradients up in a fixed order. Math and numerics:
+//! Invariant: a row sees only the tokens before it in its own sequence, wherever their rows are; the
+//! gradients of a row that several sequences share are added in a fixed order. Math and numerics:
 //! `kernels/short_conv.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream, add_into};
@@ -14,7 +14,7 @@ use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{RowSums, column_warps, expect_cols, row_packs};
 use crate::tensor::Tensor;
 
-/// Which rows each row of a batch is over, and which rows are over it.
+/// The rows that each row of a batch reads, and the rows that read it.
 #[derive(Clone)]
 pub struct ConvRows {
     /// I32 [rows, taps]: the row `d` tokens before; -1: there is none.
@@ -71,7 +71,7 @@ fn readers(back: &[i32], taps: usize) -> (Vec<i32>, Vec<i32>) {
     (starts, pairs.iter().flat_map(|(_, d, row)| [*row, *d]).collect())
 }
 
-/// `y = c conv(b x)` for the rows b|c|x of `bcx` [rows, 3 h] real, over the tokens that `rows` names:
+/// `y = c conv(b x)` for the rows b|c|x of `bcx` [rows, 3 h] real, over the tokens in `rows`:
 /// w [h, 1, taps] real, the last tap being the token's own; bias `[h]` real; y [rows, h].
 pub fn short_conv(
     cx: &mut Cx,

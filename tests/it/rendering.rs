@@ -16,7 +16,7 @@ use temper::rewards::model::{RewardModel, sequence_scores};
 use temper::rollout::stop::stop_ids;
 
 use crate::support::{
-    MODEL, cpu, done, json, json_lines, tokenizer, tokenizer_and_template, write_rows,
+    MODEL, cpu, done, json, json_lines, temper, tokenizer, tokenizer_and_template, write_rows,
 };
 
 const VOCAB: usize = 320;
@@ -279,5 +279,42 @@ fn prompts_end_with_the_generation_prompt_or_the_last_message() {
     ] {
         let error = said(template, vocab, row).unwrap_err();
         assert!(error.starts_with(&place) && error.contains(want), "{error}");
+    }
+}
+
+#[test]
+fn a_run_says_that_rows_of_texts_do_not_use_the_chat_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |content: Value, role: &str, chat: bool| match chat {
+        true => json!([{ "role": role, "content": content }]),
+        false => content,
+    };
+    for chat in [false, true] {
+        let prompt = said(json!("Hi"), "user", chat);
+        let [good, bad] = ["Yes", "No"].map(|text| said(json!(text), "assistant", chat));
+        let rows = [
+            ("sft", json!({ "prompt": prompt, "completion": good })),
+            ("dpo", json!({ "prompt": prompt, "chosen": good, "rejected": bad })),
+            ("kto", json!({ "prompt": prompt, "completion": good, "label": true })),
+            ("grpo", json!({ "prompt": prompt })),
+        ];
+        for (method, row) in rows {
+            let path = dir.path().join(format!("{method}-{chat}.jsonl"));
+            let data = write_rows(&path, &vec![row; 4]);
+            let out = dir.path().join(format!("{method}-{chat}")).display().to_string();
+            let mut args = vec![method, "--model", MODEL, "--data", &data, "--output", &out];
+            args.extend(["--device", "cpu", "max_steps=1", "per_device_train_batch_size=4"]);
+            if method == "grpo" {
+                args.extend([
+                    "reward_funcs=regex:a",
+                    "num_generations=2",
+                    "max_completion_length=2",
+                ]);
+            }
+            let (code, _, log) = temper(&args);
+            assert_eq!(code, Some(0), "{method}: {log}");
+            let notes = log.matches("the model's chat template is not used").count();
+            assert_eq!(notes, usize::from(!chat), "{method}: {log}");
+        }
     }
 }

@@ -193,7 +193,7 @@ impl RowEncoder for LabelledEncoder<'_> {
         let is_pair = first.has("chosen") || first.has("rejected");
         let paired = *self.paired.get_or_insert(is_pair);
         let number = self.stats.rows;
-        self.stats.read(rows);
+        self.stats.read(rows, self.maker.encoder.renderer.template.is_some());
         let make = |row: &Row| match paired {
             true => both(&self.maker, row),
             false => Ok(vec![single(&self.maker, row)?]),

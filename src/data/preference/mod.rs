@@ -18,6 +18,7 @@ mod steps;
 use std::fmt;
 
 use super::bad::{BadRows, OnBadRow};
+use super::format::unused_template;
 use super::masked::{MaskedSequence, check_length, no_rows, too_long, write_mismatches};
 use super::rows::{Row, RowPlace};
 use crate::error::{Error, Result};
@@ -72,6 +73,7 @@ pub struct PreferenceStats {
     pub bad: BadRows,
     pub first_dropped: Option<String>, // FILE:LINE of the first row that was dropped
     first: Option<RowPlace>,
+    unused_template: Option<&'static str>,
 }
 
 impl PreferenceStats {
@@ -92,11 +94,12 @@ impl PreferenceStats {
         }
     }
 
-    /// Counts rows that were read.
-    fn read(&mut self, rows: &[Row]) {
+    /// Counts rows that were read, for a model with or without a chat template.
+    fn read(&mut self, rows: &[Row], has_template: bool) {
         self.rows += rows.len();
         if let (None, Some(first)) = (&self.first, rows.first()) {
             self.first = Some(first.at());
+            self.unused_template = unused_template(first, has_template);
         }
     }
 
@@ -178,6 +181,9 @@ impl fmt::Display for PreferenceStats {
         }
         write!(f, ".")?;
         write_mismatches(f, self.prefix_mismatches, &self.mismatch)?;
+        if let Some(note) = self.unused_template {
+            write!(f, " {note}")?;
+        }
         self.bad.write_last(f)
     }
 }

@@ -159,7 +159,7 @@ impl RowEncoder for PairEncoder<'_> {
         let Some(first) = rows.first() else { return Ok(()) };
         let margins = *self.margins.get_or_insert(first.has("margin"));
         let number = self.stats.rows;
-        self.stats.read(rows);
+        self.stats.read(rows, self.encoder.renderer.template.is_some());
         let made: Vec<Result<Made>> = rows.par_iter().map(|row| self.make(row, margins)).collect();
         for (i, made) in made.into_iter().enumerate() {
             let Some(made) = self.stats.bad.admit(made)? else { continue };

@@ -100,7 +100,7 @@ impl RowEncoder for StepEncoder<'_> {
 
     fn encode(&mut self, rows: &[Row], examples: &mut Encoded<StepExample>) -> Result<()> {
         let number = self.stats.rows;
-        self.stats.read(rows);
+        self.stats.read(rows, false); // the steps of a solution are texts anyway
         let make = |(i, row): (usize, &Row)| one(&self.encoder, row, number + i, self.how);
         let made: Vec<Result<StepExample>> = rows.par_iter().enumerate().map(make).collect();
         for (row, made) in rows.iter().zip(made) {

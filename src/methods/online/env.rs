@@ -113,6 +113,9 @@ impl RolloutEnv {
         if self.prompts.bad.count > 0 {
             cx.observer.note(&self.prompts.bad.to_string());
         }
+        if let Some(note) = self.prompts.unused_template {
+            cx.observer.note(note);
+        }
         let dropout = model.adapter.as_ref().map_or(0.0, |a| a.dropout());
         if dropout > 0.0 {
             return Err(Error::Config(format!(

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{SamplingStrategy, TrainingConfig};
 use crate::data::bad::BadRows;
-use crate::data::format::Content;
+use crate::data::format::{Content, unused_template};
 use crate::data::order::epoch_order;
 use crate::data::render::{RenderedPrompt, Renderer};
 use crate::data::rows::Row;
@@ -33,6 +33,8 @@ pub struct Prompts {
     seed: u64,
     /// Rows that were dropped.
     pub bad: BadRows,
+    /// See [`unused_template`].
+    pub unused_template: Option<&'static str>,
 }
 
 impl Prompts {
@@ -46,10 +48,12 @@ impl Prompts {
             Ok(good.into_iter().map(|(_, prompt)| prompt).collect())
         };
         let (train, eval) = (read(inputs.train)?, read(inputs.eval)?);
+        let first = inputs.train.first();
         Ok(Prompts {
             train,
             eval,
             bad,
+            unused_template: first.and_then(|row| unused_template(row, template.is_some())),
             order: training.train_sampling_strategy,
             seed: training.seed,
         })
