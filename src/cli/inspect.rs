@@ -111,7 +111,7 @@ pub fn run(mut args: InspectArgs) -> Result<()> {
 
 fn config(dir: &Path) -> Result<()> {
     let config = folder::load_config(dir)?;
-    let specs = crate::model::layout::expected_params(&config);
+    let specs = crate::model::specs::expected_params(&config);
     print_line(format_args!("{} ({})", config.family.architecture, config.family.model_type))?;
     print_line(format_args!(
         "vocabulary {}, hidden {}, intermediate {}, layers {}, heads {} (kv {}), head_dim {}",

@@ -17,7 +17,8 @@ use crate::error::{Error, Result};
 use crate::fsio::{self, AtomicDir};
 use crate::model::families::gguf::GgufNames;
 use crate::model::folder::write_folder;
-use crate::model::layout::{ModelConfig, ParamSpec, expected_params};
+use crate::model::layout::ModelConfig;
+use crate::model::specs::{ParamSpec, expected_params};
 use crate::tensor::safetensors::HostDtype;
 
 /// The result of a conversion.

@@ -15,7 +15,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::adapter::merge::{mergeable, merged_config, merged_values};
 use crate::model::decoder::Decoder;
-use crate::model::layout::{Role, expected_params};
+use crate::model::specs::{Role, expected_params};
 use crate::rollout::stop::stop_ids;
 
 /// The `general.file_type` of the file.

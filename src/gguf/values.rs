@@ -4,7 +4,8 @@
 //! w keeps w to within half of the last bit of 1 + w.
 
 use crate::model::families::gguf::GgufNames;
-use crate::model::layout::{ModelConfig, ParamSpec, Role};
+use crate::model::layout::ModelConfig;
+use crate::model::specs::{ParamSpec, Role};
 use crate::ops::rmsnorm::NormWeight;
 
 /// The shape of a parameter in the file: a filter for each channel is a row.

@@ -93,7 +93,7 @@ fn new_families_have_the_defaults_of_their_config_classes() {
         with("phi3", json!({ "sliding_window": 16 })).unwrap().sliding_window,
         [Some(16); 3]
     );
-    let specs = super::super::layout::expected_params(&phi);
+    let specs = super::super::specs::expected_params(&phi);
     let shape = |name: &str| specs.iter().find(|s| s.name.ends_with(name)).map(|s| s.shape.clone());
     assert_eq!(shape("layers.2.self_attn.qkv_proj.weight"), Some(vec![32 + 2 * 16, 32]));
     assert_eq!(shape("layers.0.mlp.gate_up_proj.weight"), Some(vec![96, 32]));
@@ -307,7 +307,7 @@ fn no_value_of_any_key_makes_the_reader_panic() {
                 match ModelConfig::from_json("config.json", raw) {
                     Ok(config) => {
                         good += 1;
-                        crate::model::layout::expected_params(&config);
+                        crate::model::specs::expected_params(&config);
                         for rope in &config.ropes {
                             rope_table(rope, config.head_dim, 2, false);
                         }

@@ -16,11 +16,10 @@ use crate::model::adapter::{Adapter, AdapterSite, EmbeddingPair};
 use crate::model::batch::{Batch, Sequence, Vocab};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
-use crate::model::layout::{
-    BottleneckSite, HiddenAct, Mixer, ModelConfig, Proj, Role, Task, expected_params,
-};
+use crate::model::layout::{HiddenAct, Mixer, ModelConfig, Task};
 use crate::model::params::{ParamSet, initial};
 use crate::model::rope::{RopeConfig, rope_table};
+use crate::model::specs::{BottleneckSite, Proj, Role, expected_params};
 use crate::ops::activation::{Act, glu};
 use crate::ops::add::add;
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged};

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::layout::{ModelConfig, Task};
-use super::layout::{ParamSpec, Role, expected_params};
+use super::specs::{ParamSpec, Role, expected_params};
 use crate::error::{Error, Result};
 use crate::fsio::{self, AtomicDir};
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec, TensorView};

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use crate::autograd::{Cx, ParamGrads};
 use crate::device::DType;
 use crate::error::{Error, Result};
-use crate::model::layout::{ParamSpec, Proj, Role};
+use crate::model::specs::{ParamSpec, Proj, Role};
 use crate::ops::quant::{QuantWeight, Scheme};
 use crate::rng::{philox, tag, uniform};
 use crate::tensor::{Id, ParamSetId, Tensor};

@@ -197,7 +197,7 @@ impl Trainer {
         order.sort_by_key(|i| {
             let spec = &params.specs[*i];
             (
-                spec.role >= crate::model::layout::Role::FinalNorm && spec.layer.is_none(),
+                spec.role >= crate::model::specs::Role::FinalNorm && spec.layer.is_none(),
                 spec.layer,
                 spec.role,
             )

@@ -187,7 +187,7 @@ fn the_sizes_of_a_model_are_believed_only_within_bounds() {
             for value in extremes() {
                 let read = ModelConfig::from_json("config.json", with(&map, &at, value.clone()));
                 let Ok(config) = read else { continue };
-                let specs = temper::model::layout::expected_params(&config);
+                let specs = temper::model::specs::expected_params(&config);
                 let total: u128 = specs.iter().map(|s| s.len() as u128).sum();
                 assert!(total <= 1 << 44, "{model}: {at:?} = {value}: {total} parameters");
             }

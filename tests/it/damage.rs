@@ -17,7 +17,7 @@ use temper::data::sft::{SftOptions, prepare};
 use temper::data::tokenizer::Tokenizer;
 use temper::model::adapter::config::AdapterConfig;
 use temper::model::folder::load_config;
-use temper::model::layout::expected_params;
+use temper::model::specs::expected_params;
 use temper::report;
 use temper::tensor::safetensors::SafeFolder;
 

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use temper::model::folder::{
     generation_config, load_config, load_weights, tokenizer_files, write_folder,
 };
-use temper::model::layout::{ModelConfig, Role, expected_params};
+use temper::model::layout::ModelConfig;
 use temper::model::rope::RopeKind;
+use temper::model::specs::{Role, expected_params};
 use temper::ops::rope::NormOver;
 use temper::tensor::safetensors::{HostDtype, SafeFolder, TensorSpec, write};
 
@@ -205,7 +206,7 @@ fn tokenizer_and_generation_files_are_carried_over() {
     let config = ModelConfig::llama(96, 32, 48, 2, 2, 1, 128, true);
     let files = tokenizer_files(source.path()).unwrap();
     let generation = generation_config(source.path()).unwrap();
-    let mut zeros = |spec: &temper::model::layout::ParamSpec| Ok(vec![0; spec.len() * 4]);
+    let mut zeros = |spec: &temper::model::specs::ParamSpec| Ok(vec![0; spec.len() * 4]);
     std::fs::write(out.path().join("metrics.jsonl"), "kept").unwrap();
     write_folder(out.path(), &config, &files, generation.clone(), HostDtype::F32, &mut zeros)
         .unwrap();
@@ -247,7 +248,7 @@ fn nan_is_neither_loaded_nor_saved() {
     );
     let out = dir.path().join("out");
     let mut infinite =
-        |spec: &temper::model::layout::ParamSpec| HostDtype::F16.encode(&vec![1e6; spec.len()]);
+        |spec: &temper::model::specs::ParamSpec| HostDtype::F16.encode(&vec![1e6; spec.len()]);
     let error = write_folder(&out, &config, &[], None, HostDtype::F16, &mut infinite)
         .unwrap_err()
         .to_string();
@@ -366,6 +367,6 @@ fn writes_folders_for_transformers() {
     }
     let fresh = ModelConfig::llama(96, 32, 48, 2, 2, 1, 128, true);
     let mut values =
-        |spec: &temper::model::layout::ParamSpec| HostDtype::F32.encode(&vec![0.5; spec.len()]);
+        |spec: &temper::model::specs::ParamSpec| HostDtype::F32.encode(&vec![0.5; spec.len()]);
     write_folder(root.join("fresh"), &fresh, &[], None, HostDtype::F32, &mut values).unwrap();
 }

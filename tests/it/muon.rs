@@ -5,7 +5,7 @@ use temper::autograd::Recompute;
 use temper::checkpoint::{CheckpointWriter, checkpoint_path};
 use temper::methods::offline::OfflineMethod;
 use temper::methods::offline::sft::{Sft, SftRun};
-use temper::model::layout::ParamSpec;
+use temper::model::specs::ParamSpec;
 use temper::optim::state::Moments;
 use temper::train::Trainer;
 use temper::train::state::{FolderParts, RunState};

@@ -19,10 +19,9 @@ use serde_json::{Map, Value, json};
 use crate::autograd::Cx;
 use crate::config::{PeftConfig, PeftType};
 use crate::error::{Error, Result};
-use crate::model::layout::{
-    BottleneckPart, BottleneckSite, ModelConfig, NormPlace, ParamSpec, Role, Task,
-};
+use crate::model::layout::{ModelConfig, NormPlace, Task};
 use crate::model::params::ParamSet;
+use crate::model::specs::{BottleneckPart, BottleneckSite, ParamSpec, Role};
 use crate::ops::activation::{Act, activation};
 use crate::ops::add::add;
 use crate::ops::matmul::linear;

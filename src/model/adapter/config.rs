@@ -12,7 +12,8 @@ use super::pissa::rounds;
 use crate::config::{LoraBias, PeftConfig, PeftType};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::model::layout::{ModelConfig, Proj, Task};
+use crate::model::layout::{ModelConfig, Task};
+use crate::model::specs::Proj;
 
 /// Which modules an adapter is put on.
 #[derive(Clone, Debug, PartialEq)]

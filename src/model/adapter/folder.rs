@@ -15,8 +15,9 @@ use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result, nearest};
 use crate::fsio::{self, AtomicDir};
-use crate::model::layout::{ModelConfig, ParamSpec, Role, Task};
+use crate::model::layout::{ModelConfig, Task};
 use crate::model::params::ParamSet;
+use crate::model::specs::{ParamSpec, Role};
 use crate::tensor::ParamSetId;
 use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec};
 

@@ -9,8 +9,9 @@ use super::target::module_name;
 use super::{Adapter, base_name};
 use crate::autograd::Cx;
 use crate::error::{Error, Result};
-use crate::model::layout::{BottleneckPart, ModelConfig, Role};
+use crate::model::layout::ModelConfig;
 use crate::model::params::{ParamSet, normals, uniforms};
+use crate::model::specs::{BottleneckPart, Role};
 
 impl Adapter {
     pub(super) fn initialise(

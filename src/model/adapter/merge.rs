@@ -9,7 +9,8 @@ use crate::autograd::Cx;
 use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
-use crate::model::layout::{ModelConfig, ParamSpec, Proj, Role, Task};
+use crate::model::layout::{ModelConfig, Task};
+use crate::model::specs::{ParamSpec, Proj, Role};
 use crate::ops::matmul::product;
 use crate::tensor::Tensor;
 

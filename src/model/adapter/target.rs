@@ -7,7 +7,8 @@ use regex::Regex;
 
 use super::config::Targets;
 use crate::error::{Error, Result, nearest};
-use crate::model::layout::{ModelConfig, Proj, Task};
+use crate::model::layout::{ModelConfig, Task};
+use crate::model::specs::Proj;
 
 /// A projection of a block, by its place.
 pub type Module = (usize, Proj);

@@ -13,8 +13,9 @@ use crate::model::adapter::config::{AdapterConfig, AdapterKind, LoraConfig, Targ
 use crate::model::adapter::target::HEAD;
 use crate::model::batch::Batch;
 use crate::model::decoder::Decoder;
-use crate::model::layout::{ModelConfig, ParamSpec, Role, Task};
+use crate::model::layout::{ModelConfig, Task};
 use crate::model::params::ParamSet;
+use crate::model::specs::{ParamSpec, Role};
 use crate::ops::add::to_float;
 use crate::ops::matmul::linear;
 use crate::optim::{AdamWConfig, Optimizer};
