@@ -31,7 +31,7 @@ pub struct PairBatch {
     pub pairs: Vec<PairExample>,
     /// Tokens of both sides.
     pub tokens: usize,
-    /// F32 [pairs]: the weight of each pair in the loss.
+    /// F32 `[pairs]`: the weight of each pair in the loss.
     pub weight: Tensor,
 }
 

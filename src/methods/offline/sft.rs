@@ -109,7 +109,7 @@ impl SftConfig {
         }
     }
 
-    /// The options as [`prepare`] takes them.
+    /// The options as `data::sft::prepare` takes them.
     pub fn options(&self) -> SftOptions {
         SftOptions {
             dataset_text_field: self.dataset_text_field.clone(),
