@@ -1,6 +1,6 @@
-//! Rows handed from their files to what tokenises them, a batch at a time. Layer 6.
+//! Passes rows from their files to the tokenising encoder, a batch at a time. Layer 6.
 //!
-//! Invariant: what is made of the rows does not depend on where a batch ends.
+//! Invariant: the examples do not depend on where a batch ends.
 
 use std::fmt::Display;
 
@@ -12,16 +12,16 @@ use crate::error::Result;
 
 /// Where the rows of a run come from.
 pub trait RowFeed {
-    /// Hands the rows of a split to `take`, in order. Called once for each split.
+    /// Passes the rows of a split to `take`, in order. Called once for each split.
     fn each(&self, split: Split, take: &mut TakeRows) -> Result<()>;
 
-    /// Where the tokens of a split go.
+    /// A new store for the tokens of a split.
     fn store(&self) -> TokenStore {
         TokenStore::default()
     }
 }
 
-/// Rows that are here.
+/// Rows in memory.
 pub struct HeldRows<'a> {
     pub train: &'a [Row],
     pub eval: &'a [Row],
@@ -44,24 +44,23 @@ impl RowFeed for HeldRows<'_> {
     }
 }
 
-/// Makes examples of rows, in the order of the rows. It may hold back some until it has seen more.
+/// Turns rows into examples, in order. It may hold some back until it has seen more rows.
 pub trait RowEncoder {
     type Example;
-    /// What was done to the rows.
+    /// Counts of kept, cut and dropped rows; `Display` is the summary that a run prints.
     type Stats: Display;
 
     /// Takes the next rows. Adds the examples that are ready, each with the place of its row.
     fn encode(&mut self, rows: &[Row], examples: &mut Encoded<Self::Example>) -> Result<()>;
 
-    /// There are no more rows. Adds the examples that were held back. Error: nothing is left to
-    /// train on.
+    /// Ends the rows and adds the examples that were held back. Error: nothing is left to train on.
     fn finish(self, examples: &mut Encoded<Self::Example>) -> Result<Self::Stats>;
 }
 
 /// Examples with their places.
 pub type Encoded<E> = Vec<(RowPlace, E)>;
 
-/// All of `rows` at once.
+/// Encodes all of `rows` at once.
 pub fn encode_all<R: RowEncoder>(
     mut encoder: R,
     rows: &[Row],

@@ -151,8 +151,8 @@ impl Format {
     }
 }
 
-/// What a run says if its rows (`first` is one of them) have texts as prompts or answers although
-/// the model has a chat template: such rows are joined as they are, as in TRL.
+/// The note for rows (`first` is one of them) whose prompts or answers are texts although the model
+/// has a chat template: such rows are joined as they are, as in TRL.
 pub fn unused_template(first: &Row, has_template: bool) -> Option<&'static str> {
     let is_text = |field: &&str| first.value.get(*field).is_some_and(Value::is_string);
     let texts = ["prompt", "completion", "chosen"].iter().any(is_text);

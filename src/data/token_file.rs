@@ -1,8 +1,8 @@
-//! A file that token rows are appended to while they are made, and read from afterwards. Layer 6.
+//! A file of token rows that can be read while it is still written. Layer 6.
 //!
-//! Invariant: what was appended can be read at once, and the file takes its name only when it is
-//! finished; until then, and after a failure, it is nobody's. It is read, not mapped: pages of a map
-//! count as the process's memory, and a file that someone cuts would end it.
+//! Invariant: appended bytes can be read at once, and the file gets its name only when it is
+//! complete, so no other run sees a partial one. It is read, not mapped: mapped pages count as the
+//! process's memory, and truncating a mapped file would kill the process.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,7 +27,7 @@ pub struct TokenFile {
 #[derive(Default)]
 struct Appending {
     file: Option<AtomicFile>,
-    /// Of everything before [`Appending::at`].
+    /// The hash of everything before [`Appending::at`].
     hash: Xxh3,
     at: u64,
     failed: Option<Error>,
@@ -62,7 +62,7 @@ impl TokenFile {
         self.to.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Appends bytes; returns where they begin. Error: they cannot be written, or an earlier append
+    /// Appends bytes and returns their offset. Error: they cannot be written, or an earlier append
     /// failed.
     pub fn append(&self, bytes: &[u8]) -> Result<u64> {
         let mut guard = self.appending();
@@ -81,12 +81,12 @@ impl TokenFile {
         Ok(to.at - bytes.len() as u64)
     }
 
-    /// Where the next bytes will stand.
+    /// The offset of the next bytes.
     pub fn end(&self) -> u64 {
         self.appending().at
     }
 
-    /// Fills `values` with what stands at `at`.
+    /// Fills `values` with the bytes from offset `at` on.
     pub fn read<T: AnyBitPattern + bytemuck::NoUninit>(
         &self,
         at: u64,
@@ -106,8 +106,8 @@ impl TokenFile {
         Ok(self.file.metadata().map_err(|e| Error::io(&self.path, e))?.len())
     }
 
-    /// Appends the checksum of everything before, and names the file `path`. Error: an append had
-    /// failed, or this does.
+    /// Appends the checksum of everything before, and gives the file the name `path`. Error: this or
+    /// an earlier append failed.
     pub fn finish(&self, path: &Path) -> Result<()> {
         let sum = self.appending().hash.digest128();
         let appended = self.append(&sum.to_le_bytes());

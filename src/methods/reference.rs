@@ -243,8 +243,8 @@ fn weights_digest(cx: &Cx, model: &Decoder) -> Result<u32> {
     Ok(crc.finalize())
 }
 
-/// A digest of what the log-probs of rows follow from, beside the model: all sequences, then all
-/// weights.
+/// A digest of everything beside the model that determines the log-probs of rows: all sequences,
+/// then all weights.
 #[derive(Default)]
 pub struct RowsDigest(crc32fast::Hasher);
 

@@ -239,17 +239,17 @@ struct JobData<'a> {
     job: &'a Job<'a>,
     rows: JobDataRows<'a>,
     cache: Option<RowCache>,
-    /// The cache file that is being made.
+    /// The cache file being written.
     file: Option<Arc<TokenFile>>,
 }
 
 enum JobDataRows<'a> {
     Given(&'a RunRows),
-    /// They are read while they are tokenised.
+    /// Read while they are tokenised.
     Fed(RunFeed<'a>),
-    /// They were read before: rewards need more of them than tokens.
+    /// Read in full, because rewards need their columns.
     Read(RunRows),
-    /// An earlier run has tokenised them.
+    /// Tokenised by an earlier run.
     Stored(Box<TokenisedRun>),
 }
 
@@ -284,7 +284,7 @@ impl<'a> JobData<'a> {
         }
     }
 
-    /// What is known of the rows once the method is built.
+    /// The report on the rows, complete once the method is built.
     fn report(&self) -> FeedReport {
         match &self.rows {
             JobDataRows::Given(rows) => rows.report(),

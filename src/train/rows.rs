@@ -53,7 +53,7 @@ impl RunRows {
         Ok(rows)
     }
 
-    /// What is known of them.
+    /// The report on them.
     pub fn report(&self) -> FeedReport {
         FeedReport {
             notes: self.notes.clone(),
@@ -63,7 +63,7 @@ impl RunRows {
     }
 }
 
-/// What was learnt while rows were handed on.
+/// A report on the rows that were read.
 #[derive(Clone, Debug, Default)]
 pub struct FeedReport {
     pub notes: Vec<String>,
@@ -73,21 +73,21 @@ pub struct FeedReport {
     pub conversations: bool,
 }
 
-/// The rows of a run while they are read. Only where the last are split off to evaluate on, or rows
-/// are drawn by weights, all must be known before the first: they are kept aside, beside the cache
-/// if there is one.
+/// Reads the rows of a run. If evaluation rows are split off the end, or rows are drawn by weights,
+/// all rows must be known before the first: they are then spilled to a file beside the cache, or
+/// kept in memory without one.
 pub struct RunFeed<'a> {
     run: &'a MethodRun,
     files: &'a RunFiles,
     fields: WantedFields,
-    /// The cache file that is being made.
+    /// The cache file being written.
     cache: Option<Arc<TokenFile>>,
     observer: &'a dyn Observer,
     report: RefCell<FeedReport>,
     kept: RefCell<Option<Sources>>,
 }
 
-/// Rows kept aside: of each source its rows, and how many of them, the first ones, are trained on.
+/// Spilled rows: those of each source, and how many of its first rows are trained on.
 struct Sources {
     rows: Vec<KeptRows>,
     train: Vec<usize>,
@@ -107,7 +107,7 @@ impl<'a> RunFeed<'a> {
         Ok(RunFeed { run, files, fields, cache, observer, report, kept: RefCell::new(None) })
     }
 
-    /// What was learnt so far.
+    /// The report so far.
     pub fn told(&self) -> FeedReport {
         self.report.borrow().clone()
     }
@@ -131,7 +131,7 @@ impl<'a> RunFeed<'a> {
         Ok(())
     }
 
-    /// Reads all sources, and keeps their rows aside.
+    /// Reads all sources and spills their rows.
     fn keep_aside(&self) -> Result<Sources> {
         let files = &self.files.train.0;
         let all: Vec<PathBuf> = files.iter().map(|f| f.path.clone()).collect();
@@ -153,7 +153,7 @@ impl<'a> RunFeed<'a> {
         Ok(Sources { rows, train })
     }
 
-    /// Hands on rows that were kept aside, given as source and row.
+    /// Passes on spilled rows, given as source and row.
     fn hand_on(
         &self,
         sources: &mut Sources,

@@ -1,7 +1,6 @@
 //! The tokenised rows of a run, for training and evaluation, and their sources. Layer 7.
 //!
-//! Invariant: rows of either split are read from their store when they are asked for; in memory are
-//! those of a batch.
+//! Invariant: rows are read from their store on demand; only those of a batch are in memory.
 
 use std::marker::PhantomData;
 
@@ -76,7 +75,7 @@ pub struct Rows<E> {
     kind: PhantomData<E>,
 }
 
-/// What takes the examples of some rows; the flag says that they are the last.
+/// Receives the examples of some rows; the flag marks the last call.
 pub type TakeExamples<'a, E> = dyn FnMut(&mut TokenStore, Encoded<E>, bool) -> Result<()> + 'a;
 
 /// Tokenises the rows of a split as they are read. None: there are no rows to evaluate on.
@@ -115,8 +114,8 @@ impl<E: Example> Rows<E> {
         Rows { train, eval, kind: PhantomData }
     }
 
-    /// Tokenises both splits: what `encoder` makes of rows becomes examples by `make`. Returns what
-    /// to print about the training rows, too.
+    /// Tokenises both splits with `encoder` and converts its examples with `make`. Also returns the
+    /// summary of the training rows.
     pub fn tokenise<R: RowEncoder>(
         inputs: &MethodInputs,
         encoder: impl Fn(Split) -> Result<R>,
@@ -132,7 +131,7 @@ impl<E: Example> Rows<E> {
             };
             inputs.feed(|feed| tokenise(feed, split, encoder(split)?, &mut take))
         };
-        // Evaluation rows come first: they are fewer, so what is wrong with them is said early.
+        // Evaluation rows come first: they are fewer, so their errors come early.
         let eval = made(Split::Eval)?.map(|(store, _)| store).unwrap_or_default();
         match made(Split::Train)? {
             Some((train, stats)) => Ok((Rows::new(train, eval), stats.to_string())),
@@ -173,7 +172,7 @@ impl<E: Example> Rows<E> {
         rows.iter().map(|row| self.example(split, *row)).collect()
     }
 
-    /// What a row teaches beside its masks.
+    /// The labels of a row: its training signals beside the masks.
     pub fn labels(&self, split: Split, row: usize) -> &[u8] {
         self.of(split).labels(row)
     }
@@ -183,7 +182,7 @@ impl<E: Example> Rows<E> {
         self.train.count() + self.eval.count()
     }
 
-    /// Of all rows, training rows first, the one with number `index`.
+    /// Row `index` of all rows, training rows first.
     pub fn nth(&self, index: usize) -> Result<E> {
         match index.checked_sub(self.train.count()) {
             None => self.example(Split::Train, index),

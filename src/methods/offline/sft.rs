@@ -171,7 +171,7 @@ impl Sft {
             };
             inputs.feed(|feed| tokenise(feed, split, encoder, &mut take))
         };
-        // Evaluation rows come first: they are fewer, so what is wrong with them is said early.
+        // Evaluation rows come first: they are fewer, so their errors come early.
         let eval = made(Split::Eval)?.map(|(store, _)| store).unwrap_or_default();
         match made(Split::Train)? {
             Some((train, stats)) => {
