@@ -10,7 +10,6 @@ use temper::device::DType;
 use temper::gguf::convert::convert;
 use temper::gguf::read::GgufFile;
 use temper::methods::offline::sft::{Sft, SftRun};
-use temper::model::adapter::{Adapter, folder as adapter_folder};
 use temper::model::batch::{Batch, Group, Sequence};
 use temper::model::decoder::Decoder;
 use temper::model::folder::load_config;
@@ -20,34 +19,18 @@ use temper::ops::case::Rng;
 use temper::ops::head::head_logps;
 use temper::rollout::sample::Sampling;
 use temper::rollout::{Engine, EngineOptions, Request};
-use temper::tensor::safetensors::SafeFolder;
 use temper::tensor::{ParamSetId, Tensor};
 use temper::train::Trainer;
 use temper::train::tuning::prepare;
 
+use crate::agreement::{adapter_is_pefts, difference};
 use crate::support::{
-    self, MODEL, bits, cpu, cpu_in, decoder, done, fixture, floats, golden, ids, metrics, words,
-    write_rows,
+    self, MODEL, bits, cpu, cpu_in, decoder, done, fixture, golden, metrics, words, write_rows,
 };
 
 /// As transformers saves it; with biases, four taps and the hub's keys.
 const CASES: [&str; 2] = ["lfm2", "lfm2_bias"];
 const VOCAB: usize = 320;
-
-fn relative(a: f64, b: f64) -> f64 {
-    (a - b).abs() / b.abs().max(1e-12)
-}
-
-/// The largest difference of a model's log-probs from a score.json's.
-fn difference(cx: &mut Cx, model: &Decoder, score: &Value) -> f64 {
-    let rows = score["rows"].as_array().unwrap();
-    let all: Vec<Vec<u32>> = rows.iter().map(|r| ids(&r["input_ids"])).collect();
-    let sequences: Vec<Sequence> = all.iter().map(|ids| Sequence { ids, target: None }).collect();
-    let got = model.logps(cx, &sequences).unwrap().concat();
-    let want: Vec<f64> = rows.iter().flat_map(|row| floats(&row["logps"])).collect();
-    assert_eq!(got.len(), want.len());
-    got.iter().zip(want).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max)
-}
 
 fn read(raw: Value) -> temper::error::Result<ModelConfig> {
     ModelConfig::from_json("config.json", raw.as_object().unwrap().clone())
@@ -276,52 +259,7 @@ fn adapters_on_convolutions_are_pefts() {
     let all: Value = support::json(fixture("conv_peft.json"));
     for (case, want) in all.as_object().unwrap() {
         let dir = fixture("conv_peft").join(case);
-        let mut cx = cpu();
-        let base = decoder(&cx, golden(&base_of(&dir)), 240);
-        let adapter = Adapter::load(&cx, &dir, &base.config, &base.params).unwrap();
-        let model = base.with_adapter(Some(adapter)).unwrap();
-        let start = difference(&mut cx, &model, &want["start"]);
-        assert!(start <= 5e-5, "{case}: log-probs at the start {start:.1e}");
-
-        // What is saved is what PEFT saved.
-        let adapter = model.adapter.as_ref().unwrap();
-        let out = tempfile::tempdir().unwrap();
-        let written = match std::env::var_os("TEMPER_SAVED") {
-            Some(root) => PathBuf::from(root).join(case), // for make_fused_peft.py --load
-            None => out.path().join(case),
-        };
-        adapter_folder::write(&written, adapter, &[], &mut |i| {
-            adapter.params.weight_view(i)?.to_f32()
-        })
-        .unwrap();
-        let file =
-            |dir: &Path| SafeFolder::open_file(dir.join("adapter_model.safetensors")).unwrap();
-        let (theirs, ours) = (file(&dir), file(&written));
-        assert_eq!(ours.names().collect::<Vec<_>>(), theirs.names().collect::<Vec<_>>(), "{case}");
-        for name in theirs.names() {
-            let (a, b) = (theirs.get(name).unwrap(), ours.get(name).unwrap());
-            assert_eq!((a.shape, a.bytes), (b.shape, b.bytes), "{case}: {name}");
-        }
-
-        let mut model = model;
-        model.adapter.as_mut().unwrap().tune(None).unwrap();
-        let keys = "use_peft=true learning_rate=1e-2 per_device_train_batch_size=4 max_steps=20 \
-                    train_sampling_strategy=sequential lr_scheduler_type=linear";
-        let (run, _) = SftRun::load(None, &words(keys)).unwrap();
-        let rows = support::rows("sft/text.jsonl");
-        let (mut sft, _) =
-            support::with_inputs(&model.config, &rows, |i| Sft::new(&run.method, i).unwrap());
-        let count = temper::methods::Method::rows(&sft);
-        let mut trainer = Trainer::new(cx, model, run.training, count).unwrap();
-        let (mut loss, mut norm) = (0f64, 0f64);
-        for i in 0..20 {
-            let step = trainer.step(&mut sft).unwrap();
-            loss = loss.max(relative(step.loss.into(), want["loss"][i].as_f64().unwrap()));
-            let of = want["grad_norm"][i].as_f64().unwrap();
-            norm = norm.max(relative(step.grad_norm.into(), of));
-        }
-        println!("{case}: start {start:.1e}, loss {loss:.1e}, grad_norm {norm:.1e}");
-        assert!(loss <= 1e-5 && norm <= 1e-4, "{case}: loss {loss:.1e}, grad_norm {norm:.1e}");
+        adapter_is_pefts(case, &dir, &base_of(&dir), want);
     }
 }
 

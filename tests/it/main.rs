@@ -1,6 +1,7 @@
 //! One integration-test crate: one link, one binary that can be copied to a GPU machine.
 
 mod adapters;
+mod agreement;
 mod architecture;
 mod attention;
 mod attention_backward;
