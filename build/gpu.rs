@@ -190,9 +190,10 @@ fn gpu_source(sources: &Sources, file: &KernelFile, real: &Real) -> String {
             Some((_, n)) => format!("{}, {n}", k.threads),
             None => k.threads.to_string(),
         };
+        let wait = if k.waits { "" } else { "wait_for_previous(); " };
         writeln!(
             s,
-            "extern \"C\" __global__ void __launch_bounds__({bounds}) {symbol}({params}) {{ {name}<{d}>({args}); }}"
+            "extern \"C\" __global__ void __launch_bounds__({bounds}) {symbol}({params}) {{ {wait}{name}<{d}>({args}); }}"
         )
         .unwrap();
     }

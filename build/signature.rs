@@ -26,6 +26,8 @@ pub struct Kernel {
     /// Bytes of dynamic shared memory, in terms of D and sizeof(real).
     pub shared: Option<Expr>,
     pub hot: bool,
+    /// It waits for the kernel before it in its own body.
+    pub waits: bool,
     pub params: Vec<Param>,
     pub doc: String,
 }
@@ -181,6 +183,7 @@ fn kernel(text: &str, before: &str) -> Result<Kernel, String> {
         blocks: Vec::new(),
         shared: None,
         hot: false,
+        waits: false,
         params: Vec::new(),
         doc: doc_above(before),
     };
@@ -209,7 +212,7 @@ fn set_attributes(kernel: &mut Kernel, text: &str) -> Result<(), String> {
         let number = |v: &str| {
             v.parse::<u32>().map_err(|_| format!("{part}: expected a whole number, not \"{v}\""))
         };
-        let more_d = in_d && !part.contains('=') && part != "HOT";
+        let more_d = in_d && !part.contains('=') && !["HOT", "WAITS"].contains(&part);
         in_d = false;
         if i == 0 {
             if part.is_empty() || !part.chars().all(is_word) {
@@ -230,9 +233,11 @@ fn set_attributes(kernel: &mut Kernel, text: &str) -> Result<(), String> {
             kernel.shared = Some(expression(v)?);
         } else if part == "HOT" {
             kernel.hot = true;
+        } else if part == "WAITS" {
+            kernel.waits = true;
         } else {
             return Err(format!(
-                "unknown attribute {part}; write D=, THREADS=, BLOCKS=n, BLOCKS=D:n, SHARED= or HOT"
+                "unknown attribute {part}; write D=, THREADS=, BLOCKS=n, BLOCKS=D:n, SHARED=, HOT or WAITS"
             ));
         }
     }

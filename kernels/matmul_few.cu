@@ -68,6 +68,13 @@ DEVICE void few_copy(unsigned char* tile, const Matrix& a, int low, int high, in
   }
 }
 
+// Asks for the block's rows of W while the kernel before it still runs.
+DEVICE void few_prefetch(const Matrix& w, int low, int high, int half, int k) {
+  const int r = threadIdx.x;
+  const int row = r < half ? low + r : high + r - half;
+  if (r < 2 * half && row < w.rows && w.aligned) prefetch_l2(w.p + (long long)row * w.ld, k / 8 * 16);
+}
+
 // This warp's sums, with 8 rows of W from each of the block's two halves: from row `low` and from row `high`.
 template <int D>
 DEVICE void few_sums(float (&acc)[D / 16][2][4], const Matrix& x, const Matrix& w, int low, int high, int k, int warps,
@@ -110,13 +117,16 @@ DEVICE void few_sums(float (&acc)[D / 16][2][4], const Matrix& x, const Matrix& 
 }
 #endif
 
-KERNEL(few_nt, D=16,32,64, HOT)(MAYBE(real) c, MAYBE(float) cf, const real* x, const real* w, MAYBE(const real) bias, int m, int n,
+KERNEL(few_nt, D=16,32,64, HOT, WAITS)(MAYBE(real) c, MAYBE(float) cf, const real* x, const real* w, MAYBE(const real) bias, int m, int n,
                     int k, int ldx, int ldw, int ldc, int accumulate, int warps, int shift) {
 #ifdef REAL_BF16
   const int n0 = blockIdx.x * warps * FEW_COLS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float acc[D / 16][2][4] = {};
   const int half = FEW_COLS / 2 * warps;
-  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, n, k), n0, n0 + half, k, warps, shift);
+  const Matrix weight(w, ldw, n, k);
+  few_prefetch(weight, n0, n0 + half, half, k);
+  wait_for_previous();
+  few_sums<D>(acc, Matrix(x, ldx, m, k), weight, n0, n0 + half, k, warps, shift);
   if (warp >= warps) return;
   const int row = lane / 4, col = n0 + warp * (FEW_COLS / 2) + lane % 4 * 2;
   auto put = [&](const auto& to) {
@@ -132,14 +142,17 @@ KERNEL(few_nt, D=16,32,64, HOT)(MAYBE(real) c, MAYBE(float) cf, const real* x, c
 #endif
 }
 
-KERNEL(few_glu, D=16,32,64, HOT)(real* y, const real* x, const real* w, MAYBE(const real) bias, int m, int f, int k, int ldx,
+KERNEL(few_glu, D=16,32,64, HOT, WAITS)(real* y, const real* x, const real* w, MAYBE(const real) bias, int m, int f, int k, int ldx,
                      int ldw, int ldy, int activation, int warps, int shift) {
 #ifdef REAL_BF16
   constexpr int HALF = FEW_COLS / 2;
   const int f0 = blockIdx.x * warps * HALF, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float acc[D / 16][2][4] = {};
+  const Matrix weight(w, ldw, 2 * f, k);
+  few_prefetch(weight, f0, f + f0, HALF * warps, k);
+  wait_for_previous();
   // Columns past f, in the last block, are sums of other rows: they are not stored.
-  few_sums<D>(acc, Matrix(x, ldx, m, k), Matrix(w, ldw, 2 * f, k), f0, f + f0, k, warps, shift);
+  few_sums<D>(acc, Matrix(x, ldx, m, k), weight, f0, f + f0, k, warps, shift);
   if (warp >= warps) return;
   const int col = f0 + warp * HALF + lane % 4 * 2;
   const Target<real> to(y, nullptr, m, f, ldy, false);

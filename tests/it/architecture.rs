@@ -260,6 +260,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cuda/code.rs", 6),
     ("device/cuda/downloads.rs", 6),
     ("device/cuda/find_blas.rs", 3),
+    ("device/cuda/launch.rs", 1),
     ("device/cuda/mod.rs", 32),
     ("device/cuda/probe.rs", 2),
     ("device/pool.rs", 2),

@@ -31,7 +31,7 @@ fn param(name: &str, role: Role, ty: Type) -> Param {
 #[test]
 fn a_signature_is_read_with_its_attributes_parameters_and_comment() {
     let text = "// A mention of KERNEL(nothing) is no kernel.\n\n// The first line.\n// The second.\n\
-        KERNEL(f, D=16,32, THREADS=128, BLOCKS=32:5, SHARED=2 * D, HOT)(real* y, MAYBE(float) lse, const real* x,\n    \
+        KERNEL(f, D=16,32, THREADS=128, BLOCKS=32:5, SHARED=2 * D, HOT, WAITS)(real* y, MAYBE(float) lse, const real* x,\n    \
         MAYBE(const unsigned char) c, // a comment, with a comma\n    INOUT(float) m, SCRATCH(int) s, long long n, float eps) {\n}\n";
     let params = vec![
         param("y", Role::Out, Type::Real),
@@ -52,6 +52,7 @@ fn a_signature_is_read_with_its_attributes_parameters_and_comment() {
         blocks: vec![(Some(32), 5)],
         shared: Some(shared),
         hot: true,
+        waits: true,
         params,
         doc: "The first line.\nThe second.".into(),
     };
@@ -65,7 +66,7 @@ fn the_three_kinds_are_told_apart_and_defaults_are_filled_in() {
     let kinds: Vec<Kind> = source.kernels.iter().map(|k| k.kind).collect();
     assert_eq!(kinds, [Kind::Flat, Kind::Warp, Kind::Fiber]);
     let first = &source.kernels[0];
-    assert_eq!((first.threads, first.hot, first.d.len()), (256, false, 0));
+    assert_eq!((first.threads, first.hot, first.waits, first.d.len()), (256, false, false, 0));
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod blas;
 mod code;
 mod downloads;
 mod find_blas;
+mod launch;
 mod probe;
 
 use std::cell::Cell;
@@ -22,6 +23,7 @@ use code::Code;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use downloads::Downloads;
+use launch::Stream;
 use probe::{
     HAS_GPU_IMAGES, HAS_HOPPER_IMAGES, dotted, driver_version, failed, old_gpu, probe, text,
 };
@@ -44,7 +46,7 @@ pub struct Cuda {
     name: String,
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    stream: Stream,
     /// (major, minor)
     capability: (i32, i32),
     /// The most dynamic shared memory that a kernel can opt in to.
@@ -135,7 +137,7 @@ impl Cuda {
             name,
             device,
             context,
-            stream: std::ptr::null_mut(),
+            stream: Stream::none(),
             capability,
             max_shared,
             multiprocessors,
@@ -155,9 +157,7 @@ impl Cuda {
             blas: None,
         };
         cuda.bind()?;
-        // Not the legacy stream, which cannot be captured and waits for other streams.
-        cuda.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(failed(opening))?;
+        cuda.stream = Stream::create(capability).map_err(failed(opening))?;
         {
             let mut ring = lock(&cuda.ring);
             // Flags 0: pinned, and cached on the host (write-combined memory would gain nothing
@@ -303,7 +303,7 @@ impl Device for Cuda {
             if ring.at == SEGMENT {
                 let full = ring.segment;
                 // SAFETY: our event, our stream.
-                unsafe { result::event::record(ring.events[full].0, self.stream) }.map_err(late)?;
+                unsafe { result::event::record(ring.events[full].0, self.stream.handle()) }.map_err(late)?;
                 ring.pending[full] = true;
                 let next = (full + 1) % SEGMENTS;
                 if ring.pending[next] {
@@ -322,7 +322,7 @@ impl Device for Cuda {
                 result::memcpy_htod_async(
                     dst + done as u64,
                     std::slice::from_raw_parts(staged, n),
-                    self.stream,
+                    self.stream.handle(),
                 )
             }
             .map_err(late)?;
@@ -338,7 +338,7 @@ impl Device for Cuda {
         }
         self.bind_for("download")?;
         // SAFETY: the caller's promise; `dst` is not read before the stream is synchronized.
-        unsafe { result::memcpy_dtoh_async(dst, src, self.stream) }
+        unsafe { result::memcpy_dtoh_async(dst, src, self.stream.handle()) }
             .map_err(|e| self.late("download", e))?;
         self.sync()
     }
@@ -348,7 +348,7 @@ impl Device for Cuda {
         let late = |e| self.late("download", e);
         let mut pinned = lock(&self.downloads).spare(bytes).map_err(late)?;
         // SAFETY: the caller's promise; nothing else uses this pinned memory before `end_download`.
-        unsafe { pinned.fill_from(src, bytes, self.stream) }.map_err(late)?;
+        unsafe { pinned.fill_from(src, bytes, self.stream.handle()) }.map_err(late)?;
         Ok(insert_in_free_slot(&mut lock(&self.downloads).begun, pinned))
     }
 
@@ -369,14 +369,14 @@ impl Device for Cuda {
     unsafe fn copy(&self, dst: u64, src: u64, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         self.queue("copy", bytes, || unsafe {
-            result::memcpy_dtod_async(dst, src, bytes, self.stream)
+            result::memcpy_dtod_async(dst, src, bytes, self.stream.handle())
         })
     }
 
     unsafe fn fill(&self, dst: u64, byte: u8, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         self.queue("fill", bytes, || unsafe {
-            result::memset_d8_async(dst, byte, bytes, self.stream)
+            result::memset_d8_async(dst, byte, bytes, self.stream.handle())
         })
     }
 
@@ -389,9 +389,9 @@ impl Device for Cuda {
             (self.max_shared, &self.name),
             &|what, e| self.launch_error(kernel.name, what, e),
         )?;
-        let ([x, y, z], block) = (at.grid, (at.block, 1, 1));
-        // SAFETY: the caller's promise; the driver copies `args` before it returns.
-        unsafe { result::launch_kernel(function, (x, y, z), block, at.shared, self.stream, args) }
+        let [x, y, z] = at.grid;
+        // SAFETY: the caller's promise; every kernel of ours waits for the one before it (`build/gpu.rs`).
+        unsafe { self.stream.launch(function, at, args) }
             .map_err(|e| {
                 let shape = format!(
                     "launch of grid {x} x {y} x {z}, block {}, {} bytes shared",
@@ -442,8 +442,9 @@ impl Device for Cuda {
         let Some(blas) = &self.blas else { return Ok(LibraryProduct::Unavailable) };
         self.bind()?;
         // SAFETY: the caller's promise.
-        let answer = unsafe { blas.run(g, algorithm, self.stream)? };
+        let answer = unsafe { blas.run(g, algorithm, self.stream.handle())? };
         if answer == LibraryProduct::Queued {
+            self.stream.ends_with_kernel();
             *lock(&self.last) = "cuBLASLt's matrix product";
         }
         // Candidates cannot be tested during a capture, which runs nothing; they are tested another
@@ -474,7 +475,7 @@ impl Device for Cuda {
     fn sync(&self) -> Result<()> {
         self.bind_for("sync")?;
         // SAFETY: our stream.
-        unsafe { result::stream::synchronize(self.stream) }
+        unsafe { result::stream::synchronize(self.stream.handle()) }
             .map_err(|e| self.late("the GPU reports", e))
     }
 
@@ -491,7 +492,7 @@ impl Device for Cuda {
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
             .map_err(|e| self.late("mark", e))?;
         // SAFETY: a new event, our stream.
-        if let Err(e) = unsafe { result::event::record(event, self.stream) } {
+        if let Err(e) = unsafe { result::event::record(event, self.stream.handle()) } {
             // SAFETY: as above; the event is not used again.
             let _ = unsafe { result::event::destroy(event) };
             return Err(self.late("mark", e));
@@ -528,7 +529,7 @@ impl Device for Cuda {
         // needs to be guarded against. SAFETY: our stream, which is not the legacy one.
         unsafe {
             result::stream::begin_capture(
-                self.stream,
+                self.stream.handle(),
                 sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
             )
         }
@@ -543,7 +544,7 @@ impl Device for Cuda {
         }
         self.bind()?;
         // SAFETY: our stream, which is being captured.
-        let graph = unsafe { result::stream::end_capture(self.stream) }
+        let graph = unsafe { result::stream::end_capture(self.stream.handle()) }
             .map_err(failed("capturing a graph"))?;
         if graph.is_null() {
             return Err(Error::Device(
@@ -564,7 +565,7 @@ impl Device for Cuda {
         let graphs = lock(&self.graphs);
         let Some(Some(recorded)) = graphs.get(graph) else { return Err(no_graph(graph)) };
         // SAFETY: the caller's promise; the graph is ours and live.
-        unsafe { result::graph::launch(recorded.0, self.stream) }
+        unsafe { result::graph::launch(recorded.0, self.stream.handle()) }
             .map_err(|e| self.late("replay of a graph", e))?;
         *lock(&self.last) = "a replayed graph";
         Ok(())
@@ -590,8 +591,8 @@ impl Drop for Cuda {
         // SAFETY: nothing uses the device any more, each handle is destroyed once, and null handles
         // are skipped.
         unsafe {
-            if !self.stream.is_null() {
-                let _ = result::stream::synchronize(self.stream);
+            if self.stream.exists() {
+                let _ = result::stream::synchronize(self.stream.handle());
             }
             self.blas = None;
             // Pinned memory and events must be released while the context is bound.
@@ -613,8 +614,8 @@ impl Drop for Cuda {
             for module in self.code.get_mut().unwrap_or_else(|e| e.into_inner()).modules.values() {
                 let _ = result::module::unload(module.0);
             }
-            if !self.stream.is_null() {
-                let _ = result::stream::destroy(self.stream);
+            if self.stream.exists() {
+                let _ = result::stream::destroy(self.stream.handle());
             }
             let _ = result::primary_ctx::release(self.device);
         }
