@@ -21,10 +21,3 @@ DEVICE void flag_wait(const int* flag) {
   while (!__atomic_load_n(flag, __ATOMIC_ACQUIRE)) shim::yield_thread();
 #endif
 }
-
-// Starts a prefetch of the 128 bytes around p into L2.
-DEVICE void prefetch_l2(const void* p) {
-#ifdef __CUDACC__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}

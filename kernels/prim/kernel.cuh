@@ -82,20 +82,12 @@ typedef shim::TensorMap tensor_map;
 // On Hopper and newer a kernel's blocks start while the kernel before it in the stream ends, so that a launch costs no gap. Nothing
 // that the kernel before wrote is there until this returns; and it returns only after that kernel has ended, which waited in the
 // same way, so all earlier work is complete as well. build.rs calls it in front of every body, except where WAITS says that the
-// body does. Such a body may do work before it that reads no memory, such as prefetch_l2. All threads call it.
+// body does. Such a body may do work before it that reads no memory, such as prefetch_l2 (prim/async.cuh). All threads call it.
 DEVICE void wait_for_previous() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-}
-
-// Brings `bytes` bytes from p on (both multiples of 16) into the L2 cache. Always correct, since L2 is where all writes meet.
-DEVICE void prefetch_l2(const void* p, int bytes) {
-#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes));
-#endif
-  (void)p, (void)bytes;
 }
 
 // The position of a thread. FLAT: its index in the grid. WARP: its warp's index in the grid, and its lane.
