@@ -13,14 +13,8 @@
 // Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). H100, 2026-11-27: forward 218
 //          TFLOP/s at head size 64 (8 x 2048, 14/2 heads), 230 at 128 (2 x 8192, 16/8); backward 88 at 64, before ex2.
 #include "prim/async.cuh"
-#include "common/mask.cuh"
-#include "common/online_softmax.cuh"
-#include "prim/mma.cuh"
+#include "common/attention_mma.cuh"
 
-// Rows of a block, and positions of a forward step.
-EXPORT(int, MMA_ROWS, 64);
-// Row stride with eight values of padding: an odd number of 16-byte chunks, so the eight rows of an ldmatrix hit all banks.
-EXPORT_FN(mma_stride, d, d + 8);
 // Positions per step of dq and of dkv: fewer where registers are short.
 EXPORT_FN(mma_dq_step, d, d <= 128 ? 64 : 32);
 EXPORT_FN(mma_dkv_step, d, d > 80 || d == 32 ? 32 : 64);
@@ -32,11 +26,6 @@ EXPORT_FN(mma_dq_shared, d, 2 * (MMA_ROWS + mma_dq_step(d)) * mma_stride(d) * 2)
 EXPORT_FN(mma_dkv_shared, d, 2 * (MMA_ROWS + mma_dkv_step(d)) * mma_stride(d) * 2);
 
 #ifdef REAL_BF16
-constexpr int ROWS = MMA_ROWS;
-
-template <int D>
-constexpr int STRIDE = mma_stride(D);
-
 // Starts the copy of N rows of D values. Row i is read from base + offset(i), and is zero where offset(i) is negative.
 template <int D, int N, class Offset>
 DEVICE void fetch_rows(bf16* tile, const bf16* base, const Offset& offset) {
@@ -47,28 +36,6 @@ DEVICE void fetch_rows(bf16* tile, const bf16* base, const Offset& offset) {
     const int c = (int)threadIdx.x + i * 128, r = c / (D / 8), col = c % (D / 8) * 8;
     const long long at = offset(r);
     copy_async16(tile + r * STRIDE<D> + col, base + (at < 0 ? 0 : at + col), at < 0 ? 0 : 16);
-  }
-}
-
-// acc = A B^T: this warp's 16 rows of A and the N rows of B, D columns.
-template <int D, int N>
-DEVICE void scores(float (&acc)[N / 8][4], const bf16* a, const bf16* b) {
-  const int lane = threadIdx.x % 32, half = lane / 8 % 2 * 8, upper = lane / 16 * 8, r = lane % 8;
-#pragma unroll
-  for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[j][e] = 0.f;
-#pragma unroll
-  for (int kk = 0; kk < D; kk += 16) {
-    unsigned fa[4];
-    ldmatrix4<false>(fa, a + (half + r) * STRIDE<D> + kk + upper);
-#pragma unroll
-    for (int j = 0; j < N / 8; j += 2) {
-      unsigned fb[4];
-      ldmatrix4<false>(fb, b + (j * 8 + upper + r) * STRIDE<D> + kk + half);
-      mma_bf16(acc[j], fa, {fb[0], fb[1]});
-      mma_bf16(acc[j + 1], fa, {fb[2], fb[3]});
-    }
   }
 }
 
@@ -88,14 +55,6 @@ DEVICE void weighted_rows(float (&acc)[D / 8][4], const float (&w)[N / 8][4], co
       mma_bf16(acc[j + 1], fa, {fb[2], fb[3]});
     }
   }
-}
-
-template <int N>
-DEVICE void clear(float (&acc)[N][4]) {
-#pragma unroll
-  for (int j = 0; j < N; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[j][e] = 0.f;
 }
 
 // Stores two neighbouring values of a gradient.

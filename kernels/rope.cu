@@ -27,7 +27,7 @@
 //          heads of 128 and 4,096 rows (59%).
 //          rope_append at 256 rows of Qwen2.5-0.5B moves 1.2 MB in one wave of blocks: 6.4 us, where 2.5 was predicted, and where
 //          rope_apply and a copy into the cache took 4.6 + 3.5 us. With one warp per head only latency is left.
-#include "prim/warp.cuh"
+#include "common/rope.cuh"
 
 // rstd of one head. All lanes of the warp must call it.
 DEVICE float rstd_of_head(const real* p, int dim, float eps) {
@@ -42,31 +42,6 @@ DEVICE float rstd_of_head(const real* p, int dim, float eps) {
 
 // Heads of a row that a thread of rope_apply rotates by the same angles, if half a head is a whole number of packs (else 1).
 EXPORT(int, ROPE_HEADS, 2);
-
-// A pack of half a head; `n` values are left from its start. WHOLE: one aligned load, which stalls only at its first use.
-template <bool WHOLE, class T>
-DEVICE FlatPack half_pack(const T* p, int n) {
-  return WHOLE ? values(fetch<V>(p, n)) : load<V>(p, n);
-}
-
-// The pairs of a head in one pack: values a + j and b + j of the head, j < n. `angle` is the index of the first angle; -1: not
-// rotated.
-struct HeadPairs {
-  int a, b, n, angle;
-};
-template <bool MORE>
-DEVICE HeadPairs head_pairs(int pack, int dim, int turned) {
-  if (!MORE) turned = dim;
-  const int half = turned / 2, packs = (half + V - 1) / V, i = pack * V;
-  if (!MORE || pack < packs) return {i, i + half, half - i, i};
-  const int rest = (dim - turned) / 2, j = (pack - packs) * V;
-  return {turned + j, turned + j + rest, rest - j, -1};
-}
-template <bool MORE>
-DEVICE int packs_of_head(int dim, int turned) {
-  if (!MORE) return (dim / 2 + V - 1) / V;
-  return (turned / 2 + V - 1) / V + ((dim - turned) / 2 + V - 1) / V;
-}
 
 // The range of one norm: a head of q or k, or (whole) all of q or all of k.
 struct NormPart {
@@ -85,30 +60,6 @@ DEVICE const real* head_weights(const real* wq, const real* wk, int head, int he
   return whole ? w + (head < heads ? head : head - heads) * dim : w;
 }
 
-// Norm of a pack of pairs (a, b) of a head: n = (w + plus) * (x * rstd).
-DEVICE float normed(float x, float w, float rstd, float plus, int once) {
-  const float h = x * rstd;
-  return round_real((w + plus) * (once ? h : round_real(h)));
-}
-template <bool WHOLE = false>
-DEVICE void norm_pairs(FlatPack& a, FlatPack& b, const real* w, const HeadPairs& at, float rstd, float plus, int once) {
-  FlatPack wa = half_pack<WHOLE>(w + at.a, at.n), wb = half_pack<WHOLE>(w + at.b, at.n);
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    a.v[j] = normed(a.v[j], wa.v[j], rstd, plus, once);
-    b.v[j] = normed(b.v[j], wb.v[j], rstd, plus, once);
-  }
-}
-
-// Rotates a pack of pairs by the angles with cosines c and sines s.
-DEVICE void rotate(FlatPack& a, FlatPack& b, const FlatPack& c, const FlatPack& s, float sign) {
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    const float first = fmaf(a.v[j], c.v[j], -(b.v[j] * s.v[j] * sign));
-    b.v[j] = fmaf(b.v[j], c.v[j], a.v[j] * s.v[j] * sign);
-    a.v[j] = first;
-  }
-}
 DEVICE void scale_pairs(FlatPack& a, FlatPack& b, float by) {
 #pragma unroll
   for (int j = 0; j < V; ++j) a.v[j] *= by, b.v[j] *= by;

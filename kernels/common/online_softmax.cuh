@@ -64,6 +64,36 @@ constexpr float LEEWAY = 8.f;
 // The base of a row that has seen no key: finite, so that no difference is NaN.
 constexpr float NO_BASE = -3e38f;
 
+// The parts of a step over a block, for the row h of the two:
+// the largest score, in base 2;
+template <int N>
+DEVICE float block_top(const float (&s)[N][4], int h, float factor) {
+  float largest = max_fast(s[0][2 * h], s[0][2 * h + 1]);
+#pragma unroll
+  for (int j = 1; j < N; ++j) largest = max_fast(largest, max_fast(s[j][2 * h], s[j][2 * h + 1]));
+  return row_max(largest) * factor;
+}
+// the new base, and the factor of what was summed before (exactly 1 where the base stays);
+DEVICE float follow_top(float& base, float top) {
+  const float before = base;
+  if (top - base > LEEWAY) base = top;
+  return exp2_fast(before - base);
+}
+// the weights in place of the scores, and this lane's part of their sum.
+template <int N>
+DEVICE float weigh(float (&s)[N][4], int h, float factor, float base) {
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& p = s[j][2 * h + e];
+      p = exp2_fast(fmaf(p, factor, -base));
+      sum += p;
+    }
+  return sum;
+}
+
 // State of two rows: weights are relative to 2^base; l is this lane's part of their sum.
 struct OnlineSoftmax {
   float base[2] = {NO_BASE, NO_BASE}, l[2] = {0.f, 0.f};
@@ -74,22 +104,8 @@ struct OnlineSoftmax {
     const float before[2] = {base[0], base[1]};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float largest = max_fast(s[0][2 * h], s[0][2 * h + 1]);
-#pragma unroll
-      for (int j = 1; j < N; ++j) largest = max_fast(largest, max_fast(s[j][2 * h], s[j][2 * h + 1]));
-      const float top = row_max(largest) * factor;
-      if (top - base[h] > LEEWAY) base[h] = top;
-      alpha[h] = exp2_fast(before[h] - base[h]);  // exactly 1 where the base stays
-      float sum = 0.f;
-#pragma unroll
-      for (int j = 0; j < N; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& p = s[j][2 * h + e];
-          p = exp2_fast(fmaf(p, factor, -base[h]));
-          sum += p;
-        }
-      l[h] = fmaf(l[h], alpha[h], sum);
+      alpha[h] = follow_top(base[h], block_top(s, h, factor));
+      l[h] = fmaf(l[h], alpha[h], weigh(s, h, factor, base[h]));
     }
     return base[0] != before[0] || base[1] != before[1];
   }

@@ -22,7 +22,7 @@ use crate::model::rope::{RopeConfig, rope_table};
 use crate::model::specs::{BottleneckSite, Proj, Role, expected_params};
 use crate::ops::activation::{Act, glu};
 use crate::ops::add::add;
-use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_paged};
+use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_decode, attention_paged};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
 use crate::ops::head::{Head, LogitMap, head_logps};
@@ -36,7 +36,7 @@ use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::rope_append::rope_append;
 use crate::ops::scale::{multiply, scale_columns};
 use crate::ops::short_conv::{ConvRows, short_conv};
-use crate::ops::short_conv_paged::{PagedRows, short_conv_paged};
+use crate::ops::short_conv_paged::short_conv_paged;
 use crate::tensor::safetensors::HostDtype;
 use crate::tensor::{ParamSetId, Tensor};
 
@@ -691,17 +691,14 @@ impl Decoder {
                 attention(cx, &qkv, plan, shape)?
             }
             Keys::Cache(cache, step) => {
-                let (cache, slots) = (&cache.layers[i], &step.slots);
-                rope_append(cx, &qkv, cache, table, positions, slots, heads, kv_heads, norm)?;
-                attention_paged(
-                    cx,
-                    &qkv,
-                    cache,
-                    &step.page_table,
-                    &step.row_sequence,
-                    &step.positions,
-                    shape,
-                )?
+                let (cache, rows) = (&cache.layers[i], step.rows());
+                if step.decodes {
+                    attention_decode(cx, &qkv, cache, table, norm, rows, shape)?
+                } else {
+                    let slots = rows.slots;
+                    rope_append(cx, &qkv, cache, table, positions, slots, heads, kv_heads, norm)?;
+                    attention_paged(cx, &qkv, cache, rows, shape)?
+                }
             }
         };
         drop(qkv);
@@ -726,13 +723,7 @@ fn convolve(
             return Err(Error::op("decoder", "a convolution without its rows"));
         }
         Keys::Cache(cache, step) => {
-            let rows = PagedRows {
-                slots: &step.slots,
-                page_table: &step.page_table,
-                sequences: &step.row_sequence,
-                positions: &step.positions,
-            };
-            short_conv_paged(cx, &bcx, &cache.layers[i], filters, bias, rows)?
+            short_conv_paged(cx, &bcx, &cache.layers[i], filters, bias, step.rows())?
         }
     };
     drop(bcx);

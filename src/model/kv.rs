@@ -10,6 +10,7 @@ use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::layout::ModelConfig;
+use crate::ops::attention::PagedRows;
 use crate::ops::cache::CopyCached;
 use crate::ops::embedding::TokenIndex;
 use crate::rng::{philox, tag};
@@ -44,6 +45,20 @@ pub struct KvStep {
     pub longest: usize,
     /// Token ids lie below this.
     pub vocab: usize,
+    /// No two tokens belong to one sequence: a decode step.
+    pub decodes: bool,
+}
+
+impl KvStep {
+    /// Where the rows stand.
+    pub fn rows(&self) -> PagedRows<'_> {
+        PagedRows {
+            slots: &self.slots,
+            page_table: &self.page_table,
+            sequences: &self.row_sequence,
+            positions: &self.positions,
+        }
+    }
 }
 
 /// The pages of each running sequence, on the device: a row of fixed width for each. It stays where

@@ -30,6 +30,7 @@ pub fn registry() -> Vec<Entry> {
     const FAMILIES: &[Variant] = &[SIMT, TENSOR_CORE, WGMMA];
     const MMA: &[&str] =
         &["attention", "attention_mma", "attention_hopper", "attention_hopper_bwd"];
+    const DECODE: &[&str] = &["attention", "attention_mma", "attention_decode", "rope"];
     const LINEAR: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "reduce"];
     const LINEAR_GLU: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "activation", "reduce"];
     const PROMPT: &[&str] = &["prompt", "embedding", "scale"];
@@ -84,6 +85,13 @@ pub fn registry() -> Vec<Entry> {
         op("keep_tokens", &["tokens"], tokens::keep_cases, tokens::keep_perf, PLAIN),
         op("to_float", &["add"], add::to_float_cases, add::to_float_perf, PLAIN),
         op("attention", MMA, attention::cases, attention::perf, FAMILIES),
+        op(
+            "attention_decode",
+            DECODE,
+            attention::decode_cases,
+            attention::decode_perf,
+            &[SIMT, TENSOR_CORE],
+        ),
         op("attention_paged", MMA, attention::paged_cases, attention::paged_perf, FAMILIES),
     ]
 }

@@ -136,6 +136,11 @@ impl Rope {
         }
     }
 
+    /// Whether the whole of each head of `dim` values, or nothing, is rotated, and q is not scaled.
+    pub(super) fn is_plain(&self, dim: usize) -> bool {
+        (self.turned == 0 || self.turned == dim) && !self.scaled
+    }
+
     /// Whether heads of `dim` values need the kernels with partial rotation or scaling of q.
     pub(super) fn more(&self, dim: usize) -> bool {
         self.turned != dim || self.scaled

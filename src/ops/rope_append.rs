@@ -40,7 +40,7 @@ pub struct RopeAppend(pub Rope);
 
 impl RopeAppend {
     /// `x`: qkv, cache, position, slots, then the inputs of the table and the norm.
-    fn run(&self, cx: &Cx, x: &[&Tensor]) -> Result<()> {
+    pub(super) fn run(&self, cx: &Cx, x: &[&Tensor]) -> Result<()> {
         let (qkv, cache, position, slots) = (x[0], x[1], x[2], x[3]);
         let Rope { heads, kv_heads, turned, norm, .. } = self.0;
         let (all, rows) = (heads + 2 * kv_heads, qkv.row_count());

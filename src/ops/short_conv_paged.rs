@@ -8,23 +8,10 @@ use super::short_conv::{convolved, gated, sizes};
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::error::{Error, Result};
 use crate::kernels;
-use crate::ops::attention::PAGE;
+use crate::ops::attention::{PAGE, PagedRows};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::{expect_cols, row_packs};
 use crate::tensor::Tensor;
-
-/// Where the rows of a step stand.
-#[derive(Clone, Copy)]
-pub struct PagedRows<'a> {
-    /// I32 `[n]`: the cache row of each; -1: nowhere.
-    pub slots: &'a Tensor,
-    /// I32 [sequences, max pages]
-    pub page_table: &'a Tensor,
-    /// I32 `[n]`: the row of the page table; -1: padding.
-    pub sequences: &'a Tensor,
-    /// I32 `[n]`: the position in its sequence.
-    pub positions: &'a Tensor,
-}
 
 /// Writes b x of row `r` of `bcx` [n, 3 h] to row `slots[r]` of `cache` [pages * 64, h] real, and
 /// returns y [n, h] as [`short_conv`](super::short_conv::short_conv) has it. A row of padding gives

@@ -141,6 +141,8 @@ impl Engine {
             page_table: self.table.pages.clone(),
             longest: arrays.longest,
             vocab: self.vocab.total(),
+            // A row that predicts is the last of its sequence.
+            decodes: arrays.info.is_some() && arrays.ends.is_none(),
         };
         let mut hidden = model.cached(cx, &self.cache, &step)?;
         let Some(info) = &arrays.info else { return Ok(Vec::new()) };

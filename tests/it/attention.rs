@@ -7,7 +7,9 @@ use temper::autograd::{Cx, F64, ParamGrads, Tape};
 use temper::config::AttentionChoice;
 use temper::device::DType;
 use temper::ops::attention::oracle::{gradient, segments, shape};
-use temper::ops::attention::{AttnPlan, AttnShape, PAGE, attention, attention_paged};
+use temper::ops::attention::{
+    AttnPlan, AttnShape, PAGE, PagedRows, attention, attention_decode, attention_paged,
+};
 use temper::ops::case::Rng;
 use temper::ops::rope_append::rope_append;
 use temper::tensor::{Id, ParamSetId, Tensor};
@@ -57,6 +59,7 @@ fn gather(cx: &Cx, from: &Tensor, rows: &[usize]) -> Tensor {
 fn paged_equals_training(
     kind: (AttentionChoice, DType),
     s: AttnShape,
+    decodes: bool,
     mut chunk: impl FnMut(&mut Rng) -> usize,
 ) {
     let (mut cx, mut rng) = (context(kind), Rng(5));
@@ -92,11 +95,21 @@ fn paged_equals_training(
         let part = gather(&cx, &qkv, &rows);
         let [sequence, position, slots] =
             [sequence, position, slots].map(|v| cx.ints("rows", &v).unwrap());
-        let (q, kv) = (s.heads, s.kv_heads); // without a table nothing turns
-        rope_append(&mut cx, &part, &cache, None, &position, &slots, q, kv, None).unwrap();
-        let got = bits(
-            &attention_paged(&mut cx, &part, &cache, &pages, &sequence, &position, s).unwrap(),
-        );
+        // Without a table nothing turns.
+        let at = PagedRows {
+            slots: &slots,
+            page_table: &pages,
+            sequences: &sequence,
+            positions: &position,
+        };
+        let got = if decodes {
+            attention_decode(&mut cx, &part, &cache, None, None, at, s)
+        } else {
+            let (q, kv) = (s.heads, s.kv_heads);
+            rope_append(&mut cx, &part, &cache, None, &position, &slots, q, kv, None).unwrap();
+            attention_paged(&mut cx, &part, &cache, at, s)
+        };
+        let got = bits(&got.unwrap());
         for (r, got) in rows.iter().zip(&got) {
             assert_eq!(got, &want[*r], "row {r}, {kind:?}, {s:?}");
         }
@@ -111,17 +124,31 @@ fn shapes() -> [AttnShape; 3] {
     ]
 }
 
+/// Head sizes, groups and masks of the decoding kernel, in turns of one and of several pages.
+fn decode_shapes() -> [AttnShape; 3] {
+    [
+        shape(7, 1, 64),
+        AttnShape { softcap: Some(3.0), window: Some(100), ..shape(4, 2, 64) },
+        AttnShape { window: Some(70), ..shape(4, 2, 128) },
+    ]
+}
+
 #[test]
 fn attention_decode_equals_training() {
     for kind in ALL {
-        shapes().into_iter().for_each(|s| paged_equals_training(kind, s, |_| 1));
+        for s in shapes().into_iter().chain(decode_shapes()) {
+            paged_equals_training(kind, s, false, |_| 1);
+            paged_equals_training(kind, s, true, |_| 1);
+        }
     }
 }
 
 #[test]
 fn attention_prefill_in_chunks_equals_training() {
     for kind in ALL {
-        shapes().into_iter().for_each(|s| paged_equals_training(kind, s, |rng| rng.below(90)));
+        shapes()
+            .into_iter()
+            .for_each(|s| paged_equals_training(kind, s, false, |rng| rng.below(90)));
     }
 }
 

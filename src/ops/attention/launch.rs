@@ -7,16 +7,19 @@
 //! has bits of its own.
 
 use super::plan::AttnPlan;
+use super::rows::PagedRows;
 use super::shape::{Numbers, PAGE};
 use crate::autograd::Cx;
 use crate::config::AttentionChoice;
 use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{
-    self, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs, AttentionHopperDkvArgs,
-    AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs, Boxes, HOPPER_BWD_ROWS,
-    MMA_ROWS, hopper_fwd_rows,
+    self, AttentionDecodeArgs, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs,
+    AttentionHopperDkvArgs, AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs,
+    Boxes, HOPPER_BWD_ROWS, MMA_ROWS, hopper_fwd_rows,
 };
+use crate::ops::rmsnorm::Norm;
+use crate::ops::rope::RopeArgs;
 use crate::tensor::Tensor;
 
 /// Head sizes of the forward on Hopper, each with a kernel of its own.
@@ -148,6 +151,57 @@ pub(super) fn paged(cx: &Cx, n: &Numbers, out: &Tensor, x: &[&Tensor]) -> Result
         return kernels::attention_mma_paged(&*cx.device, blocks(qkv, n.kv_heads), n.d, args);
     }
     kernels::attention_paged_fwd(&*cx.device, Launch::flat(rows * n.heads as usize), n.d, args)
+}
+
+/// Whether the kernel for rows of distinct sequences can take these.
+pub(super) fn decodes(cx: &Cx, n: &Numbers, qkv: &Tensor, cache: &Tensor) -> Result<bool> {
+    let fits = kernels::ATTENTION_DECODE_D.contains(&n.d)
+        && (n.heads / n.kv_heads) as usize <= kernels::DECODE_HEADS;
+    Ok(tensor_cores(cx, n, &[qkv, cache])? && fits)
+}
+
+/// Attention of rows of distinct sequences, where [`decodes`] allows it. With `rope` q and k are
+/// normed and rotated and k and v appended first; without it they have been.
+pub(super) fn decode(
+    cx: &Cx,
+    n: &Numbers,
+    out: &Tensor,
+    [qkv, cache]: [&Tensor; 2],
+    rows: PagedRows,
+    rope: Option<(RopeArgs<Tensor>, Option<Norm>)>,
+) -> Result<()> {
+    let slots = rope.is_some().then_some(rows.slots);
+    let (rope, norm) = rope.map_or((None, None), |(rope, norm)| (Some(rope), norm));
+    let norm = norm.unwrap_or(Norm::new(0.0));
+    let blocks = qkv.row_count() * n.kv_heads as usize;
+    let few = blocks <= cx.device.capabilities().multiprocessors;
+    let warps = kernels::decode_warps(n.d) * if few { 2 } else { 1 };
+    let shared = kernels::decode_block_shared(n.d) + warps * kernels::decode_warp_shared(n.d);
+    let at = Launch::blocks([blocks, 1, 1], 32 * warps as u32, shared);
+    let args = AttentionDecodeArgs {
+        out: out.out(),
+        qkv,
+        cache: cache.out(),
+        page_table: rows.page_table,
+        row_sequence: rows.sequences,
+        row_position: rows.positions,
+        slots,
+        cosine: rope.as_ref().and_then(|r| r.cosine),
+        sine: rope.as_ref().and_then(|r| r.sine),
+        wq: rope.as_ref().and_then(|r| r.wq),
+        wk: rope.as_ref().and_then(|r| r.wk),
+        ld: qkv.stride() as i32,
+        heads: n.heads,
+        kv_heads: n.kv_heads,
+        max_pages: rows.page_table.cols() as i32,
+        scale: n.scale,
+        softcap: n.softcap,
+        window: n.window,
+        eps: norm.eps,
+        plus: norm.plus(),
+        once: norm.once(),
+    };
+    kernels::attention_decode(&*cx.device, at, n.d, args)
 }
 
 pub(super) fn backward(

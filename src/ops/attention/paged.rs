@@ -2,6 +2,7 @@
 //!
 //! Invariant: a row has the bits of the packed form, wherever its pages are in memory.
 
+use super::rows::PagedRows;
 use super::shape::{AttnShape, PAGE};
 use super::{launch, oracle};
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
@@ -10,19 +11,18 @@ use crate::ops::expect_cols;
 use crate::tensor::Tensor;
 
 /// [`attention`](super::attention) with the keys and values (including the rows' own) read from
-/// `cache` [pages * 64, 2 K D] real: row `r` is at position `row_position[r]` of the sequence whose
-/// pages are row `row_sequence[r]` of `page_table` [sequences, max_pages] I32. A row of sequence -1
-/// is padding and gives 0. The bits are those of [`attention`](super::attention).
+/// `cache` [pages * 64, 2 K D] real: row `r` is at position `positions[r]` of the sequence whose pages are
+/// row `sequences[r]` of `page_table`. A row of sequence -1 is padding and gives 0. Writes nothing
+/// to the cache: `slots` are not used. The bits are those of [`attention`](super::attention).
 pub fn attention_paged(
     cx: &mut Cx,
     qkv: &Tensor,
     cache: &Tensor,
-    page_table: &Tensor,
-    row_sequence: &Tensor,
-    row_position: &Tensor,
+    rows: PagedRows,
     shape: AttnShape,
 ) -> Result<Tensor> {
-    AttentionPaged { shape }.run(cx, &[qkv, cache, page_table, row_sequence, row_position])
+    let inputs = [qkv, cache, rows.page_table, rows.sequences, rows.positions];
+    AttentionPaged { shape }.run(cx, &inputs)
 }
 
 #[derive(Debug)]
