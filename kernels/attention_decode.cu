@@ -271,5 +271,7 @@ KERNEL(attention_decode, D=64,128, HOT, WAITS)(real* out, const real* qkv, INOUT
                            heads,  kv_heads, max_pages, window,   once,         scale,        softcap, eps,   plus};
   if (blockDim.x == 32 * decode_warps(D)) decode<D, decode_warps(D)>(args);
   else decode<D, 2 * decode_warps(D)>(args);
+#else
+  wait_for_previous();
 #endif
 }

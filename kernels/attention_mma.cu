@@ -15,15 +15,16 @@
 #include "prim/async.cuh"
 #include "common/attention_mma.cuh"
 
-// Positions per step of dq and of dkv: fewer where registers are short.
-EXPORT_FN(mma_dq_step, d, d <= 128 ? 64 : 32);
-EXPORT_FN(mma_dkv_step, d, d > 80 || d == 32 ? 32 : 64);
+// Positions per step of the backward, and the steps that shared memory holds: the copies of the next one run while this one is
+// multiplied. Each step and each stage is as large as keeps two blocks on an SM with 100 KB; 80 columns in steps of 32 would not
+// be whole turns of 128 threads.
+EXPORT_FN(mma_bwd_step, d, d == 16 || d == 80 ? 64 : 32);
+EXPORT_FN(mma_bwd_stages, d, d == 80 || d > 128 ? 1 : 2);
 // Blocks per tile of keys: above head size 128 one for dk and one for dv.
 EXPORT_FN(mma_dkv_parts, d, d <= 128 ? 1 : 2);
-// Bytes of shared memory. Forward: three tiles of MMA_ROWS. Backward: two of MMA_ROWS and two of a step.
+// Bytes of shared memory. Forward: three tiles of MMA_ROWS. Backward: two of MMA_ROWS, and in each stage two of a step.
 EXPORT_FN(mma_fwd_shared, d, 3 * MMA_ROWS * mma_stride(d) * 2);
-EXPORT_FN(mma_dq_shared, d, 2 * (MMA_ROWS + mma_dq_step(d)) * mma_stride(d) * 2);
-EXPORT_FN(mma_dkv_shared, d, 2 * (MMA_ROWS + mma_dkv_step(d)) * mma_stride(d) * 2);
+EXPORT_FN(mma_bwd_shared, d, 2 * (MMA_ROWS + mma_bwd_stages(d) * mma_bwd_step(d)) * mma_stride(d) * 2);
 
 #ifdef REAL_BF16
 // Starts the copy of N rows of D values. Row i is read from base + offset(i), and is zero where offset(i) is negative.
@@ -38,6 +39,49 @@ DEVICE void fetch_rows(bf16* tile, const bf16* base, const Offset& offset) {
     copy_async16(tile + r * STRIDE<D> + col, base + (at < 0 ? 0 : at + col), at < 0 ? 0 : 16);
   }
 }
+
+// This warp's 16 rows of a tile of 64 that stays for a whole block: in registers where there are few columns, which spares the reads
+// of shared memory that bound these products.
+template <int D>
+struct OwnRows {
+  static constexpr bool HELD = D <= 64;
+  const bf16* tile;
+  unsigned held[HELD ? D / 16 : 1][4];
+  // The tile has arrived.
+  DEVICE_MEMBER void begin() {
+    if constexpr (HELD) {
+#pragma unroll
+      for (int kk = 0; kk < D / 16; ++kk) fragment(held[kk], kk);
+    }
+  }
+  DEVICE_MEMBER void fragment(unsigned (&f)[4], int kk) const {
+    const int lane = threadIdx.x % 32;
+    ldmatrix4<false>(f, tile + (lane / 8 % 2 * 8 + lane % 8) * STRIDE<D> + kk * 16 + lane / 16 * 8);
+  }
+  // acc = these rows times the N rows of B.
+  template <int N>
+  DEVICE_MEMBER void scores(float (&acc)[N / 8][4], const bf16* b) const {
+    const int lane = threadIdx.x % 32, half = lane / 8 % 2 * 8, upper = lane / 16 * 8, r = lane % 8;
+    clear(acc);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; ++kk) {
+      unsigned fa[4];
+      if constexpr (HELD) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) fa[i] = held[kk][i];
+      } else {
+        fragment(fa, kk);
+      }
+#pragma unroll
+      for (int j = 0; j < N / 8; j += 2) {
+        unsigned fb[4];
+        ldmatrix4<false>(fb, b + (j * 8 + upper + r) * STRIDE<D> + kk * 16 + half);
+        mma_bf16(acc[j], fa, {fb[0], fb[1]});
+        mma_bf16(acc[j + 1], fa, {fb[2], fb[3]});
+      }
+    }
+  }
+};
 
 // acc += W B: W is this warp's 16 x N, in the register layout of `scores`; B has N rows of D columns.
 template <int D, int N>
@@ -148,16 +192,45 @@ DEVICE void score_gradient(float& s, float& dp, bool seen, float lse, float delt
   dp = s * (dp - delta) * slope;
 }
 
+// Steps over the queries that see a tile of keys: the tile's own segment (from the tile's first row on) and the segments that have
+// it as their prefix, in each the heads of the group, and in each the rows by N.
+template <int N>
+struct QuerySteps {
+  const int *segments, *children, *mine;
+  int segment, first, end, window, group;
+  const int* user;
+  int c, g, block, begin, to;
+  // The first step of segment number `next` or of one after it that has any. False: there is none.
+  DEVICE_MEMBER bool find(int next) {
+    for (c = next; c < mine[5]; ++c) {
+      const bool own = c < mine[4];
+      user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
+      // Rows [0, to) of the segment `user` reach at least one key of the tile.
+      const long long reach = (long long)end - 1 + window - user[3];
+      to = reach < user[1] ? (int)reach : user[1];
+      begin = block = own ? first : 0;
+      g = 0;
+      if (begin < to) return true;
+    }
+    return false;
+  }
+  DEVICE_MEMBER bool advance() {
+    block += N;
+    if (block < to) return true;
+    block = begin;
+    return ++g < group || find(c + 1);
+  }
+};
+
 // dk (WANT_K) and dv (WANT_V) of 64 key rows of a segment, from all queries that see them.
 template <int D, bool WANT_K, bool WANT_V>
 DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const float* lse, const float* delta,
                           const int* segments, const int* children, int segment, int first, int kv_head, int ld, int heads,
                           int kv_heads, float scale, float softcap, int window, int accumulate) {
-  constexpr int N = mma_dkv_step(D), S = STRIDE<D>;
+  constexpr int N = mma_bwd_step(D), S = STRIDE<D>, STAGES = mma_bwd_stages(D);
   bf16* sk = (bf16*)shared_base();
   bf16* sv = sk + ROWS * S;
-  bf16* sq = sv + ROWS * S;  // the padding of a row holds its lse and delta
-  bf16* sdo = sq + N * S;
+  bf16* stages = sv + ROWS * S;  // of each: q, whose rows' padding holds their lse and delta, and dO
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = heads / kv_heads;
   const int* mine = segments + segment * SEGMENT_INTS;
   const int count = min_int(mine[1] - first, ROWS), first_position = mine[3] + first;
@@ -170,56 +243,75 @@ DEVICE void key_gradients(real* dqkv, const real* dout, const real* qkv, const f
   auto key_row = [&](int i) { return i < count ? (long long)(mine[0] + first + i) * ld : -1ll; };
   fetch_rows<D, ROWS>(sk, qkv + column, key_row);
   if (WANT_K) fetch_rows<D, ROWS>(sv, qkv + column + kv_heads * D, key_row);
+  QuerySteps<N> next = {segments, children, mine, segment, first, end, window, group, nullptr, 0, 0, 0, 0, 0};
+  float figures[2] = {0.f, 0.f};  // lse and delta of a row of the next step
+  auto start = [&](bf16* sq) {
+    const int head = kv_head * group + next.g, row0 = next.user[0] + next.block, left = next.to - next.block;
+    fetch_rows<D, N>(sq, qkv + head * D, [&](int i) { return i < left ? (long long)(row0 + i) * ld : -1ll; });
+    fetch_rows<D, N>(sq + N * S, dout + head * D, [&](int i) { return i < left ? (long long)(row0 + i) * heads * D : -1ll; });
+    if (threadIdx.x < N) {
+      const bool there = (int)threadIdx.x < left;
+      const long long place = there ? (long long)(row0 + threadIdx.x) * heads + head : 0;
+      figures[0] = there ? lse[place] : 0.f;
+      figures[1] = there ? delta[place] : 0.f;
+    }
+  };
+  // Apart from `start`, so that the loads have the time of a step to arrive.
+  auto put_figures = [&](bf16* sq) {
+    if (threadIdx.x < N) {
+      float* pad = (float*)(sq + threadIdx.x * S + D);
+      pad[0] = figures[0];
+      pad[1] = figures[1];
+    }
+  };
+  bool more = next.find(mine[4] - 1);
+  if (more) {
+    start(stages);
+    put_figures(stages);
+  }
   copy_commit();
-  for (int c = mine[4] - 1; c < mine[5]; ++c) {
-    const bool own = c < mine[4];
-    const int* user = segments + (own ? segment : children[c]) * SEGMENT_INTS;
-    // Rows [0, to) of the segment `user` reach at least one key of the tile.
-    const long long reach = (long long)end - 1 + window - user[3];
-    const int to = reach < user[1] ? (int)reach : user[1];
-    for (int g = 0; g < group; ++g) {
-      const int head = kv_head * group + g;
-      for (int block = own ? first : 0; block < to; block += N) {
-        block_sync();  // all warps have read the tiles of the previous step
-        fetch_rows<D, N>(sq, qkv + head * D, [&](int i) {
-          return block + i < to ? (long long)(user[0] + block + i) * ld : -1ll;
-        });
-        fetch_rows<D, N>(sdo, dout + head * D, [&](int i) {
-          return block + i < to ? (long long)(user[0] + block + i) * heads * D : -1ll;
-        });
-        copy_commit();
-        if (threadIdx.x < N) {
-          const bool there = block + (int)threadIdx.x < to;
-          const long long place = there ? (long long)(user[0] + block + threadIdx.x) * heads + head : 0;
-          float* pad = (float*)(sq + threadIdx.x * S + D);
-          pad[0] = there ? lse[place] : 0.f;
-          pad[1] = there ? delta[place] : 0.f;
+  OwnRows<D> k_rows = {sk + warp * 16 * S}, v_rows = {sv + warp * 16 * S};
+  bool begun = false;
+  for (int stage = 0; more; stage = (stage + 1) % STAGES) {
+    const QuerySteps<N> at = next;
+    bf16 *sq = stages + stage * 2 * N * S, *sdo = sq + N * S, *other = stages + (stage + 1) % STAGES * 2 * N * S;
+    more = next.advance();
+    if (STAGES > 1 && more) start(other);
+    copy_commit();
+    copy_wait<STAGES - 1>();
+    block_sync();
+    if (!begun) {
+      k_rows.begin();
+      if (WANT_K) v_rows.begin();
+      begun = true;
+    }
+    float s[N / 8][4], dp[N / 8][4];
+    k_rows.template scores<N>(s, sq);
+    if (WANT_K)
+      v_rows.template scores<N>(dp, sdo);
+    else
+      clear(dp);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int i = j * 8 + lane % 4 * 2 + e, position = at.user[3] + at.block + i;
+        const float* pad = (const float*)(sq + i * S + D);
+        const float lse_of = pad[0], delta_of = pad[1];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int t = key + h * 8;
+          const bool seen = at.block + i < at.to && t < end && t <= position && t >= first_seen(position, window);
+          score_gradient(s[j][2 * h + e], dp[j][2 * h + e], seen, lse_of, delta_of, scale, softcap);
         }
-        copy_wait<0>();
-        block_sync();
-        float s[N / 8][4], dp[N / 8][4];
-        scores<D, N>(s, sk + warp * 16 * S, sq);
-        if (WANT_K)
-          scores<D, N>(dp, sv + warp * 16 * S, sdo);
-        else
-          clear(dp);
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int i = j * 8 + lane % 4 * 2 + e, position = user[3] + block + i;
-            const float* pad = (const float*)(sq + i * S + D);
-            const float lse_of = pad[0], delta_of = pad[1];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int t = key + h * 8;
-              const bool seen = block + i < to && t < end && t <= position && t >= first_seen(position, window);
-              score_gradient(s[j][2 * h + e], dp[j][2 * h + e], seen, lse_of, delta_of, scale, softcap);
-            }
-          }
-        if constexpr (WANT_V) weighted_rows<D, N>(dv, s, sdo);
-        if constexpr (WANT_K) weighted_rows<D, N>(dk, dp, sq);
       }
+    if constexpr (WANT_V) weighted_rows<D, N>(dv, s, sdo);
+    if constexpr (WANT_K) weighted_rows<D, N>(dk, dp, sq);
+    if (STAGES > 1 && more) put_figures(other);
+    block_sync();  // all warps have read this stage
+    if (STAGES == 1 && more) {
+      start(other);
+      put_figures(other);
     }
   }
   copy_wait<0>();
@@ -277,15 +369,14 @@ KERNEL(attention_mma_paged, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=16:6, 
 }
 
 // The q columns of dqkv for 64 rows of one head.
-KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dq_shared(D), HOT)
+KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_bwd_shared(D), HOT)
 (INOUT(real) dqkv, const real* dout, const real* qkv, const float* lse, const float* delta, const int* items, const int* segments,
  const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #ifdef REAL_BF16
-  constexpr int N = mma_dq_step(D), S = STRIDE<D>;
+  constexpr int N = mma_bwd_step(D), S = STRIDE<D>, STAGES = mma_bwd_stages(D);
   bf16* sq = (bf16*)shared_base();
   bf16* sdo = sq + ROWS * S;
-  bf16* sk = sdo + ROWS * S;
-  bf16* sv = sk + N * S;
+  bf16* stages = sdo + ROWS * S;  // of each: k and v
   const int head = blockIdx.x % heads, tile = blockIdx.x / heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int segment = items[2 * tile], first = items[2 * tile + 1];
   const SegmentKeys keys(segments, segment, ld);
@@ -306,17 +397,30 @@ KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dq_sh
   fetch_rows<D, ROWS>(sdo, dout + head * D, [&](int i) {
     return i < count ? (long long)(keys.start + first + i) * heads * D : -1ll;
   });
-  for (int block = first_seen(first_position, window) / N * N; block < to; block += N) {
-    block_sync();  // all warps have read the tiles of the previous step
+  auto start = [&](int block, bf16* sk) {
     auto key_row = [&](int i) { return block + i < to ? keys.at(block + i) : -1ll; };
     fetch_rows<D, N>(sk, k, key_row);
-    fetch_rows<D, N>(sv, v, key_row);
+    fetch_rows<D, N>(sk + N * S, v, key_row);
+  };
+  int block = first_seen(first_position, window) / N * N;
+  start(block, stages);
+  copy_commit();
+  OwnRows<D> q_rows = {sq + warp * 16 * S}, do_rows = {sdo + warp * 16 * S};
+  bool begun = false;
+  for (int stage = 0; block < to; stage = (stage + 1) % STAGES, block += N) {
+    bf16 *sk = stages + stage * 2 * N * S, *sv = sk + N * S, *other = stages + (stage + 1) % STAGES * 2 * N * S;
+    if (STAGES > 1 && block + N < to) start(block + N, other);
     copy_commit();
-    copy_wait<0>();
+    copy_wait<STAGES - 1>();
     block_sync();
+    if (!begun) {
+      q_rows.begin();
+      do_rows.begin();
+      begun = true;
+    }
     float s[N / 8][4], dp[N / 8][4];
-    scores<D, N>(s, sq + warp * 16 * S, sk);
-    scores<D, N>(dp, sdo + warp * 16 * S, sv);
+    q_rows.template scores<N>(s, sk);
+    do_rows.template scores<N>(dp, sv);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int i = warp * 16 + lane / 4 + h * 8, position = first_position + i, low = first_seen(position, window);
@@ -330,7 +434,10 @@ KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dq_sh
         }
     }
     weighted_rows<D, N>(dq, dp, sk);
+    block_sync();  // all warps have read this stage
+    if (STAGES == 1 && block + N < to) start(block + N, other);
   }
+  copy_wait<0>();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int i = warp * 16 + lane / 4 + h * 8;
@@ -343,7 +450,7 @@ KERNEL(attention_mma_dq, D=16,32,64,80,96,128,256, THREADS=128, SHARED=mma_dq_sh
 }
 
 // The k and v columns of dqkv for 64 rows of one kv head.
-KERNEL(attention_mma_dkv, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:3, SHARED=mma_dkv_shared(D), HOT)
+KERNEL(attention_mma_dkv, D=16,32,64,80,96,128,256, THREADS=128, BLOCKS=32:3, SHARED=mma_bwd_shared(D), HOT)
 (INOUT(real) dqkv, const real* dout, const real* qkv, const float* lse, const float* delta, const int* items, const int* segments,
  const int* children, int rows, int ld, int heads, int kv_heads, float scale, float softcap, int window, int accumulate) {
 #ifdef REAL_BF16

@@ -139,6 +139,8 @@ KERNEL(few_nt, D=16,32,64, HOT, WAITS)(MAYBE(real) c, MAYBE(float) cf, const rea
   };
   if (cf) put(Target<float>(cf, bias, m, n, ldc, accumulate));
   else put(Target<real>(c, bias, m, n, ldc, accumulate));
+#else
+  wait_for_previous();
 #endif
 }
 
@@ -174,5 +176,7 @@ KERNEL(few_glu, D=16,32,64, HOT, WAITS)(real* y, const real* x, const real* w, M
       }
       to.put(row, col, v[0], v[1]);
     }
+#else
+  wait_for_previous();
 #endif
 }

@@ -193,8 +193,9 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     let cx = match args.gpu_gib {
         Some(gib) => {
             let memory = MemoryInfo { free: gib << 30, total: gib << 30 };
+            let name = format!("a GPU of {gib} GiB");
             let device: Arc<dyn Device> =
-                Arc::new(DryRun::new(&format!("a GPU of {gib} GiB"), Capabilities::GPU, memory));
+                Arc::new(DryRun::new(&name, Capabilities::gpu(memory.total), memory));
             Cx::on(device, &args.on.options())?
         }
         None => args.on.open()?,

@@ -199,7 +199,7 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, head: &Head) -> Result<Tensor> {
     Ok(mean)
 }
 
-/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 GiB on a GPU, and at
+/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 or 2 GiB on a GPU, and at
 /// least 256 rows, because each chunk reads the whole head, and reads and writes its whole
 /// gradient.
 pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {

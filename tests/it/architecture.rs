@@ -261,7 +261,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cuda/downloads.rs", 6),
     ("device/cuda/find_blas.rs", 3),
     ("device/cuda/launch.rs", 1),
-    ("device/cuda/mod.rs", 32),
+    ("device/cuda/mod.rs", 33),
     ("device/cuda/probe.rs", 2),
     ("device/pool.rs", 2),
     ("fsio.rs", 1),

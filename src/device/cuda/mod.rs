@@ -52,6 +52,7 @@ pub struct Cuda {
     /// The most dynamic shared memory that a kernel can opt in to.
     max_shared: u32,
     multiprocessors: usize,
+    memory_bytes: usize,
     code: Mutex<Code>,
     /// The kernel launched last. It has its own lock, because an error that names it may occur
     /// while code is being loaded.
@@ -120,6 +121,9 @@ impl Cuda {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        // SAFETY: as above.
+        let memory_bytes = unsafe { result::device::total_mem(device) }
+            .map_err(failed("reading the GPU's memory"))?;
         let opening = "opening the GPU (is another process using it exclusively?)";
         // SAFETY: the device comes from the driver. The primary context, because cuBLASLt uses it.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed(opening))?;
@@ -141,6 +145,7 @@ impl Cuda {
             capability,
             max_shared,
             multiprocessors,
+            memory_bytes,
             code: Mutex::default(),
             last: Mutex::default(),
             ring: Mutex::new(Ring {
@@ -261,7 +266,7 @@ impl Device for Cuda {
             library_gemm: self.blas.is_some(),
             multiprocessors: self.multiprocessors,
             wgmma: self.capability.0 == 9 && HAS_HOPPER_IMAGES,
-            ..Capabilities::GPU
+            ..Capabilities::gpu(self.memory_bytes)
         }
     }
 
