@@ -45,7 +45,7 @@ impl Recompute {
 /// Values of test operands by pattern number, columns and stride.
 pub type ProductPatterns = Mutex<HashMap<(u32, usize, usize), Arc<[f32]>>>;
 
-/// A class of forward products that share one choice of kernel (`matmul=exact`).
+/// A class of forward products that share one choice of kernel (`matmul=exact`, and few rows).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProductShape {
     /// Upper bound of the number of rows.
@@ -60,6 +60,8 @@ pub struct ProductShape {
     pub input: DType,
     /// Dtype of the result.
     pub output: DType,
+    /// An activation follows in the same kernel, so only the kernels of few rows compete.
+    pub gated: bool,
 }
 
 /// The fastest kernel for a [`ProductShape`].

@@ -1,8 +1,8 @@
 //! Matrix products by the device's library; in an exact context only those that have the bits of
 //! the engine's own kernel. Layer 4.
 //!
-//! Invariant: with `matmul=exact`, a forward product has the bits of the engine's own kernel,
-//! whichever kernel computes it. That kernel is one chain over k for each element, whatever the
+//! Invariant: with `matmul=exact` (and for few rows with `auto`), a forward product has the bits of
+//! the engine's own kernel, whichever kernel computes it. That kernel is one chain over k for each element, whatever the
 //! number of rows; so a row's bits do not depend on its batch, although the library's choice does.
 //!
 //! How this is enforced. Before the first product of a shape (with its types, strides and
@@ -40,6 +40,7 @@ use crate::kernels;
 use crate::ops::fastest;
 use crate::ops::operands::Operands;
 use crate::ops::own::OwnKernel;
+use crate::ops::{few_hopper, matmul_few};
 use crate::rng::{philox, tag, uniform};
 use crate::tensor::Tensor;
 
@@ -100,18 +101,16 @@ fn ask(cx: &Cx, p: &Operands, algorithm: Algorithm) -> Result<LibraryProduct> {
 }
 
 /// The key of products that share one choice of kernel.
-fn shape(p: &Operands) -> ProductShape {
+fn shape(p: &Operands, gated: bool) -> ProductShape {
     let (m, n, k) = p.sizes();
     let rows = fastest::padded_rows(m);
     let (input, output) = (p.a.dtype(), p.c.dtype());
-    ProductShape { rows, padded: rows == m && m <= TIMED, n, k, input, output }
+    ProductShape { rows, padded: rows == m && m <= TIMED, n, k, input, output, gated }
 }
 
 /// Runs the product in the library, if the context allows it and the library can.
 pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
-    let exact = cx.matmul == MatmulChoice::Exact
-        && p.layout == Layout::NT
-        && cx.device.capabilities().gemm_depends_on_rows;
+    let exact = is_exact(cx, p);
     let preferred = || Ran::Not(OwnKernel::preferred(cx, p));
     // Where C is added to, an algorithm may begin its chain with C instead of adding it last.
     // Operands whose terms cancel do not distinguish the two (for k 16 nothing is left to round),
@@ -130,7 +129,7 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
     }
     let mut answer = ask(cx, p, Algorithm::Trusted)?;
     if answer == LibraryProduct::Untried {
-        let found = match choose(cx, p) {
+        let found = match choose(cx, p, false) {
             Err(Error::OutOfMemory(_)) => {
                 refused(cx, p, "no memory is left to check the library's");
                 None
@@ -146,10 +145,46 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
     Ok(if answer == LibraryProduct::Queued { Ran::Library } else { preferred() })
 }
 
+/// Whether the product must have the bits of the engine's own kernel: where the context is exact,
+/// and for few rows, where the own kernels are about as fast as the library's or faster, unless the
+/// context asks for the library.
+fn is_exact(cx: &Cx, p: &Operands) -> bool {
+    let chosen = match cx.matmul {
+        MatmulChoice::Exact => true,
+        MatmulChoice::Auto => matmul_few::fits(p) && !p.accumulate,
+        _ => false,
+    };
+    chosen && p.layout == Layout::NT && cx.device.capabilities().gemm_depends_on_rows
+}
+
+/// The kernel for `x w^T` of few rows that an activation follows: of the two that have one, the one
+/// that is faster for the plain product.
+pub(super) fn of_few_rows(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<OwnKernel> {
+    fn probe<'a>(c: &'a Tensor, a: &'a Tensor, b: &'a Tensor) -> Operands<'a> {
+        Operands { layout: Layout::NT, c, a, b, bias: None, accumulate: false }
+    }
+    let asked = probe(x, x, w); // only the dtype of C matters
+    if !few_hopper::fits(cx, &asked) || !is_exact(cx, &asked) {
+        return Ok(OwnKernel::FewRows);
+    }
+    let chosen = || {
+        let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+        choices.get(&shape(&asked, true)).and_then(|choice| choice.own)
+    };
+    if chosen().is_none() {
+        let c = cx.real("product check", &[x.row_count(), w.row_count()])?;
+        match choose(cx, &probe(&c, x, w), true) {
+            Err(Error::OutOfMemory(_)) => {}
+            done => drop(done?),
+        }
+    }
+    Ok(chosen().map_or(OwnKernel::FewRows, OwnKernel::of_number))
+}
+
 /// The own kernel that was fastest for products like this, if one was.
 fn chosen_own(cx: &Cx, p: &Operands) -> Option<OwnKernel> {
     let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-    let kernel = OwnKernel::of_number(choices.get(&shape(p))?.own?);
+    let kernel = OwnKernel::of_number(choices.get(&shape(p, false))?.own?);
     drop(choices);
     Some(if kernel.can(cx, p) { kernel } else { OwnKernel::preferred(cx, p) })
 }
@@ -161,13 +196,14 @@ fn refused(cx: &Cx, p: &Operands, why: &str) {
     }
     let ((m, n, k), dtype) = (p.sizes(), p.a.dtype().name());
     cx.observer.note(&format!(
-        "matmul=exact: the engine's own product runs for m {m}, n {n}, k {k} in {dtype}, and wherever else it must: \
-         {why}"
+        "matmul={}: the engine's own product runs for m {m}, n {n}, k {k} in {dtype}, and wherever else it must: {why}",
+        format!("{:?}", cx.matmul).to_lowercase()
     ));
 }
 
-/// The library's candidate for products like this; None if an own kernel is used.
-fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
+/// The library's candidate for products like this; None if an own kernel is used. `gated`: only the
+/// own kernels of few rows compete.
+fn choose(cx: &Cx, p: &Operands, gated: bool) -> Result<Option<usize>> {
     let check = Check::begin(cx)?;
     let a = check.rows_like(p.a, p.a.row_count(), Pattern::Left)?;
     let b = check.rows_like(p.b, p.b.row_count(), Pattern::Right)?;
@@ -177,7 +213,7 @@ fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
     let candidate = |i| Ok(ask(cx, &test, Algorithm::Candidate(i))? == LibraryProduct::Queued);
     let known = |rows: usize| {
         let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        rows > TIMED && choices.contains_key(&shape(p))
+        rows > TIMED && choices.contains_key(&shape(p, gated))
     };
     let (mut found, mut other_bits) = (None, false);
     if known(p.sizes().0) {
@@ -192,11 +228,15 @@ fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
             other_bits = true;
         }
     } else {
-        let own = OwnKernel::contenders(cx, p);
-        let times = times(cx, &check, &test, &own)?;
+        let own = match gated {
+            true => vec![OwnKernel::FewRows, OwnKernel::FewHopper],
+            false => OwnKernel::contenders(cx, p),
+        };
+        let times = times(cx, &check, &test, &own, !gated)?;
         let library = times.len() - own.len();
         let mut choice = None;
-        for i in fastest::by_time(&times, |i| i >= library) {
+        let early = cx.device.capabilities().wgmma;
+        for i in fastest::by_time(&times, early, |i| i >= library) {
             let kernel = i.checked_sub(library).map(|i| own[i]);
             match kernel {
                 Some(kernel) => kernel.run(cx, &test)?,
@@ -212,7 +252,7 @@ fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
             other_bits = true;
         }
         let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        choices.extend(choice.map(|choice| (shape(p), choice)));
+        choices.extend(choice.map(|choice| (shape(p, gated), choice)));
     }
     check.end();
     match found {
@@ -223,13 +263,19 @@ fn choose(cx: &Cx, p: &Operands) -> Result<Option<usize>> {
     Ok(found)
 }
 
-/// Microseconds of the library's candidates, then of the own kernels.
-fn times(cx: &Cx, check: &Check, test: &Operands, own: &[OwnKernel]) -> Result<Vec<Vec<f32>>> {
+/// Microseconds of the library's candidates, if they compete, then of the own kernels.
+fn times(
+    cx: &Cx,
+    check: &Check,
+    test: &Operands,
+    own: &[OwnKernel],
+    library: bool,
+) -> Result<Vec<Vec<f32>>> {
     // If there is no memory for it, all contenders find their operands in the cache alike.
     let flush = Tensor::new(&check.pool, "product check", DType::U8, &[FLUSHED]).ok();
     let clear = || flush.as_ref().map_or(Ok(()), Tensor::zero);
     let mut all = Vec::new();
-    while ask(cx, test, Algorithm::Candidate(all.len()))? == LibraryProduct::Queued {
+    while library && ask(cx, test, Algorithm::Candidate(all.len()))? == LibraryProduct::Queued {
         let algorithm = Algorithm::Candidate(all.len());
         all.push(fastest::timed(cx, &clear, &|| ask(cx, test, algorithm).map(drop))?);
     }

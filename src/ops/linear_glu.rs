@@ -6,12 +6,14 @@
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
 use crate::config::MatmulChoice;
 use crate::device::{DType, Layout};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::FEW_ROWS;
 use crate::ops::activation::{Act, Glu, glu};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::library::of_few_rows;
 use crate::ops::matmul::{Linear, linear, product};
-use crate::ops::{expect_cols, matmul_few};
+use crate::ops::own::OwnKernel;
+use crate::ops::{expect_cols, few_hopper, matmul_few};
 use crate::tensor::Tensor;
 
 /// `y = act(g) * u` with `g|u = x w^T (+ bias)`: x [m, k] real, w [2 f, k], bias `[2 f]`; y [m, f].
@@ -28,6 +30,21 @@ pub fn linear_glu(
         return glu(cx, &gate_up, act);
     }
     LinearGlu { act, bias: bias.is_some() }.y(cx, x, w, bias)
+}
+
+/// The fused product of few rows by this kernel: y [m, f]. Error: the kernel has no such form.
+pub fn fused_by(
+    cx: &Cx,
+    kernel: OwnKernel,
+    y: &Tensor,
+    operands: (&Tensor, &Tensor, Option<&Tensor>),
+    act: Act,
+) -> Result<()> {
+    match kernel {
+        OwnKernel::FewRows => matmul_few::glu(cx, y, operands, act as i32),
+        OwnKernel::FewHopper => few_hopper::glu(cx, y, operands, act as i32),
+        other => Err(Error::op("linear_glu", format!("no activation behind {}", other.name()))),
+    }
 }
 
 /// The op without a tape.
@@ -58,7 +75,7 @@ impl LinearGlu {
         }
         if fused(cx, x) && w.row_count().is_multiple_of(2) {
             let y = cx.real("glu", &[x.row_count(), w.row_count() / 2])?;
-            matmul_few::glu(cx, &y, (x, w, bias), self.act as i32)?;
+            fused_by(cx, of_few_rows(cx, x, w)?, &y, (x, w, bias), self.act)?;
             return Ok(y);
         }
         let gate_up = cx.real("linear", &[x.row_count(), w.row_count()])?;

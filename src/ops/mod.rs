@@ -14,6 +14,7 @@ pub mod distill;
 pub mod dropout;
 pub mod embedding;
 pub mod fastest;
+mod few_hopper;
 pub mod head;
 pub mod head_terms;
 pub mod levels;

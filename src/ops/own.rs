@@ -2,14 +2,15 @@
 //! Layer 4.
 //!
 //! Invariant: all kernels of a forward product (NT) have the same bits, so any of them may run.
-//! Math and numerics: `kernels/matmul.cu`, `kernels/matmul_few.cu`, `kernels/matmul_hopper.cu`.
+//! Math and numerics: `kernels/matmul.cu`, `kernels/matmul_few.cu`,
+//! `kernels/matmul_few_hopper.cu`, `kernels/matmul_hopper.cu`.
 
 use crate::autograd::Cx;
 use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::operands::Operands;
-use crate::ops::{matmul_few, matmul_hopper};
+use crate::ops::{few_hopper, matmul_few, matmul_hopper};
 
 /// One of the engine's own kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub enum OwnKernel {
     Tile,
     /// `matmul_few.cu`: a bf16 forward product of at most [`kernels::FEW_ROWS`] rows.
     FewRows,
+    /// `matmul_few_hopper.cu`: the same on Hopper, with wgmma.
+    FewHopper,
     /// `matmul_hopper.cu`, with tiles of this many columns.
     Hopper(u32),
 }
@@ -28,6 +31,7 @@ impl OwnKernel {
         match self {
             OwnKernel::Tile => 0,
             OwnKernel::FewRows => 1,
+            OwnKernel::FewHopper => 2,
             OwnKernel::Hopper(width) => width,
         }
     }
@@ -36,6 +40,7 @@ impl OwnKernel {
         match number {
             0 => OwnKernel::Tile,
             1 => OwnKernel::FewRows,
+            2 => OwnKernel::FewHopper,
             width => OwnKernel::Hopper(width),
         }
     }
@@ -45,6 +50,7 @@ impl OwnKernel {
         match self {
             OwnKernel::Tile => "tile".into(),
             OwnKernel::FewRows => "few rows".into(),
+            OwnKernel::FewHopper => "few rows, wgmma".into(),
             OwnKernel::Hopper(width) => format!("wgmma {width}"),
         }
     }
@@ -65,6 +71,7 @@ impl OwnKernel {
         match self {
             OwnKernel::Tile => true,
             OwnKernel::FewRows => matmul_few::fits(p),
+            OwnKernel::FewHopper => few_hopper::fits(cx, p),
             OwnKernel::Hopper(_) => matmul_hopper::width(cx, p).is_some(),
         }
     }
@@ -72,6 +79,9 @@ impl OwnKernel {
     /// All kernels worth timing for a forward product, the one assumed fastest first.
     pub(super) fn contenders(cx: &Cx, p: &Operands) -> Vec<OwnKernel> {
         let mut all = vec![OwnKernel::preferred(cx, p)];
+        if few_hopper::fits(cx, p) {
+            all.push(OwnKernel::FewHopper);
+        }
         let others = match p.layout == Layout::NT && matmul_hopper::width(cx, p).is_some() {
             true => matmul_hopper::WIDTHS.map(OwnKernel::Hopper).to_vec(),
             false => vec![OwnKernel::Tile],
@@ -89,6 +99,7 @@ impl OwnKernel {
                 Err(Error::op("matmul", message))
             }
             OwnKernel::FewRows => matmul_few::product(cx, p),
+            OwnKernel::FewHopper => few_hopper::product(cx, p),
             OwnKernel::Hopper(width) => matmul_hopper::product(cx, p, width as usize),
         }
     }

@@ -8,7 +8,7 @@ use temper::device::{DType, Device, Layout, cpu::Cpu};
 use temper::error::Result;
 use temper::ops::activation::{Act, Glu};
 use temper::ops::case::Rng;
-use temper::ops::linear_glu::linear_glu;
+use temper::ops::linear_glu::{fused_by, linear_glu};
 use temper::ops::matmul::{linear, product_by};
 use temper::ops::own::OwnKernel;
 use temper::tensor::{Id, ParamSetId, Tensor};
@@ -61,6 +61,28 @@ fn a_product_of_few_rows_has_the_bits_of_the_other_kernel() {
 }
 
 #[test]
+fn on_hopper_it_has_these_bits_too() {
+    for c in [DType::BF16, DType::F32] {
+        for [m, n, k] in SHAPES {
+            let shape = [m, n, k.next_multiple_of(8)]; // rows of 16 bytes
+            let tile = products(&context(Cpu::new()), OwnKernel::Tile, c, shape).unwrap();
+            for device in [Cpu::new().with_wgmma(), Cpu::strict(3).with_wgmma()] {
+                let few = products(&context(device), OwnKernel::FewHopper, c, shape).unwrap();
+                assert!(few == tile, "{c:?} {shape:?}");
+            }
+        }
+    }
+    // Rows that bulk copies cannot read.
+    let refused = products(
+        &context(Cpu::new().with_wgmma()),
+        OwnKernel::FewHopper,
+        DType::BF16,
+        [7, 33, 100],
+    );
+    assert!(refused.is_err());
+}
+
+#[test]
 fn strict_mode_gives_the_same_bits_and_finds_nothing() {
     for shape in SHAPES {
         let few = products(&context(Cpu::new()), OwnKernel::FewRows, DType::BF16, shape).unwrap();
@@ -100,6 +122,27 @@ fn the_widths_of_hopper_have_the_bits_of_few_rows() {
         let cx = context(Cpu::new().with_wgmma());
         let wide = products(&cx, OwnKernel::Hopper(width), DType::BF16, shape).unwrap();
         assert!(few == wide, "{width}");
+    }
+}
+
+#[test]
+fn on_hopper_the_fused_op_has_the_bits_of_the_other_kernel() {
+    for ([m, f, k], act) in
+        [([1, 8, 64], Act::Silu), ([13, 50, 72], Act::GeluTanh), ([64, 36, 200], Act::Gelu)]
+    {
+        let bits_of = |device: Cpu, kernel| {
+            let cx = context(device);
+            let x = random(&cx, 1, &[m, k], DType::BF16);
+            let w = random(&cx, 2, &[2 * f, k], DType::BF16);
+            let bias = random(&cx, 3, &[2 * f], DType::BF16);
+            let y = random(&cx, 4, &[m, f], DType::BF16);
+            fused_by(&cx, kernel, &y, (&x, &w, Some(&bias)), act).unwrap();
+            bits(&y)
+        };
+        let few = bits_of(Cpu::new(), OwnKernel::FewRows);
+        for device in [Cpu::new().with_wgmma(), Cpu::strict(5).with_wgmma()] {
+            assert!(few == bits_of(device, OwnKernel::FewHopper), "{m} {f} {k}");
+        }
     }
 }
 
