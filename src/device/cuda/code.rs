@@ -29,6 +29,8 @@ unsafe impl Send for Module {}
 #[derive(Clone, Copy)]
 struct Function {
     handle: sys::CUfunction,
+    /// Whether its code begins with the wait for its predecessor.
+    waits: bool,
     /// Dynamic shared memory that it may use in its current setup.
     shared: u32,
 }
@@ -41,12 +43,16 @@ fn shared_too_large(kernel: &str, asked: u32, fixed: u32, most: u32, device: &st
     ))
 }
 
+/// The oldest target whose code begins with the wait (`wait_for_previous` in
+/// `kernels/prim/kernel.cuh`).
+const WAITS: i32 = 90;
+
 /// Makes the error for a failed operation on a kernel.
 pub(super) type LaunchError<'a> = &'a dyn Fn(&str, DriverError) -> Error;
 
 impl Code {
-    /// The function of a kernel with `shared` bytes of dynamic shared memory. Loads its module
-    /// first if necessary. `error` describes an operation on the kernel that failed; `limits` are
+    /// The function of a kernel with `shared` bytes of dynamic shared memory, and whether its code
+    /// waits for its predecessor. Loads its module first if necessary. `error` describes an operation on the kernel that failed; `limits` are
     /// the most shared memory of a block and the name of the device.
     pub(super) fn function(
         &mut self,
@@ -54,14 +60,14 @@ impl Code {
         shared: u32,
         limits: (u32, &str),
         error: LaunchError,
-    ) -> Result<sys::CUfunction> {
+    ) -> Result<(sys::CUfunction, bool)> {
         let key = std::ptr::from_ref(kernel) as usize;
         let function = match self.functions.get(&key) {
-            Some(f) if f.shared >= shared => return Ok(f.handle),
+            Some(f) if f.shared >= shared => return Ok((f.handle, f.waits)),
             Some(f) => *f,
-            None => Function { handle: self.load(kernel, error)?, shared: PLAIN_SHARED },
+            None => self.load(kernel, error)?,
         };
-        let (handle, mut allowed) = (function.handle, function.shared);
+        let Function { handle, waits, shared: mut allowed } = function;
         if shared > allowed {
             // SAFETY: a function of a loaded module.
             let fixed = unsafe {
@@ -85,11 +91,11 @@ impl Code {
             .map_err(|e| error("asking for shared memory", e))?;
             allowed = shared;
         }
-        self.functions.insert(key, Function { handle, shared: allowed });
-        Ok(handle)
+        self.functions.insert(key, Function { handle, waits, shared: allowed });
+        Ok((handle, waits))
     }
 
-    fn load(&mut self, kernel: &KernelDef, error: LaunchError) -> Result<sys::CUfunction> {
+    fn load(&mut self, kernel: &KernelDef, error: LaunchError) -> Result<Function> {
         let image = kernel.image;
         let module = match self.modules.get(image.name) {
             Some(module) => module.0,
@@ -114,8 +120,18 @@ impl Code {
         let symbol =
             std::ffi::CString::new(kernel.name).map_err(|e| Error::Device(e.to_string()))?;
         // SAFETY: the module is loaded until `Drop`.
-        unsafe { result::module::get_function(module, symbol) }
-            .map_err(|e| error(&format!("looking it up in GPU code {}", image.name), e))
+        let handle = unsafe { result::module::get_function(module, symbol) }
+            .map_err(|e| error(&format!("looking it up in GPU code {}", image.name), e))?;
+        // Code that the driver compiled from PTX for an older target has no wait. SAFETY: a function
+        // of a loaded module.
+        let target = unsafe {
+            result::function::get_function_attribute(
+                handle,
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION,
+            )
+        }
+        .map_err(|e| error("reading its attributes", e))?;
+        Ok(Function { handle, waits: target >= WAITS, shared: PLAIN_SHARED })
     }
 }
 

@@ -1,7 +1,7 @@
 //! The stream, and launches that begin while the kernel before them ends. Layer 1.
 //!
-//! Invariant: a kernel is launched early only directly behind another kernel, and every kernel of
-//! ours first waits for the end of its predecessor; so no result depends on it. What is saved is the
+//! Invariant: a kernel is launched early only directly behind another kernel, and only if its code
+//! first waits for the end of its predecessor; so no result depends on it. What is saved is the
 //! gap between two kernels, about a microsecond. (Programmatic dependent launch: CUDA C++ Programming
 //! Guide.)
 
@@ -35,7 +35,7 @@ impl Stream {
     pub(super) fn create(capability: (i32, i32)) -> Result<Stream, DriverError> {
         let off = std::env::var(VARIABLE).is_ok_and(|v| v == "0");
         let handle = result::stream::create(result::stream::StreamKind::NonBlocking)?;
-        Ok(Stream { handle, early: capability.0 >= 9 && !off, ..Stream::none() })
+        Ok(Stream { handle, early: capability >= (9, 0) && !off, ..Stream::none() })
     }
 
     pub(super) fn exists(&self) -> bool {
@@ -53,14 +53,13 @@ impl Stream {
         self.behind_kernel.store(true, Ordering::Relaxed);
     }
 
-    /// Queues a kernel of ours.
+    /// Queues a kernel of ours: its function, and whether its code waits for its predecessor.
     ///
     /// # Safety
-    /// `args` fit the function, whose first act is the wait for its predecessor; what they point to
-    /// lives until the kernel has run.
+    /// `args` fit the function, and what they point to lives until the kernel has run.
     pub(super) unsafe fn launch(
         &self,
-        function: sys::CUfunction,
+        (function, waits): (sys::CUfunction, bool),
         at: Launch,
         args: &mut [*mut c_void],
     ) -> Result<(), DriverError> {
@@ -80,7 +79,7 @@ impl Stream {
             sharedMemBytes: at.shared,
             hStream: self.handle,
             attrs: &raw mut early,
-            numAttrs: u32::from(self.early && behind_kernel),
+            numAttrs: u32::from(self.early && waits && behind_kernel),
         };
         // SAFETY: the caller's promise; the driver copies `config` and `args` before it returns.
         unsafe {

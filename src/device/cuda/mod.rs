@@ -389,15 +389,15 @@ impl Device for Cuda {
     unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
         kernel.check_block(at)?;
         self.bind()?;
-        let function = lock(&self.code).function(
+        let (function, waits) = lock(&self.code).function(
             kernel,
             at.shared,
             (self.max_shared, &self.name),
             &|what, e| self.launch_error(kernel.name, what, e),
         )?;
         let [x, y, z] = at.grid;
-        // SAFETY: the caller's promise; every kernel of ours waits for the one before it (`build/gpu.rs`).
-        unsafe { self.stream.launch(function, at, args) }.map_err(|e| {
+        // SAFETY: the caller's promise.
+        unsafe { self.stream.launch((function, waits), at, args) }.map_err(|e| {
             let shape = format!(
                 "launch of grid {x} x {y} x {z}, block {}, {} bytes shared",
                 at.block, at.shared
