@@ -367,11 +367,15 @@ impl Op for LoraLinear {
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
     type Three = (usize, usize, usize); // m, n, k; or for a pair: from, columns, rank
-    let shapes: [(Three, &[Three], bool, bool); 4] = [
+    let shapes: [(Three, &[Three], bool, bool); 7] = [
         ((3, 5, 7), &[(0, 5, 2)], false, false),
         ((33, 48, 24), &[(0, 32, 8), (32, 8, 8), (40, 8, 8)], true, false),
         ((70, 40, 32), &[(8, 16, 4), (32, 8, 3)], true, true),
         ((130, 64, 48), &[(0, 64, 16)], false, true),
+        ((65, 136, 16), &[(0, 72, 16), (72, 32, 16), (104, 32, 16)], true, false),
+        ((5, 24, 16), &[(0, 24, 64)], false, true),
+        // PiSSA's frozen initial pair beside the trained one.
+        ((6, 24, 16), &[(0, 24, 8), (0, 24, 8)], false, false),
     ];
     for ((m, n, k), pairs, bias, dropped) in shapes {
         let x = rng.array(&[m, k], 1.0);

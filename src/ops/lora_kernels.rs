@@ -202,6 +202,7 @@ pub type Slot<'a> = Option<(&'a Tensor, bool)>;
 
 /// The gradients that [`lora_grads`] computes: dx [m, k] real, with the weight w [n, k] and the A
 /// of all segments, stacked [R, k]; da [R, k] and db_i [end - start, rank], float.
+#[derive(Clone, Copy)]
 pub struct Wanted<'a> {
     pub dx: Slot<'a>,
     /// Given where dx is.
