@@ -4,12 +4,12 @@
 // Math     hopper_lora_nt: y = x W^T (+ bias) + t Bd^T.  hopper_lora_nn: dx (+)= dy W + dt A, dA (+)= dt^T x, dB_i (+)= dy_i^T t_i
 //          (names as in lora.cu)
 // Shapes   As in matmul_hopper.cu and lora.cu. By tensor map, boxes 64 wide: x, dy, t, dt of 128 rows, W of D (nt) or 64 (nn), B_i of D,
-//          A of 64; for the gradients dy, x, dt, t once more, of 64 rows. n, k and each rank are multiples of 8
+//          A of 64; for the gradients dy, x, dt and each t_i once more, of 64 rows. n, k and each rank are multiples of 8
 // Plan     The persistent product of common/hopper_product.cuh, whose ring goes on after the last step of k. nt: one step for each 64
 //          ranks of each segment that overlaps the tile; B_i's box begins at the tile's first column, which may lie before the segment:
 //          what is outside is zero, so a tile may cross segments. Only the 16s that have ranks are multiplied. nn: steps over A's
-//          rows. Then the blocks take the tiles of the gradients, 128 of x's or dy's columns by 64 ranks, each over all rows: they fill
-//          the last wave of dx, and 30 of them read as fast as memory gives. rows = 0: no dx, the gradients alone.
+//          rows. Then the blocks take the tiles of the gradients, 64 of x's or dy's columns by 64 ranks, each over all rows: they begin
+//          in the last wave of dx, and 40 blocks read as fast as memory gives. rows = 0: no dx, the gradients alone.
 // Numerics As lora_nt, lora_nn and lora_grads: one chain of float sums in steps of 16 for each element, the low-rank term last, one
 //          rounding. A segment's ranks begin at a multiple of 16 of t, or are 8 within one: else steps hold other ranks than there.
 // Cost     y: 2 m n (k + r) flops and one step more in k / 64 a tile, of r / 16 products. H100, 4,096 rows, rank 16, *predicted*: k 1,024,
@@ -20,14 +20,14 @@
 #if defined(REAL_BF16) && defined(HOPPER)
 typedef LowRank<const tensor_map*> LowRankBoxes;
 
-// The gradients of a group: tiles of 128 of x's columns (dA) or of dy's (dB_i) by up to 64 ranks. They follow the `before` tiles of dx
-// in the blocks' turns. Bit 0 of `accumulate` adds to dA, bit i + 1 to dB_i.
+// The gradients of a group: tiles of 64 of x's columns (dA) or of dy's (dB_i) by up to 64 ranks, in steps of 128 rows. They follow the
+// `before` tiles of dx in the blocks' turns. Bit 0 of `accumulate` adds to dA, bit i + 1 to dB_i.
 struct Gradients {
-  const tensor_map *x, *dt, *dy, *t;
+  const tensor_map *x, *dt, *dy, *t[3];
   float *da, *db[3];
   int m, k, before, accumulate, start[3], end[3], rank[3];
 
-  // out += a^T b. Element (row, col) of the tile is row * across + col * down floats from `out`.
+  // out (+)= a^T b. Element (row, col) of the tile is row * across + col * down floats from `out`.
   struct Tile {
     const tensor_map *a, *b;
     int a_col, b_col;
@@ -36,25 +36,23 @@ struct Gradients {
   };
   DEVICE_MEMBER bool tile(int index, Tile& v) const {
     const int ranks = rank[0] + rank[1] + rank[2], wide_a = (ranks + 63) / 64;
-    const int tiles_a = da ? (k + ROWS - 1) / ROWS * wide_a : 0;
+    const int tiles_a = da ? (k + 63) / 64 * wide_a : 0;
     bool found = index < tiles_a;
     if (found) {
-      const int row = index / wide_a * ROWS, col = index % wide_a * 64;
+      const int row = index / wide_a * 64, col = index % wide_a * 64;
       v = {x, dt, row, col, da + (long long)col * k + row, k - row, ranks - col, 1, k, accumulate & 1};
     }
     index -= tiles_a;
-    int offset = 0;
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      const int wide = (rank[i] + 63) / 64, size = end[i] - start[i], tiles = db[i] ? (size + ROWS - 1) / ROWS * wide : 0;
+      const int wide = (rank[i] + 63) / 64, size = end[i] - start[i], tiles = db[i] ? (size + 63) / 64 * wide : 0;
       if (index >= 0 && index < tiles) {
-        const int row = index / wide * ROWS, col = index % wide * 64;
-        v = {dy, t, start[i] + row, offset + col, db[i] + (long long)row * rank[i] + col, size - row, rank[i] - col, rank[i], 1,
+        const int row = index / wide * 64, col = index % wide * 64;
+        v = {dy, t[i], start[i] + row, col, db[i] + (long long)row * rank[i] + col, size - row, rank[i] - col, rank[i], 1,
              accumulate >> (i + 1) & 1};
         found = true;
       }
       index -= tiles;
-      offset += rank[i];
     }
     return found;
   }
@@ -66,28 +64,39 @@ struct Gradients {
   DEVICE_MEMBER void load(Ring ring) const {
     Tile v;
     for (int index = first(); tile(index, v); index += gridDim.x)
-      for (int row = 0; row < m; row += DEPTH, ring.next()) {
+      for (int row = 0; row < m; row += 2 * DEPTH, ring.next()) {
         mbarrier_wait(ring.empty + ring.stage, ring.phase ^ 1);
         mbarrier* arrived = ring.full + ring.stage;
-        mbarrier_expect(arrived, (ROWS + 64) * DEPTH * 2);
-        bf16* ta = ring.sa + ring.stage * ring.a_size;
-        tma_load(ta, v.a, arrived, v.a_col, row);
-        tma_load(ta + 64 * DEPTH, v.a, arrived, v.a_col + 64, row);
-        tma_load(ring.sb + ring.stage * ring.b_size, v.b, arrived, v.b_col, row);
+        mbarrier_expect(arrived, 4 * 64 * DEPTH * 2);
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          tma_load(ring.sa + ring.stage * ring.a_size + half * 64 * DEPTH, v.a, arrived, v.a_col, row + half * DEPTH);
+          tma_load(ring.sb + ring.stage * ring.b_size + half * 64 * DEPTH, v.b, arrived, v.b_col, row + half * DEPTH);
+        }
       }
   }
+  // The first warpgroup sums: it alone multiplies a step in less time than the step's loads take.
   DEVICE_MEMBER void sum(Ring ring) const {
-    const int w = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = thread % 32;
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const bool sums = threadIdx.x / 128 == 1;
     Tile v;
     for (int index = first(); tile(index, v); index += gridDim.x) {
+      if (!sums) {
+        for (int row = 0; row < m; row += 2 * DEPTH, ring.next())
+          if (thread == 0) {
+            mbarrier_wait(ring.full + ring.stage, ring.phase);
+            mbarrier_arrive(ring.empty + ring.stage);
+          }
+        continue;
+      }
       float d[32];
       int last = -1;
-      for (int row = 0; row < m; row += DEPTH, ring.next()) {
+      for (int row = 0; row < m; row += 2 * DEPTH, ring.next()) {
         mbarrier_wait(ring.full + ring.stage, ring.phase);
-        const bf16 *ta = ring.sa + ring.stage * ring.a_size + w * 64 * DEPTH, *tb = ring.sb + ring.stage * ring.b_size;
+        const bf16 *ta = ring.sa + ring.stage * ring.a_size, *tb = ring.sb + ring.stage * ring.b_size;
         wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < DEPTH; kk += 16)
+        for (int kk = 0; kk < 2 * DEPTH; kk += 16)  // the second half's boxes follow the first's
           wgmma_ss<64, true, true>(d, wgmma_desc<false>(ta + kk * 64), wgmma_desc<false>(tb + kk * 64), row > 0 || kk > 0);
         wgmma_commit();
         if (last >= 0) {
@@ -100,7 +109,7 @@ struct Gradients {
       if (thread == 0) mbarrier_arrive(ring.empty + last);
 #pragma unroll
       for (int x = 0; x < 32; ++x) {
-        const int row = w * 64 + thread / 32 * 16 + lane / 4 + x / 2 % 2 * 8, col = x / 4 * 8 + lane % 4 * 2 + x % 2;
+        const int row = thread / 32 * 16 + lane / 4 + x / 2 % 2 * 8, col = x / 4 * 8 + lane % 4 * 2 + x % 2;
         float* out = v.out + (long long)row * v.across + (long long)col * v.down;
         if (row < v.rows && col < v.cols) *out = v.add ? *out + d[x] : d[x];
       }
@@ -120,17 +129,17 @@ KERNEL(hopper_lora_nt, D=128,192,224,256, THREADS=384, SHARED=hopper_shared(D), 
 #endif
 }
 
-// `direct` is dx too, of which `rows` are computed (m or 0); `residual` is it again where dx is added to. The maps in _rows have boxes of
-// 64 rows.
+// `direct` is dx too, of which `rows` are computed (m or 0); `residual` is it again where dx is added to. The maps in _rows, and t_i's, have
+// boxes of 64 rows.
 KERNEL(hopper_lora_nn, D=128,192,224,256, THREADS=384, SHARED=hopper_shared(D), HOT)(const tensor_map& dy, const tensor_map& w,
        const tensor_map& dx, const tensor_map& dt, const tensor_map& a, const tensor_map& x_rows, const tensor_map& dt_rows,
-       const tensor_map& dy_rows, const tensor_map& t_rows, MAYBE(real) direct, MAYBE(const real) residual, MAYBE(float) da,
+       const tensor_map& dy_rows, const tensor_map& t0, const tensor_map& t1, const tensor_map& t2, MAYBE(real) direct, MAYBE(const real) residual, MAYBE(float) da,
        MAYBE(float) db0, MAYBE(float) db1, MAYBE(float) db2, int rows, int m, int n, int k, int lddx, int group, int start0, int end0,
        int rank0, int start1, int end1, int rank1, int start2, int end2, int rank2, int accumulate) {
 #if defined(REAL_BF16) && defined(HOPPER)
   const LowRankBoxes low(&a, &a, &a, 0, k, rank0 + rank1 + rank2, 0, 0, 0, 0, 0, 0);
   const int tiles = (rows + ROWS - 1) / ROWS * ((k + D - 1) / D);
-  const Gradients gradients = {&x_rows, &dt_rows, &dy_rows, &t_rows, da, {db0, db1, db2}, m, k, tiles, accumulate,
+  const Gradients gradients = {&x_rows, &dt_rows, &dy_rows, {&t0, &t1, &t2}, da, {db0, db1, db2}, m, k, tiles, accumulate,
                                {start0, start1, start2}, {end0, end1, end2}, {rank0, rank1, rank2}};
   hopper_product<NN, D, false>(dy, w, {&dx, direct, residual, lddx, lddx}, {}, nullptr, rows, k, n, group, &dt, low, gradients);
 #endif

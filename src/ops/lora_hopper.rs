@@ -12,8 +12,8 @@ use crate::ops::matmul_hopper::{self, GROUP, ROWS, tiles};
 use crate::ops::operands::{Bounds, LowRank, Operands};
 use crate::tensor::Tensor;
 
-/// Ranks of a tile of the gradients.
-const RANKS: usize = 64;
+/// Columns of x or dy, and ranks, of a tile of the gradients.
+const SIDE: usize = 64;
 
 /// The width of the tiles, if this device and these tensors allow the kernel.
 pub(super) fn width(cx: &Cx, p: &Operands, low: &LowRank) -> Option<usize> {
@@ -75,9 +75,18 @@ pub(super) struct Gradients<'a> {
 
 impl Gradients<'_> {
     fn tiles(&self) -> usize {
-        let columns = self.da.map_or(0, |da| tiles((da.cols(), da.row_count()), RANKS));
-        let rows = |db: &&Tensor| tiles((db.row_count(), db.cols()), RANKS);
-        columns + self.db.iter().flatten().map(rows).sum::<usize>()
+        let tiles = |t: &&Tensor| t.row_count().div_ceil(SIDE) * t.cols().div_ceil(SIDE);
+        self.da.iter().chain(self.db.iter().flatten()).map(tiles).sum()
+    }
+
+    /// Each segment's columns of t; of an absent one, all.
+    fn t_of(&self) -> Result<[Tensor; 3]> {
+        let [r0, r1, r2] = self.bounds.map(|b| b[2] as usize);
+        let of = |from, rank| match rank {
+            0 => Ok(self.t.clone()),
+            _ => self.t.columns(from, from + rank),
+        };
+        Ok([of(0, r0)?, of(r0, r1)?, of(r0 + r1, r2)?])
     }
 }
 
@@ -85,7 +94,9 @@ impl Gradients<'_> {
 pub(super) fn width_of_gradients(cx: &Cx, dx: Option<&Operands>, g: &Gradients) -> Option<usize> {
     let read = [g.x, g.dt, g.dy, g.t, g.a];
     let on_hopper = cx.device.capabilities().wgmma && g.x.dtype() == DType::BF16;
-    if !on_hopper || !read.into_iter().all(Boxes::fit) {
+    // Each t_i begins at a multiple of 16 bytes.
+    let ranks = g.bounds.iter().all(|b| b[2] % 8 == 0);
+    if !on_hopper || !ranks || !read.into_iter().all(Boxes::fit) {
         return None;
     }
     dx.map_or(Some(128), |p| matmul_hopper::width(cx, p))
@@ -101,6 +112,8 @@ pub(super) fn nn(cx: &Cx, dx: Option<&Operands>, g: &Gradients, width: usize) ->
         return Ok(());
     }
     let [[start0, end0, rank0], [start1, end1, rank1], [start2, end2, rank2]] = g.bounds;
+    let t = g.t_of()?;
+    let [t0, t1, t2] = [0, 1, 2].map(|i| Boxes::swizzled(&t[i], SIDE));
     let [db0, db1, db2] = g.db.map(|db| db.map(Tensor::out));
     let args = kernels::HopperLoraNnArgs {
         dy: Boxes::swizzled(g.dy, ROWS),
@@ -108,10 +121,12 @@ pub(super) fn nn(cx: &Cx, dx: Option<&Operands>, g: &Gradients, width: usize) ->
         dx: Boxes::swizzled(dx.map_or(g.x, |p| p.c), 16),
         dt: Boxes::swizzled(g.dt, ROWS),
         a: Boxes::swizzled(g.a, 64),
-        x_rows: Boxes::swizzled(g.x, 64),
-        dt_rows: Boxes::swizzled(g.dt, 64),
-        dy_rows: Boxes::swizzled(g.dy, 64),
-        t_rows: Boxes::swizzled(g.t, 64),
+        x_rows: Boxes::swizzled(g.x, SIDE),
+        dt_rows: Boxes::swizzled(g.dt, SIDE),
+        dy_rows: Boxes::swizzled(g.dy, SIDE),
+        t0,
+        t1,
+        t2,
         direct: dx.map(|p| p.c.out()),
         residual: dx.filter(|p| p.accumulate).map(|p| p.c),
         da: g.da.map(Tensor::out),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use temper::autograd::Cx;
 use temper::check::check_ops;
 use temper::cli::launches::{LaunchCounts, MODES, per_layer};
+use temper::config::MatmulChoice;
 use temper::device::{DType, Device, cpu::Cpu};
 use temper::methods::offline::sft::SftRun;
 use temper::model::batch::Sequence;
@@ -203,9 +204,13 @@ fn stirred(cx: &Cx, keys: &str) -> Decoder {
 /// forward of the trainer. On Hopper with every choice of products but the library's.
 #[test]
 fn generation_on_hopper_has_the_trainers_bits_with_pairs_in_every_layer() {
-    for (keys, storage) in [("lora_r=16", ""), ("lora_r=8", ""), ("lora_r=16", "load_in_4bit=true")]
-    {
+    for (keys, storage, matmul) in [
+        ("lora_r=16", "", MatmulChoice::Auto),
+        ("lora_r=8", "", MatmulChoice::Exact),
+        ("lora_r=16", "load_in_4bit=true", MatmulChoice::Own),
+    ] {
         let mut cx = context(Cpu::new().with_wgmma());
+        cx.matmul = matmul;
         let mut model = stirred(&cx, &format!("lora_target_modules=all-linear {keys} {storage}"));
         let sampling = Sampling { temperature: 1.0, seed: 3, ..Sampling::greedy() };
         let prompts: Vec<Vec<u32>> = vec![vec![5, 9, 11], vec![7], (3..90).collect()];
@@ -242,15 +247,13 @@ fn a_layer_with_pairs_takes_28_launches_on_hopper() {
         |name: &str| per_layer(&config, MODES.iter().find(|m| m.name == name).unwrap()).unwrap();
     let hopper = of("LoRA, Hopper");
     assert_eq!(total(&hopper), 28, "{hopper:?}");
-    assert_eq!(
-        hopper
-            .0
-            .iter()
-            .filter(|(name, _)| name.contains("hopper_lora_nt"))
-            .map(|(_, n)| n)
-            .sum::<usize>(),
-        4
-    );
+    let launched = |of: &LaunchCounts, name: &str| -> usize {
+        of.iter().filter(|(kernel, _)| kernel.contains(name)).map(|(_, n)| n).sum()
+    };
+    // A step of 64 rows.
+    assert_eq!(launched(&hopper.0, "few_lora_nt"), 4, "{hopper:?}");
+    assert_eq!(launched(&hopper.1, "hopper_lora_nn"), 4, "{hopper:?}");
+    assert_eq!(launched(&hopper.0, "library product") + launched(&hopper.1, "library"), 0);
     assert_eq!(total(&of("LoRA, library products")), 50);
     assert_eq!(total(&of("LoRA, own products")), 32);
 }
