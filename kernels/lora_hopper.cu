@@ -27,34 +27,19 @@ struct Gradients {
   float *da, *db[3];
   int m, k, before, accumulate, start[3], end[3], rank[3];
 
-  // out (+)= a^T b. Element (row, col) of the tile is row * across + col * down floats from `out`.
-  struct Tile {
-    const tensor_map *a, *b;
-    int a_col, b_col;
-    float* out;
-    int rows, cols, across, down, add;
-  };
-  DEVICE_MEMBER bool tile(int index, Tile& v) const {
-    const int ranks = rank[0] + rank[1] + rank[2], wide_a = (ranks + 63) / 64;
-    const int tiles_a = da ? (k + 63) / 64 * wide_a : 0;
-    bool found = index < tiles_a;
-    if (found) {
-      const int row = index / wide_a * 64, col = index % wide_a * 64;
-      v = {x, dt, row, col, da + (long long)col * k + row, k - row, ranks - col, 1, k, accumulate & 1};
-    }
-    index -= tiles_a;
+  // A tile of dA (i = 0) or dB_{i-1}: from `row` of x's or the segment's columns, and from rank `col`, on. False past the last.
+  DEVICE_MEMBER bool tile(int index, int& i, int& row, int& col) const {
+    int at = -1, wide = 1;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const int wide = (rank[i] + 63) / 64, size = end[i] - start[i], tiles = db[i] ? (size + 63) / 64 * wide : 0;
-      if (index >= 0 && index < tiles) {
-        const int row = index / wide * 64, col = index % wide * 64;
-        v = {dy, t[i], start[i] + row, col, db[i] + (long long)row * rank[i] + col, size - row, rank[i] - col, rank[i], 1,
-             accumulate >> (i + 1) & 1};
-        found = true;
-      }
+    for (int g = 0; g < 4; ++g) {
+      const int ranks = g ? rank[g - 1] : rank[0] + rank[1] + rank[2], size = g ? end[g - 1] - start[g - 1] : k;
+      const int across = (ranks + 63) / 64, tiles = (g ? db[g - 1] : da) ? (size + 63) / 64 * across : 0;
+      if (index >= 0 && index < tiles) i = g, at = index, wide = across;
       index -= tiles;
     }
-    return found;
+    row = at / wide * 64;
+    col = at % wide * 64;
+    return at >= 0;
   }
   // This block's first tile.
   DEVICE_MEMBER int first() const {
@@ -62,25 +47,30 @@ struct Gradients {
     return block < before ? block + (before - block + step - 1) / step * step - before : block - before;
   }
   DEVICE_MEMBER void load(Ring ring) const {
-    Tile v;
-    for (int index = first(); tile(index, v); index += gridDim.x)
+    int i, from, rank_from;
+    for (int index = first(); tile(index, i, from, rank_from); index += gridDim.x) {
+      const tensor_map *left = i ? dy : x, *right = dt;
+#pragma unroll
+      for (int g = 0; g < 3; ++g)
+        if (i == g + 1) right = t[g], from += start[g];
       for (int row = 0; row < m; row += 2 * DEPTH, ring.next()) {
         mbarrier_wait(ring.empty + ring.stage, ring.phase ^ 1);
         mbarrier* arrived = ring.full + ring.stage;
         mbarrier_expect(arrived, 4 * 64 * DEPTH * 2);
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
-          tma_load(ring.sa + ring.stage * ring.a_size + half * 64 * DEPTH, v.a, arrived, v.a_col, row + half * DEPTH);
-          tma_load(ring.sb + ring.stage * ring.b_size + half * 64 * DEPTH, v.b, arrived, v.b_col, row + half * DEPTH);
+          tma_load(ring.sa + ring.stage * ring.a_size + half * 64 * DEPTH, left, arrived, from, row + half * DEPTH);
+          tma_load(ring.sb + ring.stage * ring.b_size + half * 64 * DEPTH, right, arrived, rank_from, row + half * DEPTH);
         }
       }
+    }
   }
   // The first warpgroup sums: it alone multiplies a step in less time than the step's loads take.
   DEVICE_MEMBER void sum(Ring ring) const {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const bool sums = threadIdx.x / 128 == 1;
-    Tile v;
-    for (int index = first(); tile(index, v); index += gridDim.x) {
+    int i, from, rank_from;
+    for (int index = first(); tile(index, i, from, rank_from); index += gridDim.x) {
       if (!sums) {
         for (int row = 0; row < m; row += 2 * DEPTH, ring.next())
           if (thread == 0) {
@@ -107,11 +97,19 @@ struct Gradients {
       }
       wgmma_wait<0>();
       if (thread == 0) mbarrier_arrive(ring.empty + last);
+      // Column c of out is rank c of dB, of which a row has `wide`; of dA it is row c, `wide` floats long.
+      float* out = da;
+      int wide = k, rows = k - from, cols = rank[0] + rank[1] + rank[2] - rank_from;
 #pragma unroll
-      for (int x = 0; x < 32; ++x) {
-        const int row = thread / 32 * 16 + lane / 4 + x / 2 % 2 * 8, col = x / 4 * 8 + lane % 4 * 2 + x % 2;
-        float* out = v.out + (long long)row * v.across + (long long)col * v.down;
-        if (row < v.rows && col < v.cols) *out = v.add ? *out + d[x] : d[x];
+      for (int g = 0; g < 3; ++g)
+        if (i == g + 1) out = db[g], wide = rank[g], rows = end[g] - start[g] - from, cols = rank[g] - rank_from;
+      const bool add = accumulate >> i & 1;
+#pragma unroll
+      for (int e = 0; e < 32; ++e) {
+        const int row = thread / 32 * 16 + lane / 4 + e / 2 % 2 * 8, col = e / 4 * 8 + lane % 4 * 2 + e % 2;
+        const int down = (i ? row : col) + (i ? from : rank_from), across = (i ? col : row) + (i ? rank_from : from);
+        float* to = out + (long long)down * wide + across;
+        if (row < rows && col < cols) *to = add ? *to + d[e] : d[e];
       }
     }
   }
