@@ -12,9 +12,9 @@
 //          in the last wave of dx, and 40 blocks read as fast as memory gives. rows = 0: no dx, the gradients alone.
 // Numerics As lora_nt, lora_nn and lora_grads: one chain of float sums in steps of 16 for each element, the low-rank term last, one
 //          rounding. A segment's ranks begin at a multiple of 16 of t, or are 8 within one: else steps hold other ranks than there.
-// Cost     y: 2 m n (k + r) flops and one step more in k / 64 a tile, of r / 16 products. H100, 4,096 rows, rank 16, *predicted*: k 1,024,
-//          n 6,144 80 us, where product and three additions to y take 78 and 38; dx of n 6,144 with its gradients 96 us, where
-//          product, addition to dx and three products for gradients take 80, 14 and 40 (docs/kernels.md, Log).
+// Cost     y: 2 m n (k + r) flops. Gradients: x once, dy once, and t or dt once for each 64 columns. H100, 4,096 rows, rank 16, *predicted*:
+//          k 1,024, n 6,144 81 us, where product and additions to y take 79 and 34; dx of the same with its gradients 92 us, where product,
+//          addition to dx and three products for gradients take 76, 6 and 30 (docs/kernels.md, Log). Not measured.
 #include "common/hopper_product.cuh"
 
 #if defined(REAL_BF16) && defined(HOPPER)

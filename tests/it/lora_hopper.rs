@@ -246,7 +246,9 @@ fn a_layer_with_pairs_takes_28_launches_on_hopper() {
     let of =
         |name: &str| per_layer(&config, MODES.iter().find(|m| m.name == name).unwrap()).unwrap();
     let hopper = of("LoRA, Hopper");
+    assert_eq!(hopper.0.values().sum::<usize>(), 13, "{hopper:?}");
     assert_eq!(total(&hopper), 28, "{hopper:?}");
+    assert_eq!(total(&of("LoRA on 4 bits, Hopper")), 36);
     let launched = |of: &LaunchCounts, name: &str| -> usize {
         of.iter().filter(|(kernel, _)| kernel.contains(name)).map(|(_, n)| n).sum()
     };
