@@ -1,6 +1,7 @@
 // The persistent product on Hopper: a ring of stages filled by TMA, two warpgroups of wgmma, and where C goes. matmul_hopper.cu says
 // how it works; kernels with other operands or another end build on it.
 #pragma once
+#include "common/low_rank.cuh"
 #include "prim/flag.cuh"
 #include "prim/tile.cuh"
 #include "prim/wgmma.cuh"
@@ -207,9 +208,26 @@ DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int
   }
 }
 
-template <int TRANS, int D, bool FLOAT_OUT>
+// The ring, for a kernel that goes on with it after the product's last tile.
+struct Ring {
+  bf16 *sa, *sb;
+  mbarrier *full, *empty;
+  int stages, a_size, b_size, stage, phase;
+  DEVICE_MEMBER void next() {
+    if (++stage == stages) stage = 0, phase ^= 1;
+  }
+};
+struct NothingMore {
+  DEVICE_MEMBER void load(Ring) const {}
+  DEVICE_MEMBER void sum(Ring) const {}
+};
+
+// `t` and `low`: the terms after the last step of k. Their operands fill whole boxes: outside the segment's columns and ranks B_i
+// is zero. `more` has work for the same ring.
+template <int TRANS, int D, bool FLOAT_OUT, class Low = NoLowRank, class More = NothingMore>
 DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC& real_c, const FloatC& float_c, const real* bias,
-                           int m, int n, int k, int group) {
+                           int m, int n, int k, int group, const tensor_map* t = nullptr, const Low& low = {},
+                           const More& more = {}) {
   constexpr bool AK = TRANS != TN, BK_CONTIGUOUS = TRANS == NT;
   constexpr int STAGES = FLOAT_OUT ? hopper_float_stages(D) : hopper_stages(D);
   static_assert(hopper_shared(D) <= 227 * 1024 && hopper_float_shared(D) <= 227 * 1024, "what a block of Hopper may have");
@@ -255,7 +273,22 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
         else
           for (int x = 0; x < WIDTH; x += 64) tma_load(tb + x * DEPTH, &b, arrived, j * D + x, q * DEPTH);
       }
+      if constexpr (Low::ANY) {
+        LowStep<const tensor_map*> s;
+        for (int step = 0; low.step(step, j * D, j * D + D, DEPTH, s); ++step, next()) {
+          mbarrier_wait(empty + stage, phase ^ 1);
+          mbarrier* arrived = full + stage;
+          mbarrier_expect(arrived, (ROWS + LOADED) * DEPTH * 2);  // a box counts whole wherever it lies
+          tma_load(sa + stage * ROWS * DEPTH, t, arrived, s.t, i * ROWS);
+          bf16* tb = sb + stage * WIDTH * DEPTH;
+          if (BK_CONTIGUOUS)
+            tma_load(tb, s.b, arrived, s.r, s.at);
+          else
+            for (int x = 0; x < WIDTH; x += 64) tma_load(tb + x * DEPTH, s.b, arrived, s.at + x, s.r);
+        }
+      }
     }
+    more.load({sa, sb, full, empty, STAGES, ROWS * DEPTH, WIDTH * DEPTH, stage, phase});
     return;
   }
 
@@ -288,6 +321,22 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
         if (!FLOAT_OUT && real_c.residual) prefetch_tile<D>(real_c.residual, real_c.ldr, row0, col0, m, n, thread);
       }
     }
+    if constexpr (Low::ANY) {
+      LowStep<const tensor_map*> s;
+      for (int step = 0; low.step(step, j * D, j * D + D, DEPTH, s); ++step, next()) {
+        mbarrier_wait(full + stage, phase);
+        const bf16 *ta = sa + stage * ROWS * DEPTH + w * 64 * DEPTH, *tb = sb + stage * WIDTH * DEPTH;
+        wgmma_fence();
+#pragma unroll 1
+        for (int kk = 0; kk < s.ranks && kk < DEPTH; kk += 16)
+          wgmma_ss<D, !AK, !BK_CONTIGUOUS>(d, wgmma_desc<AK>(ta + (AK ? kk : kk * 64)),
+                                           wgmma_desc<BK_CONTIGUOUS>(tb + (BK_CONTIGUOUS ? kk : kk * 64)), true);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (thread == 0) mbarrier_arrive(empty + last);
+        last = stage;
+      }
+    }
     wgmma_wait<0>();
     if (thread == 0) mbarrier_arrive(empty + last);
 
@@ -312,6 +361,7 @@ DEVICE void hopper_product(const tensor_map& a, const tensor_map& b, const RealC
     else
       put_real<D>(real_c, out, d, turn, lane, row0 + warp * 16, col0, m, n);
   }
+  more.sum({sa, sb, full, empty, STAGES, ROWS * DEPTH, WIDTH * DEPTH, stage, phase});
   if (!FLOAT_OUT && lane == 0) tma_wait<0>();
 }
 #endif

@@ -31,18 +31,26 @@ pub struct Mode {
     pub name: &'static str,
     pub keys: &'static [&'static str],
     pub matmul: MatmulChoice,
+    /// On a GPU with the Hopper kernels.
+    pub hopper: bool,
 }
 
 const LORA: &[&str] = &["use_peft=true", "lora_dropout=0", "lora_target_modules=all-linear"];
 const QLORA: &[&str] =
     &["use_peft=true", "lora_dropout=0", "lora_target_modules=all-linear", "load_in_4bit=true"];
 
-pub const MODES: [Mode; 5] = [
-    Mode { name: "full, library products", keys: &[], matmul: MatmulChoice::Auto },
-    Mode { name: "full, own products", keys: &[], matmul: MatmulChoice::Own },
-    Mode { name: "LoRA, library products", keys: LORA, matmul: MatmulChoice::Auto },
-    Mode { name: "LoRA, own products", keys: LORA, matmul: MatmulChoice::Own },
-    Mode { name: "LoRA on 4 bits, own products", keys: QLORA, matmul: MatmulChoice::Own },
+const fn mode(name: &'static str, keys: &'static [&'static str], matmul: MatmulChoice) -> Mode {
+    Mode { name, keys, matmul, hopper: false }
+}
+
+pub const MODES: [Mode; 7] = [
+    mode("full, library products", &[], MatmulChoice::Auto),
+    mode("full, own products", &[], MatmulChoice::Own),
+    mode("LoRA, library products", LORA, MatmulChoice::Auto),
+    mode("LoRA, own products", LORA, MatmulChoice::Own),
+    mode("LoRA on 4 bits, own products", QLORA, MatmulChoice::Own),
+    Mode { hopper: true, ..mode("LoRA, Hopper", LORA, MatmulChoice::Auto) },
+    Mode { hopper: true, ..mode("LoRA on 4 bits, Hopper", QLORA, MatmulChoice::Auto) },
 ];
 
 /// Launches of one layer, forward and backward, in a bf16 step on a GPU.
@@ -57,8 +65,8 @@ pub fn per_layer(config: &ModelConfig, mode: &Mode) -> Result<(LaunchCounts, Lau
 }
 
 fn step(config: &ModelConfig, mode: &Mode, layers: usize) -> Result<(LaunchCounts, LaunchCounts)> {
-    let device =
-        Arc::new(DryRun::new("a GPU", Capabilities::GPU, MemoryInfo { free: 0, total: 0 }));
+    let capabilities = Capabilities { wgmma: mode.hopper, ..Capabilities::GPU };
+    let device = Arc::new(DryRun::new("a GPU", capabilities, MemoryInfo { free: 0, total: 0 }));
     let mut cx = Cx::new(device.clone(), DType::BF16)?;
     cx.matmul = mode.matmul;
     let mut config = config.clone();

@@ -9,19 +9,19 @@
 //! Invariant: projections that share an input (q|k|v, gate|up) share one narrow product t; their A
 //! are stacked into one matrix. A frozen base saves nothing: only xd and t [rows, sum of ranks] are
 //! kept. W is never changed; a quantised W is dequantised for each product, into scratch. On a GPU
-//! t and dt, with their scales, are one launch each for all segments (`kernels/lora.cu`). Without a
-//! library for products, the low-rank terms are fused into the engine's own products. Neither
-//! choice depends on the number of rows.
+//! t and dt, with their scales, are one launch each for all segments (`kernels/lora.cu`). On Hopper
+//! in bf16, and without a library for products, the low-rank terms are fused into the engine's own
+//! products. No choice depends on the number of rows.
 
 use std::sync::Arc;
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
 use crate::config::MatmulChoice;
-use crate::device::Layout;
+use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
-use crate::ops::lora_kernels::{self as own, Read, lora_dt, lora_grads, lora_nn, lora_nt, lora_t};
+use crate::ops::lora_kernels::{self as own, Read, Wanted, lora_dt, lora_grads, lora_nt, lora_t};
 use crate::ops::matmul::{column_sums, product};
 use crate::ops::quant::{QuantWeight, values_of};
 use crate::ops::scale::scaled;
@@ -155,16 +155,25 @@ impl LoraLinear {
         }
     }
 
-    /// Whether the engine's own products run, with the low-rank terms fused in.
-    fn fused(&self, cx: &Cx) -> bool {
+    /// Whether the engine's own products run, with the low-rank terms fused in, for a weight [n,
+    /// k]. Training and generation must agree, so nothing here may depend on the number of rows.
+    fn fused(&self, cx: &Cx, shape: [usize; 2]) -> bool {
         let own = cx.matmul == MatmulChoice::Own || !cx.device.capabilities().library_gemm;
-        own && self.apart()
+        (own || self.fits_hopper(cx, shape)) && self.apart()
+    }
+
+    /// Whether the Hopper kernels, and those for few rows, can take every number of rows.
+    fn fits_hopper(&self, cx: &Cx, [n, k]: [usize; 2]) -> bool {
+        let chosen = cx.matmul != MatmulChoice::Library && cx.device.capabilities().wgmma;
+        let aligned = n.is_multiple_of(8) && k.is_multiple_of(8) && k > 0;
+        let ranks = self.segments.iter().map(|s| s.rank);
+        chosen && cx.dtype == DType::BF16 && aligned && own::steps_agree(ranks)
     }
 
     /// Whether the engine computes the narrow products itself: one launch in each direction for all
     /// segments, scale included. On a CPU the library is faster.
-    fn narrow(&self, cx: &Cx) -> bool {
-        self.fused(cx) || (cx.device.capabilities().tensor_cores && self.apart())
+    fn narrow(&self, cx: &Cx, fused: bool) -> bool {
+        fused || (cx.device.capabilities().tensor_cores && self.apart())
     }
 
     /// Whether the engine's own kernels can take the segments. With PiSSA, the frozen initial pairs
@@ -197,9 +206,10 @@ impl Op for LoraLinear {
         let (rows, [n, _], ranks) = (x[0].row_count(), self.shape(x), x[A].row_count());
         let (xd, bias, dense) = (x[self.xd()], self.bias().map(|i| x[i]), self.w().map(|i| x[i]));
         let b = x[B..B + self.segments.len()].iter().copied();
+        let fused = self.fused(cx, self.shape(x));
         let y = cx.real("linear", &[rows, n])?;
         let t = cx.real("lora", &[rows, ranks])?;
-        if self.narrow(cx) {
+        if self.narrow(cx, fused) {
             lora_t(cx, &t, xd, x[A], x[SCALE])?;
         } else {
             let narrow = cx.real("lora", &[rows, ranks])?;
@@ -207,7 +217,7 @@ impl Op for LoraLinear {
             scaled(cx, &t, &narrow, x[SCALE], None, false)?;
         }
         let w = self.weight(cx, dense)?;
-        if self.fused(cx) {
+        if fused {
             lora_nt(cx, &y, x[0], &w, bias, &t, &self.own_segments(b.clone()))?;
         } else {
             product(cx, Layout::NT, &y, x[0], &w, bias, false)?;
@@ -240,9 +250,9 @@ impl Op for LoraLinear {
         } else {
             (rest.first(), rest.get(1))
         };
-        let fused = self.fused(cx);
+        let fused = self.fused(cx, [dy.cols(), xd.cols()]);
         let dt = cx.real("lora", t.shape())?;
-        if self.narrow(cx) {
+        if self.narrow(cx, fused) {
             lora_dt(cx, &dt, dy, &self.own_segments(b.iter()), scale)?;
         } else {
             let narrow = cx.real("lora", t.shape())?;
@@ -260,35 +270,32 @@ impl Op for LoraLinear {
             }
             scaled(cx, &dt, &narrow, scale, None, false)?;
         }
-        if let Some((dx, accumulate)) = g.slot(0)? {
-            let w = self.weight(cx, dense)?;
-            match (fused, self.dropped) {
-                (true, false) => lora_nn(cx, &dx, dy, &w, &dt, a, accumulate)?,
-                (_, true) => product(cx, Layout::NN, &dx, dy, &w, None, accumulate)?,
-                (false, false) => {
-                    product(cx, Layout::NN, &dx, dy, &w, None, accumulate)?;
-                    product(cx, Layout::NN, &dx, &dt, a, None, true)?;
-                }
+        let dx = g.slot(0)?;
+        let w = dx.is_some().then(|| self.weight(cx, dense)).transpose()?;
+        if self.dropped || !fused {
+            if let (Some((dx, accumulate)), Some(w)) = (&dx, &w) {
+                product(cx, Layout::NN, dx, dy, w, None, *accumulate)?;
             }
-        }
-        if self.dropped
-            && let Some((dxd, accumulate)) = g.slot(self.xd())?
-        {
-            product(cx, Layout::NN, &dxd, &dt, a, None, accumulate)?;
+            let low = if self.dropped {
+                g.slot(self.xd())?
+            } else {
+                dx.clone().map(|(dx, _)| (dx, true))
+            };
+            if let Some((dxd, accumulate)) = low {
+                product(cx, Layout::NN, &dxd, &dt, a, None, accumulate)?;
+            }
         }
         let da = g.slot(A)?;
         let db = (0..b.len()).map(|i| g.slot(B + i)).collect::<Result<Vec<_>>>()?;
         if fused {
-            let db: Vec<own::Slot> =
-                db.iter().map(|s| s.as_ref().map(|(t, add)| (t, *add))).collect();
+            fn borrowed(slot: &Option<(Tensor, bool)>) -> own::Slot<'_> {
+                slot.as_ref().map(|(t, add)| (t, *add))
+            }
+            let db: Vec<own::Slot> = db.iter().map(borrowed).collect();
+            let dx = if self.dropped { None } else { borrowed(&dx) };
+            let to = Wanted { dx, w: w.as_ref(), a, da: borrowed(&da), db: &db };
             let read = Read { x: xd, dt: &dt, dy, t };
-            lora_grads(
-                cx,
-                da.as_ref().map(|(t, add)| (t, *add)),
-                &db,
-                &read,
-                &self.own_segments(b.iter()),
-            )?;
+            lora_grads(cx, &to, &read, &self.own_segments(b.iter()))?;
         } else {
             if let Some((da, accumulate)) = &da {
                 product(cx, Layout::TN, da, &dt, xd, None, *accumulate)?;
@@ -360,11 +367,15 @@ impl Op for LoraLinear {
 pub fn cases(rng: &mut Rng) -> Vec<Case> {
     let mut cases = Vec::new();
     type Three = (usize, usize, usize); // m, n, k; or for a pair: from, columns, rank
-    let shapes: [(Three, &[Three], bool, bool); 4] = [
+    let shapes: [(Three, &[Three], bool, bool); 7] = [
         ((3, 5, 7), &[(0, 5, 2)], false, false),
         ((33, 48, 24), &[(0, 32, 8), (32, 8, 8), (40, 8, 8)], true, false),
         ((70, 40, 32), &[(8, 16, 4), (32, 8, 3)], true, true),
         ((130, 64, 48), &[(0, 64, 16)], false, true),
+        ((65, 136, 16), &[(0, 72, 16), (72, 32, 16), (104, 32, 16)], true, false),
+        ((5, 24, 16), &[(0, 24, 64)], false, true),
+        // PiSSA's frozen initial pair beside the trained one.
+        ((6, 24, 16), &[(0, 24, 8), (0, 24, 8)], false, false),
     ];
     for ((m, n, k), pairs, bias, dropped) in shapes {
         let x = rng.array(&[m, k], 1.0);

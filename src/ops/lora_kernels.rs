@@ -1,12 +1,14 @@
 //! Launches of the fused low-rank kernels, for `ops::lora`. Not on the tape. Layer 4.
 //!
-//! Invariant: shapes are checked here, so the kernels may trust them. Math and numerics:
-//! `kernels/lora.cu`.
+//! Invariant: shapes are checked here, so the kernels may trust them. Whichever kernel runs, the
+//! bits are those of `kernels/lora.cu`, which has the math and the numerics.
 
 use crate::autograd::Cx;
-use crate::device::{DType, Launch};
+use crate::device::{DType, Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
+use crate::ops::operands::{Bounds, LowRank, Operands};
+use crate::ops::{lora_hopper, matmul_few};
 use crate::tensor::Tensor;
 
 /// Columns `start..end` of a fused projection's output have the adapter B `b` [end - start, rank],
@@ -25,12 +27,7 @@ impl Segment<'_> {
 }
 
 /// The arguments that kernels take: start, end and rank of three segments, absent ones empty.
-fn bounds(
-    name: &'static str,
-    segments: &[Segment],
-    n: usize,
-    ranks: usize,
-) -> Result<[[i32; 3]; 3]> {
+fn bounds(name: &'static str, segments: &[Segment], n: usize, ranks: usize) -> Result<Bounds> {
     let mut out = [[0; 3]; 3];
     let mut free = 0;
     for (i, s) in segments.iter().enumerate().take(3) {
@@ -61,6 +58,17 @@ fn expect(name: &'static str, shapes: &[(&Tensor, [usize; 2])]) -> Result<()> {
         Some((t, shape)) => Err(Error::op(name, format!("{t:?} where {shape:?} is expected"))),
         None => Ok(()),
     }
+}
+
+/// Whether steps of 16 ranks that begin with each segment's first are those of `kernels/lora.cu`,
+/// which begin with the first of all: so its bits can be had segment by segment.
+pub fn steps_agree(ranks: impl IntoIterator<Item = usize>) -> bool {
+    let mut from = 0;
+    ranks.into_iter().all(|rank| {
+        let agree = rank % 8 == 0 && (from % 16 == 0 || from % 16 + rank <= 16);
+        from += rank;
+        agree
+    })
 }
 
 fn tile(dtype: DType) -> usize {
@@ -100,6 +108,16 @@ pub fn lora_nt(
     if m == 0 {
         return Ok(());
     }
+    if x.dtype() == DType::BF16 && k > 0 && steps_agree(segments.iter().map(Segment::rank)) {
+        let p = Operands { layout: Layout::NT, c: y, a: x, b: w, bias, accumulate: false };
+        let low = LowRank { t, b: [0, 1, 2].map(|i| segments.get(i).map(|s| s.b)), bounds };
+        if matmul_few::fits(&p) {
+            return matmul_few::with_low_rank(cx, &p, &low);
+        }
+        if let Some(width) = lora_hopper::width(cx, &p, &low) {
+            return lora_hopper::nt(cx, &p, &low, width);
+        }
+    }
     let args = with_bounds!(LoraNtArgs, bounds, {
         y: y.out(),
         x,
@@ -119,42 +137,6 @@ pub fn lora_nt(
         ldt: t.stride() as i32,
     });
     kernels::lora_nt(&*cx.device, grid(x.dtype(), m, n, 1), args)
-}
-
-/// `dx (+)= dy w + dt a`: dy [m, n], w [n, k], dt [m, R], a [R, k] (the A of all segments,
-/// stacked); dx [m, k].
-pub fn lora_nn(
-    cx: &Cx,
-    dx: &Tensor,
-    dy: &Tensor,
-    w: &Tensor,
-    dt: &Tensor,
-    a: &Tensor,
-    accumulate: bool,
-) -> Result<()> {
-    let (m, n, k, ranks) = (dy.row_count(), dy.cols(), w.cols(), dt.cols());
-    expect("lora_nn", &[(dx, [m, k]), (w, [n, k]), (dt, [m, ranks]), (a, [ranks, k])])?;
-    if m == 0 {
-        return Ok(());
-    }
-    let args = kernels::LoraNnArgs {
-        dx: dx.out(),
-        dy,
-        w,
-        dt,
-        a,
-        m: m as i32,
-        n: n as i32,
-        k: k as i32,
-        ranks: ranks as i32,
-        lddy: dy.stride() as i32,
-        ldw: w.stride() as i32,
-        lddx: dx.stride() as i32,
-        lddt: dt.stride() as i32,
-        lda: a.stride() as i32,
-        accumulate: i32::from(accumulate),
-    };
-    kernels::lora_nn(&*cx.device, grid(dy.dtype(), m, k, 1), args)
 }
 
 /// `t = scale x a^T`: x [m, k], a [R, k] (the A of all segments, stacked), scale F32 `[R]`; t [m,
@@ -189,7 +171,7 @@ fn narrow(
     d: usize,
     [out, x, scale]: [&Tensor; 3],
     w: &[&Tensor],
-    bounds: [[i32; 3]; 3],
+    bounds: Bounds,
 ) -> Result<()> {
     let m = x.row_count();
     if scale.numel() != out.cols() {
@@ -218,6 +200,18 @@ fn narrow(
 /// A gradient buffer (F32, contiguous) and whether to add to its contents.
 pub type Slot<'a> = Option<(&'a Tensor, bool)>;
 
+/// The gradients that [`lora_grads`] computes: dx [m, k] real, with the weight w [n, k] and the A
+/// of all segments, stacked [R, k]; da [R, k] and db_i [end - start, rank], float.
+#[derive(Clone, Copy)]
+pub struct Wanted<'a> {
+    pub dx: Slot<'a>,
+    /// Given where dx is.
+    pub w: Option<&'a Tensor>,
+    pub a: &'a Tensor,
+    pub da: Slot<'a>,
+    pub db: &'a [Slot<'a>],
+}
+
 /// The inputs of [`lora_grads`]: x [m, k], dt and t [m, R], dy [m, n].
 #[derive(Clone, Copy)]
 pub struct Read<'a> {
@@ -227,36 +221,98 @@ pub struct Read<'a> {
     pub t: &'a Tensor,
 }
 
-/// `da (+)= dt^T x` [R, k] and `db_i (+)= dy_i^T t_i` [end - start, rank], for the slots that are
-/// given, in one launch.
-pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]) -> Result<()> {
+/// `dx (+)= dy w + dt a`, `da (+)= dt^T x` and `db_i (+)= dy_i^T t_i`, for the slots that are
+/// given: one launch on Hopper, elsewhere one for dx and one for the others.
+pub fn lora_grads(cx: &Cx, to: &Wanted, r: &Read, segments: &[Segment]) -> Result<()> {
     let (m, k, n, ranks) = (r.x.row_count(), r.x.cols(), r.dy.cols(), r.dt.cols());
     let bounds = bounds("lora_grads", segments, n, ranks)?;
     expect("lora_grads", &[(r.dt, [m, ranks]), (r.dy, [m, n]), (r.t, [m, ranks])])?;
-    if db.len() != segments.len() {
-        let message = format!("{} gradients for {} segments", db.len(), segments.len());
+    if to.db.len() != segments.len() {
+        let message = format!("{} gradients for {} segments", to.db.len(), segments.len());
         return Err(Error::op("lora_grads", message));
     }
-    let tile = tile(r.x.dtype());
-    let (mut tiles, mut accumulate) = (0, 0);
-    if let Some((t, add)) = da {
-        expect("lora_grads", &[(t, [ranks, k])])?;
-        tiles += ranks.div_ceil(tile) * k.div_ceil(tile);
-        accumulate |= i32::from(add);
+    if let Some((da, _)) = to.da {
+        expect("lora_grads", &[(da, [ranks, k])])?;
     }
-    for (i, (slot, s)) in db.iter().zip(segments).enumerate() {
-        if let Some((t, add)) = slot {
-            expect("lora_grads", &[(t, [s.end - s.start, s.rank()])])?;
-            tiles += (s.end - s.start).div_ceil(tile) * s.rank().div_ceil(tile);
-            accumulate |= i32::from(*add) << (i + 1);
+    for (slot, s) in to.db.iter().zip(segments) {
+        if let Some((db, _)) = slot {
+            expect("lora_grads", &[(db, [s.end - s.start, s.rank()])])?;
         }
     }
+    let dx = match (to.dx, to.w) {
+        (Some((dx, accumulate)), Some(w)) => {
+            expect("lora_grads", &[(dx, [m, k]), (w, [n, k]), (to.a, [ranks, k])])?;
+            let (c, a, b) = (dx, r.dy, w);
+            Some(Operands { layout: Layout::NN, c, a, b, bias: None, accumulate })
+        }
+        (None, _) => None,
+        (Some(_), None) => return Err(Error::op("lora_grads", "dx without a weight")),
+    };
+    if m == 0 {
+        return Ok(());
+    }
+    let gradients = lora_hopper::Gradients {
+        x: r.x,
+        dt: r.dt,
+        dy: r.dy,
+        t: r.t,
+        a: to.a,
+        da: to.da.map(|(t, _)| t),
+        db: [0, 1, 2].map(|i| to.db.get(i).copied().flatten().map(|(t, _)| t)),
+        accumulate: accumulate_bits(to),
+        bounds,
+    };
+    if let Some(width) = lora_hopper::width_of_gradients(cx, dx.as_ref(), &gradients) {
+        return lora_hopper::nn(cx, dx.as_ref(), &gradients, width);
+    }
+    if let Some(p) = &dx {
+        input_grad(cx, p, r.dt, to.a)?;
+    }
+    adapter_grads(cx, to, r, bounds)
+}
+
+/// Bit 0: dA is added to; bit i + 1: dB_i is.
+fn accumulate_bits(to: &Wanted) -> i32 {
+    let adds = |slot: Slot| i32::from(slot.is_some_and(|(_, add)| add));
+    to.db.iter().enumerate().fold(adds(to.da), |bits, (i, slot)| bits | adds(*slot) << (i + 1))
+}
+
+/// dx by the tile kernel.
+fn input_grad(cx: &Cx, p: &Operands, dt: &Tensor, a: &Tensor) -> Result<()> {
+    let (m, k, n) = p.sizes();
+    let args = kernels::LoraNnArgs {
+        dx: p.c.out(),
+        dy: p.a,
+        w: p.b,
+        dt,
+        a,
+        m: m as i32,
+        n: n as i32,
+        k: k as i32,
+        ranks: dt.cols() as i32,
+        lddy: p.a.stride() as i32,
+        ldw: p.b.stride() as i32,
+        lddx: p.c.stride() as i32,
+        lddt: dt.stride() as i32,
+        lda: a.stride() as i32,
+        accumulate: i32::from(p.accumulate),
+    };
+    kernels::lora_nn(&*cx.device, grid(p.a.dtype(), m, k, 1), args)
+}
+
+/// dA and all dB by the tile kernel.
+fn adapter_grads(cx: &Cx, to: &Wanted, r: &Read, bounds: Bounds) -> Result<()> {
+    let tile = tile(r.x.dtype());
+    let tiles = |slot: &Slot| {
+        slot.map_or(0, |(t, _)| t.row_count().div_ceil(tile) * t.cols().div_ceil(tile))
+    };
+    let tiles = tiles(&to.da) + to.db.iter().map(tiles).sum::<usize>();
     if tiles == 0 {
         return Ok(());
     }
-    let out = |i: usize| db.get(i).copied().flatten().map(|(t, _)| t.out());
+    let out = |i: usize| to.db.get(i).copied().flatten().map(|(t, _)| t.out());
     let args = with_bounds!(LoraGradsArgs, bounds, {
-        da: da.map(|(t, _)| t.out()),
+        da: to.da.map(|(t, _)| t.out()),
         db0: out(0),
         db1: out(1),
         db2: out(2),
@@ -264,14 +320,14 @@ pub fn lora_grads(cx: &Cx, da: Slot, db: &[Slot], r: &Read, segments: &[Segment]
         dt: r.dt,
         dy: r.dy,
         t: r.t,
-        m: m as i32,
-        k: k as i32,
-        ranks: ranks as i32,
+        m: r.x.row_count() as i32,
+        k: r.x.cols() as i32,
+        ranks: r.dt.cols() as i32,
         ldx: r.x.stride() as i32,
         lddt: r.dt.stride() as i32,
         lddy: r.dy.stride() as i32,
         ldt: r.t.stride() as i32,
-        accumulate,
+        accumulate: accumulate_bits(to),
     });
     kernels::lora_grads(&*cx.device, Launch::grid([tiles, 1, 1]), args)
 }

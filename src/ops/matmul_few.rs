@@ -5,9 +5,9 @@
 
 use crate::autograd::Cx;
 use crate::device::{Capabilities, DType, Launch, Layout};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::{self, FEW_COLS, FEW_ROWS, FEW_STAGES};
-use crate::ops::operands::Operands;
+use crate::ops::operands::{LowRank, Operands};
 use crate::tensor::Tensor;
 
 /// Whether this is such a product.
@@ -37,6 +37,46 @@ pub(super) fn product(cx: &Cx, p: &Operands) -> Result<()> {
         shift: cut.shift as i32,
     };
     kernels::few_nt(&*cx.device, cut.launch, cut.rows, args)
+}
+
+/// `c = a b^T (+ bias)` and low-rank terms, where [`fits`] allows it; c is real.
+pub(super) fn with_low_rank(cx: &Cx, p: &Operands, low: &LowRank) -> Result<()> {
+    let (m, n, k) = p.sizes();
+    let cut = Cut::of(m, n.div_ceil(FEW_COLS), k, &cx.device.capabilities());
+    let [[start0, end0, rank0], [start1, end1, rank1], [start2, end2, rank2]] = low.bounds;
+    let [Some(b0), b1, b2] = low.b else {
+        return Err(Error::op("lora", "no segment"));
+    };
+    let args = kernels::FewLoraNtArgs {
+        c: p.c.out(),
+        x: p.a,
+        w: p.b,
+        bias: p.bias,
+        t: low.t,
+        b0,
+        b1,
+        b2,
+        m: m as i32,
+        n: n as i32,
+        k: k as i32,
+        ranks: low.t.cols() as i32,
+        ldx: p.a.stride() as i32,
+        ldw: p.b.stride() as i32,
+        ldc: p.c.stride() as i32,
+        ldt: low.t.stride() as i32,
+        warps: cut.warps as i32,
+        shift: cut.shift as i32,
+        start0,
+        end0,
+        rank0,
+        start1,
+        end1,
+        rank1,
+        start2,
+        end2,
+        rank2,
+    };
+    kernels::few_lora_nt(&*cx.device, cut.launch, cut.rows, args)
 }
 
 /// `y = act(g) * u` with `g|u = x w^T (+ bias)`: x [m, k] of at most [`FEW_ROWS`] rows, w [2 f, k],

@@ -13,7 +13,7 @@ use crate::ops::operands::Operands;
 use crate::tensor::Tensor;
 
 /// Rows of a tile of C, and k per step.
-const ROWS: usize = 128;
+pub(super) const ROWS: usize = 128;
 const STEP: usize = 64;
 
 /// The tile widths of a forward product (NT).
@@ -143,9 +143,9 @@ fn workers(tiles: usize, steps: usize) -> usize {
 }
 
 /// Rows of tiles that are taken together, so that blocks running at the same time share L2.
-const GROUP: i32 = 8;
+pub(super) const GROUP: i32 = 8;
 
-fn tiles((m, n): (usize, usize), width: usize) -> usize {
+pub(super) fn tiles((m, n): (usize, usize), width: usize) -> usize {
     m.div_ceil(ROWS) * n.div_ceil(width)
 }
 

@@ -21,6 +21,7 @@ pub mod levels;
 mod library;
 pub mod linear_glu;
 pub mod lora;
+mod lora_hopper;
 pub mod lora_kernels;
 pub mod matmul;
 mod matmul_few;

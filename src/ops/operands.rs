@@ -16,6 +16,18 @@ pub(super) struct Operands<'a> {
     pub accumulate: bool,
 }
 
+/// Low-rank terms of a product: for each segment of the columns of c, t_i b_i^T with its columns of
+/// t and its b.
+#[derive(Clone, Copy)]
+pub(super) struct LowRank<'a> {
+    pub t: &'a Tensor,
+    pub b: [Option<&'a Tensor>; 3],
+    pub bounds: Bounds,
+}
+
+/// Start, end and rank of three segments; absent ones are empty.
+pub(super) type Bounds = [[i32; 3]; 3];
+
 impl Operands<'_> {
     /// (m, n, k)
     pub fn sizes(&self) -> (usize, usize, usize) {

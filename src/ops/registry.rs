@@ -33,6 +33,7 @@ pub fn registry() -> Vec<Entry> {
     const DECODE: &[&str] = &["attention", "attention_mma", "attention_decode", "rope"];
     const LINEAR: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "reduce"];
     const LINEAR_GLU: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "activation", "reduce"];
+    const LORA: &[&str] = &["lora", "lora_hopper", "matmul", "matmul_few", "scale", "reduce"];
     const PROMPT: &[&str] = &["prompt", "embedding", "scale"];
     const DISTILL: &[&str] = &["distill", "head", "matmul", "preference"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
@@ -52,7 +53,7 @@ pub fn registry() -> Vec<Entry> {
         op("head", &["head", "matmul"], head::cases, head::perf, GEMM),
         op("linear", LINEAR, matmul::cases, matmul::perf, GEMM),
         op("linear_glu", LINEAR_GLU, linear_glu::cases, linear_glu::perf, GEMM),
-        op("lora_linear", &["lora", "matmul", "scale", "reduce"], lora::cases, lora::perf, GEMM),
+        op("lora_linear", LORA, lora::cases, lora::perf, GEMM),
         op("muon", &["muon", "matmul"], muon::cases, muon::perf, GEMM),
         op(
             "orthogonalise",

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use temper::autograd::{Cx, F64, Round};
 use temper::device::{DType, cpu::Cpu};
 use temper::ops::case::Rng;
-use temper::ops::lora_kernels::{Read, Segment, lora_dt, lora_grads, lora_nn, lora_nt, lora_t};
+use temper::ops::lora_kernels::{Read, Segment, Wanted, lora_dt, lora_grads, lora_nt, lora_t};
 use temper::tensor::Tensor;
 
 use crate::support::cpu;
@@ -149,30 +149,34 @@ fn run(device: Cpu, dtype: DType, case: &Case) -> Vec<Vec<u32>> {
 
     let (dt, hdt) = put(&cx, want, dtype, pad);
     let dx = cx.real("dx", &[m, k]).unwrap();
+    let read = Read { x: &x, dt: &dt, dy: &dy, t: &t };
+    let none = vec![None; list.len()];
+    let nothing = Wanted { dx: None, w: Some(&w), a: &a, da: None, db: &none };
     let whole = plus(&nn(&hdy, &hw), &nn(&hdt, &ha));
-    lora_nn(&cx, &dx, &dy, &w, &dt, &a, false).unwrap();
+    lora_grads(&cx, &Wanted { dx: Some((&dx, false)), ..nothing }, &read, &list).unwrap();
     bits.push(close(&dx, &whole, &format!("{label}: dx")));
-    lora_nn(&cx, &dx, &dy, &w, &dt, &a, true).unwrap();
+    lora_grads(&cx, &Wanted { dx: Some((&dx, true)), ..nothing }, &read, &list).unwrap();
     bits.push(close(&dx, &plus(&whole, &whole), &format!("{label}: dx twice")));
 
     let da = cx.float("da", &[ranks, k]).unwrap();
     let db: Vec<Tensor> =
         segments.iter().map(|(from, to, r)| cx.float("db", &[to - from, *r]).unwrap()).collect();
-    let read = Read { x: &x, dt: &dt, dy: &dy, t: &t };
     let hda = tn(&hdt, &hx);
     let hdb: Vec<F64> = segments
         .iter()
         .zip(&offsets)
         .map(|(&(from, to, rank), o)| tn(&columns(&hdy, from, to), &columns(&ht, *o, o + rank)))
         .collect();
-    // First dA alone, then dA again and all dB, then the last dB alone once more.
-    let none = vec![None; db.len()];
-    lora_grads(&cx, Some((&da, false)), &none, &read, &list).unwrap();
+    // First dA alone, then dA again with dx and all dB, then the last dB alone once more.
+    lora_grads(&cx, &Wanted { da: Some((&da, false)), ..nothing }, &read, &list).unwrap();
     let all: Vec<_> = db.iter().map(|t| Some((t, false))).collect();
-    lora_grads(&cx, Some((&da, true)), &all, &read, &list).unwrap();
+    let (again, to_dx) = (Some((&da, true)), Some((&dx, false)));
+    let everything = Wanted { dx: to_dx, w: Some(&w), a: &a, da: again, db: &all };
+    lora_grads(&cx, &everything, &read, &list).unwrap();
     let mut last = none.clone();
     last[db.len() - 1] = Some((&db[db.len() - 1], true));
-    lora_grads(&cx, None, &last, &read, &list).unwrap();
+    lora_grads(&cx, &Wanted { db: &last, ..nothing }, &read, &list).unwrap();
+    bits.push(close(&dx, &whole, &format!("{label}: dx with the others")));
     bits.push(close(&da, &plus(&hda, &hda), &format!("{label}: da")));
     for (i, (got, want)) in db.iter().zip(&hdb).enumerate() {
         let want = if i + 1 == db.len() { plus(want, want) } else { want.clone() };

@@ -37,6 +37,7 @@ mod library;
 mod limits;
 mod logit_slices;
 mod lora_ends;
+mod lora_hopper;
 mod lora_kernels;
 mod masks;
 mod matmul_few;
