@@ -3,15 +3,17 @@
 // Math     FlashAttention-2 (Dao, 2023), with the exponent in base 2: P = 2^(s log2(e) - m)
 // Shapes   As attention.cu, with the same arguments, so that one struct serves both variants (`rows` and, in dq, `children` are
 //          unused here);  items [tiles, 2] int: segment, first row in it
-// Plan     4 warps own 64 rows, 16 each; a step is 64 positions of the other side (32 where registers are short), copied to
+// Plan     4 warps own 64 rows, 16 each, against steps of positions of the other side (64 forward, mostly 32 backward), copied to
 //          shared memory by cp.async. attention_mma_fwd: one block per (64 query rows, head). attention_mma_paged: one block per
-//          (run of rows of one sequence, kv head), with the heads of a group side by side in the 64 rows, so a decode step reads
-//          each key once. attention_mma_dq: as the forward. attention_mma_dkv: one block per (64 key rows, kv head), over the
-//          queries that see them; head size 256 takes two blocks, one for dk and one for dv. No atomics.
+//          (run of rows of one sequence, kv head), with the heads of a group side by side in the 64 rows, so a step reads each key
+//          once. attention_mma_dq: as the forward. attention_mma_dkv: one block per (64 key rows, kv head), over the queries that
+//          see them; head size 256 takes two blocks, one for dk and one for dv. The backward copies a step ahead where two stages
+//          fit. No atomics.
 // Numerics s, the softmax and all sums in float; P and dS are rounded to bf16 as operands; l sums P before rounding. A row is one
 //          chain over the blocks of 64 positions from position 0 of its own sequence, whatever else is in its tile.
 // Cost     4 D flops a pair forward, 14 D executed backward (dq 6, dkv 8; 10 at head size 256). H100, 2026-11-27: forward 218
-//          TFLOP/s at head size 64 (8 x 2048, 14/2 heads), 230 at 128 (2 x 8192, 16/8); backward 88 at 64, before ex2.
+//          TFLOP/s at head size 64 (8 x 2048, 14/2 heads), 230 at 128 (2 x 8192, 16/8); backward 88 at 64, before
+//          ex2 and before it copied ahead; *predicted* 130, not measured.
 #include "prim/async.cuh"
 #include "common/attention_mma.cuh"
 
