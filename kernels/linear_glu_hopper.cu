@@ -8,7 +8,7 @@
 // Plan     A persistent block has two consumers, and each owns every second tile of 128 x 128 of the product (nt: 64 columns of g and
 //          the same 64 of u, so one thread holds both of a pair): one multiplies while the other computes activations, which take
 //          about as long. matmul_hopper.cu's consumers share a tile and end it together, and then nobody multiplies. The ring is
-//          filled in the order of the tiles, so the consumers take turns by themselves. Every warp stores its own rows by TMA, 64
+//          filled in the order of the tiles, and a consumer passes the turn on with its last products under way. Every warp stores its own rows by TMA, 64
 //          columns at a time. nn: a warp has two pairs of boxes for g and u; both are loaded while it still multiplies, and the
 //          gradients leave from where g and u came.
 // Numerics As matmul.cu followed by activation.cu: one chain over k; g, u and dy are rounded to real before they are used.
@@ -46,14 +46,15 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, 
   bf16* sb = sa + STAGES * TILE;                             // STAGES x 128 x 64
   unsigned char* boxes = (unsigned char*)(sb + STAGES * TILE);  // BOXES a warp
   mbarrier* full = (mbarrier*)(boxes + 8 * BOXES * 2048);
-  mbarrier *empty = full + STAGES, *loaded = empty + STAGES;  // loaded: two a warp
+  mbarrier *empty = full + STAGES, *turn = empty + STAGES;  // turn: one a consumer
+  mbarrier* loaded = turn + 2;                              // two a warp
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       mbarrier_init(full + i, 1);
       mbarrier_init(empty + i, 1);
     }
-    for (int i = 0; i < 16; ++i) mbarrier_init(loaded + i, 1);
+    for (int i = 0; i < 2 + 16; ++i) mbarrier_init(turn + i, 1);
     mbarrier_fence();
   }
   block_sync();
@@ -89,12 +90,17 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, 
   const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   end.boxes = boxes + (w * 4 + warp) * BOXES * 2048;
   end.loaded = loaded + (w * 4 + warp) * 2;
+  if (w == 1 && thread == 0) mbarrier_arrive(turn);  // the first turn
   // `done`: the steps of all tiles before this one, the other consumer's included.
-  for (int tile = blockIdx.x + w * gridDim.x, done = w * steps; tile < tm * tn; tile += 2 * gridDim.x, done += 2 * steps) {
+  int done = w * steps, turns = 0;
+  for (int tile = blockIdx.x + w * gridDim.x; tile < tm * tn; tile += 2 * gridDim.x, done += 2 * steps) {
     place(tile, tm, tn, group, i, j);
     const GluPlace at = {i * 128 + warp * 16, j * COLS};
     int stage = done % STAGES, phase = done / STAGES & 1, last = -1;
     float d[2][64];
+    // A parity says which of two rounds of the ring is meant, so nobody may be ahead by more than one: the other consumer has
+    // waited for all stages before these.
+    mbarrier_wait(turn + w, turns++ & 1);
     for (int q = 0; q < steps; ++q) {
       mbarrier_wait(full + stage, phase);
       const bf16 *ta = sa + stage * TILE, *tb = sb + stage * TILE;
@@ -114,6 +120,7 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, 
       if (++stage == STAGES) stage = 0, phase ^= 1;
       if (q == steps / 2) end.halfway(at, lane);
     }
+    if (thread == 0) mbarrier_arrive(turn + (w ^ 1));  // while the last products run
     wgmma_wait<0>();
     if (thread == 0) mbarrier_arrive(empty + last);
     end.finish(at, lane, d);
