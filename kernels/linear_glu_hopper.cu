@@ -12,9 +12,10 @@
 //          columns at a time. nn: a warp has two pairs of boxes for g and u; both are loaded while it still multiplies, and the
 //          gradients leave from where g and u came.
 // Numerics As matmul.cu followed by activation.cu: one chain over k; g, u and dy are rounded to real before they are used.
-// Cost     2 m n k flops, n = 2 f or f; nt (m k + 2 f k + 3 m f) x sizeof bytes, nn (m k + f k + 4 m f, with y 5 m f). 16,384 x 896 x 9,728
-//          *predicted* for an H100: nt 400 us (hopper_nt 390 + glu_fwd 175 measured), nn 300 us (hopper_nn 209 + glu_bwd 267).
-//          The arithmetic: docs/kernels.md, "Gate, up and activation in one product".
+// Cost     2 m n k flops, n = 2 f or f; nt (m k + 2 f k + 3 m f) x sizeof bytes, nn (m k + f k + 4 m f, with y 5 m f). *Predicted* for an
+//          H100, 16,384 x 896 x 9,728: nt 380 us (products alone at 804 TFLOP/s 355, 6% for tiles of 128; hopper_nt 390 + glu_fwd 175
+//          measured), nn 250 us (676 MB at 2.9 TB/s 233; hopper_nn 209 + glu_bwd 267). A warp's end of a tile is 3,280 instructions
+//          in nt, 7,200 in nn, beside 7,168 cycles of the other consumer's products. Not measured; docs/kernels.md has the rest.
 #include "common/activate.cuh"
 #include "common/hopper_product.cuh"
 
