@@ -13,21 +13,21 @@
 //          gradients leave from where g and u came.
 // Numerics As matmul.cu followed by activation.cu: one chain over k; g, u and dy are rounded to real before they are used.
 // Cost     2 m n k flops, n = 2 f or f; nt (m k + 2 f k + 3 m f) x sizeof bytes, nn (m k + f k + 4 m f, with y 5 m f). *Predicted* for an
-//          H100, 16,384 x 896 x 9,728: nt 380 us (products alone at 804 TFLOP/s 355, 6% for tiles of 128; hopper_nt 390 + glu_fwd 175
-//          measured), nn 250 us (676 MB at 2.9 TB/s 233; hopper_nn 209 + glu_bwd 267). A warp's end of a tile is 3,280 instructions
-//          in nt, 7,200 in nn, beside 7,168 cycles of the other consumer's products. Not measured; docs/kernels.md has the rest.
+//          H100, 16,384 x 896 x 9,728: nt 420 us (operands from L2 4.36 GB at 10.6 TB/s; hopper_nt 390 + glu_fwd 175 measured), nn 270 us
+//          (L2 2.5 GB, memory 676 MB, 235 us each; hopper_nn 209 + glu_bwd 267). A warp's end of a tile is 3,280 instructions in nt,
+//          7,200 in nn, beside 7,168 cycles of the other consumer's products. Not measured; more: docs/kernels.md.
 #include "common/activate.cuh"
 #include "common/hopper_product.cuh"
 
-// Boxes of 16 x 64 that a warp has; stages of the ring beside them; the block's shared memory.
-EXPORT(int, GLU_BOXES, 2);
-EXPORT(int, GLU_BWD_BOXES, 5);
-EXPORT_FN(glu_stages, boxes, boxes == 2 ? 6 : 4);
-EXPORT_FN(glu_shared, boxes, glu_stages(boxes) * 2 * 128 * 64 * 2 + 8 * boxes * 2048 + 512);
+// D of nt is 8 x (rows of a tile / 64) + the activation, D of nn the activation. Stages of the ring; the block's shared memory: the
+// ring, boxes of 16 x 64 (two or five a warp), barriers.
+EXPORT_FN(glu_halves, d, d < 8 ? 2 : d / 8);
+EXPORT_FN(glu_boxes, d, d < 8 ? 5 : 2);
+EXPORT_FN(glu_stages, d, d / 8 == 2 ? 6 : 4);
+EXPORT_FN(glu_shared, d, glu_stages(d) * (glu_halves(d) * 64 + 128) * 128 + 8 * glu_boxes(d) * 2048 + 512);
 
 #if defined(REAL_BF16) && defined(HOPPER)
-// A warp's place in a tile: its first row of the tile's upper half (64 rows below it begin its rows of the lower half), and the
-// tile's first column.
+// A warp's place in a tile: the first of its rows (it has 16 of each 64), and the tile's first column.
 struct GluPlace {
   int row, col;
 };
@@ -38,14 +38,16 @@ DEVICE float high(unsigned pair) { return to_float(bf16{(unsigned short)(pair >>
 // Where this lane's address for stmatrix4 and ldmatrix4 lies in a box: rows 0 and 8 of columns 8 x, then the same of 8 x + 8.
 DEVICE int glu_at(int lane, int x) { return swizzle128(lane / 8 % 2 * 8 + lane % 8, x + lane / 16); }
 
-// A tile after a tile: `end` is told when half of a tile's products are started, and takes the sums when all are done.
-template <int TRANS, int BOXES, class End>
-DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, int k, int group, End end) {
-  constexpr int STAGES = glu_stages(BOXES), TILE = 128 * DEPTH, COLS = TRANS == NT ? 64 : 128;
-  static_assert(glu_shared(BOXES) <= 227 * 1024, "what a block of Hopper may have");
-  bf16* sa = (bf16*)shared_base();                           // STAGES x 128 x 64
-  bf16* sb = sa + STAGES * TILE;                             // STAGES x 128 x 64
-  unsigned char* boxes = (unsigned char*)(sb + STAGES * TILE);  // BOXES a warp
+// A tile after a tile, tm x tn of them, of `steps` steps of k: `end` is told when half of a tile's products are started, and takes
+// the sums when all are done.
+template <int TRANS, int D, class End>
+DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int tm, int tn, int steps, int f, int group, End end) {
+  constexpr int STAGES = glu_stages(D), HALVES = glu_halves(D), BOXES = glu_boxes(D), COLS = TRANS == NT ? 64 : 128;
+  constexpr int TILE_A = HALVES * 64 * DEPTH, TILE_B = 128 * DEPTH;
+  static_assert(glu_shared(D) <= 227 * 1024, "what a block of Hopper may have");
+  bf16* sa = (bf16*)shared_base();                                // STAGES x HALVES x 64 x 64
+  bf16* sb = sa + STAGES * TILE_A;                                // STAGES x 128 x 64
+  unsigned char* boxes = (unsigned char*)(sb + STAGES * TILE_B);  // BOXES a warp
   mbarrier* full = (mbarrier*)(boxes + 8 * BOXES * 2048);
   mbarrier *empty = full + STAGES, *turn = empty + STAGES;  // turn: one a consumer
   mbarrier* loaded = turn + 2;                              // two a warp
@@ -59,7 +61,6 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, 
     mbarrier_fence();
   }
   block_sync();
-  const int tm = (m + 127) / 128, tn = (f + COLS - 1) / COLS, steps = (k + DEPTH - 1) / DEPTH;
   int i, j;
 
   if (warpgroup == 0) {
@@ -71,15 +72,15 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, 
       for (int q = 0; q < steps; ++q) {
         mbarrier_wait(empty + stage, phase ^ 1);
         mbarrier* arrived = full + stage;
-        mbarrier_expect(arrived, 2 * TILE * 2);
-        bf16 *ta = sa + stage * TILE, *tb = sb + stage * TILE;
-        tma_load(ta, &a, arrived, q * DEPTH, i * 128);
+        mbarrier_expect(arrived, (TILE_A + TILE_B) * 2);
+        bf16 *ta = sa + stage * TILE_A, *tb = sb + stage * TILE_B;
+        tma_load(ta, &a, arrived, q * DEPTH, i * HALVES * 64);
         if (TRANS == NT) {
           tma_load(tb, &b, arrived, q * DEPTH, j * COLS);
-          tma_load(tb + TILE / 2, &b, arrived, q * DEPTH, f + j * COLS);
+          tma_load(tb + TILE_B / 2, &b, arrived, q * DEPTH, f + j * COLS);
         } else {
           tma_load(tb, &b, arrived, j * COLS, q * DEPTH);
-          tma_load(tb + TILE / 2, &b, arrived, j * COLS + 64, q * DEPTH);
+          tma_load(tb + TILE_B / 2, &b, arrived, j * COLS + 64, q * DEPTH);
         }
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
@@ -96,20 +97,20 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, 
   int done = w * steps, turns = 0;
   for (int tile = blockIdx.x + w * gridDim.x; tile < tm * tn; tile += 2 * gridDim.x, done += 2 * steps) {
     place(tile, tm, tn, group, i, j);
-    const GluPlace at = {i * 128 + warp * 16, j * COLS};
+    const GluPlace at = {i * HALVES * 64 + warp * 16, j * COLS};
     int stage = done % STAGES, phase = done / STAGES & 1, last = -1;
-    float d[2][64];
+    float d[HALVES][64];
     // A parity says which of two rounds of the ring is meant, so nobody may be ahead by more than one: the other consumer has
     // waited for all stages before these.
     mbarrier_wait(turn + w, turns++ & 1);
     for (int q = 0; q < steps; ++q) {
       mbarrier_wait(full + stage, phase);
-      const bf16 *ta = sa + stage * TILE, *tb = sb + stage * TILE;
+      const bf16 *ta = sa + stage * TILE_A, *tb = sb + stage * TILE_B;
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < DEPTH; kk += 16)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
+        for (int h = 0; h < HALVES; ++h)
           wgmma_ss<128, false, TRANS != NT>(d[h], wgmma_desc<true>(ta + h * 64 * DEPTH + kk),
                                             wgmma_desc<TRANS == NT>(tb + (TRANS == NT ? kk : kk * 64)), q > 0 || kk > 0);
       wgmma_commit();
@@ -129,7 +130,7 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int m, int f, 
   if (lane == 0) tma_wait<0>();
 }
 
-template <int ACT>
+template <int ACT, int HALVES>
 struct GluForward {
   const tensor_map *gate, *up, *y;
   const real* bias;
@@ -160,9 +161,9 @@ struct GluForward {
     }
   }
 
-  DEVICE_MEMBER void finish(const GluPlace& at, int lane, float (&d)[2][64]) {
+  DEVICE_MEMBER void finish(const GluPlace& at, int lane, float (&d)[HALVES][64]) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < HALVES; ++h) {
       const int row = at.row + h * 64;
       if (row >= m) continue;
       float(&v)[64] = d[h];  // g, then u
@@ -279,19 +280,20 @@ struct GluBackward {
 };
 #endif
 
-// D is the activation.
-KERNEL(hopper_glu_nt, D=0,1,2, THREADS=384, SHARED=glu_shared(GLU_BOXES), HOT)(const tensor_map& a, const tensor_map& w,
-       const tensor_map& gate, const tensor_map& up, const tensor_map& y, MAYBE(const real) bias, int m, int f, int k, int keep,
-       int group) {
+// Sizes of the grid of tiles and steps of k come from the host, which leaves a register for each.
+KERNEL(hopper_glu_nt, D=16,17,18,24,25,26, THREADS=384, SHARED=glu_shared(D), HOT)(const tensor_map& a, const tensor_map& w,
+       const tensor_map& gate, const tensor_map& up, const tensor_map& y, MAYBE(const real) bias, int m, int f, int tm, int tn,
+       int steps, int keep, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  glu_product<NT, GLU_BOXES>(a, w, m, f, k, group, GluForward<D>{&gate, &up, &y, bias, m, f, keep, 0, nullptr, nullptr});
+  glu_product<NT, D>(a, w, tm, tn, steps, f, group,
+                     GluForward<D % 8, glu_halves(D)>{&gate, &up, &y, bias, m, f, keep, 0, nullptr, nullptr});
 #endif
 }
 
-KERNEL(hopper_glu_nn, D=0,1,2, THREADS=384, SHARED=glu_shared(GLU_BWD_BOXES), HOT)(const tensor_map& a, const tensor_map& w,
-       const tensor_map& gate, const tensor_map& up, const tensor_map& y, INOUT(real) gate_up, int m, int f, int k, int keep,
-       int group) {
+KERNEL(hopper_glu_nn, D=0,1,2, THREADS=384, SHARED=glu_shared(D), HOT)(const tensor_map& a, const tensor_map& w,
+       const tensor_map& gate, const tensor_map& up, const tensor_map& y, INOUT(real) gate_up, int m, int f, int tm, int tn,
+       int steps, int keep, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  glu_product<NN, GLU_BWD_BOXES>(a, w, m, f, k, group, GluBackward<D>{&gate, &up, &y, gate_up, m, f, keep, nullptr, nullptr});
+  glu_product<NN, D>(a, w, tm, tn, steps, f, group, GluBackward<D>{&gate, &up, &y, gate_up, m, f, keep, nullptr, nullptr});
 #endif
 }

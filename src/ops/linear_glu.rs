@@ -6,13 +6,13 @@
 //! `kernels/activation.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
-use crate::config::MatmulChoice;
 use crate::device::{DType, Layout};
 use crate::error::Result;
 use crate::kernels::FEW_ROWS;
 use crate::ops::activation::{Act, Glu, glu};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::matmul::{Linear, linear, product};
+use crate::ops::own::own_products;
 use crate::ops::{expect_cols, linear_glu_hopper, matmul_few};
 use crate::tensor::Tensor;
 
@@ -37,18 +37,6 @@ pub fn linear_glu(
 pub struct LinearGlu {
     pub act: Act,
     pub bias: bool,
-}
-
-/// Whether a kernel of the engine may compute a product with more around it. Where a library's bits
-/// do not depend on the number of rows, the library computes products of any number, and fused
-/// kernels are not mixed with it.
-pub(super) fn own_products(cx: &Cx) -> bool {
-    let device = cx.device.capabilities();
-    match cx.matmul {
-        MatmulChoice::Own => true,
-        MatmulChoice::Library => false,
-        _ => device.tensor_cores && device.gemm_depends_on_rows,
-    }
 }
 
 /// Whether the kernel for few rows computes this.

@@ -2,19 +2,26 @@
 //! backward in the product behind it. Layer 4.
 //!
 //! Invariant: the bits are those of the engine's own product and `kernels/activation.cu`, so the
-//! choice changes none. Where it pays is a matter of k alone: the tiles are 128 wide, and for a
-//! long k wide tiles save more time than the activation takes (`docs/kernels.md`).
+//! choice changes none. Where it pays is a matter of k alone: the tiles are smaller than those of
+//! `matmul_hopper`, which for a long k costs more time than the activation (`docs/kernels.md`).
 
 use crate::autograd::Cx;
 use crate::device::{DType, Launch};
 use crate::error::Result;
 use crate::kernels::{self, Boxes};
 use crate::ops::activation::Act;
-use crate::ops::linear_glu::own_products;
+use crate::ops::own::own_products;
 use crate::tensor::Tensor;
 
-/// Rows of a tile, and columns of its product.
-const SIDE: usize = 128;
+/// Rows of a tile in units of 64, and the time of a product of each height relative to the other: a
+/// low tile reads more for the same product.
+const HEIGHTS: [(usize, f64); 2] = [(2, 1.12), (3, 1.0)];
+/// The height of the backward's tiles, whose sums leave no registers for a third unit.
+const BACKWARD_HEIGHT: usize = 2;
+/// Columns of a tile's product.
+const WIDTH: usize = 128;
+/// Rows and columns of a box of operands, k of a step.
+const BOX: usize = 64;
 /// Rows of a box that a warp stores.
 const WARP_ROWS: usize = 16;
 /// Rows of tiles that are taken together, so that blocks running at the same time share L2.
@@ -54,22 +61,26 @@ pub(super) fn forward(
     act: Act,
 ) -> Result<()> {
     let (m, f, k) = (x.row_count(), y.cols(), x.cols());
+    let height = height((m, f), cx.device.capabilities().multiprocessors);
+    let (tm, tn) = (m.div_ceil(height * BOX), f.div_ceil(WIDTH / 2));
     let halves = gate_up.map(|t| halves(t, f)).transpose()?;
     let boxes = |t| Boxes::swizzled(t, WARP_ROWS);
     let args = kernels::HopperGluNtArgs {
-        a: Boxes::swizzled(x, SIDE),
-        w: Boxes::swizzled(w, SIDE / 2),
+        a: Boxes::swizzled(x, height * BOX),
+        w: Boxes::swizzled(w, BOX),
         gate: boxes(halves.as_ref().map_or(y, |h| &h[0])),
         up: boxes(halves.as_ref().map_or(y, |h| &h[1])),
         y: boxes(y),
         bias,
         m: m as i32,
         f: f as i32,
-        k: k as i32,
+        tm: tm as i32,
+        tn: tn as i32,
+        steps: k.div_ceil(BOX) as i32,
         keep: i32::from(gate_up.is_some()),
         group: GROUP,
     };
-    kernels::hopper_glu_nt(&*cx.device, grid(cx, m, f, SIDE / 2), act as usize, args)
+    kernels::hopper_glu_nt(&*cx.device, grid(cx, tm * tn), 8 * height + act as usize, args)
 }
 
 /// The gradient of g|u from that of the product behind the gated unit, `y w^T`, where
@@ -83,30 +94,53 @@ pub(super) fn backward(
     act: Act,
 ) -> Result<()> {
     let (m, f, k) = (dy.row_count(), w.cols(), dy.cols());
+    let (tm, tn) = (m.div_ceil(BACKWARD_HEIGHT * BOX), f.div_ceil(WIDTH));
     let [gate, up] = halves(gate_up, f)?;
     let boxes = |t| Boxes::swizzled(t, WARP_ROWS);
     let args = kernels::HopperGluNnArgs {
-        a: Boxes::swizzled(dy, SIDE),
-        w: Boxes::swizzled(w, 64),
+        a: Boxes::swizzled(dy, BACKWARD_HEIGHT * BOX),
+        w: Boxes::swizzled(w, BOX),
         gate: boxes(&gate),
         up: boxes(&up),
         y: boxes(y.unwrap_or(&gate)),
         gate_up: gate_up.out(),
         m: m as i32,
         f: f as i32,
-        k: k as i32,
+        tm: tm as i32,
+        tn: tn as i32,
+        steps: k.div_ceil(BOX) as i32,
         keep: i32::from(y.is_some()),
         group: GROUP,
     };
-    kernels::hopper_glu_nn(&*cx.device, grid(cx, m, f, SIDE), act as usize, args)
+    kernels::hopper_glu_nn(&*cx.device, grid(cx, tm * tn), act as usize, args)
 }
 
 fn halves(gate_up: &Tensor, f: usize) -> Result<[Tensor; 2]> {
     Ok([gate_up.columns(0, f)?, gate_up.columns(f, 2 * f)?])
 }
 
+/// The height of tiles that takes the least time: rounds of tiles over the multiprocessors, times
+/// the time of a tile.
+fn height((m, f): (usize, usize), multiprocessors: usize) -> usize {
+    let time = |&(height, per_row): &(usize, f64)| {
+        let tiles = m.div_ceil(height * BOX) * f.div_ceil(WIDTH / 2);
+        tiles.div_ceil(multiprocessors) as f64 * height as f64 * per_row
+    };
+    HEIGHTS.iter().min_by(|a, b| time(a).total_cmp(&time(b))).map_or(2, |h| h.0)
+}
+
 /// A block for each multiprocessor, or for each tile.
-fn grid(cx: &Cx, m: usize, f: usize, width: usize) -> Launch {
-    let tiles = m.div_ceil(SIDE) * f.div_ceil(width);
+fn grid(cx: &Cx, tiles: usize) -> Launch {
     Launch::grid([tiles.min(cx.device.capabilities().multiprocessors), 1, 1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_rows_take_high_tiles_and_few_rows_low_ones() {
+        let heights = [65, 128, 256, 512, 16_384].map(|m| height((m, 4864), 132));
+        assert_eq!(heights, [2, 2, 2, 3, 3]);
+    }
 }

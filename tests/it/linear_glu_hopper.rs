@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use temper::autograd::{Cx, ParamGrads, Recompute, Tape};
 use temper::check::check_ops;
+use temper::check::gated::compare;
 use temper::config::{AttentionChoice, MatmulChoice};
 use temper::device::cpu::Cpu;
 use temper::device::dry_run::DryRun;
@@ -259,7 +260,7 @@ fn launches(wgmma: bool, matmul: MatmulChoice, [k, f]: [usize; 2]) -> Vec<String
 #[test]
 fn the_choice_depends_on_device_context_and_k() {
     use MatmulChoice::{Auto, Exact, Library, Own};
-    let (forward, backward) = ("hopper_glu_nt_0_bf16", "hopper_glu_nn_0_bf16");
+    let (forward, backward) = ("hopper_glu_nt_16_bf16", "hopper_glu_nn_0_bf16");
     let apart = ["glu_bwd_0_bf16", "glu_fwd_0_bf16"];
     for choice in [Auto, Exact, Own] {
         assert_eq!(launches(true, choice, [896, 4864]), [backward, forward], "{choice:?}");
@@ -271,4 +272,14 @@ fn the_choice_depends_on_device_context_and_k() {
     assert_eq!(launches(true, Own, [5120, 4864]), apart);
     // Rows of f values that do not begin at 16 bytes.
     assert_eq!(launches(true, Own, [896, 4860]), apart);
+}
+
+#[test]
+fn the_self_check_of_a_gated_unit_passes_on_the_twins() {
+    for recompute in [Recompute::Off, Recompute::Light] {
+        let device: Arc<dyn Device> = Arc::new(Cpu::new().with_wgmma());
+        let (case, differ) = compare(&device, [150, 40, 136], recompute).unwrap();
+        assert!(differ.is_empty(), "{case}: {differ:?}");
+        assert!(case.contains("; backward "), "{case}");
+    }
 }
