@@ -2,20 +2,20 @@
 //
 // Math     hopper_glu_nt: y = act(g) * u with g|u = A W^T (+ bias), W's rows g above u
 //          hopper_glu_nn: dy = A W; y = act(g) * u, g becomes dy u act'(g), u becomes dy act(g)
-// Shapes   nt: A [m, k] real by tensor map, boxes of 128 rows; W [2 f, k], boxes of 64 rows; gate and up (the halves of the columns
-//          of [m, 2 f], stored if `keep`) and y [m, f] real, boxes of 16 rows; bias [2 f] real. nn: A [m, k], boxes of 128 rows;
-//          W [k, f], boxes of 64 rows; gate, up (gate_up is their memory) and y as above, y stored if `keep`. f is a multiple of 8.
-// Plan     A persistent block has two consumers, and each owns every second tile of 128 x 128 of the product (nt: 64 columns of g and
-//          the same 64 of u, so one thread holds both of a pair): one multiplies while the other computes activations, which take
-//          about as long. matmul_hopper.cu's consumers share a tile and end it together, and then nobody multiplies. The ring is
-//          filled in the order of the tiles, and a consumer passes the turn on with its last products under way. Every warp stores its own rows by TMA, 64
-//          columns at a time. nn: a warp has two pairs of boxes for g and u; both are loaded while it still multiplies, and the
-//          gradients leave from where g and u came.
+// Shapes   nt: A [m, k] real by tensor map, boxes of a tile's rows; W [2 f, k], boxes of 64 rows; gate and up (the halves of the columns
+//          of [m, 2 f], stored if `keep`) and y [m, f] real, boxes of 16 rows; bias [2 f] real. nn: A [m, k]; W [k, f], boxes of 64
+//          rows; gate, up (gate_up is their memory) and y as above, y stored if `keep`. f is a multiple of 8.
+// Plan     A persistent block has two consumers, and each owns every second tile of 128 (nt: or 192) x 128 of the product (nt: 64 columns
+//          of g and the same 64 of u, so one thread holds both of a pair): one multiplies while the other computes activations, which
+//          take about as long. matmul_hopper.cu's consumers share a tile and end it together, and then nobody multiplies. The ring is
+//          filled in the order of the tiles, and a consumer passes the turn on with its last products under way. Every warp stores its
+//          own rows by TMA, 64 columns at a time. nn: a warp has two pairs of boxes for g and u; both are loaded while it still
+//          multiplies, and the gradients leave from where g and u came.
 // Numerics As matmul.cu followed by activation.cu: one chain over k; g, u and dy are rounded to real before they are used.
 // Cost     2 m n k flops, n = 2 f or f; nt (m k + 2 f k + 3 m f) x sizeof bytes, nn (m k + f k + 4 m f, with y 5 m f). *Predicted* for an
-//          H100, 16,384 x 896 x 9,728: nt 420 us (operands from L2 4.36 GB at 10.6 TB/s; hopper_nt 390 + glu_fwd 175 measured), nn 270 us
-//          (L2 2.5 GB, memory 676 MB, 235 us each; hopper_nn 209 + glu_bwd 267). A warp's end of a tile is 3,280 instructions in nt,
-//          7,200 in nn, beside 7,168 cycles of the other consumer's products. Not measured; more: docs/kernels.md.
+//          H100, 16,384 x 896 x 9,728: nt 380 us (products 355, L2 354; hopper_nt 390 + glu_fwd 175 measured), nn 270 us (L2 236, memory
+//          233; hopper_nn 209 + glu_bwd 267). A warp's end of a tile of 128 rows is 3,280 instructions in nt, 7,200 in nn, beside
+//          7,168 cycles of the other consumer's products. Not measured; the arithmetic: docs/kernels.md.
 #include "common/activate.cuh"
 #include "common/hopper_product.cuh"
 
