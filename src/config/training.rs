@@ -173,7 +173,7 @@ section! {
         /// Ours. Which matrix products to use on a GPU. library: the fastest of cuBLASLt, whose
         /// bits may depend on the number of rows. exact: in the forward pass, the fastest of those
         /// found to have the bits of the engine's own kernel. own: the engine's own kernels. auto:
-        /// exact for online methods, library for others (except products of few rows that end in an
+        /// exact for online methods, library for others (except products that include an
         /// activation).
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,

@@ -29,6 +29,7 @@ use crate::ops::head::{Head, LogitMap, head_logps};
 use crate::ops::linear_glu::linear_glu;
 use crate::ops::lora::{Base, lora_linear};
 use crate::ops::matmul::linear;
+use crate::ops::mlp::{DenseLayer, mlp};
 use crate::ops::prompt::prompt_embedding;
 use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
 use crate::ops::rmsnorm::{NormWeight, add_rmsnorm, rmsnorm};
@@ -649,16 +650,21 @@ impl Decoder {
             HiddenAct::Gelu => Act::Gelu,
             HiddenAct::GeluTanh => Act::GeluTanh,
         };
-        let gated = match (&layer.gate_up.site, &layer.gate_up.weight) {
-            (None, Weight::Dense(w)) => {
-                linear_glu(cx, &normed, w, layer.gate_up.bias.as_ref(), act)?
-            }
-            _ => {
-                let gate_up = layer.gate_up.apply(cx, &normed)?;
-                glu(cx, &gate_up, act)?
+        let mut out = match (layer.gate_up.dense(), layer.down.dense()) {
+            (Some(gate_up), Some(down)) => mlp(cx, &normed, gate_up, down, act)?,
+            (gate_up, _) => {
+                let gated = match gate_up {
+                    Some(DenseLayer { weight, bias }) => {
+                        linear_glu(cx, &normed, weight, bias, act)?
+                    }
+                    None => {
+                        let gate_up = layer.gate_up.apply(cx, &normed)?;
+                        glu(cx, &gate_up, act)?
+                    }
+                };
+                layer.down.apply(cx, &gated)?
             }
         };
-        let mut out = layer.down.apply(cx, &gated)?;
         if let Some(adapter) = &layer.after_mlp {
             out = adapter.apply(cx, &out, &stream)?;
         }
@@ -731,6 +737,14 @@ fn convolve(
 }
 
 impl Projection {
+    /// Its weight and bias, if they are all of it.
+    fn dense(&self) -> Option<DenseLayer<'_>> {
+        match (&self.weight, &self.site) {
+            (Weight::Dense(weight), None) => Some(DenseLayer { weight, bias: self.bias.as_ref() }),
+            _ => None,
+        }
+    }
+
     /// x [rows, in] -> [rows, out]. Dropout of an adapter runs on the tape only: it is training.
     fn apply(&self, cx: &mut Cx, x: &Tensor) -> Result<Tensor> {
         let Some(site) = &self.site else { return self.weight.apply(cx, x, self.bias.as_ref()) };

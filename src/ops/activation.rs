@@ -52,6 +52,27 @@ impl Glu {
         kernels::glu_fwd(&*cx.device, row_packs(rows, f, y.dtype()), self.act as usize, args)?;
         Ok(y)
     }
+
+    /// `dx = ` (or `dx += `) the gradient of x from that of the result.
+    pub(super) fn gradient(
+        &self,
+        cx: &Cx,
+        dx: &Tensor,
+        dy: &Tensor,
+        x: &Tensor,
+        accumulate: bool,
+    ) -> Result<()> {
+        let (rows, f) = (dy.row_count(), dy.cols());
+        let args = kernels::GluBwdArgs {
+            dx: dx.out(),
+            dy,
+            x,
+            rows: rows as i32,
+            f: f as i32,
+            accumulate: i32::from(accumulate),
+        };
+        kernels::glu_bwd(&*cx.device, row_packs(rows, f, dy.dtype()), self.act as usize, args)
+    }
 }
 
 impl Op for Glu {
@@ -68,16 +89,7 @@ impl Op for Glu {
 
     fn backward(&self, cx: &mut Cx, node: &Node, dy: &Upstream, g: &mut Grads) -> Result<()> {
         let (Some(dy), Some((dx, acc))) = (&dy[0], g.slot(0)?) else { return Ok(()) };
-        let (rows, f) = (dy.row_count(), dy.cols());
-        let args = kernels::GluBwdArgs {
-            dx: dx.out(),
-            dy,
-            x: &node.saved[0],
-            rows: rows as i32,
-            f: f as i32,
-            accumulate: i32::from(acc),
-        };
-        kernels::glu_bwd(&*cx.device, row_packs(rows, f, dy.dtype()), self.act as usize, args)
+        self.gradient(cx, &dx, dy, &node.saved[0], acc)
     }
 
     fn recomputes_output(&self, _k: usize) -> bool {

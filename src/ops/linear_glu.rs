@@ -1,10 +1,11 @@
-//! A linear layer and the gated activation after it, in one launch for few rows. Layer 4.
+//! A linear layer and the gated activation after it, in one launch for few rows and on Hopper.
+//! Layer 4.
 //!
 //! Invariant: wherever the engine computes the products itself, the bits are those of `linear`
-//! followed by `glu`. Math and numerics: `kernels/matmul_few.cu`, `kernels/activation.cu`.
+//! followed by `glu`. Math and numerics: `kernels/matmul_few.cu`, `kernels/linear_glu_hopper.cu`,
+//! `kernels/activation.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Need, Op, Round};
-use crate::config::MatmulChoice;
 use crate::device::{DType, Layout};
 use crate::error::{Error, Result};
 use crate::kernels::FEW_ROWS;
@@ -12,12 +13,12 @@ use crate::ops::activation::{Act, Glu, glu};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::library::of_few_rows;
 use crate::ops::matmul::{Linear, linear, product};
-use crate::ops::own::OwnKernel;
-use crate::ops::{expect_cols, few_hopper, matmul_few};
+use crate::ops::own::{OwnKernel, own_products};
+use crate::ops::{expect_cols, few_hopper, linear_glu_hopper, matmul_few};
 use crate::tensor::Tensor;
 
 /// `y = act(g) * u` with `g|u = x w^T (+ bias)`: x [m, k] real, w [2 f, k], bias `[2 f]`; y [m, f].
-/// On the tape these are two ops, since the backward needs g|u.
+/// On the tape these are two ops, since the backward needs g|u; see also `mlp`.
 pub fn linear_glu(
     cx: &mut Cx,
     x: &Tensor,
@@ -54,33 +55,53 @@ pub struct LinearGlu {
     pub bias: bool,
 }
 
-/// Whether one kernel computes both. Where a library's bits do not depend on the number of rows,
-/// the library computes products of any number, and the fused kernel is not mixed with it.
-fn fused(cx: &Cx, x: &Tensor) -> bool {
-    let device = cx.device.capabilities();
-    let chosen = match cx.matmul {
-        MatmulChoice::Own => true,
-        MatmulChoice::Library => false,
-        _ => device.tensor_cores && device.gemm_depends_on_rows,
-    };
-    chosen && x.dtype() == DType::BF16 && (1..=FEW_ROWS).contains(&x.row_count())
+/// Whether the kernel for few rows computes this.
+fn few(cx: &Cx, x: &Tensor) -> bool {
+    own_products(cx) && x.dtype() == DType::BF16 && (1..=FEW_ROWS).contains(&x.row_count())
 }
 
 impl LinearGlu {
     fn y(&self, cx: &mut Cx, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let hint = "do the weights belong to this config.json?";
-        expect_cols("linear_glu", "weight", w, x.cols(), hint)?;
-        if let Some(bias) = bias {
-            expect_cols("linear_glu", "bias", bias, w.row_count(), hint)?;
-        }
-        if fused(cx, x) && w.row_count().is_multiple_of(2) {
+        self.check(x, w, bias)?;
+        if few(cx, x) && w.row_count().is_multiple_of(2) {
             let y = cx.real("glu", &[x.row_count(), w.row_count() / 2])?;
             fused_by(cx, of_few_rows(cx, x, w)?, &y, (x, w, bias), self.act)?;
             return Ok(y);
         }
-        let gate_up = cx.real("linear", &[x.row_count(), w.row_count()])?;
+        Ok(self.both(cx, x, w, bias, false)?.0)
+    }
+
+    fn check(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        let hint = "do the weights belong to this config.json?";
+        expect_cols("linear_glu", "weight", w, x.cols(), hint)?;
+        match bias {
+            Some(bias) => expect_cols("linear_glu", "bias", bias, w.row_count(), hint),
+            None => Ok(()),
+        }
+    }
+
+    /// y, and g|u if `keep`.
+    pub(super) fn both(
+        &self,
+        cx: &mut Cx,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        keep: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        self.check(x, w, bias)?;
+        let rows = x.row_count();
+        if linear_glu_hopper::fits(cx, x, w) {
+            let y = cx.real("glu", &[rows, w.row_count() / 2])?;
+            let gate_up =
+                if keep { Some(cx.real("linear", &[rows, w.row_count()])?) } else { None };
+            linear_glu_hopper::forward(cx, &y, gate_up.as_ref(), (x, w, bias), self.act)?;
+            return Ok((y, gate_up));
+        }
+        let gate_up = cx.real("linear", &[rows, w.row_count()])?;
         product(cx, Layout::NT, &gate_up, x, w, bias, false)?;
-        Glu { act: self.act }.of(cx, &gate_up)
+        let y = Glu { act: self.act }.of(cx, &gate_up)?;
+        Ok((y, keep.then_some(gate_up)))
     }
 }
 
@@ -113,6 +134,7 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         (17, 36, 200, true, Act::GeluTanh),
         (40, 24, 40, false, Act::Gelu),
         (70, 16, 64, false, Act::Silu),
+        (130, 72, 200, true, Act::Gelu),
     ] {
         let weight = rng.array(&[2 * f, k], (k as f64).powf(-0.5));
         let x = rng.array(&[m, k], 1.0);

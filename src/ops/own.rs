@@ -6,6 +6,7 @@
 //! `kernels/matmul_few_hopper.cu`, `kernels/matmul_hopper.cu`.
 
 use crate::autograd::Cx;
+use crate::config::MatmulChoice;
 use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -102,6 +103,18 @@ impl OwnKernel {
             OwnKernel::FewHopper => few_hopper::product(cx, p),
             OwnKernel::Hopper(width) => matmul_hopper::product(cx, p, width as usize),
         }
+    }
+}
+
+/// Whether a kernel of the engine may compute a product with more around it. Where a library's bits
+/// do not depend on the number of rows, the library computes products of any number, and fused
+/// kernels are not mixed with it.
+pub(super) fn own_products(cx: &Cx) -> bool {
+    let device = cx.device.capabilities();
+    match cx.matmul {
+        MatmulChoice::Own => true,
+        MatmulChoice::Library => false,
+        _ => device.tensor_cores && device.gemm_depends_on_rows,
     }
 }
 

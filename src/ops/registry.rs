@@ -9,8 +9,8 @@ use super::preference::{segment_cases, segment_perf};
 use super::quant::{linear_cases, linear_perf};
 use super::{
     activation, adamw, adamw8, add, attention, cache, distill, dropout, embedding, head,
-    linear_glu, lora, matmul, muon, policy, preference, prompt, quant, rmsnorm, rope, rope_append,
-    sample, scale, short_conv, short_conv_paged, tokens,
+    linear_glu, lora, matmul, mlp, muon, policy, preference, prompt, quant, rmsnorm, rope,
+    rope_append, sample, scale, short_conv, short_conv_paged, tokens,
 };
 
 pub struct Entry {
@@ -31,9 +31,18 @@ pub fn registry() -> Vec<Entry> {
     const MMA: &[&str] =
         &["attention", "attention_mma", "attention_hopper", "attention_hopper_bwd"];
     const DECODE: &[&str] = &["attention", "attention_mma", "attention_decode", "rope"];
-    const LINEAR: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "reduce"];
-    const LINEAR_GLU: &[&str] = &["matmul", "matmul_few", "matmul_hopper", "activation", "reduce"];
+    const LINEAR: &[&str] =
+        &["matmul", "matmul_few", "matmul_few_hopper", "matmul_hopper", "reduce"];
     const LORA: &[&str] = &["lora", "lora_hopper", "matmul", "matmul_few", "scale", "reduce"];
+    const LINEAR_GLU: &[&str] = &[
+        "matmul",
+        "matmul_few",
+        "matmul_few_hopper",
+        "matmul_hopper",
+        "linear_glu_hopper",
+        "activation",
+        "reduce",
+    ];
     const PROMPT: &[&str] = &["prompt", "embedding", "scale"];
     const DISTILL: &[&str] = &["distill", "head", "matmul", "preference"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
@@ -54,6 +63,7 @@ pub fn registry() -> Vec<Entry> {
         op("linear", LINEAR, matmul::cases, matmul::perf, GEMM),
         op("linear_glu", LINEAR_GLU, linear_glu::cases, linear_glu::perf, GEMM),
         op("lora_linear", LORA, lora::cases, lora::perf, GEMM),
+        op("mlp", LINEAR_GLU, mlp::cases, mlp::perf, GEMM),
         op("muon", &["muon", "matmul"], muon::cases, muon::perf, GEMM),
         op(
             "orthogonalise",

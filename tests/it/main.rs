@@ -35,6 +35,7 @@ mod levels;
 mod lfm2;
 mod library;
 mod limits;
+mod linear_glu_hopper;
 mod logit_slices;
 mod lora_ends;
 mod lora_hopper;
