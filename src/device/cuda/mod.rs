@@ -303,8 +303,7 @@ impl Device for Cuda {
             if ring.at == SEGMENT {
                 let full = ring.segment;
                 // SAFETY: our event, our stream.
-                unsafe { result::event::record(ring.events[full].0, self.stream.handle()) }
-                    .map_err(late)?;
+                unsafe { result::event::record(ring.events[full].0, self.stream.handle()) }.map_err(late)?;
                 ring.pending[full] = true;
                 let next = (full + 1) % SEGMENTS;
                 if ring.pending[next] {
@@ -392,13 +391,14 @@ impl Device for Cuda {
         )?;
         let [x, y, z] = at.grid;
         // SAFETY: the caller's promise; every kernel of ours waits for the one before it (`build/gpu.rs`).
-        unsafe { self.stream.launch(function, at, args) }.map_err(|e| {
-            let shape = format!(
-                "launch of grid {x} x {y} x {z}, block {}, {} bytes shared",
-                at.block, at.shared
-            );
-            self.launch_error(kernel.name, &shape, e)
-        })?;
+        unsafe { self.stream.launch(function, at, args) }
+            .map_err(|e| {
+                let shape = format!(
+                    "launch of grid {x} x {y} x {z}, block {}, {} bytes shared",
+                    at.block, at.shared
+                );
+                self.launch_error(kernel.name, &shape, e)
+            })?;
         *lock(&self.last) = kernel.name;
         Ok(())
     }
