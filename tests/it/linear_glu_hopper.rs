@@ -283,3 +283,53 @@ fn the_self_check_of_a_gated_unit_passes_on_the_twins() {
         assert!(case.contains("; backward "), "{case}");
     }
 }
+
+/// The most memory that a training step of two MLPs on a GPU that computes nothing takes.
+fn peak(recompute: Recompute, one_op: bool) -> usize {
+    const SIZES: [usize; 3] = [2048, 896, 4864];
+    let [m, k, f] = SIZES;
+    let capabilities = Capabilities { wgmma: true, ..Capabilities::GPU };
+    let mut cx = context(DryRun::new("a GPU", capabilities, MemoryInfo { free: 0, total: 0 }));
+    cx.recompute = recompute;
+    let shapes = [[2 * f, k], [k, f], [2 * f, k], [k, f]];
+    let float = |shape: &[usize]| Tensor::new(&cx.pool, "gradient", DType::F32, shape).unwrap();
+    let grads = shapes.iter().map(|s| Some(float(s)));
+    let grads = ParamGrads::new(grads.chain([Some(float(&[k]))]).collect());
+    cx.param_grads[ParamSetId::Model] = grads;
+    let real = |shape: &[usize]| Tensor::new(&cx.pool, "t", DType::BF16, shape).unwrap();
+    let id = |index| Id::Param { set: ParamSetId::Model, index };
+    let w: Vec<Tensor> = (0..).zip(&shapes).map(|(i, s)| real(s).with_id(id(i))).collect();
+    let norm = real(&[k]).with_id(id(4));
+    let (mut x, dy) = (real(&[m, k]), real(&[m, k]));
+    cx.tape = Some(Tape::default());
+    for pair in w.chunks(2) {
+        if recompute == Recompute::Layers {
+            cx.tape.as_mut().unwrap().begin_segment();
+        }
+        let normed = rmsnorm(&mut cx, &x, &norm, NORM).unwrap();
+        let layer = |weight| DenseLayer { weight, bias: None };
+        x = match one_op {
+            true => mlp(&mut cx, &normed, layer(&pair[0]), layer(&pair[1]), Act::Silu).unwrap(),
+            false => {
+                let gate_up = linear(&mut cx, &normed, &pair[0], None).unwrap();
+                let gated = glu(&mut cx, &gate_up, Act::Silu).unwrap();
+                drop(gate_up);
+                linear(&mut cx, &gated, &pair[1], None).unwrap()
+            }
+        };
+        if recompute == Recompute::Layers {
+            cx.tape.as_mut().unwrap().end_segment();
+        }
+    }
+    cx.backward(vec![(x, dy)]).unwrap();
+    cx.pool.in_use().1
+}
+
+#[test]
+fn one_op_takes_less_memory_than_three() {
+    for recompute in [Recompute::Off, Recompute::Light, Recompute::Layers] {
+        let (one, three) = (peak(recompute, true), peak(recompute, false));
+        println!("{recompute:?}: {one} bytes, three ops {three}");
+        assert!(one < three, "{recompute:?}: {one} bytes, three ops {three}");
+    }
+}
