@@ -169,7 +169,7 @@ KERNEL(few_nt, D=16,32,64, HOT, WAITS)(MAYBE(real) c, MAYBE(float) cf, const rea
 }
 
 // k is at least 1.
-KERNEL(few_lora_nt, D=16,32,64, HOT, WAITS)(real* c, const real* x, const real* w, MAYBE(const real) bias, const real* t, const real* b0,
+KERNEL(few_lora_nt, D=16,32,64, BLOCKS=16:2, HOT, WAITS)(real* c, const real* x, const real* w, MAYBE(const real) bias, const real* t, const real* b0,
                     MAYBE(const real) b1, MAYBE(const real) b2, int m, int n, int k, int ranks, int ldx, int ldw, int ldc, int ldt,
                     int warps, int shift, int start0, int end0, int rank0, int start1, int end1, int rank1, int start2, int end2,
                     int rank2) {

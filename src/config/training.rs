@@ -173,8 +173,9 @@ section! {
         /// Ours. Which matrix products to use on a GPU. library: the fastest of cuBLASLt, whose
         /// bits may depend on the number of rows. exact: in the forward pass, the fastest of those
         /// found to have the bits of the engine's own kernel. own: the engine's own kernels. auto:
-        /// exact for online methods, library for others (except products that include an
-        /// activation).
+        /// exact for online methods and for decoding steps of up to 64 rows, otherwise library
+        /// (except products that include an activation or an adapter, which only the engine's own
+        /// kernels do).
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,
         /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma gives the same bits as

@@ -1,7 +1,7 @@
 //! Matrix products by the device's library; in an exact context only those that have the bits of
 //! the engine's own kernel. Layer 4.
 //!
-//! Invariant: with `matmul=exact` (and for few rows with `auto`), a forward product has the bits of
+//! Invariant: with `matmul=exact` (and for a decoding step's few rows with `auto`), a forward product has the bits of
 //! the engine's own kernel, whichever kernel computes it. That kernel is one chain over k for each element, whatever the
 //! number of rows; so a row's bits do not depend on its batch, although the library's choice does.
 //!
@@ -146,12 +146,15 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
 }
 
 /// Whether the product must have the bits of the engine's own kernel: where the context is exact,
-/// and for few rows, where the own kernels are about as fast as the library's or faster, unless the
-/// context asks for the library.
+/// and with `auto` for the few rows of a decoding step, where the own kernels are about as fast as
+/// the library's or faster. (Only for the sizes to which steps are padded: each is timed once.)
 fn is_exact(cx: &Cx, p: &Operands) -> bool {
+    let rows = p.sizes().0;
     let chosen = match cx.matmul {
         MatmulChoice::Exact => true,
-        MatmulChoice::Auto => matmul_few::fits(p) && !p.accumulate,
+        MatmulChoice::Auto => {
+            matmul_few::fits(p) && !p.accumulate && fastest::padded_rows(rows) == rows
+        }
         _ => false,
     };
     chosen && p.layout == Layout::NT && cx.device.capabilities().gemm_depends_on_rows
