@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::check::low_rank::check_low_rank;
 use crate::check::model::check_model;
 use crate::check::products::check_products;
 use crate::check::{CheckOutcome, check_ops};
@@ -21,7 +22,7 @@ pub struct CheckArgs {
     /// auto, cuda or cpu
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     device: DeviceChoice,
-    /// only ops whose name contains this; "exact products" is one
+    /// only ops whose name contains this; "exact products" and "low rank" are two more
     #[arg(long, default_value = "")]
     op: String,
     /// CPU only: run 32 real lanes for each warp, in an order permuted by this seed, over poisoned
@@ -51,16 +52,19 @@ pub fn run(args: CheckArgs) -> Result<()> {
     if args.op.is_empty() {
         outcomes.extend(check_model(&device, &mut each)?);
     }
+    // The names of these cases say which kernels are fastest, or what they take.
+    let mut told = Vec::new();
     if "exact products".contains(&args.op) {
-        let products = check_products(&device, &mut each)?;
-        row.finish()?;
-        for o in &products {
-            print_line(format_args!("{} {}: {}", o.op, o.dtype.name(), o.case))?;
-        }
-        outcomes.extend(products);
-    } else {
-        row.finish()?;
+        told.extend(check_products(&device, &mut each)?);
     }
+    if "low rank".contains(&args.op) {
+        told.extend(check_low_rank(&device, &mut each)?);
+    }
+    row.finish()?;
+    for o in &told {
+        print_line(format_args!("{} {}: {}", o.op, o.dtype.name(), o.case))?;
+    }
+    outcomes.extend(told);
     let failures: Vec<_> = outcomes.iter().filter(|o| o.failure.is_some()).collect();
     for o in &failures {
         print_line(format_args!(
