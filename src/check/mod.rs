@@ -10,6 +10,7 @@
 //! roundings x 2^-9, where `roundings` counts the bf16 stores on the longest path.
 
 pub mod gated;
+pub mod low_rank;
 pub mod model;
 pub mod products;
 

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::check::gated::check_gated;
+use crate::check::low_rank::check_low_rank;
 use crate::check::model::check_model;
 use crate::check::products::check_products;
 use crate::check::{CheckOutcome, check_ops};
@@ -22,7 +23,7 @@ pub struct CheckArgs {
     /// auto, cuda or cpu
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     device: DeviceChoice,
-    /// only ops whose name contains this; "exact products" and "gated unit" are two more
+    /// only ops whose name contains this; "exact products", "gated unit" and "low rank" are three more
     #[arg(long, default_value = "")]
     op: String,
     /// CPU only: run 32 real lanes for each warp, in an order permuted by this seed, over poisoned
@@ -59,6 +60,9 @@ pub fn run(args: CheckArgs) -> Result<()> {
     }
     if "gated unit".contains(&args.op) {
         told.extend(check_gated(&device, &mut each)?);
+    }
+    if "low rank".contains(&args.op) {
+        told.extend(check_low_rank(&device, &mut each)?);
     }
     row.finish()?;
     for o in &told {

@@ -60,6 +60,15 @@ fn expect(name: &'static str, shapes: &[(&Tensor, [usize; 2])]) -> Result<()> {
     }
 }
 
+/// Which kernels run. All have the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    /// Those that are assumed to be fastest on the device for the operands.
+    Fastest,
+    /// Those of `kernels/lora.cu`, which every device has.
+    Tile,
+}
+
 /// Whether steps of 16 ranks that begin with each segment's first are those of `kernels/lora.cu`,
 /// which begin with the first of all: so its bits can be had segment by segment.
 pub fn steps_agree(ranks: impl IntoIterator<Item = usize>) -> bool {
@@ -102,13 +111,26 @@ pub fn lora_nt(
     t: &Tensor,
     segments: &[Segment],
 ) -> Result<()> {
+    lora_nt_by(cx, Kernels::Fastest, y, (x, w, bias), t, segments)
+}
+
+/// [`lora_nt`] by given kernels.
+pub fn lora_nt_by(
+    cx: &Cx,
+    kernels: Kernels,
+    y: &Tensor,
+    (x, w, bias): (&Tensor, &Tensor, Option<&Tensor>),
+    t: &Tensor,
+    segments: &[Segment],
+) -> Result<()> {
     let (m, n, k, ranks) = (x.row_count(), w.row_count(), x.cols(), t.cols());
     let bounds = bounds("lora_nt", segments, n, ranks)?;
     expect("lora_nt", &[(y, [m, n]), (w, [n, k]), (t, [m, ranks])])?;
     if m == 0 {
         return Ok(());
     }
-    if x.dtype() == DType::BF16 && k > 0 && steps_agree(segments.iter().map(Segment::rank)) {
+    let agree = k > 0 && steps_agree(segments.iter().map(Segment::rank));
+    if kernels == Kernels::Fastest && x.dtype() == DType::BF16 && agree {
         let p = Operands { layout: Layout::NT, c: y, a: x, b: w, bias, accumulate: false };
         let low = LowRank { t, b: [0, 1, 2].map(|i| segments.get(i).map(|s| s.b)), bounds };
         if matmul_few::fits(&p) {
@@ -224,6 +246,17 @@ pub struct Read<'a> {
 /// `dx (+)= dy w + dt a`, `da (+)= dt^T x` and `db_i (+)= dy_i^T t_i`, for the slots that are
 /// given: one launch on Hopper, elsewhere one for dx and one for the others.
 pub fn lora_grads(cx: &Cx, to: &Wanted, r: &Read, segments: &[Segment]) -> Result<()> {
+    lora_grads_by(cx, Kernels::Fastest, to, r, segments)
+}
+
+/// [`lora_grads`] by given kernels.
+pub fn lora_grads_by(
+    cx: &Cx,
+    kernels: Kernels,
+    to: &Wanted,
+    r: &Read,
+    segments: &[Segment],
+) -> Result<()> {
     let (m, k, n, ranks) = (r.x.row_count(), r.x.cols(), r.dy.cols(), r.dt.cols());
     let bounds = bounds("lora_grads", segments, n, ranks)?;
     expect("lora_grads", &[(r.dt, [m, ranks]), (r.dy, [m, n]), (r.t, [m, ranks])])?;
@@ -262,7 +295,9 @@ pub fn lora_grads(cx: &Cx, to: &Wanted, r: &Read, segments: &[Segment]) -> Resul
         accumulate: accumulate_bits(to),
         bounds,
     };
-    if let Some(width) = lora_hopper::width_of_gradients(cx, dx.as_ref(), &gradients) {
+    if kernels == Kernels::Fastest
+        && let Some(width) = lora_hopper::width_of_gradients(cx, dx.as_ref(), &gradients)
+    {
         return lora_hopper::nn(cx, dx.as_ref(), &gradients, width);
     }
     if let Some(p) = &dx {

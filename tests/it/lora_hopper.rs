@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use temper::autograd::Cx;
 use temper::check::check_ops;
+use temper::check::low_rank::{AdapterGroup, compare};
 use temper::cli::launches::{LaunchCounts, MODES, per_layer};
 use temper::config::MatmulChoice;
 use temper::device::{DType, Device, cpu::Cpu};
@@ -258,4 +259,13 @@ fn a_layer_with_pairs_takes_28_launches_on_hopper() {
     assert_eq!(launched(&hopper.0, "library product") + launched(&hopper.1, "library"), 0);
     assert_eq!(total(&of("LoRA, library products")), 50);
     assert_eq!(total(&of("LoRA, own products")), 32);
+}
+
+#[test]
+fn the_self_check_of_low_rank_terms_finds_equal_bits() {
+    let device: Arc<dyn Device> = Arc::new(Cpu::new().with_wgmma());
+    let group = AdapterGroup { rows: 70, k: 40, columns: &[72, 136], rank: 16 };
+    let (case, differ) = compare(&device, &group).unwrap();
+    assert!(differ.is_empty(), "{differ:?}");
+    assert!(case.contains("rows 70 k 40 columns [72, 136] rank 16; y "), "{case}");
 }
