@@ -15,7 +15,7 @@ use crate::ops::matmul::{Linear, column_sums, linear, product};
 use crate::ops::{expect_cols, linear_glu_hopper};
 use crate::tensor::Tensor;
 
-/// A dense layer without an adapter: its weight [n, k] and bias [n].
+/// A dense layer without an adapter: its weight [n, k] and bias `[n]`.
 #[derive(Clone, Copy)]
 pub struct DenseLayer<'a> {
     pub weight: &'a Tensor,
