@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use half::bf16;
 use temper::autograd::Cx;
 use temper::config::MatmulChoice;
 use temper::device::cpu::Cpu;
@@ -20,7 +21,7 @@ use temper::tensor::Tensor;
 /// In which order a stand-in adds up.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Order {
-    /// From left to right, as the engine's own kernel.
+    /// From left to right, as the engine's own kernel; of bfloat16 the sums of each 16.
     Chain,
     /// Two halves of k, then their sum.
     Split,
@@ -71,15 +72,26 @@ impl Library {
         (g.m, g.n, g.k, g.accumulate)
     }
 
-    /// `c = a b^T`, or `c += ...`, in f32.
+    /// `c = a b^T`, or `c += ...`, c in f32.
     unsafe fn multiply(g: &Gemm, order: Order) {
         assert!(g.layout == Layout::NT && g.c.dtype == DType::F32);
         // SAFETY: the operands lie in the CPU's memory, as the caller promises.
         let at = |o: &temper::device::Operand, row: usize, col: usize| unsafe {
-            *(o.address as *const f32).add(row * o.stride + col)
+            let index = row * o.stride + col;
+            match o.dtype {
+                DType::BF16 => (*(o.address as *const bf16).add(index)).to_f32(),
+                _ => *(o.address as *const f32).add(index),
+            }
         };
-        let chain = |row, col, from, to| {
+        let plain = |row, col, from: usize, to: usize| {
             (from..to).fold(0f32, |s, i| at(&g.a, row, i).mul_add(at(&g.b, col, i), s))
+        };
+        let chain = |row, col, from: usize, to: usize| match g.a.dtype {
+            DType::BF16 => {
+                let of_16 = |i: usize| plain(row, col, i, (i + 16).min(to));
+                (from..to).step_by(16).fold(0f32, |s, i| s + of_16(i))
+            }
+            _ => plain(row, col, from, to),
         };
         for row in 0..g.m {
             for col in 0..g.n {
@@ -135,7 +147,7 @@ impl Device for Library {
         unsafe { self.cpu.fill(dst, byte, bytes) }
     }
     unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
-        if kernel.name.starts_with("matmul") {
+        if kernel.name.starts_with("matmul") || kernel.name.starts_with("few") {
             *self.clock.lock().unwrap() += self.own;
         }
         unsafe { self.cpu.launch(kernel, at, args) }
@@ -302,6 +314,45 @@ fn without_such_an_algorithm_the_own_kernel_runs_and_one_note_says_so() {
     let notes = notes.0.lock().unwrap();
     assert_eq!(notes.len(), 1);
     assert!(notes[0].contains("m 1, n 19, k 50"), "{}", notes[0]);
+}
+
+/// The library's runs for a product of m rows of bfloat16.
+fn runs_in_bf16(
+    device: &Arc<Library>,
+    cx: &Cx,
+    m: usize,
+    accumulate: bool,
+) -> Vec<(Algorithm, Order)> {
+    let tensor = |rows: usize, seed: u64| {
+        let values = random(rows * 64, seed);
+        Tensor::from_f32(&cx.pool, "x", DType::BF16, &[rows, 64], &values).unwrap()
+    };
+    let c = Tensor::from_f32(&cx.pool, "c", DType::F32, &[m, 24], &vec![0.5; m * 24]).unwrap();
+    device.take_ran();
+    product(cx, Layout::NT, &c, &tensor(m, 1), &tensor(24, 2), None, accumulate).unwrap();
+    device.take_ran()
+}
+
+#[test]
+fn auto_is_exact_for_the_sizes_of_decoding_steps() {
+    // The fastest has other bits; the own kernel loses to one that has its own.
+    let device = Library::timed(&[(Order::Split, 1.0), (Order::Chain, 5.0)], 9.0);
+    let (auto, notes) = context(&device, MatmulChoice::Auto);
+    for m in [1, 4, 48] {
+        runs_in_bf16(&device, &auto, m, false);
+        let chain = [(Algorithm::Trusted, Order::Chain)];
+        assert_eq!(runs_in_bf16(&device, &auto, m, false), chain, "{m} rows");
+    }
+    let fastest = [(Algorithm::Fastest, Order::Split)];
+    for (m, accumulate) in [(5, false), (4, true), (96, false)] {
+        assert_eq!(runs_in_bf16(&device, &auto, m, accumulate), fastest, "{m} rows");
+    }
+    // Where the own kernel is the fastest, the library is not asked again.
+    let device = Library::timed(&[(Order::Split, 1.0), (Order::Chain, 5.0)], 3.0);
+    let (auto, _) = context(&device, MatmulChoice::Auto);
+    runs_in_bf16(&device, &auto, 4, false);
+    assert_eq!(runs_in_bf16(&device, &auto, 4, false), []);
+    assert!(notes.0.lock().unwrap().is_empty(), "an algorithm with these bits was found");
 }
 
 #[test]
