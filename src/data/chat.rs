@@ -192,7 +192,7 @@ impl ChatTemplate {
         self.blocks > 0
     }
 
-    /// Renders a list of messages (`role`, `content`, ...).
+    /// Renders a list of messages: objects with `role`, `content` and other keys.
     pub fn render(&self, messages: &Value, options: RenderOptions) -> Result<Rendered> {
         let mut context = self.special.clone();
         context.insert("messages".into(), messages.clone());
@@ -228,7 +228,7 @@ impl ChatTemplate {
 
 const NAME: &str = "chat_template";
 const MARKER: char = '\u{FDD0}';
-/// Limit on the work of one render (instructions, and bytes of text copied): at most two seconds.
+/// Limit on the work of one render (instructions and copied text): at most two seconds.
 const FUEL: u64 = 4_000_000;
 const RECURSION: usize = 200;
 const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \

@@ -89,7 +89,7 @@ fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> P
         let mut pieces: Pack = whole.flat_map(|(i, n)| split(batch * BATCH + i, *n)).collect();
         pieces.sort_by_key(|(_, tokens)| std::cmp::Reverse(tokens.len())); // stable: ties keep their order
         let first = packs.len();
-        // packs with room, by room left; among equals the oldest comes first
+        // packs with room, by room left; each amount of room has a FIFO queue
         let mut open: BTreeMap<usize, VecDeque<usize>> = BTreeMap::new();
         for piece in pieces {
             let need = piece.1.len();

@@ -1,5 +1,5 @@
-//! Finds the assistant's turns in a rendered conversation, for templates without `{% generation
-//! %}`. Layer 6.
+//! Finds the assistant's turns in a rendered conversation, for templates without
+//! `{% generation %}`. Layer 6.
 //!
 //! Invariant: a turn begins where the generation prompt ends (the model's input when it starts to
 //! speak) and ends where the template begins the next message, as in TRL's templates with tags. A

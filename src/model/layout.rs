@@ -1,5 +1,4 @@
-//! The layout of a decoder: its sizes and switches, and the rules of its family. Layer
-//! 5.
+//! The layout of a decoder: sizes and switches, and the rules of its family. Layer 5.
 //!
 //! Invariant: a family is data. Nothing here or in the decoder asks for a model's family.
 
@@ -126,7 +125,7 @@ pub enum NormPlace {
     Both,
 }
 
-/// What embeddings are multiplied by.
+/// The factor of embeddings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingScale {
     factor: f32,
@@ -318,7 +317,7 @@ pub struct ActRule {
     pub default: HiddenAct,
 }
 
-/// What embeddings are multiplied by.
+/// How the factor of embeddings is determined.
 #[derive(Clone, Copy, Debug)]
 pub enum EmbeddingRule {
     None,

@@ -5,8 +5,8 @@
 //! correctly rounded (through f64); PyTorch's vector library is off by one ulp in about one power
 //! in a hundred, which is the only difference.
 //!
-//! The decoder rotates halves: of a head `x = [a, b]`, position p gives `[a cos - b sin, b cos + a
-//! sin]`.
+//! The decoder rotates halves: for a head `x = [a, b]`, position p gives
+//! `[a cos - b sin, b cos + a sin]`.
 
 use std::f64::consts::PI;
 
@@ -33,8 +33,8 @@ pub enum RopeKind {
     Linear {
         factor: f64,
     },
-    /// Long wavelengths are divided by `factor`, short ones kept, with a ramp between `original /
-    /// low` and `original / high`.
+    /// Long wavelengths are divided by `factor`, short ones kept, with a ramp between
+    /// `original / low` and `original / high`.
     Llama3 {
         factor: f64,
         low_freq_factor: f64,

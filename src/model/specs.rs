@@ -79,7 +79,7 @@ pub enum Proj {
     Qkv,
     /// gate and up as one module.
     GateUp,
-    /// Projection into a short convolution.
+    /// Input and output projection of a short convolution.
     ConvIn,
     ConvOut,
 }

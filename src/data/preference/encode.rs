@@ -1,5 +1,4 @@
-//! Common encoding of preference rows: texts and conversations to ids, and prompt extraction. Layer
-//! 6.
+//! Common encoding of preference rows: texts and conversations to ids, prompt extraction. Layer 6.
 //!
 //! Invariant: ids are below the model's vocabulary, and every error names the row.
 

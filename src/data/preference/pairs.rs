@@ -120,8 +120,7 @@ impl<'a> PairEncoder<'a> {
         stats.mismatched(mismatch);
         let longest = chosen.input_ids.len().max(rejected.input_ids.len());
         let long = options.max_length.is_some_and(|limit| longest > limit);
-        // a prompt that fills max_length leaves no completion with keep_start, whatever else would
-        // be done
+        // a prompt that fills max_length leaves no completion if the start is kept
         let free = |s: &MaskedSequence| s.target_mask.iter().take_while(|t| !**t).count();
         let fills = |limit: usize| free(&chosen).max(free(&rejected)) >= limit;
         let mode = match style {

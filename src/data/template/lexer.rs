@@ -1,5 +1,4 @@
-//! Splits a template into tokens like Jinja2's lexer, with `trim_blocks` and `lstrip_blocks`. Layer
-//! 6.
+//! Tokenises a template like Jinja2's lexer, with `trim_blocks` and `lstrip_blocks`. Layer 6.
 //!
 //! Invariant: whitespace is trimmed here and nowhere else.
 

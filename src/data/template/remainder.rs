@@ -31,7 +31,7 @@ fn closes(op: &str) -> bool {
     matches!(op, ")" | "]" | "}")
 }
 
-/// Returns the indices of tokens outside brackets, including each opening bracket.
+/// Returns the indices of tokens outside brackets, and of each outermost opening bracket.
 fn top(tokens: &[(Token, usize)]) -> impl Iterator<Item = usize> {
     let mut depth = 0usize;
     (0..tokens.len()).filter(move |i| match tokens[*i].0 {

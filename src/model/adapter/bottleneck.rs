@@ -1,5 +1,4 @@
-//! Bottleneck adapters: two narrow layers after attention, after the MLP, or parallel to it. Layer
-//! 5.
+//! Bottleneck adapters: two narrow layers after attention, after the MLP or beside it. Layer 5.
 //!
 //! out = stream + branch + s (act(z D^T + d) U^T + u), where `branch` is the output of attention or
 //! the MLP, and z is (names of adapter-hub in brackets) the branch (`double_seq_bn`: Houlsby et

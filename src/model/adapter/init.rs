@@ -75,8 +75,8 @@ impl Adapter {
         self.set_magnitudes()
     }
 
-    /// Sets PiSSA's values: the pair that is subtracted from each weight and, for a new adapter,
-    /// the trained pair, which starts equal.
+    /// Sets PiSSA's values: the pair that is subtracted from each weight (B negated) and, for a new
+    /// adapter, the trained pair with the same A and B.
     pub(super) fn set_principal(
         &self,
         model: &ModelConfig,
@@ -111,8 +111,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// Copies the base's values of untrained biases that are fused with trained ones: no file holds
-    /// them.
+    /// Copies the base's biases: no file holds untrained ones that are fused with trained ones.
     pub(super) fn copy_biases(&self, model: &ModelConfig, base: &ParamSet) -> Result<()> {
         for (p, spec) in self.params.specs.iter().enumerate().filter(|(_, s)| s.is_base_bias()) {
             self.params.store(p, &copied(base, &spec.name, model)?)?;
