@@ -243,7 +243,7 @@ impl<'a> EosToken<'a> {
         }
     }
 
-    /// The error for a tokenizer without an EOS token that completions need.
+    /// The error for a tokenizer that lacks the EOS token that completions need.
     pub fn missing(tokenizer: &Tokenizer) -> Error {
         let message = "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
         Error::model(tokenizer.dir().join("tokenizer_config.json"), message)

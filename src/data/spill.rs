@@ -37,7 +37,7 @@ impl KeptRows {
     pub fn new(dir: Option<&Path>) -> KeptRows {
         match dir.map(RowFile::create) {
             Some(Ok(file)) => KeptRows::File(file),
-            // Only costs memory.
+            // Without a file the rows only take more memory.
             Some(Err(_)) | None => KeptRows::Memory(Vec::new()),
         }
     }

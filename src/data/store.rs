@@ -76,7 +76,7 @@ pub(super) enum Tokens {
     File(StoredTokens),
 }
 
-/// Tokens in a file: for each row its ids, then its mask, one byte per token.
+/// Tokens in a file: for each row its ids, then its mask with one byte per token.
 #[derive(Clone, Debug)]
 pub(super) struct StoredTokens {
     pub(super) file: Arc<TokenFile>,

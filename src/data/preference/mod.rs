@@ -7,7 +7,7 @@
 //! | rows | function | for |
 //! |---|---|---|
 //! | (prompt,) chosen, rejected (, margin) | [`pairs`] | DPO, ORPO, CPO, reward models |
-//! | prompt, completion, label; or pairs, unpaired |  [`labelled`] | KTO, BCO |
+//! | prompt, completion, label; or pairs, unpaired | [`labelled`] | KTO, BCO |
 //! | prompt, completions, labels | [`steps`] | process reward models |
 
 mod encode;

@@ -164,7 +164,7 @@ impl<'a, 't> FileRows<'a, 't> {
         self.columns.iter().map(|c| format!("{c:?}")).collect::<Vec<_>>().join(", ")
     }
 
-    /// Returns an error if no row has a column of the option `columns`.
+    /// Returns an error if a column of the option `columns` is in no row.
     pub fn finish(self) -> Result<()> {
         let missing = self.options.columns.0.iter().find(|(_, c)| !self.found.contains(c.as_str()));
         match missing {
@@ -188,8 +188,8 @@ impl<'a, 't> FileRows<'a, 't> {
     }
 }
 
-/// Shrinks an object to its contents: parsers reserve four fields for one, and there may be
-/// millions of rows.
+/// Shrinks an object to its contents: parsers allocate room for at least four fields, and there may
+/// be millions of rows.
 fn compact(object: Map<String, Value>) -> Map<String, Value> {
     fn within(value: Value) -> Value {
         match value {
