@@ -87,7 +87,7 @@ fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> P
     for (batch, lengths) in lengths.chunks(BATCH).enumerate() {
         let whole = lengths.iter().enumerate().filter(|(_, n)| **n > 0);
         let mut pieces: Pack = whole.flat_map(|(i, n)| split(batch * BATCH + i, *n)).collect();
-        pieces.sort_by_key(|(_, tokens)| std::cmp::Reverse(tokens.len())); // stable: ties keep order
+        pieces.sort_by_key(|(_, tokens)| std::cmp::Reverse(tokens.len())); // stable
         let first = packs.len();
         // packs with room, by room left; each amount of room has a FIFO queue
         let mut open: BTreeMap<usize, VecDeque<usize>> = BTreeMap::new();
