@@ -1,22 +1,23 @@
-//! Rows that cannot be used: an error, or counted and left out. Layer 6.
+//! Bad rows: an error, or counted and dropped. Layer 6.
 //!
-//! Invariant: only errors that name a line of a file are a row's; every other error ends the run.
+//! Invariant: only an error that names a line of a file belongs to a row; every other error ends
+//! the run.
 
 use std::fmt;
 
 pub use crate::config::OnBadRow;
 use crate::error::{Error, Result};
 
-/// The rows that were left out so far.
+/// The bad rows dropped so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BadRows {
     on_bad_row: OnBadRow,
     pub count: usize,
-    /// The first three, with file, line and reason.
+    /// Messages of the first three: file, line and reason.
     pub named: Vec<String>,
 }
 
-/// Bad rows that are named.
+/// Number of bad rows whose messages are kept.
 const NAMED: usize = 3;
 
 impl BadRows {
@@ -24,7 +25,7 @@ impl BadRows {
         BadRows { on_bad_row, ..BadRows::default() }
     }
 
-    /// What was made of a row; None if the row is bad and may be dropped.
+    /// Returns the value made from a row; None if the row is bad and may be dropped.
     pub fn admit<T>(&mut self, made: Result<T>) -> Result<Option<T>> {
         match made {
             Ok(made) => Ok(Some(made)),
@@ -39,7 +40,7 @@ impl BadRows {
         }
     }
 
-    /// Those of `all` that are good, with what was made of them.
+    /// Returns the good rows of `all`, each with the value that `make` returned.
     pub fn filter<'a, R, T>(
         &mut self,
         all: &'a [R],
@@ -55,12 +56,13 @@ impl BadRows {
         Ok(good)
     }
 
-    /// Ends a paragraph about the rows: a list, behind which no sentence follows.
+    /// Writes the bad rows at the end of a summary: they are a list, after which no sentence can
+    /// follow.
     pub fn write_last(&self, f: &mut fmt::Formatter) -> fmt::Result {
         if self.count > 0 { write!(f, " {self}") } else { Ok(()) }
     }
 
-    /// An error if all rows are bad.
+    /// Returns an error if all rows are bad.
     pub fn some_left(&self, rows: usize) -> Result<()> {
         match self.named.first() {
             Some(first) if rows == 0 => Err(Error::Run(format!(

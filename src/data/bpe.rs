@@ -1,5 +1,5 @@
-//! Trains a small byte-level BPE tokenizer and writes it as a folder that transformers loads. Layer
-//! 6.
+//! Trains a small byte-level BPE tokenizer and writes it as a folder that transformers can load.
+//! Layer 6.
 //!
 //! Invariant: the same texts give the same files, byte for byte.
 
@@ -17,14 +17,14 @@ use tokenizers::{AddedToken, Tokenizer};
 use super::panics::caught;
 use crate::error::{Error, Result};
 
-/// A trained tokenizer that is not in a folder yet.
+/// A trained tokenizer, not yet written to a folder.
 pub struct TrainedBpe {
     json: String,
 }
 
-/// Trains on `texts` up to `vocab_size` tokens: the special ones first, then the 256 bytes, then
-/// merges. With `split_digits` each digit is a token of its own, as in the large families; without,
-/// frequent numbers become one token.
+/// Trains on `texts` up to `vocab_size` tokens: first the special tokens, then the 256 bytes, then
+/// merges. With `split_digits` each digit is a separate token, as in most large families; without
+/// it, frequent numbers become single tokens.
 pub fn train_bpe<'a>(
     texts: impl Iterator<Item = &'a str>,
     vocab_size: usize,
@@ -47,7 +47,7 @@ pub fn train_bpe<'a>(
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build()
         .into();
-    // Numbers stand apart from what is around them in either case.
+    // Both settings separate numbers from the surrounding text.
     let splits: Vec<PreTokenizerWrapper> =
         vec![Digits::new(split_digits).into(), ByteLevel::default().add_prefix_space(false).into()];
     let trained = caught(|| -> tokenizers::Result<String> {

@@ -1,11 +1,11 @@
-//! Tokenised rows in a file, so that the next start need not make them again. Layer 6.
+//! A file of tokenised rows, so that the next start can skip tokenisation. Layer 6.
 //!
-//! Invariant: a file is read only whole: its checksum covers every byte, its key everything that
-//! its rows depend on. Tokens stay in the file.
+//! Invariant: a file is used as a whole or not at all: its checksum covers every byte, and its key
+//! covers everything that its rows depend on. Tokens stay in the file.
 //!
-//! The file: eight bytes of magic; the tokens of each split, written while they are made; for each
-//! split its index, arrays from a multiple of eight bytes on; the description (JSON) and its length;
-//! at the end XXH3 (128 bits) of all before. Numbers are little-endian.
+//! Layout of the file: eight magic bytes; the tokens of each split, written as they are produced;
+//! the index of each split, as arrays aligned to eight bytes; the description (JSON) and its
+//! length; finally the XXH3 hash (128 bits) of everything before it. Numbers are little-endian.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,25 +17,25 @@ use super::store::{Places, StoredTokens, TOKEN_BYTES, TokenStore, Tokens};
 use super::token_file::TokenFile;
 use crate::error::{Error, Result};
 
-/// Changes with the layout of the file.
+/// Changes whenever the layout of the file changes.
 const MAGIC: &[u8; 8] = b"temperc3";
 
-/// What a run made of its rows.
+/// The tokenised rows of a run.
 #[derive(Clone, Debug, Default)]
 pub struct TokenisedRun {
-    /// What is said about the rows.
+    /// Summary of the rows, for the user.
     pub summary: String,
-    /// What is said about their files.
+    /// Notes on their files, for the user.
     pub notes: Vec<String>,
-    /// Rows that were read, before any was dropped.
+    /// Rows read from each split, before any was dropped.
     pub read: [usize; 2],
-    /// The training rows are conversations.
+    /// Whether the training rows are conversations.
     pub conversations: bool,
     pub train: TokenStore,
     pub eval: TokenStore,
 }
 
-/// What the file says of itself.
+/// The description stored at the end of the file.
 #[derive(Serialize, Deserialize)]
 struct Description {
     key: String,
@@ -48,10 +48,10 @@ struct Description {
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Counts {
-    /// Where the tokens begin.
+    /// Byte offset of the tokens.
     start: u64,
     tokens: usize,
-    /// Where the index begins.
+    /// Byte offset of the index.
     index: u64,
     sequences: usize,
     rows: usize,
@@ -59,15 +59,16 @@ struct Counts {
     places: usize,
 }
 
-/// Begins the file that [`finish`] names `path`; stores of [`TokenStore::in_file`] write to it.
+/// Creates the file that [`finish`] renames to `path`; stores from [`TokenStore::in_file`] write to
+/// it.
 pub fn begin(path: &Path) -> Result<Arc<TokenFile>> {
     let file = TokenFile::create(path)?;
     file.append(MAGIC)?;
     Ok(Arc::new(file))
 }
 
-/// Finishes the file that holds the tokens of `run`. `files`: those of the run, in order; places
-/// name them by number, so that a file that was moved is named as it is called then.
+/// Finishes the file that holds the tokens of `run`. `files`: the run's data files, in order.
+/// Places refer to them by number, so that a moved file is later reported under its new path.
 pub fn finish(
     to: &TokenFile,
     path: &Path,
@@ -117,21 +118,21 @@ fn index(to: &TokenFile, store: &TokenStore, files: &[Arc<Path>]) -> Result<Coun
     })
 }
 
-/// The number of each of the places' files among those of the run.
+/// Returns, for each file of `places`, its index among the files of the run.
 fn file_numbers(places: &Places, files: &[Arc<Path>]) -> Result<Vec<u32>> {
     let number = |file: &Arc<Path>| files.iter().position(|f| f == file).map(|n| n as u32);
     let all: Option<Vec<u32>> = places.files.iter().map(number).collect();
     all.ok_or_else(|| Error::Run("row cache: a row comes from none of the run's files".into()))
 }
 
-/// Appends zeros to the next multiple of eight, then an array; returns where it begins.
+/// Appends zeros up to a multiple of eight, then an array; returns the array's byte offset.
 fn array<T: Pod>(to: &TokenFile, values: &[T]) -> Result<u64> {
     let rest = to.end().next_multiple_of(8) - to.end();
     to.append(&[0; 8][..rest as usize])?;
     to.append(bytemuck::cast_slice(values))
 }
 
-/// The rows that `path` holds under `key`. Error: why the file cannot be used.
+/// Reads the rows that `path` holds under `key`. Error: why the file cannot be used.
 pub fn read(
     path: &Path,
     key: &str,
@@ -174,7 +175,8 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// The bytes of `count` items of `size` bytes from `at` on; None: they are not all there.
+    /// Returns the end of `count` items of `size` bytes that start at `at`; None if it lies past
+    /// the end of the file.
     fn bytes(&self, at: u64, count: usize, size: u64) -> Option<u64> {
         let bytes = (count as u64).checked_mul(size)?;
         at.checked_add(bytes).filter(|end| *end <= self.end)
@@ -206,7 +208,7 @@ impl Reader<'_> {
         Ok(TokenStore { tokens: Tokens::File(tokens), ends, rows, labels, label_ends, places })
     }
 
-    /// Ends of `count` lists that share `all` items.
+    /// Reads the ends of `count` lists that together have `all` items.
     fn ends(&mut self, count: usize, all: usize) -> std::result::Result<Vec<u64>, String> {
         let ends = self.array::<u64>(count)?;
         let last = ends.last().copied().unwrap_or(0) as usize;
@@ -230,7 +232,7 @@ mod tests {
         store
     }
 
-    /// Makes the file; the rows as they are in memory.
+    /// Writes the file; returns the rows as they are in memory.
     fn stored(path: &Path) -> (TokenisedRun, Vec<Arc<Path>>) {
         let files: Vec<Arc<Path>> = vec![Path::new("a").into(), Path::new("b").into()];
         let file = begin(path).unwrap();
@@ -296,7 +298,7 @@ mod tests {
         let file = begin(&path).unwrap();
         let mut train = rows(TokenStore::in_file(file.clone()), &files);
         train.write().unwrap();
-        // A file that another start has finished takes nothing more, as a full disk does.
+        // A finished file accepts no more tokens, like a full disk.
         file.finish(&path).unwrap();
         let mut train = rows(train, &files);
         train.write().unwrap();

@@ -1,4 +1,4 @@
-//! Renders a model's chat template as transformers does. Layer 6.
+//! Renders a model's chat template like transformers. Layer 6.
 //!
 //! Invariant: text and generation spans equal those of `apply_chat_template`, or rendering is an
 //! error; a hostile template ends in an error after a bounded amount of work.
@@ -30,45 +30,45 @@ pub struct ChatTemplate {
     setup: TemplateSetup,
 }
 
-/// What a run gives its chat templates.
+/// The settings that a run passes to its chat templates.
 #[derive(Clone, Default)]
 pub struct TemplateSetup {
     pub tools: Option<Value>,
     pub kwargs: Map<String, Value>,
-    /// What `strftime_now` reads. None: the clock.
+    /// The time that `strftime_now` reads. None: the system clock.
     pub clock: Option<Clock>,
 }
 
-/// A model's other templates.
+/// The other templates of a model.
 #[derive(Default)]
 struct NamedUse {
-    tool_use: Option<Box<ChatTemplate>>, // for conversations with tools
-    nameless: bool,                      // several, none of which is `default`
+    tool_use: Option<Box<ChatTemplate>>, // used for conversations with tools
+    nameless: bool,                      // several templates, none of them named `default`
 }
 
-/// What a render may be given besides the messages.
+/// Optional inputs of a render besides the messages.
 #[derive(Clone, Copy, Default)]
 pub struct RenderOptions<'a> {
     pub tools: Option<&'a Value>, // a list of JSON schemas
     pub add_generation_prompt: bool,
-    pub kwargs: Option<&'a Map<String, Value>>, // chat_template_kwargs; they win over the special tokens
+    pub kwargs: Option<&'a Map<String, Value>>, // chat_template_kwargs; override special tokens
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rendered {
     pub text: String,
-    pub generation_spans: Vec<Range<usize>>, // in CHARACTERS of `text`, as transformers counts
+    pub generation_spans: Vec<Range<usize>>, // in CHARACTERS of `text`, as in transformers
 }
 
 impl ChatTemplate {
     /// Compiles `source`. `origin` is the file that errors name; `special` holds `bos_token`,
-    /// `eos_token` ...
+    /// `eos_token` and the like.
     pub fn new(source: &str, origin: &Path, special: &Map<String, Value>) -> Result<ChatTemplate> {
         ChatTemplate::with_clock(source, origin, special, Arc::new(Clock::now))
     }
 
-    /// The template of `tokenizer`, or the one at `path`; None where there is none: see
-    /// [`Tokenizer::take_template`].
+    /// Returns the template at `path`, or that of `tokenizer` if `path` is None; None if the
+    /// tokenizer has none. See [`Tokenizer::take_template`].
     pub fn choose(path: Option<&str>, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
         let Some(path) = path else {
             return ChatTemplate::of_run(tokenizer, &TemplateSetup::default());
@@ -78,7 +78,7 @@ impl ChatTemplate {
         ChatTemplate::of_run(&tokenizer, &TemplateSetup::default())
     }
 
-    /// The templates of a tokenizer with what a run gives them; None where it has none.
+    /// Compiles the templates of a tokenizer with the run's settings; None if it has no template.
     pub fn of_run(tokenizer: &Tokenizer, setup: &TemplateSetup) -> Result<Option<ChatTemplate>> {
         let Some(main) = tokenizer.chat_template() else { return Ok(None) };
         let compile = |source: &str| {
@@ -98,19 +98,19 @@ impl ChatTemplate {
         Ok(Some(template))
     }
 
-    /// The template of a tokenizer's folder; an error says what to do when it has none.
+    /// Returns the template of a tokenizer's folder; if there is none, the error says what to do.
     pub fn of(tokenizer: &Tokenizer) -> Result<ChatTemplate> {
         ChatTemplate::choose(None, tokenizer)?
             .ok_or_else(|| Error::model(tokenizer.dir(), NO_TEMPLATE))
     }
 
-    /// What the run gives its templates.
+    /// The settings that the run passes to its templates.
     pub fn setup(&self) -> &TemplateSetup {
         &self.setup
     }
 
-    /// The template for a conversation with or without tools, as transformers chooses it. Error:
-    /// several templates, none of which is for it.
+    /// Returns the template for a conversation with or without tools, chosen as in transformers.
+    /// Error: the model has several templates and none of them applies.
     pub fn pick(&self, tools: bool) -> Result<&ChatTemplate> {
         match &self.named {
             NamedUse { tool_use: Some(own), .. } if tools => Ok(own),
@@ -122,8 +122,8 @@ impl ChatTemplate {
         }
     }
 
-    /// As [`ChatTemplate::new`] with the clock that `strftime_now` reads. (transformers reads local
-    /// time, this crate's default clock UTC.)
+    /// Like [`ChatTemplate::new`], with a given clock for `strftime_now`. (transformers reads local
+    /// time; the default clock here is UTC.)
     pub fn with_clock(
         source: &str,
         origin: &Path,
@@ -177,22 +177,22 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether the template marks what the assistant says with `{% generation %}`.
-    /// Its text.
+    /// The source text of the template.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// The file that it came from.
+    /// The file that the template was read from.
     pub fn origin(&self) -> &Path {
         &self.origin
     }
 
+    /// Whether the template marks assistant text with `{% generation %}`.
     pub fn has_generation(&self) -> bool {
         self.blocks > 0
     }
 
-    /// Renders a list of messages (`role`, `content`, ...).
+    /// Renders a list of messages: objects with `role`, `content` and other keys.
     pub fn render(&self, messages: &Value, options: RenderOptions) -> Result<Rendered> {
         let mut context = self.special.clone();
         context.insert("messages".into(), messages.clone());
@@ -213,15 +213,14 @@ impl ChatTemplate {
         Ok(take_spans(&text, &open, &close))
     }
 
-    /// Two strings that occur nowhere in what is rendered. U+FDD0 is a noncharacter, so the first
-    /// pair will do unless someone means harm.
+    /// Returns two strings that do not occur in the rendered text. U+FDD0 is a noncharacter, so the
+    /// shortest pair suffices unless the input is hostile.
     fn markers(&self, context: &Map<String, Value>) -> (String, String) {
         if self.blocks == 0 {
             return (String::new(), String::new());
         }
         let taken = if self.marker_taken { 1 } else { 0 } + occurrences(context.values());
-        // longer than any run that the input itself can make, unless the template repeats it on
-        // purpose
+        // longer than any run of markers in the input, unless the template repeats it on purpose
         let run = MARKER.to_string().repeat(taken + 1);
         (format!("{run}<"), format!("{run}>"))
     }
@@ -229,13 +228,13 @@ impl ChatTemplate {
 
 const NAME: &str = "chat_template";
 const MARKER: char = '\u{FDD0}';
-/// Work a render may do (instructions, and text that it copies): two seconds at most.
+/// Limit on the work of one render (instructions and copied text): at most two seconds.
 const FUEL: u64 = 4_000_000;
 const RECURSION: usize = 200;
 const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \
      or give rows with plain text";
 
-/// How many marker characters the strings of the context hold.
+/// Counts the marker characters in the strings of the context.
 fn occurrences<'a>(values: impl Iterator<Item = &'a Value>) -> usize {
     values
         .map(|v| match v {
@@ -250,7 +249,7 @@ fn occurrences<'a>(values: impl Iterator<Item = &'a Value>) -> usize {
         .sum()
 }
 
-/// Removes the markers and turns them into spans of characters.
+/// Removes the markers and returns their positions as spans of characters.
 fn take_spans(marked: &str, open: &str, close: &str) -> Rendered {
     if open.is_empty() || !marked.contains(MARKER) {
         return Rendered { text: marked.to_string(), generation_spans: Vec::new() };
@@ -274,7 +273,7 @@ fn take_spans(marked: &str, open: &str, close: &str) -> Rendered {
     Rendered { text, generation_spans }
 }
 
-/// The message of a template error with its line, on one line.
+/// Formats a template error on one line, with its line number.
 fn said(error: &minijinja::Error) -> String {
     let what = match error.kind() {
         minijinja::ErrorKind::OutOfFuel => {

@@ -1,9 +1,9 @@
-//! What stands between a turn that was sampled and the next: the tokens that the chat template
-//! writes after the turn's end token. Layer 6.
+//! The tokens between a sampled turn and the next one: what the chat template writes after the
+//! turn's end token. Layer 6.
 //!
-//! Invariant: sampled tokens are never made again from their text. Only what the template adds
-//! behind them becomes tokens, and only where a template writes a conversation as a
-//! continuation of its beginning; another one is an error that shows the turn.
+//! Invariant: sampled tokens are never re-encoded from their text. Only the text that the template
+//! adds after them is tokenised, and only if the template renders a longer conversation as a
+//! continuation of its beginning; otherwise the error shows the turn.
 
 use serde_json::{Value, json};
 
@@ -12,22 +12,23 @@ use super::render::{CONTINUE, Renderer};
 use super::rows::Row;
 use crate::error::{Error, Result};
 
-/// A text that no turn has and no template changes.
+/// A text that does not occur in turns and that templates leave unchanged.
 const PROBE: &str = "\u{E0F3}probe\u{E0F4}";
 
-/// Where a conversation of a row stands.
+/// The state of a row's conversation.
 pub struct Talk<'a> {
     pub renderer: Renderer<'a>,
     pub row: &'a Row,
     pub example: &'a ParsedRow,
-    /// The prompt's, and what was said since; the model spoke last.
+    /// The messages of the prompt and all later ones; the last is the model's.
     pub messages: &'a [Value],
-    /// The token that ended its turn.
+    /// The token that ended the model's turn.
     pub stop: u32,
 }
 
 impl Talk<'_> {
-    /// The tokens from behind the turn's end token to where the model speaks again, after `reply`.
+    /// Returns the tokens from after the turn's end token up to where the model's next turn starts,
+    /// with `reply` between.
     pub fn continuation(&self, reply: &[Value]) -> Result<Vec<u32>> {
         if self.renderer.continues(self.example) {
             return Err(self.row.error(format!(
@@ -41,12 +42,12 @@ impl Talk<'_> {
         let Some((_, before)) = self.messages.split_last() else { return Err(self.unclear()) };
         let probe = [before, &[json!({ "role": "assistant", "content": PROBE })]].concat();
         let probe = self.render(&probe, false)?;
-        // What the template writes after what an assistant says.
+        // The text that the template writes after an assistant's content.
         let closing = match probe.rsplit_once(PROBE) {
             Some((_, closing)) if so_far.ends_with(closing) => closing,
             _ => return Err(self.unclear()),
         };
-        // The model has said the template's end token itself, or another one.
+        // The model may have sampled the template's end token itself, or another one.
         let ids = self.renderer.tokenizer.encode(closing, false)?;
         let rest = match ids.first() == Some(&self.stop) {
             true => closing.strip_prefix(self.stop_text()?.as_str()).unwrap_or(closing),
@@ -55,9 +56,10 @@ impl Talk<'_> {
         self.behind_stop(&format!("{rest}{added}"))
     }
 
-    /// The tokens of a text that follows the turn's end token.
+    /// Tokenises a text that follows the turn's end token.
     pub fn behind_stop(&self, text: &str) -> Result<Vec<u32>> {
-        // With the end token before it, so that no tokenizer takes it for the start of a text.
+        // Encode after the end token, so that no tokenizer treats the text as the start of a
+        // document.
         let stop = self.stop_text()?;
         let ids = self.renderer.encode(self.row, &format!("{stop}{text}"), false)?;
         match ids.split_first() {

@@ -1,6 +1,6 @@
-//! Passes rows from their files to the tokenising encoder, a batch at a time. Layer 6.
+//! Passes rows from their files to the tokenising encoder in batches. Layer 6.
 //!
-//! Invariant: the examples do not depend on where a batch ends.
+//! Invariant: the examples do not depend on the batch boundaries.
 
 use std::fmt::Display;
 
@@ -10,12 +10,12 @@ use super::split::Split;
 use super::store::TokenStore;
 use crate::error::Result;
 
-/// Where the rows of a run come from.
+/// The source of a run's rows.
 pub trait RowFeed {
     /// Passes the rows of a split to `take`, in order. Called once for each split.
     fn each(&self, split: Split, take: &mut TakeRows) -> Result<()>;
 
-    /// A new store for the tokens of a split.
+    /// Creates a store for the tokens of a split.
     fn store(&self) -> TokenStore {
         TokenStore::default()
     }
@@ -44,20 +44,20 @@ impl RowFeed for HeldRows<'_> {
     }
 }
 
-/// Turns rows into examples, in order. It may hold some back until it has seen more rows.
+/// Turns rows into examples, in order. It may hold examples back until it has seen more rows.
 pub trait RowEncoder {
     type Example;
-    /// Counts of kept, cut and dropped rows; `Display` is the summary that a run prints.
+    /// Counts of kept, truncated and dropped rows; `Display` is the summary that a run prints.
     type Stats: Display;
 
-    /// Takes the next rows. Adds the examples that are ready, each with the place of its row.
+    /// Encodes the next rows. Appends the examples that are ready, each with the place of its row.
     fn encode(&mut self, rows: &[Row], examples: &mut Encoded<Self::Example>) -> Result<()>;
 
-    /// Ends the rows and adds the examples that were held back. Error: nothing is left to train on.
+    /// Ends the input and appends the examples held back. Error: there is nothing to train on.
     fn finish(self, examples: &mut Encoded<Self::Example>) -> Result<Self::Stats>;
 }
 
-/// Examples with their places.
+/// Examples, each with the place of its row.
 pub type Encoded<E> = Vec<(RowPlace, E)>;
 
 /// Encodes all of `rows` at once.

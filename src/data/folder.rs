@@ -1,7 +1,7 @@
-//! What a tokenizer's folder says besides tokenizer.json: special tokens, added tokens, the chat
-//! template. Layer 6.
+//! The contents of a tokenizer folder besides tokenizer.json: special tokens, added tokens, the
+//! chat template. Layer 6.
 //!
-//! Invariant: where two files say different things, the one that transformers prefers wins.
+//! Invariant: if two files disagree, the one that transformers prefers is used.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use tokenizers::AddedToken;
 
 use crate::error::{Error, Result};
 
-/// The object in a JSON file; None if there is no such file.
+/// Reads the object in a JSON file; None if there is no such file.
 pub fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     if !path.is_file() {
         return Ok(None);
@@ -29,8 +29,8 @@ pub fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     }
 }
 
-/// Named special tokens as strings. special_tokens_map.json wins, but counts only beside a
-/// tokenizer_config.json without `added_tokens_decoder` (transformers 5.17).
+/// Returns the named special tokens as strings. special_tokens_map.json takes precedence, but is
+/// read only if tokenizer_config.json has no `added_tokens_decoder` (transformers 5.17).
 pub fn special_tokens(
     file: &Map<String, Value>,
     config: &Map<String, Value>,
@@ -43,7 +43,7 @@ pub fn special_tokens(
                 out.insert(key.clone(), Value::String(token.to_string()));
             }
         }
-        // a model's own named tokens (image_token ...) are here
+        // the model's own named tokens, such as image_token
         for key in ["extra_special_tokens", "model_specific_special_tokens"] {
             for (name, value) in source.get(key).and_then(Value::as_object).into_iter().flatten() {
                 if let Some(token) = token_text(value) {
@@ -55,8 +55,8 @@ pub fn special_tokens(
     out
 }
 
-/// Special tokens without a name: the list `extra_special_tokens`, or its old name
-/// `additional_special_tokens` where that is not there.
+/// Returns the unnamed special tokens: the list `extra_special_tokens`, or if absent its old name
+/// `additional_special_tokens`.
 pub fn extra_tokens(file: &Map<String, Value>, config: &Map<String, Value>) -> Vec<AddedToken> {
     let mut tokens: Vec<AddedToken> = Vec::new();
     for source in sources(file, config) {
@@ -93,16 +93,16 @@ fn added_token(token: &Value, special: bool) -> Option<AddedToken> {
     })
 }
 
-/// A token is written as a string, or as an object with `content`.
+/// Returns the text of a token, given as a string or as an object with `content`.
 fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// The chat templates of a folder by name. A single one is `default`.
+/// The chat templates of a folder, by name. A single template is named `default`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct NamedTemplates {
     pub list: Vec<(String, String)>,
-    /// Not where transformers looks, or in files below the folder.
+    /// Whether they came from an old location, or from files in a subfolder.
     pub moved: bool,
 }
 
@@ -111,14 +111,14 @@ impl NamedTemplates {
         self.list.iter().find(|t| t.0 == name).map(|t| t.1.as_str())
     }
 
-    /// The one to render where no name is asked for: `default`, or the first.
+    /// The template to use if no name is requested: `default`, or else the first.
     pub fn main(&self) -> Option<&str> {
         self.get("default").or(self.list.first().map(|t| t.1.as_str()))
     }
 }
 
-/// chat_template.jinja and the files of additional_chat_templates; where there is none,
-/// `chat_template` in tokenizer_config.json (a string, or a list of named ones), then the old
+/// Reads chat_template.jinja and the files of additional_chat_templates; if there are none,
+/// `chat_template` in tokenizer_config.json (a string, or a list of named templates); else the old
 /// chat_template.json.
 pub fn chat_templates(dir: &Path, config: &Map<String, Value>) -> Result<NamedTemplates> {
     let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
@@ -164,7 +164,7 @@ fn extra_template_files(dir: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Every tokenizer file of a folder.
+/// Lists every tokenizer file of a folder.
 pub fn tokenizer_files(dir: &Path) -> Vec<PathBuf> {
     let names = [
         "tokenizer.json",
@@ -184,8 +184,8 @@ pub fn tokenizer_files(dir: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// `added_tokens_decoder` of tokenizer_config.json, by id; where there is none, added_tokens.json
-/// (`old`), whose tokens are special if `special` says so.
+/// Returns the tokens of `added_tokens_decoder` in tokenizer_config.json with their ids; if absent,
+/// those of added_tokens.json (`old`), which are special where `special` returns true.
 pub fn added_tokens(
     config: &Map<String, Value>,
     old: &Map<String, Value>,

@@ -1,8 +1,8 @@
-//! TRL's dataset types: what kind of rows a file holds, and each row checked against it. Layer 6.
+//! TRL's dataset types: detects the type of a file's rows and checks each row against it. Layer 6.
 //!
-//! Invariant: the first row decides the type for all rows; a row that does not fit is an error with
-//! its file and line. ShareGPT and Alpaca rows are converted, so the rest of the crate sees only
-//! TRL's types.
+//! Invariant: the first row determines the type of all rows; a row that does not fit is an error
+//! with its file and line. ShareGPT and Alpaca rows are converted, so the rest of the crate sees
+//! only TRL's types.
 
 use serde_json::{Map, Value, json};
 
@@ -22,7 +22,7 @@ impl Content {
     }
 }
 
-/// What a row holds, by its [`Format`].
+/// The content of a row, by its [`Format`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum RowContent {
     Text(String),
@@ -34,7 +34,7 @@ pub enum RowContent {
     PromptOnly {
         prompt: Content,
     },
-    /// Without a prompt, it is the common beginning of both.
+    /// If the prompt is None, it is the common prefix of both.
     Preference {
         prompt: Option<Content>,
         chosen: Content,
@@ -55,7 +55,7 @@ pub struct ParsedRow {
     pub template_kwargs: Map<String, Value>, // chat_template_kwargs
 }
 
-/// The fields that a dataset has.
+/// The dataset type, by its fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Text,
@@ -68,7 +68,7 @@ pub enum Format {
     Alpaca,   // instruction, input, output
 }
 
-/// Every field that some kind of row has. Other columns are for rewards.
+/// Every field that some dataset type uses. Other columns are passed to rewards.
 pub const FIELDS: [&str; 18] = [
     "text",
     "messages",
@@ -91,7 +91,7 @@ pub const FIELDS: [&str; 18] = [
 ];
 
 impl Format {
-    /// Decides by the fields of a row. `text_field` is TRL's `dataset_text_field`.
+    /// Detects the format from the fields of a row. `text_field` is TRL's `dataset_text_field`.
     pub fn detect(row: &Row, text_field: &str) -> Result<Format> {
         let has = |f: &str| row.has(f);
         Ok(match () {
@@ -133,8 +133,8 @@ impl Format {
             Format::PromptOnly => RowContent::PromptOnly { prompt: content(row, "prompt")? },
             Format::Preference => {
                 let (chosen, rejected) = pair(row, "chosen", "rejected")?;
-                // a text beside conversations repeats what they begin with, as in
-                // ultrafeedback_binarized: TRL does not read it
+                // a text prompt beside conversations repeats their beginning, as in
+                // ultrafeedback_binarized; TRL ignores it
                 let prompt = match row.get("prompt") {
                     Some(Value::String(_)) if chosen.is_chat() => None,
                     Some(_) => Some(pair(row, "prompt", "chosen")?.0),
@@ -151,8 +151,8 @@ impl Format {
     }
 }
 
-/// The note for rows (`first` is one of them) whose prompts or answers are texts although the model
-/// has a chat template: such rows are joined as they are, as in TRL.
+/// Returns a note if the prompts or answers are texts although the model has a chat template
+/// (`first` is one of the rows): such rows are joined without the template, as in TRL.
 pub fn unused_template(first: &Row, has_template: bool) -> Option<&'static str> {
     let is_text = |field: &&str| first.value.get(*field).is_some_and(Value::is_string);
     let texts = ["prompt", "completion", "chosen"].iter().any(is_text);
@@ -162,14 +162,14 @@ pub fn unused_template(first: &Row, has_template: bool) -> Option<&'static str> 
     )
 }
 
-/// Whether a row is a conversation, as far as its fields say.
+/// Whether a row is a conversation, judging by its fields.
 pub fn is_conversation(row: &Row) -> bool {
     let list = |field: &str| row.get(field).is_some_and(Value::is_array);
     ["messages", "conversations", "instruction"].iter().any(|field| row.has(field))
         || ["prompt", "chosen"].iter().any(|field| list(field))
 }
 
-/// A string or a list of messages.
+/// Reads a string or a list of messages.
 fn content(row: &Row, field: &str) -> Result<Content> {
     match row.need(field)? {
         Value::String(text) => Ok(Content::Text(text.clone())),
@@ -183,7 +183,7 @@ fn content(row: &Row, field: &str) -> Result<Content> {
     }
 }
 
-/// Two fields, both strings or both conversations.
+/// Reads two fields, both strings or both conversations.
 fn pair(row: &Row, a: &str, b: &str) -> Result<(Content, Content)> {
     let (x, y) = (content(row, a)?, content(row, b)?);
     if x.is_chat() != y.is_chat() {
@@ -218,7 +218,8 @@ fn share_gpt(row: &Row) -> Result<Vec<Value>> {
     }
 }
 
-/// `{from, value}` becomes `{role, content}`; the speakers get the names that chat templates know.
+/// Converts `{from, value}` to `{role, content}` and renames the speakers to the roles that chat
+/// templates use.
 fn from_value(row: &Row, field: &str, items: &[Value]) -> Result<Vec<Value>> {
     let convert = |(i, item): (usize, &Value)| {
         let Value::Object(message) = item else {
@@ -249,7 +250,7 @@ fn from_value(row: &Row, field: &str, items: &[Value]) -> Result<Vec<Value>> {
     row.checked_messages(field, &messages)
 }
 
-/// The instruction, and the input below it, are what the user says.
+/// Converts an Alpaca row: the user message is the instruction, followed by the input.
 fn alpaca(row: &Row) -> Result<RowContent> {
     let mut user = row.string("instruction")?.to_string();
     if row.has("input") && !row.string("input")?.is_empty() {
@@ -266,7 +267,7 @@ fn alpaca(row: &Row) -> Result<RowContent> {
     })
 }
 
-/// A list of JSON schemas, or the same as a JSON string.
+/// Reads a list of JSON schemas, or a JSON string of one.
 fn tools(row: &Row) -> Result<Option<Value>> {
     let parsed = match row.get("tools") {
         None => return Ok(None),

@@ -1,8 +1,8 @@
-//! What Python and Jinja2 do and minijinja does not: `str()`, `json.dumps`, `strftime`, and a few
+//! Features of Python and Jinja2 that minijinja lacks: `str()`, `json.dumps`, `strftime`, and a few
 //! tests. Layer 6.
 //!
-//! Invariant: a value prints as Python prints it, since what is printed becomes the prompt a model
-//! was trained on.
+//! Invariant: a value prints as in Python, because the printed text becomes the prompt that the
+//! model was trained on.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind};
 
-/// A date and time of day, as a clock on the wall shows it.
+/// A date and time of day, without a time zone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Clock {
     pub year: i64,
@@ -22,7 +22,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// The clock at a number of seconds after 1970-01-01, in UTC.
+    /// Converts seconds since 1970-01-01 to a date and time in UTC.
     pub fn from_unix(seconds: i64) -> Clock {
         let (days, second) = (seconds.div_euclid(86400), seconds.rem_euclid(86400) as u32);
         // days since 0000-03-01, in eras of 400 years
@@ -42,7 +42,7 @@ impl Clock {
         }
     }
 
-    /// A time written as `2025-03-09 14:05:07`.
+    /// Parses a time written as `2025-03-09 14:05:07`.
     pub fn parse(text: &str) -> Option<Clock> {
         let numbers: Vec<u32> = text.split(['-', ' ', ':']).map_while(|n| n.parse().ok()).collect();
         let &[year, month, day, hour, minute, second] = numbers.as_slice() else { return None };
@@ -241,7 +241,7 @@ fn float(x: f64) -> String {
     if !x.is_finite() {
         return if x.is_nan() { "nan".into() } else { if x > 0.0 { "inf" } else { "-inf" }.into() };
     }
-    // Rust's shortest digits are Python's; only the choice of notation differs
+    // Rust and Python print the same shortest digits; only the choice of notation differs
     let scientific = format!("{x:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
@@ -253,7 +253,7 @@ fn float(x: f64) -> String {
     if plain.contains('.') { plain } else { plain + ".0" }
 }
 
-/// Python's `json.dumps` with `ensure_ascii=False` unless told otherwise. No HTML escapes.
+/// Python's `json.dumps`, with `ensure_ascii=False` by default. No HTML escapes.
 fn tojson(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let argument = |i: usize, name: &str| -> Result<Option<Value>, Error> {
         let named: Option<Value> = kwargs.get(name)?;

@@ -1,6 +1,6 @@
-//! A sequence with its loss targets, and what every trainer does to one that is too long. Layer 6.
+//! A sequence with its loss targets, and the truncation that all trainers share. Layer 6.
 //!
-//! Invariant: ids and mask have the same length, before and after a cut.
+//! Invariant: ids and mask have the same length, before and after truncation.
 
 use std::fmt;
 
@@ -12,20 +12,20 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MaskedSequence {
     pub input_ids: Vec<u32>,
-    /// True at completion tokens. As in TRL, the first token may be marked (where truncation left
-    /// no prompt); it has no log-prob, since nothing precedes it, but counts in a completion's
+    /// True at completion tokens. As in TRL, the first token may be marked (if truncation left no
+    /// prompt); it has no log-prob, since nothing precedes it, but counts towards the completion's
     /// length.
     pub target_mask: Vec<bool>,
 }
 
 impl MaskedSequence {
-    /// A prompt with its completion, whose tokens are the targets.
+    /// Joins a prompt and its completion, whose tokens are the targets.
     pub fn new(prompt: &[u32], completion: &[u32]) -> MaskedSequence {
         let target_mask = (0..prompt.len() + completion.len()).map(|i| i >= prompt.len()).collect();
         MaskedSequence { input_ids: [prompt, completion].concat(), target_mask }
     }
 
-    /// Keeps at most `limit` tokens, of the start or of the end.
+    /// Keeps at most `limit` tokens, from the start or the end.
     pub fn cut(&mut self, limit: usize, mode: TruncationMode) {
         let over = self.input_ids.len().saturating_sub(limit);
         if mode == TruncationMode::KeepEnd {
@@ -36,28 +36,28 @@ impl MaskedSequence {
         self.target_mask.truncate(limit);
     }
 
-    /// Tokens that have a log-prob and are the completion's.
+    /// Counts the completion tokens that have a log-prob.
     pub fn targets(&self) -> usize {
         self.target_mask.iter().skip(1).filter(|t| **t).count()
     }
 
-    /// Tokens of the completion, as TRL counts them for averages.
+    /// Counts the completion tokens, as TRL does for averages.
     pub fn completion_tokens(&self) -> usize {
         self.target_mask.iter().filter(|t| **t).count()
     }
 }
 
-/// How many leading elements two lists share.
+/// Length of the common prefix of two lists.
 pub(super) fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// The error of a run without rows.
+/// The error for a run without rows.
 pub(super) fn no_rows() -> Error {
     Error::Run("there are no rows to train on".into())
 }
 
-/// Error: a `max_length` that leaves no tokens.
+/// Checks that `max_length` leaves any tokens.
 pub(super) fn check_length(max_length: Option<usize>) -> Result<()> {
     match max_length {
         Some(0) => Err(Error::Config(
@@ -67,15 +67,15 @@ pub(super) fn check_length(max_length: Option<usize>) -> Result<()> {
     }
 }
 
-/// The error of a row of `n` tokens where `on_truncation` is `error`.
+/// The error for a row of `n` tokens if `on_truncation` is `error`.
 pub(super) fn too_long(row: &RowPlace, n: usize, limit: usize) -> Error {
     row.error(format!(
         "has {n} tokens, more than max_length={limit}; raise max_length, or set on_truncation=truncate or drop"
     ))
 }
 
-/// Says in how many rows the prompt alone is tokenised differently than with its completion.
-/// `end`: the end of the first such prompt, from where the two differ.
+/// Writes the number of rows in which the prompt alone is tokenised differently from the prompt
+/// with its completion. `end`: the part of the first such prompt after the common tokens.
 pub(super) fn write_mismatches(
     f: &mut fmt::Formatter,
     rows: usize,

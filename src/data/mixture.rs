@@ -1,23 +1,23 @@
 //! A mixture of sources by weights. Layer 6.
 //!
-//! Invariant: which rows are drawn, and in which order, is a function of the sizes, the weights,
-//! the stopping rule and the seed.
+//! Invariant: the sampled rows and their order are a function of the sizes, the weights, the
+//! stopping rule and the seed.
 //!
-//! Each row comes from source i with probability weight_i / sum of the weights. A source gives its
-//! rows in a random order, each once before any twice. `first_exhausted` ends with the last row of
-//! the source that is used up first, so no row is drawn twice; `all_exhausted` ends when every
-//! source was used up, and those that are used up before begin again in another order.
+//! Each row comes from source i with probability weight_i / sum of the weights. A source yields its
+//! rows in a random order without replacement. `first_exhausted` stops when the first source is
+//! exhausted, so no row is repeated; `all_exhausted` stops when every source has been exhausted
+//! once, and sources that finish earlier start again in a new order.
 
 use crate::config::MixtureStop;
 use crate::data::order::permutation;
 use crate::error::{Error, Result};
 use crate::rng::{philox, seed, tag};
 
-/// Rows of a mixture at most: what `all_exhausted` draws grows with 1 / weight.
+/// Upper bound on the rows of a mixture: the length with `all_exhausted` grows with 1 / weight.
 const MOST: f64 = 1e9;
 
-/// The rows of a mixture: source and row, in order. Errors: a source without rows; weights so far
-/// apart that the mixture has no end in sight.
+/// Returns the rows of a mixture as (source, row), in order. Errors: a source without rows; weights
+/// so far apart that the mixture would exceed the bound.
 pub fn draw(
     sizes: &[usize],
     weights: &[f64],
@@ -69,7 +69,7 @@ pub fn draw(
     Ok(rows)
 }
 
-/// The source that 64 random bits choose.
+/// Returns the source that 64 random bits select.
 fn pick(weights: &[f64], total: f64, bits: u64) -> usize {
     let at = (bits >> 11) as f64 / (1u64 << 53) as f64 * total;
     let mut sum = 0.0;
@@ -77,7 +77,7 @@ fn pick(weights: &[f64], total: f64, bits: u64) -> usize {
         sum += w;
         at < sum
     });
-    found.unwrap_or(weights.len() - 1) // rounding may leave `at` at the sum
+    found.unwrap_or(weights.len() - 1) // after rounding `at` may equal the sum
 }
 
 #[cfg(test)]
@@ -89,7 +89,7 @@ mod tests {
         let rows = draw(&[100, 1000], &[0.7, 0.3], MixtureStop::FirstExhausted, 7).unwrap();
         let of = |s: usize| rows.iter().filter(|r| r.0 == s).count();
         assert_eq!((of(0), rows.last().unwrap().0), (100, 0));
-        assert!((25..70).contains(&of(1)), "{}", of(1)); // 43 are expected
+        assert!((25..70).contains(&of(1)), "{}", of(1)); // 43 expected
         let mut distinct = rows.clone();
         distinct.sort_unstable();
         distinct.dedup();

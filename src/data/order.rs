@@ -1,13 +1,13 @@
 //! The order of rows as a function of (seed, epoch). Layer 6.
 //!
-//! Invariant: no state. The row at a position is known from (seed, epoch, position) alone, so a
+//! Invariant: stateless. The row at a position depends on (seed, epoch, position) alone, so a
 //! resumed run needs only the position.
 
 use crate::rng::{philox, tag};
 
 pub use crate::config::SamplingStrategy;
 
-/// Row numbers of one epoch, in the order they are trained on.
+/// Returns the row numbers of one epoch, in training order.
 pub fn epoch_order(sampling: SamplingStrategy, rows: usize, seed: u64, epoch: u32) -> Vec<usize> {
     match sampling {
         SamplingStrategy::Sequential => (0..rows).collect(),
@@ -15,15 +15,15 @@ pub fn epoch_order(sampling: SamplingStrategy, rows: usize, seed: u64, epoch: u3
     }
 }
 
-/// A permutation of `0..n` by Fisher and Yates, its random numbers from Philox: key = seed, counter
-/// = (i, epoch, stream).
+/// Returns a Fisher-Yates permutation of `0..n` with random numbers from Philox: key = seed,
+/// counter = (i, epoch, stream).
 pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut order: Vec<usize> = (0..n).collect();
     for i in (1..n).rev() {
         let r = philox(key, [i as u32, (i as u64 >> 32) as u32, epoch, tag::ROW_ORDER]);
         let r = u64::from(r[1]) << 32 | u64::from(r[0]);
-        // r * (i + 1) / 2^64: uneven by less than one part in 2^64 / n
+        // r * (i + 1) / 2^64: biased by less than n / 2^64
         order.swap(i, ((u128::from(r) * (i as u128 + 1)) >> 64) as usize);
     }
     order

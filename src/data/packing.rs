@@ -1,8 +1,8 @@
-//! Which sequences share a row, by TRL's three strategies, and which go through a model at once.
+//! Assigns sequences to rows by TRL's three strategies, and groups sequences into forward batches.
 //! Layer 6.
 //!
-//! Invariant: the packs, and their order, are those of TRL 1.16.0's `pack_dataset`, which packs
-//! batches of 1,000 examples one by one. No token is in two packs.
+//! Invariant: the packs and their order are those of TRL 1.16.0's `pack_dataset`, which packs each
+//! batch of 1,000 examples separately. No token is in two packs.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -17,19 +17,19 @@ words! {
     }
 }
 
-/// `Bfd`: best fit, longest first; a sequence beyond the limit loses its end. `BfdSplit`: such a
-/// sequence is cut into pieces that are packed as sequences of their own. `Wrapped`: all tokens end
-/// to end, cut every `max_len`; a pack is ONE sequence, positions run on and attention crosses from
-/// example to example.
+/// `Bfd`: best-fit decreasing; a sequence longer than the limit is truncated. `BfdSplit`: such a
+/// sequence is cut into pieces that are packed as separate sequences. `Wrapped`: all tokens are
+/// concatenated and cut every `max_len`; a pack is ONE sequence, whose positions and attention
+/// cross example boundaries.
 impl PackingStrategy {
-    /// Whether every piece is a sequence of its own: its positions start at 0, and it sees no other
-    /// piece.
+    /// Whether every piece is a separate sequence: its positions start at 0, and it attends to no
+    /// other piece.
     pub fn isolates(self) -> bool {
         self != PackingStrategy::Wrapped
     }
 }
 
-/// A pack: (example, its tokens), in order.
+/// The pieces of one row: (example, range of its tokens), in order.
 pub type Pack = Vec<(usize, Range<usize>)>;
 
 pub fn pack(strategy: PackingStrategy, lengths: &[usize], max_len: usize) -> Vec<Pack> {
@@ -76,7 +76,7 @@ pub fn pack_wrapped(lengths: &[usize], max_len: usize) -> Vec<Pack> {
     packs
 }
 
-/// `datasets.map(batched=True)` works on this many examples at a time.
+/// Batch size of `datasets.map(batched=True)`.
 pub const BATCH: usize = 1000;
 
 fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> Pack) -> Vec<Pack> {
@@ -87,9 +87,9 @@ fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> P
     for (batch, lengths) in lengths.chunks(BATCH).enumerate() {
         let whole = lengths.iter().enumerate().filter(|(_, n)| **n > 0);
         let mut pieces: Pack = whole.flat_map(|(i, n)| split(batch * BATCH + i, *n)).collect();
-        pieces.sort_by_key(|(_, tokens)| std::cmp::Reverse(tokens.len())); // stable: ties keep their order
+        pieces.sort_by_key(|(_, tokens)| std::cmp::Reverse(tokens.len())); // stable
         let first = packs.len();
-        // packs with room, by room left; those with equal room take turns, the oldest first
+        // packs with room, by room left; each amount of room has a FIFO queue
         let mut open: BTreeMap<usize, VecDeque<usize>> = BTreeMap::new();
         for piece in pieces {
             let need = piece.1.len();
@@ -117,8 +117,8 @@ fn best_fit(lengths: &[usize], max_len: usize, split: impl Fn(usize, usize) -> P
     packs
 }
 
-/// Ranges of neighbouring sequences that go through a model at once: as many as fit in `budget`
-/// tokens, at least one. Every sequence is in one range, in order.
+/// Splits the sequences, in order, into ranges that each go through a model in one batch: as many
+/// sequences as fit in `budget` tokens, at least one.
 pub fn token_batches(lengths: &[usize], budget: usize) -> Vec<Range<usize>> {
     let (mut batches, mut start) = (Vec::new(), 0);
     while start < lengths.len() {

@@ -1,13 +1,14 @@
 //! Turns a panic of a parsing library into an error. Layer 6.
 //!
-//! Invariant: the panic message of the guarded call is not printed; every other thread's panics are
-//! printed as before.
+//! Invariant: the panic message of the guarded call is not printed; panics of all other threads are
+//! printed as usual.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
-/// Runs `f`; a panic inside it comes back as its message. Use only around third-party parsers.
+/// Runs `f`; if it panics, returns the panic message as the error. Use only around third-party
+/// parsers.
 pub fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {

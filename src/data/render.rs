@@ -1,5 +1,5 @@
-//! Rows to text and token ids: the one place where conversations, prompts and end tokens become
-//! what a model reads. Layer 6.
+//! Rows to text and token ids: the only module that turns conversations, prompts and end tokens
+//! into model input. Layer 6.
 //!
 //! Invariant: a row's prompt has the same ids in training, online RL, generation, evaluation and
 //! chat. Its `tools` and `chat_template_kwargs` reach the template in all of them; every id is in
@@ -25,8 +25,8 @@ pub struct ModelText {
 }
 
 impl ModelText {
-    /// Of a folder, with an adapter on it. `options`: what the run gives its templates; dates are
-    /// those of now, however long it runs.
+    /// Opens those of a model folder, with an adapter if given. `options`: the run's template
+    /// settings. Dates are those of the start, however long the run lasts.
     pub fn open(
         dir: &Path,
         adapter: Option<&Path>,
@@ -37,13 +37,13 @@ impl ModelText {
         Ok(ModelText { tokenizer: Arc::new(tokenizer), template })
     }
 
-    /// For a model with `vocab` rows of its embedding.
+    /// Returns a renderer for a model whose embedding has `vocab` rows.
     pub fn renderer(&self, vocab: usize) -> Renderer<'_> {
         Renderer::new(&self.tokenizer, self.template.as_ref(), vocab)
     }
 }
 
-/// What a run with these options, begun at `clock`, gives its chat templates.
+/// Returns the template settings of a run with these options that started at `clock`.
 pub fn template_setup(options: &TemplateOptions, clock: Clock) -> TemplateSetup {
     TemplateSetup {
         tools: options.tools.as_ref().map(|tools| Value::Array(tools.0.clone())),
@@ -52,17 +52,17 @@ pub fn template_setup(options: &TemplateOptions, clock: Clock) -> TemplateSetup 
     }
 }
 
-/// What turns rows into ids: the same for all rows of a run.
+/// Converts rows to ids, with the same settings for all rows of a run.
 #[derive(Clone, Copy)]
 pub struct Renderer<'a> {
     pub tokenizer: &'a Tokenizer,
     /// None: rows of plain text only.
     pub template: Option<&'a ChatTemplate>,
-    /// Rows of the model's embedding.
+    /// Number of rows of the model's embedding.
     pub vocab: usize,
 }
 
-/// A prompt, and the ids that the model reads.
+/// A prompt and its ids.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RenderedPrompt {
     /// Not empty.
@@ -79,7 +79,7 @@ impl<'a> Renderer<'a> {
         Renderer { tokenizer, template, vocab }
     }
 
-    /// The ids of a text of `row`. `add_special` adds the tokenizer's own special tokens (BOS for
+    /// Tokenises a text of `row`. `add_special` adds the tokenizer's own special tokens (BOS for
     /// Llama): for plain text, not for a rendered conversation. Error: an id beyond the vocabulary.
     pub fn encode(&self, row: &Row, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let ids = self.tokenizer.encode(text, add_special)?;
@@ -87,7 +87,7 @@ impl<'a> Renderer<'a> {
         Ok(ids)
     }
 
-    /// An error if an id is beyond the model's vocabulary.
+    /// Returns an error if an id is beyond the model's vocabulary.
     pub fn check(&self, row: &Row, ids: &[u32]) -> Result<()> {
         let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab) else { return Ok(()) };
         let (token, vocab) = (self.tokenizer.id_to_token(*id).unwrap_or_default(), self.vocab);
@@ -97,10 +97,10 @@ impl<'a> Renderer<'a> {
         )))
     }
 
-    /// A conversation of `row` as the chat template writes it, with the row's `tools` and
+    /// Renders a conversation of `row` with the chat template and the row's `tools` and
     /// `chat_template_kwargs`. `prompt`: the assistant speaks next, so the template adds its
-    /// generation prompt; where `chat_template_kwargs` has `continue_final_message`, the text ends
-    /// with the last message's own text instead, as transformers does it.
+    /// generation prompt; if `chat_template_kwargs` has `continue_final_message`, the text ends
+    /// with the last message's content instead, as in transformers.
     pub fn render(
         &self,
         row: &Row,
@@ -134,21 +134,21 @@ impl<'a> Renderer<'a> {
         Ok(rendered)
     }
 
-    /// Whether the prompt of this row ends within its last message (`continue_final_message`).
+    /// Whether the prompt of this row ends inside its last message (`continue_final_message`).
     pub(super) fn continues(&self, example: &ParsedRow) -> bool {
         let of_run = self.template.and_then(|template| template.setup().kwargs.get(CONTINUE));
         example.template_kwargs.get(CONTINUE).or(of_run) == Some(&Value::Bool(true))
     }
 
-    /// Whether the template for this row marks what the assistant says.
+    /// Whether the template for this row marks the assistant's text.
     pub fn marks_turns(&self, example: &ParsedRow) -> bool {
         let Some(template) = self.template else { return false };
         let tools = example.tools.is_some() || template.setup().tools.is_some();
         template.pick(tools).is_ok_and(ChatTemplate::has_generation)
     }
 
-    /// The ids of a prompt: a text with the tokenizer's own special tokens, a conversation through
-    /// the template, with the generation prompt.
+    /// Returns the ids of a prompt: a text with the tokenizer's own special tokens, or a
+    /// conversation rendered with the generation prompt.
     pub fn prompt_ids(&self, row: &Row, example: &ParsedRow, prompt: &Content) -> Result<Vec<u32>> {
         match prompt {
             Content::Text(text) => self.encode(row, text, true),
@@ -159,7 +159,8 @@ impl<'a> Renderer<'a> {
         }
     }
 
-    /// The prompt of a row (`prompt`: a string or a list of messages), whatever else the row has.
+    /// Returns the prompt of a row (`prompt`: a string or a list of messages); other fields are
+    /// ignored.
     pub fn prompt(&self, row: &Row) -> Result<RenderedPrompt> {
         let example = Format::PromptOnly.parse(row, "")?;
         let RowContent::PromptOnly { prompt: content } = &example.content else {
@@ -172,8 +173,8 @@ impl<'a> Renderer<'a> {
         }
     }
 
-    /// Prompt and answer as one sequence: two texts end with `eos`, a conversation with what its
-    /// template writes.
+    /// Returns prompt and answer as one sequence: texts end with `eos`, a conversation as its
+    /// template ends it.
     pub fn whole(
         &self,
         row: &Row,
@@ -197,11 +198,11 @@ impl<'a> Renderer<'a> {
     }
 }
 
-/// The argument of transformers' `apply_chat_template`, read from a row's `chat_template_kwargs`.
+/// An argument of transformers' `apply_chat_template`, read from `chat_template_kwargs`.
 pub(super) const CONTINUE: &str = "continue_final_message";
 
-/// Ends a rendered conversation with the text of its last message, so that the model continues it.
-/// Trailing spaces stay where the template keeps them (transformers 5.17).
+/// Truncates a rendered conversation after the text of its last message, so that the model
+/// continues it. Trailing spaces stay if the template keeps them (transformers 5.17).
 fn cut_after_final_message(row: &Row, messages: &[Value], text: &mut String) -> Result<()> {
     let said = messages.last().and_then(|m| m.get("content")).and_then(Value::as_str);
     let Some((said, at)) = said.and_then(|said| Some((said, text.rfind(said.trim())?))) else {
@@ -216,7 +217,7 @@ fn cut_after_final_message(row: &Row, messages: &[Value], text: &mut String) -> 
     Ok(())
 }
 
-/// The error of a row whose prompt and answers are not of one kind.
+/// The error for a row that mixes texts and conversations.
 pub fn mixed(row: &Row) -> Error {
     row.error("mixes strings and lists of messages; make prompt and completions all strings or all messages")
 }
@@ -229,8 +230,8 @@ pub struct EosToken<'a> {
 }
 
 impl<'a> EosToken<'a> {
-    /// `named`, or the tokenizer's own; None where there is neither. Error: the vocabulary does not
-    /// have it.
+    /// Returns the token `named`, or else the tokenizer's own; None if there is neither. Error: it
+    /// is not in the vocabulary.
     pub fn of(tokenizer: &'a Tokenizer, named: Option<&'a str>) -> Result<Option<EosToken<'a>>> {
         let Some(text) = named.or(tokenizer.eos_token()) else { return Ok(None) };
         match tokenizer.token_to_id(text) {
@@ -242,13 +243,13 @@ impl<'a> EosToken<'a> {
         }
     }
 
-    /// The error where a completion must end and there is no token for it.
+    /// The error for a tokenizer that lacks the EOS token that completions need.
     pub fn missing(tokenizer: &Tokenizer) -> Error {
         let message = "names no eos_token, so a model could not learn to stop; set eos_token=TOKEN";
         Error::model(tokenizer.dir().join("tokenizer_config.json"), message)
     }
 
-    /// `text` with the token at its end, once.
+    /// Appends the token to `text` unless it already ends with it.
     pub fn end(self, text: &str) -> String {
         if text.ends_with(self.text) { text.to_string() } else { format!("{text}{}", self.text) }
     }

@@ -1,8 +1,7 @@
 //! A row of a data file. Layer 6.
 //!
-//! Invariant: a row knows its file and line, so that whatever is wrong with it later can be said
-//! with its place. A null field counts as absent, since `datasets` writes nulls for fields that a
-//! row does not have.
+//! Invariant: a row knows its file and line, so that later errors can name them. A null field
+//! counts as absent, since `datasets` writes nulls for missing fields.
 
 use std::fmt;
 use std::path::Path;
@@ -16,10 +15,10 @@ use crate::error::{Error, Result};
 pub struct Row {
     pub value: Map<String, Value>,
     pub file: Arc<Path>,
-    pub line: usize, // from 1; in .json and .parquet files the number of the row
+    pub line: usize, // from 1; in .json and .parquet files the row number
 }
 
-/// Where a row stands.
+/// The file and line of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RowPlace {
     pub file: Arc<Path>,
@@ -40,7 +39,7 @@ impl fmt::Display for RowPlace {
 }
 
 impl Row {
-    /// Its place, for what is said once the row itself is gone.
+    /// The place of the row, for messages after the row itself is gone.
     pub fn at(&self) -> RowPlace {
         RowPlace { file: self.file.clone(), line: self.line }
     }
@@ -63,7 +62,7 @@ impl Row {
         self.value.get(field)
     }
 
-    /// A field that must be there.
+    /// Returns a required field.
     pub fn need(&self, field: &str) -> Result<&Value> {
         self.get(field).ok_or_else(|| {
             let known = self.value.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
@@ -86,7 +85,7 @@ impl Row {
         value.as_bool().ok_or_else(|| self.wrong(field, "true or false", value))
     }
 
-    /// A list of messages: objects that each have a string `role`.
+    /// Returns a list of messages: objects that each have a string `role`.
     pub fn messages(&self, field: &str) -> Result<Vec<Value>> {
         match self.need(field)? {
             Value::Array(items) => self.checked_messages(field, items),
@@ -94,7 +93,7 @@ impl Row {
         }
     }
 
-    /// The token ids in `input_ids`, at least one, each below `vocab`.
+    /// Returns the token ids in `input_ids`: at least one, each below `vocab`.
     pub fn input_ids(&self, vocab: usize) -> Result<Vec<u32>> {
         let Value::Array(items) = self.need("input_ids")? else {
             return Err(self.error("field \"input_ids\" must be a list of token ids"));
@@ -110,7 +109,7 @@ impl Row {
         }
     }
 
-    /// The error for a field of the wrong kind.
+    /// The error for a field of the wrong type.
     pub fn wrong(&self, field: &str, want: &str, found: &Value) -> Error {
         self.error(format!("field {field:?} must be {want}, found {}", kind(found)))
     }
@@ -137,7 +136,7 @@ impl Row {
                 }
             }
             let mut message = message.clone();
-            // a null content says "none"; templates ask for it
+            // keep a null content: templates test for it
             message.retain(|key, value| key == "content" || !value.is_null());
             Ok(Value::Object(message))
         };
@@ -145,7 +144,7 @@ impl Row {
     }
 }
 
-/// The kind of a JSON value, in words.
+/// The type of a JSON value, in words.
 pub fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

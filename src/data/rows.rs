@@ -1,6 +1,6 @@
-//! Rows, and files of them at the default options. Layer 6.
+//! Rows, and reading them with default options. Layer 6.
 //!
-//! Invariant: what a command reads with options, [`super::read`] reads.
+//! Invariant: commands with data options read rows through [`super::read`], not through here.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,8 @@ pub use super::row::{Row, RowPlace, kind};
 use crate::config::DataOptions;
 use crate::error::Result;
 
-/// The rows of files, with all columns and at the default options. Files without rows are errors.
+/// Reads the rows of files, with all columns and the default options. A file without rows is an
+/// error.
 pub fn read_rows(paths: &[PathBuf]) -> Result<Vec<Row>> {
     let options = DataOptions::default();
     Ok(read::read(paths, FolderSplit::Train, &options, &WantedFields::All)?.rows)

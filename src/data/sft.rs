@@ -1,12 +1,13 @@
-//! Rows to token ids and loss masks, as TRL 1.16.0's SFTTrainer makes them. Layer 6.
+//! Rows to token ids and loss masks, as in TRL 1.16.0's SFTTrainer. Layer 6.
 //!
-//! Invariant: for rows that TRL takes, ids and mask are TRL's. What is cut or dropped is counted;
-//! what would make the loss meaningless (no targets at all, ids beyond the vocabulary) is an error.
+//! Invariant: for rows that TRL accepts, ids and mask equal TRL's. Truncated and dropped rows are
+//! counted; anything that would make the loss meaningless (no targets at all, ids beyond the
+//! vocabulary) is an error.
 //!
-//! The rules: a plain text or completion gets the EOS token at its end unless it ends with it; a
+//! The rules: a plain text or completion gets an EOS token at its end unless it has one; a
 //! conversation gets only what its template writes. A prompt is tokenised alone (a conversation
-//! with the generation prompt) and together with its completion; the completion starts where the
-//! two differ.
+//! with the generation prompt) and together with its completion; the completion starts at the first
+//! token that differs.
 
 use std::fmt;
 
@@ -28,8 +29,8 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SftExample {
     pub input_ids: Vec<u32>,
-    /// True where the token is a loss target. The first token of a sequence has nothing before it
-    /// and is never one, even if its bit is set: batching leaves it out (the bit matters when
+    /// True where the token is a loss target. The first token of a sequence has no preceding token
+    /// and is never a target, even if its bit is set: batching ignores the bit (it matters when
     /// `wrapped` packing moves the token).
     pub target_mask: Vec<bool>,
     pub row: usize, // index of the source row
@@ -37,7 +38,7 @@ pub struct SftExample {
 
 pub use crate::config::{OnTruncation, TruncationMode};
 
-/// TRL's names and defaults.
+/// Options with TRL's names and defaults.
 #[derive(Clone, Debug)]
 pub struct SftOptions {
     pub max_length: Option<usize>,
@@ -47,7 +48,7 @@ pub struct SftOptions {
     pub completion_only_loss: Option<bool>, // None: true for prompt-completion rows
     pub assistant_only_loss: bool,
     pub eos_token: Option<String>,        // None: the tokenizer's
-    pub packing: Option<PackingStrategy>, // packing cuts by itself, and from the end only
+    pub packing: Option<PackingStrategy>, // packing truncates by itself, always at the end
     pub on_bad_row: OnBadRow,
 }
 
@@ -67,24 +68,24 @@ impl Default for SftOptions {
     }
 }
 
-/// What was done to the rows; `Display` says it in a paragraph.
+/// Counts of rows and tokens; `Display` writes them as a paragraph.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SftStats {
     pub rows: usize,     // read
     pub examples: usize, // kept
     pub max_length: Option<usize>,
-    pub truncated: usize,        // kept, but cut at max_length
-    pub dropped_too_long: usize, // by on_truncation=drop
+    pub truncated: usize,        // kept, but truncated at max_length
+    pub dropped_too_long: usize, // with on_truncation=drop
     pub dropped_no_target: usize,
-    pub dropped_empty: usize, // text rows without a character
+    pub dropped_empty: usize, // empty text rows
     pub bad: BadRows,
-    pub kept_no_target: usize, // in packs, as TRL keeps them
+    pub kept_no_target: usize, // in packs, as in TRL
     pub tokens: usize,         // of the kept examples
-    pub target_tokens: usize,  // that count in the loss: never the first of a sequence
+    pub target_tokens: usize,  // counted in the loss; never the first of a sequence
     pub longest: usize,        // before truncation
     pub eos_token: Option<String>,
-    pub rows_with_eos: usize, // where EOS is a target: from these the model learns to stop
-    /// Rows that begin with two BOS tokens: their text has one, and the tokenizer adds one.
+    pub rows_with_eos: usize, // where EOS is a target, so the model learns to stop
+    /// Rows that begin with two BOS tokens: one in their text, one added by the tokenizer.
     pub doubled_bos: usize,
     pub prefix_mismatches: usize,
     pub mismatch: Option<String>, // the end of the first prompt that is not a prefix
@@ -103,15 +104,15 @@ pub fn prepare(
     encode_all(SftEncoder::new(tokenizer, template, vocab, options)?, rows)
 }
 
-/// Tokenises rows as they come.
+/// Tokenises rows in a stream.
 pub struct SftEncoder<'a> {
     tokenizer: &'a Tokenizer,
     template: Option<&'a ChatTemplate>,
     vocab: usize,
     options: &'a SftOptions,
-    /// None: no row so far has a type.
+    /// None: no row so far has a known type.
     maker: Option<Maker<'a>>,
-    /// The rows before the first that has a type.
+    /// The rows before the first one with a known type.
     waiting: Vec<Row>,
     first: Option<RowPlace>,
     stats: SftStats,
@@ -139,8 +140,8 @@ impl<'a> SftEncoder<'a> {
         Ok(SftEncoder { tokenizer, template, vocab, options, maker, waiting, first, stats })
     }
 
-    /// The row that decides the type of all: the first, or where bad rows are dropped the first that
-    /// has a type.
+    /// Returns the row that determines the type of all rows: the first, or if bad rows are dropped
+    /// the first valid one.
     fn first_known<'r>(&self, rows: &'r [Row]) -> Option<&'r Row> {
         let field = &self.options.dataset_text_field;
         let known = |row: &&Row| {
@@ -150,7 +151,7 @@ impl<'a> SftEncoder<'a> {
         rows.iter().find(known)
     }
 
-    /// Takes the type of all rows from `row`.
+    /// Sets the type of all rows from `row`.
     fn decide(&mut self, row: &Row) -> Result<()> {
         let maker = Maker::new(row, self.tokenizer, self.template, self.vocab, self.options)?;
         self.stats.eos_token = maker.eos.map(|eos| eos.text.to_string());
@@ -216,7 +217,7 @@ impl RowEncoder for SftEncoder<'_> {
 }
 
 impl SftStats {
-    /// Counts what a row became, and cuts it. None: it is dropped.
+    /// Counts a row and truncates it. None: dropped.
     fn admit(
         &mut self,
         row: &Row,
@@ -240,7 +241,7 @@ impl SftStats {
             self.prefix_mismatches += 1;
             self.mismatch.get_or_insert(end);
         }
-        // Other strategies of packing cut by themselves.
+        // The other packing strategies cut sequences themselves.
         let cuts = options.packing.is_none_or(|p| p == PackingStrategy::Bfd);
         if let Some(limit) = options.max_length.filter(|limit| cuts && n > *limit) {
             match options.on_truncation {
@@ -251,7 +252,7 @@ impl SftStats {
                 }
                 OnTruncation::Error => return Err(too_long(&row.at(), n, limit)),
             }
-            // packing cuts from the end only
+            // packing truncates only at the end
             let mode = match options.packing {
                 Some(_) => TruncationMode::KeepStart,
                 None => options.truncation_mode,
@@ -275,17 +276,17 @@ impl SftStats {
     }
 }
 
-/// Rows that are tokenised at once.
+/// Number of rows tokenised at a time.
 const PART: usize = 16384;
 
-/// What a row becomes before truncation.
+/// The tokens of a row before truncation.
 struct Tokens {
     sequence: MaskedSequence,
     mismatch: Option<String>,
-    empty: bool, // a text without a character
+    empty: bool, // an empty text
 }
 
-/// Everything that is the same for all rows.
+/// Settings that all rows share.
 struct Maker<'a> {
     renderer: Renderer<'a>,
     format: Format,
@@ -304,7 +305,7 @@ impl<'a> Maker<'a> {
         options: &'a SftOptions,
     ) -> Result<Maker<'a>> {
         let text_field = options.dataset_text_field.as_str();
-        // SFT learns from every completion, good or bad: a label beside it is not asked for
+        // SFT trains on every completion, good or bad, so it ignores a label
         let format = match Format::detect(first, text_field)? {
             Format::Unpaired => Format::PromptCompletion,
             other => other,
@@ -364,7 +365,8 @@ impl<'a> Maker<'a> {
         }
     }
 
-    /// The mask of a completion: it starts where the prompt alone and the whole first differ.
+    /// Sets the mask of a completion, which starts at the first token where the prompt alone and
+    /// the whole differ.
     fn after(&self, prompt: Vec<u32>, mut sequence: MaskedSequence) -> Result<Tokens> {
         let same = common(&prompt, &sequence.input_ids);
         if self.completion_only {
@@ -381,7 +383,7 @@ impl<'a> Maker<'a> {
         self.eos.ok_or_else(|| EosToken::missing(self.renderer.tokenizer))
     }
 
-    /// A conversation and the mask of its targets: all of it, or what the assistant says.
+    /// Returns a conversation with its targets: all tokens, or only the assistant's.
     fn chat(&self, row: &Row, example: &ParsedRow, messages: &[Value]) -> Result<MaskedSequence> {
         let rendered = self.renderer.render(row, example, messages, false)?;
         if !self.assistant_only {

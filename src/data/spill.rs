@@ -1,8 +1,8 @@
-//! Rows that must be known in full before the first can be used: of a mixture, or where the last are
-//! split off to evaluate on. Layer 6.
+//! Keeps rows that must all be read before the first can be used: those of a mixture, or a set
+//! whose last rows become evaluation rows. Layer 6.
 //!
-//! Invariant: a row comes back as it was put in. In a file they take 16 bytes of memory each; where
-//! there is no file, or it cannot be written, they are in memory.
+//! Invariant: a row is returned unchanged. Rows in a file take 16 bytes of memory each; if there is
+//! no file, or it cannot be written, rows are in memory.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -15,29 +15,29 @@ use serde_json::Value;
 use super::row::Row;
 use crate::error::{Error, Result};
 
-/// Rows that are kept aside, in order.
+/// Rows kept for later, in order.
 pub enum KeptRows {
-    /// None: a row that was taken away.
+    /// None: the row was taken.
     Memory(Vec<Option<Row>>),
     File(RowFile),
 }
 
-/// Rows in a file without a name, which goes when it is closed.
+/// Rows in an unnamed file, which is deleted when closed.
 pub struct RowFile {
     to: BufWriter<File>,
-    /// Ends of the rows, in bytes.
+    /// End of each row, in bytes.
     ends: Vec<u64>,
-    /// File and line of each.
+    /// File and line of each row.
     places: Vec<(u32, u32)>,
     files: Vec<Arc<Path>>,
 }
 
 impl KeptRows {
-    /// In a file of the folder `dir`; None: in memory.
+    /// Keeps rows in a file in the folder `dir`; None: in memory.
     pub fn new(dir: Option<&Path>) -> KeptRows {
         match dir.map(RowFile::create) {
             Some(Ok(file)) => KeptRows::File(file),
-            // It costs memory, no more.
+            // Without a file the rows only take more memory.
             Some(Err(_)) | None => KeptRows::Memory(Vec::new()),
         }
     }
@@ -53,7 +53,7 @@ impl KeptRows {
         self.len() == 0
     }
 
-    /// Adds rows. Error: the file is full, and what is in it cannot be read back.
+    /// Adds rows. Error: the disk is full, and the rows in the file cannot be read back.
     pub fn extend(&mut self, rows: Vec<Row>) -> Result<()> {
         let file = match self {
             KeptRows::Memory(all) => {
@@ -71,7 +71,7 @@ impl KeptRows {
         self.extend(rows)
     }
 
-    /// A row; `last`: it is not asked for again.
+    /// Returns a row; `last`: the row is not requested again.
     pub fn take(&mut self, row: usize, last: bool) -> Result<Row> {
         match self {
             KeptRows::File(file) => file.row(row),
@@ -109,7 +109,7 @@ impl RowFile {
         Ok(())
     }
 
-    /// Bytes of the rows before `row`.
+    /// Total bytes of the rows before `row`.
     fn end(&self, row: usize) -> u64 {
         if row == 0 { 0 } else { self.ends[row - 1] }
     }

@@ -1,8 +1,8 @@
-//! Training rows or evaluation rows. Layer 6.
+//! The training or evaluation split. Layer 6.
 //!
-//! Invariant: every row of a run is of one of the two.
+//! Invariant: every row of a run belongs to one of the two.
 
-/// Which rows.
+/// A split of the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
     Train,

@@ -1,7 +1,7 @@
-//! Tokenised rows, flat. Layer 6.
+//! Tokenised rows in flat arrays. Layer 6.
 //!
-//! Invariant: the sequences of a row stand one after the other; ids and mask have the same length.
-//! Tokens may lie in a file: then only the index is in memory, where rows begin and end.
+//! Invariant: the sequences of a row are contiguous; ids and mask have the same length. Tokens may
+//! be in a file; then memory holds only the index of where rows begin and end.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -12,11 +12,11 @@ use super::row::RowPlace;
 use super::token_file::TokenFile;
 use crate::error::{Error, Result};
 
-/// Where rows come from: files and lines. A pack comes from several.
+/// The source files and lines of rows. A pack comes from several lines.
 #[derive(Clone, Debug, Default)]
 pub struct Places {
     pub(super) files: Vec<Arc<Path>>,
-    pub(super) at: Vec<(u32, u32)>, // file, line; line 0: the file's name says it all
+    pub(super) at: Vec<(u32, u32)>, // file, line; line 0: only the file's name
     pub(super) ends: Vec<u64>,
 }
 
@@ -24,7 +24,7 @@ impl Places {
     /// Adds a row that comes from these lines.
     pub fn push<'a>(&mut self, lines: impl IntoIterator<Item = (&'a Arc<Path>, usize)>) {
         for (file, line) in lines {
-            // Rows of a file stand together, so the last is nearly always the one.
+            // Rows of a file are adjacent, so the last file nearly always matches.
             let known = self.files.iter().rposition(|f| Arc::ptr_eq(f, file) || f == file);
             let file = known.unwrap_or_else(|| {
                 self.files.push(file.clone());
@@ -35,22 +35,22 @@ impl Places {
         self.ends.push(self.at.len() as u64);
     }
 
-    /// Adds a row that comes from a row of a file.
+    /// Adds a row that comes from one row of a file.
     pub fn push_row(&mut self, row: &RowPlace) {
         self.push([(&row.file, row.line)]);
     }
 
-    /// Adds a row that comes from no file.
+    /// Adds a row that does not come from a file.
     pub fn push_name(&mut self, name: &str) {
         self.push([(&Path::new(name).into(), 0)]);
     }
 
-    /// How many rows.
+    /// Number of rows.
     pub fn count(&self) -> usize {
         self.ends.len()
     }
 
-    /// `file:line` of each line that a row comes from.
+    /// Returns `file:line` of each source line of a row.
     pub fn lines(&self, row: usize) -> Vec<String> {
         self.at[range(&self.ends, row)]
             .iter()
@@ -61,7 +61,7 @@ impl Places {
             .collect()
     }
 
-    /// The lines of a row in one text.
+    /// Returns the source lines of a row in one text.
     pub fn text(&self, row: usize) -> String {
         let mut lines = self.lines(row);
         lines.dedup();
@@ -76,26 +76,26 @@ pub(super) enum Tokens {
     File(StoredTokens),
 }
 
-/// Tokens in a file: of each row its ids, then its mask, a byte each.
+/// Tokens in a file: for each row its ids, then its mask with one byte per token.
 #[derive(Clone, Debug)]
 pub(super) struct StoredTokens {
     pub(super) file: Arc<TokenFile>,
-    /// Where the first row begins.
+    /// Byte offset of the first row.
     pub(super) start: u64,
-    /// Rows that are not yet written.
+    /// Bytes of rows not yet written.
     pending: Vec<u8>,
-    /// Tokens that are written.
+    /// Number of tokens written.
     written: u64,
 }
 
-/// Bytes of a token in a file.
+/// Bytes of a token in the file: id and mask.
 pub(super) const TOKEN_BYTES: u64 = 5;
 
-/// Bytes that are written at once.
+/// Bytes per write.
 const WRITE: usize = 1 << 20;
 
 impl StoredTokens {
-    /// The `tokens` tokens that stand at `start` of a finished file.
+    /// The `tokens` tokens at offset `start` of a finished file.
     pub(super) fn finished(file: Arc<TokenFile>, start: u64, tokens: u64) -> StoredTokens {
         StoredTokens { file, start, pending: Vec::new(), written: tokens }
     }
@@ -115,7 +115,7 @@ impl StoredTokens {
         Ok(())
     }
 
-    /// The tokens of a row.
+    /// Reads a range of tokens.
     fn read(&self, tokens: Range<usize>) -> Result<(Vec<u32>, Vec<bool>)> {
         let (first, count) = (tokens.start as u64, tokens.len());
         let mut bytes = vec![0u8; TOKEN_BYTES as usize * count];
@@ -142,7 +142,7 @@ pub struct StoredRow<'a> {
 }
 
 impl StoredRow<'_> {
-    /// Its sequences: ids, and which of them are loss targets.
+    /// The sequences of the row: ids, and which of them are loss targets.
     pub fn sequences(&self) -> impl Iterator<Item = (&[u32], &[bool])> {
         self.parts.iter().map(|at| (&self.ids[at.clone()], &self.mask[at.clone()]))
     }
@@ -179,12 +179,12 @@ impl TokenStore {
         }
     }
 
-    /// An empty store whose tokens go to a file. If they cannot be written, they go to memory.
+    /// Creates an empty store whose tokens go to a file, or to memory if they cannot be written.
     pub fn in_file(file: Arc<TokenFile>) -> TokenStore {
         TokenStore::over(Tokens::File(StoredTokens::finished(file, 0, 0)))
     }
 
-    /// Adds a row of sequences with their masks; its place is pushed apart.
+    /// Adds a row of sequences with their masks; the caller adds its place separately.
     pub fn add<'a>(
         &mut self,
         sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
@@ -192,7 +192,7 @@ impl TokenStore {
         self.add_labelled(sequences, &[])
     }
 
-    /// Adds a row that teaches more than its masks.
+    /// Adds a row with labels besides its masks.
     pub fn add_labelled<'a>(
         &mut self,
         sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
@@ -226,8 +226,8 @@ impl TokenStore {
         Ok(())
     }
 
-    /// Writes what is not yet in the file; before rows of another split are added to it. Where that
-    /// fails, all rows are read back into memory. Error: they cannot be.
+    /// Writes the pending tokens; call it before adding rows of another split. If writing fails,
+    /// all rows are read back into memory. Error: they cannot be read.
     pub fn write(&mut self) -> Result<()> {
         let Tokens::File(to) = &mut self.tokens else { return Ok(()) };
         if to.write().is_ok() {
@@ -247,7 +247,7 @@ impl TokenStore {
         self.rows.len()
     }
 
-    /// The tokens of a row. Error: they cannot be read.
+    /// Returns the tokens of a row. Error: they cannot be read.
     pub fn row(&self, row: usize) -> Result<StoredRow<'_>> {
         let sequences = range(&self.rows, row);
         let first = self.end(sequences.start) as usize;
@@ -267,22 +267,22 @@ impl TokenStore {
         Ok(StoredRow { ids, mask, parts })
     }
 
-    /// Tokens of the sequences before `s`.
+    /// Total tokens of the sequences before `s`.
     fn end(&self, s: usize) -> u64 {
         if s == 0 { 0 } else { self.ends[s - 1] }
     }
 
-    /// What a row teaches beside its masks.
+    /// Returns the labels of a row.
     pub fn labels(&self, row: usize) -> &[u8] {
         &self.labels[range(&self.label_ends, row)]
     }
 
-    /// Tokens of the longest sequence.
+    /// Length of the longest sequence, in tokens.
     pub fn longest(&self) -> Option<usize> {
         (0..self.ends.len()).map(|s| range(&self.ends, s).len()).max()
     }
 
-    /// Tokens of each row.
+    /// Length of each row, in tokens.
     pub fn row_lengths(&self) -> Vec<usize> {
         let length = |row: usize| {
             let sequences = range(&self.rows, row);
@@ -292,7 +292,7 @@ impl TokenStore {
     }
 }
 
-/// Item `i` of lists that stand one after the other, by their ends.
+/// Returns the range of item `i` in concatenated lists, given their ends.
 fn range(ends: &[u64], i: usize) -> Range<usize> {
     let start = if i == 0 { 0 } else { ends[i - 1] as usize };
     start..ends[i] as usize

@@ -40,8 +40,8 @@ impl std::fmt::Debug for Appending {
 }
 
 impl TokenFile {
-    /// A new file, which [`TokenFile::finish`] names `path`. Others may make the same file at the
-    /// same time.
+    /// Creates a file that [`TokenFile::finish`] renames to `path`. Other processes may write the
+    /// same file at the same time.
     pub fn create(path: &Path) -> Result<TokenFile> {
         let thread = format!("{:?}", std::thread::current().id());
         let number: String = thread.chars().filter(char::is_ascii_digit).collect();
@@ -52,7 +52,7 @@ impl TokenFile {
         Ok(TokenFile { path: own, file, to: Mutex::new(to) })
     }
 
-    /// A finished file.
+    /// Opens a finished file.
     pub fn open(path: &Path) -> Result<TokenFile> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         Ok(TokenFile { path: path.into(), file, to: Mutex::default() })
@@ -96,18 +96,18 @@ impl TokenFile {
         self.file.read_exact_at(bytes, at).map_err(|e| Error::io(&self.path, e))
     }
 
-    /// The folder that holds it.
+    /// The folder of the file.
     pub fn folder(&self) -> &Path {
         fsio::parent(&self.path)
     }
 
-    /// Its size.
+    /// The file's size in bytes.
     pub fn size(&self) -> Result<u64> {
         Ok(self.file.metadata().map_err(|e| Error::io(&self.path, e))?.len())
     }
 
-    /// Appends the checksum of everything before, and gives the file the name `path`. Error: this or
-    /// an earlier append failed.
+    /// Appends the checksum of all bytes and renames the file to `path`. Error: this or an earlier
+    /// append failed.
     pub fn finish(&self, path: &Path) -> Result<()> {
         let sum = self.appending().hash.digest128();
         let appended = self.append(&sum.to_le_bytes());
@@ -126,7 +126,7 @@ impl TokenFile {
         })
     }
 
-    /// Whether the last 16 bytes are the checksum of all before.
+    /// Whether the last 16 bytes are the checksum of the bytes before them.
     pub fn is_whole(&self) -> Result<bool> {
         let Some(body) = self.size()?.checked_sub(16) else { return Ok(false) };
         let (mut hash, mut part) = (Xxh3::new(), vec![0u8; PART]);
@@ -141,5 +141,5 @@ impl TokenFile {
     }
 }
 
-/// Bytes that are read at once for the checksum.
+/// Bytes per read when computing the checksum.
 const PART: usize = 1 << 20;

@@ -1,8 +1,8 @@
 //! Text to token ids and back, from a model folder's `tokenizer.json` and `tokenizer_config.json`.
 //! Layer 6.
 //!
-//! Invariant: ids are those of the Hugging Face tokenizer; the file's own truncation and padding
-//! settings are switched off, so a text is never cut here, and a broken file is an error, never a
+//! Invariant: ids equal those of the Hugging Face tokenizer; the file's own truncation and padding
+//! settings are disabled, so a text is never truncated here; a broken file is an error, never a
 //! panic.
 
 #![deny(missing_docs)]
@@ -17,7 +17,7 @@ use super::panics::caught;
 use crate::error::{Error, Result};
 use crate::fsio;
 
-/// First character of a token and the one after its last.
+/// Index of a token's first character, and of the one after its last.
 pub type CharSpan = (usize, usize);
 
 /// A loaded tokenizer. Cheap to share between threads by reference.
@@ -80,8 +80,8 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// The tokenizer of a model with an adapter on it. An adapter's folder that has a tokenizer or
-    /// a chat template of its own overrides the model's: it is what the adapter was trained with.
+    /// Reads the tokenizer of a model with an adapter. A tokenizer or chat template in the
+    /// adapter's folder overrides the model's, because the adapter was trained with it.
     pub fn of_model(dir: &Path, adapter: Option<&Path>) -> Result<Tokenizer> {
         let Some(adapter) = adapter else { return Tokenizer::load(dir) };
         let own = adapter.join("tokenizer.json").is_file();
@@ -98,8 +98,8 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Takes the chat template at `path` (`chat_template_path`): a Jinja file, or a folder with a
-    /// tokenizer. The special tokens that it writes stay the model's.
+    /// Uses the chat template at `path` (`chat_template_path`): a Jinja file, or a folder with a
+    /// tokenizer. The special tokens that it writes remain the model's.
     pub fn take_template(&mut self, path: &Path) -> Result<()> {
         let templates = if path.is_dir() {
             let config = folder::read_json_object(&path.join("tokenizer_config.json"))?;
@@ -126,8 +126,7 @@ impl Tokenizer {
         self.template_origin = origin.to_path_buf();
     }
 
-    /// Takes `token` as the token that ends a text (the option `eos_token`). Error: the vocabulary
-    /// does not have it.
+    /// Uses `token` as the EOS token (the option `eos_token`). Error: it is not in the vocabulary.
     pub fn take_eos(&mut self, token: &str) -> Result<()> {
         if self.token_to_id(token).is_none() {
             return Err(Error::Config(format!(
@@ -146,9 +145,9 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// Names and contents of the files that describe this tokenizer: those of its folder byte for
-    /// byte, but for a chat template or EOS token that an option changed. All of them are flat:
-    /// several templates go into tokenizer_config.json.
+    /// Returns the names and contents of the files that describe this tokenizer: byte for byte
+    /// those of its folder, except for a chat template or EOS token set by an option. There are no
+    /// subfolders: several templates go into tokenizer_config.json.
     pub fn saved_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let moves = self.changed_template || self.templates.moved;
         let mut out: Vec<(String, Vec<u8>)> = Vec::new();
@@ -187,16 +186,17 @@ impl Tokenizer {
         Ok(out)
     }
 
-    /// Ids of `text`. `add_special` adds what the post-processor adds (BOS for Llama); a rendered
-    /// chat template wants `false`, since it writes its own.
+    /// Tokenises `text`. `add_special` adds what the post-processor adds (BOS for Llama); use
+    /// `false` for a rendered chat template, which writes its own.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let encoding =
             self.inner.encode_fast(text, add_special).map_err(|e| self.failed("encode", &*e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Ids with the span of CHARACTERS (not bytes) that each token covers. Tokens that share one
-    /// character have the same span; added special tokens have an empty one.
+    /// Tokenises `text`; returns ids and for each token the span of CHARACTERS (not bytes) that it
+    /// covers. Tokens that share one character have the same span; added special tokens have an
+    /// empty one.
     pub fn encode_offsets(
         &self,
         text: &str,
@@ -209,18 +209,18 @@ impl Tokenizer {
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }
 
-    /// The text of tokens, without special ones if `skip_special`.
+    /// Decodes tokens to text, without special tokens if `skip_special`.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner.decode(ids, skip_special).map_err(|e| self.failed("decode", &*e))
     }
 
-    /// Decodes a growing list of ids piece by piece, for printing while sampling.
+    /// Decodes ids one at a time, for printing while sampling.
     pub fn stream(&self, skip_special: bool) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, state: DecodeState::new(skip_special) }
     }
 
-    /// The text of each id, special tokens included; together they are the whole text. A character
-    /// of several tokens is in the piece of its last one.
+    /// Returns the text of each id, special tokens included; the pieces join to the whole text. A
+    /// character of several tokens is in the piece of its last token.
     pub fn pieces(&self, ids: &[u32]) -> Result<Vec<String>> {
         let mut stream = self.stream(false);
         let mut pieces = ids.iter().map(|id| stream.push(*id)).collect::<Result<Vec<_>>>()?;
@@ -231,76 +231,76 @@ impl Tokenizer {
         Ok(pieces)
     }
 
-    /// The id of a token; None where there is no such token.
+    /// Returns the id of a token; None if there is no such token.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// The token of an id; None where there is no such id.
+    /// Returns the token of an id; None if there is no such id.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// Of a token that was added to the vocabulary: whether it is special.
+    /// Returns whether an added token is special; None if the id is not an added token.
     pub fn added_token(&self, id: u32) -> Option<bool> {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).map(|t| t.special)
     }
 
-    /// Bytes of the special token that `text` begins with.
+    /// Returns the length in bytes of the special token that `text` begins with.
     pub(super) fn special_prefix(&self, text: &str) -> Option<usize> {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         let special = added.values().filter(|t| t.special && text.starts_with(&t.content));
         special.map(|t| t.content.len()).max()
     }
 
-    /// The largest id plus one. A model may have more rows than this (padding), never fewer.
+    /// The largest id plus one. A model may have more embedding rows (padding), never fewer.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The token that ends a text, where tokenizer_config.json names one.
+    /// The EOS token, if tokenizer_config.json names one.
     pub fn eos_token(&self) -> Option<&str> {
         self.named("eos_token")
     }
 
-    /// Its id.
+    /// The id of the EOS token.
     pub fn eos_id(&self) -> Option<u32> {
         self.token_to_id(self.eos_token()?)
     }
 
-    /// The token that begins a text, likewise.
+    /// The BOS token, if tokenizer_config.json names one.
     pub fn bos_token(&self) -> Option<&str> {
         self.named("bos_token")
     }
 
-    /// Its id.
+    /// The id of the BOS token.
     pub fn bos_id(&self) -> Option<u32> {
         self.token_to_id(self.bos_token()?)
     }
 
-    /// The token that fills up a row, likewise.
+    /// The padding token, if tokenizer_config.json names one.
     pub fn pad_token(&self) -> Option<&str> {
         self.named("pad_token")
     }
 
-    /// Its id.
+    /// The id of the padding token.
     pub fn pad_id(&self) -> Option<u32> {
         self.token_to_id(self.pad_token()?)
     }
 
-    /// The variables a chat template sees: `bos_token`, `eos_token`, and the other named special
-    /// tokens.
+    /// The token variables of a chat template: `bos_token`, `eos_token`, and the other named
+    /// special tokens.
     pub fn special_tokens(&self) -> &Map<String, Value> {
         &self.special
     }
 
-    /// The source of the chat template, if there is one: of several, `default`.
+    /// The source of the chat template, if any; of several, that of `default`.
     pub fn chat_template(&self) -> Option<&str> {
         self.templates.main()
     }
 
-    /// The source of a named chat template; None where there is no such one. A single template is
-    /// `default`.
+    /// Returns the source of a named chat template; None if there is no such template. A single
+    /// template is named `default`.
     pub fn named_template(&self, name: &str) -> Option<&str> {
         self.templates.get(name)
     }
@@ -310,23 +310,22 @@ impl Tokenizer {
         &self.templates.list
     }
 
-    /// Where the chat templates were read from, for messages.
+    /// The file or folder that the chat templates were read from, for messages.
     pub fn template_origin(&self) -> &Path {
         &self.template_origin
     }
 
-    /// Every tokenizer file of the folder: a model writer copies these byte for byte.
+    /// Every tokenizer file of the folder; a model writer copies them byte for byte.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
 
-    /// The model's folder: with an adapter that has a tokenizer of its own, another than
-    /// [`Tokenizer::dir`].
+    /// The model's folder. Differs from [`Tokenizer::dir`] if an adapter has its own tokenizer.
     pub fn model_dir(&self) -> &Path {
         &self.base
     }
 
-    /// The folder it was read from.
+    /// The folder that the tokenizer was read from.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -335,7 +334,7 @@ impl Tokenizer {
         self.special.get(key).and_then(Value::as_str)
     }
 
-    /// A named special token that the vocabulary lacks would silently become ordinary text.
+    /// A named special token that is not in the vocabulary would silently become ordinary text.
     fn check_special(&self, path: &Path) -> Result<()> {
         for key in CHECKED {
             if let Some(token) = self.named(key)
@@ -356,7 +355,7 @@ impl Tokenizer {
     }
 }
 
-/// See [`Tokenizer::stream`]. Text comes out as soon as its characters are whole.
+/// See [`Tokenizer::stream`]. Returns text as soon as its characters are complete.
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     state: DecodeState,
@@ -368,22 +367,22 @@ impl DecodeStream<'_> {
         self.state.push(self.tokenizer, id)
     }
 
-    /// What is left, incomplete characters included.
+    /// Returns the remaining text, incomplete characters included.
     pub fn finish(mut self) -> Result<String> {
         self.state.finish(self.tokenizer)
     }
 }
 
-/// A [`DecodeStream`] that is given its tokenizer, always the same one, at each call.
+/// Like [`DecodeStream`], but each call passes the tokenizer, which must stay the same.
 pub struct DecodeState {
     skip_special: bool,
     ids: Vec<u32>,
-    start: usize, // the window that is decoded begins here, so that a leading space keeps its context
-    end: usize,   // ids before this one have been given out
+    start: usize, // start of the decoded window: a leading space needs its context
+    end: usize,   // the text of ids before this one was returned
 }
 
 impl DecodeState {
-    /// Of no tokens yet.
+    /// Creates a decoder that has seen no tokens.
     pub fn new(skip_special: bool) -> DecodeState {
         DecodeState { skip_special, ids: Vec::new(), start: 0, end: 0 }
     }
@@ -401,7 +400,7 @@ impl DecodeState {
         Ok(self.advance(text))
     }
 
-    /// The text of the window beyond what was given out.
+    /// Returns the text of the window that was not returned yet.
     fn window(&self, tokenizer: &Tokenizer) -> Result<String> {
         let given = tokenizer.decode(&self.ids[self.start..self.end], self.skip_special)?;
         let all = tokenizer.decode(&self.ids[self.start..], self.skip_special)?;
@@ -417,8 +416,8 @@ impl DecodeState {
     }
 }
 
-/// Tokens that tokenizer_config.json names and `added_tokens` of tokenizer.json leaves out:
-/// transformers adds them, so that their text is one token everywhere.
+/// Adds the tokens that tokenizer_config.json names and `added_tokens` of tokenizer.json lacks,
+/// like transformers, so that their text is always one token.
 fn add_tokens(
     inner: &mut tokenizers::Tokenizer,
     special: &Map<String, Value>,
@@ -444,7 +443,7 @@ fn add_tokens(
             return Err(Error::model(path, message));
         }
     }
-    // As transformers: a named token, or an extra one, that the vocabulary lacks gets a new id.
+    // As in transformers, a named or extra token that the vocabulary lacks gets a new id.
     let named = special.iter().filter_map(|(key, v)| Some((key, v.as_str()?)));
     let named =
         named.map(|(key, text)| (CHECKED.contains(&key.as_str()), AddedToken::from(text, true)));
@@ -459,7 +458,7 @@ fn add_tokens(
     Ok(())
 }
 
-/// Named tokens that a vocabulary must have.
+/// Named tokens that must be in the vocabulary.
 const CHECKED: [&str; 2] = ["eos_token", "bos_token"];
 
 fn broken(path: &Path, why: &str) -> Error {

@@ -1,14 +1,14 @@
-//! Where the assistant speaks in a rendered conversation, for templates without `{% generation %}`.
-//! Layer 6.
+//! Finds the assistant's turns in a rendered conversation, for templates without
+//! `{% generation %}`. Layer 6.
 //!
-//! Invariant: a turn begins where the generation prompt ends (what the model is given when it
-//! speaks) and ends where the template begins the next message, as in TRL's templates with tags. A
-//! turn whose place is not certain is an error that shows it.
+//! Invariant: a turn begins where the generation prompt ends (the model's input when it starts to
+//! speak) and ends where the template begins the next message, as in TRL's templates with tags. A
+//! turn whose position is uncertain is an error that shows it.
 //!
-//! The place comes from prefixes: messages before the turn with the generation prompt, and messages
-//! up to the turn. Templates that write earlier turns in another way than the last (Qwen3 and
-//! gpt-oss drop their reasoning) have no such prefixes there. Then the turn is rendered again with
-//! another text: what both renderings begin and end with is not the turn's.
+//! Positions come from prefixes: the messages before the turn with the generation prompt, and the
+//! messages up to the turn. Templates that render earlier turns differently from the last (Qwen3
+//! and gpt-oss drop their reasoning) do not give such prefixes. Then the turn is rendered again
+//! with another text: the common beginning and end of both renderings are not part of the turn.
 
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ use super::render::Renderer;
 use super::rows::Row;
 use crate::error::{Error, Result};
 
-/// A text that no turn has and no template changes.
+/// A text that does not occur in turns and that templates leave unchanged.
 const PROBE: &str = "\u{E0F3}probe\u{E0F4}";
 
 /// A conversation of a row.
@@ -33,8 +33,8 @@ struct Talk<'a> {
     whole: &'a str,
 }
 
-/// The ids of a rendered conversation, with what the assistant says as targets: what the template
-/// marks, else its turns.
+/// Tokenises a rendered conversation. The targets are the assistant's text: the spans that the
+/// template marks, else the assistant's turns.
 pub fn assistant_mask(
     renderer: &Renderer,
     row: &Row,
@@ -50,8 +50,8 @@ pub fn assistant_mask(
         true => rendered.generation_spans,
         false => assistant_spans(renderer, row, example, messages, &rendered.text)?,
     };
-    // Every token that shares a character with a span, as transformers since 5.24. (5.17 took only
-    // the first token of a span's last character, so that no model learned to end an emoji.)
+    // Mark every token that overlaps a span, as in transformers since 5.24. (5.17 marked only the
+    // first token of a span's last character, so no model learned to finish an emoji.)
     for span in said {
         let shares = |(start, end): &(usize, usize)| *start < span.end && *end > span.start;
         for (target, _) in mask.iter_mut().zip(&spans).filter(|(_, token)| shares(token)) {
@@ -71,7 +71,7 @@ pub fn assistant_mask(
     }))
 }
 
-/// The spans, in characters of `whole`, of the assistant's turns.
+/// Returns the spans of the assistant's turns, in characters of `whole`.
 pub fn assistant_spans(
     renderer: &Renderer,
     row: &Row,
@@ -102,15 +102,16 @@ impl Talk<'_> {
         Ok(self.renderer.render(self.row, self.example, messages, prompt)?.text)
     }
 
-    /// Bytes of the turn in the whole.
+    /// Returns the byte range of turn `i` in the whole text.
     fn span(&self, i: usize) -> Result<Range<usize>> {
         let before = self.render(&self.messages[..i], false);
         let begun = self.render(&self.messages[..i], true);
         let last = i + 1 == self.messages.len();
         let ended =
             if last { Ok(self.whole.into()) } else { self.render(&self.messages[..=i], false) };
-        // A prompt that is whole here gives the place. Of one that is begun (`<think>` after the
-        // header, and the turn does not think), what the turn begins with may match by chance.
+        // A generation prompt that occurs here completely gives the start. One that only begins
+        // here (`<think>` after the header, but the turn does not think) may match the turn's text
+        // by chance.
         let (start, certain) = match (&before, &begun) {
             (Ok(before), Ok(begun)) => {
                 let same = shared(begun, self.whole);
@@ -126,7 +127,7 @@ impl Talk<'_> {
         }
     }
 
-    /// The turn's place where prefixes do not give its start or its end.
+    /// Finds the turn by a probe if prefixes do not give its start or its end.
     fn probed(&self, i: usize, start: Option<usize>, end: Option<usize>) -> Option<Range<usize>> {
         let probe = |messages: &[Value]| {
             let mut other = messages.to_vec();
@@ -160,7 +161,7 @@ impl Talk<'_> {
         (start <= end).then_some(start..end)
     }
 
-    /// What the template writes before the assistant speaks.
+    /// The text that the template writes before the assistant speaks.
     fn generation_prompt(&self, i: usize) -> Option<String> {
         let user = [json!({ "role": "user", "content": PROBE })];
         [&self.messages[..i], &user[..]].into_iter().find_map(|messages| {
@@ -184,7 +185,7 @@ impl Talk<'_> {
     }
 }
 
-/// Bytes of the characters that both begin with.
+/// Length in bytes of the common prefix, in whole characters.
 fn shared(a: &str, b: &str) -> usize {
     let mut same = common(a.as_bytes(), b.as_bytes());
     while !a.is_char_boundary(same) {
@@ -193,7 +194,7 @@ fn shared(a: &str, b: &str) -> usize {
     same
 }
 
-/// Bytes of the characters that both end with.
+/// Length in bytes of the common suffix, in whole characters.
 fn shared_end(a: &str, b: &str) -> usize {
     let pairs = a.chars().rev().zip(b.chars().rev());
     pairs.take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum()

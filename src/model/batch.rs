@@ -1,7 +1,7 @@
-//! A packed batch: sequences one after the other, no padding. Layer 5.
+//! A packed batch: concatenated sequences without padding. Layer 5.
 //!
-//! Invariant: all counts are made here, on the host; no kernel's output shape depends on device
-//! data. Token ids were checked against the vocabulary.
+//! Invariant: all counts are computed on the host; no kernel's output shape depends on device data.
+//! Token ids have been checked against the vocabulary.
 
 use std::sync::Arc;
 
@@ -16,17 +16,17 @@ use crate::tensor::Tensor;
 #[derive(Clone, Copy, Debug)]
 pub struct Sequence<'a> {
     pub ids: &'a [u32],
-    /// As long as `ids`. The first token is a target only behind a learned prompt: else nothing
-    /// predicts it. None: all but the first are.
+    /// Same length as `ids`. The first token can be a target only after a learned prompt, since
+    /// otherwise nothing predicts it. None: all but the first are targets.
     pub target: Option<&'a [bool]>,
 }
 
-/// The ids that a model takes: its tokens and, after them, the rows of a learned prompt, which go
-/// before every sequence.
+/// The ids that a model accepts: its tokens and, after them, virtual tokens for the rows of a
+/// learned prompt, which precedes every sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vocab {
     pub tokens: usize,
-    /// Virtual tokens: 0 without prompt tuning.
+    /// Number of virtual tokens: 0 without prompt tuning.
     pub virtuals: usize,
 }
 
@@ -35,7 +35,7 @@ impl Vocab {
         self.tokens + self.virtuals
     }
 
-    /// `ids` with the prompt before them.
+    /// Returns `ids` with the prompt before them.
     pub fn prompted(self, ids: &[u32]) -> Vec<u32> {
         (self.tokens as u32..self.total() as u32).chain(ids.iter().copied()).collect()
     }
@@ -66,30 +66,30 @@ pub struct Batch {
     /// I32 `[n]`: position of each row in its own sequence.
     pub positions: Tensor,
     pub plan: Arc<AttnPlan>,
-    /// I32 `[targets]`: the rows that predict a target, in order; and the targets.
+    /// I32 `[targets]`: the rows that predict a target, in order, and the targets.
     pub target_rows: Tensor,
     pub targets: Tensor,
-    /// Rows, and longest sequence.
+    /// Number of rows, and length of the longest sequence.
     pub rows: usize,
     pub longest: usize,
-    /// For each sequence, how many targets it has.
+    /// Number of targets of each sequence.
     pub targets_of: Vec<usize>,
     pub target_ids: Vec<u32>,
     pub vocab: Vocab,
 }
 
-/// A prompt and what may follow it: completions that share its rows, computed once.
+/// A prompt and alternative completions that share its rows, computed once.
 #[derive(Clone, Debug)]
 pub struct Group<'a> {
     /// Not empty.
     pub prompt: &'a [u32],
-    /// What follows; `target` is of these tokens, and the first of them can be one.
+    /// The completions; `target` refers to their own tokens, the first of which can be a target.
     pub completions: Vec<Sequence<'a>>,
 }
 
 impl Batch {
-    /// Packs the sequences, each behind the learned prompt if there is one. `vocab` is the model's.
-    /// Errors: an empty sequence, or a token id that the vocabulary does not hold.
+    /// Packs the sequences, each after the learned prompt if there is one. `vocab` is the model's.
+    /// Errors: an empty sequence, or a token id beyond the vocabulary.
     pub fn new(cx: &Cx, sequences: &[Sequence], vocab: impl Into<Vocab>) -> Result<Batch> {
         let vocab = vocab.into();
         let mut build = Builder::default();
@@ -98,8 +98,8 @@ impl Batch {
             if vocab.virtuals > 0 && !sequence.ids.is_empty() {
                 build.segment(&vocab.prompted(sequence.ids), None, 0)?;
                 match sequence.target {
-                    // The last of the prompt predicts the first token, which counts where the mask
-                    // says so.
+                    // The prompt's last row predicts the first token, which counts if the mask says
+                    // so.
                     Some(mask) => build.targets(sequence.ids, Some(mask), sequence.ids.len() + 1),
                     None => build.targets(&sequence.ids[1..], None, sequence.ids.len()),
                 }
@@ -111,10 +111,10 @@ impl Batch {
         build.finish(cx, vocab)
     }
 
-    /// Packs groups: each prompt but its last token once, then every completion with that token
-    /// before it, which sees the prompt and itself. The same log-probs as prompt + completion each
-    /// on its own, in fewer rows. `targets_of` has one entry a completion. Errors: as
-    /// [`Batch::new`], or an empty prompt.
+    /// Packs groups: each prompt without its last token once, then every completion preceded by
+    /// that token, which attends to the prompt and to itself. Gives the same log-probs as each
+    /// prompt with each completion, in fewer rows. `targets_of` has one entry per completion.
+    /// Errors: as for [`Batch::new`], or an empty prompt.
     pub fn grouped(cx: &Cx, groups: &[Group], vocab: impl Into<Vocab>) -> Result<Batch> {
         let vocab = vocab.into();
         let mut build = Builder::default();
@@ -154,7 +154,7 @@ struct Builder {
 }
 
 impl Builder {
-    /// Adds rows whose first stands at `position` of its sequence; returns the segment's number.
+    /// Adds rows, the first of which is at `position` in its sequence; returns the segment's index.
     fn segment(&mut self, ids: &[u32], prefix: Option<usize>, position: usize) -> Result<usize> {
         if ids.is_empty() {
             return Err(Error::op("batch", format!("sequence {} is empty", self.targets_of.len())));
@@ -167,8 +167,8 @@ impl Builder {
         Ok(self.segments.len() - 1)
     }
 
-    /// The targets of the segment added last, of `len` rows: `tokens` are its rows from the second
-    /// on.
+    /// Adds the targets of the last segment, which has `len` rows: `tokens` are its rows from the
+    /// second on.
     fn targets(&mut self, tokens: &[u32], mask: Option<&[bool]>, len: usize) {
         let (start, before) = (self.ids.len() - len, self.targets.len());
         for (i, token) in tokens.iter().enumerate() {

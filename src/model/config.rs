@@ -1,8 +1,8 @@
-//! config.json: read in its v4 and v5 forms, checked as a whole, written back with only what
-//! changed. Layer 5.
+//! Reads config.json in its v4 and v5 forms, checks it as a whole, and writes it with only the
+//! necessary changes. Layer 5.
 //!
-//! Invariant: a `ModelConfig` agrees with what transformers 5.17 would make of the same file, or it
-//! is an error that lists every problem of the file.
+//! Invariant: a `ModelConfig` equals what transformers 5.17 reads from the same file, or reading is
+//! an error that lists every problem of the file.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ use crate::ops::head::LogitMap;
 use crate::ops::rmsnorm::NormWeight;
 use crate::tensor::safetensors::HostDtype;
 
-const MAX_SIZE: usize = 1 << 28; // a dimension; keeps every product of two far from overflow
+const MAX_SIZE: usize = 1 << 28; // of a dimension; products of two cannot overflow
 const MAX_LAYERS: usize = 10_000;
 const MAX_TAPS: usize = 64; // of a convolution
 const MAX_PARAMETERS: u128 = 1 << 44;
@@ -45,7 +45,8 @@ impl ModelConfig {
         Self::from_json(&path, raw)
     }
 
-    /// Checks the map of a config.json; `path` is for messages, which list all problems at once.
+    /// Reads and checks the map of a config.json; `path` is for messages. The error lists all
+    /// problems.
     pub fn from_json(path: impl AsRef<Path>, raw: Map<String, Value>) -> Result<Self> {
         let mut f = Fields::new(&raw, "");
         let Some((family, task)) = family(&mut f) else {
@@ -142,7 +143,7 @@ impl ModelConfig {
             *rope = rope.filter(|_| *mixer == Mixer::Attention);
         }
         if matches!(family.window, WindowRule::WithoutRope) && !raw.contains_key("layer_types") {
-            // Those that may have a window have it where nothing turns.
+            // Of the layers that may have a window, only those without rope have one.
             for (window, rope) in windows.iter_mut().zip(&config.layer_rope) {
                 *window = window.filter(|_| rope.is_none());
             }
@@ -163,9 +164,9 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// A new Llama with the usual settings (rope theta 10000, eps 1e-5, silu, no biases), whose
-    /// [`raw`](Self::raw) transformers loads. Sizes are the caller's: heads must divide hidden,
-    /// kv_heads must divide heads.
+    /// Makes a new Llama config with the usual settings (rope theta 10000, eps 1e-5, silu, no
+    /// biases), whose [`raw`](Self::raw) form transformers can load. The caller ensures that heads
+    /// divides hidden and kv_heads divides heads.
     #[allow(clippy::too_many_arguments)]
     pub fn llama(
         vocab: usize,
@@ -229,9 +230,9 @@ impl ModelConfig {
         }
     }
 
-    /// The config.json to save: [`raw`](Self::raw), with what differs from it by now (vocab_size,
+    /// Returns the config.json to save: [`raw`](Self::raw) updated with changed fields (vocab_size,
     /// tying, bos, eos, pad), with `dtype`, and with rope and dtype under both their v4 and v5
-    /// names, so that either generation of readers loads it. Nothing else is touched.
+    /// names, so that both versions of transformers can load it. Other fields stay unchanged.
     pub fn to_json(&self, dtype: HostDtype) -> Map<String, Value> {
         let mut out = self.raw.clone();
         let before = Self::from_json("config.json", self.raw.clone()).ok();
@@ -298,7 +299,7 @@ impl ModelConfig {
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             problems.push(format!("head_dim {} is not even; rope turns pairs", self.head_dim));
         }
-        // In u128, since a product of the largest sizes is beyond usize.
+        // In u128, since a product of the largest sizes overflows usize.
         let [h, m, q] = [hidden, self.intermediate_size, heads].map(|n| n as u128);
         let width = self.head_dim as u128 * (2 * q + 2 * kv as u128);
         let taps = self.conv_taps().map(|taps| taps as u128);
@@ -311,7 +312,7 @@ impl ModelConfig {
                  check hidden_size, intermediate_size, vocab_size, num_hidden_layers, \
                  num_attention_heads and head_dim"
             ));
-            return; // the rest would allocate by these sizes
+            return; // the checks below allocate these sizes
         }
         for rope in &self.ropes {
             let both = [false, true].map(|long| inv_freq(rope, self.head_dim, long));
@@ -335,7 +336,7 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
         return None;
     };
     let Some(family) = families::find(name) else {
-        // No hint at a name that is near: qwen3_5 is another architecture, not a misspelt qwen3.
+        // No hint at a similar name: qwen3_5 is another architecture, not a misspelt qwen3.
         f.problem(format!("model_type {name:?} is not supported; supported are {supported}"));
         return None;
     };
@@ -359,7 +360,7 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
     }
 }
 
-/// transformers' `num_labels`: as many as `id2label` names, else 2.
+/// transformers' `num_labels`: the number of entries in `id2label`, else 2.
 fn labels(f: &mut Fields) -> usize {
     match f.value("id2label").and_then(Value::as_object) {
         Some(names) => names.len().max(1),
@@ -375,7 +376,7 @@ fn switch(f: &mut Fields, switch: BiasRule) -> bool {
     }
 }
 
-/// The width of the MLP, as its rule makes it of the key.
+/// Returns the width of the MLP, computed by the family's rule.
 fn mlp_width(f: &mut Fields, family: &Family) -> usize {
     let old = family.old_key("intermediate_size").and_then(|key| f.size(key, MAX_SIZE));
     let given = old.unwrap_or_else(|| f.required_size("intermediate_size", MAX_SIZE));
@@ -394,7 +395,7 @@ fn mlp_width(f: &mut Fields, family: &Family) -> usize {
     width.next_multiple_of(multiple).clamp(1, MAX_SIZE)
 }
 
-/// What brings positions together in each layer.
+/// Returns the token mixer of each layer.
 fn mixers(f: &mut Fields, rule: MixerRule, layers: usize) -> Vec<Mixer> {
     let MixerRule::AttentionOrConv { default_taps } = rule else {
         return vec![Mixer::Attention; layers];
@@ -438,12 +439,12 @@ fn hidden_act(f: &mut Fields, rule: ActRule) -> HiddenAct {
     }
 }
 
-/// A factor above 0; 1 where absent.
+/// Reads a factor above 0; 1 if absent.
 fn multiplier(f: &mut Fields, key: &str) -> f32 {
     f.number(key, "a number above 0", in_f32).unwrap_or(1.0) as f32
 }
 
-/// Whether a number is a normal one above 0 in f32, too.
+/// Whether a number is also normal and above 0 in f32.
 fn in_f32(x: f64) -> bool {
     (x as f32).is_normal() && x > 0.0
 }
@@ -543,7 +544,7 @@ fn sliding_window(f: &mut Fields, rule: WindowRule, layers: usize) -> Vec<Option
 
 const WINDOW_OFF: &str = "use_sliding_window or sliding_window is off";
 
-/// The windows that `layer_types` gives, if it is there; `off` says why there is no window.
+/// Returns the windows that `layer_types` gives, if present; `off` says why there is no window.
 fn layer_types(
     f: &mut Fields,
     window: Option<usize>,
@@ -570,8 +571,8 @@ fn layer_types(
     Some(sliding.into_iter().map(|s| window.filter(|_| s)).collect())
 }
 
-/// An id, negative ones (an old way to say none) and null being none; `default` only where the key
-/// is absent.
+/// Reads an id. Negative (an old way to write none) and null mean none; `default` applies only if
+/// the key is absent.
 fn one_id(f: &mut Fields, key: &str, default: Option<u32>) -> Option<u32> {
     match f.value(key) {
         None => default.filter(|_| !f.is_null(key)),

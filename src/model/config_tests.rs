@@ -118,7 +118,7 @@ fn new_families_have_the_defaults_of_their_config_classes() {
     let three = with("ministral3", json!({ "rope_parameters": yarn })).unwrap();
     assert_eq!((three.head_dim, three.ropes[0].attention_factor()), (128, 1.0));
     assert!(three.ropes[0].query_scale.is_some());
-    // No other family reads it.
+    // No other family reads this setting.
     assert_eq!(
         with("mistral", json!({ "rope_parameters": yarn })).unwrap().ropes[0].query_scale,
         None

@@ -1,7 +1,7 @@
-//! The decoder: the one forward that training, scoring and generation share. Layer 5.
+//! The decoder: the forward pass that training, scoring and generation share. Layer 5.
 //!
-//! Invariant: a row's result depends on its own sequence alone, and has the same bits whether it is
-//! computed in a packed batch, in a prefill or one token at a time over a page table.
+//! Invariant: a row's result depends on its own sequence only, and has the same bits in a packed
+//! batch, in a prefill, and token by token with a page table.
 
 #![deny(missing_docs)]
 
@@ -44,31 +44,32 @@ use crate::tensor::{ParamSetId, Tensor};
 /// A model on its device; clones share the weights.
 #[derive(Clone)]
 pub struct Decoder {
-    /// Sizes and kinds of its layers.
+    /// Sizes and kinds of the layers.
     pub config: ModelConfig,
     /// The model's own weights. With an adapter they are frozen: see [`Decoder::trained`].
     pub params: ParamSet,
-    /// What is trained in place of the weights, where there is one.
+    /// The adapter that is trained instead of the weights, if any.
     pub adapter: Option<Adapter>,
     embed: Tensor,
     embed_pair: Option<EmbeddingPair>,
-    /// [virtual tokens, hidden]: prompt tuning's rows, before every sequence.
+    /// [virtual tokens, hidden]: the rows of prompt tuning, which precede every sequence.
     prompt: Option<Tensor>,
     layers: Vec<Layer>,
     final_norm: Tensor,
-    /// [vocab, hidden]: the embedding itself where it is tied. Of a classifier: its score.
+    /// [vocab, hidden]: the embedding itself if tied. Of a classifier: its score.
     pub head: Head,
     score_bias: Option<Tensor>,
     /// One for each of the config's `ropes`.
     tables: Vec<RopeTable>,
     positions: usize,
-    /// Shared by clones, and by nothing that has other memory: see [`Decoder::same_memory`].
+    /// Shared by clones only, which read the same memory: see [`Decoder::same_memory`].
     wiring: Arc<()>,
 }
 
 #[derive(Clone)]
 struct Layer {
-    /// Of attention's input and of what it gives; so for the MLP. Which a block has is its layout's.
+    /// Norms of the input and output of attention, then of the MLP; the layout determines which a
+    /// block has.
     input_norm: Option<Tensor>,
     attention_out_norm: Option<Tensor>,
     post_norm: Option<Tensor>,
@@ -80,7 +81,7 @@ struct Layer {
     after_mlp: Option<Bottleneck>,
 }
 
-/// What brings positions together.
+/// The token mixer of a layer.
 #[derive(Clone)]
 enum LayerMixer {
     Attention(LayerAttention),
@@ -102,11 +103,11 @@ struct LayerAttention {
     k_norm: Option<Tensor>,
     o: Projection,
     shape: AttnShape,
-    /// Which of the decoder's tables turns q and k; None: nothing does.
+    /// Index of the rope table that rotates q and k; None: no rope.
     rope: Option<usize>,
 }
 
-/// A linear layer (of projections that share their input), with what an adapter adds to it.
+/// A linear layer (of projections that share their input) with its adapter site, if any.
 #[derive(Clone)]
 struct Projection {
     weight: Weight,
@@ -130,28 +131,28 @@ impl Weight {
     }
 }
 
-/// Where a forward finds the tokens before each row.
+/// The source of the tokens before each row.
 enum Keys<'a> {
-    /// With the rows that convolutions are over, where there are any.
+    /// With the rows of convolutions, if the model has any.
     Batch(&'a Arc<AttnPlan>, Option<&'a ConvRows>),
     Cache(&'a KvCache, &'a KvStep),
 }
 
-/// Where the weights of a new decoder come from.
+/// The initial weights of a new decoder.
 #[derive(Clone, Copy, Debug)]
 pub enum InitialWeights<'a> {
-    /// A Hugging Face folder. A score that it does not hold is normal(0, initializer_range).
+    /// A Hugging Face folder. A score that it lacks is normal(0, initializer_range).
     Folder(&'a Path),
     /// All zero.
     Zero,
     /// transformers' initial values, a function of the seed.
     Random {
-        /// Of the random numbers.
+        /// Seed of the random numbers.
         seed: u64,
     },
 }
 
-/// The choices of a new [`Decoder`].
+/// Options of a new [`Decoder`].
 pub struct DecoderBuilder<'a> {
     config: ModelConfig,
     weights: InitialWeights<'a>,
@@ -166,42 +167,43 @@ impl<'a> DecoderBuilder<'a> {
         &self.config
     }
 
-    /// What the model is for, if not what its config says.
+    /// Sets the task, if it is not the config's.
     pub fn task(mut self, task: Task) -> Self {
         self.config.task = task;
         self
     }
 
-    /// Where the weights come from.
+    /// Sets the initial weights.
     pub fn weights(mut self, weights: InitialWeights<'a>) -> Self {
         self.weights = weights;
         self
     }
 
-    /// With a scheme, linear layers are quantised as they are read, and stay so; they are frozen.
+    /// With a scheme, linear layers are quantised while reading, and are frozen.
     pub fn storage(mut self, scheme: Option<Scheme>) -> Self {
         self.scheme = scheme;
         self
     }
 
-    /// The parameter set that the weights are.
+    /// Sets the parameter set of the weights.
     pub fn set(mut self, set: ParamSetId) -> Self {
         self.set = set;
         self
     }
 
-    /// The longest sequence that the rope table covers at first.
+    /// Sets the longest sequence that the rope tables cover initially.
     pub fn positions(mut self, positions: usize) -> Self {
         self.positions = positions;
         self
     }
 
-    /// Allocates and fills the weights. Errors: what the folder's weights lack, no memory.
+    /// Allocates and fills the weights. Errors: missing or wrong weights in the folder, out of
+    /// memory.
     pub fn build(self, cx: &Cx) -> Result<Decoder> {
         let config = self.config;
         let std = config.initializer_range;
         let mut params = ParamSet::stored(cx, self.set, expected_params(&config), self.scheme)?;
-        // Reading weights takes time; a plan needs the room for them alone.
+        // Reading weights takes time, and a memory plan needs only their size.
         let weights = match cx.device.computes() {
             true => self.weights,
             false => InitialWeights::Zero,
@@ -226,8 +228,8 @@ impl<'a> DecoderBuilder<'a> {
                 }
                 let mut values = Vec::new();
                 folder::load_weights(dir, &config, &mut |spec, view| {
-                    // The mapped file's own bytes where they are of the storage dtype; else one
-                    // tensor at a time passes through the host: never a second copy of the model.
+                    // Upload the mapped file's bytes if they have the storage dtype; otherwise
+                    // convert one tensor at a time on the host, never a second copy of the model.
                     let stored = match cx.dtype {
                         DType::BF16 => HostDtype::BF16,
                         _ => HostDtype::F32,
@@ -247,21 +249,22 @@ impl<'a> DecoderBuilder<'a> {
 }
 
 impl Decoder {
-    /// The model of a Hugging Face folder. Call [`Decoder::ensure_positions`] before its first
-    /// forward; [`Decoder::folder`] and [`Decoder::builder`] give every other choice.
+    /// Loads the model of a Hugging Face folder. Call [`Decoder::ensure_positions`] before the
+    /// first forward; for other options see [`Decoder::folder`] and [`Decoder::builder`].
     pub fn load(cx: &Cx, dir: impl AsRef<Path>) -> Result<Decoder> {
         Decoder::folder(&dir)?.build(cx)
     }
 
-    /// A builder of the model that a Hugging Face folder holds. Errors: those of the folder's
+    /// Returns a builder for the model of a Hugging Face folder. Errors: those of the folder's
     /// config.json.
     pub fn folder(dir: &(impl AsRef<Path> + ?Sized)) -> Result<DecoderBuilder<'_>> {
         let dir = dir.as_ref();
         Ok(Decoder::builder(folder::load_config(dir)?).weights(InitialWeights::Folder(dir)))
     }
 
-    /// A builder of a model of this config: zero weights, held in the context's dtype, as the
-    /// trained model, for sequences of one token (see [`Decoder::ensure_positions`]).
+    /// Returns a builder for a model with this config. Defaults: zero weights in the context's
+    /// dtype, the set of the trained model, sequences of one token (see
+    /// [`Decoder::ensure_positions`]).
     pub fn builder<'a>(config: ModelConfig) -> DecoderBuilder<'a> {
         DecoderBuilder {
             config,
@@ -272,7 +275,7 @@ impl Decoder {
         }
     }
 
-    /// Puts the pieces together: the adapter's copies of modules stand before the model's own.
+    /// Assembles the model: the adapter's copies of modules replace the model's own.
     fn wire(
         config: ModelConfig,
         params: ParamSet,
@@ -341,8 +344,8 @@ impl Decoder {
         }
         let embed = need(None, Role::Embed)?;
         let (weight, map) = match config.task {
-            // A tied head is the model's own embedding, also where the adapter trains a copy of
-            // that (as in PEFT), unless it keeps them tied.
+            // A tied head uses the model's own embedding even if the adapter trains a copy of it
+            // (as in PEFT), unless the adapter keeps them tied.
             Task::CausalLm => match fused(None, Role::Head)? {
                 Some(head) => (head, config.logits),
                 None if adapter.as_ref().is_some_and(Adapter::ties_head) => {
@@ -375,32 +378,32 @@ impl Decoder {
         })
     }
 
-    /// The model with an adapter on it (or, with None, without the one that it has).
+    /// Returns the model with this adapter (None: without its adapter).
     pub fn with_adapter(self, adapter: Option<Adapter>) -> Result<Decoder> {
         Decoder::wire(self.config, self.params, adapter, self.tables, self.positions)
     }
 
-    /// A classifier on this model's own weights, which stay as they are: `adapter`, made for this
-    /// task, brings the score and takes the place of the model's adapter.
+    /// Returns a classifier on this model's own weights, which stay unchanged: `adapter`, made for
+    /// this task, provides the score and replaces the model's adapter.
     pub fn classifier(&self, task: Task, adapter: Adapter) -> Result<Decoder> {
         let config = ModelConfig { task, ..self.config.clone() };
         let (params, tables) = (self.params.clone(), self.tables.clone());
         Decoder::wire(config, params, Some(adapter), tables, self.positions)
     }
 
-    /// The parameters that training updates: the adapter's where there is one, else the model's.
+    /// The parameters that training updates: the adapter's if there is one, else the model's.
     pub fn trained(&self) -> &ParamSet {
         self.adapter.as_ref().map_or(&self.params, |a| &a.params)
     }
 
-    /// Brings what is derived from the parameters up to date; call it after they have changed.
+    /// Recomputes the values derived from the parameters; call it after they change.
     pub fn refresh(&self, cx: &Cx) -> Result<()> {
         self.adapter.as_ref().map_or(Ok(()), |a| a.refresh(cx, &self.params))
     }
 
-    /// The model as it is now, for good: what a preference or RL method holds its policy against.
-    /// Where the adapter starts at zero this is the base itself, without a second copy; else a
-    /// frozen copy of what is trained.
+    /// Returns the model in its current state, as the reference of a preference or RL method. If
+    /// the adapter starts at zero this is the base itself, without a second copy; else a frozen
+    /// copy of the trained parameters.
     pub fn reference(&self, cx: &Cx) -> Result<Decoder> {
         match &self.adapter {
             Some(a) if a.starts_at_zero() => self.clone().with_adapter(None),
@@ -417,13 +420,13 @@ impl Decoder {
         }
     }
 
-    /// The ids it takes: tokens and, with prompt tuning, virtual tokens after them.
+    /// The ids that the model accepts: tokens and, with prompt tuning, virtual tokens after them.
     pub fn vocab(&self) -> Vocab {
         let virtuals = self.prompt.as_ref().map_or(0, Tensor::row_count);
         Vocab { tokens: self.config.vocab_size, virtuals }
     }
 
-    /// Longest sequence that the rope table covers, virtual tokens included.
+    /// Longest sequence that the rope tables cover, virtual tokens included.
     pub fn positions(&self) -> usize {
         self.positions
     }
@@ -447,8 +450,8 @@ impl Decoder {
         if rest == 1.0 { Ok(x) } else { multiply(cx, &x, rest) }
     }
 
-    /// Makes the rope tables cover sequences of `n` tokens. The first length that a model is given
-    /// (here or by its builder) chooses longrope's factors for good, since the results of a run must
+    /// Extends the rope tables to sequences of `n` tokens. The first length given to a model (here
+    /// or by its builder) determines longrope's factors for good, since the results of a run must
     /// not depend on what else it computes. Error: `n` needs the other factors.
     pub fn ensure_positions(&mut self, cx: &Cx, n: usize) -> Result<()> {
         if n > self.positions {
@@ -468,8 +471,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// As [`Decoder::ensure_positions`], for a run of its own that shares no results with what the
-    /// model did before: it may have longrope's other factors.
+    /// Like [`Decoder::ensure_positions`], for a separate run that shares no results with earlier
+    /// ones: it may switch longrope's factors.
     pub fn begin_run(&mut self, cx: &Cx, n: usize) -> Result<()> {
         let other = |r: &RopeConfig| r.is_long(n) != r.is_long(self.positions);
         if self.config.ropes.iter().any(other) {
@@ -478,15 +481,15 @@ impl Decoder {
         self.ensure_positions(cx, n.max(2))
     }
 
-    /// Whether a forward of `other` reads the very memory that one of this model reads: one is a
-    /// clone of the other, and neither has been wired again since. So a recorded forward of one,
-    /// replayed, is a forward of the other, with the weights as they are then.
+    /// Whether forwards of both models read the same memory: one is a clone of the other, and
+    /// neither was rewired since. Then a recorded forward of one can be replayed as a forward of
+    /// the other, with the current weights.
     pub fn same_memory(&self, other: &Decoder) -> bool {
         Arc::ptr_eq(&self.wiring, &other.wiring)
     }
 
-    /// Final hidden states of every row (after the last norm): [rows, hidden] real. With
-    /// `checkpoint`, each layer is a segment of the tape that is computed again on the way back.
+    /// Returns the final hidden states of every row (after the last norm): [rows, hidden] real.
+    /// With [`Recompute::Layers`] each layer is a segment of the tape that the backward recomputes.
     pub fn hidden(&self, cx: &mut Cx, batch: &Batch) -> Result<Tensor> {
         if batch.longest > self.positions {
             let message = format!(
@@ -510,7 +513,7 @@ impl Decoder {
         self.run(cx, x, &batch.positions, Keys::Batch(&batch.plan, rows.as_ref()))
     }
 
-    /// Hidden states of the rows that predict a target: [targets, hidden].
+    /// Returns the hidden states of the rows that predict a target: [targets, hidden].
     pub fn target_hidden(&self, cx: &mut Cx, batch: &Batch) -> Result<Tensor> {
         let hidden = self.hidden(cx, batch)?;
         if batch.target_rows.numel() == batch.rows {
@@ -519,8 +522,8 @@ impl Decoder {
         gather_rows(cx, &hidden, &batch.target_rows)
     }
 
-    /// Log-probs of the targets of each sequence, in order (all tokens but the first, where no mask
-    /// is given). No tape.
+    /// Returns the log-probs of the targets of each sequence, in order (all tokens but the first if
+    /// no mask is given). No tape.
     pub fn logps(&self, cx: &mut Cx, sequences: &[Sequence]) -> Result<Vec<Vec<f32>>> {
         let batch = Batch::new(cx, sequences, self.vocab())?;
         if batch.target_ids.is_empty() {
@@ -538,8 +541,8 @@ impl Decoder {
         Ok(rows)
     }
 
-    /// One step over the cache: appends the step's tokens, returns their hidden states. No tape, and
-    /// nothing but launches: it can be recorded.
+    /// Runs one step with the cache: appends the step's tokens and returns their hidden states. No
+    /// tape, and only launches, so the step can be recorded.
     pub fn cached(&self, cx: &mut Cx, cache: &KvCache, step: &KvStep) -> Result<Tensor> {
         if step.longest > self.positions {
             let message = format!(
@@ -560,12 +563,12 @@ impl Decoder {
         self.run(cx, x, &step.positions, Keys::Cache(cache, step))
     }
 
-    /// Scores of a classifier's hidden rows: [rows, labels] real.
+    /// Returns the scores of a classifier for hidden rows: [rows, labels] real.
     pub fn scores(&self, cx: &mut Cx, hidden: &Tensor) -> Result<Tensor> {
         linear(cx, hidden, &self.head.weight, self.score_bias.as_ref())
     }
 
-    /// Logits of hidden rows, F32 [rows, vocab].
+    /// Returns the logits of hidden rows, F32 [rows, vocab].
     pub fn logits(&self, cx: &Cx, hidden: &Tensor) -> Result<Tensor> {
         self.head.logits(cx, hidden)
     }
@@ -586,8 +589,8 @@ impl Decoder {
         Ok(self.enter(cx, stream, branch, Some(&self.final_norm))?.0)
     }
 
-    /// Adds what is still to be added to the stream. Returns the input of what follows, normed if it
-    /// has a norm, and the stream.
+    /// Adds the pending branch to the stream. Returns the input of the next module, normalised if
+    /// it has a norm, and the stream.
     fn enter(
         &self,
         cx: &mut Cx,
@@ -607,7 +610,7 @@ impl Decoder {
         }
     }
 
-    /// What attention or the MLP adds to the stream, from what it gives.
+    /// Returns what to add to the stream, from the output of attention or the MLP.
     fn leave(&self, cx: &mut Cx, out: Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
         let out = match norm {
             Some(w) => rmsnorm(cx, &out, w, self.config.norm())?,
@@ -619,8 +622,8 @@ impl Decoder {
         }
     }
 
-    /// One block. `branch` is what the block before has computed and not yet added to the stream:
-    /// the addition is fused with the norm that follows it. Returns (stream, branch) in the same
+    /// Runs one block. `branch` is the previous block's output that was not yet added to the
+    /// stream: the addition is fused with the next norm. Returns (stream, branch) in the same
     /// sense.
     #[allow(clippy::too_many_arguments)]
     fn layer(
@@ -672,7 +675,7 @@ impl Decoder {
         Ok((stream, branch))
     }
 
-    /// Attention of layer `i`, from its input to what its output projection gives.
+    /// Attention of layer `i`, from its input to the output of its output projection.
     fn attend(
         &self,
         cx: &mut Cx,
@@ -712,7 +715,7 @@ impl Decoder {
     }
 }
 
-/// The gated convolution of layer `i`, from its input to what its output projection gives.
+/// The gated convolution of layer `i`, from its input to the output of its output projection.
 fn convolve(
     cx: &mut Cx,
     i: usize,
@@ -737,7 +740,7 @@ fn convolve(
 }
 
 impl Projection {
-    /// Its weight and bias, if they are all of it.
+    /// Returns weight and bias if the layer is dense and has no adapter.
     fn dense(&self) -> Option<DenseLayer<'_>> {
         match (&self.weight, &self.site) {
             (Weight::Dense(weight), None) => Some(DenseLayer { weight, bias: self.bias.as_ref() }),
@@ -745,7 +748,8 @@ impl Projection {
         }
     }
 
-    /// x [rows, in] -> [rows, out]. Dropout of an adapter runs on the tape only: it is training.
+    /// x [rows, in] -> [rows, out]. An adapter's dropout applies only with a tape, that is in
+    /// training.
     fn apply(&self, cx: &mut Cx, x: &Tensor) -> Result<Tensor> {
         let Some(site) = &self.site else { return self.weight.apply(cx, x, self.bias.as_ref()) };
         let scaled = match &site.input_scale {
@@ -753,7 +757,7 @@ impl Projection {
             None => None,
         };
         let x = scaled.as_ref().unwrap_or(x);
-        // DoRA scales the product without its bias; IA3 scales the whole output, as PEFT does.
+        // DoRA scales the product without its bias; IA3 scales the whole output, as in PEFT.
         let bias_after = if site.norm.is_some() { self.bias.as_ref() } else { None };
         let bias = if site.norm.is_some() { None } else { self.bias.as_ref() };
         let y = match &site.lora {

@@ -1,7 +1,7 @@
 //! Typed access to a JSON object that collects problems instead of stopping at the first. Layer 5.
 //!
-//! Invariant: every value that has the wrong type or range leaves one line in `problems`, naming
-//! its key.
+//! Invariant: every value of the wrong type or range adds one line to `problems` that names its
+//! key.
 
 use serde_json::{Map, Value};
 
@@ -16,17 +16,17 @@ impl<'a> Fields<'a> {
         Self { map, at, problems: Vec::new() }
     }
 
-    /// The value of `key`; None where it is absent or null.
+    /// Returns the value of `key`; None if it is absent or null.
     pub fn value(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    /// Whether the key is there with the value null.
+    /// Whether the key is present with the value null.
     pub fn is_null(&self, key: &str) -> bool {
         self.map.get(key).is_some_and(Value::is_null)
     }
 
-    /// An integer from `1` to `max`.
+    /// Reads an integer from `1` to `max`.
     pub fn size(&mut self, key: &str, max: usize) -> Option<usize> {
         let value = self.value(key)?;
         match value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=max).contains(n))
@@ -36,7 +36,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// As [`size`](Self::size), but absence is a problem too.
+    /// Like [`size`](Self::size), but absence is a problem too.
     pub fn required_size(&mut self, key: &str, max: usize) -> usize {
         if self.value(key).is_none() {
             self.problem(format!("{}{key} is missing", self.at));
@@ -44,7 +44,7 @@ impl<'a> Fields<'a> {
         self.size(key, max).unwrap_or(1)
     }
 
-    /// A finite number for which `ok` holds; `what` says so in words.
+    /// Reads a finite number for which `ok` holds; `what` describes it in words.
     pub fn number(&mut self, key: &str, what: &str, ok: impl Fn(f64) -> bool) -> Option<f64> {
         let value = self.value(key)?;
         match value.as_f64().filter(|x| x.is_finite() && ok(*x)) {

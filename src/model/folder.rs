@@ -1,8 +1,8 @@
-//! Weights of a model folder in, a model folder out. Layer 5.
+//! Reads the weights of a model folder and writes model folders. Layer 5.
 //!
-//! Invariant: [`load_weights`] gives every expected parameter once, with the shape its spec says
-//! and finite values, or an error that lists all that is wrong; [`write_folder`] leaves a whole
-//! folder or the one that was there.
+//! Invariant: [`load_weights`] passes on every expected parameter once, with the shape of its spec
+//! and finite values, or returns an error that lists all problems; [`write_folder`] leaves a
+//! complete new folder or the old one.
 
 use std::path::Path;
 
@@ -17,10 +17,10 @@ use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec, Tensor
 const EMBED: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// Files of a folder beside weights and config: names and contents.
+/// Files of a folder besides weights and config: names and contents.
 pub type NamedFiles = Vec<(String, Vec<u8>)>;
 
-/// Files that belong to a tokenizer, old and new.
+/// Files of tokenizers, old and new.
 const TOKENIZER_FILES: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,9 +33,9 @@ const TOKENIZER_FILES: &[&str] = &[
     "tokenizer.model",
 ];
 
-/// config.json as the weights bear it out: where it ties the head but the folder holds a head that
-/// differs from the embedding, the two are two parameters (transformers does the same). Use this,
-/// not [`ModelConfig::load`], to train.
+/// Reads config.json and checks tying against the weights: if the config ties the head but the
+/// folder holds a head that differs from the embedding, they are separate parameters (as in
+/// transformers). For training use this, not [`ModelConfig::load`].
 pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
     let mut config = ModelConfig::load(&dir)?;
     if config.tie_word_embeddings && config.task == Task::CausalLm {
@@ -47,11 +47,11 @@ pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Gives each expected parameter to `sink`, in arena order, straight from the mapped file: the sink
-/// copies it to where it lives. Where `config` was given another task than the folder's, its score
-/// is not there: the caller makes it. Names, shapes and dtypes are all compared before the first
-/// call; NaN and infinities are looked for tensor by tensor. `rotary_emb.inv_freq` leftovers, and a
-/// head equal to the embedding it is tied to, are passed over.
+/// Passes each expected parameter to `sink`, in arena order, directly from the mapped file; the
+/// sink copies it to its destination. If `config` was given another task than the folder's, the
+/// score is missing and the caller initialises it. Names, shapes and dtypes are all checked before
+/// the first call; NaN and infinities are checked tensor by tensor. Ignores leftover
+/// `rotary_emb.inv_freq` tensors and a head equal to the embedding it is tied to.
 pub fn load_weights(
     dir: impl AsRef<Path>,
     config: &ModelConfig,
@@ -87,12 +87,12 @@ pub fn load_weights(
     Ok(())
 }
 
-/// Writes a folder that transformers loads: model.safetensors in `dtype`, config.json
+/// Writes a folder that transformers can load: model.safetensors in `dtype`, config.json
 /// ([`ModelConfig::to_json`]), generation_config.json if given, and the tokenizer files byte for
-/// byte. `bytes_of` gives each expected parameter's values, row-major little-endian in `dtype`
-/// ([`HostDtype::encode`]); one tensor is held at a time. All is written to a temporary sibling and
-/// moved into place at the end: see [`AtomicDir::commit`]. Errors: NaN or infinities, wrong
-/// lengths, IO; what was in `dir` before stays.
+/// byte. `bytes_of` returns each expected parameter's values, row-major little-endian in `dtype`
+/// ([`HostDtype::encode`]); one tensor is held at a time. Everything is written to a temporary
+/// sibling folder and moved into place at the end: see [`AtomicDir::commit`]. Errors: NaN or
+/// infinities, wrong lengths, IO; then the old contents of `dir` stay.
 pub fn write_folder(
     dir: impl AsRef<Path>,
     config: &ModelConfig,
@@ -128,14 +128,14 @@ pub fn write_folder(
     out.commit("config.json")
 }
 
-/// The tokenizer files that `dir` has, for [`write_folder`].
+/// Reads the tokenizer files of `dir`, for [`write_folder`].
 pub fn tokenizer_files(dir: impl AsRef<Path>) -> Result<NamedFiles> {
     let dir = dir.as_ref();
     let there = TOKENIZER_FILES.iter().filter(|name| dir.join(name).is_file());
     there.map(|name| Ok((name.to_string(), fsio::read(dir.join(name))?))).collect()
 }
 
-/// generation_config.json of `dir`, if it has one.
+/// Reads generation_config.json of `dir`, if present.
 pub fn generation_config(dir: impl AsRef<Path>) -> Result<Option<Map<String, Value>>> {
     let path = dir.as_ref().join("generation_config.json");
     if !path.exists() {
@@ -145,7 +145,8 @@ pub fn generation_config(dir: impl AsRef<Path>) -> Result<Option<Map<String, Val
     map.map(Some).map_err(|e| Error::model(path, format!("is not a JSON object: {e}")))
 }
 
-/// The stored tensor of a parameter. A tied embedding may be stored under the head's name alone.
+/// Finds the stored tensor of a parameter. A tied embedding may be stored under the head's name
+/// only.
 fn find<'a>(
     weights: &'a SafeFolder,
     config: &ModelConfig,
@@ -200,7 +201,7 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
     problems
 }
 
-/// A score on a folder of another task: new weights.
+/// Whether a parameter is a new score: the folder has another task.
 fn is_new(config: &ModelConfig, spec: &ParamSpec) -> bool {
     let own = ModelConfig::from_json("config.json", config.raw.clone()).map(|c| c.task);
     matches!(spec.role, Role::Score | Role::ScoreBias) && own.is_ok_and(|t| t != config.task)

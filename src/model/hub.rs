@@ -1,14 +1,14 @@
-//! `--model NAME`: a folder, or a hub model that lies in the local Hugging Face cache. Layer 5.
+//! Resolves `--model NAME`: a folder, or a hub model in the local Hugging Face cache. Layer 5.
 //!
-//! Invariant: nothing is downloaded; where something is missing, the error prints the command that
+//! Invariant: nothing is downloaded; if something is missing, the error prints the command that
 //! downloads it.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// The folder that `arg` means: itself if it is a folder, else the cached snapshot of the hub model
-/// of that name. Errors: neither; a file; a snapshot without config.json.
+/// Returns the folder that `arg` refers to: itself if it is a folder, else the cached snapshot of
+/// the hub model of that name. Errors: neither; a file; a snapshot without config.json.
 pub fn resolve_model(arg: &str) -> Result<PathBuf> {
     resolve_in(
         arg,
@@ -58,7 +58,7 @@ fn resolve_in(arg: &str, cache: Option<&Path>) -> Result<PathBuf> {
     Ok(snapshot)
 }
 
-/// The commit that `refs/main` names, else the only one there is.
+/// Returns the snapshot that `refs/main` names, else the only one.
 fn snapshot(repo: &Path) -> Option<PathBuf> {
     let snapshots = repo.join("snapshots");
     if let Ok(commit) = std::fs::read_to_string(repo.join("refs").join("main")) {
@@ -71,7 +71,7 @@ fn snapshot(repo: &Path) -> Option<PathBuf> {
     all.next().filter(|_| all.next().is_none())
 }
 
-/// `name` or `org/name`, of the characters that the hub allows.
+/// Whether `arg` is `name` or `org/name`, in characters that the hub allows.
 fn is_hub_id(arg: &str) -> bool {
     let plain = |part: &str| {
         !part.is_empty()

@@ -1,7 +1,7 @@
-//! The paged cache of keys and values, and of what convolutions are over. Layer 5.
+//! The paged cache of keys and values, and of the inputs of convolutions. Layer 5.
 //!
-//! Invariant: a page is 64 rows, the attention kernels' key block; page tables say where a
-//! sequence's positions lie, so a cache never moves and sequences can share pages. Only a page that
+//! Invariant: a page is 64 rows, the attention kernels' key block; page tables map a sequence's
+//! positions to pages, so cached rows never move and sequences can share pages. Only a page that
 //! one sequence holds is written.
 
 use std::ops::Range;
@@ -16,16 +16,16 @@ use crate::ops::embedding::TokenIndex;
 use crate::rng::{philox, tag};
 use crate::tensor::Tensor;
 
-/// Rows (tokens) a page.
+/// Rows (tokens) per page.
 pub use crate::ops::attention::PAGE;
 
 pub struct KvCache {
-    /// One a layer: [pages * 64, width] real, a row for a token: its k|v, or what a convolution is
-    /// over.
+    /// One per layer: [pages * 64, width] real, one row per token: its k|v, or the input of a
+    /// convolution.
     pub layers: Vec<Tensor>,
-    /// Those of one width, one after the other, and how many they are.
+    /// For each width, the concatenated layers of that width and their number.
     stores: Vec<(Tensor, usize)>,
-    /// How many sequences hold each page.
+    /// Number of sequences that hold each page.
     holders: Vec<u32>,
     free: Vec<i32>,
 }
@@ -35,22 +35,22 @@ pub struct KvStep {
     pub tokens: TokenIndex,
     /// I32 `[n]`: position of each token in its sequence.
     pub positions: Tensor,
-    /// I32 `[n]`: which row of the page table each token's sequence has; -1: the row is padding.
+    /// I32 `[n]`: the page table row of each token's sequence; -1: padding.
     pub row_sequence: Tensor,
-    /// I32 `[n]`: the cache row each token's k|v goes to; -1: nowhere.
+    /// I32 `[n]`: the cache row to which each token's k|v is written; -1: none.
     pub slots: Tensor,
     /// I32 [sequences, max pages]
     pub page_table: Tensor,
-    /// Positions of the longest of these sequences.
+    /// Number of positions of the longest sequence.
     pub longest: usize,
-    /// Token ids lie below this.
+    /// Token ids are below this.
     pub vocab: usize,
-    /// No two tokens belong to one sequence: a decode step.
+    /// Whether no two tokens belong to one sequence: a decode step.
     pub decodes: bool,
 }
 
 impl KvStep {
-    /// Where the rows stand.
+    /// The positions and cache slots of the rows.
     pub fn rows(&self) -> PagedRows<'_> {
         PagedRows {
             slots: &self.slots,
@@ -61,17 +61,17 @@ impl KvStep {
     }
 }
 
-/// The pages of each running sequence, on the device: a row of fixed width for each. It stays where
-/// it is, so a recorded step can read it.
+/// The pages of each running sequence, on the device, in rows of fixed width. Its address is fixed,
+/// so a recorded step can read it.
 pub struct PageTable {
     /// I32 [sequences, max pages]
     pub pages: Tensor,
     host: Vec<i32>,
-    /// Rows whose device copy is old.
+    /// Rows whose device copy is out of date.
     changed: Range<usize>,
 }
 
-/// A sequence in the cache: its pages and how many tokens they hold.
+/// A sequence in the cache: its pages and its number of tokens.
 #[derive(Debug, Default)]
 pub struct CachedSequence {
     pub pages: Vec<i32>,
@@ -106,7 +106,8 @@ impl KvCache {
         })
     }
 
-    /// Makes room for `tokens` more tokens; false (and nothing taken) if the pages run out.
+    /// Reserves pages for `tokens` more tokens; returns false (and reserves nothing) if too few are
+    /// free.
     pub fn reserve(&mut self, sequence: &mut CachedSequence, tokens: usize) -> bool {
         let need = (sequence.len + tokens).div_ceil(PAGE).saturating_sub(sequence.pages.len());
         if need > self.free.len() {
@@ -119,9 +120,9 @@ impl KvCache {
         true
     }
 
-    /// A second sequence with the first `tokens` tokens of `from`: whole pages are shared, the rest
-    /// of the last one is copied (at most 63 rows a layer are moved; computing them again would be
-    /// a forward of as many tokens). None if there is no page for the copy.
+    /// Creates a second sequence with the first `tokens` tokens of `from`: whole pages are shared,
+    /// the rest of the last one is copied (at most 63 rows per layer; recomputing them would take a
+    /// forward of as many tokens). None if there is no page for the copy.
     pub fn fork(&mut self, from: &CachedSequence, tokens: usize) -> Result<Option<CachedSequence>> {
         let (whole, rest) = (tokens / PAGE, tokens % PAGE);
         let mut new = CachedSequence { pages: from.pages[..whole].to_vec(), len: whole * PAGE };
@@ -142,7 +143,7 @@ impl KvCache {
         Ok(Some(new))
     }
 
-    /// Gives a sequence's pages back; those that others hold stay theirs.
+    /// Releases a sequence's pages; pages that other sequences hold stay allocated.
     pub fn release(&mut self, sequence: &mut CachedSequence) {
         for page in sequence.pages.drain(..).rev() {
             let holders = &mut self.holders[page as usize];
@@ -162,8 +163,7 @@ impl KvCache {
         self.free.len()
     }
 
-    /// Puts the free pages into a random order: results do not depend on it, which is what tests do
-    /// with this.
+    /// Shuffles the free pages, so that tests can check that results do not depend on their order.
     pub fn shuffle(&mut self, seed: u64) {
         let key = [seed as u32, (seed >> 32) as u32];
         self.free.sort_by_key(|page| philox(key, [*page as u32, 0, 0, tag::PAGE_ORDER]));
@@ -171,7 +171,7 @@ impl KvCache {
 }
 
 impl CachedSequence {
-    /// The cache row of a position. Error: no page was reserved for it.
+    /// Returns the cache row of a position. Error: no page was reserved for it.
     pub fn row(&self, position: usize) -> Result<i32> {
         let page = self.pages.get(position / PAGE);
         let page = page.ok_or_else(|| Error::op("kv_step", "no page was reserved"))?;
@@ -180,7 +180,7 @@ impl CachedSequence {
 }
 
 impl PageTable {
-    /// For `sequences` sequences of at most `longest` tokens.
+    /// Creates a table for `sequences` sequences of at most `longest` tokens.
     pub fn new(cx: &Cx, sequences: usize, longest: usize) -> Result<PageTable> {
         let width = longest.div_ceil(PAGE).max(1);
         let host = vec![0; sequences * width];
@@ -189,7 +189,7 @@ impl PageTable {
         Ok(PageTable { pages, host, changed: 0..0 })
     }
 
-    /// Makes `pages` those of row `row`, from the next [`PageTable::upload`] on.
+    /// Sets the pages of row `row`, effective from the next [`PageTable::upload`].
     pub fn set(&mut self, row: usize, pages: &[i32]) {
         let old = &mut self.host[row * self.pages.cols()..][..pages.len()];
         if old == pages {
@@ -201,8 +201,8 @@ impl PageTable {
         self.changed.end = if none { row + 1 } else { self.changed.end.max(row + 1) };
     }
 
-    /// Brings the device up to date: one upload of the rows from the first to the last that changed,
-    /// none if none did.
+    /// Updates the device copy: one upload of the rows from the first to the last changed one, or
+    /// none if none changed.
     pub fn upload(&mut self) -> Result<()> {
         let rows = std::mem::take(&mut self.changed);
         if rows.is_empty() {

@@ -1,7 +1,6 @@
-//! The layout of a decoder: its sizes and switches, and the rules of its family. Layer
-//! 5.
+//! The layout of a decoder: sizes and switches, and the rules of its family. Layer 5.
 //!
-//! Invariant: a family is data. Nothing here or in the decoder asks which family a model is of.
+//! Invariant: a family is data. Nothing here or in the decoder asks for a model's family.
 
 use serde_json::{Map, Value};
 
@@ -12,12 +11,12 @@ use crate::ops::rmsnorm::{Norm, NormWeight};
 use crate::ops::rope::NormOver;
 use crate::tensor::safetensors::HostDtype;
 
-/// The function between gate and product in the MLP.
+/// The activation of the gate in the MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HiddenAct {
     Silu,
     Gelu,     // with erf
-    GeluTanh, // `gelu_pytorch_tanh` and `gelu_new` are one formula
+    GeluTanh, // `gelu_pytorch_tanh` and `gelu_new` are the same formula
 }
 
 /// The output layer over the last hidden state.
@@ -41,7 +40,7 @@ impl Task {
         }
     }
 
-    /// What `architectures` ends with.
+    /// The suffix of `architectures`.
     pub fn suffix(self) -> &'static str {
         match self {
             Task::CausalLm => "ForCausalLM",
@@ -84,31 +83,32 @@ pub struct ModelConfig {
     pub embedding_scale: Option<EmbeddingScale>,
     pub attention_scale: f32, // of q.k
     pub attention_softcap: Option<f32>,
-    pub residual_scale: f32, // of what attention and the MLP add to the stream
+    pub residual_scale: f32, // of the branches added to the stream
     pub logits: LogitMap,
-    /// `[num_layers]`: what brings positions together.
+    /// `[num_layers]`: the token mixer of each layer.
     pub mixers: Vec<Mixer>,
-    /// `[num_layers]`. `Some(w)`: a query at position i sees keys j with i - w < j <= i, so w of
-    /// them with its own.
+    /// `[num_layers]`. `Some(w)`: a query at position i attends to keys j with i - w < j <= i: w
+    /// keys, its own included.
     pub sliding_window: Vec<Option<usize>>,
-    /// The rope tables that layers choose from.
+    /// The rope settings that layers choose from.
     pub ropes: Vec<RopeConfig>,
-    /// `[num_layers]`: which of `ropes` turns the heads of a layer; None: nothing does.
+    /// `[num_layers]`: index into `ropes` of each layer's rope; None: no rope.
     pub layer_rope: Vec<Option<usize>>,
     pub attention_dropout: f32,
     pub initializer_range: f32,
     pub bos: Option<u32>,
     pub eos: Vec<u32>,
     pub pad: Option<u32>,
-    pub dtype: Option<HostDtype>, // of the folder, if it says
+    pub dtype: Option<HostDtype>, // of the folder, if given
     pub raw: Map<String, Value>,  // config.json as read
 }
 
-/// What brings positions together in a layer. Attention's fields mean nothing in a layer without it.
+/// The token mixer of a layer. Attention's fields have no meaning in a layer without attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mixer {
     Attention,
-    /// A gated convolution over a token and the `taps - 1` before it; `bias`: so have its projections.
+    /// A gated convolution over a token and the `taps - 1` before it; `bias`: its projections have
+    /// biases too.
     ShortConv {
         taps: usize,
         bias: bool,
@@ -120,22 +120,22 @@ pub enum Mixer {
 pub enum NormPlace {
     /// Before attention and before the MLP.
     Before,
-    /// After each, before what it gives is added to the stream.
+    /// After each, before its output is added to the stream.
     After,
     Both,
 }
 
-/// What embeddings are multiplied by.
+/// The factor of embeddings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingScale {
     factor: f32,
-    /// It is a part of the token embedding: rounded to the storage dtype, and virtual tokens are
-    /// not scaled.
+    /// Whether the factor belongs to the token embedding: then it is rounded to the storage dtype,
+    /// and virtual tokens are not scaled.
     of_tokens: bool,
 }
 
 impl EmbeddingScale {
-    /// Of the rows of every input.
+    /// Scales the rows of every input.
     pub fn of_inputs(factor: f32) -> EmbeddingScale {
         EmbeddingScale { factor, of_tokens: false }
     }
@@ -144,7 +144,7 @@ impl EmbeddingScale {
         EmbeddingScale { factor, of_tokens: true }
     }
 
-    /// The factors of a token's embedding and of every row, for a storage dtype.
+    /// Returns the factors of token embeddings and of all rows, for a storage dtype.
     pub fn factors(self, dtype: DType) -> (f32, f32) {
         match (self.of_tokens, dtype) {
             (false, _) => (1.0, self.factor),
@@ -155,12 +155,12 @@ impl EmbeddingScale {
 }
 
 impl ModelConfig {
-    /// The norm of rows, heads and the last hidden state.
+    /// The norm settings of rows, heads and the last hidden state.
     pub fn norm(&self) -> Norm {
         Norm { eps: self.rms_norm_eps, weight: self.norm_weight }
     }
 
-    /// The width of the convolutions, where layers have them.
+    /// The width of the convolutions, if any layer has them.
     pub fn conv_taps(&self) -> Option<usize> {
         self.mixers.iter().find_map(|mixer| match mixer {
             Mixer::ShortConv { taps, .. } => Some(*taps),
@@ -168,7 +168,8 @@ impl ModelConfig {
         })
     }
 
-    /// Values of a token that a layer keeps for those after it: k|v, or what a convolution is over.
+    /// Number of values per token that a layer caches for later tokens: k|v, or the input of a
+    /// convolution.
     pub fn cached_width(&self, layer: usize) -> usize {
         match self.mixers[layer] {
             Mixer::Attention => 2 * self.num_kv_heads * self.head_dim,
@@ -177,8 +178,8 @@ impl ModelConfig {
     }
 }
 
-/// What sets a family apart. The defaults are those that transformers 5.17 uses for a key that
-/// config.json lacks.
+/// The properties of a family. The defaults are those of transformers 5.17 for absent keys of
+/// config.json.
 #[derive(Debug)]
 pub struct Family {
     pub model_type: &'static str,
@@ -199,25 +200,24 @@ pub struct Family {
     pub window: WindowRule,
     pub mixers: MixerRule,
     pub rope: RopeRule,
-    /// Whether q is scaled by its position: `llama_4_scaling_beta` of the rope settings.
+    /// Whether q is scaled by its position: `llama_4_scaling_beta` in the rope settings.
     pub query_scale: bool,
-    /// The projection of attention that PEFT's IA3 scales, beside v_proj, where no targets are
-    /// given.
+    /// The attention projection that PEFT's IA3 scales by default, besides v_proj.
     pub ia3_attention: &'static str,
-    /// q|k|v and gate|up are one module each, `qkv_proj` and `gate_up_proj`: for the folder, for
-    /// adapters, and for whatever else names projections.
+    /// Whether q|k|v and gate|up are one module each, `qkv_proj` and `gate_up_proj`: in the folder,
+    /// for adapters, and wherever projections are named.
     pub fused_projections: bool,
-    /// Modules whose names are not Llama's: Llama's and its own.
+    /// Modules with names other than Llama's: (Llama's name, own name).
     pub modules: &'static [(&'static str, &'static str)],
-    /// Keys of config.json and an older name of each, which goes before it.
+    /// Keys of config.json, each with an older name that takes precedence.
     pub old_keys: &'static [(&'static str, &'static str)],
     pub eps_key: &'static str,
     pub mlp_width: MlpWidthRule,
-    pub heads_divide_hidden: bool, // required even where head_dim is given
+    pub heads_divide_hidden: bool, // required even if head_dim is given
     pub default_kv_heads: Option<usize>, // None: as many as heads
     pub default_head_dim: Option<usize>, // None: hidden_size / heads
     pub default_max_positions: usize,
-    /// `original_max_position_embeddings`, where the config class has that field.
+    /// Default of `original_max_position_embeddings`, if the config class has that field.
     pub default_original_positions: Option<usize>,
     pub default_theta: f64,
     pub default_eps: f64,
@@ -225,16 +225,15 @@ pub struct Family {
     pub default_bos: Option<u32>,
     pub default_eos: Option<u32>,
     pub default_pad: Option<u32>,
-    /// What the names of its classifiers begin with, where it is not what the architecture begins
-    /// with.
+    /// Prefix of the names of its classifiers, if it differs from the architecture's.
     pub classifier: Option<&'static str>,
-    /// A key that must be absent, null or false: what it asks for is not done here.
+    /// A key that must be absent, null or false, because its feature is not supported.
     pub refused: Option<&'static str>,
 }
 
 impl Family {
-    /// What most families have: a decoder without switches. A family names only what it has of its
-    /// own, `..Family::PLAIN`.
+    /// The defaults: a decoder without switches. A family lists only its differences, then
+    /// `..Family::PLAIN`.
     pub const PLAIN: Family = Family {
         model_type: "",
         architecture: "",
@@ -276,17 +275,17 @@ impl Family {
         refused: None,
     };
 
-    /// A module by the family's name; `llama`: Llama's.
+    /// Returns the family's name of a module; `llama`: Llama's name.
     pub fn named(&self, llama: &'static str) -> &'static str {
         self.modules.iter().find(|m| m.0 == llama).map_or(llama, |m| m.1)
     }
 
-    /// The older name of a key, if it has one.
+    /// Returns the older name of a key, if any.
     pub fn old_key(&self, key: &str) -> Option<&'static str> {
         self.old_keys.iter().find(|k| k.0 == key).map(|k| k.1)
     }
 
-    /// The class in `architectures` for a task.
+    /// Returns the class in `architectures` for a task.
     pub fn class(&self, task: Task) -> String {
         let base = self.architecture.trim_end_matches("ForCausalLM");
         match task {
@@ -296,14 +295,14 @@ impl Family {
     }
 }
 
-/// Two configs are of one family if they point to one entry.
+/// Two families are equal if their model types are.
 impl PartialEq for Family {
     fn eq(&self, other: &Self) -> bool {
         self.model_type == other.model_type
     }
 }
 
-/// Whether some layers have a bias.
+/// Whether the layers have biases.
 #[derive(Clone, Copy, Debug)]
 pub enum BiasRule {
     Never,
@@ -311,28 +310,28 @@ pub enum BiasRule {
     Key(&'static str), // a boolean in config.json, false where absent
 }
 
-/// Where the activation stands in config.json.
+/// The activation's key in config.json.
 #[derive(Clone, Copy, Debug)]
 pub struct ActRule {
     pub key: &'static str,
     pub default: HiddenAct,
 }
 
-/// What embeddings are multiplied by.
+/// How the factor of embeddings is determined.
 #[derive(Clone, Copy, Debug)]
 pub enum EmbeddingRule {
     None,
-    /// The root of hidden_size, as a part of the token embedding.
+    /// sqrt(hidden_size), as part of the token embedding.
     SqrtHidden,
     Key(&'static str), // 1 where absent
 }
 
-/// The factor of q.k.
+/// The scale of attention scores q.k.
 #[derive(Clone, Copy, Debug)]
 pub enum AttentionScaleRule {
     /// head_dim^-0.5
     HeadDim,
-    /// The number's ^-0.5.
+    /// The value of `key`, to the power -0.5.
     InverseSqrt {
         key: &'static str,
         default: f64,
@@ -340,41 +339,40 @@ pub enum AttentionScaleRule {
     Key(&'static str), // 1 where absent
 }
 
-/// Whether there is a softcap, and where it stands in config.json: null is none.
+/// Whether there is a softcap, and its key in config.json; null means none.
 #[derive(Clone, Copy, Debug)]
 pub enum SoftcapRule {
     Never,
     Key { key: &'static str, default: Option<f32> },
 }
 
-/// Which layers look back only `sliding_window` positions.
+/// Which layers attend only to the last `sliding_window` positions.
 #[derive(Clone, Copy, Debug)]
 pub enum WindowRule {
-    /// None; the key, if there, is ignored.
+    /// None; the key is ignored.
     Ignored,
-    /// Every layer, unless the key is null; absent means this many positions, or no window.
+    /// Every layer, unless the key is null; if absent, this default (None: no window).
     Every { default: Option<usize> },
-    /// The layers that `layer_types` calls sliding, or without that key every layer, as `Every`.
+    /// The layers that `layer_types` calls sliding, or without that key every layer, as in `Every`.
     Typed { default: usize },
     /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
     /// key those from `max_window_layers` on.
     Listed { default: usize, default_full_layers: usize },
-    /// All layers but every `period`th (`key`, where the family has one), or what `layer_types`
-    /// says.
+    /// All layers except every `period`th (`key`, if the family has one), or as `layer_types` says.
     Pattern { default: usize, period: usize, key: Option<&'static str> },
     /// Only with `use_sliding_window`: the layers that `layer_types` calls sliding, or without that
     /// key those without rope.
     WithoutRope,
 }
 
-/// What brings positions together in which layers.
+/// Which token mixer each layer has.
 #[derive(Clone, Copy, Debug)]
 pub enum MixerRule {
     /// Attention in every layer.
     Attention,
     /// Attention or a short convolution, as `layer_types` says (`full_attention`, `conv`); without
-    /// it, attention in the layers of `full_attn_idxs`; without both in all. `conv_L_cache` is the
-    /// width of the convolutions, `conv_bias` gives them biases.
+    /// it, attention in the layers of `full_attn_idxs`; without both, in all layers. `conv_L_cache`
+    /// is the width of the convolutions, `conv_bias` whether they have biases.
     AttentionOrConv { default_taps: usize },
 }
 
@@ -383,8 +381,8 @@ pub enum MixerRule {
 pub enum MlpWidthRule {
     /// `intermediate_size`.
     Given,
-    /// Two thirds of that, times `block_ffn_dim_multiplier`, rounded up to a multiple of
-    /// `block_multiple_of`, unless `block_auto_adjust_ff_dim` is false.
+    /// Two thirds of `intermediate_size`, times `block_ffn_dim_multiplier`, rounded up to a
+    /// multiple of `block_multiple_of`, unless `block_auto_adjust_ff_dim` is false.
     TwoThirds { default_multiple: usize },
 }
 
@@ -393,16 +391,16 @@ pub enum MlpWidthRule {
 pub enum RopeRule {
     /// One rope for all layers.
     Every,
-    /// One rope; `no_rope_layers` has a 0 for a layer without it. Where the key is absent, each
-    /// `no_rope_layer_interval`th layer is without.
+    /// One rope; `no_rope_layers` has a 0 for each layer without it. If the key is absent, every
+    /// `no_rope_layer_interval`th layer has none.
     SomeLayers { default_interval: usize },
-    /// Full attention has `rope_theta` and `rope_scaling`, sliding attention has
-    /// `rope_local_base_freq` alone; or each has its `rope_parameters`.
+    /// Full attention has `rope_theta` and `rope_scaling`, sliding attention only
+    /// `rope_local_base_freq`; or each has its own `rope_parameters`.
     ByLayerType { default_sliding_theta: f64 },
 }
 
 impl RopeRule {
-    /// Which layers have rope where config.json does not say.
+    /// Returns which layers have rope if config.json does not say.
     pub fn layers(self, layers: usize) -> Vec<bool> {
         let interval = match self {
             RopeRule::SomeLayers { default_interval } => default_interval,

@@ -1,8 +1,7 @@
-//! Model folders: what a Hugging Face folder says, checked, as one decoder needs it. Layer 5.
+//! Models: reads and checks Hugging Face folders, and runs them with one decoder. Layer 5.
 //!
-//! Invariant: a [`layout::ModelConfig`] that exists is consistent: its numbers divide where they
-//! must, its family is known, and [`specs::expected_params`] of it names every tensor with its
-//! shape.
+//! Invariant: every [`layout::ModelConfig`] is consistent: its numbers divide where they must, its
+//! family is known, and its [`specs::expected_params`] name every tensor with its shape.
 
 pub mod adapter;
 pub mod batch;

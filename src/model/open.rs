@@ -1,4 +1,4 @@
-//! Opening a trained model: a folder, with an adapter on it where one is given. Layer 5.
+//! Opens a trained model: a folder, with an adapter if given. Layer 5.
 //!
 //! Invariant: the commands and the library open a model here, so an adapter gets the same base, and
 //! the same errors, everywhere.
@@ -13,15 +13,15 @@ use crate::model::decoder::Decoder;
 use crate::model::layout::Task;
 use crate::ops::quant::Scheme;
 
-/// [`open_stored`] in the storage dtype.
+/// Like [`open_stored`], in the storage dtype.
 pub fn open_model(cx: &Cx, dir: &Path, adapter: Option<&Path>) -> Result<Decoder> {
     open_stored(cx, dir, adapter, None)
 }
 
-/// Reads a Hugging Face folder and puts the adapter of a PEFT or adapter-hub folder on it. The
-/// adapter of a classifier brings the score that its base, a language model, lacks. Errors: those
-/// of either folder, an adapter for another task or base. With a scheme the linear layers are held
-/// quantised, as QLoRA trains on them.
+/// Reads a Hugging Face folder and applies the adapter of a PEFT or adapter-hub folder. The adapter
+/// of a classifier provides the score that its base, a language model, lacks. Errors: those of
+/// either folder, an adapter for another task or base. With a scheme, linear layers are quantised,
+/// as for QLoRA training.
 pub fn open_stored(
     cx: &Cx,
     dir: &Path,

@@ -1,11 +1,11 @@
 //! A set of parameters in one arena. Layer 5.
 //!
-//! Invariant: the arena holds the parameters that weight decay applies to first, then biases and
-//! norms, so an optimizer step of a whole model is two launches. What is not trained has no
-//! gradient and no moments. q|k|v and gate|up lie side by side: a *fused parameter* is what one
-//! kernel reads as one matrix, and it is what the tape and the gradient arena know; Hugging Face's
-//! names are views of the same memory. The fused projections of a quantised base have no place in
-//! the arena: they are held as [`QuantWeight`]s alone, and are frozen.
+//! Invariant: the arena holds first the parameters with weight decay, then biases and norms, so an
+//! optimizer step of a whole model is two launches. Frozen parameters have no gradient and no
+//! moments. q|k|v and gate|up are contiguous: a *fused parameter* is what one kernel reads as one
+//! matrix, and is the unit of the tape and the gradient arena; parameters with Hugging Face's names
+//! are views of the same memory. The fused projections of a quantised base are not in the arena:
+//! they are held as [`QuantWeight`]s only, and are frozen.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::tensor::{Id, ParamSetId, Tensor};
 /// Alignment of fused parameters in elements: 256 bytes of bf16, so that every row start is 128-bit
 /// aligned.
 const ALIGN: usize = 128;
-/// Initial values that the host makes at once.
+/// Number of initial values that the host generates at a time.
 const INITIAL_PART: usize = 1 << 22;
 
 #[derive(Clone)]
@@ -31,45 +31,45 @@ pub struct ParamSet {
     pub set: ParamSetId,
     /// Hugging Face's parameters, in arena order.
     pub specs: Vec<ParamSpec>,
-    /// By parameter.
+    /// One per parameter.
     slots: Vec<ParamSlot>,
     fused: Vec<FusedParam>,
     by_key: HashMap<(Option<usize>, Role), usize>,
-    /// The weights that kernels read, `[len]` of the storage dtype.
+    /// The weights that kernels read, `[len]` in the storage dtype.
     pub weights: Tensor,
-    /// Elements of the weights' arena.
+    /// Number of elements of the weights' arena.
     pub len: usize,
-    /// Elements of the arenas of what training needs beside the weights (gradients, moments,
-    /// master): fused parameters that hold something trainable, in the order of the weights.
+    /// Number of elements of each state arena (gradients, moments, master): the fused parameters
+    /// with anything trainable, in the order of the weights.
     pub state_len: usize,
     quantised: Option<Quantised>,
 }
 
-/// What of a base is held in few bits.
+/// The quantised part of a base.
 #[derive(Clone)]
 struct Quantised {
     scheme: Scheme,
-    /// Hugging Face's parameters that lie outside of the arena, q, k, v in that order.
+    /// Hugging Face's parameters outside the arena, q, k, v in that order.
     specs: Vec<ParamSpec>,
     fused: HashMap<(Option<usize>, Role), Arc<QuantWeight>>,
 }
 
-/// Where a parameter lies, and how it is trained.
+/// Position and tuning of a parameter.
 #[derive(Clone)]
 struct ParamSlot {
-    /// Elements from the start of the weights' arena.
+    /// Offset in the weights' arena, in elements.
     offset: usize,
-    /// The fused parameter that it is part of.
+    /// Index of the fused parameter that contains it.
     fused: usize,
     tuning: Tuning,
 }
 
-/// What one kernel reads as one matrix.
+/// Parameters that one kernel reads as one matrix.
 #[derive(Clone)]
 struct FusedParam {
     offset: usize,
     shape: Vec<usize>,
-    /// Where it lies in a state arena; None where nothing of it is trained.
+    /// Offset in a state arena; None if no part of it is trained.
     state: Option<usize>,
 }
 
@@ -77,7 +77,7 @@ struct FusedParam {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tuning {
     pub trainable: bool,
-    /// Its learning rate, as a share of the run's.
+    /// Multiplier of the run's learning rate.
     pub lr_scale: f32,
 }
 
@@ -99,13 +99,13 @@ pub struct TrainRange {
 }
 
 impl ParamSet {
-    /// Lays out and allocates; contents are zero until loaded.
+    /// Lays out and allocates the parameters; contents are zero until loaded.
     pub fn new(cx: &Cx, set: ParamSetId, specs: Vec<ParamSpec>) -> Result<ParamSet> {
         ParamSet::stored(cx, set, specs, None)
     }
 
-    /// As [`ParamSet::new`]; with a scheme, projections get no memory here: [`ParamSet::put`]
-    /// gives each its quantised form.
+    /// Like [`ParamSet::new`]; with a scheme, projections get no memory here: [`ParamSet::put`]
+    /// stores the quantised form of each.
     pub fn stored(
         cx: &Cx,
         set: ParamSetId,
@@ -159,7 +159,7 @@ impl ParamSet {
         Ok(params)
     }
 
-    /// Says how each parameter is trained, and lays out the state arenas for it.
+    /// Sets how each parameter is trained, and lays out the state arenas accordingly.
     pub fn tune(&mut self, how: impl Fn(&ParamSpec) -> Tuning) {
         let mut trained = vec![false; self.fused.len()];
         for (slot, spec) in self.slots.iter_mut().zip(&self.specs) {
@@ -176,12 +176,12 @@ impl ParamSet {
         self.state_len = end.next_multiple_of(ALIGN);
     }
 
-    /// The index in `specs` of a parameter, by Hugging Face's name.
+    /// Finds the index in `specs` of a parameter by Hugging Face's name.
     pub fn by_name(&self, name: &str) -> Option<usize> {
         self.specs.iter().position(|s| s.name == name)
     }
 
-    /// The index in `specs` of a parameter, by its layer and role.
+    /// Finds the index in `specs` of a parameter by layer and role.
     pub fn by_role(&self, layer: Option<usize>, role: Role) -> Option<usize> {
         self.specs.iter().position(|s| (s.layer, s.role) == (layer, role))
     }
@@ -191,12 +191,13 @@ impl ParamSet {
         self.slots[i].tuning
     }
 
-    /// What the optimizer updates, in as few ranges as weight decay and learning rates allow.
+    /// Returns the ranges that the optimizer updates, as few as weight decay and learning rates
+    /// allow.
     pub fn ranges(&self) -> Vec<TrainRange> {
         self.ranges_of(|_| true)
     }
 
-    /// As [`ParamSet::ranges`], of the parameters that `chosen` says.
+    /// Like [`ParamSet::ranges`], for the parameters that `chosen` selects.
     pub fn ranges_of(&self, chosen: impl Fn(&ParamSpec) -> bool) -> Vec<TrainRange> {
         let taken: Vec<bool> = (self.slots.iter().zip(&self.specs))
             .map(|(slot, spec)| slot.tuning.trainable && chosen(spec))
@@ -216,7 +217,7 @@ impl ParamSet {
                     .zip(&taken)
                     .all(|(slot, taken)| slot.offset < last.weight || *taken)
             {
-                // The gap of an alignment between them is zero in every arena and stays so.
+                // The alignment gap between them is zero in every arena and stays so.
                 last.len = offset + spec.len() - last.weight;
                 continue;
             }
@@ -225,39 +226,40 @@ impl ParamSet {
         ranges
     }
 
-    /// Where parameter `i` lies in a state arena; None where nothing that it is fused with is
-    /// trained.
+    /// Returns the offset of parameter `i` in a state arena; None if nothing in its fused parameter
+    /// is trained.
     fn state_offset(&self, i: usize) -> Option<usize> {
         let slot = &self.slots[i];
         let fused = &self.fused[slot.fused];
         fused.state.map(|state| state + slot.offset - fused.offset)
     }
 
-    /// A view of a state arena (gradients, moments, master) for parameter `i`; None where it is not
-    /// trained.
+    /// Returns the view of a state arena (gradients, moments, master) for parameter `i`; None if
+    /// nothing in its fused parameter is trained.
     pub fn state_view(&self, arena: &Tensor, i: usize) -> Result<Option<Tensor>> {
         let Some(offset) = self.state_offset(i) else { return Ok(None) };
         let size = arena.dtype().size();
         arena.view(offset * size, arena.dtype(), &self.specs[i].shape).map(Some)
     }
 
-    /// A view of the weights for parameter `i`.
+    /// Returns the view of the weights for parameter `i`.
     pub fn weight_view(&self, i: usize) -> Result<Tensor> {
         let size = self.weights.dtype().size();
         self.weights.view(self.slots[i].offset * size, self.weights.dtype(), &self.specs[i].shape)
     }
 
-    /// Indices of the parameters that are trained.
+    /// Indices of the trained parameters.
     pub fn trained(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.specs.len()).filter(|i| self.slots[*i].tuning.trainable)
     }
 
-    /// Values of what is trained: PEFT's "trainable params".
+    /// Number of trained values: PEFT's "trainable params".
     pub fn trained_count(&self) -> usize {
         self.trained().map(|i| self.specs[i].len()).sum()
     }
 
-    /// The fused parameter that holds a role, as the tape knows it; None if this model has none.
+    /// Returns the fused parameter that contains a role, with its id for the tape; None if this
+    /// model has none.
     pub fn fused(&self, layer: Option<usize>, role: Role) -> Result<Option<Tensor>> {
         let Some(&index) = self.by_key.get(&(layer, fused_role(role))) else { return Ok(None) };
         let (fused, dtype) = (&self.fused[index], self.weights.dtype());
@@ -265,14 +267,14 @@ impl ParamSet {
         Ok(Some(view.with_id(Id::Param { set: self.set, index: index as u32 })))
     }
 
-    /// As [`ParamSet::fused`], for roles that every decoder has.
+    /// Like [`ParamSet::fused`], for roles that every decoder has.
     pub fn required(&self, layer: Option<usize>, role: Role) -> Result<Tensor> {
         self.fused(layer, role)?
             .ok_or_else(|| Error::op("params", format!("no {role:?} in layer {layer:?}")))
     }
 
-    /// An f32 gradient arena (zeroed: the gaps between parameters stay zero) and its slots by fused
-    /// parameter.
+    /// Allocates an f32 gradient arena (zeroed: the gaps between parameters stay zero); returns it
+    /// with its slots by fused parameter.
     pub fn gradients(&self, cx: &Cx) -> Result<(Tensor, ParamGrads)> {
         let arena = Tensor::new(&cx.pool, "parameter gradients", DType::F32, &[self.state_len])?;
         arena.zero()?;
@@ -283,8 +285,8 @@ impl ParamSet {
         Ok((arena, ParamGrads::new(slots)))
     }
 
-    /// Zeros the gradients of frozen parameters that are fused with trained ones, so that they
-    /// count in no norm.
+    /// Zeros the gradients of frozen parameters that are fused with trained ones, so that norms do
+    /// not include them.
     pub fn clear_frozen(&self, arena: &Tensor) -> Result<()> {
         for (i, slot) in self.slots.iter().enumerate() {
             if let (false, Some(view)) = (slot.tuning.trainable, self.state_view(arena, i)?) {
@@ -294,7 +296,7 @@ impl ParamSet {
         Ok(())
     }
 
-    /// A frozen copy with weights of its own, as the set of the reference.
+    /// Returns a frozen copy with its own weights, as the parameter set of the reference.
     pub fn reference(&self, cx: &Cx) -> Result<ParamSet> {
         let set = ParamSetId::Reference;
         let weights = Tensor::new(&cx.pool, arena_name(set), self.weights.dtype(), &[self.len])?;
@@ -302,18 +304,19 @@ impl ParamSet {
         Ok(ParamSet { set, weights, ..self.clone() })
     }
 
-    /// All values, those that are held quantised among them.
+    /// Number of all values, quantised ones included.
     pub fn count(&self) -> usize {
         let outside = self.quantised.iter().flat_map(|q| &q.specs);
         self.specs.iter().chain(outside).map(ParamSpec::len).sum()
     }
 
-    /// The fused projection that holds a role, where it is quantised.
+    /// Returns the fused projection that contains a role, if it is quantised.
     pub fn quantised(&self, layer: Option<usize>, role: Role) -> Option<&Arc<QuantWeight>> {
         self.quantised.as_ref()?.fused.get(&(layer, fused_role(role)))
     }
 
-    /// The values of a parameter by its name, however it is held. None: there is no such parameter.
+    /// Returns the values of a parameter by name, whether quantised or not. None: there is no such
+    /// parameter.
     pub fn values(&self, cx: &Cx, name: &str) -> Result<Option<Vec<f32>>> {
         if let Some(i) = self.by_name(name) {
             return self.weight_view(i)?.to_f32().map(Some);
@@ -328,8 +331,7 @@ impl ParamSet {
         whole.rows(from, from + spec.shape[0])?.to_f32().map(Some)
     }
 
-    /// The values of a fused projection, however it is held: the arena's own memory, or a copy that
-    /// was dequantised.
+    /// Returns the values of a fused projection: the arena's own memory, or a dequantised copy.
     pub fn dense(&self, cx: &Cx, layer: Option<usize>, role: Role) -> Result<Tensor> {
         let Some(weight) = self.quantised(layer, role) else { return self.required(layer, role) };
         let w = cx.real("dequantised weight", &weight.shape)?;
@@ -337,8 +339,8 @@ impl ParamSet {
         Ok(w)
     }
 
-    /// Writes the values of a parameter by its name: rounded to the storage dtype, or quantised
-    /// from that. The parts of a fused projection come in their order.
+    /// Writes the values of a parameter by name: rounded to the storage dtype, then quantised if it
+    /// is held so. The parts of a fused projection must come in order.
     pub fn put(&mut self, cx: &Cx, name: &str, values: &[f32]) -> Result<()> {
         if let Some(i) = self.by_name(name) {
             return self.store(i, values);
@@ -363,7 +365,7 @@ impl ParamSet {
         Ok(())
     }
 
-    /// Gives every quantised projection the value zero.
+    /// Sets every quantised projection to zero.
     pub fn zero_quantised(&mut self, cx: &Cx) -> Result<()> {
         let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
         for spec in &specs {
@@ -374,7 +376,7 @@ impl ParamSet {
         Ok(())
     }
 
-    /// Gives every quantised projection transformers' initial values, as [`ParamSet::initialise`]
+    /// Sets every quantised projection to transformers' initial values, as [`ParamSet::initialise`]
     /// does for the arena.
     pub fn initialise_quantised(&mut self, cx: &Cx, std: f32, seed: u64) -> Result<()> {
         let specs = self.quantised.iter().flat_map(|q| q.specs.clone()).collect::<Vec<_>>();
@@ -384,12 +386,12 @@ impl ParamSet {
         Ok(())
     }
 
-    /// transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros for
-    /// biases. Values are a function of (seed, parameter, index), whatever the device and the number
-    /// of threads.
+    /// Applies transformers' initialisation: normal(0, `std`) for matrices, ones for norms, zeros
+    /// for biases. Values are a function of (seed, parameter, index), regardless of device and
+    /// number of threads.
     pub fn initialise(&self, std: f32, seed: u64) -> Result<()> {
         for (p, spec) in self.specs.iter().enumerate() {
-            // A part at a time: an embedding in f32 may be larger than the model.
+            // One part at a time: an embedding in f32 may be larger than the model.
             for from in (0..spec.len()).step_by(INITIAL_PART) {
                 let n = INITIAL_PART.min(spec.len() - from);
                 self.store_part(p, from, &initial_part(spec, p, std, seed, from, n))?;
@@ -407,7 +409,7 @@ impl ParamSet {
         self.store_part(i, 0, values)
     }
 
-    /// Writes values of parameter `i` from its element `from` on.
+    /// Writes values of parameter `i`, starting at element `from`.
     fn store_part(&self, i: usize, from: usize, values: &[f32]) -> Result<()> {
         let dtype = self.weights.dtype();
         let view = self.weight_view(i)?.view(from * dtype.size(), dtype, &[values.len()])?;
@@ -424,8 +426,8 @@ impl ParamSet {
         }
     }
 
-    /// Writes parameter `name` as it is stored, little-endian in the storage dtype; false if it has
-    /// no place in the arena.
+    /// Writes the stored bytes of parameter `name`, little-endian in the storage dtype; returns
+    /// false if it is not in the arena.
     pub fn put_stored(&self, name: &str, bytes: &[u8]) -> Result<bool> {
         let Some(i) = self.by_name(name) else { return Ok(false) };
         self.weight_view(i)?.upload(bytes)?;
@@ -433,7 +435,7 @@ impl ParamSet {
     }
 }
 
-/// What the memory plan and the pool call a set's weights.
+/// Name of a set's weights in the memory plan and the pool.
 fn arena_name(set: ParamSetId) -> &'static str {
     match set {
         ParamSetId::Model => "weights",
@@ -444,12 +446,12 @@ fn arena_name(set: ParamSetId) -> &'static str {
     }
 }
 
-/// transformers' initial values of one parameter, the `p`th of its set.
+/// Returns transformers' initial values of one parameter, the `p`th of its set.
 pub fn initial(spec: &ParamSpec, p: usize, std: f32, seed: u64) -> Vec<f32> {
     initial_part(spec, p, std, seed, 0, spec.len())
 }
 
-/// `n` of the values of [`initial`], from a multiple of four on.
+/// Returns `n` of the values of [`initial`], starting at `from`, a multiple of four.
 fn initial_part(
     spec: &ParamSpec,
     p: usize,
@@ -469,7 +471,7 @@ fn initial_part(
     }
 }
 
-/// The first of the roles that are fused with this one.
+/// Returns the first of the roles that are fused with this one.
 pub fn fused_role(role: Role) -> Role {
     match role {
         Role::K | Role::V => Role::Q,
@@ -481,7 +483,7 @@ pub fn fused_role(role: Role) -> Role {
     }
 }
 
-/// Uniforms in (0, 1) from Philox.
+/// Returns uniforms in (0, 1) from Philox.
 pub(crate) fn uniforms(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
     let four = |i: usize| {
@@ -492,13 +494,13 @@ pub(crate) fn uniforms(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     out
 }
 
-/// Standard normals from Philox by Box and Muller.
+/// Returns standard normals from Philox by the Box-Muller transform.
 pub(crate) fn normals(seed: u64, stream: u32, n: usize) -> Vec<f32> {
     normals_from(seed, stream, 0, n)
 }
 
-/// `n` of the numbers of [`normals`], from a multiple of four on. Four of them are a function of
-/// their counter, so threads share the work and no value depends on how.
+/// Returns `n` of the numbers of [`normals`], starting at `from`, a multiple of four. Each group of
+/// four is a function of its counter, so the values do not depend on how threads share the work.
 fn normals_from(seed: u64, stream: u32, from: usize, n: usize) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
     let mut out = vec![0f32; n];
@@ -522,7 +524,7 @@ fn normals_from(seed: u64, stream: u32, from: usize, n: usize) -> Vec<f32> {
 mod tests {
     use super::*;
 
-    /// The definition, a value after the other.
+    /// The definition, one value at a time.
     fn one_by_one(seed: u64, stream: u32, n: usize) -> Vec<f32> {
         let key = [seed as u32, (seed >> 32) as u32];
         let mut out = Vec::new();
@@ -548,7 +550,7 @@ mod tests {
 
     #[test]
     fn initial_values_known_from_before_stay() {
-        // Runs, and the quickstart's figures in README.md, begin with these.
+        // Runs and the quickstart's figures in README.md start from these values.
         let bits: Vec<u32> = normals(1, 0, 5).iter().map(|v| v.to_bits()).collect();
         assert_eq!(bits, [0xbf073603, 0xbe95dbe5, 0x3f160064, 0x3f9c73d7, 0x3e4204cc]);
     }

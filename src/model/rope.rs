@@ -1,12 +1,12 @@
 //! Rotary position tables: default, linear, llama3, yarn and longrope. Layer 5.
 //!
-//! Invariant: the angle is made the way transformers makes it, `f32(position) * inv_freq` in f32,
-//! so that the tables agree for every position and not only for small ones. Powers, cosines and
-//! sines are rounded correctly (through f64); PyTorch's vector library is off by one ulp in about
-//! one power of a hundred, which is the only difference.
+//! Invariant: the angle is computed as in transformers, `f32(position) * inv_freq` in f32, so that
+//! the tables agree for all positions, not only for small ones. Powers, cosines and sines are
+//! correctly rounded (through f64); PyTorch's vector library is off by one ulp in about one power
+//! in a hundred, which is the only difference.
 //!
-//! The decoder rotates halves: of a head `x = [a, b]`, position p gives `[a cos - b sin, b cos + a
-//! sin]`.
+//! The decoder rotates halves: for a head `x = [a, b]`, position p gives
+//! `[a cos - b sin, b cos + a sin]`.
 
 use std::f64::consts::PI;
 
@@ -14,7 +14,7 @@ use std::f64::consts::PI;
 pub struct RopeConfig {
     pub theta: f64,
     pub kind: RopeKind,
-    /// The share of a head that turns, from its first value on.
+    /// The fraction of a head that is rotated, from its first value on.
     pub partial: f64,
     pub query_scale: Option<QueryScale>,
 }
@@ -29,19 +29,20 @@ pub struct QueryScale {
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeKind {
     Default,
-    /// All frequencies divided by `factor`.
+    /// All frequencies are divided by `factor`.
     Linear {
         factor: f64,
     },
-    /// Long wavelengths divided by `factor`, short ones kept, a ramp between `original / low` and
-    /// `original / high`.
+    /// Long wavelengths are divided by `factor`, short ones kept, with a ramp between
+    /// `original / low` and `original / high`.
     Llama3 {
         factor: f64,
         low_freq_factor: f64,
         high_freq_factor: f64,
         original_max_positions: f64,
     },
-    /// As llama3, with the ramp over dimensions, and cos and sin multiplied by `attention_factor`.
+    /// Like llama3, with the ramp over dimensions, and cos and sin multiplied by
+    /// `attention_factor`.
     Yarn {
         factor: f64,
         original_max_positions: f64,
@@ -50,9 +51,9 @@ pub enum RopeKind {
         beta_slow: f64,
         truncate: bool,
     },
-    /// Each frequency divided by a factor of its own, and cos and sin multiplied by
-    /// `attention_factor`. There are two lists of factors, `[turned / 2]`: the long one serves runs
-    /// with sequences longer than the original length ([`RopeConfig::is_long`]).
+    /// Each frequency is divided by its own factor, and cos and sin are multiplied by
+    /// `attention_factor`. There are two lists of factors, `[turned / 2]`: the long one is used in
+    /// runs with sequences longer than the original length ([`RopeConfig::is_long`]).
     LongRope {
         short: Vec<f64>,
         long: Vec<f64>,
@@ -62,17 +63,17 @@ pub enum RopeKind {
 }
 
 impl RopeConfig {
-    /// The usual one: a theta, and nothing scaled.
+    /// A rope with this theta and no scaling.
     pub fn plain(theta: f64) -> RopeConfig {
         RopeConfig { theta, kind: RopeKind::Default, partial: 1.0, query_scale: None }
     }
 
-    /// How many values of a head turn, from its first on.
+    /// Number of values of a head that are rotated, from its first on.
     pub fn turned(&self, head_dim: usize) -> usize {
         (head_dim as f64 * self.partial) as usize
     }
 
-    /// What cos and sin are multiplied by: 1 except for yarn and longrope.
+    /// The factor of cos and sin: 1 except for yarn and longrope.
     pub fn attention_factor(&self) -> f64 {
         match self.kind {
             RopeKind::Yarn { attention_factor, .. }
@@ -91,7 +92,7 @@ impl RopeConfig {
         }
     }
 
-    /// What q is multiplied by at each position, if it is: transformers'
+    /// Returns the factor of q at each position, if q is scaled: transformers'
     /// `get_llama_4_attn_scale`.
     pub fn query_scales(&self, positions: usize) -> Option<Vec<f32>> {
         let QueryScale { beta, original_max_positions } = self.query_scale?;
@@ -103,8 +104,8 @@ impl RopeConfig {
     }
 }
 
-/// Angle per position of each pair of dimensions that turns: [turned / 2]. `long` chooses
-/// longrope's factors.
+/// Returns the angle per position of each rotated pair of dimensions: [turned / 2]. `long` selects
+/// longrope's long factors.
 pub fn inv_freq(config: &RopeConfig, head_dim: usize, long: bool) -> Vec<f32> {
     let turned = config.turned(head_dim);
     let dim = turned as f32;
@@ -166,8 +167,8 @@ fn scaled(powers: &[f32], factors: &[f64]) -> Vec<f32> {
     powers.iter().zip(factors).map(|(power, factor)| 1.0 / (*factor as f32 * power)).collect()
 }
 
-/// (cos, sin), each row-major [positions, turned / 2], with the attention factor of yarn and
-/// longrope multiplied in.
+/// Returns (cos, sin), each row-major [positions, turned / 2], with the attention factor of yarn
+/// and longrope included.
 pub fn rope_table(
     config: &RopeConfig,
     head_dim: usize,
@@ -188,8 +189,8 @@ pub fn rope_table(
     (cos, sin)
 }
 
-/// The dimensions between which yarn's ramp runs: those that turn `fast` and `slow` times over the
-/// original length.
+/// Returns the dimensions between which yarn's ramp runs: those that make `fast` and `slow`
+/// rotations over the original length.
 fn yarn_range(
     dim: usize,
     theta: f64,
@@ -249,7 +250,7 @@ mod tests {
             let (cos, sin) = rope_table(&config, case.head_dim, 128, long);
             let scales = config.query_scales(128);
             for (position, want) in case.positions.iter().zip(case.q_scale.iter().flatten()) {
-                // The logarithm, rounded once here and by PyTorch in its own way.
+                // The logarithm is rounded once here, and differently in PyTorch.
                 let got = scales.as_ref().unwrap()[*position];
                 assert!((got - want).abs() <= 1.2e-7, "{config:?}: q at {position}");
             }
@@ -261,8 +262,7 @@ mod tests {
                 off += usize::from(ulps != 0);
                 assert!(ulps <= 1, "{config:?}: inv_freq[{i}] {got} {want}");
                 for (row, position) in case.positions.iter().enumerate() {
-                    // 1e-6, and where the frequency itself is an ulp off, what that does to the
-                    // angle
+                    // 1e-6, plus the effect on the angle if the frequency itself is an ulp off
                     let slack =
                         1e-6 + if ulps != 0 { 1.2e-7 * *position as f32 * want } else { 0.0 };
                     let (at, wanted) = (position * half + i, row * half + i);

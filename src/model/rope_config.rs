@@ -1,8 +1,9 @@
-//! The rope settings of a config.json: which tables there are, which layer has which. Layer 5.
+//! Reads the rope settings of a config.json: the ropes, and the rope of each layer. Layer 5.
 //!
-//! Invariant: [`layer_ropes`] reads what transformers reads, from v4 keys (`rope_theta`,
-//! `rope_scaling`, `rope_local_base_freq`) or v5 keys (`rope_parameters`), and [`both_forms`] writes
-//! either from the other. Where both are there, a non-empty `rope_scaling` wins, as in transformers.
+//! Invariant: [`layer_ropes`] reads the same settings as transformers, from v4 keys (`rope_theta`,
+//! `rope_scaling`, `rope_local_base_freq`) or v5 keys (`rope_parameters`), and [`both_forms`]
+//! writes each form from the other. If both are present, a non-empty `rope_scaling` wins, as in
+//! transformers.
 
 use serde_json::{Map, Value, json};
 
@@ -17,23 +18,23 @@ const SLIDING: &str = "sliding_attention";
 const PARTIAL: &str = "partial_rotary_factor";
 const ORIGINAL: &str = "original_max_position_embeddings";
 
-/// What rope settings refer to.
+/// Facts of the model that rope settings refer to.
 #[derive(Clone, Copy, Debug)]
 pub struct RopeFacts {
     pub head_dim: usize,
     pub max_positions: usize,
     pub default_theta: f64,
-    /// Length of the first training, where neither key says it and the family has a default.
+    /// The original maximum length, if neither key gives it and the family has a default.
     pub default_original_positions: Option<usize>,
     /// Whether q is scaled by its position.
     pub query_scale: bool,
 }
 
-/// The tables of a model, and of each layer which of them; None: it has no rope.
+/// The ropes of a model, and the index of each layer's rope; None: no rope.
 pub type LayerRopes = (Vec<RopeConfig>, Vec<Option<usize>>);
 
-/// Reads the rope settings of every layer; `sliding` says which layers have a window. Problems go
-/// to `problems`.
+/// Reads the rope settings of every layer; `sliding` says which layers have a window. Appends
+/// problems to `problems`.
 pub fn layer_ropes(
     raw: &Map<String, Value>,
     rule: RopeRule,
@@ -63,7 +64,7 @@ pub fn layer_ropes(
     }
 }
 
-/// Which layers have rope: where `no_rope_layers` has a 1, or all but each
+/// Returns which layers have rope: those with a 1 in `no_rope_layers`, or all except every
 /// `no_rope_layer_interval`th.
 fn rope_layers(f: &mut Fields, default_interval: usize, layers: usize) -> Vec<bool> {
     let interval = f.size("no_rope_layer_interval", 1 << 30).unwrap_or(default_interval);
@@ -82,7 +83,7 @@ fn rope_layers(f: &mut Fields, default_interval: usize, layers: usize) -> Vec<bo
     (0..layers).map(|i| list.get(i).is_none_or(|v| *v != 0)).collect()
 }
 
-/// The settings of one layer type, as a config.json that has one rope.
+/// Returns the settings of one layer type as a config.json with a single rope.
 fn of_type(raw: &Map<String, Value>, kind: &str, theta_key: &str) -> Map<String, Value> {
     let mut out = raw.clone();
     for key in ["rope_theta", "rope_parameters"] {
@@ -98,7 +99,7 @@ fn of_type(raw: &Map<String, Value>, kind: &str, theta_key: &str) -> Map<String,
     let Some(parameters) = raw.get("rope_parameters") else { return out };
     let typed = parameters.as_object().filter(|m| m.contains_key(FULL) || m.contains_key(SLIDING));
     let mut own = typed.map_or(parameters, |m| m.get(kind).unwrap_or(&Value::Null)).clone();
-    // Beside settings of each type, the scaling of v4 is added to them.
+    // Add v4's scaling to the settings of each type.
     if let (Some(_), Value::Object(own)) = (typed, &mut own)
         && let Some(Value::Object(scaling)) = out.remove("rope_scaling")
     {
@@ -108,7 +109,7 @@ fn of_type(raw: &Map<String, Value>, kind: &str, theta_key: &str) -> Map<String,
     out
 }
 
-/// The one rope of a config.json.
+/// Reads the single rope of a config.json.
 pub fn one_rope(
     raw: &Map<String, Value>,
     facts: &RopeFacts,
@@ -145,7 +146,7 @@ pub fn one_rope(
         "default" => RopeKind::Default,
         "linear" => RopeKind::Linear { factor: required(&mut f, "factor") },
         "llama3" => llama3(&mut f, original),
-        // Old folders of Phi-3 say su or yarn for longrope; yarn itself has no lists.
+        // Old Phi-3 folders call longrope su or yarn; real yarn has no lists.
         "longrope" | "su" => long_rope(&mut f, original, max_positions as f64, turned),
         "yarn" if map.contains_key("short_factor") => {
             long_rope(&mut f, original, max_positions as f64, turned)
@@ -170,7 +171,7 @@ pub fn one_rope(
     config
 }
 
-/// The object that holds the rope settings, and its name in messages.
+/// Returns the object with the rope settings, and its name in messages.
 fn parameters<'a>(top: &mut Fields<'a>) -> Option<(&'static str, &'a Map<String, Value>)> {
     let old = top.object("rope_scaling").filter(|m| !m.is_empty());
     let new = top.object("rope_parameters");
@@ -258,7 +259,7 @@ fn long_rope(f: &mut Fields, original: f64, max_positions: f64, turned: usize) -
     RopeKind::LongRope { short, long, original_max_positions: original, attention_factor }
 }
 
-/// Adds whichever of v4's and v5's keys are not there yet. `ropes` are those of [`layer_ropes`].
+/// Adds the missing ones of v4's and v5's keys. `ropes` are those of [`layer_ropes`].
 pub fn both_forms(out: &mut Map<String, Value>, rule: RopeRule, ropes: &[RopeConfig]) {
     let filled =
         |v: Option<&Value>| v.and_then(Value::as_object).filter(|m| !m.is_empty()).cloned();
@@ -278,7 +279,7 @@ pub fn both_forms(out: &mut Map<String, Value>, rule: RopeRule, ropes: &[RopeCon
             out.entry(PARTIAL).or_insert(partial);
         }
         if scaling.get("rope_type").is_some_and(|kind| kind == "longrope") {
-            // v4 of Phi-3 allows for three keys: type and the two lists.
+            // v4's Phi-3 accepts only three keys: the type and the two lists.
             scaling.shift_remove("rope_type");
             scaling.insert("type".into(), json!("longrope"));
             if out.contains_key(ORIGINAL) {

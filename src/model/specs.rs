@@ -1,12 +1,12 @@
-//! The parameters that follow from a layout: what each does, its name, shape and place. Layer 5.
+//! The parameters of a layout: their roles, names, shapes and order. Layer 5.
 //!
-//! Invariant: the order of [`expected_params`] is that of the arenas; projections that share an
-//! input lie side by side.
+//! Invariant: [`expected_params`] has the order of the arenas; projections that share an input are
+//! contiguous.
 
 use super::layout::{Mixer, ModelConfig, NormPlace, Task};
 use crate::ops::rope::NormOver;
 
-/// What a parameter does.
+/// The role of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     Embed,
@@ -21,17 +21,17 @@ pub enum Role {
     KNorm,
     O,
     OBias,
-    /// Gate, gate and input of a short convolution, side by side.
+    /// The two gates and the input of a short convolution, contiguous.
     ConvIn,
     ConvInBias,
-    /// [hidden, 1, taps]: a filter for each channel.
+    /// [hidden, 1, taps]: one filter per channel.
     Conv,
     ConvBias,
     ConvOut,
     ConvOutBias,
-    /// Of what attention gives, before it is added to the stream.
+    /// Norm of attention's output, before it is added to the stream.
     AttentionOutNorm,
-    /// Of the MLP's input.
+    /// Norm of the MLP's input.
     PostNorm,
     Gate,
     Up,
@@ -39,18 +39,18 @@ pub enum Role {
     UpBias,
     Down,
     DownBias,
-    /// Of what the MLP gives, before it is added to the stream.
+    /// Norm of the MLP's output, before it is added to the stream.
     MlpOutNorm,
     FinalNorm,
     Head,
-    /// The score of a reward model, [labels, hidden], in the place of the head; of a token
-    /// classifier, with a bias.
+    /// The score of a classifier or reward model, [labels, hidden], instead of the head; a token
+    /// classifier also has a bias.
     Score,
     ScoreBias,
-    // What adapters add (`model::adapter`), by the projection that they belong to.
+    // Parameters of adapters (`model::adapter`), by their projection.
     LoraA(Proj),
     LoraB(Proj),
-    /// PiSSA: the pair as it started, B negated. It takes out of the base what A and B start as.
+    /// PiSSA's initial pair, B negated: it subtracts the initial A and B from the base.
     InitialA(Proj),
     InitialB(Proj),
     /// LoRA on the token embedding: A as [vocab, r], whose rows are looked up, and B.
@@ -79,13 +79,14 @@ pub enum Proj {
     Qkv,
     /// gate and up as one module.
     GateUp,
-    /// Of a short convolution.
+    /// Input and output projection of a short convolution.
     ConvIn,
     ConvOut,
 }
 
 impl Proj {
-    /// Those that a block may have ([`ModelConfig::projections`] says which it has).
+    /// All projections that a block may have ([`ModelConfig::projections`] returns those that it
+    /// has).
     pub const ALL: [Proj; 11] = [
         Proj::Q,
         Proj::K,
@@ -100,11 +101,11 @@ impl Proj {
         Proj::Down,
     ];
 
-    /// One of each group that shares an input.
+    /// The first projection of each group that shares an input.
     pub const LEADERS: [Proj; 6] =
         [Proj::Q, Proj::O, Proj::Gate, Proj::Down, Proj::ConvIn, Proj::ConvOut];
 
-    /// The module's name in a Llama's block ([`ModelConfig::module`] has the family's).
+    /// The module's name in a Llama block ([`ModelConfig::module`] returns the family's).
     fn module(self) -> &'static str {
         match self {
             Proj::Q => "self_attn.q_proj",
@@ -121,7 +122,7 @@ impl Proj {
         }
     }
 
-    /// The role of its weight; a fused module has that of its first part.
+    /// The role of its weight; a fused module has the role of its first part.
     pub fn role(self) -> Role {
         match self {
             Proj::Q | Proj::Qkv => Role::Q,
@@ -136,7 +137,7 @@ impl Proj {
         }
     }
 
-    /// Whose input it shares: q, k and v read one input, so do gate and up.
+    /// The leader of its group: q, k and v share one input, and so do gate and up.
     pub fn leader(self) -> Proj {
         match self {
             Proj::K | Proj::V | Proj::Qkv => Proj::Q,
@@ -146,7 +147,7 @@ impl Proj {
     }
 }
 
-/// Where a bottleneck adapter sits in a block.
+/// The position of a bottleneck adapter in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BottleneckSite {
     Attention,
@@ -176,13 +177,13 @@ impl Role {
             || matches!(self, Bottleneck(_, BottleneckPart::DownBias | BottleneckPart::UpBias))
     }
 
-    /// Whether weight decay applies: transformers' Trainer spares biases and norms.
+    /// Whether weight decay applies: as in transformers' Trainer, not to biases and norms.
     pub fn decays(self) -> bool {
         !self.is_norm() && !self.is_bias()
     }
 
-    /// Whether it is a matrix of a layer, which Muon orthogonalises: a projection, or what an
-    /// adapter adds to one or puts behind a block.
+    /// Whether it is a matrix of a layer, which Muon orthogonalises: a projection, LoRA's pair of
+    /// one, or a bottleneck adapter's matrix.
     pub fn is_layer_matrix(self) -> bool {
         let part = |part| matches!(part, BottleneckPart::Down | BottleneckPart::Up);
         match self {
@@ -194,7 +195,7 @@ impl Role {
 }
 
 impl ModelConfig {
-    /// [out, in] of a projection.
+    /// Returns [out, in] of a projection.
     pub fn proj_shape(&self, proj: Proj) -> (usize, usize) {
         let (hidden, mlp) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
@@ -211,7 +212,7 @@ impl ModelConfig {
         }
     }
 
-    /// The projections of a layer, in the order in which they lie.
+    /// The projections of a layer, in memory order.
     pub fn projections(&self, layer: usize) -> &'static [Proj] {
         use Proj::*;
         match (self.mixers[layer], self.family.fused_projections) {
@@ -222,7 +223,7 @@ impl ModelConfig {
         }
     }
 
-    /// The projections that some layer has.
+    /// The projections that any layer has.
     pub fn all_projections(&self) -> Vec<Proj> {
         let has = |p: &Proj| (0..self.num_layers).any(|layer| self.projections(layer).contains(p));
         Proj::ALL.into_iter().filter(has).collect()
@@ -233,14 +234,14 @@ impl ModelConfig {
         self.family.named(proj.module())
     }
 
-    /// What that name ends with: `q_proj`.
+    /// The last part of that name: `q_proj`.
     pub fn short_module(&self, proj: Proj) -> &'static str {
         let module = self.module(proj);
         module.rsplit('.').next().unwrap_or(module)
     }
 
-    /// What the family calls the projection whose module ends so in a Llama, where it is another
-    /// name.
+    /// Returns the family's name of the projection with this last part in a Llama block, if it
+    /// differs.
     pub fn renamed(&self, llama: &str) -> Option<&'static str> {
         let ends = |name: &str| name.rsplit('.').next() == Some(llama);
         let found = self.all_projections().into_iter().find(|p| ends(p.module()))?;
@@ -248,7 +249,7 @@ impl ModelConfig {
         if own == llama { None } else { Some(own) }
     }
 
-    /// The projections that share a leader's input, in the order in which they lie side by side.
+    /// The projections that share a leader's input, in memory order.
     pub fn group(&self, leader: Proj) -> impl Iterator<Item = Proj> + Clone + use<> {
         self.all_projections().into_iter().filter(move |p| p.leader() == leader)
     }
@@ -264,7 +265,7 @@ pub struct ParamSpec {
 }
 
 impl ParamSpec {
-    /// A bias of the model's own, or an adapter's copy of one.
+    /// Whether it is a bias of the model itself, or an adapter's copy of one.
     pub fn is_base_bias(&self) -> bool {
         self.role.is_bias() && !matches!(self.role, Role::Bottleneck(..))
     }
@@ -278,14 +279,15 @@ impl ParamSpec {
     }
 }
 
-/// Every parameter, in arena order: q, k, v weights side by side, so are their biases, and so are
-/// gate and up; in a family that fuses them they are one parameter. A tied head is not a parameter: there is no [`Role::Head`] then.
+/// Lists every parameter, in arena order: the weights of q, k and v are contiguous, as are their
+/// biases, and gate and up; in a family that fuses them they are one parameter. A tied head is not
+/// a parameter: then there is no [`Role::Head`].
 pub fn expected_params(config: &ModelConfig) -> Vec<ParamSpec> {
     let (hidden, mlp, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
     let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
     let before = config.norm_place != NormPlace::After;
     let after = config.norm_place != NormPlace::Before;
-    // With a norm after attention, the name that the MLP's norm has elsewhere is that one's.
+    // With a norm after attention, that norm has the name that the MLP's norm has elsewhere.
     let mlp_norm = if after { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
     let (q_norm, k_norm) = match config.qk_norm {
         None => (0, 0),

@@ -1,5 +1,4 @@
-//! What all preference rows share: texts and conversations to ids, prompts taken out of implicit
-//! rows. Layer 6.
+//! Common encoding of preference rows: texts and conversations to ids, prompt extraction. Layer 6.
 //!
 //! Invariant: ids are below the model's vocabulary, and every error names the row.
 
@@ -14,7 +13,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::data::turns::assistant_mask;
 use crate::error::Result;
 
-/// What turns texts into ids: the same for all rows.
+/// Converts texts to ids, with the same settings for all rows.
 pub struct Encoder<'a> {
     pub renderer: Renderer<'a>,
     /// The token that ends a completion.
@@ -22,7 +21,7 @@ pub struct Encoder<'a> {
 }
 
 impl<'a> Encoder<'a> {
-    /// `eos_token` None: the tokenizer's.
+    /// Uses the tokenizer's EOS if `eos_token` is None.
     pub fn new(
         tokenizer: &'a Tokenizer,
         template: Option<&'a ChatTemplate>,
@@ -38,7 +37,7 @@ impl<'a> Encoder<'a> {
         self.renderer.encode(row, text, add_special)
     }
 
-    /// The ids of a prompt alone and of the prompt with an answer: what precedes every completion.
+    /// Returns the ids of the prompt alone and of the prompt with an answer.
     pub fn prompt_and_whole(
         &self,
         row: &Row,
@@ -50,8 +49,8 @@ impl<'a> Encoder<'a> {
         Ok((self.renderer.prompt_ids(row, example, prompt)?, whole))
     }
 
-    /// Prompt and answer as one sequence whose first `prompt` tokens are no targets: of the rest
-    /// all, or with `assistant_only` those of the assistant's turns.
+    /// Returns prompt and answer as one sequence. Its first `prompt` tokens are not targets; the
+    /// rest are, or with `assistant_only` those in the assistant's turns.
     pub fn completion(
         &self,
         row: &Row,
@@ -84,9 +83,10 @@ impl<'a> Encoder<'a> {
         }
     }
 
-    /// How many leading tokens the prompt shares with prompt and answer, for one or both answers.
-    /// Fewer than the prompt has means that the model trains on another context than it will see:
-    /// counted. None at all is an error.
+    /// Returns how many leading tokens the prompt shares with prompt and answer, for one or both
+    /// answers. If fewer than the whole prompt, the model would train on another context than it
+    /// sees later; then also returns the text of the prompt's remaining tokens. None at all is an
+    /// error.
     pub fn shared(
         &self,
         row: &Row,
@@ -107,17 +107,17 @@ impl<'a> Encoder<'a> {
     }
 }
 
-/// A preference row with its prompt set apart.
+/// A preference row split into prompt and answers.
 pub struct Pair {
     pub example: ParsedRow,
-    /// None where the row has none and nobody asked for one.
+    /// None if the row has no prompt and none was extracted.
     pub prompt: Option<Content>,
     pub chosen: Content,
     pub rejected: Content,
 }
 
-/// Reads a preference row. With `extract`, a prompt that both sides begin with is taken out, as
-/// TRL's `extract_prompt`.
+/// Reads a preference row. With `extract` and no prompt in the row, extracts the common beginning
+/// of both sides, like TRL's `extract_prompt`.
 pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
     for side in ["chosen", "rejected"] {
         row.need(side)?;
@@ -142,9 +142,9 @@ pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
     Ok(Pair { example, prompt, chosen, rejected })
 }
 
-/// The common beginning of both sides, and what is left of each. A space before the difference goes
-/// to the answers; of sides one of which begins the other, the shorter's last piece stays with the
-/// answers.
+/// Returns the common beginning of both sides and the rest of each. A space before the first
+/// difference goes to the answers; if one side is a prefix of the other, the last piece of the
+/// shorter side goes to the answers too.
 fn extract_prompt(
     row: &Row,
     chosen: &Content,

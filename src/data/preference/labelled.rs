@@ -1,8 +1,8 @@
 //! Single completions with a label, for KTO and BCO. Layer 6.
 //!
-//! Invariant: prompt and completion are kept apart and whole, because KTO's KL estimate puts a
-//! completion behind another row's prompt; [`Labelled::sequence`] and [`mismatched`] cut what they
-//! put together.
+//! Invariant: prompt and completion are stored separately and whole, because KTO's KL estimate
+//! pairs a completion with another row's prompt; [`Labelled::sequence`] and [`mismatched`] join and
+//! truncate them.
 
 use rayon::prelude::*;
 
@@ -20,20 +20,20 @@ use crate::error::Result;
 pub struct Labelled {
     pub prompt: Vec<u32>,
     pub completion: Vec<u32>,
-    /// Which tokens of the completion count.
+    /// Completion tokens that count in the loss.
     pub target_mask: Vec<bool>,
     pub label: bool,
     pub row: usize,
 }
 
 impl Labelled {
-    /// The row's own sequence, cut at the end.
+    /// Returns the row's own sequence, truncated at the end.
     pub fn sequence(&self, max_length: Option<usize>) -> MaskedSequence {
         joined(&self.prompt, self, max_length)
     }
 }
 
-/// A prompt with an example's completion.
+/// Joins a prompt with an example's completion.
 fn joined(prompt: &[u32], of: &Labelled, max_length: Option<usize>) -> MaskedSequence {
     let mut sequence = MaskedSequence::new(prompt, &of.completion);
     sequence.target_mask[prompt.len()..].copy_from_slice(&of.target_mask);
@@ -41,8 +41,8 @@ fn joined(prompt: &[u32], of: &Labelled, max_length: Option<usize>) -> MaskedSeq
     sequence
 }
 
-/// KTO's mismatched sequences: inside each batch of `batch` examples, prompt i with completion i -
-/// 1, the first with the last.
+/// Returns KTO's mismatched sequences: within each batch of `batch` examples, prompt i with
+/// completion i - 1; the first prompt takes the last completion.
 pub fn mismatched(
     examples: &[Labelled],
     batch: usize,
@@ -55,10 +55,10 @@ pub fn mismatched(
     examples.chunks(batch.max(1)).flat_map(rotate).collect()
 }
 
-/// [`mismatched`] as the examples come.
+/// Encodes rows in a stream, each with its [`mismatched`] sequence.
 pub struct CrossedEncoder<'a> {
     labelled: LabelledEncoder<'a>,
-    /// Rows of a batch. None: nothing is crossed.
+    /// Rows per batch. None: no mismatched sequences.
     batch: Option<usize>,
     waiting: Encoded<Labelled>,
 }
@@ -68,7 +68,8 @@ impl<'a> CrossedEncoder<'a> {
         CrossedEncoder { labelled, batch: batch.map(|n| n.max(1)), waiting: Vec::new() }
     }
 
-    /// Crosses the whole batches that wait, or with `all` the rest, too.
+    /// Makes the mismatched sequences of the complete batches that are waiting; with `all`, of the
+    /// rest too.
     fn cross(&mut self, all: bool, examples: &mut Encoded<CrossedExample>) {
         let limit = self.labelled.options.max_length;
         let whole = match self.batch {
@@ -83,7 +84,7 @@ impl<'a> CrossedEncoder<'a> {
     }
 }
 
-/// An example, and its prompt with another's completion.
+/// An example, and its prompt with another example's completion.
 pub type CrossedExample = (Labelled, Option<MaskedSequence>);
 
 impl RowEncoder for CrossedEncoder<'_> {
@@ -103,12 +104,12 @@ impl RowEncoder for CrossedEncoder<'_> {
     }
 }
 
-/// Rows that TRL takes apart at once when it unpairs: the chosen of so many rows come before their
-/// rejected.
+/// Number of rows that TRL unpairs at a time: the chosen completions of a batch come before its
+/// rejected ones.
 const UNPAIR: usize = 1000;
 
-/// Tokenises rows of prompt, completion and label; rows of pairs become two examples each, in TRL's
-/// order.
+/// Tokenises rows of prompt, completion and label; each row of a pair becomes two examples, in
+/// TRL's order.
 pub fn labelled(
     rows: &[Row],
     tokenizer: &Tokenizer,
@@ -119,13 +120,13 @@ pub fn labelled(
     encode_all(LabelledEncoder::new(tokenizer, template, vocab, options)?, rows)
 }
 
-/// Tokenises labelled rows, or pairs, as they come.
+/// Tokenises labelled rows or pairs in a stream.
 pub struct LabelledEncoder<'a> {
     maker: Maker<'a>,
     options: &'a PreferenceOptions,
-    /// Whether rows are pairs: the first says it for all.
+    /// Whether rows are pairs; the first row decides for all.
     paired: Option<bool>,
-    /// Good rows that are not yet taken apart, each with its number.
+    /// Good rows waiting to be unpaired, each with its number.
     good: Vec<(RowPlace, usize, Vec<Made>)>,
     stats: PreferenceStats,
 }
@@ -143,7 +144,7 @@ impl<'a> LabelledEncoder<'a> {
         Ok(LabelledEncoder { maker, options, paired: None, good: Vec::new(), stats })
     }
 
-    /// Makes examples of the good rows, so many at a time as TRL does; with `all` of the rest, too.
+    /// Makes examples of the good rows, in TRL's batches; with `all`, of the rest too.
     fn take_apart(&mut self, all: bool, examples: &mut Encoded<Labelled>) -> Result<()> {
         let good = std::mem::take(&mut self.good);
         let mut rest = good.into_iter();
@@ -161,7 +162,7 @@ impl<'a> LabelledEncoder<'a> {
         Ok(())
     }
 
-    /// Counts what a side became. None: it is dropped.
+    /// Counts the outcome of one side. None: dropped.
     fn admit(&mut self, place: &RowPlace, made: Made, row: usize) -> Result<Option<Labelled>> {
         let LabelledEncoder { options, stats, .. } = self;
         stats.mismatched(made.mismatch);
@@ -212,7 +213,7 @@ impl RowEncoder for LabelledEncoder<'_> {
     }
 }
 
-/// What is the same for all rows.
+/// Settings that all rows share.
 struct Maker<'a> {
     encoder: Encoder<'a>,
     assistant_only: bool,

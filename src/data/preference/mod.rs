@@ -1,13 +1,13 @@
-//! Preference rows to token ids and completion masks, as TRL 1.16.0 makes them. Layer 6.
+//! Preference rows to token ids and completion masks, as in TRL 1.16.0. Layer 6.
 //!
-//! Invariant: for rows that TRL takes, ids and masks are TRL's, trainer by trainer ([`PairStyle`]);
-//! what is cut or dropped is counted; a row that prefers nothing, lacks a side or has no prompt is
-//! an error with its file and line.
+//! Invariant: for rows that TRL accepts, ids and masks equal TRL's, per trainer ([`PairStyle`]);
+//! every truncated or dropped row is counted; a row whose sides are identical, or that lacks a side
+//! or a prompt, is an error with its file and line.
 //!
 //! | rows | function | for |
 //! |---|---|---|
 //! | (prompt,) chosen, rejected (, margin) | [`pairs`] | DPO, ORPO, CPO, reward models |
-//! | prompt, completion, label; or pairs, taken apart | [`labelled`] | KTO, BCO |
+//! | prompt, completion, label; or pairs, unpaired | [`labelled`] | KTO, BCO |
 //! | prompt, completions, labels | [`steps`] | process reward models |
 
 mod encode;
@@ -28,7 +28,7 @@ pub use labelled::{CrossedEncoder, Labelled, LabelledEncoder, labelled, mismatch
 pub use pairs::{PairEncoder, PairExample, PairStyle, pairs};
 pub use steps::{StepEncoder, StepExample, StepOptions, steps};
 
-/// TRL's names and defaults.
+/// Options with TRL's names and defaults.
 #[derive(Clone, Debug)]
 pub struct PreferenceOptions {
     pub max_length: Option<usize>,
@@ -36,7 +36,7 @@ pub struct PreferenceOptions {
     pub on_truncation: OnTruncation,
     /// None: the tokenizer's.
     pub eos_token: Option<String>,
-    /// Of the completions' conversations, only what the assistant says counts ([`PairStyle::Dpo`]
+    /// In completions that are conversations, count only the assistant's turns ([`PairStyle::Dpo`]
     /// and [`labelled`]).
     pub assistant_only_loss: bool,
     pub on_bad_row: OnBadRow,
@@ -55,23 +55,23 @@ impl Default for PreferenceOptions {
     }
 }
 
-/// What was done to the rows; `Display` says it in a paragraph.
+/// Counts of rows and tokens; `Display` writes them as a paragraph.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PreferenceStats {
     pub rows: usize,
     pub examples: usize,
     pub max_length: Option<usize>,
-    pub truncated: usize,         // kept, but cut at max_length
-    pub dropped_too_long: usize,  // by on_truncation=drop, and by reward models always
+    pub truncated: usize,         // kept, but truncated at max_length
+    pub dropped_too_long: usize,  // with on_truncation=drop, and always for reward models
     pub dropped_no_target: usize, // the prompt alone fills max_length
     pub tokens: usize,            // of the kept examples
-    /// None where sequences are scored whole, without a mask.
+    /// None if sequences are scored whole, without a mask.
     pub target_tokens: Option<usize>,
-    pub longest: usize, // sequence before truncation
+    pub longest: usize, // longest sequence before truncation
     pub prefix_mismatches: usize,
-    pub mismatch: Option<String>, // the end of the first prompt that is no prefix
+    pub mismatch: Option<String>, // the end of the first prompt that is not a prefix
     pub bad: BadRows,
-    pub first_dropped: Option<String>, // FILE:LINE of the first row that was dropped
+    pub first_dropped: Option<String>, // FILE:LINE of the first dropped row
     first: Option<RowPlace>,
     unused_template: Option<&'static str>,
 }
@@ -107,8 +107,8 @@ impl PreferenceStats {
         self.first_dropped.get_or_insert_with(|| row.to_string());
     }
 
-    /// What becomes of a row with a sequence of `n` tokens: false if it is dropped. `cuts`: TRL
-    /// would cut it.
+    /// Counts a row with a sequence of `n` tokens; returns false if it is dropped. `cuts`: whether
+    /// TRL would truncate it.
     fn admit(
         &mut self,
         row: &RowPlace,
@@ -138,7 +138,7 @@ impl PreferenceStats {
         self.target_tokens = self.target_tokens.map(|n| n + sequence.targets());
     }
 
-    /// An error if nothing is left.
+    /// Returns an error if nothing is left.
     fn finish(self) -> Result<PreferenceStats> {
         let Some(first) = &self.first else { return Err(no_rows()) };
         self.bad.some_left(self.examples)?;

@@ -1,7 +1,7 @@
 //! Pairs of a chosen and a rejected completion. Layer 6.
 //!
-//! Invariant: the two sides of an example begin with the same `shared` tokens, none of which is a
-//! target, so that a packed pair may compute them once.
+//! Invariant: both sides of an example begin with the same `shared` tokens, none of which is a
+//! target, so that a packed pair can compute them once.
 
 use rayon::prelude::*;
 
@@ -16,18 +16,18 @@ use crate::data::rows::{Row, RowPlace, kind};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
-/// Whose tokens: TRL's trainers differ.
+/// Which of TRL's trainers to match; their tokens differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PairStyle {
-    /// DPOTrainer: the completion begins where prompt and whole part; EOS ends plain texts; both
-    /// modes of truncation.
+    /// DPOTrainer: the completion begins at the first token that differs between the prompt alone
+    /// and the prompt with its answer; EOS ends plain texts; both truncation modes.
     Dpo,
-    /// ORPOTrainer and CPOTrainer: no special tokens but BOS and EOS, which stand around every row,
-    /// conversations too; at most the prompt's last token may merge into the completion; cut at the
-    /// end.
+    /// ORPOTrainer and CPOTrainer: no special tokens except BOS and EOS, which are added around
+    /// every row, conversations included; at most the last token of the prompt may merge into the
+    /// completion; truncated at the end.
     Orpo,
     /// RewardTrainer: whole sequences, no mask; a pair with a side longer than max_length is
-    /// dropped, never cut.
+    /// dropped, never truncated.
     Reward,
 }
 
@@ -35,7 +35,7 @@ pub enum PairStyle {
 pub struct PairExample {
     pub chosen: MaskedSequence,
     pub rejected: MaskedSequence,
-    /// Leading tokens that both sides share and that are targets of neither.
+    /// Number of leading tokens that both sides share and that are targets in neither.
     pub shared: usize,
     /// The row's `margin`; None if the rows have none.
     pub margin: Option<f32>,
@@ -64,8 +64,8 @@ struct Made {
     mismatch: Option<String>,
 }
 
-/// Tokenises preference rows. `vocab` is the number of rows of the model's embedding. Margins are
-/// read where the first row has one; then every row must.
+/// Tokenises preference rows. `vocab` is the number of rows of the model's embedding. If the first
+/// row has a margin, every row must have one.
 pub fn pairs(
     rows: &[Row],
     tokenizer: &Tokenizer,
@@ -77,12 +77,12 @@ pub fn pairs(
     encode_all(PairEncoder::new(tokenizer, template, vocab, style, options)?, rows)
 }
 
-/// Tokenises pairs as they come.
+/// Tokenises pairs in a stream.
 pub struct PairEncoder<'a> {
     encoder: Encoder<'a>,
     style: PairStyle,
     options: &'a PreferenceOptions,
-    /// Whether rows have a margin: the first says it for all.
+    /// Whether rows have a margin; the first row decides for all.
     margins: Option<bool>,
     stats: PreferenceStats,
 }
@@ -113,15 +113,14 @@ impl<'a> PairEncoder<'a> {
         Ok(Made { chosen, rejected, margin, mismatch })
     }
 
-    /// Counts what a row became, and cuts it. None: it is dropped.
+    /// Counts a row and truncates it. None: dropped.
     fn admit(&mut self, place: &RowPlace, made: Made, row: usize) -> Result<Option<PairExample>> {
         let PairEncoder { style, options, stats, .. } = self;
         let Made { mut chosen, mut rejected, margin, mismatch } = made;
         stats.mismatched(mismatch);
         let longest = chosen.input_ids.len().max(rejected.input_ids.len());
         let long = options.max_length.is_some_and(|limit| longest > limit);
-        // a prompt that fills max_length leaves no completion at the start, whatever else would be
-        // done
+        // a prompt that fills max_length leaves no completion if the start is kept
         let free = |s: &MaskedSequence| s.target_mask.iter().take_while(|t| !**t).count();
         let fills = |limit: usize| free(&chosen).max(free(&rejected)) >= limit;
         let mode = match style {
@@ -218,7 +217,7 @@ fn dpo(encoder: &Encoder, row: &Row, assistant_only: bool) -> Result<Sides> {
 fn reward(encoder: &Encoder, row: &Row) -> Result<Sides> {
     let pair = pair(row, false)?;
     let whole = |answer: &Content| -> Result<MaskedSequence> {
-        // Without a prompt, an answer is a whole conversation, or a whole text.
+        // Without a prompt, an answer is a whole conversation or a whole text.
         let none = match answer {
             Content::Text(_) => Content::Text(String::new()),
             Content::Chat(_) => Content::Chat(Vec::new()),
@@ -230,8 +229,8 @@ fn reward(encoder: &Encoder, row: &Row) -> Result<Sides> {
     Ok((whole(&pair.chosen)?, whole(&pair.rejected)?, None))
 }
 
-/// Prompt and answers as texts; of a conversation, the prompt is what all three renderings begin
-/// with.
+/// Returns prompt and answers as texts; in a conversation, the prompt is the common prefix of the
+/// three renderings.
 fn texts(encoder: &Encoder, row: &Row, pair: &Pair, prompt: &Content) -> Result<[String; 3]> {
     match (prompt, &pair.chosen, &pair.rejected) {
         (Content::Text(prompt), Content::Text(chosen), Content::Text(rejected)) => {
@@ -268,7 +267,7 @@ fn orpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
         if whole.len() < ids.len() {
             return Err(no_prefix(row));
         }
-        // a last token that merges with the answer's first belongs to the answer
+        // a last prompt token that merges with the answer's first belongs to the answer
         let at = if whole[..ids.len()] == ids[..] { ids.len() } else { ids.len() - 1 };
         Ok((whole[..at].to_vec(), whole[at..].to_vec()))
     };

@@ -1,8 +1,8 @@
-//! Solutions in steps with a label each, for process reward models. Layer 6.
+//! Solutions as labelled steps, for process reward models. Layer 6.
 //!
 //! Invariant: a step's label is on the last token of the separator after the step. Steps are
-//! tokenised one by one, without special tokens; BOS precedes the prompt where the tokenizer
-//! has one. (TRL dropped its PRMTrainer before 1.16.0; this is what it did last.)
+//! tokenised separately, without special tokens; BOS precedes the prompt if the tokenizer has one.
+//! (TRL removed its PRMTrainer before 1.16.0; this matches its last version.)
 
 use rayon::prelude::*;
 use serde_json::Value;
@@ -30,7 +30,7 @@ impl Default for StepOptions {
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepExample {
     pub input_ids: Vec<u32>,
-    /// Positions with a label, ascending.
+    /// Labelled positions, ascending.
     pub labels: Vec<(usize, bool)>,
     pub row: usize,
 }
@@ -46,7 +46,7 @@ pub fn steps(
     encode_all(StepEncoder::new(tokenizer, vocab, how, options)?, rows)
 }
 
-/// Tokenises steps as they come.
+/// Tokenises steps in a stream.
 pub struct StepEncoder<'a> {
     encoder: Encoder<'a>,
     how: &'a StepOptions,
@@ -71,7 +71,7 @@ impl<'a> StepEncoder<'a> {
         Ok(StepEncoder { encoder, how, options, stats })
     }
 
-    /// Counts what a row became, and cuts it. None: it is dropped.
+    /// Counts a row and truncates it. None: dropped.
     fn admit(&mut self, place: &RowPlace, mut made: StepExample) -> Result<Option<StepExample>> {
         let StepEncoder { options, stats, .. } = self;
         if !stats.admit(place, made.input_ids.len(), options, true)? {
@@ -100,7 +100,7 @@ impl RowEncoder for StepEncoder<'_> {
 
     fn encode(&mut self, rows: &[Row], examples: &mut Encoded<StepExample>) -> Result<()> {
         let number = self.stats.rows;
-        self.stats.read(rows, false); // the steps of a solution are texts anyway
+        self.stats.read(rows, false); // steps are always plain texts
         let make = |(i, row): (usize, &Row)| one(&self.encoder, row, number + i, self.how);
         let made: Vec<Result<StepExample>> = rows.par_iter().enumerate().map(make).collect();
         for (row, made) in rows.iter().zip(made) {

@@ -1,9 +1,9 @@
-//! Columns of arrow, feather and parquet files as JSON values. Layer 6.
+//! Converts columns of arrow, feather and parquet files to JSON values. Layer 6.
 //!
-//! Invariant: a value is what Python shows of it (text, numbers, lists, objects), or an error that
-//! names its type; bytes that are not UTF-8 are never text. Nulls that a struct needs for fields
-//! of other rows are dropped at every depth; a message's null content stays, since templates ask
-//! for it.
+//! Invariant: a value is what Python shows for it (text, numbers, lists, objects), or an error that
+//! names its type; bytes that are not UTF-8 are never text. Nulls that a struct has only because
+//! other rows have the field are dropped at every depth; a message's null content stays, since
+//! templates test for it.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -43,8 +43,8 @@ pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
     }
 }
 
-/// What the library makes of a file; it checks less than it should on broken ones. No more than
-/// its own calls stand inside: what becomes of a row later must not be taken for a broken file.
+/// Calls the parsing library, which panics on some broken files. Keep only its own calls inside: a
+/// later failure of a row must not be reported as a broken file.
 pub fn parsed<T, E: Display>(f: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
     caught(f)?.map_err(|e| e.to_string())
 }
@@ -67,7 +67,7 @@ fn read_batches(
     Ok(())
 }
 
-/// The columns that are read. Where all are, those that hold bytes beside the known fields are left
+/// Returns the indices of the columns to read. If all are read, unknown columns with bytes are left
 /// out: they are images and the like.
 pub fn readable(schema: &Schema, rows: &mut FileRows) -> Result<Vec<usize>> {
     let wanted = rows.wanted(schema.fields().iter().map(|f| f.name().as_str()))?;
@@ -91,7 +91,7 @@ pub fn readable(schema: &Schema, rows: &mut FileRows) -> Result<Vec<usize>> {
     Ok(kept)
 }
 
-/// What of a type is no text, number, list or object.
+/// Describes the part of a type that is not text, a number, a list or an object.
 fn unreadable(of: &DataType) -> Option<String> {
     use DataType::*;
     match of {
@@ -109,7 +109,7 @@ fn unreadable(of: &DataType) -> Option<String> {
     }
 }
 
-/// Pushes the rows of a batch, of which the first has number `first`; returns the next number.
+/// Pushes the rows of a batch, the first of which has number `first`; returns the next number.
 pub fn push_batch(
     batch: &RecordBatch,
     first: usize,
@@ -144,7 +144,7 @@ enum CellError {
     Unreadable(String),
 }
 
-/// One value; `left` is how many bytes the row may still have.
+/// Converts one value; `left` is how many more bytes the row may hold.
 fn cell(array: &ArrayRef, i: usize, left: &mut usize) -> Result<Value, CellError> {
     use DataType::*;
     if array.is_null(i) {
@@ -233,7 +233,8 @@ fn cell(array: &ArrayRef, i: usize, left: &mut usize) -> Result<Value, CellError
     }
 }
 
-/// The key of one row of a dictionary; not of all rows, which a file may have by the million.
+/// Returns the dictionary key of one row. Casting all keys would be costly: a file may have
+/// millions of rows.
 fn key(keys: &dyn Array, i: usize) -> Option<usize> {
     macro_rules! of {
         ($kind:ty) => {

@@ -1,8 +1,8 @@
-//! Comma- and tab-separated text with a head. Layer 6.
+//! Comma- and tab-separated text with a header row. Layer 6.
 //!
-//! Invariant: a field is text, and an empty one is absent, as `datasets` reads it. Only in fields
-//! that are never text (see [`NOT_TEXT`]) it is read as JSON. No more than `max_row_bytes` of a
-//! record are held, even where a quote is never closed.
+//! Invariant: a field is text, and an empty field is absent, as in `datasets`. Only fields that are
+//! never text (see [`NOT_TEXT`]) are read as JSON. At most `max_row_bytes` of a record are held,
+//! even if a quote is never closed.
 
 use std::io::BufRead;
 use std::path::Path;
@@ -14,7 +14,7 @@ use super::file::FileRows;
 use super::open;
 use crate::error::{Error, Result};
 
-/// Fields of rows that hold lists, objects, numbers or truth values.
+/// Fields that hold lists, objects, numbers or booleans.
 const NOT_TEXT: [&str; 9] = [
     "messages",
     "conversations",
@@ -65,7 +65,7 @@ pub fn read(path: &Path, delimiter: u8, rows: &mut FileRows) -> Result<()> {
     }
 }
 
-/// A record: its fields one after the other, and where each ends.
+/// A record: its fields concatenated, and where each ends.
 #[derive(Default)]
 struct Record {
     bytes: Vec<u8>,
@@ -80,8 +80,8 @@ enum RecordSize {
 }
 
 impl Record {
-    /// Reads the next record; None at the end of the text. Of one that is longer than `limit`, its
-    /// end is found and nothing is kept.
+    /// Reads the next record; None at the end of the text. A record longer than `limit` is skipped
+    /// to its end and not kept.
     fn read(
         &mut self,
         reader: &mut csv_core::Reader,

@@ -1,6 +1,6 @@
-//! The rows of one file: columns renamed, bad rows counted. Layer 6.
+//! The rows of one file: renames columns and counts bad rows. Layer 6.
 //!
-//! Invariant: every row of every format comes through here, with its line.
+//! Invariant: every row of every format passes through here, with its line.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -16,23 +16,23 @@ use crate::data::format::FIELDS;
 use crate::data::row::{Row, kind};
 use crate::error::{Error, Result};
 
-/// Which columns are read where a file stores them apart.
+/// Which columns to read from files that store columns separately.
 #[derive(Clone, Debug)]
 pub enum WantedFields {
     All,
-    /// Those of [`FIELDS`], and these.
+    /// The columns of [`FIELDS`], and these.
     Known(Vec<String>),
 }
 
-/// Where the rows of one file go.
+/// Receives the rows of one file.
 pub struct FileRows<'a, 't> {
     pub file: Arc<Path>,
     pub options: &'a DataOptions,
     fields: &'a WantedFields,
     pub sink: &'a mut RowSink<'t>,
-    /// Columns of `columns` that some row had.
+    /// Columns of the option `columns` that some row had.
     found: BTreeSet<&'a str>,
-    /// All columns of the file, as far as they are known.
+    /// All columns of the file known so far.
     pub columns: BTreeSet<String>,
     rows: usize,
 }
@@ -52,7 +52,7 @@ impl<'a, 't> FileRows<'a, 't> {
         self.options.max_row_bytes
     }
 
-    /// The reason why a row of more than `max_row_bytes` is bad.
+    /// The reason why a row larger than `max_row_bytes` is bad.
     pub fn too_large(&self) -> String {
         format!(
             "has more than max_row_bytes={} bytes; raise max_row_bytes, or set on_bad_row=drop",
@@ -60,8 +60,8 @@ impl<'a, 't> FileRows<'a, 't> {
         )
     }
 
-    /// A file that cannot be read on. Where it ends in the middle of its compressed data, behind
-    /// whole rows, only the row that is cut off is bad.
+    /// Handles a read error. If compressed data ends early after complete rows, only the row that
+    /// is cut off is bad.
     pub fn broken(&mut self, line: usize, e: std::io::Error) -> Result<()> {
         let cut = e.kind() == ErrorKind::UnexpectedEof && self.rows > 0;
         match open::broken(&self.file, e) {
@@ -70,7 +70,7 @@ impl<'a, 't> FileRows<'a, 't> {
         }
     }
 
-    /// The end of a file that ends inside of a row: a bad row, if whole ones stand before it.
+    /// Handles a file that ends inside a row: a bad row if complete rows precede it, else an error.
     pub fn cut_off(&mut self, line: usize, message: &str) -> Result<()> {
         match self.rows {
             0 => Err(Error::data(&self.file, None, message)),
@@ -81,7 +81,7 @@ impl<'a, 't> FileRows<'a, 't> {
         }
     }
 
-    /// Takes a row, or the reason why there is none.
+    /// Adds a row, or the reason why it is bad.
     pub fn push(&mut self, line: usize, value: Result<Value, String>) -> Result<()> {
         let row = self.row(line, value);
         match self.sink.bad.admit(row)? {
@@ -125,7 +125,7 @@ impl<'a, 't> FileRows<'a, 't> {
         Ok(Row { value: compact(value), file: self.file.clone(), line })
     }
 
-    /// Whether a column is read.
+    /// Whether to read a column.
     fn wants(&self, column: &str) -> bool {
         match self.fields {
             WantedFields::All => true,
@@ -137,7 +137,7 @@ impl<'a, 't> FileRows<'a, 't> {
         }
     }
 
-    /// Of the columns of a file, by name, those that are read. Error: none of them is known.
+    /// Returns the indices of the columns to read. Error: none of them is known.
     pub fn wanted<'c>(&mut self, columns: impl Iterator<Item = &'c str>) -> Result<Vec<usize>> {
         let names: Vec<&str> = columns.collect();
         self.columns.extend(names.iter().map(|n| n.to_string()));
@@ -164,7 +164,7 @@ impl<'a, 't> FileRows<'a, 't> {
         self.columns.iter().map(|c| format!("{c:?}")).collect::<Vec<_>>().join(", ")
     }
 
-    /// An error if a column of `columns` is in no row.
+    /// Returns an error if a column of the option `columns` is in no row.
     pub fn finish(self) -> Result<()> {
         let missing = self.options.columns.0.iter().find(|(_, c)| !self.found.contains(c.as_str()));
         match missing {
@@ -188,8 +188,8 @@ impl<'a, 't> FileRows<'a, 't> {
     }
 }
 
-/// The same object without room for more: readers leave room for four fields where there is one,
-/// and rows come by the million.
+/// Shrinks an object to its contents: parsers allocate room for at least four fields, and there may
+/// be millions of rows.
 fn compact(object: Map<String, Value>) -> Map<String, Value> {
     fn within(value: Value) -> Value {
         match value {

@@ -1,7 +1,7 @@
-//! Lines and arrays of JSON. Layer 6.
+//! Reads lines and arrays of JSON. Layer 6.
 //!
-//! Invariant: one row is in memory at a time, and no more of it than `max_row_bytes`; a row that is
-//! no JSON is told apart from its neighbours, so that it alone can be dropped.
+//! Invariant: one row is in memory at a time, and at most `max_row_bytes` of it; invalid JSON in
+//! one row does not affect its neighbours, so that it can be dropped alone.
 
 use std::io::BufRead;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JsonLayout {
     Lines,
-    /// One array, if the file begins with a bracket; else lines.
+    /// One array if the file begins with a bracket; else lines.
     Array,
 }
 
@@ -32,7 +32,8 @@ pub fn read(path: &Path, layout: JsonLayout, rows: &mut FileRows) -> Result<()> 
     lines(&mut text, rows)
 }
 
-/// The first byte that is not white space, which stays unread. Lines are counted from there.
+/// Returns the first byte that is not white space, without consuming it. Lines are counted from
+/// there.
 fn first(text: &mut dyn BufRead) -> std::io::Result<Option<u8>> {
     loop {
         let bytes = text.fill_buf()?;
@@ -68,7 +69,8 @@ fn lines(text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()> {
     Ok(())
 }
 
-/// Reads a line without its end. None at the end of the file, false if it was longer than `limit`.
+/// Reads a line without its newline. None at the end of the file, false if it was longer than
+/// `limit`.
 fn capped_line(
     text: &mut dyn BufRead,
     line: &mut Vec<u8>,
@@ -95,7 +97,7 @@ fn capped_line(
     }
 }
 
-/// The elements of an array, behind its opening bracket.
+/// Reads the elements of an array, after its opening bracket.
 fn array(path: &Path, text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()> {
     let (mut element, mut number) = (Vec::new(), 0);
     let (mut depth, mut quoted, mut escaped, mut large) = (0usize, false, false, false);
@@ -162,7 +164,7 @@ fn parse(bytes: &[u8], hint: &str) -> Result<Value, String> {
     serde_json::from_str(text).map_err(|e| format!("not valid JSON ({}){hint}", plain(&e)))
 }
 
-/// The message without its "at line 1 column 7": the line would count from the row.
+/// Returns the message without its "at line 1 column 7", whose line would be relative to the row.
 fn plain(e: &serde_json::Error) -> String {
     let text = e.to_string();
     let cut = text.rfind(" at line ").unwrap_or(text.len());

@@ -1,14 +1,14 @@
-//! Rows of files, whatever the format and compression. Layer 6.
+//! Reads the rows of files of every format and compression. Layer 6.
 //!
 //! Invariant: a row knows its file and line; bytes become text or an error. At most `max_row_bytes`
 //! of a row are held while it is read. A null field of a row counts as absent, since `datasets`
-//! writes nulls for fields that a row does not have.
+//! writes nulls for missing fields.
 //!
-//! | module | what it reads |
+//! | module | content |
 //! |---|---|
-//! | `open` | which files are meant by a path, a folder or a pattern; compression |
-//! | `file` | columns renamed, bad rows counted |
-//! | `sink` | rows kept, or handed on in batches |
+//! | `open` | finds the files of a path, folder or pattern; decompresses them |
+//! | `file` | renames columns and counts bad rows |
+//! | `sink` | collects rows, or passes them on in batches |
 //! | `json` | lines and arrays of JSON |
 //! | `csv` | comma- and tab-separated text |
 //! | `arrow` | columns of arrow, feather and parquet files |
@@ -39,24 +39,24 @@ pub use sink::{RowBatch, TakeRows};
 pub struct ReadRows {
     pub rows: Vec<Row>,
     pub bad: BadRows,
-    /// What to tell about the files.
+    /// Notes on the files, for the user.
     pub notes: Vec<String>,
 }
 
 impl ReadRows {
-    /// Everything to tell: notes, then what was dropped.
+    /// Returns all messages for the user: the notes, then the bad rows.
     pub fn told(&self) -> Vec<String> {
         let bad = (self.bad.count > 0).then(|| self.bad.to_string());
         self.notes.iter().cloned().chain(bad).collect()
     }
 }
 
-/// The files that paths name, in the order in which they are read.
+/// Lists the files that `paths` name, in reading order.
 pub fn files(paths: &[PathBuf], split: FolderSplit) -> Result<Vec<PathBuf>> {
     open::expand(paths, split, &mut Vec::new())
 }
 
-/// Reads files one after the other. Files without rows are errors.
+/// Reads files in order. A file without rows is an error.
 pub fn read(
     paths: &[PathBuf],
     split: FolderSplit,
@@ -66,8 +66,8 @@ pub fn read(
     read_into(paths, split, options, fields, None)
 }
 
-/// The same, but hands the rows to `take`, a batch at a time, and keeps none. Returns everything to
-/// tell.
+/// Like [`read`], but passes the rows to `take` in batches and keeps none. Returns all messages for
+/// the user.
 pub fn each<'t>(
     paths: &[PathBuf],
     split: FolderSplit,

@@ -1,6 +1,6 @@
-//! Which files are meant, what they are, and how they are opened. Layer 6.
+//! Finds data files, detects their format and opens them. Layer 6.
 //!
-//! Invariant: the files of a folder or a pattern come in the order of their names.
+//! Invariant: the files of a folder or pattern are sorted by name.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Which rows of a folder with splits are meant.
+/// Which split to read from a folder that has splits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FolderSplit {
     Train,
@@ -25,11 +25,11 @@ pub enum FileFormat {
     Arrow,
 }
 
-/// What the help and errors say that can be read.
+/// The readable formats, for help and errors.
 const FORMATS: &str =
     ".jsonl, .json, .csv or .tsv (also .gz or .zst), .parquet, .arrow or .feather";
 
-/// The name without `.gz` or `.zst`, and which of them it had.
+/// Returns the name without `.gz` or `.zst`, and which of them it had.
 fn compression(path: &Path) -> (PathBuf, Option<&'static str>) {
     let found = match extension(path).as_str() {
         "gz" => Some("gz"),
@@ -58,13 +58,13 @@ fn known(path: &Path) -> Option<FileFormat> {
     (!(columns && compressed.is_some())).then_some(format)
 }
 
-/// The format that a file's name says. Error: none that is known.
+/// Returns the format by the file's extension. Error: an unknown extension.
 pub fn format(path: &Path) -> Result<FileFormat> {
     known(path)
         .ok_or_else(|| Error::data(path, None, format!("unknown kind of file; give {FORMATS}")))
 }
 
-/// A text file, decompressed.
+/// Opens a text file, decompressing it if necessary.
 pub fn open(path: &Path) -> Result<Box<dyn BufRead>> {
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
     Ok(match compression(path).1 {
@@ -77,7 +77,7 @@ pub fn open(path: &Path) -> Result<Box<dyn BufRead>> {
     })
 }
 
-/// The error of a file that ends early or does not decompress.
+/// The error for a file that ends early or does not decompress.
 pub fn broken(path: &Path, e: std::io::Error) -> Error {
     match compression(path).1 {
         Some(_) => Error::data(
@@ -89,7 +89,7 @@ pub fn broken(path: &Path, e: std::io::Error) -> Error {
     }
 }
 
-/// The files that `paths` name: files, folders with all the data files in them, and patterns.
+/// Lists the files that `paths` name: files, folders with all their data files, and patterns.
 pub fn expand(
     paths: &[PathBuf],
     split: FolderSplit,
@@ -128,7 +128,7 @@ pub fn expand(
     Ok(files)
 }
 
-/// Folders in folders that are looked into.
+/// Maximum depth of nested folders.
 const DEPTH: usize = 8;
 
 fn walk(dir: &Path, files: &mut Vec<PathBuf>, depth: usize) -> Result<()> {
@@ -147,7 +147,7 @@ fn walk(dir: &Path, files: &mut Vec<PathBuf>, depth: usize) -> Result<()> {
     Ok(())
 }
 
-/// Files beside the rows that describe a dataset.
+/// Metadata files of a dataset, which hold no rows.
 const DESCRIPTIONS: [&str; 6] = [
     "dataset_info.json",
     "dataset_infos.json",
@@ -157,21 +157,21 @@ const DESCRIPTIONS: [&str; 6] = [
     "package.json",
 ];
 
-/// The words of `datasets` for the splits of a dataset.
+/// The words that `datasets` recognises as names of splits.
 const SPLITS: [(&str, &[&str]); 3] = [
     ("train", &["train", "training"]),
     ("validation", &["validation", "valid", "dev", "val"]),
     ("test", &["test", "testing", "eval", "evaluation"]),
 ];
 
-/// The split that a part of the path, from `root` on, names.
+/// Returns the split named by a component of the path below `root`.
 fn split_of(root: &Path, path: &Path) -> Option<&'static str> {
     let rest = path.strip_prefix(root).unwrap_or(path).to_string_lossy().to_lowercase();
     let words: Vec<&str> = rest.split(|c: char| !c.is_ascii_alphanumeric()).collect();
     SPLITS.iter().find(|(_, names)| words.iter().any(|w| names.contains(w))).map(|(name, _)| *name)
 }
 
-/// Of a folder with splits, the files of one; of another folder, all.
+/// Returns the files of the wanted split, or all files if the folder has no splits.
 fn of_split(
     root: &Path,
     files: Vec<PathBuf>,

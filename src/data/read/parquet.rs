@@ -1,7 +1,7 @@
-//! Batches of parquet files. Layer 6.
+//! Reads parquet files in batches. Layer 6.
 //!
-//! Invariant: a batch is so small that values of a dictionary, which the file holds once, do not
-//! fill the memory when they are written out.
+//! Invariant: batches are so small that expanding dictionary values, which the file stores once,
+//! does not exhaust memory.
 
 use std::fs::File;
 use std::path::Path;
@@ -14,9 +14,9 @@ use super::arrow;
 use super::file::FileRows;
 use crate::error::{Error, Result};
 
-/// Bytes that a batch may take.
+/// Maximum bytes of a batch.
 const BATCH_BYTES: u64 = 64 << 20;
-/// Rows of a batch, at most.
+/// Maximum rows of a batch.
 const BATCH_ROWS: u64 = 1024;
 
 pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
@@ -42,8 +42,8 @@ pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
     }
 }
 
-/// No value is larger than its column chunk, so this many rows of flat columns fit in a batch even
-/// if each of them is the largest.
+/// Returns the rows per batch. No value is larger than its column chunk, so this many rows of flat
+/// columns fit even if each value is the largest.
 fn batch_rows(file: &ParquetMetaData, mask: &ProjectionMask) -> usize {
     let largest = file.row_groups().iter().map(|group| {
         let chunks = group.columns().iter().enumerate();

@@ -1,7 +1,7 @@
-//! Where rows go as they are read: kept, or handed on in batches. Layer 6.
+//! Collects rows as they are read, or passes them on in batches. Layer 6.
 //!
-//! Invariant: rows that are handed on take at most [`BATCH_BYTES`] and one row at a time; those that
-//! are kept, half of the memory that is free.
+//! Invariant: rows that are passed on take at most [`BATCH_BYTES`] plus one row; rows that are kept
+//! take at most half of the free memory.
 
 use std::path::Path;
 
@@ -14,20 +14,20 @@ use crate::device::cgroup;
 use crate::error::{Error, Result};
 use crate::fsio::size_text;
 
-/// What takes the rows of a batch.
+/// Receives the rows of a batch.
 pub type TakeRows<'a> = dyn FnMut(Vec<Row>) -> Result<()> + 'a;
 
-/// Bytes of rows, about, that are handed on at once: enough for all threads to have work.
+/// Approximate bytes of rows per batch: enough to keep all threads busy.
 const BATCH_BYTES: usize = 8 << 20;
 
-/// Rows that are handed on at once, at most.
+/// Maximum rows of a batch.
 const BATCH_ROWS: usize = 8192;
 
-/// Rows that are handed on together.
+/// Rows that are passed on together.
 #[derive(Default)]
 pub struct RowBatch {
     pub rows: Vec<Row>,
-    /// Bytes that they take, about.
+    /// Approximate bytes of the rows.
     held: usize,
 }
 
@@ -37,12 +37,12 @@ impl RowBatch {
         self.rows.push(row);
     }
 
-    /// Whether it is time to hand them on.
+    /// Whether the batch should be passed on.
     pub fn is_full(&self) -> bool {
         self.held >= BATCH_BYTES || self.rows.len() >= BATCH_ROWS
     }
 
-    /// Hands on what there is.
+    /// Passes on the rows of the batch, if any.
     pub fn hand_on(&mut self, take: &mut TakeRows) -> Result<()> {
         self.held = 0;
         match std::mem::take(&mut self.rows) {
@@ -52,24 +52,24 @@ impl RowBatch {
     }
 }
 
-/// The rows of some files.
+/// Collects the rows of some files.
 pub struct RowSink<'t> {
-    /// Those that were read and not handed on.
+    /// Rows read but not yet passed on.
     pub batch: RowBatch,
-    /// None: all are kept.
+    /// None: keep all rows.
     take: Option<&'t mut TakeRows<'t>>,
-    /// Rows so far, without bad ones.
+    /// Good rows so far.
     pub count: usize,
     pub bad: BadRows,
-    /// What to tell about the files.
+    /// Notes on the files, for the user.
     pub notes: Vec<String>,
-    /// Bytes that rows may take.
+    /// Maximum bytes of the rows.
     most: usize,
 }
 
 impl<'t> RowSink<'t> {
-    /// No rows yet. Those that are kept may take half of the memory that is free: what is made of
-    /// them needs the rest.
+    /// Creates an empty sink. Kept rows may take half of the free memory: tokenising them needs the
+    /// rest.
     pub fn new(
         on_bad_row: OnBadRow,
         notes: Vec<String>,
@@ -80,7 +80,7 @@ impl<'t> RowSink<'t> {
         RowSink { batch: RowBatch::default(), take, count: 0, bad, notes, most }
     }
 
-    /// Takes a row. Error: there is no memory for it, or what the rows are handed to fails.
+    /// Adds a row. Error: there is no memory for it, or the receiver fails.
     pub fn push(&mut self, row: Row) -> Result<()> {
         let place = row.at();
         self.batch.push(row);
@@ -95,7 +95,7 @@ impl<'t> RowSink<'t> {
         if self.batch.is_full() { self.hand_on() } else { Ok(()) }
     }
 
-    /// Hands on what was read, where rows are not kept.
+    /// Passes on the rows read so far, unless all are kept.
     pub fn hand_on(&mut self) -> Result<()> {
         match &mut self.take {
             Some(take) => self.batch.hand_on(take),
@@ -104,14 +104,14 @@ impl<'t> RowSink<'t> {
     }
 }
 
-/// What a field takes, about: its slot in the object and in its table, and what the allocator adds to
-/// each of its parts.
+/// Approximate bytes of a field: its slots in the object's entries and hash table, and the
+/// allocator's overhead for each part.
 fn entry(key: &str, value: &Value) -> usize {
     const SLOT: usize = 64;
     size_of::<(String, Value)>() + SLOT + key.len() + heap(value)
 }
 
-/// What a value takes beside itself, about.
+/// Approximate heap bytes of a value.
 fn heap(value: &Value) -> usize {
     match value {
         Value::String(text) => text.len() + size_of::<usize>(),

@@ -1,7 +1,7 @@
-//! Writes the tokens of a Jinja2 template as a template for minijinja. Layer 6.
+//! Translates the tokens of a Jinja2 template to a template for minijinja. Layer 6.
 //!
-//! Invariant: whitespace, string escapes and numbers mean what they mean to Jinja2, and no
-//! expression is long or deep enough to exhaust the stack of the compiler.
+//! Invariant: whitespace, string escapes and numbers mean the same as in Jinja2, and no expression
+//! is long or deep enough to exhaust the compiler's stack.
 
 use super::lexer::{Fault, Token, lex};
 use super::rewrite::{Rewrite, UNDEFINED, macros, split};
@@ -9,18 +9,18 @@ use super::rewrite::{Rewrite, UNDEFINED, macros, split};
 /// The template variables that hold the markers of generation blocks at render time.
 pub const OPEN: &str = "__temper_open";
 pub const CLOSE: &str = "__temper_close";
-/// Delimiters that begin with a noncharacter, so that no text of a template looks like a tag.
+/// Begins every delimiter: a noncharacter, so that no template text looks like a tag.
 pub const MARK: char = '\u{FDD1}';
-/// Tokens in one tag, and brackets, blocks or signs inside each other. Real templates stay below 200
-/// and 20; Python itself refuses to compile more than about 90 nested brackets.
+/// Limits on the tokens in one tag, and on nested brackets, blocks or signs. Real templates stay
+/// below 200 and 20; Python itself refuses to compile more than about 90 nested brackets.
 const MAX_TOKENS: usize = 4000;
 const MAX_OPERATORS: usize = 250;
 const MAX_DEPTH: usize = 60;
-/// Statements that need other templates, or that Jinja2 has only with an extension.
+/// Statements that need other templates or a Jinja2 extension.
 const REFUSED: [&str; 9] =
     ["include", "import", "from", "extends", "do", "autoescape", "trans", "pluralize", "debug"];
 
-/// The source for minijinja and the number of generation blocks.
+/// Returns the source for minijinja and the number of generation blocks.
 pub fn emit(source: &str) -> Result<(String, usize), Fault> {
     if source.contains(MARK) {
         return Err(("the noncharacter U+FDD1 is not supported".into(), 1));
@@ -29,7 +29,7 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
     let macros = macros(&tokens)?;
     let mut inner: Vec<&str> = Vec::new(); // the open blocks
     let (mut out, mut line, mut blocks) = (String::new(), 1, 0);
-    let mut elifs = 0; // each is a branch inside the one before
+    let mut elifs = 0; // each nests inside the previous branch
     let mut i = 0;
     while let Some((token, at)) = tokens.get(i) {
         i += 1;
@@ -68,7 +68,7 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
             _ => {
                 out.push(MARK);
                 out.push(begin);
-                // Errors name the line, so a tag keeps the one that it has in the source.
+                // Keep each tag on its source line, because errors name the line.
                 while line < *at {
                     out.push('\n');
                     line += 1;
@@ -110,7 +110,7 @@ pub fn emit(source: &str) -> Result<(String, usize), Fault> {
     Ok((out, blocks))
 }
 
-/// Puts brackets around a tuple that is printed.
+/// Puts parentheses around a tuple that is printed.
 fn tuple(mut tokens: Vec<(Token, usize)>) -> Vec<(Token, usize)> {
     if split(&tokens).len() > 1 {
         let line = tokens[0].1;
@@ -147,7 +147,7 @@ fn extra(tokens: &[(Token, usize)]) -> bool {
     })
 }
 
-/// Whether these tokens ask of the name before them whether it is defined.
+/// Whether these tokens test if the name before them is defined.
 fn asks_if_defined(next: &[(Token, usize)]) -> bool {
     let word = |i: usize| match next.get(i) {
         Some((Token::Name(name), _)) => name.as_str(),
@@ -157,7 +157,7 @@ fn asks_if_defined(next: &[(Token, usize)]) -> bool {
     word(0) == "is" && matches!(test, "defined" | "undefined")
 }
 
-/// Refuses what would exhaust the stack of a recursive compiler.
+/// Rejects expressions that would exhaust the stack of a recursive compiler.
 fn bounded(tokens: &[(Token, usize)], line: usize) -> Result<(), Fault> {
     let (mut depth, mut operators, mut signs) = (0usize, vec![0usize], 0);
     for (i, (token, _)) in tokens.iter().enumerate() {
@@ -166,7 +166,7 @@ fn bounded(tokens: &[(Token, usize)], line: usize) -> Result<(), Fault> {
             || matches!(token, Token::Name(n) if matches!(n.as_str(), "not" | "else"));
         signs = if prefix { signs + 1 } else { 0 };
         match token {
-            // It is a function of random text; whether there is one can be asked.
+            // Jinja2's lipsum returns random text; a template may still test whether it is defined.
             Token::Name(n) if n == "lipsum" && asked => {}
             Token::Name(n) if matches!(n.as_str(), "lipsum" | "self" | "super") => {
                 return Err((format!("'{n}' is not supported"), line));
@@ -193,8 +193,8 @@ fn bounded(tokens: &[(Token, usize)], line: usize) -> Result<(), Fault> {
     Ok(())
 }
 
-/// The contents of a tag. Values that it builds pass through `_held`, which bounds them; what Jinja2
-/// makes a generator of passes through `_lazy`.
+/// Writes the contents of a tag. New values pass through `_held`, which bounds them; those that are
+/// generators in Jinja2 pass through `_lazy`.
 fn tag(tokens: &[(Token, usize)], word: &str, out: &mut String) {
     let mut open: Vec<String> = Vec::new(); // what follows each closing bracket
     let mut lazy = false;
@@ -260,8 +260,8 @@ const WORDS: [&str; 9] = ["in", "if", "else", "elif", "and", "or", "not", "is", 
 const LAZY: [&str; 8] =
     ["map", "select", "reject", "selectattr", "rejectattr", "batch", "slice", "unique"];
 
-/// Takes the defaults out of a macro's head: minijinja does not see the macro's arguments there, and
-/// takes an undefined argument for a missing one. They are set at the top of its body.
+/// Moves the defaults of a macro's arguments to the top of its body: in the head minijinja does not
+/// see the other arguments, and treats an undefined argument as missing.
 fn defaults(tokens: &[(Token, usize)]) -> (Vec<(Token, usize)>, String) {
     let (mut head, mut body) = (Vec::new(), String::new());
     let mut i = 0;

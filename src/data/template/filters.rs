@@ -1,6 +1,6 @@
-//! Jinja2's filters that minijinja lacks or means otherwise. Layer 6.
+//! Jinja2 filters that minijinja lacks or defines differently. Layer 6.
 //!
-//! Invariant: what a filter makes is bounded before it is made.
+//! Invariant: the result of a filter is bounded before it is built.
 
 use std::fmt::Write;
 
@@ -32,12 +32,12 @@ fn or_default(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, 
     Ok(value)
 }
 
-/// The argument at a place, or of a name.
+/// Returns an argument by position or name.
 fn argument(args: &[Value], kwargs: &Kwargs, i: usize, name: &str) -> Result<Option<Value>, Error> {
     Ok(kwargs.get::<Option<Value>>(name)?.or_else(|| args.get(i).cloned()))
 }
 
-/// The number in a text, as Python's `float` reads it.
+/// Parses a number like Python's `float`.
 fn parsed(text: &str) -> Option<f64> {
     let text = text.trim_matches(is_space);
     if text.starts_with('_') || text.ends_with('_') || text.contains("__") {
@@ -71,7 +71,7 @@ fn int(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> 
     let Some(base) = base.filter(|b| (2..=36).contains(b)) else {
         return fault("the base of int is a number from 2 to 36");
     };
-    // a whole number of more than 127 bits has no form here
+    // integers of more than 127 bits are not supported
     let whole = |x: f64| (x.abs() < 1e38).then(|| Value::from(x as i128));
     let number = match value.kind() {
         ValueKind::Undefined => return fault("an undefined value is not a number"),
@@ -103,7 +103,7 @@ fn int(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> 
     Ok(number.or(default).unwrap_or_else(|| Value::from(0)))
 }
 
-/// The whole number in a text, as Python's `int` reads it.
+/// Parses an integer like Python's `int`.
 fn digits(text: &str, base: u32) -> Option<i128> {
     let text = text.trim_matches(is_space);
     let (sign, rest) = match text.strip_prefix('-') {
@@ -128,7 +128,7 @@ fn digits(text: &str, base: u32) -> Option<i128> {
     i128::from_str_radix(&number, base).ok().filter(|_| !odd)
 }
 
-/// Jinja2's `urlencode`: of a text, or of pairs.
+/// Jinja2's `urlencode`, of a text or of pairs.
 fn urlencode(value: Value) -> Result<String, Error> {
     let pair = |key: &Value, value: &Value| {
         format!("{}={}", quote(&str_of(key), true), quote(&str_of(value), true))
@@ -167,7 +167,7 @@ fn quote(text: &str, in_query: bool) -> String {
     out
 }
 
-/// Jinja2's `format`, which is Python's `%`: `%s` and `%r` print as Python does.
+/// Jinja2's `format`, which is Python's `%`: `%s` and `%r` print as in Python.
 pub(super) fn format_values(
     state: &mut State,
     format: Value,
@@ -191,7 +191,7 @@ pub(super) fn format_values(
         match kind {
             '%' => {}
             '(' if named => {
-                // a named value keeps its own text
+                // leave a named conversion as it is
                 let end = rest.find(')').map_or(rest.len(), |at| at + 1);
                 let kind = rest[end..].trim_start_matches(|c: char| !c.is_ascii_alphabetic());
                 if kind.starts_with(['r', 'a']) {
@@ -237,7 +237,7 @@ fn indent(text: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Erro
     kwargs.assert_all_used()?;
     let text = format!("{text}\n");
     sized(text.matches('\n').count().checked_mul(by.len()).map(|n| n + text.len()))?;
-    // splitlines, as Jinja2 does; the first line has its own rule
+    // splitlines, as in Jinja2; the first line has its own rule
     let lines = split_lines(&text, false);
     let mut out = String::new();
     for (i, line) in lines.iter().enumerate() {

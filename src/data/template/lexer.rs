@@ -1,5 +1,4 @@
-//! Splits a template into tokens as Jinja2's lexer does, with `trim_blocks` and `lstrip_blocks`.
-//! Layer 6.
+//! Tokenises a template like Jinja2's lexer, with `trim_blocks` and `lstrip_blocks`. Layer 6.
 //!
 //! Invariant: whitespace is trimmed here and nowhere else.
 
@@ -20,7 +19,7 @@ pub enum Token {
 }
 
 pub struct Lexed {
-    pub tokens: Vec<(Token, usize)>, // with the line
+    pub tokens: Vec<(Token, usize)>, // each with its line
 }
 
 /// A syntax error and its line.
@@ -35,11 +34,11 @@ struct Lexer<'a> {
     source: &'a str,
     at: usize,
     line: usize,
-    line_start: bool, // the last token ended with a newline, or there was none
+    line_start: bool, // at the start, or the last token ended with a newline
     tokens: Vec<(Token, usize)>,
 }
 
-/// The tokens of a template whose newlines are `\n`.
+/// Returns the tokens of a template whose newlines are `\n`.
 pub fn lex(source: &str) -> Result<Lexed, Fault> {
     let source = source.strip_suffix('\n').unwrap_or(source);
     let mut lexer = Lexer { source, at: 0, line: 1, line_start: true, tokens: Vec::new() };
@@ -106,7 +105,7 @@ impl<'a> Lexer<'a> {
         Ok(())
     }
 
-    /// Text before a tag, with the whitespace that the tag takes away.
+    /// Adds the text before a tag, without the whitespace that the tag strips.
     fn data(&mut self, text: &str, strippable: bool, sign: Option<u8>, line_start: bool) {
         let mut kept = text;
         if sign == Some(b'-') {
@@ -132,7 +131,7 @@ impl<'a> Lexer<'a> {
         Ok(())
     }
 
-    /// Takes the whitespace after a block or comment that ended with `sign`.
+    /// Skips the whitespace after a block or comment that ended with `sign`.
     fn after(&mut self, sign: Option<u8>) {
         if sign == Some(b'-') {
             self.spaces();
@@ -141,7 +140,7 @@ impl<'a> Lexer<'a> {
         }
     }
 
-    /// The length of ` raw %}` or ` raw -%}`, and whether it has the sign.
+    /// Returns the length of ` raw %}` or ` raw -%}`, and whether it has the minus sign.
     fn raw_tag(&self) -> Option<(usize, bool)> {
         let rest = self.rest();
         let word = rest.trim_start_matches(is_space).strip_prefix("raw")?;
@@ -312,7 +311,7 @@ impl<'a> Lexer<'a> {
             }
             return Ok(());
         }
-        // `0` and digits that do not begin with it
+        // zeros, or digits that do not begin with 0
         let end = if bytes[0] == b'0' { digits(0, |b| *b == b'0') } else { whole };
         let text = self.take(end).replace('_', "");
         let Ok(n) = text.parse::<i128>() else {
@@ -390,7 +389,7 @@ fn unescape(text: &str) -> Result<String, String> {
                 out.extend(char::from_u32(code));
                 rest = &after[more..];
             }
-            // Jinja2 writes other characters as escapes before it decodes: `\é` is `\` and `xe9`
+            // Jinja2 escapes other characters before decoding: `\é` becomes `\` and `xe9`
             c if !c.is_ascii() => {
                 let code = c as u32;
                 out += &match code {

@@ -1,6 +1,6 @@
-//! From the source of a chat template to what minijinja renders. Layer 6.
+//! Translates chat templates to minijinja. Layer 6.
 //!
-//! Invariant: a template that Jinja2 reads means the same here, or is an error.
+//! Invariant: a template that Jinja2 accepts means the same here, or is an error.
 
 pub mod emit;
 pub mod filters;

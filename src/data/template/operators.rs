@@ -1,6 +1,6 @@
 //! Python's comparisons as filters. Layer 6.
 //!
-//! Invariant: what Python refuses to compare is an error; the work is charged before it is done.
+//! Invariant: comparisons that Python rejects are errors; the work is charged before it is done.
 
 use std::cmp::Ordering;
 
@@ -57,7 +57,7 @@ fn compare(state: &State, op: &str, a: &Value, b: &Value) -> Result<bool, Error>
     Ok(order(a, b)?.is_some_and(wanted))
 }
 
-/// None where one side is not a number.
+/// None if one side is not a number.
 fn order(a: &Value, b: &Value) -> Result<Option<Ordering>, Error> {
     let whole = |v: &Value| match v.kind() {
         ValueKind::Bool => Some(i128::from(v.is_true())),

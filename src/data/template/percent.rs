@@ -1,6 +1,6 @@
-//! What `%` gives: what is left of a division, or Python's formatting of a string. Layer 6.
+//! The operator `%`: remainder, or Python's string formatting. Layer 6.
 //!
-//! Invariant: a remainder has Python's sign; what Python refuses is an error.
+//! Invariant: a remainder has Python's sign; operands that Python rejects are errors.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, State};
@@ -35,7 +35,7 @@ fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
             None => fault("a division by zero"),
         };
     }
-    // The engine's whole numbers go up to 128 bits, without a sign.
+    // The engine's integers go up to 128 bits unsigned.
     if a.is_integer() && b.is_integer() {
         let large = |v: &Value| u128::try_from(v.clone()).ok();
         return match large(a).zip(large(b)).and_then(|(a, b)| a.checked_rem(b)) {
@@ -58,7 +58,7 @@ fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
     }
 }
 
-/// Python's `text % value`: a tuple holds the values, a mapping those that have names.
+/// Python's `text % value`: a tuple holds positional values, a mapping named values.
 fn formatted(state: &mut State, text: Value, value: &Value) -> Result<Value, Error> {
     held(state, value.clone())?;
     let source = text.as_str().unwrap_or_default();
@@ -80,7 +80,7 @@ fn formatted(state: &mut State, text: Value, value: &Value) -> Result<Value, Err
         true => value.try_iter()?.collect(),
         false => vec![value.clone()],
     };
-    // What can be asked for an item may stay unused.
+    // Python accepts an unused argument that supports subscripts.
     let may_stay = !value.is_tuple() && matches!(value.kind(), ValueKind::Seq | ValueKind::Map);
     if conversions.plain < values.len() && !may_stay {
         return fault("not all values are used by the format");
@@ -89,11 +89,11 @@ fn formatted(state: &mut State, text: Value, value: &Value) -> Result<Value, Err
     format_values(state, text, Rest(used))
 }
 
-/// What a format asks for.
+/// The conversions of a format.
 struct Conversions {
-    /// Values by their order, widths that are given as values among them.
+    /// Number of positional values, including `*` widths.
     plain: usize,
-    /// Some value by its name.
+    /// Whether any value is named.
     named: bool,
 }
 

@@ -1,7 +1,7 @@
-//! Methods of Python's strings and lists, and Jinja2's tests and globals, that minijinja lacks or
-//! means otherwise. Layer 6.
+//! Python's string and list methods, and Jinja2's tests and globals, that minijinja lacks or
+//! defines differently. Layer 6.
 //!
-//! Invariant: what a call makes is bounded before it is made.
+//! Invariant: the result of a call is bounded before it is built.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use minijinja::{Environment, Error, ErrorKind, State};
 use super::is_space;
 use super::rewrite::has_method;
 
-/// The longest string that one call may make, and the largest and deepest value that may be built.
+/// Limits: the longest string that one call may build, and the size and depth of a value.
 const MAX_TEXT: usize = 32 << 20;
 const MAX_NODES: usize = 1 << 18;
 const MAX_DEPTH: usize = 100;
@@ -56,7 +56,7 @@ pub fn install(env: &mut Environment<'static>) {
     });
 }
 
-/// What Jinja2 makes a generator of: it is true even where it gives nothing.
+/// A value that is a generator in Jinja2: true even if it is empty.
 #[derive(Debug)]
 struct Generator(Vec<Value>);
 
@@ -85,17 +85,18 @@ pub(super) fn fault<T>(what: impl Into<String>) -> Result<T, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, what.into()))
 }
 
-/// Passes a value on that is neither too deep nor too large to print, compare or drop.
+/// Returns the value if it is neither too deep nor too large to print, compare or drop.
 pub(super) fn held(state: &State, value: Value) -> Result<Value, Error> {
     walked(state, value, false)
 }
 
-/// As `held`, for what an object keeps: it is plain data, so that no object can hold itself.
+/// Like `held`, for values stored in an object: they must be plain data, so that no object can
+/// contain itself.
 fn stored(state: &State, value: Value) -> Result<Value, Error> {
     walked(state, value, true)
 }
 
-/// Whether a value is an object that changes: a namespace, a loop, a cycler, a macro.
+/// Whether a value is a mutable object: a namespace, a loop, a cycler, a macro.
 fn is_object(value: &Value) -> bool {
     let changes = |o: &minijinja::value::DynObject| {
         o.type_name().ends_with("Namespace") || o.type_name().ends_with("Loop")
@@ -172,9 +173,9 @@ pub(super) fn split_lines(text: &str, keep: bool) -> Vec<&str> {
     lines
 }
 
-/// Methods that are not minijinja's own: ours first, then those of the contributed crate.
+/// Methods that minijinja lacks: our own first, then those of minijinja-contrib.
 fn method(state: &mut State, value: &Value, name: &str, all: &[Value]) -> Result<Value, Error> {
-    // `x.name` and `x['name']` where Python has a method of that name
+    // `x.name` and `x['name']` if Python has a method of that name
     let found = name.strip_prefix("_attr_").map(|n| (n, true));
     if let Some((key, attribute)) = found.or(name.strip_prefix("_item_").map(|n| (n, false))) {
         let item = if value.kind() == ValueKind::Map {
@@ -367,7 +368,7 @@ fn method(state: &mut State, value: &Value, name: &str, all: &[Value]) -> Result
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, all)
 }
 
-/// Refuses a format string with a width or precision of more than four digits.
+/// Rejects a format string with a width or precision of more than four digits.
 pub(super) fn widths(format: &str) -> Result<(), Error> {
     let long = format.as_bytes().windows(5).any(|w| w.iter().all(u8::is_ascii_digit));
     if long { fault("the width of a format is too large") } else { Ok(()) }

@@ -1,4 +1,4 @@
-//! Writes the operator `%` as a filter, since the engine knows it of numbers only. Layer 6.
+//! Rewrites the operator `%` as a filter, since minijinja supports it for numbers only. Layer 6.
 //!
 //! Invariant: `a % b` becomes the filter `_rem` of its left side, at Jinja2's precedence.
 
@@ -6,7 +6,7 @@ use super::lexer::Token;
 
 type Tokens = Vec<(Token, usize)>;
 
-/// Writes the remainders of an operand, which has no comparison outside of its brackets, as filters.
+/// Rewrites the remainders in an operand that has no comparison outside brackets.
 pub fn rewrite(operand: Tokens) -> Tokens {
     if !top(&operand).any(|i| matches!(operand[i].0, Token::Op("%"))) {
         return operand;
@@ -15,7 +15,7 @@ pub fn rewrite(operand: Tokens) -> Tokens {
     let (mut out, mut from) = (Tokens::new(), 0);
     for at in ends {
         let sum = matches!(operand[at].0, Token::Op("+" | "-" | "~"));
-        // A sign has nothing before it, or an operator.
+        // A sign follows an operator or nothing.
         let sign = at == from || matches!(operand[at - 1].0, Token::Op(op) if !closes(op));
         if sum && !sign {
             out.extend(product(&operand[from..at]));
@@ -31,7 +31,7 @@ fn closes(op: &str) -> bool {
     matches!(op, ")" | "]" | "}")
 }
 
-/// The tokens outside of brackets; of brackets themselves, the first.
+/// Returns the indices of tokens outside brackets, and of each outermost opening bracket.
 fn top(tokens: &[(Token, usize)]) -> impl Iterator<Item = usize> {
     let mut depth = 0usize;
     (0..tokens.len()).filter(move |i| match tokens[*i].0 {
@@ -47,7 +47,7 @@ fn top(tokens: &[(Token, usize)]) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Factors between `*`, `/`, `//` and `%`, which are taken from the left.
+/// Rewrites a product of factors joined by `*`, `/`, `//` and `%`, which associate to the left.
 fn product(tokens: &[(Token, usize)]) -> Tokens {
     let operator = |i: &usize| matches!(tokens[*i].0, Token::Op("*" | "/" | "//" | "%"));
     let operators: Vec<usize> = top(tokens).filter(operator).collect();
@@ -58,7 +58,7 @@ fn product(tokens: &[(Token, usize)]) -> Tokens {
     let starts = [0].into_iter().chain(operators.iter().map(|i| i + 1));
     let factors: Vec<&[(Token, usize)]> = starts.zip(ends).map(|(a, b)| &tokens[a..b]).collect();
     if factors.iter().any(|factor| factor.is_empty()) {
-        return tokens.to_vec(); // the engine says what is missing
+        return tokens.to_vec(); // minijinja reports what is missing
     }
     let mut left = factors[0].to_vec();
     let mut before = "";
@@ -68,7 +68,7 @@ fn product(tokens: &[(Token, usize)]) -> Tokens {
         let of = |op: &'static str| (Token::Op(op), *line);
         match (*op, before) {
             ("%", "%") => {
-                // one more for the filter that is there
+                // append to the existing filter's arguments
                 left.truncate(left.len() - 2);
                 left.push(of(","));
             }

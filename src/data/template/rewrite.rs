@@ -1,7 +1,7 @@
-//! Rewrites the tokens of one tag where minijinja means something else than Jinja2: comparisons,
-//! names of methods without a call, arguments of macros, unknown filters and tests. Layer 6.
+//! Rewrites the tokens of one tag where minijinja differs from Jinja2: comparisons, method names
+//! without a call, macro arguments, unknown filters and tests. Layer 6.
 //!
-//! Invariant: brackets stay balanced, and each level of them adds a bounded number of levels.
+//! Invariant: brackets stay balanced, and each nesting level adds a bounded number of levels.
 
 use std::collections::HashMap;
 
@@ -13,8 +13,8 @@ type Tokens = Vec<(Token, usize)>;
 /// The parameters of each macro, and whether they have a default.
 pub type Macros = HashMap<String, Vec<(String, bool)>>;
 
-/// Stands for an undefined value that a call passes to a macro, so that it is not taken for a
-/// missing one. It begins with a noncharacter.
+/// Represents an undefined value passed to a macro, which minijinja would treat as a missing
+/// argument. Begins with a noncharacter.
 pub const UNDEFINED: &str = "\u{FDD2}undefined";
 
 /// Jinja2's filters.
@@ -26,7 +26,7 @@ const FILTERS: &str = " abs attr batch capitalize center count d default dictsor
 const TESTS: &str = " boolean callable defined divisibleby eq equalto escaped even false filter float \
     ge greaterthan gt in integer iterable le lessthan lower lt mapping ne none number odd sameas \
     sequence string test true undefined upper ";
-/// What `x.name` finds before an item of that name, by the type of `x`.
+/// Attributes that `x.name` finds before an item of that name, by the type of `x`.
 const OF_MAPS: &str = " clear copy fromkeys get items keys pop popitem setdefault update values ";
 const OF_LISTS: &str = " append clear copy count extend index insert pop remove reverse sort ";
 const OF_STRINGS: &str = " capitalize casefold center count encode endswith expandtabs find format \
@@ -39,7 +39,7 @@ fn listed(list: &str, name: &str) -> bool {
     list.contains(&format!(" {name} "))
 }
 
-/// Whether a value of a kind has a method of that name in Python.
+/// Whether a value of this kind has a method of that name in Python.
 pub fn has_method(kind: minijinja::value::ValueKind, name: &str) -> bool {
     use minijinja::value::ValueKind::{Map, Seq, String};
     match kind {
@@ -54,7 +54,7 @@ fn is_method(name: &str) -> bool {
     [OF_MAPS, OF_LISTS, OF_STRINGS].iter().any(|list| listed(list, name))
 }
 
-/// The macros that the tags of a template define.
+/// Collects the macros that a template defines.
 pub fn macros(tokens: &[(Token, usize)]) -> Result<Macros, Fault> {
     let mut all = Macros::new();
     for (i, (token, line)) in tokens.iter().enumerate() {
@@ -84,7 +84,7 @@ pub fn macros(tokens: &[(Token, usize)]) -> Result<Macros, Fault> {
     Ok(all)
 }
 
-/// The index of the bracket that closes the one at `open`.
+/// Returns the index of the bracket that closes the one at `open`.
 fn matching(tokens: &[(Token, usize)], open: usize) -> usize {
     let mut depth = 0usize;
     for (i, (token, _)) in tokens.iter().enumerate().skip(open) {
@@ -98,7 +98,7 @@ fn matching(tokens: &[(Token, usize)], open: usize) -> usize {
     tokens.len()
 }
 
-/// The parts between commas.
+/// Returns the parts between top-level commas.
 pub fn split(tokens: &[(Token, usize)]) -> Vec<&[(Token, usize)]> {
     let (mut parts, mut from, mut i) = (Vec::new(), 0, 0);
     while i < tokens.len() {
@@ -120,7 +120,7 @@ pub fn split(tokens: &[(Token, usize)]) -> Vec<&[(Token, usize)]> {
 pub struct Rewrite<'a> {
     pub macros: &'a Macros,
     pub word: &'a str,
-    pub soft: bool, // directly in an `if` block: Jinja2 looks filters and tests up when they run
+    pub soft: bool, // directly in an `if` block: Jinja2 looks up filters and tests at run time
 }
 
 impl Rewrite<'_> {
@@ -133,7 +133,7 @@ impl Rewrite<'_> {
         let mut parts: Vec<(Tokens, &'static str, usize)> = Vec::new(); // operands and operators
         let mut operand: Tokens = Vec::new();
         let soft = self.soft || tokens.iter().skip(1).any(|t| name_of(&t.0) == Some("if"));
-        let mut each = top && self.word == "for"; // its `in` has not come yet
+        let mut each = top && self.word == "for"; // before its `in`
         let mut i = 0;
         while let Some((token, line)) = tokens.get(i) {
             let next = tokens.get(i + 1).map(|t| &t.0);
@@ -182,7 +182,7 @@ impl Rewrite<'_> {
                         operand.push((self.known(name, FILTERS, "filter", soft, *line)?, *line));
                     }
                 }
-                // What is asked of it is whether it is defined, and in Jinja2 it is.
+                // Only its definedness is tested here, and in Jinja2 it is defined.
                 Token::Name(name) if name == "lipsum" => {
                     operand.push((Token::Name("true".into()), *line));
                 }
@@ -233,7 +233,7 @@ impl Rewrite<'_> {
         Ok(out)
     }
 
-    /// The name of a filter or test. An unknown one is an error, at once or when it runs.
+    /// Returns the name of a filter or test. An unknown one is an error, now or at run time.
     fn known(
         &self,
         name: &str,
@@ -251,7 +251,7 @@ impl Rewrite<'_> {
         Err((format!("No {kind} named '{name}'."), line))
     }
 
-    /// Writes what `a < b` stands for: `((a)|_lt(b))`; `a < b < c` has all of its parts in one filter.
+    /// Writes the filter for `a < b`, `((a)|_lt(b))`; a chain `a < b < c` becomes one filter.
     fn compare(
         &self,
         out: &mut Tokens,
@@ -270,7 +270,7 @@ impl Rewrite<'_> {
         }
         let op = |op: &'static str| (Token::Op(op), line);
         let name = |name: &str| (Token::Name(name.into()), line);
-        // equality with a literal is the same in both and cannot be costly
+        // equality with a literal has the same meaning in both engines and is cheap
         if let [(left, filter @ ("_eq" | "_ne"), _)] = all.as_slice()
             && (literal(left) || literal(&last))
         {
@@ -302,7 +302,7 @@ impl Rewrite<'_> {
         Ok(())
     }
 
-    /// The parameters of the macro that a bracket after `operand` calls.
+    /// Returns the parameters of the macro that a bracket after `operand` calls.
     fn callee(
         &self,
         operand: &[(Token, usize)],
@@ -389,7 +389,7 @@ fn name_of_at(tokens: &[(Token, usize)], at: usize) -> Option<&str> {
     tokens.get(at).and_then(|t| name_of(&t.0))
 }
 
-/// The filter of a comparison.
+/// Returns the filter for a comparison operator.
 fn comparison(token: &Token) -> Option<&'static str> {
     Some(match token {
         Token::Op("==") => "_eq",
@@ -403,7 +403,7 @@ fn comparison(token: &Token) -> Option<&'static str> {
     })
 }
 
-/// Whether no comparison reaches across the token.
+/// Whether the token ends every comparison before it.
 fn ends(token: &Token) -> bool {
     match token {
         Token::Op(op) => matches!(*op, "," | ":" | "="),

@@ -1,16 +1,14 @@
-//! Bottleneck adapters: a narrow pair of layers after attention, after the MLP, or beside it. Layer
-//! 5.
+//! Bottleneck adapters: two narrow layers after attention, after the MLP or beside it. Layer 5.
 //!
-//! out = stream + branch + s (act(z D^T + d) U^T + u), where `branch` is what attention or the MLP
-//! adds to the stream, and z is (adapter-hub's names in brackets)
-//!   the branch (`double_seq_bn`: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP",
-//!   2019), branch + stream (`seq_bn`: Pfeiffer et al., "AdapterFusion", 2020: after the MLP
-//!   alone), or the stream (`par_bn`: He et al., "Towards a Unified View of Parameter-Efficient
-//!   Transfer Learning", 2021). These are the sums of the `adapters` library, 1.3.0, on a decoder
-//!   whose norms come first: it passes no norm on.
+//! out = stream + branch + s (act(z D^T + d) U^T + u), where `branch` is the output of attention or
+//! the MLP, and z is (names of adapter-hub in brackets) the branch (`double_seq_bn`: Houlsby et
+//! al., "Parameter-Efficient Transfer Learning for NLP", 2019), branch + stream (`seq_bn`: Pfeiffer
+//! et al., "AdapterFusion", 2020: after the MLP only), or the stream (`par_bn`: He et al., "Towards
+//! a Unified View of Parameter-Efficient Transfer Learning", 2021). These are the sums of the
+//! `adapters` library, 1.3.0, on a pre-norm decoder, where it passes no norm to the adapter.
 //!
-//! Invariant: an `adapter_config.json` whose keys ask for more than this is refused; folders are
-//! adapter-hub's, with `adapter.safetensors` (its `use_safetensors=True`).
+//! Invariant: an `adapter_config.json` that asks for anything else is rejected; folders have
+//! adapter-hub's layout, with `adapter.safetensors` (its `use_safetensors=True`).
 
 use std::path::Path;
 
@@ -28,10 +26,10 @@ use crate::ops::matmul::linear;
 use crate::ops::scale::scale_columns;
 use crate::tensor::Tensor;
 
-/// adapter-hub's file of weights.
+/// File name of adapter-hub's weights.
 pub const WEIGHTS: &str = "adapter.safetensors";
 
-/// What a bottleneck adapter reads: the branch, the branch plus the stream, or the stream.
+/// Input of a bottleneck adapter: the branch, the branch plus the stream, or the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BottleneckInput {
     Branch,
@@ -85,16 +83,16 @@ pub struct BottleneckConfig {
     pub mlp: bool,
     pub input: BottleneckInput,
     pub reduction_factor: f64,
-    /// As adapter-hub names it.
+    /// adapter-hub's name of the activation.
     pub non_linearity: String,
     pub act: Act,
     pub scaling: f64,
-    /// `init_weights`: bert (normal of 0.02) or mam_adapter (up is zero).
+    /// `init_weights`: bert (normal, standard deviation 0.02) or mam_adapter (up is zero).
     pub init: String,
     pub base: BottleneckBase,
 }
 
-/// What an adapter-hub folder says about the model that it was made for.
+/// The base model, as described in an adapter-hub folder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BottleneckBase {
     pub hidden_size: usize,
@@ -102,7 +100,7 @@ pub struct BottleneckBase {
     pub model_type: String,
 }
 
-/// The sums above are those of a block that norms what it reads, not what it adds.
+/// Checks that blocks normalise their input, not their output; the formulas above assume it.
 pub(super) fn check_norms(model: &ModelConfig) -> Result<()> {
     if model.norm_place == NormPlace::Before {
         return Ok(());
@@ -114,8 +112,8 @@ pub(super) fn check_norms(model: &ModelConfig) -> Result<()> {
 }
 
 impl BottleneckConfig {
-    /// A new adapter as the options say, with adapter-hub's defaults for its type. Errors: a model
-    /// that is not a language model, an activation or a factor that is not possible.
+    /// Configures a new adapter by the options, with adapter-hub's defaults for its type. Errors: a
+    /// model that is not a language model, an impossible activation or reduction factor.
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig) -> Result<BottleneckConfig> {
         let preset = match keys.peft_type {
             PeftType::DoubleSeqBn => DOUBLE_SEQ_BN,
@@ -216,8 +214,8 @@ impl BottleneckConfig {
         })
     }
 
-    /// adapter-hub's adapter_config.json: `raw` as it was read, with this in it. `base` is the name
-    /// of the model.
+    /// Returns adapter-hub's adapter_config.json: `raw` as read, updated with this config. `base`
+    /// is the name of the model.
     pub fn to_json(&self, raw: &Map<String, Value>, base: &str) -> Map<String, Value> {
         let whole = |v: f64| if v.fract() == 0.0 { json!(v as i64) } else { json!(v) };
         let mut out = raw.clone();
@@ -244,7 +242,7 @@ impl BottleneckConfig {
         out
     }
 
-    /// Every parameter, under adapter-hub's names.
+    /// Lists every parameter, under adapter-hub's names.
     pub fn params(&self, model: &ModelConfig) -> Vec<ParamSpec> {
         let hidden = model.hidden_size;
         let narrow = ((hidden as f64 / self.reduction_factor).floor() as usize).max(1);
@@ -276,7 +274,7 @@ impl BottleneckConfig {
     }
 }
 
-/// A factor that leaves a bottleneck of a possible size.
+/// Checks that the reduction factor gives a possible width.
 fn factor(reduction: f64) -> std::result::Result<f64, String> {
     match (0.0625..=1_048_576.0).contains(&reduction) {
         true => Ok(reduction),
@@ -294,7 +292,7 @@ fn act(name: &str) -> Result<Act, String> {
     }
 }
 
-/// One adapter in its place.
+/// One bottleneck adapter of a layer.
 #[derive(Clone)]
 pub struct Bottleneck {
     down: Tensor,
@@ -303,7 +301,7 @@ pub struct Bottleneck {
     up_bias: Tensor,
     input: BottleneckInput,
     act: Act,
-    /// Where it is not 1.
+    /// None: the scale is 1.
     scale: Option<Tensor>,
 }
 
@@ -349,7 +347,7 @@ impl Bottleneck {
         }))
     }
 
-    /// What is added to the stream in the place of `branch`.
+    /// Returns the tensor to add to the stream instead of `branch`.
     pub fn apply(&self, cx: &mut Cx, branch: &Tensor, stream: &Tensor) -> Result<Tensor> {
         let sum = match self.input {
             BottleneckInput::Sum => Some(add(cx, branch, stream)?),

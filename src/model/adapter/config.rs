@@ -1,7 +1,7 @@
-//! What an adapter is: PEFT's `adapter_config.json` (or adapter-hub's) in, the same out. Layer 5.
+//! Adapter configs: reads and writes PEFT's and adapter-hub's `adapter_config.json`. Layer 5.
 //!
-//! Invariant: [`AdapterConfig::to_json`] of what was read is what was read, but for the fields that
-//! are set on saving.
+//! Invariant: [`AdapterConfig::to_json`] returns the fields as read, except for those that are set
+//! on saving.
 
 use std::path::Path;
 
@@ -15,12 +15,12 @@ use crate::fsio;
 use crate::model::layout::{ModelConfig, Task};
 use crate::model::specs::Proj;
 
-/// Which modules an adapter is put on.
+/// The modules that an adapter is applied to.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Targets {
-    /// Module names, or their ends.
+    /// Module names or their suffixes.
     Names(Vec<String>),
-    /// A regular expression over whole module names.
+    /// A regular expression that matches whole module names.
     Pattern(String),
     /// Every projection of the blocks.
     AllLinear,
@@ -32,7 +32,8 @@ pub struct LoraConfig {
     pub alpha: f64,
     pub dropout: f32,
     pub targets: Targets,
-    /// Pattern and rank, pattern and alpha: the first whose pattern ends the module's name counts.
+    /// (pattern, rank) and (pattern, alpha): the first pattern that matches the end of the module's
+    /// name applies.
     pub rank_pattern: Vec<(String, f64)>,
     pub alpha_pattern: Vec<(String, f64)>,
     pub use_rslora: bool,
@@ -50,7 +51,7 @@ pub struct Ia3Config {
 }
 
 impl Targets {
-    /// As `lora_target_modules` says it.
+    /// Reads the value of `lora_target_modules`.
     pub fn of(list: &[String]) -> Targets {
         match list {
             [one] if one == "all-linear" => Targets::AllLinear,
@@ -63,14 +64,14 @@ impl Targets {
 }
 
 impl LoraConfig {
-    /// PiSSA: how many rounds of subspace iteration, None for an exact decomposition. None: another
-    /// initialisation.
+    /// Returns PiSSA's number of subspace iterations, Some(None) for an exact decomposition. None:
+    /// another initialisation.
     pub fn pissa(&self) -> Option<Option<usize>> {
         rounds(&self.init)
     }
 
-    /// What a PiSSA adapter is saved as: plain LoRA of twice the rank, with the same scale (PEFT's
-    /// conversion).
+    /// Returns the config that a PiSSA adapter is saved with: plain LoRA of twice the rank with the
+    /// same scale (PEFT's conversion).
     fn saved(&self) -> LoraConfig {
         if self.pissa().is_none() {
             return self.clone();
@@ -89,15 +90,15 @@ impl LoraConfig {
     }
 }
 
-/// Prompt tuning: rows before every sequence's embeddings.
+/// Prompt tuning: trained rows before the embeddings of every sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PromptConfig {
     pub tokens: usize,
-    /// token_dim, num_attention_heads, num_layers: PEFT keeps them.
+    /// token_dim, num_attention_heads, num_layers, which PEFT stores.
     pub model: [usize; 3],
     pub init_text: Option<String>,
-    /// The text's tokens, whose embeddings a new prompt starts as, repeated or cut. Empty:
-    /// normal(0, 1).
+    /// Tokens of the initial text, whose embeddings initialise a new prompt, repeated or truncated.
+    /// Empty: normal(0, 1).
     pub init_ids: Vec<u32>,
 }
 
@@ -113,7 +114,7 @@ pub enum AdapterKind {
 pub struct AdapterConfig {
     pub kind: AdapterKind,
     pub modules_to_save: Vec<String>,
-    /// `ensure_weight_tying`: a tied head stays tied to an embedding that is trained whole.
+    /// `ensure_weight_tying`: a tied head stays tied to an embedding that is fully trained.
     pub tied: bool,
     /// `base_model_name_or_path`
     pub base: String,
@@ -124,7 +125,7 @@ pub struct AdapterConfig {
 }
 
 impl AdapterConfig {
-    /// A new adapter as the keys say.
+    /// Configures a new adapter by the options.
     pub fn from_keys(keys: &PeftConfig, model: &ModelConfig, base: &str) -> Result<AdapterConfig> {
         let targets = |default: &[&str]| match &keys.lora_target_modules {
             None => Targets::Names(default.iter().map(|s| s.to_string()).collect()),
@@ -153,7 +154,7 @@ impl AdapterConfig {
                     keys.feedforward_modules.clone().unwrap_or_else(|| vec![down.into()]);
                 AdapterKind::Ia3(Ia3Config {
                     targets: match model.family.fused_projections {
-                        // As PEFT's own defaults for families that fuse them, such as GPT-2.
+                        // PEFT's defaults for families with fused projections, such as GPT-2.
                         true => targets(&["qkv_proj", down]),
                         false => targets(&[model.family.ia3_attention, "v_proj", down]),
                     },
@@ -183,7 +184,7 @@ impl AdapterConfig {
             }
         };
         let mut modules_to_save = keys.lora_modules_to_save.clone().unwrap_or_default();
-        // A classifier's score is new, so it is trained in full, as PEFT does it for these tasks.
+        // A classifier's score is new, so train it in full, as PEFT does for these tasks.
         if model.task != Task::CausalLm && !modules_to_save.iter().any(|m| m == "score") {
             modules_to_save.push("score".into());
         }
@@ -369,7 +370,8 @@ impl AdapterConfig {
         })
     }
 
-    /// `exclude_modules` as read: names or their ends, or a pattern of whole names. None: nothing.
+    /// Reads `exclude_modules`: names or their suffixes, or a pattern for whole names. None:
+    /// nothing is excluded.
     pub fn excluded(&self) -> Result<Option<Targets>> {
         match self.raw.get("exclude_modules") {
             None | Some(Value::Null) => Ok(None),
@@ -385,7 +387,7 @@ impl AdapterConfig {
         }
     }
 
-    /// adapter_config.json as PEFT 0.19 writes and reads it.
+    /// Returns adapter_config.json as PEFT 0.19 writes and reads it.
     pub fn to_json(&self) -> Map<String, Value> {
         if let AdapterKind::Bottleneck(c) = &self.kind {
             return c.to_json(&self.raw, &self.base);
@@ -418,7 +420,7 @@ impl AdapterConfig {
                 set("peft_type", json!("LORA"));
                 set("r", json!(c.r));
                 set("lora_alpha", number(c.alpha));
-                // As a user writes it, not as the nearest f32: 0.05.
+                // The shortest decimal, as users write it (0.05), not the f32 widened to f64.
                 let dropout: f64 = c.dropout.to_string().parse().unwrap_or(f64::from(c.dropout));
                 set("lora_dropout", json!(dropout));
                 set("target_modules", targets(&c.targets));
@@ -471,15 +473,15 @@ impl AdapterConfig {
 
 const MAX_RANK: f64 = 32768.0;
 
-/// A number of tokens or layers that a file names. More than this is no model's, and its
-/// products would overflow.
+/// Upper bound on the numbers of tokens and layers in a file. No model has more, and products of
+/// larger numbers would overflow.
 const MOST: u64 = 1 << 20;
 
 fn whole(value: &Value) -> Option<usize> {
     value.as_u64().filter(|n| *n <= MOST).map(|n| n as usize)
 }
 
-/// The size `key`, where it is given.
+/// Reads the size `key`, if present.
 fn size(raw: &Map<String, Value>, key: &str) -> std::result::Result<Option<usize>, String> {
     match raw.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -490,8 +492,7 @@ fn size(raw: &Map<String, Value>, key: &str) -> std::result::Result<Option<usize
     }
 }
 
-/// Refuses numbers out of range, an initialisation that there is not, and what PiSSA does not go
-/// with.
+/// Rejects numbers out of range, unknown initialisations, and options that PiSSA does not support.
 fn checked(config: LoraConfig) -> Result<LoraConfig> {
     let rank = |rank: f64| rank.fract() == 0.0 && (1.0..=MAX_RANK).contains(&rank);
     let alpha = |alpha: f64| alpha > 0.0 && alpha <= 1e9;
@@ -522,12 +523,12 @@ fn checked(config: LoraConfig) -> Result<LoraConfig> {
     Ok(config)
 }
 
-/// A whole number as JSON's integer: PEFT's `r` and alphas are ints.
+/// Writes a whole number as a JSON integer: PEFT's `r` and alphas are ints.
 fn number(v: f64) -> Value {
     if v.fract() == 0.0 && v.abs() < 9e15 { json!(v as i64) } else { json!(v) }
 }
 
-/// `pattern=value` items.
+/// Parses `pattern=value` items.
 pub fn pairs(key: &str, items: &Option<Vec<String>>) -> Result<Vec<(String, f64)>> {
     let parse = |item: &String| {
         let (pattern, value) = item.rsplit_once('=')?;

@@ -1,8 +1,8 @@
-//! Adapter folders: `adapter_config.json` and the weights (PEFT's `adapter_model.safetensors`,
-//! adapter-hub's `adapter.safetensors`), in and out. Layer 5.
+//! Reads and writes adapter folders: `adapter_config.json` and the weights (PEFT's
+//! `adapter_model.safetensors`, adapter-hub's `adapter.safetensors`). Layer 5.
 //!
-//! Invariant: a folder that is read fits the model (names, shapes, finite values) or is an error
-//! that lists all that is wrong; [`fn@write`] leaves a whole folder or the one that was there.
+//! Invariant: a folder fits the model (names, shapes, finite values), or reading it is an error
+//! that lists all problems; [`fn@write`] leaves a complete new folder or the old one.
 
 use std::path::Path;
 
@@ -24,19 +24,19 @@ use crate::tensor::safetensors::{self, HostDtype, SafeFolder, TensorSpec};
 const WEIGHTS: &str = "adapter_model.safetensors";
 pub const CONFIG: &str = "adapter_config.json";
 
-/// A tensor of an adapter's file: one parameter, or PiSSA's two joined, by rows or by columns.
+/// A tensor of an adapter's file: one parameter, or two of PiSSA's joined by rows or columns.
 pub struct SavedParam {
     pub name: String,
     pub shape: Vec<usize>,
-    /// Parameters and their widths.
+    /// Indices of the parameters, and their widths.
     pieces: Vec<(usize, usize)>,
     by_columns: bool,
-    /// The parameter lies turned: see [`file_shape`].
+    /// Whether the parameter is transposed: see [`file_shape`].
     turned: bool,
 }
 
-/// A parameter's shape in the file. PEFT has an embedding's A as [r, vocab]; here a token's values
-/// lie side by side.
+/// Returns a parameter's shape in the file. PEFT stores an embedding's A as [r, vocab]; here the
+/// values of a token are contiguous.
 fn file_shape(spec: &ParamSpec) -> Vec<usize> {
     let mut shape = spec.shape.clone();
     if spec.role == Role::EmbedA {
@@ -45,7 +45,7 @@ fn file_shape(spec: &ParamSpec) -> Vec<usize> {
     shape
 }
 
-/// The transpose of a matrix of this many columns.
+/// Transposes a row-major matrix of `cols` columns.
 fn turned(values: &[f32], cols: usize) -> Vec<f32> {
     let rows = values.len() / cols.max(1);
     (0..values.len()).map(|i| values[i % rows * cols + i / rows]).collect()
@@ -63,7 +63,7 @@ impl SavedParam {
         }
     }
 
-    /// A parameter of an adapter as its file has it.
+    /// Describes a parameter of an adapter as stored in its file.
     fn of(spec: &ParamSpec, i: usize) -> SavedParam {
         SavedParam {
             turned: spec.role == Role::EmbedA,
@@ -79,7 +79,7 @@ impl SavedParam {
         self.pieces.iter().any(|p| p.0 == i)
     }
 
-    /// The tensor, from its parameters' values.
+    /// Builds the tensor from the values of its parameters.
     pub fn join(&self, values: &mut dyn FnMut(usize) -> Result<Vec<f32>>) -> Result<Vec<f32>> {
         let parts = self.pieces.iter().map(|(i, _)| values(*i)).collect::<Result<Vec<_>>>()?;
         if self.turned {
@@ -94,7 +94,7 @@ impl SavedParam {
         Ok((0..self.shape[0]).flat_map(row).copied().collect())
     }
 
-    /// The parameters' values, from the tensor's.
+    /// Splits the tensor into the values of its parameters.
     pub fn split(&self, values: &[f32]) -> Vec<(usize, Vec<f32>)> {
         let mut parts: Vec<(usize, Vec<f32>)> =
             self.pieces.iter().map(|p| (p.0, Vec::new())).collect();
@@ -120,8 +120,8 @@ impl SavedParam {
 }
 
 impl Adapter {
-    /// Reads a PEFT folder onto a model. Errors: an adapter for another task or another base, with
-    /// near names.
+    /// Reads an adapter folder for a model. Errors, with similar names: an adapter for another task
+    /// or another base.
     pub fn load(cx: &Cx, dir: &Path, model: &ModelConfig, base: &ParamSet) -> Result<Adapter> {
         let config = AdapterConfig::load(dir)?;
         if config.task != model.task.peft_name() {
@@ -150,7 +150,7 @@ impl Adapter {
             |spec: &&ParamSpec| !matches!(spec.role, Role::InitialA(_) | Role::InitialB(_));
         for spec in self.params.specs.iter().filter(in_file) {
             match file.get(&spec.name) {
-                None if spec.is_base_bias() => {} // a bias that is not trained is the base's
+                None if spec.is_base_bias() => {} // an untrained bias is the base's
                 None => {
                     let near = nearest(&spec.name, names.iter().copied());
                     let near = near.map(|n| format!("; the file has {n}")).unwrap_or_default();
@@ -216,18 +216,19 @@ impl Adapter {
         Ok(())
     }
 
-    /// Whether a tensor is the base's weight below a pair: PEFT saves an embedding and a head that
-    /// have LoRA with their adapter.
+    /// Whether a tensor is the base's weight of an adapted module: PEFT saves the embedding and
+    /// head with their LoRA pair.
     fn holds_base(&self, name: &str) -> bool {
         let module = |on: bool, module| on.then(|| format!("{PREFIX}{module}.base_layer.weight"));
         let embedding = module(self.embedding.is_some(), EMBEDDING);
         [embedding, module(self.head.is_some(), HEAD)].iter().flatten().any(|n| n == name)
     }
 
-    /// What is wrong with such a tensor: it must be what the base has, since it is not read.
+    /// Describes how such a tensor differs from the base's. It must be equal, since it is not
+    /// loaded.
     fn other_base(&self, file: &SafeFolder, name: &str, base: &ParamSet) -> Result<Option<String>> {
         let own = base_name(name);
-        // A tied head is the embedding.
+        // A tied head uses the embedding's weight.
         let at = base.by_name(&own).or_else(|| base.by_name(&format!("{EMBEDDING}.weight")));
         let (Some(at), Some(view)) = (at, file.get(name)) else { return Ok(None) };
         let weight = base.weight_view(at)?;
@@ -246,8 +247,8 @@ impl Adapter {
         Ok((!same).then(message))
     }
 
-    /// What of the adapter goes into its file. A bias that is not trained stays out; PiSSA's pairs
-    /// are joined, which makes them a plain LoRA on the base as it is.
+    /// Lists the tensors to save. Untrained biases are left out; PiSSA's pairs are joined into a
+    /// plain LoRA on the unchanged base.
     pub fn saved(&self) -> Vec<SavedParam> {
         let mut all: Vec<SavedParam> = Vec::new();
         for (i, spec) in self.params.specs.iter().enumerate() {
@@ -267,7 +268,7 @@ impl Adapter {
                 saved.shape[usize::from(by_columns)] += spec.shape[usize::from(by_columns)];
             }
         }
-        // PEFT writes both of what is tied.
+        // PEFT writes both tied tensors.
         if let (true, Some(i)) = (self.ties_head(), self.params.by_role(None, Role::Embed)) {
             all.push(SavedParam::whole(&tied_head(), &self.params.specs[i].shape, i));
         }
@@ -293,13 +294,13 @@ impl AdapterConfig {
     }
 }
 
-/// What PEFT's file calls a head that is tied to the embedding.
+/// PEFT's name for a head that is tied to the embedding.
 fn tied_head() -> String {
     format!("{PREFIX}{HEAD}.weight")
 }
 
-/// A classifier on a language model has its score from the adapter alone: without it, it would be
-/// a random one.
+/// Checks that a classifier on a language model gets its score from the adapter; otherwise the
+/// score would be random.
 fn has_score(file: &SafeFolder, dir: &Path, model: &ModelConfig) -> Result<()> {
     let own = ModelConfig::from_json("config.json", model.raw.clone()).map(|own| own.task);
     let from_base = own.is_ok_and(|own| own == model.task);
@@ -312,8 +313,8 @@ fn has_score(file: &SafeFolder, dir: &Path, model: &ModelConfig) -> Result<()> {
     Err(Error::model(dir, message))
 }
 
-/// Writes a folder that `peft` loads, with the tokenizer's files beside it. `values` gives a
-/// parameter's values by index.
+/// Writes a folder that `peft` loads, together with the tokenizer's files. `values` returns the
+/// values of a parameter by index.
 pub fn write(
     dir: &Path,
     adapter: &Adapter,

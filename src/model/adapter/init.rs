@@ -1,7 +1,7 @@
-//! The values an adapter starts from: PEFT's initialisations, and adapter-hub's. Layer 5.
+//! Initial values of adapters: PEFT's and adapter-hub's initialisations. Layer 5.
 //!
-//! Invariant: values are a function of (seed, parameter, index) and, where a method asks for it, of
-//! the base's weights.
+//! Invariant: values are a function of (seed, parameter, index) and, for some methods, of the
+//! base's weights.
 
 use super::config::AdapterKind;
 use super::pissa::principal;
@@ -44,20 +44,20 @@ impl Adapter {
                 Role::LoraA(_) | Role::HeadA => scaled(p, n, 1.0 / spec.shape[0] as f32),
                 Role::LoraB(_) | Role::HeadB if init == "false" => kaiming(),
                 Role::LoraB(_) | Role::HeadB => vec![0.0; n],
-                // As torch fills an Embedding.
+                // As torch initialises an Embedding.
                 Role::EmbedA if init == "false" => normals(seed, p as u32, n),
                 Role::EmbedA => vec![0.0; n],
                 Role::EmbedB => normals(seed, p as u32, n),
-                // PiSSA's are set below.
+                // PiSSA's values are set below.
                 Role::InitialA(_) | Role::InitialB(_) => vec![0.0; n],
                 Role::Ia3(_) => vec![1.0; n],
-                // DoRA: the rows' lengths of W + s B A, set below.
+                // DoRA: the row norms of W + s B A, set below.
                 Role::Magnitude(_) => vec![1.0; n],
                 Role::Prompt => match &self.config.kind {
                     AdapterKind::Prompt(c) if !c.init_ids.is_empty() => {
                         embeddings(base, model, &c.init_ids, n)?
                     }
-                    _ => normals(seed, p as u32, n), // as torch fills an Embedding
+                    _ => normals(seed, p as u32, n), // as torch initialises an Embedding
                 },
                 Role::Bottleneck(_, BottleneckPart::Down) if init == "mam_adapter" => kaiming(),
                 Role::Bottleneck(_, BottleneckPart::Up) if init == "mam_adapter" => vec![0.0; n],
@@ -75,8 +75,8 @@ impl Adapter {
         self.set_magnitudes()
     }
 
-    /// PiSSA: the pair that is taken out of each weight and, for a new adapter, the one that is
-    /// trained from there.
+    /// Sets PiSSA's values: the pair that is subtracted from each weight (B negated) and, for a new
+    /// adapter, the trained pair with the same A and B.
     pub(super) fn set_principal(
         &self,
         model: &ModelConfig,
@@ -111,8 +111,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// Biases that are not trained, but fused with some that are, are the base's: no file
-    /// holds them.
+    /// Copies the base's biases: no file holds untrained ones that are fused with trained ones.
     pub(super) fn copy_biases(&self, model: &ModelConfig, base: &ParamSet) -> Result<()> {
         for (p, spec) in self.params.specs.iter().enumerate().filter(|(_, s)| s.is_base_bias()) {
             self.params.store(p, &copied(base, &spec.name, model)?)?;
@@ -120,7 +119,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// DoRA starts with the magnitude of what it decomposes.
+    /// Initialises DoRA's magnitudes to the norms of the weights that they scale.
     fn set_magnitudes(&self) -> Result<()> {
         for (p, spec) in self.params.specs.iter().enumerate() {
             let (Role::Magnitude(proj), Some(layer)) = (spec.role, spec.layer) else { continue };
@@ -141,7 +140,7 @@ impl Adapter {
     }
 }
 
-/// The base's values of a module that the adapter trains whole.
+/// Returns the base's values of a module that the adapter trains in full.
 fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> {
     let name = base_name(name);
     let tied = name == "lm_head.weight" && model.tie_word_embeddings;
@@ -151,8 +150,7 @@ fn copied(base: &ParamSet, name: &str, model: &ModelConfig) -> Result<Vec<f32>> 
     base.weight_view(i)?.to_f32()
 }
 
-/// `n` values: the embeddings of `ids`, scaled as the model's own are, again from the first after
-/// the last.
+/// Returns `n` values: the embeddings of `ids`, scaled like the model's own and repeated as needed.
 fn embeddings(base: &ParamSet, model: &ModelConfig, ids: &[u32], n: usize) -> Result<Vec<f32>> {
     let table = base.required(None, Role::Embed)?;
     let scale = model.embedding_scale.map_or(1.0, |s| s.factors(table.dtype()).0);

@@ -1,7 +1,7 @@
-//! An adapter folded into the weights of its base. Layer 5.
+//! Merges an adapter into the weights of its base. Layer 5.
 //!
-//! Invariant: merging is done in f32, and the merged model is the adapted one up to the rounding of
-//! what is stored.
+//! Invariant: merging is done in f32, and the merged model equals the adapted one up to the
+//! rounding of the stored weights.
 
 use super::config::AdapterKind;
 use super::{Adapter, base_name, merged};
@@ -14,7 +14,7 @@ use crate::model::specs::{ParamSpec, Proj, Role};
 use crate::ops::matmul::product;
 use crate::tensor::Tensor;
 
-/// Errors for a kind of adapter that no weight of the base can hold.
+/// Returns an error for a kind of adapter that cannot be merged into the base's weights.
 pub fn mergeable(adapter: &Adapter) -> Result<()> {
     let why = match adapter.config.kind {
         AdapterKind::Lora(_) | AdapterKind::Ia3(_) => return Ok(()),
@@ -28,8 +28,8 @@ pub fn mergeable(adapter: &Adapter) -> Result<()> {
     Err(Error::Config(format!("merge: {why}; use the adapter's folder as it is, beside its base")))
 }
 
-/// The config of the merged model: a head of its own, where the adapter parts a tied one from its
-/// embedding.
+/// Returns the config of the merged model: the head is untied if the adapter makes it differ from
+/// the embedding.
 pub fn merged_config(model: &Decoder) -> ModelConfig {
     let mut config = model.config.clone();
     let brings = |role| {
@@ -43,8 +43,8 @@ pub fn merged_config(model: &Decoder) -> ModelConfig {
     config
 }
 
-/// The merged values of one of the merged model's parameters, f32. The context is f32. Errors: a
-/// model without an adapter.
+/// Returns the merged values of one parameter of the merged model, in f32. The context must be f32.
+/// Errors: a model without an adapter.
 pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f32>> {
     let Some(adapter) = &model.adapter else {
         return Err(Error::op("merge", "the model has no adapter"));
@@ -53,8 +53,8 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
         return adapter.params.weight_view(i)?.to_f32();
     }
     let stored = match spec.role {
-        // A head that is no longer tied, because the embedding alone was trained, is the old
-        // embedding.
+        // A head that is no longer tied, because only the embedding was trained, has the old
+        // embedding's values.
         Role::Head if model.config.tie_word_embeddings => "model.embed_tokens.weight",
         _ => spec.name.as_str(),
     };
@@ -81,7 +81,7 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
     let from: usize = before.map(|p| model.config.proj_shape(p).0).sum();
     if let (false, Some(lora)) = (bias, &site.lora) {
         let mut w = model.params.weight_view(i)?;
-        // PiSSA has two segments over the same columns.
+        // PiSSA has two segments for the same columns.
         for (segment, b) in
             lora.pairs.segments.iter().zip(&lora.pairs.b).filter(|(s, _)| s.from == from)
         {
@@ -96,7 +96,7 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
             .for_each(|row| row.iter_mut().zip(&scale).for_each(|(v, s)| *v *= s));
     }
     for (start, vector) in site.output_scales.iter().filter(|(start, _)| *start == from) {
-        // DoRA's magnitude leaves the bias alone, IA3's vector does not.
+        // DoRA's magnitude does not scale the bias; IA3's vector does.
         if bias && site.norm.is_some() {
             continue;
         }
@@ -114,7 +114,7 @@ pub fn merged_values(cx: &Cx, model: &Decoder, spec: &ParamSpec) -> Result<Vec<f
     Ok(values)
 }
 
-/// w + scale a b, b transposed as the layout says.
+/// Returns w + scale a b; the layout says which factors are transposed.
 fn merged_end(
     cx: &Cx,
     w: &Tensor,
@@ -128,7 +128,7 @@ fn merged_end(
     Ok(values)
 }
 
-/// The projection of a weight's or a bias's role, and whether it is the bias.
+/// Returns the projection of a weight's or bias's role, and whether it is the bias.
 fn projection(config: &ModelConfig, role: Role) -> Option<(Proj, bool)> {
     let bias = match role {
         Role::QBias => Some(Proj::Q),

@@ -1,9 +1,9 @@
-//! Adapters: parameters of their own beside a frozen model. Layer 5.
+//! Adapters: separate parameters beside a frozen model. Layer 5.
 //!
-//! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (its arena,
-//! gradients and moments are its own) and an *adapter site* for each group of projections that
-//! share an input: what it adds to their product. The decoder asks the site and knows no kind of
-//! adapter. Modules that are trained whole (`modules_to_save`, biases) are copies in the adapter's
+//! Invariant: the base's weights are never written. An adapter is a [`ParamSet`] (with its own
+//! arena, gradients and moments) and an *adapter site* for each group of projections that share an
+//! input, which holds what to add to their product. The decoder uses the site and does not know the
+//! kind of adapter. Fully trained modules (`modules_to_save`, biases) are copies in the adapter's
 //! set.
 
 pub mod bottleneck;
@@ -33,7 +33,7 @@ use crate::ops::matmul::product;
 use crate::ops::scale::{constant, row_norms};
 use crate::tensor::{ParamSetId, Tensor};
 
-/// PEFT's prefix of every name.
+/// PEFT's prefix of all parameter names.
 pub const PREFIX: &str = "base_model.model.";
 
 #[derive(Clone)]
@@ -41,7 +41,7 @@ pub struct Adapter {
     pub config: AdapterConfig,
     pub params: ParamSet,
     sites: Vec<[AdapterSite; Proj::LEADERS.len()]>,
-    /// By layer: after attention, after the MLP.
+    /// For each layer: after attention, after the MLP.
     bottlenecks: Vec<[Option<Bottleneck>; 2]>,
     /// LoRA on the token embedding and on the head.
     pub embedding: Option<EmbeddingPair>,
@@ -58,15 +58,15 @@ pub struct EmbeddingPair {
     pub scale: f32,
 }
 
-/// What an adapter adds to projections that share an input.
+/// The contribution of an adapter to projections that share an input.
 #[derive(Clone, Default)]
 pub struct AdapterSite {
     /// IA3 on the input: one vector `[k]`.
     pub input_scale: Option<Tensor>,
     pub lora: Option<LoraSite>,
-    /// IA3 on outputs, DoRA's magnitudes: first column and vector.
+    /// IA3's output vectors or DoRA's magnitudes, each with its first column.
     pub output_scales: Vec<(usize, Tensor)>,
-    /// F32 `[n]`: DoRA's lengths of the rows of W + s B A, as of the last [`Adapter::refresh`]; 1
+    /// F32 `[n]`: DoRA's norms of the rows of W + s B A, as of the last [`Adapter::refresh`]; 1
     /// where there is no LoRA.
     pub norm: Option<Tensor>,
 }
@@ -78,14 +78,14 @@ pub struct LoraSite {
     pub dropout: f32,
 }
 
-/// The name in the base of what an adapter keeps a copy of.
+/// Returns the name in the base of a parameter that the adapter copies.
 pub fn base_name(name: &str) -> String {
     name.strip_prefix(PREFIX).unwrap_or(name).replace(".base_layer.", ".")
 }
 
 impl Adapter {
-    /// A new adapter over `base`, with the values it starts from. Biases and modules to save are
-    /// copied from the base.
+    /// Creates an adapter for `base` with its initial values. Biases and modules to save are copied
+    /// from the base.
     pub fn new(
         cx: &Cx,
         config: AdapterConfig,
@@ -96,8 +96,8 @@ impl Adapter {
         Adapter::in_set(cx, ParamSetId::Adapter, config, model, base, seed)
     }
 
-    /// As [`Adapter::new`], as another set of parameters: for a model that is trained beside the
-    /// one with the run's adapter. A score that the base does not have starts at zero.
+    /// Like [`Adapter::new`], in another parameter set: for a model that is trained beside the one
+    /// with the run's adapter. A score that the base lacks starts at zero.
     pub fn in_set(
         cx: &Cx,
         set: ParamSetId,
@@ -111,8 +111,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// The adapter's parameters laid out, all zero but for copies, which a load or [`Adapter::new`]
-    /// fills.
+    /// Allocates the adapter's parameters, all zero, copies included; loading or [`Adapter::new`]
+    /// fills them.
     fn zeros(
         cx: &Cx,
         set: ParamSetId,
@@ -142,11 +142,12 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Sets learning rates: LoRA+'s ratio for B (and vectors, as PEFT groups them).
+    /// Sets which parameters are trained and their learning rates: LoRA+'s ratio applies to B (and
+    /// vectors, grouped as in PEFT).
     pub fn tune(&mut self, loraplus_lr_ratio: Option<f64>) -> Result<()> {
         let ratio = loraplus_lr_ratio.unwrap_or(1.0) as f32;
         let trained_biases: Option<Vec<String>> = match &self.config.kind {
-            // Fused biases are copied whole; only those of layers with LoRA are trained.
+            // Fused biases are copied as a whole; only those of layers with LoRA are trained.
             AdapterKind::Lora(c) if c.bias == LoraBias::LoraOnly => {
                 let b = self.params.specs.iter().filter(|s| matches!(s.role, Role::LoraB(_)));
                 Some(b.map(|s| s.name.replace(".lora_B.weight", ".base_layer.bias")).collect())
@@ -172,15 +173,15 @@ impl Adapter {
         self.sites.get(layer).map(|s| &s[at])
     }
 
-    /// The bottleneck adapter at a place, if there is one.
+    /// Returns the bottleneck adapter at a position of a layer, if any.
     pub fn bottleneck(&self, layer: usize, place: BottleneckSite) -> Option<&Bottleneck> {
         self.bottlenecks
             .get(layer)
             .and_then(|b| b[usize::from(place == BottleneckSite::Mlp)].as_ref())
     }
 
-    /// Whether the model with the adapter is the model without it, as the adapter was new: then the
-    /// reference of a preference or RL method is the adapter switched off.
+    /// Whether the adapter is new and initially has no effect: then the reference of a preference
+    /// or RL method is the model with the adapter switched off.
     pub fn starts_at_zero(&self) -> bool {
         let plain = match &self.config.kind {
             AdapterKind::Lora(c) => c.init != "false",
@@ -196,7 +197,8 @@ impl Adapter {
         self.config.tied && self.params.by_role(None, Role::Embed).is_some()
     }
 
-    /// Its values, as PEFT counts them: without the pairs that PiSSA takes out of the base.
+    /// Number of parameters as PEFT counts them: without the pairs that PiSSA subtracts from the
+    /// base.
     pub fn count(&self) -> usize {
         let counted = |s: &&ParamSpec| !matches!(s.role, Role::InitialA(_) | Role::InitialB(_));
         self.params.specs.iter().filter(counted).map(ParamSpec::len).sum()
@@ -209,8 +211,8 @@ impl Adapter {
         }
     }
 
-    /// Makes what is derived from the values: DoRA's row lengths. Call it whenever values or the
-    /// base have changed.
+    /// Recomputes derived values: DoRA's row norms. Call it whenever the adapter's or the base's
+    /// values change.
     pub fn refresh(&self, cx: &Cx, base: &ParamSet) -> Result<()> {
         for (layer, sites) in self.sites.iter().enumerate() {
             for (site, leader) in sites.iter().zip(Proj::LEADERS) {
@@ -236,7 +238,7 @@ impl Adapter {
     ) -> Result<AdapterSite> {
         let mut site = AdapterSite::default();
         let fused = |role| self.params.fused(Some(layer), role);
-        // Each projection with its columns of the site's output.
+        // Each projection, with its columns in the site's output.
         let mut columns = Vec::new();
         let mut width = 0;
         for proj in model.group(leader) {
@@ -257,7 +259,7 @@ impl Adapter {
         }
         let AdapterKind::Lora(config) = &self.config.kind else { return Ok(site) };
         let (mut segments, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
-        // PiSSA's pairs, which stay as they started, are more ranks behind all that are trained.
+        // PiSSA's frozen initial pairs are additional ranks after all trained ones.
         for role in [Role::LoraB as fn(Proj) -> Role, Role::InitialB] {
             for (proj, from, cols) in columns.iter().copied() {
                 let Some(pair) = fused(role(proj))? else { continue };
@@ -289,7 +291,7 @@ impl Adapter {
         }
     }
 
-    /// Drops nothing in training; the config keeps what it says.
+    /// Disables dropout in training; the config stays unchanged.
     pub fn disable_dropout(&mut self) {
         self.sites
             .iter_mut()
@@ -299,7 +301,7 @@ impl Adapter {
         self.head.iter_mut().for_each(|pair| pair.dropout = 0.0);
     }
 
-    /// A frozen copy with values of its own, as the set of the reference.
+    /// Returns a frozen copy with its own values, as the parameter set of the reference.
     pub fn reference(&self, cx: &Cx, model: &ModelConfig) -> Result<Adapter> {
         let copy = Adapter::zeros(cx, ParamSetId::Reference, self.config.clone(), model)?;
         copy.params.weights.copy_from(&self.params.weights)?;
@@ -307,7 +309,7 @@ impl Adapter {
     }
 }
 
-/// W + s B A of a segment's rows, F32: what a merge writes and DoRA measures.
+/// Returns W + s B A for a segment's rows, F32, for merging and for DoRA's norms.
 pub fn merged(
     cx: &Cx,
     w: &Tensor,
@@ -326,14 +328,14 @@ pub fn merged(
     Ok(whole)
 }
 
-/// alpha / r, or alpha / sqrt(r).
+/// LoRA's scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
 fn scale(config: &LoraConfig, module: &str, rank: usize) -> Result<f32> {
     let alpha = by_pattern(&config.alpha_pattern, module)?.unwrap_or(config.alpha);
     let r = rank as f64;
     Ok((alpha / if config.use_rslora { r.sqrt() } else { r }) as f32)
 }
 
-/// LoRA's pairs outside of the blocks.
+/// LoRA's pairs outside the blocks.
 fn ends(
     config: &AdapterConfig,
     params: &ParamSet,
@@ -354,7 +356,7 @@ fn ends(
     Ok((embedding, head))
 }
 
-/// LoRA's parameters outside of the blocks: A, B of each pair.
+/// LoRA's parameters outside the blocks: A and B of each pair.
 fn end_params(
     config: &LoraConfig,
     bound: &BoundModules,
@@ -390,7 +392,7 @@ fn end_params(
     Ok(pairs)
 }
 
-/// A module's rank.
+/// Returns a module's rank.
 fn rank(config: &LoraConfig, module: &str) -> Result<usize> {
     match by_pattern(&config.rank_pattern, module)?.map_or(config.r, |r| r as usize) {
         0 => Err(Error::Config(format!("{module}: rank 0 learns nothing; give at least 1"))),
@@ -398,8 +400,8 @@ fn rank(config: &LoraConfig, module: &str) -> Result<usize> {
     }
 }
 
-/// Every parameter of an adapter under PEFT's names, in arena order: all A, then all B and vectors,
-/// then copies.
+/// Lists every parameter of an adapter under PEFT's names, in arena order: all A, then all B and
+/// vectors, then copies.
 pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec<ParamSpec>> {
     let mut first = Vec::new();
     let mut second = Vec::new();
@@ -481,8 +483,8 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             }
         }
     }
-    // The A of projections that share an input are one matrix: those that are trained, then PiSSA's
-    // that are not.
+    // The A matrices of projections that share an input form one matrix: first the trained ones,
+    // then PiSSA's frozen ones.
     first.sort_by_key(|s: &ParamSpec| match s.role {
         Role::LoraA(p) => (s.layer, p.leader(), false),
         Role::InitialA(p) => (s.layer, p.leader(), true),
@@ -498,7 +500,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     }
     let is_end = |name: &str| [EMBEDDING, "embed_tokens", HEAD].contains(&name);
     for name in &config.modules_to_save {
-        // One copy for both.
+        // One copy serves both.
         let name = if tied && is_end(name) { EMBEDDING } else { name.as_str() };
         let is = |spec: &&ParamSpec| {
             let module = spec
@@ -510,7 +512,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
         };
         let mut found: Vec<ParamSpec> = base.iter().filter(is).cloned().collect();
         if name == "lm_head" && model.tie_word_embeddings {
-            // PEFT's copy of a tied head is a parameter of its own.
+            // PEFT's copy of a tied head is a separate parameter.
             let shape = vec![model.vocab_size, model.hidden_size];
             found.push(ParamSpec {
                 name: "lm_head.weight".into(),
@@ -538,7 +540,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
                 "modules_to_save: {name} is a projection; give it LoRA, or train fully"
             )));
         }
-        // PEFT would train all of a module that ends with the name, projections too.
+        // PEFT would train every module whose name ends with this name, projections too.
         let parent = |s: &ParamSpec| s.name.rsplitn(3, '.').nth(2).map(String::from);
         let holds = |s: &ParamSpec| parent(s).is_some_and(|module| module.ends_with(name));
         if base.iter().filter(is_projection).any(holds) {
@@ -555,7 +557,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             let module = s.name.trim_end_matches(".bias");
             second.iter().any(|b| b.name == format!("{PREFIX}{module}.lora_B.weight"))
         };
-        // Fused biases are copied whole: q, k and v lie side by side.
+        // Fused biases are copied as a whole: q, k and v are contiguous.
         let wanted: Vec<(Option<usize>, Role)> = base
             .iter()
             .filter(|s| s.role.is_bias() && (bias == LoraBias::All || adapted(s)))
@@ -567,7 +569,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     let mut seen = HashSet::new();
     copies.retain(|spec| seen.insert(spec.name.clone()));
     for spec in &mut copies {
-        // PEFT wraps a layer that it adapts: its own bias is one level down.
+        // PEFT wraps an adapted layer, which moves its own bias one level down.
         let module = spec.name.trim_end_matches(".bias");
         let wrapped = second.iter().any(|b| b.name == format!("{PREFIX}{module}.lora_B.weight"));
         let name = if wrapped { format!("{module}.base_layer.bias") } else { spec.name.clone() };

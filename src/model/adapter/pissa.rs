@@ -1,22 +1,22 @@
-//! PiSSA: LoRA that starts as the base's largest singular directions. Layer 5.
+//! PiSSA: LoRA initialised with the base's largest singular directions. Layer 5.
 //!
-//! W = U S V^T; A_0 = sqrt(S_r / s) V_r^T, B_0 = U_r sqrt(S_r / s), and what is trained is W - s
-//! B_0 A_0 + s B A, from A = A_0, B = B_0 (Meng, Wang, Zhang, "PiSSA: Principal Singular Values and
-//! Singular Vectors Adaptation of Large Language Models", 2024). `pissa_niter_N`: the r largest by
-//! N rounds of subspace iteration from a random start (Halko, Martinsson, Tropp, "Finding structure
-//! with randomness", 2011, algorithm 4.4).
+//! W = U S V^T; A_0 = sqrt(S_r / s) V_r^T, B_0 = U_r sqrt(S_r / s). The adapted weight is W - s B_0
+//! A_0 + s B A, starting from A = A_0, B = B_0 (Meng, Wang, Zhang, "PiSSA: Principal Singular
+//! Values and Singular Vectors Adaptation of Large Language Models", 2024). `pissa_niter_N`:
+//! computes the r largest with N rounds of subspace iteration from a random start (Halko,
+//! Martinsson, Tropp, "Finding structure with randomness", 2011, algorithm 4.4).
 //!
-//! Invariant: the base keeps its bits. The pair that is taken out of it stays beside the trained
+//! Invariant: the base keeps its bits. The pair that is subtracted from it stays beside the trained
 //! one, frozen and with B negated, as further ranks of the same product: the residual is never
-//! stored, the model without the adapter is the reference, and what is saved is the plain LoRA of
-//! rank 2 r that PEFT makes of a PiSSA adapter when it converts one.
+//! stored, the model without the adapter is the reference, and the saved adapter is the plain LoRA
+//! of rank 2 r into which PEFT converts a PiSSA adapter.
 
 use nalgebra::DMatrix;
 
 use crate::error::{Error, Result};
 use crate::model::params::normals;
 
-/// A_0 [r, cols] and -B_0 [rows, r] of w [rows, cols], row-major. `niter` None: exact.
+/// Returns A_0 [r, cols] and -B_0 [rows, r] of w [rows, cols], row-major. `niter` None: exact.
 pub fn principal(
     w: &[f32],
     (rows, cols): (usize, usize),
@@ -55,7 +55,7 @@ pub fn principal(
 
 type Svd = (DMatrix<f64>, Vec<f64>, DMatrix<f64>);
 
-/// Singular values fall.
+/// Returns U, the singular values in descending order, and V^T.
 fn svd(w: DMatrix<f64>) -> Result<Svd> {
     let svd = w
         .try_svd(true, true, f64::EPSILON, 0)
@@ -65,8 +65,8 @@ fn svd(w: DMatrix<f64>) -> Result<Svd> {
     Ok((u, s.iter().copied().collect(), vt))
 }
 
-/// `pissa` and `pissa_niter_N`: how many rounds, None for the exact one. None: another
-/// initialisation.
+/// Reads the number of iterations from `pissa` or `pissa_niter_N`; Some(None) for exact. None:
+/// another initialisation.
 pub fn rounds(init: &str) -> Option<Option<usize>> {
     match init {
         "pissa" => Some(None),

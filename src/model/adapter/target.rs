@@ -1,7 +1,8 @@
-//! Which modules an adapter binds: PEFT's rules for names, patterns, ranks and alphas. Layer 5.
+//! Selects the modules that an adapter is applied to, by PEFT's rules for names, patterns, ranks
+//! and alphas. Layer 5.
 //!
-//! Invariant: a target that binds nothing is an error that lists near names; nothing is skipped
-//! silently.
+//! Invariant: a target that matches nothing is an error that lists similar names; nothing is
+//! skipped silently.
 
 use regex::Regex;
 
@@ -10,7 +11,7 @@ use crate::error::{Error, Result, nearest};
 use crate::model::layout::{ModelConfig, Task};
 use crate::model::specs::Proj;
 
-/// A projection of a block, by its place.
+/// A projection, by layer.
 pub type Module = (usize, Proj);
 
 /// `model.layers.0.self_attn.q_proj`
@@ -18,32 +19,32 @@ pub fn module_name(model: &ModelConfig, (layer, proj): Module) -> String {
     format!("model.layers.{layer}.{}", model.module(proj))
 }
 
-/// The names of the modules before and behind the blocks.
+/// Names of the modules before and after the blocks.
 pub const EMBEDDING: &str = "model.embed_tokens";
 pub const HEAD: &str = "lm_head";
 
-/// What an adapter binds.
+/// The modules that an adapter is applied to.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BoundModules {
-    /// In order of layers.
+    /// Ordered by layer.
     pub projections: Vec<Module>,
     pub embedding: bool,
     pub head: bool,
 }
 
-/// Which modules are meant: those that `targets` names and neither `excluded` nor `saved` does, in
-/// `layers` alone where these are given.
+/// Selects the modules that match `targets` but neither `excluded` nor `saved`, only in `layers` if
+/// given.
 #[derive(Clone, Copy)]
 pub struct TargetRules<'a> {
     pub targets: &'a Targets,
     pub excluded: Option<&'a Targets>,
     pub layers: Option<&'a [usize]>,
-    /// `modules_to_save`: what is trained whole gets no adapter.
+    /// `modules_to_save`: fully trained modules get no adapter.
     pub saved: &'a [String],
 }
 
-/// The modules that are meant. Errors: a pattern that is none, a target that exists in no layer,
-/// nothing bound at all.
+/// Returns the selected modules. Errors: an invalid pattern, a target that exists in no layer, no
+/// module selected.
 pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> {
     let TargetRules { targets, excluded, layers, saved } = *rules;
     let projections = (0..config.num_layers)
@@ -75,7 +76,7 @@ pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> 
     };
     let whole_part = |name: &str, part: &str| format!(".{name}.").contains(&format!(".{part}."));
     let fits: Vec<bool> = match targets {
-        // PEFT leaves the output layer out; an embedding is not linear.
+        // PEFT excludes the output layer; an embedding is not linear.
         Targets::AllLinear => all.iter().map(Option::is_some).collect(),
         Targets::Pattern(pattern) => {
             let regex = whole(pattern)
@@ -117,7 +118,7 @@ fn unbound(lost: &[&String], config: &ModelConfig) -> String {
     for proj in config.all_projections() {
         let name = config.short_module(proj);
         if !short.contains(&name) {
-            short.push(name); // two modules may end alike
+            short.push(name); // two modules may have the same suffix
         }
     }
     short.push("embed_tokens");
@@ -147,7 +148,7 @@ fn unbound(lost: &[&String], config: &ModelConfig) -> String {
     format!("lora_target_modules: {}", lost.iter().map(one).collect::<Vec<_>>().join("\n"))
 }
 
-/// The fused module that holds a projection.
+/// Returns the fused module that contains a projection.
 fn split(name: &str) -> Option<&'static str> {
     match name {
         "q_proj" | "k_proj" | "v_proj" => Some("qkv_proj"),
@@ -156,8 +157,8 @@ fn split(name: &str) -> Option<&'static str> {
     }
 }
 
-/// The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and
-/// `alpha_pattern`.
+/// Returns the value of the first pattern that matches the end of a module's name, as PEFT does for
+/// `rank_pattern` and `alpha_pattern`.
 pub fn by_pattern(patterns: &[(String, f64)], module: &str) -> Result<Option<f64>> {
     for (pattern, value) in patterns {
         let regex = whole(&format!("(.*\\.)?({pattern})"))
@@ -169,12 +170,12 @@ pub fn by_pattern(patterns: &[(String, f64)], module: &str) -> Result<Option<f64
     Ok(None)
 }
 
-/// A regular expression that may match anywhere in a parameter's name.
+/// Compiles a regular expression that may match anywhere in a parameter's name.
 pub fn search(pattern: &str) -> Result<Regex> {
     Regex::new(pattern).map_err(|e| Error::Config(format!("{pattern}: {e}")))
 }
 
-/// A regular expression that must match the whole text.
+/// Compiles a regular expression that must match the whole text.
 pub fn whole(pattern: &str) -> Result<Regex, regex::Error> {
     Regex::new(&format!("^(?:{pattern})$"))
 }
@@ -186,8 +187,8 @@ mod tests {
     use serde_json::json;
     use std::path::Path;
 
-    /// PEFT 0.19.1's `check_target_module_exists`: a name excludes itself and what ends with it, a
-    /// string is a pattern of the whole name.
+    /// PEFT 0.19.1's `check_target_module_exists`: a name excludes itself and modules that end with
+    /// it; a string is a pattern for the whole name.
     #[test]
     fn excluded_modules_are_those_that_peft_excludes() {
         let model = ModelConfig::load(Path::new("tests/fixtures/sft/model")).unwrap();

@@ -1,7 +1,7 @@
 //! Gemma 2. Layer 5.
 //!
-//! Invariant: norms with 1 + w, before and after attention and the MLP; embeddings times the root
-//! of hidden_size; softcaps on attention scores and on logits; every second layer has a window.
+//! Invariant: norms with 1 + w, before and after attention and the MLP; embeddings scaled by
+//! sqrt(hidden_size); softcaps on attention scores and logits; every second layer has a window.
 
 use crate::model::layout::{
     ActRule, AttentionScaleRule, BiasRule, EmbeddingRule, Family, HiddenAct, NormPlace,

@@ -1,7 +1,7 @@
-//! Gemma 3, the text models. Layer 5.
+//! Gemma 3 text models. Layer 5.
 //!
-//! Invariant: as Gemma 2, with a norm of each head of q and k in the place of the softcaps; five of
-//! six layers have a window and a rope of their own.
+//! Invariant: like Gemma 2, with norms of each head of q and k instead of softcaps; five of six
+//! layers have a window and a separate rope.
 
 use crate::model::layout::{
     ActRule, AttentionScaleRule, BiasRule, EmbeddingRule, Family, HiddenAct, NormPlace, RopeRule,

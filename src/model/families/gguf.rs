@@ -1,18 +1,18 @@
-//! What the families are called in GGUF files: architecture, tensors, metadata keys. Layer 5.
+//! Names of the families in GGUF files: architectures, tensors, metadata keys. Layer 5.
 //!
 //! Invariant: a family is data here too. Adding one is an entry of [`GGUF_NAMES`]: its
-//! `general.architecture`; how its rope turns q and k; the modules and metadata keys whose names
-//! are not the common ones. What the entry does not say is an error of the reader, never a guess.
-//! What follows from the family (ropes by layer type, norms of 1 + w, layers with windows at a
-//! period) is not said again. A family without an entry is neither read nor written.
+//! `general.architecture`, how its rope rotates q and k, and the modules and metadata keys with
+//! names of their own. Anything that the entry lacks is an error of the reader, never a guess.
+//! Facts that follow from the family (ropes by layer type, norms of 1 + w, layers with windows at a
+//! period) are not repeated. A family without an entry is neither read nor written.
 
-/// A number of config.json under its name in a GGUF file, where the architecture stands before it.
+/// A number of config.json and its name in a GGUF file, without the architecture's prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GgufKey {
     pub gguf: &'static str,
     pub config: &'static str,
     pub kind: GgufKind,
-    /// A file without it is an error; else the family's default holds.
+    /// Whether a file without the key is an error; otherwise the family's default applies.
     pub required: bool,
 }
 
@@ -20,42 +20,43 @@ pub struct GgufKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgufKind {
     Size,
-    /// 0 is null.
+    /// 0 means null.
     SizeOrNull,
-    /// A list of a number for each layer: 0 where it has no attention, else the size.
+    /// A list with a number for each layer: 0 without attention, else the size.
     SizeOfAttention,
     Number,
 }
 
-/// A family's names.
+/// The names of a family.
 #[derive(Debug)]
 pub struct GgufNames {
     pub model_type: &'static str,
-    /// `general.architecture`. Of several families, the first whose `marker` a file has reads it.
+    /// `general.architecture`. If several families share it, the first whose `marker` is in the
+    /// file reads it.
     pub architecture: &'static str,
-    /// A key that files of this family have, and those of another with its architecture have not.
+    /// A key that only files of this family have, among families of the same architecture.
     pub marker: Option<&'static str>,
-    /// The rows of q and k stand in pairs that rope turns, (0, d/2), (1, d/2 + 1) ...: llama.cpp's
-    /// form for families whose rope it runs over neighbours. Hugging Face keeps halves.
+    /// Whether the rows of q and k are interleaved, (0, d/2), (1, d/2 + 1) and so on, because
+    /// llama.cpp rotates adjacent pairs for this family. Hugging Face stores halves.
     pub neighbours: bool,
     /// The only `hidden_act` of the architecture, which a GGUF file does not name.
     pub hidden_act: &'static str,
-    /// Modules of Hugging Face and of GGUF, before those of [`TENSORS`].
+    /// Modules of Hugging Face and of GGUF, which override those of [`TENSORS`].
     pub tensors: &'static [(&'static str, &'static str)],
-    /// Metadata beside [`KEYS`], or in the place of those with the same name.
+    /// Metadata besides [`KEYS`], or replacing those with the same name.
     pub keys: &'static [GgufKey],
-    /// Flags that must be true where they are there.
+    /// Flags that must be true if present.
     pub true_flags: &'static [&'static str],
-    /// Whether the head is the embedding, where the architecture has one form only.
+    /// Whether the head is the embedding, if the architecture fixes it.
     pub tied: Option<bool>,
-    /// Layers of the model whose number in the root of q.k's factor is hidden_size / heads; all
-    /// others have head_dim there. For families that name the number, which files do not.
+    /// Number of layers of the model whose attention scale is (hidden_size / heads)^-0.5; all
+    /// others use head_dim^-0.5. For families whose config has this number, which GGUF files lack.
     pub wide_scale_layers: Option<usize>,
-    /// A part of a head may turn, and two tensors may hold longrope's factors.
+    /// Whether only part of a head may be rotated, and two tensors may hold longrope's factors.
     pub long_rope: bool,
 }
 
-/// Llama's.
+/// The names of Llama.
 const PLAIN: GgufNames = GgufNames {
     model_type: "llama",
     architecture: "llama",
@@ -92,7 +93,7 @@ const GEMMA2: GgufNames = GgufNames {
 
 pub const GGUF_NAMES: &[GgufNames] = &[
     PLAIN,
-    // Files of these carry the architecture llama, which has no sliding window.
+    // Files of these families have the architecture llama, which has no sliding window.
     GgufNames { model_type: "mistral", ..PLAIN },
     GgufNames { model_type: "ministral", ..PLAIN },
     GgufNames { model_type: "qwen2", architecture: "qwen2", neighbours: false, ..PLAIN },
@@ -114,7 +115,7 @@ pub const GGUF_NAMES: &[GgufNames] = &[
             number("residual_scale", "residual_multiplier", false),
             number("logit_scale", "logits_scaling", true),
         ],
-        true_flags: &["rope.scaling.finetuned"], // a switch of the rope in this architecture
+        true_flags: &["rope.scaling.finetuned"], // switches rope on in this architecture
         ..PLAIN
     },
     GgufNames {
@@ -185,7 +186,7 @@ pub const GGUF_NAMES: &[GgufNames] = &[
     },
 ];
 
-/// Modules: of the whole model, then of a layer (`model.layers.N.` here, `blk.N.` there).
+/// Modules of the whole model, then of a layer (`model.layers.N.` here, `blk.N.` in GGUF).
 pub const TENSORS: &[(&str, &str)] = &[
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
@@ -224,19 +225,20 @@ pub const KEYS: &[GgufKey] = &[
 ];
 
 impl GgufNames {
-    /// The family that reads a file of an architecture; `has` says whether a key is in it.
+    /// Returns the family that reads a file of this architecture; `has` says whether the file has a
+    /// key.
     pub fn reading(architecture: &str, has: impl Fn(&str) -> bool) -> Option<&'static GgufNames> {
         let marked =
             |n: &GgufNames| n.marker.is_none_or(|key| has(&format!("{architecture}.{key}")));
         GGUF_NAMES.iter().find(|n| n.architecture == architecture && marked(n))
     }
 
-    /// What writes a family.
+    /// Returns the names for writing a family.
     pub fn of_model_type(model_type: &str) -> Option<&'static GgufNames> {
         GGUF_NAMES.iter().find(|n| n.model_type == model_type)
     }
 
-    /// `llama (llama, mistral), ...`: architectures and the families that they hold.
+    /// Lists the architectures and their families, such as `llama (llama, mistral)`.
     pub fn supported() -> String {
         let mut out: Vec<(&str, Vec<&str>)> = Vec::new();
         for names in GGUF_NAMES {
@@ -252,7 +254,7 @@ impl GgufNames {
         shown.collect::<Vec<_>>().join(", ")
     }
 
-    /// The name of a tensor of Hugging Face's in a GGUF file; None: it has none.
+    /// Returns the GGUF name of a Hugging Face tensor; None if it has none.
     pub fn tensor(&self, name: &str) -> Option<String> {
         let (module, kind) = name.rsplit_once('.')?;
         let (layer, module) = match module.strip_prefix("model.layers.") {

@@ -1,7 +1,7 @@
-//! Granite 3.x, the dense ones. Layer 5.
+//! Granite 3.x, dense models. Layer 5.
 //!
-//! Invariant: a Llama with four multipliers: of embeddings, of q.k, of what a branch adds to the
-//! stream, and (as a divisor) of logits.
+//! Invariant: a Llama with four multipliers: for embeddings, for attention scores, for branches
+//! added to the stream, and (as a divisor) for logits.
 
 use crate::model::layout::{AttentionScaleRule, BiasRule, EmbeddingRule, Family};
 

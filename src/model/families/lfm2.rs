@@ -1,7 +1,7 @@
-//! LFM2, the dense models. Layer 5.
+//! LFM2, dense models. Layer 5.
 //!
-//! Invariant: most layers have a short convolution in place of attention; q and k are normed
-//! per head; modules and some config keys have their own names.
+//! Invariant: most layers have a short convolution instead of attention; q and k are normalised per
+//! head; modules and some config keys have their own names.
 
 use crate::model::layout::{Family, MixerRule, MlpWidthRule};
 use crate::ops::rope::NormOver;

@@ -1,7 +1,6 @@
-//! Llama 2 and 3.x, SmolLM2, and the many folders that call themselves `llama`. Layer 5.
+//! Llama 2 and 3.x, SmolLM2, and the many folders with model type `llama`. Layer 5.
 //!
-//! Invariant: this is the decoder without switches; biases come only where config.json asks for
-//! them.
+//! Invariant: this is the decoder without switches; biases exist only if config.json asks for them.
 
 use crate::model::layout::{BiasRule, Family};
 

@@ -1,6 +1,6 @@
 //! Ministral 8B: Mistral with full and sliding layers. Layer 5.
 //!
-//! Invariant: `layer_types` says which layers have the window; without it all have.
+//! Invariant: `layer_types` says which layers have the window; without it all layers have it.
 
 use crate::model::layout::{Family, WindowRule};
 

@@ -1,6 +1,6 @@
-//! Ministral 3, the language model. Layer 5.
+//! Ministral 3 language models. Layer 5.
 //!
-//! Invariant: Mistral with yarn, whose queries grow with the logarithm of their position
+//! Invariant: Mistral with yarn, and queries scaled by the logarithm of their position
 //! (`llama_4_scaling_beta`).
 
 use crate::model::layout::{Family, WindowRule};

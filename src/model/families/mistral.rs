@@ -1,4 +1,4 @@
-//! Mistral 7B and its kin. Layer 5.
+//! Mistral 7B and similar models. Layer 5.
 //!
 //! Invariant: one window for all layers, or none; no biases.
 

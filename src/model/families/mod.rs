@@ -1,8 +1,8 @@
 //! The supported families: name maps and switches over one decoder. Layer 5.
 //!
-//! Invariant: a family is data. It says which keys of config.json it has, what they default to, and
-//! which tensors the decoder has then; no code elsewhere asks which family it is. Adding one is a
-//! file here and a line in [`FAMILIES`].
+//! Invariant: a family is data. It says which keys of config.json it has, their defaults, and which
+//! tensors the decoder then has; no other code asks for the family. Adding one is a file here and a
+//! line in [`FAMILIES`].
 
 mod gemma2;
 mod gemma3;
@@ -21,7 +21,7 @@ mod smollm3;
 
 use crate::model::layout::Family;
 
-/// All families, the order in which errors list them.
+/// All families, in the order in which errors list them.
 pub const FAMILIES: &[&Family] = &[
     &llama::FAMILY,
     &qwen2::FAMILY,
@@ -38,12 +38,12 @@ pub const FAMILIES: &[&Family] = &[
     &lfm2::FAMILY,
 ];
 
-/// The family of a `model_type` (`llama`) or of an architecture (`LlamaForCausalLM`).
+/// Finds a family by `model_type` (`llama`) or architecture (`LlamaForCausalLM`).
 pub fn find(name: &str) -> Option<&'static Family> {
     FAMILIES.iter().copied().find(|f| f.model_type == name || f.architecture == name)
 }
 
-/// `llama (LlamaForCausalLM), ...` for messages.
+/// Lists the families for messages, such as `llama (LlamaForCausalLM)`.
 pub fn supported() -> String {
     FAMILIES
         .iter()

@@ -1,7 +1,7 @@
 //! OLMo 2. Layer 5.
 //!
-//! Invariant: a block's norms come after attention and after the MLP, before the addition to the
-//! stream; q and k are normed over all heads together.
+//! Invariant: a block's norms follow attention and the MLP, before the addition to the stream; q
+//! and k are normalised over all heads together.
 
 use crate::model::layout::{BiasRule, Family, NormPlace};
 use crate::ops::rmsnorm::NormWeight;

@@ -1,7 +1,7 @@
 //! Phi-3, Phi-3.5 and Phi-4-mini. Layer 5.
 //!
 //! Invariant: q|k|v and gate|up are one tensor each, in the folder, in the arena and for adapters;
-//! a part of a head may turn, with longrope's factors.
+//! rope may rotate only part of a head, with longrope's factors.
 
 use crate::model::layout::{Family, WindowRule};
 

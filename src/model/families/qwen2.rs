@@ -1,6 +1,6 @@
 //! Qwen2 and Qwen2.5. Layer 5.
 //!
-//! Invariant: q, k and v always have a bias, o never.
+//! Invariant: q, k and v always have a bias, o never has one.
 
 use crate::model::layout::{BiasRule, Family, WindowRule};
 

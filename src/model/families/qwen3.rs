@@ -1,6 +1,6 @@
-//! Qwen3, the dense ones. Layer 5.
+//! Qwen3, dense models. Layer 5.
 //!
-//! Invariant: q and k are RMS-normed per head, over head_dim, before rope; head_dim is free of
+//! Invariant: q and k are RMS-normalised per head, over head_dim, before rope; head_dim need not be
 //! hidden_size / heads.
 
 use crate::model::layout::{BiasRule, Family, WindowRule};

@@ -1,7 +1,7 @@
 //! SmolLM3. Layer 5.
 //!
-//! Invariant: a Llama whose every fourth layer has no rope (or those that `no_rope_layers` names);
-//! a window, if there is one, belongs to the layers without rope.
+//! Invariant: a Llama in which every fourth layer (or those that `no_rope_layers` names) has no
+//! rope; a window, if any, applies to the layers without rope.
 
 use crate::model::layout::{BiasRule, Family, RopeRule, WindowRule};
 
