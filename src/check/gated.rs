@@ -13,6 +13,7 @@ use crate::device::{DType, Device};
 use crate::error::Result;
 use crate::ops::activation::{Act, glu};
 use crate::ops::case::Rng;
+use crate::ops::fastest::median;
 use crate::ops::matmul::linear;
 use crate::ops::mlp::{DenseLayer, mlp};
 use crate::tensor::{Id, ParamSetId, Tensor};
@@ -35,11 +36,7 @@ pub fn check_gated(
     for sizes in SIZES {
         for recompute in [Recompute::Off, Recompute::Light] {
             let (case, differ) = compare(device, sizes, recompute)?;
-            let failure = (!differ.is_empty()).then(|| format!("other bits: {differ:?}"));
-            let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
-            let op = "gated unit";
-            let outcome =
-                CheckOutcome { op, case, dtype: DType::BF16, variant: "", ratio, failure };
+            let outcome = CheckOutcome::of_bits("gated unit", case, DType::BF16, &differ);
             each(&outcome);
             all.push(outcome);
         }
@@ -52,12 +49,12 @@ pub fn compare(
     device: &Arc<dyn Device>,
     sizes: [usize; 3],
     recompute: Recompute,
-) -> Result<(String, Vec<&'static str>)> {
+) -> Result<(String, Vec<String>)> {
     let mut unit = Unit::new(device, sizes, recompute)?;
     let (apart, apart_times) = unit.run(false)?;
     let (fused, times) = unit.run(true)?;
     let names = ["result", "gradient of gate_up", "gradient of down"];
-    let differ = (0..3).filter(|i| apart[*i] != fused[*i]).map(|i| names[i]).collect();
+    let differ = (0..3).filter(|i| apart[*i] != fused[*i]).map(|i| names[i].into()).collect();
     let [m, k, f] = sizes;
     let mut case = format!("rows {m} hidden {k} f {f}, recompute {}", recompute.word());
     for (name, (time, before)) in
@@ -129,16 +126,11 @@ impl Unit {
             }
             y = Some(out);
         }
-        let median = |times: &[f32]| {
-            let mut sorted = times[1..].to_vec();
-            sorted.sort_by(f32::total_cmp);
-            sorted[sorted.len() / 2]
-        };
         let mut bytes = [Vec::new(), Vec::new(), Vec::new()];
         let gradients = cx.param_grads[ParamSetId::Model].slots.iter().flatten();
         for (bytes, t) in bytes.iter_mut().zip(y.iter().chain(gradients)) {
             *bytes = t.to_bytes()?;
         }
-        Ok((bytes, times.each_ref().map(|times| median(times))))
+        Ok((bytes, times.each_ref().map(|times| median(&times[1..]).unwrap_or_default())))
     }
 }

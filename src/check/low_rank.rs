@@ -12,6 +12,7 @@ use crate::config::MatmulChoice;
 use crate::device::{DType, Device, Layout};
 use crate::error::Result;
 use crate::ops::case::Rng;
+use crate::ops::fastest::median;
 use crate::ops::lora_kernels as fused;
 use crate::ops::matmul::product;
 use crate::tensor::Tensor;
@@ -49,10 +50,7 @@ pub fn check_low_rank(
     }
     for group in &GROUPS {
         let (case, differ) = compare(device, group)?;
-        let failure = (!differ.is_empty()).then(|| format!("other bits: {}", differ.join(", ")));
-        let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
-        let op = "low rank";
-        let outcome = CheckOutcome { op, case, dtype: DType::BF16, variant: "", ratio, failure };
+        let outcome = CheckOutcome::of_bits("low rank", case, DType::BF16, &differ);
         each(&outcome);
         all.push(outcome);
     }
@@ -207,7 +205,6 @@ impl Tensors {
             run(self)?;
             times.push(1000.0 * self.cx.device.elapsed_ms(from, self.cx.device.mark()?)?);
         }
-        times.sort_by(f32::total_cmp);
-        Ok(times[RUNS / 2])
+        Ok(median(&times).unwrap_or_default())
     }
 }

@@ -37,6 +37,15 @@ pub struct CheckOutcome {
     pub failure: Option<String>,
 }
 
+impl CheckOutcome {
+    /// Of a comparison bit for bit: `differ` says what has other bits, if anything.
+    fn of_bits(op: &'static str, case: String, dtype: DType, differ: &[String]) -> CheckOutcome {
+        let failure = (!differ.is_empty()).then(|| format!("other bits: {}", differ.join(", ")));
+        let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
+        CheckOutcome { op, case, dtype, variant: "", ratio, failure }
+    }
+}
+
 /// Runs every case of every registered op and level whose name contains `filter`.
 pub fn check_ops(
     device: &Arc<dyn Device>,

@@ -44,11 +44,8 @@ pub fn check_products(
     for dtype in [DType::BF16, DType::F32] {
         for shape in SHAPES {
             let (case, different) = compare(device, dtype, shape)?;
-            let failure =
-                (!different.is_empty()).then(|| format!("other bits for {different:?} rows"));
-            let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
-            let op = "exact products";
-            let outcome = CheckOutcome { op, case, dtype, variant: "", ratio, failure };
+            let differ: Vec<String> = different.iter().map(|m| format!("{m} rows")).collect();
+            let outcome = CheckOutcome::of_bits("exact products", case, dtype, &differ);
             each(&outcome);
             all.push(outcome);
         }

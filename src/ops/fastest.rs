@@ -38,7 +38,8 @@ pub(super) fn timed(
     (0..RUNS).map(one).collect()
 }
 
-pub(super) fn median(times: &[f32]) -> Option<f32> {
+/// None: there are no times.
+pub(crate) fn median(times: &[f32]) -> Option<f32> {
     let mut sorted = times.to_vec();
     sorted.sort_by(f32::total_cmp);
     sorted.get(sorted.len() / 2).copied()

@@ -10,6 +10,7 @@ use crate::device::{DType, Launch};
 use crate::error::Result;
 use crate::kernels::{self, Boxes};
 use crate::ops::activation::Act;
+use crate::ops::matmul_hopper::GROUP;
 use crate::ops::own::own_products;
 use crate::tensor::Tensor;
 
@@ -24,8 +25,6 @@ const WIDTH: usize = 128;
 const BOX: usize = 64;
 /// Rows of a box that a warp stores.
 const WARP_ROWS: usize = 16;
-/// Rows of tiles that are taken together, so that blocks running at the same time share L2.
-const GROUP: i32 = 8;
 /// The longest k for which the forward is predicted to be faster than two kernels.
 const FORWARD_K: usize = 2047;
 /// The same for the backward, which saves more.

@@ -282,7 +282,9 @@ pub fn lora_grads_by(
         (Some(_), None) => return Err(Error::op("lora_grads", "dx without a weight")),
     };
     if m == 0 {
-        return Ok(());
+        // Sums of nothing; kernels have no tile to begin with.
+        let new = to.da.iter().chain(to.db.iter().flatten()).filter(|(_, add)| !add);
+        return new.into_iter().try_for_each(|(t, _)| t.zero());
     }
     let gradients = lora_hopper::Gradients {
         x: r.x,

@@ -210,3 +210,22 @@ fn shapes_that_do_not_fit_are_errors() {
     assert!(run(&t(3, 2), &[at(0, 3)]).contains("[4, 2] is expected"));
     assert!(lora_nt(&cx, &y, &x, &w, None, &t(4, 2), &[at(0, 3)]).is_ok());
 }
+
+#[test]
+fn gradients_of_no_rows_are_zero_or_what_was_there() {
+    let cx = cpu();
+    let put = |rows: usize, cols: usize, value: f32| {
+        let values = vec![value; rows * cols];
+        Tensor::from_f32(&cx.pool, "t", DType::F32, &[rows, cols], &values).unwrap()
+    };
+    let (x, dy, t) = (put(0, 12, 0.0), put(0, 10, 0.0), put(0, 4, 0.0));
+    let (a, b) = (put(4, 12, 1.0), put(10, 4, 1.0));
+    let (da, db) = (put(4, 12, 7.0), put(10, 4, 7.0));
+    let read = Read { x: &x, dt: &t, dy: &dy, t: &t };
+    let list = [Segment { b: &b, start: 0, end: 10 }];
+    let db_slot = [Some((&db, true))];
+    let to = Wanted { dx: None, w: None, a: &a, da: Some((&da, false)), db: &db_slot };
+    lora_grads(&cx, &to, &read, &list).unwrap();
+    assert!(da.to_f32().unwrap().iter().all(|v| *v == 0.0));
+    assert!(db.to_f32().unwrap().iter().all(|v| *v == 7.0));
+}
