@@ -5,7 +5,7 @@
 //          (names as in lora.cu)
 // Shapes   As in matmul_hopper.cu and lora.cu. By tensor map, boxes 64 wide: x, dy, t, dt of 128 rows, W of D (nt) or 64 (nn), B_i of D,
 //          A of 64; for the gradients dy, x, dt and each t_i once more, of 64 rows. n, k and each rank are multiples of 8
-// Plan     The persistent product of common/hopper_product.cuh, whose ring goes on after the last step of k. nt: one step for each 64
+// Plan     The persistent product of common/hopper_product.cuh, whose ring takes further steps after the last of k. nt: one step for each 64
 //          ranks of each segment that overlaps the tile; B_i's box begins at the tile's first column, which may lie before the segment:
 //          what is outside is zero, so a tile may cross segments. Only the 16s that have ranks are multiplied. nn: steps over A's
 //          rows. Then the blocks take the tiles of the gradients, 64 of x's or dy's columns by 64 ranks, each over all rows: they begin

@@ -59,7 +59,7 @@ struct Work {
     at += last - first;
     return true;
   }
-  // Where the tile in which this part ends goes on: the steps up to its end belong to the ranks after this one.
+  // The end of the tile in which this part ends: the steps up to there belong to the ranks after this one.
   DEVICE_MEMBER int end_of_tile() const { return (at + steps - 1) / steps * steps; }
 };
 
@@ -179,7 +179,7 @@ DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int
           }
     }
     if (pairs == 8) {
-      unsigned char* box = out + (turn++ & 1) * 2048;  // turn goes on across tiles, whose number of boxes may be odd
+      unsigned char* box = out + (turn++ & 1) * 2048;  // turn keeps counting across tiles, whose number of boxes may be odd
       if (lane == 0) tma_wait_read<1>();  // the box used two turns ago has been read
       warp_sync();
 #pragma unroll
@@ -208,7 +208,7 @@ DEVICE void put_real(const RealC& to, unsigned char* out, float (&d)[D / 2], int
   }
 }
 
-// The ring, for a kernel that goes on with it after the product's last tile.
+// The ring, for a kernel that uses it after the product's last tile, too.
 struct Ring {
   bf16 *sa, *sb;
   mbarrier *full, *empty;

@@ -1,4 +1,4 @@
-// The low-rank terms of a product, as steps that its sums go on with after the last step of k (matmul_few.cu, lora_hopper.cu).
+// The low-rank terms of a product, as further steps of its sums after the last step of k (matmul_few.cu, lora_hopper.cu).
 #pragma once
 #include "prim/kernel.cuh"
 
