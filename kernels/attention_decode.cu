@@ -31,17 +31,14 @@ constexpr int P_STRIDE = PAGE + 8;
 
 // One over the root of the mean square of a head, in the order of rstd_of_head (rope.cu). All lanes of a warp call it.
 template <int D>
-DEVICE float rstd_by_lanes(const real* head, float eps) {
+DEVICE float rstd_of_head_by_lanes(const real* head, float eps) {
   FlatPack square = {};
   for (int i = (int)threadIdx.x % 32 * V; i < D; i += 32 * V) {
     const FlatPack v = load<V>(head + i, D - i);
 #pragma unroll
     for (int j = 0; j < V; ++j) square.v[j] = fmaf(v.v[j], v.v[j], square.v[j]);
   }
-  float sum = square.v[0];
-#pragma unroll
-  for (int j = 1; j < V; ++j) sum += square.v[j];
-  return 1.f / sqrtf(warp_sum(sum) / (float)D + eps);
+  return rstd_by_lanes(square, D, eps);
 }
 
 // acc += P V for COLUMNS columns of V: P has 16 rows of PAGE weights.
@@ -139,7 +136,7 @@ DEVICE void decode(const DecodeArgs& a) {
   const real *own_q = own + kv_head * group * D, *own_k = own + (a.heads + kv_head) * D;
   if (a.wq) {
     for (int h = warp; h <= group; h += W) {
-      const float r = rstd_by_lanes<D>(h < group ? own_q + h * D : own_k, a.eps);
+      const float r = rstd_of_head_by_lanes<D>(h < group ? own_q + h * D : own_k, a.eps);
       if (lane == 0) rstds[h] = r;
     }
     block_sync();

@@ -16,8 +16,8 @@
 //          896 92% (43.9 us; with D=0 81%), 8,192 x 1,536 90%; a launch of 256 rows in a graph 2.55 us (D=0: 8.1 us by ncu).
 //          Backward 88% (46.4 us; D=0 68%), with dw and per = 8 82% (49.9 us) where D=0 and rmsnorm_dw took 60.0 + 77.5 us; 8,192
 //          x 1,536 75%; 4,096 rows of 1,024, 34 MB, mostly start and end of the kernel: 60% (19.2 us).
+#include "common/norm.cuh"
 #include "prim/math.cuh"
-#include "prim/warp.cuh"
 
 // A row of whole packs, D per lane (D=0: any row, read in a loop). All loads of a row are issued at once, so few warps keep the
 // memory busy.
@@ -30,9 +30,6 @@ struct RowPacks {
   }
   DEVICE_MEMBER WarpPack operator[](int k) const { return values(p[k]); }
 };
-
-// y before rounding, from h and w.
-DEVICE float weighted(float h, float w, float plus, int once) { return (w + plus) * (once ? h : round_real(h)); }
 
 // y and rstd of each row of x. With `res` the norm is that of x + res, which is written to `sum`.
 KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* rstd, const real* x, MAYBE(const real) res,
@@ -56,7 +53,7 @@ KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* 
 #pragma unroll
       for (int j = 0; j < WV; ++j) square.v[j] = fmaf(v.v[j], v.v[j], square.v[j]);
     }
-    const float scale = 1.f / sqrtf(pack_sum(square) / (float)d + eps);
+    const float scale = rstd_of(pack_sum(square), d, eps);
     if (LANE == 0) rstd[row] = scale;
 #pragma unroll
     for (int k = 0; k < D; ++k) {
@@ -78,7 +75,7 @@ KERNEL_WARP(rmsnorm_fwd, D=0,1,2,3,4,6,8, HOT)(real* y, MAYBE(real) sum, float* 
 #pragma unroll
       for (int j = 0; j < WV; ++j) square.v[j] = fmaf(s.v[j], s.v[j], square.v[j]);
     }
-    const float scale = 1.f / sqrtf(pack_sum(square) / (float)d + eps);
+    const float scale = rstd_of(pack_sum(square), d, eps);
     if (LANE == 0) rstd[row] = scale;
     const real* s_row = (res ? sum : x) + at;
     for (int i = WCOL; i < d; i += WARP_STEP) {

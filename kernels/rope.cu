@@ -37,7 +37,7 @@ DEVICE float rstd_of_head(const real* p, int dim, float eps) {
 #pragma unroll
     for (int j = 0; j < WV; ++j) square.v[j] = fmaf(v.v[j], v.v[j], square.v[j]);
   }
-  return 1.f / sqrtf(pack_sum(square) / (float)dim + eps);
+  return rstd_of(pack_sum(square), dim, eps);
 }
 
 // Heads of a row that a thread of rope_apply rotates by the same angles, if half a head is a whole number of packs (else 1).

@@ -1,7 +1,7 @@
 // The rotation of a head and the norm before it, by packs of pairs. rope.cu has the math; training, prefill and decoding all call
 // this, so they have the same bits.
 #pragma once
-#include "prim/warp.cuh"
+#include "common/norm.cuh"
 
 // A pack of half a head; `n` values are left from its start. WHOLE: one aligned load, which stalls only at its first use.
 template <bool WHOLE, class T>
@@ -28,18 +28,14 @@ DEVICE int packs_of_head(int dim, int turned) {
   return (turned / 2 + V - 1) / V + ((dim - turned) / 2 + V - 1) / V;
 }
 
-// Norm of a pack of pairs (a, b) of a head: n = (w + plus) * (x * rstd).
-DEVICE float normed(float x, float w, float rstd, float plus, int once) {
-  const float h = x * rstd;
-  return round_real((w + plus) * (once ? h : round_real(h)));
-}
+// Norm of a pack of pairs (a, b) of a head.
 template <bool WHOLE = false>
 DEVICE void norm_pairs(FlatPack& a, FlatPack& b, const real* w, const HeadPairs& at, float rstd, float plus, int once) {
   FlatPack wa = half_pack<WHOLE>(w + at.a, at.n), wb = half_pack<WHOLE>(w + at.b, at.n);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    a.v[j] = normed(a.v[j], wa.v[j], rstd, plus, once);
-    b.v[j] = normed(b.v[j], wb.v[j], rstd, plus, once);
+    a.v[j] = round_real(weighted(a.v[j] * rstd, wa.v[j], plus, once));
+    b.v[j] = round_real(weighted(b.v[j] * rstd, wb.v[j], plus, once));
   }
 }
 

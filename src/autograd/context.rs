@@ -60,14 +60,28 @@ pub struct ProductShape {
     pub input: DType,
     /// Dtype of the result.
     pub output: DType,
-    /// An activation follows in the same kernel, so only the kernels of few rows compete.
-    pub gated: bool,
+    /// What the kernel computes beside the product.
+    pub beside: Beside,
+}
+
+/// What a kernel computes beside a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Beside {
+    /// Nothing.
+    Nothing,
+    /// An activation follows, so only the kernels of few rows compete.
+    Gate,
+    /// A norm precedes: one kernel for both competes with two.
+    Norm,
+    /// A norm precedes and an activation follows.
+    NormAndGate,
 }
 
 /// The fastest kernel for a [`ProductShape`].
 #[derive(Clone, Copy, Debug)]
 pub struct ProductChoice {
-    /// Number of the engine's own kernel. None: the library's kernel is the fastest.
+    /// Number of the engine's own kernel. None: the library's kernel is the fastest, or with a norm
+    /// two kernels are.
     pub own: Option<u32>,
     /// Median time in microseconds.
     pub time: f32,

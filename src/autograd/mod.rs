@@ -10,7 +10,9 @@ mod oracle;
 mod tape;
 
 pub use accumulate::{add_into, flat};
-pub use context::{Cx, ProductCheck, ProductChoice, ProductPatterns, ProductShape, Recompute};
+pub use context::{
+    Beside, Cx, ProductCheck, ProductChoice, ProductPatterns, ProductShape, Recompute,
+};
 pub use op::{Cost, Fwd, Need, Op, Upstream};
 pub use oracle::{F64, Round};
 pub use tape::{Grads, Input, Node, ParamGradSets, ParamGrads, Tape};

@@ -30,9 +30,10 @@ use crate::ops::linear_glu::linear_glu;
 use crate::ops::lora::{Base, lora_linear};
 use crate::ops::matmul::linear;
 use crate::ops::mlp::{DenseLayer, mlp};
+use crate::ops::norm_linear::{NormInput, norm_linear};
 use crate::ops::prompt::prompt_embedding;
 use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
-use crate::ops::rmsnorm::{NormWeight, add_rmsnorm, rmsnorm};
+use crate::ops::rmsnorm::{NormWeight, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::rope_append::rope_append;
 use crate::ops::scale::{multiply, scale_columns};
@@ -589,6 +590,40 @@ impl Decoder {
         Ok(self.enter(cx, stream, branch, Some(&self.final_norm))?.0)
     }
 
+    /// [`Decoder::enter`] and a projection of the module's input: the projection's output, and the
+    /// stream.
+    fn project(
+        &self,
+        cx: &mut Cx,
+        stream: Tensor,
+        branch: Option<Tensor>,
+        norm: Option<&Tensor>,
+        to: &Projection,
+    ) -> Result<(Tensor, Tensor)> {
+        if let (Some(weight), Some(layer)) = (norm, to.dense()) {
+            let input = self.norm_input(&stream, branch.as_ref(), weight);
+            if input.fits(cx, layer.weight) {
+                return norm_linear(cx, input, layer, None);
+            }
+        }
+        let (input, stream) = self.enter(cx, stream, branch, norm)?;
+        Ok((to.apply(cx, &input)?, stream))
+    }
+
+    /// The norm of the stream plus the branch.
+    fn norm_input<'a>(
+        &self,
+        stream: &'a Tensor,
+        branch: Option<&'a Tensor>,
+        weight: &'a Tensor,
+    ) -> NormInput<'a> {
+        let norm = self.config.norm();
+        match branch {
+            Some(branch) => NormInput { x: branch, residual: Some(stream), weight, norm },
+            None => NormInput { x: stream, residual: None, weight, norm },
+        }
+    }
+
     /// Adds the pending branch to the stream. Returns the input of the next module, normalised if
     /// it has a norm, and the stream.
     fn enter(
@@ -598,10 +633,8 @@ impl Decoder {
         branch: Option<Tensor>,
         norm: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
-        let how = self.config.norm();
         match (branch, norm) {
-            (Some(b), Some(w)) => add_rmsnorm(cx, &b, &stream, w, how),
-            (None, Some(w)) => Ok((rmsnorm(cx, &stream, w, how)?, stream)),
+            (branch, Some(w)) => self.norm_input(&stream, branch.as_ref(), w).rows(cx),
             (Some(b), None) => {
                 let sum = add(cx, &stream, &b)?;
                 Ok((sum.clone(), sum))
@@ -636,38 +669,22 @@ impl Decoder {
         positions: &Tensor,
         keys: &Keys,
     ) -> Result<(Tensor, Tensor)> {
-        let (normed, stream) = self.enter(cx, stream, branch, layer.input_norm.as_ref())?;
-        let mut attended = match &layer.mixer {
+        let norm = layer.input_norm.as_ref();
+        let (mut attended, stream) = match &layer.mixer {
             LayerMixer::Attention(attention) => {
-                self.attend(cx, i, attention, normed, positions, keys)?
+                let (qkv, stream) = self.project(cx, stream, branch, norm, &attention.qkv)?;
+                (self.attend(cx, i, attention, qkv, positions, keys)?, stream)
             }
-            LayerMixer::ShortConv(conv) => convolve(cx, i, conv, normed, keys)?,
+            LayerMixer::ShortConv(conv) => {
+                let (bcx, stream) = self.project(cx, stream, branch, norm, &conv.input)?;
+                (convolve(cx, i, conv, bcx, keys)?, stream)
+            }
         };
         if let Some(adapter) = &layer.after_attention {
             attended = adapter.apply(cx, &attended, &stream)?;
         }
         let branch = self.leave(cx, attended, layer.attention_out_norm.as_ref())?;
-        let (normed, stream) = self.enter(cx, stream, Some(branch), layer.post_norm.as_ref())?;
-        let act = match self.config.hidden_act {
-            HiddenAct::Silu => Act::Silu,
-            HiddenAct::Gelu => Act::Gelu,
-            HiddenAct::GeluTanh => Act::GeluTanh,
-        };
-        let mut out = match (layer.gate_up.dense(), layer.down.dense()) {
-            (Some(gate_up), Some(down)) => mlp(cx, &normed, gate_up, down, act)?,
-            (gate_up, _) => {
-                let gated = match gate_up {
-                    Some(DenseLayer { weight, bias }) => {
-                        linear_glu(cx, &normed, weight, bias, act)?
-                    }
-                    None => {
-                        let gate_up = layer.gate_up.apply(cx, &normed)?;
-                        glu(cx, &gate_up, act)?
-                    }
-                };
-                layer.down.apply(cx, &gated)?
-            }
-        };
+        let (mut out, stream) = self.mlp(cx, layer, stream, branch)?;
         if let Some(adapter) = &layer.after_mlp {
             out = adapter.apply(cx, &out, &stream)?;
         }
@@ -675,19 +692,50 @@ impl Decoder {
         Ok((stream, branch))
     }
 
-    /// Attention of layer `i`, from its input to the output of its output projection.
+    /// The MLP of a layer and the norm before it: the MLP's output, and the stream.
+    fn mlp(
+        &self,
+        cx: &mut Cx,
+        layer: &Layer,
+        stream: Tensor,
+        branch: Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let act = match self.config.hidden_act {
+            HiddenAct::Silu => Act::Silu,
+            HiddenAct::Gelu => Act::Gelu,
+            HiddenAct::GeluTanh => Act::GeluTanh,
+        };
+        let norm = layer.post_norm.as_ref();
+        if let (Some(weight), Some(gate_up)) = (norm, layer.gate_up.dense()) {
+            let input = self.norm_input(&stream, Some(&branch), weight);
+            if input.fits(cx, gate_up.weight) {
+                let (gated, stream) = norm_linear(cx, input, gate_up, Some(act))?;
+                return Ok((layer.down.apply(cx, &gated)?, stream));
+            }
+        }
+        let (x, stream) = self.enter(cx, stream, Some(branch), norm)?;
+        let gated = match (layer.gate_up.dense(), layer.down.dense()) {
+            (Some(gate_up), Some(down)) => return Ok((mlp(cx, &x, gate_up, down, act)?, stream)),
+            (Some(DenseLayer { weight, bias }), None) => linear_glu(cx, &x, weight, bias, act)?,
+            (None, _) => {
+                let gate_up = layer.gate_up.apply(cx, &x)?;
+                glu(cx, &gate_up, act)?
+            }
+        };
+        Ok((layer.down.apply(cx, &gated)?, stream))
+    }
+
+    /// Attention of layer `i`, from q | k | v to the output of its output projection.
     fn attend(
         &self,
         cx: &mut Cx,
         i: usize,
         layer: &LayerAttention,
-        normed: Tensor,
+        qkv: Tensor,
         positions: &Tensor,
         keys: &Keys,
     ) -> Result<Tensor> {
         let shape = layer.shape;
-        let qkv = layer.qkv.apply(cx, &normed)?;
-        drop(normed);
         let norm = match (&layer.q_norm, &layer.k_norm, self.config.qk_norm) {
             (Some(q), Some(k), Some(over)) => Some(QkNorm { q, k, norm: self.config.norm(), over }),
             _ => None,
@@ -715,16 +763,9 @@ impl Decoder {
     }
 }
 
-/// The gated convolution of layer `i`, from its input to the output of its output projection.
-fn convolve(
-    cx: &mut Cx,
-    i: usize,
-    layer: &LayerConv,
-    normed: Tensor,
-    keys: &Keys,
-) -> Result<Tensor> {
-    let bcx = layer.input.apply(cx, &normed)?;
-    drop(normed);
+/// The gated convolution of layer `i`, from the output of its input projection to that of its output
+/// projection.
+fn convolve(cx: &mut Cx, i: usize, layer: &LayerConv, bcx: Tensor, keys: &Keys) -> Result<Tensor> {
     let (filters, bias) = (&layer.filters, layer.bias.as_ref());
     let mixed = match keys {
         Keys::Batch(_, Some(rows)) => short_conv(cx, &bcx, filters, bias, rows)?,

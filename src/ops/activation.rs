@@ -46,11 +46,16 @@ pub struct Activation {
 impl Glu {
     /// The op without a tape.
     pub(super) fn of(&self, cx: &Cx, x: &Tensor) -> Result<Tensor> {
-        let (rows, f) = (x.row_count(), x.cols() / 2);
-        let y = cx.real("glu", &[rows, f])?;
-        let args = kernels::GluFwdArgs { y: y.out(), x, rows: rows as i32, f: f as i32 };
-        kernels::glu_fwd(&*cx.device, row_packs(rows, f, y.dtype()), self.act as usize, args)?;
+        let y = cx.real("glu", &[x.row_count(), x.cols() / 2])?;
+        self.write(cx, &y, x)?;
         Ok(y)
+    }
+
+    /// Writes y [rows, f]. Not on the tape.
+    pub(super) fn write(&self, cx: &Cx, y: &Tensor, x: &Tensor) -> Result<()> {
+        let (rows, f) = (y.row_count(), y.cols());
+        let args = kernels::GluFwdArgs { y: y.out(), x, rows: rows as i32, f: f as i32 };
+        kernels::glu_fwd(&*cx.device, row_packs(rows, f, y.dtype()), self.act as usize, args)
     }
 
     /// `dx = ` (or `dx += `) the gradient of x from that of the result.

@@ -4,9 +4,12 @@
 
 use crate::autograd::Cx;
 use crate::device::{Capabilities, DType, Launch, Layout};
-use crate::error::Result;
-use crate::kernels::{self, Boxes, FEW_HOPPER_BARRIERS, FEW_HOPPER_STAGES, FEW_HOPPER_STEP};
+use crate::error::{Error, Result};
+use crate::kernels::{
+    self, Boxes, FEW_HOPPER_BARRIERS, FEW_HOPPER_STAGES, FEW_HOPPER_STEP, FEW_NORM_TILE,
+};
 use crate::ops::operands::Operands;
+use crate::ops::rmsnorm::Norm;
 use crate::tensor::Tensor;
 
 /// Whether this device and these tensors allow the kernels: bf16, few rows, bulk copies of x and w.
@@ -27,7 +30,7 @@ pub(super) fn fits(cx: &Cx, p: &Operands) -> bool {
 /// `c = a b^T (+ bias) (+ c)`, where [`fits`] allows it.
 pub(super) fn product(cx: &Cx, p: &Operands) -> Result<()> {
     let (m, n, k) = p.sizes();
-    let cut = Cut::of([m, n, k], &cx.device.capabilities());
+    let cut = Cut::of([m, n, k], false, &cx.device.capabilities());
     let float = p.c.dtype() == DType::F32;
     let args = kernels::FewHopperNtArgs {
         x: Boxes::swizzled(p.a, cut.width),
@@ -60,7 +63,7 @@ pub(super) fn glu(
     activation: i32,
 ) -> Result<()> {
     let (m, f, k) = (x.row_count(), y.cols(), x.cols());
-    let cut = Cut::of([m, 2 * f, k], &cx.device.capabilities());
+    let cut = Cut::of([m, 2 * f, k], false, &cx.device.capabilities());
     let args = kernels::FewHopperGluArgs {
         x: Boxes::swizzled(x, cut.width),
         w: Boxes::swizzled(w, GLU_ROWS),
@@ -79,10 +82,106 @@ pub(super) fn glu(
     kernels::few_hopper_glu(&*cx.device, cut.launch, cut.width, args)
 }
 
+/// A norm in front of a product: that of `x + residual`, where the sum is written to `sum`; of x if
+/// there is no residual.
+#[derive(Clone, Copy)]
+pub(super) struct Before<'a> {
+    pub x: &'a Tensor,
+    pub residual: Option<&'a Tensor>,
+    pub sum: Option<&'a Tensor>,
+    pub weight: &'a Tensor,
+    pub norm: Norm,
+}
+
+/// The instance for a norm in front of a product with these weights; None: there is none.
+pub(super) fn norm_instance(cx: &Cx, x: &Tensor, norm: &Tensor, w: &Tensor) -> Option<usize> {
+    let whole = |t: &Tensor| t.address().is_multiple_of(16) && t.stride() == t.cols();
+    let fits = allowed(cx, x, w)
+        && x.row_count() <= kernels::FEW_NORM_ROWS
+        && x.cols().is_multiple_of(kernels::pack_width(x.dtype().size()))
+        && whole(x)
+        && norm.address().is_multiple_of(16);
+    let packs = x.cols().div_ceil(kernels::warp_columns(x.dtype().size()));
+    let held = kernels::FEW_NORM_NT_D.into_iter().find(|&held| packs <= held);
+    held.filter(|_| fits)
+}
+
+/// `y = act(g) * u` with `g|u = N w^T (+ bias)`, N the normed rows, or without `act` `y = N w^T (+
+/// bias)`. Error: [`norm_instance`] has none.
+pub(super) fn normed(
+    cx: &Cx,
+    y: &Tensor,
+    before: Before,
+    (w, bias): (&Tensor, Option<&Tensor>),
+    activation: Option<i32>,
+) -> Result<()> {
+    let Before { x, residual, sum, weight: norm_weight, norm } = before;
+    let held = norm_instance(cx, x, norm_weight, w).filter(|_| {
+        residual.is_none_or(|r| r.address().is_multiple_of(16) && r.stride() == r.cols())
+    });
+    let Some(held) = held else {
+        return Err(Error::op("norm_linear", format!("no norm in front of {x:?} and {w:?}")));
+    };
+    let (m, n, k) = (x.row_count(), w.row_count(), x.cols());
+    let cut = Cut::of([m, n, k], true, &cx.device.capabilities());
+    let (m, k, rows, stages) = (m as i32, k as i32, cut.rows as i32, cut.stages as i32);
+    let (ldw, ldc, sum) = (w.stride() as i32, y.stride() as i32, sum.map(|t| t.out()));
+    let (eps, plus, once) = (norm.eps, norm.plus(), norm.once());
+    match activation {
+        None => {
+            let args = kernels::FewNormNtArgs {
+                w: Boxes::swizzled(w, cut.rows),
+                c: y.out(),
+                sum,
+                x,
+                res: residual,
+                norm: norm_weight,
+                weight: w,
+                bias,
+                m,
+                n: n as i32,
+                k,
+                ldw,
+                ldc,
+                eps,
+                plus,
+                once,
+                rows,
+                stages,
+            };
+            kernels::few_norm_nt(&*cx.device, cut.launch, held, args)
+        }
+        Some(activation) => {
+            let args = kernels::FewNormGluArgs {
+                w: Boxes::swizzled(w, GLU_ROWS),
+                y: y.out(),
+                sum,
+                x,
+                res: residual,
+                norm: norm_weight,
+                weight: w,
+                bias,
+                m,
+                f: n as i32 / 2,
+                k,
+                ldw,
+                ldy: ldc,
+                activation,
+                eps,
+                plus,
+                once,
+                rows,
+                stages,
+            };
+            kernels::few_norm_glu(&*cx.device, cut.launch, held, args)
+        }
+    }
+}
+
 /// How a product is cut into blocks and stages.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
-    /// The instance of the kernel: 8, 16, 32 or 64 rows of X.
+    /// The instance of few_hopper_*: 8, 16, 32 or 64 rows of X.
     width: usize,
     /// Rows of W a block.
     rows: usize,
@@ -93,20 +192,28 @@ struct Cut {
 /// Shared memory of a multiprocessor that a launch may use.
 const SHARED: usize = 224 << 10;
 
+fn width_of(m: usize) -> usize {
+    m.next_power_of_two().clamp(8, kernels::FEW_ROWS)
+}
+
 impl Cut {
-    fn of([m, n, k]: [usize; 3], device: &Capabilities) -> Cut {
-        let width = m.next_power_of_two().clamp(8, kernels::FEW_ROWS);
+    /// The cut for m rows, n columns and k. `normed`: x is in shared memory as a whole.
+    fn of([m, n, k]: [usize; 3], normed: bool, device: &Capabilities) -> Cut {
+        let steps = k.div_ceil(FEW_HOPPER_STEP);
+        let (stage, rest) = match normed {
+            true => (kernels::few_hopper_stage(0), FEW_HOPPER_BARRIERS + steps * FEW_NORM_TILE),
+            false => (kernels::few_hopper_stage(width_of(m)), FEW_HOPPER_BARRIERS),
+        };
         // As many rows as leave two blocks to each multiprocessor.
         let many = |rows: &usize| n.div_ceil(*rows) >= 2 * device.multiprocessors;
         let rows = [64, 32].into_iter().find(many).unwrap_or(16);
         let blocks = n.div_ceil(rows);
         let at_once = blocks.div_ceil(device.multiprocessors).clamp(1, 3);
-        let room = SHARED / at_once - FEW_HOPPER_BARRIERS;
-        let most = room / kernels::few_hopper_stage(width);
-        let stages = most.min(FEW_HOPPER_STAGES).min(k.div_ceil(FEW_HOPPER_STEP)).max(2);
-        let shared = stages * kernels::few_hopper_stage(width) + FEW_HOPPER_BARRIERS;
+        let most = (SHARED / at_once).saturating_sub(rest) / stage;
+        let stages = most.min(FEW_HOPPER_STAGES).min(steps).max(2);
+        let shared = stages * stage + rest;
         let launch = Launch::blocks([blocks, 1, 1], kernels::FEW_HOPPER_THREADS as u32, shared);
-        Cut { width, rows, stages, launch }
+        Cut { width: width_of(m), rows, stages, launch }
     }
 }
 
@@ -118,7 +225,7 @@ mod tests {
     fn blocks_fill_the_multiprocessors_and_their_shared_memory() {
         let device = Capabilities { wgmma: true, ..Capabilities::GPU };
         let cut = |m, n, k| {
-            let c = Cut::of([m, n, k], &device);
+            let c = Cut::of([m, n, k], false, &device);
             (c.width, c.rows, c.stages, c.launch.grid[0], c.launch.shared >> 10)
         };
         assert_eq!(cut(1, 896, 4864), (8, 16, 24, 56, 217));
@@ -126,7 +233,7 @@ mod tests {
         assert_eq!(cut(16, 9728, 896), (16, 32, 7, 304, 71));
         assert_eq!(cut(64, 151_936, 896), (64, 64, 4, 2374, 65));
         for (m, n, k) in [(1, 8, 8), (64, 40_000, 18_944), (33, 896, 64)] {
-            let c = Cut::of([m, n, k], &device);
+            let c = Cut::of([m, n, k], false, &device);
             assert!(c.launch.shared <= 227 << 10 && c.width >= m && c.stages >= 2, "{c:?}");
         }
     }

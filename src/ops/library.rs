@@ -28,11 +28,11 @@
 //! reports `sampling/ratio_off_one_max`, which is 0 as long as it does.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
-use crate::autograd::{Cx, ProductCheck, ProductChoice, ProductPatterns, ProductShape};
+use crate::autograd::{Beside, Cx, ProductCheck, ProductChoice, ProductPatterns, ProductShape};
 use crate::config::MatmulChoice;
 use crate::device::{Algorithm, DType, Gemm, Launch, Layout, LibraryProduct, Operand, Pool};
 use crate::error::{Error, Result};
@@ -76,6 +76,8 @@ enum Pattern {
     /// The second half of a row is the negative of the first.
     Right,
     Small,
+    /// Ones.
+    One,
 }
 
 fn gemm(p: &Operands) -> Gemm {
@@ -101,11 +103,11 @@ fn ask(cx: &Cx, p: &Operands, algorithm: Algorithm) -> Result<LibraryProduct> {
 }
 
 /// The key of products that share one choice of kernel.
-fn shape(p: &Operands, gated: bool) -> ProductShape {
+fn shape(p: &Operands, beside: Beside) -> ProductShape {
     let (m, n, k) = p.sizes();
     let rows = fastest::padded_rows(m);
     let (input, output) = (p.a.dtype(), p.c.dtype());
-    ProductShape { rows, padded: rows == m && m <= TIMED, n, k, input, output, gated }
+    ProductShape { rows, padded: rows == m && m <= TIMED, n, k, input, output, beside }
 }
 
 /// Runs the product in the library, if the context allows it and the library can.
@@ -129,7 +131,7 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
     }
     let mut answer = ask(cx, p, Algorithm::Trusted)?;
     if answer == LibraryProduct::Untried {
-        let found = match choose(cx, p, false) {
+        let found = match choose(cx, p, Beside::Nothing) {
             Err(Error::OutOfMemory(_)) => {
                 refused(cx, p, "no memory is left to check the library's");
                 None
@@ -160,23 +162,24 @@ fn is_exact(cx: &Cx, p: &Operands) -> bool {
     chosen && p.layout == Layout::NT && cx.device.capabilities().gemm_depends_on_rows
 }
 
+fn probe<'a>(c: &'a Tensor, a: &'a Tensor, b: &'a Tensor) -> Operands<'a> {
+    Operands { layout: Layout::NT, c, a, b, bias: None, accumulate: false }
+}
+
 /// The kernel for `x w^T` of few rows that an activation follows: of the two that have one, the one
 /// that is faster for the plain product.
 pub(super) fn of_few_rows(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<OwnKernel> {
-    fn probe<'a>(c: &'a Tensor, a: &'a Tensor, b: &'a Tensor) -> Operands<'a> {
-        Operands { layout: Layout::NT, c, a, b, bias: None, accumulate: false }
-    }
     let asked = probe(x, x, w); // only the dtype of C matters
     if !few_hopper::fits(cx, &asked) || !is_exact(cx, &asked) {
         return Ok(OwnKernel::FewRows);
     }
     let chosen = || {
         let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        choices.get(&shape(&asked, true)).and_then(|choice| choice.own)
+        choices.get(&shape(&asked, Beside::Gate)).and_then(|choice| choice.own)
     };
     if chosen().is_none() {
         let c = cx.real("product check", &[x.row_count(), w.row_count()])?;
-        match choose(cx, &probe(&c, x, w), true) {
+        match choose(cx, &probe(&c, x, w), Beside::Gate) {
             Err(Error::OutOfMemory(_)) => {}
             done => drop(done?),
         }
@@ -184,10 +187,78 @@ pub(super) fn of_few_rows(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<OwnKernel> 
     Ok(chosen().map_or(OwnKernel::FewRows, OwnKernel::of_number))
 }
 
+/// One way to compute a product behind a norm, given the weight, the rows, the norm's weight and the
+/// result.
+pub(super) type Way<'a> = dyn Fn(&Tensor, &Tensor, &Tensor, &Tensor) -> Result<()> + 'a;
+
+/// Whether the second way to compute a product behind a norm, one kernel for both, has the bits of
+/// the first, two kernels, and is faster. Timed once for each shape, with the tensors of a [`Way`].
+pub(super) fn norm_in_front(
+    cx: &Cx,
+    tensors: [&Tensor; 4],
+    gated: bool,
+    ways: [&Way; 2],
+) -> Result<bool> {
+    let [w, x, ..] = tensors;
+    let asked = probe(x, x, w); // only the dtype of C matters
+    if !is_exact(cx, &asked) {
+        return Ok(false);
+    }
+    let key = shape(&asked, if gated { Beside::NormAndGate } else { Beside::Norm });
+    let known = || {
+        let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+        choices.get(&key).copied()
+    };
+    if known().is_none() {
+        let choice = match faster_way(cx, tensors, ways) {
+            Err(Error::OutOfMemory(_)) => return Ok(false),
+            choice => choice?,
+        };
+        let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+        choices.extend(choice.map(|choice| (key, choice)));
+    }
+    Ok(known().is_some_and(|choice| choice.own.is_some()))
+}
+
+/// None: the device has no clock.
+fn faster_way(
+    cx: &Cx,
+    [w, x, norm, y]: [&Tensor; 4],
+    ways: [&Way; 2],
+) -> Result<Option<ProductChoice>> {
+    let check = Check::begin(cx);
+    let w = check.rows_like(w, w.row_count(), Pattern::Right)?;
+    let x = check.rows_like(x, x.row_count(), Pattern::Left)?;
+    let norm = check.rows_like(norm, 1, Pattern::One)?;
+    let expected = check.block_like(y, y.row_count())?.1;
+    let (bytes, y) = check.block_like(y, y.row_count())?;
+    ways[0](&w, &x, &norm, &expected)?;
+    let flush = Tensor::new(&check.pool, "product check", DType::U8, &[FLUSHED]).ok();
+    let clear = || flush.as_ref().map_or(Ok(()), Tensor::zero);
+    let timed = |way: &Way| fastest::timed(cx, &clear, &|| way(&w, &x, &norm, &y));
+    let times = [timed(ways[0])?, timed(ways[1])?];
+    let early = cx.device.capabilities().wgmma;
+    let first = fastest::by_time(&times, early, |i| i == 1).first().copied();
+    let mut choice = None;
+    if let Some(first) = first {
+        let mut front = first == 1;
+        if front {
+            bytes.zero()?;
+            ways[1](&w, &x, &norm, &y)?;
+            front = equal(&check.pool, cx, &expected, &y, 0)?;
+        }
+        let own = front.then(|| OwnKernel::FewHopper.number());
+        let time = fastest::median(&times[usize::from(front)]).unwrap_or_default();
+        choice = Some(ProductChoice { own, time });
+    }
+    check.end();
+    Ok(choice)
+}
+
 /// The own kernel that was fastest for products like this, if one was.
 fn chosen_own(cx: &Cx, p: &Operands) -> Option<OwnKernel> {
     let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-    let kernel = OwnKernel::of_number(choices.get(&shape(p, false))?.own?);
+    let kernel = OwnKernel::of_number(choices.get(&shape(p, Beside::Nothing))?.own?);
     drop(choices);
     Some(if kernel.can(cx, p) { kernel } else { OwnKernel::preferred(cx, p) })
 }
@@ -204,10 +275,10 @@ fn refused(cx: &Cx, p: &Operands, why: &str) {
     ));
 }
 
-/// The library's candidate for products like this; None if an own kernel is used. `gated`: only the
-/// own kernels of few rows compete.
-fn choose(cx: &Cx, p: &Operands, gated: bool) -> Result<Option<usize>> {
-    let check = Check::begin(cx)?;
+/// The library's candidate for products like this; None if an own kernel is used. With a gate only
+/// the own kernels of few rows compete.
+fn choose(cx: &Cx, p: &Operands, beside: Beside) -> Result<Option<usize>> {
+    let check = Check::begin(cx);
     let a = check.rows_like(p.a, p.a.row_count(), Pattern::Left)?;
     let b = check.rows_like(p.b, p.b.row_count(), Pattern::Right)?;
     let bias = p.bias.map(|t| check.rows_like(t, 1, Pattern::Small)).transpose()?;
@@ -216,7 +287,7 @@ fn choose(cx: &Cx, p: &Operands, gated: bool) -> Result<Option<usize>> {
     let candidate = |i| Ok(ask(cx, &test, Algorithm::Candidate(i))? == LibraryProduct::Queued);
     let known = |rows: usize| {
         let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        rows > TIMED && choices.contains_key(&shape(p, gated))
+        rows > TIMED && choices.contains_key(&shape(p, beside))
     };
     let (mut found, mut other_bits) = (None, false);
     if known(p.sizes().0) {
@@ -231,11 +302,11 @@ fn choose(cx: &Cx, p: &Operands, gated: bool) -> Result<Option<usize>> {
             other_bits = true;
         }
     } else {
-        let own = match gated {
-            true => vec![OwnKernel::FewRows, OwnKernel::FewHopper],
-            false => OwnKernel::contenders(cx, p),
+        let own = match beside {
+            Beside::Nothing => OwnKernel::contenders(cx, p),
+            _ => vec![OwnKernel::FewRows, OwnKernel::FewHopper],
         };
-        let times = times(cx, &check, &test, &own, !gated)?;
+        let times = times(cx, &check, &test, &own, beside == Beside::Nothing)?;
         let library = times.len() - own.len();
         let mut choice = None;
         let early = cx.device.capabilities().wgmma;
@@ -255,7 +326,7 @@ fn choose(cx: &Cx, p: &Operands, gated: bool) -> Result<Option<usize>> {
             other_bits = true;
         }
         let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        choices.extend(choice.map(|choice| (shape(p, gated), choice)));
+        choices.extend(choice.map(|choice| (shape(p, beside), choice)));
     }
     check.end();
     match found {
@@ -330,16 +401,15 @@ fn equal(pool: &Arc<Pool>, cx: &Cx, expected: &Tensor, c: &Tensor, from: usize) 
 /// The memory of a check, outside the context's pool, whose peak belongs to the run.
 struct Check<'a> {
     pool: Arc<Pool>,
-    kept: MutexGuard<'a, Option<Arc<Pool>>>,
+    kept: &'a Mutex<Option<Arc<Pool>>>,
     patterns: &'a ProductPatterns,
 }
 
 impl<'a> Check<'a> {
-    fn begin(cx: &'a Cx) -> Result<Check<'a>> {
-        let ProductCheck { pool, patterns, .. } = &cx.product_check;
-        let mut kept = pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let pool = kept.take().unwrap_or_else(|| Pool::new(cx.device.clone()));
-        Ok(Check { pool, kept, patterns })
+    fn begin(cx: &'a Cx) -> Check<'a> {
+        let ProductCheck { pool: kept, patterns, .. } = &cx.product_check;
+        let pool = kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Check { pool: pool.unwrap_or_else(|| Pool::new(cx.device.clone())), kept, patterns }
     }
 
     /// `rows` rows in new memory with the alignment and the stride of `t`: all their bytes, and the
@@ -386,9 +456,9 @@ impl<'a> Check<'a> {
     }
 
     /// Keeps the memory for the next check, unless it is large.
-    fn end(mut self) {
+    fn end(self) {
         if self.pool.cached() + self.pool.in_use().0 <= KEPT {
-            *self.kept = Some(self.pool.clone());
+            *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.pool);
         }
     }
 }
@@ -404,6 +474,7 @@ fn values(pattern: Pattern, rows: usize, cols: usize, stride: usize) -> Vec<f32>
             row[j] = match pattern {
                 Pattern::Left if (half..2 * half).contains(&j) => row[j - half],
                 Pattern::Right if (half..2 * half).contains(&j) => -row[j - half],
+                Pattern::One => 1.0,
                 Pattern::Small => SMALL * random.next().unwrap_or_default(),
                 _ => random.next().unwrap_or_default(),
             };

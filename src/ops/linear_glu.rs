@@ -63,12 +63,29 @@ fn few(cx: &Cx, x: &Tensor) -> bool {
 impl LinearGlu {
     fn y(&self, cx: &mut Cx, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         self.check(x, w, bias)?;
+        let y = cx.real("glu", &[x.row_count(), w.row_count() / 2])?;
+        self.write(cx, &y, x, w, bias)?;
+        Ok(y)
+    }
+
+    /// Writes y [m, f]. Not on the tape.
+    pub(super) fn write(
+        &self,
+        cx: &Cx,
+        y: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<()> {
         if few(cx, x) && w.row_count().is_multiple_of(2) {
-            let y = cx.real("glu", &[x.row_count(), w.row_count() / 2])?;
-            fused_by(cx, of_few_rows(cx, x, w)?, &y, (x, w, bias), self.act)?;
-            return Ok(y);
+            return fused_by(cx, of_few_rows(cx, x, w)?, y, (x, w, bias), self.act);
         }
-        Ok(self.both(cx, x, w, bias, false)?.0)
+        if linear_glu_hopper::fits(cx, x, w) {
+            return linear_glu_hopper::forward(cx, y, None, (x, w, bias), self.act);
+        }
+        let gate_up = cx.real("linear", &[x.row_count(), w.row_count()])?;
+        product(cx, Layout::NT, &gate_up, x, w, bias, false)?;
+        Glu { act: self.act }.write(cx, y, &gate_up)
     }
 
     fn check(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {

@@ -29,6 +29,7 @@ mod matmul_few;
 mod matmul_hopper;
 pub mod mlp;
 pub mod muon;
+pub mod norm_linear;
 mod operands;
 pub mod own;
 pub mod policy;

@@ -9,8 +9,8 @@ use super::preference::{segment_cases, segment_perf};
 use super::quant::{linear_cases, linear_perf};
 use super::{
     activation, adamw, adamw8, add, attention, cache, distill, dropout, embedding, head,
-    linear_glu, lora, matmul, mlp, muon, policy, preference, prompt, quant, rmsnorm, rope,
-    rope_append, sample, scale, short_conv, short_conv_paged, tokens,
+    linear_glu, lora, matmul, mlp, muon, norm_linear, policy, preference, prompt, quant, rmsnorm,
+    rope, rope_append, sample, scale, short_conv, short_conv_paged, tokens,
 };
 
 pub struct Entry {
@@ -43,6 +43,7 @@ pub fn registry() -> Vec<Entry> {
         "activation",
         "reduce",
     ];
+    const NORM_LINEAR: &[&str] = &["matmul_few_hopper", "rmsnorm", "matmul_few", "activation"];
     const PROMPT: &[&str] = &["prompt", "embedding", "scale"];
     const DISTILL: &[&str] = &["distill", "head", "matmul", "preference"];
     type Perf = fn(&mut Rng, &PerfShape) -> Vec<Case>;
@@ -64,6 +65,7 @@ pub fn registry() -> Vec<Entry> {
         op("linear_glu", LINEAR_GLU, linear_glu::cases, linear_glu::perf, GEMM),
         op("lora_linear", LORA, lora::cases, lora::perf, GEMM),
         op("mlp", LINEAR_GLU, mlp::cases, mlp::perf, GEMM),
+        op("norm_linear", NORM_LINEAR, norm_linear::cases, norm_linear::perf, GEMM),
         op("muon", &["muon", "matmul"], muon::cases, muon::perf, GEMM),
         op(
             "orthogonalise",

@@ -240,12 +240,23 @@ fn forward(
     kernels::rmsnorm_fwd(&*cx.device, Launch::warps(x.row_count()), held, args)
 }
 
+/// The normed rows, and the sum if there is a residual. Not on the tape.
+pub(super) fn norm_rows(
+    cx: &Cx,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    w: &Tensor,
+    norm: Norm,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (y, rstd) = (cx.real("rmsnorm", x.shape())?, cx.float("rstd", &[x.row_count()])?);
+    let sum = residual.map(|_| cx.real("residual", x.shape())).transpose()?;
+    forward(cx, [&y, &rstd], sum.as_ref().zip(residual), x, w, norm)?;
+    Ok((y, sum))
+}
+
 /// Recomputes y from the saved input (for the fused norm: the sum) and weight.
 fn recompute(cx: &Cx, node: &Node, norm: Norm) -> Result<Tensor> {
-    let (s, w) = (&node.saved[0], &node.saved[1]);
-    let (y, rstd) = (cx.real("rmsnorm", s.shape())?, cx.float("rstd", &[s.row_count()])?);
-    forward(cx, [&y, &rstd], None, s, w, norm)?;
-    Ok(y)
+    Ok(norm_rows(cx, &node.saved[0], None, &node.saved[1], norm)?.0)
 }
 
 /// The inputs of a norm's backward: its input, weight and rstd, and the gradient of its output.

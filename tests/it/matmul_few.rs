@@ -10,7 +10,10 @@ use temper::ops::activation::{Act, Glu};
 use temper::ops::case::Rng;
 use temper::ops::linear_glu::{fused_by, linear_glu};
 use temper::ops::matmul::{linear, product_by};
+use temper::ops::mlp::DenseLayer;
+use temper::ops::norm_linear::{NormInput, fused};
 use temper::ops::own::OwnKernel;
+use temper::ops::rmsnorm::{Norm, NormWeight};
 use temper::tensor::{Id, ParamSetId, Tensor};
 
 fn context(device: impl Device + 'static) -> Cx {
@@ -181,4 +184,77 @@ fn on_the_tape_it_is_two_ops_with_the_same_bits() {
     let taped = linear_glu(&mut cx, &x, &w, None, Act::Silu).unwrap();
     assert!(free == bits(&taped));
     assert_eq!(cx.tape.unwrap().len(), 2);
+}
+
+/// The bits of a layer behind a norm, and of the sum that is normed; in one kernel or in two.
+fn normed_bits(
+    device: Cpu,
+    one: bool,
+    [m, n, k]: [usize; 3],
+    act: Option<Act>,
+    residual: bool,
+    norm: Norm,
+) -> [Vec<u32>; 2] {
+    let mut cx = context(device);
+    let tensor = |seed, shape: &[usize]| random(&cx, seed, shape, DType::BF16);
+    let (x, r, scale) = (tensor(1, &[m, k]), tensor(2, &[m, k]), tensor(3, &[k]));
+    let (w, bias, y) = (tensor(4, &[n, k]), tensor(5, &[n]), tensor(6, &[m, n]));
+    let (y, sum) = (if act.is_some() { tensor(6, &[m, n / 2]) } else { y }, tensor(7, &[m, k]));
+    let input = NormInput { x: &x, residual: residual.then_some(&r), weight: &scale, norm };
+    let layer = DenseLayer { weight: &w, bias: Some(&bias) };
+    if one {
+        assert!(input.fits(&cx, &w));
+        fused(&cx, &y, residual.then_some(&sum), input, layer, act).unwrap();
+        let sum = if residual { &sum } else { &x };
+        return [bits(&y), bits(sum)];
+    }
+    let (rows, sum) = input.rows(&mut cx).unwrap();
+    let mut y = linear(&mut cx, &rows, &w, layer.bias).unwrap();
+    if let Some(act) = act {
+        y = cx.apply1(Glu { act }, &[&y]).unwrap();
+    }
+    [bits(&y), bits(&sum)]
+}
+
+#[test]
+fn a_norm_in_front_of_a_product_has_the_bits_of_two_kernels() {
+    for (shape, act, residual, weight) in [
+        ([1, 24, 64], None, false, NormWeight::Rounded),
+        ([1, 40, 896], None, true, NormWeight::Rounded),
+        ([8, 33, 136], None, true, NormWeight::Once),
+        ([3, 70, 1032], None, true, NormWeight::PlusOne),
+        ([1, 26, 72], Some(Act::Silu), true, NormWeight::Rounded),
+        ([5, 80, 2048], Some(Act::GeluTanh), true, NormWeight::PlusOne),
+        ([8, 34, 200], Some(Act::Gelu), false, NormWeight::Once),
+    ] {
+        let norm = Norm { eps: 1e-5, weight };
+        let apart = normed_bits(Cpu::new(), false, shape, act, residual, norm);
+        for device in [Cpu::new().with_wgmma(), Cpu::strict(11).with_wgmma()] {
+            let one = normed_bits(device, true, shape, act, residual, norm);
+            assert!(one == apart, "{shape:?} {act:?} {residual} {weight:?}");
+        }
+    }
+}
+
+#[test]
+fn a_norm_is_not_computed_in_front_of_products_that_the_kernel_does_not_take() {
+    let cx = context(Cpu::new().with_wgmma());
+    let fits = |cx: &Cx, m: usize, k: usize, dtype: DType| {
+        let (x, w) = (random(cx, 1, &[m, k], dtype), random(cx, 2, &[24, k], dtype));
+        let scale = random(cx, 3, &[k], dtype);
+        let input = NormInput { x: &x, residual: None, weight: &scale, norm: Norm::new(1e-5) };
+        input.fits(cx, &w)
+    };
+    assert!(fits(&cx, 8, 2048, DType::BF16));
+    assert!(!fits(&cx, 9, 64, DType::BF16), "more rows than a tile");
+    assert!(!fits(&cx, 1, 2056, DType::BF16), "rows that registers do not hold");
+    assert!(!fits(&cx, 1, 60, DType::BF16), "rows of broken packs");
+    assert!(!fits(&cx, 1, 64, DType::F32));
+    let mut library = context(Cpu::new().with_wgmma());
+    library.matmul = MatmulChoice::Library;
+    assert!(!fits(&library, 1, 64, DType::BF16), "products of the library");
+    let mut taped = context(Cpu::new().with_wgmma());
+    taped.tape = Some(Tape::default());
+    assert!(!fits(&taped, 1, 64, DType::BF16), "training");
+    assert!(!fits(&context(Cpu::new()), 1, 64, DType::BF16), "no wgmma");
 }
