@@ -151,7 +151,7 @@ impl Kernel {
     pub fn entry_params(&self) -> String {
         let one = |p: &Param| match p.role {
             Role::Map => format!("const __grid_constant__ tensor_map {}", p.name),
-            _ => format!("{} {}", p.c_type(" __restrict__"), p.name),
+            _ => format!("{} {}", p.c_type(" ENTRY_RESTRICT"), p.name),
         };
         self.params.iter().map(one).collect::<Vec<_>>().join(", ")
     }

@@ -20,9 +20,9 @@
 #include "common/hopper_product.cuh"
 
 // D of nt is 8 x (rows of a tile / 64) + the activation, D of nn the activation. Stages of the ring; the block's shared memory: the
-// ring, boxes of 16 x 64 (two or five a warp), barriers.
+// ring, boxes of 16 x 64 (two or six a warp), barriers.
 EXPORT_FN(glu_halves, d, d < 8 ? 2 : d / 8);
-EXPORT_FN(glu_boxes, d, d < 8 ? 5 : 2);
+EXPORT_FN(glu_boxes, d, d < 8 ? 6 : 2);
 EXPORT_FN(glu_stages, d, d / 8 == 2 ? 6 : 4);
 EXPORT_FN(glu_shared, d, glu_stages(d) * (glu_halves(d) * 64 + 128) * 128 + 8 * glu_boxes(d) * 2048 + 512);
 
@@ -64,7 +64,7 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int tm, int tn
   int i, j;
 
   if (warpgroup == 0) {
-    registers_dec<40>();
+    registers_dec<HALVES == 3 ? 24 : 40>();
     if (threadIdx.x != 0) return;
     int stage = 0, phase = 0;
     for (int tile = blockIdx.x; tile < tm * tn; tile += gridDim.x) {
@@ -88,7 +88,7 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int tm, int tn
     return;
   }
 
-  registers_inc<232>();
+  registers_inc<HALVES == 3 ? 240 : 232>();
   const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   end.boxes = boxes + (w * 4 + warp) * BOXES * 2048;
   end.loaded = loaded + (w * 4 + warp) * 2;
@@ -122,9 +122,13 @@ DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int tm, int tn
       if (++stage == STAGES) stage = 0, phase ^= 1;
       if (q == steps / 2) end.halfway(at, lane);
     }
-    if (thread == 0) mbarrier_arrive(turn + (w ^ 1));  // while the last products run
+    // The turn passes while the last products run. With one step, nothing but their end shows that all four warps had the turn.
+    if (steps > 1 && thread == 0) mbarrier_arrive(turn + (w ^ 1));
     wgmma_wait<0>();
-    if (thread == 0) mbarrier_arrive(empty + last);
+    if (thread == 0) {
+      mbarrier_arrive(empty + last);
+      if (steps == 1) mbarrier_arrive(turn + (w ^ 1));
+    }
     end.finish(at, lane, d);
   }
   if (lane == 0) tma_wait<0>();
@@ -202,7 +206,7 @@ struct GluBackward {
   const tensor_map *gate, *up, *y;
   const real* gate_up;
   int m, f, keep;
-  unsigned char* boxes;  // g and u of even parts, of odd ones, y
+  unsigned char* boxes;  // g and u of even parts, of odd ones; y of even parts, of odd ones
   mbarrier* loaded;
 
   // A warp's rows of a tile in four parts of 16 x 64: the upper half's columns, then the lower half's.
@@ -229,19 +233,14 @@ struct GluBackward {
   }
 
   DEVICE_MEMBER void finish(const GluPlace& at, int lane, float (&d)[2][64]) const {
-    unsigned char* box_y = boxes + 4 * 2048;
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const int row = at.row + part / 2 * 64, col = at.col + part % 2 * 64;
-      unsigned char *box_g = boxes + part % 2 * 4096, *box_u = box_g + 2048;
+      unsigned char *box_g = boxes + part % 2 * 4096, *box_u = box_g + 2048, *box_y = boxes + (4 + part % 2) * 2048;
       mbarrier_wait(loaded + part % 2, part / 2);
-      if (keep) {
-        if (lane == 0) tma_wait_read<0>();
-        warp_sync();
-      }
 #pragma unroll
       for (int x = 0; x < 8; x += 2) {
-        if (x == 2 && (part == 1 || part == 2)) {  // the part before this one has left its boxes by now
+        if (x == 2 && (part == 1 || part == 2)) {  // the part before this one has left its boxes by now, that of y too
           if (lane == 0) {
             tma_wait_read<0>();
             load(at, part + 1);

@@ -18,6 +18,7 @@
 //          copying threads took some 28 instructions a copy, 2,000 cycles a stage, in which the products took 1,300. Now
 //          about 5; *predicted* 9, 9 and 9 us, not measured. few_lora_nt, rank 16: one stage more than few_nt, 0.3 us, *predicted*.
 #include "common/activate.cuh"
+#include "common/few_rows.cuh"
 #include "common/low_rank.cuh"
 #include "prim/tile.cuh"
 
@@ -71,13 +72,6 @@ DEVICE void few_copy(unsigned char* tile, const Matrix& a, int low, int high, in
       for (int t = 0; t < turns; ++t) a.chunk((bf16*)(to + 128 * t), row < 0 ? a.rows : row, col + 64 * t);
     }
   }
-}
-
-// Asks for the block's rows of W while the kernel before it still runs.
-DEVICE void few_prefetch(const Matrix& w, int low, int high, int half, int k) {
-  const int r = threadIdx.x;
-  const int row = r < half ? low + r : high + r - half;
-  if (r < 2 * half && row < w.rows && w.aligned) prefetch_l2(w.p + (long long)row * w.ld, k / 8 * 16);
 }
 
 // This warp's sums, with 8 rows of W from each of the block's two halves: from row `low` and from row `high`. `terms`: the low-rank
@@ -150,13 +144,13 @@ DEVICE void few_put(const float (&acc)[D / 16][2][4], const Target<T>& to, int n
 #endif
 
 KERNEL(few_nt, D=16,32,64, HOT, WAITS)(MAYBE(real) c, MAYBE(float) cf, const real* x, const real* w, MAYBE(const real) bias, int m, int n,
-                    int k, int ldx, int ldw, int ldc, int accumulate, int warps, int shift) {
+                    int k, int ldx, int ldw, int ldc, int accumulate, int warps, int shift, int ahead, int wave) {
 #ifdef REAL_BF16
   const int n0 = blockIdx.x * warps * FEW_COLS, warp = threadIdx.x / 32;
   float acc[D / 16][2][4] = {};
   const int half = FEW_COLS / 2 * warps;
   const Matrix weight(w, ldw, n, k);
-  few_prefetch(weight, n0, n0 + half, half, k);
+  prefetch_rows(w, ldw, n0, n0 + half, half, n, ahead, wave);
   wait_for_previous();
   const Matrix rows(x, ldx, m, k);
   few_sums<D>(acc, rows, weight, n0, n0 + half, k, warps, shift, rows, NoLowRank());
@@ -171,14 +165,14 @@ KERNEL(few_nt, D=16,32,64, HOT, WAITS)(MAYBE(real) c, MAYBE(float) cf, const rea
 // k is at least 1.
 KERNEL(few_lora_nt, D=16,32,64, BLOCKS=16:2, HOT, WAITS)(real* c, const real* x, const real* w, MAYBE(const real) bias, const real* t, const real* b0,
                     MAYBE(const real) b1, MAYBE(const real) b2, int m, int n, int k, int ranks, int ldx, int ldw, int ldc, int ldt,
-                    int warps, int shift, int start0, int end0, int rank0, int start1, int end1, int rank1, int start2, int end2,
+                    int warps, int shift, int ahead, int wave, int start0, int end0, int rank0, int start1, int end1, int rank1, int start2, int end2,
                     int rank2) {
 #ifdef REAL_BF16
   const int n0 = blockIdx.x * warps * FEW_COLS;
   float acc[D / 16][2][4] = {};
   const int half = FEW_COLS / 2 * warps;
   const Matrix weight(w, ldw, n, k);
-  few_prefetch(weight, n0, n0 + half, half, k);
+  prefetch_rows(w, ldw, n0, n0 + half, half, n, ahead, wave);
   wait_for_previous();
   const LowRank<const real*> terms(b0, b1, b2, start0, end0, rank0, start1, end1, rank1, start2, end2, rank2);
   few_sums<D>(acc, Matrix(x, ldx, m, k), weight, n0, n0 + half, k, warps, shift, Matrix(t, ldt, m, ranks), terms);
@@ -189,13 +183,13 @@ KERNEL(few_lora_nt, D=16,32,64, BLOCKS=16:2, HOT, WAITS)(real* c, const real* x,
 }
 
 KERNEL(few_glu, D=16,32,64, HOT, WAITS)(real* y, const real* x, const real* w, MAYBE(const real) bias, int m, int f, int k, int ldx,
-                     int ldw, int ldy, int activation, int warps, int shift) {
+                     int ldw, int ldy, int activation, int warps, int shift, int ahead, int wave) {
 #ifdef REAL_BF16
   constexpr int HALF = FEW_COLS / 2;
   const int f0 = blockIdx.x * warps * HALF, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float acc[D / 16][2][4] = {};
   const Matrix weight(w, ldw, 2 * f, k);
-  few_prefetch(weight, f0, f + f0, HALF * warps, k);
+  prefetch_rows(w, ldw, f0, f + f0, HALF * warps, 2 * f, ahead, wave);
   wait_for_previous();
   // Columns past f, in the last block, are sums of other rows: they are not stored.
   const Matrix rows(x, ldx, m, k);

@@ -19,43 +19,43 @@
 //          few_norm_*: 0.2 us more than few_hopper_* (X waits for two rounds of shuffles, a square root and a barrier), for a launch
 //          of rmsnorm_fwd less, 1.5 us. All *predicted*, not measured.
 #include "common/activate.cuh"
+#include "common/few_rows.cuh"
 #include "common/norm.cuh"
 #include "prim/tile.cuh"
-#include "prim/wgmma.cuh"
+#include "prim/wgmma_loop.cuh"
 
 // k of a stage; bytes of a stage and of the barriers.
 EXPORT(int, FEW_HOPPER_STEP, 64);
 EXPORT_FN(few_hopper_stage, d, (64 + d) * 128);
 EXPORT(int, FEW_HOPPER_BARRIERS, 1024);
-// The most stages.
-EXPORT(int, FEW_HOPPER_STAGES, 24);
-EXPORT(int, FEW_HOPPER_THREADS, 160);
+// The most stages: with few, a block finds room beside the blocks of the kernel before it.
+EXPORT(int, FEW_HOPPER_STAGES, 8);
+EXPORT(int, FEW_HOPPER_THREADS, 192);
 // The most rows of few_norm_*, and the bytes that they take for each step of k.
 EXPORT(int, FEW_NORM_ROWS, 8);
 EXPORT(int, FEW_NORM_TILE, 1024);
 
 #if defined(REAL_BF16) && defined(HOPPER)
-// Asks for the block's rows of W while the kernel before it still runs: `rows` from row0, and from row1 on if it is not negative.
-DEVICE void few_hopper_prefetch(const real* w, int ldw, int row0, int row1, int rows, int n, int k) {
-  const int r = threadIdx.x, row = r < rows ? row0 + r : row1 + r - rows;
-  if (r < (row1 < 0 ? rows : 2 * rows) && row < n) prefetch_l2(w + (long long)row * ldw, k / 8 * 16);
-}
-
 // X by tensor map: boxes of D rows, each behind the W of its stage.
 template <int D>
 struct LoadedRows {
   static constexpr int BYTES = D * 128;  // that a stage holds and a load brings
+  static constexpr int LOADERS = 1;
   const tensor_map& map;
   DEVICE_MEMBER void prepare(unsigned char*, int) const {}
   DEVICE_MEMBER void begin(unsigned char*, int) const {}
-  DEVICE_MEMBER void load(bf16* tile, mbarrier* full, int from) const { tma_load(tile + 64 * 64, &map, full, from, 0); }
-  DEVICE_MEMBER const bf16* tile(const bf16* w, const unsigned char*, int) const { return w + 64 * 64; }
+  DEVICE_MEMBER void load(bf16* tile, mbarrier* full, int from) const {
+    mbarrier_expect(full, BYTES);
+    tma_load(tile + 64 * 64, &map, full, from, 0);
+  }
+  // The first tile.
+  DEVICE_MEMBER const bf16* tile(const bf16* w, const unsigned char*) const { return w + 64 * 64; }
 };
 
 // N: rows that the block norms itself, in a tile of 8 rows for each step, behind the ring. D packs of a row a lane.
 template <int D>
 struct NormedRows {
-  static constexpr int BYTES = 0;
+  static constexpr int BYTES = 0, LOADERS = 0;
   real* sum;
   const real *x, *res, *weight;
   int m, k, once;
@@ -63,8 +63,10 @@ struct NormedRows {
 
   // Zeros for the rows that X does not have.
   DEVICE_MEMBER void prepare(unsigned char* tiles, int steps) const {
-    if (threadIdx.x == 128) prefetch_l2(weight, k * 2);
-    if (threadIdx.x >= 128) return;
+    if (threadIdx.x >= 128) {
+      for (int i = (int)threadIdx.x - 128; i * 64 < k; i += (int)blockDim.x - 128) prefetch_l2(weight + i * 64);
+      return;
+    }
     for (int c = m * 8 + (int)threadIdx.x; c < 64 * steps; c += 128)
       if (c % 64 >= m * 8) put(at(tiles, c % 64 / 8, c / 64 * 64 + c % 8 * 8), packed<real>(FlatPack{}), V);
   }
@@ -75,9 +77,7 @@ struct NormedRows {
     named_barrier(1, 128);
   }
   DEVICE_MEMBER void load(bf16*, mbarrier*, int) const {}
-  DEVICE_MEMBER const bf16* tile(const bf16*, const unsigned char* tiles, int step) const {
-    return (const bf16*)(tiles + step * FEW_NORM_TILE);
-  }
+  DEVICE_MEMBER const bf16* tile(const bf16*, const unsigned char* tiles) const { return (const bf16*)tiles; }
 
  private:
   DEVICE_MEMBER real* at(unsigned char* tiles, int row, int col) const {
@@ -121,17 +121,25 @@ struct NormedRows {
   }
 };
 
+// Where a block's rows of W are: half of them from `low` on, the others from `high` on; and how much of them is prefetched.
+struct FewWeight {
+  const real* w;
+  int ld, n, low, high, ahead, wave;
+};
+
 // The sums of the block's rows of W (first of the wgmma) and the rows of X: sum[4c + 2h + e] is W's row 16 warp + lane / 4 + 8 h of
-// the tile, X's row 8 c + lane % 4 * 2 + e. `load` starts the loads of W for a step. False: this thread has none.
-template <int D, class Rows, class Load>
-DEVICE bool few_hopper_sums(float (&sum)[D / 2], const Rows& x, int rows, int k, int stages, const Load& load) {
+// the tile, X's row 8 c + lane % 4 * 2 + e. `load` starts the loads of W for a step, `first` those of what the end needs. False: this
+// thread has none.
+template <int D, class Rows, class Load, class First>
+DEVICE bool few_hopper_sums(float (&sum)[D / 2], const Rows& x, const FewWeight& w, int rows, int k, int stages, const Load& load,
+                            const First& first) {
   constexpr int STAGE = few_hopper_stage(Rows::BYTES / 128);
   unsigned char* ring = shared_base();
   mbarrier* full = (mbarrier*)(ring + stages * STAGE);
   mbarrier* empty = full + stages;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
-      mbarrier_init(full + i, 1);
+      mbarrier_init(full + i, 1 + Rows::LOADERS);
       mbarrier_init(empty + i, 1);
     }
     mbarrier_fence();
@@ -140,31 +148,41 @@ DEVICE bool few_hopper_sums(float (&sum)[D / 2], const Rows& x, int rows, int k,
   unsigned char* tiles = ring + stages * STAGE + FEW_HOPPER_BARRIERS;
   x.prepare(tiles, steps);
   block_sync();
+  prefetch_rows(w.w, w.ld, w.low, w.high, rows / 2, w.n, w.ahead, w.wave);
   wait_for_previous();
   int stage = 0, phase = 0;
   auto next = [&] {
     if (++stage == stages) stage = 0, phase ^= 1;
   };
-  if (threadIdx.x >= 128) {
-    if (threadIdx.x > 128) return false;
+  // The number of the warp by its first lane: so the compiler knows that no warp parts here, and keeps operands in uniform registers.
+  const int warp = shfl((int)threadIdx.x / 32, 0);
+  if (warp >= 4) {
+    // A thread of warp 4 loads W, one of warp 5 X.
+    if (threadIdx.x % 32 != 0 || warp > 4 + Rows::LOADERS) return false;
     for (int q = 0; q < steps; ++q, next()) {
       mbarrier_wait(empty + stage, phase ^ 1);
-      mbarrier_expect(full + stage, rows * 128 + Rows::BYTES);
       bf16* tile = (bf16*)(ring + stage * STAGE);
-      load(tile, full + stage, q * FEW_HOPPER_STEP);
-      x.load(tile, full + stage, q * FEW_HOPPER_STEP);
+      if (warp == 4) {
+        mbarrier_expect(full + stage, rows * 128);
+        load(tile, full + stage, q * FEW_HOPPER_STEP);
+      } else {
+        x.load(tile, full + stage, q * FEW_HOPPER_STEP);
+      }
     }
     return false;
   }
+  first();
   x.begin(tiles, steps);
+  const wgmma_operand w0 = wgmma_desc<true>((bf16*)ring), x0 = wgmma_desc<true>(x.tile((bf16*)ring, tiles));
   int last = -1;
   for (int q = 0; q < steps; ++q, next()) {
     mbarrier_wait(full + stage, phase);
-    const bf16 *w_tile = (bf16*)(ring + stage * STAGE), *x_tile = x.tile(w_tile, tiles, q);
+    const wgmma_operand w_tile = wgmma_step(w0, stage * (STAGE / 2));
+    const wgmma_operand x_tile = wgmma_step(x0, Rows::BYTES ? stage * (STAGE / 2) : q * (FEW_NORM_TILE / 2));
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < FEW_HOPPER_STEP; kk += 16)
-      wgmma_ss<D, false, false>(sum, wgmma_desc<true>(w_tile + kk), wgmma_desc<true>(x_tile + kk), q > 0 || kk > 0);
+      wgmma_ss<D, false, false>(sum, wgmma_step(w_tile, kk), wgmma_step(x_tile, kk), q > 0 || kk > 0);
     wgmma_commit();
     if (last >= 0) {
       wgmma_wait<1>();
@@ -173,6 +191,7 @@ DEVICE bool few_hopper_sums(float (&sum)[D / 2], const Rows& x, int rows, int k,
     last = stage;
   }
   wgmma_wait<0>();
+  hold(sum);
   return true;
 }
 
@@ -189,14 +208,20 @@ DEVICE void few_hopper_each(int rows, int m, const Put& put) {
     }
 }
 
-// Where a block's sums of few_*_nt go.
+// Where a block's sums of few_*_nt go. A thread has two columns of C; their biases are read while the first tiles are loaded.
 struct FewTarget {
   real* c;
   float* cf;
   const real* bias;
   int m, n, ldc, accumulate, rows;
+  DEVICE_MEMBER void begin(float (&b)[2]) const {
+    if (!bias) return;
+    const int col = blockIdx.x * rows + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) b[h] = col + 8 * h < n ? to_float(bias[col + 8 * h]) : 0.f;
+  }
   template <int D>
-  DEVICE_MEMBER void put(const float (&sum)[D]) const {
+  DEVICE_MEMBER void put(const float (&sum)[D], const float (&b)[2]) const {
     const int row0 = blockIdx.x * rows;
     few_hopper_each<2 * D>(rows, m, [&](int i, int j, int at) {
 #pragma unroll
@@ -205,7 +230,7 @@ struct FewTarget {
         if (col >= n) continue;
         const long long to = (long long)j * ldc + col;
         float v = sum[at + 2 * h];
-        if (bias) v += to_float(bias[col]);
+        if (bias) v += b[h];
         if (accumulate) v += cf ? cf[to] : to_float(c[to]);
         if (cf) cf[to] = v;
         else assign(c[to], v);
@@ -219,16 +244,22 @@ struct FewGatedTarget {
   real* y;
   const real* bias;
   int m, f, ldy, activation, rows;
+  DEVICE_MEMBER void begin(float (&b)[2]) const {
+    if (!bias) return;
+    const int col = blockIdx.x * (rows / 2) + (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 32 / 4;
+    b[0] = col < f ? to_float(bias[col]) : 0.f;
+    b[1] = col < f ? to_float(bias[f + col]) : 0.f;
+  }
   template <int D>
-  DEVICE_MEMBER void put(const float (&sum)[D]) const {
+  DEVICE_MEMBER void put(const float (&sum)[D], const float (&b)[2]) const {
     const int f0 = blockIdx.x * (rows / 2);
     few_hopper_each<2 * D>(rows, m, [&](int i, int j, int at) {
       const int col = f0 + i / 16 * 8 + i % 8;
       if (col >= f) return;
       float g = sum[at], u = sum[at + 2];
       if (bias) {
-        g += to_float(bias[col]);
-        u += to_float(bias[f + col]);
+        g += b[0];
+        u += b[1];
       }
       assign(y[(long long)j * ldy + col], gated(activation, round_real(g), round_real(u)));
     });
@@ -237,64 +268,63 @@ struct FewGatedTarget {
 
 // A block's part of a product with D columns of X.
 template <int D, class Rows>
-DEVICE void few_hopper_product(const Rows& x, const tensor_map& w, const real* weight, int k, int ldw, int stages, const FewTarget& to) {
+DEVICE void few_hopper_product(const Rows& x, const tensor_map& map, FewWeight w, int k, int stages, const FewTarget& to) {
   const int row0 = blockIdx.x * to.rows;
-  few_hopper_prefetch(weight, ldw, row0, -1, to.rows, to.n, k);
-  float sum[D / 2];
-  const auto load = [&](bf16* tile, mbarrier* full, int from) { tma_load(tile, &w, full, from, row0); };
-  if (few_hopper_sums<D>(sum, x, to.rows, k, stages, load)) to.put(sum);
+  w.low = row0, w.high = row0 + to.rows / 2;
+  float sum[D / 2], b[2] = {};
+  const auto load = [&](bf16* tile, mbarrier* full, int from) { tma_load(tile, &map, full, from, row0); };
+  if (few_hopper_sums<D>(sum, x, w, to.rows, k, stages, load, [&] { to.begin(b); })) to.put(sum, b);
 }
 template <int D, class Rows>
-DEVICE void few_hopper_gated(const Rows& x, const tensor_map& w, const real* weight, int k, int ldw, int stages,
-                             const FewGatedTarget& to) {
+DEVICE void few_hopper_gated(const Rows& x, const tensor_map& map, FewWeight w, int k, int stages, const FewGatedTarget& to) {
   const int f0 = blockIdx.x * (to.rows / 2), f = to.f;
-  few_hopper_prefetch(weight, ldw, f0, f + f0, to.rows / 2, 2 * f, k);
-  float sum[D / 2];
+  w.low = f0, w.high = f + f0;
+  float sum[D / 2], b[2] = {};
   const auto load = [&](bf16* tile, mbarrier* full, int from) {
     for (int i = 0; i < to.rows / 16; ++i) {
-      tma_load(tile + i * 16 * 64, &w, full, from, f0 + i * 8);
-      tma_load(tile + (i * 16 + 8) * 64, &w, full, from, f + f0 + i * 8);
+      tma_load(tile + i * 16 * 64, &map, full, from, f0 + i * 8);
+      tma_load(tile + (i * 16 + 8) * 64, &map, full, from, f + f0 + i * 8);
     }
   };
-  if (few_hopper_sums<D>(sum, x, to.rows, k, stages, load)) to.put(sum);
+  if (few_hopper_sums<D>(sum, x, w, to.rows, k, stages, load, [&] { to.begin(b); })) to.put(sum, b);
 }
 #endif
 
-KERNEL(few_hopper_nt, D=8,16,32,64, THREADS=160, HOT, WAITS)(const tensor_map& x, const tensor_map& w, MAYBE(real) c, MAYBE(float) cf,
-       const real* weight, MAYBE(const real) bias, int m, int n, int k, int ldw, int ldc, int accumulate, int rows, int stages) {
+KERNEL(few_hopper_nt, D=8,16,32,64, THREADS=192, HOT, WAITS)(const tensor_map& x, const tensor_map& w, MAYBE(real) c, MAYBE(float) cf,
+       const real* weight, MAYBE(const real) bias, int m, int n, int k, int ldw, int ldc, int accumulate, int rows, int stages, int ahead, int wave) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  few_hopper_product<D>(LoadedRows<D>{x}, w, weight, k, ldw, stages, {c, cf, bias, m, n, ldc, accumulate, rows});
+  few_hopper_product<D>(LoadedRows<D>{x}, w, {weight, ldw, n, 0, 0, ahead, wave}, k, stages, {c, cf, bias, m, n, ldc, accumulate, rows});
 #else
   wait_for_previous();
 #endif
 }
 
-KERNEL(few_hopper_glu, D=8,16,32,64, THREADS=160, HOT, WAITS)(const tensor_map& x, const tensor_map& w, real* y, const real* weight,
-       MAYBE(const real) bias, int m, int f, int k, int ldw, int ldy, int activation, int rows, int stages) {
+KERNEL(few_hopper_glu, D=8,16,32,64, THREADS=192, HOT, WAITS)(const tensor_map& x, const tensor_map& w, real* y, const real* weight,
+       MAYBE(const real) bias, int m, int f, int k, int ldw, int ldy, int activation, int rows, int stages, int ahead, int wave) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  few_hopper_gated<D>(LoadedRows<D>{x}, w, weight, k, ldw, stages, {y, bias, m, f, ldy, activation, rows});
+  few_hopper_gated<D>(LoadedRows<D>{x}, w, {weight, ldw, 2 * f, 0, 0, ahead, wave}, k, stages, {y, bias, m, f, ldy, activation, rows});
 #else
   wait_for_previous();
 #endif
 }
 
-KERNEL(few_norm_nt, D=4,8, THREADS=160, HOT, WAITS)(const tensor_map& w, real* c, MAYBE(real) sum, const real* x, MAYBE(const real) res,
+KERNEL(few_norm_nt, D=4,8, THREADS=192, HOT, WAITS)(const tensor_map& w, real* c, MAYBE(real) sum, const real* x, MAYBE(const real) res,
        const real* norm, const real* weight, MAYBE(const real) bias, int m, int n, int k, int ldw, int ldc, float eps, float plus,
-       int once, int rows, int stages) {
+       int once, int rows, int stages, int ahead, int wave) {
 #if defined(REAL_BF16) && defined(HOPPER)
   const NormedRows<D> normed = {sum, x, res, norm, m, k, once, eps, plus};
-  few_hopper_product<FEW_NORM_ROWS>(normed, w, weight, k, ldw, stages, {c, nullptr, bias, m, n, ldc, 0, rows});
+  few_hopper_product<FEW_NORM_ROWS>(normed, w, {weight, ldw, n, 0, 0, ahead, wave}, k, stages, {c, nullptr, bias, m, n, ldc, 0, rows});
 #else
   wait_for_previous();
 #endif
 }
 
-KERNEL(few_norm_glu, D=4,8, THREADS=160, HOT, WAITS)(const tensor_map& w, real* y, MAYBE(real) sum, const real* x, MAYBE(const real) res,
+KERNEL(few_norm_glu, D=4,8, THREADS=192, HOT, WAITS)(const tensor_map& w, real* y, MAYBE(real) sum, const real* x, MAYBE(const real) res,
        const real* norm, const real* weight, MAYBE(const real) bias, int m, int f, int k, int ldw, int ldy, int activation, float eps,
-       float plus, int once, int rows, int stages) {
+       float plus, int once, int rows, int stages, int ahead, int wave) {
 #if defined(REAL_BF16) && defined(HOPPER)
   const NormedRows<D> normed = {sum, x, res, norm, m, k, once, eps, plus};
-  few_hopper_gated<FEW_NORM_ROWS>(normed, w, weight, k, ldw, stages, {y, bias, m, f, ldy, activation, rows});
+  few_hopper_gated<FEW_NORM_ROWS>(normed, w, {weight, ldw, 2 * f, 0, 0, ahead, wave}, k, stages, {y, bias, m, f, ldy, activation, rows});
 #else
   wait_for_previous();
 #endif

@@ -28,15 +28,9 @@ DEVICE void copy_wait() {
 #endif
 }
 
-// Starts a prefetch into L2: of the 128 bytes around p, or of `bytes` bytes from p on (both multiples of 16; Hopper and newer).
-// A prefetch can be too early to help, never wrong: all writes meet in L2.
+// Starts a prefetch into L2 of the 128 bytes around p. It can be too early to help, never wrong: all writes meet in L2.
 DEVICE void prefetch_l2(const void* p) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}
-DEVICE void prefetch_l2(const void* p, int bytes) {
-#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes));
 #endif
 }

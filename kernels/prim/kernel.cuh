@@ -82,13 +82,22 @@ typedef shim::TensorMap tensor_map;
 // On Hopper and newer a kernel's blocks start while the kernel before it in the stream ends, so that a launch costs no gap. Nothing
 // that the kernel before wrote is there until this returns; and it returns only after that kernel has ended, which waited in the
 // same way, so all earlier work is complete as well. build.rs calls it in front of every body, except where WAITS says that the
-// body does. Such a body may do work before it that reads no memory, such as prefetch_l2 (prim/async.cuh). All threads call it.
+// body does. Before it, such a body may prefetch (prefetch_l2 in prim/async.cuh) and read memory that no kernel writes, only
+// copies: a kernel behind a copy is not launched early. All threads call it.
 DEVICE void wait_for_previous() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// The qualifier of a kernel's pointers: `__restrict__`, by which nothing else writes what a `const` pointer names while the kernel
+// exists. A kernel that is launched early exists while the one before it writes, so there it may not stand.
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+#define ENTRY_RESTRICT
+#else
+#define ENTRY_RESTRICT __restrict__
+#endif
 
 // The position of a thread. FLAT: its index in the grid. WARP: its warp's index in the grid, and its lane.
 #define FLAT_INDEX ((long long)blockIdx.x * blockDim.x + threadIdx.x)

@@ -147,7 +147,7 @@ DEVICE void named_barrier_arrive(int id, int threads) {
 }
 
 // Releases or takes registers for each thread of the warpgroup: N is a multiple of 8 from 24 to 256. The sum over the block must
-// fit: 384 threads start with 168 each, which is 40 for a producer and 232 for two consumers. 240 hangs.
+// fit: 384 threads start with 168 each, which is 40 for a producer and 232 for two consumers, or 24 and 240. 40 and 240 hang.
 template <int N>
 DEVICE void registers_dec() {
 #ifdef __CUDACC__

@@ -256,6 +256,8 @@ pub struct Capabilities {
     pub tensor_cores: bool,
     /// Whether the device runs the Hopper kernels (TMA and wgmma, sm_90a).
     pub wgmma: bool,
+    /// Bytes of shared memory that a block may use.
+    pub shared: usize,
     /// Number of blocks that run at once with one block per multiprocessor.
     pub multiprocessors: usize,
     /// Whether [`Device::gemm`] is available.
@@ -270,11 +272,15 @@ pub struct Capabilities {
     pub asynchronous: bool,
 }
 
+/// Of an H100's block, the most that any GPU has; the CPU has no limit of its own.
+const HOPPER_SHARED: usize = 227 << 10;
+
 impl Capabilities {
     pub const CPU: Capabilities = Capabilities {
         dtype: DType::F32,
         tensor_cores: false,
         wgmma: false,
+        shared: HOPPER_SHARED,
         multiprocessors: 2,
         library_gemm: true,
         gemm_depends_on_rows: false,
@@ -287,6 +293,7 @@ impl Capabilities {
         dtype: DType::BF16,
         tensor_cores: true,
         wgmma: false,
+        shared: HOPPER_SHARED,
         multiprocessors: 132,
         library_gemm: true,
         gemm_depends_on_rows: true,

@@ -47,6 +47,8 @@ pub(super) fn product(cx: &Cx, p: &Operands) -> Result<()> {
         accumulate: i32::from(p.accumulate),
         rows: cut.rows as i32,
         stages: cut.stages as i32,
+        ahead: cut.ahead as i32,
+        wave: cut.wave as i32,
     };
     kernels::few_hopper_nt(&*cx.device, cut.launch, cut.width, args)
 }
@@ -78,6 +80,8 @@ pub(super) fn glu(
         activation,
         rows: cut.rows as i32,
         stages: cut.stages as i32,
+        ahead: cut.ahead as i32,
+        wave: cut.wave as i32,
     };
     kernels::few_hopper_glu(&*cx.device, cut.launch, cut.width, args)
 }
@@ -126,6 +130,7 @@ pub(super) fn normed(
     let cut = Cut::of([m, n, k], true, &cx.device.capabilities());
     let (m, k, rows, stages) = (m as i32, k as i32, cut.rows as i32, cut.stages as i32);
     let (ldw, ldc, sum) = (w.stride() as i32, y.stride() as i32, sum.map(|t| t.out()));
+    let (ahead, wave) = (cut.ahead as i32, cut.wave as i32);
     let (eps, plus, once) = (norm.eps, norm.plus(), norm.once());
     match activation {
         None => {
@@ -148,6 +153,8 @@ pub(super) fn normed(
                 once,
                 rows,
                 stages,
+                ahead,
+                wave,
             };
             kernels::few_norm_nt(&*cx.device, cut.launch, held, args)
         }
@@ -172,6 +179,8 @@ pub(super) fn normed(
                 once,
                 rows,
                 stages,
+                ahead,
+                wave,
             };
             kernels::few_norm_glu(&*cx.device, cut.launch, held, args)
         }
@@ -186,11 +195,32 @@ struct Cut {
     /// Rows of W a block.
     rows: usize,
     stages: usize,
+    /// Bytes of each row of W that are prefetched, by so many blocks.
+    ahead: usize,
+    wave: usize,
     launch: Launch,
 }
 
 /// Shared memory of a multiprocessor that a launch may use.
 const SHARED: usize = 224 << 10;
+
+/// Bytes of weights that all blocks that run at once prefetch: what an H100's L2 of 50 MB holds beside
+/// the rest.
+const PREFETCHED: usize = 20 << 20;
+
+/// Bytes of each of a block's `rows` rows of k bf16 values that it prefetches, and how many of `blocks`
+/// blocks do: those that start while the kernel before ends, `at_once` on a multiprocessor.
+pub(super) fn prefetch(
+    k: usize,
+    rows: usize,
+    blocks: usize,
+    at_once: usize,
+    device: &Capabilities,
+) -> (usize, usize) {
+    let wave = blocks.min(at_once * device.multiprocessors);
+    let line = 128;
+    ((2 * k / line * line).min(PREFETCHED / (wave * rows).max(1) / line * line), wave)
+}
 
 fn width_of(m: usize) -> usize {
     m.next_power_of_two().clamp(8, kernels::FEW_ROWS)
@@ -204,8 +234,9 @@ impl Cut {
             true => (kernels::few_hopper_stage(0), FEW_HOPPER_BARRIERS + steps * FEW_NORM_TILE),
             false => (kernels::few_hopper_stage(width_of(m)), FEW_HOPPER_BARRIERS),
         };
-        // As many rows as leave two blocks to each multiprocessor.
-        let many = |rows: &usize| n.div_ceil(*rows) >= 2 * device.multiprocessors;
+        // As many rows as leave two blocks to each multiprocessor; one, where X is read as often as W.
+        let least = if width_of(m) < 32 { 2 } else { 1 } * device.multiprocessors;
+        let many = |rows: &usize| n.div_ceil(*rows) >= least;
         let rows = [64, 32].into_iter().find(many).unwrap_or(16);
         let blocks = n.div_ceil(rows);
         let at_once = blocks.div_ceil(device.multiprocessors).clamp(1, 3);
@@ -213,7 +244,8 @@ impl Cut {
         let stages = most.min(FEW_HOPPER_STAGES).min(steps).max(2);
         let shared = stages * stage + rest;
         let launch = Launch::blocks([blocks, 1, 1], kernels::FEW_HOPPER_THREADS as u32, shared);
-        Cut { width: width_of(m), rows, stages, launch }
+        let (ahead, wave) = prefetch(k, rows, blocks, at_once, device);
+        Cut { width: width_of(m), rows, stages, ahead, wave, launch }
     }
 }
 
@@ -228,13 +260,29 @@ mod tests {
             let c = Cut::of([m, n, k], false, &device);
             (c.width, c.rows, c.stages, c.launch.grid[0], c.launch.shared >> 10)
         };
-        assert_eq!(cut(1, 896, 4864), (8, 16, 24, 56, 217));
-        assert_eq!(cut(1, 1152, 896), (8, 16, 14, 72, 127));
+        assert_eq!(cut(1, 896, 4864), (8, 16, 8, 56, 73));
+        assert_eq!(cut(1, 1152, 896), (8, 16, 8, 72, 73));
         assert_eq!(cut(16, 9728, 896), (16, 32, 7, 304, 71));
         assert_eq!(cut(64, 151_936, 896), (64, 64, 4, 2374, 65));
+        // One block a multiprocessor where X is as long as W.
+        assert_eq!(cut(64, 9728, 896), (64, 64, 6, 152, 97));
         for (m, n, k) in [(1, 8, 8), (64, 40_000, 18_944), (33, 896, 64)] {
             let c = Cut::of([m, n, k], false, &device);
             assert!(c.launch.shared <= 227 << 10 && c.width >= m && c.stages >= 2, "{c:?}");
         }
+    }
+
+    #[test]
+    fn what_is_prefetched_fits_the_cache() {
+        let device = Capabilities { wgmma: true, ..Capabilities::GPU };
+        let ahead = |m, n, k| {
+            let c = Cut::of([m, n, k], false, &device);
+            assert!(c.ahead * c.rows * c.wave <= PREFETCHED && c.ahead <= 2 * k, "{c:?}");
+            (c.ahead, c.wave)
+        };
+        assert_eq!(ahead(1, 896, 4864), (9728, 56));
+        assert_eq!(ahead(1, 9728, 896), (1792, 304));
+        assert_eq!(ahead(1, 151_936, 896), (768, 396)); // the head: the first of six waves, in part
+        assert_eq!(ahead(1, 16, 60), (0, 1));
     }
 }

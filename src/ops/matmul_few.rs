@@ -7,6 +7,7 @@ use crate::autograd::Cx;
 use crate::device::{Capabilities, DType, Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels::{self, FEW_COLS, FEW_ROWS, FEW_STAGES};
+use crate::ops::few_hopper::prefetch;
 use crate::ops::operands::{LowRank, Operands};
 use crate::tensor::Tensor;
 
@@ -35,6 +36,8 @@ pub(super) fn product(cx: &Cx, p: &Operands) -> Result<()> {
         accumulate: i32::from(p.accumulate),
         warps: cut.warps as i32,
         shift: cut.shift as i32,
+        ahead: cut.ahead as i32,
+        wave: cut.wave as i32,
     };
     kernels::few_nt(&*cx.device, cut.launch, cut.rows, args)
 }
@@ -66,6 +69,8 @@ pub(super) fn with_low_rank(cx: &Cx, p: &Operands, low: &LowRank) -> Result<()> 
         ldt: low.t.stride() as i32,
         warps: cut.warps as i32,
         shift: cut.shift as i32,
+        ahead: cut.ahead as i32,
+        wave: cut.wave as i32,
         start0,
         end0,
         rank0,
@@ -103,6 +108,8 @@ pub(super) fn glu(
         activation,
         warps: cut.warps as i32,
         shift: cut.shift as i32,
+        ahead: cut.ahead as i32,
+        wave: cut.wave as i32,
     };
     kernels::few_glu(&*cx.device, cut.launch, cut.rows, args)
 }
@@ -116,6 +123,9 @@ struct Cut {
     warps: usize,
     /// A stage is `8 << shift` of k.
     shift: u32,
+    /// Bytes of each row of W that are prefetched, by so many blocks.
+    ahead: usize,
+    wave: usize,
     launch: Launch,
 }
 
@@ -136,7 +146,8 @@ impl Cut {
         let blocks = groups.div_ceil(warps);
         // Shared memory per block: an SM's, divided among the blocks that run on it at once.
         let shared = if device.wgmma { 224 << 10 } else { 96 << 10 };
-        let room = shared / blocks.div_ceil(device.multiprocessors).clamp(1, 3);
+        let at_once = blocks.div_ceil(device.multiprocessors).clamp(1, 3);
+        let room = shared / at_once;
         let bytes = |shift: u32| FEW_STAGES * (rows + FEW_COLS * warps) * (16 << shift);
         let copiers = 32 * if warps < 8 { COPIERS } else { warps };
         let pending = |shift: u32| {
@@ -148,7 +159,8 @@ impl Cut {
         let shift = SHIFTS.rev().find(fits).unwrap_or(*SHIFTS.start());
         let threads = 32 * if warps < 8 { warps + COPIERS } else { warps };
         let launch = Launch::blocks([blocks, 1, 1], threads as u32, bytes(shift));
-        Cut { rows, warps, shift, launch }
+        let (ahead, wave) = prefetch(k, FEW_COLS * warps, blocks, at_once, device);
+        Cut { rows, warps, shift, ahead, wave, launch }
     }
 }
 

@@ -48,7 +48,12 @@ impl Stream {
         self.handle
     }
 
-    /// The work queued since is a library's, which ends with a kernel.
+    /// The stream, for a library that may queue nothing; see [`Stream::ends_with_kernel`].
+    pub(super) fn handle_for_library(&self) -> sys::CUstream {
+        self.handle
+    }
+
+    /// The last work queued is a kernel, of ours or of a library.
     pub(super) fn ends_with_kernel(&self) {
         self.behind_kernel.store(true, Ordering::Relaxed);
     }
@@ -68,7 +73,7 @@ impl Stream {
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        let behind_kernel = self.behind_kernel.swap(true, Ordering::Relaxed);
+        let behind_kernel = self.behind_kernel.swap(false, Ordering::Relaxed);
         let config = sys::CUlaunchConfig {
             gridDimX: at.grid[0],
             gridDimY: at.grid[1],
@@ -90,6 +95,8 @@ impl Stream {
                 std::ptr::null_mut(),
             )
         }
-        .result()
+        .result()?;
+        self.ends_with_kernel();
+        Ok(())
     }
 }

@@ -50,6 +50,7 @@ pub struct Cuda {
     /// (major, minor)
     capability: (i32, i32),
     /// The most dynamic shared memory that a kernel can opt in to.
+    /// Bytes of shared memory that a block may use.
     max_shared: u32,
     multiprocessors: usize,
     memory_bytes: usize,
@@ -266,6 +267,7 @@ impl Device for Cuda {
             library_gemm: self.blas.is_some(),
             multiprocessors: self.multiprocessors,
             wgmma: self.capability.0 == 9 && HAS_HOPPER_IMAGES,
+            shared: self.max_shared as usize,
             ..Capabilities::gpu(self.memory_bytes)
         }
     }
@@ -447,7 +449,14 @@ impl Device for Cuda {
         let Some(blas) = &self.blas else { return Ok(LibraryProduct::Unavailable) };
         self.bind()?;
         // SAFETY: the caller's promise.
-        let answer = unsafe { blas.run(g, algorithm, self.stream.handle())? };
+        let answer = unsafe { blas.run(g, algorithm, self.stream.handle_for_library()) };
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(e) => {
+                self.stream.handle(); // something may be queued
+                return Err(e);
+            }
+        };
         if answer == LibraryProduct::Queued {
             self.stream.ends_with_kernel();
             *lock(&self.last) = "cuBLASLt's matrix product";

@@ -11,7 +11,7 @@ use super::rows::PagedRows;
 use super::shape::{Numbers, PAGE};
 use crate::autograd::Cx;
 use crate::config::AttentionChoice;
-use crate::device::{DType, Launch};
+use crate::device::{Capabilities, DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{
     self, AttentionDecodeArgs, AttentionDeltaArgs, AttentionDkvArgs, AttentionFwdArgs,
@@ -160,6 +160,16 @@ pub(super) fn decodes(cx: &Cx, n: &Numbers, qkv: &Tensor, cache: &Tensor) -> Res
     Ok(tensor_cores(cx, n, &[qkv, cache])? && fits)
 }
 
+/// Blocks for heads of `d`: with twice as many warps where there are few blocks and the device has the
+/// shared memory.
+fn decode_launch(blocks: usize, d: usize, device: &Capabilities) -> Launch {
+    let one = kernels::decode_warps(d);
+    let shared = |warps| kernels::decode_block_shared(d) + warps * kernels::decode_warp_shared(d);
+    let few = blocks <= device.multiprocessors;
+    let warps = if few && shared(2 * one) <= device.shared { 2 * one } else { one };
+    Launch::blocks([blocks, 1, 1], 32 * warps as u32, shared(warps))
+}
+
 /// Attention of rows of distinct sequences, where [`decodes`] allows it. With `rope` q and k are
 /// normed and rotated and k and v appended first; without it they have been.
 pub(super) fn decode(
@@ -174,10 +184,7 @@ pub(super) fn decode(
     let (rope, norm) = rope.map_or((None, None), |(rope, norm)| (Some(rope), norm));
     let norm = norm.unwrap_or(Norm::new(0.0));
     let blocks = qkv.row_count() * n.kv_heads as usize;
-    let few = blocks <= cx.device.capabilities().multiprocessors;
-    let warps = kernels::decode_warps(n.d) * if few { 2 } else { 1 };
-    let shared = kernels::decode_block_shared(n.d) + warps * kernels::decode_warp_shared(n.d);
-    let at = Launch::blocks([blocks, 1, 1], 32 * warps as u32, shared);
+    let at = decode_launch(blocks, n.d, &cx.device.capabilities());
     let args = AttentionDecodeArgs {
         out: out.out(),
         qkv,
@@ -296,4 +303,25 @@ pub(super) fn backward(
     }
     kernels::attention_dq(dev, Launch::flat(plan.rows * n.heads as usize), n.d, args)?;
     kernels::attention_dkv(dev, Launch::flat(plan.rows * n.kv_heads as usize), n.d, args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_of_a_decoding_step_fits_into_the_shared_memory_of_every_target() {
+        // sm_80, sm_86 and newer without Hopper, sm_90
+        for shared in [163 << 10, 99 << 10, 227 << 10] {
+            let device = Capabilities { shared, ..Capabilities::GPU };
+            for d in kernels::ATTENTION_DECODE_D {
+                for blocks in [1, 132, 133, 2048] {
+                    let at = decode_launch(blocks, d, &device);
+                    assert!(at.shared as usize <= shared, "{d}, {blocks} blocks: {at:?}");
+                }
+            }
+        }
+        let warps = |blocks| decode_launch(blocks, 64, &Capabilities::GPU).block / 32;
+        assert_eq!([warps(132), warps(133)], [8, 4]);
+    }
 }
