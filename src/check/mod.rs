@@ -9,6 +9,7 @@
 //! 2e-6. Gradients, f32: relative L2 distance from f64 central differences at most 1e-5; bf16: 2 x
 //! roundings x 2^-9, where `roundings` counts the bf16 stores on the longest path.
 
+pub mod early;
 pub mod gated;
 pub mod low_rank;
 pub mod model;

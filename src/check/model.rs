@@ -19,7 +19,8 @@ use crate::rollout::sample::Sampling;
 use crate::rollout::{Engine, EngineOptions, Request};
 use crate::train::Trainer;
 
-const VOCAB: usize = 96;
+/// Tokens of the models.
+pub(super) const VOCAB: usize = 96;
 
 /// Checks that the log-probs of rollouts are the trainer's, that a short training has the same bits
 /// twice and with recomputation, and that it learns.
@@ -62,11 +63,16 @@ fn differ(what: &str, equal: bool) -> Option<String> {
     (!equal).then(|| format!("the {what} differ"))
 }
 
-fn model(device: &Arc<dyn Device>, dtype: DType) -> Result<(Cx, Decoder)> {
+pub(super) fn context(device: &Arc<dyn Device>, dtype: DType) -> Result<Cx> {
     let mut cx = Cx::new(device.clone(), dtype)?;
     if device.capabilities().gemm_depends_on_rows {
         cx.matmul = MatmulChoice::Exact;
     }
+    Ok(cx)
+}
+
+fn model(device: &Arc<dyn Device>, dtype: DType) -> Result<(Cx, Decoder)> {
+    let cx = context(device, dtype)?;
     let model = Decoder::builder(ModelConfig::llama(VOCAB, 64, 160, 2, 4, 2, 256, true))
         .positions(128)
         .build(&cx)?;
@@ -74,7 +80,7 @@ fn model(device: &Arc<dyn Device>, dtype: DType) -> Result<(Cx, Decoder)> {
     Ok((cx, model))
 }
 
-fn tokens(rng: &mut Rng, n: usize) -> Vec<u32> {
+pub(super) fn tokens(rng: &mut Rng, n: usize) -> Vec<u32> {
     (0..n).map(|_| rng.below(VOCAB) as u32).collect()
 }
 
@@ -103,6 +109,15 @@ fn rollout(device: &Arc<dyn Device>, dtype: DType) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// The bytes of the weights after 12 steps.
+pub(super) fn check_training(
+    device: &Arc<dyn Device>,
+    dtype: DType,
+    recompute: Recompute,
+) -> Result<Vec<u8>> {
+    Ok(train(device, dtype, recompute)?.2)
 }
 
 /// The first and last loss of 12 steps over 6 rows, and the bytes of the final weights.

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::check::early::check_early;
 use crate::check::gated::check_gated;
 use crate::check::low_rank::check_low_rank;
 use crate::check::model::check_model;
@@ -23,7 +24,8 @@ pub struct CheckArgs {
     /// auto, cuda or cpu
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     device: DeviceChoice,
-    /// only ops whose name contains this; "exact products", "gated unit" and "low rank" are three more
+    /// only ops whose name contains this; "exact products", "early launches", "gated unit" and "low rank"
+    /// are four more
     #[arg(long, default_value = "")]
     op: String,
     /// CPU only: run 32 real lanes for each warp, in an order permuted by this seed, over poisoned
@@ -52,6 +54,9 @@ pub fn run(args: CheckArgs) -> Result<()> {
     let mut outcomes = check_ops(&device, &args.op, &mut each)?;
     if args.op.is_empty() {
         outcomes.extend(check_model(&device, &mut each)?);
+    }
+    if "early launches".contains(&args.op) {
+        outcomes.extend(check_early(&device, &mut each)?);
     }
     // The names of these cases say which kernels are fastest, or what they take.
     let mut told = Vec::new();

@@ -406,6 +406,12 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// Whether kernels are launched early, while the one before them ends, from now on; never by a
+    /// device that has no early launches. Returns what was so before.
+    fn launch_early(&self, _on: bool) -> bool {
+        false
+    }
+
     /// Waits for all work and returns its errors.
     fn sync(&self) -> Result<()>;
     fn memory(&self) -> Result<MemoryInfo>;

@@ -115,7 +115,8 @@ impl Recorder {
         let arrays = rows.upload(cx, Some(&self.rows))?;
         let first = self.warm.insert(n);
         if !first && !self.refused && !self.steps.contains_key(&n) {
-            match self.record(cx, step, &arrays) {
+            match self.record(cx, step, &arrays).or_else(|e| self.record_late(cx, step, &arrays, e))
+            {
                 Ok(recorded) => drop(self.steps.insert(n, recorded)),
                 Err(e) => {
                     cx.observer.note(&format!("decode steps are not recorded as graphs: {e}"));
@@ -131,6 +132,32 @@ impl Recorder {
             return recorded.draws.begin_download();
         }
         self.in_its_memory(cx, |cx| draws(cx, step, &arrays)?.begin_download())
+    }
+
+    /// The second try, after which no kernel is launched early: a driver may refuse to record such
+    /// launches. Error: the first try's, `e`.
+    fn record_late(
+        &self,
+        cx: &mut Cx,
+        step: &DecodeStep,
+        arrays: &StepArrays,
+        e: Error,
+    ) -> Result<RecordedStep> {
+        let device = cx.device.clone();
+        if !device.launch_early(false) {
+            return Err(e);
+        }
+        match self.record(cx, step, arrays) {
+            Ok(recorded) => {
+                cx.observer
+                    .note(&format!("no early launches from now on: recording one failed, {e}"));
+                Ok(recorded)
+            }
+            Err(_) => {
+                device.launch_early(true);
+                Err(e)
+            }
+        }
     }
 
     fn record(&self, cx: &mut Cx, step: &DecodeStep, arrays: &StepArrays) -> Result<RecordedStep> {

@@ -19,7 +19,9 @@ const VARIABLE: &str = "TEMPER_EARLY_LAUNCH";
 pub(super) struct Stream {
     handle: sys::CUstream,
     /// Whether the GPU can launch early (Hopper and newer) and the user has not turned it off.
-    early: bool,
+    can: bool,
+    /// Whether it does.
+    early: AtomicBool,
     /// Whether the last work queued is a kernel.
     behind_kernel: AtomicBool,
 }
@@ -27,7 +29,12 @@ pub(super) struct Stream {
 impl Stream {
     /// No stream yet.
     pub(super) fn none() -> Stream {
-        Stream { handle: std::ptr::null_mut(), early: false, behind_kernel: AtomicBool::new(false) }
+        Stream {
+            handle: std::ptr::null_mut(),
+            can: false,
+            early: AtomicBool::new(false),
+            behind_kernel: AtomicBool::new(false),
+        }
     }
 
     /// A stream of the context that is bound: not the legacy one, which cannot be captured and
@@ -35,7 +42,13 @@ impl Stream {
     pub(super) fn create(capability: (i32, i32)) -> Result<Stream, DriverError> {
         let off = std::env::var(VARIABLE).is_ok_and(|v| v == "0");
         let handle = result::stream::create(result::stream::StreamKind::NonBlocking)?;
-        Ok(Stream { handle, early: capability >= (9, 0) && !off, ..Stream::none() })
+        let can = capability >= (9, 0) && !off;
+        Ok(Stream { handle, can, early: AtomicBool::new(can), ..Stream::none() })
+    }
+
+    /// See `Device::launch_early`.
+    pub(super) fn launch_early(&self, on: bool) -> bool {
+        self.early.swap(on && self.can, Ordering::Relaxed)
     }
 
     pub(super) fn exists(&self) -> bool {
@@ -84,7 +97,7 @@ impl Stream {
             sharedMemBytes: at.shared,
             hStream: self.handle,
             attrs: &raw mut early,
-            numAttrs: u32::from(self.early && waits && behind_kernel),
+            numAttrs: u32::from(self.early.load(Ordering::Relaxed) && waits && behind_kernel),
         };
         // SAFETY: the caller's promise; the driver copies `config` and `args` before it returns.
         unsafe {

@@ -486,6 +486,10 @@ impl Device for Cuda {
         })
     }
 
+    fn launch_early(&self, on: bool) -> bool {
+        self.stream.launch_early(on)
+    }
+
     fn sync(&self) -> Result<()> {
         self.bind_for("sync")?;
         // SAFETY: our stream.
