@@ -9,11 +9,14 @@
 //          weighs its page, and then sums D / warps columns of the values over all of them. So the long latencies (copies,
 //          products, exponentials) run side by side, and only the chain of sums is left in sequence. K of the next turn is copied
 //          during the softmax, V during the next scores. Before the block waits for its predecessor it asks L2 for its first pages.
+//          One row takes two blocks and hardly any of the memory's time: then further blocks, from number `blocks` on, only ask L2
+//          for the weights of the products that follow (next0, next1: so many lines of 128 bytes).
 // Numerics A row is the chain of attention_mma_paged, with the same products and sums in the same order: the same bits, whatever the
 //          number of warps.
 // Cost     The keys and values once: 4 D bytes a position and kv head. H100, Qwen2.5-0.5B, 400 positions: one row 4 us (copies 1.5,
 //          two turns of 0.7, start 1) where rope_append and attention_mma_paged took 4 and 11; 256 rows 20 us (17.5 at copy speed)
-//          where they took 6 and 17.5. *Predicted*, not measured.
+//          where they took 6 and 17.5. Next weights: 19 MB of a layer (o and gate|up) in 6.5 us, beside this kernel and the product
+//          behind it, so gate|up comes from L2: 4 us for 7. *Predicted*, not measured.
 #include "prim/async.cuh"
 #include "common/attention_mma.cuh"
 #include "common/rope.cuh"
@@ -256,14 +259,26 @@ DEVICE void decode(const DecodeArgs& a) {
       *(unsigned*)(to_row + j * 8) = pack_bf16(o[j][2 * h] * inverse, o[j][2 * h + 1] * inverse);
   }
 }
+
+// Asks L2 for this block's lines of the next weights.
+DEVICE void prefetch_lines(const real* p, int lines, int block, int blocks) {
+  for (int i = block * blockDim.x + threadIdx.x; i < lines; i += blocks * blockDim.x) prefetch_l2(p + (long long)i * 64);
+}
 #endif
 
 // The block has decode_warps(D) warps or twice as many.
 KERNEL(attention_decode, D=64,128, HOT, WAITS)(real* out, const real* qkv, INOUT(real) cache, const int* page_table,
        const int* row_sequence, const int* row_position, MAYBE(const int) slots, MAYBE(const float) cosine, MAYBE(const float) sine,
-       MAYBE(const real) wq, MAYBE(const real) wk, int ld, int heads, int kv_heads, int max_pages, float scale, float softcap,
+       MAYBE(const real) wq, MAYBE(const real) wk, MAYBE(const real) next0, MAYBE(const real) next1, int lines0, int lines1,
+       int blocks, int ld, int heads, int kv_heads, int max_pages, float scale, float softcap,
        int window, float eps, float plus, int once) {
 #ifdef REAL_BF16
+  if ((int)blockIdx.x >= blocks) {
+    prefetch_lines(next0, lines0, blockIdx.x - blocks, gridDim.x - blocks);
+    prefetch_lines(next1, lines1, blockIdx.x - blocks, gridDim.x - blocks);
+    wait_for_previous();
+    return;
+  }
   const DecodeArgs args = {out,    qkv,  cache,    page_table, row_sequence, row_position, slots, cosine, sine, wq, wk, ld,
                            heads,  kv_heads, max_pages, window,   once,         scale,        softcap, eps,   plus};
   if (blockDim.x == 32 * decode_warps(D)) decode<D, decode_warps(D)>(args);

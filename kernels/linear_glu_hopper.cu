@@ -15,7 +15,8 @@
 // Cost     2 m n k flops, n = 2 f or f; nt (m k + 2 f k + 3 m f) x sizeof bytes, nn (m k + f k + 4 m f, with y 5 m f). *Predicted* for an
 //          H100, 16,384 x 896 x 9,728: nt 380 us (products 355, L2 354; hopper_nt 390 + glu_fwd 175 measured), nn 270 us (L2 236, memory
 //          233; hopper_nn 209 + glu_bwd 267). A warp's end of a tile of 128 rows is 3,280 instructions in nt, 7,200 in nn, beside
-//          7,168 cycles of the other consumer's products. Not measured; the arithmetic: docs/kernels.md.
+//          7,168 cycles of the other consumer's products; of 192 rows 5,090 beside 10,752, not all hidden. Not measured; the
+//          arithmetic: docs/kernels.md.
 #include "common/activate.cuh"
 #include "common/hopper_product.cuh"
 

@@ -143,7 +143,7 @@ DEVICE void few_put(const float (&acc)[D / 16][2][4], const Target<T>& to, int n
 }
 #endif
 
-KERNEL(few_nt, D=16,32,64, HOT, WAITS)(MAYBE(real) c, MAYBE(float) cf, const real* x, const real* w, MAYBE(const real) bias, int m, int n,
+KERNEL(few_nt, D=16,32,64, BLOCKS=32:3, HOT, WAITS)(MAYBE(real) c, MAYBE(float) cf, const real* x, const real* w, MAYBE(const real) bias, int m, int n,
                     int k, int ldx, int ldw, int ldc, int accumulate, int warps, int shift, int ahead, int wave) {
 #ifdef REAL_BF16
   const int n0 = blockIdx.x * warps * FEW_COLS, warp = threadIdx.x / 32;

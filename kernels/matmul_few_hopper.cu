@@ -14,10 +14,10 @@
 // Numerics As matmul_few.cu: one chain of float sums over k in steps of 16. That a wgmma gives each element the bits of mma.sync was
 //          measured with X as the first operand, not yet as the second; an exact context compares before it uses this kernel.
 //          few_norm_*: s and N have the bits of rmsnorm_fwd, whose sums are taken in the same order.
-// Cost     The weight once: n k sizeof bytes. At least 18 cycles for each 16 of k, where mma.sync takes 33, and no thread that
-//          copies. H100: n 896, k 4,864, 8 rows 5 us (chain 3.1, start and end 2), n 9,728, k 896 7 us (weight 5.8);
-//          few_norm_*: 0.2 us more than few_hopper_* (X waits for two rounds of shuffles, a square root and a barrier), for a launch
-//          of rmsnorm_fwd less, 1.5 us. All *predicted*, not measured.
+// Cost     The weight once: n k sizeof bytes. About 120 cycles for each 64 of k (192 for 128 by the stall counts of the machine code,
+//          and the waits), where mma.sync takes 132, and no thread that copies. H100: n 896, k 4,864, 8 rows 6 us (chain 5.2), n 9,728,
+//          k 896 7 us (weight 5.8); few_norm_*: 0.5 us more than few_hopper_* (X waits for two rounds of shuffles, a square root and a
+//          barrier), for a launch of rmsnorm_fwd less, 1.5 us. All *predicted*, not measured.
 #include "common/activate.cuh"
 #include "common/few_rows.cuh"
 #include "common/norm.cuh"

@@ -673,7 +673,7 @@ impl Decoder {
         let (mut attended, stream) = match &layer.mixer {
             LayerMixer::Attention(attention) => {
                 let (qkv, stream) = self.project(cx, stream, branch, norm, &attention.qkv)?;
-                (self.attend(cx, i, attention, qkv, positions, keys)?, stream)
+                (self.attend(cx, i, attention, qkv, positions, keys, &layer.gate_up)?, stream)
             }
             LayerMixer::ShortConv(conv) => {
                 let (bcx, stream) = self.project(cx, stream, branch, norm, &conv.input)?;
@@ -725,7 +725,9 @@ impl Decoder {
         Ok((layer.down.apply(cx, &gated)?, stream))
     }
 
-    /// Attention of layer `i`, from q | k | v to the output of its output projection.
+    /// Attention of layer `i`, from q | k | v to the output of its output projection. `after`: the
+    /// projection that follows it.
+    #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
         cx: &mut Cx,
@@ -734,6 +736,7 @@ impl Decoder {
         qkv: Tensor,
         positions: &Tensor,
         keys: &Keys,
+        after: &Projection,
     ) -> Result<Tensor> {
         let shape = layer.shape;
         let norm = match (&layer.q_norm, &layer.k_norm, self.config.qk_norm) {
@@ -750,7 +753,8 @@ impl Decoder {
             Keys::Cache(cache, step) => {
                 let (cache, rows) = (&cache.layers[i], step.rows());
                 if step.decodes {
-                    attention_decode(cx, &qkv, cache, table, norm, rows, shape)?
+                    let next = [&layer.o, after].map(|to| to.dense().map(|dense| dense.weight));
+                    attention_decode(cx, &qkv, cache, table, norm, rows, shape, next)?
                 } else {
                     let slots = rows.slots;
                     rope_append(cx, &qkv, cache, table, positions, slots, heads, kv_heads, norm)?;

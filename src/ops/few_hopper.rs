@@ -204,9 +204,10 @@ struct Cut {
 /// Shared memory of a multiprocessor that a launch may use.
 const SHARED: usize = 224 << 10;
 
-/// Bytes of weights that all blocks that run at once prefetch: what an H100's L2 of 50 MB holds beside
-/// the rest.
-const PREFETCHED: usize = 20 << 20;
+/// The most bytes of weights that a kernel prefetches: what an H100's L2 of 50 MB holds beside the rest.
+pub(super) const PREFETCHED: usize = 20 << 20;
+/// Bytes that a prefetch brings.
+pub(super) const LINE: usize = 128;
 
 /// Bytes of each of a block's `rows` rows of k bf16 values that it prefetches, and how many of `blocks`
 /// blocks do: those that start while the kernel before ends, `at_once` on a multiprocessor.
@@ -218,8 +219,8 @@ pub(super) fn prefetch(
     device: &Capabilities,
 ) -> (usize, usize) {
     let wave = blocks.min(at_once * device.multiprocessors);
-    let line = 128;
-    ((2 * k / line * line).min(PREFETCHED / (wave * rows).max(1) / line * line), wave)
+    let whole = |bytes: usize| bytes / LINE * LINE;
+    (whole(2 * k).min(whole(PREFETCHED / (wave * rows).max(1))), wave)
 }
 
 fn width_of(m: usize) -> usize {

@@ -103,7 +103,8 @@ fn paged_equals_training(
             positions: &position,
         };
         let got = if decodes {
-            attention_decode(&mut cx, &part, &cache, None, None, at, s)
+            let next = [Some(&qkv), Some(&cache)]; // with one row left, a block fetches them
+            attention_decode(&mut cx, &part, &cache, None, None, at, s, next)
         } else {
             let (q, kv) = (s.heads, s.kv_heads);
             rope_append(&mut cx, &part, &cache, None, &position, &slots, q, kv, None).unwrap();

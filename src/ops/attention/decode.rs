@@ -18,7 +18,9 @@ use crate::tensor::Tensor;
 /// Norms and rotates q and k of `qkv` [n, (heads + 2 kv_heads) head_dim], writes k and v of row `r`
 /// to row `slots[r]` of `cache`, and returns the attention of each row over its sequence: [n, heads
 /// head_dim]. No two rows belong to one sequence. A row of padding gives 0. The q columns of `qkv`
-/// are undefined afterwards. Not on the tape.
+/// are undefined afterwards. Not on the tape. `next`: weights that the next products read, which
+/// multiprocessors without a row fetch into the cache.
+#[allow(clippy::too_many_arguments)]
 pub fn attention_decode(
     cx: &mut Cx,
     qkv: &Tensor,
@@ -27,6 +29,7 @@ pub fn attention_decode(
     norm: Option<QkNorm>,
     rows: PagedRows,
     shape: AttnShape,
+    next: [Option<&Tensor>; 2],
 ) -> Result<Tensor> {
     let rope = Rope::new(shape.heads, shape.kv_heads, table, norm.as_ref());
     let inputs = rope::rope_inputs(
@@ -34,7 +37,7 @@ pub fn attention_decode(
         table,
         norm.as_ref(),
     );
-    AttentionDecode { rope, shape }.run(cx, &inputs)
+    AttentionDecode { rope, shape }.run(cx, &inputs, next)
 }
 
 #[derive(Debug)]
@@ -49,7 +52,7 @@ const FIXED: usize = 6;
 impl AttentionDecode {
     /// `x`: qkv, cache, position, slots, page table, sequence, then the inputs of the table and the
     /// norm.
-    fn run(&self, cx: &mut Cx, x: &[&Tensor]) -> Result<Tensor> {
+    fn run(&self, cx: &mut Cx, x: &[&Tensor], next: [Option<&Tensor>; 2]) -> Result<Tensor> {
         let [qkv, cache, positions, slots, page_table, sequences] = match x.get(..FIXED) {
             Some(fixed) => [fixed[0], fixed[1], fixed[2], fixed[3], fixed[4], fixed[5]],
             None => return Err(Error::op("attention_decode", "too few inputs")),
@@ -69,7 +72,7 @@ impl AttentionDecode {
         let out = cx.real("attention", &[qkv.row_count(), self.shape.heads * n.d])?;
         if apart {
             self.append(cx, x)?;
-            launch::decode(cx, &n, &out, [qkv, cache], rows, None)?;
+            launch::decode(cx, &n, &out, [qkv, cache], rows, None, next)?;
         } else {
             if !self.rope.fits(n.d, &args) {
                 let message = format!("{qkv:?}, table {:?}", args.cosine);
@@ -77,7 +80,7 @@ impl AttentionDecode {
             }
             self.rope.check_weights("attention_decode", &args, n.d)?;
             let norm = self.rope.norm.map(|(norm, _)| norm);
-            launch::decode(cx, &n, &out, [qkv, cache], rows, Some((args, norm)))?;
+            launch::decode(cx, &n, &out, [qkv, cache], rows, Some((args, norm)), next)?;
         }
         Ok(out)
     }
@@ -94,7 +97,7 @@ impl Op for AttentionDecode {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        let out = self.run(cx, x)?;
+        let out = self.run(cx, x, [None; 2])?;
         Ok(Fwd { outputs: vec![out, x[1].clone()], saved: vec![] })
     }
 

@@ -18,6 +18,7 @@ use crate::kernels::{
     AttentionHopperDkvArgs, AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs,
     Boxes, HOPPER_BWD_ROWS, MMA_ROWS, hopper_fwd_rows,
 };
+use crate::ops::few_hopper::{LINE, PREFETCHED};
 use crate::ops::rmsnorm::Norm;
 use crate::ops::rope::RopeArgs;
 use crate::tensor::Tensor;
@@ -179,12 +180,25 @@ pub(super) fn decode(
     [qkv, cache]: [&Tensor; 2],
     rows: PagedRows,
     rope: Option<(RopeArgs<Tensor>, Option<Norm>)>,
+    next: [Option<&Tensor>; 2],
 ) -> Result<()> {
     let slots = rope.is_some().then_some(rows.slots);
     let (rope, norm) = rope.map_or((None, None), |(rope, norm)| (Some(rope), norm));
     let norm = norm.unwrap_or(Norm::new(0.0));
     let blocks = qkv.row_count() * n.kv_heads as usize;
-    let at = decode_launch(blocks, n.d, &cx.device.capabilities());
+    let device = cx.device.capabilities();
+    let mut at = decode_launch(blocks, n.d, &device);
+    // Multiprocessors without a block of attention fetch the next weights.
+    let mut room = PREFETCHED;
+    let lines = next.map(|t| {
+        let bytes =
+            t.filter(|_| blocks < device.multiprocessors).map_or(0, Tensor::bytes).min(room);
+        room -= bytes;
+        (bytes / LINE) as i32
+    });
+    if lines != [0, 0] {
+        at.grid[0] = device.multiprocessors as u32;
+    }
     let args = AttentionDecodeArgs {
         out: out.out(),
         qkv,
@@ -197,6 +211,11 @@ pub(super) fn decode(
         sine: rope.as_ref().and_then(|r| r.sine),
         wq: rope.as_ref().and_then(|r| r.wq),
         wk: rope.as_ref().and_then(|r| r.wk),
+        next0: next[0],
+        next1: next[1],
+        lines0: lines[0],
+        lines1: lines[1],
+        blocks: blocks as i32,
         ld: qkv.stride() as i32,
         heads: n.heads,
         kv_heads: n.kv_heads,
