@@ -13,6 +13,7 @@ pub mod early;
 pub mod gated;
 pub mod low_rank;
 pub mod model;
+pub mod norm;
 pub mod products;
 
 use std::sync::Arc;

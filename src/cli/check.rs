@@ -8,6 +8,7 @@ use crate::check::early::check_early;
 use crate::check::gated::check_gated;
 use crate::check::low_rank::check_low_rank;
 use crate::check::model::check_model;
+use crate::check::norm::check_norm;
 use crate::check::products::check_products;
 use crate::check::{CheckOutcome, check_ops};
 use crate::cli::args::choice;
@@ -24,8 +25,8 @@ pub struct CheckArgs {
     /// auto, cuda or cpu
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     device: DeviceChoice,
-    /// only ops whose name contains this; "exact products", "early launches", "gated unit" and "low rank"
-    /// are four more
+    /// only ops whose name contains this; "early launches", "exact products", "gated unit", "low
+    /// rank" and "norm in front" are five more
     #[arg(long, default_value = "")]
     op: String,
     /// CPU only: run 32 real lanes for each warp, in an order permuted by this seed, over poisoned
@@ -68,6 +69,9 @@ pub fn run(args: CheckArgs) -> Result<()> {
     }
     if "low rank".contains(&args.op) {
         told.extend(check_low_rank(&device, &mut each)?);
+    }
+    if "norm in front".contains(&args.op) {
+        told.extend(check_norm(&device, &mut each)?);
     }
     row.finish()?;
     for o in &told {

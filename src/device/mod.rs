@@ -258,6 +258,8 @@ pub struct Capabilities {
     pub wgmma: bool,
     /// Bytes of shared memory that a block may use.
     pub shared: usize,
+    /// Bytes of the L2 cache.
+    pub cache: usize,
     /// Number of blocks that run at once with one block per multiprocessor.
     pub multiprocessors: usize,
     /// Whether [`Device::gemm`] is available.
@@ -274,6 +276,7 @@ pub struct Capabilities {
 
 /// Of an H100's block, the most that any GPU has; the CPU has no limit of its own.
 const HOPPER_SHARED: usize = 227 << 10;
+const HOPPER_CACHE: usize = 50 << 20;
 
 impl Capabilities {
     pub const CPU: Capabilities = Capabilities {
@@ -281,6 +284,7 @@ impl Capabilities {
         tensor_cores: false,
         wgmma: false,
         shared: HOPPER_SHARED,
+        cache: HOPPER_CACHE,
         multiprocessors: 2,
         library_gemm: true,
         gemm_depends_on_rows: false,
@@ -294,6 +298,7 @@ impl Capabilities {
         tensor_cores: true,
         wgmma: false,
         shared: HOPPER_SHARED,
+        cache: HOPPER_CACHE,
         multiprocessors: 132,
         library_gemm: true,
         gemm_depends_on_rows: true,

@@ -204,8 +204,11 @@ struct Cut {
 /// Shared memory of a multiprocessor that a launch may use.
 const SHARED: usize = 224 << 10;
 
-/// The most bytes of weights that a kernel prefetches: what an H100's L2 of 50 MB holds beside the rest.
-pub(super) const PREFETCHED: usize = 20 << 20;
+/// The most bytes of weights that a kernel prefetches: what the cache holds beside the rest, 20 of an
+/// H100's 50 MiB.
+pub(super) fn most_prefetched(device: &Capabilities) -> usize {
+    device.cache / 5 * 2
+}
 /// Bytes that a prefetch brings.
 pub(super) const LINE: usize = 128;
 
@@ -220,7 +223,7 @@ pub(super) fn prefetch(
 ) -> (usize, usize) {
     let wave = blocks.min(at_once * device.multiprocessors);
     let whole = |bytes: usize| bytes / LINE * LINE;
-    (whole(2 * k).min(whole(PREFETCHED / (wave * rows).max(1))), wave)
+    (whole(2 * k).min(whole(most_prefetched(device) / (wave * rows).max(1))), wave)
 }
 
 fn width_of(m: usize) -> usize {
@@ -278,7 +281,7 @@ mod tests {
         let device = Capabilities { wgmma: true, ..Capabilities::GPU };
         let ahead = |m, n, k| {
             let c = Cut::of([m, n, k], false, &device);
-            assert!(c.ahead * c.rows * c.wave <= PREFETCHED && c.ahead <= 2 * k, "{c:?}");
+            assert!(c.ahead * c.rows * c.wave <= 20 << 20 && c.ahead <= 2 * k, "{c:?}");
             (c.ahead, c.wave)
         };
         assert_eq!(ahead(1, 896, 4864), (9728, 56));

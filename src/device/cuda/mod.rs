@@ -52,6 +52,8 @@ pub struct Cuda {
     /// The most dynamic shared memory that a kernel can opt in to.
     /// Bytes of shared memory that a block may use.
     max_shared: u32,
+    /// Bytes of the L2 cache.
+    cache: usize,
     multiprocessors: usize,
     memory_bytes: usize,
     code: Mutex<Code>,
@@ -120,6 +122,7 @@ impl Cuda {
         }
         let max_shared =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
+        let cache = attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize;
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: as above.
@@ -145,6 +148,7 @@ impl Cuda {
             stream: Stream::none(),
             capability,
             max_shared,
+            cache,
             multiprocessors,
             memory_bytes,
             code: Mutex::default(),
@@ -268,6 +272,7 @@ impl Device for Cuda {
             multiprocessors: self.multiprocessors,
             wgmma: self.capability.0 == 9 && HAS_HOPPER_IMAGES,
             shared: self.max_shared as usize,
+            cache: self.cache,
             ..Capabilities::gpu(self.memory_bytes)
         }
     }

@@ -18,7 +18,7 @@ use crate::kernels::{
     AttentionHopperDkvArgs, AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs,
     Boxes, HOPPER_BWD_ROWS, MMA_ROWS, hopper_fwd_rows,
 };
-use crate::ops::few_hopper::{LINE, PREFETCHED};
+use crate::ops::few_hopper::{LINE, most_prefetched};
 use crate::ops::rmsnorm::Norm;
 use crate::ops::rope::RopeArgs;
 use crate::tensor::Tensor;
@@ -189,7 +189,7 @@ pub(super) fn decode(
     let device = cx.device.capabilities();
     let mut at = decode_launch(blocks, n.d, &device);
     // Multiprocessors without a block of attention fetch the next weights.
-    let mut room = PREFETCHED;
+    let mut room = most_prefetched(&device);
     let lines = next.map(|t| {
         let bytes =
             t.filter(|_| blocks < device.multiprocessors).map_or(0, Tensor::bytes).min(room);
