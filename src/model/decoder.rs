@@ -12,31 +12,30 @@ use crate::autograd::{Cx, Recompute};
 use crate::device::DType;
 use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
-use crate::model::adapter::{Adapter, AdapterSite, EmbeddingPair};
+use crate::model::adapter::{Adapter, EmbeddingPair};
 use crate::model::batch::{Batch, Sequence, Vocab};
 use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
 use crate::model::layout::{HiddenAct, Mixer, ModelConfig, Task};
 use crate::model::params::{ParamSet, initial};
+use crate::model::projection::{Projection, Weight};
 use crate::model::rope::{RopeConfig, rope_table};
 use crate::model::specs::{BottleneckSite, Proj, Role, expected_params};
 use crate::ops::activation::{Act, glu};
 use crate::ops::add::add;
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_decode, attention_paged};
-use crate::ops::dropout::dropout;
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
 use crate::ops::head::{Head, LogitMap, head_logps};
 use crate::ops::linear_glu::linear_glu;
-use crate::ops::lora::{Base, lora_linear};
 use crate::ops::matmul::linear;
 use crate::ops::mlp::{DenseLayer, mlp};
 use crate::ops::norm_linear::{NormInput, norm_linear};
 use crate::ops::prompt::prompt_embedding;
-use crate::ops::quant::{QuantWeight, Scheme, quant_linear};
+use crate::ops::quant::Scheme;
 use crate::ops::rmsnorm::{NormWeight, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::rope_append::rope_append;
-use crate::ops::scale::{multiply, scale_columns};
+use crate::ops::scale::multiply;
 use crate::ops::short_conv::{ConvRows, short_conv};
 use crate::ops::short_conv_paged::short_conv_paged;
 use crate::tensor::safetensors::HostDtype;
@@ -106,30 +105,6 @@ struct LayerAttention {
     shape: AttnShape,
     /// Index of the rope table that rotates q and k; None: no rope.
     rope: Option<usize>,
-}
-
-/// A linear layer (of projections that share their input) with its adapter site, if any.
-#[derive(Clone)]
-struct Projection {
-    weight: Weight,
-    bias: Option<Tensor>,
-    site: Option<AdapterSite>,
-}
-
-#[derive(Clone)]
-enum Weight {
-    Dense(Tensor),
-    /// Frozen.
-    Quantised(Arc<QuantWeight>),
-}
-
-impl Weight {
-    fn apply(&self, cx: &mut Cx, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        match self {
-            Weight::Dense(w) => linear(cx, x, w, bias),
-            Weight::Quantised(w) => quant_linear(cx, x, w, bias),
-        }
-    }
 }
 
 /// The source of the tokens before each row.
@@ -782,46 +757,6 @@ fn convolve(cx: &mut Cx, i: usize, layer: &LayerConv, bcx: Tensor, keys: &Keys) 
     };
     drop(bcx);
     layer.out.apply(cx, &mixed)
-}
-
-impl Projection {
-    /// Returns weight and bias if the layer is dense and has no adapter.
-    fn dense(&self) -> Option<DenseLayer<'_>> {
-        match (&self.weight, &self.site) {
-            (Weight::Dense(weight), None) => Some(DenseLayer { weight, bias: self.bias.as_ref() }),
-            _ => None,
-        }
-    }
-
-    /// x [rows, in] -> [rows, out]. An adapter's dropout applies only with a tape, that is in
-    /// training.
-    fn apply(&self, cx: &mut Cx, x: &Tensor) -> Result<Tensor> {
-        let Some(site) = &self.site else { return self.weight.apply(cx, x, self.bias.as_ref()) };
-        let scaled = match &site.input_scale {
-            Some(vector) => Some(scale_columns(cx, x, &[(0, vector.clone())], None, None)?),
-            None => None,
-        };
-        let x = scaled.as_ref().unwrap_or(x);
-        // DoRA scales the product without its bias; IA3 scales the whole output, as in PEFT.
-        let bias_after = if site.norm.is_some() { self.bias.as_ref() } else { None };
-        let bias = if site.norm.is_some() { None } else { self.bias.as_ref() };
-        let y = match &site.lora {
-            Some(lora) => {
-                let drops = cx.tape.is_some() && lora.dropout > 0.0;
-                let dropped = if drops { Some(dropout(cx, x, lora.dropout)?) } else { None };
-                let base = match &self.weight {
-                    Weight::Dense(w) => Base::Dense(w),
-                    Weight::Quantised(w) => Base::Quantised(w),
-                };
-                lora_linear(cx, x, dropped.as_ref(), base, bias, &lora.pairs)?
-            }
-            None => self.weight.apply(cx, x, bias)?,
-        };
-        if site.output_scales.is_empty() {
-            return Ok(y);
-        }
-        scale_columns(cx, &y, &site.output_scales, site.norm.as_ref(), bias_after)
-    }
 }
 
 fn upload_tables(cx: &Cx, config: &ModelConfig, positions: usize) -> Result<Vec<RopeTable>> {

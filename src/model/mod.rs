@@ -15,6 +15,7 @@ pub mod kv;
 pub mod layout;
 pub mod open;
 pub mod params;
+mod projection;
 pub mod rope;
 pub mod rope_config;
 pub mod specs;
