@@ -1,6 +1,6 @@
 //! A linear layer of the decoder with its adapter. Layer 5.
 //!
-//! Invariant: whether a layer is dense, quantised or adapted is decided here; the decoder sees one kind.
+//! Invariant: only this file asks whether a weight is quantised or adapted.
 
 use std::sync::Arc;
 
