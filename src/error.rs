@@ -96,7 +96,7 @@ fn next_step(error: &std::io::Error) -> &'static str {
     match error.kind() {
         NotFound => "; check the path",
         PermissionDenied => "; check the permissions of the file and of its folder",
-        IsADirectory => "; name a file in it",
+        IsADirectory => "; give a file in it",
         NotADirectory => "; a part of the path is a file",
         _ => "",
     }

@@ -28,7 +28,7 @@ fn select(
     let sizes: Vec<String> =
         table.iter().filter(|t| t.0 == DType::F32).map(|t| t.1.to_string()).collect();
     Err(Error::Device(format!(
-        "{name}: no kernel for {} and size {d}; there are sizes {}",
+        "{name}: no kernel for {} and size {d}; supported sizes: {}",
         real.name(),
         sizes.join(", ")
     )))

@@ -30,8 +30,9 @@ impl Stop {
             // does nothing, then the second handler sets the flag.
             let registered = flag::register_conditional_shutdown(signal, 130, stop.flag.clone())
                 .and_then(|_| flag::register(signal, stop.flag.clone()));
-            registered
-                .map_err(|e| Error::Run(format!("signal {signal} cannot be watched: {e}")))?;
+            registered.map_err(|e| {
+                Error::Run(format!("cannot install a handler for signal {signal}: {e}"))
+            })?;
         }
         Ok(stop)
     }
@@ -43,7 +44,7 @@ impl Stop {
         let nothing = Arc::new(AtomicBool::new(false));
         flag::register(SIGXFSZ, nothing)
             .map(drop)
-            .map_err(|e| Error::Run(format!("signal {SIGXFSZ} cannot be watched: {e}")))
+            .map_err(|e| Error::Run(format!("cannot install a handler for signal {SIGXFSZ}: {e}")))
     }
 
     /// Whether the run should end.

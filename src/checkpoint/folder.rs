@@ -36,7 +36,7 @@ pub fn prepare_output(dir: impl AsRef<Path>, overwrite: bool, resume: bool) -> R
     let shown = path.display().to_string();
     if overwrite && resume {
         return Err(Error::Config(
-            "--overwrite and --resume cannot be combined: give one of them".into(),
+            "--overwrite and --resume cannot be combined: give only one".into(),
         ));
     }
     if resume && !path.is_dir() {
@@ -125,7 +125,7 @@ impl RunFolder {
             skipped.iter().map(|(p, why)| format!("{}: {why}", p.display())).collect();
         let shown = self.path.display();
         if found.is_none() {
-            let mut message = format!("{shown}: nothing to resume: no checkpoint-N that verifies");
+            let mut message = format!("{shown}: nothing to resume: there is no valid checkpoint-N");
             message += &if !skipped.is_empty() {
                 format!("; broken ones:\n{}", skipped.join("\n"))
             } else if held.is_empty() {
@@ -137,7 +137,7 @@ impl RunFolder {
                 )
             };
             for (name, _) in overwritten(&self.path)? {
-                message += &format!("\nThe run that --overwrite replaced lies in {name}");
+                message += &format!("\nThe run that --overwrite replaced is in {name}");
             }
             return Err(Error::Config(message));
         }
@@ -152,7 +152,8 @@ impl RunFolder {
             && list(&self.path)?.is_empty()
         {
             return Err(Error::Config(format!(
-                "{}: holds a model ({}) but no run of temper; --overwrite does not touch it: give another --output",
+                "{}: holds a model ({}) but no run of temper, so --overwrite does not replace \
+                 it; give another --output",
                 self.path.display(),
                 some(held)
             )));

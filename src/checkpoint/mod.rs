@@ -52,7 +52,8 @@ impl CheckpointWriter {
             let needed = bytes.saturating_add(bytes / 5);
             if free < needed {
                 let message = format!(
-                    "a checkpoint needs {} ({} with a margin), {} are free; older checkpoints stay",
+                    "a checkpoint needs {} ({} with a margin), but {} are free; older \
+                     checkpoints are kept",
                     fsio::size_text(bytes),
                     fsio::size_text(needed),
                     fsio::size_text(free)
@@ -65,7 +66,7 @@ impl CheckpointWriter {
         }
         if path.exists() {
             if verify(&path).is_ok() {
-                return Err(Error::checkpoint(path, "step is saved already"));
+                return Err(Error::checkpoint(path, "step is already saved"));
             }
             discard(&path)?;
         }
@@ -208,7 +209,7 @@ pub fn verify(path: impl AsRef<Path>) -> Result<Manifest> {
         match checksum(&path.join(name)) {
             Ok(found) if found == *expected => {}
             Ok(found) if found.bytes != expected.bytes => {
-                problems.push(format!("{name} has {} bytes of {}", found.bytes, expected.bytes));
+                problems.push(format!("{name} has {} of {} bytes", found.bytes, expected.bytes));
             }
             Ok(_) => problems.push(format!("{name} is damaged (CRC-32 differs)")),
             Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {

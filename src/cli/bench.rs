@@ -58,7 +58,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
         }
         other => {
             return Err(Error::Config(format!(
-                "temper bench ops, train, decode, grpo, levels or launches, not \"{other}\""
+                "there is no benchmark \"{other}\"; use ops, train, decode, grpo, levels or \
+                 launches"
             )));
         }
     };

@@ -31,8 +31,9 @@ const SHAPE: PerfShape = PerfShape {
     vocab: 2,
 };
 
-const ON_A_CPU: &str = "The CPU runs these kernels through a shim, whose times say nothing about a GPU: only \
-                        correctness is shown. On a GPU: temper bench levels --device cuda";
+const ON_A_CPU: &str = "The CPU runs these kernels through a shim, so its times say nothing \
+                        about a GPU and only correctness is shown. To measure a GPU: temper \
+                        bench levels --device cuda";
 
 pub fn run(cx: &mut Cx, repeat: usize) -> Result<Value> {
     let timed = cx.device.capabilities().asynchronous; // a GPU

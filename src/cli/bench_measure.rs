@@ -25,7 +25,7 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
         "qwen2.5-1.5b" => ("qwen2", [1536, 8960, 28, 12, 2, 128, 151_936], true),
         other => {
             return Err(Error::Config(format!(
-                "no shape is called \"{other}\"; see temper bench --help"
+                "there is no shape \"{other}\"; see temper bench --help"
             )));
         }
     };
@@ -58,7 +58,7 @@ pub fn peft_keys(lora: Option<usize>, base: Option<&str>) -> Result<Vec<String>>
         Some("int8") => keys.push("load_in_8bit=true".into()),
         Some(other) => {
             return Err(Error::Config(format!(
-                "--base is nf4, nf4-nested or int8, not \"{other}\""
+                "--base must be nf4, nf4-nested or int8, not \"{other}\""
             )));
         }
     }

@@ -111,7 +111,7 @@ pub fn man(args: ManArgs, mut temper: Command) -> Result<()> {
             let names = temper.get_subcommands().map(Command::get_name);
             let near = crate::error::nearest(name, names);
             let hint = near.map(|n| format!("; did you mean {n}?")).unwrap_or_default();
-            Error::Config(format!("there is no command {name}{hint}"))
+            Error::Config(format!("unknown command {name}{hint}"))
         })?,
     };
     print(String::from_utf8_lossy(&page(shown)?))

@@ -33,7 +33,7 @@ pub fn run(args: ConvertArgs) -> Result<()> {
         "bf16" | "bfloat16" => Some(HostDtype::BF16),
         other => {
             return Err(Error::Config(format!(
-                "--dtype is {other:?}; give auto, f32, f16 or bf16"
+                "--dtype must be auto, f32, f16 or bf16, not {other:?}"
             )));
         }
     };

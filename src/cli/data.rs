@@ -323,7 +323,8 @@ fn ends(
         Some((token, Some(_))) => {
             text += &format!("EOS {token:?}: a loss target in {learnt} of {n} {what}");
             if doubled > 0 {
-                text += &format!("; twice in a row in {doubled}: the data has it, and it is added");
+                text +=
+                    &format!("; doubled in {doubled}: the data contains it and it is added again");
             }
             text.push('\n');
         }
@@ -334,8 +335,8 @@ fn ends(
     };
     text += &format!("BOS {token:?}: begins {begins} of {n} {what}");
     if begins < n && tokenizer.encode("", true)?.first() == Some(&id) {
-        text += "; the tokenizer puts it before plain text, so rows without it look different from those of pretraining: let the \
-                 chat template write it";
+        text += "; the tokenizer puts it before plain text, so rows without it differ from those \
+                 of pretraining; make the chat template write it";
     }
     Ok(text)
 }
@@ -360,7 +361,9 @@ fn dropped(
                 format!("{n} tokens, more than max_length={limit}, and on_truncation=drop")
             }
             (Some(n), Some(limit)) => {
-                format!("{n} tokens: cut at max_length={limit}, no loss target is left")
+                format!(
+                    "{n} tokens, and no loss target is left after truncation to max_length={limit}"
+                )
             }
             (Some(n), None) => format!("{n} tokens, none of them a loss target"),
         };

@@ -76,7 +76,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     }
     for skipped in &found.skipped {
         let (name, n, all) = (&skipped.reward, skipped.rows, rows.len());
-        note_line(format_args!("note: {name} skipped {n} of {all} rows (no answer there)"));
+        note_line(format_args!("note: {name} skipped {n} of {all} rows (no answer in them)"));
     }
     let width = found.metrics.iter().map(|m| m.name.len()).max().unwrap_or(0);
     for m in &found.metrics {

@@ -99,12 +99,14 @@ pub fn run(args: ExportArgs) -> Result<()> {
     let Some((_, dtype, limit)) = TYPES.iter().find(|t| t.0 == args.stored) else {
         let given = &args.stored;
         return Err(Error::Config(format!(
-            "--type is {given:?}; give f32, f16, bf16, q8_0 or q4_0"
+            "--type must be f32, f16, bf16, q8_0 or q4_0, not {given:?}"
         )));
     };
     if args.file.exists() && !args.overwrite {
         let shown = args.file.display();
-        return Err(Error::Config(format!("{shown} exists; give another FILE, or --overwrite")));
+        return Err(Error::Config(format!(
+            "{shown} already exists; give another FILE, or --overwrite"
+        )));
     }
     let (dir, adapter) = model_and_adapter(&args)?;
     let cx = Cx::new(Arc::new(Cpu::new()), DType::F32)?;
@@ -118,7 +120,7 @@ pub fn run(args: ExportArgs) -> Result<()> {
     let off = differences(&merged_config(&model), &read.config);
     if !off.is_empty() {
         return Err(Error::Run(format!(
-            "a GGUF file cannot say all that this model is; nothing was written:\n  {}",
+            "a GGUF file cannot represent this model, so nothing was written:\n  {}",
             off.join("\n  ")
         )));
     }
@@ -131,8 +133,9 @@ pub fn run(args: ExportArgs) -> Result<()> {
         let failed = with_suffix(&args.file, ".failed");
         std::fs::rename(&staged.file, &failed).map_err(|e| Error::io(&failed, e))?;
         return Err(Error::Run(format!(
-            "the file's log-probs are off by {:.2e} on average (limit {limit:.0e}), {:.2e} at most; it was named {}. \
-             Give a --type with more bits, or a higher --limit if that is close enough",
+            "the file's log-probs are off by {:.2e} on average (limit {limit:.0e}), {:.2e} at \
+             most; the file was renamed to {}. Use a --type with more bits, or a higher --limit \
+             if that is close enough",
             off.mean,
             off.largest,
             failed.display()
@@ -163,13 +166,17 @@ fn model_and_adapter(args: &ExportArgs) -> Result<(PathBuf, Option<PathBuf>)> {
         return Ok((resolve_model(&args.model)?, args.adapter.clone()));
     }
     if args.adapter.is_some() {
-        return Err(Error::model(given, "is an adapter: give its base as DIR, or no --adapter"));
+        return Err(Error::model(
+            given,
+            "is an adapter: give its base as DIR, or leave out --adapter",
+        ));
     }
     let base = AdapterConfig::load(given)?.base;
     if base.is_empty() {
         return Err(Error::model(
             given,
-            "names no base (base_model_name_or_path); give the base as DIR and this as --adapter",
+            "names no base (base_model_name_or_path); give the base as DIR and this folder as \
+             --adapter",
         ));
     }
     Ok((resolve_model(&base)?, Some(given.to_path_buf())))
@@ -185,7 +192,8 @@ impl Staged {
     fn new(file: &Path) -> Result<Self> {
         let (staged, folder) = (with_suffix(file, ".unchecked"), with_suffix(file, ".check"));
         if folder.exists() {
-            let message = "is in the way; remove it (the written file is read back here)";
+            let message = "already exists, but the export needs this path to read its file back; \
+                           remove it";
             return Err(Error::model(folder, message));
         }
         Ok(Staged { file: staged, folder })
@@ -207,7 +215,8 @@ fn check_tokens(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
         if a != b {
             let at = a.iter().zip(&b).position(|(a, b)| a != b).unwrap_or(a.len().min(b.len()));
             return Err(Error::Run(format!(
-                "the file's tokenizer splits {PROBE:?} differently from token {at} on: {:?} there, {:?} here; nothing was written",
+                "the file's tokenizer splits {PROBE:?} differently from token {at} on ({:?} in \
+                 the file, {:?} in the folder); nothing was written",
                 b.get(at..).unwrap_or_default(),
                 a.get(at..).unwrap_or_default()
             )));
@@ -215,7 +224,7 @@ fn check_tokens(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
     }
     if tokenizer.chat_template() != back.chat_template() || tokenizer.eos_id() != back.eos_id() {
         return Err(Error::Run(
-            "the file's chat template or EOS is not the folder's; nothing was written".into(),
+            "the file's chat template or EOS differs from the folder's; nothing was written".into(),
         ));
     }
     Ok(())

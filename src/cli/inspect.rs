@@ -104,7 +104,7 @@ pub fn run(mut args: InspectArgs) -> Result<()> {
         "memory" => memory(&args, &dir),
         "launches" => launches::print(&folder::load_config(&dir)?),
         other => Err(Error::Config(format!(
-            "temper inspect config, tape, memory, launches or kernels, not \"{other}\""
+            "temper inspect cannot show \"{other}\"; use config, tape, memory, launches or kernels"
         ))),
     }
 }
@@ -233,7 +233,8 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
     }
     if !run.method.rows_are_stored() {
         return Err(Error::Config(format!(
-            "the plan of {} is one step with the longest prompts; give --data FILE",
+            "the memory plan of {} is for one step with the longest prompts; give --data FILE to \
+             measure them",
             args.method
         )));
     }

@@ -145,7 +145,7 @@ pub fn print(config: &ModelConfig) -> Result<()> {
     }
     print_line(format_args!("\n{details}"))?;
     print_line(format_args!(
-        "a bf16 decode step on a GPU: launches, and host time beside the driver's own\n"
+        "a bf16 decode step on a GPU: launches, and host time without the driver's\n"
     ))?;
     print_line(format_args!("{:>9} {:>9} {:>9} {:>9}", "sequences", "launched", "", "replayed"))?;
     for sequences in [1, 64, 256, 1024] {

@@ -75,7 +75,7 @@ pub fn run(args: MergeArgs) -> Result<()> {
         Some("float32") => HostDtype::F32,
         Some("bfloat16") => HostDtype::BF16,
         Some(other) => {
-            return Err(Error::Config(format!("--dtype is float32 or bfloat16, not {other}")));
+            return Err(Error::Config(format!("--dtype must be float32 or bfloat16, not {other}")));
         }
     };
     let out = prepare_output(&args.output, args.overwrite, false)?;

@@ -29,7 +29,7 @@ pub fn recompute(text: &str) -> std::result::Result<Recompute, String> {
 /// Parses a file or folder that is replaced as a whole when it is written, so not standard output.
 pub fn file(text: &str) -> std::result::Result<PathBuf, String> {
     match text {
-        "-" | "" => Err("must name a file or a folder; give ./- for a file of that name".into()),
+        "-" | "" => Err("must be a file or a folder; give ./- for a file named -".into()),
         _ => Ok(text.into()),
     }
 }

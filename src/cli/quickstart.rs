@@ -61,7 +61,7 @@ pub fn run(args: QuickstartArgs) -> Result<()> {
     print_line(format_args!(
         "  temper generate --model {out}/sft --chat --prompt \"Tom has 7 cups. Tom gets 5 cups more from Mia. How many cups does Tom have?\" temperature=0"
     ))?;
-    print_line(format_args!("The table's exact_match of a model, by hand:"))?;
+    print_line(format_args!("To compute the table's exact_match of a model yourself:"))?;
     print_line(format_args!(
         "  temper eval --model {out}/sft --data {out}/data/heldout.jsonl max_new_tokens=40 \"reward_funcs={}\"",
         quickstart::MEASURE

@@ -41,7 +41,8 @@ impl ServeArgs {
             [model] => Ok((model.to_string(), keys.into_iter().cloned().collect())),
             [] => Err(Error::Config("give a model folder: temper serve DIR".into())),
             several => Err(Error::Config(format!(
-                "{} are {} models; serve one, and adapters on it with --adapter NAME=DIR",
+                "{} are {} models, and a server takes one; add adapters on it with --adapter \
+                 NAME=DIR",
                 several.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(" and "),
                 several.len()
             ))),
@@ -53,8 +54,7 @@ impl ServeArgs {
 pub fn run(args: ServeArgs) -> Result<()> {
     args.part()?;
     Err(Error::Config(
-        "this temper was built without the server; build it with `cargo build --release --features \
-         serve`"
+        "this build has no server; build temper with `cargo build --release --features serve`"
             .into(),
     ))
 }
@@ -90,8 +90,8 @@ pub fn run(args: ServeArgs) -> Result<()> {
     note_line(format_args!("models: {}; key-value cache: {cache:.0} MiB each", names.join(", ")));
     if config.api_key.is_none() && !is_local(&config.host) {
         note_line(format_args!(
-            "note: every machine that reaches {} can use this server; set TEMPER_API_KEY to ask for a \
-             key",
+            "note: every machine that reaches {} can use this server; set TEMPER_API_KEY to \
+             require a key",
             config.host
         ));
     }

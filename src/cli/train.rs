@@ -60,7 +60,7 @@ pub fn run(entry: &MethodEntry, mut args: TrainArgs) -> Result<()> {
         return Ok(());
     }
     let (Some(model), Some(output)) = (args.model, args.output) else {
-        return Err(Error::Config("--model, --data and --output are needed".into()));
+        return Err(Error::Config("give --model, --data and --output".into()));
     };
     let mut training = Training::new(entry.name)?
         .options(args.keys)

@@ -31,7 +31,9 @@ impl EnvironmentOptions {
         report.must(seconds > 0.0, || format!("environment_timeout = {seconds}: must be above 0"));
         match &self.environment {
             Some(command) => {
-                report.must(!command.trim().is_empty(), || "environment: name a command".into());
+                report.must(!command.trim().is_empty(), || {
+                    "environment is empty: give a command, or leave it out".into()
+                });
                 // An environment may give rewards.
                 report.reward_functions += 1;
             }

@@ -445,7 +445,7 @@ fn stand_in(
                 Some(other) if *other == source || source != Source::CommandLine => {
                     let (now, was) = (shown(&after), shown(&before));
                     report.problem(format!(
-                        "{source}: {why} means {key} = {now}, but {other} says {key} = {was}"
+                        "{source}: {why} means {key} = {now}, but {other} means {key} = {was}"
                     ));
                 }
                 _ => {

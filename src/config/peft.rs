@@ -119,7 +119,7 @@ impl PeftConfig {
             "loraplus_lr_ratio: must be above 0".into()
         });
         report.must(!(self.load_in_4bit && self.load_in_8bit), || {
-            "load_in_4bit and load_in_8bit: choose one".into()
+            "load_in_4bit and load_in_8bit cannot be combined: set only one".into()
         });
         if !self.use_peft {
             for key in [
@@ -150,11 +150,11 @@ impl PeftConfig {
                 "load_in_4bit, load_in_8bit: quantised weights cannot be trained; set use_peft=true".into()
             });
         } else {
-            report.idle("freeze", "use_peft", "use_peft is true: the base is frozen whole");
+            report.idle("freeze", "use_peft", "use_peft is true: the whole base is frozen");
             report.idle(
                 "lr_multipliers",
                 "use_peft",
-                "use_peft is true; loraplus_lr_ratio sets LoRA+'s",
+                "use_peft is true; loraplus_lr_ratio sets the ratio of LoRA+",
             );
         }
         if self.use_peft && !lora {

@@ -85,8 +85,8 @@ impl Value for LearningRateSchedule {
         let name = shown.trim_matches('"');
         if ["reduce_lr_on_plateau", "greedy"].contains(&name) {
             return Err(format!(
-                "a schedule that is a function of the step number ({name} follows the evaluations, so a rate \
-                 could not be known from its step alone); give one of {}, and load_best_model_at_end or \
+                "a schedule that depends on the step number alone ({name} depends on the \
+                 evaluations); use one of {}, and load_best_model_at_end or \
                  early_stopping_patience to act on evaluations",
                 Self::kind().replace(" |", ",")
             ));
@@ -160,7 +160,10 @@ impl ScheduleArguments {
         let needs_min = takes.contains(&"min_lr");
         match min {
             (Some(_), Some(_)) => {
-                return Err("lr_scheduler_kwargs: min_lr and min_lr_rate: give one of them".into());
+                return Err(
+                    "lr_scheduler_kwargs: min_lr and min_lr_rate cannot be combined: give only one"
+                        .into(),
+                );
             }
             (None, None) if needs_min => {
                 return Err(format!(

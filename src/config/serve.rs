@@ -43,7 +43,7 @@ section! {
 impl ServeConfig {
     fn rules(&self, report: &mut Report) {
         report.must(self.port < 1 << 16, || {
-            format!("port = {}: must be at most 65535; 0 takes a free one", self.port)
+            format!("port = {}: must be at most 65535; 0 picks a free port", self.port)
         });
         let counts = [
             ("max_model_len", self.max_model_len.unwrap_or(2), 2),

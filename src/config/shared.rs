@@ -113,8 +113,8 @@ section! {
 impl ReferenceOptions {
     fn rules(&self, report: &mut Report) {
         report.must(!(self.sync.sync_ref_model && self.precompute_ref_log_probs), || {
-            "sync_ref_model = true changes the reference, so precompute_ref_log_probs = true would \
-             go stale; unset one"
+            "sync_ref_model = true changes the reference, and the log-probs of \
+             precompute_ref_log_probs = true would be out of date; unset one of them"
                 .into()
         });
         if !self.precompute_ref_log_probs {

@@ -68,7 +68,8 @@ impl DataFiles {
         let without = self.0.iter().find(|f| f.weight.is_none())?;
         weights.iter().any(Option::is_some).then(|| {
             format!(
-                "data: {} has no weight, and others have; write {0}:WEIGHT, or no weights at all",
+                "data: {} has no weight, but others have one; write {0}:WEIGHT, or no weights at \
+                 all",
                 without.path.display()
             )
         })

@@ -308,11 +308,14 @@ impl TrainingConfig {
         if self.optim != Optim::Muon {
             MuonOptions::idle(report);
         } else if self.learning_rate == 0.0 && self.muon.muon_learning_rate.is_some() {
-            report.problem("muon_learning_rate: learning_rate must be above 0, too".into());
+            report
+                .problem("muon_learning_rate is set, so learning_rate must be above 0 too".into());
         }
         if self.optim == Optim::AdamwBf16 && self.dtype == Dtype::Float32 {
             report.problem(
-                "optim = \"adamw_bf16\" keeps its weights in bfloat16; dtype is float32".into(),
+                "optim = \"adamw_bf16\" keeps its weights in bfloat16, but dtype is float32; set \
+                 dtype=bfloat16 or optim=adamw"
+                    .into(),
             );
         }
     }

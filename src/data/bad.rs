@@ -65,10 +65,9 @@ impl BadRows {
     /// Returns an error if all rows are bad.
     pub fn some_left(&self, rows: usize) -> Result<()> {
         match self.named.first() {
-            Some(first) if rows == 0 => Err(Error::Run(format!(
-                "all {} rows are bad, so none is left; the first: {first}",
-                self.count
-            ))),
+            Some(first) if rows == 0 => {
+                Err(Error::Run(format!("all {} rows are bad; the first: {first}", self.count)))
+            }
             _ => Ok(()),
         }
     }

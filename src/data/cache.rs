@@ -122,7 +122,9 @@ fn index(to: &TokenFile, store: &TokenStore, files: &[Arc<Path>]) -> Result<Coun
 fn file_numbers(places: &Places, files: &[Arc<Path>]) -> Result<Vec<u32>> {
     let number = |file: &Arc<Path>| files.iter().position(|f| f == file).map(|n| n as u32);
     let all: Option<Vec<u32>> = places.files.iter().map(number).collect();
-    all.ok_or_else(|| Error::Run("row cache: a row comes from none of the run's files".into()))
+    all.ok_or_else(|| {
+        Error::Run("row cache: a row is from a file that the run does not have".into())
+    })
 }
 
 /// Appends zeros up to a multiple of eight, then an array; returns the array's byte offset.
@@ -184,7 +186,7 @@ impl Reader<'_> {
 
     fn array<T: Pod>(&mut self, count: usize) -> std::result::Result<Vec<T>, String> {
         let end = self.bytes(self.at, count, size_of::<T>() as u64);
-        let end = end.ok_or("its arrays are longer than it is")?;
+        let end = end.ok_or("its arrays extend beyond the end of the file")?;
         let mut values = vec![T::zeroed(); count];
         self.file.read(self.at, &mut values).map_err(|e| e.to_string())?;
         self.at = end.next_multiple_of(8);
@@ -192,7 +194,8 @@ impl Reader<'_> {
     }
 
     fn store(&mut self, n: Counts, files: &[Arc<Path>]) -> std::result::Result<TokenStore, String> {
-        self.bytes(n.start, n.tokens, TOKEN_BYTES).ok_or("its tokens are more than it holds")?;
+        self.bytes(n.start, n.tokens, TOKEN_BYTES)
+            .ok_or("its tokens extend beyond the end of the file")?;
         let tokens = StoredTokens::finished(self.file.clone(), n.start, n.tokens as u64);
         self.at = n.index;
         let ends = self.ends(n.sequences, n.tokens)?;
@@ -214,7 +217,7 @@ impl Reader<'_> {
         let last = ends.last().copied().unwrap_or(0) as usize;
         match ends.is_sorted() && last == all {
             true => Ok(ends),
-            false => Err("its parts do not fit together".into()),
+            false => Err("its parts are inconsistent".into()),
         }
     }
 }

@@ -116,7 +116,8 @@ impl ChatTemplate {
             NamedUse { tool_use: Some(own), .. } if tools => Ok(own),
             NamedUse { nameless: true, .. } => Err(Error::model(
                 &self.origin,
-                "has several chat templates, none of which is \"default\"; name one so, or set chat_template_path",
+                "has several chat templates, but none is named \"default\"; rename one to \
+                 \"default\", or set chat_template_path",
             )),
             _ => Ok(self),
         }
@@ -133,15 +134,12 @@ impl ChatTemplate {
         let broken = |e: minijinja::Error| {
             Error::model(
                 origin,
-                format!(
-                    "chat template: {}; correct it, or take the model's own template",
-                    said(&e)
-                ),
+                format!("chat template: {}; correct it, or use the model's own template", said(&e)),
             )
         };
         let source = &source.replace("\r\n", "\n").replace('\r', "\n"); // as Jinja2's lexer does
         let (rewritten, blocks) = emit::emit(source).map_err(|(what, line)| {
-            let next = "correct it, or take the model's own template";
+            let next = "correct it, or use the model's own template";
             Error::model(origin, format!("chat template: {what} (line {line}); {next}"))
         })?;
         let mut env = Environment::new();
@@ -231,8 +229,8 @@ const MARKER: char = '\u{FDD0}';
 /// Limit on the work of one render (instructions and copied text): at most two seconds.
 const FUEL: u64 = 4_000_000;
 const RECURSION: usize = 200;
-const NO_TEMPLATE: &str = "has no chat template, and the data is a conversation; add chat_template.jinja to the folder, \
-     or give rows with plain text";
+const NO_TEMPLATE: &str = "has no chat template, but the data is a conversation; add \
+                           chat_template.jinja to the folder, or give rows with plain text";
 
 /// Counts the marker characters in the strings of the context.
 fn occurrences<'a>(values: impl Iterator<Item = &'a Value>) -> usize {

@@ -32,8 +32,8 @@ impl Talk<'_> {
     pub fn continuation(&self, reply: &[Value]) -> Result<Vec<u32>> {
         if self.renderer.continues(self.example) {
             return Err(self.row.error(format!(
-                "{CONTINUE}=true with an environment: a prompt that ends within a message has no \
-                 second turn; leave {CONTINUE} out"
+                "{CONTINUE}=true does not work with an environment: a prompt that ends inside a \
+                 message has no second turn; leave {CONTINUE} out"
             )));
         }
         let so_far = self.render(self.messages, false)?;
@@ -65,8 +65,8 @@ impl Talk<'_> {
         match ids.split_first() {
             Some((first, rest)) if *first == self.stop => Ok(rest.to_vec()),
             _ => Err(self.row.error(format!(
-                "the end token {} ({stop:?}) is not one token when it is read as text, so no turn \
-                 can follow it; use a model whose end token is a special token",
+                "the end token {} ({stop:?}) does not encode to one token, so no turn can follow \
+                 it; use a model whose end token is a special token",
                 self.stop
             ))),
         }
@@ -86,10 +86,11 @@ impl Talk<'_> {
         let text = content.as_str().map_or_else(|| content.to_string(), str::to_string);
         let shown: String = text.chars().take(60).collect();
         self.row.error(format!(
-            "the chat template writes the assistant's turn messages[{at}] ({shown:?}) differently \
-             when more follows, so the model would read another conversation than it spoke; let the \
-             environment answer with messages of role \"tool\", or set chat_template_path to a template \
-             that leaves earlier turns as they are"
+            "the chat template writes the assistant's turn messages[{at}] ({shown:?}) \
+             differently when more messages follow, so the model would read a conversation that \
+             differs from the one it generated; make the environment answer with messages of \
+             role \"tool\", or set chat_template_path to a template that leaves earlier turns \
+             unchanged"
         ))
     }
 }

@@ -24,7 +24,7 @@ pub fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>> {
         )),
         Err(e) => Err(Error::model(
             path,
-            format!("not valid JSON ({e}); copy the file again from the model's source"),
+            format!("not valid JSON ({e}); copy the file again from the model's repository"),
         )),
     }
 }

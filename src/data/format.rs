@@ -107,9 +107,9 @@ impl Format {
                 let known =
                     row.value.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
                 return Err(row.error(format!(
-                    "fields {known} fit no known kind of row; give {text_field:?}, \"messages\", \"prompt\" and \
-                     \"completion\", or \"chosen\" and \"rejected\", or name the columns: \
-                     columns=prompt:COLUMN,completion:COLUMN"
+                    "the fields {known} match no known kind of row; give {text_field:?}, \
+                     \"messages\", \"prompt\" and \"completion\", or \"chosen\" and \
+                     \"rejected\", or name the columns: columns=prompt:COLUMN,completion:COLUMN"
                 )));
             }
         })
@@ -157,8 +157,8 @@ pub fn unused_template(first: &Row, has_template: bool) -> Option<&'static str> 
     let is_text = |field: &&str| first.value.get(*field).is_some_and(Value::is_string);
     let texts = ["prompt", "completion", "chosen"].iter().any(is_text);
     (has_template && texts).then_some(
-        "The rows are texts, so the model's chat template is not used. For a chat model give messages; \
-         columns=instruction:PROMPT,output:COMPLETION makes them of two columns.",
+        "The rows are texts, so the model's chat template is not used. For a chat model give \
+         messages; columns=instruction:PROMPT,output:COMPLETION makes messages from two columns.",
     )
 }
 
@@ -201,8 +201,7 @@ fn pair(row: &Row, a: &str, b: &str) -> Result<(Content, Content)> {
 fn filled(row: &Row, field: &str, messages: Vec<Value>) -> Result<Vec<Value>> {
     match messages.is_empty() {
         true => {
-            Err(row
-                .error(format!("field {field:?} is an empty list; a conversation needs a message")))
+            Err(row.error(format!("field {field:?} is an empty list; give at least one message")))
         }
         false => Ok(messages),
     }

@@ -84,8 +84,9 @@ pub(super) fn write_mismatches(
     let Some(end) = end else { return Ok(()) };
     write!(
         f,
-        " In {rows} rows the tokens of the prompt alone do not begin the tokens of prompt and completion, so the model \
-         trains on another context than it will see; the first such prompt ends in {end:?}. End prompts where a token \
-         ends, or use a template that renders a prompt the same way with and without an answer."
+        " In {rows} rows the tokens of the prompt alone are not a prefix of the tokens of prompt \
+         and completion, so the model trains on a context that differs from the one it will see. \
+         The first such prompt ends in {end:?}. End prompts where a token ends, or use a \
+         template that renders a prompt the same way with and without an answer."
     )
 }

@@ -207,8 +207,8 @@ fn cut_after_final_message(row: &Row, messages: &[Value], text: &mut String) -> 
     let said = messages.last().and_then(|m| m.get("content")).and_then(Value::as_str);
     let Some((said, at)) = said.and_then(|said| Some((said, text.rfind(said.trim())?))) else {
         return Err(row.error(format!(
-            "{CONTINUE}=true, and the chat template does not write the text of the last message as it is; leave \
-             {CONTINUE} out, or take another template"
+            "{CONTINUE}=true, but the chat template does not write the text of the last message \
+             unchanged; leave {CONTINUE} out, or use another template"
         )));
     };
     let kept = said.trim_start();

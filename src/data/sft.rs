@@ -402,7 +402,10 @@ fn nothing_left(stats: &SftStats) -> String {
              row has {longest} tokens)"
         ),
         _ => {
-            format!("none of the {rows} rows has a token to learn from; are the completions empty?")
+            format!(
+                "none of the {rows} rows has a loss target; check that the completions are not \
+                 empty"
+            )
         }
     }
 }
@@ -431,7 +434,7 @@ impl fmt::Display for SftStats {
             write!(f, ", {} dropped because their text is empty", self.dropped_empty)?;
         }
         if self.kept_no_target > 0 {
-            write!(f, ", {} kept without a target (packing does)", self.kept_no_target)?;
+            write!(f, ", {} kept without a target (by packing)", self.kept_no_target)?;
         }
         write!(f, ".")?;
         if let (Some(eos), 0) = (&self.eos_token, self.rows_with_eos) {

@@ -125,8 +125,8 @@ impl RowFile {
             Ok(Value::Object(value)) => {
                 Ok(Row { value, file: self.files[file as usize].clone(), line: line as usize })
             }
-            Ok(_) => Err(Error::Run("a row that was kept aside is no object".into())),
-            Err(e) => Err(Error::Run(format!("rows that were kept aside cannot be read: {e}"))),
+            Ok(_) => Err(Error::Run("a row in the temporary file is not an object".into())),
+            Err(e) => Err(Error::Run(format!("rows in the temporary file cannot be read: {e}"))),
         }
     }
 }

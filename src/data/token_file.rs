@@ -69,7 +69,10 @@ impl TokenFile {
         let to = &mut *guard;
         let done = match (&to.failed, &mut to.file) {
             (None, Some(file)) => file.write_all(bytes),
-            _ => Err(Error::Run(format!("{}: nothing can be added to it", self.path.display()))),
+            _ => Err(Error::Run(format!(
+                "{}: cannot append, because an earlier write failed",
+                self.path.display()
+            ))),
         };
         if let Err(e) = done {
             let said = Error::Run(e.to_string());

@@ -341,8 +341,8 @@ impl Tokenizer {
                 && self.token_to_id(token).is_none()
             {
                 let message = format!(
-                    "tokenizer_config.json names {key} {token:?}, which the vocabulary of this file does not have; \
-                     copy both files from the same model, or correct {key}"
+                    "tokenizer_config.json names {key} {token:?}, which is not in the vocabulary \
+                     of this file; copy both files from the same model, or correct {key}"
                 );
                 return Err(Error::model(path, message));
             }
@@ -437,8 +437,8 @@ fn add_tokens(
         inner.add_tokens([token]).map_err(|e| broken(path, &e.to_string()))?;
         if inner.token_to_id(&text) != Some(id) {
             let message = format!(
-                "token {text:?} has the id {id} in tokenizer_config.json or added_tokens.json, which does not follow from \
-                 this file; save the tokenizer again with transformers"
+                "token {text:?} has the id {id} in tokenizer_config.json or added_tokens.json, \
+                 which does not match this file; save the tokenizer again with transformers"
             );
             return Err(Error::model(path, message));
         }
@@ -464,7 +464,8 @@ const CHECKED: [&str; 2] = ["eos_token", "bos_token"];
 fn broken(path: &Path, why: &str) -> Error {
     let why: String = why.chars().take(200).collect();
     let message = format!(
-        "not a tokenizer that can be read ({why}); download the file again, or save it again with transformers"
+        "not a readable tokenizer ({why}); download the file again, or save it again with \
+         transformers"
     );
     Error::model(path, message)
 }

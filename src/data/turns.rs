@@ -62,11 +62,13 @@ pub fn assistant_mask(
         return Ok(MaskedSequence { input_ids: ids, target_mask: mask });
     }
     Err(row.error(match marked {
-        true => "assistant_only_loss=true, and the assistant says nothing here; remove the row",
+        true => {
+            "assistant_only_loss=true, but the row has no text by the assistant; remove the row"
+        }
         false => {
-            "assistant_only_loss=true, and the chat template shows nothing that the assistant says \
-             here; remove the row, or put {% generation %} and {% endgeneration %} around what the \
-             assistant says in the template (chat_template_path)"
+            "assistant_only_loss=true, but the chat template marks no text by the assistant in \
+             this row; remove the row, or put {% generation %} and {% endgeneration %} around \
+             the assistant's text in the template (chat_template_path)"
         }
     }))
 }
@@ -177,10 +179,11 @@ impl Talk<'_> {
         let text = content.as_str().map_or_else(|| content.to_string(), str::to_string);
         let shown: String = text.chars().take(60).collect();
         self.row.error(format!(
-            "assistant_only_loss=true, and the chat template writes the assistant's turn messages[{i}] ({shown:?}) \
-             differently when more follows, so its tokens cannot be found; put {{% generation %}} and \
-             {{% endgeneration %}} around what the assistant says in the template (chat_template_path), or use prompt \
-             and completion rows"
+            "assistant_only_loss=true, but the chat template writes the assistant's turn \
+             messages[{i}] ({shown:?}) differently when more messages follow, so its tokens \
+             cannot be found; put {{% generation %}} and {{% endgeneration %}} around the \
+             assistant's text in the template (chat_template_path), or use prompt and completion \
+             rows"
         ))
     }
 }

@@ -170,8 +170,9 @@ impl Pool {
         for (name, bytes) in list.iter().take(10) {
             text += &format!("\n  {:>12}  {name}", mebibytes(*bytes));
         }
-        text + "\nTo need less: lower per_device_train_batch_size (and raise gradient_accumulation_steps to keep the \
-                step's size), lower max_length, or set gradient_checkpointing=true."
+        text + "\nTo use less memory, lower per_device_train_batch_size (and raise \
+                gradient_accumulation_steps to keep the step's size), lower max_length, or set \
+                gradient_checkpointing=true."
     }
 }
 

@@ -72,7 +72,7 @@ fn metrics(
             each.chunks(n).filter_map(|row| row.iter().copied().collect()).collect();
         if known.is_empty() {
             return Err(Error::Run(format!(
-                "reward `{name}` skipped every row; does its column hold an answer?"
+                "reward `{name}` skipped every row; check that its column holds an answer"
             )));
         }
         let rows = each.len() / n - known.len();

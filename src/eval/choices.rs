@@ -45,7 +45,7 @@ impl Question {
         let (choices, labels) = choices(row)?;
         if choices.len() < 2 {
             return Err(row.error(format!(
-                "field \"choices\" has {} choice; a question needs two or more",
+                "field \"choices\" has {} choice; give two or more",
                 choices.len()
             )));
         }
@@ -201,7 +201,7 @@ fn sequence(
     let whole = renderer.encode(row, &format!("{context}{continuation}"), true)?;
     if alone >= whole.len() || alone == 0 {
         return Err(row.error(format!(
-            "the choice {:?} has no tokens of its own behind its question",
+            "the choice {:?} has no tokens of its own after its question",
             continuation.trim()
         )));
     }
@@ -311,7 +311,7 @@ mod tests {
             of(r#"["a", "b"]"#, "2"),
             "q.jsonl:4: field \"answer\" is \"2\", which is none of its choices (0 to 1, or A to B)"
         );
-        assert!(of(r#"["a"]"#, "0").contains("needs two or more"));
+        assert!(of(r#"["a"]"#, "0").contains("give two or more"));
         assert!(of(r#"["a", ""]"#, "0").contains("choice 2 in \"choices\" is an empty text"));
         assert!(of(r#"["a", null]"#, "0").contains("must be a list of texts"));
         assert!(

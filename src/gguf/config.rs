@@ -47,10 +47,13 @@ pub fn names(file: &GgufFile) -> Result<&'static GgufNames> {
     }
     let supported = GgufNames::supported();
     let Some(architecture) = file.text("general.architecture")? else {
-        return Err(model(file, format!("has no general.architecture; supported are {supported}")));
+        return Err(model(file, format!("has no general.architecture; supported: {supported}")));
     };
     GgufNames::reading(architecture, |key| file.get(key).is_some()).ok_or_else(|| {
-        model(file, format!("is of the architecture {architecture:?}; supported are {supported}"))
+        model(
+            file,
+            format!("has the unsupported architecture {architecture:?}; supported: {supported}"),
+        )
     })
 }
 
@@ -142,7 +145,8 @@ fn size_of_attention(
     let Some(list) = file.ints(name)? else { return Ok(None) };
     let layers = raw.get("num_hidden_layers").and_then(Value::as_u64).unwrap_or(0);
     if list.len() as u64 != layers {
-        let message = format!("{name} has {} entries, the model {layers} layers", list.len());
+        let message =
+            format!("{name} has {} entries, but the model has {layers} layers", list.len());
         return Err(model(file, message));
     }
     let mut sizes = list.iter().filter(|n| **n != 0);

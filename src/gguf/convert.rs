@@ -79,13 +79,13 @@ fn matched<'a>(
     let mut found = Vec::new();
     for spec in specs {
         let Some(name) = names.tensor(&spec.name) else {
-            problems.push(format!("no name: {} has none in GGUF files", spec.name));
+            problems.push(format!("no name: {} has no name in GGUF files", spec.name));
             continue;
         };
         match file.tensor(&name) {
             None => problems.push(format!("missing: {name} {:?}", file_shape(spec))),
             Some(tensor) if tensor.shape != file_shape(spec) => problems.push(format!(
-                "shape: {name} is {:?}, the metadata mean {:?}",
+                "shape: {name} is {:?}, but the metadata give {:?}",
                 tensor.shape,
                 file_shape(spec)
             )),
@@ -104,7 +104,7 @@ fn matched<'a>(
         problems.push(format!("and {more} more"));
     }
     let message = format!(
-        "holds tensors that are not those of {}:\n  {}",
+        "holds tensors that differ from those of {}:\n  {}",
         config.family.architecture,
         problems.join("\n  ")
     );

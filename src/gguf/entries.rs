@@ -33,7 +33,7 @@ pub fn entries_of(
     let bad = |message: String| Err(Error::model(dir, message));
     if config.task != Task::CausalLm {
         return bad(format!(
-            "is not a language model ({}); a GGUF file holds one",
+            "is not a language model ({}), but a GGUF file holds one; give a language model",
             config.task.suffix()
         ));
     }
@@ -41,12 +41,12 @@ pub fn entries_of(
     let Some(names) = GgufNames::of_model_type(model_type) else {
         let supported = GgufNames::supported();
         return bad(format!(
-            "GGUF files of {model_type} are not supported; supported are {supported}"
+            "GGUF files of {model_type} are not supported; supported: {supported}"
         ));
     };
     if let Some(why) = unlike(names, config) {
         let arch = names.architecture;
-        return bad(format!("is not what a GGUF file of architecture {arch} means: {why}"));
+        return bad(format!("cannot be expressed in a GGUF file of architecture {arch}: {why}"));
     }
     windows(names, config, notes);
     let arch = names.architecture;
@@ -100,16 +100,16 @@ fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
     };
     if act != names.hidden_act {
         let key = config.family.hidden_act.key;
-        return Some(format!("{key} is {act}, there it is {}", names.hidden_act));
+        return Some(format!("{key} is {act}, but there it is {}", names.hidden_act));
     }
     if config.mixers.iter().any(|m| matches!(m, Mixer::ShortConv { bias: true, .. })) {
-        return Some("conv_bias is true, there it is false".into());
+        return Some("conv_bias is true, but there it is false".into());
     }
     if !config.mixers.contains(&Mixer::Attention) {
-        return Some("no layer has attention, there some have".into());
+        return Some("no layer has attention, but there some layers have it".into());
     }
     if let Some(tied) = names.tied.filter(|tied| *tied != config.tie_word_embeddings) {
-        return Some(format!("tie_word_embeddings is {}, there it is {tied}", !tied));
+        return Some(format!("tie_word_embeddings is {}, but there it is {tied}", !tied));
     }
     let (layers, hidden, heads) = (config.num_layers, config.hidden_size, config.num_heads);
     let usual = usual_scalar(names, layers, hidden, heads, config.head_dim);
@@ -118,7 +118,7 @@ fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
         && config.attention_scale != (usual as f64).powf(-0.5) as f32
     {
         let given = config.raw.get(key).unwrap_or(&Value::Null);
-        return Some(format!("{key} is {given}, there it is {usual}"));
+        return Some(format!("{key} is {given}, but there it is {usual}"));
     }
     // A layer without rope is at a position where the architecture has rope.
     let attends = config.mixers.iter().map(|m| *m == Mixer::Attention);
@@ -127,7 +127,11 @@ fn unlike(names: &GgufNames, config: &ModelConfig) -> Option<String> {
     let turns: Vec<bool> = config.layer_rope.iter().map(Option::is_some).collect();
     (turns != default).then(|| {
         let list = |turns: &[bool]| turns.iter().map(|on| u8::from(*on)).collect::<Vec<_>>();
-        format!("the layers with rope are {:?}, there they are {:?}", list(&turns), list(&default))
+        format!(
+            "the layers with rope are {:?}, but there they are {:?}",
+            list(&turns),
+            list(&default)
+        )
     })
 }
 
@@ -137,7 +141,8 @@ fn windows(names: &GgufNames, config: &ModelConfig, notes: &mut Vec<String>) {
     let Some(window) = config.sliding_window.iter().flatten().min() else { return };
     if !names.has_windows() {
         notes.push(format!(
-            "a GGUF file of architecture {arch} has no sliding window: texts of more than {window} tokens would be read differently"
+            "a GGUF file of architecture {arch} has no sliding window: texts of more than \
+             {window} tokens will give different results"
         ));
     } else if names.long_rope {
         notes.push(format!(
@@ -158,7 +163,7 @@ fn period(config: &ModelConfig) -> std::result::Result<Option<usize>, String> {
     }
     let found = (1..=slides.len() + 1).find(|p| at(*p));
     found.map(Some).ok_or_else(|| {
-        "has layers without a window at no fixed period, which a GGUF file cannot say".into()
+        "has layers without a window at no fixed period, which a GGUF file cannot express".into()
     })
 }
 

@@ -91,7 +91,9 @@ pub fn export(
             merged_values(cx, model, spec)?
         } else {
             let at = model.params.by_name(&spec.name);
-            let at = at.ok_or_else(|| Error::op("gguf", format!("{} has no place", spec.name)))?;
+            let at = at.ok_or_else(|| {
+                Error::op("gguf", format!("{} has no location in the model's weights", spec.name))
+            })?;
             model.params.weight_view(at)?.to_f32()?
         };
         Ok(to_file(names, &config, spec, values))

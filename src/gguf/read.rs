@@ -281,13 +281,13 @@ impl<'a> Reader<'a> {
         if version.swap_bytes() <= 3 && version != 0 {
             return Err(Error::model(
                 self.path,
-                "is big-endian; only little-endian files are read",
+                "is big-endian; only little-endian files are supported",
             ));
         }
         if !(2..=3).contains(&version) {
             return Err(Error::model(
                 self.path,
-                format!("is GGUF version {version}; versions 2 and 3 are read"),
+                format!("is GGUF version {version}; versions 2 and 3 are supported"),
             ));
         }
         let tensors = self.count(24, "the number of tensors")?;
@@ -334,7 +334,7 @@ impl<'a> Reader<'a> {
             },
             item::TEXT => MetaValue::Text(self.text()?.to_string()),
             item::LIST => self.list(0)?,
-            _ => return self.bad(at.saturating_sub(4), format_args!("there is no type {kind}")),
+            _ => return self.bad(at.saturating_sub(4), format_args!("unknown type {kind}")),
         })
     }
 
@@ -348,8 +348,8 @@ impl<'a> Reader<'a> {
             item::U32 | item::I32 | item::F32 => 4,
             item::U64 | item::I64 | item::F64 | item::TEXT => 8,
             item::LIST if depth < MAX_DEPTH => 12,
-            item::LIST => return self.bad(at, format_args!("lists lie {depth} deep")),
-            _ => return self.bad(at, format_args!("there is no type {item}")),
+            item::LIST => return self.bad(at, format_args!("lists are nested {depth} deep")),
+            _ => return self.bad(at, format_args!("unknown type {item}")),
         };
         let count = self.count(size, "the number of items of a list")?;
         let from = self.at;
@@ -393,7 +393,8 @@ impl<'a> Reader<'a> {
                 Ok(dtype) => dtype,
                 Err(shown) => {
                     let message = format!(
-                        "at byte {at}: {name} is of type {shown}; read are {}. Get the file in one of these types",
+                        "at byte {at}: {name} has the unsupported type {shown}; supported: {}. \
+                         Get the file in one of these types",
                         GgufType::names()
                     );
                     return Err(Error::model(self.path, message));
@@ -441,7 +442,7 @@ impl<'a> Reader<'a> {
         for pair in order.windows(2) {
             let ((a, _, _), (b, _, at)) = (&found[pair[0]], &found[pair[1]]);
             if a.bytes.end > b.bytes.start {
-                return self.bad(*at, format_args!("{} lies in the bytes of {}", b.name, a.name));
+                return self.bad(*at, format_args!("{} overlaps the bytes of {}", b.name, a.name));
             }
         }
         order.sort_by_key(|i| found[*i].0.name.as_str());

@@ -96,8 +96,8 @@ fn one(
             bad(
                 file,
                 format!(
-                    "{FREQS} is not the rope of Llama 3 (low_freq_factor 1, high_freq_factor 4), the only one \
-                     that is read from factors"
+                    "{FREQS} is not the rope of Llama 3 (low_freq_factor 1, high_freq_factor 4), \
+                     the only one supported as factors"
                 ),
             )
         });
@@ -160,7 +160,7 @@ fn one(
         other => {
             return Err(bad(
                 file,
-                format!("{} is {other:?}; none, linear and yarn are read", key("scaling.type")),
+                format!("{} is {other:?}; supported: none, linear, yarn", key("scaling.type")),
             ));
         }
     }

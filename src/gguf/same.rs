@@ -17,7 +17,7 @@ pub fn differences(written: &ModelConfig, read: &ModelConfig) -> Vec<String> {
     let mut compare = |what: &str, of: &dyn Fn(&ModelConfig) -> String| {
         let (a, b) = (of(written), of(read));
         if a != b {
-            out.push(format!("{what} is {a}, the file says {b}"));
+            out.push(format!("{what}: {a} in the model, {b} in the file"));
         }
     };
     fn text(value: impl Debug) -> String {
@@ -29,12 +29,12 @@ pub fn differences(written: &ModelConfig, read: &ModelConfig) -> Vec<String> {
             [c.num_heads, c.num_kv_heads, c.head_dim, c.max_position_embeddings],
         ))
     });
-    compare("what layers have in the place of attention", &|c| text(&c.mixers));
+    compare("the attention or convolution of each layer", &|c| text(&c.mixers));
     compare("rms_norm_eps", &|c| text(c.rms_norm_eps));
     compare("the activation", &|c| text(c.hidden_act));
     compare("tie_word_embeddings", &|c| text(c.tie_word_embeddings));
     compare("which layers have biases", &|c| text([c.qkv_bias, c.o_bias, c.mlp_bias]));
-    compare("how norms work", &|c| text((c.norm_weight, c.norm_place, c.qk_norm)));
+    compare("the form of norms", &|c| text((c.norm_weight, c.norm_place, c.qk_norm)));
     compare("the scale of embeddings", &|c| {
         text(c.embedding_scale.map_or((1.0, 1.0), |s| s.factors(DType::F32)))
     });

@@ -38,16 +38,13 @@ pub fn tokenizer_of(file: &GgufFile, rows: usize) -> Result<GgufTokenizer> {
         return bad(format!("has no tokenizer: no {}", key("model")));
     };
     let Some(tokens) = file.texts(&key("tokens"))? else {
-        return bad(format!("has no {}: the tokenizer is not determined", key("tokens")));
+        return bad(format!("has no {}, so its tokenizer is incomplete", key("tokens")));
     };
     if tokens.len() > rows {
         return bad(format!("has {} tokens, but only {rows} embeddings", tokens.len()));
     }
     let Some(kinds) = file.ints(&key("token_type"))? else {
-        return bad(format!(
-            "has no {}: which tokens are special is not determined",
-            key("token_type")
-        ));
+        return bad(format!("has no {}, so its special tokens are unknown", key("token_type")));
     };
     if kinds.len() != tokens.len() {
         return bad(format!("has {} tokens and {} token types", tokens.len(), kinds.len()));
@@ -84,8 +81,8 @@ pub fn tokenizer_of(file: &GgufFile, rows: usize) -> Result<GgufTokenizer> {
         "llama" => pieces_bpe(file, vocab, &tokens, &kinds, special.get("unknown").map(|t| t.1))?,
         other => {
             return bad(format!(
-                "has a tokenizer of the model {other:?}; gpt2 (byte-level BPE) and llama (sentencepiece BPE) are read. \
-                 Take the model's own folder instead"
+                "has a tokenizer of the model {other:?}; supported: gpt2 (byte-level BPE) and \
+                 llama (sentencepiece BPE). Use the model's own folder instead"
             ));
         }
     };
@@ -140,15 +137,15 @@ fn bytes_bpe(file: &GgufFile, vocab: Map<String, Value>) -> Result<(Value, bool)
     let Some(pre) = name.and_then(PreTokenizer::named) else {
         let what = match name {
             None => "has no tokenizer.ggml.pre".to_string(),
-            Some(name) => format!("tokenizer.ggml.pre is {name:?}, which is not known here"),
+            Some(name) => format!("tokenizer.ggml.pre is {name:?}, which is not supported"),
         };
         return bad(format!(
-            "{what}: how a text is split is not determined. Known are {known}. \
-             Take the tokenizer of the model's own folder"
+            "{what}, so the split of text into words is unknown. Supported: {known}. Use the \
+             tokenizer of the model's own folder"
         ));
     };
     let Some(merges) = merges(file)? else {
-        return bad("has no tokenizer.ggml.merges: the tokenizer is not determined".into());
+        return bad("has no tokenizer.ggml.merges, so its tokenizer is incomplete".into());
     };
     let json = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
@@ -175,33 +172,30 @@ fn pieces_bpe(
 ) -> Result<(Value, bool)> {
     let bad = |message: String| Err(Error::model(file.path(), message));
     let Some(scores) = file.floats("tokenizer.ggml.scores")? else {
-        return bad("has no tokenizer.ggml.scores: the order of merges is not determined".into());
+        return bad("has no tokenizer.ggml.scores, so the order of merges is unknown".into());
     };
     if scores.len() != tokens.len() {
         return bad(format!("has {} tokens and {} scores", tokens.len(), scores.len()));
     }
     let Some(unknown) = unknown else {
-        return bad(
-            "has no tokenizer.ggml.unknown_token_id: the tokenizer is not determined".into()
-        );
+        return bad("has no tokenizer.ggml.unknown_token_id, so its tokenizer is incomplete".into());
     };
     let lacking = (0..=255u8).map(|b| format!("<0x{b:02X}>")).find(|t| !vocab.contains_key(t));
     if let Some(token) = lacking {
         return bad(format!(
-            "has no token {token}: what stands for a character without a token is not determined"
+            "has no token {token}, so characters without a token cannot be encoded"
         ));
     }
     if file.get("tokenizer.ggml.precompiled_charsmap").is_some()
         || file.flag("tokenizer.ggml.remove_extra_whitespaces")? == Some(true)
     {
-        return bad("normalises text as sentencepiece can (precompiled_charsmap, remove_extra_whitespaces), \
-                    which is not read; take the tokenizer of the model's own folder"
+        return bad("normalises text as sentencepiece can (precompiled_charsmap, \
+                    remove_extra_whitespaces), which is not supported; use the tokenizer of the \
+                    model's own folder"
             .into());
     }
     let Some(merges) = merges_of(tokens, kinds, &scores) else {
-        return bad(
-            "tokenizer.ggml.scores are all equal: the order of merges is not determined".into()
-        );
+        return bad("tokenizer.ggml.scores are all equal, so the order of merges is unknown".into());
     };
     let prefix = file.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
     let replace = |from: &str, to: &str| json!({ "type": "Replace", "pattern": { "String": from }, "content": to });
@@ -283,7 +277,9 @@ fn tokenizer_config(
         }
         for name in names {
             let Some(text) = file.text(&format!("tokenizer.chat_template.{name}"))? else {
-                let message = format!("has no tokenizer.chat_template.{name}, which it names");
+                let message = format!(
+                    "lists the chat template {name}, but has no tokenizer.chat_template.{name}"
+                );
                 return Err(Error::model(file.path(), message));
             };
             list.push(json!({ "name": name, "template": text }));

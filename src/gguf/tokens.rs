@@ -36,7 +36,10 @@ pub fn entries_of(
     let rows = config.vocab_size;
     if tokenizer.vocab_size() > rows {
         let n = tokenizer.vocab_size();
-        return Err(Error::model(&path, format!("has {n} tokens, the model {rows} embeddings")));
+        return Err(Error::model(
+            &path,
+            format!("has {n} tokens, but the model has {rows} embeddings"),
+        ));
     }
     let mut parts = Parts { path: &path, json: &json, tokens: Vec::new(), kinds: Vec::new() };
     let pieces = json["model"]["byte_fallback"] == Value::Bool(true);
@@ -157,7 +160,8 @@ fn bytes_bpe(parts: &Parts) -> Result<Vec<(String, MetaEntry)>> {
     let found = steps_of(pre).and_then(|steps| PreTokenizer::of_steps(&steps, nfc, ignore));
     let Some(found) = found else {
         return parts.bad(format_args!(
-            "its pre_tokenizer, normalizer and ignore_merges are together none of those that have a name ({}): {pre}",
+            "its combination of pre_tokenizer, normalizer and ignore_merges has no name in GGUF \
+             files (these do: {}): {pre}",
             PreTokenizer::names()
         ));
     };
@@ -175,13 +179,13 @@ fn pieces_bpe(parts: &Parts, notes: &mut Vec<String>) -> Result<Vec<(String, Met
     let merges = parts.merges()?;
     let Some(prefix) = space_prefix(parts.json, notes) else {
         return parts.bad(format_args!(
-            "its normalizer {} and pre_tokenizer {} are not those of sentencepiece",
+            "its normalizer {} and pre_tokenizer {} differ from those of sentencepiece",
             parts.json["normalizer"], parts.json["pre_tokenizer"]
         ));
     };
     let tokens: Vec<&str> = parts.tokens.iter().map(String::as_str).collect();
     let Some(scores) = scores_of(&tokens, &parts.kinds, &merges) else {
-        return parts.bad("its merges do not follow from a score a token");
+        return parts.bad("its merges cannot be expressed as one score per token");
     };
     let mut out = parts.common("llama", "default");
     out.push(("tokenizer.ggml.scores".into(), MetaEntry::Floats(scores)));
@@ -212,7 +216,9 @@ fn space_prefix(json: &Value, notes: &mut Vec<String>) -> Option<bool> {
                 Some("always") => Some(true),
                 _ => {
                     notes.push(
-                        "in a GGUF file the space before a text also stands after each special token in it".into(),
+                        "the tokenizer of a GGUF file adds the space before a text also after \
+                         each special token in it"
+                            .into(),
                     );
                     Some(true)
                 }

@@ -89,7 +89,7 @@ impl RunLog {
         self.heard(appended);
         self.history.push(line);
         if let Some(Err(e)) = self.events.as_mut().map(|file| file.add(step, metrics)) {
-            self.observer.warn(&format!("the event file ends here: {e}"));
+            self.observer.warn(&format!("no further events are written: {e}"));
             self.events = None;
         }
         self.observer.metrics(step, self.total, metrics);
@@ -122,7 +122,7 @@ impl RunLog {
             && !self.failing
         {
             self.observer.warn(&format!(
-                "{e}; the run goes on, and the lines are written once that is possible"
+                "{e}; the run continues, and the lines are written when that is possible"
             ));
         }
         self.failing = done.is_err();

@@ -190,7 +190,7 @@ impl Reference {
         let values = read_floats(&path)?;
         if values.len() != model.params.count() {
             let message =
-                format!("has {} values, the model {}", values.len(), model.params.count());
+                format!("has {} values, but the model has {}", values.len(), model.params.count());
             return Err(Error::checkpoint(&path, message));
         }
         let mut rest = values.as_slice();
@@ -211,14 +211,14 @@ pub fn load(cx: &Cx, policy: &Decoder, name: &str, key: &str, longest: usize) ->
     let config = model.config();
     if config.task != policy.config.task {
         let message =
-            format!("{key}: holds {:?}, the model is {:?}", config.task, policy.config.task);
+            format!("{key}: holds {:?}, but the model is {:?}", config.task, policy.config.task);
         return Err(Error::model(&dir, message));
     }
     if config.vocab_size != policy.config.vocab_size {
         let (theirs, ours) = (config.vocab_size, policy.config.vocab_size);
         let message = format!(
-            "{key}: has a vocabulary of {theirs} tokens, the model one of {ours}: their log-probs cannot be compared; \
-             give a folder of the same family and tokenizer"
+            "{key}: has a vocabulary of {theirs} tokens, but the model has {ours}, so their \
+             log-probs cannot be compared; give a folder of the same family and tokenizer"
         );
         return Err(Error::model(&dir, message));
     }
@@ -276,6 +276,9 @@ fn read_floats(path: &Path) -> Result<Vec<f32>> {
             .chunks_exact(4)
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect()),
-        _ => Err(Error::checkpoint(path, format!("has {} bytes, no whole numbers", bytes.len()))),
+        _ => Err(Error::checkpoint(
+            path,
+            format!("has {} bytes, which is not a whole number of values", bytes.len()),
+        )),
     }
 }

@@ -30,8 +30,9 @@ pub fn find(name: &str) -> Result<&'static MethodEntry> {
     let names = || REGISTRY.iter().map(|e| e.name);
     REGISTRY.iter().copied().find(|e| e.name == name).ok_or_else(|| {
         let hint = nearest(name, names()).map(|n| format!("; did you mean {n}?"));
-        let hint = hint
-            .unwrap_or_else(|| format!("; there are {}", names().collect::<Vec<_>>().join(", ")));
-        Error::Config(format!("no method {name}{hint}"))
+        let hint = hint.unwrap_or_else(|| {
+            format!("; known methods: {}", names().collect::<Vec<_>>().join(", "))
+        });
+        Error::Config(format!("unknown method {name}{hint}"))
     })
 }

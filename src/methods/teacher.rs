@@ -25,7 +25,7 @@ section! {
     }
 }
 
-const NO_TEACHER: &str = "teacher_model_name_or_path: name the teacher's folder";
+const NO_TEACHER: &str = "teacher_model_name_or_path is not set: give the teacher's folder";
 
 impl TeacherOptions {
     fn rules(&self, report: &mut Report) {

@@ -45,7 +45,7 @@ impl Vocab {
             None => Ok(()),
             Some(id) => {
                 let message = format!(
-                    "token {id}, the vocabulary has {}; is it the model's tokenizer?",
+                    "token {id} is outside the vocabulary of {}; use the model's own tokenizer",
                     self.tokens
                 );
                 Err(Error::op("batch", message))

@@ -123,7 +123,10 @@ impl ModelConfig {
             f.problem(format!("{key} is true; it is not supported"));
         }
         if f.value("quantization_config").is_some() {
-            f.problem("quantization_config: quantised weights are not read; use the folder that they were made from");
+            f.problem(
+                "quantization_config: quantised weights are not supported; use the folder that \
+                 they were made from",
+            );
         }
         let layers = num_layers.min(MAX_LAYERS);
         config.mixers = mixers(&mut f, family.mixers, layers);
@@ -297,7 +300,10 @@ impl ModelConfig {
             ));
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
-            problems.push(format!("head_dim {} is not even; rope turns pairs", self.head_dim));
+            problems.push(format!(
+                "head_dim {} is not even, but rope rotates pairs of values",
+                self.head_dim
+            ));
         }
         // In u128, since a product of the largest sizes overflows usize.
         let [h, m, q] = [hidden, self.intermediate_size, heads].map(|n| n as u128);
@@ -332,12 +338,12 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
     }
     let supported = families::supported();
     let Some(name) = model_type.or(architecture) else {
-        f.problem(format!("has neither model_type nor architectures; supported are {supported}"));
+        f.problem(format!("has neither model_type nor architectures; supported: {supported}"));
         return None;
     };
     let Some(family) = families::find(name) else {
         // No hint at a similar name: qwen3_5 is another architecture, not a misspelt qwen3.
-        f.problem(format!("model_type {name:?} is not supported; supported are {supported}"));
+        f.problem(format!("model_type {name:?} is not supported; supported: {supported}"));
         return None;
     };
     let labels = labels(f);
@@ -352,7 +358,7 @@ fn family(f: &mut Fields) -> Option<(&'static Family, Task)> {
         None => {
             let names: Vec<String> = tasks.iter().map(|t| family.class(*t)).collect();
             f.problem(format!(
-                "architecture {a:?} is not supported here; of this family are {}",
+                "architecture {a:?} is not supported here; supported in this family: {}",
                 names.join(", ")
             ));
             None
@@ -410,7 +416,7 @@ fn mixers(f: &mut Fields, rule: MixerRule, layers: usize) -> Vec<Mixer> {
         }
         let unknown = |t: &&Value| **t != "full_attention" && **t != "conv";
         if let Some(other) = types.iter().find(unknown) {
-            f.problem(format!("layer_types has {other}; supported are full_attention and conv"));
+            f.problem(format!("layer_types has {other}; supported: full_attention and conv"));
         }
         let kinds = types.iter().map(|t| t == "full_attention").chain(std::iter::repeat(true));
         return kinds.take(layers).map(mixer).collect();
@@ -432,7 +438,7 @@ fn hidden_act(f: &mut Fields, rule: ActRule) -> HiddenAct {
         Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_python_tanh") => HiddenAct::GeluTanh,
         Some(other) => {
             f.problem(format!(
-                "{key} is {other:?}; supported are silu, gelu, gelu_pytorch_tanh, gelu_new"
+                "{key} is {other:?}; supported: silu, gelu, gelu_pytorch_tanh, gelu_new"
             ));
             HiddenAct::Silu
         }
@@ -561,7 +567,7 @@ fn layer_types(
     let unknown = |t: &&Value| **t != "sliding_attention" && **t != "full_attention";
     if let Some(other) = types.iter().find(unknown) {
         f.problem(format!(
-            "layer_types has {other}; supported are full_attention and sliding_attention"
+            "layer_types has {other}; supported: full_attention and sliding_attention"
         ));
     }
     let sliding: Vec<bool> = types.iter().map(|t| t == "sliding_attention").collect();
@@ -599,7 +605,7 @@ fn dtype(f: &mut Fields) -> Option<HostDtype> {
     let name = f.string(key)?;
     let dtype = HostDtype::from_torch_name(name);
     if dtype.is_none() && name != "auto" {
-        f.problem(format!("{key} is {name:?}; supported are float32, float16, bfloat16"));
+        f.problem(format!("{key} is {name:?}; supported: float32, float16, bfloat16"));
     }
     dtype
 }

@@ -166,8 +166,8 @@ fn all_problems_of_a_config_come_at_once() {
         "hidden_size is \"big\"; it must be an integer",
         "vocab_size is missing",
         "num_hidden_layers is 0; it must be",
-        "hidden_act is \"relu\"; supported are silu, gelu",
-        "rope_type is \"dynamic\"; supported are default, linear, llama3, yarn",
+        "hidden_act is \"relu\"; supported: silu, gelu",
+        "rope_type is \"dynamic\"; supported: default, linear, llama3, yarn",
         "tie_word_embeddings is 1; it must be true or false",
         "dtype is \"int8\"",
     ] {
@@ -193,7 +193,7 @@ fn contradictions_and_strangers_are_told_apart() {
         stranger.contains("\"gpt2\" is not supported")
             && stranger.contains("qwen3 (Qwen3ForCausalLM)")
     );
-    assert!(error("llama", json!({ "model_type": "qwen" })).contains("supported are "));
+    assert!(error("llama", json!({ "model_type": "qwen" })).contains("supported: "));
     let head = error("qwen2", json!({ "architectures": ["Qwen2ForQuestionAnswering"] }));
     assert!(
         head.contains("Qwen2ForQuestionAnswering")

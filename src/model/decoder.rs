@@ -434,9 +434,9 @@ impl Decoder {
             let flips = |r: &RopeConfig| r.is_long(n) && !r.is_long(self.positions);
             if self.positions > 1 && self.config.ropes.iter().any(flips) {
                 let message = format!(
-                    "a sequence of {n} tokens is longer than longrope's original length, and this \
-                     run began with the factors for shorter ones; a run uses one set of factors: \
-                     limit the length of its sequences"
+                    "a sequence of {n} tokens is longer than longrope's original length, but \
+                     this run began with the factors for shorter ones, and a run uses one set of \
+                     factors; limit the length of its sequences"
                 );
                 return Err(Error::op("decoder", message));
             }
@@ -469,7 +469,7 @@ impl Decoder {
     pub fn hidden(&self, cx: &mut Cx, batch: &Batch) -> Result<Tensor> {
         if batch.longest > self.positions {
             let message = format!(
-                "a sequence of {} tokens; the rope table covers {}",
+                "a sequence of {} tokens is longer than the rope table, which covers {}",
                 batch.longest, self.positions
             );
             return Err(Error::op("decoder", message));
@@ -480,7 +480,7 @@ impl Decoder {
                 format!("a batch behind {theirs} virtual tokens, the model's prompt has {ours}");
             return Err(Error::op(
                 "decoder",
-                message + "; this method takes no prompt tuning: use another peft_type",
+                message + "; this method does not support prompt tuning: use another peft_type",
             ));
         }
         let x = self.embed(cx, &batch.tokens)?;
@@ -522,7 +522,7 @@ impl Decoder {
     pub fn cached(&self, cx: &mut Cx, cache: &KvCache, step: &KvStep) -> Result<Tensor> {
         if step.longest > self.positions {
             let message = format!(
-                "a sequence of {} tokens; the rope table covers {}",
+                "a sequence of {} tokens is longer than the rope table, which covers {}",
                 step.longest, self.positions
             );
             return Err(Error::op("decoder", message));

@@ -63,7 +63,8 @@ pub fn load_weights(
     let problems = compare(&weights, config, &specs);
     if !problems.is_empty() {
         let message = format!(
-            "holds weights that do not fit its config.json; is it the one that belongs to them?\n  {}",
+            "holds weights that do not fit its config.json; use the config.json that belongs to \
+             them\n  {}",
             problems.join("\n  ")
         );
         return Err(Error::model(dir, message));
@@ -171,13 +172,13 @@ fn compare(weights: &SafeFolder, config: &ModelConfig, specs: &[ParamSpec]) -> V
         };
         if view.shape != spec.shape {
             problems.push(format!(
-                "shape: {} is {:?}, config.json means {:?}",
+                "shape: {} is {:?}, but config.json gives {:?}",
                 spec.name, view.shape, spec.shape
             ));
         }
         if let HostDtype::Other(_) = view.dtype {
             problems.push(format!(
-                "dtype: {} is {}; supported are F32, F16, BF16",
+                "dtype: {} is {}; supported: F32, F16, BF16",
                 spec.name,
                 view.dtype.name()
             ));

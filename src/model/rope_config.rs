@@ -130,7 +130,7 @@ pub fn one_rope(
         [&mut f, &mut top].map(|f| f.number(PARTIAL, share, |x| x > 0.0 && x <= 1.0));
     let partial = own.or(outer).unwrap_or(1.0);
     if map.values().any(Value::is_object) {
-        f.problem(format!("{name} one rope per layer type is not what this family has"));
+        f.problem(format!("{name} one rope per layer type is not supported in this family"));
     }
     let [outer, own] = [&mut top, &mut f].map(|f| f.size(ORIGINAL, 1 << 40));
     let original = outer.or(facts.default_original_positions).or(own).unwrap_or(max_positions);
@@ -154,15 +154,15 @@ pub fn one_rope(
         "yarn" => yarn(&mut f, original, max_positions as f64, theta),
         other => {
             f.problem(format!(
-                "{name}rope_type is \"{other}\"; supported are default, linear, llama3, yarn, \
-                 longrope"
+                "{name}rope_type is \"{other}\"; supported: default, linear, llama3, yarn, longrope"
             ));
             RopeKind::Default
         }
     };
     if partial != 1.0 && (turned == 0 || !turned.is_multiple_of(2)) {
         f.problem(format!(
-            "partial_rotary_factor {partial} of head_dim {} is {turned}; rope turns pairs",
+            "partial_rotary_factor {partial} of head_dim {} is {turned}, but rope rotates pairs \
+             of values",
             facts.head_dim
         ));
     }
@@ -214,7 +214,7 @@ fn yarn(f: &mut Fields, original_max_positions: f64, max_positions: f64, theta: 
     let beta_slow = truthy(number(f, "beta_slow")).unwrap_or(1.0);
     let truncate = f.boolean("truncate").unwrap_or(true);
     if theta <= 1.0 {
-        f.problem(format!("rope_theta is {theta}; yarn needs more than 1"));
+        f.problem(format!("rope_theta is {theta}, but yarn needs more than 1"));
     }
     RopeKind::Yarn {
         factor,
@@ -243,8 +243,8 @@ fn long_rope(f: &mut Fields, original: f64, max_positions: f64, turned: usize) -
             list.iter().filter_map(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0).collect();
         if numbers.len() != list.len() || numbers.len() != turned / 2 {
             f.problem(format!(
-                "rope: {key} has {} numbers above 0 of {} entries; it must have {}, one for each \
-                 pair that turns",
+                "rope: {key} has {} numbers above 0 in {} entries; it must have {}, one for each \
+                 pair of values that rope rotates",
                 numbers.len(),
                 list.len(),
                 turned / 2
@@ -254,7 +254,7 @@ fn long_rope(f: &mut Fields, original: f64, max_positions: f64, turned: usize) -
     };
     let (short, long) = (list("short_factor"), list("long_factor"));
     if original <= 1.0 {
-        f.problem("original_max_position_embeddings is 1; longrope needs more");
+        f.problem("original_max_position_embeddings is 1, but longrope needs more");
     }
     RopeKind::LongRope { short, long, original_max_positions: original, attention_factor }
 }

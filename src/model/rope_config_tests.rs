@@ -37,7 +37,7 @@ fn bad_settings_are_all_reported() {
                                            "partial_rotary_factor": 1.5 } });
     let (_, problems) = parse(bad);
     assert_eq!(problems.len(), 3, "{problems:?}");
-    let dynamic = "\"dynamic\"; supported are default, linear, llama3, yarn, longrope";
+    let dynamic = "\"dynamic\"; supported: default, linear, llama3, yarn, longrope";
     assert!(problems.iter().any(|p| p.contains(dynamic)), "{problems:?}");
     let (_, problems) = parse(json!({ "rope_scaling": { "rope_type": "llama3", "factor": 8 } }));
     assert_eq!(problems.len(), 2, "{problems:?}");

@@ -68,12 +68,13 @@ impl Distill {
 }
 
 fn check(x: &[&Tensor]) -> Result<()> {
-    let hint = "is hidden_size in config.json right?";
+    let hint = "check hidden_size in config.json";
     expect_cols("distill", "the student's head", x[1], x[0].cols(), hint)?;
-    let hint = "is hidden_size in its config.json right?";
+    let hint = "check hidden_size in its config.json";
     expect_cols("distill", "the teacher's head", x[3], x[2].cols(), hint)?;
     if x[1].row_count() != x[3].row_count() {
-        let message = format!("{:?} and {:?}: student and teacher need one vocabulary", x[1], x[3]);
+        let message =
+            format!("{:?} and {:?}: student and teacher need the same vocabulary", x[1], x[3]);
         return Err(Error::op("distill", message));
     }
     if x[2].row_count() != x[0].row_count() || x[4].numel() != x[0].row_count() {

@@ -312,7 +312,7 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, 
 
 /// `rows`: the number of inputs with one value per row, after x and the weight.
 fn check(name: &'static str, x: &[&Tensor], rows: usize) -> Result<()> {
-    let hint = "is hidden_size in config.json right?";
+    let hint = "check hidden_size in config.json";
     expect_cols(name, "the head's weight", x[1], x[0].cols(), hint)?;
     head_terms::check(name, &terms([x[0], x[1]], &x[2 + rows..]))?;
     if x[2..2 + rows].iter().any(|t| t.numel() != x[0].row_count()) {

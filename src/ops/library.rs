@@ -270,7 +270,8 @@ fn refused(cx: &Cx, p: &Operands, why: &str) {
     }
     let ((m, n, k), dtype) = (p.sizes(), p.a.dtype().name());
     cx.observer.note(&format!(
-        "matmul={}: the engine's own product runs for m {m}, n {n}, k {k} in {dtype}, and wherever else it must: {why}",
+        "matmul={}: the engine's own product is used for m {m}, n {n}, k {k} in {dtype}, and \
+         wherever else it is needed: {why}",
         format!("{:?}", cx.matmul).to_lowercase()
     ));
 }

@@ -89,7 +89,7 @@ impl LinearGlu {
     }
 
     fn check(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-        let hint = "do the weights belong to this config.json?";
+        let hint = "check that the weights belong to this config.json";
         expect_cols("linear_glu", "weight", w, x.cols(), hint)?;
         match bias {
             Some(bias) => expect_cols("linear_glu", "bias", bias, w.row_count(), hint),

@@ -122,11 +122,12 @@ impl LoraLinear {
         let (k, [n, wide], ranks) = (x[0].cols(), self.shape(x), x[A].row_count());
         if wide != k {
             let message = format!(
-                "the weight has {wide} columns, its input {k}; do the weights belong to this config.json?"
+                "the weight has {wide} columns, its input {k}; check that the weights belong to \
+                 this config.json"
             );
             return Err(Error::op("lora", message));
         }
-        expect_cols("lora", "A", x[A], k, "was the adapter made for this model?")?;
+        expect_cols("lora", "A", x[A], k, "check that the adapter was made for this model")?;
         expect_cols("lora", "scale", x[SCALE], ranks, "one value a row of A")?;
         for (s, b) in self.segments.iter().zip(&x[B..]) {
             if b.row_count() != s.cols

@@ -35,10 +35,16 @@ impl Op for Linear {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
         let (a, w) = (x[0], x[1]);
-        expect_cols("linear", "weight", w, a.cols(), "do the weights belong to this config.json?")?;
+        expect_cols(
+            "linear",
+            "weight",
+            w,
+            a.cols(),
+            "check that the weights belong to this config.json",
+        )?;
         let bias = self.bias.then(|| x[2]);
         if let Some(b) = bias {
-            let hint = "do the weights belong to this config.json?";
+            let hint = "check that the weights belong to this config.json";
             expect_cols("linear", "bias", b, w.row_count(), hint)?;
         }
         let y = cx.real("linear", &[a.row_count(), w.row_count()])?;

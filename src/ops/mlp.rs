@@ -76,7 +76,7 @@ impl Op for Mlp {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], need: &Need) -> Result<Fwd> {
-        let hint = "do the weights belong to this config.json?";
+        let hint = "check that the weights belong to this config.json";
         let (down, down_bias) = (x[DOWN], self.down_bias().map(|i| x[i]));
         let first = LinearGlu { act: self.act, bias: self.gate_up_bias };
         let bias = self.gate_up_bias().map(|i| x[i]);

@@ -148,7 +148,7 @@ impl Op for NormLinear {
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         let (input, w, bias) = (self.input(x), x[WEIGHT], self.bias(x));
-        let hint = "do the weights belong to this config.json?";
+        let hint = "check that the weights belong to this config.json";
         expect_cols("norm_linear", "the norm's weight", input.weight, input.x.cols(), hint)?;
         expect_cols("norm_linear", "weight", w, input.x.cols(), hint)?;
         if let Some(bias) = bias {

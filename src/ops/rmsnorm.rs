@@ -95,7 +95,7 @@ const WARPS: usize = 2048;
 const FEWEST_ROWS: usize = 4;
 const MOST_ROWS: usize = 64;
 
-const HINT: &str = "is hidden_size in config.json right?";
+const HINT: &str = "check hidden_size in config.json";
 
 impl Op for RmsNorm {
     fn name(&self) -> &'static str {

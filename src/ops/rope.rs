@@ -179,7 +179,7 @@ impl Rope {
         for (w, heads) in [(args.wq, self.heads), (args.wk, self.kv_heads)] {
             let Some(w) = w else { continue };
             let width = if over == NormOver::Heads { heads * dim } else { dim };
-            expect_cols(op, "the norm's weight", w, width, "is head_dim in config.json right?")?;
+            expect_cols(op, "the norm's weight", w, width, "check head_dim in config.json")?;
         }
         Ok(())
     }

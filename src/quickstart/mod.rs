@@ -297,8 +297,10 @@ fn train(cx: Cx, stage: &Stage) -> Result<(Cx, StageReport)> {
         dir.display(),
         stage.keys.join(" ")
     );
-    cx.observer
-        .info(&format!("\n{}: the same by hand (into another --output):\n  {command}", stage.name));
+    cx.observer.info(&format!(
+        "\n{}: to run this stage yourself (give another --output):\n  {command}",
+        stage.name
+    ));
     let FinishedJob { cx, total_steps, summary, .. } = Training::new(stage.command)?
         .options(stage.keys.iter().cloned())
         .model(stage.model.display().to_string())

@@ -101,7 +101,7 @@ impl QuickstartOutcome {
 impl fmt::Display for QuickstartOutcome {
     /// Samples, then the table, then the cost of the stages.
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        writeln!(f, "Held-out questions, as each model answers them (greedy, one a kind):")?;
+        writeln!(f, "Answers of each model to held-out questions (greedy, one of each kind):")?;
         for kind in QuestionKind::ALL {
             let Some(i) = self.problems.iter().position(|p| p.kind == kind) else { continue };
             writeln!(f, "\n  {}", self.problems[i].question)?;

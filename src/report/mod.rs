@@ -141,7 +141,7 @@ pub fn again(dir: impl AsRef<Path>) -> Result<PathBuf> {
     runs.sort();
     if runs.is_empty() {
         let message = format!(
-            "holds no run: neither it nor a folder in it has {METRICS}; name a run's --output"
+            "holds no run: neither it nor a folder in it has {METRICS}; give a run's --output"
         );
         return Err(Error::data(dir, None, message));
     }
@@ -241,7 +241,9 @@ fn lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
         match serde_json::from_slice(line) {
             Ok(object) => out.push(object),
             Err(_) if n + 1 == all.len() => {} // the last line of a live or killed run
-            Err(e) => return Err(Error::data(path, Some(n + 1), format!("no JSON object: {e}"))),
+            Err(e) => {
+                return Err(Error::data(path, Some(n + 1), format!("not a JSON object: {e}")));
+            }
         }
     }
     Ok(out)
@@ -299,7 +301,9 @@ fn samples(path: &Path) -> Result<(Vec<Value>, usize)> {
         match serde_json::from_slice(&line) {
             Ok(object) => samples.push(sample(&object)),
             Err(_) if i + 1 == starts.len() => drop(starts.pop()), // cut short, as above
-            Err(e) => return Err(Error::data(path, Some(i + 1), format!("no JSON object: {e}"))),
+            Err(e) => {
+                return Err(Error::data(path, Some(i + 1), format!("not a JSON object: {e}")));
+            }
         }
     }
     Ok((samples, starts.len()))

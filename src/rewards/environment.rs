@@ -218,8 +218,8 @@ impl Environment {
             .map_err(|wanted| (id, ProgramFault::Restart(format!("{wanted}, got {got}"))))?;
         if episode.answers.get(turn).is_some_and(|before| *before != read) {
             let message = format!(
-                "it was started again and answered turn {turn} otherwise than before: {got}. An \
-                 environment must answer an episode's turns by that episode alone (its seed and row)"
+                "after a restart it answered turn {turn} differently: {got}. An environment's \
+                 answers must depend only on the episode (its seed and row)"
             );
             return Err((id, ProgramFault::Stop(message)));
         }
@@ -310,14 +310,15 @@ impl EnvironmentAnswer {
             Some(_) => false,
         };
         if !understood {
-            let wanted = "expected \"observation\": a text, or messages {\"role\": .., \"content\": \
-                          TEXT} of other roles than assistant";
+            let wanted = "expected \"observation\": a text, or messages {\"role\": .., \
+                          \"content\": TEXT} with a role other than assistant";
             return Err(wanted.into());
         }
         let answer = EnvironmentAnswer { observation, reward, done };
         if reset && answer != EnvironmentAnswer::default() {
             return Err(
-                "expected an answer to reset with an id alone (the prompt is the row's)".into()
+                "expected an answer to reset with only an id (the prompt comes from the row)"
+                    .into(),
             );
         }
         Ok(answer)

@@ -232,7 +232,9 @@ fn start(argv: &[String], env: Option<&[String]>) -> Result<Running, String> {
         // only the run, which then ends it.
         .process_group(0)
         .spawn()
-        .map_err(|e| format!("`{program}` does not start ({e}); is it installed and on PATH?"))?;
+        .map_err(|e| {
+            format!("`{program}` does not start ({e}); check that it is installed and on PATH")
+        })?;
     let (Some(mut stdin), Some(stdout), Some(errors)) =
         (child.stdin.take(), child.stdout.take(), child.stderr.take())
     else {

@@ -85,7 +85,7 @@ impl Reward {
             Verifier::Regex { pattern } => truth(pattern.is_match(&text()).map_err(|e| {
                 let name = &self.name;
                 Error::Run(format!(
-                    "reward `{name}`, row {row}: the pattern gave up ({e}); make it simpler"
+                    "reward `{name}`, row {row}: matching the pattern failed ({e}); simplify it"
                 ))
             })?),
             Verifier::ThinkFormat => truth(text::has_think_format(&text())),

@@ -58,7 +58,7 @@ fn known(schema: &Value, at: &str) -> Result<()> {
         return Ok(());
     }
     let Some(keys) = schema.as_object() else {
-        return Err(Error::Config(format!("{at}: a schema is an object, not {schema}")));
+        return Err(Error::Config(format!("{at}: a schema must be an object, not {schema}")));
     };
     for (key, value) in keys {
         let here = format!("{at}.{key}");
@@ -78,7 +78,7 @@ fn known(schema: &Value, at: &str) -> Result<()> {
             _ => {
                 let checked = CHECKED.join(", ");
                 return Err(Error::Config(format!(
-                    "{here} is not checked here; supported: {checked}"
+                    "{here} is not supported; supported: {checked}"
                 )));
             }
         }

@@ -78,7 +78,9 @@ impl Reward {
             toml::Value::String(spec) => return Reward::parse(spec),
             toml::Value::Table(table) => table,
             other => {
-                return Err(Error::Config(format!("a reward is a string or a table, not {other}")));
+                return Err(Error::Config(format!(
+                    "a reward must be a string or a table, not {other}"
+                )));
             }
         };
         let (mut kind, mut name, mut weight, mut keys) = (None, None, 1.0, BTreeMap::new());
@@ -110,10 +112,7 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
         let near = nearest(kind, KINDS.iter().map(|k| k.0))
             .map(|n| format!(" did you mean `{n}`?"))
             .unwrap_or_default();
-        return Err(Error::Config(format!(
-            "there is no such reward;{near} known ones: {}",
-            known()
-        )));
+        return Err(Error::Config(format!("unknown reward;{near} known ones: {}", known())));
     };
     let takes = |key: &str| more.contains(&key) || (!argument.is_empty() && key == *argument);
     if let Some(wrong) = keys.keys().find(|k| !takes(k)) {
@@ -168,7 +167,7 @@ fn build(kind: &str, mut keys: BTreeMap<String, String>) -> Result<Reward> {
             let max_penalty: f64 = optional("max_penalty", take("max_penalty"), -1.0)?;
             if ngram_size == 0 || max_penalty > 0.0 {
                 return Err(Error::Config(
-                    "ngram_size is at least 1 and max_penalty at most 0".into(),
+                    "ngram_size must be at least 1 and max_penalty at most 0".into(),
                 ));
             }
             Verifier::Repetition { ngram_size, max_penalty }
@@ -218,7 +217,7 @@ fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
 fn seconds(value: Option<String>) -> Result<Duration> {
     let seconds: f64 = optional("timeout", value, 60.0)?;
     Duration::try_from_secs_f64(seconds).ok().filter(|d| !d.is_zero()).ok_or_else(|| {
-        Error::Config(format!("`timeout` is a positive number of seconds, not {seconds}"))
+        Error::Config(format!("`timeout` must be a positive number of seconds, not {seconds}"))
     })
 }
 

@@ -149,7 +149,7 @@ impl Worker {
             Some(other) if other == id => {}
             Some(_) => {
                 return Err(ProgramFault::Restart(format!(
-                    "answers come in the order of the rows: {wanted}"
+                    "answers must come in the order of the rows: {wanted}"
                 )));
             }
             None => return Err(ProgramFault::Restart(wanted)),

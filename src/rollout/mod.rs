@@ -104,7 +104,8 @@ impl Engine {
         let pages = options.pages.unwrap_or(options.max_sequences * each);
         if pages < each || options.max_step_tokens == 0 || options.max_sequences == 0 {
             let message = format!(
-                "{pages} pages, sequences of up to {each}: raise the pages or lower max_new_tokens"
+                "{pages} pages are too few for sequences of up to {each} pages: raise the pages \
+                 or lower max_new_tokens"
             );
             return Err(Error::op("rollout", message));
         }
@@ -194,7 +195,7 @@ impl Engine {
         }
         if request.number as usize + request.n > i32::MAX as usize {
             let message = format!(
-                "sequence number {} is past 2^31: count from 0 and change the seed",
+                "sequence number {} is above 2^31: count from 0 again and change the seed",
                 request.number
             );
             return Err(Error::op("rollout", message));
@@ -202,14 +203,14 @@ impl Engine {
         let total = request.prompt.len() + options.max_new_tokens;
         if total > self.longest {
             let message = format!(
-                "prompt {index} and its completion are {total} tokens; at most {}",
+                "prompt {index} and its completion have {total} tokens; the limit is {}",
                 self.longest
             );
             return Err(Error::op("rollout", message + "; shorten it or lower max_new_tokens"));
         }
         if let Some(id) = request.prompt.iter().find(|id| **id as usize >= self.vocab.tokens) {
             let message = format!(
-                "token {id}; the vocabulary has {}; is it the model's tokenizer?",
+                "token {id} is outside the vocabulary of {}; use the model's own tokenizer",
                 self.vocab.tokens
             );
             return Err(Error::op("rollout", message));

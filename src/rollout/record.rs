@@ -149,8 +149,9 @@ impl Recorder {
         }
         match self.record(cx, step, arrays) {
             Ok(recorded) => {
-                cx.observer
-                    .note(&format!("no early launches from now on: recording one failed, {e}"));
+                cx.observer.note(&format!(
+                    "early launches are off from now on, because recording one failed: {e}"
+                ));
                 Ok(recorded)
             }
             Err(_) => {

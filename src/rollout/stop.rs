@@ -24,8 +24,8 @@ pub fn stop_ids(tokenizer: &Tokenizer, model: &ModelConfig, stop: &[String]) -> 
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
             id.ok_or_else(|| {
                 let message = format!(
-                    "eos_token_id is {value}; it must be a token id or a list of them; correct it, or copy the file \
-                     again from the model's source"
+                    "eos_token_id is {value}; it must be a token id or a list of them; correct \
+                     it, or copy the file again from the model's repository"
                 );
                 Error::model(tokenizer.model_dir().join("generation_config.json"), message)
             })

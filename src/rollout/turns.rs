@@ -28,11 +28,11 @@ impl Engine {
         if ids.is_empty() || self.paused[at].length() + ids.len() >= most {
             let n = ids.len();
             let message =
-                format!("{n} tokens behind a turn, and the completion has {most} at most");
+                format!("{n} tokens after a turn, but the completion can have at most {most}");
             return Err(Error::op("rollout", message));
         }
         if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab.tokens) {
-            let message = format!("token {id}; the vocabulary has {}", self.vocab.tokens);
+            let message = format!("token {id} is outside the vocabulary of {}", self.vocab.tokens);
             return Err(Error::op("rollout", message));
         }
         let mut s = self.paused.remove(at);
@@ -55,7 +55,8 @@ impl Engine {
     fn paused_at(&self, request: usize, member: usize) -> Result<usize> {
         let is = |s: &Sequence| (s.completion.request, s.completion.member) == (request, member);
         self.paused.iter().position(is).ok_or_else(|| {
-            let message = format!("completion {member} of request {request} does not wait");
+            let message =
+                format!("completion {member} of request {request} does not wait for a turn");
             Error::op("rollout", message)
         })
     }

@@ -138,13 +138,14 @@ fn router(app: Arc<App>) -> Router {
         .route(CHAT, post(chat))
         .fallback(|request: Request<Body>| async move {
             let message = format!(
-                "nothing is at {}; there are {COMPLETIONS}, {CHAT}, /v1/models, /health and /metrics",
+                "there is nothing at {}; use {COMPLETIONS}, {CHAT}, /v1/models, /health or \
+                 /metrics",
                 request.uri().path()
             );
             ApiError::new(StatusCode::NOT_FOUND, message)
         })
         .method_not_allowed_fallback(|request: Request<Body>| async move {
-            let message = format!("{} is not for {}", request.uri().path(), request.method());
+            let message = format!("{} does not support {}", request.uri().path(), request.method());
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
         })
         .with_state(app)
@@ -190,7 +191,7 @@ async fn model(
     }
     match app.models.iter().find(|served| served.is(&name)) {
         Some(served) => json_response(StatusCode::OK, &model_json(&app, served)),
-        None => ApiError::new(StatusCode::NOT_FOUND, format!("no model {name:?} here"))
+        None => ApiError::new(StatusCode::NOT_FOUND, format!("no model {name:?} on this server"))
             .code("model_not_found")
             .into_response(),
     }
@@ -287,7 +288,8 @@ async fn read(mut body: Body, most: usize) -> Result<Bytes, ApiError> {
         return Err(too_large(most));
     }
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
-        let cut = |e| ApiError::new(StatusCode::BAD_REQUEST, format!("the body was cut: {e}"));
+        let cut =
+            |e| ApiError::new(StatusCode::BAD_REQUEST, format!("the body is incomplete: {e}"));
         if let Ok(data) = frame.map_err(cut)?.into_data() {
             if all.len() + data.len() > most {
                 return Err(too_large(most));

@@ -77,12 +77,17 @@ impl Metrics {
             ("requests_active", "gauge", active as u64, "Requests being worked on."),
             ("connections", "gauge", level(&self.connections), "Open connections."),
             ("sequences_running", "gauge", level(&self.running), "Sequences being decoded."),
-            ("sequences_waiting", "gauge", level(&self.waiting), "Sequences waiting for room."),
+            (
+                "sequences_waiting",
+                "gauge",
+                level(&self.waiting),
+                "Sequences waiting for cache space.",
+            ),
             (
                 "requests_cancelled_total",
                 "counter",
                 count(&self.cancelled),
-                "Requests whose client left, or whose time was up.",
+                "Requests whose client disconnected or whose time ran out.",
             ),
             ("prompt_tokens_total", "counter", count(&self.prompt_tokens), "Tokens of prompts."),
             (
@@ -96,7 +101,7 @@ impl Metrics {
                 "sequences_preempted_total",
                 "counter",
                 count(&self.preempted),
-                "Times that a sequence gave its cache up and started again.",
+                "Times that a sequence gave up its cache and started again.",
             ),
         ] {
             let _ = writeln!(

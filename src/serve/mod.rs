@@ -54,7 +54,7 @@ pub fn serve(
     let io = std::thread::Builder::new()
         .name("serve".into())
         .spawn(move || http::run(listener, app, stop))
-        .map_err(|e| Error::Run(format!("no thread for the server: {e}")))?;
+        .map_err(|e| Error::Run(format!("cannot start the server's thread: {e}")))?;
     worker.run();
     io.join().map_err(|_| Error::Run("the server's thread panicked".into()))?
 }

@@ -61,7 +61,7 @@ impl ServedModels {
     ) -> Result<ServedModels> {
         let mut base = open_stored(cx, dir, None, storage)?;
         if base.config.task != Task::CausalLm {
-            let message = "is a classifier, which completes nothing; serve a language model, or \
+            let message = "is a classifier, which generates no text; serve a language model, or \
                            score rows with `temper score`";
             return Err(Error::model(dir, message));
         }

@@ -115,9 +115,9 @@ impl Asked {
         };
         if longest + max_new_tokens > served.longest || (max_new_tokens == 0 && !own.echo) {
             let message = format!(
-                "this server takes {} tokens at most; the prompt has {longest}, and {wanted} more are \
-                 wanted; shorten it, lower max_tokens, or start the server with a higher \
-                 max_model_len",
+                "this server allows at most {} tokens, but the prompt has {longest} and {wanted} \
+                 more are requested; shorten the prompt, lower max_tokens, or start the server \
+                 with a higher max_model_len",
                 served.longest,
                 wanted = own.max_tokens.map_or("some".to_string(), |n| n.to_string()),
             );
@@ -126,7 +126,7 @@ impl Asked {
         }
         if max_new_tokens > most {
             let message = format!(
-                "`max_tokens` is {max_new_tokens}; this server gives {most} at most (its option \
+                "`max_tokens` is {max_new_tokens}; this server allows at most {most} (its option \
                  max_new_tokens)"
             );
             return Err(ApiError::field("max_tokens", message));
@@ -175,7 +175,7 @@ fn pick(models: &[Served], name: Option<String>) -> Result<usize, ApiError> {
     let Some(name) = name else { return Ok(0) };
     models.iter().position(|served| served.is(&name)).ok_or_else(|| {
         let known: Vec<&str> = models.iter().map(|served| served.name.as_str()).collect();
-        let message = format!("no model {name:?} here; there is {}", known.join(", "));
+        let message = format!("no model {name:?} on this server; it has {}", known.join(", "));
         ApiError {
             param: Some("model".into()),
             ..ApiError::new(StatusCode::NOT_FOUND, message).code("model_not_found")
@@ -268,8 +268,8 @@ fn chat_fields(f: &mut Fields, served: &Served, _n: usize) -> Result<OwnFields, 
     let none = choice == Some(json!("none"));
     if let Some(choice) = choice.filter(|c| *c != "auto" && *c != "none") {
         let message = format!(
-            "`tool_choice` {choice} is not supported here: no answer can be forced; send \"auto\" or \
-             \"none\""
+            "`tool_choice` {choice} is not supported here, because no answer can be forced; send \
+             \"auto\" or \"none\""
         );
         return Err(ApiError::field("tool_choice", message).code("unsupported_parameter"));
     }

@@ -51,8 +51,8 @@ impl App {
         let most = self.config.max_sequences + self.config.max_queue;
         if sequences > most {
             let message = format!(
-                "the request wants {sequences} completions, and {most} fit in the queue; send fewer \
-                 prompts or a lower n, or start the server with a higher max_queue"
+                "the request asks for {sequences} completions, but the queue holds {most}; send \
+                 fewer prompts or a lower n, or start the server with a higher max_queue"
             );
             return Err(ApiError::field("prompt", message));
         }

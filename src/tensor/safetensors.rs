@@ -125,7 +125,7 @@ impl TensorView<'_> {
     pub fn to_f32_into(&self, out: &mut [f32]) -> Result<()> {
         if out.len() != self.len() {
             let message =
-                format!("{} has {} values, its reader wants {}", self.name, self.len(), out.len());
+                format!("{} has {} values, but {} are needed", self.name, self.len(), out.len());
             return Err(Error::model(self.path, message));
         }
         match self.dtype {
@@ -370,7 +370,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
         if Path::new(file).file_name().is_none_or(|name| name != file.as_str()) {
             return Err(Error::model(
                 path,
-                format!("names the shard {file:?}; only plain file names are read"),
+                format!("names the shard {file:?}; it must be a plain file name"),
             ));
         }
     }
@@ -398,7 +398,8 @@ fn broken(path: &Path, bytes: &[u8], error: &::safetensors::SafeTensorError) -> 
     let header = u64::from_le_bytes(*head);
     if header > rest.len() as u64 {
         let message = format!(
-            "is truncated or not safetensors: its header should have {header} bytes, {} follow; {again}",
+            "is truncated or not safetensors: its header should have {header} bytes, but {} \
+             follow; {again}",
             rest.len()
         );
         return Error::model(path, message);
@@ -410,7 +411,8 @@ fn broken(path: &Path, bytes: &[u8], error: &::safetensors::SafeTensorError) -> 
     match promised {
         Some(end) if end > data.len() as u64 => {
             let message = format!(
-                "is truncated: its header promises {end} bytes of values, {} are there; {again}",
+                "is truncated: its header promises {end} bytes of values, but the file has {}; \
+                 {again}",
                 data.len()
             );
             Error::model(path, message)

@@ -211,9 +211,8 @@ fn same_inputs(inputs: &RunInputs, job: &Job, observer: &dyn Observer) -> Result
     let Some(found) = job.folder.resume() else { return Ok(()) };
     let name = found.path.display();
     let Some(old) = RunInputs::read(&found.path)? else {
-        observer.warn(&format!(
-            "{name} does not say which rows and models it was made from; they are not compared"
-        ));
+        observer
+            .warn(&format!("{name} does not record its rows and models, so they are not compared"));
         return Ok(());
     };
     let changes = inputs.changes_from(&old);

@@ -109,7 +109,7 @@ impl Plan {
     pub fn table(&self, request: &PlanRequest, available: usize) -> String {
         let what = match request.online {
             None => format!("micro-batches of at most {} tokens", request.tokens),
-            Some(_) => "all prompts and completions at their longest".into(),
+            Some(_) => "all prompts and completions at their maximum length".into(),
         };
         let generated = match self.sequences {
             None => String::new(),
@@ -123,7 +123,7 @@ impl Plan {
             text += &format!("{:>14}  {part}\n", mebibytes(*bytes));
         }
         text + &format!(
-            "{:>14}  at the peak; {} are available",
+            "{:>14}  at the peak; {} available",
             mebibytes(self.peak),
             mebibytes(available)
         )
@@ -351,7 +351,7 @@ fn refusal(cx: &Cx, request: &PlanRequest, plan: &Plan, available: usize) -> Res
     let peak = Plan::new(cx, &all, Recompute::Layers)?.peak;
     text += &format!("\n{:>14}  with all of them: {}", mebibytes(peak), together.join(" "));
     if peak > available {
-        text += " (not enough: take a smaller model or a larger device)";
+        text += " (not enough: use a smaller model or a larger device)";
     }
     Ok(text)
 }

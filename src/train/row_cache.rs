@@ -107,13 +107,13 @@ impl RowCache {
                 let now =
                     std::fs::File::open(&self.path).and_then(|f| f.set_modified(SystemTime::now()));
                 drop(now);
-                observer.info(&format!("tokenised rows are taken from {}", self.path.display()));
+                observer.info(&format!("tokenised rows are read from {}", self.path.display()));
                 run.notes.iter().for_each(|note| observer.note(note));
                 Some(run)
             }
             Err(why) => {
                 observer.warn(&format!(
-                    "{}: {why}; the rows are tokenised again and the file is replaced",
+                    "{}: {why}, so the rows are tokenised again and the file is replaced",
                     self.path.display()
                 ));
                 None
@@ -139,8 +139,8 @@ impl RowCache {
 
 fn not_kept(e: &Error, observer: &dyn Observer) {
     observer.warn(&format!(
-        "the tokenised rows were not kept for the next start: {e}; data_cache=off goes without, \
-         data_cache=DIR keeps them elsewhere"
+        "the tokenised rows were not kept for the next start: {e}; set data_cache=DIR to keep \
+         them elsewhere, or data_cache=off"
     ));
 }
 

@@ -250,7 +250,9 @@ fn left_to_train(sizes: &[usize], run: &MethodRun) -> Result<Vec<usize>> {
     let all: usize = sizes.iter().sum();
     let n = run.training.eval_rows.of(all as u64) as usize;
     if n >= all && n > 0 {
-        return Err(Error::Config(format!("eval_rows = {n} leaves no row of {all} to train on")));
+        return Err(Error::Config(format!(
+            "eval_rows = {n} leaves none of the {all} rows to train on; lower it"
+        )));
     }
     let (mut seen, mut given) = (0, 0);
     let left = |size: &usize| {

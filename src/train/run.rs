@@ -94,7 +94,8 @@ impl Run<'_> {
                 self.save(trainer, method, &mut state, &mut log, Prune::Yes)?;
                 self.page(&*observer, &summary(trainer, &state, &log));
                 let message = format!(
-                    "stopped after step {} of {total}; go on with the same command and --resume",
+                    "stopped after step {} of {total}; to continue, run the same command with \
+                     --resume",
                     trainer.done
                 );
                 return Err(Error::Interrupted(message));
@@ -305,7 +306,10 @@ impl Run<'_> {
         let next = match found {
             Some(found) if found.step == trainer.done && !trainer.not_finite => {
                 let at = found.path.display();
-                format!("{at} holds the whole run: remove the cause, then give --resume.")
+                format!(
+                    "{at} holds the whole run. Remove the cause, then run the same command with \
+                     --resume."
+                )
             }
             // --resume uses the same options and rows, so it would compute the same values.
             Some(found) => {
@@ -314,8 +318,9 @@ impl Run<'_> {
                     None => (found.path.display(), "--model"),
                 };
                 format!(
-                    "{at} is the newest state that was saved; --resume would come to the same step. Start a new run \
-                     from it: {flag} {at}, another --output, and other options or rows."
+                    "{at} is the newest state that was saved, but --resume would fail at the \
+                     same step. Start a new run from it with {flag} {at}, another --output, and \
+                     other options or rows."
                 )
             }
             None => {
@@ -390,7 +395,7 @@ impl Run<'_> {
             // The disk is full, or the state is not finite.
             Err(e) if e.is_no_space() || matches!(e, Error::Run(_)) => {
                 let text =
-                    format!("checkpoint-{step} was not written: {e}; older checkpoints stay");
+                    format!("checkpoint-{step} was not written: {e}; older checkpoints are kept");
                 trainer.cx.observer.warn(&text);
                 Ok(())
             }

@@ -54,7 +54,9 @@ impl Samples {
         }
         if model.task != Task::CausalLm {
             return Err(Error::Config(
-                "sample_prompts: this method trains a classifier, which completes nothing; leave it out".into(),
+                "sample_prompts: this method trains a classifier, which generates no text; leave \
+                 it out"
+                    .into(),
             ));
         }
         let chat = template.is_some() && conversations;

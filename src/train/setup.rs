@@ -187,7 +187,7 @@ fn task(dir: &Path, method: &dyn BuildMethod, own: Task) -> Result<Task> {
         }
         (wanted, own) => {
             let message =
-                format!("temper {} trains {wanted:?}, the folder holds {own:?}", method.name());
+                format!("temper {} trains {wanted:?}, but the folder holds {own:?}", method.name());
             Err(Error::model(dir, message))
         }
     }

@@ -180,7 +180,7 @@ impl Trainer {
         };
         if number("rows")? != self.plan.rows() as u64 && !self.config.resume_with_changes {
             let message = format!(
-                "was trained on {} rows, the data has {}",
+                "was trained on {} rows, but the data has {}",
                 number("rows")?,
                 self.plan.rows()
             );
@@ -191,7 +191,7 @@ impl Trainer {
         }
         if state["dtype"].as_str() != Some(self.cx.dtype.name()) {
             let message = format!(
-                "was trained in {}, this run is in {}",
+                "was trained in {}, but this run uses {}",
                 state["dtype"],
                 self.cx.dtype.name()
             );

@@ -176,7 +176,7 @@ impl Training {
     /// see [`execute`] for the others.
     pub fn run(mut self) -> Result<FinishedJob> {
         if self.output.as_os_str().is_empty() {
-            return Err(Error::Config("a training run needs an output folder".into()));
+            return Err(Error::Config("a training run needs an output folder; give one".into()));
         }
         let dir = self.prepare()?;
         if self.overwrite {
@@ -261,14 +261,17 @@ impl Training {
     /// Reads run file and options, and finds the model's folder.
     fn prepare(&mut self) -> Result<PathBuf> {
         if self.model.is_empty() {
-            return Err(Error::Config("a training run needs a model".into()));
+            return Err(Error::Config("a training run needs a model; give its folder".into()));
         }
         let notes = self.run.read(self.config.as_deref(), &self.overrides, self.rewards.len())?;
         take_data(&mut self.run, &self.data)?;
         let scores =
             self.run.sections().iter().any(|s| s.keys().iter().any(|k| k.name == "reward_funcs"));
         if !self.rewards.is_empty() && !scores {
-            return Err(Error::Config(format!("{} takes no rewards", self.entry.name)));
+            return Err(Error::Config(format!(
+                "{} does not use rewards; leave them out",
+                self.entry.name
+            )));
         }
         notes.iter().for_each(|note| self.observer.note(note));
         let training: &TrainingConfig = &self.run.training;

@@ -79,7 +79,7 @@ pub fn prepare(
             .map_or(1.0, |i| rates[i].1 as f32),
     });
     if model.params.trained_count() == 0 {
-        return Err(Error::Config("freeze: nothing is left to train".into()));
+        return Err(Error::Config("freeze: no parameter is left to train; freeze fewer".into()));
     }
     Ok(model)
 }

@@ -39,9 +39,9 @@ impl Watch {
         if usable == 0 && !totals.is_empty() && !self.warned {
             self.warned = true;
             observer.warn(&format!(
-                "step {step}: none of {} completions has a usable reward: each is null, NaN, infinite \
-                 or beyond {LARGEST:e}. Nothing is learnt from them; check reward_funcs and the columns \
-                 that they read",
+                "step {step}: none of {} completions has a usable reward: each is null, NaN, \
+                 infinite or beyond {LARGEST:e}. The step learns nothing from them; check \
+                 reward_funcs and the columns that they read",
                 totals.len()
             ));
         }
@@ -77,8 +77,9 @@ impl Watch {
         }
         self.diverged = true;
         observer.warn(&format!(
-            "the loss is {last:.3}, at the start it was {first:.3}, and the gradient norm is {norm:.1e}: the run has \
-             diverged and does not recover. Stop it and start again with a lower learning_rate"
+            "the loss is {last:.3} ({first:.3} at the start) and the gradient norm is \
+             {norm:.1e}: the run has diverged and will not recover. Stop it and start again with \
+             a lower learning_rate"
         ));
     }
 }

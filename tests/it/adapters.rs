@@ -133,7 +133,7 @@ fn what_is_generated_behind_a_tuned_prompt_has_the_trainers_log_probs() {
         assert_eq!(trained[0], c.logps, "prompt {}", c.request);
     }
     let bad = Request { prompt: vec![decoder.config.vocab_size as u32], n: 1, number: 0 };
-    assert!(engine.submit(&bad).unwrap_err().to_string().contains("is it the model's tokenizer?"));
+    assert!(engine.submit(&bad).unwrap_err().to_string().contains("use the model's own tokenizer"));
     // A prompt matters, and a model without it refuses the engine.
     let plain = decoder.clone().with_adapter(None).unwrap();
     engine.submit(&requests[0]).unwrap();

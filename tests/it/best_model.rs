@@ -182,7 +182,7 @@ fn dpo_samples_a_file_of_prompts_and_a_classifier_refuses() {
     assert_eq!(prompts, [&json!("one"), &json!("two")]);
     let (code, text) = of("reward", &asked);
     assert!(code == Some(1) || code == Some(2), "{text}");
-    assert!(text.contains("completes nothing; leave it out"), "{text}");
+    assert!(text.contains("generates no text; leave it out"), "{text}");
     let bad = write_rows(dir.path().join("bad.jsonl"), &[json!({ "text": "x" })]);
     let (_, text) = of("dpo", &bad);
     assert!(text.contains("bad.jsonl:1: "), "{text}");

@@ -56,7 +56,7 @@ fn a_checkpoint_reads_back_and_is_not_written_twice() {
         2
     );
     assert!(is_saved(dir.path(), 3) && !is_saved(dir.path(), 4));
-    assert!(save(dir.path(), 3, 100).unwrap_err().to_string().contains("saved already"));
+    assert!(save(dir.path(), 3, 100).unwrap_err().to_string().contains("already saved"));
     std::fs::write(path.join("state.json"), "{}").unwrap();
     save(dir.path(), 3, 100).unwrap(); // a broken one is replaced
     assert!(is_saved(dir.path(), 3));

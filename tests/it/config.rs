@@ -190,7 +190,7 @@ fn values_out_of_range_and_contradictions_are_found() {
         ("dtype=float16", "one of auto, float32, bfloat16"),
         ("loss_type=dft", "one of nll"),
         ("learning-rte=1e-4", "did you mean learning_rate?"),
-        ("label_smoothing_factor=0.1", "label smoothing is not built"),
+        ("label_smoothing_factor=0.1", "label smoothing is not supported"),
         ("neftune_noise_alpha=5", "NEFTune"),
         ("data_seed=7", "seed"),
         ("bf16=true dtype=float32", "bf16 = true means dtype"),

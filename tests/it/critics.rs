@@ -110,7 +110,7 @@ fn a_lora_critic_needs_a_base_that_stays() {
         ("value_model=lora", "set use_peft=true"),
         (
             "use_peft=true peft_type=prompt_tuning value_model=lora",
-            "this method takes no prompt tuning",
+            "this method does not support prompt tuning",
         ),
         ("value_lora_r=0 value_model=lora use_peft=true", "at least 1"),
     ] {

@@ -286,7 +286,7 @@ fn methods_without_turns_know_no_environment() {
     let error = idle.unwrap_err().to_string();
     assert!(error.contains("environment is \"none\""), "{error}");
     let nothing = MethodRun::<GrpoConfig>::load(None, &["environment= ".into()]);
-    assert!(nothing.unwrap_err().to_string().contains("name a command"));
+    assert!(nothing.unwrap_err().to_string().contains("environment is empty"));
 }
 
 /// An environment with three episodes; the answers to their first turns, in order of the episode.
@@ -375,7 +375,7 @@ fn garbage_from_an_environment_is_shown_as_it_came() {
         (say(r#""done": 1"#), "expected \"done\": true or false"),
         (say(r#""observation": 8"#), "a text, or messages"),
         (say(r#""observation": []"#), "a text, or messages"),
-        (say(r#""observation": [{"role": "assistant", "content": "x"}]"#), "of other roles"),
+        (say(r#""observation": [{"role": "assistant", "content": "x"}]"#), "a role other than"),
         (say(r#""reward": 1"#), "expected an \"observation\" or \"done\": true"),
     ] {
         let error = fails(&step, 0);
@@ -388,7 +388,7 @@ fn garbage_from_an_environment_is_shown_as_it_came() {
         0,
     );
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("an id alone") && error.contains("reset"), "{error}");
+    assert!(error.contains("only an id") && error.contains("reset"), "{error}");
     let error = fails(&say(r#""error": "no such file""#), 5);
     assert!(error.contains("it says: no such file"), "{error}");
 }

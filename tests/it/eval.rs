@@ -183,11 +183,11 @@ fn the_doctor_shows_what_the_loss_is_on_and_what_is_dropped() {
     let out = done(&["data", "--model", MODEL, "--data", &data, "max_length=32"]);
     assert!(out.contains("1 of 3 rows are dropped") && out.contains("rows.jsonl:2: "), "{out}");
     assert!(
-        out.contains("cut at max_length=32, no loss target is left")
+        out.contains("no loss target is left after truncation to max_length=32")
             && out.contains("<- max_length"),
         "{out}"
     );
-    assert!(out.contains("twice in a row in 1"), "{out}");
+    assert!(out.contains("doubled in 1"), "{out}");
     let out =
         done(&["data", "--model", MODEL, "--data", &data, "max_length=32", "on_truncation=drop"]);
     assert!(out.contains("more than max_length=32, and on_truncation=drop"), "{out}");

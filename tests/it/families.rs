@@ -289,7 +289,7 @@ fn gemma_2s_defaults_are_those_of_transformers() {
         ("attn_logit_softcapping", json!(-1), "attn_logit_softcapping is -1; it must be a number"),
         ("query_pre_attn_scalar", json!(0), "query_pre_attn_scalar is 0; it must be a number"),
         ("sliding_window", json!(null), "sliding attention, but sliding_window is null"),
-        ("hidden_activation", json!("relu"), "hidden_activation is \"relu\"; supported are"),
+        ("hidden_activation", json!("relu"), "hidden_activation is \"relu\"; supported:"),
     ] {
         let mut bad = raw.clone();
         bad[key] = value;

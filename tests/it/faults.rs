@@ -48,7 +48,7 @@ fn after_a_step_that_is_not_finite_the_good_checkpoint_is_kept() {
     let more = ["save_steps=1", "save_total_limit=1", "max_grad_norm=0", "max_steps=6"];
     let (code, said) = sft(dir.path(), &[&keys[..], &more[..]].concat());
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("Start a new run from it: --model"), "{said}");
+    assert!(said.contains("Start a new run from it with --model"), "{said}");
     let named = said.split("--model ").nth(1).unwrap().split(',').next().unwrap();
     let manifest = temper::checkpoint::verify(PathBuf::from(named)).unwrap();
     assert!(manifest.step >= 1);

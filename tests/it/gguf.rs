@@ -214,7 +214,7 @@ fn export_measures_each_type_and_replaces_nothing_unasked() {
     let (code, _, err) =
         temper(&["export", "--gguf", model, shown, "--type", "q5_1", "--overwrite"]);
     assert_eq!(code, Some(2));
-    assert!(err.contains("give f32, f16, bf16, q8_0 or q4_0"), "{err}");
+    assert!(err.contains("must be f32, f16, bf16, q8_0 or q4_0"), "{err}");
 }
 
 #[test]
@@ -299,25 +299,28 @@ fn a_lying_gguf_file_is_refused_with_its_place() {
         (at(8, &huge), "at byte 8: the number of tensors is 18446744073709551615, but only"),
         (at(16, &(1u64 << 40).to_le_bytes()), "at byte 16: the number of metadata values"),
         (at(24, &huge), "at byte 32: truncated: a text needs 18446744073709551615 bytes"),
-        (after("general.architecture", 0, &99u32.to_le_bytes()), "there is no type 99"),
+        (after("general.architecture", 0, &99u32.to_le_bytes()), "unknown type 99"),
         (after("tokenizer.ggml.tokens", 8, &huge), "the number of items of a list is"),
-        (after("tokenizer.ggml.tokens", 4, &77u32.to_le_bytes()), "there is no type 77"),
+        (after("tokenizer.ggml.tokens", 4, &77u32.to_le_bytes()), "unknown type 77"),
         (after(tensor, 0, &9u32.to_le_bytes()), "has 9 dimensions"),
         (after(tensor, 4, &0u64.to_le_bytes()), "has a dimension 0"),
         (after(tensor, 12, &(1u64 << 60).to_le_bytes()), "has too many values"),
-        (after(tensor, 20, &10u32.to_le_bytes()), "is of type 10 (Q2_K); read are F32, F16"),
+        (
+            after(tensor, 20, &10u32.to_le_bytes()),
+            "has the unsupported type 10 (Q2_K); supported: F32, F16",
+        ),
         (after(tensor, 20, &12u32.to_le_bytes()), "has rows of 32 values; Q4_K has blocks of 256"),
         (after(tensor, 24, &33u64.to_le_bytes()), "not a multiple of 32"),
         (after(tensor, 24, &(1u64 << 50).to_le_bytes()), "truncated, or a wrong offset"),
         (after(tensor, 24, &(u64::MAX - 31).to_le_bytes()), "truncated, or a wrong offset"),
-        (after(tensor, 24, &0u64.to_le_bytes()), "lies in the bytes of"),
+        (after(tensor, 24, &0u64.to_le_bytes()), "overlaps the bytes of"),
         (with(&good, b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "appears twice"),
         (
             with(&good, b"blk.1.attn_q.weight", b"blk.9.attn_q.weight"),
             "missing: blk.1.attn_q.weight",
         ),
         (with(&good, b"tokenizer.ggml.pre", b"tokenizer.ggml.pro"), "has no tokenizer.ggml.pre"),
-        (with(&good, b"gpt-2", b"gpt-9"), "\"gpt-9\", which is not known here"),
+        (with(&good, b"gpt-2", b"gpt-9"), "\"gpt-9\", which is not supported"),
         (with(&good, b"llama.block_count", b"llama.block_cuunt"), "has no llama.block_count"),
         (
             with(&good, b"llama.rope.dimension_count", b"llama.rope.dimension_cuunt"),
@@ -325,7 +328,7 @@ fn a_lying_gguf_file_is_refused_with_its_place() {
         ),
         (
             after("general.architecture", 12, b"qwant"),
-            "of the architecture \"qwant\"; supported are llama",
+            "the unsupported architecture \"qwant\"; supported: llama",
         ),
     ];
     for (bytes, want) in cases {

@@ -94,7 +94,7 @@ fn the_hubs_config_says_layers_and_sizes() {
             json!(vec!["conv"; 3]),
             "layer_types has 3 entries, num_hidden_layers is 16",
         ),
-        ("layer_types", json!(vec!["mamba"; 16]), "supported are full_attention and conv"),
+        ("layer_types", json!(vec!["mamba"; 16]), "supported: full_attention and conv"),
         ("block_ffn_dim_multiplier", json!(-1), "block_ffn_dim_multiplier is -1; it must be"),
         ("block_ff_dim", json!("many"), "block_ff_dim is \"many\"; it must be an integer"),
     ] {
@@ -289,10 +289,10 @@ fn targets_are_named_as_in_the_model() {
     assert_eq!(count("peft_type=ia3"), 2 + 4, "k_proj, v_proj, and w2 of every layer");
     let error = |keys: &str| of(keys).unwrap_err().to_string();
     for (keys, want) in [
-        ("lora_target_modules=o_proj", "o_proj is called out_proj in lfm2; name that"),
-        ("lora_target_modules=down_proj", "down_proj is called w2 in lfm2; name that"),
+        ("lora_target_modules=o_proj", "o_proj is called out_proj in lfm2; use that name"),
+        ("lora_target_modules=down_proj", "down_proj is called w2 in lfm2; use that name"),
         ("lora_target_modules=experts", "q_proj, k_proj, v_proj, out_proj, in_proj, w1, w3, w2"),
-        ("lora_target_modules=conv", "conv exists in no layer"),
+        ("lora_target_modules=conv", "no layer has a module conv"),
         ("lora_target_modules=q_proj lora_modules_to_save=conv", "name the inner one: conv.conv"),
         ("lora_target_modules=q_proj lora_modules_to_save=in_proj", "in_proj is a projection"),
     ] {
@@ -395,11 +395,11 @@ fn a_file_says_which_layers_have_attention() {
     assert_eq!(file.tensor("blk.0.shortconv.in_proj.weight").unwrap().dtype.name(), "Q8_0");
     // What llama.cpp has no place for.
     for (case, settings, want) in [
-        ("lfm2_bias", json!({}), "conv_bias is true, there it is false"),
+        ("lfm2_bias", json!({}), "conv_bias is true, but there it is false"),
         (
             "lfm2",
             json!({ "layer_types": ["conv", "conv", "conv", "conv"] }),
-            "no layer has attention, there some have",
+            "no layer has attention, but there some layers have it",
         ),
     ] {
         let mut config = load_config(golden(case)).unwrap();

@@ -159,7 +159,7 @@ fn a_folder_with_the_bases_weights_is_read_where_they_are_the_bases() {
     let n = decoder.params.specs[other].len();
     decoder.params.store(other, &vec![0.5; n]).unwrap();
     let error = Adapter::load(&cx, &dir, &decoder.config, &decoder.params).err().unwrap();
-    assert!(error.to_string().contains("holds other values"), "{error}");
+    assert!(error.to_string().contains("differs from"), "{error}");
     // What is written holds the pairs alone.
     let tmp = tempfile::tempdir().unwrap();
     let (decoder, _) = model(&cx, &base, name, &[]);
@@ -187,14 +187,14 @@ fn what_does_not_go_with_pairs_on_embedding_and_head_is_refused() {
         prepare(&cx, base, &run.peft, None, Path::new(MODEL), 1).err().unwrap().to_string()
     };
     for (keys, said) in [
-        (format!("{ENDS} use_dora=true"), "take plain LoRA"),
-        (format!("{ENDS} init_lora_weights=pissa lora_dropout=0"), "take plain LoRA"),
-        ("use_peft=true peft_type=ia3 lora_target_modules=lm_head".into(), "take LoRA alone"),
+        (format!("{ENDS} use_dora=true"), "support only plain LoRA"),
+        (format!("{ENDS} init_lora_weights=pissa lora_dropout=0"), "support only plain LoRA"),
+        ("use_peft=true peft_type=ia3 lora_target_modules=lm_head".into(), "support only LoRA"),
         ("use_peft=true lora_target_modules=embed_toknes".into(), "did you mean embed_tokens?"),
         (format!("{ENDS} ensure_weight_tying=true"), "pairs of their own"),
         (
             "use_peft=true lora_target_modules=lm_head layers_to_transform=1".into(),
-            "binds no module",
+            "matches no module",
         ),
     ] {
         let text = refusal(&keys);
@@ -229,6 +229,6 @@ fn embedding_and_head_are_bound_where_peft_binds_them() {
     }
     let both = names(&["v_proj", "embed_tokens", "lm_head"]);
     assert_eq!(find(&both, Some(&[1]), &[]).unwrap(), (1, false, false), "no layer's");
-    assert_eq!(find(&both, None, &saved).unwrap(), (layers, true, false), "trained whole");
+    assert_eq!(find(&both, None, &saved).unwrap(), (layers, true, false), "trained fully");
     assert!(find(&names(&["embed"]), None, &[]).is_err(), "a whole part of the name");
 }

@@ -63,7 +63,7 @@ fn masks_are_those_that_each_method_trains_on() {
 #[test]
 fn a_pair_that_is_cut_away_is_named_with_its_reason() {
     let out = data("dpo", &["max_length=70"]);
-    assert!(out.contains("cut at max_length=70, no loss target is left"), "{out}");
+    assert!(out.contains("no loss target is left after truncation to max_length=70"), "{out}");
     let (code, _, err) = temper(&["data", "--model", MODEL, "--data", "x", "--method", "dpoo"]);
     assert!(code == Some(2) && err.contains("did you mean dpo?"), "{err}");
 }

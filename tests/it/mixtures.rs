@@ -101,7 +101,7 @@ fn wrong_weights_are_errors_that_say_the_way_out() {
     let (dir, a, b) = sources();
     let out = dir.path().join("out");
     for (data, message) in [
-        (format!("{a}:0.7,{b}"), "has no weight, and others have"),
+        (format!("{a}:0.7,{b}"), "has no weight, but others have one"),
         (format!("{a}:0,{b}:1"), "must be above 0"),
         (format!("{a}:1,{}/none.jsonl:1", dir.path().display()), "none.jsonl"),
         (format!("{a}:1e-9,{b}:1"), "bring the weights closer together"),

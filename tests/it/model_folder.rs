@@ -271,7 +271,7 @@ fn everything_that_does_not_fit_is_listed_at_once() {
     let error = load_error(dir.path(), &config);
     for part in [
         "missing: model.layers.0.self_attn.k_norm.weight [16]",
-        "shape: model.layers.1.mlp.down_proj.weight is [32, 48], config.json means [32, 40]",
+        "shape: model.layers.1.mlp.down_proj.weight is [32, 48], but config.json gives [32, 40]",
         "unexpected: model.extra.weight",
     ] {
         assert!(error.contains(part), "{part}\n{error}");
@@ -320,10 +320,7 @@ fn bad_folders_are_clear_errors() {
         ("", "is not a JSON object"),
         ("[]", "is not a JSON object"),
         ("{}", "has neither model_type nor architectures"),
-        (
-            r#"{"architectures":["GPT2LMHeadModel"]}"#,
-            "supported are llama (LlamaForCausalLM), qwen2",
-        ),
+        (r#"{"architectures":["GPT2LMHeadModel"]}"#, "supported: llama (LlamaForCausalLM), qwen2"),
         (r#"{"model_type":"llama"}"#, "vocab_size is missing"),
     ] {
         std::fs::write(dir.path().join("config.json"), text).unwrap();
@@ -342,7 +339,9 @@ fn bad_folders_are_clear_errors() {
     }
     std::fs::write(dir.path().join("model.safetensors"), &whole).unwrap();
     assert!(
-        load().contains("shape: model.embed_tokens.weight is [96, 64], config.json means [96, 32]"),
+        load().contains(
+            "shape: model.embed_tokens.weight is [96, 64], but config.json gives [96, 32]"
+        ),
         "{}",
         load()
     );

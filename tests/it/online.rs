@@ -371,7 +371,7 @@ fn what_cannot_be_right_is_refused_with_the_next_step() {
         ),
         ("at least 2", refused::<RlooConfig>(&[LETTERS, "num_generations=1"])),
         ("is not a reward model", refused::<PpoConfig>(&["reward_model=tests/fixtures/sft/model"])),
-        ("name the teacher's folder", refused::<GkdConfig>(&[])),
+        ("give the teacher's folder", refused::<GkdConfig>(&[])),
         ("no reward", refused::<OnlineDpoConfig>(&[])),
         ("beta: one number above 0", refused::<OnlineDpoConfig>(&[LETTERS, "beta=0"])),
         (

@@ -180,7 +180,7 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
     for (keys, said) in [
         (vec!["use_peft=true", "lora_r=0"], "rank 0"),
         (vec!["use_peft=true", "lora_target_modules=q_porj,v_proj"], "did you mean q_proj?"),
-        (vec!["use_peft=true", "lora_target_modules=.*nothing.*"], "binds no module"),
+        (vec!["use_peft=true", "lora_target_modules=.*nothing.*"], "matches no module"),
         (vec!["use_peft=true", "layers_to_transform=7"], "layer 7; the model has 2"),
         (vec!["use_peft=true", "rank_pattern=q_proj=0"], "a whole number from 1"),
         (vec!["use_peft=true", "lora_modules_to_save=embed_token"], "did you mean embed_tokens?"),
@@ -202,7 +202,7 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
         (vec!["use_peft=true", "peft_type=seq_bn", "non_linearity=tan"], "relu, swish, gelu"),
         (vec!["use_peft=true", "reduction_factor=4"], "not a bottleneck adapter"),
         (vec!["freeze=layers.9"], "matches no parameter"),
-        (vec!["freeze=."], "nothing is left to train"),
+        (vec!["freeze=."], "no parameter is left to train"),
     ] {
         let text = refusal(&keys);
         assert!(text.contains(said), "{keys:?}: {text}");

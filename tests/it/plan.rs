@@ -170,7 +170,7 @@ fn a_run_that_does_not_fit_is_refused_with_what_would_make_it_fit() {
         assert!(e.contains(said), "no \"{said}\" in:\n{e}");
     }
     let hopeless = fit(&cx, &ask(model, &on, *length), 1000).unwrap_err().to_string();
-    assert!(hopeless.contains("not enough: take a smaller model"), "{hopeless}");
+    assert!(hopeless.contains("not enough: use a smaller model"), "{hopeless}");
     // Keys that are set already are not proposed.
     let lora =
         with(&format!("{LORA} load_in_4bit=true gradient_checkpointing=true optim=adamw_8bit"));

@@ -72,8 +72,8 @@ fn contradictions_and_values_out_of_range_are_found() {
         ("discopop_tau=0.1", "discopop is not in loss_type"),
         ("f_alpha_divergence_coef=0.3", "f_divergence_type is not alpha_divergence"),
         ("ld_alpha=1.5", "must be in [0, 1]"),
-        ("sync_ref_model=true precompute_ref_log_probs=true", "would go stale"),
-        ("reference_free=true ref_model=folder", "give one of them"),
+        ("sync_ref_model=true precompute_ref_log_probs=true", "would be out of date"),
+        ("reference_free=true ref_model=folder", "give only one"),
         ("ref_model_sync_steps=5", "sync_ref_model is false"),
         ("max_length=1", "at least 2 tokens"),
     ] {

@@ -194,7 +194,7 @@ fn rows_that_cannot_be_used_are_told_with_file_and_line() {
     for style in [PairStyle::Dpo, PairStyle::Orpo] {
         let message = said(style, r#"{"chosen":"no beginning","rejected":"in common","margin":1}"#);
         assert!(
-            message.starts_with("r.jsonl:2: ") && message.contains("must be a prefix of both"),
+            message.starts_with("r.jsonl:2: ") && message.contains("no common prefix"),
             "{message}"
         );
     }
@@ -224,7 +224,7 @@ fn a_prompt_that_begins_nothing_is_an_error() {
     );
     let message = error.unwrap_err().to_string();
     assert!(
-        message.starts_with("r.jsonl:1: ") && message.contains("the prompt is not a prefix"),
+        message.starts_with("r.jsonl:1: ") && message.contains("prompt are not a prefix"),
         "{message}"
     );
 }
@@ -265,7 +265,7 @@ fn long_rows_are_cut_dropped_or_refused_as_asked_and_counted() {
         "{message}"
     );
     let message = run(OnTruncation::Truncate, 3).unwrap_err().to_string();
-    assert!(message.contains("leaves none of the 40 rows"), "{message}");
+    assert!(message.contains("excludes all 40 rows"), "{message}");
 }
 
 #[test]

@@ -499,7 +499,9 @@ fn a_reward_model_is_a_folder_that_scores_and_so_is_its_adapter() {
     ]));
     assert!(
         code != Some(0)
-            && text.contains("temper dpo trains CausalLm, the folder holds SequenceClassification"),
+            && text.contains(
+                "temper dpo trains CausalLm, but the folder holds SequenceClassification"
+            ),
         "{text}"
     );
 }
@@ -598,7 +600,7 @@ fn what_cannot_be_compared_or_scored_is_refused_with_the_reason() {
         ("dpo", MODEL, same, &[], "same.jsonl:1: chosen and rejected are identical"),
         ("dpo", MODEL, PLAIN, &sync, "the reference of an adapter is the base"),
         ("reward", two, PLAIN, &[], "a reward model has 1"),
-        ("distill", MODEL, "tests/fixtures/sft/messages.jsonl", &[], "name the teacher's folder"),
+        ("distill", MODEL, "tests/fixtures/sft/messages.jsonl", &[], "give the teacher's folder"),
         ("kto", MODEL, PLAIN, &["per_device_train_batch_size=1"], "must be at least 2"),
     ];
     for (method, model, data, keys, part) in cases {

@@ -66,7 +66,7 @@ fn of_a_file_that_is_cut_off_only_the_row_at_the_cut_is_bad() {
         assert!(bad.contains(&format!("{name}:{line}: ")), "{bad}");
         assert_eq!(refused, bad);
         if name != "lines.jsonl" {
-            assert!(refused.contains("on_bad_row=drop takes the rows before"), "{refused}");
+            assert!(refused.contains("on_bad_row=drop to use the rows before"), "{refused}");
         }
         let same = every.rows.iter().zip(&rest.rows).all(|(a, b)| a.value == b.value);
         assert!(same, "{name}");
@@ -98,7 +98,7 @@ fn records_of_separated_text_are_bounded_and_told_by_line() {
     std::fs::write(&path, format!("a\nb\n\"{}", "x\n".repeat(5000))).unwrap();
     let found = rows_of(&path, &drop).unwrap();
     assert_eq!((found.rows.len(), found.bad.count), (1, 1));
-    assert!(found.bad.named[0].contains("is a quote not closed?"), "{:?}", found.bad);
+    assert!(found.bad.named[0].contains("unclosed quote"), "{:?}", found.bad);
 }
 
 /// The completions of a run of `method` with what `columns` says of the rows.

@@ -145,7 +145,7 @@ fn a_quantised_weight_has_the_bits_of_its_dequantised_values() {
 fn quantised_bases_that_make_no_sense_are_refused() {
     for (keys, said) in [
         (vec!["load_in_4bit=true"], "set use_peft=true"),
-        (vec!["use_peft=true", "load_in_4bit=true", "load_in_8bit=true"], "choose one"),
+        (vec!["use_peft=true", "load_in_4bit=true", "load_in_8bit=true"], "set only one"),
     ] {
         let keys: Vec<String> = keys.iter().map(|k| k.to_string()).collect();
         let e = SftRun::load(None, &keys).unwrap_err().to_string();

@@ -11,7 +11,7 @@ struct Setup {
     pairs: bool,
 }
 
-const HIT: &str = "tokenised rows are taken from ";
+const HIT: &str = "tokenised rows are read from ";
 
 impl Setup {
     fn new() -> Setup {
@@ -146,7 +146,7 @@ fn a_damaged_cache_is_told_and_made_again() {
     bytes[middle] ^= 0x40;
     std::fs::write(path, &bytes).unwrap();
     let (said, two) = setup.train("sft", "two", &[]);
-    assert!(said.contains("its checksum is wrong; the rows are tokenised again"), "{said}");
+    assert!(said.contains("its checksum is wrong, so the rows are tokenised again"), "{said}");
     assert!(one == two);
     assert!(setup.train("sft", "three", &[]).0.contains(HIT));
 }

@@ -673,7 +673,7 @@ fn wrong_command_lines_say_what_to_do() {
         assert!(got == Some(code) && text.contains(says), "{args:?}: {got:?} {text}");
     };
     said(&[], 2, "temper serve DIR");
-    said(&[MODEL, "other"], 2, "serve one");
+    said(&[MODEL, "other"], 2, "a server takes one");
     said(&[MODEL, "port=70000"], 2, "at most 65535");
     said(&[MODEL, "prot=1"], 2, "port");
     said(&[MODEL, "--port", "0", "--host", "192.0.2.7"], 1, "another --port");

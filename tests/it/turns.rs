@@ -215,7 +215,7 @@ fn what_is_forgotten_between_two_turns_leaves_no_trace() {
         engine.resume(0, 0, &[1, 2]).unwrap();
         assert!(engine.resume(0, 0, &[1]).unwrap_err().to_string().contains("does not wait"));
         let error = engine.resume(1, 0, &[1; 7]).unwrap_err().to_string();
-        assert!(error.contains("7 tokens behind a turn"), "{error}");
+        assert!(error.contains("7 tokens after a turn"), "{error}");
         engine.cancel(2);
         assert!(engine.finish(2, 0, Finish::Stop).is_err());
         engine.abort();
@@ -308,5 +308,5 @@ fn a_template_that_writes_earlier_turns_otherwise_is_refused_with_the_turn() {
     continuation(&tokenizer, &template, "5", stop, &user).unwrap();
     // An end token that is no token of a text.
     let error = continuation(&tokenizer, &template, "5", 150, &user).unwrap_err().to_string();
-    assert!(error.contains("is not one token"), "{error}");
+    assert!(error.contains("does not encode to one token"), "{error}");
 }

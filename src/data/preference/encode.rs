@@ -78,7 +78,8 @@ impl<'a> Encoder<'a> {
         match sequence.target_mask.contains(&true) {
             true => Ok(sequence),
             false => Err(row.error(
-                "assistant_only_loss=true, and the assistant says nothing in a completion; remove the row",
+                "assistant_only_loss=true, but a completion has no text by the assistant; remove \
+                 the row",
             )),
         }
     }
@@ -96,8 +97,9 @@ impl<'a> Encoder<'a> {
         let same = wholes.iter().map(|w| common(prompt, w)).min().unwrap_or(0);
         if same == 0 && !prompt.is_empty() {
             return Err(row.error(
-                "the tokens of the prompt do not begin those of prompt and completion: the prompt is not a prefix; check \
-                 that the chat template writes the prompt the same way with and without an answer",
+                "the tokens of the prompt are not a prefix of the tokens of prompt and \
+                 completion; check that the chat template writes the prompt the same way with \
+                 and without an answer",
             ));
         }
         match same < prompt.len() {
@@ -127,9 +129,9 @@ pub fn pair(row: &Row, extract: bool) -> Result<Pair> {
         return Err(row.error("is not a preference row; give \"chosen\" and \"rejected\""));
     };
     if chosen == rejected {
-        return Err(
-            row.error("chosen and rejected are identical, so the row prefers nothing; remove it")
-        );
+        return Err(row.error(
+            "chosen and rejected are identical, so the row expresses no preference; remove it",
+        ));
     }
     let (prompt, chosen, rejected) = match prompt {
         Some(prompt) => (Some(prompt.clone()), chosen.clone(), rejected.clone()),
@@ -152,8 +154,8 @@ fn extract_prompt(
 ) -> Result<(Content, Content, Content)> {
     let nothing = || {
         row.error(
-            "has no \"prompt\", and chosen and rejected do not begin alike, so there is no prompt to take from them: \
-             the prompt must be a prefix of both; add a \"prompt\" field",
+            "has no \"prompt\", and chosen and rejected have no common prefix to use as the \
+             prompt; add a \"prompt\" field",
         )
     };
     match (chosen, rejected) {

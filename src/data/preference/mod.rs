@@ -147,7 +147,8 @@ impl PreferenceStats {
         }
         let limit = self.max_length.unwrap_or(0);
         let message = format!(
-            "max_length={limit} leaves none of the {} rows; raise max_length (the longest sequence has {} tokens)",
+            "max_length={limit} excludes all {} rows; raise max_length (the longest sequence has \
+             {} tokens)",
             self.rows, self.longest
         );
         Err(Error::data(&first.file, None, message))

@@ -177,7 +177,8 @@ impl RowEncoder for PairEncoder<'_> {
 fn margin(row: &Row) -> Result<f32> {
     let Some(value) = row.get("margin") else {
         return Err(row.error(
-            "has no \"margin\", or one that is null or NaN, where the first row has a number; give every row one or none",
+            "has no \"margin\", or one that is null or NaN, but the first row has a number; give \
+             every row a margin, or none",
         ));
     };
     let number = value.as_f64().ok_or_else(|| {
@@ -297,7 +298,7 @@ fn orpo(encoder: &Encoder, row: &Row) -> Result<Sides> {
 
 fn no_prefix(row: &Row) -> Error {
     row.error(
-        "the tokens of the prompt do not begin those of prompt and completion: the prompt is not a prefix; end it where a \
-         token ends",
+        "the tokens of the prompt are not a prefix of the tokens of prompt and completion; end \
+         the prompt where a token ends",
     )
 }

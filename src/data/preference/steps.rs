@@ -64,8 +64,11 @@ impl<'a> StepEncoder<'a> {
         let stats = PreferenceStats::new(options)?;
         let encoder = Encoder::new(tokenizer, None, vocab, options.eos_token.as_deref())?;
         if tokenizer.encode(&how.step_separator, false)?.is_empty() {
-            let message =
-                format!("step_separator={:?} has no token to carry the labels", how.step_separator);
+            let message = format!(
+                "step_separator={:?} has no tokens, so the labels have no position; set a \
+                 separator with at least one token",
+                how.step_separator
+            );
             return Err(Error::Config(message));
         }
         Ok(StepEncoder { encoder, how, options, stats })

@@ -28,7 +28,7 @@ pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
     let known = file.read_exact(&mut magic).is_ok();
     file.rewind().map_err(|e| Error::io(path, e))?;
     if known && magic.starts_with(b"FEA1") {
-        let message = "is feather version 1; write it again with version=2";
+        let message = "is in feather version 1; write it again with version=2";
         return Err(Error::data(path, None, message));
     }
     let failed = |e: String| broken(path, e);
@@ -50,7 +50,7 @@ pub fn parsed<T, E: Display>(f: impl FnOnce() -> Result<T, E>) -> Result<T, Stri
 }
 
 fn broken(path: &Path, e: impl Display) -> Error {
-    Error::data(path, None, format!("not an arrow or feather file that can be read: {e}"))
+    Error::data(path, None, format!("not a readable arrow or feather file: {e}"))
 }
 
 fn read_batches(
@@ -83,7 +83,7 @@ pub fn readable(schema: &Schema, rows: &mut FileRows) -> Result<Vec<usize>> {
         let field = schema.field(i);
         let why = unreadable(field.data_type()).unwrap_or_default();
         rows.sink.notes.push(format!(
-            "{}: column {:?} is not read, it holds {why}",
+            "{}: column {:?} is not read because it holds {why}",
             rows.file.display(),
             field.name()
         ));

@@ -34,7 +34,11 @@ pub fn read(path: &Path, delimiter: u8, rows: &mut FileRows) -> Result<()> {
     let head = record.read(&mut reader, &mut text, rows.limit());
     let head = head.map_err(|e| open::broken(path, e))?;
     if head == Some(RecordSize::TooLarge) {
-        return Err(Error::data(path, Some(1), "its head is too long; is it text in columns?"));
+        return Err(Error::data(
+            path,
+            Some(1),
+            "its header is too long; check that it is a CSV or TSV file",
+        ));
     }
     let mut names = Vec::with_capacity(record.fields);
     for name in record.iter() {
@@ -56,7 +60,7 @@ pub fn read(path: &Path, delimiter: u8, rows: &mut FileRows) -> Result<()> {
                 rows.push(line, value)?;
             }
             Ok(Some(RecordSize::TooLarge)) => {
-                let reason = format!("{}; or is a quote not closed?", rows.too_large());
+                let reason = format!("{}; check also for an unclosed quote", rows.too_large());
                 rows.push(line, Err(reason))?;
             }
             Ok(None) => return Ok(()),
@@ -123,7 +127,8 @@ impl Record {
 fn value(names: &[String], record: &Record, rows: &FileRows) -> Result<Value, String> {
     if record.fields != names.len() {
         return Err(format!(
-            "has {} fields, but the header names {}; put quotes around fields with a delimiter in them",
+            "has {} fields, but the header names {}; put quotes around fields that contain the \
+             delimiter",
             record.fields,
             names.len()
         ));

@@ -76,7 +76,9 @@ impl<'a, 't> FileRows<'a, 't> {
             0 => Err(Error::data(&self.file, None, message)),
             _ => self.push(
                 line,
-                Err(format!("{message} on_bad_row=drop takes the rows before and names this one")),
+                Err(format!(
+                    "{message} Set on_bad_row=drop to use the rows before it and report this one"
+                )),
             ),
         }
     }
@@ -116,7 +118,9 @@ impl<'a, 't> FileRows<'a, 't> {
                     &self.file,
                     None,
                     format!(
-                        "has a column {field:?} of its own, and columns={field}:{column}; leave that out of columns, or give {field:?} another name there"
+                        "already has a column {field:?}, and columns={field}:{column} needs that \
+                         name; remove this pair from columns, or map the column {field:?} to \
+                         another name there"
                     ),
                 ));
             }
@@ -152,7 +156,8 @@ impl<'a, 't> FileRows<'a, 't> {
                 &self.file,
                 None,
                 format!(
-                    "none of its columns is a field of a row (it has {}); name them with columns=prompt:COLUMN,completion:COLUMN or the like",
+                    "none of its columns is a field of a row (it has {}); map them with \
+                     columns=prompt:COLUMN,completion:COLUMN, for example",
                     self.listed()
                 ),
             )),

@@ -107,7 +107,7 @@ fn array(path: &Path, text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()>
             Err(e) => return rows.broken(number + 1, e),
         };
         if bytes.is_empty() {
-            let message = "not valid JSON: its array does not end; is the file complete?";
+            let message = "not valid JSON: its array does not end; check that the file is complete";
             return rows.cut_off(number + 1, message);
         }
         let mut end = None;
@@ -151,7 +151,7 @@ fn array(path: &Path, text: &mut dyn BufRead, rows: &mut FileRows) -> Result<()>
                 Some(_) => Err(Error::data(
                     path,
                     None,
-                    "not valid JSON: text follows its array; remove it",
+                    "not valid JSON: there is text after its array; remove it",
                 )),
             };
         }

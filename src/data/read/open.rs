@@ -60,8 +60,7 @@ fn known(path: &Path) -> Option<FileFormat> {
 
 /// Returns the format by the file's extension. Error: an unknown extension.
 pub fn format(path: &Path) -> Result<FileFormat> {
-    known(path)
-        .ok_or_else(|| Error::data(path, None, format!("unknown kind of file; give {FORMATS}")))
+    known(path).ok_or_else(|| Error::data(path, None, format!("unknown file type; give {FORMATS}")))
 }
 
 /// Opens a text file, decompressing it if necessary.
@@ -83,7 +82,7 @@ pub fn broken(path: &Path, e: std::io::Error) -> Error {
         Some(_) => Error::data(
             path,
             None,
-            format!("cannot be decompressed: {e}; is the download complete?"),
+            format!("cannot be decompressed: {e}; check that the download is complete"),
         ),
         None => Error::io(path, e),
     }
@@ -108,8 +107,9 @@ pub fn expand(
             }
             files.extend(of_split(path, all, split, notes));
         } else if let Some(pattern) = pattern {
-            let found = glob::glob(pattern)
-                .map_err(|e| Error::data(path, None, format!("is not a pattern of files: {e}")))?;
+            let found = glob::glob(pattern).map_err(|e| {
+                Error::data(path, None, format!("is not a valid file pattern: {e}"))
+            })?;
             let mut found: Vec<PathBuf> =
                 found.flatten().filter(|p| p.is_file() && known(p).is_some()).collect();
             found.sort();

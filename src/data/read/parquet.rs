@@ -21,8 +21,7 @@ const BATCH_ROWS: u64 = 1024;
 
 pub fn read(path: &Path, rows: &mut FileRows) -> Result<()> {
     let opened = File::open(path).map_err(|e| Error::io(path, e))?;
-    let broken =
-        |e: String| Error::data(path, None, format!("not a parquet file that can be read: {e}"));
+    let broken = |e: String| Error::data(path, None, format!("not a readable parquet file: {e}"));
     let builder = arrow::parsed(|| ParquetRecordBatchReaderBuilder::try_new(opened));
     let builder = builder.map_err(broken)?;
     let wanted = arrow::readable(builder.schema(), rows)?;

@@ -86,8 +86,8 @@ impl<'t> RowSink<'t> {
         self.batch.push(row);
         if self.batch.held > self.most {
             return Err(Error::OutOfMemory(format!(
-                "{place}: the rows before it take {}, half of the memory that is free, and what is made of them needs the rest; \
-                 give fewer rows, or take a machine with more memory",
+                "{place}: the rows before it take {}, half of the free memory, and encoding them \
+                 needs the rest; give fewer rows, or use a machine with more memory",
                 size_text(self.most as u64)
             )));
         }

@@ -131,7 +131,7 @@ fn target(tokens: &[(Token, usize)]) -> Result<(), String> {
     if dots == 0 || (dots == 1 && known) {
         return Ok(());
     }
-    Err("an attribute as a target is supported in {% set x.y = ... %} only".into())
+    Err("an attribute as a target is supported only in {% set x.y = ... %}".into())
 }
 
 /// Whether an expression reads `varargs` or `kwargs`.

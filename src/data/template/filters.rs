@@ -69,7 +69,7 @@ fn int(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> 
     };
     kwargs.assert_all_used()?;
     let Some(base) = base.filter(|b| (2..=36).contains(b)) else {
-        return fault("the base of int is a number from 2 to 36");
+        return fault("the base of int must be a number from 2 to 36");
     };
     // integers of more than 127 bits are not supported
     let whole = |x: f64| (x.abs() < 1e38).then(|| Value::from(x as i128));
@@ -228,7 +228,7 @@ fn indent(text: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Erro
         Some(v) => match (v.as_str(), v.as_i64()) {
             (Some(text), _) => text.to_string(),
             (None, Some(n)) if n <= 1000 => " ".repeat(n.max(0) as usize),
-            _ => return fault("the width of indent is a string or a small number"),
+            _ => return fault("the width of indent must be a string or a small number"),
         },
         None => "    ".into(),
     };

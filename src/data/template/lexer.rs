@@ -330,7 +330,7 @@ impl<'a> Lexer<'a> {
             end
         });
         let Some((end, _)) = end else {
-            return self.fault("a string without its closing quote");
+            return self.fault("the string has no closing quote");
         };
         let decoded = unescape(&rest[1..end]).map_err(|e| (e, self.line))?;
         self.push(Token::Str(decoded));

@@ -17,7 +17,7 @@ pub fn install(env: &mut Environment<'static>) {
     env.add_filter("_chain", |state: &State, first: Value, rest: Rest<Value>| {
         let mut left = &first;
         for pair in rest.chunks(2) {
-            let [op, right] = pair else { return fault("a comparison without its right side") };
+            let [op, right] = pair else { return fault("the comparison has no right side") };
             if !compare(state, op.as_str().unwrap_or_default(), left, right)? {
                 return Ok(false);
             }
@@ -86,7 +86,7 @@ fn order(a: &Value, b: &Value) -> Result<Option<Ordering>, Error> {
         }
         return Ok(Some(a.len().cmp(&b.len())));
     }
-    fault(format!("values of type {} and {} have no order", a.kind(), b.kind()))
+    fault(format!("cannot compare values of type {} and {}", a.kind(), b.kind()))
 }
 
 fn contains(state: &State, item: &Value, all: &Value) -> Result<bool, Error> {
@@ -94,7 +94,10 @@ fn contains(state: &State, item: &Value, all: &Value) -> Result<bool, Error> {
         ValueKind::Undefined => Ok(false),
         ValueKind::String => match (item.as_str(), all.as_str()) {
             (Some(item), Some(all)) => Ok(all.contains(item)),
-            _ => fault(format!("'in' looks for a string in a string, not for a {}", item.kind())),
+            _ => fault(format!(
+                "the left side of 'in' must be a string when the right side is one, not a {}",
+                item.kind()
+            )),
         },
         ValueKind::Map => match item.kind() {
             ValueKind::Map => fault("a mapping cannot be a key"),

@@ -32,7 +32,7 @@ fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
         return match a.checked_rem(b) {
             Some(rest) if rest != 0 && (rest < 0) != (b < 0) => Ok(Value::from(rest + b)),
             Some(rest) => Ok(Value::from(rest)),
-            None => fault("a division by zero"),
+            None => fault("division by zero"),
         };
     }
     // The engine's integers go up to 128 bits unsigned.
@@ -44,7 +44,7 @@ fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
         };
     }
     match (number(a), number(b)) {
-        (Some(_), Some(0.0)) => fault("a division by zero"),
+        (Some(_), Some(0.0)) => fault("division by zero"),
         (Some(a), Some(b)) => {
             let rest = a % b;
             let rest = match rest {
@@ -54,7 +54,7 @@ fn remainder(a: &Value, b: &Value) -> Result<Value, Error> {
             };
             Ok(Value::from(rest))
         }
-        _ => fault(format!("% is not for values of type {} and {}", a.kind(), b.kind())),
+        _ => fault(format!("% does not support values of type {} and {}", a.kind(), b.kind())),
     }
 }
 

@@ -39,7 +39,8 @@ unsafe impl Send for Function {}
 
 fn shared_too_large(kernel: &str, asked: u32, fixed: u32, most: u32, device: &str) -> Error {
     Error::Device(format!(
-        "{kernel} needs {asked} bytes of dynamic shared memory and {fixed} of static; {device} gives a block at most {most}"
+        "{kernel} needs {asked} bytes of dynamic shared memory and {fixed} of static; {device} \
+         allows at most {most} for each block"
     ))
 }
 

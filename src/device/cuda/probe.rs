@@ -66,8 +66,9 @@ fn no_driver() -> Error {
 
 fn no_init(e: DriverError) -> Error {
     Error::Device(format!(
-        "the NVIDIA driver did not start: {}. `nvidia-smi` should work as this user first; in a container, start it with \
-         the GPU passed in (docker run --gpus all). Or run with --device cpu.",
+        "the NVIDIA driver did not start: {}. Make `nvidia-smi` work as this user first; in a \
+         container, start it with the GPU passed in (docker run --gpus all). Or run with \
+         --device cpu.",
         text(e)
     ))
 }
@@ -81,8 +82,8 @@ fn no_device() -> Error {
 
 fn old_driver(version: i32) -> Error {
     Error::Device(format!(
-        "the NVIDIA driver supports CUDA {}, this build needs {} (driver {DRIVER} or newer). Update the driver, or run with \
-         --device cpu.",
+        "the NVIDIA driver supports CUDA {}, but this build needs {} (driver {DRIVER} or newer). \
+         Update the driver, or run with --device cpu.",
         dotted(version),
         dotted(CUDA_VERSION)
     ))
@@ -90,7 +91,8 @@ fn old_driver(version: i32) -> Error {
 
 pub(super) fn old_gpu(name: &str, (major, minor): (i32, i32)) -> Error {
     Error::Device(format!(
-        "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer. Run with --device cpu."
+        "{name} has compute capability {major}.{minor}; but the kernels need 8.0 (Ampere) or \
+         newer. Run with --device cpu."
     ))
 }
 

@@ -102,7 +102,7 @@ impl DpoConfig {
     fn rules(&self, report: &mut Report) {
         let has = |loss| self.loss_type.contains(&loss);
         report.must(self.beta > 0.0, || format!("beta = {}: must be above 0", self.beta));
-        report.must(!self.loss_type.is_empty(), || "loss_type = []: name a loss".into());
+        report.must(!self.loss_type.is_empty(), || "loss_type = []: give at least one loss".into());
         if let Some(weights) = &self.loss_weights {
             report.must(weights.len() == self.loss_type.len(), || {
                 let (n, losses) = (weights.len(), self.loss_type.len());
@@ -141,7 +141,7 @@ impl DpoConfig {
             });
         }
         report.must(!(self.reference_free && self.reference.ref_model.is_some()), || {
-            "reference_free = true and ref_model: give one of them".into()
+            "reference_free = true and ref_model cannot be combined: give only one".into()
         });
         if self.reference_free {
             for key in ["precompute_ref_log_probs", "sync_ref_model"] {

@@ -246,8 +246,9 @@ fn imbalance(rows: &Rows<LabelledPair>, config: &KtoConfig) -> Option<String> {
         && !(0.99..=1.34).contains(&ratio);
     off.then(|| {
         format!(
-            "{good} completions are good, {bad} bad: weighted {ratio:.2} to 1, where the paper advises 1 to 4/3; \
-             desirable_weight and undesirable_weight set it."
+            "{good} completions are good and {bad} are bad: their weighted ratio is {ratio:.2} \
+             to 1, but the paper advises 1 to 4/3. Set desirable_weight and undesirable_weight \
+             to change it."
         )
     })
 }

@@ -103,7 +103,8 @@ impl SftConfig {
             && self.truncation.length.on_truncation != OnTruncation::Truncate
         {
             report.problem(
-                "on_truncation: this packing_strategy never drops a long row, it splits it; leave it at \"truncate\""
+                "on_truncation: this packing_strategy splits long rows and never drops them; \
+                 leave on_truncation at \"truncate\""
                     .into(),
             );
         }

@@ -64,8 +64,8 @@ impl RolloutSchedule {
         if prompts < schedule.prompts_per_generation() {
             let needed = schedule.prompts_per_generation();
             return Err(Error::Config(format!(
-                "a generation takes {needed} prompts, the data has {prompts}; give more rows, or a smaller \
-                 per_device_train_batch_size"
+                "a generation needs {needed} prompts, but the data has {prompts}; give more \
+                 rows, or a smaller per_device_train_batch_size"
             )));
         }
         Ok(schedule)
@@ -183,7 +183,7 @@ impl<S: StoredRollout> RolloutBuffer<S> {
             let samples = (0..n).map(|_| S::read(from)).collect::<Option<Vec<S>>>()?;
             Some(((generation != u64::MAX).then_some(generation), samples))
         };
-        let cut = || Error::checkpoint(&path, "is cut short");
+        let cut = || Error::checkpoint(&path, "is truncated");
         let (generation, samples) = read(&mut from).ok_or_else(cut)?;
         let whole = samples.len() == if generation.is_some() { size } else { 0 };
         if !whole || !samples.iter().all(|s| s.fits(prompts)) {

@@ -119,8 +119,8 @@ impl RolloutEnv {
         let dropout = model.adapter.as_ref().map_or(0.0, |a| a.dropout());
         if dropout > 0.0 {
             return Err(Error::Config(format!(
-                "lora_dropout = {dropout}: online RL runs without dropout, or the trainer's \
-                 log-probs would not be the sampler's; set lora_dropout=0"
+                "lora_dropout = {dropout}: online RL does not support dropout, because the \
+                 trainer's log-probs would differ from the sampler's; set lora_dropout=0"
             )));
         }
         if cx.device.capabilities().gemm_depends_on_rows && cx.matmul == MatmulChoice::Auto {

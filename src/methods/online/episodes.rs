@@ -247,8 +247,8 @@ impl Episodes {
             Value::Array(messages) if !episode.messages.is_empty() => talk.continuation(messages),
             Value::String(_) => talk.continuation(&[message(observation.clone())]),
             _ => Err(episode.row.error(
-                "has a text as its prompt, and the environment answered with messages; answer with \
-                 a text, or give the prompt as messages",
+                "has a text as its prompt, but the environment answered with messages; answer \
+                 with a text, or give the prompt as messages",
             )),
         }
     }

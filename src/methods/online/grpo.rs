@@ -104,7 +104,7 @@ impl GrpoConfig {
         }
         let sequence = self.importance_sampling_level == ImportanceLevel::Sequence;
         report.must(self.loss_type != GrpoLoss::Luspo || sequence, || {
-            "loss_type = luspo needs importance_sampling_level=sequence".into()
+            "loss_type = luspo needs importance_sampling_level=sequence; set it".into()
         });
     }
 }

@@ -69,7 +69,7 @@ impl OnlineDpoConfig {
             "beta: one number above 0, or one for each epoch".into()
         });
         report.must(matches!(self.loss_type, DpoLoss::Sigmoid | DpoLoss::Ipo), || {
-            "loss_type: online DPO has sigmoid and ipo; temper dpo has the others".into()
+            "loss_type: online DPO supports sigmoid and ipo; use temper dpo for the others".into()
         });
     }
 }

@@ -64,7 +64,9 @@ impl OnlineConfig {
 /// Requires a temperature above 0: online methods sample, and the loss divides by it.
 pub fn explores(sampling: &SamplingOptions, report: &mut Report) {
     let t = sampling.temperature;
-    report.must(t > 0.0, || format!("temperature = {t}: must be above 0, the policy must explore"));
+    report.must(t > 0.0, || {
+        format!("temperature = {t}: must be above 0, because the policy must explore")
+    });
 }
 
 section! {

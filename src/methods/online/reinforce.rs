@@ -39,7 +39,7 @@ section! {
 impl ReinforceConfig {
     fn rules(&self, report: &mut Report) {
         report.must(!(self.group_baseline && self.greedy_baseline), || {
-            "group_baseline and greedy_baseline: choose one".into()
+            "group_baseline and greedy_baseline cannot be combined: set only one".into()
         });
     }
 

@@ -37,7 +37,7 @@ impl RlooConfig {
     fn rules(&self, report: &mut Report) {
         report.must(
             self.reward_clip_range.as_ref().is_none_or(|r| r.len() == 2 && r[0] < r[1]),
-            || "reward_clip_range: two numbers, the lower first".into(),
+            || "reward_clip_range must be two numbers, the lower first".into(),
         );
         let n = self.online.num_generations;
         report.must(n != 1, || format!("num_generations = {n}: RLOO's baseline needs at least 2"));

@@ -60,7 +60,7 @@ impl Sampler {
         let stop = stop_ids(inputs.tokenizer, inputs.model, &[])?;
         if stop.is_empty() {
             return Err(Error::Config(
-                "neither config.json nor the tokenizer names an EOS token; no completion would end"
+                "neither config.json nor the tokenizer has an EOS token, so no completion would end"
                     .into(),
             ));
         }
@@ -93,8 +93,8 @@ impl Sampler {
         let sampling = self.options.seeded(self.seed);
         if sampling.truncates() {
             cx.observer.note(
-                "sampling is truncated or penalised; ratios are of the full distribution at \
-                 the sampling temperature, as TRL's are, so the policy is slightly off its sampler",
+                "sampling is truncated or penalised, but ratios use the full distribution at the \
+                 sampling temperature, as in TRL, so the policy differs slightly from its sampler",
             );
         }
         let (stop, length) = (self.stop.clone(), self.max_completion_length);

@@ -122,7 +122,7 @@ impl BottleneckConfig {
         };
         if model.task != Task::CausalLm {
             return Err(Error::Config(format!(
-                "peft_type = {}: for language models alone; use lora",
+                "peft_type = {}: works only with language models; use lora",
                 preset.name
             )));
         }
@@ -288,7 +288,7 @@ fn act(name: &str) -> Result<Act, String> {
         "swish" | "silu" => Ok(Act::Silu),
         "gelu" => Ok(Act::Gelu),
         "gelu_new" | "gelu_pytorch_tanh" => Ok(Act::GeluTanh),
-        other => Err(format!("\"{other}\" is not supported; relu, swish, gelu and gelu_new are")),
+        other => Err(format!("\"{other}\" is not supported; use relu, swish, gelu or gelu_new")),
     }
 }
 

@@ -163,13 +163,14 @@ impl AdapterConfig {
             }
             PeftType::PromptTuning if model.task != Task::CausalLm => {
                 return Err(Error::Config(
-                    "peft_type = prompt_tuning: for language models alone; use lora".into(),
+                    "peft_type = prompt_tuning: works only with language models; use lora".into(),
                 ));
             }
             PeftType::PromptTuning => {
                 if keys.num_virtual_tokens == 0 {
                     return Err(Error::Config(
-                        "num_virtual_tokens = 0: an empty prompt learns nothing".into(),
+                        "num_virtual_tokens = 0: an empty prompt learns nothing; give at least 1"
+                            .into(),
                     ));
                 }
                 AdapterKind::Prompt(PromptConfig {
@@ -317,7 +318,7 @@ impl AdapterConfig {
                         "lora_only" => LoraBias::LoraOnly,
                         other => {
                             return Err(wrong(format!(
-                                "bias = \"{other}\": none, all or lora_only"
+                                "bias = \"{other}\": must be none, all or lora_only"
                             )));
                         }
                     },
@@ -352,7 +353,8 @@ impl AdapterConfig {
             }
             other => {
                 return Err(wrong(format!(
-                    "peft_type \"{other}\" is not supported here; LORA, IA3 and PROMPT_TUNING are"
+                    "peft_type \"{other}\" is not supported here; supported: LORA, IA3, \
+                     PROMPT_TUNING"
                 )));
             }
         };
@@ -511,13 +513,14 @@ fn checked(config: LoraConfig) -> Result<LoraConfig> {
     }
     let init = &config.init;
     if config.pissa().is_none() && !["true", "false", "gaussian"].contains(&init.as_str()) {
-        let message =
-            format!("init_lora_weights = {init}: true, false, gaussian, pissa or pissa_niter_N");
+        let message = format!(
+            "init_lora_weights = {init}: must be true, false, gaussian, pissa or pissa_niter_N"
+        );
         return Err(Error::Config(message));
     }
     if config.pissa().is_some() && (config.dropout > 0.0 || config.use_dora) {
-        let message = "init_lora_weights = pissa needs lora_dropout=0 and use_dora=false: the part that is taken out \
-                       of the weight must see the input as the weight does";
+        let message = "init_lora_weights = pissa needs lora_dropout=0 and use_dora=false: the \
+                       part that is taken out of the weight must get the same input as the weight";
         return Err(Error::Config(message.into()));
     }
     Ok(config)

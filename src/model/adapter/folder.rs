@@ -126,7 +126,7 @@ impl Adapter {
         let config = AdapterConfig::load(dir)?;
         if config.task != model.task.peft_name() {
             let message = format!(
-                "is for {}, the model is {}; give the model that it was trained on",
+                "is for {}, but the model is {}; give the model that it was trained on",
                 config.task,
                 model.task.peft_name()
             );
@@ -242,7 +242,7 @@ impl Adapter {
             values.iter().map(rounded).eq(weight.to_f32()?)
         };
         let message = || {
-            format!("other: {name} holds other values than {own} of this model, whose own are used")
+            format!("other: {name} differs from {own} of this model; the model's values are used")
         };
         Ok((!same).then(message))
     }

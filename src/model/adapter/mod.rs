@@ -363,8 +363,8 @@ fn end_params(
     model: &ModelConfig,
 ) -> Result<Vec<[ParamSpec; 2]>> {
     if (bound.embedding || bound.head) && (config.use_dora || config.pissa().is_some()) {
-        let message = "lora_target_modules: embed_tokens and lm_head take plain LoRA; leave them out, or leave out \
-                       use_dora and init_lora_weights=pissa";
+        let message = "lora_target_modules: embed_tokens and lm_head support only plain LoRA; \
+                       leave them out, or leave out use_dora and init_lora_weights=pissa";
         return Err(Error::Config(message.into()));
     }
     let spec = |name: &str, part: &str, role, shape: [usize; 2]| ParamSpec {
@@ -395,7 +395,9 @@ fn end_params(
 /// Returns a module's rank.
 fn rank(config: &LoraConfig, module: &str) -> Result<usize> {
     match by_pattern(&config.rank_pattern, module)?.map_or(config.r, |r| r as usize) {
-        0 => Err(Error::Config(format!("{module}: rank 0 learns nothing; give at least 1"))),
+        0 => Err(Error::Config(format!(
+            "{module}: an adapter of rank 0 learns nothing; give at least 1"
+        ))),
         rank => Ok(rank),
     }
 }
@@ -458,8 +460,8 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
             };
             let bound = bound(&rules, model)?;
             if bound.embedding || bound.head {
-                let message = "lora_target_modules: embed_tokens and lm_head take LoRA alone; leave them out, or \
-                               train them whole: lora_modules_to_save";
+                let message = "lora_target_modules: embed_tokens and lm_head support only LoRA; \
+                               leave them out, or train them fully with lora_modules_to_save";
                 return Err(Error::Config(message.into()));
             }
             for (layer, proj) in bound.projections {
@@ -494,8 +496,8 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
     let mut copies: Vec<ParamSpec> = Vec::new();
     let tied = config.tied && model.tie_word_embeddings;
     if tied && first.iter().any(|s| matches!(s.role, Role::EmbedA | Role::HeadA)) {
-        let message = "ensure_weight_tying = true: embed_tokens and lm_head have pairs of their own here; \
-                       leave it out, or train them whole: lora_modules_to_save";
+        let message = "ensure_weight_tying = true: embed_tokens and lm_head have pairs of their \
+                       own here; leave it out, or train them fully with lora_modules_to_save";
         return Err(Error::Config(message.into()));
     }
     let is_end = |name: &str| [EMBEDDING, "embed_tokens", HEAD].contains(&name);
@@ -537,7 +539,7 @@ pub fn adapter_params(config: &AdapterConfig, model: &ModelConfig) -> Result<Vec
         let is_projection = |s: &&ParamSpec| Proj::ALL.iter().any(|p| p.role() == s.role);
         if found.iter().any(|s| is_projection(&s)) {
             return Err(Error::Config(format!(
-                "modules_to_save: {name} is a projection; give it LoRA, or train fully"
+                "modules_to_save: {name} is a projection; adapt it with LoRA, or train all weights"
             )));
         }
         // PEFT would train every module whose name ends with this name, projections too.

@@ -27,7 +27,8 @@ pub fn principal(
 ) -> Result<(Vec<f32>, Vec<f32>)> {
     if rank > rows.min(cols) {
         let message = format!(
-            "init_lora_weights=pissa: rank {rank} of a {rows} x {cols} weight; lower lora_r"
+            "init_lora_weights=pissa: rank {rank} is too high for a {rows} x {cols} weight; \
+             lower lora_r"
         );
         return Err(Error::Config(message));
     }

@@ -54,7 +54,7 @@ pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> 
     let all: Vec<Option<Module>> = projections.chain(vec![None; ends]).collect();
     if let Some(bad) = layers.into_iter().flatten().find(|l| **l >= config.num_layers) {
         return Err(Error::Config(format!(
-            "layers_to_transform: layer {bad}; the model has {}",
+            "layers_to_transform: there is no layer {bad}; the model has {} layers",
             config.num_layers
         )));
     }
@@ -102,7 +102,8 @@ pub fn bound(rules: &TargetRules, config: &ModelConfig) -> Result<BoundModules> 
     let modules: Vec<usize> = (0..all.len()).filter(is_bound).collect();
     if modules.is_empty() {
         return Err(Error::Config(format!(
-            "the adapter binds no module: target_modules {targets:?}, layers {layers:?}; modules are named like {}",
+            "the adapter matches no module: target_modules {targets:?}, layers {layers:?}; \
+             modules are named like {}",
             known.first().map(String::as_str).unwrap_or("model.layers.0.self_attn.q_proj")
         )));
     }
@@ -127,21 +128,24 @@ fn unbound(lost: &[&String], config: &ModelConfig) -> String {
     }
     let one = |name: &&String| {
         if let Some(own) = config.renamed(name) {
-            return format!("{name} is called {own} in {}; name that", config.family.model_type);
+            return format!(
+                "{name} is called {own} in {}; use that name",
+                config.family.model_type
+            );
         }
         let near = nearest(name, short.iter().copied());
         match near {
             _ if config.family.fused_projections && split(name).is_some() => format!(
-                "{name} is not a module of {}: it is part of {}; name that",
+                "{name} is not a module of {}: it is part of {}; use that name",
                 config.family.model_type,
                 split(name).unwrap_or_default()
             ),
             _ if name.as_str() == HEAD => {
-                "lm_head: the model is a classifier and has none; score is trained whole".into()
+                "lm_head: the model is a classifier and has none; score is trained fully".into()
             }
-            Some(near) => format!("{name} exists in no layer; did you mean {near}?"),
+            Some(near) => format!("no layer has a module {name}; did you mean {near}?"),
             None => {
-                format!("{name} exists in no layer; there are {}, or all-linear", short.join(", "))
+                format!("no layer has a module {name}; use {}, or all-linear", short.join(", "))
             }
         }
     };

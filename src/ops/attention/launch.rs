@@ -36,11 +36,11 @@ fn tensor_cores(cx: &Cx, n: &Numbers, tensors: &[&Tensor]) -> Result<bool> {
     };
     if chosen && !bf16 {
         let what = tensors[0].dtype().name();
-        let message = format!("tensor-core attention takes bfloat16, not {what}; choose simt");
+        let message = format!("tensor-core attention needs bfloat16, not {what}; use simt");
         return Err(Error::op("attention", message));
     }
     if chosen && n.heads / n.kv_heads > MMA_ROWS as i32 {
-        let message = format!("more than {MMA_ROWS} heads a key-value head; choose simt");
+        let message = format!("more than {MMA_ROWS} heads per key-value head; use simt");
         return Err(Error::op("attention", message));
     }
     // Rows are copied 16 bytes at a time.
@@ -59,8 +59,7 @@ fn wgmma(cx: &Cx, n: &Numbers, head_sizes: &[usize]) -> Result<bool> {
         AttentionChoice::Auto if !device.wgmma => return Ok(false),
         // A CPU runs them too, for tests.
         AttentionChoice::Wgmma if device.tensor_cores && !device.wgmma => {
-            let message =
-                format!("wgmma needs a Hopper GPU, not {}; choose auto", cx.device.name());
+            let message = format!("wgmma needs a Hopper GPU, not {}; use auto", cx.device.name());
             return Err(Error::op("attention", message));
         }
         AttentionChoice::Auto | AttentionChoice::Wgmma => {}

@@ -41,7 +41,7 @@ impl AttnShape {
     pub(super) fn numbers(&self, op: &'static str, qkv: &Tensor) -> Result<Numbers> {
         let (h, k, d) = (self.heads, self.kv_heads, self.head_dim);
         if !Self::HEAD_DIMS.contains(&d) {
-            let message = format!("no kernel for head_dim {d}; there are {:?}", Self::HEAD_DIMS);
+            let message = format!("no kernel for head_dim {d}; supported: {:?}", Self::HEAD_DIMS);
             return Err(Error::op(op, message));
         }
         if k == 0 || h == 0 || h % k != 0 {
@@ -51,7 +51,10 @@ impl AttnShape {
         let hint = "it is q | k | v of num_attention_heads and num_key_value_heads";
         expect_cols(op, "qkv", qkv, (h + 2 * k) * d, hint)?;
         if self.window == Some(0) {
-            return Err(Error::op(op, "a window of 0 sees nothing; leave it out to see all"));
+            return Err(Error::op(
+                op,
+                "a window of 0 attends to nothing; leave it out to attend to all positions",
+            ));
         }
         if self.scale.is_nan() || self.scale <= 0.0 {
             let message = format!("a scale of {}; it must be positive", self.scale);

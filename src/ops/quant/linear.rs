@@ -43,7 +43,7 @@ impl QuantLinear {
     }
 }
 
-const HINT: &str = "do the weights belong to this config.json?";
+const HINT: &str = "check that the weights belong to this config.json";
 
 impl Op for QuantLinear {
     fn name(&self) -> &'static str {

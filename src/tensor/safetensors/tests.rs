@@ -219,7 +219,7 @@ fn an_index_is_held_to_its_word() {
         (index(r#"{"a":"x.safetensors","b":"gone.safetensors"}"#), "gone.safetensors: is named in"),
         (index(r#"{"a":"x.safetensors","b":"x.safetensors"}"#), "b in x.safetensors"),
         (index(r#"{"a":"x.safetensors","c":"y.safetensors"}"#), "also holds: a"),
-        (index(r#"{"a":"../x.safetensors"}"#), "only plain file names"),
+        (index(r#"{"a":"../x.safetensors"}"#), "a plain file name"),
         (index("{}"), "empty weight_map"),
         (b"[1]".to_vec(), "is not an index"),
     ];

@@ -153,8 +153,8 @@ fn own(cx: &Cx, policy: &Decoder, start: &Decoder, longest: usize) -> Result<Dec
     if shape.vocab_size != policy.config.vocab_size {
         let (theirs, ours) = (shape.vocab_size, policy.config.vocab_size);
         return Err(Error::Config(format!(
-            "the reward model has a vocabulary of {theirs}, the policy of {ours}: a value model \
-             cannot start from it; set value_model=shared"
+            "the reward model has a vocabulary of {theirs}, but the policy has {ours}, so a \
+             value model cannot start from it; set value_model=shared"
         )));
     }
     shape.task = Task::SequenceClassification { labels: 1 };

@@ -78,10 +78,12 @@ impl PpoConfig {
         report.at_least("num_ppo_epochs", self.num_ppo_epochs, 1);
         report.at_least("num_mini_batches", self.num_mini_batches, 1);
         for (key, value) in [("gamma", self.gamma), ("lam", self.lam)] {
-            report.must((0.0..=1.0).contains(&value), || format!("{key} = {value}: from 0 to 1"));
+            report.must((0.0..=1.0).contains(&value), || {
+                format!("{key} = {value}: must be from 0 to 1")
+            });
         }
         report.must(self.cliprange > 0.0, || "cliprange: must be above 0".into());
-        report.must(self.value_lora_r != Some(0), || "value_lora_r = 0: give at least 1".into());
+        report.must(self.value_lora_r != Some(0), || "value_lora_r = 0: must be at least 1".into());
         report.must(self.value_lora_alpha.is_none_or(|alpha| alpha > 0.0), || {
             "value_lora_alpha: must be above 0".into()
         });
