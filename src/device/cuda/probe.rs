@@ -91,7 +91,7 @@ fn old_driver(version: i32) -> Error {
 
 pub(super) fn old_gpu(name: &str, (major, minor): (i32, i32)) -> Error {
     Error::Device(format!(
-        "{name} has compute capability {major}.{minor}; but the kernels need 8.0 (Ampere) or \
+        "{name} has compute capability {major}.{minor}, but the kernels need 8.0 (Ampere) or \
          newer. Run with --device cpu."
     ))
 }
