@@ -160,6 +160,22 @@ pub(super) fn decodes(cx: &Cx, n: &Numbers, qkv: &Tensor, cache: &Tensor) -> Res
     Ok(tensor_cores(cx, n, &[qkv, cache])? && fits)
 }
 
+/// Bytes that a multiprocessor without a block of attention prefetches: its share of what memory gives
+/// during the shortest attention and the product behind it. Far more would outlast them.
+const IDLE_PREFETCHES: usize = 160 << 10;
+
+/// Cache lines that multiprocessors without one of `blocks` fetch of the next weights, of so many
+/// bytes.
+fn next_lines(blocks: usize, bytes: [usize; 2], device: &Capabilities) -> [i32; 2] {
+    let idle = device.multiprocessors.saturating_sub(blocks);
+    let mut room = most_prefetched(device).min(idle * IDLE_PREFETCHES);
+    bytes.map(|bytes| {
+        let bytes = bytes.min(room);
+        room -= bytes;
+        (bytes / LINE) as i32
+    })
+}
+
 /// Blocks for heads of `d`: with twice as many warps where there are few blocks and the device has the
 /// shared memory.
 fn decode_launch(blocks: usize, d: usize, device: &Capabilities) -> Launch {
@@ -187,14 +203,7 @@ pub(super) fn decode(
     let blocks = qkv.row_count() * n.kv_heads as usize;
     let device = cx.device.capabilities();
     let mut at = decode_launch(blocks, n.d, &device);
-    // Multiprocessors without a block of attention fetch the next weights.
-    let mut room = most_prefetched(&device);
-    let lines = next.map(|t| {
-        let bytes =
-            t.filter(|_| blocks < device.multiprocessors).map_or(0, Tensor::bytes).min(room);
-        room -= bytes;
-        (bytes / LINE) as i32
-    });
+    let lines = next_lines(blocks, next.map(|t| t.map_or(0, Tensor::bytes)), &device);
     if lines != [0, 0] {
         at.grid[0] = device.multiprocessors as u32;
     }
@@ -326,6 +335,17 @@ pub(super) fn backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_idle_multiprocessors_fetch_the_next_weights() {
+        let lines = |blocks, bytes| next_lines(blocks, bytes, &Capabilities::GPU);
+        let (o, gate_up) = (896 * 896 * 2, 9728 * 896 * 2);
+        assert_eq!(lines(2, [o, gate_up]), [12_544, 136_192]); // all of both
+        assert_eq!(lines(128, [o, gate_up]), [5_120, 0]); // 640 KiB by four multiprocessors
+        assert_eq!(lines(132, [o, gate_up]), [0, 0]);
+        assert_eq!(lines(2048, [o, gate_up]), [0, 0]);
+        assert_eq!(lines(2, [0, 64 << 20]), [0, (20 << 20) / LINE as i32]);
+    }
 
     #[test]
     fn a_block_of_a_decoding_step_fits_into_the_shared_memory_of_every_target() {
