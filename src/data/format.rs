@@ -354,7 +354,7 @@ mod tests {
     fn mistakes_are_told_with_their_place() {
         assert!(
             said(r#"{"promt":"a"}"#)
-                .starts_with("r.jsonl:2: fields \"promt\" fit no known kind of row")
+                .starts_with("r.jsonl:2: the fields \"promt\" match no known kind of row")
         );
         let number = said(r#"{"prompt":3,"completion":"b"}"#);
         assert_eq!(

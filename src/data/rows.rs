@@ -53,10 +53,8 @@ mod tests {
             "a.json:2: a row must be a JSON object, found a number"
         );
         assert!(said("a.jsonl", b"{}\n\xff\xfe").starts_with("a.jsonl:2: is not UTF-8"));
-        assert!(said("a.xlsx", b"x").contains("unknown kind of file; give .jsonl, .json, .csv"));
-        assert!(
-            said("a.parquet", b"PAR1").contains("a.parquet: not a parquet file that can be read")
-        );
+        assert!(said("a.xlsx", b"x").contains("unknown file type; give .jsonl, .json, .csv"));
+        assert!(said("a.parquet", b"PAR1").contains("a.parquet: not a readable parquet file"));
         assert!(said("a.jsonl", "[".repeat(100_000).as_bytes()).contains("recursion limit"));
         assert!(
             read_rows(&["none.jsonl".into()]).unwrap_err().to_string().starts_with("none.jsonl: ")

@@ -541,7 +541,7 @@ mod tests {
             "{\"version\":\"1.0\",\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[\"a b\"]}}",
         ] {
             assert!(
-                said(text).contains("tokenizer.json: not a tokenizer that can be read"),
+                said(text).contains("tokenizer.json: not a readable tokenizer"),
                 "{}",
                 said(text)
             );

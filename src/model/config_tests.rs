@@ -197,7 +197,7 @@ fn contradictions_and_strangers_are_told_apart() {
     let head = error("qwen2", json!({ "architectures": ["Qwen2ForQuestionAnswering"] }));
     assert!(
         head.contains("Qwen2ForQuestionAnswering")
-            && head.contains("of this family are Qwen2ForCausalLM"),
+            && head.contains("in this family: Qwen2ForCausalLM"),
         "{head}"
     );
     let empty = ModelConfig::from_json("config.json", Map::new()).unwrap_err().to_string();

@@ -42,11 +42,14 @@ fn bad_settings_are_all_reported() {
     let (_, problems) = parse(json!({ "rope_scaling": { "rope_type": "llama3", "factor": 8 } }));
     assert_eq!(problems.len(), 2, "{problems:?}");
     let (_, problems) = parse(json!({ "partial_rotary_factor": 0.2 }));
-    assert!(problems[0].contains("0.2 of head_dim 16 is 3; rope turns pairs"), "{problems:?}");
+    assert!(
+        problems[0].contains("0.2 of head_dim 16 is 3, but rope rotates pairs"),
+        "{problems:?}"
+    );
     let lists = json!({ "rope_type": "longrope", "short_factor": [1, 2, 3], "long_factor": null });
     let (_, problems) = parse(json!({ "rope_scaling": lists }));
     assert!(
-        problems[0].contains("short_factor has 3 numbers above 0 of 3 entries; it must have 8")
+        problems[0].contains("short_factor has 3 numbers above 0 in 3 entries; it must have 8")
     );
     assert!(problems[1].contains("long_factor is missing"), "{problems:?}");
 }

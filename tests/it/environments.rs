@@ -408,7 +408,7 @@ fn a_restarted_environment_hears_its_episodes_again_and_must_not_change_its_mind
     let fickle = "echo \"{\\\"id\\\": $id, \\\"observation\\\": \\\"$starts\\\"}\"";
     let error = first_turns(&format!("{start} {}", shell(&format!("{dies} {fickle}"))), 60.0, 9);
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("answered turn 1 otherwise than before"), "{error}");
+    assert!(error.contains("answered turn 1 differently"), "{error}");
 }
 
 #[test]

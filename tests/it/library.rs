@@ -96,7 +96,7 @@ fn all_problems_are_reported_at_once_and_nothing_is_written() {
         assert!(error.contains(part), "{error}");
     }
     let scored = training("sft", &out).reward("x", |_| None).run().err().unwrap().to_string();
-    assert_eq!(scored, "sft does not use rewards");
+    assert_eq!(scored, "sft does not use rewards; leave them out");
     assert!(training("sft", &out).model("").run().err().unwrap().to_string().contains("a model"));
     assert!(Training::new("grp").err().unwrap().to_string().contains("did you mean grpo?"));
     assert!(!out.exists());

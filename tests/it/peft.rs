@@ -188,7 +188,7 @@ fn an_adapter_that_would_train_nothing_is_refused_with_near_names() {
         (vec!["use_peft=true", "init_lora_weights=pissa"], "lora_dropout=0"),
         (
             vec!["use_peft=true", "init_lora_weights=pissa", "lora_dropout=0", "lora_r=64"],
-            "rank 64 of a",
+            "rank 64 is too high for a",
         ),
         (vec!["use_peft=true", "init_lora_weights=svd"], "pissa_niter_N"),
         (

@@ -71,7 +71,7 @@ fn columns_are_renamed_and_a_missing_one_is_named_with_the_others() {
     let said = map("prompt:qestion").err().unwrap().to_string();
     assert!(said.contains(r#"it has "answer", "question"); did you mean "question"?"#), "{said}");
     let said = map("question:answer").err().unwrap().to_string();
-    assert!(said.contains("has a column \"question\" of its own"), "{said}");
+    assert!(said.contains("already has a column \"question\""), "{said}");
 }
 
 #[test]

@@ -200,7 +200,7 @@ fn too_small_a_cache_and_too_long_a_prompt_are_errors() {
     assert!(error.contains("pages"), "{error}");
     let mut engine = Engine::new(&cx, &mut model, options, 20).unwrap();
     let request = |n: usize| Request { prompt: vec![1; n], n: 1, number: 0 };
-    assert!(engine.submit(&request(11)).unwrap_err().to_string().contains("at most 20"));
+    assert!(engine.submit(&request(11)).unwrap_err().to_string().contains("the limit is 20"));
     assert!(engine.submit(&request(0)).unwrap_err().to_string().contains("no tokens"));
     let bad = Request { prompt: vec![VOCAB as u32], n: 1, number: 0 };
     assert!(

@@ -453,7 +453,7 @@ fn a_bad_request_is_refused_by_the_name_of_its_field() {
         ("\"prompt\": \"one\", \"n\": 1.5", "n", "whole number"),
         ("\"prompt\": \"one\", \"n\": 100", "prompt", "max_queue"),
         ("\"prompt\": \"one\", \"max_tokens\": 0", "max_tokens", "from 1"),
-        ("\"prompt\": \"one\", \"max_tokens\": 101", "max_tokens", "100 at most"),
+        ("\"prompt\": \"one\", \"max_tokens\": 101", "max_tokens", "at most 100"),
         ("\"prompt\": \"one\", \"max_tokens\": 5000", "prompt", "max_model_len"),
         ("\"prompt\": \"one\", \"top_p\": 0", "top_p", "above 0"),
         ("\"prompt\": \"one\", \"temperature\": -1", "temperature", "from 0"),
@@ -477,7 +477,7 @@ fn a_bad_request_is_refused_by_the_name_of_its_field() {
         "{\"prompt\": \"one\", \"model\": \"gpt-5\"}",
         404,
         "model",
-        "there is model",
+        "it has model",
     );
     for (fields, param, says) in [
         ("\"max_tokens\": 3", "messages", "missing"),

@@ -158,7 +158,7 @@ fn a_reader_of_another_size_or_dtype_is_told() {
     sample(&dir.path().join("model.safetensors"));
     let folder = SafeFolder::open(dir.path()).unwrap();
     let error = folder.get("a").unwrap().to_f32_into(&mut [0.0; 3]).unwrap_err().to_string();
-    assert!(error.contains("a has 4 values, its reader wants 3"), "{error}");
+    assert!(error.contains("a has 4 values, but 3 are needed"), "{error}");
     let header = r#"{"i":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#;
     let dir = folder_of(&[("model.safetensors", &file(header, &[0; 4]))]);
     let error = SafeFolder::open(dir.path())
@@ -177,8 +177,8 @@ fn broken_files_say_what_is_wrong() {
         (vec![], "truncated: 0 bytes"),
         (vec![1, 2, 3], "truncated: 3 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid".to_vec(), "Git LFS pointer"),
-        (file(good, &[0; 8])[..30].to_vec(), "its header should have 54 bytes, 22 follow"),
-        (file(good, &[0; 5]), "promises 8 bytes of values, 5 are there"),
+        (file(good, &[0; 8])[..30].to_vec(), "its header should have 54 bytes, but 22 follow"),
+        (file(good, &[0; 5]), "promises 8 bytes of values, but the file has 5"),
         (file(good, &[0; 9]), "does not describe the file"),
         (file(&good.replace("[2]", "[3]"), &[0; 8]), "does not describe the file"),
         (file(&good.replace("F32", "F31"), &[0; 8]), "does not describe the file"),
