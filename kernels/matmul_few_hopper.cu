@@ -128,7 +128,7 @@ struct FewWeight {
 };
 
 // The sums of the block's rows of W (first of the wgmma) and the rows of X: sum[4c + 2h + e] is W's row 16 warp + lane / 4 + 8 h of
-// the tile, X's row 8 c + lane % 4 * 2 + e. `load` starts the loads of W for a step, `first` those of what the end needs. False: this
+// the tile, X's row 8 c + lane % 4 * 2 + e. `load` starts the loads of W for a step, `first` those that the end needs. False: this
 // thread has none.
 template <int D, class Rows, class Load, class First>
 DEVICE bool few_hopper_sums(float (&sum)[D / 2], const Rows& x, const FewWeight& w, int rows, int k, int stages, const Load& load,
@@ -154,7 +154,7 @@ DEVICE bool few_hopper_sums(float (&sum)[D / 2], const Rows& x, const FewWeight&
   auto next = [&] {
     if (++stage == stages) stage = 0, phase ^= 1;
   };
-  // The number of the warp by its first lane: so the compiler knows that no warp parts here, and keeps operands in uniform registers.
+  // The warp's number, read from its first lane: the compiler then knows that the branch is uniform, and uses uniform registers.
   const int warp = shfl((int)threadIdx.x / 32, 0);
   if (warp >= 4) {
     // A thread of warp 4 loads W, one of warp 5 X.

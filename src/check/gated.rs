@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::CheckOutcome;
+use super::{CheckOutcome, check_hopper};
 use crate::autograd::{Cx, ParamGrads, Recompute, Tape};
 use crate::config::MatmulChoice;
 use crate::device::{DType, Device};
@@ -27,21 +27,11 @@ const RUNS: usize = 3;
 /// case has the times.
 pub fn check_gated(
     device: &Arc<dyn Device>,
-    mut each: impl FnMut(&CheckOutcome),
+    each: impl FnMut(&CheckOutcome),
 ) -> Result<Vec<CheckOutcome>> {
-    let mut all = Vec::new();
-    if !device.capabilities().wgmma {
-        return Ok(all);
-    }
-    for sizes in SIZES {
-        for recompute in [Recompute::Off, Recompute::Light] {
-            let (case, differ) = compare(device, sizes, recompute)?;
-            let outcome = CheckOutcome::of_bits("gated unit", case, DType::BF16, &differ);
-            each(&outcome);
-            all.push(outcome);
-        }
-    }
-    Ok(all)
+    let both = |sizes| [Recompute::Off, Recompute::Light].map(|recompute| (sizes, recompute));
+    let cases = SIZES.into_iter().flat_map(both);
+    check_hopper(device, "gated unit", cases, |(sizes, how)| compare(device, sizes, how), each)
 }
 
 /// The name of the case, and what differs.

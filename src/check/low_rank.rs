@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::CheckOutcome;
+use super::{CheckOutcome, check_hopper};
 use crate::autograd::Cx;
 use crate::config::MatmulChoice;
 use crate::device::{DType, Device, Layout};
@@ -42,19 +42,9 @@ const RUNS: usize = 3;
 /// name of the case has the times.
 pub fn check_low_rank(
     device: &Arc<dyn Device>,
-    mut each: impl FnMut(&CheckOutcome),
+    each: impl FnMut(&CheckOutcome),
 ) -> Result<Vec<CheckOutcome>> {
-    let mut all = Vec::new();
-    if !device.capabilities().wgmma {
-        return Ok(all);
-    }
-    for group in &GROUPS {
-        let (case, differ) = compare(device, group)?;
-        let outcome = CheckOutcome::of_bits("low rank", case, DType::BF16, &differ);
-        each(&outcome);
-        all.push(outcome);
-    }
-    Ok(all)
+    check_hopper(device, "low rank", &GROUPS, |group| compare(device, group), each)
 }
 
 /// The name of the case, and what differs.

@@ -48,6 +48,28 @@ impl CheckOutcome {
     }
 }
 
+/// On a device with the Hopper kernels, compares bit for bit in each case. `compare` returns the name
+/// of the case, which has the times, and what differs.
+fn check_hopper<T>(
+    device: &Arc<dyn Device>,
+    op: &'static str,
+    cases: impl IntoIterator<Item = T>,
+    mut compare: impl FnMut(T) -> Result<(String, Vec<String>)>,
+    mut each: impl FnMut(&CheckOutcome),
+) -> Result<Vec<CheckOutcome>> {
+    let mut all = Vec::new();
+    if !device.capabilities().wgmma {
+        return Ok(all);
+    }
+    for case in cases {
+        let (name, differ) = compare(case)?;
+        let outcome = CheckOutcome::of_bits(op, name, DType::BF16, &differ);
+        each(&outcome);
+        all.push(outcome);
+    }
+    Ok(all)
+}
+
 /// Runs every case of every registered op and level whose name contains `filter`.
 pub fn check_ops(
     device: &Arc<dyn Device>,

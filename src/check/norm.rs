@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::CheckOutcome;
+use super::{CheckOutcome, check_hopper};
 use crate::autograd::Cx;
 use crate::config::MatmulChoice;
 use crate::device::{DType, Device};
@@ -16,8 +16,8 @@ use crate::ops::case::Rng;
 use crate::ops::fastest::median;
 use crate::ops::matmul::linear;
 use crate::ops::mlp::DenseLayer;
-use crate::ops::norm_linear::{NormInput, fused};
-use crate::ops::rmsnorm::Norm;
+use crate::ops::norm_linear::fused;
+use crate::ops::rmsnorm::{Norm, NormInput};
 use crate::tensor::Tensor;
 
 /// Hidden size and columns of q|k|v and of gate|up: 0.5B, 0.6B and 1.5B models.
@@ -30,23 +30,13 @@ const RUNS: usize = 5;
 /// times.
 pub fn check_norm(
     device: &Arc<dyn Device>,
-    mut each: impl FnMut(&CheckOutcome),
+    each: impl FnMut(&CheckOutcome),
 ) -> Result<Vec<CheckOutcome>> {
-    let mut all = Vec::new();
-    if !device.capabilities().wgmma {
-        return Ok(all);
-    }
-    for [k, qkv, gate_up] in SIZES {
-        for (n, act) in [(qkv, None), (gate_up, Some(Act::Silu))] {
-            for m in ROWS {
-                let (case, differ) = compare(device, [m, n, k], act)?;
-                let outcome = CheckOutcome::of_bits("norm in front", case, DType::BF16, &differ);
-                each(&outcome);
-                all.push(outcome);
-            }
-        }
-    }
-    Ok(all)
+    let layers = |[k, qkv, gate_up]: [usize; 3]| [(qkv, k, None), (gate_up, k, Some(Act::Silu))];
+    let sizes = SIZES.into_iter().flat_map(layers);
+    let cases = sizes.flat_map(|layer| ROWS.map(|m| (m, layer)));
+    let one = |(m, (n, k, act))| compare(device, [m, n, k], act);
+    check_hopper(device, "norm in front", cases, one, each)
 }
 
 /// The name of the case, and what differs.

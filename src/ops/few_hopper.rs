@@ -9,7 +9,7 @@ use crate::kernels::{
     self, Boxes, FEW_HOPPER_BARRIERS, FEW_HOPPER_STAGES, FEW_HOPPER_STEP, FEW_NORM_TILE,
 };
 use crate::ops::operands::Operands;
-use crate::ops::rmsnorm::Norm;
+use crate::ops::rmsnorm::NormInput;
 use crate::tensor::Tensor;
 
 /// Whether this device and these tensors allow the kernels: bf16, few rows, bulk copies of x and w.
@@ -86,46 +86,36 @@ pub(super) fn glu(
     kernels::few_hopper_glu(&*cx.device, cut.launch, cut.width, args)
 }
 
-/// A norm in front of a product: that of `x + residual`, where the sum is written to `sum`; of x if
-/// there is no residual.
-#[derive(Clone, Copy)]
-pub(super) struct Before<'a> {
-    pub x: &'a Tensor,
-    pub residual: Option<&'a Tensor>,
-    pub sum: Option<&'a Tensor>,
-    pub weight: &'a Tensor,
-    pub norm: Norm,
-}
-
-/// The instance for a norm in front of a product with these weights; None: there is none.
-pub(super) fn norm_instance(cx: &Cx, x: &Tensor, norm: &Tensor, w: &Tensor) -> Option<usize> {
+/// The instance for this norm in front of a product with `w`; None: there is none.
+pub(super) fn norm_instance(cx: &Cx, input: &NormInput, w: &Tensor) -> Option<usize> {
+    let NormInput { x, residual, weight, .. } = *input;
     let whole = |t: &Tensor| t.address().is_multiple_of(16) && t.stride() == t.cols();
     let fits = allowed(cx, x, w)
         && x.row_count() <= kernels::FEW_NORM_ROWS
         && x.cols().is_multiple_of(kernels::pack_width(x.dtype().size()))
         && whole(x)
-        && norm.address().is_multiple_of(16);
+        && residual.is_none_or(whole)
+        && weight.address().is_multiple_of(16);
     let packs = x.cols().div_ceil(kernels::warp_columns(x.dtype().size()));
     let held = kernels::FEW_NORM_NT_D.into_iter().find(|&held| packs <= held);
     held.filter(|_| fits)
 }
 
 /// `y = act(g) * u` with `g|u = N w^T (+ bias)`, N the normed rows, or without `act` `y = N w^T (+
-/// bias)`. Error: [`norm_instance`] has none.
+/// bias)`; what is normed goes to `sum`, given with a residual. Error: [`norm_instance`] has none.
 pub(super) fn normed(
     cx: &Cx,
     y: &Tensor,
-    before: Before,
+    sum: Option<&Tensor>,
+    input: NormInput,
     (w, bias): (&Tensor, Option<&Tensor>),
     activation: Option<i32>,
 ) -> Result<()> {
-    let Before { x, residual, sum, weight: norm_weight, norm } = before;
-    let held = norm_instance(cx, x, norm_weight, w).filter(|_| {
-        residual.is_none_or(|r| r.address().is_multiple_of(16) && r.stride() == r.cols())
-    });
-    let Some(held) = held else {
-        return Err(Error::op("norm_linear", format!("no norm in front of {x:?} and {w:?}")));
+    let Some(held) = norm_instance(cx, &input, w) else {
+        let message = format!("no norm in front of {:?} and {w:?}", input.x);
+        return Err(Error::op("norm_linear", message));
     };
+    let NormInput { x, residual, weight: norm_weight, norm } = input;
     let (m, n, k) = (x.row_count(), w.row_count(), x.cols());
     let cut = Cut::of([m, n, k], true, &cx.device.capabilities());
     let (m, k, rows, stages) = (m as i32, k as i32, cut.rows as i32, cut.stages as i32);

@@ -9,42 +9,19 @@ use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::ops::activation::{Act, Glu};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
-use crate::ops::expect_cols;
-use crate::ops::few_hopper::{self, Before};
 use crate::ops::library::{self, Way};
 use crate::ops::linear_glu::LinearGlu;
 use crate::ops::matmul::{Linear, product};
 use crate::ops::mlp::DenseLayer;
 use crate::ops::own::own_products;
-use crate::ops::rmsnorm::{Norm, NormWeight, add_rmsnorm, norm_rows, rmsnorm};
+use crate::ops::rmsnorm::{Norm, NormInput, NormWeight, norm_rows};
+use crate::ops::{expect_cols, few_hopper};
 use crate::tensor::Tensor;
 
-/// The input of a module in the residual stream: the norm of `x + residual`, or of x.
-#[derive(Clone, Copy)]
-pub struct NormInput<'a> {
-    /// [rows, d] real.
-    pub x: &'a Tensor,
-    /// As x.
-    pub residual: Option<&'a Tensor>,
-    /// The norm's, `[d]`.
-    pub weight: &'a Tensor,
-    pub norm: Norm,
-}
-
 impl NormInput<'_> {
-    /// The normed rows, and the sum (x if there is no residual).
-    pub fn rows(&self, cx: &mut Cx) -> Result<(Tensor, Tensor)> {
-        match self.residual {
-            Some(residual) => add_rmsnorm(cx, self.x, residual, self.weight, self.norm),
-            None => Ok((rmsnorm(cx, self.x, self.weight, self.norm)?, self.x.clone())),
-        }
-    }
-
     /// Whether the norm can be computed in front of a product with `w`.
     pub fn fits(&self, cx: &Cx, w: &Tensor) -> bool {
-        cx.tape.is_none()
-            && own_products(cx)
-            && few_hopper::norm_instance(cx, self.x, self.weight, w).is_some()
+        cx.tape.is_none() && own_products(cx) && few_hopper::norm_instance(cx, self, w).is_some()
     }
 }
 
@@ -79,9 +56,7 @@ pub fn fused(
     layer: DenseLayer,
     act: Option<Act>,
 ) -> Result<()> {
-    let NormInput { x, residual, weight, norm } = input;
-    let before = Before { x, residual, sum, weight, norm };
-    few_hopper::normed(cx, y, before, (layer.weight, layer.bias), act.map(|act| act as i32))
+    few_hopper::normed(cx, y, sum, input, (layer.weight, layer.bias), act.map(|act| act as i32))
 }
 
 /// The op without a tape. Inputs: x, the norm's weight, the layer's weight, then the residual and the

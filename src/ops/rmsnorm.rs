@@ -80,6 +80,28 @@ pub fn add_rmsnorm(
     }
 }
 
+/// The input of a module in the residual stream: the norm of `x + residual`, or of x.
+#[derive(Clone, Copy)]
+pub struct NormInput<'a> {
+    /// [rows, d] real.
+    pub x: &'a Tensor,
+    /// As x.
+    pub residual: Option<&'a Tensor>,
+    /// The norm's, `[d]`.
+    pub weight: &'a Tensor,
+    pub norm: Norm,
+}
+
+impl NormInput<'_> {
+    /// The normed rows, and the sum (x if there is no residual).
+    pub fn rows(&self, cx: &mut Cx) -> Result<(Tensor, Tensor)> {
+        match self.residual {
+            Some(residual) => add_rmsnorm(cx, self.x, residual, self.weight, self.norm),
+            None => Ok((rmsnorm(cx, self.x, self.weight, self.norm)?, self.x.clone())),
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct RmsNorm {
     pub norm: Norm,

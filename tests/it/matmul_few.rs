@@ -11,9 +11,9 @@ use temper::ops::case::Rng;
 use temper::ops::linear_glu::{fused_by, linear_glu};
 use temper::ops::matmul::{linear, product_by};
 use temper::ops::mlp::DenseLayer;
-use temper::ops::norm_linear::{NormInput, fused};
+use temper::ops::norm_linear::fused;
 use temper::ops::own::OwnKernel;
-use temper::ops::rmsnorm::{Norm, NormWeight};
+use temper::ops::rmsnorm::{Norm, NormInput, NormWeight};
 use temper::tensor::{Id, ParamSetId, Tensor};
 
 fn context(device: impl Device + 'static) -> Cx {
