@@ -1,23 +1,25 @@
-// Products of few rows on Hopper (sm_90a): what matmul_few.cu computes, with TMA and wgmma, and with a norm in front of it.
+// Products of few rows on Hopper (sm_90a): what matmul_few.cu computes, with TMA and wgmma, for more rows, and with a norm in front.
 //
 // Math     few_hopper_nt: C = X W^T (+ bias) (+ C);  few_hopper_glu: y = act(g) * u with g|u = X W^T (+ bias), W's rows g above u;
 //          few_norm_nt, few_norm_glu: the same of N in place of X (and nothing added to C), N the norm of s = X (+ R) (rmsnorm.cu)
-// Shapes   As matmul_few.cu; X and W by tensor map: X in boxes of D rows, W in boxes of `rows` (few_*_glu: 8) rows, 64 of k.
-//          `weight` is W again, for the prefetch. few_norm_*: X, R, s [m, k] real without gaps, m up to 8, k a multiple of 8 and at
-//          most 256 D; norm [k] real. bf16 only.
+// Shapes   As matmul_few.cu, few_hopper_nt of any number of rows; X and W by tensor map: X in boxes of D rows, W in boxes of `rows`
+//          (few_*_glu: 8) rows, 64 of k. `weight` is W again, for the prefetch. few_norm_*: X, R, s [m, k] real without gaps, m up to
+//          8, k a multiple of 8 and at most 256 D; norm [k] real. bf16 only.
 // Plan     The weight is the operand with 64 rows, X that with D columns: a wgmma of 64 x D. A block owns `rows` columns of C, 16, 32
 //          or 64 (the other rows of its tile are never loaded, and their sums never stored), over the whole of k: few where n is small, so
-//          that many multiprocessors have a part. One thread keeps a ring of `stages` stages of 64 k full by TMA; a warpgroup
-//          multiplies. few_*_glu takes 8 rows of g, then the same 8 of u, so that a thread has both.
+//          that many multiprocessors have a part. few_hopper_nt has a row of blocks for every D rows of X: tiles smaller than
+//          hopper_nt's, for a C that has too few of those. One thread keeps a ring of `stages` stages of 64 k full by TMA; a
+//          warpgroup multiplies. few_*_glu takes 8 rows of g, then the same 8 of u, so that a thread has both.
 //          few_norm_*: while the first stages of W travel, each warp of every block norms two of the rows, from L2 to registers to
 //          the tiles that wgmma reads: all of k at once, so only W goes through the ring. The first block writes s.
 // Numerics As matmul_few.cu: one chain of float sums over k in steps of 16. That a wgmma gives each element the bits of mma.sync was
 //          measured with X as the first operand, not yet as the second; an exact context compares before it uses this kernel.
 //          few_norm_*: s and N have the bits of rmsnorm_fwd, whose sums are taken in the same order.
-// Cost     The weight once: n k sizeof bytes. About 120 cycles for each 64 of k (192 for 128 by the stall counts of the machine code,
-//          and the waits), where mma.sync takes 132, and no thread that copies. H100: n 896, k 4,864, 8 rows 6 us (chain 5.2), n 9,728,
-//          k 896 7 us (weight 5.8); few_norm_*: 0.5 us more than few_hopper_* (X waits for two rounds of shuffles, a square root and a
-//          barrier), for a launch of rmsnorm_fwd less, 1.5 us. All *predicted*, not measured.
+// Cost     The weight once: n k sizeof bytes; from L2 (rows + D) 128 bytes a block for each 64 of k. About 120 cycles for each 64 of k
+//          (192 for 128 by the stall counts of the machine code, and the waits), where mma.sync takes 132, and no thread that copies.
+//          H100: n 896, k 4,864, 8 rows 6 us (chain 5.2), n 9,728, k 896 7 us (weight 5.8); 256 rows: n 896 or 1,152, k 896 3 us, n 896,
+//          k 4,864 10 us (105 MB from L2). few_norm_*: 0.5 us more than few_hopper_* (X waits for two rounds of shuffles, a square root
+//          and a barrier), for a launch of rmsnorm_fwd less, 1.5 us. All *predicted*, not measured.
 #include "common/activate.cuh"
 #include "common/few_rows.cuh"
 #include "common/norm.cuh"
@@ -31,12 +33,14 @@ EXPORT(int, FEW_HOPPER_BARRIERS, 1024);
 // The most stages: with few, a block finds room beside the blocks of the kernel before it.
 EXPORT(int, FEW_HOPPER_STAGES, 8);
 EXPORT(int, FEW_HOPPER_THREADS, 192);
+// The most rows for which few_hopper_nt is tried: those of a large decoding step.
+EXPORT(int, FEW_HOPPER_ROWS, 1024);
 // The most rows of few_norm_*, and the bytes that they take for each step of k.
 EXPORT(int, FEW_NORM_ROWS, 8);
 EXPORT(int, FEW_NORM_TILE, 1024);
 
 #if defined(REAL_BF16) && defined(HOPPER)
-// X by tensor map: boxes of D rows, each behind the W of its stage.
+// X by tensor map: the block's D rows, each box behind the W of its stage.
 template <int D>
 struct LoadedRows {
   static constexpr int BYTES = D * 128;  // that a stage holds and a load brings
@@ -46,7 +50,7 @@ struct LoadedRows {
   DEVICE_MEMBER void begin(unsigned char*, int) const {}
   DEVICE_MEMBER void load(bf16* tile, mbarrier* full, int from) const {
     mbarrier_expect(full, BYTES);
-    tma_load(tile + 64 * 64, &map, full, from, 0);
+    tma_load(tile + 64 * 64, &map, full, from, blockIdx.y * D);
   }
   // The first tile.
   DEVICE_MEMBER const bf16* tile(const bf16* w, const unsigned char*) const { return w + 64 * 64; }
@@ -208,6 +212,13 @@ DEVICE void few_hopper_each(int rows, int m, const Put& put) {
     }
 }
 
+// Adds the biases of a thread's two rows of W.
+template <int D>
+DEVICE void few_hopper_bias(float (&sum)[D], const float (&b)[2]) {
+#pragma unroll
+  for (int i = 0; i < D; ++i) sum[i] += b[i / 2 % 2];
+}
+
 // Where a block's sums of few_*_nt go. A thread has two columns of C; their biases are read while the first tiles are loaded.
 struct FewTarget {
   real* c;
@@ -220,21 +231,27 @@ struct FewTarget {
 #pragma unroll
     for (int h = 0; h < 2; ++h) b[h] = col + 8 * h < n ? to_float(bias[col + 8 * h]) : 0.f;
   }
+  // One loop for each thing to do: in one loop for all, each element would take its own branches.
   template <int D>
-  DEVICE_MEMBER void put(const float (&sum)[D], const float (&b)[2]) const {
-    const int row0 = blockIdx.x * rows;
-    few_hopper_each<2 * D>(rows, m, [&](int i, int j, int at) {
+  DEVICE_MEMBER void put(float (&sum)[D], const float (&b)[2]) const {
+    if (bias) few_hopper_bias(sum, b);
+    if (accumulate) each<2 * D>([&](long long at, int i) { sum[i] += cf ? cf[at] : to_float(c[at]); });
+    if (cf)
+      each<2 * D>([&](long long at, int i) { cf[at] = sum[i]; });
+    else
+      each<2 * D>([&](long long at, int i) { assign(c[at], sum[i]); });
+  }
+
+ private:
+  // Calls use(place in C, index of the sum).
+  template <int D, class Use>
+  DEVICE_MEMBER void each(const Use& use) const {
+    const int col0 = blockIdx.x * rows, row0 = blockIdx.y * D;
+    few_hopper_each<D>(rows, m - row0, [&](int i, int j, int at) {
+      const long long to = (long long)(row0 + j) * ldc + col0 + i;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int col = row0 + i + 8 * h;
-        if (col >= n) continue;
-        const long long to = (long long)j * ldc + col;
-        float v = sum[at + 2 * h];
-        if (bias) v += b[h];
-        if (accumulate) v += cf ? cf[to] : to_float(c[to]);
-        if (cf) cf[to] = v;
-        else assign(c[to], v);
-      }
+      for (int h = 0; h < 2; ++h)
+        if (col0 + i + 8 * h < n) use(to + 8 * h, at + 2 * h);
     });
   }
 };
@@ -251,17 +268,12 @@ struct FewGatedTarget {
     b[1] = col < f ? to_float(bias[f + col]) : 0.f;
   }
   template <int D>
-  DEVICE_MEMBER void put(const float (&sum)[D], const float (&b)[2]) const {
+  DEVICE_MEMBER void put(float (&sum)[D], const float (&b)[2]) const {
     const int f0 = blockIdx.x * (rows / 2);
+    if (bias) few_hopper_bias(sum, b);
     few_hopper_each<2 * D>(rows, m, [&](int i, int j, int at) {
       const int col = f0 + i / 16 * 8 + i % 8;
-      if (col >= f) return;
-      float g = sum[at], u = sum[at + 2];
-      if (bias) {
-        g += b[0];
-        u += b[1];
-      }
-      assign(y[(long long)j * ldy + col], gated(activation, round_real(g), round_real(u)));
+      if (col < f) assign(y[(long long)j * ldy + col], gated(activation, round_real(sum[at]), round_real(sum[at + 2])));
     });
   }
 };
@@ -290,8 +302,9 @@ DEVICE void few_hopper_gated(const Rows& x, const tensor_map& map, FewWeight w, 
 }
 #endif
 
-KERNEL(few_hopper_nt, D=8,16,32,64, THREADS=192, HOT, WAITS)(const tensor_map& x, const tensor_map& w, MAYBE(real) c, MAYBE(float) cf,
-       const real* weight, MAYBE(const real) bias, int m, int n, int k, int ldw, int ldc, int accumulate, int rows, int stages, int ahead, int wave) {
+KERNEL(few_hopper_nt, D=8,16,32,64,128, THREADS=192, HOT, WAITS)(const tensor_map& x, const tensor_map& w, MAYBE(real) c, MAYBE(float) cf,
+       const real* weight, MAYBE(const real) bias, int m, int n, int k, int ldw, int ldc, int accumulate, int rows, int stages, int ahead,
+       int wave) {
 #if defined(REAL_BF16) && defined(HOPPER)
   few_hopper_product<D>(LoadedRows<D>{x}, w, {weight, ldw, n, 0, 0, ahead, wave}, k, stages, {c, cf, bias, m, n, ldc, accumulate, rows});
 #else

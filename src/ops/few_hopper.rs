@@ -8,23 +8,34 @@ use crate::error::{Error, Result};
 use crate::kernels::{
     self, Boxes, FEW_HOPPER_BARRIERS, FEW_HOPPER_STAGES, FEW_HOPPER_STEP, FEW_NORM_TILE,
 };
+use crate::ops::matmul_hopper;
 use crate::ops::operands::Operands;
 use crate::ops::rmsnorm::NormInput;
 use crate::tensor::Tensor;
 
-/// Whether this device and these tensors allow the kernels: bf16, few rows, bulk copies of x and w.
+/// Whether this device and these tensors allow the kernels: bf16, bulk copies of x and w.
 fn allowed(cx: &Cx, x: &Tensor, w: &Tensor) -> bool {
     cx.device.capabilities().wgmma
         && x.dtype() == DType::BF16
-        && (1..=kernels::FEW_ROWS).contains(&x.row_count())
+        && x.row_count() > 0
         && x.cols() > 0
         && Boxes::fit(x)
         && Boxes::fit(w)
 }
 
-/// Whether this is such a product.
+/// Whether the kernels can compute the product.
 pub(super) fn fits(cx: &Cx, p: &Operands) -> bool {
     p.layout == Layout::NT && allowed(cx, p.a, p.b)
+}
+
+/// Whether it is worth timing: the rows are few, or C has too few tiles of `matmul_hopper`.
+pub(super) fn competes(cx: &Cx, p: &Operands) -> bool {
+    let (m, n, _) = p.sizes();
+    let idle = || {
+        let tiles = matmul_hopper::tiles((m, n), matmul_hopper::NARROWEST);
+        m <= kernels::FEW_HOPPER_ROWS && tiles < cx.device.capabilities().multiprocessors
+    };
+    fits(cx, p) && (m <= kernels::FEW_ROWS || idle())
 }
 
 /// `c = a b^T (+ bias) (+ c)`, where [`fits`] allows it.
@@ -56,8 +67,8 @@ pub(super) fn product(cx: &Cx, p: &Operands) -> Result<()> {
 /// Rows of W that a load of few_hopper_glu brings: of g, then of u.
 const GLU_ROWS: usize = 8;
 
-/// `y = act(g) * u` with `g|u = x w^T (+ bias)`: x [m, k], w [2 f, k], y [m, f]. Where `fits` allows
-/// the product.
+/// `y = act(g) * u` with `g|u = x w^T (+ bias)`: x [m, k], w [2 f, k], y [m, f]. Where [`fits`] allows
+/// the product, for at most [`kernels::FEW_ROWS`] rows.
 pub(super) fn glu(
     cx: &Cx,
     y: &Tensor,
@@ -180,7 +191,7 @@ pub(super) fn normed(
 /// How a product is cut into blocks and stages.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
-    /// The instance of few_hopper_*: 8, 16, 32 or 64 rows of X.
+    /// The instance of few_hopper_*, rows of X a block: 8, 16, 32, 64 or, for few_hopper_nt, 128.
     width: usize,
     /// Rows of W a block.
     rows: usize,
@@ -220,27 +231,57 @@ fn width_of(m: usize) -> usize {
     m.next_power_of_two().clamp(8, kernels::FEW_ROWS)
 }
 
+/// Rows of W that a block may own.
+const CUTS: [usize; 3] = [64, 32, 16];
+
 impl Cut {
     /// The cut for m rows, n columns and k. `normed`: x is in shared memory as a whole.
     fn of([m, n, k]: [usize; 3], normed: bool, device: &Capabilities) -> Cut {
         let steps = k.div_ceil(FEW_HOPPER_STEP);
+        let (width, rows) = match m <= kernels::FEW_ROWS {
+            true => {
+                // As many rows as leave two blocks to each multiprocessor; one, where X is read as
+                // often as W.
+                let least = if width_of(m) < 32 { 2 } else { 1 } * device.multiprocessors;
+                let many = |rows: &usize| n.div_ceil(*rows) >= least;
+                (width_of(m), CUTS.into_iter().find(many).unwrap_or(CUTS[2]))
+            }
+            false => fastest_cut([m, n, steps], device.multiprocessors),
+        };
         let (stage, rest) = match normed {
             true => (kernels::few_hopper_stage(0), FEW_HOPPER_BARRIERS + steps * FEW_NORM_TILE),
-            false => (kernels::few_hopper_stage(width_of(m)), FEW_HOPPER_BARRIERS),
+            false => (kernels::few_hopper_stage(width), FEW_HOPPER_BARRIERS),
         };
-        // As many rows as leave two blocks to each multiprocessor; one, where X is read as often as W.
-        let least = if width_of(m) < 32 { 2 } else { 1 } * device.multiprocessors;
-        let many = |rows: &usize| n.div_ceil(*rows) >= least;
-        let rows = [64, 32].into_iter().find(many).unwrap_or(16);
-        let blocks = n.div_ceil(rows);
-        let at_once = blocks.div_ceil(device.multiprocessors).clamp(1, 3);
+        let grid = [n.div_ceil(rows), m.div_ceil(width), 1];
+        let at_once = (grid[0] * grid[1]).div_ceil(device.multiprocessors).clamp(1, 3);
         let most = (SHARED / at_once).saturating_sub(rest) / stage;
         let stages = most.min(FEW_HOPPER_STAGES).min(steps).max(2);
-        let shared = stages * stage + rest;
-        let launch = Launch::blocks([blocks, 1, 1], kernels::FEW_HOPPER_THREADS as u32, shared);
-        let (ahead, wave) = prefetch(k, rows, blocks, at_once, device);
-        Cut { width: width_of(m), rows, stages, ahead, wave, launch }
+        let launch =
+            Launch::blocks(grid, kernels::FEW_HOPPER_THREADS as u32, stages * stage + rest);
+        let (ahead, wave) = prefetch(k, rows, grid[0], at_once, device);
+        Cut { width, rows, stages, ahead, wave, launch }
     }
+}
+
+/// Bytes a cycle that a multiprocessor loads, and that L2 has for each of them when all load (10.6
+/// TB/s on an H100).
+const LOADED: f64 = 64.0;
+const SHARED_LOADED: f64 = 46.0;
+
+/// The rows of X and of W of a block, for more than [`kernels::FEW_ROWS`] rows, that take the least
+/// time by what its tiles load and multiply. *Predicted*, not measured.
+fn fastest_cut([m, n, steps]: [usize; 3], multiprocessors: usize) -> (usize, usize) {
+    let cycles = |(width, rows): (usize, usize)| {
+        let blocks = m.div_ceil(width) * n.div_ceil(rows);
+        let bytes = (128 * (width + rows)) as f64;
+        // A wgmma of 64 x width takes width / 2 cycles for 16 of k.
+        let step = (bytes / LOADED).max(2.0 * width as f64);
+        let alone = blocks.div_ceil(multiprocessors) as f64 * step;
+        let together = blocks as f64 * bytes / (SHARED_LOADED * multiprocessors as f64);
+        steps as f64 * alone.max(together)
+    };
+    let all = [64, 128].into_iter().flat_map(|width| CUTS.map(|rows| (width, rows)));
+    all.min_by(|x, y| cycles(*x).total_cmp(&cycles(*y))).unwrap_or((64, CUTS[0]))
 }
 
 #[cfg(test)]
@@ -260,9 +301,15 @@ mod tests {
         assert_eq!(cut(64, 151_936, 896), (64, 64, 4, 2374, 65));
         // One block a multiprocessor where X is as long as W.
         assert_eq!(cut(64, 9728, 896), (64, 64, 6, 152, 97));
-        for (m, n, k) in [(1, 8, 8), (64, 40_000, 18_944), (33, 896, 64)] {
+        // More rows: X is cut, too, and wide tiles load less where there are enough of them.
+        assert_eq!(cut(65, 896, 896), (64, 16, 8, 56, 129));
+        assert_eq!(cut(256, 896, 4864), (64, 32, 8, 28, 129));
+        assert_eq!(cut(256, 1152, 896), (64, 64, 8, 18, 129));
+        assert_eq!(cut(1024, 896, 896), (128, 64, 8, 14, 193));
+        for (m, n, k) in [(1, 8, 8), (64, 40_000, 18_944), (33, 896, 64), (1000, 8, 896)] {
             let c = Cut::of([m, n, k], false, &device);
-            assert!(c.launch.shared <= 227 << 10 && c.width >= m && c.stages >= 2, "{c:?}");
+            let rows = c.width * c.launch.grid[1] as usize;
+            assert!(c.launch.shared <= 227 << 10 && rows >= m && c.stages >= 2, "{c:?}");
         }
     }
 

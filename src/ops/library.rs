@@ -148,14 +148,15 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
 }
 
 /// Whether the product must have the bits of the engine's own kernel: where the context is exact,
-/// and with `auto` for the few rows of a decoding step, where the own kernels are about as fast as
-/// the library's or faster. (Only for the sizes to which steps are padded: each is timed once.)
+/// and with `auto` where own kernels made for decoding steps compete: they are about as fast as the
+/// library's or faster. (Only for the sizes to which steps are padded: each is timed once.)
 fn is_exact(cx: &Cx, p: &Operands) -> bool {
     let rows = p.sizes().0;
     let chosen = match cx.matmul {
         MatmulChoice::Exact => true,
         MatmulChoice::Auto => {
-            matmul_few::fits(p) && !p.accumulate && fastest::padded_rows(rows) == rows
+            let few = matmul_few::fits(p) || few_hopper::competes(cx, p);
+            few && !p.accumulate && fastest::padded_rows(rows) == rows
         }
         _ => false,
     };

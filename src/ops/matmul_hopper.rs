@@ -18,6 +18,7 @@ const STEP: usize = 64;
 
 /// The tile widths of a forward product (NT).
 pub(super) const WIDTHS: [u32; 4] = [256, 224, 192, 128];
+pub(super) const NARROWEST: usize = WIDTHS[3] as usize;
 
 /// The width of the tiles that take the least time, if this device and these tensors allow this
 /// kernel.

@@ -20,7 +20,7 @@ pub enum OwnKernel {
     Tile,
     /// `matmul_few.cu`: a bf16 forward product of at most [`kernels::FEW_ROWS`] rows.
     FewRows,
-    /// `matmul_few_hopper.cu`: the same on Hopper, with wgmma.
+    /// `matmul_few_hopper.cu`: a bf16 forward product on Hopper, with wgmma; made for few rows.
     FewHopper,
     /// `matmul_hopper.cu`, with tiles of this many columns.
     Hopper(u32),
@@ -80,7 +80,7 @@ impl OwnKernel {
     /// All kernels worth timing for a forward product, the one assumed fastest first.
     pub(super) fn contenders(cx: &Cx, p: &Operands) -> Vec<OwnKernel> {
         let mut all = vec![OwnKernel::preferred(cx, p)];
-        if few_hopper::fits(cx, p) {
+        if few_hopper::competes(cx, p) {
             all.push(OwnKernel::FewHopper);
         }
         let others = match p.layout == Layout::NT && matmul_hopper::width(cx, p).is_some() {

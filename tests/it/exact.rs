@@ -39,6 +39,7 @@ struct Library {
     algorithms: Vec<(Order, f32)>,
     /// Microseconds of the engine's own kernel.
     own: f32,
+    hopper: bool,
     clock: Mutex<f32>,
     marks: Mutex<Vec<f32>>,
     trusted: Mutex<HashMap<ProductKey, Option<usize>>>,
@@ -53,7 +54,13 @@ impl Library {
     }
 
     fn timed(algorithms: &[(Order, f32)], own: f32) -> Arc<Library> {
+        Library::beside(algorithms, own, false)
+    }
+
+    /// Beside the kernels of Hopper, too.
+    fn beside(algorithms: &[(Order, f32)], own: f32, hopper: bool) -> Arc<Library> {
         Arc::new(Library {
+            hopper,
             cpu: Cpu::new(),
             algorithms: algorithms.to_vec(),
             own,
@@ -120,7 +127,10 @@ impl Device for Library {
         "a library of the test".into()
     }
     fn capabilities(&self) -> Capabilities {
-        Capabilities { gemm_depends_on_rows: true, ..Capabilities::CPU }
+        match self.hopper {
+            true => Capabilities { wgmma: true, asynchronous: false, ..Capabilities::GPU },
+            false => Capabilities { gemm_depends_on_rows: true, ..Capabilities::CPU },
+        }
     }
     fn alloc(&self, bytes: usize) -> Result<u64> {
         self.cpu.alloc(bytes)
@@ -147,7 +157,7 @@ impl Device for Library {
         unsafe { self.cpu.fill(dst, byte, bytes) }
     }
     unsafe fn launch(&self, kernel: Kernel, at: Launch, args: KernelArgs) -> Result<()> {
-        if kernel.name.starts_with("matmul") || kernel.name.starts_with("few") {
+        if ["matmul", "few", "hopper"].iter().any(|start| kernel.name.starts_with(start)) {
             *self.clock.lock().unwrap() += self.own;
         }
         unsafe { self.cpu.launch(kernel, at, args) }
@@ -355,6 +365,26 @@ fn auto_is_exact_for_the_sizes_of_decoding_steps() {
     runs_in_bf16(&device, &auto, 4, false);
     assert_eq!(runs_in_bf16(&device, &auto, 4, false), []);
     assert!(notes.0.lock().unwrap().is_empty(), "an algorithm with these bits was found");
+}
+
+#[test]
+fn on_hopper_auto_is_exact_for_more_rows_where_a_result_has_few_tiles() {
+    let device = Library::beside(&[(Order::Split, 1.0), (Order::Chain, 5.0)], 20.0, true);
+    let (auto, _) = context(&device, MatmulChoice::Auto);
+    for m in [96, 1024] {
+        runs_in_bf16(&device, &auto, m, false);
+        let chain = [(Algorithm::Trusted, Order::Chain)];
+        assert_eq!(runs_in_bf16(&device, &auto, m, false), chain, "{m} rows");
+    }
+    let fastest = [(Algorithm::Fastest, Order::Split)];
+    for m in [100, 1536] {
+        assert_eq!(runs_in_bf16(&device, &auto, m, false), fastest, "{m} rows");
+    }
+    // An own kernel of Hopper may win.
+    let device = Library::beside(&[(Order::Split, 1.0), (Order::Chain, 5.0)], 3.0, true);
+    let (auto, _) = context(&device, MatmulChoice::Auto);
+    runs_in_bf16(&device, &auto, 96, false);
+    assert_eq!(runs_in_bf16(&device, &auto, 96, false), []);
 }
 
 #[test]

@@ -75,6 +75,14 @@ fn on_hopper_it_has_these_bits_too() {
             }
         }
     }
+    // More rows than a block takes, 64 or 128, with columns and rows left over.
+    for shape in [[65, 40, 72], [130, 33, 136], [300, 72, 64], [1000, 20, 80]] {
+        let tile = products(&context(Cpu::new()), OwnKernel::Tile, DType::BF16, shape).unwrap();
+        for device in [Cpu::new().with_wgmma(), Cpu::strict(4).with_wgmma()] {
+            let few = products(&context(device), OwnKernel::FewHopper, DType::BF16, shape).unwrap();
+            assert!(few == tile, "{shape:?}");
+        }
+    }
     // Rows that bulk copies cannot read.
     let refused = products(
         &context(Cpu::new().with_wgmma()),
