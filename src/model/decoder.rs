@@ -5,7 +5,6 @@
 
 #![deny(missing_docs)]
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::autograd::{Cx, Recompute};
@@ -14,32 +13,28 @@ use crate::error::{Error, Result};
 use crate::model::adapter::bottleneck::Bottleneck;
 use crate::model::adapter::{Adapter, EmbeddingPair};
 use crate::model::batch::{Batch, Sequence, Vocab};
-use crate::model::folder;
 use crate::model::kv::{KvCache, KvStep};
-use crate::model::layout::{HiddenAct, Mixer, ModelConfig, Task};
-use crate::model::params::{ParamSet, initial};
-use crate::model::projection::{Projection, Weight};
+use crate::model::layout::{HiddenAct, ModelConfig};
+use crate::model::params::ParamSet;
+use crate::model::projection::Projection;
 use crate::model::rope::{RopeConfig, rope_table};
-use crate::model::specs::{BottleneckSite, Proj, Role, expected_params};
 use crate::ops::activation::{Act, glu};
 use crate::ops::add::add;
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_decode, attention_paged};
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
-use crate::ops::head::{Head, LogitMap, head_logps};
+use crate::ops::head::{Head, head_logps};
 use crate::ops::linear_glu::linear_glu;
 use crate::ops::matmul::linear;
 use crate::ops::mlp::{DenseLayer, mlp};
 use crate::ops::norm_linear::norm_linear;
 use crate::ops::prompt::prompt_embedding;
-use crate::ops::quant::Scheme;
-use crate::ops::rmsnorm::{NormInput, NormWeight, rmsnorm};
+use crate::ops::rmsnorm::{NormInput, rmsnorm};
 use crate::ops::rope::{QkNorm, RopeTable, rope};
 use crate::ops::rope_append::rope_append;
 use crate::ops::scale::multiply;
 use crate::ops::short_conv::{ConvRows, short_conv};
 use crate::ops::short_conv_paged::short_conv_paged;
-use crate::tensor::safetensors::HostDtype;
-use crate::tensor::{ParamSetId, Tensor};
+use crate::tensor::Tensor;
 
 /// A model on its device; clones share the weights.
 #[derive(Clone)]
@@ -50,61 +45,61 @@ pub struct Decoder {
     pub params: ParamSet,
     /// The adapter that is trained instead of the weights, if any.
     pub adapter: Option<Adapter>,
-    embed: Tensor,
-    embed_pair: Option<EmbeddingPair>,
+    pub(super) embed: Tensor,
+    pub(super) embed_pair: Option<EmbeddingPair>,
     /// [virtual tokens, hidden]: the rows of prompt tuning, which precede every sequence.
-    prompt: Option<Tensor>,
-    layers: Vec<Layer>,
-    final_norm: Tensor,
+    pub(super) prompt: Option<Tensor>,
+    pub(super) layers: Vec<Layer>,
+    pub(super) final_norm: Tensor,
     /// [vocab, hidden]: the embedding itself if tied. Of a classifier: its score.
     pub head: Head,
-    score_bias: Option<Tensor>,
+    pub(super) score_bias: Option<Tensor>,
     /// One for each of the config's `ropes`.
-    tables: Vec<RopeTable>,
-    positions: usize,
+    pub(super) tables: Vec<RopeTable>,
+    pub(super) positions: usize,
     /// Shared by clones only, which read the same memory: see [`Decoder::same_memory`].
-    wiring: Arc<()>,
+    pub(super) wiring: Arc<()>,
 }
 
 #[derive(Clone)]
-struct Layer {
+pub(super) struct Layer {
     /// Norms of the input and output of attention, then of the MLP; the layout determines which a
     /// block has.
-    input_norm: Option<Tensor>,
-    attention_out_norm: Option<Tensor>,
-    post_norm: Option<Tensor>,
-    mlp_out_norm: Option<Tensor>,
-    mixer: LayerMixer,
-    after_attention: Option<Bottleneck>,
-    gate_up: Projection,
-    down: Projection,
-    after_mlp: Option<Bottleneck>,
+    pub(super) input_norm: Option<Tensor>,
+    pub(super) attention_out_norm: Option<Tensor>,
+    pub(super) post_norm: Option<Tensor>,
+    pub(super) mlp_out_norm: Option<Tensor>,
+    pub(super) mixer: LayerMixer,
+    pub(super) after_attention: Option<Bottleneck>,
+    pub(super) gate_up: Projection,
+    pub(super) down: Projection,
+    pub(super) after_mlp: Option<Bottleneck>,
 }
 
 /// The token mixer of a layer.
 #[derive(Clone)]
-enum LayerMixer {
+pub(super) enum LayerMixer {
     Attention(LayerAttention),
     ShortConv(LayerConv),
 }
 
 #[derive(Clone)]
-struct LayerConv {
-    input: Projection,
-    filters: Tensor,
-    bias: Option<Tensor>,
-    out: Projection,
+pub(super) struct LayerConv {
+    pub(super) input: Projection,
+    pub(super) filters: Tensor,
+    pub(super) bias: Option<Tensor>,
+    pub(super) out: Projection,
 }
 
 #[derive(Clone)]
-struct LayerAttention {
-    qkv: Projection,
-    q_norm: Option<Tensor>,
-    k_norm: Option<Tensor>,
-    o: Projection,
-    shape: AttnShape,
+pub(super) struct LayerAttention {
+    pub(super) qkv: Projection,
+    pub(super) q_norm: Option<Tensor>,
+    pub(super) k_norm: Option<Tensor>,
+    pub(super) o: Projection,
+    pub(super) shape: AttnShape,
     /// Index of the rope table that rotates q and k; None: no rope.
-    rope: Option<usize>,
+    pub(super) rope: Option<usize>,
 }
 
 /// The source of the tokens before each row.
@@ -114,259 +109,7 @@ enum Keys<'a> {
     Cache(&'a KvCache, &'a KvStep),
 }
 
-/// The initial weights of a new decoder.
-#[derive(Clone, Copy, Debug)]
-pub enum InitialWeights<'a> {
-    /// A Hugging Face folder. A score that it lacks is normal(0, initializer_range).
-    Folder(&'a Path),
-    /// All zero.
-    Zero,
-    /// transformers' initial values, a function of the seed.
-    Random {
-        /// Seed of the random numbers.
-        seed: u64,
-    },
-}
-
-/// Options of a new [`Decoder`].
-pub struct DecoderBuilder<'a> {
-    config: ModelConfig,
-    weights: InitialWeights<'a>,
-    scheme: Option<Scheme>,
-    set: ParamSetId,
-    positions: usize,
-}
-
-impl<'a> DecoderBuilder<'a> {
-    /// The config that the model is built from.
-    pub fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    /// Sets the task, if it is not the config's.
-    pub fn task(mut self, task: Task) -> Self {
-        self.config.task = task;
-        self
-    }
-
-    /// Sets the initial weights.
-    pub fn weights(mut self, weights: InitialWeights<'a>) -> Self {
-        self.weights = weights;
-        self
-    }
-
-    /// With a scheme, linear layers are quantised while reading, and are frozen.
-    pub fn storage(mut self, scheme: Option<Scheme>) -> Self {
-        self.scheme = scheme;
-        self
-    }
-
-    /// Sets the parameter set of the weights.
-    pub fn set(mut self, set: ParamSetId) -> Self {
-        self.set = set;
-        self
-    }
-
-    /// Sets the longest sequence that the rope tables cover initially.
-    pub fn positions(mut self, positions: usize) -> Self {
-        self.positions = positions;
-        self
-    }
-
-    /// Allocates and fills the weights. Errors: missing or wrong weights in the folder, out of
-    /// memory.
-    pub fn build(self, cx: &Cx) -> Result<Decoder> {
-        let config = self.config;
-        let std = config.initializer_range;
-        let mut params = ParamSet::stored(cx, self.set, expected_params(&config), self.scheme)?;
-        // Reading weights takes time, and a memory plan needs only their size.
-        let weights = match cx.device.computes() {
-            true => self.weights,
-            false => InitialWeights::Zero,
-        };
-        match weights {
-            InitialWeights::Zero => params.zero_quantised(cx)?,
-            InitialWeights::Random { seed } => {
-                params.initialise(std, seed)?;
-                if config.norm_weight == NormWeight::PlusOne {
-                    for (i, spec) in params.specs.iter().enumerate().filter(|s| s.1.role.is_norm())
-                    {
-                        params.store(i, &vec![0.0; spec.len()])?;
-                    }
-                }
-                params.initialise_quantised(cx, std, seed)?;
-            }
-            InitialWeights::Folder(dir) => {
-                for (i, spec) in params.specs.iter().enumerate() {
-                    if spec.role == Role::Score {
-                        params.store(i, &initial(spec, i, std, 0))?;
-                    }
-                }
-                let mut values = Vec::new();
-                folder::load_weights(dir, &config, &mut |spec, view| {
-                    // Upload the mapped file's bytes if they have the storage dtype; otherwise
-                    // convert one tensor at a time on the host, never a second copy of the model.
-                    let stored = match cx.dtype {
-                        DType::BF16 => HostDtype::BF16,
-                        _ => HostDtype::F32,
-                    };
-                    if view.dtype == stored && params.put_stored(&spec.name, view.bytes)? {
-                        return Ok(());
-                    }
-                    values.resize(view.len(), 0.0);
-                    view.to_f32_into(&mut values)?;
-                    params.put(cx, &spec.name, &values)
-                })?;
-            }
-        }
-        let tables = upload_tables(cx, &config, self.positions)?;
-        Decoder::wire(config, params, None, tables, self.positions)
-    }
-}
-
 impl Decoder {
-    /// Loads the model of a Hugging Face folder. Call [`Decoder::ensure_positions`] before the
-    /// first forward; for other options see [`Decoder::folder`] and [`Decoder::builder`].
-    pub fn load(cx: &Cx, dir: impl AsRef<Path>) -> Result<Decoder> {
-        Decoder::folder(&dir)?.build(cx)
-    }
-
-    /// Returns a builder for the model of a Hugging Face folder. Errors: those of the folder's
-    /// config.json.
-    pub fn folder(dir: &(impl AsRef<Path> + ?Sized)) -> Result<DecoderBuilder<'_>> {
-        let dir = dir.as_ref();
-        Ok(Decoder::builder(folder::load_config(dir)?).weights(InitialWeights::Folder(dir)))
-    }
-
-    /// Returns a builder for a model with this config. Defaults: zero weights in the context's
-    /// dtype, the set of the trained model, sequences of one token (see
-    /// [`Decoder::ensure_positions`]).
-    pub fn builder<'a>(config: ModelConfig) -> DecoderBuilder<'a> {
-        DecoderBuilder {
-            config,
-            weights: InitialWeights::Zero,
-            scheme: None,
-            set: ParamSetId::Model,
-            positions: 1,
-        }
-    }
-
-    /// Assembles the model: the adapter's copies of modules replace the model's own.
-    fn wire(
-        config: ModelConfig,
-        params: ParamSet,
-        adapter: Option<Adapter>,
-        tables: Vec<RopeTable>,
-        positions: usize,
-    ) -> Result<Decoder> {
-        let fused = |layer, role| -> Result<Option<Tensor>> {
-            let own = adapter.as_ref().map(|a| a.params.fused(layer, role)).transpose()?.flatten();
-            if own.is_some() { Ok(own) } else { params.fused(layer, role) }
-        };
-        let need = |layer, role| {
-            fused(layer, role)?
-                .ok_or_else(|| Error::op("decoder", format!("no {role:?} in layer {layer:?}")))
-        };
-        let mut layers = Vec::new();
-        for i in 0..config.num_layers {
-            let l = Some(i);
-            let projection = |leader: Proj, bias| -> Result<Projection> {
-                let site = adapter.as_ref().and_then(|a| a.site(i, leader)).cloned();
-                let weight = match params.quantised(l, leader.role()) {
-                    Some(quantised) => Weight::Quantised(quantised.clone()),
-                    None => Weight::Dense(need(l, leader.role())?),
-                };
-                Ok(Projection { weight, bias: fused(l, bias)?, site })
-            };
-            layers.push(Layer {
-                input_norm: fused(l, Role::InputNorm)?,
-                attention_out_norm: fused(l, Role::AttentionOutNorm)?,
-                post_norm: fused(l, Role::PostNorm)?,
-                mlp_out_norm: fused(l, Role::MlpOutNorm)?,
-                mixer: match config.mixers[i] {
-                    Mixer::Attention => LayerMixer::Attention(LayerAttention {
-                        qkv: projection(Proj::Q, Role::QBias)?,
-                        q_norm: fused(l, Role::QNorm)?,
-                        k_norm: fused(l, Role::KNorm)?,
-                        o: projection(Proj::O, Role::OBias)?,
-                        shape: AttnShape {
-                            heads: config.num_heads,
-                            kv_heads: config.num_kv_heads,
-                            head_dim: config.head_dim,
-                            scale: config.attention_scale,
-                            softcap: config.attention_softcap,
-                            window: config.sliding_window[i],
-                        },
-                        rope: config.layer_rope[i],
-                    }),
-                    Mixer::ShortConv { .. } => LayerMixer::ShortConv(LayerConv {
-                        input: projection(Proj::ConvIn, Role::ConvInBias)?,
-                        filters: need(l, Role::Conv)?,
-                        bias: fused(l, Role::ConvBias)?,
-                        out: projection(Proj::ConvOut, Role::ConvOutBias)?,
-                    }),
-                },
-                after_attention: adapter
-                    .as_ref()
-                    .and_then(|a| a.bottleneck(i, BottleneckSite::Attention))
-                    .cloned(),
-                gate_up: projection(Proj::Gate, Role::GateBias)?,
-                down: projection(Proj::Down, Role::DownBias)?,
-                after_mlp: adapter
-                    .as_ref()
-                    .and_then(|a| a.bottleneck(i, BottleneckSite::Mlp))
-                    .cloned(),
-            });
-        }
-        let embed = need(None, Role::Embed)?;
-        let (weight, map) = match config.task {
-            // A tied head uses the model's own embedding even if the adapter trains a copy of it
-            // (as in PEFT), unless the adapter keeps them tied.
-            Task::CausalLm => match fused(None, Role::Head)? {
-                Some(head) => (head, config.logits),
-                None if adapter.as_ref().is_some_and(Adapter::ties_head) => {
-                    (embed.clone(), config.logits)
-                }
-                None => (params.required(None, Role::Embed)?, config.logits),
-            },
-            _ => (need(None, Role::Score)?, LogitMap::PLAIN),
-        };
-        let pair = adapter.as_ref().and_then(|a| a.head.clone());
-        let head = Head { weight, map, pair };
-        let embed_pair = adapter.as_ref().and_then(|a| a.embedding.clone());
-        let score_bias = fused(None, Role::ScoreBias)?;
-        let final_norm = need(None, Role::FinalNorm)?;
-        let prompt = fused(None, Role::Prompt)?;
-        Ok(Decoder {
-            config,
-            params,
-            adapter,
-            embed,
-            embed_pair,
-            prompt,
-            layers,
-            final_norm,
-            head,
-            score_bias,
-            tables,
-            positions,
-            wiring: Arc::new(()),
-        })
-    }
-
-    /// Returns the model with this adapter (None: without its adapter).
-    pub fn with_adapter(self, adapter: Option<Adapter>) -> Result<Decoder> {
-        Decoder::wire(self.config, self.params, adapter, self.tables, self.positions)
-    }
-
-    /// Returns a classifier on this model's own weights, which stay unchanged: `adapter`, made for
-    /// this task, provides the score and replaces the model's adapter.
-    pub fn classifier(&self, task: Task, adapter: Adapter) -> Result<Decoder> {
-        let config = ModelConfig { task, ..self.config.clone() };
-        let (params, tables) = (self.params.clone(), self.tables.clone());
-        Decoder::wire(config, params, Some(adapter), tables, self.positions)
-    }
-
     /// The parameters that training updates: the adapter's if there is one, else the model's.
     pub fn trained(&self) -> &ParamSet {
         self.adapter.as_ref().map_or(&self.params, |a| &a.params)
@@ -375,25 +118,6 @@ impl Decoder {
     /// Recomputes the values derived from the parameters; call it after they change.
     pub fn refresh(&self, cx: &Cx) -> Result<()> {
         self.adapter.as_ref().map_or(Ok(()), |a| a.refresh(cx, &self.params))
-    }
-
-    /// Returns the model in its current state, as the reference of a preference or RL method. If
-    /// the adapter starts at zero this is the base itself, without a second copy; else a frozen
-    /// copy of the trained parameters.
-    pub fn reference(&self, cx: &Cx) -> Result<Decoder> {
-        match &self.adapter {
-            Some(a) if a.starts_at_zero() => self.clone().with_adapter(None),
-            Some(a) => {
-                let copy = a.reference(cx, &self.config)?;
-                copy.refresh(cx, &self.params)?;
-                self.clone().with_adapter(Some(copy))
-            }
-            None => {
-                let params = self.params.reference(cx)?;
-                let tables = self.tables.clone();
-                Decoder::wire(self.config.clone(), params, None, tables, self.positions)
-            }
-        }
     }
 
     /// The ids that the model accepts: tokens and, with prompt tuning, virtual tokens after them.
@@ -759,7 +483,11 @@ fn convolve(cx: &mut Cx, i: usize, layer: &LayerConv, bcx: Tensor, keys: &Keys) 
     layer.out.apply(cx, &mixed)
 }
 
-fn upload_tables(cx: &Cx, config: &ModelConfig, positions: usize) -> Result<Vec<RopeTable>> {
+pub(super) fn upload_tables(
+    cx: &Cx,
+    config: &ModelConfig,
+    positions: usize,
+) -> Result<Vec<RopeTable>> {
     let upload = |shape: &[usize], values: &[f32]| {
         Tensor::from_host(&cx.pool, "rope table", DType::F32, shape, values)
     };

@@ -5,6 +5,7 @@
 
 pub mod adapter;
 pub mod batch;
+pub mod builder;
 pub mod config;
 pub mod decoder;
 pub mod families;
