@@ -8,8 +8,8 @@
 // Plan     The weight is the operand with 64 rows, X that with D columns: a wgmma of 64 x D. A block owns `rows` columns of C, 16, 32
 //          or 64 (the other rows of its tile are never loaded, and their sums never stored), over the whole of k: few where n is small, so
 //          that many multiprocessors have a part. few_hopper_nt has a row of blocks for every D rows of X: tiles smaller than
-//          hopper_nt's, for a C that has too few of those. One thread keeps a ring of `stages` stages of 64 k full by TMA; a
-//          warpgroup multiplies. few_*_glu takes 8 rows of g, then the same 8 of u, so that a thread has both.
+//          hopper_nt's, for a C that has too few of those. Two threads, one for W and one for X, keep a ring of `stages` stages of
+//          64 k full by TMA; a warpgroup multiplies. few_*_glu takes 8 rows of g, then the same 8 of u, so that a thread has both.
 //          few_norm_*: while the first stages of W travel, each warp of every block norms two of the rows, from L2 to registers to
 //          the tiles that wgmma reads: all of k at once, so only W goes through the ring. The first block writes s.
 // Numerics As matmul_few.cu: one chain of float sums over k in steps of 16. That a wgmma gives each element the bits of mma.sync was

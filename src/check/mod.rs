@@ -37,14 +37,36 @@ pub struct CheckOutcome {
     pub ratio: f64,
     /// None: passed.
     pub failure: Option<String>,
+    /// Whether the name of the case has something to tell: the fastest kernels, or times.
+    pub measured: bool,
 }
 
 impl CheckOutcome {
+    /// Of a check without a tolerance.
+    fn new(op: &'static str, case: String, dtype: DType, failure: Option<String>) -> CheckOutcome {
+        let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
+        CheckOutcome { op, case, dtype, variant: "", ratio, failure, measured: false }
+    }
+
     /// Of a comparison bit for bit: `differ` says what has other bits, if anything.
     fn of_bits(op: &'static str, case: String, dtype: DType, differ: &[String]) -> CheckOutcome {
         let failure = (!differ.is_empty()).then(|| format!("other bits: {}", differ.join(", ")));
-        let ratio = if failure.is_some() { f64::INFINITY } else { 0.0 };
-        CheckOutcome { op, case, dtype, variant: "", ratio, failure }
+        CheckOutcome::new(op, case, dtype, failure)
+    }
+
+    /// Of a comparison that measures, too, and ends with the name of the case and what differs. Its
+    /// error is a failure of this case, after which others run.
+    fn of_measured(
+        op: &'static str,
+        dtype: DType,
+        compared: Result<(String, Vec<String>)>,
+    ) -> CheckOutcome {
+        match compared {
+            Ok((case, differ)) => {
+                CheckOutcome { measured: true, ..CheckOutcome::of_bits(op, case, dtype, &differ) }
+            }
+            Err(e) => CheckOutcome::new(op, "error".into(), dtype, Some(e.to_string())),
+        }
     }
 }
 
@@ -56,18 +78,17 @@ fn check_hopper<T>(
     cases: impl IntoIterator<Item = T>,
     mut compare: impl FnMut(T) -> Result<(String, Vec<String>)>,
     mut each: impl FnMut(&CheckOutcome),
-) -> Result<Vec<CheckOutcome>> {
+) -> Vec<CheckOutcome> {
     let mut all = Vec::new();
     if !device.capabilities().wgmma {
-        return Ok(all);
+        return all;
     }
     for case in cases {
-        let (name, differ) = compare(case)?;
-        let outcome = CheckOutcome::of_bits(op, name, DType::BF16, &differ);
+        let outcome = CheckOutcome::of_measured(op, DType::BF16, compare(case));
         each(&outcome);
         all.push(outcome);
     }
-    Ok(all)
+    all
 }
 
 /// Runs every case of every registered op and level whose name contains `filter`.
@@ -75,7 +96,7 @@ pub fn check_ops(
     device: &Arc<dyn Device>,
     filter: &str,
     mut each: impl FnMut(&CheckOutcome),
-) -> Result<Vec<CheckOutcome>> {
+) -> Vec<CheckOutcome> {
     let mut all = Vec::new();
     let entries = registry().into_iter().chain(levels::entries());
     for entry in entries.filter(|e| e.name.contains(filter)) {
@@ -92,7 +113,7 @@ pub fn check_ops(
             }
         }
     }
-    Ok(all)
+    all
 }
 
 #[derive(Default)]
@@ -220,6 +241,7 @@ pub fn check_case(
         variant: variant.name,
         ratio: measured.ratio,
         failure: result.err().map(|e| e.to_string()).or(measured.failure),
+        measured: false,
     }
 }
 
@@ -397,4 +419,25 @@ fn l2(a: &[f64]) -> f64 {
 fn relative_l2(a: &[f64], b: &[f64]) -> f64 {
     let d: Vec<f64> = a.iter().zip(b).map(|(x, y)| x - y).collect();
     l2(&d) / l2(b).max(1e-30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_one_comparison_is_its_failure_and_the_next_one_runs() {
+        let device: Arc<dyn Device> = Arc::new(crate::device::cpu::Cpu::new().with_wgmma());
+        let compare = |case: &str| match case {
+            "broken" => Err(Error::Device("no memory".into())),
+            case => Ok((case.to_string(), vec!["y".to_string(); usize::from(case == "wrong")])),
+        };
+        let mut seen = Vec::new();
+        let cases = ["broken", "wrong", "right"];
+        check_hopper(&device, "test", cases, compare, |o| {
+            seen.push((o.failure.clone().unwrap_or_default(), o.measured));
+        });
+        let expected = [("no memory", false), ("other bits: y", true), ("", true)];
+        assert_eq!(seen, expected.map(|(failure, measured)| (failure.to_string(), measured)));
+    }
 }

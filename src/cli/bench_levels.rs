@@ -65,7 +65,7 @@ pub fn run(cx: &mut Cx, repeat: usize) -> Result<Value> {
 
 /// Checks the level's cases against the f64 oracle. No cases: the device lacks the instructions.
 fn checked(device: &Arc<dyn Device>, level: &Level) -> Result<Value> {
-    let outcomes = check_ops(device, level.name, |_| {})?;
+    let outcomes = check_ops(device, level.name, |_| {});
     if let Some(o) = outcomes.iter().find(|o| o.failure.is_some()) {
         let what = o.failure.as_deref().unwrap_or("");
         let message = format!("{} {} {}: {what}", o.op, o.dtype.name(), o.case);

@@ -48,64 +48,44 @@ pub fn run(args: CheckArgs) -> Result<()> {
         "{:<18} {:<12} {:<9} {:>6} {:>7}  error / tolerance",
         "op", "variant", "dtype", "cases", "failed"
     ))?;
-    // Prints the row of an op, variant and dtype after its last case: if a kernel hangs, the last
-    // row shows what ran before it.
-    let mut row = Row { key: ("", "", ""), cases: 0, failed: 0, ratio: 0.0, printed: Ok(()) };
-    let mut each = |outcome: &CheckOutcome| row.add(outcome);
-    let mut outcomes = check_ops(&device, &args.op, &mut each)?;
-    if args.op.is_empty() {
-        outcomes.extend(check_model(&device, &mut each)?);
-    }
+    // Failures and measured cases are printed at once, the row of an op, variant and dtype after its
+    // last case: if a kernel hangs, what ran before it is shown.
+    let mut table = Table::default();
+    let mut each = |outcome: &CheckOutcome| table.add(outcome);
+    let mut outcomes = check_ops(&device, &args.op, &mut each);
+    // Before anything else records a step, which may turn early launches off.
     if "early launches".contains(&args.op) {
-        outcomes.extend(check_early(&device, &mut each)?);
+        outcomes.extend(check_early(&device, &mut each));
     }
-    // The names of these cases say which kernels are fastest, or what they take.
-    let mut told = Vec::new();
+    if args.op.is_empty() {
+        outcomes.extend(check_model(&device, &mut each));
+    }
     if "exact products".contains(&args.op) {
-        told.extend(check_products(&device, &mut each)?);
+        outcomes.extend(check_products(&device, &mut each));
     }
     if "gated unit".contains(&args.op) {
-        told.extend(check_gated(&device, &mut each)?);
+        outcomes.extend(check_gated(&device, &mut each));
     }
     if "low rank".contains(&args.op) {
-        told.extend(check_low_rank(&device, &mut each)?);
+        outcomes.extend(check_low_rank(&device, &mut each));
     }
     if "norm in front".contains(&args.op) {
-        told.extend(check_norm(&device, &mut each)?);
+        outcomes.extend(check_norm(&device, &mut each));
     }
-    row.finish()?;
-    for o in &told {
-        print_line(format_args!("{} {}: {}", o.op, o.dtype.name(), o.case))?;
-    }
-    outcomes.extend(told);
-    let failures: Vec<_> = outcomes.iter().filter(|o| o.failure.is_some()).collect();
-    for o in &failures {
-        print_line(format_args!(
-            "FAILED {} {} {} {}: {}",
-            o.op,
-            o.variant,
-            o.dtype.name(),
-            o.case,
-            o.failure.as_deref().unwrap_or("")
-        ))?;
-    }
-    print_line(format_args!(
-        "{} passed, {} failed",
-        outcomes.len() - failures.len(),
-        failures.len()
-    ))?;
+    table.finish()?;
+    let failed = outcomes.iter().filter(|o| o.failure.is_some()).count();
+    print_line(format_args!("{} passed, {failed} failed", outcomes.len() - failed))?;
     if outcomes.is_empty() {
         return Err(Error::Config(format!("no op's name contains \"{}\"", args.op)));
     }
-    if failures.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Run(format!("{} cases fail on this device", failures.len())))
+    match failed {
+        0 => Ok(()),
+        _ => Err(Error::Run(format!("{failed} cases fail on this device"))),
     }
 }
 
-/// The consecutive cases of one op, variant and dtype.
-struct Row {
+/// The printed table. A row: the consecutive cases of one op, variant and dtype.
+struct Table {
     key: (&'static str, &'static str, &'static str),
     cases: usize,
     failed: usize,
@@ -114,32 +94,51 @@ struct Row {
     printed: Result<()>,
 }
 
-impl Row {
-    fn add(&mut self, outcome: &CheckOutcome) {
-        let key = (outcome.op, outcome.variant, outcome.dtype.name());
+impl Default for Table {
+    fn default() -> Table {
+        Table { key: ("", "", ""), cases: 0, failed: 0, ratio: 0.0, printed: Ok(()) }
+    }
+}
+
+impl Table {
+    fn add(&mut self, o: &CheckOutcome) {
+        let key = (o.op, o.variant, o.dtype.name());
         if key != self.key {
-            self.show();
+            self.end_row();
             (self.key, self.cases, self.failed, self.ratio) = (key, 0, 0, 0.0);
         }
         self.cases += 1;
-        self.failed += usize::from(outcome.failure.is_some());
-        self.ratio = self.ratio.max(outcome.ratio);
+        self.failed += usize::from(o.failure.is_some());
+        self.ratio = self.ratio.max(o.ratio);
+        if o.measured {
+            self.print(format_args!("{} {}: {}", o.op, o.dtype.name(), o.case));
+        }
+        if let Some(failure) = &o.failure {
+            let what = [o.op, o.variant, o.dtype.name(), &o.case].join(" ");
+            self.print(format_args!("FAILED {what}: {failure}"));
+        }
     }
 
-    fn show(&mut self) {
-        let ((op, variant, dtype), cases, failed) = (self.key, self.cases, self.failed);
-        if cases > 0 && self.printed.is_ok() {
-            self.printed = print_line(format_args!(
-                "{op:<18} {variant:<12} {dtype:<9} {cases:>6} {failed:>7}  {:.3}",
-                self.ratio
+    fn print(&mut self, line: std::fmt::Arguments) {
+        if self.printed.is_ok() {
+            self.printed = print_line(line);
+        }
+    }
+
+    fn end_row(&mut self) {
+        let ((op, variant, dtype), cases, failed, ratio) =
+            (self.key, self.cases, self.failed, self.ratio);
+        if cases > 0 {
+            self.print(format_args!(
+                "{op:<18} {variant:<12} {dtype:<9} {cases:>6} {failed:>7}  {ratio:.3}"
             ));
         }
         self.cases = 0;
     }
 
-    /// Prints the last row. Error: printing of any row failed.
+    /// Prints the last row. Error: printing of any line failed.
     fn finish(mut self) -> Result<()> {
-        self.show();
+        self.end_row();
         self.printed
     }
 }

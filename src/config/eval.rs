@@ -25,8 +25,8 @@ section! {
         /// How a multiple-choice question is written; {question} and {choices} (a line each, with its
         /// letter) stand for the row's, \n for a line break.
         pub question_format: String = "Question: {question}\nAnswer:".into(),
-        /// What of a choice is scored behind the question: its text, or its letter (questions whose
-        /// question_format has {choices}).
+        /// What is scored after the question: the choice's text, or its letter (if question_format
+        /// has {choices}).
         pub scored_choice: ScoredChoice = ScoredChoice::Text,
         /// Questions with their answers that stand before each multiple-choice question, chosen by seed
         /// from fewshot_data.

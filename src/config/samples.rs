@@ -57,7 +57,8 @@ section! {
     pub struct SampleOptions = "samples" {
         /// Ours. Prompts that the model completes greedily at every evaluation: texts, or a file of
         /// rows with prompt. If the training rows are conversations, a text becomes a user's
-        /// message. The completions are printed and written to completions.jsonl.
+        /// message. The completions are printed and written to completions.jsonl. Not for
+        /// reward and prm.
         pub sample_prompts: SamplePrompts = SamplePrompts::default(),
         /// Ours. Longest completion of sample_prompts in tokens.
         pub sample_max_new_tokens: usize = 64,

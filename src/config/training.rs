@@ -178,8 +178,8 @@ section! {
         /// kernels do).
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,
-        /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma gives the same bits as
-        /// tensor_core; it exists for head sizes 64 and 128, others run as tensor_core.
+        /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma exists for head
+        /// sizes 64 and 128, others run as tensor_core; its forward has the bits of tensor_core.
         pub attention: AttentionChoice = AttentionChoice::Auto,
         /// Ours where TRL has no such option. A Jinja file, or a folder with a tokenizer, whose
         /// chat template replaces the model's.
@@ -200,7 +200,7 @@ section! {
         /// all_exhausted: when every file has been used up; files that end earlier begin again.
         pub stopping_strategy: MixtureStop = MixtureStop::FirstExhausted,
         /// Ours. Where to keep tokenised rows for the next start. auto: TEMPER_CACHE, else
-        /// ~/.cache/temper, for files of 8 MiB or more. off: nowhere. Otherwise a folder.
+        /// temper in XDG_CACHE_HOME or ~/.cache, for files of 8 MiB or more. off: nowhere. Otherwise a folder.
         pub data_cache: PathText = PathText("auto".into()),
         ..pub best: BestModelOptions = BestModelOptions::default(),
         ..pub samples: SampleOptions = SampleOptions::default(),

@@ -136,7 +136,7 @@ impl Device for DryRun {
     }
 
     fn mark(&self) -> Result<Mark> {
-        Ok(0)
+        Ok(Mark(0))
     }
 
     fn elapsed_ms(&self, _from: Mark, _to: Mark) -> Result<f32> {

@@ -317,8 +317,10 @@ impl Capabilities {
 /// A GPU with as much can spare another GiB.
 const LARGE_MEMORY: usize = 64 << 30;
 
-/// A point in a device's stream, for timing.
-pub type Mark = usize;
+/// A point in a device's stream, the end of one interval that is timed: [`Device::elapsed_ms`] takes
+/// it. Belongs to the device that made it, which numbers its marks.
+#[derive(Debug)]
+pub struct Mark(pub usize);
 
 /// Recorded work: a CUDA graph on the GPU, a list on the CPU. Belongs to the device that made it.
 pub type Graph = usize;
@@ -422,7 +424,7 @@ pub trait Device: Send + Sync {
     fn memory(&self) -> Result<MemoryInfo>;
     /// Marks a point in the stream.
     fn mark(&self) -> Result<Mark>;
-    /// Milliseconds between two marks. Waits for the later one and consumes both.
+    /// Milliseconds between two marks. Waits for the later one.
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32>;
 
     /// Starts a capture: until `end_capture`, launches, products, copies and fills are recorded and
@@ -461,6 +463,10 @@ fn no_graph(graph: Graph) -> Error {
 
 fn no_download(download: Download) -> Error {
     Error::Device(format!("download {download} was not begun, or it has ended"))
+}
+
+fn no_mark() -> Error {
+    Error::Device("elapsed_ms: a mark of another device".into())
 }
 
 fn download_size(begun: usize, wanted: usize) -> Error {

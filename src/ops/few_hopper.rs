@@ -97,6 +97,11 @@ pub(super) fn glu(
     kernels::few_hopper_glu(&*cx.device, cut.launch, cut.width, args)
 }
 
+/// Packs of a row of k bf16 values that a lane of the norm holds.
+fn packs(k: usize) -> usize {
+    k.div_ceil(kernels::warp_columns(DType::BF16.size()))
+}
+
 /// The instance for this norm in front of a product with `w`; None: there is none.
 pub(super) fn norm_instance(cx: &Cx, input: &NormInput, w: &Tensor) -> Option<usize> {
     let NormInput { x, residual, weight, .. } = *input;
@@ -107,8 +112,7 @@ pub(super) fn norm_instance(cx: &Cx, input: &NormInput, w: &Tensor) -> Option<us
         && whole(x)
         && residual.is_none_or(whole)
         && weight.address().is_multiple_of(16);
-    let packs = x.cols().div_ceil(kernels::warp_columns(x.dtype().size()));
-    let held = kernels::FEW_NORM_NT_D.into_iter().find(|&held| packs <= held);
+    let held = kernels::FEW_NORM_NT_D.into_iter().find(|&held| packs(x.cols()) <= held);
     held.filter(|_| fits)
 }
 
@@ -253,7 +257,9 @@ impl Cut {
             false => (kernels::few_hopper_stage(width), FEW_HOPPER_BARRIERS),
         };
         let grid = [n.div_ceil(rows), m.div_ceil(width), 1];
-        let at_once = (grid[0] * grid[1]).div_ceil(device.multiprocessors).clamp(1, 3);
+        // A norm of long rows holds so many registers that two blocks find room.
+        let room = if normed && packs(k) > kernels::FEW_NORM_NT_D[0] { 2 } else { 3 };
+        let at_once = (grid[0] * grid[1]).div_ceil(device.multiprocessors).clamp(1, room);
         let most = (SHARED / at_once).saturating_sub(rest) / stage;
         let stages = most.min(FEW_HOPPER_STAGES).min(steps).max(2);
         let launch =

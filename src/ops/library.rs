@@ -76,8 +76,8 @@ enum Pattern {
     /// The second half of a row is the negative of the first.
     Right,
     Small,
-    /// Ones.
-    One,
+    /// As `Left`, with other values.
+    Other,
 }
 
 fn gemm(p: &Operands) -> Gemm {
@@ -188,20 +188,29 @@ pub(super) fn of_few_rows(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<OwnKernel> 
     Ok(chosen().map_or(OwnKernel::FewRows, OwnKernel::of_number))
 }
 
-/// One way to compute a product behind a norm, given the weight, the rows, the norm's weight and the
-/// result.
-pub(super) type Way<'a> = dyn Fn(&Tensor, &Tensor, &Tensor, &Tensor) -> Result<()> + 'a;
+/// A product behind a norm.
+#[derive(Clone, Copy)]
+pub(super) struct NormProduct<'a> {
+    pub x: &'a Tensor,
+    pub residual: Option<&'a Tensor>,
+    pub norm_weight: &'a Tensor,
+    pub w: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
+    pub y: &'a Tensor,
+}
+
+/// One way to compute such a product. Returns the sum of x and the residual, if there is one.
+pub(super) type Way<'a> = dyn Fn(&NormProduct) -> Result<Option<Tensor>> + 'a;
 
 /// Whether the second way to compute a product behind a norm, one kernel for both, has the bits of
-/// the first, two kernels, and is faster. Timed once for each shape, with the tensors of a [`Way`].
+/// the first, two kernels, and is faster. Timed once for each shape.
 pub(super) fn norm_in_front(
     cx: &Cx,
-    tensors: [&Tensor; 4],
+    p: &NormProduct,
     gated: bool,
     ways: [&Way; 2],
 ) -> Result<bool> {
-    let [w, x, ..] = tensors;
-    let asked = probe(x, x, w); // only the dtype of C matters
+    let asked = probe(p.x, p.x, p.w); // only the dtype of C matters
     if !is_exact(cx, &asked) {
         return Ok(false);
     }
@@ -211,7 +220,7 @@ pub(super) fn norm_in_front(
         choices.get(&key).copied()
     };
     if known().is_none() {
-        let choice = match faster_way(cx, tensors, ways) {
+        let choice = match faster_way(cx, p, ways) {
             Err(Error::OutOfMemory(_)) => return Ok(false),
             choice => choice?,
         };
@@ -222,21 +231,29 @@ pub(super) fn norm_in_front(
 }
 
 /// None: the device has no clock.
-fn faster_way(
-    cx: &Cx,
-    [w, x, norm, y]: [&Tensor; 4],
-    ways: [&Way; 2],
-) -> Result<Option<ProductChoice>> {
+fn faster_way(cx: &Cx, p: &NormProduct, ways: [&Way; 2]) -> Result<Option<ProductChoice>> {
     let check = Check::begin(cx);
-    let w = check.rows_like(w, w.row_count(), Pattern::Right)?;
-    let x = check.rows_like(x, x.row_count(), Pattern::Left)?;
-    let norm = check.rows_like(norm, 1, Pattern::One)?;
-    let expected = check.block_like(y, y.row_count())?.1;
-    let (bytes, y) = check.block_like(y, y.row_count())?;
-    ways[0](&w, &x, &norm, &expected)?;
+    let w = check.rows_like(p.w, p.w.row_count(), Pattern::Right)?;
+    let like = |t: &Tensor, pattern| check.rows_like(t, t.row_count(), pattern);
+    let x = like(p.x, Pattern::Left)?;
+    // The choice holds for products without a residual, too.
+    let residual = like(p.x, Pattern::Other)?;
+    let norm_weight = check.rows_like(p.norm_weight, 1, Pattern::Other)?;
+    let bias = p.bias.map(|t| check.rows_like(t, 1, Pattern::Small)).transpose()?;
+    let expected = check.block_like(p.y, p.y.row_count())?.1;
+    let (bytes, y) = check.block_like(p.y, p.y.row_count())?;
+    let test = NormProduct {
+        x: &x,
+        residual: Some(&residual),
+        norm_weight: &norm_weight,
+        w: &w,
+        bias: bias.as_ref(),
+        y: &y,
+    };
+    let expected_sum = ways[0](&NormProduct { y: &expected, ..test })?;
     let flush = Tensor::new(&check.pool, "product check", DType::U8, &[FLUSHED]).ok();
     let clear = || flush.as_ref().map_or(Ok(()), Tensor::zero);
-    let timed = |way: &Way| fastest::timed(cx, &clear, &|| way(&w, &x, &norm, &y));
+    let timed = |way: &Way| fastest::timed(cx, &clear, &|| way(&test).map(drop));
     let times = [timed(ways[0])?, timed(ways[1])?];
     let early = cx.device.capabilities().wgmma;
     let first = fastest::by_time(&times, early, |i| i == 1).first().copied();
@@ -245,8 +262,11 @@ fn faster_way(
         let mut front = first == 1;
         if front {
             bytes.zero()?;
-            ways[1](&w, &x, &norm, &y)?;
-            front = equal(&check.pool, cx, &expected, &y, 0)?;
+            let sum = ways[1](&test)?;
+            let both = expected_sum.iter().zip(&sum).chain([(&expected, &y)]);
+            let same: Result<Vec<bool>> =
+                both.map(|(want, got)| equal(&check.pool, cx, want, got, 0)).collect();
+            front = same?.into_iter().all(|same| same);
         }
         let own = front.then(|| OwnKernel::FewHopper.number());
         let time = fastest::median(&times[usize::from(front)]).unwrap_or_default();
@@ -474,9 +494,8 @@ fn values(pattern: Pattern, rows: usize, cols: usize, stride: usize) -> Vec<f32>
         let half = cols / 2;
         for j in 0..cols {
             row[j] = match pattern {
-                Pattern::Left if (half..2 * half).contains(&j) => row[j - half],
+                Pattern::Left | Pattern::Other if (half..2 * half).contains(&j) => row[j - half],
                 Pattern::Right if (half..2 * half).contains(&j) => -row[j - half],
-                Pattern::One => 1.0,
                 Pattern::Small => SMALL * random.next().unwrap_or_default(),
                 _ => random.next().unwrap_or_default(),
             };

@@ -9,7 +9,7 @@ use crate::device::Layout;
 use crate::error::{Error, Result};
 use crate::ops::activation::{Act, Glu};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
-use crate::ops::library::{self, Way};
+use crate::ops::library::{self, NormProduct, Way};
 use crate::ops::linear_glu::LinearGlu;
 use crate::ops::matmul::{Linear, product};
 use crate::ops::mlp::DenseLayer;
@@ -74,45 +74,41 @@ const NORM: usize = 1;
 const WEIGHT: usize = 2;
 
 impl NormLinear {
-    fn input<'a>(&self, x: &[&'a Tensor]) -> NormInput<'a> {
-        let residual = self.residual.then(|| x[3]);
-        NormInput { x: x[X], residual, weight: x[NORM], norm: self.norm }
-    }
-
     fn bias<'a>(&self, x: &[&'a Tensor]) -> Option<&'a Tensor> {
         self.bias.then(|| x[3 + usize::from(self.residual)])
     }
 
-    /// The product of normed rows.
-    fn of_rows(
-        &self,
-        cx: &Cx,
-        y: &Tensor,
-        rows: &Tensor,
-        w: &Tensor,
-        bias: Option<&Tensor>,
-    ) -> Result<()> {
-        match self.act {
-            None => product(cx, Layout::NT, y, rows, w, bias, false),
-            Some(act) => LinearGlu { act, bias: self.bias }.write(cx, y, rows, w, bias),
-        }
-    }
-
     /// Whether the kernel with the norm in front is the faster one here.
-    fn fuses(&self, cx: &Cx, y: &Tensor, input: NormInput, w: &Tensor) -> Result<bool> {
-        if !input.fits(cx, w) {
+    fn fuses(&self, cx: &Cx, p: &NormProduct) -> Result<bool> {
+        if !self.normed(p).fits(cx, p.w) {
             return Ok(false);
         }
-        let plain = NormLinear { residual: false, bias: false, ..*self };
-        let apart = |w: &Tensor, x: &Tensor, norm: &Tensor, y: &Tensor| {
-            plain.of_rows(cx, y, &norm_rows(cx, x, None, norm, self.norm)?.0, w, None)
-        };
-        let front = |w: &Tensor, x: &Tensor, norm: &Tensor, y: &Tensor| {
-            let input = NormInput { x, residual: None, weight: norm, norm: self.norm };
-            fused(cx, y, None, input, DenseLayer { weight: w, bias: None }, self.act)
-        };
+        let apart = |p: &NormProduct| self.apart(cx, p);
+        let front = |p: &NormProduct| self.front(cx, p);
         let ways: [&Way; 2] = [&apart, &front];
-        library::norm_in_front(cx, [w, input.x, input.weight, y], self.act.is_some(), ways)
+        library::norm_in_front(cx, p, self.act.is_some(), ways)
+    }
+
+    fn normed<'a>(&self, p: &NormProduct<'a>) -> NormInput<'a> {
+        NormInput { x: p.x, residual: p.residual, weight: p.norm_weight, norm: self.norm }
+    }
+
+    /// By two kernels. Returns the sum, if there is a residual.
+    fn apart(&self, cx: &Cx, p: &NormProduct) -> Result<Option<Tensor>> {
+        let (rows, sum) = norm_rows(cx, p.x, p.residual, p.norm_weight, self.norm)?;
+        match self.act {
+            None => product(cx, Layout::NT, p.y, &rows, p.w, p.bias, false)?,
+            Some(act) => LinearGlu { act, bias: self.bias }.write(cx, p.y, &rows, p.w, p.bias)?,
+        }
+        Ok(sum)
+    }
+
+    /// By one kernel.
+    fn front(&self, cx: &Cx, p: &NormProduct) -> Result<Option<Tensor>> {
+        let sum = p.residual.map(|_| cx.real("residual", p.x.shape())).transpose()?;
+        let layer = DenseLayer { weight: p.w, bias: p.bias };
+        fused(cx, p.y, sum.as_ref(), self.normed(p), layer, self.act)?;
+        Ok(sum)
     }
 }
 
@@ -122,26 +118,21 @@ impl Op for NormLinear {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        let (input, w, bias) = (self.input(x), x[WEIGHT], self.bias(x));
+        let (norm_weight, w) = (x[NORM], x[WEIGHT]);
+        let (residual, bias) = (self.residual.then(|| x[3]), self.bias(x));
+        let (m, k) = (x[X].row_count(), x[X].cols());
         let hint = "check that the weights belong to this config.json";
-        expect_cols("norm_linear", "the norm's weight", input.weight, input.x.cols(), hint)?;
-        expect_cols("norm_linear", "weight", w, input.x.cols(), hint)?;
+        expect_cols("norm_linear", "the norm's weight", norm_weight, k, hint)?;
+        expect_cols("norm_linear", "weight", w, k, hint)?;
         if let Some(bias) = bias {
             expect_cols("norm_linear", "bias", bias, w.row_count(), hint)?;
         }
-        let m = input.x.row_count();
         let y = match self.act {
             Some(_) => cx.real("glu", &[m, w.row_count() / 2])?,
             None => cx.real("linear", &[m, w.row_count()])?,
         };
-        if self.fuses(cx, &y, input, w)? {
-            let sum = input.residual.map(|_| cx.real("residual", input.x.shape())).transpose()?;
-            fused(cx, &y, sum.as_ref(), input, DenseLayer { weight: w, bias }, self.act)?;
-            let outputs = [Some(y), sum].into_iter().flatten().collect();
-            return Ok(Fwd { outputs, saved: vec![] });
-        }
-        let (rows, sum) = norm_rows(cx, input.x, input.residual, input.weight, self.norm)?;
-        self.of_rows(cx, &y, &rows, w, bias)?;
+        let p = NormProduct { x: x[X], residual, norm_weight, w, bias, y: &y };
+        let sum = if self.fuses(cx, &p)? { self.front(cx, &p)? } else { self.apart(cx, &p)? };
         Ok(Fwd { outputs: [Some(y), sum].into_iter().flatten().collect(), saved: vec![] })
     }
 

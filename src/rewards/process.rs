@@ -45,7 +45,7 @@ pub struct Program {
     argv: Vec<String>,
     timeout: Duration,
     /// Name of the option that sets `timeout`.
-    timeout_key: &'static str,
+    timeout_option: &'static str,
     /// Number of restarts that are left.
     restarts: usize,
     running: Option<Running>,
@@ -67,11 +67,11 @@ impl Program {
     pub fn new(
         argv: Vec<String>,
         timeout: Duration,
-        timeout_key: &'static str,
+        timeout_option: &'static str,
         restarts: usize,
     ) -> Program {
         let (running, stop, env) = (None, Stop::default(), None);
-        Program { argv, timeout, timeout_key, restarts, running, stop, env }
+        Program { argv, timeout, timeout_option, restarts, running, stop, env }
     }
 
     /// The arguments that run `command` in a shell.
@@ -138,9 +138,9 @@ impl Program {
                     )));
                 }
                 Err(RecvTimeoutError::Timeout) if left.is_zero() => {
-                    let (seconds, key) = (self.timeout.as_secs_f64(), self.timeout_key);
+                    let (seconds, option) = (self.timeout.as_secs_f64(), self.timeout_option);
                     return Err(ProgramFault::Restart(format!(
-                        "no answer for id {id} within {seconds} s (key `{key}`)"
+                        "no answer for id {id} within {seconds} s ({option})"
                     )));
                 }
                 Err(RecvTimeoutError::Timeout) if !wait => return Ok(None),

@@ -56,7 +56,7 @@ impl Worker {
     }
 
     fn new(argv: Vec<String>, timeout: Duration, restarts: usize) -> Worker {
-        let program = Program::new(argv, timeout, "timeout", restarts);
+        let program = Program::new(argv, timeout, "key `timeout`", restarts);
         Worker { program, next_id: 0, early: Vec::new() }
     }
 

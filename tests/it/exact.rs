@@ -191,11 +191,11 @@ impl Device for Library {
     fn mark(&self) -> Result<Mark> {
         let mut marks = self.marks.lock().unwrap();
         marks.push(*self.clock.lock().unwrap());
-        Ok(marks.len() - 1)
+        Ok(Mark(marks.len() - 1))
     }
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
         let marks = self.marks.lock().unwrap();
-        Ok((marks[to] - marks[from]) / 1000.0)
+        Ok((marks[to.0] - marks[from.0]) / 1000.0)
     }
     fn begin_capture(&self) -> Result<()> {
         self.cpu.begin_capture()

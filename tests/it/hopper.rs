@@ -212,7 +212,7 @@ fn a_gradient_that_is_split_along_k_is_the_sum_of_its_parts() {
 fn every_case_of_a_linear_layer_passes_with_the_product_on_hopper() {
     for device in [Cpu::new().with_wgmma(), Cpu::strict(1).with_wgmma()] {
         let device: Arc<dyn Device> = Arc::new(device);
-        let outcomes = check_ops(&device, "linear", |_| {}).unwrap();
+        let outcomes = check_ops(&device, "linear", |_| {});
         assert!(outcomes.iter().any(|o| o.op == "linear" && o.dtype == DType::BF16));
         let failed: Vec<String> = outcomes
             .iter()

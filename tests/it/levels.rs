@@ -13,7 +13,7 @@ use crate::support::{done, finish};
 
 fn all_pass(device: Cpu) {
     let device: Arc<dyn Device> = Arc::new(device);
-    let outcomes = check_ops(&device, "level", |_| {}).unwrap();
+    let outcomes = check_ops(&device, "level", |_| {});
     for level in LEVELS {
         let mine = outcomes.iter().filter(|o| o.op == level.name).count();
         assert!(mine >= 2 * level.variant[0].dtypes.len(), "{} has {mine} cases", level.name);

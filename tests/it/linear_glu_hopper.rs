@@ -192,7 +192,7 @@ fn every_case_of_both_ops_passes_with_the_kernels_of_hopper() {
     for device in [Cpu::new().with_wgmma(), Cpu::strict(1).with_wgmma()] {
         let device: Arc<dyn Device> = Arc::new(device);
         for op in ["linear_glu", "mlp"] {
-            let outcomes = check_ops(&device, op, |_| {}).unwrap();
+            let outcomes = check_ops(&device, op, |_| {});
             assert!(outcomes.iter().any(|o| o.op == op && o.dtype == DType::BF16));
             let failed: Vec<String> = outcomes
                 .iter()

@@ -176,7 +176,7 @@ fn steps_of_ranks_agree_where_no_step_would_be_cut_elsewhere() {
 fn every_case_of_a_layer_with_pairs_passes_on_hopper() {
     for device in [Cpu::new().with_wgmma(), Cpu::strict(1).with_wgmma()] {
         let device: Arc<dyn Device> = Arc::new(device);
-        let outcomes = check_ops(&device, "lora_linear", |_| {}).unwrap();
+        let outcomes = check_ops(&device, "lora_linear", |_| {});
         assert!(outcomes.iter().any(|o| o.dtype == DType::BF16));
         let failed: Vec<String> = outcomes
             .iter()

@@ -194,6 +194,15 @@ fn on_the_tape_it_is_two_ops_with_the_same_bits() {
     assert_eq!(cx.tape.unwrap().len(), 2);
 }
 
+#[test]
+fn the_check_of_a_norm_in_front_compares_two_kernels_with_one() {
+    let device: Arc<dyn Device> = Arc::new(Cpu::new().with_wgmma());
+    for (m, n, k, act) in [(3, 40, 64, None), (8, 48, 136, Some(Act::Silu))] {
+        let (case, differ) = temper::check::norm::compare(&device, [m, n, k], act).unwrap();
+        assert!(differ.is_empty() && case.contains(&format!("rows {m} n {n} k {k}")), "{case}");
+    }
+}
+
 /// The bits of a layer behind a norm, and of the sum that is normed; in one kernel or in two.
 fn normed_bits(
     device: Cpu,

@@ -9,7 +9,7 @@ use temper::ops::registry::registry;
 use temper::tensor::Tensor;
 
 fn all_pass(device: Arc<dyn Device>) {
-    let outcomes = check_ops(&device, "", |_| {}).unwrap();
+    let outcomes = check_ops(&device, "", |_| {});
     let failures: Vec<String> = outcomes
         .iter()
         .filter_map(|o| {
@@ -97,7 +97,7 @@ fn every_op_has_a_performance_case_that_runs_and_has_a_cost() {
 #[test]
 fn the_self_check_of_a_whole_model_passes_on_the_cpu() {
     let device: Arc<dyn Device> = Arc::new(Cpu::new());
-    let outcomes = temper::check::model::check_model(&device, |_| {}).unwrap();
+    let outcomes = temper::check::model::check_model(&device, |_| {});
     let failures: Vec<String> = outcomes
         .iter()
         .filter_map(|o| {

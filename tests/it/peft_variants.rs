@@ -29,4 +29,20 @@ fn variants_of_lora_are_refused_by_name() {
         let error = with(key, value).unwrap_err().to_string();
         assert!(error.contains(&format!("{key} is set; it is not supported here")), "{error}");
     }
+    // PEFT reads layers_pattern only with layers_to_transform.
+    assert!(with("layers_pattern", json!("blocks")).is_ok());
+    for (pattern, ok) in [(json!("layers"), true), (json!(["layers"]), true), (json!("h"), false)] {
+        let mut config = plain.clone();
+        (config["layers_to_transform"], config["layers_pattern"]) = (json!([0]), pattern);
+        std::fs::write(&path, config.to_string()).unwrap();
+        let read = AdapterConfig::load(dir.path());
+        match ok {
+            true => assert!(read.is_ok()),
+            false => assert!(read.unwrap_err().to_string().contains("layers_pattern is \"h\"")),
+        }
+    }
+    let ia3 = json!({ "peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": [], "fan_in_fan_out": true });
+    std::fs::write(&path, ia3.to_string()).unwrap();
+    let error = AdapterConfig::load(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("fan_in_fan_out = true"), "{error}");
 }

@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use super::{
     Algorithm, Capabilities, CpuLaunch, Device, Download, Gemm, Graph, Kernel, KernelArgs,
     KernelDef, Launch, LibraryProduct, Mark, MemoryInfo, capturing, cgroup, download_size,
-    insert_in_free_slot, lock, no_download, no_graph, take_from_slot,
+    insert_in_free_slot, lock, no_download, no_graph, no_mark, take_from_slot,
 };
 use crate::error::{Error, Result};
 
@@ -38,7 +38,7 @@ pub struct Cpu {
     launches: AtomicU64,
     /// Live allocations (address, bytes), kept in strict mode to check their red zones.
     live: Mutex<Vec<(u64, usize)>>,
-    marks: Mutex<Vec<Instant>>,
+    marks: Mutex<Vec<Option<Instant>>>,
     capturing: AtomicBool,
     recorded: Mutex<Vec<Step>>,
     graphs: Mutex<Vec<Option<Arc<Vec<Step>>>>>,
@@ -327,21 +327,13 @@ impl Device for Cpu {
 
     fn mark(&self) -> Result<Mark> {
         self.not_while_capturing("mark")?;
-        let mut marks = lock(&self.marks);
-        marks.push(Instant::now());
-        Ok(marks.len() - 1)
+        Ok(Mark(insert_in_free_slot(&mut lock(&self.marks), Instant::now())))
     }
 
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
         let mut marks = lock(&self.marks);
-        let ms = match (marks.get(from), marks.get(to)) {
-            (Some(a), Some(b)) => b.duration_since(*a).as_secs_f32() * 1e3,
-            _ => return Err(Error::Device("elapsed_ms: a mark that was already spent".into())),
-        };
-        if to + 1 == marks.len() {
-            marks.clear();
-        }
-        Ok(ms)
+        let mut take = |mark: Mark| take_from_slot(&mut marks, mark.0).ok_or_else(no_mark);
+        Ok(take(to)?.duration_since(take(from)?).as_secs_f32() * 1e3)
     }
 
     fn begin_capture(&self) -> Result<()> {

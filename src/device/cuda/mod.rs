@@ -31,7 +31,7 @@ use probe::{
 use super::{
     Algorithm, Capabilities, Device, Download, EncodedMap, Gemm, Graph, Kernel, KernelArgs, Launch,
     LibraryProduct, Mark, MemoryInfo, TensorMap, capturing, download_size, insert_in_free_slot,
-    lock, no_download, no_graph, take_from_slot,
+    lock, no_download, no_graph, no_mark, take_from_slot,
 };
 use crate::device::pool::mebibytes;
 use crate::error::{Error, Result};
@@ -520,13 +520,13 @@ impl Device for Cuda {
             let _ = unsafe { result::event::destroy(event) };
             return Err(self.late("mark", e));
         }
-        Ok(insert_in_free_slot(&mut lock(&self.marks), Event(event)))
+        Ok(Mark(insert_in_free_slot(&mut lock(&self.marks), Event(event))))
     }
 
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32> {
         self.bind_for("elapsed_ms")?;
         let mut marks = lock(&self.marks);
-        let mut take = |i: Mark| marks.get_mut(i).and_then(Option::take);
+        let mut take = |mark: Mark| take_from_slot(&mut marks, mark.0);
         let pair = (take(from), take(to));
         drop(marks);
         let ms = match pair {
@@ -536,7 +536,7 @@ impl Device for Cuda {
                     .and_then(|()| result::event::elapsed(a.0, b.0))
                     .map_err(|e| self.late("timing", e))
             },
-            _ => Err(Error::Device("elapsed_ms: a mark that was already spent".into())),
+            _ => Err(no_mark()),
         };
         for event in [pair.0, pair.1].into_iter().flatten() {
             // SAFETY: removed from the list, so this is its last use.

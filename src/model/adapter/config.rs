@@ -253,15 +253,13 @@ impl AdapterConfig {
                 .collect()
         };
         let peft = text("peft_type");
+        let refused = |keys: &[&str]| match keys.iter().find(|key| on(key)) {
+            Some(key) => Err(wrong(format!("{key} = true is not supported here"))),
+            None => Ok(()),
+        };
         let kind = match peft.as_str() {
             "LORA" => {
-                for (key, least) in
-                    [("fan_in_fan_out", false), ("use_qalora", false), ("lora_bias", false)]
-                {
-                    if on(key) != least {
-                        return Err(wrong(format!("{key} = true is not supported here")));
-                    }
-                }
+                refused(&["fan_in_fan_out", "use_qalora", "lora_bias"])?;
                 for key in [
                     "layer_replication",
                     "trainable_token_indices",
@@ -292,6 +290,15 @@ impl AdapterConfig {
                     Some(one @ Value::Number(_)) => Some(vec![layer(one)?]),
                     _ => None,
                 };
+                // PEFT counts the layers of the list with this name; models here have one list.
+                let pattern = raw.get("layers_pattern").filter(|_| layers.is_some());
+                let counted =
+                    [json!(null), json!(""), json!([]), json!("layers"), json!(["layers"])];
+                if let Some(other) = pattern.filter(|p| !counted.contains(p)) {
+                    return Err(wrong(format!(
+                        "layers_pattern is {other}, but layers_to_transform counts \"layers\""
+                    )));
+                }
                 let decimal = |key: &str, absent: f64| match raw.get(key) {
                     None | Some(Value::Null) => Ok(absent),
                     Some(v) => {
@@ -335,6 +342,7 @@ impl AdapterConfig {
                 AdapterKind::Lora(checked(config).map_err(|e| wrong(e.to_string()))?)
             }
             "IA3" => {
+                refused(&["fan_in_fan_out"])?;
                 AdapterKind::Ia3(Ia3Config { targets, feedforward: list("feedforward_modules")? })
             }
             "PROMPT_TUNING" => {
