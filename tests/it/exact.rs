@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use half::bf16;
-use temper::autograd::Cx;
+use temper::autograd::{Beside, Cx};
 use temper::config::MatmulChoice;
 use temper::device::cpu::Cpu;
 use temper::device::{
@@ -14,8 +14,12 @@ use temper::device::{
 };
 use temper::error::Result;
 use temper::observer::Observer;
+use temper::ops::activation::Act;
 use temper::ops::case::Rng;
 use temper::ops::matmul::product;
+use temper::ops::mlp::DenseLayer;
+use temper::ops::norm_linear::norm_linear;
+use temper::ops::rmsnorm::{Norm, NormInput};
 use temper::tensor::Tensor;
 
 /// In which order a stand-in adds up.
@@ -385,6 +389,40 @@ fn on_hopper_auto_is_exact_for_more_rows_where_a_result_has_few_tiles() {
     let (auto, _) = context(&device, MatmulChoice::Auto);
     runs_in_bf16(&device, &auto, 96, false);
     assert_eq!(runs_in_bf16(&device, &auto, 96, false), []);
+}
+
+#[test]
+fn a_norm_moves_in_front_of_a_product_where_that_is_faster() {
+    // The bytes of the result and of the sum.
+    let run = |device: Arc<dyn Device>, act: Option<Act>| {
+        let mut cx = Cx::new(device, DType::BF16).unwrap();
+        cx.matmul = MatmulChoice::Exact;
+        let tensor = |shape: &[usize], seed| {
+            let values = random(shape.iter().product(), seed);
+            Tensor::from_f32(&cx.pool, "t", DType::BF16, shape, &values).unwrap()
+        };
+        let (x, residual) = (tensor(&[2, 72], 1), tensor(&[2, 72], 2));
+        let (weight, w, bias) = (tensor(&[72], 3), tensor(&[24, 72], 4), tensor(&[24], 5));
+        let norm = Norm::new(1e-6);
+        let input = NormInput { x: &x, residual: Some(&residual), weight: &weight, norm };
+        let layer = DenseLayer { weight: &w, bias: Some(&bias) };
+        let (y, sum) = norm_linear(&mut cx, input, layer, act).unwrap();
+        let choices = cx.product_check.choices.lock().unwrap();
+        let norms = [Beside::Norm, Beside::NormAndGate];
+        let in_front: Vec<bool> = choices
+            .iter()
+            .filter(|(shape, _)| norms.contains(&shape.beside))
+            .map(|(_, choice)| choice.own.is_some())
+            .collect();
+        (y.to_bytes().unwrap(), sum.to_bytes().unwrap(), in_front)
+    };
+    for act in [None, Some(Act::Silu)] {
+        let plain = run(Arc::new(Cpu::new()), act);
+        assert!(plain.2.is_empty(), "a CPU times nothing");
+        // The norm's own launch takes no time here, and a kernel in front is given a microsecond.
+        let fused = run(Library::beside(&[], 2.0, true), act);
+        assert!(fused == (plain.0, plain.1, vec![true]), "{act:?} {:?}", fused.2);
+    }
 }
 
 #[test]
