@@ -44,6 +44,11 @@ fn shared_too_large(kernel: &str, asked: u32, fixed: u32, most: u32, device: &st
     ))
 }
 
+/// The share of a multiprocessor's memory, in percent, that is shared memory while a kernel runs; unset:
+/// the driver's choice. A multiprocessor must be empty to change it, so kernels that want different
+/// shares cannot overlap. For measurements.
+const CARVEOUT: &str = "TEMPER_CARVEOUT";
+
 /// The oldest target whose code begins with the wait (`wait_for_previous` in
 /// `kernels/prim/kernel.cuh`).
 const WAITS: i32 = 90;
@@ -123,6 +128,17 @@ impl Code {
         // SAFETY: the module is loaded until `Drop`.
         let handle = unsafe { result::module::get_function(module, symbol) }
             .map_err(|e| error(&format!("looking it up in GPU code {}", image.name), e))?;
+        if let Some(percent) = carveout()? {
+            // SAFETY: a function of a loaded module.
+            unsafe {
+                result::function::set_function_attribute(
+                    handle,
+                    FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                    percent,
+                )
+            }
+            .map_err(|e| error("choosing its share of shared memory", e))?;
+        }
         // Code that the driver compiled from PTX for an older target has no wait. SAFETY: a function
         // of a loaded module.
         let target = unsafe {
@@ -136,9 +152,27 @@ impl Code {
     }
 }
 
+fn carveout() -> Result<Option<i32>> {
+    std::env::var(CARVEOUT).ok().map(|text| percent(&text)).transpose()
+}
+
+fn percent(text: &str) -> Result<i32> {
+    let percent = text.parse().ok().filter(|n| (0..=100).contains(n));
+    percent
+        .ok_or_else(|| Error::Config(format!("{CARVEOUT}={text} must be a number from 0 to 100")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_share_that_is_no_percentage_is_refused() {
+        assert_eq!(percent("100").unwrap(), 100);
+        for text in ["", "x", "101", "-1"] {
+            assert!(percent(text).unwrap_err().to_string().contains(CARVEOUT), "{text}");
+        }
+    }
 
     #[test]
     fn too_much_shared_memory_is_said_with_the_limit() {
