@@ -173,9 +173,9 @@ section! {
         /// Ours. Which matrix products to use on a GPU. library: the fastest of cuBLASLt, whose
         /// bits may depend on the number of rows. exact: in the forward pass, the fastest of those
         /// found to have the bits of the engine's own kernel. own: the engine's own kernels. auto:
-        /// exact for online methods and for decoding steps of up to 64 rows, otherwise library
-        /// (except products that include an activation or an adapter, which only the engine's own
-        /// kernels do).
+        /// exact for online methods and for decoding steps of up to 64 rows (on Hopper, for small
+        /// products of up to 1,024 rows), otherwise library (except products that include an
+        /// activation or an adapter, which only the engine's own kernels do).
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,
         /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma exists for head
@@ -199,8 +199,8 @@ section! {
         /// Ours. When a mixture ends. first_exhausted: when the first file is used up.
         /// all_exhausted: when every file has been used up; files that end earlier begin again.
         pub stopping_strategy: MixtureStop = MixtureStop::FirstExhausted,
-        /// Ours. Where to keep tokenised rows for the next start. auto: TEMPER_CACHE, else
-        /// temper in XDG_CACHE_HOME or ~/.cache, for files of 8 MiB or more. off: nowhere. Otherwise a folder.
+        /// Ours. Where to keep tokenised rows for the next start. auto: TEMPER_CACHE, else temper in
+        /// XDG_CACHE_HOME or ~/.cache, for files of 8 MiB or more. off: nowhere. Otherwise a folder.
         pub data_cache: PathText = PathText("auto".into()),
         ..pub best: BestModelOptions = BestModelOptions::default(),
         ..pub samples: SampleOptions = SampleOptions::default(),
