@@ -15,6 +15,7 @@ use crate::cli::args::choice;
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::observer::output::print_line;
+use crate::ops::registry::registry;
 use crate::{device, device::cpu::Cpu};
 
 /// Check every kernel on this device against its f64 oracle
@@ -73,11 +74,16 @@ pub fn run(args: CheckArgs) -> Result<()> {
         outcomes.extend(check_norm(&device, &mut each));
     }
     table.finish()?;
+    if outcomes.is_empty() {
+        let names: Vec<&str> = registry().iter().map(|entry| entry.name).collect();
+        return Err(Error::Config(format!(
+            "no op's name contains \"{}\"; the ops are {}",
+            args.op,
+            names.join(", ")
+        )));
+    }
     let failed = outcomes.iter().filter(|o| o.failure.is_some()).count();
     print_line(format_args!("{} passed, {failed} failed", outcomes.len() - failed))?;
-    if outcomes.is_empty() {
-        return Err(Error::Config(format!("no op's name contains \"{}\"", args.op)));
-    }
     match failed {
         0 => Ok(()),
         _ => Err(Error::Run(format!("{failed} cases fail on this device"))),

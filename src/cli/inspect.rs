@@ -27,7 +27,7 @@ use crate::tensor::ParamSetId;
 use crate::train::plan::{self, PlanRequest};
 use crate::train::rows::{RunFeed, RunFiles, RunRows};
 use crate::train::setup::{
-    MethodRows, PlannedModel, RunSetup, Weights, build_again, plan_request, row_request,
+    MethodRows, PlannedModel, RunSetup, Weights, build_again, plan_request, row_request, task,
 };
 use crate::train::take_data;
 
@@ -38,7 +38,8 @@ pub struct InspectArgs {
     /// what is printed
     #[arg(value_parser = ["config", "tape", "memory", "launches", "kernels"])]
     what: String,
-    /// model folder, or a hub name in the local cache (config, tape, memory, launches)
+    /// model folder, or a hub name in the local cache (config, tape, memory, launches); without
+    /// weights for all but tape
     #[arg(long)]
     model: Option<String>,
     /// tape: rows of the batch
@@ -102,7 +103,7 @@ pub fn run(mut args: InspectArgs) -> Result<()> {
         "config" => config(&dir),
         "tape" => tape(&args, &dir),
         "memory" => memory(&args, &dir),
-        "launches" => launches::print(&folder::load_config(&dir)?),
+        "launches" => launches::print(&folder::config_for_plan(&dir)?),
         other => Err(Error::Config(format!(
             "temper inspect cannot show \"{other}\"; use config, tape, memory, launches or kernels"
         ))),
@@ -110,7 +111,7 @@ pub fn run(mut args: InspectArgs) -> Result<()> {
 }
 
 fn config(dir: &Path) -> Result<()> {
-    let config = folder::load_config(dir)?;
+    let config = folder::config_for_plan(dir)?;
     let specs = crate::model::specs::expected_params(&config);
     print_line(format_args!("{} ({})", config.family.architecture, config.family.model_type))?;
     print_line(format_args!(
@@ -201,8 +202,7 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
         None => args.on.open()?,
     };
     let adapter = args.adapter.as_deref();
-    let setup = RunSetup::open(&run, dir, adapter, Weights::Needed, None)?;
-    let model = PlannedModel { config: &setup.config, dir, adapter };
+    let rows = !args.data.is_empty() || !run.training.data.0.is_empty();
     // A GPU that is not present has all of its memory free.
     let available = args.gpu_gib.map_or_else(|| plan::available(&cx), |gib| Ok(gib << 30))?;
     let print = |ask: &PlanRequest| -> Result<()> {
@@ -213,7 +213,9 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
         }
         Ok(())
     };
-    if !args.data.is_empty() || !run.training.data.0.is_empty() {
+    if rows {
+        let setup = RunSetup::open(&run, dir, adapter, Weights::Optional, None)?;
+        let model = PlannedModel { config: &setup.config, dir, adapter };
         take_data(&mut run, &args.data)?;
         let files = RunFiles { train: run.training.data.clone(), eval: Vec::new() };
         let (terminal, nowhere) = (Terminal::default(), Path::new(""));
@@ -245,6 +247,10 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
             "max_length is none; give --length (tokens of the longest row) or --data FILE".into(),
         ));
     };
+    // Rows of a given length need no tokenizer.
+    let mut config = folder::config_for_plan(dir)?;
+    config.task = task(dir, &run.method, config.task)?;
+    let model = PlannedModel { config: &config, dir, adapter };
     let sequences = run.method.footprint().sequences;
     let tokens = run.training.per_device_train_batch_size * length * sequences;
     print(&row_request(&run, model, length, tokens))

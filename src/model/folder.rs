@@ -47,6 +47,12 @@ pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
     Ok(config)
 }
 
+/// Reads config.json as [`load_config`] does. If the folder has no weights, the config alone says
+/// whether the head is tied.
+pub fn config_for_plan(dir: &Path) -> Result<ModelConfig> {
+    if SafeFolder::exists(dir) { load_config(dir) } else { ModelConfig::load(dir) }
+}
+
 /// Passes each expected parameter to `sink`, in arena order, directly from the mapped file; the
 /// sink copies it to its destination. If `config` was given another task than the folder's, the
 /// score is missing and the caller initialises it. Names, shapes and dtypes are all checked before

@@ -253,6 +253,11 @@ impl SafeFolder {
         Ok(folder)
     }
 
+    /// Whether the folder has weights to open.
+    pub fn exists(dir: &Path) -> bool {
+        dir.join(SINGLE).exists() || dir.join(INDEX).exists()
+    }
+
     /// Opens one file by its own name (an adapter, an optimizer state). Errors: see
     /// [`open`](Self::open).
     pub fn open_file(path: impl AsRef<Path>) -> Result<Self> {

@@ -27,6 +27,8 @@ use crate::rewards::RewardFunction;
 pub enum Weights {
     /// The weights say more than the config: whether the head is tied.
     Needed,
+    /// They say it if they are there.
+    Optional,
     NotNeeded,
 }
 
@@ -73,6 +75,7 @@ impl RunSetup {
         let template = ChatTemplate::of_run(&tokenizer, &templates)?;
         let mut config = match weights {
             Weights::Needed => folder::load_config(dir)?,
+            Weights::Optional => folder::config_for_plan(dir)?,
             Weights::NotNeeded => ModelConfig::load(dir)?,
         };
         config.task = task(dir, &run.method, config.task)?;
@@ -173,7 +176,7 @@ pub fn build_again<'a>(
 }
 
 /// The task for which the method trains, given a folder of task `own`.
-fn task(dir: &Path, method: &dyn BuildMethod, own: Task) -> Result<Task> {
+pub fn task(dir: &Path, method: &dyn BuildMethod, own: Task) -> Result<Task> {
     match (method.task(), own) {
         (wanted, own) if wanted == own => Ok(own),
         // A language model becomes a classifier with a new score head.

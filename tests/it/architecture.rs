@@ -257,7 +257,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("device/cpu/gemm.rs", 6),
     ("device/cpu/mod.rs", 16),
     ("device/cuda/blas.rs", 12),
-    ("device/cuda/code.rs", 7),
+    ("device/cuda/code.rs", 8),
     ("device/cuda/downloads.rs", 6),
     ("device/cuda/find_blas.rs", 3),
     ("device/cuda/launch.rs", 1),

@@ -119,6 +119,26 @@ fn a_plan_without_rows_is_that_of_rows_as_long_as_max_length() {
 }
 
 #[test]
+fn a_plan_needs_no_weights() {
+    let bare = tempfile::tempdir().unwrap();
+    std::fs::copy(format!("{MODEL}/config.json"), bare.path().join("config.json")).unwrap();
+    let plan = |dir: &str| {
+        let args = ["inspect", "memory", "--model", dir, "--gpu-gib", "8", "max_length=32"];
+        let (code, out, err) = temper(&args);
+        assert_eq!(code, Some(0), "{err}");
+        out
+    };
+    let dir = bare.path().to_str().unwrap();
+    assert_eq!(plan(dir), plan(MODEL));
+    for what in ["config", "launches"] {
+        let (code, _, err) = temper(&["inspect", what, "--model", dir]);
+        assert_eq!(code, Some(0), "{what}: {err}");
+    }
+    let (code, _, err) = temper(&["inspect", "tape", "--model", dir]);
+    assert!(code == Some(1) && err.contains("has no weights"), "{code:?} {err}");
+}
+
+#[test]
 fn a_run_file_gives_the_method_its_options() {
     let dir = tempfile::tempdir().unwrap();
     let rows = [serde_json::json!({ "q": "a", "completion": " b" })];
