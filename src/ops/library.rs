@@ -130,8 +130,15 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
         return Ok(Ran::Not(kernel));
     }
     let mut answer = ask(cx, p, Algorithm::Trusted)?;
-    if answer == LibraryProduct::Untried {
+    // Without a library the own kernels compete alone.
+    let alone = !cx.device.capabilities().library_gemm && cx.device.computes();
+    if answer == LibraryProduct::Untried || alone {
         let found = match choose(cx, p, Beside::Nothing) {
+            Err(Error::OutOfMemory(_)) if alone => {
+                let own = Some(OwnKernel::preferred(cx, p).number());
+                remember(cx, p, ProductChoice { own, time: 0.0 });
+                None
+            }
             Err(Error::OutOfMemory(_)) => {
                 refused(cx, p, "no memory is left to check the library's");
                 None
@@ -282,6 +289,11 @@ fn chosen_own(cx: &Cx, p: &Operands) -> Option<OwnKernel> {
     let kernel = OwnKernel::of_number(choices.get(&shape(p, Beside::Nothing))?.own?);
     drop(choices);
     Some(if kernel.can(cx, p) { kernel } else { OwnKernel::preferred(cx, p) })
+}
+
+fn remember(cx: &Cx, p: &Operands, choice: ProductChoice) {
+    let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+    choices.insert(shape(p, Beside::Nothing), choice);
 }
 
 /// Counts the refusal, and reports the first.

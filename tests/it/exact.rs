@@ -44,6 +44,8 @@ struct Library {
     /// Microseconds of the engine's own kernel.
     own: f32,
     hopper: bool,
+    /// Whether the library was not found.
+    absent: bool,
     clock: Mutex<f32>,
     marks: Mutex<Vec<f32>>,
     trusted: Mutex<HashMap<ProductKey, Option<usize>>>,
@@ -65,6 +67,7 @@ impl Library {
     fn beside(algorithms: &[(Order, f32)], own: f32, hopper: bool) -> Arc<Library> {
         Arc::new(Library {
             hopper,
+            absent: algorithms.is_empty(),
             cpu: Cpu::new(),
             algorithms: algorithms.to_vec(),
             own,
@@ -132,7 +135,12 @@ impl Device for Library {
     }
     fn capabilities(&self) -> Capabilities {
         match self.hopper {
-            true => Capabilities { wgmma: true, asynchronous: false, ..Capabilities::GPU },
+            true => Capabilities {
+                wgmma: true,
+                asynchronous: false,
+                library_gemm: !self.absent,
+                ..Capabilities::GPU
+            },
             false => Capabilities { gemm_depends_on_rows: true, ..Capabilities::CPU },
         }
     }
@@ -167,6 +175,9 @@ impl Device for Library {
         unsafe { self.cpu.launch(kernel, at, args) }
     }
     unsafe fn gemm(&self, g: &Gemm, algorithm: Algorithm) -> Result<LibraryProduct> {
+        if self.absent {
+            return Ok(LibraryProduct::Unavailable);
+        }
         let chosen = match algorithm {
             Algorithm::Fastest => Some(0),
             Algorithm::Candidate(i) => Some(i),
@@ -389,6 +400,23 @@ fn on_hopper_auto_is_exact_for_more_rows_where_a_result_has_few_tiles() {
     let (auto, _) = context(&device, MatmulChoice::Auto);
     runs_in_bf16(&device, &auto, 96, false);
     assert_eq!(runs_in_bf16(&device, &auto, 96, false), []);
+}
+
+#[test]
+fn without_a_library_the_own_kernels_compete() {
+    let device = Library::beside(&[], 2.0, true);
+    let (exact, notes) = context(&device, MatmulChoice::Exact);
+    let own = |cx: &Cx, m: usize| {
+        assert_eq!(runs_in_bf16(&device, cx, m, false), []);
+        let choices = cx.product_check.choices.lock().unwrap();
+        let of_m = choices.iter().find(|(shape, _)| shape.rows == m);
+        of_m.map(|(_, choice)| choice.own.is_some())
+    };
+    assert_eq!([1, 96].map(|m| own(&exact, m)), [Some(true); 2]);
+    let (auto, _) = context(&device, MatmulChoice::Auto);
+    assert_eq!([1, 96].map(|m| own(&auto, m)), [Some(true); 2]);
+    assert_eq!(own(&auto, 1536), None, "the kernel that is assumed to be fastest");
+    assert!(notes.0.lock().unwrap().is_empty(), "no algorithm was refused");
 }
 
 #[test]
