@@ -18,6 +18,8 @@ pub mod products;
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::autograd::{Cx, F64, ParamGrads, Round, Tape};
 use crate::device::{DType, Device};
 use crate::error::{Error, Result};
@@ -309,23 +311,25 @@ fn check_gradients(
     let mut rng = Rng(seed ^ 0xd1ff);
     for (i, got) in run.gradients.iter().enumerate().filter_map(|(i, g)| Some((i, g.as_ref()?))) {
         let n = case.inputs[i].value.data.len();
-        let mut ours = Vec::new();
-        let mut theirs = Vec::new();
         let coordinates: Vec<usize> =
             if n <= 64 { (0..n).collect() } else { (0..64).map(|_| rng.below(n)).collect() };
-        for c in coordinates {
-            let mut v = vec![0.0; n];
-            v[c] = 1.0;
-            ours.push(got[c]);
-            theirs.push(directional(case, stored, weights, i, &v));
-        }
+        let mut directions: Vec<Vec<f64>> = coordinates
+            .into_iter()
+            .map(|c| (0..n).map(|j| f64::from(u8::from(j == c))).collect())
+            .collect();
         for _ in 0..8 {
             let v: Vec<f64> = (0..n).map(|_| rng.normal()).collect();
             let norm = v.iter().map(|x| x * x).sum::<f64>().sqrt();
-            let v: Vec<f64> = v.iter().map(|x| x / norm).collect();
-            ours.push(got.iter().zip(&v).map(|(g, v)| g * v).sum());
-            theirs.push(directional(case, stored, weights, i, &v));
+            directions.push(v.iter().map(|x| x / norm).collect());
         }
+        // Nearly all of the check's time is spent here.
+        let (ours, theirs): (Vec<f64>, Vec<f64>) = directions
+            .par_iter()
+            .map(|v| {
+                let ours = got.iter().zip(v).map(|(g, v)| g * v).sum::<f64>();
+                (ours, directional(case, stored, weights, i, v))
+            })
+            .unzip();
         // If the exact gradient cancels to nothing, rounding errors of the terms remain. Then the
         // error is relative to the gradient of the outputs.
         let scale = l2(&theirs)
