@@ -1,9 +1,10 @@
 //! Matrix products by the device's library; in an exact context only those that have the bits of
 //! the engine's own kernel. Layer 4.
 //!
-//! Invariant: with `matmul=exact` (and for a decoding step's few rows with `auto`), a forward product has the bits of
-//! the engine's own kernel, whichever kernel computes it. That kernel is one chain over k for each element, whatever the
-//! number of rows; so a row's bits do not depend on its batch, although the library's choice does.
+//! Invariant: with `matmul=exact` (and for the small products of decoding steps with `auto`), a
+//! forward product has the bits of the engine's own kernel, whichever kernel computes it. That
+//! kernel is one chain over k for each element, whatever the number of rows; so a row's bits do not
+//! depend on its batch, although the library's choice does.
 //!
 //! How this is enforced. Before the first product of a shape (with its types, strides and
 //! alignment), each algorithm that the library proposes without split-K and each of the own kernels
