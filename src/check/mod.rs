@@ -39,7 +39,7 @@ pub struct CheckOutcome {
     pub ratio: f64,
     /// None: passed.
     pub failure: Option<String>,
-    /// Whether the name of the case has something to tell: the fastest kernels, or times.
+    /// Whether the name of the case contains measurements: times, or the fastest kernels.
     pub measured: bool,
 }
 
@@ -56,8 +56,8 @@ impl CheckOutcome {
         CheckOutcome::new(op, case, dtype, failure)
     }
 
-    /// Of a comparison that measures, too, and ends with the name of the case and what differs. Its
-    /// error is a failure of this case, after which others run.
+    /// Of a comparison that also measures. `compared`: the name of the case, and what differs. An
+    /// error is a failure of this case, and the others still run.
     fn of_measured(
         op: &'static str,
         dtype: DType,

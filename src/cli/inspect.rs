@@ -38,8 +38,8 @@ pub struct InspectArgs {
     /// what is printed
     #[arg(value_parser = ["config", "tape", "memory", "launches", "kernels"])]
     what: String,
-    /// model folder, or a hub name in the local cache (config, tape, memory, launches); without
-    /// weights for all but tape
+    /// model folder, or a hub name in the local cache (config, tape, memory, launches); only tape
+    /// needs the weights
     #[arg(long)]
     model: Option<String>,
     /// tape: rows of the batch
@@ -103,7 +103,7 @@ pub fn run(mut args: InspectArgs) -> Result<()> {
         "config" => config(&dir),
         "tape" => tape(&args, &dir),
         "memory" => memory(&args, &dir),
-        "launches" => launches::print(&folder::config_for_plan(&dir)?),
+        "launches" => launches::print(&folder::inspect_config(&dir)?),
         other => Err(Error::Config(format!(
             "temper inspect cannot show \"{other}\"; use config, tape, memory, launches or kernels"
         ))),
@@ -111,7 +111,7 @@ pub fn run(mut args: InspectArgs) -> Result<()> {
 }
 
 fn config(dir: &Path) -> Result<()> {
-    let config = folder::config_for_plan(dir)?;
+    let config = folder::inspect_config(dir)?;
     let specs = crate::model::specs::expected_params(&config);
     print_line(format_args!("{} ({})", config.family.architecture, config.family.model_type))?;
     print_line(format_args!(
@@ -248,7 +248,7 @@ fn memory(args: &InspectArgs, dir: &Path) -> Result<()> {
         ));
     };
     // Rows of a given length need no tokenizer.
-    let mut config = folder::config_for_plan(dir)?;
+    let mut config = folder::inspect_config(dir)?;
     config.task = task(dir, &run.method, config.task)?;
     let model = PlannedModel { config: &config, dir, adapter };
     let sequences = run.method.footprint().sequences;

@@ -178,8 +178,9 @@ section! {
         /// activation or an adapter, which only the engine's own kernels do).
         pub matmul: MatmulChoice = MatmulChoice::Auto,
         /// Ours. Which attention kernels to use. auto: wgmma for bfloat16 on a Hopper GPU,
-        /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma exists for head
-        /// sizes 64 and 128, others run as tensor_core; its forward has the bits of tensor_core.
+        /// tensor_core for bfloat16 on other GPUs, otherwise simt. wgmma, whose
+        /// forward has the bits of tensor_core, exists for head sizes 64 and 128; others run as
+        /// tensor_core.
         pub attention: AttentionChoice = AttentionChoice::Auto,
         /// Ours where TRL has no such option. A Jinja file, or a folder with a tokenizer, whose
         /// chat template replaces the model's.

@@ -49,7 +49,7 @@ pub fn load_config(dir: impl AsRef<Path>) -> Result<ModelConfig> {
 
 /// Reads config.json as [`load_config`] does. If the folder has no weights, the config alone says
 /// whether the head is tied.
-pub fn config_for_plan(dir: &Path) -> Result<ModelConfig> {
+pub fn inspect_config(dir: &Path) -> Result<ModelConfig> {
     if SafeFolder::exists(dir) { load_config(dir) } else { ModelConfig::load(dir) }
 }
 

@@ -10,6 +10,7 @@ use crate::kernels::{
 };
 use crate::ops::matmul_hopper;
 use crate::ops::operands::Operands;
+use crate::ops::prefetch::prefetch;
 use crate::ops::rmsnorm::NormInput;
 use crate::tensor::Tensor;
 
@@ -209,28 +210,6 @@ struct Cut {
 /// Shared memory of a multiprocessor that a launch may use.
 const SHARED: usize = 224 << 10;
 
-/// The most bytes of weights that a kernel prefetches: what the cache holds beside the rest, 20 of an
-/// H100's 50 MiB.
-pub(super) fn most_prefetched(device: &Capabilities) -> usize {
-    device.cache / 5 * 2
-}
-/// Bytes that a prefetch brings.
-pub(super) const LINE: usize = 128;
-
-/// Bytes of each of a block's `rows` rows of k bf16 values that it prefetches, and how many of `blocks`
-/// blocks do: those that start while the kernel before ends, `at_once` on a multiprocessor.
-pub(super) fn prefetch(
-    k: usize,
-    rows: usize,
-    blocks: usize,
-    at_once: usize,
-    device: &Capabilities,
-) -> (usize, usize) {
-    let wave = blocks.min(at_once * device.multiprocessors);
-    let whole = |bytes: usize| bytes / LINE * LINE;
-    (whole(2 * k).min(whole(most_prefetched(device) / (wave * rows).max(1))), wave)
-}
-
 fn width_of(m: usize) -> usize {
     m.next_power_of_two().clamp(8, kernels::FEW_ROWS)
 }
@@ -269,10 +248,10 @@ impl Cut {
     }
 }
 
-/// Bytes a cycle that a multiprocessor loads, and that L2 has for each of them when all load (10.6
-/// TB/s on an H100).
-const LOADED: f64 = 64.0;
-const SHARED_LOADED: f64 = 46.0;
+/// Bytes a cycle that a multiprocessor can load, and that each gets from L2 when all load (10.6 TB/s on
+/// an H100).
+const LOADED_ALONE: f64 = 64.0;
+const LOADED_TOGETHER: f64 = 46.0;
 
 /// The rows of X and of W of a block, for more than [`kernels::FEW_ROWS`] rows, that take the least
 /// time by what its tiles load and multiply. *Predicted*, not measured.
@@ -281,9 +260,9 @@ fn fastest_cut([m, n, steps]: [usize; 3], multiprocessors: usize) -> (usize, usi
         let blocks = m.div_ceil(width) * n.div_ceil(rows);
         let bytes = (128 * (width + rows)) as f64;
         // A wgmma of 64 x width takes width / 2 cycles for 16 of k.
-        let step = (bytes / LOADED).max(2.0 * width as f64);
+        let step = (bytes / LOADED_ALONE).max(2.0 * width as f64);
         let alone = blocks.div_ceil(multiprocessors) as f64 * step;
-        let together = blocks as f64 * bytes / (SHARED_LOADED * multiprocessors as f64);
+        let together = blocks as f64 * bytes / (LOADED_TOGETHER * multiprocessors as f64);
         steps as f64 * alone.max(together)
     };
     let all = [64, 128].into_iter().flat_map(|width| CUTS.map(|rows| (width, rows)));

@@ -41,6 +41,7 @@ use crate::kernels;
 use crate::ops::fastest;
 use crate::ops::operands::Operands;
 use crate::ops::own::OwnKernel;
+use crate::ops::rmsnorm::NormInput;
 use crate::ops::{few_hopper, matmul_few};
 use crate::rng::{philox, tag, uniform};
 use crate::tensor::Tensor;
@@ -135,17 +136,17 @@ pub(super) fn run(cx: &Cx, p: &Operands) -> Result<Ran> {
     let alone = !cx.device.capabilities().library_gemm && cx.device.computes();
     if answer == LibraryProduct::Untried || alone {
         let found = match choose(cx, p, Beside::Nothing) {
-            Err(Error::OutOfMemory(_)) if alone => {
-                let own = Some(OwnKernel::preferred(cx, p).number());
-                remember(cx, p, ProductChoice { own, time: 0.0 });
-                None
-            }
             Err(Error::OutOfMemory(_)) => {
-                refused(cx, p, "no memory is left to check the library's");
+                refused(cx, p, "no memory is left to compare others with it");
                 None
             }
             found => found?,
         };
+        if alone && chosen_own(cx, p).is_none() {
+            // None could be compared: this shape is not tried again.
+            let own = Some(OwnKernel::preferred(cx, p).number());
+            remember(cx, shape(p, Beside::Nothing), ProductChoice { own, time: 0.0 });
+        }
         cx.device.trust_gemm(&gemm(p), found);
         if let Some(kernel) = chosen_own(cx, p) {
             return Ok(Ran::Not(kernel));
@@ -163,8 +164,8 @@ fn is_exact(cx: &Cx, p: &Operands) -> bool {
     let chosen = match cx.matmul {
         MatmulChoice::Exact => true,
         MatmulChoice::Auto => {
-            let few = matmul_few::fits(p) || few_hopper::competes(cx, p);
-            few && !p.accumulate && fastest::padded_rows(rows) == rows
+            let padded = !p.accumulate && fastest::padded_rows(rows) == rows;
+            padded && (matmul_few::fits(p) || few_hopper::competes(cx, p))
         }
         _ => false,
     };
@@ -182,10 +183,7 @@ pub(super) fn of_few_rows(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<OwnKernel> 
     if !few_hopper::fits(cx, &asked) || !is_exact(cx, &asked) {
         return Ok(OwnKernel::FewRows);
     }
-    let chosen = || {
-        let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        choices.get(&shape(&asked, Beside::Gate)).and_then(|choice| choice.own)
-    };
+    let chosen = || remembered(cx, &shape(&asked, Beside::Gate)).and_then(|choice| choice.own);
     if chosen().is_none() {
         let c = cx.real("product check", &[x.row_count(), w.row_count()])?;
         match choose(cx, &probe(&c, x, w), Beside::Gate) {
@@ -199,9 +197,7 @@ pub(super) fn of_few_rows(cx: &Cx, x: &Tensor, w: &Tensor) -> Result<OwnKernel> 
 /// A product behind a norm.
 #[derive(Clone, Copy)]
 pub(super) struct NormProduct<'a> {
-    pub x: &'a Tensor,
-    pub residual: Option<&'a Tensor>,
-    pub norm_weight: &'a Tensor,
+    pub input: NormInput<'a>,
     pub w: &'a Tensor,
     pub bias: Option<&'a Tensor>,
     pub y: &'a Tensor,
@@ -218,24 +214,20 @@ pub(super) fn norm_in_front(
     gated: bool,
     ways: [&Way; 2],
 ) -> Result<bool> {
-    let asked = probe(p.x, p.x, p.w); // only the dtype of C matters
+    let x = p.input.x;
+    let asked = probe(x, x, p.w); // only the dtype of C matters
     if !is_exact(cx, &asked) {
         return Ok(false);
     }
     let key = shape(&asked, if gated { Beside::NormAndGate } else { Beside::Norm });
-    let known = || {
-        let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        choices.get(&key).copied()
-    };
-    if known().is_none() {
+    if remembered(cx, &key).is_none() {
         let choice = match faster_way(cx, p, ways) {
             Err(Error::OutOfMemory(_)) => return Ok(false),
             choice => choice?,
         };
-        let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        choices.extend(choice.map(|choice| (key, choice)));
+        choice.into_iter().for_each(|choice| remember(cx, key, choice));
     }
-    Ok(known().is_some_and(|choice| choice.own.is_some()))
+    Ok(remembered(cx, &key).is_some_and(|choice| choice.own.is_some()))
 }
 
 /// None: the device has no clock.
@@ -243,21 +235,15 @@ fn faster_way(cx: &Cx, p: &NormProduct, ways: [&Way; 2]) -> Result<Option<Produc
     let check = Check::begin(cx);
     let w = check.rows_like(p.w, p.w.row_count(), Pattern::Right)?;
     let like = |t: &Tensor, pattern| check.rows_like(t, t.row_count(), pattern);
-    let x = like(p.x, Pattern::Left)?;
-    // The choice holds for products without a residual, too.
-    let residual = like(p.x, Pattern::Other)?;
-    let norm_weight = check.rows_like(p.norm_weight, 1, Pattern::Other)?;
+    let NormInput { x, weight, norm, .. } = p.input;
+    // The choice holds with a residual and without one.
+    let (x, residual) = (like(x, Pattern::Left)?, like(x, Pattern::Other)?);
+    let weight = check.rows_like(weight, 1, Pattern::Other)?;
     let bias = p.bias.map(|t| check.rows_like(t, 1, Pattern::Small)).transpose()?;
     let expected = check.block_like(p.y, p.y.row_count())?.1;
     let (bytes, y) = check.block_like(p.y, p.y.row_count())?;
-    let test = NormProduct {
-        x: &x,
-        residual: Some(&residual),
-        norm_weight: &norm_weight,
-        w: &w,
-        bias: bias.as_ref(),
-        y: &y,
-    };
+    let input = NormInput { x: &x, residual: Some(&residual), weight: &weight, norm };
+    let test = NormProduct { input, w: &w, bias: bias.as_ref(), y: &y };
     let expected_sum = ways[0](&NormProduct { y: &expected, ..test })?;
     let flush = Tensor::new(&check.pool, "product check", DType::U8, &[FLUSHED]).ok();
     let clear = || flush.as_ref().map_or(Ok(()), Tensor::zero);
@@ -286,15 +272,19 @@ fn faster_way(cx: &Cx, p: &NormProduct, ways: [&Way; 2]) -> Result<Option<Produc
 
 /// The own kernel that was fastest for products like this, if one was.
 fn chosen_own(cx: &Cx, p: &Operands) -> Option<OwnKernel> {
-    let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-    let kernel = OwnKernel::of_number(choices.get(&shape(p, Beside::Nothing))?.own?);
-    drop(choices);
+    let choice = remembered(cx, &shape(p, Beside::Nothing))?;
+    let kernel = OwnKernel::of_number(choice.own?);
     Some(if kernel.can(cx, p) { kernel } else { OwnKernel::preferred(cx, p) })
 }
 
-fn remember(cx: &Cx, p: &Operands, choice: ProductChoice) {
+fn remember(cx: &Cx, shape: ProductShape, choice: ProductChoice) {
     let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-    choices.insert(shape(p, Beside::Nothing), choice);
+    choices.insert(shape, choice);
+}
+
+fn remembered(cx: &Cx, shape: &ProductShape) -> Option<ProductChoice> {
+    let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
+    choices.get(shape).copied()
 }
 
 /// Counts the refusal, and reports the first.
@@ -320,10 +310,8 @@ fn choose(cx: &Cx, p: &Operands, beside: Beside) -> Result<Option<usize>> {
     // The contents of C are not needed: a product that accumulates does not come here.
     let test = Operands { a: &a, b: &b, bias: bias.as_ref(), ..*p };
     let candidate = |i| Ok(ask(cx, &test, Algorithm::Candidate(i))? == LibraryProduct::Queued);
-    let known = |rows: usize| {
-        let choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        rows > TIMED && choices.contains_key(&shape(p, beside))
-    };
+    let key = shape(p, beside);
+    let known = |rows: usize| rows > TIMED && remembered(cx, &key).is_some();
     let (mut found, mut other_bits) = (None, false);
     if known(p.sizes().0) {
         for i in 0.. {
@@ -360,13 +348,12 @@ fn choose(cx: &Cx, p: &Operands, beside: Beside) -> Result<Option<usize>> {
             }
             other_bits = true;
         }
-        let mut choices = cx.product_check.choices.lock().unwrap_or_else(PoisonError::into_inner);
-        choices.extend(choice.map(|choice| (shape(p, beside), choice)));
+        choice.into_iter().for_each(|choice| remember(cx, key, choice));
     }
     check.end();
     match found {
         Some(_) => drop(cx.product_check.library.fetch_add(1, Ordering::Relaxed)),
-        None if other_bits => refused(cx, p, "the library's faster algorithms have other bits"),
+        None if other_bits => refused(cx, p, "faster algorithms have other bits"),
         None => {}
     }
     Ok(found)

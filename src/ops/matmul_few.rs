@@ -7,8 +7,8 @@ use crate::autograd::Cx;
 use crate::device::{Capabilities, DType, Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels::{self, FEW_COLS, FEW_ROWS, FEW_STAGES};
-use crate::ops::few_hopper::prefetch;
 use crate::ops::operands::{LowRank, Operands};
+use crate::ops::prefetch::prefetch;
 use crate::tensor::Tensor;
 
 /// Whether this is such a product.

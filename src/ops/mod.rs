@@ -34,6 +34,7 @@ mod operands;
 pub mod own;
 pub mod policy;
 pub mod preference;
+mod prefetch;
 pub mod prompt;
 pub mod quant;
 pub mod registry;

@@ -80,7 +80,7 @@ impl NormLinear {
 
     /// Whether the kernel with the norm in front is the faster one here.
     fn fuses(&self, cx: &Cx, p: &NormProduct) -> Result<bool> {
-        if !self.normed(p).fits(cx, p.w) {
+        if !p.input.fits(cx, p.w) {
             return Ok(false);
         }
         let apart = |p: &NormProduct| self.apart(cx, p);
@@ -89,13 +89,10 @@ impl NormLinear {
         library::norm_in_front(cx, p, self.act.is_some(), ways)
     }
 
-    fn normed<'a>(&self, p: &NormProduct<'a>) -> NormInput<'a> {
-        NormInput { x: p.x, residual: p.residual, weight: p.norm_weight, norm: self.norm }
-    }
-
     /// By two kernels. Returns the sum, if there is a residual.
     fn apart(&self, cx: &Cx, p: &NormProduct) -> Result<Option<Tensor>> {
-        let (rows, sum) = norm_rows(cx, p.x, p.residual, p.norm_weight, self.norm)?;
+        let NormInput { x, residual, weight, norm } = p.input;
+        let (rows, sum) = norm_rows(cx, x, residual, weight, norm)?;
         match self.act {
             None => product(cx, Layout::NT, p.y, &rows, p.w, p.bias, false)?,
             Some(act) => LinearGlu { act, bias: self.bias }.write(cx, p.y, &rows, p.w, p.bias)?,
@@ -105,9 +102,10 @@ impl NormLinear {
 
     /// By one kernel.
     fn front(&self, cx: &Cx, p: &NormProduct) -> Result<Option<Tensor>> {
-        let sum = p.residual.map(|_| cx.real("residual", p.x.shape())).transpose()?;
+        let NormInput { x, residual, .. } = p.input;
+        let sum = residual.map(|_| cx.real("residual", x.shape())).transpose()?;
         let layer = DenseLayer { weight: p.w, bias: p.bias };
-        fused(cx, p.y, sum.as_ref(), self.normed(p), layer, self.act)?;
+        fused(cx, p.y, sum.as_ref(), p.input, layer, self.act)?;
         Ok(sum)
     }
 }
@@ -118,11 +116,11 @@ impl Op for NormLinear {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        let (norm_weight, w) = (x[NORM], x[WEIGHT]);
+        let (weight, w) = (x[NORM], x[WEIGHT]);
         let (residual, bias) = (self.residual.then(|| x[3]), self.bias(x));
         let (m, k) = (x[X].row_count(), x[X].cols());
         let hint = "check that the weights belong to this config.json";
-        expect_cols("norm_linear", "the norm's weight", norm_weight, k, hint)?;
+        expect_cols("norm_linear", "the norm's weight", weight, k, hint)?;
         expect_cols("norm_linear", "weight", w, k, hint)?;
         if let Some(bias) = bias {
             expect_cols("norm_linear", "bias", bias, w.row_count(), hint)?;
@@ -131,7 +129,8 @@ impl Op for NormLinear {
             Some(_) => cx.real("glu", &[m, w.row_count() / 2])?,
             None => cx.real("linear", &[m, w.row_count()])?,
         };
-        let p = NormProduct { x: x[X], residual, norm_weight, w, bias, y: &y };
+        let input = NormInput { x: x[X], residual, weight, norm: self.norm };
+        let p = NormProduct { input, w, bias, y: &y };
         let sum = if self.fuses(cx, &p)? { self.front(cx, &p)? } else { self.apart(cx, &p)? };
         Ok(Fwd { outputs: [Some(y), sum].into_iter().flatten().collect(), saved: vec![] })
     }

@@ -27,7 +27,7 @@ use crate::rewards::RewardFunction;
 pub enum Weights {
     /// The weights say more than the config: whether the head is tied.
     Needed,
-    /// They say it if they are there.
+    /// As `Needed` if they are there.
     Optional,
     NotNeeded,
 }
@@ -75,7 +75,7 @@ impl RunSetup {
         let template = ChatTemplate::of_run(&tokenizer, &templates)?;
         let mut config = match weights {
             Weights::Needed => folder::load_config(dir)?,
-            Weights::Optional => folder::config_for_plan(dir)?,
+            Weights::Optional => folder::inspect_config(dir)?,
             Weights::NotNeeded => ModelConfig::load(dir)?,
         };
         config.task = task(dir, &run.method, config.task)?;

@@ -58,8 +58,9 @@ pub(super) type LaunchError<'a> = &'a dyn Fn(&str, DriverError) -> Error;
 
 impl Code {
     /// The function of a kernel with `shared` bytes of dynamic shared memory, and whether its code
-    /// waits for its predecessor. Loads its module first if necessary. `error` describes an operation on the kernel that failed; `limits` are
-    /// the most shared memory of a block and the name of the device.
+    /// waits for its predecessor. Loads its module first if necessary. `error` describes an operation
+    /// on the kernel that failed; `limits` are the most shared memory of a block and the name of the
+    /// device.
     pub(super) fn function(
         &mut self,
         kernel: Kernel,

@@ -49,8 +49,7 @@ pub struct Cuda {
     stream: Stream,
     /// (major, minor)
     capability: (i32, i32),
-    /// The most dynamic shared memory that a kernel can opt in to.
-    /// Bytes of shared memory that a block may use.
+    /// The most bytes of dynamic shared memory that a kernel can opt in to.
     max_shared: u32,
     /// Bytes of the L2 cache.
     cache: usize,

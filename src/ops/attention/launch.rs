@@ -18,7 +18,7 @@ use crate::kernels::{
     AttentionHopperDkvArgs, AttentionHopperDqArgs, AttentionHopperFwdArgs, AttentionPagedFwdArgs,
     Boxes, HOPPER_BWD_ROWS, MMA_ROWS, hopper_fwd_rows,
 };
-use crate::ops::few_hopper::{LINE, most_prefetched};
+use crate::ops::prefetch::{LINE, most_prefetched};
 use crate::ops::rmsnorm::Norm;
 use crate::ops::rope::RopeArgs;
 use crate::tensor::Tensor;
