@@ -9,7 +9,8 @@
 //          l, sum e^d, sum e^d d, sum e^2d with d = l - max; target, best [rows] int; logp, lse, entropy, a, b [rows] float;
 //          dlogits [rows, vocab] real
 // Plan     A warp owns a slice of a row (common/logits.cuh), reads it once into registers and writes its statistics to `part`;
-//          then one warp per row combines them in the order of the slices. The gradient is one more pass, again one warp per
+//          then one warp per row combines them in the order of the slices. On Hopper most heads have no logits in memory: the
+//          product's tiles give the statistics of parts of slices (head_hopper.cu), and head_join those of the slices. The gradient is one more pass, again one warp per
 //          slice. A chunk has too few rows for one warp per row: 883 of 151,936 columns would be 7 warps an SM of an H100.
 // Numerics Logits are float, also in a bf16 build: half-precision logits cost accuracy where it matters most. Sums in float in a
 //          fixed order; dlogits is rounded when stored. The gradient of H in this form has no cancellation.
@@ -32,47 +33,69 @@ KERNEL_FLAT(map_logits)(INOUT(float) logits, long long n, float divisor, float s
   store(logits + i, z, n - i);
 }
 
-// Floats that head_slices writes per slice.
+// Floats that head_slices and head_join write per slice.
 EXPORT(int, HEAD_PARTS, 4);
 
 // The statistics of each slice of each row; the last one (sum e^2d) only if `square` is not 0.
 KERNEL_WARP(head_slices, HOT)(float* part, const float* logits, int rows, int vocab, int slices, float scale, int square) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
   if (at.row >= rows) return;
-  const Slice s = load_slice(logits + at.row * vocab, at.slice, vocab);
-  const float largest = slice_max(s);
-  const SliceSums sums = slice_sums(s, largest, scale);
+  const Parts s = load_parts(logits + at.row * vocab, at.slice, vocab);
+  const SliceTops tops = slice_tops(s);
   float* out = part + at.row * HEAD_PARTS * slices + at.slice;
+  const LogitSums sums = square ? slice_sums<true>(s, tops, scale) : slice_sums(s, tops, scale);
   if (LANE == 0) {
-    out[0] = largest;
+    out[0] = tops.largest;
     out[slices] = sums.sum;
     out[2 * slices] = sums.mean;
-  }
-  if (square) {
-    const float m = largest == NEG_INF ? 0.f : largest * scale;
-    WarpPack squares = {};
-#pragma unroll
-    for (int k = 0; k < SLICE_PACKS; ++k)
-      if (s.has(k)) {
-#pragma unroll
-        for (int j = 0; j < WV; ++j) {
-          const float e = exp_down(no_less(fmaf(s.pack[k].v[j], scale, -m)));
-          squares.v[j] = fmaf(e, e, squares.v[j]);
-        }
-      }
-    const float s2 = pack_sum(squares);
-    if (LANE == 0) out[3 * slices] = s2;
+    out[3 * slices] = sums.square;
   }
 }
 
-// logp, lse and (if requested) entropy, log sum_j p_j^2 and the arg max (lowest index on ties) of each row.
+// The statistics of each slice of each row from those of its parts [rows, tiles, TILE_STATS] (head_hopper.cu), with the first column
+// of the largest logit for the last one.
+KERNEL_FLAT(head_join)(float* part, const float* parts, int rows, int tiles, int slices, float scale) {
+  const long long i = FLAT_INDEX;
+  if (i >= (long long)rows * slices) return;
+  const long long row = i / slices;
+  const int slice = (int)(i - row * slices);
+  float largest[SLICE_PARTS], sum[SLICE_PARTS], mean[SLICE_PARTS], first[SLICE_PARTS];
+#pragma unroll
+  for (int k = 0; k < SLICE_PARTS; ++k) {
+    const int tile = slice * SLICE_PARTS + k;
+    Pack<TILE_STATS> of = {{NEG_INF, 0.f, 0.f, 0.f}};
+    if (tile < tiles) of = load<TILE_STATS>(parts + (row * tiles + tile) * TILE_STATS, TILE_STATS);
+    largest[k] = of.v[0];
+    sum[k] = of.v[1];
+    mean[k] = of.v[2];
+    first[k] = of.v[3];
+  }
+  float top = largest[0], column = 0.f;
+#pragma unroll
+  for (int k = 1; k < SLICE_PARTS; ++k) top = max_fast(top, largest[k]);
+#pragma unroll
+  for (int k = SLICE_PARTS - 1; k >= 0; --k) {
+    column = largest[k] == top ? first[k] : column;
+    const LogitSums share = share_of({sum[k], mean[k], 0.f}, largest[k], top, scale);
+    sum[k] = share.sum;
+    mean[k] = share.mean;
+  }
+  float* out = part + row * HEAD_PARTS * slices + slice;
+  out[0] = top;
+  out[slices] = parts_total(sum);
+  out[2 * slices] = parts_total(mean);
+  out[3 * slices] = column;
+}
+
+// logp, lse and (if requested) entropy, log sum_j p_j^2 and the arg max (lowest index on ties) of each row. Where no logits are
+// stored, `target_logit` has those of the targets, and `part` the columns of the maxima in place of the squares.
 KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) entropy, MAYBE(float) square, MAYBE(int) best,
-                                         const float* part, const float* logits, const int* target, int rows, int vocab,
-                                         int slices, float scale) {
+                                         const float* part, MAYBE(const float) logits, MAYBE(const float) target_logit,
+                                         const int* target, int rows, int vocab, int slices, float scale) {
   const long long row = WARP_INDEX;
   if (row >= rows) return;
   const float *l = logits + row * vocab, *largest = part + row * HEAD_PARTS * slices;
-  const float t = l[target[row]];
+  const float t = target_logit ? target_logit[row] : l[target[row]];
   const RowFigures f = row_figures(largest, largest + slices, largest + 2 * slices, slices, scale);
   if (LANE == 0) {
     lse[row] = f.top + f.log_sum;
@@ -86,7 +109,7 @@ KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) e
       const WarpPack m = load_row(largest, i, slices, NEG_INF), s = load_row(squares, i, slices);
 #pragma unroll
       for (int j = 0; j < WV; ++j) {
-        const float e = exp_down(no_less(m.v[j] * scale - f.top));
+        const float e = exp_logit(no_less(m.v[j] * scale - f.top));
         sum.v[j] = fmaf(e * e, s.v[j], sum.v[j]);
       }
     }
@@ -94,7 +117,13 @@ KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) e
     if (LANE == 0) square[row] = log_f(s2) - 2.f * f.log_sum;
   }
   if (best) {
-    const int first = row_first(largest, slices, vocab, [&](int i) { return load_row(l, i, vocab, NEG_INF); });
+    int first = 0;
+    if (logits) {
+      first = row_first(largest, slices, vocab, [&](int i) { return load_row(l, i, vocab, NEG_INF); });
+    } else {
+      const int slice = first_slice(largest, slices);
+      if (slice < slices) first = (int)largest[3 * slices + slice];
+    }
     if (LANE == 0) best[row] = first;
   }
 }
@@ -109,26 +138,18 @@ KERNEL_WARP(head_grad, HOT)(real* dlogits, const float* logits, const int* targe
   real* dl = dlogits + at.row * vocab;
   const int t = target[at.row], begin = at.slice * LOGIT_SLICE;
   const int end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
-  const float norm = lse[at.row], up = a[at.row] * slope, part_of_cap = softcap > 0.f ? 1.f / softcap : 0.f;
-  const float h = b ? entropy[at.row] : 0.f, ue = b ? b[at.row] * slope : 0.f;
+  const float part_of_cap = softcap > 0.f ? 1.f / softcap : 0.f;
+  const LogitGradient grad = {scale, lse[at.row], a[at.row] * slope, b ? entropy[at.row] : 0.f, b ? b[at.row] * slope : 0.f};
   for (int i = begin + WCOL; i < end; i += WARP_STEP) {
-    WarpPack v = load_row(l, i, vocab, NEG_INF), g;
-    const WarpPack logit = v;
+    const WarpPack logit = load_row(l, i, vocab, NEG_INF);
+    WarpPack g;
 #pragma unroll
-    for (int j = 0; j < WV; ++j) {
-      v.v[j] = fmaf(v.v[j], scale, -norm);
-      g.v[j] = -exp_or_zero(v.v[j]);
-    }
-    if (b) {
-#pragma unroll
-      for (int j = 0; j < WV; ++j) v.v[j] = ue * g.v[j] * (no_less(v.v[j]) + h);
-    }
+    for (int j = 0; j < WV; ++j) g.v[j] = b ? grad.at<true>(logit.v[j], false) : grad.at<false>(logit.v[j], false);
     if ((unsigned)(t - i) < (unsigned)WV) {
 #pragma unroll
-      for (int j = 0; j < WV; ++j) g.v[j] += i + j == t ? 1.f : 0.f;
+      for (int j = 0; j < WV; ++j)
+        if (i + j == t) g.v[j] = b ? grad.at<true>(logit.v[j], true) : grad.at<false>(logit.v[j], true);
     }
-#pragma unroll
-    for (int j = 0; j < WV; ++j) g.v[j] = b ? fmaf(up, g.v[j], v.v[j]) : up * g.v[j];
     if (softcap > 0.f) {
 #pragma unroll
       for (int j = 0; j < WV; ++j) {

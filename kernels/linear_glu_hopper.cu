@@ -18,155 +18,31 @@
 //          7,168 cycles of the other consumer's products; of 192 rows 5,090 beside 10,752, not all hidden. Not measured; the
 //          arithmetic: docs/kernels.md.
 #include "common/activate.cuh"
-#include "common/hopper_product.cuh"
+#include "common/hopper_turns.cuh"
 
 // D of nt is 8 x (rows of a tile / 64) + the activation, D of nn the activation. Stages of the ring; the block's shared memory: the
 // ring, boxes of 16 x 64 (two or six a warp), barriers.
 EXPORT_FN(glu_halves, d, d < 8 ? 2 : d / 8);
 EXPORT_FN(glu_boxes, d, d < 8 ? 6 : 2);
 EXPORT_FN(glu_stages, d, d / 8 == 2 ? 6 : 4);
-EXPORT_FN(glu_shared, d, glu_stages(d) * (glu_halves(d) * 64 + 128) * 128 + 8 * glu_boxes(d) * 2048 + 512);
+EXPORT_FN(glu_shared, d, glu_stages(d) * turns_ring(glu_halves(d) * 64) + 8 * glu_boxes(d) * 2048 + TURNS_BARRIERS);
 
 #if defined(REAL_BF16) && defined(HOPPER)
-// A warp's place in a tile: the first of its rows (it has 16 of each 64), and the tile's first column.
-struct GluPlace {
-  int row, col;
-};
-
 DEVICE float low(unsigned pair) { return to_float(bf16{(unsigned short)(pair & 0xffffu)}); }
 DEVICE float high(unsigned pair) { return to_float(bf16{(unsigned short)(pair >> 16)}); }
 
-// Where this lane's address for stmatrix4 and ldmatrix4 lies in a box: rows 0 and 8 of columns 8 x, then the same of 8 x + 8.
-DEVICE int glu_at(int lane, int x) { return swizzle128(lane / 8 % 2 * 8 + lane % 8, x + lane / 16); }
-
-// A tile after a tile, tm x tn of them, of `steps` steps of k: `end` is told when half of a tile's products are started, and takes
-// the sums when all are done.
-template <int TRANS, int D, class End>
-DEVICE void glu_product(const tensor_map& a, const tensor_map& b, int tm, int tn, int steps, int f, int group, End end) {
-  constexpr int STAGES = glu_stages(D), HALVES = glu_halves(D), BOXES = glu_boxes(D), COLS = TRANS == NT ? 64 : 128;
-  constexpr int TILE_A = HALVES * 64 * DEPTH, TILE_B = 128 * DEPTH;
-  static_assert(glu_shared(D) <= 227 * 1024, "what a block of Hopper may have");
-  bf16* sa = (bf16*)shared_base();                                // STAGES x HALVES x 64 x 64
-  bf16* sb = sa + STAGES * TILE_A;                                // STAGES x 128 x 64
-  unsigned char* boxes = (unsigned char*)(sb + STAGES * TILE_B);  // BOXES a warp
-  mbarrier* full = (mbarrier*)(boxes + 8 * BOXES * 2048);
-  mbarrier *empty = full + STAGES, *turn = empty + STAGES;  // turn: one a consumer
-  mbarrier* loaded = turn + 2;                              // two a warp
-  const int warpgroup = threadIdx.x / 128;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) {
-      mbarrier_init(full + i, 1);
-      mbarrier_init(empty + i, 1);
-    }
-    for (int i = 0; i < 2 + 16; ++i) mbarrier_init(turn + i, 1);
-    mbarrier_fence();
-  }
-  block_sync();
-  int i, j;
-
-  if (warpgroup == 0) {
-    registers_dec<HALVES == 3 ? 24 : 40>();
-    if (threadIdx.x != 0) return;
-    int stage = 0, phase = 0;
-    for (int tile = blockIdx.x; tile < tm * tn; tile += gridDim.x) {
-      place(tile, tm, tn, group, i, j);
-      for (int q = 0; q < steps; ++q) {
-        mbarrier_wait(empty + stage, phase ^ 1);
-        mbarrier* arrived = full + stage;
-        mbarrier_expect(arrived, (TILE_A + TILE_B) * 2);
-        bf16 *ta = sa + stage * TILE_A, *tb = sb + stage * TILE_B;
-        tma_load(ta, &a, arrived, q * DEPTH, i * HALVES * 64);
-        if (TRANS == NT) {
-          tma_load(tb, &b, arrived, q * DEPTH, j * COLS);
-          tma_load(tb + TILE_B / 2, &b, arrived, q * DEPTH, f + j * COLS);
-        } else {
-          tma_load(tb, &b, arrived, j * COLS, q * DEPTH);
-          tma_load(tb + TILE_B / 2, &b, arrived, j * COLS + 64, q * DEPTH);
-        }
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-      }
-    }
-    return;
-  }
-
-  registers_inc<HALVES == 3 ? 240 : 232>();
-  const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  end.boxes = boxes + (w * 4 + warp) * BOXES * 2048;
-  end.loaded = loaded + (w * 4 + warp) * 2;
-  if (w == 1 && thread == 0) mbarrier_arrive(turn);  // the first turn
-  // `done`: the steps of all tiles before this one, the other consumer's included.
-  int done = w * steps, turns = 0;
-  for (int tile = blockIdx.x + w * gridDim.x; tile < tm * tn; tile += 2 * gridDim.x, done += 2 * steps) {
-    place(tile, tm, tn, group, i, j);
-    const GluPlace at = {i * HALVES * 64 + warp * 16, j * COLS};
-    int stage = done % STAGES, phase = done / STAGES & 1, last = -1;
-    float d[HALVES][64];
-    // A parity says which of two rounds of the ring is meant, so nobody may be ahead by more than one: the other consumer has
-    // waited for all stages before these.
-    mbarrier_wait(turn + w, turns++ & 1);
-    for (int q = 0; q < steps; ++q) {
-      mbarrier_wait(full + stage, phase);
-      const bf16 *ta = sa + stage * TILE_A, *tb = sb + stage * TILE_B;
-      wgmma_fence();
-#pragma unroll
-      for (int kk = 0; kk < DEPTH; kk += 16)
-#pragma unroll
-        for (int h = 0; h < HALVES; ++h)
-          wgmma_ss<128, false, TRANS != NT>(d[h], wgmma_desc<true>(ta + h * 64 * DEPTH + kk),
-                                            wgmma_desc<TRANS == NT>(tb + (TRANS == NT ? kk : kk * 64)), q > 0 || kk > 0);
-      wgmma_commit();
-      if (last >= 0) {
-        wgmma_wait<1>();
-        if (thread == 0) mbarrier_arrive(empty + last);
-      }
-      last = stage;
-      if (++stage == STAGES) stage = 0, phase ^= 1;
-      if (q == steps / 2) end.halfway(at, lane);
-    }
-    // The turn passes while the last products run. With one step, nothing but their end shows that all four warps had the turn.
-    if (steps > 1 && thread == 0) mbarrier_arrive(turn + (w ^ 1));
-    wgmma_wait<0>();
-    if (thread == 0) {
-      mbarrier_arrive(empty + last);
-      if (steps == 1) mbarrier_arrive(turn + (w ^ 1));
-    }
-    end.finish(at, lane, d);
-  }
-  if (lane == 0) tma_wait<0>();
-}
-
 template <int ACT, int HALVES>
-struct GluForward {
+struct GluForward : TileEnd {
   const tensor_map *gate, *up, *y;
   const real* bias;
-  int m, f, keep, turn;
-  unsigned char* boxes;
-  mbarrier* loaded;
+  int m, f, keep;
 
-  DEVICE_MEMBER void halfway(const GluPlace&, int) const {}
-
-  // Stores 16 x 64 values by one of the two boxes: value(c, y) is this lane's pair of columns of group c of 8, for row y * 8.
   template <class Value>
   DEVICE_MEMBER void put(const tensor_map* map, int row, int col, int lane, Value value) {
-    unsigned char* box = boxes + (turn++ & 1) * 2048;
-    if (lane == 0) tma_wait_read<1>();  // the box used two turns ago has been read
-    warp_sync();
-#pragma unroll
-    for (int x = 0; x < 8; x += 2) {
-      unsigned r[4];
-#pragma unroll
-      for (int y = 0; y < 4; ++y) r[y] = value(x + y / 2, y % 2);
-      stmatrix4(box + glu_at(lane, x), r);
-    }
-    fence_async_proxy();
-    warp_sync();
-    if (lane == 0) {
-      tma_store(map, box, col, row);
-      tma_commit();
-    }
+    TileEnd::put(map, row, col, lane, value, [](unsigned char*) {});
   }
 
-  DEVICE_MEMBER void finish(const GluPlace& at, int lane, float (&d)[HALVES][64]) {
+  DEVICE_MEMBER void finish(const TilePlace& at, int lane, float (&d)[HALVES][64]) {
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
       const int row = at.row + h * 64;
@@ -203,15 +79,14 @@ struct GluForward {
 };
 
 template <int ACT>
-struct GluBackward {
+// Boxes: g and u of even parts, of odd ones; y of even parts, of odd ones.
+struct GluBackward : TileEnd {
   const tensor_map *gate, *up, *y;
   const real* gate_up;
   int m, f, keep;
-  unsigned char* boxes;  // g and u of even parts, of odd ones; y of even parts, of odd ones
-  mbarrier* loaded;
 
   // A warp's rows of a tile in four parts of 16 x 64: the upper half's columns, then the lower half's.
-  DEVICE_MEMBER void load(const GluPlace& at, int part) const {
+  DEVICE_MEMBER void load(const TilePlace& at, int part) const {
     unsigned char* box = boxes + part % 2 * 4096;
     mbarrier_expect(loaded + part % 2, 4096);
     tma_load(box, gate, loaded + part % 2, at.col + part % 2 * 64, at.row + part / 2 * 64);
@@ -219,7 +94,7 @@ struct GluBackward {
   }
 
   // Loads the first two parts, and asks for the others.
-  DEVICE_MEMBER void halfway(const GluPlace& at, int lane) const {
+  DEVICE_MEMBER void halfway(const TilePlace& at, int lane) const {
     if (lane == 0) {
       tma_wait_read<0>();
       load(at, 0);
@@ -233,7 +108,7 @@ struct GluBackward {
     }
   }
 
-  DEVICE_MEMBER void finish(const GluPlace& at, int lane, float (&d)[2][64]) const {
+  DEVICE_MEMBER void finish(const TilePlace& at, int lane, float (&d)[2][64]) const {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const int row = at.row + part / 2 * 64, col = at.col + part % 2 * 64;
@@ -249,8 +124,8 @@ struct GluBackward {
           warp_sync();
         }
         unsigned g[4], u[4], r[4];
-        ldmatrix4<false>(g, box_g + glu_at(lane, x));
-        ldmatrix4<false>(u, box_u + glu_at(lane, x));
+        ldmatrix4<false>(g, box_g + box_at(lane, x));
+        ldmatrix4<false>(u, box_u + box_at(lane, x));
 #pragma unroll
         for (int y = 0; y < 4; ++y) {
           const int c = part % 2 * 32 + 4 * x + 2 * y;
@@ -263,9 +138,9 @@ struct GluBackward {
           u[y] = pack_bf16(low(dy) * a0, high(dy) * a1);
           r[y] = pack_bf16(a0 * u0, a1 * u1);
         }
-        stmatrix4(box_g + glu_at(lane, x), g);
-        stmatrix4(box_u + glu_at(lane, x), u);
-        if (keep) stmatrix4(box_y + glu_at(lane, x), r);
+        stmatrix4(box_g + box_at(lane, x), g);
+        stmatrix4(box_u + box_at(lane, x), u);
+        if (keep) stmatrix4(box_y + box_at(lane, x), r);
       }
       fence_async_proxy();
       warp_sync();
@@ -285,8 +160,12 @@ KERNEL(hopper_glu_nt, D=16,17,18,24,25,26, THREADS=384, SHARED=glu_shared(D), HO
        const tensor_map& gate, const tensor_map& up, const tensor_map& y, MAYBE(const real) bias, int m, int f, int tm, int tn,
        int steps, int keep, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  glu_product<NT, D>(a, w, tm, tn, steps, f, group,
-                     GluForward<D % 8, glu_halves(D)>{&gate, &up, &y, bias, m, f, keep, 0, nullptr, nullptr});
+  const auto load = [&](bf16* to, mbarrier* arrived, int q, int j) {
+    tma_load(to, &w, arrived, q * DEPTH, j * 64);
+    tma_load(to + 64 * DEPTH, &w, arrived, q * DEPTH, f + j * 64);
+  };
+  tiles_in_turns<NT, glu_halves(D), glu_stages(D), glu_boxes(D), 64>(
+      a, tm, tn, steps, group, load, GluForward<D % 8, glu_halves(D)>{{}, &gate, &up, &y, bias, m, f, keep});
 #endif
 }
 
@@ -294,6 +173,11 @@ KERNEL(hopper_glu_nn, D=0,1,2, THREADS=384, SHARED=glu_shared(D), HOT)(const ten
        const tensor_map& gate, const tensor_map& up, const tensor_map& y, INOUT(real) gate_up, int m, int f, int tm, int tn,
        int steps, int keep, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
-  glu_product<NN, D>(a, w, tm, tn, steps, f, group, GluBackward<D>{&gate, &up, &y, gate_up, m, f, keep, nullptr, nullptr});
+  const auto load = [&](bf16* to, mbarrier* arrived, int q, int j) {
+    tma_load(to, &w, arrived, j * 128, q * DEPTH);
+    tma_load(to + 64 * DEPTH, &w, arrived, j * 128 + 64, q * DEPTH);
+  };
+  tiles_in_turns<NN, glu_halves(D), glu_stages(D), glu_boxes(D), 128>(
+      a, tm, tn, steps, group, load, GluBackward<D>{{}, &gate, &up, &y, gate_up, m, f, keep});
 #endif
 }

@@ -49,10 +49,11 @@ DEVICE float penalised_value(float v, int i, const int* bits, float penalty, flo
   return !has ? v : v * (v < 0.f ? penalty : inverse);
 }
 // l' of the pack at column i; v is unchanged beyond the end of the row, where `bits` has no entry.
-DEVICE void penalise(WarpPack& v, int i, int vocab, const int* bits, float penalty) {
+template <int N>
+DEVICE void penalise(Pack<N>& v, int i, int vocab, const int* bits, float penalty) {
   const float inverse = 1.f / penalty;
 #pragma unroll
-  for (int j = 0; j < WV; ++j)
+  for (int j = 0; j < N; ++j)
     if (i + j < vocab) v.v[j] = penalised_value(v.v[j], i + j, bits, penalty, inverse);
 }
 DEVICE WarpPack penalised(const float* l, int i, int vocab, const int* bits, float penalty) {
@@ -72,23 +73,24 @@ KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float*
   if (at.row >= rows) return;
   const int* info = who + at.row * SAMPLE_INFO;
   if (info[0] < 0) return;
-  Slice s = load_slice(logits + at.row * vocab, at.slice, vocab);
-  const float largest = slice_max(s);
-  const SliceSums plain = slice_sums(s, largest, 1.f);
-  SliceSums scaled = plain;
-  if (scale != 1.f) scaled = slice_sums(s, largest, scale);
-  float z_largest = largest, z_sum = scaled.sum;
+  Parts s = load_parts(logits + at.row * vocab, at.slice, vocab);
+  const SliceTops tops = slice_tops(s);
+  const LogitSums plain = slice_sums(s, tops, 1.f);
+  LogitSums scaled = plain;
+  if (scale != 1.f) scaled = slice_sums(s, tops, scale);
+  float z_largest = tops.largest, z_sum = scaled.sum;
   if (seen) {
     const int* bits = seen_row(seen, info, words);
 #pragma unroll
-    for (int k = 0; k < SLICE_PACKS; ++k)
-      if (s.has(k)) penalise(s.pack[k], s.begin + k * WARP_STEP + WCOL, vocab, bits, penalty);
-    z_largest = slice_max(s);
-    z_sum = slice_sums(s, z_largest, scale).sum;
+    for (int k = 0; k < SLICE_PARTS; ++k)
+      if (s.has(k)) penalise(s.pack[k], s.column(k), vocab, bits, penalty);
+    const SliceTops z_tops = slice_tops(s);
+    z_largest = z_tops.largest;
+    z_sum = slice_sums(s, z_tops, scale).sum;
   }
   if (LANE == 0) {
     float* out = part + at.row * SAMPLE_PARTS * slices + at.slice;
-    out[0] = largest;
+    out[0] = tops.largest;
     out[slices] = plain.sum;
     out[2 * slices] = plain.mean;
     out[3 * slices] = scaled.sum;

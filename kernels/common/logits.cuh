@@ -1,7 +1,7 @@
 // Log-probs and entropies from a row of logits, cut into slices of a fixed size so that many warps share it. Both the trainer's
 // head and the sampler call this, so they have the same bits; a row's bits depend on the row alone.
 #pragma once
-#include "prim/math.cuh"
+#include "common/logit_parts.cuh"
 #include "prim/warp.cuh"
 
 // Columns of a slice. One warp reads it once and keeps it in registers: on a GPU a lane has 8 loads of 128 bits in flight.
@@ -41,46 +41,128 @@ DEVICE Slice load_slice(const float* l, int slice, int vocab) {
   return s;
 }
 
-DEVICE float slice_max(const Slice& s) {
-  WarpPack top;
-#pragma unroll
-  for (int j = 0; j < WV; ++j) top.v[j] = NEG_INF;
-#pragma unroll
-  for (int k = 0; k < SLICE_PACKS; ++k)
-    if (s.has(k)) {
-#pragma unroll
-      for (int j = 0; j < WV; ++j) top.v[j] = max2(top.v[j], s.pack[k].v[j]);
-    }
-  return pack_max(top);
-}
-
-// Clamps x to the domain of exp_down.
-DEVICE float no_less(float x) { return x < -86.f ? -86.f : x; }
-// exp_down for any x up to about 0; 0 below -86.
-DEVICE float exp_or_zero(float x) {
-  const float y = exp_down(no_less(x));
-  return x < -86.f ? 0.f : y;
-}
-
-// Over a slice, with d_j = scale l_j - scale max:  sum e^{d_j}  and  sum e^{d_j} d_j. d_j is clamped at -86: a term below 1e-35
-// beside one of 1.
-struct SliceSums {
-  float sum, mean;
+// A slice for its statistics, in parts. With 32 lanes, pack k of lane 4 p + q has columns 16 k + 4 q to 16 k + 4 q + 3 of part p; a
+// single lane has part k in pack k.
+constexpr int SLICE_PARTS = LOGIT_SLICE / LOGIT_PART, PART_PACK = LANES == 32 ? 4 : LOGIT_PART;
+struct Parts {
+  Pack<PART_PACK> pack[SLICE_PARTS];
+  int begin, vocab;
+  // The column of this lane's first value of pack k.
+  DEVICE_MEMBER int column(int k) const {
+    return begin + (LANES == 32 ? LANE / 4 * LOGIT_PART + k * 16 + LANE % 4 * 4 : k * LOGIT_PART);
+  }
+  // Whether to look at pack k. All lanes agree.
+  DEVICE_MEMBER bool has(int k) const { return LANES == 32 || begin + k * LOGIT_PART < vocab; }
 };
-DEVICE SliceSums slice_sums(const Slice& s, float largest, float scale) {
-  const float m = largest == NEG_INF ? 0.f : largest * scale;
-  WarpPack sum = {}, mean = {};
+
+DEVICE Parts load_parts(const float* l, int slice, int vocab) {
+  Parts s;
+  s.begin = slice * LOGIT_SLICE;
+  s.vocab = vocab;
+  if (s.begin + LOGIT_SLICE <= vocab) {
 #pragma unroll
-  for (int k = 0; k < SLICE_PACKS; ++k)
-    if (s.has(k)) {
+    for (int k = 0; k < SLICE_PARTS; ++k) s.pack[k] = load<PART_PACK>(l + s.column(k), PART_PACK);
+  } else {
 #pragma unroll
-      for (int j = 0; j < WV; ++j) {
-        const float d = no_less(fmaf(s.pack[k].v[j], scale, -m)), e = exp_down(d);
-        sum.v[j] += e;
-        mean.v[j] = fmaf(e, d, mean.v[j]);
-      }
+    for (int k = 0; k < SLICE_PARTS; ++k)
+      if (s.has(k)) s.pack[k] = load<PART_PACK>(l + s.column(k), vocab - s.column(k), NEG_INF);
+  }
+  return s;
+}
+
+// The largest value of each of the parts that this lane has a share of, and that of the slice.
+constexpr int OWN_PARTS = LANES == 32 ? 1 : SLICE_PARTS;
+struct SliceTops {
+  float part[OWN_PARTS], largest;
+};
+DEVICE SliceTops slice_tops(const Parts& s) {
+  SliceTops tops;
+  float largest = NEG_INF;
+#if LANES == 32
+#pragma unroll
+  for (int k = 0; k < SLICE_PARTS; ++k)
+#pragma unroll
+    for (int j = 0; j < PART_PACK; ++j) largest = max_fast(largest, s.pack[k].v[j]);
+  largest = max_fast(largest, shfl_xor(largest, 1));
+  tops.part[0] = largest = max_fast(largest, shfl_xor(largest, 2));
+#pragma unroll
+  for (int m = 4; m < 32; m <<= 1) largest = max_fast(largest, shfl_xor(largest, m));
+#else
+  for (int k = 0; k < SLICE_PARTS; ++k) {
+    tops.part[k] = NEG_INF;
+    if (!s.has(k)) continue;
+    float top[LOGIT_PART];
+    for (int i = 0; i < LOGIT_PART; ++i) top[i] = s.pack[k].v[i];
+    for (int m = LOGIT_PART / 2; m > 0; m >>= 1)
+      for (int i = 0; i < m; ++i) top[i] = max2(top[i], top[i + m]);
+    tops.part[k] = top[0];
+    largest = max2(largest, top[0]);
+  }
+#endif
+  tops.largest = largest;
+  return tops;
+}
+
+// The sum of a part over the lanes that share it, from this lane's sums of pairs of columns that differ in bit 6.
+#if LANES == 32
+constexpr int OWN_PAIRS = SLICE_PARTS / 2 * PART_PACK;  // pair 4 k + j: value j of packs k and k + 4
+DEVICE float part_total(float (&s)[OWN_PAIRS]) {
+  float by_column[PART_PACK];
+#pragma unroll
+  for (int j = 0; j < PART_PACK; ++j) {
+    by_column[j] = (s[j] + s[8 + j]) + (s[4 + j] + s[12 + j]);  // bits 5 and 4
+    by_column[j] += shfl_xor(by_column[j], 2);                  // bit 3
+  }
+  float low = by_column[0] + by_column[1], high = by_column[2] + by_column[3];  // bit 0
+  low += shfl_xor(low, 1);                                                      // bit 2
+  high += shfl_xor(high, 1);
+  return low + high;
+}
+DEVICE float parts_total(const float (&part)[1]) {
+  float v = part[0];
+#pragma unroll
+  for (int m = 16; m > 2; m >>= 1) v += shfl_xor(v, m);
+  return v;
+}
+#else
+constexpr int OWN_PAIRS = LOGIT_PART / 2;
+DEVICE float part_total(float (&s)[OWN_PAIRS]) {
+  for (int m = OWN_PAIRS / 2; m > 4; m >>= 1)
+    for (int i = 0; i < m; ++i) s[i] += s[i + m];
+  return ((s[0] + s[1]) + (s[4] + s[5])) + ((s[2] + s[3]) + (s[6] + s[7]));
+}
+#endif
+DEVICE float parts_total(const float (&part)[SLICE_PARTS]) {
+  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+}
+
+// `square` of the result only with SQUARES.
+template <bool SQUARES = false>
+DEVICE LogitSums slice_sums(const Parts& s, const SliceTops& tops, float scale) {
+  float sum[OWN_PARTS], mean[OWN_PARTS], square[OWN_PARTS];
+#pragma unroll
+  for (int p = 0; p < OWN_PARTS; ++p) {
+    sum[p] = mean[p] = square[p] = 0.f;
+    if (!s.has(p)) continue;
+    const float top = scaled_top(tops.part[p], scale);
+    float sums[OWN_PAIRS], means[OWN_PAIRS], squares[OWN_PAIRS];
+#pragma unroll
+    for (int i = 0; i < OWN_PAIRS; ++i) {
+      constexpr int HALF = SLICE_PARTS / 2;
+      const float low = LANES == 32 ? s.pack[i / PART_PACK].v[i % PART_PACK] : s.pack[p].v[i];
+      const float high = LANES == 32 ? s.pack[HALF + i / PART_PACK].v[i % PART_PACK] : s.pack[p].v[OWN_PAIRS + i];
+      const LogitSums terms = pair_of_terms(low, high, scale, top);
+      sums[i] = terms.sum;
+      means[i] = terms.mean;
+      squares[i] = terms.square;
     }
-  return {pack_sum(sum), pack_sum(mean)};
+    LogitSums own = {part_total(sums), part_total(means), SQUARES ? part_total(squares) : 0.f};
+    own = share_of(own, tops.part[p], tops.largest, scale);
+    sum[p] = own.sum;
+    mean[p] = own.mean;
+    square[p] = own.square;
+  }
+  return {parts_total(sum), parts_total(mean), SQUARES ? parts_total(square) : 0.f};
 }
 
 // If a row has one slice, its statistics are that slice's (e^0 is 1, exactly): the case of a small vocabulary on a CPU.
@@ -117,7 +199,7 @@ DEVICE RowFigures row_figures(const float* largest, const float* sums, const flo
     const WarpPack m = load_row(largest, i, slices, NEG_INF), s = load_row(sums, i, slices), c = load_row(means, i, slices);
 #pragma unroll
     for (int j = 0; j < WV; ++j) {
-      const float d = no_less(m.v[j] * scale - top), e = exp_down(d);
+      const float d = no_less(m.v[j] * scale - top), e = exp_logit(d);
       sum.v[j] = fmaf(e, s.v[j], sum.v[j]);
       mean.v[j] = fmaf(e, fmaf(s.v[j], d, c.v[j]), mean.v[j]);
     }
@@ -154,12 +236,17 @@ DEVICE int first_equal(int begin, int end, float top, Values values) {
   return (int)-pack_max(first);
 }
 
-// The first column of a row's largest value, from the maxima of its slices. If there is none (a row of NaNs): 0.
+// The first slice with the largest of `largest`; `slices` if there is none (a row of NaNs).
+DEVICE int first_slice(const float* largest, int slices) {
+  if (slices == 1) return 0;
+  return first_equal(0, slices, row_max(largest, slices), [&](int i) { return load_row(largest, i, slices, NEG_INF); });
+}
+
+// The first column of a row's largest value, from the maxima of its slices. If there is none: 0.
 template <class Values>
 DEVICE int row_first(const float* largest, int slices, int vocab, Values values) {
   const float top = row_max(largest, slices);
-  int slice = 0;
-  if (slices > 1) slice = first_equal(0, slices, top, [&](int i) { return load_row(largest, i, slices, NEG_INF); });
+  const int slice = first_slice(largest, slices);
   if (slice >= slices) return 0;
   const int begin = slice * LOGIT_SLICE, end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
   const int column = first_equal(begin, end, top, values);

@@ -29,6 +29,16 @@ DEVICE void warp_sync() {
   shim::warp_sync();
 #endif
 }
+// Whether p is true in any lane of the warp.
+DEVICE bool warp_any(bool p) {
+#ifdef __CUDACC__
+  return __any_sync(0xffffffffu, p);
+#else
+  int any = p;
+  for (int m = 16; m > 0; m >>= 1) any |= shfl_xor(any, m);
+  return any != 0;
+#endif
+}
 DEVICE float warp_sum(float v) {
 #pragma unroll
   for (int m = 16; m > 0; m >>= 1) v += shfl_xor(v, m);

@@ -2,17 +2,6 @@
 #pragma once
 #include "prim/wgmma.cuh"
 
-// Whether p is true in any lane of the warp.
-DEVICE bool warp_any(bool p) {
-#ifdef __CUDACC__
-  return __any_sync(0xffffffffu, p);
-#else
-  int any = p;
-  for (int m = 16; m > 0; m >>= 1) any |= shfl_xor(any, m);
-  return any != 0;
-#endif
-}
-
 #if HOPPER
 // Call after wgmma_wait: the compiler moves no read or write of these accumulators across, so none comes before the wait.
 template <int N>

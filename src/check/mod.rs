@@ -11,6 +11,7 @@
 
 pub mod early;
 pub mod gated;
+pub mod head;
 pub mod low_rank;
 pub mod model;
 pub mod norm;

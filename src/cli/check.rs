@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::check::early::check_early;
 use crate::check::gated::check_gated;
+use crate::check::head::check_head;
 use crate::check::low_rank::check_low_rank;
 use crate::check::model::check_model;
 use crate::check::norm::check_norm;
@@ -26,8 +27,8 @@ pub struct CheckArgs {
     /// auto, cuda or cpu
     #[arg(long, default_value = "auto", value_parser = choice::<DeviceChoice>)]
     device: DeviceChoice,
-    /// only ops whose name contains this; "early launches", "exact products", "gated unit", "low
-    /// rank" and "norm in front" are five more
+    /// only ops whose name contains this; "early launches", "exact products", "gated unit", "head
+    /// rows", "low rank" and "norm in front" are six more
     #[arg(long, default_value = "")]
     op: String,
     /// CPU only: run 32 real lanes for each warp, in an order permuted by this seed, over poisoned
@@ -66,6 +67,9 @@ pub fn run(args: CheckArgs) -> Result<()> {
     }
     if "gated unit".contains(&args.op) {
         outcomes.extend(check_gated(&device, &mut each));
+    }
+    if "head rows".contains(&args.op) {
+        outcomes.extend(check_head(&device, &mut each));
     }
     if "low rank".contains(&args.op) {
         outcomes.extend(check_low_rank(&device, &mut each));

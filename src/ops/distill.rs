@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
-use crate::ops::head::{Head, LogitMap, chunk_rows, chunks, slices};
+use crate::ops::head::{Head, LogitMap};
+use crate::ops::head_pass::{chunk_rows, chunks, slices};
 use crate::ops::head_terms::{self, gradients_of, logits_of, oracle_row, slots_in_forward, terms};
 use crate::tensor::Tensor;
 

@@ -1,20 +1,22 @@
 //! The fused head: log-probs of chosen tokens without ever holding all logits. Layer 4.
 //!
-//! Invariant: memory is one chunk of logits, whatever the vocabulary and the number of rows; a
-//! row's log-prob does not depend on the chunk. Two modes: weights known beforehand ([`head_loss`],
+//! Invariant: memory is one chunk of logits or less, whatever the vocabulary and the number of rows;
+//! a row's log-prob does not depend on the chunk. Two modes: weights known beforehand ([`head_loss`],
 //! three matrix products: gradients are computed while the chunk is in memory) and weights known
 //! later ([`head_logps`], four: the chunk's logits are computed again). Math: `kernels/head.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
-use crate::device::{DType, Launch, Layout};
+use crate::device::{Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::add::axpy;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
+use crate::ops::head_pass::{
+    Pass, Purpose, RowGradient, chunk_rows, chunks, gradient, rows_at_once, skips_logits,
+};
 use crate::ops::head_terms::{
-    self, HeadPair, LogitTerm, TermSlots, gradients_of, logits_of, oracle_row, slots_in_forward,
-    terms,
+    self, HeadPair, TermSlots, gradients_of, logits_of, oracle_row, slots_in_forward, terms,
 };
 use crate::ops::matmul::product;
 use crate::tensor::Tensor;
@@ -199,18 +201,6 @@ pub fn mean_logits(cx: &Cx, x: &Tensor, head: &Head) -> Result<Tensor> {
     Ok(mean)
 }
 
-/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 or 2 GiB on a GPU, and at
-/// least 256 rows, because each chunk reads the whole head, and reads and writes its whole
-/// gradient.
-pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
-    (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(256, 16384)
-}
-
-/// Warps that share a row of logits.
-pub(super) fn slices(vocab: usize) -> usize {
-    vocab.div_ceil(kernels::LOGIT_SLICE)
-}
-
 /// Index of the first input of the head's pair (t and B), if it has one.
 const PAIR_OF_LOGPS: usize = 3;
 const PAIR_OF_LOSS: usize = 4;
@@ -229,85 +219,6 @@ pub struct HeadLogps {
     pub chunk: usize,
     /// Also compute log sum p^2.
     pub square: bool,
-}
-
-/// Buffers of one pass over the rows.
-struct Pass {
-    logp: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    square: Option<Tensor>,
-    best: Tensor,
-    /// The statistics of the slices of the chunk's rows.
-    part: Tensor,
-    logits: Tensor,
-}
-
-impl Pass {
-    fn new(cx: &Cx, rows: usize, vocab: usize, chunk: usize, square: bool) -> Result<Pass> {
-        Ok(Pass {
-            logp: cx.float("head rows", &[rows])?,
-            lse: cx.float("head rows", &[rows])?,
-            entropy: cx.float("head rows", &[rows])?,
-            square: if square { Some(cx.float("head rows", &[rows])?) } else { None },
-            best: Tensor::new(&cx.pool, "head rows", DType::I32, &[rows])?,
-            part: cx.float(
-                "logit slices",
-                &[chunk.min(rows.max(1)), kernels::HEAD_PARTS, slices(vocab)],
-            )?,
-            logits: cx.float("logits chunk", &[chunk.min(rows.max(1)), vocab])?,
-        })
-    }
-
-    /// Computes and returns the logits of rows `from..to`, and their statistics.
-    fn forward(
-        &self,
-        cx: &Cx,
-        terms: &[LogitTerm],
-        target: &Tensor,
-        rows: (usize, usize),
-        (scale, map): (f32, LogitMap),
-    ) -> Result<Tensor> {
-        let (from, to) = rows;
-        let logits = self.logits.rows(0, to - from)?;
-        logits_of(cx, &logits, terms, rows)?;
-        map.apply(cx, &logits)?;
-        let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
-        let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);
-        let (entropy, best) = (self.entropy.rows(from, to)?, self.best.rows(from, to)?);
-        let (n, vocab) = (to - from, logits.cols());
-        let slices = slices(vocab);
-        let args = kernels::HeadSlicesArgs {
-            part: self.part.out(),
-            logits: &logits,
-            rows: n as i32,
-            vocab: vocab as i32,
-            slices: slices as i32,
-            scale,
-            square: i32::from(square.is_some()),
-        };
-        kernels::head_slices(&*cx.device, Launch::warps(n * slices), args)?;
-        let args = kernels::HeadStatsArgs {
-            logp: logp.out(),
-            lse: lse.out(),
-            entropy: Some(entropy.out()),
-            square: square.as_ref().map(|s| s.out()),
-            best: Some(best.out()),
-            part: &self.part,
-            logits: &logits,
-            target: &target.rows(from, to)?,
-            rows: n as i32,
-            vocab: vocab as i32,
-            slices: slices as i32,
-            scale,
-        };
-        kernels::head_stats(&*cx.device, Launch::warps(n), args)?;
-        Ok(logits)
-    }
-}
-
-pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..rows.div_ceil(chunk)).map(move |i| (i * chunk, ((i + 1) * chunk).min(rows)))
 }
 
 /// `rows`: the number of inputs with one value per row, after x and the weight.
@@ -331,35 +242,38 @@ impl Op for HeadLoss {
         let (h, w, target, weight) = (x[0], x[1], x[2], x[3]);
         let (rows, vocab) = (h.row_count(), w.row_count());
         let terms = terms([h, w], &x[PAIR_OF_LOSS..]);
-        let pass = Pass::new(cx, rows, vocab, self.chunk, false)?;
+        let purpose = if need.tape { Purpose::Loss } else { Purpose::Statistics };
+        let skips = skips_logits(cx, &terms, self.map, purpose);
+        let pass = Pass::new(cx, (rows, vocab), self.chunk, purpose, skips)?;
         let loss = cx.float("loss", &[1])?;
         let upstream = cx.float("head rows", &[rows])?;
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
         let wanted = [0, PAIR_OF_LOSS].map(|i| [wants(i), wants(i + 1)]);
         let mut slots = slots_in_forward(cx, "head_loss", &terms, &wanted)?;
-        let dlogits =
-            if need.tape { Some(cx.real("dlogits chunk", pass.logits.shape())?) } else { None };
+        let dlogits = match need.tape {
+            true => Some(cx.real("dlogits chunk", &[pass.chunk.min(rows.max(1)), vocab])?),
+            false => None,
+        };
         if need.tape {
             let args =
                 kernels::NllUpstreamArgs { upstream: upstream.out(), weight, rows: rows as i32 };
             kernels::nll_upstream(&*cx.device, Launch::flat(rows), args)?;
         }
-        for range in chunks(rows, self.chunk) {
-            let logits = pass.forward(cx, &terms, target, range, (self.scale, self.map))?;
+        let by_row = RowGradient {
+            target: target.clone(),
+            lse: pass.lse.clone(),
+            logp: upstream,
+            entropy: None,
+            by_entropy: None,
+        };
+        for range in chunks(rows, pass.chunk) {
+            let of = (self.scale, self.map);
+            pass.forward(cx, &terms, target, range, of)?;
             let Some(dlogits) = &dlogits else { continue };
-            let dl = dlogits.rows(0, range.1 - range.0)?;
-            let lse = pass.lse.rows(range.0, range.1)?;
-            let up = upstream.rows(range.0, range.1)?;
-            gradient_rows(
-                cx,
-                &dl,
-                &logits,
-                &target.rows(range.0, range.1)?,
-                &lse,
-                None,
-                (&up, None),
-                (self.scale, self.map),
-            )?;
+            let (logits, dl) =
+                (pass.logits(range.1 - range.0)?, dlogits.rows(0, range.1 - range.0)?);
+            let g = by_row.rows(range.0, range.1)?;
+            gradient(cx, &dl, logits.as_ref(), &terms, range, &g, of)?;
             gradients_of(cx, &dl, &terms, &mut slots, range)?;
         }
         let args = kernels::WeightedNllArgs {
@@ -403,8 +317,11 @@ impl Op for HeadLogps {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         check("head_logps", x, 1)?;
         let terms = terms([x[0], x[1]], &x[PAIR_OF_LOGPS..]);
-        let pass = Pass::new(cx, x[0].row_count(), x[1].row_count(), self.chunk, self.square)?;
-        for range in chunks(x[0].row_count(), self.chunk) {
+        let purpose = if self.square { Purpose::Squares } else { Purpose::Statistics };
+        let skips = skips_logits(cx, &terms, self.map, purpose);
+        let sizes = (x[0].row_count(), x[1].row_count());
+        let pass = Pass::new(cx, sizes, self.chunk, purpose, skips)?;
+        for range in chunks(sizes.0, pass.chunk) {
             pass.forward(cx, &terms, x[2], range, (self.scale, self.map))?;
         }
         let mut saved =
@@ -433,26 +350,28 @@ impl Op for HeadLogps {
         for at in [0, PAIR_OF_LOGPS].into_iter().take(terms.len()) {
             slots.push(TermSlots { rows: g.slot(at)?, weight: g.slot(at + 1)? });
         }
-        let logits = cx.float("logits chunk", &[self.chunk.min(rows.max(1)), w.row_count()])?;
-        let dlogits = cx.real("dlogits chunk", logits.shape())?;
-        for (from, to) in chunks(rows, self.chunk) {
-            let (l, dl) = (logits.rows(0, to - from)?, dlogits.rows(0, to - from)?);
-            logits_of(cx, &l, &terms, (from, to))?;
-            self.map.apply(cx, &l)?;
-            let de = dy[1].as_ref().map(|d| d.rows(from, to)).transpose()?;
-            let (lse, entropy) = (lse.rows(from, to)?, entropy.rows(from, to)?);
-            let up = (&dlogp.rows(from, to)?, de.as_ref());
-            gradient_rows(
-                cx,
-                &dl,
-                &l,
-                &target.rows(from, to)?,
-                &lse,
-                Some(&entropy),
-                up,
-                (self.scale, self.map),
-            )?;
-            gradients_of(cx, &dl, &terms, &mut slots, (from, to))?;
+        let skips = skips_logits(cx, &terms, self.map, Purpose::Gradient);
+        let (of, chunk) = ((self.scale, self.map), rows_at_once(self.chunk, skips));
+        let shape = [chunk.min(rows.max(1)), w.row_count()];
+        let logits = if skips { None } else { Some(cx.float("logits chunk", &shape)?) };
+        let dlogits = cx.real("dlogits chunk", &shape)?;
+        let by_row = RowGradient {
+            target: target.clone(),
+            lse: lse.clone(),
+            logp: dlogp.clone(),
+            entropy: Some(entropy.clone()),
+            by_entropy: dy[1].clone(),
+        };
+        for range in chunks(rows, chunk) {
+            let n = range.1 - range.0;
+            let logits = logits.as_ref().map(|l| l.rows(0, n)).transpose()?;
+            if let Some(logits) = &logits {
+                logits_of(cx, logits, &terms, range)?;
+                self.map.apply(cx, logits)?;
+            }
+            let (dl, g) = (dlogits.rows(0, n)?, by_row.rows(range.0, range.1)?);
+            gradient(cx, &dl, logits.as_ref(), &terms, range, &g, of)?;
+            gradients_of(cx, &dl, &terms, &mut slots, range)?;
         }
         Ok(())
     }
@@ -466,36 +385,6 @@ impl Op for HeadLogps {
     fn cost(&self, x: &[&Tensor]) -> Cost {
         head_cost(x, PAIR_OF_LOGPS)
     }
-}
-
-#[allow(clippy::too_many_arguments)]
-fn gradient_rows(
-    cx: &Cx,
-    dlogits: &Tensor,
-    logits: &Tensor,
-    target: &Tensor,
-    lse: &Tensor,
-    entropy: Option<&Tensor>,
-    (a, b): (&Tensor, Option<&Tensor>),
-    (scale, map): (f32, LogitMap),
-) -> Result<()> {
-    let (rows, vocab) = (logits.row_count(), logits.cols());
-    let args = kernels::HeadGradArgs {
-        dlogits: dlogits.out(),
-        logits,
-        target,
-        lse,
-        entropy,
-        a,
-        b,
-        rows: rows as i32,
-        vocab: vocab as i32,
-        slices: slices(vocab) as i32,
-        scale,
-        slope: map.slope(scale),
-        softcap: map.cap(),
-    };
-    kernels::head_grad(&*cx.device, Launch::warps(rows * slices(vocab)), args)
 }
 
 fn head_cost(x: &[&Tensor], pair: usize) -> Cost {
@@ -532,6 +421,8 @@ pub fn cases(rng: &mut Rng) -> Vec<Case> {
         (33, 16, 130, 16, 1.0, LogitMap { divisor: 3.0, softcap: None }, 0),
         (9, 24, 1031, 4, 0.7, capped, 0),
         (5, 8, 4999, 3, 1.3, LogitMap { divisor: 0.8, softcap: Some(2.0) }, 0),
+        (70, 40, 264, 64, 1.0, plain, 0),
+        (200, 72, 1160, 64, 0.6, plain, 0),
         (33, 16, 130, 16, 1.0, plain, 3),
         (9, 24, 1031, 4, 0.7, capped, 8),
     ] {

@@ -46,7 +46,7 @@ impl HeadPair {
 }
 
 /// One of the products: rows [n, k] times the transpose of a weight [vocab, k].
-pub(super) struct LogitTerm<'a> {
+pub struct LogitTerm<'a> {
     pub rows: &'a Tensor,
     pub weight: &'a Tensor,
 }

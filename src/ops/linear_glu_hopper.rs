@@ -6,25 +6,17 @@
 //! `matmul_hopper`, which for a long k costs more time than the activation (`docs/kernels.md`).
 
 use crate::autograd::Cx;
-use crate::device::{DType, Launch};
+use crate::device::DType;
 use crate::error::Result;
 use crate::kernels::{self, Boxes};
 use crate::ops::activation::Act;
+use crate::ops::hopper_turns::{BOX, WARP_ROWS, WIDTH, grid, height};
 use crate::ops::matmul_hopper::GROUP;
 use crate::ops::own::own_products;
 use crate::tensor::Tensor;
 
-/// Rows of a tile in units of 64, and the time of a product of each height relative to the other: a
-/// low tile reads more for the same product.
-const HEIGHTS: [(usize, f64); 2] = [(2, 1.12), (3, 1.0)];
 /// The height of the backward's tiles, whose sums leave no registers for a third unit.
 const BACKWARD_HEIGHT: usize = 2;
-/// Columns of a tile's product.
-const WIDTH: usize = 128;
-/// Rows and columns of a box of operands, k of a step.
-const BOX: usize = 64;
-/// Rows of a box that a warp stores.
-const WARP_ROWS: usize = 16;
 /// The longest k for which the forward is predicted to be faster than two kernels.
 const FORWARD_K: usize = 2047;
 /// The same for the backward, which saves more.
@@ -60,8 +52,9 @@ pub(super) fn forward(
     act: Act,
 ) -> Result<()> {
     let (m, f, k) = (x.row_count(), y.cols(), x.cols());
-    let height = height((m, f), cx.device.capabilities().multiprocessors);
-    let (tm, tn) = (m.div_ceil(height * BOX), f.div_ceil(WIDTH / 2));
+    let tn = f.div_ceil(WIDTH / 2);
+    let height = height((m, tn), cx.device.capabilities().multiprocessors);
+    let tm = m.div_ceil(height * BOX);
     let halves = gate_up.map(|t| halves(t, f)).transpose()?;
     let boxes = |t| Boxes::swizzled(t, WARP_ROWS);
     let args = kernels::HopperGluNtArgs {
@@ -116,30 +109,4 @@ pub(super) fn backward(
 
 fn halves(gate_up: &Tensor, f: usize) -> Result<[Tensor; 2]> {
     Ok([gate_up.columns(0, f)?, gate_up.columns(f, 2 * f)?])
-}
-
-/// The height of tiles that takes the least time: rounds of tiles over the multiprocessors, times
-/// the time of a tile.
-fn height((m, f): (usize, usize), multiprocessors: usize) -> usize {
-    let time = |&(height, per_row): &(usize, f64)| {
-        let tiles = m.div_ceil(height * BOX) * f.div_ceil(WIDTH / 2);
-        tiles.div_ceil(multiprocessors) as f64 * height as f64 * per_row
-    };
-    HEIGHTS.iter().min_by(|a, b| time(a).total_cmp(&time(b))).map_or(2, |h| h.0)
-}
-
-/// A block for each multiprocessor, or for each tile.
-fn grid(cx: &Cx, tiles: usize) -> Launch {
-    Launch::grid([tiles.min(cx.device.capabilities().multiprocessors), 1, 1])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn many_rows_take_high_tiles_and_few_rows_low_ones() {
-        let heights = [65, 128, 256, 512, 16_384].map(|m| height((m, 4864), 132));
-        assert_eq!(heights, [2, 2, 2, 3, 3]);
-    }
 }

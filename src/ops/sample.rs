@@ -9,7 +9,7 @@ use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS, SAMPLE_PARTS, SAMPLE_PASSES, SAMPLE_WAYS};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
-use crate::ops::head::slices;
+use crate::ops::head_pass::slices;
 use crate::rng::{SAMPLE_TAG, philox, uniform};
 use crate::tensor::{PendingDownload, Tensor};
 

@@ -28,6 +28,7 @@ mod forms;
 mod generate;
 mod gguf;
 mod gguf_families;
+mod head_hopper;
 mod hopper;
 mod jinja;
 mod kills;

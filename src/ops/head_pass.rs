@@ -1,0 +1,256 @@
+//! The head's passes over its rows: statistics and the gradient of logits, chunk by chunk. Layer 4.
+//!
+//! Invariant: a row's results have the same bits whether its logits are stored (`kernels/head.cu`)
+//! or not (`kernels/head_hopper.cu`), and whatever the chunk.
+
+use crate::autograd::Cx;
+use crate::device::{DType, Launch};
+use crate::error::Result;
+use crate::kernels;
+use crate::ops::head::LogitMap;
+use crate::ops::head_hopper;
+use crate::ops::head_terms::{LogitTerm, logits_of};
+use crate::tensor::Tensor;
+
+/// The longest k for which a second product is predicted to take less time than storing the first
+/// one's logits and reading them twice (`docs/kernels.md`, Rows of logits).
+const SECOND_PRODUCT_K: usize = 1700;
+
+/// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 or 2 GiB on a GPU, and at
+/// least 256 rows, because each chunk reads the whole head, and reads and writes its whole
+/// gradient.
+pub(super) fn chunk_rows(cx: &Cx, w: &Tensor) -> usize {
+    (cx.device.capabilities().work_bytes / 4 / w.row_count().max(1)).clamp(256, 16384)
+}
+
+/// Warps that share a row of logits.
+pub(super) fn slices(vocab: usize) -> usize {
+    vocab.div_ceil(kernels::LOGIT_SLICE)
+}
+
+pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..rows.div_ceil(chunk)).map(move |i| (i * chunk, ((i + 1) * chunk).min(rows)))
+}
+
+/// What a pass over the rows is made for.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Purpose {
+    /// Statistics alone.
+    Statistics,
+    /// Statistics with the sum of squares.
+    Squares,
+    /// Statistics, and at once the gradient.
+    Loss,
+    /// The gradient, its statistics known.
+    Gradient,
+}
+
+/// Whether the rows' logits stay out of memory.
+pub(super) fn skips_logits(cx: &Cx, terms: &[LogitTerm], map: LogitMap, purpose: Purpose) -> bool {
+    let pays = match purpose {
+        Purpose::Statistics | Purpose::Gradient => true,
+        Purpose::Squares => false,
+        Purpose::Loss => terms[0].rows.cols() <= SECOND_PRODUCT_K,
+    };
+    pays && head_hopper::fits(cx, terms, map)
+}
+
+/// The rows of a chunk of `chunk` rows of logits in float: if only gradients are stored, their two
+/// bytes allow twice as many.
+pub(super) fn rows_at_once(chunk: usize, skips: bool) -> usize {
+    if skips { 2 * chunk } else { chunk }
+}
+
+/// Statistics at the ends of a product's tiles.
+pub struct Statistics {
+    /// F32 [rows, parts, TILE_STATS]
+    pub parts: Tensor,
+    /// F32 `[rows]`
+    pub target_logit: Tensor,
+}
+
+/// What a chunk's rows leave in memory.
+enum Held {
+    Logits(Tensor),
+    Statistics(Statistics),
+}
+
+/// Buffers of one pass over the rows.
+pub struct Pass {
+    pub logp: Tensor,
+    pub lse: Tensor,
+    pub entropy: Tensor,
+    pub square: Option<Tensor>,
+    pub best: Tensor,
+    /// The statistics of the slices of the chunk's rows.
+    part: Tensor,
+    held: Held,
+    /// Rows of a chunk.
+    pub chunk: usize,
+}
+
+impl Pass {
+    /// For `rows` rows, in chunks of `chunk` rows of logits.
+    pub fn new(
+        cx: &Cx,
+        (rows, vocab): (usize, usize),
+        chunk: usize,
+        purpose: Purpose,
+        skips: bool,
+    ) -> Result<Pass> {
+        let squares = purpose == Purpose::Squares;
+        let chunk = rows_at_once(chunk, skips);
+        let most = chunk.min(rows.max(1));
+        let held = if skips {
+            let shape = [most, head_hopper::parts(vocab), kernels::TILE_STATS];
+            let parts = cx.float("logit slices", &shape)?;
+            let target_logit = cx.float("head rows", &[most])?;
+            Held::Statistics(Statistics { parts, target_logit })
+        } else {
+            Held::Logits(cx.float("logits chunk", &[most, vocab])?)
+        };
+        Ok(Pass {
+            logp: cx.float("head rows", &[rows])?,
+            lse: cx.float("head rows", &[rows])?,
+            entropy: cx.float("head rows", &[rows])?,
+            square: if squares { Some(cx.float("head rows", &[rows])?) } else { None },
+            best: Tensor::new(&cx.pool, "head rows", DType::I32, &[rows])?,
+            part: cx.float("logit slices", &[most, kernels::HEAD_PARTS, slices(vocab)])?,
+            held,
+            chunk,
+        })
+    }
+
+    /// The logits of `n` rows, from the first of the current chunk on, if they are stored.
+    pub fn logits(&self, n: usize) -> Result<Option<Tensor>> {
+        match &self.held {
+            Held::Logits(logits) => Ok(Some(logits.rows(0, n)?)),
+            Held::Statistics(_) => Ok(None),
+        }
+    }
+
+    /// Computes the figures of rows `from..to`.
+    pub fn forward(
+        &self,
+        cx: &Cx,
+        terms: &[LogitTerm],
+        target: &Tensor,
+        (from, to): (usize, usize),
+        (scale, map): (f32, LogitMap),
+    ) -> Result<()> {
+        let (n, vocab) = (to - from, terms[0].weight.row_count());
+        let (slices, target) = (slices(vocab), target.rows(from, to)?);
+        let logits = match &self.held {
+            Held::Logits(all) => {
+                let logits = all.rows(0, n)?;
+                logits_of(cx, &logits, terms, (from, to))?;
+                map.apply(cx, &logits)?;
+                let args = kernels::HeadSlicesArgs {
+                    part: self.part.out(),
+                    logits: &logits,
+                    rows: n as i32,
+                    vocab: vocab as i32,
+                    slices: slices as i32,
+                    scale,
+                    square: i32::from(self.square.is_some()),
+                };
+                kernels::head_slices(&*cx.device, Launch::warps(n * slices), args)?;
+                Some(logits)
+            }
+            Held::Statistics(out) => {
+                let rows = terms[0].rows.rows(from, to)?;
+                head_hopper::statistics(cx, out, (&rows, terms[0].weight), &target, scale)?;
+                let args = kernels::HeadJoinArgs {
+                    part: self.part.out(),
+                    parts: &out.parts,
+                    rows: n as i32,
+                    tiles: head_hopper::parts(vocab) as i32,
+                    slices: slices as i32,
+                    scale,
+                };
+                kernels::head_join(&*cx.device, Launch::flat(n * slices), args)?;
+                None
+            }
+        };
+        let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
+        let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);
+        let (entropy, best) = (self.entropy.rows(from, to)?, self.best.rows(from, to)?);
+        let args = kernels::HeadStatsArgs {
+            logp: logp.out(),
+            lse: lse.out(),
+            entropy: Some(entropy.out()),
+            square: square.as_ref().map(|s| s.out()),
+            best: Some(best.out()),
+            part: &self.part,
+            logits: logits.as_ref(),
+            target_logit: match &self.held {
+                Held::Logits(_) => None,
+                Held::Statistics(out) => Some(&out.target_logit),
+            },
+            target: &target,
+            rows: n as i32,
+            vocab: vocab as i32,
+            slices: slices as i32,
+            scale,
+        };
+        kernels::head_stats(&*cx.device, Launch::warps(n), args)
+    }
+}
+
+/// What the gradient of logits is computed from; each F32 `[rows]`, the target I32.
+pub struct RowGradient {
+    pub target: Tensor,
+    pub lse: Tensor,
+    /// Upstream of log p(target).
+    pub logp: Tensor,
+    pub entropy: Option<Tensor>,
+    /// Upstream of the entropy; needs `entropy`.
+    pub by_entropy: Option<Tensor>,
+}
+
+impl RowGradient {
+    pub fn rows(&self, from: usize, to: usize) -> Result<RowGradient> {
+        let some = |t: &Option<Tensor>| t.as_ref().map(|t| t.rows(from, to)).transpose();
+        Ok(RowGradient {
+            target: self.target.rows(from, to)?,
+            lse: self.lse.rows(from, to)?,
+            logp: self.logp.rows(from, to)?,
+            entropy: some(&self.entropy)?,
+            by_entropy: some(&self.by_entropy)?,
+        })
+    }
+}
+
+/// The gradient of the products of rows `from..to`, real [to - from, vocab]: from their logits, or
+/// without logits by a product that [`skips_logits`] allows. `g` has the values of these rows.
+pub fn gradient(
+    cx: &Cx,
+    dlogits: &Tensor,
+    logits: Option<&Tensor>,
+    terms: &[LogitTerm],
+    (from, to): (usize, usize),
+    g: &RowGradient,
+    (scale, map): (f32, LogitMap),
+) -> Result<()> {
+    let Some(logits) = logits else {
+        let rows = terms[0].rows.rows(from, to)?;
+        return head_hopper::gradient(cx, dlogits, (&rows, terms[0].weight), g, scale);
+    };
+    let (rows, vocab) = (logits.row_count(), logits.cols());
+    let args = kernels::HeadGradArgs {
+        dlogits: dlogits.out(),
+        logits,
+        target: &g.target,
+        lse: &g.lse,
+        entropy: g.entropy.as_ref(),
+        a: &g.logp,
+        b: g.by_entropy.as_ref(),
+        rows: rows as i32,
+        vocab: vocab as i32,
+        slices: slices(vocab) as i32,
+        scale,
+        slope: map.slope(scale),
+        softcap: map.cap(),
+    };
+    kernels::head_grad(&*cx.device, Launch::warps(rows * slices(vocab)), args)
+}
