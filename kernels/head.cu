@@ -9,9 +9,10 @@
 //          l, sum e^d, sum e^d d, sum e^2d with d = l - max; target, best [rows] int; logp, lse, entropy, a, b [rows] float;
 //          dlogits [rows, vocab] real
 // Plan     A warp owns a slice of a row (common/logits.cuh), reads it once into registers and writes its statistics to `part`;
-//          then one warp per row combines them in the order of the slices. On Hopper most heads have no logits in memory: the
-//          product's tiles give the statistics of parts of slices (head_hopper.cu), and head_join those of the slices. The gradient is one more pass, again one warp per
+//          then one warp per row combines them in the order of the slices. The gradient is one more pass, again one warp per
 //          slice. A chunk has too few rows for one warp per row: 883 of 151,936 columns would be 7 warps an SM of an H100.
+//          On Hopper most heads have no logits in memory: the product's tiles give the statistics of parts of slices
+//          (head_hopper.cu), and head_join those of the slices.
 // Numerics Logits are float, also in a bf16 build: half-precision logits cost accuracy where it matters most. Sums in float in a
 //          fixed order; dlogits is rounded when stored. The gradient of H in this form has no cancellation.
 // Cost     The statistics read 4 vocab bytes a row; the gradient reads 4 and writes sizeof(real). 16,384 rows of 151,936 columns
@@ -59,32 +60,12 @@ KERNEL_FLAT(head_join)(float* part, const float* parts, int rows, int tiles, int
   if (i >= (long long)rows * slices) return;
   const long long row = i / slices;
   const int slice = (int)(i - row * slices);
-  float largest[SLICE_PARTS], sum[SLICE_PARTS], mean[SLICE_PARTS], first[SLICE_PARTS];
-#pragma unroll
-  for (int k = 0; k < SLICE_PARTS; ++k) {
-    const int tile = slice * SLICE_PARTS + k;
-    Pack<TILE_STATS> of = {{NEG_INF, 0.f, 0.f, 0.f}};
-    if (tile < tiles) of = load<TILE_STATS>(parts + (row * tiles + tile) * TILE_STATS, TILE_STATS);
-    largest[k] = of.v[0];
-    sum[k] = of.v[1];
-    mean[k] = of.v[2];
-    first[k] = of.v[3];
-  }
-  float top = largest[0], column = 0.f;
-#pragma unroll
-  for (int k = 1; k < SLICE_PARTS; ++k) top = max_fast(top, largest[k]);
-#pragma unroll
-  for (int k = SLICE_PARTS - 1; k >= 0; --k) {
-    column = largest[k] == top ? first[k] : column;
-    const LogitSums share = share_of({sum[k], mean[k], 0.f}, largest[k], top, scale);
-    sum[k] = share.sum;
-    mean[k] = share.mean;
-  }
+  const JoinedSlice of = join_parts(parts + row * tiles * TILE_STATS, tiles, slice, scale);
   float* out = part + row * HEAD_PARTS * slices + slice;
-  out[0] = top;
-  out[slices] = parts_total(sum);
-  out[2 * slices] = parts_total(mean);
-  out[3 * slices] = column;
+  out[0] = of.largest;
+  out[slices] = of.sum;
+  out[2 * slices] = of.mean;
+  out[3 * slices] = of.first;
 }
 
 // logp, lse and (if requested) entropy, log sum_j p_j^2 and the arg max (lowest index on ties) of each row. Where no logits are

@@ -1,12 +1,12 @@
 // The head on Hopper (sm_90a) without logits in memory: their statistics, and their gradient, at the end of the product's tiles.
 //
-// Math     l = x W^T, never stored. hopper_head_parts: of each part of a row (common/logit_parts.cuh), max l, sum e^d, sum e^d d with
+// Math     l = x W^T, stored only for the sampler. hopper_head_parts: of each part of a row (common/logit_parts.cuh), max l, sum e^d, sum e^d d with
 //          d = scale (l - max), and the first column of max; the logit of the row's target.
 //          hopper_head_grad: dl = up (1[target] - p) - by_entropy p (l - lse + H) with p = e^{scale l - lse}, up = slope a, by_entropy =
 //          slope b, a and b the upstreams of log p(target) and of H: head_grad of the same l.
 // Shapes   x [m, k] real by tensor map, boxes of a tile's rows; W [vocab, k], boxes of 128 rows; parts [m, tn, 4] float, tn = vocab /
-//          128 rounded up; target [m] int, target_logit, lse, entropy, a, b [m] float; dl [m, vocab] real, boxes of 16 rows. vocab
-//          is a multiple of 8.
+//          128 rounded up; target [m] int, target_logit, lse, entropy, a, b [m] float; logits [m, vocab] float, if requested; dl [m,
+//          vocab] real, boxes of 16 rows. vocab is a multiple of 8.
 // Plan     common/hopper_turns.cuh: one consumer multiplies while the other ends its tile of 64 D x 128. A lane has 32 logits of each of
 //          its rows, and shares a row's part with three lanes. The target is looked for only by warps whose tile has it. head_join and
 //          head_stats (head.cu) go on from `parts`. The gradient is computed by a second product, for which both read and write less
@@ -54,7 +54,7 @@ DEVICE float logit_of(const LaneLogits& l, int t, int lane) {
 
 template <int HALVES>
 struct HeadParts : TileEnd {
-  float *parts, *target_logit;
+  float *parts, *target_logit, *logits;
   const int* target;
   int m, vocab, tn;
   float scale;
@@ -70,13 +70,20 @@ struct HeadParts : TileEnd {
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
       if (at.row + h * 64 >= m) continue;
+      if (logits) {
+#pragma unroll
+        for (int c = 0; c < 32; ++c) {
+          const int row = at.row + h * 64 + lane / 4 + c % 2 * 8, col = at.col + c / 2 * 8 + lane % 4 * 2;
+          if (row < m && col < vocab) *(Two<float>*)(logits + (long long)row * vocab + col) = {d[h][2 * c], d[h][2 * c + 1]};
+        }
+      }
 #pragma unroll
       for (int y = 0; y < 2; ++y) row_end(at, at.row + h * 64 + lane / 4 + y * 8, lane, {d[h], y});
     }
   }
 
   DEVICE_MEMBER void row_end(const TilePlace& at, int row, int lane, const LaneLogits& l) const {
-    const int t = row < m ? target[row] - at.col : -1;
+    const int t = target && row < m ? target[row] - at.col : -1;
     float largest = NEG_INF;
 #pragma unroll
     for (int c = 0; c < 16; ++c) largest = max_fast(largest, max_fast(l.at(c, 0), l.at(c, 1)));
@@ -115,7 +122,7 @@ struct HeadGrad : TileEnd {
   const tensor_map* dl;
   const int* target;
   const float *lse, *entropy, *a, *b;
-  int m;
+  int m, vocab;
   float scale, slope;
 
   DEVICE_MEMBER LogitGradient gradient(int row) const {
@@ -141,6 +148,7 @@ struct HeadGrad : TileEnd {
       const int t[2] = {target[rows[0]] - at.col, target[rows[1]] - at.col};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        if (at.col + half * 64 >= vocab) continue;
         const auto value = [&](int c, int y) {
           const float* l = d[h] + 4 * (half * 8 + c) + 2 * y;
           return pack_bf16(grad[y].template at<ENTROPY>(l[0], false), grad[y].template at<ENTROPY>(l[1], false));
@@ -163,21 +171,22 @@ struct HeadGrad : TileEnd {
 };
 #endif
 
-KERNEL(hopper_head_parts, D=2,3, THREADS=384, SHARED=head_shared(D), HOT)(const tensor_map& x, const tensor_map& w, float* parts, float* target_logit,
-       const int* target, int m, int vocab, int tm, int tn, int steps, float scale, int group) {
+KERNEL(hopper_head_parts, D=2,3, THREADS=384, SHARED=head_shared(D), HOT)(const tensor_map& x, const tensor_map& w, float* parts,
+       MAYBE(float) target_logit, MAYBE(float) logits, MAYBE(const int) target, int m, int vocab, int tm, int tn, int steps, float scale,
+       int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
   const auto load = [&](bf16* to, mbarrier* arrived, int q, int j) { tma_load(to, &w, arrived, q * DEPTH, j * LOGIT_PART); };
   tiles_in_turns<NT, D, head_stages(D), 2, LOGIT_PART>(x, tm, tn, steps, group, load,
-                                                       HeadParts<D>{{}, parts, target_logit, target, m, vocab, tn, scale});
+                                                       HeadParts<D>{{}, parts, target_logit, logits, target, m, vocab, tn, scale});
 #endif
 }
 
 KERNEL(hopper_head_grad, D=2,3, THREADS=384, SHARED=head_shared(D), HOT)(const tensor_map& x, const tensor_map& w, const tensor_map& dl,
-       const int* target, const float* lse, MAYBE(const float) entropy, const float* a, MAYBE(const float) b, int m, int tm, int tn,
-       int steps, float scale, float slope, int group) {
+       const int* target, const float* lse, MAYBE(const float) entropy, const float* a, MAYBE(const float) b, int m, int vocab,
+       int tm, int tn, int steps, float scale, float slope, int group) {
 #if defined(REAL_BF16) && defined(HOPPER)
   const auto load = [&](bf16* to, mbarrier* arrived, int q, int j) { tma_load(to, &w, arrived, q * DEPTH, j * LOGIT_PART); };
   tiles_in_turns<NT, D, head_stages(D), 2, LOGIT_PART>(x, tm, tn, steps, group, load,
-                                                       HeadGrad<D>{{}, &dl, target, lse, entropy, a, b, m, scale, slope});
+                                                       HeadGrad<D>{{}, &dl, target, lse, entropy, a, b, m, vocab, scale, slope});
 #endif
 }

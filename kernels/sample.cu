@@ -11,7 +11,7 @@
 //          of a row: max l, the sums of l and of l / temperature, max l', the weight used for sampling; sums [rows, SAMPLE_WAYS,
 //          slices], rank, width, digit [rows] int, base, limit, top [rows]: state of a search
 // Plan     A warp owns a slice of a row (common/logits.cuh). sample_slices reads it once, for the statistics of both
-//          distributions; `sample`, one warp per row, combines the slices, finds the slice in which the running sum passes u, and
+//          distributions (on Hopper, with many rows, the product with the head has given them); `sample`, one warp per row, combines the slices, finds the slice in which the running sum passes u, and
 //          walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order of the
 //          floats' bits. sample_bounds bounds the threshold, sample_above sums what lies above 7 thresholds at once,
 //          sample_narrow keeps an eighth of the interval: at most 11 passes whatever the values, and once one float is left the
@@ -98,6 +98,20 @@ KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float*
     out[5 * slices] = z_largest;
     out[6 * slices] = z_sum;
   }
+}
+
+// The same at temperature 1 without a penalty, from the statistics of parts [rows, tiles, TILE_STATS] (head_hopper.cu).
+KERNEL_FLAT(sample_join)(float* part, const float* parts, const int* who, int rows, int tiles, int slices) {
+  const long long i = FLAT_INDEX;
+  if (i >= (long long)rows * slices) return;
+  const long long row = i / slices;
+  const int slice = (int)(i - row * slices);
+  if (who[row * SAMPLE_INFO] < 0) return;
+  const JoinedSlice of = join_parts(parts + row * tiles * TILE_STATS, tiles, slice, 1.f);
+  float* out = part + row * SAMPLE_PARTS * slices + slice;
+  out[0] = out[5 * slices] = of.largest;
+  out[slices] = out[3 * slices] = out[6 * slices] = of.sum;
+  out[2 * slices] = out[4 * slices] = of.mean;
 }
 
 // Bounds each row's threshold t: it is one of `width` floats from number `rank` on. t is the least float with sum of { w : v > t

@@ -165,6 +165,36 @@ DEVICE LogitSums slice_sums(const Parts& s, const SliceTops& tops, float scale) 
   return {parts_total(sum), parts_total(mean), SQUARES ? parts_total(square) : 0.f};
 }
 
+// The statistics of a slice from those of its parts, at `parts` [tiles, TILE_STATS] of a row; `first`: the first column of the
+// largest logit.
+struct JoinedSlice {
+  float largest, sum, mean, first;
+};
+DEVICE JoinedSlice join_parts(const float* parts, int tiles, int slice, float scale) {
+  float largest[SLICE_PARTS], sum[SLICE_PARTS], mean[SLICE_PARTS], first[SLICE_PARTS];
+#pragma unroll
+  for (int k = 0; k < SLICE_PARTS; ++k) {
+    const int tile = slice * SLICE_PARTS + k;
+    Pack<TILE_STATS> of = {{NEG_INF, 0.f, 0.f, 0.f}};
+    if (tile < tiles) of = load<TILE_STATS>(parts + (long long)tile * TILE_STATS, TILE_STATS);
+    largest[k] = of.v[0];
+    sum[k] = of.v[1];
+    mean[k] = of.v[2];
+    first[k] = of.v[3];
+  }
+  float top = largest[0], column = 0.f;
+#pragma unroll
+  for (int k = 1; k < SLICE_PARTS; ++k) top = max_fast(top, largest[k]);
+#pragma unroll
+  for (int k = SLICE_PARTS - 1; k >= 0; --k) {
+    column = largest[k] == top ? first[k] : column;
+    const LogitSums share = share_of({sum[k], mean[k], 0.f}, largest[k], top, scale);
+    sum[k] = share.sum;
+    mean[k] = share.mean;
+  }
+  return {top, parts_total(sum), parts_total(mean), column};
+}
+
 // If a row has one slice, its statistics are that slice's (e^0 is 1, exactly): the case of a small vocabulary on a CPU.
 DEVICE float row_max(const float* l, int n) {
   float largest = l[0];

@@ -13,9 +13,9 @@ use crate::device::{DType, Device};
 use crate::error::Result;
 use crate::ops::case::Rng;
 use crate::ops::fastest::median;
-use crate::ops::head::LogitMap;
-use crate::ops::head_pass::{Pass, Purpose, RowGradient, gradient};
-use crate::ops::head_terms::LogitTerm;
+use crate::ops::head_pass::{HeadPurpose, LogitPass, gradient};
+use crate::ops::head_terms::{LogitTerm, RowGradient};
+use crate::ops::logit_map::LogitMap;
 use crate::tensor::Tensor;
 
 /// Rows, hidden size and vocabulary: 0.5B, 0.6B, 1.5B and 135M models.
@@ -104,7 +104,7 @@ impl Rows {
         let mut last: Option<[Tensor; 5]> = None;
         for _ in 0..=RUNS {
             drop(last.take());
-            let pass = Pass::new(cx, (m, vocab), m, Purpose::Statistics, skips)?;
+            let pass = LogitPass::new(cx, (m, vocab), m, HeadPurpose::Statistics, skips)?;
             let dlogits = cx.real("dlogits chunk", &[m, vocab])?;
             let start = cx.device.mark()?;
             pass.forward(cx, &terms, target, (0, m), of)?;

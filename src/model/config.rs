@@ -18,7 +18,7 @@ use super::rope::{RopeConfig, inv_freq};
 use super::rope_config::{RopeFacts, both_forms, layer_ropes};
 use crate::error::{Error, Result};
 use crate::fsio;
-use crate::ops::head::LogitMap;
+use crate::ops::logit_map::LogitMap;
 use crate::ops::rmsnorm::NormWeight;
 use crate::tensor::safetensors::HostDtype;
 

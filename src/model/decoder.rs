@@ -22,7 +22,7 @@ use crate::ops::activation::{Act, glu};
 use crate::ops::add::add;
 use crate::ops::attention::{AttnPlan, AttnShape, attention, attention_decode, attention_paged};
 use crate::ops::embedding::{TokenIndex, embedding, gather_rows};
-use crate::ops::head::{Head, head_logps};
+use crate::ops::head::{Head, LogitRows, head_logps};
 use crate::ops::linear_glu::linear_glu;
 use crate::ops::matmul::linear;
 use crate::ops::mlp::{DenseLayer, mlp};
@@ -271,6 +271,11 @@ impl Decoder {
     /// Returns the logits of hidden rows, F32 [rows, vocab].
     pub fn logits(&self, cx: &Cx, hidden: &Tensor) -> Result<Tensor> {
         self.head.logits(cx, hidden)
+    }
+
+    /// The same for the sampler (see [`Head::rows_to_sample`]).
+    pub fn rows_to_sample(&self, cx: &Cx, hidden: &Tensor, plain: bool) -> Result<LogitRows> {
+        self.head.rows_to_sample(cx, hidden, plain)
     }
 
     fn run(&self, cx: &mut Cx, x: Tensor, positions: &Tensor, keys: Keys) -> Result<Tensor> {

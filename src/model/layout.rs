@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::rope::RopeConfig;
 use crate::device::DType;
-use crate::ops::head::LogitMap;
+use crate::ops::logit_map::LogitMap;
 use crate::ops::rmsnorm::{Norm, NormWeight};
 use crate::ops::rope::NormOver;
 use crate::tensor::safetensors::HostDtype;

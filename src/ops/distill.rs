@@ -11,9 +11,10 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
-use crate::ops::head::{Head, LogitMap};
+use crate::ops::head::Head;
 use crate::ops::head_pass::{chunk_rows, chunks, slices};
 use crate::ops::head_terms::{self, gradients_of, logits_of, oracle_row, slots_in_forward, terms};
+use crate::ops::logit_map::LogitMap;
 use crate::tensor::Tensor;
 
 /// The student's rows and head, the teacher's rows and head, and a weight per row, F32 `[n]`.

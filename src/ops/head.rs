@@ -12,12 +12,15 @@ use crate::kernels;
 use crate::ops::add::axpy;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
+use crate::ops::head_hopper::{self, Outputs};
 use crate::ops::head_pass::{
-    Pass, Purpose, RowGradient, chunk_rows, chunks, gradient, rows_at_once, skips_logits,
+    HeadPurpose, LogitPass, chunk_rows, chunks, gradient, rows_at_once, skips_logits,
 };
 use crate::ops::head_terms::{
-    self, HeadPair, TermSlots, gradients_of, logits_of, oracle_row, slots_in_forward, terms,
+    self, HeadPair, RowGradient, TermSlots, gradients_of, logits_of, oracle_row, slots_in_forward,
+    terms,
 };
+use crate::ops::logit_map::LogitMap;
 use crate::ops::matmul::product;
 use crate::tensor::Tensor;
 
@@ -47,55 +50,49 @@ impl Head {
         Ok(logits)
     }
 
+    /// The logits of rows that a token is sampled of. `plain`: at temperature 1, without a penalty, so
+    /// that the product's tiles may give the statistics. Not on the tape.
+    pub fn rows_to_sample(&self, cx: &Cx, hidden: &Tensor, plain: bool) -> Result<LogitRows> {
+        let rows = hidden.row_count();
+        if self.pair.is_none() && plain && rows >= TILES_TO_SAMPLE {
+            let terms = terms([hidden, &self.weight], &[]);
+            if skips_logits(cx, &terms, self.map, HeadPurpose::Statistics) {
+                let vocab = self.weight.row_count();
+                let logits = cx.float("logits", &[rows, vocab])?;
+                let shape = [rows, head_hopper::part_values(vocab)];
+                let parts = cx.float("logit slices", &shape)?;
+                let out = Outputs { parts: &parts, target: None, logits: Some(&logits) };
+                head_hopper::statistics(cx, &out, (hidden, &self.weight), 1.0)?;
+                return Ok(LogitRows { logits, parts: Some(parts) });
+            }
+        }
+        Ok(LogitRows { logits: self.logits(cx, hidden)?, parts: None })
+    }
+
     /// The inputs that an op has for the pair: its narrow product and B.
     pub(super) fn with_narrow<'a>(&'a self, narrow: Option<&'a Tensor>) -> Vec<&'a Tensor> {
         narrow.into_iter().zip(&self.pair).flat_map(|(t, pair)| [t, &pair.b]).collect()
     }
 }
 
-/// A family's map from the products with the head to logits: `l = z / divisor`, then `c tanh(l /
-/// c)` with a softcap c.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LogitMap {
-    pub divisor: f32,
-    pub softcap: Option<f32>,
+/// Rows of logits, F32 [n, vocab].
+pub struct LogitRows {
+    pub logits: Tensor,
+    /// The statistics of their parts at temperature 1, F32 [n, parts x TILE_STATS], where the product
+    /// with the head gives them (`kernels/head_hopper.cu`).
+    pub parts: Option<Tensor>,
 }
 
-impl LogitMap {
-    pub const PLAIN: LogitMap = LogitMap { divisor: 1.0, softcap: None };
-
-    /// Maps F32 products in place. The trainer's head, distillation and the sampler all call this,
-    /// so their logits have the same bits.
-    pub(super) fn apply(self, cx: &Cx, logits: &Tensor) -> Result<()> {
-        if self == LogitMap::PLAIN {
-            return Ok(());
-        }
-        let args = kernels::MapLogitsArgs {
-            logits: logits.out(),
-            n: logits.numel() as i64,
-            divisor: self.divisor,
-            softcap: self.cap(),
-        };
-        // The logits are float whatever the storage dtype, so the packs are float's too.
-        let packs = logits.numel().div_ceil(kernels::pack_width(logits.dtype().size()));
-        kernels::map_logits(&*cx.device, Launch::flat(packs), args)
-    }
-
-    /// d l / d z for logits that are then multiplied by `scale`, without the softcap's factor.
-    pub(super) fn slope(self, scale: f32) -> f32 {
-        scale / self.divisor
-    }
-
-    /// The softcap as kernels take it: 0 means none.
-    pub(super) fn cap(self) -> f32 {
-        self.softcap.unwrap_or(0.0)
-    }
-
-    pub(super) fn oracle(self, z: f64) -> f64 {
-        let l = z / f64::from(self.divisor);
-        self.softcap.map_or(l, |c| f64::from(c) * (l / f64::from(c)).tanh())
+impl LogitRows {
+    pub fn rows(&self, from: usize, to: usize) -> Result<LogitRows> {
+        let parts = self.parts.as_ref().map(|t| t.rows(from, to)).transpose()?;
+        Ok(LogitRows { logits: self.logits.rows(from, to)?, parts })
     }
 }
+
+/// The least number of rows whose statistics the product with the head gives to the sampler. With
+/// fewer rows another kernel computes the product, and reading the logits takes little time.
+const TILES_TO_SAMPLE: usize = kernels::FEW_ROWS;
 
 /// The head's results for each row, F32 `[n]` unless noted.
 pub struct HeadOut {
@@ -242,9 +239,9 @@ impl Op for HeadLoss {
         let (h, w, target, weight) = (x[0], x[1], x[2], x[3]);
         let (rows, vocab) = (h.row_count(), w.row_count());
         let terms = terms([h, w], &x[PAIR_OF_LOSS..]);
-        let purpose = if need.tape { Purpose::Loss } else { Purpose::Statistics };
+        let purpose = if need.tape { HeadPurpose::Loss } else { HeadPurpose::Statistics };
         let skips = skips_logits(cx, &terms, self.map, purpose);
-        let pass = Pass::new(cx, (rows, vocab), self.chunk, purpose, skips)?;
+        let pass = LogitPass::new(cx, (rows, vocab), self.chunk, purpose, skips)?;
         let loss = cx.float("loss", &[1])?;
         let upstream = cx.float("head rows", &[rows])?;
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
@@ -317,10 +314,10 @@ impl Op for HeadLogps {
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
         check("head_logps", x, 1)?;
         let terms = terms([x[0], x[1]], &x[PAIR_OF_LOGPS..]);
-        let purpose = if self.square { Purpose::Squares } else { Purpose::Statistics };
+        let purpose = if self.square { HeadPurpose::Squares } else { HeadPurpose::Statistics };
         let skips = skips_logits(cx, &terms, self.map, purpose);
         let sizes = (x[0].row_count(), x[1].row_count());
-        let pass = Pass::new(cx, sizes, self.chunk, purpose, skips)?;
+        let pass = LogitPass::new(cx, sizes, self.chunk, purpose, skips)?;
         for range in chunks(sizes.0, pass.chunk) {
             pass.forward(cx, &terms, x[2], range, (self.scale, self.map))?;
         }
@@ -350,7 +347,7 @@ impl Op for HeadLogps {
         for at in [0, PAIR_OF_LOGPS].into_iter().take(terms.len()) {
             slots.push(TermSlots { rows: g.slot(at)?, weight: g.slot(at + 1)? });
         }
-        let skips = skips_logits(cx, &terms, self.map, Purpose::Gradient);
+        let skips = skips_logits(cx, &terms, self.map, HeadPurpose::Gradient);
         let (of, chunk) = ((self.scale, self.map), rows_at_once(self.chunk, skips));
         let shape = [chunk.min(rows.max(1)), w.row_count()];
         let logits = if skips { None } else { Some(cx.float("logits chunk", &shape)?) };

@@ -8,10 +8,9 @@ use crate::autograd::Cx;
 use crate::device::DType;
 use crate::error::Result;
 use crate::kernels::{self, Boxes};
-use crate::ops::head::LogitMap;
-use crate::ops::head_pass::{RowGradient, Statistics};
-use crate::ops::head_terms::LogitTerm;
-use crate::ops::hopper_turns::{BOX, WARP_ROWS, WIDTH, grid, height};
+use crate::ops::head_terms::{LogitTerm, RowGradient};
+use crate::ops::hopper_turns::{BOX, WARP_ROWS, grid, height};
+use crate::ops::logit_map::LogitMap;
 use crate::ops::matmul_hopper::GROUP;
 use crate::ops::own::own_products;
 use crate::tensor::Tensor;
@@ -28,26 +27,40 @@ pub(super) fn fits(cx: &Cx, terms: &[LogitTerm], map: LogitMap) -> bool {
 
 /// Parts of a row of logits.
 pub(super) fn parts(vocab: usize) -> usize {
-    vocab.div_ceil(WIDTH)
+    vocab.div_ceil(kernels::LOGIT_PART)
 }
 
-/// The statistics of the parts of each row, F32 [m, parts, TILE_STATS], and the logits of the
-/// targets, F32 `[m]`: x [m, k] real, w [vocab, k].
+/// Values of a row's statistics.
+pub(super) fn part_values(vocab: usize) -> usize {
+    parts(vocab) * kernels::TILE_STATS
+}
+
+/// What the product leaves in memory.
+pub(super) struct Outputs<'a> {
+    /// The statistics of the parts of each row, F32 [m, parts x TILE_STATS].
+    pub parts: &'a Tensor,
+    /// The targets, I32 `[m]`, and where their logits go, F32 `[m]`.
+    pub target: Option<(&'a Tensor, &'a Tensor)>,
+    /// F32 [m, vocab]
+    pub logits: Option<&'a Tensor>,
+}
+
+/// The statistics of x w^T: x [m, k] real, w [vocab, k].
 pub(super) fn statistics(
     cx: &Cx,
-    out: &Statistics,
+    out: &Outputs,
     (x, w): (&Tensor, &Tensor),
-    target: &Tensor,
     scale: f32,
 ) -> Result<()> {
     let (m, vocab) = (x.row_count(), w.row_count());
     let (height, tm, tn) = tiles(cx, m, vocab);
     let args = kernels::HopperHeadPartsArgs {
         x: Boxes::swizzled(x, height * BOX),
-        w: Boxes::swizzled(w, WIDTH),
+        w: Boxes::swizzled(w, kernels::LOGIT_PART),
         parts: out.parts.out(),
-        target_logit: out.target_logit.out(),
-        target,
+        target_logit: out.target.map(|t| t.1.out()),
+        logits: out.logits.map(|t| t.out()),
+        target: out.target.map(|t| t.0),
         m: m as i32,
         vocab: vocab as i32,
         tm: tm as i32,
@@ -67,11 +80,11 @@ pub(super) fn gradient(
     g: &RowGradient,
     scale: f32,
 ) -> Result<()> {
-    let m = x.row_count();
-    let (height, tm, tn) = tiles(cx, m, w.row_count());
+    let (m, vocab) = (x.row_count(), w.row_count());
+    let (height, tm, tn) = tiles(cx, m, vocab);
     let args = kernels::HopperHeadGradArgs {
         x: Boxes::swizzled(x, height * BOX),
-        w: Boxes::swizzled(w, WIDTH),
+        w: Boxes::swizzled(w, kernels::LOGIT_PART),
         dl: Boxes::swizzled(dlogits, WARP_ROWS),
         target: &g.target,
         lse: &g.lse,
@@ -79,6 +92,7 @@ pub(super) fn gradient(
         a: &g.logp,
         b: g.by_entropy.as_ref(),
         m: m as i32,
+        vocab: vocab as i32,
         tm: tm as i32,
         tn: tn as i32,
         steps: x.cols().div_ceil(BOX) as i32,

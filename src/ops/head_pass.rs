@@ -7,9 +7,9 @@ use crate::autograd::Cx;
 use crate::device::{DType, Launch};
 use crate::error::Result;
 use crate::kernels;
-use crate::ops::head::LogitMap;
-use crate::ops::head_hopper;
-use crate::ops::head_terms::{LogitTerm, logits_of};
+use crate::ops::head_hopper::{self, Outputs};
+use crate::ops::head_terms::{LogitTerm, RowGradient, logits_of};
+use crate::ops::logit_map::LogitMap;
 use crate::tensor::Tensor;
 
 /// The longest k for which a second product is predicted to take less time than storing the first
@@ -34,7 +34,7 @@ pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, 
 
 /// What a pass over the rows is made for.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Purpose {
+pub enum HeadPurpose {
     /// Statistics alone.
     Statistics,
     /// Statistics with the sum of squares.
@@ -46,11 +46,16 @@ pub enum Purpose {
 }
 
 /// Whether the rows' logits stay out of memory.
-pub(super) fn skips_logits(cx: &Cx, terms: &[LogitTerm], map: LogitMap, purpose: Purpose) -> bool {
+pub(super) fn skips_logits(
+    cx: &Cx,
+    terms: &[LogitTerm],
+    map: LogitMap,
+    purpose: HeadPurpose,
+) -> bool {
     let pays = match purpose {
-        Purpose::Statistics | Purpose::Gradient => true,
-        Purpose::Squares => false,
-        Purpose::Loss => terms[0].rows.cols() <= SECOND_PRODUCT_K,
+        HeadPurpose::Statistics | HeadPurpose::Gradient => true,
+        HeadPurpose::Squares => false,
+        HeadPurpose::Loss => terms[0].rows.cols() <= SECOND_PRODUCT_K,
     };
     pays && head_hopper::fits(cx, terms, map)
 }
@@ -62,11 +67,11 @@ pub(super) fn rows_at_once(chunk: usize, skips: bool) -> usize {
 }
 
 /// Statistics at the ends of a product's tiles.
-pub struct Statistics {
-    /// F32 [rows, parts, TILE_STATS]
-    pub parts: Tensor,
+struct Statistics {
+    /// F32 [rows, parts x TILE_STATS]
+    parts: Tensor,
     /// F32 `[rows]`
-    pub target_logit: Tensor,
+    target_logit: Tensor,
 }
 
 /// What a chunk's rows leave in memory.
@@ -76,7 +81,7 @@ enum Held {
 }
 
 /// Buffers of one pass over the rows.
-pub struct Pass {
+pub struct LogitPass {
     pub logp: Tensor,
     pub lse: Tensor,
     pub entropy: Tensor,
@@ -89,27 +94,26 @@ pub struct Pass {
     pub chunk: usize,
 }
 
-impl Pass {
+impl LogitPass {
     /// For `rows` rows, in chunks of `chunk` rows of logits.
     pub fn new(
         cx: &Cx,
         (rows, vocab): (usize, usize),
         chunk: usize,
-        purpose: Purpose,
+        purpose: HeadPurpose,
         skips: bool,
-    ) -> Result<Pass> {
-        let squares = purpose == Purpose::Squares;
+    ) -> Result<LogitPass> {
+        let squares = purpose == HeadPurpose::Squares;
         let chunk = rows_at_once(chunk, skips);
         let most = chunk.min(rows.max(1));
         let held = if skips {
-            let shape = [most, head_hopper::parts(vocab), kernels::TILE_STATS];
-            let parts = cx.float("logit slices", &shape)?;
+            let parts = cx.float("logit slices", &[most, head_hopper::part_values(vocab)])?;
             let target_logit = cx.float("head rows", &[most])?;
             Held::Statistics(Statistics { parts, target_logit })
         } else {
             Held::Logits(cx.float("logits chunk", &[most, vocab])?)
         };
-        Ok(Pass {
+        Ok(LogitPass {
             logp: cx.float("head rows", &[rows])?,
             lse: cx.float("head rows", &[rows])?,
             entropy: cx.float("head rows", &[rows])?,
@@ -159,10 +163,12 @@ impl Pass {
             }
             Held::Statistics(out) => {
                 let rows = terms[0].rows.rows(from, to)?;
-                head_hopper::statistics(cx, out, (&rows, terms[0].weight), &target, scale)?;
+                let target = Some((&target, &out.target_logit));
+                let out = Outputs { parts: &out.parts, target, logits: None };
+                head_hopper::statistics(cx, &out, (&rows, terms[0].weight), scale)?;
                 let args = kernels::HeadJoinArgs {
                     part: self.part.out(),
-                    parts: &out.parts,
+                    parts: out.parts,
                     rows: n as i32,
                     tiles: head_hopper::parts(vocab) as i32,
                     slices: slices as i32,
@@ -194,30 +200,6 @@ impl Pass {
             scale,
         };
         kernels::head_stats(&*cx.device, Launch::warps(n), args)
-    }
-}
-
-/// What the gradient of logits is computed from; each F32 `[rows]`, the target I32.
-pub struct RowGradient {
-    pub target: Tensor,
-    pub lse: Tensor,
-    /// Upstream of log p(target).
-    pub logp: Tensor,
-    pub entropy: Option<Tensor>,
-    /// Upstream of the entropy; needs `entropy`.
-    pub by_entropy: Option<Tensor>,
-}
-
-impl RowGradient {
-    pub fn rows(&self, from: usize, to: usize) -> Result<RowGradient> {
-        let some = |t: &Option<Tensor>| t.as_ref().map(|t| t.rows(from, to)).transpose();
-        Ok(RowGradient {
-            target: self.target.rows(from, to)?,
-            lse: self.lse.rows(from, to)?,
-            logp: self.logp.rows(from, to)?,
-            entropy: some(&self.entropy)?,
-            by_entropy: some(&self.by_entropy)?,
-        })
     }
 }
 

@@ -144,6 +144,30 @@ pub(super) fn gradients_of(
     Ok(())
 }
 
+/// What the gradient of logits is computed from; each F32 `[rows]`, the target I32.
+pub struct RowGradient {
+    pub target: Tensor,
+    pub lse: Tensor,
+    /// Upstream of log p(target).
+    pub logp: Tensor,
+    pub entropy: Option<Tensor>,
+    /// Upstream of the entropy; needs `entropy`.
+    pub by_entropy: Option<Tensor>,
+}
+
+impl RowGradient {
+    pub fn rows(&self, from: usize, to: usize) -> Result<RowGradient> {
+        let some = |t: &Option<Tensor>| t.as_ref().map(|t| t.rows(from, to)).transpose();
+        Ok(RowGradient {
+            target: self.target.rows(from, to)?,
+            lse: self.lse.rows(from, to)?,
+            logp: self.logp.rows(from, to)?,
+            entropy: some(&self.entropy)?,
+            by_entropy: some(&self.by_entropy)?,
+        })
+    }
+}
+
 /// Row `r` of the oracle's logits before the map; `pair` is t and B.
 pub(super) fn oracle_row(x: &F64, w: &F64, pair: &[F64], r: usize) -> Vec<f64> {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();

@@ -1,5 +1,7 @@
 //! Launches of products whose tiles two consumers take in turn (`kernels/common/hopper_turns.cuh`).
 //! Layer 4.
+//!
+//! Invariant: the height of tiles changes no bits, so it may depend on the number of rows.
 
 use crate::autograd::Cx;
 use crate::device::Launch;

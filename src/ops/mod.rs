@@ -24,6 +24,7 @@ pub mod levels;
 mod library;
 pub mod linear_glu;
 mod linear_glu_hopper;
+pub mod logit_map;
 pub mod lora;
 mod lora_hopper;
 pub mod lora_kernels;

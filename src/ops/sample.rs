@@ -9,6 +9,7 @@ use crate::device::{DType, Launch};
 use crate::error::{Error, Result};
 use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS, SAMPLE_PARTS, SAMPLE_PASSES, SAMPLE_WAYS};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
+use crate::ops::head::LogitRows;
 use crate::ops::head_pass::slices;
 use crate::rng::{SAMPLE_TAG, philox, uniform};
 use crate::tensor::{PendingDownload, Tensor};
@@ -55,6 +56,11 @@ impl Sampling {
 
     pub fn penalises(&self) -> bool {
         self.repetition_penalty != 1.0
+    }
+
+    /// Whether the logits themselves, at temperature 1, are all that a draw depends on.
+    pub fn is_plain(&self) -> bool {
+        self.scale() == 1.0 && !self.penalises()
     }
 
     /// Whether the sampling distribution differs from the model's at this temperature.
@@ -175,11 +181,24 @@ pub fn sample(
     seed: &Tensor,
     seen: Option<&Tensor>,
 ) -> Result<Draws> {
+    let rows = LogitRows { logits: logits.clone(), parts: None };
+    sample_rows(cx, sampling, &rows, who, seed, seen)
+}
+
+/// [`sample`] of logits whose statistics may be known; the same draws.
+pub fn sample_rows(
+    cx: &mut Cx,
+    sampling: &Sampling,
+    rows: &LogitRows,
+    who: &Tensor,
+    seed: &Tensor,
+    seen: Option<&Tensor>,
+) -> Result<Draws> {
     let op = Sample { sampling: sampling.clone() };
-    let mut x = vec![logits, who, seed];
+    let mut x = vec![&rows.logits, who, seed];
     x.extend(seen.filter(|_| sampling.penalises()));
-    let block = op.run(cx, &x)?;
-    Ok(Draws { block, rows: logits.row_count() })
+    let block = op.run(cx, &x, rows.parts.as_ref())?;
+    Ok(Draws { block, rows: rows.logits.row_count() })
 }
 
 /// Words per row of `seen`.
@@ -194,7 +213,7 @@ pub struct Sample {
 
 impl Sample {
     /// I32 [5, n]: tokens, then the bits of four rows of floats.
-    fn run(&self, cx: &Cx, x: &[&Tensor]) -> Result<Tensor> {
+    fn run(&self, cx: &Cx, x: &[&Tensor], parts: Option<&Tensor>) -> Result<Tensor> {
         let (logits, who, seed, s) = (x[0], x[1], x[2], &self.sampling);
         let (n, vocab) = (logits.row_count(), logits.cols());
         let words = seen_words(vocab);
@@ -218,19 +237,31 @@ impl Sample {
             [column(0)?, column(1)?, column(2)?, column(3)?, column(4)?];
         let slices = slices(vocab);
         let part = cx.float("logit slices", &[n, SAMPLE_PARTS, slices])?;
-        let args = kernels::SampleSlicesArgs {
-            part: part.out(),
-            seen,
-            logits,
-            who,
-            rows: n as i32,
-            vocab: vocab as i32,
-            slices: slices as i32,
-            words: words as i32,
-            scale: s.scale(),
-            penalty: s.repetition_penalty as f32,
-        };
-        kernels::sample_slices(&*cx.device, Launch::warps(n * slices), args)?;
+        if let Some(parts) = parts.filter(|_| s.is_plain()) {
+            let args = kernels::SampleJoinArgs {
+                part: part.out(),
+                parts,
+                who,
+                rows: n as i32,
+                tiles: (parts.cols() / kernels::TILE_STATS) as i32,
+                slices: slices as i32,
+            };
+            kernels::sample_join(&*cx.device, Launch::flat(n * slices), args)?;
+        } else {
+            let args = kernels::SampleSlicesArgs {
+                part: part.out(),
+                seen,
+                logits,
+                who,
+                rows: n as i32,
+                vocab: vocab as i32,
+                slices: slices as i32,
+                words: words as i32,
+                scale: s.scale(),
+                penalty: s.repetition_penalty as f32,
+            };
+            kernels::sample_slices(&*cx.device, Launch::warps(n * slices), args)?;
+        }
         let rows = Rows { logits, who, seen, part: &part };
         let (mut top_k, mut top_p) = (None, None);
         if !s.is_greedy() && s.top_k > 0 && s.top_k < vocab {
@@ -395,7 +426,7 @@ impl Op for Sample {
     }
 
     fn forward(&self, cx: &mut Cx, x: &[&Tensor], _need: &Need) -> Result<Fwd> {
-        let block = self.run(cx, x)?;
+        let block = self.run(cx, x, None)?;
         let n = x[0].row_count();
         let mut outputs = vec![block.view(0, DType::I32, &[n])?];
         for i in 1..SAMPLE_OUTPUTS {

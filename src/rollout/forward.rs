@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvStep;
 use crate::ops::embedding::{TokenIndex, gather_rows};
-use crate::ops::sample::sample;
+use crate::ops::sample::sample_rows;
 use crate::ops::tokens::{keep_tokens, take_tokens};
 
 impl Engine {
@@ -149,20 +149,20 @@ impl Engine {
         if let Some(ends) = &arrays.ends {
             hidden = gather_rows(cx, &hidden, ends)?;
         }
-        let logits = model.logits(cx, &hidden)?;
+        let plain = arrays.groups.iter().any(|(group, _)| group.sampling.is_plain());
+        let rows = model.rows_to_sample(cx, &hidden, plain)?;
         let seen = self.seen.as_ref();
-        let ints = info.numel() / logits.row_count();
+        let ints = info.numel() / hidden.row_count();
         let (mut all, mut first) = (Vec::new(), 0);
         for (group, seed) in &arrays.groups {
             let last = first + group.rows;
-            let own = logits.rows(first, last)?;
-            let rows = group.rows * ints;
-            let info = info.view(4 * first * ints, DType::I32, &[rows])?;
-            let draws = sample(cx, &group.sampling, &own, &info, seed, seen)?;
+            let own = rows.rows(first, last)?;
+            let info = info.view(4 * first * ints, DType::I32, &[group.rows * ints])?;
+            let draws = sample_rows(cx, &group.sampling, &own, &info, seed, seen)?;
             if let Some(latest) = &self.latest {
                 keep_tokens(cx, &draws.tokens()?, &info, latest)?;
             }
-            all.push(GroupDraws { draws, logits: group.logits.then_some(own) });
+            all.push(GroupDraws { draws, logits: group.logits.then_some(own.logits) });
             first = last;
         }
         Ok(all)

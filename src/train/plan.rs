@@ -187,7 +187,7 @@ fn part(block: &str) -> &'static str {
         "kv cache" => "cache of keys and values",
         "parameter gradients" => "gradients",
         "adam moments" | "master weights" | "optimizer scalars" => "optimizer state",
-        "logits chunk" | "dlogits chunk" | "head rows" => "head chunk",
+        "logits chunk" | "dlogits chunk" | "logit slices" | "head rows" => "head chunk",
         "activation gradients" => "activation gradients",
         "dequantised weight" | "weight to quantise" => "a dequantised weight",
         "partial sums" | "column factors" | "filter gradients" | "attention delta"

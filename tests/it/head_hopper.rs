@@ -10,7 +10,9 @@ use temper::device::cpu::Cpu;
 use temper::device::dry_run::DryRun;
 use temper::device::{Capabilities, DType, Device, MemoryInfo};
 use temper::ops::case::Rng;
-use temper::ops::head::{Head, HeadLogps, HeadLoss, LogitMap, head_loss, head_rows};
+use temper::ops::head::{Head, HeadLogps, HeadLoss, head_loss, head_rows};
+use temper::ops::logit_map::LogitMap;
+use temper::ops::sample::{Draw, Sampling, sample_rows};
 use temper::tensor::{Id, ParamSetId, Tensor};
 
 /// Rows, hidden size, vocabulary: edges of tiles in each direction, more than one slice, both heights
@@ -199,4 +201,59 @@ fn the_self_check_of_the_head_passes_on_the_twins() {
         assert!(differ.is_empty(), "{case}: {differ:?}");
         assert!(case.contains("; gradient "), "{case}");
     }
+}
+
+#[test]
+fn draws_from_a_tile_s_statistics_are_those_from_logits() {
+    let (rows, k, vocab) = (90, 40, 1160);
+    let plain = Sampling { temperature: 1.0, seed: 5, ..Sampling::greedy() };
+    let how = [
+        plain.clone(),
+        Sampling::greedy(),
+        Sampling { top_k: 7, ..plain.clone() },
+        Sampling { top_p: 0.8, min_p: 0.01, ..plain.clone() },
+        Sampling { temperature: 0.7, ..plain },
+    ];
+    let draws = |device: Cpu, statistics: bool| {
+        let mut cx = context(device);
+        let real = |cx: &Cx, seed, shape: &[usize], scale| {
+            let values = values(seed, shape.iter().product(), scale);
+            Tensor::from_f32(&cx.pool, "t", DType::BF16, shape, &values).unwrap()
+        };
+        let hidden = real(&cx, 1, &[rows, k], 1.0);
+        let head = Head::plain(real(&cx, 2, &[vocab, k], 0.5));
+        let logits = head.rows_to_sample(&cx, &hidden, true).unwrap();
+        assert_eq!(logits.parts.is_some(), statistics);
+        let who: Vec<i32> =
+            (0..rows as i32).flat_map(|r| [if r == 3 { -1 } else { r }, 2 * r, r]).collect();
+        let who = cx.ints("who", &who).unwrap();
+        let seed = cx.ints("seed", &[1, 2]).unwrap();
+        let mut all = vec![bits(&logits.logits)];
+        for how in &how {
+            let logits = logits.rows(1, rows).unwrap();
+            let who = who.view(4 * 3, DType::I32, &[3 * (rows - 1)]).unwrap();
+            let draws = sample_rows(&mut cx, how, &logits, &who, &seed, None).unwrap();
+            let each = draws.download().unwrap();
+            let words = |d: &Draw| {
+                let floats = [d.logp, d.logp_scaled, d.logp_truncated, d.entropy];
+                [vec![d.token], floats.map(f32::to_bits).to_vec()].concat()
+            };
+            all.push(each.iter().flat_map(words).collect());
+        }
+        all
+    };
+    let stored = draws(Cpu::new(), false);
+    assert!(stored == draws(Cpu::new().with_wgmma(), true));
+    assert!(stored == draws(Cpu::strict(4).with_wgmma(), true));
+}
+
+#[test]
+fn few_rows_and_scaled_logits_are_sampled_from_memory() {
+    let cx = context(Cpu::new().with_wgmma());
+    let hidden = Tensor::from_f32(&cx.pool, "t", DType::BF16, &[63, 8], &[0.5; 63 * 8]).unwrap();
+    let head = Head::plain(hidden.rows(0, 8).unwrap());
+    assert!(head.rows_to_sample(&cx, &hidden, true).unwrap().parts.is_none());
+    let hidden = Tensor::from_f32(&cx.pool, "t", DType::BF16, &[64, 8], &[0.5; 64 * 8]).unwrap();
+    assert!(head.rows_to_sample(&cx, &hidden, false).unwrap().parts.is_none());
+    assert!(head.rows_to_sample(&cx, &hidden, true).unwrap().parts.is_some());
 }

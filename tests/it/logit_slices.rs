@@ -8,7 +8,8 @@ use temper::device::DType;
 use temper::device::cpu::Cpu;
 use temper::kernels::LOGIT_SLICE;
 use temper::ops::case::Rng;
-use temper::ops::head::{Head, LogitMap, head_logps, head_rows, mean_logits};
+use temper::ops::head::{Head, head_logps, head_rows, mean_logits};
+use temper::ops::logit_map::LogitMap;
 use temper::ops::sample::{Draw, Sampling, sample, seen_words};
 use temper::tensor::Tensor;
 
