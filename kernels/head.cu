@@ -17,7 +17,7 @@
 //          fixed order; dlogits is rounded when stored. The gradient of H in this form has no cancellation.
 // Cost     The statistics read 4 vocab bytes a row; the gradient reads 4 and writes sizeof(real). 16,384 rows of 151,936 columns
 //          on an H100 (2026-11-27, copy 2.97 TB/s): statistics 3.65 ms (2.72 TB/s; predicted 3.6 to 3.9; with one warp per row
-//          30.4), gradient 5.02 ms (2.97 TB/s; predicted 5.1; with one warp per row 9.7). What the statistics lack to copy speed
+//          30.4; before the slices were summed in parts), gradient 5.02 ms (2.97 TB/s; predicted 5.1; with one warp per row 9.7). What the statistics lack to copy speed
 //          is head_stats: 12 us a chunk of 883 rows.
 #include "common/logits.cuh"
 
@@ -120,7 +120,7 @@ KERNEL_WARP(head_grad, HOT)(real* dlogits, const float* logits, const int* targe
   const int t = target[at.row], begin = at.slice * LOGIT_SLICE;
   const int end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
   const float part_of_cap = softcap > 0.f ? 1.f / softcap : 0.f;
-  const LogitGradient grad = {scale, lse[at.row], a[at.row] * slope, b ? entropy[at.row] : 0.f, b ? b[at.row] * slope : 0.f};
+  const LogitGradient grad = {scale, lse[at.row], -(a[at.row] * slope), b ? entropy[at.row] : 0.f, b ? -(b[at.row] * slope) : 0.f};
   for (int i = begin + WCOL; i < end; i += WARP_STEP) {
     const WarpPack logit = load_row(l, i, vocab, NEG_INF);
     WarpPack g;

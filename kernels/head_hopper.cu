@@ -1,23 +1,23 @@
 // The head on Hopper (sm_90a) without logits in memory: their statistics, and their gradient, at the end of the product's tiles.
 //
-// Math     l = x W^T, stored only for the sampler. hopper_head_parts: of each part of a row (common/logit_parts.cuh), max l, sum e^d, sum e^d d with
-//          d = scale (l - max), and the first column of max; the logit of the row's target.
-//          hopper_head_grad: dl = up (1[target] - p) - by_entropy p (l - lse + H) with p = e^{scale l - lse}, up = slope a, by_entropy =
-//          slope b, a and b the upstreams of log p(target) and of H: head_grad of the same l.
+// Math     l = x W^T, stored if requested. hopper_head_parts: of each part of a row (common/logit_parts.cuh), max l, sum e^d, sum
+//          e^d d with d = scale (l - max), and the first column of max; the logit of the row's target.
+//          hopper_head_grad: dl = up (1[target] - p) - by_entropy p (l - lse + H) with p = e^{scale l - lse}, up = slope a,
+//          by_entropy = slope b, a and b the upstreams of log p(target) and of H: head_grad of the same l.
 // Shapes   x [m, k] real by tensor map, boxes of a tile's rows; W [vocab, k], boxes of 128 rows; parts [m, tn, 4] float, tn = vocab /
 //          128 rounded up; target [m] int, target_logit, lse, entropy, a, b [m] float; logits [m, vocab] float, if requested; dl [m,
 //          vocab] real, boxes of 16 rows. vocab is a multiple of 8.
 // Plan     common/hopper_turns.cuh: one consumer multiplies while the other ends its tile of 64 D x 128. A lane has 32 logits of each of
 //          its rows, and shares a row's part with three lanes. The target is looked for only by warps whose tile has it. head_join and
-//          head_stats (head.cu) go on from `parts`. The gradient is computed by a second product, for which both read and write less
-//          than logits would: the first product's tiles wait for no store, the second's store 2 bytes a logit.
+//          head_stats (head.cu), or sample_join (sample.cu), go on from `parts`. The gradient is the end of a second product.
 // Numerics The chain over k of matmul.cu, then the sums and the gradient of head.cu: the same bits as with logits in memory.
 // Cost     2 m vocab k flops each; parts 16 bytes for 128 logits, dl 2 a logit. *Predicted* for an H100, 16,384 x 151,936, k 896: 5.8 ms
-//          for the statistics (measured apart: product 7.3, head.cu 3.65) and 6.0 for the gradient (product again 7.3, head_grad 5.0). A
-//          warp's end of a tile: docs/kernels.md. Not measured.
+//          for the statistics (measured apart: product 7.3, head.cu 3.65), 5.9 if logits are stored, and 6.0 for the gradient (product
+//          again 7.3, head_grad 5.0). A warp's end of a tile: docs/kernels.md. Not measured.
 #include "common/hopper_turns.cuh"
 #include "common/logit_parts.cuh"
 
+static_assert(LOGIT_PART == 128, "the columns of a tile in common/hopper_turns.cuh");
 // D: rows of a tile / 64. Stages of the ring; the block's shared memory.
 EXPORT_FN(head_stages, d, d == 2 ? 6 : 4);
 EXPORT_FN(head_shared, d, head_stages(d) * turns_ring(d * 64) + 8 * 2 * 2048 + TURNS_BARRIERS);
@@ -96,7 +96,8 @@ struct HeadParts : TileEnd {
       for (int e = 1; e >= 0; --e) first = l.at(c, e) == largest ? c * 8 + e : first;
     first += lane % 4 * 2;
     const int other = shfl_xor(first, 1), less = first < other ? first : other, others = shfl_xor(less, 2);
-    first = less < others ? less : others;
+    first = at.col + (less < others ? less : others);
+    if (first >= vocab || first >= at.col + LOGIT_PART) first = 0;  // NaNs alone
     const float top = scaled_top(largest, scale);
     float sum[8][2], mean[8][2];
 #pragma unroll
@@ -109,7 +110,7 @@ struct HeadParts : TileEnd {
       }
     const float s = part_of_tile(sum), e = part_of_tile(mean);
     if (lane % 4 == 0 && row < m)
-      *(Four*)(parts + ((long long)row * tn + at.col / LOGIT_PART) * TILE_STATS) = {largest, s, e, (float)(at.col + first)};
+      *(Four*)(parts + ((long long)row * tn + at.col / LOGIT_PART) * TILE_STATS) = {largest, s, e, (float)first};
     if (warp_any((unsigned)t < (unsigned)LOGIT_PART)) {
       const float z = logit_of(l, t, lane);
       if ((unsigned)t < (unsigned)LOGIT_PART && t / 2 % 4 == lane % 4) target_logit[row] = z;
@@ -126,7 +127,7 @@ struct HeadGrad : TileEnd {
   float scale, slope;
 
   DEVICE_MEMBER LogitGradient gradient(int row) const {
-    return {scale, lse[row], a[row] * slope, b ? entropy[row] : 0.f, b ? b[row] * slope : 0.f};
+    return {scale, lse[row], -(a[row] * slope), b ? entropy[row] : 0.f, b ? -(b[row] * slope) : 0.f};
   }
 
   DEVICE_MEMBER void finish(const TilePlace& at, int lane, float (&d)[HALVES][64]) {

@@ -78,8 +78,8 @@ struct GluForward : TileEnd {
   }
 };
 
-template <int ACT>
 // Boxes: g and u of even parts, of odd ones; y of even parts, of odd ones.
+template <int ACT>
 struct GluBackward : TileEnd {
   const tensor_map *gate, *up, *y;
   const real* gate_up;

@@ -11,8 +11,9 @@
 //          of a row: max l, the sums of l and of l / temperature, max l', the weight used for sampling; sums [rows, SAMPLE_WAYS,
 //          slices], rank, width, digit [rows] int, base, limit, top [rows]: state of a search
 // Plan     A warp owns a slice of a row (common/logits.cuh). sample_slices reads it once, for the statistics of both
-//          distributions (on Hopper, with many rows, the product with the head has given them); `sample`, one warp per row, combines the slices, finds the slice in which the running sum passes u, and
-//          walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order of the
+//          distributions; on Hopper, for 64 rows or more at temperature 1 without a penalty, sample_join takes them from the
+//          product with the head. `sample`, one warp per row, combines the slices, finds the slice in which the running sum
+//          passes u, and walks along that slice alone. Nothing is sorted: a threshold (top_k, top_p) is searched for in the order of the
 //          floats' bits. sample_bounds bounds the threshold, sample_above sums what lies above 7 thresholds at once,
 //          sample_narrow keeps an eighth of the interval: at most 11 passes whatever the values, and once one float is left the
 //          other passes return at once. A slice without values in the interval is not read. With a threshold or min_p,
@@ -20,8 +21,8 @@
 //          Each sum has one order, and leaving out values can only lower it, so every search is over a monotone function.
 // Numerics As the head's (common/logits.cuh): logp, logp_scaled and entropy have the bits of head_stats.
 // Cost     Full distribution: one pass over the row, 4 vocab bytes. 256 rows of 151,936 columns on an H100 (2026-11-27, one CUDA
-//          graph): 84 us (copy speed alone: 52; with one warp per row 1,622), at another temperature 97, min_p 128, greedy 78;
-//          one row 24. A pass of a search reads what it cannot skip: docs/kernels.md has the figures of thresholds.
+//          graph; before the slices were summed in parts): 84 us (copy speed alone: 52; with one warp per row 1,622), at another
+//          temperature 97, min_p 128, greedy 78; one row 24. A pass of a search reads what it cannot skip: docs/kernels.md has the figures of thresholds.
 #include "prim/rng.cuh"
 #include "common/logits.cuh"
 

@@ -2,7 +2,7 @@
 // part by part, so a tile of the product with the head gives the same bits as a warp that reads the logits from memory.
 //
 // The sums of a part are a binary tree over the bits of the column: bit 6 first, then 5, 4, 3, 0, 2, 1. A lane of wgmma's
-// accumulators holds the values whose columns differ in bits 6 to 3 and 0, and shares a part with three others (PartOfTile); four
+// accumulators holds the values whose columns differ in bits 6 to 3 and 0, and shares a part with three others (head_hopper.cu); four
 // lanes of a warp that reads from memory hold bits 6 to 4, 1 and 0 (logits.cuh). Neither needs more than six shuffles for a sum.
 #pragma once
 #include "prim/math.cuh"
@@ -22,7 +22,7 @@ DEVICE float no_less(float d) {
 #endif
 }
 // e^d for d from -86 to about 0. On a GPU by ex2 (2 ulp): with the polynomial a tile's end would take longer than its products. The
-// rounding of the argument costs at most |d| e^d 2^-24, beside a sum of 1 or more.
+// rounding of the argument and of log2(e) costs at most 1.3 |d| e^d 2^-24, beside a sum of 1 or more.
 DEVICE float exp_logit(float d) {
 #ifdef __CUDACC__
   return exp2_fast(d * 1.44269504f);
@@ -62,10 +62,10 @@ DEVICE LogitSums share_of(const LogitSums& part, float largest, float top, float
 
 // The gradient of a row's logits: d loss / d l = up (1[target] - p) - by_entropy p (l - lse + H), with p = e^{l - lse}.
 struct LogitGradient {
-  float scale, lse, up, entropy, by_entropy;
+  float scale, lse, minus_up, entropy, minus_by_entropy;
   template <bool ENTROPY>
   DEVICE_MEMBER float at(float logit, bool target) const {
-    const float v = fmaf(logit, scale, -lse), p = -exp_or_zero(v), g = target ? p + 1.f : p;
-    return ENTROPY ? fmaf(up, g, by_entropy * p * (no_less(v) + entropy)) : up * g;
+    const float v = fmaf(logit, scale, -lse), p = exp_or_zero(v), g = target ? p - 1.f : p;
+    return ENTROPY ? fmaf(minus_up, g, minus_by_entropy * p * (no_less(v) + entropy)) : minus_up * g;
   }
 };

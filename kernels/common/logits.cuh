@@ -266,7 +266,7 @@ DEVICE int first_equal(int begin, int end, float top, Values values) {
   return (int)-pack_max(first);
 }
 
-// The first slice with the largest of `largest`; `slices` if there is none (a row of NaNs).
+// The first slice with the largest of `largest`. In a row of NaNs there may be none: `slices`.
 DEVICE int first_slice(const float* largest, int slices) {
   if (slices == 1) return 0;
   return first_equal(0, slices, row_max(largest, slices), [&](int i) { return load_row(largest, i, slices, NEG_INF); });

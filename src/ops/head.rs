@@ -1,21 +1,19 @@
 //! The fused head: log-probs of chosen tokens without ever holding all logits. Layer 4.
 //!
 //! Invariant: memory is one chunk of logits or less, whatever the vocabulary and the number of rows;
-//! a row's log-prob does not depend on the chunk. Two modes: weights known beforehand ([`head_loss`],
-//! three matrix products: gradients are computed while the chunk is in memory) and weights known
-//! later ([`head_logps`], four: the chunk's logits are computed again). Math: `kernels/head.cu`.
+//! a row's log-prob does not depend on the chunk. Two modes: weights known beforehand ([`head_loss`]:
+//! a chunk's gradients follow its statistics at once) and weights known later ([`head_logps`]: the
+//! chunk's logits are computed again). Math: `kernels/head.cu`, `kernels/head_hopper.cu`.
 
 use crate::autograd::{Cost, Cx, F64, Fwd, Grads, Need, Node, Op, Round, Upstream};
-use crate::device::{Launch, Layout};
+use crate::device::{DType, Launch, Layout};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::ops::add::axpy;
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::expect_cols;
 use crate::ops::head_hopper::{self, Outputs};
-use crate::ops::head_pass::{
-    HeadPurpose, LogitPass, chunk_rows, chunks, gradient, rows_at_once, skips_logits,
-};
+use crate::ops::head_pass::{HeadForm, HeadPurpose, LogitPass, chunk_rows, chunks, gradient};
 use crate::ops::head_terms::{
     self, HeadPair, RowGradient, TermSlots, gradients_of, logits_of, oracle_row, slots_in_forward,
     terms,
@@ -56,7 +54,8 @@ impl Head {
         let rows = hidden.row_count();
         if self.pair.is_none() && plain && rows >= TILES_TO_SAMPLE {
             let terms = terms([hidden, &self.weight], &[]);
-            if skips_logits(cx, &terms, self.map, HeadPurpose::Statistics) {
+            let purpose = HeadPurpose::Statistics;
+            if HeadForm::of(cx, &terms, self.map, purpose) != HeadForm::Apart {
                 let vocab = self.weight.row_count();
                 let logits = cx.float("logits", &[rows, vocab])?;
                 let shape = [rows, head_hopper::part_values(vocab)];
@@ -84,14 +83,19 @@ pub struct LogitRows {
 }
 
 impl LogitRows {
+    /// The most memory of a row.
+    pub fn bytes_of_row(vocab: usize) -> usize {
+        (vocab + head_hopper::part_values(vocab)) * DType::F32.size()
+    }
+
     pub fn rows(&self, from: usize, to: usize) -> Result<LogitRows> {
         let parts = self.parts.as_ref().map(|t| t.rows(from, to)).transpose()?;
         Ok(LogitRows { logits: self.logits.rows(from, to)?, parts })
     }
 }
 
-/// The least number of rows whose statistics the product with the head gives to the sampler. With
-/// fewer rows another kernel computes the product, and reading the logits takes little time.
+/// The least number of rows whose statistics the product with the head gives to the sampler. For
+/// fewer rows there are faster products, and reading the logits takes little time.
 const TILES_TO_SAMPLE: usize = kernels::FEW_ROWS;
 
 /// The head's results for each row, F32 `[n]` unless noted.
@@ -240,8 +244,8 @@ impl Op for HeadLoss {
         let (rows, vocab) = (h.row_count(), w.row_count());
         let terms = terms([h, w], &x[PAIR_OF_LOSS..]);
         let purpose = if need.tape { HeadPurpose::Loss } else { HeadPurpose::Statistics };
-        let skips = skips_logits(cx, &terms, self.map, purpose);
-        let pass = LogitPass::new(cx, (rows, vocab), self.chunk, purpose, skips)?;
+        let form = HeadForm::of(cx, &terms, self.map, purpose);
+        let pass = LogitPass::new(cx, (rows, vocab), self.chunk, purpose, form)?;
         let loss = cx.float("loss", &[1])?;
         let upstream = cx.float("head rows", &[rows])?;
         let wants = |i: usize| need.inputs.get(i) == Some(&true);
@@ -315,9 +319,9 @@ impl Op for HeadLogps {
         check("head_logps", x, 1)?;
         let terms = terms([x[0], x[1]], &x[PAIR_OF_LOGPS..]);
         let purpose = if self.square { HeadPurpose::Squares } else { HeadPurpose::Statistics };
-        let skips = skips_logits(cx, &terms, self.map, purpose);
+        let form = HeadForm::of(cx, &terms, self.map, purpose);
         let sizes = (x[0].row_count(), x[1].row_count());
-        let pass = LogitPass::new(cx, sizes, self.chunk, purpose, skips)?;
+        let pass = LogitPass::new(cx, sizes, self.chunk, purpose, form)?;
         for range in chunks(sizes.0, pass.chunk) {
             pass.forward(cx, &terms, x[2], range, (self.scale, self.map))?;
         }
@@ -347,10 +351,12 @@ impl Op for HeadLogps {
         for at in [0, PAIR_OF_LOGPS].into_iter().take(terms.len()) {
             slots.push(TermSlots { rows: g.slot(at)?, weight: g.slot(at + 1)? });
         }
-        let skips = skips_logits(cx, &terms, self.map, HeadPurpose::Gradient);
-        let (of, chunk) = ((self.scale, self.map), rows_at_once(self.chunk, skips));
+        // With squares the statistics come from stored logits, which a library may have computed.
+        let purpose = if self.square { HeadPurpose::Squares } else { HeadPurpose::Gradient };
+        let form = HeadForm::of(cx, &terms, self.map, purpose);
+        let (of, chunk) = ((self.scale, self.map), form.rows_at_once(self.chunk));
         let shape = [chunk.min(rows.max(1)), w.row_count()];
-        let logits = if skips { None } else { Some(cx.float("logits chunk", &shape)?) };
+        let logits = form.buffer(cx, shape[0], shape[1])?;
         let dlogits = cx.real("dlogits chunk", &shape)?;
         let by_row = RowGradient {
             target: target.clone(),

@@ -1,8 +1,7 @@
 //! Launches of `kernels/head_hopper.cu`: the head's statistics and gradient at the end of a product,
 //! without logits in memory. Layer 4.
 //!
-//! Invariant: the bits are those of the engine's own product and `kernels/head.cu`, so the choice
-//! changes none.
+//! Invariant: the bits are those of the engine's own product and `kernels/head.cu`.
 
 use crate::autograd::Cx;
 use crate::device::DType;

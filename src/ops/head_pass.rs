@@ -1,7 +1,7 @@
 //! The head's passes over its rows: statistics and the gradient of logits, chunk by chunk. Layer 4.
 //!
-//! Invariant: a row's results have the same bits whether its logits are stored (`kernels/head.cu`)
-//! or not (`kernels/head_hopper.cu`), and whatever the chunk.
+//! Invariant: a row's results do not depend on the chunk, and have the same bits in each [`HeadForm`],
+//! unless a library's product with other bits computes stored logits (`matmul=auto`).
 
 use crate::autograd::Cx;
 use crate::device::{DType, Launch};
@@ -13,8 +13,8 @@ use crate::ops::logit_map::LogitMap;
 use crate::tensor::Tensor;
 
 /// The longest k for which a second product is predicted to take less time than storing the first
-/// one's logits and reading them twice (`docs/kernels.md`, Rows of logits).
-const SECOND_PRODUCT_K: usize = 1700;
+/// one's logits and reading them (`docs/kernels.md`, The head without logits).
+const SECOND_PRODUCT_K: usize = 960;
 
 /// Rows of logits held at once: 4 MiB on a CPU (they stay in its cache), 1 or 2 GiB on a GPU, and at
 /// least 256 rows, because each chunk reads the whole head, and reads and writes its whole
@@ -28,7 +28,8 @@ pub(super) fn slices(vocab: usize) -> usize {
     vocab.div_ceil(kernels::LOGIT_SLICE)
 }
 
-pub(super) fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
+/// The ranges of rows of each chunk.
+pub fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..rows.div_ceil(chunk)).map(move |i| (i * chunk, ((i + 1) * chunk).min(rows)))
 }
 
@@ -45,25 +46,46 @@ pub enum HeadPurpose {
     Gradient,
 }
 
-/// Whether the rows' logits stay out of memory.
-pub(super) fn skips_logits(
-    cx: &Cx,
-    terms: &[LogitTerm],
-    map: LogitMap,
-    purpose: HeadPurpose,
-) -> bool {
-    let pays = match purpose {
-        HeadPurpose::Statistics | HeadPurpose::Gradient => true,
-        HeadPurpose::Squares => false,
-        HeadPurpose::Loss => terms[0].rows.cols() <= SECOND_PRODUCT_K,
-    };
-    pays && head_hopper::fits(cx, terms, map)
+/// Where logits and their statistics come from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum HeadForm {
+    /// A product stores the logits, and the kernels of `head.cu` read them.
+    Apart,
+    /// The product's tiles give the statistics, and the logits are stored.
+    Stored,
+    /// The product's tiles give the statistics or the gradient, and no logits are stored.
+    Absent,
 }
 
-/// The rows of a chunk of `chunk` rows of logits in float: if only gradients are stored, their two
-/// bytes allow twice as many.
-pub(super) fn rows_at_once(chunk: usize, skips: bool) -> usize {
-    if skips { 2 * chunk } else { chunk }
+impl HeadForm {
+    /// The fastest form for these terms and this device.
+    pub(super) fn of(
+        cx: &Cx,
+        terms: &[LogitTerm],
+        map: LogitMap,
+        purpose: HeadPurpose,
+    ) -> HeadForm {
+        match purpose {
+            _ if !head_hopper::fits(cx, terms, map) => HeadForm::Apart,
+            HeadPurpose::Squares => HeadForm::Apart,
+            HeadPurpose::Loss if terms[0].rows.cols() > SECOND_PRODUCT_K => HeadForm::Stored,
+            _ => HeadForm::Absent,
+        }
+    }
+
+    /// The rows of a chunk, for `chunk` rows of logits in float: if only gradients are stored, their
+    /// two bytes allow twice as many.
+    pub(super) fn rows_at_once(self, chunk: usize) -> usize {
+        if self == HeadForm::Absent { 2 * chunk } else { chunk }
+    }
+
+    /// The memory for the logits of `rows` rows, F32 [rows, vocab].
+    pub(super) fn buffer(self, cx: &Cx, rows: usize, vocab: usize) -> Result<Option<Tensor>> {
+        match self {
+            HeadForm::Absent => Ok(None),
+            _ => Ok(Some(cx.float("logits chunk", &[rows, vocab])?)),
+        }
+    }
 }
 
 /// Statistics at the ends of a product's tiles.
@@ -72,12 +94,6 @@ struct Statistics {
     parts: Tensor,
     /// F32 `[rows]`
     target_logit: Tensor,
-}
-
-/// What a chunk's rows leave in memory.
-enum Held {
-    Logits(Tensor),
-    Statistics(Statistics),
 }
 
 /// Buffers of one pass over the rows.
@@ -89,7 +105,8 @@ pub struct LogitPass {
     pub best: Tensor,
     /// The statistics of the slices of the chunk's rows.
     part: Tensor,
-    held: Held,
+    logits: Option<Tensor>,
+    tiles: Option<Statistics>,
     /// Rows of a chunk.
     pub chunk: usize,
 }
@@ -101,17 +118,17 @@ impl LogitPass {
         (rows, vocab): (usize, usize),
         chunk: usize,
         purpose: HeadPurpose,
-        skips: bool,
+        form: HeadForm,
     ) -> Result<LogitPass> {
         let squares = purpose == HeadPurpose::Squares;
-        let chunk = rows_at_once(chunk, skips);
+        let chunk = form.rows_at_once(chunk);
         let most = chunk.min(rows.max(1));
-        let held = if skips {
-            let parts = cx.float("logit slices", &[most, head_hopper::part_values(vocab)])?;
-            let target_logit = cx.float("head rows", &[most])?;
-            Held::Statistics(Statistics { parts, target_logit })
-        } else {
-            Held::Logits(cx.float("logits chunk", &[most, vocab])?)
+        let tiles = match form {
+            HeadForm::Apart => None,
+            _ => Some(Statistics {
+                parts: cx.float("logit slices", &[most, head_hopper::part_values(vocab)])?,
+                target_logit: cx.float("head rows", &[most])?,
+            }),
         };
         Ok(LogitPass {
             logp: cx.float("head rows", &[rows])?,
@@ -120,17 +137,15 @@ impl LogitPass {
             square: if squares { Some(cx.float("head rows", &[rows])?) } else { None },
             best: Tensor::new(&cx.pool, "head rows", DType::I32, &[rows])?,
             part: cx.float("logit slices", &[most, kernels::HEAD_PARTS, slices(vocab)])?,
-            held,
+            logits: form.buffer(cx, most, vocab)?,
+            tiles,
             chunk,
         })
     }
 
     /// The logits of `n` rows, from the first of the current chunk on, if they are stored.
     pub fn logits(&self, n: usize) -> Result<Option<Tensor>> {
-        match &self.held {
-            Held::Logits(logits) => Ok(Some(logits.rows(0, n)?)),
-            Held::Statistics(_) => Ok(None),
-        }
+        self.logits.as_ref().map(|l| l.rows(0, n)).transpose()
     }
 
     /// Computes the figures of rows `from..to`.
@@ -144,40 +159,35 @@ impl LogitPass {
     ) -> Result<()> {
         let (n, vocab) = (to - from, terms[0].weight.row_count());
         let (slices, target) = (slices(vocab), target.rows(from, to)?);
-        let logits = match &self.held {
-            Held::Logits(all) => {
-                let logits = all.rows(0, n)?;
-                logits_of(cx, &logits, terms, (from, to))?;
-                map.apply(cx, &logits)?;
-                let args = kernels::HeadSlicesArgs {
-                    part: self.part.out(),
-                    logits: &logits,
-                    rows: n as i32,
-                    vocab: vocab as i32,
-                    slices: slices as i32,
-                    scale,
-                    square: i32::from(self.square.is_some()),
-                };
-                kernels::head_slices(&*cx.device, Launch::warps(n * slices), args)?;
-                Some(logits)
-            }
-            Held::Statistics(out) => {
-                let rows = terms[0].rows.rows(from, to)?;
-                let target = Some((&target, &out.target_logit));
-                let out = Outputs { parts: &out.parts, target, logits: None };
-                head_hopper::statistics(cx, &out, (&rows, terms[0].weight), scale)?;
-                let args = kernels::HeadJoinArgs {
-                    part: self.part.out(),
-                    parts: out.parts,
-                    rows: n as i32,
-                    tiles: head_hopper::parts(vocab) as i32,
-                    slices: slices as i32,
-                    scale,
-                };
-                kernels::head_join(&*cx.device, Launch::flat(n * slices), args)?;
-                None
-            }
-        };
+        let logits = self.logits(n)?;
+        if let Some(Statistics { parts, target_logit }) = &self.tiles {
+            let rows = terms[0].rows.rows(from, to)?;
+            let target = Some((&target, target_logit));
+            let out = Outputs { parts, target, logits: logits.as_ref() };
+            head_hopper::statistics(cx, &out, (&rows, terms[0].weight), scale)?;
+            let args = kernels::HeadJoinArgs {
+                part: self.part.out(),
+                parts,
+                rows: n as i32,
+                tiles: head_hopper::parts(vocab) as i32,
+                slices: slices as i32,
+                scale,
+            };
+            kernels::head_join(&*cx.device, Launch::flat(n * slices), args)?;
+        } else if let Some(logits) = &logits {
+            logits_of(cx, logits, terms, (from, to))?;
+            map.apply(cx, logits)?;
+            let args = kernels::HeadSlicesArgs {
+                part: self.part.out(),
+                logits,
+                rows: n as i32,
+                vocab: vocab as i32,
+                slices: slices as i32,
+                scale,
+                square: i32::from(self.square.is_some()),
+            };
+            kernels::head_slices(&*cx.device, Launch::warps(n * slices), args)?;
+        }
         let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
         let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);
         let (entropy, best) = (self.entropy.rows(from, to)?, self.best.rows(from, to)?);
@@ -188,11 +198,8 @@ impl LogitPass {
             square: square.as_ref().map(|s| s.out()),
             best: Some(best.out()),
             part: &self.part,
-            logits: logits.as_ref(),
-            target_logit: match &self.held {
-                Held::Logits(_) => None,
-                Held::Statistics(out) => Some(&out.target_logit),
-            },
+            logits: if self.tiles.is_none() { logits.as_ref() } else { None },
+            target_logit: self.tiles.as_ref().map(|tiles| &tiles.target_logit),
             target: &target,
             rows: n as i32,
             vocab: vocab as i32,
@@ -204,7 +211,7 @@ impl LogitPass {
 }
 
 /// The gradient of the products of rows `from..to`, real [to - from, vocab]: from their logits, or
-/// without logits by a product that [`skips_logits`] allows. `g` has the values of these rows.
+/// without logits by another product. `g` has the values of these rows.
 pub fn gradient(
     cx: &Cx,
     dlogits: &Tensor,

@@ -87,13 +87,20 @@ pub(super) fn logits_of(
 }
 
 /// A buffer and whether to add to its contents.
-type Slot = Option<(Tensor, bool)>;
+pub type TermSlot = Option<(Tensor, bool)>;
 
 /// Where a term's gradients go.
 #[derive(Default)]
-pub(super) struct TermSlots {
-    pub rows: Slot,
-    pub weight: Slot,
+pub struct TermSlots {
+    pub rows: TermSlot,
+    pub weight: TermSlot,
+}
+
+impl TermSlots {
+    /// The gradient of the rows alone, to `dx`.
+    pub fn of_rows(dx: &Tensor) -> TermSlots {
+        TermSlots { rows: Some((dx.clone(), false)), weight: None }
+    }
 }
 
 /// Slots for gradients that are computed in a forward: new buffers for rows, the parameters' own
@@ -124,7 +131,7 @@ pub(super) fn slots_in_forward(
 }
 
 /// The gradients of rows `from..to`, from those of their logits.
-pub(super) fn gradients_of(
+pub fn gradients_of(
     cx: &Cx,
     dlogits: &Tensor,
     terms: &[LogitTerm],

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::model::decoder::Decoder;
 use crate::model::layout::ModelConfig;
 use crate::ops::fastest::padded_rows;
+use crate::ops::head::LogitRows;
 use crate::tensor::Tensor;
 
 /// The forward of an engine's step on these arrays; returns the draws of each group.
@@ -79,7 +80,7 @@ impl Recorder {
         let mixer = conv.max(heads * model.head_dim);
         let row = 6 * model.hidden_size + mixer + 3 * model.intermediate_size;
         let bytes = options.max_step_tokens * row * cx.dtype.size()
-            + options.max_sequences * model.vocab_size * DType::F32.size();
+            + options.max_sequences * LogitRows::bytes_of_row(model.vocab_size);
         drop(memory.alloc("decode steps", bytes)?);
         let ints = [ROW_INTS * options.max_sequences + SEED_INTS];
         Ok(Recorder {
