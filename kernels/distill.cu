@@ -50,9 +50,9 @@ KERNEL_WARP(distill_slices, HOT)(float* part, const float* student, const float*
   if (at.row >= rows) return;
   float* out = part + at.row * DISTILL_PARTS * slices + at.slice;
   for (int model = 0; model < 2; ++model) {
-    const Parts s = load_parts((model ? teacher : student) + at.row * vocab, at.slice, vocab);
+    const Slice s = load_slice((model ? teacher : student) + at.row * vocab, at.slice, vocab);
     const SliceTops tops = slice_tops(s);
-    const LogitSums sums = slice_sums(s, tops, scale);
+    const LogitSums sums = slice_sums<false>(s, tops, scale);
     if (LANE == 0) {
       out[3 * model * slices] = tops.largest;
       out[(3 * model + 1) * slices] = sums.sum;

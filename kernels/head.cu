@@ -37,14 +37,14 @@ KERNEL_FLAT(map_logits)(INOUT(float) logits, long long n, float divisor, float s
 // Floats that head_slices and head_join write per slice.
 EXPORT(int, HEAD_PARTS, 4);
 
-// The statistics of each slice of each row; the last one (sum e^2d) only if `square` is not 0.
-KERNEL_WARP(head_slices, HOT)(float* part, const float* logits, int rows, int vocab, int slices, float scale, int square) {
+// The statistics of each slice of each row; the last one (sum e^2d) only if `square` is not 0. D: load_form's.
+KERNEL_WARP(head_slices, D=0,1, HOT)(float* part, const float* logits, int rows, int vocab, int slices, float scale, int square) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
   if (at.row >= rows) return;
-  const Parts s = load_parts(logits + at.row * vocab, at.slice, vocab);
-  const SliceTops tops = slice_tops(s);
+  const auto s = load_form<D>(logits + at.row * vocab, at.slice, vocab);
+  const auto tops = slice_tops(s);
   float* out = part + at.row * HEAD_PARTS * slices + at.slice;
-  const LogitSums sums = square ? slice_sums<true>(s, tops, scale) : slice_sums(s, tops, scale);
+  const LogitSums sums = square ? slice_sums<true>(s, tops, scale) : slice_sums<false>(s, tops, scale);
   if (LANE == 0) {
     out[0] = tops.largest;
     out[slices] = sums.sum;

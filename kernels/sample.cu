@@ -67,27 +67,27 @@ DEVICE const int* seen_row(const int* seen, const int* info, int words) {
   return seen ? seen + (long long)info[2] * words : seen;
 }
 
-// The statistics of each slice of each row, in `part`.
-KERNEL_WARP(sample_slices, HOT)(float* part, MAYBE(const int) seen, const float* logits, const int* who, int rows, int vocab,
+// The statistics of each slice of each row, in `part`. D: load_form's.
+KERNEL_WARP(sample_slices, D=0,1, HOT)(float* part, MAYBE(const int) seen, const float* logits, const int* who, int rows, int vocab,
                                 int slices, int words, float scale, float penalty) {
   const SlicePlace at = slice_place(WARP_INDEX, slices);
   if (at.row >= rows) return;
   const int* info = who + at.row * SAMPLE_INFO;
   if (info[0] < 0) return;
-  Parts s = load_parts(logits + at.row * vocab, at.slice, vocab);
-  const SliceTops tops = slice_tops(s);
-  const LogitSums plain = slice_sums(s, tops, 1.f);
+  auto s = load_form<D>(logits + at.row * vocab, at.slice, vocab);
+  const auto tops = slice_tops(s);
+  const LogitSums plain = slice_sums<false>(s, tops, 1.f);
   LogitSums scaled = plain;
-  if (scale != 1.f) scaled = slice_sums(s, tops, scale);
+  if (scale != 1.f) scaled = slice_sums<false>(s, tops, scale);
   float z_largest = tops.largest, z_sum = scaled.sum;
   if (seen) {
     const int* bits = seen_row(seen, info, words);
 #pragma unroll
-    for (int k = 0; k < SLICE_PARTS; ++k)
+    for (int k = 0; k < s.PACKS; ++k)
       if (s.has(k)) penalise(s.pack[k], s.column(k), vocab, bits, penalty);
-    const SliceTops z_tops = slice_tops(s);
+    const auto z_tops = slice_tops(s);
     z_largest = z_tops.largest;
-    z_sum = slice_sums(s, z_tops, scale).sum;
+    z_sum = slice_sums<false>(s, z_tops, scale).sum;
   }
   if (LANE == 0) {
     float* out = part + at.row * SAMPLE_PARTS * slices + at.slice;

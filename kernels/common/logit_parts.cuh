@@ -1,5 +1,5 @@
-// The statistics of a part of a row of logits: of as many columns as a tile of head_hopper.cu has. A slice of logits.cuh is summed
-// part by part, so a tile of the product with the head gives the same bits as a warp that reads the logits from memory.
+// The statistics of a part of a row of logits: of as many columns as a tile of head_hopper.cu has. In a bf16 run a slice of
+// logits.cuh is summed part by part, so a tile of the product with the head gives the same bits as a warp that reads the logits from memory.
 //
 // The sums of a part are a binary tree over the bits of the column: bit 6 first, then 5, 4, 3, 0, 2, 1. A lane of wgmma's
 // accumulators holds the values whose columns differ in bits 6 to 3 and 0, and shares a part with three others (head_hopper.cu); four

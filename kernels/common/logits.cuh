@@ -19,8 +19,11 @@ DEVICE SlicePlace slice_place(long long index, int slices) {
 }
 
 struct Slice {
-  WarpPack pack[SLICE_PACKS];
+  static constexpr int PACKS = SLICE_PACKS;
+  WarpPack pack[PACKS];
   int begin, vocab;
+  // The column of this lane's first value of pack k.
+  DEVICE_MEMBER int column(int k) const { return begin + k * WARP_STEP + WCOL; }
   // Whether the slice has a pack k. All lanes agree.
   DEVICE_MEMBER bool has(int k) const { return begin + k * WARP_STEP < vocab; }
 };
@@ -41,11 +44,53 @@ DEVICE Slice load_slice(const float* l, int slice, int vocab) {
   return s;
 }
 
-// A slice for its statistics, in parts. With 32 lanes, pack k of lane 4 p + q has columns 16 k + 4 q to 16 k + 4 q + 3 of part p; a
+constexpr int SLICE_PARTS = LOGIT_SLICE / LOGIT_PART;
+DEVICE float parts_total(const float (&part)[SLICE_PARTS]) {
+  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+}
+
+// Statistics of a slice whose columns in a pack are a chain each: in a float run, whose head has no tiles that give those of parts.
+struct SliceTops {
+  float largest;
+};
+DEVICE SliceTops slice_tops(const Slice& s) {
+  WarpPack top;
+#pragma unroll
+  for (int j = 0; j < WV; ++j) top.v[j] = NEG_INF;
+#pragma unroll
+  for (int k = 0; k < SLICE_PACKS; ++k)
+    if (s.has(k)) {
+#pragma unroll
+      for (int j = 0; j < WV; ++j) top.v[j] = max2(top.v[j], s.pack[k].v[j]);
+    }
+  return {pack_max(top)};
+}
+
+// `square` of the result only with SQUARES.
+template <bool SQUARES>
+DEVICE LogitSums slice_sums(const Slice& s, const SliceTops& tops, float scale) {
+  const float top = scaled_top(tops.largest, scale);
+  WarpPack sum = {}, mean = {}, square = {};
+#pragma unroll
+  for (int k = 0; k < SLICE_PACKS; ++k)
+    if (s.has(k)) {
+#pragma unroll
+      for (int j = 0; j < WV; ++j) {
+        const float d = no_less(fmaf(s.pack[k].v[j], scale, -top)), e = exp_logit(d);
+        sum.v[j] += e;
+        mean.v[j] = fmaf(e, d, mean.v[j]);
+        if (SQUARES) square.v[j] = fmaf(e, e, square.v[j]);
+      }
+    }
+  return {pack_sum(sum), pack_sum(mean), SQUARES ? pack_sum(square) : 0.f};
+}
+
+// A slice whose statistics are added up part by part: in a bf16 run. With 32 lanes, pack k of lane 4 p + q has columns 16 k + 4 q to 16 k + 4 q + 3 of part p; a
 // single lane has part k in pack k.
-constexpr int SLICE_PARTS = LOGIT_SLICE / LOGIT_PART, PART_PACK = LANES == 32 ? 4 : LOGIT_PART;
+constexpr int PART_PACK = LANES == 32 ? 4 : LOGIT_PART;
 struct Parts {
-  Pack<PART_PACK> pack[SLICE_PARTS];
+  static constexpr int PACKS = SLICE_PARTS;
+  Pack<PART_PACK> pack[PACKS];
   int begin, vocab;
   // The column of this lane's first value of pack k.
   DEVICE_MEMBER int column(int k) const {
@@ -72,11 +117,11 @@ DEVICE Parts load_parts(const float* l, int slice, int vocab) {
 
 // The largest value of each of the parts that this lane has a share of, and that of the slice.
 constexpr int OWN_PARTS = LANES == 32 ? 1 : SLICE_PARTS;
-struct SliceTops {
+struct PartTops {
   float part[OWN_PARTS], largest;
 };
-DEVICE SliceTops slice_tops(const Parts& s) {
-  SliceTops tops;
+DEVICE PartTops slice_tops(const Parts& s) {
+  PartTops tops;
   float largest = NEG_INF;
 #if LANES == 32
 #pragma unroll
@@ -132,13 +177,10 @@ DEVICE float part_total(float (&s)[OWN_PAIRS]) {
   return ((s[0] + s[1]) + (s[4] + s[5])) + ((s[2] + s[3]) + (s[6] + s[7]));
 }
 #endif
-DEVICE float parts_total(const float (&part)[SLICE_PARTS]) {
-  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
-}
 
 // `square` of the result only with SQUARES.
-template <bool SQUARES = false>
-DEVICE LogitSums slice_sums(const Parts& s, const SliceTops& tops, float scale) {
+template <bool SQUARES>
+DEVICE LogitSums slice_sums(const Parts& s, const PartTops& tops, float scale) {
   float sum[OWN_PARTS], mean[OWN_PARTS], square[OWN_PARTS];
 #pragma unroll
   for (int p = 0; p < OWN_PARTS; ++p) {
@@ -163,6 +205,15 @@ DEVICE LogitSums slice_sums(const Parts& s, const SliceTops& tops, float scale) 
     square[p] = own.square;
   }
   return {parts_total(sum), parts_total(mean), SQUARES ? parts_total(square) : 0.f};
+}
+
+// The slice in the form of a float run (0) or of a bf16 run (1).
+template <int FORM>
+DEVICE auto load_form(const float* l, int slice, int vocab) {
+  if constexpr (FORM == 1)
+    return load_parts(l, slice, vocab);
+  else
+    return load_slice(l, slice, vocab);
 }
 
 // The statistics of a slice from those of its parts, at `parts` [tiles, TILE_STATS] of a row; `first`: the first column of the

@@ -28,6 +28,12 @@ pub(super) fn slices(vocab: usize) -> usize {
     vocab.div_ceil(kernels::LOGIT_SLICE)
 }
 
+/// The order of the sums of a slice (`load_form` in `kernels/common/logits.cuh`): in a bf16 run that
+/// of a tile's statistics.
+pub(super) fn slice_form(cx: &Cx) -> usize {
+    usize::from(cx.dtype == DType::BF16)
+}
+
 /// The ranges of rows of each chunk.
 pub fn chunks(rows: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..rows.div_ceil(chunk)).map(move |i| (i * chunk, ((i + 1) * chunk).min(rows)))
@@ -186,7 +192,7 @@ impl LogitPass {
                 scale,
                 square: i32::from(self.square.is_some()),
             };
-            kernels::head_slices(&*cx.device, Launch::warps(n * slices), args)?;
+            kernels::head_slices(&*cx.device, Launch::warps(n * slices), slice_form(cx), args)?;
         }
         let square = self.square.as_ref().map(|s| s.rows(from, to)).transpose()?;
         let (logp, lse) = (self.logp.rows(from, to)?, self.lse.rows(from, to)?);

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::kernels::{self, SAMPLE_INFO, SAMPLE_OUTPUTS, SAMPLE_PARTS, SAMPLE_PASSES, SAMPLE_WAYS};
 use crate::ops::case::{Arg, Case, PerfShape, Rng};
 use crate::ops::head::LogitRows;
-use crate::ops::head_pass::slices;
+use crate::ops::head_pass::{slice_form, slices};
 use crate::rng::{SAMPLE_TAG, philox, uniform};
 use crate::tensor::{PendingDownload, Tensor};
 
@@ -260,7 +260,7 @@ impl Sample {
                 scale: s.scale(),
                 penalty: s.repetition_penalty as f32,
             };
-            kernels::sample_slices(&*cx.device, Launch::warps(n * slices), args)?;
+            kernels::sample_slices(&*cx.device, Launch::warps(n * slices), slice_form(cx), args)?;
         }
         let rows = Rows { logits, who, seen, part: &part };
         let (mut top_k, mut top_p) = (None, None);

@@ -177,12 +177,10 @@ fn compare<M: BuildMethod + Default + 'static>(name: &str, run: &Value) -> Worst
             // A margin is a difference of rewards, and cannot be better than their rounding
             // (alphapo's are near 80).
             let of = |side: &str| run.get(side).and_then(|v| v[i].as_f64()).unwrap_or(0.0).abs();
-            // So is the KL a difference of two log-probs of whole completions, each of which is
-            // rounded to 6e-8 of itself when it is summed and once more when it is stored.
-            let rounding = match key.as_str() {
-                "rewards/margins" => 1e-6 * of("rewards/chosen").max(of("rewards/rejected")),
-                "kl" => 2.4e-7 * of("logps/chosen").max(of("logps/rejected")),
-                _ => 0.0,
+            let rounding = if key == "rewards/margins" {
+                1e-6 * of("rewards/chosen").max(of("rewards/rejected"))
+            } else {
+                0.0
             };
             let share = (got - want).abs() / (tolerance(key, want) + rounding);
             if share > worst.metric {
