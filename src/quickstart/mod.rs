@@ -71,7 +71,8 @@ pub struct QuickstartScale {
 
 impl QuickstartScale {
     pub fn full() -> QuickstartScale {
-        let keys = |text: &str| text.split_whitespace().map(str::to_string).collect();
+        let keys =
+            |text: &str| -> Vec<String> { text.split_whitespace().map(str::to_string).collect() };
         QuickstartScale {
             vocab: 512,
             hidden: 128,
@@ -113,11 +114,16 @@ impl QuickstartScale {
                  num_mini_batches=1 max_completion_length=32 temperature=1 kl_coef=0.1 max_steps=40 \
                  lr_scheduler_type=constant logging_steps=4 save_strategy=no",
             ),
-            grpo: keys(
-                "reward_funcs=numeric_match learning_rate=2e-4 per_device_train_batch_size=128 num_generations=8 \
-                 max_completion_length=32 temperature=1 max_steps=120 lr_scheduler_type=linear max_sequences=128 \
-                 adam_beta2=0.98 logging_steps=5 save_strategy=no",
-            ),
+            // A reward for the number alone lets the model drop the sentence that the table looks for.
+            grpo: [
+                vec![format!("reward_funcs={MEASURE}")],
+                keys(
+                    "learning_rate=2e-4 per_device_train_batch_size=128 num_generations=8 max_completion_length=32 \
+                     temperature=1 max_steps=120 lr_scheduler_type=linear max_sequences=128 adam_beta2=0.98 \
+                     logging_steps=5 save_strategy=no",
+                ),
+            ]
+            .concat(),
         }
     }
 }
