@@ -102,7 +102,7 @@ KERNEL_WARP(head_stats, BLOCKS=0:3, HOT)(float* logp, float* lse, MAYBE(float) e
     if (logits) {
       first = row_first(largest, slices, vocab, [&](int i) { return load_row(l, i, vocab, NEG_INF); });
     } else {
-      const int slice = first_slice(largest, slices);
+      const int slice = first_slice(largest, slices, row_max(largest, slices));
       if (slice < slices) first = (int)largest[3 * slices + slice];
     }
     if (LANE == 0) best[row] = first;

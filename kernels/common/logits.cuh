@@ -85,8 +85,8 @@ DEVICE LogitSums slice_sums(const Slice& s, const SliceTops& tops, float scale) 
   return {pack_sum(sum), pack_sum(mean), SQUARES ? pack_sum(square) : 0.f};
 }
 
-// A slice whose statistics are added up part by part: in a bf16 run. With 32 lanes, pack k of lane 4 p + q has columns 16 k + 4 q to 16 k + 4 q + 3 of part p; a
-// single lane has part k in pack k.
+// A slice whose statistics are added up part by part: in a bf16 run. With 32 lanes, pack k of lane 4 p + q has columns 16 k + 4 q to
+// 16 k + 4 q + 3 of part p; a single lane has part k in pack k.
 constexpr int PART_PACK = LANES == 32 ? 4 : LOGIT_PART;
 struct Parts {
   static constexpr int PACKS = SLICE_PARTS;
@@ -317,17 +317,17 @@ DEVICE int first_equal(int begin, int end, float top, Values values) {
   return (int)-pack_max(first);
 }
 
-// The first slice with the largest of `largest`. In a row of NaNs there may be none: `slices`.
-DEVICE int first_slice(const float* largest, int slices) {
+// The first slice whose maximum is `top`, the row's. In a row of NaNs there may be none: `slices`.
+DEVICE int first_slice(const float* largest, int slices, float top) {
   if (slices == 1) return 0;
-  return first_equal(0, slices, row_max(largest, slices), [&](int i) { return load_row(largest, i, slices, NEG_INF); });
+  return first_equal(0, slices, top, [&](int i) { return load_row(largest, i, slices, NEG_INF); });
 }
 
 // The first column of a row's largest value, from the maxima of its slices. If there is none: 0.
 template <class Values>
 DEVICE int row_first(const float* largest, int slices, int vocab, Values values) {
   const float top = row_max(largest, slices);
-  const int slice = first_slice(largest, slices);
+  const int slice = first_slice(largest, slices, top);
   if (slice >= slices) return 0;
   const int begin = slice * LOGIT_SLICE, end = begin + LOGIT_SLICE < vocab ? begin + LOGIT_SLICE : vocab;
   const int column = first_equal(begin, end, top, values);
